@@ -1,0 +1,80 @@
+"""Shared pieces: a small config on the shipped miniature, caches that the whole session shares, no network."""
+
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from zimage_train import mini  # noqa: E402
+from zimage_train.config.reading import validate  # noqa: E402
+from zimage_train.config.schema import Config  # noqa: E402
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Any connection beyond this machine fails the test that makes it."""
+    attempts: list[Any] = []
+    connect = socket.socket.connect
+
+    def guarded(self: socket.socket, address: Any) -> None:
+        is_local = self.family == socket.AF_UNIX or str(address[0]).startswith(("127.", "::1", "localhost"))
+        if not is_local:
+            attempts.append(address)
+            raise AssertionError(f"connection to {address}")
+        connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", guarded)
+    return attempts
+
+
+@pytest.fixture(scope="session")
+def shared_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache folder for the session, so that pictures and prompts are encoded once."""
+    return tmp_path_factory.mktemp("cache")
+
+
+def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """`base` with `changes`, section by section."""
+    result = dict(base)
+    for key, value in changes.items():
+        both = isinstance(value, dict) and isinstance(result.get(key), dict)
+        result[key] = merge(result[key], value) if both else value
+    return result
+
+
+def mini_values(output: Path, cache: Path, **changes: Any) -> dict[str, Any]:
+    """Plain values of a tiny run on the miniature; every default that matters to speed is lowered."""
+    base = {
+        "name": "tiny",
+        "output": str(output),
+        "seed": 7,
+        "model": {"path": str(mini.TURBO), "adapter": str(mini.ADAPTER), "dtype": "fp32"},
+        "data": [{"folder": str(mini.PICTURES), "resolution": [64], "trigger": "zorb"}],
+        "cache": {"folder": str(cache)},
+        "lora": {"rank": 4},
+        "train": {"steps": 4, "batch_size": 2},
+        "optimizer": {"name": "adamw", "lr": 1e-3},
+        "sample": {"every": None},
+        "save": {"every": None, "dtype": "fp32"},
+        "log": {"tensorboard": False},
+    }
+    return merge(base, changes)
+
+
+@pytest.fixture
+def make_config(tmp_path: Path, shared_cache: Path):
+    """`make_config(train={"steps": 2})`: a checked config of a tiny run in tmp_path."""
+
+    def make(**changes: Any) -> Config:
+        config, problems = validate(mini_values(tmp_path / "runs", shared_cache, **changes), lambda path: str(path))
+        assert config is not None, problems
+        return config
+
+    return make

@@ -1,0 +1,122 @@
+"""The training adapter: exactly what it should be while training, exactly gone for previews, and never in part."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from zimage_train import mini
+from zimage_train.assemble import Frozen, assemble, without_adapter
+from zimage_train.errors import WeightsError
+from zimage_train.lora import adapter, attach, files, names
+
+CPU = torch.device("cpu")
+TRANSFORMER = mini.TURBO / "transformer"
+
+
+def merged(dtype: str = "fp32", strength: float = 1.0) -> Frozen:
+    shape = assemble(TRANSFORMER, None, dtype, CPU).shape
+    return assemble(TRANSFORMER, adapter.load(mini.ADAPTER, strength, shape), dtype, CPU)
+
+
+def originals() -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = {}
+    for shard in TRANSFORMER.glob("*.safetensors"):
+        found |= load_file(shard)
+    return found
+
+
+def independent_deltas() -> dict[str, torch.Tensor]:
+    """B @ A of the file in float64, read without any code of the package."""
+    tensors = load_file(mini.ADAPTER)
+    modules = {key.removesuffix(".lora_A.weight") for key in tensors if key.endswith(".lora_A.weight")}
+    return {
+        module.removeprefix("diffusion_model."): tensors[f"{module}.lora_B.weight"].double()
+        @ tensors[f"{module}.lora_A.weight"].double()
+        for module in modules
+    }
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.5])
+def test_assembled_weights_minus_the_base_are_the_adapters_change(strength: float):
+    frozen, base, deltas = merged(strength=strength), originals(), independent_deltas()
+    assert frozen.adapter_matched == len(deltas) == 48
+    for name, parameter in frozen.model.named_parameters():
+        change = parameter.double() - base[name].double()
+        expected = strength * deltas.get(name.removesuffix(".weight"), torch.zeros((), dtype=torch.float64))
+        assert torch.allclose(change, expected.expand_as(change), atol=1e-6), name
+        assert bool(change.abs().max() > 0) == (name.removesuffix(".weight") in deltas)
+
+
+def test_a_bf16_sum_is_rounded_once():
+    frozen, base, deltas = merged("bf16"), originals(), independent_deltas()
+    module = "layers.3.feed_forward.w2"
+    exact = base[f"{module}.weight"].double() + deltas[module]
+    assert torch.equal(frozen.model.get_submodule(module).weight, exact.float().bfloat16())
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_within_the_block_the_weights_are_the_originals_and_after_it_the_same_bits_as_before(dtype: str):
+    frozen = merged(dtype)
+    attach.attach(frozen.model, names.select(["attention", "adaln"], frozen.shape.linears), 4, None, 0.0, 1)
+    before = {name: attach.base_weight(frozen.model, name).clone() for name in frozen.shape.parameters}
+    with without_adapter(frozen):
+        for name, tensor in originals().items():
+            assert torch.equal(attach.base_weight(frozen.model, name), tensor.to(before[name].dtype)), name
+    for name, tensor in before.items():
+        assert torch.equal(attach.base_weight(frozen.model, name), tensor), name
+
+
+def test_the_training_weights_come_back_after_an_error():
+    frozen = merged()
+    name = "layers.0.attention.to_q.weight"
+    before = attach.base_weight(frozen.model, name).clone()
+    with pytest.raises(RuntimeError, match="in a preview"), without_adapter(frozen):
+        raise RuntimeError("in a preview")
+    assert torch.equal(attach.base_weight(frozen.model, name), before)
+
+
+def spoiled(tmp_path: Path, spoil) -> Path:
+    tensors = load_file(mini.ADAPTER)
+    spoil(tensors)
+    path = tmp_path / "adapter.safetensors"
+    save_file(tensors, path)
+    return path
+
+
+def rename_one(tensors: dict[str, torch.Tensor]) -> None:
+    for part in ("A", "B"):
+        key = f"diffusion_model.layers.2.attention.to_v.lora_{part}.weight"
+        tensors[key.replace("layers.2", "layers.77")] = tensors.pop(key)
+
+
+def rename_all(tensors: dict[str, torch.Tensor]) -> None:
+    for key in list(tensors):
+        tensors[f"other.{key}"] = tensors.pop(key)
+
+
+def reshape_one(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["diffusion_model.layers.2.attention.to_v.lora_A.weight"] = torch.zeros(4, 11)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [(rename_one, r"matched 47/48 .*layers\.77"), (rename_all, r"matched 0/48"), (reshape_one, r"matched 47/48 .*96, 11")],
+)
+def test_an_adapter_that_does_not_match_in_full_is_refused(tmp_path: Path, spoil, message: str):
+    shape = assemble(TRANSFORMER, None, "fp32", CPU).shape
+    path = spoiled(tmp_path, spoil)
+    with pytest.raises(WeightsError, match=message) as error:
+        adapter.load(path, 1.0, shape)
+    assert error.value.exit_code == 4
+    with pytest.raises(WeightsError, match=message):
+        files.require_header(path, shape.linears)
+
+
+def test_the_stream_itself_refuses_an_adapter_that_met_too_little():
+    shape = assemble(TRANSFORMER, None, "fp32", CPU).shape
+    loaded = adapter.load(mini.ADAPTER, 1.0, shape)
+    short = [(name, tensor) for name, tensor in originals().items() if not name.startswith("layers.4.")]
+    with pytest.raises(WeightsError, match="matched 40/48"):
+        list(adapter.merge(short, loaded, CPU, adapter.Count()))

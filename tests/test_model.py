@@ -1,0 +1,329 @@
+"""Loading: the same model from every layout, and every way in which a file can be wrong, by name."""
+
+import json
+import pickle
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, ZImageTransformer2DModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from zimage_train import mini
+from zimage_train.assemble import assemble
+from zimage_train.config.schema import Model
+from zimage_train.errors import WeightsError
+from zimage_train.model import shapes, sources, text, transformer, vae
+from zimage_train.model.shapes import TransformerShape
+
+CPU = torch.device("cpu")
+STEM = "diffusion_pytorch_model"
+
+
+def state(folder: Path) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for shard in sorted((folder / "transformer").glob("*.safetensors")):
+        found |= load_file(shard)
+    return found
+
+
+def comfyui(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The native layout, written out independently of the code that reads it."""
+    native: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if ".attention.to_q." in name:
+            parts = [tensors[name.replace("to_q", part)] for part in ("to_q", "to_k", "to_v")]
+            native[name.replace("to_q", "qkv")] = torch.cat(parts, dim=0)
+        elif ".attention.to_k." in name or ".attention.to_v." in name:
+            continue
+        else:
+            for old, new in (
+                ("attention.to_out.0", "attention.out"),
+                ("norm_q", "q_norm"),
+                ("norm_k", "k_norm"),
+                ("all_x_embedder.2-1", "x_embedder"),
+                ("all_final_layer.2-1", "final_layer"),
+            ):
+                name = name.replace(old, new)
+            native[name] = tensor
+    return {name: tensor.contiguous() for name, tensor in native.items()}
+
+
+@pytest.fixture(scope="module")
+def reference() -> ZImageTransformer2DModel:
+    return ZImageTransformer2DModel.from_pretrained(mini.TURBO / "transformer", dtype=torch.float32)
+
+
+def require_equal(model: ZImageTransformer2DModel, other: ZImageTransformer2DModel) -> None:
+    ours, theirs = model.state_dict(), other.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_diffusers_folder_loads_as_diffusers_loads_it(reference: ZImageTransformer2DModel):
+    require_equal(assemble(mini.TURBO / "transformer", None, "fp32", CPU).model, reference)
+
+
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+def test_a_comfyui_file_loads_the_same(tmp_path: Path, reference: ZImageTransformer2DModel, prefix: str):
+    native = comfyui(state(mini.TURBO)) | {"norm_final.weight": torch.ones(3)}
+    save_file({prefix + name: tensor for name, tensor in native.items()}, tmp_path / "z.safetensors")
+    require_equal(assemble(tmp_path / "z.safetensors", None, "fp32", CPU).model, reference)
+
+
+def test_a_single_file_in_diffusers_layout_loads_the_same(tmp_path: Path, reference: ZImageTransformer2DModel):
+    save_file(state(mini.TURBO), tmp_path / "z.safetensors")
+    frozen = assemble(tmp_path / "z.safetensors", None, "fp32", CPU)
+    require_equal(frozen.model, reference)
+    assert not any(parameter.requires_grad for parameter in frozen.model.parameters())
+
+
+def test_a_single_file_runs_like_the_folder(tmp_path: Path, reference: ZImageTransformer2DModel):
+    save_file(comfyui(state(mini.TURBO)), tmp_path / "z.safetensors")
+    frozen = assemble(tmp_path / "z.safetensors", None, "fp32", CPU)
+    x, sigma, prompt = torch.randn(1, 16, 8, 12), torch.tensor([0.7]), [torch.randn(9, frozen.shape.cap_feat_dim)]
+    one = transformer.velocity(frozen.model, x, sigma, prompt)
+    assert torch.equal(one, transformer.velocity(reference, x, sigma, prompt))
+
+
+def test_the_full_size_shape_is_the_real_one():
+    full = TransformerShape()
+    with torch.device("meta"):
+        model = ZImageTransformer2DModel(**full.config())
+    assert full.parameters == {name: tuple(p.shape) for name, p in model.named_parameters()}
+    assert sum(p.numel() for p in model.parameters()) == 6_154_908_736
+    linears = {n: (m.out_features, m.in_features) for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    assert full.linears == linears
+    assert len(linears) == 276
+
+
+def test_the_shape_of_a_full_size_single_file_is_read_from_its_tensors():
+    assert shapes.from_tensors(TransformerShape().parameters) == TransformerShape()
+
+
+def test_velocity_is_the_negated_output_at_one_minus_sigma(reference: ZImageTransformer2DModel):
+    x, sigma = torch.randn(2, 16, 8, 8), torch.tensor([0.25, 0.9])
+    prompts = [torch.randn(5, 64), torch.randn(40, 64)]
+    expected = reference(list(x.unsqueeze(2)), 1 - sigma, prompts, return_dict=False)[0]
+    got = transformer.velocity(reference, x, sigma, prompts)
+    assert torch.equal(got, -torch.stack(list(expected)).squeeze(2))
+    assert got.dtype == torch.float32
+
+
+def test_time_reaches_a_bf16_model_in_full_precision():
+    model = assemble(mini.TURBO / "transformer", None, "bf16", CPU).model
+    seen = []
+    model.t_embedder.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    transformer.velocity(model, torch.randn(1, 16, 8, 8), torch.tensor([0.2501]), [torch.randn(5, 64).bfloat16()])
+    assert seen[0].dtype == torch.float32
+    assert float(seen[0]) == pytest.approx(1000 * (1 - 0.2501), abs=1e-3)
+
+
+# Text encoder and VAE
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    from diffusers import ZImagePipeline
+
+    return ZImagePipeline.from_pretrained(mini.TURBO, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("prompt", ["", "a red zorb on a blue background", "Ünïcode 猫, [trigger]\nsecond line", "w " * 700])
+def test_prompts_are_encoded_as_the_pipeline_does(pipeline, prompt: str):
+    encoder = text.load(mini.TURBO, CPU, torch.float32)
+    with torch.no_grad():
+        (expected,), _ = pipeline.encode_prompt([prompt], do_classifier_free_guidance=False)
+    got = encoder.encode(prompt)
+    assert got.shape == expected.shape
+    assert torch.allclose(got, expected, atol=2e-5)
+    assert not got.requires_grad
+
+
+def test_the_last_layer_norm_and_head_are_not_loaded():
+    encoder = text.load(mini.TURBO, CPU, torch.float32)
+    names = [name for name, _ in encoder.model.named_parameters()]
+    layers = json.loads((mini.TURBO / "text_encoder" / "config.json").read_text())["num_hidden_layers"]
+    assert not any(name.startswith(f"layers.{layers - 1}.") or name.startswith("norm") for name in names)
+    assert any(name.startswith(f"layers.{layers - 2}.") for name in names)
+
+
+def test_latents_are_the_posterior_mean_shifted_and_scaled():
+    ours, theirs = vae.load(mini.TURBO, CPU, torch.float32), AutoencoderKL.from_pretrained(mini.TURBO / "vae")
+    pixels = torch.rand(1, 3, 64, 48) * 2 - 1
+    with torch.no_grad():
+        mean = theirs.encode(pixels).latent_dist.mean
+    expected = (mean - theirs.config.shift_factor) * theirs.config.scaling_factor
+    assert torch.allclose(vae.encode(ours, pixels), expected, atol=1e-5)
+
+
+# What can be wrong with weights
+
+
+@pytest.fixture
+def broken(tmp_path: Path) -> Path:
+    """A copy of the miniature to break."""
+    folder = tmp_path / "model"
+    shutil.copytree(mini.TURBO, folder)
+    return folder
+
+
+def edit(folder: Path, change) -> Path:
+    """Rewrite the shard that holds the first layer's query weight."""
+    key = "layers.0.attention.to_q.weight"
+    shard = next(p for p in sorted((folder / "transformer").glob("*.safetensors")) if key in load_file(p))
+    tensors = load_file(shard)
+    change(tensors, key)
+    save_file(tensors, shard)
+    return folder
+
+
+def locate_and_load(folder: Path) -> None:
+    found = sources.locate(Model(path=str(folder), adapter=None))
+    assemble(found.transformer, None, "fp32", CPU)
+    text.load(found.extras, CPU, torch.float32)
+    vae.load(found.extras, CPU, torch.float32)
+
+
+def test_the_unbroken_copy_loads(broken: Path):
+    locate_and_load(broken)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t, k: t.pop(k), "layers.0.attention.to_q.weight"),
+        (lambda t, k: t.update({"layers.99.weight": torch.zeros(2)}), "layers.99.weight"),
+        (lambda t, k: t.update({k: torch.zeros(3, 3)}), r"layers.0.attention.to_q.weight is \[3, 3\], expected \[96, 96\]"),
+    ],
+    ids=["missing", "extra", "misshapen"],
+)
+def test_wrong_tensors_are_named(broken: Path, change, message: str):
+    with pytest.raises(WeightsError, match=message) as error:
+        locate_and_load(edit(broken, change))
+    assert error.value.exit_code == 4
+
+
+def test_a_missing_shard_is_named(broken: Path):
+    next((broken / "transformer").glob("*-00002-*")).unlink()
+    with pytest.raises(WeightsError, match=r"00002-of-00002\.safetensors: does not exist"):
+        locate_and_load(broken)
+
+
+@pytest.mark.parametrize("part", ["transformer/diffusion_pytorch_model-00001-of-00002.safetensors", "vae/diffusion_pytorch_model.safetensors"])
+def test_a_cut_file_is_refused(broken: Path, part: str):
+    path = broken / part
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(WeightsError, match="cut off"):
+        locate_and_load(broken)
+
+
+class Payload:
+    """Touches a file if it is ever unpickled."""
+
+    def __init__(self, sentinel: Path) -> None:
+        self.sentinel = sentinel
+
+    def __reduce__(self):
+        return (Path.touch, (self.sentinel,))
+
+
+def test_a_pickle_is_refused_by_content_and_never_run(broken: Path, tmp_path: Path):
+    sentinel = tmp_path / "executed"
+    path = broken / "vae" / f"{STEM}.safetensors"
+    path.write_bytes(pickle.dumps(Payload(sentinel)))
+    with pytest.raises(WeightsError, match="pickle"):
+        locate_and_load(broken)
+    assert not sentinel.exists()
+
+
+def test_code_in_a_model_folder_is_never_imported(broken: Path, tmp_path: Path):
+    sentinel = tmp_path / "executed"
+    for part in ("text_encoder", "transformer", "vae", "tokenizer"):
+        (broken / part / "modeling_evil.py").write_text(f"open({str(sentinel)!r}, 'w')")
+        for name in ("config.json", "tokenizer_config.json"):
+            path = broken / part / name
+            if path.exists():
+                content = json.loads(path.read_text())
+                path.write_text(json.dumps(content | {"auto_map": {"AutoModel": "modeling_evil.Evil"}}))
+    locate_and_load(broken)
+    assert not sentinel.exists()
+
+
+@pytest.mark.parametrize(
+    ("path", "content", "message"),
+    [
+        ("transformer/config.json", {"_class_name": "FluxTransformer2DModel"}, "FluxTransformer2DModel"),
+        ("transformer/config.json", {"siglip_feat_dim": 8}, "Omni"),
+        ("text_encoder/config.json", {"model_type": "t5"}, "t5"),
+        ("vae/config.json", {"latent_channels": 4}, "4 channels"),
+    ],
+)
+def test_another_family_is_named(broken: Path, path: str, content: dict, message: str):
+    file = broken / path
+    file.write_text(json.dumps(json.loads(file.read_text()) | content))
+    with pytest.raises(WeightsError, match=message):
+        locate_and_load(broken)
+
+
+# Where parts come from
+
+
+def test_extras_default_to_the_folder_that_has_them():
+    found = sources.locate(Model(path=str(mini.TURBO), adapter=None))
+    assert found.extras == mini.TURBO
+
+
+def test_a_transformer_without_extras_takes_the_ones_that_are_named(tmp_path: Path):
+    shutil.copytree(mini.TURBO / "transformer", tmp_path / "only" / "transformer")
+    found = sources.locate(Model(path=str(tmp_path / "only"), extras=str(mini.TURBO), adapter=None))
+    assert found.transformer == tmp_path / "only" / "transformer"
+    assert found.extras == mini.TURBO
+
+
+def test_hub_ids_revisions_and_files_are_asked_for_by_name(tmp_path: Path):
+    asked = []
+
+    def fetch(repository: str, revision: str | None, patterns: list[str]) -> Path:
+        asked.append((repository, revision, patterns[0]))
+        if "adapter" in repository:
+            (tmp_path / "a").mkdir(exist_ok=True)
+            shutil.copy(mini.ADAPTER, tmp_path / "a" / patterns[0])
+            return tmp_path / "a"
+        return mini.TURBO
+
+    sources.locate(Model(variant="turbo", path="org/model@v9", adapter="v1"), fetch)
+    assert asked == [
+        ("org/model", "v9", "transformer/*"),
+        ("ostris/zimage_turbo_training_adapter", None, "zimage_turbo_training_adapter_v1.safetensors"),
+    ]
+    asked.clear()
+    sources.locate(Model(variant="deturbo"), fetch)
+    assert [one[0] for one in asked] == ["ostris/Z-Image-De-Turbo"]
+
+
+def test_a_hub_snapshot_on_this_machine_is_used_without_a_connection(tmp_path: Path, monkeypatch, no_network: list):
+    repository = tmp_path / "hub" / "models--org--z"
+    commit = "0" * 40
+    shutil.copytree(mini.TURBO, repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    found = sources.locate(Model(path="org/z", adapter=None), sources.cached_only)
+    assert found.transformer == repository / "snapshots" / commit / "transformer"
+    with pytest.raises(sources.NotDownloaded, match="not on this machine"):
+        sources.locate(Model(path="org/other", adapter=None), sources.cached_only)
+    assert no_network == []
+
+
+@pytest.mark.parametrize("path", ["no/such/folder", "./here", "nothing", "/a/b.safetensors"])
+def test_a_path_that_is_nothing_is_said_to_be_nothing(path: str):
+    with pytest.raises(WeightsError, match=r"model\.path"):
+        sources.locate(Model(path=path, extras=str(mini.TURBO), adapter=None))
+
+
+def test_loading_from_local_paths_makes_no_connection(no_network: list):
+    locate_and_load(mini.TURBO)
+    assert no_network == []

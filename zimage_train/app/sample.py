@@ -1,0 +1,109 @@
+"""The `sample` command: pictures of any Z-Image model with any number of LoRAs, each counted."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from zimage_train import distributed, encoding
+from zimage_train.assemble import assemble
+from zimage_train.config.schema import Model
+from zimage_train.errors import ConfigError, Problem
+from zimage_train.lora import attach, files
+from zimage_train.lora.files import Lora
+from zimage_train.model import sources
+from zimage_train.model.shapes import TransformerShape
+from zimage_train.model.variants import VARIANTS
+from zimage_train.report import pictures
+from zimage_train.report.console import Console
+from zimage_train.sampling.previews import render
+from zimage_train.sampling.recipe import Recipe, prompts_of
+
+
+@dataclass(frozen=True)
+class WeightedLora:
+    """`FILE` or `FILE=WEIGHT`."""
+
+    path: Path
+    weight: float
+
+
+def parse_lora(text: str) -> WeightedLora:
+    """Take `FILE` or `FILE=WEIGHT`; a file whose own name has a `=` wins.
+
+    Raises:
+        ConfigError: the weight is no number.
+    """
+    name, equals, weight = text.rpartition("=")
+    if not equals or Path(text).exists():
+        return WeightedLora(Path(text), 1.0)
+    try:
+        return WeightedLora(Path(name), float(weight))
+    except ValueError:
+        raise ConfigError(Problem(f"--lora {text}", f"{weight!r} is not a number", "write FILE=0.8")) from None
+
+
+def sample(model: Model, loras: list[WeightedLora], recipes: list[Recipe], output: Path) -> None:
+    """Write one picture a recipe into the folder `output`.
+
+    Raises:
+        ZImageTrainError: the model or a LoRA cannot be used, in whole.
+    """
+    console = Console()
+    device = distributed.join().device
+    found = sources.locate(model.model_copy(update={"adapter": None}))
+    shape, _ = sources.transformer_tensors(found.transformer)
+    stacked = _stack(loras, shape, console)
+    encode = encoding.prompt_encoder(found.extras, device, model.dtype)
+    embeds = {prompt: encode(prompt) for prompt in prompts_of(recipes)}
+    del encode
+    frozen = assemble(found.transformer, None, model.dtype, device)
+    if stacked:
+        attach.attach_fixed(frozen.model, stacked)
+    with console.live():
+        images = render(
+            frozen, found.extras, recipes, embeds, lambda done, total: console.tick("sampling", done, total)
+        )
+    for image, recipe in zip(images, recipes, strict=True):
+        path = _free_path(output, recipe.seed)
+        pictures.save(path, image, recipe)
+        console.say(f"{path}  {recipe.steps} steps, guidance {recipe.guidance:g} (CFG {recipe.guidance + 1:g})")
+
+
+def recipe_for(
+    model: Model,
+    prompt: str,
+    negative: str,
+    seed: int,
+    width: int,
+    height: int,
+    steps: int | None,
+    guidance: float | None,
+) -> Recipe:
+    """A recipe with what is not given taken from the variant."""
+    variant = VARIANTS[model.variant]
+    return Recipe(
+        prompt=prompt,
+        negative=negative,
+        seed=seed,
+        width=width,
+        height=height,
+        shift=variant.shift,
+        steps=variant.steps if steps is None else steps,
+        guidance=variant.guidance if guidance is None else guidance,
+    )
+
+
+def _stack(loras: list[WeightedLora], shape: TransformerShape, console: Console) -> Lora:
+    loaded = []
+    for one in loras:
+        lora = files.read(one.path)
+        files.require_modules(one.path, lora, shape.linears)
+        console.say(f"{one.path}: matched {len(lora)}/{len(lora)} modules, weight {one.weight:g}")
+        loaded.append((lora, one.weight))
+    return attach.stack(loaded)
+
+
+def _free_path(folder: Path, seed: int) -> Path:
+    number = 0
+    while (path := folder / f"sample-{seed}{f'-{number}' if number else ''}.png").exists():
+        number += 1
+    return path

@@ -1,0 +1,159 @@
+"""The command line. Imports late: `--help`, `check` and config errors never load torch."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from zimage_train import __version__
+from zimage_train.config.reading import read_config
+from zimage_train.config.schema import Model
+from zimage_train.errors import ConfigError, Problem, ZImageTrainError
+from zimage_train.model.variants import VARIANTS
+
+app = typer.Typer(
+    name="zimage-train",
+    help="Train LoRAs for Z-Image. Start with: zimage-train train configs/quickstart.yaml",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="The YAML file.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=YAML", help="Override a setting, e.g. --set train.steps=100. Repeatable."),
+]
+
+
+@app.command()
+def train(
+    config: ConfigPath,
+    set_: Overrides = None,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Move an older run of this name aside and begin again.")
+    ] = False,
+) -> None:
+    """Train a LoRA; the same command continues a run that was stopped."""
+    settings = read_config(config, set_ or [])
+    from zimage_train.app.train import train as run
+
+    run(settings, fresh)
+
+
+@app.command()
+def check(config: ConfigPath, set_: Overrides = None) -> None:
+    """Check config, pictures, captions, weights and disk, and show what a run would do. Writes nothing."""
+    settings = read_config(config, set_ or [])
+    from zimage_train import preflight
+    from zimage_train.model.sources import cached_only
+
+    for line in preflight.report(preflight.examine(settings, cached_only)):
+        print(line)
+
+
+@app.command()
+def cache(config: ConfigPath, set_: Overrides = None) -> None:
+    """Encode pictures and captions into the caches, and do nothing else."""
+    settings = read_config(config, set_ or [])
+    from zimage_train.app.train import cache as fill
+
+    fill(settings)
+
+
+@app.command()
+def timesteps(
+    config: ConfigPath,
+    set_: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of a picture.")] = False,
+) -> None:
+    """Show the sigma density and the loss weights that a config trains on."""
+    settings = read_config(config, set_ or [])
+    import json
+
+    from zimage_train.app import timesteps as describing
+
+    if as_json:
+        print(json.dumps(describing.describe(settings)))
+    else:
+        print("\n".join(describing.picture(settings)))
+
+
+@app.command()
+def sample(
+    model: Annotated[str, typer.Argument(help="turbo, deturbo, base, a hub id, a diffusers folder or a .safetensors.")],
+    prompt: Annotated[list[str], typer.Option("--prompt", help="What to draw. Repeatable.")],
+    lora: Annotated[list[str] | None, typer.Option("--lora", metavar="FILE[=WEIGHT]", help="Repeatable.")] = None,
+    negative: Annotated[str, typer.Option("--negative", help="Used where guidance is above 0.")] = "",
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Prompt i is drawn with seed + i.")] = 42,
+    width: Annotated[int, typer.Option("--width", min=16, max=4096)] = 1024,
+    height: Annotated[int, typer.Option("--height", min=16, max=4096)] = 1024,
+    steps: Annotated[int | None, typer.Option("--steps", min=1, max=1000, help="Default: the variant's own.")] = None,
+    guidance: Annotated[
+        float | None, typer.Option("--guidance", min=0.0, help="g; the usual CFG scale is g + 1.")
+    ] = None,
+    variant: Annotated[
+        str, typer.Option("--variant", help="What a path or hub id is: turbo, deturbo or base.")
+    ] = "turbo",
+    extras: Annotated[str | None, typer.Option("--extras", help="Folder or hub id of text encoder and VAE.")] = None,
+    dtype: Annotated[str, typer.Option("--dtype", help="bf16 or fp32.")] = "bf16",
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the pictures.")] = Path("samples"),
+) -> None:
+    """Sample pictures with any number of LoRAs; each LoRA must match in full."""
+    problems = [
+        Problem(f"--{name}", f"is {value}", "give a multiple of 16")
+        for name, value in (("width", width), ("height", height))
+        if value % 16
+    ]
+    if variant not in VARIANTS:
+        problems.append(Problem("--variant", f"is {variant!r}", f"give one of {', '.join(VARIANTS)}"))
+    if dtype not in ("bf16", "fp32"):
+        problems.append(Problem("--dtype", f"is {dtype!r}", "give bf16 or fp32"))
+    if problems:
+        raise ConfigError(*problems)
+    is_name = model in VARIANTS
+    settings = Model.model_validate(
+        {
+            "variant": model if is_name else variant,
+            "path": None if is_name else model,
+            "extras": extras,
+            "adapter": None,
+            "dtype": dtype,
+        }
+    )
+    from zimage_train.app import sample as sampling
+
+    recipes = [
+        sampling.recipe_for(settings, text, negative, seed + index, width, height, steps, guidance)
+        for index, text in enumerate(prompt)
+    ]
+    sampling.sample(settings, [sampling.parse_lora(text) for text in lora or []], recipes, output)
+
+
+@app.callback(invoke_without_command=True)
+def top(
+    version: Annotated[bool, typer.Option("--version", help="Show the version.", is_eager=True)] = False,
+) -> None:
+    if version:
+        print(f"zimage-train {__version__}")
+        raise typer.Exit
+
+
+def main() -> None:
+    """Run the command line; users' errors are lines and an exit code, and only a bug shows a traceback."""
+    try:
+        app()
+    except ZImageTrainError as error:
+        for problem in error.problems:
+            print(problem, file=sys.stderr)
+        sys.exit(error.exit_code)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The configuration: its schema, and the strict reader that turns YAML into it."""

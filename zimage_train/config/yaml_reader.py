@@ -1,0 +1,148 @@
+"""YAML without surprises: text to plain values, and the line of every key.
+
+YAML 1.2's core types only: `no` and `12:30` are text, `010` is ten, `1e-4` is a number. Duplicate keys, several
+documents, tags, merge keys and anchors that grow without end are refused.
+"""
+
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+
+Path = tuple[str | int, ...]
+
+MAX_BYTES = 1_000_000
+MAX_NODES = 50_000
+MAX_DEPTH = 40
+
+_NULL = re.compile(r"(?:~|null|Null|NULL|)\Z")
+_BOOL = re.compile(r"(?:true|True|TRUE|false|False|FALSE)\Z")
+_INT = re.compile(r"[-+]?[0-9][0-9_]*\Z")
+_FLOAT = re.compile(r"[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9_]+)(?:[eE][-+]?[0-9]+)?\Z")
+_SPECIAL_FLOAT = re.compile(r"(?:[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))\Z")
+_CORE_TAGS = {"!"} | {
+    f"tag:yaml.org,2002:{name}"
+    for name in ("null", "bool", "int", "float", "str", "timestamp", "merge", "value", "map", "seq")
+}
+
+
+class YamlProblem(Exception):
+    """What is wrong with the text, and in which line (from 1; 0: the whole file)."""
+
+    def __init__(self, line: int, what: str, path: Path = ()) -> None:
+        super().__init__(what)
+        self.line, self.what, self.path = line, what, path
+
+
+@dataclass
+class Document:
+    """Plain values, and the line in which each of them stands."""
+
+    value: Any = None
+    lines: dict[Path, int] = field(default_factory=dict)
+    problems: list[YamlProblem] = field(default_factory=list)
+
+
+def parse(text: str) -> Document:
+    """Parse one YAML document; duplicate keys are collected as problems, anything worse is raised.
+
+    Raises:
+        YamlProblem: the text is not a YAML document that this reader takes.
+    """
+    if "\0" in text:
+        raise YamlProblem(0, "contains NUL bytes, so it is not a text file")
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        raise YamlProblem(mark.line + 1 if mark else 0, f"not valid YAML: {error.problem or error.context}") from None
+    except yaml.YAMLError as error:
+        raise YamlProblem(0, f"not valid YAML: {str(error).splitlines()[0]}") from None
+    except RecursionError:
+        raise YamlProblem(0, f"nested more than {MAX_DEPTH} deep") from None
+    document = Document()
+    if node is not None:
+        document.value = _Builder(document).build(node, ())
+    return document
+
+
+class _Builder:
+    def __init__(self, document: Document) -> None:
+        self.document = document
+        self.num_nodes = 0
+
+    def build(self, node: yaml.Node, path: Path) -> Any:
+        line = node.start_mark.line + 1
+        self.num_nodes += 1
+        if self.num_nodes > MAX_NODES or len(path) > MAX_DEPTH:
+            raise YamlProblem(line, "too large or nested too deeply for a config", path)
+        if node.tag not in _CORE_TAGS:
+            raise YamlProblem(line, f"has the tag {node.tag}, and only plain values are read", path)
+        self.document.lines.setdefault(path, line)
+        if isinstance(node, yaml.MappingNode):
+            return self._mapping(node, path)
+        if isinstance(node, yaml.SequenceNode):
+            return [self.build(child, (*path, index)) for index, child in enumerate(node.value)]
+        return node.value if node.style else plain_value(node.value)
+
+    def _mapping(self, node: yaml.MappingNode, path: Path) -> dict[str, Any]:
+        result: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            line = key_node.start_mark.line + 1
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise YamlProblem(line, "a key must be plain text", path)
+            key = str(key_node.value)
+            here = (*path, key)
+            if key in result:
+                first = self.document.lines[here]
+                self.document.problems.append(YamlProblem(line, f"given twice, first in line {first}", here))
+                continue
+            self.document.lines[here] = line
+            result[key] = self.build(value_node, here)
+        return result
+
+
+def plain_value(text: str) -> Any:
+    """The value of an unquoted scalar by YAML 1.2's core schema."""
+    if _NULL.match(text):
+        return None
+    if _BOOL.match(text):
+        return text.lower() == "true"
+    if _INT.match(text):
+        return int(text.replace("_", ""))
+    if _FLOAT.match(text):
+        return float(text.replace("_", ""))
+    if _SPECIAL_FLOAT.match(text):
+        return float(text.lower().replace(".", "", 1))
+    return text
+
+
+class _Dumper(yaml.SafeDumper):
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def _represent_float(dumper: yaml.SafeDumper, value: float) -> yaml.ScalarNode:
+    """`8.0e-05`, which every YAML reader takes for a number; PyYAML reads repr's `8e-05` as text."""
+    text = repr(value)
+    if "e" in text and "." not in text.split("e")[0]:
+        text = text.replace("e", ".0e", 1)
+    if "e" in text and text.split("e")[1][0] not in "+-":
+        text = text.replace("e", "e+", 1)
+    return dumper.represent_scalar("tag:yaml.org,2002:float", text)
+
+
+def _represent_text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
+    """Quote what this reader would not take for text, such as `1e-4`, which plain PyYAML leaves bare."""
+    style = None if isinstance(plain_value(value), str) else "'"
+    return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=style)
+
+
+_Dumper.add_representer(float, _represent_float)
+_Dumper.add_representer(str, _represent_text)
+
+
+def dump(value: Any) -> str:
+    """Write plain values as block style YAML that this reader and plain PyYAML read back with the same types."""
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1000)

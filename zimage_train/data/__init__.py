@@ -1,0 +1,1 @@
+"""Pictures and captions: found, read, sized and put in order, without torch."""

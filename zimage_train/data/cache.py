@@ -1,0 +1,173 @@
+"""Latents and prompt embeddings on disk, found by what went into them, checked when read.
+
+A key is a digest of content: the picture's bytes, its size and the VAE; the prompt and the text encoder. So a changed
+picture, caption or encoder is encoded again and nothing else is. Encoders come as callables and are made only when
+something is missing.
+"""
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from zimage_train import files, tensorfile
+from zimage_train.data import images
+from zimage_train.data.buckets import Bucket
+from zimage_train.data.folder import Picture
+from zimage_train.data.plan import Item
+from zimage_train.errors import DataError, Problem, WeightsError
+
+FORMAT = 1
+"""Raised when the way pictures or prompts are prepared changes, so that old entries are not found."""
+
+EncodePicture = Callable[[Image.Image], Tensor]
+EncodePrompt = Callable[[str], Tensor]
+Tick = Callable[[str, int, int], None]
+
+
+@dataclass
+class Tally:
+    """What a filling did."""
+
+    found: int = 0
+    encoded: int = 0
+    damaged: int = 0
+
+    def __str__(self) -> str:
+        damaged = f", {self.damaged} of them damaged entries" if self.damaged else ""
+        return f"{self.found} found, {self.encoded} encoded{damaged}"
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Entries under one folder, shared by all runs."""
+
+    folder: Path
+
+    def read(self, key: str) -> Tensor | None:
+        """The tensor stored under `key`, or None when it is missing, damaged or stored under another key."""
+        try:
+            tensors, metadata = tensorfile.load_sealed(self._path(key))
+        except WeightsError:
+            return None
+        return tensors.get("value") if metadata.get("key") == key else None
+
+    def has_file(self, key: str) -> bool:
+        return self._path(key).exists()
+
+    def write(self, key: str, value: Tensor) -> None:
+        """Store `value` under `key`.
+
+        Raises:
+            DiskError: it cannot be written.
+        """
+        tensorfile.save_sealed(self._path(key), {"value": value}, {"key": key})
+
+    def _path(self, key: str) -> Path:
+        kind, digest = key.split("/")
+        return self.folder / kind / digest[:2] / f"{digest}.safetensors"
+
+
+def default_folder() -> Path:
+    """The user's cache directory for this program."""
+    base = os.environ.get("XDG_CACHE_HOME") or os.environ.get("LOCALAPPDATA")
+    return (Path(base) if base else Path.home() / ".cache") / "zimage-train"
+
+
+def latent_key(picture: Picture, size: Bucket, vae_digest: str) -> str:
+    """The key of a picture's latents: its bytes, its size, the VAE."""
+    return f"latents/{_digest('latents', picture.digest, size.width, size.height, vae_digest)}"
+
+
+def prompt_key(prompt: str, encoder_digest: str, dtype: str) -> str:
+    """The key of a prompt's embeddings: the prompt, the text encoder with its template, the precision."""
+    return f"prompts/{_digest('prompts', prompt, encoder_digest, dtype)}"
+
+
+def fill_latents(
+    cache: Cache, items: Iterable[Item], vae_digest: str, load_encoder: Callable[[], EncodePicture], tick: Tick
+) -> Tally:
+    """Encode every picture at every size that is not in the cache yet.
+
+    Raises:
+        DataError: a picture changed since it was checked, or the VAE makes values of it that are not finite.
+    """
+    jobs = {latent_key(item.picture, item.size, vae_digest): item for item in items}
+
+    def encode(encoder: EncodePicture, item: Item) -> Tensor:
+        latents = encoder(_fitted(item))
+        if not latents.isfinite().all():
+            what = "the VAE's latents of it are not finite"
+            raise DataError(Problem(str(item.picture.path), what, "remove the picture, or use another VAE"))
+        return latents
+
+    return _fill(cache, jobs, load_encoder, encode, "pictures", tick)
+
+
+def fill_prompts(
+    cache: Cache,
+    prompts: Iterable[str],
+    encoder_digest: str,
+    dtype: str,
+    load_encoder: Callable[[], EncodePrompt],
+    tick: Tick,
+) -> Tally:
+    """Encode every prompt that is not in the cache yet."""
+    jobs = {prompt_key(prompt, encoder_digest, dtype): prompt for prompt in prompts}
+    return _fill(cache, jobs, load_encoder, lambda encoder, prompt: encoder(prompt), "prompts", tick)
+
+
+def _fill(cache, jobs, load_encoder, encode, what: str, tick: Tick) -> Tally:
+    tally = Tally()
+    files.clear_debris(cache.folder)
+    missing = {}
+    for number, (key, job) in enumerate(jobs.items(), 1):
+        if cache.read(key) is None:
+            missing[key] = job
+            tally.damaged += cache.has_file(key)
+        else:
+            tally.found += 1
+        tick(f"checking cached {what}", number, len(jobs))
+    encoder = load_encoder() if missing else None
+    for number, (key, job) in enumerate(missing.items(), 1):
+        cache.write(key, encode(encoder, job).cpu())
+        tally.encoded += 1
+        tick(f"encoding {what}", number, len(missing))
+    return tally
+
+
+def _fitted(item: Item) -> Image.Image:
+    path = item.picture.path
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise DataError(Problem(str(path), f"cannot be read any more ({error.strerror})", "put it back")) from None
+    if hashlib.sha256(content).hexdigest() != item.picture.digest:
+        raise DataError(Problem(str(path), "changed while this command ran", "run it again"))
+    return images.fit(images.load(path, content), item.size)
+
+
+def _digest(*parts: str | int) -> str:
+    return hashlib.sha256(repr((FORMAT, *parts)).encode()).hexdigest()
+
+
+def require(cache: Cache, key: str, what: str) -> Tensor:
+    """The tensor under `key`, which was there when the run began.
+
+    Raises:
+        DataError: it is gone or damaged.
+    """
+    value = cache.read(key)
+    if value is None:
+        raise DataError(Problem(what, "its cache entry is gone or damaged", "run the same command again"))
+    return value
+
+
+def stack_latents(latents: list[Tensor]) -> Tensor:
+    """(b, 16, h, w) in fp32 of latents of one size."""
+    return torch.stack([one.float() for one in latents])

@@ -1,0 +1,52 @@
+"""The processes of a run: which one this is, on which device, and their gradients added up once a step."""
+
+from dataclasses import dataclass
+
+import torch
+from accelerate import PartialState
+from torch import Tensor
+from torch.nn import Parameter
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all of them."""
+
+    device: torch.device
+    process: int
+    processes: int
+
+    @property
+    def is_main(self) -> bool:
+        return self.process == 0
+
+
+def join() -> World:
+    """Join the processes that `accelerate launch` or torchrun started; alone without them.
+
+    On a CPU, one thread a process: only the miniature runs there, whose matrices are too small to share out, and the
+    sums then do not depend on how many cores a machine has.
+    """
+    state = PartialState()
+    if state.device.type == "cpu":
+        torch.set_num_threads(1)
+    return World(state.device, state.process_index, state.num_processes)
+
+
+def wait() -> None:
+    """Wait until every process has come here."""
+    PartialState().wait_for_everyone()
+
+
+def add_up(world: World, parameters: list[Parameter], numbers: Tensor) -> Tensor:
+    """Sum every gradient and `numbers` over the processes, in one flat reduction; returns the summed numbers."""
+    if world.processes == 1:
+        return numbers
+    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    flat = torch.cat([*(grad.reshape(-1) for grad in grads), numbers.float()])
+    torch.distributed.all_reduce(flat)
+    offset = 0
+    for grad in grads:
+        grad.copy_(flat[offset : offset + grad.numel()].view_as(grad))
+        offset += grad.numel()
+    return flat[offset:]

@@ -1,0 +1,79 @@
+"""What a user can get wrong, or meet, and the exit code that says which.
+
+Every such failure is one or more `Problem`s (`where: what was found; what to do`), listed all at once and never
+with a traceback. Any other exception is a bug of ours: exit code 1, with its traceback.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong: where it is, what was found there and what to do about it."""
+
+    where: str
+    what: str
+    todo: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.what}" + (f"; {self.todo}" if self.todo else "")
+
+
+class ZImageTrainError(Exception):
+    """A failure that a user can act on; carries every problem that was found."""
+
+    exit_code = 1
+
+    def __init__(self, *problems: Problem) -> None:
+        super().__init__("\n".join(str(problem) for problem in problems))
+        self.problems = problems
+
+
+class ConfigError(ZImageTrainError):
+    exit_code = 2
+
+
+class DataError(ZImageTrainError):
+    exit_code = 3
+
+
+class WeightsError(ZImageTrainError):
+    """Model weights, LoRA files or checkpoints that are missing, damaged or of another kind."""
+
+    exit_code = 4
+
+
+class DivergedError(ZImageTrainError):
+    exit_code = 5
+
+
+class FolderInUseError(ZImageTrainError):
+    exit_code = 6
+
+
+class DiskError(ZImageTrainError):
+    exit_code = 7
+
+
+class Stopped(ZImageTrainError):
+    """The run was asked to stop by a signal and did so in good order."""
+
+    def __init__(self, signal_number: int, problem: Problem) -> None:
+        super().__init__(problem)
+        self.exit_code = 128 + signal_number
+
+
+class SeveralErrors(ZImageTrainError):
+    """Failures of several kinds found together; the exit code is the lowest that applies."""
+
+    def __init__(self, errors: list[ZImageTrainError]) -> None:
+        super().__init__(*(problem for error in errors for problem in error.problems))
+        self.exit_code = min(error.exit_code for error in errors)
+
+
+def raise_all(errors: Iterable[ZImageTrainError]) -> None:
+    """Raise everything collected in `errors` as one error; do nothing when there is none."""
+    found = [error for error in errors if error.problems]
+    if found:
+        raise found[0] if len(found) == 1 else SeveralErrors(found)

@@ -1,0 +1,231 @@
+"""The only module that renames, fsyncs, locks or removes: nothing it writes is ever seen half done."""
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+import socket
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import IO, NamedTuple
+
+from zimage_train.errors import DiskError, FolderInUseError, Problem
+
+try:
+    import fcntl
+except ImportError:  # Windows has no flock; the lease file below takes its place
+    fcntl = None
+
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+LEASE_SECONDS = 120
+
+
+class Entry(NamedTuple):
+    """One tensor as bytes: safetensors' name of its dtype, its shape, its contiguous little-endian data."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    data: bytes | memoryview
+
+
+DTYPE_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write that takes the place of `path` by one rename at the end of the block.
+
+    A reader, or a crash, sees the old file or the new one.
+
+    Raises:
+        DiskError: the disk is full, read-only or failing; the old file is still there.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        if isinstance(error, OSError):
+            raise _disk_error(path, error) from error
+        raise
+
+
+def write(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
+    """Write `chunks` to `path`, whole or not at all.
+
+    Raises:
+        DiskError: as `replacing`.
+    """
+    with replacing(path) as file:
+        for chunk in chunks:
+            file.write(chunk)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` as UTF-8, whole or not at all."""
+    write(path, [text.encode()])
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write `value` as indented JSON, whole or not at all."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_safetensors(path: Path, entries: Mapping[str, Entry], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file whose bytes depend on its content only.
+
+    The safetensors library writes metadata keys in random order; here every key is sorted. Tensors are ordered by
+    falling item size, so that each one is aligned, then by name.
+    """
+    order = sorted(entries, key=lambda name: (-DTYPE_BYTES[entries[name].dtype], name))
+    header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    offset = 0
+    for name in order:
+        dtype, shape, data = entries[name]
+        size = memoryview(data).nbytes
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + size]}
+        offset += size
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    write(path, [len(text).to_bytes(8, "little"), text, *(entries[name].data for name in order)])
+
+
+def append_line(file: IO[str], line: str) -> None:
+    """Append one whole line to an open log; a log that cannot be written must not stop a run."""
+    with contextlib.suppress(OSError):
+        file.write(line + "\n")
+        file.flush()
+
+
+def sync(file: IO[str]) -> None:
+    """Make what was written to `file` survive a power cut."""
+    with contextlib.suppress(OSError):
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def remove(path: Path) -> bool:
+    """Remove a file; return whether it is gone. A failure to remove is never worth a run."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError:
+        return False
+    return True
+
+
+def set_aside(path: Path, suffix: str) -> Path:
+    """Rename `path` to a free name that ends in `suffix` and return that name; nothing is ever deleted."""
+    target = path.with_name(path.name + suffix)
+    number = 1
+    while target.exists():
+        number += 1
+        target = path.with_name(f"{path.name}{suffix}-{number}")
+    os.replace(path, target)
+    return target
+
+
+def clear_debris(folder: Path) -> None:
+    """Remove the temporary files that a killed process left in `folder`."""
+    for leftover in folder.glob(".*.tmp"):
+        remove(leftover)
+
+
+def require_space(folder: Path, needed_bytes: int, what: str) -> None:
+    """Refuse to start what cannot be written.
+
+    Raises:
+        DiskError: less than `needed_bytes` are free where `folder` is, or will be.
+    """
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed_bytes:
+        raise DiskError(
+            Problem(
+                str(folder),
+                f"{free / 1e9:.2f} GB free, {what} need {needed_bytes / 1e9:.2f} GB",
+                "free some space, lower save.keep, or set output and cache.folder to another disk",
+            )
+        )
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold `folder` for this process alone.
+
+    The kernel frees a flock when its holder dies, however it dies. Where flock is missing (Windows, some network
+    volumes) the lock file is a lease: it counts as held while its holder lives on this host, or, for another host,
+    for two minutes after it was last written.
+
+    Raises:
+        FolderInUseError: another process holds the folder; names it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "run.lock"
+    with open(path, "a+", encoding="utf-8") as file:
+        if not _take(file, path):
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            raise FolderInUseError(
+                Problem(str(folder), f"in use by {holder}", "wait for that run, stop it, or choose another name")
+            )
+        file.seek(0)
+        file.truncate()
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        try:
+            yield
+        finally:
+            file.seek(0)
+            file.truncate()
+
+
+def _take(file: IO[str], path: Path) -> bool:
+    if fcntl is not None:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            return False
+        except OSError:
+            pass  # a file system without flock
+    file.seek(0)
+    words = file.read().split()
+    if len(words) != 4:
+        return True
+    if words[3] == socket.gethostname():
+        return not _is_alive(int(words[1]))
+    return time.time() - path.stat().st_mtime > LEASE_SECONDS
+
+
+def _is_alive(process_id: int) -> bool:
+    try:
+        os.kill(process_id, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _disk_error(path: Path, error: OSError) -> DiskError:
+    what = "the disk is full" if error.errno in FULL_DISK else (error.strerror or str(error))
+    todo = "free some space" if error.errno in FULL_DISK else "check the disk and its permissions"
+    return DiskError(Problem(str(path), f"cannot be written ({what})", f"{todo}; the same command continues"))

@@ -1,0 +1,1 @@
+"""LoRA files and modules: names, attachment to the model, export, the training adapter."""

@@ -1,0 +1,134 @@
+"""LoRA modules in the frozen transformer, through peft: fp32 masters, deterministic start, exact counts."""
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from torch import Tensor, nn
+
+from zimage_train.errors import Problem, WeightsError
+from zimage_train.lora.files import Factors, Lora
+from zimage_train.seeding import generator
+
+ADAPTER = "default"
+
+
+@dataclass(frozen=True)
+class Attached:
+    """The trainable factors in a model: `a[module]` (rank, in) and `b[module]` (out, rank), fp32."""
+
+    a: dict[str, nn.Parameter]
+    b: dict[str, nn.Parameter]
+    scale: float
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Every trainable parameter, in one fixed order."""
+        return [parameter for module in self.a for parameter in (self.a[module], self.b[module])]
+
+    def state(self) -> dict[str, Tensor]:
+        """Name -> tensor, as a checkpoint keeps them."""
+        a = {f"lora.{module}.A": parameter.detach() for module, parameter in self.a.items()}
+        return a | {f"lora.{module}.B": parameter.detach() for module, parameter in self.b.items()}
+
+    def load_state(self, state: Mapping[str, Tensor], where: str) -> None:
+        """Copy `state` in.
+
+        Raises:
+            WeightsError: it is of other modules or another rank.
+        """
+        own = self.state()
+        different = sorted(own.keys() ^ state.keys()) or [n for n in own if own[n].shape != state[n].shape]
+        if different:
+            found = list(state[different[0]].shape) if different[0] in state else "nothing"
+            expected = list(own[different[0]].shape) if different[0] in own else "nothing"
+            what = f"{different[0]} is {found} there and {expected} in this run"
+            raise WeightsError(Problem(where, what, "use the rank and targets that it was made with"))
+        with torch.no_grad():
+            for name, tensor in own.items():
+                tensor.copy_(state[name])
+
+    def factors(self) -> Lora:
+        """The current LoRA, sharing memory with the model."""
+        return {module: Factors(self.a[module].detach(), self.b[module].detach(), self.scale) for module in self.a}
+
+
+def attach(model: nn.Module, modules: list[str], rank: int, alpha: float | None, dropout: float, seed: int) -> Attached:
+    """Put a fresh LoRA on `modules`: A uniform in +-1/sqrt(in) (peft's own law), B zero, both fp32.
+
+    The start depends on (seed, module name) only, not on what else was drawn.
+
+    Raises:
+        WeightsError: peft attached to other modules than asked for.
+    """
+    scale = 1.0 if alpha is None else alpha / rank
+    attached = _inject(model, dict.fromkeys(modules, rank), scale, dropout)
+    with torch.no_grad():
+        for module, a in attached.a.items():
+            bound = 1.0 / math.sqrt(a.shape[1])
+            a.copy_((torch.rand(a.shape, generator=generator(seed, "lora", module)) * 2.0 - 1.0) * bound)
+            attached.b[module].zero_()
+    return attached
+
+
+def attach_fixed(model: nn.Module, lora: Lora) -> Attached:
+    """Put finished LoRA factors on the model, for sampling."""
+    attached = _inject(model, {module: factors.rank for module, factors in lora.items()}, 1.0, 0.0)
+    with torch.no_grad():
+        for module, factors in lora.items():
+            attached.a[module].copy_(factors.a)
+            attached.b[module].copy_(factors.b.float() * factors.scale)
+    return attached
+
+
+def stack(loras: list[tuple[Lora, float]]) -> Lora:
+    """Several weighted LoRAs as one, exactly: A = cat(A_i), B = cat(w_i scale_i B_i)."""
+    modules = dict.fromkeys(module for lora, _ in loras for module in lora)
+    stacked: Lora = {}
+    for module in modules:
+        parts = [(lora[module], weight) for lora, weight in loras if module in lora and weight != 0]
+        if parts:
+            a = torch.cat([factors.a.float() for factors, _ in parts], dim=0)
+            b = torch.cat([factors.b.float() * (factors.scale * weight) for factors, weight in parts], dim=1)
+            stacked[module] = Factors(a, b, 1.0)
+    return stacked
+
+
+def base_weight(model: nn.Module, name: str) -> nn.Parameter:
+    """The frozen parameter `name`, also where a LoRA now surrounds its module."""
+    owner, _, leaf = name.rpartition(".")
+    module = model.get_submodule(owner)
+    return getattr(getattr(module, "base_layer", module), leaf)
+
+
+def _inject(model: nn.Module, ranks: dict[str, int], scale: float, dropout: float) -> Attached:
+    default = max(set(ranks.values()), key=list(ranks.values()).count)
+    others = {re.escape(module): rank for module, rank in ranks.items() if rank != default}
+    config = LoraConfig(
+        r=default,
+        lora_alpha=default,
+        rank_pattern=others,
+        alpha_pattern=others,
+        target_modules=list(ranks),
+        lora_dropout=dropout,
+        init_lora_weights=False,
+    )
+    inject_adapter_in_model(config, model, ADAPTER)
+    found = {name: module for name, module in model.named_modules() if hasattr(module, "lora_A")}
+    if found.keys() != ranks.keys():
+        different = sorted(found.keys() ^ ranks.keys())
+        raise WeightsError(
+            Problem(different[0], "peft attached a LoRA where none was asked for, or none where one was")
+        )
+    a, b = {}, {}
+    for name in ranks:
+        layer = found[name]
+        device = layer.get_base_layer().weight.device
+        for part, store in (("lora_A", a), ("lora_B", b)):
+            linear = getattr(layer, part)[ADAPTER].to(device=device, dtype=torch.float32)
+            linear.weight.requires_grad_(True)
+            store[name] = linear.weight
+        layer.scaling[ADAPTER] = scale
+    return Attached(a, b, scale)

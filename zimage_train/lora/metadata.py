@@ -1,0 +1,40 @@
+"""What an exported LoRA says about itself: facts of its content, and no time, host or path (torch-free)."""
+
+from pathlib import Path
+
+from zimage_train.config.schema import Config
+from zimage_train.model.variants import VARIANTS
+
+
+def describe(config: Config, adapter_digest: str | None) -> dict[str, str]:
+    """The header of an exported LoRA: modelspec's keys, the keys that kohya's tools read, and our own.
+
+    Reference: https://github.com/Stability-AI/ModelSpec
+    """
+    triggers = list(dict.fromkeys(entry.trigger for entry in config.data if entry.trigger))
+    rank = str(config.lora.rank)
+    metadata = {
+        "format": "pt",
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": "Z-Image/lora",
+        "modelspec.implementation": "https://github.com/Tongyi-MAI/Z-Image",
+        "modelspec.title": config.name,
+        "modelspec.prediction_type": "flow",
+        "ss_base_model_version": "zimage",
+        "ss_output_name": config.name,
+        "ss_network_dim": rank,
+        "ss_network_alpha": rank,  # the scale is folded into B
+        "zimage_train.variant": config.model.variant,
+        "zimage_train.base_model": VARIANTS[config.model.variant].transformer,
+        "zimage_train.adapter": _adapter_name(config),
+    }
+    if triggers:
+        metadata["modelspec.trigger_phrase"] = ", ".join(triggers)
+    if adapter_digest is not None:
+        metadata["zimage_train.adapter_sha256"] = adapter_digest
+        metadata["zimage_train.adapter_strength"] = repr(config.model.adapter_strength)
+    return metadata
+
+
+def _adapter_name(config: Config) -> str:
+    return "none" if config.model.adapter is None else Path(config.model.adapter).name

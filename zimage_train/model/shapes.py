@@ -1,0 +1,173 @@
+"""What a Z-Image transformer of a given configuration consists of: names and shapes, without building it.
+
+Torch-free, so that `check` can compare a file with it in a moment; a test compares it with the real class.
+"""
+
+import re
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from zimage_train.errors import Problem, WeightsError
+
+ADALN_DIM = 256
+T_EMBEDDER_DIM = 1024
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class TransformerShape:
+    """The part of the transformer's configuration that decides its graph; defaults are the 6 B model's."""
+
+    dim: int = 3840
+    n_layers: int = 30
+    n_refiner_layers: int = 2
+    n_heads: int = 30
+    n_kv_heads: int = 30
+    in_channels: int = 16
+    cap_feat_dim: int = 2560
+    norm_eps: float = 1e-5
+    qk_norm: bool = True
+    rope_theta: float = 256.0
+    t_scale: float = 1000.0
+    axes_dims: Shape = (32, 48, 48)
+    axes_lens: Shape = (1536, 512, 512)
+    all_patch_size: Shape = (2,)
+    all_f_patch_size: Shape = (1,)
+
+    @property
+    def ffn_dim(self) -> int:
+        return int(self.dim / 3 * 8)
+
+    def config(self) -> dict[str, Any]:
+        """The keyword arguments of `ZImageTransformer2DModel`."""
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+
+    @cached_property
+    def parameters(self) -> dict[str, Shape]:
+        """Every parameter's name and shape."""
+        patch = self.in_channels * self.all_patch_size[0] ** 2 * self.all_f_patch_size[0]
+        adaln = min(self.dim, ADALN_DIM)
+        size = f"{self.all_patch_size[0]}-{self.all_f_patch_size[0]}"
+        shapes: dict[str, Shape] = {
+            "x_pad_token": (1, self.dim),
+            "cap_pad_token": (1, self.dim),
+            **_linear(f"all_x_embedder.{size}", patch, self.dim),
+            **_linear(f"all_final_layer.{size}.linear", self.dim, patch),
+            **_linear(f"all_final_layer.{size}.adaLN_modulation.1", adaln, self.dim),
+            **_linear("t_embedder.mlp.0", ADALN_DIM, T_EMBEDDER_DIM),
+            **_linear("t_embedder.mlp.2", T_EMBEDDER_DIM, adaln),
+            "cap_embedder.0.weight": (self.cap_feat_dim,),
+            **_linear("cap_embedder.1", self.cap_feat_dim, self.dim),
+        }
+        for group, count in (("noise_refiner", self.n_refiner_layers), ("layers", self.n_layers)):
+            for index in range(count):
+                shapes |= self._block(f"{group}.{index}")
+                shapes |= _linear(f"{group}.{index}.adaLN_modulation.0", adaln, 4 * self.dim)
+        for index in range(self.n_refiner_layers):
+            shapes |= self._block(f"context_refiner.{index}")
+        return shapes
+
+    @cached_property
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """Every linear module's name and (out, in)."""
+        return {
+            name.removesuffix(".weight"): (shape[0], shape[1])
+            for name, shape in self.parameters.items()
+            if name.endswith(".weight") and len(shape) == 2
+        }
+
+    def _block(self, prefix: str) -> dict[str, Shape]:
+        head = self.dim // self.n_heads
+        names = {f"attention.{part}.weight": (self.dim, self.dim) for part in ("to_q", "to_k", "to_v", "to_out.0")}
+        names |= {"attention.norm_q.weight": (head,), "attention.norm_k.weight": (head,)} if self.qk_norm else {}
+        names |= {f"feed_forward.{part}.weight": (self.ffn_dim, self.dim) for part in ("w1", "w3")}
+        names |= {"feed_forward.w2.weight": (self.dim, self.ffn_dim)}
+        names |= {f"{n}.weight": (self.dim,) for n in ("attention_norm1", "attention_norm2", "ffn_norm1", "ffn_norm2")}
+        return {f"{prefix}.{name}": shape for name, shape in names.items()}
+
+
+def from_config(path: Path, config: dict[str, Any]) -> TransformerShape:
+    """The shape that a diffusers `config.json` describes; keys that are missing are the 6 B model's.
+
+    Raises:
+        WeightsError: the config is of another class, or asks for something this trainer does not do.
+    """
+    kind = config.get("_class_name", "ZImageTransformer2DModel")
+    if kind != "ZImageTransformer2DModel":
+        raise WeightsError(Problem(str(path), f"is a {kind}, not a Z-Image transformer", "check model.path"))
+    if config.get("siglip_feat_dim") is not None:
+        raise WeightsError(Problem(str(path), "is Z-Image Omni, which is not supported", "use Turbo, De-Turbo or Base"))
+    known = {
+        key: tuple(v) if isinstance(v, list) else v for key, v in config.items() if key in asdict(TransformerShape())
+    }
+    try:
+        shape = TransformerShape(**known)
+        if shape.dim // shape.n_heads != sum(shape.axes_dims):
+            raise ValueError(f"dim {shape.dim} / n_heads {shape.n_heads} is not the sum of axes_dims {shape.axes_dims}")
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        raise WeightsError(Problem(str(path), f"is not a valid config ({error})", "get the file again")) from None
+    return shape
+
+
+def from_tensors(shapes: dict[str, Shape]) -> TransformerShape:
+    """The shape of a single file, which carries no config: the sizes are read from its tensors.
+
+    All published Z-Image checkpoints share every other setting; positions take 1/4, 3/8 and 3/8 of a head.
+    """
+
+    def count(group: str) -> int:
+        found = [re.match(rf"{group}\.(\d+)\.", name) for name in shapes]
+        return 1 + max((int(match[1]) for match in found if match), default=-1)
+
+    base = TransformerShape()
+    dim = shapes.get("cap_embedder.1.weight", (base.dim,))[0]
+    head = shapes.get("layers.0.attention.norm_q.weight", (sum(base.axes_dims),))[0]
+    heads = max(dim // head, 1)
+    axes = tuple(axis * head // sum(base.axes_dims) for axis in base.axes_dims)
+    return replace(
+        base,
+        dim=dim,
+        n_layers=count("layers"),
+        n_refiner_layers=count("noise_refiner"),
+        n_heads=heads,
+        n_kv_heads=heads,
+        cap_feat_dim=shapes.get("cap_embedder.0.weight", (base.cap_feat_dim,))[0],
+        axes_dims=axes,
+    )
+
+
+def compare(where: str, found: dict[str, Shape], expected: dict[str, Shape], what: str) -> None:
+    """Require that `found` has exactly the tensors of `expected`.
+
+    Raises:
+        WeightsError: names what is missing, left over or of another shape, up to three of each.
+    """
+    missing = sorted(expected.keys() - found.keys())
+    extra = sorted(found.keys() - expected.keys())
+    other = sorted(name for name in found.keys() & expected.keys() if found[name] != expected[name])
+    problems = []
+    if missing:
+        problems.append(
+            Problem(where, f"{len(missing)} tensors of {what} are missing: {_some(missing)}", "get it again")
+        )
+    if extra:
+        problems.append(
+            Problem(where, f"{len(extra)} tensors are not of {what}: {_some(extra)}", "is it the right file?")
+        )
+    if other:
+        shown = [f"{name} is {list(found[name])}, expected {list(expected[name])}" for name in other]
+        problems.append(
+            Problem(where, f"{len(other)} tensors have another shape: {_some(shown)}", "is it the right file?")
+        )
+    if problems:
+        raise WeightsError(*problems)
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+def _linear(name: str, inputs: int, outputs: int) -> dict[str, Shape]:
+    return {f"{name}.weight": (outputs, inputs), f"{name}.bias": (outputs,)}

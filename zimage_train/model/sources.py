@@ -1,0 +1,207 @@
+"""Where the parts of a model are: a hub id, a diffusers folder or a single file becomes paths on this machine.
+
+Local paths never touch the network. Nothing is ever loaded by pickle, and no code that a repository holds is run.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from zimage_train.config.schema import Model
+from zimage_train.errors import Problem, WeightsError
+from zimage_train.model import shapes
+from zimage_train.model.headers import TensorInfo, read_header, read_json, read_sharded
+from zimage_train.model.shapes import TransformerShape
+from zimage_train.model.variants import ADAPTERS, VARIANTS
+
+TRANSFORMER_STEM = "diffusion_pytorch_model"
+EXTRAS = ("text_encoder", "tokenizer", "vae")
+
+
+class NotDownloaded(WeightsError):
+    """Everything named exists as far as is known, but some of it is not on this machine yet."""
+
+
+Fetch = Callable[[str, str | None, list[str]], Path]
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Paths of everything a run reads."""
+
+    transformer: Path
+    """A folder with config.json and weights, or a single .safetensors."""
+    extras: Path
+    """A folder with text_encoder, tokenizer and vae."""
+    adapter: Path | None
+
+
+def locate(model: Model, fetch: Fetch | None = None) -> Sources:
+    """Find every part that `model` names, downloading from the hub what is not here yet.
+
+    `fetch(repository, revision, patterns)` returns the local folder of a hub repository.
+
+    Raises:
+        WeightsError: lists every part that cannot be found.
+    """
+    fetch = fetch or download
+    variant = VARIANTS[model.variant]
+    errors: list[WeightsError] = []
+
+    def attempt(find: Callable[[], Path]) -> Path:
+        try:
+            return find()
+        except WeightsError as error:
+            errors.append(error)
+            return Path()
+
+    def find_transformer() -> Path:
+        return _transformer(model.path or variant.transformer, "model.path", fetch)
+
+    def find_extras() -> Path:
+        own = transformer.parent if transformer.is_dir() else None
+        if model.extras is None and own is not None and all((own / part).is_dir() for part in EXTRAS):
+            return own
+        return _extras(model.extras or variant.extras, fetch)
+
+    transformer = attempt(find_transformer)
+    extras = attempt(find_extras) if transformer != Path() or model.extras else Path()
+    adapter = None
+    if model.adapter is not None:
+        name = ADAPTERS.get(model.adapter, model.adapter)
+        adapter = attempt(lambda: _file(name, "model.adapter", fetch))
+    wrong = [error for error in errors if not isinstance(error, NotDownloaded)] or errors
+    if wrong:
+        kind = NotDownloaded if isinstance(wrong[0], NotDownloaded) else WeightsError
+        raise kind(*(problem for error in wrong for problem in error.problems))
+    return Sources(transformer, extras, adapter)
+
+
+def transformer_tensors(path: Path) -> tuple[TransformerShape, dict[str, TensorInfo]]:
+    """The transformer's shape and its tensors under diffusers' names, from headers alone.
+
+    A fused `attention.qkv` of the ComfyUI layout appears as three names with the shape of a third each.
+
+    Raises:
+        WeightsError: unreadable, or not exactly the tensors of a Z-Image transformer.
+    """
+    if path.is_dir():
+        raw = read_sharded(path, TRANSFORMER_STEM)
+        config_path = path / "config.json"
+        shape = shapes.from_config(config_path, read_json(config_path))
+        tensors = raw
+    else:
+        raw = read_header(path).tensors
+        tensors = {}
+        for name, info in raw.items():
+            for new_name, _ in native_names(name):
+                third = (info.shape[0] // 3, *info.shape[1:]) if "attention.qkv" in name else info.shape
+                tensors[new_name] = TensorInfo(info.file, info.dtype, third)
+        shape = shapes.from_tensors({name: info.shape for name, info in tensors.items()})
+    found = {name: info.shape for name, info in tensors.items()}
+    shapes.compare(str(path), found, shape.parameters, "a Z-Image transformer")
+    return shape, tensors
+
+
+def native_names(name: str) -> list[tuple[str, int | None]]:
+    """diffusers' name(s) of a tensor in a single file, each with the third of a fused tensor that it is.
+
+    Takes the ComfyUI layout (fused `attention.qkv`, `x_embedder`, ...), with or without a
+    `model.diffusion_model.` prefix, and diffusers' own. Source: diffusers' single-file conversion for Z-Image.
+    """
+    for prefix in ("model.diffusion_model.", "diffusion_model."):
+        name = name.removeprefix(prefix)
+    if name == "norm_final.weight":  # an unused leftover in some native files
+        return []
+    if ".attention.qkv." in name:
+        return [(name.replace(".qkv.", f".{part}."), index) for index, part in enumerate(("to_q", "to_k", "to_v"))]
+    for old, new in ((".attention.out.", ".attention.to_out.0."), (".q_norm.", ".norm_q."), (".k_norm.", ".norm_k.")):
+        name = name.replace(old, new)
+    for native in ("x_embedder.", "final_layer."):
+        if name.startswith(native):
+            name = f"all_{native.removesuffix('.')}.2-1.{name.removeprefix(native)}"
+    return [(name, None)]
+
+
+def _transformer(name: str, where: str, fetch: Fetch) -> Path:
+    path = Path(name)
+    if path.is_dir():
+        for folder in (path / "transformer", path):
+            if (folder / "config.json").exists():
+                return folder
+        raise WeightsError(Problem(f"{where}: {name}", "holds no transformer/config.json", "give a diffusers folder"))
+    if path.is_file():
+        return path
+    if name.endswith(".safetensors"):
+        return _file(name, where, fetch)
+    repository, revision = _hub_id(name, where)
+    folder = fetch(repository, revision, ["transformer/*", "model_index.json"])
+    return _transformer(str(folder), f"{where}: {name}", fetch)
+
+
+def _extras(name: str, fetch: Fetch) -> Path:
+    path = Path(name)
+    if not path.exists():
+        repository, revision = _hub_id(name, "model.extras")
+        path = fetch(repository, revision, [f"{part}/*" for part in EXTRAS])
+    missing = [part for part in EXTRAS if not (path / part).is_dir()]
+    if missing:
+        what = f"{name} has no {', '.join(missing)}"
+        raise WeightsError(Problem("model.extras", what, "give a diffusers folder or hub id that has them"))
+    return path
+
+
+def _file(name: str, where: str, fetch: Fetch) -> Path:
+    path = Path(name)
+    if path.is_file():
+        return path
+    parts = name.split("/")
+    if path.is_absolute() or len(parts) < 3 or name.startswith("."):
+        what = "is a folder, not a file" if path.exists() else "does not exist"
+        raise WeightsError(Problem(f"{where}: {name}", what, "give a file that is there, or org/repo/file on the hub"))
+    repository, revision = _hub_id("/".join(parts[:2]), where)
+    found = fetch(repository, revision, ["/".join(parts[2:])]) / "/".join(parts[2:])
+    if not found.is_file():
+        raise WeightsError(Problem(f"{where}: {name}", f"{repository} has no such file", "check the name"))
+    return found
+
+
+def _hub_id(name: str, where: str) -> tuple[str, str | None]:
+    repository, _, revision = name.partition("@")
+    parts = repository.split("/")
+    if len(parts) != 2 or not all(parts) or repository.startswith((".", "~")):
+        todo = "give a folder or .safetensors that is there, or a hub id such as Tongyi-MAI/Z-Image-Turbo"
+        raise WeightsError(Problem(f"{where}: {name}", "is neither a path that exists nor a hub id", todo))
+    return repository, revision or None
+
+
+def download(repository: str, revision: str | None, patterns: list[str]) -> Path:
+    """The local snapshot of a hub repository, completed if need be; honours HF_HOME, HF_ENDPOINT, HF_HUB_OFFLINE.
+
+    Raises:
+        WeightsError: the hub cannot be reached, or has no such repository.
+    """
+    return _snapshot(repository, revision, patterns, local_only=False)
+
+
+def cached_only(repository: str, revision: str | None, patterns: list[str]) -> Path:
+    """Like `download`, from what is on this machine already.
+
+    Raises:
+        WeightsError: it is not here.
+    """
+    return _snapshot(repository, revision, patterns, local_only=True)
+
+
+def _snapshot(repository: str, revision: str | None, patterns: list[str], local_only: bool) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = snapshot_download(repository, revision=revision, allow_patterns=patterns, local_files_only=local_only)
+    except Exception as error:  # the hub raises a dozen kinds, from four libraries
+        name = f"{repository}@{revision}" if revision else repository
+        lines = str(error).strip().splitlines()
+        what = "is not on this machine" if local_only else f"cannot be downloaded ({lines[0] if lines else error!r})"
+        todo = "check the name and the connection, or give a local path in model.path"
+        raise (NotDownloaded if local_only else WeightsError)(Problem(name, what, todo)) from None
+    return Path(folder)

@@ -1,0 +1,80 @@
+"""Prompts to embeddings, exactly as the Z-Image pipeline does it, without what it does not use.
+
+The embeddings are `hidden_states[-2]` of Qwen3: the output of its last layer but one. So the last layer, the final
+norm and the head are never loaded. Encoding at true length equals encoding padded to 512 tokens.
+"""
+
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, Qwen3Config, Qwen3Model
+
+from zimage_train.errors import Problem, WeightsError
+from zimage_train.model.headers import read_json, read_sharded
+from zimage_train.model.weights import fill, stream
+
+MAX_TOKENS = 512
+
+
+class TextEncoder:
+    """Qwen3 without its last layer, its norm and its head, and the tokenizer that belongs to it."""
+
+    def __init__(self, model: Qwen3Model, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+
+    def tokens(self, prompt: str) -> list[int]:
+        """Token ids of the templated prompt: the empty prompt is a templated empty message."""
+        text = self.tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True, enable_thinking=True
+        )
+        return self.tokenizer(text, truncation=True, max_length=MAX_TOKENS)["input_ids"]
+
+    @torch.no_grad()
+    def encode(self, prompt: str) -> Tensor:
+        """The embeddings (tokens, features) of one prompt, at its true length, in the encoder's dtype."""
+        ids = torch.tensor([self.tokens(prompt)], device=self.model.device)
+        return self.model(input_ids=ids, use_cache=False).last_hidden_state[0]
+
+
+def load(extras: Path, device: torch.device, dtype: torch.dtype) -> TextEncoder:
+    """Load the text encoder and tokenizer of a diffusers folder.
+
+    Raises:
+        WeightsError: not a Qwen3, or not exactly its tensors.
+    """
+    folder = extras / "text_encoder"
+    config_path = folder / "config.json"
+    kind = read_json(config_path).get("model_type")
+    if kind != "qwen3":
+        raise WeightsError(Problem(str(config_path), f"is a {kind}, not a Qwen3", "check model.extras"))
+    config = Qwen3Config.from_pretrained(folder, local_files_only=True)
+    last = config.num_hidden_layers - 1
+    config.num_hidden_layers = last
+    config.layer_types = config.layer_types[:last] if config.layer_types else None
+    with init_empty_weights():
+        model = Qwen3Model(config)
+    model.norm = nn.Identity()
+    tensors = {name: info for name, info in read_sharded(folder, "model").items() if _is_used(name, last)}
+    named = ((name.removeprefix("model."), tensor) for name, tensor in stream(tensors))
+    fill(model, named, str(folder), device, dtype)
+    model.rotary_emb.to(device)
+    return TextEncoder(model.eval(), _tokenizer(extras / "tokenizer"))
+
+
+def _is_used(name: str, last: int) -> bool:
+    return not name.removeprefix("model.").startswith((f"layers.{last}.", "norm.", "lm_head."))
+
+
+def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    if not (folder / "tokenizer.json").exists():
+        raise WeightsError(Problem(str(folder), "has no tokenizer.json", "get the folder again"))
+    try:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # tokenizers raises bare Exception for a damaged file
+        raise WeightsError(Problem(str(folder), f"cannot be read ({error})", "get the folder again")) from None
+    if not tokenizer.chat_template:
+        raise WeightsError(Problem(str(folder), "has no chat template", "get the folder again"))
+    return tokenizer

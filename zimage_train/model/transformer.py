@@ -1,0 +1,52 @@
+"""The frozen S3-DiT: an empty one to fill, and the one function that calls it."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from diffusers import ZImageTransformer2DModel
+from torch import Tensor
+
+from zimage_train.model.shapes import TransformerShape
+from zimage_train.model.sources import transformer_tensors
+from zimage_train.model.weights import stream, stream_native
+
+SEQUENCE_MULTIPLE = 32
+"""The model pads captions and pictures to multiples of this many tokens with learned tokens that attend."""
+
+
+def empty(shape: TransformerShape) -> ZImageTransformer2DModel:
+    """A transformer of `shape` whose parameters have no storage yet."""
+    with init_empty_weights():
+        model = ZImageTransformer2DModel(**shape.config())
+    return model.requires_grad_(False)
+
+
+def read(path: Path) -> tuple[TransformerShape, Iterator[tuple[str, Tensor]]]:
+    """The shape of the transformer at `path`, and its tensors as a stream under diffusers' names.
+
+    Raises:
+        WeightsError: not exactly the tensors of a Z-Image transformer.
+    """
+    shape, tensors = transformer_tensors(path)
+    return shape, stream(tensors) if path.is_dir() else stream_native(path)
+
+
+def read_some(path: Path, names: set[str]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors called `names` (diffusers' names) of the transformer at `path`, from its mapped files."""
+    if path.is_dir():
+        tensors = transformer_tensors(path)[1]
+        return stream({name: info for name, info in tensors.items() if name in names})
+    return ((name, tensor) for name, tensor in stream_native(path) if name in names)
+
+
+def velocity(model: ZImageTransformer2DModel, latents: Tensor, sigma: Tensor, prompt_embeds: list[Tensor]) -> Tensor:
+    """Predict the velocity `noise - x0` of `latents` (b, 16, h, w) at `sigma` (b,), in fp32.
+
+    The one place that knows the model's own conventions: a list of (16, 1, h, w), time `t = 1 - sigma` in fp32
+    (in bf16 it would be off by up to two of a thousand steps), and an output of opposite sign.
+    """
+    t = 1.0 - sigma.to(latents.device, torch.float32)
+    output = model(list(latents.to(model.dtype).unsqueeze(2)), t, prompt_embeds, return_dict=False)[0]
+    return -torch.stack([one.float() for one in output]).squeeze(2)

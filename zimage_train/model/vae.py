@@ -1,0 +1,59 @@
+"""Pictures to latents and back: the posterior's mean, shifted and scaled as the VAE's config says."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import init_empty_weights
+from diffusers import AutoencoderKL
+from PIL import Image
+from torch import Tensor
+
+from zimage_train.errors import Problem, WeightsError
+from zimage_train.model.headers import read_json, read_sharded
+from zimage_train.model.weights import fill, stream
+
+LATENT_CHANNELS = 16
+LATENT_STRIDE = 8
+"""Pixels per latent."""
+
+
+def load(extras: Path, device: torch.device, dtype: torch.dtype) -> AutoencoderKL:
+    """Load the VAE of a diffusers folder.
+
+    Raises:
+        WeightsError: not an AutoencoderKL of 16 channels and stride 8, or not exactly its tensors.
+    """
+    folder = extras / "vae"
+    config = read_json(folder / "config.json")
+    kind = config.get("_class_name")
+    stride = 2 ** (len(config.get("block_out_channels", [])) - 1)
+    if kind != "AutoencoderKL" or config.get("latent_channels") != LATENT_CHANNELS or stride != LATENT_STRIDE:
+        what = f"is a {kind} with {config.get('latent_channels')} channels and stride {stride}"
+        raise WeightsError(Problem(str(folder), what, "Z-Image needs an AutoencoderKL with 16 channels and stride 8"))
+    with init_empty_weights():
+        vae = AutoencoderKL.from_config(config)
+    fill(vae, stream(read_sharded(folder, "diffusion_pytorch_model")), str(folder), device, dtype)
+    return vae.eval()
+
+
+def to_pixels(image: Image.Image) -> Tensor:
+    """An RGB picture as (3, h, w) in [-1, 1], fp32."""
+    pixels = torch.from_numpy(np.array(image, dtype=np.float32))
+    return pixels.permute(2, 0, 1) / 127.5 - 1.0
+
+
+@torch.no_grad()
+def encode(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
+    """Latents (b, 16, h/8, w/8) in fp32 of pixels (b, 3, h, w): (mean - shift) * scale."""
+    mean = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode()
+    return (mean.float() - vae.config.shift_factor) * vae.config.scaling_factor
+
+
+@torch.no_grad()
+def decode(vae: AutoencoderKL, latents: Tensor) -> list[Image.Image]:
+    """Pictures of latents (b, 16, h/8, w/8), rounded as diffusers' image processor does."""
+    scaled = latents.to(vae.device, vae.dtype) / vae.config.scaling_factor + vae.config.shift_factor
+    pixels = (vae.decode(scaled, return_dict=False)[0] * 0.5 + 0.5).clamp(0, 1)
+    arrays = pixels.cpu().permute(0, 2, 3, 1).float().numpy()
+    return [Image.fromarray(array) for array in (arrays * 255).round().astype("uint8")]

@@ -1,0 +1,189 @@
+"""Everything that can be known before a GPU is touched: all problems at once, or all that a run needs (torch-free)."""
+
+import os
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from zimage_train import files, memory
+from zimage_train.config import advice
+from zimage_train.config.schema import Config
+from zimage_train.data import folder
+from zimage_train.data.buckets import crop_percent
+from zimage_train.data.folder import Picture
+from zimage_train.data.plan import Item, items_of, make_plan
+from zimage_train.errors import DataError, WeightsError, ZImageTrainError, raise_all
+from zimage_train.lora import files as lora_files
+from zimage_train.lora import names
+from zimage_train.memory import Estimate
+from zimage_train.model import sources
+from zimage_train.model.shapes import TransformerShape
+from zimage_train.model.sources import Fetch, NotDownloaded, Sources
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The model of a run, as far as headers tell."""
+
+    sources: Sources
+    shape: TransformerShape
+    modules: list[str]
+    """What gets a LoRA."""
+    adapter_modules: int
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A config that holds, with everything it refers to."""
+
+    config: Config
+    pictures: list[list[Picture]]
+    items: list[Item]
+    weights: Weights | None
+    """None: not downloaded yet."""
+    notes: list[str]
+    warnings: list[str]
+
+
+def examine(config: Config, fetch: Fetch | None = None) -> Checked:
+    """Check pictures, captions, weights, adapter and disk.
+
+    Raises:
+        ZImageTrainError: every problem found; the exit code is the lowest that applies.
+    """
+    errors: list[ZImageTrainError] = []
+    notes: list[str] = []
+    scans = [folder.scan(entry, f"data.{index}") for index, entry in enumerate(config.data)]
+    errors += [error for scan in scans for error in scan.errors]
+    notes += [note for scan in scans for note in scan.notes]
+    pictures = [scan.pictures for scan in scans]
+    items: list[Item] = []
+    try:
+        items = items_of(config, pictures)
+    except DataError as error:
+        errors.append(error)
+    weights = None
+    try:
+        weights = _weights(config, fetch)
+    except NotDownloaded as error:
+        notes += [f"{problem.where}: not on this machine yet; train downloads it" for problem in error.problems]
+    except ZImageTrainError as error:
+        errors.append(error)
+    try:
+        files.require_space(Path(config.output), _disk_bytes(config, weights), "checkpoints and exports")
+    except ZImageTrainError as error:
+        errors.append(error)
+    raise_all(errors)
+    return Checked(config, pictures, items, weights, notes, advice.warnings(config, sum(map(len, pictures))))
+
+
+def estimate(checked: Checked, checkpointing: bool, gpu: bool) -> Estimate | None:
+    """The memory of a training step of `checked`."""
+    if checked.weights is None:
+        return None
+    sizes = {item.size for item in checked.items}
+    shape, modules = checked.weights.shape, checked.weights.modules
+    return memory.estimate(checked.config, shape, modules, sizes, checkpointing, gpu)
+
+
+def report(checked: Checked) -> list[str]:
+    """What `check` prints: data, order, modules, memory, notes and warnings."""
+    config = checked.config
+    lines = [f"{config.name}: no problems found", "", *_table(checked)]
+    plan = make_plan(config, checked.items)
+    per_step = config.train.batch_size * config.train.accumulate
+    lines += [
+        "",
+        f"{len(checked.items)} samples an epoch, {plan.steps_per_epoch:.1f} steps an epoch, "
+        f"{config.train.steps} steps of up to {per_step} samples = {config.train.steps / plan.steps_per_epoch:.1f} epochs",
+    ]
+    if checked.weights is not None:
+        weights = checked.weights
+        groups = ", ".join(f"{name} {count}" for name, count in names.count_by_group(weights.modules).items())
+        lines.append(f"LoRA of rank {config.lora.rank} on {len(weights.modules)} modules ({groups})")
+        if weights.sources.adapter is not None:
+            lines.append(f"adapter fits {weights.adapter_modules}/{weights.adapter_modules} modules")
+        lines += ["", *_memory_lines(checked)]
+    lines += [f"note: {note}" for note in checked.notes]
+    lines += [f"warning: {warning}" for warning in checked.warnings]
+    return lines
+
+
+def system_memory_bytes() -> int:
+    """The machine's main memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 16_000_000_000
+
+
+def _weights(config: Config, fetch: Fetch | None) -> Weights:
+    found = sources.locate(config.model, fetch)
+    errors: list[ZImageTrainError] = []
+    shape, _ = sources.transformer_tensors(found.transformer)
+    modules: list[str] = []
+    adapter_modules = 0
+    try:
+        modules = names.select(config.lora.targets, shape.linears)
+    except ZImageTrainError as error:
+        errors.append(error)
+    if found.adapter is not None:
+        try:
+            adapter_modules = lora_files.require_header(found.adapter, shape.linears)
+        except WeightsError as error:
+            errors.append(error)
+    raise_all(errors)
+    return Weights(found, shape, modules, adapter_modules)
+
+
+def _disk_bytes(config: Config, weights: Weights | None) -> int:
+    if weights is None:
+        return 0
+    trained = sum(sum(weights.shape.linears[module]) for module in weights.modules) * config.lora.rank
+    checkpoint = trained * (4 + memory.OPTIMIZER_BYTES[config.optimizer.name])
+    export = trained * memory.DTYPE_BYTES[config.save.dtype]
+    return int(checkpoint * 3 + export * (config.save.keep + 2))
+
+
+def _table(checked: Checked) -> list[str]:
+    by_picture: dict[tuple[int, Path], list[Item]] = {}
+    for item in checked.items:
+        if item.repeat == 0:
+            by_picture.setdefault((item.entry, item.picture.path), []).append(item)
+    lines = []
+    for (_, path), items in by_picture.items():
+        picture = items[0].picture
+        sizes = ", ".join(
+            f"{i.size.width}x{i.size.height} (crop {crop_percent(picture.width, picture.height, i.size):.0f} %)"
+            for i in items
+        )
+        lines.append(f"  {path.name}: {picture.width}x{picture.height} -> {sizes}  {picture.prompt!r}")
+    total = sum(len(found) for found in checked.pictures)
+    return [f"{total} pictures", *lines]
+
+
+def _memory_lines(checked: Checked) -> list[str]:
+    kept, recomputed = estimate(checked, False, True), estimate(checked, True, True)
+    assert kept is not None and recomputed is not None
+    budget = checked.config.memory.budget_gb
+    gpu = _gpu_bytes()
+    limit = budget * 1e9 if not isinstance(budget, str) else gpu
+    setting = checked.config.memory.checkpointing
+    use = setting if isinstance(setting, bool) else (limit is not None and kept.total > limit)
+    lines = ["memory of one training step:", *(f"  {line}" for line in (recomputed if use else kept).lines())]
+    other = kept if use else recomputed
+    lines.append(f"  {'without' if use else 'with'} recomputation it would be {other.total / 1e9:.2f} GB")
+    if limit is None:
+        lines.append("  no NVIDIA GPU found here: the run decides by the card it meets")
+    elif (recomputed if setting == "auto" or setting else kept).total > limit:
+        lines.append(f"  this does not fit {limit / 1e9:.1f} GB: lower data.resolution or lora.rank")
+    return lines
+
+
+def _gpu_bytes() -> float | None:
+    if shutil.which("nvidia-smi") is None:
+        return None
+    command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    try:
+        output = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout
+        return float(output.splitlines()[0]) * 2**20
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
+        return None

@@ -1,0 +1,1 @@
+"""What a run tells: console, metrics, pictures, the report page."""

@@ -1,0 +1,101 @@
+"""What the user sees while a command works: lines, progress, and the same lines in log.txt.
+
+Progress is a live bar on a terminal and an occasional plain line elsewhere. Text is never taken for markup, since
+`[trigger]` is an ordinary word here.
+"""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import IO
+
+from rich.console import Console as RichConsole
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from zimage_train import files
+
+PLAIN_EVERY_SECONDS = 10.0
+
+
+class Console:
+    """Lines and progress for one process; a process that is not the main one says nothing."""
+
+    def __init__(self, is_main: bool = True) -> None:
+        self._rich = RichConsole(markup=False, highlight=False, soft_wrap=True, quiet=not is_main)
+        self._is_main = is_main
+        self._file: IO[str] | None = None
+        self._progress: Progress | None = None
+        self._shown: tuple[str, float] = ("", 0.0)
+
+    def log_to(self, path: Path) -> None:
+        """Also append every line, with its time, to `path`; a log that cannot be opened is only mentioned."""
+        if not self._is_main:
+            return
+        try:
+            self._file = path.open("a", encoding="utf-8")
+        except OSError as error:
+            self.warn(f"{path}: cannot be written ({error.strerror}); going on without a log file")
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def say(self, text: str) -> None:
+        self._rich.print(text)
+        self._record(text)
+
+    def warn(self, text: str) -> None:
+        self._rich.print(f"warning: {text}", style="yellow")
+        self._record(f"warning: {text}")
+
+    def record(self, text: str) -> None:
+        """Write to the log file only."""
+        self._record(text)
+
+    @contextmanager
+    def live(self) -> Iterator[None]:
+        """Show progress as live bars within the block, if this is a terminal."""
+        if not self._rich.is_terminal or not self._is_main:
+            yield
+            return
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}", markup=False),
+        )
+        with Progress(*columns, console=self._rich, transient=True) as progress:
+            self._progress = progress
+            try:
+                yield
+            finally:
+                self._progress = None
+
+    def tick(self, what: str, done: int, total: int, note: str = "") -> None:
+        """Report that `done` of `total` of `what` are done."""
+        if self._progress is not None:
+            self._tick_bar(self._progress, what, done, total, note)
+            return
+        last_what, last_time = self._shown
+        now = time.monotonic()
+        if what != last_what or now - last_time >= PLAIN_EVERY_SECONDS or done == total:
+            self._rich.print(f"{what} {done}/{total} {note}".rstrip())
+            self._shown = (what, now)
+
+    def _tick_bar(self, progress: Progress, what: str, done: int, total: int, note: str) -> None:
+        task = next((task for task in progress.tasks if task.description == what), None)
+        if task is None:
+            progress.add_task(what, total=total, completed=done, note=note)
+        elif done >= total:
+            progress.remove_task(task.id)
+        else:
+            progress.update(task.id, total=total, completed=done, note=note)
+
+    def _record(self, text: str) -> None:
+        if self._file is not None:
+            stamp = datetime.now().astimezone().isoformat(timespec="seconds")
+            files.append_line(self._file, f"{stamp} {text}")

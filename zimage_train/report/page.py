@@ -1,0 +1,104 @@
+"""report.html: one self-contained page that shows what a run did and proves its settings."""
+
+import base64
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, select_autoescape
+from PIL import Image
+
+from zimage_train import files
+from zimage_train.report import metrics, pictures
+
+THUMBNAIL_PX = 320
+CHART_WIDTH, CHART_HEIGHT = 860, 240
+SMOOTHING_POINTS = 400
+
+_environment = Environment(
+    loader=PackageLoader("zimage_train", "report"), autoescape=select_autoescape(default=True), trim_blocks=True
+)
+
+
+def write(
+    path: Path,
+    name: str,
+    facts: Mapping[str, Any],
+    metrics_path: Path,
+    samples: Path,
+    prompts: list[str],
+    config_text: str,
+    warnings: list[str],
+) -> None:
+    """Write the page at `path` from what the run folder holds now."""
+    records = metrics.read(metrics_path)
+    losses = [(record["step"], record["loss"]) for record in records if record.get("loss") is not None]
+    rates = [(record["step"], record["lr"]) for record in records if record.get("lr") is not None]
+    rows = [(step, [_data_uri(image) for image in images]) for step, images in pictures.by_step(samples).items()]
+    page = _environment.get_template("page.html").render(
+        name=name,
+        facts=facts,
+        last=records[-1] if records else None,
+        skipped=sum(record.get("loss") is None for record in records),
+        loss_chart=chart(losses, smooth=True),
+        lr_chart=chart(rates, smooth=False),
+        rows=rows,
+        prompts=prompts,
+        config=config_text,
+        warnings=warnings,
+    )
+    files.write_text(path, page)
+
+
+def chart(points: list[tuple[int, float]], smooth: bool) -> dict[str, Any] | None:
+    """What the template draws as SVG: polylines in chart coordinates, and the labels of the axes."""
+    if len(points) < 2:
+        return None
+    shown = _averaged(points, SMOOTHING_POINTS)
+    first, last = shown[0][0], shown[-1][0]
+    low, high = min(value for _, value in shown), max(value for _, value in shown)
+    high = high if high > low else low + (abs(low) or 1.0)
+
+    def line(values: list[tuple[int, float]]) -> str:
+        width = max(last - first, 1)
+        return " ".join(
+            f"{(step - first) / width * CHART_WIDTH:.1f},{(high - value) / (high - low) * CHART_HEIGHT:.1f}"
+            for step, value in values
+        )
+
+    return {
+        "raw": line(shown),
+        "smooth": line(_running_mean(shown)) if smooth else None,
+        "low": f"{low:.3g}",
+        "high": f"{high:.3g}",
+        "first": first,
+        "last": last,
+    }
+
+
+def _averaged(points: list[tuple[int, float]], most: int) -> list[tuple[int, float]]:
+    size = -(-len(points) // most)
+    groups = [points[start : start + size] for start in range(0, len(points), size)]
+    return [(group[-1][0], sum(value for _, value in group) / len(group)) for group in groups]
+
+
+def _running_mean(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
+    window = max(len(points) // 15, 1)
+    result = []
+    for index, (step, _) in enumerate(points):
+        near = points[max(0, index - window) : index + window + 1]
+        result.append((step, sum(value for _, value in near) / len(near)))
+    return result
+
+
+def _data_uri(path: Path) -> str:
+    with Image.open(path) as image:
+        small = image.convert("RGB")
+        if max(small.size) < THUMBNAIL_PX // 2:
+            factor = THUMBNAIL_PX // max(small.size)
+            small = small.resize((small.width * factor, small.height * factor), Image.Resampling.NEAREST)
+        small.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
+        buffer = io.BytesIO()
+        small.save(buffer, format="JPEG", quality=88)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -1,0 +1,1 @@
+"""Sampling with the true model: previews while training, and the `sample` command."""

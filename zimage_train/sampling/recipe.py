@@ -1,0 +1,54 @@
+"""What a sampled picture is made from, and the seeds and sizes of a config's previews (torch-free)."""
+
+from dataclasses import dataclass
+
+from zimage_train.config.schema import Config
+from zimage_train.model.variants import VARIANTS
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Everything that decides a picture, but the model; `guidance` is g, the usual CFG scale is g + 1."""
+
+    prompt: str
+    negative: str
+    seed: int
+    width: int
+    height: int
+    steps: int
+    guidance: float
+    shift: float
+
+    def describe(self) -> str:
+        """One line for picture metadata and reports, with guidance in both conventions."""
+        return (
+            f"{self.prompt}\nNegative prompt: {self.negative}\nSteps: {self.steps}, Sampler: Euler, "
+            f"guidance g: {self.guidance:g} (CFG {self.guidance + 1:g}), Shift: {self.shift:g}, Seed: {self.seed}, "
+            f"Size: {self.width}x{self.height}"
+        )
+
+
+def previews(config: Config) -> list[Recipe]:
+    """The recipes of the previews: prompt i has seed `sample.seed + i` unless it names its own."""
+    variant, sample = VARIANTS[config.model.variant], config.sample
+    steps = variant.steps if sample.steps == "auto" else sample.steps
+    guidance = variant.guidance if sample.guidance == "auto" else sample.guidance
+    return [
+        Recipe(
+            prompt=prompt.prompt,
+            negative=sample.negative if prompt.negative is None else prompt.negative,
+            seed=sample.seed + index if prompt.seed is None else prompt.seed,
+            width=prompt.width or sample.width,
+            height=prompt.height or sample.height,
+            steps=steps,
+            guidance=guidance,
+            shift=variant.shift,
+        )
+        for index, prompt in enumerate(sample.prompts)
+    ]
+
+
+def prompts_of(recipes: list[Recipe]) -> list[str]:
+    """Every prompt that must be encoded for `recipes`: negatives only where guidance uses them."""
+    texts = {recipe.prompt for recipe in recipes} | {recipe.negative for recipe in recipes if recipe.guidance > 0}
+    return sorted(texts)

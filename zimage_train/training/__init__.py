@@ -1,0 +1,1 @@
+"""Training: the objective, the run folder, the loop."""

@@ -1,0 +1,153 @@
+"""The loop. Everything random in it is a function of the step, so it can be left and entered anywhere."""
+
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+
+from zimage_train import optim
+from zimage_train.data.plan import MicroBatch
+from zimage_train.distributed import add_up
+from zimage_train.errors import DivergedError, Problem
+from zimage_train.report.metrics import Records
+from zimage_train.seeding import number
+from zimage_train.training.objectives import Batch, sft_loss
+from zimage_train.training.publish import after_step, preview, save_checkpoint
+from zimage_train.training.run import Run
+
+MOST_SKIPS_IN_A_ROW = 5
+
+Loaded = tuple[MicroBatch, Batch]
+
+
+def train(run: Run, metrics: Records, events: Records, board: Any) -> None:
+    """Train from `run.start` to the last step.
+
+    Raises:
+        Stopped: a signal came; the step was finished and saved.
+        DivergedError: the loss or the gradient was not finite five times in a row.
+    """
+    config, model, world = run.config, run.frozen.model, run.world
+    parameters = run.attached.parameters()
+    base_lr, last = optim.base_lr(config.optimizer), config.train.steps
+    skipped = 0
+    if run.start == 0 and config.sample.every is not None and config.sample.first and world.is_main:
+        preview(run, 0, events)
+    if run.start > 0:
+        after_step(run, run.start, events, metrics)  # what a crash right after the checkpoint left undone
+    model.train()
+    for step, loaded in prefetch(run):
+        began = time.monotonic()
+        optim.set_lr(run.optimizer, base_lr * optim.lr_factor(config.schedule, step, last))
+        num_samples = sum(len(samples) for samples in run.plan.step(step))
+        loss = torch.zeros((), device=world.device)
+        for index, (samples, batch) in enumerate(loaded):
+            torch.manual_seed(number(config.seed, "dropout", step, index, world.process))
+            share = len(samples) / num_samples
+            result = sft_loss(model, batch.to(world.device, model.dtype), config.guidance.differential)
+            (result.objective * share).backward()
+            loss += result.plain * share
+        wants_stop = float(run.stop.signal_number is not None)
+        numbers = add_up(world, parameters, torch.stack([loss, loss.new_tensor(wants_stop)]))
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        loss_value, stop_votes, norm_value = torch.cat([numbers, norm.reshape(1)]).tolist()  # the one synchronisation
+        is_finite = abs(loss_value) < float("inf") and norm_value < float("inf")
+        if is_finite:
+            if config.train.clip_norm is not None:
+                torch.nn.utils.clip_grads_with_norm_(parameters, config.train.clip_norm, norm)
+            run.optimizer.step()
+        run.optimizer.zero_grad(set_to_none=True)
+        skipped = 0 if is_finite else skipped + 1
+        record = describe(run, step, loaded, loss_value if is_finite else None, norm_value, time.monotonic() - began)
+        report(run, record, metrics, board)
+        if skipped == MOST_SKIPS_IN_A_ROW:
+            raise diverged(record)
+        after_step(run, step, events, metrics)
+        if stop_votes and step < last:
+            stop(run, step, metrics, events)
+
+
+def prefetch(run: Run) -> Iterator[tuple[int, list[Loaded]]]:
+    """Every step that is left with its micro-batches, the next one read and drawn while this one trains."""
+
+    def load(step: int) -> list[Loaded]:
+        return [(samples, run.load(samples)) for samples in run.micro_batches(step)]
+
+    steps = range(run.start + 1, run.config.train.steps + 1)
+    with ThreadPoolExecutor(max_workers=1) as reader:
+        ahead = reader.submit(load, steps[0]) if steps else None
+        for step in steps:
+            assert ahead is not None
+            loaded = ahead.result()
+            ahead = reader.submit(load, step + 1) if step < steps[-1] else None
+            yield step, loaded
+
+
+def describe(
+    run: Run, step: int, loaded: list[Loaded], loss: float | None, norm: float, seconds: float
+) -> dict[str, Any]:
+    """The record of a step in metrics.jsonl; sigma and samples are those of this process, in the same order."""
+    samples = [sample for micro_batch, _ in loaded for sample in micro_batch]
+    return {
+        "step": step,
+        "loss": loss,
+        "lr": optim.used_lr(run.optimizer),
+        "grad_norm": norm if norm < float("inf") else None,
+        "sigma": [sigma for _, batch in loaded for sigma in batch.sigma.tolist()],
+        "samples": [f"{sample.item.picture.path.name}@{sample.item.resolution}" for sample in samples],
+        "seconds": round(seconds, 4),
+        "gb": memory_gb(run.world.device),
+    }
+
+
+def report(run: Run, record: dict[str, Any], metrics: Records, board: Any) -> None:
+    """Write the record, and show it."""
+    if not run.world.is_main:
+        return
+    metrics.append(record)
+    step, loss = record["step"], record["loss"]
+    if board is not None:
+        for name in ("loss", "lr", "grad_norm", "seconds", "gb"):
+            if record[name] is not None:
+                board.add_scalar(f"train/{name}", record[name], step)
+    if loss is None:
+        run.console.warn(
+            f"step {step} skipped: loss or gradient not finite ({', '.join(record['samples'])} at sigma "
+            f"{', '.join(f'{sigma:.3f}' for sigma in record['sigma'])})"
+        )
+        return
+    note = f"loss {loss:.4f}  lr {record['lr']:.2e}  {record['seconds']:.2f} s/step  {record['gb']:.1f} GB"
+    run.console.tick("training", step, run.config.train.steps, note)
+
+
+def stop(run: Run, step: int, metrics: Records, events: Records) -> None:
+    """Save `step` and leave, as a signal asked.
+
+    Raises:
+        Stopped: always.
+    """
+    if run.world.is_main:
+        metrics.sync()
+        save_checkpoint(run, step)
+        events.append({"step": step, "event": "stopped"})
+    raise run.stop.error(f"after step {step}, which is saved")
+
+
+def diverged(record: dict[str, Any]) -> DivergedError:
+    """What to say when nothing finite has come for too long."""
+    what = f"loss or gradient not finite {MOST_SKIPS_IN_A_ROW} times in a row, last with {', '.join(record['samples'])}"
+    todo = "lower optimizer.lr or look at these pictures; the last checkpoint is good"
+    return DivergedError(Problem(f"step {record['step']}", what, todo))
+
+
+def memory_gb(device: torch.device) -> float:
+    """The most memory this process has taken so far, in GB: of the GPU, or of the machine."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 1e9, 3)
+    try:
+        import resource
+    except ImportError:
+        return 0.0
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 3)

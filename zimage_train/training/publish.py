@@ -1,0 +1,114 @@
+"""What a run leaves on disk beside its metrics: checkpoints, exported LoRAs, previews, the report."""
+
+import re
+from typing import Any
+
+from zimage_train import checkpoint, files, optim
+from zimage_train.config.reading import dump_config
+from zimage_train.errors import WeightsError
+from zimage_train.lora import files as lora_files
+from zimage_train.report import page, pictures
+from zimage_train.report.metrics import Records
+from zimage_train.sampling.previews import render
+from zimage_train.training import run_folder
+from zimage_train.training.run import Run, due
+
+
+def save_checkpoint(run: Run, step: int) -> None:
+    """Write the checkpoint of `step`.
+
+    Raises:
+        DivergedError: the LoRA or the optimizer is not finite.
+        DiskError: it cannot be written.
+    """
+    tensors, numbers = optim.state(run.optimizer)
+    checkpoint.save(run.folder.checkpoints, step, run.attached.state() | tensors, {"optimizer": numbers})
+
+
+def export(run: Run, step: int) -> None:
+    """Write the LoRA of `step`, unless it is there, and prove that diffusers and ComfyUI read what was trained."""
+    config = run.config
+    is_last = step == config.train.steps
+    path = run.folder.lora(None if is_last else step)
+    if path.exists() and not is_last:
+        return
+    trained = run.attached.factors()
+    lora_files.export(path, trained, config.save.dtype, {**run.export_metadata, "ss_steps": str(step)})
+    try:
+        error = lora_files.verify(path, trained, config.save.dtype, run.frozen.shape.linears)
+    except WeightsError:
+        files.set_aside(path, ".unverified")
+        raise
+    count = f"{len(trained)}/{len(trained)}"
+    run.console.say(f"step {step}: exported {path} ({count} modules verified, relative error {error:.1e})")
+    _prune(run)
+
+
+def _prune(run: Run) -> None:
+    name = re.compile(re.escape(run.config.name) + r"-(\d{6,})\.safetensors")
+    folder = run.folder.lora().parent
+    numbered = sorted((int(match[1]), path) for path in folder.iterdir() if (match := name.fullmatch(path.name)))
+    for _, path in numbered[: -run.config.save.keep]:
+        if not files.remove(path):
+            run.console.warn(f"{path}: cannot be removed; going on")
+
+
+def preview(run: Run, step: int, events: Records) -> None:
+    """Sample every prompt on the true model, unless the pictures of `step` are there.
+
+    A failing preview is reported and costs no step: the checkpoint is already on disk.
+    """
+    folder = run.folder.samples
+    paths = [pictures.path_of(folder, step, index) for index in range(len(run.recipes))]
+    if not paths or all(path.exists() for path in paths):
+        return
+    try:
+        images = render(
+            run.frozen,
+            run.extras,
+            run.recipes,
+            run.preview_embeds,
+            lambda done, total: run.console.tick(f"preview at step {step}", done, total),
+        )
+        for path, image, recipe in zip(paths, images, run.recipes, strict=True):
+            pictures.save(path, image, recipe)
+        pictures.save_grid(folder, [recipe.prompt for recipe in run.recipes])
+    except Exception as error:
+        run.console.warn(f"preview at step {step} failed ({type(error).__name__}: {error}); training goes on")
+        events.append({"step": step, "event": "preview_failed", "error": str(error)})
+        return
+    events.append({"step": step, "event": "preview", "pictures": [path.name for path in paths]})
+
+
+def after_step(run: Run, step: int, events: Records, metrics: Records) -> None:
+    """Do all that is due after `step`, in the order in which a crash costs least; done again, it changes nothing."""
+    if not run.world.is_main:
+        return
+    last = run.config.train.steps
+    saves = step == last or due(run.config.save.every, step, last)
+    previews = due(run.config.sample.every, step, last)
+    if saves:
+        metrics.sync()
+        if step > run.start:
+            save_checkpoint(run, step)
+            events.append({"step": step, "event": "save"})
+        export(run, step)
+    if previews:
+        preview(run, step, events)
+    if saves or previews:
+        write_report(run)
+
+
+def write_report(run: Run) -> None:
+    """Write report.html from what is in the run folder."""
+    facts: dict[str, Any] = run_folder.read_facts(run.folder)
+    page.write(
+        run.folder.report,
+        name=run.config.name,
+        facts=facts,
+        metrics_path=run.folder.metrics,
+        samples=run.folder.samples,
+        prompts=[recipe.prompt for recipe in run.recipes],
+        config_text=dump_config(run.config),
+        warnings=run.warnings,
+    )
