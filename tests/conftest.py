@@ -49,7 +49,7 @@ def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def mini_values(output: Path, cache: Path, **changes: Any) -> dict[str, Any]:
+def mini_values(output: Path, cache: Path, /, **changes: Any) -> dict[str, Any]:
     """Plain values of a tiny run on the miniature; every default that matters to speed is lowered."""
     base = {
         "name": "tiny",

@@ -45,15 +45,15 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
+        with temporary.open("wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        temporary.replace(path)
         _sync_folder(path.parent)
     except BaseException as error:
         with contextlib.suppress(OSError):
-            os.unlink(temporary)
+            temporary.unlink()
         if isinstance(error, OSError):
             raise _disk_error(path, error) from error
         raise
@@ -123,20 +123,42 @@ def remove(path: Path) -> bool:
 
 
 def set_aside(path: Path, suffix: str) -> Path:
-    """Rename `path` to a free name that ends in `suffix` and return that name; nothing is ever deleted."""
+    """Rename `path` to a free name that ends in `suffix` and return that name; nothing is ever deleted.
+
+    Raises:
+        DiskError: it cannot be renamed.
+    """
     target = path.with_name(path.name + suffix)
     number = 1
     while target.exists():
         number += 1
         target = path.with_name(f"{path.name}{suffix}-{number}")
-    os.replace(path, target)
+    try:
+        path.rename(target)
+    except OSError as error:
+        raise DiskError(Problem(str(path), f"cannot be renamed ({error.strerror})", "check its permissions")) from error
     return target
 
 
 def clear_debris(folder: Path) -> None:
-    """Remove the temporary files that a killed process left in `folder`."""
-    for leftover in folder.glob(".*.tmp"):
-        remove(leftover)
+    """Remove the temporary files that killed processes left in `folder` and below; a living one's are its own."""
+    for leftover in folder.rglob(".*.tmp"):
+        owner = leftover.name.split(".")[-2]
+        if not owner.isdecimal() or int(owner) == os.getpid() or not _is_alive(int(owner)):
+            remove(leftover)
+
+
+def require_folder(folder: Path) -> None:
+    """Refuse a folder that can be neither made nor written to; makes nothing.
+
+    Raises:
+        DiskError: it, or the nearest parent that exists, is a file or read-only.
+    """
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if os.path.lexists(parent))
+    if not existing.is_dir():
+        raise DiskError(Problem(str(folder), f"{existing} is not a folder", "choose another place"))
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise DiskError(Problem(str(folder), f"{existing} cannot be written to", "choose another place"))
 
 
 def require_space(folder: Path, needed_bytes: int, what: str) -> None:
@@ -167,10 +189,10 @@ def locked(folder: Path) -> Iterator[None]:
 
     Raises:
         FolderInUseError: another process holds the folder; names it.
+        DiskError: the folder cannot be made or written to.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / "run.lock"
-    with open(path, "a+", encoding="utf-8") as file:
+    with _open_lock(path) as file:
         if not _take(file, path):
             file.seek(0)
             holder = file.read().strip() or "another process"
@@ -188,6 +210,14 @@ def locked(folder: Path) -> Iterator[None]:
             file.truncate()
 
 
+def _open_lock(path: Path) -> IO[str]:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path.open("a+", encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise _disk_error(path, error) from error
+
+
 def _take(file: IO[str], path: Path) -> bool:
     if fcntl is not None:
         try:
@@ -199,7 +229,7 @@ def _take(file: IO[str], path: Path) -> bool:
             pass  # a file system without flock
     file.seek(0)
     words = file.read().split()
-    if len(words) != 4:
+    if len(words) != 4 or not words[1].isdecimal():
         return True
     if words[3] == socket.gethostname():
         return not _is_alive(int(words[1]))

@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,11 +14,11 @@ from zimage_train.data import folder
 from zimage_train.data.buckets import crop_percent
 from zimage_train.data.folder import Picture
 from zimage_train.data.plan import Item, items_of, make_plan
-from zimage_train.errors import DataError, WeightsError, ZImageTrainError, raise_all
-from zimage_train.lora import files as lora_files
+from zimage_train.errors import DataError, Problem, WeightsError, ZImageTrainError, raise_all
 from zimage_train.lora import names
 from zimage_train.memory import Estimate
 from zimage_train.model import sources
+from zimage_train.model.headers import read_header
 from zimage_train.model.shapes import TransformerShape
 from zimage_train.model.sources import Fetch, NotDownloaded, Sources
 
@@ -71,6 +72,9 @@ def examine(config: Config, fetch: Fetch | None = None) -> Checked:
     except ZImageTrainError as error:
         errors.append(error)
     try:
+        files.require_folder(Path(config.output) / config.name)
+        if config.cache.folder is not None:
+            files.require_folder(Path(config.cache.folder))
         files.require_space(Path(config.output), _disk_bytes(config, weights), "checkpoints and exports")
     except ZImageTrainError as error:
         errors.append(error)
@@ -93,10 +97,11 @@ def report(checked: Checked) -> list[str]:
     lines = [f"{config.name}: no problems found", "", *_table(checked)]
     plan = make_plan(config, checked.items)
     per_step = config.train.batch_size * config.train.accumulate
+    epochs = config.train.steps / plan.steps_per_epoch
     lines += [
         "",
         f"{len(checked.items)} samples an epoch, {plan.steps_per_epoch:.1f} steps an epoch, "
-        f"{config.train.steps} steps of up to {per_step} samples = {config.train.steps / plan.steps_per_epoch:.1f} epochs",
+        f"{config.train.steps} steps of up to {per_step} samples = {epochs:.1f} epochs",
     ]
     if checked.weights is not None:
         weights = checked.weights
@@ -127,11 +132,42 @@ def _weights(config: Config, fetch: Fetch | None) -> Weights:
         errors.append(error)
     if found.adapter is not None:
         try:
-            adapter_modules = lora_files.require_header(found.adapter, shape.linears)
+            adapter_modules = _adapter_modules(found.adapter, shape.linears)
         except WeightsError as error:
             errors.append(error)
     raise_all(errors)
     return Weights(found, shape, modules, adapter_modules)
+
+
+def _adapter_modules(path: Path, linears: Mapping[str, tuple[int, int]]) -> int:
+    """How many modules the adapter at `path` changes, if all of them are linears of the model: as `lora.files` finds
+    when it loads the file, but from the header alone and without torch.
+    """
+    found: dict[str, dict[str, tuple[int, ...]]] = {}
+    unknown = []
+    for key, info in read_header(path).tensors.items():
+        parsed = names.parse_key(key)
+        if parsed is None:
+            unknown.append(key)
+        else:
+            found.setdefault(parsed[0], {})[parsed[1]] = info.shape
+    if unknown or not found:
+        example = f", such as {min(unknown)}" if unknown else ""
+        what = f"has {len(found)} modules and {len(unknown)} keys that are not of a LoRA{example}"
+        raise WeightsError(Problem(f"model.adapter: {path}", what, "is it a LoRA of Z-Image?"))
+    lost = sorted(module for module, parts in found.items() if not _fits(parts, linears.get(module)))
+    if lost:
+        shapes = {part: list(shape) for part, shape in found[lost[0]].items() if part != "alpha"}
+        there = linears.get(lost[0])
+        why = "the model has no such module" if there is None else f"{shapes} there, {list(there)} in the model"
+        what = f"matched {len(found) - len(lost)}/{len(found)} modules; not matched: {lost[0]} ({why})"
+        raise WeightsError(Problem(f"model.adapter: {path}", what, "it belongs to another model"))
+    return len(found)
+
+
+def _fits(parts: Mapping[str, tuple[int, ...]], linear: tuple[int, int] | None) -> bool:
+    a, b = parts.get("A", ()), parts.get("B", ())
+    return len(a) == len(b) == 2 and a[0] == b[1] and (b[0], a[1]) == linear
 
 
 def _disk_bytes(config: Config, weights: Weights | None) -> int:

@@ -64,6 +64,16 @@ EXPECTED = {
     "model_type": "a section",
     "none_required": "null",
 }
+LIMITS = {
+    "greater_than": "more than {gt}",
+    "greater_than_equal": "at least {ge}",
+    "less_than": "less than {lt}",
+    "less_than_equal": "at most {le}",
+    "string_too_short": "at least {min_length} character(s)",
+    "string_too_long": "at most {max_length} characters",
+    "string_pattern_mismatch": "text that matches {pattern}",
+    "too_short": "at least {min_length} entry",
+}
 
 
 def read_config(path: Path, overrides: Sequence[str] = ()) -> Config:
@@ -123,9 +133,11 @@ def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
 
 def _read_document(path: Path) -> Document:
     try:
-        if path.stat().st_size > yaml_reader.MAX_BYTES:
+        with path.open("rb") as file:
+            content = file.read(yaml_reader.MAX_BYTES + 1)
+        if len(content) > yaml_reader.MAX_BYTES:
             raise ConfigError(Problem(str(path), "is larger than 1 MB, so it is not a config", "check the path"))
-        text = path.read_bytes().decode("utf-8-sig")
+        text = content.decode("utf-8-sig")
     except FileNotFoundError:
         raise ConfigError(Problem(str(path), "does not exist", "check the path of the config")) from None
     except UnicodeDecodeError as error:
@@ -148,39 +160,38 @@ def _apply(root: dict[str, Any], override: str, origins: dict[KeyPath, str]) -> 
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
         return [Problem(where, "is not key=value", "write for example --set train.steps=100")]
+    parts = [int(part) if part.isascii() and part.isdigit() else part for part in key.strip().split(".")]
+    if "" in parts:
+        return [Problem(where, "has an empty part in its key", "write for example --set train.steps=100")]
     try:
-        value = yaml_reader.parse(text).value
+        document = yaml_reader.parse(text)
     except YamlProblem as problem:
         return [Problem(where, problem.what, "quote the value")]
-    parts: list[str | int] = [int(part) if part.isdigit() else part for part in key.strip().split(".")]
     target: Any = root
-    for index, part in enumerate(parts[:-1]):
-        if isinstance(target, dict) and target.get(str(part)) is None:
-            target[str(part)] = {}
-        target = _child(target, part)
+    for index, part in enumerate(parts):
+        here = dotted(parts[:index])
+        if isinstance(target, list) and not (isinstance(part, int) and part < len(target)):
+            return [Problem(where, f"{here} has {len(target)} entries, counted from 0", "check the index")]
         if not isinstance(target, dict | list):
-            return [Problem(where, f"{dotted(parts[: index + 1])} is no section of the config", "check the key")]
-    last = parts[-1]
-    if isinstance(target, list):
-        if not isinstance(last, int) or last >= len(target):
-            return [Problem(where, f"{dotted(parts[:-1])} has {len(target)} entries, from 0", "check the index")]
-        target[last] = value
-    else:
-        target[str(last)] = value
+            return [Problem(where, f"{here} is no section of the config", "check the key")]
+        slot = part if isinstance(target, list) else str(part)
+        if index == len(parts) - 1:
+            target[slot] = document.value
+        elif isinstance(target, dict) and target.get(slot) is None:
+            target[slot] = [] if isinstance(parts[index + 1], int) else {}
+        target = target[slot]
     origins[tuple(parts)] = where
-    return []
-
-
-def _child(target: Any, part: str | int) -> Any:
-    if isinstance(target, list):
-        return target[part] if isinstance(part, int) and part < len(target) else None
-    return target.get(str(part))
+    return [Problem(f"{where}: {dotted(twice.path)}", twice.what, "correct it") for twice in document.problems]
 
 
 def _where(path: Path, document: Document, origins: dict[KeyPath, str], key_path: KeyPath) -> str:
     for length in range(len(key_path), 0, -1):
         if key_path[:length] in origins:
             return f"{origins[key_path[:length]]}: {dotted(key_path)}"
+    if key_path not in document.lines:
+        made = [where for path, where in origins.items() if path[: len(key_path)] == key_path]
+        if made:
+            return f"{made[0]}: {dotted(key_path)}"
     line = next(
         (document.lines[key_path[:n]] for n in range(len(key_path), -1, -1) if key_path[:n] in document.lines), 0
     )
@@ -221,17 +232,18 @@ def _problem(key_path: KeyPath, items: list[Any], where: Any) -> Problem:
     if kind == "finite_number":
         return Problem(place, f"is {found}", "give a finite number")
     expected = " or ".join(dict.fromkeys(_expected(one) for one in items))
-    return Problem(place, f"is {_show(found)}", f"expected {expected}{_suggest_value(item)}")
+    shown = _shorten(repr(found)) if kind == "literal_error" and isinstance(found, str) else _show(found)
+    return Problem(place, f"is {shown}", f"expected {expected}{_suggest_value(item)}")
 
 
 def _expected(item: Any) -> str:
     kind, context = item["type"], item.get("ctx", {})
     if kind in EXPECTED:
         return EXPECTED[kind]
+    if kind in LIMITS:
+        return LIMITS[kind].format(**context)
     if kind == "literal_error":
         return context["expected"].replace("'", "")
-    if kind == "string_pattern_mismatch":
-        return f"text that matches {context['pattern']}"
     return item["msg"].removeprefix("Value error, ").removeprefix("Input should be ").removeprefix("should ")
 
 
@@ -241,8 +253,12 @@ def _show(found: object) -> str:
     if isinstance(found, bool):
         return str(found).lower()
     if isinstance(found, dict | list):
-        return _kind(found)
-    return f"{found!r} ({_kind(found)})" if isinstance(found, str) else repr(found)
+        return _kind(found) if found else "empty"
+    return f"{_shorten(repr(found))} (text)" if isinstance(found, str) else _shorten(repr(found))
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= 80 else f"{text[:60]}... ({len(text)} characters)"
 
 
 def _kind(value: object) -> str:
@@ -261,16 +277,17 @@ def _suggest_key(key_path: KeyPath) -> str:
     key = str(key_path[-1])
     section = _section(key_path[:-1])
     siblings = list(section.model_fields) if section else []
-    close = difflib.get_close_matches(key, siblings, n=1, cutoff=0.6)
-    if close:
-        return f"did you mean '{close[0]}'?"
     everywhere = {dotted(path): path[-1] for path in _all_keys(Config)}
-    same_name = [full for full, name in everywhere.items() if name == key]
-    hint = ELSEWHERE.get(key) or (same_name[0] if same_name else None)
-    if hint is None:
+    named = [full for full, name in everywhere.items() if name == key][:3]
+    hints = [ELSEWHERE[key]] if key in ELSEWHERE else named
+    if not hints:
+        hints = difflib.get_close_matches(key, siblings, n=1, cutoff=0.6)
+    if not hints:
         similar = difflib.get_close_matches(key, list(everywhere.values()), n=1, cutoff=0.75)
-        hint = next((full for full, name in everywhere.items() if similar and name == similar[0]), None)
-    return f"did you mean '{hint}'?" if hint else f"known here: {', '.join(siblings)}"
+        hints = [full for full, name in everywhere.items() if name in similar][:1]
+    if hints:
+        return f"did you mean {' or '.join(repr(hint) for hint in hints)}?"
+    return f"known here: {', '.join(siblings)}" if siblings else "remove it"
 
 
 def _section(key_path: KeyPath) -> type[BaseModel] | None:

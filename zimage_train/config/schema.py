@@ -6,75 +6,29 @@ A value that this version cannot honour is refused here (`later`), never accepte
 import re
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
+from zimage_train.config.values import (
+    OPTIMIZER_PARAMS,
+    PROMPT_FROM_TEXT,
+    SCHEDULE_PARAMS,
+    STRICT,
+    Every,
+    Pixels,
+    Resolutions,
+    check_params,
+    later,
+)
 from zimage_train.model.variants import VARIANTS, VariantName
 
 LORA_GROUPS = ("attention", "feed_forward", "adaln", "refiners")
-
-OPTIMIZER_PARAMS = {
-    "adamw": {"betas", "eps"},
-    "adamw8bit": {"betas", "eps"},
-    "prodigy": {
-        "betas",
-        "beta3",
-        "eps",
-        "decouple",
-        "use_bias_correction",
-        "safeguard_warmup",
-        "d0",
-        "d_coef",
-        "growth_rate",
-        "slice_p",
-    },
-}
-SCHEDULE_PARAMS: dict[str, set[str]] = {"constant": set(), "cosine": {"end_factor"}}
-
-
-def later(neutral: object) -> AfterValidator:
-    """Accept only `neutral`: the setting belongs to the design, and this version cannot do it yet."""
-
-    def refuse(value: object) -> object:
-        if value != neutral:
-            raise ValueError(f"not possible in this version; leave it out (it can only be {_yaml(neutral)})")
-        return value
-
-    return AfterValidator(refuse)
-
-
-def _yaml(value: object) -> str:
-    return {None: "null", True: "true", False: "false"}.get(value, repr(value)) if not isinstance(value, list) else "[]"
-
-
-def _as_list(value: object) -> object:
-    return [value] if isinstance(value, int) and not isinstance(value, bool) else value
-
-
-def _as_prompt(value: object) -> object:
-    return {"prompt": value} if isinstance(value, str) else value
-
-
-def _multiple_of_16(value: int) -> int:
-    if value % 16:
-        raise ValueError(f"must be a multiple of 16; {value // 16 * 16} or {-(-value // 16) * 16} would do")
-    return value
-
-
-def _check_params(params: dict[str, Any], known: set[str], owner: str) -> None:
-    unknown = sorted(set(params) - known)
-    if unknown:
-        choices = f"knows {', '.join(sorted(known))}" if known else "takes none"
-        raise ValueError(f"params.{unknown[0]}: {owner} {choices}")
-
-
-Pixels = Annotated[int, Field(ge=32, le=4096), AfterValidator(_multiple_of_16)]
-Every = Annotated[int, Field(ge=1)] | None
+NAME = r"^\w[\w .+-]*$"
+NAME_BYTES = 200
+"""With a step, an extension and a temporary suffix around it, a name must be one that file systems take."""
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(
-        extra="forbid", strict=True, frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
+    model_config = ConfigDict(**STRICT, extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 class Model(Section):
@@ -99,14 +53,14 @@ class Model(Section):
     @classmethod
     def _default_adapter(cls, values: Any) -> Any:
         if isinstance(values, dict) and "adapter" not in values:
-            variant = VARIANTS.get(values.get("variant", "turbo"))
-            return values | {"adapter": variant.adapter if variant else None}
+            name = values.get("variant", "turbo")
+            return values | {"adapter": VARIANTS[name].adapter if isinstance(name, str) and name in VARIANTS else None}
         return values
 
     @model_validator(mode="after")
     def _adapter_belongs(self) -> Self:
         if self.variant != "turbo" and self.adapter in ("v1", "v2"):
-            raise ValueError(f"adapter {self.adapter} was made for Turbo and would harm {self.variant}; set it to null")
+            raise ValueError(f"adapter {self.adapter} was made for Turbo and would harm {self.variant}; leave it out")
         return self
 
 
@@ -115,7 +69,7 @@ class Data(Section):
     """Folder of pictures, searched with its subfolders."""
     metadata: str | None = None
     """A .jsonl or .csv instead: columns image (or file_name) and prompt (or text); paths relative to the file."""
-    resolution: Annotated[list[Pixels], BeforeValidator(_as_list), Field(min_length=1)] = [512, 768, 1024]
+    resolution: Resolutions = [512, 768, 1024]
     """Each picture is trained once at each of these sizes (side of the square of equal area, px); never upscaled."""
     repeats: int = Field(default=1, ge=1, le=1000)
     """How often each picture is seen in an epoch, each time with its own noise."""
@@ -128,12 +82,26 @@ class Data(Section):
     caption_dropout: float = Field(default=0.05, ge=0.0, le=1.0)
     """Share of samples trained with the empty prompt instead of their caption."""
     shuffle_tags: Annotated[bool, later(False)] = False
+    """Later: another order of comma-separated tags each time."""
     keep_tags: Annotated[int, later(0)] = 0
+    """Later: so many tags stay in front."""
     flip: Annotated[bool, later(False)] = False
+    """Later: mirrored pictures too."""
     mask: Annotated[str | None, later(None)] = None
+    """Later: folder of masks."""
     mask_floor: Annotated[float, later(0.1)] = 0.1
+    """Later: weight of what is masked out."""
     regularisation: Annotated[bool, later(False)] = False
+    """Later: pictures of the class, not of the concept."""
     weight: Annotated[float, later(1.0)] = 1.0
+    """Later: factor on the loss of these pictures."""
+
+    @field_validator("trigger")
+    @classmethod
+    def _is_word(cls, value: str | None) -> str | None:
+        if value is not None and (value != value.strip() or value == "[trigger]"):
+            raise ValueError(f"is {value!r}; give the word itself, without space around it")
+        return value
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
@@ -149,6 +117,7 @@ class Cache(Section):
 
 class Lora(Section):
     type: Annotated[Literal["lora", "dora", "lokr", "loha", "oft"], later("lora")] = "lora"
+    """Kind of adapter that is trained."""
     rank: int = Field(default=16, ge=1, le=1024)
     """Capacity of the LoRA; its file grows in proportion."""
     alpha: float | None = Field(default=None, gt=0.0)
@@ -158,6 +127,7 @@ class Lora(Section):
     dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
     """Share of the LoRA's inputs set to zero in training."""
     init_from: Annotated[str | None, later(None)] = None
+    """Later: a LoRA to begin with."""
 
     @field_validator("targets")
     @classmethod
@@ -180,13 +150,15 @@ class Lora(Section):
 
 class Train(Section):
     method: Annotated[Literal["sft", "trajectory_imitation", "de_distill"], later("sft")] = "sft"
-    steps: int = Field(default=3000, ge=1)
+    """sft: learn from the pictures."""
+    steps: int = Field(default=3000, ge=1, le=10_000_000)
     """Optimizer steps."""
     batch_size: int = Field(default=1, ge=1, le=1024)
     """Samples in one forward pass."""
     accumulate: int = Field(default=1, ge=1, le=4096)
     """Forward passes in one optimizer step."""
     loss: Literal["mse"] = "mse"
+    """Distance between predicted and true velocity: the mean square."""
     clip_norm: float | None = Field(default=1.0, gt=0.0)
     """Largest norm of the gradient; null: no clipping."""
 
@@ -213,52 +185,53 @@ class Guidance(Section):
     differential: float | None = Field(default=None, gt=0.0, le=100.0)
     """Scale s: the target is moved to pred + s (target - pred), which multiplies the gradient by s."""
     contrastive: Annotated[float | None, later(None)] = None
+    """Later: scale of contrastive guidance."""
 
 
 class Preserve(Section):
     kind: Annotated[Literal["trigger", "blank"] | None, later(None)] = None
+    """Later: keep what the model knows, of the class word (trigger) or in general (blank)."""
     class_word: Annotated[str, later("person")] = "person"
+    """Later: the word that the trigger stands in for."""
     weight: Annotated[float, later(1.0)] = 1.0
+    """Later: factor on the loss of preservation."""
 
 
 class Optimizer(Section):
     name: Literal["adamw", "adamw8bit", "prodigy"] = "adamw8bit"
+    """adamw8bit: AdamW with 8-bit state; adamw: fp32 state; prodigy: finds its learning rate itself."""
     lr: float = Field(default=1.0e-4, gt=0.0, le=10.0)
     """Learning rate; for prodigy a factor on the rate it finds itself (1; less than 0.1 is raised to 1 and said so)."""
     weight_decay: float = Field(default=1.0e-4, ge=0.0, le=1.0)
+    """Pull of the weights towards zero."""
     params: dict[str, Any] = {}
     """More parameters of the optimizer, by its own names."""
 
-    @model_validator(mode="after")
-    def _known_params(self) -> Self:
-        _check_params(self.params, OPTIMIZER_PARAMS[self.name], self.name)
-        betas = self.params.get("betas")
-        if betas is not None and not (
-            isinstance(betas, list) and len(betas) == 2 and all(isinstance(b, float) and 0 <= b < 1 for b in betas)
-        ):
-            raise ValueError("params.betas must be a list of two numbers in [0, 1)")
-        return self
+    @field_validator("params")
+    @classmethod
+    def _known_params(cls, value: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        name = info.data.get("name")
+        return check_params(value, OPTIMIZER_PARAMS[name], name) if name else value
 
 
 class Schedule(Section):
     name: Literal["constant", "cosine"] = "constant"
     """Learning rate over the run: the same, or falling along half a cosine."""
-    warmup_steps: int = Field(default=0, ge=0)
+    warmup_steps: int = Field(default=0, ge=0, le=10_000_000)
     """Steps over which the learning rate rises from zero."""
     params: dict[str, Any] = {}
     """cosine: end_factor, the share of the learning rate left at the last step (0)."""
 
-    @model_validator(mode="after")
-    def _known_params(self) -> Self:
-        _check_params(self.params, SCHEDULE_PARAMS[self.name], self.name)
-        end = self.params.get("end_factor", 0.0)
-        if isinstance(end, bool) or not isinstance(end, int | float) or not 0 <= end <= 1:
-            raise ValueError("params.end_factor must be between 0 and 1")
-        return self
+    @field_validator("params")
+    @classmethod
+    def _known_params(cls, value: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        name = info.data.get("name")
+        return check_params(value, SCHEDULE_PARAMS[name], name) if name else value
 
 
 class Ema(Section):
     decay: Annotated[float | None, later(None)] = None
+    """Later: decay of the averaged weights."""
 
 
 class Memory(Section):
@@ -267,22 +240,29 @@ class Memory(Section):
     checkpointing: bool | Literal["auto"] = "auto"
     """Recompute activations in the backward pass; auto: when they would not fit the budget."""
     offload: Annotated[str, later("auto")] = "auto"
+    """Later: blocks that wait in main memory."""
     compile: Annotated[bool | Literal["auto"], later("auto")] = "auto"
+    """Later: compiled blocks."""
 
     @field_validator("budget_gb")
     @classmethod
     def _positive(cls, value: float | str) -> float | str:
-        if isinstance(value, float | int) and value <= 0:
-            raise ValueError("must be above 0")
+        if not isinstance(value, str) and not 0 < value <= 10_000:
+            raise ValueError(f"is {value:g}; give a number of GB above 0, or auto")
         return value
 
 
 class Prompt(Section):
     prompt: str
+    """What to draw."""
     negative: str | None = None
+    """null: sample.negative."""
     seed: int | None = Field(default=None, ge=0, lt=2**63)
+    """null: sample.seed plus the prompt's number, from 0."""
     width: Pixels | None = None
+    """null: sample.width."""
     height: Pixels | None = None
+    """null: sample.height."""
 
 
 class Sample(Section):
@@ -290,12 +270,14 @@ class Sample(Section):
     """Steps between previews; null: none."""
     first: bool = True
     """Also before step 1."""
-    prompts: list[Annotated[Prompt, BeforeValidator(_as_prompt)]] = []
+    prompts: list[Annotated[Prompt, PROMPT_FROM_TEXT]] = []
     """A prompt is a string or {prompt, negative, seed, width, height}."""
     negative: str = ""
     """Negative prompt, used where guidance is above 0."""
     width: Pixels = 1024
+    """Width of previews in px."""
     height: Pixels = 1024
+    """Height of previews in px."""
     steps: int | Literal["auto"] = "auto"
     """Sampling steps; auto: 8 for turbo, 25 for deturbo, 30 for base."""
     guidance: float | Literal["auto"] = "auto"
@@ -303,7 +285,9 @@ class Sample(Section):
     seed: int = Field(default=42, ge=0, lt=2**63)
     """Prompt i is drawn with seed + i."""
     extra_loras: Annotated[list[str], later([])] = []
+    """Later: LoRAs stacked in previews."""
     also: Annotated[str | None, later(None)] = None
+    """Later: a second model to preview on."""
 
     @model_validator(mode="after")
     def _ranges(self) -> Self:
@@ -316,13 +300,15 @@ class Sample(Section):
 
 class Validation(Section):
     folder: Annotated[str | None, later(None)] = None
+    """Later: pictures that are held out."""
     every: Annotated[int, later(250)] = 250
+    """Later: steps between validations."""
 
 
 class Save(Section):
     every: Every = 250
     """Steps between saves; null: at the end only."""
-    keep: int = Field(default=8, ge=1)
+    keep: int = Field(default=8, ge=1, le=100_000)
     """Exported LoRA files kept, the last ones; the two newest checkpoints are always kept."""
     dtype: Literal["bf16", "fp32"] = "bf16"
     """Precision of the exported LoRA."""
@@ -330,11 +316,13 @@ class Save(Section):
 
 class Log(Section):
     tensorboard: bool = True
+    """Write loss and learning rate for TensorBoard."""
     wandb: Annotated[str | None, later(None)] = None
+    """Later: project on Weights & Biases."""
 
 
 class Config(Section):
-    name: str = Field(pattern=r"^[\w][\w .+-]*$", max_length=100)
+    name: str = Field(min_length=1, json_schema_extra={"pattern": NAME})
     """Name of the run: its folder is output/name, its LoRA name.safetensors."""
     output: str = "runs"
     """Folder that holds the run folders."""
@@ -360,8 +348,13 @@ class Config(Section):
     @field_validator("name")
     @classmethod
     def _plain_name(cls, value: str) -> str:
+        if not re.fullmatch(NAME, value) or value != value.strip() or value.endswith("."):
+            raise ValueError(
+                f"is {value!r}; begin with a letter, digit or _, go on with these, spaces, dots, + and -, and end with "
+                "neither space nor dot"
+            )
         if re.search(r"-\d+$", value):
-            raise ValueError("may not end in -digits, which marks the LoRA of a step")
-        if value != value.strip() or value.endswith("."):
-            raise ValueError("may not begin or end with a space, nor end with a dot")
+            raise ValueError(f"is {value!r}; it may not end in -digits, which marks the LoRA of a step")
+        if len(value.encode()) > NAME_BYTES:
+            raise ValueError(f"has {len(value.encode())} bytes; {NAME_BYTES} are the most")
         return value

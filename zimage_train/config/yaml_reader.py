@@ -1,7 +1,7 @@
 """YAML without surprises: text to plain values, and the line of every key.
 
 YAML 1.2's core types only: `no` and `12:30` are text, `010` is ten, `1e-4` is a number. Duplicate keys, several
-documents, tags, merge keys and anchors that grow without end are refused.
+documents, tags, merge keys, anchors that grow without end and characters that no file can hold are refused.
 """
 
 import re
@@ -19,12 +19,11 @@ MAX_DEPTH = 40
 _NULL = re.compile(r"(?:~|null|Null|NULL|)\Z")
 _BOOL = re.compile(r"(?:true|True|TRUE|false|False|FALSE)\Z")
 _INT = re.compile(r"[-+]?[0-9][0-9_]*\Z")
-_FLOAT = re.compile(r"[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9_]+)(?:[eE][-+]?[0-9]+)?\Z")
+_FLOAT = re.compile(r"[-+]?(?:[0-9][0-9_]*(?:\.[0-9_]*)?|\.[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)?\Z")
 _SPECIAL_FLOAT = re.compile(r"(?:[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))\Z")
-_CORE_TAGS = {"!"} | {
-    f"tag:yaml.org,2002:{name}"
-    for name in ("null", "bool", "int", "float", "str", "timestamp", "merge", "value", "map", "seq")
-}
+_NOT_TEXT = re.compile("[\0\ud800-\udfff]")
+LONGEST_NUMBER = 100
+"""Characters; what is longer is text, and so an error wherever a number is expected."""
 
 
 class YamlProblem(Exception):
@@ -53,7 +52,10 @@ def parse(text: str) -> Document:
     if "\0" in text:
         raise YamlProblem(0, "contains NUL bytes, so it is not a text file")
     try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        node = yaml.compose(text, Loader=_Loader)
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise YamlProblem(line, f"holds the control character {error.character:#04x}") from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         raise YamlProblem(mark.line + 1 if mark else 0, f"not valid YAML: {error.problem or error.context}") from None
@@ -67,6 +69,18 @@ def parse(text: str) -> Document:
     return document
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses every tag that is written out, on keys and on values; `!!str 5` would have to be text, and is not."""
+
+    def compose_node(self, parent: Any, index: Any) -> yaml.Node:
+        event = self.peek_event()
+        tag = getattr(event, "tag", None)
+        if tag is not None:
+            tag = tag.replace("tag:yaml.org,2002:", "!!")
+            raise YamlProblem(event.start_mark.line + 1, f"has the tag {tag}, and only plain values are read")
+        return super().compose_node(parent, index)
+
+
 class _Builder:
     def __init__(self, document: Document) -> None:
         self.document = document
@@ -77,20 +91,20 @@ class _Builder:
         self.num_nodes += 1
         if self.num_nodes > MAX_NODES or len(path) > MAX_DEPTH:
             raise YamlProblem(line, "too large or nested too deeply for a config", path)
-        if node.tag not in _CORE_TAGS:
-            raise YamlProblem(line, f"has the tag {node.tag}, and only plain values are read", path)
         self.document.lines.setdefault(path, line)
         if isinstance(node, yaml.MappingNode):
             return self._mapping(node, path)
         if isinstance(node, yaml.SequenceNode):
             return [self.build(child, (*path, index)) for index, child in enumerate(node.value)]
+        if _NOT_TEXT.search(node.value):
+            raise YamlProblem(line, "holds a character that no text has (NUL or half a surrogate pair)", path)
         return node.value if node.style else plain_value(node.value)
 
     def _mapping(self, node: yaml.MappingNode, path: Path) -> dict[str, Any]:
         result: dict[str, Any] = {}
         for key_node, value_node in node.value:
             line = key_node.start_mark.line + 1
-            if not isinstance(key_node, yaml.ScalarNode):
+            if not isinstance(key_node, yaml.ScalarNode) or _NOT_TEXT.search(key_node.value):
                 raise YamlProblem(line, "a key must be plain text", path)
             key = str(key_node.value)
             here = (*path, key)
@@ -109,6 +123,8 @@ def plain_value(text: str) -> Any:
         return None
     if _BOOL.match(text):
         return text.lower() == "true"
+    if len(text) > LONGEST_NUMBER:
+        return text
     if _INT.match(text):
         return int(text.replace("_", ""))
     if _FLOAT.match(text):

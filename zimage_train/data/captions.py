@@ -16,6 +16,8 @@ def read(path: Path) -> str:
         DataError: not UTF-8, or not a text.
     """
     try:
+        if not path.is_file():
+            raise DataError(Problem(str(path), "is not a file", "remove it or check the name"))
         content = path.read_bytes()
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:

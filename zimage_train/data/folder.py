@@ -67,14 +67,14 @@ def scan(entry: Data, where: str) -> Scan:
             DataError(Problem(f"{where}: {place}", "holds no pictures", f"put pictures there ({extensions})"))
         )
     result.notes += _notes(result.pictures, where)
+    result.notes = [note.encode(errors="backslashreplace").decode() for note in result.notes]
     return result
 
 
 def _read_picture(source: _Source, entry: Data) -> Picture:
-    try:
-        content = source.path.read_bytes()
-    except OSError as error:
-        raise DataError(Problem(str(source.path), f"cannot be read ({error.strerror})", "check the file")) from None
+    if not _is_text(str(source.path)):
+        raise DataError(Problem(str(source.path), "its name is not UTF-8", "rename it"))
+    content = _read_file(source.path)
     width, height = images.load(source.path, content).size
     prompt = captions.compose(source.caption, entry.default_caption, entry.trigger)
     if captions.PLACEHOLDER in prompt:
@@ -86,13 +86,25 @@ def _read_picture(source: _Source, entry: Data) -> Picture:
     return Picture(source.path, hashlib.sha256(content).hexdigest(), width, height, prompt)
 
 
+def _read_file(path: Path) -> bytes:
+    try:
+        if path.exists() and not path.is_file():  # a pipe would block for ever
+            raise DataError(Problem(str(path), "is not a file", "remove it or check the name"))
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise DataError(Problem(str(path), "does not exist", "check the name")) from None
+    except OSError as error:
+        raise DataError(Problem(str(path), f"cannot be read ({error.strerror})", "check the file")) from None
+
+
 def _from_folder(entry: Data, result: Scan) -> list[_Source]:
     root = Path(entry.folder or "")
     if not root.is_dir():
         what = "is a file, not a folder" if root.exists() else "does not exist"
         raise DataError(Problem(str(root), what, "check data.folder (relative to where the command runs)"))
-    files = sorted(_walk(root), key=lambda path: path.relative_to(root).as_posix())
+    files = sorted(_walk(root, result), key=lambda path: path.relative_to(root).as_posix())
     pictures = [path for path in files if path.suffix.lower() in images.EXTENSIONS]
+    there = set(files)
     by_stem: dict[Path, list[Path]] = {}
     for path in pictures:
         by_stem.setdefault(path.with_suffix(""), []).append(path)
@@ -100,7 +112,7 @@ def _from_folder(entry: Data, result: Scan) -> list[_Source]:
     for stem, paths in by_stem.items():
         caption_file = stem.with_name(stem.name + entry.caption_ext)
         caption = ""
-        if caption_file.exists():
+        if caption_file in there:
             if len(paths) > 1:
                 names = ", ".join(path.name for path in paths)
                 problem = Problem(str(caption_file), f"belongs to several pictures ({names})", "rename all but one")
@@ -129,9 +141,17 @@ def _note_unused(files: list[Path], stems: set[Path], entry: Data, result: Scan)
             result.notes.append(f"{path}: not used; pictures are {', '.join(sorted(images.EXTENSIONS))}")
 
 
-def _walk(root: Path) -> Iterator[Path]:
-    for folder, names, files in os.walk(root):
-        names[:] = [name for name in names if not name.startswith((".", "_"))]
+def _walk(root: Path, result: Scan) -> Iterator[Path]:
+    """Every file but hidden ones; folders that are linked, hidden or begin with `_` are not entered."""
+
+    def failed(error: OSError) -> None:
+        problem = Problem(str(error.filename), f"cannot be read ({error.strerror})", "check its permissions")
+        result.errors.append(DataError(problem))
+
+    for folder, names, files in os.walk(root, onerror=failed):
+        skipped = [name for name in names if name.startswith("_") or Path(folder, name).is_symlink()]
+        result.notes += [f"{Path(folder, name)}: not searched (linked, or begins with _)" for name in sorted(skipped)]
+        names[:] = sorted(name for name in names if not name.startswith(".") and name not in skipped)
         yield from (Path(folder, name) for name in files if not name.startswith("."))
 
 
@@ -151,29 +171,41 @@ def _from_metadata(entry: Data, result: Scan) -> list[_Source]:
         image = next((row[name] for name in IMAGE_COLUMNS if row.get(name)), None)
         prompt = next((row[name] for name in PROMPT_COLUMNS if row.get(name)), "")
         if not isinstance(image, str) or not isinstance(prompt, str):
-            found = ", ".join(map(str, row)) or "nothing"
-            problem = Problem(place, f"has no text in image (or file_name); found {found}", "add the column")
-            result.errors.append(DataError(problem))
-            continue
-        sources.append(_Source(path.parent / image, captions.clean(prompt)))
+            name, columns = ("prompt", PROMPT_COLUMNS) if isinstance(image, str) else ("image", IMAGE_COLUMNS)
+            found = ", ".join(str(column) for column in row if column is not None) or "nothing"
+            what = f"has no text in {' or '.join(columns)}; its columns are {found}"
+            result.errors.append(DataError(Problem(place, what, f"give {name} as text")))
+        elif not _is_text(image + prompt):
+            what = "holds a character that no text has (NUL or half a surrogate pair)"
+            result.errors.append(DataError(Problem(place, what, "correct the line")))
+        else:
+            sources.append(_Source(path.parent / image, captions.clean(prompt)))
     return sources
+
+
+def _is_text(text: str) -> bool:
+    return not any(letter == "\0" or "\ud800" <= letter <= "\udfff" for letter in text)
 
 
 def _rows(path: Path, text: str, result: Scan) -> Iterator[tuple[int, dict[str, Any]]]:
     if path.suffix.lower() == ".csv":
         reader = csv.DictReader(io.StringIO(text, newline=""))
-        for row in reader:
-            yield reader.line_num, row
+        try:
+            for row in reader:
+                yield reader.line_num, row
+        except csv.Error as error:
+            place = f"{path}:{reader.line_num + 1}"
+            result.errors.append(DataError(Problem(place, f"is not CSV ({error})", "correct the line")))
         return
     if path.suffix.lower() != ".jsonl":
         raise DataError(Problem(str(path), "is neither .jsonl nor .csv", "convert it"))
-    for line, content in enumerate(text.splitlines(), 1):
+    for line, content in enumerate(text.split("\n"), 1):  # not splitlines, which cuts at U+2028 inside a prompt too
         if not content.strip():
             continue
         try:
             row = json.loads(content)
-        except json.JSONDecodeError as error:
-            result.errors.append(DataError(Problem(f"{path}:{line}", f"is not JSON ({error.msg})", "correct the line")))
+        except (ValueError, RecursionError) as error:
+            result.errors.append(DataError(Problem(f"{path}:{line}", f"is not JSON ({error})", "correct the line")))
             continue
         yield line, row if isinstance(row, dict) else {}
 
@@ -196,9 +228,11 @@ def _notes(pictures: list[Picture], where: str) -> list[str]:
 
 def fingerprint(scans: list[list[Picture]]) -> dict[str, str]:
     """Name -> digest of content and prompt, for every picture: what a resumed run must find unchanged."""
-    prints = {}
+    prints: dict[str, str] = {}
     for index, pictures in enumerate(scans):
         for picture in pictures:
-            prompt = hashlib.sha256(picture.prompt.encode()).hexdigest()[:16]
-            prints[f"{index}/{picture.path.name}/{picture.digest[:16]}"] = prompt
+            name = f"{index}/{picture.path.name}/{picture.digest[:16]}"
+            while name in prints:  # the same picture in two subfolders
+                name += "'"
+            prints[name] = hashlib.sha256(picture.prompt.encode()).hexdigest()[:16]
     return prints

@@ -14,6 +14,9 @@ EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
 MAX_PIXELS = 100_000_000
 MIN_SIDE_PX = 64
+MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "I", "I;16", "I;16L", "I;16B", "I;16N")
+SRGB_NAMES = ("srgb iec61966", "srgb built-in")
+"""Profiles that say what is assumed anyway; a conversion would only round."""
 
 Image.init()  # registers every format, which `open` does not do when formats are named
 
@@ -32,12 +35,18 @@ def load(path: Path, content: bytes) -> Image.Image:
             image = Image.open(io.BytesIO(content), formats=FORMATS)
             _check_header(path, image)
             image.load()
-            image.info["icc_profile"] = image.info.get("icc_profile") or None
-            return _to_rgb(ImageOps.exif_transpose(image))
+            image = ImageOps.exif_transpose(image)
+    except DataError:
+        raise
     except UnidentifiedImageError:
         raise _refused(path, _what_is(content), "replace it by a JPEG, PNG, WebP, BMP or TIFF, or remove it") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except Image.DecompressionBombError:
+        raise _too_large(path, "") from None
+    except Exception as error:  # on damaged bytes the decoders raise whatever their parsing runs into
         raise _refused(path, f"damaged or cut off ({error})", "export it again or remove it") from None
+    if image.mode not in MODES:
+        raise _refused(path, f"pixels of mode {image.mode} are not read", "export it as RGB")
+    return _to_rgb(image)
 
 
 def fit(image: Image.Image, size: Bucket) -> Image.Image:
@@ -50,7 +59,7 @@ def fit(image: Image.Image, size: Bucket) -> Image.Image:
 def _check_header(path: Path, image: Image.Image) -> None:
     width, height = image.size
     if width * height > MAX_PIXELS:
-        raise _refused(path, f"{width}x{height} px is over {MAX_PIXELS // 1_000_000} megapixels", "scale it down")
+        raise _too_large(path, f"{width}x{height} px is ")
     if min(width, height) < MIN_SIDE_PX:
         raise _refused(path, f"{width}x{height} px is under {MIN_SIDE_PX} px", "use a larger picture or remove it")
     frames = getattr(image, "n_frames", 1)
@@ -62,10 +71,9 @@ def _check_header(path: Path, image: Image.Image) -> None:
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     profile = image.info.get("icc_profile")
-    if image.mode.startswith("I"):  # 16 bit grey: Pillow's own conversion clips it to white
-        grey = np.asarray(image, dtype=np.float64)
-        image = Image.fromarray(np.clip(np.rint(grey / 257), 0, 255).astype(np.uint8))
-    if image.mode in ("LA", "La", "PA", "RGBa") or "transparency" in image.info:
+    if image.mode.startswith("I"):
+        image = _from_16_bit(image)
+    if image.mode in ("LA", "PA", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
     if image.mode in ("P", "1"):
         image = image.convert("RGB")
@@ -76,12 +84,22 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return _to_srgb(image, profile).convert("RGB")
 
 
+def _from_16_bit(image: Image.Image) -> Image.Image:
+    """Grey of 8 bits, with alpha if one value stands for transparent: Pillow's own conversion clips to white."""
+    values = np.asarray(image).astype(np.int64)
+    grey = Image.fromarray(np.clip(np.rint(values / 257), 0, 255).astype(np.uint8))
+    hidden = image.info.get("transparency")
+    if isinstance(hidden, int):
+        grey.putalpha(Image.fromarray(np.where(values == hidden, 0, 255).astype(np.uint8)))
+    return grey
+
+
 def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
     if not profile:
         return image
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        if "srgb" in ImageCms.getProfileDescription(source).lower():
+        if ImageCms.getProfileDescription(source).strip().lower().startswith(SRGB_NAMES):
             return image
         converted = ImageCms.profileToProfile(
             image, source, _SRGB, renderingIntent=ImageCms.Intent.RELATIVE_COLORIMETRIC, outputMode="RGB"
@@ -104,6 +122,10 @@ def _what_is(content: bytes) -> str:
     if b"ftypavif" in head or b"ftyphei" in head or b"ftypmif1" in head:
         return "an AVIF or HEIC picture"
     return "not a picture, or one that is damaged"
+
+
+def _too_large(path: Path, size: str) -> DataError:
+    return _refused(path, f"{size}over {MAX_PIXELS // 1_000_000} megapixels", "scale it down")
 
 
 def _refused(path: Path, what: str, todo: str) -> DataError:

@@ -4,7 +4,9 @@ An epoch holds every item once, grouped by size into micro-batches; a step takes
 process. The order of an epoch is by hashed keys, so neither the file system nor an added picture rearranges it.
 """
 
+from collections import Counter
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from zimage_train.config.schema import Config
 from zimage_train.data.buckets import Bucket, bucket
@@ -84,10 +86,10 @@ class Plan:
     processes: int
     _epochs: dict[int, list[MicroBatch]] = field(default_factory=dict, repr=False, compare=False)
 
-    @property
+    @cached_property
     def micro_batches_per_epoch(self) -> int:
         """Forward passes that see every item once."""
-        return len(self._epoch(0))
+        return sum(-(-count // self.batch_size) for count in Counter(item.size for item in self.items).values())
 
     @property
     def steps_per_epoch(self) -> float:
@@ -110,11 +112,14 @@ class Plan:
         return self._epoch(epoch)[position]
 
     def _epoch(self, epoch: int) -> list[MicroBatch]:
-        if epoch not in self._epochs:
-            if len(self._epochs) > 2:  # a step touches two epochs at most, unless an epoch is shorter than a step
-                self._epochs.pop(next(iter(self._epochs)))
-            self._epochs[epoch] = self._order(epoch)
-        return self._epochs[epoch]
+        """The last few epochs are kept; safe when the loop and its prefetching thread ask at the same time."""
+        batches = self._epochs.get(epoch)
+        if batches is None:
+            batches = self._order(epoch)
+            for older in list(self._epochs)[:-2]:
+                self._epochs.pop(older, None)
+            self._epochs[epoch] = batches
+        return batches
 
     def _order(self, epoch: int) -> list[MicroBatch]:
         order = sorted(self.items, key=lambda item: (number(self.seed, "order", epoch, *item.identity()), item.entry))

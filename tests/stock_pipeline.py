@@ -1,0 +1,39 @@
+"""Draw one picture with diffusers alone; run as a program, so that nothing of zimage_train is in the process.
+
+Arguments: model folder, LoRA file, prompt, negative, seed, width, height, steps, guidance, output PNG.
+"""
+
+import sys
+
+import torch
+from diffusers import ZImagePipeline
+
+TURBO = [1.0, 0.9545, 0.9, 0.8333, 0.75, 0.6429, 0.5, 0.3]
+
+
+def main(model: str, lora: str, prompt: str, negative: str, seed: str, *rest: str) -> None:
+    width, height, steps, guidance, output = int(rest[0]), int(rest[1]), int(rest[2]), float(rest[3]), rest[4]
+    torch.set_num_threads(1)
+    pipe = ZImagePipeline.from_pretrained(model, dtype=torch.float32, local_files_only=True)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.load_lora_weights(lora)
+    image = pipe(
+        prompt=prompt,
+        negative_prompt=negative,
+        width=width,
+        height=height,
+        sigmas=[1 - i / steps for i in range(steps)],
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        generator=torch.Generator("cpu").manual_seed(int(seed)),
+    ).images[0]
+    if steps == 8:
+        got = [round(sigma, 4) for sigma in pipe.scheduler.sigmas.tolist()[:8]]
+        if any(abs(a - b) > 1e-4 for a, b in zip(got, TURBO, strict=True)):
+            raise SystemExit(f"not Turbo's grid: {got}")
+    if any(name.split(".")[0] == "zimage_train" for name in sys.modules):
+        raise SystemExit("zimage_train was imported")
+    image.save(output)
+
+
+main(*sys.argv[1:])

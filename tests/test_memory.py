@@ -1,0 +1,90 @@
+"""The memory estimate, against bytes counted on the real graph at the full width."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from diffusers import ZImageTransformer2DModel
+from peft import LoraConfig, inject_adapter_in_model
+
+from zimage_train import memory
+from zimage_train.data.buckets import Bucket
+from zimage_train.lora import names
+from zimage_train.model.shapes import TransformerShape
+from zimage_train.model.transformer import velocity
+
+FULL = TransformerShape()
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def counted(shape: TransformerShape, side: int, dtype: torch.dtype) -> int:
+    """Bytes that autograd keeps of one forward pass, weights not counted, without allocating any."""
+    with torch.device("meta"):
+        model = ZImageTransformer2DModel(**shape.config()).to(dtype).requires_grad_(False)
+        config = LoraConfig(r=16, target_modules=names.select(["attention", "feed_forward"], shape.linears))
+        inject_adapter_in_model(config, model)
+        for name, parameter in model.named_parameters():
+            if "lora" in name:
+                parameter.data = parameter.data.float()
+                parameter.requires_grad_(True)
+        weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+        kept: dict[int, torch.UntypedStorage] = {}
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in weights:
+                kept[storage._cdata] = storage
+            return tensor
+
+        x, prompt = torch.randn(1, 16, side // 8, side // 8), torch.randn(64, shape.cap_feat_dim, dtype=dtype)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            velocity(model, x, torch.rand(1), [prompt])
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_saved_bytes_of_a_block_are_those_of_the_estimate(dtype: str):
+    """On the meta device attention keeps its matrices, quadratic in tokens; two sizes separate them from the rest."""
+
+    def a_block(side: int) -> tuple[int, float]:
+        tokens = (side // 16) ** 2 + 64
+        more, fewer = (counted(replace(FULL, n_layers=n), side, DTYPES[dtype]) for n in (3, 2))
+        return tokens, (more - fewer) / tokens
+
+    (tokens_a, bytes_a), (tokens_b, bytes_b) = a_block(512), a_block(1024)
+    quadratic = (bytes_b - bytes_a) / (tokens_b - tokens_a)
+    linear = bytes_a - quadratic * tokens_a
+    assert linear / FULL.dim == pytest.approx(memory.SAVED_BYTES_PER_DIM[dtype], rel=0.03)
+
+
+def estimate(config, checkpointing: bool, side: int = 1024) -> memory.Estimate:
+    modules = names.select(config.lora.targets, FULL.linears)
+    return memory.estimate(config, FULL, modules, {Bucket(side, side)}, checkpointing, gpu=True)
+
+
+def test_the_full_model_needs_recomputation_on_24_gb_and_fits_with_it(make_config):
+    config = make_config(model={"dtype": "bf16"}, train={"batch_size": 1}, lora={"rank": 16}, optimizer={"name": "adamw8bit"})
+    card = int(25.8e9)
+    modules = names.select(config.lora.targets, FULL.linears)
+    chosen, why = memory.choose_checkpointing(config, FULL, modules, {Bucket(1024, 1024)}, card, True)
+    assert chosen and "GB" in why
+    assert estimate(config, True).total < card < estimate(config, False).total
+    assert estimate(config, True).weights == 2 * 6_154_908_736
+    assert not memory.choose_checkpointing(config, FULL, modules, {Bucket(1024, 1024)}, int(141e9), True)[0]
+
+
+def test_the_config_has_the_last_word_on_checkpointing(make_config):
+    for wanted in (True, False):
+        config = make_config(memory={"checkpointing": wanted})
+        modules = names.select(config.lora.targets, FULL.linears)
+        assert memory.choose_checkpointing(config, FULL, modules, {Bucket(64, 64)}, 1, True)[0] is wanted
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [({"lora": {"rank": 64}}, "lora"), ({"train": {"batch_size": 2}}, "activations"), ({"model": {"dtype": "fp32"}}, "weights")],
+)
+def test_what_costs_memory_raises_its_part(make_config, change: dict, part: str):
+    base = {"model": {"dtype": "bf16"}, "train": {"batch_size": 1}}
+    smaller, larger = estimate(make_config(**base), True), estimate(make_config(**(base | change)), True)
+    assert getattr(larger, part) > getattr(smaller, part)

@@ -1,0 +1,133 @@
+"""Previews and samples equal what diffusers' own pipeline draws with the exported file, in another process."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from zimage_train import mini
+from zimage_train.app.train import train
+from zimage_train.cli import app
+from zimage_train.config.schema import Config
+from zimage_train.report import pictures
+from zimage_train.sampling.recipe import previews, prompts_of
+
+STOCK = Path(__file__).parent / "stock_pipeline.py"
+
+
+def stock(lora: Path, output: Path, prompt: str, negative: str, *numbers: float) -> np.ndarray:
+    command = [sys.executable, str(STOCK), str(mini.TURBO), str(lora), prompt, negative, *map(str, numbers), str(output)]
+    environment = {**os.environ, "PYTHONPATH": "", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=output.parent)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return pixels(output)
+
+
+def pixels(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB")).astype(int)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, shared_cache: Path) -> Config:
+    from conftest import mini_values
+
+    sample = {"every": 30, "width": 96, "height": 64, "prompts": ["a red zorb on a blue background"]}
+    values = mini_values(tmp_path_factory.mktemp("previews"), shared_cache, train={"steps": 30}, optimizer={"lr": 4e-3}, sample=sample)
+    config = Config.model_validate(values)
+    train(config, fresh=False)
+    return config
+
+
+@pytest.mark.slow
+def test_the_last_preview_is_the_stock_pipelines_picture(finished: Config, tmp_path: Path):
+    root = Path(finished.output) / finished.name
+    recipe = previews(finished)[0]
+    numbers = (recipe.seed, recipe.width, recipe.height, recipe.steps, recipe.guidance)
+    expected = stock(root / "lora" / "tiny.safetensors", tmp_path / "stock.png", recipe.prompt, "", *numbers)
+    preview = pixels(root / "samples" / "000030-00.png")
+    assert np.abs(preview - expected).max() <= 1
+    first = pixels(root / "samples" / "000000-00.png")
+    assert np.abs(first - expected).max() > 20, "the LoRA must be visible, or the comparison says nothing"
+
+
+@pytest.mark.slow
+def test_the_sample_command_equals_the_stock_pipeline_with_guidance_and_weight(finished: Config, tmp_path: Path):
+    lora = Path(finished.output) / finished.name / "lora" / "tiny.safetensors"
+    arguments = ["--prompt", "a red zorb on a blue background", "--negative", "a green circle", "--seed", "5"]
+    sizes = ["--width", "64", "--height", "80", "--steps", "6", "--guidance", "2.5", "--dtype", "fp32"]
+    command = ["sample", str(mini.TURBO), "--lora", str(lora), *arguments, *sizes, "--output", str(tmp_path / "out")]
+    done = CliRunner().invoke(app, command, catch_exceptions=False)
+    assert done.exit_code == 0 and "matched 42/42" in done.output
+    numbers = (5, 64, 80, 6, 2.5)
+    expected = stock(lora, tmp_path / "stock.png", "a red zorb on a blue background", "a green circle", *numbers)
+    assert np.abs(pixels(tmp_path / "out" / "sample-5.png") - expected).max() <= 1
+
+
+def sample(output: Path, *loras: str) -> np.ndarray:
+    options = [option for lora in loras for option in ("--lora", lora)]
+    size = ["--width", "64", "--height", "64", "--dtype", "fp32", "--output", str(output)]
+    done = CliRunner().invoke(app, ["sample", str(mini.TURBO), *options, "--prompt", "a red zorb on a blue background", *size])
+    assert done.exit_code == 0, done.output
+    return pixels(output / "sample-42.png")
+
+
+def test_several_loras_are_stacked_by_weight_and_layouts_may_differ(finished: Config, tmp_path: Path):
+    from safetensors.torch import load_file, save_file
+
+    lora = Path(finished.output) / finished.name / "lora" / "tiny.safetensors"
+    tensors = load_file(lora)
+    diffsynth = {
+        key.removeprefix("diffusion_model.").replace(".weight", ".default.weight"): tensor
+        for key, tensor in tensors.items()
+        if not key.endswith(".alpha")
+    }
+    save_file(diffsynth, tmp_path / "diffsynth.safetensors")
+    once = sample(tmp_path / "a", str(lora))
+    assert np.abs(sample(tmp_path / "b", str(tmp_path / "diffsynth.safetensors")) - once).max() <= 1
+    halves = sample(tmp_path / "c", f"{lora}=0.5", f"{tmp_path / 'diffsynth.safetensors'}=0.5")
+    assert np.abs(halves - once).max() <= 1
+    without = sample(tmp_path / "e")
+    assert np.abs(without - once).max() > 20, "the LoRA must be visible, or the comparisons say nothing"
+    assert np.abs(sample(tmp_path / "d", f"{lora}=0") - without).max() == 0
+    assert np.abs(sample(tmp_path / "f", f"{lora}=2") - once).max() > 5
+
+
+def test_a_lora_that_does_not_match_in_full_stops_sampling(tmp_path: Path):
+    import torch
+    from safetensors.torch import save_file
+
+    path = tmp_path / "other.safetensors"
+    save_file({f"layers.99.attention.to_q.lora_{p}.weight": torch.zeros(s) for p, s in (("A", (2, 96)), ("B", (96, 2)))}, path)
+    done = CliRunner().invoke(app, ["sample", str(mini.TURBO), "--lora", str(path), "--prompt", "x"])
+    assert done.exit_code != 0
+    assert "matched 0/1" in str(done.exception)
+
+
+def test_prompt_i_has_seed_plus_i_unless_it_names_its_own(make_config):
+    prompts = ["a", {"prompt": "b", "seed": 5, "width": 32, "negative": "n"}, "c"]
+    recipes = previews(make_config(sample={"prompts": prompts, "seed": 100, "width": 64, "height": 48}))
+    assert [recipe.seed for recipe in recipes] == [100, 5, 102]
+    assert [(recipe.width, recipe.height) for recipe in recipes] == [(64, 48), (32, 48), (64, 48)]
+    assert [(recipe.steps, recipe.guidance, recipe.shift) for recipe in recipes] == [(8, 0.0, 3.0)] * 3
+    assert prompts_of(recipes) == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize(("variant", "expected"), [("deturbo", (25, 2.0, 3.0)), ("base", (30, 3.0, 6.0))])
+def test_other_variants_have_their_own_recipe_and_need_the_negative(make_config, variant: str, expected: tuple):
+    config = make_config(model={"variant": variant, "adapter": None}, sample={"prompts": ["a"], "negative": "bad"})
+    (recipe,) = previews(config)
+    assert (recipe.steps, recipe.guidance, recipe.shift) == expected
+    assert prompts_of([recipe]) == ["a", "bad"]
+
+
+def test_the_grid_has_a_row_a_step_and_a_column_a_prompt(finished: Config):
+    folder = Path(finished.output) / finished.name / "samples"
+    assert list(pictures.by_step(folder)) == [0, 30]
+    with Image.open(folder / "grid.png") as grid:
+        assert grid.width > pictures.CELL_PX and grid.height > 2 * pictures.CELL_PX

@@ -1,0 +1,105 @@
+"""The program as a process: killed, stopped, started twice, cut off from the network."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from zimage_train.config import yaml_reader
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def start(tmp_path: Path, shared_cache: Path):
+    """`start(name, **changes)`: begin `zimage-train train` in a process of its own."""
+    from conftest import mini_values
+
+    running: list[subprocess.Popen[str]] = []
+
+    def begin(name: str, output: str = "runs", **changes) -> subprocess.Popen[str]:
+        path = tmp_path / f"{name}-{output}.yaml"
+        path.write_text(yaml_reader.dump(mini_values(tmp_path / output, shared_cache, name=name, **changes)))
+        process = subprocess.Popen(
+            [sys.executable, "-m", "zimage_train", "train", str(path)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        )
+        running.append(process)
+        return process
+
+    yield begin
+    for process in running:
+        if process.poll() is None:
+            process.kill()
+        process.wait()
+
+
+def wait_for(process: subprocess.Popen[str], path: Path, lines: int) -> None:
+    """Wait until `path` has that many lines."""
+    until = time.monotonic() + 90
+    while time.monotonic() < until:
+        if path.exists() and path.read_bytes().count(b"\n") >= lines:
+            return
+        if process.poll() is not None:
+            raise AssertionError(process.stdout.read() if process.stdout else "ended")
+        time.sleep(0.005)
+    raise AssertionError(f"{path} never had {lines} lines")
+
+
+LONG = {"train": {"steps": 60, "batch_size": 1}, "save": {"every": 5}}
+
+
+def test_killed_at_any_moment_the_same_command_ends_in_the_same_bytes(start, tmp_path: Path):
+    assert start("tiny", "whole", **LONG).wait() == 0
+    metrics = tmp_path / "runs" / "tiny" / "metrics.jsonl"
+    for lines in (3, 11, 24, 38):
+        process = start("tiny", **LONG)
+        wait_for(process, metrics, lines)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert start("tiny", **LONG).wait() == 0
+    one, other = (tmp_path / output / "tiny" / "lora" / "tiny.safetensors" for output in ("whole", "runs"))
+    assert one.read_bytes() == other.read_bytes()
+    starts = json.loads((tmp_path / "runs" / "tiny" / "run.json").read_text())["starts"]
+    assert len(starts) == 5 and starts[0] == 0 and starts[-1] >= 35, starts
+    steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
+    assert steps == list(range(1, 61))
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_signal_saves_and_says_how_to_continue(start, tmp_path: Path, number: int, code: int):
+    process = start("tiny", **(LONG | {"save": {"every": None}, "train": {"steps": 500, "batch_size": 1}}))
+    wait_for(process, tmp_path / "runs" / "tiny" / "metrics.jsonl", 4)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == code, output
+    assert "the same command continues" in output and "Traceback" not in output
+    assert list((tmp_path / "runs" / "tiny" / "checkpoints").glob("step-*.safetensors"))
+
+
+def test_a_second_run_in_the_folder_is_told_who_holds_it(start, tmp_path: Path):
+    slow = LONG | {"train": {"steps": 5000, "batch_size": 1}}
+    first = start("tiny", **slow)
+    wait_for(first, tmp_path / "runs" / "tiny" / "metrics.jsonl", 1)
+    second = start("tiny", **slow)
+    output, _ = second.communicate(timeout=90)
+    assert second.returncode == 6
+    assert f"process {first.pid}" in output and "Traceback" not in output
+    assert first.poll() is None
+
+
+def test_python_m_takes_the_same_commands_and_exit_codes(tmp_path: Path):
+    bad = tmp_path / "bad.yaml"
+    bad.write_text("name: x\ndata:\n  - folder: nowhere\noptimizer:\n  lrr: 1e-4\n")
+    done = subprocess.run([sys.executable, "-O", "-m", "zimage_train", "train", str(bad)], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "optimizer.lrr: unknown key; did you mean 'lr'?" in done.stderr and ":5:" in done.stderr
+    assert "Traceback" not in done.stderr

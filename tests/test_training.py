@@ -1,0 +1,445 @@
+"""The main job on the miniature: what a run leaves, resume at every step, previews that change nothing, refusals."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+
+from zimage_train import mini
+from zimage_train.app import timesteps
+from zimage_train.app.train import train
+from zimage_train.config import yaml_reader
+from zimage_train.config.reading import read_config
+from zimage_train.config.schema import Config
+from zimage_train.errors import ConfigError, DivergedError, Stopped, WeightsError
+from zimage_train.report.metrics import read
+from zimage_train.training import loop, objectives, publish
+from zimage_train.training.run import due
+
+
+def folder(config: Config) -> Path:
+    return Path(config.output) / config.name
+
+
+def losses(config: Config) -> list[float]:
+    return [record["loss"] for record in read(folder(config) / "metrics.jsonl")]
+
+
+def final(config: Config) -> bytes:
+    return (folder(config) / "lora" / f"{config.name}.safetensors").read_bytes()
+
+
+def facts(config: Config) -> dict:
+    return json.loads((folder(config) / "run.json").read_text())
+
+
+PREVIEWED = {"every": 2, "width": 64, "height": 64, "prompts": ["a red zorb on a blue background", "a red circle"]}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, shared_cache: Path) -> Config:
+    """One finished run with everything on, for the tests that only look."""
+    from conftest import mini_values
+
+    values = mini_values(
+        tmp_path_factory.mktemp("finished"),
+        shared_cache,
+        train={"steps": 5, "accumulate": 2},
+        sample=PREVIEWED,
+        save={"every": 2, "keep": 8},
+        log={"tensorboard": True},
+    )
+    config = Config.model_validate(values)
+    train(config, fresh=False)
+    return config
+
+
+def test_the_run_folder_is_the_documented_one(finished: Config):
+    found = {path.relative_to(folder(finished)).as_posix() for path in folder(finished).rglob("*") if path.is_file()}
+    events = {name for name in found if name.startswith("tensorboard/events.out.tfevents")}
+    assert len(events) == 1
+    pictures = {f"samples/{step:06d}-{index:02d}.png" for step in (0, 2, 4, 5) for index in (0, 1)}
+    assert found - events == pictures | {
+        "config.yaml",
+        "run.json",
+        "run.lock",
+        "metrics.jsonl",
+        "events.jsonl",
+        "log.txt",
+        "report.html",
+        "checkpoints/step-000004.safetensors",
+        "checkpoints/step-000005.safetensors",
+        "lora/tiny-000002.safetensors",
+        "lora/tiny-000004.safetensors",
+        "lora/tiny.safetensors",
+        "samples/grid.png",
+    }
+
+
+def test_metrics_have_one_record_a_step_with_what_was_used(finished: Config):
+    records = read(folder(finished) / "metrics.jsonl")
+    assert [record["step"] for record in records] == [1, 2, 3, 4, 5]
+    for record in records:
+        assert record.keys() == {"step", "loss", "lr", "grad_norm", "sigma", "samples", "seconds", "gb"}
+        assert 2 <= len(record["sigma"]) == len(record["samples"]) <= 4  # the last batch of a size may be smaller
+        assert record["lr"] == 1e-3
+        assert record["loss"] > 0 and record["grad_norm"] > 0
+
+
+def test_run_json_proves_the_settings(finished: Config):
+    found = facts(finished)
+    assert found["lora"] == {"rank": 4, "matched": "42/42", "groups": {"attention": 24, "feed_forward": 18}}
+    assert found["adapter"]["matched"] == "48/48"
+    assert found["starts"] == [0]
+    assert found["dataset"]["pictures"] == 16
+    assert found["versions"]["torch"] == torch.__version__
+
+
+def test_the_effective_config_is_whole_and_loadable(finished: Config):
+    path = folder(finished) / "config.yaml"
+    assert read_config(path) == finished
+    assert yaml_reader.parse(path.read_text()).value == finished.model_dump()
+
+
+def test_the_export_says_what_it_is_and_nothing_of_where_it_was_made(finished: Config):
+    with safe_open(folder(finished) / "lora" / "tiny.safetensors", "pt") as file:
+        metadata = file.metadata()
+    assert metadata["modelspec.architecture"] == "Z-Image/lora"
+    assert metadata["ss_base_model_version"] == "zimage"
+    assert metadata["ss_network_dim"] == "4"
+    assert metadata["modelspec.trigger_phrase"] == "zorb"
+    assert metadata["zimage_train.adapter"] == "adapter.safetensors"
+    assert str(Path(finished.output)) not in json.dumps(metadata)
+
+
+def test_previews_have_the_asked_size_and_carry_their_recipe(finished: Config):
+    with Image.open(folder(finished) / "samples" / "000005-01.png") as image:
+        assert image.size == (64, 64)
+        assert "Seed: 43" in image.info["parameters"] and "CFG 1" in image.info["parameters"]
+
+
+def test_the_report_is_one_page_without_links_elsewhere(finished: Config):
+    page = (folder(finished) / "report.html").read_text()
+    assert page.count("data:image/jpeg;base64") == 8
+    for text in ("matched 42/42", "matched 48/48", "a red zorb on a blue background", "steps: 5"):
+        assert text in page
+    assert "http://" not in page and "https://" not in page and "<script" not in page
+
+
+def test_user_text_is_escaped_in_the_report(make_config):
+    config = make_config(train={"steps": 1}, sample=PREVIEWED | {"prompts": ["<script>alert(1)</script> zorb"]})
+    train(config, fresh=False)
+    page = (folder(config) / "report.html").read_text()
+    assert "<script>alert" not in page and "&lt;script&gt;alert" in page
+
+
+def test_a_finished_run_says_so_and_touches_nothing(finished: Config, capsys: pytest.CaptureFixture):
+    before = {path: path.stat().st_mtime_ns for path in folder(finished).rglob("*") if path.name not in ("run.lock", "log.txt")}
+    train(finished, fresh=False)
+    assert "complete" in capsys.readouterr().out
+    assert {p: p.stat().st_mtime_ns for p in folder(finished).rglob("*") if p.name not in ("run.lock", "log.txt")} == before
+
+
+# Resume
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Ask the run to stop while it is in `step`, as SIGTERM would."""
+    original = loop.prefetch
+
+    def prefetch(run):
+        for at, loaded in original(run):
+            if at == step:
+                run.stop.signal_number = 15
+            yield at, loaded
+
+    monkeypatch.setattr(loop, "prefetch", prefetch)
+
+
+OPTIMIZERS = [("adamw", 12), ("adamw8bit", 3), ("prodigy", 3)]
+
+
+@pytest.mark.parametrize(("optimizer", "steps"), OPTIMIZERS)
+def test_cut_at_every_step_the_end_is_the_same_byte_for_byte(make_config, monkeypatch, optimizer: str, steps: int):
+    options = {
+        "optimizer": {"name": optimizer, "lr": 1e-3},
+        "schedule": {"name": "cosine", "warmup_steps": 2},
+        "train": {"steps": steps, "batch_size": 3},
+        "data": [{"folder": str(mini.PICTURES), "resolution": [64], "trigger": "zorb", "caption_dropout": 0.3}],
+        "lora": {"dropout": 0.1, "rank": 48},
+    }
+    whole = make_config(name="whole", **options)
+    train(whole, fresh=False)
+    for cut in range(1, steps):
+        config = make_config(name="whole", output=str(Path(whole.output) / f"cut{cut}"), **options)
+        with monkeypatch.context() as patch:
+            stop_after(patch, cut)
+            with pytest.raises(Stopped) as stopped:
+                train(config, fresh=False)
+            assert stopped.value.exit_code == 143
+        train(config, fresh=False)
+        assert final(config) == final(whole), cut
+        assert losses(config) == losses(whole), cut
+        assert facts(config)["starts"] == [0, cut]
+
+
+def test_a_damaged_newest_checkpoint_costs_steps_and_not_the_result(make_config, monkeypatch, capsys):
+    options = {"train": {"steps": 5}, "save": {"every": 1}}
+    whole = make_config(name="tiny", **options)
+    train(whole, fresh=False)
+    config = make_config(output=str(Path(whole.output) / "b"), **options)
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        stop_after(patch, 4)
+        train(config, fresh=False)
+    newest = folder(config) / "checkpoints" / "step-000004.safetensors"
+    content = bytearray(newest.read_bytes())
+    content[-1] ^= 1
+    newest.write_bytes(content)
+    train(config, fresh=False)
+    assert "set aside" in capsys.readouterr().out
+    assert final(config) == final(whole)
+    assert facts(config)["starts"] == [0, 3]
+
+
+def test_a_crash_right_after_the_checkpoint_loses_neither_export_nor_preview(make_config, monkeypatch):
+    config = make_config(train={"steps": 4}, save={"every": 2}, sample=PREVIEWED)
+    with monkeypatch.context() as patch:
+        patch.setattr(publish, "export", lambda run, step: (_ for _ in ()).throw(RuntimeError("power cut")))
+        with pytest.raises(RuntimeError, match="power cut"):
+            train(config, fresh=False)
+    train(config, fresh=False)
+    assert (folder(config) / "lora" / "tiny-000002.safetensors").exists()
+    assert (folder(config) / "samples" / "000002-00.png").exists()
+    assert facts(config)["starts"] == [0, 2]
+
+
+def test_more_steps_continue_a_finished_run(make_config):
+    train(make_config(train={"steps": 2}), fresh=False)
+    longer = make_config(train={"steps": 4})
+    train(longer, fresh=False)
+    assert facts(longer)["starts"] == [0, 2]
+    whole = make_config(train={"steps": 4}, output=str(Path(longer.output) / "b"))
+    train(whole, fresh=False)
+    assert final(longer) == final(whole)
+    with pytest.raises(ConfigError, match="at step 4 already"):
+        train(make_config(train={"steps": 3}), fresh=False)
+
+
+def test_a_moved_run_folder_still_continues(make_config, monkeypatch, tmp_path: Path):
+    config = make_config(train={"steps": 4})
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        stop_after(patch, 2)
+        train(config, fresh=False)
+    shutil.move(config.output, tmp_path / "elsewhere")
+    moved = make_config(train={"steps": 4}, output=str(tmp_path / "elsewhere"))
+    train(moved, fresh=False)
+    assert facts(moved)["starts"] == [0, 2]
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"optimizer": {"lr": 5e-4}}, r"optimizer\.lr: - 0\.001  \+ 0\.0005"),
+        ({"lora": {"rank": 8}}, r"lora\.rank: - 4  \+ 8"),
+        ({"seed": 8}, "seed: - 7"),
+        ({"model": {"adapter": None}}, "adapter: changed"),
+    ],
+)
+def test_a_changed_config_is_refused_with_its_difference(make_config, change: dict, named: str):
+    train(make_config(train={"steps": 2}), fresh=False)
+    changed = make_config(**{"train": {"steps": 4}, **change})
+    with pytest.raises(ConfigError, match=named) as error:
+        train(changed, fresh=False)
+    assert error.value.exit_code == 2
+
+
+def test_changed_data_is_refused_by_content_and_not_by_place(make_config, tmp_path: Path):
+    def with_folder(name: str, steps: int) -> Config:
+        data = [{"folder": str(tmp_path / name), "resolution": [64], "trigger": "zorb"}]
+        return make_config(data=data, train={"steps": steps})
+
+    shutil.copytree(mini.PICTURES, tmp_path / "a")
+    train(with_folder("a", 2), fresh=False)
+    shutil.copytree(tmp_path / "a", tmp_path / "same")
+    train(with_folder("same", 3), fresh=False)
+    shutil.copytree(tmp_path / "a", tmp_path / "other")
+    (tmp_path / "other" / "zorb_01.txt").write_text("another caption")
+    (tmp_path / "other" / "zorb_02.png").unlink()
+    with pytest.raises(ConfigError, match=r"zorb_01\.png.*: changed(.|\n)*zorb_02\.png.*: is gone"):
+        train(with_folder("other", 4), fresh=False)
+
+
+def test_fresh_moves_the_old_run_aside(make_config):
+    config = make_config(train={"steps": 2})
+    train(config, fresh=False)
+    changed = make_config(train={"steps": 2}, seed=99)
+    train(changed, fresh=True)
+    assert facts(changed)["starts"] == [0]
+    assert (folder(config).with_name("tiny.old") / "lora" / "tiny.safetensors").exists()
+
+
+# What must not change training
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_previews_change_no_bit_of_training(make_config, tmp_path: Path, dtype: str):
+    without = make_config(name="run", output=str(tmp_path / "without"), train={"steps": 5}, model={"dtype": dtype})
+    with_previews = make_config(name="run", train={"steps": 5}, sample=PREVIEWED | {"every": 1}, model={"dtype": dtype})
+    train(without, fresh=False)
+    train(with_previews, fresh=False)
+    assert losses(without) == losses(with_previews)
+    assert final(without) == final(with_previews)
+
+
+def test_a_samples_noise_and_sigma_do_not_depend_on_how_batches_are_made(make_config):
+    def sigmas(name: str, **options) -> dict[str, set[float]]:
+        config = make_config(name=name, train={"steps": 16, **options})
+        train(config, fresh=False)
+        found: dict[str, set[float]] = {}
+        for record in read(folder(config) / "metrics.jsonl"):
+            for sample, sigma in zip(record["samples"], record["sigma"], strict=True):
+                found.setdefault(sample, set()).add(sigma)
+        return found
+
+    # 16 pictures: 16 steps of one are an epoch; with larger steps the same samples of the first epoch are among them.
+    single = sigmas("a", batch_size=1)
+    assert len(single) == 16
+    for other in (sigmas("b", batch_size=4), sigmas("c", batch_size=2, accumulate=3)):
+        assert all(single[sample] <= other[sample] for sample in single)
+
+
+def test_sigmas_of_a_run_follow_the_density_that_timesteps_prints(make_config):
+    config = make_config(
+        train={"steps": 12, "batch_size": 16},
+        timesteps={"type": "sigmoid", "bias": "high_noise"},
+        data=[{"folder": str(mini.PICTURES), "resolution": [64], "trigger": "zorb", "repeats": 12}],
+    )
+    train(config, fresh=False)
+    drawn = sorted(sigma for record in read(folder(config) / "metrics.jsonl") for sigma in record["sigma"])
+    printed = timesteps.describe(config)
+    assert len(drawn) > 100
+    assert sum(drawn) / len(drawn) == pytest.approx(printed["sigma_mean"], abs=0.05)
+    for share, expected in printed["sigma_quantiles"].items():
+        below = sum(sigma <= expected for sigma in drawn) / len(drawn)
+        assert below == pytest.approx(float(share), abs=0.12)
+    assert len(printed["weights"]) == 1001 and printed["weights"][500] == [0.5, 1.0]
+
+
+def test_differential_guidance_multiplies_the_first_unclipped_gradient(make_config):
+    norms = []
+    for scale in (None, 3.0):
+        config = make_config(name=f"s{scale}", train={"steps": 1}, guidance={"differential": scale})
+        train(config, fresh=False)
+        norms.append(read(folder(config) / "metrics.jsonl")[0]["grad_norm"])
+    assert norms[1] == pytest.approx(3 * norms[0], rel=1e-5)
+
+
+def test_the_logged_rate_is_the_one_of_the_schedule(make_config):
+    config = make_config(train={"steps": 6}, schedule={"warmup_steps": 4})
+    train(config, fresh=False)
+    assert [r["lr"] for r in read(folder(config) / "metrics.jsonl")] == pytest.approx(
+        [2.5e-4, 5e-4, 7.5e-4, 1e-3, 1e-3, 1e-3]
+    )
+
+
+def test_caption_dropout_of_one_trains_on_the_empty_prompt_alone(make_config, monkeypatch):
+    used: set[int] = set()
+    original = objectives.make_batch
+
+    def spy(config, samples, latents, embeds):
+        used.update(one.shape[0] for one in embeds)
+        return original(config, samples, latents, embeds)
+
+    monkeypatch.setattr("zimage_train.training.run.make_batch", spy)
+    data = [{"folder": str(mini.PICTURES), "resolution": [64], "trigger": "zorb", "caption_dropout": 1.0}]
+    train(make_config(data=data), fresh=False)
+    assert used == {8}  # the template around nothing: never zeros, never no tokens
+
+
+# What goes wrong
+
+
+def poison(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> list[int]:
+    """Make the loss of `steps` not a number."""
+    fired: list[int] = []
+    original = loop.sft_loss
+    seen = {"step": 0}
+
+    def spoiled(model, batch, differential):
+        seen["step"] += 1
+        result = original(model, batch, differential)
+        if seen["step"] in steps:
+            fired.append(seen["step"])
+            return objectives.Loss(result.objective * float("nan"), result.plain * float("nan"))
+        return result
+
+    monkeypatch.setattr(loop, "sft_loss", spoiled)
+    return fired
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_named(make_config, monkeypatch, capsys):
+    config = make_config(train={"steps": 4})
+    fired = poison(monkeypatch, {2})
+    train(config, fresh=False)
+    assert fired == [2]
+    records = read(folder(config) / "metrics.jsonl")
+    assert [record["loss"] is None for record in records] == [False, True, False, False]
+    assert "step 2 skipped" in capsys.readouterr().out
+
+
+def test_five_in_a_row_end_the_run(make_config, monkeypatch):
+    config = make_config(train={"steps": 9}, save={"every": 1})
+    fired = poison(monkeypatch, {3, 4, 5, 6, 7})
+    with pytest.raises(DivergedError, match="5 times in a row") as error:
+        train(config, fresh=False)
+    assert fired == [3, 4, 5, 6, 7]
+    assert error.value.exit_code == 5
+
+
+def test_a_failing_preview_costs_no_step(make_config, monkeypatch, capsys):
+    config = make_config(train={"steps": 3}, sample=PREVIEWED | {"every": 1})
+    monkeypatch.setattr(publish, "render", lambda *args: (_ for _ in ()).throw(RuntimeError("no memory")))
+    train(config, fresh=False)
+    assert "preview at step 0 failed" in capsys.readouterr().out
+    assert len(losses(config)) == 3
+
+
+def test_an_export_that_others_would_read_wrongly_is_not_left_there(make_config, monkeypatch):
+    from zimage_train.lora import files
+
+    config = make_config(train={"steps": 1})
+    monkeypatch.setattr(files, "_as_diffusers", lambda path: {})
+    with pytest.raises(WeightsError, match="diffusers would load 0 of 42"):
+        train(config, fresh=False)
+    assert not (folder(config) / "lora" / "tiny.safetensors").exists()
+
+
+def test_only_the_last_exports_are_kept(make_config):
+    config = make_config(train={"steps": 6}, save={"every": 1, "keep": 2})
+    train(config, fresh=False)
+    names = sorted(path.name for path in (folder(config) / "lora").iterdir())
+    assert names == ["tiny-000004.safetensors", "tiny-000005.safetensors", "tiny.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("every", "steps", "expected"), [(2, 5, [2, 4, 5]), (10, 3, [3]), (None, 3, []), (1, 3, [1, 2, 3])]
+)
+def test_what_is_due_when(every: int | None, steps: int, expected: list[int]):
+    assert [step for step in range(1, steps + 1) if due(every, step, steps)] == expected
+
+
+def test_checkpointing_is_chosen_by_the_budget_and_kept_on_resume(make_config):
+    small = make_config(memory={"budget_gb": 0.02}, train={"steps": 1})
+    train(small, fresh=False)
+    assert facts(small)["plan"]["checkpointing"] is True
+    later = make_config(memory={"budget_gb": 50.0}, train={"steps": 2})
+    train(later, fresh=False)
+    assert facts(later)["plan"] == {"checkpointing": True, "why": "as chosen when the run began"}
+    large = make_config(name="large", memory={"budget_gb": 50.0}, train={"steps": 2})
+    train(large, fresh=False)
+    assert facts(large)["plan"]["checkpointing"] is False
+    assert losses(large) == losses(later)

@@ -1,0 +1,92 @@
+"""The kinds of value that settings have, beyond plain numbers and text."""
+
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+
+STRICT = ConfigDict(strict=True, allow_inf_nan=False)
+
+
+def later(neutral: object) -> AfterValidator:
+    """Accept only `neutral`: the setting belongs to the design, and this version cannot do it yet."""
+
+    def refuse(value: object) -> object:
+        if value != neutral:
+            raise ValueError(f"not possible in this version; leave it out (it can only be {_yaml(neutral)})")
+        return value
+
+    return AfterValidator(refuse)
+
+
+def _yaml(value: object) -> str:
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _as_list(value: object) -> object:
+    return [value] if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def _as_prompt(value: object) -> object:
+    return {"prompt": value} if isinstance(value, str) else value
+
+
+def _multiple_of_16(value: int) -> int:
+    if value % 16:
+        raise ValueError(f"{value} is no multiple of 16; {value // 16 * 16} or {-(-value // 16) * 16} would do")
+    return value
+
+
+Pixels = Annotated[int, Field(ge=32, le=4096, json_schema_extra={"multipleOf": 16}), AfterValidator(_multiple_of_16)]
+Every = Annotated[int, Field(ge=1)] | None
+Resolutions = Annotated[
+    list[Pixels], BeforeValidator(_as_list, json_schema_input_type=Pixels | list[Pixels]), Field(min_length=1)
+]
+PROMPT_FROM_TEXT = BeforeValidator(_as_prompt)
+"""For a list of prompts: `text` stands for `{prompt: text}`."""
+
+_Share = Annotated[float, Field(ge=0.0, lt=1.0)]
+_Positive = Annotated[float, Field(gt=0.0)]
+_ADAM: dict[str, Any] = {"betas": Annotated[list[_Share], Field(min_length=2, max_length=2)], "eps": _Positive}
+
+OPTIMIZER_PARAMS: dict[str, dict[str, Any]] = {
+    "adamw": _ADAM,
+    "adamw8bit": _ADAM,
+    "prodigy": _ADAM
+    | {
+        "beta3": _Share | None,
+        "decouple": bool,
+        "use_bias_correction": bool,
+        "safeguard_warmup": bool,
+        "d0": _Positive,
+        "d_coef": _Positive,
+        "growth_rate": Annotated[float, Field(gt=1.0)],
+        "slice_p": Annotated[int, Field(ge=1)],
+    },
+}
+"""What `optimizer.params` may hold for each optimizer, and the kind of each."""
+SCHEDULE_PARAMS: dict[str, dict[str, Any]] = {
+    "constant": {},
+    "cosine": {"end_factor": Annotated[float, Field(ge=0.0, le=1.0)]},
+}
+"""What `schedule.params` may hold for each schedule."""
+
+
+def check_params(params: dict[str, Any], known: dict[str, Any], owner: str) -> dict[str, Any]:
+    """`params`, when each of them is one that `owner` has, and of its kind.
+
+    Raises:
+        ValueError: names the first that is not.
+    """
+    checked = {}
+    for key, value in params.items():
+        if key not in known:
+            choices = f"it has {', '.join(sorted(known))}" if known else "it has no params"
+            raise ValueError(f"{owner} has no {key!r}; {choices}")
+        try:
+            checked[key] = TypeAdapter(known[key], config=STRICT).validate_python(value)
+        except ValidationError as error:
+            message = error.errors(include_url=False)[0]["msg"]
+            raise ValueError(f"{key} is {value!r}; expected {message.removeprefix('Input should be ')}") from None
+    return checked
