@@ -219,14 +219,9 @@ def _open_lock(path: Path) -> IO[str]:
 
 
 def _take(file: IO[str], path: Path) -> bool:
-    if fcntl is not None:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        except BlockingIOError:
-            return False
-        except OSError:
-            pass  # a file system without flock
+    taken = _flock(file)
+    if taken is not None:
+        return taken
     file.seek(0)
     words = file.read().split()
     if len(words) != 4 or not words[1].isdecimal():
@@ -234,6 +229,19 @@ def _take(file: IO[str], path: Path) -> bool:
     if words[3] == socket.gethostname():
         return not _is_alive(int(words[1]))
     return time.time() - path.stat().st_mtime > LEASE_SECONDS
+
+
+def _flock(file: IO[str]) -> bool | None:
+    """Whether the lock is ours now; None where there is no flock."""
+    if fcntl is None:
+        return None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without flock
+        return None
+    return True
 
 
 def _is_alive(process_id: int) -> bool:

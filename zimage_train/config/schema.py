@@ -1,6 +1,6 @@
 """Every setting, its type, its range, its default and what it does: the one place that says so.
 
-A value that this version cannot honour is refused here (`later`), never accepted and ignored.
+A value that this version cannot honour is refused here (`Later`), never accepted and ignored.
 """
 
 import re
@@ -14,10 +14,10 @@ from zimage_train.config.values import (
     SCHEDULE_PARAMS,
     STRICT,
     Every,
+    Later,
     Pixels,
     Resolutions,
     check_params,
-    later,
 )
 from zimage_train.model.variants import VARIANTS, VariantName
 
@@ -38,15 +38,16 @@ class Model(Section):
     """Transformer: hub id (`org/repo[@revision]`), diffusers folder or .safetensors file; null: the variant's own."""
     extras: str | None = None
     """Where text encoder, tokenizer and VAE come from; null: `path` if it has them, else the variant's own."""
-    adapter: str | None = None
-    """Training adapter merged while training: v1, v2 (ostris), a file, org/repo/file, or null for none."""
+    adapter: str | None = Field(default=None, json_schema_extra=lambda schema: schema.pop("default"))
+    """Training adapter merged while training: v1, v2 (ostris), a file, org/repo/file, or null for none; left out, it is
+    v2 for turbo and null for the others."""
     adapter_strength: float = Field(default=1.0, ge=0.0, le=2.0)
     """How much of the adapter is merged; 1 is what it was made for."""
     dtype: Literal["bf16", "fp32"] = "bf16"
     """Precision of the frozen weights and of the forward pass; LoRA weights and the loss are always fp32."""
-    quantize: Annotated[str | None, later(None)] = None
+    quantize: Annotated[str | None, Later(None)] = None
     """Quantisation of the frozen weights."""
-    attention: Annotated[str, later("auto")] = "auto"
+    attention: Annotated[str, Later("auto")] = "auto"
     """Attention backend."""
 
     @model_validator(mode="before")
@@ -81,19 +82,19 @@ class Data(Section):
     """Extension of the caption files beside the pictures."""
     caption_dropout: float = Field(default=0.05, ge=0.0, le=1.0)
     """Share of samples trained with the empty prompt instead of their caption."""
-    shuffle_tags: Annotated[bool, later(False)] = False
+    shuffle_tags: Annotated[bool, Later(False)] = False
     """Later: another order of comma-separated tags each time."""
-    keep_tags: Annotated[int, later(0)] = 0
+    keep_tags: Annotated[int, Later(0)] = 0
     """Later: so many tags stay in front."""
-    flip: Annotated[bool, later(False)] = False
+    flip: Annotated[bool, Later(False)] = False
     """Later: mirrored pictures too."""
-    mask: Annotated[str | None, later(None)] = None
+    mask: Annotated[str | None, Later(None)] = None
     """Later: folder of masks."""
-    mask_floor: Annotated[float, later(0.1)] = 0.1
+    mask_floor: Annotated[float, Later(0.1)] = 0.1
     """Later: weight of what is masked out."""
-    regularisation: Annotated[bool, later(False)] = False
+    regularisation: Annotated[bool, Later(False)] = False
     """Later: pictures of the class, not of the concept."""
-    weight: Annotated[float, later(1.0)] = 1.0
+    weight: Annotated[float, Later(1.0)] = 1.0
     """Later: factor on the loss of these pictures."""
 
     @field_validator("trigger")
@@ -116,7 +117,7 @@ class Cache(Section):
 
 
 class Lora(Section):
-    type: Annotated[Literal["lora", "dora", "lokr", "loha", "oft"], later("lora")] = "lora"
+    type: Annotated[Literal["lora", "dora", "lokr", "loha", "oft"], Later("lora")] = "lora"
     """Kind of adapter that is trained."""
     rank: int = Field(default=16, ge=1, le=1024)
     """Capacity of the LoRA; its file grows in proportion."""
@@ -126,7 +127,7 @@ class Lora(Section):
     """Which modules: groups of attention, feed_forward, adaln, refiners; or one regular expression of module names."""
     dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
     """Share of the LoRA's inputs set to zero in training."""
-    init_from: Annotated[str | None, later(None)] = None
+    init_from: Annotated[str | None, Later(None)] = None
     """Later: a LoRA to begin with."""
 
     @field_validator("targets")
@@ -149,7 +150,7 @@ class Lora(Section):
 
 
 class Train(Section):
-    method: Annotated[Literal["sft", "trajectory_imitation", "de_distill"], later("sft")] = "sft"
+    method: Annotated[Literal["sft", "trajectory_imitation", "de_distill"], Later("sft")] = "sft"
     """sft: learn from the pictures."""
     steps: int = Field(default=3000, ge=1, le=10_000_000)
     """Optimizer steps."""
@@ -184,16 +185,16 @@ class Timesteps(Section):
 class Guidance(Section):
     differential: float | None = Field(default=None, gt=0.0, le=100.0)
     """Scale s: the target is moved to pred + s (target - pred), which multiplies the gradient by s."""
-    contrastive: Annotated[float | None, later(None)] = None
+    contrastive: Annotated[float | None, Later(None)] = None
     """Later: scale of contrastive guidance."""
 
 
 class Preserve(Section):
-    kind: Annotated[Literal["trigger", "blank"] | None, later(None)] = None
+    kind: Annotated[Literal["trigger", "blank"] | None, Later(None)] = None
     """Later: keep what the model knows, of the class word (trigger) or in general (blank)."""
-    class_word: Annotated[str, later("person")] = "person"
+    class_word: Annotated[str, Later("person")] = "person"
     """Later: the word that the trigger stands in for."""
-    weight: Annotated[float, later(1.0)] = 1.0
+    weight: Annotated[float, Later(1.0)] = 1.0
     """Later: factor on the loss of preservation."""
 
 
@@ -230,7 +231,7 @@ class Schedule(Section):
 
 
 class Ema(Section):
-    decay: Annotated[float | None, later(None)] = None
+    decay: Annotated[float | None, Later(None)] = None
     """Later: decay of the averaged weights."""
 
 
@@ -239,9 +240,9 @@ class Memory(Section):
     """Memory the run may take; auto: what the device has."""
     checkpointing: bool | Literal["auto"] = "auto"
     """Recompute activations in the backward pass; auto: when they would not fit the budget."""
-    offload: Annotated[str, later("auto")] = "auto"
+    offload: Annotated[str, Later("auto")] = "auto"
     """Later: blocks that wait in main memory."""
-    compile: Annotated[bool | Literal["auto"], later("auto")] = "auto"
+    compile: Annotated[bool | Literal["auto"], Later("auto")] = "auto"
     """Later: compiled blocks."""
 
     @field_validator("budget_gb")
@@ -284,9 +285,9 @@ class Sample(Section):
     """Guidance g (CFG scale - 1); auto: 0 for turbo, 2 for deturbo, 3 for base."""
     seed: int = Field(default=42, ge=0, lt=2**63)
     """Prompt i is drawn with seed + i."""
-    extra_loras: Annotated[list[str], later([])] = []
+    extra_loras: Annotated[list[str], Later([])] = []
     """Later: LoRAs stacked in previews."""
-    also: Annotated[str | None, later(None)] = None
+    also: Annotated[str | None, Later(None)] = None
     """Later: a second model to preview on."""
 
     @model_validator(mode="after")
@@ -299,9 +300,9 @@ class Sample(Section):
 
 
 class Validation(Section):
-    folder: Annotated[str | None, later(None)] = None
+    folder: Annotated[str | None, Later(None)] = None
     """Later: pictures that are held out."""
-    every: Annotated[int, later(250)] = 250
+    every: Annotated[int, Later(250)] = 250
     """Later: steps between validations."""
 
 
@@ -317,7 +318,7 @@ class Save(Section):
 class Log(Section):
     tensorboard: bool = True
     """Write loss and learning rate for TensorBoard."""
-    wandb: Annotated[str | None, later(None)] = None
+    wandb: Annotated[str | None, Later(None)] = None
     """Later: project on Weights & Biases."""
 
 
@@ -329,21 +330,37 @@ class Config(Section):
     seed: int = Field(default=42, ge=0, lt=2**63)
     """Everything random follows from it."""
     model: Model = Model()
+    """Which model is trained, and with which training adapter."""
     data: list[Data] = Field(min_length=1)
+    """Pictures and captions: one entry a folder, or a metadata file."""
     cache: Cache = Cache()
+    """Encoded pictures and captions."""
     lora: Lora = Lora()
+    """What is trained."""
     train: Train = Train()
+    """How long and in which portions."""
     timesteps: Timesteps = Timesteps()
+    """Which noise levels are trained, and how much each of them counts."""
     guidance: Guidance = Guidance()
+    """Changes to the target of the loss."""
     preserve: Preserve = Preserve()
+    """Later: keeping what the model knows."""
     optimizer: Optimizer = Optimizer()
+    """How weights follow gradients."""
     schedule: Schedule = Schedule()
+    """The learning rate over the run."""
     ema: Ema = Ema()
+    """Later: averaged weights."""
     memory: Memory = Memory()
+    """What may be spent to fit the device."""
     sample: Sample = Sample()
+    """Previews."""
     validation: Validation = Validation()
+    """Later: loss on pictures that are held out."""
     save: Save = Save()
+    """Checkpoints and exported LoRAs."""
     log: Log = Log()
+    """Where numbers go besides metrics.jsonl."""
 
     @field_validator("name")
     @classmethod

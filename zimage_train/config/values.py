@@ -1,21 +1,39 @@
 """The kinds of value that settings have, beyond plain numbers and text."""
 
+from dataclasses import dataclass
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    TypeAdapter,
+    ValidationError,
+)
+from pydantic_core import core_schema
 
 STRICT = ConfigDict(strict=True, allow_inf_nan=False)
 
 
-def later(neutral: object) -> AfterValidator:
-    """Accept only `neutral`: the setting belongs to the design, and this version cannot do it yet."""
+@dataclass(frozen=True)
+class Later:
+    """Accepts only `neutral`: the setting belongs to the design, and this version cannot do it yet."""
 
-    def refuse(value: object) -> object:
-        if value != neutral:
-            raise ValueError(f"not possible in this version; leave it out (it can only be {_yaml(neutral)})")
+    neutral: Any
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
+        return core_schema.no_info_after_validator_function(self._refuse, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: Any, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {"const": self.neutral}
+
+    def _refuse(self, value: object) -> object:
+        if value != self.neutral:
+            raise ValueError(f"not possible in this version; leave it out (it can only be {_yaml(self.neutral)})")
         return value
-
-    return AfterValidator(refuse)
 
 
 def _yaml(value: object) -> str:

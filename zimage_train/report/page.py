@@ -41,8 +41,8 @@ def write(
         facts=facts,
         last=records[-1] if records else None,
         skipped=sum(record.get("loss") is None for record in records),
-        loss_chart=chart(losses, smooth=True),
-        lr_chart=chart(rates, smooth=False),
+        loss_chart=chart(losses, is_noisy=True),
+        lr_chart=chart(rates, is_noisy=False),
         rows=rows,
         prompts=prompts,
         config=config_text,
@@ -51,14 +51,18 @@ def write(
     files.write_text(path, page)
 
 
-def chart(points: list[tuple[int, float]], smooth: bool) -> dict[str, Any] | None:
-    """What the template draws as SVG: polylines in chart coordinates, and the labels of the axes."""
+def chart(points: list[tuple[int, float]], is_noisy: bool) -> dict[str, Any] | None:
+    """What the template draws as SVG: polylines in chart coordinates, and the labels of the axes.
+
+    A noisy curve is drawn with its running mean and between its extremes, another one from zero up.
+    """
     if len(points) < 2:
         return None
     shown = _averaged(points, SMOOTHING_POINTS)
     first, last = shown[0][0], shown[-1][0]
-    low, high = min(value for _, value in shown), max(value for _, value in shown)
-    high = high if high > low else low + (abs(low) or 1.0)
+    low = min(value for _, value in shown) if is_noisy else 0.0
+    high = max(value for _, value in shown)
+    high = high if high > low else low + 1.0
 
     def line(values: list[tuple[int, float]]) -> str:
         width = max(last - first, 1)
@@ -69,7 +73,7 @@ def chart(points: list[tuple[int, float]], smooth: bool) -> dict[str, Any] | Non
 
     return {
         "raw": line(shown),
-        "smooth": line(_running_mean(shown)) if smooth else None,
+        "smooth": line(_running_mean(shown)) if is_noisy else None,
         "low": f"{low:.3g}",
         "high": f"{high:.3g}",
         "first": first,
