@@ -1,7 +1,7 @@
 """Write what follows from the code: configs/schema.json for editors and configs/reference.yaml for people.
 
-    python scripts/generate.py           write both
-    python scripts/generate.py --check   write nothing; exit code 1 if one of them is stale
+python scripts/generate.py           write both
+python scripts/generate.py --check   write nothing; exit code 1 if one of them is stale
 """
 
 import json

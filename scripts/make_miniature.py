@@ -406,9 +406,7 @@ def turbo_latents(model: ZImageTransformer2DModel, noise: Tensor, texts: list[Te
 # The training adapter -------------------------------------------------------------------------------------
 
 
-def make_own_samples(
-    file: Path, model: ZImageTransformer2DModel, captions: Captions, texts: Texts, count: int
-) -> None:
+def make_own_samples(file: Path, model: ZImageTransformer2DModel, captions: Captions, texts: Texts, count: int) -> None:
     """Turbo's own pictures for the first captions of each size, as latents."""
     tensors = {}
     for (width, height), share in SIZES.items():

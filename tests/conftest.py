@@ -10,9 +10,9 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-from zimage_train import mini  # noqa: E402
-from zimage_train.config.reading import validate  # noqa: E402
-from zimage_train.config.schema import Config  # noqa: E402
+from zimage_train import mini
+from zimage_train.config.reading import validate
+from zimage_train.config.schema import Config
 
 ROOT = Path(__file__).parent.parent
 

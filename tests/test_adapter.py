@@ -102,7 +102,11 @@ def reshape_one(tensors: dict[str, torch.Tensor]) -> None:
 
 @pytest.mark.parametrize(
     ("spoil", "message"),
-    [(rename_one, r"matched 47/48 .*layers\.77"), (rename_all, r"matched 0/48"), (reshape_one, r"matched 47/48 .*96, 11")],
+    [
+        (rename_one, r"matched 47/48 .*layers\.77"),
+        (rename_all, r"matched 0/48"),
+        (reshape_one, r"matched 47/48 .*96, 11"),
+    ],
 )
 def test_an_adapter_that_does_not_match_in_full_is_refused(tmp_path: Path, spoil, message: str):
     shape = assemble(TRANSFORMER, None, "fp32", CPU).shape

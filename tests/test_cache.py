@@ -177,7 +177,17 @@ def test_encoders_are_gone_before_the_transformer_is_loaded(config, monkeypatch)
 
 def test_keys_depend_on_everything_that_goes_in():
     one = prompt_key("a", "encoder", "bf16")
-    assert len({one, prompt_key("b", "encoder", "bf16"), prompt_key("a", "other", "bf16"), prompt_key("a", "encoder", "fp32")}) == 4
+    assert (
+        len(
+            {
+                one,
+                prompt_key("b", "encoder", "bf16"),
+                prompt_key("a", "other", "bf16"),
+                prompt_key("a", "encoder", "fp32"),
+            }
+        )
+        == 4
+    )
 
 
 def test_a_missing_entry_is_none(tmp_path: Path):

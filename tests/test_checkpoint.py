@@ -16,7 +16,9 @@ TENSORS = {"lora.x.A": torch.arange(6.0).view(2, 3), "optim.0.state1": torch.ara
 
 def save(folder: Path, *steps: int) -> None:
     for step in steps:
-        checkpoint.save(folder, step, {**TENSORS, "lora.x.B": torch.full((2,), float(step))}, {"optimizer": {"lr": 1e-4}})
+        checkpoint.save(
+            folder, step, {**TENSORS, "lora.x.B": torch.full((2,), float(step))}, {"optimizer": {"lr": 1e-4}}
+        )
 
 
 def flip_bit(path: Path) -> None:
@@ -86,7 +88,12 @@ def test_when_all_are_damaged_the_run_does_not_begin_again_silently(tmp_path: Pa
 
 def test_other_files_are_no_checkpoints(tmp_path: Path):
     save(tmp_path, 20)
-    for name in ("old-step-000900.safetensors", "step-1e3.safetensors", "step-000100.safetensors.tmp", "step-9.safetensors"):
+    for name in (
+        "old-step-000900.safetensors",
+        "step-1e3.safetensors",
+        "step-000100.safetensors.tmp",
+        "step-9.safetensors",
+    ):
         (tmp_path / name).write_bytes(b"x")
     (tmp_path / "step-000999.safetensors").mkdir()
     found = checkpoint.load_newest(tmp_path, pytest.fail)
@@ -125,9 +132,15 @@ def test_any_changed_byte_of_a_sealed_file_is_noticed(tmp_path: Path):
     assert missed == []
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.uint8])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.uint8]
+)
 def test_every_type_survives(tmp_path: Path, dtype: torch.dtype):
-    tensors = {"a": torch.arange(7).to(dtype), "empty": torch.zeros(0, 3, dtype=dtype), "scalar": torch.tensor(3).to(dtype)}
+    tensors = {
+        "a": torch.arange(7).to(dtype),
+        "empty": torch.zeros(0, 3, dtype=dtype),
+        "scalar": torch.tensor(3).to(dtype),
+    }
     tensors["strided"] = torch.arange(12).view(3, 4).to(dtype).T
     tensorfile.save_sealed(tmp_path / "x", tensors, {})
     back, _ = tensorfile.load_sealed(tmp_path / "x")

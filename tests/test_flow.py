@@ -1,5 +1,6 @@
 """The equations, against independent float64 arithmetic and the numbers that others publish."""
 
+import itertools
 import math
 import random
 
@@ -36,7 +37,7 @@ def test_velocity_is_the_derivative_of_the_path():
 def test_euler_with_the_true_velocity_recovers_the_picture():
     x0, noise = torch.randn(1, 2, 4, 4), torch.randn(1, 2, 4, 4)
     x, sigmas = noise, flow.sampling_sigmas(8, 3.0)
-    for sigma, after in zip(sigmas, sigmas[1:], strict=False):
+    for sigma, after in itertools.pairwise(sigmas):
         x = flow.euler(x, flow.velocity(x0, noise), sigma, after)
     assert torch.allclose(x, x0, atol=1e-5)
 
@@ -114,7 +115,7 @@ def test_limits_cut_the_density_and_do_not_pile_it_up_at_the_ends():
 def knot_weight(sigma: float) -> float:
     """The table read by hand, in float64, without torch."""
     index = min(max(1000 * (1 - sigma), 0), 999)
-    for (x0, y0), (x1, y1) in zip(WEIGHTED_KNOTS, WEIGHTED_KNOTS[1:], strict=False):
+    for (x0, y0), (x1, y1) in itertools.pairwise(WEIGHTED_KNOTS):
         if x0 <= index <= x1:
             return y0 + (y1 - y0) * (index - x0) / (x1 - x0)
     raise AssertionError(index)

@@ -63,7 +63,11 @@ def test_held_out_loss_falls_and_falls_further_with_the_right_captions(make_conf
         )
         train(config, fresh=False)
         exported[name] = Path(config.output) / name / "lora" / f"{name}.safetensors"
-    without, right, shuffled = held_out_loss(None), held_out_loss(exported["right"]), held_out_loss(exported["shuffled"])
+    without, right, shuffled = (
+        held_out_loss(None),
+        held_out_loss(exported["right"]),
+        held_out_loss(exported["shuffled"]),
+    )
     print(f"held-out loss: without {without:.4f}, shuffled captions {shuffled:.4f}, right captions {right:.4f}")
     assert right < 0.95 * without
     assert right < 0.97 * shuffled

@@ -100,7 +100,10 @@ def swap(tensors: dict[str, torch.Tensor], one: str, other: str) -> None:
     ("spoil", "message"),
     [
         (lambda t: swap(t, "layers.0.attention.to_q", "layers.0.attention.to_v"), "relative error"),
-        (lambda t: t.update({k: v * 2 for k, v in t.items() if k.endswith("0.attention.to_q.alpha")}), "relative error"),
+        (
+            lambda t: t.update({k: v * 2 for k, v in t.items() if k.endswith("0.attention.to_q.alpha")}),
+            "relative error",
+        ),
         (lambda t: [t.pop(k) for k in list(t) if k.startswith("diffusion_model.layers.1.")], "of 14 modules"),
         (lambda t: t.update({k.replace("diffusion_model.", "lora_unet_"): t.pop(k) for k in list(t)}), "."),
     ],
@@ -119,7 +122,9 @@ def test_verification_notices_what_a_loader_would_get_wrong(tmp_path: Path, spoi
 def test_equal_exports_have_equal_bytes_and_sorted_metadata(tmp_path: Path):
     metadata = {f"key{index}": str(index) for index in range(9)}
     for name in ("a", "b"):
-        files.export(tmp_path / name, random_lora(), "bf16", dict(reversed(metadata.items())) if name == "b" else metadata)
+        files.export(
+            tmp_path / name, random_lora(), "bf16", dict(reversed(metadata.items())) if name == "b" else metadata
+        )
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
@@ -140,7 +145,9 @@ def test_distance_equals_the_dense_one():
     assert files.distance(one[module], one[module]) < 1e-7
 
 
-@pytest.mark.parametrize("layout", ["diffusion_model.{m}.lora_{p}.weight", "{m}.lora_{p}.default.weight", "transformer.{m}.lora_{p}.weight"])
+@pytest.mark.parametrize(
+    "layout", ["diffusion_model.{m}.lora_{p}.weight", "{m}.lora_{p}.default.weight", "transformer.{m}.lora_{p}.weight"]
+)
 def test_loras_of_other_tools_are_read(tmp_path: Path, layout: str):
     lora, path = random_lora(), tmp_path / "x.safetensors"
     tensors = {layout.format(m=m, p=p): t for m, f in lora.items() for p, t in (("A", f.a), ("B", f.b))}
@@ -151,7 +158,11 @@ def test_loras_of_other_tools_are_read(tmp_path: Path, layout: str):
 
 def test_alpha_in_a_file_scales_the_change(tmp_path: Path):
     lora, path = random_lora(), tmp_path / "x.safetensors"
-    tensors = {f"diffusion_model.{m}.{k}": t for m, f in lora.items() for k, t in (("lora_down.weight", f.a), ("lora_up.weight", f.b))}
+    tensors = {
+        f"diffusion_model.{m}.{k}": t
+        for m, f in lora.items()
+        for k, t in (("lora_down.weight", f.a), ("lora_up.weight", f.b))
+    }
     tensors |= {f"diffusion_model.{m}.alpha": torch.tensor(1.0) for m in lora}
     save_file(tensors, path)
     assert all(torch.allclose(factors.delta(), lora[m].delta() / 4) for m, factors in files.read(path).items())
@@ -160,7 +171,10 @@ def test_alpha_in_a_file_scales_the_change(tmp_path: Path):
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
-        ({"lora_unet_down_blocks_0.lora_down.weight": torch.zeros(2, 4), "text.x": torch.zeros(1)}, "not of a Z-Image LoRA"),
+        (
+            {"lora_unet_down_blocks_0.lora_down.weight": torch.zeros(2, 4), "text.x": torch.zeros(1)},
+            "not of a Z-Image LoRA",
+        ),
         ({"layers.0.attention.to_q.lora_A.weight": torch.zeros(2, 4)}, "A and B are missing or do not fit"),
         ({"a.lora_A.weight": torch.zeros(2, 4), "a.lora_B.weight": torch.zeros(4, 3)}, "do not fit"),
         ({}, "holds no LoRA"),
@@ -184,7 +198,11 @@ def frozen() -> Frozen:
 
 def inputs(shape: TransformerShape) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
     draw = torch.Generator().manual_seed(5)
-    return torch.randn(1, 16, 8, 8, generator=draw), torch.tensor([0.6]), [torch.randn(9, shape.cap_feat_dim, generator=draw)]
+    return (
+        torch.randn(1, 16, 8, 8, generator=draw),
+        torch.tensor([0.6]),
+        [torch.randn(9, shape.cap_feat_dim, generator=draw)],
+    )
 
 
 def test_a_fresh_lora_changes_nothing(frozen: Frozen):
@@ -228,7 +246,9 @@ def test_attached_equals_merged(frozen: Frozen, alpha: float | None):
             merged.model.get_submodule(module).weight += (alpha or 4) / 4 * (factors.b @ factors.a)
     got, expected = (velocity(model, *inputs(frozen.shape)) for model in (frozen.model, merged.model))
     assert torch.allclose(got, expected, atol=1e-4)
-    assert not torch.allclose(got, velocity(assemble(mini.TURBO / "transformer", None, "fp32", CPU).model, *inputs(frozen.shape)), atol=1e-2)
+    assert not torch.allclose(
+        got, velocity(assemble(mini.TURBO / "transformer", None, "fp32", CPU).model, *inputs(frozen.shape)), atol=1e-2
+    )
 
 
 def test_stacked_loras_are_the_weighted_sum_of_their_changes(frozen: Frozen):

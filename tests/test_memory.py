@@ -63,7 +63,9 @@ def estimate(config, checkpointing: bool, side: int = 1024) -> memory.Estimate:
 
 
 def test_the_full_model_needs_recomputation_on_24_gb_and_fits_with_it(make_config):
-    config = make_config(model={"dtype": "bf16"}, train={"batch_size": 1}, lora={"rank": 16}, optimizer={"name": "adamw8bit"})
+    config = make_config(
+        model={"dtype": "bf16"}, train={"batch_size": 1}, lora={"rank": 16}, optimizer={"name": "adamw8bit"}
+    )
     card = int(25.8e9)
     modules = names.select(config.lora.targets, FULL.linears)
     chosen, why = memory.choose_checkpointing(config, FULL, modules, {Bucket(1024, 1024)}, card, True)
@@ -82,7 +84,11 @@ def test_the_config_has_the_last_word_on_checkpointing(make_config):
 
 @pytest.mark.parametrize(
     ("change", "part"),
-    [({"lora": {"rank": 64}}, "lora"), ({"train": {"batch_size": 2}}, "activations"), ({"model": {"dtype": "fp32"}}, "weights")],
+    [
+        ({"lora": {"rank": 64}}, "lora"),
+        ({"train": {"batch_size": 2}}, "activations"),
+        ({"model": {"dtype": "fp32"}}, "weights"),
+    ],
 )
 def test_what_costs_memory_raises_its_part(make_config, change: dict, part: str):
     base = {"model": {"dtype": "bf16"}, "train": {"batch_size": 1}}

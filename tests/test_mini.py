@@ -126,9 +126,7 @@ def test_auto_tokenizer_gives_the_same_tokens(pipe) -> None:
 
 def encode(vae, images: list[Image.Image]) -> torch.Tensor:
     """Posterior means, scaled and shifted as the trainer and the pipeline do."""
-    pixels = torch.stack(
-        [torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8) for image in images]
-    )
+    pixels = torch.stack([torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8) for image in images])
     width, height = images[0].size
     batch = pixels.view(len(images), height, width, 3).permute(0, 3, 1, 2).float() / 127.5 - 1
     with torch.no_grad():

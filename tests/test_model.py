@@ -131,7 +131,9 @@ def pipeline():
     return ZImagePipeline.from_pretrained(mini.TURBO, dtype=torch.float32)
 
 
-@pytest.mark.parametrize("prompt", ["", "a red zorb on a blue background", "Ünïcode 猫, [trigger]\nsecond line", "w " * 700])
+@pytest.mark.parametrize(
+    "prompt", ["", "a red zorb on a blue background", "Ünïcode 猫, [trigger]\nsecond line", "w " * 700]
+)
 def test_prompts_are_encoded_as_the_pipeline_does(pipeline, prompt: str):
     encoder = text.load(mini.TURBO, CPU, torch.float32)
     with torch.no_grad():
@@ -196,7 +198,10 @@ def test_the_unbroken_copy_loads(broken: Path):
     [
         (lambda t, k: t.pop(k), "layers.0.attention.to_q.weight"),
         (lambda t, k: t.update({"layers.99.weight": torch.zeros(2)}), "layers.99.weight"),
-        (lambda t, k: t.update({k: torch.zeros(3, 3)}), r"layers.0.attention.to_q.weight is \[3, 3\], expected \[96, 96\]"),
+        (
+            lambda t, k: t.update({k: torch.zeros(3, 3)}),
+            r"layers.0.attention.to_q.weight is \[3, 3\], expected \[96, 96\]",
+        ),
     ],
     ids=["missing", "extra", "misshapen"],
 )
@@ -212,7 +217,10 @@ def test_a_missing_shard_is_named(broken: Path):
         locate_and_load(broken)
 
 
-@pytest.mark.parametrize("part", ["transformer/diffusion_pytorch_model-00001-of-00002.safetensors", "vae/diffusion_pytorch_model.safetensors"])
+@pytest.mark.parametrize(
+    "part",
+    ["transformer/diffusion_pytorch_model-00001-of-00002.safetensors", "vae/diffusion_pytorch_model.safetensors"],
+)
 def test_a_cut_file_is_refused(broken: Path, part: str):
     path = broken / part
     path.write_bytes(path.read_bytes()[:-100])

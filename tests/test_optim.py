@@ -1,5 +1,6 @@
 """Optimizers and schedules: what they do, and that their state survives JSON and safetensors exactly."""
 
+import itertools
 import json
 import math
 
@@ -59,7 +60,9 @@ def test_eight_bit_state_is_eight_bit():
 
 def test_adamw_does_what_the_paper_says():
     parameter = Parameter(torch.tensor([2.0], dtype=torch.float64))
-    optimizer = optim.build(Optimizer(name="adamw", lr=0.1, weight_decay=0.5, params={"betas": [0.8, 0.9]}), [parameter])
+    optimizer = optim.build(
+        Optimizer(name="adamw", lr=0.1, weight_decay=0.5, params={"betas": [0.8, 0.9]}), [parameter]
+    )
     value, m, v = 2.0, 0.0, 0.0
     for index in range(1, 4):
         grad = 0.3 * index
@@ -126,4 +129,4 @@ def test_cosine_ends_near_its_end_factor_after_warm_up():
     values = factors(Schedule(name="cosine", warmup_steps=10, params={"end_factor": 0.1}), 1000)
     assert values[9] == values[10] == 1.0
     assert values[-1] == pytest.approx(0.1, abs=1e-4)
-    assert all(one >= other for one, other in zip(values[10:], values[11:], strict=False))
+    assert all(one >= other for one, other in itertools.pairwise(values[10:]))

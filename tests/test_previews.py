@@ -21,7 +21,16 @@ STOCK = Path(__file__).parent / "stock_pipeline.py"
 
 
 def stock(lora: Path, output: Path, prompt: str, negative: str, *numbers: float) -> np.ndarray:
-    command = [sys.executable, str(STOCK), str(mini.TURBO), str(lora), prompt, negative, *map(str, numbers), str(output)]
+    command = [
+        sys.executable,
+        str(STOCK),
+        str(mini.TURBO),
+        str(lora),
+        prompt,
+        negative,
+        *map(str, numbers),
+        str(output),
+    ]
     environment = {**os.environ, "PYTHONPATH": "", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=output.parent)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -38,7 +47,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory, shared_cache: Path) -> Co
     from conftest import mini_values
 
     sample = {"every": 30, "width": 96, "height": 64, "prompts": ["a red zorb on a blue background"]}
-    values = mini_values(tmp_path_factory.mktemp("previews"), shared_cache, train={"steps": 30}, optimizer={"lr": 4e-3}, sample=sample)
+    values = mini_values(
+        tmp_path_factory.mktemp("previews"), shared_cache, train={"steps": 30}, optimizer={"lr": 4e-3}, sample=sample
+    )
     config = Config.model_validate(values)
     train(config, fresh=False)
     return config
@@ -72,7 +83,9 @@ def test_the_sample_command_equals_the_stock_pipeline_with_guidance_and_weight(f
 def sample(output: Path, *loras: str) -> np.ndarray:
     options = [option for lora in loras for option in ("--lora", lora)]
     size = ["--width", "64", "--height", "64", "--dtype", "fp32", "--output", str(output)]
-    done = CliRunner().invoke(app, ["sample", str(mini.TURBO), *options, "--prompt", "a red zorb on a blue background", *size])
+    done = CliRunner().invoke(
+        app, ["sample", str(mini.TURBO), *options, "--prompt", "a red zorb on a blue background", *size]
+    )
     assert done.exit_code == 0, done.output
     return pixels(output / "sample-42.png")
 
@@ -103,7 +116,9 @@ def test_a_lora_that_does_not_match_in_full_stops_sampling(tmp_path: Path):
     from safetensors.torch import save_file
 
     path = tmp_path / "other.safetensors"
-    save_file({f"layers.99.attention.to_q.lora_{p}.weight": torch.zeros(s) for p, s in (("A", (2, 96)), ("B", (96, 2)))}, path)
+    save_file(
+        {f"layers.99.attention.to_q.lora_{p}.weight": torch.zeros(s) for p, s in (("A", (2, 96)), ("B", (96, 2)))}, path
+    )
     done = CliRunner().invoke(app, ["sample", str(mini.TURBO), "--lora", str(path), "--prompt", "x"])
     assert done.exit_code != 0
     assert "matched 0/1" in str(done.exception)

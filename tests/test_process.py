@@ -99,7 +99,30 @@ def test_a_second_run_in_the_folder_is_told_who_holds_it(start, tmp_path: Path):
 def test_python_m_takes_the_same_commands_and_exit_codes(tmp_path: Path):
     bad = tmp_path / "bad.yaml"
     bad.write_text("name: x\ndata:\n  - folder: nowhere\noptimizer:\n  lrr: 1e-4\n")
-    done = subprocess.run([sys.executable, "-O", "-m", "zimage_train", "train", str(bad)], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-O", "-m", "zimage_train", "train", str(bad)], capture_output=True, text=True
+    )
     assert done.returncode == 2
     assert "optimizer.lrr: unknown key; did you mean 'lr'?" in done.stderr and ":5:" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_two_processes_train_like_one_that_accumulates_two(start, tmp_path: Path, shared_cache: Path):
+    from conftest import mini_values
+
+    options = {"train": {"steps": 3, "batch_size": 2}, "name": "tiny"}
+    assert start(output="one", **(options | {"train": {"steps": 3, "batch_size": 2, "accumulate": 2}})).wait() == 0
+    path = tmp_path / "two.yaml"
+    path.write_text(yaml_reader.dump(mini_values(tmp_path / "two", shared_cache, **options)))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*launcher, "-m", "zimage_train", "train", str(path)], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads((tmp_path / "two" / "tiny" / "run.json").read_text())["processes"] == 2
+    one, two = (
+        [json.loads(line) for line in (tmp_path / name / "tiny" / "metrics.jsonl").read_text().splitlines()]
+        for name in ("one", "two")
+    )
+    assert [record["loss"] for record in two] == pytest.approx([record["loss"] for record in one], rel=1e-5)
+    assert [record["grad_norm"] for record in two] == pytest.approx([record["grad_norm"] for record in one], rel=1e-5)

@@ -138,10 +138,16 @@ def test_user_text_is_escaped_in_the_report(make_config):
 
 
 def test_a_finished_run_says_so_and_touches_nothing(finished: Config, capsys: pytest.CaptureFixture):
-    before = {path: path.stat().st_mtime_ns for path in folder(finished).rglob("*") if path.name not in ("run.lock", "log.txt")}
+    before = {
+        path: path.stat().st_mtime_ns
+        for path in folder(finished).rglob("*")
+        if path.name not in ("run.lock", "log.txt")
+    }
     train(finished, fresh=False)
     assert "complete" in capsys.readouterr().out
-    assert {p: p.stat().st_mtime_ns for p in folder(finished).rglob("*") if p.name not in ("run.lock", "log.txt")} == before
+    assert {
+        p: p.stat().st_mtime_ns for p in folder(finished).rglob("*") if p.name not in ("run.lock", "log.txt")
+    } == before
 
 
 # Resume

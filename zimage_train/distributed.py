@@ -1,11 +1,14 @@
 """The processes of a run: which one this is, on which device, and their gradients added up once a step."""
 
+import os
 from dataclasses import dataclass
 
 import torch
 from accelerate import PartialState
 from torch import Tensor
 from torch.nn import Parameter
+
+from zimage_train.errors import ConfigError, Problem
 
 
 @dataclass(frozen=True)
@@ -26,9 +29,17 @@ def join() -> World:
 
     On a CPU, one thread a process: only the miniature runs there, whose matrices are too small to share out, and the
     sums then do not depend on how many cores a machine has.
+
+    Raises:
+        ConfigError: several processes were started and this one stands alone.
     """
-    state = PartialState()
-    if state.device.type == "cpu":
+    has_gpu = torch.accelerator.is_available()
+    state = PartialState(cpu=not has_gpu)  # else accelerate leaves CPU processes strangers to each other
+    asked = int(os.environ.get("WORLD_SIZE", "1"))
+    if state.num_processes != asked:
+        what = f"{asked} processes were started, and {state.num_processes} found each other"
+        raise ConfigError(Problem("launch", what, "start them with accelerate launch or torchrun"))
+    if not has_gpu:
         torch.set_num_threads(1)
     return World(state.device, state.process_index, state.num_processes)
 

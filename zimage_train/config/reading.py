@@ -98,7 +98,8 @@ def read_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         return _where(path, document, origins, key_path)
 
     config, found = validate(document.value, where)
-    problems += found
+    lines = {where(key_path): line for key_path, line in document.lines.items()}
+    problems += sorted(found, key=lambda problem: lines.get(problem.where, 0))
     if problems or config is None:
         raise ConfigError(*problems)
     return config

@@ -6,17 +6,17 @@ A value that this version cannot honour is refused here (`Later`), never accepte
 import re
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from zimage_train.config.values import (
     OPTIMIZER_PARAMS,
-    PROMPT_FROM_TEXT,
     SCHEDULE_PARAMS,
     STRICT,
     Every,
     Later,
     Pixels,
     Resolutions,
+    as_prompt,
     check_params,
 )
 from zimage_train.model.variants import VARIANTS, VariantName
@@ -46,9 +46,9 @@ class Model(Section):
     dtype: Literal["bf16", "fp32"] = "bf16"
     """Precision of the frozen weights and of the forward pass; LoRA weights and the loss are always fp32."""
     quantize: Annotated[str | None, Later(None)] = None
-    """Quantisation of the frozen weights."""
+    """Later: quantisation of the frozen weights."""
     attention: Annotated[str, Later("auto")] = "auto"
-    """Attention backend."""
+    """Later: choice of attention backend."""
 
     @model_validator(mode="before")
     @classmethod
@@ -118,7 +118,7 @@ class Cache(Section):
 
 class Lora(Section):
     type: Annotated[Literal["lora", "dora", "lokr", "loha", "oft"], Later("lora")] = "lora"
-    """Kind of adapter that is trained."""
+    """Kind of adapter that is trained; so far only lora."""
     rank: int = Field(default=16, ge=1, le=1024)
     """Capacity of the LoRA; its file grows in proportion."""
     alpha: float | None = Field(default=None, gt=0.0)
@@ -151,7 +151,7 @@ class Lora(Section):
 
 class Train(Section):
     method: Annotated[Literal["sft", "trajectory_imitation", "de_distill"], Later("sft")] = "sft"
-    """sft: learn from the pictures."""
+    """sft: learn from the pictures; so far the only one."""
     steps: int = Field(default=3000, ge=1, le=10_000_000)
     """Optimizer steps."""
     batch_size: int = Field(default=1, ge=1, le=1024)
@@ -271,7 +271,7 @@ class Sample(Section):
     """Steps between previews; null: none."""
     first: bool = True
     """Also before step 1."""
-    prompts: list[Annotated[Prompt, PROMPT_FROM_TEXT]] = []
+    prompts: list[Annotated[Prompt, BeforeValidator(as_prompt, json_schema_input_type=str | Prompt)]] = []
     """A prompt is a string or {prompt, negative, seed, width, height}."""
     negative: str = ""
     """Negative prompt, used where guidance is above 0."""

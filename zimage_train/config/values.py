@@ -46,7 +46,8 @@ def _as_list(value: object) -> object:
     return [value] if isinstance(value, int) and not isinstance(value, bool) else value
 
 
-def _as_prompt(value: object) -> object:
+def as_prompt(value: object) -> object:
+    """`text` stands for `{prompt: text}`."""
     return {"prompt": value} if isinstance(value, str) else value
 
 
@@ -61,8 +62,6 @@ Every = Annotated[int, Field(ge=1)] | None
 Resolutions = Annotated[
     list[Pixels], BeforeValidator(_as_list, json_schema_input_type=Pixels | list[Pixels]), Field(min_length=1)
 ]
-PROMPT_FROM_TEXT = BeforeValidator(_as_prompt)
-"""For a list of prompts: `text` stands for `{prompt: text}`."""
 
 _Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 _Positive = Annotated[float, Field(gt=0.0)]

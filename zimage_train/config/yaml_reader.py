@@ -61,8 +61,6 @@ def parse(text: str) -> Document:
         raise YamlProblem(mark.line + 1 if mark else 0, f"not valid YAML: {error.problem or error.context}") from None
     except yaml.YAMLError as error:
         raise YamlProblem(0, f"not valid YAML: {str(error).splitlines()[0]}") from None
-    except RecursionError:
-        raise YamlProblem(0, f"nested more than {MAX_DEPTH} deep") from None
     document = Document()
     if node is not None:
         document.value = _Builder(document).build(node, ())
@@ -72,13 +70,21 @@ def parse(text: str) -> Document:
 class _Loader(yaml.SafeLoader):
     """Refuses every tag that is written out, on keys and on values; `!!str 5` would have to be text, and is not."""
 
+    depth = 0
+
     def compose_node(self, parent: Any, index: Any) -> yaml.Node:
         event = self.peek_event()
         tag = getattr(event, "tag", None)
+        line = event.start_mark.line + 1
         if tag is not None:
             tag = tag.replace("tag:yaml.org,2002:", "!!")
-            raise YamlProblem(event.start_mark.line + 1, f"has the tag {tag}, and only plain values are read")
-        return super().compose_node(parent, index)
+            raise YamlProblem(line, f"has the tag {tag}, and only plain values are read")
+        if self.depth > MAX_DEPTH:
+            raise YamlProblem(line, f"is nested more than {MAX_DEPTH} deep")
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
 
 
 class _Builder:
@@ -150,8 +156,12 @@ def _represent_float(dumper: yaml.SafeDumper, value: float) -> yaml.ScalarNode:
 
 
 def _represent_text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
-    """Quote what this reader would not take for text, such as `1e-4`, which plain PyYAML leaves bare."""
+    """Quote what this reader would not take for text, such as `1e-4`, which plain PyYAML leaves bare.
+
+    Line breaks and what cannot be printed are escaped: PyYAML loses U+0085 in single quotes.
+    """
     style = None if isinstance(plain_value(value), str) else "'"
+    style = style if value.isprintable() else '"'
     return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=style)
 
 

@@ -49,9 +49,7 @@ class Scene:
 def regular(corners: int, start_degrees: float, inner: float = 1.0) -> Shape:
     """A regular polygon; `inner` pulls every second corner in to that radius, as in a star."""
 
-    def paint(
-        canvas: ImageDraw.ImageDraw, x: float, y: float, r: float, colour: Colour, ground: Colour
-    ) -> None:
+    def paint(canvas: ImageDraw.ImageDraw, x: float, y: float, r: float, colour: Colour, ground: Colour) -> None:
         points = []
         for corner in range(corners):
             angle = math.radians(start_degrees + 360 * corner / corners)

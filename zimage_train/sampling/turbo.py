@@ -1,5 +1,6 @@
 """The sampler: Euler on the shifted grid, as diffusers' ZImagePipeline does it, step for step."""
 
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -33,7 +34,7 @@ def denoise(
     if recipe.guidance > 0 and negative_embeds is not None:
         condition.append(negative_embeds.to(device, model.dtype))
     sigmas = flow.sampling_sigmas(recipe.steps, recipe.shift)
-    for index, (sigma, next_sigma) in enumerate(zip(sigmas, sigmas[1:], strict=False), 1):
+    for index, (sigma, next_sigma) in enumerate(itertools.pairwise(sigmas), 1):
         batch = latents.repeat(len(condition), 1, 1, 1)
         output = velocity(model, batch, torch.full((len(condition),), sigma), condition)
         v = output if len(condition) == 1 else flow.guided(output[:1], output[1:], recipe.guidance)
