@@ -1,6 +1,8 @@
 """The encoders as the caches want them: made when something is missing, freed before the transformer is loaded."""
 
 import gc
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -8,7 +10,6 @@ from PIL import Image
 from torch import Tensor
 
 from zimage_train.assemble import DTYPES
-from zimage_train.config.schema import Model
 from zimage_train.data import cache as caching
 from zimage_train.data.cache import Cache, EncodePicture, EncodePrompt, Tally, Tick
 from zimage_train.data.plan import Item
@@ -30,23 +31,26 @@ def prompt_encoder(extras: Path, device: torch.device, dtype: str) -> EncodeProm
     return text.load(extras, device, DTYPES[dtype]).encode
 
 
+@dataclass(frozen=True)
+class Encoders:
+    """Which encoders, where, and what they are by content."""
+
+    extras: Path
+    device: torch.device
+    dtype: str
+    vae_digest: str
+    text_digest: str
+
+
 def fill(
-    cache: Cache,
-    extras: Path,
-    vae_digest: str,
-    text_digest: str,
-    items: list[Item],
-    prompts: list[str],
-    model: Model,
-    device: torch.device,
-    tick: Tick,
+    cache: Cache, encoders: Encoders, items: Iterable[Item], prompts: Iterable[str], tick: Tick
 ) -> tuple[Tally, Tally]:
     """Encode what is missing of `items` and `prompts`, one encoder after the other, and free both."""
-    pictures = caching.fill_latents(cache, items, vae_digest, lambda: picture_encoder(extras, device), tick)
+    extras, device, dtype = encoders.extras, encoders.device, encoders.dtype
+    pictures = caching.fill_latents(cache, items, encoders.vae_digest, lambda: picture_encoder(extras, device), tick)
     _free()
-    dtype = model.dtype
     texts = caching.fill_prompts(
-        cache, prompts, text_digest, dtype, lambda: prompt_encoder(extras, device, dtype), tick
+        cache, prompts, encoders.text_digest, dtype, lambda: prompt_encoder(extras, device, dtype), tick
     )
     _free()
     return pictures, texts

@@ -28,7 +28,6 @@ def train(config: Config, fresh: bool) -> None:
     checked = preflight.examine(config, download)
     for line in (*(f"note: {note}" for note in checked.notes), *(f"warning: {one}" for one in checked.warnings)):
         console.say(line)
-    assert checked.weights is not None  # download raises where check only notes
     folder = run_folder.of(config)
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(stop_on_signals())
@@ -39,16 +38,14 @@ def train(config: Config, fresh: bool) -> None:
             console.log_to(folder.log)
             stack.callback(console.close)
         distributed.wait()
-        store = setup.open_cache(config)
-        digests = setup.take_digests(checked.weights, store)
-        fingerprint = setup.fingerprint_of(checked, digests)
+        session = setup.open_session(checked, world, console, stop)
         if folder.facts.exists():
-            run_folder.require_same(folder, config, fingerprint)
+            run_folder.require_same(folder, config, setup.fingerprint_of(checked, session.digests))
         if _is_complete(folder, config):
             console.say(f"{config.name} is complete: {folder.lora()}")
             return
         stack.enter_context(console.live())
-        run = setup.prepare(checked, checked.weights, folder, store, digests, world, console, stop)
+        run = setup.prepare(checked, folder, session)
         if run.start > config.train.steps:
             what = f"is {config.train.steps}, and the run is at step {run.start} already"
             raise ConfigError(Problem("train.steps", what, "raise it"))
@@ -74,12 +71,9 @@ def cache(config: Config) -> None:
     world = distributed.join()
     console = Console(world.is_main)
     checked = preflight.examine(config, download)
-    assert checked.weights is not None
-    store = setup.open_cache(config)
     with stop_on_signals() as stop, console.live():
-        digests = setup.take_digests(checked.weights, store)
-        plan = make_plan(config, checked.items, world.processes)
-        setup.fill_caches(checked, checked.weights, store, digests, plan, world, console, stop)
+        session = setup.open_session(checked, world, console, stop)
+        setup.fill_caches(checked, session, make_plan(config, checked.items, world.processes))
 
 
 def _move_aside(folder: RunFolder, console: Console) -> None:

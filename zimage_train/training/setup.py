@@ -1,6 +1,7 @@
 """From a checked config to a run that is ready: caches filled, model assembled, LoRA attached, checkpoint loaded."""
 
 import importlib.metadata
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,22 +37,32 @@ LARGEST_ON_CPU = 1_000_000_000
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "bitsandbytes", "prodigyopt")
 
 
-def open_cache(config: Config) -> Cache:
-    """The cache that the config names, or the user's."""
-    return Cache(Path(config.cache.folder) if config.cache.folder else caching.default_folder())
+@dataclass(frozen=True)
+class Session:
+    """What surrounds a run in this process."""
+
+    weights: Weights
+    world: World
+    cache: Cache
+    digests: Digests
+    console: Console
+    stop: StopRequest
 
 
-def take_digests(weights: Weights, cache: Cache) -> Digests:
-    """Digest every part of the model by content."""
+def open_session(checked: Checked, world: World, console: Console, stop: StopRequest) -> Session:
+    """Open the cache that the config names, or the user's, and digest every part of the model by content."""
+    weights, folder = checked.weights, checked.config.cache.folder
+    assert weights is not None  # without weights, `train` and `cache` have ended with an error
+    cache = Cache(Path(folder) if folder else caching.default_folder())
     digester = Digester(cache.folder / "digests.json")
-    source, extras = weights.sources.transformer, weights.sources.extras
-    adapter = weights.sources.adapter
-    return Digests(
+    source, extras, adapter = weights.sources.transformer, weights.sources.extras, weights.sources.adapter
+    digests = Digests(
         model=digester.of_folder(source) if source.is_dir() else digester.of([source]),
         adapter=digester.of_content(adapter) if adapter else None,
         text_encoder=digester.of_folder(extras / "text_encoder") + digester.of_folder(extras / "tokenizer"),
         vae=digester.of_folder(extras / "vae"),
     )
+    return Session(weights, world, cache, digests, console, stop)
 
 
 def require_device(world: World, shape: TransformerShape, config: Config) -> None:
@@ -69,64 +80,43 @@ def require_device(world: World, shape: TransformerShape, config: Config) -> Non
         raise ConfigError(Problem("model.dtype", what, "an RTX 30 series card or newer is needed"))
 
 
-def fill_caches(
-    checked: Checked,
-    weights: Weights,
-    cache: Cache,
-    digests: Digests,
-    plan: Plan,
-    world: World,
-    console: Console,
-    stop: StopRequest,
-) -> None:
+def fill_caches(checked: Checked, session: Session, plan: Plan) -> None:
     """Encode every picture and prompt that the run will use and the cache does not have."""
-    recipes = recipe.previews(checked.config)
 
     def tick(what: str, done: int, total: int) -> None:
-        stop.check()
-        console.tick(what, done, total)
+        session.stop.check()
+        session.console.tick(what, done, total)
 
-    if world.is_main:
-        prompts = sorted({*plan.prompts(), *recipe.prompts_of(recipes)})
-        pictures, texts = encoding.fill(
-            cache,
-            weights.sources.extras,
-            digests.vae,
-            digests.text_encoder,
-            list(plan.items),
-            prompts,
-            checked.config.model,
-            world.device,
-            tick,
+    if session.world.is_main:
+        recipes = recipe.previews(checked.config)
+        encoders = encoding.Encoders(
+            extras=session.weights.sources.extras,
+            device=session.world.device,
+            dtype=checked.config.model.dtype,
+            vae_digest=session.digests.vae,
+            text_digest=session.digests.text_encoder,
         )
-        console.say(f"cache {cache.folder}: latents {pictures}; prompts {texts}")
+        prompts = sorted({*plan.prompts(), *recipe.prompts_of(recipes)})
+        pictures, texts = encoding.fill(session.cache, encoders, plan.items, prompts, tick)
+        session.console.say(f"cache {session.cache.folder}: latents {pictures}; prompts {texts}")
     distributed.wait()
 
 
-def prepare(
-    checked: Checked,
-    weights: Weights,
-    folder: RunFolder,
-    cache: Cache,
-    digests: Digests,
-    world: World,
-    console: Console,
-    stop: StopRequest,
-) -> Run:
+def prepare(checked: Checked, folder: RunFolder, session: Session) -> Run:
     """Make everything that the loop needs; the run folder is locked by the caller.
 
     Raises:
         ZImageTrainError: of any kind; nothing was trained.
     """
-    config = checked.config
+    config, weights, world, console = checked.config, session.weights, session.world, session.console
     require_device(world, weights.shape, config)
     plan = make_plan(config, checked.items, world.processes)
-    fill_caches(checked, weights, cache, digests, plan, world, console, stop)
+    fill_caches(checked, session, plan)
     before = run_folder.read_facts(folder)
-    checkpointing, why = _plan_memory(config, weights, checked, world, before)
+    checkpointing, why = _plan_memory(checked, session, before)
     console.say(f"gradient checkpointing {'on' if checkpointing else 'off'}: {why}")
 
-    frozen = _assemble(config, weights, world, console)
+    frozen = _assemble(config, session)
     attached = attach.attach(
         frozen.model, weights.modules, config.lora.rank, config.lora.alpha, config.lora.dropout, config.seed
     )
@@ -141,14 +131,14 @@ def prepare(
     optimizer = optim.build(config.optimizer, attached.parameters())
     if optim.base_lr(config.optimizer) != config.optimizer.lr:
         console.warn(f"optimizer.lr {config.optimizer.lr:g} is raised to 1: prodigy finds the rate itself")
-    start = _restore(folder, attached, optimizer, console)
-    inputs = Inputs(cache, digests, config.model.dtype)
+    start = _restore(folder, attached, optimizer, session)
+    inputs = Inputs(session.cache, session.digests, config.model.dtype)
     recipes = recipe.previews(config)
     if world.is_main:
         run_folder.write_config(folder, config)
         run_folder.write_facts(
             folder,
-            _facts(checked, weights, frozen, digests, plan, world, groups)
+            _facts(checked, session, frozen, plan, groups)
             | {"plan": {"checkpointing": checkpointing, "why": why}, "starts": [*before.get("starts", []), start]},
         )
     return Run(
@@ -163,29 +153,29 @@ def prepare(
         extras=weights.sources.extras,
         recipes=recipes,
         preview_embeds={prompt: inputs.embeds(prompt) for prompt in recipe.prompts_of(recipes)},
-        export_metadata=describe(config, digests.adapter),
+        export_metadata=describe(config, session.digests.adapter),
         warnings=checked.warnings,
         start=start,
         console=console,
-        stop=stop,
+        stop=session.stop,
     )
 
 
-def _assemble(config: Config, weights: Weights, world: World, console: Console) -> Frozen:
+def _assemble(config: Config, session: Session) -> Frozen:
+    weights, console = session.weights, session.console
     adapter = None
     if weights.sources.adapter is not None:
         adapter = adapters.load(weights.sources.adapter, config.model.adapter_strength, weights.shape)
     console.say(f"loading {weights.sources.transformer}")
-    frozen = assemble(weights.sources.transformer, adapter, config.model.dtype, world.device)
+    frozen = assemble(weights.sources.transformer, adapter, config.model.dtype, session.world.device)
     if adapter is not None:
         count = f"{frozen.adapter_matched}/{len(adapter.lora)}"
         console.say(f"training adapter {adapter.path.name}: matched {count} modules, strength {adapter.strength:g}")
     return frozen
 
 
-def _plan_memory(
-    config: Config, weights: Weights, checked: Checked, world: World, before: dict[str, Any]
-) -> tuple[bool, str]:
+def _plan_memory(checked: Checked, session: Session, before: dict[str, Any]) -> tuple[bool, str]:
+    config, weights, world = checked.config, session.weights, session.world
     if config.memory.checkpointing == "auto" and "plan" in before:
         return before["plan"]["checkpointing"], "as chosen when the run began"
     is_gpu = world.device.type == "cuda"
@@ -198,13 +188,17 @@ def _plan_memory(
     return memory.choose_checkpointing(config, weights.shape, weights.modules, sizes, total, is_gpu)
 
 
-def _restore(folder: RunFolder, attached: Attached, optimizer: Optimizer, console: Console) -> int:
-    found = checkpoint.load_newest(folder.checkpoints, console.warn)
+def _restore(folder: RunFolder, attached: Attached, optimizer: Optimizer, session: Session) -> int:
+    if not session.world.is_main:
+        distributed.wait()  # the main process sets damaged checkpoints aside; the others look afterwards
+    found = checkpoint.load_newest(folder.checkpoints, session.console.warn)
+    if session.world.is_main:
+        distributed.wait()
     if found is None:
         return 0
     attached.load_state(found.part("lora."), str(found.path))
     optim.load_state(optimizer, found.part("optim."), found.numbers["optimizer"], str(found.path))
-    console.say(f"continuing after step {found.step}")
+    session.console.say(f"continuing after step {found.step}")
     return found.step
 
 
@@ -219,16 +213,8 @@ def fingerprint_of(checked: Checked, digests: Digests) -> dict[str, Any]:
     }
 
 
-def _facts(
-    checked: Checked,
-    weights: Weights,
-    frozen: Frozen,
-    digests: Digests,
-    plan: Plan,
-    world: World,
-    groups: dict[str, int],
-) -> dict[str, Any]:
-    config = checked.config
+def _facts(checked: Checked, session: Session, frozen: Frozen, plan: Plan, groups: dict[str, int]) -> dict[str, Any]:
+    config, weights, digests, world = checked.config, session.weights, session.digests, session.world
     adapter = frozen.adapter and {
         "name": frozen.adapter.path.name,
         "matched": f"{frozen.adapter_matched}/{len(frozen.adapter.lora)}",

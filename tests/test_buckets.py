@@ -1,0 +1,127 @@
+"""Every picture has one training size: multiples of 16, no larger than it is, as much of it as possible."""
+
+import itertools
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from zimage_train.data import images
+from zimage_train.data.buckets import MAX_SIDE_PX, Bucket, bucket, crop_percent
+
+sides = st.integers(16, 6000) | st.sampled_from([16, 17, 31, 32, 64, 512, 1023, 1024, 1025])
+resolutions = st.integers(2, 128).map(lambda count: count * 16)
+quick = settings(deadline=None, derandomize=True, max_examples=300)
+
+
+def found(width: int, height: int, resolution: int) -> Bucket | None:
+    """The bucket, or None where there is none."""
+    try:
+        return bucket(width, height, resolution)
+    except ValueError:
+        return None
+
+
+@pytest.mark.parametrize(
+    ("size", "resolution", "expected"),
+    [
+        ((1024, 1024), 1024, (1024, 1024)),
+        ((1920, 1080), 1024, (1360, 768)),
+        ((4000, 3000), 1024, (1184, 880)),
+        ((3000, 4000), 512, (432, 576)),
+        ((500, 500), 512, (496, 496)),
+        ((512, 512), 1024, (512, 512)),
+        ((100, 80), 1024, (96, 80)),
+        ((1000, 1000), 64, (64, 64)),
+        ((16, 16), 512, (16, 16)),
+        ((4096, 4096), 4096, (4096, 4096)),
+    ],
+)
+def test_usual_sizes(size: tuple[int, int], resolution: int, expected: tuple[int, int]):
+    assert bucket(*size, resolution) == expected
+
+
+@quick
+@given(sides, sides, resolutions)
+def test_sides_are_multiples_of_16_within_the_picture_and_the_area(width: int, height: int, resolution: int):
+    size = found(width, height, resolution)
+    if size is not None:
+        assert size.width % 16 == size.height % 16 == 0
+        assert 16 <= size.width <= min(width, MAX_SIDE_PX)
+        assert 16 <= size.height <= min(height, MAX_SIDE_PX)
+        assert size.width * size.height <= resolution**2
+    elif max(width, height) / min(width, height) < 4:
+        assert resolution < 64 or min(width, height) < 32
+
+
+@quick
+@given(sides, sides, resolutions)
+def test_a_turned_picture_has_the_turned_bucket(width: int, height: int, resolution: int):
+    size, turned = found(width, height, resolution), found(height, width, resolution)
+    assert turned == (None if size is None else (size.height, size.width))
+    if size is not None and width == height:
+        assert size.width == size.height
+
+
+@quick
+@given(st.integers(256, 6000), st.floats(0.25, 4.0), st.integers(16, 128).map(lambda count: count * 16))
+def test_little_is_cropped_and_little_resolution_is_lost(width: int, aspect: float, resolution: int):
+    height = max(256, round(width / aspect))
+    if max(width / height, height / width) <= 4:
+        size = bucket(width, height, resolution)
+        assert size.width * size.height >= 0.85 * min(width * height, resolution**2)
+        assert crop_percent(width, height, size) <= 15
+
+
+@quick
+@given(sides, sides, resolutions)
+def test_the_cropped_share_is_the_difference_of_the_aspects(width: int, height: int, resolution: int):
+    size = found(width, height, resolution)
+    if size is not None:
+        ratio = (size.width / size.height) / (width / height)
+        assert crop_percent(width, height, size) == pytest.approx(100 * (1 - min(ratio, 1 / ratio)))
+
+
+def test_it_is_the_best_of_the_sizes_around():
+    for width, height, resolution in itertools.product((300, 501, 768), (300, 420, 1001), (256, 512)):
+        size = bucket(width, height, resolution)
+        limit = min(width * height, resolution**2)
+
+        def worth(one: tuple[int, int], width: int = width, height: int = height) -> float:
+            return one[0] * one[1] * (1 - crop_percent(width, height, Bucket(*one)) / 100)
+
+        others = [(size.width + dx, size.height + dy) for dx in (-16, 0, 16) for dy in (-16, 0, 16)]
+        allowed = [one for one in others if one[0] * one[1] <= limit and one[0] <= width and one[1] <= height]
+        if width != height:
+            assert worth(size) >= max(
+                worth(one) for one in allowed if abs(one[0] - size[0]) + abs(one[1] - size[1]) <= 16
+            )
+
+
+@pytest.mark.parametrize("size", [(15, 100), (100, 15), (1, 1), (0, 50)])
+def test_less_than_one_patch_is_refused(size: tuple[int, int]):
+    with pytest.raises(ValueError, match=f"{size[0]}x{size[1]} px is smaller than one 16 px patch"):
+        bucket(*size, 512)
+
+
+def test_a_strip_that_no_size_fits_is_refused_with_its_resolution():
+    for size in ((5000, 64), (64, 5000)):
+        with pytest.raises(ValueError, match="too narrow for resolution 64"):
+            bucket(*size, 64)
+    assert bucket(5000, 64, 1024) == (4992, 64)
+
+
+def test_sides_end_where_the_position_tables_do():
+    size = bucket(40_000, 64, 4096)
+    assert size.width == MAX_SIDE_PX == 8192
+
+
+def test_fitting_crops_the_middle_and_never_enlarges():
+    picture = Image.new("RGB", (300, 100), "red")
+    picture.paste("blue", (100, 0, 200, 100))
+    middle = images.fit(picture, Bucket(96, 96))
+    assert middle.size == (96, 96)
+    assert set(middle.crop((4, 4, 92, 92)).getcolors()) == {(88 * 88, (0, 0, 255))}
+    same = images.fit(picture, Bucket(300, 100))
+    assert same.tobytes() == picture.tobytes()
