@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from zimage_train import mini
 from zimage_train.assemble import Frozen, assemble, without_adapter
 from zimage_train.errors import WeightsError
-from zimage_train.lora import adapter, attach, files, names
+from zimage_train.lora import adapter, attach, headers, names
 
 CPU = torch.device("cpu")
 TRANSFORMER = mini.TURBO / "transformer"
@@ -115,7 +115,7 @@ def test_an_adapter_that_does_not_match_in_full_is_refused(tmp_path: Path, spoil
         adapter.load(path, 1.0, shape)
     assert error.value.exit_code == 4
     with pytest.raises(WeightsError, match=message):
-        files.require_header(path, shape.linears)
+        headers.require_match(path, headers.read_sizes(path), shape.linears)
 
 
 def test_the_stream_itself_refuses_an_adapter_that_met_too_little():

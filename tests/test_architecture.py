@@ -37,7 +37,7 @@ LAYERS: list[list[str]] = [
         "distributed",
         "tensorfile",
         "data.buckets data.captions data.images data.folder data.plan",
-        "lora.names",
+        "lora.names lora.headers",
         "lora.metadata",
         "model.sources model.weights model.transformer model.text model.vae",
         "sampling.recipe",
@@ -84,7 +84,7 @@ TORCH_FREE = [
         "zimage_train app config data lora mini model report sampling training errors files seeding weighting",
         "config.yaml_reader config.values config.schema config.advice config.reading",
         "model.variants model.headers model.shapes model.digests model.sources",
-        "data.buckets data.captions data.images data.folder data.plan lora.names lora.metadata",
+        "data.buckets data.captions data.images data.folder data.plan lora.names lora.headers lora.metadata",
         "sampling.recipe report.metrics report.console report.pictures report.page memory mini.world",
         "preflight training.stopping training.run_folder cli __main__",
     )

@@ -76,7 +76,7 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def used_lr(optimizer: torch.optim.Optimizer) -> float:
-    """The learning rate that the last step used; for Prodigy its estimate d times the group's."""
+    """The learning rate that the next step will use; for Prodigy its estimate d times the group's."""
     group = optimizer.param_groups[0]
     return float(group["lr"]) * float(group.get("d", 1.0))
 

@@ -3,7 +3,6 @@
 import os
 import shutil
 import subprocess
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,11 +13,10 @@ from zimage_train.data import folder
 from zimage_train.data.buckets import crop_percent
 from zimage_train.data.folder import Picture
 from zimage_train.data.plan import Item, items_of, make_plan
-from zimage_train.errors import DataError, Problem, WeightsError, ZImageTrainError, raise_all
-from zimage_train.lora import names
+from zimage_train.errors import DataError, WeightsError, ZImageTrainError, raise_all
+from zimage_train.lora import headers, names
 from zimage_train.memory import Estimate
 from zimage_train.model import sources
-from zimage_train.model.headers import read_header
 from zimage_train.model.shapes import TransformerShape
 from zimage_train.model.sources import Fetch, NotDownloaded, Sources
 
@@ -82,12 +80,11 @@ def examine(config: Config, fetch: Fetch | None = None) -> Checked:
     return Checked(config, pictures, items, weights, notes, advice.warnings(config, sum(map(len, pictures))))
 
 
-def estimate(checked: Checked, checkpointing: bool, gpu: bool) -> Estimate | None:
-    """The memory of a training step of `checked`."""
-    if checked.weights is None:
-        return None
+def estimate(checked: Checked, checkpointing: bool, gpu: bool) -> Estimate:
+    """The memory of a training step of `checked`; what is not downloaded yet has the size of the published models."""
     sizes = {item.size for item in checked.items}
-    shape, modules = checked.weights.shape, checked.weights.modules
+    shape = checked.weights.shape if checked.weights else TransformerShape()
+    modules = checked.weights.modules if checked.weights else names.select(checked.config.lora.targets, shape.linears)
     return memory.estimate(checked.config, shape, modules, sizes, checkpointing, gpu)
 
 
@@ -109,7 +106,7 @@ def report(checked: Checked) -> list[str]:
         lines.append(f"LoRA of rank {config.lora.rank} on {len(weights.modules)} modules ({groups})")
         if weights.sources.adapter is not None:
             lines.append(f"adapter fits {weights.adapter_modules}/{weights.adapter_modules} modules")
-        lines += ["", *_memory_lines(checked)]
+    lines += ["", *_memory_lines(checked)]
     lines += [f"note: {note}" for note in checked.notes]
     lines += [f"warning: {warning}" for warning in checked.warnings]
     return lines
@@ -132,42 +129,13 @@ def _weights(config: Config, fetch: Fetch | None) -> Weights:
         errors.append(error)
     if found.adapter is not None:
         try:
-            adapter_modules = _adapter_modules(found.adapter, shape.linears)
+            sizes = headers.read_sizes(found.adapter)
+            headers.require_match(found.adapter, sizes, shape.linears)
+            adapter_modules = len(sizes)
         except WeightsError as error:
             errors.append(error)
     raise_all(errors)
     return Weights(found, shape, modules, adapter_modules)
-
-
-def _adapter_modules(path: Path, linears: Mapping[str, tuple[int, int]]) -> int:
-    """How many modules the adapter at `path` changes, if all of them are linears of the model: as `lora.files` finds
-    when it loads the file, but from the header alone and without torch.
-    """
-    found: dict[str, dict[str, tuple[int, ...]]] = {}
-    unknown = []
-    for key, info in read_header(path).tensors.items():
-        parsed = names.parse_key(key)
-        if parsed is None:
-            unknown.append(key)
-        else:
-            found.setdefault(parsed[0], {})[parsed[1]] = info.shape
-    if unknown or not found:
-        example = f", such as {min(unknown)}" if unknown else ""
-        what = f"has {len(found)} modules and {len(unknown)} keys that are not of a LoRA{example}"
-        raise WeightsError(Problem(f"model.adapter: {path}", what, "is it a LoRA of Z-Image?"))
-    lost = sorted(module for module, parts in found.items() if not _fits(parts, linears.get(module)))
-    if lost:
-        shapes = {part: list(shape) for part, shape in found[lost[0]].items() if part != "alpha"}
-        there = linears.get(lost[0])
-        why = "the model has no such module" if there is None else f"{shapes} there, {list(there)} in the model"
-        what = f"matched {len(found) - len(lost)}/{len(found)} modules; not matched: {lost[0]} ({why})"
-        raise WeightsError(Problem(f"model.adapter: {path}", what, "it belongs to another model"))
-    return len(found)
-
-
-def _fits(parts: Mapping[str, tuple[int, ...]], linear: tuple[int, int] | None) -> bool:
-    a, b = parts.get("A", ()), parts.get("B", ())
-    return len(a) == len(b) == 2 and a[0] == b[1] and (b[0], a[1]) == linear
 
 
 def _disk_bytes(config: Config, weights: Weights | None) -> int:
@@ -198,7 +166,6 @@ def _table(checked: Checked) -> list[str]:
 
 def _memory_lines(checked: Checked) -> list[str]:
     kept, recomputed = estimate(checked, False, True), estimate(checked, True, True)
-    assert kept is not None and recomputed is not None
     budget = checked.config.memory.budget_gb
     gpu = _gpu_bytes()
     limit = budget * 1e9 if not isinstance(budget, str) else gpu

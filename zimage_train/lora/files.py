@@ -14,8 +14,7 @@ from torch import Tensor
 
 from zimage_train import tensorfile
 from zimage_train.errors import Problem, WeightsError
-from zimage_train.lora import names
-from zimage_train.model.headers import read_header
+from zimage_train.lora import headers, names
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -46,26 +45,15 @@ def read(path: Path) -> Lora:
     Raises:
         WeightsError: unreadable, or holds keys that are no LoRA of a Z-Image transformer.
     """
+    modules = headers.read_sizes(path)
     tensors, metadata = tensorfile.load(path)
-    parts: dict[str, dict[str, Tensor]] = {}
-    unknown = []
+    parts: dict[str, dict[str, Tensor]] = {module: {} for module in modules}
     for key, tensor in tensors.items():
-        parsed = names.parse_key(key)
-        if parsed is None:
-            unknown.append(key)
-        else:
-            parts.setdefault(parsed[0], {})[parsed[1]] = tensor
-    broken = [module for module, found in parts.items() if not _fits(found)]
-    if unknown or broken or not parts:
-        raise WeightsError(Problem(str(path), _complaint(unknown, broken), _advice(unknown)))
+        if (parsed := names.parse_key(key)) is not None:
+            parts[parsed[0]][parsed[1]] = tensor
     if "lora_adapter_metadata" in metadata and not any("alpha" in found for found in parts.values()):
-        parts = _with_metadata_alpha(path, parts, metadata["lora_adapter_metadata"])
+        parts = _with_metadata_alpha(parts, metadata["lora_adapter_metadata"])
     return {module: _factors(found) for module, found in parts.items()}
-
-
-def _fits(found: dict[str, Tensor]) -> bool:
-    a, b = found.get("A"), found.get("B")
-    return a is not None and b is not None and a.ndim == b.ndim == 2 and a.shape[0] == b.shape[1]
 
 
 def _factors(found: dict[str, Tensor]) -> Factors:
@@ -74,7 +62,7 @@ def _factors(found: dict[str, Tensor]) -> Factors:
     return Factors(found["A"], found["B"], alpha / rank)
 
 
-def _with_metadata_alpha(path: Path, parts: dict[str, dict[str, Tensor]], text: str) -> dict[str, dict[str, Tensor]]:
+def _with_metadata_alpha(parts: dict[str, dict[str, Tensor]], text: str) -> dict[str, dict[str, Tensor]]:
     """diffusers' `save_lora_weights` keeps alpha in the header only; without it the strength would be wrong."""
     try:
         alpha = json.loads(text).get("transformer.lora_alpha")
@@ -85,57 +73,13 @@ def _with_metadata_alpha(path: Path, parts: dict[str, dict[str, Tensor]], text: 
     return {module: found | {"alpha": torch.tensor(float(alpha))} for module, found in parts.items()}
 
 
-def _complaint(unknown: list[str], broken: list[str]) -> str:
-    if unknown:
-        return f"has {len(unknown)} keys that are not of a Z-Image LoRA, such as {sorted(unknown)[0]}"
-    if broken:
-        return f"has {len(broken)} modules whose A and B are missing or do not fit, such as {sorted(broken)[0]}"
-    return "holds no LoRA"
-
-
-def _advice(unknown: list[str]) -> str:
-    if any("lora_unet_" in key or "qkv" in key or "lokr" in key for key in unknown):
-        return "convert it to the diffusers layout first"
-    return "is it a LoRA of Z-Image?"
-
-
-def require_modules(path: Path, lora: Mapping[str, Factors], linears: Mapping[str, tuple[int, int]]) -> None:
-    """Require that every module of `lora` is a linear of the model with the right shape.
+def require_modules(path: Path, lora: Mapping[str, Factors], linears: headers.Sizes) -> None:
+    """Require that all of `lora`, read from `path`, fits the model.
 
     Raises:
-        WeightsError: names what matches nothing; a LoRA that is applied in part would be worse than none.
+        WeightsError: as `headers.require_match`.
     """
-    shapes = {module: (f.b.shape[0], f.a.shape[1]) for module, f in lora.items()}
-    _require(path, shapes, linears)
-
-
-def require_header(path: Path, linears: Mapping[str, tuple[int, int]]) -> int:
-    """Like `require_modules`, from the header alone; returns the number of modules.
-
-    Raises:
-        WeightsError: as `require_modules`.
-    """
-    shapes: dict[str, list[int]] = {}
-    for key, info in read_header(path).tensors.items():
-        parsed = names.parse_key(key)
-        if parsed is None:
-            raise WeightsError(Problem(str(path), _complaint([key], []), _advice([key])))
-        side = {"A": 1, "B": 0}.get(parsed[1])
-        if side is not None and len(info.shape) == 2:
-            shapes.setdefault(parsed[0], [0, 0])[side] = info.shape[side]
-    _require(path, {module: (out, in_) for module, (out, in_) in shapes.items()}, linears)
-    return len(shapes)
-
-
-def _require(path: Path, found: Mapping[str, tuple[int, int]], linears: Mapping[str, tuple[int, int]]) -> None:
-    matched = [module for module, shape in found.items() if linears.get(module) == shape]
-    lost = sorted(found.keys() - set(matched))
-    if lost or not matched:
-        first = lost[0] if lost else "none"
-        known = linears.get(first)
-        why = "the model has no such module" if known is None else f"{found[first]} there, {known} in the model"
-        what = f"matched {len(matched)}/{len(found)} modules; not matched: {first} ({why})"
-        raise WeightsError(Problem(str(path), what, "it belongs to another model; nothing was merged"))
+    headers.require_match(path, {module: (f.b.shape[0], f.a.shape[1]) for module, f in lora.items()}, linears)
 
 
 def export(path: Path, lora: Mapping[str, Factors], dtype: str, metadata: Mapping[str, str]) -> None:
@@ -172,7 +116,7 @@ TOLERANCE = {"bf16": 2**-7, "fp32": 1e-6}
 """Largest relative error of a module's delta that rounding to the file's type can explain."""
 
 
-def verify(path: Path, trained: Mapping[str, Factors], dtype: str, linears: Mapping[str, tuple[int, int]]) -> float:
+def verify(path: Path, trained: Mapping[str, Factors], dtype: str, linears: headers.Sizes) -> float:
     """Read `path` back as diffusers and as ComfyUI would, and compare with what was trained.
 
     Returns the largest relative error of a module's delta.
@@ -208,7 +152,7 @@ def _as_diffusers(path: Path) -> Lora:
     }
 
 
-def _as_comfyui(path: Path, linears: Mapping[str, tuple[int, int]]) -> Lora:
+def _as_comfyui(path: Path, linears: headers.Sizes) -> Lora:
     """As ComfyUI maps keys: the strength is alpha / rank, alpha only from a `.alpha` tensor."""
     tensors = tensorfile.load(path)[0]
     found: Lora = {}

@@ -38,9 +38,10 @@ def train(run: Run, metrics: Records, events: Records, board: Any) -> None:
     if run.start > 0:
         after_step(run, run.start, events, metrics)  # what a crash right after the checkpoint left undone
     model.train()
+    began = time.monotonic()
     for step, loaded in prefetch(run):
-        began = time.monotonic()
         optim.set_lr(run.optimizer, base_lr * optim.lr_factor(config.schedule, step, last))
+        lr = optim.used_lr(run.optimizer)
         num_samples = sum(len(samples) for samples in run.plan.step(step))
         loss = torch.zeros((), device=world.device)
         for index, (samples, batch) in enumerate(loaded):
@@ -60,13 +61,19 @@ def train(run: Run, metrics: Records, events: Records, board: Any) -> None:
             run.optimizer.step()
         run.optimizer.zero_grad(set_to_none=True)
         skipped = 0 if is_finite else skipped + 1
-        record = describe(run, step, loaded, loss_value if is_finite else None, norm_value, time.monotonic() - began)
+        outcome = {
+            "loss": loss_value if is_finite else None,
+            "lr": lr,
+            "grad_norm": norm_value if norm_value < float("inf") else None,
+        }
+        record = describe(run, step, loaded, outcome, time.monotonic() - began)
         report(run, record, metrics, board)
         if skipped == MOST_SKIPS_IN_A_ROW:
             raise diverged(record)
         after_step(run, step, events, metrics)
         if stop_votes and step < last:
             stop(run, step, metrics, events)
+        began = time.monotonic()
 
 
 def prefetch(run: Run) -> Iterator[tuple[int, list[Loaded]]]:
@@ -86,15 +93,13 @@ def prefetch(run: Run) -> Iterator[tuple[int, list[Loaded]]]:
 
 
 def describe(
-    run: Run, step: int, loaded: list[Loaded], loss: float | None, norm: float, seconds: float
+    run: Run, step: int, loaded: list[Loaded], outcome: dict[str, float | None], seconds: float
 ) -> dict[str, Any]:
     """The record of a step in metrics.jsonl; sigma and samples are those of this process, in the same order."""
     samples = [sample for micro_batch, _ in loaded for sample in micro_batch]
     return {
         "step": step,
-        "loss": loss,
-        "lr": optim.used_lr(run.optimizer),
-        "grad_norm": norm if norm < float("inf") else None,
+        **outcome,
         "sigma": [sigma for _, batch in loaded for sigma in batch.sigma.tolist()],
         "samples": [f"{sample.item.picture.path.name}@{sample.item.resolution}" for sample in samples],
         "seconds": round(seconds, 4),

@@ -1,0 +1,444 @@
+"""A folder, or a metadata file, is a list of pictures with prompts in one order; everything odd is said, at once."""
+
+import csv
+import hashlib
+import io
+import json
+import os
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from zimage_train.config.schema import Data
+from zimage_train.data import folder
+from zimage_train.data.folder import Scan, fingerprint, scan
+
+
+def picture(path: Path, colour: tuple[int, int, int] = (10, 20, 30), size: tuple[int, int] = (80, 64)) -> Path:
+    """A small picture; a different colour is a different content."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, colour).save(path)
+    return path
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Three pictures with captions, one of them in a subfolder."""
+    root = tmp_path / "photos"
+    for number, name in enumerate(("b.png", "a.jpg", "sub/c.webp")):
+        path = picture(root / name, (number, 20, 30), (80 + 16 * number, 64))
+        path.with_suffix(".txt").write_text(f"caption {path.stem}")
+    return root
+
+
+def scanned(root: Path, **settings: Any) -> Scan:
+    return scan(Data.model_validate({"folder": str(root), **settings}), "data.0")
+
+
+def problems(result: Scan) -> list[str]:
+    return [str(problem) for error in result.errors for problem in error.problems]
+
+
+def prompts(result: Scan) -> dict[str, str]:
+    return {one.path.name: one.prompt for one in result.pictures}
+
+
+def test_pictures_come_in_the_order_of_their_relative_paths_with_captions(photos: Path):
+    result = scanned(photos)
+    assert [one.path.relative_to(photos).as_posix() for one in result.pictures] == ["a.jpg", "b.png", "sub/c.webp"]
+    assert prompts(result) == {"a.jpg": "caption a", "b.png": "caption b", "c.webp": "caption c"}
+    assert [(one.width, one.height) for one in result.pictures] == [(96, 64), (80, 64), (112, 64)]
+    digests = [hashlib.sha256(one.path.read_bytes()).hexdigest() for one in result.pictures]
+    assert [one.digest for one in result.pictures] == digests
+    assert (problems(result), result.notes) == ([], [])
+
+
+def test_the_size_is_that_of_the_upright_picture(tmp_path: Path):
+    exif = Image.Exif()
+    exif[0x112] = 6
+    Image.new("RGB", (128, 64)).save(tmp_path / "a.jpg", exif=exif)
+    (one,) = scanned(tmp_path).pictures
+    assert (one.width, one.height) == (64, 128)
+
+
+class Reordered:
+    """What os.scandir returns, in another order."""
+
+    def __init__(self, entries: list[os.DirEntry]) -> None:
+        self.entries = iter(entries)
+
+    def __enter__(self) -> "Reordered":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+    def __iter__(self) -> Iterator[os.DirEntry]:
+        return self.entries
+
+    def __next__(self) -> os.DirEntry:
+        return next(self.entries)
+
+
+def test_the_order_of_the_directory_changes_nothing(photos: Path, monkeypatch: pytest.MonkeyPatch):
+    picture(photos / "sub" / "deep" / "d.png")
+    picture(photos / "sub2" / "e.png")
+    (photos / "broken.png").write_text("x")
+    (photos / "alone.txt").write_text("no picture")
+    (photos / "_left" / "x").mkdir(parents=True)
+    real = os.scandir
+    results, orders = [], []
+    for order in (lambda one: one.name, lambda one: one.name[::-1], lambda one: hash(one.name)):
+        for reverse in (False, True):
+
+            def scandir(path: str, order: Callable = order, reverse: bool = reverse) -> Reordered:
+                with real(path) as entries:
+                    found = sorted(entries, key=order, reverse=reverse)
+                orders.append([one.name for one in found])
+                return Reordered(found)
+
+            monkeypatch.setattr(os, "scandir", scandir)
+            result = scanned(photos)
+            results.append((result.pictures, problems(result), sorted(result.notes)))
+    assert all(one == results[0] for one in results) and len(results[0][0]) == 5
+    assert len({tuple(order) for order in orders if "a.jpg" in order}) > 2, "the order was really changed"
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.JPG", "a.jpeg", "a.png", "a.PNG", "a.webp", "a.bmp", "a.tif", "a.tiff"])
+def test_every_extension_is_found_in_either_case(tmp_path: Path, name: str):
+    kind = {".jpg": "JPEG", ".tif": "TIFF"}.get(Path(name).suffix.lower())
+    Image.new("RGB", (64, 64)).save(tmp_path / name, kind)
+    assert [one.path.name for one in scanned(tmp_path).pictures] == [name]
+
+
+def test_another_caption_extension(photos: Path):
+    (photos / "a.caption").write_text("other")
+    assert prompts(scanned(photos, caption_ext=".caption"))["a.jpg"] == "other"
+    assert prompts(scanned(photos, caption_ext=".caption"))["b.png"] == ""
+
+
+def test_a_dot_in_a_name_belongs_to_the_name(tmp_path: Path):
+    picture(tmp_path / "v1.2.png")
+    (tmp_path / "v1.2.txt").write_text("two")
+    (tmp_path / "v1.txt").write_text("one")
+    result = scanned(tmp_path)
+    assert prompts(result) == {"v1.2.png": "two"}
+    assert result.notes == [f"{tmp_path / 'v1.txt'}: a caption without a picture"]
+
+
+# Prompts
+
+
+def test_no_captions_at_all_and_the_trigger_as_default(tmp_path: Path):
+    for number in range(3):
+        picture(tmp_path / f"{number}.png", (number, 0, 0))
+    result = scanned(tmp_path, trigger="zorb", default_caption="[trigger]")
+    assert list(prompts(result).values()) == ["zorb"] * 3
+    assert (problems(result), result.notes) == ([], [])
+
+
+def test_pictures_without_a_caption_are_counted_and_named(photos: Path):
+    (photos / "a.txt").unlink()
+    (photos / "b.txt").write_text("\ufeff \n")
+    result = scanned(photos)
+    assert prompts(result) == {"a.jpg": "", "b.png": "", "c.webp": "caption c"}
+    assert result.notes == ["data.0: 2 of 3 pictures have no caption (a.jpg, b.png); set default_caption"]
+    assert scanned(photos, default_caption="a thing").notes == []
+
+
+def test_a_placeholder_without_a_trigger_is_an_error(photos: Path):
+    (photos / "b.txt").write_text("a [trigger]")
+    assert problems(scanned(photos)) == [
+        f"{photos / 'b.png'}: its caption has [trigger], but no trigger is set; set data.trigger"
+    ]
+    assert prompts(scanned(photos, trigger="zorb"))["b.png"] == "a zorb"
+    assert len(problems(scanned(photos, default_caption="[trigger]"))) == 1
+
+
+# What is wrong, all at once
+
+
+def test_all_faults_are_reported_at_once(photos: Path):
+    content = (photos / "b.png").read_bytes()
+    (photos / "b.png").write_bytes(content[: len(content) // 2])
+    (photos / "a.txt").write_bytes("é".encode("latin-1"))
+    picture(photos / "twin.png", (1, 1, 1))
+    picture(photos / "twin.jpg", (2, 2, 2))
+    (photos / "twin.txt").write_text("whose?")
+    (photos / "page.png").write_text("<html>")
+    (photos / "alone.txt").write_text("x")
+    result = scanned(photos)
+    found = problems(result)
+    assert len(found) == 4
+    assert sum("b.png: damaged or cut off" in one for one in found) == 1
+    assert f"{photos / 'a.txt'}: is not UTF-8 (byte 0); save it as UTF-8" in found
+    assert f"{photos / 'twin.txt'}: belongs to several pictures (twin.jpg, twin.png); rename all but one" in found
+    assert sum("page.png: a web page" in one for one in found) == 1
+    assert all(error.exit_code == 3 for error in result.errors)
+    assert result.notes[0] == f"{photos / 'alone.txt'}: a caption without a picture"
+
+
+def test_two_pictures_of_one_name_without_a_caption_are_two_pictures(tmp_path: Path):
+    picture(tmp_path / "a.png", (1, 1, 1))
+    picture(tmp_path / "a.jpg", (2, 2, 2))
+    result = scanned(tmp_path, default_caption="x")
+    assert (prompts(result), problems(result)) == ({"a.jpg": "x", "a.png": "x"}, [])
+
+
+def test_the_same_picture_twice_is_said(photos: Path):
+    (photos / "z.jpg").write_bytes((photos / "a.jpg").read_bytes())
+    result = scanned(photos, default_caption="x")
+    assert len(result.pictures) == 4
+    assert result.notes == [f"{photos / 'z.jpg'}: the same picture as {photos / 'a.jpg'}"]
+
+
+def test_captions_and_pictures_that_are_not_used_are_said(photos: Path):
+    (photos / "b.txt").rename(photos / "b.TXT")
+    (photos / "x.gif").write_bytes(b"GIF89a")
+    (photos / "y.heic").write_bytes(b"")
+    (photos / "notes.md").write_text("anything")
+    notes = scanned(photos, default_caption="d").notes
+    assert notes[0] == f"{photos / 'b.TXT'}: not read, its extension is not exactly .txt"
+    assert [one.split(": not used")[0] for one in notes[1:]] == [str(photos / "x.gif"), str(photos / "y.heic")]
+    assert len(notes) == 3
+
+
+def test_hidden_files_are_left_alone_and_skipped_folders_are_said(photos: Path):
+    for name in (".hidden.png", ".thumbs/t.png", "_rejected/r.png"):
+        picture(photos / name)
+    (photos / "link").symlink_to(photos / "sub", target_is_directory=True)
+    result = scanned(photos)
+    assert len(result.pictures) == 3
+    why = "not searched (linked, or begins with _)"
+    assert result.notes == [f"{photos / '_rejected'}: {why}", f"{photos / 'link'}: {why}"]
+
+
+def test_nothing_at_all_is_an_error(tmp_path: Path):
+    (tmp_path / "a.txt").write_text("x")
+    (found,) = problems(scanned(tmp_path))
+    assert found.startswith(f"data.0: {tmp_path}: holds no pictures; put pictures there (.bmp, .jpeg, .jpg, .png")
+
+
+def test_a_folder_that_is_none_is_an_error(photos: Path):
+    assert problems(scanned(photos / "none")) == [
+        f"{photos / 'none'}: does not exist; check data.folder (relative to where the command runs)"
+    ]
+    assert "is a file, not a folder" in problems(scanned(photos / "a.jpg"))[0]
+
+
+def test_links_that_lead_nowhere_and_pipes_are_errors_and_never_hang(photos: Path):
+    (photos / "loop.png").symlink_to(photos / "loop.png")
+    (photos / "gone.png").symlink_to(photos / "nothing.png")
+    os.mkfifo(photos / "pipe.png")
+    (photos / "c.txt").symlink_to(photos / "nothing.txt")
+    picture(photos / "c.png", (9, 9, 9))
+    server = socket.socket(socket.AF_UNIX)
+    try:
+        os.chdir(photos)
+        server.bind("sock.png")
+        result = scanned(photos)
+    finally:
+        os.chdir("/")
+        server.close()
+    found = problems(result)
+    assert [Path(one.split(": ")[0]).name for one in sorted(found)] == [
+        "c.txt",
+        "gone.png",
+        "loop.png",
+        "pipe.png",
+        "sock.png",
+    ]
+    assert len(result.pictures) == 4  # c.png is read; its caption is the error
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
+def test_what_may_not_be_read_is_an_error(photos: Path):
+    (photos / "a.jpg").chmod(0)
+    (photos / "b.txt").chmod(0)
+    (photos / "sub").chmod(0)
+    try:
+        found = problems(scanned(photos))
+    finally:
+        (photos / "sub").chmod(0o755)
+    assert sum("Permission denied" in one for one in found) == 3
+
+
+def test_a_subfolder_that_cannot_be_listed_is_an_error(photos: Path, monkeypatch: pytest.MonkeyPatch):
+    real = os.scandir
+
+    def scandir(path: str):
+        if str(path).endswith("sub"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    result = scanned(photos)
+    assert len(result.pictures) == 2
+    assert problems(result) == [f"{photos / 'sub'}: cannot be read (Permission denied); check its permissions"]
+
+
+def test_a_name_that_is_no_text_is_an_error(tmp_path: Path):
+    picture(tmp_path / "fine.png")
+    path = os.fsencode(tmp_path) + b"/\xff.png"
+    with open(path, "wb") as file:
+        file.write((tmp_path / "fine.png").read_bytes())
+    result = scanned(tmp_path)
+    assert [one.path.name for one in result.pictures] == ["fine.png"]
+    assert problems(result)[0].endswith("its name is not UTF-8; rename it")
+    for note in scanned(tmp_path, caption_ext=".png").notes:
+        note.encode()
+
+
+# Metadata files
+
+
+def metadata(root: Path, name: str, rows: list[dict[str, Any]] | str | bytes) -> Scan:
+    path = root / name
+    if isinstance(rows, list) and name.lower().endswith(".csv"):
+        buffer = io.StringIO()
+        writer = csv.DictWriter(buffer, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+        rows = buffer.getvalue()
+    elif isinstance(rows, list):
+        rows = "".join(json.dumps(row) + "\n" for row in rows)
+    path.write_bytes(rows.encode() if isinstance(rows, str) else rows)
+    return scan(Data.model_validate({"metadata": str(path), "trigger": "zorb"}), "data.0")
+
+
+@pytest.mark.parametrize("name", ["m.jsonl", "m.csv", "M.JSONL", "M.CSV"])
+@pytest.mark.parametrize(("image", "prompt"), [("image", "prompt"), ("file_name", "text"), ("image", "text")])
+def test_metadata_names_pictures_and_prompts_in_either_dialect(photos: Path, name: str, image: str, prompt: str):
+    rows = [{image: "sub/c.webp", prompt: "a zorb\r\nhere"}, {image: "a.jpg", prompt: "[trigger], \u2028 x"}]
+    result = metadata(photos, name, rows)
+    assert [(one.path.name, one.prompt) for one in result.pictures] == [
+        ("c.webp", "a zorb\nhere"),
+        ("a.jpg", "zorb, \u2028 x"),
+    ]
+    assert (problems(result), result.notes) == ([], [])
+
+
+def test_the_order_is_that_of_the_rows_and_txt_files_are_not_read(photos: Path):
+    result = metadata(photos, "m.jsonl", [{"image": "b.png"}, {"image": "a.jpg", "prompt": ""}])
+    assert [(one.path.name, one.prompt) for one in result.pictures] == [("b.png", "zorb"), ("a.jpg", "zorb")]
+
+
+def test_metadata_with_a_mark_blank_lines_and_windows_line_ends(photos: Path):
+    text = '\ufeff{"image": "a.jpg", "prompt": "zorb 1"}\r\n\r\n  \r\n{"image": "b.png", "prompt": "zorb 2"}\r\n'
+    assert prompts(metadata(photos, "m.jsonl", text)) == {"a.jpg": "zorb 1", "b.png": "zorb 2"}
+    text = '\ufefffile_name,text\r\na.jpg,"zorb, ""one"""\r\nb.png,"zorb\ntwo"\r\n'
+    assert prompts(metadata(photos, "m.csv", text)) == {"a.jpg": 'zorb, "one"', "b.png": "zorb\ntwo"}
+
+
+def test_raw_separators_inside_a_line_do_not_end_it(photos: Path):
+    text = '{"image": "a.jpg", "prompt": "zorb\u2028\u0085\x0b?"}\n'.replace("\x0b", "\\u000b")
+    assert prompts(metadata(photos, "m.jsonl", text)) == {"a.jpg": "zorb\u2028\u0085\x0b?"}
+
+
+def test_every_bad_row_is_reported_with_its_line_and_the_good_ones_are_read(photos: Path):
+    rows = [
+        '{"image": "a.jpg", "prompt": "zorb"}',
+        '{"image": "a.jpg", "prompt": ',
+        '["a.jpg"]',
+        '{"picture": "a.jpg", "prompt": "x"}',
+        '{"image": 5, "prompt": "x"}',
+        '{"image": "a.jpg", "prompt": 5}',
+        '{"image": "none.png", "prompt": "x"}',
+        '{"image": "a\\u0000.png", "prompt": "x"}',
+        '{"image": "a.jpg", "prompt": "\\ud800"}',
+        "[" * 100_000,
+        '{"image": "", "prompt": "x"}',
+        '{"image": "sub", "prompt": "x"}',
+        '{"image": "b.png", "prompt": "zorb", "more": 1' + "1" * 5000 + "}",
+    ]
+    result = metadata(photos, "m.jsonl", "\n".join(rows))
+    assert [one.path.name for one in result.pictures] == ["a.jpg"]
+    path = photos / "m.jsonl"
+    by_line = {one.split(": ")[0]: one for one in problems(result)}
+    assert set(by_line) == {f"{path}:{line}" for line in (2, 3, 4, 5, 6, 8, 9, 10, 11, 13)} | {
+        str(photos / "none.png"),
+        str(photos / "sub"),
+    }
+    assert "is not JSON (Expecting value" in by_line[f"{path}:2"]
+    assert by_line[f"{path}:4"].endswith(
+        "has no text in image or file_name; its columns are picture, prompt; give image as text"
+    )
+    assert by_line[f"{path}:6"].endswith(
+        "has no text in prompt or text; its columns are image, prompt; give prompt as text"
+    )
+    assert "holds a character that no text has" in by_line[f"{path}:8"]
+    assert by_line[str(photos / "none.png")].endswith("does not exist; check the name")
+
+
+def test_bad_csv_rows_are_reported_with_their_line(photos: Path):
+    result = metadata(photos, "m.csv", "image,prompt\na.jpg,zorb\n,x\nb.png\nsub/c.webp,zorb,and more\n")
+    assert prompts(result) == {"a.jpg": "zorb", "b.png": "zorb", "c.webp": "zorb"}
+    assert [one.split(": ")[0] for one in problems(result)] == [f"{photos / 'm.csv'}:3"]
+    (found,) = problems(metadata(photos, "n.csv", "image;prompt\na.jpg;zorb\n"))
+    assert "its columns are image;prompt" in found
+    found = problems(metadata(photos, "o.csv", "image,prompt\na.jpg,zorb\nb.png," + "x" * 200_000 + "\n"))
+    assert len(found) == 1 and found[0].startswith(f"{photos / 'o.csv'}:3: is not CSV (field larger than field limit")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "what"),
+    [
+        ("m.txt", "image,prompt\n", "is neither .jsonl nor .csv; convert it"),
+        ("m.json", "[]", "is neither .jsonl nor .csv; convert it"),
+        ("m.csv", "é".encode("latin-1"), "is not UTF-8; save it as UTF-8"),
+        ("m.jsonl", "", "holds no pictures"),
+        ("m.csv", "image,prompt\n", "holds no pictures"),
+    ],
+)
+def test_other_metadata_files_are_refused(photos: Path, name: str, content: str | bytes, what: str):
+    (found,) = problems(metadata(photos, name, content))
+    assert what in found and str(photos / name) in found
+
+
+def test_missing_metadata_is_refused(tmp_path: Path):
+    for path, what in ((tmp_path / "m.csv", "does not exist; check data.metadata"), (tmp_path, "cannot be read")):
+        result = scan(Data.model_validate({"metadata": str(path)}), "data.0")
+        assert problems(result)[0].startswith(f"{path}: {what}")
+
+
+# The fingerprint
+
+
+def test_the_fingerprint_changes_with_every_content_and_prompt_and_not_with_the_place(photos: Path, tmp_path: Path):
+    before = fingerprint([scanned(photos).pictures])
+    assert len(before) == 3
+    photos.rename(tmp_path / "elsewhere")
+    moved = tmp_path / "elsewhere"
+    assert fingerprint([scanned(moved).pictures]) == before
+    (moved / "a.txt").write_text("changed")
+    changed = fingerprint([scanned(moved).pictures])
+    assert changed.keys() == before.keys() and sum(changed[key] != before[key] for key in before) == 1
+    picture(moved / "b.png", (99, 0, 0))
+    assert len(fingerprint([scanned(moved).pictures]).keys() - before.keys()) == 1
+    assert fingerprint([[], scanned(moved).pictures]).keys().isdisjoint(changed)
+
+
+def test_the_fingerprint_counts_the_same_picture_in_two_subfolders(photos: Path):
+    (photos / "sub" / "a.jpg").write_bytes((photos / "a.jpg").read_bytes())
+    (photos / "sub" / "a.txt").write_text("one")
+    before = fingerprint([scanned(photos).pictures])
+    assert len(before) == 4
+    for name in ("a.txt", "sub/a.txt"):
+        text = (photos / name).read_text()
+        (photos / name).write_text("two")
+        assert fingerprint([scanned(photos).pictures]) != before
+        (photos / name).write_text(text)
+
+
+def test_nothing_is_written_while_scanning(photos: Path):
+    def state() -> dict[str, tuple[int, int]]:
+        return {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in photos.rglob("*")}
+
+    before = state()
+    scanned(photos)
+    assert state() == before
+    assert folder.IMAGE_COLUMNS == ("image", "file_name")

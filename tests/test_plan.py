@@ -1,0 +1,366 @@
+"""The plan of a run is a function of (seed, step): nothing is dropped or doubled, however the work is divided."""
+
+import hashlib
+import itertools
+import random
+import subprocess
+import sys
+import threading
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from zimage_train.config.schema import Config
+from zimage_train.data.folder import Picture
+from zimage_train.data.plan import Item, MicroBatch, Plan, Sample, items_of, make_plan
+from zimage_train.errors import DataError
+from zimage_train.seeding import generator, number
+
+quick = settings(deadline=None, derandomize=True, max_examples=60)
+SIZES = [(128, 128), (96, 64), (64, 96), (200, 100)]
+
+
+def pictures(count: int, sizes: list[tuple[int, int]] = SIZES, tag: str = "") -> list[Picture]:
+    """`count` different pictures of mixed sizes; the name says nothing about the content."""
+    return [
+        Picture(
+            Path(f"{tag}{index:03d}.png"),
+            hashlib.sha256(f"{tag}{index}".encode()).hexdigest(),
+            *sizes[index % len(sizes)],
+            f"prompt {tag}{index}",
+        )
+        for index in range(count)
+    ]
+
+
+def config(
+    seed: int = 0, batch_size: int = 1, accumulate: int = 1, entries: list[dict[str, Any]] | None = None
+) -> Config:
+    return Config.model_validate(
+        {
+            "name": "a",
+            "seed": seed,
+            "data": [{"folder": "x", "resolution": [64]} | entry for entry in entries or [{}]],
+            "train": {"batch_size": batch_size, "accumulate": accumulate},
+        }
+    )
+
+
+def plan_of(count: int = 12, processes: int = 1, found: list[list[Picture]] | None = None, **settings: Any) -> Plan:
+    made = config(**settings)
+    return make_plan(made, items_of(made, found or [pictures(count)]), processes)
+
+
+def first_batches(plan: Plan, count: int) -> list[MicroBatch]:
+    """The first `count` micro-batches, step by step."""
+    steps = itertools.count(1)
+    return list(itertools.islice(itertools.chain.from_iterable(map(plan.step, steps)), count))
+
+
+def samples_of(batches: list[MicroBatch]) -> list[Sample]:
+    return [sample for batch in batches for sample in batch]
+
+
+counts = st.integers(1, 40)
+batch_sizes = st.integers(1, 6)
+few = st.integers(1, 4)
+
+
+# Epochs
+
+
+@quick
+@given(counts, batch_sizes, few, few, st.integers(0, 2**63 - 1))
+def test_each_epoch_has_every_item_once(count: int, batch_size: int, accumulate: int, processes: int, seed: int):
+    plan = plan_of(count, processes, seed=seed, batch_size=batch_size, accumulate=accumulate)
+    per_epoch = plan.micro_batches_per_epoch
+    batches = first_batches(plan, 3 * per_epoch)
+    for epoch in range(3):
+        samples = samples_of(batches[epoch * per_epoch : (epoch + 1) * per_epoch])
+        assert {sample.epoch for sample in samples} == {epoch}
+        assert Counter(sample.item for sample in samples) == Counter(plan.items)
+    assert plan.steps_per_epoch == per_epoch / (accumulate * processes)
+
+
+@quick
+@given(counts, batch_sizes, st.integers(0, 99))
+def test_micro_batches_have_one_size_and_are_as_full_as_can_be(count: int, batch_size: int, seed: int):
+    plan = plan_of(count, seed=seed, batch_size=batch_size)
+    batches = first_batches(plan, plan.micro_batches_per_epoch)
+    by_size: dict[Any, list[int]] = {}
+    for batch in batches:
+        (size,) = {sample.item.size for sample in batch}
+        by_size.setdefault(size, []).append(len(batch))
+    for size, lengths in by_size.items():
+        total = sum(item.size == size for item in plan.items)
+        assert sorted(lengths, reverse=True) == [batch_size] * (total // batch_size) + [total % batch_size] * (
+            total % batch_size > 0
+        )
+
+
+def test_a_step_runs_on_into_the_next_epoch():
+    plan = plan_of(5, accumulate=3)
+    epochs = [[sample.epoch for sample in samples_of(plan.step(step))] for step in range(1, 6)]
+    assert epochs == [[0, 0, 0], [0, 0, 1], [1, 1, 1], [1, 2, 2], [2, 2, 2]]
+
+
+def test_one_step_may_hold_several_epochs():
+    plan = plan_of(2, accumulate=7)
+    assert [sample.epoch for sample in samples_of(plan.step(1) + plan.step(2))] == [n // 2 for n in range(14)]
+
+
+def test_the_order_differs_between_epochs_and_seeds():
+    def order(seed: int, epoch: int) -> list[Item]:
+        plan = plan_of(30, seed=seed)
+        return [sample.item for sample in samples_of([plan.step(30 * epoch + step)[0] for step in range(1, 31)])]
+
+    orders = [order(seed, epoch) for seed in (0, 1, 2) for epoch in (0, 1)]
+    assert all(one != other for one, other in itertools.combinations(orders, 2))
+    assert order(0, 0) == orders[0]
+    first = Counter(order(seed, 0)[0].picture.path for seed in range(60))
+    assert max(first.values()) < 12, "the first place is shared out"
+
+
+def test_sizes_are_mixed_through_the_epoch():
+    plan = plan_of(40, batch_size=2)
+    sizes = [batch[0].item.size for batch in first_batches(plan, plan.micro_batches_per_epoch)]
+    changes = sum(one != other for one, other in itertools.pairwise(sizes))
+    assert changes > len(set(sizes)) + 2
+
+
+# A function of the step
+
+
+@quick
+@given(counts, batch_sizes, few, st.lists(st.integers(1, 60), min_size=1, max_size=8))
+def test_any_step_alone_is_that_step_of_the_whole_run(count: int, batch_size: int, accumulate: int, steps: list[int]):
+    settings = {"batch_size": batch_size, "accumulate": accumulate}
+    whole = [plan_of(count, **settings).step(step) for step in range(1, 61)]
+    shared = plan_of(count, **settings)
+    assert [shared.step(step) for step in steps] == [whole[step - 1] for step in steps]
+    assert plan_of(count, **settings).step(steps[-1]) == whole[steps[-1] - 1]
+    sequence = [plan_of(count, **settings).step(step) for step in range(1, 4)]
+    assert sequence == whole[:3]
+
+
+@quick
+@given(counts, batch_sizes, st.integers(1, 3), st.integers(2, 4))
+def test_processes_and_accumulation_divide_the_same_work(count: int, batch_size: int, accumulate: int, processes: int):
+    several = plan_of(count, processes, batch_size=batch_size, accumulate=accumulate)
+    alone = plan_of(count, 1, batch_size=batch_size, accumulate=accumulate * processes)
+    for step in range(1, 6):
+        assert several.step(step) == alone.step(step)
+        shares = [several.step(step)[rank::processes] for rank in range(processes)]
+        assert all(len(share) == accumulate for share in shares)
+        assert Counter(samples_of(sum(shares, []))) == Counter(samples_of(alone.step(step)))
+
+
+def test_there_is_no_step_before_the_first():
+    for step in (0, -1):
+        with pytest.raises(ValueError, match="steps count from 1"):
+            plan_of().step(step)
+
+
+def test_the_order_in_which_items_were_found_changes_nothing():
+    items = items_of(config(), [pictures(20)])
+    shuffled = random.Random(3).sample(items, len(items))
+    assert shuffled != items
+    plans = [make_plan(config(batch_size=3), one) for one in (items, shuffled)]
+    assert [plans[0].step(step) for step in range(1, 30)] == [plans[1].step(step) for step in range(1, 30)]
+
+
+def test_a_renamed_picture_keeps_its_place_and_its_noise():
+    before = [pictures(10)]
+    after = [[Picture(Path("new") / one.path, one.digest, one.width, one.height, one.prompt) for one in before[0]]]
+    plans = [plan_of(found=found, batch_size=2) for found in (before, after)]
+    keys = [[sample.key() for sample in samples_of(first_batches(plan, 20))] for plan in plans]
+    assert keys[0] == keys[1]
+
+
+def test_one_more_picture_does_not_rearrange_the_others():
+    def order(found: list[Picture]) -> list[str]:
+        plan = plan_of(found=[found])
+        return [sample.item.picture.digest for sample in samples_of(first_batches(plan, len(found)))]
+
+    others = pictures(20)
+    more = pictures(1, tag="new")
+    with_it = order(others[:7] + more + others[7:])
+    assert [one for one in with_it if one != more[0].digest] == order(others)
+
+
+def test_two_threads_may_ask_at_once():
+    expected = [plan_of(3, accumulate=2).step(step) for step in range(1, 400)]
+    plan, wrong = plan_of(3, accumulate=2), []
+
+    def ask(offset: int) -> None:
+        try:
+            for step in range(1 + offset, 400):
+                if plan.step(step) != expected[step - 1]:
+                    wrong.append(step)
+        except Exception as error:
+            wrong.append(error)
+
+    threads = [threading.Thread(target=ask, args=(offset,)) for offset in (0, 1, 5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+    assert len(plan._epochs) <= 6, "epochs that are over are forgotten"
+
+
+def test_the_same_plan_in_another_process_with_another_hash_seed():
+    code = """
+import sys
+sys.path[:0] = ["tests", "."]
+from test_plan import plan_of
+plan = plan_of(9, seed=5, batch_size=2, entries=[{"caption_dropout": 0.5}])
+print([[(sample.key(), sample.prompt) for sample in batch] for step in range(1, 9) for batch in plan.step(step)])
+"""
+    plan = plan_of(9, seed=5, batch_size=2, entries=[{"caption_dropout": 0.5}])
+    here = [[(sample.key(), sample.prompt) for sample in batch] for step in range(1, 9) for batch in plan.step(step)]
+    result = subprocess.run(
+        [sys.executable, "-c", code.replace("import sys\n", "import sys\nsys.modules['torch'] = sys\n", 1)],
+        cwd=Path(__file__).parent.parent,
+        env={"PYTHONHASHSEED": "123", "TZ": "Asia/Tokyo", "LC_ALL": "C"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert result.stdout.strip() == repr(here)
+
+
+# Randomness by key
+
+
+@quick
+@given(counts, st.lists(batch_sizes, min_size=2, max_size=2, unique=True), few, few)
+def test_batch_size_changes_no_samples_key_and_no_prompt(count: int, sizes: list[int], accumulate: int, processes: int):
+    found = []
+    for batch_size in sizes:
+        plan = plan_of(
+            count, processes, batch_size=batch_size, accumulate=accumulate, entries=[{"caption_dropout": 0.4}]
+        )
+        samples = samples_of(first_batches(plan, 2 * plan.micro_batches_per_epoch))
+        found.append({sample.key(): (sample.item, sample.prompt) for sample in samples})
+        assert len(found[-1]) == 2 * count, "no two samples share their noise"
+    assert found[0] == found[1]
+
+
+def test_every_sample_of_a_run_has_its_own_key():
+    entries = [{"resolution": [64, 96, 128], "repeats": 3}, {"resolution": [64]}]
+    plan = plan_of(found=[pictures(5), pictures(4, tag="b")], entries=entries)
+    samples = samples_of(first_batches(plan, 3 * plan.micro_batches_per_epoch))
+    assert len({sample.key() for sample in samples}) == len(samples) == 3 * len(plan.items)
+
+
+def test_a_samples_noise_does_not_depend_on_other_pictures_or_settings():
+    lonely = plan_of(found=[pictures(1)])
+    crowd = plan_of(found=[pictures(8)], batch_size=4, accumulate=2, entries=[{"caption_dropout": 0.9}])
+    (key,) = [sample.key() for sample in samples_of(lonely.step(1))]
+    epoch = samples_of(first_batches(crowd, crowd.micro_batches_per_epoch))
+    assert key in {sample.key() for sample in epoch}
+
+
+# Items
+
+
+def test_resolutions_that_give_the_same_size_count_once():
+    entry = [{"resolution": [512, 768, 64, 96]}]
+    items = items_of(config(entries=entry), [pictures(3, sizes=[(100, 100), (64, 64), (80, 80)])])
+    sizes = [[item.size.width for item in items if item.picture.path.name == f"{n:03d}.png"] for n in range(3)]
+    assert sizes == [[96, 64], [64], [80, 64]]
+    assert [item.resolution for item in items][:3] == [512, 64, 512]
+
+
+def test_repeats_are_items_of_their_own():
+    items = items_of(config(entries=[{"repeats": 3}, {"repeats": 1}]), [pictures(2), pictures(1, tag="b")])
+    assert [(item.entry, item.repeat) for item in items] == [(0, 0), (0, 1), (0, 2)] * 2 + [(1, 0)]
+    assert len({item.identity() for item in items}) == 7
+
+
+def test_pictures_that_are_too_narrow_are_all_listed():
+    strips = pictures(3, sizes=[(5000, 64), (128, 128), (64, 5000)])
+    with pytest.raises(DataError) as caught:
+        items_of(config(), [strips])
+    assert [problem.where for problem in caught.value.problems] == ["000.png", "002.png"]
+    assert "too narrow for resolution 64; crop it or remove it" in str(caught.value)
+
+
+# Caption dropout
+
+
+def test_captions_are_dropped_as_often_as_asked():
+    share = 0.3
+    plan = plan_of(100, seed=1, entries=[{"caption_dropout": share}])
+    samples = samples_of(first_batches(plan, 40 * 100))
+    dropped = sum(sample.prompt == "" for sample in samples)
+    deviation = (4000 * share * (1 - share)) ** 0.5
+    assert abs(dropped - 4000 * share) < 4 * deviation
+    by_picture = Counter(sample.item.picture.path for sample in samples if sample.prompt == "")
+    assert 1 <= min(by_picture.values()) and max(by_picture.values()) <= 25, "each picture now and then"
+    kept = {(sample.item.picture.prompt, sample.prompt) for sample in samples if sample.prompt}
+    assert all(own == used for own, used in kept)
+
+
+@pytest.mark.parametrize(("share", "prompts"), [(0.0, {f"prompt {n}" for n in range(6)}), (1.0, {""})])
+def test_none_and_all_captions_are_dropped(share: float, prompts: set[str]):
+    plan = plan_of(6, entries=[{"caption_dropout": share}])
+    assert {sample.prompt for sample in samples_of(first_batches(plan, 300))} == prompts
+
+
+def test_each_entry_has_its_own_dropout():
+    entries = [{"caption_dropout": 1.0}, {"caption_dropout": 0.0}]
+    plan = plan_of(found=[pictures(4), pictures(4, tag="b")], entries=entries)
+    for sample in samples_of(first_batches(plan, 40)):
+        assert (sample.prompt == "") == (sample.item.entry == 0)
+
+
+@quick
+@given(counts, st.sampled_from([0.0, 0.2, 1.0]), st.sampled_from([0.0, 0.2]), st.integers(0, 9))
+def test_every_prompt_of_the_run_is_known_before(count: int, share: float, other: float, seed: int):
+    entries = [{"caption_dropout": share}, {"caption_dropout": other}]
+    plan = plan_of(found=[pictures(count), pictures(2, tag="b")], seed=seed, entries=entries)
+    used = {sample.prompt for sample in samples_of(first_batches(plan, 3 * plan.micro_batches_per_epoch))}
+    assert (
+        used
+        <= set(plan.prompts())
+        == {item.picture.prompt for item in plan.items} | ({""} if share or other else set())
+    )
+    assert plan.prompts() == sorted(set(plan.prompts()))
+
+
+# Keys
+
+
+def test_numbers_are_the_same_for_ever():
+    assert number(42, "noise", 3, "abc", 512, 0, False) == 8182936867386219487
+    assert number(0) == number(0) and number(0) != number(1)
+
+
+def test_keys_do_not_collide_and_types_differ():
+    paths = [
+        (epoch, str(picture), 512, repeat) for epoch in range(50) for picture in range(200) for repeat in range(10)
+    ]
+    numbers = {number(7, *path) for path in paths}
+    assert len(numbers) == len(paths) == 100_000
+    assert all(0 <= one < 2**63 for one in numbers)
+    assert (
+        len({number(0, *path) for path in [(1,), ("1",), (1.0,), (True,), (None,), (1, ""), ("1", ""), ("", 1)]}) == 8
+    )
+    low = sum(one < 2**62 for one in numbers)
+    assert abs(low - 50_000) < 4 * 158
+
+
+def test_generators_start_afresh_and_leave_the_global_one_alone():
+    before = torch.random.get_rng_state()
+    one = torch.randn(8, generator=generator(1, "noise", 2))
+    assert torch.equal(one, torch.randn(8, generator=generator(1, "noise", 2)))
+    assert not torch.equal(one, torch.randn(8, generator=generator(1, "noise", 3)))
+    assert torch.equal(before, torch.random.get_rng_state())
+    assert generator(1).device.type == "cpu"

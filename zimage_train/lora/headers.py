@@ -1,0 +1,64 @@
+"""What a LoRA file changes, and whether that fits a model: from its header alone (torch-free)."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from zimage_train.errors import Problem, WeightsError
+from zimage_train.lora import names
+from zimage_train.model.headers import read_header
+
+Sizes = Mapping[str, tuple[int, int]]
+"""Module -> (out, in)."""
+
+
+def read_sizes(path: Path) -> Sizes:
+    """The modules that a LoRA file changes.
+
+    Raises:
+        WeightsError: unreadable, or not whole pairs of A and B under names that this trainer knows.
+    """
+    parts: dict[str, dict[str, tuple[int, ...]]] = {}
+    unknown = []
+    for key, info in read_header(path).tensors.items():
+        parsed = names.parse_key(key)
+        if parsed is None:
+            unknown.append(key)
+        else:
+            parts.setdefault(parsed[0], {})[parsed[1]] = info.shape
+    broken = [module for module, found in parts.items() if not fits(found.get("A", ()), found.get("B", ()))]
+    if unknown or broken or not parts:
+        raise WeightsError(Problem(str(path), _complaint(unknown, broken), _advice(unknown)))
+    return {module: (found["B"][0], found["A"][1]) for module, found in parts.items()}
+
+
+def fits(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
+    """Whether A of shape `a` and B of shape `b` are factors of one change."""
+    return len(a) == len(b) == 2 and a[0] == b[1]
+
+
+def require_match(path: Path, found: Sizes, linears: Sizes) -> None:
+    """Require that every module of a LoRA is a linear of the model with the right shape.
+
+    Raises:
+        WeightsError: names what matches nothing; a LoRA that is applied in part would be worse than none.
+    """
+    lost = sorted(module for module, size in found.items() if linears.get(module) != size)
+    if lost:
+        first, there = lost[0], linears.get(lost[0])
+        why = "the model has no such module" if there is None else f"{found[first]} there, {there} in the model"
+        what = f"matched {len(found) - len(lost)}/{len(found)} modules; not matched: {first} ({why})"
+        raise WeightsError(Problem(str(path), what, "it belongs to another model; nothing was merged"))
+
+
+def _complaint(unknown: list[str], broken: list[str]) -> str:
+    if unknown:
+        return f"has {len(unknown)} keys that are not of a Z-Image LoRA, such as {min(unknown)}"
+    if broken:
+        return f"has {len(broken)} modules whose A and B are missing or do not fit, such as {min(broken)}"
+    return "holds no LoRA"
+
+
+def _advice(unknown: list[str]) -> str:
+    if any("lora_unet_" in key or "qkv" in key or "lokr" in key for key in unknown):
+        return "convert it to the diffusers layout first"
+    return "is it a LoRA of Z-Image?"
