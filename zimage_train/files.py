@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import socket
+import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -185,7 +186,7 @@ def locked(folder: Path) -> Iterator[None]:
 
     The kernel frees a flock when its holder dies, however it dies. Where flock is missing (Windows, some network
     volumes) the lock file is a lease: it counts as held while its holder lives on this host, or, for another host,
-    for two minutes after it was last written.
+    for two minutes after it was last touched, which its holder does as long as it lives.
 
     Raises:
         FolderInUseError: another process holds the folder; names it.
@@ -193,7 +194,8 @@ def locked(folder: Path) -> Iterator[None]:
     """
     path = folder / "run.lock"
     with _open_lock(path) as file:
-        if not _take(file, path):
+        flocked = _flock(file)
+        if flocked is False or (flocked is None and not _lease_is_over(file, path)):
             file.seek(0)
             holder = file.read().strip() or "another process"
             raise FolderInUseError(
@@ -204,7 +206,8 @@ def locked(folder: Path) -> Iterator[None]:
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
         try:
-            yield
+            with contextlib.nullcontext() if flocked else _touched(path):
+                yield
         finally:
             file.seek(0)
             file.truncate()
@@ -218,10 +221,7 @@ def _open_lock(path: Path) -> IO[str]:
         raise _disk_error(path, error) from error
 
 
-def _take(file: IO[str], path: Path) -> bool:
-    taken = _flock(file)
-    if taken is not None:
-        return taken
+def _lease_is_over(file: IO[str], path: Path) -> bool:
     file.seek(0)
     words = file.read().split()
     if len(words) != 4 or not words[1].isdecimal():
@@ -229,6 +229,25 @@ def _take(file: IO[str], path: Path) -> bool:
     if words[3] == socket.gethostname():
         return not _is_alive(int(words[1]))
     return time.time() - path.stat().st_mtime > LEASE_SECONDS
+
+
+@contextlib.contextmanager
+def _touched(path: Path) -> Iterator[None]:
+    """Touch `path` now and then, from a thread, until the block ends."""
+    done = threading.Event()
+
+    def touch() -> None:
+        while not done.wait(LEASE_SECONDS / 4):
+            with contextlib.suppress(OSError):
+                os.utime(path)
+
+    thread = threading.Thread(target=touch, name="lease", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 def _flock(file: IO[str]) -> bool | None:

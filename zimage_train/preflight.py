@@ -64,9 +64,11 @@ def examine(config: Config, fetch: Fetch | None = None) -> Checked:
         errors.append(error)
     weights = None
     try:
-        weights = _weights(config, fetch)
-    except NotDownloaded as error:
-        notes += [f"{problem.where}: not on this machine yet; train downloads it" for problem in error.problems]
+        try:
+            weights = _weights(config, fetch)
+        except NotDownloaded as error:
+            notes += [f"{problem.where}: not on this machine yet; train downloads it" for problem in error.problems]
+            names.select(config.lora.targets, TransformerShape().linears)
     except ZImageTrainError as error:
         errors.append(error)
     try:

@@ -118,6 +118,29 @@ def dump_config(config: Config) -> str:
     return yaml_reader.dump(config.model_dump())
 
 
+def resolved(config: Config) -> Config:
+    """`config` with absolute paths, so that it means the same in any working directory; hub ids stay as they are."""
+
+    def absolute(path: str | None) -> str | None:
+        return str(Path(path).absolute()) if path is not None and Path(path).exists() else path
+
+    model, cache = config.model, config.cache
+    paths = {"path": absolute(model.path), "extras": absolute(model.extras), "adapter": absolute(model.adapter)}
+    data = [
+        entry.model_copy(update={"folder": absolute(entry.folder), "metadata": absolute(entry.metadata)})
+        for entry in config.data
+    ]
+    folder = None if cache.folder is None else str(Path(cache.folder).absolute())
+    return config.model_copy(
+        update={
+            "output": str(Path(config.output).absolute()),
+            "model": model.model_copy(update=paths),
+            "data": data,
+            "cache": cache.model_copy(update={"folder": folder}),
+        }
+    )
+
+
 def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
     """`{"optimizer.lr": 1e-4, "data.0.folder": ...}`: one line a leaf, for diffs and tables."""
     if isinstance(value, dict) and value:

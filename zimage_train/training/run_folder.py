@@ -8,7 +8,7 @@ from typing import Any
 
 from zimage_train import files
 from zimage_train.config import yaml_reader
-from zimage_train.config.reading import dump_config, flatten
+from zimage_train.config.reading import dump_config, flatten, resolved
 from zimage_train.config.schema import Config
 from zimage_train.errors import ConfigError, Problem
 
@@ -87,8 +87,8 @@ def write_facts(folder: RunFolder, facts: Mapping[str, Any]) -> None:
 
 
 def write_config(folder: RunFolder, config: Config) -> None:
-    """Write the effective config; it can be given to any command from the same working directory."""
-    files.write_text(folder.config, dump_config(config))
+    """Write the effective config, with absolute paths: any command takes it, wherever it runs."""
+    files.write_text(folder.config, dump_config(resolved(config)))
 
 
 def require_same(folder: RunFolder, config: Config, fingerprint: Mapping[str, Any]) -> None:

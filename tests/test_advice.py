@@ -1,0 +1,155 @@
+"""Each warning comes exactly when its danger begins, names its remedy, and is silent before."""
+
+from typing import Any
+
+import pytest
+
+from zimage_train.config import advice
+from zimage_train.config.schema import Config
+from zimage_train.model.variants import VARIANTS
+
+FINE: dict[str, Any] = {
+    "name": "a",
+    "data": [{"folder": "photos", "trigger": "zorb"}],
+    "sample": {"prompts": ["a zorb", "a tree"]},
+}
+PICTURES = 20
+
+
+def warnings(num_pictures: int = PICTURES, **changes: dict[str, Any]) -> list[str]:
+    """The warnings of a config without any, with some settings changed."""
+    values = {key: (value | changes.get(key, {})) if isinstance(value, dict) else value for key, value in FINE.items()}
+    values |= {key: value for key, value in changes.items() if key not in values or not isinstance(value, dict)}
+    return advice.warnings(Config.model_validate(values), num_pictures)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_config_of_defaults_has_no_warning(variant: str):
+    assert warnings(model={"variant": variant}) == []
+
+
+@pytest.mark.parametrize(
+    ("fires", "silent", "words"),
+    [
+        (
+            {"model": {"adapter": None}},
+            [{"model": {"adapter": "v1"}}, {"model": {"adapter": "x.safetensors"}}, {"model": {"variant": "base"}}],
+            ["model.adapter is null", "undoes its distillation", "set model.adapter: v2", "DistillPatch"],
+        ),
+        (
+            {"model": {"adapter_strength": 0.99}},
+            [
+                {"model": {"adapter_strength": 1.0}},
+                {"model": {"adapter_strength": 1.5}},
+                {"model": {"variant": "base", "adapter_strength": 0.5}},
+            ],
+            ["model.adapter_strength is 0.99", "set it to 1"],
+        ),
+        (
+            {"optimizer": {"lr": 2e-4}},
+            [
+                {"optimizer": {"lr": 1.99e-4}},
+                {"optimizer": {"lr": 1e-3}, "model": {"variant": "deturbo"}},
+                {"optimizer": {"name": "prodigy", "lr": 1.0}},
+            ],
+            ["optimizer.lr is 0.0002", "from 0.0002 on", "use 1e-4"],
+        ),
+        (
+            {"train": {"steps": 10_001}},
+            [
+                {"train": {"steps": 10_000}},
+                {"train": {"steps": 50_000}, "model": {"variant": "base"}},
+            ],
+            ["train.steps is 10001", "beyond 10,000 steps", "stop earlier, or train deturbo or base"],
+        ),
+        (
+            {"num_pictures": 9, "train": {"steps": 2201}},
+            [
+                {"num_pictures": 9, "train": {"steps": 2200}},
+                {"num_pictures": 10, "train": {"steps": 2201}},
+            ],
+            ["train.steps is 2201 for 9 pictures", "use 1500 to 2200 steps, or add pictures"],
+        ),
+        (
+            {"sample": {"steps": 9}},
+            [
+                {"sample": {"steps": 8}},
+                {"sample": {"steps": "auto"}},
+                {"sample": {"steps": 9}, "model": {"variant": "base"}},
+            ],
+            ["previews use 9 steps and guidance 0 (CFG 1)", "8 steps and guidance 0", "set both to auto"],
+        ),
+        (
+            {"sample": {"guidance": 0.5}},
+            [{"sample": {"guidance": 0.0}}, {"sample": {"guidance": 2.0}, "model": {"variant": "deturbo"}}],
+            ["previews use 8 steps and guidance 0.5 (CFG 1.5)", "set both to auto"],
+        ),
+        (
+            {"sample": {"prompts": ["a zorb", "two zorbs"]}},
+            [
+                {"sample": {"prompts": ["a zorb", "a tree"]}},
+                {"data": [{"folder": "photos"}], "sample": {"prompts": ["a zorb"]}},
+            ],
+            ["every prompt in sample.prompts has the trigger", "add a prompt without it"],
+        ),
+        (
+            {"sample": {"prompts": []}},
+            [{"sample": {"prompts": ["a tree"]}}],
+            ["sample.prompts is empty", "give 5 to 10 prompts, two without the trigger"],
+        ),
+    ],
+)  # fmt: skip
+def test_each_warning_comes_at_its_threshold_and_names_its_remedy(
+    fires: dict[str, Any], silent: list[dict[str, Any]], words: list[str]
+):
+    (line,) = warnings(**fires)
+    assert [word for word in words if word not in line] == []
+    assert line.count("\n") == 0
+    for changes in silent:
+        assert warnings(**changes) == []
+
+
+def test_both_kinds_of_adapter_damage_are_not_said_twice():
+    (line,) = warnings(model={"adapter": None, "adapter_strength": 0.5})
+    assert line.startswith("model.adapter is null")
+
+
+def test_many_steps_without_the_adapter_have_only_the_adapters_warning():
+    (line,) = warnings(model={"adapter": None}, train={"steps": 20_000})
+    assert line.startswith("model.adapter is null")
+
+
+def test_a_prompt_with_the_trigger_of_any_entry_has_a_trigger():
+    data = [{"folder": "x", "trigger": "zorb"}, {"folder": "y", "trigger": "blip"}, {"folder": "z"}]
+    (line,) = warnings(data=data, sample={"prompts": ["a zorb", "a blip"]})
+    assert "has the trigger" in line
+    assert warnings(data=data, sample={"prompts": ["a zorb", "a blip", "a tree"]}) == []
+
+
+def test_several_dangers_are_all_named():
+    found = warnings(
+        5,
+        model={"adapter_strength": 0.5},
+        optimizer={"lr": 1e-3},
+        train={"steps": 12_000},
+        sample={"steps": 20, "guidance": 3, "prompts": ["zorb"]},
+    )
+    starts = [
+        "model.adapter_strength",
+        "optimizer.lr",
+        "train.steps is 12000:",
+        "train.steps is 12000 for 5",
+        "previews",
+    ]
+    assert [one for one in starts if not any(line.startswith(one) for line in found)] == []
+    assert len(found) == 6
+
+
+def test_the_numbers_that_the_warnings_give_are_the_ones_that_are_used():
+    assert (advice.HIGH_LR, advice.MANY_STEPS, advice.FEW_PICTURES, advice.STEPS_FOR_FEW_PICTURES) == (
+        2e-4,
+        10_000,
+        10,
+        2_200,
+    )
+    assert (VARIANTS["turbo"].steps, VARIANTS["turbo"].guidance) == (8, 0.0)

@@ -1,0 +1,523 @@
+"""What is written is the old file or the new one, whatever fails; the lock belongs to one process that lives."""
+
+import errno
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import pytest
+from safetensors import safe_open
+from safetensors.numpy import load_file
+
+from zimage_train import files
+from zimage_train.errors import DiskError, FolderInUseError
+from zimage_train.files import Entry
+
+ROOT = Path(__file__).parent.parent
+OLD, NEW = b"old" * 5000, b"new!" * 5000
+
+
+class Crash(BaseException):
+    """Stands for a process that ends here: nothing catches it."""
+
+
+class Faults:
+    """Counts the calls that write a file, and lets one of them fail."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.calls: list[str] = []
+        self.fail_at: int | None = None
+        self.error: BaseException = OSError()
+        self.fired = 0
+        path_open = Path.open
+
+        def opened(path: Path, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
+            if "w" not in mode:
+                return path_open(path, mode, *args, **kwargs)
+            self.count("open")
+            return File(path_open(path, mode, *args, **kwargs), self)
+
+        patch.setattr(Path, "open", opened)
+        for name in ("replace", "fsync", "open"):
+            patch.setattr(os, name, self.counting(name, getattr(os, name)))
+
+    def counting(self, name: str, function: Any) -> Any:
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            self.count(f"os.{name}")
+            return function(*args, **kwargs)
+
+        return counted
+
+    def count(self, name: str) -> None:
+        self.calls.append(name)
+        if len(self.calls) == self.fail_at:
+            self.fired += 1
+            raise self.error
+
+
+class File:
+    """A file whose writes count, and which may fail after half of one."""
+
+    def __init__(self, file: IO[bytes], faults: Faults) -> None:
+        self.file, self.faults = file, faults
+
+    def __enter__(self) -> "File":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+        self.faults.count("close")
+
+    def write(self, data: bytes) -> None:
+        try:
+            self.faults.count("write")
+        except BaseException:
+            self.file.write(data[: len(data) // 2])
+            raise
+        self.file.write(data)
+
+    def flush(self) -> None:
+        self.faults.count("flush")
+        self.file.flush()
+
+    def fileno(self) -> int:
+        return self.file.fileno()
+
+
+@pytest.fixture
+def faults(monkeypatch: pytest.MonkeyPatch) -> Faults:
+    return Faults(monkeypatch)
+
+
+def save(path: Path) -> None:
+    files.write(path, [NEW[:7000], memoryview(NEW[7000:])])
+
+
+def test_an_unfaulted_write_makes_the_new_file_by_one_rename_after_syncing(tmp_path: Path, faults: Faults):
+    save(tmp_path / "sub" / "x.bin")
+    assert (tmp_path / "sub" / "x.bin").read_bytes() == NEW
+    assert faults.calls == ["open", "write", "write", "flush", "os.fsync", "close", "os.replace", "os.open", "os.fsync"]
+
+
+@pytest.mark.parametrize("before", [OLD, None])
+@pytest.mark.parametrize(
+    "error",
+    [OSError(number, os.strerror(number)) for number in (errno.ENOSPC, errno.EIO, errno.EACCES, errno.EDQUOT)]
+    + [Crash()],
+    ids=lambda error: getattr(error, "strerror", None) or "crash",
+)
+def test_whatever_call_fails_the_old_file_or_the_new_one_is_there_and_nothing_else(
+    tmp_path: Path, faults: Faults, before: bytes | None, error: BaseException
+):
+    path = tmp_path / "x.bin"
+    outcomes = []
+    for fail_at in range(1, 100):
+        faults.fail_at = None
+        if before is None:
+            path.unlink(missing_ok=True)
+        else:
+            path.write_bytes(before)
+        faults.calls, faults.fail_at, faults.error, faults.fired = [], fail_at, error, 0
+        if not run_faulted(path, error):
+            break
+        assert faults.fired == 1
+        there = path.read_bytes() if path.exists() else None
+        assert there in (before, NEW)
+        assert [one.name for one in tmp_path.iterdir()] == ([] if there is None else ["x.bin"])
+        outcomes.append((faults.calls[-1], there == NEW))
+    assert faults.fired == 0 and path.read_bytes() == NEW, "it ends with a run in which nothing fails"
+    assert len(outcomes) == 9
+    renamed = [is_new for _, is_new in outcomes]
+    assert renamed == sorted(renamed), "after the rename it is always the new file"
+    assert renamed.count(True) == 2, "only syncing the folder comes after the rename"
+
+
+def run_faulted(path: Path, error: BaseException) -> bool:
+    """Whether the injected error came out, and as what it should."""
+    try:
+        save(path)
+    except DiskError as found:
+        assert isinstance(error, OSError) and found.exit_code == 7
+        assert str(found).startswith(f"{path}: cannot be written (")
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        assert ("the disk is full" if full else error.strerror) in str(found)
+        assert str(found).endswith("; the same command continues")
+        return True
+    except Crash as found:
+        assert found is error
+        return True
+    return False
+
+
+def test_an_error_of_the_writer_itself_leaves_the_old_file(tmp_path: Path):
+    path = tmp_path / "x.bin"
+    path.write_bytes(OLD)
+    with pytest.raises(ZeroDivisionError), files.replacing(path) as file:
+        file.write(NEW)
+        file.write(bytes(1 // 0))
+    assert path.read_bytes() == OLD and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_real_full_disk(tmp_path: Path):
+    (tmp_path / "x.bin").write_bytes(OLD)
+    code = """
+import resource, signal, sys
+from pathlib import Path
+from zimage_train import files
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
+try:
+    files.write(Path("x.bin"), [b"n" * 1000] * 100)
+except files.DiskError as error:
+    print(error)
+    sys.exit(error.exit_code)
+"""
+    result = run_python(code, tmp_path)
+    assert (result.returncode, result.stderr) == (7, "")
+    assert result.stdout.startswith("x.bin: cannot be written (the disk is full); free some space")
+    assert (tmp_path / "x.bin").read_bytes() == OLD
+    assert [one.name for one in tmp_path.iterdir()] == ["x.bin"]
+
+
+def run_python(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, env=environment(), capture_output=True, text=True, timeout=60
+    )
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": str(ROOT)}
+
+
+@pytest.mark.parametrize("place", ["file/x.bin", "x.bin/"])
+def test_a_place_that_cannot_be_written_is_a_disk_error(tmp_path: Path, place: str):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "x.bin").mkdir()
+    with pytest.raises(DiskError, match="cannot be written"):
+        files.write(tmp_path / place, [NEW])
+
+
+def test_text_and_json_are_utf_8(tmp_path: Path):
+    files.write_text(tmp_path / "x.txt", "é\n猫")
+    assert (tmp_path / "x.txt").read_bytes() == "é\n猫".encode()
+    files.write_json(tmp_path / "x.json", {"b": ["é"], "a": 1e-4})
+    assert json.loads((tmp_path / "x.json").read_bytes()) == {"b": ["é"], "a": 1e-4}
+    assert "é" in (tmp_path / "x.json").read_text(encoding="utf-8")
+
+
+# safetensors
+
+
+def entry(array: np.ndarray, dtype: str) -> Entry:
+    return Entry(dtype, array.shape, memoryview(np.ascontiguousarray(array).tobytes()))
+
+
+ARRAYS: dict[str, tuple[str, np.ndarray]] = {
+    "z.double": ("F64", np.arange(3.0)),
+    "b.float": ("F32", np.arange(6, dtype=np.float32).reshape(2, 3)),
+    "a.float": ("F32", np.float32(2.5)),
+    "half": ("F16", np.arange(3, dtype=np.float16)),
+    "bytes": ("U8", np.arange(5, dtype=np.uint8)),
+    "long": ("I64", np.array([[1], [2]])),
+    "empty": ("F32", np.zeros((0, 4), np.float32)),
+    "flags": ("BOOL", np.array([True, False, True])),
+    "naïve 猫": ("I32", np.array([7], dtype=np.int32)),
+}
+
+
+def save_arrays(path: Path, names: list[str], metadata: dict[str, str]) -> bytes:
+    files.write_safetensors(path, {name: entry(ARRAYS[name][1], ARRAYS[name][0]) for name in names}, metadata)
+    return path.read_bytes()
+
+
+def header(content: bytes) -> tuple[dict[str, Any], int]:
+    length = int.from_bytes(content[:8], "little")
+    return json.loads(content[8 : 8 + length]), 8 + length
+
+
+def test_tensors_are_read_by_the_safetensors_library(tmp_path: Path):
+    save_arrays(tmp_path / "x.safetensors", list(ARRAYS), {"b": "2", "a": "é"})
+    found = load_file(tmp_path / "x.safetensors")
+    assert found.keys() == ARRAYS.keys()
+    for name, (_, array) in ARRAYS.items():
+        assert found[name].dtype == array.dtype and found[name].shape == array.shape
+        assert (found[name] == array).all()
+    with safe_open(tmp_path / "x.safetensors", framework="numpy") as file:
+        assert file.metadata() == {"a": "é", "b": "2"}
+
+
+def test_equal_content_makes_equal_bytes_in_any_order(tmp_path: Path):
+    names = list(ARRAYS)
+    metadata = {f"key{number}": str(number) for number in range(20)}
+    contents = {
+        save_arrays(tmp_path / f"{number}", order, dict(items))
+        for number, (order, items) in enumerate(
+            [
+                (names, metadata.items()),
+                (names[::-1], reversed(metadata.items())),
+                (sorted(names), sorted(metadata.items(), key=lambda item: item[0][::-1])),
+            ]
+        )
+    }
+    assert len(contents) == 1
+    assert save_arrays(tmp_path / "y", names[1:], metadata) not in contents
+    assert save_arrays(tmp_path / "y", names, metadata | {"key1": "x"}) not in contents
+
+
+def test_every_tensor_is_aligned_and_the_header_is_sorted(tmp_path: Path):
+    found, start = header(save_arrays(tmp_path / "x", list(ARRAYS), {"b": "2", "a": "1", "c": "3"}))
+    assert start % 8 == 0
+    assert list(found["__metadata__"]) == ["a", "b", "c"]
+    tensors = [(name, one) for name, one in found.items() if name != "__metadata__"]
+    end = 0
+    for _, one in tensors:
+        assert one["data_offsets"][0] == end, "no holes"
+        assert (start + end) % files.DTYPE_BYTES[one["dtype"]] == 0
+        end = one["data_offsets"][1]
+    assert len((tmp_path / "x").read_bytes()) == start + end
+    order = [(-files.DTYPE_BYTES[one["dtype"]], name) for name, one in tensors]
+    assert order == sorted(order)
+
+
+def test_a_file_without_metadata_and_one_without_tensors(tmp_path: Path):
+    found, _ = header(save_arrays(tmp_path / "x", ["half"], {}))
+    assert list(found) == ["half"]
+    save_arrays(tmp_path / "y.safetensors", [], {"a": "1"})
+    assert load_file(tmp_path / "y.safetensors") == {}
+
+
+def test_the_size_of_every_type_is_known():
+    sizes = {8: ("F64", "I64"), 4: ("F32", "I32"), 2: ("BF16", "F16", "I16"), 1: ("I8", "U8", "BOOL")}
+    assert {name: size for size, names in sizes.items() for name in names} == files.DTYPE_BYTES
+
+
+# Logs, removing, setting aside
+
+
+def test_a_log_on_a_full_disk_stops_nothing(tmp_path: Path):
+    if Path("/dev/full").exists():
+        full = Path("/dev/full").open("w")  # noqa: SIM115  it cannot be closed in good order
+        files.append_line(full, "line")
+        files.sync(full)
+        with pytest.raises(OSError, match="No space"):
+            full.close()
+    with (tmp_path / "log").open("a") as log:
+        files.append_line(log, "one")
+        files.append_line(log, "two")
+        files.sync(log)
+        assert (tmp_path / "log").read_text() == "one\ntwo\n"
+
+
+def test_removing_never_fails(tmp_path: Path):
+    (tmp_path / "x").write_text("")
+    assert files.remove(tmp_path / "x") and not (tmp_path / "x").exists()
+    assert files.remove(tmp_path / "x")
+    (tmp_path / "folder").mkdir()
+    assert not files.remove(tmp_path / "folder") and (tmp_path / "folder").exists()
+
+
+def test_setting_aside_keeps_everything(tmp_path: Path):
+    for number in range(3):
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / "x").write_text(str(number))
+        assert files.set_aside(tmp_path / "run", ".old").name == ("run.old", "run.old-2", "run.old-3")[number]
+    assert [(tmp_path / name / "x").read_text() for name in ("run.old", "run.old-2", "run.old-3")] == ["0", "1", "2"]
+    with pytest.raises(DiskError, match=r"run: cannot be renamed \(No such file"):
+        files.set_aside(tmp_path / "run", ".old")
+
+
+def test_debris_of_dead_processes_goes_and_nothing_else(tmp_path: Path):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    names = [f".x.bin.{dead.pid}.tmp", f"sub/deep/.y.{dead.pid}.tmp", f".own.{os.getpid()}.tmp", ".odd.tmp"]
+    kept = [f".busy.{os.getppid()}.tmp", "x.bin", "x.tmp", f"sub/.y.{dead.pid}.txt"]
+    for name in names + kept:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("")
+    files.clear_debris(tmp_path)
+    assert {one.relative_to(tmp_path).as_posix() for one in tmp_path.rglob("*") if one.is_file()} == set(kept)
+    files.clear_debris(tmp_path / "none")
+
+
+def test_a_killed_writer_leaves_the_old_file_and_debris_that_is_cleared(tmp_path: Path):
+    (tmp_path / "x.bin").write_bytes(OLD)
+    code = """
+import os, signal
+from pathlib import Path
+from zimage_train import files
+with files.replacing(Path("x.bin")) as file:
+    file.write(b"new")
+    file.flush()
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    assert run_python(code, tmp_path).returncode == -signal.SIGKILL
+    assert (tmp_path / "x.bin").read_bytes() == OLD and len(list(tmp_path.iterdir())) == 2
+    files.clear_debris(tmp_path)
+    assert [one.name for one in tmp_path.iterdir()] == ["x.bin"]
+
+
+# Space
+
+
+def test_too_little_space_is_refused_with_both_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    asked = []
+
+    def usage(path: Path):
+        asked.append(path)
+        return type("Usage", (), {"free": 2_000_000_000})
+
+    monkeypatch.setattr(files.shutil, "disk_usage", usage)
+    files.require_space(tmp_path / "a" / "b", 2_000_000_000, "checkpoints")
+    with pytest.raises(DiskError) as caught:
+        files.require_space(tmp_path / "a" / "b", 2_500_000_000, "checkpoints")
+    assert str(caught.value).startswith(
+        f"{tmp_path / 'a' / 'b'}: 2.00 GB free, checkpoints need 2.50 GB; free some space"
+    )
+    assert asked == [tmp_path, tmp_path], "the nearest folder that exists, and none is made"
+
+
+def test_a_folder_that_cannot_be_made_is_refused_and_none_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    files.require_folder(tmp_path / "a" / "b")
+    monkeypatch.chdir(tmp_path)
+    files.require_folder(Path("relative/x"))
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").write_text("")
+    (tmp_path / "broken").symlink_to(tmp_path / "nowhere")
+    for name in ("file", "broken"):
+        for place in (tmp_path / name, tmp_path / name / "x"):
+            with pytest.raises(DiskError, match=rf"{tmp_path / name} is not a folder; choose another place"):
+                files.require_folder(place)
+    monkeypatch.setattr(os, "access", lambda path, mode: mode & os.W_OK == 0)
+    with pytest.raises(DiskError, match=f"{tmp_path} cannot be written to"):
+        files.require_folder(tmp_path / "a")
+
+
+# The lock
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from zimage_train import files
+with files.locked(Path("run")):
+    print("held", flush=True)
+    sys.stdin.read()
+print("torch" in sys.modules)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    """Another process that holds tmp_path/run."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD],
+        cwd=tmp_path,
+        env=environment(),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None and process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def test_a_second_process_is_told_who_holds_the_folder(tmp_path: Path, holder: subprocess.Popen[str]):
+    for _ in range(2):
+        with pytest.raises(FolderInUseError) as caught, files.locked(tmp_path / "run"):
+            raise AssertionError("two processes in one folder")
+        assert caught.value.exit_code == 6
+        who = f"process {holder.pid} on {socket.gethostname()}"
+        assert str(caught.value) == (
+            f"{tmp_path / 'run'}: in use by {who}; wait for that run, stop it, or choose another name"
+        )
+
+
+def test_the_folder_is_free_as_soon_as_its_holder_is_killed(tmp_path: Path, holder: subprocess.Popen[str]):
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    with files.locked(tmp_path / "run"):
+        assert (tmp_path / "run" / "run.lock").read_text() == f"process {os.getpid()} on {socket.gethostname()}"
+
+
+def test_the_folder_is_free_when_its_holder_is_done(tmp_path: Path, holder: subprocess.Popen[str]):
+    out, _ = holder.communicate("")
+    assert out == "False\n" and holder.returncode == 0
+    assert (tmp_path / "run" / "run.lock").read_text() == ""
+    with pytest.raises(ZeroDivisionError), files.locked(tmp_path / "run"):
+        raise ZeroDivisionError
+    with files.locked(tmp_path / "run"), pytest.raises(FolderInUseError), files.locked(tmp_path / "run"):
+        raise AssertionError("locked twice")
+    with files.locked(tmp_path / "other"), files.locked(tmp_path / "run"):
+        assert (tmp_path / "other").is_dir()
+
+
+@pytest.mark.parametrize("name", ["file", "file/run"])
+def test_a_folder_that_cannot_be_made_is_a_disk_error(tmp_path: Path, name: str):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DiskError) as caught, files.locked(tmp_path / name):
+        raise AssertionError("locked nothing")
+    assert caught.value.exit_code == 7 and (tmp_path / "file").read_text() == ""
+
+
+def no_flock(*_: object) -> None:
+    raise OSError(errno.ENOLCK, "No locks available")
+
+
+@pytest.mark.parametrize("missing", ["module", "file system"])
+def test_without_flock_the_lock_file_is_a_lease(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: str):
+    if missing == "module":
+        monkeypatch.setattr(files, "fcntl", None)
+    else:
+        monkeypatch.setattr(files.fcntl, "flock", no_flock)
+    path = tmp_path / "run.lock"
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    here, now = socket.gethostname(), time.time()
+
+    def is_free(text: str, age: float = 0.0) -> bool:
+        path.write_text(text)
+        os.utime(path, (now - age, now - age))
+        try:
+            with files.locked(tmp_path):
+                return path.read_text() == f"process {os.getpid()} on {here}"
+        except FolderInUseError as error:
+            assert text in str(error)
+            return False
+
+    assert is_free("")
+    assert is_free(f"process {dead.pid} on {here}")
+    assert not is_free(f"process {os.getppid()} on {here}")
+    assert not is_free(f"process {os.getppid()} on {here}", age=10_000)
+    assert not is_free("process 1 on elsewhere", age=60)
+    assert is_free("process 1 on elsewhere", age=180)
+    assert is_free("half a word")
+    assert is_free("process x on elsewhere")
+    with files.locked(tmp_path), pytest.raises(FolderInUseError), files.locked(tmp_path):
+        raise AssertionError("locked twice")
+
+
+def test_a_lease_is_renewed_as_long_as_it_is_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(files, "LEASE_SECONDS", 0.2)
+    threads = threading.active_count()
+
+    def age_after(seconds: float) -> float:
+        os.utime(tmp_path / "run.lock", (0, 0))
+        time.sleep(seconds)
+        return time.time() - (tmp_path / "run.lock").stat().st_mtime
+
+    with files.locked(tmp_path):
+        assert age_after(0.2) > 1000 and threading.active_count() == threads, "the kernel's lock needs no lease"
+    monkeypatch.setattr(files.fcntl, "flock", no_flock)
+    with files.locked(tmp_path):
+        assert age_after(0.3) < 1
+    assert age_after(0.2) > 1000 and threading.active_count() == threads

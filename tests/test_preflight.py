@@ -1,0 +1,491 @@
+"""`check` knows everything that can be known without a GPU, says all of it at once, and changes nothing."""
+
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from zimage_train import cli, files, mini, preflight
+from zimage_train.config.reading import dump_config
+from zimage_train.config.schema import Config
+from zimage_train.errors import ZImageTrainError
+from zimage_train.files import Entry
+from zimage_train.model.headers import read_header
+from zimage_train.model.sources import cached_only
+from zimage_train.preflight import Checked
+
+Make = Callable[..., Config]
+BYTES = {"F32": 4, "BF16": 2, "F16": 2}
+
+
+def offline(*_: object) -> Path:
+    raise AssertionError("local paths ask no hub")
+
+
+def refused(config: Config) -> ZImageTrainError:
+    with pytest.raises(ZImageTrainError) as caught:
+        preflight.examine(config, offline)
+    return caught.value
+
+
+def adapter(path: Path, change: Callable[[dict[str, tuple[int, ...]]], None] = lambda shapes: None) -> Path:
+    """The miniature's adapter with other keys or shapes, its values zero."""
+    header = read_header(mini.ADAPTER)
+    shapes = {name: info.shape for name, info in header.tensors.items()}
+    change(shapes)
+    entries = {}
+    for name, shape in shapes.items():
+        count = 1
+        for side in shape:
+            count *= side
+        entries[name] = Entry("F32", shape, bytes(4 * count))
+    files.write_safetensors(path, entries, header.metadata)
+    return path
+
+
+def renamed(old: str, new: str) -> Callable[[dict[str, tuple[int, ...]]], None]:
+    def change(shapes: dict[str, tuple[int, ...]]) -> None:
+        for name in [name for name in shapes if old in name]:
+            shapes[name.replace(old, new)] = shapes.pop(name)
+
+    return change
+
+
+def of_part(shapes: dict[str, tuple[int, ...]], part: str) -> str:
+    return next(name for name in shapes if f".{part}." in name)
+
+
+def wider(shapes: dict[str, tuple[int, ...]]) -> None:
+    name = of_part(shapes, "lora_A")
+    shapes[name] = (shapes[name][0], shapes[name][1] + 1)
+
+
+def other_rank(shapes: dict[str, tuple[int, ...]]) -> None:
+    name = of_part(shapes, "lora_A")
+    shapes[name] = (shapes[name][0] + 1, shapes[name][1])
+
+
+def without_half(shapes: dict[str, tuple[int, ...]]) -> None:
+    del shapes[of_part(shapes, "lora_B")]
+
+
+def flat(shapes: dict[str, tuple[int, ...]]) -> None:
+    name = of_part(shapes, "lora_A")
+    shapes[name] = (shapes[name][0] * shapes[name][1],)
+
+
+def with_foreign_key(shapes: dict[str, tuple[int, ...]]) -> None:
+    shapes["text_encoder.layers.0.weight"] = (2, 2)
+
+
+FITTING = {"unchanged": lambda shapes: None, "another prefix": renamed("diffusion_model.", "transformer.")}
+FOREIGN = {
+    "another model's modules": renamed("layers.", "double_blocks."),
+    "one more layer": renamed("layers.0.", "layers.99."),
+    "another width": wider,
+    "ranks that differ": other_rank,
+    "B is missing": without_half,
+    "no matrix": flat,
+    "a foreign key": with_foreign_key,
+    "nothing": dict.clear,
+}
+COMPLAINTS = {
+    "another model's modules": "matched 0/{total} modules; not matched: double_blocks.0.",
+    "one more layer": "matched 40/{total} modules; not matched: layers.99.",
+    "another width": "matched {less}/{total} modules; not matched: ",
+    "ranks that differ": "has 1 modules whose A and B are missing or do not fit, such as ",
+    "B is missing": "has 1 modules whose A and B are missing or do not fit, such as ",
+    "no matrix": "has 1 modules whose A and B are missing or do not fit, such as ",
+    "a foreign key": "has 1 keys that are not of a Z-Image LoRA, such as text_encoder.layers.0.weight",
+    "nothing": "holds no LoRA",
+}
+
+
+# Fine
+
+
+def test_what_a_run_needs_is_all_there(make_config: Make):
+    config = make_config(data=[{"folder": str(mini.PICTURES), "resolution": [64, 96], "trigger": "zorb"}])
+    checked = preflight.examine(config, offline)
+    assert len(checked.pictures[0]) == len(list(mini.PICTURES.glob("*.txt"))) >= 12
+    assert len(checked.items) == 2 * len(checked.pictures[0])
+    assert checked.weights is not None
+    assert len(checked.weights.modules) == 42
+    assert checked.weights.adapter_modules == adapter_modules(mini.ADAPTER) > 0
+    assert checked.notes == []
+
+
+def adapter_modules(path: Path) -> int:
+    return len({name.split(".lora_")[0] for name in read_header(path).tensors if ".lora_" in name})
+
+
+def test_the_report_says_what_a_run_would_do(make_config: Make, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(preflight, "_gpu_bytes", lambda: None)
+    data = [{"folder": str(mini.PICTURES), "resolution": [64, 96], "trigger": "zorb"}]
+    config = make_config(data=data, train={"steps": 30, "batch_size": 2}, model={"adapter_strength": 0.5})
+    checked = preflight.examine(config, offline)
+    lines = preflight.report(checked)
+    count = len(checked.pictures[0])
+    assert lines[0] == "tiny: no problems found"
+    assert f"{count} pictures" in lines
+    table = [line for line in lines if "->" in line]
+    assert len(table) == count and all("zorb" in line for line in table)
+    assert re.search(r"zorb_01\.png: \d+x\d+ -> \d+x\d+ \(crop \d+ %\), \d+x\d+ \(crop \d+ %\)  '", table[0])
+    (epochs,) = [line for line in lines if "samples an epoch" in line]
+    per_epoch = float(re.search(r"([\d.]+) steps an epoch", epochs)[1])
+    assert epochs.startswith(f"{2 * count} samples an epoch") and "30 steps of up to 2 samples" in epochs
+    assert float(re.search(r"= ([\d.]+) epochs", epochs)[1]) == pytest.approx(30 / per_epoch, abs=0.1)
+    assert "LoRA of rank 4 on 42 modules (attention 24, feed_forward 18)" in lines
+    matched = adapter_modules(mini.ADAPTER)
+    assert f"adapter fits {matched}/{matched} modules" in lines
+    assert any(line.startswith("  one training step") for line in lines)
+    assert [line.split(":")[0] for line in lines[-2:]] == ["warning", "warning"]
+    assert "model.adapter_strength is 0.5" in "\n".join(lines)
+
+
+def test_the_memory_plan_follows_the_budget(make_config: Make, monkeypatch: pytest.MonkeyPatch):
+    def lines(gpu: float | None = None, **settings: Any) -> str:
+        monkeypatch.setattr(preflight, "_gpu_bytes", lambda: gpu)
+        return "\n".join(preflight.report(preflight.examine(make_config(memory=settings), offline)))
+
+    assert "activations (kept)" in lines(24e9) and "does not fit" not in lines(24e9)
+    assert "no NVIDIA GPU found here" in lines() and "no NVIDIA GPU" not in lines(24e9)
+    assert "activations (kept)" in lines(budget_gb=24) and "no NVIDIA GPU" not in lines(budget_gb=24)
+    tight = lines(budget_gb=0.1)
+    assert "activations (recomputed)" in tight and "this does not fit 0.1 GB" in tight
+    assert "activations (recomputed)" in lines(24e9, checkpointing=True)
+    assert "this does not fit 0.1 GB" in lines(budget_gb=0.1, checkpointing=False)
+
+
+def test_a_card_that_is_not_there_or_odd_is_no_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert preflight._gpu_bytes() is None
+    tool = tmp_path / "nvidia-smi"
+    for script, expected in (("echo 24564", 24564 * 2**20), ("echo no devices", None), ("exit 9", None), ("", None)):
+        tool.write_text(f"#!/bin/sh\n{script}\n")
+        tool.chmod(0o755)
+        assert preflight._gpu_bytes() == expected
+    assert preflight.system_memory_bytes() > 1e8
+
+
+# Refused
+
+
+def test_problems_of_config_data_weights_and_disk_are_listed_together(
+    make_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    (photos / "page.png").write_text("<html>")
+    Image.new("RGB", (64, 5000)).save(photos / "strip.png")
+    Image.new("RGB", (64, 64)).save(photos / "fine.png")
+    (photos / "fine.txt").write_bytes(b"\xff")
+    config = make_config(
+        data=[{"folder": str(photos), "resolution": [64]}, {"folder": str(tmp_path / "none")}],
+        lora={"targets": "nothing_like_this"},
+        model={"adapter": str(adapter(tmp_path / "a.safetensors", FOREIGN["another model's modules"]))},
+    )
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda path: type("Usage", (), {"free": -1}))
+    error = refused(config)
+    found = {problem.where: problem.what for problem in error.problems}
+    assert found.keys() == {
+        str(photos / "page.png"),
+        str(photos / "strip.png"),
+        str(photos / "fine.txt"),
+        str(tmp_path / "none"),
+        "lora.targets",
+        str(tmp_path / "a.safetensors"),
+        str(tmp_path / "runs"),
+    }
+    assert error.exit_code == 2
+    assert all(problem.todo for problem in error.problems)
+
+
+@pytest.mark.parametrize(
+    ("changes", "code"),
+    [
+        ({"data": [{"folder": "/nowhere"}]}, 3),
+        ({"data": [{"folder": "/nowhere"}], "model": {"adapter": "/nowhere/x.safetensors"}}, 3),
+        ({"model": {"adapter": "/nowhere/x.safetensors"}}, 4),
+        ({"lora": {"targets": "no"}, "data": [{"folder": "/nowhere"}]}, 2),
+    ],
+)
+def test_the_exit_code_is_the_lowest_that_applies(make_config: Make, changes: dict[str, Any], code: int):
+    assert refused(make_config(**changes)).exit_code == code
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_an_adapter_that_does_not_fit_in_full_is_refused(make_config: Make, tmp_path: Path, kind: str):
+    path = adapter(tmp_path / "a.safetensors", FOREIGN[kind])
+    error = refused(make_config(model={"adapter": str(path)}))
+    assert error.exit_code == 4 and len(error.problems) == 1
+    total = adapter_modules(mini.ADAPTER)
+    assert str(error).startswith(f"{path}: {COMPLAINTS[kind].format(total=total, less=total - 1)}")
+
+
+@pytest.mark.parametrize("kind", FITTING)
+def test_an_adapter_that_fits_is_counted(make_config: Make, tmp_path: Path, kind: str):
+    path = adapter(tmp_path / "a.safetensors", FITTING[kind])
+    checked = preflight.examine(make_config(model={"adapter": str(path)}), offline)
+    assert checked.weights is not None
+    assert checked.weights.adapter_modules == adapter_modules(mini.ADAPTER)
+
+
+def test_check_and_loading_agree_about_adapters(make_config: Make, tmp_path: Path):
+    lora_files = pytest.importorskip("zimage_train.lora.files")
+    checked = preflight.examine(make_config(), offline)
+    assert checked.weights is not None
+    linears = checked.weights.shape.linears
+    for name, change in (FITTING | FOREIGN).items():
+        path = adapter(tmp_path / f"{name}.safetensors", change)
+        if name in FITTING:
+            lora_files.require_modules(path, lora_files.read(path), linears)
+        else:
+            with pytest.raises(ZImageTrainError):
+                lora_files.require_modules(path, lora_files.read(path), linears)
+
+
+def damaged_adapter(path: Path, content: bytes | None) -> Path:
+    whole = mini.ADAPTER.read_bytes()
+    path.write_bytes(whole[:-1] if content is None else content)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (None, "cut off or overwritten"),
+        (b"", "is empty"),
+        (b"\x80\x04\x95 a pickle, with more bytes", "is a pickle, which can run code and is never opened"),
+        (b"version https://git-lfs.github.com/spec/v1", "is a Git LFS pointer"),
+    ],
+)
+def test_a_damaged_adapter_is_refused(make_config: Make, tmp_path: Path, content: bytes | None, what: str):
+    path = damaged_adapter(tmp_path / "a.safetensors", content)
+    error = refused(make_config(model={"adapter": str(path)}))
+    assert error.exit_code == 4 and what in str(error) and str(path) in str(error)
+
+
+def missing_folder(root: Path) -> str:
+    return str(root / "none")
+
+
+def empty_folder(root: Path) -> str:
+    (root / "empty").mkdir()
+    return str(root / "empty")
+
+
+def without_a_shard(root: Path) -> str:
+    model = copied(root)
+    next(iter(sorted((model / "transformer").glob("*-00002-*")))).unlink()
+    return str(model)
+
+
+def with_a_pickle(root: Path) -> str:
+    model = copied(root)
+    for path in (model / "transformer").glob("*.safetensors*"):
+        path.unlink()
+    (model / "transformer" / "diffusion_pytorch_model.bin").write_bytes(b"")
+    return str(model)
+
+
+def copied(root: Path) -> Path:
+    """The miniature, of links."""
+    for path in mini.TURBO.rglob("*"):
+        if path.is_file():
+            target = root / "model" / path.relative_to(mini.TURBO)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.symlink_to(path)
+    return root / "model"
+
+
+@pytest.mark.parametrize(
+    ("break_it", "what"),
+    [
+        (missing_folder, "is neither a path that exists nor a hub id"),
+        (empty_folder, "holds no transformer/config.json"),
+        (without_a_shard, "does not exist"),
+        (with_a_pickle, "diffusion_pytorch_model.bin is a pickle, which is never opened"),
+    ],
+)
+def test_missing_weights_are_refused(make_config: Make, tmp_path: Path, break_it: Callable[[Path], str], what: str):
+    path = break_it(tmp_path)
+    error = refused(make_config(model={"path": path}))
+    assert error.exit_code == 4 and what in str(error) and path in str(error)
+
+
+def test_a_disk_that_is_too_small_is_refused(make_config: Make, monkeypatch: pytest.MonkeyPatch):
+    needed = []
+    real = files.require_space
+
+    def require_space(folder: Path, needed_bytes: int, what: str) -> None:
+        needed.append(needed_bytes)
+        real(folder, needed_bytes, what)
+
+    monkeypatch.setattr(files, "require_space", require_space)
+    for settings in ({}, {"save": {"keep": 80}}, {"lora": {"rank": 8}}, {"optimizer": {"name": "prodigy"}}):
+        preflight.examine(make_config(**settings), offline)
+    assert 0 < needed[0] < min(needed[1:])
+    assert needed[2] == pytest.approx(2 * needed[0], abs=2)
+    for free, is_enough in ((needed[0], True), (needed[0] - 1, False)):
+        monkeypatch.setattr(files.shutil, "disk_usage", lambda path, free=free: type("Usage", (), {"free": free}))
+        if is_enough:
+            preflight.examine(make_config(), offline)
+        else:
+            error = refused(make_config())
+            assert error.exit_code == 7
+            assert "checkpoints and exports need" in str(error) and "lower save.keep" in str(error)
+
+
+def test_an_output_or_cache_that_cannot_be_made_is_refused(make_config: Make, tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    for changes in ({"output": str(tmp_path / "file")}, {"cache": {"folder": str(tmp_path / "file" / "x")}}):
+        error = refused(make_config(**changes))
+        assert error.exit_code == 7 and f"{tmp_path / 'file'} is not a folder" in str(error)
+
+
+# Not here yet
+
+
+@pytest.fixture
+def private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A home of its own, empty, with every cache in it."""
+    home = tmp_path / "home"
+    home.mkdir()
+    for name in ("HOME", "XDG_CACHE_HOME", "HF_HOME", "HF_HUB_CACHE", "TMPDIR"):
+        monkeypatch.setenv(name, str(home))
+    monkeypatch.chdir(home)
+    return home
+
+
+@pytest.mark.parametrize(
+    "changes", [{"path": None}, {"adapter": "v2"}, {"path": "org/repo@v1"}, {"extras": "org/repo"}]
+)
+def test_what_is_not_downloaded_yet_is_a_note(make_config: Make, private: Path, changes: dict[str, Any]):
+    checked = preflight.examine(make_config(model=changes), cached_only)
+    assert checked.weights is None
+    assert preflight.estimate(checked, True, True).weights > 12e9 * 2 * 0.9, "as large as the published models"
+    assert checked.notes and all(
+        note.endswith(": not on this machine yet; train downloads it") for note in checked.notes
+    )
+    lines = preflight.report(checked)
+    assert lines[0] == "tiny: no problems found"
+    assert any(line.startswith("note: ") and "not on this machine yet" in line for line in lines)
+    assert list(private.iterdir()) == []
+
+
+def test_what_is_wrong_beside_what_is_not_downloaded_is_an_error(make_config: Make, private: Path):
+    with pytest.raises(ZImageTrainError) as caught:
+        preflight.examine(make_config(model={"path": None, "adapter": "/nowhere/a.safetensors"}), cached_only)
+    assert caught.value.exit_code == 4 and "/nowhere/a.safetensors" in str(caught.value)
+    with pytest.raises(ZImageTrainError) as caught:
+        preflight.examine(make_config(model={"path": None}, lora={"targets": "blocks"}), cached_only)
+    assert caught.value.exit_code == 2 and "'blocks' matches none of the" in str(caught.value)
+
+
+# The command
+
+
+def tree(*roots: Path) -> dict[str, tuple[int, int, int]]:
+    """Every file and folder with its size, time and mode."""
+    found = {}
+    for root in roots:
+        for path in (root, *root.rglob("*")):
+            status = path.lstat()
+            found[str(path)] = (status.st_size, status.st_mtime_ns, status.st_mode)
+    return found
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    """The exit code of the command, as the console script runs it."""
+    monkeypatch.setattr(sys, "argv", ["zimage-train", *arguments])
+    try:
+        cli.main()
+    except SystemExit as left:
+        return left.code if isinstance(left.code, int) else int(left.code is not None)
+    return 0
+
+
+@pytest.fixture
+def check(monkeypatch: pytest.MonkeyPatch, private: Path, capsys: pytest.CaptureFixture[str]):
+    """`check(config, ...)`: exit code, stdout and stderr of the command; everything it could touch stays as it was."""
+
+    def command(config: Config | str, *arguments: str) -> tuple[int, str, str]:
+        path = private.parent / "config.yaml"
+        path.write_text(config if isinstance(config, str) else dump_config(config), encoding="utf-8")
+        places = (private.parent, mini.TURBO.parent)
+        before = tree(*places)
+        code = run(monkeypatch, "check", str(path), *arguments)
+        assert tree(*places) == before, "check writes nothing"
+        out, err = capsys.readouterr()
+        assert "Traceback" not in out + err
+        return code, out, err
+
+    return command
+
+
+def test_a_fine_config_exits_0_and_is_described(check, make_config: Make):
+    code, out, err = check(make_config())
+    assert (code, err) == (0, "")
+    assert out.startswith("tiny: no problems found\n") and "LoRA of rank 4 on 42 modules" in out
+
+
+def test_every_kind_of_problem_has_its_code_and_no_traceback(check, make_config: Make, tmp_path: Path):
+    broken = str(adapter(tmp_path / "a.safetensors", FOREIGN["another width"]))
+    (tmp_path / "file").write_text("")
+    kinds = [
+        (2, "lr: 1.0e-4\n", [], "lr: unknown key; did you mean 'optimizer.lr'?"),
+        (2, make_config(), ["--set", "train.stpes=5"], "--set train.stpes=5: train.stpes: unknown key; did you mean"),
+        (2, make_config(lora={"targets": "no"}), [], "lora.targets: 'no' matches none of the"),
+        (3, make_config(), ["--set", "data.0.folder=/nowhere"], "/nowhere: does not exist; check data.folder"),
+        (4, make_config(model={"adapter": broken}), [], "a.safetensors: matched "),
+        (7, make_config(output=str(tmp_path / "file")), [], "is not a folder; choose another place"),
+    ]  # fmt: skip
+    for code, config, arguments, message in kinds:
+        found, out, err = check(config, *arguments)
+        assert (found, out) == (code, "")
+        assert message in err and all(line for line in err.splitlines())
+
+
+def test_a_hub_id_that_is_not_here_exits_0_with_a_note(check, make_config: Make):
+    code, out, err = check(make_config(model={"path": None, "adapter": "v2"}))
+    assert (code, err) == (0, "")
+    assert "note: Tongyi-MAI/Z-Image-Turbo: not on this machine yet; train downloads it" in out
+
+
+def test_names_that_are_no_text_and_brackets_are_printed(check, make_config: Make, tmp_path: Path):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    Image.new("RGB", (64, 64)).save(photos / "[red]é.png")
+    os.link(photos / "[red]é.png", os.fsencode(photos) + b"/x\xff.txt")
+    code, out, _ = check(make_config(data=[{"folder": str(photos), "default_caption": "a [b] c", "resolution": [64]}]))
+    assert code == 0
+    assert (
+        "[red]é.png: 64x64 -> 64x64" in out
+        and "'a [b] c'" in out
+        and "x\\udcff.txt: a caption without a picture" in out
+    )
+
+
+def test_a_missing_config_and_bad_usage_exit_2(monkeypatch: pytest.MonkeyPatch, capsys, tmp_path: Path):
+    for arguments in (["check", str(tmp_path / "none.yaml")], ["check"], ["check", "--nonsense"], ["chekc"]):
+        assert run(monkeypatch, *arguments) == 2
+        _, err = capsys.readouterr()
+        assert err and "Traceback" not in err
+    assert run(monkeypatch, "--help") == 0
+    assert "Train LoRAs for Z-Image. Start with: zimage-train" in capsys.readouterr().out
+
+
+def test_a_bug_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, make_config: Make):
+    def broken(checked: Checked) -> list[str]:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(preflight, "report", broken)
+    (tmp_path / "c.yaml").write_text(dump_config(make_config()))
+    with pytest.raises(ZeroDivisionError):
+        run(monkeypatch, "check", str(tmp_path / "c.yaml"))
