@@ -14,9 +14,10 @@ TURBO = [1.0, 0.9545, 0.9, 0.8333, 0.75, 0.6429, 0.5, 0.3]
 def main(model: str, lora: str, prompt: str, negative: str, seed: str, *rest: str) -> None:
     width, height, steps, guidance, output = int(rest[0]), int(rest[1]), int(rest[2]), float(rest[3]), rest[4]
     torch.set_num_threads(1)
-    pipe = ZImagePipeline.from_pretrained(model, dtype=torch.float32, local_files_only=True)
+    pipe = ZImagePipeline.from_pretrained(model, local_files_only=True).to(torch.float32)
     pipe.set_progress_bar_config(disable=True)
-    pipe.load_lora_weights(lora)
+    folder, _, name = lora.rpartition("/")
+    pipe.load_lora_weights(folder, weight_name=name)
     image = pipe(
         prompt=prompt,
         negative_prompt=negative,

@@ -53,7 +53,7 @@ def comfyui(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 @pytest.fixture(scope="module")
 def reference() -> ZImageTransformer2DModel:
-    return ZImageTransformer2DModel.from_pretrained(mini.TURBO / "transformer", dtype=torch.float32)
+    return ZImageTransformer2DModel.from_pretrained(mini.TURBO / "transformer").float()
 
 
 def require_equal(model: ZImageTransformer2DModel, other: ZImageTransformer2DModel) -> None:
@@ -128,7 +128,7 @@ def test_time_reaches_a_bf16_model_in_full_precision():
 def pipeline():
     from diffusers import ZImagePipeline
 
-    return ZImagePipeline.from_pretrained(mini.TURBO, dtype=torch.float32)
+    return ZImagePipeline.from_pretrained(mini.TURBO).to(torch.float32)
 
 
 @pytest.mark.parametrize(
