@@ -167,7 +167,7 @@ def test_encoders_are_gone_before_the_transformer_is_loaded(config, monkeypatch)
 
     def spy(*args):
         gc.collect()
-        alive.append(sum(isinstance(one, AutoencoderKL | Qwen3Model) for one in gc.get_objects()))
+        alive.append(sum(type(one) in (AutoencoderKL, Qwen3Model) for one in gc.get_objects()))
         return original(*args)
 
     monkeypatch.setattr(setup, "assemble", spy)

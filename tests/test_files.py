@@ -103,8 +103,8 @@ def save(path: Path) -> None:
 
 
 def test_an_unfaulted_write_makes_the_new_file_by_one_rename_after_syncing(tmp_path: Path, faults: Faults):
-    save(tmp_path / "sub" / "x.bin")
-    assert (tmp_path / "sub" / "x.bin").read_bytes() == NEW
+    save(tmp_path / "sub" / "deep" / "x.bin")
+    assert (tmp_path / "sub" / "deep" / "x.bin").read_bytes() == NEW
     assert faults.calls == ["open", "write", "write", "flush", "os.fsync", "close", "os.replace", "os.open", "os.fsync"]
 
 
@@ -204,6 +204,16 @@ def test_a_place_that_cannot_be_written_is_a_disk_error(tmp_path: Path, place: s
     (tmp_path / "x.bin").mkdir()
     with pytest.raises(DiskError, match="cannot be written"):
         files.write(tmp_path / place, [NEW])
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts open files by /proc")
+def test_nothing_stays_open(tmp_path: Path):
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    for _ in range(5):
+        files.write_text(tmp_path / "x", "text")
+        with files.locked(tmp_path):
+            pass
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
 
 
 def test_text_and_json_are_utf_8(tmp_path: Path):
@@ -310,11 +320,18 @@ def test_a_log_on_a_full_disk_stops_nothing(tmp_path: Path):
         files.sync(full)
         with pytest.raises(OSError, match="No space"):
             full.close()
+
+
+def test_a_line_of_a_log_is_there_at_once_and_synced_when_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(os.fstat(descriptor).st_size))
     with (tmp_path / "log").open("a") as log:
         files.append_line(log, "one")
         files.append_line(log, "two")
+        assert (tmp_path / "log").read_text() == "one\ntwo\n" and synced == []
+        log.write("three")
         files.sync(log)
-        assert (tmp_path / "log").read_text() == "one\ntwo\n"
+        assert synced == [len("one\ntwo\nthree")]
 
 
 def test_removing_never_fails(tmp_path: Path):
@@ -338,14 +355,18 @@ def test_setting_aside_keeps_everything(tmp_path: Path):
 def test_debris_of_dead_processes_goes_and_nothing_else(tmp_path: Path):
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
+    alive = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, stderr=subprocess.DEVNULL)
     names = [f".x.bin.{dead.pid}.tmp", f"sub/deep/.y.{dead.pid}.tmp", f".own.{os.getpid()}.tmp", ".odd.tmp"]
-    kept = [f".busy.{os.getppid()}.tmp", "x.bin", "x.tmp", f"sub/.y.{dead.pid}.txt"]
+    kept = [f".busy.{alive.pid}.tmp", "x.bin", "x.tmp", f"sub/.y.{dead.pid}.txt"]
     for name in names + kept:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("")
     files.clear_debris(tmp_path)
     assert {one.relative_to(tmp_path).as_posix() for one in tmp_path.rglob("*") if one.is_file()} == set(kept)
     files.clear_debris(tmp_path / "none")
+    assert alive.poll() is None, "asking whether a process lives does not end it"
+    alive.kill()
+    alive.communicate()
 
 
 def test_a_killed_writer_leaves_the_old_file_and_debris_that_is_cleared(tmp_path: Path):
@@ -457,8 +478,8 @@ def test_the_folder_is_free_when_its_holder_is_done(tmp_path: Path, holder: subp
         raise ZeroDivisionError
     with files.locked(tmp_path / "run"), pytest.raises(FolderInUseError), files.locked(tmp_path / "run"):
         raise AssertionError("locked twice")
-    with files.locked(tmp_path / "other"), files.locked(tmp_path / "run"):
-        assert (tmp_path / "other").is_dir()
+    with files.locked(tmp_path / "other" / "one"), files.locked(tmp_path / "run"):
+        assert (tmp_path / "other" / "one").is_dir()
 
 
 @pytest.mark.parametrize("name", ["file", "file/run"])
@@ -482,6 +503,7 @@ def test_without_flock_the_lock_file_is_a_lease(tmp_path: Path, monkeypatch: pyt
     path = tmp_path / "run.lock"
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
+    alive = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, stderr=subprocess.DEVNULL)
     here, now = socket.gethostname(), time.time()
 
     def is_free(text: str, age: float = 0.0) -> bool:
@@ -496,14 +518,24 @@ def test_without_flock_the_lock_file_is_a_lease(tmp_path: Path, monkeypatch: pyt
 
     assert is_free("")
     assert is_free(f"process {dead.pid} on {here}")
-    assert not is_free(f"process {os.getppid()} on {here}")
-    assert not is_free(f"process {os.getppid()} on {here}", age=10_000)
+    assert not is_free(f"process {alive.pid} on {here}")
+    assert not is_free(f"process {alive.pid} on {here}", age=10_000)
+    assert alive.poll() is None, "asking whether a process lives does not end it"
+    alive.kill()
+    alive.communicate()
+    assert is_free(f"process {alive.pid} on {here}")
     assert not is_free("process 1 on elsewhere", age=60)
     assert is_free("process 1 on elsewhere", age=180)
     assert is_free("half a word")
     assert is_free("process x on elsewhere")
     with files.locked(tmp_path), pytest.raises(FolderInUseError), files.locked(tmp_path):
         raise AssertionError("locked twice")
+
+    def not_ours(*_: int) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(os, "kill", not_ours)
+    assert not is_free(f"process {dead.pid} on {here}"), "another user's process lives"
 
 
 def test_a_lease_is_renewed_as_long_as_it_is_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

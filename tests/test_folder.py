@@ -148,6 +148,11 @@ def test_pictures_without_a_caption_are_counted_and_named(photos: Path):
     assert prompts(result) == {"a.jpg": "", "b.png": "", "c.webp": "caption c"}
     assert result.notes == ["data.0: 2 of 3 pictures have no caption (a.jpg, b.png); set default_caption"]
     assert scanned(photos, default_caption="a thing").notes == []
+    for name in ("d.png", "e.png"):
+        picture(photos / name, (9, 9, ord(name[0])))
+    assert scanned(photos).notes == [
+        "data.0: 4 of 5 pictures have no caption (a.jpg, b.png, d.png, ...); set default_caption"
+    ]
 
 
 def test_a_placeholder_without_a_trigger_is_an_error(photos: Path):

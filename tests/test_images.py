@@ -1,7 +1,10 @@
 """Every picture file becomes the RGB picture that its owner sees, or is refused with a reason."""
 
 import io
+import os
 import struct
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 
@@ -87,6 +90,19 @@ def test_grey_palette_and_black_and_white_pictures_keep_their_values(kind: str):
     found = loaded(encoded(bilevel, kind))
     assert (found == 255 * np.asarray(bilevel).astype(int)[..., None]).all()
     assert set(np.unique(found)) == {0, 255}
+
+
+def test_every_format_is_known_in_a_fresh_process(tmp_path: Path):
+    for kind in ("WEBP", "TIFF", "BMP"):
+        gradient().save(tmp_path / kind, kind)
+    code = """
+from pathlib import Path
+from zimage_train.data import images
+print([images.load(Path(kind), Path(kind).read_bytes()).size for kind in ("WEBP", "TIFF", "BMP")])
+"""
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert (run.stdout, run.stderr) == ("[(96, 64), (96, 64), (96, 64)]\n", "")
 
 
 # Orientation

@@ -148,6 +148,12 @@ def test_the_report_says_what_a_run_would_do(make_config: Make, monkeypatch: pyt
     assert "model.adapter_strength is 0.5" in "\n".join(lines)
 
 
+def test_a_run_without_an_adapter_has_none_to_fit(make_config: Make):
+    checked = preflight.examine(make_config(model={"adapter": None}), offline)
+    assert checked.weights is not None and checked.weights.adapter_modules == 0
+    assert not any(line.startswith("adapter fits") for line in preflight.report(checked))
+
+
 def test_the_memory_plan_follows_the_budget(make_config: Make, monkeypatch: pytest.MonkeyPatch):
     def lines(gpu: float | None = None, **settings: Any) -> str:
         monkeypatch.setattr(preflight, "_gpu_bytes", lambda: gpu)
@@ -156,10 +162,23 @@ def test_the_memory_plan_follows_the_budget(make_config: Make, monkeypatch: pyte
     assert "activations (kept)" in lines(24e9) and "does not fit" not in lines(24e9)
     assert "no NVIDIA GPU found here" in lines() and "no NVIDIA GPU" not in lines(24e9)
     assert "activations (kept)" in lines(budget_gb=24) and "no NVIDIA GPU" not in lines(budget_gb=24)
+    kept, recomputed = (
+        preflight.estimate(preflight.examine(make_config(), offline), checkpointing, True).total / 1e9
+        for checkpointing in (False, True)
+    )
+    assert f"one training step       {kept:7.2f} GB" in lines(24e9)
+    assert f"  with recomputation it would be {recomputed:.2f} GB" in lines(24e9)
+    assert f"  without recomputation it would be {kept:.2f} GB" in lines(24e9, checkpointing=True)
     tight = lines(budget_gb=0.1)
     assert "activations (recomputed)" in tight and "this does not fit 0.1 GB" in tight
     assert "activations (recomputed)" in lines(24e9, checkpointing=True)
     assert "this does not fit 0.1 GB" in lines(budget_gb=0.1, checkpointing=False)
+    between = (kept + recomputed) / 2
+    for checkpointing, how, fits in (("auto", "recomputed", True), (True, "recomputed", True), (False, "kept", False)):
+        found = lines(budget_gb=between, checkpointing=checkpointing)
+        assert f"activations ({how})" in found and ("this does not fit" not in found) == fits
+    found = lines(budget_gb=kept * 1.01)
+    assert "activations (kept)" in found and "this does not fit" not in found
 
 
 def test_a_card_that_is_not_there_or_odd_is_no_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
@@ -330,6 +349,11 @@ def test_a_disk_that_is_too_small_is_refused(make_config: Make, monkeypatch: pyt
     monkeypatch.setattr(files, "require_space", require_space)
     for settings in ({}, {"save": {"keep": 80}}, {"lora": {"rank": 8}}, {"optimizer": {"name": "prodigy"}}):
         preflight.examine(make_config(**settings), offline)
+    modules = preflight.examine(make_config(), offline).weights
+    assert modules is not None
+    trained = 4 * sum(sum(modules.shape.linears[name]) for name in modules.modules)
+    checkpoints, exports = 3 * trained * (4 + 8), (8 + 2) * trained * 4
+    assert needed[0] == checkpoints + exports
     assert 0 < needed[0] < min(needed[1:])
     assert needed[2] == pytest.approx(2 * needed[0], abs=2)
     for free, is_enough in ((needed[0], True), (needed[0] - 1, False)):

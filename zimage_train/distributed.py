@@ -41,6 +41,7 @@ def join() -> World:
         raise ConfigError(Problem("launch", what, "start them with accelerate launch or torchrun"))
     if not has_gpu:
         torch.set_num_threads(1)
+    assert state.device is not None
     return World(state.device, state.process_index, state.num_processes)
 
 

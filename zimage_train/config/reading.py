@@ -198,7 +198,7 @@ def _apply(root: dict[str, Any], override: str, origins: dict[KeyPath, str]) -> 
             return [Problem(where, f"{here} has {len(target)} entries, counted from 0", "check the index")]
         if not isinstance(target, dict | list):
             return [Problem(where, f"{here} is no section of the config", "check the key")]
-        slot = part if isinstance(target, list) else str(part)
+        slot: Any = part if isinstance(target, list) else str(part)
         if index == len(parts) - 1:
             target[slot] = document.value
         elif isinstance(target, dict) and target.get(slot) is None:

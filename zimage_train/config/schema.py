@@ -27,8 +27,12 @@ NAME_BYTES = 200
 """With a step, an extension and a temporary suffix around it, a name must be one that file systems take."""
 
 
+def _without_default(schema: dict[str, Any]) -> None:
+    schema.pop("default")
+
+
 class Section(BaseModel):
-    model_config = ConfigDict(**STRICT, extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = STRICT | ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 class Model(Section):
@@ -38,7 +42,7 @@ class Model(Section):
     """Transformer: hub id (`org/repo[@revision]`), diffusers folder or .safetensors file; null: the variant's own."""
     extras: str | None = None
     """Where text encoder, tokenizer and VAE come from; null: `path` if it has them, else the variant's own."""
-    adapter: str | None = Field(default=None, json_schema_extra=lambda schema: schema.pop("default"))
+    adapter: str | None = Field(default=None, json_schema_extra=_without_default)
     """Training adapter merged while training: v1, v2 (ostris), a file, org/repo/file, or null for none; left out, it is
     v2 for turbo and null for the others."""
     adapter_strength: float = Field(default=1.0, ge=0.0, le=2.0)

@@ -1,7 +1,7 @@
 """The kinds of value that settings have, beyond plain numbers and text."""
 
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Optional
 
 from pydantic import (
     AfterValidator,
@@ -72,7 +72,7 @@ OPTIMIZER_PARAMS: dict[str, dict[str, Any]] = {
     "adamw8bit": _ADAM,
     "prodigy": _ADAM
     | {
-        "beta3": _Share | None,
+        "beta3": Optional[_Share],  # noqa: UP045  the operator does not know Annotated
         "decouple": bool,
         "use_bias_correction": bool,
         "safeguard_warmup": bool,

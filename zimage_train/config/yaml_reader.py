@@ -6,7 +6,7 @@ documents, tags, merge keys, anchors that grow without end and characters that n
 
 import re
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import yaml
 
@@ -82,7 +82,7 @@ class _Loader(yaml.SafeLoader):
         if self.depth > MAX_DEPTH:
             raise YamlProblem(line, f"is nested more than {MAX_DEPTH} deep")
         self.depth += 1
-        node = super().compose_node(parent, index)
+        node = cast(yaml.Node, super().compose_node(parent, index))
         self.depth -= 1
         return node
 
@@ -104,7 +104,8 @@ class _Builder:
             return [self.build(child, (*path, index)) for index, child in enumerate(node.value)]
         if _NOT_TEXT.search(node.value):
             raise YamlProblem(line, "holds a character that no text has (NUL or half a surrogate pair)", path)
-        return node.value if node.style else plain_value(node.value)
+        is_quoted = isinstance(node, yaml.ScalarNode) and node.style
+        return node.value if is_quoted else plain_value(node.value)
 
     def _mapping(self, node: yaml.MappingNode, path: Path) -> dict[str, Any]:
         result: dict[str, Any] = {}
@@ -145,16 +146,6 @@ class _Dumper(yaml.SafeDumper):
         return True
 
 
-def _represent_float(dumper: yaml.SafeDumper, value: float) -> yaml.ScalarNode:
-    """`8.0e-05`, which every YAML reader takes for a number; PyYAML reads repr's `8e-05` as text."""
-    text = repr(value)
-    if "e" in text and "." not in text.split("e")[0]:
-        text = text.replace("e", ".0e", 1)
-    if "e" in text and text.split("e")[1][0] not in "+-":
-        text = text.replace("e", "e+", 1)
-    return dumper.represent_scalar("tag:yaml.org,2002:float", text)
-
-
 def _represent_text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
     """Quote what this reader would not take for text, such as `1e-4`, which plain PyYAML leaves bare.
 
@@ -165,7 +156,6 @@ def _represent_text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
     return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=style)
 
 
-_Dumper.add_representer(float, _represent_float)
 _Dumper.add_representer(str, _represent_text)
 
 

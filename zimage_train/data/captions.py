@@ -19,12 +19,13 @@ def read(path: Path) -> str:
         if not path.is_file():
             raise DataError(Problem(str(path), "is not a file", "remove it or check the name"))
         content = path.read_bytes()
+    except OSError as error:
+        raise DataError(Problem(str(path), f"cannot be read ({error.strerror})", "check the file")) from None
+    try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         what = "is UTF-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else f"is not UTF-8 (byte {error.start})"
         raise DataError(Problem(str(path), what, "save it as UTF-8")) from None
-    except OSError as error:
-        raise DataError(Problem(str(path), f"cannot be read ({error.strerror})", "check the file")) from None
     if "\0" in text:
         raise DataError(Problem(str(path), "contains NUL bytes, so it is not a text", "replace it"))
     if len(content) > MAX_BYTES:

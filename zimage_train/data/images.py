@@ -53,7 +53,7 @@ def fit(image: Image.Image, size: Bucket) -> Image.Image:
     """Scale `image` so that it covers `size`, and crop the centre."""
     if image.size == tuple(size):
         return image
-    return ImageOps.fit(image, tuple(size), method=Image.Resampling.LANCZOS, centering=(0.5, 0.5))
+    return ImageOps.fit(image, (size.width, size.height), method=Image.Resampling.LANCZOS, centering=(0.5, 0.5))
 
 
 def _check_header(path: Path, image: Image.Image) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from zimage_train.errors import Problem, WeightsError
@@ -116,7 +117,7 @@ def _inject(model: nn.Module, ranks: dict[str, int], scale: float, dropout: floa
         init_lora_weights=False,
     )
     inject_adapter_in_model(config, model, ADAPTER)
-    found = {name: module for name, module in model.named_modules() if hasattr(module, "lora_A")}
+    found = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
     if found.keys() != ranks.keys():
         different = sorted(found.keys() ^ ranks.keys())
         raise WeightsError(

@@ -8,6 +8,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -143,7 +144,7 @@ def _as_diffusers(path: Path) -> Lora:
     """Through diffusers' own loader, which folds alpha into the factors."""
     from diffusers.loaders import ZImageLoraLoaderMixin
 
-    state = ZImageLoraLoaderMixin.lora_state_dict(tensorfile.load(path)[0])
+    state = cast(dict[str, Tensor], ZImageLoraLoaderMixin.lora_state_dict(tensorfile.load(path)[0]))
     a_suffix, b_suffix = ".lora_A.weight", ".lora_B.weight"
     modules = [key.removesuffix(a_suffix) for key in state if key.endswith(a_suffix)]
     return {

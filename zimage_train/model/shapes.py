@@ -99,7 +99,7 @@ def from_config(path: Path, config: dict[str, Any]) -> TransformerShape:
         raise WeightsError(Problem(str(path), f"is a {kind}, not a Z-Image transformer", "check model.path"))
     if config.get("siglip_feat_dim") is not None:
         raise WeightsError(Problem(str(path), "is Z-Image Omni, which is not supported", "use Turbo, De-Turbo or Base"))
-    known = {
+    known: dict[str, Any] = {
         key: tuple(v) if isinstance(v, list) else v for key, v in config.items() if key in asdict(TransformerShape())
     }
     try:

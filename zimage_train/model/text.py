@@ -27,9 +27,11 @@ class TextEncoder:
 
     def tokens(self, prompt: str) -> list[int]:
         """Token ids of the templated prompt: the empty prompt is a templated empty message."""
+        message = [{"role": "user", "content": prompt}]
         text = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True, enable_thinking=True
+            message, tokenize=False, add_generation_prompt=True, enable_thinking=True
         )
+        assert isinstance(text, str)
         return self.tokenizer(text, truncation=True, max_length=MAX_TOKENS)["input_ids"]
 
     @torch.no_grad()
@@ -56,7 +58,7 @@ def load(extras: Path, device: torch.device, dtype: torch.dtype) -> TextEncoder:
     config.layer_types = config.layer_types[:last] if config.layer_types else None
     with init_empty_weights():
         model = Qwen3Model(config)
-    model.norm = nn.Identity()
+    model.register_module("norm", nn.Identity())
     tensors = {name: info for name, info in read_sharded(folder, "model").items() if _is_used(name, last)}
     named = ((name.removeprefix("model."), tensor) for name, tensor in stream(tensors))
     fill(model, named, str(folder), device, dtype)

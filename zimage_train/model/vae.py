@@ -1,6 +1,7 @@
 """Pictures to latents and back: the posterior's mean, shifted and scaled as the VAE's config says."""
 
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -32,7 +33,7 @@ def load(extras: Path, device: torch.device, dtype: torch.dtype) -> AutoencoderK
         what = f"is a {kind} with {config.get('latent_channels')} channels and stride {stride}"
         raise WeightsError(Problem(str(folder), what, "Z-Image needs an AutoencoderKL with 16 channels and stride 8"))
     with init_empty_weights():
-        vae = AutoencoderKL.from_config(config)
+        vae = cast(AutoencoderKL, AutoencoderKL.from_config(config))
     fill(vae, stream(read_sharded(folder, "diffusion_pytorch_model")), str(folder), device, dtype)
     return vae.eval()
 
@@ -46,14 +47,14 @@ def to_pixels(image: Image.Image) -> Tensor:
 @torch.no_grad()
 def encode(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
     """Latents (b, 16, h/8, w/8) in fp32 of pixels (b, 3, h, w): (mean - shift) * scale."""
-    mean = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode()
-    return (mean.float() - vae.config.shift_factor) * vae.config.scaling_factor
+    mean = vae.encode(pixels.to(vae.device, vae.dtype), return_dict=False)[0].mode()
+    return (mean.float() - vae.config["shift_factor"]) * vae.config["scaling_factor"]
 
 
 @torch.no_grad()
 def decode(vae: AutoencoderKL, latents: Tensor) -> list[Image.Image]:
     """Pictures of latents (b, 16, h/8, w/8), rounded as diffusers' image processor does."""
-    scaled = latents.to(vae.device, vae.dtype) / vae.config.scaling_factor + vae.config.shift_factor
+    scaled = latents.to(vae.device, vae.dtype) / vae.config["scaling_factor"] + vae.config["shift_factor"]
     pixels = (vae.decode(scaled, return_dict=False)[0] * 0.5 + 0.5).clamp(0, 1)
     arrays = pixels.cpu().permute(0, 2, 3, 1).float().numpy()
     return [Image.fromarray(array) for array in (arrays * 255).round().astype("uint8")]
