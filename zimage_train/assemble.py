@@ -17,8 +17,7 @@ from zimage_train.lora.adapter import Adapter, Count, merge
 from zimage_train.lora.attach import base_weight
 from zimage_train.model import transformer, weights
 from zimage_train.model.shapes import TransformerShape
-
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+from zimage_train.tensorfile import DTYPES
 
 
 @dataclass(frozen=True)

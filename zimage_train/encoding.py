@@ -9,11 +9,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from zimage_train.assemble import DTYPES
 from zimage_train.data import cache as caching
 from zimage_train.data.cache import Cache, EncodePicture, EncodePrompt, Tally, Tick
 from zimage_train.data.plan import Item
 from zimage_train.model import text, vae
+from zimage_train.tensorfile import DTYPES
 
 
 def picture_encoder(extras: Path, device: torch.device) -> EncodePicture:

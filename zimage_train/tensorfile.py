@@ -27,6 +27,8 @@ NAMES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+"""The precisions that a config can name."""
 DIGEST = "sha256"
 
 

@@ -17,8 +17,6 @@ from zimage_train import tensorfile
 from zimage_train.errors import Problem, WeightsError
 from zimage_train.lora import headers, names
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-
 
 @dataclass(frozen=True)
 class Factors:
@@ -93,8 +91,8 @@ def export(path: Path, lora: Mapping[str, Factors], dtype: str, metadata: Mappin
     tensors: dict[str, Tensor] = {}
     for module, factors in lora.items():
         prefix = f"diffusion_model.{module}"
-        tensors[f"{prefix}.lora_A.weight"] = factors.a.detach().to(DTYPES[dtype])
-        tensors[f"{prefix}.lora_B.weight"] = (factors.b.detach().float() * factors.scale).to(DTYPES[dtype])
+        tensors[f"{prefix}.lora_A.weight"] = factors.a.detach().to(tensorfile.DTYPES[dtype])
+        tensors[f"{prefix}.lora_B.weight"] = (factors.b.detach().float() * factors.scale).to(tensorfile.DTYPES[dtype])
         tensors[f"{prefix}.alpha"] = torch.tensor(float(factors.rank))
     bad = [key for key, tensor in tensors.items() if not tensor.isfinite().all()]
     if bad:
