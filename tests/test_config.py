@@ -1054,6 +1054,38 @@ def test_the_json_schema_marks_what_the_reader_refuses(schema):
     assert {option for option, _ in unmarked} <= by_validators
 
 
+PARAMS = {
+    ("optimizer", "adamw", "betas"): ([[0, 0.99], [0.9, 0.999]], [[0.9], [0.9] * 3, [0.9, 1.0], [-0.1, 0.9], 0.9]),
+    ("optimizer", "adamw8bit", "eps"): ([1e-8, 1], [0, 0.0, -1e-8, "small", True]),
+    ("optimizer", "prodigy", "beta3"): ([None, 0, 0.9], [1.0, -0.1]),
+    ("optimizer", "prodigy", "decouple"): ([True, False], [1, None]),
+    ("optimizer", "prodigy", "use_bias_correction"): ([True, False], ["no"]),
+    ("optimizer", "prodigy", "safeguard_warmup"): ([True, False], [0.5]),
+    ("optimizer", "prodigy", "d0"): ([1e-6], [0.0, -1.0]),
+    ("optimizer", "prodigy", "d_coef"): ([0.5, 2], [0, -1.0]),
+    ("optimizer", "prodigy", "growth_rate"): ([1.02, 2], [1.0, 1, 0.5]),
+    ("optimizer", "prodigy", "slice_p"): ([1, 11], [0, 1.5]),
+    ("schedule", "cosine", "end_factor"): ([0, 0.0, 1.0, 0.1], [-0.1, 1.1]),
+}
+
+
+@pytest.mark.parametrize(("section", "name", "key"), PARAMS)
+def test_params_have_their_ranges_too(section: str, name: str, key: str):
+    accepted, outside = PARAMS[section, name, key]
+    for value in [*accepted, *outside]:
+        values = nested(f"{section}.params", {key: value})
+        values[section]["name"] = name
+        config, problems = reading.validate(values, reading.dotted)
+        assert (config is not None) == (value in accepted and type(value) in map(type, accepted)), value
+        assert [problem.where for problem in problems] == ([] if config else [f"{section}.params"])
+
+
+def test_every_param_is_in_that_table():
+    optimizer = {("optimizer", key) for known in OPTIMIZER_PARAMS.values() for key in known}
+    schedule = {("schedule", key) for known in SCHEDULE_PARAMS.values() for key in known}
+    assert {(section, key) for section, _, key in PARAMS} == optimizer | schedule
+
+
 def test_params_have_a_kind_for_every_optimizer_and_schedule():
     def choices(option: str) -> set[str]:
         return set(OPTIONS[option].annotation.__args__)

@@ -39,7 +39,7 @@ def start(tmp_path: Path, shared_cache: Path):
     for process in running:
         if process.poll() is None:
             process.kill()
-        process.wait()
+        process.communicate()
 
 
 def wait_for(process: subprocess.Popen[str], path: Path, lines: int) -> None:

@@ -237,6 +237,15 @@ def test_a_crash_right_after_the_checkpoint_loses_neither_export_nor_preview(mak
     assert facts(config)["starts"] == [0, 2]
 
 
+def test_what_a_killed_process_left_half_written_is_removed(make_config):
+    config = make_config(train={"steps": 1})
+    (folder(config) / "checkpoints").mkdir(parents=True)
+    leftover = folder(config) / "checkpoints" / ".step-000001.safetensors.999999999.tmp"
+    leftover.write_bytes(b"half")
+    train(config, fresh=False)
+    assert not leftover.exists()
+
+
 def test_more_steps_continue_a_finished_run(make_config):
     train(make_config(train={"steps": 2}), fresh=False)
     longer = make_config(train={"steps": 4})

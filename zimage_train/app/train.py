@@ -35,6 +35,7 @@ def train(config: Config, fresh: bool) -> None:
             if fresh and folder.root.exists():
                 _move_aside(folder, console)
             stack.enter_context(files.locked(folder.root))
+            files.clear_debris(folder.root)
             console.log_to(folder.log)
             stack.callback(console.close)
         distributed.wait()
