@@ -42,13 +42,15 @@ def read(path: Path) -> Lora:
     """Read a LoRA file of any known layout with separate q, k and v.
 
     Raises:
-        WeightsError: unreadable, or holds keys that are no LoRA of a Z-Image transformer.
+        WeightsError: unreadable, not finite, or holds keys that are no LoRA of a Z-Image transformer.
     """
     modules = headers.read_sizes(path)
     tensors, metadata = tensorfile.load(path)
     parts: dict[str, dict[str, Tensor]] = {module: {} for module in modules}
     for key, tensor in tensors.items():
         if (parsed := names.parse_key(key)) is not None:
+            if not (tensor.is_floating_point() and tensor.isfinite().all()):
+                raise WeightsError(Problem(f"{path}: {key}", "holds values that are not finite", "get the file again"))
             parts[parsed[0]][parsed[1]] = tensor
     if "lora_adapter_metadata" in metadata and not any("alpha" in found for found in parts.values()):
         parts = _with_metadata_alpha(parts, metadata["lora_adapter_metadata"])

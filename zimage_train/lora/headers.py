@@ -33,7 +33,7 @@ def read_sizes(path: Path) -> Sizes:
 
 def fits(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
     """Whether A of shape `a` and B of shape `b` are factors of one change."""
-    return len(a) == len(b) == 2 and a[0] == b[1]
+    return len(a) == len(b) == 2 and a[0] == b[1] > 0
 
 
 def require_match(path: Path, found: Sizes, linears: Sizes) -> None:
