@@ -58,6 +58,7 @@ LAYERS: list[list[str]] = [
     [
         "assemble encoding",
         "assemble sampling.previews",
+        "accelerator",
         "preflight",
         "training.objectives",
     ],
@@ -65,12 +66,12 @@ LAYERS: list[list[str]] = [
     [
         "training.stopping training.run_folder training.run training.publish training.loop",
         "training.stopping training.run_folder training.run training.setup",
+        "app.sample app.train",
         "training.stopping app.train",
         "training.run_folder app.train",
         "training.publish app.train",
         "training.loop app.train",
         "training.setup app.train",
-        "app.sample",
         "app.timesteps",
     ],
     # 5: the command line

@@ -15,7 +15,8 @@ from zimage_train.app.train import train
 from zimage_train.config import yaml_reader
 from zimage_train.config.reading import read_config
 from zimage_train.config.schema import Config
-from zimage_train.errors import ConfigError, DivergedError, Stopped, WeightsError
+from zimage_train.errors import ConfigError, DiskError, DivergedError, Stopped, WeightsError
+from zimage_train.report import pictures
 from zimage_train.report.metrics import read
 from zimage_train.training import loop, objectives, publish
 from zimage_train.training.run import due
@@ -461,14 +462,190 @@ def test_what_is_due_when(every: int | None, steps: int, expected: list[int]):
     assert [step for step in range(1, steps + 1) if due(every, step, steps)] == expected
 
 
-def test_checkpointing_is_chosen_by_the_budget_and_kept_on_resume(make_config):
+def test_checkpointing_is_chosen_by_the_budget_of_each_start_and_changes_no_loss(make_config):
     small = make_config(memory={"budget_gb": 0.02}, train={"steps": 1})
     train(small, fresh=False)
     assert facts(small)["plan"]["checkpointing"] is True
     later = make_config(memory={"budget_gb": 50.0}, train={"steps": 2})
     train(later, fresh=False)
-    assert facts(later)["plan"] == {"checkpointing": True, "why": "as chosen when the run began"}
+    assert facts(later)["plan"]["checkpointing"] is False
     large = make_config(name="large", memory={"budget_gb": 50.0}, train={"steps": 2})
     train(large, fresh=False)
     assert facts(large)["plan"]["checkpointing"] is False
     assert losses(large) == losses(later)
+
+
+# What a stranger did to a run folder
+
+
+def test_a_run_without_any_finite_step_is_no_success(make_config, monkeypatch):
+    fired = poison(monkeypatch, {1, 2})
+    with pytest.raises(DivergedError, match="2 times in a row"):
+        train(make_config(train={"steps": 2}), fresh=False)
+    assert fired == [1, 2]
+
+
+def test_skips_in_a_row_are_counted_across_starts(make_config, monkeypatch):
+    fired = poison(monkeypatch, {2, 3, 4, 5, 6})
+    train(make_config(train={"steps": 4}), fresh=False)
+    with pytest.raises(DivergedError, match=r"step 6: .* 5 times in a row"):
+        train(make_config(train={"steps": 9}), fresh=False)
+    assert fired == [2, 3, 4, 5, 6]
+
+
+def test_training_weights_that_cannot_be_put_back_after_a_preview_end_the_run(make_config, tmp_path, monkeypatch):
+    model = tmp_path / "turbo"
+    shutil.copytree(mini.TURBO, model)
+    config = make_config(
+        model={"path": str(model)}, train={"steps": 4}, save={"every": 1}, sample=PREVIEWED | {"first": False}
+    )
+    original, moved = publish.render, []
+
+    def vanish(*args):
+        def tick(done: int, total: int) -> None:
+            if not moved:
+                moved.append((model / "transformer").rename(model / "elsewhere"))
+
+        return original(*args[:-1], tick)
+
+    monkeypatch.setattr(publish, "render", vanish)
+    with pytest.raises(WeightsError, match="cannot be read again to merge the adapter back"):
+        train(config, fresh=False)
+    assert moved and [record["step"] for record in read(folder(config) / "metrics.jsonl")] == [1, 2]
+    moved[0].rename(model / "transformer")
+    train(config, fresh=False)
+    whole = make_config(name="whole", train={"steps": 4}, save={"every": 1})
+    train(whole, fresh=False)
+    assert losses(config) == losses(whole)
+
+
+@pytest.mark.parametrize("lost", ["grid.png", "000004-01.png", "000000-00.png"])
+def test_killed_within_the_last_preview_the_same_command_makes_up_for_it(make_config, lost: str):
+    config = make_config(sample=PREVIEWED)
+    train(config, fresh=False)
+    before = {path.name: path.read_bytes() for path in (folder(config) / "samples").iterdir()}
+    events = (folder(config) / "events.jsonl").read_text()
+    kept = [
+        line for line in events.splitlines() if '"done"' not in line and '"step": 4, "event": "preview"' not in line
+    ]
+    (folder(config) / "events.jsonl").write_text("\n".join(kept) + "\n")
+    (folder(config) / "samples" / lost).unlink()
+    train(config, fresh=False)
+    after = {path.name: path.read_bytes() for path in (folder(config) / "samples").iterdir()}
+    if lost.startswith("000000"):  # a picture of the past, which cannot be drawn again: the grid leaves its cell empty
+        del before[lost], before["grid.png"], after["grid.png"]
+    assert after == before
+    assert (folder(config) / "events.jsonl").read_text() == events
+    train(config, fresh=False)
+    assert facts(config)["starts"] == [0, 4]  # the third start found nothing to do
+
+
+@pytest.mark.parametrize("lost", [["run.json"], ["config.yaml"], ["run.json", "config.yaml", "events.jsonl"]])
+def test_a_run_is_known_by_its_checkpoint_whatever_else_is_lost(make_config, lost: list[str]):
+    train(make_config(train={"steps": 1}), fresh=False)
+    for name in lost:
+        (folder(make_config()) / name).unlink()
+    with pytest.raises(ConfigError, match=r"lora.dropout: - 0.0  \+ 0.2"):
+        train(make_config(train={"steps": 2}, lora={"dropout": 0.2}), fresh=False)
+    train(make_config(train={"steps": 2}), fresh=False)
+    assert len(losses(make_config())) == 2
+
+
+@pytest.mark.parametrize(
+    "content", ['{"starts": 5, "plan": 3}', '{"starts": ["x", 1], "lora": 7}', "[]", "{", "", "\x00"]
+)
+def test_a_malformed_run_json_is_written_anew(make_config, content: str):
+    train(make_config(train={"steps": 1}), fresh=False)
+    (folder(make_config()) / "run.json").write_text(content)
+    train(make_config(train={"steps": 2}), fresh=False)
+    assert facts(make_config())["starts"][-1] == 1 and facts(make_config())["lora"]["matched"] == "42/42"
+
+
+def test_a_list_that_changed_is_shown_on_one_line(make_config):
+    train(make_config(train={"steps": 1}), fresh=False)
+    with pytest.raises(ConfigError) as error:
+        train(make_config(train={"steps": 2}, lora={"targets": ["attention"]}), fresh=False)
+    assert 'lora.targets: - ["attention", "feed_forward"]  + ["attention"]' in str(error.value)
+
+
+def test_steps_below_those_of_the_run_are_refused_and_nothing_is_written(make_config):
+    train(make_config(train={"steps": 3}), fresh=False)
+    before = {path: path.read_bytes() for path in folder(make_config()).rglob("*.json*")}
+    config_text = (folder(make_config()) / "config.yaml").read_bytes()
+    with pytest.raises(ConfigError, match=r"train.steps: is 2, and the run is at step 3 already"):
+        train(make_config(train={"steps": 2}), fresh=False)
+    assert {path: path.read_bytes() for path in before} == before
+    assert (folder(make_config()) / "config.yaml").read_bytes() == config_text
+
+
+def test_no_start_begins_anew_where_checkpoints_were(make_config):
+    config = make_config(train={"steps": 2}, save={"every": 1})
+    train(config, fresh=False)
+    later = make_config(train={"steps": 3}, save={"every": 1})
+    for path in (folder(config) / "checkpoints").iterdir():
+        path.write_bytes(b"damaged")
+    for _ in range(2):
+        with pytest.raises(WeightsError, match=r"no checkpoint is whole.*--fresh"):
+            train(later, fresh=False)
+    shutil.rmtree(folder(config) / "checkpoints")
+    with pytest.raises(WeightsError, match="checkpoints are gone; the last one was of step 2"):
+        train(later, fresh=False)
+    train(later, fresh=True)
+    assert facts(later)["starts"] == [0]
+
+
+def test_before_the_first_checkpoint_anything_may_change_and_no_old_picture_is_taken_for_new(make_config, monkeypatch):
+    config = make_config(sample=PREVIEWED)
+    monkeypatch.setattr(loop, "prefetch", lambda run: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        train(config, fresh=False)
+    monkeypatch.undo()
+    picture = folder(config) / "samples" / "000000-00.png"
+    before = picture.stat().st_mtime_ns
+    train(make_config(sample=PREVIEWED, lora={"rank": 2}), fresh=False)
+    assert picture.stat().st_mtime_ns != before
+
+
+def test_after_a_change_of_prompts_every_picture_stands_under_its_own(make_config):
+    train(make_config(sample=PREVIEWED, train={"steps": 2}), fresh=False)
+    changed = PREVIEWED | {"prompts": ["a green square", "a red circle"]}
+    train(make_config(sample=changed, train={"steps": 4}), fresh=False)
+    shown = pictures.table(folder(make_config()) / "samples")
+    assert shown.prompts == ["a red zorb on a blue background", "a green square", "a red circle"]
+    # Step 2 was done again with the new prompts before step 3, so its first picture is the new one.
+    assert {step: [path is not None for path in row] for step, row in shown.rows.items()} == {
+        0: [True, False, True],
+        2: [False, True, True],
+        4: [False, True, True],
+    }
+
+
+def test_a_metrics_file_cut_within_a_character_or_replaced_by_a_folder_is_no_traceback(make_config):
+    train(make_config(train={"steps": 1}), fresh=False)
+    metrics = folder(make_config()) / "metrics.jsonl"
+    metrics.write_bytes(metrics.read_bytes() + '{"step": 2, "samples": ["ü'.encode()[:-1])
+    train(make_config(train={"steps": 2}), fresh=False)
+    assert [record["step"] for record in read(metrics)] == [1, 2]
+    metrics.unlink()
+    metrics.mkdir()
+    with pytest.raises(DiskError, match=r"metrics.jsonl: cannot be read"):
+        train(make_config(train={"steps": 3}), fresh=False)
+
+
+def test_what_check_says_stands_in_the_log_too(finished: Config):
+    assert "warning: optimizer.lr is 0.001" in (folder(finished) / "log.txt").read_text()
+
+
+def test_running_out_of_gpu_memory_is_one_line_with_advice(make_config, monkeypatch, capsys):
+    def full(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ...")
+
+    monkeypatch.setattr(loop, "sft_loss", full)
+    with pytest.raises(ConfigError, match=r"memory: CUDA out of memory; .* in use at most; set memory.checkpointing"):
+        train(make_config(), fresh=False)
+
+
+def test_without_a_gpu_the_published_model_is_refused_before_it_is_fetched(make_config, monkeypatch):
+    monkeypatch.setattr("zimage_train.app.train.download", pytest.fail)
+    with pytest.raises(ConfigError, match=r"device: no GPU was found, and 6.2 billion parameters"):
+        train(make_config(model={"path": None, "adapter": None}), fresh=False)

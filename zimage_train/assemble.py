@@ -13,11 +13,16 @@ import torch
 from diffusers import ZImageTransformer2DModel
 from torch import Tensor
 
+from zimage_train.errors import Problem, WeightsError
 from zimage_train.lora.adapter import Adapter, Count, merge
 from zimage_train.lora.attach import base_weight
 from zimage_train.model import transformer, weights
 from zimage_train.model.shapes import TransformerShape
 from zimage_train.tensorfile import DTYPES
+
+
+class NotRestored(WeightsError):
+    """The training weights could not be put back after a preview: the model in memory is no longer the run's."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +52,11 @@ def assemble(path: Path, adapter: Adapter | None, dtype: str, device: torch.devi
 
 @contextlib.contextmanager
 def without_adapter(frozen: Frozen) -> Iterator[None]:
-    """Within the block the model's weights are the original ones; after it, bit for bit the training ones."""
+    """Within the block the model's weights are the original ones; after it, bit for bit the training ones.
+
+    Raises:
+        NotRestored: the files cannot be read a second time; nothing may be trained on this model any more.
+    """
     if frozen.adapter is None:
         yield
         return
@@ -55,8 +64,17 @@ def without_adapter(frozen: Frozen) -> Iterator[None]:
         _store(frozen, _changed(frozen))
         yield
     finally:
-        device = next(frozen.model.parameters()).device
-        _store(frozen, merge(_changed(frozen), frozen.adapter, device, Count()))
+        _restore(frozen, frozen.adapter)
+
+
+def _restore(frozen: Frozen, adapter: Adapter) -> None:
+    device = next(frozen.model.parameters()).device
+    try:
+        _store(frozen, merge(_changed(frozen), adapter, device, Count()))
+    except Exception as error:
+        what = f"cannot be read again to merge the adapter back ({error})"
+        todo = "put it back; the same command continues from the last checkpoint"
+        raise NotRestored(Problem(str(frozen.path), what, todo)) from error
 
 
 def _changed(frozen: Frozen) -> Iterator[tuple[str, Tensor]]:

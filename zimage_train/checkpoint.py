@@ -16,7 +16,7 @@ from torch import Tensor
 from zimage_train import files, tensorfile
 from zimage_train.errors import DivergedError, Problem, WeightsError
 
-FORMAT = 1
+FORMAT = 2
 NAME = re.compile(r"step-(\d{6,})\.safetensors")
 KEEP = 2
 
@@ -65,7 +65,7 @@ def load_newest(folder: Path, warn: Any) -> Checkpoint | None:
     """The newest checkpoint that is whole; damaged newer ones are renamed to `.corrupt` and reported by `warn(text)`.
 
     Raises:
-        WeightsError: there are checkpoints, and none of them is whole.
+        WeightsError: there are checkpoints, or were before they were set aside, and none of them is whole.
     """
     candidates = steps_in(folder)
     for _, path in candidates:
@@ -74,8 +74,9 @@ def load_newest(folder: Path, warn: Any) -> Checkpoint | None:
         except WeightsError as error:
             aside = files.set_aside(path, ".corrupt")
             warn(f"{error}; set aside as {aside.name}")
-    if candidates:
-        what = f"none of its {len(candidates)} checkpoints is whole"
+    damaged = sorted(folder.glob("*.corrupt*")) if folder.is_dir() else []
+    if damaged:
+        what = f"no checkpoint is whole ({', '.join(path.name for path in damaged)})"
         raise WeightsError(Problem(str(folder), what, "begin again with --fresh"))
     return None
 

@@ -1,5 +1,6 @@
 """The command line. Imports late: `--help`, `check` and config errors never load torch."""
 
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import typer
 from zimage_train import __version__
 from zimage_train.config.reading import read_config
 from zimage_train.config.schema import Model
-from zimage_train.errors import ConfigError, Problem, ZImageTrainError
+from zimage_train.errors import ConfigError, DiskError, Problem, ZImageTrainError
 from zimage_train.model.variants import VARIANTS
 
 app = typer.Typer(
@@ -51,8 +52,7 @@ def check(config: ConfigPath, set_: Overrides = None) -> None:
     from zimage_train import preflight
     from zimage_train.model.sources import cached_only
 
-    for line in preflight.report(preflight.examine(settings, cached_only)):
-        print(line)
+    _print(preflight.report(preflight.examine(settings, cached_only)))
 
 
 @app.command()
@@ -76,10 +76,7 @@ def timesteps(
 
     from zimage_train.app import timesteps as describing
 
-    if as_json:
-        print(json.dumps(describing.describe(settings)))
-    else:
-        print("\n".join(describing.picture(settings)))
+    _print([json.dumps(describing.describe(settings))] if as_json else describing.picture(settings))
 
 
 @app.command()
@@ -88,7 +85,7 @@ def sample(
     prompt: Annotated[list[str], typer.Option("--prompt", help="What to draw. Repeatable.")],
     lora: Annotated[list[str] | None, typer.Option("--lora", metavar="FILE[=WEIGHT]", help="Repeatable.")] = None,
     negative: Annotated[str, typer.Option("--negative", help="Used where guidance is above 0.")] = "",
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Prompt i is drawn with seed + i.")] = 42,
+    seed: Annotated[int, typer.Option("--seed", min=0, max=2**63, help="Prompt i is drawn with seed + i.")] = 42,
     width: Annotated[int, typer.Option("--width", min=16, max=4096)] = 1024,
     height: Annotated[int, typer.Option("--height", min=16, max=4096)] = 1024,
     steps: Annotated[int | None, typer.Option("--steps", min=1, max=1000, help="Default: the variant's own.")] = None,
@@ -108,6 +105,8 @@ def sample(
         for name, value in (("width", width), ("height", height))
         if value % 16
     ]
+    if not model:
+        problems.append(Problem("MODEL", "is empty", "give turbo, deturbo, base, a hub id, a folder or a .safetensors"))
     if variant not in VARIANTS:
         problems.append(Problem("--variant", f"is {variant!r}", f"give one of {', '.join(VARIANTS)}"))
     if dtype not in ("bf16", "fp32"):
@@ -147,12 +146,24 @@ def main() -> None:
     try:
         app()
     except ZImageTrainError as error:
-        for problem in error.problems:
-            print(problem, file=sys.stderr)
+        with contextlib.suppress(OSError):  # nobody has to listen
+            for problem in error.problems:
+                print(problem, file=sys.stderr)
         sys.exit(error.exit_code)
-    except BrokenPipeError:
+
+
+def _print(lines: list[str]) -> None:
+    """Print what a command is there to print; who closes the pipe has seen enough.
+
+    Raises:
+        DiskError: it can be written nowhere.
+    """
+    try:
+        print("\n".join(lines), flush=True)
+    except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
+        if not isinstance(error, BrokenPipeError):
+            raise DiskError(Problem("standard output", f"cannot be written ({error.strerror})")) from error
 
 
 if __name__ == "__main__":

@@ -1,13 +1,18 @@
 """The `sample` command: pictures of any Z-Image model with any number of LoRAs, each counted."""
 
+import math
+import shlex
+import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from zimage_train import distributed, encoding
+from zimage_train import accelerator, distributed, encoding, files
 from zimage_train.assemble import assemble
-from zimage_train.config.schema import Model
+from zimage_train.config.schema import Config, Model
 from zimage_train.errors import ConfigError, Problem
-from zimage_train.lora import attach, files
+from zimage_train.lora import attach
+from zimage_train.lora import files as lora_files
 from zimage_train.lora.files import Lora
 from zimage_train.model import sources
 from zimage_train.model.shapes import TransformerShape
@@ -15,7 +20,7 @@ from zimage_train.model.variants import VARIANTS
 from zimage_train.report import pictures
 from zimage_train.report.console import Console
 from zimage_train.sampling.previews import render
-from zimage_train.sampling.recipe import Recipe, prompts_of
+from zimage_train.sampling.recipe import Recipe, previews, prompts_of
 
 
 @dataclass(frozen=True)
@@ -30,24 +35,33 @@ def parse_lora(text: str) -> WeightedLora:
     """Take `FILE` or `FILE=WEIGHT`; a file whose own name has a `=` wins.
 
     Raises:
-        ConfigError: the weight is no number.
+        ConfigError: the weight is no finite number.
     """
     name, equals, weight = text.rpartition("=")
     if not equals or Path(text).exists():
         return WeightedLora(Path(text), 1.0)
     try:
-        return WeightedLora(Path(name), float(weight))
+        number = float(weight)
     except ValueError:
-        raise ConfigError(Problem(f"--lora {text}", f"{weight!r} is not a number", "write FILE=0.8")) from None
+        number = math.nan
+    if not math.isfinite(number):
+        raise ConfigError(Problem(f"--lora {text}", f"{weight!r} is not a number", "write FILE=0.8"))
+    return WeightedLora(Path(name), number)
 
 
 def sample(model: Model, loras: list[WeightedLora], recipes: list[Recipe], output: Path) -> None:
     """Write one picture a recipe into the folder `output`.
 
     Raises:
-        ZImageTrainError: the model or a LoRA cannot be used, in whole.
+        ZImageTrainError: the model or a LoRA cannot be used, in whole, or `output` cannot be written to.
     """
+    with accelerator.explained_out_of_memory("give a smaller --width and --height"):
+        _sample(model, loras, recipes, output)
+
+
+def _sample(model: Model, loras: list[WeightedLora], recipes: list[Recipe], output: Path) -> None:
     console = Console()
+    files.require_folder(output)
     device = distributed.join().device
     found = sources.locate(model.model_copy(update={"adapter": None}))
     shape, _ = sources.transformer_tensors(found.transformer)
@@ -92,11 +106,37 @@ def recipe_for(
     )
 
 
+def command_for(config: Config, lora: Path) -> str:
+    """The command line that draws the first preview of a finished run again, to be pasted into a shell."""
+    program = ["zimage-train"] if shutil.which("zimage-train") else [sys.executable, "-m", "zimage_train"]
+    model = config.model
+    words = [*program, "sample", model.path or model.variant, "--lora", str(lora)]
+    if model.path is not None and model.variant != "turbo":
+        words += ["--variant", model.variant]
+    if model.extras is not None:
+        words += ["--extras", model.extras]
+    if model.dtype != "bf16":
+        words += ["--dtype", model.dtype]
+    recipes = previews(config)
+    if not recipes:
+        return shlex.join([*words, "--prompt", "..."])
+    first, variant = recipes[0], VARIANTS[model.variant]
+    words += ["--prompt", first.prompt, "--seed", str(first.seed)]
+    words += ["--width", str(first.width), "--height", str(first.height)]
+    if first.steps != variant.steps:
+        words += ["--steps", str(first.steps)]
+    if first.guidance != variant.guidance:
+        words += ["--guidance", repr(first.guidance)]
+    if first.guidance > 0 and first.negative:
+        words += ["--negative", first.negative]
+    return shlex.join(words)
+
+
 def _stack(loras: list[WeightedLora], shape: TransformerShape, console: Console) -> Lora:
     loaded = []
     for one in loras:
-        lora = files.read(one.path)
-        files.require_modules(one.path, lora, shape.linears)
+        lora = lora_files.read(one.path)
+        lora_files.require_modules(one.path, lora, shape.linears)
         console.say(f"{one.path}: matched {len(lora)}/{len(lora)} modules, weight {one.weight:g}")
         loaded.append((lora, one.weight))
     return attach.stack(loaded)

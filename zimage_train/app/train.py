@@ -3,11 +3,17 @@
 import contextlib
 from typing import Any
 
-from zimage_train import checkpoint, distributed, files, preflight
+from zimage_train import accelerator, distributed, files, preflight
+from zimage_train.app.sample import command_for
+from zimage_train.checkpoint import Checkpoint
+from zimage_train.config.reading import resolved
 from zimage_train.config.schema import Config
 from zimage_train.data.plan import make_plan
-from zimage_train.errors import ConfigError, Problem
-from zimage_train.model.sources import download
+from zimage_train.distributed import World
+from zimage_train.model.shapes import TransformerShape
+from zimage_train.model.sources import cached_only, download
+from zimage_train.preflight import Checked
+from zimage_train.report import metrics as records
 from zimage_train.report.console import Console
 from zimage_train.report.metrics import Records
 from zimage_train.training import run_folder, setup
@@ -15,6 +21,11 @@ from zimage_train.training.loop import train as run_loop
 from zimage_train.training.publish import write_report
 from zimage_train.training.run_folder import RunFolder
 from zimage_train.training.stopping import stop_on_signals
+
+LESS_MEMORY = (
+    "set memory.checkpointing: true, or lower data.resolution, train.batch_size or lora.rank; "
+    "the last checkpoint is good"
+)
 
 
 def train(config: Config, fresh: bool) -> None:
@@ -25,9 +36,7 @@ def train(config: Config, fresh: bool) -> None:
     """
     world = distributed.join()
     console = Console(world.is_main)
-    checked = preflight.examine(config, download)
-    for line in (*(f"note: {note}" for note in checked.notes), *(f"warning: {one}" for one in checked.warnings)):
-        console.say(line)
+    checked = _examine(config, world)
     folder = run_folder.of(config)
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(stop_on_signals())
@@ -39,17 +48,17 @@ def train(config: Config, fresh: bool) -> None:
             console.log_to(folder.log)
             stack.callback(console.close)
         distributed.wait()
+        for line in (*(f"note: {note}" for note in checked.notes), *(f"warning: {one}" for one in checked.warnings)):
+            console.say(line)
         session = setup.open_session(checked, world, console, stop)
-        if folder.facts.exists():
-            run_folder.require_same(folder, config, setup.fingerprint_of(checked, session.digests))
-        if _is_complete(folder, config):
+        identity = run_folder.identity(config, setup.fingerprint_of(checked, session.digests))
+        found = setup.find_checkpoint(folder, config, identity, session)
+        if _is_complete(folder, config, found):
             console.say(f"{config.name} is complete: {folder.lora()}")
             return
         stack.enter_context(console.live())
-        run = setup.prepare(checked, folder, session)
-        if run.start > config.train.steps:
-            what = f"is {config.train.steps}, and the run is at step {run.start} already"
-            raise ConfigError(Problem("train.steps", what, "raise it"))
+        stack.enter_context(accelerator.explained_out_of_memory(LESS_MEMORY))
+        run = setup.prepare(checked, folder, session, identity, found)
         metrics, events = (
             stack.enter_context(contextlib.closing(Records(path if world.is_main else None, run.start)))
             for path in (folder.metrics, folder.events)
@@ -58,9 +67,10 @@ def train(config: Config, fresh: bool) -> None:
         run_loop(run, metrics, events, board)
         if world.is_main:
             write_report(run)
-    console.say(f"done: {folder.lora()}")
-    console.say(f"look at {folder.report}, and sample with it:")
-    console.say(f"  {_sample_command(config, folder)}")
+            events.append({"step": config.train.steps, "event": "done"})
+        console.say(f"done: {folder.lora()}")
+        console.say(f"look at {folder.report}, and sample with it:")
+        console.say(f"  {command_for(resolved(config), folder.lora().absolute())}")
 
 
 def cache(config: Config) -> None:
@@ -72,7 +82,8 @@ def cache(config: Config) -> None:
     world = distributed.join()
     console = Console(world.is_main)
     checked = preflight.examine(config, download)
-    with stop_on_signals() as stop, console.live():
+    explained = accelerator.explained_out_of_memory("use a card with more memory, or lower data.resolution")
+    with stop_on_signals() as stop, console.live(), explained:
         session = setup.open_session(checked, world, console, stop)
         setup.fill_caches(checked, session, make_plan(config, checked.items, world.processes))
 
@@ -83,9 +94,20 @@ def _move_aside(folder: RunFolder, console: Console) -> None:
     console.say(f"--fresh: the old run is now {files.set_aside(folder.root, '.old')}")
 
 
-def _is_complete(folder: RunFolder, config: Config) -> bool:
-    newest = checkpoint.steps_in(folder.checkpoints)
-    return bool(newest) and newest[0][0] == config.train.steps and folder.lora().exists() and folder.report.exists()
+def _examine(config: Config, world: World) -> Checked:
+    """All of `check`; without a GPU the published models are not downloaded only to be refused."""
+    is_useless = world.device.type == "cpu" and config.model.path is None
+    checked = preflight.examine(config, cached_only if is_useless else download)
+    shape = checked.weights.shape if checked.weights else TransformerShape()
+    accelerator.require(world.device, shape, config.model.dtype)
+    return checked
+
+
+def _is_complete(folder: RunFolder, config: Config, found: Checkpoint | None) -> bool:
+    """Whether the last start did everything; `done` is the last thing that a run writes."""
+    last = config.train.steps
+    is_done = any(one["step"] == last and one.get("event") == "done" for one in records.read(folder.events))
+    return found is not None and found.step == last and is_done and folder.lora().exists() and folder.report.exists()
 
 
 def _board(folder: RunFolder, start: int, stack: contextlib.ExitStack) -> Any:
@@ -94,11 +116,3 @@ def _board(folder: RunFolder, start: int, stack: contextlib.ExitStack) -> Any:
     board = SummaryWriter(str(folder.tensorboard), purge_step=start + 1 if start else None)
     stack.callback(board.close)
     return board
-
-
-def _sample_command(config: Config, folder: RunFolder) -> str:
-    prompt = config.sample.prompts[0].prompt if config.sample.prompts else "..."
-    model = config.model.path or config.model.variant
-    size = f" --width {config.sample.width} --height {config.sample.height}"
-    dtype = "" if config.model.dtype == "bf16" else f" --dtype {config.model.dtype}"
-    return f'zimage-train sample {model} --lora {folder.lora()} --prompt "{prompt}"{size}{dtype}'

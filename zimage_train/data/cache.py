@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from PIL import Image
 from torch import Tensor
 
@@ -166,8 +165,3 @@ def require(cache: Cache, key: str, what: str) -> Tensor:
     if value is None:
         raise DataError(Problem(what, "its cache entry is gone or damaged", "run the same command again"))
     return value
-
-
-def stack_latents(latents: list[Tensor]) -> Tensor:
-    """(b, 16, h, w) in fp32 of latents of one size."""
-    return torch.stack([one.float() for one in latents])

@@ -4,12 +4,14 @@ Progress is a live bar on a terminal and an occasional plain line elsewhere. Tex
 `[trigger]` is an ordinary word here.
 """
 
+import os
+import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
-from typing import IO
+from typing import IO, cast
 
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -19,11 +21,40 @@ from zimage_train import files
 PLAIN_EVERY_SECONDS = 10.0
 
 
+class Unbreakable:
+    """Standard output that nobody has to read: a closed terminal, pipe or full disk must not cost a run its steps."""
+
+    def __init__(self, stream: IO[str]) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except OSError:
+            self._give_up()
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError:
+            self._give_up()
+
+    def _give_up(self) -> None:
+        """Lead what is still to be said, and what Python flushes at exit, nowhere."""
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+
+
 class Console:
     """Lines and progress for one process; a process that is not the main one says nothing."""
 
     def __init__(self, is_main: bool = True) -> None:
-        self._rich = RichConsole(markup=False, highlight=False, soft_wrap=True, quiet=not is_main)
+        stream = cast(IO[str], Unbreakable(sys.stdout))
+        self._rich = RichConsole(file=stream, markup=False, highlight=False, soft_wrap=True, quiet=not is_main)
         self._is_main = is_main
         self._file: IO[str] | None = None
         self._progress: Progress | None = None
@@ -50,10 +81,6 @@ class Console:
     def warn(self, text: str) -> None:
         self._rich.print(f"warning: {text}", style="yellow")
         self._record(f"warning: {text}")
-
-    def record(self, text: str) -> None:
-        """Write to the log file only."""
-        self._record(text)
 
     @contextmanager
     def live(self) -> Iterator[None]:

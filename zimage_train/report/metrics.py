@@ -5,21 +5,29 @@ from pathlib import Path
 from typing import Any
 
 from zimage_train import files
+from zimage_train.errors import DiskError, Problem
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """Every whole record of a JSON-lines file; a line torn by a crash is left out."""
+    """Every whole record of a JSON-lines file; a line torn by a crash is left out.
+
+    Raises:
+        DiskError: there is something that cannot be read.
+    """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        content = path.read_bytes()
     except FileNotFoundError:
         return []
+    except OSError as error:
+        what = f"cannot be read ({error.strerror})"
+        raise DiskError(Problem(str(path), what, "move it away; the same command continues")) from error
     records = []
-    for line in lines:
+    for line in content.split(b"\n"):
         try:
             record = json.loads(line)
         except ValueError:
             continue
-        if isinstance(record, dict):
+        if isinstance(record, dict) and isinstance(record.get("step"), int):
             records.append(record)
     return records
 
@@ -27,18 +35,23 @@ def read(path: Path) -> list[dict[str, Any]]:
 class Records:
     """A JSON-lines file that is continued after `start`: later and torn records are dropped first.
 
+    What is due after step `start` is done again by the start that continues from it; a record of that step which is
+    there already is not written twice.
+
     Without a path, as in all processes but the main one, records go nowhere.
     """
 
     def __init__(self, path: Path | None, start: int) -> None:
         self._file = None
+        self._of_start: list[dict[str, Any]] = []
         if path is not None:
-            kept = [record for record in read(path) if record.get("step", 0) <= start]
+            kept = [record for record in read(path) if record["step"] <= start]
+            self._of_start = [record for record in kept if record["step"] == start]
             files.write_text(path, "".join(_line(record) + "\n" for record in kept))
             self._file = path.open("a", encoding="utf-8")
 
     def append(self, record: dict[str, Any]) -> None:
-        if self._file is not None:
+        if self._file is not None and record not in self._of_start:
             files.append_line(self._file, _line(record))
 
     def sync(self) -> None:

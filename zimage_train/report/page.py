@@ -27,7 +27,6 @@ def write(
     facts: Mapping[str, Any],
     metrics_path: Path,
     samples: Path,
-    prompts: list[str],
     config_text: str,
     warnings: list[str],
 ) -> None:
@@ -35,7 +34,8 @@ def write(
     records = metrics.read(metrics_path)
     losses = [(record["step"], record["loss"]) for record in records if record.get("loss") is not None]
     rates = [(record["step"], record["lr"]) for record in records if record.get("lr") is not None]
-    rows = [(step, [_data_uri(image) for image in images]) for step, images in pictures.by_step(samples).items()]
+    previews = pictures.table(samples)
+    rows = [(step, [path and _data_uri(path) for path in paths]) for step, paths in previews.rows.items()]
     page = _environment.get_template("page.html").render(
         name=name,
         facts=facts,
@@ -44,7 +44,7 @@ def write(
         loss_chart=chart(losses, is_noisy=True),
         lr_chart=chart(rates, is_noisy=False),
         rows=rows,
-        prompts=prompts,
+        prompts=previews.prompts,
         config=config_text,
         warnings=warnings,
     )

@@ -1,6 +1,7 @@
 """Preview pictures on disk: one PNG each, with its recipe inside, and one grid of all steps by all prompts."""
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
@@ -19,45 +20,84 @@ def path_of(folder: Path, step: int, index: int) -> Path:
     return folder / f"{step:06d}-{index:02d}.png"
 
 
-def save(path: Path, image: Image.Image, recipe: Recipe) -> None:
-    """Write a PNG that carries its recipe under `parameters`, where image browsers look for it."""
+def save(path: Path, image: Image.Image, recipe: Recipe, run: str = "") -> None:
+    """Write a PNG that carries its recipe under `parameters`, where image browsers look for it, and the run's digest.
+
+    Raises:
+        DiskError: it cannot be written.
+    """
     info = PngInfo()
     info.add_itxt("parameters", recipe.describe())
+    if run:
+        info.add_text("zimage_train.run", run)
     with files.replacing(path) as file:
         image.save(file, format="PNG", pnginfo=info)
 
 
-def by_step(folder: Path) -> dict[int, list[Path]]:
-    """Step -> its previews in the order of the prompts, steps rising."""
-    found: dict[int, list[tuple[int, Path]]] = {}
-    for path in folder.glob("*.png"):
-        if match := NAME.fullmatch(path.name):
-            found.setdefault(int(match[1]), []).append((int(match[2]), path))
-    return {step: [path for _, path in sorted(found[step])] for step in sorted(found)}
+def holds(path: Path, recipe: Recipe, run: str) -> bool:
+    """Whether the picture at `path` is whole and was made by `recipe` in the run of this digest."""
+    texts = _texts(path)
+    return texts.get("parameters") == recipe.describe() and texts.get("zimage_train.run") == run
 
 
-def save_grid(folder: Path, prompts: list[str]) -> None:
-    """Write `grid.png`: a row a step, a column a prompt, both labelled."""
-    rows = by_step(folder)
-    columns = max((len(paths) for paths in rows.values()), default=0)
-    if not columns:
+@dataclass(frozen=True)
+class Table:
+    """Every preview of a run: a row a step, a column a recipe, None where a step has no such picture."""
+
+    prompts: list[str]
+    rows: dict[int, list[Path | None]]
+
+
+def table(folder: Path) -> Table:
+    """The previews in `folder` by what each file says of itself; a change of prompts adds columns."""
+    found: dict[int, dict[tuple[int, str], Path]] = {}
+    for path in sorted(folder.glob("*.png")):
+        match, recipe = NAME.fullmatch(path.name), _texts(path).get("parameters")
+        if match and recipe is not None:
+            found.setdefault(int(match[1]), {})[int(match[2]), recipe] = path
+    columns = list(dict.fromkeys(key for step in sorted(found) for key in sorted(found[step])))
+    columns.sort(key=lambda key: key[0])  # a changed prompt stands beside the one that it replaced
+    return Table(
+        prompts=[recipe.partition("\nNegative prompt: ")[0] for _, recipe in columns],
+        rows={step: [found[step].get(column) for column in columns] for step in sorted(found)},
+    )
+
+
+def save_grid(folder: Path) -> None:
+    """Write `grid.png`: a row a step, a column a prompt, both labelled.
+
+    Raises:
+        DiskError: it cannot be written.
+    """
+    shown = table(folder)
+    if not shown.rows:
         return
     font = ImageFont.load_default(14)
-    width = 90 + columns * (CELL_PX + MARGIN_PX)
-    height = LABEL_PX + MARGIN_PX + len(rows) * (CELL_PX + MARGIN_PX)
+    width = 90 + len(shown.prompts) * (CELL_PX + MARGIN_PX)
+    height = LABEL_PX + MARGIN_PX + len(shown.rows) * (CELL_PX + MARGIN_PX)
     grid = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(grid)
-    for column in range(columns):
-        text = _shortened(prompts[column] if column < len(prompts) else "", font)
-        draw.text((90 + column * (CELL_PX + MARGIN_PX), 4), text, fill="black", font=font)
-    for row, (step, paths) in enumerate(rows.items()):
+    for column, prompt in enumerate(shown.prompts):
+        draw.text((90 + column * (CELL_PX + MARGIN_PX), 4), _shortened(prompt, font), fill="black", font=font)
+    for row, (step, paths) in enumerate(shown.rows.items()):
         top = LABEL_PX + MARGIN_PX + row * (CELL_PX + MARGIN_PX)
         draw.text((6, top + CELL_PX // 2), f"step {step}", fill="black", font=font)
         for column, path in enumerate(paths):
-            with Image.open(path) as image:
-                grid.paste(_scaled(image), (90 + column * (CELL_PX + MARGIN_PX), top))
+            if path is not None:
+                with Image.open(path) as image:
+                    grid.paste(_scaled(image), (90 + column * (CELL_PX + MARGIN_PX), top))
     with files.replacing(folder / "grid.png") as file:
         grid.save(file, format="PNG")
+
+
+def _texts(path: Path) -> dict[str, str]:
+    """The text of a PNG that can be read to its end; nothing for any other file."""
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return dict(getattr(image, "text", {}))
+    except (OSError, SyntaxError, ValueError):
+        return {}
 
 
 def _scaled(image: Image.Image) -> Image.Image:
@@ -68,6 +108,7 @@ def _scaled(image: Image.Image) -> Image.Image:
 
 
 def _shortened(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
+    text = " ".join(text.split())
     if font.getlength(text) <= CELL_PX:
         return text
     while text and font.getlength(text + "...") > CELL_PX:

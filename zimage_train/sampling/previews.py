@@ -19,6 +19,8 @@ def render(
     frozen: Frozen, extras: Path, recipes: list[Recipe], embeds: Mapping[str, Tensor], tick: Tick
 ) -> list[Image.Image]:
     """One picture a recipe. The model comes back as it was: same weights, same mode."""
+    if not recipes:
+        return []
     model = frozen.model
     was_training = model.training
     total = sum(recipe.steps for recipe in recipes)

@@ -11,7 +11,7 @@ from zimage_train import optim
 from zimage_train.data.plan import MicroBatch
 from zimage_train.distributed import add_up
 from zimage_train.errors import DivergedError, Problem
-from zimage_train.report.metrics import Records
+from zimage_train.report.metrics import Records, read
 from zimage_train.seeding import number
 from zimage_train.training.objectives import Batch, sft_loss
 from zimage_train.training.publish import after_step, preview, save_checkpoint
@@ -32,7 +32,7 @@ def train(run: Run, metrics: Records, events: Records, board: Any) -> None:
     config, model, world = run.config, run.frozen.model, run.world
     parameters = run.attached.parameters()
     base_lr, last = optim.base_lr(config.optimizer), config.train.steps
-    skipped = 0
+    skipped = trailing_skips(run)
     if run.start == 0 and config.sample.every is not None and config.sample.first and world.is_main:
         preview(run, 0, events)
     if run.start > 0:
@@ -68,8 +68,8 @@ def train(run: Run, metrics: Records, events: Records, board: Any) -> None:
         }
         record = describe(run, step, loaded, outcome, time.monotonic() - began)
         report(run, record, metrics, board)
-        if skipped == MOST_SKIPS_IN_A_ROW:
-            raise diverged(record)
+        if skipped == min(MOST_SKIPS_IN_A_ROW, last):
+            raise diverged(record, skipped)
         after_step(run, step, events, metrics)
         if stop_votes and step < last:
             stop(run, step, metrics, events)
@@ -140,9 +140,15 @@ def stop(run: Run, step: int, metrics: Records, events: Records) -> None:
     raise run.stop.error(f"after step {step}, which is saved")
 
 
-def diverged(record: dict[str, Any]) -> DivergedError:
+def trailing_skips(run: Run) -> int:
+    """How many steps before this start were skipped in a row: a new start is no new chance."""
+    losses = [record.get("loss") for record in read(run.folder.metrics) if 0 < record["step"] <= run.start]
+    return next((count for count, loss in enumerate(reversed(losses)) if loss is not None), len(losses))
+
+
+def diverged(record: dict[str, Any], skipped: int) -> DivergedError:
     """What to say when nothing finite has come for too long."""
-    what = f"loss or gradient not finite {MOST_SKIPS_IN_A_ROW} times in a row, last with {', '.join(record['samples'])}"
+    what = f"loss or gradient not finite {skipped} times in a row, last with {', '.join(record['samples'])}"
     todo = "lower optimizer.lr or look at these pictures; the last checkpoint is good"
     return DivergedError(Problem(f"step {record['step']}", what, todo))
 

@@ -4,6 +4,7 @@ import re
 from typing import Any
 
 from zimage_train import checkpoint, files, optim
+from zimage_train.assemble import NotRestored
 from zimage_train.config.reading import dump_config
 from zimage_train.errors import WeightsError
 from zimage_train.lora import files as lora_files
@@ -21,17 +22,15 @@ def save_checkpoint(run: Run, step: int) -> None:
         DivergedError: the LoRA or the optimizer is not finite.
         DiskError: it cannot be written.
     """
-    tensors, numbers = optim.state(run.optimizer)
-    checkpoint.save(run.folder.checkpoints, step, run.attached.state() | tensors, {"optimizer": numbers})
+    tensors, optimizer = optim.state(run.optimizer)
+    numbers = {"optimizer": optimizer, "identity": dict(run.identity)}
+    checkpoint.save(run.folder.checkpoints, step, run.attached.state() | tensors, numbers)
 
 
 def export(run: Run, step: int) -> None:
-    """Write the LoRA of `step`, unless it is there, and prove that diffusers and ComfyUI read what was trained."""
+    """Write the LoRA of `step`, and prove that diffusers and ComfyUI read what was trained."""
     config = run.config
-    is_last = step == config.train.steps
-    path = run.folder.lora(None if is_last else step)
-    if path.exists() and not is_last:
-        return
+    path = run.folder.lora(None if step == config.train.steps else step)
     trained = run.attached.factors()
     lora_files.export(path, trained, config.save.dtype, {**run.export_metadata, "ss_steps": str(step)})
     try:
@@ -54,25 +53,35 @@ def _prune(run: Run) -> None:
 
 
 def preview(run: Run, step: int, events: Records) -> None:
-    """Sample every prompt on the true model, unless the pictures of `step` are there.
+    """Sample every prompt on the true model, but for pictures of `step` that are there already.
 
     A failing preview is reported and costs no step: the checkpoint is already on disk.
+
+    Raises:
+        NotRestored: the training weights could not be put back, so that no further step can be trained.
     """
-    folder = run.folder.samples
-    paths = [pictures.path_of(folder, step, index) for index in range(len(run.recipes))]
-    if not paths or all(path.exists() for path in paths):
+    if not run.recipes:
         return
+    folder, digest = run.folder.samples, run_folder.digest_of(run.identity)
+    paths = [pictures.path_of(folder, step, index) for index in range(len(run.recipes))]
+    missing = [
+        (path, recipe)
+        for path, recipe in zip(paths, run.recipes, strict=True)
+        if not pictures.holds(path, recipe, digest)
+    ]
     try:
         images = render(
             run.frozen,
             run.extras,
-            run.recipes,
+            [recipe for _, recipe in missing],
             run.preview_embeds,
             lambda done, total: run.console.tick(f"preview at step {step}", done, total),
         )
-        for path, image, recipe in zip(paths, images, run.recipes, strict=True):
-            pictures.save(path, image, recipe)
-        pictures.save_grid(folder, [recipe.prompt for recipe in run.recipes])
+        for (path, recipe), image in zip(missing, images, strict=True):
+            pictures.save(path, image, recipe, digest)
+        pictures.save_grid(folder)
+    except NotRestored:
+        raise
     except Exception as error:
         run.console.warn(f"preview at step {step} failed ({type(error).__name__}: {error}); training goes on")
         events.append({"step": step, "event": "preview_failed", "error": str(error)})
@@ -91,7 +100,7 @@ def after_step(run: Run, step: int, events: Records, metrics: Records) -> None:
         metrics.sync()
         if step > run.start:
             save_checkpoint(run, step)
-            events.append({"step": step, "event": "save"})
+        events.append({"step": step, "event": "save"})
         export(run, step)
     if previews:
         preview(run, step, events)
@@ -108,7 +117,6 @@ def write_report(run: Run) -> None:
         facts=facts,
         metrics_path=run.folder.metrics,
         samples=run.folder.samples,
-        prompts=[recipe.prompt for recipe in run.recipes],
         config_text=dump_config(run.config),
         warnings=run.warnings,
     )

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -54,6 +55,8 @@ class Run:
 
     config: Config
     folder: RunFolder
+    identity: Mapping[str, Any]
+    """What makes this run itself; see `run_folder.identity`."""
     world: World
     plan: Plan
     inputs: Inputs

@@ -1,5 +1,6 @@
 """The folder of a run: what lies where, and whether a new start may continue what is there."""
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from zimage_train import files
-from zimage_train.config import yaml_reader
 from zimage_train.config.reading import dump_config, flatten, resolved
 from zimage_train.config.schema import Config
-from zimage_train.errors import ConfigError, Problem
+from zimage_train.errors import ConfigError, Problem, WeightsError
+from zimage_train.report import metrics
 
 MAY_CHANGE = ("train.steps", "output", "cache.", "save.", "sample.", "validation.", "memory.", "log.")
 """Settings that a resumed run may change: none of them alters a weight that was trained."""
@@ -82,6 +83,12 @@ def read_facts(folder: RunFolder) -> dict[str, Any]:
     return facts if isinstance(facts, dict) else {}
 
 
+def earlier_starts(folder: RunFolder) -> list[int]:
+    """After which steps the run was started, as far as run.json tells."""
+    starts = read_facts(folder).get("starts")
+    return [step for step in starts if isinstance(step, int)] if isinstance(starts, list) else []
+
+
 def write_facts(folder: RunFolder, facts: Mapping[str, Any]) -> None:
     files.write_json(folder.facts, facts)
 
@@ -91,38 +98,57 @@ def write_config(folder: RunFolder, config: Config) -> None:
     files.write_text(folder.config, dump_config(resolved(config)))
 
 
-def require_same(folder: RunFolder, config: Config, fingerprint: Mapping[str, Any]) -> None:
+def identity(config: Config, fingerprint: Mapping[str, Any]) -> dict[str, Any]:
+    """What makes a run this run and no other: settings that shape its weights by value, its inputs by content.
+
+    Every checkpoint carries it, so a run is recognised by what it continues from and by nothing beside it.
+    """
+    settings = flatten(config.model_dump(mode="json"))
+    return {
+        "settings": {key: value for key, value in settings.items() if not _is_free(key)},
+        "inputs": flatten(dict(fingerprint)),
+    }
+
+
+def digest_of(identity: Mapping[str, Any]) -> str:
+    """A short name for an identity."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def require_same(folder: RunFolder, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Refuse to continue a run with settings or inputs that would make it another run.
 
     Raises:
         ConfigError: shows every difference as `- was`, `+ is`.
     """
-    problems = [*_changed_settings(folder, config), *_changed_inputs(folder, fingerprint)]
-    if problems:
-        raise ConfigError(*problems, Problem(str(folder.root), "belongs to another run", TODO))
-
-
-TODO = "undo the change, choose another name, or begin again with --fresh (which moves the old run aside)"
-
-
-def _changed_settings(folder: RunFolder, config: Config) -> list[Problem]:
-    try:
-        before = yaml_reader.parse(folder.config.read_text(encoding="utf-8")).value
-    except (OSError, ValueError, yaml_reader.YamlProblem):
-        return []
-    old, new = flatten(before), flatten(config.model_dump())
-    changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key) and not _is_free(key)]
-    return [Problem(key, f"- {_shown(old, key)}  + {_shown(new, key)}") for key in changed]
-
-
-def _changed_inputs(folder: RunFolder, fingerprint: Mapping[str, Any]) -> list[Problem]:
-    before = read_facts(folder).get("fingerprint")
-    if not isinstance(before, dict):
-        return []
-    old, new = flatten(before), flatten(dict(fingerprint))
-    changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+    old, new = before["settings"], now["settings"]
+    problems = [
+        Problem(key, f"- {_shown(old, key)}  + {_shown(new, key)}")
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key)
+    ]
     words = {(True, True): "changed", (True, False): "is gone", (False, True): "is new"}
-    return [Problem(key, words[key in old, key in new]) for key in changed]
+    old, new = before["inputs"], now["inputs"]
+    problems += [
+        Problem(key, words[key in old, key in new])
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key)
+    ]
+    if problems:
+        todo = "undo the change, choose another name, or begin again with --fresh (which moves the old run aside)"
+        raise ConfigError(*problems, Problem(str(folder.root), "belongs to another run", todo))
+
+
+def require_untouched(folder: RunFolder) -> None:
+    """Refuse to begin at step 0 where a checkpoint was once saved and none is left.
+
+    Raises:
+        WeightsError: names the step that was saved.
+    """
+    saved = [record["step"] for record in metrics.read(folder.events) if record.get("event") in ("save", "stopped")]
+    if saved:
+        what = f"its checkpoints are gone; the last one was of step {max(saved)}"
+        raise WeightsError(Problem(str(folder.checkpoints), what, "put them back, or begin again with --fresh"))
 
 
 def _is_free(key: str) -> bool:
@@ -131,4 +157,4 @@ def _is_free(key: str) -> bool:
 
 
 def _shown(values: Mapping[str, Any], key: str) -> str:
-    return yaml_reader.dump(values[key]).removesuffix("...\n").strip() if key in values else "(absent)"
+    return json.dumps(values[key], ensure_ascii=False) if key in values else "(absent)"

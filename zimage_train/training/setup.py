@@ -1,17 +1,18 @@
 """From a checked config to a run that is ready: caches filled, model assembled, LoRA attached, checkpoint loaded."""
 
 import importlib.metadata
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint as recompute
 
 from zimage_train import __version__, checkpoint, distributed, encoding, memory, optim
 from zimage_train.assemble import Frozen, assemble
+from zimage_train.checkpoint import Checkpoint
 from zimage_train.config.schema import Config
 from zimage_train.data import cache as caching
 from zimage_train.data.cache import Cache
@@ -24,7 +25,6 @@ from zimage_train.lora import attach, names
 from zimage_train.lora.attach import Attached
 from zimage_train.lora.metadata import describe
 from zimage_train.model.digests import Digests as Digester
-from zimage_train.model.shapes import TransformerShape
 from zimage_train.preflight import Checked, Weights, system_memory_bytes
 from zimage_train.report.console import Console
 from zimage_train.sampling import recipe
@@ -33,7 +33,6 @@ from zimage_train.training.run import Digests, Inputs, Run
 from zimage_train.training.run_folder import RunFolder
 from zimage_train.training.stopping import StopRequest
 
-LARGEST_ON_CPU = 1_000_000_000
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "bitsandbytes", "prodigyopt")
 
 
@@ -65,19 +64,28 @@ def open_session(checked: Checked, world: World, console: Console, stop: StopReq
     return Session(weights, world, cache, digests, console, stop)
 
 
-def require_device(world: World, shape: TransformerShape, config: Config) -> None:
-    """Refuse what the device cannot do, before anything is encoded.
+def find_checkpoint(
+    folder: RunFolder, config: Config, identity: Mapping[str, Any], session: Session
+) -> Checkpoint | None:
+    """The checkpoint that `config` continues from; None: the run begins at step 0.
 
     Raises:
-        ConfigError: no GPU for a model that needs one, or one without bf16.
+        WeightsError: there were checkpoints, and none is left whole.
+        ConfigError: the checkpoint belongs to another run, or to a later step than the run shall have.
     """
-    parameters = sum(memory.count(size) for size in shape.parameters.values())
-    if world.device.type == "cpu" and parameters > LARGEST_ON_CPU:
-        what = f"no GPU was found, and {parameters / 1e9:.1f} billion parameters would take weeks without one"
-        raise ConfigError(Problem("device", what, "check the driver with nvidia-smi, and that torch is a CUDA build"))
-    if world.device.type == "cuda" and config.model.dtype == "bf16" and not torch.cuda.is_bf16_supported(False):
-        what = f"{torch.cuda.get_device_name()} has no bf16"
-        raise ConfigError(Problem("model.dtype", what, "an RTX 30 series card or newer is needed"))
+    if not session.world.is_main:
+        distributed.wait()  # the main process sets damaged checkpoints aside; the others look afterwards
+    found = checkpoint.load_newest(folder.checkpoints, session.console.warn)
+    if session.world.is_main:
+        distributed.wait()
+    if found is None:
+        run_folder.require_untouched(folder)
+        return None
+    run_folder.require_same(folder, found.numbers["identity"], identity)
+    if found.step > config.train.steps:
+        what = f"is {config.train.steps}, and the run is at step {found.step} already"
+        raise ConfigError(Problem("train.steps", what, "raise it"))
+    return found
 
 
 def fill_caches(checked: Checked, session: Session, plan: Plan) -> None:
@@ -102,36 +110,33 @@ def fill_caches(checked: Checked, session: Session, plan: Plan) -> None:
     distributed.wait()
 
 
-def prepare(checked: Checked, folder: RunFolder, session: Session) -> Run:
-    """Make everything that the loop needs; the run folder is locked by the caller.
+def prepare(
+    checked: Checked, folder: RunFolder, session: Session, identity: Mapping[str, Any], found: Checkpoint | None
+) -> Run:
+    """Make everything that the loop needs, as it was at `found`; the run folder is locked by the caller.
 
     Raises:
         ZImageTrainError: of any kind; nothing was trained.
     """
     config, weights, world, console = checked.config, session.weights, session.world, session.console
-    require_device(world, weights.shape, config)
     plan = make_plan(config, checked.items, world.processes)
     fill_caches(checked, session, plan)
-    before = run_folder.read_facts(folder)
-    checkpointing, why = _plan_memory(checked, session, before)
+    checkpointing, why = _plan_memory(checked, session)
     console.say(f"gradient checkpointing {'on' if checkpointing else 'off'}: {why}")
 
     frozen = _assemble(config, session)
-    attached = attach.attach(
-        frozen.model, weights.modules, config.lora.rank, config.lora.alpha, config.lora.dropout, config.seed
-    )
-    if checkpointing:
-        keep_rng = config.lora.dropout > 0
-        frozen.model.enable_gradient_checkpointing(
-            partial(recompute, use_reentrant=False, preserve_rng_state=keep_rng, determinism_check="none")
-        )
+    attached = _attach(config, frozen, weights.modules, checkpointing)
     groups = names.count_by_group(attached.a)
     shown = ", ".join(f"{name} {count}" for name, count in groups.items())
     console.say(f"LoRA rank {config.lora.rank}: matched {len(attached.a)}/{len(weights.modules)} modules ({shown})")
     optimizer = optim.build(config.optimizer, attached.parameters())
     if optim.base_lr(config.optimizer) != config.optimizer.lr:
         console.warn(f"optimizer.lr {config.optimizer.lr:g} is raised to 1: prodigy finds the rate itself")
-    start = _restore(folder, attached, optimizer, session)
+    start = found.step if found else 0
+    if found:
+        attached.load_state(found.part("lora."), str(found.path))
+        optim.load_state(optimizer, found.part("optim."), found.numbers["optimizer"], str(found.path))
+        console.say(f"continuing after step {start}")
     inputs = Inputs(session.cache, session.digests, config.model.dtype)
     recipes = recipe.previews(config)
     if world.is_main:
@@ -139,11 +144,15 @@ def prepare(checked: Checked, folder: RunFolder, session: Session) -> Run:
         run_folder.write_facts(
             folder,
             _facts(checked, session, frozen, plan, groups)
-            | {"plan": {"checkpointing": checkpointing, "why": why}, "starts": [*before.get("starts", []), start]},
+            | {
+                "plan": {"checkpointing": checkpointing, "why": why},
+                "starts": [*run_folder.earlier_starts(folder), start],
+            },
         )
     return Run(
         config=config,
         folder=folder,
+        identity=identity,
         world=world,
         plan=plan,
         inputs=inputs,
@@ -174,10 +183,19 @@ def _assemble(config: Config, session: Session) -> Frozen:
     return frozen
 
 
-def _plan_memory(checked: Checked, session: Session, before: dict[str, Any]) -> tuple[bool, str]:
+def _attach(config: Config, frozen: Frozen, modules: list[str], checkpointing: bool) -> Attached:
+    lora = config.lora
+    attached = attach.attach(frozen.model, modules, lora.rank, lora.alpha, lora.dropout, config.seed)
+    if checkpointing:
+        keep_rng = lora.dropout > 0
+        frozen.model.enable_gradient_checkpointing(
+            partial(recompute, use_reentrant=False, preserve_rng_state=keep_rng, determinism_check="none")
+        )
+    return attached
+
+
+def _plan_memory(checked: Checked, session: Session) -> tuple[bool, str]:
     config, weights, world = checked.config, session.weights, session.world
-    if config.memory.checkpointing == "auto" and "plan" in before:
-        return before["plan"]["checkpointing"], "as chosen when the run began"
     is_gpu = world.device.type == "cuda"
     budget = config.memory.budget_gb
     if budget == "auto":
@@ -186,20 +204,6 @@ def _plan_memory(checked: Checked, session: Session, before: dict[str, Any]) -> 
         total = int(budget * 1e9)
     sizes = {item.size for item in checked.items}
     return memory.choose_checkpointing(config, weights.shape, weights.modules, sizes, total, is_gpu)
-
-
-def _restore(folder: RunFolder, attached: Attached, optimizer: Optimizer, session: Session) -> int:
-    if not session.world.is_main:
-        distributed.wait()  # the main process sets damaged checkpoints aside; the others look afterwards
-    found = checkpoint.load_newest(folder.checkpoints, session.console.warn)
-    if session.world.is_main:
-        distributed.wait()
-    if found is None:
-        return 0
-    attached.load_state(found.part("lora."), str(found.path))
-    optim.load_state(optimizer, found.part("optim."), found.numbers["optimizer"], str(found.path))
-    session.console.say(f"continuing after step {found.step}")
-    return found.step
 
 
 def fingerprint_of(checked: Checked, digests: Digests) -> dict[str, Any]:

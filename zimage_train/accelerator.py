@@ -1,0 +1,42 @@
+"""What the GPU, or the lack of one, allows; and what to say when its memory runs out."""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+
+from zimage_train import memory
+from zimage_train.errors import ConfigError, Problem
+from zimage_train.model.shapes import TransformerShape
+
+LARGEST_ON_CPU = 1_000_000_000
+
+
+def require(device: torch.device, shape: TransformerShape, dtype: str) -> None:
+    """Refuse what `device` cannot do, before anything is downloaded, read or encoded for it.
+
+    Raises:
+        ConfigError: no GPU for a model that needs one, or one without bf16.
+    """
+    parameters = sum(memory.count(size) for size in shape.parameters.values())
+    if device.type == "cpu" and parameters > LARGEST_ON_CPU:
+        what = f"no GPU was found, and {parameters / 1e9:.1f} billion parameters would take weeks without one"
+        raise ConfigError(Problem("device", what, "check the driver with nvidia-smi, and that torch is a CUDA build"))
+    if device.type == "cuda" and dtype == "bf16" and not torch.cuda.is_bf16_supported(False):
+        what = f"{torch.cuda.get_device_name()} has no bf16"
+        raise ConfigError(Problem("model.dtype", what, "an RTX 30 series card or newer is needed"))
+
+
+@contextlib.contextmanager
+def explained_out_of_memory(todo: str) -> Iterator[None]:
+    """Turn the GPU's running out of memory within the block into one line that ends with `todo`.
+
+    Raises:
+        ConfigError: it did.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        held = torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else 0.0
+        first = str(error).partition(". ")[0]
+        raise ConfigError(Problem("memory", f"{first}; {held:.1f} GB were in use at most", todo)) from error
