@@ -39,7 +39,7 @@ LAYERS: list[list[str]] = [
         "data.buckets data.captions data.images data.folder data.plan",
         "lora.names lora.headers",
         "lora.metadata",
-        "model.sources model.weights model.transformer model.text model.vae",
+        "model.sources model.weights model.transformer model.extras model.text model.vae",
         "sampling.recipe",
         "report.metrics",
         "report.console",
@@ -84,7 +84,7 @@ TORCH_FREE = [
     for line in (
         "zimage_train app config data lora mini model report sampling training errors files seeding weighting",
         "config.yaml_reader config.values config.schema config.advice config.reading",
-        "model.variants model.headers model.shapes model.digests model.sources",
+        "model.variants model.headers model.shapes model.digests model.sources model.extras",
         "data.buckets data.captions data.images data.folder data.plan lora.names lora.headers lora.metadata",
         "sampling.recipe report.metrics report.console report.pictures report.page memory mini.world",
         "preflight training.stopping training.run_folder cli __main__",

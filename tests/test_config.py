@@ -680,7 +680,8 @@ entries = st.fixed_dictionaries(
         "caption_dropout": st.floats(0, 1) | st.sampled_from([0, 1]),
     },
 )
-sources = st.tuples(st.sampled_from(["folder", "metadata"]), texts)
+filled = texts.filter(bool)
+sources = st.tuples(st.sampled_from(["folder", "metadata"]), filled)
 params = st.fixed_dictionaries(
     {}, optional={"eps": numbers, "betas": st.lists(st.floats(0, 0.999) | st.just(0), min_size=2, max_size=2)}
 )
@@ -699,14 +700,14 @@ configs = st.fixed_dictionaries(
             {},
             optional={
                 "variant": st.sampled_from(["turbo", "deturbo", "base"]),
-                "path": st.none() | texts,
-                "extras": st.none() | texts,
-                "adapter": st.none() | texts,
+                "path": st.none() | filled,
+                "extras": st.none() | filled,
+                "adapter": st.none() | filled,
                 "adapter_strength": st.floats(0, 2),
                 "dtype": st.sampled_from(["bf16", "fp32"]),
             },
         ),
-        "cache": st.fixed_dictionaries({"folder": st.none() | texts}),
+        "cache": st.fixed_dictionaries({"folder": st.none() | filled}),
         "lora": st.fixed_dictionaries(
             {},
             optional={

@@ -356,11 +356,20 @@ def test_debris_of_dead_processes_goes_and_nothing_else(tmp_path: Path):
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
     alive = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, stderr=subprocess.DEVNULL)
-    names = [f".x.bin.{dead.pid}.tmp", f"sub/deep/.y.{dead.pid}.tmp", f".own.{os.getpid()}.tmp", ".odd.tmp"]
-    kept = [f".busy.{alive.pid}.tmp", "x.bin", "x.tmp", f"sub/.y.{dead.pid}.txt"]
+    here, there = files._host(), "0123abcd"
+    old = f".old.{there}-{alive.pid}.tmp"
+    names = [
+        f".x.bin.{here}-{dead.pid}.tmp",
+        f"sub/deep/.y.{here}-{dead.pid}.tmp",
+        f".own.{here}-{os.getpid()}.tmp",
+        old,
+    ]
+    kept = [f".busy.{here}-{alive.pid}.tmp", f".theirs.{there}-{dead.pid}.tmp"]
+    kept += ["x.bin", "x.tmp", ".odd.tmp", f"sub/.y.{here}-{dead.pid}.txt"]
     for name in names + kept:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("")
+    os.utime(tmp_path / old, (0, time.time() - files.ABANDONED_SECONDS - 1))
     files.clear_debris(tmp_path)
     assert {one.relative_to(tmp_path).as_posix() for one in tmp_path.rglob("*") if one.is_file()} == set(kept)
     files.clear_debris(tmp_path / "none")

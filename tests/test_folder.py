@@ -158,7 +158,7 @@ def test_pictures_without_a_caption_are_counted_and_named(photos: Path):
 def test_a_placeholder_without_a_trigger_is_an_error(photos: Path):
     (photos / "b.txt").write_text("a [trigger]")
     assert problems(scanned(photos)) == [
-        f"{photos / 'b.png'}: its caption has [trigger], but no trigger is set; set data.trigger"
+        f"{photos / 'b.png'}: its caption has [trigger], but no trigger is set; set data.0.trigger"
     ]
     assert prompts(scanned(photos, trigger="zorb"))["b.png"] == "a zorb"
     assert len(problems(scanned(photos, default_caption="[trigger]"))) == 1

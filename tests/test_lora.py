@@ -175,11 +175,27 @@ def test_alpha_in_a_file_scales_the_change(tmp_path: Path):
             {"lora_unet_down_blocks_0.lora_down.weight": torch.zeros(2, 4), "text.x": torch.zeros(1)},
             "not of a Z-Image LoRA",
         ),
-        ({"layers.0.attention.to_q.lora_A.weight": torch.zeros(2, 4)}, "A and B are missing or do not fit"),
+        ({"layers.0.attention.to_q.lora_A.weight": torch.zeros(2, 4)}, "A, B or alpha are missing or do not fit"),
         ({"a.lora_A.weight": torch.zeros(2, 4), "a.lora_B.weight": torch.zeros(4, 3)}, "do not fit"),
         ({"a.lora_A.weight": torch.zeros(0, 4), "a.lora_B.weight": torch.zeros(4, 0)}, "do not fit"),
         ({"a.lora_A.weight": torch.full((2, 4), float("nan")), "a.lora_B.weight": torch.zeros(4, 2)}, "not finite"),
         ({"a.lora_A.weight": torch.zeros(2, 4).int(), "a.lora_B.weight": torch.zeros(4, 2)}, "not finite"),
+        (
+            {
+                "a.lora_A.weight": torch.zeros(2, 4),
+                "a.lora_B.weight": torch.zeros(4, 2),
+                "a.alpha": torch.zeros(2),
+            },
+            "alpha are missing or do not fit",
+        ),
+        (
+            {
+                "a.lora_A.weight": torch.zeros(2, 4),
+                "a.lora_B.weight": torch.zeros(4, 2),
+                "diffusion_model.a.lora_down.weight": torch.ones(2, 4),
+            },
+            "holds 1 tensors twice",
+        ),
         ({}, "holds no LoRA"),
     ],
 )

@@ -1,5 +1,6 @@
 """The memory estimate, against bytes counted on the real graph at the full width."""
 
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -59,7 +60,7 @@ def test_saved_bytes_of_a_block_are_those_of_the_estimate(dtype: str):
 
 def estimate(config, checkpointing: bool, side: int = 1024) -> memory.Estimate:
     modules = names.select(config.lora.targets, FULL.linears)
-    return memory.estimate(config, FULL, modules, {Bucket(side, side)}, checkpointing, gpu=True)
+    return memory.estimate(config, FULL, modules, Counter([Bucket(side, side)] * 99), checkpointing, gpu=True)
 
 
 def test_the_full_model_needs_recomputation_on_24_gb_and_fits_with_it(make_config):
@@ -68,18 +69,20 @@ def test_the_full_model_needs_recomputation_on_24_gb_and_fits_with_it(make_confi
     )
     card = int(25.8e9)
     modules = names.select(config.lora.targets, FULL.linears)
-    chosen, why = memory.choose_checkpointing(config, FULL, modules, {Bucket(1024, 1024)}, card, True)
+    chosen, why = memory.choose_checkpointing(config, FULL, modules, Counter([Bucket(1024, 1024)] * 99), card, True)
     assert chosen and "GB" in why
     assert estimate(config, True).total < card < estimate(config, False).total
     assert estimate(config, True).weights == 2 * 6_154_908_736
-    assert not memory.choose_checkpointing(config, FULL, modules, {Bucket(1024, 1024)}, int(141e9), True)[0]
+    assert not memory.choose_checkpointing(config, FULL, modules, Counter([Bucket(1024, 1024)] * 99), int(141e9), True)[
+        0
+    ]
 
 
 def test_the_config_has_the_last_word_on_checkpointing(make_config):
     for wanted in (True, False):
         config = make_config(memory={"checkpointing": wanted})
         modules = names.select(config.lora.targets, FULL.linears)
-        assert memory.choose_checkpointing(config, FULL, modules, {Bucket(64, 64)}, 1, True)[0] is wanted
+        assert memory.choose_checkpointing(config, FULL, modules, Counter([Bucket(64, 64)] * 99), 1, True)[0] is wanted
 
 
 @pytest.mark.parametrize(
@@ -94,3 +97,9 @@ def test_what_costs_memory_raises_its_part(make_config, change: dict, part: str)
     base = {"model": {"dtype": "bf16"}, "train": {"batch_size": 1}}
     smaller, larger = estimate(make_config(**base), True), estimate(make_config(**(base | change)), True)
     assert getattr(larger, part) > getattr(smaller, part)
+
+
+def test_a_batch_is_never_larger_than_the_data(make_config):
+    config = make_config(train={"batch_size": 64})
+    few = memory.estimate(config, FULL, list(FULL.linears), Counter([Bucket(512, 512)] * 3), False, gpu=True)
+    assert few.tokens == 3 * (1024 + memory.CAPTION_TOKENS)

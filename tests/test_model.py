@@ -305,11 +305,15 @@ def test_hub_ids_revisions_and_files_are_asked_for_by_name(tmp_path: Path):
     sources.locate(Model(variant="turbo", path="org/model@v9", adapter="v1"), fetch)
     assert asked == [
         ("org/model", "v9", "transformer/*"),
+        ("org/model", "v9", "text_encoder/*"),
         ("ostris/zimage_turbo_training_adapter", None, "zimage_turbo_training_adapter_v1.safetensors"),
     ]
     asked.clear()
     sources.locate(Model(variant="deturbo"), fetch)
-    assert [one[0] for one in asked] == ["ostris/Z-Image-De-Turbo"]
+    assert asked == [
+        ("ostris/Z-Image-De-Turbo", None, "transformer/*"),
+        ("Tongyi-MAI/Z-Image-Turbo", None, "text_encoder/*"),
+    ]
 
 
 def test_a_hub_snapshot_on_this_machine_is_used_without_a_connection(tmp_path: Path, monkeypatch, no_network: list):

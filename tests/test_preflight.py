@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ from PIL import Image
 from zimage_train import cli, files, mini, preflight
 from zimage_train.config.reading import dump_config
 from zimage_train.config.schema import Config
-from zimage_train.errors import ZImageTrainError
+from zimage_train.errors import WeightsError, ZImageTrainError
 from zimage_train.files import Entry
 from zimage_train.model.headers import read_header
 from zimage_train.model.sources import cached_only
@@ -98,9 +99,9 @@ COMPLAINTS = {
     "another model's modules": "matched 0/{total} modules; not matched: double_blocks.0.",
     "one more layer": "matched 40/{total} modules; not matched: layers.99.",
     "another width": "matched {less}/{total} modules; not matched: ",
-    "ranks that differ": "has 1 modules whose A and B are missing or do not fit, such as ",
-    "B is missing": "has 1 modules whose A and B are missing or do not fit, such as ",
-    "no matrix": "has 1 modules whose A and B are missing or do not fit, such as ",
+    "ranks that differ": "has 1 modules whose A, B or alpha are missing or do not fit, such as ",
+    "B is missing": "has 1 modules whose A, B or alpha are missing or do not fit, such as ",
+    "no matrix": "has 1 modules whose A, B or alpha are missing or do not fit, such as ",
     "a foreign key": "has 1 keys that are not of a Z-Image LoRA, such as text_encoder.layers.0.weight",
     "nothing": "holds no LoRA",
 }
@@ -338,6 +339,62 @@ def test_missing_weights_are_refused(make_config: Make, tmp_path: Path, break_it
     assert error.exit_code == 4 and what in str(error) and path in str(error)
 
 
+def damaged(part: str, content: bytes | None) -> Callable[[Path], None]:
+    def change(model: Path) -> None:
+        path = model / part
+        path.unlink()
+        if content is not None:
+            path.write_bytes(content)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("part", "content", "what"),
+    [
+        ("text_encoder/config.json", b'{"model_type": "t5"}', "is a t5, not a Qwen3"),
+        ("text_encoder/config.json", b'{"model_type": "qwen3", "hidden_size": 7}', "makes embeddings of 7 features"),
+        ("text_encoder/model-00001-of-00002.safetensors", None, "does not exist"),
+        ("text_encoder/model-00001-of-00002.safetensors", b"version https://git-lfs", "is a Git LFS pointer"),
+        ("tokenizer/tokenizer.json", None, "has no tokenizer.json"),
+        ("tokenizer/tokenizer.json", b"{", "is not JSON"),
+        ("vae/config.json", b'{"_class_name": "AutoencoderKLWan"}', "is a AutoencoderKLWan"),
+        ("vae/diffusion_pytorch_model.safetensors", b"", "is empty"),
+    ],
+)
+def test_parts_beside_the_transformer_are_checked_too(make_config, tmp_path, part: str, content: bytes, what: str):
+    damaged(part, content)(copied(tmp_path))
+    error = refused(make_config(model={"path": str(tmp_path / "model")}))
+    assert error.exit_code == 4 and what in str(error)
+
+
+def test_every_part_that_is_wrong_is_told_at_once(make_config: Make, tmp_path: Path):
+    model = copied(tmp_path)
+    damaged("text_encoder/config.json", b"{}")(model)
+    damaged("vae/config.json", b"[]")(model)
+    damaged("tokenizer/tokenizer.json", None)(model)
+    text = str(refused(make_config(model={"path": str(model), "adapter": "nowhere.safetensors"})))
+    assert len(text.splitlines()) == 4, text
+
+
+def test_a_bad_adapter_is_told_although_the_rest_is_not_downloaded_yet(make_config: Make, private: Path):
+    config = make_config(model={"extras": "org/repo", "adapter": str(private / "a.safetensors")})
+    (private / "a.safetensors").write_bytes(b"")
+    with pytest.raises(WeightsError, match=r"a\.safetensors: is empty"):
+        preflight.examine(config, cached_only)
+
+
+def test_a_pipeline_folder_that_lacks_a_part_is_not_completed_from_the_hub(make_config: Make, tmp_path: Path):
+    model = copied(tmp_path)
+    shutil.rmtree(model / "vae")
+    assert f"model.extras: {model} has no vae" in str(refused(make_config(model={"path": str(model)})))
+
+
+def test_a_misspelt_path_is_told_with_its_setting(make_config: Make, private: Path):
+    checked = preflight.examine(make_config(model={"path": "models/zimage"}), cached_only)
+    assert checked.notes == ["model.path: models/zimage: not on this machine yet; train downloads it"]
+
+
 def test_a_disk_that_is_too_small_is_refused(make_config: Make, monkeypatch: pytest.MonkeyPatch):
     needed = []
     real = files.require_space
@@ -388,7 +445,7 @@ def private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize(
-    "changes", [{"path": None}, {"adapter": "v2"}, {"path": "org/repo@v1"}, {"extras": "org/repo"}]
+    "changes", [{"path": None, "adapter": None}, {"adapter": "v2"}, {"path": "org/repo@v1"}, {"extras": "org/repo"}]
 )
 def test_what_is_not_downloaded_yet_is_a_note(make_config: Make, private: Path, changes: dict[str, Any]):
     checked = preflight.examine(make_config(model=changes), cached_only)
@@ -479,7 +536,7 @@ def test_every_kind_of_problem_has_its_code_and_no_traceback(check, make_config:
 def test_a_hub_id_that_is_not_here_exits_0_with_a_note(check, make_config: Make):
     code, out, err = check(make_config(model={"path": None, "adapter": "v2"}))
     assert (code, err) == (0, "")
-    assert "note: Tongyi-MAI/Z-Image-Turbo: not on this machine yet; train downloads it" in out
+    assert "note: model.path: Tongyi-MAI/Z-Image-Turbo: not on this machine yet; train downloads it" in out
 
 
 def test_names_that_are_no_text_and_brackets_are_printed(check, make_config: Make, tmp_path: Path):

@@ -1,6 +1,7 @@
 """Previews and samples equal what diffusers' own pipeline draws with the exported file, in another process."""
 
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from zimage_train import mini
 from zimage_train.app.train import train
 from zimage_train.cli import app
 from zimage_train.config.schema import Config
+from zimage_train.errors import ZImageTrainError
 from zimage_train.report import pictures
 from zimage_train.sampling.recipe import previews, prompts_of
 
@@ -149,3 +151,47 @@ def test_the_grid_has_a_row_a_step_and_a_column_a_prompt(finished: Config):
     assert all(all(row) for row in shown.rows.values())
     with Image.open(folder / "grid.png") as grid:
         assert grid.width > pictures.CELL_PX and grid.height > 2 * pictures.CELL_PX
+
+
+def test_the_command_that_a_run_ends_with_draws_its_last_preview_again(make_config, tmp_path: Path, capsys):
+    prompt = """a "red" zorb's $HOME; on a blue background"""
+    sample = {"every": 9, "width": 64, "height": 48, "steps": 3, "guidance": 1.5, "negative": "a b", "seed": 9}
+    config = make_config(
+        model={"path": str(mini.TURBO), "variant": "base", "extras": str(mini.TURBO), "adapter": None},
+        output=str(tmp_path / "a place"),
+        train={"steps": 2},
+        optimizer={"lr": 0.05},
+        sample=sample | {"prompts": [prompt]},
+    )
+    train(config, fresh=False)
+    line = capsys.readouterr().out.splitlines()[-1]
+    words = shlex.split(line)
+    done = CliRunner().invoke(app, [*words[words.index("sample") :], "-o", str(tmp_path / "again")])
+    assert done.exit_code == 0, done.output
+    root = Path(config.output) / config.name / "samples"
+    again = pixels(tmp_path / "again" / "sample-9.png")
+    assert np.abs(again - pixels(root / "000002-00.png")).max() <= 1
+    assert np.abs(again - pixels(root / "000000-00.png")).max() > 10
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--seed", "99999999999999999999"], "--seed"),
+        (["--lora", "x.safetensors=nan"], "'nan' is not a number"),
+        (["--lora", "x.safetensors=inf"], "'inf' is not a number"),
+        (["--width", "100"], "give a multiple of 16"),
+        (["-o", str(mini.ADAPTER)], "is not a folder; choose another place"),
+    ],
+)
+def test_a_sample_that_cannot_be_is_refused_before_anything_is_loaded(arguments: list[str], message: str, monkeypatch):
+    monkeypatch.setattr("zimage_train.app.sample.assemble", pytest.fail)
+    done = CliRunner().invoke(app, ["sample", str(mini.TURBO), "--prompt", "x", *arguments])
+    assert done.exit_code != 0
+    assert message in done.output + str(done.exception)
+    assert isinstance(done.exception, SystemExit | ZImageTrainError)
+
+
+def test_an_empty_model_is_refused():
+    done = CliRunner().invoke(app, ["sample", "", "--prompt", "x"])
+    assert "MODEL: is empty" in str(done.exception)

@@ -85,6 +85,42 @@ def test_a_signal_saves_and_says_how_to_continue(start, tmp_path: Path, number: 
     assert list((tmp_path / "runs" / "tiny" / "checkpoints").glob("step-*.safetensors"))
 
 
+@pytest.mark.parametrize("output", ["a closed pipe", "a full disk", "a closed terminal"])
+def test_nobody_has_to_listen(start, tmp_path: Path, output: str):
+    """What a run prints can be lost; its steps, checkpoints and exit code cannot."""
+    process = start("first", **LONG)  # fills the caches, and is what the deaf run must equal
+    assert process.wait() == 0
+    path = tmp_path / "deaf.yaml"
+    path.write_text((tmp_path / "first-runs.yaml").read_text().replace("name: first", "name: deaf"))
+    command = [sys.executable, "-m", "zimage_train", "train", str(path)]
+    if output == "a full disk":
+        with open("/dev/full", "w") as full:
+            assert subprocess.run(command, stdout=full, stderr=full, timeout=90).returncode == 0
+    elif output == "a closed pipe":
+        deaf = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        assert deaf.stdout and deaf.stderr
+        deaf.stdout.close()
+        with deaf.stderr:
+            assert deaf.stderr.read() == b""
+        assert deaf.wait(90) == 0
+    else:
+        terminal, own = os.openpty()
+        deaf = subprocess.Popen(command, stdin=own, stdout=own, stderr=own, start_new_session=True)
+        os.close(own)
+        wait_for(deaf, tmp_path / "runs" / "deaf" / "metrics.jsonl", 4)
+        os.close(terminal)
+        assert deaf.wait(90) == 0
+    one, other = (tmp_path / "runs" / name / "lora" / f"{name}.safetensors" for name in ("first", "deaf"))
+    assert tensors(one) == tensors(other)
+    assert "done: " in (tmp_path / "runs" / "deaf" / "log.txt").read_text()
+
+
+def tensors(path: Path) -> bytes:
+    """What follows the header of a safetensors file."""
+    content = path.read_bytes()
+    return content[8 + int.from_bytes(content[:8], "little") :]
+
+
 def test_a_second_run_in_the_folder_is_told_who_holds_it(start, tmp_path: Path):
     slow = LONG | {"train": {"steps": 5000, "batch_size": 1}}
     first = start("tiny", **slow)

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
-from zimage_train import mini
+from zimage_train import files, mini
 from zimage_train.app import timesteps
 from zimage_train.app.train import train
 from zimage_train.config import yaml_reader
@@ -241,7 +241,7 @@ def test_a_crash_right_after_the_checkpoint_loses_neither_export_nor_preview(mak
 def test_what_a_killed_process_left_half_written_is_removed(make_config):
     config = make_config(train={"steps": 1})
     (folder(config) / "checkpoints").mkdir(parents=True)
-    leftover = folder(config) / "checkpoints" / ".step-000001.safetensors.999999999.tmp"
+    leftover = folder(config) / "checkpoints" / f".step-000001.safetensors.{files._host()}-999999999.tmp"
     leftover.write_bytes(b"half")
     train(config, fresh=False)
     assert not leftover.exists()
@@ -439,10 +439,10 @@ def test_a_failing_preview_costs_no_step(make_config, monkeypatch, capsys):
 
 
 def test_an_export_that_others_would_read_wrongly_is_not_left_there(make_config, monkeypatch):
-    from zimage_train.lora import files
+    from zimage_train.lora import files as lora_files
 
     config = make_config(train={"steps": 1})
-    monkeypatch.setattr(files, "_as_diffusers", lambda path: {})
+    monkeypatch.setattr(lora_files, "_as_diffusers", lambda path: {})
     with pytest.raises(WeightsError, match="diffusers would load 0 of 42"):
         train(config, fresh=False)
     assert not (folder(config) / "lora" / "tiny.safetensors").exists()

@@ -4,7 +4,8 @@ Every such failure is one or more `Problem`s (`where: what was found; what to do
 with a traceback. Any other exception is a bug of ours: exit code 1, with its traceback.
 """
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 
@@ -70,6 +71,15 @@ class SeveralErrors(ZImageTrainError):
     def __init__(self, errors: list[ZImageTrainError]) -> None:
         super().__init__(*(problem for error in errors for problem in error.problems))
         self.exit_code = min(error.exit_code for error in errors)
+
+
+@contextlib.contextmanager
+def collected(errors: list[ZImageTrainError]) -> Iterator[None]:
+    """Put a failure of the block into `errors`, and go on after it."""
+    try:
+        yield
+    except ZImageTrainError as error:
+        errors.append(error)
 
 
 def raise_all(errors: Iterable[ZImageTrainError]) -> None:

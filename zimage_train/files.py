@@ -2,8 +2,10 @@
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
+import re
 import shutil
 import socket
 import threading
@@ -21,6 +23,8 @@ except ImportError:  # Windows has no flock; the lease file below takes its plac
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 LEASE_SECONDS = 120
+ABANDONED_SECONDS = 86_400
+TEMPORARY = re.compile(r"\..*\.([0-9a-f]{8})-(\d+)\.tmp")
 
 
 class Entry(NamedTuple):
@@ -43,7 +47,7 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
     Raises:
         DiskError: the disk is full, read-only or failing; the old file is still there.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{_this_process()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
@@ -142,11 +146,31 @@ def set_aside(path: Path, suffix: str) -> Path:
 
 
 def clear_debris(folder: Path) -> None:
-    """Remove the temporary files that killed processes left in `folder` and below; a living one's are its own."""
+    """Remove the temporary files that killed processes left in `folder` and below; a living one's are its own.
+
+    On a shared volume nobody can tell whether a process of another host lives, so its files are left for a day.
+    """
     for leftover in folder.rglob(".*.tmp"):
-        owner = leftover.name.split(".")[-2]
-        if not owner.isdecimal() or int(owner) == os.getpid() or not _is_alive(int(owner)):
+        match = TEMPORARY.fullmatch(leftover.name)
+        if match and _is_abandoned(leftover, host=match[1], process_id=int(match[2])):
             remove(leftover)
+
+
+def _is_abandoned(path: Path, host: str, process_id: int) -> bool:
+    if host == _host():
+        return process_id == os.getpid() or not _is_alive(process_id)
+    with contextlib.suppress(OSError):
+        return time.time() - path.stat().st_mtime > ABANDONED_SECONDS
+    return False
+
+
+def _this_process() -> str:
+    return f"{_host()}-{os.getpid()}"
+
+
+def _host() -> str:
+    """A short name for this host that fits into any file name."""
+    return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
 
 
 def require_folder(folder: Path) -> None:

@@ -4,6 +4,7 @@ Torch-free. The activation constants were counted with saved-tensor hooks on the
 attention is taken as fused, which keeps no matrix of tokens by tokens.
 """
 
+from collections import Counter
 from dataclasses import dataclass
 
 from zimage_train.config.schema import Config
@@ -49,13 +50,19 @@ class Estimate:
 
 
 def estimate(
-    config: Config, shape: TransformerShape, modules: list[str], sizes: set[Bucket], checkpointing: bool, gpu: bool
+    config: Config, shape: TransformerShape, modules: list[str], sizes: Counter[Bucket], checkpointing: bool, gpu: bool
 ) -> Estimate:
-    """The bytes of a step of `config` on a transformer of `shape` with a LoRA on `modules`, at its largest size."""
+    """The bytes of a step of `config` on a transformer of `shape` with a LoRA on `modules`, at its largest batch.
+
+    `sizes` counts the samples of each size in an epoch: a batch is never larger than that.
+    """
     parameters = sum(count(size) for size in shape.parameters.values())
     trained = sum(sum(shape.linears[module]) for module in modules) * config.lora.rank
-    area = max((size.width * size.height for size in sizes), default=0)
-    tokens = (_padded(area // 256) + CAPTION_TOKENS) * config.train.batch_size
+    batches = {size: min(number, config.train.batch_size) for size, number in sizes.items()}
+    tokens = max(
+        ((_padded(size.width * size.height // 256) + CAPTION_TOKENS) * batch for size, batch in batches.items()),
+        default=0,
+    )
     dtype = config.model.dtype
     block = SAVED_BYTES_PER_DIM[dtype] * shape.dim * tokens
     kept = DTYPE_BYTES[dtype] * shape.dim * tokens * shape.n_layers + block
@@ -70,7 +77,7 @@ def estimate(
 
 
 def choose_checkpointing(
-    config: Config, shape: TransformerShape, modules: list[str], sizes: set[Bucket], budget_bytes: int, gpu: bool
+    config: Config, shape: TransformerShape, modules: list[str], sizes: Counter[Bucket], budget_bytes: int, gpu: bool
 ) -> tuple[bool, str]:
     """Whether to recompute activations, and why: only when a step would not fit the budget without."""
     if config.memory.checkpointing != "auto":

@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,9 +14,10 @@ from zimage_train.data import folder
 from zimage_train.data.buckets import crop_percent
 from zimage_train.data.folder import Picture
 from zimage_train.data.plan import Item, items_of, make_plan
-from zimage_train.errors import DataError, WeightsError, ZImageTrainError, raise_all
+from zimage_train.errors import WeightsError, ZImageTrainError, collected, raise_all
 from zimage_train.lora import headers, names
 from zimage_train.memory import Estimate
+from zimage_train.model import extras as parts
 from zimage_train.model import sources
 from zimage_train.model.shapes import TransformerShape
 from zimage_train.model.sources import Fetch, NotDownloaded, Sources
@@ -58,33 +60,23 @@ def examine(config: Config, fetch: Fetch | None = None) -> Checked:
     notes += [note for scan in scans for note in scan.notes]
     pictures = [scan.pictures for scan in scans]
     items: list[Item] = []
-    try:
+    with collected(errors):
         items = items_of(config, pictures)
-    except DataError as error:
-        errors.append(error)
-    weights = None
-    try:
-        try:
-            weights = _weights(config, fetch)
-        except NotDownloaded as error:
-            notes += [f"{problem.where}: not on this machine yet; train downloads it" for problem in error.problems]
-            names.select(config.lora.targets, TransformerShape().linears)
-    except ZImageTrainError as error:
-        errors.append(error)
-    try:
+    weights, faults, absent = _weights(config, fetch)
+    errors += faults
+    notes += absent
+    with collected(errors):
         files.require_folder(Path(config.output) / config.name)
         if config.cache.folder is not None:
             files.require_folder(Path(config.cache.folder))
         files.require_space(Path(config.output), _disk_bytes(config, weights), "checkpoints and exports")
-    except ZImageTrainError as error:
-        errors.append(error)
     raise_all(errors)
     return Checked(config, pictures, items, weights, notes, advice.warnings(config, sum(map(len, pictures))))
 
 
 def estimate(checked: Checked, checkpointing: bool, gpu: bool) -> Estimate:
     """The memory of a training step of `checked`; what is not downloaded yet has the size of the published models."""
-    sizes = {item.size for item in checked.items}
+    sizes = Counter(item.size for item in checked.items)
     shape = checked.weights.shape if checked.weights else TransformerShape()
     modules = checked.weights.modules if checked.weights else names.select(checked.config.lora.targets, shape.linears)
     return memory.estimate(checked.config, shape, modules, sizes, checkpointing, gpu)
@@ -119,25 +111,36 @@ def system_memory_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 16_000_000_000
 
 
-def _weights(config: Config, fetch: Fetch | None) -> Weights:
-    found = sources.locate(config.model, fetch)
-    errors: list[ZImageTrainError] = []
-    shape, _ = sources.transformer_tensors(found.transformer)
-    modules: list[str] = []
-    adapter_modules = 0
-    try:
-        modules = names.select(config.lora.targets, shape.linears)
-    except ZImageTrainError as error:
-        errors.append(error)
-    if found.adapter is not None:
+def _weights(config: Config, fetch: Fetch | None) -> tuple[Weights | None, list[ZImageTrainError], list[str]]:
+    """The model, if all of it is here and right; what is wrong; what is not here yet. Each part for itself."""
+    found = sources.search(config.model, fetch)
+    absent = [error for error in found.errors if isinstance(error, NotDownloaded)]
+    errors: list[ZImageTrainError] = [error for error in found.errors if error not in absent]
+    # one repository may lack several parts
+    notes = [f"{one.where}: not on this machine yet; train downloads it" for e in absent for one in e.problems]
+    notes = list(dict.fromkeys(notes))  # one repository may lack several parts
+
+    transformer, extras, adapter = found.transformer, found.extras, found.adapter
+    shape = TransformerShape()  # what is not here has the size of the published models
+    if transformer is not None:
         try:
-            sizes = headers.read_sizes(found.adapter)
-            headers.require_match(found.adapter, sizes, shape.linears)
-            adapter_modules = len(sizes)
+            shape = sources.transformer_tensors(transformer)[0]
         except WeightsError as error:
-            errors.append(error)
-    raise_all(errors)
-    return Weights(found, shape, modules, adapter_modules)
+            return None, [*errors, error], notes
+    modules: list[str] = []
+    sizes: headers.Sizes = {}
+    with collected(errors):
+        modules = names.select(config.lora.targets, shape.linears)
+    if extras is not None:
+        with collected(errors):
+            parts.require(extras, shape.cap_feat_dim)
+    if adapter is not None and (transformer is not None or config.model.path is None):
+        with collected(errors):
+            sizes = headers.read_sizes(adapter)
+            headers.require_match(adapter, sizes, shape.linears)
+    if errors or transformer is None or extras is None or (config.model.adapter and adapter is None):
+        return None, errors, notes
+    return Weights(Sources(transformer, extras, adapter), shape, modules, len(sizes)), [], []
 
 
 def _disk_bytes(config: Config, weights: Weights | None) -> int:

@@ -38,11 +38,11 @@ class Section(BaseModel):
 class Model(Section):
     variant: VariantName = "turbo"
     """Which member of the family is trained."""
-    path: str | None = None
+    path: str | None = Field(default=None, min_length=1)
     """Transformer: hub id (`org/repo[@revision]`), diffusers folder or .safetensors file; null: the variant's own."""
-    extras: str | None = None
+    extras: str | None = Field(default=None, min_length=1)
     """Where text encoder, tokenizer and VAE come from; null: `path` if it has them, else the variant's own."""
-    adapter: str | None = Field(default=None, json_schema_extra=_without_default)
+    adapter: str | None = Field(default=None, min_length=1, json_schema_extra=_without_default)
     """Training adapter merged while training: v1, v2 (ostris), a file, org/repo/file, or null for none; left out, it is
     v2 for turbo and null for the others."""
     adapter_strength: float = Field(default=1.0, ge=0.0, le=2.0)
@@ -70,9 +70,9 @@ class Model(Section):
 
 
 class Data(Section):
-    folder: str | None = None
+    folder: str | None = Field(default=None, min_length=1)
     """Folder of pictures, searched with its subfolders."""
-    metadata: str | None = None
+    metadata: str | None = Field(default=None, min_length=1)
     """A .jsonl or .csv instead: columns image (or file_name) and prompt (or text); paths relative to the file."""
     resolution: Resolutions = [512, 768, 1024]
     """Each picture is trained once at each of these sizes (side of the square of equal area, px); never upscaled."""
@@ -116,7 +116,7 @@ class Data(Section):
 
 
 class Cache(Section):
-    folder: str | None = None
+    folder: str | None = Field(default=None, min_length=1)
     """Where encoded pictures and captions are kept; null: the user's cache directory."""
 
 
@@ -225,7 +225,7 @@ class Schedule(Section):
     warmup_steps: int = Field(default=0, ge=0, le=10_000_000)
     """Steps over which the learning rate rises from zero."""
     params: dict[str, Any] = {}
-    """cosine: end_factor, the share of the learning rate left at the last step (0)."""
+    """cosine: end_factor, the share of the learning rate that it falls to after the last step (0)."""
 
     @field_validator("params")
     @classmethod
@@ -294,13 +294,13 @@ class Sample(Section):
     also: Annotated[str | None, Later(None)] = None
     """Later: a second model to preview on."""
 
-    @model_validator(mode="after")
-    def _ranges(self) -> Self:
-        if not isinstance(self.steps, str) and not 1 <= self.steps <= 1000:
-            raise ValueError("steps must be between 1 and 1000")
-        if not isinstance(self.guidance, str) and not 0 <= self.guidance <= 50:
-            raise ValueError("guidance must be between 0 and 50")
-        return self
+    @field_validator("steps", "guidance")
+    @classmethod
+    def _ranges(cls, value: float | str, info: ValidationInfo) -> float | str:
+        least, most = {"steps": (1, 1000), "guidance": (0, 50)}[str(info.field_name)]
+        if not isinstance(value, str) and not least <= value <= most:
+            raise ValueError(f"is {value}; give auto, or {least} to {most}")
+        return value
 
 
 class Validation(Section):

@@ -57,7 +57,7 @@ def scan(entry: Data, where: str) -> Scan:
         return result
     for source in sources:
         try:
-            result.pictures.append(_read_picture(source, entry))
+            result.pictures.append(_read_picture(source, entry, where))
         except DataError as error:
             result.errors.append(error)
     if not result.pictures and not result.errors:
@@ -71,18 +71,15 @@ def scan(entry: Data, where: str) -> Scan:
     return result
 
 
-def _read_picture(source: _Source, entry: Data) -> Picture:
+def _read_picture(source: _Source, entry: Data, where: str) -> Picture:
     if not _is_text(str(source.path)):
         raise DataError(Problem(str(source.path), "its name is not UTF-8", "rename it"))
     content = _read_file(source.path)
     width, height = images.load(source.path, content).size
     prompt = captions.compose(source.caption, entry.default_caption, entry.trigger)
     if captions.PLACEHOLDER in prompt:
-        raise DataError(
-            Problem(
-                str(source.path), f"its caption has {captions.PLACEHOLDER}, but no trigger is set", "set data.trigger"
-            )
-        )
+        what = f"its caption has {captions.PLACEHOLDER}, but no trigger is set"
+        raise DataError(Problem(str(source.path), what, f"set {where}.trigger"))
     return Picture(source.path, hashlib.sha256(content).hexdigest(), width, height, prompt)
 
 

@@ -18,22 +18,28 @@ def read_sizes(path: Path) -> Sizes:
         WeightsError: unreadable, or not whole pairs of A and B under names that this trainer knows.
     """
     parts: dict[str, dict[str, tuple[int, ...]]] = {}
-    unknown = []
+    unknown, twice = [], []
     for key, info in read_header(path).tensors.items():
         parsed = names.parse_key(key)
         if parsed is None:
             unknown.append(key)
+        elif parsed[1] in parts.setdefault(parsed[0], {}):
+            twice.append(key)
         else:
-            parts.setdefault(parsed[0], {})[parsed[1]] = info.shape
-    broken = [module for module, found in parts.items() if not fits(found.get("A", ()), found.get("B", ()))]
+            parts[parsed[0]][parsed[1]] = info.shape
+    broken = [module for module, found in parts.items() if not fits(found)]
+    if twice:
+        what = f"holds {len(twice)} tensors twice, under two names each, such as {min(twice)}"
+        raise WeightsError(Problem(str(path), what, "remove one of each"))
     if unknown or broken or not parts:
         raise WeightsError(Problem(str(path), _complaint(unknown, broken), _advice(unknown)))
     return {module: (found["B"][0], found["A"][1]) for module, found in parts.items()}
 
 
-def fits(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
-    """Whether A of shape `a` and B of shape `b` are factors of one change."""
-    return len(a) == len(b) == 2 and a[0] == b[1] > 0
+def fits(found: Mapping[str, tuple[int, ...]]) -> bool:
+    """Whether A and B of these shapes are factors of one change, and alpha, if there is one, a single number."""
+    a, b, alpha = found.get("A", ()), found.get("B", ()), found.get("alpha", ())
+    return len(a) == len(b) == 2 and a[0] == b[1] > 0 and alpha in ((), (1,))
 
 
 def require_match(path: Path, found: Sizes, linears: Sizes) -> None:
@@ -54,7 +60,7 @@ def _complaint(unknown: list[str], broken: list[str]) -> str:
     if unknown:
         return f"has {len(unknown)} keys that are not of a Z-Image LoRA, such as {min(unknown)}"
     if broken:
-        return f"has {len(broken)} modules whose A and B are missing or do not fit, such as {min(broken)}"
+        return f"has {len(broken)} modules whose A, B or alpha are missing or do not fit, such as {min(broken)}"
     return "holds no LoRA"
 
 

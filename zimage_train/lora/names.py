@@ -53,6 +53,8 @@ def select(targets: list[str] | str, linears: Iterable[str]) -> list[str]:
     if not chosen:
         what = f"{targets!r} matches none of the {len(names)} linear modules"
         todo = "names look like layers.0.attention.to_q; the whole name must match"
+        if isinstance(targets, str) and targets in GROUPS:
+            todo = f"text is a regular expression; the group is a list: [{targets}]"
         raise ConfigError(Problem("lora.targets", what, todo))
     return chosen
 

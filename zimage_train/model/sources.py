@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from zimage_train.config.schema import Model
-from zimage_train.errors import Problem, WeightsError
+from zimage_train.errors import Problem, WeightsError, ZImageTrainError, collected
 from zimage_train.model import shapes
 from zimage_train.model.headers import TensorInfo, read_header, read_json, read_sharded
 from zimage_train.model.shapes import TransformerShape
@@ -36,45 +36,48 @@ class Sources:
     adapter: Path | None
 
 
-def locate(model: Model, fetch: Fetch | None = None) -> Sources:
-    """Find every part that `model` names, downloading from the hub what is not here yet.
+@dataclass(frozen=True)
+class Search:
+    """What was found of a model, part by part, and what is wrong with the rest."""
+
+    transformer: Path | None
+    extras: Path | None
+    adapter: Path | None
+    errors: list[ZImageTrainError]
+
+
+def search(model: Model, fetch: Fetch | None = None) -> Search:
+    """Look for every part that `model` names, downloading from the hub what is not here yet.
 
     `fetch(repository, revision, patterns)` returns the local folder of a hub repository.
+    """
+    fetch = fetch or download
+    variant = VARIANTS[model.variant]
+    transformer = extras = adapter = None
+    errors: list[ZImageTrainError] = []
+    with collected(errors):
+        transformer = _transformer(model.path or variant.transformer, "model.path", fetch)
+    if transformer is not None or model.extras is not None or model.path is None:
+        with collected(errors):
+            extras = _extras(model, fetch)
+    if model.adapter is not None:
+        with collected(errors):
+            adapter = _file(ADAPTERS.get(model.adapter, model.adapter), "model.adapter", fetch)
+    return Search(transformer, extras, adapter, errors)
+
+
+def locate(model: Model, fetch: Fetch | None = None) -> Sources:
+    """Find every part that `model` names, as `search` does.
 
     Raises:
         WeightsError: lists every part that cannot be found.
     """
-    fetch = fetch or download
-    variant = VARIANTS[model.variant]
-    errors: list[WeightsError] = []
-
-    def attempt(find: Callable[[], Path]) -> Path:
-        try:
-            return find()
-        except WeightsError as error:
-            errors.append(error)
-            return Path()
-
-    def find_transformer() -> Path:
-        return _transformer(model.path or variant.transformer, "model.path", fetch)
-
-    def find_extras() -> Path:
-        own = transformer.parent if transformer.is_dir() else None
-        if model.extras is None and own is not None and all((own / part).is_dir() for part in EXTRAS):
-            return own
-        return _extras(model.extras or variant.extras, fetch)
-
-    transformer = attempt(find_transformer)
-    extras = attempt(find_extras) if transformer != Path() or model.extras else Path()
-    adapter = None
-    if model.adapter is not None:
-        name = ADAPTERS.get(model.adapter, model.adapter)
-        adapter = attempt(lambda: _file(name, "model.adapter", fetch))
-    wrong = [error for error in errors if not isinstance(error, NotDownloaded)] or errors
+    found = search(model, fetch)
+    wrong = [error for error in found.errors if not isinstance(error, NotDownloaded)] or found.errors
     if wrong:
-        kind = NotDownloaded if isinstance(wrong[0], NotDownloaded) else WeightsError
-        raise kind(*(problem for error in wrong for problem in error.problems))
-    return Sources(transformer, extras, adapter)
+        raise type(wrong[0])(*(problem for error in wrong for problem in error.problems))
+    assert found.transformer is not None and found.extras is not None
+    return Sources(found.transformer, found.extras, found.adapter)
 
 
 def transformer_tensors(path: Path) -> tuple[TransformerShape, dict[str, TensorInfo]]:
@@ -134,21 +137,45 @@ def _transformer(name: str, where: str, fetch: Fetch) -> Path:
         return path
     if name.endswith(".safetensors"):
         return _file(name, where, fetch)
-    repository, revision = _hub_id(name, where)
-    folder = fetch(repository, revision, ["transformer/*", "model_index.json"])
+    folder = _fetched(name, where, ["transformer/*", "model_index.json"], fetch)
     return _transformer(str(folder), f"{where}: {name}", fetch)
 
 
-def _extras(name: str, fetch: Fetch) -> Path:
-    path = Path(name)
-    if not path.exists():
-        repository, revision = _hub_id(name, "model.extras")
-        path = fetch(repository, revision, [f"{part}/*" for part in EXTRAS])
+def _extras(model: Model, fetch: Fetch) -> Path:
+    """`model.extras`; else those beside the transformer at `model.path`; else the variant's own."""
+    patterns = [f"{part}/*" for part in EXTRAS]
+    variant = VARIANTS[model.variant]
+    if model.extras is not None:
+        path = Path(model.extras)
+        if not path.exists():
+            path = _fetched(model.extras, "model.extras", patterns, fetch)
+        return _whole(path, model.extras)
+    if model.path is not None:
+        path = Path(model.path)
+        if (path / "transformer").is_dir():  # a whole pipeline, so what it lacks is missing and not elsewhere
+            return _whole(path, model.path)
+        if not path.exists() and not model.path.endswith(".safetensors"):
+            path = _fetched(model.path, "model.path", patterns, fetch)
+            if all((path / part).is_dir() for part in EXTRAS):
+                return path
+    return _whole(_fetched(variant.extras, "model.extras", patterns, fetch), variant.extras)
+
+
+def _whole(path: Path, name: str) -> Path:
     missing = [part for part in EXTRAS if not (path / part).is_dir()]
     if missing:
         what = f"{name} has no {', '.join(missing)}"
         raise WeightsError(Problem("model.extras", what, "give a diffusers folder or hub id that has them"))
     return path
+
+
+def _fetched(name: str, where: str, patterns: list[str], fetch: Fetch) -> Path:
+    """The snapshot of the hub repository `name`; what goes wrong is said of the setting `where`."""
+    repository, revision = _hub_id(name, where)
+    try:
+        return fetch(repository, revision, patterns)
+    except WeightsError as error:
+        raise type(error)(*(Problem(f"{where}: {one.where}", one.what, one.todo) for one in error.problems)) from None
 
 
 def _file(name: str, where: str, fetch: Fetch) -> Path:
@@ -159,8 +186,8 @@ def _file(name: str, where: str, fetch: Fetch) -> Path:
     if path.is_absolute() or len(parts) < 3 or name.startswith("."):
         what = "is a folder, not a file" if path.exists() else "does not exist"
         raise WeightsError(Problem(f"{where}: {name}", what, "give a file that is there, or org/repo/file on the hub"))
-    repository, revision = _hub_id("/".join(parts[:2]), where)
-    found = fetch(repository, revision, ["/".join(parts[2:])]) / "/".join(parts[2:])
+    repository, inside = "/".join(parts[:2]), "/".join(parts[2:])
+    found = _fetched(repository, where, [inside], fetch) / inside
     if not found.is_file():
         raise WeightsError(Problem(f"{where}: {name}", f"{repository} has no such file", "check the name"))
     return found
@@ -202,6 +229,6 @@ def _snapshot(repository: str, revision: str | None, patterns: list[str], local_
         name = f"{repository}@{revision}" if revision else repository
         lines = str(error).strip().splitlines()
         what = "is not on this machine" if local_only else f"cannot be downloaded ({lines[0] if lines else error!r})"
-        todo = "check the name and the connection, or give a local path in model.path"
+        todo = "check the name and the connection, or give a local path"
         raise (NotDownloaded if local_only else WeightsError)(Problem(name, what, todo)) from None
     return Path(folder)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, Qwen3Config, Qwen3Model
 
 from zimage_train.errors import Problem, WeightsError
-from zimage_train.model.headers import read_json, read_sharded
+from zimage_train.model import extras as parts
 from zimage_train.model.weights import fill, stream
 
 MAX_TOKENS = 512
@@ -48,10 +48,7 @@ def load(extras: Path, device: torch.device, dtype: torch.dtype) -> TextEncoder:
         WeightsError: not a Qwen3, or not exactly its tensors.
     """
     folder = extras / "text_encoder"
-    config_path = folder / "config.json"
-    kind = read_json(config_path).get("model_type")
-    if kind != "qwen3":
-        raise WeightsError(Problem(str(config_path), f"is a {kind}, not a Qwen3", "check model.extras"))
+    _, found = parts.text_encoder(extras)
     config = Qwen3Config.from_pretrained(folder, local_files_only=True)
     last = config.num_hidden_layers - 1
     config.num_hidden_layers = last
@@ -59,11 +56,11 @@ def load(extras: Path, device: torch.device, dtype: torch.dtype) -> TextEncoder:
     with init_empty_weights():
         model = Qwen3Model(config)
     model.register_module("norm", nn.Identity())
-    tensors = {name: info for name, info in read_sharded(folder, "model").items() if _is_used(name, last)}
+    tensors = {name: info for name, info in found.items() if _is_used(name, last)}
     named = ((name.removeprefix("model."), tensor) for name, tensor in stream(tensors))
     fill(model, named, str(folder), device, dtype)
     model.rotary_emb.to(device)
-    return TextEncoder(model.eval(), _tokenizer(extras / "tokenizer"))
+    return TextEncoder(model.eval(), _tokenizer(parts.tokenizer(extras)))
 
 
 def _is_used(name: str, last: int) -> bool:
@@ -71,8 +68,6 @@ def _is_used(name: str, last: int) -> bool:
 
 
 def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    if not (folder / "tokenizer.json").exists():
-        raise WeightsError(Problem(str(folder), "has no tokenizer.json", "get the folder again"))
     try:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # tokenizers raises bare Exception for a damaged file

@@ -10,13 +10,8 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from torch import Tensor
 
-from zimage_train.errors import Problem, WeightsError
-from zimage_train.model.headers import read_json, read_sharded
+from zimage_train.model import extras as parts
 from zimage_train.model.weights import fill, stream
-
-LATENT_CHANNELS = 16
-LATENT_STRIDE = 8
-"""Pixels per latent."""
 
 
 def load(extras: Path, device: torch.device, dtype: torch.dtype) -> AutoencoderKL:
@@ -26,15 +21,10 @@ def load(extras: Path, device: torch.device, dtype: torch.dtype) -> AutoencoderK
         WeightsError: not an AutoencoderKL of 16 channels and stride 8, or not exactly its tensors.
     """
     folder = extras / "vae"
-    config = read_json(folder / "config.json")
-    kind = config.get("_class_name")
-    stride = 2 ** (len(config.get("block_out_channels", [])) - 1)
-    if kind != "AutoencoderKL" or config.get("latent_channels") != LATENT_CHANNELS or stride != LATENT_STRIDE:
-        what = f"is a {kind} with {config.get('latent_channels')} channels and stride {stride}"
-        raise WeightsError(Problem(str(folder), what, "Z-Image needs an AutoencoderKL with 16 channels and stride 8"))
+    config, tensors = parts.vae(extras)
     with init_empty_weights():
         vae = cast(AutoencoderKL, AutoencoderKL.from_config(config))
-    fill(vae, stream(read_sharded(folder, "diffusion_pytorch_model")), str(folder), device, dtype)
+    fill(vae, stream(tensors), str(folder), device, dtype)
     return vae.eval()
 
 

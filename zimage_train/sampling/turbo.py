@@ -8,8 +8,8 @@ from diffusers import ZImageTransformer2DModel
 from torch import Tensor
 
 from zimage_train import flow
+from zimage_train.model.extras import LATENT_CHANNELS, LATENT_STRIDE
 from zimage_train.model.transformer import velocity
-from zimage_train.model.vae import LATENT_CHANNELS, LATENT_STRIDE
 from zimage_train.sampling.recipe import Recipe
 
 

@@ -1,6 +1,7 @@
 """From a checked config to a run that is ready: caches filled, model assembled, LoRA attached, checkpoint loaded."""
 
 import importlib.metadata
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -56,7 +57,7 @@ def open_session(checked: Checked, world: World, console: Console, stop: StopReq
     digester = Digester(cache.folder / "digests.json")
     source, extras, adapter = weights.sources.transformer, weights.sources.extras, weights.sources.adapter
     digests = Digests(
-        model=digester.of_folder(source) if source.is_dir() else digester.of([source]),
+        model=digester.of_folder(source) if source.is_dir() else digester.of_content(source),
         adapter=digester.of_content(adapter) if adapter else None,
         text_encoder=digester.of_folder(extras / "text_encoder") + digester.of_folder(extras / "tokenizer"),
         vae=digester.of_folder(extras / "vae"),
@@ -202,7 +203,7 @@ def _plan_memory(checked: Checked, session: Session) -> tuple[bool, str]:
         total = torch.cuda.get_device_properties(world.device).total_memory if is_gpu else system_memory_bytes()
     else:
         total = int(budget * 1e9)
-    sizes = {item.size for item in checked.items}
+    sizes = Counter(item.size for item in checked.items)
     return memory.choose_checkpointing(config, weights.shape, weights.modules, sizes, total, is_gpu)
 
 
