@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# From a fresh machine to a finished LoRA: makes .venv, installs, trains the miniature, two minutes in all without a GPU, downloads aside.
+# From a fresh machine to a finished LoRA: makes .venv, installs, trains the miniature. Two minutes without a GPU,
+# downloads aside.
 #   bash scripts/quickstart.sh [options of zimage-train train, such as --set train.steps=20]
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup_venv.sh"
