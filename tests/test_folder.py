@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -19,9 +20,10 @@ from zimage_train.data.folder import Scan, fingerprint, scan
 
 
 def picture(path: Path, colour: tuple[int, int, int] = (10, 20, 30), size: tuple[int, int] = (80, 64)) -> Path:
-    """A small picture; a different colour is a different content."""
+    """A small picture; a different colour is a different content, unlike any other."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", size, colour).save(path)
+    blocks = np.random.default_rng(colour).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    Image.fromarray(blocks).resize(size, Image.Resampling.NEAREST).save(path)
     return path
 
 

@@ -118,7 +118,9 @@ def test_what_a_run_needs_is_all_there(make_config: Make):
     assert checked.weights is not None
     assert len(checked.weights.modules) == 42
     assert checked.weights.adapter_modules == adapter_modules(mini.ADAPTER) > 0
-    assert checked.notes == []
+    assert checked.notes == [
+        "smaller than 96x96 px, so trained at their own size there: 1 of 16 pictures (zorb_12.jpg)"
+    ]
 
 
 def adapter_modules(path: Path) -> int:
@@ -136,7 +138,9 @@ def test_the_report_says_what_a_run_would_do(make_config: Make, monkeypatch: pyt
     assert f"{count} pictures" in lines
     table = [line for line in lines if "->" in line]
     assert len(table) == count and all("zorb" in line for line in table)
-    assert re.search(r"zorb_01\.png: \d+x\d+ -> \d+x\d+ \(crop \d+ %\), \d+x\d+ \(crop \d+ %\)  '", table[0])
+    assert re.search(
+        r"zorb_01\.png: \d+x\d+ -> 64x64 \(scale 0\.67, crop 0 %\), 96x96 \(scale 1\.00, crop 0 %\)  '", table[0]
+    )
     (epochs,) = [line for line in lines if "samples an epoch" in line]
     per_epoch = float(re.search(r"([\d.]+) steps an epoch", epochs)[1])
     assert epochs.startswith(f"{2 * count} samples an epoch") and "30 steps of up to 2 samples" in epochs

@@ -46,13 +46,29 @@ def train(
 
 
 @app.command()
-def check(config: ConfigPath, set_: Overrides = None) -> None:
-    """Check config, pictures, captions, weights and disk, and show what a run would do. Writes nothing."""
+def check(
+    config: ConfigPath,
+    set_: Overrides = None,
+    quarantine: Annotated[
+        bool, typer.Option("--quarantine", help="Move bad pictures to _rejected, with the reason beside each.")
+    ] = False,
+) -> None:
+    """Check config, pictures, captions, weights and disk, and show what a run would do.
+
+    Writes nothing but, into the cache folder, what it saw of each picture, so that the next time takes seconds.
+    """
     settings = read_config(config, set_ or [])
     from zimage_train import preflight
+    from zimage_train.data.quarantine import move_rejected
     from zimage_train.model.sources import cached_only
+    from zimage_train.report.console import Console
 
-    _print(preflight.report(preflight.examine(settings, cached_only)))
+    console = Console(is_main=sys.stderr.isatty(), stream=sys.stderr)
+    if quarantine:
+        _print(move_rejected(settings))
+    with console.live():
+        checked = preflight.examine(settings, cached_only, console.tick)
+    _print(preflight.report(checked))
 
 
 @app.command()

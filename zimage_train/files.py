@@ -127,6 +127,24 @@ def remove(path: Path) -> bool:
     return True
 
 
+def move(path: Path, target: Path) -> Path:
+    """Move a file within its volume to `target`, or to a free name beside it; return where it is now.
+
+    Raises:
+        DiskError: it cannot be moved.
+    """
+    place, number = target, 1
+    while place.exists():
+        number += 1
+        place = target.with_name(f"{target.stem}-{number}{target.suffix}")
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        path.rename(place)
+    except OSError as error:
+        raise DiskError(Problem(str(path), f"cannot be moved ({error.strerror})", "check its permissions")) from error
+    return place
+
+
 def set_aside(path: Path, suffix: str) -> Path:
     """Rename `path` to a free name that ends in `suffix` and return that name; nothing is ever deleted.
 

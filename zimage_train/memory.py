@@ -60,7 +60,7 @@ def estimate(
     trained = sum(sum(shape.linears[module]) for module in modules) * config.lora.rank
     batches = {size: min(number, config.train.batch_size) for size, number in sizes.items()}
     tokens = max(
-        ((_padded(size.width * size.height // 256) + CAPTION_TOKENS) * batch for size, batch in batches.items()),
+        ((padded(size.width * size.height // 256) + CAPTION_TOKENS) * batch for size, batch in batches.items()),
         default=0,
     )
     dtype = config.model.dtype
@@ -88,7 +88,8 @@ def choose_checkpointing(
     return not fits, why
 
 
-def _padded(tokens: int) -> int:
+def padded(tokens: int) -> int:
+    """`tokens` as the model pads them: to the next multiple of 32."""
     return -(-tokens // 32) * 32
 
 

@@ -4,15 +4,17 @@ import os
 import shutil
 import subprocess
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from zimage_train import files, memory
+from zimage_train import files, flops, memory
 from zimage_train.config import advice
+from zimage_train.config.reading import cache_folder
 from zimage_train.config.schema import Config
 from zimage_train.data import folder
-from zimage_train.data.buckets import crop_percent
+from zimage_train.data.buckets import Bucket, crop_percent
 from zimage_train.data.folder import Picture
+from zimage_train.data.looks import Looks, Tick
 from zimage_train.data.plan import Item, items_of, make_plan
 from zimage_train.errors import WeightsError, ZImageTrainError, collected, raise_all
 from zimage_train.lora import headers, names
@@ -21,6 +23,7 @@ from zimage_train.model import extras as parts
 from zimage_train.model import sources
 from zimage_train.model.shapes import TransformerShape
 from zimage_train.model.sources import Fetch, NotDownloaded, Sources
+from zimage_train.sampling.recipe import previews
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ class Checked:
     warnings: list[str]
 
 
-def examine(config: Config, fetch: Fetch | None = None) -> Checked:
+def examine(config: Config, fetch: Fetch | None = None, tick: Tick = lambda what, done, total: None) -> Checked:
     """Check pictures, captions, weights, adapter and disk.
 
     Raises:
@@ -55,7 +58,9 @@ def examine(config: Config, fetch: Fetch | None = None) -> Checked:
     """
     errors: list[ZImageTrainError] = []
     notes: list[str] = []
-    scans = [folder.scan(entry, f"data.{index}") for index, entry in enumerate(config.data)]
+    looks = Looks(cache_folder(config) / "looks.json")
+    scans = [folder.scan(entry, f"data.{index}", looks, tick) for index, entry in enumerate(config.data)]
+    looks.save()
     errors += [error for scan in scans for error in scan.errors]
     notes += [note for scan in scans for note in scan.notes]
     pictures = [scan.pictures for scan in scans]
@@ -71,6 +76,7 @@ def examine(config: Config, fetch: Fetch | None = None) -> Checked:
             files.require_folder(Path(config.cache.folder))
         files.require_space(Path(config.output), _disk_bytes(config, weights), "checkpoints and exports")
     raise_all(errors)
+    notes += _small_pictures(items)
     return Checked(config, pictures, items, weights, notes, advice.warnings(config, sum(map(len, pictures))))
 
 
@@ -100,7 +106,7 @@ def report(checked: Checked) -> list[str]:
         lines.append(f"LoRA of rank {config.lora.rank} on {len(weights.modules)} modules ({groups})")
         if weights.sources.adapter is not None:
             lines.append(f"adapter fits {weights.adapter_modules}/{weights.adapter_modules} modules")
-    lines += ["", *_memory_lines(checked)]
+    lines += ["", *_memory_lines(checked), *_share_lines(checked, _recomputes(checked))]
     lines += [f"note: {note}" for note in checked.notes]
     lines += [f"warning: {warning}" for warning in checked.warnings]
     return lines
@@ -157,25 +163,84 @@ def _table(checked: Checked) -> list[str]:
     for item in checked.items:
         if item.repeat == 0:
             by_picture.setdefault((item.entry, item.picture.path), []).append(item)
-    lines = []
-    for (_, path), items in by_picture.items():
-        picture = items[0].picture
-        sizes = ", ".join(
-            f"{i.size.width}x{i.size.height} (crop {crop_percent(picture.width, picture.height, i.size):.0f} %)"
-            for i in items
-        )
-        lines.append(f"  {path.name}: {picture.width}x{picture.height} -> {sizes}  {picture.prompt!r}")
+    repeats = [entry.repeats for entry in checked.config.data]
+    lines = [_row(items, repeats[entry]) for (entry, _), items in by_picture.items()]
     total = sum(len(found) for found in checked.pictures)
     return [f"{total} pictures", *lines]
 
 
+def _row(items: list[Item], repeats: int) -> str:
+    picture = items[0].picture
+    sizes = ", ".join(
+        f"{size.width}x{size.height} (scale {max(size.width / picture.width, size.height / picture.height):.2f}, "
+        f"crop {crop_percent(picture.width, picture.height, size):.0f} %)"
+        for size in (item.size for item in items)
+    )
+    times = f"  x{repeats}" if repeats > 1 else ""
+    return f"  {picture.path.name}: {picture.width}x{picture.height} -> {sizes}{times}  {picture.prompt!r}"
+
+
+def _small_pictures(items: list[Item]) -> list[str]:
+    """Pictures that fill less than a listed resolution, which they are then trained below."""
+    small: dict[int, set[Path]] = {}
+    total = len({item.picture.path for item in items})
+    for item in items:
+        if item.picture.width * item.picture.height < 0.9 * item.resolution**2:
+            small.setdefault(item.resolution, set()).add(item.picture.path)
+    lines = []
+    for resolution, paths in sorted(small.items()):
+        some = ", ".join(path.name for path in sorted(paths)[:3]) + (", ..." if len(paths) > 3 else "")
+        what = f"smaller than {resolution}x{resolution} px, so trained at their own size there"
+        lines.append(f"{what}: {len(paths)} of {total} pictures ({some})")
+    return lines
+
+
+def _share_lines(checked: Checked, checkpointing: bool) -> list[str]:
+    """Where the time and the memory of the run go: by resolution, and to previews; from operations, not a clock."""
+    config = checked.config
+    shape = checked.weights.shape if checked.weights else TransformerShape()
+    work: dict[int, float] = {}
+    for item in checked.items:
+        work[item.resolution] = work.get(item.resolution, 0.0) + flops.step(shape, item.size, checkpointing)
+    epoch = sum(work.values())
+    lines = []
+    for resolution, amount in sorted(work.items()):
+        part = replace(checked, items=[item for item in checked.items if item.resolution == resolution])
+        most = estimate(part, checkpointing, True).total / 1e9
+        lines.append(f"  {resolution} px: {amount / epoch:.0%} of the training time, {most:.2f} GB a step")
+    epochs = config.train.steps / make_plan(config, checked.items).steps_per_epoch
+    drawn = sum(
+        flops.forward(shape, Bucket(one.width, one.height)) * one.steps * (2 if one.guidance > 0 else 1)
+        for one in previews(config)
+    )
+    times = _previews_in_a_run(config)
+    share = drawn * times / (drawn * times + epoch * epochs)
+    lines.append(f"  previews: {times} times {len(config.sample.prompts)} pictures, {share:.0%} of the run")
+    return ["time by share of the arithmetic:", *lines]
+
+
+def _previews_in_a_run(config: Config) -> int:
+    every, steps = config.sample.every, config.train.steps
+    if every is None:
+        return 0
+    return -(-steps // every) + config.sample.first
+
+
+def _memory_limit(checked: Checked) -> float | None:
+    budget = checked.config.memory.budget_gb
+    return budget * 1e9 if not isinstance(budget, str) else _gpu_bytes()
+
+
+def _recomputes(checked: Checked) -> bool:
+    setting, limit = checked.config.memory.checkpointing, _memory_limit(checked)
+    if isinstance(setting, bool):
+        return setting
+    return limit is not None and estimate(checked, False, True).total > limit
+
+
 def _memory_lines(checked: Checked) -> list[str]:
     kept, recomputed = estimate(checked, False, True), estimate(checked, True, True)
-    budget = checked.config.memory.budget_gb
-    gpu = _gpu_bytes()
-    limit = budget * 1e9 if not isinstance(budget, str) else gpu
-    setting = checked.config.memory.checkpointing
-    use = setting if isinstance(setting, bool) else (limit is not None and kept.total > limit)
+    limit, use, setting = _memory_limit(checked), _recomputes(checked), checked.config.memory.checkpointing
     lines = ["memory of one training step:", *(f"  {line}" for line in (recomputed if use else kept).lines())]
     other = kept if use else recomputed
     lines.append(f"  {'without' if use else 'with'} recomputation it would be {other.total / 1e9:.2f} GB")

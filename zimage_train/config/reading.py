@@ -1,6 +1,7 @@
 """From a YAML file and `--set key=value` to a `Config`, or to every problem at once, each with its line."""
 
 import difflib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -139,6 +140,14 @@ def resolved(config: Config) -> Config:
             "cache": cache.model_copy(update={"folder": folder}),
         }
     )
+
+
+def cache_folder(config: Config) -> Path:
+    """`cache.folder`, or the user's cache directory for this program."""
+    if config.cache.folder is not None:
+        return Path(config.cache.folder)
+    base = os.environ.get("XDG_CACHE_HOME") or os.environ.get("LOCALAPPDATA")
+    return (Path(base) if base else Path.home() / ".cache") / "zimage-train"
 
 
 def flatten(value: Any, prefix: str = "") -> dict[str, Any]:

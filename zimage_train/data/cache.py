@@ -6,7 +6,6 @@ something is missing.
 """
 
 import hashlib
-import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,12 +69,6 @@ class Cache:
     def _path(self, key: str) -> Path:
         kind, digest = key.split("/")
         return self.folder / kind / digest[:2] / f"{digest}.safetensors"
-
-
-def default_folder() -> Path:
-    """The user's cache directory for this program."""
-    base = os.environ.get("XDG_CACHE_HOME") or os.environ.get("LOCALAPPDATA")
-    return (Path(base) if base else Path.home() / ".cache") / "zimage-train"
 
 
 def latent_key(picture: Picture, size: Bucket, vae_digest: str) -> str:

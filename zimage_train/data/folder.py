@@ -12,7 +12,8 @@ from typing import Any
 
 from zimage_train.config.schema import Data
 from zimage_train.data import captions, images
-from zimage_train.errors import DataError, Problem, ZImageTrainError
+from zimage_train.data.looks import Look, Looks, Tick, near_duplicates
+from zimage_train.errors import DataError, Problem, ZImageTrainError, collected
 
 IMAGE_COLUMNS = ("image", "file_name")
 PROMPT_COLUMNS = ("prompt", "text")
@@ -27,6 +28,7 @@ class Picture:
     width: int
     height: int
     prompt: str
+    thumbnail: str = ""
 
 
 @dataclass
@@ -36,6 +38,8 @@ class Scan:
     pictures: list[Picture]
     errors: list[ZImageTrainError]
     notes: list[str]
+    rejected: list[tuple[Path, Problem]]
+    """Files that are no picture to train on, and why; `errors` has them too."""
 
 
 @dataclass(frozen=True)
@@ -44,22 +48,26 @@ class _Source:
     caption: str
 
 
-def scan(entry: Data, where: str) -> Scan:
-    """Find and read every picture and caption of `entry`; nothing is left out silently.
+def scan(entry: Data, where: str, looks: Looks | None = None, tick: Tick = lambda what, done, total: None) -> Scan:
+    """Find and look at every picture and caption of `entry`; nothing is left out silently.
 
     The order is that of the relative paths, whatever the file system says.
     """
-    result = Scan([], [], [])
+    result = Scan([], [], [], [])
     try:
         sources = _from_metadata(entry, result) if entry.metadata else _from_folder(entry, result)
     except DataError as error:
         result.errors.append(error)
         return result
-    for source in sources:
-        try:
-            result.pictures.append(_read_picture(source, entry, where))
-        except DataError as error:
-            result.errors.append(error)
+    named = [source for source in sources if _has_a_name(source, result)]
+    found = (looks or Looks()).at((source.path for source in named), tick)
+    for source, look in zip(named, found, strict=True):
+        if isinstance(look, Look):
+            with collected(result.errors):
+                result.pictures.append(_picture(source, look, entry, where))
+        else:
+            result.errors.append(look)
+            result.rejected += [(source.path, problem) for problem in look.problems]
     if not result.pictures and not result.errors:
         place = entry.folder or entry.metadata
         extensions = ", ".join(sorted(images.EXTENSIONS))
@@ -71,27 +79,19 @@ def scan(entry: Data, where: str) -> Scan:
     return result
 
 
-def _read_picture(source: _Source, entry: Data, where: str) -> Picture:
-    if not _is_text(str(source.path)):
-        raise DataError(Problem(str(source.path), "its name is not UTF-8", "rename it"))
-    content = _read_file(source.path)
-    width, height = images.load(source.path, content).size
+def _has_a_name(source: _Source, result: Scan) -> bool:
+    if _is_text(str(source.path)):
+        return True
+    result.errors.append(DataError(Problem(str(source.path), "its name is not UTF-8", "rename it")))
+    return False
+
+
+def _picture(source: _Source, look: Look, entry: Data, where: str) -> Picture:
     prompt = captions.compose(source.caption, entry.default_caption, entry.trigger)
     if captions.PLACEHOLDER in prompt:
         what = f"its caption has {captions.PLACEHOLDER}, but no trigger is set"
         raise DataError(Problem(str(source.path), what, f"set {where}.trigger"))
-    return Picture(source.path, hashlib.sha256(content).hexdigest(), width, height, prompt)
-
-
-def _read_file(path: Path) -> bytes:
-    try:
-        if path.exists() and not path.is_file():  # a pipe would block for ever
-            raise DataError(Problem(str(path), "is not a file", "remove it or check the name"))
-        return path.read_bytes()
-    except FileNotFoundError:
-        raise DataError(Problem(str(path), "does not exist", "check the name")) from None
-    except OSError as error:
-        raise DataError(Problem(str(path), f"cannot be read ({error.strerror})", "check the file")) from None
+    return Picture(source.path, look.digest, look.width, look.height, prompt, look.thumbnail)
 
 
 def _from_folder(entry: Data, result: Scan) -> list[_Source]:
@@ -220,6 +220,9 @@ def _notes(pictures: list[Picture], where: str) -> list[str]:
         other = first.setdefault(picture.digest, picture)
         if other is not picture:
             notes.append(f"{picture.path}: the same picture as {other.path}")
+    different = list(first.values())
+    for earlier, later in near_duplicates([picture.thumbnail for picture in different]):
+        notes.append(f"{different[later].path}: nearly the same picture as {different[earlier].path}")
     return notes
 
 

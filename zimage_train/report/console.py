@@ -52,9 +52,9 @@ class Unbreakable:
 class Console:
     """Lines and progress for one process; a process that is not the main one says nothing."""
 
-    def __init__(self, is_main: bool = True) -> None:
-        stream = cast(IO[str], Unbreakable(sys.stdout))
-        self._rich = RichConsole(file=stream, markup=False, highlight=False, soft_wrap=True, quiet=not is_main)
+    def __init__(self, is_main: bool = True, stream: IO[str] | None = None) -> None:
+        unbreakable = cast(IO[str], Unbreakable(stream or sys.stdout))
+        self._rich = RichConsole(file=unbreakable, markup=False, highlight=False, soft_wrap=True, quiet=not is_main)
         self._is_main = is_main
         self._file: IO[str] | None = None
         self._progress: Progress | None = None

@@ -5,7 +5,6 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,8 +13,8 @@ from torch.utils.checkpoint import checkpoint as recompute
 from zimage_train import __version__, checkpoint, distributed, encoding, memory, optim
 from zimage_train.assemble import Frozen, assemble
 from zimage_train.checkpoint import Checkpoint
+from zimage_train.config.reading import cache_folder
 from zimage_train.config.schema import Config
-from zimage_train.data import cache as caching
 from zimage_train.data.cache import Cache
 from zimage_train.data.folder import fingerprint
 from zimage_train.data.plan import Plan, make_plan
@@ -51,9 +50,9 @@ class Session:
 
 def open_session(checked: Checked, world: World, console: Console, stop: StopRequest) -> Session:
     """Open the cache that the config names, or the user's, and digest every part of the model by content."""
-    weights, folder = checked.weights, checked.config.cache.folder
+    weights = checked.weights
     assert weights is not None  # without weights, `train` and `cache` have ended with an error
-    cache = Cache(Path(folder) if folder else caching.default_folder())
+    cache = Cache(cache_folder(checked.config))
     digester = Digester(cache.folder / "digests.json")
     source, extras, adapter = weights.sources.transformer, weights.sources.extras, weights.sources.adapter
     digests = Digests(
