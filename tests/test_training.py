@@ -568,6 +568,39 @@ def test_a_list_that_changed_is_shown_on_one_line(make_config):
     assert 'lora.targets: - ["attention", "feed_forward"]  + ["attention"]' in str(error.value)
 
 
+def test_allow_continues_with_a_changed_rate_and_says_so(make_config, capsys):
+    train(make_config(train={"steps": 2}), fresh=False)
+    changed = make_config(train={"steps": 4}, optimizer={"lr": 5e-4})
+    with pytest.raises(
+        ConfigError, match=r"optimizer.lr: - 0.001  \+ 0.0005[\s\S]*or go on with it: --allow optimizer.lr"
+    ):
+        train(changed, fresh=False)
+    train(changed, fresh=False, allow=("optimizer.lr",))
+    assert [record["lr"] for record in read(folder(changed) / "metrics.jsonl")] == [1e-3, 1e-3, 5e-4, 5e-4]
+    assert "warning: allowed: optimizer.lr: - 0.001  + 0.0005" in (folder(changed) / "log.txt").read_text()
+    train(make_config(train={"steps": 5}, optimizer={"lr": 5e-4}), fresh=False)  # from now on it is the run's own
+
+
+def test_allow_covers_pictures_and_nothing_that_it_does_not_name(make_config, tmp_path):
+    shutil.copytree(mini.PICTURES, tmp_path / "photos")
+    data = [{"folder": str(tmp_path / "photos"), "resolution": [64], "trigger": "zorb"}]
+    train(make_config(train={"steps": 2}, data=data), fresh=False)
+    (tmp_path / "photos" / "zorb_01.png").unlink()
+    later = {"train": {"steps": 4}, "data": data}
+    with pytest.raises(ConfigError, match=r"zorb_01.png.*: is gone"):
+        train(make_config(**later), fresh=False, allow=("timesteps",))
+    with pytest.raises(ConfigError, match=r"^optimizer.lr: [^\n]*\n[^\n]*belongs"):
+        train(make_config(**later, optimizer={"lr": 5e-4}), fresh=False, allow=("data",))
+    train(make_config(**later), fresh=False, allow=("data",))
+    assert len(losses(make_config())) == 4
+
+
+@pytest.mark.parametrize("key", ["lora.rank", "optimizer.name", "model", ""])
+def test_what_cannot_change_within_a_run_cannot_be_allowed(make_config, key: str):
+    with pytest.raises(ConfigError, match=r"cannot change within a run; one of optimizer\.lr, "):
+        train(make_config(), fresh=False, allow=(key,))
+
+
 def test_steps_below_those_of_the_run_are_refused_and_nothing_is_written(make_config):
     train(make_config(train={"steps": 3}), fresh=False)
     before = {path: path.read_bytes() for path in folder(make_config()).rglob("*.json*")}

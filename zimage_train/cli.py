@@ -37,12 +37,15 @@ def train(
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Move an older run of this name aside and begin again.")
     ] = False,
+    allow: Annotated[
+        list[str] | None, typer.Option("--allow", metavar="KEY", help="Continue with a changed KEY, e.g. optimizer.lr.")
+    ] = None,
 ) -> None:
     """Train a LoRA; the same command continues a run that was stopped."""
     settings = read_config(config, set_ or [])
     from zimage_train.app.train import train as run
 
-    run(settings, fresh)
+    run(settings, fresh, tuple(allow or ()))
 
 
 @app.command()

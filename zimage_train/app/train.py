@@ -28,12 +28,13 @@ LESS_MEMORY = (
 )
 
 
-def train(config: Config, fresh: bool) -> None:
-    """Train `config` to its end, or continue what an earlier start of it left.
+def train(config: Config, fresh: bool, allow: tuple[str, ...] = ()) -> None:
+    """Train `config` to its end, or continue what an earlier start of it left, with the changes that `allow` names.
 
     Raises:
         ZImageTrainError: anything a user can act on.
     """
+    run_folder.require_allowable(allow)
     world = distributed.join()
     console = Console(world.is_main)
     checked = _examine(config, world)
@@ -50,7 +51,7 @@ def train(config: Config, fresh: bool) -> None:
         distributed.wait()
         for line in (*(f"note: {note}" for note in checked.notes), *(f"warning: {one}" for one in checked.warnings)):
             console.say(line)
-        session = setup.open_session(checked, world, console, stop)
+        session = setup.open_session(checked, world, console, stop, allow)
         identity = run_folder.identity(config, setup.fingerprint_of(checked, session.digests))
         found = setup.find_checkpoint(folder, config, identity, session)
         if _is_complete(folder, config, found):

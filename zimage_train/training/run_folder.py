@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,8 @@ from zimage_train.report import metrics
 
 MAY_CHANGE = ("train.steps", "output", "cache.", "save.", "sample.", "validation.", "memory.", "log.")
 """Settings that a resumed run may change: none of them alters a weight that was trained."""
+ALLOWABLE = ("optimizer.lr", "schedule", "train.clip_norm", "timesteps", "guidance", "data")
+"""Settings, and the pictures, that a run can take up in its middle when `--allow` names them: each step reads them."""
 BY_DIGEST = ("model.path", "model.extras", "model.adapter", "data.*.folder", "data.*.metadata")
 """Settings that are paths: what they lead to is compared instead."""
 
@@ -115,28 +117,52 @@ def digest_of(identity: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def require_same(folder: RunFolder, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Refuse to continue a run with settings or inputs that would make it another run.
+def require_allowable(allow: Iterable[str]) -> None:
+    """Refuse to `--allow` what a run cannot take up in its middle.
 
     Raises:
-        ConfigError: shows every difference as `- was`, `+ is`.
+        ConfigError: names what can be allowed.
     """
-    old, new = before["settings"], now["settings"]
-    problems = [
-        Problem(key, f"- {_shown(old, key)}  + {_shown(new, key)}")
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key)
-    ]
-    words = {(True, True): "changed", (True, False): "is gone", (False, True): "is new"}
-    old, new = before["inputs"], now["inputs"]
-    problems += [
-        Problem(key, words[key in old, key in new])
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key)
-    ]
-    if problems:
+    wrong = [key for key in allow if not key.startswith(ALLOWABLE)]
+    if wrong:
+        todo = f"one of {', '.join(ALLOWABLE)} can"
+        raise ConfigError(*(Problem(f"--allow {key}", "cannot change within a run", todo) for key in wrong))
+
+
+def require_same(
+    folder: RunFolder, before: Mapping[str, Any], now: Mapping[str, Any], allow: Iterable[str] = ()
+) -> list[str]:
+    """Refuse to continue a run with settings or inputs that would make it another run.
+
+    Returns the differences that `allow` names: those the run goes on with.
+
+    Raises:
+        ConfigError: shows every other difference as `- was`, `+ is`.
+    """
+    problems = [*_changed_settings(before["settings"], now["settings"])]
+    problems += _changed_inputs(before["inputs"], now["inputs"])
+    refused = [one for one in problems if not one.where.startswith(tuple(allow))]
+    if refused:
         todo = "undo the change, choose another name, or begin again with --fresh (which moves the old run aside)"
-        raise ConfigError(*problems, Problem(str(folder.root), "belongs to another run", todo))
+        if all(one.where.startswith(ALLOWABLE) for one in refused):
+            todo += f"; or go on with it: {' '.join(dict.fromkeys(f'--allow {_allowable(one)}' for one in refused))}"
+        raise ConfigError(*refused, Problem(str(folder.root), "belongs to another run", todo))
+    return [str(one) for one in problems]
+
+
+def _changed_settings(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Problem]:
+    keys = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+    return [Problem(key, f"- {_shown(old, key)}  + {_shown(new, key)}") for key in keys]
+
+
+def _changed_inputs(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Problem]:
+    words = {(True, True): "changed", (True, False): "is gone", (False, True): "is new"}
+    keys = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+    return [Problem(key, words[key in old, key in new]) for key in keys]
+
+
+def _allowable(problem: Problem) -> str:
+    return next(key for key in ALLOWABLE if problem.where.startswith(key))
 
 
 def require_untouched(folder: RunFolder) -> None:

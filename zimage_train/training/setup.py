@@ -46,9 +46,13 @@ class Session:
     digests: Digests
     console: Console
     stop: StopRequest
+    allow: tuple[str, ...]
+    """Settings that this start may change although they shape the weights."""
 
 
-def open_session(checked: Checked, world: World, console: Console, stop: StopRequest) -> Session:
+def open_session(
+    checked: Checked, world: World, console: Console, stop: StopRequest, allow: tuple[str, ...] = ()
+) -> Session:
     """Open the cache that the config names, or the user's, and digest every part of the model by content."""
     weights = checked.weights
     assert weights is not None  # without weights, `train` and `cache` have ended with an error
@@ -61,7 +65,7 @@ def open_session(checked: Checked, world: World, console: Console, stop: StopReq
         text_encoder=digester.of_folder(extras / "text_encoder") + digester.of_folder(extras / "tokenizer"),
         vae=digester.of_folder(extras / "vae"),
     )
-    return Session(weights, world, cache, digests, console, stop)
+    return Session(weights, world, cache, digests, console, stop, allow)
 
 
 def find_checkpoint(
@@ -81,7 +85,8 @@ def find_checkpoint(
     if found is None:
         run_folder.require_untouched(folder)
         return None
-    run_folder.require_same(folder, found.numbers["identity"], identity)
+    for change in run_folder.require_same(folder, found.numbers["identity"], identity, session.allow):
+        session.console.warn(f"allowed: {change}")
     if found.step > config.train.steps:
         what = f"is {config.train.steps}, and the run is at step {found.step} already"
         raise ConfigError(Problem("train.steps", what, "raise it"))
