@@ -37,7 +37,7 @@ LAYERS: list[list[str]] = [
         "distributed",
         "tensorfile",
         "data.buckets data.captions data.images data.looks data.folder data.plan data.quarantine",
-        "lora.names lora.headers",
+        "lora.families lora.names lora.headers",
         "lora.metadata",
         "model.sources model.weights model.transformer model.extras model.text model.vae",
         "sampling.recipe",
@@ -50,8 +50,9 @@ LAYERS: list[list[str]] = [
         "checkpoint",
         "data.cache",
         "lora.files lora.attach lora.adapter",
+        "lora.files lora.loaders lora.anatomy",
         "memory flops",
-        "report.pictures report.page",
+        "report.pictures report.page report.heatmap",
         "sampling.turbo",
     ],
     # 3: the frozen model, everything that is known before a run, what a step is
@@ -72,7 +73,7 @@ LAYERS: list[list[str]] = [
         "training.publish app.train",
         "training.loop app.train",
         "training.setup app.train",
-        "app.timesteps",
+        "app.timesteps app.lora",
     ],
     # 5: the command line
     ["cli __main__"],
@@ -86,8 +87,9 @@ TORCH_FREE = [
         "config.yaml_reader config.values config.schema config.advice config.reading",
         "model.variants model.headers model.shapes model.digests model.sources model.extras",
         "data.buckets data.captions data.images data.looks data.folder data.plan data.quarantine",
-        "lora.names lora.headers lora.metadata",
-        "sampling.recipe report.metrics report.console report.pictures report.page memory flops mini.world",
+        "lora.families lora.names lora.headers lora.metadata",
+        "sampling.recipe report.metrics report.console report.pictures report.page report.heatmap",
+        "memory flops mini.world",
         "preflight training.stopping training.run_folder cli __main__",
     )
     for module in line.split()
@@ -103,7 +105,7 @@ LATE = {
     ("model.sources", "huggingface_hub"): "local paths never need the hub",
     ("optim", "bitsandbytes"): "an optional dependency: works without it until it is asked for",
     ("optim", "prodigyopt"): "as bitsandbytes",
-    ("lora.files", "diffusers"): "only the check of an export needs diffusers' loader",
+    ("lora.loaders", "diffusers"): "only the check of an export needs diffusers' loader",
     ("app.train", "torch"): "the TensorBoard writer is slow to import and may be off",
     ("training.loop", "resource"): "missing on Windows",
 }

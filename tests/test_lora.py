@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from zimage_train import mini
 from zimage_train.assemble import Frozen, assemble
 from zimage_train.errors import ConfigError, WeightsError
-from zimage_train.lora import attach, files, names
+from zimage_train.lora import attach, files, loaders, names
 from zimage_train.lora.files import Factors, Lora
 from zimage_train.model.shapes import TransformerShape
 from zimage_train.model.transformer import velocity
@@ -80,7 +80,7 @@ def test_an_export_reads_back_as_it_was_everywhere(tmp_path: Path, dtype: str, l
     lora = random_lora(scale=scale)
     path = tmp_path / "x.safetensors"
     files.export(path, lora, dtype, {"format": "pt"})
-    assert files.verify(path, lora, dtype, TINY.linears) <= limit
+    assert loaders.verify(path, lora, dtype, TINY.linears) <= limit
     back = files.read(path)
     assert back.keys() == lora.keys()
     for module in lora:
@@ -116,7 +116,7 @@ def test_verification_notices_what_a_loader_would_get_wrong(tmp_path: Path, spoi
     spoil(tensors)
     save_file(tensors, path)
     with pytest.raises((WeightsError, ValueError), match=message):
-        files.verify(path, lora, "fp32", TINY.linears)
+        loaders.verify(path, lora, "fp32", TINY.linears)
 
 
 def test_equal_exports_have_equal_bytes_and_sorted_metadata(tmp_path: Path):
@@ -141,8 +141,8 @@ def test_distance_equals_the_dense_one():
     module = "layers.0.feed_forward.w1"
     dense = torch.linalg.norm((one[module].delta() - other[module].delta()).double())
     dense = dense / torch.linalg.norm(one[module].delta().double())
-    assert files.distance(one[module], other[module]) == pytest.approx(float(dense), rel=1e-5)
-    assert files.distance(one[module], one[module]) < 1e-7
+    assert loaders.distance(one[module], other[module]) == pytest.approx(float(dense), rel=1e-5)
+    assert loaders.distance(one[module], one[module]) < 1e-7
 
 
 @pytest.mark.parametrize(
@@ -173,7 +173,7 @@ def test_alpha_in_a_file_scales_the_change(tmp_path: Path):
     [
         (
             {"lora_unet_down_blocks_0.lora_down.weight": torch.zeros(2, 4), "text.x": torch.zeros(1)},
-            "not of a Z-Image LoRA",
+            "Stable Diffusion LoRA",
         ),
         ({"layers.0.attention.to_q.lora_A.weight": torch.zeros(2, 4)}, "A, B or alpha are missing or do not fit"),
         ({"a.lora_A.weight": torch.zeros(2, 4), "a.lora_B.weight": torch.zeros(4, 3)}, "do not fit"),

@@ -96,7 +96,7 @@ FOREIGN = {
     "nothing": dict.clear,
 }
 COMPLAINTS = {
-    "another model's modules": "matched 0/{total} modules; not matched: double_blocks.0.",
+    "another model's modules": "FLUX LoRA: cannot work on Z-Image; retrain from the dataset",
     "one more layer": "matched 40/{total} modules; not matched: layers.99.",
     "another width": "matched {less}/{total} modules; not matched: ",
     "ranks that differ": "has 1 modules whose A, B or alpha are missing or do not fit, such as ",

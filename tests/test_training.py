@@ -439,10 +439,10 @@ def test_a_failing_preview_costs_no_step(make_config, monkeypatch, capsys):
 
 
 def test_an_export_that_others_would_read_wrongly_is_not_left_there(make_config, monkeypatch):
-    from zimage_train.lora import files as lora_files
+    from zimage_train.lora import loaders
 
     config = make_config(train={"steps": 1})
-    monkeypatch.setattr(lora_files, "_as_diffusers", lambda path: {})
+    monkeypatch.setattr(loaders, "as_diffusers", lambda path: {})
     with pytest.raises(WeightsError, match="diffusers would load 0 of 42"):
         train(config, fresh=False)
     assert not (folder(config) / "lora" / "tiny.safetensors").exists()

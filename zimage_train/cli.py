@@ -23,6 +23,10 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+lora_commands = typer.Typer(help="Look into LoRA files.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(lora_commands, name="lora")
+
+LoraPath = Annotated[Path, typer.Argument(metavar="FILE", help="A LoRA .safetensors.", show_default=False)]
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="The YAML file.", show_default=False)]
 Overrides = Annotated[
     list[str] | None,
@@ -149,6 +153,28 @@ def sample(
         for index, text in enumerate(prompt)
     ]
     sampling.sample(settings, [sampling.parse_lora(text) for text in lora or []], recipes, output)
+
+
+@lora_commands.command()
+def verify(
+    file: LoraPath,
+    model: Annotated[str | None, typer.Option("--model", help="Hold it against this folder or file.")] = None,
+) -> None:
+    """Prove that diffusers and ComfyUI load all of a LoRA, and the same change."""
+    from zimage_train.app import lora
+
+    _print(lora.verify(file, model))
+
+
+@lora_commands.command()
+def inspect(
+    file: LoraPath,
+    picture: Annotated[Path | None, typer.Option("--picture", help="Also draw a heat map into this PNG.")] = None,
+) -> None:
+    """Show layout, rank, alpha, modules, how much each of them changes, and metadata."""
+    from zimage_train.app import lora
+
+    _print(lora.inspect(file, picture))
 
 
 @app.callback(invoke_without_command=True)

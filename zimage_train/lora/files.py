@@ -1,4 +1,4 @@
-"""LoRA files: any layout in, one layout out, and the proof that others read it as it was trained.
+"""LoRA files: any layout in, one layout out.
 
 The layout written is the only one that every diffusers since 0.36 and ComfyUI read alike:
 `diffusion_model.<module>.lora_A/lora_B.weight`, and `.alpha` equal to the rank with the scale folded into B.
@@ -8,7 +8,6 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -102,67 +101,3 @@ def export(path: Path, lora: Mapping[str, Factors], dtype: str, metadata: Mappin
             Problem(str(path), f"{len(bad)} tensors are not finite, such as {bad[0]}", "nothing written")
         )
     tensorfile.save(path, tensors, metadata)
-
-
-def distance(one: Factors, other: Factors) -> float:
-    """||delta - delta'|| / ||delta|| (Frobenius), through the ranks alone, in fp64."""
-    b = torch.cat([one.b.double() * one.scale, -other.b.double().to(one.b.device) * other.scale], dim=1)
-    a = torch.cat([one.a.double(), other.a.double().to(one.a.device)], dim=0)
-    difference = ((b.T @ b) * (a @ a.T)).sum().clamp(min=0.0).sqrt()
-    norm = (((one.b.double().T @ one.b.double()) * (one.a.double() @ one.a.double().T)).sum()).sqrt() * one.scale
-    return float(difference / norm) if norm > 0 else float(difference)
-
-
-TOLERANCE = {"bf16": 2**-7, "fp32": 1e-6}
-"""Largest relative error of a module's delta that rounding to the file's type can explain."""
-
-
-def verify(path: Path, trained: Mapping[str, Factors], dtype: str, linears: headers.Sizes) -> float:
-    """Read `path` back as diffusers and as ComfyUI would, and compare with what was trained.
-
-    Returns the largest relative error of a module's delta.
-
-    Raises:
-        WeightsError: a loader would leave out a module, or load another change than the trained one.
-    """
-    readings = {"diffusers": _as_diffusers(path), "ComfyUI": _as_comfyui(path, linears)}
-    worst = 0.0
-    for loader, found in readings.items():
-        if found.keys() != trained.keys():
-            what = f"{loader} would load {len(found)} of {len(trained)} modules"
-            raise WeightsError(Problem(str(path), what, "please report this"))
-        for module, factors in trained.items():
-            error = distance(factors, found[module])
-            worst = max(worst, error)
-            if error > TOLERANCE[dtype]:
-                what = f"{loader} would load {module} with a relative error of {error:.1e}"
-                raise WeightsError(Problem(str(path), what, "please report this"))
-    return worst
-
-
-def _as_diffusers(path: Path) -> Lora:
-    """Through diffusers' own loader, which folds alpha into the factors."""
-    from diffusers.loaders import ZImageLoraLoaderMixin
-
-    state = cast(dict[str, Tensor], ZImageLoraLoaderMixin.lora_state_dict(tensorfile.load(path)[0]))
-    a_suffix, b_suffix = ".lora_A.weight", ".lora_B.weight"
-    modules = [key.removesuffix(a_suffix) for key in state if key.endswith(a_suffix)]
-    return {
-        module.removeprefix("transformer."): Factors(state[module + a_suffix], state[module + b_suffix], 1.0)
-        for module in modules
-    }
-
-
-def _as_comfyui(path: Path, linears: headers.Sizes) -> Lora:
-    """As ComfyUI maps keys: the strength is alpha / rank, alpha only from a `.alpha` tensor."""
-    tensors = tensorfile.load(path)[0]
-    found: Lora = {}
-    for name in names.comfyui_targets(linears):
-        if f"{name}.lora_A.weight" in tensors and f"{name}.lora_B.weight" in tensors:
-            a, b = tensors.pop(f"{name}.lora_A.weight"), tensors.pop(f"{name}.lora_B.weight")
-            alpha = tensors.pop(f"{name}.alpha", torch.tensor(float(a.shape[0])))
-            found[name.removeprefix("diffusion_model.")] = Factors(a, b, float(alpha) / a.shape[0])
-    if tensors:
-        what = f"ComfyUI would report {len(tensors)} keys as not loaded, such as {sorted(tensors)[0]}"
-        raise WeightsError(Problem(str(path), what, "please report this"))
-    return found

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from zimage_train.errors import Problem, WeightsError
-from zimage_train.lora import names
+from zimage_train.lora import families, names
 from zimage_train.model.headers import read_header
 
 Sizes = Mapping[str, tuple[int, int]]
@@ -19,7 +19,10 @@ def read_sizes(path: Path) -> Sizes:
     """
     parts: dict[str, dict[str, tuple[int, ...]]] = {}
     unknown, twice = [], []
-    for key, info in read_header(path).tensors.items():
+    tensors = read_header(path).tensors
+    if family := families.family_of(tensors):
+        raise WeightsError(Problem(str(path), f"{family}: cannot work on Z-Image", "retrain from the dataset"))
+    for key, info in tensors.items():
         parsed = names.parse_key(key)
         if parsed is None:
             unknown.append(key)
@@ -32,7 +35,7 @@ def read_sizes(path: Path) -> Sizes:
         what = f"holds {len(twice)} tensors twice, under two names each, such as {min(twice)}"
         raise WeightsError(Problem(str(path), what, "remove one of each"))
     if unknown or broken or not parts:
-        raise WeightsError(Problem(str(path), _complaint(unknown, broken), _advice(unknown)))
+        raise WeightsError(Problem(str(path), _complaint(unknown, broken), families.advice(unknown)))
     return {module: (found["B"][0], found["A"][1]) for module, found in parts.items()}
 
 
@@ -53,7 +56,7 @@ def require_match(path: Path, found: Sizes, linears: Sizes) -> None:
         first, there = lost[0], linears.get(lost[0])
         why = "the model has no such module" if there is None else f"{found[first]} there, {there} in the model"
         what = f"matched {len(found) - len(lost)}/{len(found)} modules; not matched: {first} ({why})"
-        raise WeightsError(Problem(str(path), what, "it belongs to another model; nothing was merged"))
+        raise WeightsError(Problem(str(path), what, "it belongs to another model, and is used in whole or not at all"))
 
 
 def _complaint(unknown: list[str], broken: list[str]) -> str:
@@ -62,9 +65,3 @@ def _complaint(unknown: list[str], broken: list[str]) -> str:
     if broken:
         return f"has {len(broken)} modules whose A, B or alpha are missing or do not fit, such as {min(broken)}"
     return "holds no LoRA"
-
-
-def _advice(unknown: list[str]) -> str:
-    if any("lora_unet_" in key or "qkv" in key or "lokr" in key for key in unknown):
-        return "convert it to the diffusers layout first"
-    return "is it a LoRA of Z-Image?"

@@ -70,6 +70,40 @@ def parse_key(key: str) -> tuple[str, str] | None:
     return None
 
 
+COMPONENTS = ("to_q", "to_k", "to_v", "to_out", "w1", "w2", "w3", "adaLN")
+"""The linear modules of a block, in the order in which data meets them."""
+
+
+def block_and_component(module: str) -> tuple[str, str]:
+    """(`layers.0`, `to_q`) of `layers.0.attention.to_q`; of a module outside the blocks its own name twice over."""
+    match = re.fullmatch(r"((?:layers|noise_refiner|context_refiner)\.\d+)\.(.+)", module)
+    if match is None:
+        return module, "other"
+    return match[1], next((part for part in COMPONENTS if part in match[2]), match[2])
+
+
+def block_order(block: str) -> tuple[str, int]:
+    """A key that sorts `layers.2` before `layers.10`."""
+    name, _, number = block.rpartition(".")
+    return (name, int(number)) if number.isdecimal() else (block, 0)
+
+
+def layout_of(keys: Iterable[str]) -> str:
+    """The layout that a LoRA's keys have, by who writes it."""
+    first = min(keys)
+    parts = "lora_down/lora_up" if "lora_down" in first or "lora_up" in first else "lora_A/lora_B"
+    if ".default." in first:
+        return f"DiffSynth ({parts}.default)"
+    prefix = next((prefix for prefix in PREFIXES if first.startswith(prefix)), "")
+    kinds = {
+        "diffusion_model.": "ComfyUI and AI Toolkit",
+        "transformer.": "diffusers",
+        "base_model.model.": "peft",
+        "": "bare",
+    }
+    return f"{kinds[prefix]} ({prefix}*.{parts})"
+
+
 def comfyui_targets(linears: Iterable[str]) -> dict[str, tuple[str, int | None]]:
     """LoRA module name -> (weight in ComfyUI's own Z-Image model, third of a fused weight or None).
 

@@ -8,6 +8,7 @@ from zimage_train.assemble import NotRestored
 from zimage_train.config.reading import dump_config
 from zimage_train.errors import WeightsError
 from zimage_train.lora import files as lora_files
+from zimage_train.lora import loaders
 from zimage_train.report import page, pictures
 from zimage_train.report.metrics import Records
 from zimage_train.sampling.previews import render
@@ -34,7 +35,7 @@ def export(run: Run, step: int) -> None:
     trained = run.attached.factors()
     lora_files.export(path, trained, config.save.dtype, {**run.export_metadata, "ss_steps": str(step)})
     try:
-        error = lora_files.verify(path, trained, config.save.dtype, run.frozen.shape.linears)
+        error = loaders.verify(path, trained, config.save.dtype, run.frozen.shape.linears)
     except WeightsError:
         files.set_aside(path, ".unverified")
         raise

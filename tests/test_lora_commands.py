@@ -1,0 +1,181 @@
+"""`lora verify` and `lora inspect`: what a file is, what each module changes, and who loads it."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+from zimage_train import mini
+from zimage_train.cli import app
+from zimage_train.errors import WeightsError
+from zimage_train.lora import anatomy, families, files, names
+from zimage_train.lora.files import Factors
+from zimage_train.report import heatmap
+
+
+def run(*arguments: str) -> tuple[int, str]:
+    done = CliRunner().invoke(app, ["lora", *arguments])
+    return (getattr(done.exception, "exit_code", 1) if done.exception else 0), done.output + str(done.exception or "")
+
+
+def relabelled(path: Path, change) -> Path:
+    """The miniature's adapter under other keys; a key that `change` maps to None is left out."""
+    tensors = {change(key): tensor for key, tensor in load_file(mini.ADAPTER).items()}
+    save_file({key: tensor for key, tensor in tensors.items() if key is not None}, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        (["lora_unet_down_blocks_1_attentions_0_transformer_blocks_9_attn1_to_q.lora_down.weight"], "SDXL LoRA (UNet"),
+        (["lora_te2_text_model_encoder_layers_0_mlp_fc1.lora_up.weight"], "SDXL LoRA (UNet keys)"),
+        (["lora_unet_mid_block_attentions_0_proj_in.alpha"], "Stable Diffusion LoRA (UNet keys)"),
+        (["transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight"], "FLUX LoRA"),
+        (["lora_unet_double_blocks_0_img_attn_proj.lora_down.weight"], "FLUX LoRA"),
+        (["transformer_blocks.0.img_mlp.net.2.lora_A.weight", "transformer_blocks.0.attn.to_q.x"], "Qwen-Image LoRA"),
+        (["diffusion_model.joint_blocks.0.x_block.attn.qkv.lora_A.weight"], "Stable Diffusion 3 LoRA"),
+        (["diffusion_model.blocks.0.self_attn.q.lora_down.weight"], "Wan LoRA"),
+    ],
+)
+def test_another_family_is_named(tmp_path: Path, keys: list[str], said: str):
+    save_file({key: torch.zeros(2, 2) for key in keys}, tmp_path / "x.safetensors")
+    for command in ("verify", "inspect"):
+        code, output = run(command, str(tmp_path / "x.safetensors"))
+        assert code == 4 and said in output and output.endswith(": cannot work on Z-Image; retrain from the dataset")
+
+
+@pytest.mark.parametrize(
+    ("key", "said"),
+    [
+        ("layers.0.attention.to_q.lokr_w1", "a LoKr, which this version does not read"),
+        ("layers.0.attention.to_q.hada_w1_a", "a LoHa, which this version does not read"),
+        ("layers.0.attention.to_q.dora_scale", "a DoRA, which this version does not read"),
+        ("lora_unet_layers_0_attention_qkv.lora_down", "convert it to the diffusers layout first"),
+        ("something.else", "is it a LoRA of Z-Image?"),
+    ],
+)
+def test_other_kinds_are_told_apart(key: str, said: str):
+    assert families.advice([key]) == said
+
+
+def test_no_key_of_z_image_is_taken_for_another_family():
+    from zimage_train.model.shapes import TransformerShape
+
+    keys = [f"{prefix}{module}.lora_A.weight" for module in TransformerShape().linears for prefix in names.PREFIXES]
+    assert families.family_of(keys) is None
+
+
+def test_verify_proves_a_good_file_and_says_what_it_is():
+    code, output = run("verify", str(mini.ADAPTER), "--model", str(mini.TURBO))
+    assert code == 0
+    for line in (
+        "ComfyUI and AI Toolkit (diffusion_model.*.lora_A/lora_B), BF16",
+        "modules  48 (adaln 6, attention 24, feed_forward 18)",
+        "rank     4 (48 modules)",
+        "alpha / rank  1 (48 modules)",
+        f"fits {mini.TURBO}: 48/48 modules",
+        "diffusers loads 48/48, ComfyUI loads 48/48",
+    ):
+        assert line in output
+    assert "warning" not in output
+
+
+def test_verify_holds_a_file_against_the_published_model_unless_told_otherwise():
+    code, output = run("verify", str(mini.ADAPTER))
+    assert code == 4 and "matched 0/48 modules; not matched: layers.0.adaLN_modulation.0 ((384, 96) there" in output
+
+
+def test_verify_says_who_would_not_load_a_layout(tmp_path: Path):
+    path = relabelled(
+        tmp_path / "x.safetensors",
+        lambda key: (
+            None
+            if key.endswith(".alpha")
+            else key.removeprefix("diffusion_model.")
+            .replace("lora_A.", "lora_A.default.")
+            .replace("_B.", "_B.default.")
+        ),
+    )
+    assert len(files.read(path)) == 48
+    code, output = run("verify", str(path), "--model", str(mini.TURBO))
+    assert code == 4 and "ComfyUI would report 96 keys as not loaded" in output
+
+
+@pytest.mark.parametrize("prefix", ["transformer.", ""])
+def test_layouts_that_comfyui_reads_too_pass(tmp_path: Path, prefix: str):
+    path = relabelled(
+        tmp_path / "x.safetensors",
+        lambda key: None if key.endswith(".alpha") else prefix + key.removeprefix("diffusion_model."),
+    )
+    code, output = run("verify", str(path), "--model", str(mini.TURBO))
+    assert code == 0, output
+
+
+def test_modules_that_change_nothing_are_mentioned(tmp_path: Path):
+    tensors = load_file(mini.ADAPTER)
+    key = "diffusion_model.layers.3.attention.to_k.lora_B.weight"
+    save_file(tensors | {key: torch.zeros_like(tensors[key])}, tmp_path / "x.safetensors")
+    code, output = run("verify", str(tmp_path / "x.safetensors"), "--model", str(mini.TURBO))
+    assert code == 0
+    assert "warning: 1 of 48 modules change nothing, such as layers.3.attention.to_k" in output
+
+
+def test_the_norm_is_that_of_the_dense_change():
+    g = torch.Generator().manual_seed(1)
+    factors = Factors(torch.randn(3, 20, generator=g), torch.randn(30, 3, generator=g), 0.7)
+    dense = torch.linalg.matrix_norm(0.7 * (factors.b.double() @ factors.a.double()))
+    assert anatomy.norm(factors) == pytest.approx(float(dense), rel=1e-12)
+
+
+def test_the_table_has_every_module_in_its_block_and_component():
+    found = anatomy.examine(mini.ADAPTER)
+    rows, columns, values = anatomy.table(found.energy)
+    assert rows == [f"layers.{index}" for index in range(6)]
+    assert columns == ["to_q", "to_k", "to_v", "to_out", "w1", "w2", "w3", "adaLN"]
+    assert values[2][4] == found.energy["layers.2.feed_forward.w1"]
+    assert sorted(v for line in values for v in line if v is not None) == sorted(found.energy.values())
+
+
+def test_blocks_stand_in_the_order_of_their_numbers_and_gaps_stay_empty():
+    energy = {f"layers.{index}.attention.to_q": 1.0 for index in (10, 2, 0)}
+    energy |= {"noise_refiner.0.feed_forward.w3": 2.0, "all_final_layer.2-1.linear": 3.0}
+    rows, columns, values = anatomy.table(energy)
+    assert rows == ["all_final_layer.2-1.linear", "layers.0", "layers.2", "layers.10", "noise_refiner.0"]
+    assert columns == ["to_q", "w3", "other"]
+    assert values == [[None, None, 3.0], [1.0, None, None], [1.0, None, None], [1.0, None, None], [None, 2.0, None]]
+
+
+def test_inspect_shows_shares_metadata_and_a_heat_map(tmp_path: Path):
+    code, output = run("inspect", str(mini.ADAPTER), "--picture", str(tmp_path / "heat.png"))
+    assert code == 0
+    lines = output.splitlines()
+    shares = [float(line.split()[-1].rstrip("%")) for line in lines if line.startswith("layers.")]
+    assert len(shares) == 6 and sum(shares) == pytest.approx(100, abs=0.4)
+    assert any(line.startswith("metadata:") for line in lines)
+    with Image.open(tmp_path / "heat.png") as image:
+        assert image.width > 8 * heatmap.CELL_WIDTH_PX and image.height > 6 * heatmap.CELL_HEIGHT_PX
+
+
+def test_the_heat_map_is_dark_for_little_and_bright_for_much(tmp_path: Path):
+    heatmap.save(tmp_path / "x.png", "t", ["a", "b"], ["one", "two"], [[0.0, 1.0], [None, 0.5]], 1.0)
+    with Image.open(tmp_path / "x.png") as image:
+        width, height, left, top = heatmap.CELL_WIDTH_PX, heatmap.CELL_HEIGHT_PX, heatmap.LABEL_PX, heatmap.TOP_PX
+        corner = [image.getpixel((left + x * width + 1, top + y * height + 1)) for y in (0, 1) for x in (0, 1)]
+    assert corner == [heatmap.COLOURS[0], heatmap.COLOURS[-1], (255, 255, 255), heatmap.COLOURS[2]]
+
+
+@pytest.mark.parametrize("command", ["verify", "inspect"])
+def test_a_file_that_is_not_there_is_one_line(command: str, tmp_path: Path):
+    code, output = run(command, str(tmp_path / "none.safetensors"))
+    assert code == 4 and output.endswith("none.safetensors: does not exist; check the path")
+
+
+def test_a_model_that_is_not_there_is_told(tmp_path: Path):
+    with pytest.raises(WeightsError, match=r"model\.path"):
+        from zimage_train.app import lora
+
+        lora.verify(mini.ADAPTER, str(tmp_path / "nowhere"))

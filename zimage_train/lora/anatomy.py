@@ -1,0 +1,61 @@
+"""What a LoRA file is made of: layout, ranks, scales, and how much each module changes."""
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from zimage_train.lora import files, loaders, names
+from zimage_train.lora.files import Factors
+from zimage_train.model.headers import read_header
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """A LoRA file, described."""
+
+    layout: str
+    dtypes: Counter[str]
+    ranks: Counter[int]
+    scales: Counter[float]
+    """alpha / rank of each module."""
+    groups: dict[str, int]
+    energy: dict[str, float]
+    """Module -> Frobenius norm of its change."""
+    metadata: dict[str, str]
+
+
+def examine(path: Path) -> Anatomy:
+    """Describe the LoRA at `path`.
+
+    Raises:
+        WeightsError: it is none that this trainer reads; says what it is instead.
+    """
+    lora = files.read(path)
+    header = read_header(path)
+    return Anatomy(
+        layout=names.layout_of(header.tensors),
+        dtypes=Counter(info.dtype for key, info in header.tensors.items() if not key.endswith(".alpha")),
+        ranks=Counter(factors.rank for factors in lora.values()),
+        scales=Counter(round(factors.scale, 6) for factors in lora.values()),
+        groups=names.count_by_group(lora),
+        energy={module: norm(factors) for module, factors in lora.items()},
+        metadata=header.metadata,
+    )
+
+
+def norm(factors: Factors) -> float:
+    """The Frobenius norm of scale * B @ A, through the rank alone, in fp64."""
+    nothing = Factors(factors.a[:0], factors.b[:, :0], 1.0)
+    return loaders.difference(factors, nothing)
+
+
+def table(energy: dict[str, float]) -> tuple[list[str], list[str], list[list[float | None]]]:
+    """Blocks, components, and the norm of each; None where a block has no such module."""
+    cells: dict[str, dict[str, float]] = {}
+    for module, value in energy.items():
+        block, component = names.block_and_component(module)
+        cells.setdefault(block, {})[component] = value
+    found = {component for row in cells.values() for component in row}
+    columns = [name for name in names.COMPONENTS if name in found] + sorted(found - set(names.COMPONENTS))
+    rows = sorted(cells, key=names.block_order)
+    return rows, columns, [[cells[row].get(column) for column in columns] for row in rows]
