@@ -52,7 +52,8 @@ LAYERS: list[list[str]] = [
         "lora.files lora.attach lora.adapter",
         "lora.files lora.loaders lora.anatomy",
         "memory flops",
-        "report.pictures report.page report.heatmap",
+        "report.pictures report.change report.page",
+        "report.heatmap",
         "sampling.turbo",
     ],
     # 3: the frozen model, everything that is known before a run, what a step is
@@ -88,8 +89,8 @@ TORCH_FREE = [
         "model.variants model.headers model.shapes model.digests model.sources model.extras",
         "data.buckets data.captions data.images data.looks data.folder data.plan data.quarantine",
         "lora.families lora.names lora.headers lora.metadata",
-        "sampling.recipe report.metrics report.console report.pictures report.page report.heatmap",
-        "memory flops mini.world",
+        "sampling.recipe report.metrics report.console report.pictures report.change report.page",
+        "report.heatmap memory flops mini.world",
         "preflight training.stopping training.run_folder cli __main__",
     )
     for module in line.split()

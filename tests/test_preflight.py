@@ -1,5 +1,7 @@
 """`check` knows everything that can be known without a GPU, says all of it at once, and changes nothing."""
 
+import json
+import math
 import os
 import re
 import shutil
@@ -9,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 from zimage_train import cli, files, mini, preflight
@@ -16,6 +19,7 @@ from zimage_train.config.reading import dump_config
 from zimage_train.config.schema import Config
 from zimage_train.errors import WeightsError, ZImageTrainError
 from zimage_train.files import Entry
+from zimage_train.model import extras, text, vae
 from zimage_train.model.headers import read_header
 from zimage_train.model.sources import cached_only
 from zimage_train.preflight import Checked
@@ -357,7 +361,7 @@ def damaged(part: str, content: bytes | None) -> Callable[[Path], None]:
     ("part", "content", "what"),
     [
         ("text_encoder/config.json", b'{"model_type": "t5"}', "is a t5, not a Qwen3"),
-        ("text_encoder/config.json", b'{"model_type": "qwen3", "hidden_size": 7}', "makes embeddings of 7 features"),
+        ("text_encoder/config.json", b'{"model_type": "qwen3", "hidden_size": 7}', "vocab_size is None"),
         ("text_encoder/model-00001-of-00002.safetensors", None, "does not exist"),
         ("text_encoder/model-00001-of-00002.safetensors", b"version https://git-lfs", "is a Git LFS pointer"),
         ("tokenizer/tokenizer.json", None, "has no tokenizer.json"),
@@ -370,6 +374,68 @@ def test_parts_beside_the_transformer_are_checked_too(make_config, tmp_path, par
     damaged(part, content)(copied(tmp_path))
     error = refused(make_config(model={"path": str(tmp_path / "model")}))
     assert error.exit_code == 4 and what in str(error)
+
+
+def test_a_text_encoder_of_another_width_is_refused_with_both_widths(make_config: Make, tmp_path: Path):
+    folder = copied(tmp_path) / "text_encoder"
+    config = json.loads((folder / "config.json").read_bytes()) | {"hidden_size": 8}
+    shutil.rmtree(folder)
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    tensors = extras._qwen3(folder / "config.json", config)
+    entries = {key: Entry("BF16", shape, bytes(2 * math.prod(shape))) for key, shape in tensors.items()}
+    files.write_safetensors(folder / "model.safetensors", entries, {})
+    text = str(refused(make_config(model={"path": str(tmp_path / "model")})))
+    assert "makes embeddings of 8 features, and the transformer takes 64" in text
+
+
+def edited(tmp_path: Path, part: str, change: dict[str, Any]) -> Path:
+    """The miniature with other values in one of its JSON files."""
+    model = copied(tmp_path)
+    if "chat_template" in change:
+        (model / "tokenizer/chat_template.jinja").unlink()
+    values = json.loads((model / part).read_bytes()) | change
+    (model / part).unlink()
+    (model / part).write_text(json.dumps(values))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "what"),
+    [
+        ("text_encoder/config.json", {"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000"),
+        ("text_encoder/config.json", {"head_dim": -1}, "head_dim is -1"),
+        ("text_encoder/config.json", {"intermediate_size": "wide"}, "intermediate_size is 'wide'"),
+        ("text_encoder/config.json", {"intermediate_size": 3}, "expected [64, 3]"),
+        ("text_encoder/config.json", {"vocab_size": True}, "vocab_size is True"),
+        ("vae/config.json", {"block_out_channels": None}, "stride None"),
+        ("vae/config.json", {"block_out_channels": []}, "stride None"),
+        ("tokenizer/tokenizer_config.json", {"chat_template": None}, "has no chat template"),
+        ("tokenizer/tokenizer.json", {"model": 3}, "is not a tokenizer"),
+        ("transformer/config.json", {"n_layers": 10**9}, "n_layers"),
+    ],
+)
+def test_an_odd_config_is_a_line_and_no_traceback(
+    make_config: Make, tmp_path: Path, part: str, change: dict[str, Any], what: str
+):
+    model = edited(tmp_path, part, change)
+    error = refused(make_config(model={"path": str(model)}))
+    assert error.exit_code == 4 and what in str(error), str(error)
+
+
+@pytest.mark.parametrize(
+    ("load", "part", "change"),
+    [
+        (text.load, "text_encoder/config.json", {"rope_scaling": {"rope_type": "nonsense"}}),
+        (vae.load, "vae/config.json", {"scaling_factor": None}),
+        (vae.load, "vae/config.json", {"layers_per_block": "two"}),
+        (text.load, "tokenizer/tokenizer_config.json", {"chat_template": "{{ raise_exception('no') }}"}),
+    ],
+)
+def test_what_only_the_class_can_tell_is_a_line_too(tmp_path: Path, load, part: str, change: dict[str, Any]):
+    model = edited(tmp_path, part, change)
+    with pytest.raises(WeightsError, match=r"makes no|template fails"):
+        load(model, torch.device("cpu"), torch.float32)
 
 
 def test_every_part_that_is_wrong_is_told_at_once(make_config: Make, tmp_path: Path):

@@ -178,7 +178,7 @@ def test_the_command_that_a_run_ends_with_draws_its_last_preview_again(make_conf
     ("arguments", "message"),
     [
         (["--seed", "99999999999999999999"], "--seed"),
-        (["--lora", "x.safetensors=nan"], "'nan' is not a number"),
+        (["--lora", "x.safetensors=nan"], "'nan' is not a number from -100 to 100"),
         (["--lora", "x.safetensors=inf"], "'inf' is not a number"),
         (["--width", "100"], "give a multiple of 16"),
         (["-o", str(mini.ADAPTER)], "is not a folder; choose another place"),

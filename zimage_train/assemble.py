@@ -72,8 +72,8 @@ def _restore(frozen: Frozen, adapter: Adapter) -> None:
     try:
         _store(frozen, merge(_changed(frozen), adapter, device, Count()))
     except Exception as error:
-        what = f"cannot be read again to merge the adapter back ({error})"
-        todo = "put it back; the same command continues from the last checkpoint"
+        what = f"the adapter cannot be merged back after a preview ({error})"
+        todo = "the same command continues from the last checkpoint"
         raise NotRestored(Problem(str(frozen.path), what, todo)) from error
 
 

@@ -21,6 +21,10 @@ NAME = re.compile(r"step-(\d{6,})\.safetensors")
 KEEP = 2
 
 
+class OtherFormat(WeightsError):
+    """A whole checkpoint of another version of this program: nothing is wrong with it."""
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """What a run continues from."""
@@ -66,11 +70,14 @@ def load_newest(folder: Path, warn: Any) -> Checkpoint | None:
 
     Raises:
         WeightsError: there are checkpoints, or were before they were set aside, and none of them is whole.
+        OtherFormat: the newest is of another version; it stays where it is.
     """
     candidates = steps_in(folder)
     for _, path in candidates:
         try:
             return load(path)
+        except OtherFormat:
+            raise
         except WeightsError as error:
             aside = files.set_aside(path, ".corrupt")
             warn(f"{error}; set aside as {aside.name}")
@@ -95,5 +102,6 @@ def load(path: Path) -> Checkpoint:
         raise WeightsError(Problem(str(path), "is not a checkpoint of zimage-train", "remove it")) from None
     if version != FORMAT:
         what = f"has format {version}, this version reads {FORMAT}"
-        raise WeightsError(Problem(str(path), what, "continue with the version that wrote it"))
+        todo = "continue with the version that wrote it, or begin again with --fresh"
+        raise OtherFormat(Problem(str(path), what, todo))
     return Checkpoint(path, step, tensors, numbers)

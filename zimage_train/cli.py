@@ -1,10 +1,12 @@
 """The command line. Imports late: `--help`, `check` and config errors never load torch."""
 
 import contextlib
+import errno
+import io
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -70,7 +72,7 @@ def check(
     from zimage_train.model.sources import cached_only
     from zimage_train.report.console import Console
 
-    console = Console(is_main=sys.stderr.isatty(), stream=sys.stderr)
+    console = Console(is_main=sys.stderr is not None and sys.stderr.isatty(), stream=sys.stderr)
     if quarantine:
         _print(move_rejected(settings))
     with console.live():
@@ -105,7 +107,11 @@ def timesteps(
 @app.command()
 def sample(
     model: Annotated[str, typer.Argument(help="turbo, deturbo, base, a hub id, a diffusers folder or a .safetensors.")],
-    prompt: Annotated[list[str], typer.Option("--prompt", help="What to draw. Repeatable.")],
+    prompt: Annotated[list[str] | None, typer.Option("--prompt", help="What to draw. Repeatable.")] = None,
+    from_: Annotated[
+        list[Path] | None,
+        typer.Option("--from", help="Draw this PNG again: its prompt, seed, size and steps. Repeatable."),
+    ] = None,
     lora: Annotated[list[str] | None, typer.Option("--lora", metavar="FILE[=WEIGHT]", help="Repeatable.")] = None,
     negative: Annotated[str, typer.Option("--negative", help="Used where guidance is above 0.")] = "",
     seed: Annotated[int, typer.Option("--seed", min=0, max=2**63, help="Prompt i is drawn with seed + i.")] = 42,
@@ -130,6 +136,8 @@ def sample(
     ]
     if not model:
         problems.append(Problem("MODEL", "is empty", "give turbo, deturbo, base, a hub id, a folder or a .safetensors"))
+    if not prompt and not from_:
+        problems.append(Problem("--prompt", "is missing", "give a prompt, or a picture to draw again with --from"))
     if variant not in VARIANTS:
         problems.append(Problem("--variant", f"is {variant!r}", f"give one of {', '.join(VARIANTS)}"))
     if dtype not in ("bf16", "fp32"):
@@ -147,10 +155,12 @@ def sample(
         }
     )
     from zimage_train.app import sample as sampling
+    from zimage_train.report.pictures import recipe_of
 
-    recipes = [
+    recipes = [recipe_of(path) for path in from_ or []]
+    recipes += [
         sampling.recipe_for(settings, text, negative, seed + index, width, height, steps, guidance)
-        for index, text in enumerate(prompt)
+        for index, text in enumerate(prompt or [])
     ]
     sampling.sample(settings, [sampling.parse_lora(text) for text in lora or []], recipes, output)
 
@@ -182,19 +192,37 @@ def top(
     version: Annotated[bool, typer.Option("--version", help="Show the version.", is_eager=True)] = False,
 ) -> None:
     if version:
-        print(f"zimage-train {__version__}")
+        _print([f"zimage-train {__version__}"])
         raise typer.Exit
 
 
 def main() -> None:
     """Run the command line; users' errors are lines and an exit code, and only a bug shows a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # what a terminal cannot show must not end a run
     try:
         app()
     except ZImageTrainError as error:
-        with contextlib.suppress(OSError):  # nobody has to listen
-            for problem in error.problems:
-                print(problem, file=sys.stderr)
-        sys.exit(error.exit_code)
+        _fail(error)
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            _fail(ConfigError(Problem(str(error.filename)[:60] + "...", "is too long for a path", "check the path")))
+        if error.filename is None and error.errno in (errno.ENOSPC, errno.EPIPE, errno.EIO):
+            _silence()
+            _fail(DiskError(Problem("standard output", f"cannot be written ({error.strerror})")))
+        raise
+
+
+def _fail(error: ZImageTrainError) -> NoReturn:
+    with contextlib.suppress(OSError, AttributeError):  # nobody has to listen
+        for problem in error.problems:
+            print(problem, file=sys.stderr)
+    sys.exit(error.exit_code)
+
+
+def _silence() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _print(lines: list[str]) -> None:
@@ -206,7 +234,7 @@ def _print(lines: list[str]) -> None:
     try:
         print("\n".join(lines), flush=True)
     except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _silence()
         if not isinstance(error, BrokenPipeError):
             raise DiskError(Problem("standard output", f"cannot be written ({error.strerror})")) from error
 

@@ -122,7 +122,6 @@ def _weights(config: Config, fetch: Fetch | None) -> tuple[Weights | None, list[
     found = sources.search(config.model, fetch)
     absent = [error for error in found.errors if isinstance(error, NotDownloaded)]
     errors: list[ZImageTrainError] = [error for error in found.errors if error not in absent]
-    # one repository may lack several parts
     notes = [f"{one.where}: not on this machine yet; train downloads it" for e in absent for one in e.problems]
     notes = list(dict.fromkeys(notes))  # one repository may lack several parts
 

@@ -22,6 +22,8 @@ from zimage_train.report.console import Console
 from zimage_train.sampling.previews import render
 from zimage_train.sampling.recipe import Recipe, previews, prompts_of
 
+LARGEST_WEIGHT = 100.0
+
 
 @dataclass(frozen=True)
 class WeightedLora:
@@ -35,7 +37,7 @@ def parse_lora(text: str) -> WeightedLora:
     """Take `FILE` or `FILE=WEIGHT`; a file whose own name has a `=` wins.
 
     Raises:
-        ConfigError: the weight is no finite number.
+        ConfigError: the weight is no number, or too large for one.
     """
     name, equals, weight = text.rpartition("=")
     if not equals or Path(text).exists():
@@ -44,8 +46,9 @@ def parse_lora(text: str) -> WeightedLora:
         number = float(weight)
     except ValueError:
         number = math.nan
-    if not math.isfinite(number):
-        raise ConfigError(Problem(f"--lora {text}", f"{weight!r} is not a number", "write FILE=0.8"))
+    if not abs(number) <= LARGEST_WEIGHT:
+        what = f"{weight!r} is not a number from -{LARGEST_WEIGHT:g} to {LARGEST_WEIGHT:g}"
+        raise ConfigError(Problem(f"--lora {text}", what, "write FILE=0.8"))
     return WeightedLora(Path(name), number)
 
 

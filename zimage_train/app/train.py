@@ -5,7 +5,6 @@ from typing import Any
 
 from zimage_train import accelerator, distributed, files, preflight
 from zimage_train.app.sample import command_for
-from zimage_train.checkpoint import Checkpoint
 from zimage_train.config.reading import resolved
 from zimage_train.config.schema import Config
 from zimage_train.data.plan import make_plan
@@ -13,12 +12,12 @@ from zimage_train.distributed import World
 from zimage_train.model.shapes import TransformerShape
 from zimage_train.model.sources import cached_only, download
 from zimage_train.preflight import Checked
-from zimage_train.report import metrics as records
+from zimage_train.report import pictures
 from zimage_train.report.console import Console
 from zimage_train.report.metrics import Records
 from zimage_train.training import run_folder, setup
 from zimage_train.training.loop import train as run_loop
-from zimage_train.training.publish import write_report
+from zimage_train.training.publish import is_complete, write_report
 from zimage_train.training.run_folder import RunFolder
 from zimage_train.training.stopping import stop_on_signals
 
@@ -54,9 +53,11 @@ def train(config: Config, fresh: bool, allow: tuple[str, ...] = ()) -> None:
         session = setup.open_session(checked, world, console, stop, allow)
         identity = run_folder.identity(config, setup.fingerprint_of(checked, session.digests))
         found = setup.find_checkpoint(folder, config, identity, session)
-        if _is_complete(folder, config, found):
+        if found is not None and is_complete(folder, config, found.step, identity):
             console.say(f"{config.name} is complete: {folder.lora()}")
             return
+        if world.is_main:
+            pictures.drop_later(folder.samples, found.step if found else 0, run_folder.digest_of(identity))
         stack.enter_context(console.live())
         stack.enter_context(accelerator.explained_out_of_memory(LESS_MEMORY))
         run = setup.prepare(checked, folder, session, identity, found)
@@ -102,13 +103,6 @@ def _examine(config: Config, world: World) -> Checked:
     shape = checked.weights.shape if checked.weights else TransformerShape()
     accelerator.require(world.device, shape, config.model.dtype)
     return checked
-
-
-def _is_complete(folder: RunFolder, config: Config, found: Checkpoint | None) -> bool:
-    """Whether the last start did everything; `done` is the last thing that a run writes."""
-    last = config.train.steps
-    is_done = any(one["step"] == last and one.get("event") == "done" for one in records.read(folder.events))
-    return found is not None and found.step == last and is_done and folder.lora().exists() and folder.report.exists()
 
 
 def _board(folder: RunFolder, start: int, stack: contextlib.ExitStack) -> Any:

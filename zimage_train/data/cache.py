@@ -109,9 +109,21 @@ def fill_prompts(
     load_encoder: Callable[[], EncodePrompt],
     tick: Tick,
 ) -> Tally:
-    """Encode every prompt that is not in the cache yet."""
+    """Encode every prompt that is not in the cache yet.
+
+    Raises:
+        WeightsError: the text encoder makes values that are not finite.
+    """
     jobs = {prompt_key(prompt, encoder_digest, dtype): prompt for prompt in prompts}
-    return _fill(cache, jobs, load_encoder, lambda encoder, prompt: encoder(prompt), "prompts", tick)
+
+    def encode(encoder: EncodePrompt, prompt: str) -> Tensor:
+        embeds = encoder(prompt)
+        if not embeds.isfinite().all():
+            what = f"its embedding of {prompt[:40]!r} is not finite"
+            raise WeightsError(Problem("text_encoder", what, "get the files of model.extras again"))
+        return embeds
+
+    return _fill(cache, jobs, load_encoder, encode, "prompts", tick)
 
 
 def _fill(cache, jobs, load_encoder, encode, what: str, tick: Tick) -> Tally:

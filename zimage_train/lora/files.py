@@ -35,6 +35,7 @@ class Factors:
 
 
 Lora = dict[str, Factors]
+LARGEST_ALPHA = 1e6
 
 
 def read(path: Path) -> Lora:
@@ -48,11 +49,14 @@ def read(path: Path) -> Lora:
     parts: dict[str, dict[str, Tensor]] = {module: {} for module in modules}
     for key, tensor in tensors.items():
         if (parsed := names.parse_key(key)) is not None:
-            if not (tensor.is_floating_point() and tensor.isfinite().all()):
+            if not tensor.is_floating_point() and parsed[1] != "alpha":
+                kind = str(tensor.dtype).removeprefix("torch.")
+                raise WeightsError(Problem(f"{path}: {key}", f"holds {kind}, no weights", "get the file again"))
+            if not tensor.float().isfinite().all():
                 raise WeightsError(Problem(f"{path}: {key}", "holds values that are not finite", "get the file again"))
             parts[parsed[0]][parsed[1]] = tensor
     if "lora_adapter_metadata" in metadata and not any("alpha" in found for found in parts.values()):
-        parts = _with_metadata_alpha(parts, metadata["lora_adapter_metadata"])
+        parts = _with_metadata_alpha(path, parts, metadata["lora_adapter_metadata"])
     return {module: _factors(found) for module, found in parts.items()}
 
 
@@ -62,14 +66,21 @@ def _factors(found: dict[str, Tensor]) -> Factors:
     return Factors(found["A"], found["B"], alpha / rank)
 
 
-def _with_metadata_alpha(parts: dict[str, dict[str, Tensor]], text: str) -> dict[str, dict[str, Tensor]]:
+def _with_metadata_alpha(path: Path, parts: dict[str, dict[str, Tensor]], text: str) -> dict[str, dict[str, Tensor]]:
     """diffusers' `save_lora_weights` keeps alpha in the header only; without it the strength would be wrong."""
     try:
-        alpha = json.loads(text).get("transformer.lora_alpha")
-    except (ValueError, AttributeError):
-        alpha = None
-    if not isinstance(alpha, int | float):
+        found = json.loads(text)
+        alpha, patterns = found.get("transformer.lora_alpha"), found.get("transformer.alpha_pattern")
+    except (ValueError, AttributeError, RecursionError):
         return parts
+    if patterns:
+        what = "its metadata gives single modules an alpha of their own, which this version does not read"
+        raise WeightsError(Problem(str(path), what, "save it with one alpha, or with .alpha tensors"))
+    if alpha is None:
+        return parts
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < LARGEST_ALPHA:
+        what = f"its metadata says that alpha is {str(alpha)[:20]}"
+        raise WeightsError(Problem(str(path), what, "save it with the alpha that it was trained with"))
     return {module: found | {"alpha": torch.tensor(float(alpha))} for module, found in parts.items()}
 
 

@@ -42,7 +42,7 @@ class Digests:
         if BLOB.fullmatch(real.name):  # the hub's cache names large files by their sha256
             return real.name
         status = real.stat()
-        key = f"{real}|{status.st_size}|{status.st_mtime_ns}"
+        key = f"{real}|{status.st_size}|{status.st_mtime_ns}|{status.st_ctime_ns}"
         if key not in self._known:
             with open(real, "rb") as file:
                 self._known[key] = hashlib.file_digest(file, "sha256").hexdigest()

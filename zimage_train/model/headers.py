@@ -109,7 +109,7 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise WeightsError(Problem(str(path), "does not exist", "is the folder complete?")) from None
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         raise WeightsError(Problem(str(path), "is not JSON", "get the file again")) from None
     if not isinstance(value, dict):
         raise WeightsError(Problem(str(path), "is not a JSON object", "get the file again"))

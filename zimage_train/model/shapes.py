@@ -16,6 +16,9 @@ T_EMBEDDER_DIM = 1024
 Shape = tuple[int, ...]
 
 
+MOST_LAYERS = 1000
+
+
 @dataclass(frozen=True)
 class TransformerShape:
     """The part of the transformer's configuration that decides its graph; defaults are the 6 B model's."""
@@ -104,6 +107,8 @@ def from_config(path: Path, config: dict[str, Any]) -> TransformerShape:
     }
     try:
         shape = TransformerShape(**known)
+        if not (0 < shape.n_layers <= MOST_LAYERS and 0 <= shape.n_refiner_layers <= MOST_LAYERS):
+            raise ValueError(f"n_layers {shape.n_layers}, n_refiner_layers {shape.n_refiner_layers}")
         if shape.dim // shape.n_heads != sum(shape.axes_dims):
             raise ValueError(f"dim {shape.dim} / n_heads {shape.n_heads} is not the sum of axes_dims {shape.axes_dims}")
     except (TypeError, ValueError, ZeroDivisionError) as error:

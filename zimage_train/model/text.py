@@ -49,18 +49,28 @@ def load(extras: Path, device: torch.device, dtype: torch.dtype) -> TextEncoder:
     """
     folder = extras / "text_encoder"
     _, found = parts.text_encoder(extras)
-    config = Qwen3Config.from_pretrained(folder, local_files_only=True)
-    last = config.num_hidden_layers - 1
-    config.num_hidden_layers = last
-    config.layer_types = config.layer_types[:last] if config.layer_types else None
-    with init_empty_weights():
-        model = Qwen3Model(config)
+    try:
+        config = Qwen3Config.from_pretrained(folder, local_files_only=True)
+        last = config.num_hidden_layers - 1
+        config.num_hidden_layers = last
+        config.layer_types = config.layer_types[:last] if config.layer_types else None
+        with init_empty_weights():
+            model = Qwen3Model(config)
+    except Exception as error:  # a config that contradicts itself makes the class raise whatever it runs into
+        what = f"makes no Qwen3 ({type(error).__name__}: {str(error)[:100]})"
+        raise WeightsError(Problem(str(folder / "config.json"), what, "get the file again")) from None
     model.register_module("norm", nn.Identity())
     tensors = {name: info for name, info in found.items() if _is_used(name, last)}
     named = ((name.removeprefix("model."), tensor) for name, tensor in stream(tensors))
     fill(model, named, str(folder), device, dtype)
     model.rotary_emb.to(device)
-    return TextEncoder(model.eval(), _tokenizer(parts.tokenizer(extras)))
+    encoder = TextEncoder(model.eval(), _tokenizer(parts.tokenizer(extras)))
+    try:
+        encoder.tokens("a prompt")
+    except Exception as error:  # the template is a program of its own
+        what = f"its chat template fails ({type(error).__name__}: {str(error)[:100]})"
+        raise WeightsError(Problem(str(extras / "tokenizer"), what, "get the folder again")) from None
+    return encoder
 
 
 def _is_used(name: str, last: int) -> bool:
@@ -72,6 +82,4 @@ def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # tokenizers raises bare Exception for a damaged file
         raise WeightsError(Problem(str(folder), f"cannot be read ({error})", "get the folder again")) from None
-    if not tokenizer.chat_template:
-        raise WeightsError(Problem(str(folder), "has no chat template", "get the folder again"))
     return tokenizer

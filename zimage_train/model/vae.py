@@ -10,6 +10,7 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from torch import Tensor
 
+from zimage_train.errors import Problem, WeightsError
 from zimage_train.model import extras as parts
 from zimage_train.model.weights import fill, stream
 
@@ -22,8 +23,13 @@ def load(extras: Path, device: torch.device, dtype: torch.dtype) -> AutoencoderK
     """
     folder = extras / "vae"
     config, tensors = parts.vae(extras)
-    with init_empty_weights():
-        vae = cast(AutoencoderKL, AutoencoderKL.from_config(config))
+    try:
+        with init_empty_weights():
+            vae = cast(AutoencoderKL, AutoencoderKL.from_config(config))
+        _ = float(vae.config["shift_factor"]) * float(vae.config["scaling_factor"])
+    except Exception as error:  # a config that contradicts itself makes the class raise whatever it runs into
+        what = f"makes no AutoencoderKL ({type(error).__name__}: {str(error)[:100]})"
+        raise WeightsError(Problem(str(folder / "config.json"), what, "get the file again")) from None
     fill(vae, stream(tensors), str(folder), device, dtype)
     return vae.eval()
 

@@ -4,6 +4,7 @@ Progress is a live bar on a terminal and an occasional plain line elsewhere. Tex
 `[trigger]` is an ordinary word here.
 """
 
+import io
 import os
 import sys
 import time
@@ -53,8 +54,11 @@ class Console:
     """Lines and progress for one process; a process that is not the main one says nothing."""
 
     def __init__(self, is_main: bool = True, stream: IO[str] | None = None) -> None:
-        unbreakable = cast(IO[str], Unbreakable(stream or sys.stdout))
-        self._rich = RichConsole(file=unbreakable, markup=False, highlight=False, soft_wrap=True, quiet=not is_main)
+        output = stream or sys.stdout or io.StringIO()  # without any output, as under pythonw, sys.stdout is None
+        unbreakable = cast(IO[str], Unbreakable(cast(IO[str], output)))
+        self._rich = RichConsole(
+            file=unbreakable, markup=False, emoji=False, highlight=False, soft_wrap=True, quiet=not is_main
+        )
         self._is_main = is_main
         self._file: IO[str] | None = None
         self._progress: Progress | None = None

@@ -25,11 +25,17 @@ def read(path: Path) -> list[dict[str, Any]]:
     for line in content.split(b"\n"):
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
-        if isinstance(record, dict) and isinstance(record.get("step"), int):
+        if _is_record(record):
             records.append(record)
     return records
+
+
+def _is_record(record: object) -> bool:
+    if not isinstance(record, dict) or type(record.get("step")) is not int:
+        return False
+    return all(isinstance(record.get(name), int | float | None) for name in ("loss", "lr"))
 
 
 class Records:

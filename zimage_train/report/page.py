@@ -10,7 +10,7 @@ from jinja2 import Environment, PackageLoader, select_autoescape
 from PIL import Image
 
 from zimage_train import files
-from zimage_train.report import metrics, pictures
+from zimage_train.report import change, metrics, pictures
 
 THUMBNAIL_PX = 320
 CHART_WIDTH, CHART_HEIGHT = 860, 240
@@ -29,13 +29,21 @@ def write(
     samples: Path,
     config_text: str,
     warnings: list[str],
+    triggers: set[str],
+    steps: int,
 ) -> None:
     """Write the page at `path` from what the run folder holds now."""
     records = metrics.read(metrics_path)
     losses = [(record["step"], record["loss"]) for record in records if record.get("loss") is not None]
     rates = [(record["step"], record["lr"]) for record in records if record.get("lr") is not None]
     previews = pictures.table(samples)
-    rows = [(step, [path and _data_uri(path) for path in paths]) for step, paths in previews.rows.items()]
+    far = change.distances(previews) | {0: [None] * len(previews.recipes)}
+    rows = [
+        (step, [path and (_data_uri(path), how_far) for path, how_far in zip(paths, far[step], strict=True)])
+        for step, paths in previews.rows.items()
+    ]
+    found = change.changes(previews, triggers)
+    remark = change.remark(found[-1], steps) if found else None
     page = _environment.get_template("page.html").render(
         name=name,
         facts=facts,
@@ -46,7 +54,7 @@ def write(
         rows=rows,
         prompts=previews.prompts,
         config=config_text,
-        warnings=warnings,
+        warnings=[*warnings, remark] if remark else warnings,
     )
     files.write_text(path, page)
 

@@ -1,16 +1,19 @@
 """Preview pictures on disk: one PNG each, with its recipe inside, and one grid of all steps by all prompts."""
 
+import json
 import re
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 from zimage_train import files
+from zimage_train.errors import DataError, Problem
 from zimage_train.sampling.recipe import Recipe
 
 NAME = re.compile(r"(\d{6,})-(\d{2,})\.png")
+RECIPE = "zimage_train.recipe"
 CELL_PX = 256
 MARGIN_PX = 8
 LABEL_PX = 22
@@ -28,6 +31,7 @@ def save(path: Path, image: Image.Image, recipe: Recipe, run: str = "") -> None:
     """
     info = PngInfo()
     info.add_itxt("parameters", recipe.describe())
+    info.add_itxt(RECIPE, json.dumps(asdict(recipe), ensure_ascii=False))
     if run:
         info.add_text("zimage_train.run", run)
     with files.replacing(path) as file:
@@ -37,28 +41,54 @@ def save(path: Path, image: Image.Image, recipe: Recipe, run: str = "") -> None:
 def holds(path: Path, recipe: Recipe, run: str) -> bool:
     """Whether the picture at `path` is whole and was made by `recipe` in the run of this digest."""
     texts = _texts(path)
-    return texts.get("parameters") == recipe.describe() and texts.get("zimage_train.run") == run
+    return _recipe(texts) == recipe and texts.get("zimage_train.run") == run
+
+
+def drop_later(folder: Path, start: int, run: str) -> None:
+    """Remove the previews that a run which goes on after `start` will draw anew, or that are of another run."""
+    for path in folder.glob("*.png"):
+        match = NAME.fullmatch(path.name)
+        if match and (int(match[1]) > start or (start == 0 and _texts(path).get("zimage_train.run") != run)):
+            files.remove(path)
+
+
+def recipe_of(path: Path) -> Recipe:
+    """What the picture at `path` was made by.
+
+    Raises:
+        DataError: it is not there, damaged, or was not made by this trainer.
+    """
+    recipe = _recipe(_texts(path))
+    if recipe is None:
+        what = "holds no recipe of zimage-train" if path.exists() else "does not exist"
+        raise DataError(Problem(str(path), what, "give a PNG that train or sample has written"))
+    return recipe
 
 
 @dataclass(frozen=True)
 class Table:
     """Every preview of a run: a row a step, a column a recipe, None where a step has no such picture."""
 
-    prompts: list[str]
+    recipes: list[Recipe]
     rows: dict[int, list[Path | None]]
+
+    @property
+    def prompts(self) -> list[str]:
+        """What stands above each column."""
+        return [recipe.prompt for recipe in self.recipes]
 
 
 def table(folder: Path) -> Table:
     """The previews in `folder` by what each file says of itself; a change of prompts adds columns."""
-    found: dict[int, dict[tuple[int, str], Path]] = {}
+    found: dict[int, dict[tuple[int, Recipe], Path]] = {}
     for path in sorted(folder.glob("*.png")):
-        match, recipe = NAME.fullmatch(path.name), _texts(path).get("parameters")
+        match, recipe = NAME.fullmatch(path.name), _recipe(_texts(path))
         if match and recipe is not None:
             found.setdefault(int(match[1]), {})[int(match[2]), recipe] = path
-    columns = list(dict.fromkeys(key for step in sorted(found) for key in sorted(found[step])))
+    columns = list(dict.fromkeys(key for step in sorted(found) for key in found[step]))
     columns.sort(key=lambda key: key[0])  # a changed prompt stands beside the one that it replaced
     return Table(
-        prompts=[recipe.partition("\nNegative prompt: ")[0] for _, recipe in columns],
+        recipes=[recipe for _, recipe in columns],
         rows={step: [found[step].get(column) for column in columns] for step in sorted(found)},
     )
 
@@ -88,6 +118,13 @@ def save_grid(folder: Path) -> None:
                     grid.paste(_scaled(image), (90 + column * (CELL_PX + MARGIN_PX), top))
     with files.replacing(folder / "grid.png") as file:
         grid.save(file, format="PNG")
+
+
+def _recipe(texts: dict[str, str]) -> Recipe | None:
+    try:
+        return Recipe(**json.loads(texts[RECIPE]))
+    except (KeyError, ValueError, TypeError):
+        return None
 
 
 def _texts(path: Path) -> dict[str, str]:

@@ -1,19 +1,25 @@
 """What a run leaves on disk beside its metrics: checkpoints, exported LoRAs, previews, the report."""
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from zimage_train import checkpoint, files, optim
 from zimage_train.assemble import NotRestored
 from zimage_train.config.reading import dump_config
+from zimage_train.config.schema import Config
 from zimage_train.errors import WeightsError
 from zimage_train.lora import files as lora_files
 from zimage_train.lora import loaders
-from zimage_train.report import page, pictures
-from zimage_train.report.metrics import Records
+from zimage_train.model.headers import read_header
+from zimage_train.report import change, page, pictures
+from zimage_train.report.metrics import Records, read
 from zimage_train.sampling.previews import render
+from zimage_train.sampling.recipe import previews
+from zimage_train.tensorfile import DTYPES, NAMES
 from zimage_train.training import run_folder
 from zimage_train.training.run import Run, due
+from zimage_train.training.run_folder import RunFolder
 
 
 def save_checkpoint(run: Run, step: int) -> None:
@@ -87,7 +93,18 @@ def preview(run: Run, step: int, events: Records) -> None:
         run.console.warn(f"preview at step {step} failed ({type(error).__name__}: {error}); training goes on")
         events.append({"step": step, "event": "preview_failed", "error": str(error)})
         return
-    events.append({"step": step, "event": "preview", "pictures": [path.name for path in paths]})
+    record: dict[str, Any] = {"step": step, "event": "preview", "pictures": [path.name for path in paths]}
+    found = [one for one in change.changes(pictures.table(folder), triggers(run)) if one.step == step]
+    for one in found:
+        record |= {"change_with_trigger": one.with_trigger, "change_without_trigger": one.without_trigger}
+        if remark := change.remark(one, run.config.train.steps):
+            run.console.warn(remark)
+    events.append(record)
+
+
+def triggers(run: Run) -> set[str]:
+    """Every word that stands for a concept of this run."""
+    return {entry.trigger for entry in run.config.data if entry.trigger}
 
 
 def after_step(run: Run, step: int, events: Records, metrics: Records) -> None:
@@ -96,17 +113,38 @@ def after_step(run: Run, step: int, events: Records, metrics: Records) -> None:
         return
     last = run.config.train.steps
     saves = step == last or due(run.config.save.every, step, last)
-    previews = due(run.config.sample.every, step, last)
+    draws = due(run.config.sample.every, step, last)
     if saves:
         metrics.sync()
         if step > run.start:
             save_checkpoint(run, step)
         events.append({"step": step, "event": "save"})
         export(run, step)
-    if previews:
+    if draws:
         preview(run, step, events)
-    if saves or previews:
+    if saves or draws:
         write_report(run)
+
+
+def is_complete(folder: RunFolder, config: Config, step: int, identity: Mapping[str, Any]) -> bool:
+    """Whether a run that stands at `step` has nothing left to do: `done` is the last thing that a run writes.
+
+    The LoRA must be whole and as `save.dtype` says, and the last previews those of `sample`: both may have changed.
+    """
+    last = config.train.steps
+    is_done = any(one["step"] == last and one.get("event") == "done" for one in read(folder.events))
+    if step != last or not is_done or not folder.report.exists():
+        return False
+    try:
+        dtypes = {info.dtype for key, info in read_header(folder.lora()).tensors.items() if "lora_" in key}
+    except WeightsError:
+        return False
+    digest = run_folder.digest_of(identity)
+    wanted = previews(config) if config.sample.every is not None else []
+    return dtypes == {NAMES[DTYPES[config.save.dtype]]} and all(
+        pictures.holds(pictures.path_of(folder.samples, last, index), recipe, digest)
+        for index, recipe in enumerate(wanted)
+    )
 
 
 def write_report(run: Run) -> None:
@@ -120,4 +158,6 @@ def write_report(run: Run) -> None:
         samples=run.folder.samples,
         config_text=dump_config(run.config),
         warnings=run.warnings,
+        triggers=triggers(run),
+        steps=run.config.train.steps,
     )

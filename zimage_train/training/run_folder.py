@@ -14,7 +14,7 @@ from zimage_train.errors import ConfigError, Problem, WeightsError
 from zimage_train.report import metrics
 
 MAY_CHANGE = ("train.steps", "output", "cache.", "save.", "sample.", "validation.", "memory.", "log.")
-"""Settings that a resumed run may change: none of them alters a weight that was trained."""
+"""Settings that a resumed run may change: none of them alters a weight that was trained; but see `identity`."""
 ALLOWABLE = ("optimizer.lr", "schedule", "train.clip_norm", "timesteps", "guidance", "data")
 """Settings, and the pictures, that a run can take up in its middle when `--allow` names them: each step reads them."""
 BY_DIGEST = ("model.path", "model.extras", "model.adapter", "data.*.folder", "data.*.metadata")
@@ -80,7 +80,7 @@ def read_facts(folder: RunFolder) -> dict[str, Any]:
     """run.json, or nothing if there is none that can be read."""
     try:
         facts = json.loads(folder.facts.read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return facts if isinstance(facts, dict) else {}
 
@@ -106,6 +106,8 @@ def identity(config: Config, fingerprint: Mapping[str, Any]) -> dict[str, Any]:
     Every checkpoint carries it, so a run is recognised by what it continues from and by nothing beside it.
     """
     settings = flatten(config.model_dump(mode="json"))
+    if config.schedule.name != "constant":  # it stretches with the run, so with other steps every rate is another
+        settings["schedule.steps"] = config.train.steps
     return {
         "settings": {key: value for key, value in settings.items() if not _is_free(key)},
         "inputs": flatten(dict(fingerprint)),
@@ -171,10 +173,15 @@ def require_untouched(folder: RunFolder) -> None:
     Raises:
         WeightsError: names the step that was saved.
     """
+    todo = "put them back, or begin again with --fresh"
     saved = [record["step"] for record in metrics.read(folder.events) if record.get("event") in ("save", "stopped")]
     if saved:
         what = f"its checkpoints are gone; the last one was of step {max(saved)}"
-        raise WeightsError(Problem(str(folder.checkpoints), what, "put them back, or begin again with --fresh"))
+        raise WeightsError(Problem(str(folder.checkpoints), what, todo))
+    exported = sorted(folder.lora().parent.glob("*.safetensors"))
+    if exported:
+        what = f"its checkpoints are gone, and {exported[-1].name} was exported from one"
+        raise WeightsError(Problem(str(folder.checkpoints), what, todo))
 
 
 def _is_free(key: str) -> bool:
