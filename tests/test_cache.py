@@ -1,5 +1,6 @@
 """Caches: found by content, never trusted blindly, filled once, with the encoders gone before training."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -10,7 +11,8 @@ from zimage_train import encoding, mini
 from zimage_train.app.train import cache as fill
 from zimage_train.config.schema import Config
 from zimage_train.data.cache import Cache, prompt_key
-from zimage_train.errors import DataError
+from zimage_train.errors import DataError, WeightsError
+from zimage_train.model.digests import Digests
 
 
 @pytest.fixture
@@ -138,6 +140,23 @@ def test_latents_that_are_not_finite_name_their_picture(config, monkeypatch):
     with pytest.raises(DataError, match=r"zorb_0\d.*not finite") as error:
         fill(config())
     assert error.value.exit_code == 3
+
+
+def test_embeddings_that_are_not_finite_name_their_prompt(config, monkeypatch):
+    monkeypatch.setattr(encoding, "prompt_encoder", lambda *a: lambda prompt: torch.full((9, 64), float("inf")))
+    with pytest.raises(WeightsError, match=r"text_encoder: its embedding of '.*' is not finite"):
+        fill(config())
+
+
+def test_a_file_swapped_within_its_size_and_time_has_another_digest(tmp_path: Path):
+    path, memo = tmp_path / "x.safetensors", tmp_path / "digests.json"
+    path.write_bytes(b"one")
+    status = path.stat()
+    first = Digests(memo).of_content(path)
+    path.write_bytes(b"two")
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert path.stat().st_mtime_ns == status.st_mtime_ns
+    assert Digests(memo).of_content(path) != first
 
 
 def test_a_picture_that_changes_while_the_command_runs_is_named(config, monkeypatch, pictures: Path):

@@ -1,5 +1,6 @@
 """LoRA names, files and modules: counts, layouts, exactness, and what other loaders make of an export."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -205,6 +206,35 @@ def test_files_that_are_no_lora_are_refused(tmp_path: Path, tensors, message: st
     with pytest.raises(WeightsError, match=message) as error:
         files.read(path)
     assert error.value.exit_code == 4
+
+
+@pytest.mark.parametrize("alpha", [True, float("nan"), -1, 0, 1e9, "8", [8]])
+def test_an_alpha_in_the_metadata_that_cannot_be_is_refused(tmp_path: Path, alpha):
+    path = tmp_path / "x.safetensors"
+    tensors = {"transformer.a.lora_A.weight": torch.ones(2, 4), "transformer.a.lora_B.weight": torch.ones(4, 2)}
+    save_file(tensors, path, {"lora_adapter_metadata": json.dumps({"transformer.lora_alpha": alpha})})
+    with pytest.raises(WeightsError, match="its metadata says that alpha is"):
+        files.read(path)
+
+
+def test_an_alpha_for_each_module_is_refused_rather_than_lost(tmp_path: Path):
+    path = tmp_path / "x.safetensors"
+    tensors = {"transformer.a.lora_A.weight": torch.ones(2, 4), "transformer.a.lora_B.weight": torch.ones(4, 2)}
+    metadata = {"transformer.lora_alpha": 4, "transformer.alpha_pattern": {"a": 2}}
+    save_file(tensors, path, {"lora_adapter_metadata": json.dumps(metadata)})
+    with pytest.raises(WeightsError, match="an alpha of their own"):
+        files.read(path)
+
+
+def test_a_lora_in_fp8_is_read_and_one_with_a_bad_value_refused(tmp_path: Path):
+    path = tmp_path / "x.safetensors"
+    values = {"a.lora_A.weight": torch.ones(2, 4), "a.lora_B.weight": torch.full((4, 2), 0.5)}
+    save_file({key: value.to(torch.float8_e4m3fn) for key, value in values.items()}, path)
+    assert torch.equal(files.read(path)["a"].delta(), torch.ones(4, 4))
+    values["a.lora_B.weight"][0, 0] = float("nan")
+    save_file({key: value.to(torch.float8_e4m3fn) for key, value in values.items()}, path)
+    with pytest.raises(WeightsError, match="not finite"):
+        files.read(path)
 
 
 # In the model

@@ -1,23 +1,27 @@
 """Previews and samples equal what diffusers' own pipeline draws with the exported file, in another process."""
 
+import json
 import os
 import shlex
 import subprocess
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from typer.testing import CliRunner
 
 from zimage_train import mini
 from zimage_train.app.train import train
 from zimage_train.cli import app
 from zimage_train.config.schema import Config
-from zimage_train.errors import ZImageTrainError
+from zimage_train.errors import DataError, ZImageTrainError
 from zimage_train.report import pictures
-from zimage_train.sampling.recipe import previews, prompts_of
+from zimage_train.sampling.recipe import Recipe, previews, prompts_of
 
 STOCK = Path(__file__).parent / "stock_pipeline.py"
 
@@ -172,6 +176,65 @@ def test_the_command_that_a_run_ends_with_draws_its_last_preview_again(make_conf
     again = pixels(tmp_path / "again" / "sample-9.png")
     assert np.abs(again - pixels(root / "000002-00.png")).max() <= 1
     assert np.abs(again - pixels(root / "000000-00.png")).max() > 10
+
+
+def test_a_preview_is_drawn_again_from_its_own_picture(finished: Config, tmp_path: Path):
+    root = Path(finished.output) / finished.name
+    drawn = root / "samples" / "000030-00.png"
+    lora = f"{root}/lora/{finished.name}.safetensors"
+    command = ["sample", str(mini.TURBO), "--lora", lora, "--dtype", "fp32", "--from", str(drawn), "-o", str(tmp_path)]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.output
+    again = tmp_path / "sample-42.png"
+    assert np.abs(pixels(again) - pixels(drawn)).max() <= 1
+    assert pictures.recipe_of(again) == pictures.recipe_of(drawn) == previews(finished)[0]
+    done = CliRunner().invoke(app, [*command, "--seed", "7", "--steps", "3"])
+    assert done.exit_code == 0, done.output
+    assert pictures.recipe_of(tmp_path / "sample-7.png") == replace(previews(finished)[0], seed=7, steps=3)
+    assert np.abs(pixels(tmp_path / "sample-7.png") - pixels(drawn)).max() > 10
+
+
+def recipe_text(**changes: Any) -> PngInfo:
+    (one,) = [Recipe(prompt="x", negative="", seed=1, width=64, height=64, steps=8, guidance=0.0, shift=3.0)]
+    info = PngInfo()
+    info.add_itxt("zimage_train.recipe", json.dumps(asdict(one) | changes))
+    return info
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"seed": "7"},
+        {"seed": -1},
+        {"width": 65},
+        {"width": 10**6},
+        {"steps": 0},
+        {"guidance": float("nan")},
+        {"prompt": ["x"]},
+        {"more": 1},
+    ],
+)
+def test_a_picture_whose_recipe_cannot_be_is_no_recipe(tmp_path: Path, changes: dict[str, Any]):
+    path = tmp_path / "x.png"
+    Image.new("RGB", (8, 8)).save(path, pnginfo=recipe_text())
+    assert pictures.recipe_of(path).seed == 1
+    Image.new("RGB", (8, 8)).save(path, pnginfo=recipe_text(**changes))
+    with pytest.raises(DataError, match="holds no recipe"):
+        pictures.recipe_of(path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--from", "nowhere.png"], "nowhere.png: does not exist"),
+        (["--from", str(mini.PICTURES / "zorb_01.png")], "holds no recipe of zimage-train"),
+        (["--from", "x.png", "--prompt", "y"], "--prompt: is given beside --from"),
+        ([], "--prompt: is missing"),
+    ],
+)
+def test_what_cannot_be_drawn_again_is_named(arguments: list[str], message: str):
+    done = CliRunner().invoke(app, ["sample", str(mini.TURBO), *arguments])
+    assert message in str(done.exception) and isinstance(done.exception, ZImageTrainError)
 
 
 @pytest.mark.parametrize(

@@ -110,13 +110,15 @@ def sample(
     prompt: Annotated[list[str] | None, typer.Option("--prompt", help="What to draw. Repeatable.")] = None,
     from_: Annotated[
         list[Path] | None,
-        typer.Option("--from", help="Draw this PNG again: its prompt, seed, size and steps. Repeatable."),
+        typer.Option("--from", help="Draw this PNG again; options given beside it win. Repeatable."),
     ] = None,
     lora: Annotated[list[str] | None, typer.Option("--lora", metavar="FILE[=WEIGHT]", help="Repeatable.")] = None,
-    negative: Annotated[str, typer.Option("--negative", help="Used where guidance is above 0.")] = "",
-    seed: Annotated[int, typer.Option("--seed", min=0, max=2**63, help="Prompt i is drawn with seed + i.")] = 42,
-    width: Annotated[int, typer.Option("--width", min=16, max=4096)] = 1024,
-    height: Annotated[int, typer.Option("--height", min=16, max=4096)] = 1024,
+    negative: Annotated[str | None, typer.Option("--negative", help="Used where guidance is above 0.")] = None,
+    seed: Annotated[
+        int | None, typer.Option("--seed", min=0, max=2**62, help="Prompt i is drawn with seed + i. Default: 42.")
+    ] = None,
+    width: Annotated[int | None, typer.Option("--width", min=32, max=4096, help="Default: 1024.")] = None,
+    height: Annotated[int | None, typer.Option("--height", min=32, max=4096, help="Default: 1024.")] = None,
     steps: Annotated[int | None, typer.Option("--steps", min=1, max=1000, help="Default: the variant's own.")] = None,
     guidance: Annotated[
         float | None, typer.Option("--guidance", min=0.0, help="g; the usual CFG scale is g + 1.")
@@ -132,12 +134,13 @@ def sample(
     problems = [
         Problem(f"--{name}", f"is {value}", "give a multiple of 16")
         for name, value in (("width", width), ("height", height))
-        if value % 16
+        if value is not None and value % 16
     ]
     if not model:
         problems.append(Problem("MODEL", "is empty", "give turbo, deturbo, base, a hub id, a folder or a .safetensors"))
-    if not prompt and not from_:
-        problems.append(Problem("--prompt", "is missing", "give a prompt, or a picture to draw again with --from"))
+    if bool(prompt) == bool(from_):
+        what = "is given beside --from" if prompt else "is missing"
+        problems.append(Problem("--prompt", what, "give prompts, or pictures to draw again with --from"))
     if variant not in VARIANTS:
         problems.append(Problem("--variant", f"is {variant!r}", f"give one of {', '.join(VARIANTS)}"))
     if dtype not in ("bf16", "fp32"):
@@ -155,13 +158,9 @@ def sample(
         }
     )
     from zimage_train.app import sample as sampling
-    from zimage_train.report.pictures import recipe_of
 
-    recipes = [recipe_of(path) for path in from_ or []]
-    recipes += [
-        sampling.recipe_for(settings, text, negative, seed + index, width, height, steps, guidance)
-        for index, text in enumerate(prompt or [])
-    ]
+    asked = sampling.Asked(negative, seed, width, height, steps, guidance)
+    recipes = sampling.recipes_of(asked, from_) if from_ else sampling.recipes_for(asked, settings, prompt or [])
     sampling.sample(settings, [sampling.parse_lora(text) for text in lora or []], recipes, output)
 
 

@@ -4,8 +4,9 @@ import math
 import shlex
 import shutil
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from zimage_train import accelerator, distributed, encoding, files
 from zimage_train.assemble import assemble
@@ -31,6 +32,22 @@ class WeightedLora:
 
     path: Path
     weight: float
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What was asked for of every picture; None: the picture's or the variant's own."""
+
+    negative: str | None
+    seed: int | None
+    width: int | None
+    height: int | None
+    steps: int | None
+    guidance: float | None
+
+    def given(self) -> dict[str, Any]:
+        """Recipe fields that are not to have their default."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 def parse_lora(text: str) -> WeightedLora:
@@ -85,28 +102,21 @@ def _sample(model: Model, loras: list[WeightedLora], recipes: list[Recipe], outp
         console.say(f"{path}  {recipe.steps} steps, guidance {recipe.guidance:g} (CFG {recipe.guidance + 1:g})")
 
 
-def recipe_for(
-    model: Model,
-    prompt: str,
-    negative: str,
-    seed: int,
-    width: int,
-    height: int,
-    steps: int | None,
-    guidance: float | None,
-) -> Recipe:
-    """A recipe with what is not given taken from the variant."""
+def recipes_for(asked: Asked, model: Model, prompts: list[str]) -> list[Recipe]:
+    """Recipes of `prompts`, with what is not asked for taken from the variant."""
     variant = VARIANTS[model.variant]
-    return Recipe(
-        prompt=prompt,
-        negative=negative,
-        seed=seed,
-        width=width,
-        height=height,
-        shift=variant.shift,
-        steps=variant.steps if steps is None else steps,
-        guidance=variant.guidance if guidance is None else guidance,
-    )
+    given = {"negative": "", "seed": 42, "width": 1024, "height": 1024} | asked.given()
+    rest = {"steps": variant.steps, "guidance": variant.guidance, "shift": variant.shift} | given
+    return [Recipe(prompt=text, **rest | {"seed": rest["seed"] + index}) for index, text in enumerate(prompts)]
+
+
+def recipes_of(asked: Asked, drawn: list[Path]) -> list[Recipe]:
+    """Recipes of pictures, with what is asked for in place of their own.
+
+    Raises:
+        DataError: a picture was not made by this trainer.
+    """
+    return [replace(pictures.recipe_of(path), **asked.given()) for path in drawn]
 
 
 def command_for(config: Config, lora: Path) -> str:

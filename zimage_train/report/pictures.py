@@ -1,8 +1,7 @@
 """Preview pictures on disk: one PNG each, with its recipe inside, and one grid of all steps by all prompts."""
 
-import json
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
@@ -31,7 +30,7 @@ def save(path: Path, image: Image.Image, recipe: Recipe, run: str = "") -> None:
     """
     info = PngInfo()
     info.add_itxt("parameters", recipe.describe())
-    info.add_itxt(RECIPE, json.dumps(asdict(recipe), ensure_ascii=False))
+    info.add_itxt(RECIPE, recipe.to_json())
     if run:
         info.add_text("zimage_train.run", run)
     with files.replacing(path) as file:
@@ -122,8 +121,8 @@ def save_grid(folder: Path) -> None:
 
 def _recipe(texts: dict[str, str]) -> Recipe | None:
     try:
-        return Recipe(**json.loads(texts[RECIPE]))
-    except (KeyError, ValueError, TypeError):
+        return Recipe.from_json(texts[RECIPE])
+    except (KeyError, ValueError):
         return None
 
 

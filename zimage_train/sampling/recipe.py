@@ -1,8 +1,13 @@
 """What a sampled picture is made from, and the seeds and sizes of a config's previews (torch-free)."""
 
-from dataclasses import dataclass
+import json
+from dataclasses import asdict, dataclass
+from typing import Annotated
+
+from pydantic import Field, TypeAdapter
 
 from zimage_train.config.schema import Config
+from zimage_train.config.values import Pixels
 from zimage_train.model.variants import VARIANTS
 
 
@@ -12,12 +17,25 @@ class Recipe:
 
     prompt: str
     negative: str
-    seed: int
-    width: int
-    height: int
-    steps: int
-    guidance: float
-    shift: float
+    seed: Annotated[int, Field(ge=0, lt=2**63)]
+    width: Pixels
+    height: Pixels
+    steps: Annotated[int, Field(ge=1, le=1000)]
+    guidance: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    shift: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+    @classmethod
+    def from_json(cls, text: str) -> "Recipe":
+        """Read what `to_json` wrote.
+
+        Raises:
+            ValueError: it is something else.
+        """
+        return TypeAdapter(cls).validate_json(text, strict=True, extra="forbid")
+
+    def to_json(self) -> str:
+        """One line that holds all of it."""
+        return json.dumps(asdict(self), ensure_ascii=False)
 
     def describe(self) -> str:
         """One line for picture metadata and reports, with guidance in both conventions."""

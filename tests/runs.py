@@ -1,0 +1,60 @@
+"""Helpers of tests that train on the miniature: what a run left behind, and how to spoil a step."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from zimage_train.config.schema import Config
+from zimage_train.report.metrics import read
+from zimage_train.training import loop, objectives
+
+
+def folder(config: Config) -> Path:
+    return Path(config.output) / config.name
+
+
+def losses(config: Config) -> list[float]:
+    return [record["loss"] for record in read(folder(config) / "metrics.jsonl")]
+
+
+def final(config: Config) -> bytes:
+    return (folder(config) / "lora" / f"{config.name}.safetensors").read_bytes()
+
+
+def facts(config: Config) -> dict:
+    return json.loads((folder(config) / "run.json").read_text())
+
+
+PREVIEWED = {"every": 2, "width": 64, "height": 64, "prompts": ["a red zorb on a blue background", "a red circle"]}
+
+
+def poison(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> list[int]:
+    """Make the loss of `steps` not a number."""
+    fired: list[int] = []
+    original = loop.sft_loss
+    seen = {"step": 0}
+
+    def spoiled(model, batch, differential):
+        seen["step"] += 1
+        result = original(model, batch, differential)
+        if seen["step"] in steps:
+            fired.append(seen["step"])
+            return objectives.Loss(result.objective * float("nan"), result.plain * float("nan"))
+        return result
+
+    monkeypatch.setattr(loop, "sft_loss", spoiled)
+    return fired
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Ask the run to stop while it is in `step`, as SIGTERM would."""
+    original = loop.prefetch
+
+    def prefetch(run):
+        for at, loaded in original(run):
+            if at == step:
+                run.stop.signal_number = 15
+            yield at, loaded
+
+    monkeypatch.setattr(loop, "prefetch", prefetch)
