@@ -40,7 +40,7 @@ LAYERS: list[list[str]] = [
         "lora.families lora.names lora.headers",
         "lora.metadata",
         "model.sources model.weights model.transformer model.extras model.text model.vae",
-        "sampling.recipe",
+        "sampling.recipe sampling.workflow",
         "report.metrics",
         "report.console",
         "mini.world",
@@ -89,7 +89,7 @@ TORCH_FREE = [
         "model.variants model.headers model.shapes model.digests model.sources model.extras",
         "data.buckets data.captions data.images data.looks data.folder data.plan data.quarantine",
         "lora.families lora.names lora.headers lora.metadata",
-        "sampling.recipe report.metrics report.console report.pictures report.change report.page",
+        "sampling.recipe sampling.workflow report.metrics report.console report.pictures report.change report.page",
         "report.heatmap memory flops mini.world",
         "preflight training.stopping training.run_folder cli __main__",
     )

@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from runs import PREVIEWED, folder
 from zimage_train.app.train import train
 from zimage_train.report import change, pictures
 from zimage_train.report.change import Change
 from zimage_train.report.metrics import read
 from zimage_train.sampling.recipe import Recipe
+
+from helpers import PREVIEWED, folder
 
 KEYS = {"negative": "", "width": 64, "height": 64, "steps": 8, "guidance": 0.0, "shift": 3.0}
 PROMPTS = ["a red zorb", "a dog"]

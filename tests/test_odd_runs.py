@@ -5,13 +5,14 @@ import shutil
 import pytest
 import torch
 
-from runs import PREVIEWED, facts, final, folder, losses, poison, stop_after
 from zimage_train import checkpoint, mini
 from zimage_train.app.train import train
 from zimage_train.errors import ConfigError, DiskError, DivergedError, Stopped, WeightsError
 from zimage_train.report import pictures
 from zimage_train.report.metrics import read
 from zimage_train.training import loop, publish
+
+from helpers import PREVIEWED, facts, final, folder, losses, poison, stop_after
 
 
 def test_a_run_without_any_finite_step_is_no_success(make_config, monkeypatch):

@@ -6,9 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import mini_values
 
 from zimage_train.config import yaml_reader
+
+from conftest import mini_values
 
 
 def run(arguments: list[str], shell: str = "", **environment: str) -> subprocess.CompletedProcess[str]:

@@ -214,9 +214,10 @@ def main() -> None:
 
 
 def _fail(error: ZImageTrainError) -> NoReturn:
+    rank = os.environ.get("RANK", "0")  # of the processes that torchrun starts, each says what it met
     with contextlib.suppress(OSError, AttributeError):  # nobody has to listen
         for problem in error.problems:
-            print(problem, file=sys.stderr)
+            print(f"process {rank}: {problem}" if rank != "0" else problem, file=sys.stderr)
     sys.exit(error.exit_code)
 
 

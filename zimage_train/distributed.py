@@ -1,14 +1,20 @@
 """The processes of a run: which one this is, on which device, and their gradients added up once a step."""
 
+import contextlib
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 from accelerate import PartialState
 from torch import Tensor
 from torch.nn import Parameter
 
-from zimage_train.errors import ConfigError, Problem
+from zimage_train.errors import ConfigError, LostError, Problem
+
+PATIENCE = timedelta(hours=12)
+"""How long processes wait while the main one fills a cache or draws: 10 minutes, the default, are too few."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +40,8 @@ def join() -> World:
         ConfigError: several processes were started and this one stands alone.
     """
     has_gpu = torch.accelerator.is_available()
-    state = PartialState(cpu=not has_gpu)  # else accelerate leaves CPU processes strangers to each other
+    # Without `cpu`, accelerate leaves CPU processes strangers to each other.
+    state = PartialState(cpu=not has_gpu, timeout=PATIENCE)
     asked = int(os.environ.get("WORLD_SIZE", "1"))
     if state.num_processes != asked:
         what = f"{asked} processes were started, and {state.num_processes} found each other"
@@ -46,19 +53,39 @@ def join() -> World:
 
 
 def wait() -> None:
-    """Wait until every process has come here."""
-    PartialState().wait_for_everyone()
+    """Wait until every process has come here.
+
+    Raises:
+        LostError: one of them never will.
+    """
+    with _together():
+        PartialState().wait_for_everyone()
 
 
 def add_up(world: World, parameters: list[Parameter], numbers: Tensor) -> Tensor:
-    """Sum every gradient and `numbers` over the processes, in one flat reduction; returns the summed numbers."""
+    """Sum every gradient and `numbers` over the processes, in one flat reduction; returns the summed numbers.
+
+    Raises:
+        LostError: a process has ended.
+    """
     if world.processes == 1:
         return numbers
     grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
     flat = torch.cat([*(grad.reshape(-1) for grad in grads), numbers.float()])
-    torch.distributed.all_reduce(flat)
+    with _together():
+        torch.distributed.all_reduce(flat)
     offset = 0
     for grad in grads:
         grad.copy_(flat[offset : offset + grad.numel()].view_as(grad))
         offset += grad.numel()
     return flat[offset:]
+
+
+@contextlib.contextmanager
+def _together() -> Iterator[None]:
+    """Nothing but a collective stands within, so what fails there is the connection to another process."""
+    try:
+        yield
+    except RuntimeError as error:
+        what = f"another process has ended ({str(error).splitlines()[0][:120]})"
+        raise LostError(Problem("launch", what, "its own output says why; the same command continues")) from error

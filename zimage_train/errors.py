@@ -57,6 +57,12 @@ class DiskError(ZImageTrainError):
     exit_code = 7
 
 
+class LostError(ZImageTrainError):
+    """Another process of the same run has ended."""
+
+    exit_code = 8
+
+
 class Stopped(ZImageTrainError):
     """The run was asked to stop by a signal and did so in good order."""
 

@@ -22,6 +22,8 @@ class Variant:
     """Sampling steps of previews."""
     guidance: float
     """Guidance g of previews, as in `pos + g (pos - neg)`; the usual CFG scale is g + 1."""
+    comfyui: str
+    """File name of the transformer in ComfyUI's `models/diffusion_models`, as its publishers call it."""
 
 
 VARIANTS: dict[str, Variant] = {
@@ -32,6 +34,7 @@ VARIANTS: dict[str, Variant] = {
         shift=3.0,
         steps=8,
         guidance=0.0,
+        comfyui="z_image_turbo_bf16.safetensors",
     ),
     "deturbo": Variant(
         transformer="ostris/Z-Image-De-Turbo",
@@ -40,6 +43,7 @@ VARIANTS: dict[str, Variant] = {
         shift=3.0,
         steps=25,
         guidance=2.0,
+        comfyui="z_image_de_turbo_v1_bf16.safetensors",
     ),
     "base": Variant(
         transformer="Tongyi-MAI/Z-Image",
@@ -48,6 +52,7 @@ VARIANTS: dict[str, Variant] = {
         shift=6.0,
         steps=30,
         guidance=3.0,
+        comfyui="z_image_bf16.safetensors",
     ),
 }
 

@@ -14,6 +14,7 @@ from zimage_train.lora import loaders
 from zimage_train.model.headers import read_header
 from zimage_train.report import change, page, pictures
 from zimage_train.report.metrics import Records, read
+from zimage_train.sampling import workflow
 from zimage_train.sampling.previews import render
 from zimage_train.sampling.recipe import previews
 from zimage_train.tensorfile import DTYPES, NAMES
@@ -47,6 +48,8 @@ def export(run: Run, step: int) -> None:
         raise
     count = f"{len(trained)}/{len(trained)}"
     run.console.say(f"step {step}: exported {path} ({count} modules verified, relative error {error:.1e})")
+    if run.recipes:
+        files.write_json(workflow.beside(path), workflow.comfyui(run.recipes[0], config.model, path.name))
     _prune(run)
 
 
@@ -55,7 +58,7 @@ def _prune(run: Run) -> None:
     folder = run.folder.lora().parent
     numbered = sorted((int(match[1]), path) for path in folder.iterdir() if (match := name.fullmatch(path.name)))
     for _, path in numbered[: -run.config.save.keep]:
-        if not files.remove(path):
+        if not (files.remove(path) and files.remove(workflow.beside(path))):
             run.console.warn(f"{path}: cannot be removed; going on")
 
 

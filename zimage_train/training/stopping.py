@@ -1,8 +1,17 @@
-"""Stopping in good order: the first signal is a request, the second one is obeyed at once."""
+"""Stopping in good order: the first signal is a request, the second one is obeyed at once.
+
+Launchers stand in between. Some pass a signal on to a process that the terminal has told already, so the same signal
+within `ECHO_SECONDS` is the same request. `accelerate launch` tells its single child nothing and dies, so the child
+asks the kernel to be told of that; and being told so is no second request either, since the signal is another one.
+"""
 
 import contextlib
+import ctypes
+import os
 import signal
+import sys
 import threading
+import time
 from collections.abc import Iterator
 from types import FrameType
 
@@ -10,12 +19,25 @@ from zimage_train.errors import Problem, Stopped
 
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
+ECHO_SECONDS = 0.5
+LAUNCHERS = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")
+"""Variables by which a process knows that accelerate or torchrun started it."""
+
 
 class StopRequest:
     """Whether, and by which signal, this process was asked to stop."""
 
     def __init__(self) -> None:
         self.signal_number: int | None = None
+        self.since = 0.0
+
+    def take(self, number: int) -> bool:
+        """Note a signal; return whether it is the second of its kind, and so not a request any more."""
+        now = time.monotonic()
+        if self.signal_number is None:
+            self.signal_number, self.since = number, now
+            return False
+        return number == self.signal_number and now - self.since > ECHO_SECONDS
 
     def check(self) -> None:
         """Leave what has no state to save, such as filling a cache.
@@ -42,14 +64,22 @@ def stop_on_signals() -> Iterator[StopRequest]:
         return
 
     def handle(number: int, frame: FrameType | None) -> None:
-        if request.signal_number is not None:
+        if request.take(number):
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
-        request.signal_number = number
 
+    if any(name in os.environ for name in LAUNCHERS):
+        _hear_of_the_launchers_end()
     before = {number: signal.signal(number, handle) for number in SIGNALS}
     try:
         yield request
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _hear_of_the_launchers_end() -> None:
+    """Have Linux send SIGTERM to this process when its parent ends; elsewhere a child lives on."""
+    if sys.platform == "linux":
+        set_death_signal = 1
+        ctypes.CDLL(None).prctl(set_death_signal, int(signal.SIGTERM))
