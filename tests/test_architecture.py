@@ -66,11 +66,11 @@ LAYERS: list[list[str]] = [
     ],
     # 4: the loop, and the commands
     [
-        "training.stopping training.run_folder training.run training.publish training.loop",
-        "training.stopping training.run_folder training.run training.setup",
+        "training.stopping training.run_folder training.views training.run training.publish training.loop",
+        "training.stopping training.run_folder training.views training.run training.setup",
         "app.sample app.train",
         "training.stopping app.train",
-        "training.run_folder app.train",
+        "training.run_folder training.views app.train",
         "training.publish app.train",
         "training.loop app.train",
         "training.setup app.train",
@@ -91,7 +91,7 @@ TORCH_FREE = [
         "lora.families lora.names lora.headers lora.metadata",
         "sampling.recipe sampling.workflow report.metrics report.console report.pictures report.change report.page",
         "report.heatmap memory flops mini.world",
-        "preflight training.stopping training.run_folder cli __main__",
+        "preflight training.stopping training.run_folder training.views cli __main__",
     )
     for module in line.split()
 ]

@@ -16,14 +16,14 @@ from zimage_train.data.buckets import Bucket, crop_percent
 from zimage_train.data.folder import Picture
 from zimage_train.data.looks import Looks, Tick
 from zimage_train.data.plan import Item, items_of, make_plan
-from zimage_train.errors import WeightsError, ZImageTrainError, collected, raise_all
+from zimage_train.errors import Problem, WeightsError, ZImageTrainError, collected, raise_all
 from zimage_train.lora import headers, names
 from zimage_train.memory import Estimate
 from zimage_train.model import extras as parts
 from zimage_train.model import sources
 from zimage_train.model.shapes import TransformerShape
 from zimage_train.model.sources import Fetch, NotDownloaded, Sources
-from zimage_train.sampling.recipe import previews
+from zimage_train.sampling.recipe import also, previews
 
 
 @dataclass(frozen=True)
@@ -122,8 +122,7 @@ def _weights(config: Config, fetch: Fetch | None) -> tuple[Weights | None, list[
     found = sources.search(config.model, fetch)
     absent = [error for error in found.errors if isinstance(error, NotDownloaded)]
     errors: list[ZImageTrainError] = [error for error in found.errors if error not in absent]
-    notes = [f"{one.where}: not on this machine yet; train downloads it" for e in absent for one in e.problems]
-    notes = list(dict.fromkeys(notes))  # one repository may lack several parts
+    notes = [_absence(one) for error in absent for one in error.problems]
 
     transformer, extras, adapter = found.transformer, found.extras, found.adapter
     shape = TransformerShape()  # what is not here has the size of the published models
@@ -132,6 +131,8 @@ def _weights(config: Config, fetch: Fetch | None) -> tuple[Weights | None, list[
             shape = sources.transformer_tensors(transformer)[0]
         except WeightsError as error:
             return None, [*errors, error], notes
+    also, faults, more = _also(config.sample.also, shape if transformer else None, fetch)
+    errors, notes = errors + faults, list(dict.fromkeys(notes + more))
     modules: list[str] = []
     sizes: headers.Sizes = {}
     with collected(errors):
@@ -143,9 +144,32 @@ def _weights(config: Config, fetch: Fetch | None) -> tuple[Weights | None, list[
         with collected(errors):
             sizes = headers.read_sizes(adapter)
             headers.require_match(adapter, sizes, shape.linears)
-    if errors or transformer is None or extras is None or (config.model.adapter and adapter is None):
+    if errors or notes or transformer is None or extras is None:
         return None, errors, notes
-    return Weights(Sources(transformer, extras, adapter), shape, modules, len(sizes)), [], []
+    return Weights(Sources(transformer, extras, adapter, also), shape, modules, len(sizes)), [], []
+
+
+def _also(
+    name: str | None, shape: TransformerShape | None, fetch: Fetch | None
+) -> tuple[Path | None, list[ZImageTrainError], list[str]]:
+    """The second model of previews, which must have the shape of the first; what is wrong; what is not here yet."""
+    if name is None:
+        return None, [], []
+    try:
+        path = sources.other_transformer(name, fetch)
+        found = sources.transformer_tensors(path)[0]
+    except NotDownloaded as error:
+        return None, [], [_absence(one) for one in error.problems]
+    except WeightsError as error:
+        return None, [error], []
+    if shape is not None and found != shape:
+        what = "has another shape than the model of this run, so its LoRA does not fit"
+        return None, [WeightsError(Problem(f"sample.also: {name}", what, "give a model of the same size"))], []
+    return path, [], []
+
+
+def _absence(problem: Problem) -> str:
+    return f"{problem.where}: not on this machine yet; train downloads it"
 
 
 def _disk_bytes(config: Config, weights: Weights | None) -> int:
@@ -208,13 +232,14 @@ def _share_lines(checked: Checked, checkpointing: bool) -> list[str]:
         most = estimate(part, checkpointing, True).total / 1e9
         lines.append(f"  {resolution} px: {amount / epoch:.0%} of the training time, {most:.2f} GB a step")
     epochs = config.train.steps / make_plan(config, checked.items).steps_per_epoch
+    recipes = [*previews(config), *also(config)]
     drawn = sum(
         flops.forward(shape, Bucket(one.width, one.height)) * one.steps * (2 if one.guidance > 0 else 1)
-        for one in previews(config)
+        for one in recipes
     )
     times = _previews_in_a_run(config)
     share = drawn * times / (drawn * times + epoch * epochs)
-    lines.append(f"  previews: {times} times {len(config.sample.prompts)} pictures, {share:.0%} of the run")
+    lines.append(f"  previews: {times} times {len(recipes)} pictures, {share:.0%} of the run")
     return ["time by share of the arithmetic:", *lines]
 
 

@@ -15,7 +15,7 @@ from zimage_train.preflight import Checked
 from zimage_train.report import pictures
 from zimage_train.report.console import Console
 from zimage_train.report.metrics import Records
-from zimage_train.training import run_folder, setup
+from zimage_train.training import run_folder, setup, views
 from zimage_train.training.loop import train as run_loop
 from zimage_train.training.publish import is_complete, write_report
 from zimage_train.training.run_folder import RunFolder
@@ -57,7 +57,8 @@ def train(config: Config, fresh: bool, allow: tuple[str, ...] = ()) -> None:
             console.say(f"{config.name} is complete: {folder.lora()}")
             return
         if world.is_main:
-            pictures.drop_later(folder.samples, found.step if found else 0, run_folder.digest_of(identity))
+            for view in views.of(config, folder, identity, None):
+                pictures.drop_later(view.folder, found.step if found else 0, view.run)
         stack.enter_context(console.live())
         stack.enter_context(accelerator.explained_out_of_memory(LESS_MEMORY))
         run = setup.prepare(checked, folder, session, identity, found)

@@ -28,7 +28,7 @@ from zimage_train.model.digests import Digests as Digester
 from zimage_train.preflight import Checked, Weights, system_memory_bytes
 from zimage_train.report.console import Console
 from zimage_train.sampling import recipe
-from zimage_train.training import run_folder
+from zimage_train.training import run_folder, views
 from zimage_train.training.run import Digests, Inputs, Run
 from zimage_train.training.run_folder import RunFolder
 from zimage_train.training.stopping import StopRequest
@@ -101,7 +101,7 @@ def fill_caches(checked: Checked, session: Session, plan: Plan) -> None:
         session.console.tick(what, done, total)
 
     if session.world.is_main:
-        recipes = recipe.previews(checked.config)
+        recipes = [*recipe.previews(checked.config), *recipe.also(checked.config)]
         encoders = encoding.Encoders(
             extras=session.weights.sources.extras,
             device=session.world.device,
@@ -143,7 +143,7 @@ def prepare(
         optim.load_state(optimizer, found.part("optim."), found.numbers["optimizer"], str(found.path))
         console.say(f"continuing after step {start}")
     inputs = Inputs(session.cache, session.digests, config.model.dtype)
-    recipes = recipe.previews(config)
+    drawn = views.of(config, folder, identity, weights.sources.also)
     if world.is_main:
         run_folder.write_config(folder, config)
         run_folder.write_facts(
@@ -165,8 +165,8 @@ def prepare(
         attached=attached,
         optimizer=optimizer,
         extras=weights.sources.extras,
-        recipes=recipes,
-        preview_embeds={prompt: inputs.embeds(prompt) for prompt in recipe.prompts_of(recipes)},
+        views=drawn,
+        preview_embeds={prompt: inputs.embeds(prompt) for view in drawn for prompt in recipe.prompts_of(view.recipes)},
         export_metadata=describe(config, session.digests.adapter),
         warnings=checked.warnings,
         start=start,
