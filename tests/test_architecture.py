@@ -54,6 +54,7 @@ LAYERS: list[list[str]] = [
         "memory flops",
         "report.pictures report.change report.page",
         "report.heatmap",
+        "report.trackers",
         "sampling.turbo",
     ],
     # 3: the frozen model, everything that is known before a run, what a step is
@@ -90,7 +91,7 @@ TORCH_FREE = [
         "data.buckets data.captions data.images data.looks data.folder data.plan data.quarantine",
         "lora.families lora.names lora.headers lora.metadata",
         "sampling.recipe sampling.workflow report.metrics report.console report.pictures report.change report.page",
-        "report.heatmap memory flops mini.world",
+        "report.heatmap report.trackers memory flops mini.world",
         "preflight training.stopping training.run_folder training.views cli __main__",
     )
     for module in line.split()
@@ -107,7 +108,8 @@ LATE = {
     ("optim", "bitsandbytes"): "an optional dependency: works without it until it is asked for",
     ("optim", "prodigyopt"): "as bitsandbytes",
     ("lora.loaders", "diffusers"): "only the check of an export needs diffusers' loader",
-    ("app.train", "torch"): "the TensorBoard writer is slow to import and may be off",
+    ("report.trackers", "torch"): "the TensorBoard writer is slow to import and may be off",
+    ("report.trackers", "wandb"): "an optional dependency: works without it until it is asked for",
     ("training.loop", "resource"): "missing on Windows",
 }
 """Imports inside functions, by module and what is imported, each with its reason."""

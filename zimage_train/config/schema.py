@@ -322,8 +322,8 @@ class Save(Section):
 class Log(Section):
     tensorboard: bool = True
     """Write loss and learning rate for TensorBoard."""
-    wandb: Annotated[str | None, Later(None)] = None
-    """Later: project on Weights & Biases."""
+    wandb: str | None = Field(default=None, min_length=1)
+    """Project on Weights & Biases; needs `pip install wandb`, and WANDB_MODE=offline logs to disk only."""
 
 
 class Config(Section):

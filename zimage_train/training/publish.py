@@ -83,6 +83,8 @@ def preview(run: Run, step: int, events: Records) -> None:
         events.append({"step": step, "event": "preview_failed", "error": str(error)})
         return
     events.append({"step": step, "event": "preview", **judged(run, step)})
+    for view in run.views:
+        run.trackers.pictures(step, {one.prompt[:80] + view.suffix: path for path, one in view.wanted(step)})
 
 
 def draw(run: Run, view: View, step: int) -> None:

@@ -16,6 +16,7 @@ from zimage_train.data.plan import MicroBatch, Plan, Sample
 from zimage_train.distributed import World
 from zimage_train.lora.attach import Attached
 from zimage_train.report.console import Console
+from zimage_train.report.trackers import Trackers
 from zimage_train.training.objectives import Batch, make_batch
 from zimage_train.training.run_folder import RunFolder
 from zimage_train.training.stopping import StopRequest
@@ -71,6 +72,7 @@ class Run:
     start: int
     """The last step that is done."""
     console: Console
+    trackers: Trackers
     stop: StopRequest
 
     def micro_batches(self, step: int) -> list[MicroBatch]:

@@ -27,6 +27,7 @@ from zimage_train.lora.metadata import describe
 from zimage_train.model.digests import Digests as Digester
 from zimage_train.preflight import Checked, Weights, system_memory_bytes
 from zimage_train.report.console import Console
+from zimage_train.report.trackers import Trackers
 from zimage_train.sampling import recipe
 from zimage_train.training import run_folder, views
 from zimage_train.training.run import Digests, Inputs, Run
@@ -116,7 +117,12 @@ def fill_caches(checked: Checked, session: Session, plan: Plan) -> None:
 
 
 def prepare(
-    checked: Checked, folder: RunFolder, session: Session, identity: Mapping[str, Any], found: Checkpoint | None
+    checked: Checked,
+    folder: RunFolder,
+    session: Session,
+    identity: Mapping[str, Any],
+    found: Checkpoint | None,
+    trackers: Trackers,
 ) -> Run:
     """Make everything that the loop needs, as it was at `found`; the run folder is locked by the caller.
 
@@ -146,14 +152,10 @@ def prepare(
     drawn = views.of(config, folder, identity, weights.sources.also)
     if world.is_main:
         run_folder.write_config(folder, config)
-        run_folder.write_facts(
-            folder,
-            _facts(checked, session, frozen, plan, groups)
-            | {
-                "plan": {"checkpointing": checkpointing, "why": why},
-                "starts": [*run_folder.earlier_starts(folder), start],
-            },
-        )
+        made = {"checkpointing": checkpointing, "why": why}
+        starts = [*run_folder.earlier_starts(folder), start]
+        facts = _facts(checked, session, frozen, plan, groups) | {"plan": made, "starts": starts}
+        run_folder.write_facts(folder, facts)
     return Run(
         config=config,
         folder=folder,
@@ -171,6 +173,7 @@ def prepare(
         warnings=checked.warnings,
         start=start,
         console=console,
+        trackers=trackers,
         stop=session.stop,
     )
 

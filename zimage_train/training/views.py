@@ -27,10 +27,13 @@ class View:
     suffix: str
     """Added to the prompt where pictures are shown."""
 
+    def wanted(self, step: int) -> list[tuple[Path, Recipe]]:
+        """The pictures that `step` shall have."""
+        return [(pictures.path_of(self.folder, step, index), one) for index, one in enumerate(self.recipes)]
+
     def missing(self, step: int) -> list[tuple[Path, Recipe]]:
         """The pictures of `step` that are not there, or that something else has drawn."""
-        wanted = [(pictures.path_of(self.folder, step, index), one) for index, one in enumerate(self.recipes)]
-        return [(path, one) for path, one in wanted if not pictures.holds(path, one, self.run)]
+        return [(path, one) for path, one in self.wanted(step) if not pictures.holds(path, one, self.run)]
 
     def table(self) -> Table:
         return pictures.table(self.folder, self.suffix)
