@@ -25,6 +25,7 @@ LAYERS: list[list[str]] = [
         "errors files model.headers model.digests",
         "errors model.shapes",
         "seeding",
+        "tensors",
         "weighting",
         "config.yaml_reader",
         "model.variants config.values config.schema config.advice",
