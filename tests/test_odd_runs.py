@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 
-from zimage_train import checkpoint, mini
+from zimage_train import accelerator, checkpoint, mini
 from zimage_train.app.train import train
 from zimage_train.errors import ConfigError, DiskError, DivergedError, Stopped, WeightsError
 from zimage_train.report import pictures
@@ -210,8 +210,10 @@ def test_running_out_of_gpu_memory_is_one_line_with_advice(make_config, monkeypa
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ...")
 
     monkeypatch.setattr(loop, "sft_loss", full)
-    with pytest.raises(ConfigError, match=r"memory: CUDA out of memory; .* in use at most; set memory.checkpointing"):
-        train(make_config(), fresh=False)
+    monkeypatch.setattr(accelerator, "room_bytes", lambda device: int(45e6))
+    advice = r"in use at most; set memory.checkpointing: true \(predicted: 0.0\d GB\); the last checkpoint is good"
+    with pytest.raises(ConfigError, match=rf"memory: CUDA out of memory; .* {advice}"):
+        train(make_config(train={"batch_size": 8}), fresh=False)
 
 
 def test_without_a_gpu_the_published_model_is_refused_before_it_is_fetched(make_config, monkeypatch):

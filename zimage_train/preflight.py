@@ -16,7 +16,7 @@ from zimage_train.data.buckets import Bucket, crop_percent
 from zimage_train.data.folder import Picture
 from zimage_train.data.looks import Looks, Tick
 from zimage_train.data.plan import Item, items_of, make_plan
-from zimage_train.errors import Problem, WeightsError, ZImageTrainError, collected, raise_all
+from zimage_train.errors import ConfigError, Problem, WeightsError, ZImageTrainError, collected, raise_all
 from zimage_train.lora import headers, names
 from zimage_train.memory import Estimate
 from zimage_train.model import extras as parts
@@ -75,17 +75,46 @@ def examine(config: Config, fetch: Fetch | None = None, tick: Tick = lambda what
         if config.cache.folder is not None:
             files.require_folder(Path(config.cache.folder))
         files.require_space(Path(config.output), _disk_bytes(config, weights), "checkpoints and exports")
+    checked = Checked(config, pictures, items, weights, notes, advice.warnings(config, sum(map(len, pictures))))
+    with collected(errors):
+        _require_budget(checked)
     raise_all(errors)
     notes += _small_pictures(items)
-    return Checked(config, pictures, items, weights, notes, advice.warnings(config, sum(map(len, pictures))))
+    return checked
 
 
 def estimate(checked: Checked, checkpointing: bool, gpu: bool) -> Estimate:
     """The memory of a training step of `checked`; what is not downloaded yet has the size of the published models."""
-    sizes = Counter(item.size for item in checked.items)
+    shape, modules, sizes = _measures(checked)
+    return memory.estimate(checked.config, shape, modules, sizes, checkpointing, gpu)
+
+
+def less_memory(checked: Checked, limit_bytes: int, gpu: bool) -> str:
+    """Settings by which a step of `checked` is predicted to fit."""
+    shape, modules, sizes = _measures(checked)
+    return memory.smaller(checked.config, shape, modules, sizes, limit_bytes, gpu)
+
+
+def _measures(checked: Checked) -> tuple[TransformerShape, list[str], Counter[Bucket]]:
     shape = checked.weights.shape if checked.weights else TransformerShape()
     modules = checked.weights.modules if checked.weights else names.select(checked.config.lora.targets, shape.linears)
-    return memory.estimate(checked.config, shape, modules, sizes, checkpointing, gpu)
+    return shape, modules, Counter(item.size for item in checked.items)
+
+
+def _require_budget(checked: Checked) -> None:
+    """A budget that someone sets is kept or refused; without one the card decides, and this is a prediction.
+
+    Raises:
+        ConfigError: a step would take more.
+    """
+    budget, setting = checked.config.memory.budget_gb, checked.config.memory.checkpointing
+    if isinstance(budget, str) or not checked.items:
+        return
+    is_for_gpu = memory.parameters_of(_measures(checked)[0]) > memory.LARGEST_ON_CPU
+    least = estimate(checked, setting is not False, is_for_gpu).total
+    if least > budget * 1e9:
+        what = f"is {budget:g}, and a training step takes {least / 1e9:.2f} GB (predicted)"
+        raise ConfigError(Problem("memory.budget_gb", what, less_memory(checked, int(budget * 1e9), is_for_gpu)))
 
 
 def report(checked: Checked) -> list[str]:
@@ -271,7 +300,7 @@ def _memory_lines(checked: Checked) -> list[str]:
     if limit is None:
         lines.append("  no NVIDIA GPU found here: the run decides by the card it meets")
     elif (recomputed if setting == "auto" or setting else kept).total > limit:
-        lines.append(f"  this does not fit {limit / 1e9:.1f} GB: lower data.resolution or lora.rank")
+        lines.append(f"  this does not fit {limit / 1e9:.1f} GB: {less_memory(checked, int(limit), True)}")
     return lines
 
 

@@ -21,11 +21,6 @@ from zimage_train.training.publish import is_complete, write_report
 from zimage_train.training.run_folder import RunFolder
 from zimage_train.training.stopping import stop_on_signals
 
-LESS_MEMORY = (
-    "set memory.checkpointing: true, or lower data.resolution, train.batch_size or lora.rank; "
-    "the last checkpoint is good"
-)
-
 
 def train(config: Config, fresh: bool, allow: tuple[str, ...] = ()) -> None:
     """Train `config` to its end, or continue what an earlier start of it left, with the changes that `allow` names.
@@ -60,7 +55,8 @@ def train(config: Config, fresh: bool, allow: tuple[str, ...] = ()) -> None:
             for view in views.of(config, folder, identity, None):
                 pictures.drop_later(view.folder, found.step if found else 0, view.run)
         stack.enter_context(console.live())
-        stack.enter_context(accelerator.explained_out_of_memory(LESS_MEMORY))
+        less = preflight.less_memory(checked, accelerator.room_bytes(world.device), world.device.type == "cuda")
+        stack.enter_context(accelerator.explained_out_of_memory(f"{less}; the last checkpoint is good"))
         trackers = _trackers(config, folder, found.step if found else 0, console) if world.is_main else []
         told = stack.enter_context(contextlib.closing(Trackers(trackers, console.warn)))
         run = setup.prepare(checked, folder, session, identity, found, told)
