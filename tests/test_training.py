@@ -367,7 +367,10 @@ def test_a_step_that_is_not_finite_is_skipped_and_named(make_config, monkeypatch
     assert fired == [2]
     records = read(folder(config) / "metrics.jsonl")
     assert [record["loss"] is None for record in records] == [False, True, False, False]
-    assert "step 2 skipped" in capsys.readouterr().out
+    assert records[1]["not_finite"] == "loss nan, gradient norm nan" and "not_finite" not in records[2]
+    line = next(line for line in capsys.readouterr().out.splitlines() if "step 2 skipped" in line)
+    assert "(loss nan, gradient norm nan)" in line and all(name in line for name in records[1]["samples"])
+    assert all(f"{sigma:.3f}" in line for sigma in records[1]["sigma"])
 
 
 def test_five_in_a_row_end_the_run(make_config, monkeypatch):

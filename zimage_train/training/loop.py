@@ -61,11 +61,13 @@ def train(run: Run, metrics: Records, events: Records) -> None:
             run.optimizer.step()
         run.optimizer.zero_grad(set_to_none=True)
         skipped = 0 if is_finite else skipped + 1
-        outcome = {
+        outcome: dict[str, Any] = {
             "loss": loss_value if is_finite else None,
             "lr": lr,
             "grad_norm": norm_value if norm_value < float("inf") else None,
         }
+        if not is_finite:
+            outcome["not_finite"] = f"loss {loss_value:g}, gradient norm {norm_value:g}"
         record = describe(run, step, loaded, outcome, time.monotonic() - began)
         report(run, record, metrics)
         if skipped == min(MOST_SKIPS_IN_A_ROW, last):
@@ -92,9 +94,7 @@ def prefetch(run: Run) -> Iterator[tuple[int, list[Loaded]]]:
             yield step, loaded
 
 
-def describe(
-    run: Run, step: int, loaded: list[Loaded], outcome: dict[str, float | None], seconds: float
-) -> dict[str, Any]:
+def describe(run: Run, step: int, loaded: list[Loaded], outcome: dict[str, Any], seconds: float) -> dict[str, Any]:
     """The record of a step in metrics.jsonl; sigma and samples are those of this process, in the same order."""
     samples = [sample for micro_batch, _ in loaded for sample in micro_batch]
     return {
@@ -116,8 +116,8 @@ def report(run: Run, record: dict[str, Any], metrics: Records) -> None:
     step, loss = record["step"], record["loss"]
     if loss is None:
         run.console.warn(
-            f"step {step} skipped: loss or gradient not finite ({', '.join(record['samples'])} at sigma "
-            f"{', '.join(f'{sigma:.3f}' for sigma in record['sigma'])})"
+            f"step {step} skipped: not finite ({record['not_finite']}) with {', '.join(record['samples'])} at sigma "
+            f"{', '.join(f'{sigma:.3f}' for sigma in record['sigma'])}"
         )
         return
     note = f"loss {loss:.4f}  lr {record['lr']:.2e}  {record['seconds']:.2f} s/step  {record['gb']:.1f} GB"
@@ -145,7 +145,10 @@ def trailing_skips(run: Run) -> int:
 
 def diverged(record: dict[str, Any], skipped: int) -> DivergedError:
     """What to say when nothing finite has come for too long."""
-    what = f"loss or gradient not finite {skipped} times in a row, last with {', '.join(record['samples'])}"
+    what = (
+        f"loss or gradient not finite {skipped} times in a row, last {record['not_finite']} with "
+        f"{', '.join(record['samples'])}"
+    )
     todo = "lower optimizer.lr or look at these pictures; the last checkpoint is good"
     return DivergedError(Problem(f"step {record['step']}", what, todo))
 
