@@ -157,7 +157,7 @@ def test_a_syntax_error_is_refused_with_its_line(refused, content: bytes, messag
     ],
 )  # fmt: skip
 def test_a_value_of_another_type_is_refused_naming_both(refused, text: str, message: str):
-    """3. A value of another type (1e3 steps, a rate in quotes) is refused, naming what is there and what is expected."""
+    """3. A value of another type (1e3 steps, a rate in quotes) is refused, naming what it is and what is expected."""
     lines = refused(text)
     assert any(line.startswith(f"c.yaml:3: {message}") for line in lines), lines
 
