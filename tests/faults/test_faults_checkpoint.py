@@ -252,7 +252,7 @@ def environment() -> dict[str, str]:
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_newest_is_set_aside_loudly_and_the_one_before_is_used(tmp_path: Path, damage):
-    """38. A newest checkpoint with a changed bit, a zero tail or a cut is set aside, and that is said; the last one serves."""
+    """38. A newest checkpoint with a changed bit, a zero tail or a cut is set aside and named; the one before serves."""
     save(tmp_path, 20, 30)
     newest = tmp_path / "step-000030.safetensors"
     good = newest.read_bytes()
