@@ -3,13 +3,11 @@
 import errno
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,16 +31,6 @@ def test_an_error_of_the_writer_itself_leaves_the_old_file(tmp_path: Path):
         file.write(NEW)
         file.write(bytes(1 // 0))
     assert path.read_bytes() == OLD and len(list(tmp_path.iterdir())) == 1
-
-
-def run_python(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", code], cwd=folder, env=environment(), capture_output=True, text=True, timeout=60
-    )
-
-
-def environment() -> dict[str, str]:
-    return os.environ | {"PYTHONPATH": str(ROOT)}
 
 
 @pytest.mark.parametrize("place", ["file/x.bin", "x.bin/"])
@@ -219,97 +207,7 @@ def test_debris_of_dead_processes_goes_and_nothing_else(tmp_path: Path):
 # Space
 
 
-def test_too_little_space_is_refused_with_both_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    asked = []
-
-    def usage(path: Path):
-        asked.append(path)
-        return type("Usage", (), {"free": 2_000_000_000})
-
-    monkeypatch.setattr(files.shutil, "disk_usage", usage)
-    files.require_space(tmp_path / "a" / "b", 2_000_000_000, "checkpoints")
-    with pytest.raises(DiskError) as caught:
-        files.require_space(tmp_path / "a" / "b", 2_500_000_000, "checkpoints")
-    assert str(caught.value).startswith(
-        f"{tmp_path / 'a' / 'b'}: 2.00 GB free, checkpoints need 2.50 GB; free some space"
-    )
-    assert asked == [tmp_path, tmp_path], "the nearest folder that exists, and none is made"
-
-
-def test_a_folder_that_cannot_be_made_is_refused_and_none_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    files.require_folder(tmp_path / "a" / "b")
-    monkeypatch.chdir(tmp_path)
-    files.require_folder(Path("relative/x"))
-    assert list(tmp_path.iterdir()) == []
-    (tmp_path / "file").write_text("")
-    (tmp_path / "broken").symlink_to(tmp_path / "nowhere")
-    for name in ("file", "broken"):
-        for place in (tmp_path / name, tmp_path / name / "x"):
-            with pytest.raises(DiskError, match=rf"{tmp_path / name} is not a folder; choose another place"):
-                files.require_folder(place)
-    monkeypatch.setattr(os, "access", lambda path, mode: mode & os.W_OK == 0)
-    with pytest.raises(DiskError, match=f"{tmp_path} cannot be written to"):
-        files.require_folder(tmp_path / "a")
-
-
 # The lock
-
-HOLD = """
-import sys, time
-from pathlib import Path
-from zimage_train import files
-with files.locked(Path("run")):
-    print("held", flush=True)
-    sys.stdin.read()
-print("torch" in sys.modules)
-"""
-
-
-@pytest.fixture
-def holder(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
-    """Another process that holds tmp_path/run."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", HOLD],
-        cwd=tmp_path,
-        env=environment(),
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout is not None and process.stdout.readline() == "held\n"
-    yield process
-    process.kill()
-    process.communicate()
-
-
-def test_a_second_process_is_told_who_holds_the_folder(tmp_path: Path, holder: subprocess.Popen[str]):
-    for _ in range(2):
-        with pytest.raises(FolderInUseError) as caught, files.locked(tmp_path / "run"):
-            raise AssertionError("two processes in one folder")
-        assert caught.value.exit_code == 6
-        who = f"process {holder.pid} on {socket.gethostname()}"
-        assert str(caught.value) == (
-            f"{tmp_path / 'run'}: in use by {who}; wait for that run, stop it, or choose another name"
-        )
-
-
-def test_the_folder_is_free_as_soon_as_its_holder_is_killed(tmp_path: Path, holder: subprocess.Popen[str]):
-    holder.send_signal(signal.SIGKILL)
-    holder.wait()
-    with files.locked(tmp_path / "run"):
-        assert (tmp_path / "run" / "run.lock").read_text() == f"process {os.getpid()} on {socket.gethostname()}"
-
-
-def test_the_folder_is_free_when_its_holder_is_done(tmp_path: Path, holder: subprocess.Popen[str]):
-    out, _ = holder.communicate("")
-    assert out == "False\n" and holder.returncode == 0
-    assert (tmp_path / "run" / "run.lock").read_text() == ""
-    with pytest.raises(ZeroDivisionError), files.locked(tmp_path / "run"):
-        raise ZeroDivisionError
-    with files.locked(tmp_path / "run"), pytest.raises(FolderInUseError), files.locked(tmp_path / "run"):
-        raise AssertionError("locked twice")
-    with files.locked(tmp_path / "other" / "one"), files.locked(tmp_path / "run"):
-        assert (tmp_path / "other" / "one").is_dir()
 
 
 @pytest.mark.parametrize("name", ["file", "file/run"])

@@ -161,12 +161,6 @@ def test_after_a_change_of_prompts_every_picture_stands_under_its_own(make_confi
     }
 
 
-def test_without_a_gpu_the_published_model_is_refused_before_it_is_fetched(make_config, monkeypatch):
-    monkeypatch.setattr("zimage_train.app.train.download", pytest.fail)
-    with pytest.raises(ConfigError, match=r"device: no GPU was found, and 6.2 billion parameters"):
-        train(make_config(model={"path": None, "adapter": None}), fresh=False)
-
-
 def test_a_decay_stretches_with_the_run_so_more_steps_are_another_run_unless_allowed(make_config, capsys):
     decay = {"schedule": {"name": "cosine"}}
     train(make_config(train={"steps": 2}, **decay), fresh=False)

@@ -118,20 +118,6 @@ def test_user_text_is_escaped_in_the_report(make_config):
     assert "<script>alert" not in page and "&lt;script&gt;alert" in page
 
 
-def test_the_written_config_means_the_same_in_another_folder(make_config, tmp_path: Path, monkeypatch):
-    values = {"folder": "pictures", "resolution": [64], "trigger": "zorb"}
-    shutil.copytree(mini.PICTURES, tmp_path / "here" / "pictures")
-    shutil.copytree(mini.TURBO, tmp_path / "here" / "model")
-    monkeypatch.chdir(tmp_path / "here")
-    config = make_config(output="out", data=[values], model={"path": "model"}, train={"steps": 1})
-    train(config, fresh=False)
-    monkeypatch.chdir(tmp_path)
-    again = read_config(tmp_path / "here" / "out" / "tiny" / "config.yaml", ["train.steps=2"])
-    train(again, fresh=False)
-    assert facts(again)["starts"] == [0, 1]
-    assert not (tmp_path / "out").exists()
-
-
 # Resume
 
 

@@ -7,8 +7,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -22,7 +20,7 @@ from zimage_train.report.metrics import read
 from zimage_train.training import publish
 
 from faults import WRITING, Crash, fail_at
-from helpers import PREVIEWED, facts, final, folder, losses, stop_after
+from helpers import PREVIEWED, facts, final, folder, losses, run_python, stop_after
 
 ROOT = Path(__file__).parent.parent.parent
 OLD = b"old" * 5000
@@ -240,19 +238,9 @@ except files.DiskError as error:
     assert [one.name for one in tmp_path.iterdir()] == ["x.bin"]
 
 
-def run_python(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", code], cwd=folder, env=environment(), capture_output=True, text=True, timeout=60
-    )
-
-
-def environment() -> dict[str, str]:
-    return os.environ | {"PYTHONPATH": str(ROOT)}
-
-
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_newest_is_set_aside_loudly_and_the_one_before_is_used(tmp_path: Path, damage):
-    """38. A newest checkpoint with a changed bit, a zero tail or a cut is set aside and named; the one before serves."""
+    """38. A newest checkpoint with a changed bit, zero tail or cut is set aside and named; the one before serves."""
     save(tmp_path, 20, 30)
     newest = tmp_path / "step-000030.safetensors"
     good = newest.read_bytes()
