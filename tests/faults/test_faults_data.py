@@ -18,11 +18,12 @@ from zimage_train import encoding, mini, preflight
 from zimage_train.app.train import cache as fill
 from zimage_train.app.train import train
 from zimage_train.data import captions
+from zimage_train.data.cache import Cache
 from zimage_train.errors import DataError
 from zimage_train.report.metrics import read
 
 from dataset_folder import picture, problems, prompts, scanned
-from faults import fail_at
+from faults import Crash, fail_at
 from helpers import folder, losses
 from picture_files import (
     ADOBE_TO_XYZ,
@@ -566,3 +567,42 @@ def test_all_faults_are_reported_at_once(photos: Path):
     assert sum("page.png: a web page" in one for one in found) == 1
     assert all(error.exit_code == 3 for error in result.errors)
     assert result.notes[0] == f"{photos / 'alone.txt'}: a caption without a picture"
+
+
+def test_killed_while_caching_the_next_start_encodes_what_is_missing_and_nothing_else(
+    make_config, tmp_path, monkeypatch
+):
+    """29. Killed while it fills the cache, the program encodes at its next start what is missing, and nothing else."""
+    config = make_config(cache={"folder": str(tmp_path / "cache")})
+    original, encoded_pictures = encoding.picture_encoder, []
+
+    def encoder(*args):
+        encode = original(*args)
+
+        def encode_one(image: Image.Image):
+            encoded_pictures.append(image)
+            return encode(image)
+
+        return encode_one
+
+    monkeypatch.setattr(encoding, "picture_encoder", encoder)
+    write, faults = Cache.write, []
+
+    def write_at_most_four(self, *entry) -> None:
+        if len(encoded_pictures) < 5:
+            return write(self, *entry)
+        with fail_at("replace", 1, Crash()) as fault:
+            faults.append(fault)
+            return write(self, *entry)
+
+    with monkeypatch.context() as patch, pytest.raises(Crash):
+        patch.setattr(Cache, "write", write_at_most_four)
+        fill(config)
+    assert [fault.fired for fault in faults] == [1]
+    entries = list((tmp_path / "cache" / "latents").rglob("*.safetensors"))
+    assert len(entries) == 4
+    before = {path: path.read_bytes() for path in entries}
+    fill(config)
+    assert len(encoded_pictures) == 16 + 1, "the one that was not written yet is encoded twice"
+    assert {path: path.read_bytes() for path in entries} == before
+    assert not list((tmp_path / "cache").rglob("*.tmp"))

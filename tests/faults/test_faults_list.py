@@ -23,7 +23,6 @@ NUMBERS = set(range(1, 66))
 ELSEWHERE = {
     27: "damaged cache entries: test_cache.py",
     28: "latents that are not finite: test_cache.py",
-    29: "killed while caching: no test yet",
     30: "weights that are missing or damaged: test_preflight.py",
     31: "a changed encoder: test_cache.py",
     32: "pickles instead of weights: test_model.py",
@@ -51,8 +50,8 @@ def page() -> str:
     lines = [
         "# What can go wrong, and what happens then",
         "",
-        "Every line is the promise of a test in `tests/faults/`, which causes the fault and checks the promise. What exit",
-        "codes mean stands in [how it works](how-it-works.md#exit-codes).",
+        "Every line is the promise of a test in `tests/faults/`, which causes the fault and checks the promise; the",
+        "numbers are those of the tests. What exit codes mean stands in [how it works](how-it-works.md#exit-codes).",
     ]
     for title, name in GROUPS.items():
         lines += ["", f"## {title}", ""]
