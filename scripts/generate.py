@@ -1,17 +1,21 @@
-"""Write what follows from the code: configs/schema.json for editors and configs/reference.yaml for people.
+"""Write what follows from the code: the config's schema and reference, and the reference of the command line.
 
-python scripts/generate.py           write both
-python scripts/generate.py --check   write nothing; exit code 1 if one of them is stale
+python scripts/generate.py           write what is stale
+python scripts/generate.py --check   write nothing; exit code 1 if something is stale
 """
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
+from typer.main import get_command
+from typer.testing import CliRunner
 
+from zimage_train import cli
 from zimage_train.config import yaml_reader
 from zimage_train.config.schema import Config, Prompt
 
@@ -79,9 +83,55 @@ def _one_line(text: str) -> str:
     return " ".join(text.split())
 
 
+def config_md() -> str:
+    """Every setting with its type, default and meaning, a table a section."""
+    lines = ["# Every setting", "", f"{NOTICE} A config names what it changes; the rest has these defaults.", ""]
+    lines += _table(EXAMPLE, "", "the run")
+    return "\n".join(lines) + "\n"
+
+
+def _table(section: BaseModel, prefix: str, title: str) -> list[str]:
+    rows: list[str] = []
+    below: list[str] = []
+    for name, field in type(section).model_fields.items():
+        value, text = getattr(section, name), _one_line(field.description or "")
+        nested = value[0] if isinstance(value, list) and value and isinstance(value[0], BaseModel) else value
+        if isinstance(nested, BaseModel):
+            path = f"{prefix}{name}" + (".N" if isinstance(value, list) else "")
+            below += _table(nested, f"{path}.", f"`{path}`: {text[0].lower()}{text[1:]}")
+        else:
+            default = json.dumps(section.model_dump(mode="json", include={name})[name])
+            must = " (required)" if field.is_required() else ""
+            rows.append(f"| `{prefix}{name}` | `{default}`{must} | {text.replace('|', '/')} |")
+    head = [f"## {title[0].upper()}{title[1:]}" if prefix == "" else f"## {title}", ""]
+    return [*head, "| setting | default | what it does |", "|---|---|---|", *rows, "", *below]
+
+
+def cli_md() -> str:
+    """What every command says of itself with `--help`."""
+    lines = ["# Every command", "", NOTICE, ""]
+    for words in _commands(get_command(cli.app)):
+        shown = CliRunner().invoke(cli.app, [*words, "--help"], env={"COLUMNS": "110", "TERMINAL_WIDTH": "110"})
+        text = "\n".join(line.rstrip() for line in shown.output.strip().splitlines())
+        text = re.sub(r"^Usage: \S+", "Usage: zimage-train", text)
+        lines += [f"## zimage-train {' '.join(words)}", "", "```text", text, "```", ""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _commands(group: Any) -> list[list[str]]:
+    found: list[list[str]] = []
+    for name, one in group.commands.items():
+        found += [[name, *rest] for rest in _commands(one)] if hasattr(one, "commands") else [[name]]
+    return found
+
+
+NOTICE = "Written by `scripts/generate.py` from the code; a test keeps it so."
+
 GENERATED: dict[str, Callable[[], str]] = {
     "configs/schema.json": schema_json,
     "configs/reference.yaml": reference_yaml,
+    "docs/config.md": config_md,
+    "docs/commands.md": cli_md,
 }
 
 

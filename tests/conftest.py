@@ -6,9 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from jaxtyping import install_import_hook
+
+from typecheck import MODULES
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+install_import_hook(MODULES, "typecheck.check")  # before anything of zimage_train is imported
 
 from zimage_train import mini
 from zimage_train.config.reading import validate

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from zimage_train import mini
-from zimage_train.assemble import Frozen, assemble, without_adapter
+from zimage_train.assemble import Frozen, assemble, original
 from zimage_train.errors import WeightsError
 from zimage_train.lora import adapter, attach, headers, names
 
@@ -61,7 +61,7 @@ def test_within_the_block_the_weights_are_the_originals_and_after_it_the_same_bi
     frozen = merged(dtype)
     attach.attach(frozen.model, names.select(["attention", "adaln"], frozen.shape.linears), 4, None, 0.0, 1)
     before = {name: attach.base_weight(frozen.model, name).clone() for name in frozen.shape.parameters}
-    with without_adapter(frozen):
+    with original(frozen):
         for name, tensor in originals().items():
             assert torch.equal(attach.base_weight(frozen.model, name), tensor.to(before[name].dtype)), name
     for name, tensor in before.items():
@@ -72,7 +72,7 @@ def test_the_training_weights_come_back_after_an_error():
     frozen = merged()
     name = "layers.0.attention.to_q.weight"
     before = attach.base_weight(frozen.model, name).clone()
-    with pytest.raises(RuntimeError, match="in a preview"), without_adapter(frozen):
+    with pytest.raises(RuntimeError, match="in a preview"), original(frozen):
         raise RuntimeError("in a preview")
     assert torch.equal(attach.base_weight(frozen.model, name), before)
 

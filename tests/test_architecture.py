@@ -21,6 +21,7 @@ LAYERS: list[list[str]] = [
         "errors files model.headers model.digests",
         "errors model.shapes",
         "seeding",
+        "tensors",
         "weighting",
         "config.yaml_reader",
         "model.variants config.values config.schema config.advice",
@@ -50,6 +51,7 @@ LAYERS: list[list[str]] = [
         "memory flops",
         "report.pictures report.change report.page",
         "report.heatmap",
+        "report.trackers",
         "sampling.turbo",
     ],
     # 3: the frozen model, everything that is known before a run, what a step is
@@ -62,11 +64,11 @@ LAYERS: list[list[str]] = [
     ],
     # 4: the loop, and the commands
     [
-        "training.stopping training.run_folder training.run training.publish training.loop",
-        "training.stopping training.run_folder training.run training.setup",
+        "training.stopping training.run_folder training.views training.run training.publish training.loop",
+        "training.stopping training.run_folder training.views training.run training.setup",
         "app.sample app.train",
         "training.stopping app.train",
-        "training.run_folder app.train",
+        "training.run_folder training.views app.train",
         "training.publish app.train",
         "training.loop app.train",
         "training.setup app.train",
@@ -86,8 +88,8 @@ TORCH_FREE = [
         "data.buckets data.captions data.images data.looks data.folder data.plan data.quarantine",
         "lora.families lora.names lora.headers lora.metadata",
         "sampling.recipe sampling.workflow report.metrics report.console report.pictures report.change report.page",
-        "report.heatmap memory flops mini.world",
-        "preflight training.stopping training.run_folder cli __main__",
+        "report.heatmap report.trackers memory flops mini.world",
+        "preflight training.stopping training.run_folder training.views cli __main__",
     )
     for module in line.split()
 ]
@@ -103,7 +105,8 @@ LATE = {
     ("optim", "bitsandbytes"): "an optional dependency: works without it until it is asked for",
     ("optim", "prodigyopt"): "as bitsandbytes",
     ("lora.loaders", "diffusers"): "only the check of an export needs diffusers' loader",
-    ("app.train", "torch"): "the TensorBoard writer is slow to import and may be off",
+    ("report.trackers", "torch"): "the TensorBoard writer is slow to import and may be off",
+    ("report.trackers", "wandb"): "an optional dependency: works without it until it is asked for",
     ("training.loop", "resource"): "missing on Windows",
 }
 """Imports inside functions, by module and what is imported, each with its reason."""

@@ -199,10 +199,8 @@ NOT_YET = {
     "memory.offload": "blocks",
     "memory.compile": True,
     "sample.extra_loras": ["x.safetensors"],
-    "sample.also": "turbo",
     "validation.folder": "held_out",
     "validation.every": 100,
-    "log.wandb": "project",
 }
 
 

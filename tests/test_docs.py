@@ -1,16 +1,18 @@
 """What the documentation says is there is there."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
+from zimage_train import mini
 from zimage_train.cli import app
 from zimage_train.config.reading import read_config
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 
 
 @pytest.mark.parametrize("steps", [1, 2, 7, 100_000])
@@ -35,6 +37,86 @@ def test_commands_and_options_that_a_page_shows_exist(page: Path):
         shown = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200"})
         assert shown.exit_code == 0, line
         assert all(word in shown.output for word in words if word.startswith("--")), line
+
+
+def test_the_order_of_reading_has_the_lengths_of_the_files():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^\d\. `([\w/.]+)` \((\d+) lines\)", text, re.MULTILINE)
+    assert len(listed) == 7
+    assert listed == [(name, str(len((ROOT / name).read_text().splitlines()))) for name, _ in listed]
+
+
+def test_the_page_for_contributors_is_short():
+    assert len((ROOT / "CONTRIBUTING.md").read_text().splitlines()) < 60
+
+
+# What the pages tell people to run, run here
+
+TINY = {
+    "model.path": str(mini.TURBO),
+    "model.extras": "null",
+    "model.adapter": str(mini.ADAPTER),
+    "model.dtype": "fp32",
+    "data.0.folder": str(mini.PICTURES),
+    "data.0.resolution": "[64]",
+    "train.steps": "2",
+    "train.batch_size": "2",
+    "sample.width": "64",
+    "sample.height": "64",
+    "log.tensorboard": "false",
+}
+NOT_RUN = {
+    "bash scripts/quickstart.sh": "makes a .venv; tests/test_setup.py runs its parts, and people the whole",
+    "bash scripts/test.sh": "is what runs this",
+    "source .venv/bin/activate": "changes the shell of whoever types it",
+}
+
+
+def tiny(output: Path, cache: Path) -> list[str]:
+    """Options that bring any config to the miniature and to seconds."""
+    places = {"output": str(output), "cache.folder": str(cache)}
+    return [word for key, value in (TINY | places).items() for word in ("--set", f"{key}={value}")]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
+def test_every_shipped_config_trains(path: Path, tmp_path: Path, shared_cache: Path):
+    done = CliRunner().invoke(app, ["train", str(path), *tiny(tmp_path, shared_cache)])
+    assert done.exit_code == 0, (done.output[-500:], done.exception)
+    assert list(tmp_path.glob("*/lora/*.safetensors"))
+
+
+def shown_commands() -> list[str]:
+    """Every command of the README: the lines of its shell blocks, and those in its table."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
+    lines = [line.partition("#")[0].strip() for block in blocks for line in block.splitlines()]
+    return [*filter(None, lines), *re.findall(r"^\| `(zimage-train [^`]+)`", text, re.MULTILINE)]
+
+
+def test_every_command_of_the_readme_runs(tmp_path: Path, shared_cache: Path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    options = tiny(tmp_path, shared_cache)
+    config = str(ROOT / "configs" / "quickstart.yaml")
+    lora = str(tmp_path / "quickstart" / "lora" / "quickstart.safetensors")
+    assert CliRunner().invoke(app, ["train", config, *options]).exit_code == 0
+    words_for = {"CONFIG": config, "FILE": lora, "FILE=0.8": f"{lora}=0.8", "MODEL": str(mini.TURBO), "...": "a zorb"}
+    run = []
+    for command in shown_commands():
+        if command in NOT_RUN:
+            continue
+        program, *words = shlex.split(command)
+        assert program == "zimage-train", command
+        words = [words_for.get(word, word) for word in words]
+        if words[0] in ("train", "check", "cache", "timesteps"):
+            words += options
+        if words[:2] == ["lora", "verify"]:
+            words += ["--model", str(mini.TURBO)]
+        if words[0] == "sample":
+            words += ["--dtype", "fp32", "--width", "64", "--height", "64", "-o", str(tmp_path / "drawn")]
+        done = CliRunner().invoke(app, words)
+        assert done.exit_code == 0, (command, done.output[-500:], done.exception)
+        run.append(command)
+    assert len(run) == 9, run
 
 
 def test_pages_speak_of_no_machine():

@@ -1,7 +1,9 @@
 """The memory estimate, against bytes counted on the real graph at the full width."""
 
+import re
 from collections import Counter
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from diffusers import ZImageTransformer2DModel
 from peft import LoraConfig, inject_adapter_in_model
 
 from zimage_train import memory
+from zimage_train.config.schema import Config
 from zimage_train.data.buckets import Bucket
 from zimage_train.lora import names
 from zimage_train.model.shapes import TransformerShape
@@ -103,3 +106,40 @@ def test_a_batch_is_never_larger_than_the_data(make_config):
     config = make_config(train={"batch_size": 64})
     few = memory.estimate(config, FULL, list(FULL.linears), Counter([Bucket(512, 512)] * 3), False, gpu=True)
     assert few.tokens == 3 * (1024 + memory.CAPTION_TOKENS)
+
+
+SIZES = Counter({Bucket(1024, 1024): 20, Bucket(768, 1024): 20})
+
+
+def published(**changes: Any) -> tuple[Config, TransformerShape, list[str]]:
+    config = Config.model_validate({"name": "x", "data": [{"folder": "p"}], **changes})
+    return config, TransformerShape(), names.select(config.lora.targets, TransformerShape().linears)
+
+
+@pytest.mark.parametrize("limit_gb", [80, 48, 24, 20, 16, 14.5])
+def test_the_smaller_plan_that_is_named_is_predicted_to_fit(limit_gb: float):
+    config, shape, modules = published(train={"batch_size": 4}, lora={"rank": 64})
+    said = memory.smaller(config, shape, modules, SIZES, int(limit_gb * 1e9), True)
+    wanted = dict(re.findall(r"([a-z_.]+): (\w+)", said.partition(" (predicted")[0]))
+    sizes = SIZES
+    if side := wanted.get("data.resolution"):
+        sizes = Counter({Bucket(int(side), int(side)): 40})
+    batch, rank = int(wanted.get("train.batch_size", 4)), int(wanted.get("lora.rank", 64))
+    changed, _, _ = published(train={"batch_size": batch}, lora={"rank": rank})
+    total = memory.estimate(changed, shape, modules, sizes, wanted["memory.checkpointing"] == "true", True).total
+    assert total <= limit_gb * 1e9
+    assert f"predicted: {total / 1e9:.2f} GB" in said
+
+
+def test_where_no_plan_fits_the_least_is_named():
+    config, shape, modules = published()
+    said = memory.smaller(config, shape, modules, SIZES, int(8e9), True)
+    least = published(lora={"rank": 8}, train={"batch_size": 1})[0]
+    total = memory.estimate(least, shape, modules, Counter({Bucket(512, 512): 1}), True, True).total
+    assert said == f"a step takes {total / 1e9:.2f} GB at the least (predicted), so more memory is needed"
+
+
+def test_what_is_small_already_is_not_asked_for():
+    config, shape, modules = published(lora={"rank": 4}, memory={"checkpointing": True}, train={"batch_size": 1})
+    said = memory.smaller(config, shape, modules, SIZES, int(15e9), True)
+    assert "rank" not in said and "batch_size" not in said and "checkpointing" not in said

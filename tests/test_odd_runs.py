@@ -30,7 +30,7 @@ def test_training_weights_that_cannot_be_put_back_after_a_preview_end_the_run(ma
         return original(*args[:-1], tick)
 
     monkeypatch.setattr(publish, "render", vanish)
-    with pytest.raises(WeightsError, match="the adapter cannot be merged back after a preview"):
+    with pytest.raises(WeightsError, match="the training weights cannot be put back after a preview"):
         train(config, fresh=False)
     assert moved and [record["step"] for record in read(folder(config) / "metrics.jsonl")] == [1, 2]
     moved[0].rename(model / "transformer")
@@ -152,7 +152,7 @@ def test_after_a_change_of_prompts_every_picture_stands_under_its_own(make_confi
     changed = PREVIEWED | {"prompts": ["a green square", "a red circle"]}
     train(make_config(sample=changed, train={"steps": 4}), fresh=False)
     shown = pictures.table(folder(make_config()) / "samples")
-    assert shown.prompts == ["a red zorb on a blue background", "a green square", "a red circle"]
+    assert shown.labels == ["a red zorb on a blue background", "a green square", "a red circle"]
     # Step 2 was done again with the new prompts before step 3, so its first picture is the new one.
     assert {step: [path is not None for path in row] for step, row in shown.rows.items()} == {
         0: [True, False, True],

@@ -151,7 +151,7 @@ def test_the_grid_has_a_row_a_step_and_a_column_a_prompt(finished: Config):
     folder = Path(finished.output) / finished.name / "samples"
     shown = pictures.table(folder)
     assert list(shown.rows) == [0, 30]
-    assert shown.prompts == [recipe.prompt for recipe in previews(finished)]
+    assert shown.labels == [recipe.prompt for recipe in previews(finished)]
     assert all(all(row) for row in shown.rows.values())
     with Image.open(folder / "grid.png") as grid:
         assert grid.width > pictures.CELL_PX and grid.height > 2 * pictures.CELL_PX

@@ -9,8 +9,6 @@ from zimage_train import memory
 from zimage_train.errors import ConfigError, Problem
 from zimage_train.model.shapes import TransformerShape
 
-LARGEST_ON_CPU = 1_000_000_000
-
 
 def require(device: torch.device, shape: TransformerShape, dtype: str) -> None:
     """Refuse what `device` cannot do, before anything is downloaded, read or encoded for it.
@@ -18,13 +16,18 @@ def require(device: torch.device, shape: TransformerShape, dtype: str) -> None:
     Raises:
         ConfigError: no GPU for a model that needs one, or one without bf16.
     """
-    parameters = sum(memory.count(size) for size in shape.parameters.values())
-    if device.type == "cpu" and parameters > LARGEST_ON_CPU:
+    parameters = memory.parameters_of(shape)
+    if device.type == "cpu" and parameters > memory.LARGEST_ON_CPU:
         what = f"no GPU was found, and {parameters / 1e9:.1f} billion parameters would take weeks without one"
         raise ConfigError(Problem("device", what, "check the driver with nvidia-smi, and that torch is a CUDA build"))
     if device.type == "cuda" and dtype == "bf16" and not torch.cuda.is_bf16_supported(False):
         what = f"{torch.cuda.get_device_name()} has no bf16"
         raise ConfigError(Problem("model.dtype", what, "an RTX 30 series card or newer is needed"))
+
+
+def room_bytes(device: torch.device) -> int:
+    """Nine tenths of a GPU's memory: what a plan may be predicted to take after one that was too large; 0 on a CPU."""
+    return int(torch.cuda.get_device_properties(device).total_memory * 0.9) if device.type == "cuda" else 0
 
 
 @contextlib.contextmanager

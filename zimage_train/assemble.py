@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 from diffusers import ZImageTransformer2DModel
-from torch import Tensor
 
 from zimage_train.errors import Problem, WeightsError
 from zimage_train.lora.adapter import Adapter, Count, merge
@@ -51,35 +50,36 @@ def assemble(path: Path, adapter: Adapter | None, dtype: str, device: torch.devi
 
 
 @contextlib.contextmanager
-def without_adapter(frozen: Frozen) -> Iterator[None]:
-    """Within the block the model's weights are the original ones; after it, bit for bit the training ones.
+def original(frozen: Frozen, also: Path | None = None) -> Iterator[None]:
+    """Within the block the weights are those of the file, without the adapter, or those of the model at `also`.
+
+    After it they are the training ones, bit for bit. Only tensors that differ are read: those that the adapter changes,
+    or all of them for another model.
 
     Raises:
-        NotRestored: the files cannot be read a second time; nothing may be trained on this model any more.
+        WeightsError: a file cannot be read.
+        NotRestored: the training weights cannot be read a second time; nothing may be trained on this model any more.
     """
-    if frozen.adapter is None:
+    names = set(frozen.shape.parameters) if also else frozen.adapter.weights() if frozen.adapter else set()
+    if not names:
         yield
         return
     try:
-        _store(frozen, _changed(frozen))
+        _store(frozen, transformer.read_some(also or frozen.path, names))
         yield
     finally:
-        _restore(frozen, frozen.adapter)
+        _restore(frozen, names)
 
 
-def _restore(frozen: Frozen, adapter: Adapter) -> None:
+def _restore(frozen: Frozen, names: set[str]) -> None:
     device = next(frozen.model.parameters()).device
     try:
-        _store(frozen, merge(_changed(frozen), adapter, device, Count()))
+        tensors = transformer.read_some(frozen.path, names)
+        _store(frozen, merge(tensors, frozen.adapter, device, Count()) if frozen.adapter else tensors)
     except Exception as error:
-        what = f"the adapter cannot be merged back after a preview ({error})"
+        what = f"the training weights cannot be put back after a preview ({error})"
         todo = "the same command continues from the last checkpoint"
         raise NotRestored(Problem(str(frozen.path), what, todo)) from error
-
-
-def _changed(frozen: Frozen) -> Iterator[tuple[str, Tensor]]:
-    names = frozen.adapter.weights() if frozen.adapter else set()
-    return transformer.read_some(frozen.path, names)
 
 
 @torch.no_grad()

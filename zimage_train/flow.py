@@ -7,21 +7,22 @@ half precision would round sigma by up to 0.002.
 import torch
 from torch import Tensor
 
+from zimage_train.tensors import Images, PerSample, Values
 from zimage_train.weighting import WEIGHTED_KNOTS
 
 
-def interpolate(x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+def interpolate(x0: Images, noise: Images, sigma: PerSample) -> Images:
     """x_sigma = (1 - sigma) x0 + sigma noise; x0 and noise (b, c, h, w), sigma (b,). Lipman et al. 2022, eq. 22."""
     s = sigma.to(x0.dtype).view(-1, 1, 1, 1)
     return (1.0 - s) * x0 + s * noise
 
 
-def velocity(x0: Tensor, noise: Tensor) -> Tensor:
+def velocity(x0: Values, noise: Values) -> Values:
     """d x_sigma / d sigma = noise - x0: what the model is asked for."""
     return noise - x0
 
 
-def shift(sigma: Tensor, factor: float) -> Tensor:
+def shift(sigma: Values, factor: float) -> Values:
     """sigma' = factor sigma / (1 + (factor - 1) sigma): more time at high noise. Esser et al. 2024, eq. 23."""
     return factor * sigma / (1.0 + (factor - 1.0) * sigma)
 
@@ -37,18 +38,18 @@ def sampling_sigmas(steps: int, factor: float) -> list[float]:
     return [*shift(raw, factor).tolist(), 0.0]
 
 
-def euler(latents: Tensor, velocity: Tensor, sigma: float, next_sigma: float) -> Tensor:
+def euler(latents: Values, velocity: Values, sigma: float, next_sigma: float) -> Values:
     """x' = x + (sigma' - sigma) velocity, in fp32."""
     step = torch.tensor(next_sigma, dtype=torch.float32) - torch.tensor(sigma, dtype=torch.float32)
     return latents + step.to(latents.device) * velocity
 
 
-def guided(positive: Tensor, negative: Tensor, guidance: float) -> Tensor:
+def guided(positive: Values, negative: Values, guidance: float) -> Values:
     """pos + g (pos - neg): diffusers' convention for Z-Image; the usual CFG scale is g + 1."""
     return positive + guidance * (positive - negative)
 
 
-def biased(u: Tensor, bias: str) -> Tensor:
+def biased(u: Values, bias: str) -> Values:
     """Bend uniform `u` towards 0 (noise) or 1 (picture): u^3 or 1 - u^3, as AI Toolkit's content and style."""
     return BIASES[bias](u)
 
@@ -85,7 +86,7 @@ CDFS = {
 }
 
 
-def draw_sigma(u: Tensor, type: str, bias: str, factor: float, low: float, high: float) -> Tensor:
+def draw_sigma(u: Values, type: str, bias: str, factor: float, low: float, high: float) -> Values:
     """Sigma of a uniform draw `u` in [0, 1): the density `type`, bent by `bias`, cut to [low, high].
 
     The bias acts on the position from the noisy end, before the density's quantile function, as in AI Toolkit; the
@@ -97,7 +98,7 @@ def draw_sigma(u: Tensor, type: str, bias: str, factor: float, low: float, high:
     return QUANTILES[type](p, factor).clamp(low, high)
 
 
-def loss_weight(sigma: Tensor, type: str) -> Tensor:
+def loss_weight(sigma: Values, type: str) -> Values:
     """Factor multiplied into the loss at `sigma`: AI Toolkit's table for `weighted`, else 1. fp32.
 
     The table is piecewise linear in i = 1000 (1 - sigma) between 126 knots; below i = 0 and beyond 999 it is flat.
@@ -111,7 +112,7 @@ def loss_weight(sigma: Tensor, type: str) -> Tensor:
     return (y0 + (y1 - y0) * (index - x0) / (x1 - x0)).float()
 
 
-def differential_target(prediction: Tensor, target: Tensor, scale: float) -> Tensor:
+def differential_target(prediction: Values, target: Values, scale: float) -> Values:
     """target' = pred + scale (target - pred), detached: an MSE to it has `scale` times the gradient."""
     fixed = prediction.detach()
     return fixed + scale * (target - fixed)

@@ -18,6 +18,8 @@ OPTIMIZER_BYTES = {"adamw": 8, "adamw8bit": 2.1, "prodigy": 16}
 """State per trainable parameter."""
 CONTEXT_BYTES = 500_000_000
 """What CUDA and its libraries take for themselves."""
+LARGEST_ON_CPU = 1_000_000_000
+"""Parameters; a larger model is trained on a GPU or not at all."""
 CAPTION_TOKENS = 512
 """The longest caption."""
 
@@ -56,7 +58,7 @@ def estimate(
 
     `sizes` counts the samples of each size in an epoch: a batch is never larger than that.
     """
-    parameters = sum(count(size) for size in shape.parameters.values())
+    parameters = parameters_of(shape)
     trained = sum(sum(shape.linears[module]) for module in modules) * config.lora.rank
     batches = {size: min(number, config.train.batch_size) for size, number in sizes.items()}
     tokens = max(
@@ -86,6 +88,42 @@ def choose_checkpointing(
     fits = kept.total <= budget_bytes
     why = f"keeping activations takes {kept.total / 1e9:.1f} GB of {budget_bytes / 1e9:.1f} GB"
     return not fits, why
+
+
+def smaller(
+    config: Config, shape: TransformerShape, modules: list[str], sizes: Counter[Bucket], limit_bytes: int, gpu: bool
+) -> str:
+    """What to set so that a step is predicted to fit: the fewest of the changes that cost least, in this order."""
+    said: list[str] = []
+    current = config
+    for setting, value in (
+        ("memory.checkpointing", True),
+        ("train.batch_size", 1),
+        ("data.resolution", 768),
+        ("data.resolution", 512),
+        ("lora.rank", 8),
+    ):
+        if setting == "data.resolution":
+            if max((size.width * size.height for size in sizes), default=0) <= value**2:
+                continue
+            sizes = Counter({Bucket(value, value): sizes.total()})
+        else:
+            section, _, key = setting.partition(".")
+            part = getattr(current, section)
+            if getattr(part, key) is True or (setting != "memory.checkpointing" and getattr(part, key) <= value):
+                continue
+            current = current.model_copy(update={section: part.model_copy(update={key: value})})
+        said = [*(one for one in said if not one.startswith(setting)), f"{setting}: {str(value).lower()}"]
+        found = estimate(current, shape, modules, sizes, current.memory.checkpointing is True, gpu).total
+        if found <= limit_bytes:
+            return f"set {', '.join(said)} (predicted: {found / 1e9:.2f} GB)"
+    least = estimate(current, shape, modules, sizes, True, gpu).total
+    return f"a step takes {least / 1e9:.2f} GB at the least (predicted), so more memory is needed"
+
+
+def parameters_of(shape: TransformerShape) -> int:
+    """How many parameters the transformer has."""
+    return sum(count(size) for size in shape.parameters.values())
 
 
 def padded(tokens: int) -> int:

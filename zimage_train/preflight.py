@@ -16,14 +16,14 @@ from zimage_train.data.buckets import Bucket, crop_percent
 from zimage_train.data.folder import Picture
 from zimage_train.data.looks import Looks, Tick
 from zimage_train.data.plan import Item, items_of, make_plan
-from zimage_train.errors import WeightsError, ZImageTrainError, collected, raise_all
+from zimage_train.errors import ConfigError, Problem, WeightsError, ZImageTrainError, collected, raise_all
 from zimage_train.lora import headers, names
 from zimage_train.memory import Estimate
 from zimage_train.model import extras as parts
 from zimage_train.model import sources
 from zimage_train.model.shapes import TransformerShape
 from zimage_train.model.sources import Fetch, NotDownloaded, Sources
-from zimage_train.sampling.recipe import previews
+from zimage_train.sampling.recipe import also, previews
 
 
 @dataclass(frozen=True)
@@ -75,17 +75,46 @@ def examine(config: Config, fetch: Fetch | None = None, tick: Tick = lambda what
         if config.cache.folder is not None:
             files.require_folder(Path(config.cache.folder))
         files.require_space(Path(config.output), _disk_bytes(config, weights), "checkpoints and exports")
+    checked = Checked(config, pictures, items, weights, notes, advice.warnings(config, sum(map(len, pictures))))
+    with collected(errors):
+        _require_budget(checked)
     raise_all(errors)
     notes += _small_pictures(items)
-    return Checked(config, pictures, items, weights, notes, advice.warnings(config, sum(map(len, pictures))))
+    return checked
 
 
 def estimate(checked: Checked, checkpointing: bool, gpu: bool) -> Estimate:
     """The memory of a training step of `checked`; what is not downloaded yet has the size of the published models."""
-    sizes = Counter(item.size for item in checked.items)
+    shape, modules, sizes = _measures(checked)
+    return memory.estimate(checked.config, shape, modules, sizes, checkpointing, gpu)
+
+
+def less_memory(checked: Checked, limit_bytes: int, gpu: bool) -> str:
+    """Settings by which a step of `checked` is predicted to fit."""
+    shape, modules, sizes = _measures(checked)
+    return memory.smaller(checked.config, shape, modules, sizes, limit_bytes, gpu)
+
+
+def _measures(checked: Checked) -> tuple[TransformerShape, list[str], Counter[Bucket]]:
     shape = checked.weights.shape if checked.weights else TransformerShape()
     modules = checked.weights.modules if checked.weights else names.select(checked.config.lora.targets, shape.linears)
-    return memory.estimate(checked.config, shape, modules, sizes, checkpointing, gpu)
+    return shape, modules, Counter(item.size for item in checked.items)
+
+
+def _require_budget(checked: Checked) -> None:
+    """A budget that someone sets is kept or refused; without one the card decides, and this is a prediction.
+
+    Raises:
+        ConfigError: a step would take more.
+    """
+    budget, setting = checked.config.memory.budget_gb, checked.config.memory.checkpointing
+    if isinstance(budget, str) or not checked.items:
+        return
+    is_for_gpu = memory.parameters_of(_measures(checked)[0]) > memory.LARGEST_ON_CPU
+    least = estimate(checked, setting is not False, is_for_gpu).total
+    if least > budget * 1e9:
+        what = f"is {budget:g}, and a training step takes {least / 1e9:.2f} GB (predicted)"
+        raise ConfigError(Problem("memory.budget_gb", what, less_memory(checked, int(budget * 1e9), is_for_gpu)))
 
 
 def report(checked: Checked) -> list[str]:
@@ -122,8 +151,7 @@ def _weights(config: Config, fetch: Fetch | None) -> tuple[Weights | None, list[
     found = sources.search(config.model, fetch)
     absent = [error for error in found.errors if isinstance(error, NotDownloaded)]
     errors: list[ZImageTrainError] = [error for error in found.errors if error not in absent]
-    notes = [f"{one.where}: not on this machine yet; train downloads it" for e in absent for one in e.problems]
-    notes = list(dict.fromkeys(notes))  # one repository may lack several parts
+    notes = [_absence(one) for error in absent for one in error.problems]
 
     transformer, extras, adapter = found.transformer, found.extras, found.adapter
     shape = TransformerShape()  # what is not here has the size of the published models
@@ -132,6 +160,8 @@ def _weights(config: Config, fetch: Fetch | None) -> tuple[Weights | None, list[
             shape = sources.transformer_tensors(transformer)[0]
         except WeightsError as error:
             return None, [*errors, error], notes
+    also, faults, more = _also(config.sample.also, shape if transformer else None, fetch)
+    errors, notes = errors + faults, list(dict.fromkeys(notes + more))
     modules: list[str] = []
     sizes: headers.Sizes = {}
     with collected(errors):
@@ -143,9 +173,32 @@ def _weights(config: Config, fetch: Fetch | None) -> tuple[Weights | None, list[
         with collected(errors):
             sizes = headers.read_sizes(adapter)
             headers.require_match(adapter, sizes, shape.linears)
-    if errors or transformer is None or extras is None or (config.model.adapter and adapter is None):
+    if errors or notes or transformer is None or extras is None:
         return None, errors, notes
-    return Weights(Sources(transformer, extras, adapter), shape, modules, len(sizes)), [], []
+    return Weights(Sources(transformer, extras, adapter, also), shape, modules, len(sizes)), [], []
+
+
+def _also(
+    name: str | None, shape: TransformerShape | None, fetch: Fetch | None
+) -> tuple[Path | None, list[ZImageTrainError], list[str]]:
+    """The second model of previews, which must have the shape of the first; what is wrong; what is not here yet."""
+    if name is None:
+        return None, [], []
+    try:
+        path = sources.other_transformer(name, fetch)
+        found = sources.transformer_tensors(path)[0]
+    except NotDownloaded as error:
+        return None, [], [_absence(one) for one in error.problems]
+    except WeightsError as error:
+        return None, [error], []
+    if shape is not None and found != shape:
+        what = "has another shape than the model of this run, so its LoRA does not fit"
+        return None, [WeightsError(Problem(f"sample.also: {name}", what, "give a model of the same size"))], []
+    return path, [], []
+
+
+def _absence(problem: Problem) -> str:
+    return f"{problem.where}: not on this machine yet; train downloads it"
 
 
 def _disk_bytes(config: Config, weights: Weights | None) -> int:
@@ -208,13 +261,14 @@ def _share_lines(checked: Checked, checkpointing: bool) -> list[str]:
         most = estimate(part, checkpointing, True).total / 1e9
         lines.append(f"  {resolution} px: {amount / epoch:.0%} of the training time, {most:.2f} GB a step")
     epochs = config.train.steps / make_plan(config, checked.items).steps_per_epoch
+    recipes = [*previews(config), *also(config)]
     drawn = sum(
         flops.forward(shape, Bucket(one.width, one.height)) * one.steps * (2 if one.guidance > 0 else 1)
-        for one in previews(config)
+        for one in recipes
     )
     times = _previews_in_a_run(config)
     share = drawn * times / (drawn * times + epoch * epochs)
-    lines.append(f"  previews: {times} times {len(config.sample.prompts)} pictures, {share:.0%} of the run")
+    lines.append(f"  previews: {times} times {len(recipes)} pictures, {share:.0%} of the run")
     return ["time by share of the arithmetic:", *lines]
 
 
@@ -246,7 +300,7 @@ def _memory_lines(checked: Checked) -> list[str]:
     if limit is None:
         lines.append("  no NVIDIA GPU found here: the run decides by the card it meets")
     elif (recomputed if setting == "auto" or setting else kept).total > limit:
-        lines.append(f"  this does not fit {limit / 1e9:.1f} GB: lower data.resolution or lora.rank")
+        lines.append(f"  this does not fit {limit / 1e9:.1f} GB: {less_memory(checked, int(limit), True)}")
     return lines
 
 

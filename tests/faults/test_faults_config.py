@@ -197,16 +197,19 @@ def test_a_number_out_of_range_is_refused_with_the_range(refused, text: str, mes
     assert refused(text) == [f"c.yaml:3: {message}"]
 
 
-def test_a_budget_that_no_plan_fits_is_said_with_the_size_of_both_plans(make_config):
-    """5. `check` says when a step does not fit memory.budget_gb, with what it takes with and without recomputation."""
-    checked = preflight.examine(make_config(memory={"budget_gb": 0.001, "checkpointing": False}))
-    kept, recomputed = (preflight.estimate(checked, one, True).total for one in (False, True))
-    assert kept > recomputed > 1e6  # neither plan fits
-    lines = "\n".join(preflight.report(checked))
-    assert f"one training step       {kept / 1e9:7.2f} GB" in lines
-    assert f"with recomputation it would be {recomputed / 1e9:.2f} GB" in lines
-    assert "this does not fit 0.0 GB: lower data.resolution or lora.rank" in lines
-    assert "does not fit" not in "\n".join(preflight.report(preflight.examine(make_config(memory={"budget_gb": 24}))))
+def test_a_budget_that_no_step_fits_is_refused_with_the_plan_that_would(make_config):
+    """5. A memory budget that a training step does not fit is refused with exit code 2 and the plan that would fit."""
+    with pytest.raises(ConfigError) as error:
+        preflight.examine(make_config(memory={"budget_gb": 0.03}, train={"batch_size": 8}))
+    assert error.value.exit_code == 2
+    assert re.fullmatch(
+        r"memory.budget_gb: is 0.03, and a training step takes 0.04 GB \(predicted\); "
+        r"set memory.checkpointing: true, train.batch_size: 1 \(predicted: 0.0\d GB\)",
+        str(error.value),
+    )
+    assert preflight.examine(make_config(memory={"budget_gb": 0.05}, train={"batch_size": 8}))
+    with pytest.raises(ConfigError, match=r"memory.checkpointing: true"):
+        preflight.examine(make_config(memory={"budget_gb": 0.03, "checkpointing": False}))
 
 
 @pytest.mark.parametrize("budget", ["0", "-1.0", "'24'", "10001"])

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from zimage_train import checkpoint, mini
+from zimage_train import accelerator, checkpoint, mini
 from zimage_train.app.train import train
 from zimage_train.config.schema import Config
 from zimage_train.errors import ConfigError, DivergedError, Stopped
@@ -181,20 +181,22 @@ def out_of_memory(*_: object) -> None:
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ...")
 
 
-def test_running_out_of_gpu_memory_is_one_line_with_advice_and_costs_no_saved_step(make_config, monkeypatch):
-    """53. A GPU without enough memory: one line with exit code 2 says what to lower, and the same command continues."""
-    config = make_config(train={"steps": 4}, save={"every": 1})
+def test_running_out_of_gpu_memory_is_one_line_with_the_plan_that_would_fit(make_config, monkeypatch):
+    """53. A GPU without enough memory: one line with exit code 2 names the plan that would fit; the run can go on."""
+    options = {"train": {"steps": 4, "batch_size": 8}, "save": {"every": 1}}
+    config = make_config(**options)
     with monkeypatch.context() as patch:
         fired = at_step(patch, 3, out_of_memory)
+        patch.setattr(accelerator, "room_bytes", lambda device: int(45e6))
         with pytest.raises(ConfigError) as error:
             train(config, fresh=False)
     assert fired == [3] and error.value.exit_code == 2
     assert re.fullmatch(
-        r"memory: CUDA out of memory; \d+\.\d GB were in use at most; set memory.checkpointing: true, or lower "
-        r"data.resolution, train.batch_size or lora.rank; the last checkpoint is good",
+        r"memory: CUDA out of memory; \d+\.\d GB were in use at most; "
+        r"set memory.checkpointing: true \(predicted: 0.0\d GB\); the last checkpoint is good",
         str(error.value),
     )
-    train(make_config(train={"steps": 4}, save={"every": 1}, memory={"checkpointing": True}), fresh=False)
+    train(make_config(**options, memory={"checkpointing": True}), fresh=False)
     assert facts(config)["starts"] == [0, 2] and len(losses(config)) == 4
 
 

@@ -1,7 +1,6 @@
 """The `train` and `cache` commands: check, lock, prepare, train, and leave in good order whatever happens."""
 
 import contextlib
-from typing import Any
 
 from zimage_train import accelerator, distributed, files, preflight
 from zimage_train.app.sample import command_for
@@ -15,16 +14,12 @@ from zimage_train.preflight import Checked
 from zimage_train.report import pictures
 from zimage_train.report.console import Console
 from zimage_train.report.metrics import Records
-from zimage_train.training import run_folder, setup
+from zimage_train.report.trackers import TensorBoard, Tracker, Trackers, WeightsAndBiases
+from zimage_train.training import run_folder, setup, views
 from zimage_train.training.loop import train as run_loop
 from zimage_train.training.publish import is_complete, write_report
 from zimage_train.training.run_folder import RunFolder
 from zimage_train.training.stopping import stop_on_signals
-
-LESS_MEMORY = (
-    "set memory.checkpointing: true, or lower data.resolution, train.batch_size or lora.rank; "
-    "the last checkpoint is good"
-)
 
 
 def train(config: Config, fresh: bool, allow: tuple[str, ...] = ()) -> None:
@@ -57,16 +52,19 @@ def train(config: Config, fresh: bool, allow: tuple[str, ...] = ()) -> None:
             console.say(f"{config.name} is complete: {folder.lora()}")
             return
         if world.is_main:
-            pictures.drop_later(folder.samples, found.step if found else 0, run_folder.digest_of(identity))
+            for view in views.of(config, folder, identity, None):
+                pictures.drop_later(view.folder, found.step if found else 0, view.run)
         stack.enter_context(console.live())
-        stack.enter_context(accelerator.explained_out_of_memory(LESS_MEMORY))
-        run = setup.prepare(checked, folder, session, identity, found)
+        less = preflight.less_memory(checked, accelerator.room_bytes(world.device), world.device.type == "cuda")
+        stack.enter_context(accelerator.explained_out_of_memory(f"{less}; the last checkpoint is good"))
+        trackers = _trackers(config, folder, found.step if found else 0, console) if world.is_main else []
+        told = stack.enter_context(contextlib.closing(Trackers(trackers, console.warn)))
+        run = setup.prepare(checked, folder, session, identity, found, told)
         metrics, events = (
             stack.enter_context(contextlib.closing(Records(path if world.is_main else None, run.start)))
             for path in (folder.metrics, folder.events)
         )
-        board = _board(folder, run.start, stack) if config.log.tensorboard and world.is_main else None
-        run_loop(run, metrics, events, board)
+        run_loop(run, metrics, events)
         if world.is_main:
             write_report(run)
             events.append({"step": config.train.steps, "event": "done"})
@@ -105,9 +103,14 @@ def _examine(config: Config, world: World) -> Checked:
     return checked
 
 
-def _board(folder: RunFolder, start: int, stack: contextlib.ExitStack) -> Any:
-    from torch.utils.tensorboard import SummaryWriter
-
-    board = SummaryWriter(str(folder.tensorboard), purge_step=start + 1 if start else None)
-    stack.callback(board.close)
-    return board
+def _trackers(config: Config, folder: RunFolder, start: int, console: Console) -> list[Tracker]:
+    """Those that `log` asks for, before anything is loaded: who is not logged in wants to know now."""
+    trackers: list[Tracker] = []
+    if config.log.tensorboard:
+        trackers.append(TensorBoard(folder.tensorboard, start))
+    if config.log.wandb is not None:
+        run_id = run_folder.wandb_id(folder)
+        settings = config.model_dump(mode="json")
+        trackers.append(WeightsAndBiases(config.log.wandb, config.name, folder.root, run_id, settings))
+        console.say(f"logging to project {config.log.wandb} on Weights & Biases, run {run_id}")
+    return trackers

@@ -125,7 +125,7 @@ def resolved(config: Config) -> Config:
     def absolute(path: str | None) -> str | None:
         return str(Path(path).absolute()) if path is not None and Path(path).exists() else path
 
-    model, cache = config.model, config.cache
+    model, cache, sample = config.model, config.cache, config.sample
     paths = {"path": absolute(model.path), "extras": absolute(model.extras), "adapter": absolute(model.adapter)}
     data = [
         entry.model_copy(update={"folder": absolute(entry.folder), "metadata": absolute(entry.metadata)})
@@ -138,6 +138,7 @@ def resolved(config: Config) -> Config:
             "model": model.model_copy(update=paths),
             "data": data,
             "cache": cache.model_copy(update={"folder": folder}),
+            "sample": sample.model_copy(update={"also": absolute(sample.also)}),
         }
     )
 

@@ -291,8 +291,8 @@ class Sample(Section):
     """Prompt i is drawn with seed + i."""
     extra_loras: Annotated[list[str], Later([])] = []
     """Later: LoRAs stacked in previews."""
-    also: Annotated[str | None, Later(None)] = None
-    """Later: a second model to preview on."""
+    also: str | None = Field(default=None, min_length=1)
+    """Draw each preview on this model too, in its way: turbo, deturbo, base, or a path or hub id of a Turbo."""
 
     @field_validator("steps", "guidance")
     @classmethod
@@ -322,8 +322,8 @@ class Save(Section):
 class Log(Section):
     tensorboard: bool = True
     """Write loss and learning rate for TensorBoard."""
-    wandb: Annotated[str | None, Later(None)] = None
-    """Later: project on Weights & Biases."""
+    wandb: str | None = Field(default=None, min_length=1)
+    """Project on Weights & Biases; needs `pip install wandb`, and WANDB_MODE=offline logs to disk only."""
 
 
 class Config(Section):

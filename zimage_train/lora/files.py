@@ -15,21 +15,22 @@ from torch import Tensor
 from zimage_train import tensorfile
 from zimage_train.errors import Problem, WeightsError
 from zimage_train.lora import headers, names
+from zimage_train.tensors import Dense, Down, Up
 
 
 @dataclass(frozen=True)
 class Factors:
     """The change of one module: delta = scale * B @ A, with A (rank, in) and B (out, rank)."""
 
-    a: Tensor
-    b: Tensor
+    a: Down
+    b: Up
     scale: float
 
     @property
     def rank(self) -> int:
         return self.a.shape[0]
 
-    def delta(self) -> Tensor:
+    def delta(self) -> Dense:
         """The dense change (out, in) in fp32."""
         return self.scale * (self.b.float() @ self.a.float())
 

@@ -34,6 +34,8 @@ class Sources:
     extras: Path
     """A folder with text_encoder, tokenizer and vae."""
     adapter: Path | None
+    also: Path | None = None
+    """The transformer that previews are drawn on beside."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,16 @@ def locate(model: Model, fetch: Fetch | None = None) -> Sources:
         raise type(wrong[0])(*(problem for error in wrong for problem in error.problems))
     assert found.transformer is not None and found.extras is not None
     return Sources(found.transformer, found.extras, found.adapter)
+
+
+def other_transformer(name: str, fetch: Fetch | None = None) -> Path:
+    """The transformer that `sample.also` names: a variant, a folder, a file or a hub id.
+
+    Raises:
+        WeightsError: it cannot be found.
+    """
+    known = VARIANTS.get(name)
+    return _transformer(known.transformer if known else name, "sample.also", fetch or download)
 
 
 def transformer_tensors(path: Path) -> tuple[TransformerShape, dict[str, TensorInfo]]:

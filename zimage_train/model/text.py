@@ -8,12 +8,13 @@ from pathlib import Path
 
 import torch
 from accelerate import init_empty_weights
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, Qwen3Config, Qwen3Model
 
 from zimage_train.errors import Problem, WeightsError
 from zimage_train.model import extras as parts
 from zimage_train.model.weights import fill, stream
+from zimage_train.tensors import Embeds
 
 MAX_TOKENS = 512
 
@@ -35,7 +36,7 @@ class TextEncoder:
         return self.tokenizer(text, truncation=True, max_length=MAX_TOKENS)["input_ids"]
 
     @torch.no_grad()
-    def encode(self, prompt: str) -> Tensor:
+    def encode(self, prompt: str) -> Embeds:
         """The embeddings (tokens, features) of one prompt, at its true length, in the encoder's dtype."""
         ids = torch.tensor([self.tokens(prompt)], device=self.model.device)
         return self.model(input_ids=ids, use_cache=False).last_hidden_state[0]

@@ -11,6 +11,7 @@ from torch import Tensor
 from zimage_train.model.shapes import TransformerShape
 from zimage_train.model.sources import transformer_tensors
 from zimage_train.model.weights import stream, stream_native
+from zimage_train.tensors import Embeds, Images, PerSample
 
 SEQUENCE_MULTIPLE = 32
 """The model pads captions and pictures to multiples of this many tokens with learned tokens that attend."""
@@ -41,7 +42,7 @@ def read_some(path: Path, names: set[str]) -> Iterator[tuple[str, Tensor]]:
     return ((name, tensor) for name, tensor in stream_native(path) if name in names)
 
 
-def velocity(model: ZImageTransformer2DModel, latents: Tensor, sigma: Tensor, prompt_embeds: list[Tensor]) -> Tensor:
+def velocity(model: ZImageTransformer2DModel, latents: Images, sigma: PerSample, prompt_embeds: list[Embeds]) -> Images:
     """Predict the velocity `noise - x0` of `latents` (b, 16, h, w) at `sigma` (b,), in fp32.
 
     The one place that knows the model's own conventions: a list of (16, 1, h, w), time `t = 1 - sigma` in fp32

@@ -8,8 +8,8 @@ import torch
 from accelerate import init_empty_weights
 from diffusers import AutoencoderKL
 from PIL import Image
-from torch import Tensor
 
+from zimage_train import tensors as shapes
 from zimage_train.errors import Problem, WeightsError
 from zimage_train.model import extras as parts
 from zimage_train.model.weights import fill, stream
@@ -34,21 +34,21 @@ def load(extras: Path, device: torch.device, dtype: torch.dtype) -> AutoencoderK
     return vae.eval()
 
 
-def to_pixels(image: Image.Image) -> Tensor:
+def to_pixels(image: Image.Image) -> shapes.OnePicture:
     """An RGB picture as (3, h, w) in [-1, 1], fp32."""
     pixels = torch.from_numpy(np.array(image, dtype=np.float32))
     return pixels.permute(2, 0, 1) / 127.5 - 1.0
 
 
 @torch.no_grad()
-def encode(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
+def encode(vae: AutoencoderKL, pixels: shapes.Pixels) -> shapes.Images:
     """Latents (b, 16, h/8, w/8) in fp32 of pixels (b, 3, h, w): (mean - shift) * scale."""
     mean = vae.encode(pixels.to(vae.device, vae.dtype), return_dict=False)[0].mode()
     return (mean.float() - vae.config["shift_factor"]) * vae.config["scaling_factor"]
 
 
 @torch.no_grad()
-def decode(vae: AutoencoderKL, latents: Tensor) -> list[Image.Image]:
+def decode(vae: AutoencoderKL, latents: shapes.Images) -> list[Image.Image]:
     """Pictures of latents (b, 16, h/8, w/8), rounded as diffusers' image processor does."""
     scaled = latents.to(vae.device, vae.dtype) / vae.config["scaling_factor"] + vae.config["shift_factor"]
     pixels = (vae.decode(scaled, return_dict=False)[0] * 0.5 + 0.5).clamp(0, 1)

@@ -48,13 +48,41 @@ def distances(table: Table) -> dict[int, list[float | None]]:
 
 def changes(table: Table, triggers: set[str]) -> list[Change]:
     """The means of every step, over prompts with a trigger and over those without."""
-    has_trigger = [any(trigger in prompt for trigger in triggers) for prompt in table.prompts]
+    has_trigger = [_has_one(recipe.prompt, triggers) for recipe in table.recipes]
 
     def mean(values: list[float | None], wanted: bool) -> float | None:
         found = [value for value, has in zip(values, has_trigger, strict=True) if has is wanted and value is not None]
         return sum(found) / len(found) if found else None
 
     return [Change(step, mean(row, True), mean(row, False)) for step, row in distances(table).items()]
+
+
+def sharpness(path: Path) -> float:
+    """Variance of the Laplacian of a picture's luma, 0 to 255: blur and washed-out edges lower it."""
+    with Image.open(path) as image:
+        luma = np.asarray(image.convert("L"), dtype=np.float64)
+    inner = luma[1:-1, 1:-1]
+    around = luma[:-2, 1:-1] + luma[2:, 1:-1] + luma[1:-1, :-2] + luma[1:-1, 2:]
+    return float((around - 4 * inner).var())
+
+
+def sharpness_kept(table: Table, triggers: set[str], step: int) -> float | None:
+    """The sharpness of a step's previews as a share of those before training; a mean over prompts without a trigger.
+
+    A prompt of the concept may rightly become softer or sharper, so it counts only where there is no other.
+    """
+    pairs = [
+        (start, now, _has_one(recipe.prompt, triggers))
+        for start, now, recipe in zip(table.rows.get(0, []), table.rows.get(step, []), table.recipes, strict=False)
+        if start and now
+    ]
+    neutral = [pair for pair in pairs if not pair[2]] or pairs
+    shares = [sharpness(now) / before for start, now, _ in neutral if (before := sharpness(start)) > 0]
+    return sum(shares) / len(shares) if shares else None
+
+
+def _has_one(prompt: str, triggers: set[str]) -> bool:
+    return any(trigger in prompt for trigger in triggers)
 
 
 def remark(change: Change, last: int) -> str | None:

@@ -10,7 +10,8 @@ from jinja2 import Environment, PackageLoader, select_autoescape
 from PIL import Image
 
 from zimage_train import files
-from zimage_train.report import change, metrics, pictures
+from zimage_train.report import change, metrics
+from zimage_train.report.pictures import Table
 
 THUMBNAIL_PX = 320
 CHART_WIDTH, CHART_HEIGHT = 860, 240
@@ -26,7 +27,8 @@ def write(
     name: str,
     facts: Mapping[str, Any],
     metrics_path: Path,
-    samples: Path,
+    own: Table | None,
+    shown: Table,
     config_text: str,
     warnings: list[str],
     triggers: set[str],
@@ -36,13 +38,8 @@ def write(
     records = metrics.read(metrics_path)
     losses = [(record["step"], record["loss"]) for record in records if record.get("loss") is not None]
     rates = [(record["step"], record["lr"]) for record in records if record.get("lr") is not None]
-    previews = pictures.table(samples)
-    far = change.distances(previews) | {0: [None] * len(previews.recipes)}
-    rows = [
-        (step, [path and (_data_uri(path), how_far) for path, how_far in zip(paths, far[step], strict=True)])
-        for step, paths in previews.rows.items()
-    ]
-    found = change.changes(previews, triggers)
+    rows, labels = _preview_rows(shown)
+    found = change.changes(own, triggers) if own else []
     remark = change.remark(found[-1], steps) if found else None
     page = _environment.get_template("page.html").render(
         name=name,
@@ -52,11 +49,21 @@ def write(
         loss_chart=chart(losses, is_noisy=True),
         lr_chart=chart(rates, is_noisy=False),
         rows=rows,
-        prompts=previews.prompts,
+        prompts=labels,
         config=config_text,
         warnings=[*warnings, remark] if remark else warnings,
     )
     files.write_text(path, page)
+
+
+def _preview_rows(shown: Table) -> tuple[list[tuple[int, list[Any]]], list[str]]:
+    """Each step with its pictures and how far they are from step 0, and what stands above the columns."""
+    far = change.distances(shown) | {0: [None] * len(shown.recipes)}
+    rows = [
+        (step, [path and (_data_uri(path), how_far) for path, how_far in zip(paths, far[step], strict=True)])
+        for step, paths in shown.rows.items()
+    ]
+    return rows, shown.labels
 
 
 def chart(points: list[tuple[int, float]], is_noisy: bool) -> dict[str, Any] | None:

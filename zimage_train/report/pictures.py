@@ -68,16 +68,13 @@ def recipe_of(path: Path) -> Recipe:
 class Table:
     """Every preview of a run: a row a step, a column a recipe, None where a step has no such picture."""
 
+    labels: list[str]
+    """What stands above each column."""
     recipes: list[Recipe]
     rows: dict[int, list[Path | None]]
 
-    @property
-    def prompts(self) -> list[str]:
-        """What stands above each column."""
-        return [recipe.prompt for recipe in self.recipes]
 
-
-def table(folder: Path) -> Table:
+def table(folder: Path, suffix: str = "") -> Table:
     """The previews in `folder` by what each file says of itself; a change of prompts adds columns."""
     found: dict[int, dict[tuple[int, Recipe], Path]] = {}
     for path in sorted(folder.glob("*.png")):
@@ -87,35 +84,50 @@ def table(folder: Path) -> Table:
     columns = list(dict.fromkeys(key for step in sorted(found) for key in found[step]))
     columns.sort(key=lambda key: key[0])  # a changed prompt stands beside the one that it replaced
     return Table(
+        labels=[recipe.prompt + suffix for _, recipe in columns],
         recipes=[recipe for _, recipe in columns],
         rows={step: [found[step].get(column) for column in columns] for step in sorted(found)},
     )
 
 
-def save_grid(folder: Path) -> None:
-    """Write `grid.png`: a row a step, a column a prompt, both labelled.
+def beside(one: Table, other: Table) -> Table:
+    """Both tables as one, each column of `one` followed by that of `other`."""
+    sides = (one, other)
+    order = sorted((index, side) for side in (0, 1) for index in range(len(sides[side].recipes)))
+    rows = {
+        step: [sides[side].rows[step][index] if step in sides[side].rows else None for index, side in order]
+        for step in sorted({*one.rows, *other.rows})
+    }
+    return Table(
+        labels=[sides[side].labels[index] for index, side in order],
+        recipes=[sides[side].recipes[index] for index, side in order],
+        rows=rows,
+    )
+
+
+def save_grid(path: Path, shown: Table) -> None:
+    """Write a picture of the table: a row a step, a column a prompt, both labelled.
 
     Raises:
         DiskError: it cannot be written.
     """
-    shown = table(folder)
     if not shown.rows:
         return
     font = ImageFont.load_default(14)
-    width = 90 + len(shown.prompts) * (CELL_PX + MARGIN_PX)
+    width = 90 + len(shown.labels) * (CELL_PX + MARGIN_PX)
     height = LABEL_PX + MARGIN_PX + len(shown.rows) * (CELL_PX + MARGIN_PX)
     grid = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(grid)
-    for column, prompt in enumerate(shown.prompts):
+    for column, prompt in enumerate(shown.labels):
         draw.text((90 + column * (CELL_PX + MARGIN_PX), 4), _shortened(prompt, font), fill="black", font=font)
     for row, (step, paths) in enumerate(shown.rows.items()):
         top = LABEL_PX + MARGIN_PX + row * (CELL_PX + MARGIN_PX)
         draw.text((6, top + CELL_PX // 2), f"step {step}", fill="black", font=font)
-        for column, path in enumerate(paths):
-            if path is not None:
-                with Image.open(path) as image:
+        for column, one in enumerate(paths):
+            if one is not None:
+                with Image.open(one) as image:
                     grid.paste(_scaled(image), (90 + column * (CELL_PX + MARGIN_PX), top))
-    with files.replacing(folder / "grid.png") as file:
+    with files.replacing(path) as file:
         grid.save(file, format="PNG")
 
 

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from zimage_train.assemble import Frozen, without_adapter
+from zimage_train.assemble import Frozen, original
 from zimage_train.model import vae
 from zimage_train.sampling.recipe import Recipe
 from zimage_train.sampling.turbo import denoise
@@ -16,9 +16,14 @@ Tick = Callable[[int, int], None]
 
 
 def render(
-    frozen: Frozen, extras: Path, recipes: list[Recipe], embeds: Mapping[str, Tensor], tick: Tick
+    frozen: Frozen,
+    extras: Path,
+    recipes: list[Recipe],
+    embeds: Mapping[str, Tensor],
+    tick: Tick,
+    also: Path | None = None,
 ) -> list[Image.Image]:
-    """One picture a recipe. The model comes back as it was: same weights, same mode."""
+    """One picture a recipe, on the model at `also` if given. The model comes back with the same weights and mode."""
     if not recipes:
         return []
     model = frozen.model
@@ -33,7 +38,7 @@ def render(
 
     model.eval()
     try:
-        with without_adapter(frozen):
+        with original(frozen, also):
             latents = [
                 denoise(model, r, embeds[r.prompt], embeds.get(r.negative) if r.guidance > 0 else None, step)
                 for r in recipes

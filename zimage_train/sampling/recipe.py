@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field, TypeAdapter
 
-from zimage_train.config.schema import Config
+from zimage_train.config.schema import Config, Sample
 from zimage_train.config.values import Pixels
 from zimage_train.model.variants import VARIANTS
 
@@ -51,6 +51,19 @@ def previews(config: Config) -> list[Recipe]:
     variant, sample = VARIANTS[config.model.variant], config.sample
     steps = variant.steps if sample.steps == "auto" else sample.steps
     guidance = variant.guidance if sample.guidance == "auto" else sample.guidance
+    return _recipes(config.sample, steps, guidance, variant.shift)
+
+
+def also(config: Config) -> list[Recipe]:
+    """The same on `sample.also`, with the steps, guidance and shift of that model."""
+    name = config.sample.also
+    if name is None:
+        return []
+    variant = VARIANTS.get(name, VARIANTS["turbo"])
+    return _recipes(config.sample, variant.steps, variant.guidance, variant.shift)
+
+
+def _recipes(sample: Sample, steps: int, guidance: float, shift: float) -> list[Recipe]:
     return [
         Recipe(
             prompt=prompt.prompt,
@@ -60,7 +73,7 @@ def previews(config: Config) -> list[Recipe]:
             height=prompt.height or sample.height,
             steps=steps,
             guidance=guidance,
-            shift=variant.shift,
+            shift=shift,
         )
         for index, prompt in enumerate(sample.prompts)
     ]

@@ -5,22 +5,22 @@ from collections.abc import Callable
 
 import torch
 from diffusers import ZImageTransformer2DModel
-from torch import Tensor
 
 from zimage_train import flow
 from zimage_train.model.extras import LATENT_CHANNELS, LATENT_STRIDE
 from zimage_train.model.transformer import velocity
 from zimage_train.sampling.recipe import Recipe
+from zimage_train.tensors import Embeds, Images
 
 
 @torch.no_grad()
 def denoise(
     model: ZImageTransformer2DModel,
     recipe: Recipe,
-    embeds: Tensor,
-    negative_embeds: Tensor | None,
+    embeds: Embeds,
+    negative_embeds: Embeds | None,
     tick: Callable[[int, int], None],
-) -> Tensor:
+) -> Images:
     """Latents (1, 16, h/8, w/8) in fp32 of one picture.
 
     The noise comes from a CPU generator, so that a stock pipeline with `torch.Generator("cpu")` draws the same. With

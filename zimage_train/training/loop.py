@@ -22,7 +22,7 @@ MOST_SKIPS_IN_A_ROW = 5
 Loaded = tuple[MicroBatch, Batch]
 
 
-def train(run: Run, metrics: Records, events: Records, board: Any) -> None:
+def train(run: Run, metrics: Records, events: Records) -> None:
     """Train from `run.start` to the last step.
 
     Raises:
@@ -67,7 +67,7 @@ def train(run: Run, metrics: Records, events: Records, board: Any) -> None:
             "grad_norm": norm_value if norm_value < float("inf") else None,
         }
         record = describe(run, step, loaded, outcome, time.monotonic() - began)
-        report(run, record, metrics, board)
+        report(run, record, metrics)
         if skipped == min(MOST_SKIPS_IN_A_ROW, last):
             raise diverged(record, skipped)
         after_step(run, step, events, metrics)
@@ -107,16 +107,13 @@ def describe(
     }
 
 
-def report(run: Run, record: dict[str, Any], metrics: Records, board: Any) -> None:
+def report(run: Run, record: dict[str, Any], metrics: Records) -> None:
     """Write the record, and show it."""
     if not run.world.is_main:
         return
     metrics.append(record)
+    run.trackers.record(record)
     step, loss = record["step"], record["loss"]
-    if board is not None:
-        for name in ("loss", "lr", "grad_norm", "seconds", "gb"):
-            if record[name] is not None:
-                board.add_scalar(f"train/{name}", record[name], step)
     if loss is None:
         run.console.warn(
             f"step {step} skipped: loss or gradient not finite ({', '.join(record['samples'])} at sigma "

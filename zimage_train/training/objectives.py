@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 import torch
 from diffusers import ZImageTransformer2DModel
-from torch import Tensor
 
 from zimage_train import flow
 from zimage_train.config.schema import Config
@@ -12,17 +11,18 @@ from zimage_train.data.plan import Sample
 from zimage_train.model.transformer import velocity
 from zimage_train.model.variants import VARIANTS
 from zimage_train.seeding import generator
+from zimage_train.tensors import Embeds, Image, Images, PerSample, Scalar
 
 
 @dataclass(frozen=True)
 class Batch:
     """One micro-batch, everything in fp32 but the embeddings: `sigma` (b,), pictures and noise (b, 16, h/8, w/8)."""
 
-    x0: Tensor
-    noise: Tensor
-    sigma: Tensor
-    weight: Tensor
-    prompt_embeds: list[Tensor]
+    x0: Images
+    noise: Images
+    sigma: PerSample
+    weight: PerSample
+    prompt_embeds: list[Embeds]
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "Batch":
         """The batch on `device`, embeddings in the model's `dtype`."""
@@ -35,19 +35,19 @@ class Batch:
         )
 
 
-def draw_sigma(config: Config, sample: Sample) -> Tensor:
+def draw_sigma(config: Config, sample: Sample) -> Scalar:
     """The sigma of a sample, a fp64 scalar: a function of the seed and the sample's key."""
     u = torch.rand((), generator=generator(config.seed, "sigma", *sample.key()), dtype=torch.float64)
     steps = config.timesteps
     return flow.draw_sigma(u, steps.type, steps.bias, VARIANTS[config.model.variant].shift, steps.min, steps.max)
 
 
-def draw_noise(config: Config, sample: Sample, shape: torch.Size) -> Tensor:
+def draw_noise(config: Config, sample: Sample, shape: torch.Size) -> Image:
     """The noise of a sample in fp32, likewise; drawn on the CPU, so that every device sees the same."""
     return torch.randn(shape, generator=generator(config.seed, "noise", *sample.key()), dtype=torch.float32)
 
 
-def make_batch(config: Config, samples: tuple[Sample, ...], latents: list[Tensor], embeds: list[Tensor]) -> Batch:
+def make_batch(config: Config, samples: tuple[Sample, ...], latents: list[Image], embeds: list[Embeds]) -> Batch:
     """Draw noise and sigma for `samples` and put them together with their cached latents and embeddings."""
     sigma = torch.stack([draw_sigma(config, sample) for sample in samples])
     return Batch(
@@ -63,8 +63,8 @@ def make_batch(config: Config, samples: tuple[Sample, ...], latents: list[Tensor
 class Loss:
     """`objective` is what is differentiated; `plain` is the loss without guidance, comparable between runs."""
 
-    objective: Tensor
-    plain: Tensor
+    objective: Scalar
+    plain: Scalar
 
 
 def sft_loss(model: ZImageTransformer2DModel, batch: Batch, differential: float | None) -> Loss:
@@ -79,6 +79,6 @@ def sft_loss(model: ZImageTransformer2DModel, batch: Batch, differential: float 
     return Loss(_weighted_mse(prediction, moved, batch.weight), plain.detach())
 
 
-def _weighted_mse(prediction: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+def _weighted_mse(prediction: Images, target: Images, weight: PerSample) -> Scalar:
     per_sample = (prediction - target).square().mean(dim=(1, 2, 3))
     return (weight * per_sample).mean()

@@ -16,11 +16,11 @@ from zimage_train.report import change, page, pictures
 from zimage_train.report.metrics import Records, read
 from zimage_train.sampling import workflow
 from zimage_train.sampling.previews import render
-from zimage_train.sampling.recipe import previews
 from zimage_train.tensorfile import DTYPES, NAMES
-from zimage_train.training import run_folder
+from zimage_train.training import run_folder, views
 from zimage_train.training.run import Run, due
 from zimage_train.training.run_folder import RunFolder
+from zimage_train.training.views import View
 
 
 def save_checkpoint(run: Run, step: int) -> None:
@@ -48,8 +48,8 @@ def export(run: Run, step: int) -> None:
         raise
     count = f"{len(trained)}/{len(trained)}"
     run.console.say(f"step {step}: exported {path} ({count} modules verified, relative error {error:.1e})")
-    if run.recipes:
-        files.write_json(workflow.beside(path), workflow.comfyui(run.recipes[0], config.model, path.name))
+    if run.views:
+        files.write_json(workflow.beside(path), workflow.comfyui(run.views[0].recipes[0], config.model, path.name))
     _prune(run)
 
 
@@ -70,39 +70,56 @@ def preview(run: Run, step: int, events: Records) -> None:
     Raises:
         NotRestored: the training weights could not be put back, so that no further step can be trained.
     """
-    if not run.recipes:
+    if not run.views:
         return
-    folder, digest = run.folder.samples, run_folder.digest_of(run.identity)
-    paths = [pictures.path_of(folder, step, index) for index in range(len(run.recipes))]
-    missing = [
-        (path, recipe)
-        for path, recipe in zip(paths, run.recipes, strict=True)
-        if not pictures.holds(path, recipe, digest)
-    ]
     try:
-        images = render(
-            run.frozen,
-            run.extras,
-            [recipe for _, recipe in missing],
-            run.preview_embeds,
-            lambda done, total: run.console.tick(f"preview at step {step}", done, total),
-        )
-        for (path, recipe), image in zip(missing, images, strict=True):
-            pictures.save(path, image, recipe, digest)
-        pictures.save_grid(folder)
+        for view in run.views:
+            draw(run, view, step)
+        pictures.save_grid(run.folder.samples / "grid.png", views.shown(run.views))
     except NotRestored:
         raise
     except Exception as error:
         run.console.warn(f"preview at step {step} failed ({type(error).__name__}: {error}); training goes on")
         events.append({"step": step, "event": "preview_failed", "error": str(error)})
         return
-    record: dict[str, Any] = {"step": step, "event": "preview", "pictures": [path.name for path in paths]}
-    found = [one for one in change.changes(pictures.table(folder), triggers(run)) if one.step == step]
-    for one in found:
-        record |= {"change_with_trigger": one.with_trigger, "change_without_trigger": one.without_trigger}
-        if remark := change.remark(one, run.config.train.steps):
-            run.console.warn(remark)
-    events.append(record)
+    events.append({"step": step, "event": "preview", **judged(run, step)})
+    for view in run.views:
+        run.trackers.pictures(step, {one.prompt[:80] + view.suffix: path for path, one in view.wanted(step)})
+
+
+def draw(run: Run, view: View, step: int) -> None:
+    """Render and write what is missing of one view."""
+    missing = view.missing(step)
+    images = render(
+        run.frozen,
+        run.extras,
+        [recipe for _, recipe in missing],
+        run.preview_embeds,
+        lambda done, total: run.console.tick(f"preview at step {step}{view.suffix}", done, total),
+        view.also,
+    )
+    for (path, recipe), image in zip(missing, images, strict=True):
+        pictures.save(path, image, recipe, view.run)
+
+
+def judged(run: Run, step: int) -> dict[str, Any]:
+    """What the previews of `step` say, for events.jsonl; said aloud where someone should know."""
+    own, *others = [view.table() for view in run.views]
+    words = triggers(run)
+    record: dict[str, Any] = {"pictures": [path.name for path in own.rows[step] if path]}
+    for one in change.changes(own, words):
+        if one.step == step:
+            record |= {"change_with_trigger": one.with_trigger, "change_without_trigger": one.without_trigger}
+            if remark := change.remark(one, run.config.train.steps):
+                run.console.warn(remark)
+    if step > 0:
+        record["sharpness_kept"] = change.sharpness_kept(own, words, step)
+    for other in others:
+        kept = change.sharpness_kept(other, words, step) if step > 0 else None
+        if kept is not None:
+            record["sharpness_kept_also"] = kept
+            run.console.say(f"step {step}: on {run.config.sample.also} the LoRA keeps {kept:.0%} of the sharpness")
+    return record
 
 
 def triggers(run: Run) -> set[str]:
@@ -142,11 +159,8 @@ def is_complete(folder: RunFolder, config: Config, step: int, identity: Mapping[
         dtypes = {info.dtype for key, info in read_header(folder.lora()).tensors.items() if "lora_" in key}
     except WeightsError:
         return False
-    digest = run_folder.digest_of(identity)
-    wanted = previews(config) if config.sample.every is not None else []
-    return dtypes == {NAMES[DTYPES[config.save.dtype]]} and all(
-        pictures.holds(pictures.path_of(folder.samples, last, index), recipe, digest)
-        for index, recipe in enumerate(wanted)
+    return dtypes == {NAMES[DTYPES[config.save.dtype]]} and not any(
+        view.missing(last) for view in views.of(config, folder, identity, None)
     )
 
 
@@ -158,7 +172,8 @@ def write_report(run: Run) -> None:
         name=run.config.name,
         facts=facts,
         metrics_path=run.folder.metrics,
-        samples=run.folder.samples,
+        own=run.views[0].table() if run.views else None,
+        shown=views.shown(run.views) if run.views else pictures.table(run.folder.samples),
         config_text=dump_config(run.config),
         warnings=run.warnings,
         triggers=triggers(run),

@@ -16,10 +16,11 @@ from zimage_train.data.plan import MicroBatch, Plan, Sample
 from zimage_train.distributed import World
 from zimage_train.lora.attach import Attached
 from zimage_train.report.console import Console
-from zimage_train.sampling.recipe import Recipe
+from zimage_train.report.trackers import Trackers
 from zimage_train.training.objectives import Batch, make_batch
 from zimage_train.training.run_folder import RunFolder
 from zimage_train.training.stopping import StopRequest
+from zimage_train.training.views import View
 
 
 @dataclass(frozen=True)
@@ -64,13 +65,14 @@ class Run:
     attached: Attached
     optimizer: Optimizer
     extras: Path
-    recipes: list[Recipe]
+    views: list[View]
     preview_embeds: Mapping[str, Tensor]
     export_metadata: Mapping[str, str]
     warnings: list[str]
     start: int
     """The last step that is done."""
     console: Console
+    trackers: Trackers
     stop: StopRequest
 
     def micro_batches(self, step: int) -> list[MicroBatch]:

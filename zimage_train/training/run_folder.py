@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import re
+import secrets
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,6 +59,10 @@ class RunFolder:
         return self.root / "tensorboard"
 
     @property
+    def wandb_id(self) -> Path:
+        return self.root / "wandb" / "id"
+
+    @property
     def checkpoints(self) -> Path:
         return self.root / "checkpoints"
 
@@ -89,6 +95,18 @@ def earlier_starts(folder: RunFolder) -> list[int]:
     """After which steps the run was started, as far as run.json tells."""
     starts = read_facts(folder).get("starts")
     return [step for step in starts if isinstance(step, int)] if isinstance(starts, list) else []
+
+
+def wandb_id(folder: RunFolder) -> str:
+    """The id under which Weights & Biases knows this run, made at its first start and kept with it."""
+    try:
+        known = folder.wandb_id.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        known = ""
+    if not re.fullmatch("[0-9a-f]{8}", known):
+        known = secrets.token_hex(4)
+        files.write_text(folder.wandb_id, known + "\n")
+    return known
 
 
 def write_facts(folder: RunFolder, facts: Mapping[str, Any]) -> None:

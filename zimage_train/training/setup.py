@@ -27,8 +27,9 @@ from zimage_train.lora.metadata import describe
 from zimage_train.model.digests import Digests as Digester
 from zimage_train.preflight import Checked, Weights, system_memory_bytes
 from zimage_train.report.console import Console
+from zimage_train.report.trackers import Trackers
 from zimage_train.sampling import recipe
-from zimage_train.training import run_folder
+from zimage_train.training import run_folder, views
 from zimage_train.training.run import Digests, Inputs, Run
 from zimage_train.training.run_folder import RunFolder
 from zimage_train.training.stopping import StopRequest
@@ -101,7 +102,7 @@ def fill_caches(checked: Checked, session: Session, plan: Plan) -> None:
         session.console.tick(what, done, total)
 
     if session.world.is_main:
-        recipes = recipe.previews(checked.config)
+        recipes = [*recipe.previews(checked.config), *recipe.also(checked.config)]
         encoders = encoding.Encoders(
             extras=session.weights.sources.extras,
             device=session.world.device,
@@ -116,7 +117,12 @@ def fill_caches(checked: Checked, session: Session, plan: Plan) -> None:
 
 
 def prepare(
-    checked: Checked, folder: RunFolder, session: Session, identity: Mapping[str, Any], found: Checkpoint | None
+    checked: Checked,
+    folder: RunFolder,
+    session: Session,
+    identity: Mapping[str, Any],
+    found: Checkpoint | None,
+    trackers: Trackers,
 ) -> Run:
     """Make everything that the loop needs, as it was at `found`; the run folder is locked by the caller.
 
@@ -143,17 +149,13 @@ def prepare(
         optim.load_state(optimizer, found.part("optim."), found.numbers["optimizer"], str(found.path))
         console.say(f"continuing after step {start}")
     inputs = Inputs(session.cache, session.digests, config.model.dtype)
-    recipes = recipe.previews(config)
+    drawn = views.of(config, folder, identity, weights.sources.also)
     if world.is_main:
         run_folder.write_config(folder, config)
-        run_folder.write_facts(
-            folder,
-            _facts(checked, session, frozen, plan, groups)
-            | {
-                "plan": {"checkpointing": checkpointing, "why": why},
-                "starts": [*run_folder.earlier_starts(folder), start],
-            },
-        )
+        made = {"checkpointing": checkpointing, "why": why}
+        starts = [*run_folder.earlier_starts(folder), start]
+        facts = _facts(checked, session, frozen, plan, groups) | {"plan": made, "starts": starts}
+        run_folder.write_facts(folder, facts)
     return Run(
         config=config,
         folder=folder,
@@ -165,12 +167,13 @@ def prepare(
         attached=attached,
         optimizer=optimizer,
         extras=weights.sources.extras,
-        recipes=recipes,
-        preview_embeds={prompt: inputs.embeds(prompt) for prompt in recipe.prompts_of(recipes)},
+        views=drawn,
+        preview_embeds={prompt: inputs.embeds(prompt) for view in drawn for prompt in recipe.prompts_of(view.recipes)},
         export_metadata=describe(config, session.digests.adapter),
         warnings=checked.warnings,
         start=start,
         console=console,
+        trackers=trackers,
         stop=session.stop,
     )
 

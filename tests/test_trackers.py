@@ -1,0 +1,104 @@
+"""TensorBoard and Weights & Biases show what metrics.jsonl and the samples folder hold, and cost no run anything."""
+
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from zimage_train.app.train import train
+from zimage_train.errors import ConfigError
+from zimage_train.report import trackers
+from zimage_train.report.metrics import read
+
+from helpers import PREVIEWED, facts, folder, losses
+
+
+def shown(config) -> EventAccumulator:
+    found = EventAccumulator(str(folder(config) / "tensorboard"), size_guidance={"images": 0})
+    found.Reload()
+    return found
+
+
+def test_tensorboard_has_the_numbers_of_every_step_and_the_pictures(make_config):
+    config = make_config(log={"tensorboard": True}, sample=PREVIEWED, train={"steps": 2})
+    train(config, fresh=False)
+    train(make_config(log={"tensorboard": True}, sample=PREVIEWED, train={"steps": 4}), fresh=False)
+    found = shown(config)
+    for name in trackers.SHOWN:
+        records = read(folder(config) / "metrics.jsonl")
+        values = [(event.step, pytest.approx(event.value, rel=1e-6)) for event in found.Scalars(f"train/{name}")]
+        assert [(record["step"], record[name]) for record in records] == values
+    images = found.Images("previews/a red circle")
+    assert [event.step for event in images] == [0, 2, 2, 4]  # step 2 is shown by both starts
+    assert (images[0].width, images[0].height) == (64, 64)
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+
+
+def logged(config) -> bytes:
+    """Everything that wandb wrote for its server."""
+    return b"".join(path.read_bytes() for path in sorted((folder(config) / "wandb").glob("offline-run-*/*.wandb")))
+
+
+def test_wandb_offline_has_the_numbers_of_every_step_under_one_id(make_config, offline, capsys):
+    config = make_config(log={"wandb": "my project"}, sample=PREVIEWED, train={"steps": 2})
+    train(config, fresh=False)
+    run_id = (folder(config) / "wandb" / "id").read_text().strip()
+    train(make_config(log={"wandb": "my project"}, sample=PREVIEWED, train={"steps": 4}), fresh=False)
+    content = logged(config)
+    assert all(json.dumps(loss).encode() in content for loss in losses(config)) and len(losses(config)) == 4
+    assert b"train/loss" in content and b"my project" in content
+    files = list((folder(config) / "wandb").glob(f"offline-run-*/run-{run_id}.wandb"))
+    assert len(files) == 2 and facts(config)["starts"] == [0, 2]
+    pictures = list((folder(config) / "wandb").rglob("*.png"))
+    assert len(pictures) >= 2 * 3
+    assert f"run {run_id}" in capsys.readouterr().out
+
+
+def test_without_wandb_the_run_says_what_to_do_before_it_loads_anything(make_config, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    monkeypatch.setattr("zimage_train.training.setup.assemble", pytest.fail)
+    with pytest.raises(ConfigError, match=r"log.wandb: wandb is not installed; pip install wandb"):
+        train(make_config(log={"wandb": "x"}), fresh=False)
+
+
+def test_without_a_login_the_run_says_what_to_do(make_config, monkeypatch):
+    class Error(Exception):
+        pass
+
+    def init(**options):
+        raise Error("api_key not configured (no-tty)\nmore")
+
+    fake = SimpleNamespace(Error=Error, init=init, Settings=lambda **options: None)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    with pytest.raises(ConfigError, match=r"log.wandb: api_key not configured \(no-tty\); run wandb login, or"):
+        train(make_config(log={"wandb": "x"}), fresh=False)
+
+
+@pytest.mark.parametrize("method", ["numbers", "pictures", "close"])
+def test_a_tracker_that_fails_is_left_out_and_the_run_goes_on(make_config, monkeypatch, capsys, method: str):
+    called: list[int] = []
+
+    def fail(self, *args):
+        called.append(1)
+        raise OSError("no space left")
+
+    monkeypatch.setattr(trackers.TensorBoard, method, fail)
+    train(make_config(log={"tensorboard": True}, sample=PREVIEWED), fresh=False)
+    assert called == [1]
+    assert "warning: TensorBoard failed (OSError: no space left); going on without it" in capsys.readouterr().out
+    assert len(losses(make_config())) == 4
+
+
+def test_a_run_id_that_is_damaged_is_made_anew(make_config, offline, tmp_path: Path):
+    config = make_config(log={"wandb": "x"}, train={"steps": 1})
+    train(config, fresh=False)
+    (folder(config) / "wandb" / "id").write_bytes(b"\xff../../x")
+    train(make_config(log={"wandb": "x"}, train={"steps": 2}), fresh=False)
+    assert (folder(config) / "wandb" / "id").read_text().strip().isalnum()
