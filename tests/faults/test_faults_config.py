@@ -13,10 +13,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from typer.testing import CliRunner
 
-from zimage_train import mini, preflight
-from zimage_train.cli import app
+from zimage_train import preflight
 from zimage_train.config import reading, yaml_reader
 from zimage_train.config.reading import read_config
 from zimage_train.config.schema import Config
@@ -384,36 +382,6 @@ def test_every_shipped_config_is_valid(path: Path):
     config = read_config(path)
     assert read_config(path, ["train.steps=1"]).train.steps == 1
     assert yaml.safe_load(path.read_text())["name"] == config.name
-
-
-def commands_of(page: Path) -> list[str]:
-    """The `zimage-train` lines in the page's fenced blocks."""
-    blocks = re.findall(r"```bash\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
-    lines = [line.split("#")[0].strip() for block in blocks for line in block.splitlines()]
-    return [line for line in lines if line.startswith("zimage-train ")]
-
-
-def test_every_command_of_the_readme_runs(tmp_path: Path, shared_cache: Path, monkeypatch: pytest.MonkeyPatch):
-    """8. Every `zimage-train` command that the README shows works as shown, here with the miniature as its model."""
-    monkeypatch.chdir(ROOT)
-    commands = commands_of(ROOT / "README.md")
-    assert [command.split()[1] for command in commands] == ["check", "train"]
-    on_the_miniature = {
-        "output": tmp_path / "runs",
-        "cache.folder": shared_cache,
-        "model.path": mini.TURBO,
-        "model.adapter": mini.ADAPTER,
-        "model.dtype": "fp32",
-        "data.0.folder": mini.PICTURES,
-        "data.0.resolution": 64,
-        "train.steps": 1,
-        "sample.every": "null",
-    }
-    changes = [word for key, value in on_the_miniature.items() for word in ("--set", f"{key}={value}")]
-    for command in commands:
-        done = CliRunner().invoke(app, [*command.split()[1:], *changes])
-        assert done.exit_code == 0, (command, done.output, done.exception)
-    assert (tmp_path / "runs" / "my_character" / "lora" / "my_character.safetensors").exists()
 
 
 def test_the_list_of_options_is_the_golden_one():
