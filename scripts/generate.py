@@ -125,11 +125,22 @@ def _commands(group: Any) -> list[list[str]]:
     return found
 
 
+def readme() -> str:
+    """The README with the lengths of the files that it says to read."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+
+    def counted(match: re.Match[str]) -> str:
+        return f"`{match[1]}` ({len((ROOT / match[1]).read_text(encoding='utf-8').splitlines())} lines)"
+
+    return re.sub(r"`(zimage_train/[\w/]+\.py)` \(\d+ lines\)", counted, text)
+
+
 NOTICE = "Written by `scripts/generate.py` from the code; a test keeps it so."
 
 GENERATED: dict[str, Callable[[], str]] = {
     "configs/schema.json": schema_json,
     "configs/reference.yaml": reference_yaml,
+    "README.md": readme,
     "docs/config.md": config_md,
     "docs/commands.md": cli_md,
 }

@@ -19,6 +19,8 @@ from zimage_train import mini
 from zimage_train.config.reading import validate
 from zimage_train.config.schema import Config
 
+from dataset_folder import picture
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -83,3 +85,13 @@ def make_config(tmp_path: Path, shared_cache: Path):
         return config
 
     return make
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Three pictures with captions, one of them in a subfolder."""
+    root = tmp_path / "photos"
+    for number, name in enumerate(("b.png", "a.jpg", "sub/c.webp")):
+        path = picture(root / name, (number, 20, 30), (80 + 16 * number, 64))
+        path.with_suffix(".txt").write_text(f"caption {path.stem}")
+    return root

@@ -1,6 +1,9 @@
-"""Helpers of tests that train on the miniature: what a run left behind, and how to spoil a step."""
+"""Helpers of tests that train on the miniature: what a run left behind, how to spoil a step, other processes."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,6 +11,8 @@ import pytest
 from zimage_train.config.schema import Config
 from zimage_train.report.metrics import read
 from zimage_train.training import loop, objectives
+
+ROOT = Path(__file__).parent.parent
 
 
 def folder(config: Config) -> Path:
@@ -58,3 +63,13 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
             yield at, loaded
 
     monkeypatch.setattr(loop, "prefetch", prefetch)
+
+
+def run_python(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, env=environment(), capture_output=True, text=True, timeout=60
+    )
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": str(ROOT)}

@@ -4,10 +4,6 @@ Every checker below works on plain text or plain tables, so that it can be shown
 """
 
 import ast
-import json
-import os
-import subprocess
-import sys
 import textwrap
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -385,50 +381,7 @@ def test_files_is_where_renaming_syncing_and_removing_happens():
     assert whats >= {"only in files.py: os.fsync", "only in files.py: .replace", "only in files.py: .unlink"}
 
 
-LOADED = """
-import json, sys
-sys.path[:0] = {path!r}
-before = set(sys.modules)
-for name in {names!r}:
-    __import__(name)
-{then}
-print(json.dumps(sorted({{name.split(".")[0] for name in set(sys.modules) - before}})))
-"""
-
-
-def loaded_by(names: list[str], then: str = "", path: Iterable[str] = ()) -> set[str]:
-    """What a fresh interpreter has loaded after importing `names` and running `then`."""
-    code = LOADED.format(path=[str(one) for one in path], names=names, then=then)
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    result = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=True, timeout=60
-    )
-    return set(json.loads(result.stdout.splitlines()[-1]))
-
-
-def test_a_check_of_the_quickstart_loads_no_torch():
-    names = [f"{PACKAGE}.{one}" for one in ("cli", "config.reading", "data.plan", "preflight")]
-    then = """
-from pathlib import Path
-from zimage_train import preflight
-from zimage_train.config.reading import read_config
-config = read_config(Path("configs/quickstart.yaml"))
-def nothing_here(*_): raise AssertionError("asks the hub")
-assert preflight.report(preflight.examine(config, nothing_here))
-"""
-    loaded = loaded_by(names, then)
-    assert loaded >= {PACKAGE, "yaml", "pydantic", "PIL", "typer"}
-    assert loaded & HEAVY == set()
-
-
 # That each of these can fail
-
-
-def test_detection_of_what_is_loaded_can_fail(tmp_path: Path):
-    (tmp_path / "torch.py").write_text("")
-    (tmp_path / "asks_for_torch.py").write_text("def now():\n    import torch\n")
-    assert "torch" not in loaded_by(["asks_for_torch"], path=[str(tmp_path)])
-    assert "torch" in loaded_by(["asks_for_torch"], "import asks_for_torch; asks_for_torch.now()", [str(tmp_path)])
 
 
 TINY_LAYERS = [["low", "other"], ["first second", "lonely"], ["top"]]

@@ -159,19 +159,6 @@ def test_a_file_swapped_within_its_size_and_time_has_another_digest(tmp_path: Pa
     assert Digests(memo).of_content(path) != first
 
 
-def test_a_picture_that_changes_while_the_command_runs_is_named(config, monkeypatch, pictures: Path):
-    original = encoding.picture_encoder
-
-    def swap(*args):
-        for path in pictures.glob("*.png"):
-            path.write_bytes((mini.PICTURES / "zorb_07.png").read_bytes())
-        return original(*args)
-
-    monkeypatch.setattr(encoding, "picture_encoder", swap)
-    with pytest.raises(DataError, match="changed while this command ran"):
-        fill(config())
-
-
 def test_encoders_are_gone_before_the_transformer_is_loaded(config, monkeypatch):
     import gc
 

@@ -3,15 +3,13 @@
 import errno
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,138 +24,6 @@ ROOT = Path(__file__).parent.parent
 OLD, NEW = b"old" * 5000, b"new!" * 5000
 
 
-class Crash(BaseException):
-    """Stands for a process that ends here: nothing catches it."""
-
-
-class Faults:
-    """Counts the calls that write a file, and lets one of them fail."""
-
-    def __init__(self, patch: pytest.MonkeyPatch) -> None:
-        self.calls: list[str] = []
-        self.fail_at: int | None = None
-        self.error: BaseException = OSError()
-        self.fired = 0
-        path_open = Path.open
-
-        def opened(path: Path, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
-            if "w" not in mode:
-                return path_open(path, mode, *args, **kwargs)
-            self.count("open")
-            return File(path_open(path, mode, *args, **kwargs), self)
-
-        patch.setattr(Path, "open", opened)
-        for name in ("replace", "fsync", "open"):
-            patch.setattr(os, name, self.counting(name, getattr(os, name)))
-
-    def counting(self, name: str, function: Any) -> Any:
-        def counted(*args: Any, **kwargs: Any) -> Any:
-            self.count(f"os.{name}")
-            return function(*args, **kwargs)
-
-        return counted
-
-    def count(self, name: str) -> None:
-        self.calls.append(name)
-        if len(self.calls) == self.fail_at:
-            self.fired += 1
-            raise self.error
-
-
-class File:
-    """A file whose writes count, and which may fail after half of one."""
-
-    def __init__(self, file: IO[bytes], faults: Faults) -> None:
-        self.file, self.faults = file, faults
-
-    def __enter__(self) -> "File":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.file.close()
-        self.faults.count("close")
-
-    def write(self, data: bytes) -> None:
-        try:
-            self.faults.count("write")
-        except BaseException:
-            self.file.write(data[: len(data) // 2])
-            raise
-        self.file.write(data)
-
-    def flush(self) -> None:
-        self.faults.count("flush")
-        self.file.flush()
-
-    def fileno(self) -> int:
-        return self.file.fileno()
-
-
-@pytest.fixture
-def faults(monkeypatch: pytest.MonkeyPatch) -> Faults:
-    return Faults(monkeypatch)
-
-
-def save(path: Path) -> None:
-    files.write(path, [NEW[:7000], memoryview(NEW[7000:])])
-
-
-def test_an_unfaulted_write_makes_the_new_file_by_one_rename_after_syncing(tmp_path: Path, faults: Faults):
-    save(tmp_path / "sub" / "deep" / "x.bin")
-    assert (tmp_path / "sub" / "deep" / "x.bin").read_bytes() == NEW
-    assert faults.calls == ["open", "write", "write", "flush", "os.fsync", "close", "os.replace", "os.open", "os.fsync"]
-
-
-@pytest.mark.parametrize("before", [OLD, None])
-@pytest.mark.parametrize(
-    "error",
-    [OSError(number, os.strerror(number)) for number in (errno.ENOSPC, errno.EIO, errno.EACCES, errno.EDQUOT)]
-    + [Crash()],
-    ids=lambda error: getattr(error, "strerror", None) or "crash",
-)
-def test_whatever_call_fails_the_old_file_or_the_new_one_is_there_and_nothing_else(
-    tmp_path: Path, faults: Faults, before: bytes | None, error: BaseException
-):
-    path = tmp_path / "x.bin"
-    outcomes = []
-    for fail_at in range(1, 100):
-        faults.fail_at = None
-        if before is None:
-            path.unlink(missing_ok=True)
-        else:
-            path.write_bytes(before)
-        faults.calls, faults.fail_at, faults.error, faults.fired = [], fail_at, error, 0
-        if not run_faulted(path, error):
-            break
-        assert faults.fired == 1
-        there = path.read_bytes() if path.exists() else None
-        assert there in (before, NEW)
-        assert [one.name for one in tmp_path.iterdir()] == ([] if there is None else ["x.bin"])
-        outcomes.append((faults.calls[-1], there == NEW))
-    assert faults.fired == 0 and path.read_bytes() == NEW, "it ends with a run in which nothing fails"
-    assert len(outcomes) == 9
-    renamed = [is_new for _, is_new in outcomes]
-    assert renamed == sorted(renamed), "after the rename it is always the new file"
-    assert renamed.count(True) == 2, "only syncing the folder comes after the rename"
-
-
-def run_faulted(path: Path, error: BaseException) -> bool:
-    """Whether the injected error came out, and as what it should."""
-    try:
-        save(path)
-    except DiskError as found:
-        assert isinstance(error, OSError) and found.exit_code == 7
-        assert str(found).startswith(f"{path}: cannot be written (")
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        assert ("the disk is full" if full else error.strerror) in str(found)
-        assert str(found).endswith("; the same command continues")
-        return True
-    except Crash as found:
-        assert found is error
-        return True
-    return False
-
-
 def test_an_error_of_the_writer_itself_leaves_the_old_file(tmp_path: Path):
     path = tmp_path / "x.bin"
     path.write_bytes(OLD)
@@ -165,37 +31,6 @@ def test_an_error_of_the_writer_itself_leaves_the_old_file(tmp_path: Path):
         file.write(NEW)
         file.write(bytes(1 // 0))
     assert path.read_bytes() == OLD and len(list(tmp_path.iterdir())) == 1
-
-
-def test_a_real_full_disk(tmp_path: Path):
-    (tmp_path / "x.bin").write_bytes(OLD)
-    code = """
-import resource, signal, sys
-from pathlib import Path
-from zimage_train import files
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
-try:
-    files.write(Path("x.bin"), [b"n" * 1000] * 100)
-except files.DiskError as error:
-    print(error)
-    sys.exit(error.exit_code)
-"""
-    result = run_python(code, tmp_path)
-    assert (result.returncode, result.stderr) == (7, "")
-    assert result.stdout.startswith("x.bin: cannot be written (the disk is full); free some space")
-    assert (tmp_path / "x.bin").read_bytes() == OLD
-    assert [one.name for one in tmp_path.iterdir()] == ["x.bin"]
-
-
-def run_python(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", code], cwd=folder, env=environment(), capture_output=True, text=True, timeout=60
-    )
-
-
-def environment() -> dict[str, str]:
-    return os.environ | {"PYTHONPATH": str(ROOT)}
 
 
 @pytest.mark.parametrize("place", ["file/x.bin", "x.bin/"])
@@ -313,15 +148,6 @@ def test_the_size_of_every_type_is_known():
 # Logs, removing, setting aside
 
 
-def test_a_log_on_a_full_disk_stops_nothing(tmp_path: Path):
-    if Path("/dev/full").exists():
-        full = Path("/dev/full").open("w")  # noqa: SIM115  it cannot be closed in good order
-        files.append_line(full, "line")
-        files.sync(full)
-        with pytest.raises(OSError, match="No space"):
-            full.close()
-
-
 def test_a_line_of_a_log_is_there_at_once_and_synced_when_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     synced = []
     monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(os.fstat(descriptor).st_size))
@@ -378,117 +204,10 @@ def test_debris_of_dead_processes_goes_and_nothing_else(tmp_path: Path):
     alive.communicate()
 
 
-def test_a_killed_writer_leaves_the_old_file_and_debris_that_is_cleared(tmp_path: Path):
-    (tmp_path / "x.bin").write_bytes(OLD)
-    code = """
-import os, signal
-from pathlib import Path
-from zimage_train import files
-with files.replacing(Path("x.bin")) as file:
-    file.write(b"new")
-    file.flush()
-    os.kill(os.getpid(), signal.SIGKILL)
-"""
-    assert run_python(code, tmp_path).returncode == -signal.SIGKILL
-    assert (tmp_path / "x.bin").read_bytes() == OLD and len(list(tmp_path.iterdir())) == 2
-    files.clear_debris(tmp_path)
-    assert [one.name for one in tmp_path.iterdir()] == ["x.bin"]
-
-
 # Space
 
 
-def test_too_little_space_is_refused_with_both_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    asked = []
-
-    def usage(path: Path):
-        asked.append(path)
-        return type("Usage", (), {"free": 2_000_000_000})
-
-    monkeypatch.setattr(files.shutil, "disk_usage", usage)
-    files.require_space(tmp_path / "a" / "b", 2_000_000_000, "checkpoints")
-    with pytest.raises(DiskError) as caught:
-        files.require_space(tmp_path / "a" / "b", 2_500_000_000, "checkpoints")
-    assert str(caught.value).startswith(
-        f"{tmp_path / 'a' / 'b'}: 2.00 GB free, checkpoints need 2.50 GB; free some space"
-    )
-    assert asked == [tmp_path, tmp_path], "the nearest folder that exists, and none is made"
-
-
-def test_a_folder_that_cannot_be_made_is_refused_and_none_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    files.require_folder(tmp_path / "a" / "b")
-    monkeypatch.chdir(tmp_path)
-    files.require_folder(Path("relative/x"))
-    assert list(tmp_path.iterdir()) == []
-    (tmp_path / "file").write_text("")
-    (tmp_path / "broken").symlink_to(tmp_path / "nowhere")
-    for name in ("file", "broken"):
-        for place in (tmp_path / name, tmp_path / name / "x"):
-            with pytest.raises(DiskError, match=rf"{tmp_path / name} is not a folder; choose another place"):
-                files.require_folder(place)
-    monkeypatch.setattr(os, "access", lambda path, mode: mode & os.W_OK == 0)
-    with pytest.raises(DiskError, match=f"{tmp_path} cannot be written to"):
-        files.require_folder(tmp_path / "a")
-
-
 # The lock
-
-HOLD = """
-import sys, time
-from pathlib import Path
-from zimage_train import files
-with files.locked(Path("run")):
-    print("held", flush=True)
-    sys.stdin.read()
-print("torch" in sys.modules)
-"""
-
-
-@pytest.fixture
-def holder(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
-    """Another process that holds tmp_path/run."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", HOLD],
-        cwd=tmp_path,
-        env=environment(),
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout is not None and process.stdout.readline() == "held\n"
-    yield process
-    process.kill()
-    process.communicate()
-
-
-def test_a_second_process_is_told_who_holds_the_folder(tmp_path: Path, holder: subprocess.Popen[str]):
-    for _ in range(2):
-        with pytest.raises(FolderInUseError) as caught, files.locked(tmp_path / "run"):
-            raise AssertionError("two processes in one folder")
-        assert caught.value.exit_code == 6
-        who = f"process {holder.pid} on {socket.gethostname()}"
-        assert str(caught.value) == (
-            f"{tmp_path / 'run'}: in use by {who}; wait for that run, stop it, or choose another name"
-        )
-
-
-def test_the_folder_is_free_as_soon_as_its_holder_is_killed(tmp_path: Path, holder: subprocess.Popen[str]):
-    holder.send_signal(signal.SIGKILL)
-    holder.wait()
-    with files.locked(tmp_path / "run"):
-        assert (tmp_path / "run" / "run.lock").read_text() == f"process {os.getpid()} on {socket.gethostname()}"
-
-
-def test_the_folder_is_free_when_its_holder_is_done(tmp_path: Path, holder: subprocess.Popen[str]):
-    out, _ = holder.communicate("")
-    assert out == "False\n" and holder.returncode == 0
-    assert (tmp_path / "run" / "run.lock").read_text() == ""
-    with pytest.raises(ZeroDivisionError), files.locked(tmp_path / "run"):
-        raise ZeroDivisionError
-    with files.locked(tmp_path / "run"), pytest.raises(FolderInUseError), files.locked(tmp_path / "run"):
-        raise AssertionError("locked twice")
-    with files.locked(tmp_path / "other" / "one"), files.locked(tmp_path / "run"):
-        assert (tmp_path / "other" / "one").is_dir()
 
 
 @pytest.mark.parametrize("name", ["file", "file/run"])

@@ -5,12 +5,9 @@ import hashlib
 import io
 import json
 import os
-import socket
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from PIL import Image
 
@@ -18,35 +15,7 @@ from zimage_train.config.schema import Data
 from zimage_train.data import folder
 from zimage_train.data.folder import Scan, fingerprint, scan
 
-
-def picture(path: Path, colour: tuple[int, int, int] = (10, 20, 30), size: tuple[int, int] = (80, 64)) -> Path:
-    """A small picture; a different colour is a different content, unlike any other."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    blocks = np.random.default_rng(colour).integers(0, 256, (8, 8, 3), dtype=np.uint8)
-    Image.fromarray(blocks).resize(size, Image.Resampling.NEAREST).save(path)
-    return path
-
-
-@pytest.fixture
-def photos(tmp_path: Path) -> Path:
-    """Three pictures with captions, one of them in a subfolder."""
-    root = tmp_path / "photos"
-    for number, name in enumerate(("b.png", "a.jpg", "sub/c.webp")):
-        path = picture(root / name, (number, 20, 30), (80 + 16 * number, 64))
-        path.with_suffix(".txt").write_text(f"caption {path.stem}")
-    return root
-
-
-def scanned(root: Path, **settings: Any) -> Scan:
-    return scan(Data.model_validate({"folder": str(root), **settings}), "data.0")
-
-
-def problems(result: Scan) -> list[str]:
-    return [str(problem) for error in result.errors for problem in error.problems]
-
-
-def prompts(result: Scan) -> dict[str, str]:
-    return {one.path.name: one.prompt for one in result.pictures}
+from dataset_folder import picture, problems, prompts, scanned
 
 
 def test_pictures_come_in_the_order_of_their_relative_paths_with_captions(photos: Path):
@@ -65,49 +34,6 @@ def test_the_size_is_that_of_the_upright_picture(tmp_path: Path):
     Image.new("RGB", (128, 64)).save(tmp_path / "a.jpg", exif=exif)
     (one,) = scanned(tmp_path).pictures
     assert (one.width, one.height) == (64, 128)
-
-
-class Reordered:
-    """What os.scandir returns, in another order."""
-
-    def __init__(self, entries: list[os.DirEntry]) -> None:
-        self.entries = iter(entries)
-
-    def __enter__(self) -> "Reordered":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        return None
-
-    def __iter__(self) -> Iterator[os.DirEntry]:
-        return self.entries
-
-    def __next__(self) -> os.DirEntry:
-        return next(self.entries)
-
-
-def test_the_order_of_the_directory_changes_nothing(photos: Path, monkeypatch: pytest.MonkeyPatch):
-    picture(photos / "sub" / "deep" / "d.png")
-    picture(photos / "sub2" / "e.png")
-    (photos / "broken.png").write_text("x")
-    (photos / "alone.txt").write_text("no picture")
-    (photos / "_left" / "x").mkdir(parents=True)
-    real = os.scandir
-    results, orders = [], []
-    for order in (lambda one: one.name, lambda one: one.name[::-1], lambda one: hash(one.name)):
-        for reverse in (False, True):
-
-            def scandir(path: str, order: Callable = order, reverse: bool = reverse) -> Reordered:
-                with real(path) as entries:
-                    found = sorted(entries, key=order, reverse=reverse)
-                orders.append([one.name for one in found])
-                return Reordered(found)
-
-            monkeypatch.setattr(os, "scandir", scandir)
-            result = scanned(photos)
-            results.append((result.pictures, problems(result), sorted(result.notes)))
-    assert all(one == results[0] for one in results) and len(results[0][0]) == 5
-    assert len({tuple(order) for order in orders if "a.jpg" in order}) > 2, "the order was really changed"
 
 
 @pytest.mark.parametrize("name", ["a.jpg", "a.JPG", "a.jpeg", "a.png", "a.PNG", "a.webp", "a.bmp", "a.tif", "a.tiff"])
@@ -143,20 +69,6 @@ def test_no_captions_at_all_and_the_trigger_as_default(tmp_path: Path):
     assert (problems(result), result.notes) == ([], [])
 
 
-def test_pictures_without_a_caption_are_counted_and_named(photos: Path):
-    (photos / "a.txt").unlink()
-    (photos / "b.txt").write_text("\ufeff \n")
-    result = scanned(photos)
-    assert prompts(result) == {"a.jpg": "", "b.png": "", "c.webp": "caption c"}
-    assert result.notes == ["data.0: 2 of 3 pictures have no caption (a.jpg, b.png); set default_caption"]
-    assert scanned(photos, default_caption="a thing").notes == []
-    for name in ("d.png", "e.png"):
-        picture(photos / name, (9, 9, ord(name[0])))
-    assert scanned(photos).notes == [
-        "data.0: 4 of 5 pictures have no caption (a.jpg, b.png, d.png, ...); set default_caption"
-    ]
-
-
 def test_a_placeholder_without_a_trigger_is_an_error(photos: Path):
     (photos / "b.txt").write_text("a [trigger]")
     assert problems(scanned(photos)) == [
@@ -169,33 +81,6 @@ def test_a_placeholder_without_a_trigger_is_an_error(photos: Path):
 # What is wrong, all at once
 
 
-def test_all_faults_are_reported_at_once(photos: Path):
-    content = (photos / "b.png").read_bytes()
-    (photos / "b.png").write_bytes(content[: len(content) // 2])
-    (photos / "a.txt").write_bytes("é".encode("latin-1"))
-    picture(photos / "twin.png", (1, 1, 1))
-    picture(photos / "twin.jpg", (2, 2, 2))
-    (photos / "twin.txt").write_text("whose?")
-    (photos / "page.png").write_text("<html>")
-    (photos / "alone.txt").write_text("x")
-    result = scanned(photos)
-    found = problems(result)
-    assert len(found) == 4
-    assert sum("b.png: damaged or cut off" in one for one in found) == 1
-    assert f"{photos / 'a.txt'}: is not UTF-8 (byte 0); save it as UTF-8" in found
-    assert f"{photos / 'twin.txt'}: belongs to several pictures (twin.jpg, twin.png); rename all but one" in found
-    assert sum("page.png: a web page" in one for one in found) == 1
-    assert all(error.exit_code == 3 for error in result.errors)
-    assert result.notes[0] == f"{photos / 'alone.txt'}: a caption without a picture"
-
-
-def test_two_pictures_of_one_name_without_a_caption_are_two_pictures(tmp_path: Path):
-    picture(tmp_path / "a.png", (1, 1, 1))
-    picture(tmp_path / "a.jpg", (2, 2, 2))
-    result = scanned(tmp_path, default_caption="x")
-    assert (prompts(result), problems(result)) == ({"a.jpg": "x", "a.png": "x"}, [])
-
-
 def test_the_same_picture_twice_is_said(photos: Path):
     (photos / "z.jpg").write_bytes((photos / "a.jpg").read_bytes())
     result = scanned(photos, default_caption="x")
@@ -203,89 +88,11 @@ def test_the_same_picture_twice_is_said(photos: Path):
     assert result.notes == [f"{photos / 'z.jpg'}: the same picture as {photos / 'a.jpg'}"]
 
 
-def test_captions_and_pictures_that_are_not_used_are_said(photos: Path):
-    (photos / "b.txt").rename(photos / "b.TXT")
-    (photos / "x.gif").write_bytes(b"GIF89a")
-    (photos / "y.heic").write_bytes(b"")
-    (photos / "notes.md").write_text("anything")
-    notes = scanned(photos, default_caption="d").notes
-    assert notes[0] == f"{photos / 'b.TXT'}: not read, its extension is not exactly .txt"
-    assert [one.split(": not used")[0] for one in notes[1:]] == [str(photos / "x.gif"), str(photos / "y.heic")]
-    assert len(notes) == 3
-
-
-def test_hidden_files_are_left_alone_and_skipped_folders_are_said(photos: Path):
-    for name in (".hidden.png", ".thumbs/t.png", "_rejected/r.png"):
-        picture(photos / name)
-    (photos / "link").symlink_to(photos / "sub", target_is_directory=True)
-    result = scanned(photos)
-    assert len(result.pictures) == 3
-    why = "not searched (linked, or begins with _)"
-    assert result.notes == [f"{photos / '_rejected'}: {why}", f"{photos / 'link'}: {why}"]
-
-
-def test_nothing_at_all_is_an_error(tmp_path: Path):
-    (tmp_path / "a.txt").write_text("x")
-    (found,) = problems(scanned(tmp_path))
-    assert found.startswith(f"data.0: {tmp_path}: holds no pictures; put pictures there (.bmp, .jpeg, .jpg, .png")
-
-
 def test_a_folder_that_is_none_is_an_error(photos: Path):
     assert problems(scanned(photos / "none")) == [
         f"{photos / 'none'}: does not exist; check data.folder (relative to where the command runs)"
     ]
     assert "is a file, not a folder" in problems(scanned(photos / "a.jpg"))[0]
-
-
-def test_links_that_lead_nowhere_and_pipes_are_errors_and_never_hang(photos: Path):
-    (photos / "loop.png").symlink_to(photos / "loop.png")
-    (photos / "gone.png").symlink_to(photos / "nothing.png")
-    os.mkfifo(photos / "pipe.png")
-    (photos / "c.txt").symlink_to(photos / "nothing.txt")
-    picture(photos / "c.png", (9, 9, 9))
-    server = socket.socket(socket.AF_UNIX)
-    try:
-        os.chdir(photos)
-        server.bind("sock.png")
-        result = scanned(photos)
-    finally:
-        os.chdir("/")
-        server.close()
-    found = problems(result)
-    assert [Path(one.split(": ")[0]).name for one in sorted(found)] == [
-        "c.txt",
-        "gone.png",
-        "loop.png",
-        "pipe.png",
-        "sock.png",
-    ]
-    assert len(result.pictures) == 4  # c.png is read; its caption is the error
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
-def test_what_may_not_be_read_is_an_error(photos: Path):
-    (photos / "a.jpg").chmod(0)
-    (photos / "b.txt").chmod(0)
-    (photos / "sub").chmod(0)
-    try:
-        found = problems(scanned(photos))
-    finally:
-        (photos / "sub").chmod(0o755)
-    assert sum("Permission denied" in one for one in found) == 3
-
-
-def test_a_subfolder_that_cannot_be_listed_is_an_error(photos: Path, monkeypatch: pytest.MonkeyPatch):
-    real = os.scandir
-
-    def scandir(path: str):
-        if str(path).endswith("sub"):
-            raise PermissionError(13, "Permission denied", str(path))
-        return real(path)
-
-    monkeypatch.setattr(os, "scandir", scandir)
-    result = scanned(photos)
-    assert len(result.pictures) == 2
-    assert problems(result) == [f"{photos / 'sub'}: cannot be read (Permission denied); check its permissions"]
 
 
 def test_a_name_that_is_no_text_is_an_error(tmp_path: Path):

@@ -10,10 +10,9 @@ import torch
 from diffusers import ZImageTransformer2DModel
 from peft import LoraConfig, inject_adapter_in_model
 
-from zimage_train import memory, preflight
+from zimage_train import memory
 from zimage_train.config.schema import Config
 from zimage_train.data.buckets import Bucket
-from zimage_train.errors import ConfigError
 from zimage_train.lora import names
 from zimage_train.model.shapes import TransformerShape
 from zimage_train.model.transformer import velocity
@@ -144,17 +143,3 @@ def test_what_is_small_already_is_not_asked_for():
     config, shape, modules = published(lora={"rank": 4}, memory={"checkpointing": True}, train={"batch_size": 1})
     said = memory.smaller(config, shape, modules, SIZES, int(15e9), True)
     assert "rank" not in said and "batch_size" not in said and "checkpointing" not in said
-
-
-def test_a_budget_that_no_step_fits_is_refused_with_the_plan_that_would(make_config):
-    with pytest.raises(ConfigError) as error:
-        preflight.examine(make_config(memory={"budget_gb": 0.03}, train={"batch_size": 8}))
-    assert error.value.exit_code == 2
-    assert re.fullmatch(
-        r"memory.budget_gb: is 0.03, and a training step takes 0.04 GB \(predicted\); "
-        r"set memory.checkpointing: true, train.batch_size: 1 \(predicted: 0.0\d GB\)",
-        str(error.value),
-    )
-    assert preflight.examine(make_config(memory={"budget_gb": 0.05}, train={"batch_size": 8}))
-    with pytest.raises(ConfigError, match=r"memory.checkpointing: true"):
-        preflight.examine(make_config(memory={"budget_gb": 0.03, "checkpointing": False}))

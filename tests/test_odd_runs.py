@@ -3,31 +3,15 @@
 import shutil
 
 import pytest
-import torch
 
-from zimage_train import accelerator, checkpoint, mini
+from zimage_train import mini
 from zimage_train.app.train import train
-from zimage_train.errors import ConfigError, DiskError, DivergedError, Stopped, WeightsError
+from zimage_train.errors import ConfigError, Stopped, WeightsError
 from zimage_train.report import pictures
 from zimage_train.report.metrics import read
 from zimage_train.training import loop, publish
 
-from helpers import PREVIEWED, facts, final, folder, losses, poison, stop_after
-
-
-def test_a_run_without_any_finite_step_is_no_success(make_config, monkeypatch):
-    fired = poison(monkeypatch, {1, 2})
-    with pytest.raises(DivergedError, match="2 times in a row"):
-        train(make_config(train={"steps": 2}), fresh=False)
-    assert fired == [1, 2]
-
-
-def test_skips_in_a_row_are_counted_across_starts(make_config, monkeypatch):
-    fired = poison(monkeypatch, {2, 3, 4, 5, 6})
-    train(make_config(train={"steps": 4}), fresh=False)
-    with pytest.raises(DivergedError, match=r"step 6: .* 5 times in a row"):
-        train(make_config(train={"steps": 9}), fresh=False)
-    assert fired == [2, 3, 4, 5, 6]
+from helpers import PREVIEWED, facts, final, folder, losses, stop_after
 
 
 def test_training_weights_that_cannot_be_put_back_after_a_preview_end_the_run(make_config, tmp_path, monkeypatch):
@@ -43,7 +27,7 @@ def test_training_weights_that_cannot_be_put_back_after_a_preview_end_the_run(ma
             if not moved:
                 moved.append((model / "transformer").rename(model / "elsewhere"))
 
-        return original(*args[:-1], tick)
+        return original(*args[:4], tick, *args[5:])
 
     monkeypatch.setattr(publish, "render", vanish)
     with pytest.raises(WeightsError, match="the training weights cannot be put back after a preview"):
@@ -151,22 +135,6 @@ def test_steps_below_those_of_the_run_are_refused_and_nothing_is_written(make_co
     assert (folder(make_config()) / "config.yaml").read_bytes() == config_text
 
 
-def test_no_start_begins_anew_where_checkpoints_were(make_config):
-    config = make_config(train={"steps": 2}, save={"every": 1})
-    train(config, fresh=False)
-    later = make_config(train={"steps": 3}, save={"every": 1})
-    for path in (folder(config) / "checkpoints").iterdir():
-        path.write_bytes(b"damaged")
-    for _ in range(2):
-        with pytest.raises(WeightsError, match=r"no checkpoint is whole.*--fresh"):
-            train(later, fresh=False)
-    shutil.rmtree(folder(config) / "checkpoints")
-    with pytest.raises(WeightsError, match="checkpoints are gone; the last one was of step 2"):
-        train(later, fresh=False)
-    train(later, fresh=True)
-    assert facts(later)["starts"] == [0]
-
-
 def test_before_the_first_checkpoint_anything_may_change_and_no_old_picture_is_taken_for_new(make_config, monkeypatch):
     config = make_config(sample=PREVIEWED)
     monkeypatch.setattr(loop, "prefetch", lambda run: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -193,35 +161,6 @@ def test_after_a_change_of_prompts_every_picture_stands_under_its_own(make_confi
     }
 
 
-def test_a_metrics_file_cut_within_a_character_or_replaced_by_a_folder_is_no_traceback(make_config):
-    train(make_config(train={"steps": 1}), fresh=False)
-    metrics = folder(make_config()) / "metrics.jsonl"
-    metrics.write_bytes(metrics.read_bytes() + '{"step": 2, "samples": ["ü'.encode()[:-1])
-    train(make_config(train={"steps": 2}), fresh=False)
-    assert [record["step"] for record in read(metrics)] == [1, 2]
-    metrics.unlink()
-    metrics.mkdir()
-    with pytest.raises(DiskError, match=r"metrics.jsonl: cannot be read"):
-        train(make_config(train={"steps": 3}), fresh=False)
-
-
-def test_running_out_of_gpu_memory_is_one_line_with_advice(make_config, monkeypatch, capsys):
-    def full(*args):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ...")
-
-    monkeypatch.setattr(loop, "sft_loss", full)
-    monkeypatch.setattr(accelerator, "room_bytes", lambda device: int(45e6))
-    advice = r"in use at most; set memory.checkpointing: true \(predicted: 0.0\d GB\); the last checkpoint is good"
-    with pytest.raises(ConfigError, match=rf"memory: CUDA out of memory; .* {advice}"):
-        train(make_config(train={"batch_size": 8}), fresh=False)
-
-
-def test_without_a_gpu_the_published_model_is_refused_before_it_is_fetched(make_config, monkeypatch):
-    monkeypatch.setattr("zimage_train.app.train.download", pytest.fail)
-    with pytest.raises(ConfigError, match=r"device: no GPU was found, and 6.2 billion parameters"):
-        train(make_config(model={"path": None, "adapter": None}), fresh=False)
-
-
 def test_a_decay_stretches_with_the_run_so_more_steps_are_another_run_unless_allowed(make_config, capsys):
     decay = {"schedule": {"name": "cosine"}}
     train(make_config(train={"steps": 2}, **decay), fresh=False)
@@ -231,18 +170,6 @@ def test_a_decay_stretches_with_the_run_so_more_steps_are_another_run_unless_all
     assert "allowed: schedule.steps: - 2  + 4" in capsys.readouterr().out
     train(make_config(name="flat", train={"steps": 2}), fresh=False)
     train(make_config(name="flat", train={"steps": 4}), fresh=False)
-
-
-def test_a_whole_checkpoint_of_another_version_stays_and_is_named(make_config, monkeypatch):
-    config = make_config(train={"steps": 2})
-    with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "FORMAT", checkpoint.FORMAT + 1)
-        train(config, fresh=False)
-    before = sorted(path.name for path in (folder(config) / "checkpoints").iterdir())
-    for _ in range(2):
-        with pytest.raises(WeightsError, match=r"has format \d, this version reads \d; .*--fresh"):
-            train(config, fresh=False)
-    assert sorted(path.name for path in (folder(config) / "checkpoints").iterdir()) == before
 
 
 @pytest.mark.parametrize(
@@ -302,13 +229,3 @@ def test_exported_loras_without_any_checkpoint_are_not_trained_over(make_config)
     (folder(config) / "events.jsonl").unlink()
     with pytest.raises(WeightsError, match=r"checkpoints are gone, and tiny.safetensors was exported from one"):
         train(config, fresh=False)
-
-
-@pytest.mark.parametrize("line", ['{"step": 1, "loss": "low"}', '{"step": true}', "[" * 100_000, '{"loss": 1}', "7"])
-def test_a_foreign_line_in_the_metrics_is_left_out(make_config, line: str):
-    config = make_config(train={"steps": 1})
-    train(config, fresh=False)
-    with (folder(config) / "metrics.jsonl").open("a") as file:
-        file.write(line + "\n")
-    train(make_config(train={"steps": 2}), fresh=False)
-    assert [record["step"] for record in read(folder(config) / "metrics.jsonl")] == [1, 2]

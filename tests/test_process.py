@@ -57,23 +57,6 @@ def wait_for(process: subprocess.Popen[str], path: Path, lines: int) -> None:
 LONG = {"train": {"steps": 60, "batch_size": 1}, "save": {"every": 5}}
 
 
-def test_killed_at_any_moment_the_same_command_ends_in_the_same_bytes(start, tmp_path: Path):
-    assert start("tiny", "whole", **LONG).wait() == 0
-    metrics = tmp_path / "runs" / "tiny" / "metrics.jsonl"
-    for lines in (3, 11, 24, 38):
-        process = start("tiny", **LONG)
-        wait_for(process, metrics, lines)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    assert start("tiny", **LONG).wait() == 0
-    one, other = (tmp_path / output / "tiny" / "lora" / "tiny.safetensors" for output in ("whole", "runs"))
-    assert one.read_bytes() == other.read_bytes()
-    starts = json.loads((tmp_path / "runs" / "tiny" / "run.json").read_text())["starts"]
-    assert len(starts) == 5 and starts[0] == 0 and starts[-1] >= 35, starts
-    steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
-    assert steps == list(range(1, 61))
-
-
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_signal_saves_and_says_how_to_continue(start, tmp_path: Path, number: int, code: int):
     process = start("tiny", **(LONG | {"save": {"every": None}, "train": {"steps": 500, "batch_size": 1}}))
@@ -119,17 +102,6 @@ def tensors(path: Path) -> bytes:
     """What follows the header of a safetensors file."""
     content = path.read_bytes()
     return content[8 + int.from_bytes(content[:8], "little") :]
-
-
-def test_a_second_run_in_the_folder_is_told_who_holds_it(start, tmp_path: Path):
-    slow = LONG | {"train": {"steps": 5000, "batch_size": 1}}
-    first = start("tiny", **slow)
-    wait_for(first, tmp_path / "runs" / "tiny" / "metrics.jsonl", 1)
-    second = start("tiny", **slow)
-    output, _ = second.communicate(timeout=90)
-    assert second.returncode == 6
-    assert f"process {first.pid}" in output and "Traceback" not in output
-    assert first.poll() is None
 
 
 def test_python_m_takes_the_same_commands_and_exit_codes(tmp_path: Path):

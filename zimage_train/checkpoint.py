@@ -39,8 +39,8 @@ class Checkpoint:
         return {name: tensor for name, tensor in self.tensors.items() if name.startswith(prefix)}
 
 
-def save(folder: Path, step: int, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> Path:
-    """Write the checkpoint of `step`, then remove all but the newest two.
+def save(folder: Path, step: int, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> list[Path]:
+    """Write the checkpoint of `step`, then remove all but the newest two; returns those that cannot be removed.
 
     Raises:
         DivergedError: a tensor is not finite; nothing is written.
@@ -52,9 +52,7 @@ def save(folder: Path, step: int, tensors: Mapping[str, Tensor], numbers: Mappin
     path = folder / f"step-{step:06d}.safetensors"
     state = {"format": FORMAT, "step": step, **numbers}
     tensorfile.save_sealed(path, tensors, {"state": json.dumps(state)})
-    for _, old in steps_in(folder)[KEEP:]:
-        files.remove(old)
-    return path
+    return [old for _, old in steps_in(folder)[KEEP:] if not files.remove(old)]
 
 
 def steps_in(folder: Path) -> list[tuple[int, Path]]:

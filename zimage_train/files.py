@@ -118,6 +118,12 @@ def sync(file: IO[str]) -> None:
         os.fsync(file.fileno())
 
 
+def close(file: IO[str]) -> None:
+    """Close a log; lines that the disk did not take are lost, and nothing else."""
+    with contextlib.suppress(OSError):
+        file.close()
+
+
 def remove(path: Path) -> bool:
     """Remove a file; return whether it is gone. A failure to remove is never worth a run."""
     try:

@@ -76,9 +76,8 @@ def examine(config: Config, fetch: Fetch | None = None, tick: Tick = lambda what
             files.require_folder(Path(config.cache.folder))
         files.require_space(Path(config.output), _disk_bytes(config, weights), "checkpoints and exports")
     checked = Checked(config, pictures, items, weights, notes, advice.warnings(config, sum(map(len, pictures))))
-    with collected(errors):
-        _require_budget(checked)
     raise_all(errors)
+    _require_budget(checked)
     notes += _small_pictures(items)
     return checked
 

@@ -75,7 +75,7 @@ class Console:
 
     def close(self) -> None:
         if self._file is not None:
-            self._file.close()
+            files.close(self._file)
             self._file = None
 
     def say(self, text: str) -> None:

@@ -67,7 +67,7 @@ class Records:
 
     def close(self) -> None:
         if self._file is not None:
-            self._file.close()
+            files.close(self._file)
 
 
 def _line(record: dict[str, Any]) -> str:

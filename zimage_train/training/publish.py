@@ -32,7 +32,8 @@ def save_checkpoint(run: Run, step: int) -> None:
     """
     tensors, optimizer = optim.state(run.optimizer)
     numbers = {"optimizer": optimizer, "identity": dict(run.identity)}
-    checkpoint.save(run.folder.checkpoints, step, run.attached.state() | tensors, numbers)
+    for path in checkpoint.save(run.folder.checkpoints, step, run.attached.state() | tensors, numbers):
+        run.console.warn(f"{path}: cannot be removed; going on")
 
 
 def export(run: Run, step: int) -> None:

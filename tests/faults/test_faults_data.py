@@ -1,0 +1,608 @@
+"""Faults in the dataset: a bad picture or caption is named before anything is trained, and none is passed over."""
+
+import io
+import os
+import socket
+import subprocess
+import sys
+import unicodedata
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFile
+
+from zimage_train import encoding, mini, preflight
+from zimage_train.app.train import cache as fill
+from zimage_train.app.train import train
+from zimage_train.data import captions
+from zimage_train.data.cache import Cache
+from zimage_train.errors import DataError
+from zimage_train.report.metrics import read
+
+from dataset_folder import picture, problems, prompts, scanned
+from faults import Crash, fail_at
+from helpers import folder, losses
+from picture_files import (
+    ADOBE_TO_XYZ,
+    HIDDEN,
+    as_srgb,
+    chunk,
+    encoded,
+    gradient,
+    loaded,
+    noise,
+    png,
+    profile,
+    refusal,
+    with_hole,
+)
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP", "TIFF"])
+@pytest.mark.parametrize("share", [0.3, 0.7, 0.99])
+def test_a_picture_that_was_cut_off_is_refused(kind: str, share: float):
+    """10. A JPEG, PNG, WebP, BMP or TIFF that was cut off is refused by name, and never trained on half grey."""
+    content = encoded(noise(), kind)
+    assert (loaded(content) >= 0).all()
+    cut = content[: int(len(content) * share)]
+    assert 0 < len(cut) < len(content)
+    text = refusal(cut)
+    assert text.startswith("damaged or cut off (") and text.endswith("; export it again or remove it")
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (b"", "an empty file"),
+        (b"<!DOCTYPE html><html><body>404</body></html>", "a web page or SVG, not a picture"),
+        (b"\n<html>", "a web page or SVG, not a picture"),
+        (b"<?xml version='1.0'?><svg/>", "a web page or SVG, not a picture"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "a Git LFS pointer, not the picture itself"),
+        (encoded(gradient(), "GIF"), "a GIF"),
+        (b"\0\0\0\x18ftypavif\0\0\0\0", "an AVIF or HEIC picture"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0", "an AVIF or HEIC picture"),
+        (b"just text", "not a picture, or one that is damaged"),
+        (bytes(1000), "not a picture, or one that is damaged"),
+        (encoded(gradient(), "PNG")[8:], "not a picture, or one that is damaged"),
+    ],
+)
+def test_other_files_are_refused_by_what_they_are(content: bytes, what: str):
+    """11. An empty file, a web page, a Git LFS pointer, a GIF or an AVIF under another name is called what it is."""
+    assert refusal(content) == f"{what}; replace it by a JPEG, PNG, WebP, BMP or TIFF, or remove it"
+
+
+STORED_AS = {
+    1: None,
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
+"""EXIF orientation -> what the camera did to the upright picture before it stored it."""
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "WEBP", "JPEG"])
+@pytest.mark.parametrize("orientation", STORED_AS)
+def test_all_eight_orientations_are_the_same_upright_picture(kind: str, orientation: int):
+    """12. EXIF orientation 1 to 8: whichever way the camera held it, a picture is trained upright."""
+    turn = STORED_AS[orientation]
+    stored = gradient() if turn is None else gradient().transpose(turn)
+    exif = Image.Exif()
+    exif[0x112] = orientation
+    options = {"WEBP": {"lossless": True}, "JPEG": {"quality": 95, "subsampling": 0}}.get(kind, {})
+    content = encoded(stored, kind, exif=exif, **options)
+    assert Image.open(io.BytesIO(content)).getexif()[0x112] == orientation
+    found = loaded(content)
+    assert found.shape == (64, 96, 3)
+    assert abs(found - np.asarray(gradient())).max() <= (12 if kind == "JPEG" else 0)
+
+
+@pytest.mark.parametrize(
+    ("mode", "kind"), [("RGBA", "PNG"), ("RGBA", "TIFF"), ("RGBA", "WEBP"), ("LA", "PNG"), ("LA", "TIFF")]
+)
+def test_transparent_parts_are_white_and_the_hidden_colour_is_gone(mode: str, kind: str):
+    """13. Transparent parts become white; the colour that an editor hid beneath them is never trained on."""
+    options = {"lossless": True, "exact": True} if kind == "WEBP" else {}
+    found = loaded(encoded(with_hole(mode), kind, **options))
+    assert (found[:, :48] == 255).all()
+    assert (found[:, 48:] == ((0, 0, 255) if mode == "RGBA" else (90, 90, 90))).all()
+
+
+def test_the_hidden_colour_is_really_in_the_file():
+    """13. A plain conversion would show the hidden colour: it is really in these files."""
+    image = Image.open(io.BytesIO(encoded(with_hole("RGBA"), "PNG"))).convert("RGB")
+    assert image.getpixel((0, 0)) == HIDDEN
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "1", "P", "P with alpha of each entry"])
+def test_a_colour_that_stands_for_transparent_is_white(mode: str):
+    """13. A palette entry or a colour that stands for transparent becomes white too."""
+    image = Image.new("RGB", (96, 64), (0, 0, 255))
+    image.paste(HIDDEN, (0, 0, 48, 64))
+    if mode == "RGB":
+        content = encoded(image, "PNG", transparency=HIDDEN)
+    elif mode.startswith("P"):
+        palette = image.quantize(2)
+        hidden = palette.getpixel((0, 0))
+        each = bytes(0 if index == hidden else 255 for index in range(2))
+        content = encoded(palette, "PNG", transparency=each if "each" in mode else hidden)
+    else:
+        grey = image.getchannel("B").convert(mode)
+        content = encoded(grey, "PNG", transparency=0)
+    found = loaded(content)
+    assert (found[:, :48] == 255).all()
+    assert (found[:, 48:] == ((0, 0, 255) if mode[0] in "RP" else 255)).all()
+
+
+def test_16_bit_grey_keeps_its_brightness():
+    """14. A 16-bit grey picture keeps its brightness; Pillow's own conversion makes it almost white."""
+    values = np.linspace(0, 65535, 96 * 64).astype(np.uint16).reshape(64, 96)
+    little, big = (Image.fromarray(values), Image.frombytes("I;16B", (96, 64), values.astype(">u2").tobytes()))
+    for content in (encoded(little, "PNG"), encoded(little, "TIFF"), encoded(big, "TIFF")):
+        assert np.abs(loaded(content) - (values / 257)[..., None]).max() <= 1
+    naive = np.asarray(Image.open(io.BytesIO(encoded(little, "PNG"))).convert("RGB"))
+    assert naive.mean() > 250  # what is guarded against
+
+
+def test_16_bit_colour_keeps_its_brightness():
+    """14. A 16-bit colour picture keeps its brightness."""
+    values = np.random.default_rng(1).integers(0, 65536, (64, 96, 3), dtype=np.uint16)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    assert np.abs(loaded(png(96, 64, 16, 2, rows)) - values / 257).max() <= 1
+
+
+@pytest.mark.parametrize(("mode", "dtype"), [("F", np.float32), ("I", np.int32)])
+def test_numbers_without_an_agreed_range_are_refused(mode: str, dtype: type):
+    """15. Pixels of floating point or 32 bits, whose range nobody agreed on, are refused with their mode."""
+    image = Image.fromarray(np.full((64, 64), 0.5 if mode == "F" else 70_000, dtype=dtype))
+    assert refusal(encoded(image, "TIFF")) == f"pixels of mode {mode} have no agreed range; export it as 8 or 16 bit"
+
+
+def test_cmyk_is_converted():
+    """15. CMYK pictures are converted to the colours that they show."""
+    image = Image.new("CMYK", (96, 64), (0, 255, 255, 0))
+    image.paste((0, 0, 0, 255), (0, 0, 48, 64))
+    for content, tolerance in ((encoded(image, "TIFF"), 0), (encoded(image, "JPEG", quality=100), 4)):
+        found = loaded(content)
+        assert np.abs(found[:, 60:] - (255, 0, 0)).max() <= tolerance
+        assert np.abs(found[:, :36] - (0, 0, 0)).max() <= tolerance
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF", "WEBP"])
+@pytest.mark.parametrize("colour", [(200, 60, 60), (100, 150, 90), (120, 120, 120), (255, 255, 255)])
+def test_a_wide_gamut_picture_is_converted_to_srgb(kind: str, colour: tuple[int, int, int]):
+    """16. A wide-gamut picture is converted to sRGB by its profile, and keeps its saturation."""
+    wide = profile(ADOBE_TO_XYZ, 563 / 256, "Wide RGB")
+    options = {"JPEG": {"quality": 100, "subsampling": 0}, "WEBP": {"lossless": True}}.get(kind, {})
+    found = loaded(encoded(Image.new("RGB", (64, 64), colour), kind, icc_profile=wide, **options))
+    assert np.abs(found[32, 32] - as_srgb(colour, ADOBE_TO_XYZ, 563 / 256)).max() <= 2
+    if colour == (200, 60, 60):
+        assert found[32, 32, 0] > 215  # without conversion 200
+
+
+@pytest.mark.parametrize(("side", "size"), [(20_000, ""), (10_001, "10001x10001 px is ")])
+def test_too_many_pixels_are_refused_before_any_is_decoded(monkeypatch, side: int, size: str):
+    """17. A picture of more than 100 megapixels is refused by its header, before any memory is taken for it."""
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda *_: pytest.fail("decoded"))
+    rows = zlib.compress(b"cut off anyway")
+    assert refusal(png(side, side, 8, 2, rows)) == f"{size}over 100 megapixels; scale it down"
+
+
+def test_exactly_too_many_pixels():
+    """17. 100 megapixels are the limit, and one row more is over it."""
+    assert "megapixels" not in refusal(png(10_000, 10_000, 8, 2, b""))
+    assert "megapixels" in refusal(png(10_000, 10_001, 8, 2, b""))
+
+
+def test_a_text_that_unpacks_to_megabytes_is_refused():
+    """17. A PNG whose comment unpacks to megabytes is refused."""
+    bomb = chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(5_000_000)))
+    rows = (b"\0" + bytes(64 * 3)) * 64
+    assert (loaded(png(64, 64, 8, 2, rows)) == 0).all()
+    assert refusal(png(64, 64, 8, 2, rows, bomb)).startswith("damaged or cut off (Decompressed data too large")
+
+
+@pytest.mark.parametrize("size", [(1, 1), (16, 16), (63, 500), (500, 63), (1, 5000)])
+def test_small_pictures_are_refused_with_their_size(size: tuple[int, int]):
+    """18. A picture with a side under 64 px is refused with its size."""
+    text = refusal(encoded(Image.new("RGB", size), "PNG"))
+    assert text == f"{size[0]}x{size[1]} px is under 64 px; use a larger picture or remove it"
+
+
+def test_a_picture_below_the_resolution_is_said_and_trained_at_its_own_size(make_config, tmp_path: Path):
+    """18. A picture smaller than a listed resolution is trained at its own size, never blown up, and that is said."""
+    Image.new("RGB", (80, 64)).save(tmp_path / "small.png")
+    checked = preflight.examine(make_config(data=[{"folder": str(tmp_path), "resolution": [1024]}]))
+    assert [tuple(item.size) for item in checked.items] == [(80, 64)]
+    assert checked.notes[-1].startswith(
+        "smaller than 1024x1024 px, so trained at their own size there: 1 of 1 pictures"
+    )
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("frames", [2, 5])
+def test_animations_are_refused_with_their_frames(kind: str, frames: int):
+    """19. An animated PNG, WebP or a TIFF of several pages is refused with the number of its frames."""
+    all_frames = [noise(seed=number) for number in range(frames)]
+    content = encoded(all_frames[0], kind, save_all=True, append_images=all_frames[1:])
+    assert getattr(Image.open(io.BytesIO(content)), "n_frames", 1) == frames
+    assert refusal(content) == f"animated ({frames} frames); export one frame of it"
+
+
+def test_a_phones_multi_picture_jpeg_is_its_first_picture():
+    """19. A phone's multi-picture JPEG (MPO) is its first picture, the photo."""
+    content = encoded(gradient(), "MPO", save_all=True, append_images=[noise(96, 64)])
+    assert Image.open(io.BytesIO(content)).format == "MPO"
+    assert np.abs(loaded(content) - np.asarray(gradient())).mean() < 6
+
+
+@pytest.fixture
+def file(tmp_path: Path):
+    """`file(content)`: a caption file."""
+
+    def make(content: bytes) -> Path:
+        path = tmp_path / "a.txt"
+        path.write_bytes(content)
+        return path
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        (b"a red car", "a red car"),
+        (b"  a red car\n\n", "a red car"),
+        (b"\xef\xbb\xbfa red car", "a red car"),
+        (b"one\r\ntwo\rthree\n", "one\ntwo\nthree"),
+        ("café, 猫, 😀".encode(), "café, 猫, 😀"),
+        ("a\u200bb\ufeffc\u2060d".encode(), "abcd"),
+        ("\u200b\u200d\n".encode(), ""),
+        (b"", ""),
+        (b"\xef\xbb\xbf", ""),
+        (b"a\tb  c", "a\tb  c"),
+        (b"x" * 20_000, "x" * 20_000),
+    ],
+)
+def test_the_text_is_kept_and_what_nobody_sees_is_not(file, content: bytes, text: str):
+    """20. Byte order marks, Windows line ends and zero-width characters are taken out of captions, and nothing else."""
+    assert captions.read(file(content)) == text
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        ("café".encode("utf-16"), "is UTF-16; save it as UTF-8"),
+        ("\ufeffcafé".encode("utf-16-be"), "is UTF-16; save it as UTF-8"),
+        ("café".encode("latin-1"), "is not UTF-8 (byte 3); save it as UTF-8"),
+        (b"\xef\xbb\xbfok \xff", "is not UTF-8 (byte"),
+        (b"a\0b", "contains NUL bytes, so it is not a text"),
+        ("a red car".encode("utf-16-le"), "contains NUL bytes, so it is not a text"),
+        (b"x" * 20_001, "has 20001 bytes; captions end at 512 tokens; shorten it"),
+    ],
+)
+def test_what_is_no_caption_is_refused_naming_the_file(file, content: bytes, what: str):
+    """20. A caption in UTF-16 or Latin-1, with NUL bytes or beyond all length is refused by its file and byte."""
+    path = file(content)
+    with pytest.raises(DataError) as caught:
+        captions.read(path)
+    assert caught.value.exit_code == 3
+    assert str(caught.value).startswith(f"{path}: {what}")
+
+
+def test_pictures_without_a_caption_are_counted_and_named(photos: Path):
+    """21. Pictures without a caption, or with an invisible one, are counted and named."""
+    (photos / "a.txt").unlink()
+    (photos / "b.txt").write_text("\ufeff \n")
+    result = scanned(photos)
+    assert prompts(result) == {"a.jpg": "", "b.png": "", "c.webp": "caption c"}
+    assert result.notes == ["data.0: 2 of 3 pictures have no caption (a.jpg, b.png); set default_caption"]
+    assert scanned(photos, default_caption="a thing").notes == []
+    for name in ("d.png", "e.png"):
+        picture(photos / name, (9, 9, ord(name[0])))
+    assert scanned(photos).notes == [
+        "data.0: 4 of 5 pictures have no caption (a.jpg, b.png, d.png, ...); set default_caption"
+    ]
+
+
+def test_captions_and_pictures_that_are_not_used_are_said(photos: Path):
+    """21. A caption named .TXT and a picture in a format that is not read are said, and not left out silently."""
+    (photos / "b.txt").rename(photos / "b.TXT")
+    (photos / "x.gif").write_bytes(b"GIF89a")
+    (photos / "y.heic").write_bytes(b"")
+    (photos / "notes.md").write_text("anything")
+    notes = scanned(photos, default_caption="d").notes
+    assert notes[0] == f"{photos / 'b.TXT'}: not read, its extension is not exactly .txt"
+    assert [one.split(": not used")[0] for one in notes[1:]] == [str(photos / "x.gif"), str(photos / "y.heic")]
+    assert len(notes) == 3
+
+
+def test_two_pictures_of_one_name_without_a_caption_are_two_pictures(tmp_path: Path):
+    """21. a.jpg and a.png without a caption between them are two pictures."""
+    picture(tmp_path / "a.png", (1, 1, 1))
+    picture(tmp_path / "a.jpg", (2, 2, 2))
+    result = scanned(tmp_path, default_caption="x")
+    assert (prompts(result), problems(result)) == ({"a.jpg": "x", "a.png": "x"}, [])
+
+
+def test_a_caption_with_another_spelling_of_the_same_letters_is_said(tmp_path: Path):
+    """21. A caption whose accents are stored another way than its picture's (as macOS does) is said to be alone."""
+    name = "caf\u00e9"
+    assert unicodedata.normalize("NFD", name) != name
+    picture(tmp_path / f"{name}.png")
+    (tmp_path / f"{unicodedata.normalize('NFD', name)}.txt").write_text("a caption")
+    if len(list(tmp_path.iterdir())) != 2 or (tmp_path / f"{name}.txt").exists():
+        pytest.skip("this file system takes the two spellings for one")
+    result = scanned(tmp_path)
+    assert prompts(result) == {f"{name}.png": ""}
+    assert [note.split(": ")[1] for note in result.notes] == ["a caption without a picture", NO_CAPTION.format(name)]
+
+
+NO_CAPTION = "1 of 1 pictures have no caption ({}.png); set default_caption"
+
+
+def test_links_that_lead_nowhere_and_pipes_are_errors_and_never_hang(photos: Path):
+    """22. A link that leads nowhere or to itself, a pipe and a socket are listed, and never waited for."""
+    (photos / "loop.png").symlink_to(photos / "loop.png")
+    (photos / "gone.png").symlink_to(photos / "nothing.png")
+    os.mkfifo(photos / "pipe.png")
+    (photos / "c.txt").symlink_to(photos / "nothing.txt")
+    picture(photos / "c.png", (9, 9, 9))
+    server = socket.socket(socket.AF_UNIX)
+    try:
+        os.chdir(photos)
+        server.bind("sock.png")
+        result = scanned(photos)
+    finally:
+        os.chdir("/")
+        server.close()
+    found = problems(result)
+    assert [Path(one.split(": ")[0]).name for one in sorted(found)] == [
+        "c.txt",
+        "gone.png",
+        "loop.png",
+        "pipe.png",
+        "sock.png",
+    ]
+    assert len(result.pictures) == 4  # c.png is read; its caption is the error
+
+
+def test_hidden_files_are_left_alone_and_skipped_folders_are_said(photos: Path):
+    """22. A linked folder, which could lead out of this one or round in circles, is not searched, and that is said."""
+    for name in (".hidden.png", ".thumbs/t.png", "_rejected/r.png"):
+        picture(photos / name)
+    (photos / "link").symlink_to(photos / "sub", target_is_directory=True)
+    result = scanned(photos)
+    assert len(result.pictures) == 3
+    why = "not searched (linked, or begins with _)"
+    assert result.notes == [f"{photos / '_rejected'}: {why}", f"{photos / 'link'}: {why}"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
+def test_what_may_not_be_read_is_an_error(photos: Path):
+    """22. What may not be read is listed: a picture, a caption, a folder."""
+    (photos / "a.jpg").chmod(0)
+    (photos / "b.txt").chmod(0)
+    (photos / "sub").chmod(0)
+    try:
+        found = problems(scanned(photos))
+    finally:
+        (photos / "sub").chmod(0o755)
+    assert sum("Permission denied" in one for one in found) == 3
+
+
+def test_a_subfolder_that_cannot_be_listed_is_an_error(photos: Path, monkeypatch: pytest.MonkeyPatch):
+    """22. A subfolder that cannot be listed is an error, not an empty folder."""
+    real = os.scandir
+
+    def scandir(path: str):
+        if str(path).endswith("sub"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    result = scanned(photos)
+    assert len(result.pictures) == 2
+    assert problems(result) == [f"{photos / 'sub'}: cannot be read (Permission denied); check its permissions"]
+
+
+@pytest.mark.parametrize(("nth_read", "pictures"), [(2, 3), (5, 2)], ids=["caption", "picture"])
+def test_a_file_that_fails_to_be_read_is_listed(photos: Path, nth_read: int, pictures: int):
+    """22. A caption or picture that the disk does not give out is listed with the reason, and the others are read."""
+    with fail_at("read", nth_read, PermissionError(13, "Permission denied")) as fault:
+        found = scanned(photos)
+    assert fault.fired == 1
+    assert len(found.pictures) == pictures
+    assert [one.split(": ", 1)[1] for one in problems(found)] == ["cannot be read (Permission denied); check the file"]
+
+
+def test_nothing_at_all_is_an_error(tmp_path: Path):
+    """23. A folder without pictures is refused, with the extensions that are looked for."""
+    (tmp_path / "a.txt").write_text("x")
+    (found,) = problems(scanned(tmp_path))
+    assert found.startswith(f"data.0: {tmp_path}: holds no pictures; put pictures there (.bmp, .jpeg, .jpg, .png")
+
+
+@pytest.mark.parametrize("sizes", [[(64, 64)], [(64, 64), (96, 64), (64, 64)]], ids=["one picture", "a size of one"])
+def test_fewer_pictures_than_a_batch_train_and_each_counts_once_an_epoch(make_config, tmp_path: Path, sizes):
+    """23. One picture, fewer than a batch or only one of its size: they train, each of them once an epoch."""
+    for number, size in enumerate(sizes):
+        picture(tmp_path / "photos" / f"{number}.png", (number, 0, 0), size)
+    data = [{"folder": str(tmp_path / "photos"), "resolution": [64], "default_caption": "x"}]
+    per_epoch = len(set(sizes))  # a batch has one size
+    config = make_config(data=data, train={"steps": 2 * per_epoch, "batch_size": 4})
+    train(config, fresh=False)
+    records = read(folder(config) / "metrics.jsonl")
+    epochs = [records[:per_epoch], records[per_epoch:]]
+    samples = [sorted(name for record in epoch for name in record["samples"]) for epoch in epochs]
+    assert samples == [[f"{number}.png@64" for number in range(len(sizes))]] * 2
+    assert all(loss > 0 for loss in losses(config))
+
+
+class Reordered:
+    """What os.scandir returns, in another order."""
+
+    def __init__(self, entries: list[os.DirEntry]) -> None:
+        self.entries = iter(entries)
+
+    def __enter__(self) -> "Reordered":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+    def __iter__(self) -> Iterator[os.DirEntry]:
+        return self.entries
+
+    def __next__(self) -> os.DirEntry:
+        return next(self.entries)
+
+
+def test_the_order_of_the_directory_changes_nothing(photos: Path, monkeypatch: pytest.MonkeyPatch):
+    """24. The order in which the file system lists pictures changes neither their order nor anything else."""
+    picture(photos / "sub" / "deep" / "d.png")
+    picture(photos / "sub2" / "e.png")
+    (photos / "broken.png").write_text("x")
+    (photos / "alone.txt").write_text("no picture")
+    (photos / "_left" / "x").mkdir(parents=True)
+    real = os.scandir
+    results, orders = [], []
+    for order in (lambda one: one.name, lambda one: one.name[::-1], lambda one: hash(one.name)):
+        for reverse in (False, True):
+
+            def scandir(path: str, order: Callable = order, reverse: bool = reverse) -> Reordered:
+                with real(path) as entries:
+                    found = sorted(entries, key=order, reverse=reverse)
+                orders.append([one.name for one in found])
+                return Reordered(found)
+
+            monkeypatch.setattr(os, "scandir", scandir)
+            result = scanned(photos)
+            results.append((result.pictures, problems(result), sorted(result.notes)))
+    assert all(one == results[0] for one in results) and len(results[0][0]) == 5
+    assert len({tuple(order) for order in orders if "a.jpg" in order}) > 2, "the order was really changed"
+
+
+WHAT_IS_TRAINED = """
+from pathlib import Path
+from zimage_train.config.schema import Config
+from zimage_train.data.folder import fingerprint, scan
+from zimage_train.data.plan import items_of, make_plan
+values = {"name": "a", "data": [{"folder": "photos", "resolution": [64], "caption_dropout": 0.5}]}
+config = Config.model_validate(values)
+pictures = [scan(config.data[0], "data.0").pictures]
+plan = make_plan(config, items_of(config, pictures))
+print(fingerprint(pictures))
+print([(sample.key(), sample.prompt) for step in range(1, 20) for batch in plan.step(step) for sample in batch])
+"""
+
+
+def test_another_environment_makes_the_same_fingerprint_and_plan(photos: Path):
+    """24. Another locale, time zone and hash seed change neither the dataset's fingerprint nor the training order."""
+    (photos / "caf\u00e9.txt").write_text("caf\u00e9")
+    picture(photos / "caf\u00e9.png", (7, 7, 7))
+    environments = ({"PYTHONHASHSEED": "1"}, {"PYTHONHASHSEED": "2", "LC_ALL": "C", "TZ": "Asia/Tokyo"})
+    found = [
+        subprocess.run(
+            [sys.executable, "-c", WHAT_IS_TRAINED],
+            cwd=photos.parent,
+            env={"PYTHONPATH": str(ROOT), "PATH": os.environ["PATH"], **environment},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for environment in environments
+    ]
+    assert found[0] == found[1] and "caf" in found[0] and "''" in found[0]  # some captions are dropped
+
+
+def swap(path: Path) -> None:
+    path.write_bytes((mini.PICTURES / "zorb_07.png").read_bytes())
+
+
+@pytest.mark.parametrize(
+    ("change", "what"), [(swap, "changed while this command ran"), (Path.unlink, "cannot be read any")]
+)
+def test_a_picture_that_changes_while_the_command_runs_is_named(make_config, tmp_path, monkeypatch, change, what: str):
+    """25. A picture that is replaced or deleted between the check and its encoding is named, and the run ends."""
+    picture(tmp_path / "photos" / "a.png")
+    data = [{"folder": str(tmp_path / "photos"), "resolution": [64], "default_caption": "x"}]
+    config = make_config(data=data, cache={"folder": str(tmp_path / "cache")})
+    original, changed = encoding.picture_encoder, []
+
+    def encoder(*args):
+        changed.append(change(tmp_path / "photos" / "a.png"))
+        return original(*args)
+
+    monkeypatch.setattr(encoding, "picture_encoder", encoder)
+    with pytest.raises(DataError, match=rf"a\.png: {what}") as error:
+        fill(config)
+    assert error.value.exit_code == 3 and len(changed) == 1
+
+
+def test_all_faults_are_reported_at_once(photos: Path):
+    """26. A cut-off picture, a bad caption, a shared caption and a web page in one folder: all are listed at once."""
+    content = (photos / "b.png").read_bytes()
+    (photos / "b.png").write_bytes(content[: len(content) // 2])
+    (photos / "a.txt").write_bytes("é".encode("latin-1"))
+    picture(photos / "twin.png", (1, 1, 1))
+    picture(photos / "twin.jpg", (2, 2, 2))
+    (photos / "twin.txt").write_text("whose?")
+    (photos / "page.png").write_text("<html>")
+    (photos / "alone.txt").write_text("x")
+    result = scanned(photos)
+    found = problems(result)
+    assert len(found) == 4
+    assert sum("b.png: damaged or cut off" in one for one in found) == 1
+    assert f"{photos / 'a.txt'}: is not UTF-8 (byte 0); save it as UTF-8" in found
+    assert f"{photos / 'twin.txt'}: belongs to several pictures (twin.jpg, twin.png); rename all but one" in found
+    assert sum("page.png: a web page" in one for one in found) == 1
+    assert all(error.exit_code == 3 for error in result.errors)
+    assert result.notes[0] == f"{photos / 'alone.txt'}: a caption without a picture"
+
+
+def test_killed_while_caching_the_next_start_encodes_what_is_missing_and_nothing_else(
+    make_config, tmp_path, monkeypatch
+):
+    """29. Killed while it fills the cache, the program encodes at its next start what is missing, and nothing else."""
+    config = make_config(cache={"folder": str(tmp_path / "cache")})
+    original, encoded_pictures = encoding.picture_encoder, []
+
+    def encoder(*args):
+        encode = original(*args)
+
+        def encode_one(image: Image.Image):
+            encoded_pictures.append(image)
+            return encode(image)
+
+        return encode_one
+
+    monkeypatch.setattr(encoding, "picture_encoder", encoder)
+    write, faults = Cache.write, []
+
+    def write_at_most_four(self, *entry) -> None:
+        if len(encoded_pictures) < 5:
+            return write(self, *entry)
+        with fail_at("replace", 1, Crash()) as fault:
+            faults.append(fault)
+            return write(self, *entry)
+
+    with monkeypatch.context() as patch, pytest.raises(Crash):
+        patch.setattr(Cache, "write", write_at_most_four)
+        fill(config)
+    assert [fault.fired for fault in faults] == [1]
+    entries = list((tmp_path / "cache" / "latents").rglob("*.safetensors"))
+    assert len(entries) == 4
+    before = {path: path.read_bytes() for path in entries}
+    fill(config)
+    assert len(encoded_pictures) == 16 + 1, "the one that was not written yet is encoded twice"
+    assert {path: path.read_bytes() for path in entries} == before
+    assert not list((tmp_path / "cache").rglob("*.tmp"))

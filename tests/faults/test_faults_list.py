@@ -1,0 +1,86 @@
+"""The list of faults: each number has its test, each test its number, and docs/failures.md says the same.
+
+`python tests/faults/test_faults_list.py` rewrites docs/failures.md.
+"""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+PAGE = HERE.parent.parent / "docs" / "failures.md"
+GROUPS = {
+    "Config": "test_faults_config.py",
+    "Pictures and captions": "test_faults_data.py",
+    "Checkpoint and resume": "test_faults_checkpoint.py",
+    "Numbers": "test_faults_numerics.py",
+    "Process and environment": "test_faults_process.py",
+}
+NUMBERED = re.compile(r"(\d+)\. (\S.*[.])", re.DOTALL)
+NUMBERS = set(range(1, 66))
+ELSEWHERE = {
+    27: "damaged cache entries: test_cache.py",
+    28: "latents that are not finite: test_cache.py",
+    30: "weights that are missing or damaged: test_preflight.py",
+    31: "a changed encoder: test_cache.py",
+    32: "pickles instead of weights: test_model.py",
+    33: "code in a model's folder: test_model.py",
+    55: "signals: test_process.py and test_launch.py",
+}
+"""Faults that have no test here, and why."""
+
+
+def docstrings(name: str) -> dict[str, str]:
+    """The tests of a file, and their docstrings."""
+    tree = ast.parse((HERE / name).read_text(encoding="utf-8"))
+    functions = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")]
+    return {function.name: ast.get_docstring(function) or "" for function in functions}
+
+
+def promises(name: str) -> list[tuple[int, str]]:
+    """(number, promise) of every test in a file, in the order of the numbers."""
+    found = [NUMBERED.fullmatch(text) for text in docstrings(name).values()]
+    return sorted(((int(match[1]), match[2]) for match in found if match), key=lambda promise: promise[0])
+
+
+def page() -> str:
+    """docs/failures.md."""
+    lines = [
+        "# What can go wrong, and what happens then",
+        "",
+        "Every line is the promise of a test in `tests/faults/`, which causes the fault and checks the promise; the",
+        "numbers are those of the tests. What exit codes mean stands in [how it works](how-it-works.md#exit-codes).",
+    ]
+    for title, name in GROUPS.items():
+        lines += ["", f"## {title}", ""]
+        lines += [f"* {number}: {' '.join(text.split())}" for number, text in promises(name)]
+    return "\n".join(lines) + "\n"
+
+
+@pytest.mark.parametrize("name", GROUPS.values())
+def test_every_test_says_which_fault_it_is_and_what_is_promised(name: str):
+    unnumbered = [test for test, text in docstrings(name).items() if not NUMBERED.fullmatch(text)]
+    assert len(docstrings(name)) > 5 and unnumbered == []
+
+
+def test_every_fault_of_the_list_has_a_test():
+    found = {number for name in GROUPS.values() for number, _ in promises(name)}
+    assert found == NUMBERS - ELSEWHERE.keys()
+
+
+def test_no_file_of_faults_is_left_out():
+    assert {path.name for path in HERE.glob("test_*.py")} == {
+        *GROUPS.values(),
+        "test_faults_helper.py",
+        Path(__file__).name,
+    }
+
+
+def test_the_page_of_failures_is_fresh():
+    assert PAGE.read_text(encoding="utf-8") == page(), "python tests/faults/test_faults_list.py writes it anew"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
