@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from zimage_train.config import yaml_reader
 
@@ -118,7 +120,7 @@ def test_python_m_takes_the_same_commands_and_exit_codes(tmp_path: Path):
 def test_two_processes_train_like_one_that_accumulates_two(start, tmp_path: Path, shared_cache: Path):
     from conftest import mini_values
 
-    options = {"train": {"steps": 3, "batch_size": 2}, "name": "tiny"}
+    options = {"train": {"steps": 3, "batch_size": 2}, "name": "tiny", "save": {"every": 1}}
     assert start(output="one", **(options | {"train": {"steps": 3, "batch_size": 2, "accumulate": 2}})).wait() == 0
     path = tmp_path / "two.yaml"
     path.write_text(yaml_reader.dump(mini_values(tmp_path / "two", shared_cache, **options)))
@@ -134,3 +136,18 @@ def test_two_processes_train_like_one_that_accumulates_two(start, tmp_path: Path
     )
     assert [record["loss"] for record in two] == pytest.approx([record["loss"] for record in one], rel=1e-5)
     assert [record["grad_norm"] for record in two] == pytest.approx([record["grad_norm"] for record in one], rel=1e-5)
+    # AdamW's first moment is a sum of gradients with fixed factors, so it compares them tensor by tensor.
+    moments = [
+        first_moments(tmp_path / name / "tiny" / "checkpoints" / "step-000002.safetensors") for name in ("one", "two")
+    ]
+    assert moments[0].keys() == moments[1].keys() and len(moments[0]) == 84
+    assert max(far(moments[0][key], moments[1][key]) for key in moments[0]) < 1e-5
+
+
+def first_moments(path: Path) -> dict[str, torch.Tensor]:
+    return {key: tensor for key, tensor in load_file(path).items() if key.endswith(".exp_avg")}
+
+
+def far(one: torch.Tensor, other: torch.Tensor) -> float:
+    """The difference of two gradients as a share of the first."""
+    return float((one.double() - other.double()).norm() / one.double().norm().clamp_min(1e-12))
