@@ -21,7 +21,7 @@ import torch
 from zimage_train import accelerator, files, mini, preflight
 from zimage_train.app.train import train
 from zimage_train.config.reading import read_config
-from zimage_train.errors import ConfigError, DiskError, FolderInUseError, Stopped
+from zimage_train.errors import ConfigError, DiskError, FolderInUseError, Problem, Stopped
 from zimage_train.model.shapes import TransformerShape
 from zimage_train.report.metrics import read
 from zimage_train.training import loop
@@ -288,6 +288,27 @@ def test_a_disk_that_is_too_small_is_refused(make_config, monkeypatch: pytest.Mo
             with pytest.raises(DiskError, match=r"checkpoints and exports need .* lower save\.keep") as error:
                 train(make_config(), fresh=False)
             assert error.value.exit_code == 7 and not folder(make_config()).exists()
+
+
+def test_a_disk_that_is_too_small_for_the_caches_is_refused_before_anything_is_encoded(
+    make_config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """60. A disk without room for what is not cached yet is refused before anything is encoded for it."""
+    asked: list[tuple[Path, int]] = []
+
+    def full(folder: Path, needed_bytes: int, what: str) -> None:
+        if what == "cached pictures":
+            asked.append((folder, needed_bytes))
+            raise DiskError(Problem(str(folder), "full"))
+
+    monkeypatch.setattr(files, "require_space", full)
+    monkeypatch.setattr("zimage_train.encoding.picture_encoder", pytest.fail)
+    config = make_config(cache={"folder": str(tmp_path / "new")})
+    with pytest.raises(DiskError):
+        train(config, fresh=False)
+    sizes = {(item.picture.path, item.size) for item in preflight.examine(config).items}
+    latents = sum(4 * 16 * (size.width // 8) * (size.height // 8) for _, size in sizes)
+    assert asked == [(tmp_path / "new", latents)]
 
 
 def test_too_little_space_is_refused_with_both_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -19,9 +19,12 @@ from zimage_train.data.buckets import Bucket
 from zimage_train.data.folder import Picture
 from zimage_train.data.plan import Item
 from zimage_train.errors import DataError, Problem, WeightsError
+from zimage_train.model.extras import LATENT_CHANNELS, LATENT_STRIDE
 
 FORMAT = 1
 """Raised when the way pictures or prompts are prepared changes, so that old entries are not found."""
+PROMPT_BYTES = 700_000
+"""Embeddings of a caption of about 130 tokens in bf16; asked of the disk before anything is encoded."""
 
 EncodePicture = Callable[[Image.Image], Tensor]
 EncodePrompt = Callable[[str], Tensor]
@@ -88,6 +91,7 @@ def fill_latents(
 
     Raises:
         DataError: a picture changed since it was checked, or the VAE makes values of it that are not finite.
+        DiskError: there is no room for them, or they cannot be written.
     """
     jobs = {latent_key(item.picture, item.size, vae_digest): item for item in items}
 
@@ -98,7 +102,10 @@ def fill_latents(
             raise DataError(Problem(str(item.picture.path), what, "remove the picture, or use another VAE"))
         return latents
 
-    return _fill(cache, jobs, load_encoder, encode, "pictures", tick)
+    def size(item: Item) -> int:
+        return 4 * LATENT_CHANNELS * (item.size.width // LATENT_STRIDE) * (item.size.height // LATENT_STRIDE)
+
+    return _fill(cache, jobs, load_encoder, encode, size, "pictures", tick)
 
 
 def fill_prompts(
@@ -123,10 +130,10 @@ def fill_prompts(
             raise WeightsError(Problem("text_encoder", what, "get the files of model.extras again"))
         return embeds
 
-    return _fill(cache, jobs, load_encoder, encode, "prompts", tick)
+    return _fill(cache, jobs, load_encoder, encode, lambda prompt: PROMPT_BYTES, "prompts", tick)
 
 
-def _fill(cache, jobs, load_encoder, encode, what: str, tick: Tick) -> Tally:
+def _fill(cache, jobs, load_encoder, encode, size, what: str, tick: Tick) -> Tally:
     tally = Tally()
     files.clear_debris(cache.folder)
     missing = {}
@@ -137,6 +144,7 @@ def _fill(cache, jobs, load_encoder, encode, what: str, tick: Tick) -> Tally:
         else:
             tally.found += 1
         tick(f"checking cached {what}", number, len(jobs))
+    files.require_space(cache.folder, sum(map(size, missing.values())), f"cached {what}")
     encoder = load_encoder() if missing else None
     for number, (key, job) in enumerate(missing.items(), 1):
         cache.write(key, encode(encoder, job).cpu())
