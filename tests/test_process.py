@@ -117,16 +117,25 @@ def test_python_m_takes_the_same_commands_and_exit_codes(tmp_path: Path):
     assert "Traceback" not in done.stderr
 
 
-def test_two_processes_train_like_one_that_accumulates_two(start, tmp_path: Path, shared_cache: Path):
+TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+ACCELERATE = ["accelerate.commands.launch", "--num_processes", "2", "--num_machines", "1"]
+# Without --multi_gpu accelerate starts one process where there is no GPU; with it, two, which then find none.
+ACCELERATE += ["--multi_gpu", "--mixed_precision", "no", "--dynamo_backend", "no"]
+
+
+@pytest.mark.parametrize("launcher", [TORCHRUN, ACCELERATE], ids=["torchrun", "accelerate"])
+def test_two_processes_train_like_one_that_accumulates_two(start, tmp_path: Path, shared_cache: Path, launcher):
     from conftest import mini_values
 
     options = {"train": {"steps": 3, "batch_size": 2}, "name": "tiny", "save": {"every": 1}}
     assert start(output="one", **(options | {"train": {"steps": 3, "batch_size": 2, "accumulate": 2}})).wait() == 0
     path = tmp_path / "two.yaml"
     path.write_text(yaml_reader.dump(mini_values(tmp_path / "two", shared_cache, **options)))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
-        [*launcher, "-m", "zimage_train", "train", str(path)], capture_output=True, text=True, timeout=120
+        [sys.executable, "-m", *launcher, "-m", "zimage_train", "train", str(path)],
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads((tmp_path / "two" / "tiny" / "run.json").read_text())["processes"] == 2
