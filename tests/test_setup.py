@@ -338,6 +338,7 @@ def ready(checkout: Path) -> Path:
     (checkout / "scripts/setup_venv.sh").write_text(done + 'setup_venv() { echo "set up:$*"; }\n', encoding="utf-8")
     executable(checkout / ".venv/bin/zimage-train", 'printf "<%s>" "$@"; exit "${TRAIN:-0}"')
     executable(checkout / ".venv/bin/ruff", 'echo "ruff $*"; exit "${RUFF:-0}"')
+    executable(checkout / ".venv/bin/pyright", 'echo "pyright $*"; exit "${PYRIGHT:-0}"')
     executable(checkout / ".venv/bin/python", 'printf "<%s>" "$OMP_NUM_THREADS" "$@"; exit "${PYTEST:-0}"')
     return checkout
 
@@ -357,13 +358,16 @@ def test_quickstart_trains_with_the_options_it_was_given(ready):
     assert result.returncode == 130
 
 
-@pytest.mark.parametrize(("ruff", "tests", "code"), [(0, 0, 0), (1, 0, 1), (0, 1, 1), (1, 2, 2), (0, 5, 5)])
-def test_the_tests_run_whatever_ruff_says_and_either_fails_the_script(ready, ruff, tests, code):
-    result = run(ready, "scripts/test.sh", "-k", "one thing", RUFF=str(ruff), PYTEST=str(tests))
+@pytest.mark.parametrize(
+    ("ruff", "pyright", "tests", "code"),
+    [(0, 0, 0, 0), (1, 0, 0, 1), (0, 1, 0, 1), (0, 0, 1, 1), (1, 1, 2, 2), (0, 0, 5, 5)],
+)
+def test_the_tests_run_whatever_the_linters_say_and_either_fails_the_script(ready, ruff, pyright, tests, code):
+    stubs = {"RUFF": str(ruff), "PYRIGHT": str(pyright), "PYTEST": str(tests)}
+    result = run(ready, "scripts/test.sh", "-k", "one thing", **stubs)
     assert result.returncode == code
-    assert "set up:dev\nruff check zimage_train scripts tests\nruff format --check zimage_train scripts tests\n" in (
-        result.stdout
-    )
+    paths = "zimage_train scripts tests"
+    assert f"set up:dev\nruff check {paths}\nruff format --check {paths}\npyright \n" in result.stdout
     assert result.stdout.endswith("<1><-m><pytest><-n><2><--dist><loadfile><-k><one thing>")
 
 
