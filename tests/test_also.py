@@ -77,7 +77,9 @@ def test_each_preview_is_drawn_on_the_other_model_too_and_training_does_not_noti
     lora = f"{folder(config)}/lora/tiny.safetensors"
     drawn = str(samples / "also" / "000004-01.png")
     command = ["sample", str(other), "--lora", lora, "--dtype", "fp32", "--from", drawn, "-o", str(tmp_path / "again")]
-    assert CliRunner().invoke(app, command).exit_code == 0
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0
+    assert f"was drawn by {other} in fp32 with the LoRA of tiny at step 4" in done.output.replace("\n", "")
     with Image.open(drawn) as one, Image.open(tmp_path / "again" / "sample-43.png") as again:
         assert np.abs(np.asarray(one).astype(int) - np.asarray(again).astype(int)).max() <= 1
 
@@ -148,7 +150,7 @@ def test_the_share_kept_is_of_prompts_without_the_trigger_if_there_are_any(tmp_p
             recipe = Recipe(prompt=prompt, negative="", seed=1, width=64, height=64, steps=8, guidance=0.0, shift=3.0)
             board = np.indices((64, 64)).sum(0) % 2 * contrast + 100
             image = Image.fromarray(board.astype(np.uint8)).convert("RGB")
-            pictures.save(pictures.path_of(tmp_path, step, index), image, recipe)
+            pictures.save(pictures.path_of(tmp_path, step, index), image, recipe, "a test")
 
     draw(0, ["a zorb", "a dog"], [20, 20])
     draw(5, ["a zorb", "a dog"], [2, 10])

@@ -23,7 +23,9 @@ def draw(samples: Path, step: int, *shades: int) -> None:
     samples.mkdir(exist_ok=True)
     for index, shade in enumerate(shades):
         recipe = Recipe(prompt=PROMPTS[index], seed=index, **KEYS)
-        pictures.save(pictures.path_of(samples, step, index), Image.new("RGB", (16, 16), (shade,) * 3), recipe)
+        pictures.save(
+            pictures.path_of(samples, step, index), Image.new("RGB", (16, 16), (shade,) * 3), recipe, "a test"
+        )
 
 
 def test_the_distance_is_the_root_mean_square_of_the_values(tmp_path: Path):

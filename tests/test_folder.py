@@ -182,18 +182,27 @@ def test_every_bad_row_is_reported_with_its_line_and_the_good_ones_are_read(phot
         "has no text in image or file_name; its columns are picture, prompt; give image as text"
     )
     assert by_line[f"{path}:6"].endswith(
-        "has no text in prompt or text; its columns are image, prompt; give prompt as text"
+        "has no text in prompt or text or caption; its columns are image, prompt; give prompt as text"
     )
     assert "holds a character that no text has" in by_line[f"{path}:8"]
     assert by_line[str(photos / "none.png")].endswith("does not exist; check the name")
 
 
+@pytest.mark.parametrize("name", ["m.csv", "m.jsonl"])
+def test_metadata_without_any_prompts_is_refused(photos: Path, name: str):
+    """A trigger in front of nothing would train without a word on what was written into a column of another name."""
+    rows = [{"image": "a.jpg", "words": "a car"}]
+    (found,) = problems(metadata(photos, name, "image,words\na.jpg,a car\n" if name == "m.csv" else rows))
+    assert "has no column prompt, text, caption; its columns are image, words" in found
+
+
 def test_bad_csv_rows_are_reported_with_their_line(photos: Path):
     result = metadata(photos, "m.csv", "image,prompt\na.jpg,zorb\n,x\nb.png\nsub/c.webp,zorb,and more\n")
-    assert prompts(result) == {"a.jpg": "zorb", "b.png": "zorb", "c.webp": "zorb"}
-    assert [one.split(": ")[0] for one in problems(result)] == [f"{photos / 'm.csv'}:3"]
+    assert prompts(result) == {"a.jpg": "zorb", "b.png": "zorb"}
+    assert [one.split(": ")[0] for one in problems(result)] == [f"{photos / 'm.csv'}:{line}" for line in (3, 5)]
+    assert "has 3 columns where the header has 2; put texts that hold a comma in" in problems(result)[1]
     (found,) = problems(metadata(photos, "n.csv", "image;prompt\na.jpg;zorb\n"))
-    assert "its columns are image;prompt" in found
+    assert "is separated by ';'; separate its columns by commas" in found
     found = problems(metadata(photos, "o.csv", "image,prompt\na.jpg,zorb\nb.png," + "x" * 200_000 + "\n"))
     assert len(found) == 1 and found[0].startswith(f"{photos / 'o.csv'}:3: is not CSV (field larger than field limit")
 

@@ -87,6 +87,21 @@ def test_verify_proves_a_good_file_and_says_what_it_is():
 def test_verify_holds_a_file_against_the_published_model_unless_told_otherwise():
     code, output = run("verify", str(mini.ADAPTER))
     assert code == 4 and "matched 0/48 modules; not matched: layers.0.adaLN_modulation.0 ((384, 96) there" in output
+    assert "held against Z-Image (6 B); is the LoRA of another size? give --model" in output
+
+
+def test_verify_names_a_type_that_cannot_be_computed_with(tmp_path: Path):
+    tensors = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in load_file(mini.ADAPTER).items()}
+    save_file(tensors, tmp_path / "x.safetensors")
+    code, output = run("verify", str(tmp_path / "x.safetensors"), "--model", str(mini.TURBO))
+    assert code == 4 and "holds F8_E4M3 tensors" in output and "save it as bf16 or fp32" in output
+
+
+def test_the_layout_is_read_from_all_keys():
+    keys = [f"lora_unet_layers_0_attention_to_q.{part}" for part in ("alpha", "lora_down.weight", "lora_up.weight")]
+    assert names.layout_of(keys) == "kohya (lora_unet_*.lora_down/lora_up)"
+    bare = [key.replace("lora_unet_layers_0_attention_to_q", "layers.0.attention.to_q") for key in keys]
+    assert names.layout_of(bare) == "bare (*.lora_down/lora_up)"
 
 
 def test_verify_says_who_would_not_load_a_layout(tmp_path: Path):

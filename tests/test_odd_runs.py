@@ -164,10 +164,12 @@ def test_after_a_change_of_prompts_every_picture_stands_under_its_own(make_confi
 def test_a_decay_stretches_with_the_run_so_more_steps_are_another_run_unless_allowed(make_config, capsys):
     decay = {"schedule": {"name": "cosine"}}
     train(make_config(train={"steps": 2}, **decay), fresh=False)
-    with pytest.raises(ConfigError, match=r"schedule.steps: - 2  \+ 4[\s\S]*--allow schedule"):
+    with pytest.raises(
+        ConfigError, match=r"schedule.steps \(train.steps, over which it decays\): - 2  \+ 4[\s\S]*--allow schedule"
+    ):
         train(make_config(train={"steps": 4}, **decay), fresh=False)
     train(make_config(train={"steps": 4}, **decay), fresh=False, allow=("schedule",))
-    assert "allowed: schedule.steps: - 2  + 4" in capsys.readouterr().out
+    assert "allowed: schedule.steps (train.steps, over which it decays): - 2  + 4" in capsys.readouterr().out
     train(make_config(name="flat", train={"steps": 2}), fresh=False)
     train(make_config(name="flat", train={"steps": 4}), fresh=False)
 

@@ -53,6 +53,15 @@ def test_two_bad_pictures_of_one_name_are_both_kept(make_config, tmp_path: Path)
     assert (kept["a.png"], kept["a-2.png"]) == (b"older", b"newer")
 
 
+def test_a_link_to_nothing_is_moved_as_it_is(make_config, tmp_path: Path):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    config = make_config(data=[{"folder": str(tmp_path / "photos"), "resolution": [64]}])
+    assert "does not exist; moved to" in move_rejected(config)[0]
+    assert (tmp_path / "photos" / "_rejected" / "gone.png").is_symlink()
+    assert not (tmp_path / "photos" / "gone.png").is_symlink()
+
+
 def test_a_metadata_file_is_not_edited_and_its_pictures_stay(make_config, tmp_path: Path):
     (tmp_path / "bad.png").write_bytes(b"")
     rows = tmp_path / "rows.jsonl"

@@ -78,7 +78,7 @@ def load_newest(folder: Path, warn: Any) -> Checkpoint | None:
             raise
         except WeightsError as error:
             aside = files.set_aside(path, ".corrupt")
-            warn(f"{error}; set aside as {aside.name}")
+            warn(f"{path}: {error.problems[0].what}; set aside as {aside.name}")
     damaged = sorted(folder.glob("*.corrupt*")) if folder.is_dir() else []
     if damaged:
         what = f"no checkpoint is whole ({', '.join(path.name for path in damaged)})"

@@ -110,7 +110,7 @@ def sample(
     prompt: Annotated[list[str] | None, typer.Option("--prompt", help="What to draw. Repeatable.")] = None,
     from_: Annotated[
         list[Path] | None,
-        typer.Option("--from", help="Draw this PNG again; options given beside it win. Repeatable."),
+        typer.Option("--from", help="Draw by the prompt, size, seed and steps of this PNG; options beside it win."),
     ] = None,
     lora: Annotated[list[str] | None, typer.Option("--lora", metavar="FILE[=WEIGHT]", help="Repeatable.")] = None,
     negative: Annotated[str | None, typer.Option("--negative", help="Used where guidance is above 0.")] = None,
@@ -161,13 +161,16 @@ def sample(
 
     asked = sampling.Asked(negative, seed, width, height, steps, guidance)
     recipes = sampling.recipes_of(asked, from_) if from_ else sampling.recipes_for(asked, settings, prompt or [])
+    _print(sampling.said_of(from_ or []))
     sampling.sample(settings, [sampling.parse_lora(text) for text in lora or []], recipes, output)
 
 
 @lora_commands.command()
 def verify(
     file: LoraPath,
-    model: Annotated[str | None, typer.Option("--model", help="Hold it against this folder or file.")] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", help="Hold it against this folder or file. Default: the 6 B model.")
+    ] = None,
 ) -> None:
     """Prove that diffusers and ComfyUI load all of a LoRA, and the same change."""
     from zimage_train.app import lora

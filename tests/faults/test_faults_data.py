@@ -304,13 +304,24 @@ def test_pictures_without_a_caption_are_counted_and_named(photos: Path):
     (photos / "b.txt").write_text("\ufeff \n")
     result = scanned(photos)
     assert prompts(result) == {"a.jpg": "", "b.png": "", "c.webp": "caption c"}
-    assert result.notes == ["data.0: 2 of 3 pictures have no caption (a.jpg, b.png); set default_caption"]
+    alone = "so they are trained on ''"
+    todo = "write captions or set default_caption"
+    assert result.notes == [f"data.0: 2 of 3 pictures have no caption of their own (a.jpg, b.png), {alone}; {todo}"]
+    (note,) = scanned(photos, trigger="zorb").notes  # a trigger in front of nothing is no caption
+    assert "2 of 3 pictures have no caption of their own" in note and "trained on 'zorb' alone" in note
+    (note,) = scanned(photos, trigger="zorb", caption_ext=".caption").notes
+    assert "3 of 3 pictures" in note and "2 have a .txt beside them" in note
     assert scanned(photos, default_caption="a thing").notes == []
     for name in ("d.png", "e.png"):
         picture(photos / name, (9, 9, ord(name[0])))
-    assert scanned(photos).notes == [
-        "data.0: 4 of 5 pictures have no caption (a.jpg, b.png, d.png, ...); set default_caption"
-    ]
+    assert "4 of 5 pictures have no caption of their own (a.jpg, b.png, d.png, ...)" in scanned(photos).notes[0]
+
+
+def test_a_caption_beyond_what_the_model_reads_is_said(photos: Path):
+    """20. A caption of surely more than 512 tokens is named with its length; nothing of it is lost silently."""
+    (photos / "b.txt").write_text("a blue circle, " * 130)
+    (note,) = scanned(photos).notes
+    assert note.startswith(f"{photos / 'b.png'}: its caption has 520 words and signs, and the model reads 512 tokens")
 
 
 def test_captions_and_pictures_that_are_not_used_are_said(photos: Path):
@@ -343,10 +354,9 @@ def test_a_caption_with_another_spelling_of_the_same_letters_is_said(tmp_path: P
         pytest.skip("this file system takes the two spellings for one")
     result = scanned(tmp_path)
     assert prompts(result) == {f"{name}.png": ""}
-    assert [note.split(": ")[1] for note in result.notes] == ["a caption without a picture", NO_CAPTION.format(name)]
-
-
-NO_CAPTION = "1 of 1 pictures have no caption ({}.png); set default_caption"
+    alone, without = result.notes
+    assert alone.endswith(": a caption without a picture")
+    assert f"1 of 1 pictures have no caption of their own ({name}.png)" in without
 
 
 def test_links_that_lead_nowhere_and_pipes_are_errors_and_never_hang(photos: Path):

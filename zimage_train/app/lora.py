@@ -3,11 +3,14 @@
 from pathlib import Path
 
 from zimage_train.config.schema import Model
+from zimage_train.errors import Problem, WeightsError
 from zimage_train.lora import anatomy, files, loaders
 from zimage_train.lora.anatomy import Anatomy
 from zimage_train.model import sources
 from zimage_train.model.shapes import TransformerShape
 from zimage_train.report import heatmap
+
+READ_BY_ALL = {"F64", "F32", "F16", "BF16"}
 
 
 def verify(path: Path, model: str | None) -> list[str]:
@@ -27,7 +30,17 @@ def verify(path: Path, model: str | None) -> list[str]:
             sources.locate(Model(path=model, adapter=None), sources.cached_only)
         assert located is not None
         shape, name = sources.transformer_tensors(located)[0], model
-    files.require_modules(path, lora, shape.linears)
+    try:
+        files.require_modules(path, lora, shape.linears)
+    except WeightsError as error:
+        todo = "is the LoRA of another size? give --model" if model is None else "is it the right model?"
+        raise WeightsError(
+            *(Problem(one.where, f"{one.what}; held against {name}", todo) for one in error.problems)
+        ) from None
+    other = sorted(set(found.dtypes) - READ_BY_ALL)
+    if other:
+        what = f"holds {', '.join(other)} tensors, with which diffusers cannot compute"
+        raise WeightsError(Problem(str(path), what, "save it as bf16 or fp32"))
     precision = "fp32" if set(found.dtypes) == {"F32"} else "bf16"
     error = loaders.verify(path, lora, precision, shape.linears)
     count = f"{len(lora)}/{len(lora)}"

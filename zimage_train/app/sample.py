@@ -96,9 +96,11 @@ def _sample(model: Model, loras: list[WeightedLora], recipes: list[Recipe], outp
         images = render(
             frozen, found.extras, recipes, embeds, lambda done, total: console.tick("sampling", done, total)
         )
+    used = " and ".join(f"{one.path.name}={one.weight:g}" for one in loras) or "no LoRA"
+    drawn_by = f"{model.path or model.variant} in {model.dtype} with {used}"
     for image, recipe in zip(images, recipes, strict=True):
         path = _free_path(output, recipe.seed)
-        pictures.save(path, image, recipe)
+        pictures.save(path, image, recipe, drawn_by)
         console.say(f"{path}  {recipe.steps} steps, guidance {recipe.guidance:g} (CFG {recipe.guidance + 1:g})")
 
 
@@ -108,6 +110,16 @@ def recipes_for(asked: Asked, model: Model, prompts: list[str]) -> list[Recipe]:
     given = {"negative": "", "seed": 42, "width": 1024, "height": 1024} | asked.given()
     rest = {"steps": variant.steps, "guidance": variant.guidance, "shift": variant.shift} | given
     return [Recipe(prompt=text, **rest | {"seed": rest["seed"] + index}) for index, text in enumerate(prompts)]
+
+
+def said_of(drawn: list[Path]) -> list[str]:
+    """What drew each of the pictures, which their recipes do not hold: model and LoRAs are given anew."""
+    known = ((path, pictures.drawn_by(path)) for path in drawn)
+    return [
+        f"{path} was drawn by {text}; this command uses the model and the --lora given to it"
+        for path, text in known
+        if text
+    ]
 
 
 def recipes_of(asked: Asked, drawn: list[Path]) -> list[Recipe]:

@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,14 @@ from zimage_train.data.looks import Look, Looks, Tick, near_duplicates
 from zimage_train.errors import DataError, Problem, ZImageTrainError, collected
 
 IMAGE_COLUMNS = ("image", "file_name")
-PROMPT_COLUMNS = ("prompt", "text")
+PROMPT_COLUMNS = ("prompt", "text", "caption")
+SURPLUS = "(surplus)"
+"""The column of what a row of a CSV has beyond its header."""
+MOST_WORDS = 480
+"""Words and signs; a longer prompt has certainly more than the 512 tokens that the model reads, templates included."""
+
+
+WORDS = re.compile(r"\w+|[^\w\s]")
 
 
 @dataclass(frozen=True)
@@ -74,7 +82,8 @@ def scan(entry: Data, where: str, looks: Looks | None = None, tick: Tick = lambd
         result.errors.append(
             DataError(Problem(f"{where}: {place}", "holds no pictures", f"put pictures there ({extensions})"))
         )
-    result.notes += _notes(result.pictures, where)
+    result.notes += _caption_notes([source for source in named if not source.caption], entry, where, len(named))
+    result.notes += _notes(result.pictures)
     result.notes = [note.encode(errors="backslashreplace").decode() for note in result.notes]
     return result
 
@@ -163,20 +172,28 @@ def _from_metadata(entry: Data, result: Scan) -> list[_Source]:
     except OSError as error:
         raise DataError(Problem(str(path), f"cannot be read ({error.strerror})", "check data.metadata")) from None
     sources = []
+    columns: set[str] = set()
     for line, row in _rows(path, text, result):
         place = f"{path}:{line}"
+        columns |= row.keys()
+        if SURPLUS in row:
+            what = f"has {len(row) - 1 + len(row[SURPLUS])} columns where the header has {len(row) - 1}"
+            result.errors.append(DataError(Problem(place, what, 'put texts that hold a comma in "quotes"')))
+            continue
         image = next((row[name] for name in IMAGE_COLUMNS if row.get(name)), None)
         prompt = next((row[name] for name in PROMPT_COLUMNS if row.get(name)), "")
         if not isinstance(image, str) or not isinstance(prompt, str):
-            name, columns = ("prompt", PROMPT_COLUMNS) if isinstance(image, str) else ("image", IMAGE_COLUMNS)
-            found = ", ".join(str(column) for column in row if column is not None) or "nothing"
-            what = f"has no text in {' or '.join(columns)}; its columns are {found}"
+            name, wanted = ("prompt", PROMPT_COLUMNS) if isinstance(image, str) else ("image", IMAGE_COLUMNS)
+            what = f"has no text in {' or '.join(wanted)}; its columns are {', '.join(row) or 'nothing'}"
             result.errors.append(DataError(Problem(place, what, f"give {name} as text")))
         elif not _is_text(image + prompt):
             what = "holds a character that no text has (NUL or half a surrogate pair)"
             result.errors.append(DataError(Problem(place, what, "correct the line")))
         else:
             sources.append(_Source(path.parent / image, captions.clean(prompt)))
+    if sources and not columns & set(PROMPT_COLUMNS) and not entry.default_caption:
+        what = f"has no column {', '.join(PROMPT_COLUMNS)}; its columns are {', '.join(sorted(columns))}"
+        raise DataError(Problem(str(path), what, "add the prompts, or set default_caption"))
     return sources
 
 
@@ -186,8 +203,11 @@ def _is_text(text: str) -> bool:
 
 def _rows(path: Path, text: str, result: Scan) -> Iterator[tuple[int, dict[str, Any]]]:
     if path.suffix.lower() == ".csv":
-        reader = csv.DictReader(io.StringIO(text, newline=""))
+        reader = csv.DictReader(io.StringIO(text, newline=""), restkey=SURPLUS)
         try:
+            header = (reader.fieldnames or [""])[0]
+            if other := next((sign for sign in ";\t|" if sign in header), None):
+                raise DataError(Problem(str(path), f"is separated by {other!r}", "separate its columns by commas"))
             for row in reader:
                 yield reader.line_num, row
         except csv.Error as error:
@@ -207,14 +227,27 @@ def _rows(path: Path, text: str, result: Scan) -> Iterator[tuple[int, dict[str, 
         yield line, row if isinstance(row, dict) else {}
 
 
-def _notes(pictures: list[Picture], where: str) -> list[str]:
+def _caption_notes(without: list[_Source], entry: Data, where: str, total: int) -> list[str]:
+    """Pictures without a caption of their own, unless a default is set for them."""
+    if not without or entry.default_caption:
+        return []
+    names = ", ".join(source.path.name for source in without[:3]) + (", ..." if len(without) > 3 else "")
+    used = f"so they are trained on {entry.trigger!r} alone" if entry.trigger else "so they are trained on ''"
+    texts = sum(source.path.with_suffix(".txt").exists() for source in without)
+    there = f"; {texts} have a .txt beside them" if texts and entry.folder and entry.caption_ext != ".txt" else ""
+    return [
+        f"{where}: {len(without)} of {total} pictures have no caption of their own ({names}), {used}{there}; "
+        "write captions or set default_caption"
+    ]
+
+
+def _notes(pictures: list[Picture]) -> list[str]:
     notes = []
-    without = [picture for picture in pictures if not picture.prompt]
-    if without:
-        names = ", ".join(picture.path.name for picture in without[:3]) + (", ..." if len(without) > 3 else "")
-        notes.append(
-            f"{where}: {len(without)} of {len(pictures)} pictures have no caption ({names}); set default_caption"
-        )
+    for picture in pictures:
+        words = len(WORDS.findall(picture.prompt))
+        if words > MOST_WORDS:
+            what = f"its caption has {words} words and signs, and the model reads 512 tokens and no further"
+            notes.append(f"{picture.path}: {what}")
     first: dict[str, Picture] = {}
     for picture in pictures:
         other = first.setdefault(picture.digest, picture)

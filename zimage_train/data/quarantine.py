@@ -24,7 +24,7 @@ def move_rejected(config: Config) -> list[str]:
     lines = []
     for index, entry in enumerate(config.data):
         for path, problem in _bad(entry, f"data.{index}", looks):
-            if entry.folder is None or not path.exists():
+            if entry.folder is None:
                 lines.append(f"{path}: {problem.what}; not moved: take its line out of {entry.metadata}")
                 continue
             place = _move(path, Path(entry.folder), entry.caption_ext, problem)

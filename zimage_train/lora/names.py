@@ -90,8 +90,11 @@ def block_order(block: str) -> tuple[str, int]:
 
 def layout_of(keys: Iterable[str]) -> str:
     """The layout that a LoRA's keys have, by who writes it."""
-    first = min(keys)
-    parts = "lora_down/lora_up" if "lora_down" in first or "lora_up" in first else "lora_A/lora_B"
+    keys = sorted(keys)
+    first = keys[0]
+    parts = "lora_down/lora_up" if any(".lora_down." in key for key in keys) else "lora_A/lora_B"
+    if first.startswith("lora_unet_"):
+        return f"kohya (lora_unet_*.{parts})"
     if ".default." in first:
         return f"DiffSynth ({parts}.default)"
     prefix = next((prefix for prefix in PREFIXES if first.startswith(prefix)), "")

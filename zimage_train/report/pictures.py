@@ -13,6 +13,7 @@ from zimage_train.sampling.recipe import Recipe
 
 NAME = re.compile(r"(\d{6,})-(\d{2,})\.png")
 RECIPE = "zimage_train.recipe"
+DRAWN_BY = "zimage_train.drawn_by"
 CELL_PX = 256
 MARGIN_PX = 8
 LABEL_PX = 22
@@ -22,8 +23,10 @@ def path_of(folder: Path, step: int, index: int) -> Path:
     return folder / f"{step:06d}-{index:02d}.png"
 
 
-def save(path: Path, image: Image.Image, recipe: Recipe, run: str = "") -> None:
-    """Write a PNG that carries its recipe under `parameters`, where image browsers look for it, and the run's digest.
+def save(path: Path, image: Image.Image, recipe: Recipe, drawn_by: str, run: str = "") -> None:
+    """Write a PNG with its recipe under `parameters`, where image browsers look, and what drew it: model and LoRA.
+
+    `run` is the digest of the run that it is a preview of.
 
     Raises:
         DiskError: it cannot be written.
@@ -31,6 +34,7 @@ def save(path: Path, image: Image.Image, recipe: Recipe, run: str = "") -> None:
     info = PngInfo()
     info.add_itxt("parameters", recipe.describe())
     info.add_itxt(RECIPE, recipe.to_json())
+    info.add_itxt(DRAWN_BY, drawn_by)
     if run:
         info.add_text("zimage_train.run", run)
     with files.replacing(path) as file:
@@ -62,6 +66,11 @@ def recipe_of(path: Path) -> Recipe:
         what = "holds no recipe of zimage-train" if path.exists() else "does not exist"
         raise DataError(Problem(str(path), what, "give a PNG that train or sample has written"))
     return recipe
+
+
+def drawn_by(path: Path) -> str:
+    """The model and the LoRAs that drew the picture at `path`, in words; empty if it does not say."""
+    return _texts(path).get(DRAWN_BY, "")
 
 
 @dataclass(frozen=True)

@@ -100,7 +100,9 @@ def draw(run: Run, view: View, step: int) -> None:
         view.also,
     )
     for (path, recipe), image in zip(missing, images, strict=True):
-        pictures.save(path, image, recipe, view.run)
+        model = run.config.sample.also if view.also else run.config.model.path or run.config.model.variant
+        drawn_by = f"{model} in {run.config.model.dtype} with the LoRA of {run.config.name} at step {step}"
+        pictures.save(path, image, recipe, drawn_by, view.run)
 
 
 def judged(run: Run, step: int) -> dict[str, Any]:

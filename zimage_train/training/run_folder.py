@@ -125,7 +125,7 @@ def identity(config: Config, fingerprint: Mapping[str, Any]) -> dict[str, Any]:
     """
     settings = flatten(config.model_dump(mode="json"))
     if config.schedule.name != "constant":  # it stretches with the run, so with other steps every rate is another
-        settings["schedule.steps"] = config.train.steps
+        settings["schedule.steps (train.steps, over which it decays)"] = config.train.steps
     return {
         "settings": {key: value for key, value in settings.items() if not _is_free(key)},
         "inputs": flatten(dict(fingerprint)),
