@@ -7,12 +7,21 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from zimage_train.assemble import Frozen
 from zimage_train.config.schema import Config
+from zimage_train.lora.attach import base_layer
 from zimage_train.report.metrics import read
 from zimage_train.training import loop, objectives
 
 ROOT = Path(__file__).parent.parent
+
+
+def frozen_tensor(frozen: Frozen, name: str) -> torch.Tensor:
+    """The frozen parameter `name`, as it is stored, also under a LoRA."""
+    owner, _, leaf = name.rpartition(".")
+    return getattr(base_layer(frozen.model, owner), leaf)
 
 
 def folder(config: Config) -> Path:

@@ -11,6 +11,8 @@ from zimage_train.assemble import Frozen, assemble, original
 from zimage_train.errors import WeightsError
 from zimage_train.lora import adapter, attach, headers, names
 
+from helpers import frozen_tensor
+
 CPU = torch.device("cpu")
 TRANSFORMER = mini.TURBO / "transformer"
 
@@ -60,21 +62,21 @@ def test_a_bf16_sum_is_rounded_once():
 def test_within_the_block_the_weights_are_the_originals_and_after_it_the_same_bits_as_before(dtype: str):
     frozen = merged(dtype)
     attach.attach(frozen.model, names.select(["attention", "adaln"], frozen.shape.linears), 4, None, 0.0, 1)
-    before = {name: attach.base_weight(frozen.model, name).clone() for name in frozen.shape.parameters}
+    before = {name: frozen_tensor(frozen, name).clone() for name in frozen.shape.parameters}
     with original(frozen):
         for name, tensor in originals().items():
-            assert torch.equal(attach.base_weight(frozen.model, name), tensor.to(before[name].dtype)), name
+            assert torch.equal(frozen_tensor(frozen, name), tensor.to(before[name].dtype)), name
     for name, tensor in before.items():
-        assert torch.equal(attach.base_weight(frozen.model, name), tensor), name
+        assert torch.equal(frozen_tensor(frozen, name), tensor), name
 
 
 def test_the_training_weights_come_back_after_an_error():
     frozen = merged()
     name = "layers.0.attention.to_q.weight"
-    before = attach.base_weight(frozen.model, name).clone()
+    before = frozen_tensor(frozen, name).clone()
     with pytest.raises(RuntimeError, match="in a preview"), original(frozen):
         raise RuntimeError("in a preview")
-    assert torch.equal(attach.base_weight(frozen.model, name), before)
+    assert torch.equal(frozen_tensor(frozen, name), before)
 
 
 def spoiled(tmp_path: Path, spoil) -> Path:

@@ -1,4 +1,4 @@
-"""The frozen transformer, put together from a stream: place(merge(read(path), adapter)).
+"""The frozen transformer, put together from a stream: place(quantise(merge(read(path), adapter))).
 
 The same stream, without the adapter, gives true Turbo back for previews. Afterwards the training weights are merged
 again: the same sums in the same order, so the same bits. Nothing is ever subtracted, since W + A - A is not W.
@@ -7,16 +7,21 @@ again: the same sums in the same order, so the same bits. Nothing is ever subtra
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from diffusers import ZImageTransformer2DModel
+from torch import Tensor
 
 from zimage_train.errors import Problem, WeightsError
 from zimage_train.lora.adapter import Adapter, Count, merge
-from zimage_train.lora.attach import base_weight
+from zimage_train.lora.attach import base_layer
 from zimage_train.model import transformer, weights
+from zimage_train.model.linear import FrozenLinear
+from zimage_train.model.quantize import Kind
 from zimage_train.model.shapes import TransformerShape
+from zimage_train.model.stream import Ring, streamed
 from zimage_train.tensorfile import DTYPES
 
 
@@ -33,20 +38,38 @@ class Frozen:
     path: Path
     adapter: Adapter | None
     adapter_matched: int
+    ring: Ring | None
+    """Streams some of the blocks; None: all of them are on the device."""
+
+    def store(self, name: str, tensor: Tensor) -> None:
+        """Put `tensor` where the parameter `name` is, quantised if that is."""
+        _store(self.model, self.ring, name, tensor)
 
 
-def assemble(path: Path, adapter: Adapter | None, dtype: str, device: torch.device) -> Frozen:
+def assemble(
+    path: Path,
+    adapter: Adapter | None,
+    dtype: str,
+    device: torch.device,
+    kind: Kind | None = None,
+    offload: float = 0.0,
+) -> Frozen:
     """Build the transformer of `path` on `device` with `adapter` merged; all of it frozen.
+
+    Weights are rounded or quantised to `kind` once, after the merge. The share `offload` of the blocks is streamed.
 
     Raises:
         WeightsError: tensors are missing, left over or misshapen, or the adapter does not match in full.
     """
     shape, tensors = transformer.read(path)
-    model = transformer.empty(shape)
+    model = transformer.empty(shape, DTYPES[dtype], kind)
+    blocks = [model.layers[index] for index in streamed(shape.n_layers, offload)]
+    ring = Ring(blocks, device) if blocks else None
+    weights.allocate(model, device)
     count = Count()
     merged = merge(tensors, adapter, device, count) if adapter else tensors
-    weights.fill(model, merged, str(path), device, DTYPES[dtype])
-    return Frozen(model, shape, path, adapter, len(count.matched))
+    weights.fill(shape.parameters, merged, partial(_store, model, ring), str(path), type(model).__name__)
+    return Frozen(model, shape, path, adapter, len(count.matched), ring)
 
 
 @contextlib.contextmanager
@@ -65,7 +88,7 @@ def original(frozen: Frozen, also: Path | None = None) -> Iterator[None]:
         yield
         return
     try:
-        _store(frozen, transformer.read_some(also or frozen.path, names))
+        _replace(frozen, transformer.read_some(also or frozen.path, names))
         yield
     finally:
         _restore(frozen, names)
@@ -75,14 +98,29 @@ def _restore(frozen: Frozen, names: set[str]) -> None:
     device = next(frozen.model.parameters()).device
     try:
         tensors = transformer.read_some(frozen.path, names)
-        _store(frozen, merge(tensors, frozen.adapter, device, Count()) if frozen.adapter else tensors)
+        _replace(frozen, merge(tensors, frozen.adapter, device, Count()) if frozen.adapter else tensors)
     except Exception as error:
         what = f"the training weights cannot be put back after a preview ({error})"
         todo = "the same command continues from the last checkpoint"
         raise NotRestored(Problem(str(frozen.path), what, todo)) from error
 
 
-@torch.no_grad()
-def _store(frozen: Frozen, tensors: weights.Stream) -> None:
+def _replace(frozen: Frozen, tensors: weights.Stream) -> None:
     for name, tensor in tensors:
-        base_weight(frozen.model, name).copy_(tensor)
+        frozen.store(name, tensor)
+    if frozen.ring is not None:
+        frozen.ring.changed()
+
+
+@torch.no_grad()
+def _store(model: ZImageTransformer2DModel, ring: Ring | None, name: str, tensor: Tensor) -> None:
+    owner, _, leaf = name.rpartition(".")
+    module = base_layer(model, owner)
+    if isinstance(module, FrozenLinear):
+        device = module.weight.device
+        targets, values = module.stored(), module.pack(tensor if module.kind is None else tensor.to(device))
+    else:
+        targets, values = [getattr(module, leaf)], [tensor]
+    for parameter, value in zip(targets, values, strict=True):
+        home = ring.home(parameter) if ring is not None else None
+        (parameter if home is None else home).copy_(value)

@@ -4,17 +4,37 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners import lora as peft_lora
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from zimage_train.errors import Problem, WeightsError
 from zimage_train.lora.files import Factors, Lora
+from zimage_train.model.linear import FrozenLinear
 from zimage_train.seeding import generator
 
 ADAPTER = "default"
+
+
+class TrainedLinear(peft_lora.Linear):
+    """peft's LoRA layer on a `FrozenLinear`, computed as one operation; see there."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        base = self.get_base_layer()
+        assert isinstance(base, FrozenLinear)
+        if self.disable_adapters:
+            return base(x)
+        a, b = (cast(nn.Linear, part[ADAPTER]).weight for part in (self.lora_A, self.lora_B))
+        scale = self.scaling[ADAPTER]
+        dropout = self.lora_dropout[ADAPTER]
+        if isinstance(dropout, nn.Identity) or not self.training:
+            return base.with_lora(x, a, b, scale)
+        return base(x) + F.linear(F.linear(dropout(x), a.to(x.dtype)), b.to(x.dtype)) * scale
 
 
 @dataclass(frozen=True)
@@ -97,11 +117,10 @@ def stack(loras: list[tuple[Lora, float]]) -> Lora:
     return stacked
 
 
-def base_weight(model: nn.Module, name: str) -> nn.Parameter:
-    """The frozen parameter `name`, also where a LoRA now surrounds its module."""
-    owner, _, leaf = name.rpartition(".")
-    module = model.get_submodule(owner)
-    return getattr(getattr(module, "base_layer", module), leaf)
+def base_layer(model: nn.Module, name: str) -> nn.Module:
+    """The frozen module `name`, also where a LoRA now surrounds it."""
+    module = model.get_submodule(name)
+    return module.get_base_layer() if isinstance(module, LoraLayer) else module
 
 
 def _inject(model: nn.Module, ranks: dict[str, int], scale: float, dropout: float) -> Attached:
@@ -116,6 +135,7 @@ def _inject(model: nn.Module, ranks: dict[str, int], scale: float, dropout: floa
         lora_dropout=dropout,
         init_lora_weights=False,
     )
+    config._register_custom_module({FrozenLinear: TrainedLinear})
     inject_adapter_in_model(config, model, ADAPTER)
     found = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
     if found.keys() != ranks.keys():

@@ -13,7 +13,8 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, Qwen3
 
 from zimage_train.errors import Problem, WeightsError
 from zimage_train.model import extras as parts
-from zimage_train.model.weights import fill, stream
+from zimage_train.model.weights import load as load_weights
+from zimage_train.model.weights import stream
 from zimage_train.tensors import Embeds
 
 MAX_TOKENS = 512
@@ -63,7 +64,7 @@ def load(extras: Path, device: torch.device, dtype: torch.dtype) -> TextEncoder:
     model.register_module("norm", nn.Identity())
     tensors = {name: info for name, info in found.items() if _is_used(name, last)}
     named = ((name.removeprefix("model."), tensor) for name, tensor in stream(tensors))
-    fill(model, named, str(folder), device, dtype)
+    load_weights(model, named, str(folder), device, dtype)
     model.rotary_emb.to(device)
     encoder = TextEncoder(model.eval(), _tokenizer(parts.tokenizer(extras)))
     try:

@@ -1,5 +1,6 @@
 """The frozen S3-DiT: an empty one to fill, and the one function that calls it."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,6 +9,8 @@ from accelerate import init_empty_weights
 from diffusers import ZImageTransformer2DModel
 from torch import Tensor
 
+from zimage_train.model.linear import FrozenLinear
+from zimage_train.model.quantize import Kind
 from zimage_train.model.shapes import TransformerShape
 from zimage_train.model.sources import transformer_tensors
 from zimage_train.model.weights import stream, stream_native
@@ -15,12 +18,22 @@ from zimage_train.tensors import Embeds, Images, PerSample
 
 SEQUENCE_MULTIPLE = 32
 """The model pads captions and pictures to multiples of this many tokens with learned tokens that attend."""
+IN_A_BLOCK = re.compile(r"(layers|noise_refiner|context_refiner)\.\d+\.(attention|feed_forward)\.")
+"""The linear layers that make up 97 % of the model."""
 
 
-def empty(shape: TransformerShape) -> ZImageTransformer2DModel:
-    """A transformer of `shape` whose parameters have no storage yet."""
+def empty(shape: TransformerShape, dtype: torch.dtype, kind: Kind | None) -> ZImageTransformer2DModel:
+    """A transformer of `shape` in `dtype` whose parameters have no storage yet; attention and feed forward as `kind`.
+
+    Embedders, modulations, norms and the final layer are never quantised: they are small and everything passes them.
+    """
     with init_empty_weights():
         model = ZImageTransformer2DModel(**shape.config())
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    for name, (outputs, inputs) in shape.linears.items():
+        if IN_A_BLOCK.match(name):
+            model.set_submodule(name, FrozenLinear(inputs, outputs, dtype, kind))
     return model.requires_grad_(False)
 
 

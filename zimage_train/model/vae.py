@@ -12,7 +12,8 @@ from PIL import Image
 from zimage_train import tensors as shapes
 from zimage_train.errors import Problem, WeightsError
 from zimage_train.model import extras as parts
-from zimage_train.model.weights import fill, stream
+from zimage_train.model.weights import load as load_weights
+from zimage_train.model.weights import stream
 
 
 def load(extras: Path, device: torch.device, dtype: torch.dtype) -> AutoencoderKL:
@@ -30,7 +31,7 @@ def load(extras: Path, device: torch.device, dtype: torch.dtype) -> AutoencoderK
     except Exception as error:  # a config that contradicts itself makes the class raise whatever it runs into
         what = f"makes no AutoencoderKL ({type(error).__name__}: {str(error)[:100]})"
         raise WeightsError(Problem(str(folder / "config.json"), what, "get the file again")) from None
-    fill(vae, stream(tensors), str(folder), device, dtype)
+    load_weights(vae, stream(tensors), str(folder), device, dtype)
     return vae.eval()
 
 

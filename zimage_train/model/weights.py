@@ -1,6 +1,6 @@
 """Tensors out of safetensors files and into modules: one at a time, strictly, without a second copy."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -12,6 +12,7 @@ from zimage_train.model.headers import TensorInfo
 from zimage_train.model.sources import native_names
 
 Stream = Iterable[tuple[str, Tensor]]
+Store = Callable[[str, Tensor], None]
 
 
 def stream(tensors: dict[str, TensorInfo]) -> Iterator[tuple[str, Tensor]]:
@@ -33,20 +34,40 @@ def stream_native(path: Path) -> Iterator[tuple[str, Tensor]]:
                 yield new_name, tensor if third is None else tensor.chunk(3, dim=0)[third]
 
 
-def fill(module: nn.Module, tensors: Stream, where: str, device: torch.device, dtype: torch.dtype) -> None:
-    """Put `tensors` into `module`, whose parameters may be on the meta device, as frozen `dtype` on `device`.
+def fill(expected: dict[str, tuple[int, ...]], tensors: Stream, store: Store, where: str, what: str) -> None:
+    """Hand each of `tensors` to `store`, which must be exactly those `expected` of a `what`.
 
     Raises:
-        WeightsError: the names or shapes are not exactly those of the module.
+        WeightsError: the names or shapes are others; all were looked at.
     """
-    expected = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
     found: dict[str, tuple[int, ...]] = {}
     for name, tensor in tensors:
         found[name] = tuple(tensor.shape)
         if expected.get(name) == found[name]:
-            placed = tensor.to(device=device, dtype=dtype, copy=True).contiguous()
-            set_parameter(module, name, nn.Parameter(placed, requires_grad=False))
-    shapes.compare(where, found, expected, type(module).__name__)
+            store(name, tensor)
+    shapes.compare(where, found, expected, what)
+
+
+def load(module: nn.Module, tensors: Stream, where: str, device: torch.device, dtype: torch.dtype) -> None:
+    """Put `tensors` into `module`, whose parameters have no storage yet, as frozen `dtype` on `device`.
+
+    Raises:
+        WeightsError: the names or shapes are not exactly those of the module.
+    """
+
+    def store(name: str, tensor: Tensor) -> None:
+        placed = tensor.to(device=device, dtype=dtype, copy=True).contiguous()
+        set_parameter(module, name, nn.Parameter(placed, requires_grad=False))
+
+    expected = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
+    fill(expected, tensors, store, where, type(module).__name__)
+
+
+def allocate(module: nn.Module, device: torch.device) -> None:
+    """Give every parameter of `module` that has no storage yet its own on `device`, filled with nothing."""
+    for name, parameter in list(module.named_parameters()):
+        if parameter.device.type == "meta":
+            set_parameter(module, name, nn.Parameter(torch.empty_like(parameter, device=device), requires_grad=False))
 
 
 def set_parameter(module: nn.Module, name: str, parameter: nn.Parameter) -> None:

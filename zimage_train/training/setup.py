@@ -4,11 +4,9 @@ import importlib.metadata
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
-from torch.utils.checkpoint import checkpoint as recompute
 
 from zimage_train import __version__, checkpoint, distributed, encoding, memory, optim
 from zimage_train.assemble import Frozen, assemble
@@ -24,6 +22,7 @@ from zimage_train.lora import adapter as adapters
 from zimage_train.lora import attach, names
 from zimage_train.lora.attach import Attached
 from zimage_train.lora.metadata import describe
+from zimage_train.model import recompute
 from zimage_train.model.digests import Digests as Digester
 from zimage_train.preflight import Checked, Weights, system_memory_bytes
 from zimage_train.report.console import Console
@@ -195,10 +194,7 @@ def _attach(config: Config, frozen: Frozen, modules: list[str], checkpointing: b
     lora = config.lora
     attached = attach.attach(frozen.model, modules, lora.rank, lora.alpha, lora.dropout, config.seed)
     if checkpointing:
-        keep_rng = lora.dropout > 0
-        frozen.model.enable_gradient_checkpointing(
-            partial(recompute, use_reentrant=False, preserve_rng_state=keep_rng, determinism_check="none")
-        )
+        frozen.model.enable_gradient_checkpointing(recompute.by_tokens(lambda tokens: "full", lora.dropout > 0))
     return attached
 
 

@@ -1,0 +1,82 @@
+"""Quantised weights: how far they are from the dense ones, what they take, and that nothing odd breaks them."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from zimage_train.model import quantize
+
+KINDS = ("fp8", "int8", "nf4")
+GAUSSIAN = {"fp8": 0.025, "int8": 0.006, "nf4": 0.092}
+"""Relative error of a Gaussian weight, as the module's docstring has it."""
+BITS = {"fp8": 8.25, "int8": 8.25, "nf4": 4.25}
+"""A weight, with its share of a bf16 scale for 64."""
+
+
+def gaussian(rows: int, columns: int) -> torch.Tensor:
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(7))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_error_of_a_gaussian_weight_is_the_one_that_is_told(kind):
+    weight = gaussian(64, 3840)
+    back = quantize.unpack(*quantize.pack(weight, kind), torch.float32)
+    assert ((back - weight).norm() / weight.norm()).item() == pytest.approx(GAUSSIAN[kind], rel=0.05)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_weight_takes_the_bits_that_are_told_and_empty_makes_the_same_room(kind):
+    packed = quantize.pack(gaussian(64, 3840), kind)
+    room = quantize.empty(64, 3840, kind, torch.device("meta"))
+    assert [(one.shape, one.dtype) for one in packed] == [(one.shape, one.dtype) for one in room]
+    assert sum(one.nbytes for one in packed) * 8 / (64 * 3840) == BITS[kind]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_block_has_its_own_scale(kind):
+    """A row of small weights with one huge one: only the block of the huge one suffers."""
+    weight = gaussian(1, 256) * 1e-3
+    weight[0, 10] = 100.0
+    back = quantize.unpack(*quantize.pack(weight, kind), torch.float32)
+    rest = slice(64, None)
+    assert ((back - weight)[0, rest].norm() / weight[0, rest].norm()) < 0.12
+
+
+@pytest.mark.parametrize("columns", [32, 96, 256, 10240])
+@pytest.mark.parametrize("kind", KINDS)
+def test_any_width_of_the_family_is_packed_in_blocks_that_divide_it(kind, columns):
+    block = quantize.block_of(columns)
+    assert columns % block == 0 and block in (32, 64)
+    back = quantize.unpack(*quantize.pack(gaussian(4, columns), kind), torch.bfloat16)
+    assert back.shape == (4, columns) and back.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("kind", ["fp8", "int8"])
+@settings(max_examples=60, deadline=None)
+@given(
+    values=st.lists(st.floats(-(2.0**100), 2.0**100, width=32), min_size=32, max_size=32),
+)
+def test_no_finite_weight_becomes_infinite_or_moves_further_than_half_a_step(kind, values):
+    weight = torch.tensor([values])
+    back = quantize.unpack(*quantize.pack(weight, kind), torch.float32)
+    assert back.isfinite().all()
+    largest = weight.abs().max().double()
+    if largest > 1e-30:  # below, a bf16 scale is subnormal
+        worst = (back.double() - weight.double()).abs().max()
+        assert worst <= largest * (0.5 / 127 if kind == "int8" else 2**-4) * 1.02
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_zeros_stay_zeros(kind):
+    assert (quantize.unpack(*quantize.pack(torch.zeros(2, 64), kind), torch.float32) == 0).all()
+
+
+def test_nf4_is_what_bitsandbytes_makes_of_it_but_for_rounded_scales():
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    weight = gaussian(8, 128)
+    data, state = quantize_4bit(weight, blocksize=64, quant_type="nf4")
+    theirs = dequantize_4bit(data, state)
+    ours = quantize.unpack(*quantize.pack(weight, "nf4"), torch.float32)
+    assert torch.allclose(ours, theirs, rtol=2**-8, atol=0)

@@ -1,0 +1,112 @@
+"""Streamed blocks: the same numbers at any share, one copy ahead of the block that computes, a ring of room."""
+
+import pytest
+import torch
+from test_recompute import gradients, trained
+
+from zimage_train import mini
+from zimage_train.assemble import assemble, original
+from zimage_train.lora import adapter
+from zimage_train.model import stream
+from zimage_train.model.transformer import velocity
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("kind", [None, "int8", "nf4"])
+@pytest.mark.parametrize("mode", ["elementwise", "full"])
+def test_loss_and_gradients_are_the_same_bits_at_every_share(mode: str, kind: str | None):
+    resident = gradients(*trained(mode, kind))
+    for share in (0.17, 0.5, 1.0):
+        frozen, attached = trained(mode, kind, offload=share)
+        for _ in range(2):  # the second pass begins where the backward of the first ended
+            found = gradients(frozen, attached)
+            assert all(torch.equal(one, other) for one, other in zip(resident, found, strict=True)), share
+
+
+@pytest.mark.parametrize(("fraction", "wanted"), [(0.0, []), (0.1, [5, 15, 25]), (0.5, list(range(1, 30, 2)))])
+def test_streamed_blocks_are_spread_evenly(fraction: float, wanted: list[int]):
+    assert stream.streamed(30, fraction) == wanted
+
+
+@pytest.mark.parametrize("fraction", [0.03, 0.2, 1 / 3, 0.7, 0.99, 1.0])
+def test_the_share_is_the_one_that_was_asked_for_and_no_block_is_named_twice(fraction: float):
+    found = stream.streamed(30, fraction)
+    assert len(found) == len(set(found)) == round(30 * fraction)
+    assert all(0 <= index < 30 for index in found)
+
+
+def fetches(ring: stream.Ring, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """What happens from now on, in order: ("copy", block) and ("enter", block)."""
+    seen: list[tuple[str, int]] = []
+    fetch, enter = stream.Ring._fetch, stream.Ring._enter
+
+    def spy_fetch(self, index):
+        seen.append(("copy", index))
+        return fetch(self, index)
+
+    def spy_enter(self, index):
+        seen.append(("enter", index))
+        return enter(self, index)
+
+    monkeypatch.setattr(stream.Ring, "_fetch", spy_fetch)
+    monkeypatch.setattr(stream.Ring, "_enter", spy_enter)
+    return seen
+
+
+def test_each_block_is_copied_ahead_of_its_use_across_both_turns(monkeypatch):
+    frozen, attached = trained("full", offload=1.0)
+    gradients(frozen, attached)
+    seen = fetches(frozen.ring, monkeypatch)
+    gradients(frozen, attached)
+    up = [("enter", 0), ("enter", 1), ("copy", 2), ("enter", 2), ("copy", 3), ("enter", 3), ("copy", 4)]
+    top = [("enter", 4), ("copy", 5), ("enter", 5), ("enter", 5), ("enter", 4), ("copy", 3)]
+    down = [("enter", 3), ("copy", 2), ("enter", 2), ("copy", 1), ("enter", 1), ("copy", 0), ("enter", 0)]
+    assert seen == up + top + down  # 4 + 4 copies for 12 uses of 6 blocks; none waits for its own copy
+
+
+def test_sampling_goes_round_without_waiting(monkeypatch):
+    frozen, _ = trained("full", offload=1.0)
+    x, prompt = torch.randn(1, 16, 8, 8), torch.randn(7, frozen.shape.cap_feat_dim)
+    with torch.no_grad():
+        velocity(frozen.model, x, torch.rand(1), [prompt])
+        seen = fetches(frozen.ring, monkeypatch)
+        velocity(frozen.model, x, torch.rand(1), [prompt])
+    assert [index for what, index in seen if what == "copy"] == [1, 2, 3, 4, 5, 0]
+    assert seen.index(("copy", 1)) == 1 and seen[0] == ("enter", 0)
+
+
+def test_a_wrong_guess_costs_a_copy_and_no_number():
+    frozen, attached = trained("full", offload=1.0)
+    wanted = gradients(*trained("full"))
+    frozen.ring._expected = lambda index: (index + 3) % 6
+    found = gradients(frozen, attached)
+    assert all(torch.equal(one, other) for one, other in zip(wanted, found, strict=True))
+
+
+@pytest.mark.parametrize("kind", [None, "fp8"])
+def test_true_turbo_and_the_training_weights_come_and_go_as_with_resident_blocks(kind: str | None):
+    shape = assemble(mini.TURBO / "transformer", None, "bf16", CPU).shape
+    adapted = adapter.load(mini.ADAPTER, 1.0, shape)
+    x, prompt, sigma = torch.randn(1, 16, 8, 8), torch.randn(7, shape.cap_feat_dim).bfloat16(), torch.rand(1)
+
+    @torch.no_grad()
+    def outputs(offload: float) -> list[torch.Tensor]:
+        frozen = assemble(mini.TURBO / "transformer", adapted, "bf16", CPU, kind, offload)
+        found = [velocity(frozen.model, x, sigma, [prompt])]
+        with original(frozen):
+            found.append(velocity(frozen.model, x, sigma, [prompt]))
+        return [*found, velocity(frozen.model, x, sigma, [prompt])]
+
+    resident, streamed = outputs(0.0), outputs(1.0)
+    assert all(torch.equal(one, other) for one, other in zip(resident, streamed, strict=True))
+    assert torch.equal(resident[0], resident[2]) and not torch.equal(resident[0], resident[1])
+
+
+def test_on_the_device_a_streamed_model_takes_two_blocks_of_room():
+    frozen = assemble(mini.TURBO / "transformer", None, "bf16", CPU, None, 1.0)
+    block = sum(parameter.nbytes for parameter in frozen.model.layers[0].parameters())
+    storages = {p.untyped_storage()._cdata: p.untyped_storage() for p in frozen.model.layers.parameters()}
+    slots = {slot.untyped_storage()._cdata for slot in frozen.ring._slots}
+    assert set(storages) <= slots and len(slots) == 2
+    assert sum(slot.nbytes for slot in frozen.ring._slots) <= 2 * (block + 256 * 20)
