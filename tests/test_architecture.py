@@ -50,7 +50,7 @@ LAYERS: list[list[str]] = [
         "data.cache",
         "lora.files lora.attach lora.adapter",
         "lora.files lora.loaders lora.anatomy",
-        "memory flops",
+        "cards memory flops planner",
         "report.pictures report.change report.page",
         "report.heatmap",
         "report.trackers",
@@ -61,7 +61,7 @@ LAYERS: list[list[str]] = [
         "assemble encoding",
         "assemble sampling.previews",
         "accelerator",
-        "preflight",
+        "preflight forecast",
         "training.objectives",
     ],
     # 4: the loop, and the commands
@@ -74,7 +74,7 @@ LAYERS: list[list[str]] = [
         "training.publish app.train",
         "training.loop app.train",
         "training.setup app.train",
-        "app.timesteps app.lora",
+        "app.timesteps app.lora app.check",
     ],
     # 5: the command line
     ["cli __main__"],
@@ -90,8 +90,8 @@ TORCH_FREE = [
         "data.buckets data.captions data.images data.looks data.folder data.plan data.quarantine",
         "lora.families lora.names lora.headers lora.metadata",
         "sampling.recipe sampling.workflow report.metrics report.console report.pictures report.change report.page",
-        "report.heatmap report.trackers memory flops mini.world",
-        "preflight training.stopping training.run_folder training.views cli __main__",
+        "report.heatmap report.trackers cards memory flops planner mini.world",
+        "preflight forecast app.check training.stopping training.run_folder training.views cli __main__",
     )
     for module in line.split()
 ]

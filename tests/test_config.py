@@ -20,7 +20,7 @@ from pydantic.fields import FieldInfo
 from zimage_train.config import reading, yaml_reader
 from zimage_train.config.reading import dump_config, flatten, read_config
 from zimage_train.config.schema import Config
-from zimage_train.config.values import OPTIMIZER_PARAMS, SCHEDULE_PARAMS, Later
+from zimage_train.config.values import MODES, OPTIMIZER_PARAMS, SCHEDULE_PARAMS, Later
 from zimage_train.config.yaml_reader import YamlProblem
 from zimage_train.errors import ConfigError
 from zimage_train.model.variants import VARIANTS
@@ -89,6 +89,9 @@ ACCEPTED_AND_REFUSED = {
     "optimizer.lr": ([1e-9, 1, 10.0], [0.0, -1e-4, 10.1]),
     "optimizer.weight_decay": ([0.0, 1.0], [-0.1, 1.1]),
     "schedule.warmup_steps": ([0, 100], [-1, 10_000_001]),
+    "model.quantize": ([None, "fp8", "int8", "nf4", "auto"], ["int4", "none", 8, True]),
+    "memory.checkpointing": (["auto", True, False, *MODES], ["some", 1, None]),
+    "memory.offload": (["auto", 0, 0.5, 1.0], [-0.1, 1.1, "half", True]),
     "memory.budget_gb": (["auto", 0.5, 24], [0, -1.0, 10_001, "24"]),
     "sample.every": ([1, 10**6, None], [0, -1]),
     "sample.width": ([32, 4096], [16, 1000, 4112]),
@@ -179,7 +182,6 @@ def test_relations_between_settings_are_checked(refused):
 
 
 NOT_YET = {
-    "model.quantize": "fp8",
     "model.attention": "flash",
     "data[].shuffle_tags": True,
     "data[].keep_tags": 1,
@@ -196,7 +198,6 @@ NOT_YET = {
     "preserve.class_word": "dog",
     "preserve.weight": 0.5,
     "ema.decay": 0.999,
-    "memory.offload": "blocks",
     "memory.compile": True,
     "sample.extra_loras": ["x.safetensors"],
     "validation.folder": "held_out",

@@ -14,10 +14,11 @@ import pytest
 import torch
 from PIL import Image
 
-from zimage_train import cli, files, mini, preflight
+from zimage_train import cards, cli, files, memory, mini, preflight
+from zimage_train.app import check as checking
 from zimage_train.config.reading import dump_config
 from zimage_train.config.schema import Config
-from zimage_train.errors import WeightsError, ZImageTrainError
+from zimage_train.errors import ConfigError, WeightsError, ZImageTrainError
 from zimage_train.files import Entry
 from zimage_train.model import extras, text, vae
 from zimage_train.model.headers import read_header
@@ -132,11 +133,10 @@ def adapter_modules(path: Path) -> int:
 
 
 def test_the_report_says_what_a_run_would_do(make_config: Make, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(preflight, "_gpu_bytes", lambda: None)
     data = [{"folder": str(mini.PICTURES), "resolution": [64, 96], "trigger": "zorb"}]
     config = make_config(data=data, train={"steps": 30, "batch_size": 2}, model={"adapter_strength": 0.5})
     checked = preflight.examine(config, offline)
-    lines = preflight.report(checked)
+    lines = checking.report(checked)
     count = len(checked.pictures[0])
     assert lines[0] == "tiny: no problems found"
     assert f"{count} pictures" in lines
@@ -152,7 +152,7 @@ def test_the_report_says_what_a_run_would_do(make_config: Make, monkeypatch: pyt
     assert "LoRA of rank 4 on 42 modules (attention 24, feed_forward 18)" in lines
     matched = adapter_modules(mini.ADAPTER)
     assert f"adapter fits {matched}/{matched} modules" in lines
-    assert any(line.startswith("  one training step") for line in lines)
+    assert any(line.startswith("  at the most") for line in lines)
     assert [line.split(":")[0] for line in lines[-2:]] == ["warning", "warning"]
     assert "model.adapter_strength is 0.5" in "\n".join(lines)
 
@@ -160,45 +160,62 @@ def test_the_report_says_what_a_run_would_do(make_config: Make, monkeypatch: pyt
 def test_a_run_without_an_adapter_has_none_to_fit(make_config: Make):
     checked = preflight.examine(make_config(model={"adapter": None}), offline)
     assert checked.weights is not None and checked.weights.adapter_modules == 0
-    assert not any(line.startswith("adapter fits") for line in preflight.report(checked))
+    assert not any(line.startswith("adapter fits") for line in checking.report(checked))
 
 
-def test_the_memory_plan_follows_the_budget(make_config: Make, monkeypatch: pytest.MonkeyPatch):
-    def lines(gpu: float | None = None, **settings: Any) -> str:
-        monkeypatch.setattr(preflight, "_gpu_bytes", lambda: gpu)
-        return "\n".join(preflight.report(preflight.examine(make_config(memory=settings), offline)))
+def test_the_plan_follows_the_budget_and_the_card(make_config: Make):
+    def lines(gpu: str | None = None, price: float | None = None, **settings: Any) -> str:
+        checked = preflight.examine(make_config(memory=settings), offline)
+        return "\n".join(checking.report(checked, gpu, price))
 
-    assert "activations (kept)" in lines(24e9) and "does not fit" not in lines(24e9)
-    assert "no NVIDIA GPU found here" in lines() and "no NVIDIA GPU" not in lines(24e9)
-    assert "activations (kept)" in lines(budget_gb=24) and "no NVIDIA GPU" not in lines(budget_gb=24)
-    kept, recomputed = (
-        preflight.estimate(preflight.examine(make_config(), offline), checkpointing, True).total / 1e9
-        for checkpointing in (False, True)
+    assert "memory on this machine" in lines() and "no data sheet of this device is known" in lines()
+    assert "memory on a 4090 (25.8 GB)" in lines("4090") and "recomputed: nothing\n" in lines("4090")
+    assert "memory on a 4090 (0.3 GB)" in lines("rtx 4090", budget_gb=0.3)
+    assert "recomputed: everything" in lines("4090", checkpointing=True)
+    assert "3 of 6 blocks streamed from 0.0 GB of main memory" in lines("4090", offload=0.5)
+    assert "time on a h100: 0 h 00 min for 4 steps (predicted), at 2.99 an hour 0.0" in lines("H100", 2.99)
+    with pytest.raises(ConfigError, match="--gpu: 'riva' is not known; give one of 3060"):
+        lines("riva")
+
+
+def test_a_published_model_without_a_card_is_planned_for_four_sizes_of_one(make_config: Make, private: Path):
+    config = make_config(
+        model={"path": None, "adapter": None, "dtype": "bf16"},
+        data=[{"folder": str(mini.PICTURES), "trigger": "zorb"}],
+        sample={"prompts": ["a"], "width": 1024, "height": 1024},
     )
-    assert f"one training step       {kept:7.2f} GB" in lines(24e9)
-    assert f"  with recomputation it would be {recomputed:.2f} GB" in lines(24e9)
-    assert f"  without recomputation it would be {kept:.2f} GB" in lines(24e9, checkpointing=True)
-    tight = lines(budget_gb=0.1)
-    assert "activations (recomputed)" in tight and "this does not fit 0.1 GB" in tight
-    assert "activations (recomputed)" in lines(24e9, checkpointing=True)
-    assert "this does not fit 0.1 GB" in lines(budget_gb=0.1, checkpointing=False)
-    between = (kept + recomputed) / 2
-    for checkpointing, how, fits in (("auto", "recomputed", True), (True, "recomputed", True), (False, "kept", False)):
-        found = lines(budget_gb=between, checkpointing=checkpointing)
-        assert f"activations ({how})" in found and ("this does not fit" not in found) == fits
-    found = lines(budget_gb=kept * 1.01)
-    assert "activations (kept)" in found and "this does not fit" not in found
+    lines = checking.report(preflight.examine(config, cached_only))
+    found = [line for line in lines if re.match(r" +\d+\.\d GB \(\w+\): ", line)]
+    assert [re.search(r"\((\w+)\)", line)[1] for line in found] == ["4090", "4080", "4070", "4060"]
+    assert all(re.search(r"\d h \d\d min$", line) for line in found)
+    assert "blocks streamed" in found[3] and "streamed" not in found[0]
+
+
+@pytest.mark.parametrize("text", ["0.69", "0.69/h", "$0.69/h", "0.69 €/hour", " 0.69 / h "])
+def test_a_price_is_read_as_people_write_it(text: str):
+    assert checking.parse_price(text) == 0.69
+
+
+@pytest.mark.parametrize("text", ["", "cheap", "-1", "0,69/h", "1/min", "nan"])
+def test_what_is_no_price_is_refused(text: str):
+    with pytest.raises(ConfigError, match="give the price of an hour"):
+        checking.parse_price(text)
 
 
 def test_a_card_that_is_not_there_or_odd_is_no_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert preflight._gpu_bytes() is None
+    assert cards.here() is None
     tool = tmp_path / "nvidia-smi"
-    for script, expected in (("echo 24564", 24564 * 2**20), ("echo no devices", None), ("exit 9", None), ("", None)):
+    good = cards.Found("NVIDIA GeForce RTX 4090", 24564 * 2**20)
+    for script, expected in (
+        ("echo 'NVIDIA GeForce RTX 4090, 24564'", good),
+        ("echo no devices", None),
+        ("exit 9", None),
+        ("", None),
+    ):
         tool.write_text(f"#!/bin/sh\n{script}\n")
         tool.chmod(0o755)
-        assert preflight._gpu_bytes() == expected
-    assert preflight.system_memory_bytes() > 1e8
+        assert cards.here() == expected
 
 
 # Refused
@@ -485,11 +502,11 @@ def private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_what_is_not_downloaded_yet_is_a_note(make_config: Make, private: Path, changes: dict[str, Any]):
     checked = preflight.examine(make_config(model=changes), cached_only)
     assert checked.weights is None
-    assert preflight.estimate(checked, True, True).weights > 12e9 * 2 * 0.9, "as large as the published models"
+    assert memory.parameters_of(preflight.job_of(checked).shape) > 6e9, "as large as the published models"
     assert checked.notes and all(
         note.endswith(": not on this machine yet; train downloads it") for note in checked.notes
     )
-    lines = preflight.report(checked)
+    lines = checking.report(checked)
     assert lines[0] == "tiny: no problems found"
     assert any(line.startswith("note: ") and "not on this machine yet" in line for line in lines)
     assert list(private.iterdir()) == []
@@ -598,10 +615,10 @@ def test_a_missing_config_and_bad_usage_exit_2(monkeypatch: pytest.MonkeyPatch, 
 
 
 def test_a_bug_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, make_config: Make):
-    def broken(checked: Checked) -> list[str]:
+    def broken(checked: Checked, gpu: str | None, price: float | None) -> list[str]:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(preflight, "report", broken)
+    monkeypatch.setattr(checking, "report", broken)
     (tmp_path / "c.yaml").write_text(dump_config(make_config()))
     with pytest.raises(ZeroDivisionError):
         run(monkeypatch, "check", str(tmp_path / "c.yaml"))

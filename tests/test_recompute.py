@@ -1,7 +1,6 @@
 """Recomputation: every mode keeps what it says, frees what it says, and changes no number."""
 
 from dataclasses import replace
-from typing import get_args
 
 import pytest
 import torch
@@ -10,17 +9,17 @@ from diffusers import ZImageTransformer2DModel
 
 from zimage_train import mini
 from zimage_train.assemble import assemble
+from zimage_train.config.values import MODES, Mode
 from zimage_train.lora import attach, names
 from zimage_train.model import recompute, transformer
 from zimage_train.model.shapes import TransformerShape
 from zimage_train.model.transformer import velocity
 
-MODES = get_args(recompute.Mode)
 CPU = torch.device("cpu")
 
 
-def trained(mode: str, kind: str | None = None, dropout: float = 0.0, offload: float = 0.0):
-    frozen = assemble(mini.TURBO / "transformer", None, "fp32", CPU, kind, offload)
+def trained(mode: str, kind: str | None = None, dropout: float = 0.0, streamed: int = 0):
+    frozen = assemble(mini.TURBO / "transformer", None, "fp32", CPU, kind, streamed)
     modules = names.select(["attention", "feed_forward"], frozen.shape.linears)
     attached = attach.attach(frozen.model, modules, 4, None, dropout, 1)
     for index, b in enumerate(attached.b.values()):
@@ -57,7 +56,7 @@ def test_loss_and_gradients_are_the_same_bits(mode: str, dropout: float):
 def test_the_mode_follows_the_tokens_of_the_batch():
     asked: list[int] = []
 
-    def mode_of(tokens: int) -> recompute.Mode:
+    def mode_of(tokens: int) -> Mode:
         asked.append(tokens)
         return "full"
 

@@ -15,24 +15,24 @@ CPU = torch.device("cpu")
 
 @pytest.mark.parametrize("kind", [None, "int8", "nf4"])
 @pytest.mark.parametrize("mode", ["elementwise", "full"])
-def test_loss_and_gradients_are_the_same_bits_at_every_share(mode: str, kind: str | None):
+def test_loss_and_gradients_are_the_same_bits_however_many_blocks_are_streamed(mode: str, kind: str | None):
     resident = gradients(*trained(mode, kind))
-    for share in (0.17, 0.5, 1.0):
-        frozen, attached = trained(mode, kind, offload=share)
+    for streamed in (1, 3, 6):
+        frozen, attached = trained(mode, kind, streamed=streamed)
         for _ in range(2):  # the second pass begins where the backward of the first ended
             found = gradients(frozen, attached)
-            assert all(torch.equal(one, other) for one, other in zip(resident, found, strict=True)), share
+            assert all(torch.equal(one, other) for one, other in zip(resident, found, strict=True)), streamed
 
 
-@pytest.mark.parametrize(("fraction", "wanted"), [(0.0, []), (0.1, [5, 15, 25]), (0.5, list(range(1, 30, 2)))])
-def test_streamed_blocks_are_spread_evenly(fraction: float, wanted: list[int]):
-    assert stream.streamed(30, fraction) == wanted
+@pytest.mark.parametrize(("number", "wanted"), [(0, []), (3, [5, 15, 25]), (15, list(range(1, 30, 2)))])
+def test_streamed_blocks_are_spread_evenly(number: int, wanted: list[int]):
+    assert stream.streamed(30, number) == wanted
 
 
-@pytest.mark.parametrize("fraction", [0.03, 0.2, 1 / 3, 0.7, 0.99, 1.0])
-def test_the_share_is_the_one_that_was_asked_for_and_no_block_is_named_twice(fraction: float):
-    found = stream.streamed(30, fraction)
-    assert len(found) == len(set(found)) == round(30 * fraction)
+@pytest.mark.parametrize("number", range(31))
+def test_so_many_are_streamed_as_were_asked_for_and_none_is_named_twice(number: int):
+    found = stream.streamed(30, number)
+    assert len(found) == len(set(found)) == number
     assert all(0 <= index < 30 for index in found)
 
 
@@ -55,7 +55,7 @@ def fetches(ring: stream.Ring, monkeypatch: pytest.MonkeyPatch) -> list[tuple[st
 
 
 def test_each_block_is_copied_ahead_of_its_use_across_both_turns(monkeypatch):
-    frozen, attached = trained("full", offload=1.0)
+    frozen, attached = trained("full", streamed=6)
     gradients(frozen, attached)
     seen = fetches(frozen.ring, monkeypatch)
     gradients(frozen, attached)
@@ -66,7 +66,7 @@ def test_each_block_is_copied_ahead_of_its_use_across_both_turns(monkeypatch):
 
 
 def test_sampling_goes_round_without_waiting(monkeypatch):
-    frozen, _ = trained("full", offload=1.0)
+    frozen, _ = trained("full", streamed=6)
     x, prompt = torch.randn(1, 16, 8, 8), torch.randn(7, frozen.shape.cap_feat_dim)
     with torch.no_grad():
         velocity(frozen.model, x, torch.rand(1), [prompt])
@@ -77,7 +77,7 @@ def test_sampling_goes_round_without_waiting(monkeypatch):
 
 
 def test_a_wrong_guess_costs_a_copy_and_no_number():
-    frozen, attached = trained("full", offload=1.0)
+    frozen, attached = trained("full", streamed=6)
     wanted = gradients(*trained("full"))
     frozen.ring._expected = lambda index: (index + 3) % 6
     found = gradients(frozen, attached)
@@ -91,20 +91,20 @@ def test_true_turbo_and_the_training_weights_come_and_go_as_with_resident_blocks
     x, prompt, sigma = torch.randn(1, 16, 8, 8), torch.randn(7, shape.cap_feat_dim).bfloat16(), torch.rand(1)
 
     @torch.no_grad()
-    def outputs(offload: float) -> list[torch.Tensor]:
-        frozen = assemble(mini.TURBO / "transformer", adapted, "bf16", CPU, kind, offload)
+    def outputs(blocks: int) -> list[torch.Tensor]:
+        frozen = assemble(mini.TURBO / "transformer", adapted, "bf16", CPU, kind, blocks)
         found = [velocity(frozen.model, x, sigma, [prompt])]
         with original(frozen):
             found.append(velocity(frozen.model, x, sigma, [prompt]))
         return [*found, velocity(frozen.model, x, sigma, [prompt])]
 
-    resident, streamed = outputs(0.0), outputs(1.0)
+    resident, streamed = outputs(0), outputs(6)
     assert all(torch.equal(one, other) for one, other in zip(resident, streamed, strict=True))
     assert torch.equal(resident[0], resident[2]) and not torch.equal(resident[0], resident[1])
 
 
 def test_on_the_device_a_streamed_model_takes_two_blocks_of_room():
-    frozen = assemble(mini.TURBO / "transformer", None, "bf16", CPU, None, 1.0)
+    frozen = assemble(mini.TURBO / "transformer", None, "bf16", CPU, None, 6)
     block = sum(parameter.nbytes for parameter in frozen.model.layers[0].parameters())
     storages = {p.untyped_storage()._cdata: p.untyped_storage() for p in frozen.model.layers.parameters()}
     slots = {slot.untyped_storage()._cdata for slot in frozen.ring._slots}

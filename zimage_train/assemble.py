@@ -14,12 +14,12 @@ import torch
 from diffusers import ZImageTransformer2DModel
 from torch import Tensor
 
+from zimage_train.config.values import Kind
 from zimage_train.errors import Problem, WeightsError
 from zimage_train.lora.adapter import Adapter, Count, merge
 from zimage_train.lora.attach import base_layer
 from zimage_train.model import transformer, weights
 from zimage_train.model.linear import FrozenLinear
-from zimage_train.model.quantize import Kind
 from zimage_train.model.shapes import TransformerShape
 from zimage_train.model.stream import Ring, streamed
 from zimage_train.tensorfile import DTYPES
@@ -52,18 +52,18 @@ def assemble(
     dtype: str,
     device: torch.device,
     kind: Kind | None = None,
-    offload: float = 0.0,
+    streamed_blocks: int = 0,
 ) -> Frozen:
     """Build the transformer of `path` on `device` with `adapter` merged; all of it frozen.
 
-    Weights are rounded or quantised to `kind` once, after the merge. The share `offload` of the blocks is streamed.
+    Weights are rounded or quantised to `kind` once, after the merge. So many blocks are streamed.
 
     Raises:
         WeightsError: tensors are missing, left over or misshapen, or the adapter does not match in full.
     """
     shape, tensors = transformer.read(path)
     model = transformer.empty(shape, DTYPES[dtype], kind)
-    blocks = [model.layers[index] for index in streamed(shape.n_layers, offload)]
+    blocks = [model.layers[index] for index in streamed(shape.n_layers, streamed_blocks)]
     ring = Ring(blocks, device) if blocks else None
     weights.allocate(model, device)
     count = Count()

@@ -61,23 +61,29 @@ def check(
     quarantine: Annotated[
         bool, typer.Option("--quarantine", help="Move bad pictures to _rejected, with the reason beside each.")
     ] = False,
+    gpu: Annotated[
+        str | None, typer.Option("--gpu", help="Plan for this card (4090, a5000, h100, ...), not the one here.")
+    ] = None,
+    price: Annotated[str | None, typer.Option("--price", help="Of an hour, such as 0.69/h: shows the cost.")] = None,
 ) -> None:
-    """Check config, pictures, captions, weights and disk, and show what a run would do.
+    """Check config, pictures, captions, weights and disk, and show what a run would do and take.
 
     Writes nothing but, into the cache folder, what it saw of each picture, so that the next time takes seconds.
     """
     settings = read_config(config, set_ or [])
     from zimage_train import preflight
+    from zimage_train.app import check as checking
     from zimage_train.data.quarantine import move_rejected
     from zimage_train.model.sources import cached_only
     from zimage_train.report.console import Console
 
+    hourly = None if price is None else checking.parse_price(price)
     console = Console(is_main=sys.stderr is not None and sys.stderr.isatty(), stream=sys.stderr)
     if quarantine:
         _print(move_rejected(settings))
     with console.live():
         checked = preflight.examine(settings, cached_only, console.tick)
-    _print(preflight.report(checked))
+    _print(checking.report(checked, gpu, hourly))
 
 
 @app.command()

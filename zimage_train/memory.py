@@ -1,124 +1,215 @@
-"""How much memory a training step takes, from sizes alone, and whether activations must be recomputed for it to fit.
+"""How much memory a training run takes, from sizes alone (torch-free).
 
-Torch-free. The activation constants were counted with saved-tensor hooks on the real graph (a test counts again);
-attention is taken as fused, which keeps no matrix of tokens by tokens.
+The constants were counted on the real graph at the full width, storage by storage; tests count again. Attention is
+taken as fused, which keeps no matrix of tokens by tokens.
 """
 
+import math
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 
 from zimage_train.config.schema import Config
+from zimage_train.config.values import Kind, Mode
 from zimage_train.data.buckets import Bucket
-from zimage_train.model.shapes import TransformerShape
+from zimage_train.data.plan import Item
+from zimage_train.model.shapes import IN_A_BLOCK, TransformerShape
+from zimage_train.sampling.recipe import Recipe
 
-SAVED_BYTES_PER_DIM = {"bf16": 99, "fp32": 91}
-"""Saved for backward by one block with an fp32 LoRA, per token and unit of `dim`."""
 DTYPE_BYTES = {"bf16": 2, "fp32": 4}
+KEPT = {
+    "bf16": {"none": 69.4, "elementwise": 24.7, "w1w3": 14.0, "attention": 4.03, "full": 2.0},
+    "fp32": {"none": 90.8, "elementwise": 49.4, "w1w3": 28.0, "attention": 8.03, "full": 4.0},
+}
+"""Bytes that one block keeps for the backward, per token and unit of `dim`, by what it recomputes."""
+LIVE = {"bf16": 18.3, "fp32": 24.3}
+"""What comes on top in the backward of one block, which has by then computed again all that `none` keeps."""
+SAMPLING = {"bf16": 31.9, "fp32": 63.3}
+"""The peak of a forward pass that keeps nothing."""
+DECODING = {"bf16": 1536, "fp32": 3073}
+"""Bytes a pixel while the VAE decodes a picture."""
+VAE_WEIGHTS = 83_820_000
 OPTIMIZER_BYTES = {"adamw": 8, "adamw8bit": 2.1, "prodigy": 16}
 """State per trainable parameter."""
+QUANTISED_BITS = {"fp8": 8, "int8": 8, "nf4": 4}
+SCALE_BYTES, SCALE_BLOCK = 2, 64
+SLOTS = 2
+"""Blocks on the device for those that are streamed."""
 CONTEXT_BYTES = 500_000_000
 """What CUDA and its libraries take for themselves."""
+FRAGMENTATION = 0.03
+"""What the allocator loses between its blocks, as a share of the rest."""
 LARGEST_ON_CPU = 1_000_000_000
 """Parameters; a larger model is trained on a GPU or not at all."""
-CAPTION_TOKENS = 512
-"""The longest caption."""
+MOST_CAPTION_TOKENS = 512
+TEMPLATE_TOKENS = 16
+BYTES_PER_TOKEN = 3
+"""Of UTF-8 text; English has more than 4."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """How the frozen transformer is held: in its own precision or quantised, and how many blocks are streamed."""
+
+    kind: Kind | None = None
+    streamed: int = 0
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is trained and sampled, as far as memory and time go."""
+
+    shape: TransformerShape
+    dtype: str
+    trained: int
+    """Parameters of the LoRA."""
+    optimizer: str
+    sizes: Counter[Bucket]
+    """Samples of each size in an epoch."""
+    batch_size: int
+    caption_tokens: int
+    """Of the longest caption, judged by its length."""
+    previews: tuple[Recipe, ...]
+    gpu: bool
+
+    def batch(self, size: Bucket) -> int:
+        """The largest batch of `size`: never more than there are samples."""
+        return min(self.sizes[size], self.batch_size)
+
+    def tokens(self, size: Bucket) -> int:
+        """Of the largest batch of `size`."""
+        return (padded(size.width * size.height // 256) + padded(self.caption_tokens)) * self.batch(size)
+
+    @property
+    def most_tokens(self) -> int:
+        """Of the largest batch of all."""
+        return max(map(self.tokens, self.sizes), default=0)
+
+
+def job(
+    config: Config,
+    shape: TransformerShape,
+    modules: list[str],
+    items: list[Item],
+    previews: list[Recipe],
+    gpu: bool,
+) -> Job:
+    """What `config` trains on `items`, with a LoRA on `modules` of a transformer of `shape`."""
+    return Job(
+        shape=shape,
+        dtype=config.model.dtype,
+        trained=sum(sum(shape.linears[module]) for module in modules) * config.lora.rank,
+        optimizer=config.optimizer.name,
+        sizes=Counter(item.size for item in items),
+        batch_size=config.train.batch_size,
+        caption_tokens=max((caption_tokens(item.picture.prompt) for item in items), default=MOST_CAPTION_TOKENS),
+        previews=tuple(previews),
+        gpu=gpu,
+    )
+
+
+def caption_tokens(prompt: str) -> int:
+    """Tokens of a prompt with its template, on the high side for prose."""
+    return min(TEMPLATE_TOKENS + len(prompt.encode(errors="replace")) // BYTES_PER_TOKEN, MOST_CAPTION_TOKENS)
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes of one training step at its largest size."""
+    """Bytes of one training step, or of something else that goes on beside the frozen weights."""
 
     weights: int
     lora: int
     activations: int
     context: int
-    checkpointing: bool
-    tokens: int
 
     @property
     def total(self) -> int:
         return self.weights + self.lora + self.activations + self.context
 
-    def lines(self) -> list[str]:
-        """The estimate for people."""
-        how = "recomputed" if self.checkpointing else "kept"
-        return [
-            f"frozen transformer      {self.weights / 1e9:7.2f} GB",
-            f"LoRA, gradient, optimizer {self.lora / 1e9:5.2f} GB",
-            f"activations ({how})  {self.activations / 1e9:5.2f} GB at {self.tokens} tokens",
-            f"context                 {self.context / 1e9:7.2f} GB",
-            f"one training step       {self.total / 1e9:7.2f} GB (predicted)",
-        ]
+
+def step(job: Job, form: Form, mode: Mode, tokens: int) -> Estimate:
+    """The peak of forward and backward of a batch of `tokens`."""
+    kept = KEPT[job.dtype]
+    per_token = job.shape.n_layers * kept[mode] + kept["none"] - kept[mode] + LIVE[job.dtype]
+    return _with_weights(job, form, int(per_token * job.shape.dim * tokens))
 
 
-def estimate(
-    config: Config, shape: TransformerShape, modules: list[str], sizes: Counter[Bucket], checkpointing: bool, gpu: bool
-) -> Estimate:
-    """The bytes of a step of `config` on a transformer of `shape` with a LoRA on `modules`, at its largest batch.
-
-    `sizes` counts the samples of each size in an epoch: a batch is never larger than that.
-    """
-    parameters = parameters_of(shape)
-    trained = sum(sum(shape.linears[module]) for module in modules) * config.lora.rank
-    batches = {size: min(number, config.train.batch_size) for size, number in sizes.items()}
-    tokens = max(
-        ((padded(size.width * size.height // 256) + CAPTION_TOKENS) * batch for size, batch in batches.items()),
-        default=0,
-    )
-    dtype = config.model.dtype
-    block = SAVED_BYTES_PER_DIM[dtype] * shape.dim * tokens
-    kept = DTYPE_BYTES[dtype] * shape.dim * tokens * shape.n_layers + block
-    return Estimate(
-        weights=parameters * DTYPE_BYTES[dtype],
-        lora=int(trained * (4 + 4 + OPTIMIZER_BYTES[config.optimizer.name])),
-        activations=kept if checkpointing else block * shape.n_layers,
-        context=CONTEXT_BYTES if gpu else 0,
-        checkpointing=checkpointing,
-        tokens=tokens,
-    )
+def most_tokens(job: Job, form: Form, mode: Mode, limit_bytes: float) -> int:
+    """The largest batch that fits `limit_bytes`."""
+    fixed, one = step(job, form, mode, 0).total, step(job, form, mode, 1000).total
+    return max(int((limit_bytes - fixed) * 1000 / max(one - fixed, 1)), 0)
 
 
-def choose_checkpointing(
-    config: Config, shape: TransformerShape, modules: list[str], sizes: Counter[Bucket], budget_bytes: int, gpu: bool
-) -> tuple[bool, str]:
-    """Whether to recompute activations, and why: only when a step would not fit the budget without."""
-    if config.memory.checkpointing != "auto":
-        return config.memory.checkpointing, "set in the config"
-    kept = estimate(config, shape, modules, sizes, checkpointing=False, gpu=gpu)
-    fits = kept.total <= budget_bytes
-    why = f"keeping activations takes {kept.total / 1e9:.1f} GB of {budget_bytes / 1e9:.1f} GB"
-    return not fits, why
+def preview(job: Job, form: Form) -> Estimate:
+    """The peak of the largest preview: of its sampling or of its decoding."""
+    sampling = decoding = 0.0
+    for one in job.previews:
+        batch = 2 if one.guidance > 0 else 1
+        tokens = padded(one.width * one.height // 256) + padded(caption_tokens(one.prompt))
+        sampling = max(sampling, SAMPLING[job.dtype] * job.shape.dim * tokens * batch)
+        decoding = max(decoding, float(DECODING[job.dtype] * one.width * one.height))
+    if job.gpu and job.previews:
+        decoding += VAE_WEIGHTS * DTYPE_BYTES[job.dtype]
+    return _with_weights(job, form, int(max(sampling, decoding)))
 
 
-def smaller(
-    config: Config, shape: TransformerShape, modules: list[str], sizes: Counter[Bucket], limit_bytes: int, gpu: bool
-) -> str:
-    """What to set so that a step is predicted to fit: the fewest of the changes that cost least, in this order."""
+def _with_weights(job: Job, form: Form, activations: int) -> Estimate:
+    weights = device_bytes(job, form)
+    lora = int(job.trained * (4 + 4 + OPTIMIZER_BYTES[job.optimizer]))
+    around = CONTEXT_BYTES + FRAGMENTATION * (weights + lora + activations) if job.gpu else 0
+    return Estimate(weights, lora, activations, int(around))
+
+
+def device_bytes(job: Job, form: Form) -> int:
+    """Frozen weights on the device: all, or those of blocks that stay and of the ring for the others."""
+    block = block_bytes(job, form.kind)
+    ring = min(SLOTS, form.streamed) * block
+    return model_bytes(job, form.kind) - form.streamed * block + (SLOTS * block if ring else 0)
+
+
+def host_bytes(job: Job, form: Form) -> int:
+    """Frozen weights in main memory."""
+    return form.streamed * block_bytes(job, form.kind)
+
+
+def model_bytes(job: Job, kind: Kind | None) -> int:
+    """The whole frozen transformer."""
+    return _bytes(job.shape, job.dtype, kind, "")
+
+
+def block_bytes(job: Job, kind: Kind | None) -> int:
+    """One of its layers."""
+    return _bytes(job.shape, job.dtype, kind, "layers.0.")
+
+
+@cache
+def _bytes(shape: TransformerShape, dtype: str, kind: Kind | None, prefix: str) -> int:
+    return sum(_tensor_bytes(shape, dtype, name, kind) for name in shape.parameters if name.startswith(prefix))
+
+
+def _tensor_bytes(shape: TransformerShape, dtype: str, name: str, kind: Kind | None) -> int:
+    size = shape.parameters[name]
+    if kind is None or len(size) != 2 or not IN_A_BLOCK.match(name):
+        return count(size) * DTYPE_BYTES[dtype]
+    rows, columns = size
+    scales = rows * columns // math.gcd(columns, SCALE_BLOCK)
+    return rows * columns * QUANTISED_BITS[kind] // 8 + scales * SCALE_BYTES
+
+
+def lighter(job: Job) -> list[tuple[str, Job]]:
+    """The job with ever more changes that make it lighter, each with the settings that make it so."""
+    found: list[tuple[str, Job]] = []
     said: list[str] = []
-    current = config
-    for setting, value in (
-        ("memory.checkpointing", True),
-        ("train.batch_size", 1),
-        ("data.resolution", 768),
-        ("data.resolution", 512),
-        ("lora.rank", 8),
-    ):
-        if setting == "data.resolution":
-            if max((size.width * size.height for size in sizes), default=0) <= value**2:
-                continue
-            sizes = Counter({Bucket(value, value): sizes.total()})
-        else:
-            section, _, key = setting.partition(".")
-            part = getattr(current, section)
-            if getattr(part, key) is True or (setting != "memory.checkpointing" and getattr(part, key) <= value):
-                continue
-            current = current.model_copy(update={section: part.model_copy(update={key: value})})
-        said = [*(one for one in said if not one.startswith(setting)), f"{setting}: {str(value).lower()}"]
-        found = estimate(current, shape, modules, sizes, current.memory.checkpointing is True, gpu).total
-        if found <= limit_bytes:
-            return f"set {', '.join(said)} (predicted: {found / 1e9:.2f} GB)"
-    least = estimate(current, shape, modules, sizes, True, gpu).total
-    return f"a step takes {least / 1e9:.2f} GB at the least (predicted), so more memory is needed"
+    current = job
+    if job.batch_size > 1:
+        said, current = [*said, "train.batch_size: 1"], replace(current, batch_size=1)
+        found.append((", ".join(said), current))
+    for side in (768, 512):
+        if max((size.width * size.height for size in current.sizes), default=0) > side**2:
+            said = [one for one in said if not one.startswith("data.resolution")] + [f"data.resolution: {side}"]
+            current = replace(current, sizes=Counter({Bucket(side, side): current.sizes.total()}))
+            found.append((", ".join(said), current))
+    return found
 
 
 def parameters_of(shape: TransformerShape) -> int:
@@ -133,7 +224,4 @@ def padded(tokens: int) -> int:
 
 def count(shape: tuple[int, ...]) -> int:
     """The number of elements of a tensor."""
-    result = 1
-    for side in shape:
-        result *= side
-    return result
+    return math.prod(shape)

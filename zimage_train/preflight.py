@@ -1,24 +1,20 @@
 """Everything that can be known before a GPU is touched: all problems at once, or all that a run needs (torch-free)."""
 
 import os
-import shutil
-import subprocess
-from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
-from zimage_train import files, flops, memory
+from zimage_train import files, memory, planner
 from zimage_train.config import advice
 from zimage_train.config.reading import cache_folder
 from zimage_train.config.schema import Config
 from zimage_train.data import folder
-from zimage_train.data.buckets import Bucket, crop_percent
 from zimage_train.data.folder import Picture
 from zimage_train.data.looks import Looks, Tick
-from zimage_train.data.plan import Item, items_of, make_plan
+from zimage_train.data.plan import Item, items_of
 from zimage_train.errors import ConfigError, Problem, WeightsError, ZImageTrainError, collected, raise_all
 from zimage_train.lora import headers, names
-from zimage_train.memory import Estimate
+from zimage_train.memory import Job
 from zimage_train.model import extras as parts
 from zimage_train.model import sources
 from zimage_train.model.shapes import TransformerShape
@@ -82,22 +78,23 @@ def examine(config: Config, fetch: Fetch | None = None, tick: Tick = lambda what
     return checked
 
 
-def estimate(checked: Checked, checkpointing: bool, gpu: bool) -> Estimate:
-    """The memory of a training step of `checked`; what is not downloaded yet has the size of the published models."""
-    shape, modules, sizes = _measures(checked)
-    return memory.estimate(checked.config, shape, modules, sizes, checkpointing, gpu)
+def job_of(checked: Checked, gpu: bool | None = None) -> Job:
+    """What `checked` trains, as far as memory and time go; what is not downloaded yet has the published models' size.
 
-
-def less_memory(checked: Checked, limit_bytes: int, gpu: bool) -> str:
-    """Settings by which a step of `checked` is predicted to fit."""
-    shape, modules, sizes = _measures(checked)
-    return memory.smaller(checked.config, shape, modules, sizes, limit_bytes, gpu)
-
-
-def _measures(checked: Checked) -> tuple[TransformerShape, list[str], Counter[Bucket]]:
+    `gpu`: whether on one; None: by the size of the model.
+    """
+    config = checked.config
     shape = checked.weights.shape if checked.weights else TransformerShape()
-    modules = checked.weights.modules if checked.weights else names.select(checked.config.lora.targets, shape.linears)
-    return shape, modules, Counter(item.size for item in checked.items)
+    modules = checked.weights.modules if checked.weights else names.select(config.lora.targets, shape.linears)
+    if gpu is None:
+        gpu = memory.parameters_of(shape) > memory.LARGEST_ON_CPU
+    return memory.job(config, shape, modules, checked.items, [*previews(config), *also(config)], gpu)
+
+
+def less_memory(checked: Checked, limit_bytes: float, gpu: bool | None = None) -> str:
+    """Settings by which a step of `checked` is predicted to fit."""
+    job = job_of(checked, gpu)
+    return planner.lighter(job, planner.wanted(checked.config, job.shape.n_layers), limit_bytes, system_memory_bytes())
 
 
 def _require_budget(checked: Checked) -> None:
@@ -106,38 +103,15 @@ def _require_budget(checked: Checked) -> None:
     Raises:
         ConfigError: a step would take more.
     """
-    budget, setting = checked.config.memory.budget_gb, checked.config.memory.checkpointing
+    budget = checked.config.memory.budget_gb
     if isinstance(budget, str) or not checked.items:
         return
-    is_for_gpu = memory.parameters_of(_measures(checked)[0]) > memory.LARGEST_ON_CPU
-    least = estimate(checked, setting is not False, is_for_gpu).total
-    if least > budget * 1e9:
-        what = f"is {budget:g}, and a training step takes {least / 1e9:.2f} GB (predicted)"
-        raise ConfigError(Problem("memory.budget_gb", what, less_memory(checked, int(budget * 1e9), is_for_gpu)))
-
-
-def report(checked: Checked) -> list[str]:
-    """What `check` prints: data, order, modules, memory, notes and warnings."""
-    config = checked.config
-    lines = [f"{config.name}: no problems found", "", *_table(checked)]
-    plan = make_plan(config, checked.items)
-    per_step = config.train.batch_size * config.train.accumulate
-    epochs = config.train.steps / plan.steps_per_epoch
-    lines += [
-        "",
-        f"{len(checked.items)} samples an epoch, {plan.steps_per_epoch:.1f} steps an epoch, "
-        f"{config.train.steps} steps of up to {per_step} samples = {epochs:.1f} epochs",
-    ]
-    if checked.weights is not None:
-        weights = checked.weights
-        groups = ", ".join(f"{name} {count}" for name, count in names.count_by_group(weights.modules).items())
-        lines.append(f"LoRA of rank {config.lora.rank} on {len(weights.modules)} modules ({groups})")
-        if weights.sources.adapter is not None:
-            lines.append(f"adapter fits {weights.adapter_modules}/{weights.adapter_modules} modules")
-    lines += ["", *_memory_lines(checked), *_share_lines(checked, _recomputes(checked))]
-    lines += [f"note: {note}" for note in checked.notes]
-    lines += [f"warning: {warning}" for warning in checked.warnings]
-    return lines
+    job = job_of(checked)
+    wanted = planner.wanted(checked.config, job.shape.n_layers)
+    plan = planner.choose(job, wanted, budget * 1e9, system_memory_bytes(), None)
+    if not plan.fits:
+        what = f"is {budget:g}, and a run takes {plan.peak.total / 1e9:.2f} GB (predicted)"
+        raise ConfigError(Problem("memory.budget_gb", what, less_memory(checked, budget * 1e9)))
 
 
 def system_memory_bytes() -> int:
@@ -209,28 +183,6 @@ def _disk_bytes(config: Config, weights: Weights | None) -> int:
     return int(checkpoint * 3 + export * (config.save.keep + 2))
 
 
-def _table(checked: Checked) -> list[str]:
-    by_picture: dict[tuple[int, Path], list[Item]] = {}
-    for item in checked.items:
-        if item.repeat == 0:
-            by_picture.setdefault((item.entry, item.picture.path), []).append(item)
-    repeats = [entry.repeats for entry in checked.config.data]
-    lines = [_row(items, repeats[entry]) for (entry, _), items in by_picture.items()]
-    total = sum(len(found) for found in checked.pictures)
-    return [f"{total} pictures", *lines]
-
-
-def _row(items: list[Item], repeats: int) -> str:
-    picture = items[0].picture
-    sizes = ", ".join(
-        f"{size.width}x{size.height} (scale {max(size.width / picture.width, size.height / picture.height):.2f}, "
-        f"crop {crop_percent(picture.width, picture.height, size):.0f} %)"
-        for size in (item.size for item in items)
-    )
-    times = f"  x{repeats}" if repeats > 1 else ""
-    return f"  {picture.path.name}: {picture.width}x{picture.height} -> {sizes}{times}  {picture.prompt!r}"
-
-
 def _small_pictures(items: list[Item]) -> list[str]:
     """Pictures that fill less than a listed resolution, which they are then trained below."""
     small: dict[int, set[Path]] = {}
@@ -244,71 +196,3 @@ def _small_pictures(items: list[Item]) -> list[str]:
         what = f"smaller than {resolution}x{resolution} px, so trained at their own size there"
         lines.append(f"{what}: {len(paths)} of {total} pictures ({some})")
     return lines
-
-
-def _share_lines(checked: Checked, checkpointing: bool) -> list[str]:
-    """Where the time and the memory of the run go: by resolution, and to previews; from operations, not a clock."""
-    config = checked.config
-    shape = checked.weights.shape if checked.weights else TransformerShape()
-    work: dict[int, float] = {}
-    for item in checked.items:
-        work[item.resolution] = work.get(item.resolution, 0.0) + flops.step(shape, item.size, checkpointing)
-    epoch = sum(work.values())
-    lines = []
-    for resolution, amount in sorted(work.items()):
-        part = replace(checked, items=[item for item in checked.items if item.resolution == resolution])
-        most = estimate(part, checkpointing, True).total / 1e9
-        lines.append(f"  {resolution} px: {amount / epoch:.0%} of the training time, {most:.2f} GB a step")
-    epochs = config.train.steps / make_plan(config, checked.items).steps_per_epoch
-    recipes = [*previews(config), *also(config)]
-    drawn = sum(
-        flops.forward(shape, Bucket(one.width, one.height)) * one.steps * (2 if one.guidance > 0 else 1)
-        for one in recipes
-    )
-    times = _previews_in_a_run(config)
-    share = drawn * times / (drawn * times + epoch * epochs)
-    lines.append(f"  previews: {times} times {len(recipes)} pictures, {share:.0%} of the run")
-    return ["time by share of the arithmetic:", *lines]
-
-
-def _previews_in_a_run(config: Config) -> int:
-    every, steps = config.sample.every, config.train.steps
-    if every is None:
-        return 0
-    return -(-steps // every) + config.sample.first
-
-
-def _memory_limit(checked: Checked) -> float | None:
-    budget = checked.config.memory.budget_gb
-    return budget * 1e9 if not isinstance(budget, str) else _gpu_bytes()
-
-
-def _recomputes(checked: Checked) -> bool:
-    setting, limit = checked.config.memory.checkpointing, _memory_limit(checked)
-    if isinstance(setting, bool):
-        return setting
-    return limit is not None and estimate(checked, False, True).total > limit
-
-
-def _memory_lines(checked: Checked) -> list[str]:
-    kept, recomputed = estimate(checked, False, True), estimate(checked, True, True)
-    limit, use, setting = _memory_limit(checked), _recomputes(checked), checked.config.memory.checkpointing
-    lines = ["memory of one training step:", *(f"  {line}" for line in (recomputed if use else kept).lines())]
-    other = kept if use else recomputed
-    lines.append(f"  {'without' if use else 'with'} recomputation it would be {other.total / 1e9:.2f} GB")
-    if limit is None:
-        lines.append("  no NVIDIA GPU found here: the run decides by the card it meets")
-    elif (recomputed if setting == "auto" or setting else kept).total > limit:
-        lines.append(f"  this does not fit {limit / 1e9:.1f} GB: {less_memory(checked, int(limit), True)}")
-    return lines
-
-
-def _gpu_bytes() -> float | None:
-    if shutil.which("nvidia-smi") is None:
-        return None
-    command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
-    try:
-        output = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout
-        return float(output.splitlines()[0]) * 2**20
-    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
-        return None

@@ -396,14 +396,15 @@ def loaded_by(names: list[str], then: str = "", path: Iterable[str] = ()) -> set
 
 def test_a_check_of_the_quickstart_loads_no_torch():
     """63. `--help`, config errors and all of `check` load no torch, and so answer at once."""
-    names = [f"{PACKAGE}.{one}" for one in ("cli", "config.reading", "data.plan", "preflight")]
+    names = [f"{PACKAGE}.{one}" for one in ("cli", "config.reading", "data.plan", "preflight", "app.check")]
     then = """
 from pathlib import Path
 from zimage_train import preflight
+from zimage_train.app import check
 from zimage_train.config.reading import read_config
 config = read_config(Path("configs/quickstart.yaml"))
 def nothing_here(*_): raise AssertionError("asks the hub")
-assert preflight.report(preflight.examine(config, nothing_here))
+assert check.report(preflight.examine(config, nothing_here))
 """
     loaded = loaded_by(names, then)
     assert loaded >= {PACKAGE, "yaml", "pydantic", "PIL", "typer"}

@@ -13,7 +13,9 @@ from zimage_train.config.values import (
     SCHEDULE_PARAMS,
     STRICT,
     Every,
+    Kind,
     Later,
+    Mode,
     Pixels,
     Resolutions,
     as_prompt,
@@ -49,8 +51,9 @@ class Model(Section):
     """How much of the adapter is merged; 1 is what it was made for."""
     dtype: Literal["bf16", "fp32"] = "bf16"
     """Precision of the frozen weights and of the forward pass; LoRA weights and the loss are always fp32."""
-    quantize: Annotated[str | None, Later(None)] = None
-    """Later: quantisation of the frozen weights."""
+    quantize: Kind | Literal["auto"] | None = None
+    """Frozen weights of attention and feed forward in 8 bits (int8, fp8) or 4 (nf4), after the merge; auto: only if
+    `dtype` does not fit; null: never."""
     attention: Annotated[str, Later("auto")] = "auto"
     """Later: choice of attention backend."""
 
@@ -242,12 +245,26 @@ class Ema(Section):
 class Memory(Section):
     budget_gb: float | Literal["auto"] = "auto"
     """Memory the run may take; auto: what the device has."""
-    checkpointing: bool | Literal["auto"] = "auto"
-    """Recompute activations in the backward pass; auto: when they would not fit the budget."""
-    offload: Annotated[str, Later("auto")] = "auto"
-    """Later: blocks that wait in main memory."""
+    checkpointing: bool | Literal["auto"] | Mode = "auto"
+    """What the backward pass computes again: none (or false), elementwise, w1w3, attention, full (or true); auto: the
+    least by which a batch fits the budget."""
+    offload: Annotated[float, Field(ge=0.0, le=1.0)] | Literal["auto"] = "auto"
+    """Share of the blocks that wait in main memory and are streamed; auto: as many as must."""
     compile: Annotated[bool | Literal["auto"], Later("auto")] = "auto"
     """Later: compiled blocks."""
+
+    @property
+    def mode(self) -> Mode | None:
+        """What is recomputed; None: the planner decides."""
+        if isinstance(self.checkpointing, bool):
+            return "full" if self.checkpointing else "none"
+        return None if self.checkpointing == "auto" else self.checkpointing
+
+    @model_validator(mode="after")
+    def _streams_with_recomputation(self) -> Self:
+        if self.mode == "none" and isinstance(self.offload, float) and self.offload > 0:
+            raise ValueError("offload needs recomputation: set checkpointing to elementwise, full or auto")
+        return self
 
     @field_validator("budget_gb")
     @classmethod

@@ -1,7 +1,7 @@
 """The kinds of value that settings have, beyond plain numbers and text."""
 
 from dataclasses import dataclass
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any, Literal, Optional, get_args
 
 from pydantic import (
     AfterValidator,
@@ -14,6 +14,12 @@ from pydantic import (
     ValidationError,
 )
 from pydantic_core import core_schema
+
+Kind = Literal["fp8", "int8", "nf4"]
+"""How frozen weights are quantised."""
+Mode = Literal["none", "elementwise", "w1w3", "attention", "full"]
+"""What a block recomputes in the backward pass, from nothing to everything; see model/recompute.py."""
+MODES: tuple[Mode, ...] = get_args(Mode)
 
 STRICT = ConfigDict(strict=True, allow_inf_nan=False)
 

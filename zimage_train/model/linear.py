@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zimage_train.config.values import Kind
 from zimage_train.model import quantize
-from zimage_train.model.quantize import Kind
 
 NAME = "zimage_train::frozen_linear"
 torch.library.define(NAME, "(Tensor x, Tensor weight, Tensor? scales, Tensor? a, Tensor? b, float scale) -> Tensor")

@@ -5,12 +5,12 @@ tensors need no label. Relative error of a Gaussian weight (root mean square): i
 """
 
 import math
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-Kind = Literal["fp8", "int8", "nf4"]
+from zimage_train.config.values import Kind
+
 BLOCK = 64
 """Weights that share a scale; fewer where a row is no multiple of it."""
 STORED = {"fp8": torch.float8_e4m3fn, "int8": torch.int8, "nf4": torch.uint8}

@@ -7,7 +7,7 @@ forward as well; `attention` keeps attention alone; `full` keeps the block's inp
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +18,9 @@ from torch.utils.checkpoint import (
     noop_context_fn,
 )
 
+from zimage_train.config.values import Mode
 from zimage_train.model.linear import frozen_linear
 
-Mode = Literal["none", "elementwise", "w1w3", "attention", "full"]
 ATTENTION = {
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,

@@ -17,6 +17,8 @@ Shape = tuple[int, ...]
 
 
 MOST_LAYERS = 1000
+IN_A_BLOCK = re.compile(r"(layers|noise_refiner|context_refiner)\.\d+\.(attention|feed_forward)\.")
+"""Linear layers that make up 98 % of the model, and that are quantised if anything is."""
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,8 @@ ALIGNMENT = 256
 SLOTS = 2
 
 
-def streamed(count: int, fraction: float) -> list[int]:
-    """Which of `count` blocks are streamed: `fraction` of them, evenly spread."""
-    number = round(count * fraction)
+def streamed(count: int, number: int) -> list[int]:
+    """Which `number` of `count` blocks are streamed: evenly spread."""
     return [(2 * index + 1) * count // (2 * number) for index in range(number)]
 
 

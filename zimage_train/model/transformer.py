@@ -1,6 +1,5 @@
 """The frozen S3-DiT: an empty one to fill, and the one function that calls it."""
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,17 +8,15 @@ from accelerate import init_empty_weights
 from diffusers import ZImageTransformer2DModel
 from torch import Tensor
 
+from zimage_train.config.values import Kind
 from zimage_train.model.linear import FrozenLinear
-from zimage_train.model.quantize import Kind
-from zimage_train.model.shapes import TransformerShape
+from zimage_train.model.shapes import IN_A_BLOCK, TransformerShape
 from zimage_train.model.sources import transformer_tensors
 from zimage_train.model.weights import stream, stream_native
 from zimage_train.tensors import Embeds, Images, PerSample
 
 SEQUENCE_MULTIPLE = 32
 """The model pads captions and pictures to multiples of this many tokens with learned tokens that attend."""
-IN_A_BLOCK = re.compile(r"(layers|noise_refiner|context_refiner)\.\d+\.(attention|feed_forward)\.")
-"""The linear layers that make up 97 % of the model."""
 
 
 def empty(shape: TransformerShape, dtype: torch.dtype, kind: Kind | None) -> ZImageTransformer2DModel:

@@ -1,30 +1,33 @@
 """From a checked config to a run that is ready: caches filled, model assembled, LoRA attached, checkpoint loaded."""
 
 import importlib.metadata
-from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from zimage_train import __version__, checkpoint, distributed, encoding, memory, optim
+from zimage_train import __version__, cards, checkpoint, distributed, encoding, forecast, optim, preflight
 from zimage_train.assemble import Frozen, assemble
 from zimage_train.checkpoint import Checkpoint
 from zimage_train.config.reading import cache_folder
 from zimage_train.config.schema import Config
+from zimage_train.data import plan as ordering
 from zimage_train.data.cache import Cache
 from zimage_train.data.folder import fingerprint
-from zimage_train.data.plan import Plan, make_plan
+from zimage_train.data.plan import make_plan
 from zimage_train.distributed import World
 from zimage_train.errors import ConfigError, Problem
+from zimage_train.forecast import Device
 from zimage_train.lora import adapter as adapters
 from zimage_train.lora import attach, names
 from zimage_train.lora.attach import Attached
 from zimage_train.lora.metadata import describe
+from zimage_train.memory import Form
 from zimage_train.model import recompute
 from zimage_train.model.digests import Digests as Digester
-from zimage_train.preflight import Checked, Weights, system_memory_bytes
+from zimage_train.planner import MANY, Plan
+from zimage_train.preflight import Checked, Weights
 from zimage_train.report.console import Console
 from zimage_train.report.trackers import Trackers
 from zimage_train.sampling import recipe
@@ -93,7 +96,7 @@ def find_checkpoint(
     return found
 
 
-def fill_caches(checked: Checked, session: Session, plan: Plan) -> None:
+def fill_caches(checked: Checked, session: Session, plan: ordering.Plan) -> None:
     """Encode every picture and prompt that the run will use and the cache does not have."""
 
     def tick(what: str, done: int, total: int) -> None:
@@ -131,11 +134,10 @@ def prepare(
     config, weights, world, console = checked.config, session.weights, session.world, session.console
     plan = make_plan(config, checked.items, world.processes)
     fill_caches(checked, session, plan)
-    checkpointing, why = _plan_memory(checked, session)
-    console.say(f"gradient checkpointing {'on' if checkpointing else 'off'}: {why}")
-
-    frozen = _assemble(config, session)
-    attached = _attach(config, frozen, weights.modules, checkpointing)
+    made = _plan_memory(checked, session)
+    console.say(f"memory plan: {forecast.in_words(made)}")
+    frozen = _assemble(config, session, made.form)
+    attached = _attach(config, frozen, weights.modules, made)
     groups = names.count_by_group(attached.a)
     shown = ", ".join(f"{name} {count}" for name, count in groups.items())
     console.say(f"LoRA rank {config.lora.rank}: matched {len(attached.a)}/{len(weights.modules)} modules ({shown})")
@@ -151,9 +153,8 @@ def prepare(
     drawn = views.of(config, folder, identity, weights.sources.also)
     if world.is_main:
         run_folder.write_config(folder, config)
-        made = {"checkpointing": checkpointing, "why": why}
         starts = [*run_folder.earlier_starts(folder), start]
-        facts = _facts(checked, session, frozen, plan, groups) | {"plan": made, "starts": starts}
+        facts = _facts(checked, session, frozen, plan, groups) | {"plan": made.facts(), "starts": starts}
         run_folder.write_facts(folder, facts)
     return Run(
         config=config,
@@ -177,37 +178,40 @@ def prepare(
     )
 
 
-def _assemble(config: Config, session: Session) -> Frozen:
+def _assemble(config: Config, session: Session, form: Form) -> Frozen:
     weights, console = session.weights, session.console
     adapter = None
     if weights.sources.adapter is not None:
         adapter = adapters.load(weights.sources.adapter, config.model.adapter_strength, weights.shape)
     console.say(f"loading {weights.sources.transformer}")
-    frozen = assemble(weights.sources.transformer, adapter, config.model.dtype, session.world.device)
+    path, device = weights.sources.transformer, session.world.device
+    frozen = assemble(path, adapter, config.model.dtype, device, form.kind, form.streamed)
     if adapter is not None:
         count = f"{frozen.adapter_matched}/{len(adapter.lora)}"
         console.say(f"training adapter {adapter.path.name}: matched {count} modules, strength {adapter.strength:g}")
     return frozen
 
 
-def _attach(config: Config, frozen: Frozen, modules: list[str], checkpointing: bool) -> Attached:
+def _attach(config: Config, frozen: Frozen, modules: list[str], plan: Plan) -> Attached:
     lora = config.lora
     attached = attach.attach(frozen.model, modules, lora.rank, lora.alpha, lora.dropout, config.seed)
-    if checkpointing:
-        frozen.model.enable_gradient_checkpointing(recompute.by_tokens(lambda tokens: "full", lora.dropout > 0))
+    if plan.limits.get("none") != MANY:
+        frozen.model.enable_gradient_checkpointing(recompute.by_tokens(plan.mode_of, lora.dropout > 0))
     return attached
 
 
-def _plan_memory(checked: Checked, session: Session) -> tuple[bool, str]:
-    config, weights, world = checked.config, session.weights, session.world
-    is_gpu = world.device.type == "cuda"
-    budget = config.memory.budget_gb
-    if budget == "auto":
-        total = torch.cuda.get_device_properties(world.device).total_memory if is_gpu else system_memory_bytes()
+def _plan_memory(checked: Checked, session: Session) -> Plan:
+    """By the totals of the device, or the budget: never by what happens to be free."""
+    device, is_gpu = session.world.device, session.world.device.type == "cuda"
+    if is_gpu:
+        properties = torch.cuda.get_device_properties(device)
+        here = Device(properties.name, properties.total_memory, cards.find(properties.name))
     else:
-        total = int(budget * 1e9)
-    sizes = Counter(item.size for item in checked.items)
-    return memory.choose_checkpointing(config, weights.shape, weights.modules, sizes, total, is_gpu)
+        here = Device("cpu", preflight.system_memory_bytes(), None)
+    budget = checked.config.memory.budget_gb
+    if not isinstance(budget, str):
+        here = replace(here, limit_bytes=budget * 1e9)
+    return forecast.plan_for(checked, here, is_gpu)
 
 
 def fingerprint_of(checked: Checked, digests: Digests) -> dict[str, Any]:
@@ -221,7 +225,9 @@ def fingerprint_of(checked: Checked, digests: Digests) -> dict[str, Any]:
     }
 
 
-def _facts(checked: Checked, session: Session, frozen: Frozen, plan: Plan, groups: dict[str, int]) -> dict[str, Any]:
+def _facts(
+    checked: Checked, session: Session, frozen: Frozen, plan: ordering.Plan, groups: dict[str, int]
+) -> dict[str, Any]:
     config, weights, digests, world = checked.config, session.weights, session.digests, session.world
     adapter = frozen.adapter and {
         "name": frozen.adapter.path.name,

@@ -1,0 +1,73 @@
+"""The `check` command: what a run would do, and what it would take (torch-free)."""
+
+import re
+from pathlib import Path
+
+from zimage_train import forecast
+from zimage_train.data.buckets import crop_percent
+from zimage_train.data.plan import Item, make_plan
+from zimage_train.errors import ConfigError, Problem
+from zimage_train.lora import names
+from zimage_train.preflight import Checked
+
+
+def report(checked: Checked, gpu: str | None = None, price: float | None = None) -> list[str]:
+    """What `check` prints: data, order, modules, memory, time, notes and warnings.
+
+    Raises:
+        ConfigError: the card `gpu` is not known.
+    """
+    config = checked.config
+    lines = [f"{config.name}: no problems found", "", *_table(checked)]
+    plan = make_plan(config, checked.items)
+    per_step = config.train.batch_size * config.train.accumulate
+    epochs = config.train.steps / plan.steps_per_epoch
+    lines += [
+        "",
+        f"{len(checked.items)} samples an epoch, {plan.steps_per_epoch:.1f} steps an epoch, "
+        f"{config.train.steps} steps of up to {per_step} samples = {epochs:.1f} epochs",
+    ]
+    if checked.weights is not None:
+        weights = checked.weights
+        groups = ", ".join(f"{name} {count}" for name, count in names.count_by_group(weights.modules).items())
+        lines.append(f"LoRA of rank {config.lora.rank} on {len(weights.modules)} modules ({groups})")
+        if weights.sources.adapter is not None:
+            lines.append(f"adapter fits {weights.adapter_modules}/{weights.adapter_modules} modules")
+    lines += ["", *forecast.lines(checked, gpu, price)]
+    lines += [f"note: {note}" for note in checked.notes]
+    lines += [f"warning: {warning}" for warning in checked.warnings]
+    return lines
+
+
+def parse_price(text: str) -> float:
+    """The number of `0.69`, `0.69/h` or `$0.69/h`.
+
+    Raises:
+        ConfigError: it holds none.
+    """
+    match = re.fullmatch(r"\s*[^\d\s.,-]?\s*(\d+(?:\.\d+)?)\s*[^\d\s.,-]?\s*(?:/\s*h(?:our)?)?\s*", text)
+    if match is None:
+        raise ConfigError(Problem("--price", f"is {text!r}", "give the price of an hour, such as 0.69/h"))
+    return float(match[1])
+
+
+def _table(checked: Checked) -> list[str]:
+    by_picture: dict[tuple[int, Path], list[Item]] = {}
+    for item in checked.items:
+        if item.repeat == 0:
+            by_picture.setdefault((item.entry, item.picture.path), []).append(item)
+    repeats = [entry.repeats for entry in checked.config.data]
+    lines = [_row(items, repeats[entry]) for (entry, _), items in by_picture.items()]
+    total = sum(len(found) for found in checked.pictures)
+    return [f"{total} pictures", *lines]
+
+
+def _row(items: list[Item], repeats: int) -> str:
+    picture = items[0].picture
+    sizes = ", ".join(
+        f"{size.width}x{size.height} (scale {max(size.width / picture.width, size.height / picture.height):.2f}, "
+        f"crop {crop_percent(picture.width, picture.height, size):.0f} %)"
+        for size in (item.size for item in items)
+    )
+    times = f"  x{repeats}" if repeats > 1 else ""
+    return f"  {picture.path.name}: {picture.width}x{picture.height} -> {sizes}{times}  {picture.prompt!r}"

@@ -1,0 +1,107 @@
+"""Graphics cards by their data sheets: what a plan for one is made with where no run on it was measured (torch-free).
+
+`tflops` is dense bf16 with fp32 sums; what GeForce cards reach there is half of what their boxes say. H100 and H200
+have 790 at most in real products, whatever the sheet says, so 878 of which the planner takes nine tenths.
+"""
+
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass
+
+from zimage_train.errors import ConfigError, Problem
+
+
+@dataclass(frozen=True)
+class Card:
+    """One card: memory in GB (1e9 bytes), arithmetic, memory bandwidth and PCIe (one way, pinned) in GB/s."""
+
+    name: str
+    memory_gb: float
+    tflops: float
+    gb_per_second: float
+    pcie_gb_per_second: float
+
+
+def _gib(gib: float) -> float:
+    return round(gib * 1.073741824, 1)
+
+
+CARDS = {
+    card.name: card
+    for card in (
+        Card("3060", _gib(12), 25.6, 360, 24),
+        Card("3080", _gib(10), 59.5, 760, 24),
+        Card("3090", _gib(24), 71, 936, 24),
+        Card("4060", _gib(8), 30.2, 272, 12),
+        Card("4060ti", _gib(16), 44.1, 288, 12),
+        Card("4070", _gib(12), 58.3, 504, 24),
+        Card("4070tisuper", _gib(16), 88.2, 672, 24),
+        Card("4080", _gib(16), 97.5, 717, 24),
+        Card("4090", _gib(24), 165, 1008, 24),
+        Card("5060ti", _gib(16), 47.4, 448, 24),
+        Card("5070", _gib(12), 61.7, 672, 48),
+        Card("5070ti", _gib(16), 87.9, 896, 48),
+        Card("5080", _gib(16), 112.6, 960, 48),
+        Card("5090", _gib(32), 209.5, 1792, 48),
+        Card("a4000", _gib(16), 76.7, 448, 24),
+        Card("a5000", _gib(24), 111, 768, 24),
+        Card("a6000", _gib(48), 154.8, 768, 24),
+        Card("l4", _gib(24), 121, 300, 24),
+        Card("l40s", _gib(48), 362, 864, 24),
+        Card("6000ada", _gib(48), 364, 960, 24),
+        Card("a100", _gib(80), 312, 2039, 24),
+        Card("h100", _gib(80), 878, 3350, 48),
+        Card("h200", _gib(141), 878, 4800, 48),
+        Card("b200", _gib(180), 2250, 8000, 48),
+    )
+}
+TYPICAL = CARDS["4090"]
+"""By whose proportions one plan is preferred to another where the card is not known."""
+
+
+def named(name: str) -> Card:
+    """The card that someone means by `name`: `4090`, `rtx-4090`, `NVIDIA GeForce RTX 4090`.
+
+    Raises:
+        ConfigError: it is not in the list.
+    """
+    card = find(name)
+    if card is None:
+        raise ConfigError(Problem("--gpu", f"{name!r} is not known", f"give one of {', '.join(CARDS)}"))
+    return card
+
+
+def find(name: str) -> Card | None:
+    """The card whose name occurs in `name`, the longest of them; None: there is none."""
+    words = re.sub(r"[^a-z0-9]+", " ", name.lower()).split()
+    text = "".join(words)
+    matching = [card for card in CARDS.values() if card.name in words or _is_within(text, card.name)]
+    return max(matching, key=lambda card: len(card.name), default=None)
+
+
+def _is_within(text: str, name: str) -> bool:
+    """`nvidiaa100sxm480gb` is an A100: makers put the form and the memory behind the name."""
+    behind = r"(sxm|pcie|nvl|hbm|\d*gb|adageneration|generation|$)"
+    return re.search(rf"(nvidia|rtx|geforce|^){name}{behind}", text) is not None
+
+
+@dataclass(frozen=True)
+class Found:
+    """The NVIDIA card of this machine: what it calls itself, and its memory in bytes."""
+
+    name: str
+    memory_bytes: float
+
+
+def here() -> Found | None:
+    """The first NVIDIA card of this machine, by its driver; None: there is none."""
+    if shutil.which("nvidia-smi") is None:
+        return None
+    command = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
+    try:
+        output = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout
+        name, _, memory = output.splitlines()[0].rpartition(",")
+        return Found(name.strip(), float(memory) * 2**20)
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
+        return None
