@@ -7,7 +7,9 @@ python scripts/generate.py --check   write nothing; exit code 1 if something is 
 import json
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,16 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from zimage_train import cli
+from zimage_train.cards import CARDS
 from zimage_train.config import yaml_reader
 from zimage_train.config.schema import Config, Prompt
+from zimage_train.data.buckets import Bucket
+from zimage_train.forecast import MODES_IN_WORDS
+from zimage_train.lora import names
+from zimage_train.memory import Job, caption_tokens, host_bytes
+from zimage_train.model.shapes import TransformerShape
+from zimage_train.planner import Plan, Wanted, choose
+from zimage_train.sampling.recipe import Recipe
 
 ROOT = Path(__file__).parent.parent
 
@@ -132,7 +142,68 @@ def readme() -> str:
     def counted(match: re.Match[str]) -> str:
         return f"`{match[1]}` ({len((ROOT / match[1]).read_text(encoding='utf-8').splitlines())} lines)"
 
-    return re.sub(r"`(zimage_train/[\w/]+\.py)` \(\d+ lines\)", counted, text)
+    text = re.sub(r"`(zimage_train/[\w/]+\.py)` \(\d+ lines\)", counted, text)
+    return re.sub(r"\| GPU memory \|.*?\n\n", lambda _: budget_table() + "\n\n", text, flags=re.DOTALL)
+
+
+BUDGETS = {24: "4090", 16: "4080", 12: "4070", 8: "4060"}
+"""Memory in GB, and the card by whose data sheet its time is told."""
+MAIN_MEMORY = 32e9
+CAPTION = "a photo of zchar in a sunlit garden, half body, warm light, shallow depth of field"
+SIDES = (512, 768, 1024)
+
+
+def plan_for(budget_gb: int) -> Plan:
+    """What the planner says of a character at three resolutions, rank 16, in full precision, with 32 GB main memory."""
+    shape = TransformerShape()
+    modules = names.select(["attention", "feed_forward"], shape.linears)
+    preview = Recipe(prompt=CAPTION, negative="", seed=1, width=1024, height=1024, steps=8, guidance=0.0, shift=3.0)
+    job = Job(
+        shape=shape,
+        dtype="bf16",
+        trained=16 * sum(sum(shape.linears[module]) for module in modules),
+        optimizer="adamw8bit",
+        sizes=Counter({Bucket(side, side): 20 for side in SIDES}),
+        batch_size=1,
+        caption_tokens=caption_tokens(CAPTION),
+        previews=(preview,),
+        gpu=True,
+    )
+    return choose(job, Wanted((None,), None, None), budget_gb * 1e9, MAIN_MEMORY, CARDS[BUDGETS[budget_gb]])
+
+
+def budget_yaml(budget_gb: int) -> str:
+    """configs/turbo_character.yaml for a card of `budget_gb`, with what the planner makes of it."""
+    plan = plan_for(budget_gb)
+    streamed, layers = plan.form.streamed, plan.job.shape.n_layers
+    held = f"{streamed} of {layers} blocks wait in main memory ({host_bytes(plan.job, plan.form) / 1e9:.1f} GB)"
+    modes = {side: plan.mode_of(plan.job.tokens(Bucket(side, side))) for side in SIDES}
+    head = [
+        f"# A person or character on Z-Image-Turbo with {budget_gb} GB of GPU memory; pictures, captions: photos/.",
+        f"# The planner predicts {plan.peak.total / 1e9:.1f} GB at the most. zimage-train check says what it",
+        "# chooses for your pictures, card and main memory; here:",
+        f"#   weights   bf16, {held if streamed else 'all on the card'}",
+        *(f"#   {side:4} px   {MODES_IN_WORDS[mode]} recomputed" for side, mode in modes.items()),
+        "# Written by scripts/generate.py.",
+    ]
+    text = (ROOT / "configs/turbo_character.yaml").read_text(encoding="utf-8")
+    body = text[text.index("name: ") :].replace("name: my_character", f"name: my_character_{budget_gb}gb", 1)
+    memory = ["memory:", f"  budget_gb: {budget_gb}"]
+    return "\n".join([*head, body.rstrip(), *memory, ""])
+
+
+def budget_table() -> str:
+    """The README's table of budgets."""
+    rows = ["| GPU memory | weights | 512 px | 768 px | 1024 px | peak |", "|---|---|---|---|---|---|"]
+    for budget_gb, name in BUDGETS.items():
+        plan, card = plan_for(budget_gb), CARDS[name]
+        weights = f"bf16, {plan.form.streamed} of 30 blocks streamed" if plan.form.streamed else "bf16"
+        cells = []
+        for side in SIDES:
+            size = Bucket(side, side)
+            cells.append(f"{plan.seconds(size, card):.1f} s, {plan.mode_of(plan.job.tokens(size))}")
+        rows.append(f"| {budget_gb} GB ({name}) | {weights} | {' | '.join(cells)} | {plan.peak.total / 1e9:.1f} GB |")
+    return "\n".join(rows)
 
 
 NOTICE = "Written by `scripts/generate.py` from the code; a test keeps it so."
@@ -140,6 +211,7 @@ NOTICE = "Written by `scripts/generate.py` from the code; a test keeps it so."
 GENERATED: dict[str, Callable[[], str]] = {
     "configs/schema.json": schema_json,
     "configs/reference.yaml": reference_yaml,
+    **{f"configs/{budget_gb}gb.yaml": partial(budget_yaml, budget_gb) for budget_gb in BUDGETS},
     "README.md": readme,
     "docs/config.md": config_md,
     "docs/commands.md": cli_md,

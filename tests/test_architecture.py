@@ -50,6 +50,7 @@ LAYERS: list[list[str]] = [
         "data.cache",
         "lora.files lora.attach lora.adapter",
         "lora.files lora.loaders lora.anatomy",
+        "measured",
         "cards memory flops planner",
         "report.pictures report.change report.page",
         "report.heatmap",
@@ -63,11 +64,13 @@ LAYERS: list[list[str]] = [
         "accelerator",
         "preflight forecast",
         "training.objectives",
+        "training.pace",
     ],
     # 4: the loop, and the commands
     [
         "training.stopping training.run_folder training.views training.run training.publish training.loop",
         "training.stopping training.run_folder training.views training.run training.setup",
+        "training.run training.rehearsal app.train",
         "app.sample app.train",
         "training.stopping app.train",
         "training.run_folder training.views app.train",
@@ -90,7 +93,7 @@ TORCH_FREE = [
         "data.buckets data.captions data.images data.looks data.folder data.plan data.quarantine",
         "lora.families lora.names lora.headers lora.metadata",
         "sampling.recipe sampling.workflow report.metrics report.console report.pictures report.change report.page",
-        "report.heatmap report.trackers cards memory flops planner mini.world",
+        "report.heatmap report.trackers measured cards memory flops planner mini.world",
         "preflight forecast app.check training.stopping training.run_folder training.views cli __main__",
     )
     for module in line.split()

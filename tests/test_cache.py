@@ -1,18 +1,27 @@
 """Caches: found by content, never trusted blindly, filled once, with the encoders gone before training."""
 
+import json
 import os
 import shutil
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 
-from zimage_train import encoding, mini
+from zimage_train import encoding, files, mini
 from zimage_train.app.train import cache as fill
+from zimage_train.config.reading import dump_config
 from zimage_train.config.schema import Config
+from zimage_train.data import cache as caching
 from zimage_train.data.cache import Cache, prompt_key
 from zimage_train.errors import DataError, WeightsError
 from zimage_train.model.digests import Digests
+
+from helpers import environment
 
 
 @pytest.fixture
@@ -26,9 +35,9 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
             counts[loads] += 1
             encode = original(*args)
 
-            def encode_and_count(value):
-                counts[key] += 1
-                return encode(value)
+            def encode_and_count(values, *rest):
+                counts[key] += len(values)
+                return encode(values, *rest)
 
             return encode_and_count
 
@@ -136,14 +145,20 @@ def test_a_damaged_entry_is_encoded_again_to_the_same_bytes(config, counted, tmp
 
 
 def test_latents_that_are_not_finite_name_their_picture(config, monkeypatch):
-    monkeypatch.setattr(encoding, "picture_encoder", lambda *a: lambda image: torch.full((16, 8, 8), float("nan")))
+    monkeypatch.setattr(
+        encoding, "picture_encoder", lambda *a: lambda images: torch.full((len(images), 16, 8, 8), float("nan"))
+    )
     with pytest.raises(DataError, match=r"zorb_0\d.*not finite") as error:
         fill(config())
     assert error.value.exit_code == 3
 
 
 def test_embeddings_that_are_not_finite_name_their_prompt(config, monkeypatch):
-    monkeypatch.setattr(encoding, "prompt_encoder", lambda *a: lambda prompt: torch.full((9, 64), float("inf")))
+    monkeypatch.setattr(
+        encoding,
+        "prompt_encoder",
+        lambda *a: lambda prompts, tick: ((one, torch.full((9, 64), float("inf"))) for one in prompts),
+    )
     with pytest.raises(WeightsError, match=r"text_encoder: its embedding of '.*' is not finite"):
         fill(config())
 
@@ -198,3 +213,121 @@ def test_keys_depend_on_everything_that_goes_in():
 
 def test_a_missing_entry_is_none(tmp_path: Path):
     assert Cache(tmp_path).read(f"latents/{'0' * 64}") is None
+
+
+# Several processes on one folder
+
+
+def claims(folder: Path) -> list[Path]:
+    return sorted(folder.rglob("*.claim"))
+
+
+def claim_all(config: Config, cache: Path, owner: str) -> list[Path]:
+    """Leave a claim on every latent that `config` needs, as `owner` would."""
+    fill(config)
+    made = []
+    for entry in sorted((cache / "latents").rglob("*.safetensors")):
+        entry.unlink()
+        made.append(entry.with_suffix(".claim"))
+        made[-1].write_text(owner)
+    return made
+
+
+def test_no_claim_stays_behind(config, tmp_path: Path):
+    fill(config())
+    assert claims(tmp_path / "cache") == []
+
+
+def test_claims_of_a_killed_process_of_this_host_are_taken_over_at_once(config, counted, tmp_path: Path):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    claim_all(config(), tmp_path / "cache", f"{files._host()}-{ended.pid}")
+    taken(counted)
+    began = time.monotonic()
+    fill(config())
+    assert taken(counted) == NOTHING | {"pictures": 8, "vae": 1} and time.monotonic() - began < 20
+    assert claims(tmp_path / "cache") == []
+
+
+def test_claims_of_another_host_are_waited_for_and_taken_over_when_nobody_renews_them(
+    config, counted, tmp_path: Path, monkeypatch, capsys
+):
+    claim_all(config(), tmp_path / "cache", "0123abcd-1")
+    taken(counted)
+    monkeypatch.setattr(caching, "CLAIM_SECONDS", 1.2)
+    fill(config())
+    assert taken(counted) == NOTHING | {"pictures": 8, "vae": 1}
+    assert "waiting for pictures that others encode" in capsys.readouterr().out
+    assert claims(tmp_path / "cache") == []
+
+
+def test_what_another_host_finishes_meanwhile_is_found_and_not_made_twice(config, counted, tmp_path: Path, monkeypatch):
+    cache = tmp_path / "cache"
+    fill(config())
+    whole = {entry: entry.read_bytes() for entry in (cache / "latents").rglob("*.safetensors")}
+    claimed = claim_all(config(), cache, "0123abcd-1")
+    taken(counted)
+
+    def other_host() -> None:
+        for claim in claimed:
+            time.sleep(0.1)
+            claim.with_suffix(".safetensors").write_bytes(whole[claim.with_suffix(".safetensors")])
+            claim.unlink()
+
+    monkeypatch.setattr(caching, "POLL_SECONDS", 0.05)
+    with ThreadPoolExecutor() as others:
+        done = others.submit(other_host)
+        fill(config())
+        done.result()
+    assert taken(counted) == NOTHING
+
+
+def test_a_claim_that_is_renewed_is_not_taken_over(config, tmp_path: Path, monkeypatch):
+    (first, *_) = claim_all(config(), tmp_path / "cache", "0123abcd-1")
+    for claim in claims(tmp_path / "cache")[1:]:
+        claim.unlink()
+    monkeypatch.setattr(caching, "CLAIM_SECONDS", 0.6)
+    monkeypatch.setattr(caching, "POLL_SECONDS", 0.1)
+    waited: list[float] = []
+
+    def at_work() -> None:
+        while first.exists() and len(waited) < 12:
+            waited.append(time.monotonic())
+            files.renew(first)
+            time.sleep(0.2)
+
+    with ThreadPoolExecutor() as others:
+        others.submit(at_work)
+        fill(config())
+    assert len(waited) == 12  # it was left alone for as long as its owner was at work
+
+
+def test_each_of_two_processes_encodes_its_share(config, tmp_path: Path):
+    """Under torchrun: together they encode every picture and prompt once."""
+    text = dump_config(config(train={"batch_size": 1}))
+    (tmp_path / "c.yaml").write_text(text)
+    code = (
+        "import json, sys; from pathlib import Path; from zimage_train import encoding, distributed;"
+        "from zimage_train.config.reading import read_config; from zimage_train.app.train import cache;"
+        "counts = []; make = encoding.picture_encoder\n"
+        "def counting(*a):\n"
+        "    encode = make(*a)\n"
+        "    return lambda images: (counts.append(len(images)), encode(images))[1]\n"
+        "encoding.picture_encoder = counting\n"
+        "cache(read_config(Path(sys.argv[1]), []))\n"
+        "world = distributed.join()\n"
+        "Path(sys.argv[2]).with_suffix(f'.{world.process}').write_text(json.dumps([world.processes, sum(counts)]))\n"
+    )
+    (tmp_path / "run.py").write_text(code)
+    command = ["torchrun", "--standalone", "--nproc-per-node", "2", str(tmp_path / "run.py"), str(tmp_path / "c.yaml")]
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", *command[1:], str(tmp_path / "counts")],
+        capture_output=True,
+        text=True,
+        env=environment(),
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = [json.loads((tmp_path / f"counts.{process}").read_text()) for process in (0, 1)]
+    assert [processes for processes, _ in found] == [2, 2]
+    assert sum(count for _, count in found) == 8 and all(count >= 2 for _, count in found)

@@ -1,5 +1,7 @@
 """What the documentation says is there is there."""
 
+import importlib.util
+import json
 import re
 import shlex
 from pathlib import Path
@@ -122,3 +124,27 @@ def test_every_command_of_the_readme_runs(tmp_path: Path, shared_cache: Path, mo
 def test_pages_speak_of_no_machine():
     for page in PAGES:
         assert not re.search(r"/(work|root|home)/", page.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("budget_gb", [24, 16, 12, 8])
+def test_each_budget_trains_as_its_config_says_in_miniature(budget_gb: int, tmp_path: Path, shared_cache: Path):
+    """The same precision, the same share of streamed blocks, and the recomputation of its largest size."""
+    generate = generator()
+    plan = generate.plan_for(budget_gb)
+    assert plan.fits and plan.form.kind is None
+    mode = plan.mode_of(plan.job.most_tokens)
+    share = plan.form.streamed / plan.job.shape.n_layers
+    asked = {"memory.checkpointing": mode, "memory.offload": share}
+    words = [word for key, value in asked.items() for word in ("--set", f"{key}={value}")]
+    path = ROOT / "configs" / f"{budget_gb}gb.yaml"
+    done = CliRunner().invoke(app, ["train", str(path), *tiny(tmp_path, shared_cache), *words])
+    assert done.exit_code == 0, (done.output[-500:], done.exception)
+    made = json.loads((tmp_path / f"my_character_{budget_gb}gb" / "run.json").read_text())["plan"]
+    assert made["streamed"] == round(share * 6) and list(made["recomputes"]) == [mode]
+
+
+def generator():
+    spec = importlib.util.spec_from_file_location("generate", ROOT / "scripts" / "generate.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -5,6 +5,7 @@ import pickle
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, ZImageTransformer2DModel
@@ -15,7 +16,7 @@ from zimage_train import mini
 from zimage_train.assemble import assemble
 from zimage_train.config.schema import Model
 from zimage_train.errors import WeightsError
-from zimage_train.model import shapes, sources, text, transformer, vae
+from zimage_train.model import shapes, sources, text, transformer, vae, weights
 from zimage_train.model.shapes import TransformerShape
 
 CPU = torch.device("cpu")
@@ -144,12 +145,57 @@ def test_prompts_are_encoded_as_the_pipeline_does(pipeline, prompt: str):
     assert not got.requires_grad
 
 
-def test_the_last_layer_norm_and_head_are_not_loaded():
+def test_each_layer_is_read_once_for_all_prompts_and_the_last_one_never(monkeypatch):
+    read: list[str] = []
+    stream = weights.stream
+
+    def spy(tensors):
+        read.extend(tensors)
+        return stream(tensors)
+
+    monkeypatch.setattr(weights, "stream", spy)
     encoder = text.load(mini.TURBO, CPU, torch.float32)
-    names = [name for name, _ in encoder.model.named_parameters()]
+    found = dict(encoder.encode_all([f"prompt {number}" + " and more" * (number % 4) for number in range(9)]))
+    assert len(found) == 9
     layers = json.loads((mini.TURBO / "text_encoder" / "config.json").read_text())["num_hidden_layers"]
-    assert not any(name.startswith(f"layers.{layers - 1}.") or name.startswith("norm") for name in names)
-    assert any(name.startswith(f"layers.{layers - 2}.") for name in names)
+    names = [name.removeprefix("model.") for name in read]
+    assert len(names) == len(set(names)) and "embed_tokens.weight" in names
+    kept = {name.split(".")[1] for name in names if name.startswith("layers.")}
+    assert kept == {str(index) for index in range(layers - 1)}
+    assert not any(name.startswith(("norm", "lm_head")) for name in names)
+
+
+def test_prompts_of_one_length_together_are_what_each_is_alone(monkeypatch):
+    encoder = text.load(mini.TURBO, CPU, torch.float32)
+    prompts = ["a red zorb", "a tan zorb", "", "x" * 90, "a blue circle on a green background"]
+    alone = {prompt: encoder.encode(prompt) for prompt in prompts}
+    ticks: list[tuple[int, int]] = []
+    monkeypatch.setattr(text, "GROUP_TOKENS", 60)  # several groups
+    together = dict(encoder.encode_all(prompts, lambda done, total: ticks.append((done, total))))
+    assert together.keys() == alone.keys()
+    for prompt in prompts:
+        assert together[prompt].shape == alone[prompt].shape
+        assert torch.allclose(together[prompt], alone[prompt], atol=1e-5)
+    assert ticks[-1][0] == ticks[-1][1] == len(ticks) > encoder.config.num_hidden_layers
+
+
+def test_where_memory_runs_out_the_vae_goes_in_tiles_and_comes_close(monkeypatch):
+    model = vae.load(mini.TURBO, CPU, torch.float32)
+    latents = torch.randn(1, 16, 96, 128, generator=torch.Generator().manual_seed(1)) * 0.3
+    (whole,) = vae.decode(model, latents)
+    decode, failed = model.decode, []
+
+    def once_too_large(*args, **options):
+        if not model.use_tiling:
+            failed.append(1)
+            raise torch.OutOfMemoryError
+        return decode(*args, **options)
+
+    monkeypatch.setattr(model, "decode", once_too_large)
+    (tiled,) = vae.decode(model, latents)
+    assert failed == [1] and tiled.size == whole.size and not model.use_tiling
+    difference = np.abs(np.asarray(tiled, dtype=float) - np.asarray(whole, dtype=float)).mean()
+    assert 0 < difference < 8
 
 
 def test_latents_are_the_posterior_mean_shifted_and_scaled():

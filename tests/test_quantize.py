@@ -80,3 +80,20 @@ def test_nf4_is_what_bitsandbytes_makes_of_it_but_for_rounded_scales():
     theirs = dequantize_4bit(data, state)
     ours = quantize.unpack(*quantize.pack(weight, "nf4"), torch.float32)
     assert torch.allclose(ours, theirs, rtol=2**-8, atol=0)
+
+
+def test_the_cost_that_is_told_is_the_cost():
+    """Of a weight and of a change in it, against sums made here; a change below the grid's step arrives on average."""
+    weight, change = gaussian(256, 1024), gaussian(1024, 256).T.contiguous() * 0.002
+    rounding = quantize.Rounding()
+    rounding.add(weight + change, change, "int8")
+    rounding.add(gaussian(8, 64), None, "int8")
+    found = rounding.facts()
+    assert found["weight_error"] == pytest.approx(GAUSSIAN["int8"], rel=0.05)
+    with_it, without = (
+        quantize.unpack(*quantize.pack(one, "int8"), torch.float32) for one in (weight + change, weight)
+    )
+    seen = (with_it - without).double()
+    assert found["adapter_error"] == pytest.approx(float((seen - change).norm() / change.norm()), rel=1e-3)
+    assert found["adapter_arrived"] == pytest.approx(1.0, abs=0.03)
+    assert quantize.Rounding().facts() == {}

@@ -7,7 +7,6 @@ again: the same sums in the same order, so the same bits. Nothing is ever subtra
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,10 +17,12 @@ from zimage_train.config.values import Kind
 from zimage_train.errors import Problem, WeightsError
 from zimage_train.lora.adapter import Adapter, Count, merge
 from zimage_train.lora.attach import base_layer
-from zimage_train.model import transformer, weights
+from zimage_train.model import recompute, transformer, weights
 from zimage_train.model.linear import FrozenLinear
-from zimage_train.model.shapes import TransformerShape
+from zimage_train.model.quantize import Rounding
+from zimage_train.model.shapes import IN_A_BLOCK, TransformerShape
 from zimage_train.model.stream import Ring, streamed
+from zimage_train.planner import MANY, Plan
 from zimage_train.tensorfile import DTYPES
 
 
@@ -38,6 +39,8 @@ class Frozen:
     path: Path
     adapter: Adapter | None
     adapter_matched: int
+    rounding: Rounding
+    """What quantising has cost; empty where nothing was quantised."""
     ring: Ring | None
     """Streams some of the blocks; None: all of them are on the device."""
 
@@ -66,10 +69,24 @@ def assemble(
     blocks = [model.layers[index] for index in streamed(shape.n_layers, streamed_blocks)]
     ring = Ring(blocks, device) if blocks else None
     weights.allocate(model, device)
-    count = Count()
+    count, rounding = Count(), Rounding()
     merged = merge(tensors, adapter, device, count) if adapter else tensors
-    weights.fill(shape.parameters, merged, partial(_store, model, ring), str(path), type(model).__name__)
-    return Frozen(model, shape, path, adapter, len(count.matched), ring)
+
+    def store(name: str, tensor: Tensor) -> None:
+        _store(model, ring, name, tensor)
+        if kind is not None and name.removesuffix(".weight") in shape.linears and IN_A_BLOCK.match(name):
+            rounding.add(tensor.to(device), adapter.change_of(name, device) if adapter else None, kind)
+
+    weights.fill(shape.parameters, merged, store, str(path), type(model).__name__)
+    return Frozen(model, shape, path, adapter, len(count.matched), rounding, ring)
+
+
+def recompute_as_planned(model: ZImageTransformer2DModel, plan: Plan, dropout: float) -> None:
+    """Let each block recompute what `plan` says for the tokens of its batch."""
+    if plan.mode_of(MANY) == "none":
+        model.disable_gradient_checkpointing()
+    else:
+        model.enable_gradient_checkpointing(recompute.by_tokens(plan.mode_of, preserve_rng=dropout > 0))
 
 
 @contextlib.contextmanager

@@ -10,25 +10,28 @@ from PIL import Image
 from torch import Tensor
 
 from zimage_train.data import cache as caching
-from zimage_train.data.cache import Cache, EncodePicture, EncodePrompt, Tally, Tick
+from zimage_train.data.cache import Cache, EncodePictures, EncodePrompts, Share, Tally, Tick
 from zimage_train.data.plan import Item
 from zimage_train.model import text, vae
 from zimage_train.tensorfile import DTYPES
 
 
-def picture_encoder(extras: Path, device: torch.device) -> EncodePicture:
-    """The VAE's encoder; in fp32, since latents are made once and used ever after."""
+def picture_encoder(extras: Path, device: torch.device) -> EncodePictures:
+    """The VAE's encoder; in fp32, since latents are made once and used ever after.
+
+    Where a batch does not fit the device it goes through in tiles of 512 px, whose overlaps are blended.
+    """
     model = vae.load(extras, device, torch.float32)
 
-    def encode(image: Image.Image) -> Tensor:
-        return vae.encode(model, vae.to_pixels(image)[None])[0]
+    def encode(images: list[Image.Image]) -> Tensor:
+        return vae.encode(model, torch.stack([vae.to_pixels(image) for image in images]))
 
     return encode
 
 
-def prompt_encoder(extras: Path, device: torch.device, dtype: str) -> EncodePrompt:
+def prompt_encoder(extras: Path, device: torch.device, dtype: str) -> EncodePrompts:
     """The text encoder."""
-    return text.load(extras, device, DTYPES[dtype]).encode
+    return text.load(extras, device, DTYPES[dtype]).encode_all
 
 
 @dataclass(frozen=True)
@@ -43,14 +46,16 @@ class Encoders:
 
 
 def fill(
-    cache: Cache, encoders: Encoders, items: Iterable[Item], prompts: Iterable[str], tick: Tick
+    cache: Cache, encoders: Encoders, items: Iterable[Item], prompts: Iterable[str], tick: Tick, share: Share
 ) -> tuple[Tally, Tally]:
     """Encode what is missing of `items` and `prompts`, one encoder after the other, and free both."""
     extras, device, dtype = encoders.extras, encoders.device, encoders.dtype
-    pictures = caching.fill_latents(cache, items, encoders.vae_digest, lambda: picture_encoder(extras, device), tick)
+    pictures = caching.fill_latents(
+        cache, items, encoders.vae_digest, lambda: picture_encoder(extras, device), tick, share
+    )
     _free()
     texts = caching.fill_prompts(
-        cache, prompts, encoders.text_digest, dtype, lambda: prompt_encoder(extras, device, dtype), tick
+        cache, prompts, encoders.text_digest, dtype, lambda: prompt_encoder(extras, device, dtype), tick, share
     )
     _free()
     return pictures, texts

@@ -133,6 +133,48 @@ def remove(path: Path) -> bool:
     return True
 
 
+def claim(path: Path) -> bool:
+    """Make `path` as the one of all processes that does not find it there; False: another one has it and lives.
+
+    Raises:
+        DiskError: it cannot be made.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if _is_given_up(path):
+            path.unlink(missing_ok=True)
+        with path.open("x", encoding="utf-8") as file:
+            file.write(_this_process())
+    except FileExistsError:
+        return False
+    except OSError as error:
+        raise _disk_error(path, error) from error
+    return True
+
+
+def renew(path: Path) -> None:
+    """Tell those who wait for a claim that its owner is still at work."""
+    with contextlib.suppress(OSError):
+        path.touch()
+
+
+def _is_given_up(claim: Path) -> bool:
+    """Whether its owner was a process of this host and is gone; of other hosts nobody here can tell."""
+    try:
+        host, _, process_id = claim.read_text(encoding="utf-8").partition("-")
+    except (OSError, UnicodeDecodeError):
+        return False
+    return host == _host() and process_id.isdecimal() and not _is_alive(int(process_id))
+
+
+def changed_at(path: Path) -> float | None:
+    """The time of the last change of `path` by the clock of its file system; None: it is not there."""
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return None
+
+
 def move(path: Path, target: Path) -> Path:
     """Move a file within its volume to `target`, or to a free name beside it; return where it is now.
 

@@ -3,9 +3,11 @@
 import math
 from collections import Counter
 from dataclasses import dataclass, replace
+from pathlib import Path
 
-from zimage_train import cards, flops, memory, planner, preflight
+from zimage_train import cards, flops, measured, memory, planner, preflight
 from zimage_train.cards import CARDS, Card
+from zimage_train.config.reading import cache_folder
 from zimage_train.config.schema import Config
 from zimage_train.data.buckets import Bucket
 from zimage_train.planner import Plan
@@ -18,7 +20,7 @@ EXAMPLES = ("4090", "4080", "4070", "4060")
 MODES_IN_WORDS = {
     "none": "nothing",
     "elementwise": "norms, gates and activations",
-    "w1w3": "these and the wide products",
+    "w1w3": "norms, gates, activations and wide products",
     "attention": "all but attention",
     "full": "everything",
 }
@@ -31,6 +33,11 @@ class Device:
     name: str
     limit_bytes: float
     card: Card | None
+
+    @property
+    def key(self) -> str:
+        """By what measured runs know it."""
+        return self.card.name if self.card else self.name
 
 
 def device_for(config: Config, gpu: str | None) -> Device | None:
@@ -64,7 +71,7 @@ def lines(checked: Checked, gpu: str | None, price: float | None) -> list[str]:
     if device is not None:
         return _of_device(checked, device, price)
     if memory.parameters_of(preflight.job_of(checked).shape) <= memory.LARGEST_ON_CPU:
-        return _of_device(checked, Device("this machine", preflight.system_memory_bytes(), None), price)
+        return _of_device(checked, Device("cpu", preflight.system_memory_bytes(), None), price)
     found = ["memory and time, predicted (no NVIDIA GPU found here; --gpu NAME shows more of one):"]
     for name in EXAMPLES:
         card = CARDS[name]
@@ -104,7 +111,7 @@ def _of_device(checked: Checked, device: Device, price: float | None) -> list[st
     if not plan.fits:
         less = preflight.less_memory(checked, device.limit_bytes)
         found.append(f"  this does not fit {device.limit_bytes / 1e9:.1f} GB: {less}")
-    return [*found, *_shares(checked, plan, device.card), *_time(checked, plan, device.card, price)]
+    return [*found, *_shares(checked, plan, device.card), *_time(checked, plan, device, price)]
 
 
 def _weights(plan: Plan) -> str:
@@ -154,12 +161,19 @@ def _shares(checked: Checked, plan: Plan, card: Card | None) -> list[str]:
     return found
 
 
-def _time(checked: Checked, plan: Plan, card: Card | None, price: float | None) -> list[str]:
-    if card is None:
-        return ["time: no data sheet of this device is known; --gpu NAME predicts it for one that is"]
-    whole, _ = _run_seconds(checked, plan, card)
+def _time(checked: Checked, plan: Plan, device: Device, price: float | None) -> list[str]:
+    known = measured.correction(memo(checked.config), device.key)
+    if device.card is None and known is None:
+        return ["time: not known for this device before a run on it; --gpu NAME predicts it for a card"]
+    whole = _run_seconds(checked, plan, device.card or cards.TYPICAL)[0] * (known.time if known else 1.0)
+    how = f"predicted; {known.in_words()}" if known else "predicted"
     cost = f", at {price:g} an hour {whole / 3600 * price:.2f}" if price is not None else ""
-    return [f"time on a {card.name}: {_hours(whole)} for {checked.config.train.steps} steps (predicted){cost}"]
+    return [f"time on {device.name}: {_hours(whole)} for {checked.config.train.steps} steps ({how}){cost}"]
+
+
+def memo(config: Config) -> Path:
+    """Where measured runs are remembered."""
+    return cache_folder(config) / "measured.json"
 
 
 def _hours(seconds: float) -> str:

@@ -27,7 +27,8 @@ LIVE = {"bf16": 18.3, "fp32": 24.3}
 SAMPLING = {"bf16": 31.9, "fp32": 63.3}
 """The peak of a forward pass that keeps nothing."""
 DECODING = {"bf16": 1536, "fp32": 3073}
-"""Bytes a pixel while the VAE decodes a picture."""
+"""Bytes a pixel while a VAE of 128 channels at full size, as the published one is, decodes a picture."""
+VAE_CHANNELS = 128
 VAE_WEIGHTS = 83_820_000
 OPTIMIZER_BYTES = {"adamw": 8, "adamw8bit": 2.1, "prodigy": 16}
 """State per trainable parameter."""
@@ -71,6 +72,7 @@ class Job:
     """Of the longest caption, judged by its length."""
     previews: tuple[Recipe, ...]
     gpu: bool
+    vae_channels: int = VAE_CHANNELS
 
     def batch(self, size: Bucket) -> int:
         """The largest batch of `size`: never more than there are samples."""
@@ -147,7 +149,8 @@ def preview(job: Job, form: Form) -> Estimate:
         batch = 2 if one.guidance > 0 else 1
         tokens = padded(one.width * one.height // 256) + padded(caption_tokens(one.prompt))
         sampling = max(sampling, SAMPLING[job.dtype] * job.shape.dim * tokens * batch)
-        decoding = max(decoding, float(DECODING[job.dtype] * one.width * one.height))
+        width = job.vae_channels / VAE_CHANNELS
+        decoding = max(decoding, DECODING[job.dtype] * width * one.width * one.height)
     if job.gpu and job.previews:
         decoding += VAE_WEIGHTS * DTYPE_BYTES[job.dtype]
     return _with_weights(job, form, int(max(sampling, decoding)))

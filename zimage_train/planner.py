@@ -5,7 +5,6 @@ batch recomputes is decided by its number of tokens when it comes; the planner s
 """
 
 import math
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -33,15 +32,19 @@ class Plan:
 
     job: Job
     form: Form
-    limits: Mapping[Mode, int]
+    limits: dict[Mode, int]
     """The most tokens of a batch for which each mode is taken, lightest first."""
     fits: bool
     why: str
 
     def mode_of(self, tokens: int) -> Mode:
         """What a batch of `tokens` recomputes: the least that fits."""
-        modes = tuple(self.limits)
-        return next((mode for mode in modes[:-1] if tokens <= self.limits[mode]), modes[-1])
+        last: Mode = "full"
+        for mode, most in self.limits.items():
+            if tokens <= most:
+                return mode
+            last = mode
+        return last
 
     def step(self, size: Bucket) -> Estimate:
         """The memory of the largest batch of `size`."""
@@ -121,7 +124,9 @@ def lighter(job: Job, wanted: Wanted, limit_bytes: float, host_bytes: float) -> 
         for changes, lighter_job in [("", job), *memory.lighter(job)]:
             plan = choose(lighter_job, free, limit_bytes, host_bytes, None)
             least = plan if least is None or plan.peak.total < least.peak.total else least
-            if plan.fits and (said or changes):
+            if plan.fits and not said and not changes:
+                return f"set memory.budget_gb: {limit_bytes / 1e9:.3g} (predicted: {plan.peak.total / 1e9:.2f} GB)"
+            if plan.fits:
                 settings = ", ".join([*said, *([changes] if changes else [])])
                 return f"set {settings} (predicted: {plan.peak.total / 1e9:.2f} GB)"
     assert least is not None

@@ -1,7 +1,7 @@
 """Everything that can be known before a GPU is touched: all problems at once, or all that a run needs (torch-free)."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from zimage_train import files, memory, planner
@@ -88,7 +88,10 @@ def job_of(checked: Checked, gpu: bool | None = None) -> Job:
     modules = checked.weights.modules if checked.weights else names.select(config.lora.targets, shape.linears)
     if gpu is None:
         gpu = memory.parameters_of(shape) > memory.LARGEST_ON_CPU
-    return memory.job(config, shape, modules, checked.items, [*previews(config), *also(config)], gpu)
+    job = memory.job(config, shape, modules, checked.items, [*previews(config), *also(config)], gpu)
+    if checked.weights is None:
+        return job
+    return replace(job, vae_channels=parts.vae(checked.weights.sources.extras)[0]["block_out_channels"][0])
 
 
 def less_memory(checked: Checked, limit_bytes: float, gpu: bool | None = None) -> str:

@@ -492,7 +492,7 @@ def test_an_old_checkpoint_that_cannot_be_removed_stays_until_it_can(tmp_path: P
 def test_an_old_checkpoint_that_stays_is_said(make_config, capsys):
     """46. A checkpoint that cannot be removed is named, and the run goes on."""
     config = make_config(train={"steps": 4}, save={"every": 1})
-    with fail_at("unlink", 1, PermissionError(errno.EACCES, "Permission denied")) as fault:
+    with fail_at("unlink", 2, PermissionError(errno.EACCES, "Permission denied")) as fault:
         train(config, fresh=False)
     assert fault.fired == 1
     assert "step-000001.safetensors: cannot be removed; going on" in capsys.readouterr().out
@@ -511,7 +511,7 @@ def test_an_export_that_cannot_be_removed_is_said_and_two_checkpoints_always_sta
         return is_gone
 
     monkeypatch.setattr(files, "remove", remove)
-    with fail_at("unlink", 1, PermissionError(errno.EACCES, "Permission denied")) as fault:
+    with fail_at("unlink", 2, PermissionError(errno.EACCES, "Permission denied")) as fault:
         train(config, fresh=False)
     assert fault.fired == 1
     assert "tiny-000001.safetensors: cannot be removed; going on" in capsys.readouterr().out

@@ -198,16 +198,16 @@ def test_a_number_out_of_range_is_refused_with_the_range(refused, text: str, mes
 def test_a_budget_that_no_step_fits_is_refused_with_the_plan_that_would(make_config):
     """5. A memory budget that a training step does not fit is refused with exit code 2 and the plan that would fit."""
     with pytest.raises(ConfigError) as error:
-        preflight.examine(make_config(memory={"budget_gb": 0.03}, train={"batch_size": 8}))
+        preflight.examine(make_config(memory={"budget_gb": 0.0075}, train={"batch_size": 8}))
     assert error.value.exit_code == 2
     assert re.fullmatch(
-        r"memory.budget_gb: is 0.03, and a training step takes 0.04 GB \(predicted\); "
-        r"set memory.checkpointing: true, train.batch_size: 1 \(predicted: 0.0\d GB\)",
+        r"memory.budget_gb: is 0.0075, and a run takes 0.01 GB \(predicted\); "
+        r"set train.batch_size: 1 \(predicted: 0.01 GB\)",
         str(error.value),
     )
-    assert preflight.examine(make_config(memory={"budget_gb": 0.05}, train={"batch_size": 8}))
-    with pytest.raises(ConfigError, match=r"memory.checkpointing: true"):
-        preflight.examine(make_config(memory={"budget_gb": 0.03, "checkpointing": False}))
+    assert preflight.examine(make_config(memory={"budget_gb": 0.015}, train={"batch_size": 8}))
+    with pytest.raises(ConfigError, match=r"set memory.checkpointing: auto, memory.offload: auto \(predicted"):
+        preflight.examine(make_config(memory={"budget_gb": 0.015, "checkpointing": False}, train={"batch_size": 8}))
 
 
 @pytest.mark.parametrize("budget", ["0", "-1.0", "'24'", "10001"])
@@ -307,7 +307,7 @@ BAD = {
     "not finite": (LEAST + "optimizer: {lr: .nan}\nlora: {alpha: .inf}\nguidance: {differential: 1e999}\n", []),
     "sizes": (LEAST + "sample: {width: 1000, height: 16}\n", ["data.0.resolution=[512, 520]"]),
     "not possible yet": (
-        LEAST + "model: {quantize: fp8}\nlora: {type: lokr}\ntrain: {method: de_distill}\nema: {decay: 0.999}\n",
+        LEAST + "model: {attention: flash}\nlora: {type: lokr}\ntrain: {method: de_distill}\nema: {decay: 0.999}\n",
         ["data.0.flip=true", "memory.compile=true", "sample.extra_loras=[x]"],
     ),
     "another variant's adapter": (LEAST + "model: {variant: base, adapter: v2}\n", []),

@@ -190,16 +190,16 @@ def test_running_out_of_gpu_memory_is_one_line_with_the_plan_that_would_fit(make
     config = make_config(**options)
     with monkeypatch.context() as patch:
         fired = at_step(patch, 3, out_of_memory)
-        patch.setattr(accelerator, "room_bytes", lambda device: int(45e6))
+        patch.setattr(accelerator, "room_bytes", lambda device: int(15e6))
         with pytest.raises(ConfigError) as error:
             train(config, fresh=False)
     assert fired == [3] and error.value.exit_code == 2
     assert re.fullmatch(
         r"memory: CUDA out of memory; \d+\.\d GB were in use at most; "
-        r"set memory.checkpointing: true \(predicted: 0.0\d GB\); the last checkpoint is good",
+        r"set memory.budget_gb: 0.015 \(predicted: 0.0\d GB\); the last checkpoint is good",
         str(error.value),
     )
-    train(make_config(**options, memory={"checkpointing": True}), fresh=False)
+    train(make_config(**options, memory={"budget_gb": 0.015}), fresh=False)
     assert facts(config)["starts"] == [0, 2] and len(losses(config)) == 4
 
 

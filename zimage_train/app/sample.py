@@ -87,7 +87,7 @@ def _sample(model: Model, loras: list[WeightedLora], recipes: list[Recipe], outp
     shape, _ = sources.transformer_tensors(found.transformer)
     stacked = _stack(loras, shape, console)
     encode = encoding.prompt_encoder(found.extras, device, model.dtype)
-    embeds = {prompt: encode(prompt) for prompt in prompts_of(recipes)}
+    embeds = dict(encode(prompts_of(recipes), lambda done, total: None))
     del encode
     frozen = assemble(found.transformer, None, model.dtype, device)
     if stacked:

@@ -1,6 +1,7 @@
 """The `train` and `cache` commands: check, lock, prepare, train, and leave in good order whatever happens."""
 
 import contextlib
+from dataclasses import replace
 
 from zimage_train import accelerator, distributed, files, preflight
 from zimage_train.app.sample import command_for
@@ -13,11 +14,12 @@ from zimage_train.model.sources import cached_only, download
 from zimage_train.preflight import Checked
 from zimage_train.report import pictures
 from zimage_train.report.console import Console
-from zimage_train.report.metrics import Records
+from zimage_train.report.metrics import Records, read
 from zimage_train.report.trackers import TensorBoard, Tracker, Trackers, WeightsAndBiases
 from zimage_train.training import run_folder, setup, views
 from zimage_train.training.loop import train as run_loop
 from zimage_train.training.publish import is_complete, write_report
+from zimage_train.training.rehearsal import compare, rehearse
 from zimage_train.training.run_folder import RunFolder
 from zimage_train.training.stopping import stop_on_signals
 
@@ -46,6 +48,9 @@ def train(config: Config, fresh: bool, allow: tuple[str, ...] = ()) -> None:
         for line in (*(f"note: {note}" for note in checked.notes), *(f"warning: {one}" for one in checked.warnings)):
             console.say(line)
         session = setup.open_session(checked, world, console, stop, allow)
+        fit = setup.plan_memory(checked, world, folder)
+        config = setup.quantized(config, fit.form.kind)
+        checked = replace(checked, config=config)
         identity = run_folder.identity(config, setup.fingerprint_of(checked, session.digests))
         found = setup.find_checkpoint(folder, config, identity, session)
         if found is not None and is_complete(folder, config, found.step, identity):
@@ -59,13 +64,17 @@ def train(config: Config, fresh: bool, allow: tuple[str, ...] = ()) -> None:
         stack.enter_context(accelerator.explained_out_of_memory(f"{less}; the last checkpoint is good"))
         trackers = _trackers(config, folder, found.step if found else 0, console) if world.is_main else []
         told = stack.enter_context(contextlib.closing(Trackers(trackers, console.warn)))
-        run = setup.prepare(checked, folder, session, identity, found, told)
+        run = setup.prepare(checked, fit, folder, session, identity, found, told)
+        if run.start < config.train.steps:
+            took = rehearse(run)
+            run_folder.add_facts(folder, {"rehearsal": took} if world.is_main else {})
         metrics, events = (
             stack.enter_context(contextlib.closing(Records(path if world.is_main else None, run.start)))
             for path in (folder.metrics, folder.events)
         )
         run_loop(run, metrics, events)
         if world.is_main:
+            compare(run, [record for record in read(folder.metrics) if record["step"] > run.start])
             write_report(run)
             events.append({"step": config.train.steps, "event": "done"})
         console.say(f"done: {folder.lora()}")

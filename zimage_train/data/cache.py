@@ -6,9 +6,11 @@ something is missing.
 """
 
 import hashlib
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 from torch import Tensor
@@ -26,9 +28,30 @@ FORMAT = 1
 PROMPT_BYTES = 700_000
 """Embeddings of a caption of about 130 tokens in bf16; asked of the disk before anything is encoded."""
 
-EncodePicture = Callable[[Image.Image], Tensor]
-EncodePrompt = Callable[[str], Tensor]
+BATCH_PX = 2**20
+"""Of pictures of one size that are encoded together."""
+CLAIM_SECONDS = 120.0
+"""After which a claim that nobody renews is taken over: its owner is gone, or slower than this machine."""
+POLL_SECONDS = 0.5
+
+EncodePictures = Callable[[list[Image.Image]], Tensor]
+"""Pictures of one size to latents (b, 16, h/8, w/8)."""
+EncodePrompts = Callable[[list[str], Callable[[int, int], None]], Iterator[tuple[str, Tensor]]]
+"""Prompts to embeddings (tokens, features), with a tick; they may come in another order."""
 Tick = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which of several processes this is; each begins with its own share of what is missing."""
+
+    process: int = 0
+    processes: int = 1
+
+
+ALONE = Share()
+Made = tuple[str, Tensor]
+"""A key and its value."""
 
 
 @dataclass
@@ -69,6 +92,30 @@ class Cache:
         """
         tensorfile.save_sealed(self._path(key), {"value": value}, {"key": key})
 
+    def claim(self, key: str) -> bool:
+        """Whether this process may make the entry `key` now: nobody else does.
+
+        Raises:
+            DiskError: the claim cannot be written.
+        """
+        return files.claim(self._claim(key))
+
+    def renew(self, keys: Iterable[str]) -> None:
+        """Keep the claims on `keys` from being taken over."""
+        for key in keys:
+            files.renew(self._claim(key))
+
+    def release(self, key: str) -> None:
+        """Give the claim back, whoever holds it."""
+        files.remove(self._claim(key))
+
+    def claimed_at(self, key: str) -> float | None:
+        """When the claim on `key` was last renewed, by its owner's clock; None: there is none."""
+        return files.changed_at(self._claim(key))
+
+    def _claim(self, key: str) -> Path:
+        return self._path(key).with_suffix(".claim")
+
     def _path(self, key: str) -> Path:
         kind, digest = key.split("/")
         return self.folder / kind / digest[:2] / f"{digest}.safetensors"
@@ -85,9 +132,14 @@ def prompt_key(prompt: str, encoder_digest: str, dtype: str) -> str:
 
 
 def fill_latents(
-    cache: Cache, items: Iterable[Item], vae_digest: str, load_encoder: Callable[[], EncodePicture], tick: Tick
+    cache: Cache,
+    items: Iterable[Item],
+    vae_digest: str,
+    load_encoder: Callable[[], EncodePictures],
+    tick: Tick,
+    share: Share = ALONE,
 ) -> Tally:
-    """Encode every picture at every size that is not in the cache yet.
+    """Encode every picture at every size that is not in the cache yet, those of one size together.
 
     Raises:
         DataError: a picture changed since it was checked, or the VAE makes values of it that are not finite.
@@ -95,17 +147,28 @@ def fill_latents(
     """
     jobs = {latent_key(item.picture, item.size, vae_digest): item for item in items}
 
-    def encode(encoder: EncodePicture, item: Item) -> Tensor:
-        latents = encoder(_fitted(item))
-        if not latents.isfinite().all():
-            what = "the VAE's latents of it are not finite"
-            raise DataError(Problem(str(item.picture.path), what, "remove the picture, or use another VAE"))
-        return latents
-
     def size(item: Item) -> int:
         return 4 * LATENT_CHANNELS * (item.size.width // LATENT_STRIDE) * (item.size.height // LATENT_STRIDE)
 
-    return _fill(cache, jobs, load_encoder, encode, size, "pictures", tick)
+    def batches(keys: list[str]) -> Iterator[list[str]]:
+        alike: dict[Bucket, list[str]] = {}
+        for key in keys:
+            alike.setdefault(jobs[key].size, []).append(key)
+        for bucket, same in alike.items():
+            most = max(BATCH_PX // (bucket.width * bucket.height), 1)
+            yield from (same[start : start + most] for start in range(0, len(same), most))
+
+    def encode(encoder: EncodePictures, keys: list[str], done: Callable[[int, int], None]) -> Iterator[Made]:
+        latents = encoder([_fitted(jobs[key]) for key in keys])
+        for key, one in zip(keys, latents, strict=True):
+            if not one.isfinite().all():
+                what = "the VAE's latents of it are not finite"
+                path = str(jobs[key].picture.path)
+                raise DataError(Problem(path, what, "remove the picture, or use another VAE"))
+            yield key, one.clone()
+
+    sizes = {key: size(item) for key, item in jobs.items()}
+    return _Filling(cache, "pictures", tick, share, batches, load_encoder, encode).run(sizes)
 
 
 def fill_prompts(
@@ -113,44 +176,108 @@ def fill_prompts(
     prompts: Iterable[str],
     encoder_digest: str,
     dtype: str,
-    load_encoder: Callable[[], EncodePrompt],
+    load_encoder: Callable[[], EncodePrompts],
     tick: Tick,
+    share: Share = ALONE,
 ) -> Tally:
-    """Encode every prompt that is not in the cache yet.
+    """Encode every prompt that is not in the cache yet, all of a process's share together.
 
     Raises:
         WeightsError: the text encoder makes values that are not finite.
     """
     jobs = {prompt_key(prompt, encoder_digest, dtype): prompt for prompt in prompts}
+    keys = {prompt: key for key, prompt in jobs.items()}
 
-    def encode(encoder: EncodePrompt, prompt: str) -> Tensor:
-        embeds = encoder(prompt)
-        if not embeds.isfinite().all():
-            what = f"its embedding of {prompt[:40]!r} is not finite"
-            raise WeightsError(Problem("text_encoder", what, "get the files of model.extras again"))
-        return embeds
+    def encode(encoder: EncodePrompts, wanted: list[str], done: Callable[[int, int], None]) -> Iterator[Made]:
+        for prompt, embeds in encoder([jobs[key] for key in wanted], done):
+            if not embeds.isfinite().all():
+                what = f"its embedding of {prompt[:40]!r} is not finite"
+                raise WeightsError(Problem("text_encoder", what, "get the files of model.extras again"))
+            yield keys[prompt], embeds
 
-    return _fill(cache, jobs, load_encoder, encode, lambda prompt: PROMPT_BYTES, "prompts", tick)
+    def batches(wanted: list[str]) -> Iterator[list[str]]:
+        yield wanted
+
+    sizes = dict.fromkeys(jobs, PROMPT_BYTES)
+    return _Filling(cache, "prompts", tick, share, batches, load_encoder, encode).run(sizes)
 
 
-def _fill(cache, jobs, load_encoder, encode, size, what: str, tick: Tick) -> Tally:
-    tally = Tally()
-    files.clear_debris(cache.folder)
-    missing = {}
-    for number, (key, job) in enumerate(jobs.items(), 1):
-        if cache.read(key) is None:
-            missing[key] = job
-            tally.damaged += cache.has_file(key)
-        else:
-            tally.found += 1
-        tick(f"checking cached {what}", number, len(jobs))
-    files.require_space(cache.folder, sum(map(size, missing.values())), f"cached {what}")
-    encoder = load_encoder() if missing else None
-    for number, (key, job) in enumerate(missing.items(), 1):
-        cache.write(key, encode(encoder, job).cpu())
-        tally.encoded += 1
-        tick(f"encoding {what}", number, len(missing))
-    return tally
+@dataclass
+class _Filling:
+    """Makes what is missing, beside others that do the same on the same folder."""
+
+    cache: Cache
+    what: str
+    tick: Tick
+    share: Share
+    batches: Callable[[list[str]], Iterator[list[str]]]
+    load_encoder: Callable[[], Any]
+    encode: Callable[[Any, list[str], Callable[[int, int], None]], Iterator[Made]]
+    encoder: Any = None
+    damaged: set[str] = field(default_factory=set)
+
+    def run(self, sizes: dict[str, int]) -> Tally:
+        """Make every key of `sizes` (bytes) that is not there; then wait for those that others are making."""
+        files.clear_debris(self.cache.folder)
+        missing: list[str] = []
+        for number, key in enumerate(sizes, 1):
+            if self.cache.read(key) is None:
+                missing.append(key)
+            self.tick(f"checking cached {self.what}", number, len(sizes))
+        self.damaged = {key for key in missing if self.cache.has_file(key)}
+        files.require_space(self.cache.folder, sum(sizes[key] for key in missing), f"cached {self.what}")
+        encoded = self._make(missing[self.share.process :: self.share.processes]) + self._await(missing)
+        return Tally(found=len(sizes) - encoded, encoded=encoded, damaged=len(self.damaged))
+
+    def _make(self, keys: list[str]) -> int:
+        """Make those of `keys` that nobody else makes or has made; how many they were."""
+        made = 0
+        for batch in self.batches(keys):
+            claimed: list[str] = []
+            try:
+                claimed += (key for key in batch if self._is_missing(key) and self.cache.claim(key))
+                made += self._encode(claimed, made, len(keys))
+            finally:
+                for key in claimed:
+                    self.cache.release(key)
+        return made
+
+    def _is_missing(self, key: str) -> bool:
+        return not self.cache.has_file(key) or (key in self.damaged and self.cache.read(key) is None)
+
+    def _encode(self, keys: list[str], before: int, total: int) -> int:
+        if not keys:
+            return 0
+        if self.encoder is None:
+            self.encoder = self.load_encoder()
+
+        def by_layer(done: int, layers: int) -> None:
+            self.cache.renew(keys)
+            self.tick(f"encoding {self.what}, layer by layer", done, layers)
+
+        for number, (key, value) in enumerate(self.encode(self.encoder, keys, by_layer), 1):
+            self.cache.write(key, value.cpu())
+            self.tick(f"encoding {self.what}", before + number, total)
+        return len(keys)
+
+    def _await(self, keys: list[str]) -> int:
+        """Wait for what others make; make it here if they do not come to it."""
+        made = 0
+        seen: dict[str, tuple[float, float]] = {}
+        while left := [key for key in keys if self._is_missing(key)]:
+            now, free = time.monotonic(), []
+            for key in left:
+                renewed = self.cache.claimed_at(key)
+                if renewed is None or (key in seen and seen[key][0] == renewed and now - seen[key][1] > CLAIM_SECONDS):
+                    self.cache.release(key)
+                    free.append(key)
+                elif key not in seen or seen[key][0] != renewed:
+                    seen[key] = (renewed, now)
+            made += self._make(free)
+            if not free:
+                self.tick(f"waiting for {self.what} that others encode", len(keys) - len(left), len(keys))
+                time.sleep(POLL_SECONDS)
+        return made
 
 
 def _fitted(item: Item) -> Image.Image:

@@ -29,6 +29,13 @@ class Adapter:
         """The names of the parameters that it changes."""
         return {f"{module}.weight" for module in self.lora}
 
+    def change_of(self, name: str, device: torch.device) -> torch.Tensor | None:
+        """What is added to the parameter `name`, in fp32: `strength * scale * B @ A`; None: nothing."""
+        factors = self.lora.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
+        if factors is None:
+            return None
+        return self.strength * (factors.scale * (factors.b.to(device).float() @ factors.a.to(device).float()))
+
 
 @dataclass
 class Count:
@@ -55,13 +62,12 @@ def merge(tensors: Stream, adapter: Adapter, device: torch.device, count: Count)
         WeightsError: the stream ended before every module of the adapter met its weight.
     """
     for name, tensor in tensors:
-        factors = adapter.lora.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
-        if factors is None:
+        change = adapter.change_of(name, device)
+        if change is None:
             yield name, tensor
             continue
-        delta = factors.scale * (factors.b.to(device).float() @ factors.a.to(device).float())
         count.matched.add(name.removesuffix(".weight"))
-        yield name, tensor.to(device).float() + adapter.strength * delta
+        yield name, tensor.to(device).float() + change
     lost = sorted(adapter.lora.keys() - count.matched)
     if lost:
         what = f"matched {len(count.matched)}/{len(adapter.lora)} modules; not matched: {lost[0]}"

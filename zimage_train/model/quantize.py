@@ -5,6 +5,7 @@ tensors need no label. Relative error of a Gaussian weight (root mean square): i
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,6 +17,41 @@ BLOCK = 64
 STORED = {"fp8": torch.float8_e4m3fn, "int8": torch.int8, "nf4": torch.uint8}
 LARGEST = {"fp8": 448.0, "int8": 127.0}
 SCALE_DTYPE = torch.bfloat16
+
+
+@dataclass
+class Rounding:
+    """What quantising costs, summed over tensors as they stream by: of the weights, and of what was merged into them.
+
+    A change that is smaller than a step of the grid does not vanish: it decides on which side of it a weight comes to
+    lie. So all of it arrives on average, with an error that may be larger than the change.
+    """
+
+    weight: float = 0.0
+    weight_error: float = 0.0
+    change: float = 0.0
+    change_error: float = 0.0
+    arrived: float = 0.0
+
+    def add(self, weight: Tensor, change: Tensor | None, kind: Kind) -> None:
+        """Count `weight` (rows, columns), into which `change` of the same shape was merged."""
+        dense = weight.float()
+        stored = unpack(*pack(dense, kind), torch.float32)
+        self.weight += float(dense.square().sum())
+        self.weight_error += float((stored - dense).square().sum())
+        if change is not None:
+            seen = stored - unpack(*pack(dense - change, kind), torch.float32)
+            self.change += float(change.square().sum())
+            self.change_error += float((seen - change).square().sum())
+            self.arrived += float((seen * change).sum())
+
+    def facts(self) -> dict[str, float]:
+        """Relative errors, root mean square; `adapter_arrived` is the share of its change in its own direction."""
+        found = {"weight_error": math.sqrt(self.weight_error / self.weight)} if self.weight else {}
+        if self.change:
+            found["adapter_error"] = math.sqrt(self.change_error / self.change)
+            found["adapter_arrived"] = self.arrived / self.change
+        return {name: round(value, 5) for name, value in found.items()}
 
 
 def block_of(columns: int) -> int:

@@ -1,5 +1,6 @@
 """Pictures to latents and back: the posterior's mean, shifted and scaled as the VAE's config says."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import cast
 
@@ -8,12 +9,16 @@ import torch
 from accelerate import init_empty_weights
 from diffusers import AutoencoderKL
 from PIL import Image
+from torch import Tensor
 
 from zimage_train import tensors as shapes
 from zimage_train.errors import Problem, WeightsError
 from zimage_train.model import extras as parts
+from zimage_train.model.extras import LATENT_STRIDE
 from zimage_train.model.weights import load as load_weights
 from zimage_train.model.weights import stream
+
+TILE_PX = 512
 
 
 def load(extras: Path, device: torch.device, dtype: torch.dtype) -> AutoencoderKL:
@@ -44,7 +49,8 @@ def to_pixels(image: Image.Image) -> shapes.OnePicture:
 @torch.no_grad()
 def encode(vae: AutoencoderKL, pixels: shapes.Pixels) -> shapes.Images:
     """Latents (b, 16, h/8, w/8) in fp32 of pixels (b, 3, h, w): (mean - shift) * scale."""
-    mean = vae.encode(pixels.to(vae.device, vae.dtype), return_dict=False)[0].mode()
+    there = pixels.to(vae.device, vae.dtype)
+    mean = _in_tiles_if_it_must(vae, lambda: vae.encode(there, return_dict=False)[0].mode())
     return (mean.float() - vae.config["shift_factor"]) * vae.config["scaling_factor"]
 
 
@@ -52,6 +58,24 @@ def encode(vae: AutoencoderKL, pixels: shapes.Pixels) -> shapes.Images:
 def decode(vae: AutoencoderKL, latents: shapes.Images) -> list[Image.Image]:
     """Pictures of latents (b, 16, h/8, w/8), rounded as diffusers' image processor does."""
     scaled = latents.to(vae.device, vae.dtype) / vae.config["scaling_factor"] + vae.config["shift_factor"]
-    pixels = (vae.decode(scaled, return_dict=False)[0] * 0.5 + 0.5).clamp(0, 1)
+    decoded = _in_tiles_if_it_must(vae, lambda: vae.decode(scaled, return_dict=False)[0])
+    pixels = (decoded * 0.5 + 0.5).clamp(0, 1)
     arrays = pixels.cpu().permute(0, 2, 3, 1).float().numpy()
     return [Image.fromarray(array) for array in (arrays * 255).round().astype("uint8")]
+
+
+def _in_tiles_if_it_must(vae: AutoencoderKL, run: Callable[[], Tensor]) -> Tensor:
+    """What `run` returns; where memory runs out, once more in tiles of 512 px with blended overlaps.
+
+    Whole pictures come first: the VAE's norms and its attention see all of a picture, and a tile is not all of it.
+    """
+    try:
+        return run()
+    except torch.OutOfMemoryError:
+        torch.cuda.empty_cache()
+    vae.tile_sample_min_size, vae.tile_latent_min_size = TILE_PX, TILE_PX // LATENT_STRIDE
+    vae.enable_tiling()
+    try:
+        return run()
+    finally:
+        vae.disable_tiling()

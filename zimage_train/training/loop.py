@@ -14,6 +14,7 @@ from zimage_train.errors import DivergedError, Problem
 from zimage_train.report.metrics import Records, read
 from zimage_train.seeding import number
 from zimage_train.training.objectives import Batch, sft_loss
+from zimage_train.training.pace import reserved_bytes
 from zimage_train.training.publish import after_step, preview, save_checkpoint
 from zimage_train.training.run import Run
 
@@ -120,8 +121,15 @@ def report(run: Run, record: dict[str, Any], metrics: Records) -> None:
             f"{', '.join(f'{sigma:.3f}' for sigma in record['sigma'])}"
         )
         return
+    if warning := run.pace.look(resolutions(record), record["seconds"], *reserved_bytes(run.world.device)):
+        run.console.warn(f"step {step}: {warning}")
     note = f"loss {loss:.4f}  lr {record['lr']:.2e}  {record['seconds']:.2f} s/step  {record['gb']:.1f} GB"
     run.console.tick("training", step, run.config.train.steps, note)
+
+
+def resolutions(record: dict[str, Any]) -> tuple[str, ...]:
+    """What steps of one kind have alike, and what their time depends on."""
+    return tuple(sorted(sample.rpartition("@")[2] for sample in record["samples"]))
 
 
 def stop(run: Run, step: int, metrics: Records, events: Records) -> None:

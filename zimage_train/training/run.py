@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
+from zimage_train import planner as memory_planner
 from zimage_train.assemble import Frozen
 from zimage_train.config.schema import Config
 from zimage_train.data import cache as caching
@@ -18,6 +19,7 @@ from zimage_train.lora.attach import Attached
 from zimage_train.report.console import Console
 from zimage_train.report.trackers import Trackers
 from zimage_train.training.objectives import Batch, make_batch
+from zimage_train.training.pace import Pace
 from zimage_train.training.run_folder import RunFolder
 from zimage_train.training.stopping import StopRequest
 from zimage_train.training.views import View
@@ -60,6 +62,8 @@ class Run:
     """What makes this run itself; see `run_folder.identity`."""
     world: World
     plan: Plan
+    memory: memory_planner.Plan
+    """How it fits the device."""
     inputs: Inputs
     frozen: Frozen
     attached: Attached
@@ -74,6 +78,7 @@ class Run:
     console: Console
     trackers: Trackers
     stop: StopRequest
+    pace: Pace
 
     def micro_batches(self, step: int) -> list[MicroBatch]:
         """What this process trains on in `step`."""

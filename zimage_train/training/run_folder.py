@@ -7,11 +7,12 @@ import secrets
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from zimage_train import files
 from zimage_train.config.reading import dump_config, flatten, resolved
 from zimage_train.config.schema import Config
+from zimage_train.config.values import Kind
 from zimage_train.errors import ConfigError, Problem, WeightsError
 from zimage_train.report import metrics
 
@@ -67,6 +68,11 @@ class RunFolder:
         return self.root / "checkpoints"
 
     @property
+    def rehearsal(self) -> Path:
+        """What is written to see whether it can be."""
+        return self.root / "rehearsal.safetensors"
+
+    @property
     def samples(self) -> Path:
         return self.root / "samples"
 
@@ -97,6 +103,13 @@ def earlier_starts(folder: RunFolder) -> list[int]:
     return [step for step in starts if isinstance(step, int)] if isinstance(starts, list) else []
 
 
+def planned_kind(folder: RunFolder) -> Kind | Literal["auto"] | None:
+    """How the earlier starts quantised the frozen weights; auto: run.json does not tell."""
+    plan = read_facts(folder).get("plan")
+    kind = plan.get("kind", "auto") if isinstance(plan, dict) else "auto"
+    return kind if kind is None or kind in get_args(Kind) else "auto"
+
+
 def wandb_id(folder: RunFolder) -> str:
     """The id under which Weights & Biases knows this run, made at its first start and kept with it."""
     try:
@@ -111,6 +124,12 @@ def wandb_id(folder: RunFolder) -> str:
 
 def write_facts(folder: RunFolder, facts: Mapping[str, Any]) -> None:
     files.write_json(folder.facts, facts)
+
+
+def add_facts(folder: RunFolder, facts: Mapping[str, Any]) -> None:
+    """Write `facts` into run.json beside what is there; nothing is written for none."""
+    if facts:
+        write_facts(folder, {**read_facts(folder), **facts})
 
 
 def write_config(folder: RunFolder, config: Config) -> None:

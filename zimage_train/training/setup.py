@@ -3,17 +3,18 @@
 import importlib.metadata
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from zimage_train import __version__, cards, checkpoint, distributed, encoding, forecast, optim, preflight
-from zimage_train.assemble import Frozen, assemble
+from zimage_train.assemble import Frozen, assemble, recompute_as_planned
 from zimage_train.checkpoint import Checkpoint
 from zimage_train.config.reading import cache_folder
 from zimage_train.config.schema import Config
+from zimage_train.config.values import Kind
 from zimage_train.data import plan as ordering
-from zimage_train.data.cache import Cache
+from zimage_train.data.cache import Cache, Share
 from zimage_train.data.folder import fingerprint
 from zimage_train.data.plan import make_plan
 from zimage_train.distributed import World
@@ -24,14 +25,14 @@ from zimage_train.lora import attach, names
 from zimage_train.lora.attach import Attached
 from zimage_train.lora.metadata import describe
 from zimage_train.memory import Form
-from zimage_train.model import recompute
 from zimage_train.model.digests import Digests as Digester
-from zimage_train.planner import MANY, Plan
+from zimage_train.planner import Plan
 from zimage_train.preflight import Checked, Weights
 from zimage_train.report.console import Console
 from zimage_train.report.trackers import Trackers
 from zimage_train.sampling import recipe
 from zimage_train.training import run_folder, views
+from zimage_train.training.pace import Pace
 from zimage_train.training.run import Digests, Inputs, Run
 from zimage_train.training.run_folder import RunFolder
 from zimage_train.training.stopping import StopRequest
@@ -71,6 +72,30 @@ def open_session(
     return Session(weights, world, cache, digests, console, stop, allow)
 
 
+def plan_memory(checked: Checked, world: World, folder: RunFolder) -> Plan:
+    """By the totals of the device, or the budget: never by what happens to be free.
+
+    What an earlier start of the run chose for `model.quantize: auto` stays: other weights would make it another run.
+    """
+    is_gpu = world.device.type == "cuda"
+    if is_gpu:
+        properties = torch.cuda.get_device_properties(world.device)
+        here = Device(properties.name, properties.total_memory, cards.find(properties.name))
+    else:
+        here = Device("cpu", preflight.system_memory_bytes(), None)
+    budget = checked.config.memory.budget_gb
+    if not isinstance(budget, str):
+        here = replace(here, limit_bytes=budget * 1e9)
+    if checked.config.model.quantize == "auto" and checkpoint.steps_in(folder.checkpoints):
+        checked = replace(checked, config=quantized(checked.config, run_folder.planned_kind(folder)))
+    return forecast.plan_for(checked, here, is_gpu)
+
+
+def quantized(config: Config, kind: Kind | Literal["auto"] | None) -> Config:
+    """`config` with `model.quantize` decided."""
+    return config.model_copy(update={"model": config.model.model_copy(update={"quantize": kind})})
+
+
 def find_checkpoint(
     folder: RunFolder, config: Config, identity: Mapping[str, Any], session: Session
 ) -> Checkpoint | None:
@@ -103,23 +128,24 @@ def fill_caches(checked: Checked, session: Session, plan: ordering.Plan) -> None
         session.stop.check()
         session.console.tick(what, done, total)
 
-    if session.world.is_main:
-        recipes = [*recipe.previews(checked.config), *recipe.also(checked.config)]
-        encoders = encoding.Encoders(
-            extras=session.weights.sources.extras,
-            device=session.world.device,
-            dtype=checked.config.model.dtype,
-            vae_digest=session.digests.vae,
-            text_digest=session.digests.text_encoder,
-        )
-        prompts = sorted({*plan.prompts(), *recipe.prompts_of(recipes)})
-        pictures, texts = encoding.fill(session.cache, encoders, plan.items, prompts, tick)
-        session.console.say(f"cache {session.cache.folder}: latents {pictures}; prompts {texts}")
+    recipes = [*recipe.previews(checked.config), *recipe.also(checked.config)]
+    encoders = encoding.Encoders(
+        extras=session.weights.sources.extras,
+        device=session.world.device,
+        dtype=checked.config.model.dtype,
+        vae_digest=session.digests.vae,
+        text_digest=session.digests.text_encoder,
+    )
+    prompts = sorted({*plan.prompts(), *recipe.prompts_of(recipes)})
+    share = Share(session.world.process, session.world.processes)
+    pictures, texts = encoding.fill(session.cache, encoders, plan.items, prompts, tick, share)
+    session.console.say(f"cache {session.cache.folder}: latents {pictures}; prompts {texts}")
     distributed.wait()
 
 
 def prepare(
     checked: Checked,
+    fit: Plan,
     folder: RunFolder,
     session: Session,
     identity: Mapping[str, Any],
@@ -134,10 +160,9 @@ def prepare(
     config, weights, world, console = checked.config, session.weights, session.world, session.console
     plan = make_plan(config, checked.items, world.processes)
     fill_caches(checked, session, plan)
-    made = _plan_memory(checked, session)
-    console.say(f"memory plan: {forecast.in_words(made)}")
-    frozen = _assemble(config, session, made.form)
-    attached = _attach(config, frozen, weights.modules, made)
+    console.say(f"memory plan: {forecast.in_words(fit)}")
+    frozen = _assemble(config, session, fit.form)
+    attached = _attach(config, frozen, weights.modules, fit)
     groups = names.count_by_group(attached.a)
     shown = ", ".join(f"{name} {count}" for name, count in groups.items())
     console.say(f"LoRA rank {config.lora.rank}: matched {len(attached.a)}/{len(weights.modules)} modules ({shown})")
@@ -154,7 +179,7 @@ def prepare(
     if world.is_main:
         run_folder.write_config(folder, config)
         starts = [*run_folder.earlier_starts(folder), start]
-        facts = _facts(checked, session, frozen, plan, groups) | {"plan": made.facts(), "starts": starts}
+        facts = _facts(checked, session, frozen, plan, groups) | {"plan": fit.facts(), "starts": starts}
         run_folder.write_facts(folder, facts)
     return Run(
         config=config,
@@ -162,6 +187,7 @@ def prepare(
         identity=identity,
         world=world,
         plan=plan,
+        memory=fit,
         inputs=inputs,
         frozen=frozen,
         attached=attached,
@@ -175,6 +201,7 @@ def prepare(
         console=console,
         trackers=trackers,
         stop=session.stop,
+        pace=Pace(),
     )
 
 
@@ -189,29 +216,19 @@ def _assemble(config: Config, session: Session, form: Form) -> Frozen:
     if adapter is not None:
         count = f"{frozen.adapter_matched}/{len(adapter.lora)}"
         console.say(f"training adapter {adapter.path.name}: matched {count} modules, strength {adapter.strength:g}")
+    if found := frozen.rounding.facts():
+        arrived = (
+            f"; {found['adapter_arrived']:.1%} of the adapter's change arrive" if "adapter_arrived" in found else ""
+        )
+        console.say(f"quantised to {form.kind}: weights are off by {found['weight_error']:.2%}{arrived}")
     return frozen
 
 
 def _attach(config: Config, frozen: Frozen, modules: list[str], plan: Plan) -> Attached:
     lora = config.lora
     attached = attach.attach(frozen.model, modules, lora.rank, lora.alpha, lora.dropout, config.seed)
-    if plan.limits.get("none") != MANY:
-        frozen.model.enable_gradient_checkpointing(recompute.by_tokens(plan.mode_of, lora.dropout > 0))
+    recompute_as_planned(frozen.model, plan, lora.dropout)
     return attached
-
-
-def _plan_memory(checked: Checked, session: Session) -> Plan:
-    """By the totals of the device, or the budget: never by what happens to be free."""
-    device, is_gpu = session.world.device, session.world.device.type == "cuda"
-    if is_gpu:
-        properties = torch.cuda.get_device_properties(device)
-        here = Device(properties.name, properties.total_memory, cards.find(properties.name))
-    else:
-        here = Device("cpu", preflight.system_memory_bytes(), None)
-    budget = checked.config.memory.budget_gb
-    if not isinstance(budget, str):
-        here = replace(here, limit_bytes=budget * 1e9)
-    return forecast.plan_for(checked, here, is_gpu)
 
 
 def fingerprint_of(checked: Checked, digests: Digests) -> dict[str, Any]:
@@ -246,6 +263,7 @@ def _facts(
             "groups": groups,
         },
         "adapter": adapter,
+        "quantized": frozen.rounding.facts() or None,
         "dataset": {
             "pictures": sum(map(len, checked.pictures)),
             "samples": len(plan.items),

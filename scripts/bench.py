@@ -1,0 +1,198 @@
+"""Measure what the docs claim, and write it as JSON.
+
+python scripts/bench.py --memory [--size full|mini] [-o docs/bench/memory.json]
+    On a GPU: a model of random weights, made on the device, trains a few steps under each budget at each resolution,
+    with the allocator held to that budget; peak and time of a step stand beside the prediction. `mini` runs the same on
+    a CPU, without peaks.
+python scripts/bench.py --quantize [-o docs/bench/quantize.json]
+    What each kind of quantisation costs on the miniature: of the weights, of the adapter's change, of the loss.
+"""
+
+import argparse
+import gc
+import json
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from zimage_train import mini, planner
+from zimage_train.assemble import Frozen, assemble, recompute_as_planned
+from zimage_train.config import schema
+from zimage_train.data.buckets import Bucket
+from zimage_train.lora import adapter, attach, names
+from zimage_train.lora.adapter import Adapter
+from zimage_train.memory import Form, Job, caption_tokens
+from zimage_train.model import transformer, weights
+from zimage_train.model.quantize import Rounding
+from zimage_train.model.shapes import TransformerShape
+from zimage_train.model.stream import Ring, streamed
+from zimage_train.model.transformer import velocity
+from zimage_train.optim import build
+from zimage_train.planner import AUTOMATIC, Plan, Wanted
+from zimage_train.preflight import system_memory_bytes
+from zimage_train.sampling.recipe import Recipe
+
+BUDGETS_GB = (24.0, 16.0, 12.0, 8.0)
+SIDES = {"full": (512, 768, 1024), "mini": (64, 96)}
+RANK = 16
+CAPTION = "a photo of zchar in a sunlit garden, half body, warm light, shallow depth of field"
+
+
+def job_of(shape: TransformerShape, side: int, dtype: str, gpu: bool) -> Job:
+    """One picture of `side` px a step, and previews of that size."""
+    modules = names.select(["attention", "feed_forward"], shape.linears)
+    preview = Recipe(prompt=CAPTION, negative="", seed=1, width=side, height=side, steps=8, guidance=0.0, shift=3.0)
+    return Job(
+        shape=shape,
+        dtype=dtype,
+        trained=RANK * sum(sum(shape.linears[module]) for module in modules),
+        optimizer="adamw",
+        sizes=Counter({Bucket(side, side): 1}),
+        batch_size=1,
+        caption_tokens=caption_tokens(CAPTION),
+        previews=(preview,),
+        gpu=gpu,
+    )
+
+
+@torch.no_grad()
+def random_model(shape: TransformerShape, form: Form, dtype: torch.dtype, device: torch.device) -> Frozen:
+    """A frozen transformer of random weights, held as `form` says."""
+    model = transformer.empty(shape, dtype, form.kind)
+    blocks = [model.layers[index] for index in streamed(shape.n_layers, form.streamed)]
+    ring = Ring(blocks, device) if blocks else None
+    weights.allocate(model, device)
+    frozen = Frozen(model, shape, Path("random"), None, 0, Rounding(), ring)
+    draw = torch.Generator(device).manual_seed(1)
+    for name, size in shape.parameters.items():
+        fan_in = size[-1] if len(size) > 1 else 1.0
+        tensor = torch.randn(size, generator=draw, device=device) / fan_in**0.5
+        frozen.store(name, tensor if len(size) > 1 else 1.0 + 0.02 * tensor)
+    return frozen
+
+
+def train(shape: TransformerShape, plan: Plan, side: int, steps: int, device: torch.device) -> dict[str, Any]:
+    """A few steps by `plan`: seconds of each, the loss of the last, and the peak on a GPU."""
+    dtype = torch.bfloat16 if plan.job.dtype == "bf16" else torch.float32
+    frozen = random_model(shape, plan.form, dtype, device)
+    modules = names.select(["attention", "feed_forward"], shape.linears)
+    attached = attach.attach(frozen.model, modules, RANK, None, 0.0, 1)
+    recompute_as_planned(frozen.model, plan, 0.0)
+    optimizer = build(schema.Optimizer(name="adamw"), attached.parameters())
+    x = torch.randn(1, 16, side // 8, side // 8, device=device)
+    prompt = torch.randn(plan.job.caption_tokens, shape.cap_feat_dim, device=device, dtype=dtype)
+    sigma, seconds, loss = torch.tensor([0.5], device=device), [], torch.zeros(())
+    for _ in range(steps):
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        began = time.perf_counter()
+        loss = velocity(frozen.model.train(), x, sigma, [prompt]).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - began)
+    peak = torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else None
+    return {"seconds": [round(one, 4) for one in seconds], "loss": loss.item(), "peak_gb": peak and round(peak, 3)}
+
+
+def memory(size: str, steps: int) -> dict[str, Any]:
+    """Every budget at every resolution; what does not fit its budget is a finding, not an end."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if size == "full" and device.type == "cpu":
+        sys.exit("--size full needs a GPU; --size mini runs anywhere")
+    shape, dtype = (TransformerShape(), "bf16") if size == "full" else (mini_shape(), "fp32")
+    total = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else system_memory_bytes()
+    found = []
+    for budget in BUDGETS_GB:
+        for side in SIDES[size]:
+            for kinds in ((None,), AUTOMATIC[1:2], AUTOMATIC[2:]):
+                found.append(_measured(shape, dtype, budget, side, Wanted(kinds, None, None), steps, device, total))
+                print(json.dumps(found[-1]), flush=True)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    return {"device": name, "torch": torch.__version__, "size": size, "rank": RANK, "steps": steps, "runs": found}
+
+
+def _measured(
+    shape: TransformerShape,
+    dtype: str,
+    budget: float,
+    side: int,
+    wanted: Wanted,
+    steps: int,
+    device: torch.device,
+    total: float,
+) -> dict[str, Any]:
+    job = job_of(shape, side, dtype, device.type == "cuda")
+    plan = planner.choose(job, wanted, budget * 1e9, system_memory_bytes(), None)
+    mode = plan.mode_of(job.most_tokens)
+    row = {"budget_gb": budget, "side_px": side, "kind": plan.form.kind, "streamed": plan.form.streamed, "mode": mode}
+    row |= {"fits": plan.fits, "predicted_gb": round(plan.peak.total / 1e9, 3)}
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.set_per_process_memory_fraction(min(budget * 1e9 / total, 1.0))
+    try:
+        row |= train(shape, plan, side, steps, device)
+    except torch.OutOfMemoryError as error:
+        row["error"] = str(error).partition(". ")[0]
+    gc.collect()
+    return row
+
+
+def mini_shape() -> TransformerShape:
+    return transformer.read(mini.TURBO / "transformer")[0]
+
+
+@torch.no_grad()
+def quantize() -> dict[str, Any]:
+    """The miniature with its adapter, in fp32 and in every kind; losses over 16 pictures' worth of fixed noise."""
+    found = {}
+    losses: dict[str | None, torch.Tensor] = {}
+    merged: Adapter = adapter.load(mini.ADAPTER, 1.0, mini_shape())
+    draw = torch.Generator().manual_seed(1)
+    x, noise = (torch.randn(16, 16, 12, 12, generator=draw) for _ in range(2))
+    prompts = [torch.randn(24, 64, generator=draw)] * 16
+    sigma = torch.linspace(0.05, 0.95, 16)
+    for kind in (None, "int8", "fp8", "nf4"):
+        frozen = assemble(mini.TURBO / "transformer", merged, "fp32", torch.device("cpu"), kind)
+        mixed = (1 - sigma)[:, None, None, None] * x + sigma[:, None, None, None] * noise
+        prediction = velocity(frozen.model, mixed, sigma, prompts)
+        losses[kind] = F.mse_loss(prediction, noise - x, reduction="none").mean((1, 2, 3))
+        if kind is not None:
+            off = (losses[kind] / losses[None] - 1).abs()
+            found[kind] = frozen.rounding.facts() | {
+                "loss_error_mean": round(float(off.mean()), 6),
+                "loss_error_worst": round(float(off.max()), 6),
+            }
+    return {"model": "miniature, fp32, adapter merged", "torch": torch.__version__, "kinds": found}
+
+
+def main(arguments: list[str]) -> int:
+    """Run what is asked for, and write it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--memory", action="store_true")
+    what.add_argument("--quantize", action="store_true")
+    parser.add_argument("--size", choices=("full", "mini"), default="mini")
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("-o", "--output", type=Path)
+    asked = parser.parse_args(arguments)
+    result = quantize() if asked.quantize else memory(asked.size, asked.steps)
+    text = json.dumps(result, indent=1) + "\n"
+    if asked.output is None:
+        print(text)
+    else:
+        asked.output.parent.mkdir(parents=True, exist_ok=True)
+        asked.output.write_text(text, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,42 @@
+"""The benchmark script runs at miniature size, and what it has measured is what the docs hold."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+from helpers import ROOT
+
+
+@pytest.fixture(scope="module")
+def bench():
+    spec = importlib.util.spec_from_file_location("bench", ROOT / "scripts" / "bench.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_memory_runs_every_budget_precision_and_size(bench, tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "BUDGETS_GB", (24.0, 0.012))
+    assert bench.main(["--memory", "--size", "mini", "--steps", "1", "-o", str(tmp_path / "m.json")]) == 0
+    found = json.loads((tmp_path / "m.json").read_text())
+    assert {(run["budget_gb"], run["side_px"]) for run in found["runs"]} == {
+        (budget, side) for budget in (24.0, 0.012) for side in (64, 96)
+    }
+    assert all(len(run["seconds"]) == 1 and run["loss"] > 0 for run in found["runs"])
+    assert any(run["streamed"] or run["mode"] != "none" for run in found["runs"] if run["budget_gb"] < 1)
+
+
+def test_full_size_without_a_gpu_is_refused(bench):
+    with pytest.raises(SystemExit, match="--size full needs a GPU"):
+        bench.main(["--memory", "--size", "full"])
+
+
+def test_the_cost_of_quantising_is_the_one_in_the_docs(bench):
+    stored = json.loads((ROOT / "docs" / "bench" / "quantize.json").read_text())
+    for kind, found in bench.quantize()["kinds"].items():
+        for name, value in found.items():
+            assert value == pytest.approx(stored["kinds"][kind][name], rel=0.1), (kind, name)
+    errors = [stored["kinds"][kind]["loss_error_mean"] for kind in ("int8", "fp8", "nf4")]
+    assert errors == sorted(errors)

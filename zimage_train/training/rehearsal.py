@@ -1,0 +1,149 @@
+"""Before step 1: the largest batch, a preview and a save, so that what cannot work fails now and not after hours.
+
+Nothing of it stays: no gradient, no file, no random state.
+"""
+
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from zimage_train import cards, files, forecast, measured, optim, tensorfile
+from zimage_train.assemble import recompute_as_planned
+from zimage_train.cards import Card
+from zimage_train.data.plan import MicroBatch
+from zimage_train.lora import files as lora_files
+from zimage_train.lora import loaders
+from zimage_train.memory import padded
+from zimage_train.planner import Plan
+from zimage_train.sampling.previews import render
+from zimage_train.training.objectives import Batch, sft_loss
+from zimage_train.training.run import Run
+
+
+def rehearse(run: Run) -> Mapping[str, Any]:
+    """Do what costs most of each kind once; returns what it took, for run.json.
+
+    Raises:
+        OutOfMemoryError: the card has less than the smallest plan takes.
+        ZImageTrainError: a checkpoint or a LoRA cannot be written and read back.
+    """
+    run.console.say("rehearsing the largest batch, a preview and a save")
+    seconds = _largest_batch(run)
+    facts: dict[str, Any] = {"seconds": round(seconds, 3), "gb": gigabytes(run.world.device)}
+    if run.world.is_main:
+        _preview(run)
+        _save(run)
+        facts["gb_with_preview"] = gigabytes(run.world.device)
+    if facts["gb"] is not None:
+        predicted = run.memory.peak.total / 1e9
+        run.console.say(f"rehearsal: {gigabytes(run.world.device):.2f} GB at the most, predicted {predicted:.2f} GB")
+    return facts
+
+
+def gigabytes(device: torch.device) -> float | None:
+    """The most that this process has taken of the GPU; None without one, where a process's size says little."""
+    return round(torch.cuda.max_memory_allocated(device) / 1e9, 3) if device.type == "cuda" else None
+
+
+def _largest_batch(run: Run) -> float:
+    """Seconds of its forward and backward; where memory runs out, with as much more recomputed as it takes."""
+    samples = max(_micro_batches(run), key=_weight)
+    batch, plan = run.load(samples), run.memory
+    while True:
+        try:
+            return _step(run, batch)
+        except torch.OutOfMemoryError:
+            plan = _recomputing_more(plan, _tokens(batch))
+            if plan is None:
+                raise
+            torch.cuda.empty_cache()
+            recompute_as_planned(run.frozen.model, plan, run.config.lora.dropout)
+            run.console.warn("the largest batch did not fit as planned: more is recomputed in this run")
+        finally:
+            run.optimizer.zero_grad(set_to_none=True)
+
+
+def _micro_batches(run: Run) -> list[MicroBatch]:
+    """Those of the next epoch, of all processes."""
+    first = run.start + 1
+    last = min(first + int(run.plan.steps_per_epoch), run.config.train.steps)
+    return [samples for step in range(first, last + 1) for samples in run.plan.step(step)]
+
+
+def _weight(samples: MicroBatch) -> tuple[int, int]:
+    size = samples[0].item.size
+    return len(samples) * size.width * size.height, max(len(sample.prompt) for sample in samples)
+
+
+def _tokens(batch: Batch) -> int:
+    """Of the joined sequence, as the blocks see it."""
+    number, _, height, width = batch.x0.shape
+    return number * (padded(height * width // 4) + max(padded(one.shape[0]) for one in batch.prompt_embeds))
+
+
+def _recomputing_more(plan: Plan, tokens: int) -> Plan | None:
+    """`plan` with the next mode for batches of `tokens` and more; None: there is none."""
+    current = plan.mode_of(tokens)
+    modes = list(plan.limits)
+    if current == modes[-1]:
+        return None
+    given_up = modes[: modes.index(current) + 1]
+    lower = {mode: min(most, tokens - 1) if mode in given_up else most for mode, most in plan.limits.items()}
+    return replace(plan, limits=lower)
+
+
+def _step(run: Run, batch: Batch) -> float:
+    began = time.monotonic()
+    model = run.frozen.model.train()
+    there = batch.to(run.world.device, model.dtype)
+    sft_loss(model, there, run.config.guidance.differential).objective.backward()
+    if run.world.device.type == "cuda":
+        torch.cuda.synchronize(run.world.device)
+    return time.monotonic() - began
+
+
+def _preview(run: Run) -> None:
+    """One step of the largest preview, and its decoding, unless pictures are drawn before step 1 anyway."""
+    recipes = [recipe for view in run.views for recipe in view.recipes]
+    if not recipes or (run.start == 0 and run.config.sample.first):
+        return
+    largest = max(recipes, key=lambda one: one.width * one.height * (2 if one.guidance > 0 else 1))
+    render(run.frozen, run.extras, [replace(largest, steps=1)], run.preview_embeds, lambda done, total: None)
+
+
+def _save(run: Run) -> None:
+    """A checkpoint and a LoRA, written and read back."""
+    path, trained, dtype = run.folder.rehearsal, run.attached.factors(), run.config.save.dtype
+    try:
+        tensorfile.save_sealed(path, run.attached.state() | optim.state(run.optimizer)[0], {})
+        tensorfile.load_sealed(path)
+        lora_files.export(path, trained, dtype, run.export_metadata)
+        loaders.verify(path, trained, dtype, run.frozen.shape.linears)
+    finally:
+        files.remove(path)
+
+
+def compare(run: Run, records: list[dict[str, Any]]) -> None:
+    """Say how the run compares with its prediction, and remember it for the next ones; `records` are its steps."""
+    device = run.world.device
+    card = cards.find(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    name = card.name if card else torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    steps = [(one["seconds"], _predicted_seconds(run, one["step"], card or cards.TYPICAL)) for one in records]
+    predicted_gb = run.memory.peak.total / 1e9
+    found = measured.measure(name, steps, gigabytes(device), predicted_gb)
+    if found is None:
+        return
+    memory = f", memory x{found.memory_ratio:.2f}" if found.memory_ratio is not None else ""
+    if card is not None:
+        run.console.say(f"measured {found.seconds:.2f} s a step: x{found.time_ratio:.2f} of the prediction{memory}")
+    measured.remember(forecast.memo(run.config), found)
+
+
+def _predicted_seconds(run: Run, step: int, card: Card) -> float:
+    """Of the micro-batches of this process."""
+    own = run.micro_batches(step)
+    sizes = ((samples[0].item.size, len(samples)) for samples in own)
+    return sum(run.memory.seconds(size, card) * number / run.memory.job.batch(size) for size, number in sizes)
