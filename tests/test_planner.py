@@ -83,6 +83,16 @@ def test_small_cards_stream_and_keep_full_precision_if_main_memory_allows(name: 
     assert poor.fits and poor.form.kind == "int8"
 
 
+def test_a_plan_explains_itself():
+    card = CARDS["4060"]
+    assert choose(limit=24e9).why == "by what fits 24.0 GB"
+    assert "streaming in full precision costs little" in choose(limit=8e9, card=card, wanted=ANY).why
+    assert "full precision does not fit" in choose(limit=8e9, card=card, wanted=ANY, host=8e9).why
+    slow = replace(card, pcie_gb_per_second=1.0)
+    assert re.search(r"full precision would take \d\.\d times as long", choose(limit=8e9, card=slow, wanted=ANY).why)
+    assert choose(wanted=Wanted((None,), "full", 0)).why == "set in the config"
+
+
 def test_a_slow_bus_prefers_fewer_bytes():
     slow = replace(CARDS["4090"], pcie_gb_per_second=1.0)
     fast = choose((512,), limit=9e9, card=CARDS["4060"], wanted=ANY)

@@ -58,9 +58,9 @@ def device_for(config: Config, gpu: str | None) -> Device | None:
     return None if limit is None else Device(name, limit, card)
 
 
-def plan_for(checked: Checked, device: Device, gpu: bool | None = None) -> Plan:
-    """How `checked` runs on `device`."""
-    job, host = preflight.job_of(checked, gpu), preflight.system_memory_bytes()
+def plan_for(checked: Checked, device: Device, gpu: bool | None = None, processes: int = 1) -> Plan:
+    """How `checked` runs on `device`, with main memory shared by so many processes."""
+    job, host = preflight.job_of(checked, gpu), preflight.system_memory_bytes() / processes
     wanted = planner.wanted(checked.config, job.shape.n_layers)
     return planner.choose(job, wanted, device.limit_bytes, host, device.card)
 
@@ -107,6 +107,7 @@ def _of_device(checked: Checked, device: Device, price: float | None) -> list[st
         f"  CUDA and fragmentation    {peak.context / 1e9:6.2f} GB",
         f"  at the most               {peak.total / 1e9:6.2f} GB",
         f"  recomputed: {_recomputed(plan)}",
+        f"  why: {plan.why}",
     ]
     if not plan.fits:
         less = preflight.less_memory(checked, device.limit_bytes)

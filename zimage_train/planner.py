@@ -5,7 +5,7 @@ batch recomputes is decided by its number of tokens when it comes; the planner s
 """
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from zimage_train import flops, memory
@@ -105,7 +105,14 @@ def choose(job: Job, wanted: Wanted, limit_bytes: float, host_bytes: float, card
     times = {plan.form: _epoch_seconds(plan, card or TYPICAL) for plan in fitting}
     fastest = min(times.values())
     good = [plan for plan in fitting if times[plan.form] <= fastest * WORTH]
-    return min(good, key=lambda plan: (PRECISION.index(plan.form.kind), times[plan.form], plan.form.streamed))
+    best = min(good, key=lambda plan: (PRECISION.index(plan.form.kind), times[plan.form], plan.form.streamed))
+    if len(wanted.kinds) == 1 or wanted.streamed is not None:
+        return best
+    dense = min((times[form] for form in times if form.kind is None), default=None)
+    if best.form.kind is None:
+        return replace(best, why=f"{best.why}; streaming in full precision costs little")
+    lost = "does not fit" if dense is None else f"would take {dense / times[best.form]:.1f} times as long"
+    return replace(best, why=f"{best.why}; full precision {lost}")
 
 
 def lighter(job: Job, wanted: Wanted, limit_bytes: float, host_bytes: float) -> str:

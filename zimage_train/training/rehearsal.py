@@ -52,18 +52,24 @@ def _largest_batch(run: Run) -> float:
     """Seconds of its forward and backward; where memory runs out, with as much more recomputed as it takes."""
     samples = max(_micro_batches(run), key=_weight)
     batch, plan = run.load(samples), run.memory
-    while True:
-        try:
-            return _step(run, batch)
-        except torch.OutOfMemoryError:
-            plan = _recomputing_more(plan, _tokens(batch))
-            if plan is None:
-                raise
-            torch.cuda.empty_cache()
-            recompute_as_planned(run.frozen.model, plan, run.config.lora.dropout)
-            run.console.warn("the largest batch did not fit as planned: more is recomputed in this run")
-        finally:
-            run.optimizer.zero_grad(set_to_none=True)
+    while (seconds := _attempt(run, batch)) is None:
+        plan = _recomputing_more(plan, _tokens(batch))
+        if plan is None:
+            return _step(run, batch)  # with the error that this ends in
+        torch.cuda.empty_cache()
+        recompute_as_planned(run.frozen.model, plan, run.config.lora.dropout)
+        run.console.warn("the largest batch did not fit as planned: more is recomputed in this run")
+    return seconds
+
+
+def _attempt(run: Run, batch: Batch) -> float | None:
+    """Seconds of a step; None: memory ran out. What the step held is free again when this returns."""
+    try:
+        return _step(run, batch)
+    except torch.OutOfMemoryError:
+        return None
+    finally:
+        run.optimizer.zero_grad(set_to_none=True)
 
 
 def _micro_batches(run: Run) -> list[MicroBatch]:

@@ -88,7 +88,7 @@ def plan_memory(checked: Checked, world: World, folder: RunFolder) -> Plan:
         here = replace(here, limit_bytes=budget * 1e9)
     if checked.config.model.quantize == "auto" and checkpoint.steps_in(folder.checkpoints):
         checked = replace(checked, config=quantized(checked.config, run_folder.planned_kind(folder)))
-    return forecast.plan_for(checked, here, is_gpu)
+    return forecast.plan_for(checked, here, is_gpu, world.processes)
 
 
 def quantized(config: Config, kind: Kind | Literal["auto"] | None) -> Config:
