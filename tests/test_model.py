@@ -403,3 +403,15 @@ def test_a_path_that_is_nothing_is_said_to_be_nothing(path: str):
 def test_loading_from_local_paths_makes_no_connection(no_network: list):
     locate_and_load(mini.TURBO)
     assert no_network == []
+
+
+@pytest.mark.parametrize("kind", ["fp8", "int8", "nf4"])
+def test_only_attention_and_feed_forward_are_quantised(kind: str):
+    model = transformer.empty(TransformerShape(), torch.bfloat16, kind)
+    packed = {name for name, parameter in model.named_parameters() if parameter.dtype != torch.bfloat16}
+    assert {name.rpartition(".")[0] for name in packed} == {
+        name for name in TransformerShape().linears if ".attention." in name or ".feed_forward." in name
+    }
+    assert len(packed) == 34 * 7
+    other = [name for name in dict(model.named_parameters()) if name not in packed and not name.endswith(".scales")]
+    assert any("adaLN" in name for name in other) and any("norm" in name for name in other)

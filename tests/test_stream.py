@@ -101,6 +101,11 @@ def test_true_turbo_and_the_training_weights_come_and_go_as_with_resident_blocks
     resident, streamed = outputs(0), outputs(6)
     assert all(torch.equal(one, other) for one, other in zip(resident, streamed, strict=True))
     assert torch.equal(resident[0], resident[2]) and not torch.equal(resident[0], resident[1])
+    plain = assemble(mini.TURBO / "transformer", None, "bf16", CPU, kind)
+    with torch.no_grad():
+        assert torch.equal(
+            resident[1], velocity(plain.model, x, sigma, [prompt])
+        )  # as if no adapter had ever been there
 
 
 def test_on_the_device_a_streamed_model_takes_two_blocks_of_room():

@@ -99,11 +99,13 @@ def _short(checked: Checked, plan: Plan, card: Card) -> str:
 def _of_device(checked: Checked, device: Device, price: float | None) -> list[str]:
     plan = plan_for(checked, device)
     peak = plan.peak
+    is_preview = peak == memory.preview(plan.job, plan.form)
+    where = "in a preview" if is_preview else f"at {plan.job.most_tokens} tokens"
     found = [
         f"memory on {device.name} ({device.limit_bytes / 1e9:.1f} GB), predicted:",
         f"  frozen transformer        {peak.weights / 1e9:6.2f} GB  {_weights(plan)}",
         f"  LoRA, gradient, optimizer {peak.lora / 1e9:6.2f} GB",
-        f"  activations               {peak.activations / 1e9:6.2f} GB  at {plan.job.most_tokens} tokens",
+        f"  activations               {peak.activations / 1e9:6.2f} GB  {where}",
         f"  CUDA and fragmentation    {peak.context / 1e9:6.2f} GB",
         f"  at the most               {peak.total / 1e9:6.2f} GB",
         f"  recomputed: {_recomputed(plan)}",
