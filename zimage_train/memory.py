@@ -165,9 +165,8 @@ def _with_weights(job: Job, form: Form, activations: int) -> Estimate:
 
 def device_bytes(job: Job, form: Form) -> int:
     """Frozen weights on the device: all, or those of blocks that stay and of the ring for the others."""
-    block = block_bytes(job, form.kind)
-    ring = min(SLOTS, form.streamed) * block
-    return model_bytes(job, form.kind) - form.streamed * block + (SLOTS * block if ring else 0)
+    blocks_away = form.streamed - (SLOTS if form.streamed else 0)
+    return model_bytes(job, form.kind) - blocks_away * block_bytes(job, form.kind)
 
 
 def host_bytes(job: Job, form: Form) -> int:

@@ -117,27 +117,18 @@ def choose(job: Job, wanted: Wanted, limit_bytes: float, host_bytes: float, card
 
 def lighter(job: Job, wanted: Wanted, limit_bytes: float, host_bytes: float) -> str:
     """What to set so that a run is predicted to fit: what changes least comes first."""
-    freed = [
-        (said, Wanted(kinds, None, None))
-        for said, kinds in (
-            (["memory.checkpointing: auto, memory.offload: auto"], wanted.kinds),
-            (["memory.checkpointing: auto, memory.offload: auto", "model.quantize: auto"], AUTOMATIC),
-        )
-    ]
-    if wanted.mode is None and wanted.streamed is None:
-        freed = [([one for one in said if "auto, " not in one], free) for said, free in freed]
-    least: Plan | None = None
-    for said, free in freed:
+    is_free = wanted.mode is None and wanted.streamed is None
+    relaxed = "" if is_free else "memory.checkpointing: auto, memory.offload: auto"
+    least = math.inf
+    for quantised, kinds in (("", wanted.kinds), ("model.quantize: auto", AUTOMATIC)):
         for changes, lighter_job in [("", job), *memory.lighter(job)]:
-            plan = choose(lighter_job, free, limit_bytes, host_bytes, None)
-            least = plan if least is None or plan.peak.total < least.peak.total else least
-            if plan.fits and not said and not changes:
-                return f"set memory.budget_gb: {limit_bytes / 1e9:.3g} (predicted: {plan.peak.total / 1e9:.2f} GB)"
+            plan = choose(lighter_job, Wanted(kinds, None, None), limit_bytes, host_bytes, None)
+            total = plan.peak.total / 1e9
             if plan.fits:
-                settings = ", ".join([*said, *([changes] if changes else [])])
-                return f"set {settings} (predicted: {plan.peak.total / 1e9:.2f} GB)"
-    assert least is not None
-    return f"a run takes {least.peak.total / 1e9:.2f} GB at the least (predicted), so more memory is needed"
+                settings = ", ".join(filter(None, (relaxed, quantised, changes)))
+                return f"set {settings or f'memory.budget_gb: {limit_bytes / 1e9:.3g}'} (predicted: {total:.2f} GB)"
+            least = min(least, total)
+    return f"a run takes {least:.2f} GB at the least (predicted), so more memory is needed"
 
 
 def _forms(job: Job, wanted: Wanted, host_bytes: float) -> list[Form]:
