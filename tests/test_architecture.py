@@ -47,7 +47,7 @@ LAYERS: list[list[str]] = [
     # 2: what is made of them
     [
         "checkpoint",
-        "data.cache",
+        "data.cache data.filling",
         "lora.files lora.attach lora.adapter",
         "lora.files lora.loaders lora.anatomy",
         "measured",

@@ -16,7 +16,7 @@ from zimage_train import encoding, files, mini
 from zimage_train.app.train import cache as fill
 from zimage_train.config.reading import dump_config
 from zimage_train.config.schema import Config
-from zimage_train.data import cache as caching
+from zimage_train.data import filling
 from zimage_train.data.cache import Cache, prompt_key
 from zimage_train.errors import DataError, WeightsError
 from zimage_train.model.digests import Digests
@@ -254,7 +254,7 @@ def test_claims_of_another_host_are_waited_for_and_taken_over_when_nobody_renews
 ):
     claim_all(config(), tmp_path / "cache", "0123abcd-1")
     taken(counted)
-    monkeypatch.setattr(caching, "CLAIM_SECONDS", 1.2)
+    monkeypatch.setattr(filling, "CLAIM_SECONDS", 1.2)
     fill(config())
     assert taken(counted) == NOTHING | {"pictures": 8, "vae": 1}
     assert "waiting for pictures that others encode" in capsys.readouterr().out
@@ -274,7 +274,7 @@ def test_what_another_host_finishes_meanwhile_is_found_and_not_made_twice(config
             claim.with_suffix(".safetensors").write_bytes(whole[claim.with_suffix(".safetensors")])
             claim.unlink()
 
-    monkeypatch.setattr(caching, "POLL_SECONDS", 0.05)
+    monkeypatch.setattr(filling, "POLL_SECONDS", 0.05)
     with ThreadPoolExecutor() as others:
         done = others.submit(other_host)
         fill(config())
@@ -286,8 +286,8 @@ def test_a_claim_that_is_renewed_is_not_taken_over(config, tmp_path: Path, monke
     (first, *_) = claim_all(config(), tmp_path / "cache", "0123abcd-1")
     for claim in claims(tmp_path / "cache")[1:]:
         claim.unlink()
-    monkeypatch.setattr(caching, "CLAIM_SECONDS", 0.6)
-    monkeypatch.setattr(caching, "POLL_SECONDS", 0.1)
+    monkeypatch.setattr(filling, "CLAIM_SECONDS", 0.6)
+    monkeypatch.setattr(filling, "POLL_SECONDS", 0.1)
     waited: list[float] = []
 
     def at_work() -> None:

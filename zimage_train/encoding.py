@@ -9,8 +9,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from zimage_train.data import cache as caching
-from zimage_train.data.cache import Cache, EncodePictures, EncodePrompts, Share, Tally, Tick
+from zimage_train.data import filling
+from zimage_train.data.cache import Cache
+from zimage_train.data.filling import EncodePictures, EncodePrompts, Share, Tally, Tick
 from zimage_train.data.plan import Item
 from zimage_train.model import text, vae
 from zimage_train.tensorfile import DTYPES
@@ -50,11 +51,11 @@ def fill(
 ) -> tuple[Tally, Tally]:
     """Encode what is missing of `items` and `prompts`, one encoder after the other, and free both."""
     extras, device, dtype = encoders.extras, encoders.device, encoders.dtype
-    pictures = caching.fill_latents(
+    pictures = filling.fill_latents(
         cache, items, encoders.vae_digest, lambda: picture_encoder(extras, device), tick, share
     )
     _free()
-    texts = caching.fill_prompts(
+    texts = filling.fill_prompts(
         cache, prompts, encoders.text_digest, dtype, lambda: prompt_encoder(extras, device, dtype), tick, share
     )
     _free()

@@ -17,8 +17,7 @@ from PIL import Image, ImageFile
 from zimage_train import encoding, mini, preflight
 from zimage_train.app.train import cache as fill
 from zimage_train.app.train import train
-from zimage_train.data import cache as caching
-from zimage_train.data import captions
+from zimage_train.data import captions, filling
 from zimage_train.data.cache import Cache
 from zimage_train.errors import DataError
 from zimage_train.report.metrics import read
@@ -597,7 +596,7 @@ def test_killed_while_caching_the_next_start_encodes_what_is_missing_and_nothing
         return encode_and_count
 
     monkeypatch.setattr(encoding, "picture_encoder", encoder)
-    monkeypatch.setattr(caching, "BATCH_PX", 1)
+    monkeypatch.setattr(filling, "BATCH_PX", 1)
     write, faults = Cache.write, []
 
     def write_at_most_four(self, *entry) -> None:

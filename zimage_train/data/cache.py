@@ -1,70 +1,23 @@
 """Latents and prompt embeddings on disk, found by what went into them, checked when read.
 
 A key is a digest of content: the picture's bytes, its size and the VAE; the prompt and the text encoder. So a changed
-picture, caption or encoder is encoded again and nothing else is. Encoders come as callables and are made only when
-something is missing.
+picture, caption or encoder is encoded again and nothing else is.
 """
 
 import hashlib
-import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from PIL import Image
 from torch import Tensor
 
 from zimage_train import files, tensorfile
-from zimage_train.data import images
 from zimage_train.data.buckets import Bucket
 from zimage_train.data.folder import Picture
-from zimage_train.data.plan import Item
 from zimage_train.errors import DataError, Problem, WeightsError
-from zimage_train.model.extras import LATENT_CHANNELS, LATENT_STRIDE
 
 FORMAT = 1
 """Raised when the way pictures or prompts are prepared changes, so that old entries are not found."""
-PROMPT_BYTES = 700_000
-"""Embeddings of a caption of about 130 tokens in bf16; asked of the disk before anything is encoded."""
-
-BATCH_PX = 2**20
-"""Of pictures of one size that are encoded together."""
-CLAIM_SECONDS = 120.0
-"""After which a claim that nobody renews is taken over: its owner is gone, or slower than this machine."""
-POLL_SECONDS = 0.5
-
-EncodePictures = Callable[[list[Image.Image]], Tensor]
-"""Pictures of one size to latents (b, 16, h/8, w/8)."""
-EncodePrompts = Callable[[list[str], Callable[[int, int], None]], Iterator[tuple[str, Tensor]]]
-"""Prompts to embeddings (tokens, features), with a tick; they may come in another order."""
-Tick = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True)
-class Share:
-    """Which of several processes this is; each begins with its own share of what is missing."""
-
-    process: int = 0
-    processes: int = 1
-
-
-ALONE = Share()
-Made = tuple[str, Tensor]
-"""A key and its value."""
-
-
-@dataclass
-class Tally:
-    """What a filling did."""
-
-    found: int = 0
-    encoded: int = 0
-    damaged: int = 0
-
-    def __str__(self) -> str:
-        damaged = f", {self.damaged} of them damaged entries" if self.damaged else ""
-        return f"{self.found} found, {self.encoded} encoded{damaged}"
 
 
 @dataclass(frozen=True)
@@ -129,166 +82,6 @@ def latent_key(picture: Picture, size: Bucket, vae_digest: str) -> str:
 def prompt_key(prompt: str, encoder_digest: str, dtype: str) -> str:
     """The key of a prompt's embeddings: the prompt, the text encoder with its template, the precision."""
     return f"prompts/{_digest('prompts', prompt, encoder_digest, dtype)}"
-
-
-def fill_latents(
-    cache: Cache,
-    items: Iterable[Item],
-    vae_digest: str,
-    load_encoder: Callable[[], EncodePictures],
-    tick: Tick,
-    share: Share = ALONE,
-) -> Tally:
-    """Encode every picture at every size that is not in the cache yet, those of one size together.
-
-    Raises:
-        DataError: a picture changed since it was checked, or the VAE makes values of it that are not finite.
-        DiskError: there is no room for them, or they cannot be written.
-    """
-    jobs = {latent_key(item.picture, item.size, vae_digest): item for item in items}
-
-    def size(item: Item) -> int:
-        return 4 * LATENT_CHANNELS * (item.size.width // LATENT_STRIDE) * (item.size.height // LATENT_STRIDE)
-
-    def batches(keys: list[str]) -> Iterator[list[str]]:
-        alike: dict[Bucket, list[str]] = {}
-        for key in keys:
-            alike.setdefault(jobs[key].size, []).append(key)
-        for bucket, same in alike.items():
-            most = max(BATCH_PX // (bucket.width * bucket.height), 1)
-            yield from (same[start : start + most] for start in range(0, len(same), most))
-
-    def encode(encoder: EncodePictures, keys: list[str], done: Callable[[int, int], None]) -> Iterator[Made]:
-        latents = encoder([_fitted(jobs[key]) for key in keys])
-        for key, one in zip(keys, latents, strict=True):
-            if not one.isfinite().all():
-                what = "the VAE's latents of it are not finite"
-                path = str(jobs[key].picture.path)
-                raise DataError(Problem(path, what, "remove the picture, or use another VAE"))
-            yield key, one.clone()
-
-    sizes = {key: size(item) for key, item in jobs.items()}
-    return _Filling(cache, "pictures", tick, share, batches, load_encoder, encode).run(sizes)
-
-
-def fill_prompts(
-    cache: Cache,
-    prompts: Iterable[str],
-    encoder_digest: str,
-    dtype: str,
-    load_encoder: Callable[[], EncodePrompts],
-    tick: Tick,
-    share: Share = ALONE,
-) -> Tally:
-    """Encode every prompt that is not in the cache yet, all of a process's share together.
-
-    Raises:
-        WeightsError: the text encoder makes values that are not finite.
-    """
-    jobs = {prompt_key(prompt, encoder_digest, dtype): prompt for prompt in prompts}
-    keys = {prompt: key for key, prompt in jobs.items()}
-
-    def encode(encoder: EncodePrompts, wanted: list[str], done: Callable[[int, int], None]) -> Iterator[Made]:
-        for prompt, embeds in encoder([jobs[key] for key in wanted], done):
-            if not embeds.isfinite().all():
-                what = f"its embedding of {prompt[:40]!r} is not finite"
-                raise WeightsError(Problem("text_encoder", what, "get the files of model.extras again"))
-            yield keys[prompt], embeds
-
-    def batches(wanted: list[str]) -> Iterator[list[str]]:
-        yield wanted
-
-    sizes = dict.fromkeys(jobs, PROMPT_BYTES)
-    return _Filling(cache, "prompts", tick, share, batches, load_encoder, encode).run(sizes)
-
-
-@dataclass
-class _Filling:
-    """Makes what is missing, beside others that do the same on the same folder."""
-
-    cache: Cache
-    what: str
-    tick: Tick
-    share: Share
-    batches: Callable[[list[str]], Iterator[list[str]]]
-    load_encoder: Callable[[], Any]
-    encode: Callable[[Any, list[str], Callable[[int, int], None]], Iterator[Made]]
-    encoder: Any = None
-    damaged: set[str] = field(default_factory=set)
-
-    def run(self, sizes: dict[str, int]) -> Tally:
-        """Make every key of `sizes` (bytes) that is not there; then wait for those that others are making."""
-        files.clear_debris(self.cache.folder)
-        missing: list[str] = []
-        for number, key in enumerate(sizes, 1):
-            if self.cache.read(key) is None:
-                missing.append(key)
-            self.tick(f"checking cached {self.what}", number, len(sizes))
-        self.damaged = {key for key in missing if self.cache.has_file(key)}
-        files.require_space(self.cache.folder, sum(sizes[key] for key in missing), f"cached {self.what}")
-        encoded = self._make(missing[self.share.process :: self.share.processes]) + self._await(missing)
-        return Tally(found=len(sizes) - encoded, encoded=encoded, damaged=len(self.damaged))
-
-    def _make(self, keys: list[str]) -> int:
-        """Make those of `keys` that nobody else makes or has made; how many they were."""
-        made = 0
-        for batch in self.batches(keys):
-            claimed: list[str] = []
-            try:
-                claimed += (key for key in batch if self._is_missing(key) and self.cache.claim(key))
-                made += self._encode(claimed, made, len(keys))
-            finally:
-                for key in claimed:
-                    self.cache.release(key)
-        return made
-
-    def _is_missing(self, key: str) -> bool:
-        return not self.cache.has_file(key) or (key in self.damaged and self.cache.read(key) is None)
-
-    def _encode(self, keys: list[str], before: int, total: int) -> int:
-        if not keys:
-            return 0
-        if self.encoder is None:
-            self.encoder = self.load_encoder()
-
-        def by_layer(done: int, layers: int) -> None:
-            self.cache.renew(keys)
-            self.tick(f"encoding {self.what}, layer by layer", done, layers)
-
-        for number, (key, value) in enumerate(self.encode(self.encoder, keys, by_layer), 1):
-            self.cache.write(key, value.cpu())
-            self.tick(f"encoding {self.what}", before + number, total)
-        return len(keys)
-
-    def _await(self, keys: list[str]) -> int:
-        """Wait for what others make; make it here if they do not come to it."""
-        made = 0
-        seen: dict[str, tuple[float, float]] = {}
-        while left := [key for key in keys if self._is_missing(key)]:
-            now, free = time.monotonic(), []
-            for key in left:
-                renewed = self.cache.claimed_at(key)
-                if renewed is None or (key in seen and seen[key][0] == renewed and now - seen[key][1] > CLAIM_SECONDS):
-                    self.cache.release(key)
-                    free.append(key)
-                elif key not in seen or seen[key][0] != renewed:
-                    seen[key] = (renewed, now)
-            made += self._make(free)
-            if not free:
-                self.tick(f"waiting for {self.what} that others encode", len(keys) - len(left), len(keys))
-                time.sleep(POLL_SECONDS)
-        return made
-
-
-def _fitted(item: Item) -> Image.Image:
-    path = item.picture.path
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise DataError(Problem(str(path), f"cannot be read any more ({error.strerror})", "put it back")) from None
-    if hashlib.sha256(content).hexdigest() != item.picture.digest:
-        raise DataError(Problem(str(path), "changed while this command ran", "run it again"))
-    return images.fit(images.load(path, content), item.size)
 
 
 def _digest(*parts: str | int) -> str:

@@ -14,7 +14,8 @@ from zimage_train.config.reading import cache_folder
 from zimage_train.config.schema import Config
 from zimage_train.config.values import Kind
 from zimage_train.data import plan as ordering
-from zimage_train.data.cache import Cache, Share
+from zimage_train.data.cache import Cache
+from zimage_train.data.filling import Share
 from zimage_train.data.folder import fingerprint
 from zimage_train.data.plan import make_plan
 from zimage_train.distributed import World
