@@ -14,6 +14,7 @@ import json
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from zimage_train.config import schema
 from zimage_train.data.buckets import Bucket
 from zimage_train.lora import adapter, attach, names
 from zimage_train.lora.adapter import Adapter
-from zimage_train.memory import Form, Job, caption_tokens
+from zimage_train.memory import CONTEXT_BYTES, Form, Job, caption_tokens
 from zimage_train.model import transformer, weights
 from zimage_train.model.quantize import Rounding
 from zimage_train.model.shapes import TransformerShape
@@ -69,10 +70,13 @@ def random_model(shape: TransformerShape, form: Form, dtype: torch.dtype, device
     weights.allocate(model, device)
     frozen = Frozen(model, shape, Path("random"), None, 0, Rounding(), ring)
     draw = torch.Generator(device).manual_seed(1)
-    for name, size in shape.parameters.items():
-        fan_in = size[-1] if len(size) > 1 else 1.0
-        tensor = torch.randn(size, generator=draw, device=device) / fan_in**0.5
-        frozen.store(name, tensor if len(size) > 1 else 1.0 + 0.02 * tensor)
+
+    def drawn() -> Iterator[tuple[str, torch.Tensor]]:
+        for name, size in shape.parameters.items():
+            tensor = torch.randn(size, generator=draw, device=device)
+            yield name, tensor / size[-1] ** 0.5 if len(size) > 1 else 1.0 + 0.02 * tensor
+
+    frozen.refill(drawn())
     return frozen
 
 
@@ -133,11 +137,11 @@ def _measured(
     plan = planner.choose(job, wanted, budget * 1e9, system_memory_bytes(), None)
     mode = plan.mode_of(job.most_tokens)
     row = {"budget_gb": budget, "side_px": side, "kind": plan.form.kind, "streamed": plan.form.streamed, "mode": mode}
-    row |= {"fits": plan.fits, "predicted_gb": round(plan.peak.total / 1e9, 3)}
+    row |= {"fits": plan.fits, "predicted_gb": round(plan.peak.allocated / 1e9, 3)}
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-        torch.cuda.set_per_process_memory_fraction(min(budget * 1e9 / total, 1.0))
+        torch.cuda.set_per_process_memory_fraction(min((budget * 1e9 - CONTEXT_BYTES) / total, 1.0))
     try:
         row |= train(shape, plan, side, steps, device)
     except torch.OutOfMemoryError as error:

@@ -145,7 +145,7 @@ def test_decoding_is_within_5_percent_of_the_count(side: int):
 @pytest.mark.parametrize("streamed", [0, 1, 2, 3, 6])
 def test_the_weights_of_the_miniature_are_counted_to_the_byte(kind: str | None, streamed: int):
     frozen = assemble(mini.TURBO / "transformer", None, "bf16", CPU, kind, streamed)
-    made = job(shape=frozen.shape)
+    made = job(shape=frozen.shape, gpu=False)
     on_device = {one.untyped_storage()._cdata: one.untyped_storage().nbytes() for one in frozen.model.parameters()}
     if frozen.ring is not None:
         on_device |= {slot.untyped_storage()._cdata: slot.nbytes for slot in frozen.ring._slots}

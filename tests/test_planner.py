@@ -9,13 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_memory import job, recipe
 
-from zimage_train import cards, flops, memory, planner
+from zimage_train import cards, flops, memory, planner, preflight
 from zimage_train.cards import CARDS
 from zimage_train.config.schema import Config
 from zimage_train.config.values import MODES
 from zimage_train.data.buckets import Bucket
 from zimage_train.errors import ConfigError
 from zimage_train.memory import Form
+from zimage_train.model.pinning import arenas, pinned_bytes
 from zimage_train.planner import AUTOMATIC, MANY, Wanted
 
 FREE = Wanted((None,), None, None)
@@ -79,7 +80,7 @@ def test_small_cards_stream_and_keep_full_precision_if_main_memory_allows(name: 
     card = CARDS[name]
     plan = choose(limit=card.memory_gb * 1e9, card=card, wanted=ANY)
     assert plan.fits and plan.form.kind is None and plan.form.streamed > 0
-    poor = choose(limit=card.memory_gb * 1e9, card=card, wanted=ANY, host=4e9)
+    poor = choose(limit=card.memory_gb * 1e9, card=card, wanted=ANY, host=7e9)
     assert poor.fits and poor.form.kind == "int8"
 
 
@@ -232,3 +233,24 @@ def test_streaming_is_hidden_behind_computing_until_it_takes_longer():
     slow = replace(card, pcie_gb_per_second=2.0)
     copying = 2 * 13 * memory.block_bytes(made, None) / (0.9 * 2e9)
     assert flops.step_seconds(made, Form(None, 15), "full", size, slow) == pytest.approx(copying)
+
+
+# Main memory
+
+
+@pytest.mark.parametrize("block_bytes", [361_814_528, 190_443_008, 101_904_896])
+def test_pinned_blocks_lose_little_to_the_allocators_rounding(block_bytes: int):
+    for count in range(0, 31):
+        shared = arenas(count, block_bytes)
+        assert sum(shared) == count
+    assert pinned_bytes(30, block_bytes) <= 1.12 * 30 * block_bytes
+    assert pinned_bytes(1, block_bytes) == 2 ** (block_bytes - 1).bit_length()
+
+
+def test_the_memory_of_a_container_counts_and_not_that_of_its_host(tmp_path, monkeypatch):
+    physical = preflight.system_memory_bytes()
+    limit = tmp_path / "memory.max"
+    monkeypatch.setattr(preflight, "CGROUP_LIMITS", (str(limit),))
+    for text, expected in (("4000000000", 4 * 10**9), ("max", physical), ("9223372036854771712", physical)):
+        limit.write_text(text + "\n")
+        assert preflight.system_memory_bytes() == min(expected, physical)

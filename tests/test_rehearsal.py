@@ -2,15 +2,18 @@
 
 import json
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from zimage_train import measured
 from zimage_train.app.train import train
 from zimage_train.cli import app
 from zimage_train.config.reading import dump_config
+from zimage_train.config.schema import Config
 from zimage_train.errors import ConfigError, DiskError
 from zimage_train.training import pace, rehearsal
 from zimage_train.training.pace import Pace
@@ -22,7 +25,7 @@ def test_it_leaves_no_trace_in_what_is_trained(make_config, monkeypatch):
     config = make_config(sample=PREVIEWED | {"first": False}, lora={"dropout": 0.2})
     train(config, fresh=False)
     assert facts(config)["rehearsal"]["seconds"] > 0
-    monkeypatch.setattr("zimage_train.app.train.rehearse", lambda run: {})
+    monkeypatch.setattr("zimage_train.app.train.rehearse", lambda run: (run, {}))
     plain = make_config(name="plain", sample=PREVIEWED | {"first": False}, lora={"dropout": 0.2})
     train(plain, fresh=False)
     assert losses(config) == losses(plain)
@@ -116,6 +119,40 @@ def test_where_nothing_helps_the_run_ends_before_step_1_with_what_to_set(make_co
     assert caught.value.exit_code == 2 and losses(config) == []
 
 
+def test_one_failure_with_nothing_left_to_recompute_is_the_end_and_is_not_tried_again(make_config, monkeypatch):
+    """A second try that went well would leave its gradient to step 1."""
+    fired: list[int] = []
+    original = rehearsal._step
+
+    def once(run, batch):
+        fired.append(1)
+        if len(fired) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
+        return original(run, batch)
+
+    monkeypatch.setattr(rehearsal, "_step", once)
+    with pytest.raises(ConfigError, match=r"memory: CUDA out of memory"):
+        train(make_config(memory={"checkpointing": True}), fresh=False)
+    assert fired == [1]
+
+
+def test_what_the_optimizer_will_take_is_held_until_it_has_it(make_config, monkeypatch):
+    held: list[int] = []
+    original = rehearsal.torch.empty
+    monkeypatch.setattr(rehearsal.torch, "empty", lambda *a, **k: (held.append(a[0]), original(*a, **k))[1])
+    config = make_config(optimizer={"name": "adamw"}, train={"steps": 2})
+    train(config, fresh=False)
+    trained = sum(tensor.numel() for name, tensor in load_file(final_path(config)).items() if "lora_" in name)
+    assert held.count(8 * trained) == 1
+    held.clear()
+    train(make_config(optimizer={"name": "adamw"}, train={"steps": 3}), fresh=False)
+    assert held.count(8 * trained) == 0 and held.count(0) == 1
+
+
+def final_path(config: Config) -> Path:
+    return folder(config) / "lora" / f"{config.name}.safetensors"
+
+
 # Quantised and streamed runs
 
 
@@ -150,6 +187,7 @@ def test_what_auto_has_chosen_stays_when_the_budget_changes(make_config, monkeyp
     train(small, fresh=False)
     chosen = facts(small)["plan"]["kind"]
     assert chosen is not None
+    (folder(small) / "run.json").unlink()  # the checkpoint knows
     large = make_config(model=auto, train={"steps": 2}, memory={"budget_gb": 50.0})
     train(large, fresh=False)
     assert facts(large)["plan"]["kind"] == chosen

@@ -5,7 +5,8 @@ from collections.abc import Iterator
 
 import torch
 
-from zimage_train import memory
+from zimage_train import cards, memory, preflight
+from zimage_train.cards import Device
 from zimage_train.errors import ConfigError, Problem
 from zimage_train.model.shapes import TransformerShape
 
@@ -23,6 +24,14 @@ def require(device: torch.device, shape: TransformerShape, dtype: str) -> None:
     if device.type == "cuda" and dtype == "bf16" and not torch.cuda.is_bf16_supported(False):
         what = f"{torch.cuda.get_device_name()} has no bf16"
         raise ConfigError(Problem("model.dtype", what, "an RTX 30 series card or newer is needed"))
+
+
+def here(device: torch.device) -> Device:
+    """What a plan for `device` goes by: its total memory but for a reserve, never what happens to be free."""
+    if device.type != "cuda":
+        return Device("cpu", preflight.system_memory_bytes(), None)
+    properties = torch.cuda.get_device_properties(device)
+    return Device(properties.name, cards.usable_bytes(properties.total_memory), cards.find(properties.name))
 
 
 def room_bytes(device: torch.device) -> int:

@@ -44,9 +44,12 @@ class Frozen:
     ring: Ring | None
     """Streams some of the blocks; None: all of them are on the device."""
 
-    def store(self, name: str, tensor: Tensor) -> None:
-        """Put `tensor` where the parameter `name` is, quantised if that is."""
-        _store(self.model, self.ring, name, tensor)
+    def refill(self, tensors: weights.Stream) -> None:
+        """Put `tensors` where the parameters of their names are, quantised if those are."""
+        for name, tensor in tensors:
+            _store(self.model, self.ring, name, tensor)
+        if self.ring is not None:
+            self.ring.changed()
 
 
 def assemble(
@@ -105,7 +108,7 @@ def original(frozen: Frozen, also: Path | None = None) -> Iterator[None]:
         yield
         return
     try:
-        _replace(frozen, transformer.read_some(also or frozen.path, names))
+        frozen.refill(transformer.read_some(also or frozen.path, names))
         yield
     finally:
         _restore(frozen, names)
@@ -115,18 +118,11 @@ def _restore(frozen: Frozen, names: set[str]) -> None:
     device = next(frozen.model.parameters()).device
     try:
         tensors = transformer.read_some(frozen.path, names)
-        _replace(frozen, merge(tensors, frozen.adapter, device, Count()) if frozen.adapter else tensors)
+        frozen.refill(merge(tensors, frozen.adapter, device, Count()) if frozen.adapter else tensors)
     except Exception as error:
         what = f"the training weights cannot be put back after a preview ({error})"
         todo = "the same command continues from the last checkpoint"
         raise NotRestored(Problem(str(frozen.path), what, todo)) from error
-
-
-def _replace(frozen: Frozen, tensors: weights.Stream) -> None:
-    for name, tensor in tensors:
-        frozen.store(name, tensor)
-    if frozen.ring is not None:
-        frozen.ring.changed()
 
 
 @torch.no_grad()

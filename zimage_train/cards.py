@@ -7,6 +7,7 @@ have 790 at most in real products, whatever the sheet says, so 878 of which the 
 import re
 import shutil
 import subprocess
+import sys
 from dataclasses import dataclass
 
 from zimage_train.errors import ConfigError, Problem
@@ -56,8 +57,29 @@ CARDS = {
         Card("b200", _gib(180), 2250, 8000, 48),
     )
 }
+RESERVED, RESERVED_WITH_DESKTOP = 0.5e9, 1.2e9
+"""Bytes; on Windows too much is no error but slow, so more is left."""
 TYPICAL = CARDS["4090"]
 """By whose proportions one plan is preferred to another where the card is not known."""
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a plan is made for: `card` is None where its speed is not known."""
+
+    name: str
+    limit_bytes: float
+    card: Card | None
+
+    @property
+    def key(self) -> str:
+        """By what measured runs know it."""
+        return self.card.name if self.card else self.name
+
+
+def usable_bytes(total: float) -> float:
+    """What of a card's memory a plan may take: the rest is for the desktop and the driver."""
+    return total - (RESERVED_WITH_DESKTOP if sys.platform == "win32" else RESERVED)
 
 
 def named(name: str) -> Card:

@@ -81,6 +81,20 @@ def add_up(world: World, parameters: list[Parameter], numbers: Tensor) -> Tensor
     return flat[offset:]
 
 
+def least(world: World, number: float) -> float:
+    """The least of what the processes have.
+
+    Raises:
+        LostError: a process has ended.
+    """
+    if not torch.distributed.is_initialized():
+        return number
+    numbers = torch.tensor([number], dtype=torch.float64, device=world.device)
+    with _together():
+        torch.distributed.all_reduce(numbers, torch.distributed.ReduceOp.MIN)
+    return float(numbers)
+
+
 @contextlib.contextmanager
 def _together() -> Iterator[None]:
     """Nothing but a collective stands within, so what fails there is the connection to another process."""

@@ -134,7 +134,9 @@ def remove(path: Path) -> bool:
 
 
 def claim(path: Path) -> bool:
-    """Make `path` as the one of all processes that does not find it there; False: another one has it and lives.
+    """Make `path` unless it is there; False: another process has it and lives.
+
+    Two processes that find a dead owner at the same moment may both get it.
 
     Raises:
         DiskError: it cannot be made.
@@ -152,10 +154,17 @@ def claim(path: Path) -> bool:
     return True
 
 
-def renew(path: Path) -> None:
+def renew(claim: Path) -> None:
     """Tell those who wait for a claim that its owner is still at work."""
     with contextlib.suppress(OSError):
-        path.touch()
+        os.utime(claim)
+
+
+def release(claim: Path) -> None:
+    """Give back what this process claimed; another's stays."""
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        if claim.read_text(encoding="utf-8") == _this_process():
+            remove(claim)
 
 
 def _is_given_up(claim: Path) -> bool:

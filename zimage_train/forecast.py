@@ -2,11 +2,11 @@
 
 import math
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from zimage_train import cards, flops, measured, memory, planner, preflight
-from zimage_train.cards import CARDS, Card
+from zimage_train.cards import CARDS, Card, Device
 from zimage_train.config.reading import cache_folder
 from zimage_train.config.schema import Config
 from zimage_train.data.buckets import Bucket
@@ -26,20 +26,6 @@ MODES_IN_WORDS = {
 }
 
 
-@dataclass(frozen=True)
-class Device:
-    """What a plan is made for: `card` is None where its speed is not known."""
-
-    name: str
-    limit_bytes: float
-    card: Card | None
-
-    @property
-    def key(self) -> str:
-        """By what measured runs know it."""
-        return self.card.name if self.card else self.name
-
-
 def device_for(config: Config, gpu: str | None) -> Device | None:
     """The card that `gpu` names, or the one of this machine, with the config's budget if it sets one.
 
@@ -51,9 +37,9 @@ def device_for(config: Config, gpu: str | None) -> Device | None:
     budget = config.memory.budget_gb
     found = cards.here() if gpu is None else None
     card = cards.named(gpu) if gpu is not None else cards.find(found.name) if found else None
-    limit = budget * 1e9 if not isinstance(budget, str) else found.memory_bytes if found else None
+    limit = budget * 1e9 if not isinstance(budget, str) else cards.usable_bytes(found.memory_bytes) if found else None
     if limit is None:
-        limit = card.memory_gb * 1e9 if card else None
+        limit = cards.usable_bytes(card.memory_gb * 1e9) if card else None
     name = f"a {card.name}" if card else found.name if found else "this budget"
     return None if limit is None else Device(name, limit, card)
 
@@ -75,7 +61,7 @@ def lines(checked: Checked, gpu: str | None, price: float | None) -> list[str]:
     found = ["memory and time, predicted (no NVIDIA GPU found here; --gpu NAME shows more of one):"]
     for name in EXAMPLES:
         card = CARDS[name]
-        plan = plan_for(checked, Device(name, card.memory_gb * 1e9, card))
+        plan = plan_for(checked, Device(name, cards.usable_bytes(card.memory_gb * 1e9), card))
         found.append(f"  {card.memory_gb:4.1f} GB ({name}): {_short(checked, plan, card)}")
     return found
 

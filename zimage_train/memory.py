@@ -13,6 +13,7 @@ from zimage_train.config.schema import Config
 from zimage_train.config.values import Kind, Mode
 from zimage_train.data.buckets import Bucket
 from zimage_train.data.plan import Item
+from zimage_train.model.pinning import pinned_bytes
 from zimage_train.model.shapes import IN_A_BLOCK, TransformerShape
 from zimage_train.sampling.recipe import Recipe
 
@@ -125,8 +126,13 @@ class Estimate:
     context: int
 
     @property
+    def allocated(self) -> int:
+        """What the allocator hands out: the part that a run can measure."""
+        return self.weights + self.lora + self.activations
+
+    @property
     def total(self) -> int:
-        return self.weights + self.lora + self.activations + self.context
+        return self.allocated + self.context
 
 
 def step(job: Job, form: Form, mode: Mode, tokens: int) -> Estimate:
@@ -147,7 +153,8 @@ def preview(job: Job, form: Form) -> Estimate:
     sampling = decoding = 0.0
     for one in job.previews:
         batch = 2 if one.guidance > 0 else 1
-        tokens = padded(one.width * one.height // 256) + padded(caption_tokens(one.prompt))
+        longer = max(one.prompt, one.negative if one.guidance > 0 else "", key=len)
+        tokens = padded(one.width * one.height // 256) + padded(caption_tokens(longer))
         sampling = max(sampling, SAMPLING[job.dtype] * job.shape.dim * tokens * batch)
         width = job.vae_channels / VAE_CHANNELS
         decoding = max(decoding, DECODING[job.dtype] * width * one.width * one.height)
@@ -170,8 +177,9 @@ def device_bytes(job: Job, form: Form) -> int:
 
 
 def host_bytes(job: Job, form: Form) -> int:
-    """Frozen weights in main memory."""
-    return form.streamed * block_bytes(job, form.kind)
+    """Frozen weights in main memory; pinned, for a GPU."""
+    block = block_bytes(job, form.kind)
+    return pinned_bytes(form.streamed, block) if job.gpu else form.streamed * block
 
 
 def model_bytes(job: Job, kind: Kind | None) -> int:

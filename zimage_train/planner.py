@@ -34,6 +34,7 @@ class Plan:
     form: Form
     limits: dict[Mode, int]
     """The most tokens of a batch for which each mode is taken, lightest first."""
+    limit_bytes: float
     fits: bool
     why: str
 
@@ -148,7 +149,7 @@ def _plan(job: Job, form: Form, mode: Mode | None, limit_bytes: float) -> Plan:
     why = "set in the config" if mode is not None else f"by what fits {limit_bytes / 1e9:.1f} GB"
     last = allowed[-1]
     limits[last] = MANY
-    return Plan(job, form, limits, fits, why)
+    return Plan(job, form, limits, limit_bytes, fits, why)
 
 
 def _epoch_seconds(plan: Plan, card: Card) -> float:

@@ -21,6 +21,8 @@ from zimage_train.model.shapes import TransformerShape
 from zimage_train.model.sources import Fetch, NotDownloaded, Sources
 from zimage_train.sampling.recipe import also, previews
 
+CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+
 
 @dataclass(frozen=True)
 class Weights:
@@ -118,8 +120,17 @@ def _require_budget(checked: Checked) -> None:
 
 
 def system_memory_bytes() -> int:
-    """The machine's main memory."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 16_000_000_000
+    """The main memory that this process may use: the machine's, or its container's."""
+    limits = [_number_in(Path(path)) for path in CGROUP_LIMITS]
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 16_000_000_000
+    return min([physical, *(limit for limit in limits if limit)])
+
+
+def _number_in(path: Path) -> int | None:
+    try:
+        return int(path.read_text(encoding="ascii"))
+    except (OSError, ValueError):  # not there, or "max"
+        return None
 
 
 def _weights(config: Config, fetch: Fetch | None) -> tuple[Weights | None, list[ZImageTrainError], list[str]]:

@@ -4,20 +4,25 @@ import math
 import shlex
 import shutil
 import sys
+from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from zimage_train import accelerator, distributed, encoding, files
+import torch
+
+from zimage_train import accelerator, distributed, encoding, files, planner, preflight
 from zimage_train.assemble import assemble
 from zimage_train.config.schema import Config, Model
 from zimage_train.errors import ConfigError, Problem
 from zimage_train.lora import attach
 from zimage_train.lora import files as lora_files
 from zimage_train.lora.files import Lora
+from zimage_train.memory import Form, Job
 from zimage_train.model import sources
 from zimage_train.model.shapes import TransformerShape
 from zimage_train.model.variants import VARIANTS
+from zimage_train.planner import Wanted
 from zimage_train.report import pictures
 from zimage_train.report.console import Console
 from zimage_train.sampling.previews import render
@@ -89,7 +94,10 @@ def _sample(model: Model, loras: list[WeightedLora], recipes: list[Recipe], outp
     encode = encoding.prompt_encoder(found.extras, device, model.dtype)
     embeds = dict(encode(prompts_of(recipes), lambda done, total: None))
     del encode
-    frozen = assemble(found.transformer, None, model.dtype, device)
+    form = _form(shape, model, stacked, recipes, device)
+    if form.streamed:
+        console.say(f"{form.streamed} of {shape.n_layers} blocks are streamed, to fit this card")
+    frozen = assemble(found.transformer, None, model.dtype, device, None, form.streamed)
     if stacked:
         attach.attach_fixed(frozen.model, stacked)
     with console.live():
@@ -155,6 +163,24 @@ def command_for(config: Config, lora: Path) -> str:
     if first.guidance > 0 and first.negative:
         words += ["--negative", first.negative]
     return shlex.join(words)
+
+
+def _form(shape: TransformerShape, model: Model, lora: Lora, recipes: list[Recipe], device: torch.device) -> Form:
+    """How the model fits the device while `recipes` are drawn; the LoRA is taken for a trained one, to be safe."""
+    here = accelerator.here(device)
+    job = Job(
+        shape=shape,
+        dtype=model.dtype,
+        trained=sum(factors.a.numel() + factors.b.numel() for factors in lora.values()),
+        optimizer="adamw8bit",
+        sizes=Counter(),
+        batch_size=1,
+        caption_tokens=0,
+        previews=tuple(recipes),
+        gpu=device.type == "cuda",
+    )
+    wanted = Wanted((None,), None, None)
+    return planner.choose(job, wanted, here.limit_bytes, preflight.system_memory_bytes(), here.card).form
 
 
 def _stack(loras: list[WeightedLora], shape: TransformerShape, console: Console) -> Lora:

@@ -16,6 +16,7 @@ from zimage_train.report import pictures
 from zimage_train.report.console import Console
 from zimage_train.report.metrics import Records, read
 from zimage_train.report.trackers import TensorBoard, Tracker, Trackers, WeightsAndBiases
+from zimage_train.training import fit as fitting
 from zimage_train.training import run_folder, setup, views
 from zimage_train.training.loop import train as run_loop
 from zimage_train.training.publish import is_complete, write_report
@@ -48,8 +49,8 @@ def train(config: Config, fresh: bool, allow: tuple[str, ...] = ()) -> None:
         for line in (*(f"note: {note}" for note in checked.notes), *(f"warning: {one}" for one in checked.warnings)):
             console.say(line)
         session = setup.open_session(checked, world, console, stop, allow)
-        fit = setup.plan_memory(checked, world, folder)
-        config = setup.quantized(config, fit.form.kind)
+        fit = fitting.plan_memory(checked, world, folder)
+        config = fitting.quantized(config, fit.form.kind)
         checked = replace(checked, config=config)
         identity = run_folder.identity(config, setup.fingerprint_of(checked, session.digests))
         found = setup.find_checkpoint(folder, config, identity, session)
@@ -60,13 +61,16 @@ def train(config: Config, fresh: bool, allow: tuple[str, ...] = ()) -> None:
             for view in views.of(config, folder, identity, None):
                 pictures.drop_later(view.folder, found.step if found else 0, view.run)
         stack.enter_context(console.live())
-        less = preflight.less_memory(checked, accelerator.room_bytes(world.device), world.device.type == "cuda")
+        room = min(accelerator.room_bytes(world.device), 0.9 * fit.peak.total)
+        less = preflight.less_memory(checked, room, world.device.type == "cuda")
         stack.enter_context(accelerator.explained_out_of_memory(f"{less}; the last checkpoint is good"))
         trackers = _trackers(config, folder, found.step if found else 0, console) if world.is_main else []
         told = stack.enter_context(contextlib.closing(Trackers(trackers, console.warn)))
+        for remark in fitting.remarks(checked, fit):
+            console.warn(remark)
         run = setup.prepare(checked, fit, folder, session, identity, found, told)
         if run.start < config.train.steps:
-            took = rehearse(run)
+            run, took = rehearse(run)
             run_folder.add_facts(folder, {"rehearsal": took} if world.is_main else {})
         metrics, events = (
             stack.enter_context(contextlib.closing(Records(path if world.is_main else None, run.start)))

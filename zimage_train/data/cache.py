@@ -59,7 +59,11 @@ class Cache:
             files.renew(self._claim(key))
 
     def release(self, key: str) -> None:
-        """Give the claim back, whoever holds it."""
+        """Give this process's claim back."""
+        files.release(self._claim(key))
+
+    def take_over(self, key: str) -> None:
+        """Remove a claim that nobody renews any more."""
         files.remove(self._claim(key))
 
     def claimed_at(self, key: str) -> float | None:

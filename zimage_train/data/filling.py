@@ -186,8 +186,12 @@ class _Filling:
             self.cache.renew(keys)
             self.tick(f"encoding {self.what}, layer by layer", done, layers)
 
+        renewed = time.monotonic()
         for number, (key, value) in enumerate(self.encode(self.encoder, keys, by_layer), 1):
             self.cache.write(key, value.cpu())
+            if time.monotonic() - renewed > CLAIM_SECONDS / 4:
+                self.cache.renew(keys)
+                renewed = time.monotonic()
             self.tick(f"encoding {self.what}", before + number, total)
         return len(keys)
 
@@ -199,8 +203,10 @@ class _Filling:
             now, free = time.monotonic(), []
             for key in left:
                 renewed = self.cache.claimed_at(key)
-                if renewed is None or (key in seen and seen[key][0] == renewed and now - seen[key][1] > CLAIM_SECONDS):
-                    self.cache.release(key)
+                if renewed is None:
+                    free.append(key)
+                elif key in seen and seen[key][0] == renewed and now - seen[key][1] > CLAIM_SECONDS:
+                    self.cache.take_over(key)
                     free.append(key)
                 elif key not in seen or seen[key][0] != renewed:
                     seen[key] = (renewed, now)

@@ -67,7 +67,7 @@ def empty(rows: int, columns: int, kind: Kind, device: torch.device) -> tuple[Te
 
 
 def pack(weight: Tensor, kind: Kind) -> tuple[Tensor, Tensor]:
-    """Quantise `weight` (rows, columns) of any float type; the scales are rounded first, so that they cost no error."""
+    """Quantise `weight` (rows, columns) of any float type; of fp8 and int8 the scales are rounded first."""
     block = block_of(weight.shape[1])
     if kind == "nf4":
         return _pack_nf4(weight.float(), block)

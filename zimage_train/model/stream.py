@@ -12,6 +12,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor, nn
 
+from zimage_train.model.pinning import arenas
 from zimage_train.model.weights import set_parameter
 
 ALIGNMENT = 256
@@ -33,6 +34,8 @@ class Ring:
     def __init__(self, blocks: Sequence[nn.Module], device: torch.device) -> None:
         names = [[name for name, _ in block.named_parameters()] for block in blocks]
         like = list(blocks[0].parameters())
+        layouts = [[(name, one.shape, one.dtype) for name, one in block.named_parameters()] for block in blocks]
+        assert all(layout == layouts[0] for layout in layouts), "the ring's slots have one layout"
         sizes = [-(-one.numel() * one.element_size() // ALIGNMENT) * ALIGNMENT for one in like]
         offsets = [0, *accumulate(sizes)]
         is_cuda = device.type == "cuda"
@@ -44,7 +47,9 @@ class Ring:
                 for one, offset in places
             ]
 
-        self._hosts = [torch.empty(offsets[-1], dtype=torch.uint8, pin_memory=is_cuda) for _ in blocks]
+        shared = arenas(len(blocks), offsets[-1])
+        buffers = [torch.empty(number * offsets[-1], dtype=torch.uint8, pin_memory=is_cuda) for number in shared]
+        self._hosts = [host for buffer in buffers for host in buffer.split(offsets[-1])]
         self._slots = [torch.empty(offsets[-1], dtype=torch.uint8, device=device) for _ in range(SLOTS)]
         self._views = [views(slot) for slot in self._slots]
         self._held: list[int | None] = [None] * SLOTS

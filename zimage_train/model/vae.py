@@ -1,5 +1,6 @@
 """Pictures to latents and back: the posterior's mean, shifted and scaled as the VAE's config says."""
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import cast
@@ -69,10 +70,9 @@ def _in_tiles_if_it_must(vae: AutoencoderKL, run: Callable[[], Tensor]) -> Tenso
 
     Whole pictures come first: the VAE's norms and its attention see all of a picture, and a tile is not all of it.
     """
-    try:
+    with contextlib.suppress(torch.OutOfMemoryError):
         return run()
-    except torch.OutOfMemoryError:
-        torch.cuda.empty_cache()
+    torch.cuda.empty_cache()  # only here is free what the first try held
     vae.tile_sample_min_size, vae.tile_latent_min_size = TILE_PX, TILE_PX // LATENT_STRIDE
     vae.enable_tiling()
     try:

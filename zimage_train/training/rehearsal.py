@@ -3,8 +3,9 @@
 Nothing of it stays: no gradient, no file, no random state.
 """
 
+import contextlib
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -13,34 +14,48 @@ import torch
 from zimage_train import cards, files, forecast, measured, optim, tensorfile
 from zimage_train.assemble import recompute_as_planned
 from zimage_train.cards import Card
-from zimage_train.data.plan import MicroBatch
+from zimage_train.data.buckets import Bucket
+from zimage_train.data.plan import Item, MicroBatch, Sample
 from zimage_train.lora import files as lora_files
 from zimage_train.lora import loaders
-from zimage_train.memory import padded
+from zimage_train.memory import OPTIMIZER_BYTES, padded
 from zimage_train.planner import Plan
 from zimage_train.sampling.previews import render
 from zimage_train.training.objectives import Batch, sft_loss
 from zimage_train.training.run import Run
 
 
-def rehearse(run: Run) -> Mapping[str, Any]:
-    """Do what costs most of each kind once; returns what it took, for run.json.
+def rehearse(run: Run) -> tuple[Run, Mapping[str, Any]]:
+    """Do what costs most of each kind once; returns the run, with the plan that held, and what it took, for run.json.
 
     Raises:
         OutOfMemoryError: the card has less than the smallest plan takes.
         ZImageTrainError: a checkpoint or a LoRA cannot be written and read back.
     """
+    device = run.world.device
     run.console.say("rehearsing the largest batch, a preview and a save")
-    seconds = _largest_batch(run)
-    facts: dict[str, Any] = {"seconds": round(seconds, 3), "gb": gigabytes(run.world.device)}
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)  # what encoding and loading took is over
+    with _room_for_the_optimizer(run):
+        plan, seconds = _largest_batch(run)
+        facts: dict[str, Any] = {"seconds": round(seconds, 3), "gb": gigabytes(device)}
+        if run.world.is_main:
+            _preview(run)
     if run.world.is_main:
-        _preview(run)
         _save(run)
-        facts["gb_with_preview"] = gigabytes(run.world.device)
-    if facts["gb"] is not None:
-        predicted = run.memory.peak.total / 1e9
-        run.console.say(f"rehearsal: {gigabytes(run.world.device):.2f} GB at the most, predicted {predicted:.2f} GB")
-    return facts
+        facts["gb_with_preview"] = gigabytes(device)
+    if (taken := gigabytes(device)) is not None:
+        run.console.say(f"rehearsal: {taken:.2f} GB at the most, predicted {plan.peak.allocated / 1e9:.2f} GB")
+    return replace(run, memory=plan), facts
+
+
+@contextlib.contextmanager
+def _room_for_the_optimizer(run: Run) -> Iterator[None]:
+    """Hold what the optimizer will take from its first step on, unless it has it already."""
+    needed = 0 if run.optimizer.state else int(run.memory.job.trained * OPTIMIZER_BYTES[run.config.optimizer.name])
+    held = torch.empty(needed, dtype=torch.uint8, device=run.world.device)
+    yield
+    del held
 
 
 def gigabytes(device: torch.device) -> float | None:
@@ -48,35 +63,40 @@ def gigabytes(device: torch.device) -> float | None:
     return round(torch.cuda.max_memory_allocated(device) / 1e9, 3) if device.type == "cuda" else None
 
 
-def _largest_batch(run: Run) -> float:
+def _largest_batch(run: Run) -> tuple[Plan, float]:
     """Seconds of its forward and backward; where memory runs out, with as much more recomputed as it takes."""
-    samples = max(_micro_batches(run), key=_weight)
-    batch, plan = run.load(samples), run.memory
-    while (seconds := _attempt(run, batch)) is None:
-        plan = _recomputing_more(plan, _tokens(batch))
-        if plan is None:
-            return _step(run, batch)  # with the error that this ends in
+    batch, plan = run.load(largest_samples(run)), run.memory
+    while isinstance(outcome := _attempt(run, batch), torch.OutOfMemoryError):
+        lighter = _recomputing_more(plan, _tokens(batch))
+        if lighter is None:
+            raise outcome
+        plan = lighter
         torch.cuda.empty_cache()
         recompute_as_planned(run.frozen.model, plan, run.config.lora.dropout)
         run.console.warn("the largest batch did not fit as planned: more is recomputed in this run")
-    return seconds
+    return plan, outcome
 
 
-def _attempt(run: Run, batch: Batch) -> float | None:
-    """Seconds of a step; None: memory ran out. What the step held is free again when this returns."""
+def _attempt(run: Run, batch: Batch) -> float | torch.OutOfMemoryError:
+    """Seconds of a step, or that memory ran out; what the step held is free again when this returns."""
     try:
         return _step(run, batch)
-    except torch.OutOfMemoryError:
-        return None
+    except torch.OutOfMemoryError as error:
+        return error.with_traceback(None)
     finally:
         run.optimizer.zero_grad(set_to_none=True)
 
 
-def _micro_batches(run: Run) -> list[MicroBatch]:
-    """Those of the next epoch, of all processes."""
-    first = run.start + 1
-    last = min(first + int(run.plan.steps_per_epoch), run.config.train.steps)
-    return [samples for step in range(first, last + 1) for samples in run.plan.step(step)]
+def largest_samples(run: Run) -> MicroBatch:
+    """The micro-batch that takes most: of each size as many as one holds, with the longest captions."""
+    by_size: dict[Bucket, list[Item]] = {}
+    for item in run.plan.items:
+        by_size.setdefault(item.size, []).append(item)
+    candidates = []
+    for items in by_size.values():
+        longest = sorted(items, key=lambda item: len(item.picture.prompt))[-run.plan.batch_size :]
+        candidates.append(tuple(Sample(item, 0, item.picture.prompt) for item in longest))
+    return max(candidates, key=_weight)
 
 
 def _weight(samples: MicroBatch) -> tuple[int, int]:
@@ -138,7 +158,7 @@ def compare(run: Run, records: list[dict[str, Any]]) -> None:
     card = cards.find(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     name = card.name if card else torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     steps = [(one["seconds"], _predicted_seconds(run, one["step"], card or cards.TYPICAL)) for one in records]
-    predicted_gb = run.memory.peak.total / 1e9
+    predicted_gb = run.memory.peak.allocated / 1e9
     found = measured.measure(name, steps, gigabytes(device), predicted_gb)
     if found is None:
         return

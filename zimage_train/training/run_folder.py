@@ -7,12 +7,11 @@ import secrets
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 from zimage_train import files
 from zimage_train.config.reading import dump_config, flatten, resolved
 from zimage_train.config.schema import Config
-from zimage_train.config.values import Kind
 from zimage_train.errors import ConfigError, Problem, WeightsError
 from zimage_train.report import metrics
 
@@ -101,13 +100,6 @@ def earlier_starts(folder: RunFolder) -> list[int]:
     """After which steps the run was started, as far as run.json tells."""
     starts = read_facts(folder).get("starts")
     return [step for step in starts if isinstance(step, int)] if isinstance(starts, list) else []
-
-
-def planned_kind(folder: RunFolder) -> Kind | Literal["auto"] | None:
-    """How the earlier starts quantised the frozen weights; auto: run.json does not tell."""
-    plan = read_facts(folder).get("plan")
-    kind = plan.get("kind", "auto") if isinstance(plan, dict) else "auto"
-    return kind if kind is None or kind in get_args(Kind) else "auto"
 
 
 def wandb_id(folder: RunFolder) -> str:

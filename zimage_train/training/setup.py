@@ -2,17 +2,23 @@
 
 import importlib.metadata
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from zimage_train import __version__, cards, checkpoint, distributed, encoding, forecast, optim, preflight
+from zimage_train import (
+    __version__,
+    checkpoint,
+    distributed,
+    encoding,
+    forecast,
+    optim,
+)
 from zimage_train.assemble import Frozen, assemble, recompute_as_planned
 from zimage_train.checkpoint import Checkpoint
 from zimage_train.config.reading import cache_folder
 from zimage_train.config.schema import Config
-from zimage_train.config.values import Kind
 from zimage_train.data import plan as ordering
 from zimage_train.data.cache import Cache
 from zimage_train.data.filling import Share
@@ -20,7 +26,6 @@ from zimage_train.data.folder import fingerprint
 from zimage_train.data.plan import make_plan
 from zimage_train.distributed import World
 from zimage_train.errors import ConfigError, Problem
-from zimage_train.forecast import Device
 from zimage_train.lora import adapter as adapters
 from zimage_train.lora import attach, names
 from zimage_train.lora.attach import Attached
@@ -71,30 +76,6 @@ def open_session(
         vae=digester.of_folder(extras / "vae"),
     )
     return Session(weights, world, cache, digests, console, stop, allow)
-
-
-def plan_memory(checked: Checked, world: World, folder: RunFolder) -> Plan:
-    """By the totals of the device, or the budget: never by what happens to be free.
-
-    What an earlier start of the run chose for `model.quantize: auto` stays: other weights would make it another run.
-    """
-    is_gpu = world.device.type == "cuda"
-    if is_gpu:
-        properties = torch.cuda.get_device_properties(world.device)
-        here = Device(properties.name, properties.total_memory, cards.find(properties.name))
-    else:
-        here = Device("cpu", preflight.system_memory_bytes(), None)
-    budget = checked.config.memory.budget_gb
-    if not isinstance(budget, str):
-        here = replace(here, limit_bytes=budget * 1e9)
-    if checked.config.model.quantize == "auto" and checkpoint.steps_in(folder.checkpoints):
-        checked = replace(checked, config=quantized(checked.config, run_folder.planned_kind(folder)))
-    return forecast.plan_for(checked, here, is_gpu, world.processes)
-
-
-def quantized(config: Config, kind: Kind | Literal["auto"] | None) -> Config:
-    """`config` with `model.quantize` decided."""
-    return config.model_copy(update={"model": config.model.model_copy(update={"quantize": kind})})
 
 
 def find_checkpoint(

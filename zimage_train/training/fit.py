@@ -1,0 +1,68 @@
+"""How a run fits the devices that it meets: one plan for all its processes and for all its starts."""
+
+import json
+import os
+from dataclasses import replace
+from typing import Literal, get_args
+
+from zimage_train import accelerator, checkpoint, distributed, forecast, memory, planner, preflight
+from zimage_train.config.schema import Config
+from zimage_train.config.values import Kind
+from zimage_train.distributed import World
+from zimage_train.errors import ConfigError, Problem, WeightsError
+from zimage_train.model.headers import read_header
+from zimage_train.planner import Plan
+from zimage_train.preflight import Checked
+from zimage_train.training.run_folder import RunFolder
+
+
+def plan_memory(checked: Checked, world: World, folder: RunFolder) -> Plan:
+    """For the smallest card of all processes, or the budget.
+
+    What an earlier start of the run chose for `model.quantize: auto` stays: other weights would make it another run.
+
+    Raises:
+        ConfigError: the budget that is set takes less than any plan.
+    """
+    here = accelerator.here(world.device)
+    budget = checked.config.memory.budget_gb
+    limit = distributed.least(world, here.limit_bytes) if isinstance(budget, str) else budget * 1e9
+    if checked.config.model.quantize == "auto":
+        checked = replace(checked, config=quantized(checked.config, _planned_kind(folder)))
+    is_gpu = world.device.type == "cuda"
+    neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    plan = forecast.plan_for(checked, replace(here, limit_bytes=limit), is_gpu, neighbours)
+    if not plan.fits and not isinstance(budget, str):
+        what = f"is {budget:g}, and the run takes {plan.peak.total / 1e9:.2f} GB (predicted)"
+        raise ConfigError(Problem("memory.budget_gb", what, preflight.less_memory(checked, limit, is_gpu)))
+    return plan
+
+
+def _planned_kind(folder: RunFolder) -> Kind | Literal["auto"] | None:
+    """How the run's frozen weights are quantised, by its newest checkpoint that can be read; auto: there is none."""
+    for _, path in checkpoint.steps_in(folder.checkpoints):
+        try:
+            state = json.loads(read_header(path).metadata["state"])
+            kind = state["identity"]["settings"]["model.quantize"]
+        except (WeightsError, KeyError, ValueError, TypeError):
+            continue
+        if kind is None or kind in get_args(Kind):
+            return kind
+    return "auto"
+
+
+def remarks(checked: Checked, plan: Plan) -> list[str]:
+    """What to say aloud of a plan that may fail."""
+    found = []
+    if not plan.fits:
+        less = preflight.less_memory(checked, plan.limit_bytes, plan.job.gpu)
+        found.append(f"{plan.peak.total / 1e9:.2f} GB are predicted, more than the card has to give: {less}")
+    host, main = memory.host_bytes(plan.job, plan.form), preflight.system_memory_bytes()
+    if host > planner.HOST_SHARE * main:
+        found.append(f"memory.offload takes {host / 1e9:.1f} GB of {main / 1e9:.1f} GB of main memory; it may run out")
+    return found
+
+
+def quantized(config: Config, kind: Kind | Literal["auto"] | None) -> Config:
+    """`config` with `model.quantize` decided."""
+    return config.model_copy(update={"model": config.model.model_copy(update={"quantize": kind})})
