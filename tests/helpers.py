@@ -1,10 +1,12 @@
 """Helpers of tests that train on the miniature: what a run left behind, how to spoil a step, other processes."""
 
+import importlib.util
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -22,6 +24,15 @@ def frozen_tensor(frozen: Frozen, name: str) -> torch.Tensor:
     """The frozen parameter `name`, as it is stored, also under a LoRA."""
     owner, _, leaf = name.rpartition(".")
     return getattr(base_layer(frozen.model, owner), leaf)
+
+
+def script(name: str) -> ModuleType:
+    """The module of scripts/`name`.py."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def folder(config: Config) -> Path:

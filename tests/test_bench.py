@@ -1,20 +1,16 @@
 """The benchmark script runs at miniature size, and what it has measured is what the docs hold."""
 
-import importlib.util
 import json
 from pathlib import Path
 
 import pytest
 
-from helpers import ROOT
+from helpers import ROOT, script
 
 
 @pytest.fixture(scope="module")
 def bench():
-    spec = importlib.util.spec_from_file_location("bench", ROOT / "scripts" / "bench.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script("bench")
 
 
 def test_memory_runs_every_budget_precision_and_size(bench, tmp_path: Path, monkeypatch, capsys):

@@ -3,7 +3,6 @@
 What each fault in it is refused with is in tests/faults/test_faults_config.py.
 """
 
-import importlib.util
 import itertools
 import json
 import math
@@ -26,6 +25,7 @@ from zimage_train.errors import ConfigError
 from zimage_train.model.variants import VARIANTS
 
 from config_texts import LEAST, OPTIONS, nested, refusal, write
+from helpers import script
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden"
@@ -563,10 +563,7 @@ def test_one_changed_value_is_accepted_or_refused_naming_its_section(option: str
 
 @pytest.fixture(scope="module")
 def generate():
-    spec = importlib.util.spec_from_file_location("generate", ROOT / "scripts" / "generate.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script("generate")
 
 
 def test_generated_files_are_fresh(generate, capsys):

@@ -1,6 +1,5 @@
 """What the documentation says is there is there."""
 
-import importlib.util
 import json
 import re
 import shlex
@@ -12,6 +11,8 @@ from typer.testing import CliRunner
 from zimage_train import mini
 from zimage_train.cli import app
 from zimage_train.config.reading import read_config
+
+from helpers import script
 
 ROOT = Path(__file__).parent.parent
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
@@ -129,7 +130,7 @@ def test_pages_speak_of_no_machine():
 @pytest.mark.parametrize("budget_gb", [24, 16, 12, 8])
 def test_each_budget_trains_as_its_config_says_in_miniature(budget_gb: int, tmp_path: Path, shared_cache: Path):
     """The same precision, the same share of streamed blocks, and the recomputation of its largest size."""
-    generate = generator()
+    generate = script("generate")
     plan = generate.plan_for(budget_gb)
     assert plan.fits and plan.form.kind is None
     mode = plan.mode_of(plan.job.most_tokens)
@@ -141,10 +142,3 @@ def test_each_budget_trains_as_its_config_says_in_miniature(budget_gb: int, tmp_
     assert done.exit_code == 0, (done.output[-500:], done.exception)
     made = json.loads((tmp_path / f"my_character_{budget_gb}gb" / "run.json").read_text())["plan"]
     assert made["streamed"] == round(share * 6) and list(made["recomputes"]) == [mode]
-
-
-def generator():
-    spec = importlib.util.spec_from_file_location("generate", ROOT / "scripts" / "generate.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module

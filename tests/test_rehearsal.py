@@ -170,6 +170,11 @@ def test_a_quantised_run_trains_previews_resumes_and_says_what_it_costs(make_con
     assert 0 < found["weight_error"] < 0.1 and found["adapter_arrived"] == pytest.approx(1, abs=0.03)
     said = (folder(config) / "log.txt").read_text()
     assert f"quantised to {kind}: weights are off by {found['weight_error']:.2%}; " in said
+    page = (folder(config) / "report.html").read_text()
+    assert (
+        f"{kind}, 3 of 6 blocks streamed from 0.0 GB of main memory; recomputed: norms, gates, activations and" in page
+    )
+    assert f"weights are off by {100 * found['weight_error']:.2f} %, " in page
 
 
 def test_another_kind_is_another_run_and_another_share_of_streamed_blocks_is_not(make_config):

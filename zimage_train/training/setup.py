@@ -142,7 +142,8 @@ def prepare(
     config, weights, world, console = checked.config, session.weights, session.world, session.console
     plan = make_plan(config, checked.items, world.processes)
     fill_caches(checked, session, plan)
-    console.say(f"memory plan: {forecast.in_words(fit)}")
+    fits = fit.facts() | {"words": forecast.in_words(fit)}
+    console.say(f"memory plan: {fits['words']}")
     frozen = _assemble(config, session, fit.form)
     attached = _attach(config, frozen, weights.modules, fit)
     groups = names.count_by_group(attached.a)
@@ -161,7 +162,7 @@ def prepare(
     if world.is_main:
         run_folder.write_config(folder, config)
         starts = [*run_folder.earlier_starts(folder), start]
-        facts = _facts(checked, session, frozen, plan, groups) | {"plan": fit.facts(), "starts": starts}
+        facts = _facts(checked, session, frozen, plan, groups) | {"plan": fits, "starts": starts}
         run_folder.write_facts(folder, facts)
     return Run(
         config=config,
