@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -213,6 +214,14 @@ def test_keys_depend_on_everything_that_goes_in():
 
 def test_a_missing_entry_is_none(tmp_path: Path):
     assert Cache(tmp_path).read(f"latents/{'0' * 64}") is None
+
+
+def test_a_caption_beyond_what_the_model_reads_is_said_with_its_length(config, pictures: Path, capsys):
+    (pictures / "zorb_01.txt").write_text("zorb " + "blue circle, " * 300)
+    fill(config())
+    said = capsys.readouterr().out.replace("\n", " ")
+    assert re.search(r"warning: a caption has [0-9]{3,4} tokens, and the model reads 512 of them: 'zorb blue", said)
+    assert said.count("tokens, and the model reads") == 1
 
 
 # Several processes on one folder

@@ -1,8 +1,9 @@
 """The encoders as the caches want them: made when something is missing, freed before the transformer is loaded."""
 
 import gc
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,9 +31,11 @@ def picture_encoder(extras: Path, device: torch.device) -> EncodePictures:
     return encode
 
 
-def prompt_encoder(extras: Path, device: torch.device, dtype: str) -> EncodePrompts:
-    """The text encoder."""
-    return text.load(extras, device, DTYPES[dtype]).encode_all
+def prompt_encoder(
+    extras: Path, device: torch.device, dtype: str, warn: Callable[[str], None] = lambda text: None
+) -> EncodePrompts:
+    """The text encoder; `warn` is told of prompts that it does not read to their end."""
+    return partial(text.load(extras, device, DTYPES[dtype]).encode_all, warn=warn)
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,7 @@ class Encoders:
     dtype: str
     vae_digest: str
     text_digest: str
+    warn: Callable[[str], None]
 
 
 def fill(
@@ -56,7 +60,13 @@ def fill(
     )
     _free()
     texts = filling.fill_prompts(
-        cache, prompts, encoders.text_digest, dtype, lambda: prompt_encoder(extras, device, dtype), tick, share
+        cache,
+        prompts,
+        encoders.text_digest,
+        dtype,
+        lambda: prompt_encoder(extras, device, dtype, encoders.warn),
+        tick,
+        share,
     )
     _free()
     return pictures, texts

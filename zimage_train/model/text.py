@@ -61,9 +61,17 @@ class TextEncoder:
         """The embeddings (tokens, features) of one prompt, at its true length, in the encoder's dtype."""
         return next(self.encode_all([prompt]))[1]
 
-    def encode_all(self, prompts: Iterable[str], tick: Tick = lambda done, total: None) -> Iterator[tuple[str, Embeds]]:
-        """Every prompt with its embeddings, those of one length together."""
+    def encode_all(
+        self,
+        prompts: Iterable[str],
+        tick: Tick = lambda done, total: None,
+        warn: Callable[[str], None] = lambda text: None,
+    ) -> Iterator[tuple[str, Embeds]]:
+        """Every prompt with its embeddings, those of one length together; `warn` is told what is cut off."""
         ids = {prompt: self.tokens(prompt) for prompt in prompts}
+        for prompt, found in ids.items():
+            if len(found) == MAX_TOKENS and (whole := len(self.tokens(prompt, None))) > MAX_TOKENS:
+                warn(f"a caption has {whole} tokens, and the model reads {MAX_TOKENS} of them: {prompt[:60]!r}...")
         groups = list(_groups(sorted(ids, key=lambda prompt: (len(ids[prompt]), prompt)), ids))
         for number, group in enumerate(groups):
             base, total = number * self.config.num_hidden_layers, len(groups) * self.config.num_hidden_layers

@@ -117,6 +117,7 @@ def fill_caches(checked: Checked, session: Session, plan: ordering.Plan) -> None
         dtype=checked.config.model.dtype,
         vae_digest=session.digests.vae,
         text_digest=session.digests.text_encoder,
+        warn=session.console.warn,
     )
     prompts = sorted({*plan.prompts(), *recipe.prompts_of(recipes)})
     share = Share(session.world.process, session.world.processes)
@@ -145,10 +146,8 @@ def prepare(
     fits = fit.facts() | {"words": forecast.in_words(fit)}
     console.say(f"memory plan: {fits['words']}")
     frozen = _assemble(config, session, fit.form)
-    attached = _attach(config, frozen, weights.modules, fit)
+    attached = _attach(config, frozen, weights.modules, fit, console)
     groups = names.count_by_group(attached.a)
-    shown = ", ".join(f"{name} {count}" for name, count in groups.items())
-    console.say(f"LoRA rank {config.lora.rank}: matched {len(attached.a)}/{len(weights.modules)} modules ({shown})")
     optimizer = optim.build(config.optimizer, attached.parameters())
     if optim.base_lr(config.optimizer) != config.optimizer.lr:
         console.warn(f"optimizer.lr {config.optimizer.lr:g} is raised to 1: prodigy finds the rate itself")
@@ -207,10 +206,12 @@ def _assemble(config: Config, session: Session, form: Form) -> Frozen:
     return frozen
 
 
-def _attach(config: Config, frozen: Frozen, modules: list[str], plan: Plan) -> Attached:
+def _attach(config: Config, frozen: Frozen, modules: list[str], plan: Plan, console: Console) -> Attached:
     lora = config.lora
     attached = attach.attach(frozen.model, modules, lora.rank, lora.alpha, lora.dropout, config.seed)
     recompute_as_planned(frozen.model, plan, lora.dropout)
+    shown = ", ".join(f"{name} {count}" for name, count in names.count_by_group(attached.a).items())
+    console.say(f"LoRA rank {lora.rank}: matched {len(attached.a)}/{len(modules)} modules ({shown})")
     return attached
 
 
