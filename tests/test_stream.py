@@ -115,3 +115,16 @@ def test_on_the_device_a_streamed_model_takes_two_blocks_of_room():
     slots = {slot.untyped_storage()._cdata for slot in frozen.ring._slots}
     assert set(storages) <= slots and len(slots) == 2
     assert sum(slot.nbytes for slot in frozen.ring._slots) <= 2 * (block + 256 * 20)
+
+
+def test_where_memory_cannot_be_pinned_it_is_plain_memory(monkeypatch):
+    original, refused = torch.empty, []
+
+    def empty(*args, pin_memory=False, **options):
+        if pin_memory:
+            refused.append(args)
+            raise RuntimeError("CUDA error: out of memory")
+        return original(*args, **options)
+
+    monkeypatch.setattr(torch, "empty", empty)
+    assert stream._main_memory(100, True).nbytes == 100 and refused == [(100,)]

@@ -5,6 +5,7 @@ that computes and the one that comes next, so that copying and computing overlap
 through the backward, and on from where either turns. A guess that was wrong costs time and nothing else.
 """
 
+import contextlib
 from collections.abc import Sequence
 from functools import partial
 from itertools import accumulate
@@ -23,6 +24,14 @@ SLOTS = 2
 def streamed(count: int, number: int) -> list[int]:
     """Which `number` of `count` blocks are streamed: evenly spread."""
     return [(2 * index + 1) * count // (2 * number) for index in range(number)]
+
+
+def _main_memory(nbytes: int, pinned: bool) -> Tensor:
+    """Room in main memory; where the system refuses to pin that much (WSL, containers), plain and slower to copy."""
+    if pinned:
+        with contextlib.suppress(RuntimeError):
+            return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+    return torch.empty(nbytes, dtype=torch.uint8)
 
 
 class Ring:
@@ -48,7 +57,8 @@ class Ring:
             ]
 
         shared = arenas(len(blocks), offsets[-1])
-        buffers = [torch.empty(number * offsets[-1], dtype=torch.uint8, pin_memory=is_cuda) for number in shared]
+        buffers = [_main_memory(number * offsets[-1], is_cuda) for number in shared]
+        self.is_pinned = all(buffer.is_pinned() for buffer in buffers) if is_cuda else True
         self._hosts = [host for buffer in buffers for host in buffer.split(offsets[-1])]
         self._slots = [torch.empty(offsets[-1], dtype=torch.uint8, device=device) for _ in range(SLOTS)]
         self._views = [views(slot) for slot in self._slots]

@@ -198,6 +198,8 @@ def _assemble(config: Config, session: Session, form: Form) -> Frozen:
     if adapter is not None:
         count = f"{frozen.adapter_matched}/{len(adapter.lora)}"
         console.say(f"training adapter {adapter.path.name}: matched {count} modules, strength {adapter.strength:g}")
+    if frozen.ring is not None and not frozen.ring.is_pinned:
+        console.warn("main memory could not be pinned, so streaming is slower than planned; lower memory.offload")
     if found := frozen.rounding.facts():
         arrived = (
             f"; {found['adapter_arrived']:.1%} of the adapter's change arrive" if "adapter_arrived" in found else ""
