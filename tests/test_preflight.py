@@ -622,3 +622,15 @@ def test_a_bug_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, tmp_
     (tmp_path / "c.yaml").write_text(dump_config(make_config()))
     with pytest.raises(ZeroDivisionError):
         run(monkeypatch, "check", str(tmp_path / "c.yaml"))
+
+
+def test_what_needs_a_package_that_is_not_there_is_refused_before_anything_is_loaded(make_config: Make, monkeypatch):
+    find = preflight.importlib.util.find_spec
+    monkeypatch.setattr(
+        preflight.importlib.util, "find_spec", lambda name, *rest: None if name == "bitsandbytes" else find(name, *rest)
+    )
+    error = refused(make_config(model={"quantize": "nf4"}, optimizer={"name": "adamw8bit"}))
+    assert error.exit_code == 2
+    assert "model.quantize: nf4 needs bitsandbytes, which is not installed; install it" in str(error)
+    assert "optimizer.name: adamw8bit needs bitsandbytes" in str(error)
+    assert preflight.examine(make_config(model={"quantize": "int8"}, optimizer={"name": "adamw"}), offline)

@@ -1,5 +1,6 @@
 """Everything that can be known before a GPU is touched: all problems at once, or all that a run needs (torch-free)."""
 
+import importlib.util
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -65,6 +66,8 @@ def examine(config: Config, fetch: Fetch | None = None, tick: Tick = lambda what
     items: list[Item] = []
     with collected(errors):
         items = items_of(config, pictures)
+    with collected(errors):
+        _require_bitsandbytes(config)
     weights, faults, absent = _weights(config, fetch)
     errors += faults
     notes += absent
@@ -78,6 +81,21 @@ def examine(config: Config, fetch: Fetch | None = None, tick: Tick = lambda what
     _require_budget(checked)
     notes += _small_pictures(items)
     return checked
+
+
+def _require_bitsandbytes(config: Config) -> None:
+    """Refuse what needs a package that some platforms do not have, before anything is loaded for it.
+
+    Raises:
+        ConfigError: names the settings.
+    """
+    asked = {"model.quantize": config.model.quantize, "optimizer.name": config.optimizer.name}
+    needing = [key for key, value in asked.items() if value in ("nf4", "adamw8bit")]
+    if needing and importlib.util.find_spec("bitsandbytes") is None:
+        todo = "install it, or choose another value"
+        raise ConfigError(
+            *(Problem(key, f"{asked[key]} needs bitsandbytes, which is not installed", todo) for key in needing)
+        )
 
 
 def job_of(checked: Checked, gpu: bool | None = None) -> Job:
