@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from zimage_train.config.schema import Data
+from zimage_train.config.data import Data
 from zimage_train.data.folder import Scan, scan
 
 

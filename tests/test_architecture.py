@@ -24,13 +24,15 @@ LAYERS: list[list[str]] = [
         "tensors",
         "weighting",
         "config.yaml_reader",
-        "model.variants config.values config.schema config.advice",
+        "model.variants config.values config.section config.data config.schema",
         "errors config.yaml_reader config.schema config.reading",
+        "model.variants config.schema schedules config.advice",
     ],
     # 1: equations, pictures, names, where models are
     [
         "flow",
-        "optim",
+        "automagic optim",
+        "prodigy8bit optim",
         "distributed",
         "tensorfile",
         "data.buckets data.captions data.images data.looks data.folder data.plan data.quarantine",
@@ -89,7 +91,8 @@ TORCH_FREE = [
     module
     for line in (
         "zimage_train app config data lora mini model report sampling training errors files seeding weighting",
-        "config.yaml_reader config.values config.schema config.advice config.reading",
+        "config.yaml_reader config.values config.section config.data config.schema config.advice config.reading",
+        "schedules",
         "model.variants model.headers model.shapes model.digests model.sources model.extras model.pinning",
         "data.buckets data.captions data.images data.looks data.folder data.plan data.quarantine",
         "lora.families lora.names lora.headers lora.metadata",
@@ -110,6 +113,8 @@ LATE = {
     ("model.sources", "huggingface_hub"): "local paths never need the hub",
     ("optim", "bitsandbytes"): "an optional dependency: works without it until it is asked for",
     ("optim", "prodigyopt"): "as bitsandbytes",
+    ("optim", "transformers"): "slow to import; only adafactor needs it",
+    ("optim", PACKAGE): "prodigy8bit needs bitsandbytes",
     ("model.quantize", "bitsandbytes"): "as there; only nf4 needs it",
     ("lora.loaders", "diffusers"): "only the check of an export needs diffusers' loader",
     ("report.trackers", "torch"): "the TensorBoard writer is slow to import and may be off",

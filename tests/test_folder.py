@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from zimage_train.config.schema import Data
+from zimage_train.config.data import Data
 from zimage_train.data import folder
 from zimage_train.data.folder import Scan, fingerprint, scan
 

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from zimage_train import mini
-from zimage_train.config.schema import Data
+from zimage_train.config.data import Data
 from zimage_train.data import images, looks
 from zimage_train.data.folder import scan
 from zimage_train.data.looks import Look, Looks, near_duplicates

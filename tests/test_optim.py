@@ -3,16 +3,21 @@
 import itertools
 import json
 import math
+from typing import get_args
 
 import pytest
 import torch
 from torch.nn import Parameter
 
-from zimage_train import optim
+from zimage_train import memory, optim
+from zimage_train.automagic import Automagic
 from zimage_train.config.schema import Optimizer, Schedule
+from zimage_train.config.values import BITSANDBYTES_OPTIMIZERS, OptimizerName, ScheduleName
 from zimage_train.errors import WeightsError
+from zimage_train.schedules import lr_factor
 
-NAMES = ["adamw", "adamw8bit", "prodigy"]
+NAMES = get_args(OptimizerName)
+EIGHT_BIT = [name for name in NAMES if name.endswith("8bit")]
 
 
 def problem(seed: int = 0) -> list[Parameter]:
@@ -47,13 +52,18 @@ def test_state_survives_json_and_bytes_so_that_twelve_steps_are_six_and_six(name
     assert all(torch.equal(one, other) for one, other in zip(whole, halves, strict=True))
 
 
-def test_eight_bit_state_is_eight_bit():
+@pytest.mark.parametrize("name", EIGHT_BIT)
+def test_eight_bit_state_is_eight_bit(name: str):
     parameters = problem()
-    optimizer = optim.build(Optimizer(name="adamw8bit"), parameters)
+    optimizer = optim.build(Optimizer(name=name), parameters)
     step(optimizer, parameters, 0)
     tensors, _ = optim.state(optimizer)
-    assert tensors["optim.0.state1"].dtype is torch.uint8
-    assert tensors["optim.0.state2"].dtype is torch.uint8
+    moments = ("exp_avg.packed", "exp_avg_sq.packed", "s.packed") if name == "prodigy8bit" else ("state1", "state2")
+    large = {key: tensors[f"optim.0.{key}"] for key in moments if f"optim.0.{key}" in tensors}
+    assert len(large) == (1 if name == "lion8bit" else len(moments))
+    assert {one.dtype for one in large.values()} == {torch.uint8}
+    full = [key for key, one in tensors.items() if key.startswith("optim.0.") and one.dtype == torch.float32]
+    assert all(tensors[key].numel() <= 256 or key.endswith(".p0") for key in full), full
     storages = [tensor.data_ptr() for tensor in tensors.values()]
     assert len(set(storages)) == len(storages), "shared tensors cannot be saved"
 
@@ -74,9 +84,10 @@ def test_adamw_does_what_the_paper_says():
         assert float(parameter.detach()) == pytest.approx(value, rel=1e-9)
 
 
+@pytest.mark.parametrize("name", ["prodigy", "prodigy8bit"])
 @pytest.mark.parametrize(("given", "used"), [(1e-4, 1.0), (0.09, 1.0), (0.1, 0.1), (0.5, 0.5), (1.0, 1.0)])
-def test_prodigy_raises_a_rate_that_would_stop_it(given: float, used: float):
-    optimizer = optim.build(Optimizer(name="prodigy", lr=given), problem())
+def test_prodigy_raises_a_rate_that_would_stop_it(name: str, given: float, used: float):
+    optimizer = optim.build(Optimizer(name=name, lr=given), problem())
     assert optimizer.param_groups[0]["lr"] == used
 
 
@@ -108,8 +119,119 @@ def test_the_state_of_another_optimizer_is_refused():
         optim.load_state(optim.build(Optimizer(name="adamw"), parameters), tensors, numbers, "here")
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_its_state_is_as_large_as_the_plan_says(name: str):
+    parameter = Parameter(torch.randn(512, 1024))
+    optimizer = optim.build(Optimizer(name=name, lr=0.01), [parameter])
+    parameter.grad = torch.randn(512, 1024)
+    optimizer.step()
+    tensors, _ = optim.state(optimizer)
+    size = sum(one.numel() * one.element_size() for key, one in tensors.items() if "qmap" not in key)
+    taken, planned = size / parameter.numel(), memory.OPTIMIZER_BYTES[name]
+    if name == "adafactor":
+        assert taken < 0.1 and planned == 4  # its update, as large as the parameter, is not state
+    else:
+        assert 0.9 * planned <= taken <= planned * 1.001
+
+
+def test_every_optimizer_of_bitsandbytes_is_known_to_need_it():
+    modules = {name: type(optim.build(Optimizer(name=name), problem())).__module__ for name in NAMES}
+    needing = {name for name, module in modules.items() if module.startswith("bitsandbytes")} | {"prodigy8bit"}
+    assert needing == BITSANDBYTES_OPTIMIZERS
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_goes_down_a_valley(name: str):
+    torch.manual_seed(0)
+    start = torch.randn(64, 128)
+    parameter = Parameter(start.clone())
+    optimizer = optim.build(Optimizer(name=name, lr=1.0 if "prodigy" in name else 0.01, weight_decay=0.0), [parameter])
+    for _ in range(60):
+        parameter.grad = parameter.detach().clone()
+        optimizer.step()
+    assert float(parameter.detach().square().mean()) < 0.9 * float(start.square().mean())
+
+
+def test_lion_does_what_the_paper_says():
+    parameter = Parameter(torch.tensor([2.0]))
+    optimizer = optim.build(Optimizer(name="lion", lr=0.1, weight_decay=0.5, params={"betas": [0.8, 0.9]}), [parameter])
+    value, m = 2.0, 0.0
+    for grad in (0.3, -0.9, 0.1):
+        parameter.grad = torch.tensor([grad])
+        optimizer.step()
+        value = value * (1 - 0.1 * 0.5) - 0.1 * math.copysign(1.0, 0.8 * m + 0.2 * grad)
+        m = 0.9 * m + 0.1 * grad
+        assert float(parameter.detach()) == pytest.approx(value, rel=1e-5)
+
+
+def test_eight_bit_prodigy_follows_prodigy():
+    ends = []
+    for name in ("prodigy", "prodigy8bit"):
+        parameters = problem()
+        optimizer = optim.build(Optimizer(name=name, lr=1.0, params={"d0": 1e-3}), parameters)
+        for index in range(30):
+            draw = torch.Generator().manual_seed(index)
+            for parameter in parameters:
+                parameter.grad = parameter.detach() * 0.1 + 0.01 * torch.randn(parameter.shape, generator=draw)
+            optimizer.step()
+        ends.append((optimizer.param_groups[0]["d"], parameters[0].detach() - problem()[0].detach()))
+    (d, moved), (d8, moved8) = ends
+    assert d > 1e-3 and d8 == pytest.approx(d, rel=0.05)
+    assert 0 < float((moved8 - moved).norm() / moved.norm()) < 0.1
+
+
+def test_automagic_is_adamw_with_a_rate_that_follows_agreement():
+    """By hand, in double precision, for a tensor of two numbers."""
+    parameter = Parameter(torch.tensor([2.0, -1.0], dtype=torch.float64))
+    params = {"betas": [0.8, 0.9], "bump": 0.1, "min_lr": 0.09, "max_lr": 0.115}
+    optimizer = optim.build(Optimizer(name="automagic", lr=0.1, weight_decay=0.5, params=params), [parameter])
+    value, m, v, scale = [2.0, -1.0], [0.0, 0.0], [0.0, 0.0], 1.0
+    scales = []
+    for index, grads in enumerate([(0.3, 0.4), (0.3, 0.9), (0.1, -9.0), (0.2, -0.3), (-9.0, 9.0), (0.3, -1.0)], 1):
+        optim.set_lr(optimizer, 0.1 / index)
+        parameter.grad = torch.tensor(grads, dtype=torch.float64)
+        optimizer.step()
+        agreement = sum(sign(grad) * sign(mean) for grad, mean in zip(grads, m, strict=True)) / 2
+        scale = min(max(scale * math.exp(0.1 * agreement), 0.9), 1.15)
+        scales.append(scale)
+        for i, grad in enumerate(grads):
+            m[i], v[i] = 0.8 * m[i] + 0.2 * grad, 0.9 * v[i] + 0.1 * grad**2
+            rate = 0.1 / index * scale
+            value[i] *= 1 - rate * 0.5
+            value[i] -= rate * (m[i] / (1 - 0.8**index)) / (math.sqrt(v[i] / (1 - 0.9**index)) + 1e-8)
+        assert parameter.detach().tolist() == pytest.approx(value, rel=1e-6)
+    assert scales == pytest.approx([1, 1.1052, 1.1052, 1.15, 1.0406, 0.9416], abs=1e-3)
+    assert optim.used_lr(optimizer) == pytest.approx(0.1 / 6 * scale, rel=1e-6)
+
+
+def sign(value: float) -> float:
+    return math.copysign(1.0, value) if value else 0.0
+
+
+def test_automagic_without_a_bump_is_adamw():
+    ends = []
+    for settings in (Optimizer(name="adamw", lr=0.01), Optimizer(name="automagic", lr=0.01, params={"bump": 0.0})):
+        parameters = problem()
+        optimizer = optim.build(settings, parameters)
+        for index in range(8):
+            step(optimizer, parameters, index)
+        ends.append(parameters[0].detach())
+    assert torch.allclose(*ends, rtol=1e-5, atol=1e-6)
+
+
+def test_automagic_raises_what_agrees_and_lowers_what_turns_back():
+    agreeing, turning = Parameter(torch.zeros(8)), Parameter(torch.zeros(8))
+    optimizer = optim.build(Optimizer(name="automagic", lr=1e-4), [agreeing, turning])
+    for index in range(20):
+        agreeing.grad, turning.grad = torch.ones(8), torch.full((8,), (-1.0) ** index)
+        optimizer.step()
+    assert isinstance(optimizer, Automagic)
+    up, down = (float(optimizer.state[one]["scale"]) for one in (agreeing, turning))
+    assert up == pytest.approx(math.exp(0.02 * 19), rel=1e-4) and down == pytest.approx(math.exp(-0.02 * 19), rel=1e-4)
+
+
 def factors(schedule: Schedule, steps: int) -> list[float]:
-    return [optim.lr_factor(schedule, step, steps) for step in range(1, steps + 1)]
+    return [lr_factor(schedule, step, steps) for step in range(1, steps + 1)]
 
 
 def test_constant_is_constant():
@@ -130,3 +252,60 @@ def test_cosine_ends_near_its_end_factor_after_warm_up():
     assert values[9] == values[10] == 1.0
     assert values[-1] == pytest.approx(0.1, abs=1e-4)
     assert all(one >= other for one, other in itertools.pairwise(values[10:]))
+
+
+def test_constant_with_warmup_is_constant_with_its_warm_up():
+    assert factors(Schedule(name="constant_with_warmup", warmup_steps=2), 4) == [0.5, 1.0, 1.0, 1.0]
+
+
+def test_linear_falls_to_its_end_factor():
+    values = factors(Schedule(name="linear", params={"end_factor": 0.2}), 8)
+    assert values == pytest.approx([1.0 - 0.8 * index / 8 for index in range(8)])
+
+
+def test_a_polynomial_has_its_power_and_is_a_line_without_one():
+    values = factors(Schedule(name="polynomial", params={"power": 2.0, "end_factor": 0.5}), 4)
+    assert values == pytest.approx([0.5 + 0.5 * left**2 for left in (1.0, 0.75, 0.5, 0.25)])
+    assert factors(Schedule(name="polynomial"), 7) == factors(Schedule(name="linear"), 7)
+
+
+def test_cosine_with_restarts_begins_each_cycle_at_the_rate():
+    values = factors(Schedule(name="cosine_with_restarts", params={"cycles": 3}), 12)
+    one = [0.5 * (1 + math.cos(math.pi * index / 4)) for index in range(4)]
+    assert values == pytest.approx(one * 3)
+    assert factors(Schedule(name="cosine_with_restarts"), 9) == pytest.approx(factors(Schedule(name="cosine"), 9))
+
+
+def test_step_falls_by_its_factor_every_so_many_steps():
+    values = factors(Schedule(name="step", warmup_steps=1, params={"every": 3, "factor": 0.5}), 10)
+    assert values == [1.0, 1.0, 1.0, 1.0, 0.5, 0.5, 0.5, 0.25, 0.25, 0.25]
+
+
+def test_rex_is_the_reflected_exponential():
+    values = factors(Schedule(name="rex"), 10)
+    assert values == pytest.approx([(1 - p) / (0.5 + 0.5 * (1 - p)) for p in (index / 10 for index in range(10))])
+    assert values[9] > factors(Schedule(name="linear"), 10)[9]
+
+
+def test_one_cycle_is_that_of_torch():
+    """torch counts its phases from 0 to the last step, this from 0 to the step after it, so compare at equal shares."""
+    steps = 1001
+    dummy = torch.optim.SGD([Parameter(torch.zeros(1))], lr=1.0)
+    reference = torch.optim.lr_scheduler.OneCycleLR(
+        dummy, 1.0, total_steps=steps, pct_start=0.3, div_factor=25, final_div_factor=1e9, cycle_momentum=False
+    )
+    expected = []
+    for _ in range(steps):
+        expected.append(reference.get_last_lr()[0])
+        dummy.step()
+        if len(expected) < steps:
+            reference.step()
+    found = factors(Schedule(name="one_cycle"), steps)
+    assert max(abs(one - other) for one, other in zip(found, expected, strict=True)) < 0.01
+    assert found[0] == pytest.approx(0.04) and max(found) == pytest.approx(1.0, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", [name for name in get_args(ScheduleName) if name != "step"])
+def test_every_schedule_stays_between_zero_and_one_and_trains_in_every_step(name: str):
+    warmup = 3 if name == "constant_with_warmup" else 0
+    assert all(0 < factor <= 1 for factor in factors(Schedule(name=name, warmup_steps=warmup), 50))

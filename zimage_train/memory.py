@@ -31,8 +31,23 @@ DECODING = {"bf16": 1536, "fp32": 3073}
 """Bytes a pixel while a VAE of 128 channels at full size, as the published one is, decodes a picture."""
 VAE_CHANNELS = 128
 VAE_WEIGHTS = 83_820_000
-OPTIMIZER_BYTES = {"adamw": 8, "adamw8bit": 2.1, "prodigy": 16}
-"""State per trainable parameter."""
+OPTIMIZER_BYTES = {
+    "adam": 8,
+    "adamw": 8,
+    "adam8bit": 2.1,
+    "adamw8bit": 2.1,
+    "paged_adamw8bit": 2.1,
+    "ademamix": 12,
+    "ademamix8bit": 3.1,
+    "lion": 4,
+    "lion8bit": 1.1,
+    "prodigy": 16,
+    "prodigy8bit": 7.1,
+    "adafactor": 4,
+    "adagrad": 4,
+    "automagic": 8,
+}
+"""State per trainable parameter; adafactor's is small, and its update takes a parameter's size while it is made."""
 QUANTISED_BITS = {"fp8": 8, "int8": 8, "nf4": 4}
 SCALE_BYTES, SCALE_BLOCK = 2, 64
 SLOTS = 2

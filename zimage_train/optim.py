@@ -1,8 +1,7 @@
-"""Optimizers, the learning rate as a function of the step, and optimizer state as plain tensors and numbers."""
+"""Optimizers of the libraries by name, and their state as plain tensors and numbers."""
 
 import contextlib
 import io
-import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -10,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from zimage_train.automagic import Automagic
 from zimage_train.config import schema
 from zimage_train.errors import Problem, WeightsError
-
-PRODIGY_LEAST_LR = 0.1
+from zimage_train.schedules import base_lr
 
 
 def build(settings: schema.Optimizer, parameters: Iterable[Parameter]) -> torch.optim.Optimizer:
@@ -23,17 +22,18 @@ def build(settings: schema.Optimizer, parameters: Iterable[Parameter]) -> torch.
     return make(list(parameters), lr=base_lr(settings), weight_decay=settings.weight_decay, **params)
 
 
-def base_lr(settings: schema.Optimizer) -> float:
-    """The learning rate before the schedule; Prodigy multiplies its own estimate by it, so less than 0.1 means 1."""
-    if settings.name == "prodigy" and settings.lr < PRODIGY_LEAST_LR:
-        return 1.0
-    return settings.lr
+def _bitsandbytes(name: str) -> Callable[..., torch.optim.Optimizer]:
+    def make(parameters: list[Parameter], **settings: Any) -> torch.optim.Optimizer:
+        from bitsandbytes import optim
+
+        return getattr(optim, name)(parameters, **settings)
+
+    return make
 
 
-def _adamw8bit(parameters: list[Parameter], **settings: Any) -> torch.optim.Optimizer:
-    from bitsandbytes.optim import AdamW8bit
-
-    return AdamW8bit(parameters, **settings)
+def _paged_adamw8bit(parameters: list[Parameter], **settings: Any) -> torch.optim.Optimizer:
+    """Its state may move to main memory when the card is full; without a card there is nothing to page."""
+    return _bitsandbytes("AdamW8bit")(parameters, is_paged=parameters[0].is_cuda, **settings)
 
 
 def _prodigy(parameters: list[Parameter], **settings: Any) -> torch.optim.Optimizer:
@@ -43,29 +43,35 @@ def _prodigy(parameters: list[Parameter], **settings: Any) -> torch.optim.Optimi
         return Prodigy(parameters, **settings)
 
 
+def _prodigy8bit(parameters: list[Parameter], **settings: Any) -> torch.optim.Optimizer:
+    from zimage_train.prodigy8bit import Prodigy8bit
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        return Prodigy8bit(parameters, **settings)
+
+
+def _adafactor(parameters: list[Parameter], **settings: Any) -> torch.optim.Optimizer:
+    """At the given rate: its own relative steps are made for weights that do not begin at zero, as a LoRA's do."""
+    from transformers.optimization import Adafactor
+
+    return Adafactor(parameters, scale_parameter=False, relative_step=False, warmup_init=False, **settings)
+
+
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "adam": torch.optim.Adam,
     "adamw": torch.optim.AdamW,
-    "adamw8bit": _adamw8bit,
+    "adam8bit": _bitsandbytes("Adam8bit"),
+    "adamw8bit": _bitsandbytes("AdamW8bit"),
+    "paged_adamw8bit": _paged_adamw8bit,
+    "ademamix": _bitsandbytes("AdEMAMix"),
+    "ademamix8bit": _bitsandbytes("AdEMAMix8bit"),
+    "lion": _bitsandbytes("Lion"),
+    "lion8bit": _bitsandbytes("Lion8bit"),
     "prodigy": _prodigy,
-}
-
-
-def lr_factor(schedule: schema.Schedule, step: int, steps: int) -> float:
-    """The factor on the learning rate in `step` (1 to `steps`): linear warm-up, then the schedule."""
-    if step <= schedule.warmup_steps:
-        return step / schedule.warmup_steps
-    progress = (step - 1 - schedule.warmup_steps) / max(steps - schedule.warmup_steps, 1)
-    return SCHEDULES[schedule.name](progress, schedule.params)
-
-
-def _cosine(progress: float, params: dict[str, Any]) -> float:
-    end = params.get("end_factor", 0.0)
-    return end + (1.0 - end) * 0.5 * (1.0 + math.cos(math.pi * progress))
-
-
-SCHEDULES: dict[str, Callable[[float, dict[str, Any]], float]] = {
-    "constant": lambda progress, params: 1.0,
-    "cosine": _cosine,
+    "prodigy8bit": _prodigy8bit,
+    "adafactor": _adafactor,
+    "adagrad": torch.optim.Adagrad,
+    "automagic": Automagic,
 }
 
 
@@ -76,7 +82,10 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def used_lr(optimizer: torch.optim.Optimizer) -> float:
-    """The learning rate that the next step will use; for Prodigy its estimate d times the group's."""
+    """The learning rate that the next step will use: for Prodigy its estimate d times the group's, for Automagic the
+    mean over the tensors."""
+    if isinstance(optimizer, Automagic):
+        return optimizer.mean_lr()
     group = optimizer.param_groups[0]
     return float(group["lr"]) * float(group.get("d", 1.0))
 
@@ -117,7 +126,10 @@ def load_state(
         _, index, key = name.split(".", 2)
         parameter = parameters[int(index)]
         on_cpu = key == "step" and tensor.ndim == 0  # torch keeps the step of AdamW on the CPU
-        optimizer.state[parameter][key] = tensor.clone() if on_cpu else tensor.to(parameter.device, copy=True)
+        value = tensor.clone() if on_cpu else tensor.to(parameter.device, copy=True)
+        if getattr(optimizer, "is_paged", False) and value.shape == parameter.shape:  # or it would stay on the card
+            value = optimizer.get_state_buffer(parameter, dtype=value.dtype).copy_(value)  # pyright: ignore
+        optimizer.state[parameter][key] = value
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[Parameter]:

@@ -9,6 +9,7 @@ from zimage_train import files, memory, planner
 from zimage_train.config import advice
 from zimage_train.config.reading import cache_folder
 from zimage_train.config.schema import Config
+from zimage_train.config.values import BITSANDBYTES_OPTIMIZERS
 from zimage_train.data import folder
 from zimage_train.data.folder import Picture
 from zimage_train.data.looks import Looks, Tick
@@ -90,7 +91,7 @@ def _require_bitsandbytes(config: Config) -> None:
         ConfigError: names the settings.
     """
     asked = {"model.quantize": config.model.quantize, "optimizer.name": config.optimizer.name}
-    needing = [key for key, value in asked.items() if value in ("nf4", "adamw8bit")]
+    needing = [key for key, value in asked.items() if value in ("nf4", *BITSANDBYTES_OPTIMIZERS)]
     if needing and importlib.util.find_spec("bitsandbytes") is None:
         todo = "install it, or choose another value"
         raise ConfigError(

@@ -2,6 +2,7 @@
 
 from zimage_train.config.schema import Config
 from zimage_train.model.variants import VARIANTS
+from zimage_train.schedules import base_lr
 
 HIGH_LR = 2e-4
 MANY_STEPS = 10_000
@@ -11,7 +12,7 @@ STEPS_FOR_FEW_PICTURES = 2_200
 
 def warnings(config: Config, num_pictures: int) -> list[str]:
     """One line each: the setting, the danger, the remedy."""
-    return [*_turbo(config), *_length(config, num_pictures), *_previews(config)]
+    return [*_turbo(config), *_optimizer(config), *_length(config, num_pictures), *_previews(config)]
 
 
 def _turbo(config: Config) -> list[str]:
@@ -28,7 +29,7 @@ def _turbo(config: Config) -> list[str]:
             f"model.adapter_strength is {model.adapter_strength:g}: the adapter takes only part of the damage to "
             "Turbo's 8 steps; set it to 1"
         )
-    if config.optimizer.name != "prodigy" and config.optimizer.lr >= HIGH_LR:
+    if not config.optimizer.name.startswith("prodigy") and config.optimizer.lr >= HIGH_LR:
         found.append(
             f"optimizer.lr is {config.optimizer.lr:g}: from {HIGH_LR:g} on, Turbo usually becomes noisy or breaks; "
             "use 1e-4, or 5e-5 to 8e-5 if pictures get noisy"
@@ -39,6 +40,13 @@ def _turbo(config: Config) -> list[str]:
             "the adapter; stop earlier, or train deturbo or base"
         )
     return found
+
+
+def _optimizer(config: Config) -> list[str]:
+    optimizer = config.optimizer
+    if base_lr(optimizer) == optimizer.lr:
+        return []
+    return [f"optimizer.lr {optimizer.lr:g} is raised to 1: {optimizer.name} finds the rate itself"]
 
 
 def _length(config: Config, num_pictures: int) -> list[str]:

@@ -6,18 +6,20 @@ A value that this version cannot honour is refused here (`Later`), never accepte
 import re
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
+from zimage_train.config.data import Data
+from zimage_train.config.section import Section
 from zimage_train.config.values import (
     OPTIMIZER_PARAMS,
     SCHEDULE_PARAMS,
-    STRICT,
     Every,
     Kind,
     Later,
     Mode,
+    OptimizerName,
     Pixels,
-    Resolutions,
+    ScheduleName,
     as_prompt,
     check_params,
 )
@@ -31,10 +33,6 @@ NAME_BYTES = 200
 
 def _without_default(schema: dict[str, Any]) -> None:
     schema.pop("default")
-
-
-class Section(BaseModel):
-    model_config = STRICT | ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 class Model(Section):
@@ -69,52 +67,6 @@ class Model(Section):
     def _adapter_belongs(self) -> Self:
         if self.variant != "turbo" and self.adapter in ("v1", "v2"):
             raise ValueError(f"adapter {self.adapter} was made for Turbo and would harm {self.variant}; leave it out")
-        return self
-
-
-class Data(Section):
-    folder: str | None = Field(default=None, min_length=1)
-    """Folder of pictures, searched with its subfolders."""
-    metadata: str | None = Field(default=None, min_length=1)
-    """A .jsonl or .csv instead: columns image (or file_name) and prompt (or text); paths relative to the file."""
-    resolution: Resolutions = [512, 768, 1024]
-    """Each picture is trained once at each of these sizes (side of the square of equal area, px); never upscaled."""
-    repeats: int = Field(default=1, ge=1, le=1000)
-    """How often each picture is seen in an epoch, each time with its own noise."""
-    trigger: str | None = Field(default=None, min_length=1)
-    """Word that stands for the concept: replaces `[trigger]` in captions, and is put in front where it is missing."""
-    default_caption: str = ""
-    """Caption of pictures that have none."""
-    caption_ext: str = Field(default=".txt", pattern=r"^\.[A-Za-z0-9_.]+$")
-    """Extension of the caption files beside the pictures."""
-    caption_dropout: float = Field(default=0.05, ge=0.0, le=1.0)
-    """Share of samples trained with the empty prompt instead of their caption."""
-    shuffle_tags: Annotated[bool, Later(False)] = False
-    """Later: another order of comma-separated tags each time."""
-    keep_tags: Annotated[int, Later(0)] = 0
-    """Later: so many tags stay in front."""
-    flip: Annotated[bool, Later(False)] = False
-    """Later: mirrored pictures too."""
-    mask: Annotated[str | None, Later(None)] = None
-    """Later: folder of masks."""
-    mask_floor: Annotated[float, Later(0.1)] = 0.1
-    """Later: weight of what is masked out."""
-    regularisation: Annotated[bool, Later(False)] = False
-    """Later: pictures of the class, not of the concept."""
-    weight: Annotated[float, Later(1.0)] = 1.0
-    """Later: factor on the loss of these pictures."""
-
-    @field_validator("trigger")
-    @classmethod
-    def _is_word(cls, value: str | None) -> str | None:
-        if value is not None and (value != value.strip() or value == "[trigger]"):
-            raise ValueError(f"is {value!r}; give the word itself, without space around it")
-        return value
-
-    @model_validator(mode="after")
-    def _one_source(self) -> Self:
-        if (self.folder is None) == (self.metadata is None):
-            raise ValueError("needs exactly one of folder and metadata")
         return self
 
 
@@ -161,6 +113,8 @@ class Train(Section):
     """sft: learn from the pictures; so far the only one."""
     steps: int = Field(default=3000, ge=1, le=10_000_000)
     """Optimizer steps."""
+    epochs: float | None = Field(default=None, gt=0.0, le=1_000_000.0)
+    """Instead of `steps`: how often each sample is seen; the number of steps follows, rounded up."""
     batch_size: int = Field(default=1, ge=1, le=1024)
     """Samples in one forward pass."""
     accumulate: int = Field(default=1, ge=1, le=4096)
@@ -169,6 +123,14 @@ class Train(Section):
     """Distance between predicted and true velocity: the mean square."""
     clip_norm: float | None = Field(default=1.0, gt=0.0)
     """Largest norm of the gradient; null: no clipping."""
+    regularisation_share: float = Field(default=0.5, gt=0.0, lt=1.0)
+    """Share of the forward passes that regularisation pictures get, where `data` has some, however many there are."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        if self.epochs is not None and "steps" in self.model_fields_set:
+            raise ValueError("has both steps and epochs; leave one out")
+        return self
 
 
 class Timesteps(Section):
@@ -192,22 +154,24 @@ class Timesteps(Section):
 class Guidance(Section):
     differential: float | None = Field(default=None, gt=0.0, le=100.0)
     """Scale s: the target is moved to pred + s (target - pred), which multiplies the gradient by s."""
-    contrastive: Annotated[float | None, Later(None)] = None
-    """Later: scale of contrastive guidance."""
+    contrastive: float | None = Field(default=None, gt=0.0, le=100.0)
+    """Scale g: the target is moved to u + g (target - u), away from what the model makes of the empty prompt."""
 
 
 class Preserve(Section):
-    kind: Annotated[Literal["trigger", "blank"] | None, Later(None)] = None
-    """Later: keep what the model knows, of the class word (trigger) or in general (blank)."""
-    class_word: Annotated[str, Later("person")] = "person"
-    """Later: the word that the trigger stands in for."""
-    weight: Annotated[float, Later(1.0)] = 1.0
-    """Later: factor on the loss of preservation."""
+    kind: Literal["trigger", "blank"] | None = None
+    """Hold the model to what it draws without the LoRA: for each caption with the trigger replaced by `class_word`
+    (trigger; AI Toolkit's DOP), or for the empty prompt (blank). Takes 2.3 times as long."""
+    class_word: str = Field(default="person", min_length=1)
+    """The word that the trigger stands in for."""
+    weight: float = Field(default=1.0, gt=0.0, le=100.0)
+    """Factor on the loss of preservation."""
 
 
 class Optimizer(Section):
-    name: Literal["adamw", "adamw8bit", "prodigy"] = "adamw8bit"
-    """adamw8bit: AdamW with 8-bit state; adamw: fp32 state; prodigy: finds its learning rate itself."""
+    name: OptimizerName = "adamw8bit"
+    """adamw8bit: AdamW with 8-bit state; adamw: fp32 state; prodigy: finds its learning rate itself; automagic: one
+    learning rate a tensor, raised while updates agree. docs/recipes.md says which library each one comes from."""
     lr: float = Field(default=1.0e-4, gt=0.0, le=10.0)
     """Learning rate; for prodigy a factor on the rate it finds itself (1; less than 0.1 is raised to 1 and said so)."""
     weight_decay: float = Field(default=1.0e-4, ge=0.0, le=1.0)
@@ -223,12 +187,14 @@ class Optimizer(Section):
 
 
 class Schedule(Section):
-    name: Literal["constant", "cosine"] = "constant"
-    """Learning rate over the run: the same, or falling along half a cosine."""
+    name: ScheduleName = "constant"
+    """Learning rate over the run, after the warm-up. linear, polynomial, cosine and rex fall; step falls by jumps."""
     warmup_steps: int = Field(default=0, ge=0, le=10_000_000)
     """Steps over which the learning rate rises from zero."""
     params: dict[str, Any] = {}
-    """cosine: end_factor, the share of the learning rate that it falls to after the last step (0)."""
+    """cosine, linear, polynomial, rex: end_factor, the share of the learning rate left after the last step (0).
+    polynomial: power (1). cosine_with_restarts: cycles (1), end_factor. step: every (steps), factor (0.1). one_cycle:
+    peak_at (share of the run, 0.3), start_factor (0.04), end_factor (0)."""
 
     @field_validator("params")
     @classmethod
@@ -236,10 +202,21 @@ class Schedule(Section):
         name = info.data.get("name")
         return check_params(value, SCHEDULE_PARAMS[name], name) if name else value
 
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        if self.name == "constant_with_warmup" and self.warmup_steps == 0:
+            raise ValueError("constant_with_warmup needs warmup_steps")
+        if self.name == "one_cycle" and self.warmup_steps:
+            raise ValueError("one_cycle rises by itself; leave warmup_steps out, and set params.peak_at")
+        if self.name == "step" and "every" not in self.params:
+            raise ValueError("step needs params: {every: steps}")
+        return self
+
 
 class Ema(Section):
-    decay: Annotated[float | None, Later(None)] = None
-    """Later: decay of the averaged weights."""
+    decay: float | None = Field(default=None, gt=0.0, lt=1.0)
+    """Weights averaged over the steps, s <- d s + (1 - d) w, are exported beside the raw ones; d rises to `decay` by
+    (1 + step) / (10 + step). null: none. 0.99 averages over about 100 steps."""
 
 
 class Memory(Section):
@@ -306,6 +283,8 @@ class Sample(Section):
     """Guidance g (CFG scale - 1); auto: 0 for turbo, 2 for deturbo, 3 for base."""
     seed: int = Field(default=42, ge=0, lt=2**63)
     """Prompt i is drawn with seed + i."""
+    weights: Literal["raw", "ema"] = "raw"
+    """Which weights draw the previews."""
     extra_loras: Annotated[list[str], Later([])] = []
     """Later: LoRAs stacked in previews."""
     also: str | None = Field(default=None, min_length=1)
@@ -321,10 +300,12 @@ class Sample(Section):
 
 
 class Validation(Section):
-    folder: Annotated[str | None, Later(None)] = None
-    """Later: pictures that are held out."""
-    every: Annotated[int, Later(250)] = 250
-    """Later: steps between validations."""
+    folder: str | None = Field(default=None, min_length=1)
+    """Pictures that are held out, with their captions; read as data.0 is (trigger, default_caption, caption_ext)."""
+    every: Every = 250
+    """Steps between validations; also before step 1 and after the last; null: none."""
+    resolution: Pixels = 512
+    """Size at which they are judged, px."""
 
 
 class Save(Section):
@@ -365,23 +346,33 @@ class Config(Section):
     guidance: Guidance = Guidance()
     """Changes to the target of the loss."""
     preserve: Preserve = Preserve()
-    """Later: keeping what the model knows."""
+    """Keeping what the model knows."""
     optimizer: Optimizer = Optimizer()
     """How weights follow gradients."""
     schedule: Schedule = Schedule()
     """The learning rate over the run."""
     ema: Ema = Ema()
-    """Later: averaged weights."""
+    """Averaged weights."""
     memory: Memory = Memory()
     """What may be spent to fit the device."""
     sample: Sample = Sample()
     """Previews."""
     validation: Validation = Validation()
-    """Later: loss on pictures that are held out."""
+    """Loss on pictures that are held out."""
     save: Save = Save()
     """Checkpoints and exported LoRAs."""
     log: Log = Log()
     """Where numbers go besides metrics.jsonl."""
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> Self:
+        if self.preserve.kind == "trigger" and not any(entry.trigger for entry in self.data):
+            raise ValueError("preserve.kind: trigger replaces the trigger; set data.0.trigger, or use blank")
+        if all(entry.regularisation for entry in self.data):
+            raise ValueError("data: every folder is for regularisation; one must show the concept")
+        if self.sample.weights == "ema" and self.ema.decay is None:
+            raise ValueError("sample.weights: ema needs ema.decay")
+        return self
 
     @field_validator("name")
     @classmethod

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from zimage_train.config.schema import Data
+from zimage_train.config.data import Data
 from zimage_train.data import captions, images
 from zimage_train.data.looks import Look, Looks, Tick, near_duplicates
 from zimage_train.errors import DataError, Problem, ZImageTrainError, collected

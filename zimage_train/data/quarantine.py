@@ -3,8 +3,9 @@
 from pathlib import Path
 
 from zimage_train import files
+from zimage_train.config.data import Data
 from zimage_train.config.reading import cache_folder
-from zimage_train.config.schema import Config, Data
+from zimage_train.config.schema import Config
 from zimage_train.data.buckets import bucket
 from zimage_train.data.folder import scan
 from zimage_train.data.looks import Looks

@@ -12,6 +12,7 @@ from zimage_train.data.plan import MicroBatch
 from zimage_train.distributed import add_up
 from zimage_train.errors import DivergedError, Problem
 from zimage_train.report.metrics import Records, read
+from zimage_train.schedules import base_lr, lr_factor
 from zimage_train.seeding import number
 from zimage_train.training.objectives import Batch, sft_loss
 from zimage_train.training.pace import reserved_bytes
@@ -32,7 +33,7 @@ def train(run: Run, metrics: Records, events: Records) -> None:
     """
     config, model, world = run.config, run.frozen.model, run.world
     parameters = run.attached.parameters()
-    base_lr, last = optim.base_lr(config.optimizer), config.train.steps
+    rate, last = base_lr(config.optimizer), config.train.steps
     skipped = trailing_skips(run)
     if run.start == 0 and config.sample.every is not None and config.sample.first and world.is_main:
         preview(run, 0, events)
@@ -41,7 +42,7 @@ def train(run: Run, metrics: Records, events: Records) -> None:
     model.train()
     began = time.monotonic()
     for step, loaded in prefetch(run):
-        optim.set_lr(run.optimizer, base_lr * optim.lr_factor(config.schedule, step, last))
+        optim.set_lr(run.optimizer, rate * lr_factor(config.schedule, step, last))
         lr = optim.used_lr(run.optimizer)
         num_samples = sum(len(samples) for samples in run.plan.step(step))
         loss = torch.zeros((), device=world.device)

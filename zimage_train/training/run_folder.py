@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from zimage_train import files
+from zimage_train import files, schedules
 from zimage_train.config.reading import dump_config, flatten, resolved
 from zimage_train.config.schema import Config
 from zimage_train.errors import ConfigError, Problem, WeightsError
 from zimage_train.report import metrics
 
-MAY_CHANGE = ("train.steps", "output", "cache.", "save.", "sample.", "validation.", "memory.", "log.")
+MAY_CHANGE = ("train.steps", "train.epochs", "output", "cache.", "save.", "sample.", "validation.", "memory.", "log.")
 """Settings that a resumed run may change: none of them alters a weight that was trained; but see `identity`."""
 ALLOWABLE = ("optimizer.lr", "schedule", "train.clip_norm", "timesteps", "guidance", "data")
 """Settings, and the pictures, that a run can take up in its middle when `--allow` names them: each step reads them."""
@@ -135,7 +135,7 @@ def identity(config: Config, fingerprint: Mapping[str, Any]) -> dict[str, Any]:
     Every checkpoint carries it, so a run is recognised by what it continues from and by nothing beside it.
     """
     settings = flatten(config.model_dump(mode="json"))
-    if config.schedule.name != "constant":  # it stretches with the run, so with other steps every rate is another
+    if schedules.stretches(config.schedule):
         settings["schedule.steps (train.steps, over which it decays)"] = config.train.steps
     return {
         "settings": {key: value for key, value in settings.items() if not _is_free(key)},

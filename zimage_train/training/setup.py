@@ -149,8 +149,6 @@ def prepare(
     attached = _attach(config, frozen, weights.modules, fit, console)
     groups = names.count_by_group(attached.a)
     optimizer = optim.build(config.optimizer, attached.parameters())
-    if optim.base_lr(config.optimizer) != config.optimizer.lr:
-        console.warn(f"optimizer.lr {config.optimizer.lr:g} is raised to 1: prodigy finds the rate itself")
     start = found.step if found else 0
     if found:
         attached.load_state(found.part("lora."), str(found.path))

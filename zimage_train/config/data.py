@@ -1,0 +1,86 @@
+"""Settings of one folder of pictures."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from zimage_train.config.section import Section
+from zimage_train.config.values import Resolutions
+
+
+class Data(Section):
+    folder: str | None = Field(default=None, min_length=1)
+    """Folder of pictures, searched with its subfolders."""
+    metadata: str | None = Field(default=None, min_length=1)
+    """A .jsonl or .csv instead: columns image (or file_name) and prompt (or text); paths relative to the file."""
+    resolution: Resolutions = [512, 768, 1024]
+    """Each picture is trained once at each of these sizes (side of the square of equal area, px); never upscaled."""
+    max_pixels: int | None = Field(default=None, ge=1024, le=16_777_216)
+    """Instead of `resolution`: each picture at its own size, but with at most so many pixels."""
+    repeats: Annotated[int, Field(ge=1, le=1000)] | Literal["by_folder"] = 1
+    """How often each picture is seen in an epoch, each time with its own noise; by_folder: as often as the names of the
+    subfolders say, and `10_cat` is the caption `cat` of pictures that have none (kohya's layout)."""
+    batch_size: int | None = Field(default=None, ge=1, le=1024)
+    """Samples of these pictures in one forward pass; null: train.batch_size."""
+    trigger: str | None = Field(default=None, min_length=1)
+    """Word that stands for the concept: replaces `[trigger]` in captions, and is put in front where it is missing."""
+    default_caption: str = ""
+    """Caption of pictures that have none."""
+    caption_ext: str = Field(default=".txt", pattern=r"^\.[A-Za-z0-9_.]+$")
+    """Extension of the caption files beside the pictures."""
+    caption_lines: bool = False
+    """Each line of a caption is a caption of its own, and one is drawn for each sample, as from a list in a .jsonl."""
+    caption_dropout: float = Field(default=0.05, ge=0.0, le=1.0)
+    """Share of samples trained with the empty prompt instead of their caption."""
+    dropout_keeps_trigger: bool = False
+    """A dropped caption is the trigger alone instead of the empty prompt."""
+    shuffle_tags: bool = False
+    """Another order of comma-separated tags in each epoch; a tag with the trigger stays in front."""
+    keep_tags: int = Field(default=0, ge=0, le=512)
+    """So many tags stay in front, and are never dropped."""
+    tag_dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
+    """Share of the other tags that is left out, others in each epoch."""
+    flip: bool = False
+    """Each picture is trained mirrored too: twice as many samples in an epoch."""
+    mask: str | None = Field(default=None, min_length=1)
+    """alpha: the pictures' own transparency; or a folder of masks under the pictures' names. White is trained."""
+    mask_floor: float = Field(default=0.1, ge=0.0, lt=1.0)
+    """Weight of what is masked out."""
+    mask_prior: float = Field(default=0.0, ge=0.0, le=100.0)
+    """Weight of a second loss that holds what is masked out to what the model makes of it without the LoRA."""
+    regularisation: bool | Literal["prior"] = False
+    """Pictures of the class and not of the concept; true: trained as they are, prior: held to what the model makes of
+    them without the LoRA. train.regularisation_share says how often."""
+    weight: float = Field(default=1.0, ge=0.0, le=100.0)
+    """Factor on the loss of these pictures."""
+
+    @field_validator("trigger")
+    @classmethod
+    def _is_word(cls, value: str | None) -> str | None:
+        if value is not None and (value != value.strip() or value == "[trigger]"):
+            raise ValueError(f"is {value!r}; give the word itself, without space around it")
+        return value
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.folder is None) == (self.metadata is None):
+            raise ValueError("needs exactly one of folder and metadata")
+        return self
+
+    @model_validator(mode="after")
+    def _holds_together(self) -> Self:
+        given = self.model_fields_set
+        if self.max_pixels is not None and "resolution" in given:
+            raise ValueError("has both resolution and max_pixels; leave one out")
+        if self.repeats == "by_folder" and self.folder is None:
+            raise ValueError("repeats: by_folder needs folder: a metadata file has no subfolders")
+        if self.regularisation and self.trigger is not None:
+            raise ValueError("is for regularisation, which shows the class without the concept; leave trigger out")
+        if self.dropout_keeps_trigger and self.trigger is None:
+            raise ValueError("dropout_keeps_trigger needs a trigger")
+        unused = [name for name in ("mask_floor", "mask_prior") if name in given and self.mask is None]
+        if unused:
+            raise ValueError(f"{unused[0]} needs a mask")
+        if "keep_tags" in given and self.keep_tags and not (self.shuffle_tags or self.tag_dropout):
+            raise ValueError("keep_tags needs shuffle_tags or tag_dropout")
+        return self
