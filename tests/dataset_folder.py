@@ -27,4 +27,4 @@ def problems(result: Scan) -> list[str]:
 
 
 def prompts(result: Scan) -> dict[str, str]:
-    return {one.path.name: one.prompt for one in result.pictures}
+    return {one.path.name: one.prompts[0] for one in result.pictures}

@@ -57,18 +57,18 @@ PREVIEWED = {"every": 2, "width": 64, "height": 64, "prompts": ["a red zorb on a
 def poison(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> list[int]:
     """Make the loss of `steps` not a number."""
     fired: list[int] = []
-    original = loop.sft_loss
+    original = objectives.sft_loss
     seen = {"step": 0}
 
-    def spoiled(model, batch, differential):
+    def spoiled(model, batch, *guidance):
         seen["step"] += 1
-        result = original(model, batch, differential)
+        result = original(model, batch, *guidance)
         if seen["step"] in steps:
             fired.append(seen["step"])
             return objectives.Loss(result.objective * float("nan"), result.plain * float("nan"))
         return result
 
-    monkeypatch.setattr(loop, "sft_loss", spoiled)
+    monkeypatch.setattr(objectives, "sft_loss", spoiled)
     return fired
 
 

@@ -129,7 +129,7 @@ def metadata(root: Path, name: str, rows: list[dict[str, Any]] | str | bytes) ->
 def test_metadata_names_pictures_and_prompts_in_either_dialect(photos: Path, name: str, image: str, prompt: str):
     rows = [{image: "sub/c.webp", prompt: "a zorb\r\nhere"}, {image: "a.jpg", prompt: "[trigger], \u2028 x"}]
     result = metadata(photos, name, rows)
-    assert [(one.path.name, one.prompt) for one in result.pictures] == [
+    assert [(one.path.name, one.prompts[0]) for one in result.pictures] == [
         ("c.webp", "a zorb\nhere"),
         ("a.jpg", "zorb, \u2028 x"),
     ]
@@ -138,7 +138,7 @@ def test_metadata_names_pictures_and_prompts_in_either_dialect(photos: Path, nam
 
 def test_the_order_is_that_of_the_rows_and_txt_files_are_not_read(photos: Path):
     result = metadata(photos, "m.jsonl", [{"image": "b.png"}, {"image": "a.jpg", "prompt": ""}])
-    assert [(one.path.name, one.prompt) for one in result.pictures] == [("b.png", "zorb"), ("a.jpg", "zorb")]
+    assert [(one.path.name, one.prompts[0]) for one in result.pictures] == [("b.png", "zorb"), ("a.jpg", "zorb")]
 
 
 def test_metadata_with_a_mark_blank_lines_and_windows_line_ends(photos: Path):

@@ -5,6 +5,7 @@ import itertools
 import random
 import threading
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ def pictures(count: int, sizes: list[tuple[int, int]] = SIZES, tag: str = "") ->
             Path(f"{tag}{index:03d}.png"),
             hashlib.sha256(f"{tag}{index}".encode()).hexdigest(),
             *sizes[index % len(sizes)],
-            f"prompt {tag}{index}",
+            (f"prompt {tag}{index}",),
         )
         for index in range(count)
     ]
@@ -75,7 +76,7 @@ few = st.integers(1, 4)
 @given(counts, batch_sizes, few, few, st.integers(0, 2**63 - 1))
 def test_each_epoch_has_every_item_once(count: int, batch_size: int, accumulate: int, processes: int, seed: int):
     plan = plan_of(count, processes, seed=seed, batch_size=batch_size, accumulate=accumulate)
-    per_epoch = plan.micro_batches_per_epoch
+    per_epoch = plan.own.micro_batches_per_epoch
     batches = first_batches(plan, 3 * per_epoch)
     for epoch in range(3):
         samples = samples_of(batches[epoch * per_epoch : (epoch + 1) * per_epoch])
@@ -88,7 +89,7 @@ def test_each_epoch_has_every_item_once(count: int, batch_size: int, accumulate:
 @given(counts, batch_sizes, st.integers(0, 99))
 def test_micro_batches_have_one_size_and_are_as_full_as_can_be(count: int, batch_size: int, seed: int):
     plan = plan_of(count, seed=seed, batch_size=batch_size)
-    batches = first_batches(plan, plan.micro_batches_per_epoch)
+    batches = first_batches(plan, plan.own.micro_batches_per_epoch)
     by_size: dict[Any, list[int]] = {}
     for batch in batches:
         (size,) = {sample.item.size for sample in batch}
@@ -130,7 +131,7 @@ def test_the_order_differs_between_epochs_and_seeds():
 
 def test_sizes_are_mixed_through_the_epoch():
     plan = plan_of(40, batch_size=2)
-    sizes = [batch[0].item.size for batch in first_batches(plan, plan.micro_batches_per_epoch)]
+    sizes = [batch[0].item.size for batch in first_batches(plan, plan.own.micro_batches_per_epoch)]
     changes = sum(one != other for one, other in itertools.pairwise(sizes))
     assert changes > len(set(sizes)) + 2
 
@@ -179,7 +180,7 @@ def test_the_order_in_which_items_were_found_changes_nothing():
 
 def test_a_renamed_picture_keeps_its_place_and_its_noise():
     before = [pictures(10)]
-    after = [[Picture(Path("new") / one.path, one.digest, one.width, one.height, one.prompt) for one in before[0]]]
+    after = [[Picture(Path("new") / one.path, one.digest, one.width, one.height, one.prompts) for one in before[0]]]
     plans = [plan_of(found=found, batch_size=2) for found in (before, after)]
     keys = [[sample.key() for sample in samples_of(first_batches(plan, 20))] for plan in plans]
     assert keys[0] == keys[1]
@@ -214,7 +215,7 @@ def test_two_threads_may_ask_at_once():
     for thread in threads:
         thread.join()
     assert wrong == []
-    assert len(plan._epochs) <= 6, "epochs that are over are forgotten"
+    assert len(plan.own._epochs) <= 6, "epochs that are over are forgotten"
 
 
 # Randomness by key
@@ -228,7 +229,7 @@ def test_batch_size_changes_no_samples_key_and_no_prompt(count: int, sizes: list
         plan = plan_of(
             count, processes, batch_size=batch_size, accumulate=accumulate, entries=[{"caption_dropout": 0.4}]
         )
-        samples = samples_of(first_batches(plan, 2 * plan.micro_batches_per_epoch))
+        samples = samples_of(first_batches(plan, 2 * plan.own.micro_batches_per_epoch))
         found.append({sample.key(): (sample.item, sample.prompt) for sample in samples})
         assert len(found[-1]) == 2 * count, "no two samples share their noise"
     assert found[0] == found[1]
@@ -237,7 +238,7 @@ def test_batch_size_changes_no_samples_key_and_no_prompt(count: int, sizes: list
 def test_every_sample_of_a_run_has_its_own_key():
     entries = [{"resolution": [64, 96, 128], "repeats": 3}, {"resolution": [64]}]
     plan = plan_of(found=[pictures(5), pictures(4, tag="b")], entries=entries)
-    samples = samples_of(first_batches(plan, 3 * plan.micro_batches_per_epoch))
+    samples = samples_of(first_batches(plan, 3 * plan.own.micro_batches_per_epoch))
     assert len({sample.key() for sample in samples}) == len(samples) == 3 * len(plan.items)
 
 
@@ -245,7 +246,7 @@ def test_a_samples_noise_does_not_depend_on_other_pictures_or_settings():
     lonely = plan_of(found=[pictures(1)])
     crowd = plan_of(found=[pictures(8)], batch_size=4, accumulate=2, entries=[{"caption_dropout": 0.9}])
     (key,) = [sample.key() for sample in samples_of(lonely.step(1))]
-    epoch = samples_of(first_batches(crowd, crowd.micro_batches_per_epoch))
+    epoch = samples_of(first_batches(crowd, crowd.own.micro_batches_per_epoch))
     assert key in {sample.key() for sample in epoch}
 
 
@@ -261,7 +262,8 @@ def test_resolutions_that_give_the_same_size_count_once():
 
 
 def test_repeats_are_items_of_their_own():
-    items = items_of(config(entries=[{"repeats": 3}, {"repeats": 1}]), [pictures(2), pictures(1, tag="b")])
+    thrice = [replace(picture, repeats=3) for picture in pictures(2)]
+    items = items_of(config(entries=[{}, {}]), [thrice, pictures(1, tag="b")])
     assert [(item.entry, item.repeat) for item in items] == [(0, 0), (0, 1), (0, 2)] * 2 + [(1, 0)]
     assert len({item.identity() for item in items}) == 7
 
@@ -286,7 +288,7 @@ def test_captions_are_dropped_as_often_as_asked():
     assert abs(dropped - 4000 * share) < 4 * deviation
     by_picture = Counter(sample.item.picture.path for sample in samples if sample.prompt == "")
     assert len(by_picture) == 100 and max(by_picture.values()) <= 25, "each picture now and then"
-    kept = {(sample.item.picture.prompt, sample.prompt) for sample in samples if sample.prompt}
+    kept = {(sample.item.picture.prompts[0], sample.prompt) for sample in samples if sample.prompt}
     assert all(own == used for own, used in kept)
 
 
@@ -308,10 +310,10 @@ def test_each_entry_has_its_own_dropout():
 def test_every_prompt_of_the_run_is_known_before(count: int, share: float, other: float, seed: int):
     entries = [{"caption_dropout": share}, {"caption_dropout": other}]
     plan = plan_of(found=[pictures(count), pictures(2, tag="b")], seed=seed, entries=entries)
-    used = {sample.prompt for sample in samples_of(first_batches(plan, 3 * plan.micro_batches_per_epoch))}
-    own = {item.picture.prompt for item in plan.items}
-    assert used <= set(plan.prompts()) == own | ({""} if share or other else set())
-    assert plan.prompts() == sorted(set(plan.prompts()))
+    used = {sample.prompt for sample in samples_of(first_batches(plan, 3 * plan.own.micro_batches_per_epoch))}
+    own = {item.picture.prompts[0] for item in plan.items}
+    assert used <= set(plan.prompts(100)) == own | ({""} if share or other else set())
+    assert plan.prompts(100) == sorted(set(plan.prompts(100)))
 
 
 # Keys

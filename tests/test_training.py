@@ -200,9 +200,9 @@ def test_caption_dropout_of_one_trains_on_the_empty_prompt_alone(make_config, mo
     used: set[int] = set()
     original = objectives.make_batch
 
-    def spy(config, samples, latents, embeds):
+    def spy(config, samples, latents, embeds, extras):
         used.update(one.shape[0] for one in embeds)
-        return original(config, samples, latents, embeds)
+        return original(config, samples, latents, embeds, extras)
 
     monkeypatch.setattr("zimage_train.training.run.make_batch", spy)
     monkeypatch.setattr("zimage_train.app.train.rehearse", lambda run: (run, {}))  # which takes the longest caption

@@ -50,7 +50,13 @@ def step(shape: TransformerShape, size: Bucket, mode: Mode) -> float:
 
 
 def step_seconds(job: Job, form: Form, mode: Mode, size: Bucket, card: Card) -> float:
-    """Seconds of one training step on a full batch of `size`."""
+    """Seconds of one training step on a full batch of `size`, with all that preservation and priors add to it."""
+    more = job.extra_forwards * forward_seconds(job, form, size, job.batch(size), card)
+    return (1 + job.extra_steps) * _pass_seconds(job, form, mode, size, card) + more
+
+
+def _pass_seconds(job: Job, form: Form, mode: Mode, size: Bucket, card: Card) -> float:
+    """Seconds of one pass forward and backward."""
     shape, batch = job.shape, job.batch(size)
     tokens = (_image_tokens(size) + padded(CAPTION_TOKENS)) * batch
     moved = (shape.n_layers * TRAFFIC[mode] + TRAFFIC_AROUND) * shape.dim * tokens
@@ -65,12 +71,16 @@ def step_seconds(job: Job, form: Form, mode: Mode, size: Bucket, card: Card) -> 
 
 def preview_seconds(job: Job, form: Form, recipe: Recipe, card: Card) -> float:
     """Seconds of sampling one picture; decoding takes less than one of its steps."""
-    size = Bucket(recipe.width, recipe.height)
-    passes = 2 if recipe.guidance > 0 else 1
-    tokens = (_image_tokens(size) + padded(CAPTION_TOKENS)) * passes
-    computing = forward(job.shape, size) * passes / (REACHED * card.tflops * 1e12)
+    batch = 2 if recipe.guidance > 0 else 1
+    return recipe.steps * forward_seconds(job, form, Bucket(recipe.width, recipe.height), batch, card)
+
+
+def forward_seconds(job: Job, form: Form, size: Bucket, batch: int, card: Card) -> float:
+    """Seconds of one pass forward, which keeps nothing, on so many pictures of `size`."""
+    tokens = (_image_tokens(size) + padded(CAPTION_TOKENS)) * batch
+    computing = forward(job.shape, size) * batch / (REACHED * card.tflops * 1e12)
     moving = TRAFFIC["none"] / 3 * job.shape.n_layers * job.shape.dim * tokens / (REACHED * card.gb_per_second * 1e9)
-    return recipe.steps * max(computing + moving, _streaming_seconds(job, form, card))
+    return max(computing + moving, _streaming_seconds(job, form, card))
 
 
 def _streaming_seconds(job: Job, form: Form, card: Card) -> float:

@@ -116,3 +116,8 @@ def differential_target(prediction: Values, target: Values, scale: float) -> Val
     """target' = pred + scale (target - pred), detached: an MSE to it has `scale` times the gradient."""
     fixed = prediction.detach()
     return fixed + scale * (target - fixed)
+
+
+def contrastive_target(unconditional: Values, target: Values, scale: float) -> Values:
+    """target' = u + scale (target - u): away from what the model makes of the empty prompt; 1 changes nothing."""
+    return unconditional + scale * (target - unconditional)

@@ -13,6 +13,7 @@ from zimage_train.data.buckets import Bucket
 from zimage_train.planner import Plan
 from zimage_train.preflight import Checked
 
+SIGMAS_IN_A_VALIDATION = 17
 READ_BYTES_PER_SECOND = 2e9
 """Of weights that come from a file that was read before."""
 EXAMPLES = ("4090", "4080", "4070", "4060")
@@ -179,7 +180,10 @@ def _run_seconds(checked: Checked, plan: Plan, card: Card) -> tuple[float, float
     if checked.weights is None or checked.weights.sources.adapter is not None:  # taken out and merged again
         drawing += 2 * memory.model_bytes(replace(job, dtype="bf16"), None) / READ_BYTES_PER_SECOND
     previews = drawing * _previews_in_a_run(config) if job.previews else 0.0
-    return config.train.steps * config.train.accumulate * mean + previews, previews
+    looking = math.fsum(flops.forward_seconds(job, plan.form, item.size, 1, card) for item in checked.held_out)
+    every, steps = config.validation.every, config.train.steps
+    validating = looking * SIGMAS_IN_A_VALIDATION * (-(-steps // every) + 1) if every else 0.0
+    return steps * config.train.accumulate * mean + previews + validating, previews
 
 
 def _previews_in_a_run(config: Config) -> int:

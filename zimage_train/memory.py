@@ -89,6 +89,11 @@ class Job:
     previews: tuple[Recipe, ...]
     gpu: bool
     vae_channels: int = VAE_CHANNELS
+    ema: bool = False
+    extra_steps: int = 0
+    """More passes forward and backward on each batch, one after the other: for preservation."""
+    extra_forwards: int = 0
+    """More passes forward only."""
 
     def batch(self, size: Bucket) -> int:
         """The largest batch of `size`: never more than there are samples."""
@@ -113,16 +118,21 @@ def job(
     gpu: bool,
 ) -> Job:
     """What `config` trains on `items`, with a LoRA on `modules` of a transformer of `shape`."""
+    preserves = config.preserve.kind is not None
+    has_prior = any(entry.regularisation == "prior" or entry.mask_prior > 0 for entry in config.data)
     return Job(
         shape=shape,
         dtype=config.model.dtype,
         trained=sum(sum(shape.linears[module]) for module in modules) * config.lora.rank,
         optimizer=config.optimizer.name,
         sizes=Counter(item.size for item in items),
-        batch_size=config.train.batch_size,
-        caption_tokens=max((caption_tokens(item.picture.prompt) for item in items), default=MOST_CAPTION_TOKENS),
+        batch_size=max(entry.batch_size or config.train.batch_size for entry in config.data),
+        caption_tokens=max((caption_tokens(item.picture.longest) for item in items), default=MOST_CAPTION_TOKENS),
         previews=tuple(previews),
         gpu=gpu,
+        ema=config.ema.decay is not None,
+        extra_steps=int(preserves),
+        extra_forwards=preserves + has_prior + (config.guidance.contrastive is not None),
     )
 
 
@@ -180,7 +190,7 @@ def preview(job: Job, form: Form) -> Estimate:
 
 def _with_weights(job: Job, form: Form, activations: int) -> Estimate:
     weights = device_bytes(job, form)
-    lora = int(job.trained * (4 + 4 + OPTIMIZER_BYTES[job.optimizer]))
+    lora = int(job.trained * (4 + 4 + OPTIMIZER_BYTES[job.optimizer] + 4 * job.ema))
     around = CONTEXT_BYTES + FRAGMENTATION * (weights + lora + activations) if job.gpu else 0
     return Estimate(weights, lora, activations, int(around))
 

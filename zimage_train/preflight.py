@@ -7,13 +7,14 @@ from pathlib import Path
 
 from zimage_train import files, memory, planner
 from zimage_train.config import advice
+from zimage_train.config.data import Data
 from zimage_train.config.reading import cache_folder
 from zimage_train.config.schema import Config
 from zimage_train.config.values import BITSANDBYTES_OPTIMIZERS
 from zimage_train.data import folder
-from zimage_train.data.folder import Picture
+from zimage_train.data.folder import Picture, Scan
 from zimage_train.data.looks import Looks, Tick
-from zimage_train.data.plan import Item, items_of
+from zimage_train.data.plan import Item, items_of, with_steps
 from zimage_train.errors import ConfigError, Problem, WeightsError, ZImageTrainError, collected, raise_all
 from zimage_train.lora import headers, names
 from zimage_train.memory import Job
@@ -44,14 +45,23 @@ class Checked:
     config: Config
     pictures: list[list[Picture]]
     items: list[Item]
+    held_out: list[Item]
+    """What validation looks at."""
     weights: Weights | None
     """None: not downloaded yet."""
     notes: list[str]
     warnings: list[str]
 
 
-def examine(config: Config, fetch: Fetch | None = None, tick: Tick = lambda what, done, total: None) -> Checked:
-    """Check pictures, captions, weights, adapter and disk.
+def examine(
+    config: Config,
+    fetch: Fetch | None = None,
+    tick: Tick = lambda what, done, total: None,
+    processes: int = 1,
+) -> Checked:
+    """Check pictures, captions, weights, adapter and disk, for a run of so many processes.
+
+    The config that is returned has steps in place of epochs.
 
     Raises:
         ZImageTrainError: every problem found; the exit code is the lowest that applies.
@@ -60,13 +70,17 @@ def examine(config: Config, fetch: Fetch | None = None, tick: Tick = lambda what
     notes: list[str] = []
     looks = Looks(cache_folder(config) / "looks.json")
     scans = [folder.scan(entry, f"data.{index}", looks, tick) for index, entry in enumerate(config.data)]
+    held_out, faults, remarks = _held_out(config, scans, looks, tick)
     looks.save()
+    errors += faults
+    notes += remarks
     errors += [error for scan in scans for error in scan.errors]
     notes += [note for scan in scans for note in scan.notes]
     pictures = [scan.pictures for scan in scans]
     items: list[Item] = []
     with collected(errors):
         items = items_of(config, pictures)
+        config = with_steps(config, items, processes)
     with collected(errors):
         _require_bitsandbytes(config)
     weights, faults, absent = _weights(config, fetch)
@@ -77,11 +91,37 @@ def examine(config: Config, fetch: Fetch | None = None, tick: Tick = lambda what
         if config.cache.folder is not None:
             files.require_folder(Path(config.cache.folder))
         files.require_space(Path(config.output), _disk_bytes(config, weights), "checkpoints and exports")
-    checked = Checked(config, pictures, items, weights, notes, advice.warnings(config, sum(map(len, pictures))))
+    warnings = advice.warnings(config, sum(map(len, pictures)))
+    checked = Checked(config, pictures, items, held_out, weights, notes, warnings)
     raise_all(errors)
     _require_budget(checked)
     notes += _small_pictures(items)
     return checked
+
+
+def _held_out(
+    config: Config, trained: list[Scan], looks: Looks, tick: Tick
+) -> tuple[list[Item], list[ZImageTrainError], list[str]]:
+    """What validation looks at, read as the first data entry is; what is wrong with it; what is odd."""
+    settings = config.validation
+    if settings.folder is None or settings.every is None:
+        return [], [], []
+    first = config.data[0]
+    entry = Data(
+        folder=settings.folder,
+        resolution=[settings.resolution],
+        trigger=first.trigger,
+        default_caption=first.default_caption,
+        caption_ext=first.caption_ext,
+    )
+    scan = folder.scan(entry, "validation", looks, tick)
+    errors, items = scan.errors, []
+    with collected(errors):
+        items = items_of(config.model_copy(update={"data": [entry]}), [scan.pictures])
+    known = {picture.digest for one in trained for picture in one.pictures}
+    both = [picture.path.name for picture in scan.pictures if picture.digest in known]
+    notes = [f"validation.folder: {len(both)} of its pictures are trained on too ({both[0]})"] if both else []
+    return items, errors, scan.notes + notes
 
 
 def _require_bitsandbytes(config: Config) -> None:
@@ -211,8 +251,9 @@ def _disk_bytes(config: Config, weights: Weights | None) -> int:
     if weights is None:
         return 0
     trained = sum(sum(weights.shape.linears[module]) for module in weights.modules) * config.lora.rank
-    checkpoint = trained * (4 + memory.OPTIMIZER_BYTES[config.optimizer.name])
-    export = trained * memory.DTYPE_BYTES[config.save.dtype]
+    copies = 1 if config.ema.decay is None else 2
+    checkpoint = trained * (4 * copies + memory.OPTIMIZER_BYTES[config.optimizer.name])
+    export = trained * memory.DTYPE_BYTES[config.save.dtype] * copies
     return int(checkpoint * 3 + export * (config.save.keep + 2))
 
 

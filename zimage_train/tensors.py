@@ -9,6 +9,9 @@ from torch import Tensor
 Images = Float[Tensor, "b c h w"]
 """Latents, noise, velocities."""
 Image = Float[Tensor, "c h w"]
+Maps = Float[Tensor, "b 1 h w"]
+"""Weights of places in latents."""
+Map = Float[Tensor, "1 h w"]
 Pixels = Float[Tensor, "b 3 height width"]
 """RGB in [-1, 1]."""
 OnePicture = Float[Tensor, "3 height width"]

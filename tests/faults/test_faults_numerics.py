@@ -15,7 +15,7 @@ from zimage_train.app.train import train
 from zimage_train.config.schema import Config
 from zimage_train.errors import ConfigError, DivergedError, Stopped
 from zimage_train.report.metrics import read
-from zimage_train.training import loop, publish
+from zimage_train.training import objectives, publish
 from zimage_train.training.objectives import Batch, Loss
 
 from helpers import PREVIEWED, facts, final, folder, losses, poison, stop_after
@@ -34,16 +34,16 @@ def is_same(one: checkpoint.Checkpoint, other: checkpoint.Checkpoint) -> bool:
 
 def at_step(monkeypatch: pytest.MonkeyPatch, step: int, spoil: Callable[[nn.Module, Loss], Loss]) -> list[int]:
     """Let `spoil` change the loss of one step, or the model; returns the steps at which it did."""
-    original, seen, fired = loop.sft_loss, itertools.count(1), []
+    original, seen, fired = objectives.sft_loss, itertools.count(1), []
 
-    def spoiled(model: nn.Module, batch: Batch, differential: float | None) -> Loss:
-        loss = original(model, batch, differential)
+    def spoiled(model: nn.Module, batch: Batch, *guidance: float | None) -> Loss:
+        loss = original(model, batch, *guidance)
         if next(seen) != step:
             return loss
         fired.append(step)
         return spoil(model, loss)
 
-    monkeypatch.setattr(loop, "sft_loss", spoiled)
+    monkeypatch.setattr(objectives, "sft_loss", spoiled)
     return fired
 
 

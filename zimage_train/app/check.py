@@ -54,20 +54,23 @@ def parse_price(text: str) -> float:
 def _table(checked: Checked) -> list[str]:
     by_picture: dict[tuple[int, Path], list[Item]] = {}
     for item in checked.items:
-        if item.repeat == 0:
+        if item.repeat == 0 and not item.flip:
             by_picture.setdefault((item.entry, item.picture.path), []).append(item)
-    repeats = [entry.repeats for entry in checked.config.data]
-    lines = [_row(items, repeats[entry]) for (entry, _), items in by_picture.items()]
+    lines = [_row(items) for items in by_picture.values()]
     total = sum(len(found) for found in checked.pictures)
     return [f"{total} pictures", *lines]
 
 
-def _row(items: list[Item], repeats: int) -> str:
+def _row(items: list[Item]) -> str:
     picture = items[0].picture
+    repeats, others = picture.repeats, len(picture.prompts) - 1
     sizes = ", ".join(
         f"{size.width}x{size.height} (scale {max(size.width / picture.width, size.height / picture.height):.2f}, "
         f"crop {crop_percent(picture.width, picture.height, size):.0f} %)"
         for size in (item.size for item in items)
     )
     times = f"  x{repeats}" if repeats > 1 else ""
-    return f"  {picture.path.name}: {picture.width}x{picture.height} -> {sizes}{times}  {picture.prompt!r}"
+    more = f" and {others} more" if others else ""
+    mask = "  masked" if picture.mask else ""
+    size = f"{picture.width}x{picture.height}"
+    return f"  {picture.path.name}: {size} -> {sizes}{times}{mask}  {picture.prompts[0]!r}{more}"

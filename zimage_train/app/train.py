@@ -23,6 +23,7 @@ from zimage_train.training.publish import is_complete, write_report
 from zimage_train.training.rehearsal import compare, rehearse
 from zimage_train.training.run_folder import RunFolder
 from zimage_train.training.stopping import stop_on_signals
+from zimage_train.training.validation import say_best
 
 
 def train(config: Config, fresh: bool, allow: tuple[str, ...] = ()) -> None:
@@ -50,7 +51,7 @@ def train(config: Config, fresh: bool, allow: tuple[str, ...] = ()) -> None:
             console.say(line)
         session = setup.open_session(checked, world, console, stop, allow)
         fit = fitting.plan_memory(checked, world, folder)
-        config = fitting.quantized(config, fit.form.kind)
+        config = fitting.quantized(checked.config, fit.form.kind)
         checked = replace(checked, config=config)
         identity = run_folder.identity(config, setup.fingerprint_of(checked, session.digests))
         found = setup.find_checkpoint(folder, config, identity, session)
@@ -81,6 +82,7 @@ def train(config: Config, fresh: bool, allow: tuple[str, ...] = ()) -> None:
             compare(run, [record for record in read(folder.metrics) if record["step"] > run.start])
             write_report(run)
             events.append({"step": config.train.steps, "event": "done"})
+        say_best(run)
         console.say(f"done: {folder.lora()}")
         console.say(f"look at {folder.report}, and sample with it:")
         console.say(f"  {command_for(resolved(config), folder.lora().absolute())}")
@@ -94,11 +96,11 @@ def cache(config: Config) -> None:
     """
     world = distributed.join()
     console = Console(world.is_main)
-    checked = preflight.examine(config, download)
+    checked = preflight.examine(config, download, processes=world.processes)
     explained = accelerator.explained_out_of_memory("use a card with more memory, or lower data.resolution")
     with stop_on_signals() as stop, console.live(), explained:
         session = setup.open_session(checked, world, console, stop)
-        setup.fill_caches(checked, session, make_plan(config, checked.items, world.processes))
+        setup.fill_caches(checked, session, make_plan(checked.config, checked.items, world.processes))
 
 
 def _move_aside(folder: RunFolder, console: Console) -> None:
@@ -110,7 +112,7 @@ def _move_aside(folder: RunFolder, console: Console) -> None:
 def _examine(config: Config, world: World) -> Checked:
     """All of `check`; without a GPU the published models are not downloaded only to be refused."""
     is_useless = world.device.type == "cpu" and config.model.path is None
-    checked = preflight.examine(config, cached_only if is_useless else download)
+    checked = preflight.examine(config, cached_only if is_useless else download, processes=world.processes)
     shape = checked.weights.shape if checked.weights else TransformerShape()
     accelerator.require(world.device, shape, config.model.dtype)
     return checked

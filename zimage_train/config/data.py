@@ -69,8 +69,8 @@ class Data(Section):
 
     @model_validator(mode="after")
     def _holds_together(self) -> Self:
-        given = self.model_fields_set
-        if self.max_pixels is not None and "resolution" in given:
+        fields = type(self).model_fields
+        if self.max_pixels is not None and self.resolution != fields["resolution"].default:
             raise ValueError("has both resolution and max_pixels; leave one out")
         if self.repeats == "by_folder" and self.folder is None:
             raise ValueError("repeats: by_folder needs folder: a metadata file has no subfolders")
@@ -78,9 +78,9 @@ class Data(Section):
             raise ValueError("is for regularisation, which shows the class without the concept; leave trigger out")
         if self.dropout_keeps_trigger and self.trigger is None:
             raise ValueError("dropout_keeps_trigger needs a trigger")
-        unused = [name for name in ("mask_floor", "mask_prior") if name in given and self.mask is None]
-        if unused:
-            raise ValueError(f"{unused[0]} needs a mask")
-        if "keep_tags" in given and self.keep_tags and not (self.shuffle_tags or self.tag_dropout):
+        changed = [name for name in ("mask_floor", "mask_prior") if getattr(self, name) != fields[name].default]
+        if changed and self.mask is None:
+            raise ValueError(f"{changed[0]} needs a mask")
+        if self.keep_tags and not (self.shuffle_tags or self.tag_dropout):
             raise ValueError("keep_tags needs shuffle_tags or tag_dropout")
         return self

@@ -128,9 +128,10 @@ def resolved(config: Config) -> Config:
     model, cache, sample = config.model, config.cache, config.sample
     paths = {"path": absolute(model.path), "extras": absolute(model.extras), "adapter": absolute(model.adapter)}
     data = [
-        entry.model_copy(update={"folder": absolute(entry.folder), "metadata": absolute(entry.metadata)})
+        entry.model_copy(update={name: absolute(getattr(entry, name)) for name in ("folder", "metadata", "mask")})
         for entry in config.data
     ]
+    validation = config.validation.model_copy(update={"folder": absolute(config.validation.folder)})
     folder = None if cache.folder is None else str(Path(cache.folder).absolute())
     return config.model_copy(
         update={
@@ -138,6 +139,7 @@ def resolved(config: Config) -> Config:
             "model": model.model_copy(update=paths),
             "data": data,
             "cache": cache.model_copy(update={"folder": folder}),
+            "validation": validation,
             "sample": sample.model_copy(update={"also": absolute(sample.also)}),
         }
     )

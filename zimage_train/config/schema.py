@@ -128,7 +128,7 @@ class Train(Section):
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:
-        if self.epochs is not None and "steps" in self.model_fields_set:
+        if self.epochs is not None and self.steps != type(self).model_fields["steps"].default:
             raise ValueError("has both steps and epochs; leave one out")
         return self
 

@@ -15,8 +15,8 @@ class Bucket(NamedTuple):
     height: int
 
 
-def bucket(width: int, height: int, resolution: int) -> Bucket:
-    """The size at which a picture of `width` x `height` px is trained at `resolution`.
+def bucket(width: int, height: int, resolution: float) -> Bucket:
+    """The size at which a picture of `width` x `height` px is trained at `resolution`, the root of an area.
 
     Its area is at most resolution^2 and at most the picture's own; among the multiples of 16 around the ideal size
     it loses the fewest pixels to cropping and rounding. A turned picture gets the turned bucket.
@@ -28,7 +28,7 @@ def bucket(width: int, height: int, resolution: int) -> Bucket:
         raise ValueError(f"{width}x{height} px is smaller than one {STEP_PX} px patch")
     if width < height:
         return Bucket(*reversed(bucket(height, width, resolution)))
-    limit = min(width * height, resolution**2)
+    limit = min(width * height, round(resolution**2))
     scale = math.sqrt(limit / (width * height))
     candidates = [
         Bucket(w, h)
@@ -37,7 +37,7 @@ def bucket(width: int, height: int, resolution: int) -> Bucket:
         if w * h <= limit and w <= width and h <= height and (width != height or w == h)
     ]
     if not candidates:
-        raise ValueError(f"{width}x{height} px is too narrow for resolution {resolution}")
+        raise ValueError(f"{width}x{height} px is too narrow for resolution {resolution:.0f}")
     return max(candidates, key=lambda size: (_kept(width, height, size) * size.width * size.height, size))
 
 

@@ -78,9 +78,10 @@ class Cache:
         return self.folder / kind / digest[:2] / f"{digest}.safetensors"
 
 
-def latent_key(picture: Picture, size: Bucket, vae_digest: str) -> str:
-    """The key of a picture's latents: its bytes, its size, the VAE."""
-    return f"latents/{_digest('latents', picture.digest, size.width, size.height, vae_digest)}"
+def latent_key(picture: Picture, size: Bucket, flip: bool, vae_digest: str) -> str:
+    """The key of a picture's latents: its bytes, its size, whether it is mirrored, the VAE."""
+    mirrored = ("flip",) if flip else ()
+    return f"latents/{_digest('latents', picture.digest, size.width, size.height, vae_digest, *mirrored)}"
 
 
 def prompt_key(prompt: str, encoder_digest: str, dtype: str) -> str:

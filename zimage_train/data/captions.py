@@ -1,7 +1,10 @@
 """Caption files, and the prompt that a picture is trained with."""
 
+from collections.abc import Callable
 from pathlib import Path
 
+from zimage_train.config.data import Data
+from zimage_train.config.schema import Preserve
 from zimage_train.errors import DataError, Problem
 
 MAX_BYTES = 20_000
@@ -38,7 +41,7 @@ def clean(text: str) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n").translate(_INVISIBLE).strip()
 
 
-def compose(caption: str, default: str, trigger: str | None) -> str:
+def compose(caption: str, default: str, trigger: str | None, separator: str = " ") -> str:
     """The prompt of a picture: its caption, or the default, with the trigger in place.
 
     `[trigger]` is replaced; a trigger that then occurs nowhere is put in front, so that every picture teaches it.
@@ -47,4 +50,46 @@ def compose(caption: str, default: str, trigger: str | None) -> str:
     if trigger is None:
         return text
     text = text.replace(PLACEHOLDER, trigger)
-    return text if trigger in text else f"{trigger} {text}".strip()
+    if trigger in text:
+        return text
+    return f"{trigger}{separator}{text}" if text else trigger
+
+
+def prompts_of(captions: tuple[str, ...], entry: Data) -> tuple[str, ...]:
+    """What a picture of `entry` with these captions may be trained with, before tags are shuffled or dropped."""
+    texts = [line for text in captions for line in (text.split("\n") if entry.caption_lines else [text])]
+    own = [text.strip() for text in texts if text.strip()] or [""]
+    separator = ", " if has_tags(entry) else " "  # so that the trigger is a tag of its own
+    return tuple(dict.fromkeys(compose(text, entry.default_caption, entry.trigger, separator) for text in own))
+
+
+def has_tags(entry: Data) -> bool:
+    """Whether captions are taken as tags, so that a picture has another prompt in each epoch."""
+    return entry.shuffle_tags or entry.tag_dropout > 0
+
+
+def draw(prompts: tuple[str, ...], entry: Data, share: Callable[..., float]) -> str:
+    """One of `prompts`, its tags shuffled and dropped; `share(name, ...)` is a number in [0, 1) for each use."""
+    text = prompts[int(share("caption") * len(prompts))]
+    if not has_tags(entry):
+        return text
+    tags = [tag.strip() for tag in text.split(",") if tag.strip()]
+    kept = [n < entry.keep_tags or (entry.trigger is not None and entry.trigger in tag) for n, tag in enumerate(tags)]
+    left = [n for n in range(len(tags)) if kept[n] or share("tag dropout", n) >= entry.tag_dropout]
+    if entry.shuffle_tags:
+        left.sort(key=lambda n: (not kept[n], n if kept[n] else share("tag order", n)))
+    return ", ".join(tags[n] for n in left)
+
+
+def dropped(entry: Data) -> str:
+    """What stands for a caption that is dropped."""
+    return entry.trigger or "" if entry.dropout_keeps_trigger else ""
+
+
+def held(prompt: str, entry: Data, preserve: Preserve) -> str | None:
+    """The prompt for which the model is held to what it was, beside `prompt`; None: it is not."""
+    if preserve.kind is None:
+        return None
+    if preserve.kind == "blank":
+        return ""
+    return prompt.replace(entry.trigger, preserve.class_word) if entry.trigger else prompt

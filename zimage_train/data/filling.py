@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from zimage_train import files
@@ -76,7 +76,7 @@ def fill_latents(
         DataError: a picture changed since it was checked, or the VAE makes values of it that are not finite.
         DiskError: there is no room for them, or they cannot be written.
     """
-    jobs = {latent_key(item.picture, item.size, vae_digest): item for item in items}
+    jobs = {latent_key(item.picture, item.size, item.flip, vae_digest): item for item in items}
 
     def size(item: Item) -> int:
         return 4 * LATENT_CHANNELS * (item.size.width // LATENT_STRIDE) * (item.size.height // LATENT_STRIDE)
@@ -225,4 +225,5 @@ def _fitted(item: Item) -> Image.Image:
         raise DataError(Problem(str(path), f"cannot be read any more ({error.strerror})", "put it back")) from None
     if hashlib.sha256(content).hexdigest() != item.picture.digest:
         raise DataError(Problem(str(path), "changed while this command ran", "run it again"))
-    return images.fit(images.load(path, content), item.size)
+    fitted = images.fit(images.load(path, content), item.size)
+    return ImageOps.mirror(fitted) if item.flip else fitted

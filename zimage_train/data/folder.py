@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from zimage_train.config.data import Data
-from zimage_train.data import captions, images
+from zimage_train.data import captions, images, masks
 from zimage_train.data.looks import Look, Looks, Tick, near_duplicates
+from zimage_train.data.masks import Mask
 from zimage_train.errors import DataError, Problem, ZImageTrainError, collected
 
 IMAGE_COLUMNS = ("image", "file_name")
@@ -25,18 +26,28 @@ MOST_WORDS = 480
 
 
 WORDS = re.compile(r"\w+|[^\w\s]")
+KOHYA = re.compile(r"(\d{1,6})_(.+)")
+MOST_REPEATS = 1000
 
 
 @dataclass(frozen=True)
 class Picture:
-    """One picture of one data entry: its file, its content's digest, its upright size and its prompt."""
+    """One picture of one data entry: its file, its content's digest, its upright size and its prompts."""
 
     path: Path
     digest: str
     width: int
     height: int
-    prompt: str
+    prompts: tuple[str, ...]
+    """What it may be trained with; see `captions.draw`."""
     thumbnail: str = ""
+    repeats: int = 1
+    mask: Mask | None = None
+
+    @property
+    def longest(self) -> str:
+        """Of its prompts."""
+        return max(self.prompts, key=len)
 
 
 @dataclass
@@ -53,7 +64,8 @@ class Scan:
 @dataclass(frozen=True)
 class _Source:
     path: Path
-    caption: str
+    captions: tuple[str, ...]
+    repeats: int = 1
 
 
 def scan(entry: Data, where: str, looks: Looks | None = None, tick: Tick = lambda what, done, total: None) -> Scan:
@@ -68,11 +80,14 @@ def scan(entry: Data, where: str, looks: Looks | None = None, tick: Tick = lambd
         result.errors.append(error)
         return result
     named = [source for source in sources if _has_a_name(source, result)]
-    found = (looks or Looks()).at((source.path for source in named), tick)
+    looks = looks or Looks()
+    found = looks.at([source.path for source in named], tick)
+    masked = masks.find([source.path for source in named], entry, result.errors, looks, tick)
     for source, look in zip(named, found, strict=True):
         if isinstance(look, Look):
             with collected(result.errors):
-                result.pictures.append(_picture(source, look, entry, where))
+                mask = masks.require_fit(masked.get(source.path), source.path, look)
+                result.pictures.append(_picture(source, look, entry, where, mask))
         else:
             result.errors.append(look)
             result.rejected += [(source.path, problem) for problem in look.problems]
@@ -82,8 +97,10 @@ def scan(entry: Data, where: str, looks: Looks | None = None, tick: Tick = lambd
         result.errors.append(
             DataError(Problem(f"{where}: {place}", "holds no pictures", f"put pictures there ({extensions})"))
         )
-    result.notes += _caption_notes([source for source in named if not source.caption], entry, where, len(named))
+    result.notes += _caption_notes([source for source in named if not any(source.captions)], entry, where, len(named))
     result.notes += _notes(result.pictures)
+    if entry.mask is not None and (without := [one.path.name for one in result.pictures if one.mask is None]):
+        result.notes.append(f"{where}: {len(without)} pictures have no mask and are trained whole ({_some(without)})")
     result.notes = [note.encode(errors="backslashreplace").decode() for note in result.notes]
     return result
 
@@ -95,12 +112,12 @@ def _has_a_name(source: _Source, result: Scan) -> bool:
     return False
 
 
-def _picture(source: _Source, look: Look, entry: Data, where: str) -> Picture:
-    prompt = captions.compose(source.caption, entry.default_caption, entry.trigger)
-    if captions.PLACEHOLDER in prompt:
+def _picture(source: _Source, look: Look, entry: Data, where: str, mask: Mask | None) -> Picture:
+    prompts = captions.prompts_of(source.captions, entry)
+    if any(captions.PLACEHOLDER in prompt for prompt in prompts):
         what = f"its caption has {captions.PLACEHOLDER}, but no trigger is set"
         raise DataError(Problem(str(source.path), what, f"set {where}.trigger"))
-    return Picture(source.path, look.digest, look.width, look.height, prompt, look.thumbnail)
+    return Picture(source.path, look.digest, look.width, look.height, prompts, look.thumbnail, source.repeats, mask)
 
 
 def _from_folder(entry: Data, result: Scan) -> list[_Source]:
@@ -128,9 +145,37 @@ def _from_folder(entry: Data, result: Scan) -> list[_Source]:
                 caption = captions.read(caption_file)
             except DataError as error:
                 result.errors.append(error)
-        sources += [_Source(path, caption) for path in paths]
+        for path in paths:
+            with collected(result.errors):
+                repeats, name = _repeats(path, root, entry)
+                sources.append(_Source(path, (caption or name,), repeats))
     _note_unused(files, set(by_stem), entry, result)
+    if entry.repeats != "by_folder" and all(_kohya(path, root) for path in pictures) and pictures:
+        what = "its subfolders have names of kohya's layout (10_cat)"
+        result.notes.append(f"{root}: {what}; repeats: by_folder trains as often as they say")
     return sources
+
+
+def _repeats(path: Path, root: Path, entry: Data) -> tuple[int, str]:
+    """How often the picture is seen in an epoch, and its caption if it has none of its own.
+
+    Raises:
+        DataError: the folder's name does not say so, and it should.
+    """
+    if entry.repeats != "by_folder":
+        return entry.repeats, ""
+    match = _kohya(path, root)
+    if match is None or not 1 <= int(match[1]) <= MOST_REPEATS:
+        what = "is in no folder whose name says how often it is trained"
+        todo = f"put it into one like 10_cat (1 to {MOST_REPEATS}), or set repeats to a number"
+        raise DataError(Problem(str(path), what, todo))
+    return int(match[1]), match[2].strip()
+
+
+def _kohya(path: Path, root: Path) -> re.Match[str] | None:
+    """The name of the innermost folder of kohya's layout that holds `path`."""
+    names = reversed(path.relative_to(root).parent.parts)
+    return next((match for name in names if (match := KOHYA.fullmatch(name))), None)
 
 
 def _note_unused(files: list[Path], stems: set[Path], entry: Data, result: Scan) -> None:
@@ -182,15 +227,17 @@ def _from_metadata(entry: Data, result: Scan) -> list[_Source]:
             continue
         image = next((row[name] for name in IMAGE_COLUMNS if row.get(name)), None)
         prompt = next((row[name] for name in PROMPT_COLUMNS if row.get(name)), "")
-        if not isinstance(image, str) or not isinstance(prompt, str):
+        prompts = prompt if isinstance(prompt, list) else [prompt]
+        if not isinstance(image, str) or not all(isinstance(one, str) for one in prompts):
             name, wanted = ("prompt", PROMPT_COLUMNS) if isinstance(image, str) else ("image", IMAGE_COLUMNS)
             what = f"has no text in {' or '.join(wanted)}; its columns are {', '.join(row) or 'nothing'}"
             result.errors.append(DataError(Problem(place, what, f"give {name} as text")))
-        elif not _is_text(image + prompt):
+        elif not _is_text(image + "".join(prompts)):
             what = "holds a character that no text has (NUL or half a surrogate pair)"
             result.errors.append(DataError(Problem(place, what, "correct the line")))
         else:
-            sources.append(_Source(path.parent / image, captions.clean(prompt)))
+            texts = tuple(captions.clean(one) for one in prompts)
+            sources.append(_Source(path.parent / image, texts, int(entry.repeats)))
     if sources and not columns & set(PROMPT_COLUMNS) and not entry.default_caption:
         what = f"has no column {', '.join(PROMPT_COLUMNS)}; its columns are {', '.join(sorted(columns))}"
         raise DataError(Problem(str(path), what, "add the prompts, or set default_caption"))
@@ -231,7 +278,7 @@ def _caption_notes(without: list[_Source], entry: Data, where: str, total: int) 
     """Pictures without a caption of their own, unless a default is set for them."""
     if not without or entry.default_caption:
         return []
-    names = ", ".join(source.path.name for source in without[:3]) + (", ..." if len(without) > 3 else "")
+    names = _some([source.path.name for source in without])
     used = f"so they are trained on {entry.trigger!r} alone" if entry.trigger else "so they are trained on ''"
     texts = sum(source.path.with_suffix(".txt").exists() for source in without)
     there = f"; {texts} have a .txt beside them" if texts and entry.folder and entry.caption_ext != ".txt" else ""
@@ -241,10 +288,14 @@ def _caption_notes(without: list[_Source], entry: Data, where: str, total: int) 
     ]
 
 
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
 def _notes(pictures: list[Picture]) -> list[str]:
     notes = []
     for picture in pictures:
-        words = len(WORDS.findall(picture.prompt))
+        words = max(len(WORDS.findall(prompt)) for prompt in picture.prompts)
         if words > MOST_WORDS:
             what = f"its caption has {words} words and signs, and the model reads 512 tokens and no further"
             notes.append(f"{picture.path}: {what}")
@@ -260,12 +311,13 @@ def _notes(pictures: list[Picture]) -> list[str]:
 
 
 def fingerprint(scans: list[list[Picture]]) -> dict[str, str]:
-    """Name -> digest of content and prompt, for every picture: what a resumed run must find unchanged."""
+    """Name -> digest of content, prompts and mask, for every picture: what a resumed run must find unchanged."""
     prints: dict[str, str] = {}
     for index, pictures in enumerate(scans):
         for picture in pictures:
             name = f"{index}/{picture.path.name}/{picture.digest[:16]}"
             while name in prints:  # the same picture in two subfolders
                 name += "'"
-            prints[name] = hashlib.sha256(picture.prompt.encode()).hexdigest()[:16]
+            parts = [*picture.prompts, *([picture.mask.digest] if picture.mask else [])]
+            prints[name] = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
     return prints

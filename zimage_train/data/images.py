@@ -49,6 +49,26 @@ def load(path: Path, content: bytes) -> Image.Image:
     return _to_rgb(image)
 
 
+def has_alpha(path: Path) -> bool:
+    """Whether the picture at `path` says what is transparent; one that cannot be read has none."""
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            return "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return False
+
+
+def load_alpha(path: Path, content: bytes) -> Image.Image:
+    """The alpha channel of a picture that `load` takes, upright, as mode L.
+
+    Raises:
+        DataError: as `load`.
+    """
+    load(path, content)
+    with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+        return ImageOps.exif_transpose(image).convert("RGBA").getchannel("A")
+
+
 def fit(image: Image.Image, size: Bucket) -> Image.Image:
     """Scale `image` so that it covers `size`, and crop the centre."""
     if image.size == tuple(size):

@@ -9,6 +9,7 @@ from zimage_train.config.schema import Config
 from zimage_train.data.buckets import bucket
 from zimage_train.data.folder import scan
 from zimage_train.data.looks import Looks
+from zimage_train.data.plan import sides
 from zimage_train.errors import Problem
 
 FOLDER = "_rejected"
@@ -39,8 +40,8 @@ def _bad(entry: Data, where: str, looks: Looks) -> list[tuple[Path, Problem]]:
     bad = list(found.rejected)
     for picture in found.pictures:
         try:
-            for resolution in entry.resolution:
-                bucket(picture.width, picture.height, resolution)
+            for side in sides(entry):
+                bucket(picture.width, picture.height, side)
         except ValueError as error:
             bad.append((picture.path, Problem(str(picture.path), str(error), "crop it")))
     return bad

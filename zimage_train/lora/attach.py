@@ -1,8 +1,9 @@
 """LoRA modules in the frozen transformer, through peft: fp32 masters, deterministic start, exact counts."""
 
+import contextlib
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -71,9 +72,23 @@ class Attached:
             for name, tensor in own.items():
                 tensor.copy_(state[name])
 
-    def factors(self) -> Lora:
-        """The current LoRA, sharing memory with the model."""
-        return {module: Factors(self.a[module].detach(), self.b[module].detach(), self.scale) for module in self.a}
+    def factors(self, state: Mapping[str, Tensor] | None = None) -> Lora:
+        """The current LoRA, sharing memory with the model; or the one that `state` holds."""
+        held = state or self.state()
+        return {module: Factors(held[f"lora.{module}.A"], held[f"lora.{module}.B"], self.scale) for module in self.a}
+
+    @contextlib.contextmanager
+    def holding(self, state: Mapping[str, Tensor]) -> Iterator[None]:
+        """The model with the weights of `state`, for as long as the block runs."""
+        own = self.state()
+        before = {name: tensor.clone() for name, tensor in own.items()}
+        try:
+            for name, tensor in own.items():
+                tensor.copy_(state[name])
+            yield
+        finally:
+            for name, tensor in own.items():
+                tensor.copy_(before[name])
 
 
 def attach(model: nn.Module, modules: list[str], rank: int, alpha: float | None, dropout: float, seed: int) -> Attached:
@@ -102,6 +117,19 @@ def attach_fixed(model: nn.Module, lora: Lora) -> Attached:
             attached.a[module].copy_(factors.a)
             attached.b[module].copy_(factors.b.float() * factors.scale)
     return attached
+
+
+@contextlib.contextmanager
+def without_lora(model: nn.Module) -> Iterator[None]:
+    """The model as it is without its LoRA, for as long as the block runs."""
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
 
 
 def stack(loras: list[tuple[Lora, float]]) -> Lora:

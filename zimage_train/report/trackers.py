@@ -13,11 +13,11 @@ from PIL import Image
 
 from zimage_train.errors import ConfigError, Problem
 
-SHOWN = ("loss", "lr", "grad_norm", "seconds", "gb")
+SHOWN = ("loss", "preservation", "lr", "grad_norm", "seconds", "gb")
 
 
 class Tracker(Protocol):
-    """Takes the numbers of a step, the pictures of a preview by their labels, and the end."""
+    """Takes the numbers of a step by their names, the pictures of a preview by their labels, and the end."""
 
     def numbers(self, step: int, values: Mapping[str, float]) -> None: ...
     def pictures(self, step: int, paths: Mapping[str, Path]) -> None: ...
@@ -34,7 +34,7 @@ class TensorBoard:
 
     def numbers(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
-            self._writer.add_scalar(f"train/{name}", value, step)
+            self._writer.add_scalar(name, value, step)
 
     def pictures(self, step: int, paths: Mapping[str, Path]) -> None:
         for label, path in paths.items():
@@ -77,7 +77,7 @@ class WeightsAndBiases:
         self._picture = wandb.Image
 
     def numbers(self, step: int, values: Mapping[str, float]) -> None:
-        self._run.log({"train/step": step} | {f"train/{name}": value for name, value in values.items()})
+        self._run.log({"train/step": step, **values})
 
     def pictures(self, step: int, paths: Mapping[str, Path]) -> None:
         shown = {f"previews/{label}": self._picture(str(path)) for label, path in paths.items()}
@@ -96,8 +96,13 @@ class Trackers:
 
     def record(self, record: Mapping[str, Any]) -> None:
         """Pass on a line of metrics.jsonl; numbers that a skipped step lacks are left out."""
-        values = {name: record[name] for name in SHOWN if record.get(name) is not None}
+        values = {f"train/{name}": record[name] for name in SHOWN if record.get(name) is not None}
         self._each(lambda tracker: tracker.numbers(record["step"], values))
+
+    def validation(self, step: int, values: Mapping[str, float]) -> None:
+        """Pass on what a validation found."""
+        named = {f"validation/{name}": value for name, value in values.items()}
+        self._each(lambda tracker: tracker.numbers(step, named))
 
     def pictures(self, step: int, paths: Mapping[str, Path]) -> None:
         self._each(lambda tracker: tracker.pictures(step, paths))

@@ -14,10 +14,11 @@ from zimage_train.errors import DivergedError, Problem
 from zimage_train.report.metrics import Records, read
 from zimage_train.schedules import base_lr, lr_factor
 from zimage_train.seeding import number
-from zimage_train.training.objectives import Batch, sft_loss
+from zimage_train.training.objectives import Batch, losses
 from zimage_train.training.pace import reserved_bytes
 from zimage_train.training.publish import after_step, preview, save_checkpoint
 from zimage_train.training.run import Run
+from zimage_train.training.validation import validate
 
 MOST_SKIPS_IN_A_ROW = 5
 
@@ -34,7 +35,10 @@ def train(run: Run, metrics: Records, events: Records) -> None:
     config, model, world = run.config, run.frozen.model, run.world
     parameters = run.attached.parameters()
     rate, last = base_lr(config.optimizer), config.train.steps
+    shown = ("loss",) if config.preserve.kind is None else ("loss", "preservation")
     skipped = trailing_skips(run)
+    if run.start == 0 and world.is_main:
+        validate(run, 0, events)
     if run.start == 0 and config.sample.every is not None and config.sample.first and world.is_main:
         preview(run, 0, events)
     if run.start > 0:
@@ -45,31 +49,33 @@ def train(run: Run, metrics: Records, events: Records) -> None:
         optim.set_lr(run.optimizer, rate * lr_factor(config.schedule, step, last))
         lr = optim.used_lr(run.optimizer)
         num_samples = sum(len(samples) for samples in run.plan.step(step))
-        loss = torch.zeros((), device=world.device)
+        sums = {name: torch.zeros((), device=world.device) for name in shown}
         for index, (samples, batch) in enumerate(loaded):
             torch.manual_seed(number(config.seed, "dropout", step, index, world.process))
             share = len(samples) / num_samples
-            result = sft_loss(model, batch.to(world.device, model.dtype), config.guidance.differential)
-            (result.objective * share).backward()
-            loss += result.plain * share
+            for loss in losses(model, batch.to(world.device, model.dtype), config):
+                (loss.objective * share).backward()
+                sums[loss.name] += loss.plain * share
         wants_stop = float(run.stop.signal_number is not None)
-        numbers = add_up(world, parameters, torch.stack([loss, loss.new_tensor(wants_stop)]))
+        numbers = add_up(world, parameters, torch.stack([*sums.values(), sums["loss"].new_tensor(wants_stop)]))
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        loss_value, stop_votes, norm_value = torch.cat([numbers, norm.reshape(1)]).tolist()  # the one synchronisation
-        is_finite = abs(loss_value) < float("inf") and norm_value < float("inf")
+        *values, stop_votes, norm_value = torch.cat([numbers, norm.reshape(1)]).tolist()  # the one synchronisation
+        is_finite = all(abs(value) < float("inf") for value in (*values, norm_value))
         if is_finite:
             if config.train.clip_norm is not None:
                 torch.nn.utils.clip_grads_with_norm_(parameters, config.train.clip_norm, norm)
             run.optimizer.step()
+            if run.ema is not None:
+                run.ema.update(run.attached.state(), step)
         run.optimizer.zero_grad(set_to_none=True)
         skipped = 0 if is_finite else skipped + 1
         outcome: dict[str, Any] = {
-            "loss": loss_value if is_finite else None,
+            **{name: value if is_finite else None for name, value in zip(shown, values, strict=True)},
             "lr": lr,
             "grad_norm": norm_value if norm_value < float("inf") else None,
         }
         if not is_finite:
-            outcome["not_finite"] = f"loss {loss_value:g}, gradient norm {norm_value:g}"
+            outcome["not_finite"] = f"loss {sum(values):g}, gradient norm {norm_value:g}"
         record = describe(run, step, loaded, outcome, time.monotonic() - began)
         report(run, record, metrics)
         if skipped == min(MOST_SKIPS_IN_A_ROW, last):

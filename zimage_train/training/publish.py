@@ -1,7 +1,9 @@
 """What a run leaves on disk beside its metrics: checkpoints, exported LoRAs, previews, the report."""
 
+import contextlib
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from zimage_train import checkpoint, files, optim
@@ -11,6 +13,7 @@ from zimage_train.config.schema import Config
 from zimage_train.errors import WeightsError
 from zimage_train.lora import files as lora_files
 from zimage_train.lora import loaders
+from zimage_train.lora.files import Lora
 from zimage_train.model.headers import read_header
 from zimage_train.report import change, page, pictures
 from zimage_train.report.metrics import Records, read
@@ -20,6 +23,7 @@ from zimage_train.tensorfile import DTYPES, NAMES
 from zimage_train.training import run_folder, views
 from zimage_train.training.run import Run, due
 from zimage_train.training.run_folder import RunFolder
+from zimage_train.training.validation import validate
 from zimage_train.training.views import View
 
 
@@ -32,15 +36,22 @@ def save_checkpoint(run: Run, step: int) -> None:
     """
     tensors, optimizer = optim.state(run.optimizer)
     numbers = {"optimizer": optimizer, "identity": dict(run.identity)}
-    for path in checkpoint.save(run.folder.checkpoints, step, run.attached.state() | tensors, numbers):
+    averages = run.ema.state() if run.ema else {}
+    for path in checkpoint.save(run.folder.checkpoints, step, run.attached.state() | averages | tensors, numbers):
         run.console.warn(f"{path}: cannot be removed; going on")
 
 
 def export(run: Run, step: int) -> None:
-    """Write the LoRA of `step`, and prove that diffusers and ComfyUI read what was trained."""
+    """Write the LoRA of `step`, and its average, and prove that diffusers and ComfyUI read what was trained."""
+    last = run.config.train.steps
+    _export(run, step, run.folder.lora(None if step == last else step), run.attached.factors())
+    if run.ema is not None:
+        averaged = run.attached.factors(run.ema.shadow)
+        _export(run, step, run.folder.lora(None if step == last else step, is_ema=True), averaged)
+
+
+def _export(run: Run, step: int, path: Path, trained: Lora) -> None:
     config = run.config
-    path = run.folder.lora(None if step == config.train.steps else step)
-    trained = run.attached.factors()
     lora_files.export(path, trained, config.save.dtype, {**run.export_metadata, "ss_steps": str(step)})
     try:
         error = loaders.verify(path, trained, config.save.dtype, run.frozen.shape.linears)
@@ -51,12 +62,11 @@ def export(run: Run, step: int) -> None:
     run.console.say(f"step {step}: exported {path} ({count} modules verified, relative error {error:.1e})")
     if run.views:
         files.write_json(workflow.beside(path), workflow.comfyui(run.views[0].recipes[0], config.model, path.name))
-    _prune(run)
+    _prune(run, path.parent)
 
 
-def _prune(run: Run) -> None:
+def _prune(run: Run, folder: Path) -> None:
     name = re.compile(re.escape(run.config.name) + r"-(\d{6,})\.safetensors")
-    folder = run.folder.lora().parent
     numbered = sorted((int(match[1]), path) for path in folder.iterdir() if (match := name.fullmatch(path.name)))
     for _, path in numbered[: -run.config.save.keep]:
         if not (files.remove(path) and files.remove(workflow.beside(path))):
@@ -91,17 +101,20 @@ def preview(run: Run, step: int, events: Records) -> None:
 def draw(run: Run, view: View, step: int) -> None:
     """Render and write what is missing of one view."""
     missing = view.missing(step)
-    images = render(
-        run.frozen,
-        run.extras,
-        [recipe for _, recipe in missing],
-        run.preview_embeds,
-        lambda done, total: run.console.tick(f"preview at step {step}{view.suffix}", done, total),
-        view.also,
-    )
+    averaged = run.config.sample.weights == "ema" and run.ema is not None
+    with run.attached.holding(run.ema.shadow) if averaged and run.ema else contextlib.nullcontext():
+        images = render(
+            run.frozen,
+            run.extras,
+            [recipe for _, recipe in missing],
+            run.preview_embeds,
+            lambda done, total: run.console.tick(f"preview at step {step}{view.suffix}", done, total),
+            view.also,
+        )
     for (path, recipe), image in zip(missing, images, strict=True):
         model = run.config.sample.also if view.also else run.config.model.path or run.config.model.variant
-        drawn_by = f"{model} in {run.config.model.dtype} with the LoRA of {run.config.name} at step {step}"
+        lora = "averaged LoRA" if averaged else "LoRA"
+        drawn_by = f"{model} in {run.config.model.dtype} with the {lora} of {run.config.name} at step {step}"
         pictures.save(path, image, recipe, drawn_by, view.run)
 
 
@@ -143,6 +156,8 @@ def after_step(run: Run, step: int, events: Records, metrics: Records) -> None:
             save_checkpoint(run, step)
         events.append({"step": step, "event": "save"})
         export(run, step)
+    if due(run.config.validation.every, step, last):
+        validate(run, step, events)
     if draws:
         preview(run, step, events)
     if saves or draws:
@@ -158,8 +173,9 @@ def is_complete(folder: RunFolder, config: Config, step: int, identity: Mapping[
     is_done = any(one["step"] == last and one.get("event") == "done" for one in read(folder.events))
     if step != last or not is_done or not folder.report.exists():
         return False
+    paths = [folder.lora(), *([folder.lora(is_ema=True)] if config.ema.decay is not None else [])]
     try:
-        dtypes = {info.dtype for key, info in read_header(folder.lora()).tensors.items() if "lora_" in key}
+        dtypes = {info.dtype for path in paths for key, info in read_header(path).tensors.items() if "lora_" in key}
     except WeightsError:
         return False
     return dtypes == {NAMES[DTYPES[config.save.dtype]]} and not any(

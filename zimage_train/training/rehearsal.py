@@ -15,13 +15,13 @@ from zimage_train import cards, files, forecast, measured, optim, tensorfile
 from zimage_train.assemble import recompute_as_planned
 from zimage_train.cards import Card
 from zimage_train.data.buckets import Bucket
-from zimage_train.data.plan import Item, MicroBatch, Sample
+from zimage_train.data.plan import Item, MicroBatch
 from zimage_train.lora import files as lora_files
 from zimage_train.lora import loaders
 from zimage_train.memory import OPTIMIZER_BYTES, padded
 from zimage_train.planner import Plan
 from zimage_train.sampling.previews import render
-from zimage_train.training.objectives import Batch, sft_loss
+from zimage_train.training.objectives import Batch, losses
 from zimage_train.training.run import Run
 
 
@@ -89,13 +89,13 @@ def _attempt(run: Run, batch: Batch) -> float | torch.OutOfMemoryError:
 
 def largest_samples(run: Run) -> MicroBatch:
     """The micro-batch that takes most: of each size as many as one holds, with the longest captions."""
-    by_size: dict[Bucket, list[Item]] = {}
+    alike: dict[tuple[Bucket, int], list[Item]] = {}
     for item in run.plan.items:
-        by_size.setdefault(item.size, []).append(item)
+        alike.setdefault((item.size, run.plan.most_of(item)), []).append(item)
     candidates = []
-    for items in by_size.values():
-        longest = sorted(items, key=lambda item: len(item.picture.prompt))[-run.plan.batch_size :]
-        candidates.append(tuple(Sample(item, 0, item.picture.prompt) for item in longest))
+    for (_, most), items in alike.items():
+        longest = sorted(items, key=lambda item: len(item.picture.longest))[-most:]
+        candidates.append(tuple(map(run.plan.whole, longest)))
     return max(candidates, key=_weight)
 
 
@@ -125,7 +125,8 @@ def _step(run: Run, batch: Batch) -> float:
     began = time.monotonic()
     model = run.frozen.model.train()
     there = batch.to(run.world.device, model.dtype)
-    sft_loss(model, there, run.config.guidance.differential).objective.backward()
+    for loss in losses(model, there, run.config):
+        loss.objective.backward()
     if run.world.device.type == "cuda":
         torch.cuda.synchronize(run.world.device)
     return time.monotonic() - began

@@ -1,10 +1,11 @@
 """Everything that one run works with, in one frozen place; the loop passes it on and changes none of it."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -12,13 +13,15 @@ from zimage_train import planner as memory_planner
 from zimage_train.assemble import Frozen
 from zimage_train.config.schema import Config
 from zimage_train.data import cache as caching
+from zimage_train.data import masks
 from zimage_train.data.cache import Cache
-from zimage_train.data.plan import MicroBatch, Plan, Sample
+from zimage_train.data.plan import Item, MicroBatch, Plan
 from zimage_train.distributed import World
+from zimage_train.ema import Ema
 from zimage_train.lora.attach import Attached
 from zimage_train.report.console import Console
 from zimage_train.report.trackers import Trackers
-from zimage_train.training.objectives import Batch, make_batch
+from zimage_train.training.objectives import Batch, Extras, make_batch, mask_weights, outside_weights
 from zimage_train.training.pace import Pace
 from zimage_train.training.run_folder import RunFolder
 from zimage_train.training.stopping import StopRequest
@@ -42,14 +45,26 @@ class Inputs:
     cache: Cache
     digests: Digests
     dtype: str
+    masks: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
 
-    def latents(self, sample: Sample) -> Tensor:
-        key = caching.latent_key(sample.item.picture, sample.item.size, self.digests.vae)
-        return caching.require(self.cache, key, str(sample.item.picture.path))
+    def latents(self, item: Item) -> Tensor:
+        key = caching.latent_key(item.picture, item.size, item.flip, self.digests.vae)
+        return caching.require(self.cache, key, str(item.picture.path))
 
     def embeds(self, prompt: str) -> Tensor:
         key = caching.prompt_key(prompt, self.digests.text_encoder, self.dtype)
         return caching.require(self.cache, key, f"prompt {prompt[:40]!r}")
+
+    def mask(self, item: Item) -> Tensor | None:
+        """(1, h/8, w/8) in [0, 1]; made once and kept as bytes."""
+        picture = item.picture
+        if picture.mask is None:
+            return None
+        key = (picture.digest, picture.mask.digest, item.size, item.flip)
+        if key not in self.masks:
+            made = masks.on_latents(picture.mask, item.size, item.flip, picture.digest)
+            self.masks[key] = (torch.from_numpy(made) * 255.0).round().to(torch.uint8)
+        return self.masks[key].unsqueeze(0).float() / 255.0
 
 
 @dataclass(frozen=True)
@@ -67,7 +82,10 @@ class Run:
     inputs: Inputs
     frozen: Frozen
     attached: Attached
+    ema: Ema | None
     optimizer: Optimizer
+    held_out: list[Item]
+    """What validation looks at."""
     extras: Path
     views: list[View]
     preview_embeds: Mapping[str, Tensor]
@@ -86,9 +104,22 @@ class Run:
 
     def load(self, samples: MicroBatch) -> Batch:
         """Read, draw and put together one micro-batch, on the CPU."""
-        latents = [self.inputs.latents(sample) for sample in samples]
+        latents = [self.inputs.latents(sample.item) for sample in samples]
         embeds = [self.inputs.embeds(sample.prompt) for sample in samples]
-        return make_batch(self.config, samples, latents, embeds)
+        return make_batch(self.config, samples, latents, embeds, self._extras(samples, latents[0].shape))
+
+    def _extras(self, samples: MicroBatch, shape: torch.Size) -> Extras:
+        entries = [self.config.data[sample.item.entry] for sample in samples]
+        masks = [self.inputs.mask(sample.item) for sample in samples]
+        to_prior = [entry.regularisation == "prior" for entry in entries]
+        held = [self.inputs.embeds(sample.held) for sample in samples if sample.held is not None]
+        return Extras(
+            mask=mask_weights(masks, [entry.mask_floor for entry in entries], shape),
+            outside=outside_weights(masks, [entry.mask_prior for entry in entries], shape),
+            to_prior=torch.tensor(to_prior) if any(to_prior) else None,
+            held_embeds=held or None,
+            empty_embeds=self.inputs.embeds("") if self.config.guidance.contrastive is not None else None,
+        )
 
 
 def due(every: int | None, step: int, last: int) -> bool:

@@ -19,7 +19,7 @@ MAY_CHANGE = ("train.steps", "train.epochs", "output", "cache.", "save.", "sampl
 """Settings that a resumed run may change: none of them alters a weight that was trained; but see `identity`."""
 ALLOWABLE = ("optimizer.lr", "schedule", "train.clip_norm", "timesteps", "guidance", "data")
 """Settings, and the pictures, that a run can take up in its middle when `--allow` names them: each step reads them."""
-BY_DIGEST = ("model.path", "model.extras", "model.adapter", "data.*.folder", "data.*.metadata")
+BY_DIGEST = ("model.path", "model.extras", "model.adapter", "data.*.folder", "data.*.metadata", "data.*.mask")
 """Settings that are paths: what they lead to is compared instead."""
 
 
@@ -75,11 +75,10 @@ class RunFolder:
     def samples(self) -> Path:
         return self.root / "samples"
 
-    def lora(self, step: int | None = None) -> Path:
-        """The exported LoRA of a step; None: the finished one."""
-        return (
-            self.root / "lora" / (f"{self.name}.safetensors" if step is None else f"{self.name}-{step:06d}.safetensors")
-        )
+    def lora(self, step: int | None = None, is_ema: bool = False) -> Path:
+        """The exported LoRA of a step, or its average; None: the finished one."""
+        folder = self.root / "lora" / "ema" if is_ema else self.root / "lora"
+        return folder / (f"{self.name}.safetensors" if step is None else f"{self.name}-{step:06d}.safetensors")
 
 
 def of(config: Config) -> RunFolder:

@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.optim import Optimizer
 
 from zimage_train import (
     __version__,
     checkpoint,
     distributed,
+    ema,
     encoding,
     forecast,
     optim,
@@ -25,6 +27,7 @@ from zimage_train.data.filling import Share
 from zimage_train.data.folder import fingerprint
 from zimage_train.data.plan import make_plan
 from zimage_train.distributed import World
+from zimage_train.ema import Ema
 from zimage_train.errors import ConfigError, Problem
 from zimage_train.lora import adapter as adapters
 from zimage_train.lora import attach, names
@@ -119,9 +122,12 @@ def fill_caches(checked: Checked, session: Session, plan: ordering.Plan) -> None
         text_digest=session.digests.text_encoder,
         warn=session.console.warn,
     )
-    prompts = sorted({*plan.prompts(), *recipe.prompts_of(recipes)})
+    held_out = {item.picture.prompts[0] for item in checked.held_out}
+    empty = {""} if checked.config.guidance.contrastive is not None else set()
+    prompts = sorted({*plan.prompts(checked.config.train.steps), *recipe.prompts_of(recipes), *held_out, *empty})
     share = Share(session.world.process, session.world.processes)
-    pictures, texts = encoding.fill(session.cache, encoders, plan.items, prompts, tick, share)
+    items = [*plan.items, *checked.held_out]
+    pictures, texts = encoding.fill(session.cache, encoders, items, prompts, tick, share)
     session.console.say(f"cache {session.cache.folder}: latents {pictures}; prompts {texts}")
     distributed.wait()
 
@@ -149,10 +155,10 @@ def prepare(
     attached = _attach(config, frozen, weights.modules, fit, console)
     groups = names.count_by_group(attached.a)
     optimizer = optim.build(config.optimizer, attached.parameters())
-    start = found.step if found else 0
+    start, decay = found.step if found else 0, config.ema.decay
+    averages = ema.begin(decay, attached.state()) if decay is not None else None
     if found:
-        attached.load_state(found.part("lora."), str(found.path))
-        optim.load_state(optimizer, found.part("optim."), found.numbers["optimizer"], str(found.path))
+        _continue(found, attached, averages, optimizer)
         console.say(f"continuing after step {start}")
     inputs = Inputs(session.cache, session.digests, config.model.dtype)
     drawn = views.of(config, folder, identity, weights.sources.also)
@@ -171,7 +177,9 @@ def prepare(
         inputs=inputs,
         frozen=frozen,
         attached=attached,
+        ema=averages,
         optimizer=optimizer,
+        held_out=checked.held_out,
         extras=weights.sources.extras,
         views=drawn,
         preview_embeds={prompt: inputs.embeds(prompt) for view in drawn for prompt in recipe.prompts_of(view.recipes)},
@@ -183,6 +191,14 @@ def prepare(
         stop=session.stop,
         pace=Pace(),
     )
+
+
+def _continue(found: Checkpoint, attached: Attached, averages: Ema | None, optimizer: Optimizer) -> None:
+    where = str(found.path)
+    attached.load_state(found.part("lora."), where)
+    if averages is not None:
+        averages.load_state(found.part("ema."), where)
+    optim.load_state(optimizer, found.part("optim."), found.numbers["optimizer"], where)
 
 
 def _assemble(config: Config, session: Session, form: Form) -> Frozen:

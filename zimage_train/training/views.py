@@ -44,6 +44,8 @@ def of(config: Config, folder: RunFolder, identity: Mapping[str, Any], also: Pat
     if config.sample.every is None or not config.sample.prompts:
         return []
     digest, name = run_folder.digest_of(identity), config.sample.also
+    if config.sample.weights == "ema":
+        digest += " averaged"
     views = [View(None, recipe.previews(config), folder.samples, digest, "")]
     if name is not None:
         views.append(View(also, recipe.also(config), folder.samples / "also", f"{digest} on {name}", f" (on {name})"))

@@ -1,0 +1,145 @@
+"""The proof table of the recipes: what each setting changes, and that its neutral value is the same, bit for bit.
+
+A run of two steps on the miniature is compared with one in which the setting is left out, by the bytes of its LoRA.
+"""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from zimage_train import mini
+from zimage_train.app.train import train
+
+from conftest import merge
+from helpers import final
+
+TAGS = "zorb, red, big, on the left, drawn, plain background"
+COMMON: dict[str, Any] = {"train": {"steps": 2, "batch_size": 2}}
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder called 1_zorb with eight pictures of the miniature, tags as captions, and masks beside it."""
+    root = tmp_path_factory.mktemp("proof")
+    for index, path in enumerate(sorted(mini.PICTURES.glob("*.[pj]*g"))[:8]):
+        target = root / "all" / "1_zorb" / f"{path.stem}.png"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with Image.open(path) as image:
+            size = image.size
+            image.convert("RGB").save(target)
+        target.with_suffix(".txt").write_text(f"{TAGS}, number {index}")
+        for name, values in (("white", 255), ("half", np.linspace(0, 255, size[0])[None, :])):
+            mask = root / name / "1_zorb" / target.name
+            mask.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.broadcast_to(values, size[::-1]).astype(np.uint8)).save(mask)
+    shutil.copytree(root / "all", root / "class")
+    for path in (root / "class").rglob("*.txt"):
+        path.write_text("a red circle")
+    return root
+
+
+@pytest.fixture
+def bytes_of(make_config, pictures: Path, tmp_path: Path):
+    """`bytes_of(changes)`: the LoRA of a run with these settings; `{pictures}` in them is the folder of this test."""
+    count = iter(range(100))
+
+    def run(changes: dict[str, Any]) -> bytes:
+        own = {"folder": str(pictures / "all"), "resolution": [64], "trigger": "zorb", "caption_dropout": 0.2}
+        changes = filled(changes, pictures)
+        extra = changes.pop("more_data", [])
+        left_out = changes.pop("without", [])
+        data = {key: value for key, value in (own | changes.pop("data", {})).items() if key not in left_out}
+        settings = merge(merge(COMMON, {"name": f"run_{next(count)}x", "data": [data, *extra]}), changes)
+        epochs = settings["train"].pop("epochs", None)
+        config = make_config(**settings)
+        if epochs is not None:
+            config = config.model_copy(
+                update={"train": config.train.model_copy(update={"steps": 3000, "epochs": epochs})}
+            )
+        train(config, fresh=False)
+        return numbers(final(config))
+
+    return run
+
+
+def numbers(content: bytes) -> bytes:
+    """The numbers of a LoRA file, without its header, which names the run."""
+    return content[8 + int.from_bytes(content[:8], "little") :]
+
+
+def filled(value: Any, pictures: Path) -> Any:
+    if isinstance(value, dict):
+        return {key: filled(one, pictures) for key, one in value.items()}
+    if isinstance(value, list):
+        return [filled(one, pictures) for one in value]
+    return value.format(pictures=pictures) if isinstance(value, str) else value
+
+
+@pytest.fixture(scope="module")
+def plain_bytes() -> dict[str, bytes]:
+    return {}
+
+
+CLASS = [{"folder": "{pictures}/class", "resolution": [64], "regularisation": True}]
+NEUTRAL: dict[str, dict[str, Any]] = {
+    "data.keep_tags, tag_dropout, shuffle_tags": {"data": {"keep_tags": 0, "tag_dropout": 0.0, "shuffle_tags": False}},
+    "data.flip": {"data": {"flip": False}},
+    "data.weight": {"data": {"weight": 1.0}},
+    "data.mask, all white": {"data": {"mask": "{pictures}/white", "mask_floor": 0.5, "mask_prior": 0.0}},
+    "data.mask_prior, nothing masked out": {"data": {"mask": "{pictures}/white"}},
+    "data.max_pixels of the same area": {"data": {"max_pixels": 64 * 64}, "without": ["resolution"]},
+    "data.batch_size of the same size": {"data": {"batch_size": 2}, "train": {"batch_size": 1}},
+    "data.repeats by a folder called 1_": {"data": {"repeats": "by_folder"}},
+    "data.caption_lines of one line": {"data": {"caption_lines": True}},
+    "data.dropout_keeps_trigger": {"data": {"dropout_keeps_trigger": False}},
+    "train.epochs of the same length": {"train": {"epochs": 0.4}},
+    "train.regularisation_share without such pictures": {"train": {"regularisation_share": 0.9}},
+    "guidance.contrastive": {"guidance": {"contrastive": None}},
+    "preserve": {"preserve": {"kind": None, "weight": 3.0, "class_word": "dog"}},
+    "ema, which only watches": {"ema": {"decay": 0.9}},
+    "validation, which only watches": {"validation": {"folder": "{pictures}/class", "every": 1, "resolution": 64}},
+    "schedule linear to 1": {"schedule": {"name": "linear", "params": {"end_factor": 1.0}}},
+    "schedule step, not yet": {"schedule": {"name": "step", "params": {"every": 2}}},
+    "schedule cosine_with_restarts to 1": {
+        "schedule": {"name": "cosine_with_restarts", "params": {"end_factor": 1.0, "cycles": 2}}
+    },
+}
+CHANGING: dict[str, dict[str, Any]] = {
+    "data.shuffle_tags": {"data": {"shuffle_tags": True}},
+    "data.tag_dropout": {"data": {"tag_dropout": 0.5}},
+    "data.flip": {"data": {"flip": True}},
+    "data.mask": {"data": {"mask": "{pictures}/half"}},
+    "data.mask_prior": {"data": {"mask": "{pictures}/half", "mask_floor": 0.0, "mask_prior": 1.0}},
+    "data.max_pixels": {"data": {"max_pixels": 48 * 48}, "without": ["resolution"]},
+    "data.batch_size": {"data": {"batch_size": 3}},
+    "data.dropout_keeps_trigger": {"data": {"dropout_keeps_trigger": True, "caption_dropout": 1.0}},
+    "data.regularisation": {"more_data": CLASS},
+    "data.regularisation: prior": {"more_data": [CLASS[0] | {"regularisation": "prior"}]},
+    "train.regularisation_share": {"more_data": CLASS, "train": {"regularisation_share": 0.01}},
+    "train.epochs": {"train": {"epochs": 1}},
+    "guidance.contrastive": {"guidance": {"contrastive": 3.0}},
+    "preserve.kind: trigger": {"preserve": {"kind": "trigger", "class_word": "circle"}},
+    "preserve.class_word": {"preserve": {"kind": "trigger", "class_word": "square"}},
+    "preserve.weight": {"preserve": {"kind": "trigger", "class_word": "circle", "weight": 2.0}},
+    "preserve.kind: blank": {"preserve": {"kind": "blank"}},
+    "schedule": {"schedule": {"name": "rex"}},
+    "optimizer": {"optimizer": {"name": "automagic", "params": {"bump": 0.5}}},
+}
+
+
+@pytest.mark.parametrize("setting", NEUTRAL)
+def test_the_neutral_value_changes_no_bit(bytes_of, plain_bytes, setting: str):
+    if "plain" not in plain_bytes:
+        plain_bytes["plain"] = bytes_of({})
+    assert bytes_of(dict(NEUTRAL[setting])) == plain_bytes["plain"]
+
+
+def test_every_other_value_changes_the_lora_each_in_its_own_way(bytes_of):
+    found = {"nothing": bytes_of({})} | {setting: bytes_of(dict(changes)) for setting, changes in CHANGING.items()}
+    same = [(one, other) for one in found for other in found if one < other and found[one] == found[other]]
+    # A small share of regularisation leaves the two steps of this run to the concept.
+    assert same == [("nothing", "train.regularisation_share")]
