@@ -86,7 +86,7 @@ def test_small_cards_stream_and_keep_full_precision_if_main_memory_allows(name: 
 
 def test_a_plan_explains_itself():
     card = CARDS["4060"]
-    assert choose(limit=24e9).why == "by what fits 24.0 GB"
+    assert choose(limit=24e9).why == "by what fits 24.00 GB"
     assert "streaming in full precision costs little" in choose(limit=8e9, card=card, wanted=ANY).why
     assert "full precision does not fit" in choose(limit=8e9, card=card, wanted=ANY, host=8e9).why
     slow = replace(card, pcie_gb_per_second=1.0)
@@ -151,9 +151,9 @@ def test_what_is_named_where_a_run_does_not_fit_is_predicted_to_fit(limit_gb: fl
         return
     said = planner.lighter(made, wanted, limit_gb * 1e9, HOST)
     assert said.startswith("set "), said
-    settings = dict(re.findall(r"([a-z_.]+): (\w+)", said.partition(" (predicted")[0]))
+    settings = dict(re.findall(r"([a-z0_.]+): (\w+)", said.partition(" (predicted")[0]))
     assert settings.pop("memory.checkpointing") == settings.pop("memory.offload") == "auto"
-    batch, side = int(settings.pop("train.batch_size", 4)), settings.pop("data.resolution", None)
+    batch, side = int(settings.pop("train.batch_size", 4)), settings.pop("data.0.resolution", None)
     changed = replace(made, batch_size=batch, sizes=Counter({Bucket(int(side), int(side)): 20}) if side else made.sizes)
     kinds = AUTOMATIC if settings.pop("model.quantize", None) == "auto" else (None,)
     assert not settings
@@ -164,6 +164,20 @@ def test_what_is_named_where_a_run_does_not_fit_is_predicted_to_fit(limit_gb: fl
 def test_where_nothing_fits_the_least_is_named():
     said = planner.lighter(job(), ANY, 1e9, HOST)
     assert re.fullmatch(r"a run takes \d\.\d\d GB at the least \(predicted\), so more memory is needed", said)
+
+
+def test_large_previews_and_a_large_rank_are_named_where_they_are_the_cause():
+    drawn = job((512,), previews=(recipe(4096),))
+    assert planner.lighter(drawn, FREE, 9e9, HOST).startswith("set sample.width: 1024, sample.height: 1024 (")
+    ranked = replace(job((512,)), trained=job((512,)).trained * 32, rank=512)
+    assert not planner.choose(ranked, FREE, 8e9, HOST, None).fits
+    assert planner.lighter(ranked, FREE, 8e9, HOST).startswith("set lora.rank: 16 (")
+
+
+def test_a_card_has_as_much_memory_as_its_name_says():
+    assert cards.named("a100 40gb").memory_gb == pytest.approx(42.9, abs=0.1)
+    assert cards.named("A100-SXM4-40GB").tflops == CARDS["a100"].tflops
+    assert cards.named("NVIDIA A100 80GB PCIe") is CARDS["a100"]
 
 
 def test_what_is_left_to_the_planner_already_is_not_asked_for():
@@ -196,7 +210,10 @@ def test_a_card_is_known_by_its_own_name_and_by_what_people_call_it(text: str, n
     assert cards.named(text).name == name
 
 
-@pytest.mark.parametrize("text", ["", "GTX 1080", "L", "Quadro RTX 8000", "9070 XT"])
+@pytest.mark.parametrize(
+    "text",
+    ["", "GTX 1080", "L", "Quadro RTX 8000", "9070 XT", "4070 ti", "3060 Ti", "4090 Laptop GPU", "4090 D", "4090x"],
+)
 def test_an_unknown_card_is_refused_with_the_list(text: str):
     with pytest.raises(ConfigError, match="give one of 3060, "):
         cards.named(text)

@@ -8,7 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from zimage_train.errors import ConfigError, Problem
 
@@ -95,17 +95,28 @@ def named(name: str) -> Card:
 
 
 def find(name: str) -> Card | None:
-    """The card whose name occurs in `name`, the longest of them; None: there is none."""
-    words = re.sub(r"[^a-z0-9]+", " ", name.lower()).split()
-    text = "".join(words)
-    matching = [card for card in CARDS.values() if card.name in words or _is_within(text, card.name)]
-    return max(matching, key=lambda card: len(card.name), default=None)
+    """The card that `name` means, with as much memory as `name` says; None: it is not in the list.
+
+    Makers put form and memory behind the name (`NVIDIA A100-SXM4-80GB`); whatever else stands there, such as Laptop,
+    makes it another card.
+    """
+    text = "".join(re.sub(r"[^a-z0-9]+", " ", name.lower()).split())
+    for card in CARDS.values():
+        match = re.fullmatch(rf"(?:nvidia|geforce|rtx|quadro|tesla)*{card.name}{BEHIND}", text)
+        if match is not None:
+            return card if match["gib"] is None else _with_memory(card, int(match["gib"]))
+    return None
 
 
-def _is_within(text: str, name: str) -> bool:
-    """`nvidiaa100sxm480gb` is an A100: makers put the form and the memory behind the name."""
-    behind = r"(sxm|pcie|nvl|hbm|\d*gb|adageneration|generation|$)"
-    return re.search(rf"(nvidia|rtx|geforce|^){name}{behind}", text) is not None
+FORM = r"(?:sxm\d?|pcie|nvl|hbm\d?e?|generation|gpu)*?"
+BEHIND = rf"{FORM}(?:(?P<gib>\d{{1,3}})gb)?{FORM}"
+
+
+def _with_memory(card: Card, gib: int) -> Card:
+    """`card`, if its memory is about so large, or its sibling with so much."""
+    if abs(_gib(gib) / card.memory_gb - 1) < 0.1:
+        return card
+    return replace(card, name=f"{card.name} {gib}gb", memory_gb=_gib(gib))
 
 
 @dataclass(frozen=True)

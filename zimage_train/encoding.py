@@ -55,8 +55,9 @@ def fill(
 ) -> tuple[Tally, Tally]:
     """Encode what is missing of `items` and `prompts`, one encoder after the other, and free both."""
     extras, device, dtype = encoders.extras, encoders.device, encoders.dtype
+    batch_px = filling.BATCH_PX if device.type == "cuda" else 0  # one by one, a CPU makes the same bits every time
     pictures = filling.fill_latents(
-        cache, items, encoders.vae_digest, lambda: picture_encoder(extras, device), tick, share
+        cache, items, encoders.vae_digest, lambda: picture_encoder(extras, device), tick, share, batch_px
     )
     _free()
     texts = filling.fill_prompts(

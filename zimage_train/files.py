@@ -154,6 +154,12 @@ def claim(path: Path) -> bool:
     return True
 
 
+def clear_claim(path: Path) -> None:
+    """Remove a claim whose owner was a process of this host and is gone."""
+    if path.is_file() and _is_given_up(path):
+        remove(path)
+
+
 def renew(claim: Path) -> None:
     """Tell those who wait for a claim that its owner is still at work."""
     with contextlib.suppress(OSError):
@@ -248,17 +254,18 @@ def _host() -> str:
     return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
 
 
-def require_folder(folder: Path) -> None:
-    """Refuse a folder that can be neither made nor written to; makes nothing.
+def require_folder(folder: Path, setting: str = "") -> None:
+    """Refuse a folder that can be neither made nor written to, naming the setting that says it; makes nothing.
 
     Raises:
         DiskError: it, or the nearest parent that exists, is a file or read-only.
     """
     existing = next(parent for parent in (folder, *folder.absolute().parents) if os.path.lexists(parent))
+    where = setting or str(folder)
     if not existing.is_dir():
-        raise DiskError(Problem(str(folder), f"{existing} is not a folder", "choose another place"))
+        raise DiskError(Problem(where, f"{existing} is not a folder", "choose another place"))
     if not os.access(existing, os.W_OK | os.X_OK):
-        raise DiskError(Problem(str(folder), f"{existing} cannot be written to", "choose another place"))
+        raise DiskError(Problem(where, f"{existing} cannot be written to", "choose another place"))
 
 
 def require_space(folder: Path, needed_bytes: int, what: str) -> None:
@@ -273,7 +280,7 @@ def require_space(folder: Path, needed_bytes: int, what: str) -> None:
         raise DiskError(
             Problem(
                 str(folder),
-                f"{free / 1e9:.2f} GB free, {what} need {needed_bytes / 1e9:.2f} GB",
+                f"{free / 1e6:,.1f} MB free, {what} need {needed_bytes / 1e6:,.1f} MB",
                 "free some space, lower save.keep, or set output and cache.folder to another disk",
             )
         )

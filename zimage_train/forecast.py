@@ -10,6 +10,7 @@ from zimage_train.cards import CARDS, Card, Device
 from zimage_train.config.reading import cache_folder
 from zimage_train.config.schema import Config
 from zimage_train.data.buckets import Bucket
+from zimage_train.measured import Correction
 from zimage_train.planner import Plan
 from zimage_train.preflight import Checked
 
@@ -38,11 +39,12 @@ def device_for(config: Config, gpu: str | None) -> Device | None:
     budget = config.memory.budget_gb
     found = cards.here() if gpu is None else None
     card = cards.named(gpu) if gpu is not None else cards.find(found.name) if found else None
-    limit = budget * 1e9 if not isinstance(budget, str) else cards.usable_bytes(found.memory_bytes) if found else None
-    if limit is None:
-        limit = cards.usable_bytes(card.memory_gb * 1e9) if card else None
-    name = f"a {card.name}" if card else found.name if found else "this budget"
-    return None if limit is None else Device(name, limit, card)
+    total = found.memory_bytes if found else card.memory_gb * 1e9 if card else None
+    limits = [cards.usable_bytes(total)] if total is not None else []
+    if not isinstance(budget, str):
+        limits.append(budget * 1e9)
+    name = f"one {card.name}" if card else found.name if found else "this budget"
+    return Device(name, min(limits), card) if limits else None
 
 
 def plan_for(checked: Checked, device: Device, gpu: bool | None = None, processes: int = 1) -> Plan:
@@ -63,45 +65,61 @@ def lines(checked: Checked, gpu: str | None, price: float | None) -> list[str]:
     for name in EXAMPLES:
         card = CARDS[name]
         plan = plan_for(checked, Device(name, cards.usable_bytes(card.memory_gb * 1e9), card))
-        found.append(f"  {card.memory_gb:4.1f} GB ({name}): {_short(checked, plan, card)}")
+        found.append(f"  {card.memory_gb:4.1f} GB ({name}): {_short(checked, plan, card, price)}")
     return found
 
 
 def in_words(plan: Plan) -> str:
     """The plan in one line, for the log."""
-    return f"{_weights(plan)}; recomputed: {_recomputed(plan)}; {plan.peak.total / 1e9:.2f} GB predicted, {plan.why}"
+    predicted = memory.in_words(plan.peak.total)
+    return f"{_weights(plan)}; recomputed: {_recomputed(plan)}; {predicted} predicted, {plan.why}"
 
 
-def _short(checked: Checked, plan: Plan, card: Card) -> str:
+def fits(checked: Checked, gpu: str | None) -> bool:
+    """Whether a run is predicted to fit the device that `lines` is about; True where there is none."""
+    device = device_for(checked.config, gpu)
+    return device is None or plan_for(checked, device).fits
+
+
+def _short(checked: Checked, plan: Plan, card: Card, price: float | None) -> str:
     if not plan.fits:
         return f"does not fit ({plan.peak.total / 1e9:.1f} GB)"
     largest = max(plan.job.sizes, key=plan.job.tokens)
     mode = plan.mode_of(plan.job.tokens(largest))
     return (
         f"{plan.peak.total / 1e9:.1f} GB, {_weights(plan)}, recomputing {MODES_IN_WORDS[mode]} at "
-        f"{largest.width}x{largest.height}, {_hours(_run_seconds(checked, plan, card)[0])}"
+        f"{largest.width}x{largest.height}, {_hours_and_cost(_seconds(checked, plan, card), price)}"
     )
 
 
 def _of_device(checked: Checked, device: Device, price: float | None) -> list[str]:
     plan = plan_for(checked, device)
     peak = plan.peak
-    is_preview = peak == memory.preview(plan.job, plan.form)
-    where = "in a preview" if is_preview else f"at {plan.job.most_tokens} tokens"
+    known = _known(checked, device.key)
+    by_runs = f", x{known.memory:.2f} by runs here" if known and known.memory else ""
     found = [
-        f"memory on {device.name} ({device.limit_bytes / 1e9:.1f} GB), predicted:",
-        f"  frozen transformer        {peak.weights / 1e9:6.2f} GB  {_weights(plan)}",
-        f"  LoRA, gradient, optimizer {peak.lora / 1e9:6.2f} GB",
-        f"  activations               {peak.activations / 1e9:6.2f} GB  {where}",
-        f"  CUDA and fragmentation    {peak.context / 1e9:6.2f} GB",
-        f"  at the most               {peak.total / 1e9:6.2f} GB",
+        f"memory on {device.name} ({memory.in_words(device.limit_bytes)}), predicted:",
+        f"  frozen transformer        {memory.in_words(peak.weights):>9}  {_weights(plan)}",
+        f"  LoRA, gradient, optimizer {memory.in_words(peak.lora):>9}",
+        f"  activations               {memory.in_words(peak.activations):>9}  {_where(plan)}",
+        f"  CUDA and fragmentation    {memory.in_words(peak.context):>9}",
+        f"  at the most               {memory.in_words(peak.total):>9}{by_runs}",
         f"  recomputed: {_recomputed(plan)}",
         f"  why: {plan.why}",
     ]
     if not plan.fits:
         less = preflight.less_memory(checked, device.limit_bytes)
-        found.append(f"  this does not fit {device.limit_bytes / 1e9:.1f} GB: {less}")
-    return [*found, *_shares(checked, plan, device.card), *_time(checked, plan, device, price)]
+        found.append(f"  this does not fit {memory.in_words(device.limit_bytes)}: {less}")
+    return [*found, *_shares(checked, plan, device), *_time(checked, plan, device, price)]
+
+
+def _where(plan: Plan) -> str:
+    """When the plan's peak comes."""
+    peak = plan.peak
+    if peak == memory.preview(plan.job, plan.form):
+        return "in a preview"
+    size = next(size for size in plan.job.sizes if plan.step(size) == peak)
+    return f"at {size.width}x{size.height} px, {plan.job.tokens(size)} tokens"
 
 
 def _weights(plan: Plan) -> str:
@@ -109,8 +127,8 @@ def _weights(plan: Plan) -> str:
     streamed = plan.form.streamed
     if not streamed:
         return kind
-    host = memory.host_bytes(plan.job, plan.form) / 1e9
-    return f"{kind}, {streamed} of {plan.job.shape.n_layers} blocks streamed from {host:.1f} GB of main memory"
+    host = memory.in_words(memory.host_bytes(plan.job, plan.form))
+    return f"{kind}, {streamed} of {plan.job.shape.n_layers} blocks streamed from {host} of main memory"
 
 
 def _recomputed(plan: Plan) -> str:
@@ -124,12 +142,13 @@ def _recomputed(plan: Plan) -> str:
     return ", ".join(parts)
 
 
-def _shares(checked: Checked, plan: Plan, card: Card | None) -> list[str]:
+def _shares(checked: Checked, plan: Plan, device: Device) -> list[str]:
     """Where the time and the memory of the run go, by resolution and to previews."""
     by_resolution: dict[int, Counter[Bucket]] = {}
     for item in checked.items:
         by_resolution.setdefault(item.resolution, Counter())[item.size] += 1
-    speed = card or cards.TYPICAL
+    card, known = device.card, _known(checked, device.key)
+    speed, factor = card or cards.TYPICAL, known.time if known else 1.0
     spent = {
         resolution: math.fsum(n / plan.job.batch(size) * plan.seconds(size, speed) for size, n in sizes.items())
         for resolution, sizes in by_resolution.items()
@@ -139,26 +158,38 @@ def _shares(checked: Checked, plan: Plan, card: Card | None) -> list[str]:
     for resolution, sizes in sorted(by_resolution.items()):
         most = max((plan.step(size) for size in sizes), key=lambda one: one.total)
         largest = max(sizes, key=plan.job.tokens)
-        a_step = f", {plan.seconds(largest, card):.2f} s a step" if card else ""
+        a_step = f", {plan.seconds(largest, card) * factor:.2f} s a step" if card else ""
         mode = plan.mode_of(plan.job.tokens(largest))
         share = f"{spent[resolution] / epoch:.0%} of the training time"
-        what = f"{most.total / 1e9:.2f} GB a step, recomputing {MODES_IN_WORDS[mode]}{a_step}"
+        what = f"{memory.in_words(most.total)} a step, recomputing {MODES_IN_WORDS[mode]}{a_step}"
         found.append(f"  {resolution} px: {share}, {what}")
     whole, previews = _run_seconds(checked, plan, speed)
     recipes, times = len(plan.job.previews), _previews_in_a_run(checked.config)
-    drawing = memory.preview(plan.job, plan.form).total / 1e9
-    found.append(f"  previews: {times} times {recipes} pictures, {previews / whole:.0%} of the run, {drawing:.2f} GB")
+    drawing = memory.in_words(memory.preview(plan.job, plan.form).total)
+    pictures = f"{recipes} picture{'s' * (recipes != 1)}"
+    found.append(f"  previews: {times} times {pictures}, {previews / whole:.0%} of the run, {drawing}")
     return found
 
 
 def _time(checked: Checked, plan: Plan, device: Device, price: float | None) -> list[str]:
-    known = measured.correction(memo(checked.config), device.key)
+    known = _known(checked, device.key)
     if device.card is None and known is None:
         return ["time: not known for this device before a run on it; --gpu NAME predicts it for a card"]
     whole = _run_seconds(checked, plan, device.card or cards.TYPICAL)[0] * (known.time if known else 1.0)
     how = f"predicted; {known.in_words()}" if known else "predicted"
-    cost = f", at {price:g} an hour {whole / 3600 * price:.2f}" if price is not None else ""
-    return [f"time on {device.name}: {_hours(whole)} for {checked.config.train.steps} steps ({how}){cost}"]
+    steps = checked.config.train.steps
+    return [f"time on {device.name}, for {steps} steps: {_hours_and_cost(whole, price)} ({how})"]
+
+
+def _known(checked: Checked, device: str) -> Correction | None:
+    """What runs of this model on `device` say."""
+    parameters = memory.parameters_of(preflight.job_of(checked).shape)
+    return measured.correction(memo(checked.config), measured.key(device, parameters))
+
+
+def _seconds(checked: Checked, plan: Plan, card: Card) -> float:
+    known = _known(checked, card.name)
+    return _run_seconds(checked, plan, card)[0] * (known.time if known else 1.0)
 
 
 def memo(config: Config) -> Path:
@@ -166,9 +197,10 @@ def memo(config: Config) -> Path:
     return cache_folder(config) / "measured.json"
 
 
-def _hours(seconds: float) -> str:
+def _hours_and_cost(seconds: float, price: float | None) -> str:
     minutes = round(seconds / 60)
-    return f"{minutes // 60} h {minutes % 60:02d} min"
+    time = f"{minutes // 60} h {minutes % 60:02d} min" if minutes else f"{seconds:.0f} s"
+    return time if price is None else f"{time}, at {price:g} an hour {seconds / 3600 * price:.2f}"
 
 
 def _run_seconds(checked: Checked, plan: Plan, card: Card) -> tuple[float, float]:

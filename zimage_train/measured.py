@@ -18,7 +18,7 @@ REMEMBERED = 20
 
 @dataclass(frozen=True)
 class Measurement:
-    """One run: times are relative to the prediction for `device`, a card or the CPU."""
+    """One run: times are relative to the prediction for `device`, a card or the CPU with a model of one size."""
 
     device: str
     steps: int
@@ -44,6 +44,11 @@ class Correction:
         memory = f", memory x{self.memory:.2f}" if self.memory is not None else ""
         many = f"{self.runs} runs here, which differ by up to {self.spread:.0%}" if self.runs > 1 else "one run here"
         return f"corrected by x{self.time:.2f} from {many}{memory}"
+
+
+def key(device: str, parameters: int) -> str:
+    """By what runs are told apart: a model of another size says nothing of this one."""
+    return f"{device}, {parameters} parameters"
 
 
 def measure(device: str, steps: list[tuple[float, float]], gb: float | None, predicted_gb: float) -> Measurement | None:

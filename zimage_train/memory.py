@@ -94,6 +94,8 @@ class Job:
     """More passes forward and backward on each batch, one after the other: for preservation."""
     extra_forwards: int = 0
     """More passes forward only."""
+    rank: int = 16
+    """Of the LoRA."""
 
     def batch(self, size: Bucket) -> int:
         """The largest batch of `size`: never more than there are samples."""
@@ -131,6 +133,7 @@ def job(
         previews=tuple(previews),
         gpu=gpu,
         ema=config.ema.decay is not None,
+        rank=config.lora.rank,
         extra_steps=int(preserves),
         extra_forwards=preserves + has_prior + (config.guidance.contrastive is not None),
     )
@@ -234,22 +237,56 @@ def _tensor_bytes(shape: TransformerShape, dtype: str, name: str, kind: Kind | N
 def lighter(job: Job) -> list[tuple[str, Job]]:
     """The job with ever more changes that make it lighter, each with the settings that make it so."""
     found: list[tuple[str, Job]] = []
+    for rank_said, ranked in _changes(job, _smaller_rank(job)):
+        for previews_said, drawn in _changes(ranked, [_smaller_previews(ranked, side) for side in (1024, 512)]):
+            for said, current in _changes(drawn, _smaller_batches(drawn)):
+                words = ", ".join(filter(None, (rank_said, previews_said, said)))
+                found += [(words, current)] if words else []
+    return found
+
+
+Change = tuple[str, Job]
+
+
+def _changes(job: Job, changes: list[Change | None]) -> list[Change]:
+    return [("", job), *(change for change in changes if change is not None)]
+
+
+def _smaller_rank(job: Job) -> list[Change | None]:
+    least = min(job.rank, 16)
+    smaller = replace(job, trained=job.trained * least // job.rank, rank=least)
+    return [(f"lora.rank: {least}", smaller)] if job.rank > least else []
+
+
+def _smaller_previews(job: Job, side: int) -> Change | None:
+    if all(max(one.width, one.height) <= side for one in job.previews):
+        return None
+    small = tuple(replace(one, width=min(one.width, side), height=min(one.height, side)) for one in job.previews)
+    return f"sample.width: {side}, sample.height: {side}", replace(job, previews=small)
+
+
+def _smaller_batches(job: Job) -> list[Change | None]:
+    found: list[Change | None] = []
     said: list[str] = []
     current = job
     if job.batch_size > 1:
-        said, current = [*said, "train.batch_size: 1"], replace(current, batch_size=1)
+        said, current = ["train.batch_size: 1"], replace(job, batch_size=1)
         found.append((", ".join(said), current))
     for side in (768, 512):
         if max((size.width * size.height for size in current.sizes), default=0) > side**2:
-            said = [one for one in said if not one.startswith("data.resolution")] + [f"data.resolution: {side}"]
             current = replace(current, sizes=Counter({Bucket(side, side): current.sizes.total()}))
-            found.append((", ".join(said), current))
+            found.append((", ".join([*said, f"data.0.resolution: {side}"]), current))
     return found
 
 
 def parameters_of(shape: TransformerShape) -> int:
     """How many parameters the transformer has."""
     return sum(count(size) for size in shape.parameters.values())
+
+
+def in_words(size: float) -> str:
+    """A number of bytes for people."""
+    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
 
 
 def padded(tokens: int) -> int:

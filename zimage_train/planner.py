@@ -86,7 +86,7 @@ def wanted(config: Config, layers: int) -> Wanted:
     return Wanted(
         kinds=AUTOMATIC if quantize == "auto" else (quantize,),
         mode=config.memory.mode,
-        streamed=None if isinstance(offload, str) else round(offload * layers),
+        streamed=None if isinstance(offload, str) else math.ceil(offload * layers - 1e-9),
     )
 
 
@@ -124,12 +124,13 @@ def lighter(job: Job, wanted: Wanted, limit_bytes: float, host_bytes: float) -> 
     for quantised, kinds in (("", wanted.kinds), ("model.quantize: auto", AUTOMATIC)):
         for changes, lighter_job in [("", job), *memory.lighter(job)]:
             plan = choose(lighter_job, Wanted(kinds, None, None), limit_bytes, host_bytes, None)
-            total = plan.peak.total / 1e9
+            total = plan.peak.total
             if plan.fits:
                 settings = ", ".join(filter(None, (relaxed, quantised, changes)))
-                return f"set {settings or f'memory.budget_gb: {limit_bytes / 1e9:.3g}'} (predicted: {total:.2f} GB)"
+                set_ = settings or f"memory.budget_gb: {limit_bytes / 1e9:.3g}"
+                return f"set {set_} (predicted: {memory.in_words(total)})"
             least = min(least, total)
-    return f"a run takes {least:.2f} GB at the least (predicted), so more memory is needed"
+    return f"a run takes {memory.in_words(least)} at the least (predicted), so more memory is needed"
 
 
 def _forms(job: Job, wanted: Wanted, host_bytes: float) -> list[Form]:
@@ -146,7 +147,7 @@ def _plan(job: Job, form: Form, mode: Mode | None, limit_bytes: float) -> Plan:
     limits: dict[Mode, int] = {one: memory.most_tokens(job, form, one, limit_bytes) for one in allowed}
     most = job.most_tokens
     fits = limits[allowed[-1]] >= most and memory.preview(job, form).total <= limit_bytes
-    why = "set in the config" if mode is not None else f"by what fits {limit_bytes / 1e9:.1f} GB"
+    why = "set in the config" if mode is not None else f"by what fits {memory.in_words(limit_bytes)}"
     last = allowed[-1]
     limits[last] = MANY
     return Plan(job, form, limits, limit_bytes, fits, why)

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -87,9 +88,9 @@ def examine(
     errors += faults
     notes += absent
     with collected(errors):
-        files.require_folder(Path(config.output) / config.name)
+        files.require_folder(Path(config.output) / config.name, "output")
         if config.cache.folder is not None:
-            files.require_folder(Path(config.cache.folder))
+            files.require_folder(Path(config.cache.folder), "cache.folder")
         files.require_space(Path(config.output), _disk_bytes(config, weights), "checkpoints and exports")
     warnings = advice.warnings(config, sum(map(len, pictures)))
     checked = Checked(config, pictures, items, held_out, weights, notes, warnings)
@@ -158,7 +159,13 @@ def job_of(checked: Checked, gpu: bool | None = None) -> Job:
 def less_memory(checked: Checked, limit_bytes: float, gpu: bool | None = None) -> str:
     """Settings by which a step of `checked` is predicted to fit."""
     job = job_of(checked, gpu)
-    return planner.lighter(job, planner.wanted(checked.config, job.shape.n_layers), limit_bytes, system_memory_bytes())
+    wanted = planner.wanted(checked.config, job.shape.n_layers)
+    text = planner.lighter(job, wanted, limit_bytes, system_memory_bytes())
+
+    def everywhere(match: re.Match[str]) -> str:
+        return ", ".join(f"data.{index}.resolution: {match[1]}" for index in range(len(checked.config.data)))
+
+    return re.sub(r"data\.0\.resolution: (\d+)", everywhere, text)
 
 
 def _require_budget(checked: Checked) -> None:
@@ -174,7 +181,7 @@ def _require_budget(checked: Checked) -> None:
     wanted = planner.wanted(checked.config, job.shape.n_layers)
     plan = planner.choose(job, wanted, budget * 1e9, system_memory_bytes(), None)
     if not plan.fits:
-        what = f"is {budget:g}, and a run takes {plan.peak.total / 1e9:.2f} GB (predicted)"
+        what = f"is {budget:g}, and a run takes {memory.in_words(plan.peak.total)} (predicted)"
         raise ConfigError(Problem("memory.budget_gb", what, less_memory(checked, budget * 1e9)))
 
 

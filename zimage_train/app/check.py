@@ -18,7 +18,8 @@ def report(checked: Checked, gpu: str | None = None, price: float | None = None)
         ConfigError: the card `gpu` is not known.
     """
     config = checked.config
-    lines = [f"{config.name}: no problems found", "", *_table(checked)]
+    verdict = "no problems found" if forecast.fits(checked, gpu) else "does not fit the memory planned for, see below"
+    lines = [f"{config.name}: {verdict}", "", *_table(checked)]
     plan = make_plan(config, checked.items)
     per_step = config.train.batch_size * config.train.accumulate
     epochs = config.train.steps / plan.steps_per_epoch
@@ -45,10 +46,11 @@ def parse_price(text: str) -> float:
     Raises:
         ConfigError: it holds none.
     """
-    match = re.fullmatch(r"\s*[^\d\s.,-]?\s*(\d+(?:\.\d+)?)\s*[^\d\s.,-]?\s*(?:/\s*h(?:our)?)?\s*", text)
+    currency = r"\s*(?:[^\d\s.,-]|[A-Za-z]{3})?\s*"
+    match = re.fullmatch(rf"{currency}(\d+(?:[.,]\d+)?){currency}(?:/\s*h(?:our)?)?\s*", text)
     if match is None:
         raise ConfigError(Problem("--price", f"is {text!r}", "give the price of an hour, such as 0.69/h"))
-    return float(match[1])
+    return float(match[1].replace(",", "."))
 
 
 def _table(checked: Checked) -> list[str]:

@@ -83,9 +83,15 @@ def train(config: Config, fresh: bool, allow: tuple[str, ...] = ()) -> None:
             write_report(run)
             events.append({"step": config.train.steps, "event": "done"})
         say_best(run)
-        console.say(f"done: {folder.lora()}")
-        console.say(f"look at {folder.report}, and sample with it:")
-        console.say(f"  {command_for(resolved(config), folder.lora().absolute())}")
+        _say_done(config, folder, console)
+
+
+def _say_done(config: Config, folder: RunFolder, console: Console) -> None:
+    console.say(f"done: {folder.lora()}")
+    console.say(f"look at {folder.report}, and sample with it:")
+    console.say(f"  {command_for(resolved(config), folder.lora().absolute())}")
+    if config.model.quantize is not None:
+        console.say(f"(it draws in {config.model.dtype}; the previews of this run are of {config.model.quantize})")
 
 
 def cache(config: Config) -> None:

@@ -247,7 +247,7 @@ class Memory(Section):
     @classmethod
     def _positive(cls, value: float | str) -> float | str:
         if not isinstance(value, str) and not 0 < value <= 10_000:
-            raise ValueError(f"is {value:g}; give a number of GB above 0, or auto")
+            raise ValueError(f"is {value:g}; give a number of GB above 0 and up to 10000, or auto")
         return value
 
 

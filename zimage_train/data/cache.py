@@ -62,6 +62,10 @@ class Cache:
         """Give this process's claim back."""
         files.release(self._claim(key))
 
+    def forget(self, key: str) -> None:
+        """Remove a claim on an entry that is there, if its owner is gone."""
+        files.clear_claim(self._claim(key))
+
     def take_over(self, key: str) -> None:
         """Remove a claim that nobody renews any more."""
         files.remove(self._claim(key))

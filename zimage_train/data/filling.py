@@ -69,8 +69,9 @@ def fill_latents(
     load_encoder: Callable[[], EncodePictures],
     tick: Tick,
     share: Share = ALONE,
+    batch_px: int = BATCH_PX,
 ) -> Tally:
-    """Encode every picture at every size that is not in the cache yet, those of one size together.
+    """Encode every picture at every size that is not in the cache yet, those of one size together up to `batch_px`.
 
     Raises:
         DataError: a picture changed since it was checked, or the VAE makes values of it that are not finite.
@@ -86,7 +87,7 @@ def fill_latents(
         for key in keys:
             alike.setdefault(jobs[key].size, []).append(key)
         for bucket, same in alike.items():
-            most = max(BATCH_PX // (bucket.width * bucket.height), 1)
+            most = max(batch_px // (bucket.width * bucket.height), 1)
             yield from (same[start : start + most] for start in range(0, len(same), most))
 
     def encode(encoder: EncodePictures, keys: list[str], done: Callable[[int, int], None]) -> Iterator[Made]:
@@ -154,6 +155,8 @@ class _Filling:
         for number, key in enumerate(sizes, 1):
             if self.cache.read(key) is None:
                 missing.append(key)
+            else:
+                self.cache.forget(key)
             self.tick(f"checking cached {self.what}", number, len(sizes))
         self.damaged = {key for key in missing if self.cache.has_file(key)}
         files.require_space(self.cache.folder, sum(sizes[key] for key in missing), f"cached {self.what}")
@@ -212,7 +215,8 @@ class _Filling:
                     seen[key] = (renewed, now)
             made += self._make(free)
             if not free:
-                self.tick(f"waiting for {self.what} that others encode", len(keys) - len(left), len(keys))
+                what = f"waiting for {self.what} that others encode (or have left, after {CLAIM_SECONDS:.0f} s)"
+                self.tick(what, len(keys) - len(left), len(keys))
                 time.sleep(POLL_SECONDS)
         return made
 

@@ -26,14 +26,16 @@ def plan_memory(checked: Checked, world: World, folder: RunFolder) -> Plan:
     """
     here = accelerator.here(world.device)
     budget = checked.config.memory.budget_gb
-    limit = distributed.least(world, here.limit_bytes) if isinstance(budget, str) else budget * 1e9
+    limit = distributed.least(world, here.limit_bytes)
+    if not isinstance(budget, str):
+        limit = min(limit, budget * 1e9)
     if checked.config.model.quantize == "auto":
         checked = replace(checked, config=quantized(checked.config, _planned_kind(folder)))
     is_gpu = world.device.type == "cuda"
     neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     plan = forecast.plan_for(checked, replace(here, limit_bytes=limit), is_gpu, neighbours)
     if not plan.fits and not isinstance(budget, str):
-        what = f"is {budget:g}, and the run takes {plan.peak.total / 1e9:.2f} GB (predicted)"
+        what = f"is {budget:g}, and the run takes {memory.in_words(plan.peak.total)} (predicted)"
         raise ConfigError(Problem("memory.budget_gb", what, preflight.less_memory(checked, limit, is_gpu)))
     return plan
 
@@ -56,7 +58,7 @@ def remarks(checked: Checked, plan: Plan) -> list[str]:
     found = []
     if not plan.fits:
         less = preflight.less_memory(checked, plan.limit_bytes, plan.job.gpu)
-        found.append(f"{plan.peak.total / 1e9:.2f} GB are predicted, more than the card has to give: {less}")
+        found.append(f"{memory.in_words(plan.peak.total)} are predicted, more than the card has to give: {less}")
     host, main = memory.host_bytes(plan.job, plan.form), preflight.system_memory_bytes()
     if host > planner.HOST_SHARE * main:
         found.append(f"memory.offload takes {host / 1e9:.1f} GB of {main / 1e9:.1f} GB of main memory; it may run out")

@@ -11,11 +11,13 @@ from typing import Any
 
 import torch
 
-from zimage_train import cards, files, forecast, measured, optim, tensorfile
+from zimage_train import cards, files, forecast, measured, memory, optim, tensorfile
 from zimage_train.assemble import recompute_as_planned
 from zimage_train.cards import Card
+from zimage_train.config.values import Mode
 from zimage_train.data.buckets import Bucket
 from zimage_train.data.plan import Item, MicroBatch
+from zimage_train.errors import DiskError
 from zimage_train.lora import files as lora_files
 from zimage_train.lora import loaders
 from zimage_train.memory import OPTIMIZER_BYTES, padded
@@ -33,11 +35,13 @@ def rehearse(run: Run) -> tuple[Run, Mapping[str, Any]]:
         ZImageTrainError: a checkpoint or a LoRA cannot be written and read back.
     """
     device = run.world.device
-    run.console.say("rehearsing the largest batch, a preview and a save")
+    run.console.say(
+        f"rehearsing {'the largest batches, a preview' if _draws(run) else 'the largest batches'} and a save"
+    )
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)  # what encoding and loading took is over
     with _room_for_the_optimizer(run):
-        plan, seconds = _largest_batch(run)
+        plan, seconds = _largest_batches(run)
         facts: dict[str, Any] = {"seconds": round(seconds, 3), "gb": gigabytes(device)}
         if run.world.is_main:
             _preview(run)
@@ -63,18 +67,41 @@ def gigabytes(device: torch.device) -> float | None:
     return round(torch.cuda.max_memory_allocated(device) / 1e9, 3) if device.type == "cuda" else None
 
 
-def _largest_batch(run: Run) -> tuple[Plan, float]:
-    """Seconds of its forward and backward; where memory runs out, with as much more recomputed as it takes."""
-    batch, plan = run.load(largest_samples(run)), run.memory
-    while isinstance(outcome := _attempt(run, batch), torch.OutOfMemoryError):
-        lighter = _recomputing_more(plan, _tokens(batch))
+def _largest_batches(run: Run) -> tuple[Plan, float]:
+    """The largest batch of every mode, and the seconds that they take; where memory runs out, more is recomputed.
+
+    The plan that comes back has held for all of them.
+    """
+    plan, seconds = run.memory, 0.0
+    held: set[tuple[Mode, int]] = set()
+    while (mode_and_samples := _untried(run, plan, held)) is not None:
+        mode, samples = mode_and_samples
+        outcome = _attempt(run, run.load(samples))
+        if not isinstance(outcome, torch.OutOfMemoryError):
+            held.add((mode, _tokens(run, samples)))
+            seconds = max(seconds, outcome)
+            continue
+        lighter = _recomputing_more(plan, _tokens(run, samples))
         if lighter is None:
             raise outcome
         plan = lighter
         torch.cuda.empty_cache()
         recompute_as_planned(run.frozen.model, plan, run.config.lora.dropout)
-        run.console.warn("the largest batch did not fit as planned: more is recomputed in this run")
-    return plan, outcome
+        run.console.warn("a batch did not fit as planned: more is recomputed in this run")
+    return plan, seconds
+
+
+def _untried(run: Run, plan: Plan, held: set[tuple[Mode, int]]) -> tuple[Mode, MicroBatch] | None:
+    """Of the largest batches, one for each mode of `plan`, the one predicted to take most that was not yet tried."""
+    largest: dict[Mode, MicroBatch] = {}
+    for samples in sorted(_full_batches(run), key=lambda one: _tokens(run, one)):
+        largest[plan.mode_of(_tokens(run, samples))] = samples
+    left = {mode: samples for mode, samples in largest.items() if (mode, _tokens(run, samples)) not in held}
+
+    def predicted(one: tuple[Mode, MicroBatch]) -> int:
+        return memory.step(plan.job, plan.form, one[0], _tokens(run, one[1])).total
+
+    return max(left.items(), key=predicted, default=None)
 
 
 def _attempt(run: Run, batch: Batch) -> float | torch.OutOfMemoryError:
@@ -87,27 +114,21 @@ def _attempt(run: Run, batch: Batch) -> float | torch.OutOfMemoryError:
         run.optimizer.zero_grad(set_to_none=True)
 
 
-def largest_samples(run: Run) -> MicroBatch:
-    """The micro-batch that takes most: of each size as many as one holds, with the longest captions."""
+def _full_batches(run: Run) -> list[MicroBatch]:
+    """Of each size as many samples as a micro-batch holds, with the longest captions."""
     alike: dict[tuple[Bucket, int], list[Item]] = {}
     for item in run.plan.items:
         alike.setdefault((item.size, run.plan.most_of(item)), []).append(item)
-    candidates = []
-    for (_, most), items in alike.items():
-        longest = sorted(items, key=lambda item: len(item.picture.longest))[-most:]
-        candidates.append(tuple(map(run.plan.whole, longest)))
-    return max(candidates, key=_weight)
+    by_length = {key: sorted(items, key=lambda item: len(item.picture.longest)) for key, items in alike.items()}
+    return [tuple(map(run.plan.whole, items[-most:])) for (_, most), items in by_length.items()]
 
 
-def _weight(samples: MicroBatch) -> tuple[int, int]:
-    size = samples[0].item.size
-    return len(samples) * size.width * size.height, max(len(sample.prompt) for sample in samples)
-
-
-def _tokens(batch: Batch) -> int:
+def _tokens(run: Run, samples: MicroBatch) -> int:
     """Of the joined sequence, as the blocks see it."""
-    number, _, height, width = batch.x0.shape
-    return number * (padded(height * width // 4) + max(padded(one.shape[0]) for one in batch.prompt_embeds))
+    size = samples[0].item.size
+    prompts = {text for one in samples for text in (one.prompt, one.held) if text is not None}
+    captions = max(padded(run.inputs.embeds(prompt).shape[0]) for prompt in prompts)
+    return len(samples) * (padded(size.width * size.height // 256) + captions)
 
 
 def _recomputing_more(plan: Plan, tokens: int) -> Plan | None:
@@ -134,11 +155,15 @@ def _step(run: Run, batch: Batch) -> float:
 
 def _preview(run: Run) -> None:
     """One step of the largest preview, and its decoding, unless pictures are drawn before step 1 anyway."""
-    recipes = [recipe for view in run.views for recipe in view.recipes]
-    if not recipes or (run.start == 0 and run.config.sample.first):
+    if not _draws(run):
         return
+    recipes = [recipe for view in run.views for recipe in view.recipes]
     largest = max(recipes, key=lambda one: one.width * one.height * (2 if one.guidance > 0 else 1))
     render(run.frozen, run.extras, [replace(largest, steps=1)], run.preview_embeds, lambda done, total: None)
+
+
+def _draws(run: Run) -> bool:
+    return any(view.recipes for view in run.views) and not (run.start == 0 and run.config.sample.first)
 
 
 def _save(run: Run) -> None:
@@ -160,13 +185,17 @@ def compare(run: Run, records: list[dict[str, Any]]) -> None:
     name = card.name if card else torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     steps = [(one["seconds"], _predicted_seconds(run, one["step"], card or cards.TYPICAL)) for one in records]
     predicted_gb = run.memory.peak.allocated / 1e9
+    name = measured.key(name, memory.parameters_of(run.frozen.shape))
     found = measured.measure(name, steps, gigabytes(device), predicted_gb)
     if found is None:
         return
-    memory = f", memory x{found.memory_ratio:.2f}" if found.memory_ratio is not None else ""
+    of_memory = f", memory x{found.memory_ratio:.2f}" if found.memory_ratio is not None else ""
     if card is not None:
-        run.console.say(f"measured {found.seconds:.2f} s a step: x{found.time_ratio:.2f} of the prediction{memory}")
-    measured.remember(forecast.memo(run.config), found)
+        run.console.say(f"measured {found.seconds:.2f} s a step: x{found.time_ratio:.2f} of the prediction{of_memory}")
+    try:
+        measured.remember(forecast.memo(run.config), found)
+    except DiskError as error:  # a memo: the run is worth more
+        run.console.warn(str(error))
 
 
 def _predicted_seconds(run: Run, step: int, card: Card) -> float:
