@@ -18,6 +18,7 @@ from zimage_train.errors import WeightsError
 from zimage_train.lora import adapter as adapters
 from zimage_train.preflight import examine
 from zimage_train.report import change, pictures
+from zimage_train.report.grid import CELL_PX
 from zimage_train.report.metrics import read
 from zimage_train.sampling.recipe import Recipe
 
@@ -84,7 +85,7 @@ def test_each_preview_is_drawn_on_the_other_model_too_and_training_does_not_noti
         assert np.abs(np.asarray(one).astype(int) - np.asarray(again).astype(int)).max() <= 1
 
     with Image.open(samples / "grid.png") as grid:
-        assert grid.width > 4 * pictures.CELL_PX  # two prompts, each on two models
+        assert grid.width > 4 * CELL_PX  # two prompts, each on two models
     assert f"a red circle (on {other})" in (folder(config) / "report.html").read_text()
     events = [one for one in read(folder(config) / "events.jsonl") if one["event"] == "preview"]
     assert ["sharpness_kept_also" in one for one in events] == [False, True, True]

@@ -17,7 +17,8 @@ PACKAGE = "zimage_train"
 LAYERS: list[list[str]] = [
     # 0: no equations, no models, nothing but the standard library, pydantic and yaml
     [
-        "zimage_train app config data lora mini model report sampling training",  # packages, empty but for a docstring
+        # packages, empty but for a docstring
+        "zimage_train app config config.aitoolkit data lora mini model report sampling training",
         "errors files model.headers model.digests",
         "errors model.shapes",
         "seeding",
@@ -25,7 +26,12 @@ LAYERS: list[list[str]] = [
         "weighting",
         "config.yaml_reader",
         "model.variants config.values config.section config.data config.schema",
-        "errors config.yaml_reader config.schema config.reading",
+        "errors config.yaml_reader config.schema config.reading config.variations",
+        "errors config.yaml_reader config.schema config.reading config.aitoolkit.job config.aitoolkit.convert",
+        "config.aitoolkit.rows config.aitoolkit.keys config.aitoolkit.job config.aitoolkit.optimizers",
+        "config.aitoolkit.keys config.aitoolkit.job config.aitoolkit.previews config.aitoolkit.convert",
+        "model.variants config.aitoolkit.job config.aitoolkit.parts config.aitoolkit.convert",
+        "config.aitoolkit.rows config.aitoolkit.optimizers config.aitoolkit.convert",
         "model.variants config.schema schedules config.advice",
     ],
     # 1: equations, pictures, names, where models are
@@ -52,10 +58,12 @@ LAYERS: list[list[str]] = [
         "checkpoint",
         "data.cache data.filling",
         "lora.files lora.attach lora.adapter",
+        "lora.files lora.attach lora.swap",
         "lora.files lora.loaders lora.anatomy",
         "measured",
         "cards memory flops planner",
-        "report.pictures report.change report.page",
+        "report.template report.grid report.pictures report.change report.page",
+        "report.template report.grid report.comparison",
         "report.heatmap",
         "report.trackers",
         "sampling.turbo",
@@ -77,6 +85,11 @@ LAYERS: list[list[str]] = [
         "training.run training.rehearsal app.train",
         "training.run_folder training.fit app.train",
         "app.sample app.train",
+        "training.run_folder app.compare",
+        "app.sample app.compare app.draw",
+        "training.run_folder app.draw",
+        "training.stopping training.run_folder app.train app.sweep",
+        "app.compare app.sweep",
         "training.stopping app.train",
         "training.run_folder training.views app.train",
         "training.validation training.publish app.train",
@@ -94,7 +107,9 @@ TORCH_FREE = [
     for line in (
         "zimage_train app config data lora mini model report sampling training errors files seeding weighting",
         "config.yaml_reader config.values config.section config.data config.schema config.advice config.reading",
-        "schedules",
+        "schedules config.variations report.template report.grid report.comparison app.compare",
+        "config.aitoolkit config.aitoolkit.rows config.aitoolkit.keys config.aitoolkit.job config.aitoolkit.optimizers",
+        "config.aitoolkit.previews config.aitoolkit.parts config.aitoolkit.convert",
         "model.variants model.headers model.shapes model.digests model.sources model.extras model.pinning",
         "data.buckets data.captions data.images data.looks data.masks data.folder data.plan data.quarantine",
         "lora.families lora.names lora.headers lora.metadata",

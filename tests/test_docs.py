@@ -103,6 +103,8 @@ def test_every_command_of_the_readme_runs(tmp_path: Path, shared_cache: Path, mo
     lora = str(tmp_path / "quickstart" / "lora" / "quickstart.safetensors")
     assert CliRunner().invoke(app, ["train", config, *options]).exit_code == 0
     words_for = {"CONFIG": config, "FILE": lora, "FILE=0.8": f"{lora}=0.8", "MODEL": str(mini.TURBO), "...": "a zorb"}
+    swept = tmp_path / "quickstart-sweep-rank" / "quickstart+rank_2"
+    words_for |= {"KEY=V1,V2": "lora.rank=2,4", "RUN_A": str(tmp_path / "quickstart"), "RUN_B": str(swept)}
     run = []
     for command in shown_commands():
         if command in NOT_RUN:
@@ -110,16 +112,18 @@ def test_every_command_of_the_readme_runs(tmp_path: Path, shared_cache: Path, mo
         program, *words = shlex.split(command)
         assert program == "zimage-train", command
         words = [words_for.get(word, word) for word in words]
-        if words[0] in ("train", "check", "cache", "timesteps"):
+        if words[0] in ("train", "check", "cache", "timesteps", "sweep"):
             words += options
         if words[:2] == ["lora", "verify"]:
             words += ["--model", str(mini.TURBO)]
         if words[0] == "sample":
             words += ["--dtype", "fp32", "--width", "64", "--height", "64", "-o", str(tmp_path / "drawn")]
+        if words[0] == "compare":
+            words += ["-o", str(tmp_path / "compared")]
         done = CliRunner().invoke(app, words)
         assert done.exit_code == 0, (command, done.output[-500:], done.exception)
         run.append(command)
-    assert len(run) == 9, run
+    assert len(run) == 11, run
 
 
 def test_pages_speak_of_no_machine():

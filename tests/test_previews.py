@@ -21,6 +21,7 @@ from zimage_train.cli import app
 from zimage_train.config.schema import Config
 from zimage_train.errors import DataError, ZImageTrainError
 from zimage_train.report import pictures
+from zimage_train.report.grid import CELL_PX
 from zimage_train.sampling.recipe import Recipe, previews, prompts_of
 
 STOCK = Path(__file__).parent / "stock_pipeline.py"
@@ -154,7 +155,7 @@ def test_the_grid_has_a_row_a_step_and_a_column_a_prompt(finished: Config):
     assert shown.labels == [recipe.prompt for recipe in previews(finished)]
     assert all(all(row) for row in shown.rows.values())
     with Image.open(folder / "grid.png") as grid:
-        assert grid.width > pictures.CELL_PX and grid.height > 2 * pictures.CELL_PX
+        assert grid.width > CELL_PX and grid.height > 2 * CELL_PX
 
 
 def test_the_command_that_a_run_ends_with_draws_its_last_preview_again(make_config, tmp_path: Path, capsys):

@@ -277,7 +277,7 @@ def test_the_largest_batch_of_every_mode_is_rehearsed_the_one_that_takes_most_fi
     monkeypatch.setattr(fit, "plan_memory", lambda *args: replace(planned(*args), limits=limits))
     data = [{"folder": str(mini.PICTURES), "resolution": [64, 128], "trigger": "zorb"}]
     train(make_config(data=data, train={"steps": 1, "batch_size": 1}), fresh=False)
-    assert len(seen) >= 2 and seen[0] <= 64 < seen[1]
+    assert len(seen) >= 2 and seen[0] < seen[1]
 
 
 def steps(ratio: float, count: int = 20) -> list[tuple[float, float]]:

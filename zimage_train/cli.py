@@ -36,22 +36,56 @@ Overrides = Annotated[
 ]
 
 
+Fresh = Annotated[bool, typer.Option("--fresh", help="Move an older run of this name aside and begin again.")]
+Allow = Annotated[
+    list[str] | None, typer.Option("--allow", metavar="KEY", help="Continue with a changed KEY, e.g. optimizer.lr.")
+]
+Negative = Annotated[str | None, typer.Option("--negative", help="Used where guidance is above 0.")]
+Seed = Annotated[
+    int | None, typer.Option("--seed", min=0, max=2**62, help="Prompt i is drawn with seed + i. Default: 42.")
+]
+Width = Annotated[int | None, typer.Option("--width", min=32, max=4096, help="Default: 1024.")]
+Height = Annotated[int | None, typer.Option("--height", min=32, max=4096, help="Default: 1024.")]
+Variant = Annotated[str, typer.Option("--variant", help="What a path or hub id is: turbo, deturbo or base.")]
+Extras = Annotated[str | None, typer.Option("--extras", help="Folder or hub id of text encoder and VAE.")]
+Dtype = Annotated[str, typer.Option("--dtype", help="bf16 or fp32.")]
+
+
 @app.command()
 def train(
     config: ConfigPath,
     set_: Overrides = None,
-    fresh: Annotated[
-        bool, typer.Option("--fresh", help="Move an older run of this name aside and begin again.")
-    ] = False,
-    allow: Annotated[
-        list[str] | None, typer.Option("--allow", metavar="KEY", help="Continue with a changed KEY, e.g. optimizer.lr.")
-    ] = None,
+    fresh: Fresh = False,
+    allow: Allow = None,
 ) -> None:
     """Train a LoRA; the same command continues a run that was stopped."""
     settings = read_config(config, set_ or [])
     from zimage_train.app.train import train as run
 
     run(settings, fresh, tuple(allow or ()))
+
+
+@app.command()
+def sweep(
+    config: ConfigPath,
+    vary: Annotated[
+        list[str],
+        typer.Option("--vary", metavar="KEY=V1,V2", help="A setting and its values. Repeatable: all combinations."),
+    ],
+    set_: Overrides = None,
+    fresh: Fresh = False,
+    allow: Allow = None,
+) -> None:
+    """Train one run for each value of a setting, with the same seed and caches, and compare them.
+
+    The same command continues a sweep that was stopped; values that are added later join what is there.
+    """
+    from zimage_train.config.variations import variations
+
+    runs = variations(config, set_ or [], vary)
+    from zimage_train.app.sweep import sweep as run_all
+
+    run_all(runs, fresh, tuple(allow or ()))
 
 
 @app.command()
@@ -119,56 +153,133 @@ def sample(
         typer.Option("--from", help="Draw by the prompt, size, seed and steps of this PNG; options beside it win."),
     ] = None,
     lora: Annotated[list[str] | None, typer.Option("--lora", metavar="FILE[=WEIGHT]", help="Repeatable.")] = None,
-    negative: Annotated[str | None, typer.Option("--negative", help="Used where guidance is above 0.")] = None,
-    seed: Annotated[
-        int | None, typer.Option("--seed", min=0, max=2**62, help="Prompt i is drawn with seed + i. Default: 42.")
-    ] = None,
-    width: Annotated[int | None, typer.Option("--width", min=32, max=4096, help="Default: 1024.")] = None,
-    height: Annotated[int | None, typer.Option("--height", min=32, max=4096, help="Default: 1024.")] = None,
+    negative: Negative = None,
+    seed: Seed = None,
+    width: Width = None,
+    height: Height = None,
     steps: Annotated[int | None, typer.Option("--steps", min=1, max=1000, help="Default: the variant's own.")] = None,
     guidance: Annotated[
         float | None, typer.Option("--guidance", min=0.0, help="g; the usual CFG scale is g + 1.")
     ] = None,
-    variant: Annotated[
-        str, typer.Option("--variant", help="What a path or hub id is: turbo, deturbo or base.")
-    ] = "turbo",
-    extras: Annotated[str | None, typer.Option("--extras", help="Folder or hub id of text encoder and VAE.")] = None,
-    dtype: Annotated[str, typer.Option("--dtype", help="bf16 or fp32.")] = "bf16",
+    variant: Variant = "turbo",
+    extras: Extras = None,
+    dtype: Dtype = "bf16",
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the pictures.")] = Path("samples"),
 ) -> None:
     """Sample pictures with any number of LoRAs; each LoRA must match in full."""
-    problems = [
-        Problem(f"--{name}", f"is {value}", "give a multiple of 16")
-        for name, value in (("width", width), ("height", height))
-        if value is not None and value % 16
-    ]
-    if not model:
-        problems.append(Problem("MODEL", "is empty", "give turbo, deturbo, base, a hub id, a folder or a .safetensors"))
+    problems = _size_problems(width, height)
     if bool(prompt) == bool(from_):
         what = "is given beside --from" if prompt else "is missing"
         problems.append(Problem("--prompt", what, "give prompts, or pictures to draw again with --from"))
-    if variant not in VARIANTS:
-        problems.append(Problem("--variant", f"is {variant!r}", f"give one of {', '.join(VARIANTS)}"))
-    if dtype not in ("bf16", "fp32"):
-        problems.append(Problem("--dtype", f"is {dtype!r}", "give bf16 or fp32"))
-    if problems:
-        raise ConfigError(*problems)
-    is_name = model in VARIANTS
-    settings = Model.model_validate(
-        {
-            "variant": model if is_name else variant,
-            "path": None if is_name else model,
-            "extras": extras,
-            "adapter": None,
-            "dtype": dtype,
-        }
-    )
+    settings = _models([model], "MODEL", variant, extras, dtype, problems)[0]
     from zimage_train.app import sample as sampling
 
     asked = sampling.Asked(negative, seed, width, height, steps, guidance)
     recipes = sampling.recipes_of(asked, from_) if from_ else sampling.recipes_for(asked, settings, prompt or [])
     _print(sampling.said_of(from_ or []))
     sampling.sample(settings, [sampling.parse_lora(text) for text in lora or []], recipes, output)
+
+
+@app.command()
+def compare(
+    inputs: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN_OR_LORA", help="Run folders, LoRA files, a sweep's folder.", show_default=False),
+    ],
+    by: Annotated[
+        str | None,
+        typer.Option(
+            "--by", help="What the columns are: run, step, prompt, model, LoRA, strength, sampling, a setting."
+        ),
+    ] = None,
+    prompt: Annotated[list[str] | None, typer.Option("--prompt", help="Draw this with every LoRA. Repeatable.")] = None,
+    strength: Annotated[
+        str | None, typer.Option("--strength", help="Weights of each LoRA; 0 is the bare model. Default: 0,1.")
+    ] = None,
+    sampling: Annotated[
+        str | None,
+        typer.Option("--sampling", metavar="STEPS:G,...", help="E.g. 8:0,30:1. Default: the variant's own."),
+    ] = None,
+    model: Annotated[
+        list[str] | None, typer.Option("--model", help="As in sample. Default: turbo. Repeatable.", show_default=False)
+    ] = None,
+    negative: Negative = None,
+    seed: Seed = None,
+    width: Width = None,
+    height: Height = None,
+    variant: Variant = "turbo",
+    extras: Extras = None,
+    dtype: Dtype = "bf16",
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for grid, page, pictures.")] = Path("compare"),
+) -> None:
+    """Put runs or LoRAs side by side: one labelled grid, and one page with a slider and zoom.
+
+    Runs alone are compared by the previews that they have. With --prompt, or with a LoRA file, pictures are drawn: a
+    run then stands for its LoRA.
+    """
+    drawing = {"--strength": strength, "--sampling": sampling, "--model": model, "--negative": negative, "--seed": seed}
+    drawing |= {"--width": width, "--height": height, "--extras": extras}
+    drawing |= {"--variant": None if variant == "turbo" else variant, "--dtype": None if dtype == "bf16" else dtype}
+    given = [name for name, value in drawing.items() if value is not None]
+    has_files = any(path.is_file() for path in inputs)
+    if not prompt and not given and not has_files:
+        from zimage_train.app import compare as comparing
+
+        _print(comparing.compare(inputs, by, output))
+        return
+    problems = _size_problems(width, height)
+    if not prompt:
+        why = "LoRA files have no pictures to compare" if has_files else f"{given[0]} is for drawing"
+        problems.append(Problem("--prompt", f"is missing, and {why}", "say what to draw, or give run folders alone"))
+    models = _models(model or ["turbo"], "--model", variant, extras, dtype, problems)
+    from zimage_train.app import draw
+
+    asked = draw.Asked(negative, seed, width, height, None, None)
+    strengths, samplings = draw.parse_strengths(strength or "0,1"), draw.parse_samplings(sampling) if sampling else []
+    wanted = draw.Wanted(models, draw.lora_files(inputs), strengths, samplings, prompt or [], asked)
+    _print(draw.draw(wanted, by, output))
+
+
+def _size_problems(width: int | None, height: int | None) -> list[Problem]:
+    sizes = (("width", width), ("height", height))
+    return [
+        Problem(f"--{name}", f"is {value}", "give a multiple of 16")
+        for name, value in sizes
+        if value is not None and value % 16
+    ]
+
+
+def _models(
+    names: list[str], where: str, variant: str, extras: str | None, dtype: str, problems: list[Problem]
+) -> list[Model]:
+    """The models of these names, as options beside them describe them.
+
+    Raises:
+        ConfigError: lists `problems`, and what is wrong with these.
+    """
+    found = list(problems)
+    if not all(names):
+        found.append(Problem(where, "is empty", "give turbo, deturbo, base, a hub id, a folder or a .safetensors"))
+    if len(set(names)) < len(names):
+        found.append(Problem(where, "is given twice with one value", "leave one out"))
+    if variant not in VARIANTS:
+        found.append(Problem("--variant", f"is {variant!r}", f"give one of {', '.join(VARIANTS)}"))
+    if dtype not in ("bf16", "fp32"):
+        found.append(Problem("--dtype", f"is {dtype!r}", "give bf16 or fp32"))
+    if found:
+        raise ConfigError(*found)
+    return [
+        Model.model_validate(
+            {
+                "variant": name if name in VARIANTS else variant,
+                "path": None if name in VARIANTS else name,
+                "extras": extras,
+                "adapter": None,
+                "dtype": dtype,
+            }
+        )
+        for name in names
+    ]
 
 
 @lora_commands.command()

@@ -5,27 +5,31 @@ import shlex
 import shutil
 import sys
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL.Image import Image
+from torch import Tensor
 
 from zimage_train import accelerator, distributed, encoding, files, planner, preflight
-from zimage_train.assemble import assemble
+from zimage_train.assemble import Frozen, assemble
 from zimage_train.config.schema import Config, Model
 from zimage_train.errors import ConfigError, Problem
-from zimage_train.lora import attach
+from zimage_train.lora import attach, swap
 from zimage_train.lora import files as lora_files
 from zimage_train.lora.files import Lora
 from zimage_train.memory import Form, Job
 from zimage_train.model import sources
 from zimage_train.model.shapes import TransformerShape
+from zimage_train.model.sources import Sources
 from zimage_train.model.variants import VARIANTS
 from zimage_train.planner import Wanted
 from zimage_train.report import pictures
 from zimage_train.report.console import Console
-from zimage_train.sampling.previews import render
+from zimage_train.sampling.previews import Tick, render
 from zimage_train.sampling.recipe import Recipe, previews, prompts_of
 
 LARGEST_WEIGHT = 100.0
@@ -87,29 +91,73 @@ def sample(model: Model, loras: list[WeightedLora], recipes: list[Recipe], outpu
 def _sample(model: Model, loras: list[WeightedLora], recipes: list[Recipe], output: Path) -> None:
     console = Console()
     files.require_folder(output)
-    device = distributed.join().device
+    found, shape = located(model)
+    read = [(read_lora(one.path, shape), one.weight) for one in loras]
+    for one, (lora, _) in zip(loras, read, strict=True):
+        console.say(f"{one.path}: matched {len(lora)}/{len(lora)} modules, weight {one.weight:g}")
+    stacked = attach.stack(read)
+    loaded = load(model, found, shape, stacked, recipes, console)
+    with console.live(), swap.attached(loaded.frozen.model, stacked):
+        images = loaded.draw(recipes, lambda done, total: console.tick("sampling", done, total))
+    for image, recipe in zip(images, recipes, strict=True):
+        path = _free_path(output, recipe.seed)
+        pictures.save(path, image, recipe, drawn_by(model, loras))
+        console.say(f"{path}  {recipe.steps} steps, guidance {recipe.guidance:g} (CFG {recipe.guidance + 1:g})")
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model that is ready to draw, and the prompts that it may be asked for."""
+
+    frozen: Frozen
+    extras: Path
+    embeds: Mapping[str, Tensor]
+
+    def draw(self, recipes: list[Recipe], tick: Tick) -> list[Image]:
+        """One picture a recipe, with the LoRA that is attached now."""
+        return render(self.frozen, self.extras, recipes, self.embeds, tick)
+
+
+def located(model: Model) -> tuple[Sources, TransformerShape]:
+    """Where the parts of `model` are, downloaded if need be, and its shape.
+
+    Raises:
+        WeightsError: a part of it is not to be had, or is something else.
+    """
     found = sources.locate(model.model_copy(update={"adapter": None}))
-    shape, _ = sources.transformer_tensors(found.transformer)
-    stacked = _stack(loras, shape, console)
+    return found, sources.transformer_tensors(found.transformer)[0]
+
+
+def read_lora(path: Path, *shapes: TransformerShape) -> Lora:
+    """The LoRA at `path`, all of which fits each model of these shapes.
+
+    Raises:
+        WeightsError: it does not, or is no LoRA.
+    """
+    lora = lora_files.read(path)
+    for shape in shapes:
+        lora_files.require_modules(path, lora, shape.linears)
+    return lora
+
+
+def load(
+    model: Model, found: Sources, shape: TransformerShape, largest: Lora, recipes: list[Recipe], console: Console
+) -> Loaded:
+    """Encode the prompts of `recipes`, then load the transformer, so that LoRAs up to `largest` fit the device too."""
+    device = distributed.join().device
     encode = encoding.prompt_encoder(found.extras, device, model.dtype)
     embeds = dict(encode(prompts_of(recipes), lambda done, total: None))
     del encode
-    form = _form(shape, model, stacked, recipes, device)
+    form = _form(shape, model, largest, recipes, device)
     if form.streamed:
         console.say(f"{form.streamed} of {shape.n_layers} blocks are streamed, to fit this card")
-    frozen = assemble(found.transformer, None, model.dtype, device, None, form.streamed)
-    if stacked:
-        attach.attach_fixed(frozen.model, stacked)
-    with console.live():
-        images = render(
-            frozen, found.extras, recipes, embeds, lambda done, total: console.tick("sampling", done, total)
-        )
+    return Loaded(assemble(found.transformer, None, model.dtype, device, None, form.streamed), found.extras, embeds)
+
+
+def drawn_by(model: Model, loras: list[WeightedLora]) -> str:
+    """What a picture says of the model and the LoRAs that drew it."""
     used = " and ".join(f"{one.path.name}={one.weight:g}" for one in loras) or "no LoRA"
-    drawn_by = f"{model.path or model.variant} in {model.dtype} with {used}"
-    for image, recipe in zip(images, recipes, strict=True):
-        path = _free_path(output, recipe.seed)
-        pictures.save(path, image, recipe, drawn_by)
-        console.say(f"{path}  {recipe.steps} steps, guidance {recipe.guidance:g} (CFG {recipe.guidance + 1:g})")
+    return f"{model.path or model.variant} in {model.dtype} with {used}"
 
 
 def recipes_for(asked: Asked, model: Model, prompts: list[str]) -> list[Recipe]:
@@ -181,16 +229,6 @@ def _form(shape: TransformerShape, model: Model, lora: Lora, recipes: list[Recip
     )
     wanted = Wanted((None,), None, None)
     return planner.choose(job, wanted, here.limit_bytes, preflight.system_memory_bytes(), here.card).form
-
-
-def _stack(loras: list[WeightedLora], shape: TransformerShape, console: Console) -> Lora:
-    loaded = []
-    for one in loras:
-        lora = lora_files.read(one.path)
-        lora_files.require_modules(one.path, lora, shape.linears)
-        console.say(f"{one.path}: matched {len(lora)}/{len(lora)} modules, weight {one.weight:g}")
-        loaded.append((lora, one.weight))
-    return attach.stack(loaded)
 
 
 def _free_path(folder: Path, seed: int) -> Path:

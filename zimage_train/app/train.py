@@ -22,11 +22,11 @@ from zimage_train.training.loop import train as run_loop
 from zimage_train.training.publish import is_complete, write_report
 from zimage_train.training.rehearsal import compare, rehearse
 from zimage_train.training.run_folder import RunFolder
-from zimage_train.training.stopping import stop_on_signals
+from zimage_train.training.stopping import StopRequest, stop_on_signals
 from zimage_train.training.validation import say_best
 
 
-def train(config: Config, fresh: bool, allow: tuple[str, ...] = ()) -> None:
+def train(config: Config, fresh: bool, allow: tuple[str, ...] = (), stop: StopRequest | None = None) -> None:
     """Train `config` to its end, or continue what an earlier start of it left, with the changes that `allow` names.
 
     Raises:
@@ -35,10 +35,10 @@ def train(config: Config, fresh: bool, allow: tuple[str, ...] = ()) -> None:
     run_folder.require_allowable(allow)
     world = distributed.join()
     console = Console(world.is_main)
-    checked = _examine(config, world)
+    checked = examine(config, world)
     folder = run_folder.of(config)
     with contextlib.ExitStack() as stack:
-        stop = stack.enter_context(stop_on_signals())
+        stop = stop or stack.enter_context(stop_on_signals())  # a sweep has its own
         if world.is_main:
             if fresh and folder.root.exists():
                 _move_aside(folder, console)
@@ -115,8 +115,12 @@ def _move_aside(folder: RunFolder, console: Console) -> None:
     console.say(f"--fresh: the old run is now {files.set_aside(folder.root, '.old')}")
 
 
-def _examine(config: Config, world: World) -> Checked:
-    """All of `check`; without a GPU the published models are not downloaded only to be refused."""
+def examine(config: Config, world: World) -> Checked:
+    """All of `check`; without a GPU the published models are not downloaded only to be refused.
+
+    Raises:
+        ZImageTrainError: every problem found.
+    """
     is_useless = world.device.type == "cpu" and config.model.path is None
     checked = preflight.examine(config, cached_only if is_useless else download, processes=world.processes)
     shape = checked.weights.shape if checked.weights else TransformerShape()

@@ -6,20 +6,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, select_autoescape
 from PIL import Image
 
 from zimage_train import files
-from zimage_train.report import change, metrics
+from zimage_train.report import change, metrics, template
 from zimage_train.report.pictures import Table
 
 THUMBNAIL_PX = 320
 CHART_WIDTH, CHART_HEIGHT = 860, 240
 SMOOTHING_POINTS = 400
-
-_environment = Environment(
-    loader=PackageLoader("zimage_train", "report"), autoescape=select_autoescape(default=True), trim_blocks=True
-)
 
 
 def write(
@@ -41,7 +36,8 @@ def write(
     rows, labels = _preview_rows(shown)
     found = change.changes(own, triggers) if own else []
     remark = change.remark(found[-1], steps) if found else None
-    page = _environment.get_template("page.html").render(
+    page = template.fill(
+        "page.html",
         name=name,
         facts=facts,
         last=records[-1] if records else None,

@@ -4,19 +4,17 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from zimage_train import files
 from zimage_train.errors import DataError, Problem
+from zimage_train.report import grid
 from zimage_train.sampling.recipe import Recipe
 
 NAME = re.compile(r"(\d{6,})-(\d{2,})\.png")
 RECIPE = "zimage_train.recipe"
 DRAWN_BY = "zimage_train.drawn_by"
-CELL_PX = 256
-MARGIN_PX = 8
-LABEL_PX = 22
 
 
 def path_of(folder: Path, step: int, index: int) -> Path:
@@ -122,22 +120,7 @@ def save_grid(path: Path, shown: Table) -> None:
     """
     if not shown.rows:
         return
-    font = ImageFont.load_default(14)
-    width = 90 + len(shown.labels) * (CELL_PX + MARGIN_PX)
-    height = LABEL_PX + MARGIN_PX + len(shown.rows) * (CELL_PX + MARGIN_PX)
-    grid = Image.new("RGB", (width, height), "white")
-    draw = ImageDraw.Draw(grid)
-    for column, prompt in enumerate(shown.labels):
-        draw.text((90 + column * (CELL_PX + MARGIN_PX), 4), _shortened(prompt, font), fill="black", font=font)
-    for row, (step, paths) in enumerate(shown.rows.items()):
-        top = LABEL_PX + MARGIN_PX + row * (CELL_PX + MARGIN_PX)
-        draw.text((6, top + CELL_PX // 2), f"step {step}", fill="black", font=font)
-        for column, one in enumerate(paths):
-            if one is not None:
-                with Image.open(one) as image:
-                    grid.paste(_scaled(image), (90 + column * (CELL_PX + MARGIN_PX), top))
-    with files.replacing(path) as file:
-        grid.save(file, format="PNG")
+    grid.save(path, shown.labels, [(f"step {step}", paths) for step, paths in shown.rows.items()])
 
 
 def _recipe(texts: dict[str, str]) -> Recipe | None:
@@ -155,19 +138,3 @@ def _texts(path: Path) -> dict[str, str]:
             return dict(getattr(image, "text", {}))
     except (OSError, SyntaxError, ValueError):
         return {}
-
-
-def _scaled(image: Image.Image) -> Image.Image:
-    """The picture with its longer side at the size of a cell; small ones are enlarged without blur."""
-    factor = CELL_PX / max(image.size)
-    method = Image.Resampling.NEAREST if factor > 1 else Image.Resampling.LANCZOS
-    return image.resize((round(image.width * factor), round(image.height * factor)), method)
-
-
-def _shortened(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
-    text = " ".join(text.split())
-    if font.getlength(text) <= CELL_PX:
-        return text
-    while text and font.getlength(text + "...") > CELL_PX:
-        text = text[:-1]
-    return text + "..."

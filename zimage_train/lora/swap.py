@@ -1,0 +1,31 @@
+"""One LoRA after the other on a model that is loaded once; in between it is the bare model again."""
+
+import contextlib
+from collections.abc import Iterator
+
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from zimage_train.lora import attach
+from zimage_train.lora.files import Lora
+
+
+@contextlib.contextmanager
+def attached(model: nn.Module, lora: Lora) -> Iterator[None]:
+    """Within the block `lora` is on `model`; after it every module is the very one that was there before."""
+    if lora:
+        attach.attach_fixed(model, lora)
+    try:
+        yield
+    finally:
+        _detach(model)
+
+
+def _detach(model: nn.Module) -> None:
+    """Put the frozen modules back in place of those that surround them, and forget what peft noted on the model."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, LoraLayer):
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, module.get_base_layer())
+    if hasattr(model, "peft_config"):
+        del model.peft_config
