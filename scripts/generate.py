@@ -20,6 +20,8 @@ from typer.testing import CliRunner
 from zimage_train import cli
 from zimage_train.cards import CARDS
 from zimage_train.config import yaml_reader
+from zimage_train.config.aitoolkit import keys
+from zimage_train.config.aitoolkit.rows import OFF, Mapped, NoEffect, Ours, Row
 from zimage_train.config.schema import Config, Prompt
 from zimage_train.data.buckets import Bucket
 from zimage_train.forecast import MODES_IN_WORDS
@@ -82,8 +84,8 @@ def _section(section: BaseModel, indent: str) -> list[str]:
             dumped = yaml_reader.dump({name: section.model_dump(include={name})[name]})
             lines += [indent + line for line in dumped.splitlines()]
         if name == "prompts":
-            keys = {key: _one_line(prompt.description or "") for key, prompt in Prompt.model_fields.items()}
-            lines += [f"{indent}#   {key}: {text}" for key, text in keys.items()]
+            fields = {key: _one_line(prompt.description or "") for key, prompt in Prompt.model_fields.items()}
+            lines += [f"{indent}#   {key}: {text}" for key, text in fields.items()]
         if not indent:
             lines.append("")
     return lines
@@ -133,6 +135,40 @@ def _commands(group: Any) -> list[list[str]]:
     for name, one in group.commands.items():
         found += [[name, *rest] for rest in _commands(one)] if hasattr(one, "commands") else [[name]]
     return found
+
+
+AITOOLKIT_TABLE = "## Every key"
+
+
+def aitoolkit_md() -> str:
+    """The page about jobs of AI Toolkit: its text as it is, and the table of keys."""
+    text = (ROOT / "docs/aitoolkit.md").read_text(encoding="utf-8").partition(AITOOLKIT_TABLE)[0]
+    lines = [text + AITOOLKIT_TABLE, "", f"{NOTICE} Keys stand below `config.process`; `[]` is each entry of a list."]
+    sections = {key: key.rpartition(".")[0] for key in keys.KEYS}
+    for section in dict.fromkeys(sections.values()):
+        title = f"`{section}`" if section else "The job"
+        lines += ["", f"### {title}", "", "| key | default there | here |", "|---|---|---|"]
+        for key in (key for key in keys.KEYS if sections[key] == section):
+            row = keys.KEYS[key]
+            default = f"`{json.dumps(row.default)}`" if isinstance(row, Mapped) and row.default is not None else ""
+            lines.append(f"| `{key}` | {default} | {_fate(row)} |")
+    lines += ["", "### Flags of prompts", "", "| flag | here |", "|---|---|"]
+    lines += [f"| `--{flag}` | {_fate(keys.KEYS[f'sample.samples[].{name}'])} |" for flag, name in keys.FLAGS.items()]
+    lines += [f"| `--{flag}` | left out: {why} |" for flag, why in keys.FLAGS_LEFT_OUT.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _fate(row: Row) -> str:
+    """What becomes of a key of AI Toolkit."""
+    if isinstance(row, Mapped):
+        to = ", ".join(f"`{name}`" for name in filter(None, row.to.split(", ")))
+        return ": ".join(filter(None, [to, row.remark.replace("|", "/")]))
+    if isinstance(row, NoEffect):
+        return f"no effect there either: {row.why}"
+    if isinstance(row, Ours):
+        return f"left out: {row.why}"
+    passing = [] if row.neutral == OFF else [f"`{json.dumps(value)}`" for value in row.neutral]
+    return f"refused, but for {', '.join(passing)}: {row.why}" if passing else f"refused: {row.why}; {row.todo}"
 
 
 def readme() -> str:
@@ -215,6 +251,7 @@ GENERATED: dict[str, Callable[[], str]] = {
     "README.md": readme,
     "docs/config.md": config_md,
     "docs/commands.md": cli_md,
+    "docs/aitoolkit.md": aitoolkit_md,
 }
 
 

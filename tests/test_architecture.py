@@ -98,7 +98,7 @@ LAYERS: list[list[str]] = [
         "app.timesteps app.lora app.check",
     ],
     # 5: the command line
-    ["cli __main__"],
+    ["printing cli_lora cli __main__"],
 ]
 """Layers from the bottom. A module imports from lower layers, and from those before it in a line of its own layer."""
 
@@ -115,7 +115,8 @@ TORCH_FREE = [
         "lora.families lora.names lora.headers lora.metadata",
         "sampling.recipe sampling.workflow report.metrics report.console report.pictures report.change report.page",
         "report.heatmap report.trackers measured cards memory flops planner mini.world",
-        "preflight forecast app.check training.stopping training.run_folder training.views cli __main__",
+        "preflight forecast app.check training.stopping training.run_folder training.views",
+        "printing cli_lora cli __main__",
     )
     for module in line.split()
 ]
@@ -126,6 +127,7 @@ HEAVY = {"torch", "diffusers", "transformers", "accelerate", "peft", "bitsandbyt
 LATE = {
     ("cli", PACKAGE): "--help, check and config errors do not load torch",
     ("cli", "json"): "only for --json",
+    ("cli_lora", PACKAGE): "as cli",
     ("seeding", "torch"): "keys are used without torch; only a generator needs it",
     ("model.sources", "huggingface_hub"): "local paths never need the hub",
     ("optim", "bitsandbytes"): "an optional dependency: works without it until it is asked for",

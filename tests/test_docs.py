@@ -105,6 +105,7 @@ def test_every_command_of_the_readme_runs(tmp_path: Path, shared_cache: Path, mo
     words_for = {"CONFIG": config, "FILE": lora, "FILE=0.8": f"{lora}=0.8", "MODEL": str(mini.TURBO), "...": "a zorb"}
     swept = tmp_path / "quickstart-sweep-rank" / "quickstart+rank_2"
     words_for |= {"KEY=V1,V2": "lora.rank=2,4", "RUN_A": str(tmp_path / "quickstart"), "RUN_B": str(swept)}
+    words_for["JOB.yaml"] = str(ROOT / "tests" / "aitoolkit_jobs" / "turbo.yaml")
     run = []
     for command in shown_commands():
         if command in NOT_RUN:
@@ -123,7 +124,7 @@ def test_every_command_of_the_readme_runs(tmp_path: Path, shared_cache: Path, mo
         done = CliRunner().invoke(app, words)
         assert done.exit_code == 0, (command, done.output[-500:], done.exception)
         run.append(command)
-    assert len(run) == 11, run
+    assert len(run) == 12, run
 
 
 def test_pages_speak_of_no_machine():

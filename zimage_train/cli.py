@@ -10,11 +10,13 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from zimage_train import __version__
-from zimage_train.config.reading import read_config
-from zimage_train.config.schema import Model
+from zimage_train import __version__, files
+from zimage_train.cli_lora import lora_commands
+from zimage_train.config.aitoolkit.convert import read_any, read_only_job, written
+from zimage_train.config.schema import Config, Model
 from zimage_train.errors import ConfigError, DiskError, Problem, ZImageTrainError
 from zimage_train.model.variants import VARIANTS
+from zimage_train.printing import print_lines, silence
 
 app = typer.Typer(
     name="zimage-train",
@@ -25,11 +27,13 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-lora_commands = typer.Typer(help="Look into LoRA files.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(lora_commands, name="lora")
 
-LoraPath = Annotated[Path, typer.Argument(metavar="FILE", help="A LoRA .safetensors.", show_default=False)]
-ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="The YAML file.", show_default=False)]
+ConfigPath = Annotated[
+    Path,
+    typer.Argument(metavar="CONFIG", help="The YAML file, or a job of AI Toolkit (YAML or JSON).", show_default=False),
+]
+JobPath = Annotated[Path, typer.Argument(metavar="JOB", help="The YAML or JSON file.", show_default=False)]
 Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=YAML", help="Override a setting, e.g. --set train.steps=100. Repeatable."),
@@ -59,7 +63,7 @@ def train(
     allow: Allow = None,
 ) -> None:
     """Train a LoRA; the same command continues a run that was stopped."""
-    settings = read_config(config, set_ or [])
+    settings = _read(config, set_)
     from zimage_train.app.train import train as run
 
     run(settings, fresh, tuple(allow or ()))
@@ -104,7 +108,7 @@ def check(
 
     Writes nothing but, into the cache folder, what it saw of each picture, so that the next time takes seconds.
     """
-    settings = read_config(config, set_ or [])
+    settings = _read(config, set_)
     from zimage_train import preflight
     from zimage_train.app import check as checking
     from zimage_train.data.quarantine import move_rejected
@@ -114,16 +118,16 @@ def check(
     hourly = None if price is None else checking.parse_price(price)
     console = Console(is_main=sys.stderr is not None and sys.stderr.isatty(), stream=sys.stderr)
     if quarantine:
-        _print(move_rejected(settings))
+        print_lines(move_rejected(settings))
     with console.live():
         checked = preflight.examine(settings, cached_only, console.tick)
-    _print(checking.report(checked, gpu, hourly))
+    print_lines(checking.report(checked, gpu, hourly))
 
 
 @app.command()
 def cache(config: ConfigPath, set_: Overrides = None) -> None:
     """Encode pictures and captions into the caches, and do nothing else."""
-    settings = read_config(config, set_ or [])
+    settings = _read(config, set_)
     from zimage_train.app.train import cache as fill
 
     fill(settings)
@@ -136,12 +140,12 @@ def timesteps(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of a picture.")] = False,
 ) -> None:
     """Show the sigma density and the loss weights that a config trains on."""
-    settings = read_config(config, set_ or [])
+    settings = _read(config, set_)
     import json
 
     from zimage_train.app import timesteps as describing
 
-    _print([json.dumps(describing.describe(settings))] if as_json else describing.picture(settings))
+    print_lines([json.dumps(describing.describe(settings))] if as_json else describing.picture(settings))
 
 
 @app.command()
@@ -176,7 +180,7 @@ def sample(
 
     asked = sampling.Asked(negative, seed, width, height, steps, guidance)
     recipes = sampling.recipes_of(asked, from_) if from_ else sampling.recipes_for(asked, settings, prompt or [])
-    _print(sampling.said_of(from_ or []))
+    print_lines(sampling.said_of(from_ or []))
     sampling.sample(settings, [sampling.parse_lora(text) for text in lora or []], recipes, output)
 
 
@@ -225,7 +229,7 @@ def compare(
     if not prompt and not given and not has_files:
         from zimage_train.app import compare as comparing
 
-        _print(comparing.compare(inputs, by, output))
+        print_lines(comparing.compare(inputs, by, output))
         return
     problems = _size_problems(width, height)
     if not prompt:
@@ -237,7 +241,7 @@ def compare(
     asked = draw.Asked(negative, seed, width, height, None, None)
     strengths, samplings = draw.parse_strengths(strength or "0,1"), draw.parse_samplings(sampling) if sampling else []
     wanted = draw.Wanted(models, draw.lora_files(inputs), strengths, samplings, prompt or [], asked)
-    _print(draw.draw(wanted, by, output))
+    print_lines(draw.draw(wanted, by, output))
 
 
 def _size_problems(width: int | None, height: int | None) -> list[Problem]:
@@ -282,28 +286,27 @@ def _models(
     ]
 
 
-@lora_commands.command()
-def verify(
-    file: LoraPath,
-    model: Annotated[
-        str | None, typer.Option("--model", help="Hold it against this folder or file. Default: the 6 B model.")
+@app.command("import")
+def import_(
+    job: JobPath,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="CONFIG", help="The file to write. Default: the terminal.")
     ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Write over a file that is there.")] = False,
 ) -> None:
-    """Prove that diffusers and ComfyUI load all of a LoRA, and the same change."""
-    from zimage_train.app import lora
+    """Write the config that a job of AI Toolkit becomes, with every setting.
 
-    _print(lora.verify(file, model))
-
-
-@lora_commands.command()
-def inspect(
-    file: LoraPath,
-    picture: Annotated[Path | None, typer.Option("--picture", help="Also draw a heat map into this PNG.")] = None,
-) -> None:
-    """Show layout, rank, alpha, modules, how much each of them changes, and metadata."""
-    from zimage_train.app import lora
-
-    _print(lora.inspect(file, picture))
+    Keys that cannot be honoured are refused, all at once; what else is worth knowing is said line by line.
+    """
+    settings, notes = read_only_job(job)
+    if output is not None and output.exists() and not force:
+        raise ConfigError(Problem(str(output), "exists", "give another name, or --force"))
+    text = written(settings, notes, job)
+    _note(notes)
+    if output is None:
+        print_lines([text.rstrip()])
+    else:
+        files.write_text(output, text)
 
 
 @app.callback(invoke_without_command=True)
@@ -311,7 +314,7 @@ def top(
     version: Annotated[bool, typer.Option("--version", help="Show the version.", is_eager=True)] = False,
 ) -> None:
     if version:
-        _print([f"zimage-train {__version__}"])
+        print_lines([f"zimage-train {__version__}"])
         raise typer.Exit
 
 
@@ -328,9 +331,23 @@ def main() -> None:
         if error.errno == errno.ENAMETOOLONG:
             _fail(ConfigError(Problem(str(error.filename)[:60] + "...", "is too long for a path", "check the path")))
         if error.filename is None and error.errno in (errno.ENOSPC, errno.EPIPE, errno.EIO):
-            _silence()
+            silence()
             _fail(DiskError(Problem("standard output", f"cannot be written ({error.strerror})")))
         raise
+
+
+def _read(path: Path, overrides: list[str] | None) -> Config:
+    settings, notes = read_any(path, overrides or [])
+    _note(notes)
+    return settings
+
+
+def _note(notes: list[str]) -> None:
+    if os.environ.get("RANK", "0") != "0":
+        return
+    with contextlib.suppress(OSError, AttributeError):  # nobody has to listen
+        for note in notes:
+            print(f"note: {note}", file=sys.stderr)
 
 
 def _fail(error: ZImageTrainError) -> NoReturn:
@@ -339,24 +356,6 @@ def _fail(error: ZImageTrainError) -> NoReturn:
         for problem in error.problems:
             print(f"process {rank}: {problem}" if rank != "0" else problem, file=sys.stderr)
     sys.exit(error.exit_code)
-
-
-def _silence() -> None:
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _print(lines: list[str]) -> None:
-    """Print what a command is there to print; who closes the pipe has seen enough.
-
-    Raises:
-        DiskError: it can be written nowhere.
-    """
-    try:
-        print("\n".join(lines), flush=True)
-    except OSError as error:
-        _silence()
-        if not isinstance(error, BrokenPipeError):
-            raise DiskError(Problem("standard output", f"cannot be written ({error.strerror})")) from error
 
 
 if __name__ == "__main__":

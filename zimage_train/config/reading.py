@@ -2,6 +2,7 @@
 
 import difflib
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -83,8 +84,16 @@ def read_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         ConfigError: lists every problem as `file:line: key: what was found; what to do`.
     """
-    document = _read_document(path)
-    problems = [_yaml_problem(path, problem) for problem in document.problems]
+    return settle(path, parse(path, read_text(path)), overrides)
+
+
+def settle(path: Path, document: Document, overrides: Sequence[str], found: Sequence[Problem] = ()) -> Config:
+    """Apply `key=YAML` overrides to a document that came from `path`, and check everything.
+
+    Raises:
+        ConfigError: lists every problem, and those that were `found` before.
+    """
+    problems = [yaml_problem(path, problem) for problem in document.problems]
     if document.value is None:
         raise ConfigError(Problem(str(path), "is empty", "see configs/quickstart.yaml for a start"))
     if not isinstance(document.value, dict):
@@ -98,9 +107,8 @@ def read_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     def where(key_path: KeyPath) -> str:
         return _where(path, document, origins, key_path)
 
-    config, found = validate(document.value, where)
-    lines = {where(key_path): line for key_path, line in document.lines.items()}
-    problems += sorted(found, key=lambda problem: lines.get(problem.where, 0))
+    config, wrong = validate(document.value, where)
+    problems += sorted([*found, *wrong], key=lambda problem: _line(path, problem))
     if problems or config is None:
         raise ConfigError(*problems)
     return config
@@ -167,26 +175,40 @@ def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _read_document(path: Path) -> Document:
+def read_text(path: Path) -> str:
+    """The text of a config.
+
+    Raises:
+        ConfigError: there is none, or it is no text.
+    """
     try:
         with path.open("rb") as file:
             content = file.read(yaml_reader.MAX_BYTES + 1)
         if len(content) > yaml_reader.MAX_BYTES:
             raise ConfigError(Problem(str(path), "is larger than 1 MB, so it is not a config", "check the path"))
-        text = content.decode("utf-8-sig")
+        return content.decode("utf-8-sig")
     except FileNotFoundError:
         raise ConfigError(Problem(str(path), "does not exist", "check the path of the config")) from None
     except UnicodeDecodeError as error:
         raise ConfigError(Problem(str(path), f"is not UTF-8 text (byte {error.start})", "save it as UTF-8")) from None
     except OSError as error:
         raise ConfigError(Problem(str(path), f"cannot be read ({error.strerror})", "check the path")) from None
+
+
+def parse(path: Path, text: str) -> Document:
+    """The document in `text`, the content of the file at `path`.
+
+    Raises:
+        ConfigError: it is no YAML that this program takes.
+    """
     try:
         return yaml_reader.parse(text)
     except YamlProblem as problem:
-        raise ConfigError(_yaml_problem(path, problem)) from None
+        raise ConfigError(yaml_problem(path, problem)) from None
 
 
-def _yaml_problem(path: Path, problem: YamlProblem) -> Problem:
+def yaml_problem(path: Path, problem: YamlProblem) -> Problem:
+    """What the reader of YAML found, for the user."""
     place = f"{path}:{problem.line}" if problem.line else str(path)
     return Problem(": ".join(filter(None, [place, dotted(problem.path)])), problem.what, "correct it")
 
@@ -228,10 +250,14 @@ def _where(path: Path, document: Document, origins: dict[KeyPath, str], key_path
         made = [where for path, where in origins.items() if path[: len(key_path)] == key_path]
         if made:
             return f"{made[0]}: {dotted(key_path)}"
-    line = next(
-        (document.lines[key_path[:n]] for n in range(len(key_path), -1, -1) if key_path[:n] in document.lines), 0
-    )
-    return f"{path}:{line}: {dotted(key_path)}" if key_path else f"{path}"
+    known = next((n for n in range(len(key_path), -1, -1) if key_path[:n] in document.lines), 0)
+    name = dotted((document.names.get(key_path[:known], dotted(key_path[:known])), *key_path[known:])).lstrip(".")
+    return f"{path}:{document.lines.get(key_path[:known], 0)}: {name}" if key_path else f"{path}"
+
+
+def _line(path: Path, problem: Problem) -> int:
+    match = re.match(rf"{re.escape(str(path))}:(\d+)", problem.where)
+    return int(match[1]) if match else 0
 
 
 def _explain(error: ValidationError, value: dict[str, Any], where: Any) -> list[Problem]:
@@ -268,8 +294,8 @@ def _problem(key_path: KeyPath, items: list[Any], where: Any) -> Problem:
     if kind == "finite_number":
         return Problem(place, f"is {found}", "give a finite number")
     expected = " or ".join(dict.fromkeys(_expected(one) for one in items))
-    shown = _shorten(repr(found)) if kind == "literal_error" and isinstance(found, str) else _show(found)
-    return Problem(place, f"is {shown}", f"expected {expected}{_suggest_value(item)}")
+    value = _shorten(repr(found)) if kind == "literal_error" and isinstance(found, str) else shown(found)
+    return Problem(place, f"is {value}", f"expected {expected}{_suggest_value(item)}")
 
 
 def _expected(item: Any) -> str:
@@ -283,7 +309,8 @@ def _expected(item: Any) -> str:
     return item["msg"].removeprefix("Value error, ").removeprefix("Input should be ").removeprefix("should ")
 
 
-def _show(found: object) -> str:
+def shown(found: object) -> str:
+    """A value as users write it, or what kind of thing it is."""
     if found is None:
         return "null"
     if isinstance(found, bool):

@@ -40,6 +40,8 @@ class Document:
 
     value: Any = None
     lines: dict[Path, int] = field(default_factory=dict)
+    names: dict[Path, str] = field(default_factory=dict)
+    """What a place is called in the file, where that is not its path."""
     problems: list[YamlProblem] = field(default_factory=list)
 
 

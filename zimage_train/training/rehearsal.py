@@ -96,7 +96,9 @@ def _untried(run: Run, plan: Plan, held: set[tuple[Mode, int]]) -> tuple[Mode, M
     largest: dict[Mode, MicroBatch] = {}
     for samples in sorted(_full_batches(run), key=lambda one: _tokens(run, one)):
         largest[plan.mode_of(_tokens(run, samples))] = samples
-    left = {mode: samples for mode, samples in largest.items() if (mode, _tokens(run, samples)) not in held}
+    left: dict[Mode, MicroBatch] = {
+        mode: samples for mode, samples in largest.items() if (mode, _tokens(run, samples)) not in held
+    }
 
     def predicted(one: tuple[Mode, MicroBatch]) -> int:
         return memory.step(plan.job, plan.form, one[0], _tokens(run, one[1])).total

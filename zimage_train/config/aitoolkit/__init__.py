@@ -1,0 +1,1 @@
+"""Jobs of AI Toolkit, read as configs."""
