@@ -693,6 +693,7 @@ def test_the_json_schema_marks_what_the_reader_refuses(schema):
         if not complaints(schema, nested(option, value), schema)
     }
     by_validators = {"data[].trigger", "memory.budget_gb", "sample.steps", "sample.guidance", "data[].resolution"}
+    by_validators |= {"data[].mask_floor", "data[].mask_prior"}
     assert {option for option, _ in unmarked} <= by_validators
 
 
@@ -707,7 +708,24 @@ PARAMS = {
     ("optimizer", "prodigy", "d_coef"): ([0.5, 2], [0, -1.0]),
     ("optimizer", "prodigy", "growth_rate"): ([1.02, 2], [1.0, 1, 0.5]),
     ("optimizer", "prodigy", "slice_p"): ([1, 11], [0, 1.5]),
+    ("optimizer", "ademamix8bit", "alpha"): ([0.1, 5], [0.0, -1]),
+    ("optimizer", "ademamix", "t_alpha"): ([1, 3000], [0, 1.5]),
+    ("optimizer", "ademamix", "t_beta3"): ([1, 3000], [0]),
+    ("optimizer", "adafactor", "beta1"): ([0.0, 0.9], [1.0]),
+    ("optimizer", "adafactor", "decay_rate"): ([-0.8, -1], [0.0, 0.8]),
+    ("optimizer", "adafactor", "clip_threshold"): ([1.0], [0.0]),
+    ("optimizer", "adagrad", "lr_decay"): ([0.0, 1.0], [-0.1, 1.1]),
+    ("optimizer", "adagrad", "initial_accumulator_value"): ([0.0, 0.1], [-0.1]),
+    ("optimizer", "automagic", "bump"): ([0.0, 0.02, 1.0], [-0.1, 1.1]),
+    ("optimizer", "automagic", "min_lr"): ([1e-9], [0.0]),
+    ("optimizer", "automagic", "max_lr"): ([1e-2], [0.0]),
     ("schedule", "cosine", "end_factor"): ([0, 0.0, 1.0, 0.1], [-0.1, 1.1]),
+    ("schedule", "cosine_with_restarts", "cycles"): ([1, 5], [0, 1.5]),
+    ("schedule", "polynomial", "power"): ([0.5, 2], [0.0, -1.0]),
+    ("schedule", "step", "every"): ([1, 500], [0, 1.5]),
+    ("schedule", "step", "factor"): ([0.1, 1.0], [0.0, 1.1]),
+    ("schedule", "one_cycle", "start_factor"): ([0.1, 1.0], [0.0, 1.1]),
+    ("schedule", "one_cycle", "peak_at"): ([0.0, 0.3], [1.0, -0.1]),
 }
 
 
@@ -715,7 +733,8 @@ PARAMS = {
 def test_params_have_their_ranges_too(section: str, name: str, key: str):
     accepted, outside = PARAMS[section, name, key]
     for value in [*accepted, *outside]:
-        values = nested(f"{section}.params", {key: value})
+        needed = {"every": 1} if name == "step" else {}
+        values = nested(f"{section}.params", needed | {key: value})
         values[section]["name"] = name
         config, problems = reading.validate(values, reading.dotted)
         assert (config is not None) == (value in accepted and type(value) in map(type, accepted)), value
