@@ -1,13 +1,19 @@
 """A caption is the text that the user wrote, or a refusal that names the file; the trigger is where it should be."""
 
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from zimage_train.config.data import Data
+from zimage_train.config.schema import Preserve
 from zimage_train.data import captions
 from zimage_train.errors import DataError
+from zimage_train.seeding import number
 
 
 def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path):
@@ -60,3 +66,70 @@ def test_every_prompt_teaches_the_trigger(caption: str, default: str, trigger: s
     assert trigger in prompt and captions.PLACEHOLDER not in prompt
     again = captions.compose(prompt, default, trigger)
     assert again == prompt
+
+
+# What a sample is trained with
+
+
+def entry(**settings: Any) -> Data:
+    return Data.model_validate({"folder": "x", **settings})
+
+
+def shares(epoch: int) -> Callable[..., float]:
+    return lambda *path: number(0, epoch, *path) / 2**63
+
+
+def drawn(texts: tuple[str, ...], count: int = 400, **settings: Any) -> Counter[str]:
+    made = entry(**settings)
+    prompts = captions.prompts_of(texts, made)
+    return Counter(captions.draw(prompts, made, shares(epoch)) for epoch in range(count))
+
+
+def test_without_settings_a_caption_is_the_prompt_whatever_is_in_it():
+    assert drawn(("a,b,,  c\nsecond line",)) == {"a,b,,  c\nsecond line": 400}
+
+
+def test_tags_are_shuffled_and_each_order_is_as_likely():
+    found = drawn(("a, b,c",), 6000, shuffle_tags=True)
+    assert set(found) == {"a, b, c", "a, c, b", "b, a, c", "b, c, a", "c, a, b", "c, b, a"}
+    assert all(abs(count - 1000) < 150 for count in found.values())
+
+
+def test_kept_tags_and_the_trigger_stay_in_front():
+    found = drawn(("first, second, a, the zorb, b",), shuffle_tags=True, keep_tags=2, trigger="zorb")
+    assert set(found) == {"first, second, the zorb, a, b", "first, second, the zorb, b, a"}
+    put_in_front = drawn(("a, b",), shuffle_tags=True, trigger="zorb")
+    assert set(put_in_front) == {"zorb, a, b", "zorb, b, a"}
+
+
+def test_tags_are_dropped_as_often_as_asked_in_their_order_and_the_kept_ones_never():
+    found = drawn(("zorb, a, b, c",), 4000, tag_dropout=0.25, keep_tags=1)
+    left = sum((len(prompt.split(", ")) - 1) * count for prompt, count in found.items())
+    assert abs(left - 3 * 4000 * 0.75) < 150
+    endings = {"", ", a", ", b", ", c", ", a, b", ", a, c", ", b, c", ", a, b, c"}
+    assert set(found) == {f"zorb{ending}" for ending in endings}
+
+
+def test_each_line_may_be_a_caption_of_its_own():
+    found = drawn(("one\n\n two ",), 1000, caption_lines=True, trigger="zorb")
+    assert set(found) == {"zorb one", "zorb two"} and min(found.values()) > 400
+    assert set(drawn(("one\ntwo",))) == {"one\ntwo"}
+    assert set(drawn(("one", "two"))) == {"one", "two"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [({}, ""), ({"trigger": "zorb"}, ""), ({"trigger": "zorb", "dropout_keeps_trigger": True}, "zorb")],
+)
+def test_a_dropped_caption_is_empty_or_the_trigger(settings: dict[str, Any], expected: str):
+    assert captions.dropped(entry(**settings)) == expected
+
+
+def test_the_prompt_that_is_held_has_the_class_word_for_the_trigger():
+    own, other = entry(trigger="zorb"), entry()
+    kept = Preserve(kind="trigger", class_word="shape")
+    assert captions.held("a zorb, zorb-like", own, kept) == "a shape, shape-like"
+    assert captions.held("a circle", other, kept) == "a circle"
+    assert captions.held("", own, kept) == ""
+    assert captions.held("a zorb", own, Preserve(kind="blank")) == ""
+    assert captions.held("a zorb", own, Preserve()) is None

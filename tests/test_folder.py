@@ -265,3 +265,54 @@ def test_nothing_is_written_while_scanning(photos: Path):
     scanned(photos)
     assert state() == before
     assert folder.IMAGE_COLUMNS == ("image", "file_name")
+
+
+# Folders of kohya's layout, several captions
+
+
+def test_the_names_of_folders_say_how_often_and_what(tmp_path: Path):
+    picture(tmp_path / "3_a cat" / "one.png", (1, 2, 3))
+    picture(tmp_path / "12_dog" / "sub" / "two.png", (4, 5, 6)).with_suffix(".txt").write_text("a dog in snow")
+    result = scanned(tmp_path, repeats="by_folder", trigger="zorb")
+    assert problems(result) == []
+    assert [(one.path.name, one.repeats, one.prompts) for one in result.pictures] == [
+        ("two.png", 12, ("zorb a dog in snow",)),
+        ("one.png", 3, ("zorb a cat",)),
+    ]
+
+
+def test_a_picture_outside_such_folders_is_refused(tmp_path: Path):
+    for place in ("one.png", "0_none/two.png", "2000_many/three.png", "cat_3/four.png"):
+        picture(tmp_path / place, (len(place), 2, 3))
+    found = problems(scanned(tmp_path, repeats="by_folder"))
+    assert len(found) == 4 and all("is in no folder whose name says how often" in one for one in found)
+
+
+def test_folders_of_that_layout_are_pointed_out_where_they_are_not_used(tmp_path: Path):
+    picture(tmp_path / "3_cat" / "one.png")
+    result = scanned(tmp_path)
+    assert any("repeats: by_folder trains as often as they say" in note for note in result.notes)
+    assert [one.repeats for one in result.pictures] == [1]
+    picture(tmp_path / "two.png", (9, 9, 9))
+    assert not any("by_folder" in note for note in scanned(tmp_path).notes)
+
+
+def test_a_list_in_a_jsonl_is_several_captions(tmp_path: Path):
+    path = picture(tmp_path / "one.png")
+    (tmp_path / "m.jsonl").write_text(json.dumps({"image": path.name, "prompt": ["a cat", " a dog ", "a cat"]}))
+    result = scan(Data(metadata=str(tmp_path / "m.jsonl"), trigger="zorb"), "data.0")
+    assert [one.prompts for one in result.pictures] == [("zorb a cat", "zorb a dog")]
+    (tmp_path / "m.jsonl").write_text(json.dumps({"image": path.name, "prompt": ["a cat", 5]}))
+    assert "give prompt as text" in problems(scan(Data(metadata=str(tmp_path / "m.jsonl")), "data.0"))[0]
+
+
+def test_other_captions_and_another_mask_are_another_dataset(tmp_path: Path):
+    path = picture(tmp_path / "one.png")
+    path.with_suffix(".txt").write_text("one\ntwo")
+    prints = [fingerprint([scanned(tmp_path, **settings).pictures]) for settings in ({}, {"caption_lines": True})]
+    assert prints[0] != prints[1]
+    masked = []
+    for grey in (0, 255):
+        picture(tmp_path / "_masks" / "one.png", (grey, 1, 1))
+        masked.append(fingerprint([scanned(tmp_path, mask=str(tmp_path / "_masks")).pictures]))
+    assert masked[0] != masked[1] and prints[0] not in masked

@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from zimage_train.config.schema import Config
+from zimage_train.config.schema import Config, Preserve
 from zimage_train.data.folder import Picture
-from zimage_train.data.plan import Item, MicroBatch, Plan, Sample, items_of, make_plan
+from zimage_train.data.plan import Item, MicroBatch, Plan, Sample, items_of, make_plan, with_steps
 from zimage_train.errors import DataError
 from zimage_train.seeding import generator, number
 
@@ -346,3 +346,125 @@ def test_generators_start_afresh_and_leave_the_global_one_alone():
     assert not torch.equal(one, torch.randn(8, generator=generator(1, "noise", 3)))
     assert torch.equal(before, torch.random.get_rng_state())
     assert generator(1).device.type == "cpu"
+
+
+# Mirrored pictures, sizes of their own, batches of their own
+
+
+def test_mirrored_pictures_are_samples_of_their_own_with_noise_of_their_own():
+    plain, flipped = (items_of(config(entries=[entry]), [pictures(3)]) for entry in ({}, {"flip": True}))
+    assert [item for item in flipped if not item.flip] == plain and len(flipped) == 6
+    assert len({item.identity() for item in flipped}) == 6
+
+
+def test_max_pixels_is_the_resolution_of_that_area():
+    sizes = [(640, 480), (96, 64), (200, 100)]
+    for side in (64, 96, 512):
+        by_side = items_of(config(entries=[{"resolution": [side]}]), [pictures(3, sizes)])
+        entry = {"folder": "x", "max_pixels": side * side}
+        made = Config.model_validate({"name": "a", "data": [entry]})
+        assert items_of(made, [pictures(3, sizes)]) == by_side
+    odd = Config.model_validate({"name": "a", "data": [{"folder": "x", "max_pixels": 300_000}]})
+    (item,) = items_of(odd, [pictures(1, [(3000, 2000)])])
+    assert 250_000 < item.size.width * item.size.height <= 300_000
+
+
+def test_a_folder_may_have_its_own_batch_size():
+    entries = [{"batch_size": 1}, {}]
+    plan = plan_of(found=[pictures(6), pictures(6, tag="b")], entries=entries, batch_size=3)
+    batches = first_batches(plan, plan.own.micro_batches_per_epoch)
+    assert all(len({sample.item.entry for sample in batch}) == 1 for batch in batches)
+    assert {len(batch) for batch in batches if batch[0].item.entry == 0} == {1}
+    assert max(len(batch) for batch in batches if batch[0].item.entry == 1) > 1
+    assert Counter(sample.item for sample in samples_of(batches)) == Counter(plan.items)
+
+
+# Regularisation
+
+CLASS = {"regularisation": True}
+
+
+@quick
+@given(counts, st.integers(1, 9), st.integers(1, 9), few, few)
+def test_regularisation_gets_its_share_however_many_pictures_it_has(
+    count: int, others: int, tenths: int, accumulate: int, processes: int
+):
+    made = config(entries=[{}, CLASS], accumulate=accumulate)
+    made = made.model_copy(update={"train": made.train.model_copy(update={"regularisation_share": tenths / 10})})
+    plan = make_plan(made, items_of(made, [pictures(count), pictures(others, tag="b")]), processes)
+    batches = first_batches(plan, 200)
+    of_class = [batch for batch in batches if batch[0].item.entry == 1]
+    assert abs(len(of_class) - 20 * tenths) <= 1
+    for stream, found in ((plan.own, 0), (plan.regularisation, 1)):
+        own = [batch for batch in batches if batch[0].item.entry == found]
+        assert own == [stream.micro_batch(index) for index in range(len(own))], "each goes through its own epochs"
+    share = len(batches) - len(of_class)
+    assert plan.steps_per_epoch == pytest.approx(
+        plan.own.micro_batches_per_epoch / (accumulate * processes * (1 - tenths / 10))
+    )
+    assert share > 0
+
+
+def test_without_regularisation_the_share_says_nothing():
+    plans = []
+    for share in (0.1, 0.9):
+        made = config()
+        made = made.model_copy(update={"train": made.train.model_copy(update={"regularisation_share": share})})
+        plans.append(make_plan(made, items_of(made, [pictures(5)])))
+    assert [plans[0].step(n) for n in range(1, 20)] == [plans[1].step(n) for n in range(1, 20)]
+
+
+# Epochs as a length
+
+
+@pytest.mark.parametrize(
+    ("epochs", "accumulate", "processes", "steps"),
+    [(1, 1, 1, 12), (2.5, 1, 1, 30), (1, 5, 1, 3), (1, 1, 4, 3), (0.01, 1, 1, 1)],
+)
+def test_epochs_become_steps(epochs: float, accumulate: int, processes: int, steps: int):
+    made = config(accumulate=accumulate)
+    train = made.train.model_copy(update={"epochs": float(epochs)})
+    made = made.model_copy(update={"train": train})
+    found = with_steps(made, items_of(made, [pictures(12)]), processes)
+    assert (found.train.steps, found.train.epochs) == (steps, None)
+    assert with_steps(config(), items_of(made, [pictures(12)]), processes) == config()
+
+
+# Prompts that are drawn
+
+
+@quick
+@given(
+    counts,
+    st.integers(1, 40),
+    few,
+    st.booleans(),
+    st.sampled_from([0.0, 0.4]),
+    st.sampled_from([None, "trigger", "blank"]),
+    st.integers(0, 5),
+)
+def test_every_prompt_that_will_be_drawn_is_known_before(
+    count: int, steps: int, accumulate: int, shuffle: bool, tag_dropout: float, kind: str | None, others: int
+):
+    tagged = [replace(one, prompts=(f"zorb, a, b, c, {one.path.stem}", "zorb, d")) for one in pictures(count)]
+    own = {"trigger": "zorb", "shuffle_tags": shuffle, "tag_dropout": tag_dropout, "caption_dropout": 0.2}
+    entries = [own | {"dropout_keeps_trigger": True}, CLASS | {"shuffle_tags": shuffle}]
+    made = config(entries=entries[: 1 + (others > 0)], accumulate=accumulate)
+    made = made.model_copy(update={"preserve": Preserve(kind=kind, class_word="shape")})
+    found = [tagged, pictures(others, tag="b")][: 1 + (others > 0)]
+    plan = make_plan(made, items_of(made, found))
+    samples = samples_of([batch for step in range(1, steps + 1) for batch in plan.step(step)])
+    used = {text for sample in samples for text in (sample.prompt, sample.held) if text is not None}
+    assert used <= set(plan.prompts(steps))
+    assert (kind is None) == all(sample.held is None for sample in samples)
+
+
+def test_one_picture_has_one_prompt_in_an_epoch_at_every_resolution():
+    tagged = [replace(one, prompts=("a, b, c, d, e",)) for one in pictures(4)]
+    plan = plan_of(found=[tagged], entries=[{"resolution": [32, 64], "shuffle_tags": True, "caption_dropout": 0.0}])
+    samples = samples_of(first_batches(plan, 6 * plan.own.micro_batches_per_epoch))
+    by_picture: dict[Any, set[str]] = {}
+    for sample in samples:
+        by_picture.setdefault((sample.epoch, sample.item.picture.path), set()).add(sample.prompt)
+    assert all(len(prompts) == 1 for prompts in by_picture.values())
+    assert len({prompt for prompts in by_picture.values() for prompt in prompts}) > 6

@@ -1,0 +1,146 @@
+"""Averaged weights equal a hand computation, survive a stop, and change nothing that is trained."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image, ImageChops
+from safetensors.torch import load_file
+
+from zimage_train import checkpoint, ema
+from zimage_train.app.train import train
+from zimage_train.errors import Stopped, WeightsError
+from zimage_train.lora import files as lora_files
+from zimage_train.training import publish
+
+from helpers import PREVIEWED, final, folder, stop_after
+
+
+def test_the_decay_rises_to_its_value():
+    assert [ema.decay_at(0.9, step) for step in (1, 2, 10)] == pytest.approx([2 / 11, 3 / 12, 11 / 20])
+    assert ema.decay_at(0.9, 80) == pytest.approx(0.9) == ema.decay_at(0.9, 10**6)
+    assert ema.decay_at(0.1, 1) == 0.1
+
+
+def test_it_is_what_a_hand_computes(make_config, monkeypatch):
+    seen: list[dict[str, torch.Tensor]] = []
+    update = ema.Ema.update
+
+    def spy(self, trained, step):
+        seen.append({name: tensor.double().clone() for name, tensor in trained.items()})
+        update(self, trained, step)
+
+    begin = ema.begin
+    monkeypatch.setattr(ema.Ema, "update", spy)
+    first: dict[str, torch.Tensor] = {}
+
+    def started(decay, trained):
+        first.update({name: tensor.double().clone() for name, tensor in trained.items()})
+        return begin(decay, trained)
+
+    monkeypatch.setattr(ema, "begin", started)
+    config = make_config(ema={"decay": 0.3}, train={"steps": 6})
+    train(config, fresh=False)
+    assert len(seen) == 6
+    average = first
+    for step, weights in enumerate(seen, 1):
+        decay = min(0.3, (1 + step) / (10 + step))
+        average = {name: decay * average[name] + (1 - decay) * weights[name] for name in average}
+    kept = checkpoint.load(folder(config) / "checkpoints" / "step-000006.safetensors").part("ema.lora.")
+    assert kept.keys() == {f"ema.{name}" for name in average}
+    for name, value in average.items():
+        assert kept[f"ema.{name}"].dtype == torch.float32
+        assert torch.allclose(kept[f"ema.{name}"].double(), value, rtol=1e-5, atol=1e-8)
+    exported = lora_files.read(folder(config) / "lora" / "ema" / "tiny.safetensors")
+    for module, factors in exported.items():
+        whole = average[f"lora.{module}.B"] @ average[f"lora.{module}.A"]
+        assert torch.allclose(factors.b.double() @ factors.a.double() * factors.scale, whole, rtol=1e-4, atol=1e-7)
+
+
+def test_a_run_that_is_stopped_ends_with_the_same_averages(make_config, monkeypatch):
+    whole = make_config(name="whole", ema={"decay": 0.5}, train={"steps": 6})
+    train(whole, fresh=False)
+    stopped = make_config(ema={"decay": 0.5}, train={"steps": 6})
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3)
+        with pytest.raises(Stopped):
+            train(stopped, fresh=False)
+    train(stopped, fresh=False)
+    ends = [load_file(folder(config) / "lora" / "ema" / f"{config.name}.safetensors") for config in (whole, stopped)]
+    assert ends[0].keys() == ends[1].keys() and all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+    raw = load_file(folder(whole) / "lora" / "whole.safetensors")
+    assert any(not torch.equal(raw[name], ends[0][name]) for name in raw)
+
+
+def test_a_skipped_step_is_not_averaged(make_config, monkeypatch):
+    from helpers import poison
+
+    steps: list[int] = []
+    update = ema.Ema.update
+    monkeypatch.setattr(
+        ema.Ema, "update", lambda self, trained, step: (steps.append(step), update(self, trained, step))
+    )
+    poison(monkeypatch, {3})
+    monkeypatch.setattr("zimage_train.app.train.rehearse", lambda run: (run, {}))
+    train(make_config(ema={"decay": 0.5}, train={"steps": 4, "batch_size": 2}), fresh=False)
+    assert steps == [1, 2, 4]
+
+
+def test_previews_are_drawn_by_either_and_training_is_the_same(make_config):
+    settings = {"ema": {"decay": 0.9}, "train": {"steps": 2}, "optimizer": {"lr": 0.02}}
+    plain = make_config(name="plain", sample=PREVIEWED, **settings)
+    averaged = make_config(name="averaged", sample=PREVIEWED | {"weights": "ema"}, **settings)
+    train(plain, fresh=False)
+    train(averaged, fresh=False)
+    assert load(plain) == load(averaged)
+
+    def picture(config, step: int) -> Image.Image:
+        return Image.open(folder(config) / "samples" / f"{step:06d}-00.png").convert("RGB")
+
+    assert ImageChops.difference(picture(plain, 0), picture(averaged, 0)).getbbox() is None
+    assert ImageChops.difference(picture(plain, 2), picture(averaged, 2)).getbbox() is not None
+
+
+def load(config) -> bytes:
+    content = final(config)
+    return content[8 + int.from_bytes(content[:8], "little") :]
+
+
+def test_old_averages_are_pruned_as_the_raw_ones_are(make_config):
+    config = make_config(ema={"decay": 0.9}, train={"steps": 6}, save={"every": 1, "keep": 2})
+    train(config, fresh=False)
+    kept = [sorted(path.name for path in place.glob("*.safetensors")) for place in lora_folders(config)]
+    assert kept[0] == kept[1] == ["tiny-000004.safetensors", "tiny-000005.safetensors", "tiny.safetensors"]
+
+
+def lora_folders(config):
+    return (folder(config) / "lora", folder(config) / "lora" / "ema")
+
+
+def test_a_run_whose_average_is_gone_is_not_complete(make_config, monkeypatch):
+    config = make_config(ema={"decay": 0.9}, train={"steps": 2})
+    train(config, fresh=False)
+    path = folder(config) / "lora" / "ema" / "tiny.safetensors"
+    before = path.read_bytes()
+    path.unlink()
+    exported: list[int] = []
+    export = publish.export
+    monkeypatch.setattr(publish, "export", lambda run, step: (exported.append(step), export(run, step)))
+    train(config, fresh=False)
+    assert path.read_bytes() == before and exported == [2]
+    train(config, fresh=False)
+    assert exported == [2]
+
+
+def test_averages_of_something_else_are_refused():
+    own = ema.begin(0.9, {"lora.x.A": torch.zeros(2, 3)})
+    for state in ({}, {"ema.lora.x.A": torch.zeros(3, 3)}, {"ema.lora.y.A": torch.zeros(2, 3)}):
+        with pytest.raises(WeightsError, match="no averaged weights of this run"):
+            own.load_state(state, "here")
+
+
+def test_the_identity_of_a_run_holds_the_decay(make_config):
+    config = make_config(ema={"decay": 0.9}, train={"steps": 1})
+    train(config, fresh=False)
+    kept = checkpoint.load(folder(config) / "checkpoints" / "step-000001.safetensors")
+    assert json.loads(json.dumps(kept.numbers["identity"]))["settings"]["ema.decay"] == 0.9

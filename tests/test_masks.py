@@ -1,0 +1,114 @@
+"""Masks lie on the latents where the picture does: scaled, cropped and mirrored with it; and are refused by name."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from zimage_train.config.data import Data
+from zimage_train.data import images
+from zimage_train.data.buckets import Bucket
+from zimage_train.data.folder import Scan, scan
+from zimage_train.data.masks import Mask, on_latents
+from zimage_train.errors import DataError
+
+from dataset_folder import picture
+
+
+def saved(path: Path, values: np.ndarray, mode: str = "L") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(values.astype(np.uint8), mode=None if mode == "L" else mode).save(path)
+    return path
+
+
+def scanned(folder: Path, mask: str, **settings: object) -> Scan:
+    return scan(Data.model_validate({"folder": str(folder), "mask": mask, **settings}), "data.0")
+
+
+def only(result: Scan) -> Mask:
+    (found,) = result.pictures
+    assert result.errors == [] and found.mask is not None
+    return found.mask
+
+
+def test_a_mask_is_averaged_over_each_latent(tmp_path: Path):
+    picture(tmp_path / "a.png", size=(64, 64))
+    values = np.random.default_rng(0).integers(0, 256, (64, 64))
+    saved(tmp_path / "_m" / "a.png", values)
+    found = on_latents(only(scanned(tmp_path, str(tmp_path / "_m"))), Bucket(64, 64), False, "")
+    expected = values.reshape(8, 8, 8, 8).mean(axis=(1, 3)) / 255
+    assert found.shape == (8, 8) and np.abs(found - expected).max() <= 0.5 / 255 + 1e-6
+
+
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize(("size", "bucket"), [((200, 120), (96, 64)), ((64, 192), (48, 80)), ((128, 128), (64, 64))])
+def test_it_lies_where_the_picture_lies(tmp_path: Path, size: tuple[int, int], bucket: tuple[int, int], flip: bool):
+    """The picture itself, taken as its mask, must come out as the picture fitted to its bucket."""
+    x, y = np.meshgrid(np.linspace(0, 255, size[0]), np.linspace(0, 200, size[1]))
+    grey = (x * 0.6 + y * 0.4).astype(np.uint8)
+    saved(tmp_path / "a.png", grey)
+    saved(tmp_path / "_m" / "a.png", grey)
+    target = Bucket(*bucket)
+    found = on_latents(only(scanned(tmp_path, str(tmp_path / "_m"))), target, flip, "")
+    fitted = images.fit(images.load(tmp_path / "a.png", (tmp_path / "a.png").read_bytes()), target)
+    pixels = np.asarray(fitted.convert("L"), dtype=np.float64)[:, :: -1 if flip else 1]
+    expected = pixels.reshape(target.height // 8, 8, target.width // 8, 8).mean(axis=(1, 3)) / 255
+    assert np.abs(found - expected).max() < 0.02
+
+
+def test_the_alpha_channel_is_a_mask(tmp_path: Path):
+    values = np.full((64, 64, 4), 200, dtype=np.uint8)
+    values[:, :32, 3] = 0
+    values[:, 32:, 3] = 255
+    saved(tmp_path / "a.png", values, "RGBA")
+    result = scanned(tmp_path, "alpha")
+    mask = only(result)
+    found = on_latents(mask, Bucket(64, 64), False, result.pictures[0].digest)
+    assert found[:, :4].max() == 0.0 and found[:, 4:].min() == 1.0
+    mirrored = on_latents(mask, Bucket(64, 64), True, result.pictures[0].digest)
+    assert np.array_equal(mirrored, found[:, ::-1])
+
+
+def test_a_picture_without_a_mask_is_trained_whole_and_said(tmp_path: Path):
+    picture(tmp_path / "a.png")
+    picture(tmp_path / "b.png", (1, 1, 1))
+    picture(tmp_path / "_m" / "b.png")
+    result = scanned(tmp_path, str(tmp_path / "_m"))
+    assert [one.mask is None for one in result.pictures] == [True, False]
+    assert "data.0: 1 pictures have no mask and are trained whole (a.png)" in result.notes
+
+
+def test_masks_that_cannot_be_used_are_refused_by_name(tmp_path: Path):
+    picture(tmp_path / "a.png", size=(80, 64))
+
+    def said(mask: Path) -> str:
+        return " ".join(map(str, scanned(tmp_path, str(mask)).errors))
+
+    assert "does not exist; give a folder of masks, or alpha" in said(tmp_path / "none")
+    assert "is a file, not a folder" in said(tmp_path / "a.png")
+    (tmp_path / "_empty").mkdir()
+    assert "holds no mask under the name of a picture (such as a.png)" in said(tmp_path / "_empty")
+    picture(tmp_path / "_turned" / "a.png", size=(64, 80))
+    assert "is 64x80 px, and its picture a.png 80x64; make it of the picture's shape" in said(tmp_path / "_turned")
+    (tmp_path / "_bad").mkdir()
+    (tmp_path / "_bad" / "a.png").write_bytes(b"not a picture")
+    assert "not a picture" in said(tmp_path / "_bad")
+
+
+def test_masks_of_subfolders_are_found_there(tmp_path: Path):
+    picture(tmp_path / "sub" / "a.png")
+    picture(tmp_path / "_m" / "sub" / "a.jpg")
+    assert only(scanned(tmp_path, str(tmp_path / "_m"))).path == tmp_path / "_m" / "sub" / "a.jpg"
+
+
+def test_a_mask_that_changes_while_a_run_goes_on_is_noticed(tmp_path: Path):
+    picture(tmp_path / "a.png")
+    path = picture(tmp_path / "_m" / "a.png")
+    mask = only(scanned(tmp_path, str(tmp_path / "_m")))
+    picture(path, (9, 9, 9))
+    with pytest.raises(DataError, match="changed while this command ran"):
+        on_latents(mask, Bucket(64, 48), False, "")
+    path.unlink()
+    with pytest.raises(DataError, match="cannot be read any more"):
+        on_latents(mask, Bucket(64, 48), False, "")
