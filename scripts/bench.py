@@ -6,26 +6,33 @@ python scripts/bench.py --memory [--size full|mini] [-o docs/bench/memory.json]
     a CPU, without peaks.
 python scripts/bench.py --quantize [-o docs/bench/quantize.json]
     What each kind of quantisation costs on the miniature: of the weights, of the adapter's change, of the loss.
+python scripts/bench.py --guidance [-o docs/bench/guidance.json]
+    What differential guidance does to a run beside clipping and learning rate: the miniature is trained with each, and
+    the LoRAs are compared.
 """
 
 import argparse
 import gc
 import json
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from zimage_train import mini, planner
+from zimage_train.app.train import train as run_training
 from zimage_train.assemble import Frozen, assemble, recompute_as_planned
 from zimage_train.config import schema
 from zimage_train.data.buckets import Bucket
 from zimage_train.lora import adapter, attach, names
+from zimage_train.lora import files as lora_files
 from zimage_train.lora.adapter import Adapter
 from zimage_train.memory import CONTEXT_BYTES, Form, Job, caption_tokens
 from zimage_train.model import transformer, weights
@@ -36,6 +43,7 @@ from zimage_train.model.transformer import velocity
 from zimage_train.optim import build
 from zimage_train.planner import AUTOMATIC, Plan, Wanted
 from zimage_train.preflight import system_memory_bytes
+from zimage_train.report import metrics
 from zimage_train.sampling.recipe import Recipe
 
 BUDGETS_GB = (24.0, 16.0, 12.0, 8.0)
@@ -178,17 +186,78 @@ def quantize() -> dict[str, Any]:
     return {"model": "miniature, fp32, adapter merged", "torch": torch.__version__, "kinds": found}
 
 
+GUIDANCE_RUNS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "guidance 3": {"guidance": {"differential": 3.0}},
+    "plain, clipped at 1": {"train": {"clip_norm": 1.0}},
+    "guidance 3, clipped at 1": {"guidance": {"differential": 3.0}, "train": {"clip_norm": 1.0}},
+    "plain, clipped at 1/3": {"train": {"clip_norm": 1 / 3}},
+    "learning rate x 1.5": {"optimizer": {"lr": 1.5e-3}},
+    "learning rate x 3": {"optimizer": {"lr": 3e-3}},
+}
+
+
+def guidance() -> dict[str, Any]:
+    """How far the LoRA of each run ends from the plain one, as a share of how far that one went."""
+    ends: dict[str, torch.Tensor] = {}
+    facts: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as place:
+        for index, (name, changes) in enumerate(GUIDANCE_RUNS.items()):
+            config = _small_run(Path(place), f"run{index}x", changes)
+            run_training(config, fresh=False)
+            folder = Path(config.output) / config.name
+            lora = lora_files.read(folder / "lora" / f"{config.name}.safetensors")
+            ends[name] = torch.cat([(one.b.double() @ one.a.double() * one.scale).flatten() for one in lora.values()])
+            records = metrics.read(folder / "metrics.jsonl")
+            facts[name] = {"gradient_norm": median(one["grad_norm"] for one in records)}
+    plain = ends["plain"]
+    for name, end in ends.items():
+        facts[name] |= {
+            "change": float(end.norm() / plain.norm()),
+            "off_plain": float((end - plain).norm() / plain.norm()),
+        }
+    clipped = ends["guidance 3, clipped at 1"], ends["plain, clipped at 1/3"]
+    return {
+        "steps": GUIDANCE_STEPS,
+        "runs": facts,
+        "guided_and_clipped_at_1_against_clipped_at_a_third": float((clipped[0] - clipped[1]).norm() / plain.norm()),
+    }
+
+
+GUIDANCE_STEPS = 200
+
+
+def _small_run(place: Path, name: str, changes: dict[str, Any]) -> schema.Config:
+    values: dict[str, Any] = {
+        "name": name,
+        "output": str(place / "runs"),
+        "model": {"path": str(mini.TURBO), "adapter": str(mini.ADAPTER), "dtype": "fp32"},
+        "data": [{"folder": str(mini.PICTURES), "resolution": [64], "trigger": "zorb"}],
+        "cache": {"folder": str(place / "cache")},
+        "lora": {"rank": 8},
+        "train": {"steps": GUIDANCE_STEPS, "clip_norm": None},
+        "optimizer": {"name": "adamw", "lr": 1e-3, "weight_decay": 0.0},
+        "sample": {"every": None},
+        "save": {"every": None, "dtype": "fp32"},
+        "log": {"tensorboard": False},
+    }
+    for section, settings in changes.items():
+        values[section] = values.get(section, {}) | settings
+    return schema.Config.model_validate(values)
+
+
 def main(arguments: list[str]) -> int:
     """Run what is asked for, and write it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--memory", action="store_true")
     what.add_argument("--quantize", action="store_true")
+    what.add_argument("--guidance", action="store_true")
     parser.add_argument("--size", choices=("full", "mini"), default="mini")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("-o", "--output", type=Path)
     asked = parser.parse_args(arguments)
-    result = quantize() if asked.quantize else memory(asked.size, asked.steps)
+    result = quantize() if asked.quantize else guidance() if asked.guidance else memory(asked.size, asked.steps)
     text = json.dumps(result, indent=1) + "\n"
     if asked.output is None:
         print(text)

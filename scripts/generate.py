@@ -32,6 +32,9 @@ from zimage_train.planner import Plan, Wanted, choose
 from zimage_train.sampling.recipe import Recipe
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(Path(__file__).parent))
+
+import recipes  # noqa: E402  beside this script
 
 EXAMPLE = Config.model_validate({"name": "my_lora", "data": [{"folder": "photos"}]})
 """What the reference shows: the two settings that have no default, and every default."""
@@ -222,7 +225,7 @@ def budget_yaml(budget_gb: int) -> str:
         *(f"#   {side:4} px   {MODES_IN_WORDS[mode]} recomputed" for side, mode in modes.items()),
         "# Written by scripts/generate.py.",
     ]
-    text = (ROOT / "configs/turbo_character.yaml").read_text(encoding="utf-8")
+    text = recipes.text("turbo", "character")
     body = text[text.index("name: ") :].replace("name: my_character", f"name: my_character_{budget_gb}gb", 1)
     memory = ["memory:", f"  budget_gb: {budget_gb}"]
     return "\n".join([*head, body.rstrip(), *memory, ""])
@@ -247,6 +250,11 @@ NOTICE = "Written by `scripts/generate.py` from the code; a test keeps it so."
 GENERATED: dict[str, Callable[[], str]] = {
     "configs/schema.json": schema_json,
     "configs/reference.yaml": reference_yaml,
+    **{
+        f"configs/{base}_{kind}.yaml": partial(recipes.text, base, kind)
+        for base in recipes.BASES
+        for kind in recipes.KINDS
+    },
     **{f"configs/{budget_gb}gb.yaml": partial(budget_yaml, budget_gb) for budget_gb in BUDGETS},
     "README.md": readme,
     "docs/config.md": config_md,
