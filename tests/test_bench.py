@@ -36,3 +36,22 @@ def test_the_cost_of_quantising_is_the_one_in_the_docs(bench):
             assert value == pytest.approx(stored["kinds"][kind][name], rel=0.1), (kind, name)
     errors = [stored["kinds"][kind]["loss_error_mean"] for kind in ("int8", "fp8", "nf4")]
     assert errors == sorted(errors)
+
+
+def test_what_guidance_does_stands_in_the_docs_as_it_was_measured():
+    found = json.loads((ROOT / "docs" / "bench" / "guidance.json").read_text())
+    text = (ROOT / "docs" / "recipes.md").read_text()
+    for name, run in found["runs"].items():
+        assert f"| {name} | {run['gradient_norm']:.2f} | {run['off_plain']:.1%} |" in text
+    assert f"differ by {found['guided_and_clipped_at_1_against_clipped_at_a_third']:.1%}." in text
+
+
+def test_guidance_is_measured_as_the_docs_say(bench, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(bench, "GUIDANCE_STEPS", 4)
+    monkeypatch.setattr(
+        bench, "GUIDANCE_RUNS", {name: bench.GUIDANCE_RUNS[name] for name in list(bench.GUIDANCE_RUNS)[:5]}
+    )
+    assert bench.main(["--guidance", "-o", str(tmp_path / "g.json")]) == 0
+    runs = json.loads((tmp_path / "g.json").read_text())["runs"]
+    assert runs["guidance 3"]["gradient_norm"] / runs["plain"]["gradient_norm"] == pytest.approx(3, rel=0.1)
+    assert runs["plain"]["off_plain"] == 0.0
