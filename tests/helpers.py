@@ -57,18 +57,19 @@ PREVIEWED = {"every": 2, "width": 64, "height": 64, "prompts": ["a red zorb on a
 def poison(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> list[int]:
     """Make the loss of `steps` not a number."""
     fired: list[int] = []
-    original = objectives.sft_loss
+    original = loop.losses
     seen = {"step": 0}
 
-    def spoiled(model, batch, *guidance):
+    def spoiled(model, batch, config):
         seen["step"] += 1
-        result = original(model, batch, *guidance)
-        if seen["step"] in steps:
+        for loss in original(model, batch, config):
+            if seen["step"] not in steps:
+                yield loss
+                continue
             fired.append(seen["step"])
-            return objectives.Loss(result.objective * float("nan"), result.plain * float("nan"))
-        return result
+            yield objectives.Loss(loss.objective * float("nan"), loss.plain * float("nan"))
 
-    monkeypatch.setattr(objectives, "sft_loss", spoiled)
+    monkeypatch.setattr(loop, "losses", spoiled)
     return fired
 
 

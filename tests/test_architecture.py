@@ -19,7 +19,7 @@ LAYERS: list[list[str]] = [
     [
         # packages, empty but for a docstring
         "zimage_train app config config.aitoolkit data lora mini model report sampling training",
-        "errors files model.headers model.digests",
+        "errors sizes files model.headers model.digests",
         "errors model.shapes",
         "seeding",
         "tensors",
@@ -105,7 +105,7 @@ LAYERS: list[list[str]] = [
 TORCH_FREE = [
     module
     for line in (
-        "zimage_train app config data lora mini model report sampling training errors files seeding weighting",
+        "zimage_train app config data lora mini model report sampling training errors sizes files seeding weighting",
         "config.yaml_reader config.values config.section config.data config.schema config.advice config.reading",
         "schedules config.variations report.template report.grid report.comparison app.compare",
         "config.aitoolkit config.aitoolkit.rows config.aitoolkit.keys config.aitoolkit.job config.aitoolkit.optimizers",

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO, NamedTuple
 
 from zimage_train.errors import DiskError, FolderInUseError, Problem
+from zimage_train.sizes import in_words
 
 try:
     import fcntl
@@ -280,7 +281,7 @@ def require_space(folder: Path, needed_bytes: int, what: str) -> None:
         raise DiskError(
             Problem(
                 str(folder),
-                f"{free / 1e6:,.1f} MB free, {what} need {needed_bytes / 1e6:,.1f} MB",
+                f"{in_words(free)} free, {what} need {in_words(needed_bytes)}",
                 "free some space, lower save.keep, or set output and cache.folder to another disk",
             )
         )

@@ -13,6 +13,7 @@ from zimage_train.data.buckets import Bucket
 from zimage_train.measured import Correction
 from zimage_train.planner import Plan
 from zimage_train.preflight import Checked
+from zimage_train.sizes import in_words
 
 SIGMAS_IN_A_VALIDATION = 17
 READ_BYTES_PER_SECOND = 2e9
@@ -69,9 +70,9 @@ def lines(checked: Checked, gpu: str | None, price: float | None) -> list[str]:
     return found
 
 
-def in_words(plan: Plan) -> str:
+def plan_in_words(plan: Plan) -> str:
     """The plan in one line, for the log."""
-    predicted = memory.in_words(plan.peak.total)
+    predicted = in_words(plan.peak.total)
     return f"{_weights(plan)}; recomputed: {_recomputed(plan)}; {predicted} predicted, {plan.why}"
 
 
@@ -98,18 +99,18 @@ def _of_device(checked: Checked, device: Device, price: float | None) -> list[st
     known = _known(checked, device.key)
     by_runs = f", x{known.memory:.2f} by runs here" if known and known.memory else ""
     found = [
-        f"memory on {device.name} ({memory.in_words(device.limit_bytes)}), predicted:",
-        f"  frozen transformer        {memory.in_words(peak.weights):>9}  {_weights(plan)}",
-        f"  LoRA, gradient, optimizer {memory.in_words(peak.lora):>9}",
-        f"  activations               {memory.in_words(peak.activations):>9}  {_where(plan)}",
-        f"  CUDA and fragmentation    {memory.in_words(peak.context):>9}",
-        f"  at the most               {memory.in_words(peak.total):>9}{by_runs}",
+        f"memory on {device.name} ({in_words(device.limit_bytes)}), predicted:",
+        f"  frozen transformer        {in_words(peak.weights):>9}  {_weights(plan)}",
+        f"  LoRA, gradient, optimizer {in_words(peak.lora):>9}",
+        f"  activations               {in_words(peak.activations):>9}  {_where(plan)}",
+        f"  CUDA and fragmentation    {in_words(peak.context):>9}",
+        f"  at the most               {in_words(peak.total):>9}{by_runs}",
         f"  recomputed: {_recomputed(plan)}",
         f"  why: {plan.why}",
     ]
     if not plan.fits:
         less = preflight.less_memory(checked, device.limit_bytes)
-        found.append(f"  this does not fit {memory.in_words(device.limit_bytes)}: {less}")
+        found.append(f"  this does not fit {in_words(device.limit_bytes)}: {less}")
     return [*found, *_shares(checked, plan, device), *_time(checked, plan, device, price)]
 
 
@@ -127,7 +128,7 @@ def _weights(plan: Plan) -> str:
     streamed = plan.form.streamed
     if not streamed:
         return kind
-    host = memory.in_words(memory.host_bytes(plan.job, plan.form))
+    host = in_words(memory.host_bytes(plan.job, plan.form))
     return f"{kind}, {streamed} of {plan.job.shape.n_layers} blocks streamed from {host} of main memory"
 
 
@@ -161,11 +162,11 @@ def _shares(checked: Checked, plan: Plan, device: Device) -> list[str]:
         a_step = f", {plan.seconds(largest, card) * factor:.2f} s a step" if card else ""
         mode = plan.mode_of(plan.job.tokens(largest))
         share = f"{spent[resolution] / epoch:.0%} of the training time"
-        what = f"{memory.in_words(most.total)} a step, recomputing {MODES_IN_WORDS[mode]}{a_step}"
+        what = f"{in_words(most.total)} a step, recomputing {MODES_IN_WORDS[mode]}{a_step}"
         found.append(f"  {resolution} px: {share}, {what}")
     whole, previews = _run_seconds(checked, plan, speed)
     recipes, times = len(plan.job.previews), _previews_in_a_run(checked.config)
-    drawing = memory.in_words(memory.preview(plan.job, plan.form).total)
+    drawing = in_words(memory.preview(plan.job, plan.form).total)
     pictures = f"{recipes} picture{'s' * (recipes != 1)}"
     found.append(f"  previews: {times} times {pictures}, {previews / whole:.0%} of the run, {drawing}")
     return found

@@ -284,11 +284,6 @@ def parameters_of(shape: TransformerShape) -> int:
     return sum(count(size) for size in shape.parameters.values())
 
 
-def in_words(size: float) -> str:
-    """A number of bytes for people."""
-    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
-
-
 def padded(tokens: int) -> int:
     """`tokens` as the model pads them: to the next multiple of 32."""
     return -(-tokens // 32) * 32

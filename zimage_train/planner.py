@@ -14,6 +14,7 @@ from zimage_train.config.schema import Config
 from zimage_train.config.values import MODES, Kind, Mode
 from zimage_train.data.buckets import Bucket
 from zimage_train.memory import Estimate, Form, Job
+from zimage_train.sizes import in_words
 
 MANY = 2**31
 """Tokens; more than any batch has."""
@@ -128,9 +129,9 @@ def lighter(job: Job, wanted: Wanted, limit_bytes: float, host_bytes: float) -> 
             if plan.fits:
                 settings = ", ".join(filter(None, (relaxed, quantised, changes)))
                 set_ = settings or f"memory.budget_gb: {limit_bytes / 1e9:.3g}"
-                return f"set {set_} (predicted: {memory.in_words(total)})"
+                return f"set {set_} (predicted: {in_words(total)})"
             least = min(least, total)
-    return f"a run takes {memory.in_words(least)} at the least (predicted), so more memory is needed"
+    return f"a run takes {in_words(least)} at the least (predicted), so more memory is needed"
 
 
 def _forms(job: Job, wanted: Wanted, host_bytes: float) -> list[Form]:
@@ -147,7 +148,7 @@ def _plan(job: Job, form: Form, mode: Mode | None, limit_bytes: float) -> Plan:
     limits: dict[Mode, int] = {one: memory.most_tokens(job, form, one, limit_bytes) for one in allowed}
     most = job.most_tokens
     fits = limits[allowed[-1]] >= most and memory.preview(job, form).total <= limit_bytes
-    why = "set in the config" if mode is not None else f"by what fits {memory.in_words(limit_bytes)}"
+    why = "set in the config" if mode is not None else f"by what fits {in_words(limit_bytes)}"
     last = allowed[-1]
     limits[last] = MANY
     return Plan(job, form, limits, limit_bytes, fits, why)

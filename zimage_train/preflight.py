@@ -24,6 +24,7 @@ from zimage_train.model import sources
 from zimage_train.model.shapes import TransformerShape
 from zimage_train.model.sources import Fetch, NotDownloaded, Sources
 from zimage_train.sampling.recipe import also, previews
+from zimage_train.sizes import in_words
 
 CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
@@ -181,7 +182,7 @@ def _require_budget(checked: Checked) -> None:
     wanted = planner.wanted(checked.config, job.shape.n_layers)
     plan = planner.choose(job, wanted, budget * 1e9, system_memory_bytes(), None)
     if not plan.fits:
-        what = f"is {budget:g}, and a run takes {memory.in_words(plan.peak.total)} (predicted)"
+        what = f"is {budget:g}, and a run takes {in_words(plan.peak.total)} (predicted)"
         raise ConfigError(Problem("memory.budget_gb", what, less_memory(checked, budget * 1e9)))
 
 

@@ -2,7 +2,7 @@
 
 import itertools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,7 +15,7 @@ from zimage_train.app.train import train
 from zimage_train.config.schema import Config
 from zimage_train.errors import ConfigError, DivergedError, Stopped
 from zimage_train.report.metrics import read
-from zimage_train.training import objectives, publish
+from zimage_train.training import loop, publish
 from zimage_train.training.objectives import Batch, Loss
 
 from helpers import PREVIEWED, facts, final, folder, losses, poison, stop_after
@@ -34,16 +34,17 @@ def is_same(one: checkpoint.Checkpoint, other: checkpoint.Checkpoint) -> bool:
 
 def at_step(monkeypatch: pytest.MonkeyPatch, step: int, spoil: Callable[[nn.Module, Loss], Loss]) -> list[int]:
     """Let `spoil` change the loss of one step, or the model; returns the steps at which it did."""
-    original, seen, fired = objectives.sft_loss, itertools.count(1), []
+    original, seen, fired = loop.losses, itertools.count(1), []
 
-    def spoiled(model: nn.Module, batch: Batch, *guidance: float | None) -> Loss:
-        loss = original(model, batch, *guidance)
-        if next(seen) != step:
-            return loss
-        fired.append(step)
-        return spoil(model, loss)
+    def spoiled(model: nn.Module, batch: Batch, config: Config) -> Iterator[Loss]:
+        for loss in original(model, batch, config):
+            if next(seen) != step:
+                yield loss
+                continue
+            fired.append(step)
+            yield spoil(model, loss)
 
-    monkeypatch.setattr(objectives, "sft_loss", spoiled)
+    monkeypatch.setattr(loop, "losses", spoiled)
     return fired
 
 
@@ -196,7 +197,7 @@ def test_running_out_of_gpu_memory_is_one_line_with_the_plan_that_would_fit(make
     assert fired == [3] and error.value.exit_code == 2
     assert re.fullmatch(
         r"memory: CUDA out of memory; \d+\.\d GB were in use at most; "
-        r"set memory.budget_gb: 0.015 \(predicted: 0.0\d GB\); the last checkpoint is good",
+        r"set memory.budget_gb: 0.015 \(predicted: \d+\.\d MB\); the last checkpoint is good",
         str(error.value),
     )
     train(make_config(**options, memory={"budget_gb": 0.015}), fresh=False)

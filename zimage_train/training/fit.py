@@ -13,6 +13,7 @@ from zimage_train.errors import ConfigError, Problem, WeightsError
 from zimage_train.model.headers import read_header
 from zimage_train.planner import Plan
 from zimage_train.preflight import Checked
+from zimage_train.sizes import in_words
 from zimage_train.training.run_folder import RunFolder
 
 
@@ -35,7 +36,7 @@ def plan_memory(checked: Checked, world: World, folder: RunFolder) -> Plan:
     neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     plan = forecast.plan_for(checked, replace(here, limit_bytes=limit), is_gpu, neighbours)
     if not plan.fits and not isinstance(budget, str):
-        what = f"is {budget:g}, and the run takes {memory.in_words(plan.peak.total)} (predicted)"
+        what = f"is {budget:g}, and the run takes {in_words(plan.peak.total)} (predicted)"
         raise ConfigError(Problem("memory.budget_gb", what, preflight.less_memory(checked, limit, is_gpu)))
     return plan
 
@@ -58,7 +59,7 @@ def remarks(checked: Checked, plan: Plan) -> list[str]:
     found = []
     if not plan.fits:
         less = preflight.less_memory(checked, plan.limit_bytes, plan.job.gpu)
-        found.append(f"{memory.in_words(plan.peak.total)} are predicted, more than the card has to give: {less}")
+        found.append(f"{in_words(plan.peak.total)} are predicted, more than the card has to give: {less}")
     host, main = memory.host_bytes(plan.job, plan.form), preflight.system_memory_bytes()
     if host > planner.HOST_SHARE * main:
         found.append(f"memory.offload takes {host / 1e9:.1f} GB of {main / 1e9:.1f} GB of main memory; it may run out")

@@ -149,7 +149,7 @@ def prepare(
     config, weights, world, console = checked.config, session.weights, session.world, session.console
     plan = make_plan(config, checked.items, world.processes)
     fill_caches(checked, session, plan)
-    fits = fit.facts() | {"words": forecast.in_words(fit)}
+    fits = fit.facts() | {"words": forecast.plan_in_words(fit)}
     console.say(f"memory plan: {fits['words']}")
     frozen = _assemble(config, session, fit.form)
     attached = _attach(config, frozen, weights.modules, fit, console)
