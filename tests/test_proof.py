@@ -13,9 +13,11 @@ from PIL import Image
 
 from zimage_train import mini
 from zimage_train.app.train import train
+from zimage_train.errors import Stopped
+from zimage_train.report.metrics import read
 
 from conftest import merge
-from helpers import final
+from helpers import final, folder, losses, stop_after
 
 TAGS = "zorb, red, big, on the left, drawn, plain background"
 COMMON: dict[str, Any] = {"train": {"steps": 2, "batch_size": 2}}
@@ -143,3 +145,39 @@ def test_every_other_value_changes_the_lora_each_in_its_own_way(bytes_of):
     same = [(one, other) for one in found for other in found if one < other and found[one] == found[other]]
     # A small share of regularisation leaves the two steps of this run to the concept.
     assert same == [("nothing", "train.regularisation_share")]
+
+
+EVERYTHING: dict[str, Any] = {
+    "data": {"mask": "{pictures}/half", "mask_prior": 0.5},
+    "more_data": [CLASS[0] | {"regularisation": "prior"}],
+    "preserve": {"kind": "trigger", "class_word": "circle"},
+    "guidance": {"contrastive": 1.5, "differential": 2.0},
+    "ema": {"decay": 0.9},
+    "train": {"accumulate": 2},
+}
+
+
+def test_however_the_model_is_held_all_parts_of_the_loss_are_the_same_bits(bytes_of):
+    """Passes without the LoRA and without a gradient come between those that recompute and stream."""
+    plain = bytes_of(dict(EVERYTHING))
+    for memory in ({"offload": 0.5}, {"offload": 1.0, "checkpointing": "full"}, {"checkpointing": "w1w3"}):
+        assert bytes_of(EVERYTHING | {"memory": memory}) == plain, memory
+
+
+def test_a_run_with_everything_continues_bit_for_bit(make_config, pictures: Path, monkeypatch):
+    values = filled(dict(EVERYTHING), pictures)
+    own = {"folder": str(pictures / "all"), "resolution": [64], "trigger": "zorb", "shuffle_tags": True, "flip": True}
+    values["data"] = [own | values["data"], *values.pop("more_data")]
+    settings = merge(values, {"train": {"steps": 4}, "optimizer": {"name": "prodigy8bit", "lr": 1.0}})
+    whole = make_config(**merge(settings, {"name": "whole"}))
+    train(whole, fresh=False)
+    stopped = make_config(**settings)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2)
+        with pytest.raises(Stopped):
+            train(stopped, fresh=False)
+    train(stopped, fresh=False)
+    assert numbers(final(stopped)) == numbers(final(whole))
+    assert losses(stopped) == losses(whole)
+    preserved = [record["preservation"] for record in read(folder(whole) / "metrics.jsonl")]
+    assert len(preserved) == 4 and all(value >= 0 for value in preserved) and preserved[-1] > 0
