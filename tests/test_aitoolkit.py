@@ -892,3 +892,25 @@ def test_a_refused_job_writes_nothing(tmp_path: Path):
     target = tmp_path / "config.yaml"
     code, output = run("import", str(path), "-o", str(target))
     assert code == 2 and "train.min_snr_gamma" in output and not target.exists()
+
+
+def test_a_job_trains_as_it_is_on_the_miniature(tmp_path: Path, shared_cache: Path):
+    options = {
+        "model.path": mini.TURBO,
+        "model.adapter": mini.ADAPTER,
+        "model.dtype": "fp32",
+        "data.0.folder": mini.PICTURES,
+        "data.0.resolution": "[64]",
+        "train.steps": 3,
+        "output": tmp_path / "runs",
+        "cache.folder": shared_cache,
+        "sample.width": 64,
+        "sample.height": 64,
+        "log.tensorboard": "false",
+    }
+    words = [word for key, value in options.items() for word in ("--set", f"{key}={value}")]
+    done = CliRunner().invoke(app, ["train", str(Path(__file__).parent / "aitoolkit_jobs" / "turbo.yaml"), *words])
+    assert done.exit_code == 0, (done.output[-500:], done.exception)
+    (lora,) = tmp_path.glob("runs/*/lora/*.safetensors")
+    assert lora.name == "my_first_lora_v1.safetensors"
+    assert "matched 48/48 modules (attention 24, feed_forward 18, adaln 6)" in done.output

@@ -126,3 +126,16 @@ def test_tensorboard_shows_it(make_config, held_out):
     values = [(one.step, pytest.approx(one.value, rel=1e-6)) for one in shown.Scalars("validation/loss")]
     assert [(one["step"], one["loss"]) for one in found(config)] == values
     assert json.dumps(found(config)[0])
+
+
+def test_the_report_draws_it_and_names_the_lowest(make_config, held_out):
+    config = make_config(validation=settings(held_out, every=1), train={"steps": 3}, preserve={"kind": "blank"})
+    train(config, fresh=False)
+    page = (folder(config) / "report.html").read_text()
+    lowest = min(found(config), key=lambda one: one["loss"])
+    assert f"Lowest at step {lowest['step']}: {lowest['loss']:.4f}" in page
+    assert 'aria-label="Validation loss by step"' in page and 'aria-label="Preservation by step"' in page
+    plain = make_config(name="plain", train={"steps": 3})
+    train(plain, fresh=False)
+    page = (folder(plain) / "report.html").read_text()
+    assert "Validation loss" not in page and "Preservation" not in page

@@ -22,6 +22,7 @@ def write(
     name: str,
     facts: Mapping[str, Any],
     metrics_path: Path,
+    events_path: Path,
     own: Table | None,
     shown: Table,
     config_text: str,
@@ -31,8 +32,7 @@ def write(
 ) -> None:
     """Write the page at `path` from what the run folder holds now."""
     records = metrics.read(metrics_path)
-    losses = [(record["step"], record["loss"]) for record in records if record.get("loss") is not None]
-    rates = [(record["step"], record["lr"]) for record in records if record.get("lr") is not None]
+    validated = [one for one in metrics.read(events_path) if one.get("event") == "validation"]
     rows, labels = _preview_rows(shown)
     found = change.changes(own, triggers) if own else []
     remark = change.remark(found[-1], steps) if found else None
@@ -42,14 +42,21 @@ def write(
         facts=facts,
         last=records[-1] if records else None,
         skipped=sum(record.get("loss") is None for record in records),
-        loss_chart=chart(losses, is_noisy=True),
-        lr_chart=chart(rates, is_noisy=False),
+        loss_chart=chart(_curve(records, "loss"), is_noisy=True),
+        validation_chart=chart(_curve(validated, "loss"), is_noisy=False, from_zero=False),
+        lowest=min(validated, key=lambda one: one["loss"], default=None),
+        preservation_chart=chart(_curve(records, "preservation"), is_noisy=True),
+        lr_chart=chart(_curve(records, "lr"), is_noisy=False),
         rows=rows,
         prompts=labels,
         config=config_text,
         warnings=[*warnings, remark] if remark else warnings,
     )
     files.write_text(path, page)
+
+
+def _curve(records: list[dict[str, Any]], name: str) -> list[tuple[int, float]]:
+    return [(record["step"], record[name]) for record in records if record.get(name) is not None]
 
 
 def _preview_rows(shown: Table) -> tuple[list[tuple[int, list[Any]]], list[str]]:
@@ -62,16 +69,16 @@ def _preview_rows(shown: Table) -> tuple[list[tuple[int, list[Any]]], list[str]]
     return rows, shown.labels
 
 
-def chart(points: list[tuple[int, float]], is_noisy: bool) -> dict[str, Any] | None:
+def chart(points: list[tuple[int, float]], is_noisy: bool, from_zero: bool = True) -> dict[str, Any] | None:
     """What the template draws as SVG: polylines in chart coordinates, and the labels of the axes.
 
-    A noisy curve is drawn with its running mean and between its extremes, another one from zero up.
+    A noisy curve is drawn with its running mean and between its extremes, another one from zero up unless told.
     """
     if len(points) < 2:
         return None
     shown = _averaged(points, SMOOTHING_POINTS)
     first, last = shown[0][0], shown[-1][0]
-    low = min(value for _, value in shown) if is_noisy else 0.0
+    low = min(value for _, value in shown) if is_noisy or not from_zero else 0.0
     high = max(value for _, value in shown)
     high = high if high > low else low + 1.0
 

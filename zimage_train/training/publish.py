@@ -191,6 +191,7 @@ def write_report(run: Run) -> None:
         name=run.config.name,
         facts=facts,
         metrics_path=run.folder.metrics,
+        events_path=run.folder.events,
         own=run.views[0].table() if run.views else None,
         shown=views.shown(run.views) if run.views else pictures.table(run.folder.samples),
         config_text=dump_config(run.config),
