@@ -156,7 +156,7 @@ def text(base_name: str, kind_name: str) -> str:
         "  lr: 1.0e-4  # 5.0e-5 to 8.0e-5 if pictures get noisy; never 2.0e-4 on Turbo",
         "sample:",
         "  every: 250",
-        *(["  also: turbo"] if base.also else []),
+        *(["  also: turbo  # each preview on Turbo too; null saves downloading its 12 GB"] if base.also else []),
         "  prompts:",
         *(f"    - {prompt}" for prompt in kind.prompts),
         f"    - {kind.neutral[0]}  # without the trigger: shows whether the LoRA leaks",

@@ -316,3 +316,25 @@ def test_other_captions_and_another_mask_are_another_dataset(tmp_path: Path):
         picture(tmp_path / "_masks" / "one.png", (grey, 1, 1))
         masked.append(fingerprint([scanned(tmp_path, mask=str(tmp_path / "_masks")).pictures]))
     assert masked[0] != masked[1] and prints[0] not in masked
+
+
+def test_another_number_in_the_name_of_a_folder_is_another_dataset(tmp_path: Path):
+    prints = []
+    for number in (10, 20):
+        picture(tmp_path / str(number) / f"{number}_cat" / "one.png")
+        prints.append(fingerprint([scanned(tmp_path / str(number), repeats="by_folder").pictures]))
+    assert prints[0] != prints[1]
+
+
+def test_masks_inside_the_folder_are_no_pictures(tmp_path: Path):
+    picture(tmp_path / "a.png")
+    picture(tmp_path / "masks" / "a.png", (5, 5, 5))
+    result = scanned(tmp_path, mask=str(tmp_path / "masks"))
+    assert [one.path.name for one in result.pictures] == ["a.png"] and result.pictures[0].mask is not None
+    assert len(scanned(tmp_path).pictures) == 2
+
+
+def test_a_placeholder_in_pictures_of_the_class_is_refused_with_what_helps(tmp_path: Path):
+    picture(tmp_path / "a.png").with_suffix(".txt").write_text("a [trigger] in snow")
+    (said,) = problems(scanned(tmp_path, regularisation=True))
+    assert said.endswith("take it out: these pictures show the class")

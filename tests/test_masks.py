@@ -1,5 +1,6 @@
 """Masks lie on the latents where the picture does: scaled, cropped and mirrored with it; and are refused by name."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -112,3 +113,17 @@ def test_a_mask_that_changes_while_a_run_goes_on_is_noticed(tmp_path: Path):
     path.unlink()
     with pytest.raises(DataError, match="cannot be read any more"):
         on_latents(mask, Bucket(64, 48), False, "")
+
+
+def test_masks_that_mean_several_things_are_refused(tmp_path: Path):
+    picture(tmp_path / "a.png")
+    picture(tmp_path / "_m" / "a.png", (1, 1, 1))
+    picture(tmp_path / "_m" / "a.jpg", (2, 2, 2))
+    assert "is a second mask beside" in " ".join(map(str, scanned(tmp_path, str(tmp_path / "_m")).errors))
+    picture(tmp_path / "x" / "one.png")
+    picture(tmp_path / "y" / "one.png", (3, 3, 3))
+    picture(tmp_path / "_n" / "one.png")
+    lines = [json.dumps({"image": f"{name}/one.png", "prompt": "a cat"}) for name in "xy"]
+    (tmp_path / "m.jsonl").write_text("\n".join(lines))
+    result = scan(Data(metadata=str(tmp_path / "m.jsonl"), mask=str(tmp_path / "_n")), "data.0")
+    assert "is the mask of several pictures" in " ".join(map(str, result.errors))

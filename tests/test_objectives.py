@@ -330,3 +330,12 @@ def test_contrastive_guidance_moves_the_target_away_from_the_empty_prompt(differ
     found = sft_loss(frozen.model, with_extras(data, empty_embeds=empty), differential, 1.7)
     assert float(found.objective.detach()) == pytest.approx(expected, rel=1e-4)
     assert float(found.plain) == pytest.approx(float(sft_loss(frozen.model, data, None).plain), rel=1e-6)
+
+
+def test_what_is_held_to_the_prior_is_not_moved_by_guidance():
+    frozen, _ = trainable()
+    data = batch(2)
+    everyone = torch.tensor([True, True])
+    held = sft_loss(frozen.model, with_extras(data, to_prior=everyone), None)
+    guided = sft_loss(frozen.model, with_extras(data, to_prior=everyone, empty_embeds=torch.randn(8, 64)), None, 3.0)
+    assert float(guided.objective.detach()) == pytest.approx(float(held.objective.detach()), rel=1e-6)

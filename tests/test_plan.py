@@ -468,3 +468,12 @@ def test_one_picture_has_one_prompt_in_an_epoch_at_every_resolution():
         by_picture.setdefault((sample.epoch, sample.item.picture.path), set()).add(sample.prompt)
     assert all(len(prompts) == 1 for prompts in by_picture.values())
     assert len({prompt for prompts in by_picture.values() for prompt in prompts}) > 6
+
+
+@pytest.mark.parametrize("share", [0.3, 0.4, 0.55, 0.8, 0.9])
+def test_rounding_adds_no_step(share: float):
+    made = config(entries=[{}, CLASS])
+    train = made.train.model_copy(update={"epochs": 1.0, "regularisation_share": share})
+    made = made.model_copy(update={"train": train})
+    found = with_steps(made, items_of(made, [pictures(12), pictures(2, tag="b")]), 1)
+    assert found.train.steps == -(-12 * 100 // (100 - round(share * 100)))

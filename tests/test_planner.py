@@ -109,7 +109,7 @@ def test_no_choice_is_predicted_to_be_slower_than_another_by_more_than_a_quarter
         for streamed in range(31):
             other = planner._plan(chosen.job, Form(kind, streamed), None, limit)
             if other.fits:
-                ours, theirs = (planner._epoch_seconds(plan, card) for plan in (chosen, other))
+                ours, theirs = (planner._mean_seconds(plan, card) for plan in (chosen, other))
                 assert ours <= theirs * planner.WORTH * 1.0001
 
 

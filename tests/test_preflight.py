@@ -649,3 +649,65 @@ def test_what_needs_a_package_that_is_not_there_is_refused_before_anything_is_lo
     assert "model.quantize: nf4 needs bitsandbytes, which is not installed; install it" in str(error)
     assert "optimizer.name: adamw8bit needs bitsandbytes" in str(error)
     assert preflight.examine(make_config(model={"quantize": "int8"}, optimizer={"name": "adamw"}), offline)
+
+
+# What folders add to the plan
+
+
+def folders(**changes: Any) -> list[dict[str, Any]]:
+    return [{"folder": str(mini.PICTURES), "resolution": [64], "trigger": "zorb"} | changes]
+
+
+def test_batches_are_planned_as_they_come(make_config: Make):
+    data = [*folders(batch_size=8), *folders(resolution=[128])]
+    job = preflight.job_of(preflight.examine(make_config(data=data, train={"batch_size": 1})))
+    by_size = {size: job.batch(size) for size in job.sizes}
+    assert max(number for size, number in by_size.items() if size.width * size.height > 64 * 64) == 1
+    assert max(by_size.values()) > 1
+    assert sum(job.shares().values()) == pytest.approx(1.0)
+
+
+def test_regularisation_has_its_share_of_the_time(make_config: Make):
+    def share_of_large(part: float) -> float:
+        data = [*folders(resolution=[128]), *folders(resolution=[32], regularisation=True, trigger=None)]
+        config = make_config(data=data, train={"batch_size": 1, "regularisation_share": part})
+        shares = preflight.job_of(preflight.examine(config)).shares()
+        return sum(share for size, share in shares.items() if size.width * size.height > 32 * 32)
+
+    assert share_of_large(0.25) == pytest.approx(0.75) and share_of_large(0.9) == pytest.approx(0.1)
+
+
+def test_advice_names_the_setting_that_each_folder_has(make_config: Make):
+    data = [*folders(batch_size=8), *folders(max_pixels=1024 * 1024)]
+    del data[1]["resolution"]
+    config = make_config(data=data, model={"path": None, "adapter": None, "dtype": "bf16"}, train={"batch_size": 1})
+    text = preflight.less_memory(preflight.examine(config, cached_only), 2.2e9)
+    if "batch_size" in text:
+        assert "data.0.batch_size: 1" in text and "train.batch_size" not in text
+    assert "data.1.resolution" not in text
+
+
+def test_a_caption_that_is_held_and_longer_counts(make_config: Make):
+    word = "a thing of many words " * 8
+    plain, kept = (
+        preflight.job_of(preflight.examine(make_config(**changes))).caption_tokens
+        for changes in ({}, {"preserve": {"kind": "trigger", "class_word": word}})
+    )
+    assert kept > plain
+
+
+def test_pictures_of_the_class_do_not_count_as_pictures_of_the_concept(make_config: Make, tmp_path: Path):
+    few = tmp_path / "few"
+    few.mkdir()
+    for path in mini.PICTURES.glob("zorb_0[1-3].*"):
+        shutil.copy(path, few)
+    data = [*folders(folder=str(few)), *folders(regularisation=True, trigger=None)]
+    warnings = preflight.examine(make_config(data=data, train={"steps": 5000})).warnings
+    assert any("for 3 pictures" in warning for warning in warnings)
+
+
+def test_preservation_needs_a_trigger_for_every_folder_of_the_concept(make_config: Make):
+    kept = {"kind": "trigger", "class_word": "shape"}
+    with pytest.raises(AssertionError, match="set data.1.trigger, or use blank"):
+        make_config(data=[*folders(), *folders(trigger=None)], preserve=kept)
+    assert make_config(data=[*folders(), *folders(trigger=None, regularisation=True)], preserve=kept)

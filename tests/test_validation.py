@@ -139,3 +139,35 @@ def test_the_report_draws_it_and_names_the_lowest(make_config, held_out):
     train(plain, fresh=False)
     page = (folder(plain) / "report.html").read_text()
     assert "Validation loss" not in page and "Preservation" not in page
+
+
+def test_what_other_pictures_gave_is_not_compared(make_config, held_out, capsys):
+    first = make_config(validation=settings(held_out, every=1), train={"steps": 1})
+    train(first, fresh=False)
+    (held_out / "zorb_01.png").unlink()
+    (held_out / "zorb_01.txt").unlink()
+    capsys.readouterr()
+    second = make_config(validation=settings(held_out, every=1), train={"steps": 3})
+    train(second, fresh=False)
+    said = capsys.readouterr().out
+    assert len({one["of"] for one in found(second)}) == 2
+    lowest = min((one for one in found(second) if one["of"] == found(second)[-1]["of"]), key=lambda one: one["loss"])
+    assert f"lowest validation loss: {lowest['loss']:.4f} at step {lowest['step']}" in said
+
+
+def test_running_out_of_memory_in_validation_costs_no_step(make_config, held_out, monkeypatch, capsys):
+    def full(run, at, step):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(validation, "measure", full)
+    config = make_config(validation=settings(held_out), train={"steps": 2})
+    train(config, fresh=False)
+    assert found(config) == [] and "lower validation.resolution; training goes on" in capsys.readouterr().out
+
+
+def test_captions_are_read_as_those_of_the_first_folder_of_the_concept(make_config, held_out):
+    (held_out / "zorb_02.txt").write_text("one\ntwo")
+    own = {"folder": str(mini.PICTURES), "resolution": [64], "trigger": "zorb", "caption_lines": True}
+    of_class = {"folder": str(held_out), "resolution": [64], "regularisation": True}
+    checked = preflight.examine(make_config(data=[of_class, own], validation=settings(held_out)))
+    assert checked.held_out[1].picture.prompts == ("zorb one", "zorb two")

@@ -46,30 +46,53 @@ class Automagic(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """One update of every tensor that has a gradient."""
+        """One update of every tensor that has a gradient, all of them in few calls."""
         for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._update(parameter, parameter.grad, group)
+            parameters = [one for one in group["params"] if one.grad is not None]
+            if parameters:
+                self._update(parameters, group)
 
-    def _update(self, parameter: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
+    def _update(self, parameters: list[Parameter], group: dict[str, Any]) -> None:
+        grads = [one.grad for one in parameters if one.grad is not None]
+        states = [self._state_of(one) for one in parameters]
+        means, squares = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq"))
+        count = states[0]["step"]
+        scales = self._scaled([state["scale"] for state in states], grads, means, group)
+        beta1, beta2 = group["betas"]
+        torch._foreach_lerp_(means, grads, 1 - beta1)
+        torch._foreach_mul_(squares, beta2)
+        torch._foreach_addcmul_(squares, grads, grads, value=1 - beta2)
+        root = math.sqrt(1 - beta2**count)
+        sizes = torch._foreach_sqrt(squares)
+        torch._foreach_add_(sizes, group["eps"] * root)
+        updates = torch._foreach_div(means, sizes)
+        torch._foreach_mul_(updates, root / (1 - beta1**count))
+        weights: list[Tensor] = [one.detach() for one in parameters]
+        torch._foreach_add_(updates, weights, alpha=group["weight_decay"])
+        for parameter, update, scale in zip(parameters, updates, scales, strict=True):
+            parameter.addcmul_(update, scale.to(update.dtype), value=-group["lr"])
+
+    def _state_of(self, parameter: Parameter) -> dict[str, Any]:
         state = self.state[parameter]
         if not state:
             state["step"] = 0
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
             state["scale"] = torch.ones((), dtype=torch.float32, device=parameter.device)
         state["step"] += 1
-        (beta1, beta2), mean, square = group["betas"], state["exp_avg"], state["exp_avg_sq"]
-        agreement = (grad.sign() * mean.sign()).mean()
-        least, most = (max(group[name], 1e-30) / group["base_lr"] for name in ("min_lr", "max_lr"))
-        state["scale"].mul_(torch.exp(group["bump"] * agreement)).clamp_(min(least, 1.0), max(most, 1.0))
-        mean.lerp_(grad, 1 - beta1)
-        square.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-        correction = math.sqrt(1 - beta2 ** state["step"]) / (1 - beta1 ** state["step"])
-        rate = group["lr"] * state["scale"]
-        eps = group["eps"] * math.sqrt(1 - beta2 ** state["step"])
-        parameter.mul_(1 - rate * group["weight_decay"])
-        parameter.sub_(rate * correction * (mean / (square.sqrt() + eps)))
+        return state
+
+    def _scaled(
+        self, scales: list[Tensor], grads: list[Tensor], means: list[Tensor], group: dict[str, Any]
+    ) -> list[Tensor]:
+        """Raise or lower every scale by how far gradient and momentum agree."""
+        signs = torch._foreach_sign(grads)
+        torch._foreach_mul_(signs, torch._foreach_sign(means))
+        agreement = torch.stack([one.mean() for one in signs]).float()
+        least, most = (group[name] / group["base_lr"] for name in ("min_lr", "max_lr"))
+        changed = torch.stack(scales) * torch.exp(group["bump"] * agreement)
+        for scale, now in zip(scales, changed.clamp(min(least, 1.0), max(most, 1.0)), strict=True):
+            scale.copy_(now)
+        return scales
 
     def mean_lr(self) -> float:
         """The rate of the next step, the mean over the tensors."""

@@ -28,8 +28,7 @@ class Ema:
     def update(self, trained: Mapping[str, Tensor], step: int) -> None:
         """s <- d s + (1 - d) w, after the optimizer's `step`."""
         weight = 1.0 - decay_at(self.decay, step)
-        for name, shadow in self.shadow.items():
-            shadow.lerp_(trained[name], weight)
+        torch._foreach_lerp_(list(self.shadow.values()), [trained[name] for name in self.shadow], weight)
 
     def state(self) -> dict[str, Tensor]:
         """Name -> tensor, as a checkpoint keeps them."""

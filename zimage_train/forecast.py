@@ -150,8 +150,11 @@ def _shares(checked: Checked, plan: Plan, device: Device) -> list[str]:
         by_resolution.setdefault(item.resolution, Counter())[item.size] += 1
     card, known = device.card, _known(checked, device.key)
     speed, factor = card or cards.TYPICAL, known.time if known else 1.0
+    shares = plan.job.shares()
     spent = {
-        resolution: math.fsum(n / plan.job.batch(size) * plan.seconds(size, speed) for size, n in sizes.items())
+        resolution: math.fsum(
+            shares[size] * n / plan.job.sizes[size] * plan.seconds(size, speed) for size, n in sizes.items()
+        )
         for resolution, sizes in by_resolution.items()
     }
     epoch = math.fsum(spent.values())
@@ -207,8 +210,7 @@ def _hours_and_cost(seconds: float, price: float | None) -> str:
 def _run_seconds(checked: Checked, plan: Plan, card: Card) -> tuple[float, float]:
     """The whole run, and its previews alone."""
     config, job = checked.config, plan.job
-    batches = {size: number / job.batch(size) for size, number in job.sizes.items()}
-    mean = math.fsum(number * plan.seconds(size, card) for size, number in batches.items()) / sum(batches.values())
+    mean = math.fsum(share * plan.seconds(size, card) for size, share in job.shares().items())
     drawing = math.fsum(flops.preview_seconds(job, plan.form, one, card) for one in job.previews)
     if checked.weights is None or checked.weights.sources.adapter is not None:  # taken out and merged again
         drawing += 2 * memory.model_bytes(replace(job, dtype="bf16"), None) / READ_BYTES_PER_SECOND

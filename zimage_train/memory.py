@@ -6,13 +6,14 @@ taken as fused, which keeps no matrix of tokens by tokens.
 
 import math
 from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 
 from zimage_train.config.schema import Config
 from zimage_train.config.values import Kind, Mode
 from zimage_train.data.buckets import Bucket
-from zimage_train.data.plan import Item
+from zimage_train.data.plan import Item, Plan, make_plan
 from zimage_train.model.pinning import pinned_bytes
 from zimage_train.model.shapes import IN_A_BLOCK, TransformerShape
 from zimage_train.sampling.recipe import Recipe
@@ -84,6 +85,7 @@ class Job:
     sizes: Counter[Bucket]
     """Samples of each size in an epoch."""
     batch_size: int
+    """The most samples of a batch, unless `largest` says otherwise."""
     caption_tokens: int
     """Of the longest caption, judged by its length."""
     previews: tuple[Recipe, ...]
@@ -92,14 +94,25 @@ class Job:
     ema: bool = False
     extra_steps: int = 0
     """More passes forward and backward on each batch, one after the other: for preservation."""
-    extra_forwards: int = 0
-    """More passes forward only."""
+    extra_forwards: float = 0.0
+    """More passes forward only, on average."""
     rank: int = 16
     """Of the LoRA."""
+    largest: Mapping[Bucket, int] | None = None
+    """Samples of the largest batch of each size, where folders have batch sizes of their own."""
+    passes: Mapping[Bucket, float] | None = None
+    """How often a batch of each size comes, where regularisation has a share of its own."""
+    held_out: Bucket | None = None
+    """The largest picture that validation looks at."""
 
     def batch(self, size: Bucket) -> int:
         """The largest batch of `size`: never more than there are samples."""
-        return min(self.sizes[size], self.batch_size)
+        return min(self.sizes[size], self.batch_size) if self.largest is None else self.largest[size]
+
+    def shares(self) -> Mapping[Bucket, float]:
+        """Of all passes, those with a batch of each size."""
+        passes = self.passes or {size: number / self.batch(size) for size, number in self.sizes.items() if number}
+        return {size: number / math.fsum(passes.values()) for size, number in passes.items()}
 
     def tokens(self, size: Bucket) -> int:
         """Of the largest batch of `size`."""
@@ -118,25 +131,48 @@ def job(
     items: list[Item],
     previews: list[Recipe],
     gpu: bool,
+    held_out: Iterable[Item] = (),
 ) -> Job:
     """What `config` trains on `items`, with a LoRA on `modules` of a transformer of `shape`."""
+    plan = make_plan(config, items)
+    largest, passes, with_prior = _batches(plan)
     preserves = config.preserve.kind is not None
-    has_prior = any(entry.regularisation == "prior" or entry.mask_prior > 0 for entry in config.data)
+    texts = {text for item in items for one in [plan.whole(item)] for text in (one.prompt, one.held) if text}
     return Job(
         shape=shape,
         dtype=config.model.dtype,
         trained=sum(sum(shape.linears[module]) for module in modules) * config.lora.rank,
         optimizer=config.optimizer.name,
         sizes=Counter(item.size for item in items),
-        batch_size=max(entry.batch_size or config.train.batch_size for entry in config.data),
-        caption_tokens=max((caption_tokens(item.picture.longest) for item in items), default=MOST_CAPTION_TOKENS),
+        batch_size=max(largest.values(), default=config.train.batch_size),
+        caption_tokens=max(map(caption_tokens, texts), default=MOST_CAPTION_TOKENS if not items else TEMPLATE_TOKENS),
         previews=tuple(previews),
         gpu=gpu,
         ema=config.ema.decay is not None,
         rank=config.lora.rank,
         extra_steps=int(preserves),
-        extra_forwards=preserves + has_prior + (config.guidance.contrastive is not None),
+        extra_forwards=preserves + (config.guidance.contrastive is not None) + with_prior,
+        largest=largest,
+        passes=passes,
+        held_out=max((item.size for item in held_out), key=lambda size: size.width * size.height, default=None),
     )
+
+
+def _batches(plan: Plan) -> tuple[dict[Bucket, int], dict[Bucket, float], float]:
+    """The largest batch of each size, how often one of each size comes, and in which share a prior is asked for."""
+    largest: dict[Bucket, int] = {}
+    passes: dict[Bucket, float] = {}
+    with_prior = 0.0
+    for stream, share in ((plan.own, 1.0 - plan.share), (plan.regularisation, plan.share)):
+        if stream is None or not stream.items:
+            continue
+        for (size, most), count in Counter((item.size, plan.most_of(item)) for item in stream.items).items():
+            largest[size] = max(largest.get(size, 0), min(count, most))
+            passes[size] = passes.get(size, 0.0) + share * -(-count // most) / stream.micro_batches_per_epoch
+        entries = (plan.entries[item.entry] for item in stream.items)
+        asking = sum(entry.regularisation == "prior" or entry.mask_prior > 0 for entry in entries)
+        with_prior += share * asking / len(stream.items)
+    return largest, passes, with_prior
 
 
 def caption_tokens(prompt: str) -> int:
@@ -177,8 +213,11 @@ def most_tokens(job: Job, form: Form, mode: Mode, limit_bytes: float) -> int:
 
 
 def preview(job: Job, form: Form) -> Estimate:
-    """The peak of the largest preview: of its sampling or of its decoding."""
+    """The peak of the largest preview, of its sampling or of its decoding; or of a validation."""
     sampling = decoding = 0.0
+    if job.held_out is not None:
+        tokens = padded(job.held_out.width * job.held_out.height // 256) + padded(job.caption_tokens)
+        sampling = SAMPLING[job.dtype] * job.shape.dim * tokens
     for one in job.previews:
         batch = 2 if one.guidance > 0 else 1
         longer = max(one.prompt, one.negative if one.guidance > 0 else "", key=len)
@@ -270,11 +309,12 @@ def _smaller_batches(job: Job) -> list[Change | None]:
     said: list[str] = []
     current = job
     if job.batch_size > 1:
-        said, current = ["train.batch_size: 1"], replace(job, batch_size=1)
+        said, current = ["train.batch_size: 1"], replace(job, batch_size=1, largest=None, passes=None)
         found.append((", ".join(said), current))
     for side in (768, 512):
         if max((size.width * size.height for size in current.sizes), default=0) > side**2:
-            current = replace(current, sizes=Counter({Bucket(side, side): current.sizes.total()}))
+            square = Counter({Bucket(side, side): current.sizes.total()})
+            current = replace(current, sizes=square, largest=None, passes=None)
             found.append((", ".join([*said, f"data.0.resolution: {side}"]), current))
     return found
 

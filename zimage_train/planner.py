@@ -104,7 +104,7 @@ def choose(job: Job, wanted: Wanted, limit_bytes: float, host_bytes: float, card
     resident = next((plan for plan in fitting if plan.form == Form()), None)
     if resident is not None:
         return resident
-    times = {plan.form: _epoch_seconds(plan, card or TYPICAL) for plan in fitting}
+    times = {plan.form: _mean_seconds(plan, card or TYPICAL) for plan in fitting}
     fastest = min(times.values())
     good = [plan for plan in fitting if times[plan.form] <= fastest * WORTH]
     best = min(good, key=lambda plan: (PRECISION.index(plan.form.kind), times[plan.form], plan.form.streamed))
@@ -154,8 +154,5 @@ def _plan(job: Job, form: Form, mode: Mode | None, limit_bytes: float) -> Plan:
     return Plan(job, form, limits, limit_bytes, fits, why)
 
 
-def _epoch_seconds(plan: Plan, card: Card) -> float:
-    job = plan.job
-    return math.fsum(
-        number / job.batch(size) * plan.seconds(size, card) for size, number in job.sizes.items() if number
-    )
+def _mean_seconds(plan: Plan, card: Card) -> float:
+    return math.fsum(share * plan.seconds(size, card) for size, share in plan.job.shares().items())

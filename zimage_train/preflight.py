@@ -93,7 +93,8 @@ def examine(
         if config.cache.folder is not None:
             files.require_folder(Path(config.cache.folder), "cache.folder")
         files.require_space(Path(config.output), _disk_bytes(config, weights), "checkpoints and exports")
-    warnings = advice.warnings(config, sum(map(len, pictures)))
+    own = [found for entry, found in zip(config.data, pictures, strict=True) if not entry.regularisation]
+    warnings = advice.warnings(config, sum(map(len, own)))
     checked = Checked(config, pictures, items, held_out, weights, notes, warnings)
     raise_all(errors)
     _require_budget(checked)
@@ -104,18 +105,14 @@ def examine(
 def _held_out(
     config: Config, trained: list[Scan], looks: Looks, tick: Tick
 ) -> tuple[list[Item], list[ZImageTrainError], list[str]]:
-    """What validation looks at, read as the first data entry is; what is wrong with it; what is odd."""
+    """What validation looks at, read as the first data entry of the concept is; what is wrong with it; what is odd."""
     settings = config.validation
     if settings.folder is None or settings.every is None:
         return [], [], []
-    first = config.data[0]
-    entry = Data(
-        folder=settings.folder,
-        resolution=[settings.resolution],
-        trigger=first.trigger,
-        default_caption=first.default_caption,
-        caption_ext=first.caption_ext,
-    )
+    first = next(entry for entry in config.data if not entry.regularisation)
+    entry = Data(folder=settings.folder, resolution=[settings.resolution])
+    read = ("trigger", "default_caption", "caption_ext", "caption_lines", "shuffle_tags", "tag_dropout")
+    entry = entry.model_copy(update={name: getattr(first, name) for name in read})
     scan = folder.scan(entry, "validation", looks, tick)
     errors, items = scan.errors, []
     with collected(errors):
@@ -151,7 +148,7 @@ def job_of(checked: Checked, gpu: bool | None = None) -> Job:
     modules = checked.weights.modules if checked.weights else names.select(config.lora.targets, shape.linears)
     if gpu is None:
         gpu = memory.parameters_of(shape) > memory.LARGEST_ON_CPU
-    job = memory.job(config, shape, modules, checked.items, [*previews(config), *also(config)], gpu)
+    job = memory.job(config, shape, modules, checked.items, [*previews(config), *also(config)], gpu, checked.held_out)
     if checked.weights is None:
         return job
     return replace(job, vae_channels=parts.vae(checked.weights.sources.extras)[0]["block_out_channels"][0])
@@ -163,10 +160,20 @@ def less_memory(checked: Checked, limit_bytes: float, gpu: bool | None = None) -
     wanted = planner.wanted(checked.config, job.shape.n_layers)
     text = planner.lighter(job, wanted, limit_bytes, system_memory_bytes())
 
-    def everywhere(match: re.Match[str]) -> str:
-        return ", ".join(f"data.{index}.resolution: {match[1]}" for index in range(len(checked.config.data)))
+    def resolutions(match: re.Match[str]) -> str:
+        side = int(match[1])
+        return ", ".join(
+            f"data.{n}.resolution: {side}" if entry.max_pixels is None else f"data.{n}.max_pixels: {side * side}"
+            for n, entry in enumerate(checked.config.data)
+        )
 
-    return re.sub(r"data\.0\.resolution: (\d+)", everywhere, text)
+    def batches(match: re.Match[str]) -> str:
+        own = [n for n, entry in enumerate(checked.config.data) if entry.batch_size is not None]
+        shared = [match[0]] if len(own) < len(checked.config.data) and checked.config.train.batch_size > 1 else []
+        return ", ".join([*shared, *(f"data.{n}.batch_size: 1" for n in own)])
+
+    text = re.sub(r"data\.0\.resolution: (\d+)", resolutions, text)
+    return re.sub(r"train\.batch_size: 1\b", batches, text)
 
 
 def _require_budget(checked: Checked) -> None:

@@ -3,9 +3,11 @@
 They are unpacked for a step, when the activations that make up the peak of memory are gone.
 """
 
+from functools import cache
 from typing import Any
 
 import bitsandbytes.functional as bnb
+import torch
 from prodigyopt import Prodigy
 from torch import Tensor
 
@@ -33,7 +35,7 @@ def _pack(state: dict[str, Any]) -> None:
     for name, is_signed in PACKED.items():
         value = state.get(name)
         if isinstance(value, Tensor) and value.numel() >= LEAST_ELEMENTS:
-            packed, scales = bnb.quantize_blockwise(value, code=_code(is_signed, value), blocksize=BLOCK)
+            packed, scales = bnb.quantize_blockwise(value, code=_code(is_signed, value.device), blocksize=BLOCK)
             state[f"{name}.packed"], state[f"{name}.scales"] = packed, scales.absmax
             del state[name]
 
@@ -43,9 +45,10 @@ def _unpack(state: dict[str, Any]) -> None:
         packed = state.pop(f"{name}.packed", None)
         if packed is not None:
             scales = state.pop(f"{name}.scales")
-            code = _code(is_signed, packed)
+            code = _code(is_signed, packed.device)
             state[name] = bnb.dequantize_blockwise(packed, absmax=scales, code=code, blocksize=BLOCK)
 
 
-def _code(is_signed: bool, like: Tensor) -> Tensor:
-    return bnb.create_dynamic_map(signed=is_signed).to(like.device)
+@cache
+def _code(is_signed: bool, device: torch.device) -> Tensor:
+    return bnb.create_dynamic_map(signed=is_signed).to(device)

@@ -21,7 +21,7 @@ def report(checked: Checked, gpu: str | None = None, price: float | None = None)
     verdict = "no problems found" if forecast.fits(checked, gpu) else "does not fit the memory planned for, see below"
     lines = [f"{config.name}: {verdict}", "", *_table(checked)]
     plan = make_plan(config, checked.items)
-    per_step = config.train.batch_size * config.train.accumulate
+    per_step = max(entry.batch_size or config.train.batch_size for entry in config.data) * config.train.accumulate
     epochs = config.train.steps / plan.steps_per_epoch
     lines += [
         "",

@@ -301,7 +301,7 @@ class Sample(Section):
 
 class Validation(Section):
     folder: str | None = Field(default=None, min_length=1)
-    """Pictures that are held out, with their captions; read as data.0 is (trigger, default_caption, caption_ext)."""
+    """Pictures that are held out, with their captions; read as the first folder of the concept is."""
     every: Every = 250
     """Steps between validations; also before step 1 and after the last; null: none."""
     resolution: Pixels = 512
@@ -366,8 +366,10 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:
-        if self.preserve.kind == "trigger" and not any(entry.trigger for entry in self.data):
-            raise ValueError("preserve.kind: trigger replaces the trigger; set data.0.trigger, or use blank")
+        without = [i for i, entry in enumerate(self.data) if not entry.trigger and not entry.regularisation]
+        if self.preserve.kind == "trigger" and without:
+            where = f"data.{without[0]}.trigger"
+            raise ValueError(f"preserve.kind: trigger replaces the trigger; set {where}, or use blank")
         if all(entry.regularisation for entry in self.data):
             raise ValueError("data: every folder is for regularisation; one must show the concept")
         if self.sample.weights == "ema" and self.ema.decay is None:

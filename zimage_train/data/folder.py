@@ -116,7 +116,8 @@ def _picture(source: _Source, look: Look, entry: Data, where: str, mask: Mask | 
     prompts = captions.prompts_of(source.captions, entry)
     if any(captions.PLACEHOLDER in prompt for prompt in prompts):
         what = f"its caption has {captions.PLACEHOLDER}, but no trigger is set"
-        raise DataError(Problem(str(source.path), what, f"set {where}.trigger"))
+        todo = "take it out: these pictures show the class" if entry.regularisation else f"set {where}.trigger"
+        raise DataError(Problem(str(source.path), what, todo))
     return Picture(source.path, look.digest, look.width, look.height, prompts, look.thumbnail, source.repeats, mask)
 
 
@@ -125,7 +126,7 @@ def _from_folder(entry: Data, result: Scan) -> list[_Source]:
     if not root.is_dir():
         what = "is a file, not a folder" if root.exists() else "does not exist"
         raise DataError(Problem(str(root), what, "check data.folder (relative to where the command runs)"))
-    files = sorted(_walk(root, result), key=lambda path: path.relative_to(root).as_posix())
+    files = sorted(_walk(root, entry, result), key=lambda path: path.relative_to(root).as_posix())
     pictures = [path for path in files if path.suffix.lower() in images.EXTENSIONS]
     there = set(files)
     by_stem: dict[Path, list[Path]] = {}
@@ -192,8 +193,9 @@ def _note_unused(files: list[Path], stems: set[Path], entry: Data, result: Scan)
             result.notes.append(f"{path}: not used; pictures are {', '.join(sorted(images.EXTENSIONS))}")
 
 
-def _walk(root: Path, result: Scan) -> Iterator[Path]:
-    """Every file but hidden ones; folders that are linked, hidden or begin with `_` are not entered."""
+def _walk(root: Path, entry: Data, result: Scan) -> Iterator[Path]:
+    """Every file but hidden ones; folders that are linked, hidden, begin with `_` or hold the masks are not entered."""
+    own_masks = None if entry.mask in (None, masks.ALPHA) else Path(entry.mask).absolute()
 
     def failed(error: OSError) -> None:
         problem = Problem(str(error.filename), f"cannot be read ({error.strerror})", "check its permissions")
@@ -202,6 +204,7 @@ def _walk(root: Path, result: Scan) -> Iterator[Path]:
     for folder, names, files in os.walk(root, onerror=failed):
         skipped = [name for name in names if name.startswith("_") or Path(folder, name).is_symlink()]
         result.notes += [f"{Path(folder, name)}: not searched (linked, or begins with _)" for name in sorted(skipped)]
+        skipped += [name for name in names if Path(folder, name).absolute() == own_masks]
         names[:] = sorted(name for name in names if not name.startswith(".") and name not in skipped)
         yield from (Path(folder, name) for name in files if not name.startswith("."))
 
@@ -311,13 +314,14 @@ def _notes(pictures: list[Picture]) -> list[str]:
 
 
 def fingerprint(scans: list[list[Picture]]) -> dict[str, str]:
-    """Name -> digest of content, prompts and mask, for every picture: what a resumed run must find unchanged."""
+    """Name -> digest of content, prompts, mask and repeats: what a resumed run must find unchanged."""
     prints: dict[str, str] = {}
     for index, pictures in enumerate(scans):
         for picture in pictures:
             name = f"{index}/{picture.path.name}/{picture.digest[:16]}"
             while name in prints:  # the same picture in two subfolders
                 name += "'"
-            parts = [*picture.prompts, *([picture.mask.digest] if picture.mask else [])]
+            repeats = [str(picture.repeats)] if picture.repeats > 1 else []
+            parts = [*picture.prompts, *([picture.mask.digest] if picture.mask else []), *repeats]
             prints[name] = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
     return prints

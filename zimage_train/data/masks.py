@@ -1,6 +1,7 @@
 """Masks: which part of a picture is trained, as a map on the grid of its latents."""
 
 import hashlib
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,12 +46,19 @@ def find(
         what = "is a file, not a folder" if folder.exists() else "does not exist"
         errors.append(DataError(Problem(f"data.mask: {folder}", what, "give a folder of masks, or alpha")))
         return {}
-    by_name = {
-        path.relative_to(folder).with_suffix("").as_posix(): path
-        for path in sorted(folder.rglob("*"))
-        if path.suffix.lower() in images.EXTENSIONS and path.is_file()
-    }
     root = Path(entry.folder) if entry.folder else None
+    by_name: dict[str, Path] = {}
+    for path in sorted(folder.rglob("*")):
+        if path.suffix.lower() in images.EXTENSIONS and path.is_file():
+            other = by_name.setdefault(path.relative_to(folder).with_suffix("").as_posix(), path)
+            if other is not path:
+                errors.append(DataError(Problem(str(path), f"is a second mask beside {other.name}", "remove one")))
+    names = Counter(_name(path, root) for path in pictures)
+    twice = [name for name, count in names.items() if count > 1 and name in by_name]
+    errors += [
+        DataError(Problem(str(by_name[name]), "is the mask of several pictures", "give them different names"))
+        for name in twice
+    ]
     found = {path: by_name[name] for path in pictures if (name := _name(path, root)) in by_name}
     if not found:
         example = f"{_name(pictures[0], root)}.png" if pictures else "NAME.png"

@@ -199,8 +199,8 @@ class Plan:
         return captions.draw(item.picture.prompts, self.entries[item.entry], share)
 
     def whole(self, item: Item) -> Sample:
-        """`item` as it is trained in the first epoch, its caption not dropped."""
-        prompt = self.prompt(item, 0)
+        """`item` with the longest of its prompts, no tag or caption dropped."""
+        prompt = item.picture.longest
         return Sample(item, 0, prompt, captions.held(prompt, self.entries[item.entry], self.preserve))
 
     def prompts(self, steps: int) -> list[str]:
@@ -209,6 +209,7 @@ class Plan:
         for item in self.items:
             entry = self.entries[item.entry]
             if captions.has_tags(entry):
+                found.add((item.picture.longest, item.entry))  # for the rehearsal
                 found |= {(self.prompt(item, epoch), item.entry) for epoch in range(self._epochs(item, steps))}
             else:
                 found |= {(prompt, item.entry) for prompt in item.picture.prompts}
@@ -244,6 +245,6 @@ def with_steps(config: Config, items: list[Item], processes: int) -> Config:
     """`config` with `train.steps` in place of `train.epochs`."""
     if config.train.epochs is None or not items:
         return config
-    steps = math.ceil(config.train.epochs * make_plan(config, items, processes).steps_per_epoch)
+    steps = math.ceil(config.train.epochs * make_plan(config, items, processes).steps_per_epoch - 1e-9)
     train = config.train.model_copy(update={"steps": max(steps, 1), "epochs": None})
     return config.model_copy(update={"train": train})

@@ -13,9 +13,9 @@ from zimage_train.lora.files import Lora
 @contextlib.contextmanager
 def attached(model: nn.Module, lora: Lora) -> Iterator[None]:
     """Within the block `lora` is on `model`; after it every module is the very one that was there before."""
-    if lora:
-        attach.attach_fixed(model, lora)
     try:
+        if lora:
+            attach.attach_fixed(model, lora)
         yield
     finally:
         _detach(model)

@@ -33,6 +33,7 @@ def write(
     """Write the page at `path` from what the run folder holds now."""
     records = metrics.read(metrics_path)
     validated = [one for one in metrics.read(events_path) if one.get("event") == "validation"]
+    validated = [one for one in validated if one["of"] == validated[-1]["of"]]  # the folder may have changed
     rows, labels = _preview_rows(shown)
     found = change.changes(own, triggers) if own else []
     remark = change.remark(found[-1], steps) if found else None

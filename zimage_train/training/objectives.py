@@ -153,18 +153,20 @@ def sft_loss(
     prior = None
     if extras.to_prior is not None or extras.outside is not None:
         prior = prior_velocity(model, x, batch.sigma, batch.prompt_embeds)
-    if extras.to_prior is not None and prior is not None:
-        target = torch.where(extras.to_prior.view(-1, 1, 1, 1), prior, target)
     aim = target
     if contrastive is not None and extras.empty_embeds is not None:
         with torch.no_grad():
             empty = velocity(model, x, batch.sigma, [extras.empty_embeds] * len(x))
-        aim = flow.contrastive_target(empty, aim, contrastive)
+        aim = flow.contrastive_target(empty, target, contrastive)
+    if extras.to_prior is not None and prior is not None:  # after guidance: these stay where the model is
+        held = extras.to_prior.view(-1, 1, 1, 1)
+        target, aim = torch.where(held, prior, target), torch.where(held, prior, aim)
+    is_guided = contrastive is not None or differential is not None
     prediction = velocity(model, x, batch.sigma, batch.prompt_embeds)
     plain = _weighted_mse(prediction, target, batch.weight, extras.mask)
     if differential is not None:
         aim = flow.differential_target(prediction, aim, differential)
-    objective = plain if aim is target else _weighted_mse(prediction, aim, batch.weight, extras.mask)
+    objective = plain if not is_guided else _weighted_mse(prediction, aim, batch.weight, extras.mask)
     if extras.outside is not None and prior is not None:
         objective = objective + _weighted_mse(prediction, prior, batch.weight, extras.outside)
     return Loss(objective, plain.detach())

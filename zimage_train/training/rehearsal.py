@@ -118,11 +118,12 @@ def _attempt(run: Run, batch: Batch) -> float | torch.OutOfMemoryError:
 
 def _full_batches(run: Run) -> list[MicroBatch]:
     """Of each size as many samples as a micro-batch holds, with the longest captions."""
-    alike: dict[tuple[Bucket, int], list[Item]] = {}
+    alike: dict[tuple[Bucket, int, bool], list[Item]] = {}
     for item in run.plan.items:
-        alike.setdefault((item.size, run.plan.most_of(item)), []).append(item)
+        of_class = bool(run.config.data[item.entry].regularisation)
+        alike.setdefault((item.size, run.plan.most_of(item), of_class), []).append(item)
     by_length = {key: sorted(items, key=lambda item: len(item.picture.longest)) for key, items in alike.items()}
-    return [tuple(map(run.plan.whole, items[-most:])) for (_, most), items in by_length.items()]
+    return [tuple(map(run.plan.whole, items[-most:])) for (_, most, _), items in by_length.items()]
 
 
 def _tokens(run: Run, samples: MicroBatch) -> int:

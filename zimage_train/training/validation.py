@@ -1,5 +1,6 @@
 """Validation: the loss on pictures that are held out, with the same noise every time, so that steps can be compared."""
 
+import hashlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,12 +42,17 @@ def validate(run: Run, step: int, events: Records) -> None:
     if not run.held_out or any(one["step"] == step for one in history(run)):
         return
     at = sigmas(run.config)
-    values = measure(run, [*at.trained, *at.turbo], step)
+    try:
+        values = measure(run, [*at.trained, *at.turbo], step)
+    except torch.OutOfMemoryError:
+        run.console.warn(f"validation at step {step} ran out of memory; lower validation.resolution; training goes on")
+        return
     by_sigma = list(zip([*at.trained, *at.turbo], values, strict=True))
     nine = len(at.trained)
     record: dict[str, Any] = {
         "step": step,
         "event": "validation",
+        "of": subject(run),
         "loss": sum(values[:nine]) / nine,
         "loss_turbo": sum(values[nine:]) / len(at.turbo),
         "by_sigma": [[round(sigma, 4), value] for sigma, value in by_sigma],
@@ -83,8 +89,15 @@ def _noise(config: Config, item: Item, shape: torch.Size) -> torch.Tensor:
 
 
 def history(run: Run) -> list[dict[str, Any]]:
-    """Every validation of the run so far."""
-    return [one for one in metrics.read(run.folder.events) if one.get("event") == "validation"]
+    """Every validation of the run so far that measured the same."""
+    of = subject(run)
+    return [one for one in metrics.read(run.folder.events) if one.get("event") == "validation" and one["of"] == of]
+
+
+def subject(run: Run) -> str:
+    """What is measured, by content: pictures, sizes, prompts."""
+    parts = [(item.picture.digest, *item.size, item.picture.prompts[0]) for item in run.held_out]
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
 
 
 def say_best(run: Run) -> None:

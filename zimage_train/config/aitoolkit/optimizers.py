@@ -42,6 +42,7 @@ PREFIXES = ("prodigy8bit", "prodigy")
 """Every name that begins so is that optimizer there."""
 ADAFACTOR_SWITCHES = ("relative_step", "scale_parameter", "warmup_init")
 LEAST_PRODIGY_LR = 0.1
+MOST_AUTOMAGIC_LR, AUTOMAGIC_LR = 1e-3, 1e-6
 
 
 def optimizer(job: Job) -> Values:
@@ -70,6 +71,9 @@ def used_lr(job: Job) -> float:
     if there["optimizer"].lower().startswith("prodigy") and lr < LEAST_PRODIGY_LR:
         job.note("train.lr", f"is {lr:g}, and 1 here: prodigy finds the rate itself; AI Toolkit multiplies the two")
         return 1.0
+    if there["optimizer"].lower().startswith("automagic") and lr > MOST_AUTOMAGIC_LR:
+        job.note("train.lr", f"is {lr:g}, and {AUTOMAGIC_LR:g} here, as there: automagic finds the rate itself")
+        return AUTOMAGIC_LR
     return lr
 
 

@@ -93,13 +93,16 @@ def _entry(job: Job, there: Values, key: str) -> Values:
     is_cached = train["cache_text_embeddings"] or there["cache_text_embeddings"]
     if tags and is_cached:
         job.note(key, "has its tags changed in each epoch here; AI Toolkit freezes them with cached text")
+    if there["prior_reg"] and not there["is_reg"]:
+        todo = "set is_reg too, or use mask_path with inverted_mask_prior"
+        job.refuse(f"{key}.prior_reg", "trains pictures with the trigger towards the model itself", todo)
     return {
         "folder": _folder(job, there, key),
         "caption_ext": f".{extension}",
         "keep_tags": there["keep_tokens"] if tags else 0,
         **_trigger(job, there, key, is_cached),
         **_mask(job, there, key),
-        "regularisation": "prior" if there["prior_reg"] else there["is_reg"],
+        "regularisation": "prior" if there["is_reg"] and there["prior_reg"] else there["is_reg"],
         "weight": there["loss_multiplier"] * (train["reg_weight"] if there["is_reg"] else 1),
     }
 
@@ -119,7 +122,7 @@ def _trigger(job: Job, there: Values, key: str, is_cached: bool) -> Values:
     Regularisation pictures have none.
     """
     everywhere, own = job.values["trigger_word"] or None, there["trigger_word"] or None
-    if there["is_reg"] or there["prior_reg"]:
+    if there["is_reg"]:
         if own:
             job.note(f"{key}.trigger_word", "is left out: regularisation pictures show the class without the concept")
         return {"trigger": None, "dropout_keeps_trigger": False}
