@@ -19,6 +19,7 @@ from zimage_train.config.aitoolkit.keys import FILE, FLAGS, FLAGS_LEFT_OUT, KEYS
 from zimage_train.config.aitoolkit.rows import Mapped, NoEffect, Ours, Refused
 from zimage_train.config.reading import flatten, read_config
 from zimage_train.config.schema import Config
+from zimage_train.config.variations import variations
 from zimage_train.errors import ConfigError
 from zimage_train.lora import names
 from zimage_train.model.shapes import TransformerShape
@@ -914,3 +915,32 @@ def test_a_job_trains_as_it_is_on_the_miniature(tmp_path: Path, shared_cache: Pa
     (lora,) = tmp_path.glob("runs/*/lora/*.safetensors")
     assert lora.name == "my_first_lora_v1.safetensors"
     assert "matched 48/48 modules (attention 24, feed_forward 18, adaln 6)" in done.output
+
+
+def test_a_job_is_not_written_over_by_what_it_becomes(tmp_path: Path):
+    path = tmp_path / "job.yaml"
+    path.write_bytes((Path(__file__).parent / "aitoolkit_jobs" / "turbo.yaml").read_bytes())
+    before = path.read_bytes()
+    done = CliRunner().invoke(app, ["import", str(path), "-o", str(path), "--force"])
+    assert isinstance(done.exception, ConfigError) and "is the job itself" in str(done.exception)
+    assert path.read_bytes() == before
+
+
+def test_a_job_can_be_swept(tmp_path: Path):
+    path = tmp_path / "job.yaml"
+    path.write_bytes((Path(__file__).parent / "aitoolkit_jobs" / "turbo.yaml").read_bytes())
+    found = variations(path, [], ["lora.rank=4,8"])
+    assert [one.config.lora.rank for one in found] == [4, 8]
+    assert [one.config.name for one in found] == ["my_first_lora_v1+rank_4", "my_first_lora_v1+rank_8"]
+
+
+def test_automagic_begins_where_it_does_there(tmp_path: Path):
+    config, notes = read_any(write(tmp_path, job(**{"train.optimizer": "automagic", "train.lr": 1})))
+    assert config.optimizer.lr == 1e-6 and any("automagic finds the rate itself" in note for note in notes)
+
+
+def test_pictures_held_to_the_prior_under_the_trigger_are_refused(tmp_path: Path):
+    values = job()
+    values["config"]["process"][0]["datasets"] += [{"folder_path": "b", "prior_reg": True}]
+    with pytest.raises(ConfigError, match="trains pictures with the trigger towards the model itself"):
+        read_any(write(tmp_path, values))

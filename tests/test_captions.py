@@ -52,6 +52,8 @@ def test_any_bytes_are_a_text_or_a_refusal(tmp_path_factory, content: bytes):
         ("", "", "zorb", "zorb"),
         ("a [trigger] car", "", None, "a [trigger] car"),
         ("a Zorb car", "", "zorb", "zorb a Zorb car"),
+        ("a zorblike car", "", "zorb", "zorb a zorblike car"),
+        ("a zorb-like car", "", "zorb", "a zorb-like car"),
         ("", "  a thing\r\n", None, "a thing"),
     ],
 )
@@ -129,7 +131,13 @@ def test_the_prompt_that_is_held_has_the_class_word_for_the_trigger():
     own, other = entry(trigger="zorb"), entry()
     kept = Preserve(kind="trigger", class_word="shape")
     assert captions.held("a zorb, zorb-like", own, kept) == "a shape, shape-like"
+    assert captions.held("zorb a Zorb, zorblike", own, kept) == "shape a shape, zorblike"
     assert captions.held("a circle", other, kept) == "a circle"
     assert captions.held("", own, kept) == ""
     assert captions.held("a zorb", own, Preserve(kind="blank")) == ""
     assert captions.held("a zorb", own, Preserve()) is None
+
+
+def test_a_trigger_that_was_put_in_front_takes_no_kept_place():
+    found = drawn(("one, two, three",), shuffle_tags=True, keep_tags=1, trigger="zorb")
+    assert set(found) == {"zorb, one, two, three", "zorb, one, three, two"}

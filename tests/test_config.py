@@ -80,7 +80,7 @@ ACCEPTED_AND_REFUSED = {
     "data[].tag_dropout": ([0.0, 0.99], [-0.1, 1.0]),
     "data[].mask_floor": ([0.1], [-0.1, 1.0, 0.0]),
     "data[].mask_prior": ([0.0], [-0.1, 100.1, 1.0]),
-    "data[].weight": ([0.0, 1, 100.0], [-0.1, 100.1]),
+    "data[].weight": ([0.01, 1, 100.0], [0.0, -0.1, 100.1]),
     "train.epochs": ([None, 0.1, 10**6], [0.0, -1, 10**6 + 1]),
     "train.regularisation_share": ([0.01, 0.99], [0.0, 1.0]),
     "guidance.contrastive": ([0.5, 100.0, None], [0.0, -1.0, 101.0]),
@@ -763,3 +763,25 @@ def test_the_line_of_every_key_is_known():
     assert document.lines[("b", 1)] == 6
     with pytest.raises(YamlProblem):
         yaml_reader.parse("a: [")
+
+
+def test_settings_that_do_not_go_together_are_refused(read, refused):
+    for text, said in (
+        ("sample: {prompts: ['a [trigger]']}", "sample.prompts.0 has [trigger], which is for captions"),
+        ("sample: {weights: ema}", "sample.weights: ema needs ema.decay"),
+        ("optimizer: {name: automagic, params: {min_lr: 0.1, max_lr: 0.01}}", "min_lr is above max_lr"),
+        ("schedule: {name: constant_with_warmup}", "constant_with_warmup needs warmup_steps"),
+        ("schedule: {name: one_cycle, warmup_steps: 5}", "one_cycle rises by itself"),
+        ("schedule: {name: step}", "step needs params: {every: steps}"),
+        ("preserve: {kind: trigger}", "set data.0.trigger, or use blank"),
+    ):
+        assert any(said in line for line in refused(text)), (text, refused(text))
+    for entry, said in (
+        ("{folder: x, regularisation: true, trigger: a}", "leave trigger out"),
+        ("{folder: x, regularisation: true}", "one must show the concept"),
+        ("{folder: x, dropout_keeps_trigger: true}", "dropout_keeps_trigger needs a trigger"),
+        ("{folder: x, mask_floor: 0.3}", "mask_floor needs a mask"),
+        ("{folder: x, keep_tags: 2}", "keep_tags needs shuffle_tags or tag_dropout"),
+        ("{metadata: x.jsonl, repeats: by_folder}", "repeats: by_folder needs folder"),
+    ):
+        assert any(said in line for line in refused(f"name: a\ndata: [{entry}]\n", least="")), entry

@@ -95,6 +95,8 @@ def test_masks_that_cannot_be_used_are_refused_by_name(tmp_path: Path):
     (tmp_path / "_bad").mkdir()
     (tmp_path / "_bad" / "a.png").write_bytes(b"not a picture")
     assert "not a picture" in said(tmp_path / "_bad")
+    saved(tmp_path / "_black" / "a.png", np.zeros((64, 80)))
+    assert "is black: nothing would be trained" in said(tmp_path / "_black")
 
 
 def test_masks_of_subfolders_are_found_there(tmp_path: Path):

@@ -145,7 +145,9 @@ def test_it_goes_down_a_valley(name: str):
     torch.manual_seed(0)
     start = torch.randn(64, 128)
     parameter = Parameter(start.clone())
-    optimizer = optim.build(Optimizer(name=name, lr=1.0 if "prodigy" in name else 0.01, weight_decay=0.0), [parameter])
+    params = {"max_lr": 1.0} if name == "automagic" else {}
+    lr = 1.0 if "prodigy" in name else 0.01
+    optimizer = optim.build(Optimizer(name=name, lr=lr, weight_decay=0.0, params=params), [parameter])
     for _ in range(60):
         parameter.grad = parameter.detach().clone()
         optimizer.step()
@@ -210,7 +212,10 @@ def sign(value: float) -> float:
 
 def test_automagic_without_a_bump_is_adamw():
     ends = []
-    for settings in (Optimizer(name="adamw", lr=0.01), Optimizer(name="automagic", lr=0.01, params={"bump": 0.0})):
+    for settings in (
+        Optimizer(name="adamw", lr=0.01),
+        Optimizer(name="automagic", lr=0.01, params={"bump": 0.0, "max_lr": 1.0}),
+    ):
         parameters = problem()
         optimizer = optim.build(settings, parameters)
         for index in range(8):
@@ -309,3 +314,12 @@ def test_one_cycle_is_that_of_torch():
 def test_every_schedule_stays_between_zero_and_one_and_trains_in_every_step(name: str):
     warmup = 3 if name == "constant_with_warmup" else 0
     assert all(0 < factor <= 1 for factor in factors(Schedule(name=name, warmup_steps=warmup), 50))
+
+
+def test_automagic_stays_between_its_bounds_even_where_the_rate_does_not():
+    for lr, used in ((2e-3, 1e-3), (1e-9, 1e-7)):
+        parameter = Parameter(torch.zeros(8))
+        optimizer = optim.build(Optimizer(name="automagic", lr=lr), [parameter])
+        parameter.grad = torch.ones(8)
+        optimizer.step()
+        assert optim.used_lr(optimizer) == pytest.approx(used)

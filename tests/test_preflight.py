@@ -590,7 +590,7 @@ def test_every_kind_of_problem_has_its_code_and_no_traceback(check, make_config:
         (2, "lr: 1.0e-4\n", [], "lr: unknown key; did you mean 'optimizer.lr'?"),
         (2, make_config(), ["--set", "train.stpes=5"], "--set train.stpes=5: train.stpes: unknown key; did you mean"),
         (2, make_config(lora={"targets": "no"}), [], "lora.targets: 'no' matches none of the"),
-        (3, make_config(), ["--set", "data.0.folder=/nowhere"], "/nowhere: does not exist; check data.folder"),
+        (3, make_config(), ["--set", "data.0.folder=/nowhere"], "/nowhere: does not exist; check data.0.folder"),
         (4, make_config(model={"adapter": broken}), [], "a.safetensors: matched "),
         (7, make_config(output=str(tmp_path / "file")), [], "is not a folder; choose another place"),
     ]  # fmt: skip
@@ -708,6 +708,29 @@ def test_pictures_of_the_class_do_not_count_as_pictures_of_the_concept(make_conf
 
 def test_preservation_needs_a_trigger_for_every_folder_of_the_concept(make_config: Make):
     kept = {"kind": "trigger", "class_word": "shape"}
-    with pytest.raises(AssertionError, match="set data.1.trigger, or use blank"):
+    with pytest.raises(AssertionError, match=r"set data\.1\.trigger, or use blank"):
         make_config(data=[*folders(), *folders(trigger=None)], preserve=kept)
     assert make_config(data=[*folders(), *folders(trigger=None, regularisation=True)], preserve=kept)
+
+
+def test_what_another_setting_stands_in_for_is_said(make_config: Make):
+    data = folders(max_pixels=64 * 64)
+    checked = preflight.examine(make_config(data=data, train={"epochs": 2.0, "steps": 6}))
+    assert checked.config.train.steps != 6
+    assert "train.epochs decides how long; train.steps is not used" in checked.notes
+    assert "data.0: max_pixels decides; resolution is not used" in checked.notes
+
+
+def test_check_counts_what_an_epoch_holds(make_config: Make):
+    data = [*folders(shuffle_tags=True), *folders(regularisation=True, trigger=None)]
+    text = "\n".join(checking.report(preflight.examine(make_config(data=data))))
+    assert re.search(
+        r"\n16 samples an epoch, .* epochs; beside them 16 of regularisation, in 50% of the passes\n", text
+    )
+    assert re.search(r"\n\d+ prompts to encode, as tags change in each epoch\n", text)
+    assert "prompts to encode" not in "\n".join(checking.report(preflight.examine(make_config())))
+
+
+def test_a_warm_up_longer_than_the_run_is_pointed_out(make_config: Make):
+    warnings = preflight.examine(make_config(schedule={"warmup_steps": 4})).warnings
+    assert "schedule.warmup_steps is 4 of 4 steps: the rate is never reached" in warnings

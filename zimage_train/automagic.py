@@ -15,8 +15,8 @@ from torch.nn import Parameter
 class Automagic(torch.optim.Optimizer):
     """AdamW whose rate of each tensor is the group's times a scale: scale <- scale * exp(bump * agreement).
 
-    `agreement`, from -1 to 1, is the mean of sign(gradient) * sign(momentum) before this step. The resulting rate stays
-    between `min_lr` and `max_lr` where the group's own rate is.
+    `agreement`, from -1 to 1, is the mean of sign(gradient) * sign(momentum) before this step. The resulting rate,
+    before the schedule, stays between `min_lr` and `max_lr`.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class Automagic(torch.optim.Optimizer):
         agreement = torch.stack([one.mean() for one in signs]).float()
         least, most = (group[name] / group["base_lr"] for name in ("min_lr", "max_lr"))
         changed = torch.stack(scales) * torch.exp(group["bump"] * agreement)
-        for scale, now in zip(scales, changed.clamp(min(least, 1.0), max(most, 1.0)), strict=True):
+        for scale, now in zip(scales, changed.clamp(least, most), strict=True):
             scale.copy_(now)
         return scales
 

@@ -301,6 +301,8 @@ def import_(
     settings, notes = read_only_job(job)
     if output is not None and output.exists() and not force:
         raise ConfigError(Problem(str(output), "exists", "give another name, or --force"))
+    if output is not None and output.exists() and output.samefile(job):
+        raise ConfigError(Problem(str(output), "is the job itself", "give another name"))
     text = written(settings, notes, job)
     _note(notes)
     if output is None:

@@ -82,6 +82,7 @@ def examine(
     items: list[Item] = []
     with collected(errors):
         items = items_of(config, pictures)
+        notes += _not_used(config)
         config = with_steps(config, items, processes)
     with collected(errors):
         _require_bitsandbytes(config)
@@ -100,6 +101,13 @@ def examine(
     _require_budget(checked)
     notes += _small_pictures(items)
     return checked
+
+
+def _not_used(config: Config) -> list[str]:
+    """Settings that others stand in for."""
+    notes = ["train.epochs decides how long; train.steps is not used"] if config.train.epochs is not None else []
+    entries = [f"data.{n}" for n, entry in enumerate(config.data) if entry.max_pixels is not None]
+    return [*notes, *(f"{where}: max_pixels decides; resolution is not used" for where in entries)]
 
 
 def _held_out(

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 from zimage_train import forecast
+from zimage_train.data import captions
 from zimage_train.data.buckets import crop_percent
 from zimage_train.data.plan import Item, make_plan
 from zimage_train.errors import ConfigError, Problem
@@ -23,11 +24,15 @@ def report(checked: Checked, gpu: str | None = None, price: float | None = None)
     plan = make_plan(config, checked.items)
     per_step = max(entry.batch_size or config.train.batch_size for entry in config.data) * config.train.accumulate
     epochs = config.train.steps / plan.steps_per_epoch
+    of_class = len(plan.items) - len(plan.own.items)
+    beside = f"; beside them {of_class} of regularisation, in {plan.share:.0%} of the passes" if of_class else ""
     lines += [
         "",
-        f"{len(checked.items)} samples an epoch, {plan.steps_per_epoch:.1f} steps an epoch, "
-        f"{config.train.steps} steps of up to {per_step} samples = {epochs:.1f} epochs",
+        f"{len(plan.own.items)} samples an epoch, {plan.steps_per_epoch:.1f} steps an epoch, "
+        f"{config.train.steps} steps of up to {per_step} samples = {epochs:.1f} epochs{beside}",
     ]
+    if any(captions.has_tags(entry) for entry in config.data):
+        lines.append(f"{len(plan.prompts(config.train.steps))} prompts to encode, as tags change in each epoch")
     if checked.weights is not None:
         weights = checked.weights
         groups = ", ".join(f"{name} {count}" for name, count in names.count_by_group(weights.modules).items())

@@ -90,6 +90,8 @@ def _say_done(config: Config, folder: RunFolder, console: Console) -> None:
     console.say(f"done: {folder.lora()}")
     console.say(f"look at {folder.report}, and sample with it:")
     console.say(f"  {command_for(resolved(config), folder.lora().absolute())}")
+    if config.ema.decay is not None:
+        console.say(f"averaged weights: {folder.lora(is_ema=True)}")
     if config.model.quantize is not None:
         console.say(f"(it draws in {config.model.dtype}; the previews of this run are of {config.model.quantize})")
 

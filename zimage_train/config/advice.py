@@ -43,10 +43,12 @@ def _turbo(config: Config) -> list[str]:
 
 
 def _optimizer(config: Config) -> list[str]:
-    optimizer = config.optimizer
-    if base_lr(optimizer) == optimizer.lr:
-        return []
-    return [f"optimizer.lr {optimizer.lr:g} is raised to 1: {optimizer.name} finds the rate itself"]
+    optimizer, warmup, found = config.optimizer, config.schedule.warmup_steps, []
+    if base_lr(optimizer) != optimizer.lr:
+        found.append(f"optimizer.lr {optimizer.lr:g} is raised to 1: {optimizer.name} finds the rate itself")
+    if warmup >= config.train.steps:
+        found.append(f"schedule.warmup_steps is {warmup} of {config.train.steps} steps: the rate is never reached")
+    return found
 
 
 def _length(config: Config, num_pictures: int) -> list[str]:

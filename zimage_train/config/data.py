@@ -16,7 +16,7 @@ class Data(Section):
     resolution: Resolutions = [512, 768, 1024]
     """Each picture is trained once at each of these sizes (side of the square of equal area, px); never upscaled."""
     max_pixels: int | None = Field(default=None, ge=1024, le=16_777_216)
-    """Instead of `resolution`: each picture at its own size, but with at most so many pixels."""
+    """Each picture at its own size, but with at most so many pixels; `resolution` is not used then."""
     repeats: Annotated[int, Field(ge=1, le=1000)] | Literal["by_folder"] = 1
     """How often each picture is seen in an epoch, each time with its own noise; by_folder: as often as the names of the
     subfolders say, and `10_cat` is the caption `cat` of pictures that have none (kohya's layout)."""
@@ -51,7 +51,7 @@ class Data(Section):
     regularisation: bool | Literal["prior"] = False
     """Pictures of the class and not of the concept; true: trained as they are, prior: held to what the model makes of
     them without the LoRA. train.regularisation_share says how often."""
-    weight: float = Field(default=1.0, ge=0.0, le=100.0)
+    weight: float = Field(default=1.0, gt=0.0, le=100.0)
     """Factor on the loss of these pictures."""
 
     @field_validator("trigger")
@@ -70,8 +70,6 @@ class Data(Section):
     @model_validator(mode="after")
     def _holds_together(self) -> Self:
         fields = type(self).model_fields
-        if self.max_pixels is not None and self.resolution != fields["resolution"].default:
-            raise ValueError("has both resolution and max_pixels; leave one out")
         if self.repeats == "by_folder" and self.folder is None:
             raise ValueError("repeats: by_folder needs folder: a metadata file has no subfolders")
         if self.regularisation and self.trigger is not None:

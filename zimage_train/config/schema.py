@@ -114,7 +114,7 @@ class Train(Section):
     steps: int = Field(default=3000, ge=1, le=10_000_000)
     """Optimizer steps."""
     epochs: float | None = Field(default=None, gt=0.0, le=1_000_000.0)
-    """Instead of `steps`: how often each sample is seen; the number of steps follows, rounded up."""
+    """How often each sample is seen; the number of steps follows, rounded up, and `steps` is not used."""
     batch_size: int = Field(default=1, ge=1, le=1024)
     """Samples in one forward pass."""
     accumulate: int = Field(default=1, ge=1, le=4096)
@@ -125,12 +125,6 @@ class Train(Section):
     """Largest norm of the gradient; null: no clipping."""
     regularisation_share: float = Field(default=0.5, gt=0.0, lt=1.0)
     """Share of the forward passes that regularisation pictures get, where `data` has some, however many there are."""
-
-    @model_validator(mode="after")
-    def _one_length(self) -> Self:
-        if self.epochs is not None and self.steps != type(self).model_fields["steps"].default:
-            raise ValueError("has both steps and epochs; leave one out")
-        return self
 
 
 class Timesteps(Section):
@@ -183,7 +177,10 @@ class Optimizer(Section):
     @classmethod
     def _known_params(cls, value: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
         name = info.data.get("name")
-        return check_params(value, OPTIMIZER_PARAMS[name], name) if name else value
+        checked = check_params(value, OPTIMIZER_PARAMS[name], name) if name else value
+        if checked.get("min_lr", 0.0) > checked.get("max_lr", 1.0):
+            raise ValueError("min_lr is above max_lr")
+        return checked
 
 
 class Schedule(Section):
@@ -372,6 +369,9 @@ class Config(Section):
             raise ValueError(f"preserve.kind: trigger replaces the trigger; set {where}, or use blank")
         if all(entry.regularisation for entry in self.data):
             raise ValueError("data: every folder is for regularisation; one must show the concept")
+        literal = [i for i, one in enumerate(self.sample.prompts) if "[trigger]" in one.prompt]
+        if literal:
+            raise ValueError(f"sample.prompts.{literal[0]} has [trigger], which is for captions; write the word itself")
         if self.sample.weights == "ema" and self.ema.decay is None:
             raise ValueError("sample.weights: ema needs ema.decay")
         return self

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from zimage_train.config import yaml_reader
-from zimage_train.config.reading import read_config
+from zimage_train.config.aitoolkit.convert import read_any
 from zimage_train.config.schema import Config
 from zimage_train.config.yaml_reader import YamlProblem
 from zimage_train.errors import ConfigError, Problem, ZImageTrainError
@@ -82,10 +82,10 @@ def variations(path: Path, overrides: Sequence[str], varied: Sequence[str]) -> l
         values, suffix = chosen[label]
         assigned = [*overrides, *(f"{key}={text}" for key, text in values.items())]
         try:
-            plain = read_config(path, assigned)
+            plain, _ = read_any(path, assigned)
             own = {"name": plain.name + suffix, "output": f"{Path(plain.output) / plain.name}-sweep-{'+'.join(shorts)}"}
             named = [f"{key}={json.dumps(text, ensure_ascii=False)}" for key, text in own.items()]
-            return Variation(read_config(path, [*assigned, *named]), values)
+            return Variation(read_any(path, [*assigned, *named])[0], values)
         except ConfigError as error:
             raise ConfigError(*(_as_varied(problem, values) for problem in error.problems)) from None
 

@@ -1,5 +1,6 @@
 """Caption files, and the prompt that a picture is trained with."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -50,9 +51,14 @@ def compose(caption: str, default: str, trigger: str | None, separator: str = " 
     if trigger is None:
         return text
     text = text.replace(PLACEHOLDER, trigger)
-    if trigger in text:
+    if word(trigger).search(text):
         return text
     return f"{trigger}{separator}{text}" if text else trigger
+
+
+def word(trigger: str) -> re.Pattern[str]:
+    """`trigger` where it stands alone: `zorb` is not in `zorblike`."""
+    return re.compile(rf"(?<!\w){re.escape(trigger)}(?!\w)")
 
 
 def prompts_of(captions: tuple[str, ...], entry: Data) -> tuple[str, ...]:
@@ -74,7 +80,9 @@ def draw(prompts: tuple[str, ...], entry: Data, share: Callable[..., float]) -> 
     if not has_tags(entry):
         return text
     tags = [tag.strip() for tag in text.split(",") if tag.strip()]
-    kept = [n < entry.keep_tags or (entry.trigger is not None and entry.trigger in tag) for n, tag in enumerate(tags)]
+    is_trigger = [entry.trigger is not None and word(entry.trigger).search(tag) is not None for tag in tags]
+    before = [n - sum(is_trigger[:n]) for n in range(len(tags))]  # other tags in front of each
+    kept = [is_trigger[n] or before[n] < entry.keep_tags for n in range(len(tags))]
     left = [n for n in range(len(tags)) if kept[n] or share("tag dropout", n) >= entry.tag_dropout]
     if entry.shuffle_tags:
         left.sort(key=lambda n: (not kept[n], n if kept[n] else share("tag order", n)))
@@ -92,4 +100,7 @@ def held(prompt: str, entry: Data, preserve: Preserve) -> str | None:
         return None
     if preserve.kind == "blank":
         return ""
-    return prompt.replace(entry.trigger, preserve.class_word) if entry.trigger else prompt
+    if not entry.trigger:
+        return prompt
+    pattern = re.compile(word(entry.trigger).pattern, re.IGNORECASE)  # what is trained in any spelling is not held
+    return pattern.sub(lambda _: preserve.class_word, prompt)

@@ -75,7 +75,7 @@ def scan(entry: Data, where: str, looks: Looks | None = None, tick: Tick = lambd
     """
     result = Scan([], [], [], [])
     try:
-        sources = _from_metadata(entry, result) if entry.metadata else _from_folder(entry, result)
+        sources = _from_metadata(entry, result) if entry.metadata else _from_folder(entry, where, result)
     except DataError as error:
         result.errors.append(error)
         return result
@@ -121,11 +121,11 @@ def _picture(source: _Source, look: Look, entry: Data, where: str, mask: Mask | 
     return Picture(source.path, look.digest, look.width, look.height, prompts, look.thumbnail, source.repeats, mask)
 
 
-def _from_folder(entry: Data, result: Scan) -> list[_Source]:
+def _from_folder(entry: Data, where: str, result: Scan) -> list[_Source]:
     root = Path(entry.folder or "")
     if not root.is_dir():
         what = "is a file, not a folder" if root.exists() else "does not exist"
-        raise DataError(Problem(str(root), what, "check data.folder (relative to where the command runs)"))
+        raise DataError(Problem(str(root), what, f"check {where}.folder (relative to where the command runs)"))
     files = sorted(_walk(root, entry, result), key=lambda path: path.relative_to(root).as_posix())
     pictures = [path for path in files if path.suffix.lower() in images.EXTENSIONS]
     there = set(files)

@@ -18,6 +18,8 @@ from zimage_train.errors import DataError, Problem, ZImageTrainError
 ALPHA = "alpha"
 MOST_ASPECT = 1.02
 """By how much the aspect of a mask may differ from its picture's."""
+DARKEST = 2
+"""Of 255: a mask whose lightest part is below this is empty."""
 STRIDE = 8
 """Pixels of a picture under one latent."""
 
@@ -68,6 +70,10 @@ def find(
     for (picture, path), look in zip(found.items(), looks.at(list(found.values()), tick), strict=True):
         if isinstance(look, Look):
             masks[picture] = Mask(path, look.digest, False, look.width, look.height)
+            if max(bytes.fromhex(look.thumbnail)) < DARKEST:
+                errors.append(
+                    DataError(Problem(str(path), "is black: nothing would be trained", "paint white what is"))
+                )
         else:
             errors.append(look)
     return masks
