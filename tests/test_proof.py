@@ -181,3 +181,31 @@ def test_a_run_with_everything_continues_bit_for_bit(make_config, pictures: Path
     assert losses(stopped) == losses(whole)
     preserved = [record["preservation"] for record in read(folder(whole) / "metrics.jsonl")]
     assert len(preserved) == 4 and all(value >= 0 for value in preserved) and preserved[-1] > 0
+
+
+@pytest.mark.parametrize(("weight", "accumulate"), [(2.0, 1), (0.5, 2)])
+def test_the_weight_of_a_folder_multiplies_its_loss_and_its_gradient(make_config, pictures: Path, weight, accumulate):
+    def first(name: str, value: float) -> dict[str, Any]:
+        data = [{"folder": str(pictures / "all"), "resolution": [64], "trigger": "zorb", "weight": value}]
+        config = make_config(name=name, data=data, train={"steps": 1, "accumulate": accumulate, "clip_norm": None})
+        train(config, fresh=False)
+        return read(folder(config) / "metrics.jsonl")[0]
+
+    plain, weighed = first("plain", 1.0), first("weighed", weight)
+    for name in ("loss", "grad_norm"):
+        assert weighed[name] == pytest.approx(weight * plain[name], rel=1e-5)
+    assert weighed["sigma"] == plain["sigma"] and weighed["samples"] == plain["samples"]
+
+
+def test_the_passes_of_a_run_are_those_that_its_settings_say(make_config, pictures: Path):
+    data = [
+        {"folder": str(pictures / "all"), "resolution": [64], "trigger": "zorb", "flip": True, "batch_size": 4},
+        {"folder": str(pictures / "class"), "resolution": [64], "regularisation": True, "batch_size": 1},
+    ]
+    train_settings = {"steps": 10, "batch_size": 2, "regularisation_share": 0.3}
+    config = make_config(data=data, train=train_settings, preserve={"kind": "blank"})
+    train(config, fresh=False)
+    records = read(folder(config) / "metrics.jsonl")
+    assert [len(record["samples"]) for record in records].count(1) >= 3
+    assert max(len(record["samples"]) for record in records) > 2, "the folder's own batch size"
+    assert all(record["preservation"] is not None for record in records)

@@ -289,7 +289,7 @@ DATASETS: dict[str, Row] = {
     "datasets[].flip_x": Mapped("data[].flip", flag, False),
     "datasets[].flip_y": Refused("pictures are not turned upside down"),
     "datasets[].is_reg": Mapped("data[].regularisation", flag, False, "half of the passes", jointly=True),
-    "datasets[].prior_reg": Mapped("data[].regularisation", flag, False, "prior", jointly=True),
+    "datasets[].prior_reg": Mapped("data[].regularisation", flag, False, "prior; only with is_reg", jointly=True),
     "datasets[].loss_multiplier": Mapped("data[].weight", number, 1.0, jointly=True),
     "datasets[].mask_path": Mapped("data[].mask", text, jointly=True),
     "datasets[].alpha_mask": Mapped("data[].mask", flag, False, "alpha; wins over mask_path", jointly=True),
