@@ -53,7 +53,7 @@ def _train_all(
     """Train one after the other; returns what went wrong, by the label of the run."""
     failures: dict[str, RunsFailed] = {}
     for number, run in enumerate(runs, 1):
-        if stop.signal_number is not None:
+        if distributed.least(world, float(stop.signal_number is None)) == 0.0:  # whoever of the processes got it
             raise stop.error(f"before run {number} of {len(runs)}")
         console.say(f"run {number} of {len(runs)}: {run.label}")
         try:
