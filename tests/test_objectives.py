@@ -29,6 +29,11 @@ from zimage_train.training.objectives import (
 CPU = torch.device("cpu")
 
 
+@pytest.fixture(autouse=True)
+def same_numbers_every_time() -> None:
+    torch.manual_seed(0)
+
+
 def trainable(dropout: float = 0.0) -> tuple[Frozen, Attached]:
     """The miniature with a LoRA whose B is not zero, so that gradients reach A too."""
     frozen = assemble(mini.TURBO / "transformer", None, "fp32", CPU)
