@@ -155,7 +155,8 @@ class Guidance(Section):
 class Preserve(Section):
     kind: Literal["trigger", "blank"] | None = None
     """Hold the model to what it draws without the LoRA: for each caption with the trigger replaced by `class_word`
-    (trigger; AI Toolkit's DOP), or for the empty prompt (blank). Takes 2.3 times as long."""
+    (trigger; AI Toolkit's DOP), or for the empty prompt (blank). Costs one more pass
+    forward, and one more forward and backward."""
     class_word: str = Field(default="person", min_length=1)
     """The word that the trigger stands in for."""
     weight: float = Field(default=1.0, gt=0.0, le=100.0)
