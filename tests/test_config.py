@@ -774,6 +774,8 @@ def test_settings_that_do_not_go_together_are_refused(read, refused):
         ("schedule: {name: one_cycle, warmup_steps: 5}", "one_cycle rises by itself"),
         ("schedule: {name: step}", "step needs params: {every: steps}"),
         ("preserve: {kind: trigger}", "set data.0.trigger, or use blank"),
+        ("optimizer: {params: {betas: [0.9, 0.9, 0.9]}}", "betas is [0.9, 0.9, 0.9]; expected 2 numbers"),
+        ("optimizer: {name: ademamix, params: {betas: [0.9]}}", "betas is [0.9]; expected 3 numbers"),
     ):
         assert any(said in line for line in refused(text)), (text, refused(text))
     for entry, said in (

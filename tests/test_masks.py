@@ -86,6 +86,7 @@ def test_masks_that_cannot_be_used_are_refused_by_name(tmp_path: Path):
     def said(mask: Path) -> str:
         return " ".join(map(str, scanned(tmp_path, str(mask)).errors))
 
+    assert said(tmp_path / "none").startswith("data.0.mask: ")
     assert "does not exist; give a folder of masks, or alpha" in said(tmp_path / "none")
     assert "is a file, not a folder" in said(tmp_path / "a.png")
     (tmp_path / "_empty").mkdir()

@@ -151,6 +151,10 @@ def check_params(params: dict[str, Any], known: dict[str, Any], owner: str) -> d
         try:
             checked[key] = TypeAdapter(known[key], config=STRICT).validate_python(value)
         except ValidationError as error:
-            message = error.errors(include_url=False)[0]["msg"]
+            first = error.errors(include_url=False)[0]
+            message = first["msg"]
+            if first["type"] in ("too_short", "too_long"):  # every list has one length
+                limits = first.get("ctx", {})
+                message = f"{limits.get('min_length', limits.get('max_length'))} numbers"
             raise ValueError(f"{key} is {value!r}; expected {message.removeprefix('Input should be ')}") from None
     return checked

@@ -82,7 +82,7 @@ def scan(entry: Data, where: str, looks: Looks | None = None, tick: Tick = lambd
     named = [source for source in sources if _has_a_name(source, result)]
     looks = looks or Looks()
     found = looks.at([source.path for source in named], tick)
-    masked = masks.find([source.path for source in named], entry, result.errors, looks, tick)
+    masked = masks.find([source.path for source in named], entry, where, result.errors, looks, tick)
     for source, look in zip(named, found, strict=True):
         if isinstance(look, Look):
             with collected(result.errors):

@@ -36,9 +36,9 @@ class Mask:
 
 
 def find(
-    pictures: list[Path], entry: Data, errors: list[ZImageTrainError], looks: Looks, tick: Tick
+    pictures: list[Path], entry: Data, where: str, errors: list[ZImageTrainError], looks: Looks, tick: Tick
 ) -> dict[Path, Mask]:
-    """The mask of each picture that has one; what is wrong with others goes into `errors`."""
+    """The mask of each picture of the entry `where` that has one; what is wrong with others goes into `errors`."""
     if entry.mask is None:
         return {}
     if entry.mask == ALPHA:
@@ -46,7 +46,7 @@ def find(
     folder = Path(entry.mask)
     if not folder.is_dir():
         what = "is a file, not a folder" if folder.exists() else "does not exist"
-        errors.append(DataError(Problem(f"data.mask: {folder}", what, "give a folder of masks, or alpha")))
+        errors.append(DataError(Problem(f"{where}.mask: {folder}", what, "give a folder of masks, or alpha")))
         return {}
     root = Path(entry.folder) if entry.folder else None
     by_name: dict[str, Path] = {}
@@ -65,7 +65,7 @@ def find(
     if not found:
         example = f"{_name(pictures[0], root)}.png" if pictures else "NAME.png"
         what = f"holds no mask under the name of a picture (such as {example})"
-        errors.append(DataError(Problem(f"data.mask: {folder}", what, "name masks as their pictures")))
+        errors.append(DataError(Problem(f"{where}.mask: {folder}", what, "name masks as their pictures")))
     masks: dict[Path, Mask] = {}
     for (picture, path), look in zip(found.items(), looks.at(list(found.values()), tick), strict=True):
         if isinstance(look, Look):
