@@ -17,7 +17,7 @@ from zimage_train.errors import Stopped
 from zimage_train.report.metrics import read
 
 from conftest import merge
-from helpers import final, folder, losses, stop_after
+from helpers import facts, final, folder, losses, stop_after
 
 TAGS = "zorb, red, big, on the left, drawn, plain background"
 COMMON: dict[str, Any] = {"train": {"steps": 2, "batch_size": 2}}
@@ -209,3 +209,6 @@ def test_the_passes_of_a_run_are_those_that_its_settings_say(make_config, pictur
     assert [len(record["samples"]) for record in records].count(1) >= 3
     assert max(len(record["samples"]) for record in records) > 2, "the folder's own batch size"
     assert all(record["preservation"] is not None for record in records)
+    assert facts(config)["dataset"]["samples"] == 16 and facts(config)["dataset"]["regularisation"] == 8
+    assert "16 samples an epoch" in (folder(config) / "report.html").read_text()
+    assert "beside 8 of regularisation" in (folder(config) / "report.html").read_text()

@@ -15,9 +15,6 @@ from zimage_train.model.sources import transformer_tensors
 from zimage_train.model.weights import stream, stream_native
 from zimage_train.tensors import Embeds, Images, PerSample
 
-SEQUENCE_MULTIPLE = 32
-"""The model pads captions and pictures to multiples of this many tokens with learned tokens that attend."""
-
 
 def empty(shape: TransformerShape, dtype: torch.dtype, kind: Kind | None) -> ZImageTransformer2DModel:
     """A transformer of `shape` in `dtype` whose parameters have no storage yet; attention and feed forward as `kind`.

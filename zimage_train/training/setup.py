@@ -266,7 +266,8 @@ def _facts(
         "quantized": frozen.rounding.facts() or None,
         "dataset": {
             "pictures": sum(map(len, checked.pictures)),
-            "samples": len(plan.items),
+            "samples": len(plan.own.items),
+            "regularisation": len(plan.items) - len(plan.own.items),
             "steps_per_epoch": round(plan.steps_per_epoch, 2),
         },
         "fingerprint": fingerprint_of(checked, digests),
