@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from zimage_train import mini
 from zimage_train.assemble import Frozen, assemble
 from zimage_train.errors import ConfigError, WeightsError
-from zimage_train.lora import attach, files, loaders, names
+from zimage_train.lora import arithmetic, attach, files, keys, loaders, names
 from zimage_train.lora.files import Factors, Lora
 from zimage_train.model.shapes import TransformerShape
 from zimage_train.model.transformer import velocity
@@ -64,7 +64,7 @@ def test_a_pattern_that_matches_no_whole_name_is_an_error(pattern: str):
     ],
 )
 def test_every_known_layout_is_parsed(key: str):
-    assert names.parse_key(key) == ("layers.0.attention.to_q", "A")
+    assert keys.parse(key) == ("layers.0.attention.to_q", "A")
 
 
 def test_exported_keys_are_golden(tmp_path: Path):
@@ -217,13 +217,17 @@ def test_an_alpha_in_the_metadata_that_cannot_be_is_refused(tmp_path: Path, alph
         files.read(path)
 
 
-def test_an_alpha_for_each_module_is_refused_rather_than_lost(tmp_path: Path):
+@pytest.mark.parametrize(("more", "alphas"), [({}, (4.0, 2.0)), ({"use_rslora": True}, (4 * 2**0.5, 2 * 2**0.5))])
+def test_an_alpha_for_each_module_is_taken_from_the_header_as_peft_does(tmp_path: Path, more, alphas):
     path = tmp_path / "x.safetensors"
-    tensors = {"transformer.a.lora_A.weight": torch.ones(2, 4), "transformer.a.lora_B.weight": torch.ones(4, 2)}
-    metadata = {"transformer.lora_alpha": 4, "transformer.alpha_pattern": {"a": 2}}
+    modules = ["layers.0.attention.to_q", "layers.1.attention.to_q"]
+    shapes = {"lora_A": (2, 4), "lora_B": (4, 2)}
+    tensors = {f"transformer.{m}.{part}.weight": torch.ones(size) for m in modules for part, size in shapes.items()}
+    config = {"lora_alpha": 4, "r": 2, "alpha_pattern": {"layers.1.attention.to_q": 2}, **more}
+    metadata = {f"transformer.{key}": value for key, value in config.items()}
     save_file(tensors, path, {"lora_adapter_metadata": json.dumps(metadata)})
-    with pytest.raises(WeightsError, match="an alpha of their own"):
-        files.read(path)
+    found = files.read(path)
+    assert [found[module].scale for module in modules] == pytest.approx([alpha / 2 for alpha in alphas])
 
 
 def test_a_lora_in_fp8_is_read_and_one_with_a_bad_value_refused(tmp_path: Path):
@@ -303,7 +307,7 @@ def test_attached_equals_merged(frozen: Frozen, alpha: float | None):
 def test_stacked_loras_are_the_weighted_sum_of_their_changes(frozen: Frozen):
     one, other = random_lora(frozen.shape, rank=4, scale=0.5, seed=1), random_lora(frozen.shape, rank=2, seed=2)
     other.pop("layers.0.attention.to_q")
-    stacked = attach.stack([(one, 0.8), (other, -0.6)])
+    stacked = arithmetic.stack([(one, 0.8), (other, -0.6)])
     for module in one:
         expected = 0.8 * one[module].delta() - (0.6 * other[module].delta() if module in other else 0)
         assert torch.allclose(stacked[module].delta(), expected, atol=1e-4)

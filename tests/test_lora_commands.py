@@ -12,6 +12,7 @@ from zimage_train import mini
 from zimage_train.cli import app
 from zimage_train.errors import WeightsError
 from zimage_train.lora import anatomy, families, files, names
+from zimage_train.lora import keys as known
 from zimage_train.lora.files import Factors
 from zimage_train.report import heatmap
 
@@ -51,10 +52,8 @@ def test_another_family_is_named(tmp_path: Path, keys: list[str], said: str):
 @pytest.mark.parametrize(
     ("key", "said"),
     [
-        ("layers.0.attention.to_q.lokr_w1", "a LoKr, which this version does not read"),
-        ("layers.0.attention.to_q.hada_w1_a", "a LoHa, which this version does not read"),
-        ("layers.0.attention.to_q.dora_scale", "a DoRA, which this version does not read"),
-        ("lora_unet_layers_0_attention_qkv.lora_down", "convert it to the diffusers layout first"),
+        ("layers.0.attention.to_q.lokr_t2", "it looks like LoRA of convolutions, which is not read here"),
+        ("layers.0.attention.to_q.oft_blocks", "it looks like OFT, which is not read here"),
         ("something.else", "is it a LoRA of Z-Image?"),
     ],
 )
@@ -65,7 +64,7 @@ def test_other_kinds_are_told_apart(key: str, said: str):
 def test_no_key_of_z_image_is_taken_for_another_family():
     from zimage_train.model.shapes import TransformerShape
 
-    keys = [f"{prefix}{module}.lora_A.weight" for module in TransformerShape().linears for prefix in names.PREFIXES]
+    keys = [f"{prefix}{module}.lora_A.weight" for module in TransformerShape().linears for prefix in known.PREFIXES]
     assert families.family_of(keys) is None
 
 
@@ -99,25 +98,18 @@ def test_verify_names_a_type_that_cannot_be_computed_with(tmp_path: Path):
 
 def test_the_layout_is_read_from_all_keys():
     keys = [f"lora_unet_layers_0_attention_to_q.{part}" for part in ("alpha", "lora_down.weight", "lora_up.weight")]
-    assert names.layout_of(keys) == "kohya (lora_unet_*.lora_down/lora_up)"
+    assert known.layout_of(keys) == "kohya and musubi, separate q, k, v (lora_unet_*.lora_down/lora_up)"
     bare = [key.replace("lora_unet_layers_0_attention_to_q", "layers.0.attention.to_q") for key in keys]
-    assert names.layout_of(bare) == "bare (*.lora_down/lora_up)"
+    assert known.layout_of(bare) == "bare (*.lora_down/lora_up)"
 
 
 def test_verify_says_who_would_not_load_a_layout(tmp_path: Path):
-    path = relabelled(
-        tmp_path / "x.safetensors",
-        lambda key: (
-            None
-            if key.endswith(".alpha")
-            else key.removeprefix("diffusion_model.")
-            .replace("lora_A.", "lora_A.default.")
-            .replace("_B.", "_B.default.")
-        ),
-    )
+    path = tmp_path / "x.safetensors"
+    assert run("convert", str(mini.ADAPTER), "--to", "musubi", "-o", str(path))[0] == 0
     assert len(files.read(path)) == 48
     code, output = run("verify", str(path), "--model", str(mini.TURBO))
-    assert code == 4 and "ComfyUI would report 96 keys as not loaded" in output
+    assert code == 4 and "ComfyUI would report 72 keys as not loaded" in output
+    assert "zimage-train lora convert FILE --to comfyui" in output
 
 
 @pytest.mark.parametrize("prefix", ["transformer.", ""])
@@ -148,7 +140,7 @@ def test_the_norm_is_that_of_the_dense_change():
 
 def test_the_table_has_every_module_in_its_block_and_component():
     found = anatomy.examine(mini.ADAPTER)
-    rows, columns, values = anatomy.table(found.energy)
+    rows, columns, values = names.table(found.energy)
     assert rows == [f"layers.{index}" for index in range(6)]
     assert columns == ["to_q", "to_k", "to_v", "to_out", "w1", "w2", "w3", "adaLN"]
     assert values[2][4] == found.energy["layers.2.feed_forward.w1"]
@@ -158,7 +150,7 @@ def test_the_table_has_every_module_in_its_block_and_component():
 def test_blocks_stand_in_the_order_of_their_numbers_and_gaps_stay_empty():
     energy = {f"layers.{index}.attention.to_q": 1.0 for index in (10, 2, 0)}
     energy |= {"noise_refiner.0.feed_forward.w3": 2.0, "all_final_layer.2-1.linear": 3.0}
-    rows, columns, values = anatomy.table(energy)
+    rows, columns, values = names.table(energy)
     assert rows == ["all_final_layer.2-1.linear", "layers.0", "layers.2", "layers.10", "noise_refiner.0"]
     assert columns == ["to_q", "w3", "other"]
     assert values == [[None, None, 3.0], [1.0, None, None], [1.0, None, None], [1.0, None, None], [None, 2.0, None]]

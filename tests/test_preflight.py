@@ -14,16 +14,16 @@ import pytest
 import torch
 from PIL import Image
 
-from zimage_train import cards, cli, files, memory, mini, preflight
+from zimage_train import cards, cli, files, memory, mini, preflight, serialize
 from zimage_train.app import check as checking
 from zimage_train.config.reading import dump_config
 from zimage_train.config.schema import Config
 from zimage_train.errors import ConfigError, WeightsError, ZImageTrainError
-from zimage_train.files import Entry
 from zimage_train.model import extras, text, vae
 from zimage_train.model.headers import read_header
 from zimage_train.model.sources import cached_only
 from zimage_train.preflight import Checked
+from zimage_train.serialize import Entry
 
 Make = Callable[..., Config]
 BYTES = {"F32": 4, "BF16": 2, "F16": 2}
@@ -50,7 +50,7 @@ def adapter(path: Path, change: Callable[[dict[str, tuple[int, ...]]], None] = l
         for side in shape:
             count *= side
         entries[name] = Entry("F32", shape, bytes(4 * count))
-    files.write_safetensors(path, entries, header.metadata)
+    serialize.write_safetensors(path, entries, header.metadata)
     return path
 
 
@@ -416,7 +416,7 @@ def test_a_text_encoder_of_another_width_is_refused_with_both_widths(make_config
     (folder / "config.json").write_text(json.dumps(config))
     tensors = extras._qwen3(folder / "config.json", config)
     entries = {key: Entry("BF16", shape, bytes(2 * math.prod(shape))) for key, shape in tensors.items()}
-    files.write_safetensors(folder / "model.safetensors", entries, {})
+    serialize.write_safetensors(folder / "model.safetensors", entries, {})
     text = str(refused(make_config(model={"path": str(tmp_path / "model")})))
     assert "makes embeddings of 8 features, and the transformer takes 64" in text
 

@@ -16,12 +16,14 @@ from PIL.PngImagePlugin import PngInfo
 from typer.testing import CliRunner
 
 from zimage_train import mini
+from zimage_train.app.sample import command_for
 from zimage_train.app.train import train
 from zimage_train.cli import app
 from zimage_train.config.schema import Config
 from zimage_train.errors import DataError, ZImageTrainError
 from zimage_train.report import pictures
 from zimage_train.report.grid import CELL_PX
+from zimage_train.sampling.prompts import read as read_prompts
 from zimage_train.sampling.recipe import Recipe, previews, prompts_of
 
 STOCK = Path(__file__).parent / "stock_pipeline.py"
@@ -85,6 +87,91 @@ def test_the_sample_command_equals_the_stock_pipeline_with_guidance_and_weight(f
     numbers = (5, 64, 80, 6, 2.5)
     expected = stock(lora, tmp_path / "stock.png", "a red zorb on a blue background", "a green circle", *numbers)
     assert np.abs(pixels(tmp_path / "out" / "sample-5.png") - expected).max() <= 1
+
+
+@pytest.mark.slow
+def test_the_printed_command_draws_the_preview_again_to_the_bit_in_another_process(finished: Config, tmp_path: Path):
+    root = Path(finished.output) / finished.name
+    words = command_for(finished, root / "lora" / "tiny.safetensors").split(" sample ")[1]
+    command = [sys.executable, "-m", "zimage_train", "sample", *shlex.split(words), "--output", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    assert done.returncode == 0, done.stderr
+    drawn = [pixels(path) for path in tmp_path.glob("*.png")]
+    assert len(drawn) == 1 and np.array_equal(drawn[0], pixels(root / "samples" / "000030-00.png"))
+
+
+PROMPTS = """# what to draw
+a red zorb on a blue background --d 7
+a green circle --n a zorb --l 2.5 --s 4 --w 96
+
+"""
+
+
+def test_prompts_come_from_a_file_and_what_a_line_says_wins(tmp_path: Path):
+    (tmp_path / "p.txt").write_text(PROMPTS)
+    size = ["--width", "64", "--height", "64", "--dtype", "fp32", "--output", str(tmp_path / "a")]
+    texts = ["--prompts", str(tmp_path / "p.txt"), "--prompt", "first", "--seed", "11", "--count", "2"]
+    command = ["sample", str(mini.TURBO), *texts, *size]
+    assert CliRunner().invoke(app, command, catch_exceptions=False).exit_code == 0
+    found = [pictures.recipe_of(path) for path in (tmp_path / "a").iterdir()]
+    rows = sorted((r.seed, r.prompt, r.negative, r.width, r.steps, r.guidance) for r in found)
+    zorb = "a red zorb on a blue background"
+    assert rows == [
+        (7, zorb, "", 64, 8, 0.0),
+        (8, zorb, "", 64, 8, 0.0),
+        (11, "first", "", 64, 8, 0.0),
+        (12, "first", "", 64, 8, 0.0),
+        (15, "a green circle", "a zorb", 96, 4, 1.5),
+        (16, "a green circle", "a zorb", 96, 4, 1.5),
+    ]
+    (tmp_path / "p.yaml").write_text('- "a zorb"\n- {prompt: a circle, seed: 3, width: 96}\n')
+    read = read_prompts(tmp_path / "p.yaml")
+    assert [(wish.prompt, wish.given) for wish in read] == [("a zorb", {}), ("a circle", {"seed": 3, "width": 96})]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("p.txt", "a --q 1\nb --w x", "p.txt:1: has the option --q; there are --n, --w"),
+        ("p.txt", "a --q 1\nb --w x", "p.txt:2: --w is 'x'; give a number"),
+        ("p.txt", "a --w 100", "'a': width: is 100"),
+        ("p.txt", "a --s 0", "'a': steps: is 0"),
+        ("p.txt", "a --l 0.5", "'a': guidance: is -0.5"),
+        ("p.txt", "# nothing\n", "p.txt: holds no prompt"),
+        ("p.yaml", "prompt: a", "p.yaml: is no list"),
+        ("p.yaml", "- {prompt: a, sede: 3}", "p.yaml: 0.sede: extra inputs are not permitted"),
+        ("p.yaml", "- [a", "p.yaml"),
+    ],
+)
+def test_prompt_files_that_are_none_are_explained(tmp_path: Path, name: str, text: str, said: str):
+    (tmp_path / name).write_text(text)
+    done = CliRunner().invoke(app, ["sample", str(mini.TURBO), "--prompts", str(tmp_path / name)])
+    assert isinstance(done.exception, ZImageTrainError) and done.exception.exit_code == 2
+    assert said in str(done.exception)
+
+
+def test_pictures_drawn_at_once_are_those_drawn_one_by_one_but_for_rounding(tmp_path: Path):
+    size = ["--width", "64", "--height", "64", "--dtype", "fp32", "--guidance", "1.5", "--steps", "4", "--count", "2"]
+    texts = ["--prompt", "a red zorb on a blue background", "--prompt", "a circle", "--negative", "a long negative"]
+    for batch in ("1", "3"):
+        command = ["sample", str(mini.TURBO), *texts, *size, "--batch", batch, "--output", str(tmp_path / batch)]
+        assert CliRunner().invoke(app, command, catch_exceptions=False).exit_code == 0
+    for path in sorted((tmp_path / "1").iterdir()):
+        assert np.abs(pixels(path) - pixels(tmp_path / "3" / path.name)).max() <= 1
+    assert len(list((tmp_path / "3").iterdir())) == 4
+
+
+def test_a_budget_is_kept_by_streaming_or_refused(tmp_path: Path):
+    size = ["--prompt", "a zorb", "--width", "64", "--height", "64", "--dtype", "fp32"]
+    command = ["sample", str(mini.TURBO), *size, "--output", str(tmp_path / "a")]
+    free = CliRunner().invoke(app, command)
+    least = CliRunner().invoke(app, [*command, "--budget-gb", "0.01"])
+    assert least.exception is not None and "--budget-gb: is 0.01, and these pictures take" in str(least.exception)
+    needed = float(str(least.exception).split("take ")[1].split(" MB")[0]) / 1000
+    tight = CliRunner().invoke(app, [*command, "--budget-gb", str(needed + 0.0002)])
+    assert free.exit_code == tight.exit_code == 0 and "blocks are streamed, to fit" in tight.output
+    first, second = sorted((tmp_path / "a").iterdir())
+    assert np.array_equal(pixels(first), pixels(second))
 
 
 def sample(output: Path, *loras: str) -> np.ndarray:

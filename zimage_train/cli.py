@@ -17,6 +17,7 @@ from zimage_train.config.schema import Config, Model
 from zimage_train.errors import ConfigError, DiskError, Problem, ZImageTrainError
 from zimage_train.model.variants import VARIANTS
 from zimage_train.printing import print_lines, silence
+from zimage_train.sampling.prompts import read as read_prompts
 
 app = typer.Typer(
     name="zimage-train",
@@ -152,6 +153,12 @@ def timesteps(
 def sample(
     model: Annotated[str, typer.Argument(help="turbo, deturbo, base, a hub id, a diffusers folder or a .safetensors.")],
     prompt: Annotated[list[str] | None, typer.Option("--prompt", help="What to draw. Repeatable.")] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            "--prompts", help="A file with one prompt a line, with kohya's --n --w --h --d --s --l; or a YAML list."
+        ),
+    ] = None,
     from_: Annotated[
         list[Path] | None,
         typer.Option("--from", help="Draw by the prompt, size, seed and steps of this PNG; options beside it win."),
@@ -168,20 +175,37 @@ def sample(
     variant: Variant = "turbo",
     extras: Extras = None,
     dtype: Dtype = "bf16",
+    count: Annotated[int, typer.Option("--count", min=1, max=10_000, help="Pictures of each prompt.")] = 1,
+    batch: Annotated[
+        int, typer.Option("--batch", min=1, max=64, help="Pictures of one size that go through the model at once.")
+    ] = 1,
+    budget_gb: Annotated[
+        float | None,
+        typer.Option("--budget-gb", min=0.01, help="Stay within so many GB. Default: the card's.", show_default=False),
+    ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the pictures.")] = Path("samples"),
 ) -> None:
-    """Sample pictures with any number of LoRAs; each LoRA must match in full."""
+    """Sample pictures with any number of LoRAs; each LoRA must match in full.
+
+    Without --batch each picture is the one that a training preview or a stock pipeline draws, to the bit on a CPU.
+    """
     problems = _size_problems(width, height)
-    if bool(prompt) == bool(from_):
-        what = "is given beside --from" if prompt else "is missing"
+    given = [name for name, one in (("--prompt", prompt), ("--prompts", prompts), ("--from", from_)) if one]
+    if not given or (from_ and len(given) > 1):
+        what = "is given beside --from" if given else "is missing"
         problems.append(Problem("--prompt", what, "give prompts, or pictures to draw again with --from"))
+    if from_ and count > 1:
+        problems.append(Problem("--count", "is given beside --from", "a picture is drawn again once"))
     settings = _models([model], "MODEL", variant, extras, dtype, problems)[0]
     from zimage_train.app import sample as sampling
 
-    asked = sampling.Asked(negative, seed, width, height, steps, guidance)
-    recipes = sampling.recipes_of(asked, from_) if from_ else sampling.recipes_for(asked, settings, prompt or [])
-    print_lines(sampling.said_of(from_ or []))
-    sampling.sample(settings, [sampling.parse_lora(text) for text in lora or []], recipes, output)
+    asked = sampling.Asked(negative, seed, width, height, steps, guidance, count)
+    wishes = [*map(sampling.Wish, prompt or []), *(read_prompts(prompts) if prompts else [])]
+    recipes = sampling.recipes_of(asked, from_) if from_ else sampling.recipes_for(asked, settings, wishes)
+    if from_:
+        print_lines(sampling.said_of(from_))
+    loras, room = [sampling.parse_lora(text) for text in lora or []], sampling.Room(batch, budget_gb)
+    sampling.sample(settings, loras, recipes, room, output)
 
 
 @app.command()

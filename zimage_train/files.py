@@ -10,9 +10,9 @@ import shutil
 import socket
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO
 
 from zimage_train.errors import DiskError, FolderInUseError, Problem
 from zimage_train.sizes import in_words
@@ -26,17 +26,6 @@ FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 LEASE_SECONDS = 120
 ABANDONED_SECONDS = 86_400
 TEMPORARY = re.compile(r"\..*\.([0-9a-f]{8})-(\d+)\.tmp")
-
-
-class Entry(NamedTuple):
-    """One tensor as bytes: safetensors' name of its dtype, its shape, its contiguous little-endian data."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    data: bytes | memoryview
-
-
-DTYPE_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 
 
 @contextlib.contextmanager
@@ -84,25 +73,6 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: object) -> None:
     """Write `value` as indented JSON, whole or not at all."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-
-
-def write_safetensors(path: Path, entries: Mapping[str, Entry], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file whose bytes depend on its content only.
-
-    The safetensors library writes metadata keys in random order; here every key is sorted. Tensors are ordered by
-    falling item size, so that each one is aligned, then by name.
-    """
-    order = sorted(entries, key=lambda name: (-DTYPE_BYTES[entries[name].dtype], name))
-    header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
-    offset = 0
-    for name in order:
-        dtype, shape, data = entries[name]
-        size = memoryview(data).nbytes
-        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + size]}
-        offset += size
-    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    write(path, [len(text).to_bytes(8, "little"), text, *(entries[name].data for name in order)])
 
 
 def append_line(file: IO[str], line: str) -> None:

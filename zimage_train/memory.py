@@ -104,6 +104,7 @@ class Job:
     """How often a batch of each size comes, where regularisation has a share of its own."""
     held_out: Bucket | None = None
     """The largest picture that validation looks at."""
+    previews_at_once: int = 1
 
     def batch(self, size: Bucket) -> int:
         """The largest batch of `size`: never more than there are samples."""
@@ -219,7 +220,7 @@ def preview(job: Job, form: Form) -> Estimate:
         tokens = padded(job.held_out.width * job.held_out.height // 256) + padded(job.caption_tokens)
         sampling = SAMPLING[job.dtype] * job.shape.dim * tokens
     for one in job.previews:
-        batch = 2 if one.guidance > 0 else 1
+        batch = job.previews_at_once * (2 if one.guidance > 0 else 1)
         longer = max(one.prompt, one.negative if one.guidance > 0 else "", key=len)
         tokens = padded(one.width * one.height // 256) + padded(caption_tokens(longer))
         sampling = max(sampling, SAMPLING[job.dtype] * job.shape.dim * tokens * batch)

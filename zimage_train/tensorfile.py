@@ -10,10 +10,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_bytes
 from torch import Tensor
 
-from zimage_train import files
+from zimage_train import serialize
 from zimage_train.errors import Problem, WeightsError
-from zimage_train.files import Entry
 from zimage_train.model.headers import read_header
+from zimage_train.serialize import Entry
 
 NAMES = {
     torch.float64: "F64",
@@ -38,13 +38,13 @@ def save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str])
     Raises:
         DiskError: the file cannot be written; an older one is still there.
     """
-    files.write_safetensors(path, {name: entry(tensor) for name, tensor in tensors.items()}, metadata)
+    serialize.write_safetensors(path, {name: entry(tensor) for name, tensor in tensors.items()}, metadata)
 
 
 def save_sealed(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Like `save`, with a digest of everything, so that `load_sealed` notices any changed bit."""
     entries = {name: entry(tensor) for name, tensor in tensors.items()}
-    files.write_safetensors(path, entries, {**metadata, DIGEST: _digest(entries, metadata)})
+    serialize.write_safetensors(path, entries, {**metadata, DIGEST: _digest(entries, metadata)})
 
 
 def load_sealed(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

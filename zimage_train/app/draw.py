@@ -14,7 +14,7 @@ from zimage_train.app import compare, sample
 from zimage_train.app.sample import LARGEST_WEIGHT, Asked, Loaded, WeightedLora
 from zimage_train.config.schema import Model
 from zimage_train.errors import ConfigError, Problem, WeightsError, ZImageTrainError, collected, raise_all
-from zimage_train.lora import attach, swap
+from zimage_train.lora import arithmetic, swap
 from zimage_train.lora.files import Lora
 from zimage_train.model.headers import read_header
 from zimage_train.model.shapes import TransformerShape
@@ -22,6 +22,7 @@ from zimage_train.model.sources import Sources
 from zimage_train.report import comparison, pictures
 from zimage_train.report.comparison import MODEL, PICTURES, PROMPT, SAMPLING, Comparison, Shot, Subject
 from zimage_train.report.console import Console
+from zimage_train.sampling.prompts import Wish
 from zimage_train.sampling.recipe import Recipe
 from zimage_train.training.run_folder import RunFolder
 
@@ -56,7 +57,7 @@ class Wanted:
         """What is drawn on `model` with each of them: every prompt in every way of sampling."""
         pairs = self.samplings or [(None, None)]
         each = [replace(self.asked, steps=steps, guidance=guidance) for steps, guidance in pairs]
-        return [recipe for asked in each for recipe in sample.recipes_for(asked, model, list(self.prompts))]
+        return [recipe for asked in each for recipe in sample.recipes_for(asked, model, list(map(Wish, self.prompts)))]
 
     @property
     def columns(self) -> str:
@@ -191,7 +192,7 @@ def _images(
     what: str,
     out: Console,
 ) -> list[tuple[Recipe, Image]]:
-    factors = attach.stack([(loras[applied.path], applied.weight)]) if applied else {}
+    factors = arithmetic.stack([(loras[applied.path], applied.weight)]) if applied else {}
     with swap.attached(loaded.frozen.model, factors):
         images = loaded.draw(recipes, lambda done, total: out.tick(f"drawing on {what}", done, total))
     return list(zip(recipes, images, strict=True))

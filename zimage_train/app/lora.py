@@ -1,10 +1,12 @@
 """The `lora` commands: what a file holds, and whether everyone reads it as it is meant."""
 
+import math
+from collections.abc import Mapping
 from pathlib import Path
 
 from zimage_train.config.schema import Model
 from zimage_train.errors import Problem, WeightsError
-from zimage_train.lora import anatomy, files, loaders
+from zimage_train.lora import anatomy, arithmetic, files, loaders, names, rules
 from zimage_train.lora.anatomy import Anatomy
 from zimage_train.model import sources
 from zimage_train.model.shapes import TransformerShape
@@ -63,7 +65,7 @@ def inspect(path: Path, picture: Path | None) -> list[str]:
         DiskError: the picture cannot be written.
     """
     found = anatomy.examine(path)
-    rows, columns, values = anatomy.table(found.energy)
+    rows, columns, values = names.table(found.energy)
     total = sum(norm**2 for norm in found.energy.values())
     lines = [*describe(path, found), "", "norm of each change, and each block's share of the energy:"]
     lines.append(f"{'':20}" + "".join(f"{column:>9}" for column in columns) + f"{'share':>9}")
@@ -78,6 +80,50 @@ def inspect(path: Path, picture: Path | None) -> list[str]:
         heatmap.save(picture, path.name, rows, columns, values, max(found.energy.values(), default=0.0))
         lines.append(f"heat map: {picture}")
     return lines
+
+
+def diff(one: Path, other: Path, picture: Path | None) -> list[str]:
+    """Compare what two LoRAs change: how far apart, and whether in the same direction; also as a heat map.
+
+    Raises:
+        WeightsError: one is no LoRA that this trainer reads.
+        DiskError: the picture cannot be written.
+    """
+    first, second = files.read(one), files.read(other)
+    both = [module for module in first if module in second]
+    shared = [module for module in both if arithmetic.size(first[module]) == arithmetic.size(second[module])]
+    products = {module: anatomy.product(first[module], second[module]) for module in shared}
+    norms = [{module: anatomy.norm(factors) for module, factors in lora.items()} for lora in (first, second)]
+    lines = [
+        f"{path}: {len(norm)} modules, norm {_total(norm):.4g}" for path, norm in zip((one, other), norms, strict=True)
+    ]
+    for path, mine, theirs in ((one, first, second), (other, second, first)):
+        if alone := sorted(mine.keys() - theirs.keys()):
+            lines.append(f"only in {path}: {len(alone)} modules, such as {alone[0]}")
+    if misfits := sorted(set(both) - set(shared)):
+        lines.append(f"of different shape: {len(misfits)} modules, such as {misfits[0]}")
+    if not shared:
+        return [*lines, "they have no module in common"]
+    cosines = {m: products[m] / (norms[0][m] * norms[1][m]) for m in shared if norms[0][m] > 0 and norms[1][m] > 0}
+    apart = math.sqrt(math.fsum(loaders.difference(first[m], second[m]) ** 2 for m in shared))
+    whole = [_total({m: norm[m] for m in shared}) for norm in norms]
+    cosine = math.fsum(products.values()) / (whole[0] * whole[1]) if whole[0] * whole[1] > 0 else 0.0
+    lines += [
+        f"in the {len(shared)} modules of both: |A - B| / |A| = {apart / whole[0] if whole[0] > 0 else math.inf:.3g}, "
+        f"|B| / |A| = {whole[1] / whole[0] if whole[0] > 0 else math.inf:.3g}, cosine {cosine:.3f}",
+        "",
+        "cosine of each module's change (1: the same direction, 0: unrelated, -1: opposite):",
+        *rules.table(cosines),
+    ]
+    if picture is not None:
+        rows, columns, values = names.table({module: max(value, 0.0) for module, value in cosines.items()})
+        heatmap.save(picture, f"cosine, {one.name} and {other.name}", rows, columns, values, 1.0)
+        lines.append(f"heat map: {picture}")
+    return lines
+
+
+def _total(norms: Mapping[str, float]) -> float:
+    return math.sqrt(math.fsum(norm**2 for norm in norms.values()))
 
 
 def describe(path: Path, found: Anatomy) -> list[str]:

@@ -1,24 +1,26 @@
 """The `sample` command: pictures of any Z-Image model with any number of LoRAs, each counted."""
 
+import json
 import math
 import shlex
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL.Image import Image
+from pydantic import ValidationError
 from torch import Tensor
 
 from zimage_train import accelerator, distributed, encoding, files, planner, preflight
 from zimage_train.assemble import Frozen, assemble
 from zimage_train.config.schema import Config, Model
-from zimage_train.errors import ConfigError, Problem
-from zimage_train.lora import attach, swap
+from zimage_train.errors import ConfigError, Problem, ZImageTrainError, collected, raise_all
+from zimage_train.lora import arithmetic, swap
 from zimage_train.lora import files as lora_files
 from zimage_train.lora.files import Lora
 from zimage_train.memory import Form, Job
@@ -30,7 +32,9 @@ from zimage_train.planner import Wanted
 from zimage_train.report import pictures
 from zimage_train.report.console import Console
 from zimage_train.sampling.previews import Tick, render
+from zimage_train.sampling.prompts import Wish
 from zimage_train.sampling.recipe import Recipe, previews, prompts_of
+from zimage_train.sizes import in_words
 
 LARGEST_WEIGHT = 100.0
 
@@ -53,10 +57,20 @@ class Asked:
     height: int | None
     steps: int | None
     guidance: float | None
+    count: int = 1
+    """Pictures of each prompt, whose seeds follow each other."""
 
     def given(self) -> dict[str, Any]:
         """Recipe fields that are not to have their default."""
-        return {name: value for name, value in asdict(self).items() if value is not None}
+        return {name: value for name, value in asdict(self).items() if value is not None and name != "count"}
+
+
+@dataclass(frozen=True)
+class Room:
+    """How many pictures go through the model at once, and the GB to stay within; None: what the card has."""
+
+    at_once: int = 1
+    budget_gb: float | None = None
 
 
 def parse_lora(text: str) -> WeightedLora:
@@ -78,27 +92,27 @@ def parse_lora(text: str) -> WeightedLora:
     return WeightedLora(Path(name), number)
 
 
-def sample(model: Model, loras: list[WeightedLora], recipes: list[Recipe], output: Path) -> None:
+def sample(model: Model, loras: list[WeightedLora], recipes: list[Recipe], room: Room, output: Path) -> None:
     """Write one picture a recipe into the folder `output`.
 
     Raises:
         ZImageTrainError: the model or a LoRA cannot be used, in whole, or `output` cannot be written to.
     """
-    with accelerator.explained_out_of_memory("give a smaller --width and --height"):
-        _sample(model, loras, recipes, output)
+    with accelerator.explained_out_of_memory("give a smaller --width, --height or --batch"):
+        _sample(model, loras, recipes, room, output)
 
 
-def _sample(model: Model, loras: list[WeightedLora], recipes: list[Recipe], output: Path) -> None:
+def _sample(model: Model, loras: list[WeightedLora], recipes: list[Recipe], room: Room, output: Path) -> None:
     console = Console()
     files.require_folder(output)
     found, shape = located(model)
     read = [(read_lora(one.path, shape), one.weight) for one in loras]
     for one, (lora, _) in zip(loras, read, strict=True):
         console.say(f"{one.path}: matched {len(lora)}/{len(lora)} modules, weight {one.weight:g}")
-    stacked = attach.stack(read)
-    loaded = load(model, found, shape, stacked, recipes, console)
+    stacked = arithmetic.stack(read)
+    loaded = load(model, found, shape, stacked, recipes, console, room)
     with console.live(), swap.attached(loaded.frozen.model, stacked):
-        images = loaded.draw(recipes, lambda done, total: console.tick("sampling", done, total))
+        images = loaded.draw(recipes, lambda done, total: console.tick("sampling", done, total), room.at_once)
     for image, recipe in zip(images, recipes, strict=True):
         path = _free_path(output, recipe.seed)
         pictures.save(path, image, recipe, drawn_by(model, loras))
@@ -113,9 +127,9 @@ class Loaded:
     extras: Path
     embeds: Mapping[str, Tensor]
 
-    def draw(self, recipes: list[Recipe], tick: Tick) -> list[Image]:
+    def draw(self, recipes: list[Recipe], tick: Tick, at_once: int = 1) -> list[Image]:
         """One picture a recipe, with the LoRA that is attached now."""
-        return render(self.frozen, self.extras, recipes, self.embeds, tick)
+        return render(self.frozen, self.extras, recipes, self.embeds, tick, at_once=at_once)
 
 
 def located(model: Model) -> tuple[Sources, TransformerShape]:
@@ -141,14 +155,24 @@ def read_lora(path: Path, *shapes: TransformerShape) -> Lora:
 
 
 def load(
-    model: Model, found: Sources, shape: TransformerShape, largest: Lora, recipes: list[Recipe], console: Console
+    model: Model,
+    found: Sources,
+    shape: TransformerShape,
+    largest: Lora,
+    recipes: list[Recipe],
+    console: Console,
+    room: Room = Room(),
 ) -> Loaded:
-    """Encode the prompts of `recipes`, then load the transformer, so that LoRAs up to `largest` fit the device too."""
+    """Encode the prompts of `recipes`, then load the transformer, so that LoRAs up to `largest` fit the device too.
+
+    Raises:
+        ConfigError: the budget takes less than the pictures need.
+    """
     device = distributed.join().device
+    form = _form(shape, model, largest, recipes, device, room)
     encode = encoding.prompt_encoder(found.extras, device, model.dtype)
     embeds = dict(encode(prompts_of(recipes), lambda done, total: None))
     del encode
-    form = _form(shape, model, largest, recipes, device)
     if form.streamed:
         console.say(f"{form.streamed} of {shape.n_layers} blocks are streamed, to fit this card")
     return Loaded(assemble(found.transformer, None, model.dtype, device, None, form.streamed), found.extras, embeds)
@@ -160,12 +184,33 @@ def drawn_by(model: Model, loras: list[WeightedLora]) -> str:
     return f"{model.path or model.variant} in {model.dtype} with {used}"
 
 
-def recipes_for(asked: Asked, model: Model, prompts: list[str]) -> list[Recipe]:
-    """Recipes of `prompts`, with what is not asked for taken from the variant."""
+def recipes_for(asked: Asked, model: Model, wishes: Sequence[Wish]) -> list[Recipe]:
+    """Recipes of `wishes`: what one says itself, what is asked for of all, and the rest from the variant.
+
+    Raises:
+        ConfigError: lists what a wish says that no picture can have.
+    """
     variant = VARIANTS[model.variant]
     given = {"negative": "", "seed": 42, "width": 1024, "height": 1024} | asked.given()
     rest = {"steps": variant.steps, "guidance": variant.guidance, "shift": variant.shift} | given
-    return [Recipe(prompt=text, **rest | {"seed": rest["seed"] + index}) for index, text in enumerate(prompts)]
+    errors: list[ZImageTrainError] = []
+    recipes: list[Recipe] = []
+    for index, wish in enumerate(wishes):
+        first = wish.given.get("seed", rest["seed"] + index * asked.count)
+        fields = {"prompt": wish.prompt, **rest, **wish.given}
+        with collected(errors):
+            recipes += [_recipe(fields | {"seed": first + number}) for number in range(asked.count)]
+    raise_all(errors)
+    return recipes
+
+
+def _recipe(fields: Mapping[str, Any]) -> Recipe:
+    try:
+        return Recipe.from_json(json.dumps(fields))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = f"{fields['prompt'][:40]!r}: {'.'.join(map(str, first['loc']))}"
+        raise ConfigError(Problem(where, f"is {first['input']!r}", first["msg"].lower())) from None
 
 
 def said_of(drawn: list[Path]) -> list[str]:
@@ -213,7 +258,9 @@ def command_for(config: Config, lora: Path) -> str:
     return shlex.join(words)
 
 
-def _form(shape: TransformerShape, model: Model, lora: Lora, recipes: list[Recipe], device: torch.device) -> Form:
+def _form(
+    shape: TransformerShape, model: Model, lora: Lora, recipes: list[Recipe], device: torch.device, room: Room
+) -> Form:
     """How the model fits the device while `recipes` are drawn; the LoRA is taken for a trained one, to be safe."""
     here = accelerator.here(device)
     job = Job(
@@ -226,9 +273,14 @@ def _form(shape: TransformerShape, model: Model, lora: Lora, recipes: list[Recip
         caption_tokens=0,
         previews=tuple(recipes),
         gpu=device.type == "cuda",
+        previews_at_once=room.at_once,
     )
-    wanted = Wanted((None,), None, None)
-    return planner.choose(job, wanted, here.limit_bytes, preflight.system_memory_bytes(), here.card).form
+    limit = here.limit_bytes if room.budget_gb is None else min(here.limit_bytes, room.budget_gb * 1e9)
+    plan = planner.choose(job, Wanted((None,), None, None), limit, preflight.system_memory_bytes(), here.card)
+    if room.budget_gb is not None and not plan.fits:
+        what = f"is {room.budget_gb:g}, and these pictures take {in_words(plan.peak.total)} (predicted)"
+        raise ConfigError(Problem("--budget-gb", what, "give more, or a smaller --width, --height or --batch"))
+    return plan.form
 
 
 def _free_path(folder: Path, seed: int) -> Path:

@@ -4,7 +4,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from zimage_train.lora import files, loaders, names
+from zimage_train.lora import files, keys, loaders, names
 from zimage_train.lora.files import Factors
 from zimage_train.model.headers import read_header
 
@@ -33,7 +33,7 @@ def examine(path: Path) -> Anatomy:
     lora = files.read(path)
     header = read_header(path)
     return Anatomy(
-        layout=names.layout_of(header.tensors),
+        layout=keys.layout_of(header.tensors),
         dtypes=Counter(info.dtype for key, info in header.tensors.items() if not key.endswith(".alpha")),
         ranks=Counter(factors.rank for factors in lora.values()),
         scales=Counter(round(factors.scale, 6) for factors in lora.values()),
@@ -49,13 +49,8 @@ def norm(factors: Factors) -> float:
     return loaders.difference(factors, nothing)
 
 
-def table(energy: dict[str, float]) -> tuple[list[str], list[str], list[list[float | None]]]:
-    """Blocks, components, and the norm of each; None where a block has no such module."""
-    cells: dict[str, dict[str, float]] = {}
-    for module, value in energy.items():
-        block, component = names.block_and_component(module)
-        cells.setdefault(block, {})[component] = value
-    found = {component for row in cells.values() for component in row}
-    columns = [name for name in names.COMPONENTS if name in found] + sorted(found - set(names.COMPONENTS))
-    rows = sorted(cells, key=names.block_order)
-    return rows, columns, [[cells[row].get(column) for column in columns] for row in rows]
+def product(one: Factors, other: Factors) -> float:
+    """The Frobenius inner product of two changes, through the ranks alone, in fp64."""
+    b = one.b.double().T @ other.b.double()
+    a = one.a.double() @ other.a.double().T
+    return one.scale * other.scale * float((b * a).sum())

@@ -132,19 +132,6 @@ def without_lora(model: nn.Module) -> Iterator[None]:
             layer._disable_adapters = False
 
 
-def stack(loras: list[tuple[Lora, float]]) -> Lora:
-    """Several weighted LoRAs as one, exactly: A = cat(A_i), B = cat(w_i scale_i B_i)."""
-    modules = dict.fromkeys(module for lora, _ in loras for module in lora)
-    stacked: Lora = {}
-    for module in modules:
-        parts = [(lora[module], weight) for lora, weight in loras if module in lora and weight != 0]
-        if parts:
-            a = torch.cat([factors.a.float() for factors, _ in parts], dim=0)
-            b = torch.cat([factors.b.float() * (factors.scale * weight) for factors, weight in parts], dim=1)
-            stacked[module] = Factors(a, b, 1.0)
-    return stacked
-
-
 def base_layer(model: nn.Module, name: str) -> nn.Module:
     """The frozen module `name`, also where a LoRA now surrounds it."""
     module = model.get_submodule(name)

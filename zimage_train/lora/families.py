@@ -16,13 +16,10 @@ FAMILIES = (
 """The first pattern that any key meets names the family; the specific stand before the general."""
 
 KINDS = (
-    ("LoKr", re.compile(r"lokr_w[12]")),
-    ("LoHa", re.compile(r"hada_w[12]_")),
-    ("DoRA", re.compile(r"dora_scale|lora_magnitude_vector")),
+    ("LoRA of convolutions", re.compile(r"lora_mid|lokr_t2|hada_t[12]")),
     ("OFT", re.compile(r"oft_(?:r|blocks)")),
+    ("GLoRA", re.compile(r"\.[ab][12]\.weight$")),
 )
-FUSED = re.compile(r"attention[._]qkv[._]")
-KOHYA = re.compile(r"^lora_unet_(?:layers|noise_refiner|context_refiner)_")
 
 
 def family_of(keys: Iterable[str]) -> str | None:
@@ -36,7 +33,5 @@ def advice(keys: Iterable[str]) -> str:
     found = list(keys)
     for name, pattern in KINDS:
         if any(pattern.search(key) for key in found):
-            return f"a {name}, which this version does not read"
-    if any(FUSED.search(key) or KOHYA.match(key) for key in found):
-        return "convert it to the diffusers layout first"
+            return f"it looks like {name}, which is not read here"
     return "is it a LoRA of Z-Image?"

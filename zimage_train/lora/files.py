@@ -4,7 +4,6 @@ The layout written is the only one that every diffusers since 0.36 and ComfyUI r
 `diffusion_model.<module>.lora_A/lora_B.weight`, and `.alpha` equal to the rank with the scale folded into B.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,9 @@ from torch import Tensor
 
 from zimage_train import tensorfile
 from zimage_train.errors import Problem, WeightsError
-from zimage_train.lora import headers, names
+from zimage_train.lora import alphas, fused, headers, keys
+from zimage_train.lora.fused import Change
+from zimage_train.lora.keys import MAGNITUDE
 from zimage_train.tensors import Dense, Down, Up
 
 
@@ -36,53 +37,69 @@ class Factors:
 
 
 Lora = dict[str, Factors]
-LARGEST_ALPHA = 1e6
+
+
+Changes = dict[str, Change]
+"""Module -> what changes it, of any kind; fused ones are split, and alpha is a single fp32 number."""
+
+
+def read_changes(path: Path) -> tuple[Changes, dict[str, str]]:
+    """Read a LoRA, DoRA, LoKr or LoHa of any known layout, and its metadata.
+
+    Raises:
+        WeightsError: unreadable, not finite, or holds keys that are no change of a Z-Image transformer.
+    """
+    parts = headers.read_parts(path)
+    tensors, metadata = tensorfile.load(path)
+    has_alpha = any("alpha" in found for found in parts.values())
+    alpha_of = None if has_alpha else alphas.from_metadata(path, metadata.get(alphas.KEY))
+    changes: Changes = {}
+    for module, found in parts.items():
+        change = {part: _checked(path, key, tensors[key]) for part, key in found.items()}
+        if "alpha" in change:
+            change["alpha"] = change["alpha"].reshape(()).float()
+        elif alpha_of is not None and "A" in change:
+            change["alpha"] = torch.tensor(alpha_of(module, change["A"].shape[0]))
+        if MAGNITUDE in change and change[MAGNITUDE].shape[-1] == 1:
+            change[MAGNITUDE] = change[MAGNITUDE].reshape(-1)
+        changes |= _split(path, module, change)
+    return changes, metadata
 
 
 def read(path: Path) -> Lora:
-    """Read a LoRA file of any known layout with separate q, k and v.
+    """Read a plain LoRA of any known layout.
 
     Raises:
-        WeightsError: unreadable, not finite, or holds keys that are no LoRA of a Z-Image transformer.
+        WeightsError: as `read_changes`, or it is of another kind.
     """
-    modules = headers.read_sizes(path)
-    tensors, metadata = tensorfile.load(path)
-    parts: dict[str, dict[str, Tensor]] = {module: {} for module in modules}
-    for key, tensor in tensors.items():
-        if (parsed := names.parse_key(key)) is not None:
-            if not tensor.is_floating_point() and parsed[1] != "alpha":
-                kind = str(tensor.dtype).removeprefix("torch.")
-                raise WeightsError(Problem(f"{path}: {key}", f"holds {kind}, no weights", "get the file again"))
-            if not tensor.float().isfinite().all():
-                raise WeightsError(Problem(f"{path}: {key}", "holds values that are not finite", "get the file again"))
-            parts[parsed[0]][parsed[1]] = tensor
-    if "lora_adapter_metadata" in metadata and not any("alpha" in found for found in parts.values()):
-        parts = _with_metadata_alpha(path, parts, metadata["lora_adapter_metadata"])
-    return {module: _factors(found) for module, found in parts.items()}
+    changes, _ = read_changes(path)
+    headers.require_plain(path, {module: _kind(change) for module, change in changes.items()})
+    return {module: Factors(change["A"], change["B"], fused.scale_of(change)) for module, change in changes.items()}
 
 
-def _factors(found: dict[str, Tensor]) -> Factors:
-    rank = found["A"].shape[0]
-    alpha = float(found["alpha"]) if "alpha" in found else float(rank)
-    return Factors(found["A"], found["B"], alpha / rank)
+def _kind(change: Change) -> str | None:
+    return keys.kind_of({part: tuple(tensor.shape) for part, tensor in change.items()})
 
 
-def _with_metadata_alpha(path: Path, parts: dict[str, dict[str, Tensor]], text: str) -> dict[str, dict[str, Tensor]]:
-    """diffusers' `save_lora_weights` keeps alpha in the header only; without it the strength would be wrong."""
+def _checked(path: Path, key: str, tensor: Tensor) -> Tensor:
+    if not tensor.is_floating_point() and not key.endswith(".alpha"):
+        kind = str(tensor.dtype).removeprefix("torch.")
+        raise WeightsError(Problem(f"{path}: {key}", f"holds {kind}, no weights", "get the file again"))
+    if not tensor.float().isfinite().all():
+        raise WeightsError(Problem(f"{path}: {key}", "holds values that are not finite", "get the file again"))
+    return tensor
+
+
+def _split(path: Path, module: str, change: Change) -> Changes:
+    names = keys.thirds(module)
+    if names is None:
+        return {module: change}
     try:
-        found = json.loads(text)
-        alpha, patterns = found.get("transformer.lora_alpha"), found.get("transformer.alpha_pattern")
-    except (ValueError, AttributeError, RecursionError):
-        return parts
-    if patterns:
-        what = "its metadata gives single modules an alpha of their own, which this version does not read"
-        raise WeightsError(Problem(str(path), what, "save it with one alpha, or with .alpha tensors"))
-    if alpha is None:
-        return parts
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < LARGEST_ALPHA:
-        what = f"its metadata says that alpha is {str(alpha)[:20]}"
-        raise WeightsError(Problem(str(path), what, "save it with the alpha that it was trained with"))
-    return {module: found | {"alpha": torch.tensor(float(alpha))} for module, found in parts.items()}
+        found = fused.split(change)
+    except fused.CannotFuse as error:
+        todo = "ask its maker for one with to_q, to_k and to_v"
+        raise WeightsError(Problem(f"{path}: {module}", str(error), todo)) from None
+    return {name: one for name, one in zip(names, found, strict=True) if one is not None}
 
 
 def require_modules(path: Path, lora: Mapping[str, Factors], linears: headers.Sizes) -> None:
@@ -94,6 +111,26 @@ def require_modules(path: Path, lora: Mapping[str, Factors], linears: headers.Si
     headers.require_match(path, {module: (f.b.shape[0], f.a.shape[1]) for module, f in lora.items()}, linears)
 
 
+def rounded(lora: Mapping[str, Factors], dtype: str) -> Lora:
+    """`lora` as a file of this precision holds it: the scale in B, both factors rounded."""
+    kind = tensorfile.DTYPES[dtype]
+    return {
+        module: Factors(one.a.detach().to(kind), (one.b.detach().float() * one.scale).to(kind), 1.0)
+        for module, one in lora.items()
+    }
+
+
+def narrowest(lora: Mapping[str, Factors]) -> str:
+    """`bf16` where a file of it holds `lora` to the bit, otherwise `fp32`."""
+    short = rounded(lora, "bf16")
+    is_exact = all(
+        torch.equal(short[module].a.float(), one.a.float())
+        and torch.equal(short[module].b.float(), one.b.float() * one.scale)
+        for module, one in lora.items()
+    )
+    return "bf16" if is_exact else "fp32"
+
+
 def export(path: Path, lora: Mapping[str, Factors], dtype: str, metadata: Mapping[str, str]) -> None:
     """Write `lora` in the layout of this module.
 
@@ -102,10 +139,10 @@ def export(path: Path, lora: Mapping[str, Factors], dtype: str, metadata: Mappin
         DiskError: the file cannot be written.
     """
     tensors: dict[str, Tensor] = {}
-    for module, factors in lora.items():
+    for module, factors in rounded(lora, dtype).items():
         prefix = f"diffusion_model.{module}"
-        tensors[f"{prefix}.lora_A.weight"] = factors.a.detach().to(tensorfile.DTYPES[dtype])
-        tensors[f"{prefix}.lora_B.weight"] = (factors.b.detach().float() * factors.scale).to(tensorfile.DTYPES[dtype])
+        tensors[f"{prefix}.lora_A.weight"] = factors.a
+        tensors[f"{prefix}.lora_B.weight"] = factors.b
         tensors[f"{prefix}.alpha"] = torch.tensor(float(factors.rank))
     bad = [key for key, tensor in tensors.items() if not tensor.isfinite().all()]
     if bad:

@@ -4,45 +4,72 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from zimage_train.errors import Problem, WeightsError
-from zimage_train.lora import families, names
-from zimage_train.model.headers import read_header
+from zimage_train.lora import families, keys
+from zimage_train.model.headers import TensorInfo, read_header
 
 Sizes = Mapping[str, tuple[int, int]]
 """Module -> (out, in)."""
+Parts = dict[str, dict[str, str]]
+"""Module, which may be a fused one -> part -> key in the file."""
 
 
-def read_sizes(path: Path) -> Sizes:
-    """The modules that a LoRA file changes.
+def read_parts(path: Path) -> Parts:
+    """The whole changes of any kind that a LoRA file holds.
 
     Raises:
-        WeightsError: unreadable, or not whole pairs of A and B under names that this trainer knows.
+        WeightsError: unreadable, or something in it is no part of a whole change under a name that is known here.
     """
-    parts: dict[str, dict[str, tuple[int, ...]]] = {}
-    unknown, twice = [], []
     tensors = read_header(path).tensors
     if family := families.family_of(tensors):
         raise WeightsError(Problem(str(path), f"{family}: cannot work on Z-Image", "retrain from the dataset"))
-    for key, info in tensors.items():
-        parsed = names.parse_key(key)
+    parts: Parts = {}
+    unknown, twice = [], []
+    for key in tensors:
+        parsed = keys.parse(key)
         if parsed is None:
             unknown.append(key)
         elif parsed[1] in parts.setdefault(parsed[0], {}):
             twice.append(key)
         else:
-            parts[parsed[0]][parsed[1]] = info.shape
-    broken = [module for module, found in parts.items() if not fits(found)]
+            parts[parsed[0]][parsed[1]] = key
+    twice += [parts[module]["B"] for module in parts if keys.fused(module) in parts and "B" in parts[module]]
+    broken = [module for module, found in parts.items() if not _is_whole(module, found, tensors)]
     if twice:
         what = f"holds {len(twice)} tensors twice, under two names each, such as {min(twice)}"
         raise WeightsError(Problem(str(path), what, "remove one of each"))
     if unknown or broken or not parts:
         raise WeightsError(Problem(str(path), _complaint(unknown, broken), families.advice(unknown)))
-    return {module: (found["B"][0], found["A"][1]) for module, found in parts.items()}
+    return parts
 
 
-def fits(found: Mapping[str, tuple[int, ...]]) -> bool:
-    """Whether A and B of these shapes are factors of one change, and alpha, if there is one, a single number."""
-    a, b, alpha = found.get("A", ()), found.get("B", ()), found.get("alpha", ())
-    return len(a) == len(b) == 2 and a[0] == b[1] > 0 and alpha in ((), (1,))
+def read_sizes(path: Path) -> Sizes:
+    """The modules that a plain LoRA changes; a fused one counts as its three.
+
+    Raises:
+        WeightsError: as `read_parts`, or it is of another kind.
+    """
+    parts, tensors = read_parts(path), read_header(path).tensors
+    require_plain(path, {module: _kind(found, tensors) for module, found in parts.items()})
+    sizes: dict[str, tuple[int, int]] = {}
+    for module, found in parts.items():
+        outputs, inputs = keys.size_of({part: tensors[key].shape for part, key in found.items()})
+        split = keys.thirds(module)
+        sizes |= dict.fromkeys(split, (outputs // 3, inputs)) if split else {module: (outputs, inputs)}
+    return sizes
+
+
+def require_plain(path: Path, kinds: Mapping[str, str | None]) -> None:
+    """Require that every module's change is a plain LoRA.
+
+    Raises:
+        WeightsError: names the kind that it is instead.
+    """
+    others = {module: kind for module, kind in kinds.items() if kind != "LoRA"}
+    if others:
+        module, kind = min(others.items())
+        what = f"is a {kind} ({len(others)} modules, such as {module}), which only `lora convert` reads"
+        todo = "make it a LoRA with the tool that trained it"
+        raise WeightsError(Problem(str(path), what, todo))
 
 
 def require_match(path: Path, found: Sizes, linears: Sizes) -> None:
@@ -57,6 +84,17 @@ def require_match(path: Path, found: Sizes, linears: Sizes) -> None:
         why = "the model has no such module" if there is None else f"{found[first]} there, {there} in the model"
         what = f"matched {len(found) - len(lost)}/{len(found)} modules; not matched: {first} ({why})"
         raise WeightsError(Problem(str(path), what, "it belongs to another model, and is used in whole or not at all"))
+
+
+def _kind(found: Mapping[str, str], tensors: Mapping[str, TensorInfo]) -> str | None:
+    return keys.kind_of({part: tensors[key].shape for part, key in found.items()})
+
+
+def _is_whole(module: str, found: Mapping[str, str], tensors: Mapping[str, TensorInfo]) -> bool:
+    if _kind(found, tensors) is None:
+        return False
+    outputs, _ = keys.size_of({part: tensors[key].shape for part, key in found.items()})
+    return keys.thirds(module) is None or outputs % 3 == 0
 
 
 def _complaint(unknown: list[str], broken: list[str]) -> str:

@@ -9,11 +9,18 @@ from torch import Tensor
 
 from zimage_train import tensorfile
 from zimage_train.errors import Problem, WeightsError, ZImageTrainError, collected
-from zimage_train.lora import headers, names
+from zimage_train.lora import alphas, fused, headers, keys
 from zimage_train.lora.files import Factors, Lora
+from zimage_train.lora.fused import Change
 
-COMFYUI_PREFIXES = ("diffusion_model.", "transformer.", "")
-COMFYUI_PARTS = ((".lora_A.weight", ".lora_B.weight"), (".lora_down.weight", ".lora_up.weight"))
+COMFYUI_PARTS = (
+    (".lora_down.weight", ".lora_up.weight"),
+    (".lora_A.weight", ".lora_B.weight"),
+    (".lora.down.weight", ".lora.up.weight"),
+    (".lora_A", ".lora_B"),
+    (".lora_A.default.weight", ".lora_B.default.weight"),
+)
+TODO = "zimage-train lora convert FILE --to comfyui"
 TOLERANCE = {"bf16": 2**-7, "fp32": 1e-6}
 """Largest relative error of a module's delta that rounding to the file's type can explain."""
 
@@ -38,7 +45,8 @@ def verify(path: Path, trained: Mapping[str, Factors], dtype: str, linears: head
 
 
 def _compare(path: Path, loader: str, found: Lora, trained: Mapping[str, Factors], dtype: str) -> float:
-    todo = "convert it to the layout of this trainer"
+    todo = TODO
+    found = {module: one for module, one in found.items() if module in trained or one.b.any()}
     if found.keys() != trained.keys():
         what = f"{loader} would load {len(found.keys() & trained.keys())} of {len(trained)} modules"
         raise WeightsError(Problem(str(path), what, todo))
@@ -71,38 +79,49 @@ def as_diffusers(path: Path) -> Lora:
     """
     from diffusers.loaders import ZImageLoraLoaderMixin
 
+    tensors, metadata = tensorfile.load(path)
+    alpha_of = alphas.from_metadata(path, metadata.get(alphas.KEY))
     try:
-        state = cast(dict[str, Tensor], ZImageLoraLoaderMixin.lora_state_dict(tensorfile.load(path)[0]))
+        state = cast(dict[str, Tensor], ZImageLoraLoaderMixin.lora_state_dict(tensors))
     except Exception as error:  # its conversions raise whatever an odd layout makes them run into
         what = f"diffusers would not load it ({str(error)[:100]})"
-        raise WeightsError(Problem(str(path), what, "convert it to the layout of this trainer")) from None
+        raise WeightsError(Problem(str(path), what, TODO)) from None
     a_suffix, b_suffix = ".lora_A.weight", ".lora_B.weight"
     modules = [key.removesuffix(a_suffix) for key in state if key.endswith(a_suffix)]
-    return {
-        module.removeprefix("transformer."): Factors(state[module + a_suffix], state[module + b_suffix], 1.0)
-        for module in modules
-    }
+    found: Lora = {}
+    for name in modules:
+        module, a = name.removeprefix("transformer."), state[name + a_suffix]
+        scale = alpha_of(module, a.shape[0]) / a.shape[0] if alpha_of else 1.0
+        found[module] = Factors(a, state[name + b_suffix], scale)
+    return found
 
 
 def as_comfyui(path: Path, linears: headers.Sizes) -> Lora:
     """As ComfyUI maps keys: the strength is alpha / rank, alpha only from a `.alpha` tensor.
 
-    A transcription of `load_lora` and `model_lora_keys_unet` for Lumina2 models, to which Z-Image belongs there.
+    A transcription of `load_lora` and of `model_lora_keys_unet`; see `keys.comfyui_targets`.
 
     Raises:
         WeightsError: it would leave out a tensor.
     """
     tensors = tensorfile.load(path)[0]
     found: Lora = {}
-    for target in names.comfyui_targets(linears):
-        module = target.removeprefix("diffusion_model.")
-        for name in (prefix + module for prefix in COMFYUI_PREFIXES):
-            for a_suffix, b_suffix in COMFYUI_PARTS:
-                if name + a_suffix in tensors and name + b_suffix in tensors:
-                    a, b = tensors.pop(name + a_suffix), tensors.pop(name + b_suffix)
-                    alpha = tensors.pop(f"{name}.alpha", torch.tensor(float(a.shape[0])))
-                    found[module] = Factors(a, b, float(alpha) / a.shape[0])
+    for name, module in keys.comfyui_targets(linears).items():
+        for a_suffix, b_suffix in COMFYUI_PARTS:
+            if name + a_suffix in tensors and name + b_suffix in tensors:
+                change = {"A": tensors.pop(name + a_suffix), "B": tensors.pop(name + b_suffix)}
+                if f"{name}.alpha" in tensors:
+                    change["alpha"] = tensors.pop(f"{name}.alpha")
+                found |= _unfused(module, change)
     if tensors:
         what = f"ComfyUI would report {len(tensors)} keys as not loaded, such as {sorted(tensors)[0]}"
-        raise WeightsError(Problem(str(path), what, "convert it to the layout of this trainer"))
+        raise WeightsError(Problem(str(path), what, TODO))
     return found
+
+
+def _unfused(module: str, change: Change) -> Lora:
+    split = keys.thirds(module)
+    if split is None:
+        return {module: Factors(change["A"], change["B"], fused.scale_of(change))}
+    thirds = change["B"].chunk(3)
+    return {name: Factors(change["A"], b, fused.scale_of(change)) for name, b in zip(split, thirds, strict=True)}

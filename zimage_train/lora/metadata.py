@@ -1,6 +1,9 @@
 """What an exported LoRA says about itself: facts of its content, and no time, host or path (torch-free)."""
 
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from zimage_train.config.schema import Config
 from zimage_train.model.variants import VARIANTS
@@ -38,3 +41,24 @@ def describe(config: Config, adapter_digest: str | None) -> dict[str, str]:
 
 def _adapter_name(config: Config) -> str:
     return "none" if config.model.adapter is None else Path(config.model.adapter).name
+
+
+STALE = ("sshs_model_hash", "sshs_legacy_hash", "lora_adapter_metadata")
+"""About the very file that they stand in; kohya's tools make the hashes again where they miss them."""
+TRIGGERS = "modelspec.trigger_phrase"
+
+
+def edited(
+    command: str, sources: Sequence[Mapping[str, str]], facts: Mapping[str, Any], ranks: Iterable[int]
+) -> dict[str, str]:
+    """The header of a LoRA that `command` made of others with these headers: what they agree on, and `facts`."""
+    first = sources[0]
+    metadata = {key: value for key, value in first.items() if all(one.get(key) == value for one in sources)}
+    metadata = {key: value for key, value in metadata.items() if key not in STALE} | {"format": "pt"}
+    triggers = [text for one in sources for text in one.get(TRIGGERS, "").split(", ") if text]
+    if triggers:
+        metadata[TRIGGERS] = ", ".join(dict.fromkeys(triggers))
+    found = set(ranks)
+    rank = str(found.pop()) if len(found) == 1 else "Dynamic"  # kohya's word for ranks that differ
+    metadata |= {"ss_network_dim": rank, "ss_network_alpha": rank}
+    return metadata | {f"zimage_train.{command}": json.dumps(facts, sort_keys=True)}

@@ -1,7 +1,7 @@
-"""Module groups of the transformer, and the key layouts in which LoRA files name them (torch-free)."""
+"""Groups, blocks and components of the transformer's linear modules, by name (torch-free)."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from zimage_train.errors import ConfigError, Problem
 
@@ -15,17 +15,6 @@ GROUPS = {
     "refiners": re.compile(rf"(?:noise|context)_refiner\.\d+\.(?:{_ATTENTION}|{_FEED_FORWARD})"),
 }
 """Groups of linear modules by full name; refiners are those of both refiners, without adaLN."""
-
-PREFIXES = ("base_model.model.", "diffusion_model.", "transformer.")
-SUFFIXES = {
-    ".lora_A.weight": "A",
-    ".lora_B.weight": "B",
-    ".lora_A.default.weight": "A",
-    ".lora_B.default.weight": "B",
-    ".lora_down.weight": "A",
-    ".lora_up.weight": "B",
-    ".alpha": "alpha",
-}
 
 
 def group_of(module: str) -> str:
@@ -59,17 +48,6 @@ def select(targets: list[str] | str, linears: Iterable[str]) -> list[str]:
     return chosen
 
 
-def parse_key(key: str) -> tuple[str, str] | None:
-    """(module, part) of a key of a LoRA file, part being A, B or alpha; None for a key of another kind."""
-    for suffix, part in SUFFIXES.items():
-        if key.endswith(suffix):
-            module = key.removesuffix(suffix)
-            for prefix in PREFIXES:
-                module = module.removeprefix(prefix)
-            return module, part
-    return None
-
-
 COMPONENTS = ("to_q", "to_k", "to_v", "to_out", "w1", "w2", "w3", "adaLN")
 """The linear modules of a block, in the order in which data meets them."""
 
@@ -88,38 +66,13 @@ def block_order(block: str) -> tuple[str, int]:
     return (name, int(number)) if number.isdecimal() else (block, 0)
 
 
-def layout_of(keys: Iterable[str]) -> str:
-    """The layout that a LoRA's keys have, by who writes it."""
-    keys = sorted(keys)
-    first = keys[0]
-    parts = "lora_down/lora_up" if any(".lora_down." in key for key in keys) else "lora_A/lora_B"
-    if first.startswith("lora_unet_"):
-        return f"kohya (lora_unet_*.{parts})"
-    if ".default." in first:
-        return f"DiffSynth ({parts}.default)"
-    prefix = next((prefix for prefix in PREFIXES if first.startswith(prefix)), "")
-    kinds = {
-        "diffusion_model.": "ComfyUI and AI Toolkit",
-        "transformer.": "diffusers",
-        "base_model.model.": "peft",
-        "": "bare",
-    }
-    return f"{kinds[prefix]} ({prefix}*.{parts})"
-
-
-def comfyui_targets(linears: Iterable[str]) -> dict[str, tuple[str, int | None]]:
-    """LoRA module name -> (weight in ComfyUI's own Z-Image model, third of a fused weight or None).
-
-    Transcribes what ComfyUI's `model_lora_keys_unet` accepts for Lumina2 models under the `diffusion_model.` prefix
-    (q, k and v are rows of one fused weight there).
-    """
-    targets: dict[str, tuple[str, int | None]] = {}
-    for name in linears:
-        native, third = name, None
-        for index, part in enumerate(("to_q", "to_k", "to_v")):
-            if name.endswith(f".attention.{part}"):
-                native, third = name.removesuffix(part) + "qkv", index
-        native = native.replace(".attention.to_out.0", ".attention.out")
-        native = native.replace("all_x_embedder.2-1", "x_embedder").replace("all_final_layer.2-1", "final_layer")
-        targets[f"diffusion_model.{name}"] = (f"diffusion_model.{native}.weight", third)
-    return targets
+def table(values: Mapping[str, float]) -> tuple[list[str], list[str], list[list[float | None]]]:
+    """Blocks, components, and the value of each; None where there is no such module."""
+    cells: dict[str, dict[str, float]] = {}
+    for module, value in values.items():
+        block, component = block_and_component(module)
+        cells.setdefault(block, {})[component] = value
+    found = {component for row in cells.values() for component in row}
+    columns = [name for name in COMPONENTS if name in found] + sorted(found - set(COMPONENTS))
+    rows = sorted(cells, key=block_order)
+    return rows, columns, [[cells[row].get(column) for column in columns] for row in rows]

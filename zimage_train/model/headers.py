@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from zimage_train.errors import Problem, WeightsError
-from zimage_train.files import DTYPE_BYTES
+from zimage_train.serialize import DTYPE_BYTES
 
 MAX_HEADER_BYTES = 100_000_000
 ITEM_BYTES = DTYPE_BYTES | {"F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "U32": 4, "U64": 8}

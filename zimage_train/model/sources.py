@@ -138,6 +138,22 @@ def native_names(name: str) -> list[tuple[str, int | None]]:
     return [(name, None)]
 
 
+def native_name(name: str) -> tuple[str, int | None]:
+    """What the ComfyUI layout calls the tensor `name` of ours, and the third of a fused one that it is there."""
+    for index, part in enumerate(("to_q", "to_k", "to_v")):
+        if f".attention.{part}." in name:
+            return name.replace(f".{part}.", ".qkv."), index
+    for new, old in (
+        (".attention.to_out.0.", ".attention.out."),
+        (".norm_q.", ".q_norm."),
+        (".norm_k.", ".k_norm."),
+        ("all_x_embedder.2-1.", "x_embedder."),
+        ("all_final_layer.2-1.", "final_layer."),
+    ):
+        name = name.replace(new, old)
+    return name, None
+
+
 def _transformer(name: str, where: str, fetch: Fetch) -> Path:
     path = Path(name)
     if path.is_dir():

@@ -1,17 +1,21 @@
 """The frozen S3-DiT: an empty one to fill, and the one function that calls it."""
 
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from accelerate import init_empty_weights
 from diffusers import ZImageTransformer2DModel
+from safetensors import safe_open
 from torch import Tensor
 
 from zimage_train.config.values import Kind
+from zimage_train.model.headers import TensorInfo, read_header
 from zimage_train.model.linear import FrozenLinear
 from zimage_train.model.shapes import IN_A_BLOCK, TransformerShape
-from zimage_train.model.sources import transformer_tensors
+from zimage_train.model.sources import native_names, transformer_tensors
 from zimage_train.model.weights import stream, stream_native
 from zimage_train.tensors import Embeds, Images, PerSample
 
@@ -47,6 +51,37 @@ def read_some(path: Path, names: set[str]) -> Iterator[tuple[str, Tensor]]:
         tensors = transformer_tensors(path)[1]
         return stream({name: info for name, info in tensors.items() if name in names})
     return ((name, tensor) for name, tensor in stream_native(path) if name in names)
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """A transformer's tensors under diffusers' names, each read from its mapped file when it is asked for."""
+
+    shape: TransformerShape
+    infos: dict[str, TensorInfo]
+    get: Callable[[str], Tensor]
+
+
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[Tensors]:
+    """The tensors of the transformer at `path`, in any order, for as long as the block runs.
+
+    Raises:
+        WeightsError: not exactly the tensors of a Z-Image transformer.
+    """
+    shape, infos = transformer_tensors(path)
+    spelled = {name: (name, None) for name in infos}
+    if not path.is_dir():
+        spelled = {new: (name, third) for name in read_header(path).tensors for new, third in native_names(name)}
+    with contextlib.ExitStack() as stack:
+        files = {file: stack.enter_context(safe_open(file, "pt")) for file in {info.file for info in infos.values()}}
+
+        def get(name: str) -> Tensor:
+            key, third = spelled[name]
+            file, rows = files[infos[name].file], infos[name].shape[0]
+            return file.get_tensor(key) if third is None else file.get_slice(key)[third * rows : (third + 1) * rows]
+
+        yield Tensors(shape, infos, get)
 
 
 def velocity(model: ZImageTransformer2DModel, latents: Images, sigma: PerSample, prompt_embeds: list[Embeds]) -> Images:

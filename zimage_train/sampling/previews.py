@@ -1,6 +1,7 @@
 """Pictures of a run on its way: true Turbo, that is without the adapter, with the LoRA as it is now."""
 
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -22,13 +23,18 @@ def render(
     embeds: Mapping[str, Tensor],
     tick: Tick,
     also: Path | None = None,
+    at_once: int = 1,
 ) -> list[Image.Image]:
-    """One picture a recipe, on the model at `also` if given. The model comes back with the same weights and mode."""
+    """One picture a recipe, on the model at `also` if given. The model comes back with the same weights and mode.
+
+    Up to `at_once` that follow each other and differ in prompts and seed alone go through the model together.
+    """
     if not recipes:
         return []
     model = frozen.model
     was_training = model.training
-    total = sum(recipe.steps for recipe in recipes)
+    batches = _batches(recipes, at_once)
+    total = sum(batch[0].steps for batch in batches)
     done = 0
 
     def step(index: int, steps: int) -> None:
@@ -39,10 +45,7 @@ def render(
     model.eval()
     try:
         with original(frozen, also):
-            latents = [
-                denoise(model, r, embeds[r.prompt], embeds.get(r.negative) if r.guidance > 0 else None, step)
-                for r in recipes
-            ]
+            latents = [one for batch in batches for one in denoise(model, batch, embeds, step).split(1)]
     finally:
         model.train(was_training)
     decoder = vae.load(extras, model.device, model.dtype)
@@ -51,3 +54,11 @@ def render(
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return images
+
+
+def _batches(recipes: Sequence[Recipe], at_once: int) -> list[list[Recipe]]:
+    def alike(recipe: Recipe) -> tuple[float, ...]:
+        return recipe.width, recipe.height, recipe.steps, recipe.guidance, recipe.shift
+
+    groups = [list(group) for _, group in itertools.groupby(recipes, alike)]
+    return [group[start : start + at_once] for group in groups for start in range(0, len(group), at_once)]

@@ -1,7 +1,7 @@
 """The sampler: Euler on the shifted grid, as diffusers' ZImagePipeline does it, step for step."""
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from diffusers import ZImageTransformer2DModel
@@ -16,28 +16,30 @@ from zimage_train.tensors import Embeds, Images
 @torch.no_grad()
 def denoise(
     model: ZImageTransformer2DModel,
-    recipe: Recipe,
-    embeds: Embeds,
-    negative_embeds: Embeds | None,
+    recipes: Sequence[Recipe],
+    embeds: Mapping[str, Embeds],
     tick: Callable[[int, int], None],
 ) -> Images:
-    """Latents (1, 16, h/8, w/8) in fp32 of one picture.
+    """Latents (b, 16, h/8, w/8) in fp32 of pictures that differ in prompts and seed alone.
 
     The noise comes from a CPU generator, so that a stock pipeline with `torch.Generator("cpu")` draws the same. With
-    guidance, prompt and negative go through the model as one batch, also as there.
+    guidance, prompts and negatives go through the model as one batch, also as there.
     """
-    device = model.device
-    shape = (1, LATENT_CHANNELS, recipe.height // LATENT_STRIDE, recipe.width // LATENT_STRIDE)
-    noise = torch.randn(shape, generator=torch.Generator("cpu").manual_seed(recipe.seed), dtype=torch.float32)
+    device, first = model.device, recipes[0]
+    shape = (1, LATENT_CHANNELS, first.height // LATENT_STRIDE, first.width // LATENT_STRIDE)
+    generators = [torch.Generator("cpu").manual_seed(recipe.seed) for recipe in recipes]
+    noise = torch.cat([torch.randn(shape, generator=one, dtype=torch.float32) for one in generators])
     latents = noise.to(device)
-    condition = [embeds.to(device, model.dtype)]
-    if recipe.guidance > 0 and negative_embeds is not None:
-        condition.append(negative_embeds.to(device, model.dtype))
-    sigmas = flow.sampling_sigmas(recipe.steps, recipe.shift)
+    texts = [recipe.prompt for recipe in recipes]
+    if first.guidance > 0:
+        texts += [recipe.negative for recipe in recipes]
+    condition = [embeds[text].to(device, model.dtype) for text in texts]
+    sigmas = flow.sampling_sigmas(first.steps, first.shift)
     for index, (sigma, next_sigma) in enumerate(itertools.pairwise(sigmas), 1):
-        batch = latents.repeat(len(condition), 1, 1, 1)
-        output = velocity(model, batch, torch.full((len(condition),), sigma), condition)
-        v = output if len(condition) == 1 else flow.guided(output[:1], output[1:], recipe.guidance)
+        batch = latents.repeat(len(condition) // len(recipes), 1, 1, 1)
+        v = velocity(model, batch, torch.full((len(condition),), sigma), condition)
+        if first.guidance > 0:
+            v = flow.guided(v[: len(recipes)], v[len(recipes) :], first.guidance)
         latents = flow.euler(latents, v, sigma, next_sigma)
-        tick(index, recipe.steps)
+        tick(index, first.steps)
     return latents
