@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from zimage_train import mini
 from zimage_train.cli import app
 from zimage_train.config.reading import read_config
+from zimage_train.lora import files as lora_files
 
 from helpers import script
 
@@ -37,7 +38,8 @@ def test_links_and_files_that_a_page_names_exist(page: Path):
 def test_commands_and_options_that_a_page_shows_exist(page: Path):
     for line in re.findall(r"zimage-train ([a-z]+[^`\n|#]*)", page.read_text(encoding="utf-8")):
         command, *words = line.split()
-        shown = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200"})
+        group = [command, words[0]] if command == "lora" and words else [command]
+        shown = CliRunner().invoke(app, [*group, "--help"], env={"COLUMNS": "200"})
         assert shown.exit_code == 0, line
         assert all(word in shown.output for word in words if word.startswith("--")), line
 
@@ -66,6 +68,7 @@ TINY = {
     "train.batch_size": "2",
     "sample.width": "64",
     "sample.height": "64",
+    "save.every": "1",
     "log.tensorboard": "false",
 }
 NOT_RUN = {
@@ -108,6 +111,10 @@ def test_every_command_of_the_readme_runs(tmp_path: Path, shared_cache: Path, mo
     words_for = {"CONFIG": config, "FILE": lora, "FILE=0.8": f"{lora}=0.8", "MODEL": str(mini.TURBO), "...": "a zorb"}
     swept = tmp_path / "quickstart-sweep-rank" / "quickstart+rank_2"
     words_for |= {"KEY=V1,V2": "lora.rank=2,4", "RUN_A": str(tmp_path / "quickstart"), "RUN_B": str(swept)}
+    other = tmp_path / "other.safetensors"
+    lora_files.export(other, lora_files.read(Path(lora)), "fp32", {})
+    words_for |= {"OTHER": str(other), "OTHER=0.6": f"{other}=0.6", "RUN": str(tmp_path / "quickstart")}
+    words_for |= {"OUT": str(tmp_path / "baked"), "OUT.safetensors": str(tmp_path / "made.safetensors")}
     words_for["JOB.yaml"] = str(ROOT / "tests" / "aitoolkit_jobs" / "turbo.yaml")
     run = []
     for command in shown_commands():
@@ -118,6 +125,8 @@ def test_every_command_of_the_readme_runs(tmp_path: Path, shared_cache: Path, mo
         words = [words_for.get(word, word) for word in words]
         if words[0] in ("train", "check", "cache", "timesteps", "sweep"):
             words += options
+        if words[0] == "lora" and words[-1] == words_for["OUT.safetensors"]:
+            words.append("--force")
         if words[:2] == ["lora", "verify"]:
             words += ["--model", str(mini.TURBO)]
         if words[0] == "sample":
@@ -127,7 +136,7 @@ def test_every_command_of_the_readme_runs(tmp_path: Path, shared_cache: Path, mo
         done = CliRunner().invoke(app, words)
         assert done.exit_code == 0, (command, done.output[-500:], done.exception)
         run.append(command)
-    assert len(run) == 12, run
+    assert len(run) == 20, run
 
 
 def test_pages_speak_of_no_machine():
