@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from zimage_train import cli
 from zimage_train.cards import CARDS
-from zimage_train.config import yaml_reader
+from zimage_train.config import recipes, yaml_reader
 from zimage_train.config.aitoolkit import keys
 from zimage_train.config.aitoolkit.rows import OFF, Mapped, NoEffect, Ours, Row
 from zimage_train.config.schema import Config, Prompt
@@ -32,9 +32,6 @@ from zimage_train.planner import Plan, Wanted, choose
 from zimage_train.sampling.recipe import Recipe
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(Path(__file__).parent))
-
-import recipes  # noqa: E402  beside this script
 
 EXAMPLE = Config.model_validate({"name": "my_lora", "data": [{"folder": "photos"}]})
 """What the reference shows: the two settings that have no default, and every default."""

@@ -34,6 +34,7 @@ LAYERS: list[list[str]] = [
         "config.aitoolkit.rows config.aitoolkit.optimizers config.aitoolkit.convert",
         "errors config.yaml_reader config.schema config.aitoolkit.convert config.variations",
         "model.variants config.schema schedules config.advice",
+        "config.recipes",
     ],
     # 1: equations, pictures, names, where models are
     [
@@ -102,11 +103,12 @@ LAYERS: list[list[str]] = [
         "training.loop app.train",
         "training.setup app.train",
         "app.timesteps app.lora app.check",
+        "app.init",
         "training.run_folder app.compare app.workbench app.merging",
         "app.sample app.workbench app.checkpoints",
     ],
     # 5: the command line
-    ["printing cli_lora cli __main__"],
+    ["printing cli_lora cli", "printing cli_start cli __main__"],
 ]
 """Layers from the bottom. A module imports from lower layers, and from those before it in a line of its own layer."""
 
@@ -123,8 +125,8 @@ TORCH_FREE = [
         "lora.families lora.keys lora.names lora.headers lora.metadata lora.alphas lora.rules",
         "sampling.prompts sampling.recipe sampling.workflow report.metrics report.console report.pictures",
         "report.change report.page report.heatmap report.trackers measured cards memory flops planner mini.world",
-        "preflight forecast app.check training.stopping training.run_folder training.views",
-        "printing cli_lora cli __main__",
+        "preflight forecast app.check app.init training.stopping training.run_folder training.views",
+        "config.recipes cli_start printing cli_lora cli __main__",
     )
     for module in line.split()
 ]
@@ -136,6 +138,7 @@ LATE = {
     ("cli", PACKAGE): "--help, check and config errors do not load torch",
     ("cli", "json"): "only for --json",
     ("cli_lora", PACKAGE): "as cli",
+    ("cli_start", PACKAGE): "as cli",
     ("seeding", "torch"): "keys are used without torch; only a generator needs it",
     ("model.sources", "huggingface_hub"): "local paths never need the hub",
     ("optim", "bitsandbytes"): "an optional dependency: works without it until it is asked for",

@@ -12,6 +12,7 @@ import typer
 
 from zimage_train import __version__, files
 from zimage_train.cli_lora import lora_commands
+from zimage_train.cli_start import start_commands
 from zimage_train.config.aitoolkit.convert import read_any, read_only_job, written
 from zimage_train.config.schema import Config, Model
 from zimage_train.errors import ConfigError, DiskError, Problem, ZImageTrainError
@@ -28,6 +29,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+app.add_typer(start_commands)
 app.add_typer(lora_commands, name="lora")
 
 ConfigPath = Annotated[

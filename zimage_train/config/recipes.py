@@ -1,5 +1,10 @@
-"""The recipes in configs/: four kinds of LoRA on three models, each with its reasons. generate.py writes them."""
+"""Configs with their reasons: four kinds of LoRA on three models, for anybody's pictures or for those of one folder.
 
+`scripts/generate.py` writes the former into configs/, `init` the latter. Torch-free.
+"""
+
+import json
+import re
 from dataclasses import dataclass
 
 
@@ -10,6 +15,8 @@ class Kind:
     what: str
     pictures: list[str]
     trigger: str
+    enough: tuple[int, int]
+    """Pictures that people have good results with."""
     bias: str
     why_bias: str
     prompts: list[str]
@@ -38,6 +45,7 @@ KINDS = {
             "changes from picture to picture, and not what belongs to the person.",
         ],
         trigger="zchar",
+        enough=(12, 30),
         bias="balanced",
         why_bias="low_noise, slightly, where face, hands or skin stay vague",
         prompts=[
@@ -54,6 +62,7 @@ KINDS = {
             "what no caption explains is what the trigger comes to mean.",
         ],
         trigger="zstyle",
+        enough=(15, 40),
         bias="high_noise",
         why_bias="composition, mood and style are decided at high noise",
         prompts=[
@@ -70,6 +79,7 @@ KINDS = {
             "that they are not learned with the product.",
         ],
         trigger="zproduct",
+        enough=(12, 30),
         bias="balanced",
         why_bias="low_noise where labels and textures stay vague",
         prompts=[
@@ -86,6 +96,7 @@ KINDS = {
             "everything else.",
         ],
         trigger="zconcept",
+        enough=(15, 40),
         bias="high_noise",
         why_bias="composition is decided at high noise; balanced for a thing with detail",
         prompts=[
@@ -127,39 +138,93 @@ BASES = {
 }
 
 
-def text(base_name: str, kind_name: str) -> str:
-    """configs/BASE_KIND.yaml."""
+@dataclass(frozen=True)
+class Own:
+    """What is known of one folder of pictures; as it is by default, of nobody's."""
+
+    folder: str = "photos"
+    name: str | None = None
+    trigger: str | None = None
+    """None: the kind's example."""
+    resolution: tuple[int, ...] = (512, 768, 1024)
+    why_resolution: str = "1024 alone: fewer samples an epoch, longer steps"
+    steps: int = 3000
+    why_steps: str = "1500 to 2200 with fewer than 10 pictures"
+    captions: tuple[str, ...] = ()
+    """Of the pictures, as prompts that show whether they are learned."""
+    miniature: tuple[str, str] | None = None
+    """Paths of the model and the adapter to try everything on, without a GPU."""
+    header: tuple[str, ...] = (
+        "Needs an NVIDIA card; weights are downloaded from the hub on the first start. docs/recipes.md says what to",
+        "change when. Written by scripts/generate.py.",
+    )
+
+
+ANYBODY = Own()
+
+
+def text(base_name: str, kind_name: str, own: Own = ANYBODY) -> str:
+    """A config, with comments."""
     base, kind = BASES[base_name], KINDS[kind_name]
-    name = f"my_{kind_name}" if base_name == "turbo" else f"my_{kind_name}_{base_name}"
+    name = own.name or (f"my_{kind_name}" if base_name == "turbo" else f"my_{kind_name}_{base_name}")
     bias = [f"timesteps:\n  bias: {kind.bias}  # {kind.why_bias}"] if kind.bias != "balanced" else []
+    also = base.also and own.miniature is None
+    where = "the miniature" if own.miniature else base.what
     lines = [
-        f"# {kind.what} on {base.what}: pictures in photos/, a .txt caption beside each.",
-        *(f"# {line}" for line in (*kind.pictures, *base.notes)),
-        "# Needs an NVIDIA card; weights are downloaded from the hub on the first start. docs/recipes.md says what to",
-        "# change when. Written by scripts/generate.py.",
-        f"name: {name}",
+        f"# {kind.what} on {where}: pictures in {own.folder}/, a .txt caption beside each.",
+        *(f"# {line}" for line in (*kind.pictures, *base.notes, *own.header)),
+        f"name: {_scalar(name)}",
         "model:",
-        *(f"  {line}" for line in base.model),
+        *(f"  {line}" for line in _model(base, own)),
         "data:",
-        "  - folder: photos",
-        "    resolution: [512, 768, 1024]  # 1024 alone: fewer samples an epoch, longer steps",
-        f"    trigger: {kind.trigger}",
+        f"  - folder: {_scalar(own.folder)}",
+        f"    resolution: [{', '.join(map(str, own.resolution))}]  # {own.why_resolution}",
+        f"    trigger: {_scalar(own.trigger or kind.trigger)}",
         '    default_caption: "[trigger]"  # for pictures without a caption',
         "    caption_dropout: 0.05",
         "lora:",
         "  rank: 16  # 8 for something subtle",
         "train:",
-        "  steps: 3000  # 1500 to 2200 with fewer than 10 pictures",
+        f"  steps: {own.steps}  # {own.why_steps}",
+        *(["  batch_size: 4"] if own.miniature else []),
         *bias,
-        "optimizer:",
-        "  name: adamw8bit",
-        "  lr: 1.0e-4  # 5.0e-5 to 8.0e-5 if pictures get noisy; never 2.0e-4 on Turbo",
+        *_optimizer(own),
         "sample:",
-        "  every: 250",
-        *(["  also: turbo  # each preview on Turbo too; null saves downloading its 12 GB"] if base.also else []),
+        f"  every: {100 if own.miniature else 250}",
+        *(["  width: 96", "  height: 96"] if own.miniature else []),
+        *(["  also: turbo  # each preview on Turbo too; null saves downloading its 12 GB"] if also else []),
         "  prompts:",
-        *(f"    - {prompt}" for prompt in kind.prompts),
-        f"    - {kind.neutral[0]}  # without the trigger: shows whether the LoRA leaks",
-        *(f"    - {prompt}" for prompt in kind.neutral[1:]),
+        *(f"    - {line}" for line in _prompts(kind, own)),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _model(base: Base, own: Own) -> list[str]:
+    if own.miniature is None:
+        return base.model
+    path, adapter = own.miniature
+    return [f"path: {_scalar(path)}", f"adapter: {_scalar(adapter)}", "dtype: fp32"]
+
+
+def _optimizer(own: Own) -> list[str]:
+    if own.miniature:
+        rate = "2.0e-3  # the miniature wants more than the 6 B model, whose rate is 1.0e-4"
+        return ["optimizer:", "  name: adamw", f"  lr: {rate}"]
+    rate = "1.0e-4  # 5.0e-5 to 8.0e-5 if pictures get noisy; never 2.0e-4 on Turbo"
+    return ["optimizer:", "  name: adamw8bit", f"  lr: {rate}"]
+
+
+def _prompts(kind: Kind, own: Own) -> list[str]:
+    """With the trigger, then without, which shows whether the LoRA leaks."""
+    trigger = own.trigger or kind.trigger
+    taught = [_scalar(prompt.replace(kind.trigger, trigger)) for prompt in kind.prompts]
+    learned = [f"{_scalar(caption)}  # a caption of yours" for caption in own.captions]
+    neutral = [_scalar(prompt) for prompt in kind.neutral]
+    return [*taught, *learned, f"{neutral[0]}  # without the trigger: shows whether the LoRA leaks", *neutral[1:]]
+
+
+def _scalar(text: str) -> str:
+    """`text` as YAML, plain where that is the same text to every reader."""
+    is_plain = re.fullmatch(r"[A-Za-z_./][\w ,./+()'-]*", text) and not text.endswith((" ", "."))
+    is_word = text.lower() in ("null", "true", "false", "yes", "no", "on", "off", "y", "n", "~")
+    return text if is_plain and not is_word else json.dumps(text, ensure_ascii=False)

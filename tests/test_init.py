@@ -1,0 +1,185 @@
+"""`init`: from a folder of pictures to a config that holds, with its reasons."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from typer.testing import CliRunner
+
+from zimage_train import mini
+from zimage_train.app import init
+from zimage_train.cli import app
+from zimage_train.config import recipes
+from zimage_train.config.reading import read_config
+from zimage_train.config.recipes import BASES, KINDS, Own
+from zimage_train.data.folder import Picture
+
+from picture_files import noise
+
+
+def run(*words: str | Path) -> tuple[int, str]:
+    done = CliRunner().invoke(app, ["init", *map(str, words)])
+    return (getattr(done.exception, "exit_code", 1) if done.exception else 0), done.output + str(done.exception or "")
+
+
+def folder_of(path: Path, sizes: list[tuple[int, int]], captions: list[str]) -> Path:
+    path.mkdir()
+    for index, size in enumerate(sizes):
+        noise(*size, seed=index).save(path / f"{index:02d}.png")
+        if index < len(captions):
+            (path / f"{index:02d}.txt").write_text(captions[index], encoding="utf-8")
+    return path
+
+
+def test_a_config_is_written_from_what_is_there_and_it_holds(tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    captions = ["rex on grass", "rex in snow", "rex, asleep"]
+    folder_of(tmp_path / "my dog 2", [(1100, 800)] * 3 + [(600, 900)] * 3, captions)
+    code, said = run("my dog 2", "--yes", "--variant", "deturbo", "--gpu", "4090")
+    assert code == 0, said
+    for line in (
+        "my dog 2: 6 pictures; 3 of 6 have captions (sentences, 3 words each)",
+        "sides of squares of their areas: 735 px to 938 px, half of them 938 px or more",
+        "shapes: 3 landscape, 3 portrait",
+        "6 pictures are few for a character: 12 to 30 are usual",
+        "3 pictures have no caption and get the trigger alone; `zimage-train caption 'my dog 2'` writes some",
+        "wrote my_dog_lora.yaml",
+        "time on one 4090, for 1800 steps",
+        "  zimage-train train my_dog_lora.yaml",
+    ):
+        assert line in said, (line, said)
+    config = read_config(tmp_path / "my_dog_lora.yaml")
+    entry, texts = config.data[0], [one.prompt for one in config.sample.prompts]
+    assert (entry.folder, entry.trigger, entry.resolution) == ("my dog 2", "rex", [512, 768])
+    assert (config.train.steps, config.model.variant, config.sample.also) == (1800, "deturbo", "turbo")
+    assert len(texts) == 7 and sum("rex" not in text for text in texts) == 2 and "rex on grass" in texts
+
+
+def test_what_is_there_is_not_written_over(tmp_path: Path):
+    path = tmp_path / "x.yaml"
+    path.write_text("mine")
+    assert run(mini.PICTURES, "--yes", "-o", path)[1].endswith("exists; give another name with -o, or --force")
+    assert path.read_text() == "mine"
+    assert run(mini.PICTURES, "--yes", "-o", path, "--force")[0] == 0 and path.read_text() != "mine"
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (["--kind", "dog"], 2, "--kind: is 'dog'; give one of character, style, product, concept"),
+        (["--variant", "x"], 2, "--variant: is 'x'; give one of turbo, deturbo, base"),
+        (["--trigger", " "], 2, "--trigger: is empty"),
+        (["--gpu", "voodoo"], 2, "--gpu: 'voodoo' is not known"),
+    ],
+)
+def test_flags_that_are_none_are_refused_before_anything_is_written(tmp_path: Path, words, code, said):
+    found, output = run(mini.PICTURES, "--yes", "-o", tmp_path / "x.yaml", *words)
+    assert found == code and said in output and not (tmp_path / "x.yaml").exists()
+
+
+def test_folders_without_pictures_are_data_errors(tmp_path: Path):
+    assert run(tmp_path / "gone", "--yes")[0] == 3
+    assert "holds no pictures" in run(tmp_path, "--yes")[1]
+    (tmp_path / "a.png").write_bytes(b"no picture")
+    code, said = run(tmp_path, "--yes")
+    assert code == 3 and "a.png" in said
+
+
+def test_a_trigger_that_no_config_takes_is_said_before_anything_is_written(tmp_path: Path):
+    code, said = run(mini.PICTURES, "--yes", "-o", tmp_path / "x.yaml", "--trigger", "[trigger]")
+    assert code == 2 and "data.0.trigger" in said and not (tmp_path / "x.yaml").exists()
+
+
+def test_a_damaged_picture_is_named_and_the_config_written_all_the_same(tmp_path: Path):
+    folder = folder_of(tmp_path / "p", [(600, 600)] * 3, ["a", "b", "c"])
+    (folder / "bad.png").write_bytes(b"no picture")
+    code, said = run(folder, "--yes", "-o", tmp_path / "x.yaml")
+    assert code == 0 and "to mend: " in said and "bad.png" in said and (tmp_path / "x.yaml").exists()
+
+
+@pytest.mark.slow
+def test_from_an_empty_folder_to_a_picture_without_asking_anyone(tmp_path: Path, monkeypatch, shared_cache: Path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()
+    for path in mini.PICTURES.iterdir():
+        (tmp_path / "photos" / path.name).write_bytes(path.read_bytes())
+    size = ["--dtype", "fp32", "--width", "64", "--height", "64"]
+    lora = "runs/photos_lora/lora/photos_lora.safetensors"
+    commands = [
+        ["init", "photos", "--miniature", "--yes"],
+        ["check", "photos_lora.yaml"],
+        ["train", "photos_lora.yaml", "--set", "train.steps=3", "--set", f"cache.folder={shared_cache}"],
+        ["sample", str(mini.TURBO), "--lora", lora, "--prompt", "a zchar", *size],
+    ]
+    for words in commands:
+        done = CliRunner().invoke(app, words)
+        assert done.exit_code == 0, (words, done.output, done.exception)
+    with Image.open(tmp_path / "samples" / "sample-42.png") as image:
+        assert image.size == (64, 64)
+
+
+def pictures(*sizes: tuple[int, int]) -> list[Picture]:
+    return [Picture(Path(f"{i}.png"), str(i), *size, ("a",)) for i, size in enumerate(sizes)]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "resolution"),
+    [
+        ([(1024, 1024)] * 3, (512, 768, 1024)),
+        ([(1000, 1000)] * 3, (512, 768, 1024)),
+        ([(900, 900)] * 3, (512, 768)),
+        ([(1024, 1024), (600, 600)], (512, 768, 1024)),
+        ([(1024, 1024), (600, 600), (600, 600)], (512,)),
+        ([(300, 300)], (512,)),
+    ],
+)
+def test_resolutions_are_those_that_half_of_the_pictures_fill(sizes, resolution):
+    seen = init.Seen("p", pictures(*sizes), [], [], [])
+    own = init.particulars(seen, init.Answers("style", "turbo", "z", None), "n", False)
+    assert own.resolution == resolution
+
+
+@pytest.mark.parametrize(
+    ("captions", "trigger"),
+    [
+        (["zx1 in a park", "zx1, close-up", "zx1"], "zx1"),
+        (["a dog", "a cat", "a bird"], None),
+        (["rex in a park", "rex", "a dog"], None),
+        (["rex", "rex"], None),
+        ([], None),
+    ],
+)
+def test_the_word_that_captions_begin_with_is_taken_for_the_trigger(captions: list[str], trigger: str | None):
+    assert init.likely_trigger(captions) == trigger
+
+
+def test_tags_are_told_from_sentences():
+    assert init.are_tags(["1girl, red hair, smile, park", "1girl, solo, from behind, night sky"])
+    assert not init.are_tags(["A girl with red hair, smiling, sits in a park and looks at the camera with a book."])
+    assert not init.are_tags(["a red zorb", "a blue zorb"])
+
+
+text = st.text(st.characters(codec="utf-8", exclude_categories=["Cs", "Cc", "Zl", "Zp"]), min_size=1, max_size=30)
+words = text.filter(str.strip)
+
+
+@settings(max_examples=80, deadline=None)
+@given(text, words.map(str.strip), st.lists(words, max_size=2), st.sampled_from([*KINDS]), st.sampled_from([*BASES]))
+def test_any_folder_trigger_and_caption_come_back_as_they_were(tmp_path_factory, folder, trigger, captions, kind, base):
+    own = Own(folder=folder, name="n", trigger=trigger, captions=tuple(captions))
+    path = tmp_path_factory.mktemp("init") / "x.yaml"
+    path.write_text(recipes.text(base, kind, own), encoding="utf-8")
+    config = read_config(path)
+    assert (config.data[0].folder, config.data[0].trigger) == (folder, trigger)
+    assert [one.prompt for one in config.sample.prompts][3:-2] == captions
+    assert all(trigger in one.prompt for one in config.sample.prompts[:3])
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("photos", "photos_lora"), ("My Dog (2024)", "My_Dog_lora"), ("2024", "my_lora"), ("ä-1", "ä_lora")],
+)
+def test_names_come_from_folders_and_do_not_end_in_numbers(tmp_path: Path, name: str, expected: str):
+    assert init.name_of(tmp_path / name) == expected

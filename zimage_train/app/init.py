@@ -1,0 +1,208 @@
+"""The `init` command: a folder of pictures to a config with its reasons (torch-free)."""
+
+import re
+import shlex
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from zimage_train import cards, files, forecast, mini, preflight
+from zimage_train.config import reading, recipes
+from zimage_train.config.data import Data
+from zimage_train.config.recipes import KINDS, Own
+from zimage_train.data import folder as folders
+from zimage_train.data.folder import Picture
+from zimage_train.data.looks import Tick
+from zimage_train.errors import ConfigError, Problem, ZImageTrainError
+from zimage_train.model.sources import cached_only
+
+RESOLUTIONS = (512, 768, 1024)
+FILLS = 0.9
+"""A picture counts for a resolution if it has this much of its area."""
+WORTH_SAYING = ("memory on", "  at the most", "  this does not fit", "time on")
+"""Of a forecast: `check` says the rest."""
+FEW, FEW_STEPS, STEPS, MINIATURE_STEPS = 10, 1800, 3000, 300
+USUAL_FIRST_WORDS = {"a", "an", "the", "this", "it", "in", "on", "photo", "photograph", "picture", "image", "portrait"}
+TAGS_HAVE = 6
+"""Words between two commas, on average, below which a caption is a list of tags."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What is in a folder of pictures."""
+
+    folder: str
+    pictures: list[Picture]
+    captions: list[str]
+    """Own ones, in the order of the pictures."""
+    notes: list[str]
+    problems: list[Problem]
+
+    @property
+    def areas(self) -> list[int]:
+        return sorted(picture.width * picture.height for picture in self.pictures)
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What the pictures do not say."""
+
+    kind: str
+    variant: str
+    trigger: str
+    gpu: str | None
+    """A card to plan for; None: the one that is here."""
+
+
+def look(folder: Path, tick: Tick) -> Seen:
+    """Look at every picture and caption of `folder`.
+
+    Raises:
+        DataError: there is no such folder, or nothing in it can be used.
+    """
+    scan = folders.scan(Data(folder=str(folder)), "data.0", tick=tick)
+    problems = [problem for error in scan.errors for problem in error.problems]
+    if not scan.pictures:
+        raise scan.errors[0]
+    own = [picture.prompts[0] for picture in scan.pictures if picture.prompts[0]]
+    notes = [note for note in scan.notes if "no caption of their own" not in note]
+    return Seen(str(folder), scan.pictures, own, notes, problems)
+
+
+def describe(seen: Seen) -> list[str]:
+    """What was seen, for people."""
+    pictures, areas = seen.pictures, seen.areas
+    sides = [f"{round(area**0.5)} px" for area in (areas[0], areas[len(areas) // 2], areas[-1])]
+    shapes = Counter(_shape(picture) for picture in pictures)
+    with_captions = f"{len(seen.captions)} of {len(pictures)} have captions"
+    if seen.captions:
+        with_captions += f" ({'tags' if are_tags(seen.captions) else 'sentences'}, {_words(seen.captions)} words each)"
+    lines = [
+        f"{seen.folder}: {len(pictures)} pictures; {with_captions}",
+        f"sides of squares of their areas: {sides[0]} to {sides[2]}, half of them {sides[1]} or more",
+        f"shapes: {', '.join(f'{count} {name}' for name, count in shapes.most_common())}",
+    ]
+    lines += [f"note: {note}" for note in seen.notes]
+    return [*lines, *(f"to mend: {problem}" for problem in seen.problems)]
+
+
+def advise(seen: Seen, kind: str) -> list[str]:
+    """What people with such pictures would do."""
+    count, (least, most) = len(seen.pictures), KINDS[kind].enough
+    lines = []
+    if count < least:
+        lines.append(f"{count} pictures are few for a {kind}: {least} to {most} are usual; more that differ help most")
+    if count > most:
+        lines.append(f"{count} pictures are more than the usual {least} to {most} for a {kind}: alike ones can go")
+    if missing := count - len(seen.captions):
+        command = f"zimage-train caption {shlex.quote(seen.folder)}"
+        lines.append(f"{missing} pictures have no caption and get the trigger alone; `{command}` writes some")
+    if too_small := sum(area < FILLS * RESOLUTIONS[0] ** 2 for area in seen.areas):
+        what = f"{too_small} pictures have less than {RESOLUTIONS[0]}x{RESOLUTIONS[0]} px"
+        lines.append(f"{what}, which the 6 B model draws vaguely: take larger ones if you can")
+    return lines
+
+
+def likely_trigger(captions: Sequence[str]) -> str | None:
+    """The word that almost all captions begin with, unless any caption may."""
+    firsts = Counter(match[0] for caption in captions if (match := re.match(r"[\w-]+", caption)))
+    if len(captions) < 3 or not firsts:
+        return None
+    word, count = firsts.most_common(1)[0]
+    return word if count >= 0.9 * len(captions) and word.lower() not in USUAL_FIRST_WORDS else None
+
+
+def particulars(seen: Seen, answers: Answers, name: str, is_miniature: bool) -> Own:
+    """What a config says of these pictures."""
+    count = len(seen.pictures)
+    header = ("Written by zimage-train init; docs/recipes.md says what to change when.",)
+    if is_miniature:
+        why = "of the miniature, which knows only small pictures"
+        steps, why_steps, resolution = MINIATURE_STEPS, "a minute on a CPU", (64, 96)
+    else:
+        resolution, why = _resolutions(seen.areas)
+        steps = FEW_STEPS if count < FEW else STEPS
+        why_steps = f"for {count} pictures" + (": so few are soon learned by heart" if count < FEW else "")
+    return Own(
+        folder=seen.folder,
+        name=name,
+        trigger=answers.trigger,
+        resolution=resolution,
+        why_resolution=why,
+        steps=steps,
+        why_steps=why_steps,
+        captions=_examples(seen.captions, answers.trigger),
+        miniature=(str(mini.TURBO), str(mini.ADAPTER)) if is_miniature else None,
+        header=header,
+    )
+
+
+def write(path: Path, own: Own, answers: Answers, force: bool) -> list[str]:
+    """Write the config, and say what a run of it takes and how to start it.
+
+    Raises:
+        ConfigError: there is a file of that name, or a name or trigger is none that a config can have.
+    """
+    if path.exists() and not force:
+        raise ConfigError(Problem(str(path), "exists", "give another name with -o, or --force"))
+    text = recipes.text(answers.variant, answers.kind, own)
+    config = reading.settle(path, reading.parse(path, text), [])
+    files.write_text(path, text)
+    lines = [f"wrote {path}"]
+    try:
+        checked = preflight.examine(config, cached_only)
+        if own.miniature is None:
+            plan = forecast.lines(checked, answers.gpu, None)
+            lines += [line for line in plan if line.startswith(WORTH_SAYING)]
+    except ZImageTrainError as error:
+        lines += [f"to mend first: {problem}" for problem in error.problems]
+    quoted = shlex.quote(str(path))
+    return [*lines, "", "next:", f"  zimage-train check {quoted}", f"  zimage-train train {quoted}"]
+
+
+def name_of(folder: Path) -> str:
+    """A run's name from a folder's: letters that every file system takes, and no number at the end."""
+    words = re.sub(r"[^\w+-]+", "_", folder.resolve().name).strip("_-+")
+    return f"{re.sub(r'[-_]?[0-9]+$', '', words) or 'my'}_lora"
+
+
+def are_tags(captions: Sequence[str]) -> bool:
+    """Whether captions are lists of tags: commas in most of them, and few words between two."""
+    commas = [caption.count(",") for caption in captions]
+    words = sum(len(caption.split()) for caption in captions)
+    return sum(count >= 2 for count in commas) * 2 > len(captions) and words / sum(c + 1 for c in commas) < TAGS_HAVE
+
+
+def card_here() -> str | None:
+    """The name of this machine's card, if it is one of those that are known."""
+    found = cards.here()
+    card = cards.find(found.name) if found else None
+    return card.name if card else None
+
+
+def _resolutions(areas: Sequence[int]) -> tuple[tuple[int, ...], str]:
+    """Those that at least half of the pictures fill."""
+    filled = [side for side in RESOLUTIONS if sum(area >= FILLS * side**2 for area in areas) * 2 >= len(areas)]
+    if filled == list(RESOLUTIONS):
+        return RESOLUTIONS, "1024 alone: fewer samples an epoch, longer steps"
+    if filled:
+        return tuple(filled), f"half of the pictures are smaller than {RESOLUTIONS[len(filled)]}, and none is enlarged"
+    return RESOLUTIONS[:1], "half of the pictures are smaller; none is enlarged"
+
+
+def _examples(captions: Sequence[str], trigger: str) -> tuple[str, ...]:
+    """Two captions to draw, with the trigger, which training puts in front where it is missing."""
+    short = sorted({caption for caption in captions if len(caption) <= 200}, key=lambda text: (len(text), text))
+    chosen = [short[len(short) // 3], short[-1]] if len(short) > 1 else short
+    with_trigger = [text.replace("[trigger]", trigger) for text in dict.fromkeys(chosen)]
+    return tuple(text if trigger in text else f"{trigger} {text}" for text in with_trigger)
+
+
+def _shape(picture: Picture) -> str:
+    ratio = picture.width / picture.height
+    return "square" if 0.95 < ratio < 1.05 else "landscape" if ratio > 1 else "portrait"
+
+
+def _words(captions: Sequence[str]) -> int:
+    return round(sum(len(caption.split()) for caption in captions) / len(captions))

@@ -1,0 +1,91 @@
+"""The commands before a training: look at pictures, describe them, fetch models, examine the machine."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from zimage_train.cards import CARDS
+from zimage_train.config.recipes import BASES, KINDS
+from zimage_train.errors import ConfigError, Problem
+from zimage_train.printing import print_lines
+
+if TYPE_CHECKING:
+    from zimage_train.app.init import Answers
+
+start_commands = typer.Typer(rich_markup_mode=None)
+
+FolderPath = Annotated[Path, typer.Argument(metavar="FOLDER", help="The pictures.", show_default=False)]
+
+
+@start_commands.command()
+def init(
+    folder: FolderPath,
+    kind: Annotated[str | None, typer.Option("--kind", help=f"{', '.join(KINDS)}.", show_default=False)] = None,
+    variant: Annotated[str | None, typer.Option("--variant", help=f"{', '.join(BASES)}.", show_default=False)] = None,
+    trigger: Annotated[
+        str | None, typer.Option("--trigger", help="The word that comes to mean what is taught.", show_default=False)
+    ] = None,
+    gpu: Annotated[
+        str | None, typer.Option("--gpu", help="Plan for this card (4090, 4060, h100, ...), not the one here.")
+    ] = None,
+    name: Annotated[str | None, typer.Option("--name", help="Of the run. Default: after the folder.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="CONFIG", help="The file to write. Default: NAME.yaml.")
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Ask nothing: take what is most usual.")] = False,
+    miniature: Annotated[
+        bool, typer.Option("--miniature", help="To try it in a minute: on the model of a few MB, without a GPU.")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Write over a config that is there.")] = False,
+) -> None:
+    """Look at a folder of pictures, and write a config for it with the reasons beside each setting."""
+    problems = [
+        Problem(option, f"is {value!r}", f"give one of {', '.join(known)}")
+        for option, value, known in (("--kind", kind, KINDS), ("--variant", variant, BASES))
+        if value is not None and value not in known
+    ]
+    if trigger is not None and not trigger.strip():
+        problems.append(Problem("--trigger", "is empty", "give a word that means nothing yet, such as zchar"))
+    if problems:
+        raise ConfigError(*problems)
+    from zimage_train import cards
+    from zimage_train.app import init as starting
+    from zimage_train.report.console import Console
+
+    if gpu is not None:
+        cards.named(gpu)
+    console = Console(is_main=sys.stderr is not None and sys.stderr.isatty(), stream=sys.stderr)
+    with console.live():
+        seen = starting.look(folder, console.tick)
+    print_lines([*starting.describe(seen), ""])
+    asks = not yes and sys.stdin is not None and sys.stdin.isatty()
+    answers = _answers(asks, kind, variant, trigger, starting.likely_trigger(seen.captions), gpu)
+    run = name or starting.name_of(folder)
+    own = starting.particulars(seen, answers, run, miniature)
+    said = [] if miniature else starting.advise(seen, answers.kind)
+    print_lines([*said, *starting.write(output or Path(f"{run}.yaml"), own, answers, force)])
+
+
+def _answers(
+    asks: bool, kind: str | None, variant: str | None, trigger: str | None, likely: str | None, gpu: str | None
+) -> "Answers":
+    from zimage_train.app.init import Answers, card_here
+
+    if kind is None:
+        kind = _asked("What do they show?", list(KINDS)) if asks else "character"
+    if variant is None:
+        variant = _asked("Which model?", list(BASES)) if asks else "turbo"
+    if trigger is None:
+        usual = likely or KINDS[kind].trigger
+        trigger = str(typer.prompt("Which word shall stand for it?", default=usual)) if asks else usual
+    if gpu is None and asks and card_here() is None:
+        gpu = _asked("Which card will train?", ["4090", *(card for card in CARDS if card != "4090")])
+    return Answers(kind, variant, trigger.strip(), gpu)
+
+
+def _asked(question: str, choices: list[str]) -> str:
+    while (answer := typer.prompt(f"{question} ({', '.join(choices)})", default=choices[0])) not in choices:
+        typer.echo(f"{answer!r} is none of {', '.join(choices)}")
+    return answer
