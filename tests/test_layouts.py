@@ -1,5 +1,6 @@
 """`lora convert`: every layout in, five out, there and back to the bit, and what those make of it who read them."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -69,7 +70,19 @@ def test_spellings_of_older_tools_are_known(key: str, module: str):
 
 
 @pytest.mark.parametrize(
-    "key", ["lora_unet_layers_0_attention.lora_down.weight", "lora_unet_double_blocks_0.alpha", "layers.0.x", "alpha"]
+    "key",
+    [
+        "lora_unet_layers_0_attention.lora_down.weight",
+        "lora_unet_double_blocks_0.alpha",
+        "layers.0.x",
+        "alpha",
+        "diffusion_model..lora_A.weight",
+        "transformer_blocks.0.attn1.to_q.lora_A.weight",
+        "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight",
+        "text_encoder.layers.0.self_attn.q_proj.lora_A.weight",
+        "foo.layers.0.attention.to_q.lora_A.weight",
+        f"layers.{'9' * 5000}.attention.to_q.lora_A.weight",
+    ],
 )
 def test_other_keys_are_not(key: str):
     assert keys.parse(key) is None
@@ -163,13 +176,99 @@ def test_a_precision_can_be_asked_for(tmp_path: Path):
     assert code == 0 and kinds == {"weight": torch.bfloat16, "alpha": torch.float32}
 
 
-# Who reads what
+@pytest.mark.parametrize("to", LAYOUTS)
+def test_files_of_other_tools_come_back_tensor_for_tensor(tmp_path: Path, to: str):
+    """Without alpha, with ranks that differ between q, k and v, with columns and whole factors that are zero."""
+    draw = torch.Generator().manual_seed(7)
+    widths = dict(zip(ATTENTION, (2, 4, 3), strict=True)) | {"layers.1.attention.to_q": 2, "layers.1.attention.to_k": 4}
+    lora = {
+        m: files.Factors(torch.randn(r, 96, generator=draw), torch.randn(96, r, generator=draw), 1.0)
+        for m, r in widths.items()
+    }
+    lora[ATTENTION[1]].b[:, 0] = 0.0
+    lora["layers.1.attention.to_k"].b.zero_()
+    for alpha in (False, True):
+        start = write(tmp_path / f"{alpha}.safetensors", lora, alpha=alpha)
+        there = converted(start, to, tmp_path / f"{alpha}-{to}.safetensors")
+        back = load_file(converted(there, "comfyui", tmp_path / f"{alpha}-{to}-back.safetensors"))
+        expected = load_file(start) | (
+            {} if alpha else {f"diffusion_model.{m}.alpha": torch.tensor(float(r)) for m, r in widths.items()}
+        )
+        assert back.keys() == expected.keys()
+        assert all(torch.equal(back[key], expected[key]) for key in expected)
+
+
+def test_a_way_back_to_a_layout_without_alpha_leaves_it_out_again(tmp_path: Path):
+    start = write(tmp_path / "x.safetensors", random_lora(), "lora_unet_{m}.lora_{p}.weight", alpha=False)
+    tensors = {key.replace("_A.", "_down.").replace("_B.", "_up."): t for key, t in load_file(start).items()}
+    spelled = {
+        keys.underscored(key.split(".lora")[0]) + ".lora" + key.split(".lora")[1]: t for key, t in tensors.items()
+    }
+    save_file(spelled, start)
+    back = load_file(
+        converted(converted(start, "comfyui", tmp_path / "c.safetensors"), "musubi", tmp_path / "m.safetensors")
+    )
+    factors = {key: tensor for key, tensor in back.items() if not key.endswith(".alpha")}
+    assert factors.keys() == spelled.keys() and all(torch.equal(factors[key], spelled[key]) for key in spelled)
+
+
+def test_a_fused_dora_keeps_its_magnitudes_where_a_factor_is_zero(tmp_path: Path):
+    dora, _ = next((change, delta) for kind, change, delta in kinds() if kind == "DoRA")
+    three = [dict(dora), dora | {"B": torch.zeros_like(dora["B"])}, dict(dora)]
+    foreign = {f"lora_unet_layers_0_attention_qkv.{name}": t for name, t in (
+        ("lora_down.weight", torch.cat([one["A"] for one in three[:2]])),
+        ("lora_up.weight", torch.block_diag(three[0]["B"], three[1]["B"], torch.zeros(96, 0))),
+        ("dora_scale", torch.cat([one["magnitude"] for one in three]).reshape(-1, 1)),
+    )}  # fmt: skip
+    save_file(foreign, tmp_path / "x.safetensors")
+    found, _ = files.read_changes(tmp_path / "x.safetensors")
+    assert sorted(found) == sorted(ATTENTION)
+    assert all(torch.equal(found[m]["magnitude"], dora["magnitude"]) for m in ATTENTION)
 
 
 @pytest.mark.parametrize(
-    ("to", "comfyui"), [("comfyui", 1), ("diffusers", 0), ("kohya", 1), ("musubi", 0), ("diffsynth", 1)]
+    ("spoil", "said"),
+    [
+        (lambda c: c[1].update({"B": torch.ones(48, 4)}), "has q, k and v of different shapes"),
+        (lambda c: c[1].update({"A": torch.ones(4, 64)}), "has q, k and v of different shapes"),
+        (lambda c: c[1].update({"magnitude": torch.ones(1, 96)}), "has changes of several kinds for q, k and v"),
+    ],
 )
-def test_diffusers_reads_all_layouts_and_comfyui_those_that_say_so(tmp_path: Path, to: str, comfyui: int):
+def test_q_k_and_v_that_have_no_fused_form_are_refused(tmp_path: Path, spoil, said: str):
+    draw = torch.Generator().manual_seed(0)
+    three = [{"A": torch.randn(4, 96, generator=draw), "B": torch.randn(96, 4, generator=draw)} for _ in "qkv"]
+    spoil(three)
+    path = write_changes(tmp_path / "x.safetensors", dict(zip(ATTENTION, three, strict=True)))
+    code, output = lora_command("convert", path, "--to", "kohya", "-o", tmp_path / "y.safetensors")
+    assert code == 4 and said in output
+
+
+@pytest.mark.parametrize("alpha", [0.0, -4.0, 1e9])
+def test_an_alpha_that_a_header_cannot_say_is_not_written_there(tmp_path: Path, alpha: float):
+    path = write(tmp_path / "x.safetensors", random_lora(4, alpha / 4))
+    code, said = lora_command("convert", path, "--to", "diffusers", "-o", tmp_path / "y.safetensors")
+    assert code == 4 and "which the layout diffusers cannot say" in said
+    assert lora_command("convert", path, "--to", "kohya", "-o", tmp_path / "z.safetensors")[0] == 0
+
+
+def test_eight_bits_become_sixteen_which_hold_them(tmp_path: Path):
+    lora = random_lora(2)
+    tensors = {
+        key: t.to(torch.float8_e4m3fn) if t.dim() else t
+        for key, t in load_file(write(tmp_path / "x.safetensors", lora)).items()
+    }
+    save_file(tensors, tmp_path / "x.safetensors")
+    for to in LAYOUTS:
+        found = files.read(converted(tmp_path / "x.safetensors", to, tmp_path / f"{to}.safetensors"))
+        for module, one in found.items():
+            assert torch.equal(one.a.float(), tensors[f"diffusion_model.{module}.lora_A.weight"].float())
+
+
+# Who reads what
+
+
+@pytest.mark.parametrize("to", LAYOUTS)
+def test_diffusers_reads_all_layouts_and_comfyui_those_that_say_so(tmp_path: Path, to: str):
     lora = random_lora(scale=0.5)
     path = converted(write(tmp_path / "x.safetensors", lora), to, tmp_path / "y.safetensors")
     read = loaders.as_diffusers(path)
@@ -185,14 +284,16 @@ def test_diffusers_reads_all_layouts_and_comfyui_those_that_say_so(tmp_path: Pat
 def test_the_diffusers_layout_of_plain_alphas_needs_no_header_and_comfyui_reads_it_too(tmp_path: Path):
     lora = random_lora()
     path = converted(write(tmp_path / "x.safetensors", lora), "diffusers", tmp_path / "y.safetensors")
-    assert metadata_of(path) == {}
+    assert metadata_of(path) == {"zimage_train.converted": '{"alpha": true}'}  # there was one, for the way back
     assert loaders.verify(path, lora, "fp32", TINY.linears) < 1e-6
 
 
-@pytest.mark.parametrize("to", ["comfyui", "diffusers", "kohya", "diffsynth"])
-def test_what_is_not_comfyuis_layout_says_so_when_it_is_verified(tmp_path: Path, to: str):
+@pytest.mark.parametrize(
+    ("to", "code"), [("comfyui", 0), ("diffusers", 0), ("kohya", 0), ("diffsynth", 0), ("musubi", 4)]
+)
+def test_what_is_not_comfyuis_layout_says_so_when_it_is_verified(tmp_path: Path, to: str, code: int):
     path = converted(mini.ADAPTER, to, tmp_path / "x.safetensors")
-    assert lora_command("verify", path, "--model", mini.TURBO)[0] == 0
+    assert lora_command("verify", path, "--model", mini.TURBO)[0] == code
 
 
 @pytest.mark.slow
@@ -341,6 +442,15 @@ def spoiled() -> Iterator[tuple[str, dict[str, Tensor] | bytes, str]]:
     yield "sdxl", {"lora_te2_text_model_encoder_layers_0_mlp_fc1.lora_up.weight": torch.ones(2, 2)}, "SDXL LoRA"
     yield "mixed", good | {"transformer.single_transformer_blocks.0.attn.to_q.lora_A": torch.ones(2)}, "FLUX LoRA"
     yield "ints", good | {a: torch.ones(2, 96, dtype=torch.int32)}, "holds int32, no weights"
+    yield (
+        "text encoder",
+        good | {"text_encoder.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(2, 2)},
+        "1 keys that",
+    )
+    sizes = {"hada_w1_a": (96, 2), "hada_w1_b": (2, 96), "hada_w2_a": (96, 4), "hada_w2_b": (4, 96)}
+    yield "loha ranks", {f"diffusion_model.{Q}.{name}": torch.ones(size) for name, size in sizes.items()}, misfit
+    header = b'{"a":' + b"[" * 5000 + b"]" * 5000 + b"}"
+    yield "nested", len(header).to_bytes(8, "little") + header, "is not a safetensors file, or damaged"
     yield "pickle", b"PK\x03\x04" + b"0" * 100, "is a pickle, which can run code and is never opened"
     yield "empty", b"", "is empty"
     yield "nothing", {}, "holds no LoRA"
@@ -355,6 +465,7 @@ def test_each_bad_file_gets_one_line_and_exit_4_from_every_command(tmp_path: Pat
         ["inspect", path],
         ["diff", path, path],
         ["convert", path, "--to", "comfyui", "-o", out],
+        ["convert", path, "--to", "kohya", "-o", out],
         ["weight", path, "--scale", "layers=0.5", "-o", out],
         ["weight", path, "--scale", "layers=0.5", "--dry-run"],
         ["merge", f"{path}=0.5", f"{mini.ADAPTER}=1", "-o", out],
@@ -386,3 +497,24 @@ def test_sizes_from_the_header_are_those_of_what_is_read(tmp_path: Path):
         path = converted(write(tmp_path / "x.safetensors", lora), to, tmp_path / f"{to}.safetensors")
         found = files.read(path)
         assert headers.read_sizes(path) == {module: (f.b.shape[0], f.a.shape[1]) for module, f in found.items()}
+
+
+def test_metadata_that_is_null_is_none_and_odd_paths_are_said(tmp_path: Path):
+    content = write(tmp_path / "x.safetensors", random_lora()).read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = b'{"__metadata__":null,' + content[9 : 8 + length].lstrip(b"{")
+    (tmp_path / "x.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + content[8 + length :])
+    assert lora_command("inspect", tmp_path / "x.safetensors")[0] == 0
+    assert "is a folder; give the .safetensors file itself" in lora_command("inspect", tmp_path)[1]
+    os.mkfifo(tmp_path / "pipe")
+    assert "is no regular file" in lora_command("inspect", tmp_path / "pipe")[1]
+    save_file({"a\nb\x1b[31m.lora_A.weight": torch.ones(2, 2)}, tmp_path / "y.safetensors")
+    code, said = lora_command("inspect", tmp_path / "y.safetensors")
+    assert code == 4 and "\x1b" not in said and "\\x1b[31m" in said
+
+
+def test_a_broken_link_is_something_that_is_there(tmp_path: Path):
+    path = write(tmp_path / "x.safetensors", random_lora())
+    (tmp_path / "y.safetensors").symlink_to(tmp_path / "gone")
+    code, said = lora_command("convert", path, "--to", "kohya", "-o", tmp_path / "y.safetensors")
+    assert code == 2 and "exists; give another name, or --force" in said

@@ -17,6 +17,7 @@ from zimage_train.model.shapes import TransformerShape
 from zimage_train.model.transformer import velocity
 
 CPU = torch.device("cpu")
+Q = "layers.0.attention.to_q"
 FULL = TransformerShape()
 TINY = TransformerShape(dim=96, n_layers=2, n_refiner_layers=1, n_heads=3, cap_feat_dim=64, axes_dims=(8, 12, 12))
 
@@ -177,23 +178,26 @@ def test_alpha_in_a_file_scales_the_change(tmp_path: Path):
             "Stable Diffusion LoRA",
         ),
         ({"layers.0.attention.to_q.lora_A.weight": torch.zeros(2, 4)}, "A, B or alpha are missing or do not fit"),
-        ({"a.lora_A.weight": torch.zeros(2, 4), "a.lora_B.weight": torch.zeros(4, 3)}, "do not fit"),
-        ({"a.lora_A.weight": torch.zeros(0, 4), "a.lora_B.weight": torch.zeros(4, 0)}, "do not fit"),
-        ({"a.lora_A.weight": torch.full((2, 4), float("nan")), "a.lora_B.weight": torch.zeros(4, 2)}, "not finite"),
-        ({"a.lora_A.weight": torch.zeros(2, 4).int(), "a.lora_B.weight": torch.zeros(4, 2)}, "int32, no weights"),
+        ({f"{Q}.lora_A.weight": torch.zeros(2, 4), f"{Q}.lora_B.weight": torch.zeros(4, 3)}, "do not fit"),
+        ({f"{Q}.lora_A.weight": torch.zeros(0, 4), f"{Q}.lora_B.weight": torch.zeros(4, 0)}, "do not fit"),
+        (
+            {f"{Q}.lora_A.weight": torch.full((2, 4), float("nan")), f"{Q}.lora_B.weight": torch.zeros(4, 2)},
+            "not finite",
+        ),
+        ({f"{Q}.lora_A.weight": torch.zeros(2, 4).int(), f"{Q}.lora_B.weight": torch.zeros(4, 2)}, "int32, no weights"),
         (
             {
-                "a.lora_A.weight": torch.zeros(2, 4),
-                "a.lora_B.weight": torch.zeros(4, 2),
-                "a.alpha": torch.zeros(2),
+                f"{Q}.lora_A.weight": torch.zeros(2, 4),
+                f"{Q}.lora_B.weight": torch.zeros(4, 2),
+                f"{Q}.alpha": torch.zeros(2),
             },
             "alpha are missing or do not fit",
         ),
         (
             {
-                "a.lora_A.weight": torch.zeros(2, 4),
-                "a.lora_B.weight": torch.zeros(4, 2),
-                "diffusion_model.a.lora_down.weight": torch.ones(2, 4),
+                f"{Q}.lora_A.weight": torch.zeros(2, 4),
+                f"{Q}.lora_B.weight": torch.zeros(4, 2),
+                f"diffusion_model.{Q}.lora_down.weight": torch.ones(2, 4),
             },
             "holds 1 tensors twice",
         ),
@@ -211,7 +215,7 @@ def test_files_that_are_no_lora_are_refused(tmp_path: Path, tensors, message: st
 @pytest.mark.parametrize("alpha", [True, float("nan"), -1, 0, 1e9, "8", [8]])
 def test_an_alpha_in_the_metadata_that_cannot_be_is_refused(tmp_path: Path, alpha):
     path = tmp_path / "x.safetensors"
-    tensors = {"transformer.a.lora_A.weight": torch.ones(2, 4), "transformer.a.lora_B.weight": torch.ones(4, 2)}
+    tensors = {f"transformer.{Q}.lora_A.weight": torch.ones(2, 4), f"transformer.{Q}.lora_B.weight": torch.ones(4, 2)}
     save_file(tensors, path, {"lora_adapter_metadata": json.dumps({"transformer.lora_alpha": alpha})})
     with pytest.raises(WeightsError, match="its metadata says that alpha is"):
         files.read(path)
@@ -232,10 +236,10 @@ def test_an_alpha_for_each_module_is_taken_from_the_header_as_peft_does(tmp_path
 
 def test_a_lora_in_fp8_is_read_and_one_with_a_bad_value_refused(tmp_path: Path):
     path = tmp_path / "x.safetensors"
-    values = {"a.lora_A.weight": torch.ones(2, 4), "a.lora_B.weight": torch.full((4, 2), 0.5)}
+    values = {f"{Q}.lora_A.weight": torch.ones(2, 4), f"{Q}.lora_B.weight": torch.full((4, 2), 0.5)}
     save_file({key: value.to(torch.float8_e4m3fn) for key, value in values.items()}, path)
-    assert torch.equal(files.read(path)["a"].delta(), torch.ones(4, 4))
-    values["a.lora_B.weight"][0, 0] = float("nan")
+    assert torch.equal(files.read(path)[Q].delta(), torch.ones(4, 4))
+    values[f"{Q}.lora_B.weight"][0, 0] = float("nan")
     save_file({key: value.to(torch.float8_e4m3fn) for key, value in values.items()}, path)
     with pytest.raises(WeightsError, match="not finite"):
         files.read(path)

@@ -182,7 +182,7 @@ def test_a_file_that_is_not_there_is_one_line(command: str, tmp_path: Path):
 
 
 def test_a_model_that_is_not_there_is_told(tmp_path: Path):
-    with pytest.raises(WeightsError, match=r"model\.path"):
+    with pytest.raises(WeightsError, match=r"--model: .*nowhere: is neither"):
         from zimage_train.app import lora
 
         lora.verify(mini.ADAPTER, str(tmp_path / "nowhere"))

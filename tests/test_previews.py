@@ -100,6 +100,40 @@ def test_the_printed_command_draws_the_preview_again_to_the_bit_in_another_proce
     assert len(drawn) == 1 and np.array_equal(drawn[0], pixels(root / "samples" / "000030-00.png"))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("alpha", [3.0, 4.0])
+def test_a_preview_is_what_the_file_draws_whatever_precision_strength_and_guidance(
+    tmp_path: Path, shared_cache: Path, dtype: str, alpha: float
+):
+    """The preview shows the exported file, rounded, and not the masters that no file holds."""
+    from conftest import mini_values
+
+    prompts = ["a red zorb on a blue background", {"prompt": "a circle", "negative": "a zorb"}]
+    sample = {"every": 8, "width": 64, "height": 64, "prompts": prompts, "steps": 4, "guidance": 1.5}
+    lora = {"rank": 4, "alpha": alpha, "targets": ["attention"]}
+    values = mini_values(
+        tmp_path,
+        shared_cache,
+        train={"steps": 8},
+        optimizer={"lr": 1e-2},
+        sample=sample,
+        lora=lora,
+        save={"dtype": "bf16"},
+    )
+    values["model"]["dtype"] = dtype
+    config = Config.model_validate(values)
+    train(config, fresh=False)
+    root = Path(config.output) / config.name
+    for index in range(2):
+        preview = root / "samples" / f"000008-{index:02d}.png"
+        command = ["sample", str(mini.TURBO), "--from", str(preview), "--lora", str(root / "lora" / "tiny.safetensors")]
+        done = CliRunner().invoke(app, [*command, "--dtype", dtype, "--output", str(tmp_path / f"drawn{index}")])
+        assert done.exit_code == 0, done.output
+        drawn = next((tmp_path / f"drawn{index}").glob("*.png"))
+        assert np.array_equal(pixels(drawn), pixels(preview))
+
+
 PROMPTS = """# what to draw
 a red zorb on a blue background --d 7
 a green circle --n a zorb --l 2.5 --s 4 --w 96
@@ -138,6 +172,9 @@ def test_prompts_come_from_a_file_and_what_a_line_says_wins(tmp_path: Path):
         ("p.txt", "a --s 0", "'a': steps: is 0"),
         ("p.txt", "a --l 0.5", "'a': guidance: is -0.5"),
         ("p.txt", "# nothing\n", "p.txt: holds no prompt"),
+        ("p.txt", "a fox --w", "p.txt:1: --w is ''; give a number"),
+        ("p.txt", "a hen --W 512", "p.txt:1: has the option --W; there are"),
+        ("p.txt", "--n x", "p.txt:1: has options and no prompt"),
         ("p.yaml", "prompt: a", "p.yaml: is no list"),
         ("p.yaml", "- {prompt: a, sede: 3}", "p.yaml: 0.sede: extra inputs are not permitted"),
         ("p.yaml", "- [a", "p.yaml"),

@@ -71,8 +71,12 @@ def test_a_selector_names_the_modules_it_says_and_no_others():
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("layers", "has no factor"),
-        ("=1", "has no factor"),
+        ("layers", "says of no module how much"),
+        ("=1", "names no module"),
+        ("0.5", "all=0.5 is for all"),
+        ("layers.9-2=1", "9-2 runs backwards; write 2-9"),
+        ("adalnn=1", "did you mean adaln?"),
+        ("layers.99999=1", "is neither a block nor a component"),
         ("layers=x", "is neither a number from -100 to 100 nor one of linear_in, linear_out, bell"),
         ("layers=nan", "is neither a number"),
         ("layers=1000", "is neither a number"),
@@ -258,8 +262,9 @@ def test_normalized_ratios_have_sizes_that_sum_to_one(tmp_path: Path):
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
-        (["a.safetensors", "-o", "m.safetensors"], 2, "a.safetensors: has no ratio from -100 to 100; write"),
-        (["a.safetensors=x", "-o", "m.safetensors"], 2, "has no ratio"),
+        (["a.safetensors", "-o", "m.safetensors"], 2, "a.safetensors: has no ratio; write a.safetensors=0.8"),
+        (["a.safetensors=x", "-o", "m.safetensors"], 2, "'x' is not a number from -100 to 100"),
+        (["a.safetensors:0.5", "-o", "m.safetensors"], 2, "has no ratio; write a.safetensors=0.8"),
         (["a.safetensors=0", "-o", "m.safetensors"], 2, "every ratio is 0"),
         (["a.safetensors=0", "--normalize", "-o", "m.safetensors"], 2, "every ratio is 0"),
         (["a.safetensors=1"], 2, "-o: is missing"),
@@ -268,6 +273,20 @@ def test_normalized_ratios_have_sizes_that_sum_to_one(tmp_path: Path):
         (["a.safetensors=1", "-o", "m.pt"], 2, "does not end in .safetensors"),
         (["a.safetensors=1", "-o", "m.safetensors", "--dtype", "fp16"], 2, "give auto, bf16 or fp32"),
         (["a.safetensors=1", "-o", "m.safetensors", "--method", "slerp"], 2, "give one of sum, ties, dare_ties"),
+        (["a.safetensors=1", "-o", "m.safetensors", "--density", "0.5"], 2, "--density: does nothing for --method sum"),
+        (["a.safetensors=1", "-o", "m.safetensors", "--seed", "5"], 2, "--seed: does nothing for --method sum"),
+        (
+            ["a.safetensors=1", "-o", "m.safetensors", "--energy", "0.5"],
+            2,
+            "--energy: does nothing without --rank auto",
+        ),
+        (["a.safetensors=1", "-o", "m.safetensors", "--dry-run"], 2, "--dry-run: is given beside -o"),
+        (
+            ["a.safetensors=1", "a.safetensors=-1", "-o", "m.safetensors"],
+            2,
+            "would change nothing: all its changes are 0",
+        ),
+        (["a.safetensors=1", "-o", "m.safetensors", "--rank", "9" * 5000], 2, "give auto, or a number from 1 to"),
         (["a.safetensors=1", "-o", "m.safetensors", "--rank", "0"], 2, "give auto, or a number from 1 to"),
         (["a.safetensors=1", "-o", "m.safetensors", "--scale", "2:layers=1"], 2, "is for file 2, and there are 1"),
         (["a.safetensors=1", "gone.safetensors=1", "-o", "m.safetensors"], 4, "gone.safetensors: does not exist"),
@@ -321,7 +340,8 @@ def test_dare_draws_by_seed_and_module_and_keeps_the_mean():
 def test_methods_write_what_they_make_at_full_rank(tmp_path: Path, method: str):
     one, other = random_lora(2, 1.0, 1, ("attention",)), random_lora(3, 0.5, 2, ("attention", "adaln"))
     a, b = write(tmp_path / "a.safetensors", one), write(tmp_path / "b.safetensors", other)
-    options = ["--method", method, "--density", "0.6", "--seed", "5", "--rank", "96"]
+    options = ["--method", method, "--density", "0.6", "--rank", "96"]
+    options += ["--seed", "5"] if method.startswith("dare") else []
     code, said = lora_command("merge", f"{a}=0.8", f"{b}=-0.4", *options, "-o", tmp_path / "m.safetensors")
     assert code == 0 and f"{method} with density 0.6, then rank 96" in said and "keeps 100.00%" in said
     found = files.read(tmp_path / "m.safetensors")
@@ -385,8 +405,15 @@ def test_what_is_no_run_is_not_averaged(tmp_path: Path):
     out = tmp_path / "m.safetensors"
     assert lora_command("ema", one, other, "-o", out)[1].endswith("give LoRAs that a run saved")
     assert "differs in rank or shape between them" in lora_command("ema", other, third, "-o", out)[1]
-    assert "has one save to average" in lora_command("ema", other, "-o", out)[1]
-    assert lora_command("ema", tmp_path, "-o", out)[0] != 0
+    assert "there is one save, and so nothing to average" in lora_command("ema", other, "-o", out)[1]
+    assert lora_command("ema", tmp_path, "-o", out)[0] in (2, 4)
+    same = write(tmp_path / "y-000100.safetensors", random_lora(2, seed=9))
+    assert "is of step 100, as" in lora_command("ema", other, same, "-o", out)[1]
+    for name, step in (("one", 100), ("two", 200)):
+        tensors = load_file(write(tmp_path / f"{name}.safetensors", random_lora()))
+        save_file(tensors, tmp_path / f"{name}.safetensors", {"ss_steps": str(step), "ss_output_name": name})
+    code, said = lora_command("ema", tmp_path / "one.safetensors", tmp_path / "two.safetensors", "-o", out)
+    assert code == 2 and "these are of several runs (one, two)" in said
     assert "give one of them" in lora_command("ema", other, third, "--decay", "0.9", "--sigma-rel", "0.1", "-o", out)[1]
 
 
@@ -464,7 +491,8 @@ def test_what_rounding_costs_is_measured(tmp_path: Path):
         "bake", folder, "--lora", f"{mini.ADAPTER}=0.0001", "--to", "diffusers", "-o", tmp_path / "out"
     )
     assert code == 0
-    share = float(said.split("rounding the weights cost ")[1].split("%")[0]) / 100
+    assert "loaded as a LoRA none is lost; --dtype fp32 keeps it too" in said
+    share = float(said.split("rounding to BF16 cost ")[1].split("%")[0]) / 100
     lora, lost, whole = files.read(mini.ADAPTER), 0.0, 0.0
     for module, factors in lora.items():
         weight, change = tensors[f"{module}.weight"], 0.0001 * (factors.b.double() @ factors.a.double())
@@ -518,3 +546,76 @@ def test_an_extraction_without_a_difference_or_of_another_size_is_refused(tmp_pa
     (folder / "config.json").write_text(json.dumps(config))
     code, said = lora_command("extract", folder, mini.TURBO, "-o", out)
     assert code == 4 and "give the one that it was trained from" in said and not out.exists()
+
+
+def test_a_baked_precision_can_be_asked_for_and_is_said(tmp_path: Path):
+    command = ["bake", mini.TURBO, "--lora", mini.ADAPTER, "--to", "diffusers"]
+    code, said = lora_command(*command, "--dtype", "fp32", "-o", tmp_path / "x")
+    assert code == 0 and "in fp32" in said and "rounding to fp32 cost 0.00% of the change" in said
+    assert {tensor.dtype for tensor in tensors_of(tmp_path / "x").values()} == {torch.float32}
+    noted = json.loads(metadata_of(tmp_path / "x" / "diffusion_pytorch_model.safetensors")["zimage_train.bake"])
+    assert noted[0]["sha256"] == hashlib.sha256(mini.ADAPTER.read_bytes()).hexdigest() and noted[0]["weight"] == 1.0
+    assert "--dtype: is 'fp8'" in lora_command(*command, "--dtype", "fp8", "-o", tmp_path / "y")[1]
+
+
+def folder_of(path: Path, tensors: dict[str, Tensor]) -> Path:
+    path.mkdir()
+    save_file(tensors, path / "diffusion_pytorch_model.safetensors")
+    (path / "config.json").write_bytes((mini.TURBO / "transformer" / "config.json").read_bytes())
+    return path
+
+
+def test_q_k_and_v_of_different_types_are_baked_into_one_that_holds_them(tmp_path: Path):
+    tensors = {name: tensor.bfloat16().contiguous() for name, tensor in transformer.read(mini.TURBO / "transformer")[1]}
+    mixed = {name: tensor.float() if "to_v" in name else tensor for name, tensor in tensors.items()}
+    source, out = folder_of(tmp_path / "model", mixed), tmp_path / "x.safetensors"
+    assert lora_command("bake", source, "--lora", f"{mini.ADAPTER}=0", "--to", "comfyui", "-o", out)[0] == 0
+    after = tensors_of(out)
+    assert all(torch.equal(after[name].float(), tensor.float()) for name, tensor in mixed.items())
+
+
+def test_nothing_is_baked_that_is_not_finite_and_no_checkpoint_is_written_over(tmp_path: Path):
+    lora = {m: Factors(f.a.float() * 1e25, f.b.float() * 1e25, 1.0) for m, f in files.read(mini.ADAPTER).items()}
+    huge, out = write(tmp_path / "huge.safetensors", lora), tmp_path / "x.safetensors"
+    code, said = lora_command("bake", mini.TURBO, "--lora", huge, "--to", "comfyui", "-o", out)
+    assert code == 4 and "would not be finite with this LoRA; nothing was written" in said and not out.exists()
+    code, said = lora_command("merge", f"{huge}=1", "--method", "ties", "-o", out)
+    assert code == 4 and "its change is beyond what fp32 can hold" in said and not out.exists()
+    assert lora_command("bake", mini.TURBO, "--lora", mini.ADAPTER, "--to", "comfyui", "-o", out)[0] == 0
+    before = out.read_bytes()
+    for command in (
+        ["bake", out, "--lora", mini.ADAPTER, "--to", "comfyui", "-o", out, "--force"],
+        ["extract", out, mini.TURBO, "-o", out, "--force"],
+        ["extract", mini.TURBO, out, "-o", out, "--force"],
+        ["inspect", mini.ADAPTER, "--picture", out],
+        ["diff", mini.ADAPTER, mini.ADAPTER, "--picture", out],
+    ):
+        assert lora_command(*command)[0] == 2 and out.read_bytes() == before, command
+
+
+def test_checkpoints_on_this_machine_are_read_without_asking_anyone(tmp_path: Path, monkeypatch):
+    def asked(*arguments: object) -> Path:
+        raise AssertionError(arguments)
+
+    out = tmp_path / "x.safetensors"
+    assert lora_command("bake", mini.TURBO, "--lora", mini.ADAPTER, "--to", "comfyui", "-o", out)[0] == 0
+    monkeypatch.setattr(sources, "download", asked)
+    monkeypatch.setattr(sources, "cached_only", asked)
+    for command in (
+        ["bake", out, "--lora", mini.ADAPTER, "--to", "comfyui", "-o", tmp_path / "y.safetensors"],
+        ["extract", out, mini.TURBO, "-o", tmp_path / "z.safetensors"],
+        ["verify", mini.ADAPTER, "--model", out],
+    ):
+        assert lora_command(*command)[0] == 0, command
+
+
+def test_a_rule_for_all_files_may_name_nothing_in_one_of_them(tmp_path: Path):
+    one = write(tmp_path / "a.safetensors", random_lora())
+    other = write(tmp_path / "b.safetensors", random_lora(seed=1, targets=("attention", "adaln")))
+    out = tmp_path / "m.safetensors"
+    code, said = lora_command("merge", f"{one}=1", f"{other}=1", "--scale", "adaln=0", "-o", out)
+    assert code == 0 and "note" not in said and not any("adaLN" in module for module in files.read(out))
+    code, said = lora_command("merge", f"{one}=1", f"{other}=1", "--scale", "1:adaln=0", "-o", out, "--force")
+    assert code == 2 and "no rule names any of its 14 modules" in said
+    assert lora_command("merge", f"{one}=0.5", "--scale", "all=0.5", "-o", out, "--force")[0] == 0
+    assert close(files.read(out), [(files.read(one), 0.25)], 1e-6)

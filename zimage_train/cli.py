@@ -53,6 +53,17 @@ Seed = Annotated[
 ]
 Width = Annotated[int | None, typer.Option("--width", min=32, max=4096, help="Default: 1024.")]
 Height = Annotated[int | None, typer.Option("--height", min=32, max=4096, help="Default: 1024.")]
+PromptFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--prompts",
+        help="A file with one prompt a line, with kohya's --n --w --h --d --s --l, which win; or a YAML list.",
+    ),
+]
+Drawn = Annotated[
+    list[Path] | None,
+    typer.Option("--from", help="Draw by the prompt, size, seed and steps of this PNG; options beside it win."),
+]
 Variant = Annotated[str, typer.Option("--variant", help="What a path or hub id is: turbo, deturbo or base.")]
 Extras = Annotated[str | None, typer.Option("--extras", help="Folder or hub id of text encoder and VAE.")]
 Dtype = Annotated[str, typer.Option("--dtype", help="bf16 or fp32.")]
@@ -155,16 +166,8 @@ def timesteps(
 def sample(
     model: Annotated[str, typer.Argument(help="turbo, deturbo, base, a hub id, a diffusers folder or a .safetensors.")],
     prompt: Annotated[list[str] | None, typer.Option("--prompt", help="What to draw. Repeatable.")] = None,
-    prompts: Annotated[
-        Path | None,
-        typer.Option(
-            "--prompts", help="A file with one prompt a line, with kohya's --n --w --h --d --s --l; or a YAML list."
-        ),
-    ] = None,
-    from_: Annotated[
-        list[Path] | None,
-        typer.Option("--from", help="Draw by the prompt, size, seed and steps of this PNG; options beside it win."),
-    ] = None,
+    prompts: PromptFile = None,
+    from_: Drawn = None,
     lora: Annotated[list[str] | None, typer.Option("--lora", metavar="FILE[=WEIGHT]", help="Repeatable.")] = None,
     negative: Negative = None,
     seed: Seed = None,
@@ -177,9 +180,11 @@ def sample(
     variant: Variant = "turbo",
     extras: Extras = None,
     dtype: Dtype = "bf16",
-    count: Annotated[int, typer.Option("--count", min=1, max=10_000, help="Pictures of each prompt.")] = 1,
+    count: Annotated[
+        int, typer.Option("--count", min=1, max=10_000, help="Pictures of each prompt, with seeds that follow.")
+    ] = 1,
     batch: Annotated[
-        int, typer.Option("--batch", min=1, max=64, help="Pictures of one size that go through the model at once.")
+        int, typer.Option("--batch", min=1, max=64, help="How many of one size go through the model at once.")
     ] = 1,
     budget_gb: Annotated[
         float | None,
@@ -192,13 +197,14 @@ def sample(
     Without --batch each picture is the one that a training preview or a stock pipeline draws, to the bit on a CPU.
     """
     problems = _size_problems(width, height)
-    given = [name for name, one in (("--prompt", prompt), ("--prompts", prompts), ("--from", from_)) if one]
-    if not given or (from_ and len(given) > 1):
-        what = "is given beside --from" if given else "is missing"
+    told = [name for name, one in (("--prompt", prompt), ("--prompts", prompts), ("--from", from_)) if one]
+    if not told or (from_ and len(told) > 1):
+        what = "is given beside --from" if told else "is missing"
         problems.append(Problem("--prompt", what, "give prompts, or pictures to draw again with --from"))
     if from_ and count > 1:
         problems.append(Problem("--count", "is given beside --from", "a picture is drawn again once"))
     settings = _models([model], "MODEL", variant, extras, dtype, problems)[0]
+    from zimage_train.app import given
     from zimage_train.app import sample as sampling
 
     asked = sampling.Asked(negative, seed, width, height, steps, guidance, count)
@@ -206,7 +212,9 @@ def sample(
     recipes = sampling.recipes_of(asked, from_) if from_ else sampling.recipes_for(asked, settings, wishes)
     if from_:
         print_lines(sampling.said_of(from_))
-    loras, room = [sampling.parse_lora(text) for text in lora or []], sampling.Room(batch, budget_gb)
+    if negative and not any(recipe.guidance > 0 for recipe in recipes):
+        _note(["--negative is not used at guidance 0, which is Turbo's own; give --guidance"])
+    loras, room = [given.parse(text) for text in lora or []], sampling.Room(batch, budget_gb)
     sampling.sample(settings, loras, recipes, room, output)
 
 

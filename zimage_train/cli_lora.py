@@ -37,7 +37,14 @@ Scale = Annotated[
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the factor of every module, and write nothing.")]
 Picture = Annotated[Path | None, typer.Option("--picture", help="Also draw a heat map into this PNG.")]
 Energy = Annotated[
-    float, typer.Option("--energy", min=0.0, max=1.0, help="With --rank auto: the share of the squared change to keep.")
+    float | None,
+    typer.Option(
+        "--energy",
+        min=0.0,
+        max=1.0,
+        help="For --rank auto: of the squared change, keep this. Default: 0.99.",
+        show_default=False,
+    ),
 ]
 RankText = Annotated[
     str, typer.Option("--rank", metavar="N|auto", help="auto: the lowest that keeps --energy, for each module.")
@@ -99,7 +106,7 @@ def weight(
         raise ConfigError(Problem("--scale", "is missing", "write for example --scale layers.0-9=0.5"))
     from zimage_train.app import workbench
 
-    print_lines(workbench.weight(file, scale, None if dry_run else _output(output, dtype, force)))
+    print_lines(workbench.weight(file, scale, _output(output, dtype, force, dry_run)))
 
 
 @lora_commands.command()
@@ -114,10 +121,15 @@ def merge(
             "--rank", metavar="N|auto", help="Default: ranks add up, as the exact sum needs.", show_default=False
         ),
     ] = None,
-    energy: Energy = KEEP,
+    energy: Energy = None,
     method: Annotated[str, typer.Option("--method", help="sum, ties, dare_ties or dare_linear.")] = "sum",
-    density: Annotated[float, typer.Option("--density", min=0.0, max=1.0, help="What ties and dare keep.")] = 0.5,
-    seed: Annotated[int, typer.Option("--seed", min=0, max=2**62, help="Of dare's draws.")] = 42,
+    density: Annotated[
+        float | None,
+        typer.Option("--density", min=0.0, max=1.0, help="What ties and dare keep. Default: 0.5.", show_default=False),
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option("--seed", min=0, max=2**62, help="Of dare's draws. Default: 42.", show_default=False)
+    ] = None,
     normalize: Annotated[bool, typer.Option("--normalize", help="Divide ratios by the sum of their sizes.")] = False,
     dry_run: DryRun = False,
     output: MaybeOutput = None,
@@ -129,12 +141,13 @@ def merge(
     The sum is exact, for any ranks, alphas, layouts and modules, and linear in the ratios, which may be negative.
     A --scale is as in weight, for all files, or for one: 2:adaln=0 is for the second.
     """
-    from zimage_train.app import merging
+    from zimage_train.app import given, merging
 
-    ratios = [merging.parse_ratio(text) for text in files]
+    ratios = [given.parse(text, "merge", is_weight_needed=True) for text in files]
     number = None if rank is None else _rank(rank)
-    way = merging.method_of(method, density, seed, number, energy if rank == "auto" else None)
-    target = None if dry_run else _output(output, dtype, force)
+    kept = _energy(rank or "", energy)
+    way = merging.method_of(method, density, seed, number, kept if rank == "auto" else None)
+    target = _output(output, dtype, force, dry_run)
     print_lines(merging.merge(ratios, scale or [], way, normalize, target))
 
 
@@ -143,14 +156,14 @@ def resize(
     file: LoraPath,
     rank: RankText,
     output: OutputPath,
-    energy: Energy = KEEP,
+    energy: Energy = None,
     dtype: Dtype = "auto",
     force: Force = False,
 ) -> None:
     """Bring a LoRA to a lower rank: the best approximation of each change, and how much of it is kept."""
     from zimage_train.app import workbench
 
-    print_lines(workbench.resize(file, _rank(rank), energy, workbench.Output(output, dtype, force)))
+    print_lines(workbench.resize(file, _rank(rank), _energy(rank, energy), workbench.Output(output, dtype, force)))
 
 
 @lora_commands.command()
@@ -208,14 +221,15 @@ def extract(
     base: Annotated[str, typer.Argument(metavar="BASE", help="The one that it was trained from.")],
     output: OutputPath,
     rank: RankText = "32",
-    energy: Energy = KEEP,
+    energy: Energy = None,
     dtype: Dtype = "bf16",
     force: Force = False,
 ) -> None:
     """Write the LoRA that leads from one checkpoint to another, and say how much of the way it goes."""
     from zimage_train.app import checkpoints, workbench
 
-    print_lines(checkpoints.extract(tuned, base, _rank(rank), energy, workbench.Output(output, dtype, force)))
+    output_ = workbench.Output(output, dtype, force)
+    print_lines(checkpoints.extract(tuned, base, _rank(rank), _energy(rank, energy), output_))
 
 
 @lora_commands.command()
@@ -226,26 +240,38 @@ def bake(
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="OUT", help="The file or folder to write.", show_default=False)
     ],
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", help="bf16 or fp32. Default: as each weight is.", show_default=False)
+    ] = None,
     force: Force = False,
 ) -> None:
     """Write a model with LoRAs added to its weights, and say what rounding has cost."""
-    from zimage_train.app import checkpoints, sample
+    from zimage_train.app import checkpoints, given
 
-    print_lines(checkpoints.bake(model, [sample.parse_lora(text) for text in lora], to, output, force))
+    print_lines(checkpoints.bake(model, [given.parse(text) for text in lora], to, dtype, output, force))
 
 
-def _output(path: Path | None, dtype: str, force: bool) -> "Output":
+def _output(path: Path | None, dtype: str, force: bool, dry_run: bool) -> "Output | None":
+    """Where to write; None: nowhere."""
     from zimage_train.app.workbench import Output
 
-    if path is None:
+    if dry_run and path is not None:
+        raise ConfigError(Problem("--dry-run", "is given beside -o", "leave one out"))
+    if path is None and not dry_run:
         raise ConfigError(Problem("-o", "is missing", "say where to write, or give --dry-run to only look"))
-    return Output(path, dtype, force)
+    return None if path is None else Output(path, dtype, force)
+
+
+def _energy(rank: str, energy: float | None) -> float:
+    if energy is not None and rank != "auto":
+        raise ConfigError(Problem("--energy", "does nothing without --rank auto", "give --rank auto, or leave it out"))
+    return KEEP if energy is None else energy
 
 
 def _rank(text: str) -> int | None:
     """A rank; None: the lowest that keeps enough."""
     if text == "auto":
         return None
-    if not text.isdecimal() or not 1 <= int(text) <= MOST_RANK:
+    if not text.isdecimal() or len(text) > 6 or not 1 <= int(text) <= MOST_RANK:
         raise ConfigError(Problem("--rank", f"is {text!r}", f"give auto, or a number from 1 to {MOST_RANK}"))
     return int(text)

@@ -18,7 +18,12 @@ class Problem:
     todo: str = ""
 
     def __str__(self) -> str:
-        return f"{self.where}: {self.what}" + (f"; {self.todo}" if self.todo else "")
+        return _printable(f"{self.where}: {self.what}" + (f"; {self.todo}" if self.todo else ""))
+
+
+def _printable(text: str) -> str:
+    """`text` without what a name in a file could do to a terminal; line ends that we wrote ourselves stay."""
+    return "".join(one if one.isprintable() or one == "\n" else repr(one)[1:-1] for one in text)
 
 
 class ZImageTrainError(Exception):

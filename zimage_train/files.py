@@ -24,6 +24,7 @@ except ImportError:  # Windows has no flock; the lease file below takes its plac
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 LEASE_SECONDS = 120
+MORE_SPACE = "free some space, lower save.keep, or set output and cache.folder to another disk"
 ABANDONED_SECONDS = 86_400
 TEMPORARY = re.compile(r"\..*\.([0-9a-f]{8})-(\d+)\.tmp")
 
@@ -239,7 +240,7 @@ def require_folder(folder: Path, setting: str = "") -> None:
         raise DiskError(Problem(where, f"{existing} cannot be written to", "choose another place"))
 
 
-def require_space(folder: Path, needed_bytes: int, what: str) -> None:
+def require_space(folder: Path, needed_bytes: int, what: str, todo: str = MORE_SPACE) -> None:
     """Refuse to start what cannot be written.
 
     Raises:
@@ -252,7 +253,7 @@ def require_space(folder: Path, needed_bytes: int, what: str) -> None:
             Problem(
                 str(folder),
                 f"{in_words(free)} free, {what} need {in_words(needed_bytes)}",
-                "free some space, lower save.keep, or set output and cache.folder to another disk",
+                todo,
             )
         )
 

@@ -254,7 +254,7 @@ def _also(
     if name is None:
         return None, [], []
     try:
-        path = sources.other_transformer(name, fetch)
+        path = sources.transformer_at(name, "sample.also", fetch)
         found = sources.transformer_tensors(path)[0]
     except NotDownloaded as error:
         return None, [], [_absence(one) for one in error.problems]

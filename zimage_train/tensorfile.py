@@ -27,6 +27,7 @@ NAMES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+KINDS = {name: kind for kind, name in NAMES.items()}
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 """The precisions that a config can name."""
 DIGEST = "sha256"

@@ -1,41 +1,32 @@
 """The `lora` commands that read whole checkpoints: bake a LoRA into one, extract one from the difference of two."""
 
+import json
+import math
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from zimage_train import files
-from zimage_train.app import sample, workbench
-from zimage_train.app.sample import WeightedLora
+from zimage_train import files, tensorfile
+from zimage_train.app import given, workbench
+from zimage_train.app.given import WeightedLora
 from zimage_train.app.workbench import Output
-from zimage_train.config.schema import Model
 from zimage_train.errors import ConfigError, Problem, WeightsError
 from zimage_train.lora import arithmetic, checkpoints, metadata
 from zimage_train.lora.names import count_by_group
 from zimage_train.model import sources
-from zimage_train.model.variants import VARIANTS
+from zimage_train.model.headers import ITEM_BYTES
 from zimage_train.report.console import Console
 from zimage_train.sizes import in_words
 
 TARGETS = ("comfyui", "diffusers")
+MUCH_LOST = 0.02
 
 
-def transformer_at(name: str) -> Path:
-    """The transformer of a variant, a hub id, a folder or a file; downloaded if need be.
-
-    Raises:
-        WeightsError: it is not to be had.
-    """
-    known = name in VARIANTS
-    found = sources.search(Model(variant=name if known else "turbo", path=None if known else name, adapter=None))  # type: ignore[arg-type]
-    if found.transformer is None:
-        raise WeightsError(*(problem for error in found.errors for problem in error.problems))
-    return found.transformer
-
-
-def bake(model: str, loras: Sequence[WeightedLora], target: str, path: Path, force: bool) -> list[str]:
+def bake(
+    model: str, loras: Sequence[WeightedLora], target: str, dtype: str | None, path: Path, force: bool
+) -> list[str]:
     """Write a model with LoRAs added to its weights, for tools that load no LoRA.
 
     Raises:
@@ -49,21 +40,37 @@ def bake(model: str, loras: Sequence[WeightedLora], target: str, path: Path, for
         raise ConfigError(Problem(f"-o {path}", "does not end in .safetensors", "ComfyUI takes one file"))
     if target == "diffusers" and path.suffix == ".safetensors":
         raise ConfigError(Problem(f"-o {path}", "is a file name", "diffusers takes a folder"))
+    if dtype not in (None, *tensorfile.DTYPES):
+        raise ConfigError(Problem("--dtype", f"is {dtype!r}", "give bf16 or fp32"))
     workbench.require_free(path, force, [one.path for one in loras])
     console = Console()
-    source = transformer_at(model)
+    source = sources.transformer_at(model, "MODEL")
+    workbench.require_free(path, force, [source])
     shape, tensors = sources.transformer_tensors(source)
-    read = [(sample.read_lora(one.path, shape), one.weight) for one in loras]
+    read = [(given.read(one.path, shape), one.weight) for one in loras]
     for one, (lora, _) in zip(loras, read, strict=True):
-        console.say(f"{one.path}: matched {len(lora)}/{len(lora)} modules, weight {one.weight:g}")
-    size = sum(file.stat().st_size for file in {info.file for info in tensors.values()})
-    files.require_space(path.parent, size, f"{source.name} with a LoRA")
+        console.say(given.matched(one, lora))
+    kind = tensorfile.NAMES[tensorfile.DTYPES[dtype]] if dtype else None
+    size = sum(math.prod(info.shape) * ITEM_BYTES[kind or info.dtype] for info in tensors.values())
+    files.require_space(path.parent, size, f"{source.name} with a LoRA", "free some space, or choose another disk")
+    facts = [workbench.facts_of(one.path, weight=one.weight) for one in loras]
     with console.live():
-        stacked = arithmetic.stack(read)
-        tick = partial(console.tick, "baking")
-        baked = checkpoints.bake(source, stacked, target == "comfyui", path, tick)
-    lost = f"rounding the weights cost {baked.share_lost:.2%} of the change"
-    return [f"{path}: {baked.changed} weights changed, {in_words(size)}; {lost}"]
+        baked = checkpoints.bake(
+            source,
+            arithmetic.stack(read),
+            target == "comfyui",
+            dtype,
+            path,
+            {"zimage_train.bake": json.dumps(facts, sort_keys=True)},
+            partial(console.tick, "baking"),
+        )
+    kinds = ", ".join(sorted({info.dtype for info in tensors.values()})) if dtype is None else dtype
+    lines = [f"{path}: {baked.changed} weights changed, {in_words(size)} in {kinds}"]
+    lines.append(f"rounding to {kinds} cost {baked.share_lost:.2%} of the change")
+    if baked.share_lost > MUCH_LOST:
+        lines[-1] += ": loaded as a LoRA none is lost; --dtype fp32 keeps it too"
+    what = "the transformer alone" if target == "diffusers" else "the diffusion model alone"
+    return [*lines, f"it is {what}: text encoder and VAE stay where they are (sample takes them by --extras)"]
 
 
 def extract(tuned: str, base: str, rank: int | None, energy: float, output: Output) -> list[str]:
@@ -74,7 +81,8 @@ def extract(tuned: str, base: str, rank: int | None, energy: float, output: Outp
         WeightsError: one is no Z-Image transformer, they differ in shape, or in nothing.
     """
     output.require_free()
-    new, old = transformer_at(tuned), transformer_at(base)
+    new, old = sources.transformer_at(tuned, "TUNED"), sources.transformer_at(base, "BASE")
+    output.require_free(new, old)
     console, device = Console(), torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with console.live():
         found = checkpoints.extract(new, old, rank, energy, device, partial(console.tick, "comparing"))

@@ -10,8 +10,9 @@ import torch
 from PIL.Image import Image
 
 from zimage_train import accelerator, files
-from zimage_train.app import compare, sample
-from zimage_train.app.sample import LARGEST_WEIGHT, Asked, Loaded, WeightedLora
+from zimage_train.app import compare, given, sample
+from zimage_train.app.given import LARGEST_WEIGHT, WeightedLora
+from zimage_train.app.sample import Asked, Loaded
 from zimage_train.config.schema import Model
 from zimage_train.errors import ConfigError, Problem, WeightsError, ZImageTrainError, collected, raise_all
 from zimage_train.lora import arithmetic, swap
@@ -164,7 +165,7 @@ def _draw_all(wanted: Wanted, output: Path, console: Console) -> list[Drawn]:
     loras: dict[Path, Lora] = {}
     for path in wanted.loras:
         with collected(errors):
-            loras[path] = sample.read_lora(path, *(shape for _, _, shape in ready))
+            loras[path] = given.read(path, *(shape for _, _, shape in ready))
             console.say(f"{path}: matched {len(loras[path])}/{len(loras[path])} modules")
     raise_all(errors)
     largest = max(loras.values(), key=lambda lora: sum(one.a.numel() + one.b.numel() for one in lora.values()))

@@ -4,8 +4,7 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
-from zimage_train.config.schema import Model
-from zimage_train.errors import Problem, WeightsError
+from zimage_train.errors import ConfigError, Problem, WeightsError
 from zimage_train.lora import anatomy, arithmetic, files, loaders, names, rules
 from zimage_train.lora.anatomy import Anatomy
 from zimage_train.model import sources
@@ -27,10 +26,7 @@ def verify(path: Path, model: str | None) -> list[str]:
     lora = files.read(path)
     shape, name = TransformerShape(), "Z-Image (6 B)"
     if model is not None:
-        located = sources.search(Model(path=model, adapter=None), sources.cached_only).transformer
-        if located is None:
-            sources.locate(Model(path=model, adapter=None), sources.cached_only)
-        assert located is not None
+        located = sources.transformer_at(model, "--model", sources.cached_only)
         shape, name = sources.transformer_tensors(located)[0], model
     try:
         files.require_modules(path, lora, shape.linears)
@@ -64,6 +60,7 @@ def inspect(path: Path, picture: Path | None) -> list[str]:
         WeightsError: it is none that this trainer reads.
         DiskError: the picture cannot be written.
     """
+    require_picture(picture)
     found = anatomy.examine(path)
     rows, columns, values = names.table(found.energy)
     total = sum(norm**2 for norm in found.energy.values())
@@ -75,7 +72,7 @@ def inspect(path: Path, picture: Path | None) -> list[str]:
         lines.append(f"{row:20}{cells}{share:>9.1%}")
     shares = [sum(line[i] ** 2 for line in values if line[i] is not None) for i in range(len(columns))]  # type: ignore
     lines.append(f"{'share':20}" + "".join(f"{share / total if total > 0 else 0.0:>9.1%}" for share in shares))
-    lines += ["", "metadata:", *(f"  {key}: {value}" for key, value in sorted(found.metadata.items()))]
+    lines += ["", "metadata:" if found.metadata else "metadata: none", *_metadata(found)]
     if picture is not None:
         heatmap.save(picture, path.name, rows, columns, values, max(found.energy.values(), default=0.0))
         lines.append(f"heat map: {picture}")
@@ -89,6 +86,7 @@ def diff(one: Path, other: Path, picture: Path | None) -> list[str]:
         WeightsError: one is no LoRA that this trainer reads.
         DiskError: the picture cannot be written.
     """
+    require_picture(picture)
     first, second = files.read(one), files.read(other)
     both = [module for module in first if module in second]
     shared = [module for module in both if arithmetic.size(first[module]) == arithmetic.size(second[module])]
@@ -116,10 +114,24 @@ def diff(one: Path, other: Path, picture: Path | None) -> list[str]:
         *rules.table(cosines),
     ]
     if picture is not None:
-        rows, columns, values = names.table({module: max(value, 0.0) for module, value in cosines.items()})
+        rows, columns, values = names.table(cosines)
         heatmap.save(picture, f"cosine, {one.name} and {other.name}", rows, columns, values, 1.0)
         lines.append(f"heat map: {picture}")
     return lines
+
+
+def _metadata(found: Anatomy) -> list[str]:
+    return [f"  {key}: {value}" for key, value in sorted(found.metadata.items())]
+
+
+def require_picture(path: Path | None) -> None:
+    """Refuse to write a picture over something else.
+
+    Raises:
+        ConfigError: its name is not that of a PNG.
+    """
+    if path is not None and path.suffix.lower() != ".png":
+        raise ConfigError(Problem(f"--picture {path}", "does not end in .png", "give the name of a picture"))
 
 
 def _total(norms: Mapping[str, float]) -> float:

@@ -4,41 +4,17 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from zimage_train.app import workbench
+from zimage_train.app.given import WeightedLora
 from zimage_train.app.workbench import Output
 from zimage_train.errors import ConfigError, Problem, ZImageTrainError, collected, raise_all
 from zimage_train.lora import arithmetic, blending, metadata, rules
 from zimage_train.lora.files import Factors, Lora
 from zimage_train.lora.rules import Rule
 
-FILE_RULE = re.compile(r"(\d+):(.+)")
-
-
-@dataclass(frozen=True)
-class Ratio:
-    """`FILE=RATIO`."""
-
-    path: Path
-    ratio: float
-
-
-def parse_ratio(text: str) -> Ratio:
-    """Take `FILE=RATIO`.
-
-    Raises:
-        ConfigError: there is no ratio, or it is no number.
-    """
-    name, equals, ratio = text.rpartition("=")
-    try:
-        number = float(ratio)
-    except ValueError:
-        number = math.nan
-    if not equals or not name or not abs(number) <= rules.LARGEST:
-        what = f"has no ratio from -{rules.LARGEST:g} to {rules.LARGEST:g}"
-        raise ConfigError(Problem(text, what, f"write {name if equals else text}=0.8"))
-    return Ratio(Path(name), number)
+FILE_RULE = re.compile(r"(\d{1,6}):(.+)")
+DENSITY, SEED = 0.5, 42
 
 
 @dataclass(frozen=True)
@@ -53,21 +29,26 @@ class Method:
     energy: float | None
 
 
-def method_of(name: str, density: float, seed: int, rank: int | None, energy: float | None) -> Method:
+def method_of(name: str, density: float | None, seed: int | None, rank: int | None, energy: float | None) -> Method:
     """How to put changes together, as options say it.
 
     Raises:
-        ConfigError: there is no such method, or it would leave nothing.
+        ConfigError: there is no such method, it would leave nothing, or an option does nothing for it.
     """
     if name not in ("sum", *blending.METHODS):
         raise ConfigError(Problem("--method", f"is {name!r}", f"give one of sum, {', '.join(blending.METHODS)}"))
+    given = [option for option, value in (("--density", density), ("--seed", seed)) if value is not None]
+    unused = given if name == "sum" else [option for option in given if option == "--seed" and name == "ties"]
+    if unused:
+        raise ConfigError(Problem(unused[0], f"does nothing for --method {name}", "leave it out, or choose dare_ties"))
     if density == 0:
         raise ConfigError(Problem("--density", "is 0, so nothing is left", "give a share above 0"))
-    return Method(None if name == "sum" else name, density, seed, rank, energy)
+    share, number = DENSITY if density is None else density, SEED if seed is None else seed
+    return Method(None if name == "sum" else name, share, number, rank, energy)
 
 
 def merge(
-    inputs: Sequence[Ratio], texts: Sequence[str], method: Method, normalize: bool, output: Output | None
+    inputs: Sequence[WeightedLora], texts: Sequence[str], method: Method, normalize: bool, output: Output | None
 ) -> list[str]:
     """Put several LoRAs together; without `output`, only show how much of each module of each goes in.
 
@@ -79,11 +60,12 @@ def merge(
     if output is not None:
         output.require_free(*(one.path for one in inputs))
     sources = workbench.read(*(one.path for one in inputs))
-    ratios = _normalized([one.ratio for one in inputs]) if normalize else [one.ratio for one in inputs]
-    lines = [line for rules_, source in zip(scales, sources, strict=True) for line in workbench.unmet(rules_, source)]
+    ratios = _normalized([one.weight for one in inputs]) if normalize else [one.weight for one in inputs]
+    lines = workbench.unmet([(rule, [sources[i] for i in numbers]) for rule, numbers in scales])
+    of_file = [[rule for rule, numbers in scales if number in numbers] for number in range(len(sources))]
     factors = [
         {module: ratio * factor for module, factor in rules.weights(rules_, source.lora).items()}
-        for ratio, rules_, source in zip(ratios, scales, sources, strict=True)
+        for ratio, rules_, source in zip(ratios, of_file, sources, strict=True)
     ]
     if output is None:
         for source, ratio, one in zip(sources, ratios, factors, strict=True):
@@ -97,13 +79,13 @@ def merge(
         merged, kept = _blended(parts, method, output)
         lines.append(f"{method.name} with density {method.density:g}, then rank {workbench.rank_said(merged)}: {kept}")
     elif method.rank is not None or method.energy is not None:
-        merged, kept = workbench.reduced(merged, method.rank, method.energy or 1.0, output)
+        merged, kept = workbench.reduced(merged, method.rank, 1.0 if method.energy is None else method.energy, output)
         lines.append(f"rank {workbench.rank_said(merged)}: {kept}")
-    facts = {"method": method.name or "sum", "rank": method.rank, "energy": method.energy}
+    facts = {"method": method.name or "sum", "rank": method.rank, "energy": method.energy, "normalize": normalize}
     facts |= {"density": method.density, "seed": method.seed} if method.name else {}
     facts["from"] = [
         source.facts(ratio=ratio, scale=[rule.text for rule in rules_])
-        for source, ratio, rules_ in zip(sources, ratios, scales, strict=True)
+        for source, ratio, rules_ in zip(sources, ratios, of_file, strict=True)
     ]
     made = metadata.edited("merge", [source.metadata for source in sources], facts, workbench.ranks_of(merged))
     return [*lines, *workbench.written(merged, output, made)]
@@ -119,15 +101,15 @@ def _blended(parts: Sequence[tuple[Lora, Mapping[str, float]]], method: Method, 
         assert method.name is not None
         dense = blending.blend(method.name, changes, weights, method.density, method.seed, name)
         rank = method.rank if method.rank or method.energy is not None else sum(one.rank for one, _ in there)
-        return arithmetic.of_dense(dense, rank, method.energy or 1.0, name)
+        return arithmetic.of_dense(dense, rank, 1.0 if method.energy is None else method.energy, name)
 
     return workbench.each(modules, output, blend)
 
 
-def _rules_by_file(texts: Sequence[str], count: int) -> list[list[Rule]]:
-    """The rules of each file: `2:adaln=0` is for the second, `adaln=0` for all."""
+def _rules_by_file(texts: Sequence[str], count: int) -> list[tuple[Rule, list[int]]]:
+    """Each rule, and the numbers of the files that it is for: `2:adaln=0` is for the second, `adaln=0` for all."""
     errors: list[ZImageTrainError] = []
-    found: list[list[Rule]] = [[] for _ in range(count)]
+    found: list[tuple[Rule, list[int]]] = []
     for text in texts:
         match = FILE_RULE.fullmatch(text)
         with collected(errors):
@@ -135,8 +117,7 @@ def _rules_by_file(texts: Sequence[str], count: int) -> list[list[Rule]]:
                 what = f"is for file {match[1]}, and there are {count}"
                 raise ConfigError(Problem(f"--scale {text}", what, "the first file is 1"))
             rule = rules.parse(match[2] if match else text)
-            for number in [int(match[1]) - 1] if match else range(count):
-                found[number].append(rule)
+            found.append((rule, [int(match[1]) - 1] if match else list(range(count))))
     raise_all(errors)
     return found
 

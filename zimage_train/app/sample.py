@@ -1,13 +1,13 @@
 """The `sample` command: pictures of any Z-Image model with any number of LoRAs, each counted."""
 
 import json
-import math
 import shlex
 import shutil
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,12 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from zimage_train import accelerator, distributed, encoding, files, planner, preflight
+from zimage_train.app import given
+from zimage_train.app.given import WeightedLora
 from zimage_train.assemble import Frozen, assemble
 from zimage_train.config.schema import Config, Model
 from zimage_train.errors import ConfigError, Problem, ZImageTrainError, collected, raise_all
 from zimage_train.lora import arithmetic, swap
-from zimage_train.lora import files as lora_files
 from zimage_train.lora.files import Lora
 from zimage_train.memory import Form, Job
 from zimage_train.model import sources
@@ -31,20 +32,13 @@ from zimage_train.model.variants import VARIANTS
 from zimage_train.planner import Wanted
 from zimage_train.report import pictures
 from zimage_train.report.console import Console
-from zimage_train.sampling.previews import Tick, render
+from zimage_train.sampling.previews import Tick, batches, render
 from zimage_train.sampling.prompts import Wish
 from zimage_train.sampling.recipe import Recipe, previews, prompts_of
 from zimage_train.sizes import in_words
 
-LARGEST_WEIGHT = 100.0
-
-
-@dataclass(frozen=True)
-class WeightedLora:
-    """`FILE` or `FILE=WEIGHT`."""
-
-    path: Path
-    weight: float
+AT_ONCE_IN_MEMORY = 16
+"""Batches of pictures that are drawn before they are written."""
 
 
 @dataclass(frozen=True)
@@ -73,25 +67,6 @@ class Room:
     budget_gb: float | None = None
 
 
-def parse_lora(text: str) -> WeightedLora:
-    """Take `FILE` or `FILE=WEIGHT`; a file whose own name has a `=` wins.
-
-    Raises:
-        ConfigError: the weight is no number, or too large for one.
-    """
-    name, equals, weight = text.rpartition("=")
-    if not equals or Path(text).exists():
-        return WeightedLora(Path(text), 1.0)
-    try:
-        number = float(weight)
-    except ValueError:
-        number = math.nan
-    if not abs(number) <= LARGEST_WEIGHT:
-        what = f"{weight!r} is not a number from -{LARGEST_WEIGHT:g} to {LARGEST_WEIGHT:g}"
-        raise ConfigError(Problem(f"--lora {text}", what, "write FILE=0.8"))
-    return WeightedLora(Path(name), number)
-
-
 def sample(model: Model, loras: list[WeightedLora], recipes: list[Recipe], room: Room, output: Path) -> None:
     """Write one picture a recipe into the folder `output`.
 
@@ -106,17 +81,21 @@ def _sample(model: Model, loras: list[WeightedLora], recipes: list[Recipe], room
     console = Console()
     files.require_folder(output)
     found, shape = located(model)
-    read = [(read_lora(one.path, shape), one.weight) for one in loras]
+    read = [(given.read(one.path, shape), one.weight) for one in loras]
     for one, (lora, _) in zip(loras, read, strict=True):
-        console.say(f"{one.path}: matched {len(lora)}/{len(lora)} modules, weight {one.weight:g}")
+        console.say(given.matched(one, lora))
     stacked = arithmetic.stack(read)
     loaded = load(model, found, shape, stacked, recipes, console, room)
+    many = AT_ONCE_IN_MEMORY * room.at_once
     with console.live(), swap.attached(loaded.frozen.model, stacked):
-        images = loaded.draw(recipes, lambda done, total: console.tick("sampling", done, total), room.at_once)
-    for image, recipe in zip(images, recipes, strict=True):
-        path = _free_path(output, recipe.seed)
-        pictures.save(path, image, recipe, drawn_by(model, loras))
-        console.say(f"{path}  {recipe.steps} steps, guidance {recipe.guidance:g} (CFG {recipe.guidance + 1:g})")
+        for start in range(0, len(recipes), many):
+            some = recipes[start : start + many]
+            what = "sampling" if len(recipes) <= many else f"sampling from picture {start + 1} of {len(recipes)}"
+            images = loaded.draw(some, partial(console.tick, what), room.at_once)
+            for image, recipe in zip(images, some, strict=True):
+                path = _free_path(output, recipe.seed)
+                pictures.save(path, image, recipe, drawn_by(model, loras))
+                console.say(f"{path}  {recipe.in_short()}")
 
 
 @dataclass(frozen=True)
@@ -140,18 +119,6 @@ def located(model: Model) -> tuple[Sources, TransformerShape]:
     """
     found = sources.locate(model.model_copy(update={"adapter": None}))
     return found, sources.transformer_tensors(found.transformer)[0]
-
-
-def read_lora(path: Path, *shapes: TransformerShape) -> Lora:
-    """The LoRA at `path`, all of which fits each model of these shapes.
-
-    Raises:
-        WeightsError: it does not, or is no LoRA.
-    """
-    lora = lora_files.read(path)
-    for shape in shapes:
-        lora_files.require_modules(path, lora, shape.linears)
-    return lora
 
 
 def load(
@@ -229,7 +196,7 @@ def recipes_of(asked: Asked, drawn: list[Path]) -> list[Recipe]:
     Raises:
         DataError: a picture was not made by this trainer.
     """
-    return [replace(pictures.recipe_of(path), **asked.given()) for path in drawn]
+    return [_recipe(asdict(pictures.recipe_of(path)) | asked.given()) for path in drawn]
 
 
 def command_for(config: Config, lora: Path) -> str:
@@ -273,7 +240,7 @@ def _form(
         caption_tokens=0,
         previews=tuple(recipes),
         gpu=device.type == "cuda",
-        previews_at_once=room.at_once,
+        previews_at_once=max(map(len, batches(recipes, room.at_once))),
     )
     limit = here.limit_bytes if room.budget_gb is None else min(here.limit_bytes, room.budget_gb * 1e9)
     plan = planner.choose(job, Wanted((None,), None, None), limit, preflight.system_memory_bytes(), here.card)

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -48,7 +49,7 @@ def require_free(path: Path, force: bool, inputs: Sequence[Path]) -> None:
     """As `Output.require_free`, of any file or folder."""
     if any(path.exists() and one.exists() and path.samefile(one) for one in inputs):
         raise ConfigError(Problem(f"-o {path}", "is the file that is read", "give another name"))
-    if path.exists() and (path.is_dir() or not force):
+    if os.path.lexists(path) and (path.is_dir() or not force):
         todo = "give another name" if path.is_dir() else "give another name, or --force"
         raise ConfigError(Problem(f"-o {path}", "exists", todo))
     files.require_folder(path.parent)
@@ -64,7 +65,12 @@ class Source:
 
     def facts(self, **more: Any) -> dict[str, Any]:
         """What an output says of it."""
-        return {"name": self.path.name, "sha256": hashlib.sha256(self.path.read_bytes()).hexdigest(), **more}
+        return facts_of(self.path, **more)
+
+
+def facts_of(path: Path, **more: Any) -> dict[str, Any]:
+    """The name and digest of a file, and what was done with it."""
+    return {"name": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest(), **more}
 
 
 def read(*paths: Path) -> list[Source]:
@@ -86,13 +92,15 @@ def written(lora: Lora, output: Output, made: Mapping[str, str]) -> list[str]:
     """Write `lora`, and say what the file is and what rounding has cost."""
     narrowest = lora_files.narrowest(lora)
     dtype = narrowest if output.dtype == "auto" else output.dtype
-    lora_files.export(output.path, lora, dtype, made)
     short = lora_files.rounded(lora, "bf16")
     error = 0.0 if narrowest == "bf16" else max(loaders.distance(lora[name], short[name]) for name in lora)
     said = "which holds it to the bit" if dtype == narrowest == "bf16" else f"rounded by up to {error:.1e} of a change"
     if dtype == "fp32":
         said = f"since bf16 would round by up to {error:.1e} of a change" if error else "though bf16 would hold it too"
     norm = math.sqrt(math.fsum(anatomy.norm(factors) ** 2 for factors in lora.values()))
+    if norm == 0:
+        raise ConfigError(Problem(str(output.path), "would change nothing: all its changes are 0", "nothing written"))
+    lora_files.export(output.path, lora, dtype, made)
     what = f"{len(lora)} modules, rank {rank_said(lora)}, norm {norm:.4g}"
     return [f"{output.path}: {what}, {in_words(output.path.stat().st_size)} in {dtype}, {said}"]
 
@@ -112,7 +120,7 @@ def weight(path: Path, texts: Sequence[str], output: Output | None) -> list[str]
     if output is not None:
         output.require_free(path)
     source = read(path)[0]
-    lines = unmet(scales, source)
+    lines = unmet([(rule, [source]) for rule in scales])
     factors = rules.weights(scales, source.lora)
     if output is None:
         return [*lines, *rules.table(factors)]
@@ -167,10 +175,18 @@ def ema(paths: Sequence[Path], decay: float | None, sigma_rel: float | None, out
     output.require_free(*paths)
     by_step: dict[int, Source] = {}
     for source in read(*paths):
-        by_step.setdefault(_step(source), source)
+        first = by_step.setdefault(_step(source), source)
+        if first.lora.keys() != source.lora.keys() or source.path.read_bytes() != first.path.read_bytes():
+            what = f"is of step {_step(source)}, as {first.path} is"
+            raise ConfigError(Problem(str(source.path), what, "give each save once"))
+    names_ = {source.metadata.get("ss_output_name") for source in by_step.values()}
+    if len(names_) > 1:
+        what = f"these are of several runs ({', '.join(sorted(map(str, names_)))}), with factors of their own"
+        raise ConfigError(Problem("lora ema", what, "lora merge takes the mean of their changes"))
     steps = sorted(by_step)
     if len(steps) < 2:
-        raise ConfigError(Problem("lora ema", "has one save to average", "give a run folder, or several of its files"))
+        todo = "give several, or train with a smaller save.every"
+        raise ConfigError(Problem("lora ema", "there is one save, and so nothing to average", todo))
     shares = arithmetic.shares_of_saves(steps, decay, sigma_rel)
     sources = [by_step[step] for step in steps]
     mean = arithmetic.mean_of_factors([source.lora for source in sources], shares)
@@ -197,7 +213,7 @@ def convert(path: Path, target: str, output: Output) -> list[str]:
         kind = tensorfile.DTYPES[output.dtype]
         tensors = {key: one if key.endswith(".alpha") else one.to(kind) for key, one in tensors.items()}
     tensorfile.save(output.path, tensors, made)
-    kinds = ", ".join(sorted({layouts.kind_of(change) for change in changes.values()}))
+    kinds = ", ".join(sorted({str(lora_files.kind_of(change)) for change in changes.values()}))
     size = in_words(output.path.stat().st_size)
     return [
         f"{path}: {keys.layout_of(read_header(path).tensors)}",
@@ -207,7 +223,7 @@ def convert(path: Path, target: str, output: Output) -> list[str]:
 
 
 def reduced(lora: Lora, rank: int | None, energy: float, output: Output) -> tuple[Lora, str]:
-    return each(lora, output, lambda name: arithmetic.reduced(lora[name], rank, energy))
+    return each(lora, output, lambda name: arithmetic.reduced(lora[name], rank, energy, name))
 
 
 def each(
@@ -229,13 +245,14 @@ def each(
     return lora, f"keeps {kept / total if total > 0 else 1.0:.2%} of the squared change{least}"
 
 
-def unmet(scales: Sequence[Rule], source: Source) -> list[str]:
-    """What rules name nothing in a file; where none names anything, that is a mistake."""
-    unmet = rules.unmet(scales, source.lora)
-    if scales and len(unmet) == len(scales):
+def unmet(scales: Sequence[tuple[Rule, Sequence[Source]]]) -> list[str]:
+    """What rules name nothing in any file that they are for; where none names anything, that is a mistake."""
+    lost = [(rule, sources) for rule, sources in scales if all(rules.unmet([rule], one.lora) for one in sources)]
+    if scales and len(lost) == len(scales):
+        source = scales[0][1][0]
         what = f"no rule names any of its {len(source.lora)} modules"
         raise ConfigError(Problem(str(source.path), what, f"it has {', '.join(_components(source.lora))}"))
-    return [f"note: {rule.text} names nothing in {source.path}" for rule in unmet]
+    return [f"note: {rule.text} names nothing in {', '.join(str(one.path) for one in of)}" for rule, of in lost]
 
 
 def _components(lora: Lora) -> list[str]:
@@ -256,7 +273,7 @@ def _step(source: Source) -> int:
     """The step at which a run saved a LoRA, by its header or else its name."""
     match = re.search(r"-(\d{6,})$", source.path.stem)
     said = source.metadata.get("ss_steps", "") or (match[1] if match else "")
-    if not said.isdecimal() or int(said) == 0:
+    if not said.isdecimal() or len(said) > 12 or int(said) == 0:
         what = "says in neither header nor name at which step it was saved"
         raise WeightsError(Problem(str(source.path), what, "give LoRAs that a run saved"))
     return int(said)

@@ -103,12 +103,13 @@ def _power_of(sigma_rel: float) -> float:
     return low
 
 
-def reduced(factors: Factors, rank: int | None, energy: float) -> tuple[Factors, float, float]:
+def reduced(factors: Factors, rank: int | None, energy: float, name: str = "") -> tuple[Factors, float, float]:
     """The best approximation of a change by a lower rank, its squared norm, and that of what was there.
 
     `rank` None takes the lowest that keeps `energy` of the squared norm. Without a dense matrix: QR of both factors,
     then the SVD of the small core between them, in fp64.
     """
+    _require_finite(factors.b, name)
     q_b, r_b = torch.linalg.qr(factors.b.double() * factors.scale)
     q_a, r_a = torch.linalg.qr(factors.a.double().T)
     u, s, vh = torch.linalg.svd(r_b @ r_a.T)
@@ -124,6 +125,7 @@ def of_dense(change: Dense, rank: int | None, energy: float, name: str) -> tuple
     Large ones go through a random projection, drawn by `name`, with power iterations (Halko, Martinsson and Tropp,
     arXiv 0909.4061); for `rank` None it is widened until it holds `energy`.
     """
+    _require_finite(change, name)
     total = float(change.double().square().sum())
     smallest = min(change.shape)
     width = smallest if smallest < EXACT_BELOW else min(smallest, (rank or 64) + OVERSAMPLING)
@@ -139,6 +141,11 @@ def of_dense(change: Dense, rank: int | None, energy: float, name: str) -> tuple
     root = s[:kept].sqrt()
     factors = Factors(root[:, None] * vh[:kept], u[:, :kept] * root, 1.0)
     return factors, float(s[:kept].double().square().sum()), total
+
+
+def _require_finite(tensor: Tensor, name: str) -> None:
+    if not tensor.isfinite().all():
+        raise WeightsError(Problem(name, "its change is beyond what fp32 can hold", "are the ratios right?"))
 
 
 def _projected(change: Tensor, width: int, name: str) -> tuple[Tensor, Tensor, Tensor]:

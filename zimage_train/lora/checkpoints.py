@@ -1,7 +1,8 @@
 """LoRAs into a checkpoint, and out of the difference between two."""
 
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,8 +15,9 @@ from zimage_train.lora import arithmetic
 from zimage_train.lora.files import Lora
 from zimage_train.model import transformer
 from zimage_train.model.headers import TensorInfo
+from zimage_train.model.native import to_native
 from zimage_train.model.shapes import TransformerShape
-from zimage_train.model.sources import TRANSFORMER_STEM, native_name
+from zimage_train.model.sources import TRANSFORMER_STEM
 
 Tick = Callable[[int, int], None]
 
@@ -77,8 +79,10 @@ class Baked:
         return math.sqrt(self.lost / self.squared) if self.squared > 0 else 0.0
 
 
-def bake(source: Path, lora: Lora, is_native: bool, output: Path, tick: Tick) -> Baked:
-    """Write the transformer at `source` with `lora` added, each tensor in the type that it has there.
+def bake(
+    source: Path, lora: Lora, is_native: bool, dtype: str | None, output: Path, metadata: Mapping[str, str], tick: Tick
+) -> Baked:
+    """Write the transformer at `source` with `lora` added, in `dtype`, or each tensor in the type that it has there.
 
     Native is one file with the names of ComfyUI's own model; otherwise `output` becomes a folder as diffusers has it.
     The sum is made in fp32 and rounded once. No more than one weight is in memory at a time.
@@ -89,41 +93,48 @@ def bake(source: Path, lora: Lora, is_native: bool, output: Path, tick: Tick) ->
     """
     baked, done = Baked(), 0
     with transformer.opened(source) as tensors:
-        narrow = {info.dtype for info in tensors.infos.values()} - serialize.DTYPE_BYTES.keys()
-        if narrow:
+        kinds = {info.dtype for info in tensors.infos.values()}
+        if narrow := kinds - {"F64", "F32", "F16", "BF16"}:
             what = f"holds {', '.join(sorted(narrow))} tensors, in which a LoRA would be lost to rounding"
             raise WeightsError(Problem(str(source), what, "bake into a bf16 checkpoint"))
         parts: dict[str, list[str]] = {}
         for name in tensors.infos:
-            parts.setdefault(native_name(name)[0] if is_native else name, []).append(name)
+            parts.setdefault(to_native(name)[0] if is_native else name, []).append(name)
 
         def merged(name: str) -> Tensor:
             nonlocal done
             done += 1
             tick(done, len(tensors.infos))
             weight, factors = tensors.get(name), lora.get(name.removesuffix(".weight"))
+            kind = tensorfile.DTYPES[dtype] if dtype else weight.dtype
             if factors is None or not name.endswith(".weight"):
-                return weight
+                return weight.to(kind)
             change = factors.delta()
-            after = (weight.float() + change).to(weight.dtype)
+            after = (weight.float() + change).to(kind)
+            if not after.isfinite().all():
+                raise WeightsError(Problem(name, "would not be finite with this LoRA", "nothing was written"))
             baked.add(weight, after, change)
             return after
 
         def data_of(name: str) -> bytes | memoryview:
-            ordered = sorted(parts[name], key=lambda one: native_name(one)[1] or 0)
+            ordered = sorted(parts[name], key=lambda one: to_native(one)[1] or 0)
             return tensorfile.entry(torch.cat([merged(one) for one in ordered]) if is_native else merged(name)).data
 
         infos = {name: _joined([tensors.infos[one] for one in names]) for name, names in parts.items()}
+        if dtype:
+            infos = {name: (tensorfile.NAMES[tensorfile.DTYPES[dtype]], shape) for name, (_, shape) in infos.items()}
         target = output if is_native else output / f"{TRANSFORMER_STEM}.safetensors"
-        serialize.write_safetensors_of(target, infos, data_of, {"format": "pt"})
+        serialize.write_safetensors_of(target, infos, data_of, {"format": "pt", **metadata})
         if not is_native:
             files.write_json(output / "config.json", _config(tensors.shape))
     return baked
 
 
 def _joined(infos: list[TensorInfo]) -> tuple[str, tuple[int, ...]]:
-    first = infos[0]
-    return first.dtype, (sum(info.shape[0] for info in infos), *first.shape[1:])
+    """Type and shape of what is put together of these: the type that holds them all, as `torch.cat` chooses it."""
+    kinds = (tensorfile.KINDS[info.dtype] for info in infos)
+    dtype = tensorfile.NAMES[functools.reduce(torch.promote_types, kinds)]
+    return dtype, (sum(info.shape[0] for info in infos), *infos[0].shape[1:])
 
 
 def _config(shape: TransformerShape) -> dict[str, object]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from zimage_train import tensorfile
 from zimage_train.errors import Problem, WeightsError
-from zimage_train.lora import alphas, fused, headers, keys
+from zimage_train.lora import alphas, fused, headers, keys, memos
 from zimage_train.lora.fused import Change
 from zimage_train.lora.keys import MAGNITUDE
 from zimage_train.tensors import Dense, Down, Up
@@ -51,6 +51,7 @@ def read_changes(path: Path) -> tuple[Changes, dict[str, str]]:
     """
     parts = headers.read_parts(path)
     tensors, metadata = tensorfile.load(path)
+    memo = memos.read(metadata.pop(memos.KEY, None))
     has_alpha = any("alpha" in found for found in parts.values())
     alpha_of = None if has_alpha else alphas.from_metadata(path, metadata.get(alphas.KEY))
     changes: Changes = {}
@@ -62,8 +63,20 @@ def read_changes(path: Path) -> tuple[Changes, dict[str, str]]:
             change["alpha"] = torch.tensor(alpha_of(module, change["A"].shape[0]))
         if MAGNITUDE in change and change[MAGNITUDE].shape[-1] == 1:
             change[MAGNITUDE] = change[MAGNITUDE].reshape(-1)
-        changes |= _split(path, module, change)
-    return changes, metadata
+        changes |= _split(path, module, change, memo.ranks.get(module))
+    return _with_alpha(changes, memo.alpha), metadata
+
+
+def _with_alpha(changes: Changes, wanted: bool | None) -> Changes:
+    """`changes` with or without alphas that say nothing, as a memo says that they were before."""
+    plain = {module: one for module, one in changes.items() if fused.rank_of(one)}
+    if wanted is None or any(fused.scale_of(one) != 1.0 for one in plain.values()):
+        return changes
+    for one in plain.values():
+        one.pop("alpha", None)
+        if wanted:
+            one["alpha"] = torch.tensor(float(fused.rank_of(one)))
+    return changes
 
 
 def read(path: Path) -> Lora:
@@ -73,11 +86,12 @@ def read(path: Path) -> Lora:
         WeightsError: as `read_changes`, or it is of another kind.
     """
     changes, _ = read_changes(path)
-    headers.require_plain(path, {module: _kind(change) for module, change in changes.items()})
+    headers.require_plain(path, {module: kind_of(change) for module, change in changes.items()})
     return {module: Factors(change["A"], change["B"], fused.scale_of(change)) for module, change in changes.items()}
 
 
-def _kind(change: Change) -> str | None:
+def kind_of(change: Change) -> str | None:
+    """`LoRA`, `DoRA`, `LoKr` or `LoHa`."""
     return keys.kind_of({part: tuple(tensor.shape) for part, tensor in change.items()})
 
 
@@ -86,16 +100,17 @@ def _checked(path: Path, key: str, tensor: Tensor) -> Tensor:
         kind = str(tensor.dtype).removeprefix("torch.")
         raise WeightsError(Problem(f"{path}: {key}", f"holds {kind}, no weights", "get the file again"))
     if not tensor.float().isfinite().all():
-        raise WeightsError(Problem(f"{path}: {key}", "holds values that are not finite", "get the file again"))
-    return tensor
+        todo = "get the file again, or take an earlier save if the run diverged"
+        raise WeightsError(Problem(f"{path}: {key}", "holds values that are not finite", todo))
+    return tensor.bfloat16() if tensor.dtype.itemsize == 1 else tensor  # which holds all that 8 bits can
 
 
-def _split(path: Path, module: str, change: Change) -> Changes:
+def _split(path: Path, module: str, change: Change, ranks: list[int] | None) -> Changes:
     names = keys.thirds(module)
     if names is None:
         return {module: change}
     try:
-        found = fused.split(change)
+        found = fused.split(change, ranks)
     except fused.CannotFuse as error:
         todo = "ask its maker for one with to_q, to_k and to_v"
         raise WeightsError(Problem(f"{path}: {module}", str(error), todo)) from None

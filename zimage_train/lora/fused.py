@@ -5,6 +5,7 @@ one is enough. LoHa's two products go the same way, since the rest of each block
 """
 
 import functools
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -23,8 +24,10 @@ class CannotFuse(Exception):
     """Why a change has no fused form, or a fused one cannot be split."""
 
 
-def split(change: Change) -> list[Change | None]:
+def split(change: Change, ranks: Sequence[int] | None = None) -> list[Change | None]:
     """The changes of q, k and v; None where there is none.
+
+    `ranks` are those that they had before they were fused, for what the factors themselves do not tell.
 
     Raises:
         CannotFuse: a LoKr whose first factor has no three equal groups of rows, or a magnitude for each input.
@@ -34,10 +37,8 @@ def split(change: Change) -> list[Change | None]:
     if MAGNITUDE in change and change[MAGNITUDE].dim() == 2 and change[MAGNITUDE].shape[0] == 1:
         raise CannotFuse("has a magnitude for each input of q, k and v together")
     pairs = [(up, down) for up, down in PAIRS if up in change]
-    columns = [_blocks(change[up]) for up, _ in pairs]
     rank = change[pairs[0][0]].shape[1]
-    is_block_diagonal = columns[0] is not None and all(found == columns[0] for found in columns)
-    slices = columns[0] if is_block_diagonal and columns[0] is not None else [slice(0, rank)] * 3
+    slices = _slices([change[up] for up, _ in pairs], ranks, MAGNITUDE in change)
     found: list[Change | None] = []
     for third, place in enumerate(slices):
         width = place.stop - place.start
@@ -57,15 +58,18 @@ def fuse(changes: Sequence[Change | None]) -> Change:
     Where their scales differ, each is multiplied into its block in fp32.
 
     Raises:
-        CannotFuse: LoKr, a DoRA of some of them only or with a magnitude for each input, or changes of several kinds.
+        CannotFuse: LoKr, a DoRA of some of them only or with a magnitude for each input, or changes that differ in
+            kind or in the shape of the weight.
     """
     there = [one for one in changes if one is not None]
     if len({frozenset(one.keys() - {"alpha"}) for one in there}) > 1:
         raise CannotFuse("has changes of several kinds for q, k and v")
+    if len({keys.size_of({part: tuple(tensor.shape) for part, tensor in one.items()}) for one in there}) > 1:
+        raise CannotFuse("has q, k and v of different shapes")
     first = there[0]
     if any(part in first for part in keys.LOKR):
         raise CannotFuse("is a Kronecker product, and three of those have no fused form")
-    if MAGNITUDE in first and (len(there) < 3 or first[MAGNITUDE].dim() > 1):
+    if MAGNITUDE in first and (len(there) < 3 or any(one[MAGNITUDE].dim() > 1 for one in there)):
         raise CannotFuse("has magnitudes that the fused weight cannot have")
     pairs = [(up, down) for up, down in PAIRS if up in first]
     if len(there) == 3 and _share(there, [down for _, down in pairs]):
@@ -82,40 +86,47 @@ def fuse(changes: Sequence[Change | None]) -> Change:
 
 def scale_of(change: Change) -> float:
     """alpha / rank; 1 without alpha."""
-    rank = next(change[down].shape[0] for _, down in PAIRS if down in change)
-    return float(change["alpha"]) / rank if "alpha" in change else 1.0
+    return float(change["alpha"]) / rank_of(change) if "alpha" in change else 1.0
 
 
-def _blocks(up: Tensor) -> list[slice] | None:
-    """The columns of each third's block on the diagonal; None: it is not block-diagonal, or nothing tells."""
-    rank = up.shape[1]
-    used = [part.ne(0).any(dim=0) for part in up.chunk(3)]
-    equal = [slice(i * rank // 3, (i + 1) * rank // 3) for i in range(3)]
-    if rank % 3 == 0 and not any(used[i][_outside(rank, equal[i])].any() for i in range(3)):
-        return equal
-    if not any(one.any() for one in used):
+def rank_of(change: Change) -> int:
+    """Of its (first) product; a LoKr has none."""
+    return next((change[down].shape[0] for _, down in PAIRS if down in change), 0)
+
+
+def _slices(ups: Sequence[Tensor], ranks: Sequence[int] | None, is_whole: bool) -> list[slice]:
+    """The columns of q, k and v: their blocks on the diagonal, or all for each where there is no diagonal.
+
+    `is_whole`: none of the three may be without any.
+    """
+    rank = ups[0].shape[1]
+    used = [[bool(one) for one in torch.cat([up.chunk(3)[i] for up in ups]).ne(0).any(dim=0)] for i in range(3)]
+    third = rank // 3
+    guesses = [ranks] if ranks and sum(ranks) == rank else []
+    guesses += [[third] * 3] if rank % 3 == 0 else []
+    guesses += [found] if (found := _widths(used)) is not None and not (is_whole and 0 in found) else []
+    for widths in guesses:
+        starts = list(itertools.accumulate(widths, initial=0))
+        if not any(any(one[: starts[i]]) or any(one[starts[i + 1] :]) for i, one in enumerate(used)):
+            return [slice(starts[i], starts[i + 1]) for i in range(3)]
+    return [slice(0, rank)] * 3
+
+
+def _widths(used: Sequence[Sequence[bool]]) -> list[int] | None:
+    """How many columns each third has, if those that it uses come after those of the one before; None: they do not.
+
+    Columns that none uses are the next one's.
+    """
+    ends = [max((i + 1 for i, is_used in enumerate(one) if is_used), default=0) for one in used]
+    if not any(ends):
         return None
-    ends = [int(one.nonzero().max()) + 1 if one.any() else None for one in used]
-    starts = [int(one.nonzero().min()) if one.any() else None for one in used]
-    found, place = [], 0
-    last = max(third for third in range(3) if ends[third] is not None)
+    last = max(third for third in range(3) if ends[third])
+    widths, place = [], 0
     for third in range(3):
-        start, end = starts[third], ends[third]
-        if start is None or end is None:
-            found.append(slice(place, place))
-            continue
-        if start < place:
-            return None
-        found.append(slice(place, rank if third == last else end))
-        place = found[-1].stop
-    return found
-
-
-def _outside(rank: int, inside: slice) -> Tensor:
-    """Which of `rank` columns are not `inside`."""
-    outside = torch.ones(rank, dtype=torch.bool)
-    outside[inside] = False
-    return outside
+        end = len(used[third]) if third == last else max(ends[third], place)
+        widths.append(end - place)
+        place = end
+    return widths
 
 
 def _share(changes: list[Change], downs: list[str]) -> bool:

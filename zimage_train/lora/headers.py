@@ -32,7 +32,7 @@ def read_parts(path: Path) -> Parts:
             twice.append(key)
         else:
             parts[parsed[0]][parsed[1]] = key
-    twice += [parts[module]["B"] for module in parts if keys.fused(module) in parts and "B" in parts[module]]
+    twice += [min(found.values()) for module, found in parts.items() if keys.fused(module) in parts]
     broken = [module for module, found in parts.items() if not _is_whole(module, found, tensors)]
     if twice:
         what = f"holds {len(twice)} tensors twice, under two names each, such as {min(twice)}"

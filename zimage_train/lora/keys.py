@@ -6,7 +6,10 @@ of one `attention.qkv`. Within this package a module has diffusers' name, or tha
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+
+from zimage_train.model import native
+from zimage_train.model.native import FUSED, THIRDS
 
 Shape = tuple[int, ...]
 Found = Mapping[str, Shape]
@@ -38,8 +41,6 @@ SUFFIXES = {
     **{f".{part}": part for part in (*LOKR, *LOHA)},
 }
 
-FUSED = "attention.qkv"
-THIRDS = ("attention.to_q", "attention.to_k", "attention.to_v")
 _IN_A_BLOCK = (*THIRDS, FUSED, "attention.to_out.0", *(f"feed_forward.w{i}" for i in (1, 2, 3)), "adaLN_modulation.0")
 _OUTSIDE = (
     "all_x_embedder.2-1",
@@ -49,17 +50,12 @@ _OUTSIDE = (
     "t_embedder.mlp.0",
     "t_embedder.mlp.2",
 )
-_BLOCK = re.compile(r"((?:layers|noise_refiner|context_refiner)_\d+)_(.+)")
-_NATIVE = (
-    ("attention.to_out.0", "attention.out"),
-    ("all_x_embedder.2-1", "x_embedder"),
-    ("all_final_layer.2-1", "final_layer"),
-)
-"""diffusers' name and that in ComfyUI's own model, where they differ but for the fused one."""
+_OLD = {f"attention.to.{part}": f"attention.to_{part}" for part in "qkv"} | {"attention.to_out": "attention.to_out.0"}
+_BLOCK = re.compile(r"(layers|noise_refiner|context_refiner)[._](\d{1,4})[._](.+)")
 
 
 def parse(key: str) -> tuple[str, str] | None:
-    """(module, part) of a key of a LoRA file; None for a key of another kind."""
+    """(module, part) of a key of a LoRA file; None for a key that is of no linear module of Z-Image."""
     suffix = next((suffix for suffix in SUFFIXES if key.endswith(suffix)), None)
     if suffix is None:
         return None
@@ -67,15 +63,13 @@ def parse(key: str) -> tuple[str, str] | None:
     for prefix in (*PREFIXES, *UNDERSCORED):
         is_underscored = is_underscored or (prefix in UNDERSCORED and name.startswith(prefix))
         name = name.removeprefix(prefix)
-    module = _dotted(name) if is_underscored else _diffusers_name(name)
+    module = _known(name, underscored if is_underscored else str)
     return None if module is None else (module, SUFFIXES[suffix])
 
 
 def native_name(module: str) -> str:
     """What ComfyUI's own model calls `module`; q, k and v have none of their own there."""
-    for ours, theirs in _NATIVE:
-        module = module.replace(ours, theirs)
-    return module
+    return native.to_native(module)[0] if fused(module) is None else module
 
 
 def underscored(module: str) -> str:
@@ -109,7 +103,7 @@ def kind_of(found: Found) -> str | None:
         return "DoRA" if found[MAGNITUDE] in ((outputs,), (outputs, 1), (1, inputs)) else None
     if names == set(LOHA):
         pairs = [(found[f"hada_w{i}_a"], found[f"hada_w{i}_b"]) for i in (1, 2)]
-        same_size = len({(a[:1], b[1:]) for a, b in pairs}) == 1
+        same_size = len({(a[:1], b) for a, b in pairs}) == 1
         return "LoHa" if same_size and all(_are_factors(a, b) for a, b in pairs) else None
     if names and names <= set(LOKR) and all(_side(found, side) for side in ("lokr_w1", "lokr_w2")):
         return "LoKr"
@@ -180,19 +174,10 @@ def _side(found: Found, side: str) -> Shape | None:
     return None
 
 
-def _dotted(name: str) -> str | None:
-    """diffusers' name of a module whose dots became underscores."""
-    block, rest, known = "", name, _OUTSIDE
-    if match := _BLOCK.fullmatch(name):
-        group, _, number = match[1].rpartition("_")
-        block, rest, known = f"{group}.{number}.", match[2], _IN_A_BLOCK
-    spelled = {underscored(spelling): module for module in known for spelling in (native_name(module), module)}
-    spelled |= {"attention_to_out": "attention.to_out.0"} if block else {}
-    return block + spelled[rest] if rest in spelled else None
-
-
-def _diffusers_name(name: str) -> str:
-    """diffusers' name of a module that may have that of ComfyUI's own model, or a spelling of old trainers."""
-    name = re.sub(r"\.attention\.to\.([qkv])$", r".attention.to_\1", name)
-    name = re.sub(r"\.attention\.(?:to_)?out$", ".attention.to_out.0", name)
-    return re.sub(r"^(x_embedder|final_layer)(?=\.|$)", r"all_\1.2-1", name)
+def _known(name: str, spelled: Callable[[str], str]) -> str | None:
+    """diffusers' name of a linear module in any of its spellings; None: Z-Image has none of that name."""
+    match = _BLOCK.fullmatch(name)
+    block, rest, known = (f"{match[1]}.{match[2]}.", match[3], _IN_A_BLOCK) if match else ("", name, _OUTSIDE)
+    spellings = {spelled(one): module for module in known for one in (native_name(module), module)}
+    spellings |= {spelled(old): module for old, module in _OLD.items()} if match else {}
+    return block + spellings[rest] if rest in spellings else None

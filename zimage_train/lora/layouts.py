@@ -1,6 +1,7 @@
 """The layouts that LoRA files of Z-Image come in, written so that the way there and back changes no bit.
 
-Nothing is scaled: each layout has a place for alpha, so that no factor has to be rounded again.
+Nothing is scaled: each layout has a place for alpha, so that no factor has to be rounded again. There is one exception:
+q, k and v that differ in alpha / rank have room for one where they are fused.
 """
 
 from collections.abc import Mapping
@@ -11,10 +12,11 @@ import torch
 from torch import Tensor
 
 from zimage_train.errors import Problem, WeightsError
-from zimage_train.lora import alphas, fused, keys
-from zimage_train.lora.files import Changes
+from zimage_train.lora import alphas, fused, keys, memos
+from zimage_train.lora.files import Changes, kind_of
 from zimage_train.lora.fused import CannotFuse, Change
 from zimage_train.lora.keys import MAGNITUDE
+from zimage_train.lora.memos import Memo
 from zimage_train.lora.metadata import STALE
 
 
@@ -87,7 +89,7 @@ def spell(
     layout = LAYOUTS[target]
     _require_kinds(path, changes, target)
     kept = {key: value for key, value in metadata.items() if key not in STALE}
-    named = _fused(path, changes, target) if layout.is_native else changes
+    named, ranks = _fused(path, changes, target) if layout.is_native else (changes, {})
     tensors: dict[str, Tensor] = {}
     for module, change in named.items():
         native = keys.native_name(module) if layout.is_native else module
@@ -95,20 +97,15 @@ def spell(
         factors = {part: tensor for part, tensor in change.items() if part != "alpha"}
         tensors |= {f"{name}.{_suffix(part, layout)}": _stored(part, one, layout) for part, one in factors.items()}
         tensors |= _alpha(name, change, layout)
-    if layout.alpha == "header" and (header := _header(named)):
+    if layout.alpha == "header" and (header := _header(path, named)):
         kept[alphas.KEY] = header
-    return tensors, kept
-
-
-def kind_of(change: Change) -> str:
-    """`LoRA`, `DoRA`, `LoKr` or `LoHa`."""
-    kind = keys.kind_of({part: tuple(tensor.shape) for part, tensor in change.items()})
-    assert kind is not None, "what was read is whole"
-    return kind
+    had_alpha = any("alpha" in change for change in changes.values())
+    says_alpha = alphas.KEY in kept or any(key.endswith(".alpha") for key in tensors)
+    return tensors, kept | {**memos.write(Memo(had_alpha if had_alpha != says_alpha else None, ranks))}
 
 
 def _require_kinds(path: Path, changes: Changes, target: str) -> None:
-    kinds = {module: kind_of(change) for module, change in changes.items()}
+    kinds = {module: str(kind_of(change)) for module, change in changes.items()}
     lost = {module: kind for module, kind in kinds.items() if kind not in LAYOUTS[target].kinds}
     is_by_input = [m for m, c in changes.items() if MAGNITUDE in c and c[MAGNITUDE].dim() > 1]
     if not lost and is_by_input and target == "diffusers":
@@ -120,9 +117,10 @@ def _require_kinds(path: Path, changes: Changes, target: str) -> None:
         raise WeightsError(Problem(str(path), what, f"--to {' or --to '.join(able)}"))
 
 
-def _fused(path: Path, changes: Changes, target: str) -> Changes:
-    """`changes` with q, k and v of each block as one."""
+def _fused(path: Path, changes: Changes, target: str) -> tuple[Changes, dict[str, list[int]]]:
+    """`changes` with q, k and v of each block as one; and the ranks of those whose factors would not tell."""
     found: Changes = {}
+    ranks: dict[str, list[int]] = {}
     for module, change in changes.items():
         whole = keys.fused(module)
         if whole is None:
@@ -130,12 +128,17 @@ def _fused(path: Path, changes: Changes, target: str) -> Changes:
         elif whole not in found:
             split = keys.thirds(whole)
             assert split is not None
+            three = [changes.get(name) for name in split]
             try:
-                found[whole] = fused.fuse([changes.get(name) for name in split])
+                found[whole] = fused.fuse(three)
+                again = fused.split(found[whole])
             except CannotFuse as error:
                 what = f"{error}; the layout {target} knows only the three together"
                 raise WeightsError(Problem(f"{path}: {module}", what, "--to comfyui, or --to musubi")) from None
-    return found
+            widths = [fused.rank_of(one) if one else 0 for one in three]
+            if widths != [fused.rank_of(one) if one else 0 for one in again]:
+                ranks[whole] = widths
+    return found, ranks
 
 
 def _suffix(part: str, layout: Layout) -> str:
@@ -154,18 +157,17 @@ def _alpha(name: str, change: Change, layout: Layout) -> dict[str, Tensor]:
         return {}
     if kind_of(change) == "LoKr":
         return {f"{name}.alpha": change["alpha"]} if "alpha" in change else {}
-    return {f"{name}.alpha": change.get("alpha", torch.tensor(float(_rank(change))))}
+    return {f"{name}.alpha": change.get("alpha", torch.tensor(float(fused.rank_of(change))))}
 
 
-def _rank(change: Change) -> int:
-    return next(change[down].shape[0] for _, down in fused.PAIRS if down in change)
-
-
-def _header(changes: Changes) -> str | None:
+def _header(path: Path, changes: Changes) -> str | None:
     """What diffusers has to be told, if there is anything: any alpha that is not its rank, and that it is a DoRA."""
     is_dora = any(MAGNITUDE in change for change in changes.values())
-    ranks = {module: _rank(change) for module, change in changes.items()}
+    ranks = {module: fused.rank_of(change) for module, change in changes.items()}
     found = {module: float(change.get("alpha", torch.tensor(ranks[module]))) for module, change in changes.items()}
     if not is_dora and all(found[module] == ranks[module] for module in changes):
         return None
+    if wrong := [module for module, alpha in found.items() if not 0 < alpha < alphas.LARGEST_ALPHA]:
+        what = f"{wrong[0]} has an alpha of {found[wrong[0]]:g}, which the layout diffusers cannot say"
+        raise WeightsError(Problem(str(path), what, "--to comfyui, or lora weight to give it another strength"))
     return alphas.to_metadata(ranks, found, is_dora)

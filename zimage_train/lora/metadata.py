@@ -43,7 +43,7 @@ def _adapter_name(config: Config) -> str:
     return "none" if config.model.adapter is None else Path(config.model.adapter).name
 
 
-STALE = ("sshs_model_hash", "sshs_legacy_hash", "lora_adapter_metadata")
+STALE = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256", "lora_adapter_metadata")
 """About the very file that they stand in; kohya's tools make the hashes again where they miss them."""
 TRIGGERS = "modelspec.trigger_phrase"
 

@@ -4,6 +4,7 @@
 rules that name layers, components, or both; of each list the last that matches counts, and the three multiply.
 """
 
+import difflib
 import itertools
 import math
 import re
@@ -20,6 +21,7 @@ GROUPS = {
     "feed_forward": ("w1", "w2", "w3"),
     "adaln": ("adaLN",),
     "adaLN_modulation": ("adaLN",),
+    "all": COMPONENTS,
 }
 PRESETS = {
     "prompt_adherence": ("adaLN", "to_q", "to_k"),
@@ -40,7 +42,8 @@ CURVES: dict[str, Callable[[int, int], float]] = {
 }
 """Factor of layer `index` of the `count` that a rule names: 0 to 1, 1 to 0, half a sine with its top in the middle."""
 
-_BLOCKS = re.compile(r"(layers|noise_refiner|context_refiner|refiners)(?:\.(\d+(?:-\d+)?(?:,\d+(?:-\d+)?)*))?(?=\.|$)")
+_NUMBERS = r"\d{1,4}(?:-\d{1,4})?"
+_BLOCKS = re.compile(rf"(layers|noise_refiner|context_refiner|refiners)(?:\.({_NUMBERS}(?:,{_NUMBERS})*))?(?=\.|$)")
 _BRACES = re.compile(r"\{([^{}]*)\}")
 Range = tuple[int, int]
 
@@ -84,7 +87,8 @@ def parse(text: str, where: str = "--scale") -> Rule:
     """
     selector, equals, amount = text.rpartition("=")
     if not equals or not selector:
-        raise ConfigError(Problem(f"{where} {text}", "has no factor", "write for example layers.0-9=0.5"))
+        what = "says of no module how much" if not equals else "names no module"
+        raise ConfigError(Problem(f"{where} {text}", what, "write for example layers.0-9=0.5; all=0.5 is for all"))
     number, _, curve = amount.rpartition("*") if amount.rpartition("*")[2] in CURVES else (amount, "", "")
     try:
         factor = float(number or 1.0)
@@ -94,10 +98,15 @@ def parse(text: str, where: str = "--scale") -> Rule:
         what = f"{amount!r} is neither a number from -{LARGEST:g} to {LARGEST:g} nor one of {', '.join(CURVES)}"
         raise ConfigError(Problem(f"{where} {text}", what, "write for example layers.0-9=0.5"))
     block, ranges, rest = _block(selector)
+    if backwards := [one for one in ranges if one[0] > one[1]]:
+        low, high = backwards[0]
+        raise ConfigError(Problem(f"{where} {text}", f"{low}-{high} runs backwards", f"write {high}-{low}"))
     components = _components(rest) if rest else None
     if rest and not components:
         what = f"{rest!r} is neither a block nor a component"
-        todo = f"blocks: layers, layers.0-9, refiners; components: {', '.join((*COMPONENTS, *GROUPS, *PRESETS))}"
+        close = difflib.get_close_matches(rest, ["layers", "refiners", *COMPONENTS, *GROUPS, *PRESETS], 1)
+        known = f"layers.0-9, refiners; all, {', '.join(COMPONENTS)}, attention, feed_forward; {', '.join(PRESETS)}"
+        todo = f"did you mean {close[0]}?" if close else f"there are {known}"
         raise ConfigError(Problem(f"{where} {text}", what, todo))
     if curve and block is None:
         raise ConfigError(Problem(f"{where} {text}", "is a curve over no layers", f"write layers={amount}"))
@@ -175,7 +184,7 @@ def _block(selector: str) -> tuple[str | None, tuple[Range, ...], str]:
     if match is None:
         return None, (), selector
     ends = [part.split("-") for part in (match[2] or "").split(",") if part]
-    ranges = tuple((min(map(int, one)), max(map(int, one))) for one in ends)
+    ranges = tuple((int(one[0]), int(one[-1])) for one in ends)
     return match[1], ranges, selector[match.end() :].removeprefix(".")
 
 

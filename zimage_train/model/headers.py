@@ -37,13 +37,16 @@ def read_header(path: Path) -> Header:
     """
     try:
         size = path.stat().st_size
+        if not path.is_file():
+            what = "is a folder" if path.is_dir() else "is no regular file"
+            raise WeightsError(Problem(str(path), what, "give the .safetensors file itself"))
         with open(path, "rb") as file:
             start = file.read(8)
             length = int.from_bytes(start, "little")
             if len(start) < 8 or not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
                 raise WeightsError(Problem(str(path), _what_is(start + file.read(64), size), "get the file again"))
             header = json.loads(file.read(length))
-        metadata = header.pop("__metadata__", {})
+        metadata = header.pop("__metadata__", None) or {}
         tensors = {name: TensorInfo(path, item["dtype"], tuple(item["shape"])) for name, item in header.items()}
         ends = [item["data_offsets"][1] for item in header.values()]
         expected = 8 + length + max(ends, default=0)
@@ -62,7 +65,7 @@ def read_header(path: Path) -> Header:
         raise WeightsError(Problem(str(path), "does not exist", "check the path")) from None
     except OSError as error:
         raise WeightsError(Problem(str(path), f"cannot be read ({error.strerror})", "check the path")) from None
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
         raise WeightsError(Problem(str(path), "is not a safetensors file, or damaged", "get the file again")) from None
     if size != expected:
         what = f"{size:,} bytes instead of {expected:,}: cut off or overwritten"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from zimage_train.config.schema import Model
 from zimage_train.errors import Problem, WeightsError, ZImageTrainError, collected
-from zimage_train.model import shapes
+from zimage_train.model import native, shapes
 from zimage_train.model.headers import TensorInfo, read_header, read_json, read_sharded
 from zimage_train.model.shapes import TransformerShape
 from zimage_train.model.variants import ADAPTERS, VARIANTS
@@ -82,14 +82,14 @@ def locate(model: Model, fetch: Fetch | None = None) -> Sources:
     return Sources(found.transformer, found.extras, found.adapter)
 
 
-def other_transformer(name: str, fetch: Fetch | None = None) -> Path:
-    """The transformer that `sample.also` names: a variant, a folder, a file or a hub id.
+def transformer_at(name: str, where: str, fetch: Fetch | None = None) -> Path:
+    """The transformer alone that the setting `where` names: a variant, a folder, a file or a hub id.
 
     Raises:
         WeightsError: it cannot be found.
     """
     known = VARIANTS.get(name)
-    return _transformer(known.transformer if known else name, "sample.also", fetch or download)
+    return _transformer(known.transformer if known else name, where, fetch or download)
 
 
 def transformer_tensors(path: Path) -> tuple[TransformerShape, dict[str, TensorInfo]]:
@@ -121,37 +121,11 @@ def transformer_tensors(path: Path) -> tuple[TransformerShape, dict[str, TensorI
 def native_names(name: str) -> list[tuple[str, int | None]]:
     """diffusers' name(s) of a tensor in a single file, each with the third of a fused tensor that it is.
 
-    Takes the ComfyUI layout (fused `attention.qkv`, `x_embedder`, ...), with or without a
-    `model.diffusion_model.` prefix, and diffusers' own. Source: diffusers' single-file conversion for Z-Image.
+    Takes the ComfyUI layout, with or without a `model.diffusion_model.` prefix, and diffusers' own.
     """
     for prefix in ("model.diffusion_model.", "diffusion_model."):
         name = name.removeprefix(prefix)
-    if name == "norm_final.weight":  # an unused leftover in some native files
-        return []
-    if ".attention.qkv." in name:
-        return [(name.replace(".qkv.", f".{part}."), index) for index, part in enumerate(("to_q", "to_k", "to_v"))]
-    for old, new in ((".attention.out.", ".attention.to_out.0."), (".q_norm.", ".norm_q."), (".k_norm.", ".norm_k.")):
-        name = name.replace(old, new)
-    for native in ("x_embedder.", "final_layer."):
-        if name.startswith(native):
-            name = f"all_{native.removesuffix('.')}.2-1.{name.removeprefix(native)}"
-    return [(name, None)]
-
-
-def native_name(name: str) -> tuple[str, int | None]:
-    """What the ComfyUI layout calls the tensor `name` of ours, and the third of a fused one that it is there."""
-    for index, part in enumerate(("to_q", "to_k", "to_v")):
-        if f".attention.{part}." in name:
-            return name.replace(f".{part}.", ".qkv."), index
-    for new, old in (
-        (".attention.to_out.0.", ".attention.out."),
-        (".norm_q.", ".q_norm."),
-        (".norm_k.", ".k_norm."),
-        ("all_x_embedder.2-1.", "x_embedder."),
-        ("all_final_layer.2-1.", "final_layer."),
-    ):
-        name = name.replace(new, old)
-    return name, None
+    return [] if name == "norm_final.weight" else native.from_native(name)  # an unused leftover in some files
 
 
 def _transformer(name: str, where: str, fetch: Fetch) -> Path:

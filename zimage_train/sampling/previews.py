@@ -33,8 +33,8 @@ def render(
         return []
     model = frozen.model
     was_training = model.training
-    batches = _batches(recipes, at_once)
-    total = sum(batch[0].steps for batch in batches)
+    together = batches(recipes, at_once)
+    total = sum(batch[0].steps for batch in together)
     done = 0
 
     def step(index: int, steps: int) -> None:
@@ -45,7 +45,7 @@ def render(
     model.eval()
     try:
         with original(frozen, also):
-            latents = [one for batch in batches for one in denoise(model, batch, embeds, step).split(1)]
+            latents = [one for batch in together for one in denoise(model, batch, embeds, step).split(1)]
     finally:
         model.train(was_training)
     decoder = vae.load(extras, model.device, model.dtype)
@@ -56,7 +56,9 @@ def render(
     return images
 
 
-def _batches(recipes: Sequence[Recipe], at_once: int) -> list[list[Recipe]]:
+def batches(recipes: Sequence[Recipe], at_once: int) -> list[list[Recipe]]:
+    """Those that go through the model together: neighbours that differ in prompts and seed alone."""
+
     def alike(recipe: Recipe) -> tuple[float, ...]:
         return recipe.width, recipe.height, recipe.steps, recipe.guidance, recipe.shift
 

@@ -15,7 +15,7 @@ from zimage_train.config import reading
 from zimage_train.config.schema import Prompt
 from zimage_train.errors import ConfigError, Problem, ZImageTrainError, collected, raise_all
 
-OPTION = re.compile(r"\s--([a-z]+)\s+")
+OPTION = re.compile(r"\s--([A-Za-z_]+)(?=\s|$)")
 OPTIONS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "n": ("negative", str),
     "w": ("width", int),
@@ -65,12 +65,15 @@ def _from_line(where: str, line: str) -> Wish:
     given: dict[str, Any] = {}
     for name, text in zip(rest[::2], rest[1::2], strict=True):
         if name not in OPTIONS:
-            raise ConfigError(Problem(where, f"has the option --{name}", f"there are --{', --'.join(OPTIONS)}"))
+            todo = f"there are --{', --'.join(OPTIONS)}; write a word of the prompt without --"
+            raise ConfigError(Problem(where, f"has the option --{name}", todo))
         key, take = OPTIONS[name]
         try:
             given[key] = take(text.strip())
         except ValueError:
             raise ConfigError(Problem(where, f"--{name} is {text.strip()!r}", "give a number")) from None
+    if not prompt.strip():
+        raise ConfigError(Problem(where, "has options and no prompt", "write the prompt before them"))
     return Wish(prompt.strip(), given)
 
 

@@ -37,6 +37,12 @@ class Recipe:
         """One line that holds all of it."""
         return json.dumps(asdict(self), ensure_ascii=False)
 
+    def in_short(self) -> str:
+        """One line for a terminal."""
+        prompt = self.prompt if len(self.prompt) <= 60 else f"{self.prompt[:57]}..."
+        size = f"{self.width}x{self.height}"
+        return f"{size}, {self.steps} steps, guidance {self.guidance:g} (CFG {self.guidance + 1:g}), {prompt!r}"
+
     def describe(self) -> str:
         """One line for picture metadata and reports, with guidance in both conventions."""
         return (

@@ -1,6 +1,5 @@
 """What a run leaves on disk beside its metrics: checkpoints, exported LoRAs, previews, the report."""
 
-import contextlib
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -99,10 +98,11 @@ def preview(run: Run, step: int, events: Records) -> None:
 
 
 def draw(run: Run, view: View, step: int) -> None:
-    """Render and write what is missing of one view."""
+    """Render and write what is missing of one view, with the LoRA as a file of it holds it."""
     missing = view.missing(step)
     averaged = run.config.sample.weights == "ema" and run.ema is not None
-    with run.attached.holding(run.ema.shadow) if averaged and run.ema else contextlib.nullcontext():
+    trained = run.attached.factors(run.ema.shadow if averaged and run.ema else None)
+    with run.attached.holding(lora_files.rounded(trained, run.config.save.dtype)):
         images = render(
             run.frozen,
             run.extras,
