@@ -150,6 +150,7 @@ LATE = {
     ("optim", "transformers"): "slow to import; only adafactor needs it",
     ("optim", PACKAGE): "prodigy8bit needs bitsandbytes",
     ("model.quantize", "bitsandbytes"): "as there; only nf4 needs it",
+    ("lora.blending", "peft"): "slow to import; an exact sum needs nothing of it",
     ("lora.loaders", "diffusers"): "only the check of an export needs diffusers' loader",
     ("report.trackers", "torch"): "the TensorBoard writer is slow to import and may be off",
     ("report.trackers", "wandb"): "an optional dependency: works without it until it is asked for",

@@ -619,3 +619,43 @@ def test_a_rule_for_all_files_may_name_nothing_in_one_of_them(tmp_path: Path):
     assert code == 2 and "no rule names any of its 14 modules" in said
     assert lora_command("merge", f"{one}=0.5", "--scale", "all=0.5", "-o", out, "--force")[0] == 0
     assert close(files.read(out), [(files.read(one), 0.25)], 1e-6)
+
+
+def test_a_model_and_a_lora_are_not_taken_for_each_other(tmp_path: Path):
+    baked = tmp_path / "baked.safetensors"
+    assert lora_command("bake", mini.TURBO, "--lora", mini.ADAPTER, "--to", "comfyui", "-o", baked)[0] == 0
+    for command in (["inspect", baked], ["merge", f"{baked}=1", "-o", tmp_path / "x.safetensors"]):
+        code, said = lora_command(*command)
+        assert code == 4 and "it is a whole model: give it as MODEL, or make a LoRA of what it changes" in said
+    code, said = lora_command("extract", mini.ADAPTER, mini.TURBO, "-o", tmp_path / "x.safetensors")
+    assert code == 4 and "is a LoRA, no transformer; give a model, or this as --lora" in said
+
+
+def test_a_resize_keeps_the_precision_and_does_not_pretend_to_add(tmp_path: Path):
+    code, said = lora_command("resize", mini.ADAPTER, "--rank", "2", "-o", tmp_path / "x.safetensors")
+    assert code == 0 and "in bf16, rounded by up to" in said
+    code, said = lora_command("resize", mini.ADAPTER, "--rank", "4", "-o", tmp_path / "y.safetensors")
+    assert code == 2 and "--rank: is 4, and" in said and "has rank 4 already" in said
+
+
+def test_a_folder_beside_a_run_is_told_from_it(tmp_path: Path):
+    run = tmp_path / "runs" / "x"
+    (run / "lora").mkdir(parents=True)
+    (run / "config.yaml").write_text("name: x\n")
+    for folder in (run / "lora", tmp_path / "runs"):
+        code, said = lora_command("ema", folder, "-o", tmp_path / "m.safetensors")
+        assert code == 2 and f"is no run folder: it has no config.yaml; did you mean {run}?" in said
+
+
+def test_a_merge_keeps_what_those_that_say_it_agree_on(tmp_path: Path):
+    tensors = load_file(write(tmp_path / "a.safetensors", random_lora()))
+    save_file(
+        tensors, tmp_path / "a.safetensors", {"ss_base_model_version": "zimage", "modelspec.title": "a", "x": "1"}
+    )
+    save_file(tensors, tmp_path / "b.safetensors", {"x": "2"})
+    out = tmp_path / "m.safetensors"
+    assert (
+        lora_command("merge", f"{tmp_path / 'a.safetensors'}=1", f"{tmp_path / 'b.safetensors'}=1", "-o", out)[0] == 0
+    )
+    found = metadata_of(out)
+    assert found["ss_base_model_version"] == "zimage" and not found.keys() & {"modelspec.title", "x"}

@@ -21,7 +21,7 @@ from zimage_train.app import given
 from zimage_train.app.given import WeightedLora
 from zimage_train.assemble import Frozen, assemble
 from zimage_train.config.schema import Config, Model
-from zimage_train.errors import ConfigError, Problem, ZImageTrainError, collected, raise_all
+from zimage_train.errors import ConfigError, Problem, WeightsError, ZImageTrainError, collected, raise_all
 from zimage_train.lora import arithmetic, swap
 from zimage_train.lora.files import Lora
 from zimage_train.memory import Form, Job
@@ -117,8 +117,19 @@ def located(model: Model) -> tuple[Sources, TransformerShape]:
     Raises:
         WeightsError: a part of it is not to be had, or is something else.
     """
-    found = sources.locate(model.model_copy(update={"adapter": None}))
+    try:
+        found = sources.locate(model.model_copy(update={"adapter": None}))
+    except WeightsError as error:
+        raise type(error)(*map(_as_options, error.problems)) from None
     return found, sources.transformer_tensors(found.transformer)[0]
+
+
+def _as_options(problem: Problem) -> Problem:
+    """`problem` of a setting as one of the option that stands for it here."""
+    if problem.where.startswith("model.extras"):
+        what = f"the text encoder and VAE of {problem.where.removeprefix('model.extras').lstrip(': ')} {problem.what}"
+        return Problem("--extras", what, "give a folder or hub id that has them")
+    return Problem(problem.where.replace("model.path", "MODEL"), problem.what, problem.todo)
 
 
 def load(

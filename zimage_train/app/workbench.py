@@ -6,9 +6,11 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from zimage_train import files, tensorfile
 from zimage_train.app import compare
@@ -144,10 +146,19 @@ def resize(path: Path, rank: int | None, energy: float, output: Output) -> list[
     output.require_free(path)
     source = read(path)[0]
     before = rank_said(source.lora)
+    if rank is not None and rank >= max(ranks_of(source.lora)):
+        todo = "no rank adds what is not there; lora convert copies it"
+        raise ConfigError(Problem("--rank", f"is {rank}, and {path} has rank {before} already", todo))
     small, kept = reduced(source.lora, rank, energy, output)
     facts = {"from": source.facts(), "rank": rank, "energy": energy}
     made = metadata.edited("resize", [source.metadata], facts, ranks_of(small))
-    return [f"rank {before} -> {rank_said(small)}: {kept}", *written(small, output, made)]
+    dtype = as_is(source) if output.dtype == "auto" else output.dtype
+    return [f"rank {before} -> {rank_said(small)}: {kept}", *written(small, replace(output, dtype=dtype), made)]
+
+
+def as_is(source: Source) -> str:
+    """The precision of a file that is nothing but smaller: that of the one it was made of."""
+    return "fp32" if any(one.a.dtype == torch.float32 for one in source.lora.values()) else "bf16"
 
 
 def saves(given: Sequence[Path]) -> list[Path]:
@@ -159,11 +170,19 @@ def saves(given: Sequence[Path]) -> list[Path]:
     found: list[Path] = []
     for path in given:
         if path.is_dir():
+            _require_run(path)
             run = RunFolder(path, compare.settings_of(path)["name"])
             found += [one for one in sorted(run.lora().parent.glob("*.safetensors")) if one.stem.startswith(run.name)]
         else:
             found.append(path)
     return found
+
+
+def _require_run(folder: Path) -> None:
+    if not (folder / "config.yaml").exists():
+        near = [one for one in (folder.parent, *sorted(folder.glob("*"))) if (one / "config.yaml").exists()]
+        todo = f"did you mean {near[0]}?" if near else "give output/NAME of a run, or LoRA files"
+        raise ConfigError(Problem(str(folder), "is no run folder: it has no config.yaml", todo))
 
 
 def ema(paths: Sequence[Path], decay: float | None, sigma_rel: float | None, output: Output) -> list[str]:

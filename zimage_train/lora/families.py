@@ -34,4 +34,6 @@ def advice(keys: Iterable[str]) -> str:
     for name, pattern in KINDS:
         if any(pattern.search(key) for key in found):
             return f"it looks like {name}, which is not read here"
-    return "is it a LoRA of Z-Image?"
+    if any(key.endswith("attention_norm1.weight") for key in found):
+        return "it is a whole model: give it as MODEL, or make a LoRA of what it changes with lora extract"
+    return "is it a LoRA of Z-Image?" if found else "a part of it is missing or of another file; get the file again"

@@ -45,6 +45,8 @@ def _adapter_name(config: Config) -> str:
 
 STALE = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256", "lora_adapter_metadata")
 """About the very file that they stand in; kohya's tools make the hashes again where they miss them."""
+OF_ONE = ("modelspec.title", "ss_output_name", "ss_steps")
+"""What one LoRA is called, and not what it is for."""
 TRIGGERS = "modelspec.trigger_phrase"
 
 
@@ -52,9 +54,10 @@ def edited(
     command: str, sources: Sequence[Mapping[str, str]], facts: Mapping[str, Any], ranks: Iterable[int]
 ) -> dict[str, str]:
     """The header of a LoRA that `command` made of others with these headers: what they agree on, and `facts`."""
-    first = sources[0]
-    metadata = {key: value for key, value in first.items() if all(one.get(key) == value for one in sources)}
-    metadata = {key: value for key, value in metadata.items() if key not in STALE} | {"format": "pt"}
+    said = {key: {one[key] for one in sources if key in one} for source in sources for key in source}
+    agreed = {key: values for key, values in said.items() if len(values) == 1 and key not in STALE}
+    of_all = {key for key in agreed if key not in OF_ONE or all(key in one for one in sources)}
+    metadata = {key: next(iter(agreed[key])) for key in of_all} | {"format": "pt"}
     triggers = [text for one in sources for text in one.get(TRIGGERS, "").split(", ") if text]
     if triggers:
         metadata[TRIGGERS] = ", ".join(dict.fromkeys(triggers))

@@ -107,6 +107,8 @@ def transformer_tensors(path: Path) -> tuple[TransformerShape, dict[str, TensorI
         tensors = raw
     else:
         raw = read_header(path).tensors
+        if any(".lora_" in name for name in raw):
+            raise WeightsError(Problem(str(path), "is a LoRA, no transformer", "give a model, or this as --lora"))
         tensors = {}
         for name, info in raw.items():
             for new_name, _ in native_names(name):
