@@ -107,7 +107,7 @@ LAYERS: list[list[str]] = [
         "training.loop app.train",
         "training.setup app.train",
         "app.timesteps app.lora app.check",
-        "app.init",
+        "app.init app.doctor",
         "training.run_folder app.compare app.workbench app.merging",
         "app.sample app.workbench app.checkpoints",
     ],
@@ -129,7 +129,7 @@ TORCH_FREE = [
         "lora.families lora.keys lora.names lora.headers lora.metadata lora.alphas lora.memos lora.rules",
         "sampling.prompts sampling.recipe sampling.workflow report.metrics report.console report.pictures",
         "report.change report.page report.heatmap report.trackers measured cards memory flops planner mini.world",
-        "preflight forecast app.check app.init training.stopping training.run_folder training.views",
+        "preflight forecast app.check app.init app.doctor training.stopping training.run_folder training.views",
         "config.recipes cli_start printing cli_lora cli __main__",
     )
     for module in line.split()
@@ -143,6 +143,9 @@ LATE = {
     ("cli", "json"): "only for --json",
     ("cli_lora", PACKAGE): "as cli",
     ("cli_start", PACKAGE): "as cli",
+    ("app.doctor", "torch"): "verdicts are made without it",
+    ("app.doctor", "huggingface_hub"): "as torch",
+    ("app.doctor", PACKAGE): "as torch",
     ("seeding", "torch"): "keys are used without torch; only a generator needs it",
     ("model.sources", "huggingface_hub"): "local paths never need the hub",
     ("optim", "bitsandbytes"): "an optional dependency: works without it until it is asked for",

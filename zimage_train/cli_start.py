@@ -68,6 +68,17 @@ def init(
     print_lines([*said, *starting.write(output or Path(f"{run}.yaml"), own, answers, force)])
 
 
+@start_commands.command()
+def doctor() -> None:
+    """Say whether this machine can train, what is in the way, and what to do; asks nobody on the network."""
+    from zimage_train.app import doctor as examining
+
+    lines, can_train = examining.report(examining.gather())
+    print_lines(lines)
+    if not can_train:
+        raise typer.Exit(2)
+
+
 def _answers(
     asks: bool, kind: str | None, variant: str | None, trigger: str | None, likely: str | None, gpu: str | None
 ) -> "Answers":

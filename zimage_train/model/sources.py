@@ -224,6 +224,15 @@ def cached_only(repository: str, revision: str | None, patterns: list[str]) -> P
     return _snapshot(repository, revision, patterns, local_only=True)
 
 
+def is_here(repository: str, patterns: list[str]) -> bool:
+    """Whether a snapshot of `repository` with something of each of `patterns` is on this machine."""
+    try:
+        folder = cached_only(repository, None, patterns)
+    except NotDownloaded:
+        return False
+    return all(any(folder.glob(pattern)) for pattern in patterns)
+
+
 def _snapshot(repository: str, revision: str | None, patterns: list[str], local_only: bool) -> Path:
     from huggingface_hub import snapshot_download
 
