@@ -124,7 +124,7 @@ def test_every_command_of_the_readme_runs(tmp_path: Path, shared_cache: Path, mo
         program, *words = shlex.split(command)
         assert program == "zimage-train", command
         words = [words_for.get(word, word) for word in words]
-        if words[0] in ("train", "check", "cache", "timesteps", "sweep"):
+        if words[0] in ("train", "check", "cache", "timesteps", "sweep", "download"):
             words += options
         if words[0] == "lora" and words[-1] == words_for["OUT.safetensors"]:
             words.append("--force")
@@ -139,7 +139,7 @@ def test_every_command_of_the_readme_runs(tmp_path: Path, shared_cache: Path, mo
         done = CliRunner().invoke(app, words)
         assert done.exit_code == 0 or words == ["doctor"], (command, done.output[-500:], done.exception)
         run.append(command)
-    assert len(run) == 22, run
+    assert len(run) == 23, run
 
 
 def test_pages_speak_of_no_machine():

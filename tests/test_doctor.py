@@ -65,7 +65,7 @@ def test_a_good_machine_has_nothing_to_mend():
         ({"gpus": []}, "bad", "torch for CUDA 13.0 cannot use the card with driver 580.65; update the driver"),
         ({"ram_bytes": 8_000_000_000}, "note", "8.00 GB of main memory; 16 GB let every plan work"),
         ({"locks": False}, "note", "this disk has no file locks (some network volumes)"),
-        ({"downloaded": {"a/b": False}}, "note", "a/b is not on this machine; the first training"),
+        ({"downloaded": {"a/b": False}}, "note", "a/b is not on this machine; zimage-train download turbo"),
         ({"environment": {"HF_HUB_OFFLINE": "1"}}, "note", "HF_HUB_OFFLINE is set to 1"),
         ({"free_bytes": {"/x": 10**9}}, "note", "1.00 GB free in /x; checkpoints and caches want some GB"),
     ],

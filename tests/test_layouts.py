@@ -8,7 +8,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lora_files import TINY, Q, dense, random_lora, relative, write
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -21,6 +20,8 @@ from zimage_train.lora import files, fused, headers, keys, layouts, loaders
 from zimage_train.lora.fused import Change
 from zimage_train.lora.layouts import LAYOUTS
 from zimage_train.model.shapes import TransformerShape
+
+from lora_files import TINY, Q, dense, random_lora, relative, write
 
 ATTENTION = [f"layers.0.attention.to_{part}" for part in "qkv"]
 

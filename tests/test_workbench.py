@@ -8,7 +8,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lora_files import TINY, Q, dense, random_lora, relative, write
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_layouts import converted, lora_command, metadata_of
@@ -19,6 +18,8 @@ from zimage_train.lora import arithmetic, blending, files, rules
 from zimage_train.lora.files import Factors, Lora
 from zimage_train.model import sources, transformer
 from zimage_train.model.shapes import TransformerShape
+
+from lora_files import TINY, Q, dense, random_lora, relative, write
 
 FULL = [name for name in TransformerShape().linears if ".refiner" not in name and name.startswith("layers.")]
 WEIGHTS = st.floats(-2, 2, allow_subnormal=False).filter(lambda one: one == 0 or abs(one) > 1e-3)

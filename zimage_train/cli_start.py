@@ -79,6 +79,31 @@ def doctor() -> None:
         raise typer.Exit(2)
 
 
+@start_commands.command()
+def download(
+    config: Annotated[str, typer.Argument(metavar="CONFIG", help="The YAML file, or turbo, deturbo or base.")],
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=YAML", help="Override a setting. Repeatable.")
+    ] = None,
+) -> None:
+    """Fetch everything that a config reads from the hub, and compare it with the hub's digests.
+
+    Says first how much it is; goes on where it was stopped. For a machine without a GPU that fills a shared disk.
+    """
+    from zimage_train.config.aitoolkit.convert import read_any
+    from zimage_train.config.schema import Model
+
+    if config in BASES and set_:
+        raise ConfigError(Problem("--set", f"is given beside {config}", "give a config"))
+    settings = None if config in BASES else read_any(Path(config), set_ or [])[0]
+    from zimage_train.app import download as downloading
+    from zimage_train.report.console import Console
+
+    model = settings.model if settings else Model.model_validate({"variant": config})
+    also = settings.sample.also if settings else None
+    print_lines(downloading.download(model, also, Console()))
+
+
 def _answers(
     asks: bool, kind: str | None, variant: str | None, trigger: str | None, likely: str | None, gpu: str | None
 ) -> "Answers":

@@ -180,7 +180,11 @@ def _hub(facts: Facts) -> Iterator[Finding]:
         if is_here:
             yield Finding("ok", f"{repository} is on this machine")
         else:
-            yield Finding("note", f"{repository} is not on this machine", "the first training downloads it")
+            yield Finding(
+                "note",
+                f"{repository} is not on this machine",
+                "zimage-train download turbo, or the first training does it",
+            )
     for name, value in facts.environment.items():
         yield Finding("note", f"{name} is set to {value}")
 

@@ -1,0 +1,114 @@
+"""The `download` command: everything that a config reads from the hub, and whether it came whole (torch-free)."""
+
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+from huggingface_hub import constants
+
+from zimage_train import files
+from zimage_train.config.schema import Model
+from zimage_train.errors import ZImageTrainError, collected, raise_all
+from zimage_train.model import hub, sources
+from zimage_train.model.hub import Remote
+from zimage_train.model.sources import Fetch, NotDownloaded
+from zimage_train.report.console import Console
+from zimage_train.sizes import in_words
+
+SPARE_BYTES = 1e9
+"""Left free beside what is downloaded."""
+
+
+class _Recorder:
+    """Stands for the hub where it is only asked what is wanted of it."""
+
+    def __init__(self) -> None:
+        self.wanted: dict[tuple[str, str | None], list[str]] = {}
+
+    def __call__(self, repository: str, revision: str | None, patterns: list[str]) -> Path:
+        self.wanted.setdefault((repository, revision), []).extend(patterns)
+        raise NotDownloaded
+
+
+def wanted(model: Model, also: str | None) -> dict[tuple[str, str | None], list[str]]:
+    """(Repository, revision) -> patterns of the files that `model` reads from the hub, as far as names alone tell.
+
+    Raises:
+        WeightsError: a part is neither here nor on the hub.
+    """
+    recorder = _Recorder()
+    errors = [one for one in _search(model, also, recorder) if not isinstance(one, NotDownloaded)]
+    raise_all(errors)
+    return {key: list(dict.fromkeys(patterns)) for key, patterns in recorder.wanted.items()}
+
+
+def _search(model: Model, also: str | None, fetch: Fetch) -> list[ZImageTrainError]:
+    errors = list(sources.search(model, fetch).errors)
+    if also is not None:
+        with collected(errors):
+            sources.transformer_at(also, "sample.also", fetch)
+    return errors
+
+
+def download(model: Model, also: str | None, console: Console) -> list[str]:
+    """Say what is missing and how much it takes, bring it, and compare all of it with the hub's digests.
+
+    Raises:
+        WeightsError: something cannot be had, or came damaged.
+        DiskError: there is no room for it.
+    """
+    errors: list[ZImageTrainError] = []
+    found: list[Remote] = []
+    for (repository, revision), patterns in wanted(model, also).items():
+        with collected(errors):
+            found += hub.remotes(repository, revision, patterns)
+    raise_all(errors)
+    if not found:
+        raise_all(_search(model, also, sources.cached_only))
+        return ["everything that this reads is on this machine, and nothing of it is from the hub"]
+    console.say("\n".join(_table(found)))
+    needed = sum(one.bytes for one in found if one.local is None)
+    if needed:
+        todo = "free some space, or set HF_HOME to another disk"
+        files.require_space(Path(constants.HF_HUB_CACHE), int(needed + SPARE_BYTES), "the downloads", todo)
+    fetcher = _Fetcher(console)
+    with console.live():
+        errors = _search(model, also, fetcher)
+    raise_all(errors)
+    size = sum(one.bytes for one in fetcher.whole)
+    return [f"{len(fetcher.whole)} files, {in_words(size)}: all here, and what the hub has"]
+
+
+class _Fetcher:
+    """The hub, each of whose files is brought if it is missing and compared with the hub's digest in any case."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self.whole: set[Remote] = set()
+
+    def __call__(self, repository: str, revision: str | None, patterns: list[str]) -> Path:
+        found = hub.remotes(repository, revision, patterns)
+        new = [one for one in found if one not in self.whole]
+        for number, one in enumerate(new, 1):
+            if one.local is None:
+                self._console.tick("downloading", number, len(new), f"{one.path} ({in_words(one.bytes)})")
+            path = one.local or hub.bring(one)
+            self._console.tick("comparing digests", number, len(new), one.path)
+            hub.require_whole(one, path)
+            self.whole.add(one)
+        return sources.download(repository, revision, patterns)  # which notes what the branch is at
+
+
+def _table(found: Iterable[Remote]) -> list[str]:
+    """What is wanted by repository and folder, and what of it is still to come."""
+    whole: Counter[tuple[str, str]] = Counter()
+    absent: Counter[tuple[str, str]] = Counter()
+    for one in found:
+        key = one.repository, one.path.partition("/")[0]
+        whole[key] += one.bytes
+        absent[key] += one.bytes if one.local is None else 0
+    lines = []
+    for (repository, part), size in whole.items():
+        here = "here" if not absent[repository, part] else f"to download: {in_words(absent[repository, part])}"
+        lines.append(f"{repository}  {part}: {in_words(size)}, {here}")
+    return [*lines, f"to download: {in_words(absent.total())} of {in_words(whole.total())}"]
