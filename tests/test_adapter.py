@@ -95,7 +95,7 @@ def rename_one(tensors: dict[str, torch.Tensor]) -> None:
 
 def rename_all(tensors: dict[str, torch.Tensor]) -> None:
     for key in list(tensors):
-        tensors[f"other.{key}"] = tensors.pop(key)
+        tensors[key.replace("layers.", "layers.9")] = tensors.pop(key)
 
 
 def reshape_one(tensors: dict[str, torch.Tensor]) -> None:
