@@ -326,6 +326,16 @@ def test_ties_keeps_the_largest_elects_signs_and_takes_the_mean_of_those_that_ag
     assert torch.allclose(blending.blend("ties", deltas, weights, 0.4, 0, "x"), expected)
 
 
+@pytest.mark.parametrize("density", [0.01, 0.3, 0.999])
+def test_ties_is_that_of_peft(density: float):
+    from peft.utils.merge_utils import ties
+
+    draw = torch.Generator().manual_seed(3)
+    deltas, weights = [torch.randn(40, 30, generator=draw) for _ in range(3)], [0.8, 0.5, 1.0]
+    ours = blending.blend("ties", deltas, weights, density, 0, "x")
+    assert torch.allclose(ours, ties(deltas, torch.tensor(weights), density))
+
+
 def test_dare_draws_by_seed_and_module_and_keeps_the_mean():
     delta = torch.ones(300, 300)
     one = blending.blend("dare_linear", [delta], [0.5], 0.25, 1, "x")

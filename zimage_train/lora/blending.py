@@ -20,7 +20,19 @@ def blend(
     """The changes of one module as one, by `method`; DARE's draws are functions of `seed` and `name` alone."""
     from peft.utils import merge_utils
 
-    methods = {"ties": merge_utils.ties, "dare_ties": merge_utils.dare_ties, "dare_linear": merge_utils.dare_linear}
+    factors = torch.tensor(weights)
+    if method == "ties":
+        trimmed = torch.stack([_largest(change, density) for change in changes])
+        signs = merge_utils.calculate_majority_sign_mask(trimmed, "total")
+        return merge_utils.disjoint_merge(trimmed * factors.view(-1, 1, 1), signs)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(number(seed, "dare", name))
-        return methods[method](list(changes), torch.tensor(weights), density)
+        dare = merge_utils.dare_ties if method == "dare_ties" else merge_utils.dare_linear
+        return dare(list(changes), factors, density)
+
+
+def _largest(change: Dense, density: float) -> Dense:
+    """The share `density` of its values that are largest, and zeros; by selection, which takes a quarter of a sort."""
+    sizes = change.abs().flatten()
+    dropped = sizes.numel() - max(int(density * sizes.numel()), 1)
+    return change * (change.abs() > sizes.kthvalue(dropped).values) if dropped else change
