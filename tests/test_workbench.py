@@ -26,7 +26,7 @@ WEIGHTS = st.floats(-2, 2, allow_subnormal=False).filter(lambda one: one == 0 or
 
 
 def factors_of(texts: list[str]) -> dict[str, float]:
-    """As an independent reading of the rules has it, for the 240 modules of the 6 B model."""
+    """Of the 240 modules of the 6 B model."""
     return rules.weights(rules.parse_all(texts), FULL)
 
 
