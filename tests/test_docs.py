@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from zimage_train.cli import app
 from zimage_train.config.reading import read_config
 from zimage_train.lora import files as lora_files
 
+import vision_models
 from helpers import script
 
 ROOT = Path(__file__).parent.parent
@@ -114,7 +116,9 @@ def test_every_command_of_the_readme_runs(tmp_path: Path, shared_cache: Path, mo
     other = tmp_path / "other.safetensors"
     lora_files.export(other, lora_files.read(Path(lora)), "fp32", {})
     words_for |= {"OTHER": str(other), "OTHER=0.6": f"{other}=0.6", "RUN": str(tmp_path / "quickstart")}
-    words_for["FOLDER"] = str(mini.PICTURES)
+    words_for["FOLDER"] = str(shutil.copytree(mini.PICTURES, tmp_path / "pictures"))
+    next((tmp_path / "pictures").glob("*.txt")).unlink()
+    captioner = vision_models.qwen(tmp_path / "captioner")
     words_for |= {"OUT": str(tmp_path / "baked"), "OUT.safetensors": str(tmp_path / "made.safetensors")}
     words_for["JOB.yaml"] = str(ROOT / "tests" / "aitoolkit_jobs" / "turbo.yaml")
     run = []
@@ -134,12 +138,14 @@ def test_every_command_of_the_readme_runs(tmp_path: Path, shared_cache: Path, mo
             words += ["--dtype", "fp32", "--width", "64", "--height", "64", "-o", str(tmp_path / "drawn")]
         if words[0] == "init":
             words += ["-o", str(tmp_path / "init.yaml")]
+        if words[0] == "caption":
+            words += ["--model", str(captioner)]
         if words[0] == "compare":
             words += ["-o", str(tmp_path / "compared")]
         done = CliRunner().invoke(app, words)
         assert done.exit_code == 0 or words == ["doctor"], (command, done.output[-500:], done.exception)
         run.append(command)
-    assert len(run) == 23, run
+    assert len(run) == 24, run
 
 
 def test_pages_speak_of_no_machine():

@@ -1,5 +1,6 @@
 """The commands before a training: look at pictures, describe them, fetch models, examine the machine."""
 
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -8,6 +9,7 @@ import typer
 
 from zimage_train.cards import CARDS
 from zimage_train.config.recipes import BASES, KINDS
+from zimage_train.data.describing import STYLES
 from zimage_train.errors import ConfigError, Problem
 from zimage_train.printing import print_lines
 
@@ -15,6 +17,8 @@ if TYPE_CHECKING:
     from zimage_train.app.init import Answers
 
 start_commands = typer.Typer(rich_markup_mode=None)
+
+CAPTIONER = "Qwen/Qwen3-VL-4B-Instruct"
 
 FolderPath = Annotated[Path, typer.Argument(metavar="FOLDER", help="The pictures.", show_default=False)]
 
@@ -66,6 +70,45 @@ def init(
     own = starting.particulars(seen, answers, run, miniature)
     said = [] if miniature else starting.advise(seen, answers.kind)
     print_lines([*said, *starting.write(output or Path(f"{run}.yaml"), own, answers, force)])
+
+
+@start_commands.command()
+def caption(
+    folder: FolderPath,
+    model: Annotated[
+        str, typer.Option("--model", help="A vision-language model: a folder, or its name on the hub.")
+    ] = CAPTIONER,
+    style: Annotated[str, typer.Option("--style", help=f"{', '.join(STYLES)}.")] = "sentences",
+    kind: Annotated[
+        str | None, typer.Option("--kind", help=f"{', '.join(KINDS)}: captions leave out what is to be learned.")
+    ] = None,
+    trigger: Annotated[
+        str | None, typer.Option("--trigger", help="A word that every caption shall have; training adds its own.")
+    ] = None,
+    instruction: Annotated[
+        str | None, typer.Option("--instruction", help="What to ask the model, instead of the style's own text.")
+    ] = None,
+    extension: Annotated[str, typer.Option("--extension", help="Of the caption files.")] = ".txt",
+    force: Annotated[bool, typer.Option("--force", help="Write over captions that are there.")] = False,
+) -> None:
+    """Describe every picture that has no caption, with a model on this machine; the same command goes on."""
+    problems = [
+        Problem(option, f"is {value!r}", f"give one of {', '.join(known)}")
+        for option, value, known in (("--kind", kind, KINDS), ("--style", style, STYLES))
+        if value is not None and value not in known
+    ]
+    for option, value in (("--trigger", trigger), ("--instruction", instruction)):
+        if value is not None and not value.strip():
+            problems.append(Problem(option, "is empty", "give a text, or leave the option out"))
+    if not re.fullmatch(r"\.[\w.-]*\w", extension):
+        problems.append(Problem("--extension", f"is {extension!r}", "give one such as .txt"))
+    if problems:
+        raise ConfigError(*problems)
+    from zimage_train.app import caption as captioning
+    from zimage_train.report.console import Console
+
+    wanted = captioning.Wanted(model, style, kind, trigger and trigger.strip(), instruction, extension, force)
+    print_lines(captioning.caption(folder, wanted, Console()))
 
 
 @start_commands.command()

@@ -61,11 +61,12 @@ def look(folder: Path, tick: Tick) -> Seen:
     Raises:
         DataError: there is no such folder, or nothing in it can be used.
     """
-    scan = folders.scan(Data(folder=str(folder)), "data.0", tick=tick)
+    # Placeholders in captions stand for a trigger that is yet to be chosen.
+    scan = folders.scan(Data(folder=str(folder), trigger="any"), "data.0", tick=tick)
     problems = [problem for error in scan.errors for problem in error.problems]
     if not scan.pictures:
         raise scan.errors[0]
-    own = [picture.prompts[0] for picture in scan.pictures if picture.prompts[0]]
+    own = [picture.own[0] for picture in scan.pictures if picture.own]
     notes = [note for note in scan.notes if "no caption of their own" not in note]
     return Seen(str(folder), scan.pictures, own, notes, problems)
 

@@ -43,6 +43,8 @@ class Picture:
     thumbnail: str = ""
     repeats: int = 1
     mask: Mask | None = None
+    own: tuple[str, ...] = ()
+    """Its captions as they are written, without trigger and default; empty: it has none."""
 
     @property
     def longest(self) -> str:
@@ -118,7 +120,10 @@ def _picture(source: _Source, look: Look, entry: Data, where: str, mask: Mask | 
         what = f"its caption has {captions.PLACEHOLDER}, but no trigger is set"
         todo = "take it out: these pictures show the class" if entry.regularisation else f"set {where}.trigger"
         raise DataError(Problem(str(source.path), what, todo))
-    return Picture(source.path, look.digest, look.width, look.height, prompts, look.thumbnail, source.repeats, mask)
+    own = tuple(text for text in source.captions if text)
+    return Picture(
+        source.path, look.digest, look.width, look.height, prompts, look.thumbnail, source.repeats, mask, own
+    )
 
 
 def _from_folder(entry: Data, where: str, result: Scan) -> list[_Source]:

@@ -92,6 +92,16 @@ def transformer_at(name: str, where: str, fetch: Fetch | None = None) -> Path:
     return _transformer(known.transformer if known else name, where, fetch or download)
 
 
+def repository(name: str, where: str, patterns: list[str], fetch: Fetch | None = None) -> Path:
+    """The folder `name`, or the snapshot of the hub repository of that name, with the files that meet `patterns`.
+
+    Raises:
+        WeightsError: it is neither, or cannot be had.
+    """
+    path = Path(name)
+    return path if path.is_dir() else _fetched(name, where, patterns, fetch or download)
+
+
 def transformer_tensors(path: Path) -> tuple[TransformerShape, dict[str, TensorInfo]]:
     """The transformer's shape and its tensors under diffusers' names, from headers alone.
 

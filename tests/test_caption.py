@@ -1,0 +1,293 @@
+"""`caption`: by models of the real classes with random weights; what they say is nonsense, and all around it is not."""
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from typer.testing import CliRunner
+
+from zimage_train import mini
+from zimage_train.app import caption as captioning
+from zimage_train.app.caption import Wanted
+from zimage_train.cli import app
+from zimage_train.data import captions, describing
+from zimage_train.data.describing import STYLES
+from zimage_train.errors import ConfigError, DataError, WeightsError, ZImageTrainError
+from zimage_train.model import vision
+from zimage_train.report.console import Console
+
+import vision_models
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory) -> Path:
+    return vision_models.qwen(tmp_path_factory.mktemp("qwen"))
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for path in sorted(mini.PICTURES.glob("*.png"))[:4]:
+        shutil.copy(path, folder)
+    return folder
+
+
+def run(*words: str | Path) -> tuple[int, str]:
+    done = CliRunner().invoke(app, [*map(str, words)])
+    return (getattr(done.exception, "exit_code", 1) if done.exception else 0), done.output + str(done.exception or "")
+
+
+def wanted(model: Path | str, **changes) -> Wanted:
+    usual = {"style": "sentences", "kind": None, "trigger": None, "instruction": None, "extension": ".txt"}
+    return Wanted(model=str(model), **{**usual, "force": False, **changes})
+
+
+def texts(folder: Path) -> dict[str, str]:
+    return {path.name: path.read_text(encoding="utf-8") for path in folder.glob("*.txt")}
+
+
+def images_of(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.png"))
+
+
+# What becomes of an answer
+
+
+@pytest.mark.parametrize(
+    ("answer", "caption"),
+    [
+        ("A red fox in tall grass.", "A red fox in tall grass."),
+        ("<think>What is it?\nA fox.</think>\n\nA red fox.", "A red fox."),
+        ("<think>It never came to an end", ""),
+        ("Here is the caption:\n\nA red fox.", "A red fox."),
+        ("Sure! Here's a caption for the picture: A red fox.", "A red fox."),
+        ('"A red fox."', "A red fox."),
+        ("**A red fox**\nin   `grass`.", "A red fox in grass."),
+        ("The image shows a red fox.", "A red fox."),
+        ("This picture depicts two foxes.", "Two foxes."),
+        ("The image quality is poor.", "The image quality is poor."),
+        ("A fox.\x00\x07 Its \ufffdtail.", "A fox. Its tail."),
+        ("  \n ", ""),
+    ],
+)
+def test_of_an_answer_only_the_caption_stays(answer, caption):
+    assert describing.tidy(answer, "sentences", True, None) == caption
+
+
+def test_an_answer_that_was_cut_off_ends_at_its_last_whole_sentence_or_tag():
+    text = "A fox, 3.5 m long. It runs! And then it sud"
+    assert describing.tidy(text, "sentences", False, None) == "A fox, 3.5 m long. It runs!"
+    assert describing.tidy("no end at all", "sentences", False, None) == "no end at all"
+    assert describing.tidy("fox, grass, eveni", "tags", False, None) == "fox, grass"
+
+
+def test_tags_are_lower_case_and_said_once():
+    assert describing.tidy("Fox, grass; fox\n- Evening light., ,", "tags", True, None) == "fox, grass, evening light"
+
+
+@pytest.mark.parametrize(
+    ("answer", "style", "caption"),
+    [
+        ("A photo of zorb at sea.", "sentences", "A photo of zorb at sea."),
+        ("A man at sea.", "sentences", "zorb A man at sea."),
+        ("A zorblike man.", "sentences", "zorb A zorblike man."),
+        ("man, sea", "tags", "zorb, man, sea"),
+        ("", "sentences", ""),
+    ],
+)
+def test_a_trigger_is_in_every_caption_once(answer, style, caption):
+    assert describing.tidy(answer, style, True, "zorb") == caption
+
+
+@given(st.text(), st.sampled_from(list(STYLES)), st.booleans(), st.sampled_from([None, "zorb"]))
+def test_any_answer_becomes_one_line_that_is_read_back_as_it_is(answer, style, is_whole, trigger):
+    text = describing.tidy(answer, style, is_whole, trigger)
+    assert text == captions.clean(text) and text.isprintable()
+    assert text == "" or trigger is None or captions.word(trigger).search(text)
+
+
+@pytest.mark.parametrize("kind", [None, *describing.LEAVE_OUT])
+@pytest.mark.parametrize("style", STYLES)
+def test_the_instruction_names_the_trigger_where_there_is_a_thing_to_call_so(style, kind):
+    text = describing.instruction(style, kind, "zorb")
+    assert text.startswith(STYLES[style].instruction)
+    assert ("zorb" in text) == (kind in ("character", "product", "concept"))
+    assert (kind is None) or describing.LEAVE_OUT[kind] in text
+
+
+def test_every_kind_that_init_knows_has_something_to_leave_out():
+    from zimage_train.config.recipes import KINDS
+
+    assert set(describing.LEAVE_OUT) == set(KINDS)
+
+
+# The models
+
+
+@pytest.mark.parametrize("make", [vision_models.qwen, vision_models.llava])
+def test_a_model_says_the_same_of_the_same_picture_and_something_else_of_another(tmp_path, make):
+    model = vision.load(make(tmp_path), torch.device("cpu"))
+    seen = [Image.open(path).convert("RGB") for path in sorted(mini.PICTURES.glob("*.png"))[:6]]
+    said = [model.answer(image, "Describe.", 12) for image in seen]
+    assert said == [model.answer(image, "Describe.", 12) for image in seen]
+    assert len({text for text, _ in said}) > 1, "it does not look"
+    assert model.answer(seen[0], "Say nothing of the sky.", 12) != said[0], "it does not listen"
+
+
+def test_what_a_qwen_reads_is_what_its_own_processor_makes(qwen):
+    """Only where torchvision is: without it transformers cannot make that processor."""
+    pytest.importorskip("torchvision")
+    from transformers import AutoProcessor
+
+    processor = AutoProcessor.from_pretrained(qwen)
+    image = Image.open(images_of(mini.PICTURES)[0]).convert("RGB").resize((150, 90))
+    content = [{"type": "image", "image": image}, {"type": "text", "text": "Describe."}]
+    there = processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+    here = vision._of_qwen(qwen)[0](image, "Describe.")
+    assert set(here) == set(there)
+    for name in there:
+        assert torch.allclose(torch.as_tensor(here[name]).float(), there[name].float(), atol=0.02), name
+
+
+def test_an_answer_that_comes_to_an_end_is_known_from_one_that_is_cut_off(qwen):
+    model = vision.load(qwen, torch.device("cpu"))
+    image = Image.open(images_of(mini.PICTURES)[0]).convert("RGB")
+    _, is_whole = model.answer(image, "Describe.", 5)
+    assert not is_whole
+    inner = model._model
+    inner.lm_head.weight.data.zero_()  # all words are alike likely, so the first one is taken
+    inner.generation_config.eos_token_id = [7, 0]
+    assert model.answer(image, "Describe.", 5)[1]
+
+
+def test_large_pictures_are_read_smaller_and_keep_their_shape():
+    assert vision._scaled(Image.new("RGB", (4000, 1000))).size == (2048, 512)
+    assert vision._scaled(Image.new("RGB", (640, 480))).size == (640, 480)
+
+
+# The command
+
+
+def test_captions_are_written_for_those_that_have_none(qwen, pictures):
+    first, second, *others = images_of(pictures)
+    own = "  my own words\r\n"
+    first.with_suffix(".txt").write_bytes(own.encode())
+    second.with_suffix(".txt").write_text("\n")
+    said = captioning.caption(pictures, wanted(qwen, trigger="zorb"), Console())
+    found = texts(pictures)
+    assert set(found) == {path.with_suffix(".txt").name for path in (first, second, *others)}
+    assert first.with_suffix(".txt").read_bytes() == own.encode()
+    assert all(re.match(r"zorb .+\n$", text) for name, text in found.items() if name != first.with_suffix(".txt").name)
+    assert said == [f"3 captions written to {pictures}; read them: what they say is learned"]
+
+
+def test_a_second_start_goes_on_and_needs_no_model_where_all_is_done(qwen, pictures):
+    captioning.caption(pictures, wanted(qwen), Console())
+    before = texts(pictures)
+    gone = images_of(pictures)[2].with_suffix(".txt")
+    gone.unlink()
+    captioning.caption(pictures, wanted(qwen), Console())
+    assert texts(pictures) == before, "the same model says the same"
+    said = captioning.caption(pictures, wanted("nowhere/nothing"), Console())
+    assert said == [f"0 captions written to {pictures}"]
+
+
+def test_what_was_written_before_an_interruption_is_there(qwen, pictures, monkeypatch):
+    calls = []
+
+    def answer(self, image, instruction, most):
+        calls.append(instruction)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return "A fox.", True
+
+    monkeypatch.setattr(vision.VisionModel, "answer", answer)
+    with pytest.raises(KeyboardInterrupt):
+        captioning.caption(pictures, wanted(qwen), Console())
+    assert texts(pictures) == {images_of(pictures)[0].with_suffix(".txt").name: "A fox.\n"}
+
+
+def test_force_writes_over(qwen, pictures):
+    file = images_of(pictures)[0].with_suffix(".txt")
+    file.write_text("old")
+    captioning.caption(pictures, wanted(qwen, force=True), Console())
+    assert file.read_text() != "old"
+
+
+def test_tags_and_an_own_instruction_reach_the_model(qwen, pictures, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        vision.VisionModel, "answer", lambda self, image, text, most: asked.append((text, most)) or ("Fox, Sea", True)
+    )
+    captioning.caption(pictures, wanted(qwen, style="tags", instruction="Which animals?"), Console())
+    assert set(asked) == {("Which animals?", STYLES["tags"].most_tokens)}
+    assert set(texts(pictures).values()) == {"fox, sea\n"}
+
+
+def test_captions_with_a_placeholder_for_the_trigger_are_captions(qwen, pictures):
+    for path in images_of(pictures):
+        path.with_suffix(".txt").write_text("[trigger] at sea")
+    assert captioning.caption(pictures, wanted("nowhere/nothing"), Console()) == [f"0 captions written to {pictures}"]
+
+
+def test_bad_pictures_are_named_after_the_good_ones_have_their_captions(qwen, pictures, monkeypatch):
+    _, twin, silent, _ = images_of(pictures)
+    (pictures / "broken.png").write_bytes(b"no picture")
+    Image.open(twin).convert("RGB").transpose(Image.Transpose.ROTATE_90).save(twin.with_suffix(".jpg"))
+    answers = iter(["A fox.", "", "A cat."])
+    monkeypatch.setattr(vision.VisionModel, "answer", lambda *words: (next(answers), True))
+    with pytest.raises(ZImageTrainError) as caught:
+        captioning.caption(pictures, wanted(qwen), Console())
+    assert caught.value.exit_code == DataError.exit_code
+    text = str(caught.value)
+    assert "broken.png" in text and twin.with_suffix(".jpg").name in text and silent.name in text
+    assert sorted(texts(pictures).values()) == ["A cat.\n", "A fox.\n"]
+
+
+@pytest.mark.parametrize("make", ["none", "language", "damaged", "pickle"])
+def test_what_is_no_such_model_is_refused_in_one_line(tmp_path, qwen, pictures, make):
+    model = tmp_path / "model"
+    if make == "language":
+        shutil.copytree(mini.TURBO / "text_encoder", model)
+    elif make == "none":
+        model.mkdir()
+    else:
+        shutil.copytree(qwen, model)
+        weights = model / "model.safetensors"
+        if make == "damaged":
+            weights.write_bytes(weights.read_bytes()[:5000])
+        else:
+            torch.save({}, model / "pytorch_model.bin")
+            weights.unlink()
+    with pytest.raises(WeightsError) as caught:
+        captioning.caption(pictures, wanted(model), Console())
+    assert len(str(caught.value).splitlines()) == 1 and str(model) in str(caught.value)
+    assert texts(pictures) == {}
+
+
+def test_a_model_that_is_too_large_for_the_machine_is_refused_before_it_is_read(qwen, pictures, monkeypatch):
+    monkeypatch.setattr(captioning.accelerator, "here", lambda device: type("Device", (), {"limit_bytes": 1000.0}))
+    monkeypatch.setattr(vision, "load", None)
+    with pytest.raises(ConfigError, match="2B"):
+        captioning.caption(pictures, wanted(qwen), Console())
+
+
+def test_the_command_line(qwen, pictures):
+    code, text = run("caption", pictures, "--model", qwen, "--trigger", "zorb", "--kind", "character")
+    assert code == 0 and "4 captions written" in text and "zorb" in text, text
+    code, text = run("caption", pictures, "--style", "poems", "--kind", "cat", "--trigger", " ", "--extension", "txt")
+    assert code == 2
+    assert [line.split(":")[0] for line in text.splitlines()] == ["--kind", "--style", "--trigger", "--extension"]
+    assert run("caption", pictures / "nothing", "--model", qwen)[0] == 3
