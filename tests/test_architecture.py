@@ -115,7 +115,7 @@ LAYERS: list[list[str]] = [
         "app.sample app.workbench app.checkpoints",
     ],
     # 5: the command line
-    ["printing cli_lora cli", "printing cli_start cli __main__"],
+    ["interruptible printing cli_lora cli", "printing cli_start cli __main__"],
 ]
 """Layers from the bottom. A module imports from lower layers, and from those before it in a line of its own layer."""
 
@@ -136,7 +136,7 @@ TORCH_FREE = [
         "report.change report.page report.heatmap report.trackers measured cards memory flops planner mini.world",
         "preflight forecast app.check app.init app.doctor app.download training.stopping training.run_folder",
         "training.views",
-        "config.recipes cli_start printing cli_lora cli __main__",
+        "config.recipes interruptible cli_start printing cli_lora cli __main__",
     )
     for module in line.split()
 ]

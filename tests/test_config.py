@@ -294,7 +294,7 @@ seed: 2
             "c.yaml:5: train.batch_size: is 'two' (text); expected a whole number",
             "c.yaml:6: lora.rnak: unknown key; did you mean 'rank'?",
             "c.yaml:8: sample.width: 1000 is no multiple of 16; 992 or 1008 would do",
-            "c.yaml:9: sample.every: is 0; expected at least 1",
+            "c.yaml:9: sample.every: is 0; expected at least 1, or null, which is never",
             "--set optimizer.lr=-1: optimizer.lr: is -1; expected more than 0.0",
             "--set save=5: save: is 5; expected a section",
             "c.yaml:10: lr: unknown key; did you mean 'optimizer.lr'?",

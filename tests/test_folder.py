@@ -90,7 +90,7 @@ def test_the_same_picture_twice_is_said(photos: Path):
 
 def test_a_folder_that_is_none_is_an_error(photos: Path):
     assert problems(scanned(photos / "none")) == [
-        f"{photos / 'none'}: does not exist; check data.0.folder (relative to where the command runs)"
+        f"{photos / 'none'}: does not exist; check the path, which is relative to where the command runs"
     ]
     assert "is a file, not a folder" in problems(scanned(photos / "a.jpg"))[0]
 

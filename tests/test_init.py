@@ -1,5 +1,10 @@
 """`init`: from a folder of pictures to a config that holds, with its reasons."""
 
+import os
+import re
+import select
+import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +22,9 @@ from zimage_train.config.recipes import BASES, KINDS, Own
 from zimage_train.data.folder import Picture
 
 from picture_files import noise
+
+ROOT = Path(__file__).parent.parent
+CTRL_C, CTRL_D = "\x03", "\x04"
 
 
 def run(*words: str | Path) -> tuple[int, str]:
@@ -41,16 +49,16 @@ def test_a_config_is_written_from_what_is_there_and_it_holds(tmp_path: Path, mon
     assert code == 0, said
     for line in (
         "my dog 2: 6 pictures; 3 of 6 have captions (sentences, 3 words each)",
-        "sides of squares of their areas: 735 px to 938 px, half of them 938 px or more",
+        "as large as squares of 735 to 938 px, half 938 or more",
         "shapes: 3 landscape, 3 portrait",
         "6 pictures are few for a character: 12 to 30 are usual",
         "3 pictures have no caption and get the trigger alone; `zimage-train caption 'my dog 2'` writes some",
-        "wrote my_dog_lora.yaml",
+        "wrote my_dog_2_lora.yaml",
         "time on one 4090, for 1800 steps",
-        "  zimage-train train my_dog_lora.yaml",
+        "  zimage-train train my_dog_2_lora.yaml",
     ):
         assert line in said, (line, said)
-    config = read_config(tmp_path / "my_dog_lora.yaml")
+    config = read_config(tmp_path / "my_dog_2_lora.yaml")
     entry, texts = config.data[0], [one.prompt for one in config.sample.prompts]
     assert (entry.folder, entry.trigger, entry.resolution) == ("my dog 2", "rex", [512, 768])
     assert (config.train.steps, config.model.variant, config.sample.also) == (1800, "deturbo", "turbo")
@@ -60,7 +68,7 @@ def test_a_config_is_written_from_what_is_there_and_it_holds(tmp_path: Path, mon
 def test_what_is_there_is_not_written_over(tmp_path: Path):
     path = tmp_path / "x.yaml"
     path.write_text("mine")
-    assert run(mini.PICTURES, "--yes", "-o", path)[1].endswith("exists; give another name with -o, or --force")
+    assert f"{path}: exists; give another with -o or --name" in run(mini.PICTURES, "--yes", "-o", path)[1]
     assert path.read_text() == "mine"
     assert run(mini.PICTURES, "--yes", "-o", path, "--force")[0] == 0 and path.read_text() != "mine"
 
@@ -70,7 +78,12 @@ def test_what_is_there_is_not_written_over(tmp_path: Path):
     [
         (["--kind", "dog"], 2, "--kind: is 'dog'; give one of character, style, product, concept"),
         (["--variant", "x"], 2, "--variant: is 'x'; give one of turbo, deturbo, base"),
-        (["--trigger", " "], 2, "--trigger: is empty"),
+        (["--trigger", " "], 2, "--trigger: is ' '; give the word itself"),
+        (["--trigger", "a\nb"], 2, "--trigger: is 'a\\nb'"),
+        (["--trigger", "[trigger]"], 2, "--trigger: is '[trigger]'"),
+        (["--name", "../x"], 2, "--name: is '../x'; begin with a letter"),
+        (["--miniature", "--variant", "base"], 2, "--variant: is given beside --miniature"),
+        (["--miniature", "--gpu", "4090"], 2, "--gpu: is given beside --miniature"),
         (["--gpu", "voodoo"], 2, "--gpu: 'voodoo' is not known"),
     ],
 )
@@ -85,11 +98,6 @@ def test_folders_without_pictures_are_data_errors(tmp_path: Path):
     (tmp_path / "a.png").write_bytes(b"no picture")
     code, said = run(tmp_path, "--yes")
     assert code == 3 and "a.png" in said
-
-
-def test_a_trigger_that_no_config_takes_is_said_before_anything_is_written(tmp_path: Path):
-    code, said = run(mini.PICTURES, "--yes", "-o", tmp_path / "x.yaml", "--trigger", "[trigger]")
-    assert code == 2 and "data.0.trigger" in said and not (tmp_path / "x.yaml").exists()
 
 
 def test_a_damaged_picture_is_named_and_the_config_written_all_the_same(tmp_path: Path):
@@ -178,8 +186,113 @@ def test_any_folder_trigger_and_caption_come_back_as_they_were(tmp_path_factory,
 
 
 @pytest.mark.parametrize(
-    ("name", "expected"),
-    [("photos", "photos_lora"), ("My Dog (2024)", "My_Dog_lora"), ("2024", "my_lora"), ("ä-1", "ä_lora")],
+    ("name", "output", "expected"),
+    [
+        ("photos", None, "photos_lora"),
+        ("My Dog (2024)", None, "My_Dog_2024_lora"),
+        ("me2", None, "me2_lora"),
+        ("???", None, "my_lora"),
+        ("10_zchar person", None, "zchar_person_lora"),
+        ("photos", Path("x/me 2.yaml"), "me_2"),
+        ("photos", Path("me-2.yaml"), "me_2"),
+    ],
 )
-def test_names_come_from_folders_and_do_not_end_in_numbers(tmp_path: Path, name: str, expected: str):
-    assert init.name_of(tmp_path / name) == expected
+def test_names_come_from_the_config_or_the_folder(tmp_path: Path, name: str, output: Path | None, expected: str):
+    assert init.name_of(tmp_path / name, output) == expected
+    assert init.why_not("--name", expected) is None
+
+
+def test_where_nothing_can_be_written_is_said_before_any_picture_is_looked_at(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(init, "look", None)
+    (tmp_path / "file").write_text("")
+    for output, said in (
+        (tmp_path, "is a folder"),
+        (tmp_path / "file" / "x.yaml", "is not a folder"),
+        ("", "is a fol"),
+    ):
+        code, text = run(mini.PICTURES, "--yes", "-o", output)
+        assert code == 2 and said in text and "Traceback" not in text, text
+
+
+def test_placeholders_in_captions_stand_for_the_trigger_that_is_chosen(tmp_path: Path):
+    folder = folder_of(tmp_path / "p", [(600, 600)] * 3, ["a [trigger] at sea"] * 3)
+    code, said = run(folder, "--yes", "-o", tmp_path / "x.yaml", "--trigger", "rex")
+    assert code == 0 and "3 of 3 have captions" in said and "to mend" not in said
+    assert "a rex at sea" in (tmp_path / "x.yaml").read_text()
+
+
+def test_masks_in_a_subfolder_are_masks(tmp_path: Path):
+    folder = folder_of(tmp_path / "p", [(600, 600)] * 3, ["a", "b", "c"])
+    folder_of(folder / "Masks", [(600, 600)] * 2, [])
+    code, said = run(folder, "--yes", "-o", tmp_path / "x.yaml")
+    assert code == 0 and "p: 3 pictures" in said and f"2 have masks, in {folder / 'Masks'}" in said
+    assert read_config(tmp_path / "x.yaml").data[0].mask == str(folder / "Masks")
+
+
+def test_masks_beside_the_pictures_are_noticed(tmp_path: Path):
+    folder = folder_of(tmp_path / "p", [(600, 600)] * 2, ["a", "b"])
+    noise(600, 600, seed=9).save(folder / "00_mask.png")
+    said = run(folder, "--yes", "-o", tmp_path / "x.yaml")[1]
+    assert "1 pictures look like masks and are trained as pictures (00_mask.png)" in said
+
+
+def test_folders_of_kohya_say_how_often_and_the_word(tmp_path: Path):
+    (tmp_path / "p").mkdir()
+    folder_of(tmp_path / "p" / "10_ohwx man", [(600, 600)] * 2, [])
+    folder_of(tmp_path / "p" / "2_ohwx man far", [(700, 600)] * 2, [])
+    code, said = run(tmp_path / "p", "--yes", "-o", tmp_path / "x.yaml")
+    entry = read_config(tmp_path / "x.yaml").data[0]
+    assert code == 0 and "zimage-train caption" not in said
+    assert (entry.repeats, entry.trigger) == ("by_folder", "ohwx")
+
+
+def test_all_that_cannot_be_used_is_named_at_once(tmp_path: Path):
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).write_bytes(b"no picture")
+    code, said = run(tmp_path, "--yes")
+    assert code == 3 and "a.png" in said and "b.png" in said
+
+
+def terminal(words: list[str], typed: list[str], folder: Path) -> tuple[int, str]:
+    """Run the command on a terminal of its own, and type one of `typed` at each question."""
+    pty = pytest.importorskip("pty")
+    child, screen = pty.fork()
+    if child == 0:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # which is ignored in whatever runs in the background
+        os.chdir(folder)
+        os.environ["PYTHONPATH"] = str(ROOT)
+        os.execv(sys.executable, [sys.executable, "-m", "zimage_train", *words])
+    seen, left, last, silent = "", list(typed), "", 0
+    while True:
+        if not select.select([screen], [], [], 5)[0]:
+            silent += 1
+            if silent > 12:
+                os.kill(child, signal.SIGKILL)
+            elif last in (CTRL_C, CTRL_D):  # one that comes just before Python waits is heard only at the next sign
+                os.write(screen, last.encode())
+            continue
+        try:
+            seen += os.read(screen, 4096).decode(errors="replace")
+        except OSError:  # the child has closed it
+            break
+        if left and re.search(r"\]: $", seen.replace("\x1b[?25h", "")):
+            last = left.pop(0)
+            os.write(screen, last.encode())
+            seen += "<typed>"
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), seen
+
+
+def test_questions_are_asked_again_until_they_are_answered(tmp_path: Path):
+    words = ["init", str(mini.PICTURES), "-o", "x.yaml"]
+    typed = ["dog\n", "style\n", "deturbo\n", "[trigger]\n", "rex\n", "4090\n"]
+    code, seen = terminal(words, typed, tmp_path)
+    assert code == 0, seen
+    assert "'dog' is none of character" in seen and "give the word itself" in seen
+    config = read_config(tmp_path / "x.yaml")
+    assert (config.model.variant, config.data[0].trigger, config.name) == ("deturbo", "rex", "x")
+
+
+@pytest.mark.parametrize("sign", [CTRL_C, CTRL_D])
+def test_a_question_that_is_interrupted_ends_everything(tmp_path: Path, sign: str):
+    code, seen = terminal(["init", str(mini.PICTURES), "-o", "x.yaml", "--miniature"], ["\n", sign], tmp_path)
+    assert code == 130 and "stopped" in seen and list(tmp_path.iterdir()) == []

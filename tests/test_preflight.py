@@ -590,7 +590,7 @@ def test_every_kind_of_problem_has_its_code_and_no_traceback(check, make_config:
         (2, "lr: 1.0e-4\n", [], "lr: unknown key; did you mean 'optimizer.lr'?"),
         (2, make_config(), ["--set", "train.stpes=5"], "--set train.stpes=5: train.stpes: unknown key; did you mean"),
         (2, make_config(lora={"targets": "no"}), [], "lora.targets: 'no' matches none of the"),
-        (3, make_config(), ["--set", "data.0.folder=/nowhere"], "/nowhere: does not exist; check data.0.folder"),
+        (3, make_config(), ["--set", "data.0.folder=/nowhere"], "/nowhere: does not exist; check the path"),
         (4, make_config(model={"adapter": broken}), [], "a.safetensors: matched "),
         (7, make_config(output=str(tmp_path / "file")), [], "is not a folder; choose another place"),
     ]  # fmt: skip

@@ -16,11 +16,13 @@ from zimage_train.cli_start import start_commands
 from zimage_train.config.aitoolkit.convert import read_any, read_only_job, written
 from zimage_train.config.schema import Config, Model
 from zimage_train.errors import ConfigError, DiskError, Problem, ZImageTrainError
+from zimage_train.interruptible import Interruptible
 from zimage_train.model.variants import VARIANTS
 from zimage_train.printing import print_lines, silence
 from zimage_train.sampling.prompts import read as read_prompts
 
 app = typer.Typer(
+    cls=Interruptible,
     name="zimage-train",
     help="Train LoRAs for Z-Image. Start with: zimage-train train configs/quickstart.yaml",
     no_args_is_help=True,

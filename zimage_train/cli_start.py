@@ -3,7 +3,7 @@
 import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -12,9 +12,6 @@ from zimage_train.config.recipes import BASES, KINDS
 from zimage_train.data.describing import STYLES
 from zimage_train.errors import ConfigError, Problem
 from zimage_train.printing import print_lines
-
-if TYPE_CHECKING:
-    from zimage_train.app.init import Answers
 
 start_commands = typer.Typer(rich_markup_mode=None)
 
@@ -50,26 +47,39 @@ def init(
         for option, value, known in (("--kind", kind, KINDS), ("--variant", variant, BASES))
         if value is not None and value not in known
     ]
-    if trigger is not None and not trigger.strip():
-        problems.append(Problem("--trigger", "is empty", "give a word that means nothing yet, such as zchar"))
-    if problems:
-        raise ConfigError(*problems)
+    if miniature:
+        model = ("--variant", variant, "it is a Turbo"), ("--gpu", gpu, "it needs none")
+        given = [(option, f"is given beside --miniature: {why}") for option, value, why in model if value]
+        problems += [Problem(option, what, "leave one of them out") for option, what in given]
     from zimage_train import cards
     from zimage_train.app import init as starting
     from zimage_train.report.console import Console
 
+    for option, value in (("--trigger", trigger), ("--name", name)):
+        if value is not None and (why := starting.why_not(option, value)):
+            problems.append(Problem(option, why))
+    if problems:
+        raise ConfigError(*problems)
     if gpu is not None:
         cards.named(gpu)
+    run = name or starting.name_of(folder, output)
+    path = output or Path(f"{run}.yaml")
+    starting.require_place(path, force)
     console = Console(is_main=sys.stderr is not None and sys.stderr.isatty(), stream=sys.stderr)
     with console.live():
         seen = starting.look(folder, console.tick)
     print_lines([*starting.describe(seen), ""])
     asks = not yes and sys.stdin is not None and sys.stdin.isatty()
-    answers = _answers(asks, kind, variant, trigger, starting.likely_trigger(seen.captions), gpu)
-    run = name or starting.name_of(folder)
+    kind = kind or (_asked("What do they show?", list(KINDS)) if asks else "character")
+    variant = variant or (_asked("Which model?", list(BASES)) if asks and not miniature else "turbo")
+    usual = starting.likely_trigger(seen.captions, seen.kohya) or KINDS[kind].trigger
+    trigger = trigger or (_asked_trigger(usual) if asks else usual)
+    if asks and not miniature and gpu is None and starting.card_here() is None:
+        gpu = _asked("Which card will train?", ["4090", *(card for card in CARDS if card != "4090")])
+    answers = starting.Answers(kind, variant, trigger, gpu)
     own = starting.particulars(seen, answers, run, miniature)
     said = [] if miniature else starting.advise(seen, answers.kind)
-    print_lines([*said, *starting.write(output or Path(f"{run}.yaml"), own, answers, force)])
+    print_lines([*said, *starting.write(path, own, answers, seen.problems)])
 
 
 @start_commands.command()
@@ -100,7 +110,7 @@ def caption(
     for option, value in (("--trigger", trigger), ("--instruction", instruction)):
         if value is not None and not value.strip():
             problems.append(Problem(option, "is empty", "give a text, or leave the option out"))
-    if not re.fullmatch(r"\.[\w.-]*\w", extension):
+    if not re.fullmatch(r"\.[A-Za-z0-9_.]+", extension):
         problems.append(Problem("--extension", f"is {extension!r}", "give one such as .txt"))
     if problems:
         raise ConfigError(*problems)
@@ -147,21 +157,15 @@ def download(
     print_lines(downloading.download(model, also, Console()))
 
 
-def _answers(
-    asks: bool, kind: str | None, variant: str | None, trigger: str | None, likely: str | None, gpu: str | None
-) -> "Answers":
-    from zimage_train.app.init import Answers, card_here
+def _asked_trigger(usual: str) -> str:
+    from zimage_train.app.init import why_not
 
-    if kind is None:
-        kind = _asked("What do they show?", list(KINDS)) if asks else "character"
-    if variant is None:
-        variant = _asked("Which model?", list(BASES)) if asks else "turbo"
-    if trigger is None:
-        usual = likely or KINDS[kind].trigger
-        trigger = str(typer.prompt("Which word shall stand for it?", default=usual)) if asks else usual
-    if gpu is None and asks and card_here() is None:
-        gpu = _asked("Which card will train?", ["4090", *(card for card in CARDS if card != "4090")])
-    return Answers(kind, variant, trigger.strip(), gpu)
+    trigger = ""
+    while why := why_not("--trigger", trigger):
+        if trigger:
+            typer.echo(why)
+        trigger = str(typer.prompt("Which word shall stand for it?", default=usual)).strip()
+    return trigger
 
 
 def _asked(question: str, choices: list[str]) -> str:

@@ -13,8 +13,9 @@ from zimage_train.config.data import Data
 from zimage_train.config.recipes import KINDS, Own
 from zimage_train.data import folder as folders
 from zimage_train.data.folder import Picture
+from zimage_train.data.images import EXTENSIONS
 from zimage_train.data.looks import Tick
-from zimage_train.errors import ConfigError, Problem, ZImageTrainError
+from zimage_train.errors import ConfigError, Problem, ZImageTrainError, raise_all
 from zimage_train.model.sources import cached_only
 
 RESOLUTIONS = (512, 768, 1024)
@@ -38,6 +39,10 @@ class Seen:
     """Own ones, in the order of the pictures."""
     notes: list[str]
     problems: list[Problem]
+    kohya: tuple[str, ...] = ()
+    """What subfolders of kohya's layout call the pictures."""
+    mask: str | None = None
+    """A folder of masks among them."""
 
     @property
     def areas(self) -> list[int]:
@@ -61,29 +66,49 @@ def look(folder: Path, tick: Tick) -> Seen:
     Raises:
         DataError: there is no such folder, or nothing in it can be used.
     """
+    mask = _mask_folder(folder)
     # Placeholders in captions stand for a trigger that is yet to be chosen.
-    scan = folders.scan(Data(folder=str(folder), trigger="any"), "data.0", tick=tick)
-    problems = [problem for error in scan.errors for problem in error.problems]
+    scan = folders.scan(Data(folder=str(folder), trigger="any", mask=mask), "FOLDER", tick=tick)
     if not scan.pictures:
-        raise scan.errors[0]
+        raise_all(scan.errors)
+    problems = [problem for error in scan.errors for problem in error.problems]
     own = [picture.own[0] for picture in scan.pictures if picture.own]
-    notes = [note for note in scan.notes if "no caption of their own" not in note]
-    return Seen(str(folder), scan.pictures, own, notes, problems)
+    kohya = folders.kohya_names([picture.path for picture in scan.pictures], folder)
+    unsaid = ("no caption of their own", *(["by_folder"] if kohya else []))
+    notes = [note for note in scan.notes if not any(text in note for text in unsaid)]
+    return Seen(str(folder), scan.pictures, own, notes, problems, tuple(kohya), mask)
+
+
+def _mask_folder(folder: Path) -> str | None:
+    """A subfolder called masks with files under the names of pictures beside it."""
+    if not folder.is_dir():
+        return None
+    stems = {path.stem for path in folder.iterdir() if path.suffix.lower() in EXTENSIONS}
+    for path in sorted(folder.iterdir()):
+        if folders.MASK_FOLDER.fullmatch(path.name) and path.is_dir():
+            names = [one.stem for one in path.iterdir() if one.suffix.lower() in EXTENSIONS]
+            return str(path) if names and stems.issuperset(names) else None
+    return None
 
 
 def describe(seen: Seen) -> list[str]:
     """What was seen, for people."""
     pictures, areas = seen.pictures, seen.areas
-    sides = [f"{round(area**0.5)} px" for area in (areas[0], areas[len(areas) // 2], areas[-1])]
+    sides = [round(area**0.5) for area in (areas[0], areas[len(areas) // 2], areas[-1])]
+    sizes = f"of {sides[0]} px" if sides[0] == sides[2] else f"of {sides[0]} to {sides[2]} px, half {sides[1]} or more"
     shapes = Counter(_shape(picture) for picture in pictures)
     with_captions = f"{len(seen.captions)} of {len(pictures)} have captions"
     if seen.captions:
         with_captions += f" ({'tags' if are_tags(seen.captions) else 'sentences'}, {_words(seen.captions)} words each)"
     lines = [
-        f"{seen.folder}: {len(pictures)} pictures; {with_captions}",
-        f"sides of squares of their areas: {sides[0]} to {sides[2]}, half of them {sides[1]} or more",
+        f"{seen.folder}: {len(pictures)} picture{'s' * (len(pictures) > 1)}; {with_captions}",
+        f"as large as squares {sizes}",
         f"shapes: {', '.join(f'{count} {name}' for name, count in shapes.most_common())}",
     ]
+    if seen.kohya:
+        lines.append("subfolders of kohya's layout: they say how often their pictures are seen")
+    if seen.mask:
+        lines.append(f"{sum(one.mask is not None for one in pictures)} have masks, in {seen.mask}")
     lines += [f"note: {note}" for note in seen.notes]
     return [*lines, *(f"to mend: {problem}" for problem in seen.problems)]
 
@@ -96,7 +121,7 @@ def advise(seen: Seen, kind: str) -> list[str]:
         lines.append(f"{count} pictures are few for a {kind}: {least} to {most} are usual; more that differ help most")
     if count > most:
         lines.append(f"{count} pictures are more than the usual {least} to {most} for a {kind}: alike ones can go")
-    if missing := count - len(seen.captions):
+    if (missing := count - len(seen.captions)) and not seen.kohya:
         command = f"zimage-train caption {shlex.quote(seen.folder)}"
         lines.append(f"{missing} pictures have no caption and get the trigger alone; `{command}` writes some")
     if too_small := sum(area < FILLS * RESOLUTIONS[0] ** 2 for area in seen.areas):
@@ -105,8 +130,10 @@ def advise(seen: Seen, kind: str) -> list[str]:
     return lines
 
 
-def likely_trigger(captions: Sequence[str]) -> str | None:
-    """The word that almost all captions begin with, unless any caption may."""
+def likely_trigger(captions: Sequence[str], kohya: Sequence[str] = ()) -> str | None:
+    """The word that almost all captions begin with, unless any caption may; or kohya's folders' own."""
+    if kohya and not captions:
+        return Counter(name.split()[0] for name in kohya if name.split()).most_common(1)[0][0]
     firsts = Counter(match[0] for caption in captions if (match := re.match(r"[\w-]+", caption)))
     if len(captions) < 3 or not firsts:
         return None
@@ -133,39 +160,72 @@ def particulars(seen: Seen, answers: Answers, name: str, is_miniature: bool) -> 
         why_resolution=why,
         steps=steps,
         why_steps=why_steps,
+        by_folder=bool(seen.kohya),
+        mask=seen.mask,
         captions=_examples(seen.captions, answers.trigger),
         miniature=(str(mini.TURBO), str(mini.ADAPTER)) if is_miniature else None,
         header=header,
     )
 
 
-def write(path: Path, own: Own, answers: Answers, force: bool) -> list[str]:
-    """Write the config, and say what a run of it takes and how to start it.
+def require_place(path: Path, force: bool) -> None:
+    """Require that a config can be written to `path`.
 
     Raises:
-        ConfigError: there is a file of that name, or a name or trigger is none that a config can have.
+        ConfigError: there is one of that name, or it is none that a file can have.
     """
+    if path.is_dir():
+        raise ConfigError(Problem(f"--output: {path}", "is a folder", "give the name of a file, such as my.yaml"))
+    above = next((one for one in path.parents if one.exists()), path.parent)
+    if not above.is_dir():
+        raise ConfigError(Problem(f"--output: {path}", f"{above} is not a folder", "choose another place"))
     if path.exists() and not force:
-        raise ConfigError(Problem(str(path), "exists", "give another name with -o, or --force"))
+        todo = "give another with -o or --name, or write over it with --force"
+        raise ConfigError(Problem(str(path), "exists", todo))
+
+
+def why_not(option: str, value: str) -> str | None:
+    """Why no config can have this trigger or name, or None."""
+    document = {"name": "x", "data": [{"folder": "x", "trigger": "x"}]}
+    if option == "--name":
+        document["name"] = value
+    else:
+        document["data"] = [{"folder": "x", "trigger": value}]
+    _, problems = reading.validate(document, lambda key_path: option)
+    return "; ".join(filter(None, (problems[0].what, problems[0].todo))) if problems else None
+
+
+def write(path: Path, own: Own, answers: Answers, problems: Sequence[Problem]) -> list[str]:
+    """Write the config, and say what a run of it takes, what is to be mended beside `problems`, and how to start it."""
     text = recipes.text(answers.variant, answers.kind, own)
     config = reading.settle(path, reading.parse(path, text), [])
     files.write_text(path, text)
-    lines = [f"wrote {path}"]
+    lines, bad = [f"wrote {path}"], list(problems)
+    if (run := Path(config.output) / config.name).exists():
+        lines.append(f"{run} is there: training goes on in it if it is the same, and --name gives another")
     try:
         checked = preflight.examine(config, cached_only)
         if own.miniature is None:
             plan = forecast.lines(checked, answers.gpu, None)
             lines += [line for line in plan if line.startswith(WORTH_SAYING)]
     except ZImageTrainError as error:
-        lines += [f"to mend first: {problem}" for problem in error.problems]
+        bad += [problem for problem in error.problems if problem not in bad]
+        lines += [f"to mend first: {problem}" for problem in bad[len(problems) :]]
     quoted = shlex.quote(str(path))
-    return [*lines, "", "next:", f"  zimage-train check {quoted}", f"  zimage-train train {quoted}"]
+    aside = [f"  zimage-train check {quoted} --quarantine  # moves what cannot be used away"] if problems else []
+    return [*lines, "", "next:", *(aside or [f"  zimage-train check {quoted}"]), f"  zimage-train train {quoted}"]
 
 
-def name_of(folder: Path) -> str:
-    """A run's name from a folder's: letters that every file system takes, and no number at the end."""
-    words = re.sub(r"[^\w+-]+", "_", folder.resolve().name).strip("_-+")
-    return f"{re.sub(r'[-_]?[0-9]+$', '', words) or 'my'}_lora"
+def name_of(folder: Path, output: Path | None) -> str:
+    """A run's name from that of its config or its pictures: signs that every file system takes."""
+    if output is not None:
+        return re.sub(r"-(?=\d+$)", "_", _plain(output.stem)) or "my_lora"
+    match = folders.KOHYA.fullmatch(folder.resolve().name)
+    return f"{_plain(match[2] if match else folder.resolve().name) or 'my'}_lora"
+
+
+def _plain(text: str) -> str:
+    return re.sub(r"[^\w+-]+", "_", text).strip("_-+")
 
 
 def are_tags(captions: Sequence[str]) -> bool:

@@ -4,9 +4,11 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
+from zimage_train import mini
 from zimage_train.errors import ConfigError, Problem, WeightsError
 from zimage_train.lora import anatomy, arithmetic, files, loaders, names, rules
 from zimage_train.lora.anatomy import Anatomy
+from zimage_train.lora.files import Lora
 from zimage_train.model import sources
 from zimage_train.model.shapes import TransformerShape
 from zimage_train.report import heatmap
@@ -17,17 +19,14 @@ READ_BY_ALL = {"F64", "F32", "F16", "BF16"}
 def verify(path: Path, model: str | None) -> list[str]:
     """Prove that the LoRA at `path` fits the model, and that diffusers and ComfyUI load all of it and the same.
 
-    Without a model it is held against the published 6 B ones.
+    Without a model it is held against the published 6 B ones, or the miniature if it is one of that.
 
     Raises:
         WeightsError: says who would load what.
     """
     found = anatomy.examine(path)
     lora = files.read(path)
-    shape, name = TransformerShape(), "Z-Image (6 B)"
-    if model is not None:
-        located = sources.transformer_at(model, "--model", sources.cached_only)
-        shape, name = sources.transformer_tensors(located)[0], model
+    shape, name = _held_against(lora, model)
     try:
         files.require_modules(path, lora, shape.linears)
     except WeightsError as error:
@@ -51,6 +50,17 @@ def verify(path: Path, model: str | None) -> list[str]:
     if still:
         lines.append(f"warning: {len(still)} of {len(lora)} modules change nothing, such as {still[0]}")
     return lines
+
+
+def _held_against(lora: Lora, model: str | None) -> tuple[TransformerShape, str]:
+    """The shape of `model` and its name; without one the 6 B models', unless the miniature's fits."""
+    if model is not None:
+        located = sources.transformer_at(model, "--model", sources.cached_only)
+        return sources.transformer_tensors(located)[0], model
+    miniature = sources.transformer_tensors(mini.TURBO / "transformer")[0]
+    sizes = {module: (one.b.shape[0], one.a.shape[1]) for module, one in lora.items()}
+    fits = all(miniature.linears.get(module) == size for module, size in sizes.items())
+    return (miniature, "the miniature") if fits else (TransformerShape(), "Z-Image (6 B)")
 
 
 def inspect(path: Path, picture: Path | None) -> list[str]:

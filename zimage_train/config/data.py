@@ -57,8 +57,8 @@ class Data(Section):
     @field_validator("trigger")
     @classmethod
     def _is_word(cls, value: str | None) -> str | None:
-        if value is not None and (value != value.strip() or value == "[trigger]"):
-            raise ValueError(f"is {value!r}; give the word itself, without space around it")
+        if value is not None and (value != value.strip() or value == "[trigger]" or len(value.splitlines()) > 1):
+            raise ValueError(f"is {value!r}; give the word itself, on one line and without space around it")
         return value
 
     @model_validator(mode="after")

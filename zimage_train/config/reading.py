@@ -294,6 +294,8 @@ def _problem(key_path: KeyPath, items: list[Any], where: Any) -> Problem:
     if kind == "finite_number":
         return Problem(place, f"is {found}", "give a finite number")
     expected = " or ".join(dict.fromkeys(_expected(one) for one in items))
+    if key_path[-1] == "every" and kind == "greater_than_equal":
+        expected += ", or null, which is never"
     value = _shorten(repr(found)) if kind == "literal_error" and isinstance(found, str) else shown(found)
     return Problem(place, f"is {value}", f"expected {expected}{_suggest_value(item)}")
 

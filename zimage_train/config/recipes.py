@@ -150,6 +150,9 @@ class Own:
     why_resolution: str = "1024 alone: fewer samples an epoch, longer steps"
     steps: int = 3000
     why_steps: str = "1500 to 2200 with fewer than 10 pictures"
+    by_folder: bool = False
+    """Whether the names of subfolders say how often their pictures are seen."""
+    mask: str | None = None
     captions: tuple[str, ...] = ()
     """Of the pictures, as prompts that show whether they are learned."""
     miniature: tuple[str, str] | None = None
@@ -161,6 +164,10 @@ class Own:
 
 
 ANYBODY = Own()
+TRIGGER = "[trigger]"
+MINIATURE_PROMPTS = [f"a red {TRIGGER} on a blue background", f"a green {TRIGGER} on a white background", TRIGGER]
+MINIATURE_NEUTRAL = ["a red circle on a blue background", "a green square on a white background"]
+"""All that the miniature knows are shapes and colours."""
 
 
 def text(base_name: str, kind_name: str, own: Own = ANYBODY) -> str:
@@ -179,9 +186,11 @@ def text(base_name: str, kind_name: str, own: Own = ANYBODY) -> str:
         "data:",
         f"  - folder: {_scalar(own.folder)}",
         f"    resolution: [{', '.join(map(str, own.resolution))}]  # {own.why_resolution}",
+        *(["    repeats: by_folder  # 10_cat is seen ten times as often as 1_dog"] if own.by_folder else []),
         f"    trigger: {_scalar(own.trigger or kind.trigger)}",
         '    default_caption: "[trigger]"  # for pictures without a caption',
         "    caption_dropout: 0.05",
+        *([f"    mask: {_scalar(own.mask)}  # white is trained"] if own.mask else []),
         "lora:",
         "  rank: 16  # 8 for something subtle",
         "train:",
@@ -217,9 +226,10 @@ def _optimizer(own: Own) -> list[str]:
 def _prompts(kind: Kind, own: Own) -> list[str]:
     """With the trigger, then without, which shows whether the LoRA leaks."""
     trigger = own.trigger or kind.trigger
-    taught = [_scalar(prompt.replace(kind.trigger, trigger)) for prompt in kind.prompts]
+    prompts, without = (MINIATURE_PROMPTS, MINIATURE_NEUTRAL) if own.miniature else (kind.prompts, kind.neutral)
+    taught = [_scalar(prompt.replace(TRIGGER if own.miniature else kind.trigger, trigger)) for prompt in prompts]
     learned = [f"{_scalar(caption)}  # a caption of yours" for caption in own.captions]
-    neutral = [_scalar(prompt) for prompt in kind.neutral]
+    neutral = [_scalar(prompt) for prompt in without]
     return [*taught, *learned, f"{neutral[0]}  # without the trigger: shows whether the LoRA leaks", *neutral[1:]]
 
 

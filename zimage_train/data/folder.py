@@ -28,6 +28,8 @@ MOST_WORDS = 480
 WORDS = re.compile(r"\w+|[^\w\s]")
 KOHYA = re.compile(r"(\d{1,6})_(.+)")
 MOST_REPEATS = 1000
+MASK_FOLDER = re.compile(r"masks?", re.IGNORECASE)
+MASK_NAME = re.compile(r".+[_-]masks?(label)?", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,7 @@ def _from_folder(entry: Data, where: str, result: Scan) -> list[_Source]:
     root = Path(entry.folder or "")
     if not root.is_dir():
         what = "is a file, not a folder" if root.exists() else "does not exist"
-        raise DataError(Problem(str(root), what, f"check {where}.folder (relative to where the command runs)"))
+        raise DataError(Problem(str(root), what, "check the path, which is relative to where the command runs"))
     files = sorted(_walk(root, entry, result), key=lambda path: path.relative_to(root).as_posix())
     pictures = [path for path in files if path.suffix.lower() in images.EXTENSIONS]
     there = set(files)
@@ -156,7 +158,8 @@ def _from_folder(entry: Data, where: str, result: Scan) -> list[_Source]:
                 repeats, name = _repeats(path, root, entry)
                 sources.append(_Source(path, (caption or name,), repeats))
     _note_unused(files, set(by_stem), entry, result)
-    if entry.repeats != "by_folder" and all(_kohya(path, root) for path in pictures) and pictures:
+    _note_masks(pictures, set(by_stem), entry, root, result)
+    if entry.repeats != "by_folder" and kohya_names(pictures, root):
         what = "its subfolders have names of kohya's layout (10_cat)"
         result.notes.append(f"{root}: {what}; repeats: by_folder trains as often as they say")
     return sources
@@ -178,6 +181,12 @@ def _repeats(path: Path, root: Path, entry: Data) -> tuple[int, str]:
     return int(match[1]), match[2].strip()
 
 
+def kohya_names(pictures: list[Path], root: Path) -> list[str]:
+    """What the folders of kohya's layout call each picture (`cat` of `10_cat`); empty unless all are in such ones."""
+    found = [_kohya(path, root) for path in pictures]
+    return [match[2].strip() for match in found if match] if all(found) else []
+
+
 def _kohya(path: Path, root: Path) -> re.Match[str] | None:
     """The name of the innermost folder of kohya's layout that holds `path`."""
     names = reversed(path.relative_to(root).parent.parts)
@@ -196,6 +205,25 @@ def _note_unused(files: list[Path], stems: set[Path], entry: Data, result: Scan)
                 result.notes.append(f"{path}: not read, its extension is not exactly {entry.caption_ext}")
         elif path.suffix.lower() in (".gif", ".avif", ".heic", ".heif", ".jxl"):
             result.notes.append(f"{path}: not used; pictures are {', '.join(sorted(images.EXTENSIONS))}")
+
+
+def _note_masks(pictures: list[Path], stems: set[Path], entry: Data, root: Path, result: Scan) -> None:
+    """Say it if pictures look like the masks of others, which nobody wants to train on."""
+    aside = [path for path in pictures if MASK_NAME.fullmatch(path.stem) and _without_suffix(path) in stems]
+    inside = [path for path in pictures if MASK_FOLDER.fullmatch(path.relative_to(root).parts[0])]
+    for found, todo in (
+        (aside, "put them into a folder of their own under the pictures' names"),
+        ([path for path in inside if path not in aside], "if they are"),
+    ):
+        if found:
+            what = (
+                f"{len(found)} pictures look like masks and are trained as pictures ({_some([p.name for p in found])})"
+            )
+            result.notes.append(f"{root}: {what}; {todo}, set mask to that folder")
+
+
+def _without_suffix(path: Path) -> Path:
+    return path.with_name(path.stem.rpartition("_")[0] or path.stem.rpartition("-")[0])
 
 
 def _walk(root: Path, entry: Data, result: Scan) -> Iterator[Path]:
