@@ -255,5 +255,7 @@ def iter_lines(config: Config, word: str) -> Iterator[str]:
     return (line for line in (folder(config) / "log.txt").read_text().splitlines() if word in line)
 
 
-def test_what_check_says_stands_in_the_log_too(finished: Config):
-    assert "warning: optimizer.lr is 0.001" in (folder(finished) / "log.txt").read_text()
+def test_what_check_says_stands_in_the_log_too(make_config):
+    config = make_config(train={"steps": 1}, sample={"prompts": ["a zorb"], "every": None, "first": False})
+    train(config, fresh=False)
+    assert "warning: every prompt in sample.prompts has the trigger" in (folder(config) / "log.txt").read_text()

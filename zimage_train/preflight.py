@@ -95,7 +95,8 @@ def examine(
             files.require_folder(Path(config.cache.folder), "cache.folder")
         files.require_space(Path(config.output), _disk_bytes(config, weights), "checkpoints and exports")
     own = [found for entry, found in zip(config.data, pictures, strict=True) if not entry.regularisation]
-    warnings = advice.warnings(config, sum(map(len, own)))
+    is_small = weights is not None and memory.parameters_of(weights.shape) <= memory.LARGEST_ON_CPU
+    warnings = advice.warnings(config, sum(map(len, own)), is_small)
     checked = Checked(config, pictures, items, held_out, weights, notes, warnings)
     raise_all(errors)
     _require_budget(checked)

@@ -10,9 +10,10 @@ FEW_PICTURES = 10
 STEPS_FOR_FEW_PICTURES = 2_200
 
 
-def warnings(config: Config, num_pictures: int) -> list[str]:
-    """One line each: the setting, the danger, the remedy."""
-    return [*_turbo(config), *_optimizer(config), *_length(config, num_pictures), *_previews(config)]
+def warnings(config: Config, num_pictures: int, is_small: bool = False) -> list[str]:
+    """One line each: the setting, the danger, the remedy; `is_small`: a miniature, which needs higher rates."""
+    rate = [] if is_small else _rate(config)
+    return [*_turbo(config), *rate, *_optimizer(config), *_length(config, num_pictures), *_previews(config)]
 
 
 def _turbo(config: Config) -> list[str]:
@@ -29,17 +30,22 @@ def _turbo(config: Config) -> list[str]:
             f"model.adapter_strength is {model.adapter_strength:g}: the adapter takes only part of the damage to "
             "Turbo's 8 steps; set it to 1"
         )
-    if not config.optimizer.name.startswith("prodigy") and config.optimizer.lr >= HIGH_LR:
-        found.append(
-            f"optimizer.lr is {config.optimizer.lr:g}: from {HIGH_LR:g} on, Turbo usually becomes noisy or breaks; "
-            "use 1e-4, or 5e-5 to 8e-5 if pictures get noisy"
-        )
     if model.adapter is not None and config.train.steps > MANY_STEPS:
         found.append(
             f"train.steps is {config.train.steps}: beyond {MANY_STEPS:,} steps the distillation breaks down even with "
             "the adapter; stop earlier, or train deturbo or base"
         )
     return found
+
+
+def _rate(config: Config) -> list[str]:
+    optimizer = config.optimizer
+    if config.model.variant != "turbo" or optimizer.name.startswith("prodigy") or optimizer.lr < HIGH_LR:
+        return []
+    return [
+        f"optimizer.lr is {optimizer.lr:g}: from {HIGH_LR:g} on, Turbo usually becomes noisy or breaks; "
+        "use 1e-4, or 5e-5 to 8e-5 if pictures get noisy"
+    ]
 
 
 def _optimizer(config: Config) -> list[str]:
