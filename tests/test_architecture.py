@@ -72,6 +72,7 @@ LAYERS: list[list[str]] = [
         "lora.files lora.arithmetic lora.checkpoints",
         "lora.blending",
         "measured",
+        "cards prices",
         "cards memory flops planner",
         "report.template report.grid report.pictures report.change report.page",
         "report.template report.grid report.comparison",
@@ -83,8 +84,9 @@ LAYERS: list[list[str]] = [
     [
         "assemble encoding",
         "assemble sampling.previews",
-        "preflight forecast",
+        "preflight forecast costs",
         "preflight accelerator",
+        "pods",
         "training.objectives",
         "training.pace",
     ],
@@ -134,8 +136,8 @@ TORCH_FREE = [
         "lora.families lora.keys lora.names lora.headers lora.metadata lora.alphas lora.memos lora.rules",
         "sampling.prompts sampling.recipe sampling.workflow report.metrics report.console report.pictures",
         "report.change report.page report.heatmap report.trackers measured cards memory flops planner mini.world",
-        "preflight forecast app.check app.init app.doctor app.download training.stopping training.run_folder",
-        "training.views",
+        "preflight forecast costs prices pods app.check app.init app.doctor app.download training.stopping",
+        "training.run_folder training.views",
         "config.recipes interruptible cli_start printing cli_lora cli __main__",
     )
     for module in line.split()

@@ -16,6 +16,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = [ROOT / "scripts/setup_venv.sh", ROOT / "scripts/quickstart.sh", ROOT / "scripts/test.sh", ROOT / ".ci/run"]
+START = ROOT / "scripts/runpod/start.sh"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 PYTHON = sys._base_executable
 BASH = shutil.which("bash") or "bash"
@@ -97,7 +98,7 @@ def python_3_10() -> str:
 # What the files say
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("script", [*SCRIPTS, START], ids=lambda path: path.name)
 def test_the_scripts_are_valid_and_can_be_run(script):
     subprocess.run([BASH, "-n", str(script)], check=True)
     assert os.access(script, os.X_OK)

@@ -138,6 +138,10 @@ def download(
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=YAML", help="Override a setting. Repeatable.")
     ] = None,
+    wait: Annotated[
+        float | None,
+        typer.Option("--wait", metavar="MINUTES", help="Let another machine bring it into the same HF_HOME.", min=0),
+    ] = None,
 ) -> None:
     """Fetch everything that a config reads from the hub, and compare it with the hub's digests.
 
@@ -154,7 +158,7 @@ def download(
 
     model = settings.model if settings else Model.model_validate({"variant": config})
     also = settings.sample.also if settings else None
-    print_lines(downloading.download(model, also, Console()))
+    print_lines(downloading.download(model, also, Console(), wait))
 
 
 def _asked_trigger(usual: str) -> str:

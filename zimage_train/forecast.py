@@ -89,7 +89,7 @@ def _short(checked: Checked, plan: Plan, card: Card, price: float | None) -> str
     mode = plan.mode_of(plan.job.tokens(largest))
     return (
         f"{plan.peak.total / 1e9:.1f} GB, {_weights(plan)}, recomputing {MODES_IN_WORDS[mode]} at "
-        f"{largest.width}x{largest.height}, {_hours_and_cost(_seconds(checked, plan, card), price)}"
+        f"{largest.width}x{largest.height}, {_hours_and_cost(seconds(checked, plan, card), price)}"
     )
 
 
@@ -191,7 +191,8 @@ def _known(checked: Checked, device: str) -> Correction | None:
     return measured.correction(memo(checked.config), measured.key(device, parameters))
 
 
-def _seconds(checked: Checked, plan: Plan, card: Card) -> float:
+def seconds(checked: Checked, plan: Plan, card: Card) -> float:
+    """How long the whole run takes on `card`, with what earlier runs say of it."""
     known = _known(checked, card.name)
     return _run_seconds(checked, plan, card)[0] * (known.time if known else 1.0)
 
@@ -201,9 +202,14 @@ def memo(config: Config) -> Path:
     return cache_folder(config) / "measured.json"
 
 
-def _hours_and_cost(seconds: float, price: float | None) -> str:
+def in_hours(seconds: float) -> str:
+    """A time for people."""
     minutes = round(seconds / 60)
-    time = f"{minutes // 60} h {minutes % 60:02d} min" if minutes else f"{seconds:.0f} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min" if minutes else f"{seconds:.0f} s"
+
+
+def _hours_and_cost(seconds: float, price: float | None) -> str:
+    time = in_hours(seconds)
     return time if price is None else f"{time}, at {price:g} an hour {seconds / 3600 * price:.2f}"
 
 

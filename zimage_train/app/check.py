@@ -3,17 +3,18 @@
 import re
 from pathlib import Path
 
-from zimage_train import forecast
+from zimage_train import costs, forecast, prices
 from zimage_train.data import captions
 from zimage_train.data.buckets import crop_percent
 from zimage_train.data.plan import Item, make_plan
 from zimage_train.errors import ConfigError, Problem
 from zimage_train.lora import names
 from zimage_train.preflight import Checked
+from zimage_train.prices import Prices
 
 
-def report(checked: Checked, gpu: str | None = None, price: float | None = None) -> list[str]:
-    """What `check` prints: data, order, modules, memory, time, notes and warnings.
+def report(checked: Checked, gpu: str | None = None, price: float | Prices | None = None) -> list[str]:
+    """What `check` prints: data, order, modules, memory, time, cost, notes and warnings.
 
     Raises:
         ConfigError: the card `gpu` is not known.
@@ -39,22 +40,28 @@ def report(checked: Checked, gpu: str | None = None, price: float | None = None)
         lines.append(f"LoRA of rank {config.lora.rank} on {len(weights.modules)} modules ({groups})")
         if weights.sources.adapter is not None:
             lines.append(f"adapter fits {weights.adapter_modules}/{weights.adapter_modules} modules")
-    lines += ["", *forecast.lines(checked, gpu, price)]
+    lines += ["", *forecast.lines(checked, gpu, None if isinstance(price, Prices) else price)]
+    if isinstance(price, Prices):
+        lines += ["", *costs.lines(checked, price)]
     lines += [f"note: {note}" for note in checked.notes]
     lines += [f"warning: {warning}" for warning in checked.warnings]
     return lines
 
 
-def parse_price(text: str) -> float:
-    """The number of `0.69`, `0.69/h` or `$0.69/h`.
+def parse_price(text: str) -> float | Prices:
+    """The number of `0.69`, `0.69/h` or `$0.69/h`; or a file of prices.
 
     Raises:
         ConfigError: it holds none.
     """
+    if text.lower().endswith((".yaml", ".yml")):
+        return prices.read(Path(text))
     currency = r"\s*(?:[^\d\s.,-]|[A-Za-z]{3})?\s*"
     match = re.fullmatch(rf"{currency}(\d+(?:[.,]\d+)?){currency}(?:/\s*h(?:our)?)?\s*", text)
     if match is None:
-        raise ConfigError(Problem("--price", f"is {text!r}", "give the price of an hour, such as 0.69/h"))
+        raise ConfigError(
+            Problem("--price", f"is {text!r}", "give the price of an hour, such as 0.69/h, or a file of prices")
+        )
     return float(match[1].replace(",", "."))
 
 

@@ -18,12 +18,11 @@ from typing import Literal
 
 from zimage_train import cards, files, preflight
 from zimage_train.errors import DiskError, FolderInUseError
+from zimage_train.model.variants import DOWNLOAD_GB
 from zimage_train.sizes import in_words
 
 Level = Literal["ok", "note", "bad"]
 OLDEST_CAPABILITY, FP8_CAPABILITY = (8, 0), (8, 9)
-WEIGHTS_GB = {"transformer": 12.3, "text encoder": 8.0, "VAE": 0.2, "adapter": 0.6}
-"""Downloads of Z-Image-Turbo and its training adapter."""
 LEAST_RAM_GB = 16
 HUB_VARIABLES = ("HF_HOME", "HF_HUB_CACHE", "HF_ENDPOINT", "HF_HUB_OFFLINE", "HTTPS_PROXY", "HTTP_PROXY")
 
@@ -160,7 +159,7 @@ def _memory_and_disk(facts: Facts) -> Iterator[Finding]:
         yield Finding("note", f"{in_words(facts.ram_bytes)} of main memory", todo)
     else:
         yield Finding("ok", f"{in_words(facts.ram_bytes)} of main memory")
-    needed = 1e9 * sum(WEIGHTS_GB.values()) if not all(facts.downloaded.values()) else 0.0
+    needed = 1e9 * sum(DOWNLOAD_GB.values()) if not all(facts.downloaded.values()) else 0.0
     for place, free in facts.free_bytes.items():
         is_hub = place.endswith("hub")
         if is_hub and free < needed:

@@ -1,5 +1,6 @@
 """The `download` command: everything that a config reads from the hub, and whether it came whole (torch-free)."""
 
+import time
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -8,13 +9,14 @@ from huggingface_hub import constants
 
 from zimage_train import files
 from zimage_train.config.schema import Model
-from zimage_train.errors import ZImageTrainError, collected, raise_all
+from zimage_train.errors import Problem, WeightsError, ZImageTrainError, collected, raise_all
 from zimage_train.model import hub, sources
 from zimage_train.model.hub import Remote
 from zimage_train.model.sources import Fetch, NotDownloaded
 from zimage_train.report.console import Console
 from zimage_train.sizes import in_words
 
+POLL_SECONDS = 5.0
 SPARE_BYTES = 1e9
 """Left free beside what is downloaded."""
 
@@ -50,19 +52,18 @@ def _search(model: Model, also: str | None, fetch: Fetch) -> list[ZImageTrainErr
     return errors
 
 
-def download(model: Model, also: str | None, console: Console) -> list[str]:
+def download(model: Model, also: str | None, console: Console, wait_minutes: float | None = None) -> list[str]:
     """Say what is missing and how much it takes, bring it, and compare all of it with the hub's digests.
+
+    With `wait_minutes` another machine brings it into the same folder, and this one waits for so long.
 
     Raises:
         WeightsError: something cannot be had, or came damaged.
         DiskError: there is no room for it.
     """
-    errors: list[ZImageTrainError] = []
-    found: list[Remote] = []
-    for (repository, revision), patterns in wanted(model, also).items():
-        with collected(errors):
-            found += hub.remotes(repository, revision, patterns)
-    raise_all(errors)
+    found = _remotes(model, also)
+    if wait_minutes is not None:
+        _wait(found, wait_minutes, console)
     if not found:
         raise_all(_search(model, also, sources.cached_only))
         return ["everything that this reads is on this machine, and nothing of it is from the hub"]
@@ -77,6 +78,30 @@ def download(model: Model, also: str | None, console: Console) -> list[str]:
     raise_all(errors)
     size = sum(one.bytes for one in fetcher.whole)
     return [f"{len(fetcher.whole)} files, {in_words(size)}: all here, and what the hub has"]
+
+
+def _remotes(model: Model, also: str | None) -> list[Remote]:
+    errors: list[ZImageTrainError] = []
+    found: list[Remote] = []
+    for (repository, revision), patterns in wanted(model, also).items():
+        with collected(errors):
+            found += hub.remotes(repository, revision, patterns)
+    raise_all(errors)
+    return found
+
+
+def _wait(found: list[Remote], minutes: float, console: Console) -> None:
+    """Wait until each of `found` is here. A file is, once it is whole: what is still coming has another name."""
+    end = time.monotonic() + minutes * 60
+    with console.live():
+        while missing := [one for one in found if one.local is None]:
+            size = in_words(sum(one.bytes for one in missing))
+            if time.monotonic() >= end:
+                what = f"after {minutes:g} min {len(missing)} of {len(found)} files ({size}) are not here"
+                todo = f"is the machine that downloads at work, with the same HF_HOME? Here it is {constants.HF_HOME}"
+                raise WeightsError(Problem(f"--wait: {missing[0].repository}/{missing[0].path}", what, todo))
+            console.tick("waiting for files", len(found) - len(missing), len(found), f"{size} to come")
+            time.sleep(min(POLL_SECONDS, max(0.0, end - time.monotonic())))
 
 
 class _Fetcher:

@@ -1,9 +1,10 @@
 """The `train` and `cache` commands: check, lock, prepare, train, and leave in good order whatever happens."""
 
 import contextlib
+import os
 from dataclasses import replace
 
-from zimage_train import accelerator, distributed, files, preflight
+from zimage_train import accelerator, distributed, files, pods, preflight
 from zimage_train.app.sample import command_for
 from zimage_train.config.reading import resolved
 from zimage_train.config.schema import Config
@@ -90,6 +91,8 @@ def _say_done(config: Config, folder: RunFolder, console: Console) -> None:
     console.say(f"done: {folder.lora()}")
     console.say(f"look at {folder.report}, and sample with it:")
     console.say(f"  {command_for(resolved(config), folder.lora().absolute())}")
+    if home := pods.bring_home(folder.lora().absolute(), os.environ):
+        console.say(f"bring it home:\n  {home}")
     if config.ema.decay is not None:
         console.say(f"averaged weights: {folder.lora(is_ema=True)}")
     if config.model.quantize is not None:

@@ -60,3 +60,6 @@ ADAPTERS = {
     "v1": "ostris/zimage_turbo_training_adapter/zimage_turbo_training_adapter_v1.safetensors",
     "v2": "ostris/zimage_turbo_training_adapter/zimage_turbo_training_adapter_v2.safetensors",
 }
+
+DOWNLOAD_GB = {"transformer": 12.3, "text encoder": 8.0, "VAE": 0.2, "adapter": 0.6}
+"""What the published files take."""
