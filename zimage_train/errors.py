@@ -32,8 +32,8 @@ class ZImageTrainError(Exception):
     exit_code = 1
 
     def __init__(self, *problems: Problem) -> None:
-        super().__init__("\n".join(str(problem) for problem in problems))
-        self.problems = problems
+        self.problems = tuple(dict.fromkeys(problems))  # what two parts of a config run into is one problem
+        super().__init__("\n".join(str(problem) for problem in self.problems))
 
 
 class ConfigError(ZImageTrainError):
