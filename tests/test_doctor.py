@@ -23,6 +23,8 @@ GOOD = Facts(
     free_bytes={"/home/me": 200_000_000_000, "/home/me/.cache/huggingface/hub": 100_000_000_000},
     locks=True,
     downloaded={"Tongyi-MAI/Z-Image-Turbo": True},
+    cache="/home/me/.cache/huggingface/hub",
+    cache_variable="HF_HOME",
 )
 
 

@@ -24,7 +24,10 @@ from zimage_train.sizes import in_words
 Level = Literal["ok", "note", "bad"]
 OLDEST_CAPABILITY, FP8_CAPABILITY = (8, 0), (8, 9)
 LEAST_RAM_GB = 16
-HUB_VARIABLES = ("HF_HOME", "HF_HUB_CACHE", "HF_ENDPOINT", "HF_HUB_OFFLINE", "HTTPS_PROXY", "HTTP_PROXY")
+HUB_VARIABLES = (
+    *("ZIMAGE_TRAIN_HUB", "HF_HOME", "HF_HUB_CACHE", "HF_ENDPOINT", "HF_HUB_OFFLINE"),
+    *("MODELSCOPE_CACHE", "MODELSCOPE_ENDPOINT", "HTTPS_PROXY", "HTTP_PROXY"),
+)
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,10 @@ class Facts:
     """Whether a second process would be kept out of a run's folder here."""
     downloaded: dict[str, bool]
     """Repository -> whether all of it is here."""
+    cache: str
+    """Where the hub's files are kept: one of the places above."""
+    cache_variable: str
+    """What moves it."""
     environment: dict[str, str] = field(default_factory=dict)
 
 
@@ -161,10 +168,9 @@ def _memory_and_disk(facts: Facts) -> Iterator[Finding]:
         yield Finding("ok", f"{in_words(facts.ram_bytes)} of main memory")
     needed = 1e9 * sum(DOWNLOAD_GB.values()) if not all(facts.downloaded.values()) else 0.0
     for place, free in facts.free_bytes.items():
-        is_hub = place.endswith("hub")
-        if is_hub and free < needed:
+        if place == facts.cache and free < needed:
             what = f"{in_words(free)} free in {place}, and the weights take {in_words(needed)}"
-            yield Finding("bad", what, "free some space, or set HF_HOME to another disk")
+            yield Finding("bad", what, f"free some space, or set {facts.cache_variable} to another disk")
         elif free < 5e9:
             yield Finding("note", f"{in_words(free)} free in {place}", "checkpoints and caches want some GB")
         else:
@@ -204,7 +210,7 @@ def gather() -> Facts:
     """Find it all out; nothing is downloaded, and nobody on the network is asked."""
     import torch
 
-    from zimage_train.model import sources
+    from zimage_train.model import hub, sources
     from zimage_train.model.variants import ADAPTERS, VARIANTS
 
     driver, driver_sees = _driver()
@@ -221,9 +227,11 @@ def gather() -> Facts:
         driver_sees=driver_sees,
         gpus=[_seen(index) for index in range(torch.cuda.device_count())],
         ram_bytes=preflight.system_memory_bytes(),
-        free_bytes=_free(),
+        free_bytes=_free(Path.cwd(), hub.chosen().cache_folder()),
         locks=_locks(),
         downloaded={name: sources.is_here(name, patterns) for name, patterns in wanted.items()},
+        cache=str(hub.chosen().cache_folder()),
+        cache_variable=hub.chosen().CACHE_VARIABLE,
         environment={name: os.environ[name] for name in HUB_VARIABLES if os.environ.get(name)},
     )
 
@@ -280,12 +288,9 @@ def _seen(index: int) -> Gpu:
     )
 
 
-def _free() -> dict[str, int]:
-    from huggingface_hub import constants
-
-    places = [str(Path.cwd()), constants.HF_HUB_CACHE]
-    existing = {place: next(one for one in (Path(place), *Path(place).parents) if one.exists()) for place in places}
-    return {place: shutil.disk_usage(path).free for place, path in existing.items()}
+def _free(*places: Path) -> dict[str, int]:
+    existing = {place: next(one for one in (place, *place.parents) if one.exists()) for place in places}
+    return {str(place): shutil.disk_usage(path).free for place, path in existing.items()}
 
 
 def _locks() -> bool:

@@ -5,13 +5,11 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-from huggingface_hub import constants
-
 from zimage_train import files
 from zimage_train.config.schema import Model
 from zimage_train.errors import Problem, WeightsError, ZImageTrainError, collected, raise_all
 from zimage_train.model import hub, sources
-from zimage_train.model.hub import Remote
+from zimage_train.model.remote import Remote
 from zimage_train.model.sources import Fetch, NotDownloaded
 from zimage_train.report.console import Console
 from zimage_train.sizes import in_words
@@ -68,10 +66,11 @@ def download(model: Model, also: str | None, console: Console, wait_minutes: flo
         raise_all(_search(model, also, sources.cached_only))
         return ["everything that this reads is on this machine, and nothing of it is from the hub"]
     console.say("\n".join(_table(found)))
-    needed = sum(one.bytes for one in found if one.local is None)
+    needed = sum(one.bytes for one in found if hub.local(one) is None)
     if needed:
-        todo = "free some space, or set HF_HOME to another disk"
-        files.require_space(Path(constants.HF_HUB_CACHE), int(needed + SPARE_BYTES), "the downloads", todo)
+        source = hub.chosen()
+        todo = f"free some space, or set {source.CACHE_VARIABLE} to another disk"
+        files.require_space(source.cache_folder(), int(needed + SPARE_BYTES), "the downloads", todo)
     fetcher = _Fetcher(console)
     with console.live():
         errors = _search(model, also, fetcher)
@@ -115,9 +114,10 @@ class _Fetcher:
         found = hub.remotes(repository, revision, patterns)
         new = [one for one in found if one not in self.whole]
         for number, one in enumerate(new, 1):
-            if one.local is None:
+            here = hub.local(one)
+            if here is None:
                 self._console.tick("downloading", number, len(new), f"{one.path} ({in_words(one.bytes)})")
-            path = one.local or hub.bring(one)
+            path = here or hub.bring(one)
             self._console.tick("comparing digests", number, len(new), one.path)
             hub.require_whole(one, path)
             self.whole.add(one)
@@ -131,7 +131,7 @@ def _table(found: Iterable[Remote]) -> list[str]:
     for one in found:
         key = one.repository, one.path.partition("/")[0]
         whole[key] += one.bytes
-        absent[key] += one.bytes if one.local is None else 0
+        absent[key] += one.bytes if hub.local(one) is None else 0
     lines = []
     for (repository, part), size in whole.items():
         here = "here" if not absent[repository, part] else f"to download: {in_words(absent[repository, part])}"

@@ -1,37 +1,52 @@
-"""Files of hub repositories: which there are, how large, whether they are here, and whether they came whole.
+"""The hub that weights come from: which files it has, how large, whether they are here, and whether they came whole.
 
-Torch-free. What comes is resumed by huggingface_hub, which honours HF_HOME, HF_ENDPOINT, HF_HUB_OFFLINE and proxies.
+Torch-free. It is the Hugging Face hub, or ModelScope where the environment says so: a setting of the config would say
+where a run's files came from, and what they are is what counts.
 """
 
 import fnmatch
 import hashlib
-from dataclasses import dataclass
+import os
 from pathlib import Path
-
-from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
 
 from zimage_train import files
 from zimage_train.errors import Problem, WeightsError
+from zimage_train.model.remote import Remote
 
 CHUNK_BYTES = 1 << 24
+VARIABLE = "ZIMAGE_TRAIN_HUB"
 
 
-@dataclass(frozen=True)
-class Remote:
-    """One file of a repository."""
+class NoHub(WeightsError):
+    """The hub that the environment names cannot be used, whatever is wanted of it."""
 
-    repository: str
-    commit: str
-    path: str
-    bytes: int
-    sha256: str | None
-    """None: it is small and kept in git, whose own digest the hub checks."""
 
-    @property
-    def local(self) -> Path | None:
-        """Where it is on this machine; None: it is not."""
-        found = try_to_load_from_cache(self.repository, self.path, revision=self.commit)
-        return Path(found) if isinstance(found, str) else None
+def chosen():  # one of two modules with the same functions; a checker knows both
+    """The hub that is asked.
+
+    Raises:
+        NoHub: the environment names one that is unknown, or whose library is not installed.
+    """
+    name = os.environ.get(VARIABLE)
+    if not name:
+        from zimage_train.model import huggingface
+
+        return huggingface
+    if name != "modelscope":
+        todo = "set it to modelscope, or unset it for the Hugging Face hub"
+        raise NoHub(Problem(VARIABLE, f"is {name!r}, which is no hub that is known here", todo))
+    try:
+        from zimage_train.model import modelscope
+    except ImportError as error:
+        what = f"is modelscope, whose library is not installed ({error})"
+        raise NoHub(Problem(VARIABLE, what, "pip install modelscope-hub, or unset it")) from None
+    return modelscope
+
+
+def first_line(error: Exception) -> str:
+    """What a hub's library says of a failure, in one line."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else repr(error)
 
 
 def remotes(repository: str, revision: str | None, patterns: list[str]) -> list[Remote]:
@@ -41,17 +56,18 @@ def remotes(repository: str, revision: str | None, patterns: list[str]) -> list[
         WeightsError: the hub cannot be reached, or has no such repository.
     """
     name = f"{repository}@{revision}" if revision else repository
+    source = chosen()
     try:
-        info = HfApi().model_info(repository, revision=revision, files_metadata=True)
-    except Exception as error:  # the hub raises a dozen kinds, from four libraries
-        lines = str(error).strip().splitlines()
-        what = f"the hub does not say what is in it ({lines[0] if lines else error!r})"
+        found = source.listed(repository, revision)
+    except Exception as error:  # the hubs raise a dozen kinds, from four libraries
+        what = f"the hub does not say what is in it ({first_line(error)})"
         raise WeightsError(Problem(name, what, "check the name, the connection, and HF_HUB_OFFLINE")) from None
-    return [
-        Remote(repository, info.sha or "main", one.rfilename, one.size or 0, one.lfs.sha256 if one.lfs else None)
-        for one in info.siblings or []
-        if any(fnmatch.fnmatch(one.rfilename, pattern) for pattern in patterns)
-    ]
+    return [one for one in found if any(fnmatch.fnmatch(one.path, pattern) for pattern in patterns)]
+
+
+def local(remote: Remote) -> Path | None:
+    """Where a file is on this machine; None: it is not."""
+    return chosen().local(remote)
 
 
 def bring(remote: Remote) -> Path:
@@ -60,11 +76,11 @@ def bring(remote: Remote) -> Path:
     Raises:
         WeightsError: it does not come.
     """
+    source = chosen()
     try:
-        return Path(hf_hub_download(remote.repository, remote.path, revision=remote.commit))
+        return source.bring(remote)
     except Exception as error:  # as above
-        lines = str(error).strip().splitlines()
-        what = f"does not come ({lines[0] if lines else error!r})"
+        what = f"does not come ({first_line(error)})"
         raise WeightsError(Problem(f"{remote.repository}/{remote.path}", what, "the same command goes on")) from None
 
 

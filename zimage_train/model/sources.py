@@ -9,7 +9,7 @@ from pathlib import Path
 
 from zimage_train.config.schema import Model
 from zimage_train.errors import Problem, WeightsError, ZImageTrainError, collected
-from zimage_train.model import native, shapes
+from zimage_train.model import hub, native, shapes
 from zimage_train.model.headers import TensorInfo, read_header, read_json, read_sharded
 from zimage_train.model.shapes import TransformerShape
 from zimage_train.model.variants import ADAPTERS, VARIANTS
@@ -188,6 +188,8 @@ def _fetched(name: str, where: str, patterns: list[str], fetch: Fetch) -> Path:
     repository, revision = _hub_id(name, where)
     try:
         return fetch(repository, revision, patterns)
+    except hub.NoHub:  # no setting's doing
+        raise
     except WeightsError as error:
         raise type(error)(*(Problem(f"{where}: {one.where}", one.what, one.todo) for one in error.problems)) from None
 
@@ -217,7 +219,7 @@ def _hub_id(name: str, where: str) -> tuple[str, str | None]:
 
 
 def download(repository: str, revision: str | None, patterns: list[str]) -> Path:
-    """The local snapshot of a hub repository, completed if need be; honours HF_HOME, HF_ENDPOINT, HF_HUB_OFFLINE.
+    """The local snapshot of a hub repository, completed if need be.
 
     Raises:
         WeightsError: the hub cannot be reached, or has no such repository.
@@ -244,14 +246,11 @@ def is_here(repository: str, patterns: list[str]) -> bool:
 
 
 def _snapshot(repository: str, revision: str | None, patterns: list[str], local_only: bool) -> Path:
-    from huggingface_hub import snapshot_download
-
+    source = hub.chosen()
     try:
-        folder = snapshot_download(repository, revision=revision, allow_patterns=patterns, local_files_only=local_only)
-    except Exception as error:  # the hub raises a dozen kinds, from four libraries
+        return source.snapshot(repository, revision, patterns, local_only)
+    except Exception as error:  # the hubs raise a dozen kinds, from four libraries
         name = f"{repository}@{revision}" if revision else repository
-        lines = str(error).strip().splitlines()
-        what = "is not on this machine" if local_only else f"cannot be downloaded ({lines[0] if lines else error!r})"
+        what = "is not on this machine" if local_only else f"cannot be downloaded ({hub.first_line(error)})"
         todo = "check the name and the connection, or give a local path"
         raise (NotDownloaded if local_only else WeightsError)(Problem(name, what, todo)) from None
-    return Path(folder)
