@@ -1,4 +1,4 @@
-"""A hub on this machine: the part of the hub's HTTP interface that listing and downloading use, over plain folders."""
+"""A hub on this machine: the part of its HTTP interface that listing and downloading use, over plain folders."""
 
 import hashlib
 import json
@@ -47,7 +47,9 @@ def _entry(sibling: dict) -> dict:
     return entry
 
 
-class _Handler(BaseHTTPRequestHandler):
+class Handler(BaseHTTPRequestHandler):
+    """Answers as the Hugging Face hub does."""
+
     hub: Hub
     protocol_version = "HTTP/1.1"
 
@@ -55,34 +57,32 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
     def do_HEAD(self) -> None:
-        self._answer(with_body=False)
+        self.answer(with_body=False)
 
     def do_GET(self) -> None:
-        self._answer(with_body=True)
+        self.answer(with_body=True)
 
-    def _answer(self, with_body: bool) -> None:
+    def answer(self, with_body: bool) -> None:
         path = self.path.partition("?")[0]
         self.hub.asked.append((self.command, path, self.headers.get("Range")))
         if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/[^/]+", path):
             found = _siblings(self.hub.repositories.get(match[1], {}))
             entries = [_entry(one) for one in found]
             headers = {"Content-Type": "application/json", "X-Repo-Commit": COMMIT}
-            return self._send(200, json.dumps(entries).encode(), headers, with_body)
+            return self.send(200, json.dumps(entries).encode(), headers, with_body)
         if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/[^/]+)?", path):
             files = self.hub.repositories.get(match[1])
             if files is None:
-                return self._send(
-                    404, b'{"error": "Repository not found"}', {"X-Error-Code": "RepoNotFound"}, with_body
-                )
+                return self.send(404, b'{"error": "Repository not found"}', {"X-Error-Code": "RepoNotFound"}, with_body)
             body = json.dumps({"id": match[1], "sha": COMMIT, "siblings": _siblings(files)}).encode()
-            return self._send(200, body, {"Content-Type": "application/json"}, with_body)
+            return self.send(200, body, {"Content-Type": "application/json"}, with_body)
         match = re.fullmatch(r"/([^/]+/[^/]+)/resolve/[^/]+/(.+)", path)
         file = self.hub.repositories.get(match[1], {}).get(match[2]) if match else None
         if match is None or file is None:
-            return self._send(404, b"", {"X-Error-Code": "EntryNotFound"}, with_body)
-        return self._file(match[2], file.read_bytes(), with_body)
+            return self.send(404, b"", {"X-Error-Code": "EntryNotFound"}, with_body)
+        return self.file(match[2], file.read_bytes(), with_body)
 
-    def _file(self, name: str, content: bytes, with_body: bool) -> None:
+    def file(self, name: str, content: bytes, with_body: bool) -> None:
         headers = {
             "ETag": f'"{hashlib.sha256(content).hexdigest()}"',
             "X-Repo-Commit": COMMIT,
@@ -95,9 +95,9 @@ class _Handler(BaseHTTPRequestHandler):
             start = int(match[1])
             headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
         cut = self.hub.cut_after.pop(name, None) if with_body else None
-        self._send(206 if start else 200, content[start:], headers, with_body, cut)
+        self.send(206 if start else 200, content[start:], headers, with_body, cut)
 
-    def _send(self, status: int, body: bytes, headers: dict[str, str], with_body: bool, cut: int | None = None) -> None:
+    def send(self, status: int, body: bytes, headers: dict[str, str], with_body: bool, cut: int | None = None) -> None:
         self.send_response(status)
         for name, value in {**headers, "Content-Length": str(len(body))}.items():
             self.send_header(name, value)
@@ -109,10 +109,10 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def serving(repositories: dict[str, dict[str, Path]]) -> Iterator[Hub]:
-    """Serve `repositories`, name -> path in it -> file, on a free port of this machine."""
+def serving(repositories: dict[str, dict[str, Path]], kind: type[Handler] = Handler) -> Iterator[Hub]:
+    """Serve `repositories`, name -> path in it -> file, on a free port of this machine, as a hub of that `kind`."""
     hub = Hub(repositories)
-    handler = type("Handler", (_Handler,), {"hub": hub})
+    handler = type("Handler", (kind,), {"hub": hub})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     hub.url = f"http://127.0.0.1:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever, daemon=True)
