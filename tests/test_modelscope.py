@@ -177,8 +177,8 @@ def test_without_its_library_one_line_says_what_to_do(
     monkeypatch.delitem(sys.modules, "zimage_train.model.modelscope", raising=False)
     monkeypatch.delattr(zimage_train.model, "modelscope", raising=False)
     line = line_of(command, config)
-    assert "ZIMAGE_TRAIN_HUB: is modelscope, whose library is not installed (" in line
-    assert line.endswith("; pip install modelscope-hub, or unset it")
+    assert "ZIMAGE_TRAIN_HUB: is modelscope, whose library is not installed, or too old (" in line
+    assert line.endswith("; pip install 'modelscope-hub>=0.5.1', or unset it")
 
 
 @pytest.mark.parametrize("value", ["ModelScope", "huggingface", "../x"])

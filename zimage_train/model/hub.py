@@ -38,8 +38,8 @@ def chosen():  # one of two modules with the same functions; a checker knows bot
     try:
         from zimage_train.model import modelscope
     except ImportError as error:
-        what = f"is modelscope, whose library is not installed ({error})"
-        raise NoHub(Problem(VARIABLE, what, "pip install modelscope-hub, or unset it")) from None
+        what = f"is modelscope, whose library is not installed, or too old ({error})"
+        raise NoHub(Problem(VARIABLE, what, "pip install 'modelscope-hub>=0.5.1', or unset it")) from None
     return modelscope
 
 
