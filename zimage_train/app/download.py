@@ -93,11 +93,11 @@ def _wait(found: list[Remote], minutes: float, console: Console) -> None:
     """Wait until each of `found` is here. A file is, once it is whole: what is still coming has another name."""
     end = time.monotonic() + minutes * 60
     with console.live():
-        while missing := [one for one in found if one.local is None]:
+        while missing := [one for one in found if hub.local(one) is None]:
             size = in_words(sum(one.bytes for one in missing))
             if time.monotonic() >= end:
                 what = f"after {minutes:g} min {len(missing)} of {len(found)} files ({size}) are not here"
-                todo = f"is the machine that downloads at work, with the same HF_HOME? Here it is {constants.HF_HOME}"
+                todo = f"is the machine that downloads at work, into the same folder ({hub.chosen().cache_folder()})?"
                 raise WeightsError(Problem(f"--wait: {missing[0].repository}/{missing[0].path}", what, todo))
             console.tick("waiting for files", len(found) - len(missing), len(found), f"{size} to come")
             time.sleep(min(POLL_SECONDS, max(0.0, end - time.monotonic())))
