@@ -284,6 +284,18 @@ def test_a_model_that_is_too_large_for_the_machine_is_refused_before_it_is_read(
         captioning.caption(pictures, wanted(qwen), Console())
 
 
+@pytest.mark.parametrize("there", [True, False])
+def test_an_accelerator_is_used_where_there_is_one_and_not_where_torch_only_could(qwen, pictures, monkeypatch, there):
+    """`mps` stands for any: torch has the name everywhere, so that the choice can be seen without the device."""
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: there)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda *words, **more: torch.device("mps"))
+    taken = []
+    monkeypatch.setattr(vision, "load", lambda folder, device: taken.append(device.type) or vision.VisionModel(0, 0, 0))
+    monkeypatch.setattr(vision.VisionModel, "answer", lambda *words: ("A fox.", True))
+    captioning.caption(pictures, wanted(qwen), Console())
+    assert taken == ["mps" if there else "cpu"]
+
+
 def test_the_command_line(qwen, pictures):
     code, text = run("caption", pictures, "--model", qwen, "--trigger", "zorb", "--kind", "character")
     assert code == 0 and "4 captions written" in text and "zorb" in text, text

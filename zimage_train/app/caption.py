@@ -96,7 +96,8 @@ def _write(todo: list[tuple[Path, Path]], wanted: Wanted, console: Console, erro
 def _load(name: str, console: Console) -> vision.VisionModel:
     folder = sources.repository(name, "--model", PATTERNS)
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    has_gpu = torch.accelerator.is_available()  # the other question answers for the build of torch, not the machine
+    device = (torch.accelerator.current_accelerator() if has_gpu else None) or torch.device("cpu")
     room = accelerator.here(device).limit_bytes
     if size * BESIDE_WEIGHTS > room:
         what = f"its weights take {in_words(size)}, and {device.type} has {in_words(room)}"
