@@ -246,6 +246,14 @@ def test_folders_of_kohya_say_how_often_and_the_word(tmp_path: Path):
     assert (entry.repeats, entry.trigger) == ("by_folder", "ohwx")
 
 
+def test_a_folder_of_duplicates_is_not_a_page_of_notes(tmp_path: Path):
+    folder = folder_of(tmp_path / "p", [(600, 600)], ["a"])
+    for index in range(9):
+        (folder / f"same{index}.png").write_bytes((folder / "00.png").read_bytes())
+    said = run(folder, "--yes", "-o", tmp_path / "x.yaml")[1]
+    assert said.count("the same picture as") == 6 and "note: and 3 more, which check lists" in said
+
+
 def test_all_that_cannot_be_used_is_named_at_once(tmp_path: Path):
     for name in ("a.png", "b.png"):
         (tmp_path / name).write_bytes(b"no picture")

@@ -25,6 +25,7 @@ WORTH_SAYING = ("memory on", "  at the most", "  this does not fit", "time on")
 """Of a forecast: `check` says the rest."""
 FEW, FEW_STEPS, STEPS, MINIATURE_STEPS = 10, 1800, 3000, 300
 USUAL_FIRST_WORDS = {"a", "an", "the", "this", "it", "in", "on", "photo", "photograph", "picture", "image", "portrait"}
+MOST_NOTES = 6
 TAGS_HAVE = 6
 """Words between two commas, on average, below which a caption is a list of tags."""
 
@@ -109,7 +110,9 @@ def describe(seen: Seen) -> list[str]:
         lines.append("subfolders of kohya's layout: they say how often their pictures are seen")
     if seen.mask:
         lines.append(f"{sum(one.mask is not None for one in pictures)} have masks, in {seen.mask}")
-    lines += [f"note: {note}" for note in seen.notes]
+    lines += [f"note: {note}" for note in seen.notes[:MOST_NOTES]]
+    if (more := len(seen.notes) - MOST_NOTES) > 0:
+        lines.append(f"note: and {more} more, which check lists")
     return [*lines, *(f"to mend: {problem}" for problem in seen.problems)]
 
 
