@@ -226,6 +226,31 @@ def test_force_writes_over(qwen, pictures):
     assert file.read_text() != "old"
 
 
+def test_a_caption_that_cannot_be_read_is_not_written_over(qwen, pictures):
+    file = images_of(pictures)[0].with_suffix(".txt")
+    content = "my words".encode("utf-16")
+    file.write_bytes(content)
+    with pytest.raises(DataError, match="UTF-16"):
+        captioning.caption(pictures, wanted(qwen), Console())
+    assert file.read_bytes() == content and len(list(pictures.glob("*.txt"))) == 4
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--extension", ".png"], "--extension: is '.png'"),
+        (["--extension", ".x.JPG", "--force"], "--extension: is '.x.JPG'"),
+        (["--trigger", "[trigger]"], "--trigger: is '[trigger]'"),
+        (["--trigger", "a\nb"], "--trigger: is 'a\\nb'"),
+    ],
+)
+def test_what_would_harm_pictures_or_configs_is_refused(qwen, pictures, words, said):
+    before = {path.name: path.read_bytes() for path in pictures.iterdir()}
+    code, text = run("caption", pictures, "--model", qwen, *words)
+    assert code == 2 and said in text
+    assert {path.name: path.read_bytes() for path in pictures.iterdir()} == before
+
+
 def test_tags_and_an_own_instruction_reach_the_model(qwen, pictures, monkeypatch):
     asked = []
     monkeypatch.setattr(

@@ -110,7 +110,12 @@ def caption(
     for option, value in (("--trigger", trigger), ("--instruction", instruction)):
         if value is not None and not value.strip():
             problems.append(Problem(option, "is empty", "give a text, or leave the option out"))
-    if not re.fullmatch(r"\.[A-Za-z0-9_.]+", extension):
+    from zimage_train.app.init import why_not
+    from zimage_train.data.images import EXTENSIONS
+
+    if trigger is not None and trigger.strip() and (why := why_not("--trigger", trigger.strip())):
+        problems.append(Problem("--trigger", why))
+    if not re.fullmatch(r"\.[A-Za-z0-9_.]+", extension) or extension.lower().endswith(tuple(EXTENSIONS)):
         problems.append(Problem("--extension", f"is {extension!r}", "give one such as .txt"))
     if problems:
         raise ConfigError(*problems)

@@ -69,9 +69,14 @@ def _to_caption(pictures: list[Picture], wanted: Wanted, errors: list[ZImageTrai
         if len(sharing) > 1:
             names = ", ".join(picture.path.name for picture in sharing)
             errors.append(DataError(Problem(str(file), f"would belong to several pictures ({names})", "rename them")))
-        elif wanted.force or not sharing[0].own:
+        elif wanted.force or not _holds_something(file):
             todo.append((sharing[0].path, file))
     return todo
+
+
+def _holds_something(file: Path) -> bool:
+    """Whether there is something that a caption would be written over, readable or not."""
+    return file.exists() and (not file.is_file() or file.read_bytes().strip() != b"")
 
 
 def _write(todo: list[tuple[Path, Path]], wanted: Wanted, console: Console, errors: list[ZImageTrainError]) -> int:
