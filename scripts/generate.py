@@ -4,6 +4,7 @@ python scripts/generate.py           write what is stale
 python scripts/generate.py --check   write nothing; exit code 1 if something is stale
 """
 
+import inspect
 import json
 import re
 import sys
@@ -17,7 +18,7 @@ from pydantic import BaseModel
 from typer.main import get_command
 from typer.testing import CliRunner
 
-from zimage_train import cli
+from zimage_train import cli, printing
 from zimage_train.cards import CARDS
 from zimage_train.config import recipes, yaml_reader
 from zimage_train.config.aitoolkit import keys
@@ -121,7 +122,9 @@ def _table(section: BaseModel, prefix: str, title: str) -> list[str]:
 
 def cli_md() -> str:
     """What every command says of itself with `--help`."""
-    lines = ["# Every command", "", NOTICE, ""]
+    events = inspect.cleandoc(printing.__doc__ or "").partition("\n\n")[2]
+    machines = f"`zimage-train --json train CONFIG`, and so with every command: {events[0].lower()}{events[1:]}"
+    lines = ["# Every command", "", NOTICE, "", machines, ""]
     for words in _commands(get_command(cli.app)):
         shown = CliRunner().invoke(cli.app, [*words, "--help"], env={"COLUMNS": "110", "TERMINAL_WIDTH": "110"})
         text = "\n".join(line.rstrip() for line in shown.output.strip().splitlines())

@@ -20,6 +20,7 @@ LAYERS: list[list[str]] = [
         # packages, empty but for a docstring
         "zimage_train app config config.aitoolkit data lora mini model report sampling training",
         "errors sizes files serialize model.headers model.digests",
+        "errors printing",
         "model.native",
         "errors model.shapes",
         "seeding",
@@ -117,7 +118,7 @@ LAYERS: list[list[str]] = [
         "app.sample app.workbench app.checkpoints",
     ],
     # 5: the command line
-    ["interruptible printing cli_lora cli", "printing cli_start cli __main__"],
+    ["interruptible cli_lora cli", "cli_start cli __main__"],
 ]
 """Layers from the bottom. A module imports from lower layers, and from those before it in a line of its own layer."""
 
@@ -138,7 +139,7 @@ TORCH_FREE = [
         "report.change report.page report.heatmap report.trackers measured cards memory flops planner mini.world",
         "preflight forecast costs prices pods app.check app.init app.doctor app.download training.stopping",
         "training.run_folder training.views",
-        "config.recipes interruptible cli_start printing cli_lora cli __main__",
+        "config.recipes interruptible printing cli_start cli_lora cli __main__",
     )
     for module in line.split()
 ]

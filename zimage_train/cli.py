@@ -10,15 +10,15 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from zimage_train import __version__, files
+from zimage_train import __version__
 from zimage_train.cli_lora import lora_commands
 from zimage_train.cli_start import start_commands
-from zimage_train.config.aitoolkit.convert import read_any, read_only_job, written
+from zimage_train.config.aitoolkit.convert import read_any
 from zimage_train.config.schema import Config, Model
 from zimage_train.errors import ConfigError, DiskError, Problem, ZImageTrainError
 from zimage_train.interruptible import Interruptible
 from zimage_train.model.variants import VARIANTS
-from zimage_train.printing import print_lines, silence
+from zimage_train.printing import FOR_MACHINES, as_event, note, print_lines, print_raw, silence
 from zimage_train.sampling.prompts import read as read_prompts
 
 app = typer.Typer(
@@ -38,7 +38,6 @@ ConfigPath = Annotated[
     Path,
     typer.Argument(metavar="CONFIG", help="The YAML file, or a job of AI Toolkit (YAML or JSON).", show_default=False),
 ]
-JobPath = Annotated[Path, typer.Argument(metavar="JOB", help="The YAML or JSON file.", show_default=False)]
 Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=YAML", help="Override a setting, e.g. --set train.steps=100. Repeatable."),
@@ -132,7 +131,7 @@ def check(
     from zimage_train.report.console import Console
 
     hourly = None if price is None else checking.parse_price(price)
-    console = Console(is_main=sys.stderr is not None and sys.stderr.isatty(), stream=sys.stderr)
+    console = Console.aside()
     if quarantine:
         print_lines(move_rejected(settings))
     with console.live():
@@ -161,7 +160,10 @@ def timesteps(
 
     from zimage_train.app import timesteps as describing
 
-    print_lines([json.dumps(describing.describe(settings))] if as_json else describing.picture(settings))
+    if as_json:
+        print_raw(json.dumps(describing.describe(settings)))
+    else:
+        print_lines(describing.picture(settings))
 
 
 @app.command()
@@ -215,7 +217,7 @@ def sample(
     if from_:
         print_lines(sampling.said_of(from_))
     if negative and not any(recipe.guidance > 0 for recipe in recipes):
-        _note(["--negative is not used at guidance 0, which is Turbo's own; give --guidance"])
+        note(["--negative is not used at guidance 0, which is Turbo's own; give --guidance"])
     loras, room = [given.parse(text) for text in lora or []], sampling.Room(batch, budget_gb)
     sampling.sample(settings, loras, recipes, room, output)
 
@@ -322,35 +324,14 @@ def _models(
     ]
 
 
-@app.command("import")
-def import_(
-    job: JobPath,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="CONFIG", help="The file to write. Default: the terminal.")
-    ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Write over a file that is there.")] = False,
-) -> None:
-    """Write the config that a job of AI Toolkit becomes, with every setting.
-
-    Keys that cannot be honoured are refused, all at once; what else is worth knowing is said line by line.
-    """
-    settings, notes = read_only_job(job)
-    if output is not None and output.exists() and not force:
-        raise ConfigError(Problem(str(output), "exists", "give another name, or --force"))
-    if output is not None and output.exists() and output.samefile(job):
-        raise ConfigError(Problem(str(output), "is the job itself", "give another name"))
-    text = written(settings, notes, job)
-    _note(notes)
-    if output is None:
-        print_lines([text.rstrip()])
-    else:
-        files.write_text(output, text)
-
-
 @app.callback(invoke_without_command=True)
 def top(
     version: Annotated[bool, typer.Option("--version", help="Show the version.", is_eager=True)] = False,
+    for_machines: Annotated[
+        bool, typer.Option("--json", help="Before a command: each line that it prints is a JSON object.")
+    ] = False,
 ) -> None:
+    FOR_MACHINES.set(for_machines)
     if version:
         print_lines([f"zimage-train {__version__}"])
         raise typer.Exit
@@ -376,23 +357,17 @@ def main() -> None:
 
 def _read(path: Path, overrides: list[str] | None) -> Config:
     settings, notes = read_any(path, overrides or [])
-    _note(notes)
+    note(notes)
     return settings
-
-
-def _note(notes: list[str]) -> None:
-    if os.environ.get("RANK", "0") != "0":
-        return
-    with contextlib.suppress(OSError, AttributeError):  # nobody has to listen
-        for note in notes:
-            print(f"note: {note}", file=sys.stderr)
 
 
 def _fail(error: ZImageTrainError) -> NoReturn:
     rank = os.environ.get("RANK", "0")  # of the processes that torchrun starts, each says what it met
     with contextlib.suppress(OSError, AttributeError):  # nobody has to listen
-        for problem in error.problems:
-            print(f"process {rank}: {problem}" if rank != "0" else problem, file=sys.stderr)
+        for one in error.problems:
+            text = f"process {rank}: {one}" if rank != "0" else str(one)
+            event = as_event("error", where=one.where, found=one.what, todo=one.todo, exit_code=error.exit_code)
+            print(event if FOR_MACHINES.get() else text, file=sys.stderr)
     sys.exit(error.exit_code)
 
 

@@ -7,16 +7,19 @@ from typing import Annotated
 
 import typer
 
+from zimage_train import files
 from zimage_train.cards import CARDS
+from zimage_train.config.aitoolkit.convert import read_only_job, written
 from zimage_train.config.recipes import BASES, KINDS
 from zimage_train.data.describing import STYLES
 from zimage_train.errors import ConfigError, Problem
-from zimage_train.printing import print_lines
+from zimage_train.printing import FOR_MACHINES, note, print_lines
 
 start_commands = typer.Typer(rich_markup_mode=None)
 
 CAPTIONER = "Qwen/Qwen3-VL-4B-Instruct"
 
+JobPath = Annotated[Path, typer.Argument(metavar="JOB", help="The YAML or JSON file.", show_default=False)]
 FolderPath = Annotated[Path, typer.Argument(metavar="FOLDER", help="The pictures.", show_default=False)]
 
 
@@ -65,11 +68,11 @@ def init(
     run = name or starting.name_of(folder, output)
     path = output or Path(f"{run}.yaml")
     starting.require_place(path, force)
-    console = Console(is_main=sys.stderr is not None and sys.stderr.isatty(), stream=sys.stderr)
+    console = Console.aside()
     with console.live():
         seen = starting.look(folder, console.tick)
     print_lines([*starting.describe(seen), ""])
-    asks = not yes and sys.stdin is not None and sys.stdin.isatty()
+    asks = not yes and not FOR_MACHINES.get() and sys.stdin is not None and sys.stdin.isatty()
     kind = kind or (_asked("What do they show?", list(KINDS)) if asks else "character")
     variant = variant or (_asked("Which model?", list(BASES)) if asks and not miniature else "turbo")
     usual = starting.likely_trigger(seen.captions, seen.kohya) or KINDS[kind].trigger
@@ -164,6 +167,31 @@ def download(
     model = settings.model if settings else Model.model_validate({"variant": config})
     also = settings.sample.also if settings else None
     print_lines(downloading.download(model, also, Console(), wait))
+
+
+@start_commands.command("import")
+def import_(
+    job: JobPath,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="CONFIG", help="The file to write. Default: the terminal.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Write over a file that is there.")] = False,
+) -> None:
+    """Write the config that a job of AI Toolkit becomes, with every setting.
+
+    Keys that cannot be honoured are refused, all at once; what else is worth knowing is said line by line.
+    """
+    settings, notes = read_only_job(job)
+    if output is not None and output.exists() and not force:
+        raise ConfigError(Problem(str(output), "exists", "give another name, or --force"))
+    if output is not None and output.exists() and output.samefile(job):
+        raise ConfigError(Problem(str(output), "is the job itself", "give another name"))
+    text = written(settings, notes, job)
+    note(notes)
+    if output is None:
+        print_lines([text.rstrip()])
+    else:
+        files.write_text(output, text)
 
 
 def _asked_trigger(usual: str) -> str:

@@ -1,9 +1,32 @@
-"""What commands are there to print."""
+"""What commands are there to print, for people or, after `zimage-train --json`, for machines (torch-free).
 
+A machine gets one JSON object a line, on the stream on which a person would get the line: `event` is one of
+`progress` (what, done, total, note), `line`, `warning`, `note` and `result` (text), and `error` (where, found, todo,
+exit_code).
+"""
+
+import contextlib
+import json
 import os
 import sys
+from contextvars import ContextVar
 
 from zimage_train.errors import DiskError, Problem
+
+FOR_MACHINES: ContextVar[bool] = ContextVar("for_machines", default=False)
+
+
+def as_event(event: str, **fields: str | int) -> str:
+    return json.dumps({"event": event, **fields})
+
+
+def note(lines: list[str]) -> None:
+    """Say on standard error, of all processes in the first alone, what is worth knowing of what was asked."""
+    if os.environ.get("RANK", "0") != "0":
+        return
+    with contextlib.suppress(OSError, AttributeError):  # nobody has to listen
+        for line in lines:
+            print(as_event("note", text=line) if FOR_MACHINES.get() else f"note: {line}", file=sys.stderr)
 
 
 def silence() -> None:
@@ -16,8 +39,17 @@ def print_lines(lines: list[str]) -> None:
     Raises:
         DiskError: it can be written nowhere.
     """
+    print_raw("\n".join(as_event("result", text=line) for line in lines) if FOR_MACHINES.get() else "\n".join(lines))
+
+
+def print_raw(text: str) -> None:
+    """Print a text that is the same for people and machines.
+
+    Raises:
+        DiskError: it can be written nowhere.
+    """
     try:
-        print("\n".join(lines), flush=True)
+        print(text, flush=True)
     except OSError as error:
         silence()
         if not isinstance(error, BrokenPipeError):

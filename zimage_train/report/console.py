@@ -1,7 +1,7 @@
 """What the user sees while a command works: lines, progress, and the same lines in log.txt.
 
-Progress is a live bar on a terminal and an occasional plain line elsewhere. Text is never taken for markup, since
-`[trigger]` is an ordinary word here.
+Progress is a live bar on a terminal and an occasional plain line elsewhere; for machines all of it is events. Text is
+never taken for markup, since `[trigger]` is an ordinary word here.
 """
 
 import io
@@ -18,8 +18,9 @@ from rich.console import Console as RichConsole
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from zimage_train import files
+from zimage_train.printing import FOR_MACHINES, as_event
 
-PLAIN_EVERY_SECONDS = 10.0
+PLAIN_EVERY_SECONDS, EVENT_EVERY_SECONDS = 10.0, 1.0
 
 
 class Unbreakable:
@@ -59,10 +60,16 @@ class Console:
         self._rich = RichConsole(
             file=unbreakable, markup=False, emoji=False, highlight=False, soft_wrap=True, quiet=not is_main
         )
-        self._is_main = is_main
+        self._is_main, self._for_machines = is_main, FOR_MACHINES.get()
         self._file: IO[str] | None = None
         self._progress: Progress | None = None
         self._shown: tuple[str, float] = ("", 0.0)
+
+    @classmethod
+    def aside(cls) -> "Console":
+        """Of a command whose lines are its result: progress alone, on standard error, if somebody looks."""
+        seen = sys.stderr is not None and (sys.stderr.isatty() or FOR_MACHINES.get())
+        return cls(is_main=seen, stream=sys.stderr)
 
     def log_to(self, path: Path) -> None:
         """Also append every line, with its time, to `path`; a log that cannot be opened is only mentioned."""
@@ -79,17 +86,20 @@ class Console:
             self._file = None
 
     def say(self, text: str) -> None:
-        self._rich.print(text)
+        self._rich.print(as_event("line", text=text) if self._for_machines else text)
         self._record(text)
 
     def warn(self, text: str) -> None:
-        self._rich.print(f"warning: {text}", style="yellow")
+        if self._for_machines:
+            self._rich.print(as_event("warning", text=text))
+        else:
+            self._rich.print(f"warning: {text}", style="yellow")
         self._record(f"warning: {text}")
 
     @contextmanager
     def live(self) -> Iterator[None]:
         """Show progress as live bars within the block, if this is a terminal."""
-        if not self._rich.is_terminal or not self._is_main:
+        if not self._rich.is_terminal or not self._is_main or self._for_machines:
             yield
             return
         columns = (
@@ -113,8 +123,10 @@ class Console:
             return
         last_what, last_time = self._shown
         now = time.monotonic()
-        if what != last_what or now - last_time >= PLAIN_EVERY_SECONDS or done == total:
-            self._rich.print(f"{what} {done}/{total} {note}".rstrip())
+        pause = EVENT_EVERY_SECONDS if self._for_machines else PLAIN_EVERY_SECONDS
+        if what != last_what or now - last_time >= pause or done == total:
+            event = as_event("progress", what=what, done=done, total=total, note=note)
+            self._rich.print(event if self._for_machines else f"{what} {done}/{total} {note}".rstrip())
             self._shown = (what, now)
 
     def _tick_bar(self, progress: Progress, what: str, done: int, total: int, note: str) -> None:
