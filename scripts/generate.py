@@ -23,7 +23,7 @@ from zimage_train.cards import CARDS
 from zimage_train.config import recipes, yaml_reader
 from zimage_train.config.aitoolkit import keys
 from zimage_train.config.aitoolkit.rows import OFF, Mapped, NoEffect, Ours, Row
-from zimage_train.config.schema import Config, Prompt
+from zimage_train.config.schema import Config, ExtraLora, Prompt
 from zimage_train.data.buckets import Bucket
 from zimage_train.forecast import MODES_IN_WORDS
 from zimage_train.lora import names
@@ -65,6 +65,10 @@ def _tidy(node: Any) -> Any:
     return {key: _tidy(value) for key, value in node.items() if key not in drop}
 
 
+EMPTY_LISTS: dict[str, type[BaseModel]] = {"prompts": Prompt, "extra_loras": ExtraLora}
+"""Lists that are empty by default, so that what their entries hold must be said beside them."""
+
+
 def reference_yaml() -> str:
     """A config that spells out every setting, each under a line that says what it does."""
     return HEAD + "\n".join(_section(EXAMPLE, ""))
@@ -84,8 +88,9 @@ def _section(section: BaseModel, indent: str) -> list[str]:
         else:
             dumped = yaml_reader.dump({name: section.model_dump(include={name})[name]})
             lines += [indent + line for line in dumped.splitlines()]
-        if name == "prompts":
-            fields = {key: _one_line(prompt.description or "") for key, prompt in Prompt.model_fields.items()}
+        if name in EMPTY_LISTS:
+            entries = EMPTY_LISTS[name].model_fields.items()
+            fields = {key: _one_line(one.description or "") for key, one in entries}
             lines += [f"{indent}#   {key}: {text}" for key, text in fields.items()]
         if not indent:
             lines.append("")

@@ -44,6 +44,8 @@ def option_names(section: type[BaseModel] = Config, prefix: str = "") -> Iterato
 
 
 OPTIONS = dict(option_names())
+IN_LISTS = {"prompts": {"prompt": "p"}, "extra_loras": {"file": "x.safetensors"}}
+"""What an entry of a list that is empty by default needs at least."""
 
 
 def nested(option: str, value: Any) -> dict[str, Any]:
@@ -53,8 +55,8 @@ def nested(option: str, value: Any) -> dict[str, Any]:
     *sections, last = option.split(".")
     for section in sections:
         name = section.removesuffix("[]")
-        if section == "sample.prompts[]" or name == "prompts":
-            target = target.setdefault("prompts", [{"prompt": "p"}])[0]
+        if name in IN_LISTS:
+            target = target.setdefault(name, [dict(IN_LISTS[name])])[0]
         elif section.endswith("[]"):
             target = target[name][0]
         else:

@@ -116,6 +116,7 @@ ACCEPTED_AND_REFUSED = {
     "sample.prompts[].seed": ([None, 0, 2**63 - 1], [-1, 2**63]),
     "sample.prompts[].width": ([None, 64], [16, 1000]),
     "sample.prompts[].height": ([None, 64], [16, 1000]),
+    "sample.extra_loras[].weight": ([-100.0, 0, 1.5, 100], [-100.1, 100.1]),
     "save.every": ([1, 10**6, None], [0]),
     "save.keep": ([1, 100], [0, -1]),
 }
@@ -182,6 +183,9 @@ def test_plain_values_hold_no_surprises(read, option: str, text: str, value: Any
 def test_a_prompt_may_be_text_and_a_resolution_one_number(read):
     config = read("sample: {prompts: [one, {prompt: two, seed: 5}]}", "data.0.resolution=512")
     assert [(one.prompt, one.seed) for one in config.sample.prompts] == [("one", None), ("two", 5)]
+    stacked = read("sample: {extra_loras: [a=b.safetensors=-0.5, {file: c, weight: 2}, distillpatch]}")
+    found = [(one.file, one.weight) for one in stacked.sample.extra_loras]
+    assert found == [("a=b.safetensors", -0.5), ("c", 2.0), ("distillpatch", 1.0)]
     assert config.data[0].resolution == [512]
 
 
@@ -201,7 +205,6 @@ NOT_YET = {
     "lora.init_from": "x.safetensors",
     "train.method": "trajectory_imitation",
     "memory.compile": True,
-    "sample.extra_loras": ["x.safetensors"],
 }
 
 
@@ -534,7 +537,7 @@ def test_small_numbers_are_written_with_a_point(value: float, text: str):
 
 
 def test_every_option_is_in_the_effective_config(read):
-    config = read("sample: {prompts: [x]}")
+    config = read("sample: {prompts: [x], extra_loras: [y]}")
     written = {re.sub(r"\.\d+\.", "[].", name) for name in flatten(yaml.safe_load(dump_config(config)))}
     assert written == set(OPTIONS)
 
@@ -592,9 +595,9 @@ def test_the_reference_is_the_default_config_with_a_line_for_every_option(read):
     assert read_config(path) == read(least="name: my_lora\ndata: [{folder: photos}]\n")
     lines = path.read_text().splitlines()
     values = flatten(yaml.safe_load(path.read_text()))
-    assert {re.sub(r"\.\d+\.", "[].", name) for name in values} | {name for name in OPTIONS if "prompts[]" in name} == (
-        set(OPTIONS) | {"sample.prompts"}
-    )
+    empty = {"prompts[]": "sample.prompts", "extra_loras[]": "sample.extra_loras"}
+    inside = {name for name in OPTIONS for part in empty if part in name}
+    assert {re.sub(r"\.\d+\.", "[].", name) for name in values} | inside == set(OPTIONS) | set(empty.values())
     uncommented = [
         line
         for before, line in itertools.pairwise(lines)

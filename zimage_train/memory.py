@@ -105,6 +105,8 @@ class Job:
     held_out: Bucket | None = None
     """The largest picture that validation looks at."""
     previews_at_once: int = 1
+    preview_lora_bytes: int = 0
+    """Of the LoRAs that previews have besides."""
 
     def batch(self, size: Bucket) -> int:
         """The largest batch of `size`: never more than there are samples."""
@@ -226,6 +228,7 @@ def preview(job: Job, form: Form) -> Estimate:
         sampling = max(sampling, SAMPLING[job.dtype] * job.shape.dim * tokens * batch)
         width = job.vae_channels / VAE_CHANNELS
         decoding = max(decoding, DECODING[job.dtype] * width * one.width * one.height)
+    sampling += job.preview_lora_bytes
     if job.gpu and job.previews:
         decoding += VAE_WEIGHTS * DTYPE_BYTES[job.dtype]
     return _with_weights(job, form, int(max(sampling, decoding)))

@@ -160,7 +160,10 @@ def job_of(checked: Checked, gpu: bool | None = None) -> Job:
     job = memory.job(config, shape, modules, checked.items, [*previews(config), *also(config)], gpu, checked.held_out)
     if checked.weights is None:
         return job
-    return replace(job, vae_channels=parts.vae(checked.weights.sources.extras)[0]["block_out_channels"][0])
+    found = checked.weights.sources
+    in_fp32 = 2 * sum(path.stat().st_size for path in found.extra_loras)
+    channels = parts.vae(found.extras)[0]["block_out_channels"][0]
+    return replace(job, vae_channels=channels, preview_lora_bytes=in_fp32)
 
 
 def less_memory(checked: Checked, limit_bytes: float, gpu: bool | None = None) -> str:
@@ -232,6 +235,8 @@ def _weights(config: Config, fetch: Fetch | None) -> tuple[Weights | None, list[
             return None, [*errors, error], notes
     also, faults, more = _also(config.sample.also, shape if transformer else None, fetch)
     errors, notes = errors + faults, list(dict.fromkeys(notes + more))
+    extra_loras, faults, more = _extra_loras(config, shape if transformer else None, fetch)
+    errors, notes = errors + faults, [*notes, *more]
     modules: list[str] = []
     sizes: headers.Sizes = {}
     with collected(errors):
@@ -245,7 +250,7 @@ def _weights(config: Config, fetch: Fetch | None) -> tuple[Weights | None, list[
             headers.require_match(adapter, sizes, shape.linears)
     if errors or notes or transformer is None or extras is None:
         return None, errors, notes
-    return Weights(Sources(transformer, extras, adapter, also), shape, modules, len(sizes)), [], []
+    return Weights(Sources(transformer, extras, adapter, also, extra_loras), shape, modules, len(sizes)), [], []
 
 
 def _also(
@@ -265,6 +270,26 @@ def _also(
         what = "has another shape than the model of this run, so its LoRA does not fit"
         return None, [WeightsError(Problem(f"sample.also: {name}", what, "give a model of the same size"))], []
     return path, [], []
+
+
+def _extra_loras(
+    config: Config, shape: TransformerShape | None, fetch: Fetch | None
+) -> tuple[tuple[Path, ...], list[ZImageTrainError], list[str]]:
+    """What previews have besides the run's own LoRA, all of which must fit; what is wrong; what is not here yet."""
+    paths: list[Path] = []
+    errors: list[ZImageTrainError] = []
+    notes: list[str] = []
+    for index, one in enumerate(config.sample.extra_loras):
+        try:
+            path = sources.lora_at(one.file, f"sample.extra_loras.{index}", fetch)
+            if shape is not None:
+                headers.require_match(path, headers.read_sizes(path), shape.linears)
+            paths.append(path)
+        except NotDownloaded as error:
+            notes += map(_absence, error.problems)
+        except WeightsError as error:
+            errors.append(error)
+    return tuple(paths), errors, notes
 
 
 def _absence(problem: Problem) -> str:

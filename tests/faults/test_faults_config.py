@@ -308,7 +308,7 @@ BAD = {
     "sizes": (LEAST + "sample: {width: 1000, height: 16}\n", ["data.0.resolution=[512, 520]"]),
     "not possible yet": (
         LEAST + "model: {attention: flash}\nlora: {type: lokr}\ntrain: {method: de_distill}\nema: {decay: 0.999}\n",
-        ["data.0.flip=true", "memory.compile=true", "sample.extra_loras=[x]"],
+        ["data.0.flip=true", "memory.compile=true", "lora.init_from=x"],
     ),
     "another variant's adapter": (LEAST + "model: {variant: base, adapter: v2}\n", []),
     "a choice misspelt": (LEAST + "model: {variant: turob}\ntimesteps: {type: sigmod}\nsave: {dtype: fp16}\n", []),

@@ -7,6 +7,7 @@ from pathlib import Path
 from zimage_train.errors import ConfigError, Problem
 from zimage_train.lora import files
 from zimage_train.lora.files import Lora
+from zimage_train.model import sources
 from zimage_train.model.shapes import TransformerShape
 
 LARGEST_WEIGHT = 100.0
@@ -39,12 +40,13 @@ def parse(text: str, where: str = "--lora", is_weight_needed: bool = False) -> W
     return WeightedLora(Path(name), number)
 
 
-def read(path: Path, *shapes: TransformerShape) -> Lora:
-    """The LoRA at `path`, all of which fits each model of these shapes.
+def read(name: Path, *shapes: TransformerShape) -> Lora:
+    """The LoRA `name`, a path or what else `sources.lora_at` takes, all of which fits each model of these shapes.
 
     Raises:
-        WeightsError: it does not, or is no LoRA.
+        WeightsError: it does not, is no LoRA, or is not to be had.
     """
+    path = name if name.is_file() else sources.lora_at(name.as_posix(), "--lora")
     lora = files.read(path)
     for shape in shapes:
         files.require_modules(path, lora, shape.linears)

@@ -215,6 +215,8 @@ def command_for(config: Config, lora: Path) -> str:
     program = ["zimage-train"] if shutil.which("zimage-train") else [sys.executable, "-m", "zimage_train"]
     model = config.model
     words = [*program, "sample", model.path or model.variant, "--lora", str(lora)]
+    for one in config.sample.extra_loras:
+        words += ["--lora", one.file if one.weight == 1 else f"{one.file}={one.weight!r}"]
     if model.path is not None and model.variant != "turbo":
         words += ["--variant", model.variant]
     if model.extras is not None:

@@ -139,6 +139,7 @@ def resolved(config: Config) -> Config:
         entry.model_copy(update={name: absolute(getattr(entry, name)) for name in ("folder", "metadata", "mask")})
         for entry in config.data
     ]
+    loras = [one.model_copy(update={"file": absolute(one.file)}) for one in sample.extra_loras]
     validation = config.validation.model_copy(update={"folder": absolute(config.validation.folder)})
     folder = None if cache.folder is None else str(Path(cache.folder).absolute())
     return config.model_copy(
@@ -148,7 +149,7 @@ def resolved(config: Config) -> Config:
             "data": data,
             "cache": cache.model_copy(update={"folder": folder}),
             "validation": validation,
-            "sample": sample.model_copy(update={"also": absolute(sample.also)}),
+            "sample": sample.model_copy(update={"also": absolute(sample.also), "extra_loras": loras}),
         }
     )
 
@@ -369,7 +370,7 @@ def _all_keys(section: type[BaseModel], prefix: tuple[str, ...] = ()) -> list[tu
     keys: list[tuple[str, ...]] = []
     for name, field in section.model_fields.items():
         inner = _model_of(field.annotation)
-        index = ("0",) if name in ("data", "prompts") else ()
+        index = ("0",) if name in ("data", "prompts", "extra_loras") else ()
         keys += _all_keys(inner, (*prefix, name, *index)) if inner else [(*prefix, name)]
     return keys
 

@@ -20,6 +20,7 @@ from zimage_train.config.values import (
     OptimizerName,
     Pixels,
     ScheduleName,
+    as_lora,
     as_prompt,
     check_params,
 )
@@ -262,6 +263,13 @@ class Prompt(Section):
     """null: sample.height."""
 
 
+class ExtraLora(Section):
+    file: str = Field(min_length=1)
+    """A LoRA file, org/repo/file on the hub, or distillpatch."""
+    weight: float = Field(default=1.0, ge=-100.0, le=100.0)
+    """Its strength."""
+
+
 class Sample(Section):
     every: Every = 250
     """Steps between previews; null: none."""
@@ -283,8 +291,8 @@ class Sample(Section):
     """Prompt i is drawn with seed + i."""
     weights: Literal["raw", "ema"] = "raw"
     """Which weights draw the previews."""
-    extra_loras: Annotated[list[str], Later([])] = []
-    """Later: LoRAs stacked in previews."""
+    extra_loras: list[Annotated[ExtraLora, BeforeValidator(as_lora, json_schema_input_type=str | ExtraLora)]] = []
+    """LoRAs that previews have besides the run's own: FILE, FILE=WEIGHT or {file, weight}."""
     also: str | None = Field(default=None, min_length=1)
     """Draw each preview on this model too, in its way: turbo, deturbo, base, or a path or hub id of a Turbo."""
 

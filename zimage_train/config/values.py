@@ -1,6 +1,7 @@
 """The kinds of value that settings have, beyond plain numbers and text."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal, Optional, get_args
 
 from pydantic import (
@@ -63,6 +64,19 @@ def _as_list(value: object) -> object:
 def as_prompt(value: object) -> object:
     """`text` stands for `{prompt: text}`."""
     return {"prompt": value} if isinstance(value, str) else value
+
+
+def as_lora(value: object) -> object:
+    """`FILE` and `FILE=WEIGHT` stand for `{file: FILE, weight: WEIGHT}`; a file whose own name has a `=` wins."""
+    if not isinstance(value, str):
+        return value
+    file, equals, weight = value.rpartition("=")
+    if not equals or Path(value).exists():
+        return {"file": value}
+    try:
+        return {"file": file, "weight": float(weight)}
+    except ValueError:
+        return {"file": file, "weight": weight}  # whose message says that it is no number
 
 
 def _multiple_of_16(value: int) -> int:

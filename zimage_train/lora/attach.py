@@ -45,8 +45,6 @@ class Attached:
     a: dict[str, nn.Parameter]
     b: dict[str, nn.Parameter]
     scale: float
-    scalings: list[dict[str, float]]
-    """Where each layer of the model keeps `scale`."""
 
     def parameters(self) -> list[nn.Parameter]:
         """Every trainable parameter, in one fixed order."""
@@ -78,29 +76,6 @@ class Attached:
         """The current LoRA, sharing memory with the model; or the one that `state` holds."""
         held = state or self.state()
         return {module: Factors(held[f"lora.{module}.A"], held[f"lora.{module}.B"], self.scale) for module in self.a}
-
-    @contextlib.contextmanager
-    def holding(self, lora: Lora) -> Iterator[None]:
-        """The model with `lora`, of the same modules and ranks, for as long as the block runs.
-
-        Its factors are used as they are, as by who reads them from a file; they have no scale of their own.
-        """
-        own = self.state()
-        before = {name: tensor.clone() for name, tensor in own.items()}
-        try:
-            for module, factors in lora.items():
-                own[f"lora.{module}.A"].copy_(factors.a)
-                own[f"lora.{module}.B"].copy_(factors.b)
-            self._scale_by(1.0)
-            yield
-        finally:
-            self._scale_by(self.scale)
-            for name, tensor in own.items():
-                tensor.copy_(before[name])
-
-    def _scale_by(self, scale: float) -> None:
-        for scaling in self.scalings:
-            scaling[ADAPTER] = scale
 
 
 def attach(model: nn.Module, modules: list[str], rank: int, alpha: float | None, dropout: float, seed: int) -> Attached:
@@ -170,7 +145,7 @@ def _inject(model: nn.Module, ranks: dict[str, int], scale: float, dropout: floa
         raise WeightsError(
             Problem(different[0], "peft attached a LoRA where none was asked for, or none where one was")
         )
-    a, b, scalings = {}, {}, []
+    a, b = {}, {}
     for name in ranks:
         layer = found[name]
         device = layer.get_base_layer().weight.device
@@ -179,5 +154,4 @@ def _inject(model: nn.Module, ranks: dict[str, int], scale: float, dropout: floa
             linear.weight.requires_grad_(True)
             store[name] = linear.weight
         layer.scaling[ADAPTER] = scale
-        scalings.append(layer.scaling)
-    return Attached(a, b, scale, scalings)
+    return Attached(a, b, scale)

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from typing import cast
 
 from peft.tuners.lora import LoraLayer
 from torch import nn
@@ -21,11 +22,31 @@ def attached(model: nn.Module, lora: Lora) -> Iterator[None]:
         _detach(model)
 
 
+@contextlib.contextmanager
+def instead(model: nn.Module, lora: Lora) -> Iterator[None]:
+    """Within the block `lora` is on `model` in place of the LoRA that it has; after it that one is back, untouched."""
+    own = {name: cast(nn.Module, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    noted = getattr(model, "peft_config", None)
+    _detach(model)
+    try:
+        with attached(model, lora):
+            yield
+    finally:
+        for name, module in own.items():
+            _put(model, name, module)
+        if noted is not None:
+            model.peft_config = noted
+
+
 def _detach(model: nn.Module) -> None:
     """Put the frozen modules back in place of those that surround them, and forget what peft noted on the model."""
     for name, module in list(model.named_modules()):
         if isinstance(module, LoraLayer):
-            parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, module.get_base_layer())
+            _put(model, name, module.get_base_layer())
     if hasattr(model, "peft_config"):
         del model.peft_config
+
+
+def _put(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)

@@ -12,7 +12,7 @@ from zimage_train.errors import Problem, WeightsError, ZImageTrainError, collect
 from zimage_train.model import hub, native, shapes
 from zimage_train.model.headers import TensorInfo, read_header, read_json, read_sharded
 from zimage_train.model.shapes import TransformerShape
-from zimage_train.model.variants import ADAPTERS, VARIANTS
+from zimage_train.model.variants import ADAPTERS, LORAS, VARIANTS
 
 TRANSFORMER_STEM = "diffusion_pytorch_model"
 EXTRAS = ("text_encoder", "tokenizer", "vae")
@@ -36,6 +36,8 @@ class Sources:
     adapter: Path | None
     also: Path | None = None
     """The transformer that previews are drawn on beside."""
+    extra_loras: tuple[Path, ...] = ()
+    """LoRAs that previews have besides the run's own."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,15 @@ def transformer_at(name: str, where: str, fetch: Fetch | None = None) -> Path:
     """
     known = VARIANTS.get(name)
     return _transformer(known.transformer if known else name, where, fetch or download)
+
+
+def lora_at(name: str, where: str, fetch: Fetch | None = None) -> Path:
+    """The LoRA that `name` is: a file, `org/repo/file` on the hub, or a short name such as distillpatch.
+
+    Raises:
+        WeightsError: it cannot be found.
+    """
+    return _file(LORAS.get(name, name), where, fetch or download)
 
 
 def repository(name: str, where: str, patterns: list[str], fetch: Fetch | None = None) -> Path:

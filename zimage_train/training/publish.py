@@ -102,7 +102,7 @@ def draw(run: Run, view: View, step: int) -> None:
     missing = view.missing(step)
     averaged = run.config.sample.weights == "ema" and run.ema is not None
     trained = run.attached.factors(run.ema.shadow if averaged and run.ema else None)
-    with run.attached.holding(lora_files.rounded(trained, run.config.save.dtype)):
+    with run.previewed(lora_files.rounded(trained, run.config.save.dtype)):
         images = render(
             run.frozen,
             run.extras,
@@ -114,7 +114,8 @@ def draw(run: Run, view: View, step: int) -> None:
     for (path, recipe), image in zip(missing, images, strict=True):
         model = run.config.sample.also if view.also else run.config.model.path or run.config.model.variant
         lora = "averaged LoRA" if averaged else "LoRA"
-        drawn_by = f"{model} in {run.config.model.dtype} with the {lora} of {run.config.name} at step {step}"
+        extra = "".join(f" and {one.file}={one.weight:g}" for one in run.config.sample.extra_loras)
+        drawn_by = f"{model} in {run.config.model.dtype} with the {lora} of {run.config.name} at step {step}{extra}"
         pictures.save(path, image, recipe, drawn_by, view.run)
 
 

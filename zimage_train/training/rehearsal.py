@@ -162,7 +162,8 @@ def _preview(run: Run) -> None:
         return
     recipes = [recipe for view in run.views for recipe in view.recipes]
     largest = max(recipes, key=lambda one: one.width * one.height * (2 if one.guidance > 0 else 1))
-    render(run.frozen, run.extras, [replace(largest, steps=1)], run.preview_embeds, lambda done, total: None)
+    with run.previewed(run.attached.factors()):
+        render(run.frozen, run.extras, [replace(largest, steps=1)], run.preview_embeds, lambda done, total: None)
 
 
 def _draws(run: Run) -> bool:

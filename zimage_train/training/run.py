@@ -1,6 +1,7 @@
 """Everything that one run works with, in one frozen place; the loop passes it on and changes none of it."""
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,9 @@ from zimage_train.data.cache import Cache
 from zimage_train.data.plan import Item, MicroBatch, Plan
 from zimage_train.distributed import World
 from zimage_train.ema import Ema
+from zimage_train.lora import arithmetic, swap
 from zimage_train.lora.attach import Attached
+from zimage_train.lora.files import Lora
 from zimage_train.report.console import Console
 from zimage_train.report.trackers import Trackers
 from zimage_train.training.objectives import Batch, Extras, make_batch, mask_weights, outside_weights
@@ -88,6 +91,8 @@ class Run:
     """What validation looks at."""
     extras: Path
     views: list[View]
+    extra_loras: list[tuple[Lora, float]]
+    """What previews have besides the LoRA that is trained, with their weights."""
     preview_embeds: Mapping[str, Tensor]
     export_metadata: Mapping[str, str]
     warnings: list[str]
@@ -97,6 +102,10 @@ class Run:
     trackers: Trackers
     stop: StopRequest
     pace: Pace
+
+    def previewed(self, trained: Lora) -> AbstractContextManager[None]:
+        """Within the block the model has `trained` and the LoRAs that previews have besides, and nothing else."""
+        return swap.instead(self.frozen.model, arithmetic.stack([(trained, 1.0), *self.extra_loras]))
 
     def micro_batches(self, step: int) -> list[MicroBatch]:
         """What this process trains on in `step`."""

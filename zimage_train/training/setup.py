@@ -31,7 +31,9 @@ from zimage_train.ema import Ema
 from zimage_train.errors import ConfigError, Problem
 from zimage_train.lora import adapter as adapters
 from zimage_train.lora import attach, names
+from zimage_train.lora import files as lora_files
 from zimage_train.lora.attach import Attached
+from zimage_train.lora.files import Lora
 from zimage_train.lora.metadata import describe
 from zimage_train.memory import Form
 from zimage_train.model.digests import Digests as Digester
@@ -182,6 +184,7 @@ def prepare(
         held_out=checked.held_out,
         extras=weights.sources.extras,
         views=drawn,
+        extra_loras=_extra_loras(config, weights, console),
         preview_embeds={prompt: inputs.embeds(prompt) for view in drawn for prompt in recipe.prompts_of(view.recipes)},
         export_metadata=describe(config, session.digests.adapter),
         warnings=checked.warnings,
@@ -220,6 +223,13 @@ def _assemble(config: Config, session: Session, form: Form) -> Frozen:
         )
         console.say(f"quantised to {form.kind}: weights are off by {found['weight_error']:.2%}{arrived}")
     return frozen
+
+
+def _extra_loras(config: Config, weights: Weights, console: Console) -> list[tuple[Lora, float]]:
+    read = [lora_files.read(path) for path in weights.sources.extra_loras]
+    for one, lora in zip(config.sample.extra_loras, read, strict=True):
+        console.say(f"previews have {one.file} too: matched {len(lora)}/{len(lora)} modules, weight {one.weight:g}")
+    return [(lora, one.weight) for one, lora in zip(config.sample.extra_loras, read, strict=True)]
 
 
 def _attach(config: Config, frozen: Frozen, modules: list[str], plan: Plan, console: Console) -> Attached:

@@ -46,6 +46,7 @@ def of(config: Config, folder: RunFolder, identity: Mapping[str, Any], also: Pat
     digest, name = run_folder.digest_of(identity), config.sample.also
     if config.sample.weights == "ema":
         digest += " averaged"
+    digest += "".join(f" and {one.file}={one.weight:g}" for one in config.sample.extra_loras)
     views = [View(None, recipe.previews(config), folder.samples, digest, "")]
     if name is not None:
         views.append(View(also, recipe.also(config), folder.samples / "also", f"{digest} on {name}", f" (on {name})"))

@@ -1,0 +1,121 @@
+"""`sample.extra_loras` and `--lora distillpatch`: LoRAs that are there for pictures alone."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.torch import load, load_file, save_file
+from typer.testing import CliRunner
+
+from zimage_train import mini
+from zimage_train.app import given
+from zimage_train.app.sample import command_for
+from zimage_train.app.train import train
+from zimage_train.cli import app
+from zimage_train.config.schema import Config
+from zimage_train.errors import ConfigError, WeightsError, ZImageTrainError
+from zimage_train.model import sources
+from zimage_train.preflight import examine
+
+from helpers import final, folder, losses
+
+SAMPLE = {"every": 2, "first": False, "width": 64, "height": 64, "prompts": ["a red circle"]}
+EXTRA = [f"{mini.ADAPTER}=30", {"file": str(mini.ADAPTER), "weight": -2.0}]
+SETTINGS = {"train": {"steps": 4}, "optimizer": {"lr": 1e-2}}
+
+
+def pixels(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB")).astype(int)
+
+
+@pytest.fixture
+def pair(make_config) -> tuple[Config, Config]:
+    """The same run without and with extra LoRAs, finished."""
+    plain = make_config(name="plain", sample=SAMPLE, **SETTINGS)
+    extra = make_config(name="extra", sample=SAMPLE | {"extra_loras": EXTRA}, **SETTINGS)
+    for config in (plain, extra):
+        train(config, fresh=False)
+    return plain, extra
+
+
+def test_previews_have_them_and_the_training_does_not(pair):
+    plain, extra = pair
+    assert losses(plain) == losses(extra) and len(losses(plain)) == 4
+    before, after = load(final(plain)), load(final(extra))
+    assert before.keys() == after.keys() and all(before[name].equal(after[name]) for name in before)
+    shown = [pixels(folder(config) / "samples" / "000004-00.png") for config in pair]
+    assert np.abs(shown[0] - shown[1]).max() > 20
+    assert "previews have" in (folder(extra) / "log.txt").read_text()
+
+
+def test_the_printed_command_draws_the_preview_again(pair, tmp_path: Path):
+    import shlex
+
+    _, extra = pair
+    words = shlex.split(command_for(extra, folder(extra) / "lora" / "extra.safetensors"))
+    done = CliRunner().invoke(app, [*words[words.index("sample") :], "--output", str(tmp_path / "drawn")])
+    assert done.exit_code == 0, done.output
+    drawn = next((tmp_path / "drawn").glob("*.png"))
+    assert np.array_equal(pixels(drawn), pixels(folder(extra) / "samples" / "000004-00.png"))
+
+
+def test_other_extra_loras_draw_the_last_previews_anew(pair):
+    _, extra = pair
+    path = folder(extra) / "samples" / "000004-00.png"
+    before = pixels(path)
+    again = extra.model_copy(update={"sample": extra.sample.model_copy(update={"extra_loras": []})})
+    train(again, fresh=False)
+    assert np.abs(before - pixels(path)).max() > 20
+
+
+def test_one_that_is_missing_does_not_fit_or_is_too_strong_is_refused_before_training(make_config, tmp_path: Path):
+    lora = load_file(mini.ADAPTER)
+    key = next(iter(lora))
+    save_file(
+        {name.replace("layers.0.", "layers.90."): one for name, one in lora.items()}, tmp_path / "odd.safetensors"
+    )
+    assert "layers.0." in key
+    config = make_config(sample=SAMPLE | {"extra_loras": ["gone.safetensors", str(tmp_path / "odd.safetensors")]})
+    with pytest.raises(ZImageTrainError) as refused:
+        examine(config)
+    assert "sample.extra_loras.0: gone.safetensors: does not exist" in str(refused.value)
+    assert "odd.safetensors: matched" in str(refused.value)
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str | None, list[str]]]:
+    """A hub whose DistillPatch is the miniature's adapter; what was asked of it."""
+    asked = []
+    save_file(load_file(mini.ADAPTER), tmp_path / "model.safetensors")
+
+    def fetch(*wanted):
+        asked.append(wanted)
+        return tmp_path
+
+    monkeypatch.setattr(sources, "download", fetch)
+    return asked
+
+
+def test_distillpatch_is_its_file_on_the_hub(hub, tmp_path: Path):
+    command = ["sample", str(mini.TURBO), "--prompt", "a red circle", "--width", "64", "--height", "64"]
+    command += ["--dtype", "fp32", "--lora", "distillpatch=0.5", "--output", str(tmp_path / "drawn")]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.output
+    assert "distillpatch: matched 48/48 modules, weight 0.5" in done.output
+    assert hub == [("DiffSynth-Studio/Z-Image-Turbo-DistillPatch", None, ["model.safetensors"])]
+
+
+def test_a_lora_that_is_not_there_is_said_to_be_missing(tmp_path: Path):
+    with pytest.raises(WeightsError, match=r"--lora: .*gone.safetensors: does not exist"):
+        given.read(tmp_path / "gone.safetensors")
+    with pytest.raises(ConfigError):
+        given.parse("distillpatch=strong")
+
+
+def test_check_says_that_it_is_not_here_yet(make_config):
+    config = make_config(sample=SAMPLE | {"extra_loras": ["distillpatch"]})
+    checked = examine(config, sources.cached_only)
+    expected = "sample.extra_loras.0: DiffSynth-Studio/Z-Image-Turbo-DistillPatch: not on this machine yet"
+    assert any(note.startswith(expected) for note in checked.notes)
