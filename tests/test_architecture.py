@@ -148,6 +148,7 @@ TORCH_FREE = [
 HEAVY = {"torch", "diffusers", "transformers", "accelerate", "peft", "bitsandbytes", "torchao", "prodigyopt"}
 
 LATE = {
+    ("__main__", PACKAGE): "a Ctrl-C while modules are imported must find its handler",
     ("cli", PACKAGE): "--help, check and config errors do not load torch",
     ("cli", "json"): "only for --json",
     ("cli_lora", PACKAGE): "as cli",

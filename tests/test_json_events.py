@@ -62,6 +62,13 @@ def test_every_problem_is_an_event_of_its_own(monkeypatch, capfd) -> None:
     )
 
 
+@pytest.mark.parametrize("words", [["train", QUICKSTART, "--bogus"], ["trian"], ["train"]])
+def test_a_misspelt_command_is_an_event_too(monkeypatch, capfd, words: list[str]) -> None:
+    assert command(monkeypatch, "--json", *words) == 2
+    out, err = events(capfd)
+    assert out == [] and [event["where"] for event in err] == ["command line"]
+
+
 @pytest.mark.parametrize("verb", ["check", "timesteps"])
 def test_what_a_command_is_there_to_print_is_its_result(monkeypatch, capfd, verb: str) -> None:
     assert command(monkeypatch, verb, QUICKSTART) == 0

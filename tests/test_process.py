@@ -70,6 +70,28 @@ def test_a_signal_saves_and_says_how_to_continue(start, tmp_path: Path, number: 
     assert list((tmp_path / "runs" / "tiny" / "checkpoints").glob("step-*.safetensors"))
 
 
+@pytest.mark.parametrize("share", [0.1, 0.25, 0.5, 0.75, 0.9])
+def test_ctrl_c_while_modules_are_imported_shows_no_traceback(start, tmp_path: Path, share: float):
+    """The moments are shares of the time that the imports take here."""
+    code = (
+        "import signal, sys, time; signal.signal(signal.SIGINT, signal.default_int_handler); began = time.monotonic();"
+        "from zimage_train import __main__; print('begun', flush=True);"
+        "sys.argv = ['zimage-train', 'train', '{config}']; {last}"
+    )
+    config = tmp_path / "c.yaml"
+    config.write_text(yaml_reader.dump({"name": "x", "data": [{"folder": str(tmp_path)}]}))
+    measure = "import zimage_train.cli, zimage_train.app.train; print(time.monotonic() - began)"
+    words = [sys.executable, "-c", code.format(config=config, last=measure)]
+    seconds = float(subprocess.run(words, capture_output=True, text=True, check=True).stdout.split()[-1])
+    words = [sys.executable, "-c", code.format(config=config, last="__main__.main()")]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "begun\n"
+    time.sleep(share * seconds)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130 and output.strip() == "stopped", output
+
+
 @pytest.mark.parametrize("output", ["a closed pipe", "a full disk", "a closed terminal"])
 def test_nobody_has_to_listen(start, tmp_path: Path, output: str):
     """What a run prints can be lost; its steps, checkpoints and exit code cannot."""

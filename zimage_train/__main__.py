@@ -1,6 +1,37 @@
-"""`python -m zimage_train` and `accelerate launch -m zimage_train` are the `zimage-train` command."""
+"""`zimage-train`, `python -m zimage_train` and `accelerate launch -m zimage_train`: all of them begin here.
 
-from zimage_train.cli import main
+A Ctrl-C while modules are imported, which takes seconds, would show tracebacks of whatever was half imported; nothing
+is begun then that could be lost.
+"""
+
+import os
+import signal
+import sys
+from types import FrameType
+
+
+def main() -> None:
+    """Run the command line."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where it is ignored, as behind nohup
+        signal.signal(signal.SIGINT, interrupt)
+    from zimage_train.cli import main as run
+
+    run()
+
+
+def interrupt(number: int, frame: FrameType | None) -> None:
+    """Leave at once from within an import; else as usual.
+
+    Raises:
+        KeyboardInterrupt: nothing is being imported.
+    """
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            os.write(2, b"\nstopped\n")
+            os._exit(128 + number)
+        frame = frame.f_back
+    raise KeyboardInterrupt
+
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -6,7 +6,7 @@ import io
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -30,6 +30,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+UsageError: Any = typer.BadParameter.__base__
+"""Of a command that is misspelt; click's, wherever typer keeps that."""
 
 app.add_typer(start_commands)
 app.add_typer(lora_commands, name="lora")
@@ -343,7 +346,12 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # what a terminal cannot show must not end a run
     try:
+        if sys.argv[1:2] == ["--json"]:
+            FOR_MACHINES.set(True)  # before there is a command that could say so
+            sys.exit(app(standalone_mode=False) or 0)
         app()
+    except UsageError as error:
+        _fail(ConfigError(Problem("command line", error.format_message())))
     except ZImageTrainError as error:
         _fail(error)
     except OSError as error:

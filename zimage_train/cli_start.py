@@ -81,7 +81,7 @@ def init(
         gpu = _asked("Which card will train?", ["4090", *(card for card in CARDS if card != "4090")])
     answers = starting.Answers(kind, variant, trigger, gpu)
     own = starting.particulars(seen, answers, run, miniature)
-    said = [] if miniature else starting.advise(seen, answers.kind)
+    said = starting.advise(seen, answers.kind, miniature) + ([] if asks else [f"trigger: {trigger}"])
     print_lines([*said, *starting.write(path, own, answers, seen.problems)])
 
 

@@ -25,6 +25,7 @@ WORTH_SAYING = ("memory on", "  at the most", "  this does not fit", "time on")
 """Of a forecast: `check` says the rest."""
 FEW, FEW_STEPS, STEPS, MINIATURE_STEPS = 10, 1800, 3000, 300
 USUAL_FIRST_WORDS = {"a", "an", "the", "this", "it", "in", "on", "photo", "photograph", "picture", "image", "portrait"}
+MINIATURE_KNOWS = "one coloured shape on a plain background"
 MOST_NOTES = 6
 TAGS_HAVE = 6
 """Words between two commas, on average, below which a caption is a list of tags."""
@@ -116,17 +117,19 @@ def describe(seen: Seen) -> list[str]:
     return [*lines, *(f"to mend: {problem}" for problem in seen.problems)]
 
 
-def advise(seen: Seen, kind: str) -> list[str]:
+def advise(seen: Seen, kind: str, is_miniature: bool = False) -> list[str]:
     """What people with such pictures would do."""
     count, (least, most) = len(seen.pictures), KINDS[kind].enough
     lines = []
+    if (missing := count - len(seen.captions)) and not seen.kohya:
+        command = f"zimage-train caption {shlex.quote(seen.folder)}"
+        lines.append(f"{missing} pictures have no caption and get the trigger alone; `{command}` writes some")
+    if is_miniature:
+        return [*lines, f"the miniature knows {MINIATURE_KNOWS}: of other pictures it learns colours more than shapes"]
     if count < least:
         lines.append(f"{count} pictures are few for a {kind}: {least} to {most} are usual; more that differ help most")
     if count > most:
         lines.append(f"{count} pictures are more than the usual {least} to {most} for a {kind}: alike ones can go")
-    if (missing := count - len(seen.captions)) and not seen.kohya:
-        command = f"zimage-train caption {shlex.quote(seen.folder)}"
-        lines.append(f"{missing} pictures have no caption and get the trigger alone; `{command}` writes some")
     if too_small := sum(area < FILLS * RESOLUTIONS[0] ** 2 for area in seen.areas):
         what = f"{too_small} pictures have less than {RESOLUTIONS[0]}x{RESOLUTIONS[0]} px"
         lines.append(f"{what}, which the 6 B model draws vaguely: take larger ones if you can")

@@ -193,6 +193,10 @@ def read_text(path: Path) -> str:
     except UnicodeDecodeError as error:
         raise ConfigError(Problem(str(path), f"is not UTF-8 text (byte {error.start})", "save it as UTF-8")) from None
     except OSError as error:
+        if path.is_dir():
+            raise ConfigError(
+                Problem(str(path), "is a folder", f"give a config; `zimage-train init {path}` writes one")
+            ) from None
         raise ConfigError(Problem(str(path), f"cannot be read ({error.strerror})", "check the path")) from None
 
 

@@ -98,6 +98,7 @@ def remark(change: Change, last: int) -> str | None:
     if without is not None and without >= max(NOTICEABLE, LEAKING * change.with_trigger):
         return (
             f"leaking: at step {change.step} previews without the trigger changed by {without:.3f}, with it by "
-            f"{change.with_trigger:.3f}; describe in captions what is not the concept, use fewer steps, or a lower rank"
+            f"{change.with_trigger:.3f}; describe in captions what is not the concept (`zimage-train caption`), use "
+            "fewer steps, or a lower rank"
         )
     return None
