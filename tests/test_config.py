@@ -202,7 +202,6 @@ def test_relations_between_settings_are_checked(refused):
 NOT_YET = {
     "model.attention": "flash",
     "lora.type": "dora",
-    "lora.init_from": "x.safetensors",
     "train.method": "trajectory_imitation",
     "memory.compile": True,
 }

@@ -239,8 +239,11 @@ def _weights(config: Config, fetch: Fetch | None) -> tuple[Weights | None, list[
     errors, notes = errors + faults, [*notes, *more]
     modules: list[str] = []
     sizes: headers.Sizes = {}
+    init_from: Path | None = None
     with collected(errors):
         modules = names.select(config.lora.targets, shape.linears)
+        init_from, more = _init_from(config, modules, shape if transformer else None, fetch)
+        notes += more
     if extras is not None:
         with collected(errors):
             parts.require(extras, shape.cap_feat_dim)
@@ -250,7 +253,8 @@ def _weights(config: Config, fetch: Fetch | None) -> tuple[Weights | None, list[
             headers.require_match(adapter, sizes, shape.linears)
     if errors or notes or transformer is None or extras is None:
         return None, errors, notes
-    return Weights(Sources(transformer, extras, adapter, also, extra_loras), shape, modules, len(sizes)), [], []
+    whole = Sources(transformer, extras, adapter, also, init_from, extra_loras)
+    return Weights(whole, shape, modules, len(sizes)), [], []
 
 
 def _also(
@@ -270,6 +274,40 @@ def _also(
         what = "has another shape than the model of this run, so its LoRA does not fit"
         return None, [WeightsError(Problem(f"sample.also: {name}", what, "give a model of the same size"))], []
     return path, [], []
+
+
+def _init_from(
+    config: Config, modules: list[str], shape: TransformerShape | None, fetch: Fetch | None
+) -> tuple[Path | None, list[str]]:
+    """The LoRA that the training begins with, and what is not here yet of it.
+
+    Raises:
+        WeightsError: it does not fit the model, or is no LoRA.
+        ConfigError: it has other modules or another rank than the one that is to be trained.
+    """
+    name = config.lora.init_from
+    if name is None:
+        return None, []
+    try:
+        path = sources.lora_at(name, "lora.init_from", fetch)
+    except NotDownloaded as error:
+        return None, [_absence(one) for one in error.problems]
+    if shape is None:
+        return path, []
+    headers.require_match(path, headers.read_sizes(path), shape.linears)
+    ranks = headers.read_ranks(path)
+    where = f"lora.init_from: {name}"
+    problems = []
+    if different := sorted(ranks.keys() ^ set(modules)):
+        what = f"has {len(ranks)} modules and lora.targets {len(modules)}; {different[0]} is in one of them alone"
+        problems.append(Problem(where, what, "set lora.targets to what it was trained with"))
+    elif (found := set(ranks.values())) != {config.lora.rank}:
+        shown = " and ".join(map(str, sorted(found)))
+        todo = f"set lora.rank: {shown}" if len(found) == 1 else "make it one rank with `zimage-train lora resize`"
+        problems.append(Problem(where, f"has rank {shown}, and lora.rank is {config.lora.rank}", todo))
+    if problems:
+        raise ConfigError(*problems)
+    return path, []
 
 
 def _extra_loras(

@@ -147,6 +147,7 @@ def resolved(config: Config) -> Config:
             "output": str(Path(config.output).absolute()),
             "model": model.model_copy(update=paths),
             "data": data,
+            "lora": config.lora.model_copy(update={"init_from": absolute(config.lora.init_from)}),
             "cache": cache.model_copy(update={"folder": folder}),
             "validation": validation,
             "sample": sample.model_copy(update={"also": absolute(sample.also), "extra_loras": loras}),
@@ -194,9 +195,8 @@ def read_text(path: Path) -> str:
         raise ConfigError(Problem(str(path), f"is not UTF-8 text (byte {error.start})", "save it as UTF-8")) from None
     except OSError as error:
         if path.is_dir():
-            raise ConfigError(
-                Problem(str(path), "is a folder", f"give a config; `zimage-train init {path}` writes one")
-            ) from None
+            todo = "give a file; `zimage-train init FOLDER` writes a config for pictures"
+            raise ConfigError(Problem(str(path), "is a folder", todo)) from None
         raise ConfigError(Problem(str(path), f"cannot be read ({error.strerror})", "check the path")) from None
 
 

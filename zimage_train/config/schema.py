@@ -87,8 +87,8 @@ class Lora(Section):
     """Which modules: groups of attention, feed_forward, adaln, refiners; or one regular expression of module names."""
     dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
     """Share of the LoRA's inputs set to zero in training."""
-    init_from: Annotated[str | None, Later(None)] = None
-    """Later: a LoRA to begin with."""
+    init_from: str | None = Field(default=None, min_length=1)
+    """A LoRA to begin with instead of a fresh one, of this rank and on these modules: a file, or org/repo/file."""
 
     @field_validator("targets")
     @classmethod

@@ -72,6 +72,13 @@ class Attached:
             for name, tensor in own.items():
                 tensor.copy_(state[name])
 
+    @torch.no_grad()
+    def begin_with(self, lora: Lora) -> None:
+        """Take over the change that `lora` makes, of the same modules and ranks."""
+        for module, factors in lora.items():
+            self.a[module].copy_(factors.a)
+            self.b[module].copy_(factors.b.float() * (factors.scale / self.scale))
+
     def factors(self, state: Mapping[str, Tensor] | None = None) -> Lora:
         """The current LoRA, sharing memory with the model; or the one that `state` holds."""
         held = state or self.state()

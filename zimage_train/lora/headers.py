@@ -58,6 +58,18 @@ def read_sizes(path: Path) -> Sizes:
     return sizes
 
 
+def read_ranks(path: Path) -> dict[str, int]:
+    """The rank of each module of a plain LoRA; a fused one counts as its three.
+
+    Raises:
+        WeightsError: as `read_sizes`.
+    """
+    parts, tensors = read_parts(path), read_header(path).tensors
+    require_plain(path, {module: _kind(found, tensors) for module, found in parts.items()})
+    ranks = {module: tensors[found["A"]].shape[0] for module, found in parts.items()}
+    return {name: rank for module, rank in ranks.items() for name in keys.thirds(module) or (module,)}
+
+
 def require_plain(path: Path, kinds: Mapping[str, str | None]) -> None:
     """Require that every module's change is a plain LoRA.
 

@@ -36,6 +36,8 @@ class Sources:
     adapter: Path | None
     also: Path | None = None
     """The transformer that previews are drawn on beside."""
+    init_from: Path | None = None
+    """The LoRA that the training begins with."""
     extra_loras: tuple[Path, ...] = ()
     """LoRAs that previews have besides the run's own."""
 

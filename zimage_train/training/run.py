@@ -39,6 +39,8 @@ class Digests:
     adapter: str | None
     text_encoder: str
     vae: str
+    init_from: str | None = None
+    """Of the LoRA that the training begins with."""
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,10 @@ MAY_CHANGE = ("train.steps", "train.epochs", "output", "cache.", "save.", "sampl
 """Settings that a resumed run may change: none of them alters a weight that was trained; but see `identity`."""
 ALLOWABLE = ("optimizer.lr", "schedule", "train.clip_norm", "timesteps", "guidance", "data")
 """Settings, and the pictures, that a run can take up in its middle when `--allow` names them: each step reads them."""
-BY_DIGEST = ("model.path", "model.extras", "model.adapter", "data.*.folder", "data.*.metadata", "data.*.mask")
+BY_DIGEST = (
+    *("model.path", "model.extras", "model.adapter", "lora.init_from"),
+    *("data.*.folder", "data.*.metadata", "data.*.mask"),
+)
 """Settings that are paths: what they lead to is compared instead."""
 
 

@@ -79,6 +79,7 @@ def open_session(
         adapter=digester.of_content(adapter) if adapter else None,
         text_encoder=digester.of_folder(extras / "text_encoder") + digester.of_folder(extras / "tokenizer"),
         vae=digester.of_folder(extras / "vae"),
+        init_from=digester.of_content(weights.sources.init_from) if weights.sources.init_from else None,
     )
     return Session(weights, world, cache, digests, console, stop, allow)
 
@@ -154,7 +155,7 @@ def prepare(
     fits = fit.facts() | {"words": forecast.plan_in_words(fit)}
     console.say(f"memory plan: {fits['words']}")
     frozen = _assemble(config, session, fit.form)
-    attached = _attach(config, frozen, weights.modules, fit, console)
+    attached = _attach(config, frozen, weights, fit, console)
     groups = names.count_by_group(attached.a)
     optimizer = optim.build(config.optimizer, attached.parameters())
     start, decay = found.step if found else 0, config.ema.decay
@@ -232,12 +233,15 @@ def _extra_loras(config: Config, weights: Weights, console: Console) -> list[tup
     return [(lora, one.weight) for one, lora in zip(config.sample.extra_loras, read, strict=True)]
 
 
-def _attach(config: Config, frozen: Frozen, modules: list[str], plan: Plan, console: Console) -> Attached:
-    lora = config.lora
+def _attach(config: Config, frozen: Frozen, weights: Weights, plan: Plan, console: Console) -> Attached:
+    lora, modules = config.lora, weights.modules
     attached = attach.attach(frozen.model, modules, lora.rank, lora.alpha, lora.dropout, config.seed)
     recompute_as_planned(frozen.model, plan, lora.dropout)
     shown = ", ".join(f"{name} {count}" for name, count in names.count_by_group(attached.a).items())
     console.say(f"LoRA rank {lora.rank}: matched {len(attached.a)}/{len(modules)} modules ({shown})")
+    if weights.sources.init_from is not None:
+        attached.begin_with(lora_files.read(weights.sources.init_from))
+        console.say(f"it begins as {lora.init_from}")
     return attached
 
 
@@ -248,6 +252,7 @@ def fingerprint_of(checked: Checked, digests: Digests) -> dict[str, Any]:
         "adapter": digests.adapter,
         "text_encoder": digests.text_encoder,
         "vae": digests.vae,
+        **({"init_from": digests.init_from} if digests.init_from else {}),
         "data": fingerprint(checked.pictures),
     }
 
