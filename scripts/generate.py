@@ -23,7 +23,8 @@ from zimage_train.cards import CARDS
 from zimage_train.config import recipes, yaml_reader
 from zimage_train.config.aitoolkit import keys
 from zimage_train.config.aitoolkit.rows import OFF, Mapped, NoEffect, Ours, Row
-from zimage_train.config.schema import Config, ExtraLora, Prompt
+from zimage_train.config.previews import ExtraLora, Prompt
+from zimage_train.config.schema import Config
 from zimage_train.data.buckets import Bucket
 from zimage_train.forecast import MODES_IN_WORDS
 from zimage_train.lora import names

@@ -27,7 +27,7 @@ LAYERS: list[list[str]] = [
         "tensors",
         "weighting",
         "config.yaml_reader",
-        "model.variants config.values config.section config.data config.schema",
+        "model.variants config.values config.section config.data config.methods config.previews config.schema",
         "errors config.yaml_reader config.schema config.reading",
         "errors config.yaml_reader config.schema config.reading config.aitoolkit.job config.aitoolkit.convert",
         "config.aitoolkit.rows config.aitoolkit.keys config.aitoolkit.job config.aitoolkit.optimizers",
@@ -89,6 +89,7 @@ LAYERS: list[list[str]] = [
         "preflight accelerator",
         "pods",
         "training.objectives",
+        "training.objectives training.own",
         "training.pace",
     ],
     # 4: the loop, and the commands
@@ -126,7 +127,8 @@ TORCH_FREE = [
     module
     for line in (
         "zimage_train app config data lora mini model report sampling training errors sizes files serialize seeding",
-        "config.yaml_reader config.values config.section config.data config.schema config.advice config.reading",
+        "config.yaml_reader config.values config.section config.data config.methods config.previews config.schema",
+        "config.advice config.reading",
         "weighting schedules config.variations report.template report.grid report.comparison app.compare",
         "config.aitoolkit config.aitoolkit.rows config.aitoolkit.keys config.aitoolkit.job config.aitoolkit.optimizers",
         "config.aitoolkit.previews config.aitoolkit.parts config.aitoolkit.convert",

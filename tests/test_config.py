@@ -113,6 +113,8 @@ ACCEPTED_AND_REFUSED = {
     "sample.steps": (["auto", 1, 1000], [0, 1001]),
     "sample.guidance": (["auto", 0, 50.0], [-0.1, 50.1]),
     "sample.seed": ([0, 2**63 - 1], [-1, 2**63]),
+    "teacher.steps": ([9, 1000], [8, 1001, 9.0]),
+    "teacher.guidance": ([0.0, 50], [-0.1, 50.1]),
     "sample.prompts[].seed": ([None, 0, 2**63 - 1], [-1, 2**63]),
     "sample.prompts[].width": ([None, 64], [16, 1000]),
     "sample.prompts[].height": ([None, 64], [16, 1000]),
@@ -202,7 +204,6 @@ def test_relations_between_settings_are_checked(refused):
 NOT_YET = {
     "model.attention": "flash",
     "lora.type": "dora",
-    "train.method": "trajectory_imitation",
     "memory.compile": True,
 }
 

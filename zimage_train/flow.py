@@ -4,6 +4,8 @@
 half precision would round sigma by up to 0.002.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -36,6 +38,20 @@ def sampling_sigmas(steps: int, factor: float) -> list[float]:
     """The sigmas of a sampler: 1, (n-1)/n, ..., 1/n, shifted, then 0. For 8 steps and 3 this is Turbo's grid."""
     raw = torch.tensor([1 - i / steps for i in range(steps)], dtype=torch.float64)
     return [*shift(raw, factor).tolist(), 0.0]
+
+
+def sigmas_through(steps: int, factor: float, through: Sequence[float]) -> list[float]:
+    """The sigmas of a sampler of so many steps with those of `through` inserted, each once, from noise to 0."""
+    own = [sigma for sigma in sampling_sigmas(steps, factor) if all(abs(sigma - one) > 1e-9 for one in through)]
+    return sorted([*own, *through], reverse=True)
+
+
+def pair_of(x: Values, velocity: Values, sigma: float) -> tuple[Values, Values]:
+    """The picture and the noise whose mixture at `sigma` is `x` and whose velocity is `velocity`.
+
+    (1 - sigma) x0 + sigma noise = x and noise - x0 = v give x0 = x - sigma v and noise = x + (1 - sigma) v.
+    """
+    return x - sigma * velocity, x + (1.0 - sigma) * velocity
 
 
 def euler(latents: Values, velocity: Values, sigma: float, next_sigma: float) -> Values:

@@ -172,7 +172,15 @@ def _shares(checked: Checked, plan: Plan, device: Device) -> list[str]:
     drawing = in_words(memory.preview(plan.job, plan.form).total)
     pictures = f"{recipes} picture{'s' * (recipes != 1)}"
     found.append(f"  previews: {times} times {pictures}, {previews / whole:.0%} of the run, {drawing}")
+    if own := plan.job.own:
+        before = _own_seconds(plan, speed)
+        found.append(f"  before training: {len(own)} pictures of the model's own, {before / whole:.0%} of the run")
     return found
+
+
+def _own_seconds(plan: Plan, card: Card) -> float:
+    """What the model takes to draw what it is then trained on."""
+    return math.fsum(flops.preview_seconds(plan.job, plan.form, one, card) for one in plan.job.own)
 
 
 def _time(checked: Checked, plan: Plan, device: Device, price: float | None) -> list[str]:
@@ -224,7 +232,8 @@ def _run_seconds(checked: Checked, plan: Plan, card: Card) -> tuple[float, float
     looking = math.fsum(flops.forward_seconds(job, plan.form, item.size, 1, card) for item in checked.held_out)
     every, steps = config.validation.every, config.train.steps
     validating = looking * SIGMAS_IN_A_VALIDATION * (-(-steps // every) + 1) if every else 0.0
-    return steps * config.train.accumulate * mean + previews + validating, previews
+    training = steps * config.train.accumulate * mean
+    return training + previews + validating + _own_seconds(plan, card), previews
 
 
 def _previews_in_a_run(config: Config) -> int:

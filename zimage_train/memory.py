@@ -105,6 +105,8 @@ class Job:
     held_out: Bucket | None = None
     """The largest picture that validation looks at."""
     previews_at_once: int = 1
+    own: tuple[Recipe, ...] = ()
+    """What the model draws before training, to be trained on it."""
     preview_lora_bytes: int = 0
     """Of the LoRAs that previews have besides."""
 
@@ -221,7 +223,7 @@ def preview(job: Job, form: Form) -> Estimate:
     if job.held_out is not None:
         tokens = padded(job.held_out.width * job.held_out.height // 256) + padded(job.caption_tokens)
         sampling = SAMPLING[job.dtype] * job.shape.dim * tokens
-    for one in job.previews:
+    for one in (*job.previews, *job.own):
         batch = job.previews_at_once * (2 if one.guidance > 0 else 1)
         longer = max(one.prompt, one.negative if one.guidance > 0 else "", key=len)
         tokens = padded(one.width * one.height // 256) + padded(caption_tokens(longer))

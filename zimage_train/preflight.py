@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from zimage_train import files, memory, planner
-from zimage_train.config import advice
+from zimage_train.config import advice, methods
 from zimage_train.config.data import Data
 from zimage_train.config.reading import cache_folder
 from zimage_train.config.schema import Config
@@ -23,7 +23,7 @@ from zimage_train.model import extras as parts
 from zimage_train.model import sources
 from zimage_train.model.shapes import TransformerShape
 from zimage_train.model.sources import Fetch, NotDownloaded, Sources
-from zimage_train.sampling.recipe import also, previews
+from zimage_train.sampling.recipe import also, own, previews
 from zimage_train.sizes import in_words
 
 CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
@@ -79,6 +79,8 @@ def examine(
     errors += [error for scan in scans for error in scan.errors]
     notes += [note for scan in scans for note in scan.notes]
     pictures = [scan.pictures for scan in scans]
+    if methods.learns_from_itself(config.train.method):  # for one prompt each
+        pictures = [[replace(one, prompts=one.prompts[:1]) for one in entry] for entry in pictures]
     items: list[Item] = []
     with collected(errors):
         items = items_of(config, pictures)
@@ -107,6 +109,8 @@ def examine(
 def _not_used(config: Config) -> list[str]:
     """Settings that others stand in for."""
     notes = ["train.epochs decides how long; train.steps is not used"] if config.train.epochs is not None else []
+    if config.train.method == "trajectory_imitation":
+        notes.append("trajectory_imitation trains at Turbo's own sigmas; timesteps is not used")
     entries = [f"data.{n}" for n, entry in enumerate(config.data) if entry.max_pixels is not None]
     return [*notes, *(f"{where}: max_pixels decides; resolution is not used" for where in entries)]
 
@@ -158,6 +162,9 @@ def job_of(checked: Checked, gpu: bool | None = None) -> Job:
     if gpu is None:
         gpu = memory.parameters_of(shape) > memory.LARGEST_ON_CPU
     job = memory.job(config, shape, modules, checked.items, [*previews(config), *also(config)], gpu, checked.held_out)
+    if methods.learns_from_itself(config.train.method):
+        sized = [(one.picture.prompts[0], one.size.width, one.size.height) for one in checked.items]
+        job = replace(job, own=tuple(own(config, *one, seed=0) for one in sized))
     if checked.weights is None:
         return job
     found = checked.weights.sources

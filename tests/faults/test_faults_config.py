@@ -48,7 +48,7 @@ def refused(tmp_path: Path):
         ("optimizer: {learning_rate: 1}",
          "c.yaml:3: optimizer.learning_rate: unknown key; did you mean 'optimizer.lr'?"),
         ("batch_size: 2", "c.yaml:3: batch_size: unknown key; did you mean 'data.0.batch_size' or 'train.batch_size'?"),
-        ("steps: 2", "c.yaml:3: steps: unknown key; did you mean 'train.steps' or 'sample.steps'?"),
+        ("steps: 2", "c.yaml:3: steps: unknown key; did you mean 'train.steps' or 'teacher.steps' or 'sample.steps'?"),
         ("trian: {steps: 2}", "c.yaml:3: trian: unknown key; did you mean 'train'?"),
         ("sample: {prompts: [{promt: x, prompt: y}]}",
          "c.yaml:3: sample.prompts.0.promt: unknown key; did you mean 'prompt'?"),
@@ -308,7 +308,7 @@ BAD = {
     "sizes": (LEAST + "sample: {width: 1000, height: 16}\n", ["data.0.resolution=[512, 520]"]),
     "not possible yet": (
         LEAST + "model: {attention: flash}\nlora: {type: lokr}\ntrain: {method: de_distill}\nema: {decay: 0.999}\n",
-        ["data.0.flip=true", "memory.compile=true", "train.method=de_distill"],
+        ["data.0.flip=true", "memory.compile=true", "lora.type=oft"],
     ),
     "another variant's adapter": (LEAST + "model: {variant: base, adapter: v2}\n", []),
     "a choice misspelt": (LEAST + "model: {variant: turob}\ntimesteps: {type: sigmod}\nsave: {dtype: fp16}\n", []),

@@ -6,9 +6,12 @@ A value that this version cannot honour is refused here (`Later`), never accepte
 import re
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
+from zimage_train.config import methods
 from zimage_train.config.data import Data
+from zimage_train.config.methods import Method, Teacher
+from zimage_train.config.previews import Sample
 from zimage_train.config.section import Section
 from zimage_train.config.values import (
     OPTIMIZER_PARAMS,
@@ -20,8 +23,6 @@ from zimage_train.config.values import (
     OptimizerName,
     Pixels,
     ScheduleName,
-    as_lora,
-    as_prompt,
     check_params,
 )
 from zimage_train.model.variants import VARIANTS, VariantName
@@ -110,8 +111,10 @@ class Lora(Section):
 
 
 class Train(Section):
-    method: Annotated[Literal["sft", "trajectory_imitation", "de_distill"], Later("sft")] = "sft"
-    """sft: learn from the pictures; so far the only one."""
+    method: Method = "sft"
+    """sft: learn from the pictures. trajectory_imitation: give the LoRA of `lora.init_from` its 8 steps back, by the
+    way that it takes itself in many (`teacher`). de_distill: learn from pictures that the model draws for the captions,
+    as training adapters are made. The last two use only captions and sizes of the pictures in `data`."""
     steps: int = Field(default=3000, ge=1, le=10_000_000)
     """Optimizer steps."""
     epochs: float | None = Field(default=None, gt=0.0, le=1_000_000.0)
@@ -250,61 +253,6 @@ class Memory(Section):
         return value
 
 
-class Prompt(Section):
-    prompt: str
-    """What to draw."""
-    negative: str | None = None
-    """null: sample.negative."""
-    seed: int | None = Field(default=None, ge=0, lt=2**63)
-    """null: sample.seed plus the prompt's number, from 0."""
-    width: Pixels | None = None
-    """null: sample.width."""
-    height: Pixels | None = None
-    """null: sample.height."""
-
-
-class ExtraLora(Section):
-    file: str = Field(min_length=1)
-    """A LoRA file, org/repo/file on the hub, or distillpatch."""
-    weight: float = Field(default=1.0, ge=-100.0, le=100.0)
-    """Its strength."""
-
-
-class Sample(Section):
-    every: Every = 250
-    """Steps between previews; null: none."""
-    first: bool = True
-    """Also before step 1."""
-    prompts: list[Annotated[Prompt, BeforeValidator(as_prompt, json_schema_input_type=str | Prompt)]] = []
-    """A prompt is a string or {prompt, negative, seed, width, height}."""
-    negative: str = ""
-    """Negative prompt, used where guidance is above 0."""
-    width: Pixels = 1024
-    """Width of previews in px."""
-    height: Pixels = 1024
-    """Height of previews in px."""
-    steps: int | Literal["auto"] = "auto"
-    """Sampling steps; auto: 8 for turbo, 25 for deturbo, 30 for base."""
-    guidance: float | Literal["auto"] = "auto"
-    """Guidance g (CFG scale - 1); auto: 0 for turbo, 2 for deturbo, 3 for base."""
-    seed: int = Field(default=42, ge=0, lt=2**63)
-    """Prompt i is drawn with seed + i."""
-    weights: Literal["raw", "ema"] = "raw"
-    """Which weights draw the previews."""
-    extra_loras: list[Annotated[ExtraLora, BeforeValidator(as_lora, json_schema_input_type=str | ExtraLora)]] = []
-    """LoRAs that previews have besides the run's own: FILE, FILE=WEIGHT or {file, weight}."""
-    also: str | None = Field(default=None, min_length=1)
-    """Draw each preview on this model too, in its way: turbo, deturbo, base, or a path or hub id of a Turbo."""
-
-    @field_validator("steps", "guidance")
-    @classmethod
-    def _ranges(cls, value: float | str, info: ValidationInfo) -> float | str:
-        least, most = {"steps": (1, 1000), "guidance": (0, 50)}[str(info.field_name)]
-        if not isinstance(value, str) and not least <= value <= most:
-            raise ValueError(f"is {value}; give auto, or {least} to {most}")
-        return value
-
-
 class Validation(Section):
     folder: str | None = Field(default=None, min_length=1)
     """Pictures that are held out, with their captions; read as the first folder of the concept is."""
@@ -347,6 +295,8 @@ class Config(Section):
     """What is trained."""
     train: Train = Train()
     """How long and in which portions."""
+    teacher: Teacher = Teacher()
+    """What trajectory_imitation imitates."""
     timesteps: Timesteps = Timesteps()
     """Which noise levels are trained, and how much each of them counts."""
     guidance: Guidance = Guidance()
@@ -369,6 +319,18 @@ class Config(Section):
     """Checkpoints and exported LoRAs."""
     log: Log = Log()
     """Where numbers go besides metrics.jsonl."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _method_defaults(cls, values: Any) -> Any:
+        return methods.with_defaults(values)
+
+    @model_validator(mode="after")
+    def _method_fits(self) -> Self:
+        model = self.model
+        if why := methods.complaint(self.train.method, model.variant, model.adapter, self.lora.init_from, self.data):
+            raise ValueError(why)
+        return self
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:

@@ -93,6 +93,11 @@ def prompt_key(prompt: str, encoder_digest: str, dtype: str) -> str:
     return f"prompts/{_digest('prompts', prompt, encoder_digest, dtype)}"
 
 
+def own_key(recipe: str, *parts: str) -> str:
+    """The key of what the model itself draws by `recipe`: that and all that the model is."""
+    return f"own/{_digest('own', recipe, *parts)}"
+
+
 def _digest(*parts: str | int) -> str:
     return hashlib.sha256(repr((FORMAT, *parts)).encode()).hexdigest()
 

@@ -134,6 +134,27 @@ def fill_prompts(
     return _Filling(cache, "prompts", tick, share, batches, load_encoder, encode).run(sizes)
 
 
+def fill_own(cache: Cache, sizes: dict[str, int], draw: Callable[[str], Tensor], tick: Tick, share: Share) -> Tally:
+    """Draw what of the keys of `sizes` (bytes) is not in the cache yet, one after the other.
+
+    Raises:
+        WeightsError: the model draws what is not finite.
+    """
+
+    def encode(encoder: Callable[[str], Tensor], keys: list[str], done: Callable[[int, int], None]) -> Iterator[Made]:
+        for key in keys:
+            value = encoder(key)
+            if not value.isfinite().all():
+                what, todo = "draws pictures that are not finite", "use other weights, or another lora.init_from"
+                raise WeightsError(Problem("model", what, todo))
+            yield key, value
+
+    def batches(keys: list[str]) -> Iterator[list[str]]:
+        yield from ([key] for key in keys)
+
+    return _Filling(cache, "own pictures", tick, share, batches, lambda: draw, encode).run(sizes)
+
+
 @dataclass
 class _Filling:
     """Makes what is missing, beside others that do the same on the same folder."""

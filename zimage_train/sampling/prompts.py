@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from zimage_train.config import reading
-from zimage_train.config.schema import Prompt
+from zimage_train.config.previews import Prompt
 from zimage_train.errors import ConfigError, Problem, ZImageTrainError, collected, raise_all
 
 OPTION = re.compile(r"\s--([A-Za-z_]+)(?=\s|$)")

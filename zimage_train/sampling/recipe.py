@@ -6,7 +6,8 @@ from typing import Annotated
 
 from pydantic import Field, TypeAdapter
 
-from zimage_train.config.schema import Config, Sample
+from zimage_train.config.previews import Sample
+from zimage_train.config.schema import Config
 from zimage_train.config.values import Pixels
 from zimage_train.model.variants import VARIANTS
 
@@ -67,6 +68,22 @@ def also(config: Config) -> list[Recipe]:
         return []
     variant = VARIANTS.get(name, VARIANTS["turbo"])
     return _recipes(config.sample, variant.steps, variant.guidance, variant.shift)
+
+
+def own(config: Config, prompt: str, width: int, height: int, seed: int) -> Recipe:
+    """What the model is to draw for `prompt` to be trained on: as the teacher does, or in the variant's own way."""
+    variant, teacher = VARIANTS[config.model.variant], config.teacher
+    imitates = config.train.method == "trajectory_imitation"
+    return Recipe(
+        prompt=prompt,
+        negative="",
+        seed=seed,
+        width=width,
+        height=height,
+        steps=teacher.steps if imitates else variant.steps,
+        guidance=teacher.guidance if imitates else variant.guidance,
+        shift=variant.shift,
+    )
 
 
 def _recipes(sample: Sample, steps: int, guidance: float, shift: float) -> list[Recipe]:

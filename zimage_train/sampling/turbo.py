@@ -1,7 +1,7 @@
 """The sampler: Euler on the shifted grid, as diffusers' ZImagePipeline does it, step for step."""
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from diffusers import ZImageTransformer2DModel
@@ -25,6 +25,21 @@ def denoise(
     The noise comes from a CPU generator, so that a stock pipeline with `torch.Generator("cpu")` draws the same. With
     guidance, prompts and negatives go through the model as one batch, also as there.
     """
+    first = recipes[0]
+    sigmas = flow.sampling_sigmas(first.steps, first.shift)
+    walk = states(model, recipes, embeds, sigmas)
+    latents = next(walk)[1]
+    for index, (_, after) in enumerate(walk, 1):
+        latents = after
+        tick(index, first.steps)
+    return latents
+
+
+@torch.no_grad()
+def states(
+    model: ZImageTransformer2DModel, recipes: Sequence[Recipe], embeds: Mapping[str, Embeds], sigmas: Sequence[float]
+) -> Iterator[tuple[float, Images]]:
+    """What `denoise` goes through: each of `sigmas` with the latents (b, 16, h/8, w/8) there, from noise to picture."""
     device, first = model.device, recipes[0]
     shape = (1, LATENT_CHANNELS, first.height // LATENT_STRIDE, first.width // LATENT_STRIDE)
     generators = [torch.Generator("cpu").manual_seed(recipe.seed) for recipe in recipes]
@@ -34,12 +49,11 @@ def denoise(
     if first.guidance > 0:
         texts += [recipe.negative for recipe in recipes]
     condition = [embeds[text].to(device, model.dtype) for text in texts]
-    sigmas = flow.sampling_sigmas(first.steps, first.shift)
-    for index, (sigma, next_sigma) in enumerate(itertools.pairwise(sigmas), 1):
+    yield sigmas[0], latents
+    for sigma, next_sigma in itertools.pairwise(sigmas):
         batch = latents.repeat(len(condition) // len(recipes), 1, 1, 1)
         v = velocity(model, batch, torch.full((len(condition),), sigma), condition)
         if first.guidance > 0:
             v = flow.guided(v[: len(recipes)], v[len(recipes) :], first.guidance)
         latents = flow.euler(latents, v, sigma, next_sigma)
-        tick(index, first.steps)
-    return latents
+        yield next_sigma, latents

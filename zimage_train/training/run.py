@@ -25,6 +25,7 @@ from zimage_train.lora.files import Lora
 from zimage_train.report.console import Console
 from zimage_train.report.trackers import Trackers
 from zimage_train.training.objectives import Batch, Extras, make_batch, mask_weights, outside_weights
+from zimage_train.training.own import Own, imitation_batch
 from zimage_train.training.pace import Pace
 from zimage_train.training.run_folder import RunFolder
 from zimage_train.training.stopping import StopRequest
@@ -50,9 +51,18 @@ class Inputs:
     cache: Cache
     digests: Digests
     dtype: str
+    own: Own | None = None
+    """What the model draws itself, where that is trained on in place of pictures."""
     masks: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
 
     def latents(self, item: Item) -> Tensor:
+        """What `item` is trained on."""
+        if self.own is not None:
+            return caching.require(self.cache, self.own.key(item), str(item.picture.path))
+        return self.picture(item)
+
+    def picture(self, item: Item) -> Tensor:
+        """The latents of its picture."""
         key = caching.latent_key(item.picture, item.size, item.flip, self.digests.vae)
         return caching.require(self.cache, key, str(item.picture.path))
 
@@ -117,7 +127,10 @@ class Run:
         """Read, draw and put together one micro-batch, on the CPU."""
         latents = [self.inputs.latents(sample.item) for sample in samples]
         embeds = [self.inputs.embeds(sample.prompt) for sample in samples]
-        return make_batch(self.config, samples, latents, embeds, self._extras(samples, latents[0].shape))
+        extras = self._extras(samples, latents[0].shape)
+        if self.inputs.own is not None and self.inputs.own.imitates:
+            return imitation_batch(self.inputs.own, samples, latents, embeds, extras)
+        return make_batch(self.config, samples, latents, embeds, extras)
 
     def _extras(self, samples: MicroBatch, shape: torch.Size) -> Extras:
         entries = [self.config.data[sample.item.entry] for sample in samples]

@@ -2,10 +2,11 @@
 
 import importlib.metadata
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from zimage_train import (
@@ -19,8 +20,10 @@ from zimage_train import (
 )
 from zimage_train.assemble import Frozen, assemble, recompute_as_planned
 from zimage_train.checkpoint import Checkpoint
+from zimage_train.config import methods
 from zimage_train.config.reading import cache_folder
 from zimage_train.config.schema import Config
+from zimage_train.data import filling
 from zimage_train.data import plan as ordering
 from zimage_train.data.cache import Cache
 from zimage_train.data.filling import Share
@@ -43,6 +46,7 @@ from zimage_train.report.console import Console
 from zimage_train.report.trackers import Trackers
 from zimage_train.sampling import recipe
 from zimage_train.training import run_folder, views
+from zimage_train.training.own import Own
 from zimage_train.training.pace import Pace
 from zimage_train.training.run import Digests, Inputs, Run
 from zimage_train.training.run_folder import RunFolder
@@ -126,10 +130,11 @@ def fill_caches(checked: Checked, session: Session, plan: ordering.Plan) -> None
         warn=session.console.warn,
     )
     held_out = {item.picture.prompts[0] for item in checked.held_out}
-    empty = {""} if checked.config.guidance.contrastive is not None else set()
+    is_own = methods.learns_from_itself(checked.config.train.method)
+    empty = {""} if is_own or checked.config.guidance.contrastive is not None else set()
     prompts = sorted({*plan.prompts(checked.config.train.steps), *recipe.prompts_of(recipes), *held_out, *empty})
     share = Share(session.world.process, session.world.processes)
-    items = [*plan.items, *checked.held_out]
+    items = [*([] if is_own else plan.items), *checked.held_out]
     pictures, texts = encoding.fill(session.cache, encoders, items, prompts, tick, share)
     session.console.say(f"cache {session.cache.folder}: latents {pictures}; prompts {texts}")
     distributed.wait()
@@ -156,6 +161,7 @@ def prepare(
     console.say(f"memory plan: {fits['words']}")
     frozen = _assemble(config, session, fit.form)
     attached = _attach(config, frozen, weights, fit, console)
+    inputs = _inputs(config, session, frozen, plan)
     groups = names.count_by_group(attached.a)
     optimizer = optim.build(config.optimizer, attached.parameters())
     start, decay = found.step if found else 0, config.ema.decay
@@ -163,7 +169,6 @@ def prepare(
     if found:
         _continue(found, attached, averages, optimizer)
         console.say(f"continuing after step {start}")
-    inputs = Inputs(session.cache, session.digests, config.model.dtype)
     drawn = views.of(config, folder, identity, weights.sources.also)
     if world.is_main:
         run_folder.write_config(folder, config)
@@ -224,6 +229,37 @@ def _assemble(config: Config, session: Session, form: Form) -> Frozen:
         )
         console.say(f"quantised to {form.kind}: weights are off by {found['weight_error']:.2%}{arrived}")
     return frozen
+
+
+def _inputs(config: Config, session: Session, frozen: Frozen, plan: ordering.Plan) -> Inputs:
+    """What the loop reads; the model draws its own pictures with the LoRA as it begins, wherever the run goes on."""
+    inputs = Inputs(session.cache, session.digests, config.model.dtype)
+    if not methods.learns_from_itself(config.train.method):
+        return inputs
+    return replace(inputs, own=_draw_own(config, session, frozen, plan, inputs))
+
+
+def _draw_own(config: Config, session: Session, frozen: Frozen, plan: ordering.Plan, inputs: Inputs) -> Own:
+    """Let the model draw what it is trained on, unless the cache has it."""
+    digests, kind = session.digests, config.model.quantize
+    made_by = (digests.model, digests.text_encoder, config.model.dtype, str(kind), str(digests.init_from))
+    own = Own(config, made_by)
+    items = {own.key(item): item for item in plan.items}
+
+    def draw(key: str) -> Tensor:
+        item = items[key]
+        return own.draw(frozen.model, item, {text: inputs.embeds(text) for text in (item.picture.prompts[0], "")})
+
+    def tick(what: str, done: int, total: int) -> None:
+        session.stop.check()
+        session.console.tick(what.replace("encoding", "drawing"), done, total)
+
+    share = Share(session.world.process, session.world.processes)
+    sizes = {key: own.num_bytes(item) for key, item in items.items()}
+    tally = filling.fill_own(session.cache, sizes, draw, tick, share)
+    session.console.say(f"{config.train.method}: the model's own pictures: {tally}")
+    distributed.wait()
+    return own
 
 
 def _extra_loras(config: Config, weights: Weights, console: Console) -> list[tuple[Lora, float]]:

@@ -1,0 +1,62 @@
+"""What a training method wants of the rest of a config, and what of it does not go with it (torch-free)."""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from pydantic import Field
+
+from zimage_train.config.data import Data
+from zimage_train.config.section import Section
+
+Method = Literal["sft", "trajectory_imitation", "de_distill"]
+
+
+class Teacher(Section):
+    steps: int = Field(default=50, ge=9, le=1000)
+    """Steps in which trajectory_imitation draws what is to be imitated."""
+    guidance: float = Field(default=1.0, ge=0.0, le=50.0)
+    """Guidance g (CFG scale - 1) of it."""
+
+
+NOT_OF_PICTURES = ("flip", "mask", "shuffle_tags", "tag_dropout", "caption_lines")
+"""Settings of `data` that speak of pictures, or of captions that change, where neither is trained on."""
+
+
+def learns_from_itself(method: Method) -> bool:
+    """Whether the model is trained on what it draws itself, and pictures give but their captions and sizes."""
+    return method != "sft"
+
+
+def with_defaults(values: Any) -> Any:
+    """`values` of a config, with what is left out as its method needs it: no adapter, captions that are not dropped."""
+    train = values.get("train") if isinstance(values, dict) else None
+    method = train.get("method", "sft") if isinstance(train, dict) else "sft"
+    if method == "sft":
+        return values
+    values, model, data = dict(values), values.get("model"), values.get("data")
+    if model is None or (isinstance(model, dict) and "adapter" not in model):
+        values["model"] = {**(model or {}), "adapter": None}
+    if method == "trajectory_imitation" and isinstance(data, list):
+        values["data"] = [{"caption_dropout": 0.0, **one} if isinstance(one, dict) else one for one in data]
+    return values
+
+
+def complaint(
+    method: Method, variant: str, adapter: str | None, init_from: str | None, data: Sequence[Data]
+) -> str | None:
+    """What of a config does not go with its method."""
+    if method == "sft":
+        return None
+    if adapter is not None:
+        return f"train.method: {method} learns from the model without adapter; set model.adapter: null"
+    for index, entry in enumerate(data):
+        changed = [name for name in NOT_OF_PICTURES if getattr(entry, name) != Data.model_fields[name].default]
+        if method == "trajectory_imitation" and entry.caption_dropout:
+            changed.append("caption_dropout")
+        if changed:
+            return f"train.method: {method} does not train on pictures; leave data.{index}.{changed[0]} out"
+    if method == "trajectory_imitation" and variant != "turbo":
+        return "train.method: trajectory_imitation is for Turbo's 8 steps; set model.variant: turbo"
+    if method == "trajectory_imitation" and init_from is None:
+        return "train.method: trajectory_imitation needs lora.init_from, the LoRA that it repairs"
+    return None
