@@ -35,7 +35,7 @@ LAYERS: list[list[str]] = [
         "model.variants config.aitoolkit.job config.aitoolkit.parts config.aitoolkit.convert",
         "config.aitoolkit.rows config.aitoolkit.optimizers config.aitoolkit.convert",
         "errors config.yaml_reader config.schema config.aitoolkit.convert config.variations",
-        "model.variants config.schema schedules config.advice",
+        "model.variants config.methods config.schema schedules config.advice",
         "config.recipes",
     ],
     # 1: equations, pictures, names, where models are

@@ -111,6 +111,8 @@ def _not_used(config: Config) -> list[str]:
     notes = ["train.epochs decides how long; train.steps is not used"] if config.train.epochs is not None else []
     if config.train.method == "trajectory_imitation":
         notes.append("trajectory_imitation trains at Turbo's own sigmas; timesteps is not used")
+    elif config.teacher != methods.Teacher():
+        notes.append(f"teacher is for trajectory_imitation; {config.train.method} does not use it")
     entries = [f"data.{n}" for n, entry in enumerate(config.data) if entry.max_pixels is not None]
     return [*notes, *(f"{where}: max_pixels decides; resolution is not used" for where in entries)]
 

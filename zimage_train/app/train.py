@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from zimage_train import accelerator, distributed, files, pods, preflight
 from zimage_train.app.sample import command_for
+from zimage_train.config import methods
 from zimage_train.config.reading import resolved
 from zimage_train.config.schema import Config
 from zimage_train.data.plan import make_plan
@@ -112,6 +113,8 @@ def cache(config: Config) -> None:
     with stop_on_signals() as stop, console.live(), explained:
         session = setup.open_session(checked, world, console, stop)
         setup.fill_caches(checked, session, make_plan(checked.config, checked.items, world.processes))
+        if methods.learns_from_itself(config.train.method):
+            console.say("the model's own pictures are drawn by train, before its first step")
 
 
 def _move_aside(folder: RunFolder, console: Console) -> None:

@@ -1,5 +1,6 @@
 """Settings that work but that people regret: what is likely to happen, and what to do instead."""
 
+from zimage_train.config import methods
 from zimage_train.config.schema import Config
 from zimage_train.model.variants import VARIANTS
 from zimage_train.schedules import base_lr
@@ -17,7 +18,7 @@ def warnings(config: Config, num_pictures: int, is_small: bool = False) -> list[
 
 
 def _turbo(config: Config) -> list[str]:
-    if config.model.variant != "turbo":
+    if config.model.variant != "turbo" or methods.learns_from_itself(config.train.method):
         return []
     model, found = config.model, []
     if model.adapter is None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from zimage_train import checkpoint, files, optim
 from zimage_train.assemble import NotRestored
+from zimage_train.config import methods
 from zimage_train.config.reading import dump_config
 from zimage_train.config.schema import Config
 from zimage_train.errors import WeightsError
@@ -127,7 +128,8 @@ def judged(run: Run, step: int) -> dict[str, Any]:
     for one in change.changes(own, words):
         if one.step == step:
             record |= {"change_with_trigger": one.with_trigger, "change_without_trigger": one.without_trigger}
-            if remark := change.remark(one, run.config.train.steps):
+            remark = change.remark(one, run.config.train.steps)
+            if remark and not methods.learns_from_itself(run.config.train.method):  # pictures are to stay as they are
                 run.console.warn(remark)
     if step > 0:
         record["sharpness_kept"] = change.sharpness_kept(own, words, step)

@@ -257,7 +257,7 @@ def _draw_own(config: Config, session: Session, frozen: Frozen, plan: ordering.P
     share = Share(session.world.process, session.world.processes)
     sizes = {key: own.num_bytes(item) for key, item in items.items()}
     tally = filling.fill_own(session.cache, sizes, draw, tick, share)
-    session.console.say(f"{config.train.method}: the model's own pictures: {tally}")
+    session.console.say(f"{config.train.method}: the model's own pictures: {tally.found} found, {tally.encoded} drawn")
     distributed.wait()
     return own
 
