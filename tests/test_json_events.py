@@ -14,7 +14,8 @@ QUICKSTART = "configs/quickstart.yaml"
 
 
 @pytest.fixture(autouse=True)
-def for_people_again():
+def for_people_again(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(Path(__file__).parent.parent)  # the quickstart's paths are relative to it
     yield
     FOR_MACHINES.set(False)
 
