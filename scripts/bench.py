@@ -167,7 +167,7 @@ def quantize() -> dict[str, Any]:
     """The miniature with its adapter, in fp32 and in every kind; losses over 16 pictures' worth of fixed noise."""
     found = {}
     losses: dict[str | None, torch.Tensor] = {}
-    merged: Adapter = adapter.load(mini.ADAPTER, 1.0, mini_shape())
+    merged: Adapter = adapter.load(mini.ADAPTER_V1, 1.0, mini_shape())
     draw = torch.Generator().manual_seed(1)
     x, noise = (torch.randn(16, 16, 12, 12, generator=draw) for _ in range(2))
     prompts = [torch.randn(24, 64, generator=draw)] * 16
@@ -231,7 +231,7 @@ def _small_run(place: Path, name: str, changes: dict[str, Any]) -> schema.Config
     values: dict[str, Any] = {
         "name": name,
         "output": str(place / "runs"),
-        "model": {"path": str(mini.TURBO), "adapter": str(mini.ADAPTER), "dtype": "fp32"},
+        "model": {"path": str(mini.TURBO), "adapter": str(mini.ADAPTER_V1), "dtype": "fp32"},
         "data": [{"folder": str(mini.PICTURES), "resolution": [64], "trigger": "zorb"}],
         "cache": {"folder": str(place / "cache")},
         "lora": {"rank": 8},

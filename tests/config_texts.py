@@ -62,6 +62,8 @@ def nested(option: str, value: Any) -> dict[str, Any]:
         else:
             target = target.setdefault(name, {})
     target[last] = value
-    if option == "data[].metadata":
+    if option in ("data[].metadata", "data[].prompts"):
         del target["folder"]
+    if option == "data[].prompts":
+        values["train"] = {"method": "de_distill"}
     return values

@@ -62,7 +62,7 @@ def mini_values(output: Path, cache: Path, /, **changes: Any) -> dict[str, Any]:
         "name": "tiny",
         "output": str(output),
         "seed": 7,
-        "model": {"path": str(mini.TURBO), "adapter": str(mini.ADAPTER), "dtype": "fp32"},
+        "model": {"path": str(mini.TURBO), "adapter": str(mini.ADAPTER_V1), "dtype": "fp32"},
         "data": [{"folder": str(mini.PICTURES), "resolution": [64], "trigger": "zorb"}],
         "cache": {"folder": str(cache)},
         "lora": {"rank": 4},

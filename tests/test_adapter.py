@@ -19,7 +19,7 @@ TRANSFORMER = mini.TURBO / "transformer"
 
 def merged(dtype: str = "fp32", strength: float = 1.0) -> Frozen:
     shape = assemble(TRANSFORMER, None, dtype, CPU).shape
-    return assemble(TRANSFORMER, adapter.load(mini.ADAPTER, strength, shape), dtype, CPU)
+    return assemble(TRANSFORMER, adapter.load(mini.ADAPTER_V1, strength, shape), dtype, CPU)
 
 
 def originals() -> dict[str, torch.Tensor]:
@@ -31,7 +31,7 @@ def originals() -> dict[str, torch.Tensor]:
 
 def independent_deltas() -> dict[str, torch.Tensor]:
     """B @ A of the file in float64, read without any code of the package."""
-    tensors = load_file(mini.ADAPTER)
+    tensors = load_file(mini.ADAPTER_V1)
     modules = {key.removesuffix(".lora_A.weight") for key in tensors if key.endswith(".lora_A.weight")}
     return {
         module.removeprefix("diffusion_model."): tensors[f"{module}.lora_B.weight"].double()
@@ -80,7 +80,7 @@ def test_the_training_weights_come_back_after_an_error():
 
 
 def spoiled(tmp_path: Path, spoil) -> Path:
-    tensors = load_file(mini.ADAPTER)
+    tensors = load_file(mini.ADAPTER_V1)
     spoil(tensors)
     path = tmp_path / "adapter.safetensors"
     save_file(tensors, path)
@@ -99,7 +99,7 @@ def rename_all(tensors: dict[str, torch.Tensor]) -> None:
 
 
 def reshape_one(tensors: dict[str, torch.Tensor]) -> None:
-    tensors["diffusion_model.layers.2.attention.to_v.lora_A.weight"] = torch.zeros(4, 11)
+    tensors["diffusion_model.layers.2.attention.to_v.lora_A.weight"] = torch.zeros(8, 11)
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ def test_an_adapter_that_does_not_match_in_full_is_refused(tmp_path: Path, spoil
 
 def test_the_stream_itself_refuses_an_adapter_that_met_too_little():
     shape = assemble(TRANSFORMER, None, "fp32", CPU).shape
-    loaded = adapter.load(mini.ADAPTER, 1.0, shape)
+    loaded = adapter.load(mini.ADAPTER_V1, 1.0, shape)
     short = [(name, tensor) for name, tensor in originals().items() if not name.startswith("layers.4.")]
     with pytest.raises(WeightsError, match="matched 40/48"):
         list(adapter.merge(short, loaded, CPU, adapter.Count()))

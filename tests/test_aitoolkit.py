@@ -859,7 +859,7 @@ def tiny(tmp_path: Path) -> Path:
             "train.dtype": "fp32",
             "train.steps": 2,
             "model.name_or_path": str(mini.TURBO),
-            "model.assistant_lora_path": str(mini.ADAPTER),
+            "model.assistant_lora_path": str(mini.ADAPTER_V1),
             "datasets[].folder_path": str(mini.PICTURES),
             "datasets[].resolution": 64,
             "sample.width": 64,
@@ -898,7 +898,7 @@ def test_a_refused_job_writes_nothing(tmp_path: Path):
 def test_a_job_trains_as_it_is_on_the_miniature(tmp_path: Path, shared_cache: Path):
     options = {
         "model.path": mini.TURBO,
-        "model.adapter": mini.ADAPTER,
+        "model.adapter": mini.ADAPTER_V1,
         "model.dtype": "fp32",
         "data.0.folder": mini.PICTURES,
         "data.0.resolution": "[64]",

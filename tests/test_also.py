@@ -47,7 +47,7 @@ def weights(frozen) -> dict[str, torch.Tensor]:
 
 def test_within_the_block_every_weight_is_the_other_models_and_after_it_the_runs_own(other: Path):
     shape = assemble(mini.TURBO / "transformer", None, "bf16", CPU).shape
-    adapter = adapters.load(mini.ADAPTER, 1.0, shape)
+    adapter = adapters.load(mini.ADAPTER_V1, 1.0, shape)
     frozen = assemble(mini.TURBO / "transformer", adapter, "bf16", CPU)
     before = weights(frozen)
     wanted = weights(assemble(other / "transformer", None, "bf16", CPU))

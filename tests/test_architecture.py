@@ -60,7 +60,7 @@ LAYERS: list[list[str]] = [
         "sampling.prompts",
         "report.metrics",
         "report.console",
-        "mini.world",
+        "mini.world mini.scores",
     ],
     # 2: what is made of them
     [
@@ -85,6 +85,7 @@ LAYERS: list[list[str]] = [
     [
         "assemble encoding",
         "assemble sampling.previews",
+        "sampling.drift",
         "preflight forecast costs",
         "preflight accelerator",
         "pods",
@@ -105,6 +106,7 @@ LAYERS: list[list[str]] = [
         "app.given app.checkpoints",
         "training.run_folder app.compare",
         "app.sample app.compare app.draw",
+        "app.given app.sample app.compare app.drift",
         "training.run_folder app.draw",
         "training.stopping training.run_folder app.train app.sweep",
         "app.compare app.sweep",
@@ -119,7 +121,7 @@ LAYERS: list[list[str]] = [
         "app.sample app.workbench app.checkpoints",
     ],
     # 5: the command line
-    ["interruptible cli_lora cli", "cli_start cli __main__"],
+    ["interruptible cli_draw cli_lora cli", "cli_start cli __main__"],
 ]
 """Layers from the bottom. A module imports from lower layers, and from those before it in a line of its own layer."""
 
@@ -138,10 +140,10 @@ TORCH_FREE = [
         "data.describing",
         "lora.families lora.keys lora.names lora.headers lora.metadata lora.alphas lora.memos lora.rules",
         "sampling.prompts sampling.recipe sampling.workflow report.metrics report.console report.pictures",
-        "report.change report.page report.heatmap report.trackers measured cards memory flops planner mini.world",
-        "preflight forecast costs prices pods app.check app.init app.doctor app.download training.stopping",
-        "training.run_folder training.views",
-        "config.recipes interruptible printing cli_start cli_lora cli __main__",
+        "report.change report.page report.heatmap report.trackers measured cards memory flops planner",
+        "mini.world mini.scores preflight forecast costs prices pods app.check app.init app.doctor app.download",
+        "training.stopping training.run_folder training.views",
+        "config.recipes interruptible printing cli_start cli_draw cli_lora cli __main__",
     )
     for module in line.split()
 ]
@@ -153,6 +155,7 @@ LATE = {
     ("__main__", PACKAGE): "a Ctrl-C while modules are imported must find its handler",
     ("cli", PACKAGE): "--help, check and config errors do not load torch",
     ("cli", "json"): "only for --json",
+    ("cli_draw", PACKAGE): "as cli",
     ("cli_lora", PACKAGE): "as cli",
     ("cli_start", PACKAGE): "as cli",
     ("app.doctor", "torch"): "verdicts are made without it",

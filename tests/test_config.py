@@ -194,9 +194,9 @@ def test_a_prompt_may_be_text_and_a_resolution_one_number(read):
 def test_relations_between_settings_are_checked(refused):
     assert "min 0.6 must be below max 0.5" in refused("timesteps: {min: 0.6, max: 0.5}")[0]
     assert "min 0.5 must be below max 0.5" in refused("timesteps: {min: 0.5, max: 0.5}")[0]
-    assert "needs exactly one of folder and metadata" in refused("data: [{trigger: x}]", least="name: a\n")[0]
+    assert "needs exactly one of folder, metadata and prompts" in refused("data: [{trigger: x}]", least="name: a\n")[0]
     both = "data: [{folder: x, metadata: y.csv}]"
-    assert "needs exactly one of folder and metadata" in refused(both, least="name: a\n")[0]
+    assert "needs exactly one of folder, metadata and prompts" in refused(both, least="name: a\n")[0]
     assert "at least 1 entry" in refused("data: []", least="name: a\n")[0]
     assert refused("", least="{}") == ["c.yaml:1: name: is missing; add it", "c.yaml:1: data: is missing; add it"]
 

@@ -67,7 +67,7 @@ def test_a_command_that_a_page_shows_runs(page: str, command: str, place: Path, 
     models = {"turbo": str(mini.TURBO), "base": str(place / "base")}
     words = [models.get(word, word) for word in words]
     if words[0] in ("check", "sweep"):
-        words = [word.replace("model.adapter=v1,v2", f"model.adapter={mini.ADAPTER},null") for word in words]
+        words = [word.replace("model.adapter=v1,v2", f"model.adapter={mini.ADAPTER_V1},null") for word in words]
         varied = {words[n].partition("=")[0] for n in range(len(words)) if words[n - 1] == "--vary"}
         given = tiny(place / "runs", shared_cache)
         pairs = zip(given[::2], given[1::2], strict=True)

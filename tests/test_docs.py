@@ -62,7 +62,7 @@ def test_the_page_for_contributors_is_short():
 TINY = {
     "model.path": str(mini.TURBO),
     "model.extras": "null",
-    "model.adapter": str(mini.ADAPTER),
+    "model.adapter": str(mini.ADAPTER_V1),
     "model.dtype": "fp32",
     "data.0.folder": str(mini.PICTURES),
     "data.0.resolution": "[64]",
@@ -134,7 +134,7 @@ def test_every_command_of_the_readme_runs(tmp_path: Path, shared_cache: Path, mo
             words.append("--force")
         if words[:2] == ["lora", "verify"]:
             words += ["--model", str(mini.TURBO)]
-        if words[0] == "sample":
+        if words[0] in ("sample", "drift"):
             words += ["--dtype", "fp32", "--width", "64", "--height", "64", "-o", str(tmp_path / "drawn")]
         if words[0] == "init":
             words += ["-o", str(tmp_path / "init.yaml")]
@@ -145,7 +145,7 @@ def test_every_command_of_the_readme_runs(tmp_path: Path, shared_cache: Path, mo
         done = CliRunner().invoke(app, words)
         assert done.exit_code == 0 or words == ["doctor"], (command, done.output[-500:], done.exception)
         run.append(command)
-    assert len(run) == 24, run
+    assert len(run) == 25, run
 
 
 def test_pages_speak_of_no_machine():

@@ -26,7 +26,7 @@ log: {tensorboard: false}
 @pytest.fixture
 def hub() -> Iterator[Hub]:
     model = {path.relative_to(mini.TURBO).as_posix(): path for path in mini.TURBO.rglob("*") if path.is_file()}
-    with serving({"org/mini": model, "org/adapter": {"adapter.safetensors": mini.ADAPTER}}) as running:
+    with serving({"org/mini": model, "org/adapter": {"adapter.safetensors": mini.ADAPTER_V1}}) as running:
         yield running
 
 
@@ -109,7 +109,7 @@ def test_a_config_that_reads_nothing_from_the_hub_needs_none(tmp_path: Path, hub
     text = (
         config.read_text()
         .replace("org/mini", str(mini.TURBO))
-        .replace("org/adapter/adapter.safetensors", str(mini.ADAPTER))
+        .replace("org/adapter/adapter.safetensors", str(mini.ADAPTER_V1))
     )
     config.write_text(text)
     done = run(tmp_path, hub, "download", config)

@@ -21,7 +21,7 @@ from zimage_train.preflight import examine
 from helpers import final, folder, losses
 
 SAMPLE = {"every": 2, "first": False, "width": 64, "height": 64, "prompts": ["a red circle"]}
-EXTRA = [f"{mini.ADAPTER}=30", {"file": str(mini.ADAPTER), "weight": -2.0}]
+EXTRA = [f"{mini.ADAPTER_V1}=30", {"file": str(mini.ADAPTER_V1), "weight": -2.0}]
 SETTINGS = {"train": {"steps": 4}, "optimizer": {"lr": 1e-2}}
 
 
@@ -71,7 +71,7 @@ def test_other_extra_loras_draw_the_last_previews_anew(pair):
 
 
 def test_one_that_is_missing_does_not_fit_or_is_too_strong_is_refused_before_training(make_config, tmp_path: Path):
-    lora = load_file(mini.ADAPTER)
+    lora = load_file(mini.ADAPTER_V1)
     key = next(iter(lora))
     save_file(
         {name.replace("layers.0.", "layers.90."): one for name, one in lora.items()}, tmp_path / "odd.safetensors"
@@ -88,7 +88,7 @@ def test_one_that_is_missing_does_not_fit_or_is_too_strong_is_refused_before_tra
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str | None, list[str]]]:
     """A hub whose DistillPatch is the miniature's adapter; what was asked of it."""
     asked = []
-    save_file(load_file(mini.ADAPTER), tmp_path / "model.safetensors")
+    save_file(load_file(mini.ADAPTER_V1), tmp_path / "model.safetensors")
 
     def fetch(*wanted):
         asked.append(wanted)

@@ -293,7 +293,7 @@ def test_the_diffusers_layout_of_plain_alphas_needs_no_header_and_comfyui_reads_
     ("to", "code"), [("comfyui", 0), ("diffusers", 0), ("kohya", 0), ("diffsynth", 0), ("musubi", 4)]
 )
 def test_what_is_not_comfyuis_layout_says_so_when_it_is_verified(tmp_path: Path, to: str, code: int):
-    path = converted(mini.ADAPTER, to, tmp_path / "x.safetensors")
+    path = converted(mini.ADAPTER_V1, to, tmp_path / "x.safetensors")
     assert lora_command("verify", path, "--model", mini.TURBO)[0] == code
 
 
@@ -303,7 +303,7 @@ def test_a_model_of_diffusers_with_the_file_computes_what_the_factors_say(tmp_pa
     """Through peft, header and all: not only the keys but the strength of each module."""
     from diffusers import ZImagePipeline, ZImageTransformer2DModel
 
-    lora = files.read(mini.ADAPTER)
+    lora = files.read(mini.ADAPTER_V1)
     ranked = {m: files.Factors(f.a.float(), f.b.float(), 2.5 if "layers.1." in m else 0.5) for m, f in lora.items()}
     path = converted(write(tmp_path / "x.safetensors", ranked), to, tmp_path / "y.safetensors")
     model = ZImageTransformer2DModel.from_pretrained(mini.TURBO / "transformer", dtype=torch.float32)
@@ -469,9 +469,9 @@ def test_each_bad_file_gets_one_line_and_exit_4_from_every_command(tmp_path: Pat
         ["convert", path, "--to", "kohya", "-o", out],
         ["weight", path, "--scale", "layers=0.5", "-o", out],
         ["weight", path, "--scale", "layers=0.5", "--dry-run"],
-        ["merge", f"{path}=0.5", f"{mini.ADAPTER}=1", "-o", out],
+        ["merge", f"{path}=0.5", f"{mini.ADAPTER_V1}=1", "-o", out],
         ["resize", path, "--rank", "1", "-o", out],
-        ["ema", path, mini.ADAPTER, "-o", out],
+        ["ema", path, mini.ADAPTER_V1, "-o", out],
         ["bake", mini.TURBO, "--lora", path, "--to", "comfyui", "-o", out],
     ):
         done = CliRunner().invoke(app, ["lora", *map(str, command)])

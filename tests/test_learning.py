@@ -1,10 +1,10 @@
 """Does it learn? Held-out loss at fixed noise: below that without the LoRA, and captions matter."""
 
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from zimage_train import flow, mini
 from zimage_train.app.train import train
@@ -17,7 +17,7 @@ from zimage_train.model.transformer import velocity
 pytestmark = pytest.mark.slow
 
 CPU = torch.device("cpu")
-HELD_OUT = 24
+HELD_OUT, PICTURES = 24, 96
 SIGMAS = [0.3, 0.5, 0.6429, 0.75, 0.9, 0.9545]
 
 
@@ -30,7 +30,7 @@ def held_out_loss(lora: Path | None) -> float:
     total = 0.0
     for index in range(HELD_OUT):
         image, caption = draw_zorb(10_000 + index, 64, 64)
-        x0 = vae.encode(autoencoder, vae.to_pixels(image)[None]).expand(len(SIGMAS), -1, -1, -1)
+        x0 = vae.encode(autoencoder, vae.to_pixels(Image.fromarray(image))[None]).expand(len(SIGMAS), -1, -1, -1)
         noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(index))
         sigma = torch.tensor(SIGMAS)
         with torch.no_grad():
@@ -41,25 +41,25 @@ def held_out_loss(lora: Path | None) -> float:
     return total / HELD_OUT
 
 
-def shuffled_pictures(folder: Path) -> Path:
-    """The shipped pictures with each other's captions."""
-    shutil.copytree(mini.PICTURES, folder)
-    captions = sorted(folder.glob("*.txt"))
-    texts = [path.read_text() for path in captions]
-    for path, content in zip(captions, texts[5:] + texts[:5], strict=True):
-        path.write_text(content)
+def pictures(folder: Path, shift: int = 0) -> Path:
+    """Zorbs with their captions, or each with that of another one."""
+    folder.mkdir()
+    drawn = [draw_zorb(index, 64, 64) for index in range(PICTURES)]
+    for index, (picture, _) in enumerate(drawn):
+        Image.fromarray(picture).save(folder / f"{index:03d}.png")
+        (folder / f"{index:03d}.txt").write_text(drawn[(index + shift) % PICTURES][1])
     return folder
 
 
 def test_held_out_loss_falls_and_falls_further_with_the_right_captions(make_config, tmp_path: Path):
     exported = {}
-    for name, pictures in (("right", mini.PICTURES), ("shuffled", shuffled_pictures(tmp_path / "shuffled"))):
+    for name, shift in (("right", 0), ("shuffled", 5)):
         config = make_config(
             name=name,
-            data=[{"folder": str(pictures), "resolution": [64], "trigger": "zorb"}],
+            data=[{"folder": str(pictures(tmp_path / name, shift)), "resolution": [64], "trigger": "zorb"}],
             lora={"rank": 8},
-            train={"steps": 200, "batch_size": 4},
-            optimizer={"lr": 2e-3},
+            train={"steps": 200, "batch_size": 8},
+            optimizer={"lr": 1e-3},
         )
         train(config, fresh=False)
         exported[name] = Path(config.output) / name / "lora" / f"{name}.safetensors"
@@ -69,5 +69,5 @@ def test_held_out_loss_falls_and_falls_further_with_the_right_captions(make_conf
         held_out_loss(exported["shuffled"]),
     )
     print(f"held-out loss: without {without:.4f}, shuffled captions {shuffled:.4f}, right captions {right:.4f}")
-    assert right < 0.95 * without
-    assert right < 0.97 * shuffled
+    assert right < 0.85 * without
+    assert right < 0.95 * shuffled

@@ -24,7 +24,7 @@ def run(*arguments: str) -> tuple[int, str]:
 
 def relabelled(path: Path, change) -> Path:
     """The miniature's adapter under other keys; a key that `change` maps to None is left out."""
-    tensors = {change(key): tensor for key, tensor in load_file(mini.ADAPTER).items()}
+    tensors = {change(key): tensor for key, tensor in load_file(mini.ADAPTER_V1).items()}
     save_file({key: tensor for key, tensor in tensors.items() if key is not None}, path)
     return path
 
@@ -69,12 +69,12 @@ def test_no_key_of_z_image_is_taken_for_another_family():
 
 
 def test_verify_proves_a_good_file_and_says_what_it_is():
-    code, output = run("verify", str(mini.ADAPTER), "--model", str(mini.TURBO))
+    code, output = run("verify", str(mini.ADAPTER_V1), "--model", str(mini.TURBO))
     assert code == 0
     for line in (
         "ComfyUI and AI Toolkit (diffusion_model.*.lora_A/lora_B), BF16",
         "modules  48 (adaln 6, attention 24, feed_forward 18)",
-        "rank     4 (48 modules)",
+        "rank     8 (48 modules)",
         "alpha / rank  1 (48 modules)",
         f"fits {mini.TURBO}: 48/48 modules",
         "diffusers loads 48/48, ComfyUI loads 48/48",
@@ -84,9 +84,9 @@ def test_verify_proves_a_good_file_and_says_what_it_is():
 
 
 def test_verify_holds_a_file_against_the_published_model_unless_told_otherwise(tmp_path: Path):
-    code, output = run("verify", str(mini.ADAPTER))
+    code, output = run("verify", str(mini.ADAPTER_V1))
     assert code == 0 and "fits the miniature: 48/48 modules" in output
-    tensors = load_file(mini.ADAPTER)
+    tensors = load_file(mini.ADAPTER_V1)
     other = {name: one[:, :-8].contiguous() if "lora_A" in name else one for name, one in tensors.items()}
     save_file(other, tmp_path / "x.safetensors")
     code, output = run("verify", str(tmp_path / "x.safetensors"))
@@ -95,7 +95,7 @@ def test_verify_holds_a_file_against_the_published_model_unless_told_otherwise(t
 
 
 def test_verify_names_a_type_that_cannot_be_computed_with(tmp_path: Path):
-    tensors = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in load_file(mini.ADAPTER).items()}
+    tensors = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in load_file(mini.ADAPTER_V1).items()}
     save_file(tensors, tmp_path / "x.safetensors")
     code, output = run("verify", str(tmp_path / "x.safetensors"), "--model", str(mini.TURBO))
     assert code == 4 and "holds F8_E4M3 tensors" in output and "save it as bf16 or fp32" in output
@@ -110,7 +110,7 @@ def test_the_layout_is_read_from_all_keys():
 
 def test_verify_says_who_would_not_load_a_layout(tmp_path: Path):
     path = tmp_path / "x.safetensors"
-    assert run("convert", str(mini.ADAPTER), "--to", "musubi", "-o", str(path))[0] == 0
+    assert run("convert", str(mini.ADAPTER_V1), "--to", "musubi", "-o", str(path))[0] == 0
     assert len(files.read(path)) == 48
     code, output = run("verify", str(path), "--model", str(mini.TURBO))
     assert code == 4 and "ComfyUI would report 72 keys as not loaded" in output
@@ -128,7 +128,7 @@ def test_layouts_that_comfyui_reads_too_pass(tmp_path: Path, prefix: str):
 
 
 def test_modules_that_change_nothing_are_mentioned(tmp_path: Path):
-    tensors = load_file(mini.ADAPTER)
+    tensors = load_file(mini.ADAPTER_V1)
     key = "diffusion_model.layers.3.attention.to_k.lora_B.weight"
     save_file(tensors | {key: torch.zeros_like(tensors[key])}, tmp_path / "x.safetensors")
     code, output = run("verify", str(tmp_path / "x.safetensors"), "--model", str(mini.TURBO))
@@ -144,7 +144,7 @@ def test_the_norm_is_that_of_the_dense_change():
 
 
 def test_the_table_has_every_module_in_its_block_and_component():
-    found = anatomy.examine(mini.ADAPTER)
+    found = anatomy.examine(mini.ADAPTER_V1)
     rows, columns, values = names.table(found.energy)
     assert rows == [f"layers.{index}" for index in range(6)]
     assert columns == ["to_q", "to_k", "to_v", "to_out", "w1", "w2", "w3", "adaLN"]
@@ -162,7 +162,7 @@ def test_blocks_stand_in_the_order_of_their_numbers_and_gaps_stay_empty():
 
 
 def test_inspect_shows_shares_metadata_and_a_heat_map(tmp_path: Path):
-    code, output = run("inspect", str(mini.ADAPTER), "--picture", str(tmp_path / "heat.png"))
+    code, output = run("inspect", str(mini.ADAPTER_V1), "--picture", str(tmp_path / "heat.png"))
     assert code == 0
     lines = output.splitlines()
     shares = [float(line.split()[-1].rstrip("%")) for line in lines if line.startswith("layers.")]
@@ -190,4 +190,4 @@ def test_a_model_that_is_not_there_is_told(tmp_path: Path):
     with pytest.raises(WeightsError, match=r"--model: .*nowhere: is neither"):
         from zimage_train.app import lora
 
-        lora.verify(mini.ADAPTER, str(tmp_path / "nowhere"))
+        lora.verify(mini.ADAPTER_V1, str(tmp_path / "nowhere"))

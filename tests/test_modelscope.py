@@ -32,7 +32,7 @@ log: {tensorboard: false}
 def hub() -> Iterator[Hub]:
     pytest.importorskip("modelscope_hub")
     model = {path.relative_to(mini.TURBO).as_posix(): path for path in mini.TURBO.rglob("*") if path.is_file()}
-    repositories = {"org/mini": model, "org/adapter": {"adapter.safetensors": mini.ADAPTER}}
+    repositories = {"org/mini": model, "org/adapter": {"adapter.safetensors": mini.ADAPTER_V1}}
     with serving(repositories, ModelScope) as running:
         yield running
 
@@ -97,7 +97,7 @@ def test_train_alone_brings_what_it_reads_and_takes_a_changed_file_of_equal_size
     first = trained(tmp_path, hub, config, "first")
     assert first.returncode == 0, first.stderr[-2000:]
     count = len(hub.downloads())
-    content = mini.ADAPTER.read_bytes()
+    content = mini.ADAPTER_V1.read_bytes()
     (tmp_path / "other").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     hub.repositories["org/adapter"]["adapter.safetensors"] = tmp_path / "other"
     second = trained(tmp_path, hub, config, "second")
@@ -130,13 +130,13 @@ def test_a_damaged_file_never_stays(tmp_path: Path, hub: Hub, config: Path):
     hub.spoiled.clear()
     assert run(tmp_path, hub, "download", config).returncode == 0
     (found,) = (tmp_path / "ms").rglob("adapter.safetensors")
-    assert found.read_bytes() == mini.ADAPTER.read_bytes()
+    assert found.read_bytes() == mini.ADAPTER_V1.read_bytes()
     found.write_bytes(found.read_bytes()[:-1] + b"?")  # on the disk, since
     again = run(tmp_path, hub, "download", config)
     assert again.returncode == 4
     assert "org/adapter/adapter.safetensors: is not what the hub has: its size or digest is another" in again.stderr
     assert run(tmp_path, hub, "download", config).returncode == 0
-    assert found.read_bytes() == mini.ADAPTER.read_bytes()
+    assert found.read_bytes() == mini.ADAPTER_V1.read_bytes()
 
 
 @pytest.mark.slow
@@ -197,6 +197,6 @@ def test_caption_asks_the_same_hub(tmp_path: Path, line_of, monkeypatch: pytest.
 def test_what_is_on_this_machine_needs_neither_hub(config: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("ZIMAGE_TRAIN_HUB", "nowhere")
     text = config.read_text().replace("org/mini", str(mini.TURBO))
-    config.write_text(text.replace("org/adapter/adapter.safetensors", str(mini.ADAPTER)))
+    config.write_text(text.replace("org/adapter/adapter.safetensors", str(mini.ADAPTER_V1)))
     found = CliRunner().invoke(app, ["download", str(config)])
     assert found.exit_code == 0 and "nothing of it is from the hub" in found.stdout

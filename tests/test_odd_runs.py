@@ -22,12 +22,12 @@ def test_training_weights_that_cannot_be_put_back_after_a_preview_end_the_run(ma
     )
     original, moved = publish.render, []
 
-    def vanish(*args):
+    def vanish(*args, **options):
         def tick(done: int, total: int) -> None:
             if not moved:
                 moved.append((model / "transformer").rename(model / "elsewhere"))
 
-        return original(*args[:4], tick, *args[5:])
+        return original(*args[:4], tick, *args[5:], **options)
 
     monkeypatch.setattr(publish, "render", vanish)
     with pytest.raises(WeightsError, match="the training weights cannot be put back after a preview"):

@@ -12,11 +12,14 @@ from hypothesis import strategies as st
 from zimage_train import flow, mini
 from zimage_train.app.train import train
 from zimage_train.assemble import assemble
+from zimage_train.config.data import Data
+from zimage_train.config.reading import read_config
 from zimage_train.config.schema import Config
-from zimage_train.errors import Stopped
+from zimage_train.errors import ConfigError, DataError, Stopped, ZImageTrainError
 from zimage_train.lora import files as lora_files
 from zimage_train.lora import swap
 from zimage_train.model import text
+from zimage_train.preflight import examine
 from zimage_train.sampling.turbo import denoise, states
 from zimage_train.training import setup
 from zimage_train.training.objectives import losses as losses_of
@@ -239,3 +242,73 @@ def test_what_is_left_out_is_as_the_method_needs_it() -> None:
     assert Config.model_validate(least).model.adapter == "v2"
     assert Config.model_validate(least | {"train": {"method": "de_distill"}}).model.adapter is None
     assert states is not None
+
+
+# Prompts without pictures
+
+
+def from_prompts(make_config, path: Path, **changes: object) -> Config:
+    values = make_config(
+        **{"name": "bare", "model": {"adapter": None}, "train": {"method": "de_distill", "steps": 3}, **changes}
+    )
+    return values.model_copy(update={"data": [Data(prompts=str(path), resolution=[64, 96])]})
+
+
+def test_prompts_alone_are_enough(make_config, tmp_path: Path) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_bytes(
+        b"\xef\xbb\xbfa red circle on a blue background\r\n\r\n# not this\r\na green star, white background\r\n"
+    )
+    config = from_prompts(make_config, path)
+    checked = examine(config)
+    assert [(one.picture.prompts, one.size.width, one.size.height) for one in checked.items] == [
+        (("a red circle on a blue background",), 64, 64),
+        (("a red circle on a blue background",), 96, 96),
+        (("a green star, white background",), 64, 64),
+        (("a green star, white background",), 96, 96),
+    ]
+    train(config, fresh=False)
+    assert len(losses(config)) == 3
+    assert "own pictures: 0 found, 4 drawn" in (folder(config) / "log.txt").read_text()
+
+
+def test_a_prompt_that_changes_is_noticed_by_a_run_that_goes_on(make_config, tmp_path: Path) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_text("a red circle\na green star\n")
+    train(from_prompts(make_config, path), fresh=False)
+    path.write_text("a red circle\na blue star\n")
+    with pytest.raises(ZImageTrainError, match=r"data"):
+        train(from_prompts(make_config, path, train={"method": "de_distill", "steps": 4}), fresh=False)
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (None, "prompts.txt: is not a file"),
+        (b"\n# nothing\n", "holds no prompt"),
+        ("a".encode("utf-16"), "is UTF-16"),
+    ],
+)
+def test_a_file_of_prompts_that_is_none_is_refused(
+    make_config, tmp_path: Path, content: bytes | None, what: str
+) -> None:
+    path = tmp_path / "prompts.txt"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(DataError, match=what):
+        examine(from_prompts(make_config, path))
+
+
+def test_a_prompt_given_twice_is_drawn_once_and_said(make_config, tmp_path: Path) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_text("a red circle\na green star\na red circle\n")
+    checked = examine(from_prompts(make_config, path))
+    assert len(checked.items) == 4
+    assert any("prompts.txt:3: the same prompt as in line 1" in note for note in [*checked.notes, *checked.warnings])
+
+
+def test_prompts_are_for_methods_that_draw(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text("name: a\ndata: [{prompts: x.txt}]\n")
+    with pytest.raises(ConfigError, match="has no pictures to train on; give folder"):
+        read_config(path, [])

@@ -37,7 +37,7 @@ log: {tensorboard: false}
 @pytest.fixture
 def volume(tmp_path: Path) -> Path:
     """A volume with a config, and the program on the path."""
-    values = {"MODEL": mini.TURBO, "ADAPTER": mini.ADAPTER, "PICTURES": mini.PICTURES, "STEPS": 2}
+    values = {"MODEL": mini.TURBO, "ADAPTER": mini.ADAPTER_V1, "PICTURES": mini.PICTURES, "STEPS": 2}
     text = CONFIG
     for name, value in values.items():
         text = text.replace(name, str(value))
@@ -125,8 +125,8 @@ def test_one_pod_waits_for_what_another_downloads(volume: Path):
     model = {path.relative_to(mini.TURBO).as_posix(): path for path in mini.TURBO.rglob("*") if path.is_file()}
     config = volume / "my config.yaml"
     hubbed = config.read_text().replace(str(mini.TURBO), "org/mini")
-    config.write_text(hubbed.replace(str(mini.ADAPTER), "org/adapter/adapter.safetensors"))
-    with serving({"org/mini": model, "org/adapter": {"adapter.safetensors": mini.ADAPTER}}) as hub:
+    config.write_text(hubbed.replace(str(mini.ADAPTER_V1), "org/adapter/adapter.safetensors"))
+    with serving({"org/mini": model, "org/adapter": {"adapter.safetensors": mini.ADAPTER_V1}}) as hub:
         online = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "CONFIG": config.name}
         online |= {f"{name}_proxy": "" for name in ("http", "https", "all")}
         late = start(volume, WAIT="0.01", WHEN_DONE="true", **online)

@@ -41,7 +41,7 @@ def refused(config: Config) -> ZImageTrainError:
 
 def adapter(path: Path, change: Callable[[dict[str, tuple[int, ...]]], None] = lambda shapes: None) -> Path:
     """The miniature's adapter with other keys or shapes, its values zero."""
-    header = read_header(mini.ADAPTER)
+    header = read_header(mini.ADAPTER_V1)
     shapes = {name: info.shape for name, info in header.tensors.items()}
     change(shapes)
     entries = {}
@@ -122,7 +122,7 @@ def test_what_a_run_needs_is_all_there(make_config: Make):
     assert len(checked.items) == 2 * len(checked.pictures[0])
     assert checked.weights is not None
     assert len(checked.weights.modules) == 42
-    assert checked.weights.adapter_modules == adapter_modules(mini.ADAPTER) > 0
+    assert checked.weights.adapter_modules == adapter_modules(mini.ADAPTER_V1) > 0
     assert checked.notes == [
         "smaller than 96x96 px, so trained at their own size there: 1 of 16 pictures (zorb_12.jpg)"
     ]
@@ -150,7 +150,7 @@ def test_the_report_says_what_a_run_would_do(make_config: Make, monkeypatch: pyt
     assert epochs.startswith(f"{2 * count} samples an epoch") and "30 steps of up to 2 samples" in epochs
     assert float(re.search(r"= ([\d.]+) epochs", epochs)[1]) == pytest.approx(30 / per_epoch, abs=0.1)
     assert "LoRA of rank 4 on 42 modules (attention 24, feed_forward 18)" in lines
-    matched = adapter_modules(mini.ADAPTER)
+    matched = adapter_modules(mini.ADAPTER_V1)
     assert f"adapter fits {matched}/{matched} modules" in lines
     assert any(line.startswith("  at the most") for line in lines)
     assert [line.split(":")[0] for line in lines[-2:]] == ["warning", "warning"]
@@ -284,7 +284,7 @@ def test_an_adapter_that_does_not_fit_in_full_is_refused(make_config: Make, tmp_
     path = adapter(tmp_path / "a.safetensors", FOREIGN[kind])
     error = refused(make_config(model={"adapter": str(path)}))
     assert error.exit_code == 4 and len(error.problems) == 1
-    total = adapter_modules(mini.ADAPTER)
+    total = adapter_modules(mini.ADAPTER_V1)
     assert str(error).startswith(f"{path}: {COMPLAINTS[kind].format(total=total, less=total - 1)}")
 
 
@@ -293,7 +293,7 @@ def test_an_adapter_that_fits_is_counted(make_config: Make, tmp_path: Path, kind
     path = adapter(tmp_path / "a.safetensors", FITTING[kind])
     checked = preflight.examine(make_config(model={"adapter": str(path)}), offline)
     assert checked.weights is not None
-    assert checked.weights.adapter_modules == adapter_modules(mini.ADAPTER)
+    assert checked.weights.adapter_modules == adapter_modules(mini.ADAPTER_V1)
 
 
 def test_check_and_loading_agree_about_adapters(make_config: Make, tmp_path: Path):
@@ -311,7 +311,7 @@ def test_check_and_loading_agree_about_adapters(make_config: Make, tmp_path: Pat
 
 
 def damaged_adapter(path: Path, content: bytes | None) -> Path:
-    whole = mini.ADAPTER.read_bytes()
+    whole = mini.ADAPTER_V1.read_bytes()
     path.write_bytes(whole[:-1] if content is None else content)
     return path
 

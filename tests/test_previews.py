@@ -369,7 +369,7 @@ def test_what_cannot_be_drawn_again_is_named(arguments: list[str], message: str)
         (["--lora", "x.safetensors=nan"], "'nan' is not a number from -100 to 100"),
         (["--lora", "x.safetensors=inf"], "'inf' is not a number"),
         (["--width", "100"], "give a multiple of 16"),
-        (["-o", str(mini.ADAPTER)], "is not a folder; choose another place"),
+        (["-o", str(mini.ADAPTER_V1)], "is not a folder; choose another place"),
     ],
 )
 def test_a_sample_that_cannot_be_is_refused_before_anything_is_loaded(arguments: list[str], message: str, monkeypatch):

@@ -189,7 +189,7 @@ def test_what_auto_has_chosen_stays_when_the_budget_changes(make_config, monkeyp
     """On a smaller card the same run must not quantise anew: its weights would be others."""
     monkeypatch.setattr("zimage_train.planner.HOST_SHARE", 0.0)
     auto = {"quantize": "auto"}
-    small = make_config(model=auto, train={"steps": 1}, memory={"budget_gb": 0.0062})
+    small = make_config(model=auto, train={"steps": 1}, memory={"budget_gb": 0.0066})
     train(small, fresh=False)
     chosen = facts(small)["plan"]["kind"]
     assert chosen is not None

@@ -87,7 +87,7 @@ def test_a_wrong_guess_costs_a_copy_and_no_number():
 @pytest.mark.parametrize("kind", [None, "fp8"])
 def test_true_turbo_and_the_training_weights_come_and_go_as_with_resident_blocks(kind: str | None):
     shape = assemble(mini.TURBO / "transformer", None, "bf16", CPU).shape
-    adapted = adapter.load(mini.ADAPTER, 1.0, shape)
+    adapted = adapter.load(mini.ADAPTER_V1, 1.0, shape)
     x, prompt, sigma = torch.randn(1, 16, 8, 8), torch.randn(7, shape.cap_feat_dim).bfloat16(), torch.rand(1)
 
     @torch.no_grad()

@@ -94,7 +94,7 @@ def test_the_export_says_what_it_is_and_nothing_of_where_it_was_made(finished: C
     assert metadata["ss_base_model_version"] == "zimage"
     assert metadata["ss_network_dim"] == "4"
     assert metadata["modelspec.trigger_phrase"] == "zorb"
-    assert metadata["zimage_train.adapter"] == "adapter.safetensors"
+    assert metadata["zimage_train.adapter"] == mini.ADAPTER_V1.name
     assert str(Path(finished.output)) not in json.dumps(metadata)
 
 

@@ -457,9 +457,9 @@ def tensors_of(path: Path) -> dict[str, Tensor]:
 @pytest.mark.parametrize("to", ["comfyui", "diffusers"])
 def test_baking_adds_the_change_once_and_touches_nothing_else(tmp_path: Path, to: str):
     out = tmp_path / ("baked.safetensors" if to == "comfyui" else "baked")
-    code, said = lora_command("bake", mini.TURBO, "--lora", f"{mini.ADAPTER}=0.8", "--to", to, "-o", out)
+    code, said = lora_command("bake", mini.TURBO, "--lora", f"{mini.ADAPTER_V1}=0.8", "--to", to, "-o", out)
     assert code == 0 and "matched 48/48 modules, weight 0.8" in said and "48 weights changed" in said, said
-    before, after, lora = tensors_of(mini.TURBO / "transformer"), tensors_of(out), files.read(mini.ADAPTER)
+    before, after, lora = tensors_of(mini.TURBO / "transformer"), tensors_of(out), files.read(mini.ADAPTER_V1)
     assert before.keys() == after.keys()
     for name, tensor in before.items():
         factors = lora.get(name.removesuffix(".weight"))
@@ -479,7 +479,7 @@ def test_diffusers_loads_both_baked_layouts(tmp_path: Path):
     from diffusers import ZImageTransformer2DModel
 
     for to, name in (("comfyui", "one.safetensors"), ("diffusers", "folder")):
-        assert lora_command("bake", mini.TURBO, "--lora", mini.ADAPTER, "--to", to, "-o", tmp_path / name)[0] == 0
+        assert lora_command("bake", mini.TURBO, "--lora", mini.ADAPTER_V1, "--to", to, "-o", tmp_path / name)[0] == 0
     folder = ZImageTransformer2DModel.from_pretrained(tmp_path / "folder", dtype=torch.float32)
     single = ZImageTransformer2DModel.from_single_file(
         str(tmp_path / "one.safetensors"), config=str(tmp_path / "folder"), dtype=torch.float32
@@ -499,12 +499,12 @@ def test_what_rounding_costs_is_measured(tmp_path: Path):
     save_file(tensors, folder / "diffusion_pytorch_model.safetensors")
     (folder / "config.json").write_bytes((mini.TURBO / "transformer" / "config.json").read_bytes())
     code, said = lora_command(
-        "bake", folder, "--lora", f"{mini.ADAPTER}=0.0001", "--to", "diffusers", "-o", tmp_path / "out"
+        "bake", folder, "--lora", f"{mini.ADAPTER_V1}=0.0001", "--to", "diffusers", "-o", tmp_path / "out"
     )
     assert code == 0
     assert "loaded as a LoRA none is lost; --dtype fp32 keeps it too" in said
     share = float(said.split("rounding to BF16 cost ")[1].split("%")[0]) / 100
-    lora, lost, whole = files.read(mini.ADAPTER), 0.0, 0.0
+    lora, lost, whole = files.read(mini.ADAPTER_V1), 0.0, 0.0
     for module, factors in lora.items():
         weight, change = tensors[f"{module}.weight"], 0.0001 * (factors.b.double() @ factors.a.double())
         lost += float(((weight.float() + change.float()).bfloat16().double() - weight.double() - change).square().sum())
@@ -531,11 +531,11 @@ def test_what_cannot_be_baked_is_said(tmp_path: Path, monkeypatch, arguments: li
 @pytest.mark.parametrize("layout", ["comfyui", "diffusers"])
 def test_what_was_baked_is_extracted_again(tmp_path: Path, layout: str):
     baked = tmp_path / ("baked.safetensors" if layout == "comfyui" else "baked")
-    assert lora_command("bake", mini.TURBO, "--lora", f"{mini.ADAPTER}=20", "--to", layout, "-o", baked)[0] == 0
+    assert lora_command("bake", mini.TURBO, "--lora", f"{mini.ADAPTER_V1}=20", "--to", layout, "-o", baked)[0] == 0
     out = tmp_path / "x.safetensors"
-    code, said = lora_command("extract", baked, mini.TURBO, "--rank", "4", "--dtype", "fp32", "-o", out)
+    code, said = lora_command("extract", baked, mini.TURBO, "--rank", "8", "--dtype", "fp32", "-o", out)
     assert code == 0 and "adaln 6, attention 24, feed_forward 18: keeps 100.00%" in said, said
-    found, lora = files.read(out), files.read(mini.ADAPTER)
+    found, lora = files.read(out), files.read(mini.ADAPTER_V1)
     assert found.keys() == lora.keys()
     for module in lora:
         assert relative(_dense(found[module]), 20 * _dense(lora[module])) < 5e-3, module  # bf16 weights
@@ -560,12 +560,12 @@ def test_an_extraction_without_a_difference_or_of_another_size_is_refused(tmp_pa
 
 
 def test_a_baked_precision_can_be_asked_for_and_is_said(tmp_path: Path):
-    command = ["bake", mini.TURBO, "--lora", mini.ADAPTER, "--to", "diffusers"]
+    command = ["bake", mini.TURBO, "--lora", mini.ADAPTER_V1, "--to", "diffusers"]
     code, said = lora_command(*command, "--dtype", "fp32", "-o", tmp_path / "x")
     assert code == 0 and "in fp32" in said and "rounding to fp32 cost 0.00% of the change" in said
     assert {tensor.dtype for tensor in tensors_of(tmp_path / "x").values()} == {torch.float32}
     noted = json.loads(metadata_of(tmp_path / "x" / "diffusion_pytorch_model.safetensors")["zimage_train.bake"])
-    assert noted[0]["sha256"] == hashlib.sha256(mini.ADAPTER.read_bytes()).hexdigest() and noted[0]["weight"] == 1.0
+    assert noted[0]["sha256"] == hashlib.sha256(mini.ADAPTER_V1.read_bytes()).hexdigest() and noted[0]["weight"] == 1.0
     assert "--dtype: is 'fp8'" in lora_command(*command, "--dtype", "fp8", "-o", tmp_path / "y")[1]
 
 
@@ -580,26 +580,26 @@ def test_q_k_and_v_of_different_types_are_baked_into_one_that_holds_them(tmp_pat
     tensors = {name: tensor.bfloat16().contiguous() for name, tensor in transformer.read(mini.TURBO / "transformer")[1]}
     mixed = {name: tensor.float() if "to_v" in name else tensor for name, tensor in tensors.items()}
     source, out = folder_of(tmp_path / "model", mixed), tmp_path / "x.safetensors"
-    assert lora_command("bake", source, "--lora", f"{mini.ADAPTER}=0", "--to", "comfyui", "-o", out)[0] == 0
+    assert lora_command("bake", source, "--lora", f"{mini.ADAPTER_V1}=0", "--to", "comfyui", "-o", out)[0] == 0
     after = tensors_of(out)
     assert all(torch.equal(after[name].float(), tensor.float()) for name, tensor in mixed.items())
 
 
 def test_nothing_is_baked_that_is_not_finite_and_no_checkpoint_is_written_over(tmp_path: Path):
-    lora = {m: Factors(f.a.float() * 1e25, f.b.float() * 1e25, 1.0) for m, f in files.read(mini.ADAPTER).items()}
+    lora = {m: Factors(f.a.float() * 1e25, f.b.float() * 1e25, 1.0) for m, f in files.read(mini.ADAPTER_V1).items()}
     huge, out = write(tmp_path / "huge.safetensors", lora), tmp_path / "x.safetensors"
     code, said = lora_command("bake", mini.TURBO, "--lora", huge, "--to", "comfyui", "-o", out)
     assert code == 4 and "would not be finite with this LoRA; nothing was written" in said and not out.exists()
     code, said = lora_command("merge", f"{huge}=1", "--method", "ties", "-o", out)
     assert code == 4 and "its change is beyond what fp32 can hold" in said and not out.exists()
-    assert lora_command("bake", mini.TURBO, "--lora", mini.ADAPTER, "--to", "comfyui", "-o", out)[0] == 0
+    assert lora_command("bake", mini.TURBO, "--lora", mini.ADAPTER_V1, "--to", "comfyui", "-o", out)[0] == 0
     before = out.read_bytes()
     for command in (
-        ["bake", out, "--lora", mini.ADAPTER, "--to", "comfyui", "-o", out, "--force"],
+        ["bake", out, "--lora", mini.ADAPTER_V1, "--to", "comfyui", "-o", out, "--force"],
         ["extract", out, mini.TURBO, "-o", out, "--force"],
         ["extract", mini.TURBO, out, "-o", out, "--force"],
-        ["inspect", mini.ADAPTER, "--picture", out],
-        ["diff", mini.ADAPTER, mini.ADAPTER, "--picture", out],
+        ["inspect", mini.ADAPTER_V1, "--picture", out],
+        ["diff", mini.ADAPTER_V1, mini.ADAPTER_V1, "--picture", out],
     ):
         assert lora_command(*command)[0] == 2 and out.read_bytes() == before, command
 
@@ -609,13 +609,13 @@ def test_checkpoints_on_this_machine_are_read_without_asking_anyone(tmp_path: Pa
         raise AssertionError(arguments)
 
     out = tmp_path / "x.safetensors"
-    assert lora_command("bake", mini.TURBO, "--lora", mini.ADAPTER, "--to", "comfyui", "-o", out)[0] == 0
+    assert lora_command("bake", mini.TURBO, "--lora", mini.ADAPTER_V1, "--to", "comfyui", "-o", out)[0] == 0
     monkeypatch.setattr(sources, "download", asked)
     monkeypatch.setattr(sources, "cached_only", asked)
     for command in (
-        ["bake", out, "--lora", mini.ADAPTER, "--to", "comfyui", "-o", tmp_path / "y.safetensors"],
+        ["bake", out, "--lora", mini.ADAPTER_V1, "--to", "comfyui", "-o", tmp_path / "y.safetensors"],
         ["extract", out, mini.TURBO, "-o", tmp_path / "z.safetensors"],
-        ["verify", mini.ADAPTER, "--model", out],
+        ["verify", mini.ADAPTER_V1, "--model", out],
     ):
         assert lora_command(*command)[0] == 0, command
 
@@ -634,19 +634,19 @@ def test_a_rule_for_all_files_may_name_nothing_in_one_of_them(tmp_path: Path):
 
 def test_a_model_and_a_lora_are_not_taken_for_each_other(tmp_path: Path):
     baked = tmp_path / "baked.safetensors"
-    assert lora_command("bake", mini.TURBO, "--lora", mini.ADAPTER, "--to", "comfyui", "-o", baked)[0] == 0
+    assert lora_command("bake", mini.TURBO, "--lora", mini.ADAPTER_V1, "--to", "comfyui", "-o", baked)[0] == 0
     for command in (["inspect", baked], ["merge", f"{baked}=1", "-o", tmp_path / "x.safetensors"]):
         code, said = lora_command(*command)
         assert code == 4 and "it is a whole model: give it as MODEL, or make a LoRA of what it changes" in said
-    code, said = lora_command("extract", mini.ADAPTER, mini.TURBO, "-o", tmp_path / "x.safetensors")
+    code, said = lora_command("extract", mini.ADAPTER_V1, mini.TURBO, "-o", tmp_path / "x.safetensors")
     assert code == 4 and "is a LoRA, no transformer; give a model, or this as --lora" in said
 
 
 def test_a_resize_keeps_the_precision_and_does_not_pretend_to_add(tmp_path: Path):
-    code, said = lora_command("resize", mini.ADAPTER, "--rank", "2", "-o", tmp_path / "x.safetensors")
+    code, said = lora_command("resize", mini.ADAPTER_V1, "--rank", "2", "-o", tmp_path / "x.safetensors")
     assert code == 0 and "in bf16, rounded by up to" in said
-    code, said = lora_command("resize", mini.ADAPTER, "--rank", "4", "-o", tmp_path / "y.safetensors")
-    assert code == 2 and "--rank: is 4, and" in said and "has rank 4 already" in said
+    code, said = lora_command("resize", mini.ADAPTER_V1, "--rank", "8", "-o", tmp_path / "y.safetensors")
+    assert code == 2 and "--rank: is 8, and" in said and "has rank 8 already" in said
 
 
 def test_a_folder_beside_a_run_is_told_from_it(tmp_path: Path):

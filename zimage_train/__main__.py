@@ -4,6 +4,7 @@ A Ctrl-C while modules are imported, which takes seconds, would show tracebacks 
 is begun then that could be lost.
 """
 
+import logging
 import os
 import signal
 import sys
@@ -12,6 +13,7 @@ from types import FrameType
 
 def main() -> None:
     """Run the command line."""
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # of a kernel that nobody misses
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where it is ignored, as behind nohup
         signal.signal(signal.SIGINT, interrupt)
     from zimage_train.cli import main as run

@@ -538,7 +538,7 @@ def test_a_crash_right_after_the_checkpoint_loses_neither_export_nor_preview(mak
 def test_a_failing_preview_costs_no_step(make_config, monkeypatch, capsys):
     """47. A preview that fails is said and costs no step."""
     config = make_config(train={"steps": 3}, sample=PREVIEWED | {"every": 1})
-    monkeypatch.setattr(publish, "render", lambda *args: (_ for _ in ()).throw(RuntimeError("no memory")))
+    monkeypatch.setattr(publish, "render", lambda *args, **options: (_ for _ in ()).throw(RuntimeError("no memory")))
     train(config, fresh=False)
     assert "preview at step 0 failed" in capsys.readouterr().out
     assert len(losses(config)) == 3

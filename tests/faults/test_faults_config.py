@@ -201,7 +201,7 @@ def test_a_budget_that_no_step_fits_is_refused_with_the_plan_that_would(make_con
         preflight.examine(make_config(memory={"budget_gb": 0.0075}, train={"batch_size": 8}))
     assert error.value.exit_code == 2
     assert re.fullmatch(
-        r"memory.budget_gb: is 0.0075, and a run takes \d\.\d MB \(predicted\); "
+        r"memory.budget_gb: is 0.0075, and a run takes \d+\.\d MB \(predicted\); "
         r"set train.batch_size: 1 \(predicted: \d\.\d MB\)",
         str(error.value),
     )

@@ -181,7 +181,7 @@ def test_a_lora_that_is_not_finite_is_not_saved_and_the_checkpoint_before_stays(
     ]
 
 
-def out_of_memory(*_: object) -> None:
+def out_of_memory(*_: object, **__: object) -> None:
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ...")
 
 

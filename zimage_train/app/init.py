@@ -169,7 +169,7 @@ def particulars(seen: Seen, answers: Answers, name: str, is_miniature: bool) -> 
         by_folder=bool(seen.kohya),
         mask=seen.mask,
         captions=_examples(seen.captions, answers.trigger),
-        miniature=(str(mini.TURBO), str(mini.ADAPTER)) if is_miniature else None,
+        miniature=(str(mini.TURBO), str(mini.ADAPTER_V1)) if is_miniature else None,
         header=header,
     )
 

@@ -78,7 +78,7 @@ def _previews(config: Config) -> list[str]:
             f"previews use {steps} steps and guidance {guidance:g} (CFG {guidance + 1:g}), which hides damage to "
             "Turbo: it is made for 8 steps and guidance 0 (CFG 1); set both to auto"
         )
-    triggers = {entry.trigger for entry in config.data if entry.trigger}
+    triggers = config.triggers
     if triggers and all(any(trigger in prompt.prompt for trigger in triggers) for prompt in sample.prompts):
         found.append(
             "every prompt in sample.prompts has the trigger, so leaking into other pictures would not be seen; add a "

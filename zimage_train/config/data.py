@@ -13,6 +13,8 @@ class Data(Section):
     """Folder of pictures, searched with its subfolders."""
     metadata: str | None = Field(default=None, min_length=1)
     """A .jsonl or .csv instead: columns image (or file_name) and prompt (or text); paths relative to the file."""
+    prompts: str | None = Field(default=None, min_length=1)
+    """No pictures, but a text file with one prompt a line, for a train.method that draws its own; square ones."""
     resolution: Resolutions = [512, 768, 1024]
     """Each picture is trained once at each of these sizes (side of the square of equal area, px); never upscaled."""
     max_pixels: int | None = Field(default=None, ge=1024, le=16_777_216)
@@ -63,15 +65,15 @@ class Data(Section):
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
-        if (self.folder is None) == (self.metadata is None):
-            raise ValueError("needs exactly one of folder and metadata")
+        if sum(one is not None for one in (self.folder, self.metadata, self.prompts)) != 1:
+            raise ValueError("needs exactly one of folder, metadata and prompts")
         return self
 
     @model_validator(mode="after")
     def _holds_together(self) -> Self:
         fields = type(self).model_fields
         if self.repeats == "by_folder" and self.folder is None:
-            raise ValueError("repeats: by_folder needs folder: a metadata file has no subfolders")
+            raise ValueError("repeats: by_folder needs folder: a file has no subfolders")
         if self.regularisation and self.trigger is not None:
             raise ValueError("is for regularisation, which shows the class without the concept; leave trigger out")
         if self.dropout_keeps_trigger and self.trigger is None:

@@ -1,7 +1,7 @@
 """What a training method wants of the rest of a config, and what of it does not go with it (torch-free)."""
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import Field
 
@@ -46,7 +46,13 @@ def complaint(
 ) -> str | None:
     """What of a config does not go with its method."""
     if method == "sft":
-        return None
+        bare = [index for index, entry in enumerate(data) if entry.prompts is not None]
+        ways = " or ".join(one for one in get_args(Method) if learns_from_itself(one))
+        return (
+            f"data.{bare[0]}.prompts has no pictures to train on; give folder, or train.method: {ways}"
+            if bare
+            else None
+        )
     if adapter is not None:
         return f"train.method: {method} learns from the model without adapter; set model.adapter: null"
     for index, entry in enumerate(data):

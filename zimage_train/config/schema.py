@@ -360,3 +360,8 @@ class Config(Section):
         if len(value.encode()) > NAME_BYTES:
             raise ValueError(f"has {len(value.encode())} bytes; {NAME_BYTES} are the most")
         return value
+
+    @property
+    def triggers(self) -> list[str]:
+        """Every word that stands for a concept, once, in the order of `data`."""
+        return list(dict.fromkeys(entry.trigger for entry in self.data if entry.trigger))

@@ -17,8 +17,24 @@ def read(path: Path) -> str:
     """The text of a caption file, without byte order mark, carriage returns and space around it.
 
     Raises:
+        DataError: not UTF-8, or not a text, or too long for a caption.
+    """
+    text = _text_of(path)
+    if (size := len(text.encode())) > MAX_BYTES:
+        raise DataError(Problem(str(path), f"has {size} bytes", "captions end at 512 tokens; shorten it"))
+    return clean(text)
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a file of prompts, cleaned as captions are; empty ones too.
+
+    Raises:
         DataError: not UTF-8, or not a text.
     """
+    return [clean(line) for line in re.split(r"\r\n|\r|\n", _text_of(path))]
+
+
+def _text_of(path: Path) -> str:
     try:
         if not path.is_file():
             raise DataError(Problem(str(path), "is not a file", "remove it or check the name"))
@@ -32,9 +48,7 @@ def read(path: Path) -> str:
         raise DataError(Problem(str(path), what, "save it as UTF-8")) from None
     if "\0" in text:
         raise DataError(Problem(str(path), "contains NUL bytes, so it is not a text", "replace it"))
-    if len(content) > MAX_BYTES:
-        raise DataError(Problem(str(path), f"has {len(content)} bytes", "captions end at 512 tokens; shorten it"))
-    return clean(text)
+    return text
 
 
 def clean(text: str) -> str:

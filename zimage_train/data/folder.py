@@ -25,6 +25,9 @@ MOST_WORDS = 480
 """Words and signs; a longer prompt has certainly more than the 512 tokens that the model reads, templates included."""
 
 
+YET_TO_BE_DRAWN = 65_536
+"""The side of a picture that any resolution can be drawn at, px."""
+
 WORDS = re.compile(r"\w+|[^\w\s]")
 KOHYA = re.compile(r"(\d{1,6})_(.+)")
 MOST_REPEATS = 1000
@@ -78,6 +81,10 @@ def scan(entry: Data, where: str, looks: Looks | None = None, tick: Tick = lambd
     The order is that of the relative paths, whatever the file system says.
     """
     result = Scan([], [], [], [])
+    if entry.prompts is not None:
+        with collected(result.errors):
+            result.pictures, result.notes = _from_prompts(Path(entry.prompts), entry, where)
+        return result
     try:
         sources = _from_metadata(entry, result) if entry.metadata else _from_folder(entry, where, result)
     except DataError as error:
@@ -107,6 +114,32 @@ def scan(entry: Data, where: str, looks: Looks | None = None, tick: Tick = lambd
         result.notes.append(f"{where}: {len(without)} pictures have no mask and are trained whole ({_some(without)})")
     result.notes = [note.encode(errors="backslashreplace").decode() for note in result.notes]
     return result
+
+
+def _from_prompts(path: Path, entry: Data, where: str) -> tuple[list[Picture], list[str]]:
+    """A picture that is yet to be drawn for each line, known by its prompt, and what is odd."""
+    lines: dict[str, int] = {}
+    notes = []
+    for number, text in enumerate(captions.read_lines(path), 1):
+        if text and text in lines:
+            notes.append(f"{path}:{number}: the same prompt as in line {lines[text]}; drawn once")
+        elif text and not text.startswith("#"):
+            lines[text] = number
+    if not lines:
+        raise DataError(Problem(f"{where}.prompts: {path}", "holds no prompt", "write one a line"))
+    found = [
+        Picture(
+            path=Path(f"{path}:{number}"),
+            digest=hashlib.sha256(f"prompt {text}".encode()).hexdigest(),
+            width=YET_TO_BE_DRAWN,
+            height=YET_TO_BE_DRAWN,
+            prompts=captions.prompts_of((text,), entry),
+            repeats=int(entry.repeats),
+            own=(text,),
+        )
+        for text, number in lines.items()
+    ]
+    return found, notes
 
 
 def _has_a_name(source: _Source, result: Scan) -> bool:

@@ -14,7 +14,6 @@ def describe(config: Config, adapter_digest: str | None) -> dict[str, str]:
 
     Reference: https://github.com/Stability-AI/ModelSpec
     """
-    triggers = list(dict.fromkeys(entry.trigger for entry in config.data if entry.trigger))
     rank = str(config.lora.rank)
     metadata = {
         "format": "pt",
@@ -31,8 +30,8 @@ def describe(config: Config, adapter_digest: str | None) -> dict[str, str]:
         "zimage_train.base_model": VARIANTS[config.model.variant].transformer,
         "zimage_train.adapter": _adapter_name(config),
     }
-    if triggers:
-        metadata["modelspec.trigger_phrase"] = ", ".join(triggers)
+    if config.triggers:
+        metadata["modelspec.trigger_phrase"] = ", ".join(config.triggers)
     if adapter_digest is not None:
         metadata["zimage_train.adapter_sha256"] = adapter_digest
         metadata["zimage_train.adapter_strength"] = repr(config.model.adapter_strength)

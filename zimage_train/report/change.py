@@ -1,5 +1,6 @@
 """How far each preview is from its picture before training, and what that says: nothing learned yet, or leaking."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,9 +47,9 @@ def distances(table: Table) -> dict[int, list[float | None]]:
     }
 
 
-def changes(table: Table, triggers: set[str]) -> list[Change]:
+def changes(table: Table, triggers: Collection[str]) -> list[Change]:
     """The means of every step, over prompts with a trigger and over those without."""
-    has_trigger = [_has_one(recipe.prompt, triggers) for recipe in table.recipes]
+    has_trigger = [has_one(recipe.prompt, triggers) for recipe in table.recipes]
 
     def mean(values: list[float | None], wanted: bool) -> float | None:
         found = [value for value, has in zip(values, has_trigger, strict=True) if has is wanted and value is not None]
@@ -66,13 +67,13 @@ def sharpness(path: Path) -> float:
     return float((around - 4 * inner).var())
 
 
-def sharpness_kept(table: Table, triggers: set[str], step: int) -> float | None:
+def sharpness_kept(table: Table, triggers: Collection[str], step: int) -> float | None:
     """The sharpness of a step's previews as a share of those before training; a mean over prompts without a trigger.
 
     A prompt of the concept may rightly become softer or sharper, so it counts only where there is no other.
     """
     pairs = [
-        (start, now, _has_one(recipe.prompt, triggers))
+        (start, now, has_one(recipe.prompt, triggers))
         for start, now, recipe in zip(table.rows.get(0, []), table.rows.get(step, []), table.recipes, strict=False)
         if start and now
     ]
@@ -81,7 +82,8 @@ def sharpness_kept(table: Table, triggers: set[str], step: int) -> float | None:
     return sum(shares) / len(shares) if shares else None
 
 
-def _has_one(prompt: str, triggers: set[str]) -> bool:
+def has_one(prompt: str, triggers: Collection[str]) -> bool:
+    """Whether the prompt speaks of a concept."""
     return any(trigger in prompt for trigger in triggers)
 
 

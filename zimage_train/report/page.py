@@ -2,7 +2,7 @@
 
 import base64
 import io
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ def write(
     shown: Table,
     config_text: str,
     warnings: list[str],
-    triggers: set[str],
+    triggers: Collection[str],
     steps: int,
 ) -> None:
     """Write the page at `path` from what the run folder holds now."""
@@ -46,6 +46,7 @@ def write(
         loss_chart=chart(_curve(records, "loss"), is_noisy=True),
         validation_chart=chart(_curve(validated, "loss"), is_noisy=False, from_zero=False),
         lowest=min(validated, key=lambda one: one["loss"], default=None),
+        drift_chart=chart(_curve(metrics.read(events_path), "drift"), is_noisy=False),
         preservation_chart=chart(_curve(records, "preservation"), is_noisy=True),
         lr_chart=chart(_curve(records, "lr"), is_noisy=False),
         rows=rows,

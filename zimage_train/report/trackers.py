@@ -104,6 +104,10 @@ class Trackers:
         named = {f"validation/{name}": value for name, value in values.items()}
         self._each(lambda tracker: tracker.numbers(step, named))
 
+    def drift(self, step: int, value: float) -> None:
+        """Pass on how far Turbo is from its own steps."""
+        self._each(lambda tracker: tracker.numbers(step, {"previews/drift": value}))
+
     def pictures(self, step: int, paths: Mapping[str, Path]) -> None:
         self._each(lambda tracker: tracker.pictures(step, paths))
 

@@ -24,13 +24,13 @@ def render(
     tick: Tick,
     also: Path | None = None,
     at_once: int = 1,
+    meanwhile: Callable[[], None] = lambda: None,
 ) -> list[Image.Image]:
     """One picture a recipe, on the model at `also` if given. The model comes back with the same weights and mode.
 
     Up to `at_once` that follow each other and differ in prompts and seed alone go through the model together.
+    `meanwhile` is called before the weights are the training ones again.
     """
-    if not recipes:
-        return []
     model = frozen.model
     was_training = model.training
     together = batches(recipes, at_once)
@@ -46,8 +46,11 @@ def render(
     try:
         with original(frozen, also):
             latents = [one for batch in together for one in denoise(model, batch, embeds, step).split(1)]
+            meanwhile()
     finally:
         model.train(was_training)
+    if not latents:
+        return []
     decoder = vae.load(extras, model.device, model.dtype)
     images = [vae.decode(decoder, one)[0] for one in latents]
     del decoder

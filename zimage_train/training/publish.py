@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -83,9 +84,10 @@ def preview(run: Run, step: int, events: Records) -> None:
     """
     if not run.views:
         return
+    measured: dict[str, float] = {}
     try:
         for view in run.views:
-            draw(run, view, step)
+            measured |= draw(run, view, step)
         pictures.save_grid(run.folder.samples / "grid.png", views.shown(run.views))
     except NotRestored:
         raise
@@ -93,14 +95,24 @@ def preview(run: Run, step: int, events: Records) -> None:
         run.console.warn(f"preview at step {step} failed ({type(error).__name__}: {error}); training goes on")
         events.append({"step": step, "event": "preview_failed", "error": str(error)})
         return
-    events.append({"step": step, "event": "preview", **judged(run, step)})
+    events.append({"step": step, "event": "preview", **judged(run, step), **measured})
+    if "drift" in measured:
+        run.trackers.drift(step, measured["drift"])
     for view in run.views:
         run.trackers.pictures(step, {one.prompt[:80] + view.suffix: path for path, one in view.wanted(step)})
 
 
-def draw(run: Run, view: View, step: int) -> None:
-    """Render and write what is missing of one view, with the LoRA as a file of it holds it."""
-    missing = view.missing(step)
+def draw(run: Run, view: View, step: int) -> dict[str, float]:
+    """Render and write what is missing of one view, with the LoRA as a file of it holds it; return what it measures."""
+    missing, measured = view.missing(step), dict[str, float]()
+    meter = run.meter if view.is_metered and step > 0 else None
+    if not missing and meter is None:
+        return measured
+
+    def measure() -> None:
+        if meter is not None:
+            measured["drift"] = meter.read(run.frozen.model, partial(run.console.tick, f"drift at step {step}"))
+
     averaged = run.config.sample.weights == "ema" and run.ema is not None
     trained = run.attached.factors(run.ema.shadow if averaged and run.ema else None)
     with run.previewed(lora_files.rounded(trained, run.config.save.dtype)):
@@ -111,6 +123,7 @@ def draw(run: Run, view: View, step: int) -> None:
             run.preview_embeds,
             lambda done, total: run.console.tick(f"preview at step {step}{view.suffix}", done, total),
             view.also,
+            meanwhile=measure,
         )
     for (path, recipe), image in zip(missing, images, strict=True):
         model = run.config.sample.also if view.also else run.config.model.path or run.config.model.variant
@@ -118,12 +131,15 @@ def draw(run: Run, view: View, step: int) -> None:
         extra = "".join(f" and {one.file}={one.weight:g}" for one in run.config.sample.extra_loras)
         drawn_by = f"{model} in {run.config.model.dtype} with the {lora} of {run.config.name} at step {step}{extra}"
         pictures.save(path, image, recipe, drawn_by, view.run)
+    if measured:
+        run.console.say(f"step {step}: drift {measured['drift']:.3f} from Turbo's own steps")
+    return measured
 
 
 def judged(run: Run, step: int) -> dict[str, Any]:
     """What the previews of `step` say, for events.jsonl; said aloud where someone should know."""
     own, *others = [view.table() for view in run.views]
-    words = triggers(run)
+    words = run.config.triggers
     record: dict[str, Any] = {"pictures": [path.name for path in own.rows[step] if path]}
     for one in change.changes(own, words):
         if one.step == step:
@@ -139,11 +155,6 @@ def judged(run: Run, step: int) -> dict[str, Any]:
             record["sharpness_kept_also"] = kept
             run.console.say(f"step {step}: on {run.config.sample.also} the LoRA keeps {kept:.0%} of the sharpness")
     return record
-
-
-def triggers(run: Run) -> set[str]:
-    """Every word that stands for a concept of this run."""
-    return {entry.trigger for entry in run.config.data if entry.trigger}
 
 
 def after_step(run: Run, step: int, events: Records, metrics: Records) -> None:
@@ -199,6 +210,6 @@ def write_report(run: Run) -> None:
         shown=views.shown(run.views) if run.views else pictures.table(run.folder.samples),
         config_text=dump_config(run.config),
         warnings=run.warnings,
-        triggers=triggers(run),
+        triggers=run.config.triggers,
         steps=run.config.train.steps,
     )

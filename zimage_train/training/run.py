@@ -24,6 +24,7 @@ from zimage_train.lora.attach import Attached
 from zimage_train.lora.files import Lora
 from zimage_train.report.console import Console
 from zimage_train.report.trackers import Trackers
+from zimage_train.sampling.drift import Meter
 from zimage_train.training.objectives import Batch, Extras, make_batch, mask_weights, outside_weights
 from zimage_train.training.own import Own, imitation_batch
 from zimage_train.training.pace import Pace
@@ -106,6 +107,8 @@ class Run:
     extra_loras: list[tuple[Lora, float]]
     """What previews have besides the LoRA that is trained, with their weights."""
     preview_embeds: Mapping[str, Tensor]
+    meter: Meter | None
+    """Of the drift from Turbo's own steps; None where there are none to drift from, or no previews."""
     export_metadata: Mapping[str, str]
     warnings: list[str]
     start: int

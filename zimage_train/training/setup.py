@@ -40,19 +40,25 @@ from zimage_train.lora.files import Lora
 from zimage_train.lora.metadata import describe
 from zimage_train.memory import Form
 from zimage_train.model.digests import Digests as Digester
+from zimage_train.model.variants import VARIANTS
 from zimage_train.planner import Plan
 from zimage_train.preflight import Checked, Weights
+from zimage_train.report import change
 from zimage_train.report.console import Console
 from zimage_train.report.trackers import Trackers
 from zimage_train.sampling import recipe
+from zimage_train.sampling.drift import Meter
 from zimage_train.training import run_folder, views
 from zimage_train.training.own import Own
 from zimage_train.training.pace import Pace
 from zimage_train.training.run import Digests, Inputs, Run
 from zimage_train.training.run_folder import RunFolder
 from zimage_train.training.stopping import StopRequest
+from zimage_train.training.views import View
 
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "bitsandbytes", "prodigyopt")
+METERED = 2
+"""Previews that are also looked at for drift: each costs as much again, and once twice that."""
 
 
 @dataclass(frozen=True)
@@ -105,8 +111,8 @@ def find_checkpoint(
     if found is None:
         run_folder.require_untouched(folder)
         return None
-    for change in run_folder.require_same(folder, found.numbers["identity"], identity, session.allow):
-        session.console.warn(f"allowed: {change}")
+    for changed in run_folder.require_same(folder, found.numbers["identity"], identity, session.allow):
+        session.console.warn(f"allowed: {changed}")
     if found.step > config.train.steps:
         what = f"is {config.train.steps}, and the run is at step {found.step} already"
         raise ConfigError(Problem("train.steps", what, "raise it"))
@@ -172,9 +178,8 @@ def prepare(
     drawn = views.of(config, folder, identity, weights.sources.also)
     if world.is_main:
         run_folder.write_config(folder, config)
-        starts = [*run_folder.earlier_starts(folder), start]
-        facts = _facts(checked, session, frozen, plan, groups) | {"plan": fits, "starts": starts}
-        run_folder.write_facts(folder, facts)
+        facts = {"plan": fits, "starts": [*run_folder.earlier_starts(folder), start]}
+        run_folder.write_facts(folder, _facts(checked, session, frozen, plan, groups) | facts)
     return Run(
         config=config,
         folder=folder,
@@ -192,6 +197,7 @@ def prepare(
         views=drawn,
         extra_loras=_extra_loras(config, weights, console),
         preview_embeds={prompt: inputs.embeds(prompt) for view in drawn for prompt in recipe.prompts_of(view.recipes)},
+        meter=_meter(config, drawn, inputs),
         export_metadata=describe(config, session.digests.adapter),
         warnings=checked.warnings,
         start=start,
@@ -200,6 +206,17 @@ def prepare(
         stop=session.stop,
         pace=Pace(),
     )
+
+
+def _meter(config: Config, drawn: list[View], inputs: Inputs) -> Meter | None:
+    """Of Turbo's drift, on the first previews that have nothing to do with the concept, if any has not."""
+    shown = next((view.recipes for view in drawn if view.is_metered), None)
+    if shown is None:
+        return None
+    neutral = [one for one in shown if not change.has_one(one.prompt, config.triggers)] or shown
+    variant = VARIANTS["turbo"]
+    recipes = [replace(one, steps=variant.steps, guidance=variant.guidance) for one in neutral[:METERED]]
+    return Meter(recipes, {one.prompt: inputs.embeds(one.prompt) for one in recipes})
 
 
 def _continue(found: Checkpoint, attached: Attached, averages: Ema | None, optimizer: Optimizer) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from zimage_train.config.schema import Config
+from zimage_train.model.variants import VARIANTS
 from zimage_train.report import pictures
 from zimage_train.report.pictures import Table
 from zimage_train.sampling import recipe
@@ -26,6 +27,8 @@ class View:
     """Stands in every picture: what it was drawn by, besides its recipe."""
     suffix: str
     """Added to the prompt where pictures are shown."""
+    is_metered: bool
+    """Whether it is on Turbo, and the drift from its own steps is measured there."""
 
     def wanted(self, step: int) -> list[tuple[Path, Recipe]]:
         """The pictures that `step` shall have."""
@@ -47,9 +50,19 @@ def of(config: Config, folder: RunFolder, identity: Mapping[str, Any], also: Pat
     if config.sample.weights == "ema":
         digest += " averaged"
     digest += "".join(f" and {one.file}={one.weight:g}" for one in config.sample.extra_loras)
-    views = [View(None, recipe.previews(config), folder.samples, digest, "")]
+    views = [View(None, recipe.previews(config), folder.samples, digest, "", config.model.variant == "turbo")]
     if name is not None:
-        views.append(View(also, recipe.also(config), folder.samples / "also", f"{digest} on {name}", f" (on {name})"))
+        on_turbo = name not in VARIANTS or name == "turbo"
+        views.append(
+            View(
+                also=also,
+                recipes=recipe.also(config),
+                folder=folder.samples / "also",
+                run=f"{digest} on {name}",
+                suffix=f" (on {name})",
+                is_metered=on_turbo and not views[0].is_metered,
+            )
+        )
     return views
 
 

@@ -1,0 +1,130 @@
+"""The laboratory: trains a new concept under every scheme on the miniature family, and scores what each costs.
+
+    PYTHONPATH=. python scripts/lab.py --work FOLDER [--quick] [-o docs]
+
+Writes lab.json, lab.md and grids into the output folder, and the LoRAs into `lab/` beside them. The work folder keeps
+every run and every score, so a stopped laboratory goes on where it was. `--quick` trains one seed with fewer pictures
+scored, writes into the work folder alone, and says whether it finds the order that docs/lab.json has.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import shutil
+import sys
+from collections.abc import Mapping
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from laboratory import drawing, metering, telling
+from laboratory.running import in_parallel, lora_of, train
+from laboratory.schemes import QUICK, TRAINED, Recipe, config, imitation, write_pictures
+from laboratory.scoring import USES, evaluate
+from laboratory.statistics import orders
+
+SEEDS, PICTURE_SEEDS = (101, 102, 103), (11, 12, 13, 14, 15)
+QUICK_SEEDS, QUICK_PICTURE_SEEDS = (104,), (11, 12)
+
+Loras = Mapping[str, Mapping[int, Path]]
+"""By scheme and training seed."""
+
+
+def main() -> None:
+    """Trains what is not trained yet, scores what is not scored yet, and tells all of it."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--work", type=Path, required=True, help="keeps runs and scores")
+    parser.add_argument("-o", "--output", type=Path, default=Path("docs"), help="where lab.json and lab.md go")
+    parser.add_argument("--quick", action="store_true", help="one seed, and compare with what is in the output folder")
+    parser.add_argument("--workers", type=int, default=2, help="runs at once, of one thread each")
+    options = parser.parse_args()
+    seeds, shots = (QUICK_SEEDS, QUICK_PICTURE_SEEDS) if options.quick else (SEEDS, PICTURE_SEEDS)
+    recipe = QUICK if options.quick else Recipe()
+    loras = trained(options.work, seeds, recipe, options.workers)
+    scores = scored(options.work / "scores.json", loras, seeds, shots, options.workers)
+    table = telling.table(scores)
+    if options.quick:
+        compare(table, json.loads((options.output / "lab.json").read_text()))
+        return
+    options.output.mkdir(parents=True, exist_ok=True)
+    shipped = ship(loras, options.output / "lab")
+    meter = telling.meter_against(scores, metering.meter(loras, seeds))
+    telling.write(options.output, table, scores, recipe, shipped, meter)
+    drawing.save(options.output / "images" / "lab.png", options.work / "shown", loras)
+    for said, claim in telling.claims(table).items():
+        print(f"{said}: {claim['found']:.2f}, {'holds' if claim['holds'] else 'does not hold'}")
+
+
+def trained(work: Path, seeds: tuple[int, ...], recipe: Recipe, workers: int) -> Loras:
+    """The LoRA of every scheme and seed."""
+    pictures, runs = write_pictures(work / "pictures"), work / "runs"
+    configs = {
+        (scheme.name, seed): config(scheme, seed, recipe, pictures, runs) for seed in seeds for scheme in TRAINED
+    }
+    in_parallel([partial(train, one) for one in configs.values()], workers)
+    for seed in seeds:
+        configs["imitation", seed] = imitation(lora_of(configs["direct", seed]), seed, recipe, pictures, runs)
+    in_parallel([partial(train, configs["imitation", seed]) for seed in seeds], workers)
+    found: dict[str, dict[int, Path]] = {}
+    for (name, seed), one in configs.items():
+        found.setdefault(name, {})[seed] = lora_of(one)
+    return found
+
+
+def scored(
+    file: Path, loras: Loras, seeds: tuple[int, ...], shots: tuple[int, ...], workers: int
+) -> dict[str, dict[str, Any]]:
+    """Scores by "use, training seed, picture seed"; each is written down as soon as it is known."""
+    found: dict[str, dict[str, Any]] = json.loads(file.read_text()) if file.exists() else {}
+    wanted = [
+        (use, seed, shot)
+        for use in USES
+        for seed in (seeds if use.trained else (0,))
+        for shot in shots
+        if f"{use.name}, {seed}, {shot}" not in found
+    ]
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        jobs = {
+            pool.submit(evaluate, use, loras[use.trained][seed] if use.trained else None, shot): (use.name, seed, shot)
+            for use, seed, shot in wanted
+        }
+        for number, job in enumerate(as_completed(jobs), 1):
+            name, seed, shot = jobs[job]
+            found[f"{name}, {seed}, {shot}"] = {"use": name, "seed": seed, "shot": shot, **job.result()}
+            file.write_text(json.dumps(found, indent=1))
+            print(f"scored {number}/{len(wanted)}: {name}, seed {seed}, pictures {shot}", flush=True)
+    return found
+
+
+def ship(loras: Loras, folder: Path) -> dict[str, dict[int, Path]]:
+    """Copies of the LoRAs, so that anyone can score them again."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return {
+        name: {seed: Path(shutil.copyfile(path, folder / f"{name}-s{seed}.safetensors")) for seed, path in each.items()}
+        for name, each in loras.items()
+    }
+
+
+def compare(table: dict[str, Any], full: dict[str, Any]) -> None:
+    """Says of every pair that the full table tells apart whether this one has it in the same order.
+
+    Exits with 1 if a pair is the other way round.
+    """
+    wrong = 0
+    for score in telling.SCORES:
+        whole = {name: row[score] for name, row in full["schemes"].items()}
+        for low, high in orders(whole):
+            if table[low][score][0] >= table[high][score][0]:
+                wrong += 1
+                print(
+                    f"{score}: {low} {table[low][score][0]:.3f}, {high} {table[high][score][0]:.3f}; there the reverse"
+                )
+    print(f"{wrong} pairs are in another order" if wrong else "every pair is in the same order")
+    sys.exit(bool(wrong))
+
+
+if __name__ == "__main__":
+    main()

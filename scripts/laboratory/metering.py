@@ -1,0 +1,48 @@
+"""The trainer's drift meter on the laboratory's runs, whose true drift is known."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from zimage_train import mini
+from zimage_train.assemble import assemble
+from zimage_train.lora import arithmetic, files, swap
+from zimage_train.mini import world
+from zimage_train.model import text
+from zimage_train.sampling import drift
+from zimage_train.sampling.recipe import Recipe
+
+from laboratory.scoring import SIZE, USES
+from miniature.measuring import scenes
+
+PROMPTS, NOISE = 8, 900
+CPU = torch.device("cpu")
+
+
+def silent(done: int, total: int) -> None:
+    """Reports nothing."""
+
+
+def meter(loras: Mapping[str, Mapping[int, Path]], seeds: Sequence[int]) -> dict[str, float]:
+    """The deviation of every LoRA that is used on Turbo, by "use, training seed"."""
+    prompts = [world.caption(shown, SIZE, SIZE) for shown in scenes()[-PROMPTS:]]
+    encoder = text.load(mini.TURBO, CPU, torch.float32)
+    embeds = {prompt: encoder.encode(prompt) for prompt in prompts}
+    model = assemble(mini.TURBO / "transformer", None, "fp32", CPU).model
+    recipes = [
+        Recipe(prompt=one, negative="", seed=NOISE + i, width=SIZE, height=SIZE, steps=8, guidance=0.0, shift=3.0)
+        for i, one in enumerate(prompts)
+    ]
+    walked = drift.walks(model, recipes, embeds, silent)
+    found: dict[str, float] = {}
+    for use in USES:
+        if use.trained is None or use.model != mini.TURBO:
+            continue
+        for seed in seeds:
+            stack = arithmetic.stack([(files.read(one), 1.0) for one in (loras[use.trained][seed], *use.also)])
+            with swap.attached(model, stack):
+                found[f"{use.name}, {seed}"] = drift.overall(drift.deviations(model, walked, embeds, silent))
+    return found

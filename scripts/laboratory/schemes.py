@@ -1,0 +1,127 @@
+"""What is trained: the same pictures, steps and rate under each scheme, as configs of the trainer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from zimage_train import mini
+from zimage_train.mini import world
+
+CONCEPT_PICTURES, WORLD_PICTURES = 48, 256
+FIRST_PICTURE = 500_000
+"""Scenes from here on are trained on; the family has seen none of them, and none is scored."""
+
+TRAINED_WORDINGS, PARAPHRASES = (0, 1), (2, 3)
+"""Captions that the LoRAs are trained with, and those that say the same in words they have not seen with a zorb."""
+
+SIZE = 64
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The settings that were tuned, the same for every scheme."""
+
+    steps: int = 2000
+    batch: int = 16
+    rate: float = 4e-3
+    rank: int = 16
+    share: float = 0.5
+    """Of regularisation pictures."""
+    imitation_steps: int = 400
+    imitation_rate: float = 1e-3
+
+
+QUICK = Recipe(steps=1500, imitation_steps=300)
+"""What fits into twenty minutes."""
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """One way of training, and what the LoRA is then used on."""
+
+    name: str
+    variant: str
+    adapter: Path | None
+    says: str
+
+    @property
+    def model(self) -> Path:
+        return {"turbo": mini.TURBO, "deturbo": mini.DETURBO, "base": mini.BASE}[self.variant]
+
+
+DIRECT = Scheme("direct", "turbo", None, "plain SFT on Turbo")
+TRAINED = (
+    DIRECT,
+    Scheme("adapter_v1", "turbo", mini.ADAPTER_V1, "SFT on Turbo with adapter v1, which is taken off again"),
+    Scheme("adapter_v2", "turbo", mini.ADAPTER_V2, "the same with adapter v2"),
+    Scheme("deturbo", "deturbo", None, "SFT on De-Turbo"),
+    Scheme("base", "base", None, "SFT on Base"),
+)
+
+
+def write_pictures(folder: Path) -> tuple[Path, Path]:
+    """The pictures of the concept and those of the world beside them, each with its caption."""
+    concept, others = folder / "zorb", folder / "world"
+    for place, scene, count in (
+        (concept, world.zorb_scene, CONCEPT_PICTURES),
+        (others, world.world_scene, WORLD_PICTURES),
+    ):
+        place.mkdir(parents=True, exist_ok=True)
+        for number in range(count):
+            shown = scene(FIRST_PICTURE + number)
+            wording = TRAINED_WORDINGS[number % len(TRAINED_WORDINGS)] if place == concept else shown.wording
+            picture, text = world.drawn(replace(shown, wording=wording, called=None), SIZE, SIZE)
+            Image.fromarray(picture).save(place / f"{number:03d}.png")
+            (place / f"{number:03d}.txt").write_text(text + "\n")
+    return concept, others
+
+
+def config(scheme: Scheme, seed: int, recipe: Recipe, pictures: tuple[Path, Path], runs: Path) -> dict[str, Any]:
+    """A run of `scheme`."""
+    concept, others = pictures
+    common = {"resolution": [SIZE]}
+    return {
+        "name": f"{scheme.name}-s{seed}",
+        "output": str(runs),
+        "seed": seed,
+        "model": {
+            "variant": scheme.variant,
+            "path": str(scheme.model),
+            "adapter": str(scheme.adapter) if scheme.adapter else None,
+            "dtype": "fp32",
+        },
+        "data": [
+            {"folder": str(concept), "trigger": world.ZORB, **common},
+            {"folder": str(others), "regularisation": True, **common},
+        ],
+        "lora": {"rank": recipe.rank},
+        "train": {
+            "steps": recipe.steps,
+            "batch_size": recipe.batch,
+            "regularisation_share": recipe.share,
+        },
+        "optimizer": {"name": "adamw", "lr": recipe.rate},
+        "sample": {"every": None},
+        "save": {"every": recipe.steps},
+    }
+
+
+def imitation(trained: Path, seed: int, recipe: Recipe, pictures: tuple[Path, Path], runs: Path) -> dict[str, Any]:
+    """A run that gives the LoRA of `direct` its eight steps back."""
+    base = config(DIRECT, seed, recipe, pictures, runs)
+    return base | {
+        "name": f"imitation-s{seed}",
+        "data": [{"folder": str(folder), "resolution": [SIZE]} for folder in pictures],
+        "lora": {"rank": recipe.rank, "init_from": str(trained)},
+        "train": {
+            "method": "trajectory_imitation",
+            "steps": recipe.imitation_steps,
+            "batch_size": recipe.batch,
+        },
+        "optimizer": {"name": "adamw", "lr": recipe.imitation_rate},
+        "save": {"every": recipe.imitation_steps},
+    }
