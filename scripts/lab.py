@@ -81,9 +81,9 @@ def scored(
     found: dict[str, dict[str, Any]] = json.loads(file.read_text()) if file.exists() else {}
     wanted = [
         (use, seed, shot)
+        for shot in shots
         for use in USES
         for seed in (seeds if use.trained else (0,))
-        for shot in shots
         if f"{use.name}, {seed}, {shot}" not in found
     ]
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
