@@ -20,7 +20,7 @@ def lora_of(config: dict[str, Any]) -> Path:
 
 
 def train(config: dict[str, Any]) -> None:
-    """Trains one run to its end, unless it is there; what it says goes to a file beside it.
+    """Trains one run to its end, unless its LoRA is there; what it says goes to a file beside it.
 
     Raises:
         RuntimeError: it fails.
@@ -28,7 +28,10 @@ def train(config: dict[str, Any]) -> None:
     runs = Path(config["output"])
     runs.mkdir(parents=True, exist_ok=True)
     path, log = runs / f"{config['name']}.yaml", runs / f"{config['name']}.txt"
-    path.write_text(yaml.safe_dump(config, sort_keys=False))
+    text = yaml.safe_dump(config, sort_keys=False)
+    if lora_of(config).exists() and path.read_text() == text:
+        return
+    path.write_text(text)
     began = time.monotonic()
     with log.open("w") as told:
         environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}

@@ -1,7 +1,6 @@
 """The `drift` command: whether a LoRA leaves Turbo its eight steps, told without ground truth."""
 
 import statistics
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -96,7 +95,7 @@ def drift(model: Model, loras: Sequence[WeightedLora], wishes: Sequence[Wish], a
     files.require_folder(output)
     fast = sample.recipes_for(asked, model, wishes or [Wish(prompt) for prompt in NEUTRAL])
     slow = [replace(recipe, steps=SLOW_STEPS, guidance=SLOW_GUIDANCE) for recipe in fast]
-    console = Console(stream=sys.stderr)
+    console = Console()
     with accelerator.explained_out_of_memory("give a smaller --width and --height"), console.live():
         found, shots = _measured(model, loras, fast, slow, output, console)
     facts = asdict(found) | {"deviation": found.deviation, "kept": found.kept, "gap": found.gap}

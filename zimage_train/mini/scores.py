@@ -81,9 +81,9 @@ def sharpness(picture: world.Pixels, thing: np.ndarray) -> float:
     rows, columns = picture.shape[0] // side, picture.shape[1] // side
     cut = (slice(rows * side), slice(columns * side))
     cells = picture[cut].astype(np.float32).mean(2).reshape(rows, side, columns, side).mean((1, 3))
-    taken = thing[cut].reshape(rows, side, columns, side).any((1, 3))
+    taken = thing[cut].reshape(rows, side, columns, side).sum((1, 3))
     laplacian = cells[1:-1, 1:-1] - neighbours(cells) / 4
-    free = ~taken[1:-1, 1:-1] & (neighbours(taken.astype(int)) == 0)
+    free = taken[1:-1, 1:-1] + neighbours(taken) == 0
     if free.sum() < 16:
         return 0.0
     energy = float(laplacian[free].var()) / (world.GRAIN**2 * 1.25)
