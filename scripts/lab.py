@@ -23,7 +23,7 @@ from typing import Any
 from laboratory import drawing, metering, telling
 from laboratory.running import in_parallel, lora_of, train
 from laboratory.schemes import QUICK, TRAINED, Recipe, config, imitation, write_pictures
-from laboratory.scoring import USES, evaluate
+from laboratory.scoring import USES, Use, evaluate
 from laboratory.statistics import orders
 
 SEEDS, PICTURE_SEEDS = (101, 102, 103), (11, 12, 13, 14, 15)
@@ -39,18 +39,22 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="keeps runs and scores")
     parser.add_argument("-o", "--output", type=Path, default=Path("docs"), help="where lab.json and lab.md go")
     parser.add_argument("--quick", action="store_true", help="one seed, and compare with what is in the output folder")
+    parser.add_argument("--loras", type=Path, help="score the LoRAs of this folder (docs/lab) in place of training")
+    parser.add_argument("--picture-seeds", type=int, default=5, help="so many of the five sets of noise")
     parser.add_argument("--workers", type=int, default=2, help="runs at once, of one thread each")
     options = parser.parse_args()
     seeds, shots = (QUICK_SEEDS, QUICK_PICTURE_SEEDS) if options.quick else (SEEDS, PICTURE_SEEDS)
+    shots = shots[: options.picture_seeds]
     recipe = QUICK if options.quick else Recipe()
-    loras = trained(options.work, seeds, recipe, options.workers)
+    options.work.mkdir(parents=True, exist_ok=True)
+    loras = given(options.loras) if options.loras else trained(options.work, seeds, recipe, options.workers)
     scores = scored(options.work / "scores.json", loras, seeds, shots, options.workers)
     table = telling.table(scores)
     if options.quick:
         compare(table, json.loads((options.output / "lab.json").read_text()))
         return
     options.output.mkdir(parents=True, exist_ok=True)
-    shipped = ship(loras, options.output / "lab")
+    shipped = loras if options.loras else ship(loras, options.output / "lab")
     meter = telling.meter_against(scores, metering.meter(loras, seeds))
     telling.write(options.output, table, scores, recipe, shipped, meter)
     drawing.save(options.output / "images" / "lab.png", options.work / "shown", loras)
@@ -74,29 +78,38 @@ def trained(work: Path, seeds: tuple[int, ...], recipe: Recipe, workers: int) ->
     return found
 
 
+def given(folder: Path) -> Loras:
+    """The LoRAs that `ship` has left in a folder."""
+    found: dict[str, dict[int, Path]] = {}
+    for path in sorted(folder.glob("*-s*.safetensors")):
+        name, _, seed = path.stem.rpartition("-s")
+        found.setdefault(name, {})[int(seed)] = path
+    return found
+
+
 def scored(
     file: Path, loras: Loras, seeds: tuple[int, ...], shots: tuple[int, ...], workers: int
 ) -> dict[str, dict[str, Any]]:
     """Scores by "use, training seed, picture seed"; each is written down as soon as it is known."""
     found: dict[str, dict[str, Any]] = json.loads(file.read_text()) if file.exists() else {}
-    wanted = [
-        (use, seed, shot)
-        for shot in shots
-        for use in USES
-        for seed in (seeds if use.trained else (0,))
-        if f"{use.name}, {seed}, {shot}" not in found
-    ]
+    asked = [(use, seed, shot) for shot in shots for use in USES for seed in (seeds if use.trained else (0,))]
+    wanted = [one for one in asked if key_of(*one) not in found]
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         jobs = {
-            pool.submit(evaluate, use, loras[use.trained][seed] if use.trained else None, shot): (use.name, seed, shot)
+            pool.submit(evaluate, use, loras[use.trained][seed] if use.trained else None, shot): (use, seed, shot)
             for use, seed, shot in wanted
         }
         for number, job in enumerate(as_completed(jobs), 1):
-            name, seed, shot = jobs[job]
-            found[f"{name}, {seed}, {shot}"] = {"use": name, "seed": seed, "shot": shot, **job.result()}
+            use, seed, shot = jobs[job]
+            found[key_of(*jobs[job])] = {"use": use.name, "seed": seed, "shot": shot, **job.result()}
             file.write_text(json.dumps(found, indent=1))
-            print(f"scored {number}/{len(wanted)}: {name}, seed {seed}, pictures {shot}", flush=True)
-    return found
+            print(f"scored {number}/{len(wanted)}: {key_of(*jobs[job])}", flush=True)
+    return {key_of(*one): found[key_of(*one)] for one in asked}
+
+
+def key_of(use: Use, seed: int, shot: int) -> str:
+    """What a score is found by."""
+    return f"{use.name}, {seed}, {shot}"
 
 
 def ship(loras: Loras, folder: Path) -> dict[str, dict[int, Path]]:
