@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From a fresh machine to a finished LoRA: makes .venv, installs, trains the miniature. Two minutes without a GPU,
+# From a fresh machine to a finished LoRA: makes .venv, installs, trains the miniature. Three minutes without a GPU,
 # downloads aside.
 #   bash scripts/quickstart.sh [options of zimage-train train, such as --set train.steps=20]
 set -euo pipefail
