@@ -50,7 +50,8 @@ def place(tmp_path_factory: pytest.TempPathFactory, shared_cache: Path) -> Path:
     shutil.copytree(ROOT / "configs", folder / "configs")
     shutil.copytree(ROOT / "scripts" / "runpod", folder / "scripts" / "runpod")
     shutil.copytree(mini.TURBO, folder / "base")
-    shutil.copy(config, folder / "my.yaml")
+    text = Path(config).read_text()
+    (folder / "my.yaml").write_text(text.replace("zimage_train/mini", mini.HERE.as_posix()))
     return folder
 
 
