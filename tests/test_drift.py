@@ -138,6 +138,18 @@ def test_the_command_measures_draws_and_judges(tmp_path: Path):
     assert "leaves Turbo its 8 steps" in found[0.0]["verdict"] and "drifted" in found[4.0]["verdict"]
 
 
+def test_steps_and_guidance_of_a_prompt_file_do_not_count(tmp_path: Path):
+    path = tmp_path / "prompts.txt"
+    path.write_text(f"{PROMPTS[0]}\n{PROMPTS[1]} --s 20 --l 4 --n blurry\n")
+    words = ["drift", str(mini.TURBO), "--lora", str(mini.ADAPTER_V1), "--dtype", "fp32", "--width", "64"]
+    words += ["--height", "64", "--prompts", str(path), "-o", str(tmp_path / "file")]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0, done.output
+    assert command(mini.ADAPTER_V1, tmp_path / "plain")[0] == 0
+    one, other = (json.loads((tmp_path / name / "drift.json").read_text()) for name in ("file", "plain"))
+    assert len(one["sigmas"]) == 8 and one["deviations"] == other["deviations"]
+
+
 def test_weights_count(tmp_path: Path):
     code, _ = command(scaled(tmp_path, 2.0), tmp_path / "file")
     assert code == 0

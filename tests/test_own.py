@@ -286,6 +286,7 @@ def test_a_prompt_that_changes_is_noticed_by_a_run_that_goes_on(make_config, tmp
     [
         (None, "prompts.txt: is not a file"),
         (b"\n# nothing\n", "holds no prompt"),
+        (b"a red circle\na [trigger] there\n", r"prompts.txt:2: its caption has \[trigger\], but no trigger is set"),
         ("a".encode("utf-16"), "is UTF-16"),
     ],
 )

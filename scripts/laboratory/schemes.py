@@ -36,7 +36,7 @@ class Recipe:
 
 
 QUICK = Recipe(steps=1500, imitation_steps=300)
-"""What fits into twenty minutes."""
+"""What is meant to fit into twenty minutes."""
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from zimage_train.app.given import WeightedLora
 from zimage_train.app.sample import Asked, Loaded, Room
 from zimage_train.config.schema import Model
 from zimage_train.lora import arithmetic, swap
+from zimage_train.model.variants import VARIANTS
 from zimage_train.report import change, comparison, pictures
 from zimage_train.report.comparison import MODEL, PICTURES, PROMPT, SAMPLING, Comparison, Shot, Subject
 from zimage_train.report.console import Console
@@ -93,7 +94,9 @@ def drift(model: Model, loras: Sequence[WeightedLora], wishes: Sequence[Wish], a
         ZImageTrainError: the model or a LoRA cannot be used, in whole, or `output` cannot be written to.
     """
     files.require_folder(output)
-    fast = sample.recipes_for(asked, model, wishes or [Wish(prompt) for prompt in NEUTRAL])
+    recipes = sample.recipes_for(asked, model, wishes or [Wish(prompt) for prompt in NEUTRAL])
+    turbo = VARIANTS["turbo"]  # what a line of --prompts says of steps and guidance is for other pictures than these
+    fast = [replace(recipe, steps=turbo.steps, guidance=turbo.guidance) for recipe in recipes]
     slow = [replace(recipe, steps=SLOW_STEPS, guidance=SLOW_GUIDANCE) for recipe in fast]
     console = Console()
     with accelerator.explained_out_of_memory("give a smaller --width and --height"), console.live():

@@ -133,7 +133,7 @@ def _from_prompts(path: Path, entry: Data, where: str) -> tuple[list[Picture], l
             digest=hashlib.sha256(f"prompt {text}".encode()).hexdigest(),
             width=YET_TO_BE_DRAWN,
             height=YET_TO_BE_DRAWN,
-            prompts=captions.prompts_of((text,), entry),
+            prompts=_prompts_of((text,), Path(f"{path}:{number}"), entry, where),
             repeats=int(entry.repeats),
             own=(text,),
         )
@@ -150,15 +150,20 @@ def _has_a_name(source: _Source, result: Scan) -> bool:
 
 
 def _picture(source: _Source, look: Look, entry: Data, where: str, mask: Mask | None) -> Picture:
-    prompts = captions.prompts_of(source.captions, entry)
-    if any(captions.PLACEHOLDER in prompt for prompt in prompts):
-        what = f"its caption has {captions.PLACEHOLDER}, but no trigger is set"
-        todo = "take it out: these pictures show the class" if entry.regularisation else f"set {where}.trigger"
-        raise DataError(Problem(str(source.path), what, todo))
+    prompts = _prompts_of(source.captions, source.path, entry, where)
     own = tuple(text for text in source.captions if text)
     return Picture(
         source.path, look.digest, look.width, look.height, prompts, look.thumbnail, source.repeats, mask, own
     )
+
+
+def _prompts_of(texts: tuple[str, ...], path: Path, entry: Data, where: str) -> tuple[str, ...]:
+    prompts = captions.prompts_of(texts, entry)
+    if any(captions.PLACEHOLDER in prompt for prompt in prompts):
+        what = f"its caption has {captions.PLACEHOLDER}, but no trigger is set"
+        todo = "take it out: these pictures show the class" if entry.regularisation else f"set {where}.trigger"
+        raise DataError(Problem(str(path), what, todo))
+    return prompts
 
 
 def _from_folder(entry: Data, where: str, result: Scan) -> list[_Source]:
