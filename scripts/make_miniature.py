@@ -59,8 +59,11 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="where the models, LoRAs and pictures go")
     parser.add_argument("--effort", type=float, default=1.0, help="multiplies steps and picture counts")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads; they change rounding")
+    best = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=best, help="what ships was made on a CPU; a GPU makes another family")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    torch.set_default_device(options.device)
     for library in (transformers, diffusers):
         library.logging.set_verbosity_error()
         library.logging.disable_progress_bar()
@@ -70,6 +73,7 @@ def main() -> None:
     made_with = {
         "seed": SEED,
         "effort": options.effort,
+        "device": options.device,
         "steps": STEPS,
         "ranks": RANKS,
         "pictures": PICTURES,
@@ -95,7 +99,7 @@ def make_all(work: Path, effort: float) -> None:
     vae = rounded(AutoencoderKL.from_pretrained(work / "vae"))
     stage(work / "latents.safetensors", lambda file: make_latents(file, vae, much(PICTURES)))
     captions = json.loads((work / "captions.json").read_text())
-    world = Pictures(load_file(work / "latents.safetensors"), captions)
+    world = Pictures(loaded(work / "latents.safetensors"), captions)
     stage(work / "base", lambda folder: make_base(folder, world, tokenizer, steps["base"]))
 
     def transformer(name: str) -> ZImageTransformer2DModel:
@@ -105,12 +109,12 @@ def make_all(work: Path, effort: float) -> None:
     base = transformer("base/transformer")
     paths = work / "trajectories.safetensors"
     stage(paths, lambda file: make_trajectories(file, base, captions, texts, much(TRAJECTORIES)))
-    trajectories = Pictures(load_file(paths), captions)
+    trajectories = Pictures(loaded(paths), captions)
     stage(work / "turbo", lambda folder: make_turbo(folder, base, trajectories, texts, steps["turbo"]))
     turbo = transformer("turbo")
     pictures = work / "own_pictures.safetensors"
     stage(pictures, lambda file: make_own_pictures(file, turbo, captions, texts, much(OWN_PICTURES)))
-    latents = load_file(pictures)
+    latents = loaded(pictures)
     own = Pictures(latents, {name: captions[name][-len(part) :] for name, part in latents.items()})
 
     def lora(name: str, pictures: Pictures) -> None:
@@ -128,6 +132,11 @@ def make_all(work: Path, effort: float) -> None:
         work / "distillpatch.safetensors",
         lambda file: make_patch(file, broken, trajectories, texts, RANKS["distillpatch"], steps["distillpatch"]),
     )
+
+
+def loaded(file: Path) -> dict[str, torch.Tensor]:
+    """What is fitted to, on the device that fits."""
+    return load_file(file, device=str(torch.get_default_device()))
 
 
 @torch.no_grad()

@@ -63,14 +63,15 @@ class Studio:
         """Decodes standardised latents: (pictures, height, width, 3) of uint8."""
         raw = latents / self.vae.config.scaling_factor + self.vae.config.shift_factor
         pixels = torch.cat([self.vae.decode(part).sample for part in raw.split(BATCH)])
-        return ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+        return ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
     def draw(
         self, model: ZImageTransformer2DModel, captions: list[str], seed: int, speed: Speed, size: int = 64
     ) -> np.ndarray:
         """A square picture of `size` px for each caption; the noise is a function of the seed alone."""
-        generator = torch.Generator().manual_seed(seed)
-        noise = torch.randn(len(captions), 16, size // 8, size // 8, generator=generator)
+        generator = torch.Generator("cpu").manual_seed(seed)
+        noise = torch.randn(len(captions), 16, size // 8, size // 8, generator=generator, device="cpu")
+        noise = noise.to(torch.get_default_device())
         texts = self.read(captions)
         blind = self.read([""])[0]
         drawn = [

@@ -136,8 +136,8 @@ class Fit:
 
 
 def rounded(model: torch.nn.Module) -> torch.nn.Module:
-    """The model in float32 with the values that its bf16 files will hold."""
-    return model.to(torch.bfloat16).float().eval().requires_grad_(False)
+    """The model in float32 on the default device, with the values that its bf16 files will hold."""
+    return model.to(torch.get_default_device(), torch.bfloat16).float().eval().requires_grad_(False)
 
 
 def save_in_two_shards(model: torch.nn.Module, folder: Path) -> None:
