@@ -4,6 +4,8 @@ python scripts/bench.py --memory [--size full|mini] [-o docs/bench/memory.json]
     On a GPU: a model of random weights, made on the device, trains a few steps under each budget at each resolution,
     with the allocator held to that budget; peak and time of a step stand beside the prediction. `mini` runs the same on
     a CPU, without peaks.
+python scripts/bench.py --repeat [--size full|mini] [-o docs/bench/repeat.json]
+    Whether the same step gives the same gradient twice, as torch does it and as a run does it, and what that costs.
 python scripts/bench.py --quantize [-o docs/bench/quantize.json]
     What each kind of quantisation costs on the miniature: of the weights, of the adapter's change, of the loss.
 python scripts/bench.py --guidance [-o docs/bench/guidance.json]
@@ -12,8 +14,10 @@ python scripts/bench.py --guidance [-o docs/bench/guidance.json]
 """
 
 import argparse
+import contextlib
 import gc
 import json
+import os
 import sys
 import tempfile
 import time
@@ -26,7 +30,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from zimage_train import mini, planner
+from zimage_train import accelerator, mini, planner
 from zimage_train.app.train import train as run_training
 from zimage_train.assemble import Frozen, assemble, recompute_as_planned
 from zimage_train.config import schema
@@ -34,6 +38,7 @@ from zimage_train.data.buckets import Bucket
 from zimage_train.lora import adapter, attach, names
 from zimage_train.lora import files as lora_files
 from zimage_train.lora.adapter import Adapter
+from zimage_train.lora.attach import Attached
 from zimage_train.memory import CONTEXT_BYTES, Form, Job, caption_tokens
 from zimage_train.model import transformer, weights
 from zimage_train.model.quantize import Rounding
@@ -47,6 +52,8 @@ from zimage_train.report import metrics
 from zimage_train.sampling.recipe import Recipe
 
 BUDGETS_GB = (24.0, 16.0, 12.0, 8.0)
+PLENTY = 80e9
+"""Bytes in which every size fits with nothing recomputed."""
 SIDES = {"full": (512, 768, 1024), "mini": (64, 96)}
 RANK = 16
 CAPTION = "a photo of zchar in a sunlit garden, half body, warm light, shallow depth of field"
@@ -88,47 +95,79 @@ def random_model(shape: TransformerShape, form: Form, dtype: torch.dtype, device
     return frozen
 
 
-def train(shape: TransformerShape, plan: Plan, side: int, steps: int, device: torch.device) -> dict[str, Any]:
-    """A few steps by `plan`: seconds of each, the loss of the last, and the peak on a GPU."""
-    dtype = torch.bfloat16 if plan.job.dtype == "bf16" else torch.float32
-    frozen = random_model(shape, plan.form, dtype, device)
+def random_pair(shape: TransformerShape, plan: Plan, device: torch.device) -> tuple[Frozen, Attached]:
+    """A random model as `plan` has it, and a LoRA on it."""
+    frozen = random_model(shape, plan.form, torch.bfloat16 if plan.job.dtype == "bf16" else torch.float32, device)
     modules = names.select(["attention", "feed_forward"], shape.linears)
     attached = attach.attach(frozen.model, modules, RANK, None, 0.0, 1)
     recompute_as_planned(frozen.model, plan, 0.0)
+    return frozen, attached
+
+
+def loss_of(frozen: Frozen, caption_tokens: int, side: int) -> torch.Tensor:
+    """Of one picture; the same each time."""
+    device, dtype = frozen.model.device, frozen.model.dtype
+    draw = torch.Generator(device).manual_seed(2)
+    x = torch.randn(1, 16, side // 8, side // 8, generator=draw, device=device)
+    prompt = torch.randn(caption_tokens, frozen.shape.cap_feat_dim, generator=draw, device=device).to(dtype)
+    return velocity(frozen.model.train(), x, torch.tensor([0.5], device=device), [prompt]).square().mean()
+
+
+def now(device: torch.device) -> float:
+    """Seconds, when all that was begun is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def train(shape: TransformerShape, plan: Plan, side: int, steps: int, device: torch.device) -> dict[str, Any]:
+    """A few steps by `plan`: seconds of each, the loss of the last, and the peak on a GPU."""
+    frozen, attached = random_pair(shape, plan, device)
     optimizer = build(schema.Optimizer(name="adamw"), attached.parameters())
-    x = torch.randn(1, 16, side // 8, side // 8, device=device)
-    prompt = torch.randn(plan.job.caption_tokens, shape.cap_feat_dim, device=device, dtype=dtype)
-    sigma, seconds, loss = torch.tensor([0.5], device=device), [], torch.zeros(())
+    seconds, loss = [], torch.zeros(())
     for _ in range(steps):
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        began = time.perf_counter()
-        loss = velocity(frozen.model.train(), x, sigma, [prompt]).square().mean()
+        began = now(device)
+        loss = loss_of(frozen, plan.job.caption_tokens, side)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - began)
+        seconds.append(now(device) - began)
     peak = torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else None
-    return {"seconds": [round(one, 4) for one in seconds], "loss": loss.item(), "peak_gb": peak and round(peak, 3)}
+    held = torch.cuda.max_memory_reserved() / 1e9 if device.type == "cuda" else None
+    row = {"peak_gb": peak and round(peak, 3), "reserved_gb": held and round(held, 3)}
+    return {"seconds": [round(one, 4) for one in seconds], "loss": loss.item(), **row}
 
 
-def memory(size: str, steps: int) -> dict[str, Any]:
-    """Every budget at every resolution; what does not fit its budget is a finding, not an end."""
+def place_of(size: str) -> tuple[torch.device, TransformerShape, str]:
+    """The device, the model's shape and its precision."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if size == "full" and device.type == "cpu":
         sys.exit("--size full needs a GPU; --size mini runs anywhere")
-    shape, dtype = (TransformerShape(), "bf16") if size == "full" else (mini_shape(), "fp32")
+    return (device, TransformerShape(), "bf16") if size == "full" else (device, mini_shape(), "fp32")
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def memory(size: str, steps: int, budgets: list[float]) -> dict[str, Any]:
+    """Every budget at every resolution; what does not fit its budget is a finding, not an end."""
+    device, shape, dtype = place_of(size)
     total = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else system_memory_bytes()
     found = []
-    for budget in BUDGETS_GB:
+    for budget in budgets:
         for side in SIDES[size]:
             for kinds in ((None,), AUTOMATIC[1:2], AUTOMATIC[2:]):
                 found.append(_measured(shape, dtype, budget, side, Wanted(kinds, None, None), steps, device, total))
                 print(json.dumps(found[-1]), flush=True)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    return {"device": name, "torch": torch.__version__, "size": size, "rank": RANK, "steps": steps, "runs": found}
+    return {
+        "device": device_name(device),
+        "torch": torch.__version__,
+        "size": size,
+        "rank": RANK,
+        "steps": steps,
+        "runs": found,
+    }
 
 
 def _measured(
@@ -151,15 +190,47 @@ def _measured(
         torch.cuda.reset_peak_memory_stats()
         torch.cuda.set_per_process_memory_fraction(min((budget * 1e9 - CONTEXT_BYTES) / total, 1.0))
     try:
-        row |= train(shape, plan, side, steps, device)
+        with accelerator.reproducible(device):
+            row |= train(shape, plan, side, steps, device)
     except torch.OutOfMemoryError as error:
-        row["error"] = str(error).partition(". ")[0]
+        row["error"] = str(error).partition(" If reserved")[0]
     gc.collect()
     return row
 
 
 def mini_shape() -> TransformerShape:
     return transformer.read(mini.TURBO / "transformer")[0]
+
+
+def repeat(size: str, steps: int) -> dict[str, Any]:
+    """The same step again and again: whether its gradient is the same, and the seconds that it takes."""
+    device, shape, dtype = place_of(size)
+    found: dict[str, Any] = {}
+    for side in SIDES[size]:
+        job = job_of(shape, side, dtype, device.type == "cuda")
+        plan = planner.choose(job, Wanted((None,), None, None), PLENTY, system_memory_bytes(), None)
+        frozen, attached = random_pair(shape, plan, device)
+        with torch.no_grad():
+            for parameter in attached.parameters():
+                parameter.fill_(0.01)  # a new LoRA's B is 0, and so the gradient of its A
+        for name, how in (
+            ("as torch does it", contextlib.nullcontext()),
+            ("as a run", accelerator.reproducible(device)),
+        ):
+            with how:
+                grads, seconds = [], []
+                for _ in range(max(steps, 2)):
+                    began = now(device)
+                    loss_of(frozen, job.caption_tokens, side).backward()
+                    seconds.append(now(device) - began)
+                    grads.append(torch.cat([p.grad.flatten() for p in attached.parameters() if p.grad is not None]))
+                    for parameter in attached.parameters():
+                        parameter.grad = None
+            off = max(float((one - grads[0]).norm() / grads[0].norm()) for one in grads[1:])
+            equal = all(torch.equal(one, grads[0]) for one in grads[1:])
+            found[f"{side} px, {name}"] = {"equal": equal, "off": off, "seconds": round(median(seconds[1:]), 4)}
+            print(side, name, found[f"{side} px, {name}"], flush=True)
+    return {"device": device_name(device), "torch": torch.__version__, "size": size, "steps": found}
 
 
 @torch.no_grad()
@@ -251,13 +322,21 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--memory", action="store_true")
+    what.add_argument("--repeat", action="store_true")
     what.add_argument("--quantize", action="store_true")
     what.add_argument("--guidance", action="store_true")
     parser.add_argument("--size", choices=("full", "mini"), default="mini")
     parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--budgets", type=float, nargs="+", default=BUDGETS_GB, help="in GB")
     parser.add_argument("-o", "--output", type=Path)
     asked = parser.parse_args(arguments)
-    result = quantize() if asked.quantize else guidance() if asked.guidance else memory(asked.size, asked.steps)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as zimage_train.__main__ does
+    if asked.memory:
+        result = memory(asked.size, asked.steps, asked.budgets)
+    elif asked.repeat:
+        result = repeat(asked.size, asked.steps)
+    else:
+        result = quantize() if asked.quantize else guidance()
     text = json.dumps(result, indent=1) + "\n"
     if asked.output is None:
         print(text)

@@ -22,7 +22,7 @@ from typing import Any
 
 from laboratory import drawing, metering, telling
 from laboratory.running import in_parallel, lora_of, train
-from laboratory.schemes import QUICK, TRAINED, Recipe, config, imitation, write_pictures
+from laboratory.schemes import DIRECT, QUICK, TRAINED, Recipe, config, imitation, write_pictures
 from laboratory.scoring import USES, Use, evaluate
 from laboratory.statistics import orders
 
@@ -66,17 +66,25 @@ def main() -> None:
 def trained(work: Path, seeds: tuple[int, ...], recipe: Recipe, workers: int) -> Loras:
     """The LoRA of every scheme and seed."""
     pictures, runs = write_pictures(work / "pictures"), work / "runs"
-    configs = {
-        (scheme.name, seed): config(scheme, seed, recipe, pictures, runs) for seed in seeds for scheme in TRAINED
-    }
-    in_parallel([partial(train, one) for one in configs.values()], workers)
-    for seed in seeds:
-        configs["imitation", seed] = imitation(lora_of(configs["direct", seed]), seed, recipe, pictures, runs)
-    in_parallel([partial(train, configs["imitation", seed]) for seed in seeds], workers)
     found: dict[str, dict[int, Path]] = {}
-    for (name, seed), one in configs.items():
-        found.setdefault(name, {})[seed] = lora_of(one)
+    chains: list[list[dict[str, Any]]] = []
+    for scheme in TRAINED:
+        for seed in seeds:
+            first = config(scheme, seed, recipe, pictures, runs)
+            chain = {scheme.name: first}
+            if scheme is DIRECT:
+                chain["imitation"] = imitation(lora_of(first), seed, recipe, pictures, runs)
+            chains.append(list(chain.values()))
+            for name, one in chain.items():
+                found.setdefault(name, {})[seed] = lora_of(one)
+    in_parallel([partial(train_all, chain) for chain in chains], workers)
     return found
+
+
+def train_all(chain: list[dict[str, Any]]) -> None:
+    """One run after another: each may begin with the LoRA of the one before."""
+    for one in chain:
+        train(one)
 
 
 def given(folder: Path) -> Loras:

@@ -24,6 +24,12 @@ def test_memory_runs_every_budget_precision_and_size(bench, tmp_path: Path, monk
     assert any(run["streamed"] or run["mode"] != "none" for run in found["runs"] if run["budget_gb"] < 1)
 
 
+def test_the_same_step_is_repeated_with_and_without_the_fixed_order(bench, tmp_path: Path):
+    assert bench.main(["--repeat", "--steps", "2", "-o", str(tmp_path / "r.json")]) == 0
+    steps = json.loads((tmp_path / "r.json").read_text())["steps"]
+    assert len(steps) == 4 and all(one["equal"] and one["off"] == 0 for one in steps.values())  # on a CPU, always
+
+
 def test_full_size_without_a_gpu_is_refused(bench):
     with pytest.raises(SystemExit, match="--size full needs a GPU"):
         bench.main(["--memory", "--size", "full"])

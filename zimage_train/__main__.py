@@ -13,6 +13,8 @@ from types import FrameType
 
 def main() -> None:
     """Run the command line."""
+    # For `accelerator.reproducible`; the library reads it at its first product, which comes long before.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # of a kernel that nobody misses
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where it is ignored, as behind nohup
         signal.signal(signal.SIGINT, interrupt)

@@ -26,6 +26,25 @@ def require(device: torch.device, shape: TransformerShape, dtype: str) -> None:
         raise ConfigError(Problem("model.dtype", what, "an RTX 30 series card or newer is needed"))
 
 
+@contextlib.contextmanager
+def reproducible(device: torch.device) -> Iterator[None]:
+    """Within the block the same step gives the same bits, on a GPU too.
+
+    Left to itself, attention's backward adds up as results come: each time another gradient, by 1e-3 of its norm.
+    Forward and backward have to agree on the kernel, so this is for whole steps.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    # Filling what is newly allocated would cost a pass over all of it.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def here(device: torch.device) -> Device:
     """What a plan for `device` goes by: its total memory but for a reserve, never what happens to be free."""
     if device.type != "cuda":

@@ -33,7 +33,9 @@ def pick_size(chance: random.Random) -> Size:
 
 def to_tensor(pictures: list[world.Pixels]) -> Tensor:
     """Pictures of one size as a batch in [-1, 1]."""
-    return torch.as_tensor(np.stack(pictures), device=torch.get_default_device()).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return (
+        torch.as_tensor(np.stack(pictures), device=torch.get_default_device()).permute(0, 3, 1, 2).float() / 127.5 - 1
+    )
 
 
 def batched(items: list, size: int) -> Iterator[list]:

@@ -72,6 +72,7 @@ def train(config: Config, fresh: bool, allow: tuple[str, ...] = (), stop: StopRe
         for remark in fitting.remarks(checked, fit):
             console.warn(remark)
         run = setup.prepare(checked, fit, folder, session, identity, found, told)
+        stack.enter_context(accelerator.reproducible(world.device))
         if run.start < config.train.steps:
             run, took = rehearse(run)
             run_folder.add_facts(folder, {"rehearsal": took} if world.is_main else {})
