@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import shutil
 import statistics
 import subprocess
 import sys
@@ -78,7 +79,7 @@ SHORT = {"sample": {"every": None}}
 """Without previews."""
 
 
-def trials(adapter: Path, lora: Path) -> list[Trial]:
+def trials(lora: Path) -> list[Trial]:
     """In the order of what one wants to know first."""
     own = {"model": {"adapter": None}, "data": [{"resolution": [512]}], **SHORT}
     imitation = {"train": {"method": "trajectory_imitation", "steps": 4}, "lora": {"init_from": str(lora)}}
@@ -100,7 +101,7 @@ def trials(adapter: Path, lora: Path) -> list[Trial]:
 def config(trial: Trial, work: Path) -> dict[str, Any]:
     """The config of a trial: one picture a step at 1024 px, with everything as a user has it by default."""
     values: dict[str, Any] = {
-        "name": f"full_{trial.name}x",
+        "name": f"full_{trial.name}x",  # a name may not end in digits
         "output": str(work / "runs"),
         "model": {"path": str(work / "turbo"), "adapter": str(work / "adapter.safetensors")},
         "data": [{"folder": str(work / "pictures"), "resolution": [1024], "trigger": "zchar"}],
@@ -123,6 +124,8 @@ def config(trial: Trial, work: Path) -> dict[str, Any]:
 @torch.no_grad()
 def make_model(folder: Path, device: torch.device) -> None:
     """A folder as the hub has it, with random weights."""
+    partial = folder.with_name("partial")
+    shutil.rmtree(partial, ignore_errors=True)
     draw = torch.Generator(device).manual_seed(1)
 
     def random(size: tuple[int, ...]) -> torch.Tensor:
@@ -130,7 +133,7 @@ def make_model(folder: Path, device: torch.device) -> None:
         return (drawn / size[-1] ** 0.5 if len(size) > 1 else 1 + 0.02 * drawn).bfloat16().cpu()
 
     shape = TransformerShape()
-    part = folder / "transformer"
+    part = partial / "transformer"
     part.mkdir(parents=True)
     sharded(part, "diffusion_pytorch_model", {name: random(size) for name, size in shape.parameters.items()})
     described = {"_class_name": "ZImageTransformer2DModel", **shape.config()}
@@ -138,11 +141,11 @@ def make_model(folder: Path, device: torch.device) -> None:
     torch.manual_seed(1)
     with torch.device(device):
         encoder = Qwen3ForCausalLM(TEXT_ENCODER).bfloat16()
-    encoder.cpu().save_pretrained(folder / "text_encoder")
-    AutoencoderKL(**VAE).save_pretrained(folder / "vae")
-    for name in ("tokenizer", "scheduler"):
-        (folder / name).symlink_to(mini.TURBO / name)
-    (folder / "model_index.json").symlink_to(mini.TURBO / "model_index.json")
+    encoder.cpu().save_pretrained(partial / "text_encoder")
+    AutoencoderKL(**VAE).save_pretrained(partial / "vae")
+    for name in ("tokenizer", "scheduler", "model_index.json"):
+        (partial / name).symlink_to(mini.TURBO / name)
+    partial.rename(folder)
 
 
 def sharded(folder: Path, stem: str, tensors: dict[str, torch.Tensor]) -> None:
@@ -197,7 +200,7 @@ def run(words: list[str], log: Path, timeout: float) -> tuple[int, float]:
             command = [sys.executable, "-m", "zimage_train", *words]
             code = subprocess.run(command, stdout=told, stderr=subprocess.STDOUT, timeout=timeout, check=False)
         except subprocess.TimeoutExpired:
-            return 124, time.monotonic() - began
+            return 124, round(time.monotonic() - began, 1)
     return code.returncode, round(time.monotonic() - began, 1)
 
 
@@ -248,7 +251,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="takes 20 GB")
     parser.add_argument("-o", "--output", type=Path, default=Path("docs/bench/full_size.json"))
     parser.add_argument("--logs", type=Path, help="where what the commands say goes; else into the work folder")
-    parser.add_argument("--seconds", type=float, default=3600, help="begin nothing that would go beyond")
+    parser.add_argument("--seconds", type=float, default=3600, help="what is under way by then is ended")
     parser.add_argument("--only", nargs="*", help="names of what is to be run")
     options = parser.parse_args()
     if not torch.cuda.is_available():
@@ -263,7 +266,8 @@ def main() -> None:
         make_pictures(work / "pictures")
         make_lora(work / "adapter.safetensors", ("attention", "feed_forward", "adaln"), 1)
         make_lora(work / "lora.safetensors", ("attention", "feed_forward"), 2)
-    found: dict[str, Any] = {
+    found: dict[str, Any] = json.loads(options.output.read_text()) if options.output.exists() else {}
+    found |= {
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "made_in_seconds": round(time.monotonic() - began, 1),
@@ -281,13 +285,10 @@ def main() -> None:
         shown = {key: found[name].get(key) for key in ("exit_code", "seconds", "median_seconds", "gb", "not_run")}
         print(f"{name}: {shown}", flush=True)
 
-    ordered = trials(work / "adapter.safetensors", work / "lora.safetensors")
-    for trial in ordered[:6]:
+    for trial in trials(work / "lora.safetensors"):
         note(trial.name, lambda trial=trial: train(trial, work, logs, left))
     for name, words in commands(work).items():
         note(name, lambda name=name, words=words: _told(run(words, logs / f"{name}.txt", left())))
-    for trial in ordered[6:]:
-        note(trial.name, lambda trial=trial: train(trial, work, logs, left))
 
 
 def _told(outcome: tuple[int, float]) -> dict[str, Any]:

@@ -1,6 +1,9 @@
 """What is asked of a GPU, as far as a machine without one can tell."""
 
 import contextlib
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -21,20 +24,20 @@ def test_on_a_gpu_sums_have_one_order_until_the_block_ends():
 
 def test_rehearsal_and_loop_are_within_it(make_config, monkeypatch):
     inside: list[str] = []
-    active = False
+    active: torch.device | None = None
 
     @contextlib.contextmanager
     def watched(device: torch.device):
         nonlocal active
-        active = True
+        active = device
         yield
-        active = False
+        active = None
 
     def watch(name: str):
         real = getattr(app, name)
 
         def run(*args):
-            assert active, name
+            assert active == torch.device("cpu"), name
             inside.append(name)
             return real(*args)
 
@@ -44,4 +47,14 @@ def test_rehearsal_and_loop_are_within_it(make_config, monkeypatch):
     for name in ("rehearse", "run_loop"):
         monkeypatch.setattr(app, name, watch(name))
     app.train(make_config(train={"steps": 1}), fresh=False)
-    assert inside == ["rehearse", "run_loop"] and not active
+    assert inside == ["rehearse", "run_loop"] and active is None
+
+
+def test_the_program_asks_cublas_for_one_order_before_anything_is_multiplied():
+    code = (
+        "import atexit, os, sys; sys.argv = ['zimage-train', '--help']; from zimage_train.__main__ import main;"
+        "atexit.register(lambda: print('asked', os.environ.get('CUBLAS_WORKSPACE_CONFIG'))); main()"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "CUBLAS_WORKSPACE_CONFIG"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.stdout.splitlines()[-1] == "asked :4096:8"

@@ -1,10 +1,14 @@
 """The benchmark script runs at miniature size, and what it has measured is what the docs hold."""
 
+import contextlib
 import json
 from pathlib import Path
 
 import pytest
 
+from zimage_train.config.schema import Config
+
+import full_size
 from helpers import ROOT, script
 
 
@@ -24,10 +28,27 @@ def test_memory_runs_every_budget_precision_and_size(bench, tmp_path: Path, monk
     assert any(run["streamed"] or run["mode"] != "none" for run in found["runs"] if run["budget_gb"] < 1)
 
 
-def test_the_same_step_is_repeated_with_and_without_the_fixed_order(bench, tmp_path: Path):
+def test_the_same_step_is_repeated_with_and_without_the_fixed_order(bench, tmp_path: Path, monkeypatch):
+    entered, steps_of = [], bench.loss_of
+    real = bench.accelerator.reproducible
+
+    @contextlib.contextmanager
+    def watched(device):
+        entered.append("in")
+        with real(device):
+            yield
+        entered.append("out")
+
+    def loss(*given):
+        entered.append("step")
+        return steps_of(*given)
+
+    monkeypatch.setattr(bench.accelerator, "reproducible", watched)
+    monkeypatch.setattr(bench, "loss_of", loss)
     assert bench.main(["--repeat", "--steps", "2", "-o", str(tmp_path / "r.json")]) == 0
     steps = json.loads((tmp_path / "r.json").read_text())["steps"]
     assert len(steps) == 4 and all(one["equal"] and one["off"] == 0 for one in steps.values())  # on a CPU, always
+    assert entered == ["step", "step", "in", "step", "step", "out"] * 2
 
 
 def test_full_size_without_a_gpu_is_refused(bench):
@@ -61,3 +82,11 @@ def test_guidance_is_measured_as_the_docs_say(bench, tmp_path: Path, monkeypatch
     runs = json.loads((tmp_path / "g.json").read_text())["runs"]
     assert runs["guidance 3"]["gradient_norm"] / runs["plain"]["gradient_norm"] == pytest.approx(3, rel=0.1)
     assert runs["plain"]["off_plain"] == 0.0
+
+
+def test_every_trial_at_full_size_is_a_config_that_the_trainer_takes(tmp_path: Path):
+    trials = full_size.trials(tmp_path / "lora.safetensors")
+    configs = [Config.model_validate(full_size.config(trial, tmp_path)) for trial in trials]
+    assert len({config.name for config in configs}) == len(trials) > 5
+    assert {config.train.method for config in configs} == {"sft", "trajectory_imitation", "de_distill"}
+    assert any(config.model.quantize for config in configs) and all(config.model.path for config in configs)

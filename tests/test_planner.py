@@ -52,7 +52,7 @@ def test_a_plan_that_fits_fits_in_every_batch_and_preview(limit_gb, host_gb, bat
 
 
 def test_full_precision_without_streaming_is_taken_wherever_it_fits():
-    for limit in (16e9, 24e9, 48e9, 141e9):
+    for limit in (17e9, 24e9, 48e9, 141e9):
         plan = choose(limit=limit, wanted=ANY)
         assert plan.fits and plan.form == Form()
 
@@ -62,7 +62,7 @@ def test_full_precision_without_streaming_is_taken_wherever_it_fits():
     [
         ("h100", {512: "none", 768: "none", 1024: "none"}),
         ("4090", {512: "none", 768: "elementwise", 1024: "w1w3"}),
-        ("4080", {512: "elementwise", 768: "attention", 1024: "attention"}),
+        ("4080", {512: "w1w3", 768: "attention", 1024: "full"}),
     ],
 )
 def test_each_size_recomputes_the_least_that_fits(name: str, expected: dict[int, str]):

@@ -13,7 +13,7 @@ from types import FrameType
 
 def main() -> None:
     """Run the command line."""
-    # For `accelerator.reproducible`; the library reads it at its first product, which comes long before.
+    # For `accelerator.reproducible`: cuBLAS reads it at the first product of the process, which may come before that.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # of a kernel that nobody misses
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where it is ignored, as behind nohup

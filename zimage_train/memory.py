@@ -56,7 +56,7 @@ SLOTS = 2
 CONTEXT_BYTES = 500_000_000
 """What CUDA and its libraries take for themselves."""
 FRAGMENTATION = 0.08
-"""What the allocator loses between its blocks, as a share of the rest: 8 % were enough, 6 % not (docs/memory.md)."""
+"""What the allocator loses between its blocks, as a share of the rest: docs/memory.md has what was measured."""
 LARGEST_ON_CPU = 1_000_000_000
 """Parameters; a larger model is trained on a GPU or not at all."""
 MOST_CAPTION_TOKENS = 512

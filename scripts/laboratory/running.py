@@ -20,7 +20,9 @@ def lora_of(config: dict[str, Any]) -> Path:
 
 
 def train(config: dict[str, Any]) -> None:
-    """Trains one run to its end, unless its LoRA is there; what it says goes to a file beside it.
+    """Trains one run to its end, unless its LoRA is there and newer than the one that it begins with.
+
+    What it says goes to a file beside it.
 
     Raises:
         RuntimeError: it fails.
@@ -29,7 +31,7 @@ def train(config: dict[str, Any]) -> None:
     runs.mkdir(parents=True, exist_ok=True)
     path, log = runs / f"{config['name']}.yaml", runs / f"{config['name']}.txt"
     text = yaml.safe_dump(config, sort_keys=False)
-    if lora_of(config).exists() and path.read_text() == text:
+    if lora_of(config).exists() and path.read_text() == text and not is_outdated(config):
         return
     path.write_text(text)
     began = time.monotonic()
@@ -40,6 +42,12 @@ def train(config: dict[str, Any]) -> None:
     if done.returncode:
         raise RuntimeError(f"{path} ended with {done.returncode}; see {log}")
     print(f"{config['name']}: {time.monotonic() - began:.0f} s", flush=True)
+
+
+def is_outdated(config: dict[str, Any]) -> bool:
+    """Whether the LoRA that the run began with was trained again since."""
+    first = config["lora"].get("init_from")
+    return first is not None and Path(first).stat().st_mtime > lora_of(config).stat().st_mtime
 
 
 def in_parallel(jobs: Sequence[Callable[[], None]], workers: int) -> None:

@@ -1,5 +1,6 @@
 """Faults in the dataset: a bad picture or caption is named before anything is trained, and none is passed over."""
 
+import contextlib
 import io
 import os
 import socket
@@ -366,14 +367,9 @@ def test_links_that_lead_nowhere_and_pipes_are_errors_and_never_hang(photos: Pat
     os.mkfifo(photos / "pipe.png")
     (photos / "c.txt").symlink_to(photos / "nothing.txt")
     picture(photos / "c.png", (9, 9, 9))
-    server = socket.socket(socket.AF_UNIX)
-    try:
-        os.chdir(photos)
+    with socket.socket(socket.AF_UNIX) as server, contextlib.chdir(photos):  # a socket's path has to be short
         server.bind("sock.png")
         result = scanned(photos)
-    finally:
-        os.chdir("/")
-        server.close()
     found = problems(result)
     assert [Path(one.split(": ")[0]).name for one in sorted(found)] == [
         "c.txt",

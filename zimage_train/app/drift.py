@@ -95,8 +95,11 @@ def drift(model: Model, loras: Sequence[WeightedLora], wishes: Sequence[Wish], a
     """
     files.require_folder(output)
     recipes = sample.recipes_for(asked, model, wishes or [Wish(prompt) for prompt in NEUTRAL])
-    turbo = VARIANTS["turbo"]  # what a line of --prompts says of steps and guidance is for other pictures than these
-    fast = [replace(recipe, steps=turbo.steps, guidance=turbo.guidance) for recipe in recipes]
+    turbo = VARIANTS["turbo"]  # what a line of --prompts says of how it is drawn is for other pictures than these
+    fast = [
+        replace(recipe, steps=turbo.steps, guidance=turbo.guidance, shift=turbo.shift, negative="")
+        for recipe in recipes
+    ]
     slow = [replace(recipe, steps=SLOW_STEPS, guidance=SLOW_GUIDANCE) for recipe in fast]
     console = Console()
     with accelerator.explained_out_of_memory("give a smaller --width and --height"), console.live():
