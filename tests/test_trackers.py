@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -55,8 +56,12 @@ def test_wandb_offline_has_the_numbers_of_every_step_under_one_id(make_config, o
     train(config, fresh=False)
     run_id = (folder(config) / "wandb" / "id").read_text().strip()
     train(make_config(log={"wandb": "my project"}, sample=PREVIEWED, train={"steps": 4}), fresh=False)
+    wanted = [json.dumps(loss).encode() for loss in losses(config)]
+    until = time.monotonic() + 30  # a process of wandb's own writes the file, and may end after finish()
+    while (missing := [one for one in wanted if one not in logged(config)]) and time.monotonic() < until:
+        time.sleep(0.1)
     content = logged(config)
-    assert all(json.dumps(loss).encode() in content for loss in losses(config)) and len(losses(config)) == 4
+    assert len(wanted) == 4 and missing == []
     assert b"train/loss" in content and b"my project" in content
     files = list((folder(config) / "wandb").glob(f"offline-run-*/run-{run_id}.wandb"))
     assert len(files) == 2 and facts(config)["starts"] == [0, 2]
