@@ -1,5 +1,6 @@
 """The laboratory's arithmetic, and the fits that make the miniature: what its figures rest on."""
 
+import os
 import random
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from laboratory import telling
+from laboratory import running, telling
 from laboratory.statistics import apart, interval, orders, rank_correlation
 from miniature.fitting import Fit
 
@@ -89,3 +90,15 @@ def test_a_fit_that_goes_on_ends_where_an_undisturbed_one_does(tmp_path: Path, m
     assert torch.equal(line("whole", tmp_path / "cut.state"), whole)
     assert not list(tmp_path.iterdir())
     assert not torch.equal(line("other", tmp_path / "other.state"), whole)
+
+
+def test_an_imitation_is_outdated_once_what_it_began_with_is_trained_again(tmp_path: Path) -> None:
+    first = tmp_path / "first.safetensors"
+    config = {"name": "x", "output": str(tmp_path), "lora": {"init_from": str(first)}}
+    running.lora_of(config).parent.mkdir(parents=True)
+    for path, seconds in ((first, 100), (running.lora_of(config), 200)):
+        path.touch()
+        os.utime(path, (seconds, seconds))
+    assert not running.is_outdated(config) and not running.is_outdated(config | {"lora": {}})
+    os.utime(first, (300, 300))
+    assert running.is_outdated(config)
