@@ -25,13 +25,12 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from zimage_train import accelerator, mini, planner
-from zimage_train.app.train import train as run_training
 from zimage_train.assemble import Frozen, assemble, recompute_as_planned
 from zimage_train.config import schema
 from zimage_train.data.buckets import Bucket
@@ -104,13 +103,31 @@ def random_pair(shape: TransformerShape, plan: Plan, device: torch.device) -> tu
     return frozen, attached
 
 
-def loss_of(frozen: Frozen, caption_tokens: int, side: int) -> torch.Tensor:
-    """Of one picture; the same each time."""
+class Inputs(NamedTuple):
+    """What a step is given: noisy latents, their time and a caption."""
+
+    latents: torch.Tensor
+    sigma: torch.Tensor
+    prompt: torch.Tensor
+
+
+def inputs_of(frozen: Frozen, caption_tokens: int, side: int, seed: int = 2) -> Inputs:
+    """Of one picture; the same for the same `seed`."""
     device, dtype = frozen.model.device, frozen.model.dtype
-    draw = torch.Generator(device).manual_seed(2)
+    draw = torch.Generator(device).manual_seed(seed)
     x = torch.randn(1, 16, side // 8, side // 8, generator=draw, device=device)
     prompt = torch.randn(caption_tokens, frozen.shape.cap_feat_dim, generator=draw, device=device).to(dtype)
-    return velocity(frozen.model.train(), x, torch.tensor([0.5], device=device), [prompt]).square().mean()
+    return Inputs(x, torch.tensor([0.5], device=device), prompt)
+
+
+def loss_on(frozen: Frozen, inputs: Inputs) -> torch.Tensor:
+    """A loss that reaches every parameter; draws nothing and copies nothing from the host."""
+    return velocity(frozen.model.train(), inputs.latents, inputs.sigma, [inputs.prompt]).square().mean()
+
+
+def loss_of(frozen: Frozen, caption_tokens: int, side: int) -> torch.Tensor:
+    """Of one picture; the same each time."""
+    return loss_on(frozen, inputs_of(frozen, caption_tokens, side))
 
 
 def now(device: torch.device) -> float:
@@ -270,6 +287,8 @@ GUIDANCE_RUNS: dict[str, dict[str, Any]] = {
 
 def guidance() -> dict[str, Any]:
     """How far the LoRA of each run ends from the plain one, as a share of how far that one went."""
+    from zimage_train.app.train import train as run_training  # the whole program, which nothing else here needs
+
     ends: dict[str, torch.Tensor] = {}
     facts: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as place:

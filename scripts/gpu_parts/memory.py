@@ -1,0 +1,56 @@
+"""Plans for small cards, each with the allocator held to its budget."""
+
+from typing import Any
+
+import torch
+
+from zimage_train import accelerator
+from zimage_train.memory import CONTEXT_BYTES, Form
+from zimage_train.planner import MANY, Plan
+
+import bench
+from . import measuring
+from .parts import PLANS, Budgeted, split
+
+STEPS = 3
+
+
+def measure(case: str, dry: bool) -> dict[str, Any]:
+    """Whether a plan runs a few steps within its budget, and what it takes; the process has done nothing before."""
+    planned = PLANS[split(case)[0]]
+    device = measuring.device_of(dry)
+    if not dry:
+        hold_to(planned.budget_gb * 1e9)
+    found: dict[str, Any] = {"ran": True}
+    try:
+        with accelerator.reproducible(device):
+            found |= trained(planned, device, dry)
+    except torch.OutOfMemoryError as error:
+        found |= {"ran": False, "why": str(error).partition(" If reserved")[0]}
+    return found | measuring.peaks() | ({} if dry else allocator())
+
+
+def trained(planned: Budgeted, device: torch.device, dry: bool) -> dict[str, Any]:
+    """Seconds of each step, and the loss of the last."""
+    shape = measuring.shape_of(dry)
+    side = 64 if dry else planned.side_px
+    job = bench.job_of(shape, side, "bf16", gpu=not dry)
+    form = Form(planned.kind, min(planned.streamed, shape.n_layers))
+    plan = Plan(job, form, {planned.mode: MANY}, planned.budget_gb * 1e9, True, "as planned before")
+    took = bench.train(shape, plan, side, STEPS, device)
+    return {"step_seconds": took["seconds"], "loss": took["loss"]}
+
+
+def hold_to(budget_bytes: float) -> None:
+    """Let torch have what a card of that size would leave it."""
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(min((budget_bytes - CONTEXT_BYTES) / total, 1.0))
+
+
+def allocator() -> dict[str, Any]:
+    """How often it had to give memory back and try again, and whether its segments could grow."""
+    segments = torch.cuda.memory_snapshot()
+    return {
+        "retries": torch.cuda.memory_stats()["num_alloc_retries"],
+        "expandable": any(segment.get("is_expandable", False) for segment in segments),
+    }

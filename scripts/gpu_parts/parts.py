@@ -1,0 +1,163 @@
+"""The table of parts, as plain data: whoever only reads it need not import torch.
+
+A new part is an entry in `PARTS` and a module with a function `measure(case: str, dry: bool) -> dict[str, Any]`.
+"""
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+Measure = Callable[[str, bool], dict[str, Any]]
+"""What a case, possibly dry, was found to be; whatever it raises is recorded as the case's error."""
+Variables = Mapping[str, str | None]
+"""Environment variables to set; None: to take away."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One question, asked case by case in processes of its own."""
+
+    shows: str
+    """For `--list`."""
+    work: str
+    """`module:function` of its `Measure`, imported by the process that measures."""
+    cases: tuple[str, ...]
+    dry_cases: tuple[str, ...]
+    limit_s: float
+    """For all its cases together."""
+    case_limit_s: float | None = None
+    """For each case, where each has a process of its own; None: one process for all of them."""
+    environment: Mapping[str, Variables] = field(default_factory=dict)
+    """By case; only where each has a process of its own."""
+
+    def measure(self) -> Measure:
+        """Import what measures."""
+        module, _, function = self.work.partition(":")
+        return getattr(importlib.import_module(module), function)
+
+
+@dataclass(frozen=True)
+class Way:
+    """How attention may be computed."""
+
+    backend: str | None = None
+    """A name of torch's `SDPBackend`; None: what torch picks."""
+    fixed: bool = False
+    """In one order of sums."""
+    heads: tuple[int, ...] | None = None
+    """FlashAttention's backward in so many calls, each with so many heads."""
+    implementation: str | None = None
+    """Of FlashAttention, where it is not torch's own."""
+
+
+FLASH = "FLASH_ATTENTION"
+WAYS = {
+    "as torch picks, free": Way(),
+    "as torch picks, fixed": Way(fixed=True),
+    "flash, free": Way(FLASH),
+    "flash, fixed": Way(FLASH, fixed=True),
+    "flash, fixed, 8+22 heads": Way(FLASH, fixed=True, heads=(8, 22)),
+    "flash, fixed, 12+12+6 heads": Way(FLASH, fixed=True, heads=(12, 12, 6)),
+    "flash, fixed, 5x6 heads": Way(FLASH, fixed=True, heads=(6,) * 5),
+    "cudnn, free": Way("CUDNN_ATTENTION"),
+    "FA3, free": Way(FLASH, implementation="FA3"),
+    "FA3, fixed": Way(FLASH, fixed=True, implementation="FA3"),
+    "FA4, free": Way(FLASH, implementation="FA4"),
+    "FA4, fixed": Way(FLASH, fixed=True, implementation="FA4"),
+}
+
+
+@dataclass(frozen=True)
+class Budgeted:
+    """A plan for a budget, as the planner made it when docs/bench/memory.json was measured.
+
+    Written down here, so that the same plans are tried again after the planner has learnt from them.
+    """
+
+    budget_gb: float
+    side_px: int
+    kind: str | None
+    streamed: int
+    mode: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.budget_gb:g} GB {self.side_px} px {self.kind or 'bf16'}"
+
+
+_PLANS = (
+    Budgeted(16, 512, None, 0, "w1w3"),
+    Budgeted(16, 768, None, 0, "attention"),
+    Budgeted(16, 768, "int8", 0, "elementwise"),
+    Budgeted(16, 1024, None, 18, "w1w3"),
+    Budgeted(16, 1024, "int8", 28, "elementwise"),
+    Budgeted(12, 512, None, 13, "w1w3"),
+    Budgeted(12, 768, None, 27, "elementwise"),
+    Budgeted(12, 1024, None, 29, "w1w3"),
+    Budgeted(8, 512, None, 20, "attention"),
+    Budgeted(8, 768, None, 30, "w1w3"),
+    Budgeted(8, 1024, None, 27, "attention"),
+    Budgeted(8, 1024, "nf4", 3, "attention"),
+)
+PLANS = {plan.name: plan for plan in _PLANS}
+EXPANDABLE = "expandable_segments:True"
+ALLOCATORS: dict[str, Variables] = {
+    "as is": {"PYTORCH_ALLOC_CONF": None, "PYTORCH_CUDA_ALLOC_CONF": None},
+    "expandable": {"PYTORCH_ALLOC_CONF": EXPANDABLE, "PYTORCH_CUDA_ALLOC_CONF": EXPANDABLE},  # torch before 2.9: CUDA
+}
+
+
+def crossed(first: list[str], second: list[str]) -> tuple[str, ...]:
+    """Names of every case of two lists, as `split` takes them apart again."""
+    return tuple(f"{one}: {other}" for one in first for other in second)
+
+
+def split(case: str) -> tuple[str, str]:
+    """The two names that `crossed` has put together."""
+    first, _, second = case.partition(": ")
+    return first, second
+
+
+def pixels(case: str) -> int:
+    """The side that "512 px" says."""
+    return int(case.removesuffix(" px"))
+
+
+SIDES = ["512 px", "768 px", "1024 px"]
+DRY_SIDE = "64 px"
+_MEMORY_CASES = crossed(list(PLANS), list(ALLOCATORS))
+
+PARTS: dict[str, Part] = {
+    "facts": Part(
+        shows="versions of torch, CUDA, cuDNN, triton, diffusers, peft, bitsandbytes; the card, its memory, its driver",
+        work="gpu_parts.facts:measure",
+        cases=("all",),
+        dry_cases=("all",),
+        limit_s=90,
+    ),
+    "graph": Part(
+        shows="the step as it is, and captured as a CUDA graph: milliseconds, the same bits, capture, memory",
+        work="gpu_parts.graph:measure",
+        cases=tuple(SIDES),
+        dry_cases=(DRY_SIDE,),
+        limit_s=300,
+        case_limit_s=120,
+    ),
+    "attention": Part(
+        shows="attention of one block, each way: milliseconds of all 34 blocks, and whether its bits repeat",
+        work="gpu_parts.attention:measure",
+        cases=crossed(SIDES, list(WAYS)),
+        dry_cases=crossed([DRY_SIDE], list(WAYS)),
+        limit_s=180,
+    ),
+    "memory": Part(
+        shows="twelve plans held to their budgets, the allocator as is and expandable: which run, and what they take",
+        work="gpu_parts.memory:measure",
+        cases=_MEMORY_CASES,
+        dry_cases=("16 GB 1024 px int8: expandable",),
+        limit_s=460,
+        case_limit_s=60,
+        environment={case: ALLOCATORS[split(case)[1]] for case in _MEMORY_CASES},
+    ),
+}
