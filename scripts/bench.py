@@ -30,25 +30,30 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from zimage_train import accelerator, mini, planner
-from zimage_train.assemble import Frozen, assemble, recompute_as_planned
+from zimage_train import mini
 from zimage_train.config import schema
-from zimage_train.data.buckets import Bucket
-from zimage_train.lora import adapter, attach, names
-from zimage_train.lora import files as lora_files
-from zimage_train.lora.adapter import Adapter
-from zimage_train.lora.attach import Attached
-from zimage_train.memory import CONTEXT_BYTES, Form, Job, caption_tokens
-from zimage_train.model import transformer, weights
-from zimage_train.model.quantize import Rounding
-from zimage_train.model.shapes import TransformerShape
-from zimage_train.model.stream import Ring, streamed
-from zimage_train.model.transformer import velocity
-from zimage_train.optim import build
-from zimage_train.planner import AUTOMATIC, Plan, Wanted
-from zimage_train.preflight import system_memory_bytes
+from zimage_train.dataset.buckets import Bucket
+from zimage_train.diffusion.frozen import Frozen, assemble, recompute_as_planned
+from zimage_train.diffusion.request import Recipe
+from zimage_train.lora import layers as attach
+from zimage_train.lora import lora_file as lora_files
+from zimage_train.lora import targets as names
+from zimage_train.lora import training_adapter as adapter
+from zimage_train.lora.layers import Attached
+from zimage_train.lora.training_adapter import Adapter
+from zimage_train.models import loading as weights
+from zimage_train.models import transformer
+from zimage_train.models.arch import TransformerShape
+from zimage_train.models.offload import Ring, streamed
+from zimage_train.models.quantize import Rounding
+from zimage_train.models.transformer import velocity
+from zimage_train.optim.optimizers import build
+from zimage_train.planning import devices as accelerator
+from zimage_train.planning import planner
+from zimage_train.planning.memory import CONTEXT_BYTES, Form, Job, caption_tokens
+from zimage_train.planning.planner import AUTOMATIC, Plan, Wanted
+from zimage_train.planning.preflight import system_memory_bytes
 from zimage_train.report import metrics
-from zimage_train.sampling.recipe import Recipe
 
 BUDGETS_GB = (24.0, 16.0, 12.0, 8.0)
 PLENTY = 80e9
@@ -287,7 +292,7 @@ GUIDANCE_RUNS: dict[str, dict[str, Any]] = {
 
 def guidance() -> dict[str, Any]:
     """How far the LoRA of each run ends from the plain one, as a share of how far that one went."""
-    from zimage_train.app.train import train as run_training  # the whole program, which nothing else here needs
+    from zimage_train.commands.train import train as run_training  # the whole program, which nothing else here needs
 
     ends: dict[str, torch.Tensor] = {}
     facts: dict[str, Any] = {}

@@ -29,9 +29,9 @@ from safetensors.torch import save_file
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from zimage_train import mini
-from zimage_train.lora import names
+from zimage_train.lora import targets as names
 from zimage_train.mini import world
-from zimage_train.model.shapes import TransformerShape
+from zimage_train.models.arch import TransformerShape
 
 PICTURES = 4
 ADAPTER_RANK = 16

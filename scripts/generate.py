@@ -18,20 +18,22 @@ from pydantic import BaseModel
 from typer.main import get_command
 from typer.testing import CliRunner
 
-from zimage_train import cli, printing
-from zimage_train.cards import CARDS
-from zimage_train.config import recipes, yaml_reader
-from zimage_train.config.aitoolkit import keys
-from zimage_train.config.aitoolkit.rows import OFF, Mapped, NoEffect, Ours, Row
-from zimage_train.config.previews import ExtraLora, Prompt
+from zimage_train.cli import app as cli
+from zimage_train.compat.aitoolkit import keys
+from zimage_train.compat.aitoolkit.rules import OFF, Mapped, NoEffect, Ours, Row
+from zimage_train.config import strict_yaml as yaml_reader
+from zimage_train.config import templates as recipes
+from zimage_train.config.sample import ExtraLora, Prompt
 from zimage_train.config.schema import Config
-from zimage_train.data.buckets import Bucket
-from zimage_train.forecast import MODES_IN_WORDS
-from zimage_train.lora import names
-from zimage_train.memory import Job, caption_tokens, host_bytes
-from zimage_train.model.shapes import TransformerShape
-from zimage_train.planner import Plan, Wanted, choose
-from zimage_train.sampling.recipe import Recipe
+from zimage_train.dataset.buckets import Bucket
+from zimage_train.diffusion.request import Recipe
+from zimage_train.lora import targets as names
+from zimage_train.models.arch import TransformerShape
+from zimage_train.planning.forecast import MODES_IN_WORDS
+from zimage_train.planning.gpus import CARDS
+from zimage_train.planning.memory import Job, caption_tokens, host_bytes
+from zimage_train.planning.planner import Plan, Wanted, choose
+from zimage_train.report import printing
 
 ROOT = Path(__file__).parent.parent
 

@@ -9,8 +9,8 @@ import pytest
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from zimage_train.config import reading
-from zimage_train.config.reading import read_config
+from zimage_train.config import load as reading
+from zimage_train.config.load import read_config
 from zimage_train.config.schema import Config
 from zimage_train.errors import ConfigError
 

@@ -16,7 +16,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 install_import_hook(MODULES, "typecheck.check")  # before anything of zimage_train is imported
 
 from zimage_train import mini
-from zimage_train.config.reading import validate
+from zimage_train.config.load import validate
 from zimage_train.config.schema import Config
 
 from dataset_folder import picture

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from zimage_train.config.data import Data
-from zimage_train.data.folder import Scan, scan
+from zimage_train.config.dataset import Data
+from zimage_train.dataset.scan import Scan, scan
 
 
 def picture(path: Path, colour: tuple[int, int, int] = (10, 20, 30), size: tuple[int, int] = (80, 64)) -> Path:

@@ -11,11 +11,12 @@ from types import ModuleType
 import pytest
 import torch
 
-from zimage_train.assemble import Frozen
 from zimage_train.config.schema import Config
-from zimage_train.lora.attach import base_layer
+from zimage_train.diffusion.frozen import Frozen
+from zimage_train.lora.layers import base_layer
 from zimage_train.report.metrics import read
-from zimage_train.training import loop, objectives
+from zimage_train.training import loop
+from zimage_train.training import loss as objectives
 
 ROOT = Path(__file__).parent.parent
 

@@ -7,9 +7,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from zimage_train.lora import names
-from zimage_train.lora.files import Factors, Lora
-from zimage_train.model.shapes import TransformerShape
+from zimage_train.lora import targets as names
+from zimage_train.lora.lora_file import Factors, Lora
+from zimage_train.models.arch import TransformerShape
 
 TINY = TransformerShape(dim=96, n_layers=2, n_refiner_layers=1, n_heads=3, cap_feat_dim=64, axes_dims=(8, 12, 12))
 Q = "layers.0.attention.to_q"

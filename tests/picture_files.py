@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from zimage_train.data import images
+from zimage_train.dataset import images
 from zimage_train.errors import DataError
 
 NAME = Path("photos/a.png")

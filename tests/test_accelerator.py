@@ -8,8 +8,8 @@ import sys
 import pytest
 import torch
 
-from zimage_train import accelerator
-from zimage_train.app import train as app
+from zimage_train.commands import train as app
+from zimage_train.planning import devices as accelerator
 
 
 def test_on_a_gpu_sums_have_one_order_until_the_block_ends():

@@ -7,9 +7,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from zimage_train import mini
-from zimage_train.assemble import Frozen, assemble, original
+from zimage_train.diffusion.frozen import Frozen, assemble, original
 from zimage_train.errors import WeightsError
-from zimage_train.lora import adapter, attach, headers, names
+from zimage_train.lora import headers
+from zimage_train.lora import layers as attach
+from zimage_train.lora import targets as names
+from zimage_train.lora import training_adapter as adapter
 
 from helpers import frozen_tensor
 

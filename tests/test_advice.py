@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 
-from zimage_train.config import advice
 from zimage_train.config.schema import Config
-from zimage_train.model.variants import VARIANTS
+from zimage_train.config.variants import VARIANTS
+from zimage_train.planning import warnings as advice
 
 FINE: dict[str, Any] = {
     "name": "a",

@@ -11,18 +11,19 @@ import yaml
 from typer.testing import CliRunner
 
 from zimage_train import mini
-from zimage_train.cli import app
-from zimage_train.config import yaml_reader
-from zimage_train.config.aitoolkit import parts, previews
-from zimage_train.config.aitoolkit.convert import read_any, read_only_job, written
-from zimage_train.config.aitoolkit.keys import FILE, FLAGS, FLAGS_LEFT_OUT, KEYS, TYPOS
-from zimage_train.config.aitoolkit.rows import Mapped, NoEffect, Ours, Refused
-from zimage_train.config.reading import flatten, read_config
+from zimage_train.cli.app import app
+from zimage_train.commands.sweep_values import variations
+from zimage_train.compat.aitoolkit import previews
+from zimage_train.compat.aitoolkit import sections as parts
+from zimage_train.compat.aitoolkit.convert import read_any, read_only_job, written
+from zimage_train.compat.aitoolkit.keys import FILE, FLAGS, FLAGS_LEFT_OUT, KEYS, TYPOS
+from zimage_train.compat.aitoolkit.rules import Mapped, NoEffect, Ours, Refused
+from zimage_train.config import strict_yaml as yaml_reader
+from zimage_train.config.load import flatten, read_config
 from zimage_train.config.schema import Config
-from zimage_train.config.variations import variations
 from zimage_train.errors import ConfigError
-from zimage_train.lora import names
-from zimage_train.model.shapes import TransformerShape
+from zimage_train.lora import targets as names
+from zimage_train.models.arch import TransformerShape
 
 from config_texts import OPTIONS
 

@@ -11,16 +11,17 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from zimage_train import mini
-from zimage_train.app.train import train
-from zimage_train.assemble import assemble, original
-from zimage_train.cli import app
+from zimage_train.cli.app import app
+from zimage_train.commands.train import train
+from zimage_train.diffusion.frozen import assemble, original
+from zimage_train.diffusion.request import Recipe
 from zimage_train.errors import WeightsError
-from zimage_train.lora import adapter as adapters
-from zimage_train.preflight import examine
-from zimage_train.report import change, pictures
+from zimage_train.lora import training_adapter as adapters
+from zimage_train.planning.preflight import examine
+from zimage_train.report import preview_images as pictures
+from zimage_train.report import preview_shift as change
 from zimage_train.report.grid import CELL_PX
 from zimage_train.report.metrics import read
-from zimage_train.sampling.recipe import Recipe
 
 from helpers import PREVIEWED, folder, losses
 
@@ -125,7 +126,7 @@ def test_a_second_model_of_another_size_is_refused(make_config, tmp_path: Path):
 
 
 def test_a_second_model_that_is_not_here_yet_is_a_note(make_config):
-    from zimage_train.model.sources import cached_only
+    from zimage_train.models.locate import cached_only
 
     checked = examine(make_config(sample=PREVIEWED | {"also": "turbo"}), cached_only)
     assert checked.weights is None

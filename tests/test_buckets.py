@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from zimage_train.data import images
-from zimage_train.data.buckets import MAX_SIDE_PX, Bucket, bucket, crop_percent
+from zimage_train.dataset import images
+from zimage_train.dataset.buckets import MAX_SIDE_PX, Bucket, bucket, crop_percent
 
 sides = st.integers(16, 6000) | st.sampled_from([16, 17, 31, 32, 64, 512, 1023, 1024, 1025])
 resolutions = st.integers(2, 128).map(lambda count: count * 16)

@@ -13,14 +13,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from zimage_train import encoding, files, mini
-from zimage_train.app.train import cache as fill
-from zimage_train.config.reading import dump_config
+from zimage_train import mini
+from zimage_train.commands.train import cache as fill
+from zimage_train.config.load import dump_config
 from zimage_train.config.schema import Config
-from zimage_train.data import filling
-from zimage_train.data.cache import Cache, prompt_key
+from zimage_train.dataset import cache_builder as filling
+from zimage_train.dataset import encode as encoding
+from zimage_train.dataset.tensor_cache import Cache, prompt_key
 from zimage_train.errors import DataError, WeightsError
-from zimage_train.model.digests import Digests
+from zimage_train.io import atomic as files
+from zimage_train.io.digests import Digests
 
 from helpers import environment
 
@@ -181,8 +183,8 @@ def test_encoders_are_gone_before_the_transformer_is_loaded(config, monkeypatch)
     from diffusers import AutoencoderKL
     from transformers import Qwen3Model
 
-    from zimage_train.app.train import train
-    from zimage_train.training import setup
+    from zimage_train.commands.train import train
+    from zimage_train.training import build as setup
 
     alive: list[int] = []
     original = setup.assemble
@@ -316,8 +318,9 @@ def test_each_of_two_processes_encodes_its_share(config, tmp_path: Path):
     text = dump_config(config(train={"batch_size": 1}))
     (tmp_path / "c.yaml").write_text(text)
     code = (
-        "import json, sys, time; from pathlib import Path; from zimage_train import encoding, distributed;"
-        "from zimage_train.config.reading import read_config; from zimage_train.app.train import cache;"
+        "import json, sys, time; from pathlib import Path; from zimage_train.dataset import encode as encoding;"
+        "from zimage_train.training import distributed;"
+        "from zimage_train.config.load import read_config; from zimage_train.commands.train import cache;"
         "counts = []; make = encoding.picture_encoder\n"
         "def counting(*a):\n"
         "    encode = make(*a)\n"

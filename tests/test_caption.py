@@ -12,13 +12,14 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from zimage_train import mini
-from zimage_train.app import caption as captioning
-from zimage_train.app.caption import Wanted
-from zimage_train.cli import app
-from zimage_train.data import captions, describing
-from zimage_train.data.describing import STYLES
+from zimage_train.cli.app import app
+from zimage_train.commands import caption as captioning
+from zimage_train.commands.caption import Wanted
+from zimage_train.dataset import caption_prompts as describing
+from zimage_train.dataset import captions
+from zimage_train.dataset.caption_prompts import STYLES
 from zimage_train.errors import ConfigError, DataError, WeightsError, ZImageTrainError
-from zimage_train.model import vision
+from zimage_train.models import captioner as vision
 from zimage_train.report.console import Console
 
 import vision_models
@@ -122,7 +123,7 @@ def test_the_instruction_names_the_trigger_where_there_is_a_thing_to_call_so(sty
 
 
 def test_every_kind_that_init_knows_has_something_to_leave_out():
-    from zimage_train.config.recipes import KINDS
+    from zimage_train.config.templates import KINDS
 
     assert set(describing.LEAVE_OUT) == set(KINDS)
 

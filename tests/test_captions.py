@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from zimage_train.config.data import Data
+from zimage_train.config.dataset import Data
 from zimage_train.config.schema import Preserve
-from zimage_train.data import captions
+from zimage_train.dataset import captions
 from zimage_train.errors import DataError
-from zimage_train.seeding import number
+from zimage_train.rng import number
 
 
 def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path):

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from zimage_train.app.train import train
-from zimage_train.report import change, pictures
-from zimage_train.report.change import Change
+from zimage_train.commands.train import train
+from zimage_train.diffusion.request import Recipe
+from zimage_train.report import preview_images as pictures
+from zimage_train.report import preview_shift as change
 from zimage_train.report.metrics import read
-from zimage_train.sampling.recipe import Recipe
+from zimage_train.report.preview_shift import Change
 
 from helpers import PREVIEWED, folder
 

@@ -6,9 +6,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from zimage_train import checkpoint, tensorfile
-from zimage_train.data.cache import Cache
+from zimage_train.dataset.tensor_cache import Cache
 from zimage_train.errors import WeightsError
+from zimage_train.io import tensorfile
+from zimage_train.training import checkpoint
 
 TENSORS = {"lora.x.A": torch.arange(6.0).view(2, 3), "optim.0.state1": torch.arange(5, dtype=torch.uint8)}
 

@@ -16,16 +16,17 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
 
 from zimage_train import mini
-from zimage_train.app import compare
-from zimage_train.assemble import assemble
-from zimage_train.cli import app
+from zimage_train.cli.app import app
+from zimage_train.commands import compare
+from zimage_train.diffusion.frozen import assemble
+from zimage_train.diffusion.request import Recipe
 from zimage_train.errors import ZImageTrainError
-from zimage_train.lora import files as lora_files
+from zimage_train.lora import lora_file as lora_files
 from zimage_train.lora import swap
-from zimage_train.lora.files import Factors, Lora
-from zimage_train.model.sources import transformer_tensors
-from zimage_train.report import comparison, grid, pictures
-from zimage_train.sampling.recipe import Recipe
+from zimage_train.lora.lora_file import Factors, Lora
+from zimage_train.models.locate import transformer_tensors
+from zimage_train.report import comparison, grid
+from zimage_train.report import preview_images as pictures
 
 from helpers import run_python
 
@@ -391,7 +392,7 @@ def test_a_run_stands_for_its_lora_where_pictures_are_drawn(loras: list[Path], t
 )
 def test_what_cannot_be_compared_is_refused(words: str, code: int, message: str, loras, tmp_path: Path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("zimage_train.app.sample.assemble", pytest.fail)
+    monkeypatch.setattr("zimage_train.commands.sample.assemble", pytest.fail)
     for name, steps in (("a", [0, 5]), ("late", [0, 7]), ("blank", []), ("broken", [5])):
         fabricated(Path(name), PROMPTS, steps, 1)
     Path("empty").mkdir()

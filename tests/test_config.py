@@ -16,13 +16,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic.fields import FieldInfo
 
-from zimage_train.config import reading, yaml_reader
-from zimage_train.config.reading import dump_config, flatten, read_config
+from zimage_train.config import load as reading
+from zimage_train.config import strict_yaml as yaml_reader
+from zimage_train.config.load import dump_config, flatten, read_config
 from zimage_train.config.schema import Config
+from zimage_train.config.strict_yaml import YamlProblem
 from zimage_train.config.values import MODES, OPTIMIZER_PARAMS, SCHEDULE_PARAMS, Later
-from zimage_train.config.yaml_reader import YamlProblem
+from zimage_train.config.variants import VARIANTS
 from zimage_train.errors import ConfigError
-from zimage_train.model.variants import VARIANTS
 
 from config_texts import LEAST, OPTIONS, nested, refusal, write
 from helpers import script

@@ -10,8 +10,8 @@ from test_docs import tiny
 from typer.testing import CliRunner
 
 from zimage_train import mini
-from zimage_train.cli import app
-from zimage_train.lora import files as lora_files
+from zimage_train.cli.app import app
+from zimage_train.lora import lora_file as lora_files
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted((ROOT / "docs").glob("*.md"))

@@ -10,9 +10,9 @@ import pytest
 from typer.testing import CliRunner
 
 from zimage_train import mini
-from zimage_train.cli import app
-from zimage_train.config.reading import read_config
-from zimage_train.lora import files as lora_files
+from zimage_train.cli.app import app
+from zimage_train.config.load import read_config
+from zimage_train.lora import lora_file as lora_files
 
 import vision_models
 from helpers import script

@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 from typer.testing import CliRunner
 
-from zimage_train.app import doctor
-from zimage_train.app.doctor import Facts, Gpu
-from zimage_train.cli import app
+from zimage_train.cli.app import app
+from zimage_train.commands import doctor
+from zimage_train.commands.doctor import Facts, Gpu
 
 RTX_4090 = Gpu("NVIDIA GeForce RTX 4090", 25_757_220_864, 24_800_000_000, (8, 9), True, True)
 GOOD = Facts(

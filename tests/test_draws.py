@@ -1,6 +1,6 @@
 """A golden table of everything that is drawn at random, and of what is found on disk by a literal name.
 
-A draw is a function of its key (`zimage_train.seeding`), so a literal in a key, the order of its parts or what they are
+A draw is a function of its key (`zimage_train.rng`), so a literal in a key, the order of its parts or what they are
 must never change: a run that was begun before would go on with other noise, and nobody would notice. tests/golden/
 draws.json fixes what each key gives: order, sigma, noise, captions, the start of a LoRA and so on, and the names under
 which caches, checkpoints, LoRAs and previews are found again. `KEYS` says in which section each key's literal is held,
@@ -34,28 +34,38 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from zimage_train import ema, mini, optim, seeding
-from zimage_train.app import timesteps
-from zimage_train.app import train as train_command
-from zimage_train.assemble import assemble
+from zimage_train import mini
+from zimage_train import rng as seeding
+from zimage_train.commands import timesteps
+from zimage_train.commands import train as train_command
 from zimage_train.config import schema
-from zimage_train.config.reading import validate
+from zimage_train.config.load import validate
 from zimage_train.config.schema import Config
-from zimage_train.data import cache
-from zimage_train.data.buckets import Bucket
-from zimage_train.data.folder import Picture, fingerprint, scan
-from zimage_train.data.masks import Mask
-from zimage_train.data.plan import Item, MicroBatch, Plan, Sample, items_of, make_plan
-from zimage_train.lora import alphas, arithmetic, attach, blending, memos, metadata
+from zimage_train.dataset import tensor_cache as cache
+from zimage_train.dataset.buckets import Bucket
+from zimage_train.dataset.masks import Mask
+from zimage_train.dataset.sample_order import Item, MicroBatch, Plan, Sample, items_of, make_plan
+from zimage_train.dataset.scan import Picture, fingerprint, scan
+from zimage_train.diffusion import request as recipe
+from zimage_train.diffusion import sampler as turbo
+from zimage_train.diffusion.frozen import assemble
+from zimage_train.io.headers import read_header
+from zimage_train.lora import alphas, arithmetic, blending, metadata
+from zimage_train.lora import format_metadata as memos
+from zimage_train.lora import layers as attach
 from zimage_train.mini import world
-from zimage_train.model.headers import read_header
+from zimage_train.optim import ema
+from zimage_train.optim import optimizers as optim
 from zimage_train.report.metrics import Records, read
-from zimage_train.sampling import recipe, turbo
-from zimage_train.training import loop, objectives, run_folder, setup, validation, views
-from zimage_train.training.own import Own, imitation_batch
-from zimage_train.training.rehearsal import _full_batches
-from zimage_train.training.run import Run
-from zimage_train.training.run_folder import RunFolder
+from zimage_train.training import build as setup
+from zimage_train.training import loop, validation
+from zimage_train.training import loss as objectives
+from zimage_train.training import preview_sets as views
+from zimage_train.training import run_dir as run_folder
+from zimage_train.training.dry_run import _full_batches
+from zimage_train.training.run_dir import RunFolder
+from zimage_train.training.self_distill import Own, imitation_batch
+from zimage_train.training.state import Run
 
 from conftest import mini_values
 from helpers import ROOT

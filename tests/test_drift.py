@@ -12,15 +12,16 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from zimage_train import mini
-from zimage_train.app.train import train
-from zimage_train.assemble import assemble
-from zimage_train.cli import app
+from zimage_train.cli.app import app
+from zimage_train.commands.train import train
 from zimage_train.config.schema import Config
-from zimage_train.lora import files, swap
-from zimage_train.model import text
+from zimage_train.diffusion import drift
+from zimage_train.diffusion.frozen import assemble
+from zimage_train.diffusion.request import Recipe
+from zimage_train.lora import lora_file as files
+from zimage_train.lora import swap
+from zimage_train.models import text_encoder as text
 from zimage_train.report.metrics import read
-from zimage_train.sampling import drift
-from zimage_train.sampling.recipe import Recipe
 
 from helpers import PREVIEWED, final, folder, losses
 

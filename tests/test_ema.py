@@ -7,11 +7,12 @@ import torch
 from PIL import Image, ImageChops
 from safetensors.torch import load_file
 
-from zimage_train import checkpoint, ema
-from zimage_train.app.train import train
+from zimage_train.commands.train import train
 from zimage_train.errors import Stopped, WeightsError
-from zimage_train.lora import files as lora_files
-from zimage_train.training import publish
+from zimage_train.lora import lora_file as lora_files
+from zimage_train.optim import ema
+from zimage_train.training import checkpoint
+from zimage_train.training import outputs as publish
 
 from helpers import PREVIEWED, final, folder, stop_after
 
@@ -81,7 +82,7 @@ def test_a_skipped_step_is_not_averaged(make_config, monkeypatch):
         ema.Ema, "update", lambda self, trained, step: (steps.append(step), update(self, trained, step))
     )
     poison(monkeypatch, {3})
-    monkeypatch.setattr("zimage_train.app.train.rehearse", lambda run: (run, {}))
+    monkeypatch.setattr("zimage_train.commands.train.rehearse", lambda run: (run, {}))
     train(make_config(ema={"decay": 0.5}, train={"steps": 4, "batch_size": 2}), fresh=False)
     assert steps == [1, 2, 4]
 

@@ -9,14 +9,14 @@ from safetensors.torch import load, load_file, save_file
 from typer.testing import CliRunner
 
 from zimage_train import mini
-from zimage_train.app import given
-from zimage_train.app.sample import command_for
-from zimage_train.app.train import train
-from zimage_train.cli import app
+from zimage_train.cli.app import app
+from zimage_train.commands import lora_args as given
+from zimage_train.commands.sample import command_for
+from zimage_train.commands.train import train
 from zimage_train.config.schema import Config
 from zimage_train.errors import ConfigError, WeightsError, ZImageTrainError
-from zimage_train.model import sources
-from zimage_train.preflight import examine
+from zimage_train.models import locate as sources
+from zimage_train.planning.preflight import examine
 
 from helpers import final, folder, losses
 

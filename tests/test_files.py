@@ -16,9 +16,10 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
-from zimage_train import files, serialize
 from zimage_train.errors import DiskError, FolderInUseError
-from zimage_train.serialize import Entry
+from zimage_train.io import atomic as files
+from zimage_train.io import serialize
+from zimage_train.io.serialize import Entry
 
 ROOT = Path(__file__).parent.parent
 OLD, NEW = b"old" * 5000, b"new!" * 5000

@@ -5,9 +5,9 @@ import torch
 from diffusers import ZImageTransformer2DModel
 from torch.utils.flop_counter import FlopCounterMode
 
-from zimage_train import flops
-from zimage_train.data.buckets import Bucket
-from zimage_train.model.shapes import TransformerShape
+from zimage_train.dataset.buckets import Bucket
+from zimage_train.models.arch import TransformerShape
+from zimage_train.planning import flops
 
 FULL = TransformerShape()
 

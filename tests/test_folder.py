@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from zimage_train.config.data import Data
-from zimage_train.data import folder
-from zimage_train.data.folder import Scan, fingerprint, scan
+from zimage_train.config.dataset import Data
+from zimage_train.dataset import scan as folder
+from zimage_train.dataset.scan import Scan, fingerprint, scan
 
 from dataset_folder import picture, problems, prompts, scanned
 

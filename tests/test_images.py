@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms
 
-from zimage_train.data import images
+from zimage_train.dataset import images
 from zimage_train.errors import DataError
 
 from picture_files import (
@@ -58,7 +58,7 @@ def test_every_format_is_known_in_a_fresh_process(tmp_path: Path):
         gradient().save(tmp_path / kind, kind)
     code = """
 from pathlib import Path
-from zimage_train.data import images
+from zimage_train.dataset import images
 print([images.load(Path(kind), Path(kind).read_bytes()).size for kind in ("WEBP", "TIFF", "BMP")])
 """
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}

@@ -14,12 +14,12 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from zimage_train import mini
-from zimage_train.app import init
-from zimage_train.cli import app
-from zimage_train.config import recipes
-from zimage_train.config.reading import read_config
-from zimage_train.config.recipes import BASES, KINDS, Own
-from zimage_train.data.folder import Picture
+from zimage_train.cli.app import app
+from zimage_train.commands import init
+from zimage_train.config import templates as recipes
+from zimage_train.config.load import read_config
+from zimage_train.config.templates import BASES, KINDS, Own
+from zimage_train.dataset.scan import Picture
 
 from picture_files import noise
 

@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from zimage_train.app.train import train
+from zimage_train.commands.train import train
 from zimage_train.config.schema import Config
 from zimage_train.errors import ConfigError, WeightsError
-from zimage_train.lora import files, loaders
-from zimage_train.preflight import examine
+from zimage_train.lora import lora_file as files
+from zimage_train.lora import verify as loaders
+from zimage_train.planning.preflight import examine
 
 from helpers import folder, losses
 

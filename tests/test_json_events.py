@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from zimage_train import cli
-from zimage_train.printing import FOR_MACHINES
+from zimage_train.cli import app as cli
 from zimage_train.report.console import Console
+from zimage_train.report.printing import FOR_MACHINES
 
 QUICKSTART = "configs/quickstart.yaml"
 

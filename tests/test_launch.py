@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from zimage_train import distributed
-from zimage_train.app.train import cache, train
-from zimage_train.config import yaml_reader
-from zimage_train.distributed import World
+from zimage_train.commands.train import cache, train
+from zimage_train.config import strict_yaml as yaml_reader
 from zimage_train.errors import LostError
-from zimage_train.training.stopping import ECHO_SECONDS, StopRequest
+from zimage_train.training import distributed
+from zimage_train.training.distributed import World
+from zimage_train.training.signals import ECHO_SECONDS, StopRequest
 
 from conftest import mini_values
 from helpers import PREVIEWED, folder

@@ -13,13 +13,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from typer.testing import CliRunner
 
-from zimage_train import mini, tensorfile
-from zimage_train.cli import app
+from zimage_train import mini
+from zimage_train.cli.app import app
 from zimage_train.errors import WeightsError
-from zimage_train.lora import files, fused, headers, keys, layouts, loaders
-from zimage_train.lora.fused import Change
-from zimage_train.lora.layouts import LAYOUTS
-from zimage_train.model.shapes import TransformerShape
+from zimage_train.io import tensorfile
+from zimage_train.lora import formats as layouts
+from zimage_train.lora import headers, keys
+from zimage_train.lora import lora_file as files
+from zimage_train.lora import qkv as fused
+from zimage_train.lora import verify as loaders
+from zimage_train.lora.formats import LAYOUTS
+from zimage_train.lora.qkv import Change
+from zimage_train.models.arch import TransformerShape
 
 from lora_files import TINY, Q, dense, random_lora, relative, write
 

@@ -6,13 +6,16 @@ import pytest
 import torch
 from PIL import Image
 
-from zimage_train import flow, mini
-from zimage_train.app.train import train
-from zimage_train.assemble import assemble
-from zimage_train.lora import attach, files
+from zimage_train import mini
+from zimage_train.commands.train import train
+from zimage_train.diffusion import flow
+from zimage_train.diffusion.frozen import assemble
+from zimage_train.lora import layers as attach
+from zimage_train.lora import lora_file as files
 from zimage_train.mini.world import draw_zorb
-from zimage_train.model import text, vae
-from zimage_train.model.transformer import velocity
+from zimage_train.models import text_encoder as text
+from zimage_train.models import vae
+from zimage_train.models.transformer import velocity
 
 pytestmark = pytest.mark.slow
 

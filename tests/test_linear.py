@@ -8,9 +8,9 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
-from zimage_train.lora import attach
-from zimage_train.model import quantize
-from zimage_train.model.linear import FrozenLinear
+from zimage_train.lora import layers as attach
+from zimage_train.models import quantize
+from zimage_train.models.linear import FrozenLinear
 
 KINDS = (None, "fp8", "int8", "nf4")
 

@@ -11,10 +11,11 @@ import pytest
 from PIL import Image
 
 from zimage_train import mini
-from zimage_train.config.data import Data
-from zimage_train.data import images, looks
-from zimage_train.data.folder import scan
-from zimage_train.data.looks import Look, Looks, near_duplicates
+from zimage_train.config.dataset import Data
+from zimage_train.dataset import image_index as looks
+from zimage_train.dataset import images
+from zimage_train.dataset.image_index import Look, Looks, near_duplicates
+from zimage_train.dataset.scan import scan
 from zimage_train.errors import DataError
 
 

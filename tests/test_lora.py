@@ -9,12 +9,16 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from zimage_train import mini
-from zimage_train.assemble import Frozen, assemble
+from zimage_train.diffusion.frozen import Frozen, assemble
 from zimage_train.errors import ConfigError, WeightsError
-from zimage_train.lora import arithmetic, attach, files, keys, loaders, names
-from zimage_train.lora.files import Factors, Lora
-from zimage_train.model.shapes import TransformerShape
-from zimage_train.model.transformer import velocity
+from zimage_train.lora import arithmetic, keys
+from zimage_train.lora import layers as attach
+from zimage_train.lora import lora_file as files
+from zimage_train.lora import targets as names
+from zimage_train.lora import verify as loaders
+from zimage_train.lora.lora_file import Factors, Lora
+from zimage_train.models.arch import TransformerShape
+from zimage_train.models.transformer import velocity
 
 CPU = torch.device("cpu")
 Q = "layers.0.attention.to_q"

@@ -9,11 +9,14 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from zimage_train import mini
-from zimage_train.cli import app
+from zimage_train.cli.app import app
 from zimage_train.errors import WeightsError
-from zimage_train.lora import anatomy, families, files, names
+from zimage_train.lora import families
+from zimage_train.lora import inspect as anatomy
 from zimage_train.lora import keys as known
-from zimage_train.lora.files import Factors
+from zimage_train.lora import lora_file as files
+from zimage_train.lora import targets as names
+from zimage_train.lora.lora_file import Factors
 from zimage_train.report import heatmap
 
 
@@ -62,7 +65,7 @@ def test_other_kinds_are_told_apart(key: str, said: str):
 
 
 def test_no_key_of_z_image_is_taken_for_another_family():
-    from zimage_train.model.shapes import TransformerShape
+    from zimage_train.models.arch import TransformerShape
 
     keys = [f"{prefix}{module}.lora_A.weight" for module in TransformerShape().linears for prefix in known.PREFIXES]
     assert families.family_of(keys) is None
@@ -188,6 +191,6 @@ def test_a_file_that_is_not_there_is_one_line(command: str, tmp_path: Path):
 
 def test_a_model_that_is_not_there_is_told(tmp_path: Path):
     with pytest.raises(WeightsError, match=r"--model: .*nowhere: is neither"):
-        from zimage_train.app import lora
+        from zimage_train.commands import lora
 
         lora.verify(mini.ADAPTER_V1, str(tmp_path / "nowhere"))

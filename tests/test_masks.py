@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from zimage_train.config.data import Data
-from zimage_train.data import images
-from zimage_train.data.buckets import Bucket
-from zimage_train.data.folder import Scan, scan
-from zimage_train.data.masks import Mask, on_latents
+from zimage_train.config.dataset import Data
+from zimage_train.dataset import images
+from zimage_train.dataset.buckets import Bucket
+from zimage_train.dataset.masks import Mask, on_latents
+from zimage_train.dataset.scan import Scan, scan
 from zimage_train.errors import DataError
 
 from dataset_folder import picture

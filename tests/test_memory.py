@@ -10,16 +10,17 @@ from counting import Live, with_flash
 from diffusers import AutoencoderKL
 from test_recompute import step as counted_step
 
-from zimage_train import memory, mini
-from zimage_train.assemble import assemble
+from zimage_train import mini
 from zimage_train.config.values import MODES
-from zimage_train.data.buckets import Bucket
-from zimage_train.lora import names
-from zimage_train.memory import Form, Job
-from zimage_train.model import transformer
-from zimage_train.model.shapes import TransformerShape
-from zimage_train.model.transformer import velocity
-from zimage_train.sampling.recipe import Recipe
+from zimage_train.dataset.buckets import Bucket
+from zimage_train.diffusion.frozen import assemble
+from zimage_train.diffusion.request import Recipe
+from zimage_train.lora import targets as names
+from zimage_train.models import transformer
+from zimage_train.models.arch import TransformerShape
+from zimage_train.models.transformer import velocity
+from zimage_train.planning import memory
+from zimage_train.planning.memory import Form, Job
 
 FULL = TransformerShape()
 MODULES = names.select(["attention", "feed_forward"], FULL.linears)

@@ -14,11 +14,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from zimage_train import mini
-from zimage_train.assemble import assemble
 from zimage_train.config.schema import Model
+from zimage_train.diffusion.frozen import assemble
 from zimage_train.errors import WeightsError
-from zimage_train.model import shapes, sources, text, transformer, vae, weights
-from zimage_train.model.shapes import TransformerShape
+from zimage_train.models import arch as shapes
+from zimage_train.models import loading as weights
+from zimage_train.models import locate as sources
+from zimage_train.models import text_encoder as text
+from zimage_train.models import transformer, vae
+from zimage_train.models.arch import TransformerShape
 
 CPU = torch.device("cpu")
 STEM = "diffusion_pytorch_model"

@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-import zimage_train.model
+import zimage_train.models.hub
 from zimage_train import mini
-from zimage_train.cli import app, main
+from zimage_train.cli.app import app, main
 
 from hub_server import Hub, serving
 from modelscope_server import ModelScope
@@ -174,8 +174,8 @@ def test_without_its_library_one_line_says_what_to_do(
 ):
     monkeypatch.setenv("ZIMAGE_TRAIN_HUB", "modelscope")
     monkeypatch.setitem(sys.modules, "modelscope_hub", None)
-    monkeypatch.delitem(sys.modules, "zimage_train.model.modelscope", raising=False)
-    monkeypatch.delattr(zimage_train.model, "modelscope", raising=False)
+    monkeypatch.delitem(sys.modules, "zimage_train.models.hub.modelscope", raising=False)
+    monkeypatch.delattr(zimage_train.models.hub, "modelscope", raising=False)
     line = line_of(command, config)
     assert "ZIMAGE_TRAIN_HUB: is modelscope, whose library is not installed, or too old (" in line
     assert line.endswith("; pip install 'modelscope-hub>=0.5.1', or unset it")

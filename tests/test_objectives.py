@@ -11,11 +11,12 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from zimage_train import mini
-from zimage_train.assemble import Frozen, assemble
 from zimage_train.config.schema import Config
-from zimage_train.lora import attach, names
-from zimage_train.lora.attach import Attached
-from zimage_train.training.objectives import (
+from zimage_train.diffusion.frozen import Frozen, assemble
+from zimage_train.lora import layers as attach
+from zimage_train.lora import targets as names
+from zimage_train.lora.layers import Attached
+from zimage_train.training.loss import (
     Batch,
     Extras,
     held_loss,

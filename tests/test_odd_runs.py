@@ -5,11 +5,12 @@ import shutil
 import pytest
 
 from zimage_train import mini
-from zimage_train.app.train import train
+from zimage_train.commands.train import train
 from zimage_train.errors import ConfigError, Stopped, WeightsError
-from zimage_train.report import pictures
+from zimage_train.report import preview_images as pictures
 from zimage_train.report.metrics import read
-from zimage_train.training import loop, publish
+from zimage_train.training import loop
+from zimage_train.training import outputs as publish
 
 from helpers import PREVIEWED, facts, final, folder, losses, stop_after
 

@@ -9,12 +9,13 @@ import pytest
 import torch
 from torch.nn import Parameter
 
-from zimage_train import memory, optim
-from zimage_train.automagic import Automagic
 from zimage_train.config.schema import Optimizer, Schedule
 from zimage_train.config.values import BITSANDBYTES_OPTIMIZERS, OptimizerName, ScheduleName
 from zimage_train.errors import WeightsError
-from zimage_train.schedules import lr_factor
+from zimage_train.optim import optimizers as optim
+from zimage_train.optim.automagic import Automagic
+from zimage_train.optim.schedules import lr_factor
+from zimage_train.planning import memory
 
 NAMES = get_args(OptimizerName)
 EIGHT_BIT = [name for name in NAMES if name.endswith("8bit")]

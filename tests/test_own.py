@@ -9,20 +9,21 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from zimage_train import flow, mini
-from zimage_train.app.train import train
-from zimage_train.assemble import assemble
-from zimage_train.config.data import Data
-from zimage_train.config.reading import read_config
+from zimage_train import mini
+from zimage_train.commands.train import train
+from zimage_train.config.dataset import Data
+from zimage_train.config.load import read_config
 from zimage_train.config.schema import Config
+from zimage_train.diffusion import flow
+from zimage_train.diffusion.frozen import assemble
+from zimage_train.diffusion.sampler import denoise, states
 from zimage_train.errors import ConfigError, DataError, Stopped, ZImageTrainError
-from zimage_train.lora import files as lora_files
+from zimage_train.lora import lora_file as lora_files
 from zimage_train.lora import swap
-from zimage_train.model import text
-from zimage_train.preflight import examine
-from zimage_train.sampling.turbo import denoise, states
-from zimage_train.training import setup
-from zimage_train.training.objectives import losses as losses_of
+from zimage_train.models import text_encoder as text
+from zimage_train.planning.preflight import examine
+from zimage_train.training import build as setup
+from zimage_train.training.loss import losses as losses_of
 
 from helpers import folder, losses, stop_after
 
@@ -82,7 +83,7 @@ def imitating(make_config, broken: Path, **changes: object) -> Config:
 def first_run(config: Config, monkeypatch: pytest.MonkeyPatch) -> setup.Run:
     """The run as the loop gets it."""
     seen = []
-    from zimage_train.app import train as command
+    from zimage_train.commands import train as command
 
     monkeypatch.setattr(command, "run_loop", lambda run, metrics, events: seen.append(run))
     monkeypatch.setattr(command, "rehearse", lambda run: (run, {}))

@@ -14,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from zimage_train.config.schema import Config, Preserve
-from zimage_train.data.folder import Picture
-from zimage_train.data.plan import Item, MicroBatch, Plan, Sample, items_of, make_plan, with_steps
+from zimage_train.dataset.sample_order import Item, MicroBatch, Plan, Sample, items_of, make_plan, with_steps
+from zimage_train.dataset.scan import Picture
 from zimage_train.errors import DataError
-from zimage_train.seeding import generator, number
+from zimage_train.rng import generator, number
 
 quick = settings(deadline=None, derandomize=True, max_examples=60)
 SIZES = [(128, 128), (96, 64), (64, 96), (200, 100)]

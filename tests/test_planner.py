@@ -9,15 +9,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_memory import job, recipe
 
-from zimage_train import cards, flops, memory, planner, preflight
-from zimage_train.cards import CARDS
 from zimage_train.config.schema import Config
 from zimage_train.config.values import MODES
-from zimage_train.data.buckets import Bucket
+from zimage_train.dataset.buckets import Bucket
 from zimage_train.errors import ConfigError
-from zimage_train.memory import Form
-from zimage_train.model.pinning import arenas, pinned_bytes
-from zimage_train.planner import AUTOMATIC, MANY, Wanted
+from zimage_train.models.pinned_memory import arenas, pinned_bytes
+from zimage_train.planning import flops, memory, planner, preflight
+from zimage_train.planning import gpus as cards
+from zimage_train.planning.gpus import CARDS
+from zimage_train.planning.memory import Form
+from zimage_train.planning.planner import AUTOMATIC, MANY, Wanted
 
 FREE = Wanted((None,), None, None)
 ANY = Wanted(AUTOMATIC, None, None)

@@ -13,10 +13,12 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from zimage_train import mini, pods, prices
-from zimage_train.app import check
-from zimage_train.cli import app
+from zimage_train import mini
+from zimage_train.cli.app import app
+from zimage_train.commands import check
+from zimage_train.commands import runpod as pods
 from zimage_train.errors import ConfigError
+from zimage_train.planning import pricing as prices
 
 from hub_server import serving
 

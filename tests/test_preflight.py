@@ -14,16 +14,23 @@ import pytest
 import torch
 from PIL import Image
 
-from zimage_train import cards, cli, files, memory, mini, preflight, serialize
-from zimage_train.app import check as checking
-from zimage_train.config.reading import dump_config
+from zimage_train import mini
+from zimage_train.cli import app as cli
+from zimage_train.commands import check as checking
+from zimage_train.config.load import dump_config
 from zimage_train.config.schema import Config
 from zimage_train.errors import ConfigError, WeightsError, ZImageTrainError
-from zimage_train.model import extras, text, vae
-from zimage_train.model.headers import read_header
-from zimage_train.model.sources import cached_only
-from zimage_train.preflight import Checked
-from zimage_train.serialize import Entry
+from zimage_train.io import atomic as files
+from zimage_train.io import serialize
+from zimage_train.io.headers import read_header
+from zimage_train.io.serialize import Entry
+from zimage_train.models import components as extras
+from zimage_train.models import text_encoder as text
+from zimage_train.models import vae
+from zimage_train.models.locate import cached_only
+from zimage_train.planning import gpus as cards
+from zimage_train.planning import memory, preflight
+from zimage_train.planning.preflight import Checked
 
 Make = Callable[..., Config]
 BYTES = {"F32": 4, "BF16": 2, "F16": 2}
@@ -297,7 +304,7 @@ def test_an_adapter_that_fits_is_counted(make_config: Make, tmp_path: Path, kind
 
 
 def test_check_and_loading_agree_about_adapters(make_config: Make, tmp_path: Path):
-    lora_files = pytest.importorskip("zimage_train.lora.files")
+    lora_files = pytest.importorskip("zimage_train.lora.lora_file")
     checked = preflight.examine(make_config(), offline)
     assert checked.weights is not None
     linears = checked.weights.shape.linears

@@ -16,15 +16,15 @@ from PIL.PngImagePlugin import PngInfo
 from typer.testing import CliRunner
 
 from zimage_train import mini
-from zimage_train.app.sample import command_for
-from zimage_train.app.train import train
-from zimage_train.cli import app
+from zimage_train.cli.app import app
+from zimage_train.commands.sample import command_for
+from zimage_train.commands.train import train
 from zimage_train.config.schema import Config
+from zimage_train.diffusion.prompts import read as read_prompts
+from zimage_train.diffusion.request import Recipe, previews, prompts_of
 from zimage_train.errors import DataError, ZImageTrainError
-from zimage_train.report import pictures
+from zimage_train.report import preview_images as pictures
 from zimage_train.report.grid import CELL_PX
-from zimage_train.sampling.prompts import read as read_prompts
-from zimage_train.sampling.recipe import Recipe, previews, prompts_of
 
 STOCK = Path(__file__).parent / "stock_pipeline.py"
 
@@ -373,7 +373,7 @@ def test_what_cannot_be_drawn_again_is_named(arguments: list[str], message: str)
     ],
 )
 def test_a_sample_that_cannot_be_is_refused_before_anything_is_loaded(arguments: list[str], message: str, monkeypatch):
-    monkeypatch.setattr("zimage_train.app.sample.assemble", pytest.fail)
+    monkeypatch.setattr("zimage_train.commands.sample.assemble", pytest.fail)
     done = CliRunner().invoke(app, ["sample", str(mini.TURBO), "--prompt", "x", *arguments])
     assert done.exit_code != 0
     assert message in done.output + str(done.exception)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from zimage_train.config import yaml_reader
+from zimage_train.config import strict_yaml as yaml_reader
 
 pytestmark = pytest.mark.slow
 
@@ -96,7 +96,7 @@ def test_ctrl_c_while_modules_are_imported_shows_no_traceback(tmp_path: Path, sh
         words = [sys.executable, "-c", COUNTED.format(last=last, then=then)]
         return subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120)
 
-    whole = start(0, "import zimage_train.cli, zimage_train.app.train; print(looked_for)")
+    whole = start(0, "import zimage_train.cli.app, zimage_train.commands.train; print(looked_for)")
     last = round(share * int(whole.stdout.split()[-1]))
     done = start(last, f"sys.argv = ['zimage-train', 'train', '{config}']; __main__.main()")
     assert done.returncode == 130 and done.stdout.strip() == "stopped", done.stdout

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from zimage_train import mini
-from zimage_train.app.train import train
+from zimage_train.commands.train import train
 from zimage_train.errors import Stopped
 from zimage_train.report.metrics import read
 

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from zimage_train.model import quantize
+from zimage_train.models import quantize
 
 KINDS = ("fp8", "int8", "nf4")
 GAUSSIAN = {"fp8": 0.025, "int8": 0.006, "nf4": 0.092}

@@ -7,10 +7,11 @@ from pathlib import Path
 from PIL import Image
 from typer.testing import CliRunner
 
-from zimage_train import mini, preflight
-from zimage_train.cli import app
-from zimage_train.config.reading import dump_config
-from zimage_train.data.quarantine import move_rejected
+from zimage_train import mini
+from zimage_train.cli.app import app
+from zimage_train.config.load import dump_config
+from zimage_train.dataset.quarantine import move_rejected
+from zimage_train.planning import preflight
 
 
 def test_bad_pictures_are_moved_with_caption_and_reason_and_the_rest_is_good(make_config, tmp_path: Path):

@@ -8,12 +8,14 @@ from counting import Live, with_flash
 from diffusers import ZImageTransformer2DModel
 
 from zimage_train import mini
-from zimage_train.assemble import assemble
 from zimage_train.config.values import MODES, Mode
-from zimage_train.lora import attach, names
-from zimage_train.model import recompute, transformer
-from zimage_train.model.shapes import TransformerShape
-from zimage_train.model.transformer import velocity
+from zimage_train.diffusion.frozen import assemble
+from zimage_train.lora import layers as attach
+from zimage_train.lora import targets as names
+from zimage_train.models import checkpointing as recompute
+from zimage_train.models import transformer
+from zimage_train.models.arch import TransformerShape
+from zimage_train.models.transformer import velocity
 
 CPU = torch.device("cpu")
 

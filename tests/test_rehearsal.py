@@ -10,16 +10,19 @@ import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from zimage_train import measured, mini
-from zimage_train.app.train import train
-from zimage_train.cli import app
-from zimage_train.config.reading import dump_config
+from zimage_train import mini
+from zimage_train.cli.app import app
+from zimage_train.commands.train import train
+from zimage_train.config.load import dump_config
 from zimage_train.config.schema import Config
 from zimage_train.config.values import Mode
 from zimage_train.errors import ConfigError, DiskError
-from zimage_train.planner import MANY
-from zimage_train.training import fit, pace, rehearsal
-from zimage_train.training.pace import Pace
+from zimage_train.planning import calibration as measured
+from zimage_train.planning.planner import MANY
+from zimage_train.training import dry_run as rehearsal
+from zimage_train.training import fit
+from zimage_train.training import step_timer as pace
+from zimage_train.training.step_timer import Pace
 
 from helpers import PREVIEWED, facts, final, folder, losses
 
@@ -28,7 +31,7 @@ def test_it_leaves_no_trace_in_what_is_trained(make_config, monkeypatch):
     config = make_config(sample=PREVIEWED | {"first": False}, lora={"dropout": 0.2})
     train(config, fresh=False)
     assert facts(config)["rehearsal"]["seconds"] > 0
-    monkeypatch.setattr("zimage_train.app.train.rehearse", lambda run: (run, {}))
+    monkeypatch.setattr("zimage_train.commands.train.rehearse", lambda run: (run, {}))
     plain = make_config(name="plain", sample=PREVIEWED | {"first": False}, lora={"dropout": 0.2})
     train(plain, fresh=False)
     assert losses(config) == losses(plain)
@@ -187,7 +190,7 @@ def test_another_kind_is_another_run_and_another_share_of_streamed_blocks_is_not
 
 def test_what_auto_has_chosen_stays_when_the_budget_changes(make_config, monkeypatch):
     """On a smaller card the same run must not quantise anew: its weights would be others."""
-    monkeypatch.setattr("zimage_train.planner.HOST_SHARE", 0.0)
+    monkeypatch.setattr("zimage_train.planning.planner.HOST_SHARE", 0.0)
     auto = {"quantize": "auto"}
     small = make_config(model=auto, train={"steps": 1}, memory={"budget_gb": 0.0066})
     train(small, fresh=False)

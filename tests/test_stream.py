@@ -5,10 +5,10 @@ import torch
 from test_recompute import gradients, trained
 
 from zimage_train import mini
-from zimage_train.assemble import assemble, original
-from zimage_train.lora import adapter
-from zimage_train.model import stream
-from zimage_train.model.transformer import velocity
+from zimage_train.diffusion.frozen import assemble, original
+from zimage_train.lora import training_adapter as adapter
+from zimage_train.models import offload as stream
+from zimage_train.models.transformer import velocity
 
 CPU = torch.device("cpu")
 

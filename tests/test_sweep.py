@@ -10,9 +10,9 @@ import yaml
 from PIL import Image
 from typer.testing import CliRunner, Result
 
-from zimage_train.app.train import train
-from zimage_train.cli import app
-from zimage_train.config.variations import split, variations
+from zimage_train.cli.app import app
+from zimage_train.commands.sweep_values import split, variations
+from zimage_train.commands.train import train
 from zimage_train.errors import ConfigError, Stopped, ZImageTrainError
 from zimage_train.report import grid
 from zimage_train.report.metrics import read
@@ -145,7 +145,7 @@ def test_a_run_that_fails_does_not_keep_the_others_from_being_trained(tmp_path, 
 
 
 def test_all_combinations_are_checked_before_anything_is_trained(tmp_path: Path, shared_cache: Path, monkeypatch):
-    monkeypatch.setattr("zimage_train.app.sweep.train", pytest.fail)
+    monkeypatch.setattr("zimage_train.commands.sweep.train", pytest.fail)
     config = written(tmp_path, mini_values(tmp_path, shared_cache, **SWEPT))
     words = ["--vary", f"model.adapter=null,{tmp_path}/nowhere", "--vary", "lora.targets=[attention],.*to_q"]
     done = sweep(config, *words, "--set", f"data.0.folder={tmp_path}/gone")

@@ -7,9 +7,9 @@ import pytest
 import torch
 from jaxtyping import TypeCheckError
 
-from zimage_train import flow
-from zimage_train.lora.files import Factors
-from zimage_train.training.objectives import Batch
+from zimage_train.diffusion import flow
+from zimage_train.lora.lora_file import Factors
+from zimage_train.training.loss import Batch
 
 from typecheck import MODULES
 

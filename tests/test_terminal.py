@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from zimage_train.config import yaml_reader
+from zimage_train.config import strict_yaml as yaml_reader
 
 from conftest import mini_values
 

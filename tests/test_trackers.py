@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from zimage_train.app.train import train
+from zimage_train.commands.train import train
 from zimage_train.errors import ConfigError
 from zimage_train.report import trackers
 from zimage_train.report.metrics import read
@@ -72,7 +72,7 @@ def test_wandb_offline_has_the_numbers_of_every_step_under_one_id(make_config, o
 
 def test_without_wandb_the_run_says_what_to_do_before_it_loads_anything(make_config, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    monkeypatch.setattr("zimage_train.training.setup.assemble", pytest.fail)
+    monkeypatch.setattr("zimage_train.training.build.assemble", pytest.fail)
     with pytest.raises(ConfigError, match=r"log.wandb: wandb is not installed; pip install wandb"):
         train(make_config(log={"wandb": "x"}), fresh=False)
 

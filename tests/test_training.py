@@ -11,15 +11,15 @@ from PIL import Image
 from safetensors import safe_open
 
 from zimage_train import mini
-from zimage_train.app import timesteps
-from zimage_train.app.train import train
-from zimage_train.config import yaml_reader
-from zimage_train.config.reading import read_config
+from zimage_train.commands import timesteps
+from zimage_train.commands.train import train
+from zimage_train.config import strict_yaml as yaml_reader
+from zimage_train.config.load import read_config
 from zimage_train.config.schema import Config
 from zimage_train.errors import Stopped, WeightsError
 from zimage_train.report.metrics import read
-from zimage_train.training import objectives
-from zimage_train.training.run import due
+from zimage_train.training import loss as objectives
+from zimage_train.training.state import due
 
 from helpers import PREVIEWED, facts, folder, losses, stop_after
 
@@ -204,8 +204,8 @@ def test_caption_dropout_of_one_trains_on_the_empty_prompt_alone(make_config, mo
         used.update(one.shape[0] for one in embeds)
         return original(config, samples, latents, embeds, extras)
 
-    monkeypatch.setattr("zimage_train.training.run.make_batch", spy)
-    monkeypatch.setattr("zimage_train.app.train.rehearse", lambda run: (run, {}))  # which takes the longest caption
+    monkeypatch.setattr("zimage_train.training.state.make_batch", spy)
+    monkeypatch.setattr("zimage_train.commands.train.rehearse", lambda run: (run, {}))
     data = [{"folder": str(mini.PICTURES), "resolution": [64], "trigger": "zorb", "caption_dropout": 1.0}]
     train(make_config(data=data), fresh=False)
     assert used == {8}  # the template around nothing: never zeros, never no tokens
@@ -215,7 +215,7 @@ def test_caption_dropout_of_one_trains_on_the_empty_prompt_alone(make_config, mo
 
 
 def test_an_export_that_others_would_read_wrongly_is_not_left_there(make_config, monkeypatch):
-    from zimage_train.lora import loaders
+    from zimage_train.lora import verify as loaders
 
     config = make_config(train={"steps": 1})
     monkeypatch.setattr(loaders, "as_diffusers", lambda path: {})

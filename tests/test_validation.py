@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from zimage_train import mini, preflight
-from zimage_train.app.train import train
+from zimage_train import mini
+from zimage_train.commands.train import train
 from zimage_train.errors import DataError, Stopped
+from zimage_train.planning import preflight
 from zimage_train.report.metrics import read
 from zimage_train.training import validation
 

@@ -14,10 +14,13 @@ from test_layouts import converted, lora_command, metadata_of
 from torch import Tensor
 
 from zimage_train import mini
-from zimage_train.lora import arithmetic, blending, files, rules
-from zimage_train.lora.files import Factors, Lora
-from zimage_train.model import sources, transformer
-from zimage_train.model.shapes import TransformerShape
+from zimage_train.lora import arithmetic, blending
+from zimage_train.lora import lora_file as files
+from zimage_train.lora import scale_rules as rules
+from zimage_train.lora.lora_file import Factors, Lora
+from zimage_train.models import locate as sources
+from zimage_train.models import transformer
+from zimage_train.models.arch import TransformerShape
 
 from lora_files import TINY, Q, dense, random_lora, relative, write
 

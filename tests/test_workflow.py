@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from zimage_train import flow
-from zimage_train.app.train import train
+from zimage_train.commands.train import train
 from zimage_train.config.schema import Model
-from zimage_train.sampling import workflow
-from zimage_train.sampling.recipe import Recipe
+from zimage_train.diffusion import comfyui as workflow
+from zimage_train.diffusion import flow
+from zimage_train.diffusion.request import Recipe
 
 from helpers import PREVIEWED, folder
 

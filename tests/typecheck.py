@@ -5,12 +5,12 @@ from beartype import BeartypeConf, beartype
 check = beartype(conf=BeartypeConf(is_pep484_tower=True))
 
 MODULES = [
-    "zimage_train.flow",
-    "zimage_train.lora.attach",
-    "zimage_train.lora.files",
-    "zimage_train.model.text",
-    "zimage_train.model.transformer",
-    "zimage_train.model.vae",
-    "zimage_train.sampling.turbo",
-    "zimage_train.training.objectives",
+    "zimage_train.diffusion.flow",
+    "zimage_train.lora.layers",
+    "zimage_train.lora.lora_file",
+    "zimage_train.models.text_encoder",
+    "zimage_train.models.transformer",
+    "zimage_train.models.vae",
+    "zimage_train.diffusion.sampler",
+    "zimage_train.training.loss",
 ]

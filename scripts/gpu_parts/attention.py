@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import attention as torch_attention
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from zimage_train import accelerator
-from zimage_train.model.shapes import TransformerShape
+from zimage_train.models.arch import TransformerShape
+from zimage_train.planning import devices as accelerator
 
 from . import measuring
 from .parts import WAYS, Way, pixels, split

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zimage_train import accelerator
-from zimage_train.memory import Form
-from zimage_train.planner import MANY, Plan
+from zimage_train.planning import devices as accelerator
+from zimage_train.planning.memory import Form
+from zimage_train.planning.planner import MANY, Plan
 
 import bench
 from . import measuring

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zimage_train.model.shapes import TransformerShape
+from zimage_train.models.arch import TransformerShape
 
 TINY = TransformerShape(dim=384, n_heads=3, n_kv_heads=3, n_layers=2, cap_feat_dim=256)
 """For dry runs: heads of the real size, and blocks that can be quantised and streamed."""

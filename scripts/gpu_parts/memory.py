@@ -4,9 +4,9 @@ from typing import Any
 
 import torch
 
-from zimage_train import accelerator
-from zimage_train.memory import CONTEXT_BYTES, Form
-from zimage_train.planner import MANY, Plan
+from zimage_train.planning import devices as accelerator
+from zimage_train.planning.memory import CONTEXT_BYTES, Form
+from zimage_train.planning.planner import MANY, Plan
 
 import bench
 from . import measuring

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from zimage_train import files
+from zimage_train.io import atomic as files
 
 TOLD = 2000
 """Characters of an error that are kept."""

@@ -8,12 +8,13 @@ from pathlib import Path
 import torch
 
 from zimage_train import mini
-from zimage_train.assemble import assemble
-from zimage_train.lora import arithmetic, files, swap
+from zimage_train.diffusion import drift
+from zimage_train.diffusion.frozen import assemble
+from zimage_train.diffusion.request import Recipe
+from zimage_train.lora import arithmetic, swap
+from zimage_train.lora import lora_file as files
 from zimage_train.mini import world
-from zimage_train.model import text
-from zimage_train.sampling import drift
-from zimage_train.sampling.recipe import Recipe
+from zimage_train.models import text_encoder as text
 
 from laboratory.scoring import SIZE, USES
 from miniature.measuring import scenes

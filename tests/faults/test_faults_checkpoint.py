@@ -12,12 +12,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from zimage_train import checkpoint, files, mini, tensorfile
-from zimage_train.app.train import train
+from zimage_train import mini
+from zimage_train.commands.train import train
 from zimage_train.config.schema import Config
 from zimage_train.errors import ConfigError, DiskError, Stopped, WeightsError
+from zimage_train.io import atomic as files
+from zimage_train.io import tensorfile
 from zimage_train.report.metrics import read
-from zimage_train.training import publish
+from zimage_train.training import checkpoint
+from zimage_train.training import outputs as publish
 
 from faults import WRITING, Crash, fail_at
 from helpers import PREVIEWED, facts, final, folder, losses, run_python, stop_after
@@ -120,7 +123,7 @@ def test_a_killed_writer_leaves_the_old_file_and_debris_that_is_cleared(tmp_path
     code = """
 import os, signal
 from pathlib import Path
-from zimage_train import files
+from zimage_train.io import atomic as files
 with files.replacing(Path("x.bin")) as file:
     file.write(b"new")
     file.flush()
@@ -222,7 +225,7 @@ def test_a_real_full_disk(tmp_path: Path):
     code = """
 import resource, signal, sys
 from pathlib import Path
-from zimage_train import files
+from zimage_train.io import atomic as files
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
 try:

@@ -14,12 +14,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from zimage_train import preflight
-from zimage_train.config import reading, yaml_reader
-from zimage_train.config.reading import read_config
+from zimage_train.config import load as reading
+from zimage_train.config import strict_yaml as yaml_reader
+from zimage_train.config.load import read_config
 from zimage_train.config.schema import Config
 from zimage_train.config.values import OPTIMIZER_PARAMS
 from zimage_train.errors import ConfigError
+from zimage_train.planning import preflight
 
 from config_texts import LEAST, OPTIONS, nested, refusal, write
 
@@ -353,7 +354,7 @@ def test_refusals_do_not_depend_on_asserts(tmp_path: Path):
     code = """
 import json
 from pathlib import Path
-from zimage_train.config.reading import read_config
+from zimage_train.config.load import read_config
 from zimage_train.errors import ConfigError
 for text, overrides in json.loads(Path("bad.json").read_text()).values():
     Path("bad.yaml").write_text(text)

@@ -15,12 +15,15 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
-from zimage_train import encoding, mini, preflight
-from zimage_train.app.train import cache as fill
-from zimage_train.app.train import train
-from zimage_train.data import captions, filling
-from zimage_train.data.cache import Cache
+from zimage_train import mini
+from zimage_train.commands.train import cache as fill
+from zimage_train.commands.train import train
+from zimage_train.dataset import cache_builder as filling
+from zimage_train.dataset import captions
+from zimage_train.dataset import encode as encoding
+from zimage_train.dataset.tensor_cache import Cache
 from zimage_train.errors import DataError
+from zimage_train.planning import preflight
 from zimage_train.report.metrics import read
 
 from dataset_folder import picture, problems, prompts, scanned
@@ -500,8 +503,8 @@ def test_the_order_of_the_directory_changes_nothing(photos: Path, monkeypatch: p
 WHAT_IS_TRAINED = """
 from pathlib import Path
 from zimage_train.config.schema import Config
-from zimage_train.data.folder import fingerprint, scan
-from zimage_train.data.plan import items_of, make_plan
+from zimage_train.dataset.scan import fingerprint, scan
+from zimage_train.dataset.sample_order import items_of, make_plan
 values = {"name": "a", "data": [{"folder": "photos", "resolution": [64], "caption_dropout": 0.5}]}
 config = Config.model_validate(values)
 pictures = [scan(config.data[0], "data.0").pictures]

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from zimage_train import files
 from zimage_train.errors import DiskError
+from zimage_train.io import atomic as files
 
 from faults import WRITING, Crash, fail_at
 

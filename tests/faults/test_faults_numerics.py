@@ -10,13 +10,15 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from zimage_train import accelerator, checkpoint, mini
-from zimage_train.app.train import train
+from zimage_train import mini
+from zimage_train.commands.train import train
 from zimage_train.config.schema import Config
 from zimage_train.errors import ConfigError, DivergedError, Stopped
+from zimage_train.planning import devices as accelerator
 from zimage_train.report.metrics import read
-from zimage_train.training import loop, publish
-from zimage_train.training.objectives import Batch, Loss
+from zimage_train.training import checkpoint, loop
+from zimage_train.training import outputs as publish
+from zimage_train.training.loss import Batch, Loss
 
 from helpers import PREVIEWED, facts, final, folder, losses, poison, stop_after
 

@@ -18,14 +18,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from zimage_train import accelerator, files, mini, preflight
-from zimage_train.app.train import train
-from zimage_train.config.reading import read_config
+from zimage_train import mini
+from zimage_train.commands.train import train
+from zimage_train.config.load import read_config
 from zimage_train.errors import ConfigError, DiskError, FolderInUseError, Problem, Stopped
-from zimage_train.model.shapes import TransformerShape
+from zimage_train.io import atomic as files
+from zimage_train.models.arch import TransformerShape
+from zimage_train.planning import devices as accelerator
+from zimage_train.planning import preflight
 from zimage_train.report.metrics import read
 from zimage_train.training import loop
-from zimage_train.training.stopping import SIGNALS
+from zimage_train.training.signals import SIGNALS
 
 from config_texts import refusal
 from helpers import PREVIEWED, environment, facts, final, folder, losses, run_python, stop_after
@@ -39,7 +42,7 @@ HEAVY = {"torch", "diffusers", "transformers", "accelerate", "peft", "bitsandbyt
 def fork_server() -> BaseContext:
     """Processes that begin with the program loaded, which takes most of a short run's time."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["zimage_train.app.train"])
+    context.set_forkserver_preload(["zimage_train.commands.train"])
     return context
 
 
@@ -67,8 +70,8 @@ def test_killed_at_any_moment_the_same_command_ends_in_the_same_bytes(make_confi
 INTERRUPTED_TWICE = """
 import signal, time
 from pathlib import Path
-from zimage_train import files
-from zimage_train.training import stopping
+from zimage_train.io import atomic as files
+from zimage_train.training import signals as stopping
 with stopping.stop_on_signals() as request, files.replacing(Path("x.bin")) as file:
     file.write(b"new")
     file.flush()
@@ -127,7 +130,7 @@ def is_free(run_folder: Path) -> bool:
 HOLD = """
 import sys, time
 from pathlib import Path
-from zimage_train import files
+from zimage_train.io import atomic as files
 with files.locked(Path("run")):
     print("held", flush=True)
     sys.stdin.read()
@@ -302,7 +305,7 @@ def test_a_disk_that_is_too_small_for_the_caches_is_refused_before_anything_is_e
             raise DiskError(Problem(str(folder), "full"))
 
     monkeypatch.setattr(files, "require_space", full)
-    monkeypatch.setattr("zimage_train.encoding.picture_encoder", pytest.fail)
+    monkeypatch.setattr("zimage_train.dataset.encode.picture_encoder", pytest.fail)
     config = make_config(cache={"folder": str(tmp_path / "new")})
     with pytest.raises(DiskError):
         train(config, fresh=False)
@@ -399,9 +402,9 @@ def test_a_check_of_the_quickstart_loads_no_torch():
     names = [f"{PACKAGE}.{one}" for one in ("cli", "config.reading", "data.plan", "preflight", "app.check")]
     then = """
 from pathlib import Path
-from zimage_train import preflight
-from zimage_train.app import check
-from zimage_train.config.reading import read_config
+from zimage_train.planning import preflight
+from zimage_train.commands import check
+from zimage_train.config.load import read_config
 config = read_config(Path("configs/quickstart.yaml"))
 def nothing_here(*_): raise AssertionError("asks the hub")
 assert check.report(preflight.examine(config, nothing_here))
@@ -440,7 +443,7 @@ def test_steps_leave_neither_memory_nor_threads_behind(make_config, monkeypatch)
 
 def test_without_a_gpu_the_published_model_is_refused_before_it_is_fetched(make_config, monkeypatch):
     """65. Without a GPU, or with a torch that does not know it, the full model is refused before it is fetched."""
-    monkeypatch.setattr("zimage_train.app.train.download", pytest.fail)
+    monkeypatch.setattr("zimage_train.commands.train.download", pytest.fail)
     with pytest.raises(ConfigError, match=r"device: no GPU was found, and 6.2 billion parameters"):
         train(make_config(model={"path": None, "adapter": None}), fresh=False)
 

@@ -5,7 +5,7 @@ from typing import Any, Literal, get_args
 
 from pydantic import Field
 
-from zimage_train.config.data import Data
+from zimage_train.config.dataset import Data
 from zimage_train.config.section import Section
 
 Method = Literal["sft", "trajectory_imitation", "de_distill"]

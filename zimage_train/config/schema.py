@@ -9,9 +9,9 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from zimage_train.config import methods
-from zimage_train.config.data import Data
+from zimage_train.config.dataset import Data
 from zimage_train.config.methods import Method, Teacher
-from zimage_train.config.previews import Sample
+from zimage_train.config.sample import Sample
 from zimage_train.config.section import Section
 from zimage_train.config.values import (
     OPTIMIZER_PARAMS,
@@ -25,7 +25,7 @@ from zimage_train.config.values import (
     ScheduleName,
     check_params,
 )
-from zimage_train.model.variants import VARIANTS, VariantName
+from zimage_train.config.variants import VARIANTS, VariantName
 
 LORA_GROUPS = ("attention", "feed_forward", "adaln", "refiners")
 NAME = r"^\w[\w .+-]*$"

@@ -19,7 +19,7 @@ from pydantic_core import core_schema
 Kind = Literal["fp8", "int8", "nf4"]
 """How frozen weights are quantised."""
 Mode = Literal["none", "elementwise", "w1w3", "attention", "full"]
-"""What a block recomputes in the backward pass, from nothing to everything; see model/recompute.py."""
+"""What a block recomputes in the backward pass, from nothing to everything; see models/checkpointing.py."""
 MODES: tuple[Mode, ...] = get_args(Mode)
 OptimizerName = Literal[
     "adam", "adamw", "adam8bit", "adamw8bit", "paged_adamw8bit", "ademamix", "ademamix8bit", "lion", "lion8bit",

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from zimage_train.errors import Problem, WeightsError
-from zimage_train.lora.files import Factors, Lora
-from zimage_train.seeding import generator
-from zimage_train.tensors import Dense
+from zimage_train.lora.lora_file import Factors, Lora
+from zimage_train.rng import generator
+from zimage_train.typing import Dense
 
 EXACT_BELOW = 512
 """Dense changes with a smaller side than this are decomposed in full."""

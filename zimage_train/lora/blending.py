@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 import torch
 
-from zimage_train.seeding import number
-from zimage_train.tensors import Dense
+from zimage_train.rng import number
+from zimage_train.typing import Dense
 
 METHODS = ("ties", "dare_ties", "dare_linear")
 

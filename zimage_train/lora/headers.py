@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from zimage_train.errors import Problem, WeightsError
+from zimage_train.io.headers import TensorInfo, read_header
 from zimage_train.lora import families, keys
-from zimage_train.model.headers import TensorInfo, read_header
 
 Sizes = Mapping[str, tuple[int, int]]
 """Module -> (out, in)."""

@@ -8,8 +8,8 @@ of one `attention.qkv`. Within this package a module has diffusers' name, or tha
 import re
 from collections.abc import Callable, Iterable, Mapping
 
-from zimage_train.model import native
-from zimage_train.model.native import FUSED, THIRDS
+from zimage_train.models import native_keys as native
+from zimage_train.models.native_keys import FUSED, THIRDS
 
 Shape = tuple[int, ...]
 Found = Mapping[str, Shape]

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from zimage_train.config.schema import Config
-from zimage_train.model.variants import VARIANTS
+from zimage_train.config.variants import VARIANTS
 
 
 def describe(config: Config, adapter_digest: str | None) -> dict[str, str]:

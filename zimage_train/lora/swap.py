@@ -7,8 +7,8 @@ from typing import cast
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from zimage_train.lora import attach
-from zimage_train.lora.files import Lora
+from zimage_train.lora import layers as attach
+from zimage_train.lora.lora_file import Lora
 
 
 @contextlib.contextmanager

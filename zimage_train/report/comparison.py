@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import quote
 
-from zimage_train import files
+from zimage_train.diffusion.request import Recipe
 from zimage_train.errors import ConfigError, Problem
+from zimage_train.io import atomic as files
 from zimage_train.report import grid, template
-from zimage_train.sampling.recipe import Recipe
 
 PAGE, GRID, PICTURES = "compare.html", "grid.png", "pictures"
 STEP, PROMPT, SAMPLING, MODEL = "step", "prompt", "sampling", "model"

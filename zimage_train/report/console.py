@@ -17,8 +17,8 @@ from typing import IO, cast
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from zimage_train import files
-from zimage_train.printing import FOR_MACHINES, as_event
+from zimage_train.io import atomic as files
+from zimage_train.report.printing import FOR_MACHINES, as_event
 
 PLAIN_EVERY_SECONDS, EVENT_EVERY_SECONDS = 10.0, 1.0
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from zimage_train import files
+from zimage_train.io import atomic as files
 
 CELL_PX = 256
 MARGIN_PX = 8

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from zimage_train import files
+from zimage_train.io import atomic as files
 
 CELL_WIDTH_PX, CELL_HEIGHT_PX, LABEL_PX, TOP_PX = 64, 22, 130, 52
 COLOURS = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from zimage_train import files
 from zimage_train.errors import DiskError, Problem
+from zimage_train.io import atomic as files
 
 
 def read(path: Path) -> list[dict[str, Any]]:

@@ -8,9 +8,10 @@ from typing import Any
 
 from PIL import Image
 
-from zimage_train import files
-from zimage_train.report import change, metrics, template
-from zimage_train.report.pictures import Table
+from zimage_train.io import atomic as files
+from zimage_train.report import metrics, template
+from zimage_train.report import preview_shift as change
+from zimage_train.report.preview_images import Table
 
 THUMBNAIL_PX = 320
 CHART_WIDTH, CHART_HEIGHT = 860, 240

@@ -5,16 +5,18 @@ import os
 from dataclasses import replace
 from typing import Literal, get_args
 
-from zimage_train import accelerator, checkpoint, distributed, forecast, memory, planner, preflight
 from zimage_train.config.schema import Config
 from zimage_train.config.values import Kind
-from zimage_train.distributed import World
 from zimage_train.errors import ConfigError, Problem, WeightsError
-from zimage_train.model.headers import read_header
-from zimage_train.planner import Plan
-from zimage_train.preflight import Checked
-from zimage_train.sizes import in_words
-from zimage_train.training.run_folder import RunFolder
+from zimage_train.io.headers import read_header
+from zimage_train.io.units import in_words
+from zimage_train.planning import devices as accelerator
+from zimage_train.planning import forecast, memory, planner, preflight
+from zimage_train.planning.planner import Plan
+from zimage_train.planning.preflight import Checked
+from zimage_train.training import checkpoint, distributed
+from zimage_train.training.distributed import World
+from zimage_train.training.run_dir import RunFolder
 
 
 def plan_memory(checked: Checked, world: World, folder: RunFolder) -> Plan:

@@ -7,17 +7,17 @@ from typing import Any
 
 import torch
 
-from zimage_train import optim
-from zimage_train.data.plan import MicroBatch
-from zimage_train.distributed import add_up
+from zimage_train.dataset.sample_order import MicroBatch
 from zimage_train.errors import DivergedError, Problem
+from zimage_train.optim import optimizers as optim
+from zimage_train.optim.schedules import base_lr, lr_factor
 from zimage_train.report.metrics import Records, read
-from zimage_train.schedules import base_lr, lr_factor
-from zimage_train.seeding import number
-from zimage_train.training.objectives import Batch, losses
-from zimage_train.training.pace import reserved_bytes
-from zimage_train.training.publish import after_step, preview, save_checkpoint
-from zimage_train.training.run import Run
+from zimage_train.rng import number
+from zimage_train.training.distributed import add_up
+from zimage_train.training.loss import Batch, losses
+from zimage_train.training.outputs import after_step, preview, save_checkpoint
+from zimage_train.training.state import Run
+from zimage_train.training.step_timer import reserved_bytes
 from zimage_train.training.validation import validate
 
 MOST_SKIPS_IN_A_ROW = 5

@@ -6,15 +6,15 @@ from typing import Any
 
 import torch
 
-from zimage_train import flow
 from zimage_train.config.schema import Config
-from zimage_train.data.plan import Item
-from zimage_train.model.transformer import velocity
-from zimage_train.model.variants import VARIANTS
+from zimage_train.config.variants import VARIANTS
+from zimage_train.dataset.sample_order import Item
+from zimage_train.diffusion import flow
+from zimage_train.models.transformer import velocity
 from zimage_train.report import metrics
 from zimage_train.report.metrics import Records
-from zimage_train.seeding import generator
-from zimage_train.training.run import Run
+from zimage_train.rng import generator
+from zimage_train.training.state import Run
 
 QUANTILES = [index / 10 for index in range(1, 10)]
 

@@ -1,0 +1,1 @@
+"""Signatures of the commands; the work is in `commands`."""

@@ -1,0 +1,205 @@
+"""The command line. Imports late: `--help`, `check` and config errors never load torch."""
+
+import contextlib
+import errno
+import io
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from zimage_train import __version__
+from zimage_train.cli.interruptible import Interruptible
+from zimage_train.cli.lora import lora_commands
+from zimage_train.cli.prepare import start_commands
+from zimage_train.cli.sampling import draw_commands
+from zimage_train.compat.aitoolkit.convert import read_any
+from zimage_train.config.schema import Config
+from zimage_train.errors import ConfigError, DiskError, Problem, ZImageTrainError
+from zimage_train.report.printing import FOR_MACHINES, as_event, note, print_lines, print_raw, silence
+
+app = typer.Typer(
+    cls=Interruptible,
+    name="zimage-train",
+    help="Train LoRAs for Z-Image. Start with: zimage-train train configs/quickstart.yaml",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+UsageError: Any = typer.BadParameter.__base__
+"""Of a command that is misspelt; click's, wherever typer keeps that."""
+
+app.add_typer(start_commands)
+app.add_typer(draw_commands)
+app.add_typer(lora_commands, name="lora")
+
+ConfigPath = Annotated[
+    Path,
+    typer.Argument(metavar="CONFIG", help="The YAML file, or a job of AI Toolkit (YAML or JSON).", show_default=False),
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=YAML", help="Override a setting, e.g. --set train.steps=100. Repeatable."),
+]
+
+
+Fresh = Annotated[bool, typer.Option("--fresh", help="Move an older run of this name aside and begin again.")]
+Allow = Annotated[
+    list[str] | None, typer.Option("--allow", metavar="KEY", help="Continue with a changed KEY, e.g. optimizer.lr.")
+]
+
+
+@app.command()
+def train(
+    config: ConfigPath,
+    set_: Overrides = None,
+    fresh: Fresh = False,
+    allow: Allow = None,
+) -> None:
+    """Train a LoRA; the same command continues a run that was stopped."""
+    settings = _read(config, set_)
+    from zimage_train.commands.train import train as run
+
+    run(settings, fresh, tuple(allow or ()))
+
+
+@app.command()
+def sweep(
+    config: ConfigPath,
+    vary: Annotated[
+        list[str],
+        typer.Option("--vary", metavar="KEY=V1,V2", help="A setting and its values. Repeatable: all combinations."),
+    ],
+    set_: Overrides = None,
+    fresh: Fresh = False,
+    allow: Allow = None,
+) -> None:
+    """Train one run for each value of a setting, with the same seed and caches, and compare them.
+
+    The same command continues a sweep that was stopped; values that are added later join what is there.
+    """
+    from zimage_train.commands.sweep_values import variations
+
+    runs = variations(config, set_ or [], vary)
+    from zimage_train.commands.sweep import sweep as run_all
+
+    run_all(runs, fresh, tuple(allow or ()))
+
+
+@app.command()
+def check(
+    config: ConfigPath,
+    set_: Overrides = None,
+    quarantine: Annotated[
+        bool, typer.Option("--quarantine", help="Move bad pictures to _rejected, with the reason beside each.")
+    ] = False,
+    gpu: Annotated[
+        str | None, typer.Option("--gpu", help="Plan for this card (4090, a5000, h100, ...), not the one here.")
+    ] = None,
+    price: Annotated[str | None, typer.Option("--price", help="Of an hour (0.69/h), or a file of prices.")] = None,
+) -> None:
+    """Check config, pictures, captions, weights and disk, and show what a run would do and take.
+
+    Writes nothing but, into the cache folder, what it saw of each picture, so that the next time takes seconds.
+    """
+    settings = _read(config, set_)
+    from zimage_train.commands import check as checking
+    from zimage_train.dataset.quarantine import move_rejected
+    from zimage_train.models.locate import cached_only
+    from zimage_train.planning import preflight
+    from zimage_train.report.console import Console
+
+    hourly = None if price is None else checking.parse_price(price)
+    console = Console.aside()
+    if quarantine:
+        print_lines(move_rejected(settings))
+    with console.live():
+        checked = preflight.examine(settings, cached_only, console.tick)
+    print_lines(checking.report(checked, gpu, hourly))
+
+
+@app.command()
+def cache(config: ConfigPath, set_: Overrides = None) -> None:
+    """Encode pictures and captions into the caches, and do nothing else."""
+    settings = _read(config, set_)
+    from zimage_train.commands.train import cache as fill
+
+    fill(settings)
+
+
+@app.command()
+def timesteps(
+    config: ConfigPath,
+    set_: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of a picture.")] = False,
+) -> None:
+    """Show the sigma density and the loss weights that a config trains on."""
+    settings = _read(config, set_)
+    import json
+
+    from zimage_train.commands import timesteps as describing
+
+    if as_json:
+        print_raw(json.dumps(describing.describe(settings)))
+    else:
+        print_lines(describing.picture(settings))
+
+
+@app.callback(invoke_without_command=True)
+def top(
+    version: Annotated[bool, typer.Option("--version", help="Show the version.", is_eager=True)] = False,
+    for_machines: Annotated[
+        bool, typer.Option("--json", help="Before a command: each line that it prints is a JSON object.")
+    ] = False,
+) -> None:
+    FOR_MACHINES.set(for_machines)
+    if version:
+        print_lines([f"zimage-train {__version__}"])
+        raise typer.Exit
+
+
+def main() -> None:
+    """Run the command line; users' errors are lines and an exit code, and only a bug shows a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # what a terminal cannot show must not end a run
+    try:
+        if sys.argv[1:2] == ["--json"]:
+            FOR_MACHINES.set(True)  # before there is a command that could say so
+            sys.exit(app(standalone_mode=False) or 0)
+        app()
+    except UsageError as error:
+        _fail(ConfigError(Problem("command line", error.format_message())))
+    except ZImageTrainError as error:
+        _fail(error)
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            _fail(ConfigError(Problem(str(error.filename)[:60] + "...", "is too long for a path", "check the path")))
+        if error.filename is None and error.errno in (errno.ENOSPC, errno.EPIPE, errno.EIO):
+            silence()
+            _fail(DiskError(Problem("standard output", f"cannot be written ({error.strerror})")))
+        raise
+
+
+def _read(path: Path, overrides: list[str] | None) -> Config:
+    settings, notes = read_any(path, overrides or [])
+    note(notes)
+    return settings
+
+
+def _fail(error: ZImageTrainError) -> NoReturn:
+    rank = os.environ.get("RANK", "0")  # of the processes that torchrun starts, each says what it met
+    with contextlib.suppress(OSError, AttributeError):  # nobody has to listen
+        for one in error.problems:
+            text = f"process {rank}: {one}" if rank != "0" else str(one)
+            event = as_event("error", where=one.where, found=one.what, todo=one.todo, exit_code=error.exit_code)
+            print(event if FOR_MACHINES.get() else text, file=sys.stderr)
+    sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,211 @@
+"""The commands before a training: look at pictures, describe them, fetch models, examine the machine."""
+
+import re
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from zimage_train.compat.aitoolkit.convert import read_only_job, written
+from zimage_train.config.templates import BASES, KINDS
+from zimage_train.dataset.caption_prompts import STYLES
+from zimage_train.errors import ConfigError, Problem
+from zimage_train.io import atomic as files
+from zimage_train.planning.gpus import CARDS
+from zimage_train.report.printing import FOR_MACHINES, note, print_lines
+
+start_commands = typer.Typer(rich_markup_mode=None)
+
+CAPTIONER = "Qwen/Qwen3-VL-4B-Instruct"
+
+JobPath = Annotated[Path, typer.Argument(metavar="JOB", help="The YAML or JSON file.", show_default=False)]
+FolderPath = Annotated[Path, typer.Argument(metavar="FOLDER", help="The pictures.", show_default=False)]
+
+
+@start_commands.command()
+def init(
+    folder: FolderPath,
+    kind: Annotated[str | None, typer.Option("--kind", help=f"{', '.join(KINDS)}.", show_default=False)] = None,
+    variant: Annotated[str | None, typer.Option("--variant", help=f"{', '.join(BASES)}.", show_default=False)] = None,
+    trigger: Annotated[
+        str | None, typer.Option("--trigger", help="The word that comes to mean what is taught.", show_default=False)
+    ] = None,
+    gpu: Annotated[
+        str | None, typer.Option("--gpu", help="Plan for this card (4090, 4060, h100, ...), not the one here.")
+    ] = None,
+    name: Annotated[str | None, typer.Option("--name", help="Of the run. Default: after the folder.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="CONFIG", help="The file to write. Default: NAME.yaml.")
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Ask nothing: take what is most usual.")] = False,
+    miniature: Annotated[
+        bool, typer.Option("--miniature", help="To try it in a minute: on the model of a few MB, without a GPU.")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Write over a config that is there.")] = False,
+) -> None:
+    """Look at a folder of pictures, and write a config for it with the reasons beside each setting."""
+    problems = [
+        Problem(option, f"is {value!r}", f"give one of {', '.join(known)}")
+        for option, value, known in (("--kind", kind, KINDS), ("--variant", variant, BASES))
+        if value is not None and value not in known
+    ]
+    if miniature:
+        model = ("--variant", variant, "it is a Turbo"), ("--gpu", gpu, "it needs none")
+        given = [(option, f"is given beside --miniature: {why}") for option, value, why in model if value]
+        problems += [Problem(option, what, "leave one of them out") for option, what in given]
+    from zimage_train.commands import init as starting
+    from zimage_train.planning import gpus as cards
+    from zimage_train.report.console import Console
+
+    for option, value in (("--trigger", trigger), ("--name", name)):
+        if value is not None and (why := starting.why_not(option, value)):
+            problems.append(Problem(option, why))
+    if problems:
+        raise ConfigError(*problems)
+    if gpu is not None:
+        cards.named(gpu)
+    run = name or starting.name_of(folder, output)
+    path = output or Path(f"{run}.yaml")
+    starting.require_place(path, force)
+    console = Console.aside()
+    with console.live():
+        seen = starting.look(folder, console.tick)
+    print_lines([*starting.describe(seen), ""])
+    asks = not yes and not FOR_MACHINES.get() and sys.stdin is not None and sys.stdin.isatty()
+    kind = kind or (_asked("What do they show?", list(KINDS)) if asks else "character")
+    variant = variant or (_asked("Which model?", list(BASES)) if asks and not miniature else "turbo")
+    usual = starting.likely_trigger(seen.captions, seen.kohya) or KINDS[kind].trigger
+    trigger = trigger or (_asked_trigger(usual) if asks else usual)
+    if asks and not miniature and gpu is None and starting.card_here() is None:
+        gpu = _asked("Which card will train?", ["4090", *(card for card in CARDS if card != "4090")])
+    answers = starting.Answers(kind, variant, trigger, gpu)
+    own = starting.particulars(seen, answers, run, miniature)
+    said = starting.advise(seen, answers.kind, miniature) + ([] if asks else [f"trigger: {trigger}"])
+    print_lines([*said, *starting.write(path, own, answers, seen.problems)])
+
+
+@start_commands.command()
+def caption(
+    folder: FolderPath,
+    model: Annotated[
+        str, typer.Option("--model", help="A vision-language model: a folder, or its name on the hub.")
+    ] = CAPTIONER,
+    style: Annotated[str, typer.Option("--style", help=f"{', '.join(STYLES)}.")] = "sentences",
+    kind: Annotated[
+        str | None, typer.Option("--kind", help=f"{', '.join(KINDS)}: captions leave out what is to be learned.")
+    ] = None,
+    trigger: Annotated[
+        str | None, typer.Option("--trigger", help="A word that every caption shall have; training adds its own.")
+    ] = None,
+    instruction: Annotated[
+        str | None, typer.Option("--instruction", help="What to ask the model, instead of the style's own text.")
+    ] = None,
+    extension: Annotated[str, typer.Option("--extension", help="Of the caption files.")] = ".txt",
+    force: Annotated[bool, typer.Option("--force", help="Write over captions that are there.")] = False,
+) -> None:
+    """Describe every picture that has no caption, with a model on this machine; the same command goes on."""
+    problems = [
+        Problem(option, f"is {value!r}", f"give one of {', '.join(known)}")
+        for option, value, known in (("--kind", kind, KINDS), ("--style", style, STYLES))
+        if value is not None and value not in known
+    ]
+    for option, value in (("--trigger", trigger), ("--instruction", instruction)):
+        if value is not None and not value.strip():
+            problems.append(Problem(option, "is empty", "give a text, or leave the option out"))
+    from zimage_train.commands.init import why_not
+    from zimage_train.dataset.images import EXTENSIONS
+
+    if trigger is not None and trigger.strip() and (why := why_not("--trigger", trigger.strip())):
+        problems.append(Problem("--trigger", why))
+    if not re.fullmatch(r"\.[A-Za-z0-9_.]+", extension) or extension.lower().endswith(tuple(EXTENSIONS)):
+        problems.append(Problem("--extension", f"is {extension!r}", "give one such as .txt"))
+    if problems:
+        raise ConfigError(*problems)
+    from zimage_train.commands import caption as captioning
+    from zimage_train.report.console import Console
+
+    wanted = captioning.Wanted(model, style, kind, trigger and trigger.strip(), instruction, extension, force)
+    print_lines(captioning.caption(folder, wanted, Console()))
+
+
+@start_commands.command()
+def doctor() -> None:
+    """Say whether this machine can train, what is in the way, and what to do; asks nobody on the network."""
+    from zimage_train.commands import doctor as examining
+
+    lines, can_train = examining.report(examining.gather())
+    print_lines(lines)
+    if not can_train:
+        raise typer.Exit(2)
+
+
+@start_commands.command()
+def download(
+    config: Annotated[str, typer.Argument(metavar="CONFIG", help="The YAML file, or turbo, deturbo or base.")],
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=YAML", help="Override a setting. Repeatable.")
+    ] = None,
+    wait: Annotated[
+        float | None,
+        typer.Option("--wait", metavar="MINUTES", help="Let another machine bring it into the same HF_HOME.", min=0),
+    ] = None,
+) -> None:
+    """Fetch everything that a config reads from the hub, and compare it with the hub's digests.
+
+    Says first how much it is; goes on where it was stopped. For a machine without a GPU that fills a shared disk.
+    """
+    from zimage_train.compat.aitoolkit.convert import read_any
+    from zimage_train.config.schema import Model
+
+    if config in BASES and set_:
+        raise ConfigError(Problem("--set", f"is given beside {config}", "give a config"))
+    settings = None if config in BASES else read_any(Path(config), set_ or [])[0]
+    from zimage_train.commands import download as downloading
+    from zimage_train.report.console import Console
+
+    model = settings.model if settings else Model.model_validate({"variant": config})
+    also = settings.sample.also if settings else None
+    print_lines(downloading.download(model, also, Console(), wait))
+
+
+@start_commands.command("import")
+def import_(
+    job: JobPath,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="CONFIG", help="The file to write. Default: the terminal.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Write over a file that is there.")] = False,
+) -> None:
+    """Write the config that a job of AI Toolkit becomes, with every setting.
+
+    Keys that cannot be honoured are refused, all at once; what else is worth knowing is said line by line.
+    """
+    settings, notes = read_only_job(job)
+    if output is not None and output.exists() and not force:
+        raise ConfigError(Problem(str(output), "exists", "give another name, or --force"))
+    if output is not None and output.exists() and output.samefile(job):
+        raise ConfigError(Problem(str(output), "is the job itself", "give another name"))
+    text = written(settings, notes, job)
+    note(notes)
+    if output is None:
+        print_lines([text.rstrip()])
+    else:
+        files.write_text(output, text)
+
+
+def _asked_trigger(usual: str) -> str:
+    from zimage_train.commands.init import why_not
+
+    trigger = ""
+    while why := why_not("--trigger", trigger):
+        if trigger:
+            typer.echo(why)
+        trigger = str(typer.prompt("Which word shall stand for it?", default=usual)).strip()
+    return trigger
+
+
+def _asked(question: str, choices: list[str]) -> str:
+    while (answer := typer.prompt(f"{question} ({', '.join(choices)})", default=choices[0])) not in choices:
+        typer.echo(f"{answer!r} is none of {', '.join(choices)}")
+    return answer

@@ -1,0 +1,120 @@
+"""The `caption` command: a text beside each picture that has none, by a vision-language model on this machine."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from zimage_train.config.dataset import Data
+from zimage_train.dataset import caption_prompts as describing
+from zimage_train.dataset import images
+from zimage_train.dataset import scan as folders
+from zimage_train.dataset.scan import Picture
+from zimage_train.errors import ConfigError, DataError, Problem, ZImageTrainError, raise_all
+from zimage_train.io import atomic as files
+from zimage_train.io.units import in_words
+from zimage_train.models import captioner as vision
+from zimage_train.models import locate as sources
+from zimage_train.planning import devices as accelerator
+from zimage_train.report.console import Console
+
+PATTERNS = ["*.json", "*.jinja", "*.txt", "*.model", "*.safetensors"]
+SMALLER = "give a smaller one, such as --model Qwen/Qwen3-VL-2B-Instruct"
+BESIDE_WEIGHTS = 1.15
+"""What a model takes in all, as a multiple of its weights: states of a thousand tokens, and the CUDA context."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Which captions to write."""
+
+    model: str
+    """A folder or a hub id."""
+    style: str
+    kind: str | None
+    trigger: str | None
+    instruction: str | None
+    """Instead of the style's own."""
+    extension: str
+    force: bool
+
+
+def caption(folder: Path, wanted: Wanted, console: Console) -> list[str]:
+    """Describe every picture of `folder` that has no caption, and write each text as soon as it is there.
+
+    Raises:
+        DataError: pictures that cannot be read or described; the others have their captions by then.
+        WeightsError, ConfigError: the model cannot be had, or does not fit.
+    """
+    with console.live():
+        # Placeholders in captions that are there stand for any trigger.
+        entry = Data(folder=str(folder), caption_ext=wanted.extension, trigger=wanted.trigger or "any")
+        scan = folders.scan(entry, "data.0", tick=console.tick)
+    errors = list(scan.errors)
+    todo = _to_caption(scan.pictures, wanted, errors)
+    kept = sum(bool(picture.own) for picture in scan.pictures)
+    if kept and not wanted.force:
+        console.say(f"{kept} of {len(scan.pictures)} pictures have a caption, which stays; --force writes over it")
+    written = _write(todo, wanted, console, errors) if todo else 0
+    if errors:
+        console.say(f"{written} captions written")
+        raise_all(errors)
+    return [f"{written} captions written to {folder}" + ("; read them: what they say is learned" if written else "")]
+
+
+def _to_caption(pictures: list[Picture], wanted: Wanted, errors: list[ZImageTrainError]) -> list[tuple[Path, Path]]:
+    """(Picture, its caption file) of those that get one."""
+    by_file: dict[Path, list[Picture]] = {}
+    for picture in pictures:
+        by_file.setdefault(picture.path.with_name(picture.path.stem + wanted.extension), []).append(picture)
+    todo = []
+    for file, sharing in by_file.items():
+        if len(sharing) > 1:
+            names = ", ".join(picture.path.name for picture in sharing)
+            errors.append(DataError(Problem(str(file), f"would belong to several pictures ({names})", "rename them")))
+        elif wanted.force or not _holds_something(file):
+            todo.append((sharing[0].path, file))
+    return todo
+
+
+def _holds_something(file: Path) -> bool:
+    """Whether there is something that a caption would be written over, readable or not."""
+    return file.exists() and (not file.is_file() or file.read_bytes().strip() != b"")
+
+
+def _write(todo: list[tuple[Path, Path]], wanted: Wanted, console: Console, errors: list[ZImageTrainError]) -> int:
+    """Caption all of `todo`; how many it were."""
+    model = _load(wanted.model, console)
+    asked = wanted.instruction or describing.instruction(wanted.style, wanted.kind, wanted.trigger)
+    written = 0
+    with accelerator.explained_out_of_memory(SMALLER), console.live():
+        for number, (picture, file) in enumerate(todo, 1):
+            text = _described(model, asked, picture, wanted)
+            if text:
+                files.write_text(file, text + "\n")
+                console.say(f"{picture.name}: {text}")
+                written += 1
+            else:
+                what, advice = "the model says nothing of it", "write its caption, or give another --model"
+                errors.append(DataError(Problem(str(picture), what, advice)))
+            console.tick("captions", number, len(todo), picture.name)
+    return written
+
+
+def _load(name: str, console: Console) -> vision.VisionModel:
+    folder = sources.repository(name, "--model", PATTERNS)
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    has_gpu = torch.accelerator.is_available()  # the other question answers for the build of torch, not the machine
+    device = (torch.accelerator.current_accelerator() if has_gpu else None) or torch.device("cpu")
+    room = accelerator.here(device).limit_bytes
+    if size * BESIDE_WEIGHTS > room:
+        what = f"its weights take {in_words(size)}, and {device.type} has {in_words(room)}"
+        raise ConfigError(Problem(f"--model: {name}", what, SMALLER))
+    console.say(f"reading {name}, {in_words(size)}, on {device.type}")
+    return vision.load(folder, device)
+
+
+def _described(model: vision.VisionModel, asked: str, path: Path, wanted: Wanted) -> str:
+    image = images.load(path, path.read_bytes())
+    answer, is_whole = model.answer(image, asked, describing.STYLES[wanted.style].most_tokens)
+    return describing.tidy(answer, wanted.style, is_whole, wanted.trigger)

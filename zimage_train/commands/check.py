@@ -1,0 +1,91 @@
+"""The `check` command: what a run would do, and what it would take (torch-free)."""
+
+import re
+from pathlib import Path
+
+from zimage_train.dataset import captions
+from zimage_train.dataset.buckets import crop_percent
+from zimage_train.dataset.sample_order import Item, make_plan
+from zimage_train.errors import ConfigError, Problem
+from zimage_train.lora import targets as names
+from zimage_train.planning import costs, forecast
+from zimage_train.planning import pricing as prices
+from zimage_train.planning.preflight import Checked
+from zimage_train.planning.pricing import Prices
+
+
+def report(checked: Checked, gpu: str | None = None, price: float | Prices | None = None) -> list[str]:
+    """What `check` prints: data, order, modules, memory, time, cost, notes and warnings.
+
+    Raises:
+        ConfigError: the card `gpu` is not known.
+    """
+    config = checked.config
+    verdict = "no problems found" if forecast.fits(checked, gpu) else "does not fit the memory planned for, see below"
+    lines = [f"{config.name}: {verdict}", "", *_table(checked)]
+    plan = make_plan(config, checked.items)
+    per_step = max(entry.batch_size or config.train.batch_size for entry in config.data) * config.train.accumulate
+    epochs = config.train.steps / plan.steps_per_epoch
+    of_class = len(plan.items) - len(plan.own.items)
+    beside = f"; beside them {of_class} of regularisation, in {plan.share:.0%} of the passes" if of_class else ""
+    lines += [
+        "",
+        f"{len(plan.own.items)} samples an epoch, {plan.steps_per_epoch:.1f} steps an epoch, "
+        f"{config.train.steps} steps of up to {per_step} samples = {epochs:.1f} epochs{beside}",
+    ]
+    if any(captions.has_tags(entry) for entry in config.data):
+        lines.append(f"{len(plan.prompts(config.train.steps))} prompts to encode, as tags change in each epoch")
+    if checked.weights is not None:
+        weights = checked.weights
+        groups = ", ".join(f"{name} {count}" for name, count in names.count_by_group(weights.modules).items())
+        lines.append(f"LoRA of rank {config.lora.rank} on {len(weights.modules)} modules ({groups})")
+        if weights.sources.adapter is not None:
+            lines.append(f"adapter fits {weights.adapter_modules}/{weights.adapter_modules} modules")
+    lines += ["", *forecast.lines(checked, gpu, None if isinstance(price, Prices) else price)]
+    if isinstance(price, Prices):
+        lines += ["", *costs.lines(checked, price)]
+    lines += [f"note: {note}" for note in checked.notes]
+    lines += [f"warning: {warning}" for warning in checked.warnings]
+    return lines
+
+
+def parse_price(text: str) -> float | Prices:
+    """The number of `0.69`, `0.69/h` or `$0.69/h`; or a file of prices.
+
+    Raises:
+        ConfigError: it holds none.
+    """
+    if text.lower().endswith((".yaml", ".yml")):
+        return prices.read(Path(text))
+    currency = r"\s*(?:[^\d\s.,-]|[A-Za-z]{3})?\s*"
+    match = re.fullmatch(rf"{currency}(\d+(?:[.,]\d+)?){currency}(?:/\s*h(?:our)?)?\s*", text)
+    if match is None:
+        raise ConfigError(
+            Problem("--price", f"is {text!r}", "give the price of an hour, such as 0.69/h, or a file of prices")
+        )
+    return float(match[1].replace(",", "."))
+
+
+def _table(checked: Checked) -> list[str]:
+    by_picture: dict[tuple[int, Path], list[Item]] = {}
+    for item in checked.items:
+        if item.repeat == 0 and not item.flip:
+            by_picture.setdefault((item.entry, item.picture.path), []).append(item)
+    lines = [_row(items) for items in by_picture.values()]
+    total = sum(len(found) for found in checked.pictures)
+    return [f"{total} pictures", *lines]
+
+
+def _row(items: list[Item]) -> str:
+    picture = items[0].picture
+    repeats, others = picture.repeats, len(picture.prompts) - 1
+    sizes = ", ".join(
+        f"{size.width}x{size.height} (scale {max(size.width / picture.width, size.height / picture.height):.2f}, "
+        f"crop {crop_percent(picture.width, picture.height, size):.0f} %)"
+        for size in (item.size for item in items)
+    )
+    times = f"  x{repeats}" if repeats > 1 else ""
+    more = f" and {others} more" if others else ""
+    mask = "  masked" if picture.mask else ""
+    size = f"{picture.width}x{picture.height}"
+    return f"  {picture.path.name}: {size} -> {sizes}{times}{mask}  {picture.prompts[0]!r}{more}"

@@ -1,0 +1,156 @@
+"""The `drift` command: whether a LoRA leaves Turbo its eight steps, told without ground truth."""
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from zimage_train.commands import compare, sample
+from zimage_train.commands import lora_args as given
+from zimage_train.commands.lora_args import WeightedLora
+from zimage_train.commands.sample import Asked, Loaded, Room
+from zimage_train.config.schema import Model
+from zimage_train.config.variants import VARIANTS
+from zimage_train.diffusion import drift as measuring
+from zimage_train.diffusion.prompts import Wish
+from zimage_train.diffusion.request import Recipe
+from zimage_train.io import atomic as files
+from zimage_train.lora import arithmetic, swap
+from zimage_train.planning import devices as accelerator
+from zimage_train.report import comparison
+from zimage_train.report import preview_images as pictures
+from zimage_train.report import preview_shift as change
+from zimage_train.report.comparison import MODEL, PICTURES, PROMPT, SAMPLING, Comparison, Shot, Subject
+from zimage_train.report.console import Console
+
+SLOW_STEPS, SLOW_GUIDANCE = 30, 1.0
+"""What eight steps without guidance are held against: the same model with time to spare."""
+
+KEPT, LOST = 0.38, 0.45
+"""Deviations below and above which the eight steps count as kept and as lost; from the miniature (docs/lab.md)."""
+
+TURBO = "Turbo"
+FACTS = "drift.json"
+
+NEUTRAL = (
+    "a wooden boat on a calm lake at sunrise, mountains behind it",
+    "a bowl of ripe cherries on a kitchen table, soft window light",
+    "an old brick house with ivy beside a cobbled street",
+    "a snowy owl on a bare branch, forest out of focus",
+)
+"""What is drawn unless something else is asked for: nothing that anyone trains a LoRA for."""
+
+
+@dataclass(frozen=True)
+class Drift:
+    """What was found; sharpness is the variance of the Laplacian, as a mean over the prompts."""
+
+    sigmas: list[float]
+    deviations: list[float]
+    """Of the velocity from Turbo's at each of `sigmas`, as a share of Turbo's."""
+    turbo_fast: float
+    turbo_slow: float
+    lora_fast: float
+    lora_slow: float
+    """Sharpness at Turbo's own steps, and at many with guidance."""
+
+    @property
+    def deviation(self) -> float:
+        """That of the steps which decide, as one number."""
+        return measuring.overall(self.deviations)
+
+    @property
+    def kept(self) -> float:
+        """The share of Turbo's sharpness at its own steps that is left."""
+        return self.lora_fast / self.turbo_fast if self.turbo_fast > 0 else 1.0
+
+    @property
+    def gap(self) -> float:
+        """Sharpness at Turbo's steps as a share of that at many steps, against the same of Turbo alone."""
+        if not min(self.turbo_fast, self.turbo_slow, self.lora_slow) > 0:
+            return 1.0
+        return (self.lora_fast / self.lora_slow) / (self.turbo_fast / self.turbo_slow)
+
+    @property
+    def verdict(self) -> str:
+        """What it comes to."""
+        if self.deviation < KEPT:
+            return "the LoRA leaves Turbo its 8 steps"
+        if self.deviation < LOST:
+            return "the LoRA takes something from Turbo's 8 steps: look at the pictures"
+        return "the LoRA has drifted: Turbo's 8 steps are lost in part; see docs/choosing.md for what puts them back"
+
+    def lines(self) -> list[str]:
+        """What is told."""
+        each = "  ".join(f"{sigma:.3f}: {one:.3f}" for sigma, one in zip(self.sigmas, self.deviations, strict=True))
+        return [
+            f"velocity against Turbo's, at each of its sigmas: {each}",
+            f"deviation {self.deviation:.3f} (below {KEPT:g} the 8 steps are kept, from {LOST:g} on they are lost)",
+            f"sharpness at 8 steps: {self.kept:.0%} of Turbo's; against {SLOW_STEPS} steps: {self.gap:.0%} of Turbo's",
+            self.verdict,
+        ]
+
+
+def drift(model: Model, loras: Sequence[WeightedLora], wishes: Sequence[Wish], asked: Asked, output: Path) -> list[str]:
+    """Measure what `loras` take from `model`, draw it in both ways into the folder `output`; returns what to tell.
+
+    Raises:
+        ZImageTrainError: the model or a LoRA cannot be used, in whole, or `output` cannot be written to.
+    """
+    files.require_folder(output)
+    recipes = sample.recipes_for(asked, model, wishes or [Wish(prompt) for prompt in NEUTRAL])
+    turbo = VARIANTS["turbo"]  # what a line of --prompts says of how it is drawn is for other pictures than these
+    fast = [
+        replace(recipe, steps=turbo.steps, guidance=turbo.guidance, shift=turbo.shift, negative="")
+        for recipe in recipes
+    ]
+    slow = [replace(recipe, steps=SLOW_STEPS, guidance=SLOW_GUIDANCE) for recipe in fast]
+    console = Console()
+    with accelerator.explained_out_of_memory("give a smaller --width and --height"), console.live():
+        found, shots = _measured(model, loras, fast, slow, output, console)
+    facts = asdict(found) | {"deviation": found.deviation, "kept": found.kept, "gap": found.gap}
+    files.write_json(output / FACTS, facts | {"verdict": found.verdict})
+    name = " and ".join(f"{one.path.name}={one.weight:g}" for one in loras)
+    said = {"deviation": f"{found.deviation:.3f}", "sharpness kept": f"{found.kept:.0%}", "verdict": found.verdict}
+    shown = Comparison(
+        title=f"Drift of {name}",
+        shots=shots,
+        columns=MODEL,
+        rows=[PROMPT, SAMPLING],
+        subjects=[Subject(name, said)],
+        remarks=[],
+    )
+    return [*found.lines(), *compare.written(output, shown)]
+
+
+def _measured(
+    model: Model, loras: Sequence[WeightedLora], fast: list[Recipe], slow: list[Recipe], output: Path, out: Console
+) -> tuple[Drift, list[Shot]]:
+    located, shape = sample.located(model)
+    read = [(given.read(one.path, shape), one.weight) for one in loras]
+    for one, (lora, _) in zip(loras, read, strict=True):
+        out.say(given.matched(one, lora))
+    stacked = arithmetic.stack(read)
+    loaded = sample.load(model, located, shape, stacked, [*fast, *slow], out, Room())
+    bare = loaded.frozen.model
+    walked = measuring.walks(bare, fast, loaded.embeds, lambda done, total: out.tick("Turbo's own way", done, total))
+    shots = _drawn(loaded, fast + slow, TURBO, sample.drawn_by(model, []), output, out)
+    with swap.attached(bare, stacked):
+        found = measuring.deviations(
+            bare, walked, loaded.embeds, lambda done, total: out.tick("the LoRA beside it", done, total)
+        )
+        shots += _drawn(loaded, fast + slow, "with the LoRA", sample.drawn_by(model, list(loras)), output, out)
+    sharp = [change.sharpness(shot.path) for shot in shots]
+    each = [statistics.fmean(sharp[at : at + len(fast)]) for at in range(0, len(sharp), len(fast))]
+    return Drift(walked[0].sigmas[:-1], found, *each), shots
+
+
+def _drawn(loaded: Loaded, recipes: list[Recipe], who: str, drawn_by: str, output: Path, out: Console) -> list[Shot]:
+    images = loaded.draw(recipes, lambda done, total: out.tick(f"drawing {who}", done, total))
+    shots: list[Shot] = []
+    for number, (image, recipe) in enumerate(zip(images, recipes, strict=True)):
+        path = output / PICTURES / f"{comparison.slug(who)}-{number:02d}.png"
+        pictures.save(path, image, recipe, drawn_by)
+        values = {MODEL: who, SAMPLING: comparison.sampled(recipe), PROMPT: recipe.prompt or comparison.EMPTY}
+        shots.append(Shot(path, recipe, values))
+    return shots

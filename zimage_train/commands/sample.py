@@ -1,0 +1,274 @@
+"""The `sample` command: pictures of any Z-Image model with any number of LoRAs, each counted."""
+
+import json
+import shlex
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL.Image import Image
+from pydantic import ValidationError
+from torch import Tensor
+
+from zimage_train.commands import lora_args as given
+from zimage_train.commands.lora_args import WeightedLora
+from zimage_train.config.schema import Config, Model
+from zimage_train.config.variants import VARIANTS
+from zimage_train.dataset import encode as encoding
+from zimage_train.diffusion.frozen import Frozen, assemble
+from zimage_train.diffusion.prompts import Wish
+from zimage_train.diffusion.render import Tick, batches, render
+from zimage_train.diffusion.request import Recipe, previews, prompts_of
+from zimage_train.errors import ConfigError, Problem, WeightsError, ZImageTrainError, collected, raise_all
+from zimage_train.io import atomic as files
+from zimage_train.io.units import in_words
+from zimage_train.lora import arithmetic, swap
+from zimage_train.lora.lora_file import Lora
+from zimage_train.models import locate as sources
+from zimage_train.models.arch import TransformerShape
+from zimage_train.models.locate import Sources
+from zimage_train.planning import devices as accelerator
+from zimage_train.planning import planner, preflight
+from zimage_train.planning.memory import Form, Job
+from zimage_train.planning.planner import Wanted
+from zimage_train.report import preview_images as pictures
+from zimage_train.report.console import Console
+from zimage_train.training import distributed
+
+AT_ONCE_IN_MEMORY = 16
+"""Batches of pictures that are drawn before they are written."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What was asked for of every picture; None: the picture's or the variant's own."""
+
+    negative: str | None
+    seed: int | None
+    width: int | None
+    height: int | None
+    steps: int | None
+    guidance: float | None
+    count: int = 1
+    """Pictures of each prompt, whose seeds follow each other."""
+
+    def given(self) -> dict[str, Any]:
+        """Recipe fields that are not to have their default."""
+        return {name: value for name, value in asdict(self).items() if value is not None and name != "count"}
+
+
+@dataclass(frozen=True)
+class Room:
+    """How many pictures go through the model at once, and the GB to stay within; None: what the card has."""
+
+    at_once: int = 1
+    budget_gb: float | None = None
+
+
+def sample(model: Model, loras: list[WeightedLora], recipes: list[Recipe], room: Room, output: Path) -> None:
+    """Write one picture a recipe into the folder `output`.
+
+    Raises:
+        ZImageTrainError: the model or a LoRA cannot be used, in whole, or `output` cannot be written to.
+    """
+    with accelerator.explained_out_of_memory("give a smaller --width, --height or --batch"):
+        _sample(model, loras, recipes, room, output)
+
+
+def _sample(model: Model, loras: list[WeightedLora], recipes: list[Recipe], room: Room, output: Path) -> None:
+    console = Console()
+    files.require_folder(output)
+    found, shape = located(model)
+    read = [(given.read(one.path, shape), one.weight) for one in loras]
+    for one, (lora, _) in zip(loras, read, strict=True):
+        console.say(given.matched(one, lora))
+    stacked = arithmetic.stack(read)
+    loaded = load(model, found, shape, stacked, recipes, console, room)
+    many = AT_ONCE_IN_MEMORY * room.at_once
+    with console.live(), swap.attached(loaded.frozen.model, stacked):
+        for start in range(0, len(recipes), many):
+            some = recipes[start : start + many]
+            what = "sampling" if len(recipes) <= many else f"sampling from picture {start + 1} of {len(recipes)}"
+            images = loaded.draw(some, partial(console.tick, what), room.at_once)
+            for image, recipe in zip(images, some, strict=True):
+                path = _free_path(output, recipe.seed)
+                pictures.save(path, image, recipe, drawn_by(model, loras))
+                console.say(f"{path}  {recipe.in_short()}")
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model that is ready to draw, and the prompts that it may be asked for."""
+
+    frozen: Frozen
+    extras: Path
+    embeds: Mapping[str, Tensor]
+
+    def draw(self, recipes: list[Recipe], tick: Tick, at_once: int = 1) -> list[Image]:
+        """One picture a recipe, with the LoRA that is attached now."""
+        return render(self.frozen, self.extras, recipes, self.embeds, tick, at_once=at_once)
+
+
+def located(model: Model) -> tuple[Sources, TransformerShape]:
+    """Where the parts of `model` are, downloaded if need be, and its shape.
+
+    Raises:
+        WeightsError: a part of it is not to be had, or is something else.
+    """
+    try:
+        found = sources.locate(model.model_copy(update={"adapter": None}))
+    except WeightsError as error:
+        raise type(error)(*map(_as_options, error.problems)) from None
+    return found, sources.transformer_tensors(found.transformer)[0]
+
+
+def _as_options(problem: Problem) -> Problem:
+    """`problem` of a setting as one of the option that stands for it here."""
+    if problem.where.startswith("model.extras"):
+        what = f"the text encoder and VAE of {problem.where.removeprefix('model.extras').lstrip(': ')} {problem.what}"
+        return Problem("--extras", what, "give a folder or hub id that has them")
+    return Problem(problem.where.replace("model.path", "MODEL"), problem.what, problem.todo)
+
+
+def load(
+    model: Model,
+    found: Sources,
+    shape: TransformerShape,
+    largest: Lora,
+    recipes: list[Recipe],
+    console: Console,
+    room: Room = Room(),
+) -> Loaded:
+    """Encode the prompts of `recipes`, then load the transformer, so that LoRAs up to `largest` fit the device too.
+
+    Raises:
+        ConfigError: the budget takes less than the pictures need.
+    """
+    device = distributed.join().device
+    form = _form(shape, model, largest, recipes, device, room)
+    encode = encoding.prompt_encoder(found.extras, device, model.dtype)
+    embeds = dict(encode(prompts_of(recipes), lambda done, total: None))
+    del encode
+    if form.streamed:
+        console.say(f"{form.streamed} of {shape.n_layers} blocks are streamed, to fit this card")
+    return Loaded(assemble(found.transformer, None, model.dtype, device, None, form.streamed), found.extras, embeds)
+
+
+def drawn_by(model: Model, loras: list[WeightedLora]) -> str:
+    """What a picture says of the model and the LoRAs that drew it."""
+    used = " and ".join(f"{one.path.name}={one.weight:g}" for one in loras) or "no LoRA"
+    return f"{model.path or model.variant} in {model.dtype} with {used}"
+
+
+def recipes_for(asked: Asked, model: Model, wishes: Sequence[Wish]) -> list[Recipe]:
+    """Recipes of `wishes`: what one says itself, what is asked for of all, and the rest from the variant.
+
+    Raises:
+        ConfigError: lists what a wish says that no picture can have.
+    """
+    variant = VARIANTS[model.variant]
+    given = {"negative": "", "seed": 42, "width": 1024, "height": 1024} | asked.given()
+    rest = {"steps": variant.steps, "guidance": variant.guidance, "shift": variant.shift} | given
+    errors: list[ZImageTrainError] = []
+    recipes: list[Recipe] = []
+    for index, wish in enumerate(wishes):
+        first = wish.given.get("seed", rest["seed"] + index * asked.count)
+        fields = {"prompt": wish.prompt, **rest, **wish.given}
+        with collected(errors):
+            recipes += [_recipe(fields | {"seed": first + number}) for number in range(asked.count)]
+    raise_all(errors)
+    return recipes
+
+
+def _recipe(fields: Mapping[str, Any]) -> Recipe:
+    try:
+        return Recipe.from_json(json.dumps(fields))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = f"{fields['prompt'][:40]!r}: {'.'.join(map(str, first['loc']))}"
+        raise ConfigError(Problem(where, f"is {first['input']!r}", first["msg"].lower())) from None
+
+
+def said_of(drawn: list[Path]) -> list[str]:
+    """What drew each of the pictures, which their recipes do not hold: model and LoRAs are given anew."""
+    known = ((path, pictures.drawn_by(path)) for path in drawn)
+    return [
+        f"{path} was drawn by {text}; this command uses the model and the --lora given to it"
+        for path, text in known
+        if text
+    ]
+
+
+def recipes_of(asked: Asked, drawn: list[Path]) -> list[Recipe]:
+    """Recipes of pictures, with what is asked for in place of their own.
+
+    Raises:
+        DataError: a picture was not made by this trainer.
+    """
+    return [_recipe(asdict(pictures.recipe_of(path)) | asked.given()) for path in drawn]
+
+
+def command_for(config: Config, lora: Path) -> str:
+    """The command line that draws the first preview of a finished run again, to be pasted into a shell."""
+    program = ["zimage-train"] if shutil.which("zimage-train") else [sys.executable, "-m", "zimage_train"]
+    model = config.model
+    words = [*program, "sample", model.path or model.variant, "--lora", str(lora)]
+    for one in config.sample.extra_loras:
+        words += ["--lora", one.file if one.weight == 1 else f"{one.file}={one.weight!r}"]
+    if model.path is not None and model.variant != "turbo":
+        words += ["--variant", model.variant]
+    if model.extras is not None:
+        words += ["--extras", model.extras]
+    if model.dtype != "bf16":
+        words += ["--dtype", model.dtype]
+    recipes = previews(config)
+    if not recipes:
+        return shlex.join([*words, "--prompt", "..."])
+    first, variant = recipes[0], VARIANTS[model.variant]
+    words += ["--prompt", first.prompt, "--seed", str(first.seed)]
+    words += ["--width", str(first.width), "--height", str(first.height)]
+    if first.steps != variant.steps:
+        words += ["--steps", str(first.steps)]
+    if first.guidance != variant.guidance:
+        words += ["--guidance", repr(first.guidance)]
+    if first.guidance > 0 and first.negative:
+        words += ["--negative", first.negative]
+    return shlex.join(words)
+
+
+def _form(
+    shape: TransformerShape, model: Model, lora: Lora, recipes: list[Recipe], device: torch.device, room: Room
+) -> Form:
+    """How the model fits the device while `recipes` are drawn; the LoRA is taken for a trained one, to be safe."""
+    here = accelerator.here(device)
+    job = Job(
+        shape=shape,
+        dtype=model.dtype,
+        trained=sum(factors.a.numel() + factors.b.numel() for factors in lora.values()),
+        optimizer="adamw8bit",
+        sizes=Counter(),
+        batch_size=1,
+        caption_tokens=0,
+        previews=tuple(recipes),
+        gpu=device.type == "cuda",
+        previews_at_once=max(map(len, batches(recipes, room.at_once))),
+    )
+    limit = here.limit_bytes if room.budget_gb is None else min(here.limit_bytes, room.budget_gb * 1e9)
+    plan = planner.choose(job, Wanted((None,), None, None), limit, preflight.system_memory_bytes(), here.card)
+    if room.budget_gb is not None and not plan.fits:
+        what = f"is {room.budget_gb:g}, and these pictures take {in_words(plan.peak.total)} (predicted)"
+        raise ConfigError(Problem("--budget-gb", what, "give more, or a smaller --width, --height or --batch"))
+    return plan.form
+
+
+def _free_path(folder: Path, seed: int) -> Path:
+    number = 0
+    while (path := folder / f"sample-{seed}{f'-{number}' if number else ''}.png").exists():
+        number += 1
+    return path

@@ -1,0 +1,111 @@
+"""The `sweep` command: one run for each combination of values, one after the other, and all of them side by side."""
+
+import gc
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from zimage_train.commands import compare
+from zimage_train.commands.compare import RUN, Past
+from zimage_train.commands.sweep_values import RunsFailed, Variation, for_each
+from zimage_train.commands.train import examine, train
+from zimage_train.config.load import flatten
+from zimage_train.errors import DataError, LostError, Problem, Stopped, ZImageTrainError
+from zimage_train.report.console import Console
+from zimage_train.training import distributed
+from zimage_train.training import run_dir as run_folder
+from zimage_train.training.distributed import World
+from zimage_train.training.signals import StopRequest, stop_on_signals
+
+
+def sweep(runs: Sequence[Variation], fresh: bool, allow: tuple[str, ...] = ()) -> None:
+    """Train every one of `runs`, or continue what an earlier start left of them, and compare those that finished.
+
+    Nothing is trained before all of them are checked. One that fails does not keep the others from being trained.
+
+    Raises:
+        RunsFailed: some of them failed; the exit code of the first.
+        ZImageTrainError: anything else a user can act on.
+    """
+    run_folder.require_allowable(allow)
+    world = distributed.join()
+    console = Console(world.is_main)
+    by_label = {run.label: run for run in runs}
+    with stop_on_signals() as stop:
+        for_each(list(by_label), lambda label: examine(by_label[label].config, world).notes)
+        failures = _train_all(runs, fresh, allow, world, console, stop)
+    if world.is_main:
+        _conclude([run for run in runs if run.label not in failures], failures, console)
+    if failures:
+        raise _failed(failures)
+
+
+def _train_all(
+    runs: Sequence[Variation],
+    fresh: bool,
+    allow: tuple[str, ...],
+    world: World,
+    console: Console,
+    stop: StopRequest,
+) -> dict[str, RunsFailed]:
+    """Train one after the other; returns what went wrong, by the label of the run."""
+    failures: dict[str, RunsFailed] = {}
+    for number, run in enumerate(runs, 1):
+        if distributed.least(world, float(stop.signal_number is None)) == 0.0:  # whoever of the processes got it
+            raise stop.error(f"before run {number} of {len(runs)}")
+        console.say(f"run {number} of {len(runs)}: {run.label}")
+        try:
+            train(run.config, fresh, allow, stop)
+        except (Stopped, LostError):
+            raise
+        except ZImageTrainError as error:
+            if world.processes > 1:  # the others may still wait for this one
+                raise
+            # The error itself would keep alive, by its traceback, the model that was being trained.
+            failures[run.label] = RunsFailed(error.exit_code, error.problems)
+            for problem in error.problems:
+                console.warn(f"{run.label} failed: {problem}")
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+    return failures
+
+
+def _conclude(finished: list[Variation], failures: Mapping[str, RunsFailed], console: Console) -> None:
+    """Say what the runs came to, and write grid and page beside them."""
+    past = [Past(run.label, run_folder.of(run.config), flatten(run.config.model_dump(mode="json"))) for run in finished]
+    console.say("")
+    for line in table(
+        {run.label: compare.facts(run) for run in past} | {label: {"LoRA": "failed"} for label in failures}
+    ):
+        console.say(line)
+    if not finished:
+        return
+    folder = Path(finished[0].config.output)
+    try:
+        found = replace(compare.of_runs(past, RUN), title=folder.name)
+        for line in compare.written(folder, found):
+            console.say(line)
+    except DataError as error:
+        for problem in error.problems:
+            console.say(f"note: no grid and no page: {problem}")
+
+
+def table(rows: Mapping[str, Mapping[str, str]]) -> list[str]:
+    """Rows of named values as lines of text, under the names."""
+    names = list(dict.fromkeys(name for values in rows.values() for name in values))
+    cells = [["", *names], *([label, *(values.get(name, "") for name in names)] for label, values in rows.items())]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells]
+
+
+def _failed(failures: Mapping[str, RunsFailed]) -> RunsFailed:
+    problems = [
+        Problem(f"{label}: {problem.where}", problem.what, problem.todo)
+        for label, error in failures.items()
+        for problem in error.problems
+    ]
+    return RunsFailed(next(iter(failures.values())).exit_code, problems)

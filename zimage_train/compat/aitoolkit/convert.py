@@ -1,0 +1,155 @@
+"""A job of AI Toolkit as a config, and the one way by which commands read either of them."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from zimage_train.compat.aitoolkit import optimizers, previews
+from zimage_train.compat.aitoolkit import sections as parts
+from zimage_train.compat.aitoolkit.job import Job, plain_json, read_job
+from zimage_train.compat.aitoolkit.keys import KEYS
+from zimage_train.compat.aitoolkit.rules import Mapped
+from zimage_train.config import load as reading
+from zimage_train.config.load import KeyPath
+from zimage_train.config.schema import Config
+from zimage_train.config.strict_yaml import Document
+from zimage_train.errors import ConfigError, Problem
+
+Values = dict[str, Any]
+JSON = (".json", ".jsonc")
+
+
+def read_any(path: Path, overrides: Sequence[str] = ()) -> tuple[Config, list[str]]:
+    """The config at `path`, or the config that the job at `path` becomes, and what there is to say of that.
+
+    Raises:
+        ConfigError: lists every problem.
+    """
+    text = _text(path)
+    job = read_job(path, text)
+    if job is None:
+        return reading.settle(path, reading.parse(path, text), overrides), []
+    return _settle(job, overrides), notes_of(job)
+
+
+def read_only_job(path: Path) -> tuple[Config, list[str]]:
+    """The config that the job at `path` becomes, and what there is to say of that.
+
+    Raises:
+        ConfigError: it is no job, or lists every problem.
+    """
+    job = read_job(path, _text(path))
+    if job is None:
+        todo = "a job has job: and config: at the top; train takes other configs as they are"
+        raise ConfigError(Problem(str(path), "is no job of AI Toolkit", todo))
+    return _settle(job, ()), notes_of(job)
+
+
+def written(config: Config, notes: list[str], source: Path) -> str:
+    """The text of an imported config: where it is from, what there is to say, every setting."""
+    head = [f"# Imported from {source.name}, a job of AI Toolkit.", *(f"# {note}" for note in notes)]
+    return "\n".join([*(" ".join(line.split()) for line in head), "", reading.dump_config(config)])
+
+
+def notes_of(job: Job) -> list[str]:
+    """One line for each thing that its owner would not expect, and one for each reason to leave keys out."""
+    return job.notes + [f"{what}: {', '.join(keys)} ({why})" for (what, why), keys in job.left_out.items()]
+
+
+def _text(path: Path) -> str:
+    text = reading.read_text(path)
+    return plain_json(text) if path.suffix.lower() in JSON else text
+
+
+def _settle(job: Job, overrides: Sequence[str]) -> Config:
+    document = Document(values_of(job))
+    document.lines, document.names = _places(job)
+    return reading.settle(job.path, document, overrides, job.problems)
+
+
+def values_of(job: Job) -> Values:
+    """Plain values of the config that `job` becomes; what is wrong with them is added to the job's problems."""
+    if job.values["name"] is None:
+        job.refuse("config.name", "is missing", "name the run")
+    if job.values["training_folder"] is None:
+        job.refuse("training_folder", "is missing", "name the folder that holds the run folders")
+    model = parts.model(job)
+    variant = model["variant"]
+    optimizer = optimizers.optimizer(job)
+    joint = {
+        "name": job.values["name"] or "missing",
+        "model": model,
+        "data": parts.data(job),
+        "lora": parts.lora(job),
+        "train": parts.train(job),
+        "timesteps": parts.timesteps(job, variant),
+        "guidance": parts.guidance(job),
+        "preserve": parts.preserve(job),
+        "optimizer": optimizer,
+        "schedule": optimizers.schedule(job, optimizer.get("lr") or 1.0),
+        "ema": parts.ema(job),
+        "sample": previews.sample(job, variant),
+        "save": parts.save(job),
+        "log": parts.log(job),
+    }
+    return _merged(_alone(job), joint)
+
+
+def _alone(job: Job) -> Values:
+    """The settings that one key decides by itself."""
+    values: Values = {"data": [{} for _ in job.values["datasets"] or [None]]}
+    for key, row in KEYS.items():
+        if not isinstance(row, Mapped) or row.jointly:
+            continue
+        if key.startswith("datasets[]."):
+            name = key.removeprefix("datasets[].")
+            for there, entry in zip(job.values["datasets"] or [], values["data"], strict=False):
+                entry[row.to.removeprefix("data[].")] = there[name]
+            continue
+        there: Any = job.values
+        for part in key.split("."):
+            there = there[part]
+        *sections, name = row.to.split(".")
+        place = values
+        for part in sections:
+            place = place.setdefault(part, {})
+        if there is not None:
+            place[name] = there
+    return values
+
+
+def _merged(one: Values, other: Values) -> Values:
+    """Both, section by section, and entry by entry."""
+    result = dict(one)
+    for key, value in other.items():
+        if isinstance(value, dict):
+            value = _merged(result.get(key, {}), value)
+        elif isinstance(value, list) and isinstance(result.get(key), list):
+            value = [_merged(first, second) for first, second in zip(result[key], value, strict=True)]
+        result[key] = value
+    return result
+
+
+def _places(job: Job) -> tuple[dict[KeyPath, int], dict[KeyPath, str]]:
+    """Line and name in the job for each setting that it decides, and for the sections of these."""
+    lines: dict[KeyPath, int] = {(): 1}
+    names: dict[KeyPath, str] = {}
+    for key, path in job.mapped:
+        row = KEYS[key]
+        assert isinstance(row, Mapped)
+        for to in row.to.split(", ") if row.to else []:
+            ours, theirs = _numbered(to, path), path
+            while ours and ours not in names:
+                lines[ours] = job.line(theirs)
+                names[ours] = job.name(theirs)
+                ours, theirs = ours[:-1], theirs[:-1]
+    return lines, names
+
+
+def _numbered(to: str, path: KeyPath) -> KeyPath:
+    """`data[].flip` for the second dataset -> (`data`, 1, `flip`)."""
+    number = next((part for part in reversed(path) if isinstance(part, int)), 0)
+    numbered: list[str | int] = []
+    for part in to.split("."):
+        numbered += [part.removesuffix("[]"), number] if part.endswith("[]") else [part]
+    return tuple(numbered)

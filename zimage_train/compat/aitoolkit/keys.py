@@ -1,0 +1,392 @@
+"""The table: every key of an AI Toolkit job, and what becomes of it.
+
+Names and defaults are those of its classes at version 0.12.26 (ostris/ai-toolkit 27a03a9), not those of its web form.
+"""
+
+from zimage_train.compat.aitoolkit.rules import (
+    OFF,
+    Mapped,
+    NoEffect,
+    Ours,
+    Refused,
+    Row,
+    anything,
+    flag,
+    number,
+    one_of,
+    rows,
+    section,
+    text,
+    texts,
+    whole,
+)
+
+_FLOAT_TYPES = {"bf16": "bf16", "bfloat16": "bf16", "fp32": "fp32", "float32": "fp32", "float": "fp32"}
+DTYPES = _FLOAT_TYPES | {"fp16": "fp16", "float16": "fp16", "half": "fp16"}
+"""There is no fp16 here; parts.py says what it becomes."""
+
+PLANNER = "the planner fits the run to the card; see memory and model.quantize"
+LOGS = "a run keeps its own logs, in its folder"
+CACHES = "latents and text are always cached, in cache.folder"
+STILL = "Z-Image draws single pictures"
+CONTROL = "Z-Image has no control pictures"
+_OTHER_MODELS = NoEffect("is for other models")
+_NOISE = Refused("changes the noise, which is not possible here")
+_LOSS = Refused("changes the loss, which is not possible here")
+_SCALE = Refused("scales what the model sees, which is not possible here", neutral=(1, 1.0))
+
+FILE: dict[str, Row] = {
+    "job": Refused("only training jobs are read", "give a job: extension", ("extension", "train")),
+    "meta": Ours("LoRA files carry the metadata of zimage-train"),
+    "config.name": Mapped("name", text, remark="may not end in a hyphen and digits", jointly=True),
+    "config.process": Mapped("", anything, remark="one process only", jointly=True),
+    "config.device": Ours("CUDA_VISIBLE_DEVICES chooses the card", ("cuda", "cuda:0")),
+}
+
+PROCESS: dict[str, Row] = {
+    "type": Refused(
+        "only its trainer of LoRAs is read",
+        "give a job of type sd_trainer, diffusion_trainer or ui_trainer",
+        ("sd_trainer", "diffusion_trainer", "ui_trainer"),
+    ),
+    "name": Mapped("name", text, remark="wins over config.name", jointly=True),
+    "training_folder": Mapped("output", text),
+    "training_seed": Mapped("seed", whole, remark="left out: random there, 42 here"),
+    "trigger_word": Mapped("data[].trigger", text, remark="for datasets without their own", jointly=True),
+    "device": Ours("CUDA_VISIBLE_DEVICES chooses the card", ("cuda", "cuda:0")),
+    **rows("", Ours(LOGS), "log_dir sqlite_db_path performance_log_every torch_profiler"),
+    "first_sample": Refused("gives the first previews settings of their own", "leave it out; all previews are alike"),
+    **rows("", Refused("trains something else than a LoRA"), "guidance embedding decorator adapter slider do_lorm"),
+    **rows("", NoEffect("is used with do_lorm only"), "lorm_extract_mode lorm_extract_mode_param"),
+}
+
+LOGGING: dict[str, Row] = {
+    **rows("logging", Ours(LOGS), "log_every verbose use_ui_logger run_name"),
+    "logging.use_wandb": Mapped("log.wandb", flag, False, jointly=True),
+    "logging.project_name": Mapped("log.wandb", text, "ai-toolkit", jointly=True),
+}
+
+NETWORK: dict[str, Row] = {
+    "network.type": Refused("only type: lora is trained so far", "set type: lora", ("lora",)),
+    "network.linear": Mapped("lora.rank", whole, 4, jointly=True),
+    "network.rank": Mapped("lora.rank", whole, remark="wins over linear", jointly=True),
+    **rows("network", NoEffect("alpha is the rank there, and here"), "linear_alpha alpha"),
+    **rows("network", NoEffect("Z-Image has no convolutions"), "conv conv_alpha"),
+    "network.dropout": Mapped(
+        "lora.dropout", number, 0.0, "there on the rank of a LoRA, here on its inputs, as in peft", jointly=True
+    ),
+    "network.transformer_only": Mapped("lora.targets", flag, True, "false: all 276 linear modules", jointly=True),
+    "network.network_kwargs.ignore_if_contains": Mapped("lora.targets", texts, (), jointly=True),
+    "network.network_kwargs.only_if_contains": Mapped("lora.targets", texts, (), jointly=True),
+    **rows("network.network_kwargs", Refused("is not possible here"), "full_if_contains parameter_threshold"),
+    "network.network_kwargs.rank_dropout": Refused("is not possible here", "use network.dropout"),
+    "network.network_kwargs.module_dropout": Refused("stops AI Toolkit too", "use network.dropout"),
+    "network.network_kwargs.target_lin_modules": NoEffect("the model sets it"),
+    "network.lokr_full_rank": NoEffect("is for lokr only", (True,)),
+    "network.lokr_factor": NoEffect("is for lokr only", (-1,)),
+    "network.old_lokr_format": NoEffect("is for lokr only"),
+    "network.split_multistage_loras": NoEffect("is for models of two stages", (True,)),
+    "network.layer_offloading": NoEffect("is not finished there"),
+    "network.pretrained_lora_path": Refused("a LoRA cannot begin with another one yet"),
+    "network.all_layers": Refused("trains more than LoRAs, which is not possible here"),
+    "network.lorm": Refused("is for type: lorm, which is not trained here"),
+}
+
+SAVE: dict[str, Row] = {
+    "save.save_every": Mapped("save.every", whole, 1000),
+    "save.max_step_saves_to_keep": Mapped("save.keep", whole, 5),
+    "save.dtype": Mapped("save.dtype", one_of(DTYPES), "fp16", "float16 becomes bf16, which is as large", jointly=True),
+    "save.save_format": NoEffect("is for models trained in full", ("safetensors", "diffusers")),
+    "save.push_to_hub": Refused("nothing is uploaded", "upload the LoRA yourself"),
+    **rows("save", NoEffect("is used with push_to_hub only"), "hf_repo_id hf_private"),
+}
+
+TRAIN: dict[str, Row] = {
+    # How long, and how
+    "train.steps": Mapped("train.steps", whole, 1000),
+    "train.batch_size": Mapped("train.batch_size", whole, 1),
+    "train.gradient_accumulation": Mapped(
+        "train.accumulate", whole, 1, "gradients are averaged here and added up there", jointly=True
+    ),
+    "train.gradient_accumulation_steps": Refused(
+        "AI Toolkit forgets the gradients between its passes", "use gradient_accumulation", (0, 1)
+    ),
+    "train.max_grad_norm": Mapped("train.clip_norm", number, 1.0, "none for adafactor, as there", jointly=True),
+    "train.dtype": Mapped("model.dtype", one_of(DTYPES), "fp32", "fp16 becomes bf16", jointly=True),
+    "train.lr": Mapped("optimizer.lr", number, 1e-6, "prodigy: at least 0.1, else 1", jointly=True),
+    "train.optimizer": Mapped("optimizer.name", text, "adamw", "adam8, adamw8: the 8-bit optimizers", jointly=True),
+    "train.optimizer_params": Mapped(
+        "optimizer.params, optimizer.weight_decay", section, {}, "with the optimizer's own defaults", jointly=True
+    ),
+    "train.lr_scheduler": Mapped("schedule.name", text, "constant", "linear falls here", jointly=True),
+    "train.lr_scheduler_params": Mapped("schedule.params, schedule.warmup_steps", section, {}, jointly=True),
+    "train.ema_config.use_ema": Mapped("ema.decay, sample.weights", flag, False, jointly=True),
+    "train.ema_config.ema_decay": Mapped("ema.decay", number, 0.999, jointly=True),
+    "train.ema_config.use_feedback": Refused("feeds the average back, which is not possible here"),
+    "train.ema_config.param_multiplier": Refused("grows the weights, which is not possible here", neutral=(1,)),
+    "train.start_step": Refused("a run begins at its first step", "leave it out; train continues by itself"),
+    "train.train_unet": Refused("nothing would be trained", "set it to true", (True,)),
+    "train.train_text_encoder": NoEffect("finds no module of the text encoder"),
+    **rows("train", NoEffect("only lr is used"), "unet_lr text_encoder_lr refiner_lr embedding_lr adapter_lr"),
+    "train.gradient_checkpointing": Ours(PLANNER, (True,)),
+    "train.attention_backend": Ours(PLANNER, ("native",)),
+    **rows("train", Ours(PLANNER), "sdp xformers single_item_batching"),
+    "train.cache_text_embeddings": Mapped(
+        "data[].dropout_keeps_trigger",
+        flag,
+        False,
+        "always cached; there it changes dropped captions",
+        jointly=True,
+    ),
+    "train.unload_text_encoder": Mapped("cache.folder", flag, False, "with cache_text_embeddings only", jointly=True),
+    "train.merge_network_on_save": Refused("a LoRA is written as a LoRA"),
+    "train.merge_network_on_save_strength": NoEffect("is used with merge_network_on_save only", (1,)),
+    "train.do_paramiter_swapping": Refused("trains a part of the weights at a time, which is not possible here"),
+    "train.paramiter_swapping_factor": NoEffect("is used with do_paramiter_swapping only", (0.1,)),
+    # Noise levels
+    "train.noise_scheduler": Mapped(
+        "timesteps.type", text, "ddpm", "must be flowmatch; left out, it is taken for that", jointly=True
+    ),
+    "train.timestep_type": Mapped("timesteps.type", text, "sigmoid", jointly=True),
+    "train.content_or_style": Mapped(
+        "timesteps.bias",
+        one_of({"balanced": "balanced", "content": "high_noise", "style": "low_noise"}),
+        "balanced",
+        "content: high_noise, style: low_noise",
+    ),
+    "train.content_or_style_reg": NoEffect("content_or_style is read in its place", ("balanced",)),
+    "train.min_denoising_steps": Mapped("timesteps.max", whole, 0, "from thousandths to sigma", jointly=True),
+    "train.max_denoising_steps": Mapped("timesteps.min", whole, 999, "from thousandths to sigma", jointly=True),
+    "train.num_train_timesteps": Refused("is not possible here", neutral=(1000,)),
+    "train.next_sample_timesteps": NoEffect("is for timestep_type: next_sample", (8,)),
+    **rows("train", Refused("weighs noise levels by a bell", "use weighted"), "linear_timesteps linear_timesteps2"),
+    # Noise and loss
+    **rows("train", _NOISE, "noise_offset random_noise_multiplier random_noise_shift dynamic_noise_offset"),
+    **rows("train", _NOISE, "do_signal_correction_noise do_batch_noise_correction force_consistent_noise"),
+    **rows("train", _NOISE, "blended_blur_noise"),
+    **rows("train", _SCALE, "noise_multiplier target_noise_multiplier img_multiplier latent_multiplier"),
+    **rows("train", _SCALE, "noisy_latent_multiplier pred_scaler"),
+    "train.adaptive_scaling_factor": Refused("scales what the model sees, which is not possible here"),
+    "train.optimal_noise_pairing_samples": Refused("chooses the noise, which is not possible here", neutral=(1,)),
+    "train.signal_correction_noise_scale": NoEffect("is used with do_signal_correction_noise only", (1,)),
+    "train.batch_noise_correction_scale": NoEffect("is used with do_batch_noise_correction only", (0.1,)),
+    "train.signal_amplification_strength": NoEffect("is used with do_signal_amplification only", (0.5,)),
+    "train.loss_type": Refused("only mse is possible here", "set loss_type: mse", ("mse",)),
+    "train.loss_target": Refused("only noise is possible here", "set loss_target: noise", ("noise",)),
+    **rows("train", _LOSS, "do_signal_amplification match_noise_norm correct_pred_norm t0_loss_target do_fft_loss"),
+    **rows("train", _LOSS, "target_norm_std max_loss do_prior_divergence do_blank_stabilization do_cfg do_random_cfg"),
+    **rows("train", _LOSS, "latent_feature_extractor_path diffusion_feature_extractor_path"),
+    "train.t0_velocity_equiv_weight": NoEffect("is used with t0_loss_target only"),
+    "train.do_fft_velocity_equiv_weight": NoEffect("is used with do_fft_loss only"),
+    "train.correct_pred_norm_multiplier": NoEffect("is used with correct_pred_norm only", (1,)),
+    "train.target_norm_std_value": NoEffect("is used with target_norm_std only", (1,)),
+    "train.max_loss_debug": NoEffect("is used with max_loss only"),
+    **rows("train", NoEffect("is used with do_cfg only", (*OFF, 1)), "cfg_scale max_cfg_scale cfg_rescale"),
+    **rows("train", NoEffect("is used with do_cfg only", (*OFF, 1)), "negative_prompt max_negative_prompts"),
+    **rows("train", NoEffect("is used with an extractor only", (1,)), "latent_feature_loss_weight"),
+    **rows("train", NoEffect("is used with an extractor only", (1,)), "diffusion_feature_extractor_weight"),
+    **rows(
+        "train",
+        Refused("stops AI Toolkit too: it needs a noise schedule that flow matching does not have", "use weighted"),
+        "min_snr_gamma snr_gamma learnable_snr_gos",
+    ),
+    "train.standardize_latents": Refused("stops AI Toolkit too: it knows latents of 4 channels only"),
+    "train.standardize_images": Refused("changes pictures, which is not possible here"),
+    # Guidance and preservation
+    "train.do_differential_guidance": Mapped(
+        "guidance.differential", flag, False, "without effect there unless do_guidance_loss is on", jointly=True
+    ),
+    "train.differential_guidance_scale": Mapped("guidance.differential", number, 3.0, jointly=True),
+    "train.do_guidance_loss": Mapped("guidance.contrastive", flag, False, jointly=True),
+    "train.guidance_loss_target": Mapped("guidance.contrastive", anything, 3.0, "one number", jointly=True),
+    "train.do_guidance_loss_cfg_zero": Refused("is not possible here"),
+    "train.guidance_loss_schedule": Refused("is not possible here", "set it to constant", ("constant",)),
+    "train.unconditional_prompt": Refused("guidance goes away from the empty prompt"),
+    "train.diff_output_preservation": Mapped("preserve.kind", flag, False, "trigger", jointly=True),
+    "train.diff_output_preservation_multiplier": Mapped("preserve.weight", number, 1.0, jointly=True),
+    "train.diff_output_preservation_class": Mapped("preserve.class_word", text, "", jointly=True),
+    "train.blank_prompt_preservation": Mapped("preserve.kind", flag, False, "blank", jointly=True),
+    "train.blank_prompt_preservation_multiplier": Mapped("preserve.weight", number, 1.0, jointly=True),
+    "train.inverted_mask_prior": Mapped("data[].mask_prior", flag, False, jointly=True),
+    "train.inverted_mask_prior_multiplier": Mapped("data[].mask_prior", number, 0.5, jointly=True),
+    "train.reg_weight": Mapped("data[].weight", number, 1.0, "for regularisation pictures", jointly=True),
+    # Text
+    "train.prompt_saturation_chance": Refused("changes captions, which is not possible here"),
+    "train.short_and_long_captions": Refused("reads two captions a picture, which is not possible here"),
+    # Previews and validation
+    "train.skip_first_sample": Mapped("sample.first", flag, False, jointly=True),
+    "train.force_first_sample": Ours("previews before step 1 are drawn once, not at each start"),
+    "train.disable_sampling": Mapped("sample.every", flag, False, jointly=True),
+    "train.validation_config.validation_items": Refused(
+        "validation pictures are a folder here", "put them with their captions in a folder, and set validation.folder"
+    ),
+    "train.validation_config.resolution": NoEffect("is used with validation_items only", (512,)),
+    "train.validation_config.validate_every_n_steps": NoEffect("is used with validation_items only", (10,)),
+    "train.validation_config.validation_sigmas": NoEffect("is used with validation_items only"),
+    # What Z-Image does not use
+    **rows("train", _OTHER_MODELS, "prompt_dropout_prob weight_jitter bypass_guidance_embedding train_turbo"),
+    **rows("train", _OTHER_MODELS, "show_turbo_outputs free_u short_and_long_captions_encoder_split"),
+    **rows("train", _OTHER_MODELS, "adapter_assist_name_or_path match_adapter_assist match_adapter_chance"),
+    "train.adapter_assist_type": NoEffect("is for other models", ("t2i",)),
+    "train.train_refiner": NoEffect("is for other models", (True,)),
+    **rows("train", NoEffect("is for other models", (1,)), "switch_boundary_every audio_loss_multiplier"),
+}
+
+MODEL: dict[str, Row] = {
+    "model.name_or_path": Mapped("model.variant, model.path", text, remark="the variant follows", jointly=True),
+    "model.extras_name_or_path": Mapped("model.extras", text, jointly=True),
+    "model.arch": Mapped("model.variant", text, remark="its tag counts where the path says nothing", jointly=True),
+    "model.assistant_lora_path": Mapped("model.adapter", text, remark="left out: none", jointly=True),
+    "model.quantize": Mapped("model.quantize", flag, False, "true: auto", jointly=True),
+    "model.qtype": Mapped("model.quantize", text, "qfloat8", "the planner chooses", jointly=True),
+    "model.accuracy_recovery_adapter": Refused("is not possible here"),
+    **rows("model", Ours(PLANNER), "quantize_te low_vram layer_offloading auto_memory compile block_compile"),
+    **rows("model", Ours(PLANNER), "compile_fullgraph cache_size_limit"),
+    **rows("model", Ours(PLANNER, ("default",)), "compile_mode"),
+    **rows("model", Ours(PLANNER, (True,)), "compile_dynamic"),
+    **rows("model", Ours(PLANNER, ("qfloat8",)), "qtype_te"),
+    **rows("model", Ours(PLANNER, (1,)), "layer_offloading_transformer_percent layer_offloading_text_encoder_percent"),
+    **rows("model", Ours("text encoder and VAE have their own precision"), "vae_dtype te_dtype vae_device te_device"),
+    "model.latent_space_version": Ours(CACHES),
+    **rows("model", Refused("is for flux only, there too"), "attn_masking split_model_over_gpus"),
+    "model.inference_lora_path": Refused("stops AI Toolkit too"),
+    **rows("model", NoEffect("is for models trained in full"), "ignore_if_contains only_if_contains"),
+    "model.dtype": NoEffect("train.dtype counts", ()),
+    **rows("model", _OTHER_MODELS, "vae_path te_name_or_path lora_path unet_path model_kwargs model_paths"),
+    **rows("model", _OTHER_MODELS, "quantize_kwargs refiner_name_or_path refiner_start_at unconditional_lora_path"),
+    **rows("model", _OTHER_MODELS, "use_text_encoder_1 use_text_encoder_2 text_encoder_bits unet_sample_size"),
+    **rows("model", _OTHER_MODELS, "split_model_other_module_param_count_scale in_context experimental_xl"),
+    **rows(
+        "model",
+        Refused("names another family of models", "give a job for Z-Image"),
+        "is_flux is_xl is_v2 is_v3 is_pixart is_pixart_sigma is_auraflow is_lumina2 is_ssd is_vega is_v_pred "
+        "use_flux_cfg",
+    ),
+}
+
+_VIDEO = NoEffect(STILL)
+_CONTROL = NoEffect(CONTROL)
+_PICTURE = Refused("changes pictures, which is not possible here")
+
+DATASETS: dict[str, Row] = {
+    "datasets[].folder_path": Mapped("data[].folder", text, jointly=True),
+    "datasets[].dataset_path": Mapped("data[].folder", text, remark="a folder; wins over folder_path", jointly=True),
+    "datasets[].type": Refused("only pictures are trained", "set type: image", ("image",)),
+    "datasets[].resolution": Mapped("data[].resolution", anything, 512),
+    "datasets[].num_repeats": Mapped("data[].repeats", whole, 1),
+    "datasets[].batch_size": Mapped("data[].batch_size", whole),
+    "datasets[].trigger_word": Mapped("data[].trigger", text, jointly=True),
+    "datasets[].default_caption": Mapped("data[].default_caption", text, ""),
+    "datasets[].caption_ext": Mapped("data[].caption_ext", text, ".txt", "with or without its dot", jointly=True),
+    "datasets[].caption_type": Mapped("data[].caption_ext", text, remark="wins over caption_ext", jointly=True),
+    "datasets[].caption_dropout_rate": Mapped("data[].caption_dropout", number, 0.0),
+    "datasets[].cache_text_embeddings": Mapped(
+        "data[].dropout_keeps_trigger", flag, False, "as train.cache_text_embeddings", jointly=True
+    ),
+    "datasets[].shuffle_tokens": Mapped("data[].shuffle_tags", flag, False),
+    "datasets[].keep_tokens": Mapped("data[].keep_tags", whole, 0, "counts for shuffling too", jointly=True),
+    "datasets[].token_dropout_rate": Mapped("data[].tag_dropout", number, 0.0),
+    "datasets[].flip_x": Mapped("data[].flip", flag, False),
+    "datasets[].flip_y": Refused("pictures are not turned upside down"),
+    "datasets[].is_reg": Mapped("data[].regularisation", flag, False, "half of the passes", jointly=True),
+    "datasets[].prior_reg": Mapped("data[].regularisation", flag, False, "prior; only with is_reg", jointly=True),
+    "datasets[].loss_multiplier": Mapped("data[].weight", number, 1.0, jointly=True),
+    "datasets[].mask_path": Mapped("data[].mask", text, jointly=True),
+    "datasets[].alpha_mask": Mapped("data[].mask", flag, False, "alpha; wins over mask_path", jointly=True),
+    "datasets[].mask_min_value": Mapped("data[].mask_floor", number, 0.0, jointly=True),
+    "datasets[].invert_mask": Refused("masks are not inverted", "invert the mask files: white is trained"),
+    "datasets[].network_weight": Refused("a LoRA is trained at full strength", neutral=(1,)),
+    "datasets[].random_triggers": Refused("changes captions, which is not possible here"),
+    "datasets[].random_triggers_max": NoEffect("is used with random_triggers only", (1,)),
+    "datasets[].use_short_captions": Refused("reads two captions a picture, which is not possible here"),
+    **rows("datasets[]", _PICTURE, "random_scale random_crop square_crop standardize_images augments augmentations"),
+    "datasets[].scale": Refused("changes pictures, which is not possible here", neutral=(1,)),
+    "datasets[].shuffle_augmentations": NoEffect("is used with augmentations only"),
+    "datasets[].replay_transforms": NoEffect("is used with augmentations only", (True,)),
+    "datasets[].buckets": Refused("pictures keep their shape, in buckets", "set it to true", (True,)),
+    "datasets[].bucket_tolerance": NoEffect("the model sets it to 16", (16, 64)),
+    "datasets[].unconditional_path": Refused("trains against other pictures, which is not possible here"),
+    "datasets[].poi": Refused("stops AI Toolkit too"),
+    **rows("datasets[]", Ours(CACHES), "cache_latents cache_latents_to_disk cache_tensors_to_disk"),
+    **rows("datasets[]", Ours(CACHES), "load_image_when_caching_latents cache_clip_vision_to_disk"),
+    "datasets[].num_workers": Ours(PLANNER, (2,)),
+    "datasets[].prefetch_factor": Ours(PLANNER, (2,)),
+    **rows("datasets[]", Ours(PLANNER), "cache_latents_num_workers fast_image_size"),
+    "datasets[].guidance_type": NoEffect("is used with unconditional_path only", ("targeted",)),
+    "datasets[].replacements": NoEffect("is for its older datasets"),
+    "datasets[].extra_values": _OTHER_MODELS,
+    **rows("datasets[]", _CONTROL, "control_path control_path_1 control_path_2 control_path_3 inpaint_path controls"),
+    **rows("datasets[]", _CONTROL, "control_from_same_folder clip_image_path clip_image_from_same_folder"),
+    **rows("datasets[]", _CONTROL, "clip_image_augmentations clip_image_shuffle_augmentations"),
+    "datasets[].num_controls_from_same_folder": NoEffect(CONTROL, (1,)),
+    "datasets[].control_transparent_color": NoEffect(CONTROL, ([0, 0, 0],)),
+    "datasets[].full_size_control_images": NoEffect(CONTROL, (True,)),
+    "datasets[].num_frames": Refused("videos are not trained", "set num_frames: 1", (0, 1)),
+    "datasets[].shrink_video_to_frames": NoEffect(STILL, (True,)),
+    "datasets[].trim_auto_frame_count_tail": NoEffect(STILL, (True,)),
+    "datasets[].fps": NoEffect(STILL, (24,)),
+    **rows("datasets[]", _VIDEO, "auto_frame_count do_i2v do_audio audio_preserve_pitch audio_normalize debug"),
+    **rows("datasets[]", NoEffect("train.diff_output_preservation counts"), "diff_output_preservation"),
+    **rows("datasets[]", NoEffect("train.diff_output_preservation counts"), "diff_output_preservation_class"),
+}
+
+PREVIEW_STRENGTH = "previews are drawn with the LoRA at strength 1"
+
+SAMPLE: dict[str, Row] = {
+    "sample.sample_every": Mapped("sample.every", whole, 100, jointly=True),
+    "sample.prompts": Mapped("sample.prompts", texts, (), "an older form of samples", jointly=True),
+    "sample.width": Mapped("sample.width", whole, 512, "rounded down to a multiple of 16", jointly=True),
+    "sample.height": Mapped("sample.height", whole, 512, "rounded down to a multiple of 16", jointly=True),
+    "sample.neg": Mapped("sample.negative", anything, "", jointly=True),
+    "sample.seed": Mapped("sample.seed", whole, 0, jointly=True),
+    "sample.walk_seed": Mapped("sample.prompts[].seed", flag, False, "false: all have one seed", jointly=True),
+    "sample.guidance_scale": Mapped("sample.guidance", number, 7.0, "less 1, at least 0", jointly=True),
+    "sample.sample_steps": Mapped("sample.steps", whole, 20, "9 on Turbo becomes 8", jointly=True),
+    "sample.network_multiplier": Ours(PREVIEW_STRENGTH, (1,)),
+    "sample.sampler": NoEffect("always Euler, as in the pipeline", ("flowmatch",)),
+    "sample.sample_start_step": Ours("previews begin with the run"),
+    "sample.format": Ours("previews are PNG files"),
+    **rows("sample", NoEffect(STILL, (0, 1)), "num_frames fps"),
+    **rows("sample", _OTHER_MODELS, "guidance_rescale extra_values do_cfg_norm refiner_start_at"),
+    "sample.adapter_conditioning_scale": NoEffect("is for other models", (1,)),
+    "sample.samples[].prompt": Mapped("sample.prompts[].prompt", text, remark="and its flags, below", jointly=True),
+    "sample.samples[].width": Mapped("sample.prompts[].width", whole, remark="`--w`", jointly=True),
+    "sample.samples[].height": Mapped("sample.prompts[].height", whole, remark="`--h`", jointly=True),
+    "sample.samples[].neg": Mapped("sample.prompts[].negative", anything, remark="`--n`", jointly=True),
+    "sample.samples[].seed": Mapped("sample.prompts[].seed", whole, remark="`--d`, `--seed`", jointly=True),
+    "sample.samples[].guidance_scale": Mapped(
+        "sample.guidance", number, remark="`--l`, `--cfg`; where all prompts agree", jointly=True
+    ),
+    "sample.samples[].sample_steps": Mapped(
+        "sample.steps", whole, remark="`--s`, `--steps`; where all prompts agree", jointly=True
+    ),
+    "sample.samples[].network_multiplier": Ours(PREVIEW_STRENGTH, (1, "1", "1.0")),
+    **rows("sample.samples[]", _VIDEO, "num_frames fps"),
+    **rows("sample.samples[]", _CONTROL, "ctrl_img ctrl_idx ctrl_img_1 ctrl_img_2 ctrl_img_3"),
+    "sample.samples[].do_cfg_norm": _OTHER_MODELS,
+}
+
+KEYS = FILE | PROCESS | NETWORK | SAVE | TRAIN | MODEL | DATASETS | SAMPLE | LOGGING
+"""Every key by its path below the process; `[]` stands for each entry of a list."""
+
+FLAGS = {
+    "w": "width", "h": "height", "d": "seed", "seed": "seed", "n": "neg", "l": "guidance_scale",
+    "cfg": "guidance_scale", "s": "sample_steps", "steps": "sample_steps",
+}  # fmt: skip
+"""Flags of prompts, such as `--w 768`, and the key of the prompt that each of them sets."""
+FLAGS_LEFT_OUT = {
+    **dict.fromkeys(("m", "network_multiplier"), PREVIEW_STRENGTH),
+    **dict.fromkeys(("frames", "num_frames", "fps"), STILL),
+    **dict.fromkeys(("ctrl_img", "ctrl_idx"), CONTROL),
+    **dict.fromkeys(("p2", "n2"), "Z-Image has one text encoder"),
+    **dict.fromkeys(("gr", "a", "ref", "ev", "extra_values"), "is for other models"),
+}
+"""Flags that change nothing here, and why."""
+
+TYPOS = {
+    "learning_rate": "lr", "max_train_steps": "steps", "num_train_steps": "steps", "network_dim": "linear",
+    "network_alpha": "linear_alpha", "repeats": "num_repeats", "folder": "folder_path", "caption_dropout":
+    "caption_dropout_rate", "trigger": "trigger_word", "shuffle_caption": "shuffle_tokens", "gradient_accumulate":
+    "gradient_accumulation", "scheduler": "lr_scheduler", "negative": "neg", "save_dtype": "dtype",
+}  # fmt: skip
+"""Names that others use for a key: only for the hint beside an unknown one."""

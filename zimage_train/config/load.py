@@ -1,0 +1,389 @@
+"""From a YAML file and `--set key=value` to a `Config`, or to every problem at once, each with its line."""
+
+import difflib
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from zimage_train.config import strict_yaml as yaml_reader
+from zimage_train.config.schema import Config
+from zimage_train.config.strict_yaml import Document, YamlProblem
+from zimage_train.errors import ConfigError, Problem
+
+KeyPath = tuple[str | int, ...]
+
+ELSEWHERE = {
+    "learning_rate": "optimizer.lr",
+    "network_dim": "lora.rank",
+    "network_alpha": "lora.alpha",
+    "linear": "lora.rank",
+    "linear_alpha": "lora.alpha",
+    "max_train_steps": "train.steps",
+    "num_train_steps": "train.steps",
+    "gradient_accumulation": "train.accumulate",
+    "gradient_accumulation_steps": "train.accumulate",
+    "gradient_checkpointing": "memory.checkpointing",
+    "max_grad_norm": "train.clip_norm",
+    "lr_scheduler": "schedule.name",
+    "lr_warmup_steps": "schedule.warmup_steps",
+    "folder_path": "data.0.folder",
+    "dataset_path": "data.0.folder",
+    "num_repeats": "data.0.repeats",
+    "trigger_word": "data.0.trigger",
+    "caption_dropout_rate": "data.0.caption_dropout",
+    "name_or_path": "model.path",
+    "assistant_lora_path": "model.adapter",
+    "save_every": "save.every",
+    "sample_every": "sample.every",
+    "guidance_scale": "sample.guidance",
+    "do_differential_guidance": "guidance.differential",
+    "differential_guidance_scale": "guidance.differential",
+    "timestep_type": "timesteps.type",
+    "content_or_style": "timesteps.bias",
+}
+"""Names that other trainers use, and ours: only for the hint beside an unknown key."""
+
+KINDS = {
+    str: "text",
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    list: "a list",
+    dict: "a section",
+}
+EXPECTED = {
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "string_type": "text (put it in quotes)",
+    "list_type": "a list",
+    "dict_type": "a section",
+    "model_type": "a section",
+    "none_required": "null",
+}
+LIMITS = {
+    "greater_than": "more than {gt}",
+    "greater_than_equal": "at least {ge}",
+    "less_than": "less than {lt}",
+    "less_than_equal": "at most {le}",
+    "string_too_short": "at least {min_length} character(s)",
+    "string_too_long": "at most {max_length} characters",
+    "string_pattern_mismatch": "text that matches {pattern}",
+    "too_short": "at least {min_length} entry",
+}
+
+
+def read_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """Read the YAML file at `path`, apply `key=YAML` overrides, and check everything.
+
+    Raises:
+        ConfigError: lists every problem as `file:line: key: what was found; what to do`.
+    """
+    return settle(path, parse(path, read_text(path)), overrides)
+
+
+def settle(path: Path, document: Document, overrides: Sequence[str], found: Sequence[Problem] = ()) -> Config:
+    """Apply `key=YAML` overrides to a document that came from `path`, and check everything.
+
+    Raises:
+        ConfigError: lists every problem, and those that were `found` before.
+    """
+    problems = [yaml_problem(path, problem) for problem in document.problems]
+    if document.value is None:
+        raise ConfigError(Problem(str(path), "is empty", "see configs/quickstart.yaml for a start"))
+    if not isinstance(document.value, dict):
+        raise ConfigError(
+            Problem(str(path), f"holds {_kind(document.value)}, not settings", "write `key: value` lines")
+        )
+    origins: dict[KeyPath, str] = {}
+    for override in overrides:
+        problems += _apply(document.value, override, origins)
+
+    def where(key_path: KeyPath) -> str:
+        return _where(path, document, origins, key_path)
+
+    config, wrong = validate(document.value, where)
+    problems += sorted([*found, *wrong], key=lambda problem: _line(path, problem))
+    if problems or config is None:
+        raise ConfigError(*problems)
+    return config
+
+
+def validate(value: dict[str, Any], where: Any) -> tuple[Config | None, list[Problem]]:
+    """Check plain values against the schema; `where(key_path)` names a place for the user."""
+    try:
+        return Config.model_validate(value), []
+    except ValidationError as error:
+        return None, _explain(error, value, where)
+
+
+def dump_config(config: Config) -> str:
+    """Every setting with its effective value, as YAML that reads back to the same config."""
+    return yaml_reader.dump(config.model_dump())
+
+
+def resolved(config: Config) -> Config:
+    """`config` with absolute paths, so that it means the same in any working directory; hub ids stay as they are."""
+
+    def absolute(path: str | None) -> str | None:
+        return str(Path(path).absolute()) if path is not None and Path(path).exists() else path
+
+    model, cache, sample = config.model, config.cache, config.sample
+    paths = {"path": absolute(model.path), "extras": absolute(model.extras), "adapter": absolute(model.adapter)}
+    data = [
+        entry.model_copy(update={name: absolute(getattr(entry, name)) for name in ("folder", "metadata", "mask")})
+        for entry in config.data
+    ]
+    loras = [one.model_copy(update={"file": absolute(one.file)}) for one in sample.extra_loras]
+    validation = config.validation.model_copy(update={"folder": absolute(config.validation.folder)})
+    folder = None if cache.folder is None else str(Path(cache.folder).absolute())
+    return config.model_copy(
+        update={
+            "output": str(Path(config.output).absolute()),
+            "model": model.model_copy(update=paths),
+            "data": data,
+            "lora": config.lora.model_copy(update={"init_from": absolute(config.lora.init_from)}),
+            "cache": cache.model_copy(update={"folder": folder}),
+            "validation": validation,
+            "sample": sample.model_copy(update={"also": absolute(sample.also), "extra_loras": loras}),
+        }
+    )
+
+
+def cache_folder(config: Config) -> Path:
+    """`cache.folder`, or the user's cache directory for this program."""
+    if config.cache.folder is not None:
+        return Path(config.cache.folder)
+    base = os.environ.get("XDG_CACHE_HOME") or os.environ.get("LOCALAPPDATA")
+    return (Path(base) if base else Path.home() / ".cache") / "zimage-train"
+
+
+def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    """`{"optimizer.lr": 1e-4, "data.0.folder": ...}`: one line a leaf, for diffs and tables."""
+    if isinstance(value, dict) and value:
+        items = value.items()
+    elif isinstance(value, list) and value and any(isinstance(item, dict) for item in value):
+        items = enumerate(value)
+    else:
+        return {prefix: value}
+    flat: dict[str, Any] = {}
+    for key, item in items:
+        flat |= flatten(item, f"{prefix}.{key}" if prefix else str(key))
+    return flat
+
+
+def read_text(path: Path) -> str:
+    """The text of a config.
+
+    Raises:
+        ConfigError: there is none, or it is no text.
+    """
+    try:
+        with path.open("rb") as file:
+            content = file.read(yaml_reader.MAX_BYTES + 1)
+        if len(content) > yaml_reader.MAX_BYTES:
+            raise ConfigError(Problem(str(path), "is larger than 1 MB, so it is not a config", "check the path"))
+        return content.decode("utf-8-sig")
+    except FileNotFoundError:
+        raise ConfigError(Problem(str(path), "does not exist", "check the path of the config")) from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(Problem(str(path), f"is not UTF-8 text (byte {error.start})", "save it as UTF-8")) from None
+    except OSError as error:
+        if path.is_dir():
+            todo = "give a file; `zimage-train init FOLDER` writes a config for pictures"
+            raise ConfigError(Problem(str(path), "is a folder", todo)) from None
+        raise ConfigError(Problem(str(path), f"cannot be read ({error.strerror})", "check the path")) from None
+
+
+def parse(path: Path, text: str) -> Document:
+    """The document in `text`, the content of the file at `path`.
+
+    Raises:
+        ConfigError: it is no YAML that this program takes.
+    """
+    try:
+        return yaml_reader.parse(text)
+    except YamlProblem as problem:
+        raise ConfigError(yaml_problem(path, problem)) from None
+
+
+def yaml_problem(path: Path, problem: YamlProblem) -> Problem:
+    """What the reader of YAML found, for the user."""
+    place = f"{path}:{problem.line}" if problem.line else str(path)
+    return Problem(": ".join(filter(None, [place, dotted(problem.path)])), problem.what, "correct it")
+
+
+def _apply(root: dict[str, Any], override: str, origins: dict[KeyPath, str]) -> list[Problem]:
+    where = f"--set {override}"
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        return [Problem(where, "is not key=value", "write for example --set train.steps=100")]
+    parts = [int(part) if part.isascii() and part.isdigit() else part for part in key.strip().split(".")]
+    if "" in parts:
+        return [Problem(where, "has an empty part in its key", "write for example --set train.steps=100")]
+    try:
+        document = yaml_reader.parse(text)
+    except YamlProblem as problem:
+        return [Problem(where, problem.what, "quote the value")]
+    target: Any = root
+    for index, part in enumerate(parts):
+        here = dotted(parts[:index])
+        if isinstance(target, list) and not (isinstance(part, int) and part < len(target)):
+            return [Problem(where, f"{here} has {len(target)} entries, counted from 0", "check the index")]
+        if not isinstance(target, dict | list):
+            return [Problem(where, f"{here} is no section of the config", "check the key")]
+        slot: Any = part if isinstance(target, list) else str(part)
+        if index == len(parts) - 1:
+            target[slot] = document.value
+        elif isinstance(target, dict) and target.get(slot) is None:
+            target[slot] = [] if isinstance(parts[index + 1], int) else {}
+        target = target[slot]
+    origins[tuple(parts)] = where
+    return [Problem(f"{where}: {dotted(twice.path)}", twice.what, "correct it") for twice in document.problems]
+
+
+def _where(path: Path, document: Document, origins: dict[KeyPath, str], key_path: KeyPath) -> str:
+    for length in range(len(key_path), 0, -1):
+        if key_path[:length] in origins:
+            return f"{origins[key_path[:length]]}: {dotted(key_path)}"
+    if key_path not in document.lines:
+        made = [where for path, where in origins.items() if path[: len(key_path)] == key_path]
+        if made:
+            return f"{made[0]}: {dotted(key_path)}"
+    known = next((n for n in range(len(key_path), -1, -1) if key_path[:n] in document.lines), 0)
+    name = dotted((document.names.get(key_path[:known], dotted(key_path[:known])), *key_path[known:])).lstrip(".")
+    return f"{path}:{document.lines.get(key_path[:known], 0)}: {name}" if key_path else f"{path}"
+
+
+def _line(path: Path, problem: Problem) -> int:
+    match = re.match(rf"{re.escape(str(path))}:(\d+)", problem.where)
+    return int(match[1]) if match else 0
+
+
+def _explain(error: ValidationError, value: dict[str, Any], where: Any) -> list[Problem]:
+    """One problem a place: the alternatives of a union, which pydantic lists singly, are joined."""
+    grouped: dict[KeyPath, list[Any]] = {}
+    for item in error.errors(include_url=False):
+        grouped.setdefault(_config_path(item["loc"], value, item["type"]), []).append(item)
+    return [_problem(key_path, items, where) for key_path, items in grouped.items()]
+
+
+def _config_path(loc: tuple[str | int, ...], value: Any, kind: str) -> KeyPath:
+    path: list[str | int] = []
+    for part in loc:
+        if isinstance(value, dict) and (part in value or (kind == "missing" and part == loc[-1])):
+            value = value.get(part)
+        elif isinstance(value, list) and isinstance(part, int) and part < len(value):
+            value = value[part]
+        else:
+            break  # the name of an alternative of a union
+        path.append(part)
+    return tuple(path)
+
+
+def _problem(key_path: KeyPath, items: list[Any], where: Any) -> Problem:
+    item = items[0]
+    kind, found, place = item["type"], item["input"], where(key_path)
+    if kind == "extra_forbidden":
+        return Problem(place, "unknown key", _suggest_key(key_path))
+    if kind == "missing":
+        return Problem(place, "is missing", "add it")
+    if kind == "value_error" and len(items) == 1:
+        what, _, todo = item["msg"].removeprefix("Value error, ").partition("; ")
+        return Problem(place, what, todo or "correct it")
+    if kind == "finite_number":
+        return Problem(place, f"is {found}", "give a finite number")
+    expected = " or ".join(dict.fromkeys(_expected(one) for one in items))
+    if key_path[-1] == "every" and kind == "greater_than_equal":
+        expected += ", or null, which is never"
+    value = _shorten(repr(found)) if kind == "literal_error" and isinstance(found, str) else shown(found)
+    return Problem(place, f"is {value}", f"expected {expected}{_suggest_value(item)}")
+
+
+def _expected(item: Any) -> str:
+    kind, context = item["type"], item.get("ctx", {})
+    if kind in EXPECTED:
+        return EXPECTED[kind]
+    if kind in LIMITS:
+        return LIMITS[kind].format(**context)
+    if kind == "literal_error":
+        return context["expected"].replace("'", "")
+    return item["msg"].removeprefix("Value error, ").removeprefix("Input should be ").removeprefix("should ")
+
+
+def shown(found: object) -> str:
+    """A value as users write it, or what kind of thing it is."""
+    if found is None:
+        return "null"
+    if isinstance(found, bool):
+        return str(found).lower()
+    if isinstance(found, dict | list):
+        return _kind(found) if found else "empty"
+    return f"{_shorten(repr(found))} (text)" if isinstance(found, str) else _shorten(repr(found))
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= 80 else f"{text[:60]}... ({len(text)} characters)"
+
+
+def _kind(value: object) -> str:
+    return next((name for kind, name in KINDS.items() if type(value) is kind), type(value).__name__)
+
+
+def _suggest_value(item: Any) -> str:
+    if item["type"] != "literal_error" or not isinstance(item["input"], str):
+        return ""
+    choices = [choice.strip(" '") for choice in item["ctx"]["expected"].replace(" or ", ",").split(",")]
+    close = difflib.get_close_matches(item["input"], choices, n=1)
+    return f"; did you mean '{close[0]}'?" if close else ""
+
+
+def _suggest_key(key_path: KeyPath) -> str:
+    key = str(key_path[-1])
+    section = _section(key_path[:-1])
+    siblings = list(section.model_fields) if section else []
+    everywhere = {dotted(path): path[-1] for path in _all_keys(Config)}
+    named = [full for full, name in everywhere.items() if name == key][:3]
+    hints = [ELSEWHERE[key]] if key in ELSEWHERE else named
+    if not hints:
+        hints = difflib.get_close_matches(key, siblings, n=1, cutoff=0.6)
+    if not hints:
+        similar = difflib.get_close_matches(key, list(everywhere.values()), n=1, cutoff=0.75)
+        hints = [full for full, name in everywhere.items() if name in similar][:1]
+    if hints:
+        return f"did you mean {' or '.join(repr(hint) for hint in hints)}?"
+    return f"known here: {', '.join(siblings)}" if siblings else "remove it"
+
+
+def _section(key_path: KeyPath) -> type[BaseModel] | None:
+    section: type[BaseModel] | None = Config
+    for part in key_path:
+        if isinstance(part, int):
+            continue
+        field = section.model_fields.get(part) if section else None
+        section = _model_of(field.annotation) if field else None
+    return section
+
+
+def _all_keys(section: type[BaseModel], prefix: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    keys: list[tuple[str, ...]] = []
+    for name, field in section.model_fields.items():
+        inner = _model_of(field.annotation)
+        index = ("0",) if name in ("data", "prompts", "extra_loras") else ()
+        keys += _all_keys(inner, (*prefix, name, *index)) if inner else [(*prefix, name)]
+    return keys
+
+
+def _model_of(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((model for arg in getattr(annotation, "__args__", ()) if (model := _model_of(arg))), None)
+
+
+def dotted(key_path: Sequence[str | int]) -> str:
+    return ".".join(str(part) for part in key_path)

@@ -1,0 +1,119 @@
+"""Masks: which part of a picture is trained, as a map on the grid of its latents."""
+
+import hashlib
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from zimage_train.config.dataset import Data
+from zimage_train.dataset import images
+from zimage_train.dataset.buckets import Bucket
+from zimage_train.dataset.image_index import Look, Looks, Tick
+from zimage_train.errors import DataError, Problem, ZImageTrainError
+
+ALPHA = "alpha"
+MOST_ASPECT = 1.02
+"""By how much the aspect of a mask may differ from its picture's."""
+DARKEST = 2
+"""Of 255: a mask whose lightest part is below this is empty."""
+STRIDE = 8
+"""Pixels of a picture under one latent."""
+
+
+@dataclass(frozen=True)
+class Mask:
+    """Where a picture's mask is: a file of its own, or the picture's alpha channel; and what is there by content."""
+
+    path: Path
+    digest: str
+    is_alpha: bool
+    width: int = 0
+    height: int = 0
+
+
+def find(
+    pictures: list[Path], entry: Data, where: str, errors: list[ZImageTrainError], looks: Looks, tick: Tick
+) -> dict[Path, Mask]:
+    """The mask of each picture of the entry `where` that has one; what is wrong with others goes into `errors`."""
+    if entry.mask is None:
+        return {}
+    if entry.mask == ALPHA:
+        return {path: Mask(path, ALPHA, True) for path in pictures if images.has_alpha(path)}
+    folder = Path(entry.mask)
+    if not folder.is_dir():
+        what = "is a file, not a folder" if folder.exists() else "does not exist"
+        errors.append(DataError(Problem(f"{where}.mask: {folder}", what, "give a folder of masks, or alpha")))
+        return {}
+    root = Path(entry.folder) if entry.folder else None
+    by_name: dict[str, Path] = {}
+    for path in sorted(folder.rglob("*")):
+        if path.suffix.lower() in images.EXTENSIONS and path.is_file():
+            other = by_name.setdefault(path.relative_to(folder).with_suffix("").as_posix(), path)
+            if other is not path:
+                errors.append(DataError(Problem(str(path), f"is a second mask beside {other.name}", "remove one")))
+    names = Counter(_name(path, root) for path in pictures)
+    twice = [name for name, count in names.items() if count > 1 and name in by_name]
+    errors += [
+        DataError(Problem(str(by_name[name]), "is the mask of several pictures", "give them different names"))
+        for name in twice
+    ]
+    found = {path: by_name[name] for path in pictures if (name := _name(path, root)) in by_name}
+    if not found:
+        example = f"{_name(pictures[0], root)}.png" if pictures else "NAME.png"
+        what = f"holds no mask under the name of a picture (such as {example})"
+        errors.append(DataError(Problem(f"{where}.mask: {folder}", what, "name masks as their pictures")))
+    masks: dict[Path, Mask] = {}
+    for (picture, path), look in zip(found.items(), looks.at(list(found.values()), tick), strict=True):
+        if isinstance(look, Look):
+            masks[picture] = Mask(path, look.digest, False, look.width, look.height)
+            if max(bytes.fromhex(look.thumbnail)) < DARKEST:
+                errors.append(
+                    DataError(Problem(str(path), "is black: nothing would be trained", "paint white what is"))
+                )
+        else:
+            errors.append(look)
+    return masks
+
+
+def _name(path: Path, root: Path | None) -> str:
+    inside = path.relative_to(root) if root else Path(path.name)
+    return inside.with_suffix("").as_posix()
+
+
+def require_fit(mask: Mask | None, picture: Path, look: Look) -> Mask | None:
+    """`mask`, when it has the shape of its picture.
+
+    Raises:
+        DataError: it has another one.
+    """
+    if mask is None or mask.is_alpha:
+        return mask
+    ratio = mask.width / mask.height * look.height / look.width
+    if not 1 / MOST_ASPECT <= ratio <= MOST_ASPECT:
+        what = f"is {mask.width}x{mask.height} px, and its picture {picture.name} {look.width}x{look.height}"
+        raise DataError(Problem(str(mask.path), what, "make it of the picture's shape"))
+    return mask
+
+
+def on_latents(mask: Mask, size: Bucket, flip: bool, picture_digest: str) -> NDArray[np.float32]:
+    """The mask (h/8, w/8) in [0, 1] of a picture trained at `size`: scaled, cropped and mirrored as the picture is.
+
+    Raises:
+        DataError: it is gone or changed since it was checked.
+    """
+    try:
+        content = mask.path.read_bytes()
+    except OSError as error:
+        raise DataError(Problem(str(mask.path), f"cannot be read any more ({error.strerror})", "put it back")) from None
+    if hashlib.sha256(content).hexdigest() != (picture_digest if mask.is_alpha else mask.digest):
+        raise DataError(Problem(str(mask.path), "changed while this command ran", "run it again"))
+    alpha = mask.is_alpha
+    grey = images.load_alpha(mask.path, content) if alpha else images.load(mask.path, content).convert("L")
+    fitted = ImageOps.fit(grey, (size.width, size.height), method=Image.Resampling.BILINEAR, centering=(0.5, 0.5))
+    if flip:
+        fitted = ImageOps.mirror(fitted)
+    return np.asarray(fitted.reduce(STRIDE), dtype=np.float32) / 255.0

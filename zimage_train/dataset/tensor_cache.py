@@ -1,0 +1,115 @@
+"""Latents and prompt embeddings on disk, found by what went into them, checked when read.
+
+A key is a digest of content: the picture's bytes, its size and the VAE; the prompt and the text encoder. So a changed
+picture, caption or encoder is encoded again and nothing else is.
+"""
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from zimage_train.dataset.buckets import Bucket
+from zimage_train.dataset.scan import Picture
+from zimage_train.errors import DataError, Problem, WeightsError
+from zimage_train.io import atomic as files
+from zimage_train.io import tensorfile
+
+FORMAT = 1
+"""Raised when the way pictures or prompts are prepared changes, so that old entries are not found."""
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Entries under one folder, shared by all runs."""
+
+    folder: Path
+
+    def read(self, key: str) -> Tensor | None:
+        """The tensor stored under `key`, or None when it is missing, damaged or stored under another key."""
+        try:
+            tensors, metadata = tensorfile.load_sealed(self._path(key))
+        except WeightsError:
+            return None
+        return tensors.get("value") if metadata.get("key") == key else None
+
+    def has_file(self, key: str) -> bool:
+        return self._path(key).exists()
+
+    def write(self, key: str, value: Tensor) -> None:
+        """Store `value` under `key`.
+
+        Raises:
+            DiskError: it cannot be written.
+        """
+        tensorfile.save_sealed(self._path(key), {"value": value}, {"key": key})
+
+    def claim(self, key: str) -> bool:
+        """Whether this process may make the entry `key` now: nobody else does.
+
+        Raises:
+            DiskError: the claim cannot be written.
+        """
+        return files.claim(self._claim(key))
+
+    def renew(self, keys: Iterable[str]) -> None:
+        """Keep the claims on `keys` from being taken over."""
+        for key in keys:
+            files.renew(self._claim(key))
+
+    def release(self, key: str) -> None:
+        """Give this process's claim back."""
+        files.release(self._claim(key))
+
+    def forget(self, key: str) -> None:
+        """Remove a claim on an entry that is there, if its owner is gone."""
+        files.clear_claim(self._claim(key))
+
+    def take_over(self, key: str) -> None:
+        """Remove a claim that nobody renews any more."""
+        files.remove(self._claim(key))
+
+    def claimed_at(self, key: str) -> float | None:
+        """When the claim on `key` was last renewed, by its owner's clock; None: there is none."""
+        return files.changed_at(self._claim(key))
+
+    def _claim(self, key: str) -> Path:
+        return self._path(key).with_suffix(".claim")
+
+    def _path(self, key: str) -> Path:
+        kind, digest = key.split("/")
+        return self.folder / kind / digest[:2] / f"{digest}.safetensors"
+
+
+def latent_key(picture: Picture, size: Bucket, flip: bool, vae_digest: str) -> str:
+    """The key of a picture's latents: its bytes, its size, whether it is mirrored, the VAE."""
+    mirrored = ("flip",) if flip else ()
+    return f"latents/{_digest('latents', picture.digest, size.width, size.height, vae_digest, *mirrored)}"
+
+
+def prompt_key(prompt: str, encoder_digest: str, dtype: str) -> str:
+    """The key of a prompt's embeddings: the prompt, the text encoder with its template, the precision."""
+    return f"prompts/{_digest('prompts', prompt, encoder_digest, dtype)}"
+
+
+def own_key(recipe: str, *parts: str) -> str:
+    """The key of what the model itself draws by `recipe`: that and all that the model is."""
+    return f"own/{_digest('own', recipe, *parts)}"
+
+
+def _digest(*parts: str | int) -> str:
+    return hashlib.sha256(repr((FORMAT, *parts)).encode()).hexdigest()
+
+
+def require(cache: Cache, key: str, what: str) -> Tensor:
+    """The tensor under `key`, which was there when the run began.
+
+    Raises:
+        DataError: it is gone or damaged.
+    """
+    value = cache.read(key)
+    if value is None:
+        raise DataError(Problem(what, "its cache entry is gone or damaged", "run the same command again"))
+    return value

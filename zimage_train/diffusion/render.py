@@ -1,0 +1,69 @@
+"""Pictures of a run on its way: true Turbo, that is without the adapter, with the LoRA as it is now."""
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from zimage_train.diffusion.frozen import Frozen, original
+from zimage_train.diffusion.request import Recipe
+from zimage_train.diffusion.sampler import denoise
+from zimage_train.models import vae
+
+Tick = Callable[[int, int], None]
+
+
+def render(
+    frozen: Frozen,
+    extras: Path,
+    recipes: list[Recipe],
+    embeds: Mapping[str, Tensor],
+    tick: Tick,
+    also: Path | None = None,
+    at_once: int = 1,
+    meanwhile: Callable[[], None] = lambda: None,
+) -> list[Image.Image]:
+    """One picture a recipe, on the model at `also` if given. The model comes back with the same weights and mode.
+
+    Up to `at_once` that follow each other and differ in prompts and seed alone go through the model together.
+    `meanwhile` is called before the weights are the training ones again.
+    """
+    model = frozen.model
+    was_training = model.training
+    together = batches(recipes, at_once)
+    total = sum(batch[0].steps for batch in together)
+    done = 0
+
+    def step(index: int, steps: int) -> None:
+        nonlocal done
+        done += 1
+        tick(done, total)
+
+    model.eval()
+    try:
+        with original(frozen, also):
+            latents = [one for batch in together for one in denoise(model, batch, embeds, step).split(1)]
+            meanwhile()
+    finally:
+        model.train(was_training)
+    if not latents:
+        return []
+    decoder = vae.load(extras, model.device, model.dtype)
+    images = [vae.decode(decoder, one)[0] for one in latents]
+    del decoder
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return images
+
+
+def batches(recipes: Sequence[Recipe], at_once: int) -> list[list[Recipe]]:
+    """Those that go through the model together: neighbours that differ in prompts and seed alone."""
+
+    def alike(recipe: Recipe) -> tuple[float, ...]:
+        return recipe.width, recipe.height, recipe.steps, recipe.guidance, recipe.shift
+
+    groups = [list(group) for _, group in itertools.groupby(recipes, alike)]
+    return [group[start : start + at_once] for group in groups for start in range(0, len(group), at_once)]

@@ -1,0 +1,108 @@
+"""What a sampled picture is made from, and the seeds and sizes of a config's previews (torch-free)."""
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Annotated
+
+from pydantic import Field, TypeAdapter
+
+from zimage_train.config.sample import Sample
+from zimage_train.config.schema import Config
+from zimage_train.config.values import Pixels
+from zimage_train.config.variants import VARIANTS
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Everything that decides a picture, but the model; `guidance` is g, the usual CFG scale is g + 1."""
+
+    prompt: str
+    negative: str
+    seed: Annotated[int, Field(ge=0, lt=2**63)]
+    width: Pixels
+    height: Pixels
+    steps: Annotated[int, Field(ge=1, le=1000)]
+    guidance: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    shift: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+    @classmethod
+    def from_json(cls, text: str) -> "Recipe":
+        """Read what `to_json` wrote.
+
+        Raises:
+            ValueError: it is something else.
+        """
+        return TypeAdapter(cls).validate_json(text, strict=True, extra="forbid")
+
+    def to_json(self) -> str:
+        """One line that holds all of it."""
+        return json.dumps(asdict(self), ensure_ascii=False)
+
+    def in_short(self) -> str:
+        """One line for a terminal."""
+        prompt = self.prompt if len(self.prompt) <= 60 else f"{self.prompt[:57]}..."
+        size = f"{self.width}x{self.height}"
+        return f"{size}, {self.steps} steps, guidance {self.guidance:g} (CFG {self.guidance + 1:g}), {prompt!r}"
+
+    def describe(self) -> str:
+        """One line for picture metadata and reports, with guidance in both conventions."""
+        return (
+            f"{self.prompt}\nNegative prompt: {self.negative}\nSteps: {self.steps}, Sampler: Euler, "
+            f"guidance g: {self.guidance:g} (CFG {self.guidance + 1:g}), Shift: {self.shift:g}, Seed: {self.seed}, "
+            f"Size: {self.width}x{self.height}"
+        )
+
+
+def previews(config: Config) -> list[Recipe]:
+    """The recipes of the previews: prompt i has seed `sample.seed + i` unless it names its own."""
+    variant, sample = VARIANTS[config.model.variant], config.sample
+    steps = variant.steps if sample.steps == "auto" else sample.steps
+    guidance = variant.guidance if sample.guidance == "auto" else sample.guidance
+    return _recipes(config.sample, steps, guidance, variant.shift)
+
+
+def also(config: Config) -> list[Recipe]:
+    """The same on `sample.also`, with the steps, guidance and shift of that model."""
+    name = config.sample.also
+    if name is None:
+        return []
+    variant = VARIANTS.get(name, VARIANTS["turbo"])
+    return _recipes(config.sample, variant.steps, variant.guidance, variant.shift)
+
+
+def own(config: Config, prompt: str, width: int, height: int, seed: int) -> Recipe:
+    """What the model is to draw for `prompt` to be trained on: as the teacher does, or in the variant's own way."""
+    variant, teacher = VARIANTS[config.model.variant], config.teacher
+    imitates = config.train.method == "trajectory_imitation"
+    return Recipe(
+        prompt=prompt,
+        negative="",
+        seed=seed,
+        width=width,
+        height=height,
+        steps=teacher.steps if imitates else variant.steps,
+        guidance=teacher.guidance if imitates else variant.guidance,
+        shift=variant.shift,
+    )
+
+
+def _recipes(sample: Sample, steps: int, guidance: float, shift: float) -> list[Recipe]:
+    return [
+        Recipe(
+            prompt=prompt.prompt,
+            negative=sample.negative if prompt.negative is None else prompt.negative,
+            seed=sample.seed + index if prompt.seed is None else prompt.seed,
+            width=prompt.width or sample.width,
+            height=prompt.height or sample.height,
+            steps=steps,
+            guidance=guidance,
+            shift=shift,
+        )
+        for index, prompt in enumerate(sample.prompts)
+    ]
+
+
+def prompts_of(recipes: list[Recipe]) -> list[str]:
+    """Every prompt that must be encoded for `recipes`: negatives only where guidance uses them."""
+    texts = {recipe.prompt for recipe in recipes} | {recipe.negative for recipe in recipes if recipe.guidance > 0}
+    return sorted(texts)

@@ -1,0 +1,90 @@
+"""Tensors to and from safetensors files, with a digest inside the file that its content must meet."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_bytes
+from torch import Tensor
+
+from zimage_train.errors import Problem, WeightsError
+from zimage_train.io import serialize
+from zimage_train.io.headers import read_header
+from zimage_train.io.serialize import Entry
+
+NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+KINDS = {name: kind for kind, name in NAMES.items()}
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+"""The precisions that a config can name."""
+DIGEST = "sha256"
+
+
+def save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write `tensors` and `metadata`; equal inputs give equal bytes.
+
+    Raises:
+        DiskError: the file cannot be written; an older one is still there.
+    """
+    serialize.write_safetensors(path, {name: entry(tensor) for name, tensor in tensors.items()}, metadata)
+
+
+def save_sealed(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Like `save`, with a digest of everything, so that `load_sealed` notices any changed bit."""
+    entries = {name: entry(tensor) for name, tensor in tensors.items()}
+    serialize.write_safetensors(path, entries, {**metadata, DIGEST: _digest(entries, metadata)})
+
+
+def load_sealed(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read what `save_sealed` wrote, and check all of it.
+
+    Raises:
+        WeightsError: missing, damaged, or not sealed.
+    """
+    tensors, metadata = load(path)
+    expected = metadata.pop(DIGEST, None)
+    if expected is None or _digest({name: entry(t) for name, t in tensors.items()}, metadata) != expected:
+        raise WeightsError(Problem(str(path), "is damaged: its content does not meet its digest", "remove it"))
+    return tensors, metadata
+
+
+def load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read every tensor and the metadata of a safetensors file.
+
+    Raises:
+        WeightsError: missing, cut off, a pickle, or not a safetensors file.
+    """
+    metadata = read_header(path).metadata
+    try:
+        return load_bytes(path.read_bytes()), metadata
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(Problem(str(path), f"cannot be read ({error})", "get the file again")) from None
+
+
+def entry(tensor: Tensor) -> Entry:
+    """The bytes of a tensor, whatever its device and type."""
+    flat = tensor.detach().contiguous().cpu()
+    data = flat.reshape(-1).view(torch.uint8).numpy().data if flat.numel() else b""
+    return Entry(NAMES[flat.dtype], tuple(flat.shape), data)
+
+
+def _digest(entries: Mapping[str, Entry], metadata: Mapping[str, str]) -> str:
+    digest = hashlib.sha256(json.dumps(dict(sorted(metadata.items()))).encode())
+    for name in sorted(entries):
+        dtype, shape, data = entries[name]
+        digest.update(json.dumps([name, dtype, shape]).encode())
+        digest.update(data)
+    return digest.hexdigest()

@@ -1,0 +1,117 @@
+"""What the text encoder, tokenizer and VAE of a diffusers folder are, by headers and configs alone (torch-free).
+
+The loaders ask the same functions. What only the model's own class can tell, they tell when they load: whether the VAE
+has every tensor, and whether the rest of its config makes sense.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from zimage_train.errors import Problem, WeightsError, ZImageTrainError, collected, raise_all
+from zimage_train.io.headers import TensorInfo, read_json, read_sharded
+from zimage_train.models import arch as shapes
+
+LATENT_CHANNELS = 16
+LATENT_STRIDE = 8
+"""Pixels per latent."""
+LARGEST = 10_000_000
+"""No size in a config is larger; one that is would be taken for memory."""
+
+
+def require(extras: Path, features: int) -> None:
+    """Refuse a folder whose parts cannot be loaded, or whose embeddings do not have the transformer's `features`.
+
+    Raises:
+        WeightsError: lists what is wrong with each part.
+    """
+
+    errors: list[ZImageTrainError] = []
+    with collected(errors):
+        width = text_encoder(extras)[0].get("hidden_size")
+        if width != features:
+            what = f"makes embeddings of {width} features, and the transformer takes {features}"
+            raise WeightsError(Problem(str(extras / "text_encoder"), what, "check model.extras"))
+    with collected(errors):
+        tokenizer(extras)
+    with collected(errors):
+        vae(extras)
+    raise_all(errors)
+
+
+def text_encoder(extras: Path) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
+    """The config and the tensors of a Qwen3.
+
+    Raises:
+        WeightsError: it is something else, or not whole.
+    """
+    folder = extras / "text_encoder"
+    config = read_json(folder / "config.json")
+    kind = config.get("model_type")
+    if kind != "qwen3":
+        raise WeightsError(Problem(str(folder / "config.json"), f"is a {kind}, not a Qwen3", "check model.extras"))
+    tensors = read_sharded(folder, "model")
+    needed = _qwen3(folder / "config.json", config)
+    found = {name.removeprefix("model."): info.shape for name, info in tensors.items()}
+    shapes.compare(str(folder), {name: found[name] for name in found.keys() & needed.keys()}, needed, "Qwen3")
+    return config, tensors
+
+
+def _qwen3(path: Path, config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """The tensors of a Qwen3 that are used: all but those of the last layer, the final norm and the head."""
+    keys = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    keys = (*keys, "num_key_value_heads", "head_dim")
+    wrong = [key for key in keys if type(config.get(key)) is not int or not 0 < config[key] < LARGEST]
+    if wrong:
+        raise WeightsError(Problem(str(path), f"{wrong[0]} is {config.get(wrong[0])!r}", "get the file again"))
+    vocab, width, inner, layers, heads, kv_heads, head = (config[key] for key in keys)
+    layer = {
+        "input_layernorm": (width,),
+        "post_attention_layernorm": (width,),
+        "self_attn.q_proj": (heads * head, width),
+        "self_attn.k_proj": (kv_heads * head, width),
+        "self_attn.v_proj": (kv_heads * head, width),
+        "self_attn.o_proj": (width, heads * head),
+        "self_attn.q_norm": (head,),
+        "self_attn.k_norm": (head,),
+        "mlp.gate_proj": (inner, width),
+        "mlp.up_proj": (inner, width),
+        "mlp.down_proj": (width, inner),
+    }
+    tensors: dict[str, tuple[int, ...]] = {"embed_tokens.weight": (vocab, width)}
+    for index in range(min(layers, 1000) - 1):
+        tensors |= {f"layers.{index}.{name}.weight": size for name, size in layer.items()}
+    return tensors
+
+
+def tokenizer(extras: Path) -> Path:
+    """The folder of a tokenizer.
+
+    Raises:
+        WeightsError: it has no tokenizer.json, or a damaged one.
+    """
+    folder = extras / "tokenizer"
+    if not (folder / "tokenizer.json").exists():
+        raise WeightsError(Problem(str(folder), "has no tokenizer.json", "get the folder again"))
+    if not isinstance(read_json(folder / "tokenizer.json").get("model"), dict):
+        raise WeightsError(Problem(str(folder / "tokenizer.json"), "is not a tokenizer", "get the folder again"))
+    settings = read_json(folder / "tokenizer_config.json")
+    if not (folder / "chat_template.jinja").exists() and not settings.get("chat_template"):
+        raise WeightsError(Problem(str(folder), "has no chat template", "get the folder again"))
+    return folder
+
+
+def vae(extras: Path) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
+    """The config and the tensors of an AutoencoderKL of 16 channels and stride 8.
+
+    Raises:
+        WeightsError: it is something else, or not whole.
+    """
+    folder = extras / "vae"
+    config = read_json(folder / "config.json")
+    kind, channels = config.get("_class_name"), config.get("latent_channels")
+    blocks = config.get("block_out_channels")
+    stride = 2 ** (len(blocks) - 1) if isinstance(blocks, list) and blocks else None
+    if kind != "AutoencoderKL" or channels != LATENT_CHANNELS or stride != LATENT_STRIDE:
+        what = f"is a {kind} with {channels} channels and stride {stride}"
+        raise WeightsError(Problem(str(folder), what, "Z-Image needs an AutoencoderKL with 16 channels and stride 8"))
+    return config, read_sharded(folder, "diffusion_pytorch_model")

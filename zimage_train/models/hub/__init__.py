@@ -1,0 +1,1 @@
+"""Hubs that model files are downloaded from."""

@@ -1,0 +1,271 @@
+"""Where the parts of a model are: a hub id, a diffusers folder or a single file becomes paths on this machine.
+
+Local paths never touch the network. Nothing is ever loaded by pickle, and no code that a repository holds is run.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from zimage_train.config.schema import Model
+from zimage_train.config.variants import ADAPTERS, LORAS, VARIANTS
+from zimage_train.errors import Problem, WeightsError, ZImageTrainError, collected
+from zimage_train.io.headers import TensorInfo, read_header, read_json, read_sharded
+from zimage_train.models import arch as shapes
+from zimage_train.models import native_keys as native
+from zimage_train.models.arch import TransformerShape
+from zimage_train.models.hub import client as hub
+
+TRANSFORMER_STEM = "diffusion_pytorch_model"
+EXTRAS = ("text_encoder", "tokenizer", "vae")
+
+
+class NotDownloaded(WeightsError):
+    """Everything named exists as far as is known, but some of it is not on this machine yet."""
+
+
+Fetch = Callable[[str, str | None, list[str]], Path]
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Paths of everything a run reads."""
+
+    transformer: Path
+    """A folder with config.json and weights, or a single .safetensors."""
+    extras: Path
+    """A folder with text_encoder, tokenizer and vae."""
+    adapter: Path | None
+    also: Path | None = None
+    """The transformer that previews are drawn on beside."""
+    init_from: Path | None = None
+    """The LoRA that the training begins with."""
+    extra_loras: tuple[Path, ...] = ()
+    """LoRAs that previews have besides the run's own."""
+
+
+@dataclass(frozen=True)
+class Search:
+    """What was found of a model, part by part, and what is wrong with the rest."""
+
+    transformer: Path | None
+    extras: Path | None
+    adapter: Path | None
+    errors: list[ZImageTrainError]
+
+
+def search(model: Model, fetch: Fetch | None = None) -> Search:
+    """Look for every part that `model` names, downloading from the hub what is not here yet.
+
+    `fetch(repository, revision, patterns)` returns the local folder of a hub repository.
+    """
+    fetch = fetch or download
+    variant = VARIANTS[model.variant]
+    transformer = extras = adapter = None
+    errors: list[ZImageTrainError] = []
+    with collected(errors):
+        transformer = _transformer(model.path or variant.transformer, "model.path", fetch)
+    if transformer is not None or model.extras is not None or model.path is None:
+        with collected(errors):
+            extras = _extras(model, fetch)
+    if model.adapter is not None:
+        with collected(errors):
+            adapter = _file(ADAPTERS.get(model.adapter, model.adapter), "model.adapter", fetch)
+    return Search(transformer, extras, adapter, errors)
+
+
+def locate(model: Model, fetch: Fetch | None = None) -> Sources:
+    """Find every part that `model` names, as `search` does.
+
+    Raises:
+        WeightsError: lists every part that cannot be found.
+    """
+    found = search(model, fetch)
+    wrong = [error for error in found.errors if not isinstance(error, NotDownloaded)] or found.errors
+    if wrong:
+        raise type(wrong[0])(*(problem for error in wrong for problem in error.problems))
+    assert found.transformer is not None and found.extras is not None
+    return Sources(found.transformer, found.extras, found.adapter)
+
+
+def transformer_at(name: str, where: str, fetch: Fetch | None = None) -> Path:
+    """The transformer alone that the setting `where` names: a variant, a folder, a file or a hub id.
+
+    Raises:
+        WeightsError: it cannot be found.
+    """
+    known = VARIANTS.get(name)
+    return _transformer(known.transformer if known else name, where, fetch or download)
+
+
+def lora_at(name: str, where: str, fetch: Fetch | None = None) -> Path:
+    """The LoRA that `name` is: a file, `org/repo/file` on the hub, or a short name such as distillpatch.
+
+    Raises:
+        WeightsError: it cannot be found.
+    """
+    return _file(LORAS.get(name, name), where, fetch or download)
+
+
+def repository(name: str, where: str, patterns: list[str], fetch: Fetch | None = None) -> Path:
+    """The folder `name`, or the snapshot of the hub repository of that name, with the files that meet `patterns`.
+
+    Raises:
+        WeightsError: it is neither, or cannot be had.
+    """
+    path = Path(name)
+    return path if path.is_dir() else _fetched(name, where, patterns, fetch or download)
+
+
+def transformer_tensors(path: Path) -> tuple[TransformerShape, dict[str, TensorInfo]]:
+    """The transformer's shape and its tensors under diffusers' names, from headers alone.
+
+    A fused `attention.qkv` of the ComfyUI layout appears as three names with the shape of a third each.
+
+    Raises:
+        WeightsError: unreadable, or not exactly the tensors of a Z-Image transformer.
+    """
+    if path.is_dir():
+        raw = read_sharded(path, TRANSFORMER_STEM)
+        config_path = path / "config.json"
+        shape = shapes.from_config(config_path, read_json(config_path))
+        tensors = raw
+    else:
+        raw = read_header(path).tensors
+        if any(".lora_" in name for name in raw):
+            raise WeightsError(Problem(str(path), "is a LoRA, no transformer", "give a model, or this as --lora"))
+        tensors = {}
+        for name, info in raw.items():
+            for new_name, _ in native_names(name):
+                third = (info.shape[0] // 3, *info.shape[1:]) if "attention.qkv" in name else info.shape
+                tensors[new_name] = TensorInfo(info.file, info.dtype, third)
+        shape = shapes.from_tensors({name: info.shape for name, info in tensors.items()})
+    found = {name: info.shape for name, info in tensors.items()}
+    shapes.compare(str(path), found, shape.parameters, "a Z-Image transformer")
+    return shape, tensors
+
+
+def native_names(name: str) -> list[tuple[str, int | None]]:
+    """diffusers' name(s) of a tensor in a single file, each with the third of a fused tensor that it is.
+
+    Takes the ComfyUI layout, with or without a `model.diffusion_model.` prefix, and diffusers' own.
+    """
+    for prefix in ("model.diffusion_model.", "diffusion_model."):
+        name = name.removeprefix(prefix)
+    return [] if name == "norm_final.weight" else native.from_native(name)  # an unused leftover in some files
+
+
+def _transformer(name: str, where: str, fetch: Fetch) -> Path:
+    path = Path(name)
+    if path.is_dir():
+        for folder in (path / "transformer", path):
+            if (folder / "config.json").exists():
+                return folder
+        raise WeightsError(Problem(f"{where}: {name}", "holds no transformer/config.json", "give a diffusers folder"))
+    if path.is_file():
+        return path
+    if name.endswith(".safetensors"):
+        return _file(name, where, fetch)
+    folder = _fetched(name, where, ["transformer/*", "model_index.json"], fetch)
+    return _transformer(str(folder), f"{where}: {name}", fetch)
+
+
+def _extras(model: Model, fetch: Fetch) -> Path:
+    """`model.extras`; else those beside the transformer at `model.path`; else the variant's own."""
+    patterns = [f"{part}/*" for part in EXTRAS]
+    variant = VARIANTS[model.variant]
+    if model.extras is not None:
+        path = Path(model.extras)
+        if not path.exists():
+            path = _fetched(model.extras, "model.extras", patterns, fetch)
+        return _whole(path, model.extras)
+    if model.path is not None:
+        path = Path(model.path)
+        if (path / "transformer").is_dir():  # a whole pipeline, so what it lacks is missing and not elsewhere
+            return _whole(path, model.path)
+        if not path.exists() and not model.path.endswith(".safetensors"):
+            path = _fetched(model.path, "model.path", patterns, fetch)
+            if all((path / part).is_dir() for part in EXTRAS):
+                return path
+    return _whole(_fetched(variant.extras, "model.extras", patterns, fetch), variant.extras)
+
+
+def _whole(path: Path, name: str) -> Path:
+    missing = [part for part in EXTRAS if not (path / part).is_dir()]
+    if missing:
+        what = f"{name} has no {', '.join(missing)}"
+        raise WeightsError(Problem("model.extras", what, "give a diffusers folder or hub id that has them"))
+    return path
+
+
+def _fetched(name: str, where: str, patterns: list[str], fetch: Fetch) -> Path:
+    """The snapshot of the hub repository `name`; what goes wrong is said of the setting `where`."""
+    repository, revision = _hub_id(name, where)
+    try:
+        return fetch(repository, revision, patterns)
+    except hub.NoHub:  # no setting's doing
+        raise
+    except WeightsError as error:
+        raise type(error)(*(Problem(f"{where}: {one.where}", one.what, one.todo) for one in error.problems)) from None
+
+
+def _file(name: str, where: str, fetch: Fetch) -> Path:
+    path = Path(name)
+    if path.is_file():
+        return path
+    parts = name.split("/")
+    if path.is_absolute() or len(parts) < 3 or name.startswith("."):
+        what = "is a folder, not a file" if path.exists() else "does not exist"
+        raise WeightsError(Problem(f"{where}: {name}", what, "give a file that is there, or org/repo/file on the hub"))
+    repository, inside = "/".join(parts[:2]), "/".join(parts[2:])
+    found = _fetched(repository, where, [inside], fetch) / inside
+    if not found.is_file():
+        raise WeightsError(Problem(f"{where}: {name}", f"{repository} has no such file", "check the name"))
+    return found
+
+
+def _hub_id(name: str, where: str) -> tuple[str, str | None]:
+    repository, _, revision = name.partition("@")
+    parts = repository.split("/")
+    if len(parts) != 2 or not all(parts) or repository.startswith((".", "~")):
+        todo = "give a folder or .safetensors that is there, or a hub id such as Tongyi-MAI/Z-Image-Turbo"
+        raise WeightsError(Problem(f"{where}: {name}", "is neither a path that exists nor a hub id", todo))
+    return repository, revision or None
+
+
+def download(repository: str, revision: str | None, patterns: list[str]) -> Path:
+    """The local snapshot of a hub repository, completed if need be.
+
+    Raises:
+        WeightsError: the hub cannot be reached, or has no such repository.
+    """
+    return _snapshot(repository, revision, patterns, local_only=False)
+
+
+def cached_only(repository: str, revision: str | None, patterns: list[str]) -> Path:
+    """Like `download`, from what is on this machine already.
+
+    Raises:
+        WeightsError: it is not here.
+    """
+    return _snapshot(repository, revision, patterns, local_only=True)
+
+
+def is_here(repository: str, patterns: list[str]) -> bool:
+    """Whether a snapshot of `repository` with something of each of `patterns` is on this machine."""
+    try:
+        folder = cached_only(repository, None, patterns)
+    except NotDownloaded:
+        return False
+    return all(any(folder.glob(pattern)) for pattern in patterns)
+
+
+def _snapshot(repository: str, revision: str | None, patterns: list[str], local_only: bool) -> Path:
+    source = hub.chosen()
+    try:
+        return source.snapshot(repository, revision, patterns, local_only)
+    except Exception as error:  # the hubs raise a dozen kinds, from four libraries
+        name = f"{repository}@{revision}" if revision else repository
+        what = "is not on this machine" if local_only else f"cannot be downloaded ({hub.first_line(error)})"
+        todo = "check the name and the connection, or give a local path"
+        raise (NotDownloaded if local_only else WeightsError)(Problem(name, what, todo)) from None

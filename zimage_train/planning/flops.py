@@ -1,0 +1,131 @@
+"""How much arithmetic and memory traffic a training step and a preview take, and how long that is (torch-free).
+
+Matrix products count two operations per weight and token; attention, taken as fused, 4 T^2 d forward and 10 T^2 d
+backward per block. Frozen weights need no gradient, so the backward of their products costs as much as the forward, and
+nothing before the first LoRA has a backward. Tests count the same on the real graph.
+"""
+
+from functools import cache
+
+from zimage_train.config.values import Mode
+from zimage_train.dataset.buckets import Bucket
+from zimage_train.diffusion.request import Recipe
+from zimage_train.models.arch import TransformerShape
+from zimage_train.planning.gpus import Card
+from zimage_train.planning.memory import Form, Job, block_bytes, count, padded
+
+CAPTION_TOKENS = 64
+"""A typical caption."""
+REACHED = 0.9
+"""Of a card's arithmetic and bandwidth, by kernels that have enough to do."""
+TRAFFIC = {"none": 1100, "elementwise": 1390, "w1w3": 1417, "attention": 1450, "full": 1450}
+"""Bytes moved by norms, gates, rotations and the LoRA in one block, per token and unit of `dim`: products and attention
+not counted."""
+TRAFFIC_AROUND = 545
+"""The same for all that is not a layer."""
+UNPACKING = 7
+"""Bytes moved to unpack one weight: one read, two written, two read, two written."""
+OPERATIONS = {"none": 400, "elementwise": 590, "w1w3": 590, "attention": 590, "full": 590}
+"""Kernels of a block, forward and backward."""
+LAUNCH_SECONDS = 6e-6
+
+
+def forward(shape: TransformerShape, size: Bucket) -> float:
+    """Operations of one forward pass on one picture of `size` px."""
+    linear, attention = _layers(shape, size)
+    return linear + attention + _before_the_layers(shape, size)
+
+
+def step(shape: TransformerShape, size: Bucket, mode: Mode) -> float:
+    """Operations of forward and backward on one sample; the LoRA's own, about 1 %, are left out."""
+    linear, attention = _layers(shape, size)
+    again = {
+        "none": 0.0,
+        "elementwise": 0.0,
+        "w1w3": linear * _wide_share(shape),
+        "attention": linear,
+        "full": linear + attention,
+    }
+    return forward(shape, size) + linear + 2.5 * attention + again[mode]
+
+
+def step_seconds(job: Job, form: Form, mode: Mode, size: Bucket, card: Card) -> float:
+    """Seconds of one training step on a full batch of `size`, with all that preservation and priors add to it."""
+    more = job.extra_forwards * forward_seconds(job, form, size, job.batch(size), card)
+    return (1 + job.extra_steps) * _pass_seconds(job, form, mode, size, card) + more
+
+
+def _pass_seconds(job: Job, form: Form, mode: Mode, size: Bucket, card: Card) -> float:
+    """Seconds of one pass forward and backward."""
+    shape, batch = job.shape, job.batch(size)
+    tokens = (_image_tokens(size) + padded(CAPTION_TOKENS)) * batch
+    moved = (shape.n_layers * TRAFFIC[mode] + TRAFFIC_AROUND) * shape.dim * tokens
+    if form.kind is not None:
+        unpacked = {"none": 2.0, "elementwise": 2.0, "w1w3": 2.0 + _wide_share(shape), "attention": 3.0, "full": 3.0}
+        moved += unpacked[mode] * UNPACKING * shape.n_layers * _block_weights(shape)
+    computing = step(shape, size, mode) * batch / (REACHED * card.tflops * 1e12)
+    moving = moved / (REACHED * card.gb_per_second * 1e9)
+    launching = OPERATIONS[mode] * shape.n_layers * LAUNCH_SECONDS
+    return max(computing + moving, launching, 2 * _streaming_seconds(job, form, card))
+
+
+def preview_seconds(job: Job, form: Form, recipe: Recipe, card: Card) -> float:
+    """Seconds of sampling one picture; decoding takes less than one of its steps."""
+    batch = 2 if recipe.guidance > 0 else 1
+    return recipe.steps * forward_seconds(job, form, Bucket(recipe.width, recipe.height), batch, card)
+
+
+def forward_seconds(job: Job, form: Form, size: Bucket, batch: int, card: Card) -> float:
+    """Seconds of one pass forward, which keeps nothing, on so many pictures of `size`."""
+    tokens = (_image_tokens(size) + padded(CAPTION_TOKENS)) * batch
+    computing = forward(job.shape, size) * batch / (REACHED * card.tflops * 1e12)
+    moving = TRAFFIC["none"] / 3 * job.shape.n_layers * job.shape.dim * tokens / (REACHED * card.gb_per_second * 1e9)
+    return max(computing + moving, _streaming_seconds(job, form, card))
+
+
+def _streaming_seconds(job: Job, form: Form, card: Card) -> float:
+    """Seconds of copying in one pass; the blocks that the ring holds across a turn are not copied again."""
+    return max(form.streamed - 2, 0) * block_bytes(job, form.kind) / (REACHED * card.pcie_gb_per_second * 1e9)
+
+
+def _layers(shape: TransformerShape, size: Bucket) -> tuple[float, float]:
+    tokens = _image_tokens(size) + padded(CAPTION_TOKENS)
+    return _products(shape, "layers", tokens), _attention(shape, shape.n_layers, tokens)
+
+
+def _before_the_layers(shape: TransformerShape, size: Bucket) -> float:
+    parts = (("noise_refiner", _image_tokens(size)), ("context_refiner", padded(CAPTION_TOKENS)))
+    return sum(
+        _products(shape, name, tokens) + _attention(shape, shape.n_refiner_layers, tokens) for name, tokens in parts
+    )
+
+
+def _products(shape: TransformerShape, part: str, tokens: int) -> float:
+    return 2.0 * _weights(shape, part) * tokens
+
+
+@cache
+def _weights(shape: TransformerShape, part: str) -> int:
+    """Modulations are left out: they see one vector a picture and not one a token."""
+    return sum(
+        count(parameter)
+        for name, parameter in shape.parameters.items()
+        if name.startswith(f"{part}.") and len(parameter) == 2 and "adaLN" not in name
+    )
+
+
+def _block_weights(shape: TransformerShape) -> int:
+    return 4 * shape.dim**2 + 3 * shape.dim * shape.ffn_dim
+
+
+def _wide_share(shape: TransformerShape) -> float:
+    """Of a block's weights, those of w1 and w3."""
+    return 2 * shape.dim * shape.ffn_dim / _block_weights(shape)
+
+
+def _attention(shape: TransformerShape, blocks: int, tokens: int) -> float:
+    return blocks * 4.0 * shape.dim * float(tokens) ** 2
+
+
+def _image_tokens(size: Bucket) -> int:
+    return padded(size.width * size.height // 256)

@@ -1,0 +1,340 @@
+"""How much memory a training run takes, from sizes alone (torch-free).
+
+The constants were counted on the real graph at the full width, storage by storage; tests count again. Attention is
+taken as fused, which keeps no matrix of tokens by tokens.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import cache
+
+from zimage_train.config.schema import Config
+from zimage_train.config.values import Kind, Mode
+from zimage_train.dataset.buckets import Bucket
+from zimage_train.dataset.sample_order import Item, Plan, make_plan
+from zimage_train.diffusion.request import Recipe
+from zimage_train.models.arch import IN_A_BLOCK, TransformerShape
+from zimage_train.models.pinned_memory import pinned_bytes
+
+DTYPE_BYTES = {"bf16": 2, "fp32": 4}
+KEPT = {
+    "bf16": {"none": 69.4, "elementwise": 24.7, "w1w3": 14.0, "attention": 4.03, "full": 2.0},
+    "fp32": {"none": 90.8, "elementwise": 49.4, "w1w3": 28.0, "attention": 8.03, "full": 4.0},
+}
+"""Bytes that one block keeps for the backward, per token and unit of `dim`, by what it recomputes."""
+LIVE = {"bf16": 18.3, "fp32": 24.3}
+"""What comes on top in the backward of one block, which has by then computed again all that `none` keeps."""
+SAMPLING = {"bf16": 31.9, "fp32": 63.3}
+"""The peak of a forward pass that keeps nothing."""
+DECODING = {"bf16": 1536, "fp32": 3073}
+"""Bytes a pixel while a VAE of 128 channels at full size, as the published one is, decodes a picture."""
+VAE_CHANNELS = 128
+VAE_WEIGHTS = 83_820_000
+OPTIMIZER_BYTES = {
+    "adam": 8,
+    "adamw": 8,
+    "adam8bit": 2.1,
+    "adamw8bit": 2.1,
+    "paged_adamw8bit": 2.1,
+    "ademamix": 12,
+    "ademamix8bit": 3.1,
+    "lion": 4,
+    "lion8bit": 1.1,
+    "prodigy": 16,
+    "prodigy8bit": 7.1,
+    "adafactor": 4,
+    "adagrad": 4,
+    "automagic": 8,
+}
+"""State per trainable parameter; adafactor's is small, and its update takes a parameter's size while it is made."""
+QUANTISED_BITS = {"fp8": 8, "int8": 8, "nf4": 4}
+SCALE_BYTES, SCALE_BLOCK = 2, 64
+SLOTS = 2
+"""Blocks on the device for those that are streamed."""
+CONTEXT_BYTES = 500_000_000
+"""What CUDA and its libraries take for themselves."""
+FRAGMENTATION = 0.08
+"""What the allocator loses between its blocks, as a share of the rest: docs/memory.md has what was measured."""
+LARGEST_ON_CPU = 1_000_000_000
+"""Parameters; a larger model is trained on a GPU or not at all."""
+MOST_CAPTION_TOKENS = 512
+TEMPLATE_TOKENS = 16
+BYTES_PER_TOKEN = 3
+"""Of UTF-8 text; English has more than 4."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """How the frozen transformer is held: in its own precision or quantised, and how many blocks are streamed."""
+
+    kind: Kind | None = None
+    streamed: int = 0
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is trained and sampled, as far as memory and time go."""
+
+    shape: TransformerShape
+    dtype: str
+    trained: int
+    """Parameters of the LoRA."""
+    optimizer: str
+    sizes: Counter[Bucket]
+    """Samples of each size in an epoch."""
+    batch_size: int
+    """The most samples of a batch, unless `largest` says otherwise."""
+    caption_tokens: int
+    """Of the longest caption, judged by its length."""
+    previews: tuple[Recipe, ...]
+    gpu: bool
+    vae_channels: int = VAE_CHANNELS
+    ema: bool = False
+    extra_steps: int = 0
+    """More passes forward and backward on each batch, one after the other: for preservation."""
+    extra_forwards: float = 0.0
+    """More passes forward only, on average."""
+    rank: int = 16
+    """Of the LoRA."""
+    largest: Mapping[Bucket, int] | None = None
+    """Samples of the largest batch of each size, where folders have batch sizes of their own."""
+    passes: Mapping[Bucket, float] | None = None
+    """How often a batch of each size comes, where regularisation has a share of its own."""
+    held_out: Bucket | None = None
+    """The largest picture that validation looks at."""
+    previews_at_once: int = 1
+    own: tuple[Recipe, ...] = ()
+    """What the model draws before training, to be trained on it."""
+    preview_lora_bytes: int = 0
+    """Of the LoRAs that previews have besides."""
+
+    def batch(self, size: Bucket) -> int:
+        """The largest batch of `size`: never more than there are samples."""
+        return min(self.sizes[size], self.batch_size) if self.largest is None else self.largest[size]
+
+    def shares(self) -> Mapping[Bucket, float]:
+        """Of all passes, those with a batch of each size."""
+        passes = self.passes or {size: number / self.batch(size) for size, number in self.sizes.items() if number}
+        return {size: number / math.fsum(passes.values()) for size, number in passes.items()}
+
+    def tokens(self, size: Bucket) -> int:
+        """Of the largest batch of `size`."""
+        return (padded(size.width * size.height // 256) + padded(self.caption_tokens)) * self.batch(size)
+
+    @property
+    def most_tokens(self) -> int:
+        """Of the largest batch of all."""
+        return max(map(self.tokens, self.sizes), default=0)
+
+
+def job(
+    config: Config,
+    shape: TransformerShape,
+    modules: list[str],
+    items: list[Item],
+    previews: list[Recipe],
+    gpu: bool,
+    held_out: Iterable[Item] = (),
+) -> Job:
+    """What `config` trains on `items`, with a LoRA on `modules` of a transformer of `shape`."""
+    plan = make_plan(config, items)
+    largest, passes, with_prior = _batches(plan)
+    preserves = config.preserve.kind is not None
+    texts = {text for item in items for one in [plan.whole(item)] for text in (one.prompt, one.held) if text}
+    return Job(
+        shape=shape,
+        dtype=config.model.dtype,
+        trained=sum(sum(shape.linears[module]) for module in modules) * config.lora.rank,
+        optimizer=config.optimizer.name,
+        sizes=Counter(item.size for item in items),
+        batch_size=max(largest.values(), default=config.train.batch_size),
+        caption_tokens=max(map(caption_tokens, texts), default=MOST_CAPTION_TOKENS if not items else TEMPLATE_TOKENS),
+        previews=tuple(previews),
+        gpu=gpu,
+        ema=config.ema.decay is not None,
+        rank=config.lora.rank,
+        extra_steps=int(preserves),
+        extra_forwards=preserves + (config.guidance.contrastive is not None) + with_prior,
+        largest=largest,
+        passes=passes,
+        held_out=max((item.size for item in held_out), key=lambda size: size.width * size.height, default=None),
+    )
+
+
+def _batches(plan: Plan) -> tuple[dict[Bucket, int], dict[Bucket, float], float]:
+    """The largest batch of each size, how often one of each size comes, and in which share a prior is asked for."""
+    largest: dict[Bucket, int] = {}
+    passes: dict[Bucket, float] = {}
+    with_prior = 0.0
+    for stream, share in ((plan.own, 1.0 - plan.share), (plan.regularisation, plan.share)):
+        if stream is None or not stream.items:
+            continue
+        for (size, most), count in Counter((item.size, plan.most_of(item)) for item in stream.items).items():
+            largest[size] = max(largest.get(size, 0), min(count, most))
+            passes[size] = passes.get(size, 0.0) + share * -(-count // most) / stream.micro_batches_per_epoch
+        entries = (plan.entries[item.entry] for item in stream.items)
+        asking = sum(entry.regularisation == "prior" or entry.mask_prior > 0 for entry in entries)
+        with_prior += share * asking / len(stream.items)
+    return largest, passes, with_prior
+
+
+def caption_tokens(prompt: str) -> int:
+    """Tokens of a prompt with its template, on the high side for prose."""
+    return min(TEMPLATE_TOKENS + len(prompt.encode(errors="replace")) // BYTES_PER_TOKEN, MOST_CAPTION_TOKENS)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes of one training step, or of something else that goes on beside the frozen weights."""
+
+    weights: int
+    lora: int
+    activations: int
+    context: int
+
+    @property
+    def allocated(self) -> int:
+        """What the allocator hands out: the part that a run can measure."""
+        return self.weights + self.lora + self.activations
+
+    @property
+    def total(self) -> int:
+        return self.allocated + self.context
+
+
+def step(job: Job, form: Form, mode: Mode, tokens: int) -> Estimate:
+    """The peak of forward and backward of a batch of `tokens`."""
+    kept = KEPT[job.dtype]
+    per_token = job.shape.n_layers * kept[mode] + kept["none"] - kept[mode] + LIVE[job.dtype]
+    return _with_weights(job, form, int(per_token * job.shape.dim * tokens))
+
+
+def most_tokens(job: Job, form: Form, mode: Mode, limit_bytes: float) -> int:
+    """The largest batch that fits `limit_bytes`."""
+    fixed, one = step(job, form, mode, 0).total, step(job, form, mode, 1000).total
+    return max(int((limit_bytes - fixed) * 1000 / max(one - fixed, 1)), 0)
+
+
+def preview(job: Job, form: Form) -> Estimate:
+    """The peak of the largest preview, of its sampling or of its decoding; or of a validation."""
+    sampling = decoding = 0.0
+    if job.held_out is not None:
+        tokens = padded(job.held_out.width * job.held_out.height // 256) + padded(job.caption_tokens)
+        sampling = SAMPLING[job.dtype] * job.shape.dim * tokens
+    for one in (*job.previews, *job.own):
+        batch = job.previews_at_once * (2 if one.guidance > 0 else 1)
+        longer = max(one.prompt, one.negative if one.guidance > 0 else "", key=len)
+        tokens = padded(one.width * one.height // 256) + padded(caption_tokens(longer))
+        sampling = max(sampling, SAMPLING[job.dtype] * job.shape.dim * tokens * batch)
+        width = job.vae_channels / VAE_CHANNELS
+        decoding = max(decoding, DECODING[job.dtype] * width * one.width * one.height)
+    sampling += job.preview_lora_bytes
+    if job.gpu and job.previews:
+        decoding += VAE_WEIGHTS * DTYPE_BYTES[job.dtype]
+    return _with_weights(job, form, int(max(sampling, decoding)))
+
+
+def _with_weights(job: Job, form: Form, activations: int) -> Estimate:
+    weights = device_bytes(job, form)
+    lora = int(job.trained * (4 + 4 + OPTIMIZER_BYTES[job.optimizer] + 4 * job.ema))
+    around = CONTEXT_BYTES + FRAGMENTATION * (weights + lora + activations) if job.gpu else 0
+    return Estimate(weights, lora, activations, int(around))
+
+
+def device_bytes(job: Job, form: Form) -> int:
+    """Frozen weights on the device: all, or those of blocks that stay and of the ring for the others."""
+    blocks_away = form.streamed - (SLOTS if form.streamed else 0)
+    return model_bytes(job, form.kind) - blocks_away * block_bytes(job, form.kind)
+
+
+def host_bytes(job: Job, form: Form) -> int:
+    """Frozen weights in main memory; pinned, for a GPU."""
+    block = block_bytes(job, form.kind)
+    return pinned_bytes(form.streamed, block) if job.gpu else form.streamed * block
+
+
+def model_bytes(job: Job, kind: Kind | None) -> int:
+    """The whole frozen transformer."""
+    return _bytes(job.shape, job.dtype, kind, "")
+
+
+def block_bytes(job: Job, kind: Kind | None) -> int:
+    """One of its layers."""
+    return _bytes(job.shape, job.dtype, kind, "layers.0.")
+
+
+@cache
+def _bytes(shape: TransformerShape, dtype: str, kind: Kind | None, prefix: str) -> int:
+    return sum(_tensor_bytes(shape, dtype, name, kind) for name in shape.parameters if name.startswith(prefix))
+
+
+def _tensor_bytes(shape: TransformerShape, dtype: str, name: str, kind: Kind | None) -> int:
+    size = shape.parameters[name]
+    if kind is None or len(size) != 2 or not IN_A_BLOCK.match(name):
+        return count(size) * DTYPE_BYTES[dtype]
+    rows, columns = size
+    scales = rows * columns // math.gcd(columns, SCALE_BLOCK)
+    return rows * columns * QUANTISED_BITS[kind] // 8 + scales * SCALE_BYTES
+
+
+def lighter(job: Job) -> list[tuple[str, Job]]:
+    """The job with ever more changes that make it lighter, each with the settings that make it so."""
+    found: list[tuple[str, Job]] = []
+    for rank_said, ranked in _changes(job, _smaller_rank(job)):
+        for previews_said, drawn in _changes(ranked, [_smaller_previews(ranked, side) for side in (1024, 512)]):
+            for said, current in _changes(drawn, _smaller_batches(drawn)):
+                words = ", ".join(filter(None, (rank_said, previews_said, said)))
+                found += [(words, current)] if words else []
+    return found
+
+
+Change = tuple[str, Job]
+
+
+def _changes(job: Job, changes: list[Change | None]) -> list[Change]:
+    return [("", job), *(change for change in changes if change is not None)]
+
+
+def _smaller_rank(job: Job) -> list[Change | None]:
+    least = min(job.rank, 16)
+    smaller = replace(job, trained=job.trained * least // job.rank, rank=least)
+    return [(f"lora.rank: {least}", smaller)] if job.rank > least else []
+
+
+def _smaller_previews(job: Job, side: int) -> Change | None:
+    if all(max(one.width, one.height) <= side for one in job.previews):
+        return None
+    small = tuple(replace(one, width=min(one.width, side), height=min(one.height, side)) for one in job.previews)
+    return f"sample.width: {side}, sample.height: {side}", replace(job, previews=small)
+
+
+def _smaller_batches(job: Job) -> list[Change | None]:
+    found: list[Change | None] = []
+    said: list[str] = []
+    current = job
+    if job.batch_size > 1:
+        said, current = ["train.batch_size: 1"], replace(job, batch_size=1, largest=None, passes=None)
+        found.append((", ".join(said), current))
+    for side in (768, 512):
+        if max((size.width * size.height for size in current.sizes), default=0) > side**2:
+            square = Counter({Bucket(side, side): current.sizes.total()})
+            current = replace(current, sizes=square, largest=None, passes=None)
+            found.append((", ".join([*said, f"data.0.resolution: {side}"]), current))
+    return found
+
+
+def parameters_of(shape: TransformerShape) -> int:
+    """How many parameters the transformer has."""
+    return sum(count(size) for size in shape.parameters.values())
+
+
+def padded(tokens: int) -> int:
+    """`tokens` as the model pads them: to the next multiple of 32."""
+    return -(-tokens // 32) * 32
+
+
+def count(shape: tuple[int, ...]) -> int:
+    """The number of elements of a tensor."""
+    return math.prod(shape)

@@ -1,0 +1,371 @@
+"""Everything that can be known before a GPU is touched: all problems at once, or all that a run needs (torch-free)."""
+
+import importlib.util
+import os
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from zimage_train.config import methods
+from zimage_train.config.dataset import Data
+from zimage_train.config.load import cache_folder
+from zimage_train.config.schema import Config
+from zimage_train.config.values import BITSANDBYTES_OPTIMIZERS
+from zimage_train.dataset import scan as folder
+from zimage_train.dataset.image_index import Looks, Tick
+from zimage_train.dataset.sample_order import Item, items_of, with_steps
+from zimage_train.dataset.scan import Picture, Scan
+from zimage_train.diffusion.request import also, own, previews
+from zimage_train.errors import ConfigError, Problem, WeightsError, ZImageTrainError, collected, raise_all
+from zimage_train.io import atomic as files
+from zimage_train.io.units import in_words
+from zimage_train.lora import headers
+from zimage_train.lora import targets as names
+from zimage_train.models import components as parts
+from zimage_train.models import locate as sources
+from zimage_train.models.arch import TransformerShape
+from zimage_train.models.locate import Fetch, NotDownloaded, Sources
+from zimage_train.planning import memory, planner
+from zimage_train.planning import warnings as advice
+from zimage_train.planning.memory import Job
+
+CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The model of a run, as far as headers tell."""
+
+    sources: Sources
+    shape: TransformerShape
+    modules: list[str]
+    """What gets a LoRA."""
+    adapter_modules: int
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A config that holds, with everything it refers to."""
+
+    config: Config
+    pictures: list[list[Picture]]
+    items: list[Item]
+    held_out: list[Item]
+    """What validation looks at."""
+    weights: Weights | None
+    """None: not downloaded yet."""
+    notes: list[str]
+    warnings: list[str]
+
+
+def examine(
+    config: Config,
+    fetch: Fetch | None = None,
+    tick: Tick = lambda what, done, total: None,
+    processes: int = 1,
+) -> Checked:
+    """Check pictures, captions, weights, adapter and disk, for a run of so many processes.
+
+    The config that is returned has steps in place of epochs.
+
+    Raises:
+        ZImageTrainError: every problem found; the exit code is the lowest that applies.
+    """
+    errors: list[ZImageTrainError] = []
+    notes: list[str] = []
+    looks = Looks(cache_folder(config) / "looks.json")
+    scans = [folder.scan(entry, f"data.{index}", looks, tick) for index, entry in enumerate(config.data)]
+    held_out, faults, remarks = _held_out(config, scans, looks, tick)
+    looks.save()
+    errors += faults
+    notes += remarks
+    errors += [error for scan in scans for error in scan.errors]
+    notes += [note for scan in scans for note in scan.notes]
+    pictures = [scan.pictures for scan in scans]
+    if methods.learns_from_itself(config.train.method):  # for one prompt each
+        pictures = [[replace(one, prompts=one.prompts[:1]) for one in entry] for entry in pictures]
+    items: list[Item] = []
+    with collected(errors):
+        items = items_of(config, pictures)
+        notes += _not_used(config)
+        config = with_steps(config, items, processes)
+    with collected(errors):
+        _require_bitsandbytes(config)
+    weights, faults, absent = _weights(config, fetch)
+    errors += faults
+    notes += absent
+    with collected(errors):
+        files.require_folder(Path(config.output) / config.name, "output")
+        if config.cache.folder is not None:
+            files.require_folder(Path(config.cache.folder), "cache.folder")
+        files.require_space(Path(config.output), _disk_bytes(config, weights), "checkpoints and exports")
+    own = [found for entry, found in zip(config.data, pictures, strict=True) if not entry.regularisation]
+    is_small = weights is not None and memory.parameters_of(weights.shape) <= memory.LARGEST_ON_CPU
+    warnings = advice.warnings(config, sum(map(len, own)), is_small)
+    checked = Checked(config, pictures, items, held_out, weights, notes, warnings)
+    raise_all(errors)
+    _require_budget(checked)
+    notes += _small_pictures(items)
+    return checked
+
+
+def _not_used(config: Config) -> list[str]:
+    """Settings that others stand in for."""
+    notes = ["train.epochs decides how long; train.steps is not used"] if config.train.epochs is not None else []
+    if config.train.method == "trajectory_imitation":
+        notes.append("trajectory_imitation trains at Turbo's own sigmas; timesteps is not used")
+    elif config.teacher != methods.Teacher():
+        notes.append(f"teacher is for trajectory_imitation; {config.train.method} does not use it")
+    entries = [f"data.{n}" for n, entry in enumerate(config.data) if entry.max_pixels is not None]
+    return [*notes, *(f"{where}: max_pixels decides; resolution is not used" for where in entries)]
+
+
+def _held_out(
+    config: Config, trained: list[Scan], looks: Looks, tick: Tick
+) -> tuple[list[Item], list[ZImageTrainError], list[str]]:
+    """What validation looks at, read as the first data entry of the concept is; what is wrong with it; what is odd."""
+    settings = config.validation
+    if settings.folder is None or settings.every is None:
+        return [], [], []
+    first = next(entry for entry in config.data if not entry.regularisation)
+    entry = Data(folder=settings.folder, resolution=[settings.resolution])
+    read = ("trigger", "default_caption", "caption_ext", "caption_lines", "shuffle_tags", "tag_dropout")
+    entry = entry.model_copy(update={name: getattr(first, name) for name in read})
+    scan = folder.scan(entry, "validation", looks, tick)
+    errors, items = scan.errors, []
+    with collected(errors):
+        items = items_of(config.model_copy(update={"data": [entry]}), [scan.pictures])
+    known = {picture.digest for one in trained for picture in one.pictures}
+    both = [picture.path.name for picture in scan.pictures if picture.digest in known]
+    notes = [f"validation.folder: {len(both)} of its pictures are trained on too ({both[0]})"] if both else []
+    return items, errors, scan.notes + notes
+
+
+def _require_bitsandbytes(config: Config) -> None:
+    """Refuse what needs a package that some platforms do not have, before anything is loaded for it.
+
+    Raises:
+        ConfigError: names the settings.
+    """
+    asked = {"model.quantize": config.model.quantize, "optimizer.name": config.optimizer.name}
+    needing = [key for key, value in asked.items() if value in ("nf4", *BITSANDBYTES_OPTIMIZERS)]
+    if needing and importlib.util.find_spec("bitsandbytes") is None:
+        todo = "install it, or choose another value"
+        raise ConfigError(
+            *(Problem(key, f"{asked[key]} needs bitsandbytes, which is not installed", todo) for key in needing)
+        )
+
+
+def job_of(checked: Checked, gpu: bool | None = None) -> Job:
+    """What `checked` trains, as far as memory and time go; what is not downloaded yet has the published models' size.
+
+    `gpu`: whether on one; None: by the size of the model.
+    """
+    config = checked.config
+    shape = checked.weights.shape if checked.weights else TransformerShape()
+    modules = checked.weights.modules if checked.weights else names.select(config.lora.targets, shape.linears)
+    if gpu is None:
+        gpu = memory.parameters_of(shape) > memory.LARGEST_ON_CPU
+    job = memory.job(config, shape, modules, checked.items, [*previews(config), *also(config)], gpu, checked.held_out)
+    if methods.learns_from_itself(config.train.method):
+        sized = [(one.picture.prompts[0], one.size.width, one.size.height) for one in checked.items]
+        job = replace(job, own=tuple(own(config, *one, seed=0) for one in sized))
+    if checked.weights is None:
+        return job
+    found = checked.weights.sources
+    in_fp32 = 2 * sum(path.stat().st_size for path in found.extra_loras)
+    channels = parts.vae(found.extras)[0]["block_out_channels"][0]
+    return replace(job, vae_channels=channels, preview_lora_bytes=in_fp32)
+
+
+def less_memory(checked: Checked, limit_bytes: float, gpu: bool | None = None) -> str:
+    """Settings by which a step of `checked` is predicted to fit."""
+    job = job_of(checked, gpu)
+    wanted = planner.wanted(checked.config, job.shape.n_layers)
+    text = planner.lighter(job, wanted, limit_bytes, system_memory_bytes())
+
+    def resolutions(match: re.Match[str]) -> str:
+        side = int(match[1])
+        return ", ".join(
+            f"data.{n}.resolution: {side}" if entry.max_pixels is None else f"data.{n}.max_pixels: {side * side}"
+            for n, entry in enumerate(checked.config.data)
+        )
+
+    def batches(match: re.Match[str]) -> str:
+        own = [n for n, entry in enumerate(checked.config.data) if entry.batch_size is not None]
+        shared = [match[0]] if len(own) < len(checked.config.data) and checked.config.train.batch_size > 1 else []
+        return ", ".join([*shared, *(f"data.{n}.batch_size: 1" for n in own)])
+
+    text = re.sub(r"data\.0\.resolution: (\d+)", resolutions, text)
+    return re.sub(r"train\.batch_size: 1\b", batches, text)
+
+
+def _require_budget(checked: Checked) -> None:
+    """A budget that someone sets is kept or refused; without one the card decides, and this is a prediction.
+
+    Raises:
+        ConfigError: a step would take more.
+    """
+    budget = checked.config.memory.budget_gb
+    if isinstance(budget, str) or not checked.items:
+        return
+    job = job_of(checked)
+    wanted = planner.wanted(checked.config, job.shape.n_layers)
+    plan = planner.choose(job, wanted, budget * 1e9, system_memory_bytes(), None)
+    if not plan.fits:
+        what = f"is {budget:g}, and a run takes {in_words(plan.peak.total)} (predicted)"
+        raise ConfigError(Problem("memory.budget_gb", what, less_memory(checked, budget * 1e9)))
+
+
+def system_memory_bytes() -> int:
+    """The main memory that this process may use: the machine's, or its container's."""
+    limits = [_number_in(Path(path)) for path in CGROUP_LIMITS]
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 16_000_000_000
+    return min([physical, *(limit for limit in limits if limit)])
+
+
+def _number_in(path: Path) -> int | None:
+    try:
+        return int(path.read_text(encoding="ascii"))
+    except (OSError, ValueError):  # not there, or "max"
+        return None
+
+
+def _weights(config: Config, fetch: Fetch | None) -> tuple[Weights | None, list[ZImageTrainError], list[str]]:
+    """The model, if all of it is here and right; what is wrong; what is not here yet. Each part for itself."""
+    found = sources.search(config.model, fetch)
+    absent = [error for error in found.errors if isinstance(error, NotDownloaded)]
+    errors: list[ZImageTrainError] = [error for error in found.errors if error not in absent]
+    notes = [_absence(one) for error in absent for one in error.problems]
+
+    transformer, extras, adapter = found.transformer, found.extras, found.adapter
+    shape = TransformerShape()  # what is not here has the size of the published models
+    if transformer is not None:
+        try:
+            shape = sources.transformer_tensors(transformer)[0]
+        except WeightsError as error:
+            return None, [*errors, error], notes
+    also, faults, more = _also(config.sample.also, shape if transformer else None, fetch)
+    errors, notes = errors + faults, list(dict.fromkeys(notes + more))
+    extra_loras, faults, more = _extra_loras(config, shape if transformer else None, fetch)
+    errors, notes = errors + faults, [*notes, *more]
+    modules: list[str] = []
+    sizes: headers.Sizes = {}
+    init_from: Path | None = None
+    with collected(errors):
+        modules = names.select(config.lora.targets, shape.linears)
+        init_from, more = _init_from(config, modules, shape if transformer else None, fetch)
+        notes += more
+    if extras is not None:
+        with collected(errors):
+            parts.require(extras, shape.cap_feat_dim)
+    if adapter is not None and (transformer is not None or config.model.path is None):
+        with collected(errors):
+            sizes = headers.read_sizes(adapter)
+            headers.require_match(adapter, sizes, shape.linears)
+    if errors or notes or transformer is None or extras is None:
+        return None, errors, notes
+    whole = Sources(transformer, extras, adapter, also, init_from, extra_loras)
+    return Weights(whole, shape, modules, len(sizes)), [], []
+
+
+def _also(
+    name: str | None, shape: TransformerShape | None, fetch: Fetch | None
+) -> tuple[Path | None, list[ZImageTrainError], list[str]]:
+    """The second model of previews, which must have the shape of the first; what is wrong; what is not here yet."""
+    if name is None:
+        return None, [], []
+    try:
+        path = sources.transformer_at(name, "sample.also", fetch)
+        found = sources.transformer_tensors(path)[0]
+    except NotDownloaded as error:
+        return None, [], [_absence(one) for one in error.problems]
+    except WeightsError as error:
+        return None, [error], []
+    if shape is not None and found != shape:
+        what = "has another shape than the model of this run, so its LoRA does not fit"
+        return None, [WeightsError(Problem(f"sample.also: {name}", what, "give a model of the same size"))], []
+    return path, [], []
+
+
+def _init_from(
+    config: Config, modules: list[str], shape: TransformerShape | None, fetch: Fetch | None
+) -> tuple[Path | None, list[str]]:
+    """The LoRA that the training begins with, and what is not here yet of it.
+
+    Raises:
+        WeightsError: it does not fit the model, or is no LoRA.
+        ConfigError: it has other modules or another rank than the one that is to be trained.
+    """
+    name = config.lora.init_from
+    if name is None:
+        return None, []
+    try:
+        path = sources.lora_at(name, "lora.init_from", fetch)
+    except NotDownloaded as error:
+        return None, [_absence(one) for one in error.problems]
+    if shape is None:
+        return path, []
+    headers.require_match(path, headers.read_sizes(path), shape.linears)
+    ranks = headers.read_ranks(path)
+    where = f"lora.init_from: {name}"
+    problems = []
+    if different := sorted(ranks.keys() ^ set(modules)):
+        what = f"has {len(ranks)} modules and lora.targets {len(modules)}; {different[0]} is in one of them alone"
+        problems.append(Problem(where, what, "set lora.targets to what it was trained with"))
+    elif (found := set(ranks.values())) != {config.lora.rank}:
+        shown = " and ".join(map(str, sorted(found)))
+        todo = f"set lora.rank: {shown}" if len(found) == 1 else "make it one rank with `zimage-train lora resize`"
+        problems.append(Problem(where, f"has rank {shown}, and lora.rank is {config.lora.rank}", todo))
+    if problems:
+        raise ConfigError(*problems)
+    return path, []
+
+
+def _extra_loras(
+    config: Config, shape: TransformerShape | None, fetch: Fetch | None
+) -> tuple[tuple[Path, ...], list[ZImageTrainError], list[str]]:
+    """What previews have besides the run's own LoRA, all of which must fit; what is wrong; what is not here yet."""
+    paths: list[Path] = []
+    errors: list[ZImageTrainError] = []
+    notes: list[str] = []
+    for index, one in enumerate(config.sample.extra_loras):
+        try:
+            path = sources.lora_at(one.file, f"sample.extra_loras.{index}", fetch)
+            if shape is not None:
+                headers.require_match(path, headers.read_sizes(path), shape.linears)
+            paths.append(path)
+        except NotDownloaded as error:
+            notes += map(_absence, error.problems)
+        except WeightsError as error:
+            errors.append(error)
+    return tuple(paths), errors, notes
+
+
+def _absence(problem: Problem) -> str:
+    return f"{problem.where}: not on this machine yet; train downloads it"
+
+
+def _disk_bytes(config: Config, weights: Weights | None) -> int:
+    if weights is None:
+        return 0
+    trained = sum(sum(weights.shape.linears[module]) for module in weights.modules) * config.lora.rank
+    copies = 1 if config.ema.decay is None else 2
+    checkpoint = trained * (4 * copies + memory.OPTIMIZER_BYTES[config.optimizer.name])
+    export = trained * memory.DTYPE_BYTES[config.save.dtype] * copies
+    return int(checkpoint * 3 + export * (config.save.keep + 2))
+
+
+def _small_pictures(items: list[Item]) -> list[str]:
+    """Pictures that fill less than a listed resolution, which they are then trained below."""
+    small: dict[int, set[Path]] = {}
+    total = len({item.picture.path for item in items})
+    for item in items:
+        if item.picture.width * item.picture.height < 0.9 * item.resolution**2:
+            small.setdefault(item.resolution, set()).add(item.picture.path)
+    lines = []
+    for resolution, paths in sorted(small.items()):
+        some = ", ".join(path.name for path in sorted(paths)[:3]) + (", ..." if len(paths) > 3 else "")
+        what = f"smaller than {resolution}x{resolution} px, so trained at their own size there"
+        lines.append(f"{what}: {len(paths)} of {total} pictures ({some})")
+    return lines

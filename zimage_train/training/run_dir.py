@@ -1,0 +1,225 @@
+"""The folder of a run: what lies where, and whether a new start may continue what is there."""
+
+import hashlib
+import json
+import re
+import secrets
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from zimage_train.config.load import dump_config, flatten, resolved
+from zimage_train.config.schema import Config
+from zimage_train.errors import ConfigError, Problem, WeightsError
+from zimage_train.io import atomic as files
+from zimage_train.optim import schedules
+from zimage_train.report import metrics
+
+MAY_CHANGE = ("train.steps", "train.epochs", "output", "cache.", "save.", "sample.", "validation.", "memory.", "log.")
+"""Settings that a resumed run may change: none of them alters a weight that was trained; but see `identity`."""
+ALLOWABLE = ("optimizer.lr", "schedule", "train.clip_norm", "timesteps", "guidance", "data")
+"""Settings, and the pictures, that a run can take up in its middle when `--allow` names them: each step reads them."""
+BY_DIGEST = (
+    *("model.path", "model.extras", "model.adapter", "lora.init_from"),
+    *("data.*.folder", "data.*.metadata", "data.*.mask"),
+)
+"""Settings that are paths: what they lead to is compared instead."""
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Where everything of one run lies."""
+
+    root: Path
+    name: str
+
+    @property
+    def config(self) -> Path:
+        return self.root / "config.yaml"
+
+    @property
+    def facts(self) -> Path:
+        return self.root / "run.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.root / "metrics.jsonl"
+
+    @property
+    def events(self) -> Path:
+        return self.root / "events.jsonl"
+
+    @property
+    def log(self) -> Path:
+        return self.root / "log.txt"
+
+    @property
+    def report(self) -> Path:
+        return self.root / "report.html"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.root / "tensorboard"
+
+    @property
+    def wandb_id(self) -> Path:
+        return self.root / "wandb" / "id"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.root / "checkpoints"
+
+    @property
+    def rehearsal(self) -> Path:
+        """What is written to see whether it can be."""
+        return self.root / "rehearsal.safetensors"
+
+    @property
+    def samples(self) -> Path:
+        return self.root / "samples"
+
+    def lora(self, step: int | None = None, is_ema: bool = False) -> Path:
+        """The exported LoRA of a step, or its average; None: the finished one."""
+        folder = self.root / "lora" / "ema" if is_ema else self.root / "lora"
+        return folder / (f"{self.name}.safetensors" if step is None else f"{self.name}-{step:06d}.safetensors")
+
+
+def of(config: Config) -> RunFolder:
+    """The run folder of a config: output/name."""
+    return RunFolder(Path(config.output) / config.name, config.name)
+
+
+def read_facts(folder: RunFolder) -> dict[str, Any]:
+    """run.json, or nothing if there is none that can be read."""
+    try:
+        facts = json.loads(folder.facts.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return facts if isinstance(facts, dict) else {}
+
+
+def earlier_starts(folder: RunFolder) -> list[int]:
+    """After which steps the run was started, as far as run.json tells."""
+    starts = read_facts(folder).get("starts")
+    return [step for step in starts if isinstance(step, int)] if isinstance(starts, list) else []
+
+
+def wandb_id(folder: RunFolder) -> str:
+    """The id under which Weights & Biases knows this run, made at its first start and kept with it."""
+    try:
+        known = folder.wandb_id.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        known = ""
+    if not re.fullmatch("[0-9a-f]{8}", known):
+        known = secrets.token_hex(4)
+        files.write_text(folder.wandb_id, known + "\n")
+    return known
+
+
+def write_facts(folder: RunFolder, facts: Mapping[str, Any]) -> None:
+    files.write_json(folder.facts, facts)
+
+
+def add_facts(folder: RunFolder, facts: Mapping[str, Any]) -> None:
+    """Write `facts` into run.json beside what is there; nothing is written for none."""
+    if facts:
+        write_facts(folder, {**read_facts(folder), **facts})
+
+
+def write_config(folder: RunFolder, config: Config) -> None:
+    """Write the effective config, with absolute paths: any command takes it, wherever it runs."""
+    files.write_text(folder.config, dump_config(resolved(config)))
+
+
+def identity(config: Config, fingerprint: Mapping[str, Any]) -> dict[str, Any]:
+    """What makes a run this run and no other: settings that shape its weights by value, its inputs by content.
+
+    Every checkpoint carries it, so a run is recognised by what it continues from and by nothing beside it.
+    """
+    settings = flatten(config.model_dump(mode="json"))
+    if schedules.stretches(config.schedule):
+        settings["schedule.steps (train.steps, over which it decays)"] = config.train.steps
+    return {
+        "settings": {key: value for key, value in settings.items() if not _is_free(key)},
+        "inputs": flatten(dict(fingerprint)),
+    }
+
+
+def digest_of(identity: Mapping[str, Any]) -> str:
+    """A short name for an identity."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def require_allowable(allow: Iterable[str]) -> None:
+    """Refuse to `--allow` what a run cannot take up in its middle.
+
+    Raises:
+        ConfigError: names what can be allowed.
+    """
+    wrong = [key for key in allow if not key.startswith(ALLOWABLE)]
+    if wrong:
+        todo = f"one of {', '.join(ALLOWABLE)} can"
+        raise ConfigError(*(Problem(f"--allow {key}", "cannot change within a run", todo) for key in wrong))
+
+
+def require_same(
+    folder: RunFolder, before: Mapping[str, Any], now: Mapping[str, Any], allow: Iterable[str] = ()
+) -> list[str]:
+    """Refuse to continue a run with settings or inputs that would make it another run.
+
+    Returns the differences that `allow` names: those the run goes on with.
+
+    Raises:
+        ConfigError: shows every other difference as `- was`, `+ is`.
+    """
+    problems = [*_changed_settings(before["settings"], now["settings"])]
+    problems += _changed_inputs(before["inputs"], now["inputs"])
+    refused = [one for one in problems if not one.where.startswith(tuple(allow))]
+    if refused:
+        todo = "undo the change, choose another name, or begin again with --fresh (which moves the old run aside)"
+        if all(one.where.startswith(ALLOWABLE) for one in refused):
+            todo += f"; or go on with it: {' '.join(dict.fromkeys(f'--allow {_allowable(one)}' for one in refused))}"
+        raise ConfigError(*refused, Problem(str(folder.root), "belongs to another run", todo))
+    return [str(one) for one in problems]
+
+
+def _changed_settings(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Problem]:
+    keys = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+    return [Problem(key, f"- {_shown(old, key)}  + {_shown(new, key)}") for key in keys]
+
+
+def _changed_inputs(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Problem]:
+    words = {(True, True): "changed", (True, False): "is gone", (False, True): "is new"}
+    keys = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+    return [Problem(key, words[key in old, key in new]) for key in keys]
+
+
+def _allowable(problem: Problem) -> str:
+    return next(key for key in ALLOWABLE if problem.where.startswith(key))
+
+
+def require_untouched(folder: RunFolder) -> None:
+    """Refuse to begin at step 0 where a checkpoint was once saved and none is left.
+
+    Raises:
+        WeightsError: names the step that was saved.
+    """
+    todo = "put them back, or begin again with --fresh"
+    saved = [record["step"] for record in metrics.read(folder.events) if record.get("event") in ("save", "stopped")]
+    if saved:
+        what = f"its checkpoints are gone; the last one was of step {max(saved)}"
+        raise WeightsError(Problem(str(folder.checkpoints), what, todo))
+    exported = sorted(folder.lora().parent.glob("*.safetensors"))
+    if exported:
+        what = f"its checkpoints are gone, and {exported[-1].name} was exported from one"
+        raise WeightsError(Problem(str(folder.checkpoints), what, todo))
+
+
+def _is_free(key: str) -> bool:
+    parts = ["*" if part.isdigit() else part for part in key.split(".")]
+    return ".".join(parts) in BY_DIGEST or key.startswith(MAY_CHANGE)
+
+
+def _shown(values: Mapping[str, Any], key: str) -> str:
+    return json.dumps(values[key], ensure_ascii=False) if key in values else "(absent)"
