@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from zimage_train import mini
 from zimage_train.config import schema
 from zimage_train.dataset.buckets import Bucket
-from zimage_train.diffusion.frozen import Frozen, assemble, recompute_as_planned
+from zimage_train.diffusion.frozen import Frozen, assemble
 from zimage_train.diffusion.request import Recipe
 from zimage_train.lora import layers as attach
 from zimage_train.lora import lora_file as lora_files
@@ -54,6 +54,7 @@ from zimage_train.planning.memory import CONTEXT_BYTES, Form, Job, caption_token
 from zimage_train.planning.planner import AUTOMATIC, Plan, Wanted
 from zimage_train.planning.preflight import system_memory_bytes
 from zimage_train.report import metrics
+from zimage_train.training.fit import recompute_as_planned
 
 BUDGETS_GB = (24.0, 16.0, 12.0, 8.0)
 PLENTY = 80e9

@@ -14,8 +14,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from zimage_train.models.arch import TransformerShape
 from zimage_train.planning import devices as accelerator
 
-from . import measuring
-from .parts import WAYS, Way, pixels, split
+from gpu_parts import measuring
+from gpu_parts.parts import WAYS, Way, pixels, split
 
 SHAPE = TransformerShape()
 CAPTION_TOKENS = 64

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .identity import version
+from gpu_parts.identity import version
 
 PACKAGES = ("triton", "diffusers", "peft", "bitsandbytes", "transformers", "flash-attn", "flash-attn-4")
 

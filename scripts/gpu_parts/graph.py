@@ -12,9 +12,9 @@ from zimage_train.planning.memory import Form
 from zimage_train.planning.planner import MANY, Plan
 
 import bench
-from . import measuring
-from .parts import pixels
-from .records import failure
+from gpu_parts import measuring
+from gpu_parts.parts import pixels
+from gpu_parts.records import failure
 
 WARM_UP = 3
 """Steps before the capture: tables made on first use, workspaces of libraries."""

@@ -9,8 +9,8 @@ from zimage_train.planning.memory import CONTEXT_BYTES, Form
 from zimage_train.planning.planner import MANY, Plan
 
 import bench
-from . import measuring
-from .parts import PLANS, Budgeted, split
+from gpu_parts import measuring
+from gpu_parts.parts import PLANS, Budgeted, split
 
 STEPS = 3
 

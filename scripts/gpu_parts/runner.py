@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .parts import Part, Variables
-from .records import TOLD, Records, Stamp, failure
+from gpu_parts.parts import Part, Variables
+from gpu_parts.records import TOLD, Records, Stamp, failure
 
 LOST_DEVICE = 75
 """Exit code: the case is recorded, and after it the GPU takes no more orders from this process."""

@@ -42,7 +42,7 @@ def load(path: Path, content: bytes) -> Image.Image:
         raise _refused(path, _what_is(content), "replace it by a JPEG, PNG, WebP, BMP or TIFF, or remove it") from None
     except Image.DecompressionBombError:
         raise _too_large(path, "") from None
-    except Exception as error:  # on damaged bytes the decoders raise whatever their parsing runs into
+    except Exception as error:  # noqa: BLE001  on damaged bytes the decoders raise whatever their parsing runs into
         raise _refused(path, f"damaged or cut off ({error})", "export it again or remove it") from None
     if image.mode not in MODES:
         raise _refused(path, f"pixels of mode {image.mode} are not read", "export it as RGB")

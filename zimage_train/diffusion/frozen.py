@@ -18,14 +18,12 @@ from zimage_train.errors import Problem, WeightsError
 from zimage_train.io.tensorfile import DTYPES
 from zimage_train.lora.layers import base_layer
 from zimage_train.lora.training_adapter import Adapter, Count, merge
-from zimage_train.models import checkpointing as recompute
 from zimage_train.models import loading as weights
 from zimage_train.models import transformer
 from zimage_train.models.arch import IN_A_BLOCK, TransformerShape
 from zimage_train.models.linear import FrozenLinear
 from zimage_train.models.offload import Ring, streamed
 from zimage_train.models.quantize import Rounding
-from zimage_train.planning.planner import MANY, Plan
 
 
 class NotRestored(WeightsError):
@@ -84,14 +82,6 @@ def assemble(
 
     weights.fill(shape.parameters, merged, store, str(path), type(model).__name__)
     return Frozen(model, shape, path, adapter, len(count.matched), rounding, ring)
-
-
-def recompute_as_planned(model: ZImageTransformer2DModel, plan: Plan, dropout: float) -> None:
-    """Let each block recompute what `plan` says for the tokens of its batch."""
-    if plan.mode_of(MANY) == "none":
-        model.disable_gradient_checkpointing()
-    else:
-        model.enable_gradient_checkpointing(recompute.by_tokens(plan.mode_of, preserve_rng=dropout > 0))
 
 
 @contextlib.contextmanager

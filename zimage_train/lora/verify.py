@@ -84,7 +84,7 @@ def as_diffusers(path: Path) -> Lora:
     alpha_of = alphas.from_metadata(path, metadata.get(alphas.KEY))
     try:
         state = cast(dict[str, Tensor], ZImageLoraLoaderMixin.lora_state_dict(tensors))
-    except Exception as error:  # its conversions raise whatever an odd layout makes them run into
+    except Exception as error:  # noqa: BLE001  its conversions raise whatever an odd layout makes them run into
         what = f"diffusers would not load it ({str(error)[:100]})"
         raise WeightsError(Problem(str(path), what, TODO)) from None
     a_suffix, b_suffix = ".lora_A.weight", ".lora_B.weight"

@@ -55,7 +55,7 @@ def load(folder: Path, device: torch.device) -> VisionModel:
         model = AutoModelForImageTextToText.from_pretrained(
             folder, dtype="auto", local_files_only=True, use_safetensors=True
         )
-    except Exception as error:  # configs and processors are programs of many hands
+    except Exception as error:  # noqa: BLE001  configs and processors are programs of many hands
         lines = str(error).strip().splitlines()
         what = f"is no model that describes pictures ({type(error).__name__}: {lines[0][:160] if lines else ''})"
         todo = "give an image-text-to-text model in safetensors, such as Qwen/Qwen3-VL-4B-Instruct"

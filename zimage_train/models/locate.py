@@ -264,7 +264,7 @@ def _snapshot(repository: str, revision: str | None, patterns: list[str], local_
     source = hub.chosen()
     try:
         return source.snapshot(repository, revision, patterns, local_only)
-    except Exception as error:  # the hubs raise a dozen kinds, from four libraries
+    except Exception as error:  # noqa: BLE001  the hubs raise a dozen kinds, from four libraries
         name = f"{repository}@{revision}" if revision else repository
         what = "is not on this machine" if local_only else f"cannot be downloaded ({hub.first_line(error)})"
         todo = "check the name and the connection, or give a local path"

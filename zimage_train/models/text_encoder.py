@@ -155,13 +155,13 @@ def load(extras: Path, device: torch.device, dtype: torch.dtype) -> TextEncoder:
         Qwen3RotaryEmbedding(config)
         with init_empty_weights():
             Qwen3DecoderLayer(config, 0)
-    except Exception as error:  # a config that contradicts itself makes the class raise whatever it runs into
+    except Exception as error:  # noqa: BLE001  a config that contradicts itself makes the class raise whatever it runs into
         what = f"makes no Qwen3 ({type(error).__name__}: {str(error)[:100]})"
         raise WeightsError(Problem(str(folder / "config.json"), what, "get the file again")) from None
     encoder = TextEncoder(config, found, _tokenizer(parts.tokenizer(extras)), device, dtype)
     try:
         encoder.tokens("a prompt")
-    except Exception as error:  # the template is a program of its own
+    except Exception as error:  # noqa: BLE001  the template is a program of its own
         what = f"its chat template fails ({type(error).__name__}: {str(error)[:100]})"
         raise WeightsError(Problem(str(extras / "tokenizer"), what, "get the folder again")) from None
     return encoder
@@ -170,6 +170,6 @@ def load(extras: Path, device: torch.device, dtype: torch.dtype) -> TextEncoder:
 def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     try:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # tokenizers raises bare Exception for a damaged file
+    except Exception as error:  # noqa: BLE001  tokenizers raises bare Exception for a damaged file
         raise WeightsError(Problem(str(folder), f"cannot be read ({error})", "get the folder again")) from None
     return tokenizer

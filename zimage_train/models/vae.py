@@ -34,7 +34,7 @@ def load(extras: Path, device: torch.device, dtype: torch.dtype) -> AutoencoderK
         with init_empty_weights():
             vae = cast(AutoencoderKL, AutoencoderKL.from_config(config))
         _ = float(vae.config["shift_factor"]) * float(vae.config["scaling_factor"])
-    except Exception as error:  # a config that contradicts itself makes the class raise whatever it runs into
+    except Exception as error:  # noqa: BLE001  a config that contradicts itself makes the class raise whatever it runs into
         what = f"makes no AutoencoderKL ({type(error).__name__}: {str(error)[:100]})"
         raise WeightsError(Problem(str(folder / "config.json"), what, "get the file again")) from None
     load_weights(vae, stream(tensors), str(folder), device, dtype)

@@ -118,6 +118,6 @@ class Trackers:
         for tracker in list(self._trackers):
             try:
                 tell(tracker)
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001  a tracker that fails must not end a run
                 self._trackers.remove(tracker)
                 self._warn(f"{type(tracker).__name__} failed ({type(error).__name__}: {error}); going on without it")

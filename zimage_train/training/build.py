@@ -23,7 +23,7 @@ from zimage_train.dataset.scan import fingerprint
 from zimage_train.dataset.tensor_cache import Cache
 from zimage_train.diffusion import request as recipe
 from zimage_train.diffusion.drift import Meter
-from zimage_train.diffusion.frozen import Frozen, assemble, recompute_as_planned
+from zimage_train.diffusion.frozen import Frozen, assemble
 from zimage_train.errors import ConfigError, Problem
 from zimage_train.io.digests import Digests as Digester
 from zimage_train.lora import layers as attach
@@ -48,6 +48,7 @@ from zimage_train.training import preview_sets as views
 from zimage_train.training import run_dir as run_folder
 from zimage_train.training.checkpoint import Checkpoint
 from zimage_train.training.distributed import World
+from zimage_train.training.fit import recompute_as_planned
 from zimage_train.training.preview_sets import View
 from zimage_train.training.run_dir import RunFolder
 from zimage_train.training.self_distill import Own

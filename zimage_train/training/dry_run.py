@@ -14,7 +14,6 @@ import torch
 from zimage_train.config.values import Mode
 from zimage_train.dataset.buckets import Bucket
 from zimage_train.dataset.sample_order import Item, MicroBatch
-from zimage_train.diffusion.frozen import recompute_as_planned
 from zimage_train.diffusion.render import render
 from zimage_train.errors import DiskError
 from zimage_train.io import atomic as files
@@ -28,6 +27,7 @@ from zimage_train.planning import gpus as cards
 from zimage_train.planning.gpus import Card
 from zimage_train.planning.memory import OPTIMIZER_BYTES, padded
 from zimage_train.planning.planner import Plan
+from zimage_train.training.fit import recompute_as_planned
 from zimage_train.training.loss import Batch, losses
 from zimage_train.training.state import Run
 

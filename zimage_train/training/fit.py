@@ -5,14 +5,17 @@ import os
 from dataclasses import replace
 from typing import Literal, get_args
 
+from diffusers import ZImageTransformer2DModel
+
 from zimage_train.config.schema import Config
 from zimage_train.config.values import Kind
 from zimage_train.errors import ConfigError, Problem, WeightsError
 from zimage_train.io.headers import read_header
 from zimage_train.io.units import in_words
+from zimage_train.models import checkpointing as recompute
 from zimage_train.planning import devices as accelerator
 from zimage_train.planning import forecast, memory, planner, preflight
-from zimage_train.planning.planner import Plan
+from zimage_train.planning.planner import MANY, Plan
 from zimage_train.planning.preflight import Checked
 from zimage_train.training import checkpoint, distributed
 from zimage_train.training.distributed import World
@@ -71,3 +74,11 @@ def remarks(checked: Checked, plan: Plan) -> list[str]:
 def quantized(config: Config, kind: Kind | Literal["auto"] | None) -> Config:
     """`config` with `model.quantize` decided."""
     return config.model_copy(update={"model": config.model.model_copy(update={"quantize": kind})})
+
+
+def recompute_as_planned(model: ZImageTransformer2DModel, plan: Plan, dropout: float) -> None:
+    """Let each block recompute what `plan` says for the tokens of its batch."""
+    if plan.mode_of(MANY) == "none":
+        model.disable_gradient_checkpointing()
+    else:
+        model.enable_gradient_checkpointing(recompute.by_tokens(plan.mode_of, preserve_rng=dropout > 0))

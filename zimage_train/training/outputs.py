@@ -96,7 +96,7 @@ def preview(run: Run, step: int, events: Records) -> None:
         pictures.save_grid(run.folder.samples / "grid.png", views.shown(run.views))
     except NotRestored:
         raise
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001  a preview that fails must not end a run
         run.console.warn(f"preview at step {step} failed ({type(error).__name__}: {error}); training goes on")
         events.append({"step": step, "event": "preview_failed", "error": str(error)})
         return

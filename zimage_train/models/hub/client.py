@@ -59,7 +59,7 @@ def remotes(repository: str, revision: str | None, patterns: list[str]) -> list[
     source = chosen()
     try:
         found = source.listed(repository, revision)
-    except Exception as error:  # the hubs raise a dozen kinds, from four libraries
+    except Exception as error:  # noqa: BLE001  the hubs raise a dozen kinds, from four libraries
         what = f"the hub does not say what is in it ({first_line(error)})"
         raise WeightsError(Problem(name, what, "check the name, the connection, and HF_HUB_OFFLINE")) from None
     return [one for one in found if any(fnmatch.fnmatch(one.path, pattern) for pattern in patterns)]
@@ -79,7 +79,7 @@ def bring(remote: Remote) -> Path:
     source = chosen()
     try:
         return source.bring(remote)
-    except Exception as error:  # as above
+    except Exception as error:  # noqa: BLE001  as in list_files above
         what = f"does not come ({first_line(error)})"
         raise WeightsError(Problem(f"{remote.repository}/{remote.path}", what, "the same command goes on")) from None
 
