@@ -33,28 +33,28 @@ import torch.nn.functional as F
 from zimage_train import mini
 from zimage_train.config import schema
 from zimage_train.dataset.buckets import Bucket
-from zimage_train.diffusion.frozen import Frozen, assemble
-from zimage_train.diffusion.request import Recipe
+from zimage_train.diffusion.frozen import FrozenTransformer, load_frozen
+from zimage_train.diffusion.request import SamplingRequest
 from zimage_train.lora import layers as attach
 from zimage_train.lora import lora_file as lora_files
 from zimage_train.lora import targets as names
 from zimage_train.lora import training_adapter as adapter
-from zimage_train.lora.layers import Attached
-from zimage_train.lora.training_adapter import Adapter
+from zimage_train.lora.layers import LoraLayers
+from zimage_train.lora.training_adapter import TrainingAdapter
 from zimage_train.models import loading as weights
 from zimage_train.models import transformer
 from zimage_train.models.arch import TransformerShape
-from zimage_train.models.offload import Ring, streamed
-from zimage_train.models.quantize import Rounding
+from zimage_train.models.offload import BlockOffloader, streamed_blocks
+from zimage_train.models.quantize import QuantizationStats
 from zimage_train.models.transformer import velocity
-from zimage_train.optim.optimizers import build
+from zimage_train.optim.optimizers import build_optimizer
 from zimage_train.planning import devices as accelerator
 from zimage_train.planning import planner
-from zimage_train.planning.memory import CONTEXT_BYTES, Form, Job, caption_tokens
-from zimage_train.planning.planner import AUTOMATIC, Plan, Wanted
+from zimage_train.planning.memory import CONTEXT_BYTES, WeightPlacement, Workload, caption_tokens
+from zimage_train.planning.planner import AUTO_QUANTIZATIONS, MemoryPlan, PlanConstraints
 from zimage_train.planning.preflight import system_memory_bytes
 from zimage_train.report import metrics
-from zimage_train.training.fit import recompute_as_planned
+from zimage_train.training.fit import apply_recompute_plan
 
 BUDGETS_GB = (24.0, 16.0, 12.0, 8.0)
 PLENTY = 80e9
@@ -64,11 +64,13 @@ RANK = 16
 CAPTION = "a photo of zchar in a sunlit garden, half body, warm light, shallow depth of field"
 
 
-def job_of(shape: TransformerShape, side: int, dtype: str, gpu: bool) -> Job:
+def job_of(shape: TransformerShape, side: int, dtype: str, gpu: bool) -> Workload:
     """One picture of `side` px a step, and previews of that size."""
-    modules = names.select(["attention", "feed_forward"], shape.linears)
-    preview = Recipe(prompt=CAPTION, negative="", seed=1, width=side, height=side, steps=8, guidance=0.0, shift=3.0)
-    return Job(
+    modules = names.select_modules(["attention", "feed_forward"], shape.linears)
+    preview = SamplingRequest(
+        prompt=CAPTION, negative="", seed=1, width=side, height=side, steps=8, guidance=0.0, shift=3.0
+    )
+    return Workload(
         shape=shape,
         dtype=dtype,
         trained=RANK * sum(sum(shape.linears[module]) for module in modules),
@@ -82,13 +84,15 @@ def job_of(shape: TransformerShape, side: int, dtype: str, gpu: bool) -> Job:
 
 
 @torch.no_grad()
-def random_model(shape: TransformerShape, form: Form, dtype: torch.dtype, device: torch.device) -> Frozen:
+def random_model(
+    shape: TransformerShape, form: WeightPlacement, dtype: torch.dtype, device: torch.device
+) -> FrozenTransformer:
     """A frozen transformer of random weights, held as `form` says."""
-    model = transformer.empty(shape, dtype, form.kind)
-    blocks = [model.layers[index] for index in streamed(shape.n_layers, form.streamed)]
-    ring = Ring(blocks, device) if blocks else None
+    model = transformer.empty_transformer(shape, dtype, form.kind)
+    blocks = [model.layers[index] for index in streamed_blocks(shape.n_layers, form.streamed)]
+    ring = BlockOffloader(blocks, device) if blocks else None
     weights.allocate(model, device)
-    frozen = Frozen(model, shape, Path("random"), None, 0, Rounding(), ring)
+    frozen = FrozenTransformer(model, shape, Path("random"), None, 0, QuantizationStats(), ring)
     draw = torch.Generator(device).manual_seed(1)
 
     def drawn() -> Iterator[tuple[str, torch.Tensor]]:
@@ -96,16 +100,18 @@ def random_model(shape: TransformerShape, form: Form, dtype: torch.dtype, device
             tensor = torch.randn(size, generator=draw, device=device)
             yield name, tensor / size[-1] ** 0.5 if len(size) > 1 else 1.0 + 0.02 * tensor
 
-    frozen.refill(drawn())
+    frozen.load_tensors(drawn())
     return frozen
 
 
-def random_pair(shape: TransformerShape, plan: Plan, device: torch.device) -> tuple[Frozen, Attached]:
+def random_pair(
+    shape: TransformerShape, plan: MemoryPlan, device: torch.device
+) -> tuple[FrozenTransformer, LoraLayers]:
     """A random model as `plan` has it, and a LoRA on it."""
     frozen = random_model(shape, plan.form, torch.bfloat16 if plan.job.dtype == "bf16" else torch.float32, device)
-    modules = names.select(["attention", "feed_forward"], shape.linears)
-    attached = attach.attach(frozen.model, modules, RANK, None, 0.0, 1)
-    recompute_as_planned(frozen.model, plan, 0.0)
+    modules = names.select_modules(["attention", "feed_forward"], shape.linears)
+    attached = attach.attach_lora(frozen.model, modules, RANK, None, 0.0, 1)
+    apply_recompute_plan(frozen.model, plan, 0.0)
     return frozen, attached
 
 
@@ -117,7 +123,7 @@ class Inputs(NamedTuple):
     prompt: torch.Tensor
 
 
-def inputs_of(frozen: Frozen, caption_tokens: int, side: int, seed: int = 2) -> Inputs:
+def inputs_of(frozen: FrozenTransformer, caption_tokens: int, side: int, seed: int = 2) -> Inputs:
     """Of one picture; the same for the same `seed`."""
     device, dtype = frozen.model.device, frozen.model.dtype
     draw = torch.Generator(device).manual_seed(seed)
@@ -126,12 +132,12 @@ def inputs_of(frozen: Frozen, caption_tokens: int, side: int, seed: int = 2) -> 
     return Inputs(x, torch.tensor([0.5], device=device), prompt)
 
 
-def loss_on(frozen: Frozen, inputs: Inputs) -> torch.Tensor:
+def loss_on(frozen: FrozenTransformer, inputs: Inputs) -> torch.Tensor:
     """A loss that reaches every parameter; draws nothing and copies nothing from the host."""
     return velocity(frozen.model.train(), inputs.latents, inputs.sigma, [inputs.prompt]).square().mean()
 
 
-def loss_of(frozen: Frozen, caption_tokens: int, side: int) -> torch.Tensor:
+def loss_of(frozen: FrozenTransformer, caption_tokens: int, side: int) -> torch.Tensor:
     """Of one picture; the same each time."""
     return loss_on(frozen, inputs_of(frozen, caption_tokens, side))
 
@@ -143,10 +149,10 @@ def now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def train(shape: TransformerShape, plan: Plan, side: int, steps: int, device: torch.device) -> dict[str, Any]:
+def train(shape: TransformerShape, plan: MemoryPlan, side: int, steps: int, device: torch.device) -> dict[str, Any]:
     """A few steps by `plan`: seconds of each, the loss of the last, and the peak on a GPU."""
     frozen, attached = random_pair(shape, plan, device)
-    optimizer = build(schema.Optimizer(name="adamw"), attached.parameters())
+    optimizer = build_optimizer(schema.OptimizerSettings(name="adamw"), attached.parameters())
     seconds, loss = [], torch.zeros(())
     for _ in range(steps):
         began = now(device)
@@ -180,8 +186,10 @@ def memory(size: str, steps: int, budgets: list[float]) -> dict[str, Any]:
     found = []
     for budget in budgets:
         for side in SIDES[size]:
-            for kinds in ((None,), AUTOMATIC[1:2], AUTOMATIC[2:]):
-                found.append(_measured(shape, dtype, budget, side, Wanted(kinds, None, None), steps, device, total))
+            for kinds in ((None,), AUTO_QUANTIZATIONS[1:2], AUTO_QUANTIZATIONS[2:]):
+                found.append(
+                    _measured(shape, dtype, budget, side, PlanConstraints(kinds, None, None), steps, device, total)
+                )
                 print(json.dumps(found[-1]), flush=True)
     return {
         "device": device_name(device),
@@ -198,14 +206,14 @@ def _measured(
     dtype: str,
     budget: float,
     side: int,
-    wanted: Wanted,
+    wanted: PlanConstraints,
     steps: int,
     device: torch.device,
     total: float,
 ) -> dict[str, Any]:
     job = job_of(shape, side, dtype, device.type == "cuda")
-    plan = planner.choose(job, wanted, budget * 1e9, system_memory_bytes(), None)
-    mode = plan.mode_of(job.most_tokens)
+    plan = planner.choose_plan(job, wanted, budget * 1e9, system_memory_bytes(), None)
+    mode = plan.mode_of(job.max_tokens)
     row = {"budget_gb": budget, "side_px": side, "kind": plan.form.kind, "streamed": plan.form.streamed, "mode": mode}
     row |= {"fits": plan.fits, "predicted_gb": round(plan.peak.allocated / 1e9, 3)}
     if device.type == "cuda":
@@ -222,7 +230,7 @@ def _measured(
 
 
 def mini_shape() -> TransformerShape:
-    return transformer.read(mini.TURBO / "transformer")[0]
+    return transformer.read_weights(mini.TURBO / "transformer")[0]
 
 
 def repeat(size: str, steps: int) -> dict[str, Any]:
@@ -231,7 +239,7 @@ def repeat(size: str, steps: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for side in SIDES[size]:
         job = job_of(shape, side, dtype, device.type == "cuda")
-        plan = planner.choose(job, Wanted((None,), None, None), PLENTY, system_memory_bytes(), None)
+        plan = planner.choose_plan(job, PlanConstraints((None,), None, None), PLENTY, system_memory_bytes(), None)
         frozen, attached = random_pair(shape, plan, device)
         with torch.no_grad():
             for parameter in attached.parameters():
@@ -261,19 +269,19 @@ def quantize() -> dict[str, Any]:
     """The miniature with its adapter, in fp32 and in every kind; losses over 16 pictures' worth of fixed noise."""
     found = {}
     losses: dict[str | None, torch.Tensor] = {}
-    merged: Adapter = adapter.load(mini.ADAPTER_V1, 1.0, mini_shape())
+    merged: TrainingAdapter = adapter.load_adapter(mini.ADAPTER_V1, 1.0, mini_shape())
     draw = torch.Generator().manual_seed(1)
     x, noise = (torch.randn(16, 16, 12, 12, generator=draw) for _ in range(2))
     prompts = [torch.randn(24, 64, generator=draw)] * 16
     sigma = torch.linspace(0.05, 0.95, 16)
     for kind in (None, "int8", "fp8", "nf4"):
-        frozen = assemble(mini.TURBO / "transformer", merged, "fp32", torch.device("cpu"), kind)
+        frozen = load_frozen(mini.TURBO / "transformer", merged, "fp32", torch.device("cpu"), kind)
         mixed = (1 - sigma)[:, None, None, None] * x + sigma[:, None, None, None] * noise
         prediction = velocity(frozen.model, mixed, sigma, prompts)
         losses[kind] = F.mse_loss(prediction, noise - x, reduction="none").mean((1, 2, 3))
         if kind is not None:
             off = (losses[kind] / losses[None] - 1).abs()
-            found[kind] = frozen.rounding.facts() | {
+            found[kind] = frozen.quantization.facts() | {
                 "loss_error_mean": round(float(off.mean()), 6),
                 "loss_error_worst": round(float(off.max()), 6),
             }
@@ -283,9 +291,9 @@ def quantize() -> dict[str, Any]:
 GUIDANCE_RUNS: dict[str, dict[str, Any]] = {
     "plain": {},
     "guidance 3": {"guidance": {"differential": 3.0}},
-    "plain, clipped at 1": {"train": {"clip_norm": 1.0}},
-    "guidance 3, clipped at 1": {"guidance": {"differential": 3.0}, "train": {"clip_norm": 1.0}},
-    "plain, clipped at 1/3": {"train": {"clip_norm": 1 / 3}},
+    "plain, clipped at 1": {"train": {"max_grad_norm": 1.0}},
+    "guidance 3, clipped at 1": {"guidance": {"differential": 3.0}, "train": {"max_grad_norm": 1.0}},
+    "plain, clipped at 1/3": {"train": {"max_grad_norm": 1 / 3}},
     "learning rate x 1.5": {"optimizer": {"lr": 1.5e-3}},
     "learning rate x 3": {"optimizer": {"lr": 3e-3}},
 }
@@ -293,7 +301,9 @@ GUIDANCE_RUNS: dict[str, dict[str, Any]] = {
 
 def guidance() -> dict[str, Any]:
     """How far the LoRA of each run ends from the plain one, as a share of how far that one went."""
-    from zimage_train.commands.train import train as run_training  # the whole program, which nothing else here needs
+    from zimage_train.commands.train import (
+        run_training as run_training,
+    )  # the whole program, which nothing else here needs
 
     ends: dict[str, torch.Tensor] = {}
     facts: dict[str, Any] = {}
@@ -301,10 +311,10 @@ def guidance() -> dict[str, Any]:
         for index, (name, changes) in enumerate(GUIDANCE_RUNS.items()):
             config = _small_run(Path(place), f"run{index}x", changes)
             run_training(config, fresh=False)
-            folder = Path(config.output) / config.name
-            lora = lora_files.read(folder / "lora" / f"{config.name}.safetensors")
+            folder = Path(config.output_dir) / config.name
+            lora = lora_files.read_lora(folder / "lora" / f"{config.name}.safetensors")
             ends[name] = torch.cat([(one.b.double() @ one.a.double() * one.scale).flatten() for one in lora.values()])
-            records = metrics.read(folder / "metrics.jsonl")
+            records = metrics.read_records(folder / "metrics.jsonl")
             facts[name] = {"gradient_norm": median(one["grad_norm"] for one in records)}
     plain = ends["plain"]
     for name, end in ends.items():
@@ -326,12 +336,12 @@ GUIDANCE_STEPS = 200
 def _small_run(place: Path, name: str, changes: dict[str, Any]) -> schema.Config:
     values: dict[str, Any] = {
         "name": name,
-        "output": str(place / "runs"),
+        "output_dir": str(place / "runs"),
         "model": {"path": str(mini.TURBO), "adapter": str(mini.ADAPTER_V1), "dtype": "fp32"},
         "data": [{"folder": str(mini.PICTURES), "resolution": [64], "trigger": "zorb"}],
         "cache": {"folder": str(place / "cache")},
         "lora": {"rank": 8},
-        "train": {"steps": GUIDANCE_STEPS, "clip_norm": None},
+        "train": {"steps": GUIDANCE_STEPS, "max_grad_norm": None},
         "optimizer": {"name": "adamw", "lr": 1e-3, "weight_decay": 0.0},
         "sample": {"every": None},
         "save": {"every": None, "dtype": "fp32"},

@@ -102,7 +102,7 @@ def config(trial: Trial, work: Path) -> dict[str, Any]:
     """The config of a trial: one picture a step at 1024 px, with everything as a user has it by default."""
     values: dict[str, Any] = {
         "name": f"full_{trial.name}x",  # a name may not end in digits
-        "output": str(work / "runs"),
+        "output_dir": str(work / "runs"),
         "model": {"path": str(work / "turbo"), "adapter": str(work / "adapter.safetensors")},
         "data": [{"folder": str(work / "pictures"), "resolution": [1024], "trigger": "zchar"}],
         "cache": {"folder": str(work / "cache")},
@@ -170,7 +170,7 @@ def sharded(folder: Path, stem: str, tensors: dict[str, torch.Tensor]) -> None:
 def make_lora(file: Path, modules: tuple[str, ...], seed: int) -> None:
     """A LoRA of random weights whose change is a thousandth of the model's."""
     shape, draw, tensors = TransformerShape(), torch.Generator().manual_seed(seed), {}
-    for name in names.select(list(modules), shape.linears):
+    for name in names.select_modules(list(modules), shape.linears):
         outs, ins = shape.linears[name]
         a = torch.randn(ADAPTER_RANK, ins, generator=draw) / ins**0.5
         b = torch.randn(outs, ADAPTER_RANK, generator=draw) * 1e-3 / ADAPTER_RANK**0.5

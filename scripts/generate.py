@@ -20,19 +20,19 @@ from typer.testing import CliRunner
 
 from zimage_train.cli import app as cli
 from zimage_train.compat.aitoolkit import keys
-from zimage_train.compat.aitoolkit.rules import OFF, Mapped, NoEffect, Ours, Row
+from zimage_train.compat.aitoolkit.rules import OFF, HandledHere, Mapped, Row, WithoutEffect
 from zimage_train.config import strict_yaml as yaml_reader
 from zimage_train.config import templates as recipes
-from zimage_train.config.sample import ExtraLora, Prompt
+from zimage_train.config.sample import ExtraLora, PreviewPrompt
 from zimage_train.config.schema import Config
 from zimage_train.dataset.buckets import Bucket
-from zimage_train.diffusion.request import Recipe
+from zimage_train.diffusion.request import SamplingRequest
 from zimage_train.lora import targets as names
 from zimage_train.models.arch import TransformerShape
-from zimage_train.planning.forecast import MODES_IN_WORDS
-from zimage_train.planning.gpus import CARDS
-from zimage_train.planning.memory import Job, caption_tokens, host_bytes
-from zimage_train.planning.planner import Plan, Wanted, choose
+from zimage_train.planning.forecast import MODE_DESCRIPTIONS
+from zimage_train.planning.gpus import GPU_SPECS
+from zimage_train.planning.memory import Workload, caption_tokens, host_bytes
+from zimage_train.planning.planner import MemoryPlan, PlanConstraints, choose_plan
 from zimage_train.report import printing
 
 ROOT = Path(__file__).parent.parent
@@ -68,7 +68,7 @@ def _tidy(node: Any) -> Any:
     return {key: _tidy(value) for key, value in node.items() if key not in drop}
 
 
-EMPTY_LISTS: dict[str, type[BaseModel]] = {"prompts": Prompt, "extra_loras": ExtraLora}
+EMPTY_LISTS: dict[str, type[BaseModel]] = {"prompts": PreviewPrompt, "extra_loras": ExtraLora}
 """Lists that are empty by default, so that what their entries hold must be said beside them."""
 
 
@@ -174,9 +174,9 @@ def _fate(row: Row) -> str:
     if isinstance(row, Mapped):
         to = ", ".join(f"`{name}`" for name in filter(None, row.to.split(", ")))
         return ": ".join(filter(None, [to, row.remark.replace("|", "/")]))
-    if isinstance(row, NoEffect):
+    if isinstance(row, WithoutEffect):
         return f"no effect there either: {row.why}"
-    if isinstance(row, Ours):
+    if isinstance(row, HandledHere):
         return f"left out: {row.why}"
     passing = [] if row.neutral == OFF else [f"`{json.dumps(value)}`" for value in row.neutral]
     return f"refused, but for {', '.join(passing)}: {row.why}" if passing else f"refused: {row.why}; {row.todo}"
@@ -200,12 +200,14 @@ CAPTION = "a photo of zchar in a sunlit garden, half body, warm light, shallow d
 SIDES = (512, 768, 1024)
 
 
-def plan_for(budget_gb: int) -> Plan:
+def plan_for(budget_gb: int) -> MemoryPlan:
     """What the planner says of a character at three resolutions, rank 16, in full precision, with 32 GB main memory."""
     shape = TransformerShape()
-    modules = names.select(["attention", "feed_forward"], shape.linears)
-    preview = Recipe(prompt=CAPTION, negative="", seed=1, width=1024, height=1024, steps=8, guidance=0.0, shift=3.0)
-    job = Job(
+    modules = names.select_modules(["attention", "feed_forward"], shape.linears)
+    preview = SamplingRequest(
+        prompt=CAPTION, negative="", seed=1, width=1024, height=1024, steps=8, guidance=0.0, shift=3.0
+    )
+    job = Workload(
         shape=shape,
         dtype="bf16",
         trained=16 * sum(sum(shape.linears[module]) for module in modules),
@@ -216,7 +218,9 @@ def plan_for(budget_gb: int) -> Plan:
         previews=(preview,),
         gpu=True,
     )
-    return choose(job, Wanted((None,), None, None), budget_gb * 1e9, MAIN_MEMORY, CARDS[BUDGETS[budget_gb]])
+    return choose_plan(
+        job, PlanConstraints((None,), None, None), budget_gb * 1e9, MAIN_MEMORY, GPU_SPECS[BUDGETS[budget_gb]]
+    )
 
 
 def budget_yaml(budget_gb: int) -> str:
@@ -230,10 +234,10 @@ def budget_yaml(budget_gb: int) -> str:
         f"# The planner predicts {plan.peak.total / 1e9:.1f} GB at the most. zimage-train check says what it",
         "# chooses for your pictures, card and main memory; here:",
         f"#   weights   bf16, {held if streamed else 'all on the card'}",
-        *(f"#   {side:4} px   {MODES_IN_WORDS[mode]} recomputed" for side, mode in modes.items()),
+        *(f"#   {side:4} px   {MODE_DESCRIPTIONS[mode]} recomputed" for side, mode in modes.items()),
         "# Written by scripts/generate.py.",
     ]
-    text = recipes.text("turbo", "character")
+    text = recipes.render_template("turbo", "character")
     body = text[text.index("name: ") :].replace("name: my_character", f"name: my_character_{budget_gb}gb", 1)
     memory = ["memory:", f"  budget_gb: {budget_gb}"]
     return "\n".join([*head, body.rstrip(), *memory, ""])
@@ -243,7 +247,7 @@ def budget_table() -> str:
     """The README's table of budgets."""
     rows = ["| GPU memory | weights | 512 px | 768 px | 1024 px | peak |", "|---|---|---|---|---|---|"]
     for budget_gb, name in BUDGETS.items():
-        plan, card = plan_for(budget_gb), CARDS[name]
+        plan, card = plan_for(budget_gb), GPU_SPECS[name]
         weights = f"bf16, {plan.form.streamed} of 30 blocks streamed" if plan.form.streamed else "bf16"
         cells = []
         for side in SIDES:
@@ -259,9 +263,9 @@ GENERATED: dict[str, Callable[[], str]] = {
     "configs/schema.json": schema_json,
     "configs/reference.yaml": reference_yaml,
     **{
-        f"configs/{base}_{kind}.yaml": partial(recipes.text, base, kind)
-        for base in recipes.BASES
-        for kind in recipes.KINDS
+        f"configs/{base}_{kind}.yaml": partial(recipes.render_template, base, kind)
+        for base in recipes.MODEL_TEMPLATES
+        for kind in recipes.SUBJECT_KINDS
     },
     **{f"configs/{budget_gb}gb.yaml": partial(budget_yaml, budget_gb) for budget_gb in BUDGETS},
     "README.md": readme,

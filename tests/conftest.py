@@ -16,7 +16,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 install_import_hook(MODULES, "typecheck.check")  # before anything of zimage_train is imported
 
 from zimage_train import mini
-from zimage_train.config.load import validate
+from zimage_train.config.load import validate_config
 from zimage_train.config.schema import Config
 
 from dataset_folder import picture
@@ -60,7 +60,7 @@ def mini_values(output: Path, cache: Path, /, **changes: Any) -> dict[str, Any]:
     """Plain values of a tiny run on the miniature; every default that matters to speed is lowered."""
     base = {
         "name": "tiny",
-        "output": str(output),
+        "output_dir": str(output),
         "seed": 7,
         "model": {"path": str(mini.TURBO), "adapter": str(mini.ADAPTER_V1), "dtype": "fp32"},
         "data": [{"folder": str(mini.PICTURES), "resolution": [64], "trigger": "zorb"}],
@@ -80,7 +80,9 @@ def make_config(tmp_path: Path, shared_cache: Path):
     """`make_config(train={"steps": 2})`: a checked config of a tiny run in tmp_path."""
 
     def make(**changes: Any) -> Config:
-        config, problems = validate(mini_values(tmp_path / "runs", shared_cache, **changes), lambda path: str(path))
+        config, problems = validate_config(
+            mini_values(tmp_path / "runs", shared_cache, **changes), lambda path: str(path)
+        )
         assert config is not None, problems
         return config
 

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from zimage_train.config.dataset import Data
-from zimage_train.dataset.scan import Scan, scan
+from zimage_train.config.dataset import DataEntry
+from zimage_train.dataset.scan import FolderScan, scan_entry
 
 
 def picture(path: Path, colour: tuple[int, int, int] = (10, 20, 30), size: tuple[int, int] = (80, 64)) -> Path:
@@ -18,13 +18,13 @@ def picture(path: Path, colour: tuple[int, int, int] = (10, 20, 30), size: tuple
     return path
 
 
-def scanned(root: Path, **settings: Any) -> Scan:
-    return scan(Data.model_validate({"folder": str(root), **settings}), "data.0")
+def scanned(root: Path, **settings: Any) -> FolderScan:
+    return scan_entry(DataEntry.model_validate({"folder": str(root), **settings}), "data.0")
 
 
-def problems(result: Scan) -> list[str]:
+def problems(result: FolderScan) -> list[str]:
     return [str(problem) for error in result.errors for problem in error.problems]
 
 
-def prompts(result: Scan) -> dict[str, str]:
+def prompts(result: FolderScan) -> dict[str, str]:
     return {one.path.name: one.prompts[0] for one in result.pictures}

@@ -12,16 +12,16 @@ import pytest
 import torch
 
 from zimage_train.config.schema import Config
-from zimage_train.diffusion.frozen import Frozen
+from zimage_train.diffusion.frozen import FrozenTransformer
 from zimage_train.lora.layers import base_layer
-from zimage_train.report.metrics import read
+from zimage_train.report.metrics import read_records
 from zimage_train.training import loop
 from zimage_train.training import loss as objectives
 
 ROOT = Path(__file__).parent.parent
 
 
-def frozen_tensor(frozen: Frozen, name: str) -> torch.Tensor:
+def frozen_tensor(frozen: FrozenTransformer, name: str) -> torch.Tensor:
     """The frozen parameter `name`, as it is stored, also under a LoRA."""
     owner, _, leaf = name.rpartition(".")
     return getattr(base_layer(frozen.model, owner), leaf)
@@ -37,11 +37,11 @@ def script(name: str) -> ModuleType:
 
 
 def folder(config: Config) -> Path:
-    return Path(config.output) / config.name
+    return Path(config.output_dir) / config.name
 
 
 def losses(config: Config) -> list[float]:
-    return [record["loss"] for record in read(folder(config) / "metrics.jsonl")]
+    return [record["loss"] for record in read_records(folder(config) / "metrics.jsonl")]
 
 
 def final(config: Config) -> bytes:

@@ -46,7 +46,7 @@ def test_rehearsal_and_loop_are_within_it(make_config, monkeypatch):
     monkeypatch.setattr(accelerator, "reproducible", watched)
     for name in ("rehearse", "run_loop"):
         monkeypatch.setattr(app, name, watch(name))
-    app.train(make_config(train={"steps": 1}), fresh=False)
+    app.run_training(make_config(train={"steps": 1}), fresh=False)
     assert inside == ["rehearse", "run_loop"] and active is None
 
 

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from zimage_train import mini
-from zimage_train.diffusion.frozen import Frozen, assemble, original
+from zimage_train.diffusion.frozen import FrozenTransformer, load_frozen, original_weights
 from zimage_train.errors import WeightsError
 from zimage_train.lora import headers
 from zimage_train.lora import layers as attach
@@ -20,9 +20,9 @@ CPU = torch.device("cpu")
 TRANSFORMER = mini.TURBO / "transformer"
 
 
-def merged(dtype: str = "fp32", strength: float = 1.0) -> Frozen:
-    shape = assemble(TRANSFORMER, None, dtype, CPU).shape
-    return assemble(TRANSFORMER, adapter.load(mini.ADAPTER_V1, strength, shape), dtype, CPU)
+def merged(dtype: str = "fp32", strength: float = 1.0) -> FrozenTransformer:
+    shape = load_frozen(TRANSFORMER, None, dtype, CPU).shape
+    return load_frozen(TRANSFORMER, adapter.load_adapter(mini.ADAPTER_V1, strength, shape), dtype, CPU)
 
 
 def originals() -> dict[str, torch.Tensor]:
@@ -64,9 +64,11 @@ def test_a_bf16_sum_is_rounded_once():
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_within_the_block_the_weights_are_the_originals_and_after_it_the_same_bits_as_before(dtype: str):
     frozen = merged(dtype)
-    attach.attach(frozen.model, names.select(["attention", "adaln"], frozen.shape.linears), 4, None, 0.0, 1)
+    attach.attach_lora(
+        frozen.model, names.select_modules(["attention", "adaln"], frozen.shape.linears), 4, None, 0.0, 1
+    )
     before = {name: frozen_tensor(frozen, name).clone() for name in frozen.shape.parameters}
-    with original(frozen):
+    with original_weights(frozen):
         for name, tensor in originals().items():
             assert torch.equal(frozen_tensor(frozen, name), tensor.to(before[name].dtype)), name
     for name, tensor in before.items():
@@ -77,7 +79,7 @@ def test_the_training_weights_come_back_after_an_error():
     frozen = merged()
     name = "layers.0.attention.to_q.weight"
     before = frozen_tensor(frozen, name).clone()
-    with pytest.raises(RuntimeError, match="in a preview"), original(frozen):
+    with pytest.raises(RuntimeError, match="in a preview"), original_weights(frozen):
         raise RuntimeError("in a preview")
     assert torch.equal(frozen_tensor(frozen, name), before)
 
@@ -114,18 +116,18 @@ def reshape_one(tensors: dict[str, torch.Tensor]) -> None:
     ],
 )
 def test_an_adapter_that_does_not_match_in_full_is_refused(tmp_path: Path, spoil, message: str):
-    shape = assemble(TRANSFORMER, None, "fp32", CPU).shape
+    shape = load_frozen(TRANSFORMER, None, "fp32", CPU).shape
     path = spoiled(tmp_path, spoil)
     with pytest.raises(WeightsError, match=message) as error:
-        adapter.load(path, 1.0, shape)
+        adapter.load_adapter(path, 1.0, shape)
     assert error.value.exit_code == 4
     with pytest.raises(WeightsError, match=message):
         headers.require_match(path, headers.read_sizes(path), shape.linears)
 
 
 def test_the_stream_itself_refuses_an_adapter_that_met_too_little():
-    shape = assemble(TRANSFORMER, None, "fp32", CPU).shape
-    loaded = adapter.load(mini.ADAPTER_V1, 1.0, shape)
+    shape = load_frozen(TRANSFORMER, None, "fp32", CPU).shape
+    loaded = adapter.load_adapter(mini.ADAPTER_V1, 1.0, shape)
     short = [(name, tensor) for name, tensor in originals().items() if not name.startswith("layers.4.")]
     with pytest.raises(WeightsError, match="matched 40/48"):
-        list(adapter.merge(short, loaded, CPU, adapter.Count()))
+        list(adapter.merge_adapter(short, loaded, CPU, adapter.MergeCount()))

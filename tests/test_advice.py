@@ -20,7 +20,7 @@ def warnings(num_pictures: int = PICTURES, **changes: dict[str, Any]) -> list[st
     """The warnings of a config without any, with some settings changed."""
     values = {key: (value | changes.get(key, {})) if isinstance(value, dict) else value for key, value in FINE.items()}
     values |= {key: value for key, value in changes.items() if key not in values or not isinstance(value, dict)}
-    return advice.warnings(Config.model_validate(values), num_pictures)  # of the published models
+    return advice.config_warnings(Config.model_validate(values), num_pictures)  # of the published models
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -158,6 +158,6 @@ def test_the_numbers_that_the_warnings_give_are_the_ones_that_are_used():
 def test_the_miniature_may_learn_faster_and_is_warned_of_the_rest():
     values = {"variant": "turbo", "adapter": None}
     config = Config.model_validate({"name": "x", "data": [{"folder": "p"}], "model": values, "optimizer": {"lr": 2e-3}})
-    found, small = advice.warnings(config, 20), advice.warnings(config, 20, is_small=True)
+    found, small = advice.config_warnings(config, 20), advice.config_warnings(config, 20, is_small=True)
     assert [line for line in found if line not in small] == [line for line in found if "optimizer.lr" in line] != []
     assert any("adapter is null" in line for line in small)

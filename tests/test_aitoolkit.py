@@ -12,14 +12,14 @@ from typer.testing import CliRunner
 
 from zimage_train import mini
 from zimage_train.cli.app import app
-from zimage_train.commands.sweep_values import variations
+from zimage_train.commands.sweep_values import make_sweep_runs
 from zimage_train.compat.aitoolkit import previews
 from zimage_train.compat.aitoolkit import sections as parts
-from zimage_train.compat.aitoolkit.convert import read_any, read_only_job, written
+from zimage_train.compat.aitoolkit.convert import read_config_or_job, read_only_job, write_config
 from zimage_train.compat.aitoolkit.keys import FILE, FLAGS, FLAGS_LEFT_OUT, KEYS, TYPOS
-from zimage_train.compat.aitoolkit.rules import Mapped, NoEffect, Ours, Refused
+from zimage_train.compat.aitoolkit.rules import HandledHere, Mapped, Refused, WithoutEffect
 from zimage_train.config import strict_yaml as yaml_reader
-from zimage_train.config.load import flatten, read_config
+from zimage_train.config.load import flatten_keys, read_config
 from zimage_train.config.schema import Config
 from zimage_train.errors import ConfigError
 from zimage_train.lora import targets as names
@@ -76,8 +76,8 @@ def read(tmp_path: Path):
     """`read(values)`: the settings of the config, flat, and the notes."""
 
     def run(values: dict[str, Any] | str, *overrides: str, name: str = "job.yaml") -> tuple[dict[str, Any], list[str]]:
-        config, notes = read_any(write(tmp_path, values, name), overrides)
-        return flatten(config.model_dump()), notes
+        config, notes = read_config_or_job(write(tmp_path, values, name), overrides)
+        return flatten_keys(config.model_dump()), notes
 
     return run
 
@@ -88,7 +88,7 @@ def refused(tmp_path: Path):
 
     def run(values: dict[str, Any] | str, *overrides: str, name: str = "job.yaml") -> list[str]:
         with pytest.raises(ConfigError) as caught:
-            read_any(write(tmp_path, values, name), overrides)
+            read_config_or_job(write(tmp_path, values, name), overrides)
         assert caught.value.exit_code == 2
         return str(caught.value).replace(f"{tmp_path}/", "").splitlines()
 
@@ -139,7 +139,7 @@ def test_rows_lead_to_settings_that_exist():
 MAPPED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "config.name": ({}, {"name": "b"}),
     "name": ({"name": "b"}, {"name": "b"}),
-    "training_folder": ({"training_folder": "runs/x"}, {"output": "runs/x"}),
+    "training_folder": ({"training_folder": "runs/x"}, {"output_dir": "runs/x"}),
     "training_seed": ({"training_seed": 7}, {"seed": 7}),
     "trigger_word": (
         {"trigger_word": "zchar"},
@@ -162,8 +162,8 @@ MAPPED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "save.dtype": ({"save.dtype": "float32"}, {"save.dtype": "fp32"}),
     "train.steps": ({"train.steps": 2000}, {"train.steps": 2000}),
     "train.batch_size": ({"train.batch_size": 2}, {"train.batch_size": 2}),
-    "train.gradient_accumulation": ({"train.gradient_accumulation": 4}, {"train.accumulate": 4}),
-    "train.max_grad_norm": ({"train.max_grad_norm": 0.5}, {"train.clip_norm": 0.5}),
+    "train.gradient_accumulation": ({"train.gradient_accumulation": 4}, {"train.grad_accumulation": 4}),
+    "train.max_grad_norm": ({"train.max_grad_norm": 0.5}, {"train.max_grad_norm": 0.5}),
     "train.dtype": ({"train.dtype": "float"}, {"model.dtype": "fp32"}),
     "train.lr": ({"train.lr": 1e-4}, {"optimizer.lr": 1e-4}),
     "train.optimizer": (
@@ -315,9 +315,9 @@ MAPPED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 """Mapped key -> settings of a job that has it, and exactly what they change."""
 ELSEWHERE = {
     "config.process": "test_a_job_has_one_process",
-    "datasets[].is_reg": "test_regularisation_pictures",
-    "datasets[].prior_reg": "test_regularisation_pictures",
-    "train.reg_weight": "test_regularisation_pictures",
+    "datasets[].is_reg": "test_regularization_pictures",
+    "datasets[].prior_reg": "test_regularization_pictures",
+    "train.reg_weight": "test_regularization_pictures",
 }
 
 
@@ -333,7 +333,7 @@ def test_every_mapped_key_is_in_that_table_or_in_a_test_of_its_own():
     assert set(ELSEWHERE.values()) <= globals().keys()
 
 
-NOT_MAPPED = {key: row for key, row in KEYS.items() if isinstance(row, NoEffect | Ours | Refused)}
+NOT_MAPPED = {key: row for key, row in KEYS.items() if isinstance(row, WithoutEffect | HandledHere | Refused)}
 
 
 @pytest.mark.parametrize("key", NOT_MAPPED)
@@ -346,8 +346,8 @@ def test_neutral_values_are_silent(key: str, changed):
 def test_keys_without_effect_are_named_and_change_nothing(key: str, changed):
     difference, notes = changed({key: "odd"})
     row, shown = NOT_MAPPED[key], key.replace("[]", ".0")
-    assert isinstance(row, NoEffect | Ours) and difference == {}
-    head = "no effect in AI Toolkit either" if isinstance(row, NoEffect) else "left out"
+    assert isinstance(row, WithoutEffect | HandledHere) and difference == {}
+    head = "no effect in AI Toolkit either" if isinstance(row, WithoutEffect) else "left out"
     assert notes == [f"{head}: {shown} ({row.why})"]
 
 
@@ -365,11 +365,11 @@ def test_refused_keys_are_named_with_their_line(key: str, refused):
 
 
 def test_a_fresh_job_of_the_web_form():
-    config, notes = read_any(FRESH)
+    config, notes = read_config_or_job(FRESH)
     assert config == Config.model_validate(
         {
             "name": "my_first_lora_v1",
-            "output": "out",
+            "output_dir": "out",
             "model": {"variant": "turbo", "adapter": "v2", "dtype": "bf16", "quantize": "auto"},
             "data": [{"folder": "photos", "resolution": [512, 768, 1024], "caption_dropout": 0.05}],
             "lora": {"rank": 32, "targets": ["attention", "feed_forward", "adaln"]},
@@ -393,10 +393,10 @@ def test_a_fresh_job_of_the_web_form():
 def test_what_is_left_out_has_the_defaults_of_the_classes(read):
     values, _ = read(PLAIN)
     expected = {
-        "output": "out", "model.variant": "turbo", "model.adapter": None, "model.quantize": None,
+        "output_dir": "out", "model.variant": "turbo", "model.adapter": None, "model.quantize": None,
         "data.0.resolution": [512], "data.0.caption_dropout": 0.0, "data.0.caption_ext": ".txt", "data.0.repeats": 1,
         "lora.rank": 4, "lora.targets": ["attention", "feed_forward", "adaln"], "train.steps": 1000,
-        "train.batch_size": 1, "train.accumulate": 1, "train.clip_norm": 1.0, "timesteps.type": "sigmoid",
+        "train.batch_size": 1, "train.grad_accumulation": 1, "train.max_grad_norm": 1.0, "timesteps.type": "sigmoid",
         "timesteps.bias": "balanced", "timesteps.min": 0.0, "timesteps.max": 1.0, "optimizer.name": "adamw",
         "optimizer.lr": 1e-6, "optimizer.weight_decay": 0.01, "optimizer.params.eps": 1e-6, "schedule.name": "constant",
         "ema.decay": None, "sample.every": 100, "sample.width": 512, "sample.height": 512, "sample.steps": 20,
@@ -576,7 +576,7 @@ def test_no_value_of_any_key_is_more_than_refused(value, tmp_path: Path):
     others = {"datasets[].alpha_mask": True, "train.optimizer": "prodigy", "train.lr_scheduler": "cosine"}
     for key in (key for key, row in KEYS.items() if isinstance(row, Mapped)):
         try:
-            read_any(write(tmp_path, job(**others | {key: value})))
+            read_config_or_job(write(tmp_path, job(**others | {key: value})))
         except ConfigError as error:
             assert error.problems, key
 
@@ -601,7 +601,7 @@ def test_optimizers_have_the_defaults_they_have_there(name, ours, weight_decay, 
     assert values.get("optimizer.params.eps") == eps
     assert (values["optimizer.lr"] == 1.0) == ours.startswith("prodigy")
     assert bool(notes) == (ours.startswith(("prodigy", "automagic")) or name in ("adam8", "adamw8"))
-    assert values["train.clip_norm"] == (None if name in ("adafactor", "automagic2") else 1.0)
+    assert values["train.max_grad_norm"] == (None if name in ("adafactor", "automagic2") else 1.0)
 
 
 def test_prodigy_keeps_a_rate_that_is_meant(changed):
@@ -627,7 +627,7 @@ def test_prodigy_keeps_a_rate_that_is_meant(changed):
 )  # fmt: skip
 def test_schedules(name, params, schedule, is_noted, tmp_path: Path):
     path = write(tmp_path, job(**{"train.lr_scheduler": name, "train.lr_scheduler_params": params}))
-    config, notes = read_any(path)
+    config, notes = read_config_or_job(path)
     found = config.schedule
     assert (found.name, found.warmup_steps, {k: round(v, 9) for k, v in found.params.items()}) == schedule
     assert bool(notes) == is_noted
@@ -649,24 +649,24 @@ def test_differential_guidance_acts_and_says_that_it_did_not(changed):
     assert changed({"train.do_differential_guidance": True, "train.do_guidance_loss": True})[1] == []
 
 
-def test_regularisation_pictures(tmp_path: Path):
+def test_regularization_pictures(tmp_path: Path):
     values = job(**{"trigger_word": "zchar", "train.reg_weight": 0.5})
     process = values["config"]["process"][0]
     process["datasets"] += [
         {"folder_path": "people", "is_reg": True, "loss_multiplier": 0.5},
         {"folder_path": "men", "is_reg": True, "prior_reg": True},
     ]
-    config, notes = read_any(write(tmp_path, values))
-    assert [entry.regularisation for entry in config.data] == [False, True, "prior"]
+    config, notes = read_config_or_job(write(tmp_path, values))
+    assert [entry.regularization for entry in config.data] == [False, True, "prior"]
     assert [entry.trigger for entry in config.data] == ["zchar", None, None]
     assert [entry.weight for entry in config.data] == [1.0, 0.25, 0.5]
-    assert config.train.regularisation_share == 0.5 and notes == []
+    assert config.train.regularization_share == 0.5 and notes == []
 
 
 def test_triggers_of_the_job_and_of_its_datasets(tmp_path: Path):
     values = job(**{"trigger_word": "zchar"})
     values["config"]["process"][0]["datasets"] += [{"folder_path": "b", "trigger_word": "zdog"}]
-    config, notes = read_any(write(tmp_path, values))
+    config, notes = read_config_or_job(write(tmp_path, values))
     assert [(entry.trigger, entry.dropout_keeps_trigger) for entry in config.data] == [("zchar", True), ("zdog", True)]
     assert len(notes) == 1 and notes[0].startswith("datasets.1.trigger_word counts alone here")
 
@@ -685,7 +685,7 @@ def test_triggers_of_the_job_and_of_its_datasets(tmp_path: Path):
 )
 def test_targets_by_words_are_exactly_the_modules_of_ai_toolkit(only, ignored, tmp_path: Path):
     values = job(**{"network.network_kwargs": {"only_if_contains": only, "ignore_if_contains": ignored}})
-    config, _ = read_any(write(tmp_path, values))
+    config, _ = read_config_or_job(write(tmp_path, values))
     linears = list(TransformerShape().linears)
 
     def is_trained(module: str) -> bool:
@@ -693,14 +693,16 @@ def test_targets_by_words_are_exactly_the_modules_of_ai_toolkit(only, ignored, t
         hit = any(word in name or word in name.replace(".", "$$") for word in only)
         return module.startswith("layers.") and (hit or not only) and not any(word in name for word in ignored)
 
-    assert names.select(config.lora.targets, linears) == [module for module in linears if is_trained(module)] != []
+    assert (
+        names.select_modules(config.lora.targets, linears) == [module for module in linears if is_trained(module)] != []
+    )
 
 
 def test_targets_without_words_are_all_240_modules_of_the_layers_or_all_276(read):
     linears = list(TransformerShape().linears)
-    assert len(names.select(read(PLAIN)[0]["lora.targets"], linears)) == 240
+    assert len(names.select_modules(read(PLAIN)[0]["lora.targets"], linears)) == 240
     every = read(job(**{"network.transformer_only": False}))[0]["lora.targets"]
-    assert len(names.select(every, linears)) == len(linears) == 276
+    assert len(names.select_modules(every, linears)) == len(linears) == 276
 
 
 # Prompts
@@ -781,7 +783,7 @@ def test_the_name_and_the_environment_stand_in_for_placeholders(read, monkeypatc
     text = text.replace("  # ${NOT_SET}", "\n# ${NOT_SET}").replace("dtype: bf16", "dtype: bf16\n      lr: ${RATE}", 1)
     values, _ = read(text)
     assert values["data.0.folder"] == "/data/pictures/a" and values["data.0.trigger"] == "x_a"
-    assert values["output"] == "out/a" and values["optimizer.lr"] == 2e-4
+    assert values["output_dir"] == "out/a" and values["optimizer.lr"] == 2e-4
 
 
 def test_variables_that_are_not_set_are_named(refused, monkeypatch):
@@ -824,21 +826,21 @@ def test_overrides_are_by_the_names_of_a_config(read, refused):
 
 def test_configs_are_read_as_ever(tmp_path: Path):
     path = HERE.parent / "configs" / "quickstart.yaml"
-    assert read_any(path, ["train.steps=3"]) == (read_config(path, ["train.steps=3"]), [])
+    assert read_config_or_job(path, ["train.steps=3"]) == (read_config(path, ["train.steps=3"]), [])
     with pytest.raises(ConfigError, match="is no job of AI Toolkit"):
         read_only_job(path)
     half = write(tmp_path, "job: extension\nname: a\n")
     with pytest.raises(ConfigError, match="job: unknown key"):
-        read_any(half)
+        read_config_or_job(half)
 
 
 def test_what_is_written_reads_back_here_and_in_plain_yaml(tmp_path: Path):
     config, notes = read_only_job(FRESH)
-    text = written(config, notes, FRESH)
+    text = write_config(config, notes, FRESH)
     assert text.splitlines()[0] == "# Imported from turbo.yaml, a job of AI Toolkit."
     assert all(f"# {note}" in text for note in notes) and str(FRESH.parent) not in text
     assert yaml.safe_load(text) == config.model_dump()
-    assert flatten(yaml.safe_load(text)).keys() == flatten(config.model_dump()).keys()
+    assert flatten_keys(yaml.safe_load(text)).keys() == flatten_keys(config.model_dump()).keys()
     assert read_config(write(tmp_path, text, "config.yaml")) == config
 
 
@@ -904,7 +906,7 @@ def test_a_job_trains_as_it_is_on_the_miniature(tmp_path: Path, shared_cache: Pa
         "data.0.folder": mini.PICTURES,
         "data.0.resolution": "[64]",
         "train.steps": 3,
-        "output": tmp_path / "runs",
+        "output_dir": tmp_path / "runs",
         "cache.folder": shared_cache,
         "sample.width": 64,
         "sample.height": 64,
@@ -930,13 +932,13 @@ def test_a_job_is_not_written_over_by_what_it_becomes(tmp_path: Path):
 def test_a_job_can_be_swept(tmp_path: Path):
     path = tmp_path / "job.yaml"
     path.write_bytes((Path(__file__).parent / "aitoolkit_jobs" / "turbo.yaml").read_bytes())
-    found = variations(path, [], ["lora.rank=4,8"])
+    found = make_sweep_runs(path, [], ["lora.rank=4,8"])
     assert [one.config.lora.rank for one in found] == [4, 8]
     assert [one.config.name for one in found] == ["my_first_lora_v1+rank_4", "my_first_lora_v1+rank_8"]
 
 
 def test_automagic_begins_where_it_does_there(tmp_path: Path):
-    config, notes = read_any(write(tmp_path, job(**{"train.optimizer": "automagic", "train.lr": 1})))
+    config, notes = read_config_or_job(write(tmp_path, job(**{"train.optimizer": "automagic", "train.lr": 1})))
     assert config.optimizer.lr == 1e-6 and any("automagic finds the rate itself" in note for note in notes)
 
 
@@ -944,4 +946,4 @@ def test_pictures_held_to_the_prior_under_the_trigger_are_refused(tmp_path: Path
     values = job()
     values["config"]["process"][0]["datasets"] += [{"folder_path": "b", "prior_reg": True}]
     with pytest.raises(ConfigError, match="trains pictures with the trigger towards the model itself"):
-        read_any(write(tmp_path, values))
+        read_config_or_job(write(tmp_path, values))

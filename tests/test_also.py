@@ -1,4 +1,4 @@
-"""`sample.also`: each preview on a second model too, and how much of its sharpness a LoRA keeps there."""
+"""`sample.compare_on`: each preview on a second model too, and how much of its sharpness a LoRA keeps there."""
 
 import shutil
 from pathlib import Path
@@ -12,16 +12,16 @@ from typer.testing import CliRunner
 
 from zimage_train import mini
 from zimage_train.cli.app import app
-from zimage_train.commands.train import train
-from zimage_train.diffusion.frozen import assemble, original
-from zimage_train.diffusion.request import Recipe
+from zimage_train.commands.train import run_training
+from zimage_train.diffusion.frozen import load_frozen, original_weights
+from zimage_train.diffusion.request import SamplingRequest
 from zimage_train.errors import WeightsError
 from zimage_train.lora import training_adapter as adapters
-from zimage_train.planning.preflight import examine
+from zimage_train.planning.preflight import check_run
 from zimage_train.report import preview_images as pictures
 from zimage_train.report import preview_shift as change
 from zimage_train.report.grid import CELL_PX
-from zimage_train.report.metrics import read
+from zimage_train.report.metrics import read_records
 
 from helpers import PREVIEWED, folder, losses
 
@@ -47,12 +47,12 @@ def weights(frozen) -> dict[str, torch.Tensor]:
 
 
 def test_within_the_block_every_weight_is_the_other_models_and_after_it_the_runs_own(other: Path):
-    shape = assemble(mini.TURBO / "transformer", None, "bf16", CPU).shape
-    adapter = adapters.load(mini.ADAPTER_V1, 1.0, shape)
-    frozen = assemble(mini.TURBO / "transformer", adapter, "bf16", CPU)
+    shape = load_frozen(mini.TURBO / "transformer", None, "bf16", CPU).shape
+    adapter = adapters.load_adapter(mini.ADAPTER_V1, 1.0, shape)
+    frozen = load_frozen(mini.TURBO / "transformer", adapter, "bf16", CPU)
     before = weights(frozen)
-    wanted = weights(assemble(other / "transformer", None, "bf16", CPU))
-    with original(frozen, other / "transformer"):
+    wanted = weights(load_frozen(other / "transformer", None, "bf16", CPU))
+    with original_weights(frozen, other / "transformer"):
         inside = weights(frozen)
     assert all(torch.equal(inside[name], wanted[name]) for name in wanted)
     assert sum(not torch.equal(inside[name], before[name]) for name in before) > 0.9 * len(before)
@@ -61,17 +61,17 @@ def test_within_the_block_every_weight_is_the_other_models_and_after_it_the_runs
 
 def test_each_preview_is_drawn_on_the_other_model_too_and_training_does_not_notice(make_config, other: Path, tmp_path):
     base = {"path": str(mini.TURBO), "variant": "base", "extras": str(mini.TURBO), "adapter": None}
-    sample = PREVIEWED | {"steps": 3, "also": str(other)}
+    sample = PREVIEWED | {"steps": 3, "compare_on": str(other)}
     config = make_config(model=base, sample=sample)
-    train(config, fresh=False)
+    run_training(config, fresh=False)
     plain = make_config(name="plain", model=base, sample={"every": None})
-    train(plain, fresh=False)
+    run_training(plain, fresh=False)
     assert losses(config) == losses(plain)
 
     samples = folder(config) / "samples"
     names = sorted(path.name for path in (samples / "also").iterdir())
     assert names == [f"{step:06d}-{index:02d}.png" for step in (0, 2, 4) for index in (0, 1)]
-    own, beside = (pictures.recipe_of(root / "000004-00.png") for root in (samples, samples / "also"))
+    own, beside = (pictures.request_of(root / "000004-00.png") for root in (samples, samples / "also"))
     assert (own.steps, own.guidance, own.shift) == (3, 3.0, 6.0)
     assert (beside.steps, beside.guidance, beside.shift) == (8, 0.0, 3.0)
     assert (own.prompt, own.seed) == (beside.prompt, beside.seed)
@@ -88,27 +88,27 @@ def test_each_preview_is_drawn_on_the_other_model_too_and_training_does_not_noti
     with Image.open(samples / "grid.png") as grid:
         assert grid.width > 4 * CELL_PX  # two prompts, each on two models
     assert f"a red circle (on {other})" in (folder(config) / "report.html").read_text()
-    events = [one for one in read(folder(config) / "events.jsonl") if one["event"] == "preview"]
+    events = [one for one in read_records(folder(config) / "events.jsonl") if one["event"] == "preview"]
     assert ["sharpness_kept_also" in one for one in events] == [False, True, True]
     assert "the LoRA keeps" in (folder(config) / "log.txt").read_text()
 
 
 def test_another_second_model_draws_all_of_the_last_step_again(make_config, other: Path):
     sample = PREVIEWED | {"first": False, "every": 9}
-    train(make_config(sample=sample | {"also": str(other)}), fresh=False)
+    run_training(make_config(sample=sample | {"compare_on": str(other)}), fresh=False)
     picture = folder(make_config()) / "samples" / "also" / "000004-00.png"
     before = picture.read_bytes()
-    train(make_config(sample=sample | {"also": str(mini.TURBO)}), fresh=False)
+    run_training(make_config(sample=sample | {"compare_on": str(mini.TURBO)}), fresh=False)
     assert picture.read_bytes() != before
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("nowhere", "sample.also: nowhere: is neither a path"), (str(mini.PICTURES), "holds no transformer")],
+    [("nowhere", "sample.compare_on: nowhere: is neither a path"), (str(mini.PICTURES), "holds no transformer")],
 )
 def test_a_second_model_that_is_none_is_refused(make_config, name: str, message: str):
     with pytest.raises(WeightsError, match=message):
-        examine(make_config(sample=PREVIEWED | {"also": name}))
+        check_run(make_config(sample=PREVIEWED | {"compare_on": name}))
 
 
 def test_a_second_model_of_another_size_is_refused(make_config, tmp_path: Path):
@@ -121,16 +121,16 @@ def test_a_second_model_of_another_size_is_refused(make_config, tmp_path: Path):
     index.write_text(changed)
     config = tmp_path / "transformer" / "config.json"
     config.write_text(config.read_text().replace('"n_layers": 6', '"n_layers": 5'))
-    with pytest.raises(WeightsError, match=r"sample.also: .*another shape than the model of this run"):
-        examine(make_config(sample=PREVIEWED | {"also": str(tmp_path)}))
+    with pytest.raises(WeightsError, match=r"sample.compare_on: .*another shape than the model of this run"):
+        check_run(make_config(sample=PREVIEWED | {"compare_on": str(tmp_path)}))
 
 
 def test_a_second_model_that_is_not_here_yet_is_a_note(make_config):
     from zimage_train.models.locate import cached_only
 
-    checked = examine(make_config(sample=PREVIEWED | {"also": "turbo"}), cached_only)
+    checked = check_run(make_config(sample=PREVIEWED | {"compare_on": "turbo"}), cached_only)
     assert checked.weights is None
-    assert checked.notes == ["sample.also: Tongyi-MAI/Z-Image-Turbo: not on this machine yet; train downloads it"]
+    assert checked.notes == ["sample.compare_on: Tongyi-MAI/Z-Image-Turbo: not on this machine yet; train downloads it"]
 
 
 def flat(path: Path, contrast: int) -> Path:
@@ -149,14 +149,16 @@ def test_sharpness_is_the_variance_of_the_laplacian(tmp_path: Path):
 def test_the_share_kept_is_of_prompts_without_the_trigger_if_there_are_any(tmp_path: Path):
     def draw(step: int, prompts: list[str], contrasts: list[int]) -> None:
         for index, (prompt, contrast) in enumerate(zip(prompts, contrasts, strict=True)):
-            recipe = Recipe(prompt=prompt, negative="", seed=1, width=64, height=64, steps=8, guidance=0.0, shift=3.0)
+            recipe = SamplingRequest(
+                prompt=prompt, negative="", seed=1, width=64, height=64, steps=8, guidance=0.0, shift=3.0
+            )
             board = np.indices((64, 64)).sum(0) % 2 * contrast + 100
             image = Image.fromarray(board.astype(np.uint8)).convert("RGB")
-            pictures.save(pictures.path_of(tmp_path, step, index), image, recipe, "a test")
+            pictures.save_preview(pictures.preview_path(tmp_path, step, index), image, recipe, "a test")
 
     draw(0, ["a zorb", "a dog"], [20, 20])
     draw(5, ["a zorb", "a dog"], [2, 10])
-    table = pictures.table(tmp_path)
+    table = pictures.preview_table(tmp_path)
     assert change.sharpness_kept(table, {"zorb"}, 5) == pytest.approx(0.25)
     assert change.sharpness_kept(table, set(), 5) == pytest.approx((0.25 + 0.01) / 2)
     assert change.sharpness_kept(table, {"a "}, 5) == pytest.approx((0.25 + 0.01) / 2)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from zimage_train.dataset import images
-from zimage_train.dataset.buckets import MAX_SIDE_PX, Bucket, bucket, crop_percent
+from zimage_train.dataset.buckets import MAX_SIDE_PX, Bucket, crop_percent, nearest_bucket
 
 sides = st.integers(16, 6000) | st.sampled_from([16, 17, 31, 32, 64, 512, 1023, 1024, 1025])
 resolutions = st.integers(2, 128).map(lambda count: count * 16)
@@ -18,7 +18,7 @@ quick = settings(deadline=None, derandomize=True, max_examples=300)
 def found(width: int, height: int, resolution: int) -> Bucket | None:
     """The bucket, or None where there is none."""
     try:
-        return bucket(width, height, resolution)
+        return nearest_bucket(width, height, resolution)
     except ValueError:
         return None
 
@@ -41,7 +41,7 @@ def found(width: int, height: int, resolution: int) -> Bucket | None:
     ],
 )
 def test_usual_sizes(size: tuple[int, int], resolution: int, expected: tuple[int, int]):
-    assert bucket(*size, resolution) == expected
+    assert nearest_bucket(*size, resolution) == expected
 
 
 @quick
@@ -71,7 +71,7 @@ def test_a_turned_picture_has_the_turned_bucket(width: int, height: int, resolut
 def test_little_is_cropped_and_little_resolution_is_lost(width: int, aspect: float, resolution: int):
     height = max(256, round(width / aspect))
     if max(width / height, height / width) <= 4:
-        size = bucket(width, height, resolution)
+        size = nearest_bucket(width, height, resolution)
         assert size.width * size.height >= 0.85 * min(width * height, resolution**2)
         assert crop_percent(width, height, size) <= 15
 
@@ -87,7 +87,7 @@ def test_the_cropped_share_is_the_difference_of_the_aspects(width: int, height: 
 
 def test_it_is_the_best_of_the_sizes_around():
     for width, height, resolution in itertools.product((301, 501, 768), (300, 420, 1001), (256, 512)):
-        size = bucket(width, height, resolution)
+        size = nearest_bucket(width, height, resolution)
         limit = min(width * height, resolution**2)
 
         def worth(one: tuple[int, int], width: int = width, height: int = height) -> float:
@@ -102,18 +102,18 @@ def test_it_is_the_best_of_the_sizes_around():
 @pytest.mark.parametrize("size", [(15, 100), (100, 15), (1, 1), (0, 50)])
 def test_less_than_one_patch_is_refused(size: tuple[int, int]):
     with pytest.raises(ValueError, match=f"{size[0]}x{size[1]} px is smaller than one 16 px patch"):
-        bucket(*size, 512)
+        nearest_bucket(*size, 512)
 
 
 def test_a_strip_that_no_size_fits_is_refused_with_its_resolution():
     for size in ((5000, 64), (64, 5000)):
         with pytest.raises(ValueError, match="too narrow for resolution 64"):
-            bucket(*size, 64)
-    assert bucket(5000, 64, 1024) == (4992, 64)
+            nearest_bucket(*size, 64)
+    assert nearest_bucket(5000, 64, 1024) == (4992, 64)
 
 
 def test_sides_end_where_the_position_tables_do():
-    size = bucket(40_000, 64, 4096)
+    size = nearest_bucket(40_000, 64, 4096)
     assert size.width == MAX_SIDE_PX == 8192
 
 

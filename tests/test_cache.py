@@ -14,15 +14,15 @@ import pytest
 import torch
 
 from zimage_train import mini
-from zimage_train.commands.train import cache as fill
+from zimage_train.commands.train import fill_run_caches as fill
 from zimage_train.config.load import dump_config
 from zimage_train.config.schema import Config
 from zimage_train.dataset import cache_builder as filling
 from zimage_train.dataset import encode as encoding
-from zimage_train.dataset.tensor_cache import Cache, prompt_key
+from zimage_train.dataset.tensor_cache import TensorCache, prompt_key
 from zimage_train.errors import DataError, WeightsError
 from zimage_train.io import atomic as files
-from zimage_train.io.digests import Digests
+from zimage_train.io.digests import DigestCache
 
 from helpers import environment
 
@@ -149,7 +149,7 @@ def test_a_damaged_entry_is_encoded_again_to_the_same_bytes(config, counted, tmp
 
 def test_latents_that_are_not_finite_name_their_picture(config, monkeypatch):
     monkeypatch.setattr(
-        encoding, "picture_encoder", lambda *a: lambda images: torch.full((len(images), 16, 8, 8), float("nan"))
+        encoding, "image_encoder", lambda *a: lambda images: torch.full((len(images), 16, 8, 8), float("nan"))
     )
     with pytest.raises(DataError, match=r"zorb_0\d.*not finite") as error:
         fill(config())
@@ -170,11 +170,11 @@ def test_a_file_swapped_within_its_size_and_time_has_another_digest(tmp_path: Pa
     path, memo = tmp_path / "x.safetensors", tmp_path / "digests.json"
     path.write_bytes(b"one")
     status = path.stat()
-    first = Digests(memo).of_content(path)
+    first = DigestCache(memo).of_content(path)
     path.write_bytes(b"two")
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
     assert path.stat().st_mtime_ns == status.st_mtime_ns
-    assert Digests(memo).of_content(path) != first
+    assert DigestCache(memo).of_content(path) != first
 
 
 def test_encoders_are_gone_before_the_transformer_is_loaded(config, monkeypatch):
@@ -183,19 +183,19 @@ def test_encoders_are_gone_before_the_transformer_is_loaded(config, monkeypatch)
     from diffusers import AutoencoderKL
     from transformers import Qwen3Model
 
-    from zimage_train.commands.train import train
+    from zimage_train.commands.train import run_training
     from zimage_train.training import build as setup
 
     alive: list[int] = []
-    original = setup.assemble
+    original = setup.load_frozen
 
     def spy(*args):
         gc.collect()
         alive.append(sum(type(one) in (AutoencoderKL, Qwen3Model) for one in gc.get_objects()))
         return original(*args)
 
-    monkeypatch.setattr(setup, "assemble", spy)
-    train(config(train={"steps": 1, "batch_size": 1}), fresh=False)
+    monkeypatch.setattr(setup, "load_frozen", spy)
+    run_training(config(train={"steps": 1, "batch_size": 1}), fresh=False)
     assert alive == [0]
 
 
@@ -215,7 +215,7 @@ def test_keys_depend_on_everything_that_goes_in():
 
 
 def test_a_missing_entry_is_none(tmp_path: Path):
-    assert Cache(tmp_path).read(f"latents/{'0' * 64}") is None
+    assert TensorCache(tmp_path).read(f"latents/{'0' * 64}") is None
 
 
 def test_a_caption_beyond_what_the_model_reads_is_said_with_its_length(config, pictures: Path, capsys):

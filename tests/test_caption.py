@@ -14,10 +14,10 @@ from typer.testing import CliRunner
 from zimage_train import mini
 from zimage_train.cli.app import app
 from zimage_train.commands import caption as captioning
-from zimage_train.commands.caption import Wanted
+from zimage_train.commands.caption import CaptionOptions
 from zimage_train.dataset import caption_prompts as describing
 from zimage_train.dataset import captions
-from zimage_train.dataset.caption_prompts import STYLES
+from zimage_train.dataset.caption_prompts import CAPTION_STYLES
 from zimage_train.errors import ConfigError, DataError, WeightsError, ZImageTrainError
 from zimage_train.models import captioner as vision
 from zimage_train.report.console import Console
@@ -44,9 +44,9 @@ def run(*words: str | Path) -> tuple[int, str]:
     return (getattr(done.exception, "exit_code", 1) if done.exception else 0), done.output + str(done.exception or "")
 
 
-def wanted(model: Path | str, **changes) -> Wanted:
+def wanted(model: Path | str, **changes) -> CaptionOptions:
     usual = {"style": "sentences", "kind": None, "trigger": None, "instruction": None, "extension": ".txt"}
-    return Wanted(model=str(model), **{**usual, "force": False, **changes})
+    return CaptionOptions(model=str(model), **{**usual, "force": False, **changes})
 
 
 def texts(folder: Path) -> dict[str, str]:
@@ -78,18 +78,21 @@ def images_of(folder: Path) -> list[Path]:
     ],
 )
 def test_of_an_answer_only_the_caption_stays(answer, caption):
-    assert describing.tidy(answer, "sentences", True, None) == caption
+    assert describing.clean_answer(answer, "sentences", True, None) == caption
 
 
 def test_an_answer_that_was_cut_off_ends_at_its_last_whole_sentence_or_tag():
     text = "A fox, 3.5 m long. It runs! And then it sud"
-    assert describing.tidy(text, "sentences", False, None) == "A fox, 3.5 m long. It runs!"
-    assert describing.tidy("no end at all", "sentences", False, None) == "no end at all"
-    assert describing.tidy("fox, grass, eveni", "tags", False, None) == "fox, grass"
+    assert describing.clean_answer(text, "sentences", False, None) == "A fox, 3.5 m long. It runs!"
+    assert describing.clean_answer("no end at all", "sentences", False, None) == "no end at all"
+    assert describing.clean_answer("fox, grass, eveni", "tags", False, None) == "fox, grass"
 
 
 def test_tags_are_lower_case_and_said_once():
-    assert describing.tidy("Fox, grass; fox\n- Evening light., ,", "tags", True, None) == "fox, grass, evening light"
+    assert (
+        describing.clean_answer("Fox, grass; fox\n- Evening light., ,", "tags", True, None)
+        == "fox, grass, evening light"
+    )
 
 
 @pytest.mark.parametrize(
@@ -103,29 +106,29 @@ def test_tags_are_lower_case_and_said_once():
     ],
 )
 def test_a_trigger_is_in_every_caption_once(answer, style, caption):
-    assert describing.tidy(answer, style, True, "zorb") == caption
+    assert describing.clean_answer(answer, style, True, "zorb") == caption
 
 
-@given(st.text(), st.sampled_from(list(STYLES)), st.booleans(), st.sampled_from([None, "zorb"]))
+@given(st.text(), st.sampled_from(list(CAPTION_STYLES)), st.booleans(), st.sampled_from([None, "zorb"]))
 def test_any_answer_becomes_one_line_that_is_read_back_as_it_is(answer, style, is_whole, trigger):
-    text = describing.tidy(answer, style, is_whole, trigger)
-    assert text == captions.clean(text) and text.isprintable()
-    assert text == "" or trigger is None or captions.word(trigger).search(text)
+    text = describing.clean_answer(answer, style, is_whole, trigger)
+    assert text == captions.clean_text(text) and text.isprintable()
+    assert text == "" or trigger is None or captions.trigger_pattern(trigger).search(text)
 
 
-@pytest.mark.parametrize("kind", [None, *describing.LEAVE_OUT])
-@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("kind", [None, *describing.OMITTED_TRAITS])
+@pytest.mark.parametrize("style", CAPTION_STYLES)
 def test_the_instruction_names_the_trigger_where_there_is_a_thing_to_call_so(style, kind):
-    text = describing.instruction(style, kind, "zorb")
-    assert text.startswith(STYLES[style].instruction)
+    text = describing.caption_instruction(style, kind, "zorb")
+    assert text.startswith(CAPTION_STYLES[style].instruction)
     assert ("zorb" in text) == (kind in ("character", "product", "concept"))
-    assert (kind is None) or describing.LEAVE_OUT[kind] in text
+    assert (kind is None) or describing.OMITTED_TRAITS[kind] in text
 
 
 def test_every_kind_that_init_knows_has_something_to_leave_out():
-    from zimage_train.config.templates import KINDS
+    from zimage_train.config.templates import SUBJECT_KINDS
 
-    assert set(describing.LEAVE_OUT) == set(KINDS)
+    assert set(describing.OMITTED_TRAITS) == set(SUBJECT_KINDS)
 
 
 # The models
@@ -186,7 +189,7 @@ def test_captions_are_written_for_those_that_have_none(qwen, pictures):
     own = "  my own words\r\n"
     first.with_suffix(".txt").write_bytes(own.encode())
     second.with_suffix(".txt").write_text("\n")
-    said = captioning.caption(pictures, wanted(qwen, trigger="zorb"), Console())
+    said = captioning.caption_folder(pictures, wanted(qwen, trigger="zorb"), Console())
     found = texts(pictures)
     assert set(found) == {path.with_suffix(".txt").name for path in (first, second, *others)}
     assert first.with_suffix(".txt").read_bytes() == own.encode()
@@ -195,13 +198,13 @@ def test_captions_are_written_for_those_that_have_none(qwen, pictures):
 
 
 def test_a_second_start_goes_on_and_needs_no_model_where_all_is_done(qwen, pictures):
-    captioning.caption(pictures, wanted(qwen), Console())
+    captioning.caption_folder(pictures, wanted(qwen), Console())
     before = texts(pictures)
     gone = images_of(pictures)[2].with_suffix(".txt")
     gone.unlink()
-    captioning.caption(pictures, wanted(qwen), Console())
+    captioning.caption_folder(pictures, wanted(qwen), Console())
     assert texts(pictures) == before, "the same model says the same"
-    said = captioning.caption(pictures, wanted("nowhere/nothing"), Console())
+    said = captioning.caption_folder(pictures, wanted("nowhere/nothing"), Console())
     assert said == [f"0 captions written to {pictures}"]
 
 
@@ -214,16 +217,16 @@ def test_what_was_written_before_an_interruption_is_there(qwen, pictures, monkey
             raise KeyboardInterrupt
         return "A fox.", True
 
-    monkeypatch.setattr(vision.VisionModel, "answer", answer)
+    monkeypatch.setattr(vision.CaptionModel, "answer", answer)
     with pytest.raises(KeyboardInterrupt):
-        captioning.caption(pictures, wanted(qwen), Console())
+        captioning.caption_folder(pictures, wanted(qwen), Console())
     assert texts(pictures) == {images_of(pictures)[0].with_suffix(".txt").name: "A fox.\n"}
 
 
 def test_force_writes_over(qwen, pictures):
     file = images_of(pictures)[0].with_suffix(".txt")
     file.write_text("old")
-    captioning.caption(pictures, wanted(qwen, force=True), Console())
+    captioning.caption_folder(pictures, wanted(qwen, force=True), Console())
     assert file.read_text() != "old"
 
 
@@ -232,7 +235,7 @@ def test_a_caption_that_cannot_be_read_is_not_written_over(qwen, pictures):
     content = "my words".encode("utf-16")
     file.write_bytes(content)
     with pytest.raises(DataError, match="UTF-16"):
-        captioning.caption(pictures, wanted(qwen), Console())
+        captioning.caption_folder(pictures, wanted(qwen), Console())
     assert file.read_bytes() == content and len(list(pictures.glob("*.txt"))) == 4
 
 
@@ -255,17 +258,19 @@ def test_what_would_harm_pictures_or_configs_is_refused(qwen, pictures, words, s
 def test_tags_and_an_own_instruction_reach_the_model(qwen, pictures, monkeypatch):
     asked = []
     monkeypatch.setattr(
-        vision.VisionModel, "answer", lambda self, image, text, most: asked.append((text, most)) or ("Fox, Sea", True)
+        vision.CaptionModel, "answer", lambda self, image, text, most: asked.append((text, most)) or ("Fox, Sea", True)
     )
-    captioning.caption(pictures, wanted(qwen, style="tags", instruction="Which animals?"), Console())
-    assert set(asked) == {("Which animals?", STYLES["tags"].most_tokens)}
+    captioning.caption_folder(pictures, wanted(qwen, style="tags", instruction="Which animals?"), Console())
+    assert set(asked) == {("Which animals?", CAPTION_STYLES["tags"].most_tokens)}
     assert set(texts(pictures).values()) == {"fox, sea\n"}
 
 
 def test_captions_with_a_placeholder_for_the_trigger_are_captions(qwen, pictures):
     for path in images_of(pictures):
         path.with_suffix(".txt").write_text("[trigger] at sea")
-    assert captioning.caption(pictures, wanted("nowhere/nothing"), Console()) == [f"0 captions written to {pictures}"]
+    assert captioning.caption_folder(pictures, wanted("nowhere/nothing"), Console()) == [
+        f"0 captions written to {pictures}"
+    ]
 
 
 def test_bad_pictures_are_named_after_the_good_ones_have_their_captions(qwen, pictures, monkeypatch):
@@ -273,9 +278,9 @@ def test_bad_pictures_are_named_after_the_good_ones_have_their_captions(qwen, pi
     (pictures / "broken.png").write_bytes(b"no picture")
     Image.open(twin).convert("RGB").transpose(Image.Transpose.ROTATE_90).save(twin.with_suffix(".jpg"))
     answers = iter(["A fox.", "", "A cat."])
-    monkeypatch.setattr(vision.VisionModel, "answer", lambda *words: (next(answers), True))
+    monkeypatch.setattr(vision.CaptionModel, "answer", lambda *words: (next(answers), True))
     with pytest.raises(ZImageTrainError) as caught:
-        captioning.caption(pictures, wanted(qwen), Console())
+        captioning.caption_folder(pictures, wanted(qwen), Console())
     assert caught.value.exit_code == DataError.exit_code
     text = str(caught.value)
     assert "broken.png" in text and twin.with_suffix(".jpg").name in text and silent.name in text
@@ -298,16 +303,18 @@ def test_what_is_no_such_model_is_refused_in_one_line(tmp_path, qwen, pictures, 
             torch.save({}, model / "pytorch_model.bin")
             weights.unlink()
     with pytest.raises(WeightsError) as caught:
-        captioning.caption(pictures, wanted(model), Console())
+        captioning.caption_folder(pictures, wanted(model), Console())
     assert len(str(caught.value).splitlines()) == 1 and str(model) in str(caught.value)
     assert texts(pictures) == {}
 
 
 def test_a_model_that_is_too_large_for_the_machine_is_refused_before_it_is_read(qwen, pictures, monkeypatch):
-    monkeypatch.setattr(captioning.accelerator, "here", lambda device: type("Device", (), {"limit_bytes": 1000.0}))
+    monkeypatch.setattr(
+        captioning.accelerator, "device_limits", lambda device: type("Device", (), {"limit_bytes": 1000.0})
+    )
     monkeypatch.setattr(vision, "load", None)
     with pytest.raises(ConfigError, match="2B"):
-        captioning.caption(pictures, wanted(qwen), Console())
+        captioning.caption_folder(pictures, wanted(qwen), Console())
 
 
 @pytest.mark.parametrize("there", [True, False])
@@ -316,9 +323,11 @@ def test_an_accelerator_is_used_where_there_is_one_and_not_where_torch_only_coul
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: there)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda *words, **more: torch.device("mps"))
     taken = []
-    monkeypatch.setattr(vision, "load", lambda folder, device: taken.append(device.type) or vision.VisionModel(0, 0, 0))
-    monkeypatch.setattr(vision.VisionModel, "answer", lambda *words: ("A fox.", True))
-    captioning.caption(pictures, wanted(qwen), Console())
+    monkeypatch.setattr(
+        vision, "load", lambda folder, device: taken.append(device.type) or vision.CaptionModel(0, 0, 0)
+    )
+    monkeypatch.setattr(vision.CaptionModel, "answer", lambda *words: ("A fox.", True))
+    captioning.caption_folder(pictures, wanted(qwen), Console())
     assert taken == ["mps" if there else "cpu"]
 
 

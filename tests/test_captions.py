@@ -9,17 +9,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from zimage_train.config.dataset import Data
-from zimage_train.config.schema import Preserve
+from zimage_train.config.dataset import DataEntry
+from zimage_train.config.schema import PreserveSettings
 from zimage_train.dataset import captions
 from zimage_train.errors import DataError
-from zimage_train.rng import number
+from zimage_train.rng import keyed_int
 
 
 def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path):
     for path in (tmp_path, tmp_path / "none.txt"):
         with pytest.raises(DataError, match="is not a file"):
-            captions.read(path)
+            captions.read_caption(path)
 
 
 @settings(deadline=None, derandomize=True, max_examples=200)
@@ -28,11 +28,11 @@ def test_any_bytes_are_a_text_or_a_refusal(tmp_path_factory, content: bytes):
     path = tmp_path_factory.getbasetemp() / "any.txt"
     path.write_bytes(content)
     try:
-        text = captions.read(path)
+        text = captions.read_caption(path)
     except DataError as error:
         assert str(path) in str(error)
     else:
-        assert text == captions.clean(text) and text.encode().decode() == text
+        assert text == captions.clean_text(text) and text.encode().decode() == text
 
 
 @pytest.mark.parametrize(
@@ -58,33 +58,33 @@ def test_any_bytes_are_a_text_or_a_refusal(tmp_path_factory, content: bytes):
     ],
 )
 def test_the_prompt_has_the_trigger_once_it_is_set(caption: str, default: str, trigger: str | None, prompt: str):
-    assert captions.compose(caption, default, trigger) == prompt
+    assert captions.compose_prompt(caption, default, trigger) == prompt
 
 
 @settings(deadline=None, derandomize=True)
 @given(st.text(max_size=30), st.text(max_size=30), st.sampled_from(["zorb", "a zorb", "z*(", "[x]"]))
 def test_every_prompt_teaches_the_trigger(caption: str, default: str, trigger: str):
-    prompt = captions.compose(captions.clean(caption), default, trigger)
+    prompt = captions.compose_prompt(captions.clean_text(caption), default, trigger)
     assert trigger in prompt and captions.PLACEHOLDER not in prompt
-    again = captions.compose(prompt, default, trigger)
+    again = captions.compose_prompt(prompt, default, trigger)
     assert again == prompt
 
 
 # What a sample is trained with
 
 
-def entry(**settings: Any) -> Data:
-    return Data.model_validate({"folder": "x", **settings})
+def entry(**settings: Any) -> DataEntry:
+    return DataEntry.model_validate({"folder": "x", **settings})
 
 
 def shares(epoch: int) -> Callable[..., float]:
-    return lambda *path: number(0, epoch, *path) / 2**63
+    return lambda *path: keyed_int(0, epoch, *path) / 2**63
 
 
 def drawn(texts: tuple[str, ...], count: int = 400, **settings: Any) -> Counter[str]:
     made = entry(**settings)
     prompts = captions.prompts_of(texts, made)
-    return Counter(captions.draw(prompts, made, shares(epoch)) for epoch in range(count))
+    return Counter(captions.sample_prompt(prompts, made, shares(epoch)) for epoch in range(count))
 
 
 def test_without_settings_a_caption_is_the_prompt_whatever_is_in_it():
@@ -124,18 +124,18 @@ def test_each_line_may_be_a_caption_of_its_own():
     [({}, ""), ({"trigger": "zorb"}, ""), ({"trigger": "zorb", "dropout_keeps_trigger": True}, "zorb")],
 )
 def test_a_dropped_caption_is_empty_or_the_trigger(settings: dict[str, Any], expected: str):
-    assert captions.dropped(entry(**settings)) == expected
+    assert captions.dropout_prompt(entry(**settings)) == expected
 
 
 def test_the_prompt_that_is_held_has_the_class_word_for_the_trigger():
     own, other = entry(trigger="zorb"), entry()
-    kept = Preserve(kind="trigger", class_word="shape")
-    assert captions.held("a zorb, zorb-like", own, kept) == "a shape, shape-like"
-    assert captions.held("zorb a Zorb, zorblike", own, kept) == "shape a shape, zorblike"
-    assert captions.held("a circle", other, kept) == "a circle"
-    assert captions.held("", own, kept) == ""
-    assert captions.held("a zorb", own, Preserve(kind="blank")) == ""
-    assert captions.held("a zorb", own, Preserve()) is None
+    kept = PreserveSettings(kind="trigger", class_word="shape")
+    assert captions.preserve_prompt("a zorb, zorb-like", own, kept) == "a shape, shape-like"
+    assert captions.preserve_prompt("zorb a Zorb, zorblike", own, kept) == "shape a shape, zorblike"
+    assert captions.preserve_prompt("a circle", other, kept) == "a circle"
+    assert captions.preserve_prompt("", own, kept) == ""
+    assert captions.preserve_prompt("a zorb", own, PreserveSettings(kind="blank")) == ""
+    assert captions.preserve_prompt("a zorb", own, PreserveSettings()) is None
 
 
 def test_a_trigger_that_was_put_in_front_takes_no_kept_place():

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from zimage_train.commands.train import train
-from zimage_train.diffusion.request import Recipe
+from zimage_train.commands.train import run_training
+from zimage_train.diffusion.request import SamplingRequest
 from zimage_train.report import preview_images as pictures
 from zimage_train.report import preview_shift as change
-from zimage_train.report.metrics import read
-from zimage_train.report.preview_shift import Change
+from zimage_train.report.metrics import read_records
+from zimage_train.report.preview_shift import PreviewShift
 
 from helpers import PREVIEWED, folder
 
@@ -23,9 +23,9 @@ def draw(samples: Path, step: int, *shades: int) -> None:
     """One flat grey preview of each prompt."""
     samples.mkdir(exist_ok=True)
     for index, shade in enumerate(shades):
-        recipe = Recipe(prompt=PROMPTS[index], seed=index, **KEYS)
-        pictures.save(
-            pictures.path_of(samples, step, index), Image.new("RGB", (16, 16), (shade,) * 3), recipe, "a test"
+        recipe = SamplingRequest(prompt=PROMPTS[index], seed=index, **KEYS)
+        pictures.save_preview(
+            pictures.preview_path(samples, step, index), Image.new("RGB", (16, 16), (shade,) * 3), recipe, "a test"
         )
 
 
@@ -35,57 +35,57 @@ def test_the_distance_is_the_root_mean_square_of_the_values(tmp_path: Path):
     Image.fromarray(one).save(tmp_path / "one.png")
     Image.fromarray(other).save(tmp_path / "other.png")
     expected = sum(((int(a) - int(b)) / 255) ** 2 for a, b in zip(one.flat, other.flat, strict=True)) / one.size
-    assert change.distance(tmp_path / "one.png", tmp_path / "other.png") == pytest.approx(expected**0.5)
+    assert change.image_distance(tmp_path / "one.png", tmp_path / "other.png") == pytest.approx(expected**0.5)
     Image.new("RGB", (16, 32)).save(tmp_path / "tall.png")
-    assert change.distance(tmp_path / "one.png", tmp_path / "tall.png") is None
+    assert change.image_distance(tmp_path / "one.png", tmp_path / "tall.png") is None
 
 
 def test_changes_are_told_apart_by_the_trigger(tmp_path: Path):
     draw(tmp_path / "s", 0, 100, 100)
     draw(tmp_path / "s", 5, 151, 100)
     draw(tmp_path / "s", 10, 202, 151)
-    found = change.changes(pictures.table(tmp_path / "s"), {"zorb"})
-    assert found == [Change(5, pytest.approx(0.2), 0.0), Change(10, pytest.approx(0.4), pytest.approx(0.2))]
-    assert change.changes(pictures.table(tmp_path / "s"), set())[0].with_trigger is None
+    found = change.preview_shifts(pictures.preview_table(tmp_path / "s"), {"zorb"})
+    assert found == [PreviewShift(5, pytest.approx(0.2), 0.0), PreviewShift(10, pytest.approx(0.4), pytest.approx(0.2))]
+    assert change.preview_shifts(pictures.preview_table(tmp_path / "s"), set())[0].with_trigger is None
 
 
 def test_without_the_picture_before_training_nothing_is_claimed(tmp_path: Path):
     draw(tmp_path / "s", 5, 151, 100)
-    assert change.changes(pictures.table(tmp_path / "s"), {"zorb"}) == [Change(5, None, None)]
+    assert change.preview_shifts(pictures.preview_table(tmp_path / "s"), {"zorb"}) == [PreviewShift(5, None, None)]
 
 
 @pytest.mark.parametrize(
     ("found", "expected"),
     [
-        (Change(100, 0.001, 0.0), "not learning: at step 100"),
-        (Change(100, 0.2, 0.19), "leaking: at step 100"),
-        (Change(100, 0.2, 0.05), None),
-        (Change(100, 0.03, 0.029), None),  # both small: too early to call it a leak
-        (Change(10, 0.001, 0.0), None),  # a tenth of the run says nothing yet
-        (Change(100, None, 0.4), None),
-        (Change(100, 0.3, None), None),
+        (PreviewShift(100, 0.001, 0.0), "not learning: at step 100"),
+        (PreviewShift(100, 0.2, 0.19), "leaking: at step 100"),
+        (PreviewShift(100, 0.2, 0.05), None),
+        (PreviewShift(100, 0.03, 0.029), None),  # both small: too early to call it a leak
+        (PreviewShift(10, 0.001, 0.0), None),  # a tenth of the run says nothing yet
+        (PreviewShift(100, None, 0.4), None),
+        (PreviewShift(100, 0.3, None), None),
     ],
 )
-def test_what_is_said_of_a_change(found: Change, expected: str | None):
-    said = change.remark(found, last=100)
+def test_what_is_said_of_a_change(found: PreviewShift, expected: str | None):
+    said = change.shift_remark(found, last=100)
     assert (said or "").startswith(expected or "") and (said is None) is (expected is None)
 
 
 def test_a_run_that_learns_nothing_says_so_in_log_report_and_events(make_config):
     config = make_config(sample=PREVIEWED, optimizer={"lr": 1e-12})
-    train(config, fresh=False)
+    run_training(config, fresh=False)
     assert "warning: not learning: at step 4 previews with the trigger differ by 0.000" in (
         (folder(config) / "log.txt").read_text()
     )
     report = (folder(config) / "report.html").read_text()
     assert "not learning" in report and report.count("from step 0") == 4
-    last = [record for record in read(folder(config) / "events.jsonl") if record["event"] == "preview"][-1]
+    last = [record for record in read_records(folder(config) / "events.jsonl") if record["event"] == "preview"][-1]
     assert last["change_with_trigger"] < 0.001 and last["change_without_trigger"] < 0.001
 
 
 def test_a_run_that_learns_says_neither(make_config):
     config = make_config(sample=PREVIEWED | {"prompts": [PREVIEWED["prompts"][0]]}, optimizer={"lr": 0.1})
-    train(config, fresh=False)
+    run_training(config, fresh=False)
     assert "not learning" not in (folder(config) / "log.txt").read_text()
-    last = [record for record in read(folder(config) / "events.jsonl") if record["event"] == "preview"][-1]
-    assert last["change_with_trigger"] > change.STILL
+    last = [record for record in read_records(folder(config) / "events.jsonl") if record["event"] == "preview"][-1]
+    assert last["change_with_trigger"] > change.NOT_LEARNING_BELOW

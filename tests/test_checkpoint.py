@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from zimage_train.dataset.tensor_cache import Cache
+from zimage_train.dataset.tensor_cache import TensorCache
 from zimage_train.errors import WeightsError
 from zimage_train.io import tensorfile
 from zimage_train.training import checkpoint
@@ -38,7 +38,7 @@ def test_two_are_kept_and_order_is_by_step(tmp_path: Path):
 
 def test_any_changed_byte_of_a_sealed_file_is_noticed(tmp_path: Path):
     path = tmp_path / "x.safetensors"
-    tensorfile.save_sealed(path, {"a": torch.arange(3.0)}, {"key": "latents/x"})
+    tensorfile.save_with_digest(path, {"a": torch.arange(3.0)}, {"key": "latents/x"})
     content = path.read_bytes()
     missed = []
     for index in range(len(content)):
@@ -46,7 +46,7 @@ def test_any_changed_byte_of_a_sealed_file_is_noticed(tmp_path: Path):
         changed[index] ^= 1
         path.write_bytes(changed)
         try:
-            tensors, metadata = tensorfile.load_sealed(path)
+            tensors, metadata = tensorfile.load_with_digest(path)
         except WeightsError:
             continue
         if metadata != {"key": "latents/x"} or not torch.equal(tensors["a"], torch.arange(3.0)):
@@ -64,19 +64,19 @@ def test_every_type_survives(tmp_path: Path, dtype: torch.dtype):
         "scalar": torch.tensor(3).to(dtype),
     }
     tensors["strided"] = torch.arange(12).view(3, 4).to(dtype).T
-    tensorfile.save_sealed(tmp_path / "x", tensors, {})
-    back, _ = tensorfile.load_sealed(tmp_path / "x")
+    tensorfile.save_with_digest(tmp_path / "x", tensors, {})
+    back, _ = tensorfile.load_with_digest(tmp_path / "x")
     assert all(torch.equal(back[name], tensor) and back[name].dtype == dtype for name, tensor in tensors.items())
 
 
 def test_a_plain_safetensors_file_is_not_sealed(tmp_path: Path):
     save_file({"a": torch.zeros(2)}, tmp_path / "x")
     with pytest.raises(WeightsError, match="digest"):
-        tensorfile.load_sealed(tmp_path / "x")
+        tensorfile.load_with_digest(tmp_path / "x")
 
 
 def test_a_cache_entry_under_another_key_is_not_found(tmp_path: Path):
-    cache = Cache(tmp_path)
+    cache = TensorCache(tmp_path)
     one, other = f"latents/{'a' * 64}", f"latents/{'b' * 64}"
     cache.write(one, torch.zeros(3))
     target = cache._path(other)

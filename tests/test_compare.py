@@ -18,8 +18,8 @@ from typer.testing import CliRunner, Result
 from zimage_train import mini
 from zimage_train.cli.app import app
 from zimage_train.commands import compare
-from zimage_train.diffusion.frozen import assemble
-from zimage_train.diffusion.request import Recipe
+from zimage_train.diffusion.frozen import load_frozen
+from zimage_train.diffusion.request import SamplingRequest
 from zimage_train.errors import ZImageTrainError
 from zimage_train.lora import lora_file as lora_files
 from zimage_train.lora import swap
@@ -52,7 +52,7 @@ def loras(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     attention = [name for name in LINEARS if name.startswith("layers.") and ".attention.to_" in name]
     made = {"one": random_lora(1, 4, attention), "two": random_lora(2, 2, attention[1::2])}
     for name, lora in made.items():
-        lora_files.export(folder / f"{name}.safetensors", lora, "fp32", {"ss_steps": "7"})
+        lora_files.export_lora(folder / f"{name}.safetensors", lora, "fp32", {"ss_steps": "7"})
     return [folder / f"{name}.safetensors" for name in made]
 
 
@@ -152,7 +152,7 @@ def test_columns_of_strengths_begin_with_the_bare_model_for_every_lora(loras: li
 def test_ways_of_sampling_are_columns_with_these_values_in_the_recipes(loras: list[Path], tmp_path: Path):
     words = ["--sampling", "3:0,5:1.5", "--strength", "1", "--negative", "blue", "--seed", "5"]
     draw(tmp_path, loras[0], "--model", mini.TURBO, *words, prompts=["a zorb", "a zorb"])
-    recipes = [pictures.recipe_of(path) for path in sorted((tmp_path / "pictures").iterdir())]
+    recipes = [pictures.request_of(path) for path in sorted((tmp_path / "pictures").iterdir())]
     assert [(one.steps, one.guidance, one.seed) for one in recipes] == [(3, 0, 5), (3, 0, 6), (5, 1.5, 5), (5, 1.5, 6)]
     assert {(one.prompt, one.negative, one.width, one.shift) for one in recipes} == {("a zorb", "blue", 64, 3.0)}
     shown = cells(tmp_path / "grid.png", 2, 2)
@@ -177,9 +177,9 @@ def test_several_models_draw_the_same_loras_from_the_same_noise(loras: list[Path
 
 
 def test_a_lora_that_is_taken_off_leaves_the_very_modules_that_were_there():
-    model = assemble(mini.TURBO / "transformer", None, "fp32", torch.device("cpu")).model
+    model = load_frozen(mini.TURBO / "transformer", None, "fp32", torch.device("cpu")).model
     before, state = dict(model.named_modules()), {name: one.clone() for name, one in model.state_dict().items()}
-    with swap.attached(model, random_lora(1, 3, list(LINEARS)[:5])):
+    with swap.with_lora(model, random_lora(1, 3, list(LINEARS)[:5])):
         assert dict(model.named_modules()) != before and hasattr(model, "peft_config")
     assert dict(model.named_modules()) == before and not hasattr(model, "peft_config")
     assert all(torch.equal(one, state[name]) for name, one in model.state_dict().items())
@@ -206,21 +206,21 @@ def fabricated(
     """A run folder with previews, each of one colour: red tells the run, green the step, blue the prompt."""
     config: dict[str, Any] = {
         "name": folder.name,
-        "output": str(folder.parent),
+        "output_dir": str(folder.parent),
         "model": {"variant": "turbo", "path": None},
     }
     folder.mkdir(parents=True)
-    config |= {"sample": {"also": None if also is None else "base"}, **settings}
+    config |= {"sample": {"compare_on": None if also is None else "base"}, **settings}
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     for step in steps:
         for index, prompt in enumerate(prompts):
-            recipe = Recipe(
+            recipe = SamplingRequest(
                 prompt=prompt, negative="", seed=42 + index, width=64, height=64, steps=8, guidance=0.0, shift=3.0
             )
             for place, red in ((folder / "samples", colour), (folder / "samples" / "also", also)):
                 if red is not None:
                     image = Image.new("RGB", (64, 64), (red, step, index))
-                    pictures.save(pictures.path_of(place, step, index), image, recipe, "a test")
+                    pictures.save_preview(pictures.preview_path(place, step, index), image, recipe, "a test")
     return folder
 
 
@@ -392,13 +392,13 @@ def test_a_run_stands_for_its_lora_where_pictures_are_drawn(loras: list[Path], t
 )
 def test_what_cannot_be_compared_is_refused(words: str, code: int, message: str, loras, tmp_path: Path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("zimage_train.commands.sample.assemble", pytest.fail)
+    monkeypatch.setattr("zimage_train.commands.sample.load_frozen", pytest.fail)
     for name, steps in (("a", [0, 5]), ("late", [0, 7]), ("blank", []), ("broken", [5])):
         fabricated(Path(name), PROMPTS, steps, 1)
     Path("empty").mkdir()
     Path("broken/config.yaml").write_text("a: [")
     factors = {"layers.99.attention.to_q": Factors(torch.zeros(2, 96), torch.zeros(96, 2), 1.0)}
-    lora_files.export(Path("other.safetensors"), factors, "fp32", {})
+    lora_files.export_lora(Path("other.safetensors"), factors, "fp32", {})
     known = {"LORA": str(loras[0]), "OTHER": "other.safetensors"}
     model = ["--model", mini.TURBO] if "LORA" in words and "--model" not in words else []
     done = run("compare", *(known.get(word, word) for word in words.split()), *model)
@@ -411,7 +411,7 @@ def test_labels_that_are_too_long_are_wrapped_and_cut():
     assert grid.wrapped("a red circle", font, 200) == ["a red circle"]
     assert grid.wrapped("", font, 200) == []
     lines = grid.wrapped("word " * 400, font, 200)
-    assert len(lines) == grid.MOST_LINES and lines[-1].endswith("...")
+    assert len(lines) == grid.MAX_LINES and lines[-1].endswith("...")
     assert all(font.getlength(line) <= 210 for line in [*lines, *grid.wrapped("x" * 300, font, 200)])
     assert "".join(grid.wrapped("x" * 60, font, 200)) == "x" * 60
 

@@ -82,15 +82,15 @@ NOT_RUN = {
 
 def tiny(output: Path, cache: Path) -> list[str]:
     """Options that bring any config to the miniature and to seconds."""
-    places = {"output": str(output), "cache.folder": str(cache)}
+    places = {"output_dir": str(output), "cache.folder": str(cache)}
     return [word for key, value in (TINY | places).items() for word in ("--set", f"{key}={value}")]
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
 def test_every_shipped_config_trains(path: Path, tmp_path: Path, shared_cache: Path):
     options = tiny(tmp_path, shared_cache)
-    if "also: turbo" in path.read_text(encoding="utf-8"):
-        options += ["--set", f"sample.also={mini.TURBO / 'transformer'}"]
+    if "compare_on: turbo" in path.read_text(encoding="utf-8"):
+        options += ["--set", f"sample.compare_on={mini.TURBO / 'transformer'}"]
     done = CliRunner().invoke(app, ["train", str(path), *options])
     assert done.exit_code == 0, (done.output[-500:], done.exception)
     assert list(tmp_path.glob("*/lora/*.safetensors"))
@@ -114,7 +114,7 @@ def test_every_command_of_the_readme_runs(tmp_path: Path, shared_cache: Path, mo
     swept = tmp_path / "quickstart-sweep-rank" / "quickstart+rank_2"
     words_for |= {"KEY=V1,V2": "lora.rank=2,4", "RUN_A": str(tmp_path / "quickstart"), "RUN_B": str(swept)}
     other = tmp_path / "other.safetensors"
-    lora_files.export(other, lora_files.read(Path(lora)), "fp32", {})
+    lora_files.export_lora(other, lora_files.read_lora(Path(lora)), "fp32", {})
     words_for |= {"OTHER": str(other), "OTHER=0.6": f"{other}=0.6", "RUN": str(tmp_path / "quickstart")}
     words_for["FOLDER"] = str(shutil.copytree(mini.PICTURES, tmp_path / "pictures"))
     next((tmp_path / "pictures").glob("*.txt")).unlink()

@@ -7,10 +7,10 @@ from typer.testing import CliRunner
 
 from zimage_train.cli.app import app
 from zimage_train.commands import doctor
-from zimage_train.commands.doctor import Facts, Gpu
+from zimage_train.commands.doctor import GpuFacts, SystemFacts
 
-RTX_4090 = Gpu("NVIDIA GeForce RTX 4090", 25_757_220_864, 24_800_000_000, (8, 9), True, True)
-GOOD = Facts(
+RTX_4090 = GpuFacts("NVIDIA GeForce RTX 4090", 25_757_220_864, 24_800_000_000, (8, 9), True, True)
+GOOD = SystemFacts(
     system="Linux",
     machine="x86_64",
     python=(3, 12),
@@ -28,12 +28,12 @@ GOOD = Facts(
 )
 
 
-def said(facts: Facts, level: str) -> list[str]:
-    return [str(one).removeprefix(level).strip() for one in doctor.findings(facts) if one.level == level]
+def said(facts: SystemFacts, level: str) -> list[str]:
+    return [str(one).removeprefix(level).strip() for one in doctor.diagnose(facts) if one.level == level]
 
 
 def test_a_good_machine_has_nothing_to_mend():
-    lines, can_train = doctor.report(GOOD)
+    lines, can_train = doctor.doctor_report(GOOD)
     assert can_train and not said(GOOD, "bad") and not said(GOOD, "note")
     assert lines[-1] == "this machine can train Z-Image (25.76 GB: docs/memory.md says how it fits)"
 
@@ -117,7 +117,7 @@ def test_versions_are_compared_as_numbers():
 
 def test_this_machine_is_found_out_and_judged(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    facts = doctor.gather()
+    facts = doctor.gather_facts()
     assert facts.packages["torch"][0] and facts.ram_bytes > 10**8 and facts.locks and str(tmp_path) in facts.free_bytes
     assert not any(tmp_path.iterdir()), "it leaves nothing"
     done = CliRunner().invoke(app, ["doctor"])

@@ -39,16 +39,16 @@ from zimage_train import rng as seeding
 from zimage_train.commands import timesteps
 from zimage_train.commands import train as train_command
 from zimage_train.config import schema
-from zimage_train.config.load import validate
+from zimage_train.config.load import validate_config
 from zimage_train.config.schema import Config
 from zimage_train.dataset import tensor_cache as cache
 from zimage_train.dataset.buckets import Bucket
 from zimage_train.dataset.masks import Mask
-from zimage_train.dataset.sample_order import Item, MicroBatch, Plan, Sample, items_of, make_plan
-from zimage_train.dataset.scan import Picture, fingerprint, scan
+from zimage_train.dataset.sample_order import MicroBatch, Sample, SampleOrder, TrainItem, make_items, make_sample_order
+from zimage_train.dataset.scan import ImageRecord, dataset_fingerprint, scan_entry
 from zimage_train.diffusion import request as recipe
 from zimage_train.diffusion import sampler as turbo
-from zimage_train.diffusion.frozen import assemble
+from zimage_train.diffusion.frozen import load_frozen
 from zimage_train.io.headers import read_header
 from zimage_train.lora import alphas, arithmetic, blending, metadata
 from zimage_train.lora import format_metadata as memos
@@ -56,16 +56,16 @@ from zimage_train.lora import layers as attach
 from zimage_train.mini import world
 from zimage_train.optim import ema
 from zimage_train.optim import optimizers as optim
-from zimage_train.report.metrics import Records, read
+from zimage_train.report.metrics import RecordWriter, read_records
 from zimage_train.training import build as setup
 from zimage_train.training import loop, validation
 from zimage_train.training import loss as objectives
 from zimage_train.training import preview_sets as views
 from zimage_train.training import run_dir as run_folder
 from zimage_train.training.dry_run import _full_batches
-from zimage_train.training.run_dir import RunFolder
-from zimage_train.training.self_distill import Own, imitation_batch
-from zimage_train.training.state import Run
+from zimage_train.training.run_dir import RunDir
+from zimage_train.training.self_distill import GeneratedData, imitation_batch
+from zimage_train.training.state import TrainState
 
 from conftest import mini_values
 from helpers import ROOT
@@ -119,7 +119,7 @@ def places(value: Tensor | float) -> str:
     return f"{float(value):.12f}"
 
 
-def fields(one: recipe.Recipe) -> Table:
+def fields(one: recipe.SamplingRequest) -> Table:
     """As a picture and the key of a cache hold them."""
     return json.loads(one.to_json())
 
@@ -143,10 +143,12 @@ def config(entries: list[Table], **sections: Any) -> Config:
     return Config.model_validate(values)
 
 
-def pictures(tag: str, sizes: list[tuple[int, int]], repeats: int = 1, prompts: tuple[str, ...] = ()) -> list[Picture]:
+def pictures(
+    tag: str, sizes: list[tuple[int, int]], repeats: int = 1, prompts: tuple[str, ...] = ()
+) -> list[ImageRecord]:
     """Pictures that are there in name and digest only."""
     return [
-        Picture(
+        ImageRecord(
             Path(f"{tag}{index}"), sha(f"{tag}{index}"), *size, prompts or (f"prompt {tag}{index}",), repeats=repeats
         )
         for index, size in enumerate(sizes)
@@ -158,15 +160,15 @@ FLIPPED, SINGLE, TAGS, CLASS = (
     {"folder": "p", "resolution": [64, 96], "flip": True, "caption_dropout": 0.3},
     {"folder": "q", "resolution": [64], "batch_size": 1, "trigger": "zorb", "dropout_keeps_trigger": True},
     {"folder": "t", "resolution": [64], "trigger": "zorb", "shuffle_tags": True, "tag_dropout": 0.3, "keep_tags": 1},
-    {"folder": "r", "resolution": [64], "regularisation": True, "caption_dropout": 0.0},
+    {"folder": "r", "resolution": [64], "regularization": True, "caption_dropout": 0.0},
 )
 
 
-def several(processes: int = 1, **train: Any) -> Plan:
+def several(processes: int = 1, **train: Any) -> SampleOrder:
     """The plan of two entries of the concept, which share a picture, and one of its class."""
     made = config(
         [FLIPPED, {**SINGLE, "caption_dropout": 0.5}, CLASS],
-        train={"batch_size": 2, "accumulate": 2, "regularisation_share": 0.25, **train},
+        train={"batch_size": 2, "grad_accumulation": 2, "regularization_share": 0.25, **train},
     )
     shared = pictures("shared", [SQUARE])
     found = [
@@ -174,10 +176,10 @@ def several(processes: int = 1, **train: Any) -> Plan:
         [*pictures("q", [SQUARE, WIDE], repeats=2), *shared],
         pictures("r", [SQUARE, TALL, WIDE]),
     ]
-    return make_plan(made, items_of(made, found), processes)
+    return make_sample_order(made, make_items(made, found), processes)
 
 
-def named(item: Item) -> str:
+def named(item: TrainItem) -> str:
     """Entry, name, resolution, which repeat, and m if mirrored."""
     return f"{item.entry}:{item.picture.path.name}@{item.resolution}#{item.repeat}{'m' if item.flip else ''}"
 
@@ -188,7 +190,7 @@ def shown(batch: MicroBatch) -> str:
 
 def first_samples(count: int) -> list[Sample]:
     plan = several()
-    items = list(plan.own.items)
+    items = list(plan.concept.items)
     return [plan.sample(items[5 * index % len(items)], index) for index in range(count)]
 
 
@@ -197,7 +199,7 @@ def first_samples(count: int) -> list[Sample]:
 
 def keys(scratch: Path) -> Table:
     """What a key gives."""
-    paths: dict[str, tuple[seeding.Part, ...]] = {
+    paths: dict[str, tuple[seeding.KeyPart, ...]] = {
         "no path": (),
         "text, int, bool": ("order", 3, True),
         "float and None": (0.25, None),
@@ -205,8 +207,8 @@ def keys(scratch: Path) -> Table:
     }
     return {
         name: {
-            "number": seeding.number(7, *path),
-            "rand": repr(torch.rand((), generator=seeding.generator(7, *path)).item()),
+            "number": seeding.keyed_int(7, *path),
+            "rand": repr(torch.rand((), generator=seeding.keyed_generator(7, *path)).item()),
         }
         for name, path in paths.items()
     }
@@ -219,27 +221,27 @@ def order(scratch: Path) -> Table:
         plan = several(processes)
         for step in range(1, steps + 1):
             for process in range(processes):
-                own = plan.step(step)[process::processes]
+                own = plan.step_batches(step)[process::processes]
                 table[f"{processes} processes, step {step:02d}, process {process}"] = [shown(batch) for batch in own]
-    alone = make_plan(one := config([FLIPPED]), items_of(one, [pictures("p", [WIDE, SQUARE, TALL])]))
+    alone = make_sample_order(one := config([FLIPPED]), make_items(one, [pictures("p", [WIDE, SQUARE, TALL])]))
     for step in range(1, 13):
-        table[f"batch size 1, step {step:02d}"] = [shown(batch) for batch in alone.step(step)]
+        table[f"batch size 1, step {step:02d}"] = [shown(batch) for batch in alone.step_batches(step)]
     return table
 
 
 def sigma(scratch: Path) -> Table:
     table: Table = {}
-    settings = schema.Timesteps.model_fields
+    settings = schema.TimestepSettings.model_fields
     samples = first_samples(4)
     for kind in get_args(settings["type"].annotation):
         for bias in get_args(settings["bias"].annotation):
             made = config([FLIPPED, SINGLE, CLASS], timesteps={"type": kind, "bias": bias})
-            table[f"{kind}, {bias}"] = [places(objectives.draw_sigma(made, sample)) for sample in samples]
-    cut = config([FLIPPED, SINGLE, CLASS], timesteps={"type": "shift", "min": 0.2, "max": 0.7})
-    table["shift, cut to 0.2 .. 0.7"] = [places(objectives.draw_sigma(cut, sample)) for sample in samples]
+            table[f"{kind}, {bias}"] = [places(objectives.sample_sigma(made, sample)) for sample in samples]
+    cut = config([FLIPPED, SINGLE, CLASS], timesteps={"type": "uniform_shift", "min": 0.2, "max": 0.7})
+    table["shift, cut to 0.2 .. 0.7"] = [places(objectives.sample_sigma(cut, sample)) for sample in samples]
     linear = config([FLIPPED, SINGLE, CLASS], timesteps={"type": "linear"})
     for sample in first_samples(12):
-        table[f"linear, epoch {sample.epoch}: {named(sample.item)}"] = places(objectives.draw_sigma(linear, sample))
+        table[f"linear, epoch {sample.epoch}: {named(sample.item)}"] = places(objectives.sample_sigma(linear, sample))
     return table
 
 
@@ -247,15 +249,15 @@ def noise(scratch: Path) -> Table:
     made, shape = config([FLIPPED, SINGLE, CLASS]), torch.Size((16, 8, 12))
     table: Table = {}
     for sample in first_samples(6):
-        table[f"epoch {sample.epoch}: {named(sample.item)}"] = normal(objectives.draw_noise(made, sample, shape))
+        table[f"epoch {sample.epoch}: {named(sample.item)}"] = normal(objectives.sample_noise(made, sample, shape))
     samples = tuple(first_samples(2))
     latents, embeds = [torch.zeros(shape)] * 2, [torch.zeros(3, 4)] * 2
-    batch = objectives.make_batch(made, samples, latents, embeds, objectives.Extras())
+    batch = objectives.make_batch(made, samples, latents, embeds, objectives.BatchExtras())
     table["a batch"] = {"noise": normal(batch.noise), "sigma": [places(one) for one in batch.sigma]}
-    whole = several().whole(samples[0].item)
+    whole = several().longest_sample(samples[0].item)
     table["the sample of a rehearsal"] = {
         "key": list(whole.key()),
-        "noise": normal(objectives.draw_noise(made, whole, shape)),
+        "noise": normal(objectives.sample_noise(made, whole, shape)),
     }
     return table
 
@@ -275,10 +277,10 @@ def captions(scratch: Path) -> Table:
         pictures("t", [SQUARE, TALL], prompts=tags),
     ]
     made = config(entries)
-    plan = make_plan(made, items_of(made, found))
+    plan = make_sample_order(made, make_items(made, found))
     table = {named(item): [plan.sample(item, epoch).prompt for epoch in range(8)] for item in plan.items}
     mirrored = config([{**FLIPPED, "caption_dropout": 0.5}])
-    other = make_plan(mirrored, items_of(mirrored, [pictures("f", [SQUARE])]))
+    other = make_sample_order(mirrored, make_items(mirrored, [pictures("f", [SQUARE])]))
     dropped = {
         f"dropped: {named(item)}": [int(not other.sample(item, epoch).prompt) for epoch in range(16)]
         for item in other.items
@@ -288,13 +290,13 @@ def captions(scratch: Path) -> Table:
 
 def of_validation(scratch: Path) -> Table:
     made = config([FLIPPED])
-    items = items_of(config([{"folder": "h", "resolution": [64]}]), [pictures("held", [SQUARE, WIDE])])
-    found = validation.sigmas(made)
-    run = cast(Run, SimpleNamespace(held_out=items))
+    items = make_items(config([{"folder": "h", "resolution": [64]}]), [pictures("held", [SQUARE, WIDE])])
+    found = validation.validation_sigmas(made)
+    run = cast(TrainState, SimpleNamespace(held_out=items))
     table: Table = {
         "trained": [places(one) for one in found.trained],
         "turbo": [places(one) for one in found.turbo],
-        "subject": validation.subject(run),
+        "subject": validation.validation_subject(run),
     }
     shape = torch.Size((16, 8, 8))
     return table | {named(item): normal(validation._noise(made, item, shape)) for item in items}
@@ -309,16 +311,16 @@ def own_pictures(scratch: Path) -> Table:
     imitating = config([entry], train={"method": "trajectory_imitation"}, lora={"init_from": "x.safetensors"})
     table: Table = {}
     for made in (drawn, imitating):
-        items = items_of(made, [scan(made.data[0], "data.0").pictures])
-        own = Own(made, ("the model", "the text encoder"))
-        plan = make_plan(made, items)
+        items = make_items(made, [scan_entry(made.data[0], "data.0").pictures])
+        own = GeneratedData(made, ("the model", "the text encoder"))
+        plan = make_sample_order(made, items)
         for item in items:
             name = f"{made.train.method}, {item.picture.prompts[0]}"
-            table[name] = {"digest": item.picture.digest, "recipe": fields(own.recipe(item)), "key": own.key(item)}
+            table[name] = {"digest": item.picture.digest, "recipe": fields(own.request(item)), "key": own.key(item)}
             if own.imitates:
                 samples = [plan.sample(item, epoch) for epoch in range(8)]
-                states = [torch.zeros(len(own.student), 16, 8, 8)] * 8
-                batch = imitation_batch(own, samples, states, [torch.zeros(3, 4)] * 8, objectives.Extras())
+                states = [torch.zeros(len(own.student_sigmas), 16, 8, 8)] * 8
+                batch = imitation_batch(own, samples, states, [torch.zeros(3, 4)] * 8, objectives.BatchExtras())
                 table[name]["interval"] = [f"{one:.6f}" for one in batch.sigma.tolist()]
     return table
 
@@ -336,7 +338,7 @@ MODULES = ["layers.0.attention.to_q", "layers.0.attention.to_k", "layers.0.feed_
 def start_of_a_lora(scratch: Path) -> Table:
     table: Table = {}
     for seed in (11, 12):
-        attached = attach.attach(linears(), MODULES, rank=4, alpha=None, dropout=0.0, seed=seed)
+        attached = attach.attach_lora(linears(), MODULES, rank=4, alpha=None, dropout=0.0, seed=seed)
         table |= {f"seed {seed}, {module}": uniform(a.detach()) for module, a in attached.a.items()}
     return table
 
@@ -347,33 +349,33 @@ def merging(scratch: Path) -> Table:
     for method in ("dare_linear", "dare_ties"):
         changes = [torch.ones(3, 8), torch.full((3, 8), 10.0)]
         for name in MODULES[:2]:
-            blended = blending.blend(method, changes, [1.0, 1.0], 0.5, 42, name)
+            blended = blending.blend_changes(method, changes, [1.0, 1.0], 0.5, 42, name)
             table[f"{method}, {name}"] = [[round(value) for value in row] for row in blended.tolist()]
     with recorded("randn") as drawn:
-        arithmetic.of_dense(torch.eye(512, 520), 4, 1.0, MODULES[0])
+        arithmetic.factorize(torch.eye(512, 520), 4, 1.0, MODULES[0])
     return table | {f"projection {index}": normal(result) for index, (_, result) in enumerate(drawn)}
 
 
 def of_timesteps(scratch: Path) -> Table:
-    found = timesteps.draws(config([FLIPPED], timesteps={"type": "linear"}))
+    found = timesteps.sample_sigmas(config([FLIPPED], timesteps={"type": "linear"}))
     return {"of": len(found), "first": [places(one) for one in found[:6]]}
 
 
 def previews(scratch: Path) -> Table:
     """The recipes of previews, the noise that each begins with, and those by which the drift is measured."""
     prompts = [{"prompt": "a zorb"}, {"prompt": "a circle", "seed": 5}, {"prompt": "a square", "width": 96}]
-    sample = {"every": 2, "width": 64, "height": 64, "also": "base", "prompts": prompts}
+    sample = {"every": 2, "width": 64, "height": 64, "compare_on": "base", "prompts": prompts}
     made = config([SINGLE], sample=sample)
-    drawn = views.of(made, RunFolder(scratch, "a"), {}, None)
-    meter = setup._meter(made, drawn, cast(Any, SimpleNamespace(embeds=lambda prompt: torch.zeros(3, 4))))
+    drawn = views.make_preview_sets(made, RunDir(scratch, "a"), {}, None)
+    meter = setup._drift_meter(made, drawn, cast(Any, SimpleNamespace(embeds=lambda prompt: torch.zeros(3, 4))))
     assert meter is not None
-    model = assemble(mini.TURBO / "transformer", None, "fp32", CPU).model
+    model = load_frozen(mini.TURBO / "transformer", None, "fp32", CPU).model
     table: Table = {}
-    for index, one in enumerate(recipe.previews(made)):
+    for index, one in enumerate(recipe.preview_requests(made)):
         embeds = {one.prompt: torch.zeros(3, 4), one.negative: torch.zeros(3, 4)}
-        _, latents = next(turbo.states(model, [one], embeds, [1.0, 0.0]))
+        _, latents = next(turbo.sample_trajectory(model, [one], embeds, [1.0, 0.0]))
         table[f"{index}"] = {"recipe": fields(one), "noise": normal(latents)}
-    table |= {f"also {index}": fields(one) for index, one in enumerate(recipe.also(made))}
+    table |= {f"also {index}": fields(one) for index, one in enumerate(recipe.comparison_requests(made))}
     return table | {f"drift {index}": fields(one) for index, one in enumerate(meter._recipes)}
 
 
@@ -397,7 +399,7 @@ def in_short(names: Any) -> list[str]:
 def caches(scratch: Path) -> Table:
     picture = pictures("p", [SQUARE])[0]
     latent = cache.latent_key(picture, Bucket(64, 96), False, "the vae")
-    store = cache.Cache(scratch / "cache")
+    store = cache.TensorCache(scratch / "cache")
     store.write(latent, torch.arange(3.0))
     (path,) = [one for one in store.folder.rglob("*") if one.is_file()]
     header = read_header(path)
@@ -405,7 +407,7 @@ def caches(scratch: Path) -> Table:
         "latents": latent,
         "latents, mirrored": cache.latent_key(picture, Bucket(64, 96), True, "the vae"),
         "prompt": cache.prompt_key("a prompt", "the encoder", "bf16"),
-        "own": cache.own_key("a recipe", "the model", "the encoder"),
+        "own": cache.generated_key("a recipe", "the model", "the encoder"),
         "path": path.relative_to(store.folder).as_posix(),
         "tensors": list(header.tensors),
         "metadata": header.metadata,
@@ -418,40 +420,42 @@ def fingerprints(scratch: Path) -> Table:
     picture = pictures("p", [SQUARE], repeats=3)[0]
     masked = dataclasses.replace(picture, mask=Mask(Path("m.png"), "the mask", is_alpha=False))
     made = config([SINGLE], schedule={"name": "cosine"})
-    identity = run_folder.identity(made, {"model": "m", "data": fingerprint([[picture]])})
+    identity = run_folder.run_identity(made, {"model": "m", "data": dataset_fingerprint([[picture]])})
     return {
-        "pictures": fingerprint([[picture, picture], [masked]]),
+        "pictures": dataset_fingerprint([[picture, picture], [masked]]),
         "inputs": identity["inputs"],
         "parts": sorted(identity),
         "settings of the schedule": sorted(name for name in identity["settings"] if name.startswith("schedule.")),
-        "digest": run_folder.digest_of({"settings": {"a": 1}, "inputs": {}}),
+        "digest": run_folder.identity_digest({"settings": {"a": 1}, "inputs": {}}),
     }
 
 
 def loras(scratch: Path) -> Table:
     """What LoRAs say about themselves; the keys of their tensors are in lora_keys.txt."""
     made = config([SINGLE], lora={"rank": 4}, model={"adapter": "a.safetensors"})
-    said = metadata.describe(made, "the adapter's digest")
-    merged = metadata.edited("merge", [said, {**said, "ss_steps": "3"}], {"method": "sum"}, [4, 8])
+    said = metadata.training_metadata(made, "the adapter's digest")
+    merged = metadata.edited_metadata("merge", [said, {**said, "ss_steps": "3"}], {"method": "sum"}, [4, 8])
     return {
         "metadata": said,
         "merged": dict(sorted(merged.items())),
         "about the file itself": list(metadata.STALE),
-        "converted": memos.write(memos.Memo(True, {"layers.0.attention.qkv": [1, 2, 3]})),
+        "converted": memos.write_format_metadata(memos.FormatMetadata(True, {"layers.0.attention.qkv": [1, 2, 3]})),
         "alpha": alphas.KEY,
     }
 
 
 def trained_state(scratch: Path) -> Table:
     """Names of what a checkpoint holds of the LoRA, its average and each kind of optimizer."""
-    attached = attach.attach(linears(), MODULES[:1], rank=4, alpha=None, dropout=0.0, seed=11)
-    table: Table = {"lora": list(attached.state()), "ema": list(ema.begin(0.9, attached.state()).state())}
+    attached = attach.attach_lora(linears(), MODULES[:1], rank=4, alpha=None, dropout=0.0, seed=11)
+    table: Table = {"lora": list(attached.state()), "ema": list(ema.init_ema(0.9, attached.state()).state())}
     for name in ("adamw", "adafactor", "automagic", "prodigy"):
-        optimizer = optim.build(schema.Optimizer.model_validate({"name": name}), attached.parameters())
+        optimizer = optim.build_optimizer(
+            schema.OptimizerSettings.model_validate({"name": name}), attached.parameters()
+        )
         for parameter in attached.parameters():
             parameter.grad = torch.ones_like(parameter)
         optimizer.step()
-        tensors, numbers = optim.state(optimizer)
+        tensors, numbers = optim.optimizer_state(optimizer)
         table[name] = {"tensors": sorted(tensors), "numbers": sorted(numbers), "kind": numbers["kind"]}
     return table
 
@@ -459,27 +463,29 @@ def trained_state(scratch: Path) -> Table:
 def a_run(scratch: Path) -> Table:
     """A tiny run on the miniature, to its end: what it draws and under which names it keeps what it has made."""
     changes: Table = {
-        "train": {"steps": 2, "accumulate": 2},
+        "train": {"steps": 2, "grad_accumulation": 2},
         "ema": {"decay": 0.9},
         "sample": {"every": 2, "width": 64, "height": 64, "prompts": ["a red zorb"], "steps": 1},
         "validation": {"folder": str(mini.PICTURES), "every": 2, "resolution": 64},
     }
-    made, problems = validate(mini_values(scratch / "runs", scratch / "run_cache", **changes), lambda path: str(path))
+    made, problems = validate_config(
+        mini_values(scratch / "runs", scratch / "run_cache", **changes), lambda path: str(path)
+    )
     assert made is not None, problems
-    seen: list[Run] = []
+    seen: list[TrainState] = []
     entered = train_command.run_loop
 
-    def watched(run: Run, metrics: Records, events: Records) -> None:
+    def watched(run: TrainState, metrics: RecordWriter, events: RecordWriter) -> None:
         seen.append(run)
         entered(run, metrics, events)
 
     with mock.patch.object(train_command, "run_loop", watched), recorded("manual_seed") as seeds:
-        train_command.train(made, fresh=False)
+        train_command.run_training(made, fresh=False)
     second = dataclasses.replace(seen[0], world=dataclasses.replace(seen[0].world, process=1))
     with recorded("manual_seed") as seeds_of_second:
-        loop.train(second, Records(None, 0), Records(None, 0))
+        loop.train(second, RecordWriter(None, 0), RecordWriter(None, 0))
     root = scratch / "runs" / made.name
-    records, events = read(root / "metrics.jsonl"), read(root / "events.jsonl")
+    records, events = read_records(root / "metrics.jsonl"), read_records(root / "events.jsonl")
     saved = read_header(root / "checkpoints" / "step-000002.safetensors")
     state = json.loads(saved.metadata["state"])
     exported = read_header(root / "lora" / "tiny.safetensors")

@@ -13,15 +13,15 @@ from typer.testing import CliRunner
 
 from zimage_train import mini
 from zimage_train.cli.app import app
-from zimage_train.commands.train import train
+from zimage_train.commands.train import run_training
 from zimage_train.config.schema import Config
 from zimage_train.diffusion import drift
-from zimage_train.diffusion.frozen import assemble
-from zimage_train.diffusion.request import Recipe
+from zimage_train.diffusion.frozen import load_frozen
+from zimage_train.diffusion.request import SamplingRequest
 from zimage_train.lora import lora_file as files
 from zimage_train.lora import swap
 from zimage_train.models import text_encoder as text
-from zimage_train.report.metrics import read
+from zimage_train.report.metrics import read_records
 
 from helpers import PREVIEWED, final, folder, losses
 
@@ -29,8 +29,8 @@ CPU = torch.device("cpu")
 PROMPTS = ["a large red circle at the centre on a blue background", "small green star, top left, white background"]
 
 
-def recipe(prompt: str, seed: int) -> Recipe:
-    return Recipe(prompt=prompt, negative="", seed=seed, width=64, height=96, steps=8, guidance=0.0, shift=3.0)
+def recipe(prompt: str, seed: int) -> SamplingRequest:
+    return SamplingRequest(prompt=prompt, negative="", seed=seed, width=64, height=96, steps=8, guidance=0.0, shift=3.0)
 
 
 RECIPES = [recipe(prompt, seed) for seed, prompt in enumerate(PROMPTS)]
@@ -40,7 +40,9 @@ RECIPES = [recipe(prompt, seed) for seed, prompt in enumerate(PROMPTS)]
 def turbo():
     """The trainer's model in float32, and the features of the prompts."""
     encoder = text.load(mini.TURBO, CPU, torch.float32)
-    return assemble(mini.TURBO / "transformer", None, "fp32", CPU).model, {one: encoder.encode(one) for one in PROMPTS}
+    return load_frozen(mini.TURBO / "transformer", None, "fp32", CPU).model, {
+        one: encoder.encode(one) for one in PROMPTS
+    }
 
 
 def quiet(done: int, total: int) -> None:
@@ -81,8 +83,8 @@ def by_hand(embeds: dict[str, torch.Tensor], lora: Path) -> list[float]:
 
 def test_deviations_are_those_of_two_stock_models(turbo):
     model, embeds = turbo
-    walked = drift.walks(model, RECIPES, embeds, quiet)
-    with swap.attached(model, files.read(mini.ADAPTER_V1)):
+    walked = drift.record_trajectories(model, RECIPES, embeds, quiet)
+    with swap.with_lora(model, files.read_lora(mini.ADAPTER_V1)):
         found = drift.deviations(model, walked, embeds, quiet)
     wanted = by_hand(embeds, mini.ADAPTER_V1)
     assert max(wanted) > 0.05
@@ -91,21 +93,21 @@ def test_deviations_are_those_of_two_stock_models(turbo):
 
 def test_turbo_itself_has_not_drifted(turbo):
     model, embeds = turbo
-    walked = drift.walks(model, RECIPES, embeds, quiet)
+    walked = drift.record_trajectories(model, RECIPES, embeds, quiet)
     assert max(drift.deviations(model, walked, embeds, quiet)) < 1e-5
 
 
 def test_the_meter_holds_a_lora_against_turbo_without_it_and_puts_it_back(turbo):
     model, embeds = turbo
-    meter, lora = drift.Meter(RECIPES, embeds), files.read(mini.ADAPTER_V1)
-    with swap.attached(model, lora):  # the first reading walks with what is on the model, if it is not taken off
-        readings = [meter.read(model, quiet), meter.read(model, quiet)]
+    meter, lora = drift.DriftMeter(RECIPES, embeds), files.read_lora(mini.ADAPTER_V1)
+    with swap.with_lora(model, lora):  # the first reading walks with what is on the model, if it is not taken off
+        readings = [meter.measure(model, quiet), meter.measure(model, quiet)]
         assert any("lora" in name for name, _ in model.named_parameters())
-    walked = drift.walks(model, RECIPES, embeds, quiet)
-    with swap.attached(model, lora):
-        wanted = drift.overall(drift.deviations(model, walked, embeds, quiet))
+    walked = drift.record_trajectories(model, RECIPES, embeds, quiet)
+    with swap.with_lora(model, lora):
+        wanted = drift.overall_deviation(drift.deviations(model, walked, embeds, quiet))
     assert readings == [wanted, wanted] and wanted > 0.03
-    assert drift.overall([1.0, 2.0, 2.0, 9.0]) == pytest.approx(math.sqrt(3))
+    assert drift.overall_deviation([1.0, 2.0, 2.0, 9.0]) == pytest.approx(math.sqrt(3))
 
 
 def scaled(tmp_path: Path, factor: float) -> Path:
@@ -181,15 +183,15 @@ def test_what_cannot_be_measured_is_refused(words: list[str], what: str, tmp_pat
 @pytest.fixture
 def drifting(make_config) -> Config:
     config = make_config(sample=PREVIEWED, optimizer={"lr": 1e-2})
-    train(config, fresh=False)
+    run_training(config, fresh=False)
     return config
 
 
 def test_a_training_logs_it_and_does_not_notice(drifting: Config, make_config):
     plain = make_config(name="plain", sample={"every": None}, optimizer={"lr": 1e-2})
-    train(plain, fresh=False)
+    run_training(plain, fresh=False)
     assert losses(drifting) == losses(plain)
-    events = {one["step"]: one for one in read(folder(drifting) / "events.jsonl") if one["event"] == "preview"}
+    events = {one["step"]: one for one in read_records(folder(drifting) / "events.jsonl") if one["event"] == "preview"}
     assert "drift" not in events[0] and 0 < events[2]["drift"] < events[4]["drift"]
     assert f"drift {events[4]['drift']:.3f} from Turbo's own steps" in (folder(drifting) / "log.txt").read_text()
     assert "Drift from Turbo" in (folder(drifting) / "report.html").read_text()
@@ -202,7 +204,7 @@ def test_what_is_logged_is_what_the_command_finds_without_the_adapter(drifting: 
     neutral = PREVIEWED["prompts"][1]  # the other has the trigger
     done = CliRunner().invoke(app, [*words, "--prompt", neutral, "--seed", "43", "-o", str(tmp_path / "drift")])
     assert done.exit_code == 0, done.output
-    events = [one for one in read(folder(drifting) / "events.jsonl") if one["event"] == "preview"]
+    events = [one for one in read_records(folder(drifting) / "events.jsonl") if one["event"] == "preview"]
     logged = events[-1]["drift"]
     assert json.loads((tmp_path / "drift" / "drift.json").read_text())["deviation"] == pytest.approx(logged, rel=1e-3)
 
@@ -216,7 +218,7 @@ def test_what_is_logged_is_what_the_command_finds_without_the_adapter(drifting: 
     ],
 )
 def test_it_is_measured_where_turbo_is(make_config, model: dict, also: str | None, is_measured: bool):
-    config = make_config(model=model, sample=PREVIEWED | {"also": also, "steps": 3})
-    train(config, fresh=False)
-    events = [one for one in read(folder(config) / "events.jsonl") if one["event"] == "preview" and one["step"]]
+    config = make_config(model=model, sample=PREVIEWED | {"compare_on": also, "steps": 3})
+    run_training(config, fresh=False)
+    events = [one for one in read_records(folder(config) / "events.jsonl") if one["event"] == "preview" and one["step"]]
     assert all(("drift" in one) == is_measured for one in events) and events

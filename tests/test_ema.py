@@ -7,7 +7,7 @@ import torch
 from PIL import Image, ImageChops
 from safetensors.torch import load_file
 
-from zimage_train.commands.train import train
+from zimage_train.commands.train import run_training
 from zimage_train.errors import Stopped, WeightsError
 from zimage_train.lora import lora_file as lora_files
 from zimage_train.optim import ema
@@ -31,7 +31,7 @@ def test_it_is_what_a_hand_computes(make_config, monkeypatch):
         seen.append({name: tensor.double().clone() for name, tensor in trained.items()})
         update(self, trained, step)
 
-    begin = ema.begin
+    begin = ema.init_ema
     monkeypatch.setattr(ema.Ema, "update", spy)
     first: dict[str, torch.Tensor] = {}
 
@@ -39,9 +39,9 @@ def test_it_is_what_a_hand_computes(make_config, monkeypatch):
         first.update({name: tensor.double().clone() for name, tensor in trained.items()})
         return begin(decay, trained)
 
-    monkeypatch.setattr(ema, "begin", started)
+    monkeypatch.setattr(ema, "init_ema", started)
     config = make_config(ema={"decay": 0.3}, train={"steps": 6})
-    train(config, fresh=False)
+    run_training(config, fresh=False)
     assert len(seen) == 6
     average = first
     for step, weights in enumerate(seen, 1):
@@ -52,7 +52,7 @@ def test_it_is_what_a_hand_computes(make_config, monkeypatch):
     for name, value in average.items():
         assert kept[f"ema.{name}"].dtype == torch.float32
         assert torch.allclose(kept[f"ema.{name}"].double(), value, rtol=1e-5, atol=1e-8)
-    exported = lora_files.read(folder(config) / "lora" / "ema" / "tiny.safetensors")
+    exported = lora_files.read_lora(folder(config) / "lora" / "ema" / "tiny.safetensors")
     for module, factors in exported.items():
         whole = average[f"lora.{module}.B"] @ average[f"lora.{module}.A"]
         assert torch.allclose(factors.b.double() @ factors.a.double() * factors.scale, whole, rtol=1e-4, atol=1e-7)
@@ -60,13 +60,13 @@ def test_it_is_what_a_hand_computes(make_config, monkeypatch):
 
 def test_a_run_that_is_stopped_ends_with_the_same_averages(make_config, monkeypatch):
     whole = make_config(name="whole", ema={"decay": 0.5}, train={"steps": 6})
-    train(whole, fresh=False)
+    run_training(whole, fresh=False)
     stopped = make_config(ema={"decay": 0.5}, train={"steps": 6})
     with monkeypatch.context() as patch:
         stop_after(patch, 3)
         with pytest.raises(Stopped):
-            train(stopped, fresh=False)
-    train(stopped, fresh=False)
+            run_training(stopped, fresh=False)
+    run_training(stopped, fresh=False)
     ends = [load_file(folder(config) / "lora" / "ema" / f"{config.name}.safetensors") for config in (whole, stopped)]
     assert ends[0].keys() == ends[1].keys() and all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
     raw = load_file(folder(whole) / "lora" / "whole.safetensors")
@@ -82,8 +82,8 @@ def test_a_skipped_step_is_not_averaged(make_config, monkeypatch):
         ema.Ema, "update", lambda self, trained, step: (steps.append(step), update(self, trained, step))
     )
     poison(monkeypatch, {3})
-    monkeypatch.setattr("zimage_train.commands.train.rehearse", lambda run: (run, {}))
-    train(make_config(ema={"decay": 0.5}, train={"steps": 4, "batch_size": 2}), fresh=False)
+    monkeypatch.setattr("zimage_train.commands.train.dry_run", lambda run: (run, {}))
+    run_training(make_config(ema={"decay": 0.5}, train={"steps": 4, "batch_size": 2}), fresh=False)
     assert steps == [1, 2, 4]
 
 
@@ -91,8 +91,8 @@ def test_previews_are_drawn_by_either_and_training_is_the_same(make_config):
     settings = {"ema": {"decay": 0.9}, "train": {"steps": 2}, "optimizer": {"lr": 0.02}}
     plain = make_config(name="plain", sample=PREVIEWED, **settings)
     averaged = make_config(name="averaged", sample=PREVIEWED | {"weights": "ema"}, **settings)
-    train(plain, fresh=False)
-    train(averaged, fresh=False)
+    run_training(plain, fresh=False)
+    run_training(averaged, fresh=False)
     assert load(plain) == load(averaged)
 
     def picture(config, step: int) -> Image.Image:
@@ -109,7 +109,7 @@ def load(config) -> bytes:
 
 def test_old_averages_are_pruned_as_the_raw_ones_are(make_config):
     config = make_config(ema={"decay": 0.9}, train={"steps": 6}, save={"every": 1, "keep": 2})
-    train(config, fresh=False)
+    run_training(config, fresh=False)
     kept = [sorted(path.name for path in place.glob("*.safetensors")) for place in lora_folders(config)]
     assert kept[0] == kept[1] == ["tiny-000004.safetensors", "tiny-000005.safetensors", "tiny.safetensors"]
 
@@ -120,21 +120,21 @@ def lora_folders(config):
 
 def test_a_run_whose_average_is_gone_is_not_complete(make_config, monkeypatch):
     config = make_config(ema={"decay": 0.9}, train={"steps": 2})
-    train(config, fresh=False)
+    run_training(config, fresh=False)
     path = folder(config) / "lora" / "ema" / "tiny.safetensors"
     before = path.read_bytes()
     path.unlink()
     exported: list[int] = []
-    export = publish.export
-    monkeypatch.setattr(publish, "export", lambda run, step: (exported.append(step), export(run, step)))
-    train(config, fresh=False)
+    export = publish.export_step
+    monkeypatch.setattr(publish, "export_step", lambda run, step: (exported.append(step), export(run, step)))
+    run_training(config, fresh=False)
     assert path.read_bytes() == before and exported == [2]
-    train(config, fresh=False)
+    run_training(config, fresh=False)
     assert exported == [2]
 
 
 def test_averages_of_something_else_are_refused():
-    own = ema.begin(0.9, {"lora.x.A": torch.zeros(2, 3)})
+    own = ema.init_ema(0.9, {"lora.x.A": torch.zeros(2, 3)})
     for state in ({}, {"ema.lora.x.A": torch.zeros(3, 3)}, {"ema.lora.y.A": torch.zeros(2, 3)}):
         with pytest.raises(WeightsError, match="no averaged weights of this run"):
             own.load_state(state, "here")
@@ -142,6 +142,6 @@ def test_averages_of_something_else_are_refused():
 
 def test_the_identity_of_a_run_holds_the_decay(make_config):
     config = make_config(ema={"decay": 0.9}, train={"steps": 1})
-    train(config, fresh=False)
+    run_training(config, fresh=False)
     kept = checkpoint.load(folder(config) / "checkpoints" / "step-000001.safetensors")
     assert json.loads(json.dumps(kept.numbers["identity"]))["settings"]["ema.decay"] == 0.9

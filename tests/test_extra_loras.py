@@ -12,11 +12,11 @@ from zimage_train import mini
 from zimage_train.cli.app import app
 from zimage_train.commands import lora_args as given
 from zimage_train.commands.sample import command_for
-from zimage_train.commands.train import train
+from zimage_train.commands.train import run_training
 from zimage_train.config.schema import Config
 from zimage_train.errors import ConfigError, WeightsError, ZImageTrainError
 from zimage_train.models import locate as sources
-from zimage_train.planning.preflight import examine
+from zimage_train.planning.preflight import check_run
 
 from helpers import final, folder, losses
 
@@ -36,7 +36,7 @@ def pair(make_config) -> tuple[Config, Config]:
     plain = make_config(name="plain", sample=SAMPLE, **SETTINGS)
     extra = make_config(name="extra", sample=SAMPLE | {"extra_loras": EXTRA}, **SETTINGS)
     for config in (plain, extra):
-        train(config, fresh=False)
+        run_training(config, fresh=False)
     return plain, extra
 
 
@@ -66,7 +66,7 @@ def test_other_extra_loras_draw_the_last_previews_anew(pair):
     path = folder(extra) / "samples" / "000004-00.png"
     before = pixels(path)
     again = extra.model_copy(update={"sample": extra.sample.model_copy(update={"extra_loras": []})})
-    train(again, fresh=False)
+    run_training(again, fresh=False)
     assert np.abs(before - pixels(path)).max() > 20
 
 
@@ -79,7 +79,7 @@ def test_one_that_is_missing_does_not_fit_or_is_too_strong_is_refused_before_tra
     assert "layers.0." in key
     config = make_config(sample=SAMPLE | {"extra_loras": ["gone.safetensors", str(tmp_path / "odd.safetensors")]})
     with pytest.raises(ZImageTrainError) as refused:
-        examine(config)
+        check_run(config)
     assert "sample.extra_loras.0: gone.safetensors: does not exist" in str(refused.value)
     assert "odd.safetensors: matched" in str(refused.value)
 
@@ -109,13 +109,13 @@ def test_distillpatch_is_its_file_on_the_hub(hub, tmp_path: Path):
 
 def test_a_lora_that_is_not_there_is_said_to_be_missing(tmp_path: Path):
     with pytest.raises(WeightsError, match=r"--lora: .*gone.safetensors: does not exist"):
-        given.read(tmp_path / "gone.safetensors")
+        given.read_weighted_lora(tmp_path / "gone.safetensors")
     with pytest.raises(ConfigError):
-        given.parse("distillpatch=strong")
+        given.parse_weighted_lora("distillpatch=strong")
 
 
 def test_check_says_that_it_is_not_here_yet(make_config):
     config = make_config(sample=SAMPLE | {"extra_loras": ["distillpatch"]})
-    checked = examine(config, sources.cached_only)
+    checked = check_run(config, sources.cached_only)
     expected = "sample.extra_loras.0: DiffSynth-Studio/Z-Image-Turbo-DistillPatch: not on this machine yet"
     assert any(note.startswith(expected) for note in checked.notes)

@@ -19,7 +19,7 @@ from safetensors.numpy import load_file
 from zimage_train.errors import DiskError, FolderInUseError
 from zimage_train.io import atomic as files
 from zimage_train.io import serialize
-from zimage_train.io.serialize import Entry
+from zimage_train.io.serialize import TensorEntry
 
 ROOT = Path(__file__).parent.parent
 OLD, NEW = b"old" * 5000, b"new!" * 5000
@@ -28,7 +28,7 @@ OLD, NEW = b"old" * 5000, b"new!" * 5000
 def test_an_error_of_the_writer_itself_leaves_the_old_file(tmp_path: Path):
     path = tmp_path / "x.bin"
     path.write_bytes(OLD)
-    with pytest.raises(ZeroDivisionError), files.replacing(path) as file:
+    with pytest.raises(ZeroDivisionError), files.replace_atomically(path) as file:
         file.write(NEW)
         file.write(bytes(1 // 0))
     assert path.read_bytes() == OLD and len(list(tmp_path.iterdir())) == 1
@@ -47,7 +47,7 @@ def test_nothing_stays_open(tmp_path: Path):
     before = len(list(Path("/proc/self/fd").iterdir()))
     for _ in range(5):
         files.write_text(tmp_path / "x", "text")
-        with files.locked(tmp_path):
+        with files.lock_folder(tmp_path):
             pass
     assert len(list(Path("/proc/self/fd").iterdir())) == before
 
@@ -63,8 +63,8 @@ def test_text_and_json_are_utf_8(tmp_path: Path):
 # safetensors
 
 
-def entry(array: np.ndarray, dtype: str) -> Entry:
-    return Entry(dtype, array.shape, memoryview(np.ascontiguousarray(array).tobytes()))
+def entry(array: np.ndarray, dtype: str) -> TensorEntry:
+    return TensorEntry(dtype, array.shape, memoryview(np.ascontiguousarray(array).tobytes()))
 
 
 ARRAYS: dict[str, tuple[str, np.ndarray]] = {
@@ -173,10 +173,10 @@ def test_setting_aside_keeps_everything(tmp_path: Path):
     for number in range(3):
         (tmp_path / "run").mkdir()
         (tmp_path / "run" / "x").write_text(str(number))
-        assert files.set_aside(tmp_path / "run", ".old").name == ("run.old", "run.old-2", "run.old-3")[number]
+        assert files.rename_as_backup(tmp_path / "run", ".old").name == ("run.old", "run.old-2", "run.old-3")[number]
     assert [(tmp_path / name / "x").read_text() for name in ("run.old", "run.old-2", "run.old-3")] == ["0", "1", "2"]
     with pytest.raises(DiskError, match=r"run: cannot be renamed \(No such file"):
-        files.set_aside(tmp_path / "run", ".old")
+        files.rename_as_backup(tmp_path / "run", ".old")
 
 
 def test_debris_of_dead_processes_goes_and_nothing_else(tmp_path: Path):
@@ -197,9 +197,9 @@ def test_debris_of_dead_processes_goes_and_nothing_else(tmp_path: Path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("")
     os.utime(tmp_path / old, (0, time.time() - files.ABANDONED_SECONDS - 1))
-    files.clear_debris(tmp_path)
+    files.remove_stale_temp_files(tmp_path)
     assert {one.relative_to(tmp_path).as_posix() for one in tmp_path.rglob("*") if one.is_file()} == set(kept)
-    files.clear_debris(tmp_path / "none")
+    files.remove_stale_temp_files(tmp_path / "none")
     assert alive.poll() is None, "asking whether a process lives does not end it"
     alive.kill()
     alive.communicate()
@@ -214,7 +214,7 @@ def test_debris_of_dead_processes_goes_and_nothing_else(tmp_path: Path):
 @pytest.mark.parametrize("name", ["file", "file/run"])
 def test_a_folder_that_cannot_be_made_is_a_disk_error(tmp_path: Path, name: str):
     (tmp_path / "file").write_text("")
-    with pytest.raises(DiskError) as caught, files.locked(tmp_path / name):
+    with pytest.raises(DiskError) as caught, files.lock_folder(tmp_path / name):
         raise AssertionError("locked nothing")
     assert caught.value.exit_code == 7 and (tmp_path / "file").read_text() == ""
 
@@ -239,7 +239,7 @@ def test_without_flock_the_lock_file_is_a_lease(tmp_path: Path, monkeypatch: pyt
         path.write_text(text)
         os.utime(path, (now - age, now - age))
         try:
-            with files.locked(tmp_path):
+            with files.lock_folder(tmp_path):
                 return path.read_text() == f"process {os.getpid()} on {here}"
         except FolderInUseError as error:
             assert text in str(error)
@@ -257,7 +257,7 @@ def test_without_flock_the_lock_file_is_a_lease(tmp_path: Path, monkeypatch: pyt
     assert is_free("process 1 on elsewhere", age=180)
     assert is_free("half a word")
     assert is_free("process x on elsewhere")
-    with files.locked(tmp_path), pytest.raises(FolderInUseError), files.locked(tmp_path):
+    with files.lock_folder(tmp_path), pytest.raises(FolderInUseError), files.lock_folder(tmp_path):
         raise AssertionError("locked twice")
 
     def not_ours(*_: int) -> None:
@@ -276,9 +276,9 @@ def test_a_lease_is_renewed_as_long_as_it_is_held(tmp_path: Path, monkeypatch: p
         time.sleep(seconds)
         return time.time() - (tmp_path / "run.lock").stat().st_mtime
 
-    with files.locked(tmp_path):
+    with files.lock_folder(tmp_path):
         assert age_after(0.2) > 1000 and threading.active_count() == threads, "the kernel's lock needs no lease"
     monkeypatch.setattr(files.fcntl, "flock", no_flock)
-    with files.locked(tmp_path):
+    with files.lock_folder(tmp_path):
         assert age_after(0.3) < 1
     assert age_after(0.2) > 1000 and threading.active_count() == threads

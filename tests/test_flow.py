@@ -31,14 +31,14 @@ def test_velocity_is_the_derivative_of_the_path():
     x0, noise = torch.randn(1, 2, 2, 2).double(), torch.randn(1, 2, 2, 2).double()
     low, high = torch.tensor([0.4, 0.4 + 1e-6], dtype=torch.float64).split(1)
     slope = (flow.interpolate(x0, noise, high) - flow.interpolate(x0, noise, low)) / 1e-6
-    assert torch.allclose(slope, flow.velocity(x0, noise), atol=1e-6)
+    assert torch.allclose(slope, flow.target_velocity(x0, noise), atol=1e-6)
 
 
 def test_euler_with_the_true_velocity_recovers_the_picture():
     x0, noise = torch.randn(1, 2, 4, 4), torch.randn(1, 2, 4, 4)
     x, sigmas = noise, flow.sampling_sigmas(8, 3.0)
     for sigma, after in itertools.pairwise(sigmas):
-        x = flow.euler(x, flow.velocity(x0, noise), sigma, after)
+        x = flow.euler(x, flow.target_velocity(x0, noise), sigma, after)
     assert torch.allclose(x, x0, atol=1e-5)
 
 
@@ -70,16 +70,16 @@ DECILES = {  # measured on AI Toolkit's own sampling: mean, then the quantiles .
     ("sigmoid", "balanced"): (0.50, 0.22, 0.34, 0.50, 0.66, 0.79),
     ("sigmoid", "high_noise"): (0.70, 0.35, 0.55, 0.76, 0.90, 0.95),
     ("sigmoid", "low_noise"): (0.30, 0.05, 0.10, 0.24, 0.45, 0.64),
-    ("shift", "balanced"): (0.68, 0.26, 0.51, 0.75, 0.90, 0.965),
-    ("shift", "high_noise"): (0.85, 0.53, 0.80, 0.955, 0.995, 1.0),
-    ("shift", "low_noise"): (0.38, 0.01, 0.05, 0.31, 0.69, 0.89),
+    ("uniform_shift", "balanced"): (0.68, 0.26, 0.51, 0.75, 0.90, 0.965),
+    ("uniform_shift", "high_noise"): (0.85, 0.53, 0.80, 0.955, 0.995, 1.0),
+    ("uniform_shift", "low_noise"): (0.38, 0.01, 0.05, 0.31, 0.69, 0.89),
 }
 
 
 @pytest.mark.parametrize(("type_", "bias"), DECILES)
 def test_sigma_densities_are_those_of_ai_toolkit(type_: str, bias: str):
     u = torch.rand(100_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    sigma = flow.draw_sigma(u, type_, bias, 3.0, 0.0, 1.0)
+    sigma = flow.quantile_sigma(u, type_, bias, 3.0, 0.0, 1.0)
     quantiles = sigma.quantile(torch.tensor([0.1, 0.25, 0.5, 0.75, 0.9], dtype=torch.float64)).tolist()
     assert [float(sigma.mean()), *quantiles] == pytest.approx(DECILES[type_, bias], abs=0.02)
 
@@ -87,26 +87,27 @@ def test_sigma_densities_are_those_of_ai_toolkit(type_: str, bias: str):
 def test_weighted_is_drawn_uniformly():
     u = torch.rand(1000, dtype=torch.float64)
     assert torch.equal(
-        flow.draw_sigma(u, "weighted", "balanced", 3.0, 0, 1), flow.draw_sigma(u, "linear", "balanced", 3.0, 0, 1)
+        flow.quantile_sigma(u, "weighted", "balanced", 3.0, 0, 1),
+        flow.quantile_sigma(u, "linear", "balanced", 3.0, 0, 1),
     )
 
 
 @given(
     unit,
-    st.sampled_from(["linear", "sigmoid", "shift", "weighted"]),
+    st.sampled_from(["linear", "sigmoid", "uniform_shift", "weighted"]),
     st.sampled_from(["balanced", "high_noise", "low_noise"]),
     st.floats(0.0, 0.9),
     st.floats(0.05, 0.1),
 )
 def test_sigma_stays_within_its_limits(u: float, type_: str, bias: str, low: float, width: float):
-    sigma = float(flow.draw_sigma(torch.tensor(u, dtype=torch.float64), type_, bias, 3.0, low, low + width))
+    sigma = float(flow.quantile_sigma(torch.tensor(u, dtype=torch.float64), type_, bias, 3.0, low, low + width))
     assert low <= sigma <= low + width
 
 
 def test_limits_cut_the_density_and_do_not_pile_it_up_at_the_ends():
     u = torch.rand(100_000, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    cut = flow.draw_sigma(u, "sigmoid", "balanced", 3.0, 0.2, 0.6)
-    free = flow.draw_sigma(u, "sigmoid", "balanced", 3.0, 0.0, 1.0)
+    cut = flow.quantile_sigma(u, "sigmoid", "balanced", 3.0, 0.2, 0.6)
+    free = flow.quantile_sigma(u, "sigmoid", "balanced", 3.0, 0.0, 1.0)
     inside = free[(free >= 0.2) & (free <= 0.6)]
     points = torch.tensor([0.01, 0.25, 0.5, 0.75, 0.99], dtype=torch.float64)
     assert cut.quantile(points).tolist() == pytest.approx(inside.quantile(points).tolist(), abs=0.01)
@@ -154,5 +155,5 @@ def test_differential_guidance_multiplies_the_gradient_by_its_scale(scale: float
 
 
 def test_guidance_is_the_diffusers_convention():
-    assert float(flow.guided(torch.tensor(2.0), torch.tensor(1.0), 3.0)) == 5.0
-    assert math.isclose(float(flow.guided(torch.tensor(2.0), torch.tensor(1.0), 0.0)), 2.0)
+    assert float(flow.apply_guidance(torch.tensor(2.0), torch.tensor(1.0), 3.0)) == 5.0
+    assert math.isclose(float(flow.apply_guidance(torch.tensor(2.0), torch.tensor(1.0), 0.0)), 2.0)

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from zimage_train.config.dataset import Data
+from zimage_train.config.dataset import DataEntry
 from zimage_train.dataset import scan as folder
-from zimage_train.dataset.scan import Scan, fingerprint, scan
+from zimage_train.dataset.scan import FolderScan, dataset_fingerprint, scan_entry
 
 from dataset_folder import picture, problems, prompts, scanned
 
@@ -110,7 +110,7 @@ def test_a_name_that_is_no_text_is_an_error(tmp_path: Path):
 # Metadata files
 
 
-def metadata(root: Path, name: str, rows: list[dict[str, Any]] | str | bytes) -> Scan:
+def metadata(root: Path, name: str, rows: list[dict[str, Any]] | str | bytes) -> FolderScan:
     path = root / name
     if isinstance(rows, list) and name.lower().endswith(".csv"):
         buffer = io.StringIO()
@@ -121,7 +121,7 @@ def metadata(root: Path, name: str, rows: list[dict[str, Any]] | str | bytes) ->
     elif isinstance(rows, list):
         rows = "".join(json.dumps(row) + "\n" for row in rows)
     path.write_bytes(rows.encode() if isinstance(rows, str) else rows)
-    return scan(Data.model_validate({"metadata": str(path), "trigger": "zorb"}), "data.0")
+    return scan_entry(DataEntry.model_validate({"metadata": str(path), "trigger": "zorb"}), "data.0")
 
 
 @pytest.mark.parametrize("name", ["m.jsonl", "m.csv", "M.JSONL", "M.CSV"])
@@ -224,7 +224,7 @@ def test_other_metadata_files_are_refused(photos: Path, name: str, content: str 
 
 def test_missing_metadata_is_refused(tmp_path: Path):
     for path, what in ((tmp_path / "m.csv", "does not exist; check data.metadata"), (tmp_path, "cannot be read")):
-        result = scan(Data.model_validate({"metadata": str(path)}), "data.0")
+        result = scan_entry(DataEntry.model_validate({"metadata": str(path)}), "data.0")
         assert problems(result)[0].startswith(f"{path}: {what}")
 
 
@@ -232,28 +232,28 @@ def test_missing_metadata_is_refused(tmp_path: Path):
 
 
 def test_the_fingerprint_changes_with_every_content_and_prompt_and_not_with_the_place(photos: Path, tmp_path: Path):
-    before = fingerprint([scanned(photos).pictures])
+    before = dataset_fingerprint([scanned(photos).pictures])
     assert len(before) == 3
     photos.rename(tmp_path / "elsewhere")
     moved = tmp_path / "elsewhere"
-    assert fingerprint([scanned(moved).pictures]) == before
+    assert dataset_fingerprint([scanned(moved).pictures]) == before
     (moved / "a.txt").write_text("changed")
-    changed = fingerprint([scanned(moved).pictures])
+    changed = dataset_fingerprint([scanned(moved).pictures])
     assert changed.keys() == before.keys() and sum(changed[key] != before[key] for key in before) == 1
     picture(moved / "b.png", (99, 0, 0))
-    assert len(fingerprint([scanned(moved).pictures]).keys() - before.keys()) == 1
-    assert fingerprint([[], scanned(moved).pictures]).keys().isdisjoint(changed)
+    assert len(dataset_fingerprint([scanned(moved).pictures]).keys() - before.keys()) == 1
+    assert dataset_fingerprint([[], scanned(moved).pictures]).keys().isdisjoint(changed)
 
 
 def test_the_fingerprint_counts_the_same_picture_in_two_subfolders(photos: Path):
     (photos / "sub" / "a.jpg").write_bytes((photos / "a.jpg").read_bytes())
     (photos / "sub" / "a.txt").write_text("one")
-    before = fingerprint([scanned(photos).pictures])
+    before = dataset_fingerprint([scanned(photos).pictures])
     assert len(before) == 4
     for name in ("a.txt", "sub/a.txt"):
         text = (photos / name).read_text()
         (photos / name).write_text("two")
-        assert fingerprint([scanned(photos).pictures]) != before
+        assert dataset_fingerprint([scanned(photos).pictures]) != before
         (photos / name).write_text(text)
 
 
@@ -300,21 +300,23 @@ def test_folders_of_that_layout_are_pointed_out_where_they_are_not_used(tmp_path
 def test_a_list_in_a_jsonl_is_several_captions(tmp_path: Path):
     path = picture(tmp_path / "one.png")
     (tmp_path / "m.jsonl").write_text(json.dumps({"image": path.name, "prompt": ["a cat", " a dog ", "a cat"]}))
-    result = scan(Data(metadata=str(tmp_path / "m.jsonl"), trigger="zorb"), "data.0")
+    result = scan_entry(DataEntry(metadata=str(tmp_path / "m.jsonl"), trigger="zorb"), "data.0")
     assert [one.prompts for one in result.pictures] == [("zorb a cat", "zorb a dog")]
     (tmp_path / "m.jsonl").write_text(json.dumps({"image": path.name, "prompt": ["a cat", 5]}))
-    assert "give prompt as text" in problems(scan(Data(metadata=str(tmp_path / "m.jsonl")), "data.0"))[0]
+    assert "give prompt as text" in problems(scan_entry(DataEntry(metadata=str(tmp_path / "m.jsonl")), "data.0"))[0]
 
 
 def test_other_captions_and_another_mask_are_another_dataset(tmp_path: Path):
     path = picture(tmp_path / "one.png")
     path.with_suffix(".txt").write_text("one\ntwo")
-    prints = [fingerprint([scanned(tmp_path, **settings).pictures]) for settings in ({}, {"caption_lines": True})]
+    prints = [
+        dataset_fingerprint([scanned(tmp_path, **settings).pictures]) for settings in ({}, {"caption_lines": True})
+    ]
     assert prints[0] != prints[1]
     masked = []
     for grey in (0, 255):
         picture(tmp_path / "_masks" / "one.png", (grey, 1, 1))
-        masked.append(fingerprint([scanned(tmp_path, mask=str(tmp_path / "_masks")).pictures]))
+        masked.append(dataset_fingerprint([scanned(tmp_path, mask=str(tmp_path / "_masks")).pictures]))
     assert masked[0] != masked[1] and prints[0] not in masked
 
 
@@ -322,7 +324,7 @@ def test_another_number_in_the_name_of_a_folder_is_another_dataset(tmp_path: Pat
     prints = []
     for number in (10, 20):
         picture(tmp_path / str(number) / f"{number}_cat" / "one.png")
-        prints.append(fingerprint([scanned(tmp_path / str(number), repeats="by_folder").pictures]))
+        prints.append(dataset_fingerprint([scanned(tmp_path / str(number), repeats="by_folder").pictures]))
     assert prints[0] != prints[1]
 
 
@@ -336,5 +338,5 @@ def test_masks_inside_the_folder_are_no_pictures(tmp_path: Path):
 
 def test_a_placeholder_in_pictures_of_the_class_is_refused_with_what_helps(tmp_path: Path):
     picture(tmp_path / "a.png").with_suffix(".txt").write_text("a [trigger] in snow")
-    (said,) = problems(scanned(tmp_path, regularisation=True))
+    (said,) = problems(scanned(tmp_path, regularization=True))
     assert said.endswith("take it out: these pictures show the class")

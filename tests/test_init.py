@@ -18,8 +18,8 @@ from zimage_train.cli.app import app
 from zimage_train.commands import init
 from zimage_train.config import templates as recipes
 from zimage_train.config.load import read_config
-from zimage_train.config.templates import BASES, KINDS, Own
-from zimage_train.dataset.scan import Picture
+from zimage_train.config.templates import MODEL_TEMPLATES, SUBJECT_KINDS, TemplateValues
+from zimage_train.dataset.scan import ImageRecord
 
 from picture_files import noise
 
@@ -61,7 +61,7 @@ def test_a_config_is_written_from_what_is_there_and_it_holds(tmp_path: Path, mon
     config = read_config(tmp_path / "my_dog_2_lora.yaml")
     entry, texts = config.data[0], [one.prompt for one in config.sample.prompts]
     assert (entry.folder, entry.trigger, entry.resolution) == ("my dog 2", "rex", [512, 768])
-    assert (config.train.steps, config.model.variant, config.sample.also) == (1800, "deturbo", "turbo")
+    assert (config.train.steps, config.model.variant, config.sample.compare_on) == (1800, "deturbo", "turbo")
     assert len(texts) == 7 and sum("rex" not in text for text in texts) == 2 and "rex on grass" in texts
 
 
@@ -128,8 +128,8 @@ def test_from_an_empty_folder_to_a_picture_without_asking_anyone(tmp_path: Path,
         assert image.size == (64, 64)
 
 
-def pictures(*sizes: tuple[int, int]) -> list[Picture]:
-    return [Picture(Path(f"{i}.png"), str(i), *size, ("a",)) for i, size in enumerate(sizes)]
+def pictures(*sizes: tuple[int, int]) -> list[ImageRecord]:
+    return [ImageRecord(Path(f"{i}.png"), str(i), *size, ("a",)) for i, size in enumerate(sizes)]
 
 
 @pytest.mark.parametrize(
@@ -144,8 +144,8 @@ def pictures(*sizes: tuple[int, int]) -> list[Picture]:
     ],
 )
 def test_resolutions_are_those_that_half_of_the_pictures_fill(sizes, resolution):
-    seen = init.Seen("p", pictures(*sizes), [], [], [])
-    own = init.particulars(seen, init.Answers("style", "turbo", "z", None), "n", False)
+    seen = init.FolderSummary("p", pictures(*sizes), [], [], [])
+    own = init.template_values_for(seen, init.Answers("style", "turbo", "z", None), "n", False)
     assert own.resolution == resolution
 
 
@@ -174,11 +174,17 @@ words = text.filter(str.strip)
 
 
 @settings(max_examples=80, deadline=None)
-@given(text, words.map(str.strip), st.lists(words, max_size=2), st.sampled_from([*KINDS]), st.sampled_from([*BASES]))
+@given(
+    text,
+    words.map(str.strip),
+    st.lists(words, max_size=2),
+    st.sampled_from([*SUBJECT_KINDS]),
+    st.sampled_from([*MODEL_TEMPLATES]),
+)
 def test_any_folder_trigger_and_caption_come_back_as_they_were(tmp_path_factory, folder, trigger, captions, kind, base):
-    own = Own(folder=folder, name="n", trigger=trigger, captions=tuple(captions))
+    own = TemplateValues(folder=folder, name="n", trigger=trigger, captions=tuple(captions))
     path = tmp_path_factory.mktemp("init") / "x.yaml"
-    path.write_text(recipes.text(base, kind, own), encoding="utf-8")
+    path.write_text(recipes.render_template(base, kind, own), encoding="utf-8")
     config = read_config(path)
     assert (config.data[0].folder, config.data[0].trigger) == (folder, trigger)
     assert [one.prompt for one in config.sample.prompts][3:-2] == captions
@@ -203,7 +209,7 @@ def test_names_come_from_the_config_or_the_folder(tmp_path: Path, name: str, out
 
 
 def test_where_nothing_can_be_written_is_said_before_any_picture_is_looked_at(tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(init, "look", None)
+    monkeypatch.setattr(init, "summarize_folder", None)
     (tmp_path / "file").write_text("")
     for output, said in (
         (tmp_path, "is a folder"),

@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from zimage_train.commands.train import train
+from zimage_train.commands.train import run_training
 from zimage_train.config.schema import Config
 from zimage_train.errors import ConfigError, WeightsError
 from zimage_train.lora import lora_file as files
 from zimage_train.lora import verify as loaders
-from zimage_train.planning.preflight import examine
+from zimage_train.planning.preflight import check_run
 
 from helpers import folder, losses
 
@@ -20,7 +20,7 @@ from helpers import folder, losses
 def first(make_config) -> Path:
     """A trained LoRA of rank 4 with a scale of its own."""
     config = make_config(name="first", train={"steps": 4}, optimizer={"lr": 1e-2}, lora={"alpha": 3.0})
-    train(config, fresh=False)
+    run_training(config, fresh=False)
     return folder(config) / "lora" / "first.safetensors"
 
 
@@ -37,40 +37,40 @@ def begun(make_config, path: Path, **lora: object) -> Config:
 @pytest.mark.parametrize("alpha", [None, 1.0])
 def test_it_begins_as_the_file_whatever_the_scales(make_config, first: Path, alpha: float | None) -> None:
     config = begun(make_config, first, alpha=alpha)
-    train(config, fresh=False)
-    before, after = files.read(first), files.read(folder(config) / "lora" / "second.safetensors")
+    run_training(config, fresh=False)
+    before, after = files.read_lora(first), files.read_lora(folder(config) / "lora" / "second.safetensors")
     assert before.keys() == after.keys() and len(before) == 42
     assert max(loaders.distance(before[module], after[module]) for module in before) < 1e-4
     assert any(factors.b.any() for factors in before.values())
     plain = make_config(name="plain", train={"steps": 2}, optimizer={"lr": 1e-9})
-    train(plain, fresh=False)
+    run_training(plain, fresh=False)
     assert losses(plain)[0] != losses(config)[0]
 
 
 def test_another_rank_or_other_modules_are_refused(make_config, first: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"lora.init_from: .*has rank 4, and lora.rank is 8; set lora.rank: 4"):
-        examine(begun(make_config, first, rank=8))
+        check_run(begun(make_config, first, rank=8))
     with pytest.raises(ConfigError, match=r"has 42 modules and lora.targets 24"):
-        examine(begun(make_config, first, targets=["attention"]))
+        check_run(begun(make_config, first, targets=["attention"]))
     with pytest.raises(WeightsError, match=r"lora.init_from: gone"):
-        examine(begun(make_config, Path("gone")))
+        check_run(begun(make_config, Path("gone")))
     odd = {name.replace("layers.0.", "layers.77."): tensor for name, tensor in load_file(first).items()}
     save_file(odd, tmp_path / "odd.safetensors")
     with pytest.raises(WeightsError, match=r"odd.safetensors: matched 35/42"):
-        examine(begun(make_config, tmp_path / "odd.safetensors"))
+        check_run(begun(make_config, tmp_path / "odd.safetensors"))
 
 
 def test_a_run_goes_on_only_from_what_it_began_with(make_config, first: Path, tmp_path: Path) -> None:
     moved = tmp_path / "moved.safetensors"
     shutil.copy(first, moved)
     config = begun(make_config, first)
-    train(config, fresh=False)
+    run_training(config, fresh=False)
     longer = config.model_copy(update={"train": config.train.model_copy(update={"steps": 3})})
     elsewhere = longer.model_copy(update={"lora": longer.lora.model_copy(update={"init_from": str(moved)})})
-    train(elsewhere, fresh=False)
+    run_training(elsewhere, fresh=False)
     assert len(losses(elsewhere)) == 3
     tensors = load_file(moved)
     save_file({name: tensor * 2 for name, tensor in tensors.items()}, moved)
     last = elsewhere.model_copy(update={"train": elsewhere.train.model_copy(update={"steps": 4})})
     with pytest.raises(ConfigError, match="init_from"):
-        train(last, fresh=False)
+        run_training(last, fresh=False)

@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from zimage_train.cli import app as cli
 from zimage_train.report.console import Console
-from zimage_train.report.printing import FOR_MACHINES
+from zimage_train.report.printing import JSON_OUTPUT
 
 QUICKSTART = "configs/quickstart.yaml"
 
@@ -17,7 +17,7 @@ QUICKSTART = "configs/quickstart.yaml"
 def for_people_again(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(Path(__file__).parent.parent)  # the quickstart's paths are relative to it
     yield
-    FOR_MACHINES.set(False)
+    JSON_OUTPUT.set(False)
 
 
 def events(capfd: pytest.CaptureFixture[str]) -> tuple[list[dict], list[dict]]:
@@ -41,7 +41,7 @@ def of_kind(found: list[dict], kind: str) -> list[dict]:
 
 
 def test_a_run_reports_its_progress_and_where_the_lora_is(monkeypatch, capfd, tmp_path: Path) -> None:
-    sets = {"train.steps": 3, "output": tmp_path, "sample.every": "null", "save.every": 3, "cache.folder": tmp_path}
+    sets = {"train.steps": 3, "output_dir": tmp_path, "sample.every": "null", "save.every": 3, "cache.folder": tmp_path}
     words = [word for key, value in sets.items() for word in ("--set", f"{key}={value}")]
     assert command(monkeypatch, "--json", "train", QUICKSTART, *words) == 0
     out, _ = events(capfd)
@@ -96,14 +96,14 @@ def test_the_next_command_is_for_people_again() -> None:
 
 
 def test_progress_comes_at_its_start_its_end_and_once_a_second(monkeypatch, capfd) -> None:
-    FOR_MACHINES.set(True)
+    JSON_OUTPUT.set(True)
     clock = iter(range(100))
     monkeypatch.setattr("time.monotonic", lambda: next(clock) / 4)
     console = Console()
-    with console.live():
+    with console.live_progress():
         for done in range(1, 11):
-            console.tick("pictures", done, 10)
-        console.warn("[trigger] is a word")
+            console.progress("pictures", done, 10)
+        console.warning("[trigger] is a word")
     out, _ = events(capfd)
     assert [event["done"] for event in of_kind(out, "progress")] == [1, 5, 9, 10]
     assert of_kind(out, "warning") == [{"event": "warning", "text": "[trigger] is a word"}]

@@ -94,7 +94,7 @@ def test_a_fit_that_goes_on_ends_where_an_undisturbed_one_does(tmp_path: Path, m
 
 def test_an_imitation_is_outdated_once_what_it_began_with_is_trained_again(tmp_path: Path) -> None:
     first = tmp_path / "first.safetensors"
-    config = {"name": "x", "output": str(tmp_path), "lora": {"init_from": str(first)}}
+    config = {"name": "x", "output_dir": str(tmp_path), "lora": {"init_from": str(first)}}
     running.lora_of(config).parent.mkdir(parents=True)
     for path, seconds in ((first, 100), (running.lora_of(config), 200)):
         path.touch()

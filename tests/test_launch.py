@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from zimage_train.commands.train import cache, train
+from zimage_train.commands.train import fill_run_caches, run_training
 from zimage_train.config import strict_yaml as yaml_reader
-from zimage_train.errors import LostError
+from zimage_train.errors import WorkerLostError
 from zimage_train.training import distributed
 from zimage_train.training.distributed import World
 from zimage_train.training.signals import ECHO_SECONDS, StopRequest
@@ -140,13 +140,15 @@ def tensors(path: Path) -> bytes:
 
 def test_a_process_that_is_not_the_main_one_writes_nothing(make_config, monkeypatch, capsys):
     config = make_config(sample=PREVIEWED, save={"every": 1}, log={"tensorboard": True})
-    cache(config)
+    fill_run_caches(config)
     summed = []
-    monkeypatch.setattr(distributed, "join", lambda: World(torch.device("cpu"), 1, 2))
-    monkeypatch.setattr(distributed, "wait", lambda: None)
-    monkeypatch.setattr("zimage_train.training.loop.add_up", lambda *args: summed.append(args[0].process) or args[2])
+    monkeypatch.setattr(distributed, "init", lambda: World(torch.device("cpu"), 1, 2))
+    monkeypatch.setattr(distributed, "barrier", lambda: None)
+    monkeypatch.setattr(
+        "zimage_train.training.loop.all_reduce_gradients", lambda *args: summed.append(args[0].process) or args[2]
+    )
     capsys.readouterr()
-    train(config, fresh=False)
+    run_training(config, fresh=False)
     assert summed == [1, 1, 1, 1]
     assert not folder(config).exists()
     assert capsys.readouterr().out == ""
@@ -157,8 +159,8 @@ def test_a_collective_that_fails_is_told_as_a_lost_process(monkeypatch):
         raise RuntimeError("[gloo] Connection closed by peer [127.0.0.1]:1\nmore")
 
     monkeypatch.setattr(torch.distributed, "all_reduce", broken)
-    with pytest.raises(LostError, match=r"another process has ended \(\[gloo\] Connection closed") as error:
-        distributed.add_up(World(torch.device("cpu"), 0, 2), [], torch.zeros(2))
+    with pytest.raises(WorkerLostError, match=r"another process has ended \(\[gloo\] Connection closed") as error:
+        distributed.all_reduce_gradients(World(torch.device("cpu"), 0, 2), [], torch.zeros(2))
     assert error.value.exit_code == 8 and "more" not in str(error.value)
 
 

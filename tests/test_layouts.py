@@ -57,7 +57,7 @@ def test_every_module_is_known_under_each_of_its_spellings(module: str):
     spellings += [f"{prefix}{keys.underscored(name)}" for prefix in keys.UNDERSCORED for name in (module, native)]
     for spelling in spellings:
         for suffix, part in keys.SUFFIXES.items():
-            assert keys.parse(spelling + suffix) == (module, part)
+            assert keys.parse_key(spelling + suffix) == (module, part)
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ def test_every_module_is_known_under_each_of_its_spellings(module: str):
     ],
 )
 def test_spellings_of_older_tools_are_known(key: str, module: str):
-    parsed = keys.parse(key)
+    parsed = keys.parse_key(key)
     assert parsed is not None and parsed[0] == module
 
 
@@ -91,7 +91,7 @@ def test_spellings_of_older_tools_are_known(key: str, module: str):
     ],
 )
 def test_other_keys_are_not(key: str):
-    assert keys.parse(key) is None
+    assert keys.parse_key(key) is None
 
 
 # There and back
@@ -122,10 +122,10 @@ def test_fusing_and_splitting_q_k_and_v_is_the_identity(ranks_: list[int], seed:
         if zero and rank:
             b[:, 0] = 0.0  # a direction that is not used
         changes.append({"A": a, "B": b, "alpha": torch.tensor(rank * 0.75)} if rank else None)
-    whole = fused.fuse(changes)
+    whole = fused.fuse_qkv(changes)
     expected = torch.cat([_delta(one) if one else torch.zeros(6, 7, dtype=torch.float64) for one in changes])
     assert relative(_delta(whole), expected) < 1e-12
-    back = fused.split(whole)
+    back = fused.split_qkv(whole)
     assert relative(torch.cat([_delta(one) if one else expected[:6] * 0 for one in back]), expected) < 1e-12
     if not zero:
         assert [sorted(one) if one else None for one in back] == [sorted(one) if one else None for one in changes]
@@ -142,7 +142,7 @@ def test_scales_that_differ_between_q_k_and_v_are_multiplied_in(tmp_path: Path):
     lora = random_lora(scale=0.5)
     lora[ATTENTION[1]] = files.Factors(lora[ATTENTION[1]].a, lora[ATTENTION[1]].b, 1 / 3)
     there = converted(write(tmp_path / "x.safetensors", lora), "kohya", tmp_path / "k.safetensors")
-    found = files.read(there)
+    found = files.read_lora(there)
     assert all(relative(dense(found, module), dense(lora, module)) < 1e-7 for module in lora)
 
 
@@ -155,7 +155,7 @@ def test_a_fused_lora_with_one_a_for_all_three_is_split_and_fused_without_growin
         "diffusion_model.layers.0.attention.out.lora_B.weight": torch.randn(96, 4, generator=draw),
     }  # as diffusion-pipe writes it
     save_file(tensors, tmp_path / "x.safetensors")
-    found = files.read(tmp_path / "x.safetensors")
+    found = files.read_lora(tmp_path / "x.safetensors")
     assert sorted(found) == sorted([*ATTENTION, "layers.0.attention.to_out.0"])
     whole = (
         tensors["diffusion_model.layers.0.attention.qkv.lora_B.weight"] @ tensors[min(tensors).replace("out", "qkv")]
@@ -265,7 +265,7 @@ def test_eight_bits_become_sixteen_which_hold_them(tmp_path: Path):
     }
     save_file(tensors, tmp_path / "x.safetensors")
     for to in LAYOUTS:
-        found = files.read(converted(tmp_path / "x.safetensors", to, tmp_path / f"{to}.safetensors"))
+        found = files.read_lora(converted(tmp_path / "x.safetensors", to, tmp_path / f"{to}.safetensors"))
         for module, one in found.items():
             assert torch.equal(one.a.float(), tensors[f"diffusion_model.{module}.lora_A.weight"].float())
 
@@ -291,7 +291,7 @@ def test_the_diffusers_layout_of_plain_alphas_needs_no_header_and_comfyui_reads_
     lora = random_lora()
     path = converted(write(tmp_path / "x.safetensors", lora), "diffusers", tmp_path / "y.safetensors")
     assert metadata_of(path) == {"zimage_train.converted": '{"alpha": true}'}  # there was one, for the way back
-    assert loaders.verify(path, lora, "fp32", TINY.linears) < 1e-6
+    assert loaders.verify_export(path, lora, "fp32", TINY.linears) < 1e-6
 
 
 @pytest.mark.parametrize(
@@ -308,7 +308,7 @@ def test_a_model_of_diffusers_with_the_file_computes_what_the_factors_say(tmp_pa
     """Through peft, header and all: not only the keys but the strength of each module."""
     from diffusers import ZImagePipeline, ZImageTransformer2DModel
 
-    lora = files.read(mini.ADAPTER_V1)
+    lora = files.read_lora(mini.ADAPTER_V1)
     ranked = {m: files.Factors(f.a.float(), f.b.float(), 2.5 if "layers.1." in m else 0.5) for m, f in lora.items()}
     path = converted(write(tmp_path / "x.safetensors", ranked), to, tmp_path / "y.safetensors")
     model = ZImageTransformer2DModel.from_pretrained(mini.TURBO / "transformer", dtype=torch.float32)
@@ -345,7 +345,7 @@ def kinds() -> Iterator[tuple[str, Change, Tensor]]:
 
 
 def write_changes(path: Path, changes: dict[str, Change], to: str = "comfyui") -> Path:
-    tensors, metadata = layouts.spell(path, changes, {}, to)
+    tensors, metadata = layouts.to_layout(path, changes, {}, to)
     tensorfile.save(path, tensors, metadata)
     return path
 
@@ -376,14 +376,16 @@ def test_a_fused_loha_is_its_three(tmp_path: Path):
     three = [
         {p: t if p == "alpha" else t + torch.randn(t.shape, generator=draw) for p, t in loha.items()} for _ in "qkv"
     ]
-    whole = fused.fuse(three)
+    whole = fused.fuse_qkv(three)
 
     def delta(one: Change) -> Tensor:
         first, second = (one[f"hada_w{i}_a"].double() @ one[f"hada_w{i}_b"].double() for i in (1, 2))
         return fused.scale_of(one) * first * second
 
     assert relative(delta(whole), torch.cat([delta(one) for one in three])) < 1e-12
-    assert all(torch.equal(one[p], other[p]) for one, other in zip(fused.split(whole), three, strict=True) for p in one)
+    assert all(
+        torch.equal(one[p], other[p]) for one, other in zip(fused.split_qkv(whole), three, strict=True) for p in one
+    )
 
 
 def test_a_fused_lokr_is_split_where_its_first_factor_has_three_groups_of_rows(tmp_path: Path):
@@ -501,7 +503,7 @@ def test_sizes_from_the_header_are_those_of_what_is_read(tmp_path: Path):
     lora = random_lora()
     for to in LAYOUTS:
         path = converted(write(tmp_path / "x.safetensors", lora), to, tmp_path / f"{to}.safetensors")
-        found = files.read(path)
+        found = files.read_lora(path)
         assert headers.read_sizes(path) == {module: (f.b.shape[0], f.a.shape[1]) for module, f in found.items()}
 
 

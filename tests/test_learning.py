@@ -7,9 +7,9 @@ import torch
 from PIL import Image
 
 from zimage_train import mini
-from zimage_train.commands.train import train
+from zimage_train.commands.train import run_training
 from zimage_train.diffusion import flow
-from zimage_train.diffusion.frozen import assemble
+from zimage_train.diffusion.frozen import load_frozen
 from zimage_train.lora import layers as attach
 from zimage_train.lora import lora_file as files
 from zimage_train.mini.world import draw_zorb
@@ -26,9 +26,9 @@ SIGMAS = [0.3, 0.5, 0.6429, 0.75, 0.9, 0.9545]
 
 def held_out_loss(lora: Path | None) -> float:
     """Mean velocity error on new zorbs at fixed noise, on true Turbo with the exported file."""
-    frozen = assemble(mini.TURBO / "transformer", None, "fp32", CPU)
+    frozen = load_frozen(mini.TURBO / "transformer", None, "fp32", CPU)
     if lora is not None:
-        attach.attach_fixed(frozen.model, files.read(lora))
+        attach.attach_fixed_lora(frozen.model, files.read_lora(lora))
     encoder, autoencoder = text.load(mini.TURBO, CPU, torch.float32), vae.load(mini.TURBO, CPU, torch.float32)
     total = 0.0
     for index in range(HELD_OUT):
@@ -40,7 +40,7 @@ def held_out_loss(lora: Path | None) -> float:
             predicted = velocity(
                 frozen.model, flow.interpolate(x0, noise, sigma), sigma, [encoder.encode(caption)] * len(SIGMAS)
             )
-        total += float((predicted - flow.velocity(x0, noise)).square().mean())
+        total += float((predicted - flow.target_velocity(x0, noise)).square().mean())
     return total / HELD_OUT
 
 
@@ -64,7 +64,7 @@ def test_held_out_loss_falls_and_falls_further_with_the_right_captions(make_conf
             train={"steps": 200, "batch_size": 8},
             optimizer={"lr": 1e-3},
         )
-        train(config, fresh=False)
+        run_training(config, fresh=False)
         exported[name] = Path(config.output) / name / "lora" / f"{name}.safetensors"
     without, right, shuffled = (
         held_out_loss(None),

@@ -140,7 +140,7 @@ def test_it_equals_peft_on_a_plain_layer():
     theirs = Model(plain)
     inject_adapter_in_model(LoraConfig(r=4, lora_alpha=2, target_modules=["inner"], init_lora_weights=False), theirs)
     ours = Model(made)
-    attached = attach.attach(ours, ["inner"], 4, 2.0, 0.0, 1)
+    attached = attach.attach_lora(ours, ["inner"], 4, 2.0, 0.0, 1)
     attached.a["inner"].data.copy_(theirs.inner.lora_A["default"].weight)
     attached.b["inner"].data.copy_(theirs.inner.lora_B["default"].weight)
     x = inputs()
@@ -152,7 +152,7 @@ def test_it_equals_peft_on_a_plain_layer():
 
 def test_dropout_is_applied_to_the_lora_alone_and_only_in_training():
     model = nn.ModuleDict({"inner": layer(None)})
-    attached = attach.attach(model, ["inner"], 4, None, 0.999999, 1)
+    attached = attach.attach_lora(model, ["inner"], 4, None, 0.999999, 1)
     attached.b["inner"].data.fill_(1.0)
     x, base = inputs(), attach.base_layer(model, "inner")
     assert torch.allclose(model["inner"](x), base(x), atol=1e-6)

@@ -11,11 +11,11 @@ import pytest
 from PIL import Image
 
 from zimage_train import mini
-from zimage_train.config.dataset import Data
+from zimage_train.config.dataset import DataEntry
 from zimage_train.dataset import image_index as looks
 from zimage_train.dataset import images
-from zimage_train.dataset.image_index import Look, Looks, near_duplicates
-from zimage_train.dataset.scan import scan
+from zimage_train.dataset.image_index import ImageIndex, ImageInfo, near_duplicates
+from zimage_train.dataset.scan import scan_entry
 from zimage_train.errors import DataError
 
 
@@ -45,8 +45,8 @@ def photos(tmp_path: Path) -> list[Path]:
 
 
 def look_again(memo: Path, photos: list[Path]) -> list:
-    seen = Looks(memo)
-    found = seen.at(photos, silent)
+    seen = ImageIndex(memo)
+    found = seen.lookup(photos, silent)
     seen.save()
     return found
 
@@ -95,7 +95,7 @@ def test_a_bad_picture_is_told_every_time(tmp_path: Path, photos: list[Path]):
     photos[1].write_bytes(b"no picture")
     for _ in range(2):
         found = look_again(tmp_path / "memo.json", photos)
-        assert [type(one) for one in found] == [Look, DataError, Look, Look]
+        assert [type(one) for one in found] == [ImageInfo, DataError, ImageInfo, ImageInfo]
 
 
 def test_ten_thousand_known_pictures_take_seconds(tmp_path: Path):
@@ -110,7 +110,7 @@ def test_ten_thousand_known_pictures_take_seconds(tmp_path: Path):
         known[looks._key(path)] = [f"{number:064x}", 96, 96, thumbnail]
     (tmp_path / "memo.json").write_text(json.dumps({"format": looks.FORMAT, "looks": known}))
     start = time.monotonic()
-    found = scan(Data(folder=str(folder), default_caption="x"), "data.0", Looks(tmp_path / "memo.json"))
+    found = scan_entry(DataEntry(folder=str(folder), default_caption="x"), "data.0", ImageIndex(tmp_path / "memo.json"))
     assert len(found.pictures) == 10_000 and found.errors == [] and found.notes == []
     assert time.monotonic() - start < 30, "seconds; this bound is for a crowded machine"
 
@@ -120,8 +120,8 @@ def test_ten_thousand_known_pictures_take_seconds(tmp_path: Path):
 
 def thumbnail(image: Image.Image, path: Path, **options) -> str:
     image.save(path, **options)
-    (look,) = Looks().at([path], silent)
-    assert isinstance(look, Look)
+    (look,) = ImageIndex().lookup([path], silent)
+    assert isinstance(look, ImageInfo)
     return look.thumbnail
 
 
@@ -148,5 +148,5 @@ def test_near_duplicates_are_found_by_the_mean_square_wherever_they_stand():
 
 def test_a_scan_notes_near_duplicates(photos: list[Path]):
     Image.open(photos[0]).convert("RGB").save(photos[0].with_name("again.jpg"), quality=70)
-    found = scan(Data(folder=str(photos[0].parent), default_caption="x"), "data.0")
+    found = scan_entry(DataEntry(folder=str(photos[0].parent), default_caption="x"), "data.0")
     assert found.notes == [f"{photos[0]}: nearly the same picture as {photos[0].with_name('again.jpg')}"]

@@ -61,14 +61,14 @@ def test_another_family_is_named(tmp_path: Path, keys: list[str], said: str):
     ],
 )
 def test_other_kinds_are_told_apart(key: str, said: str):
-    assert families.advice([key]) == said
+    assert families.wrong_family_hint([key]) == said
 
 
 def test_no_key_of_z_image_is_taken_for_another_family():
     from zimage_train.models.arch import TransformerShape
 
     keys = [f"{prefix}{module}.lora_A.weight" for module in TransformerShape().linears for prefix in known.PREFIXES]
-    assert families.family_of(keys) is None
+    assert families.detect_family(keys) is None
 
 
 def test_verify_proves_a_good_file_and_says_what_it_is():
@@ -114,7 +114,7 @@ def test_the_layout_is_read_from_all_keys():
 def test_verify_says_who_would_not_load_a_layout(tmp_path: Path):
     path = tmp_path / "x.safetensors"
     assert run("convert", str(mini.ADAPTER_V1), "--to", "musubi", "-o", str(path))[0] == 0
-    assert len(files.read(path)) == 48
+    assert len(files.read_lora(path)) == 48
     code, output = run("verify", str(path), "--model", str(mini.TURBO))
     assert code == 4 and "ComfyUI would report 72 keys as not loaded" in output
     assert "zimage-train lora convert FILE --to comfyui" in output
@@ -147,8 +147,8 @@ def test_the_norm_is_that_of_the_dense_change():
 
 
 def test_the_table_has_every_module_in_its_block_and_component():
-    found = anatomy.examine(mini.ADAPTER_V1)
-    rows, columns, values = names.table(found.energy)
+    found = anatomy.summarize_lora(mini.ADAPTER_V1)
+    rows, columns, values = names.modules_table(found.energy)
     assert rows == [f"layers.{index}" for index in range(6)]
     assert columns == ["to_q", "to_k", "to_v", "to_out", "w1", "w2", "w3", "adaLN"]
     assert values[2][4] == found.energy["layers.2.feed_forward.w1"]
@@ -158,7 +158,7 @@ def test_the_table_has_every_module_in_its_block_and_component():
 def test_blocks_stand_in_the_order_of_their_numbers_and_gaps_stay_empty():
     energy = {f"layers.{index}.attention.to_q": 1.0 for index in (10, 2, 0)}
     energy |= {"noise_refiner.0.feed_forward.w3": 2.0, "all_final_layer.2-1.linear": 3.0}
-    rows, columns, values = names.table(energy)
+    rows, columns, values = names.modules_table(energy)
     assert rows == ["all_final_layer.2-1.linear", "layers.0", "layers.2", "layers.10", "noise_refiner.0"]
     assert columns == ["to_q", "w3", "other"]
     assert values == [[None, None, 3.0], [1.0, None, None], [1.0, None, None], [1.0, None, None], [None, 2.0, None]]
@@ -176,7 +176,7 @@ def test_inspect_shows_shares_metadata_and_a_heat_map(tmp_path: Path):
 
 
 def test_the_heat_map_is_dark_for_little_and_bright_for_much(tmp_path: Path):
-    heatmap.save(tmp_path / "x.png", "t", ["a", "b"], ["one", "two"], [[0.0, 1.0], [None, 0.5]], 1.0)
+    heatmap.save_heatmap(tmp_path / "x.png", "t", ["a", "b"], ["one", "two"], [[0.0, 1.0], [None, 0.5]], 1.0)
     with Image.open(tmp_path / "x.png") as image:
         width, height, left, top = heatmap.CELL_WIDTH_PX, heatmap.CELL_HEIGHT_PX, heatmap.LABEL_PX, heatmap.TOP_PX
         corner = [image.getpixel((left + x * width + 1, top + y * height + 1)) for y in (0, 1) for x in (0, 1)]
@@ -193,4 +193,4 @@ def test_a_model_that_is_not_there_is_told(tmp_path: Path):
     with pytest.raises(WeightsError, match=r"--model: .*nowhere: is neither"):
         from zimage_train.commands import lora
 
-        lora.verify(mini.ADAPTER_V1, str(tmp_path / "nowhere"))
+        lora.verify_file(mini.ADAPTER_V1, str(tmp_path / "nowhere"))

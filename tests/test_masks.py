@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from zimage_train.config.dataset import Data
+from zimage_train.config.dataset import DataEntry
 from zimage_train.dataset import images
 from zimage_train.dataset.buckets import Bucket
-from zimage_train.dataset.masks import Mask, on_latents
-from zimage_train.dataset.scan import Scan, scan
+from zimage_train.dataset.masks import Mask, mask_on_latents
+from zimage_train.dataset.scan import FolderScan, scan_entry
 from zimage_train.errors import DataError
 
 from dataset_folder import picture
@@ -23,11 +23,11 @@ def saved(path: Path, values: np.ndarray, mode: str = "L") -> Path:
     return path
 
 
-def scanned(folder: Path, mask: str, **settings: object) -> Scan:
-    return scan(Data.model_validate({"folder": str(folder), "mask": mask, **settings}), "data.0")
+def scanned(folder: Path, mask: str, **settings: object) -> FolderScan:
+    return scan_entry(DataEntry.model_validate({"folder": str(folder), "mask": mask, **settings}), "data.0")
 
 
-def only(result: Scan) -> Mask:
+def only(result: FolderScan) -> Mask:
     (found,) = result.pictures
     assert result.errors == [] and found.mask is not None
     return found.mask
@@ -37,7 +37,7 @@ def test_a_mask_is_averaged_over_each_latent(tmp_path: Path):
     picture(tmp_path / "a.png", size=(64, 64))
     values = np.random.default_rng(0).integers(0, 256, (64, 64))
     saved(tmp_path / "_m" / "a.png", values)
-    found = on_latents(only(scanned(tmp_path, str(tmp_path / "_m"))), Bucket(64, 64), False, "")
+    found = mask_on_latents(only(scanned(tmp_path, str(tmp_path / "_m"))), Bucket(64, 64), False, "")
     expected = values.reshape(8, 8, 8, 8).mean(axis=(1, 3)) / 255
     assert found.shape == (8, 8) and np.abs(found - expected).max() <= 0.5 / 255 + 1e-6
 
@@ -51,7 +51,7 @@ def test_it_lies_where_the_picture_lies(tmp_path: Path, size: tuple[int, int], b
     saved(tmp_path / "a.png", grey)
     saved(tmp_path / "_m" / "a.png", grey)
     target = Bucket(*bucket)
-    found = on_latents(only(scanned(tmp_path, str(tmp_path / "_m"))), target, flip, "")
+    found = mask_on_latents(only(scanned(tmp_path, str(tmp_path / "_m"))), target, flip, "")
     fitted = images.fit(images.load(tmp_path / "a.png", (tmp_path / "a.png").read_bytes()), target)
     pixels = np.asarray(fitted.convert("L"), dtype=np.float64)[:, :: -1 if flip else 1]
     expected = pixels.reshape(target.height // 8, 8, target.width // 8, 8).mean(axis=(1, 3)) / 255
@@ -65,9 +65,9 @@ def test_the_alpha_channel_is_a_mask(tmp_path: Path):
     saved(tmp_path / "a.png", values, "RGBA")
     result = scanned(tmp_path, "alpha")
     mask = only(result)
-    found = on_latents(mask, Bucket(64, 64), False, result.pictures[0].digest)
+    found = mask_on_latents(mask, Bucket(64, 64), False, result.pictures[0].digest)
     assert found[:, :4].max() == 0.0 and found[:, 4:].min() == 1.0
-    mirrored = on_latents(mask, Bucket(64, 64), True, result.pictures[0].digest)
+    mirrored = mask_on_latents(mask, Bucket(64, 64), True, result.pictures[0].digest)
     assert np.array_equal(mirrored, found[:, ::-1])
 
 
@@ -112,10 +112,10 @@ def test_a_mask_that_changes_while_a_run_goes_on_is_noticed(tmp_path: Path):
     mask = only(scanned(tmp_path, str(tmp_path / "_m")))
     picture(path, (9, 9, 9))
     with pytest.raises(DataError, match="changed while this command ran"):
-        on_latents(mask, Bucket(64, 48), False, "")
+        mask_on_latents(mask, Bucket(64, 48), False, "")
     path.unlink()
     with pytest.raises(DataError, match="cannot be read any more"):
-        on_latents(mask, Bucket(64, 48), False, "")
+        mask_on_latents(mask, Bucket(64, 48), False, "")
 
 
 def test_masks_that_mean_several_things_are_refused(tmp_path: Path):
@@ -128,5 +128,5 @@ def test_masks_that_mean_several_things_are_refused(tmp_path: Path):
     picture(tmp_path / "_n" / "one.png")
     lines = [json.dumps({"image": f"{name}/one.png", "prompt": "a cat"}) for name in "xy"]
     (tmp_path / "m.jsonl").write_text("\n".join(lines))
-    result = scan(Data(metadata=str(tmp_path / "m.jsonl"), mask=str(tmp_path / "_n")), "data.0")
+    result = scan_entry(DataEntry(metadata=str(tmp_path / "m.jsonl"), mask=str(tmp_path / "_n")), "data.0")
     assert "is the mask of several pictures" in " ".join(map(str, result.errors))

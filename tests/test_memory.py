@@ -11,32 +11,34 @@ from diffusers import AutoencoderKL
 from test_recompute import step as counted_step
 
 from zimage_train import mini
-from zimage_train.config.values import MODES
+from zimage_train.config.values import RECOMPUTE_MODES
 from zimage_train.dataset.buckets import Bucket
-from zimage_train.diffusion.frozen import assemble
-from zimage_train.diffusion.request import Recipe
+from zimage_train.diffusion.frozen import load_frozen
+from zimage_train.diffusion.request import SamplingRequest
 from zimage_train.lora import targets as names
 from zimage_train.models import transformer
 from zimage_train.models.arch import TransformerShape
 from zimage_train.models.transformer import velocity
 from zimage_train.planning import memory
-from zimage_train.planning.memory import Form, Job
+from zimage_train.planning.memory import WeightPlacement, Workload
 
 FULL = TransformerShape()
-MODULES = names.select(["attention", "feed_forward"], FULL.linears)
+MODULES = names.select_modules(["attention", "feed_forward"], FULL.linears)
 CPU = torch.device("cpu")
 SIDES = (512, 768, 1024)
 CAPTION = 64
 
 
-def recipe(side: int, guidance: float = 0.0) -> Recipe:
-    return Recipe(prompt="x" * 100, negative="", seed=1, width=side, height=side, steps=8, guidance=guidance, shift=3.0)
+def recipe(side: int, guidance: float = 0.0) -> SamplingRequest:
+    return SamplingRequest(
+        prompt="x" * 100, negative="", seed=1, width=side, height=side, steps=8, guidance=guidance, shift=3.0
+    )
 
 
-def job(sides: tuple[int, ...] = (1024,), **changes) -> Job:
+def job(sides: tuple[int, ...] = (1024,), **changes) -> Workload:
     trained = 16 * sum(sum(FULL.linears[module]) for module in MODULES)
     sizes = Counter({Bucket(side, side): 10 for side in sides})
-    made = Job(FULL, "bf16", trained, "adamw8bit", sizes, 1, CAPTION, (recipe(1024),), gpu=True)
+    made = Workload(FULL, "bf16", trained, "adamw8bit", sizes, 1, CAPTION, (recipe(1024),), gpu=True)
     return replace(made, **changes)
 
 
@@ -45,7 +47,7 @@ def predicted(mode: str, side: int, kind: str | None, layers: int = 30, dtype: s
     made = job((side,), shape=replace(FULL, n_layers=layers), dtype=dtype)
     tokens = made.tokens(Bucket(side, side))
     assert tokens == (side // 16) ** 2 + CAPTION
-    found = memory.step(made, Form(kind), mode, tokens)
+    found = memory.step_memory(made, WeightPlacement(kind), mode, tokens)
     trained = 16 * sum(sum(FULL.linears[module]) for module in MODULES) * layers // 30
     return found.weights + found.activations + 4 * trained
 
@@ -73,17 +75,17 @@ def test_two_layers_tell_what_thirty_take(mode: str, kind: str | None):
 
 @pytest.mark.parametrize("kind", [None, "fp8", "int8", "nf4"])
 @pytest.mark.parametrize("side", SIDES)
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", RECOMPUTE_MODES)
 def test_the_step_of_the_full_model_is_within_5_percent_of_the_count(mode: str, side: int, kind: str | None):
     assert predicted(mode, side, kind) == pytest.approx(counted(mode, side, kind), rel=0.05)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", RECOMPUTE_MODES)
 def test_activations_alone_are_within_5_percent_too(mode: str):
     """So that a constant which is wrong by half does not hide behind 12 GB of weights."""
     for side in (512, 1024):
         peak, weights = count(mode, side, None)
-        found = memory.step(job((side,)), Form(), mode, (side // 16) ** 2 + CAPTION).activations
+        found = memory.step_memory(job((side,)), WeightPlacement(), mode, (side // 16) ** 2 + CAPTION).activations
         assert found == pytest.approx(peak - weights, rel=0.05)
 
 
@@ -96,7 +98,7 @@ def test_quantised_and_kept_takes_less_than_bf16_by_what_the_weights_save():
 @pytest.mark.parametrize(("dtype", "batch"), [("bf16", 1), ("bf16", 2), ("fp32", 1)])
 def test_sampling_is_within_5_percent_of_the_count(dtype: str, batch: int):
     torch_dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
-    model = transformer.empty(replace(FULL, n_layers=3), torch_dtype, None)
+    model = transformer.empty_transformer(replace(FULL, n_layers=3), torch_dtype, None)
 
     @torch.no_grad()
     def run() -> int:
@@ -111,7 +113,7 @@ def test_sampling_is_within_5_percent_of_the_count(dtype: str, batch: int):
     made = job(dtype=dtype, previews=(recipe(1024, float(batch - 1)),))
     sampling = memory.SAMPLING[dtype] * FULL.dim * (4096 + CAPTION) * batch
     assert sampling == pytest.approx(with_flash(run), rel=0.05)
-    assert memory.preview(made, Form()).activations >= sampling * 0.95
+    assert memory.preview_memory(made, WeightPlacement()).activations >= sampling * 0.95
 
 
 def vae() -> AutoencoderKL:
@@ -138,21 +140,23 @@ def test_decoding_is_within_5_percent_of_the_count(side: int):
             model.decode(torch.empty(1, 16, side // 8, side // 8, dtype=torch.bfloat16))
             return live.peak
 
-    found = memory.preview(job(previews=(recipe(side),)), Form()).activations
+    found = memory.preview_memory(job(previews=(recipe(side),)), WeightPlacement()).activations
     assert found == pytest.approx(with_flash(run), rel=0.05)
 
 
 @pytest.mark.parametrize("kind", [None, "fp8", "int8", "nf4"])
 @pytest.mark.parametrize("streamed", [0, 1, 2, 3, 6])
 def test_the_weights_of_the_miniature_are_counted_to_the_byte(kind: str | None, streamed: int):
-    frozen = assemble(mini.TURBO / "transformer", None, "bf16", CPU, kind, streamed)
+    frozen = load_frozen(mini.TURBO / "transformer", None, "bf16", CPU, kind, streamed)
     made = job(shape=frozen.shape, gpu=False)
     on_device = {one.untyped_storage()._cdata: one.untyped_storage().nbytes() for one in frozen.model.parameters()}
-    if frozen.ring is not None:
-        on_device |= {slot.untyped_storage()._cdata: slot.nbytes for slot in frozen.ring._slots}
-        at_home = sum(host.nbytes for host in frozen.ring._hosts)
-        assert at_home == pytest.approx(memory.host_bytes(made, Form(kind, streamed)), rel=0.02)
-    assert sum(on_device.values()) == pytest.approx(memory.device_bytes(made, Form(kind, streamed)), rel=0.02)
+    if frozen.offloader is not None:
+        on_device |= {slot.untyped_storage()._cdata: slot.nbytes for slot in frozen.offloader._slots}
+        at_home = sum(host.nbytes for host in frozen.offloader._hosts)
+        assert at_home == pytest.approx(memory.host_bytes(made, WeightPlacement(kind, streamed)), rel=0.02)
+    assert sum(on_device.values()) == pytest.approx(
+        memory.device_bytes(made, WeightPlacement(kind, streamed)), rel=0.02
+    )
     if not streamed:
         assert sum(on_device.values()) == memory.model_bytes(made, kind)
 
@@ -166,14 +170,18 @@ def test_the_published_model_takes_what_is_known_of_it():
 
 def test_modes_are_in_the_order_of_what_they_keep():
     for kept in memory.KEPT.values():
-        assert list(kept) == list(MODES) and list(kept.values()) == sorted(kept.values(), reverse=True)
+        assert list(kept) == list(RECOMPUTE_MODES) and list(kept.values()) == sorted(kept.values(), reverse=True)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", RECOMPUTE_MODES)
 def test_the_most_tokens_that_fit_just_fit(mode: str):
     made = job()
-    most = memory.most_tokens(made, Form(), mode, 24e9)
-    assert memory.step(made, Form(), mode, most).total <= 24e9 < memory.step(made, Form(), mode, most + 20).total
+    most = memory.max_tokens_within(made, WeightPlacement(), mode, 24e9)
+    assert (
+        memory.step_memory(made, WeightPlacement(), mode, most).total
+        <= 24e9
+        < memory.step_memory(made, WeightPlacement(), mode, most + 20).total
+    )
 
 
 @pytest.mark.parametrize(
@@ -189,13 +197,13 @@ def test_the_most_tokens_that_fit_just_fit(mode: str):
 def test_what_costs_memory_raises_its_part(change: dict, part: str):
     plain, heavy = job(), job(**change)
     size = Bucket(1024, 1024)
-    one, other = (memory.step(made, Form(), "full", made.tokens(size)) for made in (plain, heavy))
+    one, other = (memory.step_memory(made, WeightPlacement(), "full", made.tokens(size)) for made in (plain, heavy))
     assert getattr(other, part) > getattr(one, part)
 
 
 def test_a_batch_is_never_larger_than_the_data():
     made = job((512,), sizes=Counter({Bucket(512, 512): 3}), batch_size=64)
-    assert made.most_tokens == 3 * (1024 + CAPTION)
+    assert made.max_tokens == 3 * (1024 + CAPTION)
 
 
 @pytest.mark.parametrize(("text", "least", "most"), [("", 8, 32), ("a red circle", 12, 32), ("word " * 900, 512, 512)])

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from zimage_train import mini
-from zimage_train.config.schema import Model
-from zimage_train.diffusion.frozen import assemble
+from zimage_train.config.schema import ModelSettings
+from zimage_train.diffusion.frozen import load_frozen
 from zimage_train.errors import WeightsError
 from zimage_train.models import arch as shapes
 from zimage_train.models import loading as weights
@@ -69,26 +69,26 @@ def require_equal(model: ZImageTransformer2DModel, other: ZImageTransformer2DMod
 
 
 def test_a_diffusers_folder_loads_as_diffusers_loads_it(reference: ZImageTransformer2DModel):
-    require_equal(assemble(mini.TURBO / "transformer", None, "fp32", CPU).model, reference)
+    require_equal(load_frozen(mini.TURBO / "transformer", None, "fp32", CPU).model, reference)
 
 
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
 def test_a_comfyui_file_loads_the_same(tmp_path: Path, reference: ZImageTransformer2DModel, prefix: str):
     native = comfyui(state(mini.TURBO)) | {"norm_final.weight": torch.ones(3)}
     save_file({prefix + name: tensor for name, tensor in native.items()}, tmp_path / "z.safetensors")
-    require_equal(assemble(tmp_path / "z.safetensors", None, "fp32", CPU).model, reference)
+    require_equal(load_frozen(tmp_path / "z.safetensors", None, "fp32", CPU).model, reference)
 
 
 def test_a_single_file_in_diffusers_layout_loads_the_same(tmp_path: Path, reference: ZImageTransformer2DModel):
     save_file(state(mini.TURBO), tmp_path / "z.safetensors")
-    frozen = assemble(tmp_path / "z.safetensors", None, "fp32", CPU)
+    frozen = load_frozen(tmp_path / "z.safetensors", None, "fp32", CPU)
     require_equal(frozen.model, reference)
     assert not any(parameter.requires_grad for parameter in frozen.model.parameters())
 
 
 def test_a_single_file_runs_like_the_folder(tmp_path: Path, reference: ZImageTransformer2DModel):
     save_file(comfyui(state(mini.TURBO)), tmp_path / "z.safetensors")
-    frozen = assemble(tmp_path / "z.safetensors", None, "fp32", CPU)
+    frozen = load_frozen(tmp_path / "z.safetensors", None, "fp32", CPU)
     x, sigma, prompt = torch.randn(1, 16, 8, 12), torch.tensor([0.7]), [torch.randn(9, frozen.shape.cap_feat_dim)]
     one = transformer.velocity(frozen.model, x, sigma, prompt)
     assert torch.equal(one, transformer.velocity(reference, x, sigma, prompt))
@@ -106,7 +106,7 @@ def test_the_full_size_shape_is_the_real_one():
 
 
 def test_the_shape_of_a_full_size_single_file_is_read_from_its_tensors():
-    assert shapes.from_tensors(TransformerShape().parameters) == TransformerShape()
+    assert shapes.shape_from_tensors(TransformerShape().parameters) == TransformerShape()
 
 
 def test_velocity_is_the_negated_output_at_one_minus_sigma(reference: ZImageTransformer2DModel):
@@ -119,7 +119,7 @@ def test_velocity_is_the_negated_output_at_one_minus_sigma(reference: ZImageTran
 
 
 def test_time_reaches_a_bf16_model_in_full_precision():
-    model = assemble(mini.TURBO / "transformer", None, "bf16", CPU).model
+    model = load_frozen(mini.TURBO / "transformer", None, "bf16", CPU).model
     seen = []
     model.t_embedder.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     transformer.velocity(model, torch.randn(1, 16, 8, 8), torch.tensor([0.2501]), [torch.randn(5, 64).bfloat16()])
@@ -251,8 +251,8 @@ def edit(folder: Path, change) -> Path:
 
 
 def locate_and_load(folder: Path) -> None:
-    found = sources.locate(Model(path=str(folder), adapter=None))
-    assemble(found.transformer, None, "fp32", CPU)
+    found = sources.locate(ModelSettings(path=str(folder), adapter=None))
+    load_frozen(found.transformer, None, "fp32", CPU)
     text.load(found.extras, CPU, torch.float32)
     vae.load(found.extras, CPU, torch.float32)
 
@@ -348,13 +348,13 @@ def test_another_family_is_named(broken: Path, path: str, content: dict, message
 
 
 def test_extras_default_to_the_folder_that_has_them():
-    found = sources.locate(Model(path=str(mini.TURBO), adapter=None))
+    found = sources.locate(ModelSettings(path=str(mini.TURBO), adapter=None))
     assert found.extras == mini.TURBO
 
 
 def test_a_transformer_without_extras_takes_the_ones_that_are_named(tmp_path: Path):
     shutil.copytree(mini.TURBO / "transformer", tmp_path / "only" / "transformer")
-    found = sources.locate(Model(path=str(tmp_path / "only"), extras=str(mini.TURBO), adapter=None))
+    found = sources.locate(ModelSettings(path=str(tmp_path / "only"), extras=str(mini.TURBO), adapter=None))
     assert found.transformer == tmp_path / "only" / "transformer"
     assert found.extras == mini.TURBO
 
@@ -370,14 +370,14 @@ def test_hub_ids_revisions_and_files_are_asked_for_by_name(tmp_path: Path):
             return tmp_path / "a"
         return mini.TURBO
 
-    sources.locate(Model(variant="turbo", path="org/model@v9", adapter="v1"), fetch)
+    sources.locate(ModelSettings(variant="turbo", path="org/model@v9", adapter="v1"), fetch)
     assert asked == [
         ("org/model", "v9", "transformer/*"),
         ("org/model", "v9", "text_encoder/*"),
         ("ostris/zimage_turbo_training_adapter", None, "zimage_turbo_training_adapter_v1.safetensors"),
     ]
     asked.clear()
-    sources.locate(Model(variant="deturbo"), fetch)
+    sources.locate(ModelSettings(variant="deturbo"), fetch)
     assert asked == [
         ("ostris/Z-Image-De-Turbo", None, "transformer/*"),
         ("Tongyi-MAI/Z-Image-Turbo", None, "text_encoder/*"),
@@ -391,17 +391,17 @@ def test_a_hub_snapshot_on_this_machine_is_used_without_a_connection(tmp_path: P
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(commit)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    found = sources.locate(Model(path="org/z", adapter=None), sources.cached_only)
+    found = sources.locate(ModelSettings(path="org/z", adapter=None), sources.cached_only)
     assert found.transformer == repository / "snapshots" / commit / "transformer"
-    with pytest.raises(sources.NotDownloaded, match="not on this machine"):
-        sources.locate(Model(path="org/other", adapter=None), sources.cached_only)
+    with pytest.raises(sources.NotDownloadedError, match="not on this machine"):
+        sources.locate(ModelSettings(path="org/other", adapter=None), sources.cached_only)
     assert no_network == []
 
 
 @pytest.mark.parametrize("path", ["no/such/folder", "./here", "nothing", "/a/b.safetensors"])
 def test_a_path_that_is_nothing_is_said_to_be_nothing(path: str):
     with pytest.raises(WeightsError, match=r"model\.path"):
-        sources.locate(Model(path=path, extras=str(mini.TURBO), adapter=None))
+        sources.locate(ModelSettings(path=path, extras=str(mini.TURBO), adapter=None))
 
 
 def test_loading_from_local_paths_makes_no_connection(no_network: list):
@@ -411,7 +411,7 @@ def test_loading_from_local_paths_makes_no_connection(no_network: list):
 
 @pytest.mark.parametrize("kind", ["fp8", "int8", "nf4"])
 def test_only_attention_and_feed_forward_are_quantised(kind: str):
-    model = transformer.empty(TransformerShape(), torch.bfloat16, kind)
+    model = transformer.empty_transformer(TransformerShape(), torch.bfloat16, kind)
     packed = {name for name, parameter in model.named_parameters() if parameter.dtype != torch.bfloat16}
     assert {name.rpartition(".")[0] for name in packed} == {
         name for name in TransformerShape().linears if ".attention." in name or ".feed_forward." in name

@@ -12,17 +12,17 @@ from torch.utils.checkpoint import checkpoint
 
 from zimage_train import mini
 from zimage_train.config.schema import Config
-from zimage_train.diffusion.frozen import Frozen, assemble
+from zimage_train.diffusion.frozen import FrozenTransformer, load_frozen
 from zimage_train.lora import layers as attach
 from zimage_train.lora import targets as names
-from zimage_train.lora.layers import Attached
+from zimage_train.lora.layers import LoraLayers
 from zimage_train.training.loss import (
     Batch,
-    Extras,
-    held_loss,
+    BatchExtras,
     losses,
     mask_weights,
     outside_weights,
+    preservation_loss,
     prior_velocity,
     sft_loss,
 )
@@ -35,11 +35,11 @@ def same_numbers_every_time() -> None:
     torch.manual_seed(0)
 
 
-def trainable(dropout: float = 0.0) -> tuple[Frozen, Attached]:
+def trainable(dropout: float = 0.0) -> tuple[FrozenTransformer, LoraLayers]:
     """The miniature with a LoRA whose B is not zero, so that gradients reach A too."""
-    frozen = assemble(mini.TURBO / "transformer", None, "fp32", CPU)
-    modules = names.select(["attention", "feed_forward"], frozen.shape.linears)
-    attached = attach.attach(frozen.model, modules, 4, None, dropout, 1)
+    frozen = load_frozen(mini.TURBO / "transformer", None, "fp32", CPU)
+    modules = names.select_modules(["attention", "feed_forward"], frozen.shape.linears)
+    attached = attach.attach_lora(frozen.model, modules, 4, None, dropout, 1)
     draw = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for b in attached.b.values():
@@ -66,10 +66,10 @@ def single(whole: Batch, index: int) -> Batch:
 
 
 def with_extras(data: Batch, **extras: Any) -> Batch:
-    return replace(data, extras=Extras(**extras))
+    return replace(data, extras=BatchExtras(**extras))
 
 
-def raw_velocity(frozen: Frozen, data: Batch, embeds: list[torch.Tensor]) -> torch.Tensor:
+def raw_velocity(frozen: FrozenTransformer, data: Batch, embeds: list[torch.Tensor]) -> torch.Tensor:
     """The velocity (b, 16, h, w) in float64, by the model's own conventions."""
     found = []
     for index, one in enumerate(embeds):
@@ -81,7 +81,7 @@ def raw_velocity(frozen: Frozen, data: Batch, embeds: list[torch.Tensor]) -> tor
     return torch.stack(found)
 
 
-def without_b(attached: Attached, run: Callable[[], torch.Tensor]) -> torch.Tensor:
+def without_b(attached: LoraLayers, run: Callable[[], torch.Tensor]) -> torch.Tensor:
     """What `run` gives with B set to zero: the model without its LoRA, found another way than by switching it off."""
     state = {name: tensor.clone() for name, tensor in attached.state().items()}
     for name in state:
@@ -93,7 +93,9 @@ def without_b(attached: Attached, run: Callable[[], torch.Tensor]) -> torch.Tens
     return result
 
 
-def gradient(frozen: Frozen, attached: Attached, data: Batch, differential: float | None = None) -> torch.Tensor:
+def gradient(
+    frozen: FrozenTransformer, attached: LoraLayers, data: Batch, differential: float | None = None
+) -> torch.Tensor:
     grads = torch.autograd.grad(sft_loss(frozen.model, data, differential).objective, attached.parameters())
     return torch.cat([grad.flatten() for grad in grads])
 
@@ -198,7 +200,7 @@ def test_preservation_is_the_mean_square_to_the_prior_for_its_own_prompt():
     frozen, attached = trainable()
     data = batch(2)
     held = [torch.randn(11, 64), torch.randn(35, 64)]
-    loss = held_loss(frozen.model, data, held, 2.5)
+    loss = preservation_loss(frozen.model, data, held, 2.5)
     own = raw_velocity(frozen, data, held)
     prior = without_b(attached, lambda: raw_velocity(frozen, data, held))
     expected = float((own - prior).square().mean())
@@ -248,7 +250,7 @@ def test_both_parts_reach_the_gradient():
     for loss in losses(frozen.model, data, config):
         loss.objective.backward()
     together = torch.cat([parameter.grad.flatten() for parameter in attached.parameters()])
-    parts = torch.autograd.grad(held_loss(frozen.model, data, held, 1.0).objective, attached.parameters())
+    parts = torch.autograd.grad(preservation_loss(frozen.model, data, held, 1.0).objective, attached.parameters())
     own = gradient(frozen, attached, batch(1))
     expected = own + 3.0 * torch.cat([part.flatten() for part in parts])
     assert float((together - expected).norm() / expected.norm()) < 1e-4
@@ -309,7 +311,7 @@ def test_no_mask_is_no_weight_and_a_black_one_is_no_infinity():
     assert grey is not None and torch.allclose(grey, torch.ones(1, 1, 8, 12))
 
 
-def test_regularisation_by_the_prior_has_the_prior_for_its_target():
+def test_regularization_by_the_prior_has_the_prior_for_its_target():
     frozen, attached = trainable()
     data = batch(3)
     to_prior = torch.tensor([True, False, True])

@@ -5,10 +5,10 @@ import shutil
 import pytest
 
 from zimage_train import mini
-from zimage_train.commands.train import train
+from zimage_train.commands.train import run_training
 from zimage_train.errors import ConfigError, Stopped, WeightsError
 from zimage_train.report import preview_images as pictures
-from zimage_train.report.metrics import read
+from zimage_train.report.metrics import read_records
 from zimage_train.training import loop
 from zimage_train.training import outputs as publish
 
@@ -21,7 +21,7 @@ def test_training_weights_that_cannot_be_put_back_after_a_preview_end_the_run(ma
     config = make_config(
         model={"path": str(model)}, train={"steps": 4}, save={"every": 1}, sample=PREVIEWED | {"first": False}
     )
-    original, moved = publish.render, []
+    original, moved = publish.render_images, []
 
     def vanish(*args, **options):
         def tick(done: int, total: int) -> None:
@@ -30,27 +30,27 @@ def test_training_weights_that_cannot_be_put_back_after_a_preview_end_the_run(ma
 
         return original(*args[:4], tick, *args[5:], **options)
 
-    monkeypatch.setattr(publish, "render", vanish)
+    monkeypatch.setattr(publish, "render_images", vanish)
     with pytest.raises(WeightsError, match="the training weights cannot be put back after a preview"):
-        train(config, fresh=False)
-    assert moved and [record["step"] for record in read(folder(config) / "metrics.jsonl")] == [1, 2]
+        run_training(config, fresh=False)
+    assert moved and [record["step"] for record in read_records(folder(config) / "metrics.jsonl")] == [1, 2]
     moved[0].rename(model / "transformer")
-    train(config, fresh=False)
+    run_training(config, fresh=False)
     whole = make_config(name="whole", train={"steps": 4}, save={"every": 1})
-    train(whole, fresh=False)
+    run_training(whole, fresh=False)
     assert losses(config) == losses(whole)
 
 
 @pytest.mark.parametrize("lost", ["grid.png", "000004-01.png", "000000-00.png"])
 def test_killed_within_the_last_preview_the_same_command_makes_up_for_it(make_config, lost: str):
     config = make_config(sample=PREVIEWED)
-    train(config, fresh=False)
+    run_training(config, fresh=False)
     before = {path.name: path.read_bytes() for path in (folder(config) / "samples").iterdir()}
     events = (folder(config) / "events.jsonl").read_text().splitlines()
     kept = [line for line in events if '"done"' not in line and '"step": 4, "event": "preview"' not in line]
     (folder(config) / "events.jsonl").write_text("\n".join(kept) + "\n")
     (folder(config) / "samples" / lost).unlink()
-    train(config, fresh=False)
+    run_training(config, fresh=False)
     after = {path.name: path.read_bytes() for path in (folder(config) / "samples").iterdir()}
     found = (folder(config) / "events.jsonl").read_text().splitlines()
     is_of_the_past = lost.startswith("000000")  # it cannot be drawn again: its cell stays empty, and nothing is far
@@ -61,18 +61,18 @@ def test_killed_within_the_last_preview_the_same_command_makes_up_for_it(make_co
         assert ["preview" in line for line in found] == ["preview" in line for line in events]
     else:
         assert found == events
-    train(config, fresh=False)
+    run_training(config, fresh=False)
     assert facts(config)["starts"] == [0, 4]  # the third start found nothing to do
 
 
 @pytest.mark.parametrize("lost", [["run.json"], ["config.yaml"], ["run.json", "config.yaml", "events.jsonl"]])
 def test_a_run_is_known_by_its_checkpoint_whatever_else_is_lost(make_config, lost: list[str]):
-    train(make_config(train={"steps": 1}), fresh=False)
+    run_training(make_config(train={"steps": 1}), fresh=False)
     for name in lost:
         (folder(make_config()) / name).unlink()
     with pytest.raises(ConfigError, match=r"lora.dropout: - 0.0  \+ 0.2"):
-        train(make_config(train={"steps": 2}, lora={"dropout": 0.2}), fresh=False)
-    train(make_config(train={"steps": 2}), fresh=False)
+        run_training(make_config(train={"steps": 2}, lora={"dropout": 0.2}), fresh=False)
+    run_training(make_config(train={"steps": 2}), fresh=False)
     assert len(losses(make_config())) == 2
 
 
@@ -80,58 +80,60 @@ def test_a_run_is_known_by_its_checkpoint_whatever_else_is_lost(make_config, los
     "content", ['{"starts": 5, "plan": 3}', '{"starts": ["x", 1], "lora": 7}', "[]", "{", "", "\x00"]
 )
 def test_a_malformed_run_json_is_written_anew(make_config, content: str):
-    train(make_config(train={"steps": 1}), fresh=False)
+    run_training(make_config(train={"steps": 1}), fresh=False)
     (folder(make_config()) / "run.json").write_text(content)
-    train(make_config(train={"steps": 2}), fresh=False)
+    run_training(make_config(train={"steps": 2}), fresh=False)
     assert facts(make_config())["starts"][-1] == 1 and facts(make_config())["lora"]["matched"] == "42/42"
 
 
 def test_a_list_that_changed_is_shown_on_one_line(make_config):
-    train(make_config(train={"steps": 1}), fresh=False)
+    run_training(make_config(train={"steps": 1}), fresh=False)
     with pytest.raises(ConfigError) as error:
-        train(make_config(train={"steps": 2}, lora={"targets": ["attention"]}), fresh=False)
+        run_training(make_config(train={"steps": 2}, lora={"targets": ["attention"]}), fresh=False)
     assert 'lora.targets: - ["attention", "feed_forward"]  + ["attention"]' in str(error.value)
 
 
 def test_allow_continues_with_a_changed_rate_and_says_so(make_config, capsys):
-    train(make_config(train={"steps": 2}), fresh=False)
+    run_training(make_config(train={"steps": 2}), fresh=False)
     changed = make_config(train={"steps": 4}, optimizer={"lr": 5e-4})
     with pytest.raises(
         ConfigError, match=r"optimizer.lr: - 0.001  \+ 0.0005[\s\S]*or go on with it: --allow optimizer.lr"
     ):
-        train(changed, fresh=False)
-    train(changed, fresh=False, allow=("optimizer.lr",))
-    assert [record["lr"] for record in read(folder(changed) / "metrics.jsonl")] == [1e-3, 1e-3, 5e-4, 5e-4]
+        run_training(changed, fresh=False)
+    run_training(changed, fresh=False, allow=("optimizer.lr",))
+    assert [record["lr"] for record in read_records(folder(changed) / "metrics.jsonl")] == [1e-3, 1e-3, 5e-4, 5e-4]
     assert "warning: allowed: optimizer.lr: - 0.001  + 0.0005" in (folder(changed) / "log.txt").read_text()
-    train(make_config(train={"steps": 5}, optimizer={"lr": 5e-4}), fresh=False)  # from now on it is the run's own
+    run_training(
+        make_config(train={"steps": 5}, optimizer={"lr": 5e-4}), fresh=False
+    )  # from now on it is the run's own
 
 
 def test_allow_covers_pictures_and_nothing_that_it_does_not_name(make_config, tmp_path):
     shutil.copytree(mini.PICTURES, tmp_path / "photos")
     data = [{"folder": str(tmp_path / "photos"), "resolution": [64], "trigger": "zorb"}]
-    train(make_config(train={"steps": 2}, data=data), fresh=False)
+    run_training(make_config(train={"steps": 2}, data=data), fresh=False)
     (tmp_path / "photos" / "zorb_01.png").unlink()
     later = {"train": {"steps": 4}, "data": data}
     with pytest.raises(ConfigError, match=r"zorb_01.png.*: is gone"):
-        train(make_config(**later), fresh=False, allow=("timesteps",))
+        run_training(make_config(**later), fresh=False, allow=("timesteps",))
     with pytest.raises(ConfigError, match=r"^optimizer.lr: [^\n]*\n[^\n]*belongs"):
-        train(make_config(**later, optimizer={"lr": 5e-4}), fresh=False, allow=("data",))
-    train(make_config(**later), fresh=False, allow=("data",))
+        run_training(make_config(**later, optimizer={"lr": 5e-4}), fresh=False, allow=("data",))
+    run_training(make_config(**later), fresh=False, allow=("data",))
     assert len(losses(make_config())) == 4
 
 
 @pytest.mark.parametrize("key", ["lora.rank", "optimizer.name", "model", ""])
 def test_what_cannot_change_within_a_run_cannot_be_allowed(make_config, key: str):
     with pytest.raises(ConfigError, match=r"cannot change within a run; one of optimizer\.lr, "):
-        train(make_config(), fresh=False, allow=(key,))
+        run_training(make_config(), fresh=False, allow=(key,))
 
 
 def test_steps_below_those_of_the_run_are_refused_and_nothing_is_written(make_config):
-    train(make_config(train={"steps": 3}), fresh=False)
+    run_training(make_config(train={"steps": 3}), fresh=False)
     before = {path: path.read_bytes() for path in folder(make_config()).rglob("*.json*")}
     config_text = (folder(make_config()) / "config.yaml").read_bytes()
     with pytest.raises(ConfigError, match=r"train.steps: is 2, and the run is at step 3 already"):
-        train(make_config(train={"steps": 2}), fresh=False)
+        run_training(make_config(train={"steps": 2}), fresh=False)
     assert {path: path.read_bytes() for path in before} == before
     assert (folder(make_config()) / "config.yaml").read_bytes() == config_text
 
@@ -140,19 +142,19 @@ def test_before_the_first_checkpoint_anything_may_change_and_no_old_picture_is_t
     config = make_config(sample=PREVIEWED)
     monkeypatch.setattr(loop, "prefetch", lambda run: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        train(config, fresh=False)
+        run_training(config, fresh=False)
     monkeypatch.undo()
     picture = folder(config) / "samples" / "000000-00.png"
     before = picture.stat().st_mtime_ns
-    train(make_config(sample=PREVIEWED, lora={"rank": 2}), fresh=False)
+    run_training(make_config(sample=PREVIEWED, lora={"rank": 2}), fresh=False)
     assert picture.stat().st_mtime_ns != before
 
 
 def test_after_a_change_of_prompts_every_picture_stands_under_its_own(make_config):
-    train(make_config(sample=PREVIEWED, train={"steps": 2}), fresh=False)
+    run_training(make_config(sample=PREVIEWED, train={"steps": 2}), fresh=False)
     changed = PREVIEWED | {"prompts": ["a green square", "a red circle"]}
-    train(make_config(sample=changed, train={"steps": 4}), fresh=False)
-    shown = pictures.table(folder(make_config()) / "samples")
+    run_training(make_config(sample=changed, train={"steps": 4}), fresh=False)
+    shown = pictures.preview_table(folder(make_config()) / "samples")
     assert shown.labels == ["a red zorb on a blue background", "a green square", "a red circle"]
     # Step 2 was done again with the new prompts before step 3, so its first picture is the new one.
     assert {step: [path is not None for path in row] for step, row in shown.rows.items()} == {
@@ -164,15 +166,15 @@ def test_after_a_change_of_prompts_every_picture_stands_under_its_own(make_confi
 
 def test_a_decay_stretches_with_the_run_so_more_steps_are_another_run_unless_allowed(make_config, capsys):
     decay = {"schedule": {"name": "cosine"}}
-    train(make_config(train={"steps": 2}, **decay), fresh=False)
+    run_training(make_config(train={"steps": 2}, **decay), fresh=False)
     with pytest.raises(
         ConfigError, match=r"schedule.steps \(train.steps, over which it decays\): - 2  \+ 4[\s\S]*--allow schedule"
     ):
-        train(make_config(train={"steps": 4}, **decay), fresh=False)
-    train(make_config(train={"steps": 4}, **decay), fresh=False, allow=("schedule",))
+        run_training(make_config(train={"steps": 4}, **decay), fresh=False)
+    run_training(make_config(train={"steps": 4}, **decay), fresh=False, allow=("schedule",))
     assert "allowed: schedule.steps (train.steps, over which it decays): - 2  + 4" in capsys.readouterr().out
-    train(make_config(name="flat", train={"steps": 2}), fresh=False)
-    train(make_config(name="flat", train={"steps": 4}), fresh=False)
+    run_training(make_config(name="flat", train={"steps": 2}), fresh=False)
+    run_training(make_config(name="flat", train={"steps": 4}), fresh=False)
 
 
 @pytest.mark.parametrize(
@@ -186,49 +188,49 @@ def test_a_decay_stretches_with_the_run_so_more_steps_are_another_run_unless_all
 )
 def test_a_finished_run_that_lost_something_makes_it_again(make_config, change):
     config = make_config(sample=PREVIEWED)
-    train(config, fresh=False)
+    run_training(config, fresh=False)
     before = final(config), (folder(config) / "samples" / "000004-00.png").read_bytes()
     change(config)
-    train(config, fresh=False)
+    run_training(config, fresh=False)
     assert (final(config), (folder(config) / "samples" / "000004-00.png").read_bytes()) == before
     assert (folder(config) / "report.html").exists()
     assert facts(config)["starts"] == [0, 4]
 
 
 def test_a_finished_run_exports_again_when_the_dtype_changed(make_config, capsys):
-    train(make_config(), fresh=False)
+    run_training(make_config(), fresh=False)
     large = len(final(make_config()))
-    train(make_config(save={"dtype": "bf16"}), fresh=False)
+    run_training(make_config(save={"dtype": "bf16"}), fresh=False)
     assert len(final(make_config())) < 0.6 * large
     capsys.readouterr()
-    train(make_config(save={"dtype": "bf16"}), fresh=False)
+    run_training(make_config(save={"dtype": "bf16"}), fresh=False)
     assert "is complete" in capsys.readouterr().out
 
 
 def test_a_finished_run_draws_again_when_its_prompts_changed(make_config):
-    train(make_config(sample=PREVIEWED), fresh=False)
+    run_training(make_config(sample=PREVIEWED), fresh=False)
     changed = make_config(sample=PREVIEWED | {"prompts": ["a blue zorb"]})
-    train(changed, fresh=False)
-    recipe = pictures.recipe_of(folder(changed) / "samples" / "000004-00.png")
+    run_training(changed, fresh=False)
+    recipe = pictures.request_of(folder(changed) / "samples" / "000004-00.png")
     assert recipe.prompt == "a blue zorb"
 
 
 def test_previews_after_the_checkpoint_that_a_run_goes_back_to_are_gone_at_once(make_config, monkeypatch):
     config = make_config(sample=PREVIEWED, save={"every": 2})
-    train(config, fresh=False)
+    run_training(config, fresh=False)
     flipped = folder(config) / "checkpoints" / "step-000004.safetensors"
     flipped.write_bytes(b"damaged")
     with monkeypatch.context() as patch:
         stop_after(patch, 3)
         with pytest.raises(Stopped):
-            train(config, fresh=False)
-    assert list(pictures.table(folder(config) / "samples").rows) == [0, 2]
+            run_training(config, fresh=False)
+    assert list(pictures.preview_table(folder(config) / "samples").rows) == [0, 2]
 
 
 def test_exported_loras_without_any_checkpoint_are_not_trained_over(make_config):
     config = make_config(train={"steps": 2})
-    train(config, fresh=False)
+    run_training(config, fresh=False)
     shutil.rmtree(folder(config) / "checkpoints")
     (folder(config) / "events.jsonl").unlink()
     with pytest.raises(WeightsError, match=r"checkpoints are gone, and tiny.safetensors was exported from one"):
-        train(config, fresh=False)
+        run_training(config, fresh=False)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn import Parameter
 
-from zimage_train.config.schema import Optimizer, Schedule
+from zimage_train.config.schema import OptimizerSettings, ScheduleSettings
 from zimage_train.config.values import BITSANDBYTES_OPTIMIZERS, OptimizerName, ScheduleName
 from zimage_train.errors import WeightsError
 from zimage_train.optim import optimizers as optim
@@ -36,18 +36,20 @@ def step(optimizer: torch.optim.Optimizer, parameters: list[Parameter], index: i
 
 @pytest.mark.parametrize("name", NAMES)
 def test_state_survives_json_and_bytes_so_that_twelve_steps_are_six_and_six(name: str):
-    settings = Optimizer(name=name, lr=0.01, weight_decay=0.1)
+    settings = OptimizerSettings(name=name, lr=0.01, weight_decay=0.1)
     whole = problem()
-    optimizer = optim.build(settings, whole)
+    optimizer = optim.build_optimizer(settings, whole)
     for index in range(12):
         step(optimizer, whole, index)
     halves = problem()
-    first = optim.build(settings, halves)
+    first = optim.build_optimizer(settings, halves)
     for index in range(6):
         step(first, halves, index)
-    tensors, numbers = optim.state(first)
-    second = optim.build(settings, halves)
-    optim.load_state(second, {k: v.clone() for k, v in tensors.items()}, json.loads(json.dumps(numbers)), "here")
+    tensors, numbers = optim.optimizer_state(first)
+    second = optim.build_optimizer(settings, halves)
+    optim.load_optimizer_state(
+        second, {k: v.clone() for k, v in tensors.items()}, json.loads(json.dumps(numbers)), "here"
+    )
     for index in range(6, 12):
         step(second, halves, index)
     assert all(torch.equal(one, other) for one, other in zip(whole, halves, strict=True))
@@ -56,9 +58,9 @@ def test_state_survives_json_and_bytes_so_that_twelve_steps_are_six_and_six(name
 @pytest.mark.parametrize("name", EIGHT_BIT)
 def test_eight_bit_state_is_eight_bit(name: str):
     parameters = problem()
-    optimizer = optim.build(Optimizer(name=name), parameters)
+    optimizer = optim.build_optimizer(OptimizerSettings(name=name), parameters)
     step(optimizer, parameters, 0)
-    tensors, _ = optim.state(optimizer)
+    tensors, _ = optim.optimizer_state(optimizer)
     moments = ("exp_avg.packed", "exp_avg_sq.packed", "s.packed") if name == "prodigy8bit" else ("state1", "state2")
     large = {key: tensors[f"optim.0.{key}"] for key in moments if f"optim.0.{key}" in tensors}
     assert len(large) == (1 if name == "lion8bit" else len(moments))
@@ -71,8 +73,8 @@ def test_eight_bit_state_is_eight_bit(name: str):
 
 def test_adamw_does_what_the_paper_says():
     parameter = Parameter(torch.tensor([2.0], dtype=torch.float64))
-    optimizer = optim.build(
-        Optimizer(name="adamw", lr=0.1, weight_decay=0.5, params={"betas": [0.8, 0.9]}), [parameter]
+    optimizer = optim.build_optimizer(
+        OptimizerSettings(name="adamw", lr=0.1, weight_decay=0.5, params={"betas": [0.8, 0.9]}), [parameter]
     )
     value, m, v = 2.0, 0.0, 0.0
     for index in range(1, 4):
@@ -88,24 +90,26 @@ def test_adamw_does_what_the_paper_says():
 @pytest.mark.parametrize("name", ["prodigy", "prodigy8bit"])
 @pytest.mark.parametrize(("given", "used"), [(1e-4, 1.0), (0.09, 1.0), (0.1, 0.1), (0.5, 0.5), (1.0, 1.0)])
 def test_prodigy_raises_a_rate_that_would_stop_it(name: str, given: float, used: float):
-    optimizer = optim.build(Optimizer(name=name, lr=given), problem())
+    optimizer = optim.build_optimizer(OptimizerSettings(name=name, lr=given), problem())
     assert optimizer.param_groups[0]["lr"] == used
 
 
 def test_the_rate_that_is_logged_for_prodigy_is_its_own_times_ours():
     parameters = problem()
-    optimizer = optim.build(Optimizer(name="prodigy", lr=1.0), parameters)
+    optimizer = optim.build_optimizer(OptimizerSettings(name="prodigy", lr=1.0), parameters)
     for index in range(5):
         step(optimizer, parameters, index)
     group = optimizer.param_groups[0]
-    assert optim.used_lr(optimizer) == group["d"] * group["lr"] != group["lr"]
+    assert optim.current_lr(optimizer) == group["d"] * group["lr"] != group["lr"]
 
 
 @pytest.mark.parametrize(
     ("name", "params"), [("adamw", {"eps": 1e-3}), ("adamw8bit", {"betas": [0.1, 0.2]}), ("prodigy", {"d_coef": 3.0})]
 )
 def test_parameters_reach_the_optimizer(name: str, params: dict):
-    group = optim.build(Optimizer(name=name, params=params, weight_decay=0.03), problem()).param_groups[0]
+    group = optim.build_optimizer(
+        OptimizerSettings(name=name, params=params, weight_decay=0.03), problem()
+    ).param_groups[0]
     expected = {key: tuple(value) if isinstance(value, list) else value for key, value in params.items()}
     assert {key: group[key] for key in params} == expected
     assert group["weight_decay"] == 0.03
@@ -113,20 +117,22 @@ def test_parameters_reach_the_optimizer(name: str, params: dict):
 
 def test_the_state_of_another_optimizer_is_refused():
     parameters = problem()
-    optimizer = optim.build(Optimizer(name="prodigy"), parameters)
+    optimizer = optim.build_optimizer(OptimizerSettings(name="prodigy"), parameters)
     step(optimizer, parameters, 0)
-    tensors, numbers = optim.state(optimizer)
+    tensors, numbers = optim.optimizer_state(optimizer)
     with pytest.raises(WeightsError, match="state of Prodigy"):
-        optim.load_state(optim.build(Optimizer(name="adamw"), parameters), tensors, numbers, "here")
+        optim.load_optimizer_state(
+            optim.build_optimizer(OptimizerSettings(name="adamw"), parameters), tensors, numbers, "here"
+        )
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_its_state_is_as_large_as_the_plan_says(name: str):
     parameter = Parameter(torch.randn(512, 1024))
-    optimizer = optim.build(Optimizer(name=name, lr=0.01), [parameter])
+    optimizer = optim.build_optimizer(OptimizerSettings(name=name, lr=0.01), [parameter])
     parameter.grad = torch.randn(512, 1024)
     optimizer.step()
-    tensors, _ = optim.state(optimizer)
+    tensors, _ = optim.optimizer_state(optimizer)
     size = sum(one.numel() * one.element_size() for key, one in tensors.items() if "qmap" not in key)
     taken, planned = size / parameter.numel(), memory.OPTIMIZER_BYTES[name]
     if name == "adafactor":
@@ -136,7 +142,7 @@ def test_its_state_is_as_large_as_the_plan_says(name: str):
 
 
 def test_every_optimizer_of_bitsandbytes_is_known_to_need_it():
-    modules = {name: type(optim.build(Optimizer(name=name), problem())).__module__ for name in NAMES}
+    modules = {name: type(optim.build_optimizer(OptimizerSettings(name=name), problem())).__module__ for name in NAMES}
     needing = {name for name, module in modules.items() if module.startswith("bitsandbytes")} | {"prodigy8bit"}
     assert needing == BITSANDBYTES_OPTIMIZERS
 
@@ -148,7 +154,7 @@ def test_it_goes_down_a_valley(name: str):
     parameter = Parameter(start.clone())
     params = {"max_lr": 1.0} if name == "automagic" else {}
     lr = 1.0 if "prodigy" in name else 0.01
-    optimizer = optim.build(Optimizer(name=name, lr=lr, weight_decay=0.0, params=params), [parameter])
+    optimizer = optim.build_optimizer(OptimizerSettings(name=name, lr=lr, weight_decay=0.0, params=params), [parameter])
     for _ in range(60):
         parameter.grad = parameter.detach().clone()
         optimizer.step()
@@ -157,7 +163,9 @@ def test_it_goes_down_a_valley(name: str):
 
 def test_lion_does_what_the_paper_says():
     parameter = Parameter(torch.tensor([2.0]))
-    optimizer = optim.build(Optimizer(name="lion", lr=0.1, weight_decay=0.5, params={"betas": [0.8, 0.9]}), [parameter])
+    optimizer = optim.build_optimizer(
+        OptimizerSettings(name="lion", lr=0.1, weight_decay=0.5, params={"betas": [0.8, 0.9]}), [parameter]
+    )
     value, m = 2.0, 0.0
     for grad in (0.3, -0.9, 0.1):
         parameter.grad = torch.tensor([grad])
@@ -171,7 +179,7 @@ def test_eight_bit_prodigy_follows_prodigy():
     ends = []
     for name in ("prodigy", "prodigy8bit"):
         parameters = problem()
-        optimizer = optim.build(Optimizer(name=name, lr=1.0, params={"d0": 1e-3}), parameters)
+        optimizer = optim.build_optimizer(OptimizerSettings(name=name, lr=1.0, params={"d0": 1e-3}), parameters)
         for index in range(30):
             draw = torch.Generator().manual_seed(index)
             for parameter in parameters:
@@ -187,7 +195,9 @@ def test_automagic_is_adamw_with_a_rate_that_follows_agreement():
     """By hand, in double precision, for a tensor of two numbers."""
     parameter = Parameter(torch.tensor([2.0, -1.0], dtype=torch.float64))
     params = {"betas": [0.8, 0.9], "bump": 0.1, "min_lr": 0.09, "max_lr": 0.115}
-    optimizer = optim.build(Optimizer(name="automagic", lr=0.1, weight_decay=0.5, params=params), [parameter])
+    optimizer = optim.build_optimizer(
+        OptimizerSettings(name="automagic", lr=0.1, weight_decay=0.5, params=params), [parameter]
+    )
     value, m, v, scale = [2.0, -1.0], [0.0, 0.0], [0.0, 0.0], 1.0
     scales = []
     for index, grads in enumerate([(0.3, 0.4), (0.3, 0.9), (0.1, -9.0), (0.2, -0.3), (-9.0, 9.0), (0.3, -1.0)], 1):
@@ -204,7 +214,7 @@ def test_automagic_is_adamw_with_a_rate_that_follows_agreement():
             value[i] -= rate * (m[i] / (1 - 0.8**index)) / (math.sqrt(v[i] / (1 - 0.9**index)) + 1e-8)
         assert parameter.detach().tolist() == pytest.approx(value, rel=1e-6)
     assert scales == pytest.approx([1, 1.1052, 1.1052, 1.15, 1.0406, 0.9416], abs=1e-3)
-    assert optim.used_lr(optimizer) == pytest.approx(0.1 / 6 * scale, rel=1e-6)
+    assert optim.current_lr(optimizer) == pytest.approx(0.1 / 6 * scale, rel=1e-6)
 
 
 def sign(value: float) -> float:
@@ -214,11 +224,11 @@ def sign(value: float) -> float:
 def test_automagic_without_a_bump_is_adamw():
     ends = []
     for settings in (
-        Optimizer(name="adamw", lr=0.01),
-        Optimizer(name="automagic", lr=0.01, params={"bump": 0.0, "max_lr": 1.0}),
+        OptimizerSettings(name="adamw", lr=0.01),
+        OptimizerSettings(name="automagic", lr=0.01, params={"bump": 0.0, "max_lr": 1.0}),
     ):
         parameters = problem()
-        optimizer = optim.build(settings, parameters)
+        optimizer = optim.build_optimizer(settings, parameters)
         for index in range(8):
             step(optimizer, parameters, index)
         ends.append(parameters[0].detach())
@@ -227,7 +237,7 @@ def test_automagic_without_a_bump_is_adamw():
 
 def test_automagic_raises_what_agrees_and_lowers_what_turns_back():
     agreeing, turning = Parameter(torch.zeros(8)), Parameter(torch.zeros(8))
-    optimizer = optim.build(Optimizer(name="automagic", lr=1e-4), [agreeing, turning])
+    optimizer = optim.build_optimizer(OptimizerSettings(name="automagic", lr=1e-4), [agreeing, turning])
     for index in range(20):
         agreeing.grad, turning.grad = torch.ones(8), torch.full((8,), (-1.0) ** index)
         optimizer.step()
@@ -236,61 +246,63 @@ def test_automagic_raises_what_agrees_and_lowers_what_turns_back():
     assert up == pytest.approx(math.exp(0.02 * 19), rel=1e-4) and down == pytest.approx(math.exp(-0.02 * 19), rel=1e-4)
 
 
-def factors(schedule: Schedule, steps: int) -> list[float]:
+def factors(schedule: ScheduleSettings, steps: int) -> list[float]:
     return [lr_factor(schedule, step, steps) for step in range(1, steps + 1)]
 
 
 def test_constant_is_constant():
-    assert factors(Schedule(), 5) == [1.0] * 5
+    assert factors(ScheduleSettings(), 5) == [1.0] * 5
 
 
 def test_warm_up_rises_evenly_and_reaches_the_rate_in_its_last_step():
-    assert factors(Schedule(warmup_steps=4), 6) == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+    assert factors(ScheduleSettings(warmup_steps=4), 6) == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
 
 
 def test_cosine_begins_at_the_rate_and_falls_by_half_a_cosine():
     expected = [0.5 * (1 + math.cos(math.pi * index / 10)) for index in range(10)]
-    assert factors(Schedule(name="cosine"), 10) == pytest.approx(expected)
+    assert factors(ScheduleSettings(name="cosine"), 10) == pytest.approx(expected)
 
 
 def test_cosine_ends_near_its_end_factor_after_warm_up():
-    values = factors(Schedule(name="cosine", warmup_steps=10, params={"end_factor": 0.1}), 1000)
+    values = factors(ScheduleSettings(name="cosine", warmup_steps=10, params={"end_factor": 0.1}), 1000)
     assert values[9] == values[10] == 1.0
     assert values[-1] == pytest.approx(0.1, abs=1e-4)
     assert all(one >= other for one, other in itertools.pairwise(values[10:]))
 
 
 def test_constant_with_warmup_is_constant_with_its_warm_up():
-    assert factors(Schedule(name="constant_with_warmup", warmup_steps=2), 4) == [0.5, 1.0, 1.0, 1.0]
+    assert factors(ScheduleSettings(name="constant_with_warmup", warmup_steps=2), 4) == [0.5, 1.0, 1.0, 1.0]
 
 
 def test_linear_falls_to_its_end_factor():
-    values = factors(Schedule(name="linear", params={"end_factor": 0.2}), 8)
+    values = factors(ScheduleSettings(name="linear", params={"end_factor": 0.2}), 8)
     assert values == pytest.approx([1.0 - 0.8 * index / 8 for index in range(8)])
 
 
 def test_a_polynomial_has_its_power_and_is_a_line_without_one():
-    values = factors(Schedule(name="polynomial", params={"power": 2.0, "end_factor": 0.5}), 4)
+    values = factors(ScheduleSettings(name="polynomial", params={"power": 2.0, "end_factor": 0.5}), 4)
     assert values == pytest.approx([0.5 + 0.5 * left**2 for left in (1.0, 0.75, 0.5, 0.25)])
-    assert factors(Schedule(name="polynomial"), 7) == factors(Schedule(name="linear"), 7)
+    assert factors(ScheduleSettings(name="polynomial"), 7) == factors(ScheduleSettings(name="linear"), 7)
 
 
 def test_cosine_with_restarts_begins_each_cycle_at_the_rate():
-    values = factors(Schedule(name="cosine_with_restarts", params={"cycles": 3}), 12)
+    values = factors(ScheduleSettings(name="cosine_with_restarts", params={"cycles": 3}), 12)
     one = [0.5 * (1 + math.cos(math.pi * index / 4)) for index in range(4)]
     assert values == pytest.approx(one * 3)
-    assert factors(Schedule(name="cosine_with_restarts"), 9) == pytest.approx(factors(Schedule(name="cosine"), 9))
+    assert factors(ScheduleSettings(name="cosine_with_restarts"), 9) == pytest.approx(
+        factors(ScheduleSettings(name="cosine"), 9)
+    )
 
 
 def test_step_falls_by_its_factor_every_so_many_steps():
-    values = factors(Schedule(name="step", warmup_steps=1, params={"every": 3, "factor": 0.5}), 10)
+    values = factors(ScheduleSettings(name="step", warmup_steps=1, params={"every": 3, "factor": 0.5}), 10)
     assert values == [1.0, 1.0, 1.0, 1.0, 0.5, 0.5, 0.5, 0.25, 0.25, 0.25]
 
 
 def test_rex_is_the_reflected_exponential():
-    values = factors(Schedule(name="rex"), 10)
+    values = factors(ScheduleSettings(name="rex"), 10)
     assert values == pytest.approx([(1 - p) / (0.5 + 0.5 * (1 - p)) for p in (index / 10 for index in range(10))])
-    assert values[9] > factors(Schedule(name="linear"), 10)[9]
+    assert values[9] > factors(ScheduleSettings(name="linear"), 10)[9]
 
 
 def test_one_cycle_is_that_of_torch():
@@ -306,7 +318,7 @@ def test_one_cycle_is_that_of_torch():
         dummy.step()
         if len(expected) < steps:
             reference.step()
-    found = factors(Schedule(name="one_cycle"), steps)
+    found = factors(ScheduleSettings(name="one_cycle"), steps)
     assert max(abs(one - other) for one, other in zip(found, expected, strict=True)) < 0.01
     assert found[0] == pytest.approx(0.04) and max(found) == pytest.approx(1.0, abs=1e-5)
 
@@ -314,13 +326,13 @@ def test_one_cycle_is_that_of_torch():
 @pytest.mark.parametrize("name", [name for name in get_args(ScheduleName) if name != "step"])
 def test_every_schedule_stays_between_zero_and_one_and_trains_in_every_step(name: str):
     warmup = 3 if name == "constant_with_warmup" else 0
-    assert all(0 < factor <= 1 for factor in factors(Schedule(name=name, warmup_steps=warmup), 50))
+    assert all(0 < factor <= 1 for factor in factors(ScheduleSettings(name=name, warmup_steps=warmup), 50))
 
 
 def test_automagic_stays_between_its_bounds_even_where_the_rate_does_not():
     for lr, used in ((2e-3, 1e-3), (1e-9, 1e-7)):
         parameter = Parameter(torch.zeros(8))
-        optimizer = optim.build(Optimizer(name="automagic", lr=lr), [parameter])
+        optimizer = optim.build_optimizer(OptimizerSettings(name="automagic", lr=lr), [parameter])
         parameter.grad = torch.ones(8)
         optimizer.step()
-        assert optim.used_lr(optimizer) == pytest.approx(used)
+        assert optim.current_lr(optimizer) == pytest.approx(used)

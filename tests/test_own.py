@@ -10,18 +10,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from zimage_train import mini
-from zimage_train.commands.train import train
-from zimage_train.config.dataset import Data
+from zimage_train.commands.train import run_training
+from zimage_train.config.dataset import DataEntry
 from zimage_train.config.load import read_config
 from zimage_train.config.schema import Config
 from zimage_train.diffusion import flow
-from zimage_train.diffusion.frozen import assemble
-from zimage_train.diffusion.sampler import denoise, states
+from zimage_train.diffusion.frozen import load_frozen
+from zimage_train.diffusion.sampler import sample_latents, sample_trajectory
 from zimage_train.errors import ConfigError, DataError, Stopped, ZImageTrainError
 from zimage_train.lora import lora_file as lora_files
 from zimage_train.lora import swap
 from zimage_train.models import text_encoder as text
-from zimage_train.planning.preflight import examine
+from zimage_train.planning.preflight import check_run
 from zimage_train.training import build as setup
 from zimage_train.training.loss import losses as losses_of
 
@@ -37,13 +37,13 @@ TURBO_SIGMAS = [1, 21 / 22, 0.9, 5 / 6, 0.75, 9 / 14, 0.5, 0.3, 0]
 def test_the_students_sigmas_are_inserted_into_the_teachers_grid() -> None:
     through = flow.sampling_sigmas(8, 3.0)
     assert np.allclose(through, TURBO_SIGMAS)
-    grid = flow.sigmas_through(50, 3.0, through)
+    grid = flow.sampling_sigmas_through(50, 3.0, through)
     assert grid[0] == 1.0 and grid[-1] == 0.0 and all(a > b for a, b in itertools.pairwise(grid))
     assert set(through) <= set(grid)
     own = [3 * (1 - i / 50) / (1 + 2 * (1 - i / 50)) for i in range(50)]
     assert all(min(abs(sigma - one) for one in grid) < 1e-9 for sigma in own)
     assert len(grid) == 51 + 9 - 3  # 1, 0.75 and 0 are in both
-    assert flow.sigmas_through(8, 3.0, through) == through
+    assert flow.sampling_sigmas_through(8, 3.0, through) == through
 
 
 @settings(deadline=None)
@@ -51,7 +51,7 @@ def test_the_students_sigmas_are_inserted_into_the_teachers_grid() -> None:
 def test_a_pair_has_the_mixture_and_the_velocity_that_it_was_made_from(sigma: float, seed: int) -> None:
     draw = torch.Generator().manual_seed(seed)
     x, v = (torch.randn(2, 3, 4, 4, generator=draw, dtype=torch.float64) for _ in range(2))
-    x0, noise = flow.pair_of(x, v, sigma)
+    x0, noise = flow.pair_from_velocity(x, v, sigma)
     assert torch.allclose((1 - sigma) * x0 + sigma * noise, x, atol=1e-12)
     assert torch.allclose(noise - x0, v, atol=1e-12)
 
@@ -63,7 +63,7 @@ def test_a_pair_has_the_mixture_and_the_velocity_that_it_was_made_from(sigma: fl
 def broken(make_config) -> Path:
     """A LoRA that was trained on Turbo itself."""
     config = make_config(name="broken", model={"adapter": None}, train={"steps": 6}, optimizer={"lr": 1e-2})
-    train(config, fresh=False)
+    run_training(config, fresh=False)
     return folder(config) / "lora" / "broken.safetensors"
 
 
@@ -80,15 +80,15 @@ def imitating(make_config, broken: Path, **changes: object) -> Config:
     return values.model_copy(update={"data": entries})
 
 
-def first_run(config: Config, monkeypatch: pytest.MonkeyPatch) -> setup.Run:
+def first_run(config: Config, monkeypatch: pytest.MonkeyPatch) -> setup.TrainState:
     """The run as the loop gets it."""
     seen = []
     from zimage_train.commands import train as command
 
     monkeypatch.setattr(command, "run_loop", lambda run, metrics, events: seen.append(run))
-    monkeypatch.setattr(command, "rehearse", lambda run: (run, {}))
+    monkeypatch.setattr(command, "dry_run", lambda run: (run, {}))
     monkeypatch.setattr(command, "write_report", lambda run: None)
-    train(config, fresh=True)
+    run_training(config, fresh=True)
     return seen[0]
 
 
@@ -103,12 +103,12 @@ def test_the_target_is_the_teachers_mean_velocity_over_the_interval(make_config,
     assert {round(float(sigma), 4) for sigma in batch.sigma} <= {round(sigma, 4) for sigma in TURBO_SIGMAS[:-1]}
     assert torch.equal(batch.weight, torch.ones(len(samples)))
 
-    model = assemble(mini.TURBO / "transformer", None, "fp32", CPU).model.eval()
+    model = load_frozen(mini.TURBO / "transformer", None, "fp32", CPU).model.eval()
     encoder = text.load(mini.TURBO, CPU, torch.float32)
-    assert run.inputs.own is not None
-    with swap.attached(model, lora_files.read(broken)):
+    assert run.dataset.generated is not None
+    with swap.with_lora(model, lora_files.read_lora(broken)):
         for index, sample in enumerate(samples):
-            recipe = run.inputs.own.recipe(sample.item)
+            recipe = run.dataset.generated.request(sample.item)
             assert (recipe.steps, recipe.guidance, recipe.prompt) == (12, 1.0, sample.prompt)
             embeds = dict(encoder.encode_all([recipe.prompt, ""], lambda done, total: None))
             positive, empty = embeds[recipe.prompt], embeds[""]
@@ -144,31 +144,31 @@ def test_imitation_trains_the_lora_it_began_with_towards_its_own_many_steps(make
         optimizer={"lr": 2e-3},
     )
     run = first_run(config, monkeypatch)
-    items = run.plan.items[:6]
-    own = run.inputs.own
+    items = run.order.items[:6]
+    own = run.dataset.generated
     assert own is not None
-    ends = {item: run.inputs.latents(item)[-1] for item in items}
+    ends = {item: run.dataset.latents(item)[-1] for item in items}
 
     def far(lora) -> float:
         model = run.frozen.model.eval()
-        with swap.instead(model, lora):
+        with swap.replaced_lora(model, lora):
             total = 0.0
             for item in items:
-                eight = own.recipe(item).__class__.from_json(
-                    own.recipe(item)
+                eight = own.request(item).__class__.from_json(
+                    own.request(item)
                     .to_json()
                     .replace('"steps": 12', '"steps": 8')
                     .replace('"guidance": 1.0', '"guidance": 0.0')
                 )
-                embeds = {eight.prompt: run.inputs.embeds(eight.prompt)}
-                drawn = denoise(model, [eight], embeds, lambda done, total: None)[0]
+                embeds = {eight.prompt: run.dataset.embeds(eight.prompt)}
+                drawn = sample_latents(model, [eight], embeds, lambda done, total: None)[0]
                 total += float((drawn - ends[item]).square().mean())
         return total / len(items)
 
-    before = far(lora_files.read(broken))
+    before = far(lora_files.read_lora(broken))
     monkeypatch.undo()
-    train(config, fresh=True)
-    after = far(lora_files.read(folder(config) / "lora" / "repaired.safetensors"))
+    run_training(config, fresh=True)
+    after = far(lora_files.read_lora(folder(config) / "lora" / "repaired.safetensors"))
     values = losses(config)
     assert np.mean(values[-10:]) < 0.8 * np.mean(values[:10])
     assert after < 0.8 * before
@@ -177,15 +177,15 @@ def test_imitation_trains_the_lora_it_began_with_towards_its_own_many_steps(make
 def test_de_distill_trains_on_latents_that_turbo_draws_in_eight_steps(make_config, monkeypatch) -> None:
     config = make_config(name="adapter", model={"adapter": None}, train={"method": "de_distill", "steps": 3})
     run = first_run(config, monkeypatch)
-    model = assemble(mini.TURBO / "transformer", None, "fp32", CPU).model.eval()
+    model = load_frozen(mini.TURBO / "transformer", None, "fp32", CPU).model.eval()
     encoder = text.load(mini.TURBO, CPU, torch.float32)
-    assert run.inputs.own is not None
+    assert run.dataset.generated is not None
     for sample in run.micro_batches(1)[0]:
-        recipe = run.inputs.own.recipe(sample.item)
+        recipe = run.dataset.generated.request(sample.item)
         assert (recipe.steps, recipe.guidance) == (8, 0.0)
         embeds = dict(encoder.encode_all([recipe.prompt], lambda done, total: None))
-        drawn = denoise(model, [recipe], embeds, lambda done, total: None)[0]
-        assert torch.allclose(run.inputs.latents(sample.item), drawn, atol=1e-4)
+        drawn = sample_latents(model, [recipe], embeds, lambda done, total: None)[0]
+        assert torch.allclose(run.dataset.latents(sample.item), drawn, atol=1e-4)
     batch = run.load(run.micro_batches(1)[0])
     assert len(list(losses_of(run.frozen.model, batch, config))) == 1
 
@@ -199,12 +199,12 @@ def test_a_stopped_run_goes_on_bit_for_bit_and_draws_nothing_twice(make_config, 
         return make_config(name=name, model={"adapter": None}, train=settings, optimizer={"lr": 1e-2})
 
     whole, parts = config("whole"), config("parts")
-    train(whole, fresh=False)
+    run_training(whole, fresh=False)
     with monkeypatch.context() as patch:
         stop_after(patch, 2)
         with pytest.raises(Stopped):
-            train(parts, fresh=False)
-    train(parts, fresh=False)
+            run_training(parts, fresh=False)
+    run_training(parts, fresh=False)
     assert losses(whole) == losses(parts) and len(losses(whole)) == 4
     log = (folder(parts) / "log.txt").read_text()
     assert "own pictures: 16 found, 0 drawn" in log and "model.adapter is null" not in log
@@ -242,7 +242,7 @@ def test_what_is_left_out_is_as_the_method_needs_it() -> None:
     assert (found.model.adapter, found.data[0].caption_dropout) == (None, 0.0)
     assert Config.model_validate(least).model.adapter == "v2"
     assert Config.model_validate(least | {"train": {"method": "de_distill"}}).model.adapter is None
-    assert states is not None
+    assert sample_trajectory is not None
 
 
 # Prompts without pictures
@@ -252,7 +252,7 @@ def from_prompts(make_config, path: Path, **changes: object) -> Config:
     values = make_config(
         **{"name": "bare", "model": {"adapter": None}, "train": {"method": "de_distill", "steps": 3}, **changes}
     )
-    return values.model_copy(update={"data": [Data(prompts=str(path), resolution=[64, 96])]})
+    return values.model_copy(update={"data": [DataEntry(prompts=str(path), resolution=[64, 96])]})
 
 
 def test_prompts_alone_are_enough(make_config, tmp_path: Path) -> None:
@@ -261,14 +261,14 @@ def test_prompts_alone_are_enough(make_config, tmp_path: Path) -> None:
         b"\xef\xbb\xbfa red circle on a blue background\r\n\r\n# not this\r\na green star, white background\r\n"
     )
     config = from_prompts(make_config, path)
-    checked = examine(config)
+    checked = check_run(config)
     assert [(one.picture.prompts, one.size.width, one.size.height) for one in checked.items] == [
         (("a red circle on a blue background",), 64, 64),
         (("a red circle on a blue background",), 96, 96),
         (("a green star, white background",), 64, 64),
         (("a green star, white background",), 96, 96),
     ]
-    train(config, fresh=False)
+    run_training(config, fresh=False)
     assert len(losses(config)) == 3
     assert "own pictures: 0 found, 4 drawn" in (folder(config) / "log.txt").read_text()
 
@@ -276,10 +276,10 @@ def test_prompts_alone_are_enough(make_config, tmp_path: Path) -> None:
 def test_a_prompt_that_changes_is_noticed_by_a_run_that_goes_on(make_config, tmp_path: Path) -> None:
     path = tmp_path / "prompts.txt"
     path.write_text("a red circle\na green star\n")
-    train(from_prompts(make_config, path), fresh=False)
+    run_training(from_prompts(make_config, path), fresh=False)
     path.write_text("a red circle\na blue star\n")
     with pytest.raises(ZImageTrainError, match=r"data"):
-        train(from_prompts(make_config, path, train={"method": "de_distill", "steps": 4}), fresh=False)
+        run_training(from_prompts(make_config, path, train={"method": "de_distill", "steps": 4}), fresh=False)
 
 
 @pytest.mark.parametrize(
@@ -298,13 +298,13 @@ def test_a_file_of_prompts_that_is_none_is_refused(
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(DataError, match=what):
-        examine(from_prompts(make_config, path))
+        check_run(from_prompts(make_config, path))
 
 
 def test_a_prompt_given_twice_is_drawn_once_and_said(make_config, tmp_path: Path) -> None:
     path = tmp_path / "prompts.txt"
     path.write_text("a red circle\na green star\na red circle\n")
-    checked = examine(from_prompts(make_config, path))
+    checked = check_run(from_prompts(make_config, path))
     assert len(checked.items) == 4
     assert any("prompts.txt:3: the same prompt as in line 1" in note for note in [*checked.notes, *checked.warnings])
 

@@ -10,24 +10,24 @@ from hypothesis import strategies as st
 from test_memory import job, recipe
 
 from zimage_train.config.schema import Config
-from zimage_train.config.values import MODES
+from zimage_train.config.values import RECOMPUTE_MODES
 from zimage_train.dataset.buckets import Bucket
 from zimage_train.errors import ConfigError
-from zimage_train.models.pinned_memory import arenas, pinned_bytes
+from zimage_train.models.pinned_memory import arena_sizes, pinned_bytes
 from zimage_train.planning import flops, memory, planner, preflight
 from zimage_train.planning import gpus as cards
-from zimage_train.planning.gpus import CARDS
-from zimage_train.planning.memory import Form
-from zimage_train.planning.planner import AUTOMATIC, MANY, Wanted
+from zimage_train.planning.gpus import GPU_SPECS
+from zimage_train.planning.memory import WeightPlacement
+from zimage_train.planning.planner import AUTO_QUANTIZATIONS, NO_LIMIT, PlanConstraints
 
-FREE = Wanted((None,), None, None)
-ANY = Wanted(AUTOMATIC, None, None)
+FREE = PlanConstraints((None,), None, None)
+ANY = PlanConstraints(AUTO_QUANTIZATIONS, None, None)
 HOST = 64e9
 ALL = (512, 768, 1024)
 
 
 def choose(sides=ALL, limit=24e9, wanted=FREE, host=HOST, card=None, **changes):
-    return planner.choose(job(sides, **changes), wanted, limit, host, card)
+    return planner.choose_plan(job(sides, **changes), wanted, limit, host, card)
 
 
 @settings(max_examples=60, deadline=None)
@@ -35,18 +35,18 @@ def choose(sides=ALL, limit=24e9, wanted=FREE, host=HOST, card=None, **changes):
     limit_gb=st.floats(6, 200),
     host_gb=st.floats(8, 128),
     batch=st.integers(1, 4),
-    kinds=st.sampled_from([(None,), ("fp8",), ("nf4",), AUTOMATIC]),
+    kinds=st.sampled_from([(None,), ("fp8",), ("nf4",), AUTO_QUANTIZATIONS]),
     sides=st.sets(st.sampled_from((256, 512, 768, 1024, 1536)), min_size=1),
 )
 def test_a_plan_that_fits_fits_in_every_batch_and_preview(limit_gb, host_gb, batch, kinds, sides):
     made = job(tuple(sides), batch_size=batch)
-    plan = planner.choose(made, Wanted(kinds, None, None), limit_gb * 1e9, host_gb * 1e9, None)
+    plan = planner.choose_plan(made, PlanConstraints(kinds, None, None), limit_gb * 1e9, host_gb * 1e9, None)
     assert plan.form.kind in kinds
     assert plan.fits == (plan.peak.total <= limit_gb * 1e9)
     if plan.fits:
         for size in made.sizes:
             tokens = made.tokens(size)
-            assert memory.step(made, plan.form, plan.mode_of(tokens), tokens).total <= limit_gb * 1e9
+            assert memory.step_memory(made, plan.form, plan.mode_of(tokens), tokens).total <= limit_gb * 1e9
         assert plan.form.streamed == 0 or memory.host_bytes(made, plan.form) <= 0.5 * host_gb * 1e9
     if plan.form.streamed:
         assert all(plan.mode_of(tokens) != "none" for tokens in range(1, 20000, 500))
@@ -55,7 +55,7 @@ def test_a_plan_that_fits_fits_in_every_batch_and_preview(limit_gb, host_gb, bat
 def test_full_precision_without_streaming_is_taken_wherever_it_fits():
     for limit in (17e9, 24e9, 48e9, 141e9):
         plan = choose(limit=limit, wanted=ANY)
-        assert plan.fits and plan.form == Form()
+        assert plan.fits and plan.form == WeightPlacement()
 
 
 @pytest.mark.parametrize(
@@ -67,18 +67,18 @@ def test_full_precision_without_streaming_is_taken_wherever_it_fits():
     ],
 )
 def test_each_size_recomputes_the_least_that_fits(name: str, expected: dict[int, str]):
-    plan = choose(limit=CARDS[name].memory_gb * 1e9, card=CARDS[name])
+    plan = choose(limit=GPU_SPECS[name].memory_gb * 1e9, card=GPU_SPECS[name])
     assert {side: plan.mode_of(plan.job.tokens(Bucket(side, side))) for side in ALL} == expected
     for side, mode in expected.items():
         if mode != "none":
-            more = MODES[MODES.index(mode) - 1]
+            more = RECOMPUTE_MODES[RECOMPUTE_MODES.index(mode) - 1]
             tokens = plan.job.tokens(Bucket(side, side))
-            assert memory.step(plan.job, plan.form, more, tokens).total > CARDS[name].memory_gb * 1e9
+            assert memory.step_memory(plan.job, plan.form, more, tokens).total > GPU_SPECS[name].memory_gb * 1e9
 
 
 @pytest.mark.parametrize("name", ["4070", "4060"])
 def test_small_cards_stream_and_keep_full_precision_if_main_memory_allows(name: str):
-    card = CARDS[name]
+    card = GPU_SPECS[name]
     plan = choose(limit=card.memory_gb * 1e9, card=card, wanted=ANY)
     assert plan.fits and plan.form.kind is None and plan.form.streamed > 0
     poor = choose(limit=card.memory_gb * 1e9, card=card, wanted=ANY, host=7e9)
@@ -86,55 +86,55 @@ def test_small_cards_stream_and_keep_full_precision_if_main_memory_allows(name: 
 
 
 def test_a_plan_explains_itself():
-    card = CARDS["4060"]
+    card = GPU_SPECS["4060"]
     assert choose(limit=24e9).why == "by what fits 24.00 GB"
     assert "streaming in full precision costs little" in choose(limit=8e9, card=card, wanted=ANY).why
     assert "full precision does not fit" in choose(limit=8e9, card=card, wanted=ANY, host=8e9).why
     slow = replace(card, pcie_gb_per_second=1.0)
     assert re.search(r"full precision would take \d\.\d times as long", choose(limit=8e9, card=slow, wanted=ANY).why)
-    assert choose(wanted=Wanted((None,), "full", 0)).why == "set in the config"
+    assert choose(wanted=PlanConstraints((None,), "full", 0)).why == "set in the config"
 
 
 def test_a_slow_bus_prefers_fewer_bytes():
-    slow = replace(CARDS["4090"], pcie_gb_per_second=1.0)
-    fast = choose((512,), limit=9e9, card=CARDS["4060"], wanted=ANY)
+    slow = replace(GPU_SPECS["4090"], pcie_gb_per_second=1.0)
+    fast = choose((512,), limit=9e9, card=GPU_SPECS["4060"], wanted=ANY)
     slowed = choose((512,), limit=9e9, card=slow, wanted=ANY)
     assert fast.form.kind is None and slowed.form.kind is not None
     assert slowed.form.streamed < fast.form.streamed
 
 
 def test_no_choice_is_predicted_to_be_slower_than_another_by_more_than_a_quarter():
-    card, limit = CARDS["4060"], 8.6e9
+    card, limit = GPU_SPECS["4060"], 8.6e9
     chosen = choose(limit=limit, card=card, wanted=ANY)
-    for kind in AUTOMATIC:
+    for kind in AUTO_QUANTIZATIONS:
         for streamed in range(31):
-            other = planner._plan(chosen.job, Form(kind, streamed), None, limit)
+            other = planner._plan(chosen.job, WeightPlacement(kind, streamed), None, limit)
             if other.fits:
                 ours, theirs = (planner._mean_seconds(plan, card) for plan in (chosen, other))
-                assert ours <= theirs * planner.WORTH * 1.0001
+                assert ours <= theirs * planner.MAX_SLOWDOWN * 1.0001
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", RECOMPUTE_MODES)
 def test_the_config_has_the_last_word(mode: str):
-    plan = choose(wanted=Wanted(("fp8",), mode, 0), limit=1e9)
-    assert plan.form == Form("fp8", 0) and plan.limits == {mode: MANY} and not plan.fits
+    plan = choose(wanted=PlanConstraints(("fp8",), mode, 0), limit=1e9)
+    assert plan.form == WeightPlacement("fp8", 0) and plan.limits == {mode: NO_LIMIT} and not plan.fits
     assert plan.mode_of(1) == plan.mode_of(10**6) == mode
 
 
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({}, Wanted((None,), None, None)),
-        ({"model": {"quantize": "auto"}}, Wanted(AUTOMATIC, None, None)),
-        ({"model": {"quantize": "nf4"}}, Wanted(("nf4",), None, None)),
-        ({"memory": {"checkpointing": True, "offload": 0.5}}, Wanted((None,), "full", 15)),
-        ({"memory": {"checkpointing": False}}, Wanted((None,), "none", None)),
-        ({"memory": {"checkpointing": "w1w3", "offload": 0}}, Wanted((None,), "w1w3", 0)),
+        ({}, PlanConstraints((None,), None, None)),
+        ({"model": {"quantize": "auto"}}, PlanConstraints(AUTO_QUANTIZATIONS, None, None)),
+        ({"model": {"quantize": "nf4"}}, PlanConstraints(("nf4",), None, None)),
+        ({"memory": {"checkpointing": True, "offload": 0.5}}, PlanConstraints((None,), "full", 15)),
+        ({"memory": {"checkpointing": False}}, PlanConstraints((None,), "none", None)),
+        ({"memory": {"checkpointing": "w1w3", "offload": 0}}, PlanConstraints((None,), "w1w3", 0)),
     ],
 )
-def test_what_is_left_to_the_planner_is_what_the_config_leaves(changes: dict, expected: Wanted):
+def test_what_is_left_to_the_planner_is_what_the_config_leaves(changes: dict, expected: PlanConstraints):
     config = Config.model_validate({"name": "x", "data": [{"folder": "p"}], **changes})
-    assert planner.wanted(config, 30) == expected
+    assert planner.plan_constraints(config, 30) == expected
 
 
 def test_streaming_without_recomputation_is_refused():
@@ -147,42 +147,42 @@ def test_streaming_without_recomputation_is_refused():
 @pytest.mark.parametrize("limit_gb", [80, 24, 16, 12, 8, 7])
 def test_what_is_named_where_a_run_does_not_fit_is_predicted_to_fit(limit_gb: float):
     made = job((1024, 1536), batch_size=4, previews=(recipe(1024),))
-    wanted = Wanted((None,), "none", 0)
-    if planner.choose(made, wanted, limit_gb * 1e9, HOST, None).fits:
+    wanted = PlanConstraints((None,), "none", 0)
+    if planner.choose_plan(made, wanted, limit_gb * 1e9, HOST, None).fits:
         return
-    said = planner.lighter(made, wanted, limit_gb * 1e9, HOST)
+    said = planner.suggest_settings(made, wanted, limit_gb * 1e9, HOST)
     assert said.startswith("set "), said
     settings = dict(re.findall(r"([a-z0_.]+): (\w+)", said.partition(" (predicted")[0]))
     assert settings.pop("memory.checkpointing") == settings.pop("memory.offload") == "auto"
     batch, side = int(settings.pop("train.batch_size", 4)), settings.pop("data.0.resolution", None)
     changed = replace(made, batch_size=batch, sizes=Counter({Bucket(int(side), int(side)): 20}) if side else made.sizes)
-    kinds = AUTOMATIC if settings.pop("model.quantize", None) == "auto" else (None,)
+    kinds = AUTO_QUANTIZATIONS if settings.pop("model.quantize", None) == "auto" else (None,)
     assert not settings
-    plan = planner.choose(changed, Wanted(kinds, None, None), limit_gb * 1e9, HOST, None)
+    plan = planner.choose_plan(changed, PlanConstraints(kinds, None, None), limit_gb * 1e9, HOST, None)
     assert plan.fits and f"predicted: {plan.peak.total / 1e9:.2f} GB" in said
 
 
 def test_where_nothing_fits_the_least_is_named():
-    said = planner.lighter(job(), ANY, 1e9, HOST)
+    said = planner.suggest_settings(job(), ANY, 1e9, HOST)
     assert re.fullmatch(r"a run takes \d\.\d\d GB at the least \(predicted\), so more memory is needed", said)
 
 
 def test_large_previews_and_a_large_rank_are_named_where_they_are_the_cause():
     drawn = job((512,), previews=(recipe(4096),))
-    assert planner.lighter(drawn, FREE, 9e9, HOST).startswith("set sample.width: 1024, sample.height: 1024 (")
+    assert planner.suggest_settings(drawn, FREE, 9e9, HOST).startswith("set sample.width: 1024, sample.height: 1024 (")
     ranked = replace(job((512,)), trained=job((512,)).trained * 32, rank=512)
-    assert not planner.choose(ranked, FREE, 8e9, HOST, None).fits
-    assert planner.lighter(ranked, FREE, 8e9, HOST).startswith("set lora.rank: 16 (")
+    assert not planner.choose_plan(ranked, FREE, 8e9, HOST, None).fits
+    assert planner.suggest_settings(ranked, FREE, 8e9, HOST).startswith("set lora.rank: 16 (")
 
 
 def test_a_card_has_as_much_memory_as_its_name_says():
-    assert cards.named("a100 40gb").memory_gb == pytest.approx(42.9, abs=0.1)
-    assert cards.named("A100-SXM4-40GB").tflops == CARDS["a100"].tflops
-    assert cards.named("NVIDIA A100 80GB PCIe") is CARDS["a100"]
+    assert cards.get_gpu("a100 40gb").memory_gb == pytest.approx(42.9, abs=0.1)
+    assert cards.get_gpu("A100-SXM4-40GB").tflops == GPU_SPECS["a100"].tflops
+    assert cards.get_gpu("NVIDIA A100 80GB PCIe") is GPU_SPECS["a100"]
 
 
 def test_what_is_left_to_the_planner_already_is_not_asked_for():
-    said = planner.lighter(job((1536,), batch_size=4), FREE, 9e9, HOST)
+    said = planner.suggest_settings(job((1536,), batch_size=4), FREE, 9e9, HOST)
     assert "checkpointing" not in said and "offload" not in said
 
 
@@ -208,7 +208,7 @@ def test_what_is_left_to_the_planner_already_is_not_asked_for():
     ],
 )
 def test_a_card_is_known_by_its_own_name_and_by_what_people_call_it(text: str, name: str):
-    assert cards.named(text).name == name
+    assert cards.get_gpu(text).name == name
 
 
 @pytest.mark.parametrize(
@@ -217,7 +217,7 @@ def test_a_card_is_known_by_its_own_name_and_by_what_people_call_it(text: str, n
 )
 def test_an_unknown_card_is_refused_with_the_list(text: str):
     with pytest.raises(ConfigError, match="give one of 3060, "):
-        cards.named(text)
+        cards.get_gpu(text)
 
 
 # Time
@@ -227,30 +227,30 @@ def test_faster_cards_and_less_recomputation_take_less_time():
     made = job((1024,))
     size = Bucket(1024, 1024)
 
-    def seconds(mode="none", name="4090", form=Form()):  # noqa: B008
-        return flops.step_seconds(made, form, mode, size, CARDS[name])
+    def seconds(mode="none", name="4090", form=WeightPlacement()):  # noqa: B008
+        return flops.step_seconds(made, form, mode, size, GPU_SPECS[name])
 
     assert seconds(name="h100") < seconds(name="5090") < seconds(name="4090") < seconds(name="3090")
-    by_mode = [seconds(mode) for mode in MODES]
+    by_mode = [seconds(mode) for mode in RECOMPUTE_MODES]
     assert by_mode == sorted(by_mode)
-    assert seconds(form=Form("int8")) > seconds()
-    assert seconds("full", form=Form(None, 30)) >= seconds("full")
+    assert seconds(form=WeightPlacement("int8")) > seconds()
+    assert seconds("full", form=WeightPlacement(None, 30)) >= seconds("full")
 
 
 def test_the_floor_of_a_step_is_its_arithmetic():
     """120.2 TFLOP at 1024 px: 152 ms at the 790 TFLOP/s that an H100 reaches."""
     made = job((1024,))
-    found = flops.step_seconds(made, Form(), "none", Bucket(1024, 1024), CARDS["h100"])
+    found = flops.step_seconds(made, WeightPlacement(), "none", Bucket(1024, 1024), GPU_SPECS["h100"])
     assert 0.152 < found < 0.35
 
 
 def test_streaming_is_hidden_behind_computing_until_it_takes_longer():
-    made, size, card = job((1024,)), Bucket(1024, 1024), CARDS["4090"]
-    hidden = flops.step_seconds(made, Form(None, 15), "full", size, card)
-    assert hidden == flops.step_seconds(made, Form(), "full", size, card)
+    made, size, card = job((1024,)), Bucket(1024, 1024), GPU_SPECS["4090"]
+    hidden = flops.step_seconds(made, WeightPlacement(None, 15), "full", size, card)
+    assert hidden == flops.step_seconds(made, WeightPlacement(), "full", size, card)
     slow = replace(card, pcie_gb_per_second=2.0)
     copying = 2 * 13 * memory.block_bytes(made, None) / (0.9 * 2e9)
-    assert flops.step_seconds(made, Form(None, 15), "full", size, slow) == pytest.approx(copying)
+    assert flops.step_seconds(made, WeightPlacement(None, 15), "full", size, slow) == pytest.approx(copying)
 
 
 # Main memory
@@ -259,7 +259,7 @@ def test_streaming_is_hidden_behind_computing_until_it_takes_longer():
 @pytest.mark.parametrize("block_bytes", [361_814_528, 190_443_008, 101_904_896])
 def test_pinned_blocks_lose_little_to_the_allocators_rounding(block_bytes: int):
     for count in range(0, 31):
-        shared = arenas(count, block_bytes)
+        shared = arena_sizes(count, block_bytes)
         assert sum(shared) == count
     assert pinned_bytes(30, block_bytes) <= 1.12 * 30 * block_bytes
     assert pinned_bytes(1, block_bytes) == 2 ** (block_bytes - 1).bit_length()

@@ -166,7 +166,7 @@ def test_one_pod_waits_for_what_another_downloads(volume: Path):
     ],
 )
 def test_the_way_home_is_by_what_the_pod_says_of_itself(given: dict[str, str], command: str | None):
-    found = pods.bring_home(Path("/runs/my lora.safetensors"), given)
+    found = pods.copy_command(Path("/runs/my lora.safetensors"), given)
     assert found is None if command is None else found is not None and found.startswith(command)
 
 

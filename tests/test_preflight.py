@@ -23,14 +23,14 @@ from zimage_train.errors import ConfigError, WeightsError, ZImageTrainError
 from zimage_train.io import atomic as files
 from zimage_train.io import serialize
 from zimage_train.io.headers import read_header
-from zimage_train.io.serialize import Entry
+from zimage_train.io.serialize import TensorEntry
 from zimage_train.models import components as extras
 from zimage_train.models import text_encoder as text
 from zimage_train.models import vae
 from zimage_train.models.locate import cached_only
 from zimage_train.planning import gpus as cards
 from zimage_train.planning import memory, preflight
-from zimage_train.planning.preflight import Checked
+from zimage_train.planning.preflight import RunSpec
 
 Make = Callable[..., Config]
 BYTES = {"F32": 4, "BF16": 2, "F16": 2}
@@ -42,7 +42,7 @@ def offline(*_: object) -> Path:
 
 def refused(config: Config) -> ZImageTrainError:
     with pytest.raises(ZImageTrainError) as caught:
-        preflight.examine(config, offline)
+        preflight.check_run(config, offline)
     return caught.value
 
 
@@ -56,7 +56,7 @@ def adapter(path: Path, change: Callable[[dict[str, tuple[int, ...]]], None] = l
         count = 1
         for side in shape:
             count *= side
-        entries[name] = Entry("F32", shape, bytes(4 * count))
+        entries[name] = TensorEntry("F32", shape, bytes(4 * count))
     serialize.write_safetensors(path, entries, header.metadata)
     return path
 
@@ -124,7 +124,7 @@ COMPLAINTS = {
 
 def test_what_a_run_needs_is_all_there(make_config: Make):
     config = make_config(data=[{"folder": str(mini.PICTURES), "resolution": [64, 96], "trigger": "zorb"}])
-    checked = preflight.examine(config, offline)
+    checked = preflight.check_run(config, offline)
     assert len(checked.pictures[0]) == len(list(mini.PICTURES.glob("*.txt"))) >= 12
     assert len(checked.items) == 2 * len(checked.pictures[0])
     assert checked.weights is not None
@@ -142,8 +142,8 @@ def adapter_modules(path: Path) -> int:
 def test_the_report_says_what_a_run_would_do(make_config: Make, monkeypatch: pytest.MonkeyPatch):
     data = [{"folder": str(mini.PICTURES), "resolution": [64, 96], "trigger": "zorb"}]
     config = make_config(data=data, train={"steps": 30, "batch_size": 2}, model={"adapter_strength": 0.5})
-    checked = preflight.examine(config, offline)
-    lines = checking.report(checked)
+    checked = preflight.check_run(config, offline)
+    lines = checking.check_report(checked)
     count = len(checked.pictures[0])
     assert lines[0] == "tiny: no problems found"
     assert f"{count} pictures" in lines
@@ -165,15 +165,15 @@ def test_the_report_says_what_a_run_would_do(make_config: Make, monkeypatch: pyt
 
 
 def test_a_run_without_an_adapter_has_none_to_fit(make_config: Make):
-    checked = preflight.examine(make_config(model={"adapter": None}), offline)
+    checked = preflight.check_run(make_config(model={"adapter": None}), offline)
     assert checked.weights is not None and checked.weights.adapter_modules == 0
-    assert not any(line.startswith("adapter fits") for line in checking.report(checked))
+    assert not any(line.startswith("adapter fits") for line in checking.check_report(checked))
 
 
 def test_the_plan_follows_the_budget_and_the_card(make_config: Make):
     def lines(gpu: str | None = None, price: float | None = None, **settings: Any) -> str:
-        checked = preflight.examine(make_config(memory=settings), offline)
-        return "\n".join(checking.report(checked, gpu, price))
+        checked = preflight.check_run(make_config(memory=settings), offline)
+        return "\n".join(checking.check_report(checked, gpu, price))
 
     assert "memory on cpu (" in lines() and "time" in lines()
     assert "memory on one 4090 (25.30 GB)" in lines("4090") and "recomputed: nothing\n" in lines("4090")
@@ -193,7 +193,7 @@ def test_a_published_model_without_a_card_is_planned_for_four_sizes_of_one(make_
         data=[{"folder": str(mini.PICTURES), "trigger": "zorb"}],
         sample={"prompts": ["a"], "width": 1024, "height": 1024},
     )
-    lines = checking.report(preflight.examine(config, cached_only), price=2.0)
+    lines = checking.check_report(preflight.check_run(config, cached_only), price=2.0)
     found = [line for line in lines if re.match(r" +\d+\.\d GB \(\w+\): ", line)]
     assert [re.search(r"\((\w+)\)", line)[1] for line in found] == ["4090", "4080", "4070", "4060"]
     assert all(re.search(r"\d s, at 2 an hour 0\.\d\d$", line) for line in found)
@@ -206,7 +206,7 @@ def test_what_does_not_fit_is_no_config_without_problems(make_config: Make, priv
         data=[{"folder": str(mini.PICTURES), "trigger": "zorb"}] * 2,
         memory={"offload": 0},
     )
-    lines = checking.report(preflight.examine(config, cached_only), "4060")
+    lines = checking.check_report(preflight.check_run(config, cached_only), "4060")
     assert lines[0] == "tiny: does not fit the memory planned for, see below"
     assert any(line.startswith("  this does not fit 8.10 GB: set memory.checkpointing: auto") for line in lines)
 
@@ -226,9 +226,9 @@ def test_what_is_no_price_is_refused(text: str):
 
 def test_a_card_that_is_not_there_or_odd_is_no_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert cards.here() is None
+    assert cards.detect_gpu() is None
     tool = tmp_path / "nvidia-smi"
-    good = cards.Found("NVIDIA GeForce RTX 4090", 24564 * 2**20)
+    good = cards.DetectedGpu("NVIDIA GeForce RTX 4090", 24564 * 2**20)
     for script, expected in (
         ("echo 'NVIDIA GeForce RTX 4090, 24564'", good),
         ("echo no devices", None),
@@ -237,7 +237,7 @@ def test_a_card_that_is_not_there_or_odd_is_no_error(monkeypatch: pytest.MonkeyP
     ):
         tool.write_text(f"#!/bin/sh\n{script}\n")
         tool.chmod(0o755)
-        assert cards.here() == expected
+        assert cards.detect_gpu() == expected
 
 
 # Refused
@@ -259,7 +259,7 @@ def test_problems_of_config_data_weights_and_disk_are_listed_together(
     )
     monkeypatch.setattr(files.shutil, "disk_usage", lambda path: type("Usage", (), {"free": -1}))
     error = refused(config)
-    found = {problem.where: problem.what for problem in error.problems}
+    found = {problem.location: problem.message for problem in error.problems}
     assert found.keys() == {
         str(photos / "page.png"),
         str(photos / "strip.png"),
@@ -270,7 +270,7 @@ def test_problems_of_config_data_weights_and_disk_are_listed_together(
         str(tmp_path / "runs"),
     }
     assert error.exit_code == 2
-    assert all(problem.todo for problem in error.problems)
+    assert all(problem.hint for problem in error.problems)
 
 
 @pytest.mark.parametrize(
@@ -298,14 +298,14 @@ def test_an_adapter_that_does_not_fit_in_full_is_refused(make_config: Make, tmp_
 @pytest.mark.parametrize("kind", FITTING)
 def test_an_adapter_that_fits_is_counted(make_config: Make, tmp_path: Path, kind: str):
     path = adapter(tmp_path / "a.safetensors", FITTING[kind])
-    checked = preflight.examine(make_config(model={"adapter": str(path)}), offline)
+    checked = preflight.check_run(make_config(model={"adapter": str(path)}), offline)
     assert checked.weights is not None
     assert checked.weights.adapter_modules == adapter_modules(mini.ADAPTER_V1)
 
 
 def test_check_and_loading_agree_about_adapters(make_config: Make, tmp_path: Path):
     lora_files = pytest.importorskip("zimage_train.lora.lora_file")
-    checked = preflight.examine(make_config(), offline)
+    checked = preflight.check_run(make_config(), offline)
     assert checked.weights is not None
     linears = checked.weights.shape.linears
     for name, change in (FITTING | FOREIGN).items():
@@ -422,7 +422,7 @@ def test_a_text_encoder_of_another_width_is_refused_with_both_widths(make_config
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
     tensors = extras._qwen3(folder / "config.json", config)
-    entries = {key: Entry("BF16", shape, bytes(2 * math.prod(shape))) for key, shape in tensors.items()}
+    entries = {key: TensorEntry("BF16", shape, bytes(2 * math.prod(shape))) for key, shape in tensors.items()}
     serialize.write_safetensors(folder / "model.safetensors", entries, {})
     text = str(refused(make_config(model={"path": str(tmp_path / "model")})))
     assert "makes embeddings of 8 features, and the transformer takes 64" in text
@@ -490,7 +490,7 @@ def test_a_bad_adapter_is_told_although_the_rest_is_not_downloaded_yet(make_conf
     config = make_config(model={"extras": "org/repo", "adapter": str(private / "a.safetensors")})
     (private / "a.safetensors").write_bytes(b"")
     with pytest.raises(WeightsError, match=r"a\.safetensors: is empty"):
-        preflight.examine(config, cached_only)
+        preflight.check_run(config, cached_only)
 
 
 def test_a_pipeline_folder_that_lacks_a_part_is_not_completed_from_the_hub(make_config: Make, tmp_path: Path):
@@ -500,7 +500,7 @@ def test_a_pipeline_folder_that_lacks_a_part_is_not_completed_from_the_hub(make_
 
 
 def test_a_misspelt_path_is_told_with_its_setting(make_config: Make, private: Path):
-    checked = preflight.examine(make_config(model={"path": "models/zimage"}), cached_only)
+    checked = preflight.check_run(make_config(model={"path": "models/zimage"}), cached_only)
     assert checked.notes == ["model.path: models/zimage: not on this machine yet; train downloads it"]
 
 
@@ -522,13 +522,13 @@ def private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     "changes", [{"path": None, "adapter": None}, {"adapter": "v2"}, {"path": "org/repo@v1"}, {"extras": "org/repo"}]
 )
 def test_what_is_not_downloaded_yet_is_a_note(make_config: Make, private: Path, changes: dict[str, Any]):
-    checked = preflight.examine(make_config(model=changes), cached_only)
+    checked = preflight.check_run(make_config(model=changes), cached_only)
     assert checked.weights is None
-    assert memory.parameters_of(preflight.job_of(checked).shape) > 6e9, "as large as the published models"
+    assert memory.parameters_of(preflight.workload_of(checked).shape) > 6e9, "as large as the published models"
     assert checked.notes and all(
         note.endswith(": not on this machine yet; train downloads it") for note in checked.notes
     )
-    lines = checking.report(checked)
+    lines = checking.check_report(checked)
     assert lines[0] == "tiny: no problems found"
     assert any(line.startswith("note: ") and "not on this machine yet" in line for line in lines)
     assert list(private.iterdir()) == []
@@ -536,10 +536,10 @@ def test_what_is_not_downloaded_yet_is_a_note(make_config: Make, private: Path, 
 
 def test_what_is_wrong_beside_what_is_not_downloaded_is_an_error(make_config: Make, private: Path):
     with pytest.raises(ZImageTrainError) as caught:
-        preflight.examine(make_config(model={"path": None, "adapter": "/nowhere/a.safetensors"}), cached_only)
+        preflight.check_run(make_config(model={"path": None, "adapter": "/nowhere/a.safetensors"}), cached_only)
     assert caught.value.exit_code == 4 and "/nowhere/a.safetensors" in str(caught.value)
     with pytest.raises(ZImageTrainError) as caught:
-        preflight.examine(make_config(model={"path": None}, lora={"targets": "blocks"}), cached_only)
+        preflight.check_run(make_config(model={"path": None}, lora={"targets": "blocks"}), cached_only)
     assert caught.value.exit_code == 2 and "'blocks' matches none of the" in str(caught.value)
 
 
@@ -599,7 +599,7 @@ def test_every_kind_of_problem_has_its_code_and_no_traceback(check, make_config:
         (2, make_config(lora={"targets": "no"}), [], "lora.targets: 'no' matches none of the"),
         (3, make_config(), ["--set", "data.0.folder=/nowhere"], "/nowhere: does not exist; check the path"),
         (4, make_config(model={"adapter": broken}), [], "a.safetensors: matched "),
-        (7, make_config(output=str(tmp_path / "file")), [], "is not a folder; choose another place"),
+        (7, make_config(output_dir=str(tmp_path / "file")), [], "is not a folder; choose another place"),
     ]  # fmt: skip
     for code, config, arguments, message in kinds:
         found, out, err = check(config, *arguments)
@@ -637,10 +637,10 @@ def test_a_missing_config_and_bad_usage_exit_2(monkeypatch: pytest.MonkeyPatch, 
 
 
 def test_a_bug_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, make_config: Make):
-    def broken(checked: Checked, gpu: str | None, price: float | None) -> list[str]:
+    def broken(checked: RunSpec, gpu: str | None, price: float | None) -> list[str]:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(checking, "report", broken)
+    monkeypatch.setattr(checking, "check_report", broken)
     (tmp_path / "c.yaml").write_text(dump_config(make_config()))
     with pytest.raises(ZeroDivisionError):
         run(monkeypatch, "check", str(tmp_path / "c.yaml"))
@@ -655,7 +655,7 @@ def test_what_needs_a_package_that_is_not_there_is_refused_before_anything_is_lo
     assert error.exit_code == 2
     assert "model.quantize: nf4 needs bitsandbytes, which is not installed; install it" in str(error)
     assert "optimizer.name: adamw8bit needs bitsandbytes" in str(error)
-    assert preflight.examine(make_config(model={"quantize": "int8"}, optimizer={"name": "adamw"}), offline)
+    assert preflight.check_run(make_config(model={"quantize": "int8"}, optimizer={"name": "adamw"}), offline)
 
 
 # What folders add to the plan
@@ -667,18 +667,18 @@ def folders(**changes: Any) -> list[dict[str, Any]]:
 
 def test_batches_are_planned_as_they_come(make_config: Make):
     data = [*folders(batch_size=8), *folders(resolution=[128])]
-    job = preflight.job_of(preflight.examine(make_config(data=data, train={"batch_size": 1})))
+    job = preflight.workload_of(preflight.check_run(make_config(data=data, train={"batch_size": 1})))
     by_size = {size: job.batch(size) for size in job.sizes}
     assert max(number for size, number in by_size.items() if size.width * size.height > 64 * 64) == 1
     assert max(by_size.values()) > 1
     assert sum(job.shares().values()) == pytest.approx(1.0)
 
 
-def test_regularisation_has_its_share_of_the_time(make_config: Make):
+def test_regularization_has_its_share_of_the_time(make_config: Make):
     def share_of_large(part: float) -> float:
-        data = [*folders(resolution=[128]), *folders(resolution=[32], regularisation=True, trigger=None)]
-        config = make_config(data=data, train={"batch_size": 1, "regularisation_share": part})
-        shares = preflight.job_of(preflight.examine(config)).shares()
+        data = [*folders(resolution=[128]), *folders(resolution=[32], regularization=True, trigger=None)]
+        config = make_config(data=data, train={"batch_size": 1, "regularization_share": part})
+        shares = preflight.workload_of(preflight.check_run(config)).shares()
         return sum(share for size, share in shares.items() if size.width * size.height > 32 * 32)
 
     assert share_of_large(0.25) == pytest.approx(0.75) and share_of_large(0.9) == pytest.approx(0.1)
@@ -688,7 +688,7 @@ def test_advice_names_the_setting_that_each_folder_has(make_config: Make):
     data = [*folders(batch_size=8), *folders(max_pixels=1024 * 1024)]
     del data[1]["resolution"]
     config = make_config(data=data, model={"path": None, "adapter": None, "dtype": "bf16"}, train={"batch_size": 1})
-    text = preflight.less_memory(preflight.examine(config, cached_only), 2.2e9)
+    text = preflight.how_to_fit(preflight.check_run(config, cached_only), 2.2e9)
     if "batch_size" in text:
         assert "data.0.batch_size: 1" in text and "train.batch_size" not in text
     assert "data.1.resolution" not in text
@@ -697,7 +697,7 @@ def test_advice_names_the_setting_that_each_folder_has(make_config: Make):
 def test_a_caption_that_is_held_and_longer_counts(make_config: Make):
     word = "a thing of many words " * 8
     plain, kept = (
-        preflight.job_of(preflight.examine(make_config(**changes))).caption_tokens
+        preflight.workload_of(preflight.check_run(make_config(**changes))).caption_tokens
         for changes in ({}, {"preserve": {"kind": "trigger", "class_word": word}})
     )
     assert kept > plain
@@ -708,8 +708,8 @@ def test_pictures_of_the_class_do_not_count_as_pictures_of_the_concept(make_conf
     few.mkdir()
     for path in mini.PICTURES.glob("zorb_0[1-3].*"):
         shutil.copy(path, few)
-    data = [*folders(folder=str(few)), *folders(regularisation=True, trigger=None)]
-    warnings = preflight.examine(make_config(data=data, train={"steps": 5000})).warnings
+    data = [*folders(folder=str(few)), *folders(regularization=True, trigger=None)]
+    warnings = preflight.check_run(make_config(data=data, train={"steps": 5000})).warnings
     assert any("for 3 pictures" in warning for warning in warnings)
 
 
@@ -717,27 +717,27 @@ def test_preservation_needs_a_trigger_for_every_folder_of_the_concept(make_confi
     kept = {"kind": "trigger", "class_word": "shape"}
     with pytest.raises(AssertionError, match=r"set data\.1\.trigger, or use blank"):
         make_config(data=[*folders(), *folders(trigger=None)], preserve=kept)
-    assert make_config(data=[*folders(), *folders(trigger=None, regularisation=True)], preserve=kept)
+    assert make_config(data=[*folders(), *folders(trigger=None, regularization=True)], preserve=kept)
 
 
 def test_what_another_setting_stands_in_for_is_said(make_config: Make):
     data = folders(max_pixels=64 * 64)
-    checked = preflight.examine(make_config(data=data, train={"epochs": 2.0, "steps": 6}))
+    checked = preflight.check_run(make_config(data=data, train={"epochs": 2.0, "steps": 6}))
     assert checked.config.train.steps != 6
     assert "train.epochs decides how long; train.steps is not used" in checked.notes
     assert "data.0: max_pixels decides; resolution is not used" in checked.notes
 
 
 def test_check_counts_what_an_epoch_holds(make_config: Make):
-    data = [*folders(shuffle_tags=True), *folders(regularisation=True, trigger=None)]
-    text = "\n".join(checking.report(preflight.examine(make_config(data=data))))
+    data = [*folders(shuffle_tags=True), *folders(regularization=True, trigger=None)]
+    text = "\n".join(checking.check_report(preflight.check_run(make_config(data=data))))
     assert re.search(
-        r"\n16 samples an epoch, .* epochs; beside them 16 of regularisation, in 50% of the passes\n", text
+        r"\n16 samples an epoch, .* epochs; beside them 16 of regularization, in 50% of the passes\n", text
     )
     assert re.search(r"\n\d+ prompts to encode, as tags change in each epoch\n", text)
-    assert "prompts to encode" not in "\n".join(checking.report(preflight.examine(make_config())))
+    assert "prompts to encode" not in "\n".join(checking.check_report(preflight.check_run(make_config())))
 
 
 def test_a_warm_up_longer_than_the_run_is_pointed_out(make_config: Make):
-    warnings = preflight.examine(make_config(schedule={"warmup_steps": 4})).warnings
+    warnings = preflight.check_run(make_config(schedule={"warmup_steps": 4})).warnings
     assert "schedule.warmup_steps is 4 of 4 steps: the rate is never reached" in warnings

@@ -18,10 +18,10 @@ from typer.testing import CliRunner
 from zimage_train import mini
 from zimage_train.cli.app import app
 from zimage_train.commands.sample import command_for
-from zimage_train.commands.train import train
+from zimage_train.commands.train import run_training
 from zimage_train.config.schema import Config
-from zimage_train.diffusion.prompts import read as read_prompts
-from zimage_train.diffusion.request import Recipe, previews, prompts_of
+from zimage_train.diffusion.prompts import read_prompt_file as read_prompts
+from zimage_train.diffusion.request import SamplingRequest, preview_requests, prompts_to_encode
 from zimage_train.errors import DataError, ZImageTrainError
 from zimage_train.report import preview_images as pictures
 from zimage_train.report.grid import CELL_PX
@@ -60,14 +60,14 @@ def finished(tmp_path_factory: pytest.TempPathFactory, shared_cache: Path) -> Co
         tmp_path_factory.mktemp("previews"), shared_cache, train={"steps": 30}, optimizer={"lr": 4e-3}, sample=sample
     )
     config = Config.model_validate(values)
-    train(config, fresh=False)
+    run_training(config, fresh=False)
     return config
 
 
 @pytest.mark.slow
 def test_the_last_preview_is_the_stock_pipelines_picture(finished: Config, tmp_path: Path):
-    root = Path(finished.output) / finished.name
-    recipe = previews(finished)[0]
+    root = Path(finished.output_dir) / finished.name
+    recipe = preview_requests(finished)[0]
     numbers = (recipe.seed, recipe.width, recipe.height, recipe.steps, recipe.guidance)
     expected = stock(root / "lora" / "tiny.safetensors", tmp_path / "stock.png", recipe.prompt, "", *numbers)
     preview = pixels(root / "samples" / "000030-00.png")
@@ -78,7 +78,7 @@ def test_the_last_preview_is_the_stock_pipelines_picture(finished: Config, tmp_p
 
 @pytest.mark.slow
 def test_the_sample_command_equals_the_stock_pipeline_with_guidance_and_weight(finished: Config, tmp_path: Path):
-    lora = Path(finished.output) / finished.name / "lora" / "tiny.safetensors"
+    lora = Path(finished.output_dir) / finished.name / "lora" / "tiny.safetensors"
     arguments = ["--prompt", "a red zorb on a blue background", "--negative", "a green circle", "--seed", "5"]
     sizes = ["--width", "64", "--height", "80", "--steps", "6", "--guidance", "2.5", "--dtype", "fp32"]
     command = ["sample", str(mini.TURBO), "--lora", str(lora), *arguments, *sizes, "--output", str(tmp_path / "out")]
@@ -91,7 +91,7 @@ def test_the_sample_command_equals_the_stock_pipeline_with_guidance_and_weight(f
 
 @pytest.mark.slow
 def test_the_printed_command_draws_the_preview_again_to_the_bit_in_another_process(finished: Config, tmp_path: Path):
-    root = Path(finished.output) / finished.name
+    root = Path(finished.output_dir) / finished.name
     words = command_for(finished, root / "lora" / "tiny.safetensors").split(" sample ")[1]
     command = [sys.executable, "-m", "zimage_train", "sample", *shlex.split(words), "--output", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
@@ -123,8 +123,8 @@ def test_a_preview_is_what_the_file_draws_whatever_precision_strength_and_guidan
     )
     values["model"]["dtype"] = dtype
     config = Config.model_validate(values)
-    train(config, fresh=False)
-    root = Path(config.output) / config.name
+    run_training(config, fresh=False)
+    root = Path(config.output_dir) / config.name
     for index in range(2):
         preview = root / "samples" / f"000008-{index:02d}.png"
         command = ["sample", str(mini.TURBO), "--from", str(preview), "--lora", str(root / "lora" / "tiny.safetensors")]
@@ -147,7 +147,7 @@ def test_prompts_come_from_a_file_and_what_a_line_says_wins(tmp_path: Path):
     texts = ["--prompts", str(tmp_path / "p.txt"), "--prompt", "first", "--seed", "11", "--count", "2"]
     command = ["sample", str(mini.TURBO), *texts, *size]
     assert CliRunner().invoke(app, command, catch_exceptions=False).exit_code == 0
-    found = [pictures.recipe_of(path) for path in (tmp_path / "a").iterdir()]
+    found = [pictures.request_of(path) for path in (tmp_path / "a").iterdir()]
     rows = sorted((r.seed, r.prompt, r.negative, r.width, r.steps, r.guidance) for r in found)
     zorb = "a red zorb on a blue background"
     assert rows == [
@@ -224,7 +224,7 @@ def sample(output: Path, *loras: str) -> np.ndarray:
 def test_several_loras_are_stacked_by_weight_and_layouts_may_differ(finished: Config, tmp_path: Path):
     from safetensors.torch import load_file, save_file
 
-    lora = Path(finished.output) / finished.name / "lora" / "tiny.safetensors"
+    lora = Path(finished.output_dir) / finished.name / "lora" / "tiny.safetensors"
     tensors = load_file(lora)
     diffsynth = {
         key.removeprefix("diffusion_model.").replace(".weight", ".default.weight"): tensor
@@ -257,26 +257,26 @@ def test_a_lora_that_does_not_match_in_full_stops_sampling(tmp_path: Path):
 
 def test_prompt_i_has_seed_plus_i_unless_it_names_its_own(make_config):
     prompts = ["a", {"prompt": "b", "seed": 5, "width": 32, "negative": "n"}, "c"]
-    recipes = previews(make_config(sample={"prompts": prompts, "seed": 100, "width": 64, "height": 48}))
+    recipes = preview_requests(make_config(sample={"prompts": prompts, "seed": 100, "width": 64, "height": 48}))
     assert [recipe.seed for recipe in recipes] == [100, 5, 102]
     assert [(recipe.width, recipe.height) for recipe in recipes] == [(64, 48), (32, 48), (64, 48)]
     assert [(recipe.steps, recipe.guidance, recipe.shift) for recipe in recipes] == [(8, 0.0, 3.0)] * 3
-    assert prompts_of(recipes) == ["a", "b", "c"]
+    assert prompts_to_encode(recipes) == ["a", "b", "c"]
 
 
 @pytest.mark.parametrize(("variant", "expected"), [("deturbo", (25, 2.0, 3.0)), ("base", (30, 3.0, 6.0))])
 def test_other_variants_have_their_own_recipe_and_need_the_negative(make_config, variant: str, expected: tuple):
     config = make_config(model={"variant": variant, "adapter": None}, sample={"prompts": ["a"], "negative": "bad"})
-    (recipe,) = previews(config)
+    (recipe,) = preview_requests(config)
     assert (recipe.steps, recipe.guidance, recipe.shift) == expected
-    assert prompts_of([recipe]) == ["a", "bad"]
+    assert prompts_to_encode([recipe]) == ["a", "bad"]
 
 
 def test_the_grid_has_a_row_a_step_and_a_column_a_prompt(finished: Config):
-    folder = Path(finished.output) / finished.name / "samples"
-    shown = pictures.table(folder)
+    folder = Path(finished.output_dir) / finished.name / "samples"
+    shown = pictures.preview_table(folder)
     assert list(shown.rows) == [0, 30]
-    assert shown.labels == [recipe.prompt for recipe in previews(finished)]
+    assert shown.labels == [recipe.prompt for recipe in preview_requests(finished)]
     assert all(all(row) for row in shown.rows.values())
     with Image.open(folder / "grid.png") as grid:
         assert grid.width > CELL_PX and grid.height > 2 * CELL_PX
@@ -287,12 +287,12 @@ def test_the_command_that_a_run_ends_with_draws_its_last_preview_again(make_conf
     sample = {"every": 9, "width": 64, "height": 48, "steps": 3, "guidance": 1.5, "negative": "a b", "seed": 9}
     config = make_config(
         model={"path": str(mini.TURBO), "variant": "base", "extras": str(mini.TURBO), "adapter": None},
-        output=str(tmp_path / "a place"),
+        output_dir=str(tmp_path / "a place"),
         train={"steps": 2},
         optimizer={"lr": 0.05},
         sample=sample | {"prompts": [prompt]},
     )
-    train(config, fresh=False)
+    run_training(config, fresh=False)
     line = capsys.readouterr().out.splitlines()[-1]
     words = shlex.split(line)
     done = CliRunner().invoke(app, [*words[words.index("sample") :], "-o", str(tmp_path / "again")])
@@ -304,7 +304,7 @@ def test_the_command_that_a_run_ends_with_draws_its_last_preview_again(make_conf
 
 
 def test_a_preview_is_drawn_again_from_its_own_picture(finished: Config, tmp_path: Path):
-    root = Path(finished.output) / finished.name
+    root = Path(finished.output_dir) / finished.name
     drawn = root / "samples" / "000030-00.png"
     lora = f"{root}/lora/{finished.name}.safetensors"
     command = ["sample", str(mini.TURBO), "--lora", lora, "--dtype", "fp32", "--from", str(drawn), "-o", str(tmp_path)]
@@ -312,15 +312,15 @@ def test_a_preview_is_drawn_again_from_its_own_picture(finished: Config, tmp_pat
     assert done.exit_code == 0, done.output
     again = tmp_path / "sample-42.png"
     assert np.abs(pixels(again) - pixels(drawn)).max() <= 1
-    assert pictures.recipe_of(again) == pictures.recipe_of(drawn) == previews(finished)[0]
+    assert pictures.request_of(again) == pictures.request_of(drawn) == preview_requests(finished)[0]
     done = CliRunner().invoke(app, [*command, "--seed", "7", "--steps", "3"])
     assert done.exit_code == 0, done.output
-    assert pictures.recipe_of(tmp_path / "sample-7.png") == replace(previews(finished)[0], seed=7, steps=3)
+    assert pictures.request_of(tmp_path / "sample-7.png") == replace(preview_requests(finished)[0], seed=7, steps=3)
     assert np.abs(pixels(tmp_path / "sample-7.png") - pixels(drawn)).max() > 10
 
 
 def recipe_text(**changes: Any) -> PngInfo:
-    (one,) = [Recipe(prompt="x", negative="", seed=1, width=64, height=64, steps=8, guidance=0.0, shift=3.0)]
+    (one,) = [SamplingRequest(prompt="x", negative="", seed=1, width=64, height=64, steps=8, guidance=0.0, shift=3.0)]
     info = PngInfo()
     info.add_itxt("zimage_train.recipe", json.dumps(asdict(one) | changes))
     return info
@@ -342,10 +342,10 @@ def recipe_text(**changes: Any) -> PngInfo:
 def test_a_picture_whose_recipe_cannot_be_is_no_recipe(tmp_path: Path, changes: dict[str, Any]):
     path = tmp_path / "x.png"
     Image.new("RGB", (8, 8)).save(path, pnginfo=recipe_text())
-    assert pictures.recipe_of(path).seed == 1
+    assert pictures.request_of(path).seed == 1
     Image.new("RGB", (8, 8)).save(path, pnginfo=recipe_text(**changes))
     with pytest.raises(DataError, match="holds no recipe"):
-        pictures.recipe_of(path)
+        pictures.request_of(path)
 
 
 @pytest.mark.parametrize(
@@ -373,7 +373,7 @@ def test_what_cannot_be_drawn_again_is_named(arguments: list[str], message: str)
     ],
 )
 def test_a_sample_that_cannot_be_is_refused_before_anything_is_loaded(arguments: list[str], message: str, monkeypatch):
-    monkeypatch.setattr("zimage_train.commands.sample.assemble", pytest.fail)
+    monkeypatch.setattr("zimage_train.commands.sample.load_frozen", pytest.fail)
     done = CliRunner().invoke(app, ["sample", str(mini.TURBO), "--prompt", "x", *arguments])
     assert done.exit_code != 0
     assert message in done.output + str(done.exception)

@@ -160,7 +160,9 @@ def test_two_processes_train_like_one_that_accumulates_two(start, tmp_path: Path
     from conftest import mini_values
 
     options = {"train": {"steps": 3, "batch_size": 2}, "name": "tiny", "save": {"every": 1}}
-    assert start(output="one", **(options | {"train": {"steps": 3, "batch_size": 2, "accumulate": 2}})).wait() == 0
+    assert (
+        start(output="one", **(options | {"train": {"steps": 3, "batch_size": 2, "grad_accumulation": 2}})).wait() == 0
+    )
     path = tmp_path / "two.yaml"
     path.write_text(yaml_reader.dump(mini_values(tmp_path / "two", shared_cache, **options)))
     done = subprocess.run(

@@ -12,9 +12,9 @@ import pytest
 from PIL import Image
 
 from zimage_train import mini
-from zimage_train.commands.train import train
+from zimage_train.commands.train import run_training
 from zimage_train.errors import Stopped
-from zimage_train.report.metrics import read
+from zimage_train.report.metrics import read_records
 
 from conftest import merge
 from helpers import facts, final, folder, losses, stop_after
@@ -62,7 +62,7 @@ def bytes_of(make_config, pictures: Path, tmp_path: Path):
             config = config.model_copy(
                 update={"train": config.train.model_copy(update={"steps": 3000, "epochs": epochs})}
             )
-        train(config, fresh=False)
+        run_training(config, fresh=False)
         return numbers(final(config))
 
     return run
@@ -86,7 +86,7 @@ def plain_bytes() -> dict[str, bytes]:
     return {}
 
 
-CLASS = [{"folder": "{pictures}/class", "resolution": [64], "regularisation": True}]
+CLASS = [{"folder": "{pictures}/class", "resolution": [64], "regularization": True}]
 NEUTRAL: dict[str, dict[str, Any]] = {
     "data.keep_tags, tag_dropout, shuffle_tags": {"data": {"keep_tags": 0, "tag_dropout": 0.0, "shuffle_tags": False}},
     "data.flip": {"data": {"flip": False}},
@@ -99,7 +99,7 @@ NEUTRAL: dict[str, dict[str, Any]] = {
     "data.caption_lines of one line": {"data": {"caption_lines": True}},
     "data.dropout_keeps_trigger": {"data": {"dropout_keeps_trigger": False}},
     "train.epochs of the same length": {"train": {"epochs": 0.4}},
-    "train.regularisation_share without such pictures": {"train": {"regularisation_share": 0.9}},
+    "train.regularization_share without such pictures": {"train": {"regularization_share": 0.9}},
     "guidance.contrastive": {"guidance": {"contrastive": None}},
     "preserve": {"preserve": {"kind": None, "weight": 3.0, "class_word": "dog"}},
     "ema, which only watches": {"ema": {"decay": 0.9}},
@@ -119,9 +119,9 @@ CHANGING: dict[str, dict[str, Any]] = {
     "data.max_pixels": {"data": {"max_pixels": 48 * 48}, "without": ["resolution"]},
     "data.batch_size": {"data": {"batch_size": 3}},
     "data.dropout_keeps_trigger": {"data": {"dropout_keeps_trigger": True, "caption_dropout": 1.0}},
-    "data.regularisation": {"more_data": CLASS},
-    "data.regularisation: prior": {"more_data": [CLASS[0] | {"regularisation": "prior"}]},
-    "train.regularisation_share": {"more_data": CLASS, "train": {"regularisation_share": 0.01}},
+    "data.regularization": {"more_data": CLASS},
+    "data.regularization: prior": {"more_data": [CLASS[0] | {"regularization": "prior"}]},
+    "train.regularization_share": {"more_data": CLASS, "train": {"regularization_share": 0.01}},
     "train.epochs": {"train": {"epochs": 1}},
     "guidance.contrastive": {"guidance": {"contrastive": 3.0}},
     "preserve.kind: trigger": {"preserve": {"kind": "trigger", "class_word": "circle"}},
@@ -143,17 +143,17 @@ def test_the_neutral_value_changes_no_bit(bytes_of, plain_bytes, setting: str):
 def test_every_other_value_changes_the_lora_each_in_its_own_way(bytes_of):
     found = {"nothing": bytes_of({})} | {setting: bytes_of(dict(changes)) for setting, changes in CHANGING.items()}
     same = [(one, other) for one in found for other in found if one < other and found[one] == found[other]]
-    # A small share of regularisation leaves the two steps of this run to the concept.
-    assert same == [("nothing", "train.regularisation_share")]
+    # A small share of regularization leaves the two steps of this run to the concept.
+    assert same == [("nothing", "train.regularization_share")]
 
 
 EVERYTHING: dict[str, Any] = {
     "data": {"mask": "{pictures}/half", "mask_prior": 0.5},
-    "more_data": [CLASS[0] | {"regularisation": "prior"}],
+    "more_data": [CLASS[0] | {"regularization": "prior"}],
     "preserve": {"kind": "trigger", "class_word": "circle"},
     "guidance": {"contrastive": 1.5, "differential": 2.0},
     "ema": {"decay": 0.9},
-    "train": {"accumulate": 2},
+    "train": {"grad_accumulation": 2},
 }
 
 
@@ -170,26 +170,28 @@ def test_a_run_with_everything_continues_bit_for_bit(make_config, pictures: Path
     values["data"] = [own | values["data"], *values.pop("more_data")]
     settings = merge(values, {"train": {"steps": 4}, "optimizer": {"name": "prodigy8bit", "lr": 1.0}})
     whole = make_config(**merge(settings, {"name": "whole"}))
-    train(whole, fresh=False)
+    run_training(whole, fresh=False)
     stopped = make_config(**settings)
     with monkeypatch.context() as patch:
         stop_after(patch, 2)
         with pytest.raises(Stopped):
-            train(stopped, fresh=False)
-    train(stopped, fresh=False)
+            run_training(stopped, fresh=False)
+    run_training(stopped, fresh=False)
     assert numbers(final(stopped)) == numbers(final(whole))
     assert losses(stopped) == losses(whole)
-    preserved = [record["preservation"] for record in read(folder(whole) / "metrics.jsonl")]
+    preserved = [record["preservation"] for record in read_records(folder(whole) / "metrics.jsonl")]
     assert len(preserved) == 4 and all(value >= 0 for value in preserved) and preserved[-1] > 0
 
 
-@pytest.mark.parametrize(("weight", "accumulate"), [(2.0, 1), (0.5, 2)])
+@pytest.mark.parametrize(("weight", "grad_accumulation"), [(2.0, 1), (0.5, 2)])
 def test_the_weight_of_a_folder_multiplies_its_loss_and_its_gradient(make_config, pictures: Path, weight, accumulate):
     def first(name: str, value: float) -> dict[str, Any]:
         data = [{"folder": str(pictures / "all"), "resolution": [64], "trigger": "zorb", "weight": value}]
-        config = make_config(name=name, data=data, train={"steps": 1, "accumulate": accumulate, "clip_norm": None})
-        train(config, fresh=False)
-        return read(folder(config) / "metrics.jsonl")[0]
+        config = make_config(
+            name=name, data=data, train={"steps": 1, "grad_accumulation": accumulate, "max_grad_norm": None}
+        )
+        run_training(config, fresh=False)
+        return read_records(folder(config) / "metrics.jsonl")[0]
 
     plain, weighed = first("plain", 1.0), first("weighed", weight)
     for name in ("loss", "grad_norm"):
@@ -200,15 +202,15 @@ def test_the_weight_of_a_folder_multiplies_its_loss_and_its_gradient(make_config
 def test_the_passes_of_a_run_are_those_that_its_settings_say(make_config, pictures: Path):
     data = [
         {"folder": str(pictures / "all"), "resolution": [64], "trigger": "zorb", "flip": True, "batch_size": 4},
-        {"folder": str(pictures / "class"), "resolution": [64], "regularisation": True, "batch_size": 1},
+        {"folder": str(pictures / "class"), "resolution": [64], "regularization": True, "batch_size": 1},
     ]
-    train_settings = {"steps": 10, "batch_size": 2, "regularisation_share": 0.3}
+    train_settings = {"steps": 10, "batch_size": 2, "regularization_share": 0.3}
     config = make_config(data=data, train=train_settings, preserve={"kind": "blank"})
-    train(config, fresh=False)
-    records = read(folder(config) / "metrics.jsonl")
+    run_training(config, fresh=False)
+    records = read_records(folder(config) / "metrics.jsonl")
     assert [len(record["samples"]) for record in records].count(1) >= 3
     assert max(len(record["samples"]) for record in records) > 2, "the folder's own batch size"
     assert all(record["preservation"] is not None for record in records)
-    assert facts(config)["dataset"]["samples"] == 16 and facts(config)["dataset"]["regularisation"] == 8
+    assert facts(config)["dataset"]["samples"] == 16 and facts(config)["dataset"]["regularization"] == 8
     assert "16 samples an epoch" in (folder(config) / "report.html").read_text()
-    assert "beside 8 of regularisation" in (folder(config) / "report.html").read_text()
+    assert "beside 8 of regularization" in (folder(config) / "report.html").read_text()

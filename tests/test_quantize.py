@@ -28,7 +28,7 @@ def test_the_error_of_a_gaussian_weight_is_the_one_that_is_told(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_weight_takes_the_bits_that_are_told_and_empty_makes_the_same_room(kind):
     packed = quantize.pack(gaussian(64, 3840), kind)
-    room = quantize.empty(64, 3840, kind, torch.device("meta"))
+    room = quantize.empty_quantized(64, 3840, kind, torch.device("meta"))
     assert [(one.shape, one.dtype) for one in packed] == [(one.shape, one.dtype) for one in room]
     assert sum(one.nbytes for one in packed) * 8 / (64 * 3840) == BITS[kind]
 
@@ -46,7 +46,7 @@ def test_each_block_has_its_own_scale(kind):
 @pytest.mark.parametrize("columns", [32, 96, 256, 10240])
 @pytest.mark.parametrize("kind", KINDS)
 def test_any_width_of_the_family_is_packed_in_blocks_that_divide_it(kind, columns):
-    block = quantize.block_of(columns)
+    block = quantize.block_size_for(columns)
     assert columns % block == 0 and block in (32, 64)
     back = quantize.unpack(*quantize.pack(gaussian(4, columns), kind), torch.bfloat16)
     assert back.shape == (4, columns) and back.dtype == torch.bfloat16
@@ -85,7 +85,7 @@ def test_nf4_is_what_bitsandbytes_makes_of_it_but_for_rounded_scales():
 def test_the_cost_that_is_told_is_the_cost():
     """Of a weight and of a change in it, against sums made here; a change below the grid's step arrives on average."""
     weight, change = gaussian(256, 1024), gaussian(1024, 256).T.contiguous() * 0.002
-    rounding = quantize.Rounding()
+    rounding = quantize.QuantizationStats()
     rounding.add(weight + change, change, "int8")
     rounding.add(gaussian(8, 64), None, "int8")
     found = rounding.facts()
@@ -96,4 +96,4 @@ def test_the_cost_that_is_told_is_the_cost():
     seen = (with_it - without).double()
     assert found["adapter_error"] == pytest.approx(float((seen - change).norm() / change.norm()), rel=1e-3)
     assert found["adapter_arrived"] == pytest.approx(1.0, abs=0.03)
-    assert quantize.Rounding().facts() == {}
+    assert quantize.QuantizationStats().facts() == {}

@@ -39,7 +39,7 @@ def test_bad_pictures_are_moved_with_caption_and_reason_and_the_rest_is_good(mak
     assert (rejected / "page.jpg.why.txt").read_text().startswith("a web page or SVG, not a picture; replace it")
     assert (rejected / "sub" / "cut.txt").read_text() == "a caption"
     assert {path.name: path.read_bytes() for path in photos.iterdir() if path.is_file()} == good
-    assert len(preflight.examine(config).pictures[0]) == 16
+    assert len(preflight.check_run(config).pictures[0]) == 16
     assert move_rejected(config)[-2] == "0 bad pictures"
 
 

@@ -8,8 +8,8 @@ from counting import Live, with_flash
 from diffusers import ZImageTransformer2DModel
 
 from zimage_train import mini
-from zimage_train.config.values import MODES, Mode
-from zimage_train.diffusion.frozen import assemble
+from zimage_train.config.values import RECOMPUTE_MODES, RecomputeMode
+from zimage_train.diffusion.frozen import load_frozen
 from zimage_train.lora import layers as attach
 from zimage_train.lora import targets as names
 from zimage_train.models import checkpointing as recompute
@@ -21,9 +21,9 @@ CPU = torch.device("cpu")
 
 
 def trained(mode: str, kind: str | None = None, dropout: float = 0.0, streamed: int = 0):
-    frozen = assemble(mini.TURBO / "transformer", None, "fp32", CPU, kind, streamed)
-    modules = names.select(["attention", "feed_forward"], frozen.shape.linears)
-    attached = attach.attach(frozen.model, modules, 4, None, dropout, 1)
+    frozen = load_frozen(mini.TURBO / "transformer", None, "fp32", CPU, kind, streamed)
+    modules = names.select_modules(["attention", "feed_forward"], frozen.shape.linears)
+    attached = attach.attach_lora(frozen.model, modules, 4, None, dropout, 1)
     for index, b in enumerate(attached.b.values()):
         b.data.normal_(generator=torch.Generator().manual_seed(index)).mul_(0.05)
     if mode != "none":
@@ -47,7 +47,7 @@ def gradients(frozen, attached, captions: tuple[int, ...] = (5, 40)) -> list[tor
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-@pytest.mark.parametrize("mode", MODES[1:])
+@pytest.mark.parametrize("mode", RECOMPUTE_MODES[1:])
 def test_loss_and_gradients_are_the_same_bits(mode: str, dropout: float):
     wanted = gradients(*trained("none", dropout=dropout))
     found = gradients(*trained(mode, dropout=dropout))
@@ -58,7 +58,7 @@ def test_loss_and_gradients_are_the_same_bits(mode: str, dropout: float):
 def test_the_mode_follows_the_tokens_of_the_batch():
     asked: list[int] = []
 
-    def mode_of(tokens: int) -> Mode:
+    def mode_of(tokens: int) -> RecomputeMode:
         asked.append(tokens)
         return "full"
 
@@ -82,9 +82,9 @@ KEPT_PER_TOKEN = {
 def step(mode: str, side: int, layers: int, kind: str | None = None) -> tuple[Live, int, int]:
     """Forward and backward at the full width on the meta device: bytes of the weights, and kept after the forward."""
     shape = replace(FULL, n_layers=layers)
-    model: ZImageTransformer2DModel = transformer.empty(shape, torch.bfloat16, kind)
+    model: ZImageTransformer2DModel = transformer.empty_transformer(shape, torch.bfloat16, kind)
     with torch.device("meta"):
-        modules = names.select(["attention", "feed_forward"], shape.linears)
+        modules = names.select_modules(["attention", "feed_forward"], shape.linears)
         attach._inject(model, dict.fromkeys(modules, 16), 1.0, 0.0)
         model.train()
         model.enable_gradient_checkpointing(recompute.by_tokens(lambda tokens: mode, False))
@@ -104,7 +104,7 @@ def step(mode: str, side: int, layers: int, kind: str | None = None) -> tuple[Li
 
 
 @pytest.mark.parametrize("side", [512, 1024])
-@pytest.mark.parametrize("mode", MODES[1:])
+@pytest.mark.parametrize("mode", RECOMPUTE_MODES[1:])
 def test_a_block_of_the_full_model_keeps_what_the_mode_names_and_nothing_else(mode: str, side: int):
     tokens = (side // 16) ** 2 + 64
     kept = step(mode, side, 3)[2] - step(mode, side, 2)[2]

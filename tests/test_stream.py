@@ -5,7 +5,7 @@ import torch
 from test_recompute import gradients, trained
 
 from zimage_train import mini
-from zimage_train.diffusion.frozen import assemble, original
+from zimage_train.diffusion.frozen import load_frozen, original_weights
 from zimage_train.lora import training_adapter as adapter
 from zimage_train.models import offload as stream
 from zimage_train.models.transformer import velocity
@@ -26,20 +26,20 @@ def test_loss_and_gradients_are_the_same_bits_however_many_blocks_are_streamed(m
 
 @pytest.mark.parametrize(("number", "wanted"), [(0, []), (3, [5, 15, 25]), (15, list(range(1, 30, 2)))])
 def test_streamed_blocks_are_spread_evenly(number: int, wanted: list[int]):
-    assert stream.streamed(30, number) == wanted
+    assert stream.streamed_blocks(30, number) == wanted
 
 
 @pytest.mark.parametrize("number", range(31))
 def test_so_many_are_streamed_as_were_asked_for_and_none_is_named_twice(number: int):
-    found = stream.streamed(30, number)
+    found = stream.streamed_blocks(30, number)
     assert len(found) == len(set(found)) == number
     assert all(0 <= index < 30 for index in found)
 
 
-def fetches(ring: stream.Ring, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+def fetches(ring: stream.BlockOffloader, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     """What happens from now on, in order: ("copy", block) and ("enter", block)."""
     seen: list[tuple[str, int]] = []
-    fetch, enter = stream.Ring._fetch, stream.Ring._enter
+    fetch, enter = stream.BlockOffloader._fetch, stream.BlockOffloader._enter
 
     def spy_fetch(self, index):
         seen.append(("copy", index))
@@ -49,15 +49,15 @@ def fetches(ring: stream.Ring, monkeypatch: pytest.MonkeyPatch) -> list[tuple[st
         seen.append(("enter", index))
         return enter(self, index)
 
-    monkeypatch.setattr(stream.Ring, "_fetch", spy_fetch)
-    monkeypatch.setattr(stream.Ring, "_enter", spy_enter)
+    monkeypatch.setattr(stream.BlockOffloader, "_fetch", spy_fetch)
+    monkeypatch.setattr(stream.BlockOffloader, "_enter", spy_enter)
     return seen
 
 
 def test_each_block_is_copied_ahead_of_its_use_across_both_turns(monkeypatch):
     frozen, attached = trained("full", streamed=6)
     gradients(frozen, attached)
-    seen = fetches(frozen.ring, monkeypatch)
+    seen = fetches(frozen.offloader, monkeypatch)
     gradients(frozen, attached)
     up = [("enter", 0), ("enter", 1), ("copy", 2), ("enter", 2), ("copy", 3), ("enter", 3), ("copy", 4)]
     top = [("enter", 4), ("copy", 5), ("enter", 5), ("enter", 5), ("enter", 4), ("copy", 3)]
@@ -70,7 +70,7 @@ def test_sampling_goes_round_without_waiting(monkeypatch):
     x, prompt = torch.randn(1, 16, 8, 8), torch.randn(7, frozen.shape.cap_feat_dim)
     with torch.no_grad():
         velocity(frozen.model, x, torch.rand(1), [prompt])
-        seen = fetches(frozen.ring, monkeypatch)
+        seen = fetches(frozen.offloader, monkeypatch)
         velocity(frozen.model, x, torch.rand(1), [prompt])
     assert [index for what, index in seen if what == "copy"] == [1, 2, 3, 4, 5, 0]
     assert seen.index(("copy", 1)) == 1 and seen[0] == ("enter", 0)
@@ -79,29 +79,29 @@ def test_sampling_goes_round_without_waiting(monkeypatch):
 def test_a_wrong_guess_costs_a_copy_and_no_number():
     frozen, attached = trained("full", streamed=6)
     wanted = gradients(*trained("full"))
-    frozen.ring._expected = lambda index: (index + 3) % 6
+    frozen.offloader._expected = lambda index: (index + 3) % 6
     found = gradients(frozen, attached)
     assert all(torch.equal(one, other) for one, other in zip(wanted, found, strict=True))
 
 
 @pytest.mark.parametrize("kind", [None, "fp8"])
 def test_true_turbo_and_the_training_weights_come_and_go_as_with_resident_blocks(kind: str | None):
-    shape = assemble(mini.TURBO / "transformer", None, "bf16", CPU).shape
-    adapted = adapter.load(mini.ADAPTER_V1, 1.0, shape)
+    shape = load_frozen(mini.TURBO / "transformer", None, "bf16", CPU).shape
+    adapted = adapter.load_adapter(mini.ADAPTER_V1, 1.0, shape)
     x, prompt, sigma = torch.randn(1, 16, 8, 8), torch.randn(7, shape.cap_feat_dim).bfloat16(), torch.rand(1)
 
     @torch.no_grad()
     def outputs(blocks: int) -> list[torch.Tensor]:
-        frozen = assemble(mini.TURBO / "transformer", adapted, "bf16", CPU, kind, blocks)
+        frozen = load_frozen(mini.TURBO / "transformer", adapted, "bf16", CPU, kind, blocks)
         found = [velocity(frozen.model, x, sigma, [prompt])]
-        with original(frozen):
+        with original_weights(frozen):
             found.append(velocity(frozen.model, x, sigma, [prompt]))
         return [*found, velocity(frozen.model, x, sigma, [prompt])]
 
     resident, streamed = outputs(0), outputs(6)
     assert all(torch.equal(one, other) for one, other in zip(resident, streamed, strict=True))
     assert torch.equal(resident[0], resident[2]) and not torch.equal(resident[0], resident[1])
-    plain = assemble(mini.TURBO / "transformer", None, "bf16", CPU, kind)
+    plain = load_frozen(mini.TURBO / "transformer", None, "bf16", CPU, kind)
     with torch.no_grad():
         assert torch.equal(
             resident[1], velocity(plain.model, x, sigma, [prompt])
@@ -109,12 +109,12 @@ def test_true_turbo_and_the_training_weights_come_and_go_as_with_resident_blocks
 
 
 def test_on_the_device_a_streamed_model_takes_two_blocks_of_room():
-    frozen = assemble(mini.TURBO / "transformer", None, "bf16", CPU, None, 6)
+    frozen = load_frozen(mini.TURBO / "transformer", None, "bf16", CPU, None, 6)
     block = sum(parameter.nbytes for parameter in frozen.model.layers[0].parameters())
     storages = {p.untyped_storage()._cdata: p.untyped_storage() for p in frozen.model.layers.parameters()}
-    slots = {slot.untyped_storage()._cdata for slot in frozen.ring._slots}
+    slots = {slot.untyped_storage()._cdata for slot in frozen.offloader._slots}
     assert set(storages) <= slots and len(slots) == 2
-    assert sum(slot.nbytes for slot in frozen.ring._slots) <= 2 * (block + 256 * 20)
+    assert sum(slot.nbytes for slot in frozen.offloader._slots) <= 2 * (block + 256 * 20)
 
 
 def test_where_memory_cannot_be_pinned_it_is_plain_memory(monkeypatch):

@@ -11,11 +11,11 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 from zimage_train.cli.app import app
-from zimage_train.commands.sweep_values import split, variations
-from zimage_train.commands.train import train
+from zimage_train.commands.sweep_values import make_sweep_runs, split
+from zimage_train.commands.train import run_training
 from zimage_train.errors import ConfigError, Stopped, ZImageTrainError
 from zimage_train.report import grid
-from zimage_train.report.metrics import read
+from zimage_train.report.metrics import read_records
 
 from conftest import mini_values
 from helpers import PREVIEWED, poison, stop_after
@@ -48,7 +48,7 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 def test_a_run_is_the_one_that_train_makes_alone_byte_for_byte(swept, make_config):
     alone = make_config(name="tiny+rank_3", lora={"rank": 3}, **SWEPT)  # the second, before which another one ran
-    train(alone, fresh=False)
+    run_training(alone, fresh=False)
     assert lora(swept[0], alone.name) == lora(Path(alone.output), alone.name)
 
 
@@ -57,7 +57,7 @@ def test_the_varied_setting_is_the_only_difference_between_the_runs(swept):
     two, three = (yaml.safe_load((root / f"tiny+rank_{rank}" / "config.yaml").read_text()) for rank in (2, 3))
     assert (two.pop("name"), three.pop("name")) == ("tiny+rank_2", "tiny+rank_3")
     assert (two["lora"].pop("rank"), three["lora"].pop("rank")) == (2, 3)
-    assert two == three and two["output"] == str(root)
+    assert two == three and two["output_dir"] == str(root)
 
 
 def test_pictures_and_prompts_are_encoded_by_the_first_run_only(swept):
@@ -71,7 +71,7 @@ def test_it_says_what_each_run_came_to(swept):
     assert "run 1 of 2: lora.rank=2" in output and "run 2 of 2: lora.rank=3" in output
     for rank in (2, 3):
         name = f"tiny+rank_{rank}"
-        last = read(root / name / "metrics.jsonl")[-1]["loss"]
+        last = read_records(root / name / "metrics.jsonl")[-1]["loss"]
         (line,) = [line for line in output.splitlines() if line.startswith(f"lora.rank={rank} ")]
         assert f" {last:.4f} " in line and line.endswith(f"{name}.safetensors")
 
@@ -145,7 +145,7 @@ def test_a_run_that_fails_does_not_keep_the_others_from_being_trained(tmp_path, 
 
 
 def test_all_combinations_are_checked_before_anything_is_trained(tmp_path: Path, shared_cache: Path, monkeypatch):
-    monkeypatch.setattr("zimage_train.commands.sweep.train", pytest.fail)
+    monkeypatch.setattr("zimage_train.commands.sweep.run_training", pytest.fail)
     config = written(tmp_path, mini_values(tmp_path, shared_cache, **SWEPT))
     words = ["--vary", f"model.adapter=null,{tmp_path}/nowhere", "--vary", "lora.targets=[attention],.*to_q"]
     done = sweep(config, *words, "--set", f"data.0.folder={tmp_path}/gone")
@@ -190,7 +190,7 @@ def test_values_are_cut_at_commas_outside_of_brackets_and_quotes(text: str, valu
 
 
 def test_several_axes_give_every_combination(base: Path, tmp_path: Path):
-    runs = variations(base, ["seed=9"], ["lora.rank=4,16", "optimizer.lr=1e-4,0.002"])
+    runs = make_sweep_runs(base, ["seed=9"], ["lora.rank=4,16", "optimizer.lr=1e-4,0.002"])
     assert [run.label for run in runs] == [
         "lora.rank=4, optimizer.lr=1e-4",
         "lora.rank=4, optimizer.lr=0.002",
@@ -198,7 +198,7 @@ def test_several_axes_give_every_combination(base: Path, tmp_path: Path):
         "lora.rank=16, optimizer.lr=0.002",
     ]
     assert [run.config.name for run in runs][::3] == ["tiny+rank_4+lr_0.0001", "tiny+rank_16+lr_0.002"]
-    assert {run.config.output for run in runs} == {str(tmp_path / "tiny-sweep-rank+lr")}
+    assert {run.config.output_dir for run in runs} == {str(tmp_path / "tiny-sweep-rank+lr")}
     assert [(run.config.lora.rank, run.config.optimizer.lr) for run in runs][::3] == [(4, 1e-4), (16, 2e-3)]
     assert {run.config.seed for run in runs} == {9}
 
@@ -214,7 +214,7 @@ def test_several_axes_give_every_combination(base: Path, tmp_path: Path):
     ],
 )
 def test_names_hold_what_file_systems_take(base: Path, vary: str, names: list[str]):
-    assert [run.config.name for run in variations(base, [], [vary])] == [f"tiny+{name}" for name in names]
+    assert [run.config.name for run in make_sweep_runs(base, [], [vary])] == [f"tiny+{name}" for name in names]
 
 
 @pytest.mark.parametrize(
@@ -238,18 +238,18 @@ def test_names_hold_what_file_systems_take(base: Path, vary: str, names: list[st
 )
 def test_what_cannot_be_varied_is_refused(base: Path, words: list[str], message: str):
     with pytest.raises(ZImageTrainError) as error:
-        variations(base, [], words)
+        make_sweep_runs(base, [], words)
     assert message in str(error.value) and error.value.exit_code == 2
 
 
 def test_a_setting_cannot_be_both_set_and_varied(base: Path):
     with pytest.raises(ConfigError, match=r"--vary lora.rank=4,8: is set by --set lora.rank=2 too"):
-        variations(base, ["lora.rank=2"], ["lora.rank=4,8"])
+        make_sweep_runs(base, ["lora.rank=2"], ["lora.rank=4,8"])
 
 
 def test_what_is_wrong_with_every_combination_is_said_once(base: Path):
     with pytest.raises(ZImageTrainError) as error:
-        variations(base, ["train.step=3"], ["lora.rank=4,8", "optimizer.lr=0.0,1e-3"])
+        make_sweep_runs(base, ["train.step=3"], ["lora.rank=4,8", "optimizer.lr=0.0,1e-3"])
     assert str(error.value).splitlines() == [
         "--set train.step=3: train.step: unknown key; did you mean 'steps'?",
         "--vary optimizer.lr=0.0: optimizer.lr: is 0.0; expected more than 0.0",

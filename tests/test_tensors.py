@@ -22,7 +22,7 @@ IMAGES = torch.zeros(2, 16, 8, 8)
         lambda: flow.interpolate(IMAGES, IMAGES, torch.zeros(3)),
         lambda: flow.interpolate(IMAGES, IMAGES[:1], torch.zeros(2)),
         lambda: flow.interpolate(IMAGES, IMAGES, torch.zeros(2, 1)),
-        lambda: flow.velocity(IMAGES, IMAGES.int()),
+        lambda: flow.target_velocity(IMAGES, IMAGES.int()),
         lambda: Factors(torch.zeros(4, 8), torch.zeros(8, 3), 1.0).delta(),
         lambda: Batch(IMAGES, IMAGES, torch.zeros(2), torch.zeros(2), [torch.zeros(7)]),
     ],

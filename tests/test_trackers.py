@@ -9,10 +9,10 @@ from types import SimpleNamespace
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from zimage_train.commands.train import train
+from zimage_train.commands.train import run_training
 from zimage_train.errors import ConfigError
 from zimage_train.report import trackers
-from zimage_train.report.metrics import read
+from zimage_train.report.metrics import read_records
 
 from helpers import PREVIEWED, facts, folder, losses
 
@@ -25,11 +25,11 @@ def shown(config) -> EventAccumulator:
 
 def test_tensorboard_has_the_numbers_of_every_step_and_the_pictures(make_config):
     config = make_config(log={"tensorboard": True}, sample=PREVIEWED, train={"steps": 2})
-    train(config, fresh=False)
-    train(make_config(log={"tensorboard": True}, sample=PREVIEWED, train={"steps": 4}), fresh=False)
+    run_training(config, fresh=False)
+    run_training(make_config(log={"tensorboard": True}, sample=PREVIEWED, train={"steps": 4}), fresh=False)
     found = shown(config)
-    for name in set(trackers.SHOWN) - {"preservation"}:
-        records = read(folder(config) / "metrics.jsonl")
+    for name in set(trackers.LOGGED_NUMBERS) - {"preservation"}:
+        records = read_records(folder(config) / "metrics.jsonl")
         values = [(event.step, pytest.approx(event.value, rel=1e-6)) for event in found.Scalars(f"train/{name}")]
         assert [(record["step"], record[name]) for record in records] == values
     images = found.Images("previews/a red circle")
@@ -53,9 +53,9 @@ def logged(config) -> bytes:
 
 def test_wandb_offline_has_the_numbers_of_every_step_under_one_id(make_config, offline, capsys):
     config = make_config(log={"wandb": "my project"}, sample=PREVIEWED, train={"steps": 2})
-    train(config, fresh=False)
+    run_training(config, fresh=False)
     run_id = (folder(config) / "wandb" / "id").read_text().strip()
-    train(make_config(log={"wandb": "my project"}, sample=PREVIEWED, train={"steps": 4}), fresh=False)
+    run_training(make_config(log={"wandb": "my project"}, sample=PREVIEWED, train={"steps": 4}), fresh=False)
     wanted = [json.dumps(loss).encode() for loss in losses(config)]
     until = time.monotonic() + 30  # a process of wandb's own writes the file, and may end after finish()
     while (missing := [one for one in wanted if one not in logged(config)]) and time.monotonic() < until:
@@ -72,9 +72,9 @@ def test_wandb_offline_has_the_numbers_of_every_step_under_one_id(make_config, o
 
 def test_without_wandb_the_run_says_what_to_do_before_it_loads_anything(make_config, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    monkeypatch.setattr("zimage_train.training.build.assemble", pytest.fail)
+    monkeypatch.setattr("zimage_train.training.build.load_frozen", pytest.fail)
     with pytest.raises(ConfigError, match=r"log.wandb: wandb is not installed; pip install wandb"):
-        train(make_config(log={"wandb": "x"}), fresh=False)
+        run_training(make_config(log={"wandb": "x"}), fresh=False)
 
 
 def test_without_a_login_the_run_says_what_to_do(make_config, monkeypatch):
@@ -87,7 +87,7 @@ def test_without_a_login_the_run_says_what_to_do(make_config, monkeypatch):
     fake = SimpleNamespace(Error=Error, init=init, Settings=lambda **options: None)
     monkeypatch.setitem(sys.modules, "wandb", fake)
     with pytest.raises(ConfigError, match=r"log.wandb: api_key not configured \(no-tty\); run wandb login, or"):
-        train(make_config(log={"wandb": "x"}), fresh=False)
+        run_training(make_config(log={"wandb": "x"}), fresh=False)
 
 
 @pytest.mark.parametrize("method", ["numbers", "pictures", "close"])
@@ -99,7 +99,7 @@ def test_a_tracker_that_fails_is_left_out_and_the_run_goes_on(make_config, monke
         raise OSError("no space left")
 
     monkeypatch.setattr(trackers.TensorBoard, method, fail)
-    train(make_config(log={"tensorboard": True}, sample=PREVIEWED), fresh=False)
+    run_training(make_config(log={"tensorboard": True}, sample=PREVIEWED), fresh=False)
     assert called == [1]
     assert "warning: TensorBoard failed (OSError: no space left); going on without it" in capsys.readouterr().out
     assert len(losses(make_config())) == 4
@@ -107,7 +107,7 @@ def test_a_tracker_that_fails_is_left_out_and_the_run_goes_on(make_config, monke
 
 def test_a_run_id_that_is_damaged_is_made_anew(make_config, offline, tmp_path: Path):
     config = make_config(log={"wandb": "x"}, train={"steps": 1})
-    train(config, fresh=False)
+    run_training(config, fresh=False)
     (folder(config) / "wandb" / "id").write_bytes(b"\xff../../x")
-    train(make_config(log={"wandb": "x"}, train={"steps": 2}), fresh=False)
+    run_training(make_config(log={"wandb": "x"}, train={"steps": 2}), fresh=False)
     assert (folder(config) / "wandb" / "id").read_text().strip().isalnum()

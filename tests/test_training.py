@@ -12,14 +12,14 @@ from safetensors import safe_open
 
 from zimage_train import mini
 from zimage_train.commands import timesteps
-from zimage_train.commands.train import train
+from zimage_train.commands.train import run_training
 from zimage_train.config import strict_yaml as yaml_reader
 from zimage_train.config.load import read_config
 from zimage_train.config.schema import Config
 from zimage_train.errors import Stopped, WeightsError
-from zimage_train.report.metrics import read
+from zimage_train.report.metrics import read_records
 from zimage_train.training import loss as objectives
-from zimage_train.training.state import due
+from zimage_train.training.state import is_due
 
 from helpers import PREVIEWED, facts, folder, losses, stop_after
 
@@ -32,13 +32,13 @@ def finished(tmp_path_factory: pytest.TempPathFactory, shared_cache: Path) -> Co
     values = mini_values(
         tmp_path_factory.mktemp("finished"),
         shared_cache,
-        train={"steps": 5, "accumulate": 2},
+        train={"steps": 5, "grad_accumulation": 2},
         sample=PREVIEWED,
         save={"every": 2, "keep": 8},
         log={"tensorboard": True},
     )
     config = Config.model_validate(values)
-    train(config, fresh=False)
+    run_training(config, fresh=False)
     return config
 
 
@@ -63,7 +63,7 @@ def test_the_run_folder_is_the_documented_one(finished: Config):
 
 
 def test_metrics_have_one_record_a_step_with_what_was_used(finished: Config):
-    records = read(folder(finished) / "metrics.jsonl")
+    records = read_records(folder(finished) / "metrics.jsonl")
     assert [record["step"] for record in records] == [1, 2, 3, 4, 5]
     for record in records:
         assert record.keys() == {"step", "loss", "lr", "grad_norm", "sigma", "samples", "seconds", "gb"}
@@ -95,7 +95,7 @@ def test_the_export_says_what_it_is_and_nothing_of_where_it_was_made(finished: C
     assert metadata["ss_network_dim"] == "4"
     assert metadata["modelspec.trigger_phrase"] == "zorb"
     assert metadata["zimage_train.adapter"] == mini.ADAPTER_V1.name
-    assert str(Path(finished.output)) not in json.dumps(metadata)
+    assert str(Path(finished.output_dir)) not in json.dumps(metadata)
 
 
 def test_previews_have_the_asked_size_and_carry_their_recipe(finished: Config):
@@ -114,7 +114,7 @@ def test_the_report_is_one_page_without_links_elsewhere(finished: Config):
 
 def test_user_text_is_escaped_in_the_report(make_config):
     config = make_config(train={"steps": 1}, sample=PREVIEWED | {"prompts": ["<script>alert(1)</script> zorb"]})
-    train(config, fresh=False)
+    run_training(config, fresh=False)
     page = (folder(config) / "report.html").read_text()
     assert "<script>alert" not in page and "&lt;script&gt;alert" in page
 
@@ -126,18 +126,18 @@ def test_a_moved_run_folder_still_continues(make_config, monkeypatch, tmp_path: 
     config = make_config(train={"steps": 4})
     with monkeypatch.context() as patch, pytest.raises(Stopped):
         stop_after(patch, 2)
-        train(config, fresh=False)
+        run_training(config, fresh=False)
     shutil.move(config.output, tmp_path / "elsewhere")
-    moved = make_config(train={"steps": 4}, output=str(tmp_path / "elsewhere"))
-    train(moved, fresh=False)
+    moved = make_config(train={"steps": 4}, output_dir=str(tmp_path / "elsewhere"))
+    run_training(moved, fresh=False)
     assert facts(moved)["starts"] == [0, 2]
 
 
 def test_fresh_moves_the_old_run_aside(make_config):
     config = make_config(train={"steps": 2})
-    train(config, fresh=False)
+    run_training(config, fresh=False)
     changed = make_config(train={"steps": 2}, seed=99)
-    train(changed, fresh=True)
+    run_training(changed, fresh=True)
     assert facts(changed)["starts"] == [0]
     assert (folder(config).with_name("tiny.old") / "lora" / "tiny.safetensors").exists()
 
@@ -148,9 +148,9 @@ def test_fresh_moves_the_old_run_aside(make_config):
 def test_a_samples_noise_and_sigma_do_not_depend_on_how_batches_are_made(make_config):
     def sigmas(name: str, **options) -> dict[str, set[float]]:
         config = make_config(name=name, train={"steps": 16, **options})
-        train(config, fresh=False)
+        run_training(config, fresh=False)
         found: dict[str, set[float]] = {}
-        for record in read(folder(config) / "metrics.jsonl"):
+        for record in read_records(folder(config) / "metrics.jsonl"):
             for sample, sigma in zip(record["samples"], record["sigma"], strict=True):
                 found.setdefault(sample, set()).add(sigma)
         return found
@@ -158,7 +158,7 @@ def test_a_samples_noise_and_sigma_do_not_depend_on_how_batches_are_made(make_co
     # 16 pictures: 16 steps of one are an epoch; with larger steps the same samples of the first epoch are among them.
     single = sigmas("a", batch_size=1)
     assert len(single) == 16
-    for other in (sigmas("b", batch_size=4), sigmas("c", batch_size=2, accumulate=3)):
+    for other in (sigmas("b", batch_size=4), sigmas("c", batch_size=2, grad_accumulation=3)):
         assert all(single[sample] <= other[sample] for sample in single)
 
 
@@ -168,9 +168,9 @@ def test_sigmas_of_a_run_follow_the_density_that_timesteps_prints(make_config):
         timesteps={"type": "sigmoid", "bias": "high_noise"},
         data=[{"folder": str(mini.PICTURES), "resolution": [64], "trigger": "zorb", "repeats": 12}],
     )
-    train(config, fresh=False)
-    drawn = sorted(sigma for record in read(folder(config) / "metrics.jsonl") for sigma in record["sigma"])
-    printed = timesteps.describe(config)
+    run_training(config, fresh=False)
+    drawn = sorted(sigma for record in read_records(folder(config) / "metrics.jsonl") for sigma in record["sigma"])
+    printed = timesteps.describe_timesteps(config)
     assert len(drawn) > 100
     assert sum(drawn) / len(drawn) == pytest.approx(printed["sigma_mean"], abs=0.05)
     for share, expected in printed["sigma_quantiles"].items():
@@ -183,15 +183,15 @@ def test_differential_guidance_multiplies_the_first_unclipped_gradient(make_conf
     norms = []
     for scale in (None, 3.0):
         config = make_config(name=f"s{scale}", train={"steps": 1}, guidance={"differential": scale})
-        train(config, fresh=False)
-        norms.append(read(folder(config) / "metrics.jsonl")[0]["grad_norm"])
+        run_training(config, fresh=False)
+        norms.append(read_records(folder(config) / "metrics.jsonl")[0]["grad_norm"])
     assert norms[1] == pytest.approx(3 * norms[0], rel=1e-5)
 
 
 def test_the_logged_rate_is_the_one_of_the_schedule(make_config):
     config = make_config(train={"steps": 6}, schedule={"warmup_steps": 4})
-    train(config, fresh=False)
-    assert [r["lr"] for r in read(folder(config) / "metrics.jsonl")] == pytest.approx(
+    run_training(config, fresh=False)
+    assert [r["lr"] for r in read_records(folder(config) / "metrics.jsonl")] == pytest.approx(
         [2.5e-4, 5e-4, 7.5e-4, 1e-3, 1e-3, 1e-3]
     )
 
@@ -205,9 +205,9 @@ def test_caption_dropout_of_one_trains_on_the_empty_prompt_alone(make_config, mo
         return original(config, samples, latents, embeds, extras)
 
     monkeypatch.setattr("zimage_train.training.state.make_batch", spy)
-    monkeypatch.setattr("zimage_train.commands.train.rehearse", lambda run: (run, {}))
+    monkeypatch.setattr("zimage_train.commands.train.dry_run", lambda run: (run, {}))
     data = [{"folder": str(mini.PICTURES), "resolution": [64], "trigger": "zorb", "caption_dropout": 1.0}]
-    train(make_config(data=data), fresh=False)
+    run_training(make_config(data=data), fresh=False)
     assert used == {8}  # the template around nothing: never zeros, never no tokens
 
 
@@ -220,13 +220,13 @@ def test_an_export_that_others_would_read_wrongly_is_not_left_there(make_config,
     config = make_config(train={"steps": 1})
     monkeypatch.setattr(loaders, "as_diffusers", lambda path: {})
     with pytest.raises(WeightsError, match="diffusers would load 0 of 42"):
-        train(config, fresh=False)
+        run_training(config, fresh=False)
     assert not (folder(config) / "lora" / "tiny.safetensors").exists()
 
 
 def test_only_the_last_exports_are_kept(make_config):
     config = make_config(train={"steps": 6}, save={"every": 1, "keep": 2})
-    train(config, fresh=False)
+    run_training(config, fresh=False)
     names = sorted(path.name for path in (folder(config) / "lora").iterdir())
     assert names == ["tiny-000004.safetensors", "tiny-000005.safetensors", "tiny.safetensors"]
 
@@ -235,19 +235,19 @@ def test_only_the_last_exports_are_kept(make_config):
     ("every", "steps", "expected"), [(2, 5, [2, 4, 5]), (10, 3, [3]), (None, 3, []), (1, 3, [1, 2, 3])]
 )
 def test_what_is_due_when(every: int | None, steps: int, expected: list[int]):
-    assert [step for step in range(1, steps + 1) if due(every, step, steps)] == expected
+    assert [step for step in range(1, steps + 1) if is_due(every, step, steps)] == expected
 
 
 def test_checkpointing_is_chosen_by_the_budget_of_each_start_and_changes_no_loss(make_config):
     small = make_config(memory={"budget_gb": 0.015}, train={"steps": 1, "batch_size": 8})
-    train(small, fresh=False)
+    run_training(small, fresh=False)
     assert "attention" in next(iter_lines(small, "memory plan"))
     assert facts(small)["plan"]["recomputes"]["none"] < 8 * 48
     later = make_config(memory={"budget_gb": 50.0}, train={"steps": 2, "batch_size": 8})
-    train(later, fresh=False)
+    run_training(later, fresh=False)
     assert facts(later)["plan"]["recomputes"]["none"] > 8 * 512
     large = make_config(name="large", memory={"budget_gb": 50.0}, train={"steps": 2, "batch_size": 8})
-    train(large, fresh=False)
+    run_training(large, fresh=False)
     assert losses(large) == losses(later)
 
 
@@ -257,5 +257,5 @@ def iter_lines(config: Config, word: str) -> Iterator[str]:
 
 def test_what_check_says_stands_in_the_log_too(make_config):
     config = make_config(train={"steps": 1}, sample={"prompts": ["a zorb"], "every": None, "first": False})
-    train(config, fresh=False)
+    run_training(config, fresh=False)
     assert "warning: every prompt in sample.prompts has the trigger" in (folder(config) / "log.txt").read_text()

@@ -30,7 +30,7 @@ WEIGHTS = st.floats(-2, 2, allow_subnormal=False).filter(lambda one: one == 0 or
 
 def factors_of(texts: list[str]) -> dict[str, float]:
     """Of the 240 modules of the 6 B model."""
-    return rules.weights(rules.parse_all(texts), FULL)
+    return rules.module_weights(rules.parse_rules(texts), FULL)
 
 
 # Rules
@@ -114,7 +114,7 @@ def test_weights_scale_each_module_and_zero_leaves_it_out(tmp_path: Path):
     path, out = write(tmp_path / "x.safetensors", lora), tmp_path / "y.safetensors"
     code, output = lora_command("weight", path, "--scale", "layers.1=-0.5", "--scale", "adaln=0", "-o", out)
     assert code == 0 and "2 modules have factor 0 and are left out" in output
-    found = files.read(out)
+    found = files.read_lora(out)
     assert found.keys() == {module for module in lora if "adaLN" not in module}
     for module in found:
         factor = -0.5 if module.startswith("layers.1.") else 1.0
@@ -159,7 +159,7 @@ def close(found: Lora, expected: list[tuple[Lora, float]], tolerance: float) -> 
 @settings(max_examples=25, deadline=None)
 @given(st.lists(st.tuples(loras, WEIGHTS), min_size=1, max_size=4))
 def test_a_merge_is_the_weighted_sum_of_all_changes(parts: list[tuple[Lora, float]]):
-    merged = arithmetic.stack(parts)
+    merged = arithmetic.stack_loras(parts)
     assert close(merged, parts, 1e-6)
     assert merged.keys() == {module for lora, weight in parts if weight for module in lora}
     for module, one in merged.items():
@@ -169,9 +169,9 @@ def test_a_merge_is_the_weighted_sum_of_all_changes(parts: list[tuple[Lora, floa
 @settings(max_examples=15, deadline=None)
 @given(loras, loras, WEIGHTS.filter(bool), WEIGHTS.filter(bool))
 def test_a_merge_is_linear_in_the_ratios(one: Lora, other: Lora, a: float, b: float):
-    twice = arithmetic.stack([(one, 2 * a), (other, 2 * b)])
-    assert close(twice, [(arithmetic.stack([(one, a), (other, b)]), 2.0)], 1e-6)
-    both = arithmetic.stack([(one, a), (one, b)])
+    twice = arithmetic.stack_loras([(one, 2 * a), (other, 2 * b)])
+    assert close(twice, [(arithmetic.stack_loras([(one, a), (other, b)]), 2.0)], 1e-6)
+    both = arithmetic.stack_loras([(one, a), (one, b)])
     for m in one:
         rounding = 1e-6 * (abs(a) + abs(b)) * float(dense(one, m).norm())
         assert float((dense(both, m) - (a + b) * dense(one, m)).norm()) <= rounding
@@ -180,10 +180,10 @@ def test_a_merge_is_linear_in_the_ratios(one: Lora, other: Lora, a: float, b: fl
 @settings(max_examples=15, deadline=None)
 @given(st.lists(st.tuples(loras, WEIGHTS.filter(bool)), min_size=1, max_size=3))
 def test_a_full_rank_svd_is_the_sum(parts: list[tuple[Lora, float]]):
-    merged = arithmetic.stack(parts)
+    merged = arithmetic.stack_loras(parts)
     full: Lora = {}
     for module, one in merged.items():
-        full[module], kept, whole = arithmetic.reduced(one, one.rank, 1.0)
+        full[module], kept, whole = arithmetic.reduce_rank(one, one.rank, 1.0)
         assert kept == pytest.approx(whole) and whole == pytest.approx(float(dense(merged, module).square().sum()))
     assert close(full, [(merged, 1.0)], 1e-6)
 
@@ -193,11 +193,11 @@ def test_a_full_rank_svd_is_the_sum(parts: list[tuple[Lora, float]]):
 def test_a_lower_rank_is_the_best_there_is_and_auto_the_lowest_that_keeps_enough(seed: int, rank: int, energy: float):
     one = random_lora(8, 0.7, seed)[Q]
     values = torch.linalg.svdvals(dense({Q: one}, Q)).square()
-    small, kept, whole = arithmetic.reduced(one, rank, 1.0)
+    small, kept, whole = arithmetic.reduce_rank(one, rank, 1.0)
     assert kept == pytest.approx(float(values[:rank].sum()), rel=1e-6) and whole == pytest.approx(float(values.sum()))
     lost = float((dense({Q: small}, Q) - dense({Q: one}, Q)).square().sum())
     assert lost == pytest.approx(float(values[rank:].sum()), rel=1e-4, abs=1e-6 * whole)
-    auto, kept, _ = arithmetic.reduced(one, None, energy)
+    auto, kept, _ = arithmetic.reduce_rank(one, None, energy)
     assert kept >= energy * whole * (1 - 1e-9)
     assert auto.rank == 1 or float(values[: auto.rank - 1].sum()) < energy * whole * (1 + 1e-9)
 
@@ -209,12 +209,12 @@ def test_a_dense_change_is_decomposed_alike_by_projection(shape: tuple[int, int]
     change = torch.randn(shape[0], 8, generator=draw) @ torch.randn(8, shape[1], generator=draw)
     change += 0.02 * torch.randn(shape, generator=draw)  # a tail, as real differences have
     values = torch.linalg.svdvals(change.double()).square()
-    found, kept, whole = arithmetic.of_dense(change, rank, 0.95, "x")
+    found, kept, whole = arithmetic.factorize(change, rank, 0.95, "x")
     assert whole == pytest.approx(float(values.sum()), rel=1e-5)
     assert kept == pytest.approx(float(values[: found.rank].sum()), rel=1e-4)
     least = int((values.cumsum(0) < 0.95 * values.sum()).sum()) + 1
     assert found.rank == (rank or least)
-    again, _, _ = arithmetic.of_dense(change, rank, 0.95, "x")
+    again, _, _ = arithmetic.factorize(change, rank, 0.95, "x")
     assert torch.equal(again.a, found.a) and torch.equal(again.b, found.b)
 
 
@@ -226,7 +226,7 @@ def test_merging_files_of_other_tools_is_exact_and_the_same_bytes_each_time(tmp_
     for path in out:
         code, said = lora_command("merge", f"{first}=0.8", f"{second}=-0.6", "--scale", "2:adaln=0.5", "-o", path)
         assert code == 0, said
-    merged = files.read(out[0])
+    merged = files.read_lora(out[0])
     halved = {m: Factors(f.a, f.b, f.scale * (0.5 if "adaLN" in m else 1.0)) for m, f in other.items()}
     assert close(merged, [(one, 0.8), (halved, -0.6)], 1e-6)
     assert merged.keys() == one.keys() | other.keys()
@@ -253,14 +253,14 @@ def test_auto_is_bf16_where_that_is_exact_and_what_rounding_costs_is_said(tmp_pa
         found = load_file(out)
         assert {t.dtype for key, t in found.items() if key.endswith("weight")} == {kind}
         tolerance = 2**-7 if "rounded" in words else 1e-6
-        assert close(files.read(out), [(lora, float(ratio))], tolerance)
+        assert close(files.read_lora(out), [(lora, float(ratio))], tolerance)
 
 
 def test_normalized_ratios_have_sizes_that_sum_to_one(tmp_path: Path):
     one, other = random_lora(seed=1), random_lora(seed=2)
     a, b = write(tmp_path / "a.safetensors", one), write(tmp_path / "b.safetensors", other)
     code, _ = lora_command("merge", f"{a}=3", f"{b}=-1", "--normalize", "-o", tmp_path / "m.safetensors")
-    assert code == 0 and close(files.read(tmp_path / "m.safetensors"), [(one, 0.75), (other, -0.25)], 1e-6)
+    assert code == 0 and close(files.read_lora(tmp_path / "m.safetensors"), [(one, 0.75), (other, -0.25)], 1e-6)
 
 
 @pytest.mark.parametrize(
@@ -326,7 +326,7 @@ def test_ties_keeps_the_largest_elects_signs_and_takes_the_mean_of_those_that_ag
             sign = 1.0 if sum(column) >= 0 else -1.0
             agreeing = [w * v for w, v in zip(weights, column, strict=True) if v * sign > 0]
             expected[i, j] = sum(agreeing) / max(len(agreeing), 1)
-    assert torch.allclose(blending.blend("ties", deltas, weights, 0.4, 0, "x"), expected)
+    assert torch.allclose(blending.blend_changes("ties", deltas, weights, 0.4, 0, "x"), expected)
 
 
 @pytest.mark.parametrize("density", [0.01, 0.3, 0.999])
@@ -335,19 +335,19 @@ def test_ties_is_that_of_peft(density: float):
 
     draw = torch.Generator().manual_seed(3)
     deltas, weights = [torch.randn(40, 30, generator=draw) for _ in range(3)], [0.8, 0.5, 1.0]
-    ours = blending.blend("ties", deltas, weights, density, 0, "x")
+    ours = blending.blend_changes("ties", deltas, weights, density, 0, "x")
     assert torch.allclose(ours, ties(deltas, torch.tensor(weights), density))
 
 
 def test_dare_draws_by_seed_and_module_and_keeps_the_mean():
     delta = torch.ones(300, 300)
-    one = blending.blend("dare_linear", [delta], [0.5], 0.25, 1, "x")
+    one = blending.blend_changes("dare_linear", [delta], [0.5], 0.25, 1, "x")
     assert set(one.unique().tolist()) == {0.0, 2.0} and float(one.mean()) == pytest.approx(0.5, rel=0.03)
     state = torch.get_rng_state()
-    assert torch.equal(blending.blend("dare_linear", [delta], [0.5], 0.25, 1, "x"), one)
+    assert torch.equal(blending.blend_changes("dare_linear", [delta], [0.5], 0.25, 1, "x"), one)
     assert torch.equal(torch.get_rng_state(), state)
     for seed, name in ((2, "x"), (1, "y")):
-        assert not torch.equal(blending.blend("dare_linear", [delta], [0.5], 0.25, seed, name), one)
+        assert not torch.equal(blending.blend_changes("dare_linear", [delta], [0.5], 0.25, seed, name), one)
 
 
 @pytest.mark.parametrize("method", ["ties", "dare_ties", "dare_linear"])
@@ -358,12 +358,12 @@ def test_methods_write_what_they_make_at_full_rank(tmp_path: Path, method: str):
     options += ["--seed", "5"] if method.startswith("dare") else []
     code, said = lora_command("merge", f"{a}=0.8", f"{b}=-0.4", *options, "-o", tmp_path / "m.safetensors")
     assert code == 0 and f"{method} with density 0.6, then rank 96" in said and "keeps 100.00%" in said
-    found = files.read(tmp_path / "m.safetensors")
+    found = files.read_lora(tmp_path / "m.safetensors")
     changes = [one[Q].delta(), -other[Q].delta()]
-    assert relative(dense(found, Q), blending.blend(method, changes, [0.8, 0.4], 0.6, 5, Q).double()) < 1e-4
+    assert relative(dense(found, Q), blending.blend_changes(method, changes, [0.8, 0.4], 0.6, 5, Q).double()) < 1e-4
     assert found.keys() == one.keys() | other.keys()
     code, said = lora_command("merge", f"{a}=0.8", f"{b}=-0.4", "--method", method, "-o", tmp_path / "n.safetensors")
-    assert code == 0 and {f.rank for m, f in files.read(tmp_path / "n.safetensors").items() if m in one} == {5}
+    assert code == 0 and {f.rank for m, f in files.read_lora(tmp_path / "n.safetensors").items() if m in one} == {5}
 
 
 # Resize, average, difference
@@ -372,14 +372,14 @@ def test_methods_write_what_they_make_at_full_rank(tmp_path: Path, method: str):
 def test_resize_says_what_is_kept(tmp_path: Path):
     path, out = write(tmp_path / "x.safetensors", random_lora(8, 0.5)), tmp_path / "y.safetensors"
     code, said = lora_command("resize", path, "--rank", "3", "-o", out)
-    found, lora = files.read(out), files.read(path)
+    found, lora = files.read_lora(out), files.read_lora(path)
     assert code == 0 and {f.rank for f in found.values()} == {3} and "rank 8 -> 3: keeps " in said
     values = {m: torch.linalg.svdvals(dense(lora, m)).square() for m in lora}
     share = sum(float(v[:3].sum()) for v in values.values()) / sum(float(v.sum()) for v in values.values())
     assert f"keeps {share:.2%} of the squared change, least in " in said
     assert metadata_of(out)["ss_network_dim"] == "3"
     code, said = lora_command("resize", path, "--rank", "auto", "--energy", "0.8", "-o", out, "--force")
-    assert code == 0 and {f.rank for f in files.read(out).values()} <= {5, 6, 7}
+    assert code == 0 and {f.rank for f in files.read_lora(out).values()} <= {5, 6, 7}
 
 
 @pytest.mark.parametrize(
@@ -404,7 +404,7 @@ def test_saves_of_a_run_are_averaged_as_their_steps_say(tmp_path: Path, options:
     else:
         first = 0.99**300 if options[1] == "0.99" else 0.0
         shares = [(share - (first if i == 0 else 0)) / (1 - first) for i, share in enumerate(shares)]
-    found = files.read(tmp_path / "ema.safetensors")
+    found = files.read_lora(tmp_path / "ema.safetensors")
     for module in found:
         a = sum(share * lora[module].a.double() for share, lora in zip(shares, saves, strict=True))
         b = sum(share * 0.5 * lora[module].b.double() for share, lora in zip(shares, saves, strict=True))
@@ -454,7 +454,7 @@ def test_a_difference_says_how_far_and_in_which_direction(tmp_path: Path):
 
 
 def tensors_of(path: Path) -> dict[str, Tensor]:
-    return dict(transformer.read(path)[1])
+    return dict(transformer.read_weights(path)[1])
 
 
 @pytest.mark.parametrize("to", ["comfyui", "diffusers"])
@@ -462,7 +462,7 @@ def test_baking_adds_the_change_once_and_touches_nothing_else(tmp_path: Path, to
     out = tmp_path / ("baked.safetensors" if to == "comfyui" else "baked")
     code, said = lora_command("bake", mini.TURBO, "--lora", f"{mini.ADAPTER_V1}=0.8", "--to", to, "-o", out)
     assert code == 0 and "matched 48/48 modules, weight 0.8" in said and "48 weights changed" in said, said
-    before, after, lora = tensors_of(mini.TURBO / "transformer"), tensors_of(out), files.read(mini.ADAPTER_V1)
+    before, after, lora = tensors_of(mini.TURBO / "transformer"), tensors_of(out), files.read_lora(mini.ADAPTER_V1)
     assert before.keys() == after.keys()
     for name, tensor in before.items():
         factors = lora.get(name.removesuffix(".weight"))
@@ -495,7 +495,7 @@ def test_diffusers_loads_both_baked_layouts(tmp_path: Path):
 
 def test_what_rounding_costs_is_measured(tmp_path: Path):
     """A change far below the weights' precision is lost, and said to be."""
-    shape, stream = transformer.read(mini.TURBO / "transformer")
+    shape, stream = transformer.read_weights(mini.TURBO / "transformer")
     folder = tmp_path / "model"
     folder.mkdir()
     tensors = {name: tensor.bfloat16().contiguous() for name, tensor in stream}
@@ -507,7 +507,7 @@ def test_what_rounding_costs_is_measured(tmp_path: Path):
     assert code == 0
     assert "loaded as a LoRA none is lost; --dtype fp32 keeps it too" in said
     share = float(said.split("rounding to BF16 cost ")[1].split("%")[0]) / 100
-    lora, lost, whole = files.read(mini.ADAPTER_V1), 0.0, 0.0
+    lora, lost, whole = files.read_lora(mini.ADAPTER_V1), 0.0, 0.0
     for module, factors in lora.items():
         weight, change = tensors[f"{module}.weight"], 0.0001 * (factors.b.double() @ factors.a.double())
         lost += float(((weight.float() + change.float()).bfloat16().double() - weight.double() - change).square().sum())
@@ -538,7 +538,7 @@ def test_what_was_baked_is_extracted_again(tmp_path: Path, layout: str):
     out = tmp_path / "x.safetensors"
     code, said = lora_command("extract", baked, mini.TURBO, "--rank", "8", "--dtype", "fp32", "-o", out)
     assert code == 0 and "adaln 6, attention 24, feed_forward 18: keeps 100.00%" in said, said
-    found, lora = files.read(out), files.read(mini.ADAPTER_V1)
+    found, lora = files.read_lora(out), files.read_lora(mini.ADAPTER_V1)
     assert found.keys() == lora.keys()
     for module in lora:
         assert relative(_dense(found[module]), 20 * _dense(lora[module])) < 5e-3, module  # bf16 weights
@@ -580,7 +580,9 @@ def folder_of(path: Path, tensors: dict[str, Tensor]) -> Path:
 
 
 def test_q_k_and_v_of_different_types_are_baked_into_one_that_holds_them(tmp_path: Path):
-    tensors = {name: tensor.bfloat16().contiguous() for name, tensor in transformer.read(mini.TURBO / "transformer")[1]}
+    tensors = {
+        name: tensor.bfloat16().contiguous() for name, tensor in transformer.read_weights(mini.TURBO / "transformer")[1]
+    }
     mixed = {name: tensor.float() if "to_v" in name else tensor for name, tensor in tensors.items()}
     source, out = folder_of(tmp_path / "model", mixed), tmp_path / "x.safetensors"
     assert lora_command("bake", source, "--lora", f"{mini.ADAPTER_V1}=0", "--to", "comfyui", "-o", out)[0] == 0
@@ -589,7 +591,9 @@ def test_q_k_and_v_of_different_types_are_baked_into_one_that_holds_them(tmp_pat
 
 
 def test_nothing_is_baked_that_is_not_finite_and_no_checkpoint_is_written_over(tmp_path: Path):
-    lora = {m: Factors(f.a.float() * 1e25, f.b.float() * 1e25, 1.0) for m, f in files.read(mini.ADAPTER_V1).items()}
+    lora = {
+        m: Factors(f.a.float() * 1e25, f.b.float() * 1e25, 1.0) for m, f in files.read_lora(mini.ADAPTER_V1).items()
+    }
     huge, out = write(tmp_path / "huge.safetensors", lora), tmp_path / "x.safetensors"
     code, said = lora_command("bake", mini.TURBO, "--lora", huge, "--to", "comfyui", "-o", out)
     assert code == 4 and "would not be finite with this LoRA; nothing was written" in said and not out.exists()
@@ -628,11 +632,11 @@ def test_a_rule_for_all_files_may_name_nothing_in_one_of_them(tmp_path: Path):
     other = write(tmp_path / "b.safetensors", random_lora(seed=1, targets=("attention", "adaln")))
     out = tmp_path / "m.safetensors"
     code, said = lora_command("merge", f"{one}=1", f"{other}=1", "--scale", "adaln=0", "-o", out)
-    assert code == 0 and "note" not in said and not any("adaLN" in module for module in files.read(out))
+    assert code == 0 and "note" not in said and not any("adaLN" in module for module in files.read_lora(out))
     code, said = lora_command("merge", f"{one}=1", f"{other}=1", "--scale", "1:adaln=0", "-o", out, "--force")
     assert code == 2 and "no rule names any of its 14 modules" in said
     assert lora_command("merge", f"{one}=0.5", "--scale", "all=0.5", "-o", out, "--force")[0] == 0
-    assert close(files.read(out), [(files.read(one), 0.25)], 1e-6)
+    assert close(files.read_lora(out), [(files.read_lora(one), 0.25)], 1e-6)
 
 
 def test_a_model_and_a_lora_are_not_taken_for_each_other(tmp_path: Path):

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 class Problem:
     """One thing that is wrong: where it is, what was found there and what to do about it."""
 
-    where: str
-    what: str
-    todo: str = ""
+    location: str
+    message: str
+    hint: str = ""
 
     def __str__(self) -> str:
-        return _printable(f"{self.where}: {self.what}" + (f"; {self.todo}" if self.todo else ""))
+        return _printable(f"{self.location}: {self.message}" + (f"; {self.hint}" if self.hint else ""))
 
 
 def _printable(text: str) -> str:
@@ -62,7 +62,7 @@ class DiskError(ZImageTrainError):
     exit_code = 7
 
 
-class LostError(ZImageTrainError):
+class WorkerLostError(ZImageTrainError):
     """Another process of the same run has ended."""
 
     exit_code = 8
@@ -85,7 +85,7 @@ class SeveralErrors(ZImageTrainError):
 
 
 @contextlib.contextmanager
-def collected(errors: list[ZImageTrainError]) -> Iterator[None]:
+def collect_errors(errors: list[ZImageTrainError]) -> Iterator[None]:
     """Put a failure of the block into `errors`, and go on after it."""
     try:
         yield

@@ -12,16 +12,16 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-Part = str | int | float | bool | None
+KeyPart = str | int | float | bool | None
 
 
-def number(seed: int, *path: Part) -> int:
+def keyed_int(seed: int, *path: KeyPart) -> int:
     """Return 63 well-mixed bits for `(seed, *path)`: equal in every process, on every machine."""
     return int.from_bytes(blake2b(repr((seed, *path)).encode(), digest_size=8).digest()) >> 1
 
 
-def generator(seed: int, *path: Part) -> torch.Generator:
+def keyed_generator(seed: int, *path: KeyPart) -> torch.Generator:
     """Return a fresh CPU generator for `(seed, *path)`; CPU, so that a GPU run draws the same numbers."""
     import torch
 
-    return torch.Generator().manual_seed(number(seed, *path))
+    return torch.Generator().manual_seed(keyed_int(seed, *path))

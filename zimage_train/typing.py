@@ -6,24 +6,24 @@ b samples, c channels, h and w in latents.
 from jaxtyping import Float
 from torch import Tensor
 
-Images = Float[Tensor, "b c h w"]
+LatentBatch = Float[Tensor, "b c h w"]
 """Latents, noise, velocities."""
-Image = Float[Tensor, "c h w"]
-Maps = Float[Tensor, "b 1 h w"]
+Latent = Float[Tensor, "c h w"]
+WeightMaps = Float[Tensor, "b 1 h w"]
 """Weights of places in latents."""
-Map = Float[Tensor, "1 h w"]
-Pixels = Float[Tensor, "b 3 height width"]
+WeightMap = Float[Tensor, "1 h w"]
+PixelBatch = Float[Tensor, "b 3 height width"]
 """RGB in [-1, 1]."""
-OnePicture = Float[Tensor, "3 height width"]
+PixelImage = Float[Tensor, "3 height width"]
 PerSample = Float[Tensor, "b"]
 """Sigmas, or weights."""
-Values = Float[Tensor, "*shape"]
+AnyShape = Float[Tensor, "*shape"]
 """Of any shape, and the same for all that are called so."""
 Scalar = Float[Tensor, ""]
-Embeds = Float[Tensor, "_ features"]
+PromptEmbeds = Float[Tensor, "_ features"]
 """A prompt, of any number of tokens."""
-Down = Float[Tensor, "rank inputs"]
+LoraA = Float[Tensor, "rank inputs"]
 """A of a LoRA."""
-Up = Float[Tensor, "outputs rank"]
+LoraB = Float[Tensor, "outputs rank"]
 """B of a LoRA."""
-Dense = Float[Tensor, "outputs inputs"]
+Weight = Float[Tensor, "outputs inputs"]

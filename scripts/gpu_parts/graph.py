@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from zimage_train.planning import devices as accelerator
-from zimage_train.planning.memory import Form
-from zimage_train.planning.planner import MANY, Plan
+from zimage_train.planning.memory import WeightPlacement
+from zimage_train.planning.planner import NO_LIMIT, MemoryPlan
 
 import bench
 from gpu_parts import measuring
@@ -24,7 +24,7 @@ WARM_UP = 3
 class Step:
     """A step whose inputs stay where they are, as a graph needs them."""
 
-    frozen: bench.Frozen
+    frozen: bench.FrozenTransformer
     inputs: bench.Inputs
     parameters: list[nn.Parameter]
 
@@ -70,7 +70,7 @@ def made(side: int, dry: bool) -> tuple[Step, list[bench.Inputs]]:
     """A step of the model that nothing is recomputed of, and two sets of inputs for it."""
     device, shape = measuring.device_of(dry), measuring.shape_of(dry)
     job = bench.job_of(shape, side, "bf16", gpu=not dry)
-    plan = Plan(job, Form(), {"none": MANY}, bench.PLENTY, True, "to be captured")
+    plan = MemoryPlan(job, WeightPlacement(), {"none": NO_LIMIT}, bench.PLENTY, True, "to be captured")
     frozen, attached = bench.random_pair(shape, plan, device)
     draw = torch.Generator(device).manual_seed(3)
     with torch.no_grad():

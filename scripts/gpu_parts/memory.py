@@ -5,8 +5,8 @@ from typing import Any
 import torch
 
 from zimage_train.planning import devices as accelerator
-from zimage_train.planning.memory import CONTEXT_BYTES, Form
-from zimage_train.planning.planner import MANY, Plan
+from zimage_train.planning.memory import CONTEXT_BYTES, WeightPlacement
+from zimage_train.planning.planner import NO_LIMIT, MemoryPlan
 
 import bench
 from gpu_parts import measuring
@@ -35,8 +35,8 @@ def trained(planned: Budgeted, device: torch.device, dry: bool) -> dict[str, Any
     shape = measuring.shape_of(dry)
     side = 64 if dry else planned.side_px
     job = bench.job_of(shape, side, "bf16", gpu=not dry)
-    form = Form(planned.kind, min(planned.streamed, shape.n_layers))
-    plan = Plan(job, form, {planned.mode: MANY}, planned.budget_gb * 1e9, True, "as planned before")
+    form = WeightPlacement(planned.kind, min(planned.streamed, shape.n_layers))
+    plan = MemoryPlan(job, form, {planned.mode: NO_LIMIT}, planned.budget_gb * 1e9, True, "as planned before")
     took = bench.train(shape, plan, side, STEPS, device)
     return {"step_seconds": took["seconds"], "loss": took["loss"]}
 

@@ -27,7 +27,7 @@ def save(path: Path, place: Path, loras: Mapping[str, Mapping[int, Path]]) -> No
         label = f"{use.name}, {speed.steps} steps"
         rows.append((label, _saved(place, use.name, list(shown(use, lora, scenes, NOISE)))))
     path.parent.mkdir(parents=True, exist_ok=True)
-    grid.save(path, [world.caption(one, SIZE, SIZE) for one in scenes], rows)
+    grid.save_grid_image(path, [world.caption(one, SIZE, SIZE) for one in scenes], rows)
     with Image.open(path) as whole:
         half = whole.reduce(2)
     half.save(path, optimize=True)

@@ -9,8 +9,8 @@ import torch
 
 from zimage_train import mini
 from zimage_train.diffusion import drift
-from zimage_train.diffusion.frozen import assemble
-from zimage_train.diffusion.request import Recipe
+from zimage_train.diffusion.frozen import load_frozen
+from zimage_train.diffusion.request import SamplingRequest
 from zimage_train.lora import arithmetic, swap
 from zimage_train.lora import lora_file as files
 from zimage_train.mini import world
@@ -32,18 +32,22 @@ def meter(loras: Mapping[str, Mapping[int, Path]], seeds: Sequence[int]) -> dict
     prompts = [world.caption(shown, SIZE, SIZE) for shown in scenes()[-PROMPTS:]]
     encoder = text.load(mini.TURBO, CPU, torch.float32)
     embeds = {prompt: encoder.encode(prompt) for prompt in prompts}
-    model = assemble(mini.TURBO / "transformer", None, "fp32", CPU).model
+    model = load_frozen(mini.TURBO / "transformer", None, "fp32", CPU).model
     recipes = [
-        Recipe(prompt=one, negative="", seed=NOISE + i, width=SIZE, height=SIZE, steps=8, guidance=0.0, shift=3.0)
+        SamplingRequest(
+            prompt=one, negative="", seed=NOISE + i, width=SIZE, height=SIZE, steps=8, guidance=0.0, shift=3.0
+        )
         for i, one in enumerate(prompts)
     ]
-    walked = drift.walks(model, recipes, embeds, silent)
+    walked = drift.record_trajectories(model, recipes, embeds, silent)
     found: dict[str, float] = {}
     for use in USES:
         if use.trained is None or use.model != mini.TURBO:
             continue
         for seed in seeds:
-            stack = arithmetic.stack([(files.read(one), 1.0) for one in (loras[use.trained][seed], *use.also)])
-            with swap.attached(model, stack):
-                found[f"{use.name}, {seed}"] = drift.overall(drift.deviations(model, walked, embeds, silent))
+            stack = arithmetic.stack_loras(
+                [(files.read_lora(one), 1.0) for one in (loras[use.trained][seed], *use.also)]
+            )
+            with swap.with_lora(model, stack):
+                found[f"{use.name}, {seed}"] = drift.overall_deviation(drift.deviations(model, walked, embeds, silent))
     return found

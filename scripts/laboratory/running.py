@@ -16,7 +16,7 @@ import yaml
 
 def lora_of(config: dict[str, Any]) -> Path:
     """The file that a run ends with."""
-    return Path(config["output"]) / config["name"] / "lora" / f"{config['name']}.safetensors"
+    return Path(config["output_dir"]) / config["name"] / "lora" / f"{config['name']}.safetensors"
 
 
 def train(config: dict[str, Any]) -> None:
@@ -27,7 +27,7 @@ def train(config: dict[str, Any]) -> None:
     Raises:
         RuntimeError: it fails.
     """
-    runs = Path(config["output"])
+    runs = Path(config["output_dir"])
     runs.mkdir(parents=True, exist_ok=True)
     path, log = runs / f"{config['name']}.yaml", runs / f"{config['name']}.txt"
     text = yaml.safe_dump(config, sort_keys=False)

@@ -30,7 +30,7 @@ class Recipe:
     rate: float = 4e-3
     rank: int = 16
     share: float = 0.5
-    """Of regularisation pictures."""
+    """Of regularization pictures."""
     imitation_steps: int = 800
     imitation_rate: float = 1e-3
     teacher_guidance: float = 0.5
@@ -87,7 +87,7 @@ def config(scheme: Scheme, seed: int, recipe: Recipe, pictures: tuple[Path, Path
     common = {"resolution": [SIZE]}
     return {
         "name": f"{scheme.name}-s{seed}",
-        "output": str(runs),
+        "output_dir": str(runs),
         "seed": seed,
         "model": {
             "variant": scheme.variant,
@@ -97,13 +97,13 @@ def config(scheme: Scheme, seed: int, recipe: Recipe, pictures: tuple[Path, Path
         },
         "data": [
             {"folder": str(concept), "trigger": world.ZORB, **common},
-            {"folder": str(others), "regularisation": True, **common},
+            {"folder": str(others), "regularization": True, **common},
         ],
         "lora": {"rank": recipe.rank},
         "train": {
             "steps": recipe.steps,
             "batch_size": recipe.batch,
-            "regularisation_share": recipe.share,
+            "regularization_share": recipe.share,
         },
         "optimizer": {"name": "adamw", "lr": recipe.rate},
         "sample": {"every": None},

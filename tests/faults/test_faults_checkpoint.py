@@ -13,12 +13,12 @@ import pytest
 import torch
 
 from zimage_train import mini
-from zimage_train.commands.train import train
+from zimage_train.commands.train import run_training
 from zimage_train.config.schema import Config
 from zimage_train.errors import ConfigError, DiskError, Stopped, WeightsError
 from zimage_train.io import atomic as files
 from zimage_train.io import tensorfile
-from zimage_train.report.metrics import read
+from zimage_train.report.metrics import read_records
 from zimage_train.training import checkpoint
 from zimage_train.training import outputs as publish
 
@@ -81,15 +81,15 @@ def test_left_after_every_step_the_end_is_the_same_byte_for_byte(make_config, mo
         "lora": {"dropout": 0.1, "rank": rank},  # below rank 48 the tensors are too small for 8-bit state
     }
     whole = make_config(**options)
-    train(whole, fresh=False)
-    config = make_config(output=str(Path(whole.output) / "in_pieces"), **options)
+    run_training(whole, fresh=False)
+    config = make_config(output_dir=str(Path(whole.output) / "in_pieces"), **options)
     for step in range(1, steps):
         with monkeypatch.context() as patch:
             stop_after(patch, step)
             with pytest.raises(Stopped) as stopped:
-                train(config, fresh=False)
+                run_training(config, fresh=False)
             assert stopped.value.exit_code == 143
-    train(config, fresh=False)
+    run_training(config, fresh=False)
     assert facts(config)["starts"] == list(range(steps))
     assert losses(config) == losses(whole)
     assert final(config) == final(whole)
@@ -131,7 +131,7 @@ with files.replacing(Path("x.bin")) as file:
 """
     assert run_python(code, tmp_path).returncode == -signal.SIGKILL
     assert (tmp_path / "x.bin").read_bytes() == OLD and len(list(tmp_path.iterdir())) == 2
-    files.clear_debris(tmp_path)
+    files.remove_stale_temp_files(tmp_path)
     assert [one.name for one in tmp_path.iterdir()] == ["x.bin"]
 
 
@@ -141,7 +141,7 @@ def test_what_a_killed_process_left_half_written_is_removed(make_config):
     (folder(config) / "checkpoints").mkdir(parents=True)
     leftover = folder(config) / "checkpoints" / f".step-000001.safetensors.{files._host()}-999999999.tmp"
     leftover.write_bytes(b"half")
-    train(config, fresh=False)
+    run_training(config, fresh=False)
     assert not leftover.exists()
 
 
@@ -176,7 +176,7 @@ def test_a_disk_that_fills_up_within_a_run_costs_no_more_than_the_steps_since_th
     """37. A disk that fills up within a run ends it with exit code 7; with space again, the same command goes on."""
     options = {"train": {"steps": 3}, "save": {"every": 1}}
     config = make_config(**options)
-    original, faults = tensorfile.save_sealed, []
+    original, faults = tensorfile.save_with_digest, []
 
     def save_sealed(path: Path, *args) -> None:
         if path.name != "step-000002.safetensors":
@@ -186,13 +186,13 @@ def test_a_disk_that_fills_up_within_a_run_costs_no_more_than_the_steps_since_th
             return original(path, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(tensorfile, "save_sealed", save_sealed)
+        patch.setattr(tensorfile, "save_with_digest", save_sealed)
         with pytest.raises(DiskError, match=r"step-000002.*the disk is full") as error:
-            train(config, fresh=False)
+            run_training(config, fresh=False)
     assert [fault.fired for fault in faults] == [1] and error.value.exit_code == 7
-    train(config, fresh=False)
-    whole = make_config(output=str(Path(config.output) / "whole"), **options)
-    train(whole, fresh=False)
+    run_training(config, fresh=False)
+    whole = make_config(output_dir=str(Path(config.output) / "whole"), **options)
+    run_training(whole, fresh=False)
     assert facts(config)["starts"] == [0, 1]
     assert final(config) == final(whole)
 
@@ -205,7 +205,7 @@ def test_a_log_that_cannot_be_written_costs_no_step(make_config):
     (folder(config) / "log.txt").symlink_to("/dev/full")
     with (folder(config) / "log.txt").open("w") as log, pytest.raises(OSError, match="No space"):
         os.write(log.fileno(), b"x")
-    train(config, fresh=False)
+    run_training(config, fresh=False)
     assert len(losses(config)) == 2 and final(config)
 
 
@@ -260,16 +260,16 @@ def test_a_damaged_newest_checkpoint_costs_steps_and_not_the_result(make_config,
     """38. A damaged newest checkpoint costs the steps since the one before it, and no bit of the result."""
     options = {"train": {"steps": 5}, "save": {"every": 1}}
     whole = make_config(name="tiny", **options)
-    train(whole, fresh=False)
-    config = make_config(output=str(Path(whole.output) / "b"), **options)
+    run_training(whole, fresh=False)
+    config = make_config(output_dir=str(Path(whole.output) / "b"), **options)
     with monkeypatch.context() as patch, pytest.raises(Stopped):
         stop_after(patch, 4)
-        train(config, fresh=False)
+        run_training(config, fresh=False)
     newest = folder(config) / "checkpoints" / "step-000004.safetensors"
     content = bytearray(newest.read_bytes())
     content[-1] ^= 1
     newest.write_bytes(content)
-    train(config, fresh=False)
+    run_training(config, fresh=False)
     assert "set aside" in capsys.readouterr().out
     assert final(config) == final(whole)
     assert facts(config)["starts"] == [0, 3]
@@ -288,17 +288,17 @@ def test_when_all_are_damaged_the_run_does_not_begin_again_silently(tmp_path: Pa
 def test_no_start_begins_anew_where_checkpoints_were(make_config):
     """39. Damaged or deleted checkpoints keep being refused, start after start, until --fresh is asked for."""
     config = make_config(train={"steps": 2}, save={"every": 1})
-    train(config, fresh=False)
+    run_training(config, fresh=False)
     later = make_config(train={"steps": 3}, save={"every": 1})
     for path in (folder(config) / "checkpoints").iterdir():
         path.write_bytes(b"damaged")
     for _ in range(2):
         with pytest.raises(WeightsError, match=r"no checkpoint is whole.*--fresh"):
-            train(later, fresh=False)
+            run_training(later, fresh=False)
     shutil.rmtree(folder(config) / "checkpoints")
     with pytest.raises(WeightsError, match="checkpoints are gone; the last one was of step 2"):
-        train(later, fresh=False)
-    train(later, fresh=True)
+        run_training(later, fresh=False)
+    run_training(later, fresh=True)
     assert facts(later)["starts"] == [0]
 
 
@@ -321,7 +321,7 @@ def test_other_files_are_no_checkpoints(tmp_path: Path):
 def test_a_later_format_is_refused(tmp_path: Path):
     """41. A checkpoint of a later format is refused with both formats."""
     path = tmp_path / "step-000020.safetensors"
-    tensorfile.save_sealed(path, TENSORS, {"state": json.dumps({"format": 99, "step": 20})})
+    tensorfile.save_with_digest(path, TENSORS, {"state": json.dumps({"format": 99, "step": 20})})
     with pytest.raises(WeightsError, match="format 99"):
         checkpoint.load(path)
 
@@ -331,11 +331,11 @@ def test_a_whole_checkpoint_of_another_version_stays_and_is_named(make_config, m
     config = make_config(train={"steps": 2})
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "FORMAT", checkpoint.FORMAT + 1)
-        train(config, fresh=False)
+        run_training(config, fresh=False)
     before = sorted(path.name for path in (folder(config) / "checkpoints").iterdir())
     for _ in range(2):
         with pytest.raises(WeightsError, match=r"has format \d, this version reads \d; .*--fresh"):
-            train(config, fresh=False)
+            run_training(config, fresh=False)
     assert sorted(path.name for path in (folder(config) / "checkpoints").iterdir()) == before
 
 
@@ -360,14 +360,14 @@ def of_another_optimizer(tensors: dict, state: dict) -> str:
 @pytest.mark.parametrize("change", [of_another_rank, of_fewer_modules, of_another_optimizer])
 def test_a_checkpoint_that_does_not_fit_the_run_is_refused_with_both_values(make_config, change):
     """41. A whole checkpoint of another rank, other modules or another optimizer is refused with both values."""
-    train(make_config(train={"steps": 1}), fresh=False)
+    run_training(make_config(train={"steps": 1}), fresh=False)
     path = folder(make_config()) / "checkpoints" / "step-000001.safetensors"
-    tensors, metadata = tensorfile.load_sealed(path)
+    tensors, metadata = tensorfile.load_with_digest(path)
     state = json.loads(metadata["state"])
     what = change(tensors, state)
-    tensorfile.save_sealed(path, tensors, {"state": json.dumps(state)})
+    tensorfile.save_with_digest(path, tensors, {"state": json.dumps(state)})
     with pytest.raises(WeightsError) as error:
-        train(make_config(train={"steps": 2}), fresh=False)
+        run_training(make_config(train={"steps": 2}), fresh=False)
     assert error.value.exit_code == 4 and f"{path}: {what}" in str(error.value)
     assert path.exists(), "it is whole, so it is not set aside"
 
@@ -383,27 +383,27 @@ def test_a_checkpoint_that_does_not_fit_the_run_is_refused_with_both_values(make
 )
 def test_a_changed_config_is_refused_with_its_difference(make_config, change: dict, named: str):
     """42. A run whose settings changed is refused with each difference, as it was and as it is."""
-    train(make_config(train={"steps": 2}), fresh=False)
+    run_training(make_config(train={"steps": 2}), fresh=False)
     changed = make_config(**{"train": {"steps": 4}, **change})
     with pytest.raises(ConfigError, match=named) as error:
-        train(changed, fresh=False)
+        run_training(changed, fresh=False)
     assert error.value.exit_code == 2
 
 
 def test_more_steps_continue_a_finished_run(make_config):
     """42. More steps are no other run: its rate stays a function of the step; fewer than are done are refused."""
     warmup = {"warmup_steps": 3}
-    train(make_config(train={"steps": 2}, schedule=warmup), fresh=False)
+    run_training(make_config(train={"steps": 2}, schedule=warmup), fresh=False)
     longer = make_config(train={"steps": 4}, schedule=warmup)
-    train(longer, fresh=False)
+    run_training(longer, fresh=False)
     assert facts(longer)["starts"] == [0, 2]
-    whole = make_config(train={"steps": 4}, schedule=warmup, output=str(Path(longer.output) / "b"))
-    train(whole, fresh=False)
+    whole = make_config(train={"steps": 4}, schedule=warmup, output_dir=str(Path(longer.output) / "b"))
+    run_training(whole, fresh=False)
     assert final(longer) == final(whole)
-    rates = [record["lr"] for record in read(folder(longer) / "metrics.jsonl")]
+    rates = [record["lr"] for record in read_records(folder(longer) / "metrics.jsonl")]
     assert rates == pytest.approx([1e-3 / 3, 2e-3 / 3, 1e-3, 1e-3])
     with pytest.raises(ConfigError, match="at step 4 already"):
-        train(make_config(train={"steps": 3}, schedule=warmup), fresh=False)
+        run_training(make_config(train={"steps": 3}, schedule=warmup), fresh=False)
 
 
 def test_changed_data_is_refused_by_content_and_not_by_place(make_config, tmp_path: Path):
@@ -414,14 +414,14 @@ def test_changed_data_is_refused_by_content_and_not_by_place(make_config, tmp_pa
         return make_config(data=data, train={"steps": steps})
 
     shutil.copytree(mini.PICTURES, tmp_path / "a")
-    train(with_folder("a", 2), fresh=False)
+    run_training(with_folder("a", 2), fresh=False)
     shutil.copytree(tmp_path / "a", tmp_path / "same")
-    train(with_folder("same", 3), fresh=False)
+    run_training(with_folder("same", 3), fresh=False)
     shutil.copytree(tmp_path / "a", tmp_path / "other")
     (tmp_path / "other" / "zorb_01.txt").write_text("another caption")
     (tmp_path / "other" / "zorb_02.png").unlink()
     with pytest.raises(ConfigError, match=r"zorb_01\.png.*: changed(.|\n)*zorb_02\.png.*: is gone"):
-        train(with_folder("other", 4), fresh=False)
+        run_training(with_folder("other", 4), fresh=False)
 
 
 def test_a_finished_run_says_so_and_touches_nothing(make_config, capsys):
@@ -432,10 +432,10 @@ def test_a_finished_run_says_so_and_touches_nothing(make_config, capsys):
         return {path: path.stat().st_mtime_ns for path in found}
 
     config = make_config(train={"steps": 1})
-    train(config, fresh=False)
+    run_training(config, fresh=False)
     before = times()
     assert "complete" not in capsys.readouterr().out
-    train(config, fresh=False)
+    run_training(config, fresh=False)
     assert "tiny is complete" in capsys.readouterr().out
     assert times() == before and len(before) > 5
 
@@ -445,38 +445,40 @@ def test_records_beyond_the_checkpoint_are_dropped_and_none_is_missing(make_conf
     config = make_config(train={"steps": 4}, save={"every": 2})
     with monkeypatch.context() as patch, pytest.raises(Stopped):
         stop_after(patch, 2)
-        train(config, fresh=False)
+        run_training(config, fresh=False)
     metrics = folder(config) / "metrics.jsonl"
     lines = metrics.read_text().splitlines()
     later = [line.replace(f'"step": {step - 2}', f'"step": {step}') for step, line in zip((3, 4), lines, strict=True)]
     metrics.write_text("\n".join([*lines, *later, later[-1][: len(later[-1]) // 2]]))
-    assert [record["step"] for record in read(metrics)] == [1, 2, 3, 4], "the last line is torn, the others are whole"
-    train(config, fresh=False)
+    assert [record["step"] for record in read_records(metrics)] == [1, 2, 3, 4], (
+        "the last line is torn, the others are whole"
+    )
+    run_training(config, fresh=False)
     assert [json.loads(line)["step"] for line in metrics.read_text().splitlines()] == [1, 2, 3, 4]
     assert metrics.read_text().splitlines()[:2] == lines and metrics.read_text().splitlines()[2:] != later
 
 
 def test_a_metrics_file_cut_within_a_character_or_replaced_by_a_folder_is_no_traceback(make_config):
     """45. A metrics.jsonl torn within a letter is mended, and one that is a folder is one line with exit code 7."""
-    train(make_config(train={"steps": 1}), fresh=False)
+    run_training(make_config(train={"steps": 1}), fresh=False)
     metrics = folder(make_config()) / "metrics.jsonl"
     metrics.write_bytes(metrics.read_bytes() + '{"step": 2, "samples": ["ü'.encode()[:-1])
-    train(make_config(train={"steps": 2}), fresh=False)
-    assert [record["step"] for record in read(metrics)] == [1, 2]
+    run_training(make_config(train={"steps": 2}), fresh=False)
+    assert [record["step"] for record in read_records(metrics)] == [1, 2]
     metrics.unlink()
     metrics.mkdir()
     with pytest.raises(DiskError, match=r"metrics.jsonl: cannot be read"):
-        train(make_config(train={"steps": 3}), fresh=False)
+        run_training(make_config(train={"steps": 3}), fresh=False)
 
 
 def test_foreign_lines_in_the_metrics_are_left_out(make_config):
     """45. A line of metrics.jsonl that this program did not write is left out."""
     config = make_config(train={"steps": 1})
-    train(config, fresh=False)
+    run_training(config, fresh=False)
     foreign = ['{"step": 1, "loss": "low"}', '{"step": true}', "[" * 100_000, '{"loss": 1}', "7"]
     with (folder(config) / "metrics.jsonl").open("a") as file:
         file.write("\n".join(foreign) + "\n")
-    train(make_config(train={"steps": 2}), fresh=False)
+    run_training(make_config(train={"steps": 2}), fresh=False)
     lines = (folder(config) / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2]
 
@@ -496,7 +498,7 @@ def test_an_old_checkpoint_that_stays_is_said(make_config, capsys):
     """46. A checkpoint that cannot be removed is named, and the run goes on."""
     config = make_config(train={"steps": 4}, save={"every": 1})
     with fail_at("unlink", 2, PermissionError(errno.EACCES, "Permission denied")) as fault:
-        train(config, fresh=False)
+        run_training(config, fresh=False)
     assert fault.fired == 1
     assert "step-000001.safetensors: cannot be removed; going on" in capsys.readouterr().out
     assert len(losses(config)) == 4
@@ -515,7 +517,7 @@ def test_an_export_that_cannot_be_removed_is_said_and_two_checkpoints_always_sta
 
     monkeypatch.setattr(files, "remove", remove)
     with fail_at("unlink", 2, PermissionError(errno.EACCES, "Permission denied")) as fault:
-        train(config, fresh=False)
+        run_training(config, fresh=False)
     assert fault.fired == 1
     assert "tiny-000001.safetensors: cannot be removed; going on" in capsys.readouterr().out
     assert left == [2, 2]
@@ -529,10 +531,10 @@ def test_a_crash_right_after_the_checkpoint_loses_neither_export_nor_preview(mak
     """47. A crash right after a checkpoint loses neither export nor preview: the next start makes up for them."""
     config = make_config(train={"steps": 4}, save={"every": 2}, sample=PREVIEWED)
     with monkeypatch.context() as patch:
-        patch.setattr(publish, "export", lambda run, step: (_ for _ in ()).throw(RuntimeError("power cut")))
+        patch.setattr(publish, "export_step", lambda run, step: (_ for _ in ()).throw(RuntimeError("power cut")))
         with pytest.raises(RuntimeError, match="power cut"):
-            train(config, fresh=False)
-    train(config, fresh=False)
+            run_training(config, fresh=False)
+    run_training(config, fresh=False)
     assert (folder(config) / "lora" / "tiny-000002.safetensors").exists()
     assert (folder(config) / "samples" / "000002-00.png").exists()
     assert facts(config)["starts"] == [0, 2]
@@ -541,8 +543,10 @@ def test_a_crash_right_after_the_checkpoint_loses_neither_export_nor_preview(mak
 def test_a_failing_preview_costs_no_step(make_config, monkeypatch, capsys):
     """47. A preview that fails is said and costs no step."""
     config = make_config(train={"steps": 3}, sample=PREVIEWED | {"every": 1})
-    monkeypatch.setattr(publish, "render", lambda *args, **options: (_ for _ in ()).throw(RuntimeError("no memory")))
-    train(config, fresh=False)
+    monkeypatch.setattr(
+        publish, "render_images", lambda *args, **options: (_ for _ in ()).throw(RuntimeError("no memory"))
+    )
+    run_training(config, fresh=False)
     assert "preview at step 0 failed" in capsys.readouterr().out
     assert len(losses(config)) == 3
 
@@ -550,11 +554,13 @@ def test_a_failing_preview_costs_no_step(make_config, monkeypatch, capsys):
 @pytest.mark.parametrize(("dtype", "steps"), [("fp32", 4), ("bf16", 2)])
 def test_previews_change_no_bit_of_training(make_config, tmp_path: Path, dtype: str, steps: int):
     """48. Previews on or off, each step or never: training is the same, bit for bit."""
-    without = make_config(name="run", output=str(tmp_path / "without"), train={"steps": steps}, model={"dtype": dtype})
+    without = make_config(
+        name="run", output_dir=str(tmp_path / "without"), train={"steps": steps}, model={"dtype": dtype}
+    )
     one_prompt = PREVIEWED | {"every": 1, "prompts": ["a red zorb"]}
     with_previews = make_config(name="run", train={"steps": steps}, sample=one_prompt, model={"dtype": dtype})
-    train(without, fresh=False)
-    train(with_previews, fresh=False)
+    run_training(without, fresh=False)
+    run_training(with_previews, fresh=False)
     assert (folder(with_previews) / "samples" / "000001-00.png").exists()
     assert losses(without) == losses(with_previews)
     assert final(without) == final(with_previews)

@@ -54,7 +54,7 @@ def refused(tmp_path: Path):
         ("sample: {prompts: [{promt: x, prompt: y}]}",
          "c.yaml:3: sample.prompts.0.promt: unknown key; did you mean 'prompt'?"),
         ("train: {Steps: 5}", "c.yaml:3: train.Steps: unknown key; did you mean 'steps'?"),
-        ("<<: {output: x}", "c.yaml:3: <<: unknown key; known here: name, output, seed,"),
+        ("<<: {output: x}", "c.yaml:3: <<: unknown key; known here: name, output_dir, seed,"),
         ("1: 2", "c.yaml:3: 1: unknown key; known here: name, output, seed,"),
         ("optimizer: {params: {beta: 1}}", "c.yaml:3: optimizer.params: adamw8bit has no 'beta'; it has betas, eps"),
         ("schedule: {params: {x: 1}}", "c.yaml:3: schedule.params: constant has no 'x'; it has no params"),
@@ -73,9 +73,9 @@ def test_one_wrong_letter_in_any_key_is_refused_naming_that_key(option: str):
     values = nested(option, None)
     text = yaml_reader.dump(values).replace(f"{last}: null", f"{last}x: null")
     assert f"{last}x" in text
-    config, problems = reading.validate(yaml_reader.parse(text).value, reading.dotted)
+    config, problems = reading.validate_config(yaml_reader.parse(text).value, reading.dotted_key)
     assert config is None
-    assert any(one.where.endswith(f"{last}x") and "unknown key" in one.what for one in problems)
+    assert any(one.location.endswith(f"{last}x") and "unknown key" in one.message for one in problems)
 
 
 @pytest.mark.parametrize(
@@ -125,10 +125,10 @@ def test_a_syntax_error_is_refused_with_its_line(refused, content: bytes, messag
         ("optimizer: {lr: 1,0e-4}", "optimizer.0e-4: unknown key"),
         ("sample: {first: 1}", "sample.first: is 1; expected true or false"),
         ("sample: {first: yes}", "sample.first: is 'yes' (text); expected true or false"),
-        ("output: 2024", "output: is 2024; expected text (put it in quotes)"),
-        ("output: 1e-4", "output: is 0.0001; expected text (put it in quotes)"),
-        ("output: true", "output: is true; expected text (put it in quotes)"),
-        ("output: [a]", "output: is a list; expected text (put it in quotes)"),
+        ("output_dir: 2024", "output_dir: is 2024; expected text (put it in quotes)"),
+        ("output_dir: 1e-4", "output_dir: is 0.0001; expected text (put it in quotes)"),
+        ("output_dir: true", "output_dir: is true; expected text (put it in quotes)"),
+        ("output_dir: [a]", "output_dir: is a list; expected text (put it in quotes)"),
         ("train: 5", "train: is 5; expected a section"),
         ("train: [5]", "train: is a list; expected a section"),
         ("model:", "model: is null; expected a section"),
@@ -168,13 +168,13 @@ def test_a_number_that_is_not_finite_is_refused_everywhere(refused, value: str):
     assert len(floats) > 10
     number = yaml_reader.plain_value(value)
     for name in floats:
-        assert reading.validate(nested(name, number), reading.dotted)[0] is None, name
+        assert reading.validate_config(nested(name, number), reading.dotted_key)[0] is None, name
     for optimizer, params in OPTIMIZER_PARAMS.items():
         for key in params:
             held = [number, 0.9] if key == "betas" else number
             values = nested("optimizer.params", {key: held})
             values["optimizer"]["name"] = optimizer
-            assert reading.validate(values, reading.dotted)[0] is None, key
+            assert reading.validate_config(values, reading.dotted_key)[0] is None, key
     assert refused(f"optimizer: {{lr: {value}}}")[0].endswith("; give a finite number")
 
 
@@ -199,16 +199,16 @@ def test_a_number_out_of_range_is_refused_with_the_range(refused, text: str, mes
 def test_a_budget_that_no_step_fits_is_refused_with_the_plan_that_would(make_config):
     """5. A memory budget that a training step does not fit is refused with exit code 2 and the plan that would fit."""
     with pytest.raises(ConfigError) as error:
-        preflight.examine(make_config(memory={"budget_gb": 0.0075}, train={"batch_size": 8}))
+        preflight.check_run(make_config(memory={"budget_gb": 0.0075}, train={"batch_size": 8}))
     assert error.value.exit_code == 2
     assert re.fullmatch(
         r"memory.budget_gb: is 0.0075, and a run takes \d+\.\d MB \(predicted\); "
         r"set train.batch_size: 1 \(predicted: \d\.\d MB\)",
         str(error.value),
     )
-    assert preflight.examine(make_config(memory={"budget_gb": 0.015}, train={"batch_size": 8}))
+    assert preflight.check_run(make_config(memory={"budget_gb": 0.015}, train={"batch_size": 8}))
     with pytest.raises(ConfigError, match=r"set memory.checkpointing: auto, memory.offload: auto \(predicted"):
-        preflight.examine(make_config(memory={"budget_gb": 0.015, "checkpointing": False}, train={"batch_size": 8}))
+        preflight.check_run(make_config(memory={"budget_gb": 0.015, "checkpointing": False}, train={"batch_size": 8}))
 
 
 @pytest.mark.parametrize("budget", ["0", "-1.0", "'24'", "10001"])
@@ -242,9 +242,9 @@ def test_a_byte_order_mark_and_windows_line_ends_change_nothing(tmp_path: Path):
         ("name: ä\n".encode("latin-1"), "c.yaml: is not UTF-8 text (byte 6)"),
         ("name: a\n".encode("utf-16"), "c.yaml: is not UTF-8 text (byte 0)"),
         (b"name: a\n" * 200_000, "c.yaml: is larger than 1 MB, so it is not a config"),
-        (b"name: a\n\noutput: \x07\n", "c.yaml:3: holds the control character 0x07"),
-        (b'name: a\noutput: "\\0"\n', "c.yaml:2: output: holds a character that no text has"),
-        (b'name: a\noutput: "\\ud800"\n', "c.yaml:2: output: holds a character that no text has"),
+        (b"name: a\n\noutput_dir: \x07\n", "c.yaml:3: holds the control character 0x07"),
+        (b'name: a\noutput_dir: "\\0"\n', "c.yaml:2: output_dir: holds a character that no text has"),
+        (b'name: a\noutput_dir: "\\ud800"\n', "c.yaml:2: output_dir: holds a character that no text has"),
         (b'name: a\n"\\ud800": 1\n', "c.yaml:2: a key must be plain text"),
         (b"name: a\n? [x]\n: y\n", "c.yaml:2: a key must be plain text"),
         (b"name: !!str 5\n", "c.yaml:1: has the tag !!str, and only plain values are read"),
@@ -321,7 +321,7 @@ BAD = {
     "overrides": (LEAST, ["train.stpes=5", "train.steps", "data.3.folder=x", "lora.rank=x", "save={keep: 1, keep: 1}"]),
     "broken YAML": (LEAST + "train: {steps: 5\n", []),
     "a tab": (LEAST + "train:\n\tsteps: 5\n", []),
-    "a tag": (LEAST + "output: !!python/object/apply:os.system [true]\n", []),
+    "a tag": (LEAST + "output_dir: !!python/object/apply:os.system [true]\n", []),
     "a list": ("- name: a\n", []),
     "an empty file": ("", []),
 }  # fmt: skip

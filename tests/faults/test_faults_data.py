@@ -16,15 +16,15 @@ import pytest
 from PIL import Image, ImageFile
 
 from zimage_train import mini
-from zimage_train.commands.train import cache as fill
-from zimage_train.commands.train import train
+from zimage_train.commands.train import fill_run_caches as fill
+from zimage_train.commands.train import run_training
 from zimage_train.dataset import cache_builder as filling
 from zimage_train.dataset import captions
 from zimage_train.dataset import encode as encoding
-from zimage_train.dataset.tensor_cache import Cache
+from zimage_train.dataset.tensor_cache import TensorCache
 from zimage_train.errors import DataError
 from zimage_train.planning import preflight
-from zimage_train.report.metrics import read
+from zimage_train.report.metrics import read_records
 
 from dataset_folder import picture, problems, prompts, scanned
 from faults import Crash, fail_at
@@ -224,7 +224,7 @@ def test_small_pictures_are_refused_with_their_size(size: tuple[int, int]):
 def test_a_picture_below_the_resolution_is_said_and_trained_at_its_own_size(make_config, tmp_path: Path):
     """18. A picture smaller than a listed resolution is trained at its own size, never blown up, and that is said."""
     Image.new("RGB", (80, 64)).save(tmp_path / "small.png")
-    checked = preflight.examine(make_config(data=[{"folder": str(tmp_path), "resolution": [1024]}]))
+    checked = preflight.check_run(make_config(data=[{"folder": str(tmp_path), "resolution": [1024]}]))
     assert [tuple(item.size) for item in checked.items] == [(80, 64)]
     assert checked.notes[-1].startswith(
         "smaller than 1024x1024 px, so trained at their own size there: 1 of 1 pictures"
@@ -278,7 +278,7 @@ def file(tmp_path: Path):
 )
 def test_the_text_is_kept_and_what_nobody_sees_is_not(file, content: bytes, text: str):
     """20. Byte order marks, Windows line ends and zero-width characters are taken out of captions, and nothing else."""
-    assert captions.read(file(content)) == text
+    assert captions.read_caption(file(content)) == text
 
 
 @pytest.mark.parametrize(
@@ -297,7 +297,7 @@ def test_what_is_no_caption_is_refused_naming_the_file(file, content: bytes, wha
     """20. A caption in UTF-16 or Latin-1, with NUL bytes or beyond all length is refused by its file and byte."""
     path = file(content)
     with pytest.raises(DataError) as caught:
-        captions.read(path)
+        captions.read_caption(path)
     assert caught.value.exit_code == 3
     assert str(caught.value).startswith(f"{path}: {what}")
 
@@ -448,8 +448,8 @@ def test_fewer_pictures_than_a_batch_train_and_each_counts_once_an_epoch(make_co
     data = [{"folder": str(tmp_path / "photos"), "resolution": [64], "default_caption": "x"}]
     per_epoch = len(set(sizes))  # a batch has one size
     config = make_config(data=data, train={"steps": 2 * per_epoch, "batch_size": 4})
-    train(config, fresh=False)
-    records = read(folder(config) / "metrics.jsonl")
+    run_training(config, fresh=False)
+    records = read_records(folder(config) / "metrics.jsonl")
     epochs = [records[:per_epoch], records[per_epoch:]]
     samples = [sorted(name for record in epoch for name in record["samples"]) for epoch in epochs]
     assert samples == [[f"{number}.png@64" for number in range(len(sizes))]] * 2
@@ -545,13 +545,13 @@ def test_a_picture_that_changes_while_the_command_runs_is_named(make_config, tmp
     picture(tmp_path / "photos" / "a.png")
     data = [{"folder": str(tmp_path / "photos"), "resolution": [64], "default_caption": "x"}]
     config = make_config(data=data, cache={"folder": str(tmp_path / "cache")})
-    original, changed = encoding.picture_encoder, []
+    original, changed = encoding.image_encoder, []
 
     def encoder(*args):
         changed.append(change(tmp_path / "photos" / "a.png"))
         return original(*args)
 
-    monkeypatch.setattr(encoding, "picture_encoder", encoder)
+    monkeypatch.setattr(encoding, "image_encoder", encoder)
     with pytest.raises(DataError, match=rf"a\.png: {what}") as error:
         fill(config)
     assert error.value.exit_code == 3 and len(changed) == 1
@@ -583,7 +583,7 @@ def test_killed_while_caching_the_next_start_encodes_what_is_missing_and_nothing
 ):
     """29. Killed while it fills the cache, the program encodes at its next start what is missing, and nothing else."""
     config = make_config(cache={"folder": str(tmp_path / "cache")})
-    original, encoded_pictures = encoding.picture_encoder, []
+    original, encoded_pictures = encoding.image_encoder, []
 
     def encoder(*args):
         encode = original(*args)
@@ -594,9 +594,9 @@ def test_killed_while_caching_the_next_start_encodes_what_is_missing_and_nothing
 
         return encode_and_count
 
-    monkeypatch.setattr(encoding, "picture_encoder", encoder)
+    monkeypatch.setattr(encoding, "image_encoder", encoder)
     monkeypatch.setattr(filling, "BATCH_PX", 1)
-    write, faults = Cache.write, []
+    write, faults = TensorCache.write, []
 
     def write_at_most_four(self, *entry) -> None:
         if len(encoded_pictures) < 5:
@@ -606,7 +606,7 @@ def test_killed_while_caching_the_next_start_encodes_what_is_missing_and_nothing
             return write(self, *entry)
 
     with monkeypatch.context() as patch, pytest.raises(Crash):
-        patch.setattr(Cache, "write", write_at_most_four)
+        patch.setattr(TensorCache, "write", write_at_most_four)
         fill(config)
     assert [fault.fired for fault in faults] == [1]
     entries = list((tmp_path / "cache" / "latents").rglob("*.safetensors"))

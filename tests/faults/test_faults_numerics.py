@@ -11,11 +11,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 from zimage_train import mini
-from zimage_train.commands.train import train
+from zimage_train.commands.train import run_training
 from zimage_train.config.schema import Config
 from zimage_train.errors import ConfigError, DivergedError, Stopped
 from zimage_train.planning import devices as accelerator
-from zimage_train.report.metrics import read
+from zimage_train.report.metrics import read_records
 from zimage_train.training import checkpoint, loop
 from zimage_train.training import outputs as publish
 from zimage_train.training.loss import Batch, Loss
@@ -88,19 +88,19 @@ def check_that_a_step_was_skipped(make_config, monkeypatch, capsys, spoil) -> No
         stop_after(patch, 3)
         fired = at_step(patch, 3, spoil)
         with pytest.raises(Stopped):
-            train(config, fresh=False)
+            run_training(config, fresh=False)
     assert fired == [3]
     assert is_same(checkpoint_of(config, 3), checkpoint_of(config, 2))
-    skipped = read(folder(config) / "metrics.jsonl")[2]
+    skipped = read_records(folder(config) / "metrics.jsonl")[2]
     assert skipped["loss"] is None and skipped["grad_norm"] is None
     line = next(line for line in capsys.readouterr().out.splitlines() if "step 3 skipped" in line)
     assert f"not finite ({skipped['not_finite']}) with {', '.join(skipped['samples'])} at sigma " in line
     assert re.fullmatch(r"loss (nan, gradient norm nan|0\.\d+, gradient norm (inf|nan))", skipped["not_finite"])
     assert all(f"{sigma:.3f}" in line for sigma in skipped["sigma"])
-    train(config, fresh=False)
+    run_training(config, fresh=False)
     with monkeypatch.context() as patch:
         left_out = skipping(patch, 3)
-        train(whole, fresh=False)
+        run_training(whole, fresh=False)
     assert left_out == [3]
     assert is_same(checkpoint_of(config, 4), checkpoint_of(whole, 4))
     one, other = losses(config), losses(whole)
@@ -122,7 +122,7 @@ def test_five_in_a_row_end_the_run(make_config, monkeypatch):
     config = make_config(train={"steps": 9}, save={"every": 1})
     fired = poison(monkeypatch, {3, 4, 5, 6, 7})
     with pytest.raises(DivergedError, match="5 times in a row") as error:
-        train(config, fresh=False)
+        run_training(config, fresh=False)
     assert fired == [3, 4, 5, 6, 7]
     assert error.value.exit_code == 5
     assert "step 7: loss or gradient not finite 5 times in a row, last loss nan, gradient norm nan with zorb_" in str(
@@ -135,9 +135,9 @@ def test_five_in_a_row_end_the_run(make_config, monkeypatch):
 def test_skips_in_a_row_are_counted_across_starts(make_config, monkeypatch):
     """51. A new start is no new chance: steps that were skipped before it count."""
     fired = poison(monkeypatch, {2, 3, 4, 5, 6})
-    train(make_config(train={"steps": 4}), fresh=False)
+    run_training(make_config(train={"steps": 4}), fresh=False)
     with pytest.raises(DivergedError, match=r"step 6: .* 5 times in a row"):
-        train(make_config(train={"steps": 9}), fresh=False)
+        run_training(make_config(train={"steps": 9}), fresh=False)
     assert fired == [2, 3, 4, 5, 6]
 
 
@@ -145,7 +145,7 @@ def test_a_run_without_any_finite_step_is_no_success(make_config, monkeypatch):
     """51. A run shorter than that, without any finite step, is no success either."""
     fired = poison(monkeypatch, {1, 2})
     with pytest.raises(DivergedError, match="2 times in a row"):
-        train(make_config(train={"steps": 2}), fresh=False)
+        run_training(make_config(train={"steps": 2}), fresh=False)
     assert fired == [1, 2]
 
 
@@ -172,7 +172,7 @@ def test_a_lora_that_is_not_finite_is_not_saved_and_the_checkpoint_before_stays(
     with pytest.raises(
         DivergedError, match=r"step 3: lora\..* is not finite; lower optimizer.lr; nothing was saved"
     ) as error:
-        train(config, fresh=False)
+        run_training(config, fresh=False)
     assert fired == [3] and error.value.exit_code == 5
     steps = [step for step, _ in checkpoint.steps_in(folder(config) / "checkpoints")]
     assert steps == [2, 1]
@@ -193,24 +193,24 @@ def test_running_out_of_gpu_memory_is_one_line_with_the_plan_that_would_fit(make
     config = make_config(**options)
     with monkeypatch.context() as patch:
         fired = at_step(patch, 3, out_of_memory)
-        patch.setattr(accelerator, "room_bytes", lambda device: int(15e6))
+        patch.setattr(accelerator, "available_bytes", lambda device: int(15e6))
         with pytest.raises(ConfigError) as error:
-            train(config, fresh=False)
+            run_training(config, fresh=False)
     assert fired == [3] and error.value.exit_code == 2
     assert re.fullmatch(
         r"memory: CUDA out of memory; \d+\.\d GB were in use at most; "
         r"set memory.budget_gb: 0.015 \(predicted: \d+\.\d MB\); the last checkpoint is good",
         str(error.value),
     )
-    train(make_config(**options, memory={"budget_gb": 0.015}), fresh=False)
+    run_training(make_config(**options, memory={"budget_gb": 0.015}), fresh=False)
     assert facts(config)["starts"] == [0, 2] and len(losses(config)) == 4
 
 
 def test_a_preview_that_runs_out_of_memory_costs_no_step(make_config, monkeypatch, capsys):
     """53. A preview that runs out of memory is said, and training goes on."""
-    monkeypatch.setattr(publish, "render", out_of_memory)
+    monkeypatch.setattr(publish, "render_images", out_of_memory)
     config = make_config(train={"steps": 2}, sample=PREVIEWED | {"first": False})
-    train(config, fresh=False)
+    run_training(config, fresh=False)
     said = "preview at step 2 failed (OutOfMemoryError: CUDA out of memory."
     assert said in capsys.readouterr().out
     assert len(losses(config)) == 2 and final(config)
@@ -226,10 +226,10 @@ def test_accumulation_changes_the_order_of_sums_and_nothing_else(make_config, tm
     data = [{"folder": str(tmp_path), "resolution": [64], "default_caption": "zorb"}]
     found = {}
     for accumulate in (1, 2, 4):
-        portions = {"batch_size": 4 // accumulate, "accumulate": accumulate}
+        portions = {"batch_size": 4 // accumulate, "grad_accumulation": accumulate}
         config = make_config(name=f"by{accumulate}", data=data, train={"steps": 4, **portions})
-        train(config, fresh=False)
-        found[accumulate] = read(folder(config) / "metrics.jsonl")
+        run_training(config, fresh=False)
+        found[accumulate] = read_records(folder(config) / "metrics.jsonl")
     for other in (found[2], found[4]):
         for one, another in zip(found[1], other, strict=True):
             assert another["loss"] == pytest.approx(one["loss"], rel=1e-5)

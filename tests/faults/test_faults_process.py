@@ -19,14 +19,14 @@ import pytest
 import torch
 
 from zimage_train import mini
-from zimage_train.commands.train import train
+from zimage_train.commands.train import run_training
 from zimage_train.config.load import read_config
 from zimage_train.errors import ConfigError, DiskError, FolderInUseError, Problem, Stopped
 from zimage_train.io import atomic as files
 from zimage_train.models.arch import TransformerShape
 from zimage_train.planning import devices as accelerator
 from zimage_train.planning import preflight
-from zimage_train.report.metrics import read
+from zimage_train.report.metrics import read_records
 from zimage_train.training import loop
 from zimage_train.training.signals import SIGNALS
 
@@ -49,18 +49,18 @@ def fork_server() -> BaseContext:
 def test_killed_at_any_moment_the_same_command_ends_in_the_same_bytes(make_config, tmp_path: Path, fork_server):
     """35. Killed (SIGKILL) again and again, whatever it was at: the same command ends in the bytes of one go."""
     options = {"train": {"steps": 30, "batch_size": 1}, "save": {"every": 4}}
-    whole, config = make_config(output=str(tmp_path / "whole"), **options), make_config(**options)
-    train(whole, fresh=False)
+    whole, config = make_config(output_dir=str(tmp_path / "whole"), **options), make_config(**options)
+    run_training(whole, fresh=False)
     metrics = folder(config) / "metrics.jsonl"
     for lines in (3, 11, 21):
-        process = fork_server.Process(target=train, args=(config, False))
+        process = fork_server.Process(target=run_training, args=(config, False))
         process.start()
         while process.is_alive() and (not metrics.exists() or metrics.read_bytes().count(b"\n") < lines):
             time.sleep(0.005)
         process.kill()
         process.join()
         assert process.exitcode == -signal.SIGKILL
-    train(config, fresh=False)
+    run_training(config, fresh=False)
     assert final(config) == final(whole) and losses(config) == losses(whole)
     starts = facts(config)["starts"]
     assert len(starts) == 4 and starts[0] == 0 and starts == sorted(starts) and starts[-1] >= 16, starts
@@ -89,7 +89,7 @@ def test_a_second_interrupt_within_a_save_ends_at_once_and_leaves_the_old_file(t
     done = run_python(INTERRUPTED_TWICE, tmp_path)
     assert (done.returncode, done.stdout) == (-signal.SIGINT, "2\n")
     assert (tmp_path / "x.bin").read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 2
-    files.clear_debris(tmp_path)
+    files.remove_stale_temp_files(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["x.bin"]
 
 
@@ -111,7 +111,7 @@ def test_handlers_lock_and_threads_are_given_back_whatever_happens(make_config, 
 
     monkeypatch.setattr(loop, "prefetch", prefetch)
     with contextlib.nullcontext() if end == "done" else pytest.raises((ZeroDivisionError, Stopped)):
-        train(config, fresh=False)
+        run_training(config, fresh=False)
     handlers, was_free = within[0]
     assert all(handlers[number] != before[number] for number in SIGNALS) and not was_free
     assert {number: signal.getsignal(number) for number in SIGNALS} == before
@@ -121,7 +121,7 @@ def test_handlers_lock_and_threads_are_given_back_whatever_happens(make_config, 
 
 def is_free(run_folder: Path) -> bool:
     try:
-        with files.locked(run_folder):
+        with files.lock_folder(run_folder):
             return True
     except FolderInUseError:
         return False
@@ -158,7 +158,7 @@ def holder(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
 def test_a_second_process_is_told_who_holds_the_folder(tmp_path: Path, holder: subprocess.Popen[str]):
     """58. A second process in a run's folder is refused with exit code 6, and told who holds it, on which host."""
     for _ in range(2):
-        with pytest.raises(FolderInUseError) as caught, files.locked(tmp_path / "run"):
+        with pytest.raises(FolderInUseError) as caught, files.lock_folder(tmp_path / "run"):
             raise AssertionError("two processes in one folder")
         assert caught.value.exit_code == 6
         who = f"process {holder.pid} on {socket.gethostname()}"
@@ -171,7 +171,7 @@ def test_the_folder_is_free_as_soon_as_its_holder_is_killed(tmp_path: Path, hold
     """58. A folder is free at once when the process that held it is killed."""
     holder.send_signal(signal.SIGKILL)
     holder.wait()
-    with files.locked(tmp_path / "run"):
+    with files.lock_folder(tmp_path / "run"):
         assert (tmp_path / "run" / "run.lock").read_text() == f"process {os.getpid()} on {socket.gethostname()}"
 
 
@@ -180,11 +180,11 @@ def test_the_folder_is_free_when_its_holder_is_done(tmp_path: Path, holder: subp
     out, _ = holder.communicate("")
     assert out == "False\n" and holder.returncode == 0
     assert (tmp_path / "run" / "run.lock").read_text() == ""
-    with pytest.raises(ZeroDivisionError), files.locked(tmp_path / "run"):
+    with pytest.raises(ZeroDivisionError), files.lock_folder(tmp_path / "run"):
         raise ZeroDivisionError
-    with files.locked(tmp_path / "run"), pytest.raises(FolderInUseError), files.locked(tmp_path / "run"):
+    with files.lock_folder(tmp_path / "run"), pytest.raises(FolderInUseError), files.lock_folder(tmp_path / "run"):
         raise AssertionError("locked twice")
-    with files.locked(tmp_path / "other" / "one"), files.locked(tmp_path / "run"):
+    with files.lock_folder(tmp_path / "other" / "one"), files.lock_folder(tmp_path / "run"):
         assert (tmp_path / "other" / "one").is_dir()
 
 
@@ -192,7 +192,7 @@ def test_the_folder_is_free_when_its_holder_is_done(tmp_path: Path, holder: subp
 def test_a_second_run_is_refused_before_it_writes_anything(make_config, tmp_path: Path, holder, fresh: bool):
     """58. A second run is refused before it writes anything, and --fresh does not move a folder away that is in use."""
     with pytest.raises(FolderInUseError, match=f"in use by process {holder.pid} on ") as error:
-        train(make_config(name="run", output=str(tmp_path)), fresh=fresh)
+        run_training(make_config(name="run", output_dir=str(tmp_path)), fresh=fresh)
     assert error.value.exit_code == 6 and holder.poll() is None
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["run.lock"]
     assert not list(tmp_path.glob("run.old*"))
@@ -203,27 +203,29 @@ def test_an_output_or_cache_that_cannot_be_made_is_refused(make_config, tmp_path
     """59. An output or cache folder that is a file, or below one, is refused with exit code 7 before any work."""
     (tmp_path / "file").write_text("")
     below = str(tmp_path / "file" / "x")
-    config = make_config(output=str(tmp_path / "file")) if place == "output" else make_config(cache={"folder": below})
+    config = (
+        make_config(output_dir=str(tmp_path / "file")) if place == "output" else make_config(cache={"folder": below})
+    )
     with pytest.raises(DiskError, match=f"{tmp_path / 'file'} is not a folder; choose another place") as error:
-        train(config, fresh=False)
+        run_training(config, fresh=False)
     assert error.value.exit_code == 7 and (tmp_path / "file").read_text() == ""
 
 
 def test_a_folder_that_cannot_be_made_is_refused_and_none_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """59. A folder that is a file, a dangling link or read-only is refused, and none is made on the way."""
-    files.require_folder(tmp_path / "a" / "b")
+    files.require_writable_folder(tmp_path / "a" / "b")
     monkeypatch.chdir(tmp_path)
-    files.require_folder(Path("relative/x"))
+    files.require_writable_folder(Path("relative/x"))
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "file").write_text("")
     (tmp_path / "broken").symlink_to(tmp_path / "nowhere")
     for name in ("file", "broken"):
         for place in (tmp_path / name, tmp_path / name / "x"):
             with pytest.raises(DiskError, match=rf"{tmp_path / name} is not a folder; choose another place"):
-                files.require_folder(place)
+                files.require_writable_folder(place)
     monkeypatch.setattr(os, "access", lambda path, mode: mode & os.W_OK == 0)
     with pytest.raises(DiskError, match=f"{tmp_path} cannot be written to"):
-        files.require_folder(tmp_path / "a")
+        files.require_writable_folder(tmp_path / "a")
 
 
 @pytest.mark.parametrize(
@@ -242,8 +244,8 @@ def test_a_long_name_with_spaces_and_letters_of_any_script_works(make_config, tm
     name = "Rotes Haar \u00fc\u00f6 \u732b "
     name += "x" * (200 - len(name.encode()))
     output = str(tmp_path / "out put \u00e9 [1]")
-    config = make_config(name=name, output=output, train={"steps": 2}, save={"every": 1}, log={"tensorboard": True})
-    train(config, fresh=False)
+    config = make_config(name=name, output_dir=output, train={"steps": 2}, save={"every": 1}, log={"tensorboard": True})
+    run_training(config, fresh=False)
     names = {path.name for path in (folder(config) / "lora").iterdir()}
     assert names == {f"{name}.safetensors", f"{name}-000001.safetensors"}
     assert {path.name for path in Path(output).iterdir()} == {name}
@@ -255,11 +257,11 @@ def test_the_written_config_means_the_same_in_another_folder(make_config, tmp_pa
     shutil.copytree(mini.PICTURES, tmp_path / "here" / "pictures")
     shutil.copytree(mini.TURBO, tmp_path / "here" / "model")
     monkeypatch.chdir(tmp_path / "here")
-    config = make_config(output="out", data=[values], model={"path": "model"}, train={"steps": 1})
-    train(config, fresh=False)
+    config = make_config(output_dir="out", data=[values], model={"path": "model"}, train={"steps": 1})
+    run_training(config, fresh=False)
     monkeypatch.chdir(tmp_path)
     again = read_config(tmp_path / "here" / "out" / "tiny" / "config.yaml", ["train.steps=2"])
-    train(again, fresh=False)
+    run_training(again, fresh=False)
     assert facts(again)["starts"] == [0, 1]
     assert not (tmp_path / "out").exists()
 
@@ -267,16 +269,16 @@ def test_the_written_config_means_the_same_in_another_folder(make_config, tmp_pa
 def test_a_disk_that_is_too_small_is_refused(make_config, monkeypatch: pytest.MonkeyPatch):
     """60. A disk without room for checkpoints and exports is refused at once, with what is free and what is needed."""
     needed = []
-    real = files.require_space
+    real = files.require_free_space
 
     def require_space(folder: Path, needed_bytes: int, what: str) -> None:
         needed.append(needed_bytes)
         real(folder, needed_bytes, what)
 
-    monkeypatch.setattr(files, "require_space", require_space)
+    monkeypatch.setattr(files, "require_free_space", require_space)
     for settings in ({}, {"save": {"keep": 80}}, {"lora": {"rank": 8}}, {"optimizer": {"name": "adamw8bit"}}):
-        preflight.examine(make_config(**settings))
-    modules = preflight.examine(make_config()).weights
+        preflight.check_run(make_config(**settings))
+    modules = preflight.check_run(make_config()).weights
     assert modules is not None
     trained = 4 * sum(sum(modules.shape.linears[name]) for name in modules.modules)
     checkpoints, exports = 3 * trained * (4 + 8), (8 + 2) * trained * 4
@@ -286,10 +288,10 @@ def test_a_disk_that_is_too_small_is_refused(make_config, monkeypatch: pytest.Mo
     for free, is_enough in ((needed[0], True), (needed[0] - 1, False)):
         monkeypatch.setattr(files.shutil, "disk_usage", lambda path, free=free: type("Usage", (), {"free": free}))
         if is_enough:
-            preflight.examine(make_config())
+            preflight.check_run(make_config())
         else:
             with pytest.raises(DiskError, match=r"checkpoints and exports need .* lower save\.keep") as error:
-                train(make_config(), fresh=False)
+                run_training(make_config(), fresh=False)
             assert error.value.exit_code == 7 and not folder(make_config()).exists()
 
 
@@ -304,12 +306,12 @@ def test_a_disk_that_is_too_small_for_the_caches_is_refused_before_anything_is_e
             asked.append((folder, needed_bytes))
             raise DiskError(Problem(str(folder), "full"))
 
-    monkeypatch.setattr(files, "require_space", full)
-    monkeypatch.setattr("zimage_train.dataset.encode.picture_encoder", pytest.fail)
+    monkeypatch.setattr(files, "require_free_space", full)
+    monkeypatch.setattr("zimage_train.dataset.encode.image_encoder", pytest.fail)
     config = make_config(cache={"folder": str(tmp_path / "new")})
     with pytest.raises(DiskError):
-        train(config, fresh=False)
-    sizes = {(item.picture.path, item.size) for item in preflight.examine(config).items}
+        run_training(config, fresh=False)
+    sizes = {(item.picture.path, item.size) for item in preflight.check_run(config).items}
     latents = sum(4 * 16 * (size.width // 8) * (size.height // 8) for _, size in sizes)
     assert asked == [(tmp_path / "new", latents)]
 
@@ -323,9 +325,9 @@ def test_too_little_space_is_refused_with_both_numbers(tmp_path: Path, monkeypat
         return type("Usage", (), {"free": 2_000_000_000})
 
     monkeypatch.setattr(files.shutil, "disk_usage", usage)
-    files.require_space(tmp_path / "a" / "b", 2_000_000_000, "checkpoints")
+    files.require_free_space(tmp_path / "a" / "b", 2_000_000_000, "checkpoints")
     with pytest.raises(DiskError) as caught:
-        files.require_space(tmp_path / "a" / "b", 2_500_000_000, "checkpoints")
+        files.require_free_space(tmp_path / "a" / "b", 2_500_000_000, "checkpoints")
     assert str(caught.value).startswith(
         f"{tmp_path / 'a' / 'b'}: 2.00 GB free, checkpoints need 2.50 GB; free some space"
     )
@@ -345,13 +347,13 @@ def test_a_clock_that_jumps_back_changes_neither_order_nor_durations(make_config
         patch.setattr(time, "time", earlier_each_time)
         stop_after(patch, 2)
         with pytest.raises(Stopped):
-            train(config, fresh=False)
+            run_training(config, fresh=False)
     assert len(asked) > 1
     for step, moment in ((1, 2_000_000_000), (2, 1_000_000_000)):
         os.utime(folder(config) / "checkpoints" / f"step-{step:06d}.safetensors", (moment, moment))
-    train(config, fresh=False)
+    run_training(config, fresh=False)
     assert facts(config)["starts"] == [0, 2]
-    seconds = [record["seconds"] for record in read(folder(config) / "metrics.jsonl")]
+    seconds = [record["seconds"] for record in read_records(folder(config) / "metrics.jsonl")]
     assert len(seconds) == 3 and all(0 < one < 60 for one in seconds)
 
 
@@ -366,7 +368,7 @@ def test_a_run_asks_no_network(make_config, no_network: list, monkeypatch):
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     config = make_config(train={"steps": 2}, sample=PREVIEWED, log={"tensorboard": True})
-    train(config, fresh=False)
+    run_training(config, fresh=False)
     assert (folder(config) / "samples" / "000002-00.png").exists()
     assert (no_network, names) == ([], [])
     with pytest.raises(AssertionError, match="connection to"), socket.socket() as unwanted:
@@ -426,15 +428,15 @@ def test_detection_of_what_is_loaded_can_fail(tmp_path: Path):
 def test_steps_leave_neither_memory_nor_threads_behind(make_config, monkeypatch):
     """64. After 120 steps a run holds no more memory and no more threads than after 40."""
     held: list[tuple[int, int]] = []
-    original = loop.report
+    original = loop.log_step
 
     def report(*args) -> None:
         original(*args)
         pages = int(Path("/proc/self/statm").read_text().split()[1])
         held.append((pages * os.sysconf("SC_PAGE_SIZE"), threading.active_count()))
 
-    monkeypatch.setattr(loop, "report", report)
-    train(make_config(train={"steps": 120, "batch_size": 1}), fresh=False)
+    monkeypatch.setattr(loop, "log_step", report)
+    run_training(make_config(train={"steps": 120, "batch_size": 1}), fresh=False)
     assert len(held) == 120
     early, late = (max(one[0] for one in part) for part in (held[40:60], held[100:]))
     assert late - early < 500_000
@@ -445,7 +447,7 @@ def test_without_a_gpu_the_published_model_is_refused_before_it_is_fetched(make_
     """65. Without a GPU, or with a torch that does not know it, the full model is refused before it is fetched."""
     monkeypatch.setattr("zimage_train.commands.train.download", pytest.fail)
     with pytest.raises(ConfigError, match=r"device: no GPU was found, and 6.2 billion parameters"):
-        train(make_config(model={"path": None, "adapter": None}), fresh=False)
+        run_training(make_config(model={"path": None, "adapter": None}), fresh=False)
 
 
 def test_a_gpu_without_bf16_is_refused(monkeypatch):
@@ -454,6 +456,6 @@ def test_a_gpu_without_bf16_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Old Card")
     gpu, shape = torch.device("cuda"), TransformerShape()
     with pytest.raises(ConfigError, match=r"model\.dtype: Old Card has no bf16; an RTX 30 series") as error:
-        accelerator.require(gpu, shape, "bf16")
+        accelerator.require_device(gpu, shape, "bf16")
     assert error.value.exit_code == 2
-    accelerator.require(gpu, shape, "fp32")
+    accelerator.require_device(gpu, shape, "fp32")

@@ -15,10 +15,10 @@ from zimage_train.cli.interruptible import Interruptible
 from zimage_train.cli.lora import lora_commands
 from zimage_train.cli.prepare import start_commands
 from zimage_train.cli.sampling import draw_commands
-from zimage_train.compat.aitoolkit.convert import read_any
+from zimage_train.compat.aitoolkit.convert import read_config_or_job
 from zimage_train.config.schema import Config
 from zimage_train.errors import ConfigError, DiskError, Problem, ZImageTrainError
-from zimage_train.report.printing import FOR_MACHINES, as_event, note, print_lines, print_raw, silence
+from zimage_train.report.printing import JSON_OUTPUT, as_event, discard_stdout, print_lines, print_notes, print_raw
 
 app = typer.Typer(
     cls=Interruptible,
@@ -62,7 +62,7 @@ def train(
 ) -> None:
     """Train a LoRA; the same command continues a run that was stopped."""
     settings = _read(config, set_)
-    from zimage_train.commands.train import train as run
+    from zimage_train.commands.train import run_training as run
 
     run(settings, fresh, tuple(allow or ()))
 
@@ -82,10 +82,10 @@ def sweep(
 
     The same command continues a sweep that was stopped; values that are added later join what is there.
     """
-    from zimage_train.commands.sweep_values import variations
+    from zimage_train.commands.sweep_values import make_sweep_runs
 
-    runs = variations(config, set_ or [], vary)
-    from zimage_train.commands.sweep import sweep as run_all
+    runs = make_sweep_runs(config, set_ or [], vary)
+    from zimage_train.commands.sweep import run_sweep as run_all
 
     run_all(runs, fresh, tuple(allow or ()))
 
@@ -114,19 +114,19 @@ def check(
     from zimage_train.report.console import Console
 
     hourly = None if price is None else checking.parse_price(price)
-    console = Console.aside()
+    console = Console.progress_only()
     if quarantine:
         print_lines(move_rejected(settings))
-    with console.live():
-        checked = preflight.examine(settings, cached_only, console.tick)
-    print_lines(checking.report(checked, gpu, hourly))
+    with console.live_progress():
+        checked = preflight.check_run(settings, cached_only, console.progress)
+    print_lines(checking.check_report(checked, gpu, hourly))
 
 
 @app.command()
 def cache(config: ConfigPath, set_: Overrides = None) -> None:
     """Encode pictures and captions into the caches, and do nothing else."""
     settings = _read(config, set_)
-    from zimage_train.commands.train import cache as fill
+    from zimage_train.commands.train import fill_run_caches as fill
 
     fill(settings)
 
@@ -144,9 +144,9 @@ def timesteps(
     from zimage_train.commands import timesteps as describing
 
     if as_json:
-        print_raw(json.dumps(describing.describe(settings)))
+        print_raw(json.dumps(describing.describe_timesteps(settings)))
     else:
-        print_lines(describing.picture(settings))
+        print_lines(describing.density_chart(settings))
 
 
 @app.callback(invoke_without_command=True)
@@ -156,7 +156,7 @@ def top(
         bool, typer.Option("--json", help="Before a command: each line that it prints is a JSON object.")
     ] = False,
 ) -> None:
-    FOR_MACHINES.set(for_machines)
+    JSON_OUTPUT.set(for_machines)
     if version:
         print_lines([f"zimage-train {__version__}"])
         raise typer.Exit
@@ -169,7 +169,7 @@ def main() -> None:
             stream.reconfigure(errors="backslashreplace")  # what a terminal cannot show must not end a run
     try:
         if sys.argv[1:2] == ["--json"]:
-            FOR_MACHINES.set(True)  # before there is a command that could say so
+            JSON_OUTPUT.set(True)  # before there is a command that could say so
             sys.exit(app(standalone_mode=False) or 0)
         app()
     except UsageError as error:
@@ -180,14 +180,14 @@ def main() -> None:
         if error.errno == errno.ENAMETOOLONG:
             _fail(ConfigError(Problem(str(error.filename)[:60] + "...", "is too long for a path", "check the path")))
         if error.filename is None and error.errno in (errno.ENOSPC, errno.EPIPE, errno.EIO):
-            silence()
+            discard_stdout()
             _fail(DiskError(Problem("standard output", f"cannot be written ({error.strerror})")))
         raise
 
 
 def _read(path: Path, overrides: list[str] | None) -> Config:
-    settings, notes = read_any(path, overrides or [])
-    note(notes)
+    settings, notes = read_config_or_job(path, overrides or [])
+    print_notes(notes)
     return settings
 
 
@@ -196,8 +196,8 @@ def _fail(error: ZImageTrainError) -> NoReturn:
     with contextlib.suppress(OSError, AttributeError):  # nobody has to listen
         for one in error.problems:
             text = f"process {rank}: {one}" if rank != "0" else str(one)
-            event = as_event("error", where=one.where, found=one.what, todo=one.todo, exit_code=error.exit_code)
-            print(event if FOR_MACHINES.get() else text, file=sys.stderr)
+            event = as_event("error", where=one.location, found=one.message, todo=one.hint, exit_code=error.exit_code)
+            print(event if JSON_OUTPUT.get() else text, file=sys.stderr)
     sys.exit(error.exit_code)
 
 

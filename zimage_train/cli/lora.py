@@ -9,7 +9,7 @@ from zimage_train.errors import ConfigError, Problem
 from zimage_train.report.printing import print_lines
 
 if TYPE_CHECKING:
-    from zimage_train.commands.lora_edit import Output
+    from zimage_train.commands.lora_edit import OutputFile
 
 lora_commands = typer.Typer(
     help="Look into LoRA files, and make new ones of them.", no_args_is_help=True, rich_markup_mode=None
@@ -63,7 +63,7 @@ def verify(
     """Prove that diffusers and ComfyUI load all of a LoRA, and the same change."""
     from zimage_train.commands import lora
 
-    print_lines(lora.verify(file, model))
+    print_lines(lora.verify_file(file, model))
 
 
 @lora_commands.command()
@@ -71,7 +71,7 @@ def inspect(file: LoraPath, picture: Picture = None) -> None:
     """Show layout, rank, alpha, modules, how much each of them changes, and metadata."""
     from zimage_train.commands import lora
 
-    print_lines(lora.inspect(file, picture))
+    print_lines(lora.inspect_file(file, picture))
 
 
 @lora_commands.command()
@@ -83,7 +83,7 @@ def diff(
     """Compare what two LoRAs change: how far apart they are, and whether in the same direction."""
     from zimage_train.commands import lora
 
-    print_lines(lora.diff(file, other, picture))
+    print_lines(lora.diff_files(file, other, picture))
 
 
 @lora_commands.command()
@@ -144,12 +144,12 @@ def merge(
     from zimage_train.commands import lora_args as given
     from zimage_train.commands import lora_merge as merging
 
-    ratios = [given.parse(text, "merge", is_weight_needed=True) for text in files]
+    ratios = [given.parse_weighted_lora(text, "merge", is_weight_needed=True) for text in files]
     number = None if rank is None else _rank(rank)
     kept = _energy(rank or "", energy)
     way = merging.method_of(method, density, seed, number, kept if rank == "auto" else None)
     target = _output(output, dtype, force, dry_run)
-    print_lines(merging.merge(ratios, scale or [], way, normalize, target))
+    print_lines(merging.merge_files(ratios, scale or [], way, normalize, target))
 
 
 @lora_commands.command()
@@ -164,7 +164,7 @@ def resize(
     """Bring a LoRA to a lower rank: the best approximation of each change, and how much of it is kept."""
     from zimage_train.commands import lora_edit as workbench
 
-    print_lines(workbench.resize(file, _rank(rank), _energy(rank, energy), workbench.Output(output, dtype, force)))
+    print_lines(workbench.resize(file, _rank(rank), _energy(rank, energy), workbench.OutputFile(output, dtype, force)))
 
 
 @lora_commands.command()
@@ -192,7 +192,7 @@ def ema(
     from zimage_train.commands import lora_edit as workbench
 
     length = decay if decay is not None or sigma_rel is not None else 0.999
-    output_ = workbench.Output(output, dtype, force)
+    output_ = workbench.OutputFile(output, dtype, force)
     print_lines(workbench.ema(workbench.saves(saves), length, sigma_rel, output_))
 
 
@@ -213,7 +213,7 @@ def convert(
     """
     from zimage_train.commands import lora_edit as workbench
 
-    print_lines(workbench.convert(file, to, workbench.Output(output, dtype, force)))
+    print_lines(workbench.convert(file, to, workbench.OutputFile(output, dtype, force)))
 
 
 @lora_commands.command()
@@ -230,8 +230,8 @@ def extract(
     from zimage_train.commands import lora_bake as checkpoints
     from zimage_train.commands import lora_edit as workbench
 
-    output_ = workbench.Output(output, dtype, force)
-    print_lines(checkpoints.extract(tuned, base, _rank(rank), _energy(rank, energy), output_))
+    output_ = workbench.OutputFile(output, dtype, force)
+    print_lines(checkpoints.extract_command(tuned, base, _rank(rank), _energy(rank, energy), output_))
 
 
 @lora_commands.command()
@@ -251,18 +251,20 @@ def bake(
     from zimage_train.commands import lora_args as given
     from zimage_train.commands import lora_bake as checkpoints
 
-    print_lines(checkpoints.bake(model, [given.parse(text) for text in lora], to, dtype, output, force))
+    print_lines(
+        checkpoints.bake_command(model, [given.parse_weighted_lora(text) for text in lora], to, dtype, output, force)
+    )
 
 
-def _output(path: Path | None, dtype: str, force: bool, dry_run: bool) -> "Output | None":
+def _output(path: Path | None, dtype: str, force: bool, dry_run: bool) -> "OutputFile | None":
     """Where to write; None: nowhere."""
-    from zimage_train.commands.lora_edit import Output
+    from zimage_train.commands.lora_edit import OutputFile
 
     if dry_run and path is not None:
         raise ConfigError(Problem("--dry-run", "is given beside -o", "leave one out"))
     if path is None and not dry_run:
         raise ConfigError(Problem("-o", "is missing", "say where to write, or give --dry-run to only look"))
-    return None if path is None else Output(path, dtype, force)
+    return None if path is None else OutputFile(path, dtype, force)
 
 
 def _energy(rank: str, energy: float | None) -> float:

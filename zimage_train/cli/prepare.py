@@ -7,13 +7,13 @@ from typing import Annotated
 
 import typer
 
-from zimage_train.compat.aitoolkit.convert import read_only_job, written
-from zimage_train.config.templates import BASES, KINDS
-from zimage_train.dataset.caption_prompts import STYLES
+from zimage_train.compat.aitoolkit.convert import read_only_job, write_config
+from zimage_train.config.templates import MODEL_TEMPLATES, SUBJECT_KINDS
+from zimage_train.dataset.caption_prompts import CAPTION_STYLES
 from zimage_train.errors import ConfigError, Problem
 from zimage_train.io import atomic as files
-from zimage_train.planning.gpus import CARDS
-from zimage_train.report.printing import FOR_MACHINES, note, print_lines
+from zimage_train.planning.gpus import GPU_SPECS
+from zimage_train.report.printing import JSON_OUTPUT, print_lines, print_notes
 
 start_commands = typer.Typer(rich_markup_mode=None)
 
@@ -26,8 +26,10 @@ FolderPath = Annotated[Path, typer.Argument(metavar="FOLDER", help="The pictures
 @start_commands.command()
 def init(
     folder: FolderPath,
-    kind: Annotated[str | None, typer.Option("--kind", help=f"{', '.join(KINDS)}.", show_default=False)] = None,
-    variant: Annotated[str | None, typer.Option("--variant", help=f"{', '.join(BASES)}.", show_default=False)] = None,
+    kind: Annotated[str | None, typer.Option("--kind", help=f"{', '.join(SUBJECT_KINDS)}.", show_default=False)] = None,
+    variant: Annotated[
+        str | None, typer.Option("--variant", help=f"{', '.join(MODEL_TEMPLATES)}.", show_default=False)
+    ] = None,
     trigger: Annotated[
         str | None, typer.Option("--trigger", help="The word that comes to mean what is taught.", show_default=False)
     ] = None,
@@ -47,7 +49,7 @@ def init(
     """Look at a folder of pictures, and write a config for it with the reasons beside each setting."""
     problems = [
         Problem(option, f"is {value!r}", f"give one of {', '.join(known)}")
-        for option, value, known in (("--kind", kind, KINDS), ("--variant", variant, BASES))
+        for option, value, known in (("--kind", kind, SUBJECT_KINDS), ("--variant", variant, MODEL_TEMPLATES))
         if value is not None and value not in known
     ]
     if miniature:
@@ -64,25 +66,25 @@ def init(
     if problems:
         raise ConfigError(*problems)
     if gpu is not None:
-        cards.named(gpu)
+        cards.get_gpu(gpu)
     run = name or starting.name_of(folder, output)
     path = output or Path(f"{run}.yaml")
     starting.require_place(path, force)
-    console = Console.aside()
-    with console.live():
-        seen = starting.look(folder, console.tick)
-    print_lines([*starting.describe(seen), ""])
-    asks = not yes and not FOR_MACHINES.get() and sys.stdin is not None and sys.stdin.isatty()
-    kind = kind or (_asked("What do they show?", list(KINDS)) if asks else "character")
-    variant = variant or (_asked("Which model?", list(BASES)) if asks and not miniature else "turbo")
-    usual = starting.likely_trigger(seen.captions, seen.kohya) or KINDS[kind].trigger
+    console = Console.progress_only()
+    with console.live_progress():
+        seen = starting.summarize_folder(folder, console.progress)
+    print_lines([*starting.describe_folder(seen), ""])
+    asks = not yes and not JSON_OUTPUT.get() and sys.stdin is not None and sys.stdin.isatty()
+    kind = kind or (_asked("What do they show?", list(SUBJECT_KINDS)) if asks else "character")
+    variant = variant or (_asked("Which model?", list(MODEL_TEMPLATES)) if asks and not miniature else "turbo")
+    usual = starting.likely_trigger(seen.captions, seen.kohya) or SUBJECT_KINDS[kind].trigger
     trigger = trigger or (_asked_trigger(usual) if asks else usual)
-    if asks and not miniature and gpu is None and starting.card_here() is None:
-        gpu = _asked("Which card will train?", ["4090", *(card for card in CARDS if card != "4090")])
+    if asks and not miniature and gpu is None and starting.local_gpu() is None:
+        gpu = _asked("Which card will train?", ["4090", *(card for card in GPU_SPECS if card != "4090")])
     answers = starting.Answers(kind, variant, trigger, gpu)
-    own = starting.particulars(seen, answers, run, miniature)
-    said = starting.advise(seen, answers.kind, miniature) + ([] if asks else [f"trigger: {trigger}"])
-    print_lines([*said, *starting.write(path, own, answers, seen.problems)])
+    own = starting.template_values_for(seen, answers, run, miniature)
+    said = starting.advise_for(seen, answers.kind, miniature) + ([] if asks else [f"trigger: {trigger}"])
+    print_lines([*said, *starting.write_config_file(path, own, answers, seen.problems)])
 
 
 @start_commands.command()
@@ -91,9 +93,10 @@ def caption(
     model: Annotated[
         str, typer.Option("--model", help="A vision-language model: a folder, or its name on the hub.")
     ] = CAPTIONER,
-    style: Annotated[str, typer.Option("--style", help=f"{', '.join(STYLES)}.")] = "sentences",
+    style: Annotated[str, typer.Option("--style", help=f"{', '.join(CAPTION_STYLES)}.")] = "sentences",
     kind: Annotated[
-        str | None, typer.Option("--kind", help=f"{', '.join(KINDS)}: captions leave out what is to be learned.")
+        str | None,
+        typer.Option("--kind", help=f"{', '.join(SUBJECT_KINDS)}: captions leave out what is to be learned."),
     ] = None,
     trigger: Annotated[
         str | None, typer.Option("--trigger", help="A word that every caption shall have; training adds its own.")
@@ -107,7 +110,7 @@ def caption(
     """Describe every picture that has no caption, with a model on this machine; the same command goes on."""
     problems = [
         Problem(option, f"is {value!r}", f"give one of {', '.join(known)}")
-        for option, value, known in (("--kind", kind, KINDS), ("--style", style, STYLES))
+        for option, value, known in (("--kind", kind, SUBJECT_KINDS), ("--style", style, CAPTION_STYLES))
         if value is not None and value not in known
     ]
     for option, value in (("--trigger", trigger), ("--instruction", instruction)):
@@ -125,8 +128,8 @@ def caption(
     from zimage_train.commands import caption as captioning
     from zimage_train.report.console import Console
 
-    wanted = captioning.Wanted(model, style, kind, trigger and trigger.strip(), instruction, extension, force)
-    print_lines(captioning.caption(folder, wanted, Console()))
+    wanted = captioning.CaptionOptions(model, style, kind, trigger and trigger.strip(), instruction, extension, force)
+    print_lines(captioning.caption_folder(folder, wanted, Console()))
 
 
 @start_commands.command()
@@ -134,7 +137,7 @@ def doctor() -> None:
     """Say whether this machine can train, what is in the way, and what to do; asks nobody on the network."""
     from zimage_train.commands import doctor as examining
 
-    lines, can_train = examining.report(examining.gather())
+    lines, can_train = examining.doctor_report(examining.gather_facts())
     print_lines(lines)
     if not can_train:
         raise typer.Exit(2)
@@ -155,18 +158,18 @@ def download(
 
     Says first how much it is; goes on where it was stopped. For a machine without a GPU that fills a shared disk.
     """
-    from zimage_train.compat.aitoolkit.convert import read_any
-    from zimage_train.config.schema import Model
+    from zimage_train.compat.aitoolkit.convert import read_config_or_job
+    from zimage_train.config.schema import ModelSettings
 
-    if config in BASES and set_:
+    if config in MODEL_TEMPLATES and set_:
         raise ConfigError(Problem("--set", f"is given beside {config}", "give a config"))
-    settings = None if config in BASES else read_any(Path(config), set_ or [])[0]
+    settings = None if config in MODEL_TEMPLATES else read_config_or_job(Path(config), set_ or [])[0]
     from zimage_train.commands import download as downloading
     from zimage_train.report.console import Console
 
-    model = settings.model if settings else Model.model_validate({"variant": config})
-    also = settings.sample.also if settings else None
-    print_lines(downloading.download(model, also, Console(), wait))
+    model = settings.model if settings else ModelSettings.model_validate({"variant": config})
+    also = settings.sample.compare_on if settings else None
+    print_lines(downloading.download_models(model, also, Console(), wait))
 
 
 @start_commands.command("import")
@@ -186,8 +189,8 @@ def import_(
         raise ConfigError(Problem(str(output), "exists", "give another name, or --force"))
     if output is not None and output.exists() and output.samefile(job):
         raise ConfigError(Problem(str(output), "is the job itself", "give another name"))
-    text = written(settings, notes, job)
-    note(notes)
+    text = write_config(settings, notes, job)
+    print_notes(notes)
     if output is None:
         print_lines([text.rstrip()])
     else:

@@ -5,11 +5,11 @@ from typing import Annotated
 
 import typer
 
-from zimage_train.config.schema import Model
+from zimage_train.config.schema import ModelSettings
 from zimage_train.config.variants import VARIANTS
-from zimage_train.diffusion.prompts import read as read_prompts
+from zimage_train.diffusion.prompts import read_prompt_file as read_prompts
 from zimage_train.errors import ConfigError, Problem
-from zimage_train.report.printing import note, print_lines
+from zimage_train.report.printing import print_lines, print_notes
 
 draw_commands = typer.Typer()
 
@@ -80,15 +80,15 @@ def sample(
     from zimage_train.commands import lora_args as given
     from zimage_train.commands import sample as sampling
 
-    asked = sampling.Asked(negative, seed, width, height, steps, guidance, count)
-    wishes = [*map(sampling.Wish, prompt or []), *(read_prompts(prompts) if prompts else [])]
-    recipes = sampling.recipes_of(asked, from_) if from_ else sampling.recipes_for(asked, settings, wishes)
+    asked = sampling.SamplingOptions(negative, seed, width, height, steps, guidance, count)
+    wishes = [*map(sampling.PromptSpec, prompt or []), *(read_prompts(prompts) if prompts else [])]
+    recipes = sampling.requests_of(asked, from_) if from_ else sampling.requests_for(asked, settings, wishes)
     if from_:
         print_lines(sampling.said_of(from_))
     if negative and not any(recipe.guidance > 0 for recipe in recipes):
-        note(["--negative is not used at guidance 0, which is Turbo's own; give --guidance"])
-    loras, room = [given.parse(text) for text in lora or []], sampling.Room(batch, budget_gb)
-    sampling.sample(settings, loras, recipes, room, output)
+        print_notes(["--negative is not used at guidance 0, which is Turbo's own; give --guidance"])
+    loras, room = [given.parse_weighted_lora(text) for text in lora or []], sampling.BatchLimit(batch, budget_gb)
+    sampling.sample_images(settings, loras, recipes, room, output)
 
 
 @draw_commands.command()
@@ -136,7 +136,7 @@ def compare(
     if not prompt and not given and not has_files:
         from zimage_train.commands import compare as comparing
 
-        print_lines(comparing.compare(inputs, by, output))
+        print_lines(comparing.compare_runs(inputs, by, output))
         return
     problems = _size_problems(width, height)
     if not prompt:
@@ -145,10 +145,10 @@ def compare(
     models = _models(model or ["turbo"], "--model", variant, extras, dtype, problems)
     from zimage_train.commands import draw
 
-    asked = draw.Asked(negative, seed, width, height, None, None)
+    asked = draw.SamplingOptions(negative, seed, width, height, None, None)
     strengths, samplings = draw.parse_strengths(strength or "0,1"), draw.parse_samplings(sampling) if sampling else []
-    wanted = draw.Wanted(models, draw.lora_files(inputs), strengths, samplings, prompt or [], asked)
-    print_lines(draw.draw(wanted, by, output))
+    wanted = draw.GridSpec(models, draw.lora_files(inputs), strengths, samplings, prompt or [], asked)
+    print_lines(draw.draw_grid(wanted, by, output))
 
 
 @draw_commands.command()
@@ -179,9 +179,11 @@ def drift(
     from zimage_train.commands import lora_args as given
     from zimage_train.commands import sample
 
-    asked = sample.Asked(None, seed, width, height, None, None)
-    wishes = [*map(sample.Wish, prompt or []), *(read_prompts(prompts) if prompts else [])]
-    print_lines(measuring.drift(settings, [given.parse(text) for text in lora], wishes, asked, output))
+    asked = sample.SamplingOptions(None, seed, width, height, None, None)
+    wishes = [*map(sample.PromptSpec, prompt or []), *(read_prompts(prompts) if prompts else [])]
+    print_lines(
+        measuring.drift_report(settings, [given.parse_weighted_lora(text) for text in lora], wishes, asked, output)
+    )
 
 
 def _size_problems(width: int | None, height: int | None) -> list[Problem]:
@@ -195,7 +197,7 @@ def _size_problems(width: int | None, height: int | None) -> list[Problem]:
 
 def _models(
     names: list[str], where: str, variant: str, extras: str | None, dtype: str, problems: list[Problem]
-) -> list[Model]:
+) -> list[ModelSettings]:
     """The models of these names, as options beside them describe them.
 
     Raises:
@@ -213,7 +215,7 @@ def _models(
     if found:
         raise ConfigError(*found)
     return [
-        Model.model_validate(
+        ModelSettings.model_validate(
             {
                 "variant": name if name in VARIANTS else variant,
                 "path": None if name in VARIANTS else name,

@@ -5,14 +5,14 @@ from pathlib import Path
 
 import torch
 
-from zimage_train.config.dataset import Data
+from zimage_train.config.dataset import DataEntry
 from zimage_train.dataset import caption_prompts as describing
 from zimage_train.dataset import images
 from zimage_train.dataset import scan as folders
-from zimage_train.dataset.scan import Picture
+from zimage_train.dataset.scan import ImageRecord
 from zimage_train.errors import ConfigError, DataError, Problem, ZImageTrainError, raise_all
 from zimage_train.io import atomic as files
-from zimage_train.io.units import in_words
+from zimage_train.io.units import format_bytes
 from zimage_train.models import captioner as vision
 from zimage_train.models import locate as sources
 from zimage_train.planning import devices as accelerator
@@ -25,7 +25,7 @@ BESIDE_WEIGHTS = 1.15
 
 
 @dataclass(frozen=True)
-class Wanted:
+class CaptionOptions:
     """Which captions to write."""
 
     model: str
@@ -39,32 +39,34 @@ class Wanted:
     force: bool
 
 
-def caption(folder: Path, wanted: Wanted, console: Console) -> list[str]:
+def caption_folder(folder: Path, wanted: CaptionOptions, console: Console) -> list[str]:
     """Describe every picture of `folder` that has no caption, and write each text as soon as it is there.
 
     Raises:
         DataError: pictures that cannot be read or described; the others have their captions by then.
         WeightsError, ConfigError: the model cannot be had, or does not fit.
     """
-    with console.live():
+    with console.live_progress():
         # Placeholders in captions that are there stand for any trigger.
-        entry = Data(folder=str(folder), caption_ext=wanted.extension, trigger=wanted.trigger or "any")
-        scan = folders.scan(entry, "data.0", tick=console.tick)
+        entry = DataEntry(folder=str(folder), caption_ext=wanted.extension, trigger=wanted.trigger or "any")
+        scan = folders.scan_entry(entry, "data.0", tick=console.progress)
     errors = list(scan.errors)
     todo = _to_caption(scan.pictures, wanted, errors)
-    kept = sum(bool(picture.own) for picture in scan.pictures)
+    kept = sum(bool(picture.raw_captions) for picture in scan.pictures)
     if kept and not wanted.force:
-        console.say(f"{kept} of {len(scan.pictures)} pictures have a caption, which stays; --force writes over it")
+        console.info(f"{kept} of {len(scan.pictures)} pictures have a caption, which stays; --force writes over it")
     written = _write(todo, wanted, console, errors) if todo else 0
     if errors:
-        console.say(f"{written} captions written")
+        console.info(f"{written} captions written")
         raise_all(errors)
     return [f"{written} captions written to {folder}" + ("; read them: what they say is learned" if written else "")]
 
 
-def _to_caption(pictures: list[Picture], wanted: Wanted, errors: list[ZImageTrainError]) -> list[tuple[Path, Path]]:
+def _to_caption(
+    pictures: list[ImageRecord], wanted: CaptionOptions, errors: list[ZImageTrainError]
+) -> list[tuple[Path, Path]]:
     """(Picture, its caption file) of those that get one."""
-    by_file: dict[Path, list[Picture]] = {}
+    by_file: dict[Path, list[ImageRecord]] = {}
     for picture in pictures:
         by_file.setdefault(picture.path.with_name(picture.path.stem + wanted.extension), []).append(picture)
     todo = []
@@ -82,39 +84,41 @@ def _holds_something(file: Path) -> bool:
     return file.exists() and (not file.is_file() or file.read_bytes().strip() != b"")
 
 
-def _write(todo: list[tuple[Path, Path]], wanted: Wanted, console: Console, errors: list[ZImageTrainError]) -> int:
+def _write(
+    todo: list[tuple[Path, Path]], wanted: CaptionOptions, console: Console, errors: list[ZImageTrainError]
+) -> int:
     """Caption all of `todo`; how many it were."""
     model = _load(wanted.model, console)
-    asked = wanted.instruction or describing.instruction(wanted.style, wanted.kind, wanted.trigger)
+    asked = wanted.instruction or describing.caption_instruction(wanted.style, wanted.kind, wanted.trigger)
     written = 0
-    with accelerator.explained_out_of_memory(SMALLER), console.live():
+    with accelerator.explained_out_of_memory(SMALLER), console.live_progress():
         for number, (picture, file) in enumerate(todo, 1):
             text = _described(model, asked, picture, wanted)
             if text:
                 files.write_text(file, text + "\n")
-                console.say(f"{picture.name}: {text}")
+                console.info(f"{picture.name}: {text}")
                 written += 1
             else:
                 what, advice = "the model says nothing of it", "write its caption, or give another --model"
                 errors.append(DataError(Problem(str(picture), what, advice)))
-            console.tick("captions", number, len(todo), picture.name)
+            console.progress("captions", number, len(todo), picture.name)
     return written
 
 
-def _load(name: str, console: Console) -> vision.VisionModel:
+def _load(name: str, console: Console) -> vision.CaptionModel:
     folder = sources.repository(name, "--model", PATTERNS)
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     has_gpu = torch.accelerator.is_available()  # the other question answers for the build of torch, not the machine
     device = (torch.accelerator.current_accelerator() if has_gpu else None) or torch.device("cpu")
-    room = accelerator.here(device).limit_bytes
+    room = accelerator.device_limits(device).limit_bytes
     if size * BESIDE_WEIGHTS > room:
-        what = f"its weights take {in_words(size)}, and {device.type} has {in_words(room)}"
+        what = f"its weights take {format_bytes(size)}, and {device.type} has {format_bytes(room)}"
         raise ConfigError(Problem(f"--model: {name}", what, SMALLER))
-    console.say(f"reading {name}, {in_words(size)}, on {device.type}")
+    console.info(f"reading {name}, {format_bytes(size)}, on {device.type}")
     return vision.load(folder, device)
 
 
-def _described(model: vision.VisionModel, asked: str, path: Path, wanted: Wanted) -> str:
+def _described(model: vision.CaptionModel, asked: str, path: Path, wanted: CaptionOptions) -> str:
     image = images.load(path, path.read_bytes())
-    answer, is_whole = model.answer(image, asked, describing.STYLES[wanted.style].most_tokens)
-    return describing.tidy(answer, wanted.style, is_whole, wanted.trigger)
+    answer, is_whole = model.answer(image, asked, describing.CAPTION_STYLES[wanted.style].most_tokens)
+    return describing.clean_answer(answer, wanted.style, is_whole, wanted.trigger)

@@ -5,16 +5,16 @@ from pathlib import Path
 
 from zimage_train.dataset import captions
 from zimage_train.dataset.buckets import crop_percent
-from zimage_train.dataset.sample_order import Item, make_plan
+from zimage_train.dataset.sample_order import TrainItem, make_sample_order
 from zimage_train.errors import ConfigError, Problem
 from zimage_train.lora import targets as names
 from zimage_train.planning import costs, forecast
 from zimage_train.planning import pricing as prices
-from zimage_train.planning.preflight import Checked
+from zimage_train.planning.preflight import RunSpec
 from zimage_train.planning.pricing import Prices
 
 
-def report(checked: Checked, gpu: str | None = None, price: float | Prices | None = None) -> list[str]:
+def check_report(checked: RunSpec, gpu: str | None = None, price: float | Prices | None = None) -> list[str]:
     """What `check` prints: data, order, modules, memory, time, cost, notes and warnings.
 
     Raises:
@@ -23,14 +23,20 @@ def report(checked: Checked, gpu: str | None = None, price: float | Prices | Non
     config = checked.config
     verdict = "no problems found" if forecast.fits(checked, gpu) else "does not fit the memory planned for, see below"
     lines = [f"{config.name}: {verdict}", "", *_table(checked)]
-    plan = make_plan(config, checked.items)
-    per_step = max(entry.batch_size or config.train.batch_size for entry in config.data) * config.train.accumulate
+    plan = make_sample_order(config, checked.items)
+    per_step = (
+        max(entry.batch_size or config.train.batch_size for entry in config.data) * config.train.grad_accumulation
+    )
     epochs = config.train.steps / plan.steps_per_epoch
-    of_class = len(plan.items) - len(plan.own.items)
-    beside = f"; beside them {of_class} of regularisation, in {plan.share:.0%} of the passes" if of_class else ""
+    of_class = len(plan.items) - len(plan.concept.items)
+    beside = (
+        f"; beside them {of_class} of regularization, in {plan.effective_regularization_share:.0%} of the passes"
+        if of_class
+        else ""
+    )
     lines += [
         "",
-        f"{len(plan.own.items)} samples an epoch, {plan.steps_per_epoch:.1f} steps an epoch, "
+        f"{len(plan.concept.items)} samples an epoch, {plan.steps_per_epoch:.1f} steps an epoch, "
         f"{config.train.steps} steps of up to {per_step} samples = {epochs:.1f} epochs{beside}",
     ]
     if any(captions.has_tags(entry) for entry in config.data):
@@ -39,11 +45,11 @@ def report(checked: Checked, gpu: str | None = None, price: float | Prices | Non
         weights = checked.weights
         groups = ", ".join(f"{name} {count}" for name, count in names.count_by_group(weights.modules).items())
         lines.append(f"LoRA of rank {config.lora.rank} on {len(weights.modules)} modules ({groups})")
-        if weights.sources.adapter is not None:
+        if weights.paths.adapter is not None:
             lines.append(f"adapter fits {weights.adapter_modules}/{weights.adapter_modules} modules")
-    lines += ["", *forecast.lines(checked, gpu, None if isinstance(price, Prices) else price)]
+    lines += ["", *forecast.forecast_lines(checked, gpu, None if isinstance(price, Prices) else price)]
     if isinstance(price, Prices):
-        lines += ["", *costs.lines(checked, price)]
+        lines += ["", *costs.cost_lines(checked, price)]
     lines += [f"note: {note}" for note in checked.notes]
     lines += [f"warning: {warning}" for warning in checked.warnings]
     return lines
@@ -66,8 +72,8 @@ def parse_price(text: str) -> float | Prices:
     return float(match[1].replace(",", "."))
 
 
-def _table(checked: Checked) -> list[str]:
-    by_picture: dict[tuple[int, Path], list[Item]] = {}
+def _table(checked: RunSpec) -> list[str]:
+    by_picture: dict[tuple[int, Path], list[TrainItem]] = {}
     for item in checked.items:
         if item.repeat == 0 and not item.flip:
             by_picture.setdefault((item.entry, item.picture.path), []).append(item)
@@ -76,7 +82,7 @@ def _table(checked: Checked) -> list[str]:
     return [f"{total} pictures", *lines]
 
 
-def _row(items: list[Item]) -> str:
+def _row(items: list[TrainItem]) -> str:
     picture = items[0].picture
     repeats, others = picture.repeats, len(picture.prompts) - 1
     sizes = ", ".join(

@@ -9,58 +9,58 @@ from pathlib import Path
 from typing import Any
 
 from zimage_train.config import strict_yaml as yaml_reader
-from zimage_train.config.load import flatten
-from zimage_train.config.strict_yaml import YamlProblem
-from zimage_train.diffusion.request import Recipe
-from zimage_train.errors import ConfigError, DataError, Problem, ZImageTrainError, collected, raise_all
+from zimage_train.config.load import flatten_keys
+from zimage_train.config.strict_yaml import YamlError
+from zimage_train.diffusion.request import SamplingRequest
+from zimage_train.errors import ConfigError, DataError, Problem, ZImageTrainError, collect_errors, raise_all
 from zimage_train.io import atomic as files
 from zimage_train.report import comparison
 from zimage_train.report import preview_images as pictures
-from zimage_train.report.comparison import MODEL, PROMPT, STEP, Comparison, Shot, Subject
-from zimage_train.report.metrics import read
-from zimage_train.training.run_dir import RunFolder
+from zimage_train.report.comparison import MODEL, PROMPT, STEP, Comparison, ComparisonImage, Subject
+from zimage_train.report.metrics import read_records
+from zimage_train.training.run_dir import RunDir
 
 RUN = "run"
-OF_A_RUN = ("name", "output", "cache.", "log.")
+OF_A_RUN = ("name", "output_dir", "cache.", "log.")
 """Settings that say where things are, and nothing of how a run trains."""
 
 
 @dataclass(frozen=True)
-class Past:
+class FinishedRun:
     """A run as it lies on disk."""
 
     label: str
-    folder: RunFolder
+    folder: RunDir
     settings: Mapping[str, Any]
     """Its config, flat."""
 
-    def drawn(self) -> dict[int, list[tuple[str, Recipe, Path]]]:
+    def drawn(self) -> dict[int, list[tuple[str, SamplingRequest, Path]]]:
         """Step -> the model, the recipe and the path of each preview, in the order of the prompts."""
-        found: dict[int, list[tuple[str, Recipe, Path]]] = {}
+        found: dict[int, list[tuple[str, SamplingRequest, Path]]] = {}
         own = self.settings.get("model.path") or self.settings.get("model.variant")
-        also = self.settings.get("sample.also")
+        also = self.settings.get("sample.compare_on")
         for model, place in ((own, self.folder.samples), (also, self.folder.samples / "also")):
-            table = pictures.table(place)
+            table = pictures.preview_table(place)
             for step, row in table.rows.items():
                 shown = zip(table.recipes, row, strict=True)
                 found.setdefault(step, []).extend((str(model), recipe, path) for recipe, path in shown if path)
         return found
 
 
-def compare(paths: Sequence[Path], by: str | None, output: Path) -> list[str]:
+def compare_runs(paths: Sequence[Path], by: str | None, output: Path) -> list[str]:
     """Put the previews of the runs at `paths` side by side into the folder `output`; returns what to tell.
 
     Raises:
         ZImageTrainError: what is there is no run, has no previews, or none at a step that another has.
     """
-    files.require_folder(output)
+    files.require_writable_folder(output)
     found = of_runs(opened(paths), by)
     return written(output, found)
 
 
 def written(output: Path, found: Comparison) -> list[str]:
     """Save `found`, and say where it is."""
-    remarks = comparison.save(output, found)
+    remarks = comparison.save_comparison(output, found)
     return [
         *(f"note: {one}" for one in remarks),
         f"grid: {output / comparison.GRID}",
@@ -81,7 +81,7 @@ def run_folders(path: Path) -> list[Path]:
     return found
 
 
-def opened(paths: Sequence[Path]) -> list[Past]:
+def opened(paths: Sequence[Path]) -> list[FinishedRun]:
     """The runs at `paths`, each with a short name.
 
     Raises:
@@ -90,13 +90,13 @@ def opened(paths: Sequence[Path]) -> list[Past]:
     errors: list[ZImageTrainError] = []
     found: dict[Path, Mapping[str, Any]] = {}
     for path in paths:
-        with collected(errors):
+        with collect_errors(errors):
             require_once([*found, *run_folders(path)])
             found |= {folder: settings_of(folder) for folder in run_folders(path)}
     raise_all(errors)
     labels = comparison.short_names(list(found))
     return [
-        Past(label, RunFolder(folder, settings["name"]), settings)
+        FinishedRun(label, RunDir(folder, settings["name"]), settings)
         for label, (folder, settings) in zip(labels, found.items(), strict=True)
     ]
 
@@ -110,11 +110,11 @@ def settings_of(folder: Path) -> Mapping[str, Any]:
     path = folder / "config.yaml"
     try:
         value = yaml_reader.parse(path.read_text(encoding="utf-8")).value
-    except (OSError, UnicodeDecodeError, YamlProblem) as error:
+    except (OSError, UnicodeDecodeError, YamlError) as error:
         raise ConfigError(Problem(str(path), f"cannot be read ({error})", "give another run")) from None
     if not isinstance(value, dict) or not isinstance(value.get("name"), str):
         raise ConfigError(Problem(str(path), "is not the config of a run", "give output/NAME of a run"))
-    return flatten(value)
+    return flatten_keys(value)
 
 
 def require_once(paths: Sequence[Path]) -> None:
@@ -129,7 +129,7 @@ def require_once(paths: Sequence[Path]) -> None:
         raise ConfigError(*(Problem(str(path), "is given twice", "leave one out") for path in twice))
 
 
-def of_runs(runs: Sequence[Past], by: str | None = None) -> Comparison:
+def of_runs(runs: Sequence[FinishedRun], by: str | None = None) -> Comparison:
     """What `runs` drew, at the steps that they share.
 
     Raises:
@@ -150,7 +150,9 @@ def of_runs(runs: Sequence[Past], by: str | None = None) -> Comparison:
         for shot in _shots(run, step, drawn[place].get(step, []), {key: each[place] for key, each in settings.items()})
     ]
     if len({shot.values[MODEL] for shot in shots}) == 1:
-        shots = [Shot(one.path, one.recipe, {k: v for k, v in one.values.items() if k != MODEL}) for one in shots]
+        shots = [
+            ComparisonImage(one.path, one.recipe, {k: v for k, v in one.values.items() if k != MODEL}) for one in shots
+        ]
     axes = list(shots[0].values)
     columns = comparison.axis_named(by, axes) if by else RUN if len(runs) > 1 else STEP
     return Comparison(
@@ -165,16 +167,18 @@ def of_runs(runs: Sequence[Past], by: str | None = None) -> Comparison:
     )
 
 
-def _shots(run: Past, step: int, drawn: list[tuple[str, Recipe, Path]], settings: dict[str, str]) -> Iterator[Shot]:
+def _shots(
+    run: FinishedRun, step: int, drawn: list[tuple[str, SamplingRequest, Path]], settings: dict[str, str]
+) -> Iterator[ComparisonImage]:
     seen: Counter[tuple[str, str]] = Counter()
     for model, recipe, path in drawn:
         seen[model, recipe.prompt] += 1
         number = seen[model, recipe.prompt]  # one prompt may be drawn by several seeds
         prompt = (recipe.prompt or comparison.EMPTY) + (f" ({number})" if number > 1 else "")
-        yield Shot(path, recipe, {RUN: run.label, **settings, MODEL: model, STEP: str(step), PROMPT: prompt})
+        yield ComparisonImage(path, recipe, {RUN: run.label, **settings, MODEL: model, STEP: str(step), PROMPT: prompt})
 
 
-def _rows(columns: str, shots: list[Shot], settings: list[str]) -> list[str]:
+def _rows(columns: str, shots: list[ComparisonImage], settings: list[str]) -> list[str]:
     """The axes that tell pictures of one column apart: runs by their settings where columns are a setting."""
     others = [axis for axis in settings if axis != columns] if columns in settings else [RUN] if columns != RUN else []
     rows = [axis for axis in (PROMPT, *others, MODEL) if axis in shots[0].values and axis != columns]
@@ -182,7 +186,7 @@ def _rows(columns: str, shots: list[Shot], settings: list[str]) -> list[str]:
     return rows if len(places) == len(shots) else [*rows, RUN]  # runs that are alike in every setting
 
 
-def _shared_steps(runs: Sequence[Past], drawn: list[set[int]]) -> tuple[list[int], list[str]]:
+def _shared_steps(runs: Sequence[FinishedRun], drawn: list[set[int]]) -> tuple[list[int], list[str]]:
     """The steps that all runs have previews of, else those that two of them have; and which are left out."""
     counts = Counter(step for steps in drawn for step in steps)
     by_all, by_two = ({step for step in counts if counts[step] >= least} for least in (len(runs), 2))
@@ -214,9 +218,9 @@ def _as_yaml(value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def facts(run: Past) -> dict[str, str]:
+def facts(run: FinishedRun) -> dict[str, str]:
     """What a run came to: loss over the last tenth, seconds a step, and where its LoRA is."""
-    records = [record for record in read(run.folder.metrics) if record["step"] > 0]
+    records = [record for record in read_records(run.folder.metrics) if record["step"] > 0]
     losses = [record["loss"] for record in records if record.get("loss") is not None]
     last = losses[-max(len(losses) // 10, 1) :]
     seconds = [record["seconds"] for record in records if isinstance(record.get("seconds"), int | float)]

@@ -19,7 +19,7 @@ from typing import Literal
 from zimage_train.config.variants import DOWNLOAD_GB
 from zimage_train.errors import DiskError, FolderInUseError
 from zimage_train.io import atomic as files
-from zimage_train.io.units import in_words
+from zimage_train.io.units import format_bytes
 from zimage_train.planning import gpus as cards
 from zimage_train.planning import preflight
 
@@ -33,7 +33,7 @@ HUB_VARIABLES = (
 
 
 @dataclass(frozen=True)
-class Finding:
+class DoctorFinding:
     """One line: how bad it is, what was found, what to do."""
 
     level: Level
@@ -45,7 +45,7 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Gpu:
+class GpuFacts:
     """A card, as torch and the driver see it."""
 
     name: str
@@ -58,7 +58,7 @@ class Gpu:
 
 
 @dataclass(frozen=True)
-class Facts:
+class SystemFacts:
     """What was found out."""
 
     system: str
@@ -73,7 +73,7 @@ class Facts:
     """Of NVIDIA's driver."""
     driver_sees: str | None
     """The card that the driver sees."""
-    gpus: list[Gpu]
+    gpus: list[GpuFacts]
     ram_bytes: int
     free_bytes: dict[str, int]
     """Place -> free space."""
@@ -88,7 +88,7 @@ class Facts:
     environment: dict[str, str] = field(default_factory=dict)
 
 
-def findings(facts: Facts) -> Iterator[Finding]:
+def diagnose(facts: SystemFacts) -> Iterator[DoctorFinding]:
     """What to make of `facts`."""
     yield _platform(facts)
     yield from _packages(facts)
@@ -99,101 +99,101 @@ def findings(facts: Facts) -> Iterator[Finding]:
     yield from _hub(facts)
 
 
-def _platform(facts: Facts) -> Finding:
+def _platform(facts: SystemFacts) -> DoctorFinding:
     where = f"{facts.system} on {facts.machine}, Python {'.'.join(map(str, facts.python))}"
     if facts.python < (3, 11):
-        return Finding("bad", where, "Python 3.11 or newer is needed")
+        return DoctorFinding("bad", where, "Python 3.11 or newer is needed")
     if facts.system in ("Linux", "WSL"):
-        return Finding("ok", where)
+        return DoctorFinding("ok", where)
     todo = "WSL 2 is Linux" if facts.system == "Windows" else "the miniature and drawing are what it is meant for"
-    return Finding("note", f"{where}: nobody has tried this system yet", todo)
+    return DoctorFinding("note", f"{where}: nobody has tried this system yet", todo)
 
 
-def _packages(facts: Facts) -> Iterator[Finding]:
+def _packages(facts: SystemFacts) -> Iterator[DoctorFinding]:
     wrong = {name: one for name, one in facts.packages.items() if not _meets(*one)}
     for name, (version, required) in wrong.items():
         what = f"{name} {version}, and {required} is required" if version else f"{name} is not installed"
-        yield Finding("bad", what, f"pip install '{name}{required}'")
+        yield DoctorFinding("bad", what, f"pip install '{name}{required}'")
     if not wrong:
-        yield Finding("ok", f"{len(facts.packages)} packages are there in versions that are known to work")
+        yield DoctorFinding("ok", f"{len(facts.packages)} packages are there in versions that are known to work")
 
 
-def _torch(facts: Facts) -> Iterator[Finding]:
+def _torch(facts: SystemFacts) -> Iterator[DoctorFinding]:
     if facts.system == "macOS":
         return
     if facts.driver is None and not facts.gpus:
         todo = "rent one, or try everything on the miniature: zimage-train init FOLDER --miniature"
-        yield Finding("note", "no NVIDIA card, or no driver for it: the 6 B model cannot be trained here", todo)
+        yield DoctorFinding("note", "no NVIDIA card, or no driver for it: the 6 B model cannot be trained here", todo)
     elif facts.torch_cuda is None:
         todo = "install torch from https://pytorch.org/get-started/locally with CUDA chosen"
-        yield Finding("bad", f"the driver sees {facts.driver_sees}, but this torch is built without CUDA", todo)
+        yield DoctorFinding("bad", f"the driver sees {facts.driver_sees}, but this torch is built without CUDA", todo)
     elif not facts.gpus:
         todo = (
             "update the driver (nvidia-smi shows the newest CUDA that it takes), or install a torch for an older CUDA"
         )
         what = f"torch for CUDA {facts.torch_cuda} cannot use the card with driver {facts.driver}"
-        yield Finding("bad", what, todo)
+        yield DoctorFinding("bad", what, todo)
     else:
-        yield Finding("ok", f"torch for CUDA {facts.torch_cuda}, driver {facts.driver}")
+        yield DoctorFinding("ok", f"torch for CUDA {facts.torch_cuda}, driver {facts.driver}")
 
 
-def _gpu(gpu: Gpu, facts: Facts) -> Iterator[Finding]:
-    size = in_words(gpu.memory_bytes)
+def _gpu(gpu: GpuFacts, facts: SystemFacts) -> Iterator[DoctorFinding]:
+    size = format_bytes(gpu.memory_bytes)
     if gpu.capability < OLDEST_CAPABILITY or not gpu.has_bf16:
-        yield Finding("bad", f"{gpu.name} ({size}) has no bf16", "an RTX 30 series card or newer is needed")
+        yield DoctorFinding("bad", f"{gpu.name} ({size}) has no bf16", "an RTX 30 series card or newer is needed")
         return
     if not gpu.is_compiled_for:
         sm = f"sm_{gpu.capability[0]}{gpu.capability[1]}"
         todo = "install a newer torch: RTX 50 cards need one for CUDA 12.8 or later"
-        yield Finding("bad", f"this torch has no code for {gpu.name} ({sm})", todo)
+        yield DoctorFinding("bad", f"this torch has no code for {gpu.name} ({sm})", todo)
         return
     fp8 = "" if gpu.capability >= FP8_CAPABILITY else "; fp8 weights are only stored so, which saves memory and no time"
-    known = cards.find(gpu.name)
+    known = cards.find_gpu(gpu.name)
     speed = "" if known else "; its speed is not in our list, so times are known after a first run"
-    yield Finding("ok", f"{gpu.name}, {size}, bf16{fp8}{speed}")
+    yield DoctorFinding("ok", f"{gpu.name}, {size}, bf16{fp8}{speed}")
     used = gpu.memory_bytes - gpu.free_bytes
     if used > max(1.5e9, 0.1 * gpu.memory_bytes):
         todo = "close what uses it, or set memory.budget_gb lower"
-        yield Finding("note", f"{in_words(used)} of {gpu.name} are in use by others", todo)
+        yield DoctorFinding("note", f"{format_bytes(used)} of {gpu.name} are in use by others", todo)
     if facts.system in ("Windows", "WSL"):
         todo = "set CUDA - Sysmem Fallback Policy to Prefer No Sysmem Fallback in NVIDIA's control panel"
-        yield Finding("note", "here the driver may spill into main memory, which is ten times as slow", todo)
+        yield DoctorFinding("note", "here the driver may spill into main memory, which is ten times as slow", todo)
     if gpu.memory_bytes < 7.5e9:
-        yield Finding("bad", f"{size} are too little", "8 GB are the least that plans are made for")
+        yield DoctorFinding("bad", f"{size} are too little", "8 GB are the least that plans are made for")
 
 
-def _memory_and_disk(facts: Facts) -> Iterator[Finding]:
+def _memory_and_disk(facts: SystemFacts) -> Iterator[DoctorFinding]:
     if facts.ram_bytes < LEAST_RAM_GB * 0.93e9:
         todo = f"{LEAST_RAM_GB} GB let every plan work: streamed blocks wait there"
-        yield Finding("note", f"{in_words(facts.ram_bytes)} of main memory", todo)
+        yield DoctorFinding("note", f"{format_bytes(facts.ram_bytes)} of main memory", todo)
     else:
-        yield Finding("ok", f"{in_words(facts.ram_bytes)} of main memory")
+        yield DoctorFinding("ok", f"{format_bytes(facts.ram_bytes)} of main memory")
     needed = 1e9 * sum(DOWNLOAD_GB.values()) if not all(facts.downloaded.values()) else 0.0
     for place, free in facts.free_bytes.items():
         if place == facts.cache and free < needed:
-            what = f"{in_words(free)} free in {place}, and the weights take {in_words(needed)}"
-            yield Finding("bad", what, f"free some space, or set {facts.cache_variable} to another disk")
+            what = f"{format_bytes(free)} free in {place}, and the weights take {format_bytes(needed)}"
+            yield DoctorFinding("bad", what, f"free some space, or set {facts.cache_variable} to another disk")
         elif free < 5e9:
-            yield Finding("note", f"{in_words(free)} free in {place}", "checkpoints and caches want some GB")
+            yield DoctorFinding("note", f"{format_bytes(free)} free in {place}", "checkpoints and caches want some GB")
         else:
-            yield Finding("ok", f"{in_words(free)} free in {place}")
+            yield DoctorFinding("ok", f"{format_bytes(free)} free in {place}")
     if not facts.locks:
         todo = "two runs in one folder are told apart by a lease of two minutes"
-        yield Finding("note", "this disk has no file locks (some network volumes)", todo)
+        yield DoctorFinding("note", "this disk has no file locks (some network volumes)", todo)
 
 
-def _hub(facts: Facts) -> Iterator[Finding]:
+def _hub(facts: SystemFacts) -> Iterator[DoctorFinding]:
     for repository, is_here in facts.downloaded.items():
         if is_here:
-            yield Finding("ok", f"{repository} is on this machine")
+            yield DoctorFinding("ok", f"{repository} is on this machine")
         else:
-            yield Finding(
+            yield DoctorFinding(
                 "note",
                 f"{repository} is not on this machine",
                 "zimage-train download turbo, or the first training does it",
             )
     for name, value in facts.environment.items():
-        yield Finding("note", f"{name} is set to {value}")
+        yield DoctorFinding("note", f"{name} is set to {value}")
 
 
 def _meets(version: str | None, required: str) -> bool:
@@ -208,7 +208,7 @@ def _numbers(version: str) -> list[int]:
     return [int(part) for part in (release[0] if release else "0").split(".") if part]
 
 
-def gather() -> Facts:
+def gather_facts() -> SystemFacts:
     """Find it all out; nothing is downloaded, and nobody on the network is asked."""
     import torch
 
@@ -220,7 +220,7 @@ def gather() -> Facts:
     adapter, turbo = "/".join(ADAPTERS["v2"].split("/")[:2]), VARIANTS["turbo"].transformer
     parts = ["transformer/*.safetensors", "text_encoder/*.safetensors", "tokenizer/*", "vae/*.safetensors"]
     wanted = {turbo: parts, adapter: [ADAPTERS["v2"].split("/")[2]]}
-    return Facts(
+    return SystemFacts(
         system=_system(),
         machine=platform.machine(),
         python=sys.version_info[:2],
@@ -230,11 +230,11 @@ def gather() -> Facts:
         driver_sees=driver_sees,
         gpus=[_seen(index) for index in range(torch.cuda.device_count())],
         ram_bytes=preflight.system_memory_bytes(),
-        free_bytes=_free(Path.cwd(), hub.chosen().cache_folder()),
+        free_bytes=_free(Path.cwd(), hub.selected_hub().cache_folder()),
         locks=_locks(),
         downloaded={name: sources.is_here(name, patterns) for name, patterns in wanted.items()},
-        cache=str(hub.chosen().cache_folder()),
-        cache_variable=hub.chosen().CACHE_VARIABLE,
+        cache=str(hub.selected_hub().cache_folder()),
+        cache_variable=hub.selected_hub().CACHE_VARIABLE,
         environment={name: os.environ[name] for name in HUB_VARIABLES if os.environ.get(name)},
     )
 
@@ -274,14 +274,14 @@ def _driver() -> tuple[str | None, str | None]:
     return version.strip(), name.strip()
 
 
-def _seen(index: int) -> Gpu:
+def _seen(index: int) -> GpuFacts:
     import torch
 
     properties = torch.cuda.get_device_properties(index)
     capability = (properties.major, properties.minor)
     codes = torch.cuda.get_arch_list()
     majors = {code.split("_")[1][:-1] for code in codes if code.startswith(("sm_", "compute_"))}
-    return Gpu(
+    return GpuFacts(
         name=properties.name,
         memory_bytes=properties.total_memory,
         free_bytes=torch.cuda.mem_get_info(index)[0],
@@ -299,7 +299,11 @@ def _free(*places: Path) -> dict[str, int]:
 def _locks() -> bool:
     """Whether a run's folder here can be held against a second process."""
     try:
-        with tempfile.TemporaryDirectory(dir=Path.cwd()) as name, files.locked(Path(name)), files.locked(Path(name)):
+        with (
+            tempfile.TemporaryDirectory(dir=Path.cwd()) as name,
+            files.lock_folder(Path(name)),
+            files.lock_folder(Path(name)),
+        ):
             return False
     except FolderInUseError:
         return True
@@ -307,12 +311,12 @@ def _locks() -> bool:
         return False
 
 
-def report(facts: Facts) -> tuple[list[str], bool]:
+def doctor_report(facts: SystemFacts) -> tuple[list[str], bool]:
     """All findings as lines, and whether the 6 B model can be trained here."""
-    found = list(findings(facts))
+    found = list(diagnose(facts))
     bad = [one for one in found if one.level == "bad"]
     can_train = not bad and bool(facts.gpus)
     verdict = "this machine can train Z-Image" if can_train else "the 6 B model cannot be trained here; see above"
     most = max((gpu.memory_bytes for gpu in facts.gpus), default=0)
-    plan = f" ({in_words(most)}: docs/memory.md says how it fits)" if can_train else ""
+    plan = f" ({format_bytes(most)}: docs/memory.md says how it fits)" if can_train else ""
     return [*map(str, found), "", verdict + plan], can_train

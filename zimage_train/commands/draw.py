@@ -12,23 +12,23 @@ from PIL.Image import Image
 from zimage_train.commands import compare, sample
 from zimage_train.commands import lora_args as given
 from zimage_train.commands.lora_args import LARGEST_WEIGHT, WeightedLora
-from zimage_train.commands.sample import Asked, Loaded
-from zimage_train.config.schema import Model
-from zimage_train.diffusion.prompts import Wish
-from zimage_train.diffusion.request import Recipe
-from zimage_train.errors import ConfigError, Problem, WeightsError, ZImageTrainError, collected, raise_all
+from zimage_train.commands.sample import LoadedModel, SamplingOptions
+from zimage_train.config.schema import ModelSettings
+from zimage_train.diffusion.prompts import PromptSpec
+from zimage_train.diffusion.request import SamplingRequest
+from zimage_train.errors import ConfigError, Problem, WeightsError, ZImageTrainError, collect_errors, raise_all
 from zimage_train.io import atomic as files
 from zimage_train.io.headers import read_header
 from zimage_train.lora import arithmetic, swap
 from zimage_train.lora.lora_file import Lora
 from zimage_train.models.arch import TransformerShape
-from zimage_train.models.locate import Sources
+from zimage_train.models.locate import ModelPaths
 from zimage_train.planning import devices as accelerator
 from zimage_train.report import comparison
 from zimage_train.report import preview_images as pictures
-from zimage_train.report.comparison import MODEL, PICTURES, PROMPT, SAMPLING, Comparison, Shot, Subject
+from zimage_train.report.comparison import MODEL, PICTURES, PROMPT, SAMPLING, Comparison, ComparisonImage, Subject
 from zimage_train.report.console import Console
-from zimage_train.training.run_dir import RunFolder
+from zimage_train.training.run_dir import RunDir
 
 LORA, STRENGTH = "LoRA", "strength"
 AXES = (LORA, STRENGTH, SAMPLING, MODEL, PROMPT)
@@ -40,16 +40,16 @@ Given = TypeVar("Given")
 
 
 @dataclass(frozen=True)
-class Wanted:
+class GridSpec:
     """What is drawn: every combination."""
 
-    models: Sequence[Model]
+    models: Sequence[ModelSettings]
     loras: Sequence[Path]
     strengths: Sequence[float]
     samplings: Sequence[Sampling]
     """None given: each model's own."""
     prompts: Sequence[str]
-    asked: Asked
+    asked: SamplingOptions
 
     @property
     def applied(self) -> list[WeightedLora | None]:
@@ -57,11 +57,15 @@ class Wanted:
         found = [WeightedLora(path, strength) for path in self.loras for strength in self.strengths if strength != 0]
         return [None, *found] if 0 in self.strengths else [*found]
 
-    def recipes(self, model: Model) -> list[Recipe]:
+    def recipes(self, model: ModelSettings) -> list[SamplingRequest]:
         """What is drawn on `model` with each of them: every prompt in every way of sampling."""
         pairs = self.samplings or [(None, None)]
         each = [replace(self.asked, steps=steps, guidance=guidance) for steps, guidance in pairs]
-        return [recipe for asked in each for recipe in sample.recipes_for(asked, model, list(map(Wish, self.prompts)))]
+        return [
+            recipe
+            for asked in each
+            for recipe in sample.requests_for(asked, model, list(map(PromptSpec, self.prompts)))
+        ]
 
     @property
     def columns(self) -> str:
@@ -71,11 +75,11 @@ class Wanted:
 
 
 @dataclass(frozen=True)
-class Drawn:
+class DrawnImage:
     """A picture that was drawn, and by what."""
 
     path: Path
-    recipe: Recipe
+    recipe: SamplingRequest
     model: str
     applied: WeightedLora | None
 
@@ -127,7 +131,7 @@ def lora_files(paths: Sequence[Path]) -> list[Path]:
     errors: list[ZImageTrainError] = []
     found: list[Path] = []
     for path in paths:
-        with collected(errors):
+        with collect_errors(errors):
             found += [path] if path.is_file() else [_finished(folder) for folder in compare.run_folders(path)]
     raise_all(errors)
     compare.require_once(found)
@@ -135,53 +139,53 @@ def lora_files(paths: Sequence[Path]) -> list[Path]:
 
 
 def _finished(folder: Path) -> Path:
-    lora = RunFolder(folder, compare.settings_of(folder)["name"]).lora()
+    lora = RunDir(folder, compare.settings_of(folder)["name"]).lora()
     if not lora.exists():
         todo = "finish it, or give one of the files in its lora folder"
         raise WeightsError(Problem(str(folder), "has no finished LoRA", todo))
     return lora
 
 
-def draw(wanted: Wanted, by: str | None, output: Path) -> list[str]:
+def draw_grid(wanted: GridSpec, by: str | None, output: Path) -> list[str]:
     """Draw everything that is `wanted` into the folder `output`, and compare it there; returns what to tell.
 
     Raises:
         ZImageTrainError: a model or a LoRA cannot be used, in whole, or `output` cannot be written to.
     """
-    files.require_folder(output)
+    files.require_writable_folder(output)
     axes = [axis for axis in AXES if axis != SAMPLING or wanted.samplings]
     columns = comparison.axis_named(MODEL if by == "variant" else by, axes) if by else wanted.columns
     console = Console()
-    with accelerator.explained_out_of_memory("give a smaller --width and --height"), console.live():
+    with accelerator.explained_out_of_memory("give a smaller --width and --height"), console.live_progress():
         drawn = _draw_all(wanted, output, console)
     return compare.written(output, _compared(wanted, drawn, columns))
 
 
-def _draw_all(wanted: Wanted, output: Path, console: Console) -> list[Drawn]:
+def _draw_all(wanted: GridSpec, output: Path, console: Console) -> list[DrawnImage]:
     """Every picture, model by model; all LoRAs are held against all models before the first of them is loaded."""
     errors: list[ZImageTrainError] = []
-    ready: list[tuple[Model, Sources, TransformerShape]] = []
+    ready: list[tuple[ModelSettings, ModelPaths, TransformerShape]] = []
     for model in wanted.models:
-        with collected(errors):
-            ready.append((model, *sample.located(model)))
+        with collect_errors(errors):
+            ready.append((model, *sample.locate_model(model)))
     raise_all(errors)
     loras: dict[Path, Lora] = {}
     for path in wanted.loras:
-        with collected(errors):
-            loras[path] = given.read(path, *(shape for _, _, shape in ready))
-            console.say(f"{path}: matched {len(loras[path])}/{len(loras[path])} modules")
+        with collect_errors(errors):
+            loras[path] = given.read_weighted_lora(path, *(shape for _, _, shape in ready))
+            console.info(f"{path}: matched {len(loras[path])}/{len(loras[path])} modules")
     raise_all(errors)
     largest = max(loras.values(), key=lambda lora: sum(one.a.numel() + one.b.numel() for one in lora.values()))
     names = comparison.short_names([Path(model.path or model.variant) for model in wanted.models])
-    drawn: list[Drawn] = []
+    drawn: list[DrawnImage] = []
     for name, (model, found, shape) in zip(names, ready, strict=True):
-        loaded = sample.load(model, found, shape, largest, wanted.recipes(model), console)
+        loaded = sample.load_model(model, found, shape, largest, wanted.recipes(model), console)
         for applied in wanted.applied:
             what = f"{applied.path.stem}-{applied.weight:g}" if applied else NO_LORA
             for recipe, image in _images(loaded, wanted.recipes(model), applied, loras, f"{name}, {what}", console):
                 path = output / PICTURES / f"{len(drawn):03d}-{comparison.slug(what)}.png"
-                pictures.save(path, image, recipe, sample.drawn_by(model, [applied] if applied else []))
-                drawn.append(Drawn(path, recipe, name, applied))
+                pictures.save_preview(path, image, recipe, sample.drawn_by(model, [applied] if applied else []))
+                drawn.append(DrawnImage(path, recipe, name, applied))
         del loaded  # before the next one comes
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -189,20 +193,20 @@ def _draw_all(wanted: Wanted, output: Path, console: Console) -> list[Drawn]:
 
 
 def _images(
-    loaded: Loaded,
-    recipes: list[Recipe],
+    loaded: LoadedModel,
+    recipes: list[SamplingRequest],
     applied: WeightedLora | None,
     loras: dict[Path, Lora],
     what: str,
     out: Console,
-) -> list[tuple[Recipe, Image]]:
-    factors = arithmetic.stack([(loras[applied.path], applied.weight)]) if applied else {}
-    with swap.attached(loaded.frozen.model, factors):
-        images = loaded.draw(recipes, lambda done, total: out.tick(f"drawing on {what}", done, total))
+) -> list[tuple[SamplingRequest, Image]]:
+    factors = arithmetic.stack_loras([(loras[applied.path], applied.weight)]) if applied else {}
+    with swap.with_lora(loaded.frozen.model, factors):
+        images = loaded.draw(recipes, lambda done, total: out.progress(f"drawing on {what}", done, total))
     return list(zip(recipes, images, strict=True))
 
 
-def _compared(wanted: Wanted, drawn: Sequence[Drawn], columns: str) -> Comparison:
+def _compared(wanted: GridSpec, drawn: Sequence[DrawnImage], columns: str) -> Comparison:
     bare = [path.with_suffix("") if path.suffix == ".safetensors" else path for path in wanted.loras]
     names = dict(zip(wanted.loras, comparison.short_names(bare), strict=True))
     shots = []
@@ -212,7 +216,8 @@ def _compared(wanted: Wanted, drawn: Sequence[Drawn], columns: str) -> Compariso
         if wanted.samplings:
             values[SAMPLING] = comparison.sampled(one.recipe)
         shots += [
-            Shot(one.path, one.recipe, values, place) for place in _places(one, columns, wanted, list(names.values()))
+            ComparisonImage(one.path, one.recipe, values, place)
+            for place in _places(one, columns, wanted, list(names.values()))
         ]
     return Comparison(
         title=" against ".join(names.values()),
@@ -226,7 +231,7 @@ def _compared(wanted: Wanted, drawn: Sequence[Drawn], columns: str) -> Compariso
     )
 
 
-def _places(one: Drawn, columns: str, wanted: Wanted, names: list[str]) -> list[dict[str, str]]:
+def _places(one: DrawnImage, columns: str, wanted: GridSpec, names: list[str]) -> list[dict[str, str]]:
     """Where a picture stands for others: the bare model is every LoRA at strength 0, and a column beside each."""
     if one.applied is None and columns == STRENGTH:
         return [{LORA: name} for name in names]
@@ -236,7 +241,7 @@ def _places(one: Drawn, columns: str, wanted: Wanted, names: list[str]) -> list[
     return [{}]
 
 
-def _prompt(wanted: Wanted, recipe: Recipe) -> str:
+def _prompt(wanted: GridSpec, recipe: SamplingRequest) -> str:
     """The prompt, with its seed if it is asked for several times."""
     text = recipe.prompt or comparison.EMPTY
     return f"{text} (seed {recipe.seed})" if list(wanted.prompts).count(recipe.prompt) > 1 else text

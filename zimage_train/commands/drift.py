@@ -8,19 +8,19 @@ from pathlib import Path
 from zimage_train.commands import compare, sample
 from zimage_train.commands import lora_args as given
 from zimage_train.commands.lora_args import WeightedLora
-from zimage_train.commands.sample import Asked, Loaded, Room
-from zimage_train.config.schema import Model
+from zimage_train.commands.sample import BatchLimit, LoadedModel, SamplingOptions
+from zimage_train.config.schema import ModelSettings
 from zimage_train.config.variants import VARIANTS
 from zimage_train.diffusion import drift as measuring
-from zimage_train.diffusion.prompts import Wish
-from zimage_train.diffusion.request import Recipe
+from zimage_train.diffusion.prompts import PromptSpec
+from zimage_train.diffusion.request import SamplingRequest
 from zimage_train.io import atomic as files
 from zimage_train.lora import arithmetic, swap
 from zimage_train.planning import devices as accelerator
 from zimage_train.report import comparison
 from zimage_train.report import preview_images as pictures
 from zimage_train.report import preview_shift as change
-from zimage_train.report.comparison import MODEL, PICTURES, PROMPT, SAMPLING, Comparison, Shot, Subject
+from zimage_train.report.comparison import MODEL, PICTURES, PROMPT, SAMPLING, Comparison, ComparisonImage, Subject
 from zimage_train.report.console import Console
 
 SLOW_STEPS, SLOW_GUIDANCE = 30, 1.0
@@ -42,7 +42,7 @@ NEUTRAL = (
 
 
 @dataclass(frozen=True)
-class Drift:
+class DriftReport:
     """What was found; sharpness is the variance of the Laplacian, as a mean over the prompts."""
 
     sigmas: list[float]
@@ -57,7 +57,7 @@ class Drift:
     @property
     def deviation(self) -> float:
         """That of the steps which decide, as one number."""
-        return measuring.overall(self.deviations)
+        return measuring.overall_deviation(self.deviations)
 
     @property
     def kept(self) -> float:
@@ -91,14 +91,20 @@ class Drift:
         ]
 
 
-def drift(model: Model, loras: Sequence[WeightedLora], wishes: Sequence[Wish], asked: Asked, output: Path) -> list[str]:
+def drift_report(
+    model: ModelSettings,
+    loras: Sequence[WeightedLora],
+    wishes: Sequence[PromptSpec],
+    asked: SamplingOptions,
+    output: Path,
+) -> list[str]:
     """Measure what `loras` take from `model`, draw it in both ways into the folder `output`; returns what to tell.
 
     Raises:
         ZImageTrainError: the model or a LoRA cannot be used, in whole, or `output` cannot be written to.
     """
-    files.require_folder(output)
-    recipes = sample.recipes_for(asked, model, wishes or [Wish(prompt) for prompt in NEUTRAL])
+    files.require_writable_folder(output)
+    recipes = sample.requests_for(asked, model, wishes or [PromptSpec(prompt) for prompt in NEUTRAL])
     turbo = VARIANTS["turbo"]  # what a line of --prompts says of how it is drawn is for other pictures than these
     fast = [
         replace(recipe, steps=turbo.steps, guidance=turbo.guidance, shift=turbo.shift, negative="")
@@ -106,7 +112,7 @@ def drift(model: Model, loras: Sequence[WeightedLora], wishes: Sequence[Wish], a
     ]
     slow = [replace(recipe, steps=SLOW_STEPS, guidance=SLOW_GUIDANCE) for recipe in fast]
     console = Console()
-    with accelerator.explained_out_of_memory("give a smaller --width and --height"), console.live():
+    with accelerator.explained_out_of_memory("give a smaller --width and --height"), console.live_progress():
         found, shots = _measured(model, loras, fast, slow, output, console)
     facts = asdict(found) | {"deviation": found.deviation, "kept": found.kept, "gap": found.gap}
     files.write_json(output / FACTS, facts | {"verdict": found.verdict})
@@ -124,33 +130,42 @@ def drift(model: Model, loras: Sequence[WeightedLora], wishes: Sequence[Wish], a
 
 
 def _measured(
-    model: Model, loras: Sequence[WeightedLora], fast: list[Recipe], slow: list[Recipe], output: Path, out: Console
-) -> tuple[Drift, list[Shot]]:
-    located, shape = sample.located(model)
-    read = [(given.read(one.path, shape), one.weight) for one in loras]
+    model: ModelSettings,
+    loras: Sequence[WeightedLora],
+    fast: list[SamplingRequest],
+    slow: list[SamplingRequest],
+    output: Path,
+    out: Console,
+) -> tuple[DriftReport, list[ComparisonImage]]:
+    located, shape = sample.locate_model(model)
+    read = [(given.read_weighted_lora(one.path, shape), one.weight) for one in loras]
     for one, (lora, _) in zip(loras, read, strict=True):
-        out.say(given.matched(one, lora))
-    stacked = arithmetic.stack(read)
-    loaded = sample.load(model, located, shape, stacked, [*fast, *slow], out, Room())
+        out.info(given.matched(one, lora))
+    stacked = arithmetic.stack_loras(read)
+    loaded = sample.load_model(model, located, shape, stacked, [*fast, *slow], out, BatchLimit())
     bare = loaded.frozen.model
-    walked = measuring.walks(bare, fast, loaded.embeds, lambda done, total: out.tick("Turbo's own way", done, total))
+    walked = measuring.record_trajectories(
+        bare, fast, loaded.embeds, lambda done, total: out.progress("Turbo's own way", done, total)
+    )
     shots = _drawn(loaded, fast + slow, TURBO, sample.drawn_by(model, []), output, out)
-    with swap.attached(bare, stacked):
+    with swap.with_lora(bare, stacked):
         found = measuring.deviations(
-            bare, walked, loaded.embeds, lambda done, total: out.tick("the LoRA beside it", done, total)
+            bare, walked, loaded.embeds, lambda done, total: out.progress("the LoRA beside it", done, total)
         )
         shots += _drawn(loaded, fast + slow, "with the LoRA", sample.drawn_by(model, list(loras)), output, out)
     sharp = [change.sharpness(shot.path) for shot in shots]
     each = [statistics.fmean(sharp[at : at + len(fast)]) for at in range(0, len(sharp), len(fast))]
-    return Drift(walked[0].sigmas[:-1], found, *each), shots
+    return DriftReport(walked[0].sigmas[:-1], found, *each), shots
 
 
-def _drawn(loaded: Loaded, recipes: list[Recipe], who: str, drawn_by: str, output: Path, out: Console) -> list[Shot]:
-    images = loaded.draw(recipes, lambda done, total: out.tick(f"drawing {who}", done, total))
-    shots: list[Shot] = []
+def _drawn(
+    loaded: LoadedModel, recipes: list[SamplingRequest], who: str, drawn_by: str, output: Path, out: Console
+) -> list[ComparisonImage]:
+    images = loaded.draw(recipes, lambda done, total: out.progress(f"drawing {who}", done, total))
+    shots: list[ComparisonImage] = []
     for number, (image, recipe) in enumerate(zip(images, recipes, strict=True)):
         path = output / PICTURES / f"{comparison.slug(who)}-{number:02d}.png"
-        pictures.save(path, image, recipe, drawn_by)
+        pictures.save_preview(path, image, recipe, drawn_by)
         values = {MODEL: who, SAMPLING: comparison.sampled(recipe), PROMPT: recipe.prompt or comparison.EMPTY}
-        shots.append(Shot(path, recipe, values))
+        shots.append(ComparisonImage(path, recipe, values))
     return shots

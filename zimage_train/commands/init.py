@@ -10,12 +10,12 @@ from pathlib import Path
 from zimage_train import mini
 from zimage_train.config import load as reading
 from zimage_train.config import templates as recipes
-from zimage_train.config.dataset import Data
-from zimage_train.config.templates import KINDS, Own
+from zimage_train.config.dataset import DataEntry
+from zimage_train.config.templates import SUBJECT_KINDS, TemplateValues
 from zimage_train.dataset import scan as folders
 from zimage_train.dataset.image_index import Tick
 from zimage_train.dataset.images import EXTENSIONS
-from zimage_train.dataset.scan import Picture
+from zimage_train.dataset.scan import ImageRecord
 from zimage_train.errors import ConfigError, Problem, ZImageTrainError, raise_all
 from zimage_train.io import atomic as files
 from zimage_train.models.locate import cached_only
@@ -36,11 +36,11 @@ TAGS_HAVE = 6
 
 
 @dataclass(frozen=True)
-class Seen:
+class FolderSummary:
     """What is in a folder of pictures."""
 
     folder: str
-    pictures: list[Picture]
+    pictures: list[ImageRecord]
     captions: list[str]
     """Own ones, in the order of the pictures."""
     notes: list[str]
@@ -66,7 +66,7 @@ class Answers:
     """A card to plan for; None: the one that is here."""
 
 
-def look(folder: Path, tick: Tick) -> Seen:
+def summarize_folder(folder: Path, tick: Tick) -> FolderSummary:
     """Look at every picture and caption of `folder`.
 
     Raises:
@@ -74,15 +74,15 @@ def look(folder: Path, tick: Tick) -> Seen:
     """
     mask = _mask_folder(folder)
     # Placeholders in captions stand for a trigger that is yet to be chosen.
-    scan = folders.scan(Data(folder=str(folder), trigger="any", mask=mask), "FOLDER", tick=tick)
+    scan = folders.scan_entry(DataEntry(folder=str(folder), trigger="any", mask=mask), "FOLDER", tick=tick)
     if not scan.pictures:
         raise_all(scan.errors)
     problems = [problem for error in scan.errors for problem in error.problems]
-    own = [picture.own[0] for picture in scan.pictures if picture.own]
+    own = [picture.raw_captions[0] for picture in scan.pictures if picture.raw_captions]
     kohya = folders.kohya_names([picture.path for picture in scan.pictures], folder)
     unsaid = ("no caption of their own", *(["by_folder"] if kohya else []))
     notes = [note for note in scan.notes if not any(text in note for text in unsaid)]
-    return Seen(str(folder), scan.pictures, own, notes, problems, tuple(kohya), mask)
+    return FolderSummary(str(folder), scan.pictures, own, notes, problems, tuple(kohya), mask)
 
 
 def _mask_folder(folder: Path) -> str | None:
@@ -97,7 +97,7 @@ def _mask_folder(folder: Path) -> str | None:
     return None
 
 
-def describe(seen: Seen) -> list[str]:
+def describe_folder(seen: FolderSummary) -> list[str]:
     """What was seen, for people."""
     pictures, areas = seen.pictures, seen.areas
     sides = [round(area**0.5) for area in (areas[0], areas[len(areas) // 2], areas[-1])]
@@ -121,9 +121,9 @@ def describe(seen: Seen) -> list[str]:
     return [*lines, *(f"to mend: {problem}" for problem in seen.problems)]
 
 
-def advise(seen: Seen, kind: str, is_miniature: bool = False) -> list[str]:
+def advise_for(seen: FolderSummary, kind: str, is_miniature: bool = False) -> list[str]:
     """What people with such pictures would do."""
-    count, (least, most) = len(seen.pictures), KINDS[kind].enough
+    count, (least, most) = len(seen.pictures), SUBJECT_KINDS[kind].enough
     lines = []
     if (missing := count - len(seen.captions)) and not seen.kohya:
         command = f"zimage-train caption {shlex.quote(seen.folder)}"
@@ -151,7 +151,7 @@ def likely_trigger(captions: Sequence[str], kohya: Sequence[str] = ()) -> str | 
     return word if count >= 0.9 * len(captions) and word.lower() not in USUAL_FIRST_WORDS else None
 
 
-def particulars(seen: Seen, answers: Answers, name: str, is_miniature: bool) -> Own:
+def template_values_for(seen: FolderSummary, answers: Answers, name: str, is_miniature: bool) -> TemplateValues:
     """What a config says of these pictures."""
     count = len(seen.pictures)
     header = ("Written by zimage-train init; docs/recipes.md says what to change when.",)
@@ -162,7 +162,7 @@ def particulars(seen: Seen, answers: Answers, name: str, is_miniature: bool) -> 
         resolution, why = _resolutions(seen.areas)
         steps = FEW_STEPS if count < FEW else STEPS
         why_steps = f"for {count} pictures" + (": so few are soon learned by heart" if count < FEW else "")
-    return Own(
+    return TemplateValues(
         folder=seen.folder,
         name=name,
         trigger=answers.trigger,
@@ -201,22 +201,22 @@ def why_not(option: str, value: str) -> str | None:
         document["name"] = value
     else:
         document["data"] = [{"folder": "x", "trigger": value}]
-    _, problems = reading.validate(document, lambda key_path: option)
-    return "; ".join(filter(None, (problems[0].what, problems[0].todo))) if problems else None
+    _, problems = reading.validate_config(document, lambda key_path: option)
+    return "; ".join(filter(None, (problems[0].message, problems[0].hint))) if problems else None
 
 
-def write(path: Path, own: Own, answers: Answers, problems: Sequence[Problem]) -> list[str]:
+def write_config_file(path: Path, own: TemplateValues, answers: Answers, problems: Sequence[Problem]) -> list[str]:
     """Write the config, and say what a run of it takes, what is to be mended beside `problems`, and how to start it."""
-    text = recipes.text(answers.variant, answers.kind, own)
-    config = reading.settle(path, reading.parse(path, text), [])
+    text = recipes.render_template(answers.variant, answers.kind, own)
+    config = reading.load_document(path, reading.parse(path, text), [])
     files.write_text(path, text)
     lines, bad = [f"wrote {path}"], list(problems)
-    if (run := Path(config.output) / config.name).exists():
+    if (run := Path(config.output_dir) / config.name).exists():
         lines.append(f"{run} is there: training goes on in it if it is the same, and --name gives another")
     try:
-        checked = preflight.examine(config, cached_only)
+        checked = preflight.check_run(config, cached_only)
         if own.miniature is None:
-            plan = forecast.lines(checked, answers.gpu, None)
+            plan = forecast.forecast_lines(checked, answers.gpu, None)
             lines += [line for line in plan if line.startswith(WORTH_SAYING)]
     except ZImageTrainError as error:
         bad += [problem for problem in error.problems if problem not in bad]
@@ -230,7 +230,7 @@ def name_of(folder: Path, output: Path | None) -> str:
     """A run's name from that of its config or its pictures: signs that every file system takes."""
     if output is not None:
         return re.sub(r"-(?=\d+$)", "_", _plain(output.stem)) or "my_lora"
-    match = folders.KOHYA.fullmatch(folder.resolve().name)
+    match = folders.KOHYA_FOLDER.fullmatch(folder.resolve().name)
     return f"{_plain(match[2] if match else folder.resolve().name) or 'my'}_lora"
 
 
@@ -245,10 +245,10 @@ def are_tags(captions: Sequence[str]) -> bool:
     return sum(count >= 2 for count in commas) * 2 > len(captions) and words / sum(c + 1 for c in commas) < TAGS_HAVE
 
 
-def card_here() -> str | None:
+def local_gpu() -> str | None:
     """The name of this machine's card, if it is one of those that are known."""
-    found = cards.here()
-    card = cards.find(found.name) if found else None
+    found = cards.detect_gpu()
+    card = cards.find_gpu(found.name) if found else None
     return card.name if card else None
 
 
@@ -270,7 +270,7 @@ def _examples(captions: Sequence[str], trigger: str) -> tuple[str, ...]:
     return tuple(text if trigger in text else f"{trigger} {text}" for text in with_trigger)
 
 
-def _shape(picture: Picture) -> str:
+def _shape(picture: ImageRecord) -> str:
     ratio = picture.width / picture.height
     return "square" if 0.95 < ratio < 1.05 else "landscape" if ratio > 1 else "portrait"
 

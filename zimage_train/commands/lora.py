@@ -12,7 +12,7 @@ from zimage_train.lora import lora_file as files
 from zimage_train.lora import scale_rules as rules
 from zimage_train.lora import targets as names
 from zimage_train.lora import verify as loaders
-from zimage_train.lora.inspect import Anatomy
+from zimage_train.lora.inspect import LoraSummary
 from zimage_train.lora.lora_file import Lora
 from zimage_train.models import locate as sources
 from zimage_train.models.arch import TransformerShape
@@ -21,7 +21,7 @@ from zimage_train.report import heatmap
 READ_BY_ALL = {"F64", "F32", "F16", "BF16"}
 
 
-def verify(path: Path, model: str | None) -> list[str]:
+def verify_file(path: Path, model: str | None) -> list[str]:
     """Prove that the LoRA at `path` fits the model, and that diffusers and ComfyUI load all of it and the same.
 
     Without a model it is held against the published 6 B ones, or the miniature if it is one of that.
@@ -29,26 +29,26 @@ def verify(path: Path, model: str | None) -> list[str]:
     Raises:
         WeightsError: says who would load what.
     """
-    found = anatomy.examine(path)
-    lora = files.read(path)
+    found = anatomy.summarize_lora(path)
+    lora = files.read_lora(path)
     shape, name = _held_against(lora, model)
     try:
         files.require_modules(path, lora, shape.linears)
     except WeightsError as error:
         todo = "is the LoRA of another size? give --model" if model is None else "is it the right model?"
         raise WeightsError(
-            *(Problem(one.where, f"{one.what}; held against {name}", todo) for one in error.problems)
+            *(Problem(one.location, f"{one.message}; held against {name}", todo) for one in error.problems)
         ) from None
     other = sorted(set(found.dtypes) - READ_BY_ALL)
     if other:
         what = f"holds {', '.join(other)} tensors, with which diffusers cannot compute"
         raise WeightsError(Problem(str(path), what, "save it as bf16 or fp32"))
     precision = "fp32" if set(found.dtypes) == {"F32"} else "bf16"
-    error = loaders.verify(path, lora, precision, shape.linears)
+    error = loaders.verify_export(path, lora, precision, shape.linears)
     count = f"{len(lora)}/{len(lora)}"
     still = [module for module, norm in found.energy.items() if norm == 0.0]
     lines = [
-        *describe(path, found),
+        *describe_lora(path, found),
         f"fits {name}: {count} modules",
         f"diffusers loads {count}, ComfyUI loads {count}: the same change to {error:.1e}",
     ]
@@ -68,7 +68,7 @@ def _held_against(lora: Lora, model: str | None) -> tuple[TransformerShape, str]
     return (miniature, "the miniature") if fits else (TransformerShape(), "Z-Image (6 B)")
 
 
-def inspect(path: Path, picture: Path | None) -> list[str]:
+def inspect_file(path: Path, picture: Path | None) -> list[str]:
     """Describe the LoRA at `path`, with the norm of every module's change; also as a heat map in `picture`.
 
     Raises:
@@ -76,10 +76,10 @@ def inspect(path: Path, picture: Path | None) -> list[str]:
         DiskError: the picture cannot be written.
     """
     require_picture(picture)
-    found = anatomy.examine(path)
-    rows, columns, values = names.table(found.energy)
+    found = anatomy.summarize_lora(path)
+    rows, columns, values = names.modules_table(found.energy)
     total = sum(norm**2 for norm in found.energy.values())
-    lines = [*describe(path, found), "", "norm of each change, and each block's share of the energy:"]
+    lines = [*describe_lora(path, found), "", "norm of each change, and each block's share of the energy:"]
     lines.append(f"{'':20}" + "".join(f"{column:>9}" for column in columns) + f"{'share':>9}")
     for row, line in zip(rows, values, strict=True):
         share = sum(norm**2 for norm in line if norm is not None) / total if total > 0 else 0.0
@@ -89,12 +89,12 @@ def inspect(path: Path, picture: Path | None) -> list[str]:
     lines.append(f"{'share':20}" + "".join(f"{share / total if total > 0 else 0.0:>9.1%}" for share in shares))
     lines += ["", "metadata:" if found.metadata else "metadata: none", *_metadata(found)]
     if picture is not None:
-        heatmap.save(picture, path.name, rows, columns, values, max(found.energy.values(), default=0.0))
+        heatmap.save_heatmap(picture, path.name, rows, columns, values, max(found.energy.values(), default=0.0))
         lines.append(f"heat map: {picture}")
     return lines
 
 
-def diff(one: Path, other: Path, picture: Path | None) -> list[str]:
+def diff_files(one: Path, other: Path, picture: Path | None) -> list[str]:
     """Compare what two LoRAs change: how far apart, and whether in the same direction; also as a heat map.
 
     Raises:
@@ -102,9 +102,13 @@ def diff(one: Path, other: Path, picture: Path | None) -> list[str]:
         DiskError: the picture cannot be written.
     """
     require_picture(picture)
-    first, second = files.read(one), files.read(other)
+    first, second = files.read_lora(one), files.read_lora(other)
     both = [module for module in first if module in second]
-    shared = [module for module in both if arithmetic.size(first[module]) == arithmetic.size(second[module])]
+    shared = [
+        module
+        for module in both
+        if arithmetic.frobenius_norm(first[module]) == arithmetic.frobenius_norm(second[module])
+    ]
     products = {module: anatomy.product(first[module], second[module]) for module in shared}
     norms = [{module: anatomy.norm(factors) for module, factors in lora.items()} for lora in (first, second)]
     lines = [
@@ -129,13 +133,13 @@ def diff(one: Path, other: Path, picture: Path | None) -> list[str]:
         *rules.table(cosines),
     ]
     if picture is not None:
-        rows, columns, values = names.table(cosines)
-        heatmap.save(picture, f"cosine, {one.name} and {other.name}", rows, columns, values, 1.0)
+        rows, columns, values = names.modules_table(cosines)
+        heatmap.save_heatmap(picture, f"cosine, {one.name} and {other.name}", rows, columns, values, 1.0)
         lines.append(f"heat map: {picture}")
     return lines
 
 
-def _metadata(found: Anatomy) -> list[str]:
+def _metadata(found: LoraSummary) -> list[str]:
     return [f"  {key}: {value}" for key, value in sorted(found.metadata.items())]
 
 
@@ -153,7 +157,7 @@ def _total(norms: Mapping[str, float]) -> float:
     return math.sqrt(math.fsum(norm**2 for norm in norms.values()))
 
 
-def describe(path: Path, found: Anatomy) -> list[str]:
+def describe_lora(path: Path, found: LoraSummary) -> list[str]:
     """What the file is, in a few lines."""
     groups = ", ".join(f"{name} {count}" for name, count in found.groups.items())
     ranks = ", ".join(f"{rank} ({count} modules)" for rank, count in found.ranks.most_common())

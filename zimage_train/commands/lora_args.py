@@ -21,7 +21,7 @@ class WeightedLora:
     weight: float
 
 
-def parse(text: str, where: str = "--lora", is_weight_needed: bool = False) -> WeightedLora:
+def parse_weighted_lora(text: str, where: str = "--lora", is_weight_needed: bool = False) -> WeightedLora:
     """Take `FILE` or `FILE=WEIGHT`; a file whose own name has a `=` wins.
 
     Raises:
@@ -40,14 +40,14 @@ def parse(text: str, where: str = "--lora", is_weight_needed: bool = False) -> W
     return WeightedLora(Path(name), number)
 
 
-def read(name: Path, *shapes: TransformerShape) -> Lora:
+def read_weighted_lora(name: Path, *shapes: TransformerShape) -> Lora:
     """The LoRA `name`, a path or what else `sources.lora_at` takes, all of which fits each model of these shapes.
 
     Raises:
         WeightsError: it does not, is no LoRA, or is not to be had.
     """
     path = name if name.is_file() else sources.lora_at(name.as_posix(), "--lora")
-    lora = files.read(path)
+    lora = files.read_lora(path)
     for shape in shapes:
         files.require_modules(path, lora, shape.linears)
     return lora

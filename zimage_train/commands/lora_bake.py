@@ -11,12 +11,12 @@ import torch
 from zimage_train.commands import lora_args as given
 from zimage_train.commands import lora_edit as workbench
 from zimage_train.commands.lora_args import WeightedLora
-from zimage_train.commands.lora_edit import Output
+from zimage_train.commands.lora_edit import OutputFile
 from zimage_train.errors import ConfigError, Problem, WeightsError
 from zimage_train.io import atomic as files
 from zimage_train.io import tensorfile
 from zimage_train.io.headers import ITEM_BYTES
-from zimage_train.io.units import in_words
+from zimage_train.io.units import format_bytes
 from zimage_train.lora import arithmetic, metadata
 from zimage_train.lora import bake as checkpoints
 from zimage_train.lora.targets import count_by_group
@@ -27,7 +27,7 @@ TARGETS = ("comfyui", "diffusers")
 MUCH_LOST = 0.02
 
 
-def bake(
+def bake_command(
     model: str, loras: Sequence[WeightedLora], target: str, dtype: str | None, path: Path, force: bool
 ) -> list[str]:
     """Write a model with LoRAs added to its weights, for tools that load no LoRA.
@@ -43,32 +43,32 @@ def bake(
         raise ConfigError(Problem(f"-o {path}", "does not end in .safetensors", "ComfyUI takes one file"))
     if target == "diffusers" and path.suffix == ".safetensors":
         raise ConfigError(Problem(f"-o {path}", "is a file name", "diffusers takes a folder"))
-    if dtype not in (None, *tensorfile.DTYPES):
+    if dtype not in (None, *tensorfile.TORCH_DTYPES):
         raise ConfigError(Problem("--dtype", f"is {dtype!r}", "give bf16 or fp32"))
     workbench.require_free(path, force, [one.path for one in loras])
     console = Console()
     source = sources.transformer_at(model, "MODEL")
     workbench.require_free(path, force, [source])
     shape, tensors = sources.transformer_tensors(source)
-    read = [(given.read(one.path, shape), one.weight) for one in loras]
+    read = [(given.read_weighted_lora(one.path, shape), one.weight) for one in loras]
     for one, (lora, _) in zip(loras, read, strict=True):
-        console.say(given.matched(one, lora))
-    kind = tensorfile.NAMES[tensorfile.DTYPES[dtype]] if dtype else None
+        console.info(given.matched(one, lora))
+    kind = tensorfile.DTYPE_NAMES[tensorfile.TORCH_DTYPES[dtype]] if dtype else None
     size = sum(math.prod(info.shape) * ITEM_BYTES[kind or info.dtype] for info in tensors.values())
-    files.require_space(path.parent, size, f"{source.name} with a LoRA", "free some space, or choose another disk")
+    files.require_free_space(path.parent, size, f"{source.name} with a LoRA", "free some space, or choose another disk")
     facts = [workbench.facts_of(one.path, weight=one.weight) for one in loras]
-    with console.live():
-        baked = checkpoints.bake(
+    with console.live_progress():
+        baked = checkpoints.bake_checkpoint(
             source,
-            arithmetic.stack(read),
+            arithmetic.stack_loras(read),
             target == "comfyui",
             dtype,
             path,
             {"zimage_train.bake": json.dumps(facts, sort_keys=True)},
-            partial(console.tick, "baking"),
+            partial(console.progress, "baking"),
         )
     kinds = ", ".join(sorted({info.dtype for info in tensors.values()})) if dtype is None else dtype
-    lines = [f"{path}: {baked.changed} weights changed, {in_words(size)} in {kinds}"]
+    lines = [f"{path}: {baked.changed} weights changed, {format_bytes(size)} in {kinds}"]
     lines.append(f"rounding to {kinds} cost {baked.share_lost:.2%} of the change")
     if baked.share_lost > MUCH_LOST:
         lines[-1] += ": loaded as a LoRA none is lost; --dtype fp32 keeps it too"
@@ -76,7 +76,7 @@ def bake(
     return [*lines, f"it is {what}: text encoder and VAE stay where they are (sample takes them by --extras)"]
 
 
-def extract(tuned: str, base: str, rank: int | None, energy: float, output: Output) -> list[str]:
+def extract_command(tuned: str, base: str, rank: int | None, energy: float, output: OutputFile) -> list[str]:
     """Write the LoRA that leads from one checkpoint to another.
 
     Raises:
@@ -87,13 +87,15 @@ def extract(tuned: str, base: str, rank: int | None, energy: float, output: Outp
     new, old = sources.transformer_at(tuned, "TUNED"), sources.transformer_at(base, "BASE")
     output.require_free(new, old)
     console, device = Console(), torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with console.live():
-        found = checkpoints.extract(new, old, rank, energy, device, partial(console.tick, "comparing"))
+    with console.live_progress():
+        found = checkpoints.extract_lora(new, old, rank, energy, device, partial(console.progress, "comparing"))
     if not found.lora:
         raise WeightsError(Problem(tuned, f"has the linear weights of {base}", "there is nothing to extract"))
     lora = {name: workbench.on_cpu(factors) for name, factors in found.lora.items()}
     facts = {"rank": rank, "energy": energy, "tuned": Path(tuned).name, "base": Path(base).name}
-    made = metadata.edited("extract", [{"ss_base_model_version": "zimage"}], facts, [one.rank for one in lora.values()])
+    made = metadata.edited_metadata(
+        "extract", [{"ss_base_model_version": "zimage"}], facts, [one.rank for one in lora.values()]
+    )
     groups = ", ".join(f"{name} {count}" for name, count in count_by_group(lora).items())
     lines = [f"{groups}: keeps {found.energy / found.total:.2%} of the squared change"]
     if found.others:

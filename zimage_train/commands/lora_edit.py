@@ -13,11 +13,11 @@ from typing import Any
 import torch
 
 from zimage_train.commands import compare
-from zimage_train.errors import ConfigError, Problem, WeightsError, ZImageTrainError, collected, raise_all
+from zimage_train.errors import ConfigError, Problem, WeightsError, ZImageTrainError, collect_errors, raise_all
 from zimage_train.io import atomic as files
 from zimage_train.io import tensorfile
 from zimage_train.io.headers import read_header
-from zimage_train.io.units import in_words
+from zimage_train.io.units import format_bytes
 from zimage_train.lora import arithmetic, keys, metadata
 from zimage_train.lora import formats as layouts
 from zimage_train.lora import inspect as anatomy
@@ -26,13 +26,13 @@ from zimage_train.lora import scale_rules as rules
 from zimage_train.lora import targets as names
 from zimage_train.lora import verify as loaders
 from zimage_train.lora.lora_file import Factors, Lora
-from zimage_train.lora.scale_rules import Rule
+from zimage_train.lora.scale_rules import ScaleRule
 from zimage_train.report.console import Console
-from zimage_train.training.run_dir import RunFolder
+from zimage_train.training.run_dir import RunDir
 
 
 @dataclass(frozen=True)
-class Output:
+class OutputFile:
     """Where a command writes, and in which precision; `auto` is bf16 where that loses nothing."""
 
     path: Path
@@ -49,7 +49,7 @@ class Output:
         require_free(self.path, self.force, inputs)
         if self.path.suffix != ".safetensors":
             raise ConfigError(Problem(f"-o {self.path}", "does not end in .safetensors", "no tool would load it"))
-        if self.dtype not in ("auto", *tensorfile.DTYPES):
+        if self.dtype not in ("auto", *tensorfile.TORCH_DTYPES):
             raise ConfigError(Problem("--dtype", f"is {self.dtype!r}", "give auto, bf16 or fp32"))
 
 
@@ -60,11 +60,11 @@ def require_free(path: Path, force: bool, inputs: Sequence[Path]) -> None:
     if os.path.lexists(path) and (path.is_dir() or not force):
         todo = "give another name" if path.is_dir() else "give another name, or --force"
         raise ConfigError(Problem(f"-o {path}", "exists", todo))
-    files.require_folder(path.parent)
+    files.require_writable_folder(path.parent)
 
 
 @dataclass(frozen=True)
-class Source:
+class LoraSource:
     """A LoRA file that was read."""
 
     path: Path
@@ -81,26 +81,26 @@ def facts_of(path: Path, **more: Any) -> dict[str, Any]:
     return {"name": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest(), **more}
 
 
-def read(*paths: Path) -> list[Source]:
+def read(*paths: Path) -> list[LoraSource]:
     """Read LoRA files.
 
     Raises:
         WeightsError: lists all that cannot be.
     """
     errors: list[ZImageTrainError] = []
-    found: list[Source] = []
+    found: list[LoraSource] = []
     for path in paths:
-        with collected(errors):
-            found.append(Source(path, lora_files.read(path), read_header(path).metadata))
+        with collect_errors(errors):
+            found.append(LoraSource(path, lora_files.read_lora(path), read_header(path).metadata))
     raise_all(errors)
     return found
 
 
-def written(lora: Lora, output: Output, made: Mapping[str, str]) -> list[str]:
+def written(lora: Lora, output: OutputFile, made: Mapping[str, str]) -> list[str]:
     """Write `lora`, and say what the file is and what rounding has cost."""
-    narrowest = lora_files.narrowest(lora)
+    narrowest = lora_files.narrowest_dtype(lora)
     dtype = narrowest if output.dtype == "auto" else output.dtype
-    short = lora_files.rounded(lora, "bf16")
+    short = lora_files.round_to_dtype(lora, "bf16")
     error = 0.0 if narrowest == "bf16" else max(loaders.distance(lora[name], short[name]) for name in lora)
     said = "which holds it to the bit" if dtype == narrowest == "bf16" else f"rounded by up to {error:.1e} of a change"
     if dtype == "fp32":
@@ -108,34 +108,34 @@ def written(lora: Lora, output: Output, made: Mapping[str, str]) -> list[str]:
     norm = math.sqrt(math.fsum(anatomy.norm(factors) ** 2 for factors in lora.values()))
     if norm == 0:
         raise ConfigError(Problem(str(output.path), "would change nothing: all its changes are 0", "nothing written"))
-    lora_files.export(output.path, lora, dtype, made)
+    lora_files.export_lora(output.path, lora, dtype, made)
     what = f"{len(lora)} modules, rank {rank_said(lora)}, norm {norm:.4g}"
-    return [f"{output.path}: {what}, {in_words(output.path.stat().st_size)} in {dtype}, {said}"]
+    return [f"{output.path}: {what}, {format_bytes(output.path.stat().st_size)} in {dtype}, {said}"]
 
 
 def on_cpu(factors: Factors) -> Factors:
     return Factors(factors.a.cpu(), factors.b.cpu(), factors.scale)
 
 
-def weight(path: Path, texts: Sequence[str], output: Output | None) -> list[str]:
+def weight(path: Path, texts: Sequence[str], output: OutputFile | None) -> list[str]:
     """Scale the change of each module by rules; without `output`, only show by how much.
 
     Raises:
         ConfigError: a rule is none, or none of them names a module of the file.
         WeightsError: the file is no plain LoRA.
     """
-    scales = rules.parse_all(texts)
+    scales = rules.parse_rules(texts)
     if output is not None:
         output.require_free(path)
     source = read(path)[0]
     lines = unmet([(rule, [source]) for rule in scales])
-    factors = rules.weights(scales, source.lora)
+    factors = rules.module_weights(scales, source.lora)
     if output is None:
         return [*lines, *rules.table(factors)]
-    scaled = arithmetic.sum_of([(source.lora, factors)])
+    scaled = arithmetic.sum_loras([(source.lora, factors)])
     if not scaled:
         raise ConfigError(Problem("lora weight", "every factor is 0, so nothing is left", "keep a module"))
-    made = metadata.edited(
+    made = metadata.edited_metadata(
         "weight", [source.metadata], {"from": source.facts(), "scale": list(texts)}, ranks_of(scaled)
     )
     if gone := len(source.lora) - len(scaled):
@@ -143,7 +143,7 @@ def weight(path: Path, texts: Sequence[str], output: Output | None) -> list[str]
     return [*lines, *written(scaled, output, made)]
 
 
-def resize(path: Path, rank: int | None, energy: float, output: Output) -> list[str]:
+def resize(path: Path, rank: int | None, energy: float, output: OutputFile) -> list[str]:
     """Bring a LoRA to `rank`, or to the lowest ranks that keep `energy` of each module's squared change.
 
     Raises:
@@ -157,12 +157,12 @@ def resize(path: Path, rank: int | None, energy: float, output: Output) -> list[
         raise ConfigError(Problem("--rank", f"is {rank}, and {path} has rank {before} already", todo))
     small, kept = reduced(source.lora, rank, energy, output)
     facts = {"from": source.facts(), "rank": rank, "energy": energy}
-    made = metadata.edited("resize", [source.metadata], facts, ranks_of(small))
+    made = metadata.edited_metadata("resize", [source.metadata], facts, ranks_of(small))
     dtype = as_is(source) if output.dtype == "auto" else output.dtype
     return [f"rank {before} -> {rank_said(small)}: {kept}", *written(small, replace(output, dtype=dtype), made)]
 
 
-def as_is(source: Source) -> str:
+def as_is(source: LoraSource) -> str:
     """The precision of a file that is nothing but smaller: that of the one it was made of."""
     return "fp32" if any(one.a.dtype == torch.float32 for one in source.lora.values()) else "bf16"
 
@@ -177,7 +177,7 @@ def saves(given: Sequence[Path]) -> list[Path]:
     for path in given:
         if path.is_dir():
             _require_run(path)
-            run = RunFolder(path, compare.settings_of(path)["name"])
+            run = RunDir(path, compare.settings_of(path)["name"])
             found += [one for one in sorted(run.lora().parent.glob("*.safetensors")) if one.stem.startswith(run.name)]
         else:
             found.append(path)
@@ -191,14 +191,14 @@ def _require_run(folder: Path) -> None:
         raise ConfigError(Problem(str(folder), "is no run folder: it has no config.yaml", todo))
 
 
-def ema(paths: Sequence[Path], decay: float | None, sigma_rel: float | None, output: Output) -> list[str]:
+def ema(paths: Sequence[Path], decay: float | None, sigma_rel: float | None, output: OutputFile) -> list[str]:
     """The average that a run would have had, from the LoRAs that it saved.
 
     Raises:
         WeightsError: a file says no step, or they are not of one run.
     """
     output.require_free(*paths)
-    by_step: dict[int, Source] = {}
+    by_step: dict[int, LoraSource] = {}
     for source in read(*paths):
         first = by_step.setdefault(_step(source), source)
         if first.lora.keys() != source.lora.keys() or source.path.read_bytes() != first.path.read_bytes():
@@ -212,17 +212,17 @@ def ema(paths: Sequence[Path], decay: float | None, sigma_rel: float | None, out
     if len(steps) < 2:
         todo = "give several, or train with a smaller save.every"
         raise ConfigError(Problem("lora ema", "there is one save, and so nothing to average", todo))
-    shares = arithmetic.shares_of_saves(steps, decay, sigma_rel)
+    shares = arithmetic.ema_weights(steps, decay, sigma_rel)
     sources = [by_step[step] for step in steps]
     mean = arithmetic.mean_of_factors([source.lora for source in sources], shares)
     used = [source.facts(step=step, share=share) for source, step, share in zip(sources, steps, shares, strict=True)]
     facts = {"decay": decay, "sigma_rel": sigma_rel, "from": used}
-    made = metadata.edited("ema", [source.metadata for source in sources], facts, ranks_of(mean))
+    made = metadata.edited_metadata("ema", [source.metadata for source in sources], facts, ranks_of(mean))
     lines = [f"step {step}: {share:.1%}  {by_step[step].path}" for step, share in zip(steps, shares, strict=True)]
     return [*lines, *written(mean, output, made)]
 
 
-def convert(path: Path, target: str, output: Output) -> list[str]:
+def convert(path: Path, target: str, output: OutputFile) -> list[str]:
     """Write a LoRA, DoRA, LoKr or LoHa in another layout; the way there and back changes no bit.
 
     Raises:
@@ -233,13 +233,13 @@ def convert(path: Path, target: str, output: Output) -> list[str]:
         raise ConfigError(Problem("--to", f"is {target!r}", f"give one of {', '.join(layouts.LAYOUTS)}"))
     output.require_free(path)
     changes, found = lora_files.read_changes(path)
-    tensors, made = layouts.spell(path, changes, found, target)
+    tensors, made = layouts.to_layout(path, changes, found, target)
     if output.dtype != "auto":
-        kind = tensorfile.DTYPES[output.dtype]
+        kind = tensorfile.TORCH_DTYPES[output.dtype]
         tensors = {key: one if key.endswith(".alpha") else one.to(kind) for key, one in tensors.items()}
     tensorfile.save(output.path, tensors, made)
     kinds = ", ".join(sorted({str(lora_files.kind_of(change)) for change in changes.values()}))
-    size = in_words(output.path.stat().st_size)
+    size = format_bytes(output.path.stat().st_size)
     return [
         f"{path}: {keys.layout_of(read_header(path).tensors)}",
         f"{output.path}: {keys.layout_of(tensors)}, {kinds}, {len(changes)} modules, {size}",
@@ -247,32 +247,34 @@ def convert(path: Path, target: str, output: Output) -> list[str]:
     ]
 
 
-def reduced(lora: Lora, rank: int | None, energy: float, output: Output) -> tuple[Lora, str]:
-    return each(lora, output, lambda name: arithmetic.reduced(lora[name], rank, energy, name))
+def reduced(lora: Lora, rank: int | None, energy: float, output: OutputFile) -> tuple[Lora, str]:
+    return each(lora, output, lambda name: arithmetic.reduce_rank(lora[name], rank, energy, name))
 
 
 def each(
-    modules: Iterable[str], output: Output, make: Callable[[str], tuple[Factors, float, float]]
+    modules: Iterable[str], output: OutputFile, make: Callable[[str], tuple[Factors, float, float]]
 ) -> tuple[Lora, str]:
     """`make` of each module with progress, and the share of the squared change that is kept, in all and at worst."""
     console, found = Console(stream=sys.stderr), list(modules)
     lora: Lora = {}
     kept = total = 0.0
     worst, where = 1.0, ""
-    with console.live():
+    with console.live_progress():
         for done, name in enumerate(found, 1):
             lora[name], one, whole = make(name)
             kept, total = kept + one, total + whole
             if whole > 0 and one / whole < worst:
                 worst, where = one / whole, name
-            console.tick("modules", done, len(found))
+            console.progress("modules", done, len(found))
     least = f", least in {where} ({worst:.2%})" if where else ""
     return lora, f"keeps {kept / total if total > 0 else 1.0:.2%} of the squared change{least}"
 
 
-def unmet(scales: Sequence[tuple[Rule, Sequence[Source]]]) -> list[str]:
+def unmet(scales: Sequence[tuple[ScaleRule, Sequence[LoraSource]]]) -> list[str]:
     """What rules name nothing in any file that they are for; where none names anything, that is a mistake."""
-    lost = [(rule, sources) for rule, sources in scales if all(rules.unmet([rule], one.lora) for one in sources)]
+    lost = [
+        (rule, sources) for rule, sources in scales if all(rules.unmatched_rules([rule], one.lora) for one in sources)
+    ]
     if scales and len(lost) == len(scales):
         source = scales[0][1][0]
         what = f"no rule names any of its {len(source.lora)} modules"
@@ -281,7 +283,7 @@ def unmet(scales: Sequence[tuple[Rule, Sequence[Source]]]) -> list[str]:
 
 
 def _components(lora: Lora) -> list[str]:
-    blocks, components, _ = names.table(dict.fromkeys(lora, 1.0))
+    blocks, components, _ = names.modules_table(dict.fromkeys(lora, 1.0))
     return [f"{blocks[0]} to {blocks[-1]}", *components]
 
 
@@ -294,7 +296,7 @@ def rank_said(lora: Lora) -> str:
     return str(ranks[0]) if len(set(ranks)) == 1 else f"{min(ranks)} to {max(ranks)}"
 
 
-def _step(source: Source) -> int:
+def _step(source: LoraSource) -> int:
     """The step at which a run saved a LoRA, by its header or else its name."""
     match = re.search(r"-(\d{6,})$", source.path.stem)
     said = source.metadata.get("ss_steps", "") or (match[1] if match else "")

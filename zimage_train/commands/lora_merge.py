@@ -7,19 +7,19 @@ from dataclasses import dataclass
 
 from zimage_train.commands import lora_edit as workbench
 from zimage_train.commands.lora_args import WeightedLora
-from zimage_train.commands.lora_edit import Output
-from zimage_train.errors import ConfigError, Problem, ZImageTrainError, collected, raise_all
+from zimage_train.commands.lora_edit import OutputFile
+from zimage_train.errors import ConfigError, Problem, ZImageTrainError, collect_errors, raise_all
 from zimage_train.lora import arithmetic, blending, metadata
 from zimage_train.lora import scale_rules as rules
 from zimage_train.lora.lora_file import Factors, Lora
-from zimage_train.lora.scale_rules import Rule
+from zimage_train.lora.scale_rules import ScaleRule
 
 FILE_RULE = re.compile(r"(\d{1,6}):(.+)")
 DENSITY, SEED = 0.5, 42
 
 
 @dataclass(frozen=True)
-class Method:
+class MergeMethod:
     """How changes are put together; `name` None is their exact sum."""
 
     name: str | None
@@ -30,7 +30,9 @@ class Method:
     energy: float | None
 
 
-def method_of(name: str, density: float | None, seed: int | None, rank: int | None, energy: float | None) -> Method:
+def method_of(
+    name: str, density: float | None, seed: int | None, rank: int | None, energy: float | None
+) -> MergeMethod:
     """How to put changes together, as options say it.
 
     Raises:
@@ -45,11 +47,15 @@ def method_of(name: str, density: float | None, seed: int | None, rank: int | No
     if density == 0:
         raise ConfigError(Problem("--density", "is 0, so nothing is left", "give a share above 0"))
     share, number = DENSITY if density is None else density, SEED if seed is None else seed
-    return Method(None if name == "sum" else name, share, number, rank, energy)
+    return MergeMethod(None if name == "sum" else name, share, number, rank, energy)
 
 
-def merge(
-    inputs: Sequence[WeightedLora], texts: Sequence[str], method: Method, normalize: bool, output: Output | None
+def merge_files(
+    inputs: Sequence[WeightedLora],
+    texts: Sequence[str],
+    method: MergeMethod,
+    normalize: bool,
+    output: OutputFile | None,
 ) -> list[str]:
     """Put several LoRAs together; without `output`, only show how much of each module of each goes in.
 
@@ -65,7 +71,7 @@ def merge(
     lines = workbench.unmet([(rule, [sources[i] for i in numbers]) for rule, numbers in scales])
     of_file = [[rule for rule, numbers in scales if number in numbers] for number in range(len(sources))]
     factors = [
-        {module: ratio * factor for module, factor in rules.weights(rules_, source.lora).items()}
+        {module: ratio * factor for module, factor in rules.module_weights(rules_, source.lora).items()}
         for ratio, rules_, source in zip(ratios, of_file, sources, strict=True)
     ]
     if output is None:
@@ -73,7 +79,7 @@ def merge(
             lines += [f"{source.path}: ratio {ratio:g}", *rules.table(one)]
         return lines
     parts = [(source.lora, one) for source, one in zip(sources, factors, strict=True)]
-    merged = arithmetic.sum_of(parts)  # also says what does not fit together
+    merged = arithmetic.sum_loras(parts)  # also says what does not fit together
     if not merged:
         raise ConfigError(Problem("lora merge", "every ratio is 0, so nothing is left", "give one that is not"))
     if method.name is not None:
@@ -88,11 +94,13 @@ def merge(
         source.facts(ratio=ratio, scale=[rule.text for rule in rules_])
         for source, ratio, rules_ in zip(sources, ratios, of_file, strict=True)
     ]
-    made = metadata.edited("merge", [source.metadata for source in sources], facts, workbench.ranks_of(merged))
+    made = metadata.edited_metadata("merge", [source.metadata for source in sources], facts, workbench.ranks_of(merged))
     return [*lines, *workbench.written(merged, output, made)]
 
 
-def _blended(parts: Sequence[tuple[Lora, Mapping[str, float]]], method: Method, output: Output) -> tuple[Lora, str]:
+def _blended(
+    parts: Sequence[tuple[Lora, Mapping[str, float]]], method: MergeMethod, output: OutputFile
+) -> tuple[Lora, str]:
     modules = dict.fromkeys(name for lora, factors in parts for name in lora if factors[name] != 0)
 
     def blend(name: str) -> tuple[Factors, float, float]:
@@ -100,24 +108,24 @@ def _blended(parts: Sequence[tuple[Lora, Mapping[str, float]]], method: Method, 
         changes = [math.copysign(1.0, factor) * one.delta() for one, factor in there]  # so that signs are elected well
         weights = [abs(factor) for _, factor in there]
         assert method.name is not None
-        dense = blending.blend(method.name, changes, weights, method.density, method.seed, name)
+        dense = blending.blend_changes(method.name, changes, weights, method.density, method.seed, name)
         rank = method.rank if method.rank or method.energy is not None else sum(one.rank for one, _ in there)
-        return arithmetic.of_dense(dense, rank, 1.0 if method.energy is None else method.energy, name)
+        return arithmetic.factorize(dense, rank, 1.0 if method.energy is None else method.energy, name)
 
     return workbench.each(modules, output, blend)
 
 
-def _rules_by_file(texts: Sequence[str], count: int) -> list[tuple[Rule, list[int]]]:
+def _rules_by_file(texts: Sequence[str], count: int) -> list[tuple[ScaleRule, list[int]]]:
     """Each rule, and the numbers of the files that it is for: `2:adaln=0` is for the second, `adaln=0` for all."""
     errors: list[ZImageTrainError] = []
-    found: list[tuple[Rule, list[int]]] = []
+    found: list[tuple[ScaleRule, list[int]]] = []
     for text in texts:
         match = FILE_RULE.fullmatch(text)
-        with collected(errors):
+        with collect_errors(errors):
             if match and not 1 <= int(match[1]) <= count:
                 what = f"is for file {match[1]}, and there are {count}"
                 raise ConfigError(Problem(f"--scale {text}", what, "the first file is 1"))
-            rule = rules.parse(match[2] if match else text)
+            rule = rules.parse_rule(match[2] if match else text)
             found.append((rule, [int(match[1]) - 1] if match else list(range(count))))
     raise_all(errors)
     return found

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 
-def bring_home(path: Path, environment: Mapping[str, str]) -> str | None:
+def copy_command(path: Path, environment: Mapping[str, str]) -> str | None:
     """The command that copies `path` from this pod, to be typed at home; None where this is no pod.
 
     RunPod sets these variables. From a pod without a public address `runpodctl send` sends, and says what to type.

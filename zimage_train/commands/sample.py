@@ -18,25 +18,25 @@ from torch import Tensor
 
 from zimage_train.commands import lora_args as given
 from zimage_train.commands.lora_args import WeightedLora
-from zimage_train.config.schema import Config, Model
+from zimage_train.config.schema import Config, ModelSettings
 from zimage_train.config.variants import VARIANTS
 from zimage_train.dataset import encode as encoding
-from zimage_train.diffusion.frozen import Frozen, assemble
-from zimage_train.diffusion.prompts import Wish
-from zimage_train.diffusion.render import Tick, batches, render
-from zimage_train.diffusion.request import Recipe, previews, prompts_of
-from zimage_train.errors import ConfigError, Problem, WeightsError, ZImageTrainError, collected, raise_all
+from zimage_train.diffusion.frozen import FrozenTransformer, load_frozen
+from zimage_train.diffusion.prompts import PromptSpec
+from zimage_train.diffusion.render import Tick, batches, render_images
+from zimage_train.diffusion.request import SamplingRequest, preview_requests, prompts_to_encode
+from zimage_train.errors import ConfigError, Problem, WeightsError, ZImageTrainError, collect_errors, raise_all
 from zimage_train.io import atomic as files
-from zimage_train.io.units import in_words
+from zimage_train.io.units import format_bytes
 from zimage_train.lora import arithmetic, swap
 from zimage_train.lora.lora_file import Lora
 from zimage_train.models import locate as sources
 from zimage_train.models.arch import TransformerShape
-from zimage_train.models.locate import Sources
+from zimage_train.models.locate import ModelPaths
 from zimage_train.planning import devices as accelerator
 from zimage_train.planning import planner, preflight
-from zimage_train.planning.memory import Form, Job
-from zimage_train.planning.planner import Wanted
+from zimage_train.planning.memory import WeightPlacement, Workload
+from zimage_train.planning.planner import PlanConstraints
 from zimage_train.report import preview_images as pictures
 from zimage_train.report.console import Console
 from zimage_train.training import distributed
@@ -46,7 +46,7 @@ AT_ONCE_IN_MEMORY = 16
 
 
 @dataclass(frozen=True)
-class Asked:
+class SamplingOptions:
     """What was asked for of every picture; None: the picture's or the variant's own."""
 
     negative: str | None
@@ -64,14 +64,16 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Room:
+class BatchLimit:
     """How many pictures go through the model at once, and the GB to stay within; None: what the card has."""
 
     at_once: int = 1
     budget_gb: float | None = None
 
 
-def sample(model: Model, loras: list[WeightedLora], recipes: list[Recipe], room: Room, output: Path) -> None:
+def sample_images(
+    model: ModelSettings, loras: list[WeightedLora], recipes: list[SamplingRequest], room: BatchLimit, output: Path
+) -> None:
     """Write one picture a recipe into the folder `output`.
 
     Raises:
@@ -81,41 +83,43 @@ def sample(model: Model, loras: list[WeightedLora], recipes: list[Recipe], room:
         _sample(model, loras, recipes, room, output)
 
 
-def _sample(model: Model, loras: list[WeightedLora], recipes: list[Recipe], room: Room, output: Path) -> None:
+def _sample(
+    model: ModelSettings, loras: list[WeightedLora], recipes: list[SamplingRequest], room: BatchLimit, output: Path
+) -> None:
     console = Console()
-    files.require_folder(output)
-    found, shape = located(model)
-    read = [(given.read(one.path, shape), one.weight) for one in loras]
+    files.require_writable_folder(output)
+    found, shape = locate_model(model)
+    read = [(given.read_weighted_lora(one.path, shape), one.weight) for one in loras]
     for one, (lora, _) in zip(loras, read, strict=True):
-        console.say(given.matched(one, lora))
-    stacked = arithmetic.stack(read)
-    loaded = load(model, found, shape, stacked, recipes, console, room)
+        console.info(given.matched(one, lora))
+    stacked = arithmetic.stack_loras(read)
+    loaded = load_model(model, found, shape, stacked, recipes, console, room)
     many = AT_ONCE_IN_MEMORY * room.at_once
-    with console.live(), swap.attached(loaded.frozen.model, stacked):
+    with console.live_progress(), swap.with_lora(loaded.frozen.model, stacked):
         for start in range(0, len(recipes), many):
             some = recipes[start : start + many]
             what = "sampling" if len(recipes) <= many else f"sampling from picture {start + 1} of {len(recipes)}"
-            images = loaded.draw(some, partial(console.tick, what), room.at_once)
+            images = loaded.draw(some, partial(console.progress, what), room.at_once)
             for image, recipe in zip(images, some, strict=True):
                 path = _free_path(output, recipe.seed)
-                pictures.save(path, image, recipe, drawn_by(model, loras))
-                console.say(f"{path}  {recipe.in_short()}")
+                pictures.save_preview(path, image, recipe, drawn_by(model, loras))
+                console.info(f"{path}  {recipe.summary()}")
 
 
 @dataclass(frozen=True)
-class Loaded:
+class LoadedModel:
     """A model that is ready to draw, and the prompts that it may be asked for."""
 
-    frozen: Frozen
+    frozen: FrozenTransformer
     extras: Path
     embeds: Mapping[str, Tensor]
 
-    def draw(self, recipes: list[Recipe], tick: Tick, at_once: int = 1) -> list[Image]:
+    def draw(self, recipes: list[SamplingRequest], tick: Tick, at_once: int = 1) -> list[Image]:
         """One picture a recipe, with the LoRA that is attached now."""
-        return render(self.frozen, self.extras, recipes, self.embeds, tick, at_once=at_once)
+        return render_images(self.frozen, self.extras, recipes, self.embeds, tick, at_once=at_once)
 
 
-def located(model: Model) -> tuple[Sources, TransformerShape]:
+def locate_model(model: ModelSettings) -> tuple[ModelPaths, TransformerShape]:
     """Where the parts of `model` are, downloaded if need be, and its shape.
 
     Raises:
@@ -130,43 +134,46 @@ def located(model: Model) -> tuple[Sources, TransformerShape]:
 
 def _as_options(problem: Problem) -> Problem:
     """`problem` of a setting as one of the option that stands for it here."""
-    if problem.where.startswith("model.extras"):
-        what = f"the text encoder and VAE of {problem.where.removeprefix('model.extras').lstrip(': ')} {problem.what}"
+    if problem.location.startswith("model.extras"):
+        source = problem.location.removeprefix("model.extras").lstrip(": ")
+        what = f"the text encoder and VAE of {source} {problem.message}"
         return Problem("--extras", what, "give a folder or hub id that has them")
-    return Problem(problem.where.replace("model.path", "MODEL"), problem.what, problem.todo)
+    return Problem(problem.location.replace("model.path", "MODEL"), problem.message, problem.hint)
 
 
-def load(
-    model: Model,
-    found: Sources,
+def load_model(
+    model: ModelSettings,
+    found: ModelPaths,
     shape: TransformerShape,
     largest: Lora,
-    recipes: list[Recipe],
+    recipes: list[SamplingRequest],
     console: Console,
-    room: Room = Room(),
-) -> Loaded:
+    room: BatchLimit = BatchLimit(),
+) -> LoadedModel:
     """Encode the prompts of `recipes`, then load the transformer, so that LoRAs up to `largest` fit the device too.
 
     Raises:
         ConfigError: the budget takes less than the pictures need.
     """
-    device = distributed.join().device
+    device = distributed.init().device
     form = _form(shape, model, largest, recipes, device, room)
     encode = encoding.prompt_encoder(found.extras, device, model.dtype)
-    embeds = dict(encode(prompts_of(recipes), lambda done, total: None))
+    embeds = dict(encode(prompts_to_encode(recipes), lambda done, total: None))
     del encode
     if form.streamed:
-        console.say(f"{form.streamed} of {shape.n_layers} blocks are streamed, to fit this card")
-    return Loaded(assemble(found.transformer, None, model.dtype, device, None, form.streamed), found.extras, embeds)
+        console.info(f"{form.streamed} of {shape.n_layers} blocks are streamed, to fit this card")
+    return LoadedModel(
+        load_frozen(found.transformer, None, model.dtype, device, None, form.streamed), found.extras, embeds
+    )
 
 
-def drawn_by(model: Model, loras: list[WeightedLora]) -> str:
+def drawn_by(model: ModelSettings, loras: list[WeightedLora]) -> str:
     """What a picture says of the model and the LoRAs that drew it."""
     used = " and ".join(f"{one.path.name}={one.weight:g}" for one in loras) or "no LoRA"
     return f"{model.path or model.variant} in {model.dtype} with {used}"
 
 
-def recipes_for(asked: Asked, model: Model, wishes: Sequence[Wish]) -> list[Recipe]:
+def requests_for(asked: SamplingOptions, model: ModelSettings, wishes: Sequence[PromptSpec]) -> list[SamplingRequest]:
     """Recipes of `wishes`: what one says itself, what is asked for of all, and the rest from the variant.
 
     Raises:
@@ -176,19 +183,19 @@ def recipes_for(asked: Asked, model: Model, wishes: Sequence[Wish]) -> list[Reci
     given = {"negative": "", "seed": 42, "width": 1024, "height": 1024} | asked.given()
     rest = {"steps": variant.steps, "guidance": variant.guidance, "shift": variant.shift} | given
     errors: list[ZImageTrainError] = []
-    recipes: list[Recipe] = []
+    recipes: list[SamplingRequest] = []
     for index, wish in enumerate(wishes):
         first = wish.given.get("seed", rest["seed"] + index * asked.count)
         fields = {"prompt": wish.prompt, **rest, **wish.given}
-        with collected(errors):
-            recipes += [_recipe(fields | {"seed": first + number}) for number in range(asked.count)]
+        with collect_errors(errors):
+            recipes += [_request(fields | {"seed": first + number}) for number in range(asked.count)]
     raise_all(errors)
     return recipes
 
 
-def _recipe(fields: Mapping[str, Any]) -> Recipe:
+def _request(fields: Mapping[str, Any]) -> SamplingRequest:
     try:
-        return Recipe.from_json(json.dumps(fields))
+        return SamplingRequest.from_json(json.dumps(fields))
     except ValidationError as error:
         first = error.errors()[0]
         where = f"{fields['prompt'][:40]!r}: {'.'.join(map(str, first['loc']))}"
@@ -205,13 +212,13 @@ def said_of(drawn: list[Path]) -> list[str]:
     ]
 
 
-def recipes_of(asked: Asked, drawn: list[Path]) -> list[Recipe]:
+def requests_of(asked: SamplingOptions, drawn: list[Path]) -> list[SamplingRequest]:
     """Recipes of pictures, with what is asked for in place of their own.
 
     Raises:
         DataError: a picture was not made by this trainer.
     """
-    return [_recipe(asdict(pictures.recipe_of(path)) | asked.given()) for path in drawn]
+    return [_request(asdict(pictures.request_of(path)) | asked.given()) for path in drawn]
 
 
 def command_for(config: Config, lora: Path) -> str:
@@ -227,7 +234,7 @@ def command_for(config: Config, lora: Path) -> str:
         words += ["--extras", model.extras]
     if model.dtype != "bf16":
         words += ["--dtype", model.dtype]
-    recipes = previews(config)
+    recipes = preview_requests(config)
     if not recipes:
         return shlex.join([*words, "--prompt", "..."])
     first, variant = recipes[0], VARIANTS[model.variant]
@@ -243,11 +250,16 @@ def command_for(config: Config, lora: Path) -> str:
 
 
 def _form(
-    shape: TransformerShape, model: Model, lora: Lora, recipes: list[Recipe], device: torch.device, room: Room
-) -> Form:
+    shape: TransformerShape,
+    model: ModelSettings,
+    lora: Lora,
+    recipes: list[SamplingRequest],
+    device: torch.device,
+    room: BatchLimit,
+) -> WeightPlacement:
     """How the model fits the device while `recipes` are drawn; the LoRA is taken for a trained one, to be safe."""
-    here = accelerator.here(device)
-    job = Job(
+    here = accelerator.device_limits(device)
+    job = Workload(
         shape=shape,
         dtype=model.dtype,
         trained=sum(factors.a.numel() + factors.b.numel() for factors in lora.values()),
@@ -260,9 +272,11 @@ def _form(
         previews_at_once=max(map(len, batches(recipes, room.at_once))),
     )
     limit = here.limit_bytes if room.budget_gb is None else min(here.limit_bytes, room.budget_gb * 1e9)
-    plan = planner.choose(job, Wanted((None,), None, None), limit, preflight.system_memory_bytes(), here.card)
+    plan = planner.choose_plan(
+        job, PlanConstraints((None,), None, None), limit, preflight.system_memory_bytes(), here.card
+    )
     if room.budget_gb is not None and not plan.fits:
-        what = f"is {room.budget_gb:g}, and these pictures take {in_words(plan.peak.total)} (predicted)"
+        what = f"is {room.budget_gb:g}, and these pictures take {format_bytes(plan.peak.total)} (predicted)"
         raise ConfigError(Problem("--budget-gb", what, "give more, or a smaller --width, --height or --batch"))
     return plan.form
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 
 from zimage_train.commands import compare
-from zimage_train.commands.compare import RUN, Past
-from zimage_train.commands.sweep_values import RunsFailed, Variation, for_each
-from zimage_train.commands.train import examine, train
-from zimage_train.config.load import flatten
-from zimage_train.errors import DataError, LostError, Problem, Stopped, ZImageTrainError
+from zimage_train.commands.compare import RUN, FinishedRun
+from zimage_train.commands.sweep_values import RunsFailed, SweepRun, run_each
+from zimage_train.commands.train import check_for_training, run_training
+from zimage_train.config.load import flatten_keys
+from zimage_train.errors import DataError, Problem, Stopped, WorkerLostError, ZImageTrainError
 from zimage_train.report.console import Console
 from zimage_train.training import distributed
 from zimage_train.training import run_dir as run_folder
@@ -20,7 +20,7 @@ from zimage_train.training.distributed import World
 from zimage_train.training.signals import StopRequest, stop_on_signals
 
 
-def sweep(runs: Sequence[Variation], fresh: bool, allow: tuple[str, ...] = ()) -> None:
+def run_sweep(runs: Sequence[SweepRun], fresh: bool, allow: tuple[str, ...] = ()) -> None:
     """Train every one of `runs`, or continue what an earlier start left of them, and compare those that finished.
 
     Nothing is trained before all of them are checked. One that fails does not keep the others from being trained.
@@ -30,11 +30,11 @@ def sweep(runs: Sequence[Variation], fresh: bool, allow: tuple[str, ...] = ()) -
         ZImageTrainError: anything else a user can act on.
     """
     run_folder.require_allowable(allow)
-    world = distributed.join()
+    world = distributed.init()
     console = Console(world.is_main)
     by_label = {run.label: run for run in runs}
     with stop_on_signals() as stop:
-        for_each(list(by_label), lambda label: examine(by_label[label].config, world).notes)
+        run_each(list(by_label), lambda label: check_for_training(by_label[label].config, world).notes)
         failures = _train_all(runs, fresh, allow, world, console, stop)
     if world.is_main:
         _conclude([run for run in runs if run.label not in failures], failures, console)
@@ -43,7 +43,7 @@ def sweep(runs: Sequence[Variation], fresh: bool, allow: tuple[str, ...] = ()) -
 
 
 def _train_all(
-    runs: Sequence[Variation],
+    runs: Sequence[SweepRun],
     fresh: bool,
     allow: tuple[str, ...],
     world: World,
@@ -53,20 +53,22 @@ def _train_all(
     """Train one after the other; returns what went wrong, by the label of the run."""
     failures: dict[str, RunsFailed] = {}
     for number, run in enumerate(runs, 1):
-        if distributed.least(world, float(stop.signal_number is None)) == 0.0:  # whoever of the processes got it
+        if (
+            distributed.all_reduce_min(world, float(stop.signal_number is None)) == 0.0
+        ):  # whoever of the processes got it
             raise stop.error(f"before run {number} of {len(runs)}")
-        console.say(f"run {number} of {len(runs)}: {run.label}")
+        console.info(f"run {number} of {len(runs)}: {run.label}")
         try:
-            train(run.config, fresh, allow, stop)
-        except (Stopped, LostError):
+            run_training(run.config, fresh, allow, stop)
+        except (Stopped, WorkerLostError):
             raise
         except ZImageTrainError as error:
-            if world.processes > 1:  # the others may still wait for this one
+            if world.world_size > 1:  # the others may still wait for this one
                 raise
             # The error itself would keep alive, by its traceback, the model that was being trained.
             failures[run.label] = RunsFailed(error.exit_code, error.problems)
             for problem in error.problems:
-                console.warn(f"{run.label} failed: {problem}")
+                console.warning(f"{run.label} failed: {problem}")
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -74,24 +76,27 @@ def _train_all(
     return failures
 
 
-def _conclude(finished: list[Variation], failures: Mapping[str, RunsFailed], console: Console) -> None:
+def _conclude(finished: list[SweepRun], failures: Mapping[str, RunsFailed], console: Console) -> None:
     """Say what the runs came to, and write grid and page beside them."""
-    past = [Past(run.label, run_folder.of(run.config), flatten(run.config.model_dump(mode="json"))) for run in finished]
-    console.say("")
+    past = [
+        FinishedRun(run.label, run_folder.run_dir_of(run.config), flatten_keys(run.config.model_dump(mode="json")))
+        for run in finished
+    ]
+    console.info("")
     for line in table(
         {run.label: compare.facts(run) for run in past} | {label: {"LoRA": "failed"} for label in failures}
     ):
-        console.say(line)
+        console.info(line)
     if not finished:
         return
-    folder = Path(finished[0].config.output)
+    folder = Path(finished[0].config.output_dir)
     try:
         found = replace(compare.of_runs(past, RUN), title=folder.name)
         for line in compare.written(folder, found):
-            console.say(line)
+            console.info(line)
     except DataError as error:
         for problem in error.problems:
-            console.say(f"note: no grid and no page: {problem}")
+            console.info(f"note: no grid and no page: {problem}")
 
 
 def table(rows: Mapping[str, Mapping[str, str]]) -> list[str]:
@@ -104,7 +109,7 @@ def table(rows: Mapping[str, Mapping[str, str]]) -> list[str]:
 
 def _failed(failures: Mapping[str, RunsFailed]) -> RunsFailed:
     problems = [
-        Problem(f"{label}: {problem.where}", problem.what, problem.todo)
+        Problem(f"{label}: {problem.location}", problem.message, problem.hint)
         for label, error in failures.items()
         for problem in error.problems
     ]

@@ -9,13 +9,13 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any, TypeVar
 
-from zimage_train.compat.aitoolkit.convert import read_any
+from zimage_train.compat.aitoolkit.convert import read_config_or_job
 from zimage_train.config import strict_yaml as yaml_reader
 from zimage_train.config.schema import Config
-from zimage_train.config.strict_yaml import YamlProblem
+from zimage_train.config.strict_yaml import YamlError
 from zimage_train.errors import ConfigError, Problem, ZImageTrainError
 
-FIXED = ("name", "output", "cache.folder")
+NOT_VARIABLE = ("name", "output_dir", "cache.folder")
 """Settings that runs of one sweep have of the sweep itself, or share."""
 LONGEST_WORD = 60
 """Characters of a value in a name."""
@@ -25,7 +25,7 @@ Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
-class Axis:
+class SweepAxis:
     """One setting and the values that it takes."""
 
     key: str
@@ -36,7 +36,7 @@ class Axis:
 
 
 @dataclass(frozen=True)
-class Variation:
+class SweepRun:
     """One run of a sweep."""
 
     config: Config
@@ -61,7 +61,7 @@ def label_of(values: Mapping[str, str]) -> str:
     return ", ".join(f"{key}={text}" for key, text in values.items())
 
 
-def variations(path: Path, overrides: Sequence[str], varied: Sequence[str]) -> list[Variation]:
+def make_sweep_runs(path: Path, overrides: Sequence[str], varied: Sequence[str]) -> list[SweepRun]:
     """The config at `path` with `overrides`, once for each combination of the values in `varied`.
 
     The runs lie side by side in output/NAME-sweep-KEYS and are called NAME+KEY_VALUE.
@@ -78,29 +78,32 @@ def variations(path: Path, overrides: Sequence[str], varied: Sequence[str]) -> l
         suffix = "".join(f"+{short}_{axis.words[place]}" for axis, short, place in picked)
         chosen[label_of(values)] = (values, suffix)
 
-    def read(label: str) -> Variation:
+    def read(label: str) -> SweepRun:
         values, suffix = chosen[label]
         assigned = [*overrides, *(f"{key}={text}" for key, text in values.items())]
         try:
-            plain, _ = read_any(path, assigned)
-            own = {"name": plain.name + suffix, "output": f"{Path(plain.output) / plain.name}-sweep-{'+'.join(shorts)}"}
+            plain, _ = read_config_or_job(path, assigned)
+            own = {
+                "name": plain.name + suffix,
+                "output_dir": f"{Path(plain.output_dir) / plain.name}-sweep-{'+'.join(shorts)}",
+            }
             named = [f"{key}={json.dumps(text, ensure_ascii=False)}" for key, text in own.items()]
-            return Variation(read_any(path, [*assigned, *named])[0], values)
+            return SweepRun(read_config_or_job(path, [*assigned, *named])[0], values)
         except ConfigError as error:
             raise ConfigError(*(_as_varied(problem, values) for problem in error.problems)) from None
 
-    return list(for_each(list(chosen), read).values())
+    return list(run_each(list(chosen), read).values())
 
 
 def _as_varied(problem: Problem, values: Mapping[str, str]) -> Problem:
     """The reader takes what is varied for what is set; the user typed --vary."""
     for key, text in values.items():
-        if problem.where.startswith(f"--set {key}={text}"):
-            return replace(problem, where=problem.where.replace("--set", "--vary", 1))
+        if problem.location.startswith(f"--set {key}={text}"):
+            return replace(problem, location=problem.location.replace("--set", "--vary", 1))
     return problem
 
 
-def for_each(labels: Sequence[str], work: Callable[[str], Result]) -> dict[str, Result]:
+def run_each(labels: Sequence[str], work: Callable[[str], Result]) -> dict[str, Result]:
     """What `work` makes of each of `labels`, unless it fails for one.
 
     Raises:
@@ -126,12 +129,14 @@ def _merged(found: Mapping[str, Sequence[Problem]], total: int) -> list[Problem]
             owners.setdefault(problem, []).append(label)
     merged = []
     for problem, labels in owners.items():
-        says_which = len(labels) == total or problem.where.startswith("--vary ")
-        merged += [problem] if says_which else [replace(problem, where=f"{one}: {problem.where}") for one in labels]
+        says_which = len(labels) == total or problem.location.startswith("--vary ")
+        merged += (
+            [problem] if says_which else [replace(problem, location=f"{one}: {problem.location}") for one in labels]
+        )
     return merged
 
 
-def _axes(varied: Sequence[str], overrides: Sequence[str]) -> list[Axis]:
+def _axes(varied: Sequence[str], overrides: Sequence[str]) -> list[SweepAxis]:
     axes, problems = [], []
     taken = {override.partition("=")[0].strip(): f"--set {override}" for override in overrides}
     for text in varied:
@@ -140,7 +145,7 @@ def _axes(varied: Sequence[str], overrides: Sequence[str]) -> list[Axis]:
         clash = next((there for other, there in taken.items() if _overlap(key, other)), None)
         if not equals or not key:
             problems.append(Problem(where, "is not key=value,value", EXAMPLE))
-        elif any(_overlap(key, one) for one in FIXED):
+        elif any(_overlap(key, one) for one in NOT_VARIABLE):
             problems.append(
                 Problem(
                     where,
@@ -155,7 +160,7 @@ def _axes(varied: Sequence[str], overrides: Sequence[str]) -> list[Axis]:
             texts = split(values)
             words, wrong = _words(texts)
             problems += [Problem(where, what, todo) for what, todo in wrong]
-            axes.append(Axis(key, texts, words))
+            axes.append(SweepAxis(key, texts, words))
     if problems:
         raise ConfigError(*problems)
     return axes
@@ -191,7 +196,7 @@ def _words(texts: list[str]) -> tuple[list[str], list[tuple[str, str]]]:
     for text in texts:
         try:
             value = yaml_reader.parse(text).value
-        except YamlProblem as problem:
+        except YamlError as problem:
             wrong.append((f"{text}: {problem.what}", "quote the value"))
             continue
         if not text:

@@ -8,7 +8,7 @@ from zimage_train.config.section import Section
 from zimage_train.config.values import Resolutions
 
 
-class Data(Section):
+class DataEntry(Section):
     folder: str | None = Field(default=None, min_length=1)
     """Folder of pictures, searched with its subfolders."""
     metadata: str | None = Field(default=None, min_length=1)
@@ -50,9 +50,9 @@ class Data(Section):
     """Weight of what is masked out."""
     mask_prior: float = Field(default=0.0, ge=0.0, le=100.0)
     """Weight of a second loss that holds what is masked out to what the model makes of it without the LoRA."""
-    regularisation: bool | Literal["prior"] = False
+    regularization: bool | Literal["prior"] = False
     """Pictures of the class and not of the concept; true: trained as they are, prior: held to what the model makes of
-    them without the LoRA. train.regularisation_share says how often."""
+    them without the LoRA. train.regularization_share says how often."""
     weight: float = Field(default=1.0, gt=0.0, le=100.0)
     """Factor on the loss of these pictures."""
 
@@ -74,8 +74,8 @@ class Data(Section):
         fields = type(self).model_fields
         if self.repeats == "by_folder" and self.folder is None:
             raise ValueError("repeats: by_folder needs folder: a file has no subfolders")
-        if self.regularisation and self.trigger is not None:
-            raise ValueError("is for regularisation, which shows the class without the concept; leave trigger out")
+        if self.regularization and self.trigger is not None:
+            raise ValueError("is for regularization, which shows the class without the concept; leave trigger out")
         if self.dropout_keeps_trigger and self.trigger is None:
             raise ValueError("dropout_keeps_trigger needs a trigger")
         changed = [name for name in ("mask_floor", "mask_prior") if getattr(self, name) != fields[name].default]

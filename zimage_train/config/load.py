@@ -11,12 +11,12 @@ from pydantic import BaseModel, ValidationError
 
 from zimage_train.config import strict_yaml as yaml_reader
 from zimage_train.config.schema import Config
-from zimage_train.config.strict_yaml import Document, YamlProblem
+from zimage_train.config.strict_yaml import YamlDocument, YamlError
 from zimage_train.errors import ConfigError, Problem
 
 KeyPath = tuple[str | int, ...]
 
-ELSEWHERE = {
+COMMON_NAMES = {
     "learning_rate": "optimizer.lr",
     "network_dim": "lora.rank",
     "network_alpha": "lora.alpha",
@@ -24,10 +24,10 @@ ELSEWHERE = {
     "linear_alpha": "lora.alpha",
     "max_train_steps": "train.steps",
     "num_train_steps": "train.steps",
-    "gradient_accumulation": "train.accumulate",
-    "gradient_accumulation_steps": "train.accumulate",
+    "gradient_accumulation": "train.grad_accumulation",
+    "gradient_accumulation_steps": "train.grad_accumulation",
     "gradient_checkpointing": "memory.checkpointing",
-    "max_grad_norm": "train.clip_norm",
+    "max_grad_norm": "train.max_grad_norm",
     "lr_scheduler": "schedule.name",
     "lr_warmup_steps": "schedule.warmup_steps",
     "folder_path": "data.0.folder",
@@ -44,8 +44,16 @@ ELSEWHERE = {
     "differential_guidance_scale": "guidance.differential",
     "timestep_type": "timesteps.type",
     "content_or_style": "timesteps.bias",
+    "output": "output_dir",
+    "accumulate": "train.grad_accumulation",
+    "clip_norm": "train.max_grad_norm",
+    "also": "sample.compare_on",
+    "regularisation": "data.0.regularization",
+    "regularisation_share": "train.regularization_share",
 }
-"""Names that other trainers use, and ours: only for the hint beside an unknown key."""
+"""Names that other trainers use, or that this one had, and ours: only for the hint beside an unknown key."""
+COMMON_VALUES = {"shift": "uniform_shift"}
+"""The same of values. In other trainers `shift` begins with a sigmoid, here with a uniform density; hence the name."""
 
 KINDS = {
     str: "text",
@@ -84,10 +92,12 @@ def read_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         ConfigError: lists every problem as `file:line: key: what was found; what to do`.
     """
-    return settle(path, parse(path, read_text(path)), overrides)
+    return load_document(path, parse(path, read_text(path)), overrides)
 
 
-def settle(path: Path, document: Document, overrides: Sequence[str], found: Sequence[Problem] = ()) -> Config:
+def load_document(
+    path: Path, document: YamlDocument, overrides: Sequence[str], found: Sequence[Problem] = ()
+) -> Config:
     """Apply `key=YAML` overrides to a document that came from `path`, and check everything.
 
     Raises:
@@ -107,14 +117,14 @@ def settle(path: Path, document: Document, overrides: Sequence[str], found: Sequ
     def where(key_path: KeyPath) -> str:
         return _where(path, document, origins, key_path)
 
-    config, wrong = validate(document.value, where)
+    config, wrong = validate_config(document.value, where)
     problems += sorted([*found, *wrong], key=lambda problem: _line(path, problem))
     if problems or config is None:
         raise ConfigError(*problems)
     return config
 
 
-def validate(value: dict[str, Any], where: Any) -> tuple[Config | None, list[Problem]]:
+def validate_config(value: dict[str, Any], where: Any) -> tuple[Config | None, list[Problem]]:
     """Check plain values against the schema; `where(key_path)` names a place for the user."""
     try:
         return Config.model_validate(value), []
@@ -127,7 +137,7 @@ def dump_config(config: Config) -> str:
     return yaml_reader.dump(config.model_dump())
 
 
-def resolved(config: Config) -> Config:
+def resolve_paths(config: Config) -> Config:
     """`config` with absolute paths, so that it means the same in any working directory; hub ids stay as they are."""
 
     def absolute(path: str | None) -> str | None:
@@ -144,18 +154,18 @@ def resolved(config: Config) -> Config:
     folder = None if cache.folder is None else str(Path(cache.folder).absolute())
     return config.model_copy(
         update={
-            "output": str(Path(config.output).absolute()),
+            "output_dir": str(Path(config.output_dir).absolute()),
             "model": model.model_copy(update=paths),
             "data": data,
             "lora": config.lora.model_copy(update={"init_from": absolute(config.lora.init_from)}),
             "cache": cache.model_copy(update={"folder": folder}),
             "validation": validation,
-            "sample": sample.model_copy(update={"also": absolute(sample.also), "extra_loras": loras}),
+            "sample": sample.model_copy(update={"compare_on": absolute(sample.compare_on), "extra_loras": loras}),
         }
     )
 
 
-def cache_folder(config: Config) -> Path:
+def cache_dir(config: Config) -> Path:
     """`cache.folder`, or the user's cache directory for this program."""
     if config.cache.folder is not None:
         return Path(config.cache.folder)
@@ -163,7 +173,7 @@ def cache_folder(config: Config) -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "zimage-train"
 
 
-def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+def flatten_keys(value: Any, prefix: str = "") -> dict[str, Any]:
     """`{"optimizer.lr": 1e-4, "data.0.folder": ...}`: one line a leaf, for diffs and tables."""
     if isinstance(value, dict) and value:
         items = value.items()
@@ -173,7 +183,7 @@ def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
         return {prefix: value}
     flat: dict[str, Any] = {}
     for key, item in items:
-        flat |= flatten(item, f"{prefix}.{key}" if prefix else str(key))
+        flat |= flatten_keys(item, f"{prefix}.{key}" if prefix else str(key))
     return flat
 
 
@@ -200,7 +210,7 @@ def read_text(path: Path) -> str:
         raise ConfigError(Problem(str(path), f"cannot be read ({error.strerror})", "check the path")) from None
 
 
-def parse(path: Path, text: str) -> Document:
+def parse(path: Path, text: str) -> YamlDocument:
     """The document in `text`, the content of the file at `path`.
 
     Raises:
@@ -208,14 +218,14 @@ def parse(path: Path, text: str) -> Document:
     """
     try:
         return yaml_reader.parse(text)
-    except YamlProblem as problem:
+    except YamlError as problem:
         raise ConfigError(yaml_problem(path, problem)) from None
 
 
-def yaml_problem(path: Path, problem: YamlProblem) -> Problem:
+def yaml_problem(path: Path, problem: YamlError) -> Problem:
     """What the reader of YAML found, for the user."""
     place = f"{path}:{problem.line}" if problem.line else str(path)
-    return Problem(": ".join(filter(None, [place, dotted(problem.path)])), problem.what, "correct it")
+    return Problem(": ".join(filter(None, [place, dotted_key(problem.path)])), problem.what, "correct it")
 
 
 def _apply(root: dict[str, Any], override: str, origins: dict[KeyPath, str]) -> list[Problem]:
@@ -228,11 +238,11 @@ def _apply(root: dict[str, Any], override: str, origins: dict[KeyPath, str]) -> 
         return [Problem(where, "has an empty part in its key", "write for example --set train.steps=100")]
     try:
         document = yaml_reader.parse(text)
-    except YamlProblem as problem:
+    except YamlError as problem:
         return [Problem(where, problem.what, "quote the value")]
     target: Any = root
     for index, part in enumerate(parts):
-        here = dotted(parts[:index])
+        here = dotted_key(parts[:index])
         if isinstance(target, list) and not (isinstance(part, int) and part < len(target)):
             return [Problem(where, f"{here} has {len(target)} entries, counted from 0", "check the index")]
         if not isinstance(target, dict | list):
@@ -244,24 +254,26 @@ def _apply(root: dict[str, Any], override: str, origins: dict[KeyPath, str]) -> 
             target[slot] = [] if isinstance(parts[index + 1], int) else {}
         target = target[slot]
     origins[tuple(parts)] = where
-    return [Problem(f"{where}: {dotted(twice.path)}", twice.what, "correct it") for twice in document.problems]
+    return [Problem(f"{where}: {dotted_key(twice.path)}", twice.what, "correct it") for twice in document.problems]
 
 
-def _where(path: Path, document: Document, origins: dict[KeyPath, str], key_path: KeyPath) -> str:
+def _where(path: Path, document: YamlDocument, origins: dict[KeyPath, str], key_path: KeyPath) -> str:
     for length in range(len(key_path), 0, -1):
         if key_path[:length] in origins:
-            return f"{origins[key_path[:length]]}: {dotted(key_path)}"
+            return f"{origins[key_path[:length]]}: {dotted_key(key_path)}"
     if key_path not in document.lines:
         made = [where for path, where in origins.items() if path[: len(key_path)] == key_path]
         if made:
-            return f"{made[0]}: {dotted(key_path)}"
+            return f"{made[0]}: {dotted_key(key_path)}"
     known = next((n for n in range(len(key_path), -1, -1) if key_path[:n] in document.lines), 0)
-    name = dotted((document.names.get(key_path[:known], dotted(key_path[:known])), *key_path[known:])).lstrip(".")
+    name = dotted_key((document.names.get(key_path[:known], dotted_key(key_path[:known])), *key_path[known:])).lstrip(
+        "."
+    )
     return f"{path}:{document.lines.get(key_path[:known], 0)}: {name}" if key_path else f"{path}"
 
 
 def _line(path: Path, problem: Problem) -> int:
-    match = re.match(rf"{re.escape(str(path))}:(\d+)", problem.where)
+    match = re.match(rf"{re.escape(str(path))}:(\d+)", problem.location)
     return int(match[1]) if match else 0
 
 
@@ -301,7 +313,7 @@ def _problem(key_path: KeyPath, items: list[Any], where: Any) -> Problem:
     expected = " or ".join(dict.fromkeys(_expected(one) for one in items))
     if key_path[-1] == "every" and kind == "greater_than_equal":
         expected += ", or null, which is never"
-    value = _shorten(repr(found)) if kind == "literal_error" and isinstance(found, str) else shown(found)
+    value = _shorten(repr(found)) if kind == "literal_error" and isinstance(found, str) else format_value(found)
     return Problem(place, f"is {value}", f"expected {expected}{_suggest_value(item)}")
 
 
@@ -316,7 +328,7 @@ def _expected(item: Any) -> str:
     return item["msg"].removeprefix("Value error, ").removeprefix("Input should be ").removeprefix("should ")
 
 
-def shown(found: object) -> str:
+def format_value(found: object) -> str:
     """A value as users write it, or what kind of thing it is."""
     if found is None:
         return "null"
@@ -339,7 +351,8 @@ def _suggest_value(item: Any) -> str:
     if item["type"] != "literal_error" or not isinstance(item["input"], str):
         return ""
     choices = [choice.strip(" '") for choice in item["ctx"]["expected"].replace(" or ", ",").split(",")]
-    close = difflib.get_close_matches(item["input"], choices, n=1)
+    close = [COMMON_VALUES[item["input"]]] if COMMON_VALUES.get(item["input"]) in choices else []
+    close += difflib.get_close_matches(item["input"], choices, n=1)
     return f"; did you mean '{close[0]}'?" if close else ""
 
 
@@ -347,9 +360,9 @@ def _suggest_key(key_path: KeyPath) -> str:
     key = str(key_path[-1])
     section = _section(key_path[:-1])
     siblings = list(section.model_fields) if section else []
-    everywhere = {dotted(path): path[-1] for path in _all_keys(Config)}
+    everywhere = {dotted_key(path): path[-1] for path in _all_keys(Config)}
     named = [full for full, name in everywhere.items() if name == key][:3]
-    hints = [ELSEWHERE[key]] if key in ELSEWHERE else named
+    hints = [COMMON_NAMES[key]] if key in COMMON_NAMES else named
     if not hints:
         hints = difflib.get_close_matches(key, siblings, n=1, cutoff=0.6)
     if not hints:
@@ -385,5 +398,5 @@ def _model_of(annotation: Any) -> type[BaseModel] | None:
     return next((model for arg in getattr(annotation, "__args__", ()) if (model := _model_of(arg))), None)
 
 
-def dotted(key_path: Sequence[str | int]) -> str:
+def dotted_key(key_path: Sequence[str | int]) -> str:
     return ".".join(str(part) for part in key_path)

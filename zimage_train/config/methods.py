@@ -5,29 +5,29 @@ from typing import Any, Literal, get_args
 
 from pydantic import Field
 
-from zimage_train.config.dataset import Data
+from zimage_train.config.dataset import DataEntry
 from zimage_train.config.section import Section
 
-Method = Literal["sft", "trajectory_imitation", "de_distill"]
+MethodName = Literal["sft", "trajectory_imitation", "de_distill"]
 
 
-class Teacher(Section):
+class TeacherSettings(Section):
     steps: int = Field(default=50, ge=9, le=1000)
     """Steps in which trajectory_imitation draws what is to be imitated."""
     guidance: float = Field(default=1.0, ge=0.0, le=50.0)
     """Guidance g (CFG scale - 1) of it."""
 
 
-NOT_OF_PICTURES = ("flip", "mask", "shuffle_tags", "tag_dropout", "caption_lines")
+IMAGE_ONLY_SETTINGS = ("flip", "mask", "shuffle_tags", "tag_dropout", "caption_lines")
 """Settings of `data` that speak of pictures, or of captions that change, where neither is trained on."""
 
 
-def learns_from_itself(method: Method) -> bool:
+def uses_generated_data(method: MethodName) -> bool:
     """Whether the model is trained on what it draws itself, and pictures give but their captions and sizes."""
     return method != "sft"
 
 
-def with_defaults(values: Any) -> Any:
+def fill_method_defaults(values: Any) -> Any:
     """`values` of a config, with what is left out as its method needs it: no adapter, captions that are not dropped."""
     train = values.get("train") if isinstance(values, dict) else None
     method = train.get("method", "sft") if isinstance(train, dict) else "sft"
@@ -41,13 +41,13 @@ def with_defaults(values: Any) -> Any:
     return values
 
 
-def complaint(
-    method: Method, variant: str, adapter: str | None, init_from: str | None, data: Sequence[Data]
+def method_error(
+    method: MethodName, variant: str, adapter: str | None, init_from: str | None, data: Sequence[DataEntry]
 ) -> str | None:
     """What of a config does not go with its method."""
     if method == "sft":
         bare = [index for index, entry in enumerate(data) if entry.prompts is not None]
-        ways = " or ".join(one for one in get_args(Method) if learns_from_itself(one))
+        ways = " or ".join(one for one in get_args(MethodName) if uses_generated_data(one))
         return (
             f"data.{bare[0]}.prompts has no pictures to train on; give folder, or train.method: {ways}"
             if bare
@@ -56,7 +56,7 @@ def complaint(
     if adapter is not None:
         return f"train.method: {method} learns from the model without adapter; set model.adapter: null"
     for index, entry in enumerate(data):
-        changed = [name for name in NOT_OF_PICTURES if getattr(entry, name) != Data.model_fields[name].default]
+        changed = [name for name in IMAGE_ONLY_SETTINGS if getattr(entry, name) != DataEntry.model_fields[name].default]
         if method == "trajectory_imitation" and entry.caption_dropout:
             changed.append("caption_dropout")
         if changed:

@@ -5,10 +5,10 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
 from zimage_train.config.section import Section
-from zimage_train.config.values import Every, Pixels, as_lora, as_prompt
+from zimage_train.config.values import EverySteps, Pixels, as_lora, as_prompt
 
 
-class Prompt(Section):
+class PreviewPrompt(Section):
     prompt: str
     """What to draw."""
     negative: str | None = None
@@ -28,12 +28,12 @@ class ExtraLora(Section):
     """Its strength."""
 
 
-class Sample(Section):
-    every: Every = 250
+class SampleSettings(Section):
+    every: EverySteps = 250
     """Steps between previews; null: none."""
     first: bool = True
     """Also before step 1."""
-    prompts: list[Annotated[Prompt, BeforeValidator(as_prompt, json_schema_input_type=str | Prompt)]] = []
+    prompts: list[Annotated[PreviewPrompt, BeforeValidator(as_prompt, json_schema_input_type=str | PreviewPrompt)]] = []
     """A prompt is a string or {prompt, negative, seed, width, height}."""
     negative: str = ""
     """Negative prompt, used where guidance is above 0."""
@@ -51,7 +51,7 @@ class Sample(Section):
     """Which weights draw the previews."""
     extra_loras: list[Annotated[ExtraLora, BeforeValidator(as_lora, json_schema_input_type=str | ExtraLora)]] = []
     """LoRAs that previews have besides the run's own: FILE, FILE=WEIGHT or {file, weight}."""
-    also: str | None = Field(default=None, min_length=1)
+    compare_on: str | None = Field(default=None, min_length=1)
     """Draw each preview on this model too, in its way: turbo, deturbo, base, or a path or hub id of a Turbo."""
 
     @field_validator("steps", "guidance")

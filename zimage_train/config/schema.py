@@ -9,19 +9,19 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from zimage_train.config import methods
-from zimage_train.config.dataset import Data
-from zimage_train.config.methods import Method, Teacher
-from zimage_train.config.sample import Sample
+from zimage_train.config.dataset import DataEntry
+from zimage_train.config.methods import MethodName, TeacherSettings
+from zimage_train.config.sample import SampleSettings
 from zimage_train.config.section import Section
 from zimage_train.config.values import (
     OPTIMIZER_PARAMS,
     SCHEDULE_PARAMS,
-    Every,
-    Kind,
+    EverySteps,
     Later,
-    Mode,
     OptimizerName,
     Pixels,
+    Quantization,
+    RecomputeMode,
     ScheduleName,
     check_params,
 )
@@ -37,7 +37,7 @@ def _without_default(schema: dict[str, Any]) -> None:
     schema.pop("default")
 
 
-class Model(Section):
+class ModelSettings(Section):
     variant: VariantName = "turbo"
     """Which member of the family is trained."""
     path: str | None = Field(default=None, min_length=1)
@@ -51,7 +51,7 @@ class Model(Section):
     """How much of the adapter is merged; 1 is what it was made for."""
     dtype: Literal["bf16", "fp32"] = "bf16"
     """Precision of the frozen weights and of the forward pass; LoRA weights and the loss are always fp32."""
-    quantize: Kind | Literal["auto"] | None = None
+    quantize: Quantization | Literal["auto"] | None = None
     """Frozen weights of attention and feed forward in 8 bits (int8, fp8) or 4 (nf4), after the merge; auto: only if
     `dtype` does not fit; null: never."""
     attention: Annotated[str, Later("auto")] = "auto"
@@ -72,12 +72,12 @@ class Model(Section):
         return self
 
 
-class Cache(Section):
+class CacheSettings(Section):
     folder: str | None = Field(default=None, min_length=1)
     """Where encoded pictures and captions are kept; null: the user's cache directory."""
 
 
-class Lora(Section):
+class LoraSettings(Section):
     type: Annotated[Literal["lora", "dora", "lokr", "loha", "oft"], Later("lora")] = "lora"
     """Kind of adapter that is trained; so far only lora."""
     rank: int = Field(default=16, ge=1, le=1024)
@@ -110,8 +110,8 @@ class Lora(Section):
         return value
 
 
-class Train(Section):
-    method: Method = "sft"
+class TrainSettings(Section):
+    method: MethodName = "sft"
     """sft: learn from the pictures. trajectory_imitation: give the LoRA of `lora.init_from` its 8 steps back, by the
     way that it takes itself in many (`teacher`). de_distill: learn from pictures that the model draws for the captions,
     as training adapters are made. The last two use only captions and sizes of the pictures in `data`."""
@@ -121,20 +121,20 @@ class Train(Section):
     """How often each sample is seen; the number of steps follows, rounded up, and `steps` is not used."""
     batch_size: int = Field(default=1, ge=1, le=1024)
     """Samples in one forward pass."""
-    accumulate: int = Field(default=1, ge=1, le=4096)
+    grad_accumulation: int = Field(default=1, ge=1, le=4096)
     """Forward passes in one optimizer step."""
     loss: Literal["mse"] = "mse"
     """Distance between predicted and true velocity: the mean square."""
-    clip_norm: float | None = Field(default=1.0, gt=0.0)
+    max_grad_norm: float | None = Field(default=1.0, gt=0.0)
     """Largest norm of the gradient; null: no clipping."""
-    regularisation_share: float = Field(default=0.5, gt=0.0, lt=1.0)
-    """Share of the forward passes that regularisation pictures get, where `data` has some, however many there are."""
+    regularization_share: float = Field(default=0.5, gt=0.0, lt=1.0)
+    """Share of the forward passes that regularization pictures get, where `data` has some, however many there are."""
 
 
-class Timesteps(Section):
-    type: Literal["weighted", "linear", "sigmoid", "shift"] = "weighted"
+class TimestepSettings(Section):
+    type: Literal["weighted", "linear", "sigmoid", "uniform_shift"] = "weighted"
     """Density of sigma. weighted: uniform, with AI Toolkit's loss weights; linear: uniform; sigmoid: logit-normal;
-    shift: uniform, then shifted as the sampler does."""
+    uniform_shift: uniform, then shifted as the sampler does."""
     bias: Literal["balanced", "high_noise", "low_noise"] = "balanced"
     """high_noise favours composition and style, low_noise favours detail."""
     min: float = Field(default=0.0, ge=0.0, lt=1.0)
@@ -149,14 +149,14 @@ class Timesteps(Section):
         return self
 
 
-class Guidance(Section):
+class GuidanceSettings(Section):
     differential: float | None = Field(default=None, gt=0.0, le=100.0)
     """Scale s: the target is moved to pred + s (target - pred), which multiplies the gradient by s."""
     contrastive: float | None = Field(default=None, gt=0.0, le=100.0)
     """Scale g: the target is moved to u + g (target - u), away from what the model makes of the empty prompt."""
 
 
-class Preserve(Section):
+class PreserveSettings(Section):
     kind: Literal["trigger", "blank"] | None = None
     """Hold the model to what it draws without the LoRA: for each caption with the trigger replaced by `class_word`
     (trigger; AI Toolkit's DOP), or for the empty prompt (blank). Costs one more pass
@@ -167,7 +167,7 @@ class Preserve(Section):
     """Factor on the loss of preservation."""
 
 
-class Optimizer(Section):
+class OptimizerSettings(Section):
     name: OptimizerName = "adamw8bit"
     """adamw8bit: AdamW with 8-bit state; adamw: fp32 state; prodigy: finds its learning rate itself; automagic: one
     learning rate a tensor, raised while updates agree. docs/recipes.md says which library each one comes from."""
@@ -188,7 +188,7 @@ class Optimizer(Section):
         return checked
 
 
-class Schedule(Section):
+class ScheduleSettings(Section):
     name: ScheduleName = "constant"
     """Learning rate over the run, after the warm-up. linear, polynomial, cosine and rex fall; step falls by jumps."""
     warmup_steps: int = Field(default=0, ge=0, le=10_000_000)
@@ -215,16 +215,16 @@ class Schedule(Section):
         return self
 
 
-class Ema(Section):
+class EmaSettings(Section):
     decay: float | None = Field(default=None, gt=0.0, lt=1.0)
     """Weights averaged over the steps, s <- d s + (1 - d) w, are exported beside the raw ones; d rises to `decay` by
     (1 + step) / (10 + step). null: none. 0.99 averages over about 100 steps."""
 
 
-class Memory(Section):
+class MemorySettings(Section):
     budget_gb: float | Literal["auto"] = "auto"
     """Memory the run may take; auto: what the device has."""
-    checkpointing: bool | Literal["auto"] | Mode = "auto"
+    checkpointing: bool | Literal["auto"] | RecomputeMode = "auto"
     """What the backward pass computes again: none (or false), elementwise, w1w3, attention, full (or true); auto: the
     least by which a batch fits the budget."""
     offload: Annotated[float, Field(ge=0.0, le=1.0)] | Literal["auto"] = "auto"
@@ -233,7 +233,7 @@ class Memory(Section):
     """Later: compiled blocks."""
 
     @property
-    def mode(self) -> Mode | None:
+    def mode(self) -> RecomputeMode | None:
         """What is recomputed; None: the planner decides."""
         if isinstance(self.checkpointing, bool):
             return "full" if self.checkpointing else "none"
@@ -253,17 +253,17 @@ class Memory(Section):
         return value
 
 
-class Validation(Section):
+class ValidationSettings(Section):
     folder: str | None = Field(default=None, min_length=1)
     """Pictures that are held out, with their captions; read as the first folder of the concept is."""
-    every: Every = 250
+    every: EverySteps = 250
     """Steps between validations; also before step 1 and after the last; null: none."""
     resolution: Pixels = 512
     """Size at which they are judged, px."""
 
 
-class Save(Section):
-    every: Every = 250
+class SaveSettings(Section):
+    every: EverySteps = 250
     """Steps between saves; null: at the end only."""
     keep: int = Field(default=8, ge=1, le=100_000)
     """Exported LoRA files kept, the last ones; the two newest checkpoints are always kept."""
@@ -271,7 +271,7 @@ class Save(Section):
     """Precision of the exported LoRA."""
 
 
-class Log(Section):
+class LogSettings(Section):
     tensorboard: bool = True
     """Write loss and learning rate for TensorBoard."""
     wandb: str | None = Field(default=None, min_length=1)
@@ -281,65 +281,65 @@ class Log(Section):
 class Config(Section):
     name: str = Field(min_length=1, json_schema_extra={"pattern": NAME})
     """Name of the run: its folder is output/name, its LoRA name.safetensors."""
-    output: str = "runs"
+    output_dir: str = "runs"
     """Folder that holds the run folders."""
     seed: int = Field(default=42, ge=0, lt=2**63)
     """Everything random follows from it."""
-    model: Model = Model()
+    model: ModelSettings = ModelSettings()
     """Which model is trained, and with which training adapter."""
-    data: list[Data] = Field(min_length=1)
+    data: list[DataEntry] = Field(min_length=1)
     """Pictures and captions: one entry a folder, or a metadata file."""
-    cache: Cache = Cache()
+    cache: CacheSettings = CacheSettings()
     """Encoded pictures and captions."""
-    lora: Lora = Lora()
+    lora: LoraSettings = LoraSettings()
     """What is trained."""
-    train: Train = Train()
+    train: TrainSettings = TrainSettings()
     """How long and in which portions."""
-    teacher: Teacher = Teacher()
+    teacher: TeacherSettings = TeacherSettings()
     """What trajectory_imitation imitates."""
-    timesteps: Timesteps = Timesteps()
+    timesteps: TimestepSettings = TimestepSettings()
     """Which noise levels are trained, and how much each of them counts."""
-    guidance: Guidance = Guidance()
+    guidance: GuidanceSettings = GuidanceSettings()
     """Changes to the target of the loss."""
-    preserve: Preserve = Preserve()
+    preserve: PreserveSettings = PreserveSettings()
     """Keeping what the model knows."""
-    optimizer: Optimizer = Optimizer()
+    optimizer: OptimizerSettings = OptimizerSettings()
     """How weights follow gradients."""
-    schedule: Schedule = Schedule()
+    schedule: ScheduleSettings = ScheduleSettings()
     """The learning rate over the run."""
-    ema: Ema = Ema()
+    ema: EmaSettings = EmaSettings()
     """Averaged weights."""
-    memory: Memory = Memory()
+    memory: MemorySettings = MemorySettings()
     """What may be spent to fit the device."""
-    sample: Sample = Sample()
+    sample: SampleSettings = SampleSettings()
     """Previews."""
-    validation: Validation = Validation()
+    validation: ValidationSettings = ValidationSettings()
     """Loss on pictures that are held out."""
-    save: Save = Save()
+    save: SaveSettings = SaveSettings()
     """Checkpoints and exported LoRAs."""
-    log: Log = Log()
+    log: LogSettings = LogSettings()
     """Where numbers go besides metrics.jsonl."""
 
     @model_validator(mode="before")
     @classmethod
     def _method_defaults(cls, values: Any) -> Any:
-        return methods.with_defaults(values)
+        return methods.fill_method_defaults(values)
 
     @model_validator(mode="after")
     def _method_fits(self) -> Self:
         model = self.model
-        if why := methods.complaint(self.train.method, model.variant, model.adapter, self.lora.init_from, self.data):
+        if why := methods.method_error(self.train.method, model.variant, model.adapter, self.lora.init_from, self.data):
             raise ValueError(why)
         return self
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:
-        without = [i for i, entry in enumerate(self.data) if not entry.trigger and not entry.regularisation]
+        without = [i for i, entry in enumerate(self.data) if not entry.trigger and not entry.regularization]
         if self.preserve.kind == "trigger" and without:
             where = f"data.{without[0]}.trigger"
             raise ValueError(f"preserve.kind: trigger replaces the trigger; set {where}, or use blank")
-        if all(entry.regularisation for entry in self.data):
-            raise ValueError("data: every folder is for regularisation; one must show the concept")
+        if all(entry.regularization for entry in self.data):
+            raise ValueError("data: every folder is for regularization; one must show the concept")
         literal = [i for i, one in enumerate(self.sample.prompts) if "[trigger]" in one.prompt]
         if literal:
             raise ValueError(f"sample.prompts.{literal[0]} has [trigger], which is for captions; write the word itself")

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import yaml
 
-Path = tuple[str | int, ...]
+KeyPath = tuple[str | int, ...]
 
 MAX_BYTES = 1_000_000
 MAX_NODES = 50_000
@@ -26,44 +26,44 @@ LONGEST_NUMBER = 100
 """Characters; what is longer is text, and so an error wherever a number is expected."""
 
 
-class YamlProblem(Exception):
+class YamlError(Exception):
     """What is wrong with the text, and in which line (from 1; 0: the whole file)."""
 
-    def __init__(self, line: int, what: str, path: Path = ()) -> None:
+    def __init__(self, line: int, what: str, path: KeyPath = ()) -> None:
         super().__init__(what)
         self.line, self.what, self.path = line, what, path
 
 
 @dataclass
-class Document:
+class YamlDocument:
     """Plain values, and the line in which each of them stands."""
 
     value: Any = None
-    lines: dict[Path, int] = field(default_factory=dict)
-    names: dict[Path, str] = field(default_factory=dict)
+    lines: dict[KeyPath, int] = field(default_factory=dict)
+    names: dict[KeyPath, str] = field(default_factory=dict)
     """What a place is called in the file, where that is not its path."""
-    problems: list[YamlProblem] = field(default_factory=list)
+    problems: list[YamlError] = field(default_factory=list)
 
 
-def parse(text: str) -> Document:
+def parse(text: str) -> YamlDocument:
     """Parse one YAML document; duplicate keys are collected as problems, anything worse is raised.
 
     Raises:
         YamlProblem: the text is not a YAML document that this reader takes.
     """
     if "\0" in text:
-        raise YamlProblem(0, "contains NUL bytes, so it is not a text file")
+        raise YamlError(0, "contains NUL bytes, so it is not a text file")
     try:
         node = yaml.compose(text, Loader=_Loader)
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
-        raise YamlProblem(line, f"holds the control character {error.character:#04x}") from None
+        raise YamlError(line, f"holds the control character {error.character:#04x}") from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        raise YamlProblem(mark.line + 1 if mark else 0, f"not valid YAML: {error.problem or error.context}") from None
+        raise YamlError(mark.line + 1 if mark else 0, f"not valid YAML: {error.problem or error.context}") from None
     except yaml.YAMLError as error:
-        raise YamlProblem(0, f"not valid YAML: {str(error).splitlines()[0]}") from None
-    document = Document()
+        raise YamlError(0, f"not valid YAML: {str(error).splitlines()[0]}") from None
+    document = YamlDocument()
     if node is not None:
         document.value = _Builder(document).build(node, ())
     return document
@@ -80,9 +80,9 @@ class _Loader(yaml.SafeLoader):
         line = event.start_mark.line + 1
         if tag is not None:
             tag = tag.replace("tag:yaml.org,2002:", "!!")
-            raise YamlProblem(line, f"has the tag {tag}, and only plain values are read")
+            raise YamlError(line, f"has the tag {tag}, and only plain values are read")
         if self.depth > MAX_DEPTH:
-            raise YamlProblem(line, f"is nested more than {MAX_DEPTH} deep")
+            raise YamlError(line, f"is nested more than {MAX_DEPTH} deep")
         self.depth += 1
         node = cast(yaml.Node, super().compose_node(parent, index))
         self.depth -= 1
@@ -90,36 +90,36 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Builder:
-    def __init__(self, document: Document) -> None:
+    def __init__(self, document: YamlDocument) -> None:
         self.document = document
         self.num_nodes = 0
 
-    def build(self, node: yaml.Node, path: Path) -> Any:
+    def build(self, node: yaml.Node, path: KeyPath) -> Any:
         line = node.start_mark.line + 1
         self.num_nodes += 1
         if self.num_nodes > MAX_NODES or len(path) > MAX_DEPTH:
-            raise YamlProblem(line, "too large or nested too deeply for a config", path)
+            raise YamlError(line, "too large or nested too deeply for a config", path)
         self.document.lines.setdefault(path, line)
         if isinstance(node, yaml.MappingNode):
             return self._mapping(node, path)
         if isinstance(node, yaml.SequenceNode):
             return [self.build(child, (*path, index)) for index, child in enumerate(node.value)]
         if _NOT_TEXT.search(node.value):
-            raise YamlProblem(line, "holds a character that no text has (NUL or half a surrogate pair)", path)
+            raise YamlError(line, "holds a character that no text has (NUL or half a surrogate pair)", path)
         is_quoted = isinstance(node, yaml.ScalarNode) and node.style
         return node.value if is_quoted else plain_value(node.value)
 
-    def _mapping(self, node: yaml.MappingNode, path: Path) -> dict[str, Any]:
+    def _mapping(self, node: yaml.MappingNode, path: KeyPath) -> dict[str, Any]:
         result: dict[str, Any] = {}
         for key_node, value_node in node.value:
             line = key_node.start_mark.line + 1
             if not isinstance(key_node, yaml.ScalarNode) or _NOT_TEXT.search(key_node.value):
-                raise YamlProblem(line, "a key must be plain text", path)
+                raise YamlError(line, "a key must be plain text", path)
             key = str(key_node.value)
             here = (*path, key)
             if key in result:
                 first = self.document.lines[here]
-                self.document.problems.append(YamlProblem(line, f"given twice, first in line {first}", here))
+                self.document.problems.append(YamlError(line, f"given twice, first in line {first}", here))
                 continue
             self.document.lines[here] = line
             result[key] = self.build(value_node, here)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Kind:
+class SubjectKind:
     """What is taught."""
 
     what: str
@@ -26,7 +26,7 @@ class Kind:
 
 
 @dataclass(frozen=True)
-class Base:
+class ModelTemplate:
     """What it is trained on."""
 
     what: str
@@ -37,8 +37,8 @@ class Base:
     notes: list[str]
 
 
-KINDS = {
-    "character": Kind(
+SUBJECT_KINDS = {
+    "character": SubjectKind(
         what="A person or character",
         pictures=[
             "12 to 30 pictures: close-up and full body, several angles, lights and clothes. A caption says what",
@@ -55,7 +55,7 @@ KINDS = {
         ],
         neutral=["a photo of a person in a sunlit garden, half body", "a red bicycle leaning against a brick wall"],
     ),
-    "style": Kind(
+    "style": SubjectKind(
         what="A style",
         pictures=[
             "15 to 40 pictures of many subjects in the one style. Captions describe the scene, and never the style:",
@@ -72,7 +72,7 @@ KINDS = {
         ],
         neutral=["a lighthouse on a cliff at dusk", "a photo of two friends laughing at a kitchen table"],
     ),
-    "product": Kind(
+    "product": SubjectKind(
         what="A product",
         pictures=[
             "12 to 30 pictures: every side, on different grounds, in use and alone. Captions name the surroundings, so",
@@ -89,7 +89,7 @@ KINDS = {
         ],
         neutral=["a studio photo of a bottle on a white background", "a wooden table beside a window"],
     ),
-    "concept": Kind(
+    "concept": SubjectKind(
         what="A concept: a pose, a garment, a composition",
         pictures=[
             "15 to 40 pictures in which only the concept is the same: other people, places, lights. Captions describe",
@@ -107,8 +107,8 @@ KINDS = {
         neutral=["a photo of a woman in a park", "an old man in a workshop"],
     ),
 }
-BASES = {
-    "turbo": Base(
+MODEL_TEMPLATES = {
+    "turbo": ModelTemplate(
         what="Z-Image-Turbo",
         model=[
             "variant: turbo",
@@ -117,7 +117,7 @@ BASES = {
         also=False,
         notes=[],
     ),
-    "deturbo": Base(
+    "deturbo": ModelTemplate(
         what="Z-Image-De-Turbo",
         model=["variant: deturbo"],
         also=True,
@@ -126,7 +126,7 @@ BASES = {
             "g 1 to 2 (CFG 2 to 3). Previews on Turbo stand beside its own.",
         ],
     ),
-    "base": Base(
+    "base": ModelTemplate(
         what="Z-Image (Base)",
         model=["variant: base"],
         also=True,
@@ -139,7 +139,7 @@ BASES = {
 
 
 @dataclass(frozen=True)
-class Own:
+class TemplateValues:
     """What is known of one folder of pictures; as it is by default, of nobody's."""
 
     folder: str = "photos"
@@ -163,16 +163,16 @@ class Own:
     )
 
 
-ANYBODY = Own()
+DEFAULT_VALUES = TemplateValues()
 TRIGGER = "[trigger]"
 MINIATURE_PROMPTS = [f"a red {TRIGGER} on a blue background", f"a green {TRIGGER} on a white background", TRIGGER]
 MINIATURE_NEUTRAL = ["a red circle on a blue background", "a green square on a white background"]
 """All that the miniature knows are shapes and colours."""
 
 
-def text(base_name: str, kind_name: str, own: Own = ANYBODY) -> str:
+def render_template(base_name: str, kind_name: str, own: TemplateValues = DEFAULT_VALUES) -> str:
     """A config, with comments."""
-    base, kind = BASES[base_name], KINDS[kind_name]
+    base, kind = MODEL_TEMPLATES[base_name], SUBJECT_KINDS[kind_name]
     name = own.name or (f"my_{kind_name}" if base_name == "turbo" else f"my_{kind_name}_{base_name}")
     bias = [f"timesteps:\n  bias: {kind.bias}  # {kind.why_bias}"] if kind.bias != "balanced" else []
     also = base.also and own.miniature is None
@@ -201,21 +201,21 @@ def text(base_name: str, kind_name: str, own: Own = ANYBODY) -> str:
         "sample:",
         f"  every: {100 if own.miniature else 250}",
         *(["  width: 96", "  height: 96"] if own.miniature else []),
-        *(["  also: turbo  # each preview on Turbo too; null saves downloading its 12 GB"] if also else []),
+        *(["  compare_on: turbo  # each preview on Turbo too; null saves downloading its 12 GB"] if also else []),
         "  prompts:",
         *(f"    - {line}" for line in _prompts(kind, own)),
     ]
     return "\n".join(lines) + "\n"
 
 
-def _model(base: Base, own: Own) -> list[str]:
+def _model(base: ModelTemplate, own: TemplateValues) -> list[str]:
     if own.miniature is None:
         return base.model
     path, adapter = own.miniature
     return [f"path: {_scalar(path)}", f"adapter: {_scalar(adapter)}", "dtype: fp32"]
 
 
-def _optimizer(own: Own) -> list[str]:
+def _optimizer(own: TemplateValues) -> list[str]:
     if own.miniature:
         rate = "2.0e-3  # the miniature wants more than the 6 B model, whose rate is 1.0e-4"
         return ["optimizer:", "  name: adamw", f"  lr: {rate}"]
@@ -223,7 +223,7 @@ def _optimizer(own: Own) -> list[str]:
     return ["optimizer:", "  name: adamw8bit", f"  lr: {rate}"]
 
 
-def _prompts(kind: Kind, own: Own) -> list[str]:
+def _prompts(kind: SubjectKind, own: TemplateValues) -> list[str]:
     """With the trigger, then without, which shows whether the LoRA leaks."""
     trigger = own.trigger or kind.trigger
     prompts, without = (MINIATURE_PROMPTS, MINIATURE_NEUTRAL) if own.miniature else (kind.prompts, kind.neutral)

@@ -16,11 +16,11 @@ from pydantic import (
 )
 from pydantic_core import core_schema
 
-Kind = Literal["fp8", "int8", "nf4"]
+Quantization = Literal["fp8", "int8", "nf4"]
 """How frozen weights are quantised."""
-Mode = Literal["none", "elementwise", "w1w3", "attention", "full"]
+RecomputeMode = Literal["none", "elementwise", "w1w3", "attention", "full"]
 """What a block recomputes in the backward pass, from nothing to everything; see models/checkpointing.py."""
-MODES: tuple[Mode, ...] = get_args(Mode)
+RECOMPUTE_MODES: tuple[RecomputeMode, ...] = get_args(RecomputeMode)
 OptimizerName = Literal[
     "adam", "adamw", "adam8bit", "adamw8bit", "paged_adamw8bit", "ademamix", "ademamix8bit", "lion", "lion8bit",
     "prodigy", "prodigy8bit", "adafactor", "adagrad", "automagic",
@@ -86,7 +86,7 @@ def _multiple_of_16(value: int) -> int:
 
 
 Pixels = Annotated[int, Field(ge=32, le=4096, json_schema_extra={"multipleOf": 16}), AfterValidator(_multiple_of_16)]
-Every = Annotated[int, Field(ge=1)] | None
+EverySteps = Annotated[int, Field(ge=1)] | None
 Resolutions = Annotated[
     list[Pixels], BeforeValidator(_as_list, json_schema_input_type=Pixels | list[Pixels]), Field(min_length=1)
 ]

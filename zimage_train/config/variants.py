@@ -61,7 +61,7 @@ ADAPTERS = {
     "v2": "ostris/zimage_turbo_training_adapter/zimage_turbo_training_adapter_v2.safetensors",
 }
 
-LORAS = {"distillpatch": "DiffSynth-Studio/Z-Image-Turbo-DistillPatch/model.safetensors"}
+NAMED_LORAS = {"distillpatch": "DiffSynth-Studio/Z-Image-Turbo-DistillPatch/model.safetensors"}
 """LoRAs that a short name stands for: one that gives Turbo its 8 steps back after a training without adapter."""
 
 DOWNLOAD_GB = {"transformer": 12.3, "text encoder": 8.0, "VAE": 0.2, "adapter": 0.6}

@@ -15,7 +15,7 @@ class Bucket(NamedTuple):
     height: int
 
 
-def bucket(width: int, height: int, resolution: float) -> Bucket:
+def nearest_bucket(width: int, height: int, resolution: float) -> Bucket:
     """The size at which a picture of `width` x `height` px is trained at `resolution`, the root of an area.
 
     Its area is at most resolution^2 and at most the picture's own; among the multiples of 16 around the ideal size
@@ -27,7 +27,7 @@ def bucket(width: int, height: int, resolution: float) -> Bucket:
     if min(width, height) < STEP_PX:
         raise ValueError(f"{width}x{height} px is smaller than one {STEP_PX} px patch")
     if width < height:
-        return Bucket(*reversed(bucket(height, width, resolution)))
+        return Bucket(*reversed(nearest_bucket(height, width, resolution)))
     limit = min(width * height, round(resolution**2))
     scale = math.sqrt(limit / (width * height))
     candidates = [

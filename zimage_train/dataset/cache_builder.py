@@ -15,8 +15,8 @@ from torch import Tensor
 
 from zimage_train.dataset import images
 from zimage_train.dataset.buckets import Bucket
-from zimage_train.dataset.sample_order import Item
-from zimage_train.dataset.tensor_cache import Cache, latent_key, prompt_key
+from zimage_train.dataset.sample_order import TrainItem
+from zimage_train.dataset.tensor_cache import TensorCache, latent_key, prompt_key
 from zimage_train.errors import DataError, Problem, WeightsError
 from zimage_train.io import atomic as files
 from zimage_train.models.components import LATENT_CHANNELS, LATENT_STRIDE
@@ -29,7 +29,7 @@ CLAIM_SECONDS = 120.0
 """After which a claim that nobody renews is taken over: its owner is gone, or slower than this machine."""
 POLL_SECONDS = 0.5
 
-EncodePictures = Callable[[list[Image.Image]], Tensor]
+EncodeImages = Callable[[list[Image.Image]], Tensor]
 """Pictures of one size to latents (b, 16, h/8, w/8)."""
 EncodePrompts = Callable[[list[str], Callable[[int, int], None]], Iterator[tuple[str, Tensor]]]
 """Prompts to embeddings (tokens, features), with a tick; they may come in another order."""
@@ -37,20 +37,20 @@ Tick = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
-class Share:
+class Shard:
     """Which of several processes this is; each begins with its own share of what is missing."""
 
-    process: int = 0
-    processes: int = 1
+    rank: int = 0
+    world_size: int = 1
 
 
-ALONE = Share()
+SINGLE_PROCESS = Shard()
 Made = tuple[str, Tensor]
 """A key and its value."""
 
 
 @dataclass
-class Tally:
+class CacheStats:
     """What a filling did."""
 
     found: int = 0
@@ -63,14 +63,14 @@ class Tally:
 
 
 def fill_latents(
-    cache: Cache,
-    items: Iterable[Item],
+    cache: TensorCache,
+    items: Iterable[TrainItem],
     vae_digest: str,
-    load_encoder: Callable[[], EncodePictures],
+    load_encoder: Callable[[], EncodeImages],
     tick: Tick,
-    share: Share = ALONE,
+    share: Shard = SINGLE_PROCESS,
     batch_px: int = BATCH_PX,
-) -> Tally:
+) -> CacheStats:
     """Encode every picture at every size that is not in the cache yet, those of one size together up to `batch_px`.
 
     Raises:
@@ -79,7 +79,7 @@ def fill_latents(
     """
     jobs = {latent_key(item.picture, item.size, item.flip, vae_digest): item for item in items}
 
-    def size(item: Item) -> int:
+    def size(item: TrainItem) -> int:
         return 4 * LATENT_CHANNELS * (item.size.width // LATENT_STRIDE) * (item.size.height // LATENT_STRIDE)
 
     def batches(keys: list[str]) -> Iterator[list[str]]:
@@ -90,7 +90,7 @@ def fill_latents(
             most = max(batch_px // (bucket.width * bucket.height), 1)
             yield from (same[start : start + most] for start in range(0, len(same), most))
 
-    def encode(encoder: EncodePictures, keys: list[str], done: Callable[[int, int], None]) -> Iterator[Made]:
+    def encode(encoder: EncodeImages, keys: list[str], done: Callable[[int, int], None]) -> Iterator[Made]:
         latents = encoder([_fitted(jobs[key]) for key in keys])
         for key, one in zip(keys, latents, strict=True):
             if not one.isfinite().all():
@@ -100,18 +100,18 @@ def fill_latents(
             yield key, one.clone()
 
     sizes = {key: size(item) for key, item in jobs.items()}
-    return _Filling(cache, "pictures", tick, share, batches, load_encoder, encode).run(sizes)
+    return _CacheBuilder(cache, "pictures", tick, share, batches, load_encoder, encode).run(sizes)
 
 
 def fill_prompts(
-    cache: Cache,
+    cache: TensorCache,
     prompts: Iterable[str],
     encoder_digest: str,
     dtype: str,
     load_encoder: Callable[[], EncodePrompts],
     tick: Tick,
-    share: Share = ALONE,
-) -> Tally:
+    share: Shard = SINGLE_PROCESS,
+) -> CacheStats:
     """Encode every prompt that is not in the cache yet, all of a process's share together.
 
     Raises:
@@ -131,10 +131,12 @@ def fill_prompts(
         yield wanted
 
     sizes = dict.fromkeys(jobs, PROMPT_BYTES)
-    return _Filling(cache, "prompts", tick, share, batches, load_encoder, encode).run(sizes)
+    return _CacheBuilder(cache, "prompts", tick, share, batches, load_encoder, encode).run(sizes)
 
 
-def fill_own(cache: Cache, sizes: dict[str, int], draw: Callable[[str], Tensor], tick: Tick, share: Share) -> Tally:
+def fill_generated(
+    cache: TensorCache, sizes: dict[str, int], draw: Callable[[str], Tensor], tick: Tick, share: Shard
+) -> CacheStats:
     """Draw what of the keys of `sizes` (bytes) is not in the cache yet, one after the other.
 
     Raises:
@@ -152,26 +154,26 @@ def fill_own(cache: Cache, sizes: dict[str, int], draw: Callable[[str], Tensor],
     def batches(keys: list[str]) -> Iterator[list[str]]:
         yield from ([key] for key in keys)
 
-    return _Filling(cache, "own pictures", tick, share, batches, lambda: draw, encode).run(sizes)
+    return _CacheBuilder(cache, "own pictures", tick, share, batches, lambda: draw, encode).run(sizes)
 
 
 @dataclass
-class _Filling:
+class _CacheBuilder:
     """Makes what is missing, beside others that do the same on the same folder."""
 
-    cache: Cache
+    cache: TensorCache
     what: str
     tick: Tick
-    share: Share
+    share: Shard
     batches: Callable[[list[str]], Iterator[list[str]]]
     load_encoder: Callable[[], Any]
     encode: Callable[[Any, list[str], Callable[[int, int], None]], Iterator[Made]]
     encoder: Any = None
     damaged: set[str] = field(default_factory=set)
 
-    def run(self, sizes: dict[str, int]) -> Tally:
+    def run(self, sizes: dict[str, int]) -> CacheStats:
         """Make every key of `sizes` (bytes) that is not there; then wait for those that others are making."""
-        files.clear_debris(self.cache.folder)
+        files.remove_stale_temp_files(self.cache.folder)
         missing: list[str] = []
         for number, key in enumerate(sizes, 1):
             if self.cache.read(key) is None:
@@ -180,9 +182,9 @@ class _Filling:
                 self.cache.forget(key)
             self.tick(f"checking cached {self.what}", number, len(sizes))
         self.damaged = {key for key in missing if self.cache.has_file(key)}
-        files.require_space(self.cache.folder, sum(sizes[key] for key in missing), f"cached {self.what}")
-        encoded = self._make(missing[self.share.process :: self.share.processes]) + self._await(missing)
-        return Tally(found=len(sizes) - encoded, encoded=encoded, damaged=len(self.damaged))
+        files.require_free_space(self.cache.folder, sum(sizes[key] for key in missing), f"cached {self.what}")
+        encoded = self._make(missing[self.share.rank :: self.share.world_size]) + self._await(missing)
+        return CacheStats(found=len(sizes) - encoded, encoded=encoded, damaged=len(self.damaged))
 
     def _make(self, keys: list[str]) -> int:
         """Make those of `keys` that nobody else makes or has made; how many they were."""
@@ -242,7 +244,7 @@ class _Filling:
         return made
 
 
-def _fitted(item: Item) -> Image.Image:
+def _fitted(item: TrainItem) -> Image.Image:
     path = item.picture.path
     try:
         content = path.read_bytes()

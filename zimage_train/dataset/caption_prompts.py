@@ -9,7 +9,7 @@ SEEN_ONLY = "State only what can be seen."
 
 
 @dataclass(frozen=True)
-class Style:
+class CaptionStyle:
     """How captions are written."""
 
     instruction: str
@@ -19,8 +19,8 @@ class Style:
     """Between a trigger that the answer lacks, and the answer."""
 
 
-STYLES = {
-    "sentences": Style(
+CAPTION_STYLES = {
+    "sentences": CaptionStyle(
         "Write the caption of this picture for training a text-to-image model: one paragraph of 80 to 200 words. "
         "Begin with the main subject and what it does; go on with its surroundings, the composition and the camera's "
         "angle, the light, the colours and the mood, and end with the medium and its style. "
@@ -28,7 +28,7 @@ STYLES = {
         300,
         " ",
     ),
-    "tags": Style(
+    "tags": CaptionStyle(
         "List 15 to 30 tags for this picture, for training a text-to-image model: lower case, separated by commas, "
         "the most important first: subject, pose, clothes, objects, surroundings, composition, light, colours, "
         f"mood, medium, style. {SEEN_ONLY} Answer with the tags alone.",
@@ -37,7 +37,7 @@ STYLES = {
     ),
 }
 
-LEAVE_OUT = {
+OMITTED_TRAITS = {
     "character": "Say what may differ from picture to picture (pose, expression, clothes, place, light), and nothing "
     "of the main person's face, hair, skin, body or age.",
     "style": "Say what is shown, and nothing of medium, technique, brushwork, grading or artistic style.",
@@ -60,29 +60,29 @@ _THINKING = re.compile(r"^.*</think>|<think>.*", re.S)
 _SENTENCE_END = re.compile(r"""[.!?。！？]["'”’)]?(?=\s|$)""")
 
 
-def instruction(style: str, kind: str | None, trigger: str | None) -> str:
+def caption_instruction(style: str, kind: str | None, trigger: str | None) -> str:
     """What the model is asked."""
-    parts = [STYLES[style].instruction]
+    parts = [CAPTION_STYLES[style].instruction]
     if kind is not None:
-        parts.append(LEAVE_OUT[kind])
+        parts.append(OMITTED_TRAITS[kind])
     if trigger is not None and kind in _CALLED:
         parts.append(_CALLED[kind].format(trigger))
     return " ".join(parts)
 
 
-def tidy(answer: str, style: str, is_whole: bool, trigger: str | None) -> str:
+def clean_answer(answer: str, style: str, is_whole: bool, trigger: str | None) -> str:
     """The caption in an answer, on one line and with the trigger; empty if nothing was said.
 
     Thinking, an introduction and Markdown go; an answer that was cut off ends at its last whole sentence or tag.
     """
-    text = _THINKING.sub("", captions.clean(answer))
+    text = _THINKING.sub("", captions.clean_text(answer))
     if style == "tags":
         text = text.replace("\n", ", ")
     text = "".join(one if one.isprintable() else " " for one in text if one != "\ufffd")
     text = " ".join(re.sub(r"[*#`]+", "", text).split()).strip("\"“”' ")
     text = _INTRODUCTION.sub("", text).strip("\"“”' ")
     text = _tags(text, is_whole) if style == "tags" else _sentences(text, is_whole)
-    return captions.compose(text, "", trigger, STYLES[style].separator) if text else ""
+    return captions.compose_prompt(text, "", trigger, CAPTION_STYLES[style].separator) if text else ""
 
 
 def _tags(text: str, is_whole: bool) -> str:

@@ -4,8 +4,8 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from zimage_train.config.dataset import Data
-from zimage_train.config.schema import Preserve
+from zimage_train.config.dataset import DataEntry
+from zimage_train.config.schema import PreserveSettings
 from zimage_train.errors import DataError, Problem
 
 MAX_BYTES = 20_000
@@ -13,7 +13,7 @@ PLACEHOLDER = "[trigger]"
 _INVISIBLE = dict.fromkeys(map(ord, "\u200b\u200c\u200d\u2060\ufeff"))
 
 
-def read(path: Path) -> str:
+def read_caption(path: Path) -> str:
     """The text of a caption file, without byte order mark, carriage returns and space around it.
 
     Raises:
@@ -22,7 +22,7 @@ def read(path: Path) -> str:
     text = _text_of(path)
     if (size := len(text.encode())) > MAX_BYTES:
         raise DataError(Problem(str(path), f"has {size} bytes", "captions end at 512 tokens; shorten it"))
-    return clean(text)
+    return clean_text(text)
 
 
 def read_lines(path: Path) -> list[str]:
@@ -31,7 +31,7 @@ def read_lines(path: Path) -> list[str]:
     Raises:
         DataError: not UTF-8, or not a text.
     """
-    return [clean(line) for line in re.split(r"\r\n|\r|\n", _text_of(path))]
+    return [clean_text(line) for line in re.split(r"\r\n|\r|\n", _text_of(path))]
 
 
 def _text_of(path: Path) -> str:
@@ -51,50 +51,50 @@ def _text_of(path: Path) -> str:
     return text
 
 
-def clean(text: str) -> str:
+def clean_text(text: str) -> str:
     """Normalise line ends, and drop zero-width characters and the space around the text."""
     return text.replace("\r\n", "\n").replace("\r", "\n").translate(_INVISIBLE).strip()
 
 
-def compose(caption: str, default: str, trigger: str | None, separator: str = " ") -> str:
+def compose_prompt(caption: str, default: str, trigger: str | None, separator: str = " ") -> str:
     """The prompt of a picture: its caption, or the default, with the trigger in place.
 
     `[trigger]` is replaced; a trigger that then occurs nowhere is put in front, so that every picture teaches it.
     """
-    text = caption or clean(default)
+    text = caption or clean_text(default)
     if trigger is None:
         return text
     text = text.replace(PLACEHOLDER, trigger)
-    if word(trigger).search(text):
+    if trigger_pattern(trigger).search(text):
         return text
     return f"{trigger}{separator}{text}" if text else trigger
 
 
-def word(trigger: str) -> re.Pattern[str]:
+def trigger_pattern(trigger: str) -> re.Pattern[str]:
     """`trigger` where it stands alone: `zorb` is not in `zorblike`."""
     return re.compile(rf"(?<!\w){re.escape(trigger)}(?!\w)")
 
 
-def prompts_of(captions: tuple[str, ...], entry: Data) -> tuple[str, ...]:
+def prompts_of(captions: tuple[str, ...], entry: DataEntry) -> tuple[str, ...]:
     """What a picture of `entry` with these captions may be trained with, before tags are shuffled or dropped."""
     texts = [line for text in captions for line in (text.split("\n") if entry.caption_lines else [text])]
     own = [text.strip() for text in texts if text.strip()] or [""]
     separator = ", " if has_tags(entry) else " "  # so that the trigger is a tag of its own
-    return tuple(dict.fromkeys(compose(text, entry.default_caption, entry.trigger, separator) for text in own))
+    return tuple(dict.fromkeys(compose_prompt(text, entry.default_caption, entry.trigger, separator) for text in own))
 
 
-def has_tags(entry: Data) -> bool:
+def has_tags(entry: DataEntry) -> bool:
     """Whether captions are taken as tags, so that a picture has another prompt in each epoch."""
     return entry.shuffle_tags or entry.tag_dropout > 0
 
 
-def draw(prompts: tuple[str, ...], entry: Data, share: Callable[..., float]) -> str:
+def sample_prompt(prompts: tuple[str, ...], entry: DataEntry, share: Callable[..., float]) -> str:
     """One of `prompts`, its tags shuffled and dropped; `share(name, ...)` is a number in [0, 1) for each use."""
     text = prompts[int(share("caption") * len(prompts))]
     if not has_tags(entry):
         return text
     tags = [tag.strip() for tag in text.split(",") if tag.strip()]
-    is_trigger = [entry.trigger is not None and word(entry.trigger).search(tag) is not None for tag in tags]
+    is_trigger = [entry.trigger is not None and trigger_pattern(entry.trigger).search(tag) is not None for tag in tags]
     before = [n - sum(is_trigger[:n]) for n in range(len(tags))]  # other tags in front of each
     kept = [is_trigger[n] or before[n] < entry.keep_tags for n in range(len(tags))]
     left = [n for n in range(len(tags)) if kept[n] or share("tag dropout", n) >= entry.tag_dropout]
@@ -103,12 +103,12 @@ def draw(prompts: tuple[str, ...], entry: Data, share: Callable[..., float]) -> 
     return ", ".join(tags[n] for n in left)
 
 
-def dropped(entry: Data) -> str:
+def dropout_prompt(entry: DataEntry) -> str:
     """What stands for a caption that is dropped."""
     return entry.trigger or "" if entry.dropout_keeps_trigger else ""
 
 
-def held(prompt: str, entry: Data, preserve: Preserve) -> str | None:
+def preserve_prompt(prompt: str, entry: DataEntry, preserve: PreserveSettings) -> str | None:
     """The prompt for which the model is held to what it was, beside `prompt`; None: it is not."""
     if preserve.kind is None:
         return None
@@ -116,5 +116,7 @@ def held(prompt: str, entry: Data, preserve: Preserve) -> str | None:
         return ""
     if not entry.trigger:
         return prompt
-    pattern = re.compile(word(entry.trigger).pattern, re.IGNORECASE)  # what is trained in any spelling is not held
+    pattern = re.compile(
+        trigger_pattern(entry.trigger).pattern, re.IGNORECASE
+    )  # what is trained in any spelling is not held
     return pattern.sub(lambda _: preserve.class_word, prompt)

@@ -11,15 +11,15 @@ from PIL import Image
 from torch import Tensor
 
 from zimage_train.dataset import cache_builder as filling
-from zimage_train.dataset.cache_builder import EncodePictures, EncodePrompts, Share, Tally, Tick
-from zimage_train.dataset.sample_order import Item
-from zimage_train.dataset.tensor_cache import Cache
-from zimage_train.io.tensorfile import DTYPES
+from zimage_train.dataset.cache_builder import CacheStats, EncodeImages, EncodePrompts, Shard, Tick
+from zimage_train.dataset.sample_order import TrainItem
+from zimage_train.dataset.tensor_cache import TensorCache
+from zimage_train.io.tensorfile import TORCH_DTYPES
 from zimage_train.models import text_encoder as text
 from zimage_train.models import vae
 
 
-def picture_encoder(extras: Path, device: torch.device) -> EncodePictures:
+def image_encoder(extras: Path, device: torch.device) -> EncodeImages:
     """The VAE's encoder; in fp32, since latents are made once and used ever after.
 
     Where a batch does not fit the device it goes through in tiles of 512 px, whose overlaps are blended.
@@ -36,7 +36,7 @@ def prompt_encoder(
     extras: Path, device: torch.device, dtype: str, warn: Callable[[str], None] = lambda text: None
 ) -> EncodePrompts:
     """The text encoder; `warn` is told of prompts that it does not read to their end."""
-    return partial(text.load(extras, device, DTYPES[dtype]).encode_all, warn=warn)
+    return partial(text.load(extras, device, TORCH_DTYPES[dtype]).encode_all, warn=warn)
 
 
 @dataclass(frozen=True)
@@ -51,14 +51,14 @@ class Encoders:
     warn: Callable[[str], None]
 
 
-def fill(
-    cache: Cache, encoders: Encoders, items: Iterable[Item], prompts: Iterable[str], tick: Tick, share: Share
-) -> tuple[Tally, Tally]:
+def encode_missing(
+    cache: TensorCache, encoders: Encoders, items: Iterable[TrainItem], prompts: Iterable[str], tick: Tick, share: Shard
+) -> tuple[CacheStats, CacheStats]:
     """Encode what is missing of `items` and `prompts`, one encoder after the other, and free both."""
     extras, device, dtype = encoders.extras, encoders.device, encoders.dtype
     batch_px = filling.BATCH_PX if device.type == "cuda" else 0  # one by one, a CPU makes the same bits every time
     pictures = filling.fill_latents(
-        cache, items, encoders.vae_digest, lambda: picture_encoder(extras, device), tick, share, batch_px
+        cache, items, encoders.vae_digest, lambda: image_encoder(extras, device), tick, share, batch_px
     )
     _free()
     texts = filling.fill_prompts(

@@ -28,7 +28,7 @@ Tick = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
-class Look:
+class ImageInfo:
     """A picture as far as it matters before it is encoded."""
 
     digest: str
@@ -38,17 +38,17 @@ class Look:
     """8 x 8 RGB, in hexadecimal."""
 
 
-class Looks:
+class ImageIndex:
     """Looks by place, size and times of change, in one JSON file; without a file nothing is remembered."""
 
     def __init__(self, memo: Path | None = None) -> None:
         self._memo = memo
-        self._known: dict[str, Look] = {}
+        self._known: dict[str, ImageInfo] = {}
         self._has_news = False
         if memo is not None:
             self._known = _remembered(memo)
 
-    def at(self, paths: Iterable[Path], tick: Tick) -> list[Look | ZImageTrainError]:
+    def lookup(self, paths: Iterable[Path], tick: Tick) -> list[ImageInfo | ZImageTrainError]:
         """The look of every path, in order, or why it is no picture; decoded on all cores."""
         wanted, found = list(paths), []
         with ThreadPoolExecutor(os.cpu_count()) as workers:
@@ -67,13 +67,13 @@ class Looks:
                 return
             self._has_news = False
 
-    def _attempt(self, path: Path) -> Look | ZImageTrainError:
+    def _attempt(self, path: Path) -> ImageInfo | ZImageTrainError:
         try:
             return self._look(path)
         except DataError as error:
             return error
 
-    def _look(self, path: Path) -> Look:
+    def _look(self, path: Path) -> ImageInfo:
         key = _key(path)
         known = self._known.get(key or "")
         if known is not None:
@@ -81,7 +81,7 @@ class Looks:
         content = _read(path)
         image = images.load(path, content)
         small = image.resize((THUMBNAIL_PX, THUMBNAIL_PX), Image.Resampling.BOX)
-        look = Look(hashlib.sha256(content).hexdigest(), image.width, image.height, small.tobytes().hex())
+        look = ImageInfo(hashlib.sha256(content).hexdigest(), image.width, image.height, small.tobytes().hex())
         if key is not None and key == _key(path):
             self._known[key] = look
             self._has_news = True
@@ -105,7 +105,7 @@ def near_duplicates(thumbnails: list[str]) -> list[tuple[int, int]]:
     return pairs
 
 
-def _remembered(memo: Path) -> dict[str, Look]:
+def _remembered(memo: Path) -> dict[str, ImageInfo]:
     """What `memo` holds, as far as it is ours and whole: the rest is decoded again."""
     try:
         content = json.loads(memo.read_bytes())
@@ -113,7 +113,7 @@ def _remembered(memo: Path) -> dict[str, Look]:
         return {}
     if not isinstance(content, dict) or content.get("format") != FORMAT or not isinstance(content.get("looks"), dict):
         return {}
-    return {key: Look(*values) for key, values in content["looks"].items() if _is_look(values)}
+    return {key: ImageInfo(*values) for key, values in content["looks"].items() if _is_look(values)}
 
 
 def _is_look(values: object) -> bool:

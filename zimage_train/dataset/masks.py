@@ -9,16 +9,16 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from zimage_train.config.dataset import Data
+from zimage_train.config.dataset import DataEntry
 from zimage_train.dataset import images
 from zimage_train.dataset.buckets import Bucket
-from zimage_train.dataset.image_index import Look, Looks, Tick
+from zimage_train.dataset.image_index import ImageIndex, ImageInfo, Tick
 from zimage_train.errors import DataError, Problem, ZImageTrainError
 
 ALPHA = "alpha"
-MOST_ASPECT = 1.02
+MAX_ASPECT_DIFFERENCE = 1.02
 """By how much the aspect of a mask may differ from its picture's."""
-DARKEST = 2
+DARKEST_MASK = 2
 """Of 255: a mask whose lightest part is below this is empty."""
 STRIDE = 8
 """Pixels of a picture under one latent."""
@@ -35,8 +35,8 @@ class Mask:
     height: int = 0
 
 
-def find(
-    pictures: list[Path], entry: Data, where: str, errors: list[ZImageTrainError], looks: Looks, tick: Tick
+def find_masks(
+    pictures: list[Path], entry: DataEntry, where: str, errors: list[ZImageTrainError], looks: ImageIndex, tick: Tick
 ) -> dict[Path, Mask]:
     """The mask of each picture of the entry `where` that has one; what is wrong with others goes into `errors`."""
     if entry.mask is None:
@@ -67,10 +67,10 @@ def find(
         what = f"holds no mask under the name of a picture (such as {example})"
         errors.append(DataError(Problem(f"{where}.mask: {folder}", what, "name masks as their pictures")))
     masks: dict[Path, Mask] = {}
-    for (picture, path), look in zip(found.items(), looks.at(list(found.values()), tick), strict=True):
-        if isinstance(look, Look):
+    for (picture, path), look in zip(found.items(), looks.lookup(list(found.values()), tick), strict=True):
+        if isinstance(look, ImageInfo):
             masks[picture] = Mask(path, look.digest, False, look.width, look.height)
-            if max(bytes.fromhex(look.thumbnail)) < DARKEST:
+            if max(bytes.fromhex(look.thumbnail)) < DARKEST_MASK:
                 errors.append(
                     DataError(Problem(str(path), "is black: nothing would be trained", "paint white what is"))
                 )
@@ -84,7 +84,7 @@ def _name(path: Path, root: Path | None) -> str:
     return inside.with_suffix("").as_posix()
 
 
-def require_fit(mask: Mask | None, picture: Path, look: Look) -> Mask | None:
+def require_fit(mask: Mask | None, picture: Path, look: ImageInfo) -> Mask | None:
     """`mask`, when it has the shape of its picture.
 
     Raises:
@@ -93,13 +93,13 @@ def require_fit(mask: Mask | None, picture: Path, look: Look) -> Mask | None:
     if mask is None or mask.is_alpha:
         return mask
     ratio = mask.width / mask.height * look.height / look.width
-    if not 1 / MOST_ASPECT <= ratio <= MOST_ASPECT:
+    if not 1 / MAX_ASPECT_DIFFERENCE <= ratio <= MAX_ASPECT_DIFFERENCE:
         what = f"is {mask.width}x{mask.height} px, and its picture {picture.name} {look.width}x{look.height}"
         raise DataError(Problem(str(mask.path), what, "make it of the picture's shape"))
     return mask
 
 
-def on_latents(mask: Mask, size: Bucket, flip: bool, picture_digest: str) -> NDArray[np.float32]:
+def mask_on_latents(mask: Mask, size: Bucket, flip: bool, picture_digest: str) -> NDArray[np.float32]:
     """The mask (h/8, w/8) in [0, 1] of a picture trained at `size`: scaled, cropped and mirrored as the picture is.
 
     Raises:

@@ -2,13 +2,13 @@
 
 from pathlib import Path
 
-from zimage_train.config.dataset import Data
-from zimage_train.config.load import cache_folder
+from zimage_train.config.dataset import DataEntry
+from zimage_train.config.load import cache_dir
 from zimage_train.config.schema import Config
-from zimage_train.dataset.buckets import bucket
-from zimage_train.dataset.image_index import Looks
-from zimage_train.dataset.sample_order import sides
-from zimage_train.dataset.scan import scan
+from zimage_train.dataset.buckets import nearest_bucket
+from zimage_train.dataset.image_index import ImageIndex
+from zimage_train.dataset.sample_order import target_sides
+from zimage_train.dataset.scan import scan_entry
 from zimage_train.errors import Problem
 from zimage_train.io import atomic as files
 
@@ -22,26 +22,26 @@ def move_rejected(config: Config) -> list[str]:
     Raises:
         DiskError: a file cannot be moved.
     """
-    looks = Looks(cache_folder(config) / "looks.json")
+    looks = ImageIndex(cache_dir(config) / "looks.json")
     lines = []
     for index, entry in enumerate(config.data):
         for path, problem in _bad(entry, f"data.{index}", looks):
             if entry.folder is None:
-                lines.append(f"{path}: {problem.what}; not moved: take its line out of {entry.metadata}")
+                lines.append(f"{path}: {problem.message}; not moved: take its line out of {entry.metadata}")
                 continue
             place = _move(path, Path(entry.folder), entry.caption_ext, problem)
-            lines.append(f"{path}: {problem.what}; moved to {place}")
+            lines.append(f"{path}: {problem.message}; moved to {place}")
     looks.save()
     return [*lines, f"{len(lines)} bad pictures", ""]
 
 
-def _bad(entry: Data, where: str, looks: Looks) -> list[tuple[Path, Problem]]:
-    found = scan(entry, where, looks)
+def _bad(entry: DataEntry, where: str, looks: ImageIndex) -> list[tuple[Path, Problem]]:
+    found = scan_entry(entry, where, looks)
     bad = list(found.rejected)
     for picture in found.pictures:
         try:
-            for side in sides(entry):
-                bucket(picture.width, picture.height, side)
+            for side in target_sides(entry):
+                nearest_bucket(picture.width, picture.height, side)
         except ValueError as error:
             bad.append((picture.path, Problem(str(picture.path), str(error), "crop it")))
     return bad
@@ -53,5 +53,5 @@ def _move(path: Path, root: Path, caption_ext: str, problem: Problem) -> Path:
     place = files.move(path, target)
     if caption.exists():
         files.move(caption, place.with_suffix(caption_ext))
-    files.write_text(place.with_name(place.name + ".why.txt"), f"{problem.what}; {problem.todo}\n")
+    files.write_text(place.with_name(place.name + ".why.txt"), f"{problem.message}; {problem.hint}\n")
     return place

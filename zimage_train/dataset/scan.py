@@ -11,32 +11,32 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from zimage_train.config.dataset import Data
+from zimage_train.config.dataset import DataEntry
 from zimage_train.dataset import captions, images, masks
-from zimage_train.dataset.image_index import Look, Looks, Tick, near_duplicates
+from zimage_train.dataset.image_index import ImageIndex, ImageInfo, Tick, near_duplicates
 from zimage_train.dataset.masks import Mask
-from zimage_train.errors import DataError, Problem, ZImageTrainError, collected
+from zimage_train.errors import DataError, Problem, ZImageTrainError, collect_errors
 
 IMAGE_COLUMNS = ("image", "file_name")
 PROMPT_COLUMNS = ("prompt", "text", "caption")
-SURPLUS = "(surplus)"
+SURPLUS_COLUMN = "(surplus)"
 """The column of what a row of a CSV has beyond its header."""
-MOST_WORDS = 480
+MAX_WORDS = 480
 """Words and signs; a longer prompt has certainly more than the 512 tokens that the model reads, templates included."""
 
 
-YET_TO_BE_DRAWN = 65_536
+UNBOUNDED_SIDE = 65_536
 """The side of a picture that any resolution can be drawn at, px."""
 
 WORDS = re.compile(r"\w+|[^\w\s]")
-KOHYA = re.compile(r"(\d{1,6})_(.+)")
-MOST_REPEATS = 1000
+KOHYA_FOLDER = re.compile(r"(\d{1,6})_(.+)")
+MAX_REPEATS = 1000
 MASK_FOLDER = re.compile(r"masks?", re.IGNORECASE)
 MASK_NAME = re.compile(r".+[_-]masks?(label)?", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
-class Picture:
+class ImageRecord:
     """One picture of one data entry: its file, its content's digest, its upright size and its prompts."""
 
     path: Path
@@ -48,20 +48,20 @@ class Picture:
     thumbnail: str = ""
     repeats: int = 1
     mask: Mask | None = None
-    own: tuple[str, ...] = ()
+    raw_captions: tuple[str, ...] = ()
     """Its captions as they are written, without trigger and default; empty: it has none."""
 
     @property
-    def longest(self) -> str:
+    def longest_prompt(self) -> str:
         """Of its prompts."""
         return max(self.prompts, key=len)
 
 
 @dataclass
-class Scan:
+class FolderScan:
     """What one data entry holds: its pictures, what is wrong with the others, and what is odd."""
 
-    pictures: list[Picture]
+    pictures: list[ImageRecord]
     errors: list[ZImageTrainError]
     notes: list[str]
     rejected: list[tuple[Path, Problem]]
@@ -75,14 +75,16 @@ class _Source:
     repeats: int = 1
 
 
-def scan(entry: Data, where: str, looks: Looks | None = None, tick: Tick = lambda what, done, total: None) -> Scan:
+def scan_entry(
+    entry: DataEntry, where: str, looks: ImageIndex | None = None, tick: Tick = lambda what, done, total: None
+) -> FolderScan:
     """Find and look at every picture and caption of `entry`; nothing is left out silently.
 
     The order is that of the relative paths, whatever the file system says.
     """
-    result = Scan([], [], [], [])
+    result = FolderScan([], [], [], [])
     if entry.prompts is not None:
-        with collected(result.errors):
+        with collect_errors(result.errors):
             result.pictures, result.notes = _from_prompts(Path(entry.prompts), entry, where)
         return result
     try:
@@ -91,12 +93,12 @@ def scan(entry: Data, where: str, looks: Looks | None = None, tick: Tick = lambd
         result.errors.append(error)
         return result
     named = [source for source in sources if _has_a_name(source, result)]
-    looks = looks or Looks()
-    found = looks.at([source.path for source in named], tick)
-    masked = masks.find([source.path for source in named], entry, where, result.errors, looks, tick)
+    looks = looks or ImageIndex()
+    found = looks.lookup([source.path for source in named], tick)
+    masked = masks.find_masks([source.path for source in named], entry, where, result.errors, looks, tick)
     for source, look in zip(named, found, strict=True):
-        if isinstance(look, Look):
-            with collected(result.errors):
+        if isinstance(look, ImageInfo):
+            with collect_errors(result.errors):
                 mask = masks.require_fit(masked.get(source.path), source.path, look)
                 result.pictures.append(_picture(source, look, entry, where, mask))
         else:
@@ -116,7 +118,7 @@ def scan(entry: Data, where: str, looks: Looks | None = None, tick: Tick = lambd
     return result
 
 
-def _from_prompts(path: Path, entry: Data, where: str) -> tuple[list[Picture], list[str]]:
+def _from_prompts(path: Path, entry: DataEntry, where: str) -> tuple[list[ImageRecord], list[str]]:
     """A picture that is yet to be drawn for each line, known by its prompt, and what is odd."""
     lines: dict[str, int] = {}
     notes = []
@@ -128,45 +130,45 @@ def _from_prompts(path: Path, entry: Data, where: str) -> tuple[list[Picture], l
     if not lines:
         raise DataError(Problem(f"{where}.prompts: {path}", "holds no prompt", "write one a line"))
     found = [
-        Picture(
+        ImageRecord(
             path=Path(f"{path}:{number}"),
             digest=hashlib.sha256(f"prompt {text}".encode()).hexdigest(),
-            width=YET_TO_BE_DRAWN,
-            height=YET_TO_BE_DRAWN,
+            width=UNBOUNDED_SIDE,
+            height=UNBOUNDED_SIDE,
             prompts=_prompts_of((text,), Path(f"{path}:{number}"), entry, where),
             repeats=int(entry.repeats),
-            own=(text,),
+            raw_captions=(text,),
         )
         for text, number in lines.items()
     ]
     return found, notes
 
 
-def _has_a_name(source: _Source, result: Scan) -> bool:
+def _has_a_name(source: _Source, result: FolderScan) -> bool:
     if _is_text(str(source.path)):
         return True
     result.errors.append(DataError(Problem(str(source.path), "its name is not UTF-8", "rename it")))
     return False
 
 
-def _picture(source: _Source, look: Look, entry: Data, where: str, mask: Mask | None) -> Picture:
+def _picture(source: _Source, look: ImageInfo, entry: DataEntry, where: str, mask: Mask | None) -> ImageRecord:
     prompts = _prompts_of(source.captions, source.path, entry, where)
     own = tuple(text for text in source.captions if text)
-    return Picture(
+    return ImageRecord(
         source.path, look.digest, look.width, look.height, prompts, look.thumbnail, source.repeats, mask, own
     )
 
 
-def _prompts_of(texts: tuple[str, ...], path: Path, entry: Data, where: str) -> tuple[str, ...]:
+def _prompts_of(texts: tuple[str, ...], path: Path, entry: DataEntry, where: str) -> tuple[str, ...]:
     prompts = captions.prompts_of(texts, entry)
     if any(captions.PLACEHOLDER in prompt for prompt in prompts):
         what = f"its caption has {captions.PLACEHOLDER}, but no trigger is set"
-        todo = "take it out: these pictures show the class" if entry.regularisation else f"set {where}.trigger"
+        todo = "take it out: these pictures show the class" if entry.regularization else f"set {where}.trigger"
         raise DataError(Problem(str(path), what, todo))
     return prompts
 
 
-def _from_folder(entry: Data, where: str, result: Scan) -> list[_Source]:
+def _from_folder(entry: DataEntry, where: str, result: FolderScan) -> list[_Source]:
     root = Path(entry.folder or "")
     if not root.is_dir():
         what = "is a file, not a folder" if root.exists() else "does not exist"
@@ -188,11 +190,11 @@ def _from_folder(entry: Data, where: str, result: Scan) -> list[_Source]:
                 result.errors.append(DataError(problem))
                 continue
             try:
-                caption = captions.read(caption_file)
+                caption = captions.read_caption(caption_file)
             except DataError as error:
                 result.errors.append(error)
         for path in paths:
-            with collected(result.errors):
+            with collect_errors(result.errors):
                 repeats, name = _repeats(path, root, entry)
                 sources.append(_Source(path, (caption or name,), repeats))
     _note_unused(files, set(by_stem), entry, result)
@@ -203,7 +205,7 @@ def _from_folder(entry: Data, where: str, result: Scan) -> list[_Source]:
     return sources
 
 
-def _repeats(path: Path, root: Path, entry: Data) -> tuple[int, str]:
+def _repeats(path: Path, root: Path, entry: DataEntry) -> tuple[int, str]:
     """How often the picture is seen in an epoch, and its caption if it has none of its own.
 
     Raises:
@@ -212,9 +214,9 @@ def _repeats(path: Path, root: Path, entry: Data) -> tuple[int, str]:
     if entry.repeats != "by_folder":
         return entry.repeats, ""
     match = _kohya(path, root)
-    if match is None or not 1 <= int(match[1]) <= MOST_REPEATS:
+    if match is None or not 1 <= int(match[1]) <= MAX_REPEATS:
         what = "is in no folder whose name says how often it is trained"
-        todo = f"put it into one like 10_cat (1 to {MOST_REPEATS}), or set repeats to a number"
+        todo = f"put it into one like 10_cat (1 to {MAX_REPEATS}), or set repeats to a number"
         raise DataError(Problem(str(path), what, todo))
     return int(match[1]), match[2].strip()
 
@@ -228,10 +230,10 @@ def kohya_names(pictures: list[Path], root: Path) -> list[str]:
 def _kohya(path: Path, root: Path) -> re.Match[str] | None:
     """The name of the innermost folder of kohya's layout that holds `path`."""
     names = reversed(path.relative_to(root).parent.parts)
-    return next((match for name in names if (match := KOHYA.fullmatch(name))), None)
+    return next((match for name in names if (match := KOHYA_FOLDER.fullmatch(name))), None)
 
 
-def _note_unused(files: list[Path], stems: set[Path], entry: Data, result: Scan) -> None:
+def _note_unused(files: list[Path], stems: set[Path], entry: DataEntry, result: FolderScan) -> None:
     for path in files:
         if path.suffix.lower() in images.EXTENSIONS:
             continue
@@ -245,7 +247,7 @@ def _note_unused(files: list[Path], stems: set[Path], entry: Data, result: Scan)
             result.notes.append(f"{path}: not used; pictures are {', '.join(sorted(images.EXTENSIONS))}")
 
 
-def _note_masks(pictures: list[Path], stems: set[Path], entry: Data, root: Path, result: Scan) -> None:
+def _note_masks(pictures: list[Path], stems: set[Path], entry: DataEntry, root: Path, result: FolderScan) -> None:
     """Say it if pictures look like the masks of others, which nobody wants to train on."""
     aside = [path for path in pictures if MASK_NAME.fullmatch(path.stem) and _without_suffix(path) in stems]
     inside = [path for path in pictures if MASK_FOLDER.fullmatch(path.relative_to(root).parts[0])]
@@ -264,7 +266,7 @@ def _without_suffix(path: Path) -> Path:
     return path.with_name(path.stem.rpartition("_")[0] or path.stem.rpartition("-")[0])
 
 
-def _walk(root: Path, entry: Data, result: Scan) -> Iterator[Path]:
+def _walk(root: Path, entry: DataEntry, result: FolderScan) -> Iterator[Path]:
     """Every file but hidden ones; folders that are linked, hidden, begin with `_` or hold the masks are not entered."""
     own_masks = None if entry.mask in (None, masks.ALPHA) else Path(entry.mask).absolute()
 
@@ -280,7 +282,7 @@ def _walk(root: Path, entry: Data, result: Scan) -> Iterator[Path]:
         yield from (Path(folder, name) for name in files if not name.startswith("."))
 
 
-def _from_metadata(entry: Data, result: Scan) -> list[_Source]:
+def _from_metadata(entry: DataEntry, result: FolderScan) -> list[_Source]:
     path = Path(entry.metadata or "")
     try:
         text = path.read_bytes().decode("utf-8-sig")
@@ -295,8 +297,8 @@ def _from_metadata(entry: Data, result: Scan) -> list[_Source]:
     for line, row in _rows(path, text, result):
         place = f"{path}:{line}"
         columns |= row.keys()
-        if SURPLUS in row:
-            what = f"has {len(row) - 1 + len(row[SURPLUS])} columns where the header has {len(row) - 1}"
+        if SURPLUS_COLUMN in row:
+            what = f"has {len(row) - 1 + len(row[SURPLUS_COLUMN])} columns where the header has {len(row) - 1}"
             result.errors.append(DataError(Problem(place, what, 'put texts that hold a comma in "quotes"')))
             continue
         image = next((row[name] for name in IMAGE_COLUMNS if row.get(name)), None)
@@ -310,7 +312,7 @@ def _from_metadata(entry: Data, result: Scan) -> list[_Source]:
             what = "holds a character that no text has (NUL or half a surrogate pair)"
             result.errors.append(DataError(Problem(place, what, "correct the line")))
         else:
-            texts = tuple(captions.clean(one) for one in prompts)
+            texts = tuple(captions.clean_text(one) for one in prompts)
             sources.append(_Source(path.parent / image, texts, int(entry.repeats)))
     if sources and not columns & set(PROMPT_COLUMNS) and not entry.default_caption:
         what = f"has no column {', '.join(PROMPT_COLUMNS)}; its columns are {', '.join(sorted(columns))}"
@@ -322,9 +324,9 @@ def _is_text(text: str) -> bool:
     return not any(letter == "\0" or "\ud800" <= letter <= "\udfff" for letter in text)
 
 
-def _rows(path: Path, text: str, result: Scan) -> Iterator[tuple[int, dict[str, Any]]]:
+def _rows(path: Path, text: str, result: FolderScan) -> Iterator[tuple[int, dict[str, Any]]]:
     if path.suffix.lower() == ".csv":
-        reader = csv.DictReader(io.StringIO(text, newline=""), restkey=SURPLUS)
+        reader = csv.DictReader(io.StringIO(text, newline=""), restkey=SURPLUS_COLUMN)
         try:
             header = (reader.fieldnames or [""])[0]
             if other := next((sign for sign in ";\t|" if sign in header), None):
@@ -348,7 +350,7 @@ def _rows(path: Path, text: str, result: Scan) -> Iterator[tuple[int, dict[str, 
         yield line, row if isinstance(row, dict) else {}
 
 
-def _caption_notes(without: list[_Source], entry: Data, where: str, total: int) -> list[str]:
+def _caption_notes(without: list[_Source], entry: DataEntry, where: str, total: int) -> list[str]:
     """Pictures without a caption of their own, unless a default is set for them."""
     if not without or entry.default_caption:
         return []
@@ -366,14 +368,14 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
-def _notes(pictures: list[Picture]) -> list[str]:
+def _notes(pictures: list[ImageRecord]) -> list[str]:
     notes = []
     for picture in pictures:
         words = max(len(WORDS.findall(prompt)) for prompt in picture.prompts)
-        if words > MOST_WORDS:
+        if words > MAX_WORDS:
             what = f"its caption has {words} words and signs, and the model reads 512 tokens and no further"
             notes.append(f"{picture.path}: {what}")
-    first: dict[str, Picture] = {}
+    first: dict[str, ImageRecord] = {}
     for picture in pictures:
         other = first.setdefault(picture.digest, picture)
         if other is not picture:
@@ -384,7 +386,7 @@ def _notes(pictures: list[Picture]) -> list[str]:
     return notes
 
 
-def fingerprint(scans: list[list[Picture]]) -> dict[str, str]:
+def dataset_fingerprint(scans: list[list[ImageRecord]]) -> dict[str, str]:
     """Name -> digest of content, prompts, mask and repeats: what a resumed run must find unchanged."""
     prints: dict[str, str] = {}
     for index, pictures in enumerate(scans):

@@ -12,7 +12,7 @@ from pathlib import Path
 from torch import Tensor
 
 from zimage_train.dataset.buckets import Bucket
-from zimage_train.dataset.scan import Picture
+from zimage_train.dataset.scan import ImageRecord
 from zimage_train.errors import DataError, Problem, WeightsError
 from zimage_train.io import atomic as files
 from zimage_train.io import tensorfile
@@ -22,7 +22,7 @@ FORMAT = 1
 
 
 @dataclass(frozen=True)
-class Cache:
+class TensorCache:
     """Entries under one folder, shared by all runs."""
 
     folder: Path
@@ -30,7 +30,7 @@ class Cache:
     def read(self, key: str) -> Tensor | None:
         """The tensor stored under `key`, or None when it is missing, damaged or stored under another key."""
         try:
-            tensors, metadata = tensorfile.load_sealed(self._path(key))
+            tensors, metadata = tensorfile.load_with_digest(self._path(key))
         except WeightsError:
             return None
         return tensors.get("value") if metadata.get("key") == key else None
@@ -44,7 +44,7 @@ class Cache:
         Raises:
             DiskError: it cannot be written.
         """
-        tensorfile.save_sealed(self._path(key), {"value": value}, {"key": key})
+        tensorfile.save_with_digest(self._path(key), {"value": value}, {"key": key})
 
     def claim(self, key: str) -> bool:
         """Whether this process may make the entry `key` now: nobody else does.
@@ -73,7 +73,7 @@ class Cache:
 
     def claimed_at(self, key: str) -> float | None:
         """When the claim on `key` was last renewed, by its owner's clock; None: there is none."""
-        return files.changed_at(self._claim(key))
+        return files.modified_at(self._claim(key))
 
     def _claim(self, key: str) -> Path:
         return self._path(key).with_suffix(".claim")
@@ -83,7 +83,7 @@ class Cache:
         return self.folder / kind / digest[:2] / f"{digest}.safetensors"
 
 
-def latent_key(picture: Picture, size: Bucket, flip: bool, vae_digest: str) -> str:
+def latent_key(picture: ImageRecord, size: Bucket, flip: bool, vae_digest: str) -> str:
     """The key of a picture's latents: its bytes, its size, whether it is mirrored, the VAE."""
     mirrored = ("flip",) if flip else ()
     return f"latents/{_digest('latents', picture.digest, size.width, size.height, vae_digest, *mirrored)}"
@@ -94,7 +94,7 @@ def prompt_key(prompt: str, encoder_digest: str, dtype: str) -> str:
     return f"prompts/{_digest('prompts', prompt, encoder_digest, dtype)}"
 
 
-def own_key(recipe: str, *parts: str) -> str:
+def generated_key(recipe: str, *parts: str) -> str:
     """The key of what the model itself draws by `recipe`: that and all that the model is."""
     return f"own/{_digest('own', recipe, *parts)}"
 
@@ -103,7 +103,7 @@ def _digest(*parts: str | int) -> str:
     return hashlib.sha256(repr((FORMAT, *parts)).encode()).hexdigest()
 
 
-def require(cache: Cache, key: str, what: str) -> Tensor:
+def read_required(cache: TensorCache, key: str, what: str) -> Tensor:
     """The tensor under `key`, which was there when the run began.
 
     Raises:

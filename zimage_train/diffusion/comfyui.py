@@ -9,9 +9,9 @@ the number of steps, and is off by less than a thousandth before the shift elsew
 from pathlib import Path
 from typing import Any
 
-from zimage_train.config.schema import Model
+from zimage_train.config.schema import ModelSettings
 from zimage_train.config.variants import VARIANTS
-from zimage_train.diffusion.request import Recipe
+from zimage_train.diffusion.request import SamplingRequest
 
 TEXT_ENCODER = "qwen_3_4b.safetensors"
 VAE = "ae.safetensors"
@@ -19,7 +19,7 @@ VAE = "ae.safetensors"
 Node = dict[str, Any]
 
 
-def comfyui(recipe: Recipe, model: Model, lora: str) -> dict[str, Node]:
+def comfyui_workflow(recipe: SamplingRequest, model: ModelSettings, lora: str) -> dict[str, Node]:
     """The nodes by number; `lora` is a file name, and the CFG scale is g + 1."""
     is_guided = recipe.guidance > 0
     nodes = {
@@ -59,7 +59,7 @@ def comfyui(recipe: Recipe, model: Model, lora: str) -> dict[str, Node]:
     return {numbers[name]: node for name, node in nodes.items()}
 
 
-def beside(lora: Path) -> Path:
+def workflow_path(lora: Path) -> Path:
     """Where the workflow of an exported LoRA lies."""
     return lora.with_suffix(".comfyui.json")
 
@@ -68,7 +68,7 @@ def _node(kind: str, **inputs: Any) -> Node:
     return {"class_type": kind, "inputs": inputs}
 
 
-def _file_of(model: Model) -> str:
+def _file_of(model: ModelSettings) -> str:
     if model.path is not None and model.path.endswith(".safetensors"):
         return Path(model.path).name
     return VARIANTS[model.variant].comfyui

@@ -14,11 +14,11 @@ import torch
 from diffusers import ZImageTransformer2DModel
 
 from zimage_train.diffusion import flow
-from zimage_train.diffusion.request import Recipe
-from zimage_train.diffusion.sampler import states
+from zimage_train.diffusion.request import SamplingRequest
+from zimage_train.diffusion.sampler import sample_trajectory
 from zimage_train.lora import swap
 from zimage_train.models.transformer import velocity
-from zimage_train.typing import Embeds, Images
+from zimage_train.typing import LatentBatch, PromptEmbeds
 
 DECIDING = 3
 """Turbo's first steps, at sigmas of 0.9 and above, which are counted. What a LoRA is trained for changes the later ones
@@ -28,36 +28,40 @@ Tick = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
-class Walk:
+class Trajectory:
     """Turbo's own way from noise to a picture."""
 
     prompt: str
     sigmas: list[float]
     """From 1 to 0: one more than there are steps."""
-    latents: list[Images]
+    latents: list[LatentBatch]
     """(1, 16, h/8, w/8) at each of `sigmas`."""
 
-    def steps(self) -> list[tuple[float, Images, Images]]:
+    def steps(self) -> list[tuple[float, LatentBatch, LatentBatch]]:
         """Each step's sigma, the latents there and the velocity that Turbo had; Euler's step gives it back."""
         pairs = itertools.pairwise(zip(self.sigmas, self.latents, strict=True))
         return [(sigma, here, (there - here) / (after - sigma)) for (sigma, here), (after, there) in pairs]
 
 
-def walks(
-    model: ZImageTransformer2DModel, recipes: Sequence[Recipe], embeds: Mapping[str, Embeds], tick: Tick
-) -> list[Walk]:
+def record_trajectories(
+    model: ZImageTransformer2DModel, recipes: Sequence[SamplingRequest], embeds: Mapping[str, PromptEmbeds], tick: Tick
+) -> list[Trajectory]:
     """Where `model`, which is to be Turbo without a LoRA, goes for each of `recipes`."""
-    found: list[Walk] = []
+    found: list[Trajectory] = []
     for done, recipe in enumerate(recipes, 1):
         sigmas = flow.sampling_sigmas(recipe.steps, recipe.shift)
-        found.append(Walk(recipe.prompt, sigmas, [latents for _, latents in states(model, [recipe], embeds, sigmas)]))
+        found.append(
+            Trajectory(
+                recipe.prompt, sigmas, [latents for _, latents in sample_trajectory(model, [recipe], embeds, sigmas)]
+            )
+        )
         tick(done, len(recipes))
     return found
 
 
 @torch.no_grad()
 def deviations(
-    model: ZImageTransformer2DModel, walked: Sequence[Walk], embeds: Mapping[str, Embeds], tick: Tick
+    model: ZImageTransformer2DModel, walked: Sequence[Trajectory], embeds: Mapping[str, PromptEmbeds], tick: Tick
 ) -> list[float]:
     """At each of Turbo's sigmas, how far the velocity of `model` is from Turbo's, as a share of Turbo's.
 
@@ -73,22 +77,22 @@ def deviations(
     return [math.sqrt(sum(row) / len(row)) for row in squares]
 
 
-def overall(each: Sequence[float]) -> float:
+def overall_deviation(each: Sequence[float]) -> float:
     """One number of the deviations at all sigmas: the root mean square of those at the first `DECIDING`."""
     first = each[:DECIDING]
     return math.sqrt(sum(one**2 for one in first) / len(first))
 
 
-class Meter:
+class DriftMeter:
     """Reads again and again how far one model has drifted; Turbo's own way is found at the first time and kept."""
 
-    def __init__(self, recipes: Sequence[Recipe], embeds: Mapping[str, Embeds]) -> None:
+    def __init__(self, recipes: Sequence[SamplingRequest], embeds: Mapping[str, PromptEmbeds]) -> None:
         self._recipes, self._embeds = recipes, embeds
-        self._walked: list[Walk] = []
+        self._walked: list[Trajectory] = []
 
-    def read(self, model: ZImageTransformer2DModel, tick: Tick) -> float:
+    def measure(self, model: ZImageTransformer2DModel, tick: Tick) -> float:
         """The overall deviation of `model` with the LoRA that is on it, whose weights must be Turbo's own."""
         if not self._walked:
-            with swap.instead(model, {}):
-                self._walked = walks(model, self._recipes, self._embeds, tick)
-        return overall(deviations(model, self._walked, self._embeds, tick))
+            with swap.replaced_lora(model, {}):
+                self._walked = record_trajectories(model, self._recipes, self._embeds, tick)
+        return overall_deviation(deviations(model, self._walked, self._embeds, tick))

@@ -13,53 +13,53 @@ import torch
 from diffusers import ZImageTransformer2DModel
 from torch import Tensor
 
-from zimage_train.config.values import Kind
+from zimage_train.config.values import Quantization
 from zimage_train.errors import Problem, WeightsError
-from zimage_train.io.tensorfile import DTYPES
+from zimage_train.io.tensorfile import TORCH_DTYPES
 from zimage_train.lora.layers import base_layer
-from zimage_train.lora.training_adapter import Adapter, Count, merge
+from zimage_train.lora.training_adapter import MergeCount, TrainingAdapter, merge_adapter
 from zimage_train.models import loading as weights
 from zimage_train.models import transformer
 from zimage_train.models.arch import IN_A_BLOCK, TransformerShape
 from zimage_train.models.linear import FrozenLinear
-from zimage_train.models.offload import Ring, streamed
-from zimage_train.models.quantize import Rounding
+from zimage_train.models.offload import BlockOffloader, streamed_blocks
+from zimage_train.models.quantize import QuantizationStats
 
 
-class NotRestored(WeightsError):
+class NotRestoredError(WeightsError):
     """The training weights could not be put back after a preview: the model in memory is no longer the run's."""
 
 
 @dataclass(frozen=True)
-class Frozen:
+class FrozenTransformer:
     """A transformer for training, and what its weights were made of."""
 
     model: ZImageTransformer2DModel
     shape: TransformerShape
     path: Path
-    adapter: Adapter | None
+    adapter: TrainingAdapter | None
     adapter_matched: int
-    rounding: Rounding
+    quantization: QuantizationStats
     """What quantising has cost; empty where nothing was quantised."""
-    ring: Ring | None
+    offloader: BlockOffloader | None
     """Streams some of the blocks; None: all of them are on the device."""
 
-    def refill(self, tensors: weights.Stream) -> None:
+    def load_tensors(self, tensors: weights.NamedTensors) -> None:
         """Put `tensors` where the parameters of their names are, quantised if those are."""
         for name, tensor in tensors:
-            _store(self.model, self.ring, name, tensor)
-        if self.ring is not None:
-            self.ring.changed()
+            _store(self.model, self.offloader, name, tensor)
+        if self.offloader is not None:
+            self.offloader.invalidate()
 
 
-def assemble(
+def load_frozen(
     path: Path,
-    adapter: Adapter | None,
+    adapter: TrainingAdapter | None,
     dtype: str,
     device: torch.device,
-    kind: Kind | None = None,
-    streamed_blocks: int = 0,
-) -> Frozen:
+    kind: Quantization | None = None,
+    num_streamed: int = 0,
+) -> FrozenTransformer:
     """Build the transformer of `path` on `device` with `adapter` merged; all of it frozen.
 
     Weights are rounded or quantised to `kind` once, after the merge. So many blocks are streamed.
@@ -67,25 +67,25 @@ def assemble(
     Raises:
         WeightsError: tensors are missing, left over or misshapen, or the adapter does not match in full.
     """
-    shape, tensors = transformer.read(path)
-    model = transformer.empty(shape, DTYPES[dtype], kind)
-    blocks = [model.layers[index] for index in streamed(shape.n_layers, streamed_blocks)]
-    ring = Ring(blocks, device) if blocks else None
+    shape, tensors = transformer.read_weights(path)
+    model = transformer.empty_transformer(shape, TORCH_DTYPES[dtype], kind)
+    blocks = [model.layers[index] for index in streamed_blocks(shape.n_layers, num_streamed)]
+    ring = BlockOffloader(blocks, device) if blocks else None
     weights.allocate(model, device)
-    count, rounding = Count(), Rounding()
-    merged = merge(tensors, adapter, device, count) if adapter else tensors
+    count, rounding = MergeCount(), QuantizationStats()
+    merged = merge_adapter(tensors, adapter, device, count) if adapter else tensors
 
     def store(name: str, tensor: Tensor) -> None:
         _store(model, ring, name, tensor)
         if kind is not None and name.removesuffix(".weight") in shape.linears and IN_A_BLOCK.match(name):
-            rounding.add(tensor.to(device), adapter.change_of(name, device) if adapter else None, kind)
+            rounding.add(tensor.to(device), adapter.delta_of(name, device) if adapter else None, kind)
 
     weights.fill(shape.parameters, merged, store, str(path), type(model).__name__)
-    return Frozen(model, shape, path, adapter, len(count.matched), rounding, ring)
+    return FrozenTransformer(model, shape, path, adapter, len(count.matched), rounding, ring)
 
 
 @contextlib.contextmanager
-def original(frozen: Frozen, also: Path | None = None) -> Iterator[None]:
+def original_weights(frozen: FrozenTransformer, also: Path | None = None) -> Iterator[None]:
     """Within the block the weights are those of the file, without the adapter, or those of the model at `also`.
 
     After it they are the training ones, bit for bit. Only tensors that differ are read: those that the adapter changes,
@@ -100,25 +100,25 @@ def original(frozen: Frozen, also: Path | None = None) -> Iterator[None]:
         yield
         return
     try:
-        frozen.refill(transformer.read_some(also or frozen.path, names))
+        frozen.load_tensors(transformer.read_selected_weights(also or frozen.path, names))
         yield
     finally:
         _restore(frozen, names)
 
 
-def _restore(frozen: Frozen, names: set[str]) -> None:
+def _restore(frozen: FrozenTransformer, names: set[str]) -> None:
     device = next(frozen.model.parameters()).device
     try:
-        tensors = transformer.read_some(frozen.path, names)
-        frozen.refill(merge(tensors, frozen.adapter, device, Count()) if frozen.adapter else tensors)
+        tensors = transformer.read_selected_weights(frozen.path, names)
+        frozen.load_tensors(merge_adapter(tensors, frozen.adapter, device, MergeCount()) if frozen.adapter else tensors)
     except Exception as error:
         what = f"the training weights cannot be put back after a preview ({error})"
         todo = "the same command continues from the last checkpoint"
-        raise NotRestored(Problem(str(frozen.path), what, todo)) from error
+        raise NotRestoredError(Problem(str(frozen.path), what, todo)) from error
 
 
 @torch.no_grad()
-def _store(model: ZImageTransformer2DModel, ring: Ring | None, name: str, tensor: Tensor) -> None:
+def _store(model: ZImageTransformer2DModel, ring: BlockOffloader | None, name: str, tensor: Tensor) -> None:
     owner, _, leaf = name.rpartition(".")
     module = base_layer(model, owner)
     if isinstance(module, FrozenLinear):
@@ -127,5 +127,5 @@ def _store(model: ZImageTransformer2DModel, ring: Ring | None, name: str, tensor
     else:
         targets, values = [getattr(module, leaf)], [tensor]
     for parameter, value in zip(targets, values, strict=True):
-        home = ring.home(parameter) if ring is not None else None
+        home = ring.cpu_buffer(parameter) if ring is not None else None
         (parameter if home is None else home).copy_(value)

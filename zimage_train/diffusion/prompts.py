@@ -12,8 +12,8 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from zimage_train.config import load as reading
-from zimage_train.config.sample import Prompt
-from zimage_train.errors import ConfigError, Problem, ZImageTrainError, collected, raise_all
+from zimage_train.config.sample import PreviewPrompt
+from zimage_train.errors import ConfigError, Problem, ZImageTrainError, collect_errors, raise_all
 
 OPTION = re.compile(r"\s--([A-Za-z_]+)(?=\s|$)")
 OPTIONS: dict[str, tuple[str, Callable[[str], Any]]] = {
@@ -29,14 +29,14 @@ OPTIONS: dict[str, tuple[str, Callable[[str], Any]]] = {
 
 
 @dataclass(frozen=True)
-class Wish:
+class PromptSpec:
     """A prompt, and what is wanted of its picture alone: fields of a recipe."""
 
     prompt: str
     given: dict[str, Any] = field(default_factory=dict)
 
 
-def read(path: Path) -> list[Wish]:
+def read_prompt_file(path: Path) -> list[PromptSpec]:
     """The prompts of a file.
 
     Raises:
@@ -49,18 +49,18 @@ def read(path: Path) -> list[Wish]:
     return wishes
 
 
-def _from_lines(path: Path, text: str) -> list[Wish]:
+def _from_lines(path: Path, text: str) -> list[PromptSpec]:
     errors: list[ZImageTrainError] = []
-    found: list[Wish] = []
+    found: list[PromptSpec] = []
     for number, line in enumerate(text.splitlines(), 1):
         if line.strip() and not line.lstrip().startswith("#"):
-            with collected(errors):
+            with collect_errors(errors):
                 found.append(_from_line(f"{path}:{number}", line.strip()))
     raise_all(errors)
     return found
 
 
-def _from_line(where: str, line: str) -> Wish:
+def _from_line(where: str, line: str) -> PromptSpec:
     prompt, *rest = OPTION.split(" " + line)
     given: dict[str, Any] = {}
     for name, text in zip(rest[::2], rest[1::2], strict=True):
@@ -74,19 +74,19 @@ def _from_line(where: str, line: str) -> Wish:
             raise ConfigError(Problem(where, f"--{name} is {text.strip()!r}", "give a number")) from None
     if not prompt.strip():
         raise ConfigError(Problem(where, "has options and no prompt", "write the prompt before them"))
-    return Wish(prompt.strip(), given)
+    return PromptSpec(prompt.strip(), given)
 
 
-def _from_yaml(path: Path, text: str) -> list[Wish]:
+def _from_yaml(path: Path, text: str) -> list[PromptSpec]:
     value = reading.parse(path, text).value
     if not isinstance(value, list):
         raise ConfigError(Problem(str(path), "is no list", "write prompts as in sample.prompts"))
     try:
-        prompts = TypeAdapter(list[Prompt]).validate_python(
+        prompts = TypeAdapter(list[PreviewPrompt]).validate_python(
             [{"prompt": one} if isinstance(one, str) else one for one in value], strict=True
         )
     except ValidationError as error:
         found = [(".".join(map(str, one["loc"])), one["msg"].lower()) for one in error.errors()]
         todo = "see sample.prompts"
         raise ConfigError(*(Problem(f"{path}: {where}", what, todo) for where, what in found)) from None
-    return [Wish(one.prompt, one.model_dump(exclude_none=True, exclude={"prompt"})) for one in prompts]
+    return [PromptSpec(one.prompt, one.model_dump(exclude_none=True, exclude={"prompt"})) for one in prompts]

@@ -8,18 +8,18 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from zimage_train.diffusion.frozen import Frozen, original
-from zimage_train.diffusion.request import Recipe
-from zimage_train.diffusion.sampler import denoise
+from zimage_train.diffusion.frozen import FrozenTransformer, original_weights
+from zimage_train.diffusion.request import SamplingRequest
+from zimage_train.diffusion.sampler import sample_latents
 from zimage_train.models import vae
 
 Tick = Callable[[int, int], None]
 
 
-def render(
-    frozen: Frozen,
+def render_images(
+    frozen: FrozenTransformer,
     extras: Path,
-    recipes: list[Recipe],
+    recipes: list[SamplingRequest],
     embeds: Mapping[str, Tensor],
     tick: Tick,
     also: Path | None = None,
@@ -44,8 +44,8 @@ def render(
 
     model.eval()
     try:
-        with original(frozen, also):
-            latents = [one for batch in together for one in denoise(model, batch, embeds, step).split(1)]
+        with original_weights(frozen, also):
+            latents = [one for batch in together for one in sample_latents(model, batch, embeds, step).split(1)]
             meanwhile()
     finally:
         model.train(was_training)
@@ -59,10 +59,10 @@ def render(
     return images
 
 
-def batches(recipes: Sequence[Recipe], at_once: int) -> list[list[Recipe]]:
+def batches(recipes: Sequence[SamplingRequest], at_once: int) -> list[list[SamplingRequest]]:
     """Those that go through the model together: neighbours that differ in prompts and seed alone."""
 
-    def alike(recipe: Recipe) -> tuple[float, ...]:
+    def alike(recipe: SamplingRequest) -> tuple[float, ...]:
         return recipe.width, recipe.height, recipe.steps, recipe.guidance, recipe.shift
 
     groups = [list(group) for _, group in itertools.groupby(recipes, alike)]

@@ -6,14 +6,14 @@ from typing import Annotated
 
 from pydantic import Field, TypeAdapter
 
-from zimage_train.config.sample import Sample
+from zimage_train.config.sample import SampleSettings
 from zimage_train.config.schema import Config
 from zimage_train.config.values import Pixels
 from zimage_train.config.variants import VARIANTS
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
+class SamplingRequest:
     """Everything that decides a picture, but the model; `guidance` is g, the usual CFG scale is g + 1."""
 
     prompt: str
@@ -26,7 +26,7 @@ class Recipe:
     shift: Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
     @classmethod
-    def from_json(cls, text: str) -> "Recipe":
+    def from_json(cls, text: str) -> "SamplingRequest":
         """Read what `to_json` wrote.
 
         Raises:
@@ -38,7 +38,7 @@ class Recipe:
         """One line that holds all of it."""
         return json.dumps(asdict(self), ensure_ascii=False)
 
-    def in_short(self) -> str:
+    def summary(self) -> str:
         """One line for a terminal."""
         prompt = self.prompt if len(self.prompt) <= 60 else f"{self.prompt[:57]}..."
         size = f"{self.width}x{self.height}"
@@ -53,28 +53,28 @@ class Recipe:
         )
 
 
-def previews(config: Config) -> list[Recipe]:
+def preview_requests(config: Config) -> list[SamplingRequest]:
     """The recipes of the previews: prompt i has seed `sample.seed + i` unless it names its own."""
     variant, sample = VARIANTS[config.model.variant], config.sample
     steps = variant.steps if sample.steps == "auto" else sample.steps
     guidance = variant.guidance if sample.guidance == "auto" else sample.guidance
-    return _recipes(config.sample, steps, guidance, variant.shift)
+    return _requests(config.sample, steps, guidance, variant.shift)
 
 
-def also(config: Config) -> list[Recipe]:
-    """The same on `sample.also`, with the steps, guidance and shift of that model."""
-    name = config.sample.also
+def comparison_requests(config: Config) -> list[SamplingRequest]:
+    """The same on `sample.compare_on`, with the steps, guidance and shift of that model."""
+    name = config.sample.compare_on
     if name is None:
         return []
     variant = VARIANTS.get(name, VARIANTS["turbo"])
-    return _recipes(config.sample, variant.steps, variant.guidance, variant.shift)
+    return _requests(config.sample, variant.steps, variant.guidance, variant.shift)
 
 
-def own(config: Config, prompt: str, width: int, height: int, seed: int) -> Recipe:
+def teacher_request(config: Config, prompt: str, width: int, height: int, seed: int) -> SamplingRequest:
     """What the model is to draw for `prompt` to be trained on: as the teacher does, or in the variant's own way."""
     variant, teacher = VARIANTS[config.model.variant], config.teacher
     imitates = config.train.method == "trajectory_imitation"
-    return Recipe(
+    return SamplingRequest(
         prompt=prompt,
         negative="",
         seed=seed,
@@ -86,9 +86,9 @@ def own(config: Config, prompt: str, width: int, height: int, seed: int) -> Reci
     )
 
 
-def _recipes(sample: Sample, steps: int, guidance: float, shift: float) -> list[Recipe]:
+def _requests(sample: SampleSettings, steps: int, guidance: float, shift: float) -> list[SamplingRequest]:
     return [
-        Recipe(
+        SamplingRequest(
             prompt=prompt.prompt,
             negative=sample.negative if prompt.negative is None else prompt.negative,
             seed=sample.seed + index if prompt.seed is None else prompt.seed,
@@ -102,7 +102,7 @@ def _recipes(sample: Sample, steps: int, guidance: float, shift: float) -> list[
     ]
 
 
-def prompts_of(recipes: list[Recipe]) -> list[str]:
+def prompts_to_encode(recipes: list[SamplingRequest]) -> list[str]:
     """Every prompt that must be encoded for `recipes`: negatives only where guidance uses them."""
     texts = {recipe.prompt for recipe in recipes} | {recipe.negative for recipe in recipes if recipe.guidance > 0}
     return sorted(texts)

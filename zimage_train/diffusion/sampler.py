@@ -7,19 +7,19 @@ import torch
 from diffusers import ZImageTransformer2DModel
 
 from zimage_train.diffusion import flow
-from zimage_train.diffusion.request import Recipe
+from zimage_train.diffusion.request import SamplingRequest
 from zimage_train.models.components import LATENT_CHANNELS, LATENT_STRIDE
 from zimage_train.models.transformer import velocity
-from zimage_train.typing import Embeds, Images
+from zimage_train.typing import LatentBatch, PromptEmbeds
 
 
 @torch.no_grad()
-def denoise(
+def sample_latents(
     model: ZImageTransformer2DModel,
-    recipes: Sequence[Recipe],
-    embeds: Mapping[str, Embeds],
+    recipes: Sequence[SamplingRequest],
+    embeds: Mapping[str, PromptEmbeds],
     tick: Callable[[int, int], None],
-) -> Images:
+) -> LatentBatch:
     """Latents (b, 16, h/8, w/8) in fp32 of pictures that differ in prompts and seed alone.
 
     The noise comes from a CPU generator, so that a stock pipeline with `torch.Generator("cpu")` draws the same. With
@@ -27,7 +27,7 @@ def denoise(
     """
     first = recipes[0]
     sigmas = flow.sampling_sigmas(first.steps, first.shift)
-    walk = states(model, recipes, embeds, sigmas)
+    walk = sample_trajectory(model, recipes, embeds, sigmas)
     latents = next(walk)[1]
     for index, (_, after) in enumerate(walk, 1):
         latents = after
@@ -36,9 +36,12 @@ def denoise(
 
 
 @torch.no_grad()
-def states(
-    model: ZImageTransformer2DModel, recipes: Sequence[Recipe], embeds: Mapping[str, Embeds], sigmas: Sequence[float]
-) -> Iterator[tuple[float, Images]]:
+def sample_trajectory(
+    model: ZImageTransformer2DModel,
+    recipes: Sequence[SamplingRequest],
+    embeds: Mapping[str, PromptEmbeds],
+    sigmas: Sequence[float],
+) -> Iterator[tuple[float, LatentBatch]]:
     """What `denoise` goes through: each of `sigmas` with the latents (b, 16, h/8, w/8) there, from noise to picture."""
     device, first = model.device, recipes[0]
     shape = (1, LATENT_CHANNELS, first.height // LATENT_STRIDE, first.width // LATENT_STRIDE)
@@ -54,6 +57,6 @@ def states(
         batch = latents.repeat(len(condition) // len(recipes), 1, 1, 1)
         v = velocity(model, batch, torch.full((len(condition),), sigma), condition)
         if first.guidance > 0:
-            v = flow.guided(v[: len(recipes)], v[len(recipes) :], first.guidance)
+            v = flow.apply_guidance(v[: len(recipes)], v[len(recipes) :], first.guidance)
         latents = flow.euler(latents, v, sigma, next_sigma)
         yield next_sigma, latents

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO
 
 from zimage_train.errors import DiskError, FolderInUseError, Problem
-from zimage_train.io.units import in_words
+from zimage_train.io.units import format_bytes
 
 try:
     import fcntl
@@ -30,7 +30,7 @@ TEMPORARY = re.compile(r"\..*\.([0-9a-f]{8})-(\d+)\.tmp")
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[IO[bytes]]:
+def replace_atomically(path: Path) -> Iterator[IO[bytes]]:
     """A file to write that takes the place of `path` by one rename at the end of the block.
 
     A reader, or a crash, sees the old file or the new one.
@@ -61,7 +61,7 @@ def write(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
     Raises:
         DiskError: as `replacing`.
     """
-    with replacing(path) as file:
+    with replace_atomically(path) as file:
         for chunk in chunks:
             file.write(chunk)
 
@@ -154,7 +154,7 @@ def _is_given_up(claim: Path) -> bool:
     return host == _host() and process_id.isdecimal() and not _is_alive(int(process_id))
 
 
-def changed_at(path: Path) -> float | None:
+def modified_at(path: Path) -> float | None:
     """The time of the last change of `path` by the clock of its file system; None: it is not there."""
     try:
         return path.stat().st_mtime
@@ -180,7 +180,7 @@ def move(path: Path, target: Path) -> Path:
     return place
 
 
-def set_aside(path: Path, suffix: str) -> Path:
+def rename_as_backup(path: Path, suffix: str) -> Path:
     """Rename `path` to a free name that ends in `suffix` and return that name; nothing is ever deleted.
 
     Raises:
@@ -198,7 +198,7 @@ def set_aside(path: Path, suffix: str) -> Path:
     return target
 
 
-def clear_debris(folder: Path) -> None:
+def remove_stale_temp_files(folder: Path) -> None:
     """Remove the temporary files that killed processes left in `folder` and below; a living one's are its own.
 
     On a shared volume nobody can tell whether a process of another host lives, so its files are left for a day.
@@ -226,7 +226,7 @@ def _host() -> str:
     return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
 
 
-def require_folder(folder: Path, setting: str = "") -> None:
+def require_writable_folder(folder: Path, setting: str = "") -> None:
     """Refuse a folder that can be neither made nor written to, naming the setting that says it; makes nothing.
 
     Raises:
@@ -240,7 +240,7 @@ def require_folder(folder: Path, setting: str = "") -> None:
         raise DiskError(Problem(where, f"{existing} cannot be written to", "choose another place"))
 
 
-def require_space(folder: Path, needed_bytes: int, what: str, todo: str = MORE_SPACE) -> None:
+def require_free_space(folder: Path, needed_bytes: int, what: str, todo: str = MORE_SPACE) -> None:
     """Refuse to start what cannot be written.
 
     Raises:
@@ -252,14 +252,14 @@ def require_space(folder: Path, needed_bytes: int, what: str, todo: str = MORE_S
         raise DiskError(
             Problem(
                 str(folder),
-                f"{in_words(free)} free, {what} need {in_words(needed_bytes)}",
+                f"{format_bytes(free)} free, {what} need {format_bytes(needed_bytes)}",
                 todo,
             )
         )
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def lock_folder(folder: Path) -> Iterator[None]:
     """Hold `folder` for this process alone.
 
     The kernel frees a flock when its holder dies, however it dies. Where flock is missing (Windows, some network

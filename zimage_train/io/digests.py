@@ -11,7 +11,7 @@ from zimage_train.io import atomic as files
 BLOB = re.compile(r"[0-9a-f]{64}")
 
 
-class Digests:
+class DigestCache:
     """Content digests of files, remembered by place, size and time of change so that 12 GB are read once."""
 
     def __init__(self, memo: Path | None) -> None:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from zimage_train.io import atomic as files
 
 
-class Entry(NamedTuple):
+class TensorEntry(NamedTuple):
     """One tensor as bytes: safetensors' name of its dtype, its shape, its contiguous little-endian data."""
 
     dtype: str
@@ -21,7 +21,7 @@ class Entry(NamedTuple):
 DTYPE_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 
 
-def write_safetensors(path: Path, entries: Mapping[str, Entry], metadata: Mapping[str, str]) -> None:
+def write_safetensors(path: Path, entries: Mapping[str, TensorEntry], metadata: Mapping[str, str]) -> None:
     """Write a safetensors file whose bytes depend on its content only."""
     infos = {name: (entry.dtype, entry.shape) for name, entry in entries.items()}
     write_safetensors_of(path, infos, lambda name: entries[name].data, metadata)

@@ -13,9 +13,9 @@ from torch import Tensor
 from zimage_train.errors import Problem, WeightsError
 from zimage_train.io import serialize
 from zimage_train.io.headers import read_header
-from zimage_train.io.serialize import Entry
+from zimage_train.io.serialize import TensorEntry
 
-NAMES = {
+DTYPE_NAMES = {
     torch.float64: "F64",
     torch.float32: "F32",
     torch.bfloat16: "BF16",
@@ -27,8 +27,8 @@ NAMES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-KINDS = {name: kind for kind, name in NAMES.items()}
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+KINDS = {name: kind for kind, name in DTYPE_NAMES.items()}
+TORCH_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 """The precisions that a config can name."""
 DIGEST = "sha256"
 
@@ -39,16 +39,16 @@ def save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str])
     Raises:
         DiskError: the file cannot be written; an older one is still there.
     """
-    serialize.write_safetensors(path, {name: entry(tensor) for name, tensor in tensors.items()}, metadata)
+    serialize.write_safetensors(path, {name: tensor_entry(tensor) for name, tensor in tensors.items()}, metadata)
 
 
-def save_sealed(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+def save_with_digest(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Like `save`, with a digest of everything, so that `load_sealed` notices any changed bit."""
-    entries = {name: entry(tensor) for name, tensor in tensors.items()}
+    entries = {name: tensor_entry(tensor) for name, tensor in tensors.items()}
     serialize.write_safetensors(path, entries, {**metadata, DIGEST: _digest(entries, metadata)})
 
 
-def load_sealed(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def load_with_digest(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read what `save_sealed` wrote, and check all of it.
 
     Raises:
@@ -56,7 +56,7 @@ def load_sealed(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """
     tensors, metadata = load(path)
     expected = metadata.pop(DIGEST, None)
-    if expected is None or _digest({name: entry(t) for name, t in tensors.items()}, metadata) != expected:
+    if expected is None or _digest({name: tensor_entry(t) for name, t in tensors.items()}, metadata) != expected:
         raise WeightsError(Problem(str(path), "is damaged: its content does not meet its digest", "remove it"))
     return tensors, metadata
 
@@ -74,14 +74,14 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise WeightsError(Problem(str(path), f"cannot be read ({error})", "get the file again")) from None
 
 
-def entry(tensor: Tensor) -> Entry:
+def tensor_entry(tensor: Tensor) -> TensorEntry:
     """The bytes of a tensor, whatever its device and type."""
     flat = tensor.detach().contiguous().cpu()
     data = flat.reshape(-1).view(torch.uint8).numpy().data if flat.numel() else b""
-    return Entry(NAMES[flat.dtype], tuple(flat.shape), data)
+    return TensorEntry(DTYPE_NAMES[flat.dtype], tuple(flat.shape), data)
 
 
-def _digest(entries: Mapping[str, Entry], metadata: Mapping[str, str]) -> str:
+def _digest(entries: Mapping[str, TensorEntry], metadata: Mapping[str, str]) -> str:
     digest = hashlib.sha256(json.dumps(dict(sorted(metadata.items()))).encode())
     for name in sorted(entries):
         dtype, shape, data = entries[name]

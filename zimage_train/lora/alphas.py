@@ -17,7 +17,7 @@ LARGEST_ALPHA = 1e6
 PREFIX = "transformer."
 
 
-def from_metadata(path: Path, text: str | None) -> Callable[[str, int], float] | None:
+def alphas_from_metadata(path: Path, text: str | None) -> Callable[[str, int], float] | None:
     """(module, rank) -> alpha, as the header of the file at `path` gives it; None: it says nothing of it.
 
     Raises:
@@ -44,7 +44,7 @@ def from_metadata(path: Path, text: str | None) -> Callable[[str, int], float] |
     return alpha_of
 
 
-def to_metadata(ranks: Mapping[str, int], alphas: Mapping[str, float], is_dora: bool) -> str:
+def alphas_to_metadata(ranks: Mapping[str, int], alphas: Mapping[str, float], is_dora: bool) -> str:
     """The header's text for modules of these ranks and alphas; the most frequent ones are the common ones."""
     rank, alpha = _most_frequent(ranks), _most_frequent(alphas)
     config: dict[str, Any] = {

@@ -12,29 +12,29 @@ from torch import Tensor
 
 from zimage_train.errors import Problem, WeightsError
 from zimage_train.lora.lora_file import Factors, Lora
-from zimage_train.rng import generator
-from zimage_train.typing import Dense
+from zimage_train.rng import keyed_generator
+from zimage_train.typing import Weight
 
 EXACT_BELOW = 512
 """Dense changes with a smaller side than this are decomposed in full."""
 OVERSAMPLING, POWER_ITERATIONS = 16, 4
 
 
-def stack(loras: Iterable[tuple[Lora, float]]) -> Lora:
+def stack_loras(loras: Iterable[tuple[Lora, float]]) -> Lora:
     """Several weighted LoRAs as one, exactly; a weight of 0 leaves nothing behind.
 
     Raises:
         WeightsError: two of them change modules of different shapes.
     """
-    return sum_of([(lora, dict.fromkeys(lora, weight)) for lora, weight in loras])
+    return sum_loras([(lora, dict.fromkeys(lora, weight)) for lora, weight in loras])
 
 
-def sum_of(loras: Sequence[tuple[Lora, Mapping[str, float]]]) -> Lora:
+def sum_loras(loras: Sequence[tuple[Lora, Mapping[str, float]]]) -> Lora:
     """As `stack`, with a weight for each module of each LoRA."""
     stacked: Lora = {}
     for module in dict.fromkeys(module for lora, _ in loras for module in lora):
         parts = [(lora[module], weights[module]) for lora, weights in loras if module in lora and weights[module] != 0]
-        sizes = {size(factors) for factors, _ in parts}
+        sizes = {frobenius_norm(factors) for factors, _ in parts}
         if len(sizes) > 1:
             shapes = " and ".join(str(list(one)) for one in sorted(sizes))
             todo = "LoRAs of different models cannot be put together"
@@ -46,7 +46,7 @@ def sum_of(loras: Sequence[tuple[Lora, Mapping[str, float]]]) -> Lora:
     return stacked
 
 
-def size(factors: Factors) -> tuple[int, int]:
+def frobenius_norm(factors: Factors) -> tuple[int, int]:
     """(out, in) of the weight that is changed."""
     return factors.b.shape[0], factors.a.shape[1]
 
@@ -74,7 +74,7 @@ def mean_of_factors(loras: Sequence[Lora], weights: Sequence[float]) -> Lora:
     return mean
 
 
-def shares_of_saves(steps: Sequence[int], decay: float | None, sigma_rel: float | None) -> list[float]:
+def ema_weights(steps: Sequence[int], decay: float | None, sigma_rel: float | None) -> list[float]:
     """How much of an average each of a run's saves at rising `steps` is, the first standing for all before it.
 
     With `decay` d a step, a save stands for the steps since the one before it: d^(T - t_i) - d^(T - t_(i-1)). With
@@ -103,7 +103,7 @@ def _power_of(sigma_rel: float) -> float:
     return low
 
 
-def reduced(factors: Factors, rank: int | None, energy: float, name: str = "") -> tuple[Factors, float, float]:
+def reduce_rank(factors: Factors, rank: int | None, energy: float, name: str = "") -> tuple[Factors, float, float]:
     """The best approximation of a change by a lower rank, its squared norm, and that of what was there.
 
     `rank` None takes the lowest that keeps `energy` of the squared norm. Without a dense matrix: QR of both factors,
@@ -119,7 +119,7 @@ def reduced(factors: Factors, rank: int | None, energy: float, name: str = "") -
     return Factors(a.float(), b.float(), 1.0), float(s[:kept].square().sum()), float(s.square().sum())
 
 
-def of_dense(change: Dense, rank: int | None, energy: float, name: str) -> tuple[Factors, float, float]:
+def factorize(change: Weight, rank: int | None, energy: float, name: str) -> tuple[Factors, float, float]:
     """As `reduced`, of a dense change (out, in).
 
     Large ones go through a random projection, drawn by `name`, with power iterations (Halko, Martinsson and Tropp,
@@ -149,7 +149,7 @@ def _require_finite(tensor: Tensor, name: str) -> None:
 
 
 def _projected(change: Tensor, width: int, name: str) -> tuple[Tensor, Tensor, Tensor]:
-    start = torch.randn(change.shape[1], width, generator=generator(0, "projection", name)).to(change.device)
+    start = torch.randn(change.shape[1], width, generator=keyed_generator(0, "projection", name)).to(change.device)
     basis, _ = torch.linalg.qr(change @ start)
     for _ in range(POWER_ITERATIONS):
         other, _ = torch.linalg.qr(change.T @ basis)

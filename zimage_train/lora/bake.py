@@ -24,7 +24,7 @@ Tick = Callable[[int, int], None]
 
 
 @dataclass
-class Extracted:
+class ExtractedLora:
     """What the difference of two checkpoints holds, and how much of it a LoRA has."""
 
     lora: Lora = field(default_factory=dict)
@@ -34,14 +34,16 @@ class Extracted:
     """Tensors that differ and are no weights of linear modules, so that no LoRA can hold them."""
 
 
-def extract(tuned: Path, base: Path, rank: int | None, energy: float, device: torch.device, tick: Tick) -> Extracted:
+def extract_lora(
+    tuned: Path, base: Path, rank: int | None, energy: float, device: torch.device, tick: Tick
+) -> ExtractedLora:
     """The LoRA that leads from `base` to `tuned`, of `rank`, or of the lowest that keeps `energy` of each change.
 
     Raises:
         WeightsError: one of them is no Z-Image transformer, or they differ in shape.
     """
-    found = Extracted()
-    with transformer.opened(tuned) as new, transformer.opened(base) as old:
+    found = ExtractedLora()
+    with transformer.open_weights(tuned) as new, transformer.open_weights(base) as old:
         if new.shape.parameters != old.shape.parameters:
             what = f"has a width of {new.shape.dim} and {new.shape.n_layers} layers"
             todo = f"{base} has {old.shape.dim} and {old.shape.n_layers}: give the one that it was trained from"
@@ -52,7 +54,7 @@ def extract(tuned: Path, base: Path, rank: int | None, energy: float, device: to
             if not change.isfinite().all():
                 raise WeightsError(Problem(f"{tuned}: {name}", "differs by values that are not finite"))
             if change.any() and module in new.shape.linears and name.endswith(".weight"):
-                factors, kept, total = arithmetic.of_dense(change, rank, energy, module)
+                factors, kept, total = arithmetic.factorize(change, rank, energy, module)
                 found.lora[module] = factors
                 found.energy, found.total = found.energy + kept, found.total + total
             elif change.any():
@@ -62,7 +64,7 @@ def extract(tuned: Path, base: Path, rank: int | None, energy: float, device: to
 
 
 @dataclass
-class Baked:
+class BakeResult:
     """What became of a LoRA whose change was added to weights of little precision."""
 
     changed: int = 0
@@ -80,9 +82,9 @@ class Baked:
         return math.sqrt(self.lost / self.squared) if self.squared > 0 else 0.0
 
 
-def bake(
+def bake_checkpoint(
     source: Path, lora: Lora, is_native: bool, dtype: str | None, output: Path, metadata: Mapping[str, str], tick: Tick
-) -> Baked:
+) -> BakeResult:
     """Write the transformer at `source` with `lora` added, in `dtype`, or each tensor in the type that it has there.
 
     Native is one file with the names of ComfyUI's own model; otherwise `output` becomes a folder as diffusers has it.
@@ -92,8 +94,8 @@ def bake(
         WeightsError: it is no Z-Image transformer.
         DiskError: it cannot be written.
     """
-    baked, done = Baked(), 0
-    with transformer.opened(source) as tensors:
+    baked, done = BakeResult(), 0
+    with transformer.open_weights(source) as tensors:
         kinds = {info.dtype for info in tensors.infos.values()}
         if narrow := kinds - {"F64", "F32", "F16", "BF16"}:
             what = f"holds {', '.join(sorted(narrow))} tensors, in which a LoRA would be lost to rounding"
@@ -107,7 +109,7 @@ def bake(
             done += 1
             tick(done, len(tensors.infos))
             weight, factors = tensors.get(name), lora.get(name.removesuffix(".weight"))
-            kind = tensorfile.DTYPES[dtype] if dtype else weight.dtype
+            kind = tensorfile.TORCH_DTYPES[dtype] if dtype else weight.dtype
             if factors is None or not name.endswith(".weight"):
                 return weight.to(kind)
             change = factors.delta()
@@ -119,11 +121,16 @@ def bake(
 
         def data_of(name: str) -> bytes | memoryview:
             ordered = sorted(parts[name], key=lambda one: to_native(one)[1] or 0)
-            return tensorfile.entry(torch.cat([merged(one) for one in ordered]) if is_native else merged(name)).data
+            return tensorfile.tensor_entry(
+                torch.cat([merged(one) for one in ordered]) if is_native else merged(name)
+            ).data
 
         infos = {name: _joined([tensors.infos[one] for one in names]) for name, names in parts.items()}
         if dtype:
-            infos = {name: (tensorfile.NAMES[tensorfile.DTYPES[dtype]], shape) for name, (_, shape) in infos.items()}
+            infos = {
+                name: (tensorfile.DTYPE_NAMES[tensorfile.TORCH_DTYPES[dtype]], shape)
+                for name, (_, shape) in infos.items()
+            }
         target = output if is_native else output / f"{TRANSFORMER_STEM}.safetensors"
         serialize.write_safetensors_of(target, infos, data_of, {"format": "pt", **metadata})
         if not is_native:
@@ -134,7 +141,7 @@ def bake(
 def _joined(infos: list[TensorInfo]) -> tuple[str, tuple[int, ...]]:
     """Type and shape of what is put together of these: the type that holds them all, as `torch.cat` chooses it."""
     kinds = (tensorfile.KINDS[info.dtype] for info in infos)
-    dtype = tensorfile.NAMES[functools.reduce(torch.promote_types, kinds)]
+    dtype = tensorfile.DTYPE_NAMES[functools.reduce(torch.promote_types, kinds)]
     return dtype, (sum(info.shape[0] for info in infos), *infos[0].shape[1:])
 
 

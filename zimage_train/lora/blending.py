@@ -8,15 +8,15 @@ from collections.abc import Sequence
 
 import torch
 
-from zimage_train.rng import number
-from zimage_train.typing import Dense
+from zimage_train.rng import keyed_int
+from zimage_train.typing import Weight
 
 METHODS = ("ties", "dare_ties", "dare_linear")
 
 
-def blend(
-    method: str, changes: Sequence[Dense], weights: Sequence[float], density: float, seed: int, name: str
-) -> Dense:
+def blend_changes(
+    method: str, changes: Sequence[Weight], weights: Sequence[float], density: float, seed: int, name: str
+) -> Weight:
     """The changes of one module as one, by `method`; DARE's draws are functions of `seed` and `name` alone."""
     from peft.utils import merge_utils
 
@@ -26,12 +26,12 @@ def blend(
         signs = merge_utils.calculate_majority_sign_mask(trimmed, "total")
         return merge_utils.disjoint_merge(trimmed * factors.view(-1, 1, 1), signs)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(number(seed, "dare", name))
+        torch.manual_seed(keyed_int(seed, "dare", name))
         dare = merge_utils.dare_ties if method == "dare_ties" else merge_utils.dare_linear
         return dare(list(changes), factors, density)
 
 
-def _largest(change: Dense, density: float) -> Dense:
+def _largest(change: Weight, density: float) -> Weight:
     """The share `density` of its values that are largest, and zeros; by selection, which takes a quarter of a sort."""
     sizes = change.abs().flatten()
     dropped = sizes.numel() - max(int(density * sizes.numel()), 1)

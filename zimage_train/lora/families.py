@@ -22,13 +22,13 @@ KINDS = (
 )
 
 
-def family_of(keys: Iterable[str]) -> str | None:
+def detect_family(keys: Iterable[str]) -> str | None:
     """The family of models that a file with these keys was made for; None: nothing speaks against Z-Image."""
     found = list(keys)
     return next((name for name, pattern in FAMILIES if any(pattern.search(key) for key in found)), None)
 
 
-def advice(keys: Iterable[str]) -> str:
+def wrong_family_hint(keys: Iterable[str]) -> str:
     """What to do with keys that this trainer does not read."""
     found = list(keys)
     for name, pattern in KINDS:

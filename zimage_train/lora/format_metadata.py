@@ -11,7 +11,7 @@ KEY = "zimage_train.converted"
 
 
 @dataclass(frozen=True)
-class Memo:
+class FormatMetadata:
     """Of the file before."""
 
     alpha: bool | None = None
@@ -20,19 +20,19 @@ class Memo:
     """Fused module -> ranks of its q, k and v, where the factors do not tell."""
 
 
-def read(text: str | None) -> Memo:
+def read_format_metadata(text: str | None) -> FormatMetadata:
     """What `write` wrote; nothing, if it is something else."""
     try:
         found = json.loads(text or "{}")
         ranks = {str(name): [int(one) for one in three] for name, three in found.get("ranks", {}).items()}
         alpha = found.get("alpha")
         threes = {name: three for name, three in ranks.items() if len(three) == 3}
-        return Memo(alpha if isinstance(alpha, bool) else None, threes)
+        return FormatMetadata(alpha if isinstance(alpha, bool) else None, threes)
     except (ValueError, TypeError, AttributeError, RecursionError):
-        return Memo()
+        return FormatMetadata()
 
 
-def write(memo: Memo) -> Mapping[str, str]:
+def write_format_metadata(memo: FormatMetadata) -> Mapping[str, str]:
     """As metadata; nothing, if there is nothing to remember."""
     found = ({} if memo.alpha is None else {"alpha": memo.alpha}) | ({"ranks": memo.ranks} if memo.ranks else {})
     return {KEY: json.dumps(found, sort_keys=True)} if found else {}

@@ -15,11 +15,11 @@ from zimage_train.errors import Problem, WeightsError
 from zimage_train.lora import alphas, keys
 from zimage_train.lora import format_metadata as memos
 from zimage_train.lora import qkv as fused
-from zimage_train.lora.format_metadata import Memo
+from zimage_train.lora.format_metadata import FormatMetadata
 from zimage_train.lora.keys import MAGNITUDE
 from zimage_train.lora.lora_file import Changes, kind_of
 from zimage_train.lora.metadata import STALE
-from zimage_train.lora.qkv import CannotFuse, Change
+from zimage_train.lora.qkv import CannotFuseError, Change
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ LAYOUTS: dict[str, Layout] = {
 }
 
 
-def spell(
+def to_layout(
     path: Path, changes: Changes, metadata: Mapping[str, str], target: str
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors and the metadata of `changes`, which were read from `path`, in the layout `target`.
@@ -103,7 +103,9 @@ def spell(
         kept[alphas.KEY] = header
     had_alpha = any("alpha" in change for change in changes.values())
     says_alpha = alphas.KEY in kept or any(key.endswith(".alpha") for key in tensors)
-    return tensors, kept | {**memos.write(Memo(had_alpha if had_alpha != says_alpha else None, ranks))}
+    return tensors, kept | {
+        **memos.write_format_metadata(FormatMetadata(had_alpha if had_alpha != says_alpha else None, ranks))
+    }
 
 
 def _require_kinds(path: Path, changes: Changes, target: str) -> None:
@@ -124,17 +126,17 @@ def _fused(path: Path, changes: Changes, target: str) -> tuple[Changes, dict[str
     found: Changes = {}
     ranks: dict[str, list[int]] = {}
     for module, change in changes.items():
-        whole = keys.fused(module)
+        whole = keys.fused_name(module)
         if whole is None:
             found[module] = change
         elif whole not in found:
-            split = keys.thirds(whole)
+            split = keys.split_qkv_names(whole)
             assert split is not None
             three = [changes.get(name) for name in split]
             try:
-                found[whole] = fused.fuse(three)
-                again = fused.split(found[whole])
-            except CannotFuse as error:
+                found[whole] = fused.fuse_qkv(three)
+                again = fused.split_qkv(found[whole])
+            except CannotFuseError as error:
                 what = f"{error}; the layout {target} knows only the three together"
                 raise WeightsError(Problem(f"{path}: {module}", what, "--to comfyui, or --to musubi")) from None
             widths = [fused.rank_of(one) if one else 0 for one in three]
@@ -172,4 +174,4 @@ def _header(path: Path, changes: Changes) -> str | None:
     if wrong := [module for module, alpha in found.items() if not 0 < alpha < alphas.LARGEST_ALPHA]:
         what = f"{wrong[0]} has an alpha of {found[wrong[0]]:g}, which the layout diffusers cannot say"
         raise WeightsError(Problem(str(path), what, "--to comfyui, or lora weight to give it another strength"))
-    return alphas.to_metadata(ranks, found, is_dora)
+    return alphas.alphas_to_metadata(ranks, found, is_dora)

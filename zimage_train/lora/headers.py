@@ -20,25 +20,27 @@ def read_parts(path: Path) -> Parts:
         WeightsError: unreadable, or something in it is no part of a whole change under a name that is known here.
     """
     tensors = read_header(path).tensors
-    if family := families.family_of(tensors):
+    if family := families.detect_family(tensors):
         raise WeightsError(Problem(str(path), f"{family}: cannot work on Z-Image", "retrain from the dataset"))
     parts: Parts = {}
     unknown, twice = [], []
     for key in tensors:
-        parsed = keys.parse(key)
+        parsed = keys.parse_key(key)
         if parsed is None:
             unknown.append(key)
         elif parsed[1] in parts.setdefault(parsed[0], {}):
             twice.append(key)
         else:
             parts[parsed[0]][parsed[1]] = key
-    twice += [min(found.values()) for module, found in parts.items() if keys.fused(module) in parts]
+    twice += [min(found.values()) for module, found in parts.items() if keys.fused_name(module) in parts]
     broken = [module for module, found in parts.items() if not _is_whole(module, found, tensors)]
     if twice:
         what = f"holds {len(twice)} tensors twice, under two names each, such as {min(twice)}"
         raise WeightsError(Problem(str(path), what, "remove one of each"))
     if unknown or broken or not parts:
-        raise WeightsError(Problem(str(path), _complaint(unknown, broken), families.advice(unknown)))
+        raise WeightsError(
+            Problem(str(path), _unknown_keys_message(unknown, broken), families.wrong_family_hint(unknown))
+        )
     return parts
 
 
@@ -49,11 +51,11 @@ def read_sizes(path: Path) -> Sizes:
         WeightsError: as `read_parts`, or it is of another kind.
     """
     parts, tensors = read_parts(path), read_header(path).tensors
-    require_plain(path, {module: _kind(found, tensors) for module, found in parts.items()})
+    require_plain_lora(path, {module: _kind(found, tensors) for module, found in parts.items()})
     sizes: dict[str, tuple[int, int]] = {}
     for module, found in parts.items():
         outputs, inputs = keys.size_of({part: tensors[key].shape for part, key in found.items()})
-        split = keys.thirds(module)
+        split = keys.split_qkv_names(module)
         sizes |= dict.fromkeys(split, (outputs // 3, inputs)) if split else {module: (outputs, inputs)}
     return sizes
 
@@ -65,12 +67,12 @@ def read_ranks(path: Path) -> dict[str, int]:
         WeightsError: as `read_sizes`.
     """
     parts, tensors = read_parts(path), read_header(path).tensors
-    require_plain(path, {module: _kind(found, tensors) for module, found in parts.items()})
+    require_plain_lora(path, {module: _kind(found, tensors) for module, found in parts.items()})
     ranks = {module: tensors[found["A"]].shape[0] for module, found in parts.items()}
-    return {name: rank for module, rank in ranks.items() for name in keys.thirds(module) or (module,)}
+    return {name: rank for module, rank in ranks.items() for name in keys.split_qkv_names(module) or (module,)}
 
 
-def require_plain(path: Path, kinds: Mapping[str, str | None]) -> None:
+def require_plain_lora(path: Path, kinds: Mapping[str, str | None]) -> None:
     """Require that every module's change is a plain LoRA.
 
     Raises:
@@ -106,10 +108,10 @@ def _is_whole(module: str, found: Mapping[str, str], tensors: Mapping[str, Tenso
     if _kind(found, tensors) is None:
         return False
     outputs, _ = keys.size_of({part: tensors[key].shape for part, key in found.items()})
-    return keys.thirds(module) is None or outputs % 3 == 0
+    return keys.split_qkv_names(module) is None or outputs % 3 == 0
 
 
-def _complaint(unknown: list[str], broken: list[str]) -> str:
+def _unknown_keys_message(unknown: list[str], broken: list[str]) -> str:
     if unknown:
         return f"has {len(unknown)} keys that are not of a Z-Image LoRA, such as {min(unknown)}"
     if broken:

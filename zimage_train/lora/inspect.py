@@ -13,7 +13,7 @@ from zimage_train.lora.lora_file import Factors
 
 
 @dataclass(frozen=True)
-class Anatomy:
+class LoraSummary:
     """A LoRA file, described."""
 
     layout: str
@@ -27,15 +27,15 @@ class Anatomy:
     metadata: dict[str, str]
 
 
-def examine(path: Path) -> Anatomy:
+def summarize_lora(path: Path) -> LoraSummary:
     """Describe the LoRA at `path`.
 
     Raises:
         WeightsError: it is none that this trainer reads; says what it is instead.
     """
-    lora = files.read(path)
+    lora = files.read_lora(path)
     header = read_header(path)
-    return Anatomy(
+    return LoraSummary(
         layout=keys.layout_of(header.tensors),
         dtypes=Counter(info.dtype for key, info in header.tensors.items() if not key.endswith(".alpha")),
         ranks=Counter(factors.rank for factors in lora.values()),

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable, Mapping
 from zimage_train.models import native_keys as native
 from zimage_train.models.native_keys import FUSED, THIRDS
 
-Shape = tuple[int, ...]
-Found = Mapping[str, Shape]
+FactorShape = tuple[int, ...]
+FoundParts = Mapping[str, FactorShape]
 """Part -> shape, of one module."""
 
 PREFIXES = ("base_model.model.", "diffusion_model.", "transformer.")
@@ -54,7 +54,7 @@ _OLD = {f"attention.to.{part}": f"attention.to_{part}" for part in "qkv"} | {"at
 _BLOCK = re.compile(r"(layers|noise_refiner|context_refiner)[._](\d{1,4})[._](.+)")
 
 
-def parse(key: str) -> tuple[str, str] | None:
+def parse_key(key: str) -> tuple[str, str] | None:
     """(module, part) of a key of a LoRA file; None for a key that is of no linear module of Z-Image."""
     suffix = next((suffix for suffix in SUFFIXES if key.endswith(suffix)), None)
     if suffix is None:
@@ -69,7 +69,7 @@ def parse(key: str) -> tuple[str, str] | None:
 
 def native_name(module: str) -> str:
     """What ComfyUI's own model calls `module`; q, k and v have none of their own there."""
-    return native.to_native(module)[0] if fused(module) is None else module
+    return native.to_native(module)[0] if fused_name(module) is None else module
 
 
 def underscored(module: str) -> str:
@@ -77,7 +77,7 @@ def underscored(module: str) -> str:
     return module.replace(".", "_")
 
 
-def thirds(module: str) -> tuple[str, str, str] | None:
+def split_qkv_names(module: str) -> tuple[str, str, str] | None:
     """The names of q, k and v in a fused module; None: it is not fused."""
     if not module.endswith(f".{FUSED}"):
         return None
@@ -85,13 +85,13 @@ def thirds(module: str) -> tuple[str, str, str] | None:
     return q, k, v
 
 
-def fused(module: str) -> str | None:
+def fused_name(module: str) -> str | None:
     """The fused module that q, k or v is a third of; None: it is no such module."""
     part = next((part for part in THIRDS if module.endswith(f".{part}")), None)
     return None if part is None else module.removesuffix(part) + FUSED
 
 
-def kind_of(found: Found) -> str | None:
+def kind_of(found: FoundParts) -> str | None:
     """`LoRA`, `DoRA`, `LoKr` or `LoHa` by the parts of a module; None: they are not whole, or do not fit together."""
     alpha, names = found.get("alpha", ()), found.keys() - {"alpha"}
     if alpha not in ((), (1,)):
@@ -110,7 +110,7 @@ def kind_of(found: Found) -> str | None:
     return None
 
 
-def size_of(found: Found) -> tuple[int, int]:
+def size_of(found: FoundParts) -> tuple[int, int]:
     """(out, in) of the weight that a whole change is for."""
     if "B" in found:
         return found["B"][0], found["A"][1]
@@ -152,19 +152,19 @@ def comfyui_targets(linears: Iterable[str]) -> dict[str, str]:
     """
     targets: dict[str, str] = {}
     for name in linears:
-        native = native_name(fused(name) or name)
-        module = fused(name) or name
+        native = native_name(fused_name(name) or name)
+        module = fused_name(name) or name
         targets |= {f"diffusion_model.{native}": module, f"lora_unet_{underscored(native)}": module}
         targets |= {prefix + name: name for prefix in ("diffusion_model.", "transformer.", "")}
         targets[f"lycoris_{underscored(name)}"] = name
     return targets
 
 
-def _are_factors(up: Shape, down: Shape) -> bool:
+def _are_factors(up: FactorShape, down: FactorShape) -> bool:
     return len(up) == len(down) == 2 and up[1] == down[0] > 0
 
 
-def _side(found: Found, side: str) -> Shape | None:
+def _side(found: FoundParts, side: str) -> FactorShape | None:
     """The shape of one factor of a Kronecker product, given as a matrix or as two that make it."""
     whole, a, b = found.get(side), found.get(f"{side}_a"), found.get(f"{side}_b")
     if whole is not None and a is None and b is None and len(whole) == 2:

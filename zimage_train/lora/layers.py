@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from zimage_train.errors import Problem, WeightsError
 from zimage_train.lora.lora_file import Factors, Lora
 from zimage_train.models.linear import FrozenLinear
-from zimage_train.rng import generator
+from zimage_train.rng import keyed_generator
 
-ADAPTER = "default"
+ADAPTER_NAME = "default"
 
 
 class TrainedLinear(peft_lora.Linear):
@@ -30,16 +30,16 @@ class TrainedLinear(peft_lora.Linear):
         assert isinstance(base, FrozenLinear)
         if self.disable_adapters:
             return base(x)
-        a, b = (cast(nn.Linear, part[ADAPTER]).weight for part in (self.lora_A, self.lora_B))
-        scale = self.scaling[ADAPTER]
-        dropout = self.lora_dropout[ADAPTER]
+        a, b = (cast(nn.Linear, part[ADAPTER_NAME]).weight for part in (self.lora_A, self.lora_B))
+        scale = self.scaling[ADAPTER_NAME]
+        dropout = self.lora_dropout[ADAPTER_NAME]
         if isinstance(dropout, nn.Identity) or not self.training:
             return base.with_lora(x, a, b, scale)
         return base(x) + F.linear(F.linear(dropout(x), a.to(x.dtype)), b.to(x.dtype)) * scale
 
 
 @dataclass(frozen=True)
-class Attached:
+class LoraLayers:
     """The trainable factors in a model: `a[module]` (rank, in) and `b[module]` (out, rank), fp32."""
 
     a: dict[str, nn.Parameter]
@@ -73,7 +73,7 @@ class Attached:
                 tensor.copy_(state[name])
 
     @torch.no_grad()
-    def begin_with(self, lora: Lora) -> None:
+    def initialize_from(self, lora: Lora) -> None:
         """Take over the change that `lora` makes, of the same modules and ranks."""
         for module, factors in lora.items():
             self.a[module].copy_(factors.a)
@@ -85,7 +85,9 @@ class Attached:
         return {module: Factors(held[f"lora.{module}.A"], held[f"lora.{module}.B"], self.scale) for module in self.a}
 
 
-def attach(model: nn.Module, modules: list[str], rank: int, alpha: float | None, dropout: float, seed: int) -> Attached:
+def attach_lora(
+    model: nn.Module, modules: list[str], rank: int, alpha: float | None, dropout: float, seed: int
+) -> LoraLayers:
     """Put a fresh LoRA on `modules`: A uniform in +-1/sqrt(in) (peft's own law), B zero, both fp32.
 
     The start depends on (seed, module name) only, not on what else was drawn.
@@ -98,12 +100,12 @@ def attach(model: nn.Module, modules: list[str], rank: int, alpha: float | None,
     with torch.no_grad():
         for module, a in attached.a.items():
             bound = 1.0 / math.sqrt(a.shape[1])
-            a.copy_((torch.rand(a.shape, generator=generator(seed, "lora", module)) * 2.0 - 1.0) * bound)
+            a.copy_((torch.rand(a.shape, generator=keyed_generator(seed, "lora", module)) * 2.0 - 1.0) * bound)
             attached.b[module].zero_()
     return attached
 
 
-def attach_fixed(model: nn.Module, lora: Lora) -> Attached:
+def attach_fixed_lora(model: nn.Module, lora: Lora) -> LoraLayers:
     """Put finished LoRA factors on the model, for sampling."""
     attached = _inject(model, {module: factors.rank for module, factors in lora.items()}, 1.0, 0.0)
     with torch.no_grad():
@@ -132,7 +134,7 @@ def base_layer(model: nn.Module, name: str) -> nn.Module:
     return module.get_base_layer() if isinstance(module, LoraLayer) else module
 
 
-def _inject(model: nn.Module, ranks: dict[str, int], scale: float, dropout: float) -> Attached:
+def _inject(model: nn.Module, ranks: dict[str, int], scale: float, dropout: float) -> LoraLayers:
     default = max(set(ranks.values()), key=list(ranks.values()).count)
     others = {re.escape(module): rank for module, rank in ranks.items() if rank != default}
     config = LoraConfig(
@@ -145,7 +147,7 @@ def _inject(model: nn.Module, ranks: dict[str, int], scale: float, dropout: floa
         init_lora_weights=False,
     )
     config._register_custom_module({FrozenLinear: TrainedLinear})
-    inject_adapter_in_model(config, model, ADAPTER)
+    inject_adapter_in_model(config, model, ADAPTER_NAME)
     found = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
     if found.keys() != ranks.keys():
         different = sorted(found.keys() ^ ranks.keys())
@@ -157,8 +159,8 @@ def _inject(model: nn.Module, ranks: dict[str, int], scale: float, dropout: floa
         layer = found[name]
         device = layer.get_base_layer().weight.device
         for part, store in (("lora_A", a), ("lora_B", b)):
-            linear = getattr(layer, part)[ADAPTER].to(device=device, dtype=torch.float32)
+            linear = getattr(layer, part)[ADAPTER_NAME].to(device=device, dtype=torch.float32)
             linear.weight.requires_grad_(True)
             store[name] = linear.weight
-        layer.scaling[ADAPTER] = scale
-    return Attached(a, b, scale)
+        layer.scaling[ADAPTER_NAME] = scale
+    return LoraLayers(a, b, scale)

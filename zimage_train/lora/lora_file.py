@@ -18,22 +18,22 @@ from zimage_train.lora import format_metadata as memos
 from zimage_train.lora import qkv as fused
 from zimage_train.lora.keys import MAGNITUDE
 from zimage_train.lora.qkv import Change
-from zimage_train.typing import Dense, Down, Up
+from zimage_train.typing import LoraA, LoraB, Weight
 
 
 @dataclass(frozen=True)
 class Factors:
     """The change of one module: delta = scale * B @ A, with A (rank, in) and B (out, rank)."""
 
-    a: Down
-    b: Up
+    a: LoraA
+    b: LoraB
     scale: float
 
     @property
     def rank(self) -> int:
         return self.a.shape[0]
 
-    def delta(self) -> Dense:
+    def delta(self) -> Weight:
         """The dense change (out, in) in fp32."""
         return self.scale * (self.b.float() @ self.a.float())
 
@@ -53,12 +53,12 @@ def read_changes(path: Path) -> tuple[Changes, dict[str, str]]:
     """
     parts = headers.read_parts(path)
     tensors, metadata = tensorfile.load(path)
-    memo = memos.read(metadata.pop(memos.KEY, None))
+    memo = memos.read_format_metadata(metadata.pop(memos.KEY, None))
     has_alpha = any("alpha" in found for found in parts.values())
-    alpha_of = None if has_alpha else alphas.from_metadata(path, metadata.get(alphas.KEY))
+    alpha_of = None if has_alpha else alphas.alphas_from_metadata(path, metadata.get(alphas.KEY))
     changes: Changes = {}
     for module, found in parts.items():
-        change = {part: _checked(path, key, tensors[key]) for part, key in found.items()}
+        change = {part: _require_finite_floats(path, key, tensors[key]) for part, key in found.items()}
         if "alpha" in change:
             change["alpha"] = change["alpha"].reshape(()).float()
         elif alpha_of is not None and "A" in change:
@@ -81,14 +81,14 @@ def _with_alpha(changes: Changes, wanted: bool | None) -> Changes:
     return changes
 
 
-def read(path: Path) -> Lora:
+def read_lora(path: Path) -> Lora:
     """Read a plain LoRA of any known layout.
 
     Raises:
         WeightsError: as `read_changes`, or it is of another kind.
     """
     changes, _ = read_changes(path)
-    headers.require_plain(path, {module: kind_of(change) for module, change in changes.items()})
+    headers.require_plain_lora(path, {module: kind_of(change) for module, change in changes.items()})
     return {module: Factors(change["A"], change["B"], fused.scale_of(change)) for module, change in changes.items()}
 
 
@@ -97,7 +97,7 @@ def kind_of(change: Change) -> str | None:
     return keys.kind_of({part: tuple(tensor.shape) for part, tensor in change.items()})
 
 
-def _checked(path: Path, key: str, tensor: Tensor) -> Tensor:
+def _require_finite_floats(path: Path, key: str, tensor: Tensor) -> Tensor:
     if not tensor.is_floating_point() and not key.endswith(".alpha"):
         kind = str(tensor.dtype).removeprefix("torch.")
         raise WeightsError(Problem(f"{path}: {key}", f"holds {kind}, no weights", "get the file again"))
@@ -108,12 +108,12 @@ def _checked(path: Path, key: str, tensor: Tensor) -> Tensor:
 
 
 def _split(path: Path, module: str, change: Change, ranks: list[int] | None) -> Changes:
-    names = keys.thirds(module)
+    names = keys.split_qkv_names(module)
     if names is None:
         return {module: change}
     try:
-        found = fused.split(change, ranks)
-    except fused.CannotFuse as error:
+        found = fused.split_qkv(change, ranks)
+    except fused.CannotFuseError as error:
         todo = "ask its maker for one with to_q, to_k and to_v"
         raise WeightsError(Problem(f"{path}: {module}", str(error), todo)) from None
     return {name: one for name, one in zip(names, found, strict=True) if one is not None}
@@ -128,18 +128,18 @@ def require_modules(path: Path, lora: Mapping[str, Factors], linears: headers.Si
     headers.require_match(path, {module: (f.b.shape[0], f.a.shape[1]) for module, f in lora.items()}, linears)
 
 
-def rounded(lora: Mapping[str, Factors], dtype: str) -> Lora:
+def round_to_dtype(lora: Mapping[str, Factors], dtype: str) -> Lora:
     """`lora` as a file of this precision holds it: the scale in B, both factors rounded."""
-    kind = tensorfile.DTYPES[dtype]
+    kind = tensorfile.TORCH_DTYPES[dtype]
     return {
         module: Factors(one.a.detach().to(kind), (one.b.detach().float() * one.scale).to(kind), 1.0)
         for module, one in lora.items()
     }
 
 
-def narrowest(lora: Mapping[str, Factors]) -> str:
+def narrowest_dtype(lora: Mapping[str, Factors]) -> str:
     """`bf16` where a file of it holds `lora` to the bit, otherwise `fp32`."""
-    short = rounded(lora, "bf16")
+    short = round_to_dtype(lora, "bf16")
     is_exact = all(
         torch.equal(short[module].a.float(), one.a.float())
         and torch.equal(short[module].b.float(), one.b.float() * one.scale)
@@ -148,7 +148,7 @@ def narrowest(lora: Mapping[str, Factors]) -> str:
     return "bf16" if is_exact else "fp32"
 
 
-def export(path: Path, lora: Mapping[str, Factors], dtype: str, metadata: Mapping[str, str]) -> None:
+def export_lora(path: Path, lora: Mapping[str, Factors], dtype: str, metadata: Mapping[str, str]) -> None:
     """Write `lora` in the layout of this module.
 
     Raises:
@@ -156,7 +156,7 @@ def export(path: Path, lora: Mapping[str, Factors], dtype: str, metadata: Mappin
         DiskError: the file cannot be written.
     """
     tensors: dict[str, Tensor] = {}
-    for module, factors in rounded(lora, dtype).items():
+    for module, factors in round_to_dtype(lora, dtype).items():
         prefix = f"diffusion_model.{module}"
         tensors[f"{prefix}.lora_A.weight"] = factors.a
         tensors[f"{prefix}.lora_B.weight"] = factors.b

@@ -9,7 +9,7 @@ from zimage_train.config.schema import Config
 from zimage_train.config.variants import VARIANTS
 
 
-def describe(config: Config, adapter_digest: str | None) -> dict[str, str]:
+def training_metadata(config: Config, adapter_digest: str | None) -> dict[str, str]:
     """The header of an exported LoRA: modelspec's keys, the keys that kohya's tools read, and our own.
 
     Reference: https://github.com/Stability-AI/ModelSpec
@@ -49,7 +49,7 @@ OF_ONE = ("modelspec.title", "ss_output_name", "ss_steps")
 TRIGGERS = "modelspec.trigger_phrase"
 
 
-def edited(
+def edited_metadata(
     command: str, sources: Sequence[Mapping[str, str]], facts: Mapping[str, Any], ranks: Iterable[int]
 ) -> dict[str, str]:
     """The header of a LoRA that `command` made of others with these headers: what they agree on, and `facts`."""

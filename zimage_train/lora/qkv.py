@@ -20,11 +20,11 @@ PAIRS = (("B", "A"), ("hada_w1_a", "hada_w1_b"), ("hada_w2_a", "hada_w2_b"))
 """Factors with rows for the outputs, and those with columns for the inputs."""
 
 
-class CannotFuse(Exception):
+class CannotFuseError(Exception):
     """Why a change has no fused form, or a fused one cannot be split."""
 
 
-def split(change: Change, ranks: Sequence[int] | None = None) -> list[Change | None]:
+def split_qkv(change: Change, ranks: Sequence[int] | None = None) -> list[Change | None]:
     """The changes of q, k and v; None where there is none.
 
     `ranks` are those that they had before they were fused, for what the factors themselves do not tell.
@@ -35,7 +35,7 @@ def split(change: Change, ranks: Sequence[int] | None = None) -> list[Change | N
     if any(part in change for part in keys.LOKR):
         return _split_lokr(change)
     if MAGNITUDE in change and change[MAGNITUDE].dim() == 2 and change[MAGNITUDE].shape[0] == 1:
-        raise CannotFuse("has a magnitude for each input of q, k and v together")
+        raise CannotFuseError("has a magnitude for each input of q, k and v together")
     pairs = [(up, down) for up, down in PAIRS if up in change]
     rank = change[pairs[0][0]].shape[1]
     slices = _slices([change[up] for up, _ in pairs], ranks, MAGNITUDE in change)
@@ -52,7 +52,7 @@ def split(change: Change, ranks: Sequence[int] | None = None) -> list[Change | N
     return found
 
 
-def fuse(changes: Sequence[Change | None]) -> Change:
+def fuse_qkv(changes: Sequence[Change | None]) -> Change:
     """One change of the fused weight from those of q, k and v, at least one of which is there.
 
     Where their scales differ, each is multiplied into its block in fp32.
@@ -63,14 +63,14 @@ def fuse(changes: Sequence[Change | None]) -> Change:
     """
     there = [one for one in changes if one is not None]
     if len({frozenset(one.keys() - {"alpha"}) for one in there}) > 1:
-        raise CannotFuse("has changes of several kinds for q, k and v")
+        raise CannotFuseError("has changes of several kinds for q, k and v")
     if len({keys.size_of({part: tuple(tensor.shape) for part, tensor in one.items()}) for one in there}) > 1:
-        raise CannotFuse("has q, k and v of different shapes")
+        raise CannotFuseError("has q, k and v of different shapes")
     first = there[0]
     if any(part in first for part in keys.LOKR):
-        raise CannotFuse("is a Kronecker product, and three of those have no fused form")
+        raise CannotFuseError("is a Kronecker product, and three of those have no fused form")
     if MAGNITUDE in first and (len(there) < 3 or any(one[MAGNITUDE].dim() > 1 for one in there)):
-        raise CannotFuse("has magnitudes that the fused weight cannot have")
+        raise CannotFuseError("has magnitudes that the fused weight cannot have")
     pairs = [(up, down) for up, down in PAIRS if up in first]
     if len(there) == 3 and _share(there, [down for _, down in pairs]):
         whole = {up: torch.cat([one[up] for one in there]) for up, _ in pairs} | {
@@ -158,6 +158,8 @@ def _diagonal(changes: Sequence[Change | None], pairs: list[tuple[str, str]]) ->
 def _split_lokr(change: Change) -> list[Change | None]:
     first = "lokr_w1" if "lokr_w1" in change else "lokr_w1_a"
     if change[first].shape[0] % 3:
-        raise CannotFuse(f"is a Kronecker product with {change[first].shape[0]} rows in its first factor, not 3 groups")
+        raise CannotFuseError(
+            f"is a Kronecker product with {change[first].shape[0]} rows in its first factor, not 3 groups"
+        )
     rest = {part: tensor for part, tensor in change.items() if part != first}
     return [rest | {first: rows.contiguous()} for rows in change[first].chunk(3)]

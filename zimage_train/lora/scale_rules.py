@@ -11,12 +11,12 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from zimage_train.errors import ConfigError, Problem, ZImageTrainError, collected, raise_all
+from zimage_train.errors import ConfigError, Problem, ZImageTrainError, collect_errors, raise_all
 from zimage_train.lora import targets as names
 from zimage_train.lora.targets import COMPONENTS, block_and_component
 
-LARGEST = 100.0
-GROUPS = {
+MAX_FACTOR = 100.0
+RULE_GROUPS = {
     "attention": ("to_q", "to_k", "to_v", "to_out"),
     "feed_forward": ("w1", "w2", "w3"),
     "adaln": ("adaLN",),
@@ -49,7 +49,7 @@ Range = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class Rule:
+class ScaleRule:
     """One rule: which blocks and components it names, None being all, and the factor of each block."""
 
     text: str
@@ -79,7 +79,7 @@ class Rule:
         return self.factor * CURVES[self.curve](blocks.index(block_and_component(module)[0]), len(blocks))
 
 
-def parse(text: str, where: str = "--scale") -> Rule:
+def parse_rule(text: str, where: str = "--scale") -> ScaleRule:
     """Take `SELECTOR=FACTOR`, FACTOR being a number, a curve, or `0.8*bell`.
 
     Raises:
@@ -94,8 +94,8 @@ def parse(text: str, where: str = "--scale") -> Rule:
         factor = float(number or 1.0)
     except ValueError:
         factor = math.nan
-    if not abs(factor) <= LARGEST:
-        what = f"{amount!r} is neither a number from -{LARGEST:g} to {LARGEST:g} nor one of {', '.join(CURVES)}"
+    if not abs(factor) <= MAX_FACTOR:
+        what = f"{amount!r} is neither a number from -{MAX_FACTOR:g} to {MAX_FACTOR:g} nor one of {', '.join(CURVES)}"
         raise ConfigError(Problem(f"{where} {text}", what, "write for example layers.0-9=0.5"))
     block, ranges, rest = _block(selector)
     if backwards := [one for one in ranges if one[0] > one[1]]:
@@ -104,31 +104,31 @@ def parse(text: str, where: str = "--scale") -> Rule:
     components = _components(rest) if rest else None
     if rest and not components:
         what = f"{rest!r} is neither a block nor a component"
-        close = difflib.get_close_matches(rest, ["layers", "refiners", *COMPONENTS, *GROUPS, *PRESETS], 1)
+        close = difflib.get_close_matches(rest, ["layers", "refiners", *COMPONENTS, *RULE_GROUPS, *PRESETS], 1)
         known = f"layers.0-9, refiners; all, {', '.join(COMPONENTS)}, attention, feed_forward; {', '.join(PRESETS)}"
         todo = f"did you mean {close[0]}?" if close else f"there are {known}"
         raise ConfigError(Problem(f"{where} {text}", what, todo))
     if curve and block is None:
         raise ConfigError(Problem(f"{where} {text}", "is a curve over no layers", f"write layers={amount}"))
-    return Rule(text, block, ranges, frozenset(components) if components else None, factor, curve or None)
+    return ScaleRule(text, block, ranges, frozenset(components) if components else None, factor, curve or None)
 
 
-def parse_all(texts: Iterable[str], where: str = "--scale") -> list[Rule]:
+def parse_rules(texts: Iterable[str], where: str = "--scale") -> list[ScaleRule]:
     """As `parse`, each.
 
     Raises:
         ConfigError: lists all that are wrong.
     """
     errors: list[ZImageTrainError] = []
-    rules: list[Rule] = []
+    rules: list[ScaleRule] = []
     for text in texts:
-        with collected(errors):
-            rules.append(parse(text, where))
+        with collect_errors(errors):
+            rules.append(parse_rule(text, where))
     raise_all(errors)
     return rules
 
 
-def weights(rules: Sequence[Rule], modules: Iterable[str]) -> dict[str, float]:
+def module_weights(rules: Sequence[ScaleRule], modules: Iterable[str]) -> dict[str, float]:
     """Module -> the factor of its change."""
     found = list(modules)
     blocks = {rule: _blocks_of(rule, found) for rule in rules}
@@ -142,7 +142,7 @@ def weights(rules: Sequence[Rule], modules: Iterable[str]) -> dict[str, float]:
     return result
 
 
-def unmet(rules: Iterable[Rule], modules: Iterable[str]) -> list[Rule]:
+def unmatched_rules(rules: Iterable[ScaleRule], modules: Iterable[str]) -> list[ScaleRule]:
     """The rules that name none of `modules`."""
     found = list(modules)
     return [rule for rule in rules if not any(rule.names(module) for module in found)]
@@ -150,7 +150,7 @@ def unmet(rules: Iterable[Rule], modules: Iterable[str]) -> list[Rule]:
 
 def table(factors: Mapping[str, float]) -> list[str]:
     """The factors as lines: a row for each block, a column for each component; `-` where the LoRA has no module."""
-    blocks, found, values = names.table(factors)
+    blocks, found, values = names.modules_table(factors)
     columns = [*names.COMPONENTS, *(column for column in found if column not in names.COMPONENTS)]
     lines = [f"{'':20}" + "".join(f"{column:>8}" for column in columns)]
     for block, row in zip(blocks, values, strict=True):
@@ -160,21 +160,21 @@ def table(factors: Mapping[str, float]) -> list[str]:
     return lines
 
 
-def _blocks_of(rule: Rule, modules: Iterable[str]) -> list[str]:
+def _blocks_of(rule: ScaleRule, modules: Iterable[str]) -> list[str]:
     """The blocks that a rule names, in order."""
     found = {block_and_component(module)[0] for module in modules if rule.names(module)}
     return sorted(found, key=names.block_order)
 
 
-def _by_block(rule: Rule) -> bool:
+def _by_block(rule: ScaleRule) -> bool:
     return rule.block is not None and rule.components is None
 
 
-def _by_component(rule: Rule) -> bool:
+def _by_component(rule: ScaleRule) -> bool:
     return rule.block is None
 
 
-def _by_both(rule: Rule) -> bool:
+def _by_both(rule: ScaleRule) -> bool:
     return rule.block is not None and rule.components is not None
 
 
@@ -190,7 +190,9 @@ def _block(selector: str) -> tuple[str | None, tuple[Range, ...], str]:
 
 def _components(text: str) -> list[str]:
     """The components that a selector without its blocks names; none: it names something else too."""
-    known = {part.lower(): (part,) for part in COMPONENTS} | {name.lower(): parts for name, parts in GROUPS.items()}
+    known = {part.lower(): (part,) for part in COMPONENTS} | {
+        name.lower(): parts for name, parts in RULE_GROUPS.items()
+    }
     found: list[str] = []
     for one in _expanded(text):
         group, dot, leaf = one.removesuffix(".0").lower().partition(".")

@@ -12,24 +12,24 @@ from zimage_train.lora.lora_file import Lora
 
 
 @contextlib.contextmanager
-def attached(model: nn.Module, lora: Lora) -> Iterator[None]:
+def with_lora(model: nn.Module, lora: Lora) -> Iterator[None]:
     """Within the block `lora` is on `model`; after it every module is the very one that was there before."""
     try:
         if lora:
-            attach.attach_fixed(model, lora)
+            attach.attach_fixed_lora(model, lora)
         yield
     finally:
         _detach(model)
 
 
 @contextlib.contextmanager
-def instead(model: nn.Module, lora: Lora) -> Iterator[None]:
+def replaced_lora(model: nn.Module, lora: Lora) -> Iterator[None]:
     """Within the block `lora` is on `model` in place of the LoRA that it has; after it that one is back, untouched."""
     own = {name: cast(nn.Module, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)}
     noted = getattr(model, "peft_config", None)
     _detach(model)
     try:
-        with attached(model, lora):
+        with with_lora(model, lora):
             yield
     finally:
         for name, module in own.items():

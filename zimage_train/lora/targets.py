@@ -8,7 +8,7 @@ from zimage_train.errors import ConfigError, Problem
 _ATTENTION = r"attention\.(?:to_q|to_k|to_v|to_out\.0)"
 _FEED_FORWARD = r"feed_forward\.w[123]"
 
-GROUPS = {
+TARGET_GROUPS = {
     "attention": re.compile(rf"layers\.\d+\.{_ATTENTION}"),
     "feed_forward": re.compile(rf"layers\.\d+\.{_FEED_FORWARD}"),
     "adaln": re.compile(r"layers\.\d+\.adaLN_modulation\.0"),
@@ -19,7 +19,7 @@ GROUPS = {
 
 def group_of(module: str) -> str:
     """The group of a module, or `other`."""
-    return next((name for name, pattern in GROUPS.items() if pattern.fullmatch(module)), "other")
+    return next((name for name, pattern in TARGET_GROUPS.items() if pattern.fullmatch(module)), "other")
 
 
 def count_by_group(modules: Iterable[str]) -> dict[str, int]:
@@ -30,19 +30,19 @@ def count_by_group(modules: Iterable[str]) -> dict[str, int]:
     return counts
 
 
-def select(targets: list[str] | str, linears: Iterable[str]) -> list[str]:
+def select_modules(targets: list[str] | str, linears: Iterable[str]) -> list[str]:
     """The linear modules that `targets` names: groups, or one regular expression of whole names.
 
     Raises:
         ConfigError: nothing matches.
     """
-    patterns = [re.compile(targets)] if isinstance(targets, str) else [GROUPS[name] for name in targets]
+    patterns = [re.compile(targets)] if isinstance(targets, str) else [TARGET_GROUPS[name] for name in targets]
     names = list(linears)
     chosen = [name for name in names if any(pattern.fullmatch(name) for pattern in patterns)]
     if not chosen:
         what = f"{targets!r} matches none of the {len(names)} linear modules"
         todo = "names look like layers.0.attention.to_q; the whole name must match"
-        if isinstance(targets, str) and targets in GROUPS:
+        if isinstance(targets, str) and targets in TARGET_GROUPS:
             todo = f"text is a regular expression; the group is a list: [{targets}]"
         raise ConfigError(Problem("lora.targets", what, todo))
     return chosen
@@ -66,7 +66,7 @@ def block_order(block: str) -> tuple[str, int]:
     return (name, int(number)) if number.isdecimal() else (block, 0)
 
 
-def table(values: Mapping[str, float]) -> tuple[list[str], list[str], list[list[float | None]]]:
+def modules_table(values: Mapping[str, float]) -> tuple[list[str], list[str], list[list[float | None]]]:
     """Blocks, components, and the value of each; None where there is no such module."""
     cells: dict[str, dict[str, float]] = {}
     for module, value in values.items():

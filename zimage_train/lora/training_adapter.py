@@ -14,11 +14,11 @@ from zimage_train.errors import Problem, WeightsError
 from zimage_train.lora import lora_file as files
 from zimage_train.lora.lora_file import Lora
 from zimage_train.models.arch import TransformerShape
-from zimage_train.models.loading import Stream
+from zimage_train.models.loading import NamedTensors
 
 
 @dataclass(frozen=True)
-class Adapter:
+class TrainingAdapter:
     """A training adapter and how much of it is merged."""
 
     path: Path
@@ -29,7 +29,7 @@ class Adapter:
         """The names of the parameters that it changes."""
         return {f"{module}.weight" for module in self.lora}
 
-    def change_of(self, name: str, device: torch.device) -> torch.Tensor | None:
+    def delta_of(self, name: str, device: torch.device) -> torch.Tensor | None:
         """What is added to the parameter `name`, in fp32: `strength * scale * B @ A`; None: nothing."""
         factors = self.lora.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
         if factors is None:
@@ -38,31 +38,33 @@ class Adapter:
 
 
 @dataclass
-class Count:
+class MergeCount:
     """How many modules of the adapter have met their weight."""
 
     matched: set[str] = field(default_factory=set)
 
 
-def load(path: Path, strength: float, shape: TransformerShape) -> Adapter:
+def load_adapter(path: Path, strength: float, shape: TransformerShape) -> TrainingAdapter:
     """Read an adapter and require that all of it fits the model.
 
     Raises:
         WeightsError: unreadable, or some module matches nothing in the model.
     """
-    lora = files.read(path)
+    lora = files.read_lora(path)
     files.require_modules(path, lora, shape.linears)
-    return Adapter(path, lora, strength)
+    return TrainingAdapter(path, lora, strength)
 
 
-def merge(tensors: Stream, adapter: Adapter, device: torch.device, count: Count) -> Iterator[tuple[str, torch.Tensor]]:
+def merge_adapter(
+    tensors: NamedTensors, adapter: TrainingAdapter, device: torch.device, count: MergeCount
+) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield `tensors` with `strength * scale * B @ A` added in fp32; the sum is rounded only once, by who stores it.
 
     Raises:
         WeightsError: the stream ended before every module of the adapter met its weight.
     """
     for name, tensor in tensors:
-        change = adapter.change_of(name, device)
+        change = adapter.delta_of(name, device)
         if change is None:
             yield name, tensor
             continue

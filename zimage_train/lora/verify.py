@@ -7,7 +7,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from zimage_train.errors import Problem, WeightsError, ZImageTrainError, collected
+from zimage_train.errors import Problem, WeightsError, ZImageTrainError, collect_errors
 from zimage_train.io import tensorfile
 from zimage_train.lora import alphas, headers, keys
 from zimage_train.lora import qkv as fused
@@ -21,12 +21,12 @@ COMFYUI_PARTS = (
     (".lora_A", ".lora_B"),
     (".lora_A.default.weight", ".lora_B.default.weight"),
 )
-TODO = "zimage-train lora convert FILE --to comfyui"
+REPORT_HINT = "zimage-train lora convert FILE --to comfyui"
 TOLERANCE = {"bf16": 2**-7, "fp32": 1e-6}
 """Largest relative error of a module's delta that rounding to the file's type can explain."""
 
 
-def verify(path: Path, trained: Mapping[str, Factors], dtype: str, linears: headers.Sizes) -> float:
+def verify_export(path: Path, trained: Mapping[str, Factors], dtype: str, linears: headers.Sizes) -> float:
     """Read `path` back as diffusers and as ComfyUI would, and compare with what was trained.
 
     Returns the largest relative error of a module's delta.
@@ -36,9 +36,9 @@ def verify(path: Path, trained: Mapping[str, Factors], dtype: str, linears: head
     """
     worst = 0.0
     errors: list[ZImageTrainError] = []
-    with collected(errors):
+    with collect_errors(errors):
         worst = _compare(path, "diffusers", as_diffusers(path), trained, dtype)
-    with collected(errors):
+    with collect_errors(errors):
         worst = max(worst, _compare(path, "ComfyUI", as_comfyui(path, linears), trained, dtype))
     if errors:
         raise WeightsError(*(problem for error in errors for problem in error.problems))
@@ -46,7 +46,7 @@ def verify(path: Path, trained: Mapping[str, Factors], dtype: str, linears: head
 
 
 def _compare(path: Path, loader: str, found: Lora, trained: Mapping[str, Factors], dtype: str) -> float:
-    todo = TODO
+    todo = REPORT_HINT
     found = {module: one for module, one in found.items() if module in trained or one.b.any()}
     if found.keys() != trained.keys():
         what = f"{loader} would load {len(found.keys() & trained.keys())} of {len(trained)} modules"
@@ -81,12 +81,12 @@ def as_diffusers(path: Path) -> Lora:
     from diffusers.loaders import ZImageLoraLoaderMixin
 
     tensors, metadata = tensorfile.load(path)
-    alpha_of = alphas.from_metadata(path, metadata.get(alphas.KEY))
+    alpha_of = alphas.alphas_from_metadata(path, metadata.get(alphas.KEY))
     try:
         state = cast(dict[str, Tensor], ZImageLoraLoaderMixin.lora_state_dict(tensors))
     except Exception as error:  # noqa: BLE001  its conversions raise whatever an odd layout makes them run into
         what = f"diffusers would not load it ({str(error)[:100]})"
-        raise WeightsError(Problem(str(path), what, TODO)) from None
+        raise WeightsError(Problem(str(path), what, REPORT_HINT)) from None
     a_suffix, b_suffix = ".lora_A.weight", ".lora_B.weight"
     modules = [key.removesuffix(a_suffix) for key in state if key.endswith(a_suffix)]
     found: Lora = {}
@@ -116,12 +116,12 @@ def as_comfyui(path: Path, linears: headers.Sizes) -> Lora:
                 found |= _unfused(module, change)
     if tensors:
         what = f"ComfyUI would report {len(tensors)} keys as not loaded, such as {sorted(tensors)[0]}"
-        raise WeightsError(Problem(str(path), what, TODO))
+        raise WeightsError(Problem(str(path), what, REPORT_HINT))
     return found
 
 
 def _unfused(module: str, change: Change) -> Lora:
-    split = keys.thirds(module)
+    split = keys.split_qkv_names(module)
     if split is None:
         return {module: Factors(change["A"], change["B"], fused.scale_of(change))}
     thirds = change["B"].chunk(3)

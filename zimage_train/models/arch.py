@@ -13,7 +13,7 @@ from zimage_train.errors import Problem, WeightsError
 
 ADALN_DIM = 256
 T_EMBEDDER_DIM = 1024
-Shape = tuple[int, ...]
+TensorShape = tuple[int, ...]
 
 
 MOST_LAYERS = 1000
@@ -36,10 +36,10 @@ class TransformerShape:
     qk_norm: bool = True
     rope_theta: float = 256.0
     t_scale: float = 1000.0
-    axes_dims: Shape = (32, 48, 48)
-    axes_lens: Shape = (1536, 512, 512)
-    all_patch_size: Shape = (2,)
-    all_f_patch_size: Shape = (1,)
+    axes_dims: TensorShape = (32, 48, 48)
+    axes_lens: TensorShape = (1536, 512, 512)
+    all_patch_size: TensorShape = (2,)
+    all_f_patch_size: TensorShape = (1,)
 
     @property
     def ffn_dim(self) -> int:
@@ -50,12 +50,12 @@ class TransformerShape:
         return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
 
     @cached_property
-    def parameters(self) -> dict[str, Shape]:
+    def parameters(self) -> dict[str, TensorShape]:
         """Every parameter's name and shape."""
         patch = self.in_channels * self.all_patch_size[0] ** 2 * self.all_f_patch_size[0]
         adaln = min(self.dim, ADALN_DIM)
         size = f"{self.all_patch_size[0]}-{self.all_f_patch_size[0]}"
-        shapes: dict[str, Shape] = {
+        shapes: dict[str, TensorShape] = {
             "x_pad_token": (1, self.dim),
             "cap_pad_token": (1, self.dim),
             **_linear(f"all_x_embedder.{size}", patch, self.dim),
@@ -83,7 +83,7 @@ class TransformerShape:
             if name.endswith(".weight") and len(shape) == 2
         }
 
-    def _block(self, prefix: str) -> dict[str, Shape]:
+    def _block(self, prefix: str) -> dict[str, TensorShape]:
         head = self.dim // self.n_heads
         names = {f"attention.{part}.weight": (self.dim, self.dim) for part in ("to_q", "to_k", "to_v", "to_out.0")}
         names |= {"attention.norm_q.weight": (head,), "attention.norm_k.weight": (head,)} if self.qk_norm else {}
@@ -93,7 +93,7 @@ class TransformerShape:
         return {f"{prefix}.{name}": shape for name, shape in names.items()}
 
 
-def from_config(path: Path, config: dict[str, Any]) -> TransformerShape:
+def shape_from_config(path: Path, config: dict[str, Any]) -> TransformerShape:
     """The shape that a diffusers `config.json` describes; keys that are missing are the 6 B model's.
 
     Raises:
@@ -118,7 +118,7 @@ def from_config(path: Path, config: dict[str, Any]) -> TransformerShape:
     return shape
 
 
-def from_tensors(shapes: dict[str, Shape]) -> TransformerShape:
+def shape_from_tensors(shapes: dict[str, TensorShape]) -> TransformerShape:
     """The shape of a single file, which carries no config: the sizes are read from its tensors.
 
     All published Z-Image checkpoints share every other setting; positions take 1/4, 3/8 and 3/8 of a head.
@@ -145,7 +145,7 @@ def from_tensors(shapes: dict[str, Shape]) -> TransformerShape:
     )
 
 
-def compare(where: str, found: dict[str, Shape], expected: dict[str, Shape], what: str) -> None:
+def require_same_shapes(where: str, found: dict[str, TensorShape], expected: dict[str, TensorShape], what: str) -> None:
     """Require that `found` has exactly the tensors of `expected`.
 
     Raises:
@@ -176,5 +176,5 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
-def _linear(name: str, inputs: int, outputs: int) -> dict[str, Shape]:
+def _linear(name: str, inputs: int, outputs: int) -> dict[str, TensorShape]:
     return {f"{name}.weight": (outputs, inputs), f"{name}.bias": (outputs,)}

@@ -20,7 +20,7 @@ MAX_PIXELS = 1024 * 1024
 Prepare = Callable[[Image.Image, str], dict[str, Any]]
 
 
-class VisionModel:
+class CaptionModel:
     """A model, and how a picture and a text become its inputs."""
 
     def __init__(self, model: Any, tokenizer: Any, prepare: Prepare) -> None:
@@ -43,7 +43,7 @@ class VisionModel:
         return value.to(self._model.device, self._model.dtype if value.is_floating_point() else None)
 
 
-def load(folder: Path, device: torch.device) -> VisionModel:
+def load(folder: Path, device: torch.device) -> CaptionModel:
     """Read the model in `folder`, in the precision it was saved in; no code and no pickle of it is run.
 
     Raises:
@@ -62,7 +62,7 @@ def load(folder: Path, device: torch.device) -> VisionModel:
         raise WeightsError(Problem(str(folder), what, todo)) from None
     for name in ("temperature", "top_p", "top_k"):  # which are for sampling, and it warns of them
         setattr(model.generation_config, name, None)
-    return VisionModel(Module.to(model, device).eval(), tokenizer, prepare)
+    return CaptionModel(Module.to(model, device).eval(), tokenizer, prepare)
 
 
 def _of_qwen(folder: Path) -> tuple[Prepare, Any]:

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import (
     noop_context_fn,
 )
 
-from zimage_train.config.values import Mode
+from zimage_train.config.values import RecomputeMode
 from zimage_train.models.linear import frozen_linear
 
 ATTENTION = {
@@ -30,7 +30,7 @@ ATTENTION = {
 }
 
 
-def _keeps(mode: Mode, context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+def _keeps(mode: RecomputeMode, context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     """What torch's selective checkpointing asks about every operation of a block."""
     kept = op in ATTENTION
     if op is frozen_linear and mode in ("elementwise", "w1w3"):
@@ -40,7 +40,7 @@ def _keeps(mode: Mode, context: Any, op: Any, *args: Any, **kwargs: Any) -> Chec
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def by_tokens(mode_of: Callable[[int], Mode], preserve_rng: bool) -> Callable[..., Tensor]:
+def by_tokens(mode_of: Callable[[int], RecomputeMode], preserve_rng: bool) -> Callable[..., Tensor]:
     """What `enable_gradient_checkpointing` of the transformer takes: the mode follows the tokens of the batch.
 
     `preserve_rng` is for dropout alone: nothing else in a block is random.

@@ -7,7 +7,7 @@ has every tensor, and whether the rest of its config makes sense.
 from pathlib import Path
 from typing import Any
 
-from zimage_train.errors import Problem, WeightsError, ZImageTrainError, collected, raise_all
+from zimage_train.errors import Problem, WeightsError, ZImageTrainError, collect_errors, raise_all
 from zimage_train.io.headers import TensorInfo, read_json, read_sharded
 from zimage_train.models import arch as shapes
 
@@ -26,14 +26,14 @@ def require(extras: Path, features: int) -> None:
     """
 
     errors: list[ZImageTrainError] = []
-    with collected(errors):
+    with collect_errors(errors):
         width = text_encoder(extras)[0].get("hidden_size")
         if width != features:
             what = f"makes embeddings of {width} features, and the transformer takes {features}"
             raise WeightsError(Problem(str(extras / "text_encoder"), what, "check model.extras"))
-    with collected(errors):
+    with collect_errors(errors):
         tokenizer(extras)
-    with collected(errors):
+    with collect_errors(errors):
         vae(extras)
     raise_all(errors)
 
@@ -52,7 +52,9 @@ def text_encoder(extras: Path) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
     tensors = read_sharded(folder, "model")
     needed = _qwen3(folder / "config.json", config)
     found = {name.removeprefix("model."): info.shape for name, info in tensors.items()}
-    shapes.compare(str(folder), {name: found[name] for name in found.keys() & needed.keys()}, needed, "Qwen3")
+    shapes.require_same_shapes(
+        str(folder), {name: found[name] for name in found.keys() & needed.keys()}, needed, "Qwen3"
+    )
     return config, tensors
 
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zimage_train.config.values import Kind
+from zimage_train.config.values import Quantization
 from zimage_train.models import quantize
 
 NAME = "zimage_train::frozen_linear"
@@ -62,12 +62,12 @@ class _Linear(torch.autograd.Function):
 class FrozenLinear(nn.Linear):
     """A linear layer without bias whose weight is never trained, in `dtype` or quantised to `kind`."""
 
-    def __init__(self, inputs: int, outputs: int, dtype: torch.dtype, kind: Kind | None) -> None:
+    def __init__(self, inputs: int, outputs: int, dtype: torch.dtype, kind: Quantization | None) -> None:
         super().__init__(inputs, outputs, bias=False, device="meta", dtype=dtype)
-        self.kind: Kind | None = kind
+        self.kind: Quantization | None = kind
         self.scales: nn.Parameter | None = None
         if kind is not None:
-            data, scales = quantize.empty(outputs, inputs, kind, torch.device("meta"))
+            data, scales = quantize.empty_quantized(outputs, inputs, kind, torch.device("meta"))
             self.weight = nn.Parameter(data, requires_grad=False)
             self.scales = nn.Parameter(scales, requires_grad=False)
         self.requires_grad_(False)

@@ -11,8 +11,8 @@ from zimage_train.io.headers import TensorInfo
 from zimage_train.models import arch as shapes
 from zimage_train.models.locate import native_names
 
-Stream = Iterable[tuple[str, Tensor]]
-Store = Callable[[str, Tensor], None]
+NamedTensors = Iterable[tuple[str, Tensor]]
+StoreFn = Callable[[str, Tensor], None]
 
 
 def stream(tensors: dict[str, TensorInfo]) -> Iterator[tuple[str, Tensor]]:
@@ -34,7 +34,7 @@ def stream_native(path: Path) -> Iterator[tuple[str, Tensor]]:
                 yield new_name, tensor if third is None else tensor.chunk(3, dim=0)[third]
 
 
-def fill(expected: dict[str, tuple[int, ...]], tensors: Stream, store: Store, where: str, what: str) -> None:
+def fill(expected: dict[str, tuple[int, ...]], tensors: NamedTensors, store: StoreFn, where: str, what: str) -> None:
     """Hand each of `tensors` to `store`, which must be exactly those `expected` of a `what`.
 
     Raises:
@@ -45,10 +45,10 @@ def fill(expected: dict[str, tuple[int, ...]], tensors: Stream, store: Store, wh
         found[name] = tuple(tensor.shape)
         if expected.get(name) == found[name]:
             store(name, tensor)
-    shapes.compare(where, found, expected, what)
+    shapes.require_same_shapes(where, found, expected, what)
 
 
-def load(module: nn.Module, tensors: Stream, where: str, device: torch.device, dtype: torch.dtype) -> None:
+def load(module: nn.Module, tensors: NamedTensors, where: str, device: torch.device, dtype: torch.dtype) -> None:
     """Put `tensors` into `module`, whose parameters have no storage yet, as frozen `dtype` on `device`.
 
     Raises:

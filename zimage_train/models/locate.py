@@ -7,9 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from zimage_train.config.schema import Model
-from zimage_train.config.variants import ADAPTERS, LORAS, VARIANTS
-from zimage_train.errors import Problem, WeightsError, ZImageTrainError, collected
+from zimage_train.config.schema import ModelSettings
+from zimage_train.config.variants import ADAPTERS, NAMED_LORAS, VARIANTS
+from zimage_train.errors import Problem, WeightsError, ZImageTrainError, collect_errors
 from zimage_train.io.headers import TensorInfo, read_header, read_json, read_sharded
 from zimage_train.models import arch as shapes
 from zimage_train.models import native_keys as native
@@ -20,15 +20,15 @@ TRANSFORMER_STEM = "diffusion_pytorch_model"
 EXTRAS = ("text_encoder", "tokenizer", "vae")
 
 
-class NotDownloaded(WeightsError):
+class NotDownloadedError(WeightsError):
     """Everything named exists as far as is known, but some of it is not on this machine yet."""
 
 
-Fetch = Callable[[str, str | None, list[str]], Path]
+DownloadFn = Callable[[str, str | None, list[str]], Path]
 
 
 @dataclass(frozen=True)
-class Sources:
+class ModelPaths:
     """Paths of everything a run reads."""
 
     transformer: Path
@@ -36,7 +36,7 @@ class Sources:
     extras: Path
     """A folder with text_encoder, tokenizer and vae."""
     adapter: Path | None
-    also: Path | None = None
+    second_model: Path | None = None
     """The transformer that previews are drawn on beside."""
     init_from: Path | None = None
     """The LoRA that the training begins with."""
@@ -45,7 +45,7 @@ class Sources:
 
 
 @dataclass(frozen=True)
-class Search:
+class PathSearch:
     """What was found of a model, part by part, and what is wrong with the rest."""
 
     transformer: Path | None
@@ -54,7 +54,7 @@ class Search:
     errors: list[ZImageTrainError]
 
 
-def search(model: Model, fetch: Fetch | None = None) -> Search:
+def find_paths(model: ModelSettings, fetch: DownloadFn | None = None) -> PathSearch:
     """Look for every part that `model` names, downloading from the hub what is not here yet.
 
     `fetch(repository, revision, patterns)` returns the local folder of a hub repository.
@@ -63,32 +63,32 @@ def search(model: Model, fetch: Fetch | None = None) -> Search:
     variant = VARIANTS[model.variant]
     transformer = extras = adapter = None
     errors: list[ZImageTrainError] = []
-    with collected(errors):
+    with collect_errors(errors):
         transformer = _transformer(model.path or variant.transformer, "model.path", fetch)
     if transformer is not None or model.extras is not None or model.path is None:
-        with collected(errors):
+        with collect_errors(errors):
             extras = _extras(model, fetch)
     if model.adapter is not None:
-        with collected(errors):
+        with collect_errors(errors):
             adapter = _file(ADAPTERS.get(model.adapter, model.adapter), "model.adapter", fetch)
-    return Search(transformer, extras, adapter, errors)
+    return PathSearch(transformer, extras, adapter, errors)
 
 
-def locate(model: Model, fetch: Fetch | None = None) -> Sources:
+def locate(model: ModelSettings, fetch: DownloadFn | None = None) -> ModelPaths:
     """Find every part that `model` names, as `search` does.
 
     Raises:
         WeightsError: lists every part that cannot be found.
     """
-    found = search(model, fetch)
-    wrong = [error for error in found.errors if not isinstance(error, NotDownloaded)] or found.errors
+    found = find_paths(model, fetch)
+    wrong = [error for error in found.errors if not isinstance(error, NotDownloadedError)] or found.errors
     if wrong:
         raise type(wrong[0])(*(problem for error in wrong for problem in error.problems))
     assert found.transformer is not None and found.extras is not None
-    return Sources(found.transformer, found.extras, found.adapter)
+    return ModelPaths(found.transformer, found.extras, found.adapter)
 
 
-def transformer_at(name: str, where: str, fetch: Fetch | None = None) -> Path:
+def transformer_at(name: str, where: str, fetch: DownloadFn | None = None) -> Path:
     """The transformer alone that the setting `where` names: a variant, a folder, a file or a hub id.
 
     Raises:
@@ -98,16 +98,16 @@ def transformer_at(name: str, where: str, fetch: Fetch | None = None) -> Path:
     return _transformer(known.transformer if known else name, where, fetch or download)
 
 
-def lora_at(name: str, where: str, fetch: Fetch | None = None) -> Path:
+def lora_at(name: str, where: str, fetch: DownloadFn | None = None) -> Path:
     """The LoRA that `name` is: a file, `org/repo/file` on the hub, or a short name such as distillpatch.
 
     Raises:
         WeightsError: it cannot be found.
     """
-    return _file(LORAS.get(name, name), where, fetch or download)
+    return _file(NAMED_LORAS.get(name, name), where, fetch or download)
 
 
-def repository(name: str, where: str, patterns: list[str], fetch: Fetch | None = None) -> Path:
+def repository(name: str, where: str, patterns: list[str], fetch: DownloadFn | None = None) -> Path:
     """The folder `name`, or the snapshot of the hub repository of that name, with the files that meet `patterns`.
 
     Raises:
@@ -128,7 +128,7 @@ def transformer_tensors(path: Path) -> tuple[TransformerShape, dict[str, TensorI
     if path.is_dir():
         raw = read_sharded(path, TRANSFORMER_STEM)
         config_path = path / "config.json"
-        shape = shapes.from_config(config_path, read_json(config_path))
+        shape = shapes.shape_from_config(config_path, read_json(config_path))
         tensors = raw
     else:
         raw = read_header(path).tensors
@@ -139,9 +139,9 @@ def transformer_tensors(path: Path) -> tuple[TransformerShape, dict[str, TensorI
             for new_name, _ in native_names(name):
                 third = (info.shape[0] // 3, *info.shape[1:]) if "attention.qkv" in name else info.shape
                 tensors[new_name] = TensorInfo(info.file, info.dtype, third)
-        shape = shapes.from_tensors({name: info.shape for name, info in tensors.items()})
+        shape = shapes.shape_from_tensors({name: info.shape for name, info in tensors.items()})
     found = {name: info.shape for name, info in tensors.items()}
-    shapes.compare(str(path), found, shape.parameters, "a Z-Image transformer")
+    shapes.require_same_shapes(str(path), found, shape.parameters, "a Z-Image transformer")
     return shape, tensors
 
 
@@ -155,7 +155,7 @@ def native_names(name: str) -> list[tuple[str, int | None]]:
     return [] if name == "norm_final.weight" else native.from_native(name)  # an unused leftover in some files
 
 
-def _transformer(name: str, where: str, fetch: Fetch) -> Path:
+def _transformer(name: str, where: str, fetch: DownloadFn) -> Path:
     path = Path(name)
     if path.is_dir():
         for folder in (path / "transformer", path):
@@ -170,7 +170,7 @@ def _transformer(name: str, where: str, fetch: Fetch) -> Path:
     return _transformer(str(folder), f"{where}: {name}", fetch)
 
 
-def _extras(model: Model, fetch: Fetch) -> Path:
+def _extras(model: ModelSettings, fetch: DownloadFn) -> Path:
     """`model.extras`; else those beside the transformer at `model.path`; else the variant's own."""
     patterns = [f"{part}/*" for part in EXTRAS]
     variant = VARIANTS[model.variant]
@@ -198,18 +198,20 @@ def _whole(path: Path, name: str) -> Path:
     return path
 
 
-def _fetched(name: str, where: str, patterns: list[str], fetch: Fetch) -> Path:
+def _fetched(name: str, where: str, patterns: list[str], fetch: DownloadFn) -> Path:
     """The snapshot of the hub repository `name`; what goes wrong is said of the setting `where`."""
     repository, revision = _hub_id(name, where)
     try:
         return fetch(repository, revision, patterns)
-    except hub.NoHub:  # no setting's doing
+    except hub.HubUnavailableError:  # no setting's doing
         raise
     except WeightsError as error:
-        raise type(error)(*(Problem(f"{where}: {one.where}", one.what, one.todo) for one in error.problems)) from None
+        raise type(error)(
+            *(Problem(f"{where}: {one.location}", one.message, one.hint) for one in error.problems)
+        ) from None
 
 
-def _file(name: str, where: str, fetch: Fetch) -> Path:
+def _file(name: str, where: str, fetch: DownloadFn) -> Path:
     path = Path(name)
     if path.is_file():
         return path
@@ -255,17 +257,17 @@ def is_here(repository: str, patterns: list[str]) -> bool:
     """Whether a snapshot of `repository` with something of each of `patterns` is on this machine."""
     try:
         folder = cached_only(repository, None, patterns)
-    except NotDownloaded:
+    except NotDownloadedError:
         return False
     return all(any(folder.glob(pattern)) for pattern in patterns)
 
 
 def _snapshot(repository: str, revision: str | None, patterns: list[str], local_only: bool) -> Path:
-    source = hub.chosen()
+    source = hub.selected_hub()
     try:
         return source.snapshot(repository, revision, patterns, local_only)
     except Exception as error:  # noqa: BLE001  the hubs raise a dozen kinds, from four libraries
         name = f"{repository}@{revision}" if revision else repository
         what = "is not on this machine" if local_only else f"cannot be downloaded ({hub.first_line(error)})"
         todo = "check the name and the connection, or give a local path"
-        raise (NotDownloaded if local_only else WeightsError)(Problem(name, what, todo)) from None
+        raise (NotDownloadedError if local_only else WeightsError)(Problem(name, what, todo)) from None

@@ -14,14 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from zimage_train.models.loading import set_parameter
-from zimage_train.models.pinned_memory import arenas
+from zimage_train.models.pinned_memory import arena_sizes
 
 ALIGNMENT = 256
 """Bytes; every tensor in a buffer begins at a multiple."""
 SLOTS = 2
 
 
-def streamed(count: int, number: int) -> list[int]:
+def streamed_blocks(count: int, number: int) -> list[int]:
     """Which `number` of `count` blocks are streamed: evenly spread."""
     return [(2 * index + 1) * count // (2 * number) for index in range(number)]
 
@@ -34,7 +34,7 @@ def _main_memory(nbytes: int, pinned: bool) -> Tensor:
     return torch.empty(nbytes, dtype=torch.uint8)
 
 
-class Ring:
+class BlockOffloader:
     """Streams `blocks` of one layout, in this order, to `device`; their parameters point into its slots.
 
     What shall be in the blocks is written into `home` of each parameter, followed by `changed`.
@@ -56,7 +56,7 @@ class Ring:
                 for one, offset in places
             ]
 
-        shared = arenas(len(blocks), offsets[-1])
+        shared = arena_sizes(len(blocks), offsets[-1])
         buffers = [_main_memory(number * offsets[-1], is_cuda) for number in shared]
         self.is_pinned = all(buffer.is_pinned() for buffer in buffers) if is_cuda else True
         self._hosts = [host for buffer in buffers for host in buffer.split(offsets[-1])]
@@ -76,11 +76,11 @@ class Ring:
             self._parameters.append(parameters)
             block.register_forward_pre_hook(partial(self._before, index))
 
-    def home(self, parameter: nn.Parameter) -> Tensor | None:
+    def cpu_buffer(self, parameter: nn.Parameter) -> Tensor | None:
         """Where `parameter` is kept in main memory; None: it is not of a streamed block."""
         return self._homes.get(id(parameter))
 
-    def changed(self) -> None:
+    def invalidate(self) -> None:
         """Forget what the slots hold: the weights at home are others now."""
         self._held = [None] * SLOTS
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from zimage_train.config.values import Kind
+from zimage_train.config.values import Quantization
 
-BLOCK = 64
+SCALE_BLOCK = 64
 """Weights that share a scale; fewer where a row is no multiple of it."""
 STORED = {"fp8": torch.float8_e4m3fn, "int8": torch.int8, "nf4": torch.uint8}
 LARGEST = {"fp8": 448.0, "int8": 127.0}
@@ -20,7 +20,7 @@ SCALE_DTYPE = torch.bfloat16
 
 
 @dataclass
-class Rounding:
+class QuantizationStats:
     """What quantising costs, summed over tensors as they stream by: of the weights, and of what was merged into them.
 
     A change that is smaller than a step of the grid does not vanish: it decides on which side of it a weight comes to
@@ -31,9 +31,9 @@ class Rounding:
     weight_error: float = 0.0
     change: float = 0.0
     change_error: float = 0.0
-    arrived: float = 0.0
+    adapter_retained: float = 0.0
 
-    def add(self, weight: Tensor, change: Tensor | None, kind: Kind) -> None:
+    def add(self, weight: Tensor, change: Tensor | None, kind: Quantization) -> None:
         """Count `weight` (rows, columns), into which `change` of the same shape was merged."""
         dense = weight.float()
         stored = unpack(*pack(dense, kind), torch.float32)
@@ -43,32 +43,32 @@ class Rounding:
             seen = stored - unpack(*pack(dense - change, kind), torch.float32)
             self.change += float(change.square().sum())
             self.change_error += float((seen - change).square().sum())
-            self.arrived += float((seen * change).sum())
+            self.adapter_retained += float((seen * change).sum())
 
     def facts(self) -> dict[str, float]:
         """Relative errors, root mean square; `adapter_arrived` is the share of its change in its own direction."""
         found = {"weight_error": math.sqrt(self.weight_error / self.weight)} if self.weight else {}
         if self.change:
             found["adapter_error"] = math.sqrt(self.change_error / self.change)
-            found["adapter_arrived"] = self.arrived / self.change
+            found["adapter_arrived"] = self.adapter_retained / self.change
         return {name: round(value, 5) for name, value in found.items()}
 
 
-def block_of(columns: int) -> int:
+def block_size_for(columns: int) -> int:
     """The length of a block in rows of `columns` weights: 64, or the largest power of two below that fits."""
-    return math.gcd(columns, BLOCK)
+    return math.gcd(columns, SCALE_BLOCK)
 
 
-def empty(rows: int, columns: int, kind: Kind, device: torch.device) -> tuple[Tensor, Tensor]:
+def empty_quantized(rows: int, columns: int, kind: Quantization, device: torch.device) -> tuple[Tensor, Tensor]:
     """Room for a packed weight of (rows, columns): the numbers, and one scale per row and block."""
     width = columns // 2 if kind == "nf4" else columns
     data = torch.empty(rows, width, dtype=STORED[kind], device=device)
-    return data, torch.empty(rows, columns // block_of(columns), dtype=SCALE_DTYPE, device=device)
+    return data, torch.empty(rows, columns // block_size_for(columns), dtype=SCALE_DTYPE, device=device)
 
 
-def pack(weight: Tensor, kind: Kind) -> tuple[Tensor, Tensor]:
+def pack(weight: Tensor, kind: Quantization) -> tuple[Tensor, Tensor]:
     """Quantise `weight` (rows, columns) of any float type; of fp8 and int8 the scales are rounded first."""
-    block = block_of(weight.shape[1])
+    block = block_size_for(weight.shape[1])
     if kind == "nf4":
         return _pack_nf4(weight.float(), block)
     blocks = weight.float().unflatten(1, (-1, block))

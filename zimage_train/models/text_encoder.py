@@ -21,7 +21,7 @@ from zimage_train.errors import Problem, WeightsError
 from zimage_train.io.headers import TensorInfo
 from zimage_train.models import components as parts
 from zimage_train.models import loading as weights
-from zimage_train.typing import Embeds
+from zimage_train.typing import PromptEmbeds
 
 MAX_TOKENS = 512
 BATCH_TOKENS = 8192
@@ -57,7 +57,7 @@ class TextEncoder:
         assert isinstance(text, str)
         return self.tokenizer(text, truncation=most is not None, max_length=most)["input_ids"]
 
-    def encode(self, prompt: str) -> Embeds:
+    def encode(self, prompt: str) -> PromptEmbeds:
         """The embeddings (tokens, features) of one prompt, at its true length, in the encoder's dtype."""
         return next(self.encode_all([prompt]))[1]
 
@@ -66,7 +66,7 @@ class TextEncoder:
         prompts: Iterable[str],
         tick: Tick = lambda done, total: None,
         warn: Callable[[str], None] = lambda text: None,
-    ) -> Iterator[tuple[str, Embeds]]:
+    ) -> Iterator[tuple[str, PromptEmbeds]]:
         """Every prompt with its embeddings, those of one length together; `warn` is told what is cut off."""
         ids = {prompt: self.tokens(prompt) for prompt in prompts}
         for prompt, found in ids.items():
@@ -80,7 +80,7 @@ class TextEncoder:
     @torch.no_grad()
     def _encode(
         self, prompts: list[str], ids: dict[str, list[int]], tick: Callable[[int], None]
-    ) -> Iterator[tuple[str, Embeds]]:
+    ) -> Iterator[tuple[str, PromptEmbeds]]:
         batches = list(_batches(prompts, ids))
         table = self._tensor("embed_tokens.weight")
         states = [table[torch.tensor([ids[prompt] for prompt in batch])].to(self._dtype) for batch in batches]

@@ -11,16 +11,18 @@ from diffusers import ZImageTransformer2DModel
 from safetensors import safe_open
 from torch import Tensor
 
-from zimage_train.config.values import Kind
+from zimage_train.config.values import Quantization
 from zimage_train.io.headers import TensorInfo, read_header
 from zimage_train.models.arch import IN_A_BLOCK, TransformerShape
 from zimage_train.models.linear import FrozenLinear
 from zimage_train.models.loading import stream, stream_native
 from zimage_train.models.locate import native_names, transformer_tensors
-from zimage_train.typing import Embeds, Images, PerSample
+from zimage_train.typing import LatentBatch, PerSample, PromptEmbeds
 
 
-def empty(shape: TransformerShape, dtype: torch.dtype, kind: Kind | None) -> ZImageTransformer2DModel:
+def empty_transformer(
+    shape: TransformerShape, dtype: torch.dtype, kind: Quantization | None
+) -> ZImageTransformer2DModel:
     """A transformer of `shape` in `dtype` whose parameters have no storage yet; attention and feed forward as `kind`.
 
     Embedders, modulations, norms and the final layer are never quantised: they are small and everything passes them.
@@ -35,7 +37,7 @@ def empty(shape: TransformerShape, dtype: torch.dtype, kind: Kind | None) -> ZIm
     return model.requires_grad_(False)
 
 
-def read(path: Path) -> tuple[TransformerShape, Iterator[tuple[str, Tensor]]]:
+def read_weights(path: Path) -> tuple[TransformerShape, Iterator[tuple[str, Tensor]]]:
     """The shape of the transformer at `path`, and its tensors as a stream under diffusers' names.
 
     Raises:
@@ -45,7 +47,7 @@ def read(path: Path) -> tuple[TransformerShape, Iterator[tuple[str, Tensor]]]:
     return shape, stream(tensors) if path.is_dir() else stream_native(path)
 
 
-def read_some(path: Path, names: set[str]) -> Iterator[tuple[str, Tensor]]:
+def read_selected_weights(path: Path, names: set[str]) -> Iterator[tuple[str, Tensor]]:
     """The tensors called `names` (diffusers' names) of the transformer at `path`, from its mapped files."""
     if path.is_dir():
         tensors = transformer_tensors(path)[1]
@@ -54,7 +56,7 @@ def read_some(path: Path, names: set[str]) -> Iterator[tuple[str, Tensor]]:
 
 
 @dataclass(frozen=True)
-class Tensors:
+class WeightFile:
     """A transformer's tensors under diffusers' names, each read from its mapped file when it is asked for."""
 
     shape: TransformerShape
@@ -63,7 +65,7 @@ class Tensors:
 
 
 @contextlib.contextmanager
-def opened(path: Path) -> Iterator[Tensors]:
+def open_weights(path: Path) -> Iterator[WeightFile]:
     """The tensors of the transformer at `path`, in any order, for as long as the block runs.
 
     Raises:
@@ -81,10 +83,12 @@ def opened(path: Path) -> Iterator[Tensors]:
             file, rows = files[infos[name].file], infos[name].shape[0]
             return file.get_tensor(key) if third is None else file.get_slice(key)[third * rows : (third + 1) * rows]
 
-        yield Tensors(shape, infos, get)
+        yield WeightFile(shape, infos, get)
 
 
-def velocity(model: ZImageTransformer2DModel, latents: Images, sigma: PerSample, prompt_embeds: list[Embeds]) -> Images:
+def velocity(
+    model: ZImageTransformer2DModel, latents: LatentBatch, sigma: PerSample, prompt_embeds: list[PromptEmbeds]
+) -> LatentBatch:
     """Predict the velocity `noise - x0` of `latents` (b, 16, h, w) at `sigma` (b,), in fp32.
 
     The one place that knows the model's own conventions: a list of (16, 1, h, w), time `t = 1 - sigma` in fp32

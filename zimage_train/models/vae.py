@@ -41,14 +41,14 @@ def load(extras: Path, device: torch.device, dtype: torch.dtype) -> AutoencoderK
     return vae.eval()
 
 
-def to_pixels(image: Image.Image) -> shapes.OnePicture:
+def to_pixels(image: Image.Image) -> shapes.PixelImage:
     """An RGB picture as (3, h, w) in [-1, 1], fp32."""
     pixels = torch.from_numpy(np.array(image, dtype=np.float32))
     return pixels.permute(2, 0, 1) / 127.5 - 1.0
 
 
 @torch.no_grad()
-def encode(vae: AutoencoderKL, pixels: shapes.Pixels) -> shapes.Images:
+def encode(vae: AutoencoderKL, pixels: shapes.PixelBatch) -> shapes.LatentBatch:
     """Latents (b, 16, h/8, w/8) in fp32 of pixels (b, 3, h, w): (mean - shift) * scale."""
     there = pixels.to(vae.device, vae.dtype)
     mean = _in_tiles_if_it_must(vae, lambda: vae.encode(there, return_dict=False)[0].mode())
@@ -56,7 +56,7 @@ def encode(vae: AutoencoderKL, pixels: shapes.Pixels) -> shapes.Images:
 
 
 @torch.no_grad()
-def decode(vae: AutoencoderKL, latents: shapes.Images) -> list[Image.Image]:
+def decode(vae: AutoencoderKL, latents: shapes.LatentBatch) -> list[Image.Image]:
     """Pictures of latents (b, 16, h/8, w/8), rounded as diffusers' image processor does."""
     scaled = latents.to(vae.device, vae.dtype) / vae.config["scaling_factor"] + vae.config["shift_factor"]
     decoded = _in_tiles_if_it_must(vae, lambda: vae.decode(scaled, return_dict=False)[0])

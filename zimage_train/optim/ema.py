@@ -47,6 +47,6 @@ class Ema:
             tensor.copy_(state[name])
 
 
-def begin(decay: float, trained: Mapping[str, Tensor]) -> Ema:
+def init_ema(decay: float, trained: Mapping[str, Tensor]) -> Ema:
     """Averages that begin where `trained` stands."""
     return Ema(decay, {name: tensor.detach().float().clone() for name, tensor in trained.items()})

@@ -15,10 +15,10 @@ from zimage_train.optim.automagic import Automagic
 from zimage_train.optim.schedules import base_lr
 
 
-def build(settings: schema.Optimizer, parameters: Iterable[Parameter]) -> torch.optim.Optimizer:
+def build_optimizer(settings: schema.OptimizerSettings, parameters: Iterable[Parameter]) -> torch.optim.Optimizer:
     """The optimizer that `settings` names, over `parameters`."""
     params = {key: tuple(value) if isinstance(value, list) else value for key, value in settings.params.items()}
-    make = OPTIMIZERS[settings.name]
+    make = OPTIMIZER_FACTORIES[settings.name]
     return make(list(parameters), lr=base_lr(settings), weight_decay=settings.weight_decay, **params)
 
 
@@ -57,7 +57,7 @@ def _adafactor(parameters: list[Parameter], **settings: Any) -> torch.optim.Opti
     return Adafactor(parameters, scale_parameter=False, relative_step=False, warmup_init=False, **settings)
 
 
-OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+OPTIMIZER_FACTORIES: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adam": torch.optim.Adam,
     "adamw": torch.optim.AdamW,
     "adam8bit": _bitsandbytes("Adam8bit"),
@@ -81,7 +81,7 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr
 
 
-def used_lr(optimizer: torch.optim.Optimizer) -> float:
+def current_lr(optimizer: torch.optim.Optimizer) -> float:
     """The learning rate that the next step will use: for Prodigy its estimate d times the group's, for Automagic the
     mean over the tensors."""
     if isinstance(optimizer, Automagic):
@@ -90,7 +90,7 @@ def used_lr(optimizer: torch.optim.Optimizer) -> float:
     return float(group["lr"]) * float(group.get("d", 1.0))
 
 
-def state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Everything the optimizer remembers: tensors by name, and numbers that survive JSON exactly."""
     tensors: dict[str, Tensor] = {}
     scalars: dict[str, dict[str, Any]] = {}
@@ -104,7 +104,7 @@ def state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str
     return tensors, {"kind": type(optimizer).__name__, "state": scalars, "groups": groups}
 
 
-def load_state(
+def load_optimizer_state(
     optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], numbers: dict[str, Any], where: str
 ) -> None:
     """Restore what `state` returned.

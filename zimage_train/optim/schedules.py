@@ -8,28 +8,28 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from zimage_train.config.schema import Optimizer, Schedule
+from zimage_train.config.schema import OptimizerSettings, ScheduleSettings
 
 Params = Mapping[str, Any]
-PRODIGY_LEAST_LR = 0.1
+MIN_PRODIGY_LR = 0.1
 
 
-def base_lr(settings: Optimizer) -> float:
+def base_lr(settings: OptimizerSettings) -> float:
     """The learning rate before the schedule; Prodigy multiplies its own estimate by it, so less than 0.1 means 1."""
-    if settings.name.startswith("prodigy") and settings.lr < PRODIGY_LEAST_LR:
+    if settings.name.startswith("prodigy") and settings.lr < MIN_PRODIGY_LR:
         return 1.0
     return settings.lr
 
 
-def lr_factor(schedule: Schedule, step: int, steps: int) -> float:
+def lr_factor(schedule: ScheduleSettings, step: int, steps: int) -> float:
     """The factor on the learning rate in `step` (1 to `steps`): linear warm-up, then the schedule."""
     if step <= schedule.warmup_steps:
         return step / schedule.warmup_steps
     done, total = step - 1 - schedule.warmup_steps, max(steps - schedule.warmup_steps, 1)
-    return SCHEDULES[schedule.name](done, total, schedule.params)
+    return SCHEDULE_FUNCTIONS[schedule.name](done, total, schedule.params)
 
 
-def stretches(schedule: Schedule) -> bool:
+def schedule_stretches(schedule: ScheduleSettings) -> bool:
     """Whether other steps in all mean another rate in each of them."""
     return schedule.name not in ("constant", "constant_with_warmup", "step")
 
@@ -77,7 +77,7 @@ def _to_end(left: float, params: Params) -> float:
     return end + (1.0 - end) * left
 
 
-SCHEDULES: dict[str, Callable[[int, int, Params], float]] = {
+SCHEDULE_FUNCTIONS: dict[str, Callable[[int, int, Params], float]] = {
     "constant": _constant,
     "constant_with_warmup": _constant,
     "cosine": _cosine,

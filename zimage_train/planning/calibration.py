@@ -8,11 +8,11 @@ from typing import Any
 
 from zimage_train.io import atomic as files
 
-LEAST_STEPS = 10
+MIN_STEPS = 10
 """A shorter run says nothing."""
 WARM_UP = 3
 """Steps that are left out: kernels are chosen, caches filled."""
-REMEMBERED = 20
+MAX_MEASUREMENTS = 20
 """Runs of one device."""
 
 
@@ -30,7 +30,7 @@ class Measurement:
 
 
 @dataclass(frozen=True)
-class Correction:
+class CalibrationFactor:
     """What several runs on one device say together."""
 
     runs: int
@@ -46,7 +46,7 @@ class Correction:
         return f"corrected by x{self.time:.2f} from {many}{memory}"
 
 
-def key(device: str, parameters: int) -> str:
+def device_key(device: str, parameters: int) -> str:
     """By what runs are told apart: a model of another size says nothing of this one."""
     return f"{device}, {parameters} parameters"
 
@@ -54,7 +54,7 @@ def key(device: str, parameters: int) -> str:
 def measure(device: str, steps: list[tuple[float, float]], gb: float | None, predicted_gb: float) -> Measurement | None:
     """From (measured, predicted) seconds of the steps of a run, in order; None: too few."""
     known = steps[WARM_UP:]
-    if len(steps) < LEAST_STEPS:
+    if len(steps) < MIN_STEPS:
         return None
     return Measurement(
         device=device,
@@ -65,7 +65,7 @@ def measure(device: str, steps: list[tuple[float, float]], gb: float | None, pre
     )
 
 
-def remember(path: Path, measurement: Measurement) -> None:
+def record_measurement(path: Path, measurement: Measurement) -> None:
     """Add a run to those that `path` knows.
 
     Raises:
@@ -74,17 +74,17 @@ def remember(path: Path, measurement: Measurement) -> None:
     known = _read(path)
     same = [one for one in known if one.device == measurement.device]
     others = [one for one in known if one.device != measurement.device]
-    files.write_json(path, [asdict(one) for one in [*others, *same[-REMEMBERED + 1 :], measurement]])
+    files.write_json(path, [asdict(one) for one in [*others, *same[-MAX_MEASUREMENTS + 1 :], measurement]])
 
 
-def correction(path: Path, device: str) -> Correction | None:
+def calibration_factor(path: Path, device: str) -> CalibrationFactor | None:
     """What the runs on `device` that `path` knows say; None: there were none."""
     found = [one for one in _read(path) if one.device == device]
     if not found:
         return None
     time = median(one.time_ratio for one in found)
     memory = [one.memory_ratio for one in found if one.memory_ratio is not None]
-    return Correction(
+    return CalibrationFactor(
         runs=len(found),
         time=time,
         spread=max(abs(one.time_ratio / time - 1) for one in found),

@@ -10,17 +10,17 @@ from zimage_train.errors import ConfigError, Problem
 from zimage_train.models.arch import TransformerShape
 from zimage_train.planning import gpus as cards
 from zimage_train.planning import memory, preflight
-from zimage_train.planning.gpus import Device
+from zimage_train.planning.gpus import DeviceLimits
 
 
-def require(device: torch.device, shape: TransformerShape, dtype: str) -> None:
+def require_device(device: torch.device, shape: TransformerShape, dtype: str) -> None:
     """Refuse what `device` cannot do, before anything is downloaded, read or encoded for it.
 
     Raises:
         ConfigError: no GPU for a model that needs one, or one without bf16.
     """
     parameters = memory.parameters_of(shape)
-    if device.type == "cpu" and parameters > memory.LARGEST_ON_CPU:
+    if device.type == "cpu" and parameters > memory.MAX_CPU_PARAMETERS:
         what = f"no GPU was found, and {parameters / 1e9:.1f} billion parameters would take weeks without one"
         raise ConfigError(Problem("device", what, "check the driver with nvidia-smi, and that torch is a CUDA build"))
     if device.type == "cuda" and dtype == "bf16" and not torch.cuda.is_bf16_supported(False):
@@ -49,15 +49,15 @@ def reproducible(device: torch.device) -> Iterator[None]:
         torch.use_deterministic_algorithms(before[0])
 
 
-def here(device: torch.device) -> Device:
+def device_limits(device: torch.device) -> DeviceLimits:
     """What a plan for `device` goes by: its total memory but for a reserve, never what happens to be free."""
     if device.type != "cuda":
-        return Device("cpu", preflight.system_memory_bytes(), None)
+        return DeviceLimits("cpu", preflight.system_memory_bytes(), None)
     properties = torch.cuda.get_device_properties(device)
-    return Device(properties.name, cards.usable_bytes(properties.total_memory), cards.find(properties.name))
+    return DeviceLimits(properties.name, cards.usable_bytes(properties.total_memory), cards.find_gpu(properties.name))
 
 
-def room_bytes(device: torch.device) -> int:
+def available_bytes(device: torch.device) -> int:
     """Nine tenths of a GPU's memory: what a plan may be predicted to take after one that was too large; 0 on a CPU."""
     return int(torch.cuda.get_device_properties(device).total_memory * 0.9) if device.type == "cuda" else 0
 

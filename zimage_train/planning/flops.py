@@ -7,16 +7,16 @@ nothing before the first LoRA has a backward. Tests count the same on the real g
 
 from functools import cache
 
-from zimage_train.config.values import Mode
+from zimage_train.config.values import RecomputeMode
 from zimage_train.dataset.buckets import Bucket
-from zimage_train.diffusion.request import Recipe
+from zimage_train.diffusion.request import SamplingRequest
 from zimage_train.models.arch import TransformerShape
-from zimage_train.planning.gpus import Card
-from zimage_train.planning.memory import Form, Job, block_bytes, count, padded
+from zimage_train.planning.gpus import GpuSpec
+from zimage_train.planning.memory import WeightPlacement, Workload, block_bytes, padded_tokens, parameter_count
 
 CAPTION_TOKENS = 64
 """A typical caption."""
-REACHED = 0.9
+REACHED_SHARE = 0.9
 """Of a card's arithmetic and bandwidth, by kernels that have enough to do."""
 TRAFFIC = {"none": 1100, "elementwise": 1390, "w1w3": 1417, "attention": 1450, "full": 1450}
 """Bytes moved by norms, gates, rotations and the LoRA in one block, per token and unit of `dim`: products and attention
@@ -30,13 +30,13 @@ OPERATIONS = {"none": 400, "elementwise": 590, "w1w3": 590, "attention": 590, "f
 LAUNCH_SECONDS = 6e-6
 
 
-def forward(shape: TransformerShape, size: Bucket) -> float:
+def forward_flops(shape: TransformerShape, size: Bucket) -> float:
     """Operations of one forward pass on one picture of `size` px."""
     linear, attention = _layers(shape, size)
     return linear + attention + _before_the_layers(shape, size)
 
 
-def step(shape: TransformerShape, size: Bucket, mode: Mode) -> float:
+def step_flops(shape: TransformerShape, size: Bucket, mode: RecomputeMode) -> float:
     """Operations of forward and backward on one sample; the LoRA's own, about 1 %, are left out."""
     linear, attention = _layers(shape, size)
     again = {
@@ -46,55 +46,57 @@ def step(shape: TransformerShape, size: Bucket, mode: Mode) -> float:
         "attention": linear,
         "full": linear + attention,
     }
-    return forward(shape, size) + linear + 2.5 * attention + again[mode]
+    return forward_flops(shape, size) + linear + 2.5 * attention + again[mode]
 
 
-def step_seconds(job: Job, form: Form, mode: Mode, size: Bucket, card: Card) -> float:
+def step_seconds(job: Workload, form: WeightPlacement, mode: RecomputeMode, size: Bucket, card: GpuSpec) -> float:
     """Seconds of one training step on a full batch of `size`, with all that preservation and priors add to it."""
     more = job.extra_forwards * forward_seconds(job, form, size, job.batch(size), card)
     return (1 + job.extra_steps) * _pass_seconds(job, form, mode, size, card) + more
 
 
-def _pass_seconds(job: Job, form: Form, mode: Mode, size: Bucket, card: Card) -> float:
+def _pass_seconds(job: Workload, form: WeightPlacement, mode: RecomputeMode, size: Bucket, card: GpuSpec) -> float:
     """Seconds of one pass forward and backward."""
     shape, batch = job.shape, job.batch(size)
-    tokens = (_image_tokens(size) + padded(CAPTION_TOKENS)) * batch
+    tokens = (_image_tokens(size) + padded_tokens(CAPTION_TOKENS)) * batch
     moved = (shape.n_layers * TRAFFIC[mode] + TRAFFIC_AROUND) * shape.dim * tokens
     if form.kind is not None:
         unpacked = {"none": 2.0, "elementwise": 2.0, "w1w3": 2.0 + _wide_share(shape), "attention": 3.0, "full": 3.0}
         moved += unpacked[mode] * UNPACKING * shape.n_layers * _block_weights(shape)
-    computing = step(shape, size, mode) * batch / (REACHED * card.tflops * 1e12)
-    moving = moved / (REACHED * card.gb_per_second * 1e9)
+    computing = step_flops(shape, size, mode) * batch / (REACHED_SHARE * card.tflops * 1e12)
+    moving = moved / (REACHED_SHARE * card.gb_per_second * 1e9)
     launching = OPERATIONS[mode] * shape.n_layers * LAUNCH_SECONDS
     return max(computing + moving, launching, 2 * _streaming_seconds(job, form, card))
 
 
-def preview_seconds(job: Job, form: Form, recipe: Recipe, card: Card) -> float:
+def preview_seconds(job: Workload, form: WeightPlacement, recipe: SamplingRequest, card: GpuSpec) -> float:
     """Seconds of sampling one picture; decoding takes less than one of its steps."""
     batch = 2 if recipe.guidance > 0 else 1
     return recipe.steps * forward_seconds(job, form, Bucket(recipe.width, recipe.height), batch, card)
 
 
-def forward_seconds(job: Job, form: Form, size: Bucket, batch: int, card: Card) -> float:
+def forward_seconds(job: Workload, form: WeightPlacement, size: Bucket, batch: int, card: GpuSpec) -> float:
     """Seconds of one pass forward, which keeps nothing, on so many pictures of `size`."""
-    tokens = (_image_tokens(size) + padded(CAPTION_TOKENS)) * batch
-    computing = forward(job.shape, size) * batch / (REACHED * card.tflops * 1e12)
-    moving = TRAFFIC["none"] / 3 * job.shape.n_layers * job.shape.dim * tokens / (REACHED * card.gb_per_second * 1e9)
+    tokens = (_image_tokens(size) + padded_tokens(CAPTION_TOKENS)) * batch
+    computing = forward_flops(job.shape, size) * batch / (REACHED_SHARE * card.tflops * 1e12)
+    moving = (
+        TRAFFIC["none"] / 3 * job.shape.n_layers * job.shape.dim * tokens / (REACHED_SHARE * card.gb_per_second * 1e9)
+    )
     return max(computing + moving, _streaming_seconds(job, form, card))
 
 
-def _streaming_seconds(job: Job, form: Form, card: Card) -> float:
+def _streaming_seconds(job: Workload, form: WeightPlacement, card: GpuSpec) -> float:
     """Seconds of copying in one pass; the blocks that the ring holds across a turn are not copied again."""
-    return max(form.streamed - 2, 0) * block_bytes(job, form.kind) / (REACHED * card.pcie_gb_per_second * 1e9)
+    return max(form.streamed - 2, 0) * block_bytes(job, form.kind) / (REACHED_SHARE * card.pcie_gb_per_second * 1e9)
 
 
 def _layers(shape: TransformerShape, size: Bucket) -> tuple[float, float]:
-    tokens = _image_tokens(size) + padded(CAPTION_TOKENS)
+    tokens = _image_tokens(size) + padded_tokens(CAPTION_TOKENS)
     return _products(shape, "layers", tokens), _attention(shape, shape.n_layers, tokens)
 
 
 def _before_the_layers(shape: TransformerShape, size: Bucket) -> float:
-    parts = (("noise_refiner", _image_tokens(size)), ("context_refiner", padded(CAPTION_TOKENS)))
+    parts = (("noise_refiner", _image_tokens(size)), ("context_refiner", padded_tokens(CAPTION_TOKENS)))
     return sum(
         _products(shape, name, tokens) + _attention(shape, shape.n_refiner_layers, tokens) for name, tokens in parts
     )
@@ -108,7 +110,7 @@ def _products(shape: TransformerShape, part: str, tokens: int) -> float:
 def _weights(shape: TransformerShape, part: str) -> int:
     """Modulations are left out: they see one vector a picture and not one a token."""
     return sum(
-        count(parameter)
+        parameter_count(parameter)
         for name, parameter in shape.parameters.items()
         if name.startswith(f"{part}.") and len(parameter) == 2 and "adaLN" not in name
     )
@@ -128,4 +130,4 @@ def _attention(shape: TransformerShape, blocks: int, tokens: int) -> float:
 
 
 def _image_tokens(size: Bucket) -> int:
-    return padded(size.width * size.height // 256)
+    return padded_tokens(size.width * size.height // 256)

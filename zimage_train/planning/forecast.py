@@ -5,24 +5,24 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
-from zimage_train.config.load import cache_folder
+from zimage_train.config.load import cache_dir
 from zimage_train.config.schema import Config
 from zimage_train.dataset.buckets import Bucket
-from zimage_train.io.units import in_words
+from zimage_train.io.units import format_bytes
 from zimage_train.planning import calibration as measured
 from zimage_train.planning import flops, memory, planner, preflight
 from zimage_train.planning import gpus as cards
-from zimage_train.planning.calibration import Correction
-from zimage_train.planning.gpus import CARDS, Card, Device
-from zimage_train.planning.planner import Plan
-from zimage_train.planning.preflight import Checked
+from zimage_train.planning.calibration import CalibrationFactor
+from zimage_train.planning.gpus import GPU_SPECS, DeviceLimits, GpuSpec
+from zimage_train.planning.planner import MemoryPlan
+from zimage_train.planning.preflight import RunSpec
 
 SIGMAS_IN_A_VALIDATION = 17
 READ_BYTES_PER_SECOND = 2e9
 """Of weights that come from a file that was read before."""
 EXAMPLES = ("4090", "4080", "4070", "4060")
 """24, 16, 12 and 8 GB, shown where there is no card to plan for."""
-MODES_IN_WORDS = {
+MODE_DESCRIPTIONS = {
     "none": "nothing",
     "elementwise": "norms, gates and activations",
     "w1w3": "norms, gates, activations and wide products",
@@ -31,7 +31,7 @@ MODES_IN_WORDS = {
 }
 
 
-def device_for(config: Config, gpu: str | None) -> Device | None:
+def device_for(config: Config, gpu: str | None) -> DeviceLimits | None:
     """The card that `gpu` names, or the one of this machine, with the config's budget if it sets one.
 
     None: neither is known, and there is no budget.
@@ -40,118 +40,118 @@ def device_for(config: Config, gpu: str | None) -> Device | None:
         ConfigError: `gpu` is not known.
     """
     budget = config.memory.budget_gb
-    found = cards.here() if gpu is None else None
-    card = cards.named(gpu) if gpu is not None else cards.find(found.name) if found else None
+    found = cards.detect_gpu() if gpu is None else None
+    card = cards.get_gpu(gpu) if gpu is not None else cards.find_gpu(found.name) if found else None
     total = found.memory_bytes if found else card.memory_gb * 1e9 if card else None
     limits = [cards.usable_bytes(total)] if total is not None else []
     if not isinstance(budget, str):
         limits.append(budget * 1e9)
     name = f"one {card.name}" if card else found.name if found else "this budget"
-    return Device(name, min(limits), card) if limits else None
+    return DeviceLimits(name, min(limits), card) if limits else None
 
 
-def plan_for(checked: Checked, device: Device, gpu: bool | None = None, processes: int = 1) -> Plan:
+def plan_for(checked: RunSpec, device: DeviceLimits, gpu: bool | None = None, processes: int = 1) -> MemoryPlan:
     """How `checked` runs on `device`, with main memory shared by so many processes."""
-    job, host = preflight.job_of(checked, gpu), preflight.system_memory_bytes() / processes
-    wanted = planner.wanted(checked.config, job.shape.n_layers)
-    return planner.choose(job, wanted, device.limit_bytes, host, device.card)
+    job, host = preflight.workload_of(checked, gpu), preflight.system_memory_bytes() / processes
+    wanted = planner.plan_constraints(checked.config, job.shape.n_layers)
+    return planner.choose_plan(job, wanted, device.limit_bytes, host, device.card)
 
 
-def lines(checked: Checked, gpu: str | None, price: float | None) -> list[str]:
+def forecast_lines(checked: RunSpec, gpu: str | None, price: float | None) -> list[str]:
     """Memory, time and cost; on four sizes of card where none is known."""
     device = device_for(checked.config, gpu)
     if device is not None:
         return _of_device(checked, device, price)
-    if memory.parameters_of(preflight.job_of(checked).shape) <= memory.LARGEST_ON_CPU:
-        return _of_device(checked, Device("cpu", preflight.system_memory_bytes(), None), price)
+    if memory.parameters_of(preflight.workload_of(checked).shape) <= memory.MAX_CPU_PARAMETERS:
+        return _of_device(checked, DeviceLimits("cpu", preflight.system_memory_bytes(), None), price)
     found = ["memory and time, predicted (no NVIDIA GPU found here; --gpu NAME shows more of one):"]
     for name in EXAMPLES:
-        card = CARDS[name]
-        plan = plan_for(checked, Device(name, cards.usable_bytes(card.memory_gb * 1e9), card))
+        card = GPU_SPECS[name]
+        plan = plan_for(checked, DeviceLimits(name, cards.usable_bytes(card.memory_gb * 1e9), card))
         found.append(f"  {card.memory_gb:4.1f} GB ({name}): {_short(checked, plan, card, price)}")
     return found
 
 
-def plan_in_words(plan: Plan) -> str:
+def describe_plan(plan: MemoryPlan) -> str:
     """The plan in one line, for the log."""
-    predicted = in_words(plan.peak.total)
+    predicted = format_bytes(plan.peak.total)
     return f"{_weights(plan)}; recomputed: {_recomputed(plan)}; {predicted} predicted, {plan.why}"
 
 
-def fits(checked: Checked, gpu: str | None) -> bool:
+def fits(checked: RunSpec, gpu: str | None) -> bool:
     """Whether a run is predicted to fit the device that `lines` is about; True where there is none."""
     device = device_for(checked.config, gpu)
     return device is None or plan_for(checked, device).fits
 
 
-def _short(checked: Checked, plan: Plan, card: Card, price: float | None) -> str:
+def _short(checked: RunSpec, plan: MemoryPlan, card: GpuSpec, price: float | None) -> str:
     if not plan.fits:
         return f"does not fit ({plan.peak.total / 1e9:.1f} GB)"
     largest = max(plan.job.sizes, key=plan.job.tokens)
     mode = plan.mode_of(plan.job.tokens(largest))
     return (
-        f"{plan.peak.total / 1e9:.1f} GB, {_weights(plan)}, recomputing {MODES_IN_WORDS[mode]} at "
-        f"{largest.width}x{largest.height}, {_hours_and_cost(seconds(checked, plan, card), price)}"
+        f"{plan.peak.total / 1e9:.1f} GB, {_weights(plan)}, recomputing {MODE_DESCRIPTIONS[mode]} at "
+        f"{largest.width}x{largest.height}, {_hours_and_cost(run_seconds(checked, plan, card), price)}"
     )
 
 
-def _of_device(checked: Checked, device: Device, price: float | None) -> list[str]:
+def _of_device(checked: RunSpec, device: DeviceLimits, price: float | None) -> list[str]:
     plan = plan_for(checked, device)
     peak = plan.peak
     known = _known(checked, device.key)
     by_runs = f", x{known.memory:.2f} by runs here" if known and known.memory else ""
     found = [
-        f"memory on {device.name} ({in_words(device.limit_bytes)}), predicted:",
-        f"  frozen transformer        {in_words(peak.weights):>9}  {_weights(plan)}",
-        f"  LoRA, gradient, optimizer {in_words(peak.lora):>9}",
-        f"  activations               {in_words(peak.activations):>9}  {_where(plan)}",
-        f"  CUDA and fragmentation    {in_words(peak.context):>9}",
-        f"  at the most               {in_words(peak.total):>9}{by_runs}",
+        f"memory on {device.name} ({format_bytes(device.limit_bytes)}), predicted:",
+        f"  frozen transformer        {format_bytes(peak.weights):>9}  {_weights(plan)}",
+        f"  LoRA, gradient, optimizer {format_bytes(peak.lora):>9}",
+        f"  activations               {format_bytes(peak.activations):>9}  {_where(plan)}",
+        f"  CUDA and fragmentation    {format_bytes(peak.context):>9}",
+        f"  at the most               {format_bytes(peak.total):>9}{by_runs}",
         f"  recomputed: {_recomputed(plan)}",
         f"  why: {plan.why}",
     ]
     if not plan.fits:
-        less = preflight.less_memory(checked, device.limit_bytes)
-        found.append(f"  this does not fit {in_words(device.limit_bytes)}: {less}")
+        less = preflight.how_to_fit(checked, device.limit_bytes)
+        found.append(f"  this does not fit {format_bytes(device.limit_bytes)}: {less}")
     return [*found, *_shares(checked, plan, device), *_time(checked, plan, device, price)]
 
 
-def _where(plan: Plan) -> str:
+def _where(plan: MemoryPlan) -> str:
     """When the plan's peak comes."""
     peak = plan.peak
-    if peak == memory.preview(plan.job, plan.form):
+    if peak == memory.preview_memory(plan.job, plan.form):
         return "in a preview"
     size = next(size for size in plan.job.sizes if plan.step(size) == peak)
     return f"at {size.width}x{size.height} px, {plan.job.tokens(size)} tokens"
 
 
-def _weights(plan: Plan) -> str:
+def _weights(plan: MemoryPlan) -> str:
     kind = plan.form.kind or plan.job.dtype
     streamed = plan.form.streamed
     if not streamed:
         return kind
-    host = in_words(memory.host_bytes(plan.job, plan.form))
+    host = format_bytes(memory.host_bytes(plan.job, plan.form))
     return f"{kind}, {streamed} of {plan.job.shape.n_layers} blocks streamed from {host} of main memory"
 
 
-def _recomputed(plan: Plan) -> str:
+def _recomputed(plan: MemoryPlan) -> str:
     """Each mode that some batch of the job may need, with the most tokens that it is for."""
     parts: list[str] = []
     for mode, most in plan.limits.items():
-        if most >= plan.job.most_tokens:
-            return ", ".join([*parts, MODES_IN_WORDS[mode] + (" beyond" if parts else "")])
+        if most >= plan.job.max_tokens:
+            return ", ".join([*parts, MODE_DESCRIPTIONS[mode] + (" beyond" if parts else "")])
         if most > 0:
-            parts.append(f"{MODES_IN_WORDS[mode]} up to {most} tokens")
+            parts.append(f"{MODE_DESCRIPTIONS[mode]} up to {most} tokens")
     return ", ".join(parts)
 
 
-def _shares(checked: Checked, plan: Plan, device: Device) -> list[str]:
+def _shares(checked: RunSpec, plan: MemoryPlan, device: DeviceLimits) -> list[str]:
     """Where the time and the memory of the run go, by resolution and to previews."""
     by_resolution: dict[int, Counter[Bucket]] = {}
     for item in checked.items:
         by_resolution.setdefault(item.resolution, Counter())[item.size] += 1
     card, known = device.card, _known(checked, device.key)
-    speed, factor = card or cards.TYPICAL, known.time if known else 1.0
+    speed, factor = card or cards.TYPICAL_GPU, known.time if known else 1.0
     shares = plan.job.shares()
     spent = {
         resolution: math.fsum(
@@ -167,74 +167,74 @@ def _shares(checked: Checked, plan: Plan, device: Device) -> list[str]:
         a_step = f", {plan.seconds(largest, card) * factor:.2f} s a step" if card else ""
         mode = plan.mode_of(plan.job.tokens(largest))
         share = f"{spent[resolution] / epoch:.0%} of the training time"
-        what = f"{in_words(most.total)} a step, recomputing {MODES_IN_WORDS[mode]}{a_step}"
+        what = f"{format_bytes(most.total)} a step, recomputing {MODE_DESCRIPTIONS[mode]}{a_step}"
         found.append(f"  {resolution} px: {share}, {what}")
     whole, previews = _run_seconds(checked, plan, speed)
     recipes, times = len(plan.job.previews), _previews_in_a_run(checked.config)
-    drawing = in_words(memory.preview(plan.job, plan.form).total)
+    drawing = format_bytes(memory.preview_memory(plan.job, plan.form).total)
     pictures = f"{recipes} picture{'s' * (recipes != 1)}"
     found.append(f"  previews: {times} times {pictures}, {previews / whole:.0%} of the run, {drawing}")
-    if own := plan.job.own:
+    if own := plan.job.generated:
         before = _own_seconds(plan, speed)
         found.append(f"  before training: {len(own)} pictures of the model's own, {before / whole:.0%} of the run")
     return found
 
 
-def _own_seconds(plan: Plan, card: Card) -> float:
+def _own_seconds(plan: MemoryPlan, card: GpuSpec) -> float:
     """What the model takes to draw what it is then trained on."""
-    return math.fsum(flops.preview_seconds(plan.job, plan.form, one, card) for one in plan.job.own)
+    return math.fsum(flops.preview_seconds(plan.job, plan.form, one, card) for one in plan.job.generated)
 
 
-def _time(checked: Checked, plan: Plan, device: Device, price: float | None) -> list[str]:
+def _time(checked: RunSpec, plan: MemoryPlan, device: DeviceLimits, price: float | None) -> list[str]:
     known = _known(checked, device.key)
     if device.card is None and known is None:
         return ["time: not known for this device before a run on it; --gpu NAME predicts it for a card"]
-    whole = _run_seconds(checked, plan, device.card or cards.TYPICAL)[0] * (known.time if known else 1.0)
+    whole = _run_seconds(checked, plan, device.card or cards.TYPICAL_GPU)[0] * (known.time if known else 1.0)
     how = f"predicted; {known.in_words()}" if known else "predicted"
     steps = checked.config.train.steps
     return [f"time on {device.name}, for {steps} steps: {_hours_and_cost(whole, price)} ({how})"]
 
 
-def _known(checked: Checked, device: str) -> Correction | None:
+def _known(checked: RunSpec, device: str) -> CalibrationFactor | None:
     """What runs of this model on `device` say."""
-    parameters = memory.parameters_of(preflight.job_of(checked).shape)
-    return measured.correction(memo(checked.config), measured.key(device, parameters))
+    parameters = memory.parameters_of(preflight.workload_of(checked).shape)
+    return measured.calibration_factor(calibration_file(checked.config), measured.device_key(device, parameters))
 
 
-def seconds(checked: Checked, plan: Plan, card: Card) -> float:
+def run_seconds(checked: RunSpec, plan: MemoryPlan, card: GpuSpec) -> float:
     """How long the whole run takes on `card`, with what earlier runs say of it."""
     known = _known(checked, card.name)
     return _run_seconds(checked, plan, card)[0] * (known.time if known else 1.0)
 
 
-def memo(config: Config) -> Path:
+def calibration_file(config: Config) -> Path:
     """Where measured runs are remembered."""
-    return cache_folder(config) / "measured.json"
+    return cache_dir(config) / "measured.json"
 
 
-def in_hours(seconds: float) -> str:
+def format_hours(seconds: float) -> str:
     """A time for people."""
     minutes = round(seconds / 60)
     return f"{minutes // 60} h {minutes % 60:02d} min" if minutes else f"{seconds:.0f} s"
 
 
 def _hours_and_cost(seconds: float, price: float | None) -> str:
-    time = in_hours(seconds)
+    time = format_hours(seconds)
     return time if price is None else f"{time}, at {price:g} an hour {seconds / 3600 * price:.2f}"
 
 
-def _run_seconds(checked: Checked, plan: Plan, card: Card) -> tuple[float, float]:
+def _run_seconds(checked: RunSpec, plan: MemoryPlan, card: GpuSpec) -> tuple[float, float]:
     """The whole run, and its previews alone."""
     config, job = checked.config, plan.job
     mean = math.fsum(share * plan.seconds(size, card) for size, share in job.shares().items())
     drawing = math.fsum(flops.preview_seconds(job, plan.form, one, card) for one in job.previews)
-    if checked.weights is None or checked.weights.sources.adapter is not None:  # taken out and merged again
+    if checked.weights is None or checked.weights.paths.adapter is not None:  # taken out and merged again
         drawing += 2 * memory.model_bytes(replace(job, dtype="bf16"), None) / READ_BYTES_PER_SECOND
     previews = drawing * _previews_in_a_run(config) if job.previews else 0.0
     looking = math.fsum(flops.forward_seconds(job, plan.form, item.size, 1, card) for item in checked.held_out)
     every, steps = config.validation.every, config.train.steps
     validating = looking * SIGMAS_IN_A_VALIDATION * (-(-steps // every) + 1) if every else 0.0
-    training = steps * config.train.accumulate * mean
+    training = steps * config.train.grad_accumulation * mean
     return training + previews + validating + _own_seconds(plan, card), previews
 
 

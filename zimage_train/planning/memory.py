@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 from functools import cache
 
 from zimage_train.config.schema import Config
-from zimage_train.config.values import Kind, Mode
+from zimage_train.config.values import Quantization, RecomputeMode
 from zimage_train.dataset.buckets import Bucket
-from zimage_train.dataset.sample_order import Item, Plan, make_plan
-from zimage_train.diffusion.request import Recipe
+from zimage_train.dataset.sample_order import SampleOrder, TrainItem, make_sample_order
+from zimage_train.diffusion.request import SamplingRequest
 from zimage_train.models.arch import IN_A_BLOCK, TransformerShape
 from zimage_train.models.pinned_memory import pinned_bytes
 
@@ -57,24 +57,24 @@ CONTEXT_BYTES = 500_000_000
 """What CUDA and its libraries take for themselves."""
 FRAGMENTATION = 0.08
 """What the allocator loses between its blocks, as a share of the rest: docs/memory.md has what was measured."""
-LARGEST_ON_CPU = 1_000_000_000
+MAX_CPU_PARAMETERS = 1_000_000_000
 """Parameters; a larger model is trained on a GPU or not at all."""
-MOST_CAPTION_TOKENS = 512
+MAX_CAPTION_TOKENS = 512
 TEMPLATE_TOKENS = 16
 BYTES_PER_TOKEN = 3
 """Of UTF-8 text; English has more than 4."""
 
 
 @dataclass(frozen=True)
-class Form:
+class WeightPlacement:
     """How the frozen transformer is held: in its own precision or quantised, and how many blocks are streamed."""
 
-    kind: Kind | None = None
+    kind: Quantization | None = None
     streamed: int = 0
 
 
 @dataclass(frozen=True)
-class Job:
+class Workload:
     """What is trained and sampled, as far as memory and time go."""
 
     shape: TransformerShape
@@ -88,7 +88,7 @@ class Job:
     """The most samples of a batch, unless `largest` says otherwise."""
     caption_tokens: int
     """Of the longest caption, judged by its length."""
-    previews: tuple[Recipe, ...]
+    previews: tuple[SamplingRequest, ...]
     gpu: bool
     vae_channels: int = VAE_CHANNELS
     ema: bool = False
@@ -101,11 +101,11 @@ class Job:
     largest: Mapping[Bucket, int] | None = None
     """Samples of the largest batch of each size, where folders have batch sizes of their own."""
     passes: Mapping[Bucket, float] | None = None
-    """How often a batch of each size comes, where regularisation has a share of its own."""
+    """How often a batch of each size comes, where regularization has a share of its own."""
     held_out: Bucket | None = None
     """The largest picture that validation looks at."""
     previews_at_once: int = 1
-    own: tuple[Recipe, ...] = ()
+    generated: tuple[SamplingRequest, ...] = ()
     """What the model draws before training, to be trained on it."""
     preview_lora_bytes: int = 0
     """Of the LoRAs that previews have besides."""
@@ -121,36 +121,42 @@ class Job:
 
     def tokens(self, size: Bucket) -> int:
         """Of the largest batch of `size`."""
-        return (padded(size.width * size.height // 256) + padded(self.caption_tokens)) * self.batch(size)
+        return (padded_tokens(size.width * size.height // 256) + padded_tokens(self.caption_tokens)) * self.batch(size)
 
     @property
-    def most_tokens(self) -> int:
+    def max_tokens(self) -> int:
         """Of the largest batch of all."""
         return max(map(self.tokens, self.sizes), default=0)
 
 
-def job(
+def make_workload(
     config: Config,
     shape: TransformerShape,
     modules: list[str],
-    items: list[Item],
-    previews: list[Recipe],
+    items: list[TrainItem],
+    previews: list[SamplingRequest],
     gpu: bool,
-    held_out: Iterable[Item] = (),
-) -> Job:
+    held_out: Iterable[TrainItem] = (),
+) -> Workload:
     """What `config` trains on `items`, with a LoRA on `modules` of a transformer of `shape`."""
-    plan = make_plan(config, items)
+    plan = make_sample_order(config, items)
     largest, passes, with_prior = _batches(plan)
     preserves = config.preserve.kind is not None
-    texts = {text for item in items for one in [plan.whole(item)] for text in (one.prompt, one.held) if text}
-    return Job(
+    texts = {
+        text
+        for item in items
+        for one in [plan.longest_sample(item)]
+        for text in (one.prompt, one.preserve_prompt)
+        if text
+    }
+    return Workload(
         shape=shape,
         dtype=config.model.dtype,
         trained=sum(sum(shape.linears[module]) for module in modules) * config.lora.rank,
         optimizer=config.optimizer.name,
         sizes=Counter(item.size for item in items),
         batch_size=max(largest.values(), default=config.train.batch_size),
-        caption_tokens=max(map(caption_tokens, texts), default=MOST_CAPTION_TOKENS if not items else TEMPLATE_TOKENS),
+        caption_tokens=max(map(caption_tokens, texts), default=MAX_CAPTION_TOKENS if not items else TEMPLATE_TOKENS),
         previews=tuple(previews),
         gpu=gpu,
         ema=config.ema.decay is not None,
@@ -163,30 +169,33 @@ def job(
     )
 
 
-def _batches(plan: Plan) -> tuple[dict[Bucket, int], dict[Bucket, float], float]:
+def _batches(plan: SampleOrder) -> tuple[dict[Bucket, int], dict[Bucket, float], float]:
     """The largest batch of each size, how often one of each size comes, and in which share a prior is asked for."""
     largest: dict[Bucket, int] = {}
     passes: dict[Bucket, float] = {}
     with_prior = 0.0
-    for stream, share in ((plan.own, 1.0 - plan.share), (plan.regularisation, plan.share)):
+    for stream, share in (
+        (plan.concept, 1.0 - plan.effective_regularization_share),
+        (plan.regularization, plan.effective_regularization_share),
+    ):
         if stream is None or not stream.items:
             continue
-        for (size, most), count in Counter((item.size, plan.most_of(item)) for item in stream.items).items():
+        for (size, most), count in Counter((item.size, plan.batch_size_of(item)) for item in stream.items).items():
             largest[size] = max(largest.get(size, 0), min(count, most))
             passes[size] = passes.get(size, 0.0) + share * -(-count // most) / stream.micro_batches_per_epoch
         entries = (plan.entries[item.entry] for item in stream.items)
-        asking = sum(entry.regularisation == "prior" or entry.mask_prior > 0 for entry in entries)
+        asking = sum(entry.regularization == "prior" or entry.mask_prior > 0 for entry in entries)
         with_prior += share * asking / len(stream.items)
     return largest, passes, with_prior
 
 
 def caption_tokens(prompt: str) -> int:
     """Tokens of a prompt with its template, on the high side for prose."""
-    return min(TEMPLATE_TOKENS + len(prompt.encode(errors="replace")) // BYTES_PER_TOKEN, MOST_CAPTION_TOKENS)
+    return min(TEMPLATE_TOKENS + len(prompt.encode(errors="replace")) // BYTES_PER_TOKEN, MAX_CAPTION_TOKENS)
 
 
 @dataclass(frozen=True)
-class Estimate:
+class MemoryEstimate:
     """Bytes of one training step, or of something else that goes on beside the frozen weights."""
 
     weights: int
@@ -204,29 +213,29 @@ class Estimate:
         return self.allocated + self.context
 
 
-def step(job: Job, form: Form, mode: Mode, tokens: int) -> Estimate:
+def step_memory(job: Workload, form: WeightPlacement, mode: RecomputeMode, tokens: int) -> MemoryEstimate:
     """The peak of forward and backward of a batch of `tokens`."""
     kept = KEPT[job.dtype]
     per_token = job.shape.n_layers * kept[mode] + kept["none"] - kept[mode] + LIVE[job.dtype]
     return _with_weights(job, form, int(per_token * job.shape.dim * tokens))
 
 
-def most_tokens(job: Job, form: Form, mode: Mode, limit_bytes: float) -> int:
+def max_tokens_within(job: Workload, form: WeightPlacement, mode: RecomputeMode, limit_bytes: float) -> int:
     """The largest batch that fits `limit_bytes`."""
-    fixed, one = step(job, form, mode, 0).total, step(job, form, mode, 1000).total
+    fixed, one = step_memory(job, form, mode, 0).total, step_memory(job, form, mode, 1000).total
     return max(int((limit_bytes - fixed) * 1000 / max(one - fixed, 1)), 0)
 
 
-def preview(job: Job, form: Form) -> Estimate:
+def preview_memory(job: Workload, form: WeightPlacement) -> MemoryEstimate:
     """The peak of the largest preview, of its sampling or of its decoding; or of a validation."""
     sampling = decoding = 0.0
     if job.held_out is not None:
-        tokens = padded(job.held_out.width * job.held_out.height // 256) + padded(job.caption_tokens)
+        tokens = padded_tokens(job.held_out.width * job.held_out.height // 256) + padded_tokens(job.caption_tokens)
         sampling = SAMPLING[job.dtype] * job.shape.dim * tokens
-    for one in (*job.previews, *job.own):
+    for one in (*job.previews, *job.generated):
         batch = job.previews_at_once * (2 if one.guidance > 0 else 1)
         longer = max(one.prompt, one.negative if one.guidance > 0 else "", key=len)
-        tokens = padded(one.width * one.height // 256) + padded(caption_tokens(longer))
+        tokens = padded_tokens(one.width * one.height // 256) + padded_tokens(caption_tokens(longer))
         sampling = max(sampling, SAMPLING[job.dtype] * job.shape.dim * tokens * batch)
         width = job.vae_channels / VAE_CHANNELS
         decoding = max(decoding, DECODING[job.dtype] * width * one.width * one.height)
@@ -236,52 +245,52 @@ def preview(job: Job, form: Form) -> Estimate:
     return _with_weights(job, form, int(max(sampling, decoding)))
 
 
-def _with_weights(job: Job, form: Form, activations: int) -> Estimate:
+def _with_weights(job: Workload, form: WeightPlacement, activations: int) -> MemoryEstimate:
     weights = device_bytes(job, form)
     lora = int(job.trained * (4 + 4 + OPTIMIZER_BYTES[job.optimizer] + 4 * job.ema))
     around = CONTEXT_BYTES + FRAGMENTATION * (weights + lora + activations) if job.gpu else 0
-    return Estimate(weights, lora, activations, int(around))
+    return MemoryEstimate(weights, lora, activations, int(around))
 
 
-def device_bytes(job: Job, form: Form) -> int:
+def device_bytes(job: Workload, form: WeightPlacement) -> int:
     """Frozen weights on the device: all, or those of blocks that stay and of the ring for the others."""
     blocks_away = form.streamed - (SLOTS if form.streamed else 0)
     return model_bytes(job, form.kind) - blocks_away * block_bytes(job, form.kind)
 
 
-def host_bytes(job: Job, form: Form) -> int:
+def host_bytes(job: Workload, form: WeightPlacement) -> int:
     """Frozen weights in main memory; pinned, for a GPU."""
     block = block_bytes(job, form.kind)
     return pinned_bytes(form.streamed, block) if job.gpu else form.streamed * block
 
 
-def model_bytes(job: Job, kind: Kind | None) -> int:
+def model_bytes(job: Workload, kind: Quantization | None) -> int:
     """The whole frozen transformer."""
     return _bytes(job.shape, job.dtype, kind, "")
 
 
-def block_bytes(job: Job, kind: Kind | None) -> int:
+def block_bytes(job: Workload, kind: Quantization | None) -> int:
     """One of its layers."""
     return _bytes(job.shape, job.dtype, kind, "layers.0.")
 
 
 @cache
-def _bytes(shape: TransformerShape, dtype: str, kind: Kind | None, prefix: str) -> int:
+def _bytes(shape: TransformerShape, dtype: str, kind: Quantization | None, prefix: str) -> int:
     return sum(_tensor_bytes(shape, dtype, name, kind) for name in shape.parameters if name.startswith(prefix))
 
 
-def _tensor_bytes(shape: TransformerShape, dtype: str, name: str, kind: Kind | None) -> int:
+def _tensor_bytes(shape: TransformerShape, dtype: str, name: str, kind: Quantization | None) -> int:
     size = shape.parameters[name]
     if kind is None or len(size) != 2 or not IN_A_BLOCK.match(name):
-        return count(size) * DTYPE_BYTES[dtype]
+        return parameter_count(size) * DTYPE_BYTES[dtype]
     rows, columns = size
     scales = rows * columns // math.gcd(columns, SCALE_BLOCK)
     return rows * columns * QUANTISED_BITS[kind] // 8 + scales * SCALE_BYTES
 
 
-def lighter(job: Job) -> list[tuple[str, Job]]:
+def lighter_workloads(job: Workload) -> list[tuple[str, Workload]]:
     """The job with ever more changes that make it lighter, each with the settings that make it so."""
-    found: list[tuple[str, Job]] = []
+    found: list[tuple[str, Workload]] = []
     for rank_said, ranked in _changes(job, _smaller_rank(job)):
         for previews_said, drawn in _changes(ranked, [_smaller_previews(ranked, side) for side in (1024, 512)]):
             for said, current in _changes(drawn, _smaller_batches(drawn)):
@@ -290,27 +299,27 @@ def lighter(job: Job) -> list[tuple[str, Job]]:
     return found
 
 
-Change = tuple[str, Job]
+Change = tuple[str, Workload]
 
 
-def _changes(job: Job, changes: list[Change | None]) -> list[Change]:
+def _changes(job: Workload, changes: list[Change | None]) -> list[Change]:
     return [("", job), *(change for change in changes if change is not None)]
 
 
-def _smaller_rank(job: Job) -> list[Change | None]:
+def _smaller_rank(job: Workload) -> list[Change | None]:
     least = min(job.rank, 16)
     smaller = replace(job, trained=job.trained * least // job.rank, rank=least)
     return [(f"lora.rank: {least}", smaller)] if job.rank > least else []
 
 
-def _smaller_previews(job: Job, side: int) -> Change | None:
+def _smaller_previews(job: Workload, side: int) -> Change | None:
     if all(max(one.width, one.height) <= side for one in job.previews):
         return None
     small = tuple(replace(one, width=min(one.width, side), height=min(one.height, side)) for one in job.previews)
     return f"sample.width: {side}, sample.height: {side}", replace(job, previews=small)
 
 
-def _smaller_batches(job: Job) -> list[Change | None]:
+def _smaller_batches(job: Workload) -> list[Change | None]:
     found: list[Change | None] = []
     said: list[str] = []
     current = job
@@ -327,14 +336,14 @@ def _smaller_batches(job: Job) -> list[Change | None]:
 
 def parameters_of(shape: TransformerShape) -> int:
     """How many parameters the transformer has."""
-    return sum(count(size) for size in shape.parameters.values())
+    return sum(parameter_count(size) for size in shape.parameters.values())
 
 
-def padded(tokens: int) -> int:
+def padded_tokens(tokens: int) -> int:
     """`tokens` as the model pads them: to the next multiple of 32."""
     return -(-tokens // 32) * 32
 
 
-def count(shape: tuple[int, ...]) -> int:
+def parameter_count(shape: tuple[int, ...]) -> int:
     """The number of elements of a tensor."""
     return math.prod(shape)

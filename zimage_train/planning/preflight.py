@@ -7,36 +7,36 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from zimage_train.config import methods
-from zimage_train.config.dataset import Data
-from zimage_train.config.load import cache_folder
+from zimage_train.config.dataset import DataEntry
+from zimage_train.config.load import cache_dir
 from zimage_train.config.schema import Config
 from zimage_train.config.values import BITSANDBYTES_OPTIMIZERS
 from zimage_train.dataset import scan as folder
-from zimage_train.dataset.image_index import Looks, Tick
-from zimage_train.dataset.sample_order import Item, items_of, with_steps
-from zimage_train.dataset.scan import Picture, Scan
-from zimage_train.diffusion.request import also, own, previews
-from zimage_train.errors import ConfigError, Problem, WeightsError, ZImageTrainError, collected, raise_all
+from zimage_train.dataset.image_index import ImageIndex, Tick
+from zimage_train.dataset.sample_order import TrainItem, make_items, resolve_epochs
+from zimage_train.dataset.scan import FolderScan, ImageRecord
+from zimage_train.diffusion.request import comparison_requests, preview_requests, teacher_request
+from zimage_train.errors import ConfigError, Problem, WeightsError, ZImageTrainError, collect_errors, raise_all
 from zimage_train.io import atomic as files
-from zimage_train.io.units import in_words
+from zimage_train.io.units import format_bytes
 from zimage_train.lora import headers
 from zimage_train.lora import targets as names
 from zimage_train.models import components as parts
 from zimage_train.models import locate as sources
 from zimage_train.models.arch import TransformerShape
-from zimage_train.models.locate import Fetch, NotDownloaded, Sources
+from zimage_train.models.locate import DownloadFn, ModelPaths, NotDownloadedError
 from zimage_train.planning import memory, planner
 from zimage_train.planning import warnings as advice
-from zimage_train.planning.memory import Job
+from zimage_train.planning.memory import Workload
 
 CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
 @dataclass(frozen=True)
-class Weights:
+class ModelFiles:
     """The model of a run, as far as headers tell."""
 
-    sources: Sources
+    paths: ModelPaths
     shape: TransformerShape
     modules: list[str]
     """What gets a LoRA."""
@@ -44,26 +44,26 @@ class Weights:
 
 
 @dataclass(frozen=True)
-class Checked:
+class RunSpec:
     """A config that holds, with everything it refers to."""
 
     config: Config
-    pictures: list[list[Picture]]
-    items: list[Item]
-    held_out: list[Item]
+    pictures: list[list[ImageRecord]]
+    items: list[TrainItem]
+    held_out: list[TrainItem]
     """What validation looks at."""
-    weights: Weights | None
+    weights: ModelFiles | None
     """None: not downloaded yet."""
     notes: list[str]
     warnings: list[str]
 
 
-def examine(
+def check_run(
     config: Config,
-    fetch: Fetch | None = None,
+    fetch: DownloadFn | None = None,
     tick: Tick = lambda what, done, total: None,
     processes: int = 1,
-) -> Checked:
+) -> RunSpec:
     """Check pictures, captions, weights, adapter and disk, for a run of so many processes.
 
     The config that is returned has steps in place of epochs.
@@ -73,8 +73,8 @@ def examine(
     """
     errors: list[ZImageTrainError] = []
     notes: list[str] = []
-    looks = Looks(cache_folder(config) / "looks.json")
-    scans = [folder.scan(entry, f"data.{index}", looks, tick) for index, entry in enumerate(config.data)]
+    looks = ImageIndex(cache_dir(config) / "looks.json")
+    scans = [folder.scan_entry(entry, f"data.{index}", looks, tick) for index, entry in enumerate(config.data)]
     held_out, faults, remarks = _held_out(config, scans, looks, tick)
     looks.save()
     errors += faults
@@ -82,27 +82,27 @@ def examine(
     errors += [error for scan in scans for error in scan.errors]
     notes += [note for scan in scans for note in scan.notes]
     pictures = [scan.pictures for scan in scans]
-    if methods.learns_from_itself(config.train.method):  # for one prompt each
+    if methods.uses_generated_data(config.train.method):  # for one prompt each
         pictures = [[replace(one, prompts=one.prompts[:1]) for one in entry] for entry in pictures]
-    items: list[Item] = []
-    with collected(errors):
-        items = items_of(config, pictures)
+    items: list[TrainItem] = []
+    with collect_errors(errors):
+        items = make_items(config, pictures)
         notes += _not_used(config)
-        config = with_steps(config, items, processes)
-    with collected(errors):
+        config = resolve_epochs(config, items, processes)
+    with collect_errors(errors):
         _require_bitsandbytes(config)
     weights, faults, absent = _weights(config, fetch)
     errors += faults
     notes += absent
-    with collected(errors):
-        files.require_folder(Path(config.output) / config.name, "output")
+    with collect_errors(errors):
+        files.require_writable_folder(Path(config.output_dir) / config.name, "output_dir")
         if config.cache.folder is not None:
-            files.require_folder(Path(config.cache.folder), "cache.folder")
-        files.require_space(Path(config.output), _disk_bytes(config, weights), "checkpoints and exports")
-    own = [found for entry, found in zip(config.data, pictures, strict=True) if not entry.regularisation]
-    is_small = weights is not None and memory.parameters_of(weights.shape) <= memory.LARGEST_ON_CPU
-    warnings = advice.warnings(config, sum(map(len, own)), is_small)
-    checked = Checked(config, pictures, items, held_out, weights, notes, warnings)
+            files.require_writable_folder(Path(config.cache.folder), "cache.folder")
+        files.require_free_space(Path(config.output_dir), _disk_bytes(config, weights), "checkpoints and exports")
+    own = [found for entry, found in zip(config.data, pictures, strict=True) if not entry.regularization]
+    is_small = weights is not None and memory.parameters_of(weights.shape) <= memory.MAX_CPU_PARAMETERS
+    warnings = advice.config_warnings(config, sum(map(len, own)), is_small)
+    checked = RunSpec(config, pictures, items, held_out, weights, notes, warnings)
     raise_all(errors)
     _require_budget(checked)
     notes += _small_pictures(items)
@@ -114,27 +114,27 @@ def _not_used(config: Config) -> list[str]:
     notes = ["train.epochs decides how long; train.steps is not used"] if config.train.epochs is not None else []
     if config.train.method == "trajectory_imitation":
         notes.append("trajectory_imitation trains at Turbo's own sigmas; timesteps is not used")
-    elif config.teacher != methods.Teacher():
+    elif config.teacher != methods.TeacherSettings():
         notes.append(f"teacher is for trajectory_imitation; {config.train.method} does not use it")
     entries = [f"data.{n}" for n, entry in enumerate(config.data) if entry.max_pixels is not None]
     return [*notes, *(f"{where}: max_pixels decides; resolution is not used" for where in entries)]
 
 
 def _held_out(
-    config: Config, trained: list[Scan], looks: Looks, tick: Tick
-) -> tuple[list[Item], list[ZImageTrainError], list[str]]:
+    config: Config, trained: list[FolderScan], looks: ImageIndex, tick: Tick
+) -> tuple[list[TrainItem], list[ZImageTrainError], list[str]]:
     """What validation looks at, read as the first data entry of the concept is; what is wrong with it; what is odd."""
     settings = config.validation
     if settings.folder is None or settings.every is None:
         return [], [], []
-    first = next(entry for entry in config.data if not entry.regularisation)
-    entry = Data(folder=settings.folder, resolution=[settings.resolution])
+    first = next(entry for entry in config.data if not entry.regularization)
+    entry = DataEntry(folder=settings.folder, resolution=[settings.resolution])
     read = ("trigger", "default_caption", "caption_ext", "caption_lines", "shuffle_tags", "tag_dropout")
     entry = entry.model_copy(update={name: getattr(first, name) for name in read})
-    scan = folder.scan(entry, "validation", looks, tick)
+    scan = folder.scan_entry(entry, "validation", looks, tick)
     errors, items = scan.errors, []
-    with collected(errors):
-        items = items_of(config.model_copy(update={"data": [entry]}), [scan.pictures])
+    with collect_errors(errors):
+        items = make_items(config.model_copy(update={"data": [entry]}), [scan.pictures])
     known = {picture.digest for one in trained for picture in one.pictures}
     both = [picture.path.name for picture in scan.pictures if picture.digest in known]
     notes = [f"validation.folder: {len(both)} of its pictures are trained on too ({both[0]})"] if both else []
@@ -156,33 +156,41 @@ def _require_bitsandbytes(config: Config) -> None:
         )
 
 
-def job_of(checked: Checked, gpu: bool | None = None) -> Job:
+def workload_of(checked: RunSpec, gpu: bool | None = None) -> Workload:
     """What `checked` trains, as far as memory and time go; what is not downloaded yet has the published models' size.
 
     `gpu`: whether on one; None: by the size of the model.
     """
     config = checked.config
     shape = checked.weights.shape if checked.weights else TransformerShape()
-    modules = checked.weights.modules if checked.weights else names.select(config.lora.targets, shape.linears)
+    modules = checked.weights.modules if checked.weights else names.select_modules(config.lora.targets, shape.linears)
     if gpu is None:
-        gpu = memory.parameters_of(shape) > memory.LARGEST_ON_CPU
-    job = memory.job(config, shape, modules, checked.items, [*previews(config), *also(config)], gpu, checked.held_out)
-    if methods.learns_from_itself(config.train.method):
+        gpu = memory.parameters_of(shape) > memory.MAX_CPU_PARAMETERS
+    job = memory.make_workload(
+        config,
+        shape,
+        modules,
+        checked.items,
+        [*preview_requests(config), *comparison_requests(config)],
+        gpu,
+        checked.held_out,
+    )
+    if methods.uses_generated_data(config.train.method):
         sized = [(one.picture.prompts[0], one.size.width, one.size.height) for one in checked.items]
-        job = replace(job, own=tuple(own(config, *one, seed=0) for one in sized))
+        job = replace(job, generated=tuple(teacher_request(config, *one, seed=0) for one in sized))
     if checked.weights is None:
         return job
-    found = checked.weights.sources
+    found = checked.weights.paths
     in_fp32 = 2 * sum(path.stat().st_size for path in found.extra_loras)
     channels = parts.vae(found.extras)[0]["block_out_channels"][0]
     return replace(job, vae_channels=channels, preview_lora_bytes=in_fp32)
 
 
-def less_memory(checked: Checked, limit_bytes: float, gpu: bool | None = None) -> str:
+def how_to_fit(checked: RunSpec, limit_bytes: float, gpu: bool | None = None) -> str:
     """Settings by which a step of `checked` is predicted to fit."""
-    job = job_of(checked, gpu)
-    wanted = planner.wanted(checked.config, job.shape.n_layers)
-    text = planner.lighter(job, wanted, limit_bytes, system_memory_bytes())
+    job = workload_of(checked, gpu)
+    wanted = planner.plan_constraints(checked.config, job.shape.n_layers)
+    text = planner.suggest_settings(job, wanted, limit_bytes, system_memory_bytes())
 
     def resolutions(match: re.Match[str]) -> str:
         side = int(match[1])
@@ -200,7 +208,7 @@ def less_memory(checked: Checked, limit_bytes: float, gpu: bool | None = None) -
     return re.sub(r"train\.batch_size: 1\b", batches, text)
 
 
-def _require_budget(checked: Checked) -> None:
+def _require_budget(checked: RunSpec) -> None:
     """A budget that someone sets is kept or refused; without one the card decides, and this is a prediction.
 
     Raises:
@@ -209,12 +217,12 @@ def _require_budget(checked: Checked) -> None:
     budget = checked.config.memory.budget_gb
     if isinstance(budget, str) or not checked.items:
         return
-    job = job_of(checked)
-    wanted = planner.wanted(checked.config, job.shape.n_layers)
-    plan = planner.choose(job, wanted, budget * 1e9, system_memory_bytes(), None)
+    job = workload_of(checked)
+    wanted = planner.plan_constraints(checked.config, job.shape.n_layers)
+    plan = planner.choose_plan(job, wanted, budget * 1e9, system_memory_bytes(), None)
     if not plan.fits:
-        what = f"is {budget:g}, and a run takes {in_words(plan.peak.total)} (predicted)"
-        raise ConfigError(Problem("memory.budget_gb", what, less_memory(checked, budget * 1e9)))
+        what = f"is {budget:g}, and a run takes {format_bytes(plan.peak.total)} (predicted)"
+        raise ConfigError(Problem("memory.budget_gb", what, how_to_fit(checked, budget * 1e9)))
 
 
 def system_memory_bytes() -> int:
@@ -231,10 +239,10 @@ def _number_in(path: Path) -> int | None:
         return None
 
 
-def _weights(config: Config, fetch: Fetch | None) -> tuple[Weights | None, list[ZImageTrainError], list[str]]:
+def _weights(config: Config, fetch: DownloadFn | None) -> tuple[ModelFiles | None, list[ZImageTrainError], list[str]]:
     """The model, if all of it is here and right; what is wrong; what is not here yet. Each part for itself."""
-    found = sources.search(config.model, fetch)
-    absent = [error for error in found.errors if isinstance(error, NotDownloaded)]
+    found = sources.find_paths(config.model, fetch)
+    absent = [error for error in found.errors if isinstance(error, NotDownloadedError)]
     errors: list[ZImageTrainError] = [error for error in found.errors if error not in absent]
     notes = [_absence(one) for error in absent for one in error.problems]
 
@@ -245,51 +253,51 @@ def _weights(config: Config, fetch: Fetch | None) -> tuple[Weights | None, list[
             shape = sources.transformer_tensors(transformer)[0]
         except WeightsError as error:
             return None, [*errors, error], notes
-    also, faults, more = _also(config.sample.also, shape if transformer else None, fetch)
+    also, faults, more = _also(config.sample.compare_on, shape if transformer else None, fetch)
     errors, notes = errors + faults, list(dict.fromkeys(notes + more))
     extra_loras, faults, more = _extra_loras(config, shape if transformer else None, fetch)
     errors, notes = errors + faults, [*notes, *more]
     modules: list[str] = []
     sizes: headers.Sizes = {}
     init_from: Path | None = None
-    with collected(errors):
-        modules = names.select(config.lora.targets, shape.linears)
+    with collect_errors(errors):
+        modules = names.select_modules(config.lora.targets, shape.linears)
         init_from, more = _init_from(config, modules, shape if transformer else None, fetch)
         notes += more
     if extras is not None:
-        with collected(errors):
+        with collect_errors(errors):
             parts.require(extras, shape.cap_feat_dim)
     if adapter is not None and (transformer is not None or config.model.path is None):
-        with collected(errors):
+        with collect_errors(errors):
             sizes = headers.read_sizes(adapter)
             headers.require_match(adapter, sizes, shape.linears)
     if errors or notes or transformer is None or extras is None:
         return None, errors, notes
-    whole = Sources(transformer, extras, adapter, also, init_from, extra_loras)
-    return Weights(whole, shape, modules, len(sizes)), [], []
+    whole = ModelPaths(transformer, extras, adapter, also, init_from, extra_loras)
+    return ModelFiles(whole, shape, modules, len(sizes)), [], []
 
 
 def _also(
-    name: str | None, shape: TransformerShape | None, fetch: Fetch | None
+    name: str | None, shape: TransformerShape | None, fetch: DownloadFn | None
 ) -> tuple[Path | None, list[ZImageTrainError], list[str]]:
     """The second model of previews, which must have the shape of the first; what is wrong; what is not here yet."""
     if name is None:
         return None, [], []
     try:
-        path = sources.transformer_at(name, "sample.also", fetch)
+        path = sources.transformer_at(name, "sample.compare_on", fetch)
         found = sources.transformer_tensors(path)[0]
-    except NotDownloaded as error:
+    except NotDownloadedError as error:
         return None, [], [_absence(one) for one in error.problems]
     except WeightsError as error:
         return None, [error], []
     if shape is not None and found != shape:
         what = "has another shape than the model of this run, so its LoRA does not fit"
-        return None, [WeightsError(Problem(f"sample.also: {name}", what, "give a model of the same size"))], []
+        return None, [WeightsError(Problem(f"sample.compare_on: {name}", what, "give a model of the same size"))], []
     return path, [], []
 
 
 def _init_from(
-    config: Config, modules: list[str], shape: TransformerShape | None, fetch: Fetch | None
+    config: Config, modules: list[str], shape: TransformerShape | None, fetch: DownloadFn | None
 ) -> tuple[Path | None, list[str]]:
     """The LoRA that the training begins with, and what is not here yet of it.
 
@@ -302,7 +310,7 @@ def _init_from(
         return None, []
     try:
         path = sources.lora_at(name, "lora.init_from", fetch)
-    except NotDownloaded as error:
+    except NotDownloadedError as error:
         return None, [_absence(one) for one in error.problems]
     if shape is None:
         return path, []
@@ -323,7 +331,7 @@ def _init_from(
 
 
 def _extra_loras(
-    config: Config, shape: TransformerShape | None, fetch: Fetch | None
+    config: Config, shape: TransformerShape | None, fetch: DownloadFn | None
 ) -> tuple[tuple[Path, ...], list[ZImageTrainError], list[str]]:
     """What previews have besides the run's own LoRA, all of which must fit; what is wrong; what is not here yet."""
     paths: list[Path] = []
@@ -335,7 +343,7 @@ def _extra_loras(
             if shape is not None:
                 headers.require_match(path, headers.read_sizes(path), shape.linears)
             paths.append(path)
-        except NotDownloaded as error:
+        except NotDownloadedError as error:
             notes += map(_absence, error.problems)
         except WeightsError as error:
             errors.append(error)
@@ -343,10 +351,10 @@ def _extra_loras(
 
 
 def _absence(problem: Problem) -> str:
-    return f"{problem.where}: not on this machine yet; train downloads it"
+    return f"{problem.location}: not on this machine yet; train downloads it"
 
 
-def _disk_bytes(config: Config, weights: Weights | None) -> int:
+def _disk_bytes(config: Config, weights: ModelFiles | None) -> int:
     if weights is None:
         return 0
     trained = sum(sum(weights.shape.linears[module]) for module in weights.modules) * config.lora.rank
@@ -356,7 +364,7 @@ def _disk_bytes(config: Config, weights: Weights | None) -> int:
     return int(checkpoint * 3 + export * (config.save.keep + 2))
 
 
-def _small_pictures(items: list[Item]) -> list[str]:
+def _small_pictures(items: list[TrainItem]) -> list[str]:
     """Pictures that fill less than a listed resolution, which they are then trained below."""
     small: dict[int, set[Path]] = {}
     total = len({item.picture.path for item in items})

@@ -43,8 +43,8 @@ class Prices(Section):
         if not isinstance(value, dict) or not value:
             raise ValueError("name at least one card and its price of an hour")
         named = {str(name): price for name, price in value.items()}
-        if unknown := [name for name in named if name not in cards.CARDS]:
-            raise ValueError(f"{', '.join(unknown)}: not known; the cards are {', '.join(cards.CARDS)}")
+        if unknown := [name for name in named if name not in cards.GPU_SPECS]:
+            raise ValueError(f"{', '.join(unknown)}: not known; the cards are {', '.join(cards.GPU_SPECS)}")
         return named
 
     @property

@@ -11,14 +11,14 @@ FEW_PICTURES = 10
 STEPS_FOR_FEW_PICTURES = 2_200
 
 
-def warnings(config: Config, num_pictures: int, is_small: bool = False) -> list[str]:
+def config_warnings(config: Config, num_pictures: int, is_small: bool = False) -> list[str]:
     """One line each: the setting, the danger, the remedy; `is_small`: a miniature, which needs higher rates."""
     rate = [] if is_small else _rate(config)
     return [*_turbo(config), *rate, *_optimizer(config), *_length(config, num_pictures), *_previews(config)]
 
 
 def _turbo(config: Config) -> list[str]:
-    if config.model.variant != "turbo" or methods.learns_from_itself(config.train.method):
+    if config.model.variant != "turbo" or methods.uses_generated_data(config.train.method):
         return []
     model, found = config.model, []
     if model.adapter is None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import quote
 
-from zimage_train.diffusion.request import Recipe
+from zimage_train.diffusion.request import SamplingRequest
 from zimage_train.errors import ConfigError, Problem
 from zimage_train.io import atomic as files
 from zimage_train.report import grid, template
@@ -16,17 +16,17 @@ STEP, PROMPT, SAMPLING, MODEL = "step", "prompt", "sampling", "model"
 EMPTY = "(empty prompt)"
 NAMED = ("strength", STEP, "seed")
 """Axes whose values are numbers, which say nothing by themselves."""
-MOST_REMARKS = 8
+MAX_REMARKS = 8
 SMALL_PX = 256
 """Pictures up to this size are enlarged without blur."""
 
 
 @dataclass(frozen=True)
-class Shot:
+class ComparisonImage:
     """A picture, and where it stands on every axis of the comparison."""
 
     path: Path
-    recipe: Recipe
+    recipe: SamplingRequest
     values: Mapping[str, str]
     counts_as: Mapping[str, str] = field(default_factory=dict)
     """Axes on which it is shown at another value: the bare model stands beside LoRAs of any strength."""
@@ -48,7 +48,7 @@ class Comparison:
     """Pictures along axes: one makes the columns, others the rows, and each step is a sheet of its own."""
 
     title: str
-    shots: Sequence[Shot]
+    shots: Sequence[ComparisonImage]
     columns: str
     rows: Sequence[str]
     subjects: Sequence[Subject]
@@ -56,12 +56,12 @@ class Comparison:
 
 
 @dataclass(frozen=True)
-class Sheet:
+class ComparisonPage:
     """A table of pictures; None: there is no such picture."""
 
     step: str | None
     columns: list[str]
-    rows: list[tuple[str, list[Shot | None]]]
+    rows: list[tuple[str, list[ComparisonImage | None]]]
 
     def missing(self) -> list[tuple[str, str]]:
         """The row and the column of every picture that is not there."""
@@ -70,7 +70,7 @@ class Sheet:
         ]
 
 
-def save(folder: Path, comparison: Comparison) -> list[str]:
+def save_comparison(folder: Path, comparison: Comparison) -> list[str]:
     """Write grid and page into `folder`, and into its `pictures` a copy of each picture that lies elsewhere.
 
     Returns what there is to remark.
@@ -78,12 +78,14 @@ def save(folder: Path, comparison: Comparison) -> list[str]:
     Raises:
         DiskError: something cannot be written.
     """
-    found, shots = sheets(comparison), comparison.shots
+    found, shots = comparison_pages(comparison), comparison.shots
     remarks = [*comparison.remarks, *_missing(found), *_other_noise(found)]
     last = found[-1]
     rows = [(label, [one and one.path for one in line]) for label, line in last.rows]
-    grid.save(folder / GRID, last.columns, rows, corner="" if last.step is None else shown(STEP, last.step))
-    page = template.fill(
+    grid.save_grid_image(
+        folder / GRID, last.columns, rows, corner="" if last.step is None else axis_label(STEP, last.step)
+    )
+    page = template.render_html(
         "comparison.html",
         title=comparison.title,
         remarks=remarks,
@@ -99,48 +101,48 @@ def save(folder: Path, comparison: Comparison) -> list[str]:
     return remarks
 
 
-def sheets(comparison: Comparison) -> list[Sheet]:
+def comparison_pages(comparison: Comparison) -> list[ComparisonPage]:
     """The pictures in tables of equal rows and columns, one a step; a single one where steps are rows or columns."""
     shots, columns = comparison.shots, comparison.columns
     order = {axis: _values(shots, axis) for axis in (columns, *comparison.rows)}
     axes = [axis for axis in comparison.rows if len(order[axis]) > 1] or list(comparison.rows[:1])
     is_flat = STEP in order or STEP not in shots[0].values
 
-    def row_of(shot: Shot) -> tuple[int, ...]:
+    def row_of(shot: ComparisonImage) -> tuple[int, ...]:
         return tuple(order[axis].index(shot.at(axis)) for axis in axes)
 
-    def step_of(shot: Shot) -> str | None:
+    def step_of(shot: ComparisonImage) -> str | None:
         return None if is_flat else shot.at(STEP)
 
     found = {(step_of(shot), row_of(shot), shot.at(columns)): shot for shot in shots}
-    labels = {row_of(shot): ", ".join(shown(axis, shot.at(axis)) for axis in axes) for shot in shots}
+    labels = {row_of(shot): ", ".join(axis_label(axis, shot.at(axis)) for axis in axes) for shot in shots}
     return [
-        Sheet(
+        ComparisonPage(
             step,
-            [shown(columns, value) for value in order[columns]],
+            [axis_label(columns, value) for value in order[columns]],
             [(labels[row], [found.get((step, row, value)) for value in order[columns]]) for row in sorted(labels)],
         )
         for step in ([None] if is_flat else _values(shots, STEP))
     ]
 
 
-def _values(shots: Sequence[Shot], axis: str) -> list[str]:
+def _values(shots: Sequence[ComparisonImage], axis: str) -> list[str]:
     """What is on an axis, in order."""
     found = list(dict.fromkeys(shot.at(axis) for shot in shots))
     return sorted(found, key=int) if axis == STEP else found
 
 
-def shown(axis: str, value: str) -> str:
+def axis_label(axis: str, value: str) -> str:
     """A value in words."""
     return f"{axis} {value}" if axis in NAMED else f"{axis}={value}" if "." in axis else value
 
 
-def sampled(recipe: Recipe) -> str:
+def sampled(recipe: SamplingRequest) -> str:
     """Steps, and guidance in both conventions."""
     return f"{recipe.steps} steps, g {recipe.guidance:g} (CFG {recipe.guidance + 1:g})"
 
 
-def numbers(shot: Shot) -> dict[str, str]:
+def numbers(shot: ComparisonImage) -> dict[str, str]:
     """What made a picture, by name."""
     recipe = shot.recipe
     return {axis: value for axis, value in shot.values.items() if axis not in (PROMPT, SAMPLING)} | {
@@ -153,10 +155,12 @@ def numbers(shot: Shot) -> dict[str, str]:
     }
 
 
-def words(shot: Shot) -> str:
+def words(shot: ComparisonImage) -> str:
     """What made a picture, in a line."""
     told = [
-        shown(axis, text) for axis, text in shot.values.items() if axis not in (PROMPT, SAMPLING) and "." not in axis
+        axis_label(axis, text)
+        for axis, text in shot.values.items()
+        if axis not in (PROMPT, SAMPLING) and "." not in axis
     ]
     return f"{', '.join(told)}; {sampled(shot.recipe)}, seed {shot.recipe.seed}; {shot.recipe.prompt}"
 
@@ -202,7 +206,7 @@ def _gathered(folder: Path, paths: Iterable[Path]) -> dict[Path, str]:
     return places
 
 
-def _missing(found: list[Sheet]) -> list[str]:
+def _missing(found: list[ComparisonPage]) -> list[str]:
     where: dict[tuple[str, str], list[str]] = {}
     for sheet in found:
         for place in sheet.missing():
@@ -214,7 +218,7 @@ def _missing(found: list[Sheet]) -> list[str]:
     return _few(lines)
 
 
-def _other_noise(found: list[Sheet]) -> list[str]:
+def _other_noise(found: list[ComparisonPage]) -> list[str]:
     """Rows whose pictures do not come from the same noise."""
     lines = []
     for label, line in found[-1].rows:
@@ -225,4 +229,4 @@ def _other_noise(found: list[Sheet]) -> list[str]:
 
 
 def _few(lines: list[str]) -> list[str]:
-    return lines if len(lines) <= MOST_REMARKS else [*lines[:MOST_REMARKS], f"... and {len(lines) - MOST_REMARKS} more"]
+    return lines if len(lines) <= MAX_REMARKS else [*lines[:MAX_REMARKS], f"... and {len(lines) - MAX_REMARKS} more"]

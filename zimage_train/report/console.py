@@ -18,12 +18,12 @@ from rich.console import Console as RichConsole
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from zimage_train.io import atomic as files
-from zimage_train.report.printing import FOR_MACHINES, as_event
+from zimage_train.report.printing import JSON_OUTPUT, as_event
 
 PLAIN_EVERY_SECONDS, EVENT_EVERY_SECONDS = 10.0, 1.0
 
 
-class Unbreakable:
+class BrokenPipeSafeStream:
     """Standard output that nobody has to read: a closed terminal, pipe or full disk must not cost a run its steps."""
 
     def __init__(self, stream: IO[str]) -> None:
@@ -56,19 +56,19 @@ class Console:
 
     def __init__(self, is_main: bool = True, stream: IO[str] | None = None) -> None:
         output = stream or sys.stdout or io.StringIO()  # without any output, as under pythonw, sys.stdout is None
-        unbreakable = cast(IO[str], Unbreakable(cast(IO[str], output)))
+        unbreakable = cast(IO[str], BrokenPipeSafeStream(cast(IO[str], output)))
         self._rich = RichConsole(
             file=unbreakable, markup=False, emoji=False, highlight=False, soft_wrap=True, quiet=not is_main
         )
-        self._is_main, self._for_machines = is_main, FOR_MACHINES.get()
+        self._is_main, self._for_machines = is_main, JSON_OUTPUT.get()
         self._file: IO[str] | None = None
         self._progress: Progress | None = None
         self._shown: tuple[str, float] = ("", 0.0)
 
     @classmethod
-    def aside(cls) -> "Console":
+    def progress_only(cls) -> "Console":
         """Of a command whose lines are its result: progress alone, on standard error, if somebody looks."""
-        seen = sys.stderr is not None and (sys.stderr.isatty() or FOR_MACHINES.get())
+        seen = sys.stderr is not None and (sys.stderr.isatty() or JSON_OUTPUT.get())
         return cls(is_main=seen, stream=sys.stderr)
 
     def log_to(self, path: Path) -> None:
@@ -78,18 +78,18 @@ class Console:
         try:
             self._file = path.open("a", encoding="utf-8")
         except OSError as error:
-            self.warn(f"{path}: cannot be written ({error.strerror}); going on without a log file")
+            self.warning(f"{path}: cannot be written ({error.strerror}); going on without a log file")
 
     def close(self) -> None:
         if self._file is not None:
             files.close(self._file)
             self._file = None
 
-    def say(self, text: str) -> None:
+    def info(self, text: str) -> None:
         self._rich.print(as_event("line", text=text) if self._for_machines else text)
         self._record(text)
 
-    def warn(self, text: str) -> None:
+    def warning(self, text: str) -> None:
         if self._for_machines:
             self._rich.print(as_event("warning", text=text))
         else:
@@ -97,7 +97,7 @@ class Console:
         self._record(f"warning: {text}")
 
     @contextmanager
-    def live(self) -> Iterator[None]:
+    def live_progress(self) -> Iterator[None]:
         """Show progress as live bars within the block, if this is a terminal."""
         if not self._rich.is_terminal or not self._is_main or self._for_machines:
             yield
@@ -116,7 +116,7 @@ class Console:
             finally:
                 self._progress = None
 
-    def tick(self, what: str, done: int, total: int, note: str = "") -> None:
+    def progress(self, what: str, done: int, total: int, note: str = "") -> None:
         """Report that `done` of `total` of `what` are done."""
         if self._progress is not None:
             self._tick_bar(self._progress, what, done, total, note)

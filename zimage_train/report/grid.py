@@ -12,10 +12,10 @@ CELL_PX = 256
 MARGIN_PX = 8
 LINE_PX = 18
 WIDEST_LABEL_PX = 220
-MOST_LINES = 5
+MAX_LINES = 5
 LONGEST_LABEL = 500
 
-Row = tuple[str, Sequence[Path | None]]
+GridRow = tuple[str, Sequence[Path | None]]
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
@@ -32,7 +32,7 @@ class Layout:
         return self.left + column * pitch, self.top + row * pitch
 
 
-def save(path: Path, columns: Sequence[str], rows: Sequence[Row], corner: str = "") -> Layout:
+def save_grid_image(path: Path, columns: Sequence[str], rows: Sequence[GridRow], corner: str = "") -> Layout:
     """Write a PNG with a cell for every picture; where there is none it stays white.
 
     Raises:
@@ -58,7 +58,7 @@ def save(path: Path, columns: Sequence[str], rows: Sequence[Row], corner: str = 
             if one is not None:
                 with Image.open(one) as image:
                     grid.paste(scaled(image), layout.place(row, column))
-    with files.replacing(path) as file:
+    with files.replace_atomically(path) as file:
         grid.save(file, format="PNG")
     return layout
 
@@ -74,13 +74,13 @@ def wrapped(text: str, font: Font, width_px: int) -> list[str]:
     """`text` in lines of at most `width_px`, broken at spaces where it can be; what is too long ends in `...`."""
     lines: list[str] = []
     rest = " ".join(text.split())[:LONGEST_LABEL]
-    while rest and len(lines) < MOST_LINES:
+    while rest and len(lines) < MAX_LINES:
         fits = next(
             end
             for end in range(min(len(rest), width_px // 3), -1, -1)
             if end <= 1 or font.getlength(rest[:end]) <= width_px
         )
-        if fits < len(rest) and len(lines) == MOST_LINES - 1:
+        if fits < len(rest) and len(lines) == MAX_LINES - 1:
             lines.append(rest[: max(fits - 3, 1)] + "...")
             break
         space = rest.rfind(" ", 0, fits + 1)

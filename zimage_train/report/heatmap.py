@@ -11,7 +11,7 @@ COLOURS = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231,
 """From the least to the most: stops of the viridis scale, which is even to the eye, also in grey."""
 
 
-def save(
+def save_heatmap(
     path: Path, title: str, rows: list[str], columns: list[str], values: list[list[float | None]], most: float
 ) -> None:
     """Write a PNG with a cell for each value between 0 and `most`; None stays white.
@@ -36,7 +36,7 @@ def save(
                 draw.rectangle((left, top, left + CELL_WIDTH_PX - 2, top + CELL_HEIGHT_PX - 2), fill=colour(share))
                 ink = "black" if share > 0.6 else "white"
                 draw.text((left + 6, top + 4), f"{value:.3g}", fill=ink, font=font)
-    with files.replacing(path) as file:
+    with files.replace_atomically(path) as file:
         image.save(file, format="PNG")
 
 

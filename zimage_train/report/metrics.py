@@ -8,7 +8,7 @@ from zimage_train.errors import DiskError, Problem
 from zimage_train.io import atomic as files
 
 
-def read(path: Path) -> list[dict[str, Any]]:
+def read_records(path: Path) -> list[dict[str, Any]]:
     """Every whole record of a JSON-lines file; a line torn by a crash is left out.
 
     Raises:
@@ -38,7 +38,7 @@ def _is_record(record: object) -> bool:
     return all(isinstance(record.get(name), int | float | None) for name in ("loss", "lr"))
 
 
-class Records:
+class RecordWriter:
     """A JSON-lines file that is continued after `start`: later and torn records are dropped first.
 
     What is due after step `start` is done again by the start that continues from it; a record of that step which is
@@ -51,7 +51,7 @@ class Records:
         self._file = None
         self._of_start: list[dict[str, Any]] = []
         if path is not None:
-            kept = [record for record in read(path) if record["step"] <= start]
+            kept = [record for record in read_records(path) if record["step"] <= start]
             self._of_start = [record for record in kept if record["step"] == start]
             files.write_text(path, "".join(_line(record) + "\n" for record in kept))
             self._file = path.open("a", encoding="utf-8")

@@ -11,34 +11,34 @@ from PIL import Image
 from zimage_train.io import atomic as files
 from zimage_train.report import metrics, template
 from zimage_train.report import preview_shift as change
-from zimage_train.report.preview_images import Table
+from zimage_train.report.preview_images import PreviewTable
 
 THUMBNAIL_PX = 320
 CHART_WIDTH, CHART_HEIGHT = 860, 240
 SMOOTHING_POINTS = 400
 
 
-def write(
+def write_report_page(
     path: Path,
     name: str,
     facts: Mapping[str, Any],
     metrics_path: Path,
     events_path: Path,
-    own: Table | None,
-    shown: Table,
+    own: PreviewTable | None,
+    shown: PreviewTable,
     config_text: str,
     warnings: list[str],
     triggers: Collection[str],
     steps: int,
 ) -> None:
     """Write the page at `path` from what the run folder holds now."""
-    records = metrics.read(metrics_path)
-    validated = [one for one in metrics.read(events_path) if one.get("event") == "validation"]
+    records = metrics.read_records(metrics_path)
+    validated = [one for one in metrics.read_records(events_path) if one.get("event") == "validation"]
     validated = [one for one in validated if one["of"] == validated[-1]["of"]]  # the folder may have changed
     rows, labels = _preview_rows(shown)
-    found = change.changes(own, triggers) if own else []
-    remark = change.remark(found[-1], steps) if found else None
-    page = template.fill(
+    found = change.preview_shifts(own, triggers) if own else []
+    remark = change.shift_remark(found[-1], steps) if found else None
+    page = template.render_html(
         "page.html",
         name=name,
         facts=facts,
@@ -47,7 +47,7 @@ def write(
         loss_chart=chart(_curve(records, "loss"), is_noisy=True),
         validation_chart=chart(_curve(validated, "loss"), is_noisy=False, from_zero=False),
         lowest=min(validated, key=lambda one: one["loss"], default=None),
-        drift_chart=chart(_curve(metrics.read(events_path), "drift"), is_noisy=False),
+        drift_chart=chart(_curve(metrics.read_records(events_path), "drift"), is_noisy=False),
         preservation_chart=chart(_curve(records, "preservation"), is_noisy=True),
         lr_chart=chart(_curve(records, "lr"), is_noisy=False),
         rows=rows,
@@ -62,7 +62,7 @@ def _curve(records: list[dict[str, Any]], name: str) -> list[tuple[int, float]]:
     return [(record["step"], record[name]) for record in records if record.get(name) is not None]
 
 
-def _preview_rows(shown: Table) -> tuple[list[tuple[int, list[Any]]], list[str]]:
+def _preview_rows(shown: PreviewTable) -> tuple[list[tuple[int, list[Any]]], list[str]]:
     """Each step with its pictures and how far they are from step 0, and what stands above the columns."""
     far = change.distances(shown) | {0: [None] * len(shown.recipes)}
     rows = [

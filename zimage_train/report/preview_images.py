@@ -7,7 +7,7 @@ from pathlib import Path
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from zimage_train.diffusion.request import Recipe
+from zimage_train.diffusion.request import SamplingRequest
 from zimage_train.errors import DataError, Problem
 from zimage_train.io import atomic as files
 from zimage_train.report import grid
@@ -17,11 +17,11 @@ RECIPE = "zimage_train.recipe"
 DRAWN_BY = "zimage_train.drawn_by"
 
 
-def path_of(folder: Path, step: int, index: int) -> Path:
+def preview_path(folder: Path, step: int, index: int) -> Path:
     return folder / f"{step:06d}-{index:02d}.png"
 
 
-def save(path: Path, image: Image.Image, recipe: Recipe, drawn_by: str, run: str = "") -> None:
+def save_preview(path: Path, image: Image.Image, recipe: SamplingRequest, drawn_by: str, run: str = "") -> None:
     """Write a PNG with its recipe under `parameters`, where image browsers look, and what drew it: model and LoRA.
 
     `run` is the digest of the run that it is a preview of.
@@ -35,17 +35,17 @@ def save(path: Path, image: Image.Image, recipe: Recipe, drawn_by: str, run: str
     info.add_itxt(DRAWN_BY, drawn_by)
     if run:
         info.add_text("zimage_train.run", run)
-    with files.replacing(path) as file:
+    with files.replace_atomically(path) as file:
         image.save(file, format="PNG", pnginfo=info)
 
 
-def holds(path: Path, recipe: Recipe, run: str) -> bool:
+def is_current(path: Path, recipe: SamplingRequest, run: str) -> bool:
     """Whether the picture at `path` is whole and was made by `recipe` in the run of this digest."""
     texts = _texts(path)
     return _recipe(texts) == recipe and texts.get("zimage_train.run") == run
 
 
-def drop_later(folder: Path, start: int, run: str) -> None:
+def remove_later(folder: Path, start: int, run: str) -> None:
     """Remove the previews that a run which goes on after `start` will draw anew, or that are of another run."""
     for path in folder.glob("*.png"):
         match = NAME.fullmatch(path.name)
@@ -53,7 +53,7 @@ def drop_later(folder: Path, start: int, run: str) -> None:
             files.remove(path)
 
 
-def recipe_of(path: Path) -> Recipe:
+def request_of(path: Path) -> SamplingRequest:
     """What the picture at `path` was made by.
 
     Raises:
@@ -72,32 +72,32 @@ def drawn_by(path: Path) -> str:
 
 
 @dataclass(frozen=True)
-class Table:
+class PreviewTable:
     """Every preview of a run: a row a step, a column a recipe, None where a step has no such picture."""
 
     labels: list[str]
     """What stands above each column."""
-    recipes: list[Recipe]
+    recipes: list[SamplingRequest]
     rows: dict[int, list[Path | None]]
 
 
-def table(folder: Path, suffix: str = "") -> Table:
+def preview_table(folder: Path, suffix: str = "") -> PreviewTable:
     """The previews in `folder` by what each file says of itself; a change of prompts adds columns."""
-    found: dict[int, dict[tuple[int, Recipe], Path]] = {}
+    found: dict[int, dict[tuple[int, SamplingRequest], Path]] = {}
     for path in sorted(folder.glob("*.png")):
         match, recipe = NAME.fullmatch(path.name), _recipe(_texts(path))
         if match and recipe is not None:
             found.setdefault(int(match[1]), {})[int(match[2]), recipe] = path
     columns = list(dict.fromkeys(key for step in sorted(found) for key in found[step]))
     columns.sort(key=lambda key: key[0])  # a changed prompt stands beside the one that it replaced
-    return Table(
+    return PreviewTable(
         labels=[recipe.prompt + suffix for _, recipe in columns],
         recipes=[recipe for _, recipe in columns],
         rows={step: [found[step].get(column) for column in columns] for step in sorted(found)},
     )
 
 
-def beside(one: Table, other: Table) -> Table:
+def side_by_side(one: PreviewTable, other: PreviewTable) -> PreviewTable:
     """Both tables as one, each column of `one` followed by that of `other`."""
     sides = (one, other)
     order = sorted((index, side) for side in (0, 1) for index in range(len(sides[side].recipes)))
@@ -105,14 +105,14 @@ def beside(one: Table, other: Table) -> Table:
         step: [sides[side].rows[step][index] if step in sides[side].rows else None for index, side in order]
         for step in sorted({*one.rows, *other.rows})
     }
-    return Table(
+    return PreviewTable(
         labels=[sides[side].labels[index] for index, side in order],
         recipes=[sides[side].recipes[index] for index, side in order],
         rows=rows,
     )
 
 
-def save_grid(path: Path, shown: Table) -> None:
+def save_grid(path: Path, shown: PreviewTable) -> None:
     """Write a picture of the table: a row a step, a column a prompt, both labelled.
 
     Raises:
@@ -120,12 +120,12 @@ def save_grid(path: Path, shown: Table) -> None:
     """
     if not shown.rows:
         return
-    grid.save(path, shown.labels, [(f"step {step}", paths) for step, paths in shown.rows.items()])
+    grid.save_grid_image(path, shown.labels, [(f"step {step}", paths) for step, paths in shown.rows.items()])
 
 
-def _recipe(texts: dict[str, str]) -> Recipe | None:
+def _recipe(texts: dict[str, str]) -> SamplingRequest | None:
     try:
-        return Recipe.from_json(texts[RECIPE])
+        return SamplingRequest.from_json(texts[RECIPE])
     except (KeyError, ValueError):
         return None
 

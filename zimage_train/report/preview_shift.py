@@ -7,20 +7,20 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from zimage_train.report.preview_images import Table
+from zimage_train.report.preview_images import PreviewTable
 
-STILL = 0.02
+NOT_LEARNING_BELOW = 0.02
 """Below this the pictures with the trigger look as before training."""
-LEAKING = 0.75
+LEAK_RATIO = 0.75
 """From this share of the change with the trigger on, pictures without it change nearly as much."""
-NOTICEABLE = 0.05
+NOTICEABLE_SHIFT = 0.05
 """A change without the trigger below this is no leak, whatever its share."""
-SHARE_OF_RUN = 0.25
+LATE_SHARE = 0.25
 """Before this share of the run nothing is said."""
 
 
 @dataclass(frozen=True)
-class Change:
+class PreviewShift:
     """Mean distance of the previews of one step from those of step 0; None: there is no such prompt."""
 
     step: int
@@ -28,7 +28,7 @@ class Change:
     without_trigger: float | None
 
 
-def distance(one: Path, other: Path) -> float | None:
+def image_distance(one: Path, other: Path) -> float | None:
     """Root mean square difference of two pictures' values, 0 to 1; None if their sizes differ."""
     with Image.open(one) as first, Image.open(other) as second:
         if first.size != second.size:
@@ -37,25 +37,27 @@ def distance(one: Path, other: Path) -> float | None:
     return float(np.sqrt(((a - b) ** 2).mean()))
 
 
-def distances(table: Table) -> dict[int, list[float | None]]:
+def distances(table: PreviewTable) -> dict[int, list[float | None]]:
     """Step -> each column's distance from its picture of step 0; None without one."""
     first = table.rows.get(0, [None] * len(table.recipes))
     return {
-        step: [distance(start, path) if start and path else None for start, path in zip(first, paths, strict=True)]
+        step: [
+            image_distance(start, path) if start and path else None for start, path in zip(first, paths, strict=True)
+        ]
         for step, paths in table.rows.items()
         if step > 0
     }
 
 
-def changes(table: Table, triggers: Collection[str]) -> list[Change]:
+def preview_shifts(table: PreviewTable, triggers: Collection[str]) -> list[PreviewShift]:
     """The means of every step, over prompts with a trigger and over those without."""
-    has_trigger = [has_one(recipe.prompt, triggers) for recipe in table.recipes]
+    with_trigger = [has_trigger(recipe.prompt, triggers) for recipe in table.recipes]
 
     def mean(values: list[float | None], wanted: bool) -> float | None:
-        found = [value for value, has in zip(values, has_trigger, strict=True) if has is wanted and value is not None]
+        found = [value for value, has in zip(values, with_trigger, strict=True) if has is wanted and value is not None]
         return sum(found) / len(found) if found else None
 
-    return [Change(step, mean(row, True), mean(row, False)) for step, row in distances(table).items()]
+    return [PreviewShift(step, mean(row, True), mean(row, False)) for step, row in distances(table).items()]
 
 
 def sharpness(path: Path) -> float:
@@ -67,13 +69,13 @@ def sharpness(path: Path) -> float:
     return float((around - 4 * inner).var())
 
 
-def sharpness_kept(table: Table, triggers: Collection[str], step: int) -> float | None:
+def sharpness_kept(table: PreviewTable, triggers: Collection[str], step: int) -> float | None:
     """The sharpness of a step's previews as a share of those before training; a mean over prompts without a trigger.
 
     A prompt of the concept may rightly become softer or sharper, so it counts only where there is no other.
     """
     pairs = [
-        (start, now, has_one(recipe.prompt, triggers))
+        (start, now, has_trigger(recipe.prompt, triggers))
         for start, now, recipe in zip(table.rows.get(0, []), table.rows.get(step, []), table.recipes, strict=False)
         if start and now
     ]
@@ -82,22 +84,22 @@ def sharpness_kept(table: Table, triggers: Collection[str], step: int) -> float 
     return sum(shares) / len(shares) if shares else None
 
 
-def has_one(prompt: str, triggers: Collection[str]) -> bool:
+def has_trigger(prompt: str, triggers: Collection[str]) -> bool:
     """Whether the prompt speaks of a concept."""
     return any(trigger in prompt for trigger in triggers)
 
 
-def remark(change: Change, last: int) -> str | None:
+def shift_remark(change: PreviewShift, last: int) -> str | None:
     """What the user should know after this step of `last`, or nothing."""
-    if change.with_trigger is None or change.step < SHARE_OF_RUN * last:
+    if change.with_trigger is None or change.step < LATE_SHARE * last:
         return None
-    if change.with_trigger < STILL:
+    if change.with_trigger < NOT_LEARNING_BELOW:
         return (
             f"not learning: at step {change.step} previews with the trigger differ by {change.with_trigger:.3f} from "
             "those before training; check captions and trigger, or raise optimizer.lr"
         )
     without = change.without_trigger
-    if without is not None and without >= max(NOTICEABLE, LEAKING * change.with_trigger):
+    if without is not None and without >= max(NOTICEABLE_SHIFT, LEAK_RATIO * change.with_trigger):
         return (
             f"leaking: at step {change.step} previews without the trigger changed by {without:.3f}, with it by "
             f"{change.with_trigger:.3f}; describe in captions what is not the concept (`zimage-train caption`), use "

@@ -13,23 +13,23 @@ from contextvars import ContextVar
 
 from zimage_train.errors import DiskError, Problem
 
-FOR_MACHINES: ContextVar[bool] = ContextVar("for_machines", default=False)
+JSON_OUTPUT: ContextVar[bool] = ContextVar("for_machines", default=False)
 
 
 def as_event(event: str, **fields: str | int) -> str:
     return json.dumps({"event": event, **fields})
 
 
-def note(lines: list[str]) -> None:
+def print_notes(lines: list[str]) -> None:
     """Say on standard error, of all processes in the first alone, what is worth knowing of what was asked."""
     if os.environ.get("RANK", "0") != "0":
         return
     with contextlib.suppress(OSError, AttributeError):  # nobody has to listen
         for line in lines:
-            print(as_event("note", text=line) if FOR_MACHINES.get() else f"note: {line}", file=sys.stderr)
+            print(as_event("note", text=line) if JSON_OUTPUT.get() else f"note: {line}", file=sys.stderr)
 
 
-def silence() -> None:
+def discard_stdout() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -39,7 +39,7 @@ def print_lines(lines: list[str]) -> None:
     Raises:
         DiskError: it can be written nowhere.
     """
-    print_raw("\n".join(as_event("result", text=line) for line in lines) if FOR_MACHINES.get() else "\n".join(lines))
+    print_raw("\n".join(as_event("result", text=line) for line in lines) if JSON_OUTPUT.get() else "\n".join(lines))
 
 
 def print_raw(text: str) -> None:
@@ -51,6 +51,6 @@ def print_raw(text: str) -> None:
     try:
         print(text, flush=True)
     except OSError as error:
-        silence()
+        discard_stdout()
         if not isinstance(error, BrokenPipeError):
             raise DiskError(Problem("standard output", f"cannot be written ({error.strerror})")) from error

@@ -9,6 +9,6 @@ _environment = Environment(
 )
 
 
-def fill(template: str, /, **values: Any) -> str:
+def render_html(template: str, /, **values: Any) -> str:
     """The page that the `template` makes of `values`."""
     return _environment.get_template(template).render(**values)

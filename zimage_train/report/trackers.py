@@ -13,7 +13,7 @@ from PIL import Image
 
 from zimage_train.errors import ConfigError, Problem
 
-SHOWN = ("loss", "preservation", "lr", "grad_norm", "seconds", "gb")
+LOGGED_NUMBERS = ("loss", "preservation", "lr", "grad_norm", "seconds", "gb")
 
 
 class Tracker(Protocol):
@@ -96,7 +96,7 @@ class Trackers:
 
     def record(self, record: Mapping[str, Any]) -> None:
         """Pass on a line of metrics.jsonl; numbers that a skipped step lacks are left out."""
-        values = {f"train/{name}": record[name] for name in SHOWN if record.get(name) is not None}
+        values = {f"train/{name}": record[name] for name in LOGGED_NUMBERS if record.get(name) is not None}
         self._each(lambda tracker: tracker.numbers(record["step"], values))
 
     def validation(self, step: int, values: Mapping[str, float]) -> None:

@@ -22,7 +22,7 @@ NAME = re.compile(r"step-(\d{6,})\.safetensors")
 KEEP = 2
 
 
-class OtherFormat(WeightsError):
+class OtherFormatError(WeightsError):
     """A whole checkpoint of another version of this program: nothing is wrong with it."""
 
 
@@ -52,7 +52,7 @@ def save(folder: Path, step: int, tensors: Mapping[str, Tensor], numbers: Mappin
         raise DivergedError(Problem(f"step {step}", f"{bad[0]} is not finite", "lower optimizer.lr; nothing was saved"))
     path = folder / f"step-{step:06d}.safetensors"
     state = {"format": FORMAT, "step": step, **numbers}
-    tensorfile.save_sealed(path, tensors, {"state": json.dumps(state)})
+    tensorfile.save_with_digest(path, tensors, {"state": json.dumps(state)})
     return [old for _, old in steps_in(folder)[KEEP:] if not files.remove(old)]
 
 
@@ -75,11 +75,11 @@ def load_newest(folder: Path, warn: Any) -> Checkpoint | None:
     for _, path in candidates:
         try:
             return load(path)
-        except OtherFormat:
+        except OtherFormatError:
             raise
         except WeightsError as error:
-            aside = files.set_aside(path, ".corrupt")
-            warn(f"{path}: {error.problems[0].what}; set aside as {aside.name}")
+            aside = files.rename_as_backup(path, ".corrupt")
+            warn(f"{path}: {error.problems[0].message}; set aside as {aside.name}")
     damaged = sorted(folder.glob("*.corrupt*")) if folder.is_dir() else []
     if damaged:
         what = f"no checkpoint is whole ({', '.join(path.name for path in damaged)})"
@@ -93,7 +93,7 @@ def load(path: Path) -> Checkpoint:
     Raises:
         WeightsError: damaged, or of another format.
     """
-    tensors, metadata = tensorfile.load_sealed(path)
+    tensors, metadata = tensorfile.load_with_digest(path)
     try:
         numbers = json.loads(metadata["state"])
         step, version = numbers["step"], numbers["format"]
@@ -102,5 +102,5 @@ def load(path: Path) -> Checkpoint:
     if version != FORMAT:
         what = f"has format {version}, this version reads {FORMAT}"
         todo = "continue with the version that wrote it, or begin again with --fresh"
-        raise OtherFormat(Problem(str(path), what, todo))
+        raise OtherFormatError(Problem(str(path), what, todo))
     return Checkpoint(path, step, tensors, numbers)

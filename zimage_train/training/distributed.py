@@ -11,9 +11,9 @@ from accelerate import PartialState
 from torch import Tensor
 from torch.nn import Parameter
 
-from zimage_train.errors import ConfigError, LostError, Problem
+from zimage_train.errors import ConfigError, Problem, WorkerLostError
 
-PATIENCE = timedelta(hours=12)
+TIMEOUT = timedelta(hours=12)
 """How long processes wait while the main one fills a cache or draws: 10 minutes, the default, are too few."""
 
 
@@ -22,15 +22,15 @@ class World:
     """This process among all of them."""
 
     device: torch.device
-    process: int
-    processes: int
+    rank: int
+    world_size: int
 
     @property
     def is_main(self) -> bool:
-        return self.process == 0
+        return self.rank == 0
 
 
-def join() -> World:
+def init() -> World:
     """Join the processes that `accelerate launch` or torchrun started; alone without them.
 
     On a CPU, one thread a process: only the miniature runs there, whose matrices are too small to share out, and the
@@ -41,7 +41,7 @@ def join() -> World:
     """
     has_gpu = torch.accelerator.is_available()
     # Without `cpu`, accelerate leaves CPU processes strangers to each other.
-    state = PartialState(cpu=not has_gpu, timeout=PATIENCE)
+    state = PartialState(cpu=not has_gpu, timeout=TIMEOUT)
     asked = int(os.environ.get("WORLD_SIZE", "1"))
     if state.num_processes != asked:
         what = f"{asked} processes were started, and {state.num_processes} found each other"
@@ -52,7 +52,7 @@ def join() -> World:
     return World(state.device, state.process_index, state.num_processes)
 
 
-def wait() -> None:
+def barrier() -> None:
     """Wait until every process has come here.
 
     Raises:
@@ -62,13 +62,13 @@ def wait() -> None:
         PartialState().wait_for_everyone()
 
 
-def add_up(world: World, parameters: list[Parameter], numbers: Tensor) -> Tensor:
+def all_reduce_gradients(world: World, parameters: list[Parameter], numbers: Tensor) -> Tensor:
     """Sum every gradient and `numbers` over the processes, in one flat reduction; returns the summed numbers.
 
     Raises:
         LostError: a process has ended.
     """
-    if world.processes == 1:
+    if world.world_size == 1:
         return numbers
     grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
     flat = torch.cat([*(grad.reshape(-1) for grad in grads), numbers.float()])
@@ -81,7 +81,7 @@ def add_up(world: World, parameters: list[Parameter], numbers: Tensor) -> Tensor
     return flat[offset:]
 
 
-def least(world: World, number: float) -> float:
+def all_reduce_min(world: World, number: float) -> float:
     """The least of what the processes have.
 
     Raises:
@@ -102,4 +102,4 @@ def _together() -> Iterator[None]:
         yield
     except RuntimeError as error:
         what = f"another process has ended ({str(error).splitlines()[0][:120]})"
-        raise LostError(Problem("launch", what, "its own output says why; the same command continues")) from error
+        raise WorkerLostError(Problem("launch", what, "its own output says why; the same command continues")) from error

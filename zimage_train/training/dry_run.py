@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from zimage_train.config.values import Mode
+from zimage_train.config.values import RecomputeMode
 from zimage_train.dataset.buckets import Bucket
-from zimage_train.dataset.sample_order import Item, MicroBatch
-from zimage_train.diffusion.render import render
+from zimage_train.dataset.sample_order import MicroBatch, TrainItem
+from zimage_train.diffusion.render import render_images
 from zimage_train.errors import DiskError
 from zimage_train.io import atomic as files
 from zimage_train.io import tensorfile
@@ -24,15 +24,15 @@ from zimage_train.optim import optimizers as optim
 from zimage_train.planning import calibration as measured
 from zimage_train.planning import forecast, memory
 from zimage_train.planning import gpus as cards
-from zimage_train.planning.gpus import Card
-from zimage_train.planning.memory import OPTIMIZER_BYTES, padded
-from zimage_train.planning.planner import Plan
-from zimage_train.training.fit import recompute_as_planned
+from zimage_train.planning.gpus import GpuSpec
+from zimage_train.planning.memory import OPTIMIZER_BYTES, padded_tokens
+from zimage_train.planning.planner import MemoryPlan
+from zimage_train.training.fit import apply_recompute_plan
 from zimage_train.training.loss import Batch, losses
-from zimage_train.training.state import Run
+from zimage_train.training.state import TrainState
 
 
-def rehearse(run: Run) -> tuple[Run, Mapping[str, Any]]:
+def dry_run(run: TrainState) -> tuple[TrainState, Mapping[str, Any]]:
     """Do what costs most of each kind once; returns the run, with the plan that held, and what it took, for run.json.
 
     Raises:
@@ -40,7 +40,7 @@ def rehearse(run: Run) -> tuple[Run, Mapping[str, Any]]:
         ZImageTrainError: a checkpoint or a LoRA cannot be written and read back.
     """
     device = run.world.device
-    run.console.say(
+    run.console.info(
         f"rehearsing {'the largest batches, a preview' if _draws(run) else 'the largest batches'} and a save"
     )
     if device.type == "cuda":
@@ -54,14 +54,14 @@ def rehearse(run: Run) -> tuple[Run, Mapping[str, Any]]:
         _save(run)
         facts["gb_with_preview"] = gigabytes(device)
     if (taken := gigabytes(device)) is not None:
-        run.console.say(f"rehearsal: {taken:.2f} GB at the most, predicted {plan.peak.allocated / 1e9:.2f} GB")
-    return replace(run, memory=plan), facts
+        run.console.info(f"rehearsal: {taken:.2f} GB at the most, predicted {plan.peak.allocated / 1e9:.2f} GB")
+    return replace(run, memory_plan=plan), facts
 
 
 @contextlib.contextmanager
-def _room_for_the_optimizer(run: Run) -> Iterator[None]:
+def _room_for_the_optimizer(run: TrainState) -> Iterator[None]:
     """Hold what the optimizer will take from its first step on, unless it has it already."""
-    needed = 0 if run.optimizer.state else int(run.memory.job.trained * OPTIMIZER_BYTES[run.config.optimizer.name])
+    needed = 0 if run.optimizer.state else int(run.memory_plan.job.trained * OPTIMIZER_BYTES[run.config.optimizer.name])
     held = torch.empty(needed, dtype=torch.uint8, device=run.world.device)
     yield
     del held
@@ -72,13 +72,13 @@ def gigabytes(device: torch.device) -> float | None:
     return round(torch.cuda.max_memory_allocated(device) / 1e9, 3) if device.type == "cuda" else None
 
 
-def _largest_batches(run: Run) -> tuple[Plan, float]:
+def _largest_batches(run: TrainState) -> tuple[MemoryPlan, float]:
     """The largest batch of every mode, and the seconds that they take; where memory runs out, more is recomputed.
 
     The plan that comes back has held for all of them.
     """
-    plan, seconds = run.memory, 0.0
-    held: set[tuple[Mode, int]] = set()
+    plan, seconds = run.memory_plan, 0.0
+    held: set[tuple[RecomputeMode, int]] = set()
     while (mode_and_samples := _untried(run, plan, held)) is not None:
         mode, samples = mode_and_samples
         outcome = _attempt(run, run.load(samples))
@@ -91,27 +91,29 @@ def _largest_batches(run: Run) -> tuple[Plan, float]:
             raise outcome
         plan = lighter
         torch.cuda.empty_cache()
-        recompute_as_planned(run.frozen.model, plan, run.config.lora.dropout)
-        run.console.warn("a batch did not fit as planned: more is recomputed in this run")
+        apply_recompute_plan(run.frozen.model, plan, run.config.lora.dropout)
+        run.console.warning("a batch did not fit as planned: more is recomputed in this run")
     return plan, seconds
 
 
-def _untried(run: Run, plan: Plan, held: set[tuple[Mode, int]]) -> tuple[Mode, MicroBatch] | None:
+def _untried(
+    run: TrainState, plan: MemoryPlan, held: set[tuple[RecomputeMode, int]]
+) -> tuple[RecomputeMode, MicroBatch] | None:
     """Of the largest batches, one for each mode of `plan`, the one predicted to take most that was not yet tried."""
-    largest: dict[Mode, MicroBatch] = {}
+    largest: dict[RecomputeMode, MicroBatch] = {}
     for samples in sorted(_full_batches(run), key=lambda one: _tokens(run, one)):
         largest[plan.mode_of(_tokens(run, samples))] = samples
-    left: dict[Mode, MicroBatch] = {
+    left: dict[RecomputeMode, MicroBatch] = {
         mode: samples for mode, samples in largest.items() if (mode, _tokens(run, samples)) not in held
     }
 
-    def predicted(one: tuple[Mode, MicroBatch]) -> int:
-        return memory.step(plan.job, plan.form, one[0], _tokens(run, one[1])).total
+    def predicted(one: tuple[RecomputeMode, MicroBatch]) -> int:
+        return memory.step_memory(plan.job, plan.form, one[0], _tokens(run, one[1])).total
 
     return max(left.items(), key=predicted, default=None)
 
 
-def _attempt(run: Run, batch: Batch) -> float | torch.OutOfMemoryError:
+def _attempt(run: TrainState, batch: Batch) -> float | torch.OutOfMemoryError:
     """Seconds of a step, or that memory ran out; what the step held is free again when this returns."""
     try:
         return _step(run, batch)
@@ -121,25 +123,25 @@ def _attempt(run: Run, batch: Batch) -> float | torch.OutOfMemoryError:
         run.optimizer.zero_grad(set_to_none=True)
 
 
-def _full_batches(run: Run) -> list[MicroBatch]:
+def _full_batches(run: TrainState) -> list[MicroBatch]:
     """Of each size as many samples as a micro-batch holds, with the longest captions."""
-    alike: dict[tuple[Bucket, int, bool], list[Item]] = {}
-    for item in run.plan.items:
-        of_class = bool(run.config.data[item.entry].regularisation)
-        alike.setdefault((item.size, run.plan.most_of(item), of_class), []).append(item)
-    by_length = {key: sorted(items, key=lambda item: len(item.picture.longest)) for key, items in alike.items()}
-    return [tuple(map(run.plan.whole, items[-most:])) for (_, most, _), items in by_length.items()]
+    alike: dict[tuple[Bucket, int, bool], list[TrainItem]] = {}
+    for item in run.order.items:
+        of_class = bool(run.config.data[item.entry].regularization)
+        alike.setdefault((item.size, run.order.batch_size_of(item), of_class), []).append(item)
+    by_length = {key: sorted(items, key=lambda item: len(item.picture.longest_prompt)) for key, items in alike.items()}
+    return [tuple(map(run.order.longest_sample, items[-most:])) for (_, most, _), items in by_length.items()]
 
 
-def _tokens(run: Run, samples: MicroBatch) -> int:
+def _tokens(run: TrainState, samples: MicroBatch) -> int:
     """Of the joined sequence, as the blocks see it."""
     size = samples[0].item.size
-    prompts = {text for one in samples for text in (one.prompt, one.held) if text is not None}
-    captions = max(padded(run.inputs.embeds(prompt).shape[0]) for prompt in prompts)
-    return len(samples) * (padded(size.width * size.height // 256) + captions)
+    prompts = {text for one in samples for text in (one.prompt, one.preserve_prompt) if text is not None}
+    captions = max(padded_tokens(run.dataset.embeds(prompt).shape[0]) for prompt in prompts)
+    return len(samples) * (padded_tokens(size.width * size.height // 256) + captions)
 
 
-def _recomputing_more(plan: Plan, tokens: int) -> Plan | None:
+def _recomputing_more(plan: MemoryPlan, tokens: int) -> MemoryPlan | None:
     """`plan` with the next mode for batches of `tokens` and more; None: there is none."""
     current = plan.mode_of(tokens)
     modes = list(plan.limits)
@@ -150,7 +152,7 @@ def _recomputing_more(plan: Plan, tokens: int) -> Plan | None:
     return replace(plan, limits=lower)
 
 
-def _step(run: Run, batch: Batch) -> float:
+def _step(run: TrainState, batch: Batch) -> float:
     began = time.monotonic()
     model = run.frozen.model.train()
     there = batch.to(run.world.device, model.dtype)
@@ -161,54 +163,54 @@ def _step(run: Run, batch: Batch) -> float:
     return time.monotonic() - began
 
 
-def _preview(run: Run) -> None:
+def _preview(run: TrainState) -> None:
     """One step of the largest preview, and its decoding, unless pictures are drawn before step 1 anyway."""
     if not _draws(run):
         return
-    recipes = [recipe for view in run.views for recipe in view.recipes]
+    recipes = [recipe for view in run.preview_sets for recipe in view.requests]
     largest = max(recipes, key=lambda one: one.width * one.height * (2 if one.guidance > 0 else 1))
-    with run.previewed(run.attached.factors()):
-        render(run.frozen, run.extras, [replace(largest, steps=1)], run.preview_embeds, lambda done, total: None)
+    with run.with_preview_loras(run.lora.factors()):
+        render_images(run.frozen, run.extras, [replace(largest, steps=1)], run.preview_embeds, lambda done, total: None)
 
 
-def _draws(run: Run) -> bool:
-    return any(view.recipes for view in run.views) and not (run.start == 0 and run.config.sample.first)
+def _draws(run: TrainState) -> bool:
+    return any(view.requests for view in run.preview_sets) and not (run.start_step == 0 and run.config.sample.first)
 
 
-def _save(run: Run) -> None:
+def _save(run: TrainState) -> None:
     """A checkpoint and a LoRA, written and read back."""
-    path, trained, dtype = run.folder.rehearsal, run.attached.factors(), run.config.save.dtype
+    path, trained, dtype = run.folder.rehearsal, run.lora.factors(), run.config.save.dtype
     try:
-        tensorfile.save_sealed(path, run.attached.state() | optim.state(run.optimizer)[0], {})
-        tensorfile.load_sealed(path)
-        lora_files.export(path, trained, dtype, run.export_metadata)
-        loaders.verify(path, trained, dtype, run.frozen.shape.linears)
+        tensorfile.save_with_digest(path, run.lora.state() | optim.optimizer_state(run.optimizer)[0], {})
+        tensorfile.load_with_digest(path)
+        lora_files.export_lora(path, trained, dtype, run.export_metadata)
+        loaders.verify_export(path, trained, dtype, run.frozen.shape.linears)
     finally:
         files.remove(path)
 
 
-def compare(run: Run, records: list[dict[str, Any]]) -> None:
+def compare_with_forecast(run: TrainState, records: list[dict[str, Any]]) -> None:
     """Say how the run compares with its prediction, and remember it for the next ones; `records` are its steps."""
     device = run.world.device
-    card = cards.find(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    card = cards.find_gpu(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     name = card.name if card else torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    steps = [(one["seconds"], _predicted_seconds(run, one["step"], card or cards.TYPICAL)) for one in records]
-    predicted_gb = run.memory.peak.allocated / 1e9
-    name = measured.key(name, memory.parameters_of(run.frozen.shape))
+    steps = [(one["seconds"], _predicted_seconds(run, one["step"], card or cards.TYPICAL_GPU)) for one in records]
+    predicted_gb = run.memory_plan.peak.allocated / 1e9
+    name = measured.device_key(name, memory.parameters_of(run.frozen.shape))
     found = measured.measure(name, steps, gigabytes(device), predicted_gb)
     if found is None:
         return
     of_memory = f", memory x{found.memory_ratio:.2f}" if found.memory_ratio is not None else ""
     if card is not None:
-        run.console.say(f"measured {found.seconds:.2f} s a step: x{found.time_ratio:.2f} of the prediction{of_memory}")
+        run.console.info(f"measured {found.seconds:.2f} s a step: x{found.time_ratio:.2f} of the prediction{of_memory}")
     try:
-        measured.remember(forecast.memo(run.config), found)
+        measured.record_measurement(forecast.calibration_file(run.config), found)
     except DiskError as error:  # a memo: the run is worth more
-        run.console.warn(str(error))
+        run.console.warning(str(error))
 
 
-def _predicted_seconds(run: Run, step: int, card: Card) -> float:
+def _predicted_seconds(run: TrainState, step: int, card: GpuSpec) -> float:
     """Of the micro-batches of this process."""
     own = run.micro_batches(step)
     sizes = ((samples[0].item.size, len(samples)) for samples in own)
-    return sum(run.memory.seconds(size, card) * number / run.memory.job.batch(size) for size, number in sizes)
+    return sum(run.memory_plan.seconds(size, card) * number / run.memory_plan.job.batch(size) for size, number in sizes)

@@ -8,21 +8,21 @@ from typing import Literal, get_args
 from diffusers import ZImageTransformer2DModel
 
 from zimage_train.config.schema import Config
-from zimage_train.config.values import Kind
+from zimage_train.config.values import Quantization
 from zimage_train.errors import ConfigError, Problem, WeightsError
 from zimage_train.io.headers import read_header
-from zimage_train.io.units import in_words
+from zimage_train.io.units import format_bytes
 from zimage_train.models import checkpointing as recompute
 from zimage_train.planning import devices as accelerator
 from zimage_train.planning import forecast, memory, planner, preflight
-from zimage_train.planning.planner import MANY, Plan
-from zimage_train.planning.preflight import Checked
+from zimage_train.planning.planner import NO_LIMIT, MemoryPlan
+from zimage_train.planning.preflight import RunSpec
 from zimage_train.training import checkpoint, distributed
 from zimage_train.training.distributed import World
-from zimage_train.training.run_dir import RunFolder
+from zimage_train.training.run_dir import RunDir
 
 
-def plan_memory(checked: Checked, world: World, folder: RunFolder) -> Plan:
+def plan_for_devices(checked: RunSpec, world: World, folder: RunDir) -> MemoryPlan:
     """For the smallest card of all processes, or the budget.
 
     What an earlier start of the run chose for `model.quantize: auto` stays: other weights would make it another run.
@@ -30,23 +30,23 @@ def plan_memory(checked: Checked, world: World, folder: RunFolder) -> Plan:
     Raises:
         ConfigError: the budget that is set takes less than any plan.
     """
-    here = accelerator.here(world.device)
+    here = accelerator.device_limits(world.device)
     budget = checked.config.memory.budget_gb
-    limit = distributed.least(world, here.limit_bytes)
+    limit = distributed.all_reduce_min(world, here.limit_bytes)
     if not isinstance(budget, str):
         limit = min(limit, budget * 1e9)
     if checked.config.model.quantize == "auto":
-        checked = replace(checked, config=quantized(checked.config, _planned_kind(folder)))
+        checked = replace(checked, config=with_quantization(checked.config, _planned_kind(folder)))
     is_gpu = world.device.type == "cuda"
     neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     plan = forecast.plan_for(checked, replace(here, limit_bytes=limit), is_gpu, neighbours)
     if not plan.fits and not isinstance(budget, str):
-        what = f"is {budget:g}, and the run takes {in_words(plan.peak.total)} (predicted)"
-        raise ConfigError(Problem("memory.budget_gb", what, preflight.less_memory(checked, limit, is_gpu)))
+        what = f"is {budget:g}, and the run takes {format_bytes(plan.peak.total)} (predicted)"
+        raise ConfigError(Problem("memory.budget_gb", what, preflight.how_to_fit(checked, limit, is_gpu)))
     return plan
 
 
-def _planned_kind(folder: RunFolder) -> Kind | Literal["auto"] | None:
+def _planned_kind(folder: RunDir) -> Quantization | Literal["auto"] | None:
     """How the run's frozen weights are quantised, by its newest checkpoint that can be read; auto: there is none."""
     for _, path in checkpoint.steps_in(folder.checkpoints):
         try:
@@ -54,31 +54,31 @@ def _planned_kind(folder: RunFolder) -> Kind | Literal["auto"] | None:
             kind = state["identity"]["settings"]["model.quantize"]
         except (WeightsError, KeyError, ValueError, TypeError):
             continue
-        if kind is None or kind in get_args(Kind):
+        if kind is None or kind in get_args(Quantization):
             return kind
     return "auto"
 
 
-def remarks(checked: Checked, plan: Plan) -> list[str]:
+def plan_warnings(checked: RunSpec, plan: MemoryPlan) -> list[str]:
     """What to say aloud of a plan that may fail."""
     found = []
     if not plan.fits:
-        less = preflight.less_memory(checked, plan.limit_bytes, plan.job.gpu)
-        found.append(f"{in_words(plan.peak.total)} are predicted, more than the card has to give: {less}")
+        less = preflight.how_to_fit(checked, plan.limit_bytes, plan.job.gpu)
+        found.append(f"{format_bytes(plan.peak.total)} are predicted, more than the card has to give: {less}")
     host, main = memory.host_bytes(plan.job, plan.form), preflight.system_memory_bytes()
     if host > planner.HOST_SHARE * main:
         found.append(f"memory.offload takes {host / 1e9:.1f} GB of {main / 1e9:.1f} GB of main memory; it may run out")
     return found
 
 
-def quantized(config: Config, kind: Kind | Literal["auto"] | None) -> Config:
+def with_quantization(config: Config, kind: Quantization | Literal["auto"] | None) -> Config:
     """`config` with `model.quantize` decided."""
     return config.model_copy(update={"model": config.model.model_copy(update={"quantize": kind})})
 
 
-def recompute_as_planned(model: ZImageTransformer2DModel, plan: Plan, dropout: float) -> None:
+def apply_recompute_plan(model: ZImageTransformer2DModel, plan: MemoryPlan, dropout: float) -> None:
     """Let each block recompute what `plan` says for the tokens of its batch."""
-    if plan.mode_of(MANY) == "none":
+    if plan.mode_of(NO_LIMIT) == "none":
         model.disable_gradient_checkpointing()
     else:
         model.enable_gradient_checkpointing(recompute.by_tokens(plan.mode_of, preserve_rng=dropout > 0))

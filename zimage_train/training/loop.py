@@ -11,21 +11,21 @@ from zimage_train.dataset.sample_order import MicroBatch
 from zimage_train.errors import DivergedError, Problem
 from zimage_train.optim import optimizers as optim
 from zimage_train.optim.schedules import base_lr, lr_factor
-from zimage_train.report.metrics import Records, read
-from zimage_train.rng import number
-from zimage_train.training.distributed import add_up
+from zimage_train.report.metrics import RecordWriter, read_records
+from zimage_train.rng import keyed_int
+from zimage_train.training.distributed import all_reduce_gradients
 from zimage_train.training.loss import Batch, losses
 from zimage_train.training.outputs import after_step, preview, save_checkpoint
-from zimage_train.training.state import Run
+from zimage_train.training.state import TrainState
 from zimage_train.training.step_timer import reserved_bytes
 from zimage_train.training.validation import validate
 
-MOST_SKIPS_IN_A_ROW = 5
+MAX_CONSECUTIVE_SKIPS = 5
 
-Loaded = tuple[MicroBatch, Batch]
+LoadedBatch = tuple[MicroBatch, Batch]
 
 
-def train(run: Run, metrics: Records, events: Records) -> None:
+def train(run: TrainState, metrics: RecordWriter, events: RecordWriter) -> None:
     """Train from `run.start` to the last step.
 
     Raises:
@@ -33,40 +33,42 @@ def train(run: Run, metrics: Records, events: Records) -> None:
         DivergedError: the loss or the gradient was not finite five times in a row.
     """
     config, model, world = run.config, run.frozen.model, run.world
-    parameters = run.attached.parameters()
+    parameters = run.lora.parameters()
     rate, last = base_lr(config.optimizer), config.train.steps
     shown = ("loss",) if config.preserve.kind is None else ("loss", "preservation")
     skipped = trailing_skips(run)
-    if run.start == 0 and world.is_main:
+    if run.start_step == 0 and world.is_main:
         validate(run, 0, events)
-    if run.start == 0 and config.sample.every is not None and config.sample.first and world.is_main:
+    if run.start_step == 0 and config.sample.every is not None and config.sample.first and world.is_main:
         preview(run, 0, events)
-    if run.start > 0:
-        after_step(run, run.start, events, metrics)  # what a crash right after the checkpoint left undone
+    if run.start_step > 0:
+        after_step(run, run.start_step, events, metrics)  # what a crash right after the checkpoint left undone
     model.train()
     began = time.monotonic()
     for step, loaded in prefetch(run):
         optim.set_lr(run.optimizer, rate * lr_factor(config.schedule, step, last))
-        lr = optim.used_lr(run.optimizer)
-        num_samples = sum(len(samples) for samples in run.plan.step(step))
+        lr = optim.current_lr(run.optimizer)
+        num_samples = sum(len(samples) for samples in run.order.step_batches(step))
         sums = {name: torch.zeros((), device=world.device) for name in shown}
         for index, (samples, batch) in enumerate(loaded):
-            torch.manual_seed(number(config.seed, "dropout", step, index, world.process))
+            torch.manual_seed(keyed_int(config.seed, "dropout", step, index, world.rank))
             share = len(samples) / num_samples
             for loss in losses(model, batch.to(world.device, model.dtype), config):
                 (loss.objective * share).backward()
                 sums[loss.name] += loss.plain * share
         wants_stop = float(run.stop.signal_number is not None)
-        numbers = add_up(world, parameters, torch.stack([*sums.values(), sums["loss"].new_tensor(wants_stop)]))
+        numbers = all_reduce_gradients(
+            world, parameters, torch.stack([*sums.values(), sums["loss"].new_tensor(wants_stop)])
+        )
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         *values, stop_votes, norm_value = torch.cat([numbers, norm.reshape(1)]).tolist()  # the one synchronisation
         is_finite = all(abs(value) < float("inf") for value in (*values, norm_value))
         if is_finite:
-            if config.train.clip_norm is not None:
-                torch.nn.utils.clip_grads_with_norm_(parameters, config.train.clip_norm, norm)
+            if config.train.max_grad_norm is not None:
+                torch.nn.utils.clip_grads_with_norm_(parameters, config.train.max_grad_norm, norm)
             run.optimizer.step()
             if run.ema is not None:
-                run.ema.update(run.attached.state(), step)
+                run.ema.update(run.lora.state(), step)
         run.optimizer.zero_grad(set_to_none=True)
         skipped = 0 if is_finite else skipped + 1
         outcome: dict[str, Any] = {
@@ -76,9 +78,9 @@ def train(run: Run, metrics: Records, events: Records) -> None:
         }
         if not is_finite:
             outcome["not_finite"] = f"loss {sum(values):g}, gradient norm {norm_value:g}"
-        record = describe(run, step, loaded, outcome, time.monotonic() - began)
-        report(run, record, metrics)
-        if skipped == min(MOST_SKIPS_IN_A_ROW, last):
+        record = step_record(run, step, loaded, outcome, time.monotonic() - began)
+        log_step(run, record, metrics)
+        if skipped == min(MAX_CONSECUTIVE_SKIPS, last):
             raise diverged(record, skipped)
         after_step(run, step, events, metrics)
         if stop_votes and step < last:
@@ -86,13 +88,13 @@ def train(run: Run, metrics: Records, events: Records) -> None:
         began = time.monotonic()
 
 
-def prefetch(run: Run) -> Iterator[tuple[int, list[Loaded]]]:
+def prefetch(run: TrainState) -> Iterator[tuple[int, list[LoadedBatch]]]:
     """Every step that is left with its micro-batches, the next one read and drawn while this one trains."""
 
-    def load(step: int) -> list[Loaded]:
+    def load(step: int) -> list[LoadedBatch]:
         return [(samples, run.load(samples)) for samples in run.micro_batches(step)]
 
-    steps = range(run.start + 1, run.config.train.steps + 1)
+    steps = range(run.start_step + 1, run.config.train.steps + 1)
     with ThreadPoolExecutor(max_workers=1) as reader:
         ahead = reader.submit(load, steps[0]) if steps else None
         for step in steps:
@@ -102,7 +104,9 @@ def prefetch(run: Run) -> Iterator[tuple[int, list[Loaded]]]:
             yield step, loaded
 
 
-def describe(run: Run, step: int, loaded: list[Loaded], outcome: dict[str, Any], seconds: float) -> dict[str, Any]:
+def step_record(
+    run: TrainState, step: int, loaded: list[LoadedBatch], outcome: dict[str, Any], seconds: float
+) -> dict[str, Any]:
     """The record of a step in metrics.jsonl; sigma and samples are those of this process, in the same order."""
     samples = [sample for micro_batch, _ in loaded for sample in micro_batch]
     return {
@@ -115,7 +119,7 @@ def describe(run: Run, step: int, loaded: list[Loaded], outcome: dict[str, Any],
     }
 
 
-def report(run: Run, record: dict[str, Any], metrics: Records) -> None:
+def log_step(run: TrainState, record: dict[str, Any], metrics: RecordWriter) -> None:
     """Write the record, and show it."""
     if not run.world.is_main:
         return
@@ -123,15 +127,15 @@ def report(run: Run, record: dict[str, Any], metrics: Records) -> None:
     run.trackers.record(record)
     step, loss = record["step"], record["loss"]
     if loss is None:
-        run.console.warn(
+        run.console.warning(
             f"step {step} skipped: not finite ({record['not_finite']}) with {', '.join(record['samples'])} at sigma "
             f"{', '.join(f'{sigma:.3f}' for sigma in record['sigma'])}"
         )
         return
-    if warning := run.pace.look(resolutions(record), record["seconds"], *reserved_bytes(run.world.device)):
-        run.console.warn(f"step {step}: {warning}")
+    if warning := run.slow_steps.update(resolutions(record), record["seconds"], *reserved_bytes(run.world.device)):
+        run.console.warning(f"step {step}: {warning}")
     note = f"loss {loss:.4f}  lr {record['lr']:.2e}  {record['seconds']:.2f} s/step  {record['gb']:.1f} GB"
-    run.console.tick("training", step, run.config.train.steps, note)
+    run.console.progress("training", step, run.config.train.steps, note)
 
 
 def resolutions(record: dict[str, Any]) -> tuple[str, ...]:
@@ -139,7 +143,7 @@ def resolutions(record: dict[str, Any]) -> tuple[str, ...]:
     return tuple(sorted(sample.rpartition("@")[2] for sample in record["samples"]))
 
 
-def stop(run: Run, step: int, metrics: Records, events: Records) -> None:
+def stop(run: TrainState, step: int, metrics: RecordWriter, events: RecordWriter) -> None:
     """Save `step` and leave, as a signal asked.
 
     Raises:
@@ -152,9 +156,9 @@ def stop(run: Run, step: int, metrics: Records, events: Records) -> None:
     raise run.stop.error(f"after step {step}, which is saved")
 
 
-def trailing_skips(run: Run) -> int:
+def trailing_skips(run: TrainState) -> int:
     """How many steps before this start were skipped in a row: a new start is no new chance."""
-    losses = [record.get("loss") for record in read(run.folder.metrics) if 0 < record["step"] <= run.start]
+    losses = [record.get("loss") for record in read_records(run.folder.metrics) if 0 < record["step"] <= run.start_step]
     return next((count for count, loss in enumerate(reversed(losses)) if loss is not None), len(losses))
 
 

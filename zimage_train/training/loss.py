@@ -13,31 +13,33 @@ from zimage_train.dataset.sample_order import Sample
 from zimage_train.diffusion import flow
 from zimage_train.lora.layers import without_lora
 from zimage_train.models.transformer import velocity
-from zimage_train.rng import generator
-from zimage_train.typing import Embeds, Image, Images, Map, Maps, PerSample, Scalar
+from zimage_train.rng import keyed_generator
+from zimage_train.typing import Latent, LatentBatch, PerSample, PromptEmbeds, Scalar, WeightMap, WeightMaps
 
 
 @dataclass(frozen=True)
-class Extras:
+class BatchExtras:
     """What some settings add to a micro-batch; None where they are off, so that nothing is computed for them."""
 
-    mask: Maps | None = None
+    mask: WeightMaps | None = None
     """(b, 1, h/8, w/8): the weight of each place, with mean 1."""
-    outside: Maps | None = None
+    outside: WeightMaps | None = None
     """The same for what is masked out and held to the prior, times its own weight."""
     to_prior: Tensor | None = None
     """(b,), bool: samples that are held to what the model makes of them without the LoRA."""
-    held_embeds: list[Embeds] | None = None
+    preserve_embeds: list[PromptEmbeds] | None = None
     """Prompts for which the model is held to what it was."""
-    empty_embeds: Embeds | None = None
+    empty_embeds: PromptEmbeds | None = None
     """Of the empty prompt, for contrastive guidance."""
 
-    def to(self, device: torch.device, dtype: torch.dtype) -> "Extras":
-        return Extras(
+    def to(self, device: torch.device, dtype: torch.dtype) -> "BatchExtras":
+        return BatchExtras(
             mask=_moved(self.mask, device),
             outside=_moved(self.outside, device),
             to_prior=_moved(self.to_prior, device),
-            held_embeds=None if self.held_embeds is None else [one.to(device, dtype) for one in self.held_embeds],
+            preserve_embeds=None
+            if self.preserve_embeds is None
+            else [one.to(device, dtype) for one in self.preserve_embeds],
             empty_embeds=None if self.empty_embeds is None else self.empty_embeds.to(device, dtype),
         )
 
@@ -50,12 +52,12 @@ def _moved(tensor: Tensor | None, device: torch.device) -> Tensor | None:
 class Batch:
     """One micro-batch, everything in fp32 but the embeddings: `sigma` (b,), pictures and noise (b, 16, h/8, w/8)."""
 
-    x0: Images
-    noise: Images
+    x0: LatentBatch
+    noise: LatentBatch
     sigma: PerSample
     weight: PerSample
-    prompt_embeds: list[Embeds]
-    extras: Extras = Extras()
+    prompt_embeds: list[PromptEmbeds]
+    extras: BatchExtras = BatchExtras()
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "Batch":
         """The batch on `device`, embeddings in the model's `dtype`."""
@@ -69,27 +71,27 @@ class Batch:
         )
 
 
-def draw_sigma(config: Config, sample: Sample) -> Scalar:
+def sample_sigma(config: Config, sample: Sample) -> Scalar:
     """The sigma of a sample, a fp64 scalar: a function of the seed and the sample's key."""
-    u = torch.rand((), generator=generator(config.seed, "sigma", *sample.key()), dtype=torch.float64)
+    u = torch.rand((), generator=keyed_generator(config.seed, "sigma", *sample.key()), dtype=torch.float64)
     steps = config.timesteps
-    return flow.draw_sigma(u, steps.type, steps.bias, VARIANTS[config.model.variant].shift, steps.min, steps.max)
+    return flow.quantile_sigma(u, steps.type, steps.bias, VARIANTS[config.model.variant].shift, steps.min, steps.max)
 
 
-def draw_noise(config: Config, sample: Sample, shape: torch.Size) -> Image:
+def sample_noise(config: Config, sample: Sample, shape: torch.Size) -> Latent:
     """The noise of a sample in fp32, likewise; drawn on the CPU, so that every device sees the same."""
-    return torch.randn(shape, generator=generator(config.seed, "noise", *sample.key()), dtype=torch.float32)
+    return torch.randn(shape, generator=keyed_generator(config.seed, "noise", *sample.key()), dtype=torch.float32)
 
 
 def make_batch(
-    config: Config, samples: tuple[Sample, ...], latents: list[Image], embeds: list[Embeds], extras: Extras
+    config: Config, samples: tuple[Sample, ...], latents: list[Latent], embeds: list[PromptEmbeds], extras: BatchExtras
 ) -> Batch:
     """Draw noise and sigma for `samples` and put them together with their cached latents and embeddings."""
-    sigma = torch.stack([draw_sigma(config, sample) for sample in samples])
+    sigma = torch.stack([sample_sigma(config, sample) for sample in samples])
     entries = torch.tensor([config.data[sample.item.entry].weight for sample in samples], dtype=torch.float32)
     return Batch(
         x0=torch.stack([one.float() for one in latents]),
-        noise=torch.stack([draw_noise(config, s, one.shape) for s, one in zip(samples, latents, strict=True)]),
+        noise=torch.stack([sample_noise(config, s, one.shape) for s, one in zip(samples, latents, strict=True)]),
         sigma=sigma.float(),
         weight=flow.loss_weight(sigma, config.timesteps.type) * entries,
         prompt_embeds=embeds,
@@ -97,7 +99,7 @@ def make_batch(
     )
 
 
-def mask_weights(masks: list[Map | None], floors: list[float], shape: torch.Size) -> Maps | None:
+def mask_weights(masks: list[WeightMap | None], floors: list[float], shape: torch.Size) -> WeightMaps | None:
     """Weights (b, 1, h, w) of masks (1, h, w) in [0, 1], raised to their floor and divided by their mean.
 
     So a sample counts the same however little of it is trained. None: no sample has a mask.
@@ -111,7 +113,7 @@ def mask_weights(masks: list[Map | None], floors: list[float], shape: torch.Size
     return torch.stack([_mean_one(one) for one in raised])
 
 
-def outside_weights(masks: list[Map | None], weights: list[float], shape: torch.Size) -> Maps | None:
+def outside_weights(masks: list[WeightMap | None], weights: list[float], shape: torch.Size) -> WeightMaps | None:
     """Weights of what masks leave out, with mean `weights`; None: nothing is held there."""
     if not any(weight > 0 and mask is not None for mask, weight in zip(masks, weights, strict=True)):
         return None
@@ -122,7 +124,7 @@ def outside_weights(masks: list[Map | None], weights: list[float], shape: torch.
     return torch.stack(parts)
 
 
-def _mean_one(weights: Map) -> Map:
+def _mean_one(weights: WeightMap) -> WeightMap:
     """`weights` divided by their mean; zeros stay."""
     return weights / weights.mean().clamp(min=1e-6)
 
@@ -139,8 +141,8 @@ class Loss:
 def losses(model: ZImageTransformer2DModel, batch: Batch, config: Config) -> Iterator[Loss]:
     """Every part of the loss, one graph at a time: its backward comes before the next part is asked for."""
     yield sft_loss(model, batch, config.guidance.differential, config.guidance.contrastive)
-    if batch.extras.held_embeds is not None:
-        yield held_loss(model, batch, batch.extras.held_embeds, config.preserve.weight)
+    if batch.extras.preserve_embeds is not None:
+        yield preservation_loss(model, batch, batch.extras.preserve_embeds, config.preserve.weight)
 
 
 def sft_loss(
@@ -149,7 +151,7 @@ def sft_loss(
     """Weighted MSE to the velocity, mean over the samples; guidance moves the target."""
     extras = batch.extras
     x = flow.interpolate(batch.x0, batch.noise, batch.sigma)
-    target = flow.velocity(batch.x0, batch.noise)
+    target = flow.target_velocity(batch.x0, batch.noise)
     prior = None
     if extras.to_prior is not None or extras.outside is not None:
         prior = prior_velocity(model, x, batch.sigma, batch.prompt_embeds)
@@ -172,7 +174,7 @@ def sft_loss(
     return Loss(objective, plain.detach())
 
 
-def held_loss(model: ZImageTransformer2DModel, batch: Batch, embeds: list[Embeds], weight: float) -> Loss:
+def preservation_loss(model: ZImageTransformer2DModel, batch: Batch, embeds: list[PromptEmbeds], weight: float) -> Loss:
     """MSE to what the model makes of `embeds` without the LoRA, at the same noise: what it knew shall stay."""
     x = flow.interpolate(batch.x0, batch.noise, batch.sigma)
     prior = prior_velocity(model, x, batch.sigma, embeds)
@@ -181,13 +183,15 @@ def held_loss(model: ZImageTransformer2DModel, batch: Batch, embeds: list[Embeds
 
 
 @torch.no_grad()
-def prior_velocity(model: ZImageTransformer2DModel, x: Images, sigma: PerSample, prompt_embeds: list[Embeds]) -> Images:
+def prior_velocity(
+    model: ZImageTransformer2DModel, x: LatentBatch, sigma: PerSample, prompt_embeds: list[PromptEmbeds]
+) -> LatentBatch:
     """The velocity without the LoRA, with the training adapter."""
     with without_lora(model):
         return velocity(model, x, sigma, prompt_embeds)
 
 
-def _weighted_mse(prediction: Images, target: Images, weight: PerSample, mask: Maps | None) -> Scalar:
+def _weighted_mse(prediction: LatentBatch, target: LatentBatch, weight: PerSample, mask: WeightMaps | None) -> Scalar:
     squares = (prediction - target).square()
     per_sample = (squares if mask is None else squares * mask).mean(dim=(1, 2, 3))
     return (weight * per_sample).mean()

@@ -10,12 +10,12 @@ from zimage_train.config import methods
 from zimage_train.config.load import dump_config
 from zimage_train.config.schema import Config
 from zimage_train.diffusion import comfyui as workflow
-from zimage_train.diffusion.frozen import NotRestored
-from zimage_train.diffusion.render import render
+from zimage_train.diffusion.frozen import NotRestoredError
+from zimage_train.diffusion.render import render_images
 from zimage_train.errors import WeightsError
 from zimage_train.io import atomic as files
 from zimage_train.io.headers import read_header
-from zimage_train.io.tensorfile import DTYPES, NAMES
+from zimage_train.io.tensorfile import DTYPE_NAMES, TORCH_DTYPES
 from zimage_train.lora import lora_file as lora_files
 from zimage_train.lora import verify as loaders
 from zimage_train.lora.lora_file import Lora
@@ -23,63 +23,66 @@ from zimage_train.optim import optimizers as optim
 from zimage_train.report import page
 from zimage_train.report import preview_images as pictures
 from zimage_train.report import preview_shift as change
-from zimage_train.report.metrics import Records, read
+from zimage_train.report.metrics import RecordWriter, read_records
 from zimage_train.training import checkpoint
 from zimage_train.training import preview_sets as views
 from zimage_train.training import run_dir as run_folder
-from zimage_train.training.preview_sets import View
-from zimage_train.training.run_dir import RunFolder
-from zimage_train.training.state import Run, due
+from zimage_train.training.preview_sets import PreviewSet
+from zimage_train.training.run_dir import RunDir
+from zimage_train.training.state import TrainState, is_due
 from zimage_train.training.validation import validate
 
 
-def save_checkpoint(run: Run, step: int) -> None:
+def save_checkpoint(run: TrainState, step: int) -> None:
     """Write the checkpoint of `step`.
 
     Raises:
         DivergedError: the LoRA or the optimizer is not finite.
         DiskError: it cannot be written.
     """
-    tensors, optimizer = optim.state(run.optimizer)
+    tensors, optimizer = optim.optimizer_state(run.optimizer)
     numbers = {"optimizer": optimizer, "identity": dict(run.identity)}
     averages = run.ema.state() if run.ema else {}
-    for path in checkpoint.save(run.folder.checkpoints, step, run.attached.state() | averages | tensors, numbers):
-        run.console.warn(f"{path}: cannot be removed; going on")
+    for path in checkpoint.save(run.folder.checkpoints, step, run.lora.state() | averages | tensors, numbers):
+        run.console.warning(f"{path}: cannot be removed; going on")
 
 
-def export(run: Run, step: int) -> None:
+def export_step(run: TrainState, step: int) -> None:
     """Write the LoRA of `step`, and its average, and prove that diffusers and ComfyUI read what was trained."""
     last = run.config.train.steps
-    _export(run, step, run.folder.lora(None if step == last else step), run.attached.factors())
+    _export(run, step, run.folder.lora(None if step == last else step), run.lora.factors())
     if run.ema is not None:
-        averaged = run.attached.factors(run.ema.shadow)
+        averaged = run.lora.factors(run.ema.shadow)
         _export(run, step, run.folder.lora(None if step == last else step, is_ema=True), averaged)
 
 
-def _export(run: Run, step: int, path: Path, trained: Lora) -> None:
+def _export(run: TrainState, step: int, path: Path, trained: Lora) -> None:
     config = run.config
-    lora_files.export(path, trained, config.save.dtype, {**run.export_metadata, "ss_steps": str(step)})
+    lora_files.export_lora(path, trained, config.save.dtype, {**run.export_metadata, "ss_steps": str(step)})
     try:
-        error = loaders.verify(path, trained, config.save.dtype, run.frozen.shape.linears)
+        error = loaders.verify_export(path, trained, config.save.dtype, run.frozen.shape.linears)
     except WeightsError:
-        files.set_aside(path, ".unverified")
+        files.rename_as_backup(path, ".unverified")
         raise
     count = f"{len(trained)}/{len(trained)}"
-    run.console.say(f"step {step}: exported {path} ({count} modules verified, relative error {error:.1e})")
-    if run.views:
-        files.write_json(workflow.beside(path), workflow.comfyui(run.views[0].recipes[0], config.model, path.name))
+    run.console.info(f"step {step}: exported {path} ({count} modules verified, relative error {error:.1e})")
+    if run.preview_sets:
+        files.write_json(
+            workflow.workflow_path(path),
+            workflow.comfyui_workflow(run.preview_sets[0].requests[0], config.model, path.name),
+        )
     _prune(run, path.parent)
 
 
-def _prune(run: Run, folder: Path) -> None:
+def _prune(run: TrainState, folder: Path) -> None:
     name = re.compile(re.escape(run.config.name) + r"-(\d{6,})\.safetensors")
     numbered = sorted((int(match[1]), path) for path in folder.iterdir() if (match := name.fullmatch(path.name)))
     for _, path in numbered[: -run.config.save.keep]:
-        if not (files.remove(path) and files.remove(workflow.beside(path))):
-            run.console.warn(f"{path}: cannot be removed; going on")
+        if not (files.remove(path) and files.remove(workflow.workflow_path(path))):
+            run.console.warning(f"{path}: cannot be removed; going on")
 
 
-def preview(run: Run, step: int, events: Records) -> None:
+def preview(run: TrainState, step: int, events: RecordWriter) -> None:
     """Sample every prompt on the true model, but for pictures of `step` that are there already.
 
     A failing preview is reported and costs no step: the checkpoint is already on disk.
@@ -87,95 +90,97 @@ def preview(run: Run, step: int, events: Records) -> None:
     Raises:
         NotRestored: the training weights could not be put back, so that no further step can be trained.
     """
-    if not run.views:
+    if not run.preview_sets:
         return
     measured: dict[str, float] = {}
     try:
-        for view in run.views:
-            measured |= draw(run, view, step)
-        pictures.save_grid(run.folder.samples / "grid.png", views.shown(run.views))
-    except NotRestored:
+        for view in run.preview_sets:
+            measured |= render_previews(run, view, step)
+        pictures.save_grid(run.folder.samples / "grid.png", views.all_previews_table(run.preview_sets))
+    except NotRestoredError:
         raise
     except Exception as error:  # noqa: BLE001  a preview that fails must not end a run
-        run.console.warn(f"preview at step {step} failed ({type(error).__name__}: {error}); training goes on")
+        run.console.warning(f"preview at step {step} failed ({type(error).__name__}: {error}); training goes on")
         events.append({"step": step, "event": "preview_failed", "error": str(error)})
         return
-    events.append({"step": step, "event": "preview", **judged(run, step), **measured})
+    events.append({"step": step, "event": "preview", **preview_metrics(run, step), **measured})
     if "drift" in measured:
         run.trackers.drift(step, measured["drift"])
-    for view in run.views:
-        run.trackers.pictures(step, {one.prompt[:80] + view.suffix: path for path, one in view.wanted(step)})
+    for view in run.preview_sets:
+        run.trackers.pictures(step, {one.prompt[:80] + view.suffix: path for path, one in view.expected(step)})
 
 
-def draw(run: Run, view: View, step: int) -> dict[str, float]:
+def render_previews(run: TrainState, view: PreviewSet, step: int) -> dict[str, float]:
     """Render and write what is missing of one view, with the LoRA as a file of it holds it; return what it measures."""
     missing, measured = view.missing(step), dict[str, float]()
-    meter = run.meter if view.is_metered and step > 0 else None
+    meter = run.drift_meter if view.is_metered and step > 0 else None
     if not missing and meter is None:
         return measured
 
     def measure() -> None:
         if meter is not None:
-            measured["drift"] = meter.read(run.frozen.model, partial(run.console.tick, f"drift at step {step}"))
+            measured["drift"] = meter.measure(run.frozen.model, partial(run.console.progress, f"drift at step {step}"))
 
     averaged = run.config.sample.weights == "ema" and run.ema is not None
-    trained = run.attached.factors(run.ema.shadow if averaged and run.ema else None)
-    with run.previewed(lora_files.rounded(trained, run.config.save.dtype)):
-        images = render(
+    trained = run.lora.factors(run.ema.shadow if averaged and run.ema else None)
+    with run.with_preview_loras(lora_files.round_to_dtype(trained, run.config.save.dtype)):
+        images = render_images(
             run.frozen,
             run.extras,
             [recipe for _, recipe in missing],
             run.preview_embeds,
-            lambda done, total: run.console.tick(f"preview at step {step}{view.suffix}", done, total),
-            view.also,
+            lambda done, total: run.console.progress(f"preview at step {step}{view.suffix}", done, total),
+            view.second_model,
             meanwhile=measure,
         )
     for (path, recipe), image in zip(missing, images, strict=True):
-        model = run.config.sample.also if view.also else run.config.model.path or run.config.model.variant
+        model = run.config.sample.compare_on if view.second_model else run.config.model.path or run.config.model.variant
         lora = "averaged LoRA" if averaged else "LoRA"
         extra = "".join(f" and {one.file}={one.weight:g}" for one in run.config.sample.extra_loras)
         drawn_by = f"{model} in {run.config.model.dtype} with the {lora} of {run.config.name} at step {step}{extra}"
-        pictures.save(path, image, recipe, drawn_by, view.run)
+        pictures.save_preview(path, image, recipe, drawn_by, view.run)
     if measured:
-        run.console.say(f"step {step}: drift {measured['drift']:.3f} from Turbo's own steps")
+        run.console.info(f"step {step}: drift {measured['drift']:.3f} from Turbo's own steps")
     return measured
 
 
-def judged(run: Run, step: int) -> dict[str, Any]:
+def preview_metrics(run: TrainState, step: int) -> dict[str, Any]:
     """What the previews of `step` say, for events.jsonl; said aloud where someone should know."""
-    own, *others = [view.table() for view in run.views]
+    own, *others = [view.table() for view in run.preview_sets]
     words = run.config.triggers
     record: dict[str, Any] = {"pictures": [path.name for path in own.rows[step] if path]}
-    for one in change.changes(own, words):
+    for one in change.preview_shifts(own, words):
         if one.step == step:
             record |= {"change_with_trigger": one.with_trigger, "change_without_trigger": one.without_trigger}
-            remark = change.remark(one, run.config.train.steps)
-            if remark and not methods.learns_from_itself(run.config.train.method):  # pictures are to stay as they are
-                run.console.warn(remark)
+            remark = change.shift_remark(one, run.config.train.steps)
+            if remark and not methods.uses_generated_data(run.config.train.method):  # pictures are to stay as they are
+                run.console.warning(remark)
     if step > 0:
         record["sharpness_kept"] = change.sharpness_kept(own, words, step)
     for other in others:
         kept = change.sharpness_kept(other, words, step) if step > 0 else None
         if kept is not None:
             record["sharpness_kept_also"] = kept
-            run.console.say(f"step {step}: on {run.config.sample.also} the LoRA keeps {kept:.0%} of the sharpness")
+            run.console.info(
+                f"step {step}: on {run.config.sample.compare_on} the LoRA keeps {kept:.0%} of the sharpness"
+            )
     return record
 
 
-def after_step(run: Run, step: int, events: Records, metrics: Records) -> None:
+def after_step(run: TrainState, step: int, events: RecordWriter, metrics: RecordWriter) -> None:
     """Do all that is due after `step`, in the order in which a crash costs least; done again, it changes nothing."""
     if not run.world.is_main:
         return
     last = run.config.train.steps
-    saves = step == last or due(run.config.save.every, step, last)
-    draws = due(run.config.sample.every, step, last)
+    saves = step == last or is_due(run.config.save.every, step, last)
+    draws = is_due(run.config.sample.every, step, last)
     if saves:
         metrics.sync()
-        if step > run.start:
+        if step > run.start_step:
             save_checkpoint(run, step)
         events.append({"step": step, "event": "save"})
-        export(run, step)
-    if due(run.config.validation.every, step, last):
+        export_step(run, step)
+    if is_due(run.config.validation.every, step, last):
         validate(run, step, events)
     if draws:
         preview(run, step, events)
@@ -183,13 +188,13 @@ def after_step(run: Run, step: int, events: Records, metrics: Records) -> None:
         write_report(run)
 
 
-def is_complete(folder: RunFolder, config: Config, step: int, identity: Mapping[str, Any]) -> bool:
+def is_complete(folder: RunDir, config: Config, step: int, identity: Mapping[str, Any]) -> bool:
     """Whether a run that stands at `step` has nothing left to do: `done` is the last thing that a run writes.
 
     The LoRA must be whole and as `save.dtype` says, and the last previews those of `sample`: both may have changed.
     """
     last = config.train.steps
-    is_done = any(one["step"] == last and one.get("event") == "done" for one in read(folder.events))
+    is_done = any(one["step"] == last and one.get("event") == "done" for one in read_records(folder.events))
     if step != last or not is_done or not folder.report.exists():
         return False
     paths = [folder.lora(), *([folder.lora(is_ema=True)] if config.ema.decay is not None else [])]
@@ -197,22 +202,24 @@ def is_complete(folder: RunFolder, config: Config, step: int, identity: Mapping[
         dtypes = {info.dtype for path in paths for key, info in read_header(path).tensors.items() if "lora_" in key}
     except WeightsError:
         return False
-    return dtypes == {NAMES[DTYPES[config.save.dtype]]} and not any(
-        view.missing(last) for view in views.of(config, folder, identity, None)
+    return dtypes == {DTYPE_NAMES[TORCH_DTYPES[config.save.dtype]]} and not any(
+        view.missing(last) for view in views.make_preview_sets(config, folder, identity, None)
     )
 
 
-def write_report(run: Run) -> None:
+def write_report(run: TrainState) -> None:
     """Write report.html from what is in the run folder."""
     facts: dict[str, Any] = run_folder.read_facts(run.folder)
-    page.write(
+    page.write_report_page(
         run.folder.report,
         name=run.config.name,
         facts=facts,
         metrics_path=run.folder.metrics,
         events_path=run.folder.events,
-        own=run.views[0].table() if run.views else None,
-        shown=views.shown(run.views) if run.views else pictures.table(run.folder.samples),
+        own=run.preview_sets[0].table() if run.preview_sets else None,
+        shown=views.all_previews_table(run.preview_sets)
+        if run.preview_sets
+        else pictures.preview_table(run.folder.samples),
         config_text=dump_config(run.config),
         warnings=run.warnings,
         triggers=run.config.triggers,

@@ -8,20 +8,20 @@ from typing import Any
 from zimage_train.config.schema import Config
 from zimage_train.config.variants import VARIANTS
 from zimage_train.diffusion import request as recipe
-from zimage_train.diffusion.request import Recipe
+from zimage_train.diffusion.request import SamplingRequest
 from zimage_train.report import preview_images as pictures
-from zimage_train.report.preview_images import Table
+from zimage_train.report.preview_images import PreviewTable
 from zimage_train.training import run_dir as run_folder
-from zimage_train.training.run_dir import RunFolder
+from zimage_train.training.run_dir import RunDir
 
 
 @dataclass(frozen=True)
-class View:
+class PreviewSet:
     """Previews on one model: what is drawn, and where it goes."""
 
-    also: Path | None
+    second_model: Path | None
     """The transformer that stands in for the run's own; None: none does."""
-    recipes: list[Recipe]
+    requests: list[SamplingRequest]
     folder: Path
     run: str
     """Stands in every picture: what it was drawn by, besides its recipe."""
@@ -30,33 +30,37 @@ class View:
     is_metered: bool
     """Whether it is on Turbo, and the drift from its own steps is measured there."""
 
-    def wanted(self, step: int) -> list[tuple[Path, Recipe]]:
+    def expected(self, step: int) -> list[tuple[Path, SamplingRequest]]:
         """The pictures that `step` shall have."""
-        return [(pictures.path_of(self.folder, step, index), one) for index, one in enumerate(self.recipes)]
+        return [(pictures.preview_path(self.folder, step, index), one) for index, one in enumerate(self.requests)]
 
-    def missing(self, step: int) -> list[tuple[Path, Recipe]]:
+    def missing(self, step: int) -> list[tuple[Path, SamplingRequest]]:
         """The pictures of `step` that are not there, or that something else has drawn."""
-        return [(path, one) for path, one in self.wanted(step) if not pictures.holds(path, one, self.run)]
+        return [(path, one) for path, one in self.expected(step) if not pictures.is_current(path, one, self.run)]
 
-    def table(self) -> Table:
-        return pictures.table(self.folder, self.suffix)
+    def table(self) -> PreviewTable:
+        return pictures.preview_table(self.folder, self.suffix)
 
 
-def of(config: Config, folder: RunFolder, identity: Mapping[str, Any], also: Path | None) -> list[View]:
-    """The run's own view, then that of `sample.also`; none without `sample.every` or prompts."""
+def make_preview_sets(
+    config: Config, folder: RunDir, identity: Mapping[str, Any], also: Path | None
+) -> list[PreviewSet]:
+    """The run's own view, then that of `sample.compare_on`; none without `sample.every` or prompts."""
     if config.sample.every is None or not config.sample.prompts:
         return []
-    digest, name = run_folder.digest_of(identity), config.sample.also
+    digest, name = run_folder.identity_digest(identity), config.sample.compare_on
     if config.sample.weights == "ema":
         digest += " averaged"
     digest += "".join(f" and {one.file}={one.weight:g}" for one in config.sample.extra_loras)
-    views = [View(None, recipe.previews(config), folder.samples, digest, "", config.model.variant == "turbo")]
+    views = [
+        PreviewSet(None, recipe.preview_requests(config), folder.samples, digest, "", config.model.variant == "turbo")
+    ]
     if name is not None:
         on_turbo = name not in VARIANTS or name == "turbo"
         views.append(
-            View(
-                also=also,
-                recipes=recipe.also(config),
+            PreviewSet(
+                second_model=also,
+                requests=recipe.comparison_requests(config),
                 folder=folder.samples / "also",
                 run=f"{digest} on {name}",
                 suffix=f" (on {name})",
@@ -66,7 +70,7 @@ def of(config: Config, folder: RunFolder, identity: Mapping[str, Any], also: Pat
     return views
 
 
-def shown(views: list[View]) -> Table:
+def all_previews_table(views: list[PreviewSet]) -> PreviewTable:
     """All previews of a run as one table, those of another model beside its own."""
     own, *others = [view.table() for view in views]
-    return pictures.beside(own, others[0]) if others else own
+    return pictures.side_by_side(own, others[0]) if others else own

@@ -9,16 +9,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from zimage_train.config.load import dump_config, flatten, resolved
+from zimage_train.config.load import dump_config, flatten_keys, resolve_paths
 from zimage_train.config.schema import Config
 from zimage_train.errors import ConfigError, Problem, WeightsError
 from zimage_train.io import atomic as files
 from zimage_train.optim import schedules
 from zimage_train.report import metrics
 
-MAY_CHANGE = ("train.steps", "train.epochs", "output", "cache.", "save.", "sample.", "validation.", "memory.", "log.")
+CHANGEABLE_ON_RESUME = (
+    "train.steps",
+    "train.epochs",
+    "output_dir",
+    "cache.",
+    "save.",
+    "sample.",
+    "validation.",
+    "memory.",
+    "log.",
+)
 """Settings that a resumed run may change: none of them alters a weight that was trained; but see `identity`."""
-ALLOWABLE = ("optimizer.lr", "schedule", "train.clip_norm", "timesteps", "guidance", "data")
+ALLOWABLE = ("optimizer.lr", "schedule", "train.max_grad_norm", "timesteps", "guidance", "data")
 """Settings, and the pictures, that a run can take up in its middle when `--allow` names them: each step reads them."""
 BY_DIGEST = (
     *("model.path", "model.extras", "model.adapter", "lora.init_from"),
@@ -28,7 +38,7 @@ BY_DIGEST = (
 
 
 @dataclass(frozen=True)
-class RunFolder:
+class RunDir:
     """Where everything of one run lies."""
 
     root: Path
@@ -85,12 +95,12 @@ class RunFolder:
         return folder / (f"{self.name}.safetensors" if step is None else f"{self.name}-{step:06d}.safetensors")
 
 
-def of(config: Config) -> RunFolder:
+def run_dir_of(config: Config) -> RunDir:
     """The run folder of a config: output/name."""
-    return RunFolder(Path(config.output) / config.name, config.name)
+    return RunDir(Path(config.output_dir) / config.name, config.name)
 
 
-def read_facts(folder: RunFolder) -> dict[str, Any]:
+def read_facts(folder: RunDir) -> dict[str, Any]:
     """run.json, or nothing if there is none that can be read."""
     try:
         facts = json.loads(folder.facts.read_bytes())
@@ -99,13 +109,13 @@ def read_facts(folder: RunFolder) -> dict[str, Any]:
     return facts if isinstance(facts, dict) else {}
 
 
-def earlier_starts(folder: RunFolder) -> list[int]:
+def earlier_starts(folder: RunDir) -> list[int]:
     """After which steps the run was started, as far as run.json tells."""
     starts = read_facts(folder).get("starts")
     return [step for step in starts if isinstance(step, int)] if isinstance(starts, list) else []
 
 
-def wandb_id(folder: RunFolder) -> str:
+def wandb_id(folder: RunDir) -> str:
     """The id under which Weights & Biases knows this run, made at its first start and kept with it."""
     try:
         known = folder.wandb_id.read_text(encoding="utf-8").strip()
@@ -117,36 +127,36 @@ def wandb_id(folder: RunFolder) -> str:
     return known
 
 
-def write_facts(folder: RunFolder, facts: Mapping[str, Any]) -> None:
+def write_facts(folder: RunDir, facts: Mapping[str, Any]) -> None:
     files.write_json(folder.facts, facts)
 
 
-def add_facts(folder: RunFolder, facts: Mapping[str, Any]) -> None:
+def add_facts(folder: RunDir, facts: Mapping[str, Any]) -> None:
     """Write `facts` into run.json beside what is there; nothing is written for none."""
     if facts:
         write_facts(folder, {**read_facts(folder), **facts})
 
 
-def write_config(folder: RunFolder, config: Config) -> None:
+def write_config(folder: RunDir, config: Config) -> None:
     """Write the effective config, with absolute paths: any command takes it, wherever it runs."""
-    files.write_text(folder.config, dump_config(resolved(config)))
+    files.write_text(folder.config, dump_config(resolve_paths(config)))
 
 
-def identity(config: Config, fingerprint: Mapping[str, Any]) -> dict[str, Any]:
+def run_identity(config: Config, fingerprint: Mapping[str, Any]) -> dict[str, Any]:
     """What makes a run this run and no other: settings that shape its weights by value, its inputs by content.
 
     Every checkpoint carries it, so a run is recognised by what it continues from and by nothing beside it.
     """
-    settings = flatten(config.model_dump(mode="json"))
-    if schedules.stretches(config.schedule):
+    settings = flatten_keys(config.model_dump(mode="json"))
+    if schedules.schedule_stretches(config.schedule):
         settings["schedule.steps (train.steps, over which it decays)"] = config.train.steps
     return {
         "settings": {key: value for key, value in settings.items() if not _is_free(key)},
-        "inputs": flatten(dict(fingerprint)),
+        "inputs": flatten_keys(dict(fingerprint)),
     }
 
 
-def digest_of(identity: Mapping[str, Any]) -> str:
+def identity_digest(identity: Mapping[str, Any]) -> str:
     """A short name for an identity."""
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -164,7 +174,7 @@ def require_allowable(allow: Iterable[str]) -> None:
 
 
 def require_same(
-    folder: RunFolder, before: Mapping[str, Any], now: Mapping[str, Any], allow: Iterable[str] = ()
+    folder: RunDir, before: Mapping[str, Any], now: Mapping[str, Any], allow: Iterable[str] = ()
 ) -> list[str]:
     """Refuse to continue a run with settings or inputs that would make it another run.
 
@@ -175,10 +185,10 @@ def require_same(
     """
     problems = [*_changed_settings(before["settings"], now["settings"])]
     problems += _changed_inputs(before["inputs"], now["inputs"])
-    refused = [one for one in problems if not one.where.startswith(tuple(allow))]
+    refused = [one for one in problems if not one.location.startswith(tuple(allow))]
     if refused:
         todo = "undo the change, choose another name, or begin again with --fresh (which moves the old run aside)"
-        if all(one.where.startswith(ALLOWABLE) for one in refused):
+        if all(one.location.startswith(ALLOWABLE) for one in refused):
             todo += f"; or go on with it: {' '.join(dict.fromkeys(f'--allow {_allowable(one)}' for one in refused))}"
         raise ConfigError(*refused, Problem(str(folder.root), "belongs to another run", todo))
     return [str(one) for one in problems]
@@ -196,17 +206,19 @@ def _changed_inputs(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Prob
 
 
 def _allowable(problem: Problem) -> str:
-    return next(key for key in ALLOWABLE if problem.where.startswith(key))
+    return next(key for key in ALLOWABLE if problem.location.startswith(key))
 
 
-def require_untouched(folder: RunFolder) -> None:
+def require_untouched(folder: RunDir) -> None:
     """Refuse to begin at step 0 where a checkpoint was once saved and none is left.
 
     Raises:
         WeightsError: names the step that was saved.
     """
     todo = "put them back, or begin again with --fresh"
-    saved = [record["step"] for record in metrics.read(folder.events) if record.get("event") in ("save", "stopped")]
+    saved = [
+        record["step"] for record in metrics.read_records(folder.events) if record.get("event") in ("save", "stopped")
+    ]
     if saved:
         what = f"its checkpoints are gone; the last one was of step {max(saved)}"
         raise WeightsError(Problem(str(folder.checkpoints), what, todo))
@@ -218,7 +230,7 @@ def require_untouched(folder: RunFolder) -> None:
 
 def _is_free(key: str) -> bool:
     parts = ["*" if part.isdigit() else part for part in key.split(".")]
-    return ".".join(parts) in BY_DIGEST or key.startswith(MAY_CHANGE)
+    return ".".join(parts) in BY_DIGEST or key.startswith(CHANGEABLE_ON_RESUME)
 
 
 def _shown(values: Mapping[str, Any], key: str) -> str:

@@ -13,19 +13,19 @@ from torch import Tensor
 from zimage_train.config.schema import Config
 from zimage_train.config.variants import VARIANTS
 from zimage_train.dataset import tensor_cache as caching
-from zimage_train.dataset.sample_order import Item, Sample
+from zimage_train.dataset.sample_order import Sample, TrainItem
 from zimage_train.diffusion import flow
 from zimage_train.diffusion import request as recipe
 from zimage_train.diffusion import sampler as turbo
-from zimage_train.diffusion.request import Recipe
+from zimage_train.diffusion.request import SamplingRequest
 from zimage_train.models.components import LATENT_CHANNELS, LATENT_STRIDE
-from zimage_train.rng import number
-from zimage_train.training.loss import Batch, Extras
-from zimage_train.typing import Embeds
+from zimage_train.rng import keyed_int
+from zimage_train.training.loss import Batch, BatchExtras
+from zimage_train.typing import PromptEmbeds
 
 
 @dataclass(frozen=True)
-class Own:
+class GeneratedData:
     """Which pictures, and by which model."""
 
     config: Config
@@ -36,51 +36,59 @@ class Own:
     def imitates(self) -> bool:
         return self.config.train.method == "trajectory_imitation"
 
-    def recipe(self, item: Item) -> Recipe:
-        seed = number(self.config.seed, "own", *item.identity())
-        return recipe.own(self.config, item.picture.prompts[0], item.size.width, item.size.height, seed)
+    def request(self, item: TrainItem) -> SamplingRequest:
+        seed = keyed_int(self.config.seed, "own", *item.identity())
+        return recipe.teacher_request(self.config, item.picture.prompts[0], item.size.width, item.size.height, seed)
 
-    def key(self, item: Item) -> str:
-        return caching.own_key(self.recipe(item).to_json(), self.config.train.method, *self.made_by)
+    def key(self, item: TrainItem) -> str:
+        return caching.generated_key(self.request(item).to_json(), self.config.train.method, *self.made_by)
 
-    def num_bytes(self, item: Item) -> int:
+    def num_bytes(self, item: TrainItem) -> int:
         pixels = item.size.width * item.size.height // LATENT_STRIDE**2
-        return 4 * LATENT_CHANNELS * pixels * (len(self.student) if self.imitates else 1)
+        return 4 * LATENT_CHANNELS * pixels * (len(self.student_sigmas) if self.imitates else 1)
 
     @property
-    def student(self) -> list[float]:
+    def student_sigmas(self) -> list[float]:
         """The sigmas at which the student is to be where the teacher is, with the 0 at the end."""
         variant = VARIANTS[self.config.model.variant]
         return flow.sampling_sigmas(variant.steps, variant.shift)
 
-    def draw(self, model: ZImageTransformer2DModel, item: Item, embeds: Mapping[str, Embeds]) -> Tensor:
+    def generate(self, model: ZImageTransformer2DModel, item: TrainItem, embeds: Mapping[str, PromptEmbeds]) -> Tensor:
         """Latents (16, h/8, w/8) of the picture; or (9, 16, h/8, w/8), where the teacher is at each of `student`."""
-        wanted = self.recipe(item)
+        wanted = self.request(item)
         was_training = model.training
         model.eval()
         try:
             if not self.imitates:
-                return turbo.denoise(model, [wanted], embeds, lambda done, total: None)[0].cpu()
-            sigmas = flow.sigmas_through(wanted.steps, wanted.shift, self.student)
-            kept = [x[0].cpu() for sigma, x in turbo.states(model, [wanted], embeds, sigmas) if sigma in self.student]
+                return turbo.sample_latents(model, [wanted], embeds, lambda done, total: None)[0].cpu()
+            sigmas = flow.sampling_sigmas_through(wanted.steps, wanted.shift, self.student_sigmas)
+            kept = [
+                x[0].cpu()
+                for sigma, x in turbo.sample_trajectory(model, [wanted], embeds, sigmas)
+                if sigma in self.student_sigmas
+            ]
             return torch.stack(kept)
         finally:
             model.train(was_training)
 
 
 def imitation_batch(
-    own: Own, samples: Sequence[Sample], states: Sequence[Tensor], embeds: list[Embeds], extras: Extras
+    own: GeneratedData,
+    samples: Sequence[Sample],
+    states: Sequence[Tensor],
+    embeds: list[PromptEmbeds],
+    extras: BatchExtras,
 ) -> Batch:
     """Each sample at one of the student's steps: from where the teacher is, its mean velocity up to the next.
 
     A pair of picture and noise whose mixture and velocity are those makes it a batch like any other.
     """
-    student, x0, noise, sigmas = own.student, [], [], []
+    student, x0, noise, sigmas = own.student_sigmas, [], [], []
     for sample, one in zip(samples, states, strict=True):
-        step = number(own.config.seed, "interval", *sample.key()) % (len(student) - 1)
+        step = keyed_int(own.config.seed, "interval", *sample.key()) % (len(student) - 1)
         here, there = one[step].double(), one[step + 1].double()
         mean = (there - here) / (student[step + 1] - student[step])
-        picture, its_noise = flow.pair_of(here, mean, student[step])
+        picture, its_noise = flow.pair_from_velocity(here, mean, student[step])
         x0.append(picture.float())
         noise.append(its_noise.float())
         sigmas.append(student[step])

@@ -69,7 +69,7 @@ def stop_on_signals() -> Iterator[StopRequest]:
             signal.raise_signal(number)
 
     if any(name in os.environ for name in LAUNCHERS):
-        _hear_of_the_launchers_end()
+        _terminate_with_parent()
     before = {number: signal.signal(number, handle) for number in SIGNALS}
     try:
         yield request
@@ -78,7 +78,7 @@ def stop_on_signals() -> Iterator[StopRequest]:
             signal.signal(number, handler)
 
 
-def _hear_of_the_launchers_end() -> None:
+def _terminate_with_parent() -> None:
     """Have Linux send SIGTERM to this process when its parent ends; elsewhere a child lives on."""
     if sys.platform == "linux":
         set_death_signal = 1

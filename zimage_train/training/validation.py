@@ -8,19 +8,19 @@ import torch
 
 from zimage_train.config.schema import Config
 from zimage_train.config.variants import VARIANTS
-from zimage_train.dataset.sample_order import Item
+from zimage_train.dataset.sample_order import TrainItem
 from zimage_train.diffusion import flow
 from zimage_train.models.transformer import velocity
 from zimage_train.report import metrics
-from zimage_train.report.metrics import Records
-from zimage_train.rng import generator
-from zimage_train.training.state import Run
+from zimage_train.report.metrics import RecordWriter
+from zimage_train.rng import keyed_generator
+from zimage_train.training.state import TrainState
 
 QUANTILES = [index / 10 for index in range(1, 10)]
 
 
 @dataclass(frozen=True)
-class Sigmas:
+class ValidationSigmas:
     """Where the loss is measured."""
 
     trained: list[float]
@@ -29,41 +29,43 @@ class Sigmas:
     """The eight of Turbo's sampler."""
 
 
-def sigmas(config: Config) -> Sigmas:
+def validation_sigmas(config: Config) -> ValidationSigmas:
     """The noise levels at which the loss of `config` is measured."""
     u, steps, turbo = torch.tensor(QUANTILES, dtype=torch.float64), config.timesteps, VARIANTS["turbo"]
     shift = VARIANTS[config.model.variant].shift
-    trained = flow.draw_sigma(u, steps.type, steps.bias, shift, steps.min, steps.max)
-    return Sigmas(trained.tolist(), flow.sampling_sigmas(turbo.steps, turbo.shift)[:-1])
+    trained = flow.quantile_sigma(u, steps.type, steps.bias, shift, steps.min, steps.max)
+    return ValidationSigmas(trained.tolist(), flow.sampling_sigmas(turbo.steps, turbo.shift)[:-1])
 
 
-def validate(run: Run, step: int, events: Records) -> None:
+def validate(run: TrainState, step: int, events: RecordWriter) -> None:
     """Measure the loss of `step`, write it to events.jsonl and say how it compares, unless that was done already."""
-    if not run.held_out or any(one["step"] == step for one in history(run)):
+    if not run.held_out or any(one["step"] == step for one in validation_history(run)):
         return
-    at = sigmas(run.config)
+    at = validation_sigmas(run.config)
     try:
         values = measure(run, [*at.trained, *at.turbo], step)
     except torch.OutOfMemoryError:
-        run.console.warn(f"validation at step {step} ran out of memory; lower validation.resolution; training goes on")
+        run.console.warning(
+            f"validation at step {step} ran out of memory; lower validation.resolution; training goes on"
+        )
         return
     by_sigma = list(zip([*at.trained, *at.turbo], values, strict=True))
     nine = len(at.trained)
     record: dict[str, Any] = {
         "step": step,
         "event": "validation",
-        "of": subject(run),
+        "of": validation_subject(run),
         "loss": sum(values[:nine]) / nine,
         "loss_turbo": sum(values[nine:]) / len(at.turbo),
         "by_sigma": [[round(sigma, 4), value] for sigma, value in by_sigma],
     }
     events.append(record)
     run.trackers.validation(step, {name: record[name] for name in ("loss", "loss_turbo")})
-    run.console.say(f"step {step}: validation loss {record['loss']:.4f}, at Turbo's sigmas {record['loss_turbo']:.4f}")
+    run.console.info(f"step {step}: validation loss {record['loss']:.4f}, at Turbo's sigmas {record['loss_turbo']:.4f}")
 
 
 @torch.no_grad()
-def measure(run: Run, at: list[float], step: int) -> list[float]:
+def measure(run: TrainState, at: list[float], step: int) -> list[float]:
     """The mean square error of the velocity at each sigma, over all held-out pictures; without any loss weight."""
     model, device = run.frozen.model, run.world.device
     was_training = model.training
@@ -71,40 +73,42 @@ def measure(run: Run, at: list[float], step: int) -> list[float]:
     try:
         sums = torch.zeros(len(at), dtype=torch.float64, device=device)
         for number, item in enumerate(run.held_out):
-            x0 = run.inputs.picture(item).float().unsqueeze(0).to(device)
+            x0 = run.dataset.picture(item).float().unsqueeze(0).to(device)
             noise = _noise(run.config, item, x0.shape[1:]).unsqueeze(0).to(device)
-            embeds = run.inputs.embeds(item.picture.prompts[0]).to(device, model.dtype)
+            embeds = run.dataset.embeds(item.picture.prompts[0]).to(device, model.dtype)
             for index, sigma in enumerate(at):
                 level = torch.tensor([sigma], dtype=torch.float32, device=device)
                 found = velocity(model, flow.interpolate(x0, noise, level), level, [embeds])
-                sums[index] += (found - flow.velocity(x0, noise)).square().mean()
-            run.console.tick(f"validating step {step}", number + 1, len(run.held_out))
+                sums[index] += (found - flow.target_velocity(x0, noise)).square().mean()
+            run.console.progress(f"validating step {step}", number + 1, len(run.held_out))
         return (sums / len(run.held_out)).tolist()
     finally:
         model.train(was_training)
 
 
-def _noise(config: Config, item: Item, shape: torch.Size) -> torch.Tensor:
-    return torch.randn(shape, generator=generator(config.seed, "validation", item.picture.digest, *item.size))
+def _noise(config: Config, item: TrainItem, shape: torch.Size) -> torch.Tensor:
+    return torch.randn(shape, generator=keyed_generator(config.seed, "validation", item.picture.digest, *item.size))
 
 
-def history(run: Run) -> list[dict[str, Any]]:
+def validation_history(run: TrainState) -> list[dict[str, Any]]:
     """Every validation of the run so far that measured the same."""
-    of = subject(run)
-    return [one for one in metrics.read(run.folder.events) if one.get("event") == "validation" and one["of"] == of]
+    of = validation_subject(run)
+    return [
+        one for one in metrics.read_records(run.folder.events) if one.get("event") == "validation" and one["of"] == of
+    ]
 
 
-def subject(run: Run) -> str:
+def validation_subject(run: TrainState) -> str:
     """What is measured, by content: pictures, sizes, prompts."""
     parts = [(item.picture.digest, *item.size, item.picture.prompts[0]) for item in run.held_out]
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
 
 
-def say_best(run: Run) -> None:
+def log_best_step(run: TrainState) -> None:
     """Name the step with the lowest loss, and its LoRA if that was kept."""
-    lowest = min(history(run), key=lambda one: one["loss"], default=None)
+    lowest = min(validation_history(run), key=lambda one: one["loss"], default=None)
     if lowest is None:
         return
     step = lowest["step"]
     kept = run.folder.lora(None if step == run.config.train.steps else step)
-    run.console.say(f"lowest validation loss: {lowest['loss']:.4f} at step {step}" + f": {kept}" * kept.exists())
+    run.console.info(f"lowest validation loss: {lowest['loss']:.4f} at step {step}" + f": {kept}" * kept.exists())

@@ -6,20 +6,20 @@ from typing import Any
 
 from zimage_train.compat.aitoolkit import optimizers, previews
 from zimage_train.compat.aitoolkit import sections as parts
-from zimage_train.compat.aitoolkit.job import Job, plain_json, read_job
+from zimage_train.compat.aitoolkit.job import AIToolkitJob, plain_json, read_job
 from zimage_train.compat.aitoolkit.keys import KEYS
 from zimage_train.compat.aitoolkit.rules import Mapped
 from zimage_train.config import load as reading
 from zimage_train.config.load import KeyPath
 from zimage_train.config.schema import Config
-from zimage_train.config.strict_yaml import Document
+from zimage_train.config.strict_yaml import YamlDocument
 from zimage_train.errors import ConfigError, Problem
 
 Values = dict[str, Any]
 JSON = (".json", ".jsonc")
 
 
-def read_any(path: Path, overrides: Sequence[str] = ()) -> tuple[Config, list[str]]:
+def read_config_or_job(path: Path, overrides: Sequence[str] = ()) -> tuple[Config, list[str]]:
     """The config at `path`, or the config that the job at `path` becomes, and what there is to say of that.
 
     Raises:
@@ -28,7 +28,7 @@ def read_any(path: Path, overrides: Sequence[str] = ()) -> tuple[Config, list[st
     text = _text(path)
     job = read_job(path, text)
     if job is None:
-        return reading.settle(path, reading.parse(path, text), overrides), []
+        return reading.load_document(path, reading.parse(path, text), overrides), []
     return _settle(job, overrides), notes_of(job)
 
 
@@ -45,13 +45,13 @@ def read_only_job(path: Path) -> tuple[Config, list[str]]:
     return _settle(job, ()), notes_of(job)
 
 
-def written(config: Config, notes: list[str], source: Path) -> str:
+def write_config(config: Config, notes: list[str], source: Path) -> str:
     """The text of an imported config: where it is from, what there is to say, every setting."""
     head = [f"# Imported from {source.name}, a job of AI Toolkit.", *(f"# {note}" for note in notes)]
     return "\n".join([*(" ".join(line.split()) for line in head), "", reading.dump_config(config)])
 
 
-def notes_of(job: Job) -> list[str]:
+def notes_of(job: AIToolkitJob) -> list[str]:
     """One line for each thing that its owner would not expect, and one for each reason to leave keys out."""
     return job.notes + [f"{what}: {', '.join(keys)} ({why})" for (what, why), keys in job.left_out.items()]
 
@@ -61,13 +61,13 @@ def _text(path: Path) -> str:
     return plain_json(text) if path.suffix.lower() in JSON else text
 
 
-def _settle(job: Job, overrides: Sequence[str]) -> Config:
-    document = Document(values_of(job))
+def _settle(job: AIToolkitJob, overrides: Sequence[str]) -> Config:
+    document = YamlDocument(job_values(job))
     document.lines, document.names = _places(job)
-    return reading.settle(job.path, document, overrides, job.problems)
+    return reading.load_document(job.path, document, overrides, job.problems)
 
 
-def values_of(job: Job) -> Values:
+def job_values(job: AIToolkitJob) -> Values:
     """Plain values of the config that `job` becomes; what is wrong with them is added to the job's problems."""
     if job.values["name"] is None:
         job.refuse("config.name", "is missing", "name the run")
@@ -95,11 +95,11 @@ def values_of(job: Job) -> Values:
     return _merged(_alone(job), joint)
 
 
-def _alone(job: Job) -> Values:
+def _alone(job: AIToolkitJob) -> Values:
     """The settings that one key decides by itself."""
     values: Values = {"data": [{} for _ in job.values["datasets"] or [None]]}
     for key, row in KEYS.items():
-        if not isinstance(row, Mapped) or row.jointly:
+        if not isinstance(row, Mapped) or row.derived:
             continue
         if key.startswith("datasets[]."):
             name = key.removeprefix("datasets[].")
@@ -130,7 +130,7 @@ def _merged(one: Values, other: Values) -> Values:
     return result
 
 
-def _places(job: Job) -> tuple[dict[KeyPath, int], dict[KeyPath, str]]:
+def _places(job: AIToolkitJob) -> tuple[dict[KeyPath, int], dict[KeyPath, str]]:
     """Line and name in the job for each setting that it decides, and for the sections of these."""
     lines: dict[KeyPath, int] = {(): 1}
     names: dict[KeyPath, str] = {}

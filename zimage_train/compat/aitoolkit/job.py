@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from zimage_train.compat.aitoolkit.keys import FILE, KEYS, TYPOS
-from zimage_train.compat.aitoolkit.rules import Mapped, NoEffect, Ours, Refused, Row
+from zimage_train.compat.aitoolkit.rules import HandledHere, Mapped, Refused, Row, WithoutEffect
 from zimage_train.config import load as reading
-from zimage_train.config.load import KeyPath, dotted
-from zimage_train.config.strict_yaml import Document
+from zimage_train.config.load import KeyPath, dotted_key
+from zimage_train.config.strict_yaml import YamlDocument
 from zimage_train.errors import Problem
 
-Tree = dict[str, Any]
+KeyTree = dict[str, Any]
 """Rows by name, and below the name of a section another tree; `name[]` is a list of such sections."""
 PROCESS_PATH: KeyPath = ("config", "process", 0)
 
@@ -25,8 +25,8 @@ _SURROGATES = re.compile(r"\\u([dD][89abAB][0-9a-fA-F]{2})\\u([dD][c-fC-F][0-9a-
 _VARIABLE = re.compile(r"\$\{([^}\n]+)\}")
 
 
-def _tree(keys: Mapping[str, Row]) -> Tree:
-    tree: Tree = {}
+def _tree(keys: Mapping[str, Row]) -> KeyTree:
+    tree: KeyTree = {}
     for key, row in keys.items():
         *sections, name = key.split(".")
         place = tree
@@ -41,10 +41,10 @@ PROCESS_TREE = _tree({key: row for key, row in KEYS.items() if key not in FILE})
 
 
 @dataclass
-class Job:
+class AIToolkitJob:
     """A job: its values with the defaults of AI Toolkit's classes, and what there is to say of it."""
 
-    document: Document
+    document: YamlDocument
     path: Path
     values: dict[str, Any] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
@@ -75,9 +75,9 @@ class Job:
 
     def name(self, path: KeyPath) -> str:
         """What a key is called for its owner: below the process, its path from there."""
-        return dotted(path[len(PROCESS_PATH) :] if path[: len(PROCESS_PATH)] == PROCESS_PATH else path)
+        return dotted_key(path[len(PROCESS_PATH) :] if path[: len(PROCESS_PATH)] == PROCESS_PATH else path)
 
-    def read_section(self, tree: Tree, given: dict[str, Any], path: KeyPath) -> dict[str, Any]:
+    def read_section(self, tree: KeyTree, given: dict[str, Any], path: KeyPath) -> dict[str, Any]:
         """The values of one section, all of its keys, checked against their rows."""
         for name in given:
             if name not in tree and f"{name}[]" not in tree:
@@ -87,7 +87,7 @@ class Job:
             for name, below in tree.items()
         }
 
-    def _read(self, below: Tree | Row, name: str, value: Any, path: KeyPath) -> Any:
+    def _read(self, below: KeyTree | Row, name: str, value: Any, path: KeyPath) -> Any:
         here = (*path, name.removesuffix("[]"))
         if not isinstance(below, dict):
             return self._read_row(below, value, here)
@@ -96,14 +96,14 @@ class Job:
         if isinstance(value, dict):
             self.sections.add(self.name(here))
         elif value is not None:
-            self.refuse(self.name(here), f"is {reading.shown(value)}", "expected a section")
+            self.refuse(self.name(here), f"is {reading.format_value(value)}", "expected a section")
         return self.read_section(below, value if isinstance(value, dict) else {}, here)
 
-    def _read_list(self, tree: Tree, value: Any, path: KeyPath) -> list[dict[str, Any]] | None:
+    def _read_list(self, tree: KeyTree, value: Any, path: KeyPath) -> list[dict[str, Any]] | None:
         if value is None:
             return None
         if not isinstance(value, list) or not all(isinstance(one, dict) for one in value):
-            self.refuse(self.name(path), f"is {reading.shown(value)}", "expected a list of sections")
+            self.refuse(self.name(path), f"is {reading.format_value(value)}", "expected a list of sections")
             return None
         return [self.read_section(tree, one, (*path, index)) for index, one in enumerate(value)]
 
@@ -116,20 +116,20 @@ class Job:
             try:
                 return row.read(value)
             except ValueError as error:
-                self.refuse(key, f"is {reading.shown(value)}", f"expected {error}")
+                self.refuse(key, f"is {reading.format_value(value)}", f"expected {error}")
                 return row.default
         if value is None or value in row.neutral:
             return None
         if isinstance(row, Refused):
-            self.refuse(key, f"is {reading.shown(value)} ({row.why})", row.todo)
-        elif isinstance(row, NoEffect):
+            self.refuse(key, f"is {reading.format_value(value)} ({row.why})", row.todo)
+        elif isinstance(row, WithoutEffect):
             self.left_out.setdefault(("no effect in AI Toolkit either", row.why), []).append(key)
-        elif isinstance(row, Ours):
+        elif isinstance(row, HandledHere):
             self.left_out.setdefault(("left out", row.why), []).append(key)
         return None
 
 
-def read_job(path: Path, text: str) -> Job | None:
+def read_job(path: Path, text: str) -> AIToolkitJob | None:
     """The job in `text`, the content of the file at `path`; None: it is no job.
 
     Raises:
@@ -143,7 +143,7 @@ def read_job(path: Path, text: str) -> Job | None:
     if not isinstance(root, dict) or not {"job", "config"} <= root.keys():
         return None
     problems += [reading.yaml_problem(path, problem) for problem in document.problems]
-    job = Job(document, path, problems=problems)
+    job = AIToolkitJob(document, path, problems=problems)
     name = root["config"].get("name") if isinstance(root["config"], dict) else None
     if isinstance(name, str):
         root = _with_name(root, name)
@@ -195,14 +195,14 @@ def _with_name(value: Any, name: str) -> Any:
     return value.replace("[name]", name) if isinstance(value, str) else value
 
 
-def _only_process(job: Job, processes: Any) -> dict[str, Any]:
+def _only_process(job: AIToolkitJob, processes: Any) -> dict[str, Any]:
     if not isinstance(processes, list) or not processes:
-        job.refuse("config.process", f"is {reading.shown(processes)}", "give a list of one process")
+        job.refuse("config.process", f"is {reading.format_value(processes)}", "give a list of one process")
         return {}
     if len(processes) > 1:
         job.refuse("config.process", f"has {len(processes)} processes", "give each of them a job of its own")
     if not isinstance(processes[0], dict):
-        job.refuse("config.process.0", f"is {reading.shown(processes[0])}", "expected a section")
+        job.refuse("config.process.0", f"is {reading.format_value(processes[0])}", "expected a section")
         return {}
     return processes[0]
 
@@ -212,7 +212,7 @@ def _path_of(key: str) -> KeyPath:
     return path if path[0] in FILE_TREE else (*PROCESS_PATH, *path)
 
 
-def _suggestion(name: str, tree: Tree) -> str:
+def _suggestion(name: str, tree: KeyTree) -> str:
     siblings = [one.removesuffix("[]") for one in tree]
     meant = TYPOS.get(name, name)
     hints = [meant] if meant in siblings else [key for key in KEYS if key.split(".")[-1] == meant][:2]

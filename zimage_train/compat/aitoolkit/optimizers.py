@@ -3,13 +3,13 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from zimage_train.compat.aitoolkit.job import Job
+from zimage_train.compat.aitoolkit.job import AIToolkitJob
 
 Values = dict[str, Any]
 EPS = 1e-6
 
 
-class Kind(NamedTuple):
+class OptimizerMapping(NamedTuple):
     """An optimizer here, and what one of AI Toolkit's names brings with it."""
 
     name: str
@@ -21,21 +21,21 @@ class Kind(NamedTuple):
 _EIGHT_BIT = "is an 8-bit Adam of AI Toolkit's own with decoupled weight decay; here it is that of bitsandbytes"
 _AUTOMAGIC = "finds its rates in another way here: one for each tensor, raised while its gradients agree"
 OPTIMIZERS = {
-    "adam": Kind("adam"),
-    "adamw": Kind("adamw", 0.01),
-    "adam8bit": Kind("adam8bit"),
-    "adamw8bit": Kind("adamw8bit", 0.01),
-    "adam8": Kind("adam8bit", note=_EIGHT_BIT),
-    "adamw8": Kind("adamw8bit", note=_EIGHT_BIT),
-    "ademamix8bit": Kind("ademamix8bit", 0.01),
-    "lion": Kind("lion", eps=None),
-    "lion8bit": Kind("lion8bit", eps=None),
-    "adagrad": Kind("adagrad", eps=None),
-    "adafactor": Kind("adafactor", eps=None),
-    "prodigy": Kind("prodigy"),
-    "prodigy8bit": Kind("prodigy8bit"),
-    "automagic": Kind("automagic", eps=None, note=_AUTOMAGIC),
-    "automagic2": Kind("automagic", eps=None, note=_AUTOMAGIC),
+    "adam": OptimizerMapping("adam"),
+    "adamw": OptimizerMapping("adamw", 0.01),
+    "adam8bit": OptimizerMapping("adam8bit"),
+    "adamw8bit": OptimizerMapping("adamw8bit", 0.01),
+    "adam8": OptimizerMapping("adam8bit", note=_EIGHT_BIT),
+    "adamw8": OptimizerMapping("adamw8bit", note=_EIGHT_BIT),
+    "ademamix8bit": OptimizerMapping("ademamix8bit", 0.01),
+    "lion": OptimizerMapping("lion", eps=None),
+    "lion8bit": OptimizerMapping("lion8bit", eps=None),
+    "adagrad": OptimizerMapping("adagrad", eps=None),
+    "adafactor": OptimizerMapping("adafactor", eps=None),
+    "prodigy": OptimizerMapping("prodigy"),
+    "prodigy8bit": OptimizerMapping("prodigy8bit"),
+    "automagic": OptimizerMapping("automagic", eps=None, note=_AUTOMAGIC),
+    "automagic2": OptimizerMapping("automagic", eps=None, note=_AUTOMAGIC),
 }
 """Weight decay is each library's default, which holds there unless optimizer_params says otherwise."""
 PREFIXES = ("prodigy8bit", "prodigy")
@@ -45,7 +45,7 @@ LEAST_PRODIGY_LR = 0.1
 MOST_AUTOMAGIC_LR, AUTOMAGIC_LR = 1e-3, 1e-6
 
 
-def optimizer(job: Job) -> Values:
+def optimizer(job: AIToolkitJob) -> Values:
     there = job.values["train"]
     name = there["optimizer"].lower()
     name = next((prefix for prefix in PREFIXES if name.startswith(prefix)), name)
@@ -64,7 +64,7 @@ def optimizer(job: Job) -> Values:
     return {"name": kind.name, "lr": used_lr(job), "weight_decay": weight_decay, "params": eps | params}
 
 
-def used_lr(job: Job) -> float:
+def used_lr(job: AIToolkitJob) -> float:
     """`train.lr`, or 1 for a Prodigy that is given less than 0.1."""
     there = job.values["train"]
     lr = there["lr"]
@@ -77,22 +77,22 @@ def used_lr(job: Job) -> float:
     return lr
 
 
-def _constant(job: Job, params: Values, lr: float) -> Values:
+def _constant(job: AIToolkitJob, params: Values, lr: float) -> Values:
     if params.get("factor", 1) != 1:
         job.refuse("train.lr_scheduler_params.factor", "scales the whole run", "change train.lr instead")
     return {"name": "constant"}
 
 
-def _cosine(job: Job, params: Values, lr: float) -> Values:
+def _cosine(job: AIToolkitJob, params: Values, lr: float) -> Values:
     return {"name": "cosine", "params": {"end_factor": params.get("eta_min", 0.0) / lr}}
 
 
-def _cosine_with_restarts(job: Job, params: Values, lr: float) -> Values:
+def _cosine_with_restarts(job: AIToolkitJob, params: Values, lr: float) -> Values:
     job.note("train.lr_scheduler", "cosine_with_restarts never restarts there, so it becomes cosine")
     return _cosine(job, params, lr)
 
 
-def _linear(job: Job, params: Values, lr: float) -> Values:
+def _linear(job: AIToolkitJob, params: Values, lr: float) -> Values:
     start, end = params.get("start_factor"), params.get("end_factor")
     if start is None and end is None:
         job.note("train.lr_scheduler", "linear falls to 0 here; AI Toolkit's rises from a third of lr to lr")
@@ -104,28 +104,28 @@ def _linear(job: Job, params: Values, lr: float) -> Values:
     return {"name": "linear", "params": {"end_factor": default if end is None else end}}
 
 
-def _constant_with_warmup(job: Job, params: Values, lr: float) -> Values:
+def _constant_with_warmup(job: AIToolkitJob, params: Values, lr: float) -> Values:
     steps = params.get("num_warmup_steps", 1000)
     return {"name": "constant_with_warmup", "warmup_steps": steps} if steps else {"name": "constant"}
 
 
-def _step(job: Job, params: Values, lr: float) -> Values:
+def _step(job: AIToolkitJob, params: Values, lr: float) -> Values:
     _stops_there(job, "step")
     every = {"every": params["step_size"]} if "step_size" in params else {}
     return {"name": "step", "params": every | {"factor": params.get("gamma", 0.1)}}
 
 
-def _polynomial(job: Job, params: Values, lr: float) -> Values:
+def _polynomial(job: AIToolkitJob, params: Values, lr: float) -> Values:
     _stops_there(job, "polynomial")
     shape = {"power": params.get("power", 1.0), "end_factor": params.get("lr_end", 1e-7) / lr}
     return {"name": "polynomial", "warmup_steps": params.get("num_warmup_steps", 0), "params": shape}
 
 
-def _stops_there(job: Job, name: str) -> None:
+def _stops_there(job: AIToolkitJob, name: str) -> None:
     job.note("train.lr_scheduler", f"{name} stops AI Toolkit and works here")
 
 
-Schedule = Callable[[Job, Values, float], Values]
+Schedule = Callable[[AIToolkitJob, Values, float], Values]
 SCHEDULES: dict[str, tuple[Schedule, tuple[str, ...]]] = {
     "constant": (_constant, ("factor",)),
     "constant_with_warmup": (_constant_with_warmup, ("num_warmup_steps",)),
@@ -138,7 +138,7 @@ SCHEDULES: dict[str, tuple[Schedule, tuple[str, ...]]] = {
 """What makes a schedule of ours of one there, and the parameters it reads."""
 
 
-def schedule(job: Job, lr: float) -> Values:
+def schedule(job: AIToolkitJob, lr: float) -> Values:
     there = job.values["train"]
     name, params = there["lr_scheduler"], dict(there["lr_scheduler_params"])
     if name not in SCHEDULES:

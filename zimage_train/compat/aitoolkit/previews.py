@@ -3,7 +3,7 @@
 import re
 from typing import Any
 
-from zimage_train.compat.aitoolkit.job import Job
+from zimage_train.compat.aitoolkit.job import AIToolkitJob
 from zimage_train.compat.aitoolkit.keys import FLAGS, FLAGS_LEFT_OUT, PREVIEW_STRENGTH
 
 Values = dict[str, Any]
@@ -17,7 +17,7 @@ _FLAG = re.compile(
 TURBO_STEPS, MISCOUNTED_STEPS = 8, 9
 
 
-def sample(job: Job, variant: str) -> Values:
+def sample(job: AIToolkitJob, variant: str) -> Values:
     there, train = job.values["sample"], job.values["train"]
     items = [_item(job, one, f"sample.samples.{number}") for number, one in enumerate(_samples(job))]
     steps = _shared(job, items, "sample_steps", there["sample_steps"])
@@ -41,7 +41,7 @@ def sample(job: Job, variant: str) -> Values:
     }
 
 
-def _samples(job: Job) -> list[Values]:
+def _samples(job: AIToolkitJob) -> list[Values]:
     there = job.values["sample"]
     if there["samples"] is None:
         return [{"prompt": prompt} for prompt in there["prompts"]]
@@ -50,7 +50,7 @@ def _samples(job: Job) -> list[Values]:
     return there["samples"]
 
 
-def _item(job: Job, there: Values, key: str) -> Values:
+def _item(job: AIToolkitJob, there: Values, key: str) -> Values:
     """The keys of one prompt, by AI Toolkit's names; its flags win over them."""
     if there["prompt"] is None:
         job.refuse(f"{key}.prompt", "is missing", "give the prompt")
@@ -90,7 +90,7 @@ def _number(text: str) -> float:
     return int(text) if text.lstrip("-").isdecimal() else float(text)
 
 
-def _shared(job: Job, items: list[Values], name: str, otherwise: Any) -> Any:
+def _shared(job: AIToolkitJob, items: list[Values], name: str, otherwise: Any) -> Any:
     """What all prompts agree on; if they do not, what holds for the section, and a note."""
     values = [item.get(name, otherwise) for item in items] or [otherwise]
     if all(value == values[0] for value in values):
@@ -102,7 +102,7 @@ def _shared(job: Job, items: list[Values], name: str, otherwise: Any) -> Any:
     return otherwise
 
 
-def _seed(job: Job, seed: int | None, key: str) -> int | None:
+def _seed(job: AIToolkitJob, seed: int | None, key: str) -> int | None:
     """A seed; None for -1, which is another one each time there."""
     if seed is not None and seed < 0:
         job.note(key, f"is {seed}, a new seed each time there; previews keep theirs here, to be compared")
@@ -110,7 +110,7 @@ def _seed(job: Job, seed: int | None, key: str) -> int | None:
     return seed
 
 
-def _prompt(job: Job, item: Values, shared_seed: int | None) -> Values:
+def _prompt(job: AIToolkitJob, item: Values, shared_seed: int | None) -> Values:
     seed = _seed(job, item.get("seed"), item["key"])
     found = {
         "prompt": item["prompt"],

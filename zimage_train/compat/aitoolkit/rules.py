@@ -17,12 +17,12 @@ class Mapped:
     read: Callable[[Any], Any]
     default: Any = None
     remark: str = ""
-    jointly: bool = False
+    derived: bool = False
     """Other keys have a say too, so parts.py makes the setting."""
 
 
 @dataclass(frozen=True)
-class NoEffect:
+class WithoutEffect:
     """Changes nothing in AI Toolkit on Z-Image, and nothing here."""
 
     why: str
@@ -30,7 +30,7 @@ class NoEffect:
 
 
 @dataclass(frozen=True)
-class Ours:
+class HandledHere:
     """Changes nothing that is trained: speed, memory, logs and the like, which zimage-train sees to in its own way."""
 
     why: str
@@ -46,7 +46,7 @@ class Refused:
     neutral: tuple[Any, ...] = OFF
 
 
-Row = Mapped | NoEffect | Ours | Refused
+Row = Mapped | WithoutEffect | HandledHere | Refused
 
 
 def rows(section: str, row: Row, names: str) -> dict[str, Row]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import NormalDist
 from typing import Any
 
-from zimage_train.compat.aitoolkit.job import Job
+from zimage_train.compat.aitoolkit.job import AIToolkitJob
 from zimage_train.config.variants import ADAPTERS, VARIANTS
 
 Values = dict[str, Any]
@@ -22,7 +22,7 @@ COMPONENTS = (
 GROUPS = ["attention", "feed_forward", "adaln"]
 
 
-def model(job: Job) -> Values:
+def model(job: AIToolkitJob) -> Values:
     there, dtype = job.values["model"], job.values["train"]["dtype"]
     name, adapter = there["name_or_path"], there["assistant_lora_path"] or None
     variant = _variant(job, name, there["arch"] or "", adapter)
@@ -46,7 +46,7 @@ def model(job: Job) -> Values:
     }
 
 
-def _variant(job: Job, name: str | None, arch: str, adapter: str | None) -> str:
+def _variant(job: AIToolkitJob, name: str | None, arch: str, adapter: str | None) -> str:
     """The variant, by the name of the model; else by the tag of `arch`; else by its training adapter."""
     family, _, tag = arch.partition(":")
     if family not in ("", "zimage"):
@@ -74,7 +74,7 @@ def _named(name: str) -> str | None:
     return "base" if re.fullmatch(r"zimage(base)?(bf16|fp16|fp32|fp8)?", plain) else None
 
 
-def data(job: Job) -> list[Values]:
+def data(job: AIToolkitJob) -> list[Values]:
     entries = job.values["datasets"]
     if not entries:
         job.refuse("datasets", "is missing" if entries is None else "is empty", "list folders of pictures")
@@ -82,7 +82,7 @@ def data(job: Job) -> list[Values]:
     return [_entry(job, entry, f"datasets.{number}") for number, entry in enumerate(entries)]
 
 
-def _entry(job: Job, there: Values, key: str) -> Values:
+def _entry(job: AIToolkitJob, there: Values, key: str) -> Values:
     train, caption_type = job.values["train"], there["caption_type"]
     extension = (caption_type or there["caption_ext"]).removeprefix(".")
     tags = there["shuffle_tokens"] or there["token_dropout_rate"] > 0
@@ -102,12 +102,12 @@ def _entry(job: Job, there: Values, key: str) -> Values:
         "keep_tags": there["keep_tokens"] if tags else 0,
         **_trigger(job, there, key, is_cached),
         **_mask(job, there, key),
-        "regularisation": "prior" if there["is_reg"] and there["prior_reg"] else there["is_reg"],
+        "regularization": "prior" if there["is_reg"] and there["prior_reg"] else there["is_reg"],
         "weight": there["loss_multiplier"] * (train["reg_weight"] if there["is_reg"] else 1),
     }
 
 
-def _folder(job: Job, there: Values, key: str) -> str:
+def _folder(job: AIToolkitJob, there: Values, key: str) -> str:
     folder = there["dataset_path"] or there["folder_path"]
     if not folder:
         job.refuse(f"{key}.folder_path", "is missing", "name the folder of pictures")
@@ -116,15 +116,15 @@ def _folder(job: Job, there: Values, key: str) -> str:
     return folder or "missing"
 
 
-def _trigger(job: Job, there: Values, key: str, is_cached: bool) -> Values:
+def _trigger(job: AIToolkitJob, there: Values, key: str, is_cached: bool) -> Values:
     """The trigger, and whether a dropped caption keeps it: the job's always does there, a dataset's if text is cached.
 
-    Regularisation pictures have none.
+    Regularization pictures have none.
     """
     everywhere, own = job.values["trigger_word"] or None, there["trigger_word"] or None
     if there["is_reg"]:
         if own:
-            job.note(f"{key}.trigger_word", "is left out: regularisation pictures show the class without the concept")
+            job.note(f"{key}.trigger_word", "is left out: regularization pictures show the class without the concept")
         return {"trigger": None, "dropout_keeps_trigger": False}
     if own and everywhere and own != everywhere:
         job.note(f"{key}.trigger_word", "counts alone here; AI Toolkit also puts the job's trigger in front")
@@ -132,7 +132,7 @@ def _trigger(job: Job, there: Values, key: str, is_cached: bool) -> Values:
     return {"trigger": trigger, "dropout_keeps_trigger": bool(trigger and (everywhere or is_cached))}
 
 
-def _mask(job: Job, there: Values, key: str) -> Values:
+def _mask(job: AIToolkitJob, there: Values, key: str) -> Values:
     mask = "alpha" if there["alpha_mask"] else there["mask_path"] or None
     if mask is None:
         return {"mask": None}
@@ -141,7 +141,7 @@ def _mask(job: Job, there: Values, key: str) -> Values:
     return {"mask": mask, "mask_floor": there["mask_min_value"], "mask_prior": prior}
 
 
-def lora(job: Job) -> Values:
+def lora(job: AIToolkitJob) -> Values:
     there = job.values["network"]
     if "network" not in job.sections:
         todo = "add network: {type: lora, linear: 16}"
@@ -157,7 +157,7 @@ def lora(job: Job) -> Values:
     }
 
 
-def _targets(job: Job, there: Values) -> list[str] | str:
+def _targets(job: AIToolkitJob, there: Values) -> list[str] | str:
     """The modules that AI Toolkit would train: by group, or as one regular expression of their names."""
     words = there["network_kwargs"]
     only, ignored = words["only_if_contains"], words["ignore_if_contains"]
@@ -204,7 +204,7 @@ def _any_of(alternatives: list[str]) -> str:
     return alternatives[0] if len(alternatives) == 1 else f"(?:{'|'.join(alternatives)})"
 
 
-def train(job: Job) -> Values:
+def train(job: AIToolkitJob) -> Values:
     there = job.values["train"]
     passes, name = there["gradient_accumulation"], there["optimizer"].lower()
     if passes > 1:
@@ -215,19 +215,21 @@ def train(job: Job) -> Values:
     unclipped = name in ("adafactor", "automagic2")
     if unclipped and job.given("train.max_grad_norm"):
         job.note("train.max_grad_norm", f"is left out: AI Toolkit does not clip with {name}")
-    return {"accumulate": passes, "clip_norm": None if unclipped else there["max_grad_norm"]}
+    return {"grad_accumulation": passes, "max_grad_norm": None if unclipped else there["max_grad_norm"]}
 
 
 TIMESTEPS: dict[str, tuple[str, Callable[[float], float]]] = {
     "weighted": ("weighted", lambda share: share),
     "linear": ("linear", lambda share: share),
     "sigmoid": ("sigmoid", lambda share: 1 / (1 + math.exp(-NormalDist().inv_cdf(share)))),
-    **dict.fromkeys(("shift", "flux_shift", "lumina2_shift"), ("shift", lambda share: 3 * share / (1 + 2 * share))),
+    **dict.fromkeys(
+        ("shift", "flux_shift", "lumina2_shift"), ("uniform_shift", lambda share: 3 * share / (1 + 2 * share))
+    ),
 }
 """AI Toolkit's name -> ours, and sigma by the share of draws below it."""
 
 
-def timesteps(job: Job, variant: str) -> Values:
+def timesteps(job: AIToolkitJob, variant: str) -> Values:
     there = job.values["train"]
     scheduler = there["noise_scheduler"]
     if not job.given("train.noise_scheduler"):
@@ -240,7 +242,7 @@ def timesteps(job: Job, variant: str) -> Values:
         job.refuse("train.timestep_type", f"is {there['timestep_type']!r} (is not possible here)", todo)
         return {}
     name, sigma = TIMESTEPS[there["timestep_type"]]
-    if name == "shift" and VARIANTS[variant].shift != 3.0:
+    if name == "uniform_shift" and VARIANTS[variant].shift != 3.0:
         what = f"shifts by 3 in AI Toolkit and by {VARIANTS[variant].shift:g} here, as {variant} is sampled"
         job.refuse("train.timestep_type", what, "use weighted, linear or sigmoid")
     first, last = there["min_denoising_steps"], there["max_denoising_steps"]
@@ -251,7 +253,7 @@ def timesteps(job: Job, variant: str) -> Values:
     return {"type": name, "min": round(sigma(low), 6) if low else 0.0, "max": round(sigma(high), 6) if first else 1.0}
 
 
-def guidance(job: Job) -> Values:
+def guidance(job: AIToolkitJob) -> Values:
     there = job.values["train"]
     differential = there["differential_guidance_scale"] if there["do_differential_guidance"] else None
     if differential is not None and not there["do_guidance_loss"]:
@@ -263,7 +265,7 @@ def guidance(job: Job) -> Values:
     return {"differential": differential, "contrastive": target}
 
 
-def preserve(job: Job) -> Values:
+def preserve(job: AIToolkitJob) -> Values:
     there = job.values["train"]
     if there["diff_output_preservation"] and there["blank_prompt_preservation"]:
         what = "is on, and diff_output_preservation too"
@@ -283,16 +285,16 @@ def preserve(job: Job) -> Values:
     return {"kind": None}
 
 
-def _has_trigger(job: Job) -> bool:
+def _has_trigger(job: AIToolkitJob) -> bool:
     return bool(job.values["trigger_word"] or any(one["trigger_word"] for one in job.values["datasets"] or []))
 
 
-def ema(job: Job) -> Values:
+def ema(job: AIToolkitJob) -> Values:
     there = job.values["train"]["ema_config"]
     return {"decay": there["ema_decay"] if there["use_ema"] else None}
 
 
-def save(job: Job) -> Values:
+def save(job: AIToolkitJob) -> Values:
     dtype = job.values["save"]["dtype"]
     if dtype == "fp16":
         what = "is fp16" if job.given("save.dtype") else "is left out, which means fp16 there"
@@ -300,6 +302,6 @@ def save(job: Job) -> Values:
     return {"dtype": "fp32" if dtype == "fp32" else "bf16"}
 
 
-def log(job: Job) -> Values:
+def log(job: AIToolkitJob) -> Values:
     there = job.values["logging"]
     return {"wandb": there["project_name"] if there["use_wandb"] else None}

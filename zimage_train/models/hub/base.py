@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Remote:
+class RemoteFile:
     """One file of a repository."""
 
     repository: str

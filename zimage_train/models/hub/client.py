@@ -11,17 +11,17 @@ from pathlib import Path
 
 from zimage_train.errors import Problem, WeightsError
 from zimage_train.io import atomic as files
-from zimage_train.models.hub.base import Remote
+from zimage_train.models.hub.base import RemoteFile
 
 CHUNK_BYTES = 1 << 24
 VARIABLE = "ZIMAGE_TRAIN_HUB"
 
 
-class NoHub(WeightsError):
+class HubUnavailableError(WeightsError):
     """The hub that the environment names cannot be used, whatever is wanted of it."""
 
 
-def chosen():  # one of two modules with the same functions; a checker knows both
+def selected_hub():  # one of two modules with the same functions; a checker knows both
     """The hub that is asked.
 
     Raises:
@@ -34,12 +34,12 @@ def chosen():  # one of two modules with the same functions; a checker knows bot
         return huggingface
     if name != "modelscope":
         todo = "set it to modelscope, or unset it for the Hugging Face hub"
-        raise NoHub(Problem(VARIABLE, f"is {name!r}, which is no hub that is known here", todo))
+        raise HubUnavailableError(Problem(VARIABLE, f"is {name!r}, which is no hub that is known here", todo))
     try:
         from zimage_train.models.hub import modelscope
     except ImportError as error:
         what = f"is modelscope, whose library is not installed, or too old ({error})"
-        raise NoHub(Problem(VARIABLE, what, "pip install 'modelscope-hub>=0.5.1', or unset it")) from None
+        raise HubUnavailableError(Problem(VARIABLE, what, "pip install 'modelscope-hub>=0.5.1', or unset it")) from None
     return modelscope
 
 
@@ -49,14 +49,14 @@ def first_line(error: Exception) -> str:
     return lines[0] if lines else repr(error)
 
 
-def remotes(repository: str, revision: str | None, patterns: list[str]) -> list[Remote]:
+def list_files(repository: str, revision: str | None, patterns: list[str]) -> list[RemoteFile]:
     """The files of a repository whose names meet one of `patterns`.
 
     Raises:
         WeightsError: the hub cannot be reached, or has no such repository.
     """
     name = f"{repository}@{revision}" if revision else repository
-    source = chosen()
+    source = selected_hub()
     try:
         found = source.listed(repository, revision)
     except Exception as error:  # noqa: BLE001  the hubs raise a dozen kinds, from four libraries
@@ -65,18 +65,18 @@ def remotes(repository: str, revision: str | None, patterns: list[str]) -> list[
     return [one for one in found if any(fnmatch.fnmatch(one.path, pattern) for pattern in patterns)]
 
 
-def local(remote: Remote) -> Path | None:
+def cached_path(remote: RemoteFile) -> Path | None:
     """Where a file is on this machine; None: it is not."""
-    return chosen().local(remote)
+    return selected_hub().local(remote)
 
 
-def bring(remote: Remote) -> Path:
+def download_file(remote: RemoteFile) -> Path:
     """Download one file, going on where an earlier attempt stopped.
 
     Raises:
         WeightsError: it does not come.
     """
-    source = chosen()
+    source = selected_hub()
     try:
         return source.bring(remote)
     except Exception as error:  # noqa: BLE001  as in list_files above
@@ -84,7 +84,7 @@ def bring(remote: Remote) -> Path:
         raise WeightsError(Problem(f"{remote.repository}/{remote.path}", what, "the same command goes on")) from None
 
 
-def require_whole(remote: Remote, path: Path) -> None:
+def require_intact(remote: RemoteFile, path: Path) -> None:
     """Compare a file with the size and SHA-256 digest that the hub has for it.
 
     Raises:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download, try_to_load_from_cache
 
-from zimage_train.models.hub.base import Remote
+from zimage_train.models.hub.base import RemoteFile
 
 CACHE_VARIABLE = "HF_HOME"
 
@@ -22,21 +22,21 @@ def snapshot(repository: str, revision: str | None, patterns: list[str], local_o
     return Path(found)
 
 
-def listed(repository: str, revision: str | None) -> list[Remote]:
+def listed(repository: str, revision: str | None) -> list[RemoteFile]:
     """All files of a repository."""
     info = HfApi().model_info(repository, revision=revision, files_metadata=True)
     return [
-        Remote(repository, info.sha or "main", one.rfilename, one.size or 0, one.lfs.sha256 if one.lfs else None)
+        RemoteFile(repository, info.sha or "main", one.rfilename, one.size or 0, one.lfs.sha256 if one.lfs else None)
         for one in info.siblings or []
     ]
 
 
-def local(remote: Remote) -> Path | None:
+def local(remote: RemoteFile) -> Path | None:
     """Where a file is on this machine; None: it is not."""
     found = try_to_load_from_cache(remote.repository, remote.path, revision=remote.commit)
     return Path(found) if isinstance(found, str) else None
 
 
-def bring(remote: Remote) -> Path:
+def bring(remote: RemoteFile) -> Path:
     """Download one file, going on where an earlier attempt stopped."""
     return Path(hf_hub_download(remote.repository, remote.path, revision=remote.commit))

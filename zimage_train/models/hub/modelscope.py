@@ -14,7 +14,7 @@ from pathlib import Path
 from huggingface_hub import constants
 from modelscope_hub import CacheNotFound, FileDownloadError, HubApi, HubConfig, NetworkError
 
-from zimage_train.models.hub.base import Remote
+from zimage_train.models.hub.base import RemoteFile
 
 CACHE_VARIABLE = "MODELSCOPE_CACHE"
 BRANCH = "master"
@@ -57,18 +57,18 @@ def snapshot(repository: str, revision: str | None, patterns: list[str], local_o
         raise next(iter(error.failed_files.values()), error) from None
 
 
-def listed(repository: str, revision: str | None) -> list[Remote]:
+def listed(repository: str, revision: str | None) -> list[RemoteFile]:
     """All files of a repository."""
     if constants.HF_HUB_OFFLINE:
         raise ConnectionError("HF_HUB_OFFLINE is set")
     return [
-        Remote(repository, revision or BRANCH, one.path, one.size, one.sha256.lower() if one.sha256 else None)
+        RemoteFile(repository, revision or BRANCH, one.path, one.size, one.sha256.lower() if one.sha256 else None)
         for one in _api().list_repo_files(repository, "model", revision=revision)
         if not one.is_dir
     ]
 
 
-def local(remote: Remote) -> Path | None:
+def local(remote: RemoteFile) -> Path | None:
     """Where a file is on this machine; None: it is not, or it is that of an older commit of another size."""
     try:
         found = _api().download_file(
@@ -79,7 +79,7 @@ def local(remote: Remote) -> Path | None:
     return found if found.stat().st_size == remote.bytes else None
 
 
-def bring(remote: Remote) -> Path:
+def bring(remote: RemoteFile) -> Path:
     """Download one file, going on where an earlier attempt stopped."""
     return _api().download_file(
         remote.repository, "model", remote.path, revision=remote.commit, expected_sha256=remote.sha256
