@@ -35,21 +35,16 @@ from zimage_train.config import schema
 from zimage_train.dataset.buckets import Bucket
 from zimage_train.diffusion.frozen import FrozenTransformer, load_frozen
 from zimage_train.diffusion.request import SamplingRequest
-from zimage_train.lora import layers as attach
-from zimage_train.lora import lora_file as lora_files
-from zimage_train.lora import targets as names
-from zimage_train.lora import training_adapter as adapter
+from zimage_train.lora import layers, lora_file, targets, training_adapter
 from zimage_train.lora.layers import LoraLayers
 from zimage_train.lora.training_adapter import TrainingAdapter
-from zimage_train.models import loading as weights
-from zimage_train.models import transformer
+from zimage_train.models import loading, transformer
 from zimage_train.models.arch import TransformerShape
 from zimage_train.models.offload import BlockOffloader, streamed_blocks
 from zimage_train.models.quantize import QuantizationStats
 from zimage_train.models.transformer import velocity
 from zimage_train.optim.optimizers import build_optimizer
-from zimage_train.planning import devices as accelerator
-from zimage_train.planning import planner
+from zimage_train.planning import devices, planner
 from zimage_train.planning.memory import CONTEXT_BYTES, WeightPlacement, Workload, caption_tokens
 from zimage_train.planning.planner import AUTO_QUANTIZATIONS, MemoryPlan, PlanConstraints
 from zimage_train.planning.preflight import system_memory_bytes
@@ -66,7 +61,7 @@ CAPTION = "a photo of zchar in a sunlit garden, half body, warm light, shallow d
 
 def job_of(shape: TransformerShape, side: int, dtype: str, gpu: bool) -> Workload:
     """One picture of `side` px a step, and previews of that size."""
-    modules = names.select_modules(["attention", "feed_forward"], shape.linears)
+    modules = targets.select_modules(["attention", "feed_forward"], shape.linears)
     preview = SamplingRequest(
         prompt=CAPTION, negative="", seed=1, width=side, height=side, steps=8, guidance=0.0, shift=3.0
     )
@@ -91,7 +86,7 @@ def random_model(
     model = transformer.empty_transformer(shape, dtype, form.kind)
     blocks = [model.layers[index] for index in streamed_blocks(shape.n_layers, form.streamed)]
     ring = BlockOffloader(blocks, device) if blocks else None
-    weights.allocate(model, device)
+    loading.allocate(model, device)
     frozen = FrozenTransformer(model, shape, Path("random"), None, 0, QuantizationStats(), ring)
     draw = torch.Generator(device).manual_seed(1)
 
@@ -109,8 +104,8 @@ def random_pair(
 ) -> tuple[FrozenTransformer, LoraLayers]:
     """A random model as `plan` has it, and a LoRA on it."""
     frozen = random_model(shape, plan.form, torch.bfloat16 if plan.job.dtype == "bf16" else torch.float32, device)
-    modules = names.select_modules(["attention", "feed_forward"], shape.linears)
-    attached = attach.attach_lora(frozen.model, modules, RANK, None, 0.0, 1)
+    modules = targets.select_modules(["attention", "feed_forward"], shape.linears)
+    attached = layers.attach_lora(frozen.model, modules, RANK, None, 0.0, 1)
     apply_recompute_plan(frozen.model, plan, 0.0)
     return frozen, attached
 
@@ -221,7 +216,7 @@ def _measured(
         torch.cuda.reset_peak_memory_stats()
         torch.cuda.set_per_process_memory_fraction(min((budget * 1e9 - CONTEXT_BYTES) / total, 1.0))
     try:
-        with accelerator.reproducible(device):
+        with devices.reproducible(device):
             row |= train(shape, plan, side, steps, device)
     except torch.OutOfMemoryError as error:
         row["error"] = str(error).partition(" If reserved")[0]
@@ -246,7 +241,7 @@ def repeat(size: str, steps: int) -> dict[str, Any]:
                 parameter.fill_(0.01)  # a new LoRA's B is 0, and so the gradient of its A
         for name, how in (
             ("as torch does it", contextlib.nullcontext()),
-            ("as a run", accelerator.reproducible(device)),
+            ("as a run", devices.reproducible(device)),
         ):
             with how:
                 grads, seconds = [], []
@@ -269,7 +264,7 @@ def quantize() -> dict[str, Any]:
     """The miniature with its adapter, in fp32 and in every kind; losses over 16 pictures' worth of fixed noise."""
     found = {}
     losses: dict[str | None, torch.Tensor] = {}
-    merged: TrainingAdapter = adapter.load_adapter(mini.ADAPTER_V1, 1.0, mini_shape())
+    merged: TrainingAdapter = training_adapter.load_adapter(mini.ADAPTER_V1, 1.0, mini_shape())
     draw = torch.Generator().manual_seed(1)
     x, noise = (torch.randn(16, 16, 12, 12, generator=draw) for _ in range(2))
     prompts = [torch.randn(24, 64, generator=draw)] * 16
@@ -302,7 +297,7 @@ GUIDANCE_RUNS: dict[str, dict[str, Any]] = {
 def guidance() -> dict[str, Any]:
     """How far the LoRA of each run ends from the plain one, as a share of how far that one went."""
     from zimage_train.commands.train import (
-        run_training as run_training,
+        run_training,
     )  # the whole program, which nothing else here needs
 
     ends: dict[str, torch.Tensor] = {}
@@ -312,7 +307,7 @@ def guidance() -> dict[str, Any]:
             config = _small_run(Path(place), f"run{index}x", changes)
             run_training(config, fresh=False)
             folder = Path(config.output_dir) / config.name
-            lora = lora_files.read_lora(folder / "lora" / f"{config.name}.safetensors")
+            lora = lora_file.read_lora(folder / "lora" / f"{config.name}.safetensors")
             ends[name] = torch.cat([(one.b.double() @ one.a.double() * one.scale).flatten() for one in lora.values()])
             records = metrics.read_records(folder / "metrics.jsonl")
             facts[name] = {"gradient_norm": median(one["grad_norm"] for one in records)}

@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from zimage_train import mini
-from zimage_train.lora import targets as names
+from zimage_train.lora import targets
 from zimage_train.mini import world
 from zimage_train.models.arch import TransformerShape
 
@@ -170,7 +170,7 @@ def sharded(folder: Path, stem: str, tensors: dict[str, torch.Tensor]) -> None:
 def make_lora(file: Path, modules: tuple[str, ...], seed: int) -> None:
     """A LoRA of random weights whose change is a thousandth of the model's."""
     shape, draw, tensors = TransformerShape(), torch.Generator().manual_seed(seed), {}
-    for name in names.select_modules(list(modules), shape.linears):
+    for name in targets.select_modules(list(modules), shape.linears):
         outs, ins = shape.linears[name]
         a = torch.randn(ADAPTER_RANK, ins, generator=draw) / ins**0.5
         b = torch.randn(outs, ADAPTER_RANK, generator=draw) * 1e-3 / ADAPTER_RANK**0.5

@@ -18,16 +18,15 @@ from pydantic import BaseModel
 from typer.main import get_command
 from typer.testing import CliRunner
 
-from zimage_train.cli import app as cli
+from zimage_train.cli import app
 from zimage_train.compat.aitoolkit import keys
 from zimage_train.compat.aitoolkit.rules import OFF, HandledHere, Mapped, Row, WithoutEffect
-from zimage_train.config import strict_yaml as yaml_reader
-from zimage_train.config import templates as recipes
+from zimage_train.config import strict_yaml, templates
 from zimage_train.config.sample import ExtraLora, PreviewPrompt
 from zimage_train.config.schema import Config
 from zimage_train.dataset.buckets import Bucket
 from zimage_train.diffusion.request import SamplingRequest
-from zimage_train.lora import targets as names
+from zimage_train.lora import targets
 from zimage_train.models.arch import TransformerShape
 from zimage_train.planning.forecast import MODE_DESCRIPTIONS
 from zimage_train.planning.gpus import GPU_SPECS
@@ -89,7 +88,7 @@ def _section(section: BaseModel, indent: str) -> list[str]:
             for entry in value:
                 lines += [f"{indent}  -", *_section(entry, f"{indent}    ")]
         else:
-            dumped = yaml_reader.dump({name: section.model_dump(include={name})[name]})
+            dumped = strict_yaml.dump({name: section.model_dump(include={name})[name]})
             lines += [indent + line for line in dumped.splitlines()]
         if name in EMPTY_LISTS:
             entries = EMPTY_LISTS[name].model_fields.items()
@@ -133,8 +132,8 @@ def cli_md() -> str:
     events = inspect.cleandoc(printing.__doc__ or "").partition("\n\n")[2]
     machines = f"`zimage-train --json train CONFIG`, and so with every command: {events[0].lower()}{events[1:]}"
     lines = ["# Every command", "", NOTICE, "", machines, ""]
-    for words in _commands(get_command(cli.app)):
-        shown = CliRunner().invoke(cli.app, [*words, "--help"], env={"COLUMNS": "110", "TERMINAL_WIDTH": "110"})
+    for words in _commands(get_command(app.app)):
+        shown = CliRunner().invoke(app.app, [*words, "--help"], env={"COLUMNS": "110", "TERMINAL_WIDTH": "110"})
         text = "\n".join(line.rstrip() for line in shown.output.strip().splitlines())
         text = re.sub(r"^Usage: \S+", "Usage: zimage-train", text)
         lines += [f"## zimage-train {' '.join(words)}", "", "```text", text, "```", ""]
@@ -203,7 +202,7 @@ SIDES = (512, 768, 1024)
 def plan_for(budget_gb: int) -> MemoryPlan:
     """What the planner says of a character at three resolutions, rank 16, in full precision, with 32 GB main memory."""
     shape = TransformerShape()
-    modules = names.select_modules(["attention", "feed_forward"], shape.linears)
+    modules = targets.select_modules(["attention", "feed_forward"], shape.linears)
     preview = SamplingRequest(
         prompt=CAPTION, negative="", seed=1, width=1024, height=1024, steps=8, guidance=0.0, shift=3.0
     )
@@ -237,7 +236,7 @@ def budget_yaml(budget_gb: int) -> str:
         *(f"#   {side:4} px   {MODE_DESCRIPTIONS[mode]} recomputed" for side, mode in modes.items()),
         "# Written by scripts/generate.py.",
     ]
-    text = recipes.render_template("turbo", "character")
+    text = templates.render_template("turbo", "character")
     body = text[text.index("name: ") :].replace("name: my_character", f"name: my_character_{budget_gb}gb", 1)
     memory = ["memory:", f"  budget_gb: {budget_gb}"]
     return "\n".join([*head, body.rstrip(), *memory, ""])
@@ -263,9 +262,9 @@ GENERATED: dict[str, Callable[[], str]] = {
     "configs/schema.json": schema_json,
     "configs/reference.yaml": reference_yaml,
     **{
-        f"configs/{base}_{kind}.yaml": partial(recipes.render_template, base, kind)
-        for base in recipes.MODEL_TEMPLATES
-        for kind in recipes.SUBJECT_KINDS
+        f"configs/{base}_{kind}.yaml": partial(templates.render_template, base, kind)
+        for base in templates.MODEL_TEMPLATES
+        for kind in templates.SUBJECT_KINDS
     },
     **{f"configs/{budget_gb}gb.yaml": partial(budget_yaml, budget_gb) for budget_gb in BUDGETS},
     "README.md": readme,

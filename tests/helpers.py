@@ -16,7 +16,7 @@ from zimage_train.diffusion.frozen import FrozenTransformer
 from zimage_train.lora.layers import base_layer
 from zimage_train.report.metrics import read_records
 from zimage_train.training import loop
-from zimage_train.training import loss as objectives
+from zimage_train.training.loss import Loss
 
 ROOT = Path(__file__).parent.parent
 
@@ -68,7 +68,7 @@ def poison(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> list[int]:
                 yield loss
                 continue
             fired.append(seen["step"])
-            yield objectives.Loss(loss.objective * float("nan"), loss.plain * float("nan"))
+            yield Loss(loss.objective * float("nan"), loss.plain * float("nan"))
 
     monkeypatch.setattr(loop, "losses", spoiled)
     return fired

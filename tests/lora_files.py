@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from zimage_train.lora import targets as names
 from zimage_train.lora.lora_file import Factors, Lora
+from zimage_train.lora.targets import group_of
 from zimage_train.models.arch import TransformerShape
 
 TINY = TransformerShape(dim=96, n_layers=2, n_refiner_layers=1, n_heads=3, cap_feat_dim=64, axes_dims=(8, 12, 12))
@@ -23,7 +23,7 @@ def random_lora(
     return {
         name: Factors(torch.randn(rank, inputs, generator=draw), torch.randn(outputs, rank, generator=draw), scale)
         for name, (outputs, inputs) in TINY.linears.items()
-        if names.group_of(name) in targets
+        if group_of(name) in targets
     }
 
 

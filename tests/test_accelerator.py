@@ -8,17 +8,17 @@ import sys
 import pytest
 import torch
 
-from zimage_train.commands import train as app
-from zimage_train.planning import devices as accelerator
+from zimage_train.commands import train
+from zimage_train.planning import devices
 
 
 def test_on_a_gpu_sums_have_one_order_until_the_block_ends():
-    with pytest.raises(KeyError), accelerator.reproducible(torch.device("cuda")):
+    with pytest.raises(KeyError), devices.reproducible(torch.device("cuda")):
         assert torch.are_deterministic_algorithms_enabled()
         assert not torch.is_deterministic_algorithms_warn_only_enabled()  # with warnings alone attention stays as it is
         raise KeyError
     assert not torch.are_deterministic_algorithms_enabled()
-    with accelerator.reproducible(torch.device("cpu")):
+    with devices.reproducible(torch.device("cpu")):
         assert not torch.are_deterministic_algorithms_enabled()
 
 
@@ -34,7 +34,7 @@ def test_rehearsal_and_loop_are_within_it(make_config, monkeypatch):
         active = None
 
     def watch(name: str):
-        real = getattr(app, name)
+        real = getattr(train, name)
 
         def run(*args):
             assert active == torch.device("cpu"), name
@@ -43,10 +43,10 @@ def test_rehearsal_and_loop_are_within_it(make_config, monkeypatch):
 
         return run
 
-    monkeypatch.setattr(accelerator, "reproducible", watched)
+    monkeypatch.setattr(devices, "reproducible", watched)
     for name in ("rehearse", "run_loop"):
-        monkeypatch.setattr(app, name, watch(name))
-    app.run_training(make_config(train={"steps": 1}), fresh=False)
+        monkeypatch.setattr(train, name, watch(name))
+    train.run_training(make_config(train={"steps": 1}), fresh=False)
     assert inside == ["rehearse", "run_loop"] and active is None
 
 

@@ -9,10 +9,7 @@ from safetensors.torch import load_file, save_file
 from zimage_train import mini
 from zimage_train.diffusion.frozen import FrozenTransformer, load_frozen, original_weights
 from zimage_train.errors import WeightsError
-from zimage_train.lora import headers
-from zimage_train.lora import layers as attach
-from zimage_train.lora import targets as names
-from zimage_train.lora import training_adapter as adapter
+from zimage_train.lora import headers, layers, targets, training_adapter
 
 from helpers import frozen_tensor
 
@@ -22,7 +19,7 @@ TRANSFORMER = mini.TURBO / "transformer"
 
 def merged(dtype: str = "fp32", strength: float = 1.0) -> FrozenTransformer:
     shape = load_frozen(TRANSFORMER, None, dtype, CPU).shape
-    return load_frozen(TRANSFORMER, adapter.load_adapter(mini.ADAPTER_V1, strength, shape), dtype, CPU)
+    return load_frozen(TRANSFORMER, training_adapter.load_adapter(mini.ADAPTER_V1, strength, shape), dtype, CPU)
 
 
 def originals() -> dict[str, torch.Tensor]:
@@ -64,8 +61,8 @@ def test_a_bf16_sum_is_rounded_once():
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_within_the_block_the_weights_are_the_originals_and_after_it_the_same_bits_as_before(dtype: str):
     frozen = merged(dtype)
-    attach.attach_lora(
-        frozen.model, names.select_modules(["attention", "adaln"], frozen.shape.linears), 4, None, 0.0, 1
+    layers.attach_lora(
+        frozen.model, targets.select_modules(["attention", "adaln"], frozen.shape.linears), 4, None, 0.0, 1
     )
     before = {name: frozen_tensor(frozen, name).clone() for name in frozen.shape.parameters}
     with original_weights(frozen):
@@ -119,7 +116,7 @@ def test_an_adapter_that_does_not_match_in_full_is_refused(tmp_path: Path, spoil
     shape = load_frozen(TRANSFORMER, None, "fp32", CPU).shape
     path = spoiled(tmp_path, spoil)
     with pytest.raises(WeightsError, match=message) as error:
-        adapter.load_adapter(path, 1.0, shape)
+        training_adapter.load_adapter(path, 1.0, shape)
     assert error.value.exit_code == 4
     with pytest.raises(WeightsError, match=message):
         headers.require_match(path, headers.read_sizes(path), shape.linears)
@@ -127,7 +124,7 @@ def test_an_adapter_that_does_not_match_in_full_is_refused(tmp_path: Path, spoil
 
 def test_the_stream_itself_refuses_an_adapter_that_met_too_little():
     shape = load_frozen(TRANSFORMER, None, "fp32", CPU).shape
-    loaded = adapter.load_adapter(mini.ADAPTER_V1, 1.0, shape)
+    loaded = training_adapter.load_adapter(mini.ADAPTER_V1, 1.0, shape)
     short = [(name, tensor) for name, tensor in originals().items() if not name.startswith("layers.4.")]
     with pytest.raises(WeightsError, match="matched 40/48"):
-        list(adapter.merge_adapter(short, loaded, CPU, adapter.MergeCount()))
+        list(training_adapter.merge_adapter(short, loaded, CPU, training_adapter.MergeCount()))

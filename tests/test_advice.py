@@ -6,7 +6,7 @@ import pytest
 
 from zimage_train.config.schema import Config
 from zimage_train.config.variants import VARIANTS
-from zimage_train.planning import warnings as advice
+from zimage_train.planning.warnings import FEW_PICTURES, HIGH_LR, MANY_STEPS, STEPS_FOR_FEW_PICTURES, config_warnings
 
 FINE: dict[str, Any] = {
     "name": "a",
@@ -20,7 +20,7 @@ def warnings(num_pictures: int = PICTURES, **changes: dict[str, Any]) -> list[st
     """The warnings of a config without any, with some settings changed."""
     values = {key: (value | changes.get(key, {})) if isinstance(value, dict) else value for key, value in FINE.items()}
     values |= {key: value for key, value in changes.items() if key not in values or not isinstance(value, dict)}
-    return advice.config_warnings(Config.model_validate(values), num_pictures)  # of the published models
+    return config_warnings(Config.model_validate(values), num_pictures)  # of the published models
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -146,7 +146,7 @@ def test_several_dangers_are_all_named():
 
 
 def test_the_numbers_that_the_warnings_give_are_the_ones_that_are_used():
-    assert (advice.HIGH_LR, advice.MANY_STEPS, advice.FEW_PICTURES, advice.STEPS_FOR_FEW_PICTURES) == (
+    assert (HIGH_LR, MANY_STEPS, FEW_PICTURES, STEPS_FOR_FEW_PICTURES) == (
         2e-4,
         10_000,
         10,
@@ -158,6 +158,6 @@ def test_the_numbers_that_the_warnings_give_are_the_ones_that_are_used():
 def test_the_miniature_may_learn_faster_and_is_warned_of_the_rest():
     values = {"variant": "turbo", "adapter": None}
     config = Config.model_validate({"name": "x", "data": [{"folder": "p"}], "model": values, "optimizer": {"lr": 2e-3}})
-    found, small = advice.config_warnings(config, 20), advice.config_warnings(config, 20, is_small=True)
+    found, small = config_warnings(config, 20), config_warnings(config, 20, is_small=True)
     assert [line for line in found if line not in small] == [line for line in found if "optimizer.lr" in line] != []
     assert any("adapter is null" in line for line in small)

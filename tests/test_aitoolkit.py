@@ -14,15 +14,15 @@ from zimage_train import mini
 from zimage_train.cli.app import app
 from zimage_train.commands.sweep_values import make_sweep_runs
 from zimage_train.compat.aitoolkit import previews
-from zimage_train.compat.aitoolkit import sections as parts
 from zimage_train.compat.aitoolkit.convert import read_config_or_job, read_only_job, write_config
 from zimage_train.compat.aitoolkit.keys import FILE, FLAGS, FLAGS_LEFT_OUT, KEYS, TYPOS
 from zimage_train.compat.aitoolkit.rules import HandledHere, Mapped, Refused, WithoutEffect
-from zimage_train.config import strict_yaml as yaml_reader
+from zimage_train.compat.aitoolkit.sections import COMPONENTS, _any_of
+from zimage_train.config import strict_yaml
 from zimage_train.config.load import flatten_keys, read_config
 from zimage_train.config.schema import Config
 from zimage_train.errors import ConfigError
-from zimage_train.lora import targets as names
+from zimage_train.lora import targets
 from zimage_train.models.arch import TransformerShape
 
 from config_texts import OPTIONS
@@ -67,7 +67,7 @@ def job(**settings: Any) -> dict[str, Any]:
 
 def write(folder: Path, values: dict[str, Any] | str, name: str = "job.yaml") -> Path:
     path = folder / name
-    path.write_text(values if isinstance(values, str) else yaml_reader.dump(values), encoding="utf-8")
+    path.write_text(values if isinstance(values, str) else strict_yaml.dump(values), encoding="utf-8")
     return path
 
 
@@ -155,7 +155,7 @@ MAPPED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "network.network_kwargs.only_if_contains": (
         {"network.network_kwargs.only_if_contains": ["layers.7."]},
-        {"lora.targets": r"layers\.7\." + parts._any_of([re.escape(one) for one in parts.COMPONENTS])},
+        {"lora.targets": r"layers\.7\." + _any_of([re.escape(one) for one in COMPONENTS])},
     ),
     "save.save_every": ({"save.save_every": 100}, {"save.every": 100}),
     "save.max_step_saves_to_keep": ({"save.max_step_saves_to_keep": 9}, {"save.keep": 9}),
@@ -356,7 +356,7 @@ def test_refused_keys_are_named_with_their_line(key: str, refused):
     row, shown = NOT_MAPPED[key], key.replace("[]", ".0")
     assert isinstance(row, Refused)
     values = job(**{key: "odd"})
-    lines = yaml_reader.dump(values).splitlines()
+    lines = strict_yaml.dump(values).splitlines()
     line = next(number for number, text in enumerate(lines, 1) if "odd" in text)
     assert refused(values) == [f"job.yaml:{line}: {shown}: is 'odd' (text) ({row.why}); {row.todo}"]
 
@@ -694,15 +694,17 @@ def test_targets_by_words_are_exactly_the_modules_of_ai_toolkit(only, ignored, t
         return module.startswith("layers.") and (hit or not only) and not any(word in name for word in ignored)
 
     assert (
-        names.select_modules(config.lora.targets, linears) == [module for module in linears if is_trained(module)] != []
+        targets.select_modules(config.lora.targets, linears)
+        == [module for module in linears if is_trained(module)]
+        != []
     )
 
 
 def test_targets_without_words_are_all_240_modules_of_the_layers_or_all_276(read):
     linears = list(TransformerShape().linears)
-    assert len(names.select_modules(read(PLAIN)[0]["lora.targets"], linears)) == 240
+    assert len(targets.select_modules(read(PLAIN)[0]["lora.targets"], linears)) == 240
     every = read(job(**{"network.transformer_only": False}))[0]["lora.targets"]
-    assert len(names.select_modules(every, linears)) == len(linears) == 276
+    assert len(targets.select_modules(every, linears)) == len(linears) == 276
 
 
 # Prompts
@@ -778,7 +780,7 @@ def test_the_trigger_is_put_into_prompts(changed):
 def test_the_name_and_the_environment_stand_in_for_placeholders(read, monkeypatch):
     monkeypatch.setenv("PICTURES", "/data/pictures")
     monkeypatch.setenv("RATE", "2e-4")
-    text = yaml_reader.dump(job(**{"trigger_word": "x_[name]", "training_folder": "out/[name]"}))
+    text = strict_yaml.dump(job(**{"trigger_word": "x_[name]", "training_folder": "out/[name]"}))
     text = text.replace("folder_path: photos", "folder_path: ${PICTURES}/[name]  # ${NOT_SET}")
     text = text.replace("  # ${NOT_SET}", "\n# ${NOT_SET}").replace("dtype: bf16", "dtype: bf16\n      lr: ${RATE}", 1)
     values, _ = read(text)
@@ -788,7 +790,7 @@ def test_the_name_and_the_environment_stand_in_for_placeholders(read, monkeypatc
 
 def test_variables_that_are_not_set_are_named(refused, monkeypatch):
     monkeypatch.delenv("NOT_SET_HERE", raising=False)
-    text = yaml_reader.dump(job(**{"train.min_snr_gamma": 5})).replace("photos", "${NOT_SET_HERE}/x")
+    text = strict_yaml.dump(job(**{"train.min_snr_gamma": 5})).replace("photos", "${NOT_SET_HERE}/x")
     line = next(n for n, line in enumerate(text.splitlines(), 1) if "NOT_SET" in line)
     found = refused(text)
     missing = f"job.yaml:{line}: ${{NOT_SET_HERE}}: is no environment variable; set NOT_SET_HERE, or write the value"

@@ -16,10 +16,9 @@ from zimage_train.commands.train import run_training
 from zimage_train.diffusion.frozen import load_frozen, original_weights
 from zimage_train.diffusion.request import SamplingRequest
 from zimage_train.errors import WeightsError
-from zimage_train.lora import training_adapter as adapters
+from zimage_train.lora import training_adapter
 from zimage_train.planning.preflight import check_run
-from zimage_train.report import preview_images as pictures
-from zimage_train.report import preview_shift as change
+from zimage_train.report import preview_images, preview_shift
 from zimage_train.report.grid import CELL_PX
 from zimage_train.report.metrics import read_records
 
@@ -48,7 +47,7 @@ def weights(frozen) -> dict[str, torch.Tensor]:
 
 def test_within_the_block_every_weight_is_the_other_models_and_after_it_the_runs_own(other: Path):
     shape = load_frozen(mini.TURBO / "transformer", None, "bf16", CPU).shape
-    adapter = adapters.load_adapter(mini.ADAPTER_V1, 1.0, shape)
+    adapter = training_adapter.load_adapter(mini.ADAPTER_V1, 1.0, shape)
     frozen = load_frozen(mini.TURBO / "transformer", adapter, "bf16", CPU)
     before = weights(frozen)
     wanted = weights(load_frozen(other / "transformer", None, "bf16", CPU))
@@ -71,7 +70,7 @@ def test_each_preview_is_drawn_on_the_other_model_too_and_training_does_not_noti
     samples = folder(config) / "samples"
     names = sorted(path.name for path in (samples / "also").iterdir())
     assert names == [f"{step:06d}-{index:02d}.png" for step in (0, 2, 4) for index in (0, 1)]
-    own, beside = (pictures.request_of(root / "000004-00.png") for root in (samples, samples / "also"))
+    own, beside = (preview_images.request_of(root / "000004-00.png") for root in (samples, samples / "also"))
     assert (own.steps, own.guidance, own.shift) == (3, 3.0, 6.0)
     assert (beside.steps, beside.guidance, beside.shift) == (8, 0.0, 3.0)
     assert (own.prompt, own.seed) == (beside.prompt, beside.seed)
@@ -142,8 +141,8 @@ def flat(path: Path, contrast: int) -> Path:
 
 def test_sharpness_is_the_variance_of_the_laplacian(tmp_path: Path):
     # Each value differs from its four neighbours by the contrast, up or down: the Laplacian is +-4 times that.
-    assert change.sharpness(flat(tmp_path / "x.png", 10)) == pytest.approx((4 * 10) ** 2)
-    assert change.sharpness(flat(tmp_path / "x.png", 0)) == 0.0
+    assert preview_shift.sharpness(flat(tmp_path / "x.png", 10)) == pytest.approx((4 * 10) ** 2)
+    assert preview_shift.sharpness(flat(tmp_path / "x.png", 0)) == 0.0
 
 
 def test_the_share_kept_is_of_prompts_without_the_trigger_if_there_are_any(tmp_path: Path):
@@ -154,12 +153,12 @@ def test_the_share_kept_is_of_prompts_without_the_trigger_if_there_are_any(tmp_p
             )
             board = np.indices((64, 64)).sum(0) % 2 * contrast + 100
             image = Image.fromarray(board.astype(np.uint8)).convert("RGB")
-            pictures.save_preview(pictures.preview_path(tmp_path, step, index), image, recipe, "a test")
+            preview_images.save_preview(preview_images.preview_path(tmp_path, step, index), image, recipe, "a test")
 
     draw(0, ["a zorb", "a dog"], [20, 20])
     draw(5, ["a zorb", "a dog"], [2, 10])
-    table = pictures.preview_table(tmp_path)
-    assert change.sharpness_kept(table, {"zorb"}, 5) == pytest.approx(0.25)
-    assert change.sharpness_kept(table, set(), 5) == pytest.approx((0.25 + 0.01) / 2)
-    assert change.sharpness_kept(table, {"a "}, 5) == pytest.approx((0.25 + 0.01) / 2)
-    assert change.sharpness_kept(table, {"zorb"}, 6) is None
+    table = preview_images.preview_table(tmp_path)
+    assert preview_shift.sharpness_kept(table, {"zorb"}, 5) == pytest.approx(0.25)
+    assert preview_shift.sharpness_kept(table, set(), 5) == pytest.approx((0.25 + 0.01) / 2)
+    assert preview_shift.sharpness_kept(table, {"a "}, 5) == pytest.approx((0.25 + 0.01) / 2)
+    assert preview_shift.sharpness_kept(table, {"zorb"}, 6) is None

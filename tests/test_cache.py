@@ -14,14 +14,14 @@ import pytest
 import torch
 
 from zimage_train import mini
-from zimage_train.commands.train import fill_run_caches as fill
+from zimage_train.commands.train import fill_run_caches
 from zimage_train.config.load import dump_config
 from zimage_train.config.schema import Config
-from zimage_train.dataset import cache_builder as filling
+from zimage_train.dataset import cache_builder
 from zimage_train.dataset import encode as encoding
 from zimage_train.dataset.tensor_cache import TensorCache, prompt_key
 from zimage_train.errors import DataError, WeightsError
-from zimage_train.io import atomic as files
+from zimage_train.io import atomic
 from zimage_train.io.digests import DigestCache
 
 from helpers import environment
@@ -76,56 +76,56 @@ NOTHING = {"pictures": 0, "prompts": 0, "vae": 0, "text": 0}
 
 
 def test_a_second_filling_encodes_nothing_and_loads_no_encoder(config, counted):
-    fill(config())
+    fill_run_caches(config())
     assert taken(counted) == {"pictures": 8, "prompts": 5, "vae": 1, "text": 1}
-    fill(config())
+    fill_run_caches(config())
     assert taken(counted) == NOTHING
 
 
 @pytest.mark.parametrize("variant", ["base", "deturbo"])
 def test_changing_only_the_variant_encodes_nothing(config, counted, variant: str):
     model = {"path": str(mini.TURBO), "dtype": "fp32"}
-    fill(config(model=model))
+    fill_run_caches(config(model=model))
     taken(counted)
-    fill(config(model={"variant": variant, "adapter": None}))
+    fill_run_caches(config(model={"variant": variant, "adapter": None}))
     assert taken(counted) == NOTHING
 
 
 def test_a_changed_picture_is_encoded_again_and_a_touched_one_is_not(config, counted, pictures: Path):
-    fill(config())
+    fill_run_caches(config())
     taken(counted)
     (pictures / "zorb_01.png").touch()
-    fill(config())
+    fill_run_caches(config())
     assert taken(counted) == NOTHING
     shutil.copy(mini.PICTURES / "zorb_05.png", pictures / "zorb_01.png")
-    fill(config())
+    fill_run_caches(config())
     assert taken(counted) == NOTHING | {"pictures": 2, "vae": 1}
 
 
 def test_a_changed_caption_is_encoded_again(config, counted, pictures: Path):
-    fill(config())
+    fill_run_caches(config())
     taken(counted)
     (pictures / "zorb_02.txt").write_text("a new zorb")
-    fill(config())
+    fill_run_caches(config())
     assert taken(counted) == NOTHING | {"prompts": 1, "text": 1}
 
 
 def test_another_resolution_encodes_only_its_own_sizes(config, counted):
-    fill(config())
+    fill_run_caches(config())
     taken(counted)
-    fill(config(data={"resolution": [64, 96, 80]}))
+    fill_run_caches(config(data={"resolution": [64, 96, 80]}))
     found = taken(counted)
     assert 1 <= found["pictures"] <= 4 and found["prompts"] == 0
 
 
 @pytest.mark.parametrize("part", ["vae", "text_encoder", "tokenizer"])
 def test_another_encoder_encodes_its_own_part_again(config, counted, tmp_path: Path, part: str):
-    fill(config())
+    fill_run_caches(config())
     taken(counted)
     shutil.copytree(mini.TURBO, tmp_path / "model")
     file = next((tmp_path / "model" / part).glob("*.json"))
     file.write_text(file.read_text() + "\n")
-    fill(config(model={"path": str(tmp_path / "model")}))
+    fill_run_caches(config(model={"path": str(tmp_path / "model")}))
     found = taken(counted)
     assert (found["pictures"], found["prompts"]) == ((8, 0) if part == "vae" else (0, 5))
 
@@ -136,12 +136,12 @@ def flip(content: bytes) -> bytes:
 
 @pytest.mark.parametrize("damage", [flip, lambda c: c[:-5], lambda c: c[:-64] + bytes(64), lambda c: b""])
 def test_a_damaged_entry_is_encoded_again_to_the_same_bytes(config, counted, tmp_path: Path, damage, capsys):
-    fill(config())
+    fill_run_caches(config())
     taken(counted)
     entry = sorted((tmp_path / "cache" / "latents").rglob("*.safetensors"))[0]
     good = entry.read_bytes()
     entry.write_bytes(damage(good))
-    fill(config())
+    fill_run_caches(config())
     assert taken(counted) == NOTHING | {"pictures": 1, "vae": 1}
     assert entry.read_bytes() == good
     assert "1 of them damaged" in capsys.readouterr().out
@@ -152,7 +152,7 @@ def test_latents_that_are_not_finite_name_their_picture(config, monkeypatch):
         encoding, "image_encoder", lambda *a: lambda images: torch.full((len(images), 16, 8, 8), float("nan"))
     )
     with pytest.raises(DataError, match=r"zorb_0\d.*not finite") as error:
-        fill(config())
+        fill_run_caches(config())
     assert error.value.exit_code == 3
 
 
@@ -163,7 +163,7 @@ def test_embeddings_that_are_not_finite_name_their_prompt(config, monkeypatch):
         lambda *a: lambda prompts, tick: ((one, torch.full((9, 64), float("inf"))) for one in prompts),
     )
     with pytest.raises(WeightsError, match=r"text_encoder: its embedding of '.*' is not finite"):
-        fill(config())
+        fill_run_caches(config())
 
 
 def test_a_file_swapped_within_its_size_and_time_has_another_digest(tmp_path: Path):
@@ -184,17 +184,17 @@ def test_encoders_are_gone_before_the_transformer_is_loaded(config, monkeypatch)
     from transformers import Qwen3Model
 
     from zimage_train.commands.train import run_training
-    from zimage_train.training import build as setup
+    from zimage_train.training import build
 
     alive: list[int] = []
-    original = setup.load_frozen
+    original = build.load_frozen
 
     def spy(*args):
         gc.collect()
         alive.append(sum(type(one) in (AutoencoderKL, Qwen3Model) for one in gc.get_objects()))
         return original(*args)
 
-    monkeypatch.setattr(setup, "load_frozen", spy)
+    monkeypatch.setattr(build, "load_frozen", spy)
     run_training(config(train={"steps": 1, "batch_size": 1}), fresh=False)
     assert alive == [0]
 
@@ -220,7 +220,7 @@ def test_a_missing_entry_is_none(tmp_path: Path):
 
 def test_a_caption_beyond_what_the_model_reads_is_said_with_its_length(config, pictures: Path, capsys):
     (pictures / "zorb_01.txt").write_text("zorb " + "blue circle, " * 300)
-    fill(config())
+    fill_run_caches(config())
     said = capsys.readouterr().out.replace("\n", " ")
     assert re.search(r"warning: a caption has [0-9]{3,4} tokens, and the model reads 512 of them: 'zorb blue", said)
     assert said.count("tokens, and the model reads") == 1
@@ -235,7 +235,7 @@ def claims(folder: Path) -> list[Path]:
 
 def claim_all(config: Config, cache: Path, owner: str) -> list[Path]:
     """Leave a claim on every latent that `config` needs, as `owner` would."""
-    fill(config)
+    fill_run_caches(config)
     made = []
     for entry in sorted((cache / "latents").rglob("*.safetensors")):
         entry.unlink()
@@ -245,17 +245,17 @@ def claim_all(config: Config, cache: Path, owner: str) -> list[Path]:
 
 
 def test_no_claim_stays_behind(config, tmp_path: Path):
-    fill(config())
+    fill_run_caches(config())
     assert claims(tmp_path / "cache") == []
 
 
 def test_claims_of_a_killed_process_of_this_host_are_taken_over_at_once(config, counted, tmp_path: Path):
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
-    claim_all(config(), tmp_path / "cache", f"{files._host()}-{ended.pid}")
+    claim_all(config(), tmp_path / "cache", f"{atomic._host()}-{ended.pid}")
     taken(counted)
     began = time.monotonic()
-    fill(config())
+    fill_run_caches(config())
     assert taken(counted) == NOTHING | {"pictures": 8, "vae": 1} and time.monotonic() - began < 20
     assert claims(tmp_path / "cache") == []
 
@@ -265,8 +265,8 @@ def test_claims_of_another_host_are_waited_for_and_taken_over_when_nobody_renews
 ):
     claim_all(config(), tmp_path / "cache", "0123abcd-1")
     taken(counted)
-    monkeypatch.setattr(filling, "CLAIM_SECONDS", 1.2)
-    fill(config())
+    monkeypatch.setattr(cache_builder, "CLAIM_SECONDS", 1.2)
+    fill_run_caches(config())
     assert taken(counted) == NOTHING | {"pictures": 8, "vae": 1}
     assert "waiting for pictures that others encode" in capsys.readouterr().out
     assert claims(tmp_path / "cache") == []
@@ -274,7 +274,7 @@ def test_claims_of_another_host_are_waited_for_and_taken_over_when_nobody_renews
 
 def test_what_another_host_finishes_meanwhile_is_found_and_not_made_twice(config, counted, tmp_path: Path, monkeypatch):
     cache = tmp_path / "cache"
-    fill(config())
+    fill_run_caches(config())
     whole = {entry: entry.read_bytes() for entry in (cache / "latents").rglob("*.safetensors")}
     claimed = claim_all(config(), cache, "0123abcd-1")
     taken(counted)
@@ -285,10 +285,10 @@ def test_what_another_host_finishes_meanwhile_is_found_and_not_made_twice(config
             claim.with_suffix(".safetensors").write_bytes(whole[claim.with_suffix(".safetensors")])
             claim.unlink()
 
-    monkeypatch.setattr(filling, "POLL_SECONDS", 0.05)
+    monkeypatch.setattr(cache_builder, "POLL_SECONDS", 0.05)
     with ThreadPoolExecutor() as others:
         done = others.submit(other_host)
-        fill(config())
+        fill_run_caches(config())
         done.result()
     assert taken(counted) == NOTHING
 
@@ -297,19 +297,19 @@ def test_a_claim_that_is_renewed_is_not_taken_over(config, tmp_path: Path, monke
     (first, *_) = claim_all(config(), tmp_path / "cache", "0123abcd-1")
     for claim in claims(tmp_path / "cache")[1:]:
         claim.unlink()
-    monkeypatch.setattr(filling, "CLAIM_SECONDS", 0.6)
-    monkeypatch.setattr(filling, "POLL_SECONDS", 0.1)
+    monkeypatch.setattr(cache_builder, "CLAIM_SECONDS", 0.6)
+    monkeypatch.setattr(cache_builder, "POLL_SECONDS", 0.1)
     waited: list[float] = []
 
     def at_work() -> None:
         while first.exists() and len(waited) < 12:
             waited.append(time.monotonic())
-            files.renew(first)
+            atomic.renew(first)
             time.sleep(0.2)
 
     with ThreadPoolExecutor() as others:
         others.submit(at_work)
-        fill(config())
+        fill_run_caches(config())
     assert len(waited) == 12  # it was left alone for as long as its owner was at work
 
 

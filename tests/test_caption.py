@@ -13,13 +13,12 @@ from typer.testing import CliRunner
 
 from zimage_train import mini
 from zimage_train.cli.app import app
-from zimage_train.commands import caption as captioning
-from zimage_train.commands.caption import CaptionOptions
-from zimage_train.dataset import caption_prompts as describing
-from zimage_train.dataset import captions
+from zimage_train.commands.caption import CaptionOptions, caption_folder
+from zimage_train.dataset import caption_prompts, captions
 from zimage_train.dataset.caption_prompts import CAPTION_STYLES
 from zimage_train.errors import ConfigError, DataError, WeightsError, ZImageTrainError
-from zimage_train.models import captioner as vision
+from zimage_train.models import captioner
+from zimage_train.planning import devices
 from zimage_train.report.console import Console
 
 import vision_models
@@ -78,19 +77,19 @@ def images_of(folder: Path) -> list[Path]:
     ],
 )
 def test_of_an_answer_only_the_caption_stays(answer, caption):
-    assert describing.clean_answer(answer, "sentences", True, None) == caption
+    assert caption_prompts.clean_answer(answer, "sentences", True, None) == caption
 
 
 def test_an_answer_that_was_cut_off_ends_at_its_last_whole_sentence_or_tag():
     text = "A fox, 3.5 m long. It runs! And then it sud"
-    assert describing.clean_answer(text, "sentences", False, None) == "A fox, 3.5 m long. It runs!"
-    assert describing.clean_answer("no end at all", "sentences", False, None) == "no end at all"
-    assert describing.clean_answer("fox, grass, eveni", "tags", False, None) == "fox, grass"
+    assert caption_prompts.clean_answer(text, "sentences", False, None) == "A fox, 3.5 m long. It runs!"
+    assert caption_prompts.clean_answer("no end at all", "sentences", False, None) == "no end at all"
+    assert caption_prompts.clean_answer("fox, grass, eveni", "tags", False, None) == "fox, grass"
 
 
 def test_tags_are_lower_case_and_said_once():
     assert (
-        describing.clean_answer("Fox, grass; fox\n- Evening light., ,", "tags", True, None)
+        caption_prompts.clean_answer("Fox, grass; fox\n- Evening light., ,", "tags", True, None)
         == "fox, grass, evening light"
     )
 
@@ -106,29 +105,29 @@ def test_tags_are_lower_case_and_said_once():
     ],
 )
 def test_a_trigger_is_in_every_caption_once(answer, style, caption):
-    assert describing.clean_answer(answer, style, True, "zorb") == caption
+    assert caption_prompts.clean_answer(answer, style, True, "zorb") == caption
 
 
 @given(st.text(), st.sampled_from(list(CAPTION_STYLES)), st.booleans(), st.sampled_from([None, "zorb"]))
 def test_any_answer_becomes_one_line_that_is_read_back_as_it_is(answer, style, is_whole, trigger):
-    text = describing.clean_answer(answer, style, is_whole, trigger)
+    text = caption_prompts.clean_answer(answer, style, is_whole, trigger)
     assert text == captions.clean_text(text) and text.isprintable()
     assert text == "" or trigger is None or captions.trigger_pattern(trigger).search(text)
 
 
-@pytest.mark.parametrize("kind", [None, *describing.OMITTED_TRAITS])
+@pytest.mark.parametrize("kind", [None, *caption_prompts.OMITTED_TRAITS])
 @pytest.mark.parametrize("style", CAPTION_STYLES)
 def test_the_instruction_names_the_trigger_where_there_is_a_thing_to_call_so(style, kind):
-    text = describing.caption_instruction(style, kind, "zorb")
+    text = caption_prompts.caption_instruction(style, kind, "zorb")
     assert text.startswith(CAPTION_STYLES[style].instruction)
     assert ("zorb" in text) == (kind in ("character", "product", "concept"))
-    assert (kind is None) or describing.OMITTED_TRAITS[kind] in text
+    assert (kind is None) or caption_prompts.OMITTED_TRAITS[kind] in text
 
 
 def test_every_kind_that_init_knows_has_something_to_leave_out():
     from zimage_train.config.templates import SUBJECT_KINDS
 
-    assert set(describing.OMITTED_TRAITS) == set(SUBJECT_KINDS)
+    assert set(caption_prompts.OMITTED_TRAITS) == set(SUBJECT_KINDS)
 
 
 # The models
@@ -136,7 +135,7 @@ def test_every_kind_that_init_knows_has_something_to_leave_out():
 
 @pytest.mark.parametrize("make", [vision_models.qwen, vision_models.llava])
 def test_a_model_says_the_same_of_the_same_picture_and_something_else_of_another(tmp_path, make):
-    model = vision.load(make(tmp_path), torch.device("cpu"))
+    model = captioner.load(make(tmp_path), torch.device("cpu"))
     seen = [Image.open(path).convert("RGB") for path in sorted(mini.PICTURES.glob("*.png"))[:6]]
     said = [model.answer(image, "Describe.", 12) for image in seen]
     assert said == [model.answer(image, "Describe.", 12) for image in seen]
@@ -159,14 +158,14 @@ def test_what_a_qwen_reads_is_what_its_own_processor_makes(qwen):
         return_dict=True,
         return_tensors="pt",
     )
-    here = vision._of_qwen(qwen)[0](image, "Describe.")
+    here = captioner._of_qwen(qwen)[0](image, "Describe.")
     assert set(here) == set(there)
     for name in there:
         assert torch.allclose(torch.as_tensor(here[name]).float(), there[name].float(), atol=0.02), name
 
 
 def test_an_answer_that_comes_to_an_end_is_known_from_one_that_is_cut_off(qwen):
-    model = vision.load(qwen, torch.device("cpu"))
+    model = captioner.load(qwen, torch.device("cpu"))
     image = Image.open(images_of(mini.PICTURES)[0]).convert("RGB")
     _, is_whole = model.answer(image, "Describe.", 5)
     assert not is_whole
@@ -177,8 +176,8 @@ def test_an_answer_that_comes_to_an_end_is_known_from_one_that_is_cut_off(qwen):
 
 
 def test_large_pictures_are_read_smaller_and_keep_their_shape():
-    assert vision._scaled(Image.new("RGB", (4000, 1000))).size == (2048, 512)
-    assert vision._scaled(Image.new("RGB", (640, 480))).size == (640, 480)
+    assert captioner._scaled(Image.new("RGB", (4000, 1000))).size == (2048, 512)
+    assert captioner._scaled(Image.new("RGB", (640, 480))).size == (640, 480)
 
 
 # The command
@@ -189,7 +188,7 @@ def test_captions_are_written_for_those_that_have_none(qwen, pictures):
     own = "  my own words\r\n"
     first.with_suffix(".txt").write_bytes(own.encode())
     second.with_suffix(".txt").write_text("\n")
-    said = captioning.caption_folder(pictures, wanted(qwen, trigger="zorb"), Console())
+    said = caption_folder(pictures, wanted(qwen, trigger="zorb"), Console())
     found = texts(pictures)
     assert set(found) == {path.with_suffix(".txt").name for path in (first, second, *others)}
     assert first.with_suffix(".txt").read_bytes() == own.encode()
@@ -198,13 +197,13 @@ def test_captions_are_written_for_those_that_have_none(qwen, pictures):
 
 
 def test_a_second_start_goes_on_and_needs_no_model_where_all_is_done(qwen, pictures):
-    captioning.caption_folder(pictures, wanted(qwen), Console())
+    caption_folder(pictures, wanted(qwen), Console())
     before = texts(pictures)
     gone = images_of(pictures)[2].with_suffix(".txt")
     gone.unlink()
-    captioning.caption_folder(pictures, wanted(qwen), Console())
+    caption_folder(pictures, wanted(qwen), Console())
     assert texts(pictures) == before, "the same model says the same"
-    said = captioning.caption_folder(pictures, wanted("nowhere/nothing"), Console())
+    said = caption_folder(pictures, wanted("nowhere/nothing"), Console())
     assert said == [f"0 captions written to {pictures}"]
 
 
@@ -217,16 +216,16 @@ def test_what_was_written_before_an_interruption_is_there(qwen, pictures, monkey
             raise KeyboardInterrupt
         return "A fox.", True
 
-    monkeypatch.setattr(vision.CaptionModel, "answer", answer)
+    monkeypatch.setattr(captioner.CaptionModel, "answer", answer)
     with pytest.raises(KeyboardInterrupt):
-        captioning.caption_folder(pictures, wanted(qwen), Console())
+        caption_folder(pictures, wanted(qwen), Console())
     assert texts(pictures) == {images_of(pictures)[0].with_suffix(".txt").name: "A fox.\n"}
 
 
 def test_force_writes_over(qwen, pictures):
     file = images_of(pictures)[0].with_suffix(".txt")
     file.write_text("old")
-    captioning.caption_folder(pictures, wanted(qwen, force=True), Console())
+    caption_folder(pictures, wanted(qwen, force=True), Console())
     assert file.read_text() != "old"
 
 
@@ -235,7 +234,7 @@ def test_a_caption_that_cannot_be_read_is_not_written_over(qwen, pictures):
     content = "my words".encode("utf-16")
     file.write_bytes(content)
     with pytest.raises(DataError, match="UTF-16"):
-        captioning.caption_folder(pictures, wanted(qwen), Console())
+        caption_folder(pictures, wanted(qwen), Console())
     assert file.read_bytes() == content and len(list(pictures.glob("*.txt"))) == 4
 
 
@@ -258,9 +257,11 @@ def test_what_would_harm_pictures_or_configs_is_refused(qwen, pictures, words, s
 def test_tags_and_an_own_instruction_reach_the_model(qwen, pictures, monkeypatch):
     asked = []
     monkeypatch.setattr(
-        vision.CaptionModel, "answer", lambda self, image, text, most: asked.append((text, most)) or ("Fox, Sea", True)
+        captioner.CaptionModel,
+        "answer",
+        lambda self, image, text, most: asked.append((text, most)) or ("Fox, Sea", True),
     )
-    captioning.caption_folder(pictures, wanted(qwen, style="tags", instruction="Which animals?"), Console())
+    caption_folder(pictures, wanted(qwen, style="tags", instruction="Which animals?"), Console())
     assert set(asked) == {("Which animals?", CAPTION_STYLES["tags"].most_tokens)}
     assert set(texts(pictures).values()) == {"fox, sea\n"}
 
@@ -268,7 +269,7 @@ def test_tags_and_an_own_instruction_reach_the_model(qwen, pictures, monkeypatch
 def test_captions_with_a_placeholder_for_the_trigger_are_captions(qwen, pictures):
     for path in images_of(pictures):
         path.with_suffix(".txt").write_text("[trigger] at sea")
-    assert captioning.caption_folder(pictures, wanted("nowhere/nothing"), Console()) == [
+    assert caption_folder(pictures, wanted("nowhere/nothing"), Console()) == [
         f"0 captions written to {pictures}"
     ]
 
@@ -278,9 +279,9 @@ def test_bad_pictures_are_named_after_the_good_ones_have_their_captions(qwen, pi
     (pictures / "broken.png").write_bytes(b"no picture")
     Image.open(twin).convert("RGB").transpose(Image.Transpose.ROTATE_90).save(twin.with_suffix(".jpg"))
     answers = iter(["A fox.", "", "A cat."])
-    monkeypatch.setattr(vision.CaptionModel, "answer", lambda *words: (next(answers), True))
+    monkeypatch.setattr(captioner.CaptionModel, "answer", lambda *words: (next(answers), True))
     with pytest.raises(ZImageTrainError) as caught:
-        captioning.caption_folder(pictures, wanted(qwen), Console())
+        caption_folder(pictures, wanted(qwen), Console())
     assert caught.value.exit_code == DataError.exit_code
     text = str(caught.value)
     assert "broken.png" in text and twin.with_suffix(".jpg").name in text and silent.name in text
@@ -303,18 +304,18 @@ def test_what_is_no_such_model_is_refused_in_one_line(tmp_path, qwen, pictures, 
             torch.save({}, model / "pytorch_model.bin")
             weights.unlink()
     with pytest.raises(WeightsError) as caught:
-        captioning.caption_folder(pictures, wanted(model), Console())
+        caption_folder(pictures, wanted(model), Console())
     assert len(str(caught.value).splitlines()) == 1 and str(model) in str(caught.value)
     assert texts(pictures) == {}
 
 
 def test_a_model_that_is_too_large_for_the_machine_is_refused_before_it_is_read(qwen, pictures, monkeypatch):
     monkeypatch.setattr(
-        captioning.accelerator, "device_limits", lambda device: type("Device", (), {"limit_bytes": 1000.0})
+        devices, "device_limits", lambda device: type("Device", (), {"limit_bytes": 1000.0})
     )
-    monkeypatch.setattr(vision, "load", None)
+    monkeypatch.setattr(captioner, "load", None)
     with pytest.raises(ConfigError, match="2B"):
-        captioning.caption_folder(pictures, wanted(qwen), Console())
+        caption_folder(pictures, wanted(qwen), Console())
 
 
 @pytest.mark.parametrize("there", [True, False])
@@ -324,10 +325,10 @@ def test_an_accelerator_is_used_where_there_is_one_and_not_where_torch_only_coul
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda *words, **more: torch.device("mps"))
     taken = []
     monkeypatch.setattr(
-        vision, "load", lambda folder, device: taken.append(device.type) or vision.CaptionModel(0, 0, 0)
+        captioner, "load", lambda folder, device: taken.append(device.type) or captioner.CaptionModel(0, 0, 0)
     )
-    monkeypatch.setattr(vision.CaptionModel, "answer", lambda *words: ("A fox.", True))
-    captioning.caption_folder(pictures, wanted(qwen), Console())
+    monkeypatch.setattr(captioner.CaptionModel, "answer", lambda *words: ("A fox.", True))
+    caption_folder(pictures, wanted(qwen), Console())
     assert taken == ["mps" if there else "cpu"]
 
 

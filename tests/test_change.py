@@ -8,8 +8,7 @@ from PIL import Image
 
 from zimage_train.commands.train import run_training
 from zimage_train.diffusion.request import SamplingRequest
-from zimage_train.report import preview_images as pictures
-from zimage_train.report import preview_shift as change
+from zimage_train.report import preview_images, preview_shift
 from zimage_train.report.metrics import read_records
 from zimage_train.report.preview_shift import PreviewShift
 
@@ -24,8 +23,11 @@ def draw(samples: Path, step: int, *shades: int) -> None:
     samples.mkdir(exist_ok=True)
     for index, shade in enumerate(shades):
         recipe = SamplingRequest(prompt=PROMPTS[index], seed=index, **KEYS)
-        pictures.save_preview(
-            pictures.preview_path(samples, step, index), Image.new("RGB", (16, 16), (shade,) * 3), recipe, "a test"
+        preview_images.save_preview(
+            preview_images.preview_path(samples, step, index),
+            Image.new("RGB", (16, 16), (shade,) * 3),
+            recipe,
+            "a test",
         )
 
 
@@ -35,23 +37,25 @@ def test_the_distance_is_the_root_mean_square_of_the_values(tmp_path: Path):
     Image.fromarray(one).save(tmp_path / "one.png")
     Image.fromarray(other).save(tmp_path / "other.png")
     expected = sum(((int(a) - int(b)) / 255) ** 2 for a, b in zip(one.flat, other.flat, strict=True)) / one.size
-    assert change.image_distance(tmp_path / "one.png", tmp_path / "other.png") == pytest.approx(expected**0.5)
+    assert preview_shift.image_distance(tmp_path / "one.png", tmp_path / "other.png") == pytest.approx(expected**0.5)
     Image.new("RGB", (16, 32)).save(tmp_path / "tall.png")
-    assert change.image_distance(tmp_path / "one.png", tmp_path / "tall.png") is None
+    assert preview_shift.image_distance(tmp_path / "one.png", tmp_path / "tall.png") is None
 
 
 def test_changes_are_told_apart_by_the_trigger(tmp_path: Path):
     draw(tmp_path / "s", 0, 100, 100)
     draw(tmp_path / "s", 5, 151, 100)
     draw(tmp_path / "s", 10, 202, 151)
-    found = change.preview_shifts(pictures.preview_table(tmp_path / "s"), {"zorb"})
+    found = preview_shift.preview_shifts(preview_images.preview_table(tmp_path / "s"), {"zorb"})
     assert found == [PreviewShift(5, pytest.approx(0.2), 0.0), PreviewShift(10, pytest.approx(0.4), pytest.approx(0.2))]
-    assert change.preview_shifts(pictures.preview_table(tmp_path / "s"), set())[0].with_trigger is None
+    assert preview_shift.preview_shifts(preview_images.preview_table(tmp_path / "s"), set())[0].with_trigger is None
 
 
 def test_without_the_picture_before_training_nothing_is_claimed(tmp_path: Path):
     draw(tmp_path / "s", 5, 151, 100)
-    assert change.preview_shifts(pictures.preview_table(tmp_path / "s"), {"zorb"}) == [PreviewShift(5, None, None)]
+    assert preview_shift.preview_shifts(preview_images.preview_table(tmp_path / "s"), {"zorb"}) == [
+        PreviewShift(5, None, None)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -67,7 +71,7 @@ def test_without_the_picture_before_training_nothing_is_claimed(tmp_path: Path):
     ],
 )
 def test_what_is_said_of_a_change(found: PreviewShift, expected: str | None):
-    said = change.shift_remark(found, last=100)
+    said = preview_shift.shift_remark(found, last=100)
     assert (said or "").startswith(expected or "") and (said is None) is (expected is None)
 
 
@@ -88,4 +92,4 @@ def test_a_run_that_learns_says_neither(make_config):
     run_training(config, fresh=False)
     assert "not learning" not in (folder(config) / "log.txt").read_text()
     last = [record for record in read_records(folder(config) / "events.jsonl") if record["event"] == "preview"][-1]
-    assert last["change_with_trigger"] > change.NOT_LEARNING_BELOW
+    assert last["change_with_trigger"] > preview_shift.NOT_LEARNING_BELOW

@@ -21,12 +21,10 @@ from zimage_train.commands import compare
 from zimage_train.diffusion.frozen import load_frozen
 from zimage_train.diffusion.request import SamplingRequest
 from zimage_train.errors import ZImageTrainError
-from zimage_train.lora import lora_file as lora_files
-from zimage_train.lora import swap
+from zimage_train.lora import lora_file, swap
 from zimage_train.lora.lora_file import Factors, Lora
 from zimage_train.models.locate import transformer_tensors
-from zimage_train.report import comparison, grid
-from zimage_train.report import preview_images as pictures
+from zimage_train.report import comparison, grid, preview_images
 
 from helpers import run_python
 
@@ -52,7 +50,7 @@ def loras(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     attention = [name for name in LINEARS if name.startswith("layers.") and ".attention.to_" in name]
     made = {"one": random_lora(1, 4, attention), "two": random_lora(2, 2, attention[1::2])}
     for name, lora in made.items():
-        lora_files.export_lora(folder / f"{name}.safetensors", lora, "fp32", {"ss_steps": "7"})
+        lora_file.export_lora(folder / f"{name}.safetensors", lora, "fp32", {"ss_steps": "7"})
     return [folder / f"{name}.safetensors" for name in made]
 
 
@@ -123,7 +121,7 @@ def test_every_picture_has_the_bits_that_sample_draws(compared: Path, loras: lis
     assert [path.name for path in found] == expected
     for number, path in enumerate(found):
         assert np.array_equal(pixels(path), wanted[number // 2][number % 2]), path
-        assert pictures.drawn_by(path) == pictures.drawn_by(
+        assert preview_images.drawn_by(path) == preview_images.drawn_by(
             tmp_path / ["bare", "one", "half", "two", "two-half"][number // 2] / f"sample-{42 + number % 2}.png"
         )
     assert len({pixels(path).tobytes() for path in found}) == 10, "each must differ, or the comparison says nothing"
@@ -152,7 +150,7 @@ def test_columns_of_strengths_begin_with_the_bare_model_for_every_lora(loras: li
 def test_ways_of_sampling_are_columns_with_these_values_in_the_recipes(loras: list[Path], tmp_path: Path):
     words = ["--sampling", "3:0,5:1.5", "--strength", "1", "--negative", "blue", "--seed", "5"]
     draw(tmp_path, loras[0], "--model", mini.TURBO, *words, prompts=["a zorb", "a zorb"])
-    recipes = [pictures.request_of(path) for path in sorted((tmp_path / "pictures").iterdir())]
+    recipes = [preview_images.request_of(path) for path in sorted((tmp_path / "pictures").iterdir())]
     assert [(one.steps, one.guidance, one.seed) for one in recipes] == [(3, 0, 5), (3, 0, 6), (5, 1.5, 5), (5, 1.5, 6)]
     assert {(one.prompt, one.negative, one.width, one.shift) for one in recipes} == {("a zorb", "blue", 64, 3.0)}
     shown = cells(tmp_path / "grid.png", 2, 2)
@@ -220,7 +218,9 @@ def fabricated(
             for place, red in ((folder / "samples", colour), (folder / "samples" / "also", also)):
                 if red is not None:
                     image = Image.new("RGB", (64, 64), (red, step, index))
-                    pictures.save_preview(pictures.preview_path(place, step, index), image, recipe, "a test")
+                    preview_images.save_preview(
+                        preview_images.preview_path(place, step, index), image, recipe, "a test"
+                    )
     return folder
 
 
@@ -358,7 +358,7 @@ def test_a_run_stands_for_its_lora_where_pictures_are_drawn(loras: list[Path], t
     words = [folder, "--model", mini.TURBO, "--strength", "1"]
     draw(tmp_path / "out", *words, prompts=PROMPTS[:1])
     (path,) = (tmp_path / "out" / "pictures").iterdir()
-    assert pictures.drawn_by(path).endswith("with a.safetensors=1")
+    assert preview_images.drawn_by(path).endswith("with a.safetensors=1")
 
 
 # What cannot be
@@ -398,7 +398,7 @@ def test_what_cannot_be_compared_is_refused(words: str, code: int, message: str,
     Path("empty").mkdir()
     Path("broken/config.yaml").write_text("a: [")
     factors = {"layers.99.attention.to_q": Factors(torch.zeros(2, 96), torch.zeros(96, 2), 1.0)}
-    lora_files.export_lora(Path("other.safetensors"), factors, "fp32", {})
+    lora_file.export_lora(Path("other.safetensors"), factors, "fp32", {})
     known = {"LORA": str(loras[0]), "OTHER": "other.safetensors"}
     model = ["--model", mini.TURBO] if "LORA" in words and "--model" not in words else []
     done = run("compare", *(known.get(word, word) for word in words.split()), *model)

@@ -16,8 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic.fields import FieldInfo
 
-from zimage_train.config import load as reading
-from zimage_train.config import strict_yaml as yaml_reader
+from zimage_train.config import load, strict_yaml
 from zimage_train.config.load import dump_config, flatten_keys, read_config
 from zimage_train.config.schema import Config
 from zimage_train.config.strict_yaml import YamlError
@@ -62,8 +61,8 @@ def test_an_unknown_key_in_the_second_data_entry_is_found_there(refused):
 
 
 def test_every_hint_names_an_option_that_exists():
-    assert set(reading.COMMON_NAMES.values()) <= {name.replace("[]", ".0") for name in OPTIONS}
-    assert not set(reading.COMMON_NAMES) & {name.split(".")[-1] for name in OPTIONS}
+    assert set(load.COMMON_NAMES.values()) <= {name.replace("[]", ".0") for name in OPTIONS}
+    assert not set(load.COMMON_NAMES) & {name.split(".")[-1] for name in OPTIONS}
 
 
 # Values
@@ -129,9 +128,9 @@ ACCEPTED_AND_REFUSED = {
 def test_ranges_are_exact(option: str):
     accepted, outside = ACCEPTED_AND_REFUSED[option]
     for value in accepted:
-        assert reading.validate_config(nested(option, value), reading.dotted_key)[1] == [], value
+        assert load.validate_config(nested(option, value), load.dotted_key)[1] == [], value
     for value in outside:
-        config, problems = reading.validate_config(nested(option, value), reading.dotted_key)
+        config, problems = load.validate_config(nested(option, value), load.dotted_key)
         section = option.replace("[]", ".0").rsplit(".", 1)[0]
         assert config is None and all(one.location.startswith(section) for one in problems), value
 
@@ -212,8 +211,8 @@ NOT_YET = {
 @pytest.mark.parametrize("option", NOT_YET)
 def test_what_this_version_cannot_do_is_refused_and_its_neutral_value_is_not(option: str):
     default = OPTIONS[option].default
-    assert reading.validate_config(nested(option, default), reading.dotted_key)[1] == []
-    config, (problem,) = reading.validate_config(nested(option, NOT_YET[option]), reading.dotted_key)
+    assert load.validate_config(nested(option, default), load.dotted_key)[1] == []
+    config, (problem,) = load.validate_config(nested(option, NOT_YET[option]), load.dotted_key)
     assert config is None
     assert problem.location == option.replace("[]", ".0")
     shown = "null" if default is None else str(default).lower() if isinstance(default, bool) else str(default)
@@ -510,30 +509,30 @@ def typed(value: Any) -> Any:
 @settings(quick, max_examples=30)
 @given(configs)
 def test_the_effective_config_reads_back_equal_here_and_in_plain_yaml(tmp_path_factory, values: dict[str, Any]):
-    config, problems = reading.validate_config(values, reading.dotted_key)
+    config, problems = load.validate_config(values, load.dotted_key)
     if problems and any("made for Turbo" in str(one) for one in problems):
         return
     assert config is not None, problems
     text = dump_config(config)
     assert read_config(write(tmp_path_factory.getbasetemp(), text)) == config
-    assert typed(yaml.safe_load(text)) == typed(config.model_dump()) == typed(yaml_reader.parse(text).value)
+    assert typed(yaml.safe_load(text)) == typed(config.model_dump()) == typed(strict_yaml.parse(text).value)
     assert dump_config(read_config(write(tmp_path_factory.getbasetemp(), text))) == text
 
 
 @settings(quick, max_examples=300)
 @given(st.floats(allow_nan=False, allow_infinity=False) | st.integers() | texts | st.booleans() | st.none())
 def test_any_plain_value_is_written_so_that_everyone_reads_the_same(value: Any):
-    text = yaml_reader.dump({"key": value, "list": [value]})
+    text = strict_yaml.dump({"key": value, "list": [value]})
     expected = typed({"key": value, "list": [value]})
-    if isinstance(value, int) and len(str(value)) > yaml_reader.LONGEST_NUMBER:
+    if isinstance(value, int) and len(str(value)) > strict_yaml.LONGEST_NUMBER:
         return
-    assert typed(yaml_reader.parse(text).value) == expected
+    assert typed(strict_yaml.parse(text).value) == expected
     assert typed(yaml.safe_load(text)) == expected
 
 
 @pytest.mark.parametrize(("value", "text"), [(8e-05, "8.0e-05"), (1e-4, "0.0001"), (1e16, "1.0e+16"), (-0.0, "-0.0")])
 def test_small_numbers_are_written_with_a_point(value: float, text: str):
-    assert yaml_reader.dump({"lr": value}) == f"lr: {text}\n"
+    assert strict_yaml.dump({"lr": value}) == f"lr: {text}\n"
     assert math.copysign(1, yaml.safe_load(text)) == math.copysign(1, value)
 
 
@@ -556,7 +555,7 @@ WEIRD = st.sampled_from(
 @settings(quick, max_examples=150)
 @given(st.sampled_from(list(OPTIONS)), WEIRD)
 def test_one_changed_value_is_accepted_or_refused_naming_its_section(option: str, value: Any):
-    config, problems = reading.validate_config(nested(option, value), reading.dotted_key)
+    config, problems = load.validate_config(nested(option, value), load.dotted_key)
     section = option.replace("[]", ".0").split(".")[0]
     assert (config is None) == bool(problems)
     assert all(one.location.split(".")[0] == section for one in problems)
@@ -680,7 +679,7 @@ def test_the_json_schema_marks_nothing_that_the_reader_takes(schema, values: dic
 
 def test_the_json_schema_takes_the_shipped_configs(schema):
     for path in (ROOT / "configs").glob("*.yaml"):
-        assert complaints(schema, yaml_reader.parse(path.read_text()).value, schema) == []
+        assert complaints(schema, strict_yaml.parse(path.read_text()).value, schema) == []
 
 
 def test_the_json_schema_marks_what_the_reader_refuses(schema):
@@ -740,7 +739,7 @@ def test_params_have_their_ranges_too(section: str, name: str, key: str):
         needed = {"every": 1} if name == "step" else {}
         values = nested(f"{section}.params", needed | {key: value})
         values[section]["name"] = name
-        config, problems = reading.validate_config(values, reading.dotted_key)
+        config, problems = load.validate_config(values, load.dotted_key)
         assert (config is not None) == (value in accepted and type(value) in map(type, accepted)), value
         assert [problem.location for problem in problems] == ([] if config else [f"{section}.params"])
 
@@ -760,13 +759,13 @@ def test_params_have_a_kind_for_every_optimizer_and_schedule():
 
 
 def test_the_line_of_every_key_is_known():
-    document = yaml_reader.parse("a: 1\nb:\n  - c: 2\n    d:\n      e: 3\n  - 4\n")
+    document = strict_yaml.parse("a: 1\nb:\n  - c: 2\n    d:\n      e: 3\n  - 4\n")
     assert document.lines[("a",)] == 1
     assert document.lines[("b", 0, "c")] == 3
     assert document.lines[("b", 0, "d", "e")] == 5
     assert document.lines[("b", 1)] == 6
     with pytest.raises(YamlError):
-        yaml_reader.parse("a: [")
+        strict_yaml.parse("a: [")
 
 
 def test_settings_that_do_not_go_together_are_refused(read, refused):

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from zimage_train import mini
 from zimage_train.cli.app import app
-from zimage_train.lora import lora_file as lora_files
+from zimage_train.lora import lora_file
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -46,7 +46,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, shared_cache: Path) -> Path:
         shutil.copy(trained, folder / f"{name}.safetensors")
     baked = ["lora", "bake", str(mini.TURBO), "--lora", str(trained), "--to", "comfyui"]
     assert CliRunner().invoke(app, [*baked, "-o", str(folder / "tuned.safetensors")]).exit_code == 0
-    lora_files.export_lora(folder / "b.safetensors", lora_files.read_lora(trained), "fp32", {})
+    lora_file.export_lora(folder / "b.safetensors", lora_file.read_lora(trained), "fp32", {})
     shutil.copytree(ROOT / "configs", folder / "configs")
     shutil.copytree(ROOT / "scripts" / "runpod", folder / "scripts" / "runpod")
     shutil.copytree(mini.TURBO, folder / "base")

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from zimage_train import mini
 from zimage_train.cli.app import app
 from zimage_train.config.load import read_config
-from zimage_train.lora import lora_file as lora_files
+from zimage_train.lora import lora_file
 
 import vision_models
 from helpers import script
@@ -114,7 +114,7 @@ def test_every_command_of_the_readme_runs(tmp_path: Path, shared_cache: Path, mo
     swept = tmp_path / "quickstart-sweep-rank" / "quickstart+rank_2"
     words_for |= {"KEY=V1,V2": "lora.rank=2,4", "RUN_A": str(tmp_path / "quickstart"), "RUN_B": str(swept)}
     other = tmp_path / "other.safetensors"
-    lora_files.export_lora(other, lora_files.read_lora(Path(lora)), "fp32", {})
+    lora_file.export_lora(other, lora_file.read_lora(Path(lora)), "fp32", {})
     words_for |= {"OTHER": str(other), "OTHER=0.6": f"{other}=0.6", "RUN": str(tmp_path / "quickstart")}
     words_for["FOLDER"] = str(shutil.copytree(mini.PICTURES, tmp_path / "pictures"))
     next((tmp_path / "pictures").glob("*.txt")).unlink()

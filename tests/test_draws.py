@@ -34,34 +34,25 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from zimage_train import mini
-from zimage_train import rng as seeding
-from zimage_train.commands import timesteps
-from zimage_train.commands import train as train_command
+from zimage_train import mini, rng
+from zimage_train.commands import timesteps, train
+from zimage_train.commands.train import run_training
 from zimage_train.config import schema
 from zimage_train.config.load import validate_config
 from zimage_train.config.schema import Config
-from zimage_train.dataset import tensor_cache as cache
+from zimage_train.dataset import tensor_cache
 from zimage_train.dataset.buckets import Bucket
 from zimage_train.dataset.masks import Mask
 from zimage_train.dataset.sample_order import MicroBatch, Sample, SampleOrder, TrainItem, make_items, make_sample_order
 from zimage_train.dataset.scan import ImageRecord, dataset_fingerprint, scan_entry
-from zimage_train.diffusion import request as recipe
-from zimage_train.diffusion import sampler as turbo
+from zimage_train.diffusion import request, sampler
 from zimage_train.diffusion.frozen import load_frozen
 from zimage_train.io.headers import read_header
-from zimage_train.lora import alphas, arithmetic, blending, metadata
-from zimage_train.lora import format_metadata as memos
-from zimage_train.lora import layers as attach
+from zimage_train.lora import alphas, arithmetic, blending, format_metadata, layers, metadata
 from zimage_train.mini import world
-from zimage_train.optim import ema
-from zimage_train.optim import optimizers as optim
+from zimage_train.optim import ema, optimizers
 from zimage_train.report.metrics import RecordWriter, read_records
-from zimage_train.training import build as setup
-from zimage_train.training import loop, validation
-from zimage_train.training import loss as objectives
-from zimage_train.training import preview_sets as views
-from zimage_train.training import run_dir as run_folder
+from zimage_train.training import build, loop, loss, preview_sets, run_dir, validation
 from zimage_train.training.dry_run import _full_batches
 from zimage_train.training.run_dir import RunDir
 from zimage_train.training.self_distill import GeneratedData, imitation_batch
@@ -119,7 +110,7 @@ def places(value: Tensor | float) -> str:
     return f"{float(value):.12f}"
 
 
-def fields(one: recipe.SamplingRequest) -> Table:
+def fields(one: request.SamplingRequest) -> Table:
     """As a picture and the key of a cache hold them."""
     return json.loads(one.to_json())
 
@@ -199,7 +190,7 @@ def first_samples(count: int) -> list[Sample]:
 
 def keys(scratch: Path) -> Table:
     """What a key gives."""
-    paths: dict[str, tuple[seeding.KeyPart, ...]] = {
+    paths: dict[str, tuple[rng.KeyPart, ...]] = {
         "no path": (),
         "text, int, bool": ("order", 3, True),
         "float and None": (0.25, None),
@@ -207,8 +198,8 @@ def keys(scratch: Path) -> Table:
     }
     return {
         name: {
-            "number": seeding.keyed_int(7, *path),
-            "rand": repr(torch.rand((), generator=seeding.keyed_generator(7, *path)).item()),
+            "number": rng.keyed_int(7, *path),
+            "rand": repr(torch.rand((), generator=rng.keyed_generator(7, *path)).item()),
         }
         for name, path in paths.items()
     }
@@ -236,12 +227,12 @@ def sigma(scratch: Path) -> Table:
     for kind in get_args(settings["type"].annotation):
         for bias in get_args(settings["bias"].annotation):
             made = config([FLIPPED, SINGLE, CLASS], timesteps={"type": kind, "bias": bias})
-            table[f"{kind}, {bias}"] = [places(objectives.sample_sigma(made, sample)) for sample in samples]
+            table[f"{kind}, {bias}"] = [places(loss.sample_sigma(made, sample)) for sample in samples]
     cut = config([FLIPPED, SINGLE, CLASS], timesteps={"type": "uniform_shift", "min": 0.2, "max": 0.7})
-    table["shift, cut to 0.2 .. 0.7"] = [places(objectives.sample_sigma(cut, sample)) for sample in samples]
+    table["shift, cut to 0.2 .. 0.7"] = [places(loss.sample_sigma(cut, sample)) for sample in samples]
     linear = config([FLIPPED, SINGLE, CLASS], timesteps={"type": "linear"})
     for sample in first_samples(12):
-        table[f"linear, epoch {sample.epoch}: {named(sample.item)}"] = places(objectives.sample_sigma(linear, sample))
+        table[f"linear, epoch {sample.epoch}: {named(sample.item)}"] = places(loss.sample_sigma(linear, sample))
     return table
 
 
@@ -249,15 +240,15 @@ def noise(scratch: Path) -> Table:
     made, shape = config([FLIPPED, SINGLE, CLASS]), torch.Size((16, 8, 12))
     table: Table = {}
     for sample in first_samples(6):
-        table[f"epoch {sample.epoch}: {named(sample.item)}"] = normal(objectives.sample_noise(made, sample, shape))
+        table[f"epoch {sample.epoch}: {named(sample.item)}"] = normal(loss.sample_noise(made, sample, shape))
     samples = tuple(first_samples(2))
     latents, embeds = [torch.zeros(shape)] * 2, [torch.zeros(3, 4)] * 2
-    batch = objectives.make_batch(made, samples, latents, embeds, objectives.BatchExtras())
+    batch = loss.make_batch(made, samples, latents, embeds, loss.BatchExtras())
     table["a batch"] = {"noise": normal(batch.noise), "sigma": [places(one) for one in batch.sigma]}
     whole = several().longest_sample(samples[0].item)
     table["the sample of a rehearsal"] = {
         "key": list(whole.key()),
-        "noise": normal(objectives.sample_noise(made, whole, shape)),
+        "noise": normal(loss.sample_noise(made, whole, shape)),
     }
     return table
 
@@ -320,7 +311,7 @@ def own_pictures(scratch: Path) -> Table:
             if own.imitates:
                 samples = [plan.sample(item, epoch) for epoch in range(8)]
                 states = [torch.zeros(len(own.student_sigmas), 16, 8, 8)] * 8
-                batch = imitation_batch(own, samples, states, [torch.zeros(3, 4)] * 8, objectives.BatchExtras())
+                batch = imitation_batch(own, samples, states, [torch.zeros(3, 4)] * 8, loss.BatchExtras())
                 table[name]["interval"] = [f"{one:.6f}" for one in batch.sigma.tolist()]
     return table
 
@@ -338,7 +329,7 @@ MODULES = ["layers.0.attention.to_q", "layers.0.attention.to_k", "layers.0.feed_
 def start_of_a_lora(scratch: Path) -> Table:
     table: Table = {}
     for seed in (11, 12):
-        attached = attach.attach_lora(linears(), MODULES, rank=4, alpha=None, dropout=0.0, seed=seed)
+        attached = layers.attach_lora(linears(), MODULES, rank=4, alpha=None, dropout=0.0, seed=seed)
         table |= {f"seed {seed}, {module}": uniform(a.detach()) for module, a in attached.a.items()}
     return table
 
@@ -366,16 +357,16 @@ def previews(scratch: Path) -> Table:
     prompts = [{"prompt": "a zorb"}, {"prompt": "a circle", "seed": 5}, {"prompt": "a square", "width": 96}]
     sample = {"every": 2, "width": 64, "height": 64, "compare_on": "base", "prompts": prompts}
     made = config([SINGLE], sample=sample)
-    drawn = views.make_preview_sets(made, RunDir(scratch, "a"), {}, None)
-    meter = setup._drift_meter(made, drawn, cast(Any, SimpleNamespace(embeds=lambda prompt: torch.zeros(3, 4))))
+    drawn = preview_sets.make_preview_sets(made, RunDir(scratch, "a"), {}, None)
+    meter = build._drift_meter(made, drawn, cast(Any, SimpleNamespace(embeds=lambda prompt: torch.zeros(3, 4))))
     assert meter is not None
     model = load_frozen(mini.TURBO / "transformer", None, "fp32", CPU).model
     table: Table = {}
-    for index, one in enumerate(recipe.preview_requests(made)):
+    for index, one in enumerate(request.preview_requests(made)):
         embeds = {one.prompt: torch.zeros(3, 4), one.negative: torch.zeros(3, 4)}
-        _, latents = next(turbo.sample_trajectory(model, [one], embeds, [1.0, 0.0]))
+        _, latents = next(sampler.sample_trajectory(model, [one], embeds, [1.0, 0.0]))
         table[f"{index}"] = {"recipe": fields(one), "noise": normal(latents)}
-    table |= {f"also {index}": fields(one) for index, one in enumerate(recipe.comparison_requests(made))}
+    table |= {f"also {index}": fields(one) for index, one in enumerate(request.comparison_requests(made))}
     return table | {f"drift {index}": fields(one) for index, one in enumerate(meter._recipes)}
 
 
@@ -398,16 +389,16 @@ def in_short(names: Any) -> list[str]:
 
 def caches(scratch: Path) -> Table:
     picture = pictures("p", [SQUARE])[0]
-    latent = cache.latent_key(picture, Bucket(64, 96), False, "the vae")
-    store = cache.TensorCache(scratch / "cache")
+    latent = tensor_cache.latent_key(picture, Bucket(64, 96), False, "the vae")
+    store = tensor_cache.TensorCache(scratch / "cache")
     store.write(latent, torch.arange(3.0))
     (path,) = [one for one in store.folder.rglob("*") if one.is_file()]
     header = read_header(path)
     return {
         "latents": latent,
-        "latents, mirrored": cache.latent_key(picture, Bucket(64, 96), True, "the vae"),
-        "prompt": cache.prompt_key("a prompt", "the encoder", "bf16"),
-        "own": cache.generated_key("a recipe", "the model", "the encoder"),
+        "latents, mirrored": tensor_cache.latent_key(picture, Bucket(64, 96), True, "the vae"),
+        "prompt": tensor_cache.prompt_key("a prompt", "the encoder", "bf16"),
+        "own": tensor_cache.generated_key("a recipe", "the model", "the encoder"),
         "path": path.relative_to(store.folder).as_posix(),
         "tensors": list(header.tensors),
         "metadata": header.metadata,
@@ -420,13 +411,13 @@ def fingerprints(scratch: Path) -> Table:
     picture = pictures("p", [SQUARE], repeats=3)[0]
     masked = dataclasses.replace(picture, mask=Mask(Path("m.png"), "the mask", is_alpha=False))
     made = config([SINGLE], schedule={"name": "cosine"})
-    identity = run_folder.run_identity(made, {"model": "m", "data": dataset_fingerprint([[picture]])})
+    identity = run_dir.run_identity(made, {"model": "m", "data": dataset_fingerprint([[picture]])})
     return {
         "pictures": dataset_fingerprint([[picture, picture], [masked]]),
         "inputs": identity["inputs"],
         "parts": sorted(identity),
         "settings of the schedule": sorted(name for name in identity["settings"] if name.startswith("schedule.")),
-        "digest": run_folder.identity_digest({"settings": {"a": 1}, "inputs": {}}),
+        "digest": run_dir.identity_digest({"settings": {"a": 1}, "inputs": {}}),
     }
 
 
@@ -439,23 +430,25 @@ def loras(scratch: Path) -> Table:
         "metadata": said,
         "merged": dict(sorted(merged.items())),
         "about the file itself": list(metadata.STALE),
-        "converted": memos.write_format_metadata(memos.FormatMetadata(True, {"layers.0.attention.qkv": [1, 2, 3]})),
+        "converted": format_metadata.write_format_metadata(
+            format_metadata.FormatMetadata(True, {"layers.0.attention.qkv": [1, 2, 3]})
+        ),
         "alpha": alphas.KEY,
     }
 
 
 def trained_state(scratch: Path) -> Table:
     """Names of what a checkpoint holds of the LoRA, its average and each kind of optimizer."""
-    attached = attach.attach_lora(linears(), MODULES[:1], rank=4, alpha=None, dropout=0.0, seed=11)
+    attached = layers.attach_lora(linears(), MODULES[:1], rank=4, alpha=None, dropout=0.0, seed=11)
     table: Table = {"lora": list(attached.state()), "ema": list(ema.init_ema(0.9, attached.state()).state())}
     for name in ("adamw", "adafactor", "automagic", "prodigy"):
-        optimizer = optim.build_optimizer(
+        optimizer = optimizers.build_optimizer(
             schema.OptimizerSettings.model_validate({"name": name}), attached.parameters()
         )
         for parameter in attached.parameters():
             parameter.grad = torch.ones_like(parameter)
         optimizer.step()
-        tensors, numbers = optim.optimizer_state(optimizer)
+        tensors, numbers = optimizers.optimizer_state(optimizer)
         table[name] = {"tensors": sorted(tensors), "numbers": sorted(numbers), "kind": numbers["kind"]}
     return table
 
@@ -473,15 +466,15 @@ def a_run(scratch: Path) -> Table:
     )
     assert made is not None, problems
     seen: list[TrainState] = []
-    entered = train_command.run_loop
+    entered = train.run_loop
 
     def watched(run: TrainState, metrics: RecordWriter, events: RecordWriter) -> None:
         seen.append(run)
         entered(run, metrics, events)
 
-    with mock.patch.object(train_command, "run_loop", watched), recorded("manual_seed") as seeds:
-        train_command.run_training(made, fresh=False)
-    second = dataclasses.replace(seen[0], world=dataclasses.replace(seen[0].world, process=1))
+    with mock.patch.object(train, "run_loop", watched), recorded("manual_seed") as seeds:
+        run_training(made, fresh=False)
+    second = dataclasses.replace(seen[0], world=dataclasses.replace(seen[0].world, rank=1))
     with recorded("manual_seed") as seeds_of_second:
         loop.train(second, RecordWriter(None, 0), RecordWriter(None, 0))
     root = scratch / "runs" / made.name
@@ -570,7 +563,7 @@ def literals(source: str) -> set[str]:
     """The literal parts of the keys of the draws in a module."""
     calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
     keyed = [
-        call for call in calls if isinstance(call.func, ast.Name) and call.func.id in ("generator", "number", "share")
+        call for call in calls if isinstance(call.func, ast.Name) and call.func.id in ("keyed_generator", "keyed_int", "share")
     ]
     parts = [part for call in keyed for part in call.args if isinstance(part, ast.Constant)]
     return {part.value for part in parts if isinstance(part.value, str)}

@@ -18,9 +18,8 @@ from zimage_train.config.schema import Config
 from zimage_train.diffusion import drift
 from zimage_train.diffusion.frozen import load_frozen
 from zimage_train.diffusion.request import SamplingRequest
-from zimage_train.lora import lora_file as files
-from zimage_train.lora import swap
-from zimage_train.models import text_encoder as text
+from zimage_train.lora import lora_file, swap
+from zimage_train.models import text_encoder
 from zimage_train.report.metrics import read_records
 
 from helpers import PREVIEWED, final, folder, losses
@@ -39,7 +38,7 @@ RECIPES = [recipe(prompt, seed) for seed, prompt in enumerate(PROMPTS)]
 @pytest.fixture(scope="module")
 def turbo():
     """The trainer's model in float32, and the features of the prompts."""
-    encoder = text.load(mini.TURBO, CPU, torch.float32)
+    encoder = text_encoder.load(mini.TURBO, CPU, torch.float32)
     return load_frozen(mini.TURBO / "transformer", None, "fp32", CPU).model, {
         one: encoder.encode(one) for one in PROMPTS
     }
@@ -84,7 +83,7 @@ def by_hand(embeds: dict[str, torch.Tensor], lora: Path) -> list[float]:
 def test_deviations_are_those_of_two_stock_models(turbo):
     model, embeds = turbo
     walked = drift.record_trajectories(model, RECIPES, embeds, quiet)
-    with swap.with_lora(model, files.read_lora(mini.ADAPTER_V1)):
+    with swap.with_lora(model, lora_file.read_lora(mini.ADAPTER_V1)):
         found = drift.deviations(model, walked, embeds, quiet)
     wanted = by_hand(embeds, mini.ADAPTER_V1)
     assert max(wanted) > 0.05
@@ -99,7 +98,7 @@ def test_turbo_itself_has_not_drifted(turbo):
 
 def test_the_meter_holds_a_lora_against_turbo_without_it_and_puts_it_back(turbo):
     model, embeds = turbo
-    meter, lora = drift.DriftMeter(RECIPES, embeds), files.read_lora(mini.ADAPTER_V1)
+    meter, lora = drift.DriftMeter(RECIPES, embeds), lora_file.read_lora(mini.ADAPTER_V1)
     with swap.with_lora(model, lora):  # the first reading walks with what is on the model, if it is not taken off
         readings = [meter.measure(model, quiet), meter.measure(model, quiet)]
         assert any("lora" in name for name, _ in model.named_parameters())

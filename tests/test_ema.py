@@ -9,10 +9,9 @@ from safetensors.torch import load_file
 
 from zimage_train.commands.train import run_training
 from zimage_train.errors import Stopped, WeightsError
-from zimage_train.lora import lora_file as lora_files
+from zimage_train.lora import lora_file
 from zimage_train.optim import ema
-from zimage_train.training import checkpoint
-from zimage_train.training import outputs as publish
+from zimage_train.training import checkpoint, outputs
 
 from helpers import PREVIEWED, final, folder, stop_after
 
@@ -52,7 +51,7 @@ def test_it_is_what_a_hand_computes(make_config, monkeypatch):
     for name, value in average.items():
         assert kept[f"ema.{name}"].dtype == torch.float32
         assert torch.allclose(kept[f"ema.{name}"].double(), value, rtol=1e-5, atol=1e-8)
-    exported = lora_files.read_lora(folder(config) / "lora" / "ema" / "tiny.safetensors")
+    exported = lora_file.read_lora(folder(config) / "lora" / "ema" / "tiny.safetensors")
     for module, factors in exported.items():
         whole = average[f"lora.{module}.B"] @ average[f"lora.{module}.A"]
         assert torch.allclose(factors.b.double() @ factors.a.double() * factors.scale, whole, rtol=1e-4, atol=1e-7)
@@ -125,8 +124,8 @@ def test_a_run_whose_average_is_gone_is_not_complete(make_config, monkeypatch):
     before = path.read_bytes()
     path.unlink()
     exported: list[int] = []
-    export = publish.export_step
-    monkeypatch.setattr(publish, "export_step", lambda run, step: (exported.append(step), export(run, step)))
+    export = outputs.export_step
+    monkeypatch.setattr(outputs, "export_step", lambda run, step: (exported.append(step), export(run, step)))
     run_training(config, fresh=False)
     assert path.read_bytes() == before and exported == [2]
     run_training(config, fresh=False)

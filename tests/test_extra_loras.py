@@ -10,12 +10,12 @@ from typer.testing import CliRunner
 
 from zimage_train import mini
 from zimage_train.cli.app import app
-from zimage_train.commands import lora_args as given
+from zimage_train.commands import lora_args
 from zimage_train.commands.sample import command_for
 from zimage_train.commands.train import run_training
 from zimage_train.config.schema import Config
 from zimage_train.errors import ConfigError, WeightsError, ZImageTrainError
-from zimage_train.models import locate as sources
+from zimage_train.models import locate
 from zimage_train.planning.preflight import check_run
 
 from helpers import final, folder, losses
@@ -94,7 +94,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str 
         asked.append(wanted)
         return tmp_path
 
-    monkeypatch.setattr(sources, "download", fetch)
+    monkeypatch.setattr(locate, "download", fetch)
     return asked
 
 
@@ -109,13 +109,13 @@ def test_distillpatch_is_its_file_on_the_hub(hub, tmp_path: Path):
 
 def test_a_lora_that_is_not_there_is_said_to_be_missing(tmp_path: Path):
     with pytest.raises(WeightsError, match=r"--lora: .*gone.safetensors: does not exist"):
-        given.read_weighted_lora(tmp_path / "gone.safetensors")
+        lora_args.read_weighted_lora(tmp_path / "gone.safetensors")
     with pytest.raises(ConfigError):
-        given.parse_weighted_lora("distillpatch=strong")
+        lora_args.parse_weighted_lora("distillpatch=strong")
 
 
 def test_check_says_that_it_is_not_here_yet(make_config):
     config = make_config(sample=SAMPLE | {"extra_loras": ["distillpatch"]})
-    checked = check_run(config, sources.cached_only)
+    checked = check_run(config, locate.cached_only)
     expected = "sample.extra_loras.0: DiffSynth-Studio/Z-Image-Turbo-DistillPatch: not on this machine yet"
     assert any(note.startswith(expected) for note in checked.notes)

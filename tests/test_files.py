@@ -17,8 +17,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from zimage_train.errors import DiskError, FolderInUseError
-from zimage_train.io import atomic as files
-from zimage_train.io import serialize
+from zimage_train.io import atomic, serialize
 from zimage_train.io.serialize import TensorEntry
 
 ROOT = Path(__file__).parent.parent
@@ -28,7 +27,7 @@ OLD, NEW = b"old" * 5000, b"new!" * 5000
 def test_an_error_of_the_writer_itself_leaves_the_old_file(tmp_path: Path):
     path = tmp_path / "x.bin"
     path.write_bytes(OLD)
-    with pytest.raises(ZeroDivisionError), files.replace_atomically(path) as file:
+    with pytest.raises(ZeroDivisionError), atomic.replace_atomically(path) as file:
         file.write(NEW)
         file.write(bytes(1 // 0))
     assert path.read_bytes() == OLD and len(list(tmp_path.iterdir())) == 1
@@ -39,23 +38,23 @@ def test_a_place_that_cannot_be_written_is_a_disk_error(tmp_path: Path, place: s
     (tmp_path / "file").write_text("")
     (tmp_path / "x.bin").mkdir()
     with pytest.raises(DiskError, match="cannot be written"):
-        files.write(tmp_path / place, [NEW])
+        atomic.write(tmp_path / place, [NEW])
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts open files by /proc")
 def test_nothing_stays_open(tmp_path: Path):
     before = len(list(Path("/proc/self/fd").iterdir()))
     for _ in range(5):
-        files.write_text(tmp_path / "x", "text")
-        with files.lock_folder(tmp_path):
+        atomic.write_text(tmp_path / "x", "text")
+        with atomic.lock_folder(tmp_path):
             pass
     assert len(list(Path("/proc/self/fd").iterdir())) == before
 
 
 def test_text_and_json_are_utf_8(tmp_path: Path):
-    files.write_text(tmp_path / "x.txt", "é\n猫")
+    atomic.write_text(tmp_path / "x.txt", "é\n猫")
     assert (tmp_path / "x.txt").read_bytes() == "é\n猫".encode()
-    files.write_json(tmp_path / "x.json", {"b": ["é"], "a": 1e-4})
+    atomic.write_json(tmp_path / "x.json", {"b": ["é"], "a": 1e-4})
     assert json.loads((tmp_path / "x.json").read_bytes()) == {"b": ["é"], "a": 1e-4}
     assert "é" in (tmp_path / "x.json").read_text(encoding="utf-8")
 
@@ -153,37 +152,37 @@ def test_a_line_of_a_log_is_there_at_once_and_synced_when_asked(tmp_path: Path, 
     synced = []
     monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(os.fstat(descriptor).st_size))
     with (tmp_path / "log").open("a") as log:
-        files.append_line(log, "one")
-        files.append_line(log, "two")
+        atomic.append_line(log, "one")
+        atomic.append_line(log, "two")
         assert (tmp_path / "log").read_text() == "one\ntwo\n" and synced == []
         log.write("three")
-        files.sync(log)
+        atomic.sync(log)
         assert synced == [len("one\ntwo\nthree")]
 
 
 def test_removing_never_fails(tmp_path: Path):
     (tmp_path / "x").write_text("")
-    assert files.remove(tmp_path / "x") and not (tmp_path / "x").exists()
-    assert files.remove(tmp_path / "x")
+    assert atomic.remove(tmp_path / "x") and not (tmp_path / "x").exists()
+    assert atomic.remove(tmp_path / "x")
     (tmp_path / "folder").mkdir()
-    assert not files.remove(tmp_path / "folder") and (tmp_path / "folder").exists()
+    assert not atomic.remove(tmp_path / "folder") and (tmp_path / "folder").exists()
 
 
 def test_setting_aside_keeps_everything(tmp_path: Path):
     for number in range(3):
         (tmp_path / "run").mkdir()
         (tmp_path / "run" / "x").write_text(str(number))
-        assert files.rename_as_backup(tmp_path / "run", ".old").name == ("run.old", "run.old-2", "run.old-3")[number]
+        assert atomic.rename_as_backup(tmp_path / "run", ".old").name == ("run.old", "run.old-2", "run.old-3")[number]
     assert [(tmp_path / name / "x").read_text() for name in ("run.old", "run.old-2", "run.old-3")] == ["0", "1", "2"]
     with pytest.raises(DiskError, match=r"run: cannot be renamed \(No such file"):
-        files.rename_as_backup(tmp_path / "run", ".old")
+        atomic.rename_as_backup(tmp_path / "run", ".old")
 
 
 def test_debris_of_dead_processes_goes_and_nothing_else(tmp_path: Path):
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
     alive = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, stderr=subprocess.DEVNULL)
-    here, there = files._host(), "0123abcd"
+    here, there = atomic._host(), "0123abcd"
     old = f".old.{there}-{alive.pid}.tmp"
     names = [
         f".x.bin.{here}-{dead.pid}.tmp",
@@ -196,10 +195,10 @@ def test_debris_of_dead_processes_goes_and_nothing_else(tmp_path: Path):
     for name in names + kept:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("")
-    os.utime(tmp_path / old, (0, time.time() - files.ABANDONED_SECONDS - 1))
-    files.remove_stale_temp_files(tmp_path)
+    os.utime(tmp_path / old, (0, time.time() - atomic.ABANDONED_SECONDS - 1))
+    atomic.remove_stale_temp_files(tmp_path)
     assert {one.relative_to(tmp_path).as_posix() for one in tmp_path.rglob("*") if one.is_file()} == set(kept)
-    files.remove_stale_temp_files(tmp_path / "none")
+    atomic.remove_stale_temp_files(tmp_path / "none")
     assert alive.poll() is None, "asking whether a process lives does not end it"
     alive.kill()
     alive.communicate()
@@ -214,7 +213,7 @@ def test_debris_of_dead_processes_goes_and_nothing_else(tmp_path: Path):
 @pytest.mark.parametrize("name", ["file", "file/run"])
 def test_a_folder_that_cannot_be_made_is_a_disk_error(tmp_path: Path, name: str):
     (tmp_path / "file").write_text("")
-    with pytest.raises(DiskError) as caught, files.lock_folder(tmp_path / name):
+    with pytest.raises(DiskError) as caught, atomic.lock_folder(tmp_path / name):
         raise AssertionError("locked nothing")
     assert caught.value.exit_code == 7 and (tmp_path / "file").read_text() == ""
 
@@ -226,9 +225,9 @@ def no_flock(*_: object) -> None:
 @pytest.mark.parametrize("missing", ["module", "file system"])
 def test_without_flock_the_lock_file_is_a_lease(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: str):
     if missing == "module":
-        monkeypatch.setattr(files, "fcntl", None)
+        monkeypatch.setattr(atomic, "fcntl", None)
     else:
-        monkeypatch.setattr(files.fcntl, "flock", no_flock)
+        monkeypatch.setattr(atomic.fcntl, "flock", no_flock)
     path = tmp_path / "run.lock"
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
@@ -239,7 +238,7 @@ def test_without_flock_the_lock_file_is_a_lease(tmp_path: Path, monkeypatch: pyt
         path.write_text(text)
         os.utime(path, (now - age, now - age))
         try:
-            with files.lock_folder(tmp_path):
+            with atomic.lock_folder(tmp_path):
                 return path.read_text() == f"process {os.getpid()} on {here}"
         except FolderInUseError as error:
             assert text in str(error)
@@ -257,7 +256,7 @@ def test_without_flock_the_lock_file_is_a_lease(tmp_path: Path, monkeypatch: pyt
     assert is_free("process 1 on elsewhere", age=180)
     assert is_free("half a word")
     assert is_free("process x on elsewhere")
-    with files.lock_folder(tmp_path), pytest.raises(FolderInUseError), files.lock_folder(tmp_path):
+    with atomic.lock_folder(tmp_path), pytest.raises(FolderInUseError), atomic.lock_folder(tmp_path):
         raise AssertionError("locked twice")
 
     def not_ours(*_: int) -> None:
@@ -268,7 +267,7 @@ def test_without_flock_the_lock_file_is_a_lease(tmp_path: Path, monkeypatch: pyt
 
 
 def test_a_lease_is_renewed_as_long_as_it_is_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(files, "LEASE_SECONDS", 0.2)
+    monkeypatch.setattr(atomic, "LEASE_SECONDS", 0.2)
     threads = threading.active_count()
 
     def age_after(seconds: float) -> float:
@@ -276,9 +275,9 @@ def test_a_lease_is_renewed_as_long_as_it_is_held(tmp_path: Path, monkeypatch: p
         time.sleep(seconds)
         return time.time() - (tmp_path / "run.lock").stat().st_mtime
 
-    with files.lock_folder(tmp_path):
+    with atomic.lock_folder(tmp_path):
         assert age_after(0.2) > 1000 and threading.active_count() == threads, "the kernel's lock needs no lease"
-    monkeypatch.setattr(files.fcntl, "flock", no_flock)
-    with files.lock_folder(tmp_path):
+    monkeypatch.setattr(atomic.fcntl, "flock", no_flock)
+    with atomic.lock_folder(tmp_path):
         assert age_after(0.3) < 1
     assert age_after(0.2) > 1000 and threading.active_count() == threads

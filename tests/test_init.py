@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from zimage_train import mini
 from zimage_train.cli.app import app
 from zimage_train.commands import init
-from zimage_train.config import templates as recipes
+from zimage_train.config import templates
 from zimage_train.config.load import read_config
 from zimage_train.config.templates import MODEL_TEMPLATES, SUBJECT_KINDS, TemplateValues
 from zimage_train.dataset.scan import ImageRecord
@@ -184,7 +184,7 @@ words = text.filter(str.strip)
 def test_any_folder_trigger_and_caption_come_back_as_they_were(tmp_path_factory, folder, trigger, captions, kind, base):
     own = TemplateValues(folder=folder, name="n", trigger=trigger, captions=tuple(captions))
     path = tmp_path_factory.mktemp("init") / "x.yaml"
-    path.write_text(recipes.render_template(base, kind, own), encoding="utf-8")
+    path.write_text(templates.render_template(base, kind, own), encoding="utf-8")
     config = read_config(path)
     assert (config.data[0].folder, config.data[0].trigger) == (folder, trigger)
     assert [one.prompt for one in config.sample.prompts][3:-2] == captions
@@ -205,7 +205,7 @@ def test_any_folder_trigger_and_caption_come_back_as_they_were(tmp_path_factory,
 )
 def test_names_come_from_the_config_or_the_folder(tmp_path: Path, name: str, output: Path | None, expected: str):
     assert init.name_of(tmp_path / name, output) == expected
-    assert init.why_not("--name", expected) is None
+    assert init.answer_error("--name", expected) is None
 
 
 def test_where_nothing_can_be_written_is_said_before_any_picture_is_looked_at(tmp_path: Path, monkeypatch):

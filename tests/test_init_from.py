@@ -9,8 +9,7 @@ from safetensors.torch import load_file, save_file
 from zimage_train.commands.train import run_training
 from zimage_train.config.schema import Config
 from zimage_train.errors import ConfigError, WeightsError
-from zimage_train.lora import lora_file as files
-from zimage_train.lora import verify as loaders
+from zimage_train.lora import lora_file, verify
 from zimage_train.planning.preflight import check_run
 
 from helpers import folder, losses
@@ -38,9 +37,9 @@ def begun(make_config, path: Path, **lora: object) -> Config:
 def test_it_begins_as_the_file_whatever_the_scales(make_config, first: Path, alpha: float | None) -> None:
     config = begun(make_config, first, alpha=alpha)
     run_training(config, fresh=False)
-    before, after = files.read_lora(first), files.read_lora(folder(config) / "lora" / "second.safetensors")
+    before, after = lora_file.read_lora(first), lora_file.read_lora(folder(config) / "lora" / "second.safetensors")
     assert before.keys() == after.keys() and len(before) == 42
-    assert max(loaders.distance(before[module], after[module]) for module in before) < 1e-4
+    assert max(verify.distance(before[module], after[module]) for module in before) < 1e-4
     assert any(factors.b.any() for factors in before.values())
     plain = make_config(name="plain", train={"steps": 2}, optimizer={"lr": 1e-9})
     run_training(plain, fresh=False)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from zimage_train.cli import app as cli
+from zimage_train.cli import app
 from zimage_train.report.console import Console
 from zimage_train.report.printing import JSON_OUTPUT
 
@@ -32,7 +32,7 @@ def command(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
     """The exit code of the whole program, errors and all."""
     monkeypatch.setattr("sys.argv", ["zimage-train", *map(str, words)])
     with pytest.raises(SystemExit) as ended:
-        cli.main()
+        app.main()
     return int(ended.value.code or 0)
 
 
@@ -85,13 +85,13 @@ def test_what_a_command_is_there_to_print_is_its_result(monkeypatch, capfd, verb
 
 
 def test_one_object_stays_one_object(capfd) -> None:
-    result = CliRunner().invoke(cli.app, ["--json", "timesteps", QUICKSTART, "--json"])
+    result = CliRunner().invoke(app.app, ["--json", "timesteps", QUICKSTART, "--json"])
     assert "sigma_mean" in json.loads(result.stdout)
 
 
 def test_the_next_command_is_for_people_again() -> None:
-    CliRunner().invoke(cli.app, ["--json", "timesteps", QUICKSTART])
-    result = CliRunner().invoke(cli.app, ["timesteps", QUICKSTART])
+    CliRunner().invoke(app.app, ["--json", "timesteps", QUICKSTART])
+    result = CliRunner().invoke(app.app, ["timesteps", QUICKSTART])
     assert '"event"' not in result.stdout
 
 

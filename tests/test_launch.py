@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from zimage_train.commands.train import fill_run_caches, run_training
-from zimage_train.config import strict_yaml as yaml_reader
+from zimage_train.config import strict_yaml
 from zimage_train.errors import WorkerLostError
 from zimage_train.training import distributed
 from zimage_train.training.distributed import World
@@ -36,7 +36,7 @@ def launch(tmp_path: Path, shared_cache: Path):
         values = mini_values(
             tmp_path / "runs", shared_cache, name=name, train={"steps": steps, "batch_size": 1}, save={"every": 10}
         )
-        path.write_text(yaml_reader.dump(values))
+        path.write_text(strict_yaml.dump(values))
         log = (tmp_path / f"{name}.out").open("w")
         process = subprocess.Popen(
             [*launcher, "-m", "zimage_train", "train", str(path)],

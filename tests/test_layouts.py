@@ -17,11 +17,7 @@ from zimage_train import mini
 from zimage_train.cli.app import app
 from zimage_train.errors import WeightsError
 from zimage_train.io import tensorfile
-from zimage_train.lora import formats as layouts
-from zimage_train.lora import headers, keys
-from zimage_train.lora import lora_file as files
-from zimage_train.lora import qkv as fused
-from zimage_train.lora import verify as loaders
+from zimage_train.lora import formats, headers, keys, lora_file, qkv, verify
 from zimage_train.lora.formats import LAYOUTS
 from zimage_train.lora.qkv import Change
 from zimage_train.models.arch import TransformerShape
@@ -122,10 +118,10 @@ def test_fusing_and_splitting_q_k_and_v_is_the_identity(ranks_: list[int], seed:
         if zero and rank:
             b[:, 0] = 0.0  # a direction that is not used
         changes.append({"A": a, "B": b, "alpha": torch.tensor(rank * 0.75)} if rank else None)
-    whole = fused.fuse_qkv(changes)
+    whole = qkv.fuse_qkv(changes)
     expected = torch.cat([_delta(one) if one else torch.zeros(6, 7, dtype=torch.float64) for one in changes])
     assert relative(_delta(whole), expected) < 1e-12
-    back = fused.split_qkv(whole)
+    back = qkv.split_qkv(whole)
     assert relative(torch.cat([_delta(one) if one else expected[:6] * 0 for one in back]), expected) < 1e-12
     if not zero:
         assert [sorted(one) if one else None for one in back] == [sorted(one) if one else None for one in changes]
@@ -135,14 +131,14 @@ def test_fusing_and_splitting_q_k_and_v_is_the_identity(ranks_: list[int], seed:
 
 
 def _delta(change: Change) -> Tensor:
-    return fused.scale_of(change) * (change["B"].double() @ change["A"].double())
+    return qkv.scale_of(change) * (change["B"].double() @ change["A"].double())
 
 
 def test_scales_that_differ_between_q_k_and_v_are_multiplied_in(tmp_path: Path):
     lora = random_lora(scale=0.5)
-    lora[ATTENTION[1]] = files.Factors(lora[ATTENTION[1]].a, lora[ATTENTION[1]].b, 1 / 3)
+    lora[ATTENTION[1]] = lora_file.Factors(lora[ATTENTION[1]].a, lora[ATTENTION[1]].b, 1 / 3)
     there = converted(write(tmp_path / "x.safetensors", lora), "kohya", tmp_path / "k.safetensors")
-    found = files.read_lora(there)
+    found = lora_file.read_lora(there)
     assert all(relative(dense(found, module), dense(lora, module)) < 1e-7 for module in lora)
 
 
@@ -155,7 +151,7 @@ def test_a_fused_lora_with_one_a_for_all_three_is_split_and_fused_without_growin
         "diffusion_model.layers.0.attention.out.lora_B.weight": torch.randn(96, 4, generator=draw),
     }  # as diffusion-pipe writes it
     save_file(tensors, tmp_path / "x.safetensors")
-    found = files.read_lora(tmp_path / "x.safetensors")
+    found = lora_file.read_lora(tmp_path / "x.safetensors")
     assert sorted(found) == sorted([*ATTENTION, "layers.0.attention.to_out.0"])
     whole = (
         tensors["diffusion_model.layers.0.attention.qkv.lora_B.weight"] @ tensors[min(tensors).replace("out", "qkv")]
@@ -188,7 +184,7 @@ def test_files_of_other_tools_come_back_tensor_for_tensor(tmp_path: Path, to: st
     draw = torch.Generator().manual_seed(7)
     widths = dict(zip(ATTENTION, (2, 4, 3), strict=True)) | {"layers.1.attention.to_q": 2, "layers.1.attention.to_k": 4}
     lora = {
-        m: files.Factors(torch.randn(r, 96, generator=draw), torch.randn(96, r, generator=draw), 1.0)
+        m: lora_file.Factors(torch.randn(r, 96, generator=draw), torch.randn(96, r, generator=draw), 1.0)
         for m, r in widths.items()
     }
     lora[ATTENTION[1]].b[:, 0] = 0.0
@@ -227,7 +223,7 @@ def test_a_fused_dora_keeps_its_magnitudes_where_a_factor_is_zero(tmp_path: Path
         ("dora_scale", torch.cat([one["magnitude"] for one in three]).reshape(-1, 1)),
     )}  # fmt: skip
     save_file(foreign, tmp_path / "x.safetensors")
-    found, _ = files.read_changes(tmp_path / "x.safetensors")
+    found, _ = lora_file.read_changes(tmp_path / "x.safetensors")
     assert sorted(found) == sorted(ATTENTION)
     assert all(torch.equal(found[m]["magnitude"], dora["magnitude"]) for m in ATTENTION)
 
@@ -265,7 +261,7 @@ def test_eight_bits_become_sixteen_which_hold_them(tmp_path: Path):
     }
     save_file(tensors, tmp_path / "x.safetensors")
     for to in LAYOUTS:
-        found = files.read_lora(converted(tmp_path / "x.safetensors", to, tmp_path / f"{to}.safetensors"))
+        found = lora_file.read_lora(converted(tmp_path / "x.safetensors", to, tmp_path / f"{to}.safetensors"))
         for module, one in found.items():
             assert torch.equal(one.a.float(), tensors[f"diffusion_model.{module}.lora_A.weight"].float())
 
@@ -277,10 +273,10 @@ def test_eight_bits_become_sixteen_which_hold_them(tmp_path: Path):
 def test_diffusers_reads_all_layouts_and_comfyui_those_that_say_so(tmp_path: Path, to: str):
     lora = random_lora(scale=0.5)
     path = converted(write(tmp_path / "x.safetensors", lora), to, tmp_path / "y.safetensors")
-    read = loaders.as_diffusers(path)
+    read = verify.as_diffusers(path)
     assert all(relative(dense(read, module), dense(lora, module)) < 1e-6 for module in lora)
     try:
-        read = loaders.as_comfyui(path, TINY.linears)
+        read = verify.as_comfyui(path, TINY.linears)
         is_right = all(relative(dense(read, module), dense(lora, module)) < 1e-6 for module in lora)
     except WeightsError:
         is_right = False
@@ -291,7 +287,7 @@ def test_the_diffusers_layout_of_plain_alphas_needs_no_header_and_comfyui_reads_
     lora = random_lora()
     path = converted(write(tmp_path / "x.safetensors", lora), "diffusers", tmp_path / "y.safetensors")
     assert metadata_of(path) == {"zimage_train.converted": '{"alpha": true}'}  # there was one, for the way back
-    assert loaders.verify_export(path, lora, "fp32", TINY.linears) < 1e-6
+    assert verify.verify_export(path, lora, "fp32", TINY.linears) < 1e-6
 
 
 @pytest.mark.parametrize(
@@ -308,8 +304,8 @@ def test_a_model_of_diffusers_with_the_file_computes_what_the_factors_say(tmp_pa
     """Through peft, header and all: not only the keys but the strength of each module."""
     from diffusers import ZImagePipeline, ZImageTransformer2DModel
 
-    lora = files.read_lora(mini.ADAPTER_V1)
-    ranked = {m: files.Factors(f.a.float(), f.b.float(), 2.5 if "layers.1." in m else 0.5) for m, f in lora.items()}
+    lora = lora_file.read_lora(mini.ADAPTER_V1)
+    ranked = {m: lora_file.Factors(f.a.float(), f.b.float(), 2.5 if "layers.1." in m else 0.5) for m, f in lora.items()}
     path = converted(write(tmp_path / "x.safetensors", ranked), to, tmp_path / "y.safetensors")
     model = ZImageTransformer2DModel.from_pretrained(mini.TURBO / "transformer", dtype=torch.float32)
     state, metadata = ZImagePipeline.lora_state_dict(path, return_lora_metadata=True)
@@ -320,7 +316,7 @@ def test_a_model_of_diffusers_with_the_file_computes_what_the_factors_say(tmp_pa
         assert relative(layer.get_delta_weight("x").detach().double(), _dense_of(ranked[name])) < 1e-6, name
 
 
-def _dense_of(factors: files.Factors) -> Tensor:
+def _dense_of(factors: lora_file.Factors) -> Tensor:
     return factors.scale * (factors.b.double() @ factors.a.double())
 
 
@@ -345,7 +341,7 @@ def kinds() -> Iterator[tuple[str, Change, Tensor]]:
 
 
 def write_changes(path: Path, changes: dict[str, Change], to: str = "comfyui") -> Path:
-    tensors, metadata = layouts.to_layout(path, changes, {}, to)
+    tensors, metadata = formats.to_layout(path, changes, {}, to)
     tensorfile.save(path, tensors, metadata)
     return path
 
@@ -376,15 +372,15 @@ def test_a_fused_loha_is_its_three(tmp_path: Path):
     three = [
         {p: t if p == "alpha" else t + torch.randn(t.shape, generator=draw) for p, t in loha.items()} for _ in "qkv"
     ]
-    whole = fused.fuse_qkv(three)
+    whole = qkv.fuse_qkv(three)
 
     def delta(one: Change) -> Tensor:
         first, second = (one[f"hada_w{i}_a"].double() @ one[f"hada_w{i}_b"].double() for i in (1, 2))
-        return fused.scale_of(one) * first * second
+        return qkv.scale_of(one) * first * second
 
     assert relative(delta(whole), torch.cat([delta(one) for one in three])) < 1e-12
     assert all(
-        torch.equal(one[p], other[p]) for one, other in zip(fused.split_qkv(whole), three, strict=True) for p in one
+        torch.equal(one[p], other[p]) for one, other in zip(qkv.split_qkv(whole), three, strict=True) for p in one
     )
 
 
@@ -393,12 +389,12 @@ def test_a_fused_lokr_is_split_where_its_first_factor_has_three_groups_of_rows(t
     w1, w2 = torch.randn(6, 6, generator=draw), torch.randn(48, 16, generator=draw)
     name = "lycoris_layers_0_attention_qkv"
     save_file({f"{name}.lokr_w1": w1, f"{name}.lokr_w2": w2}, tmp_path / "x.safetensors")
-    found, _ = files.read_changes(tmp_path / "x.safetensors")
+    found, _ = lora_file.read_changes(tmp_path / "x.safetensors")
     thirds = [torch.kron(found[module]["lokr_w1"], found[module]["lokr_w2"]) for module in ATTENTION]
     assert torch.equal(torch.cat(thirds), torch.kron(w1, w2))
     save_file({f"{name}.lokr_w1": w1[:4].contiguous(), f"{name}.lokr_w2": w2}, tmp_path / "y.safetensors")
     with pytest.raises(WeightsError, match="Kronecker product with 4 rows in its first factor, not 3 groups"):
-        files.read_changes(tmp_path / "y.safetensors")
+        lora_file.read_changes(tmp_path / "y.safetensors")
 
 
 @pytest.mark.slow
@@ -503,7 +499,7 @@ def test_sizes_from_the_header_are_those_of_what_is_read(tmp_path: Path):
     lora = random_lora()
     for to in LAYOUTS:
         path = converted(write(tmp_path / "x.safetensors", lora), to, tmp_path / f"{to}.safetensors")
-        found = files.read_lora(path)
+        found = lora_file.read_lora(path)
         assert headers.read_sizes(path) == {module: (f.b.shape[0], f.a.shape[1]) for module, f in found.items()}
 
 

@@ -10,11 +10,9 @@ from zimage_train import mini
 from zimage_train.commands.train import run_training
 from zimage_train.diffusion import flow
 from zimage_train.diffusion.frozen import load_frozen
-from zimage_train.lora import layers as attach
-from zimage_train.lora import lora_file as files
+from zimage_train.lora import layers, lora_file
 from zimage_train.mini.world import draw_zorb
-from zimage_train.models import text_encoder as text
-from zimage_train.models import vae
+from zimage_train.models import text_encoder, vae
 from zimage_train.models.transformer import velocity
 
 pytestmark = pytest.mark.slow
@@ -28,8 +26,8 @@ def held_out_loss(lora: Path | None) -> float:
     """Mean velocity error on new zorbs at fixed noise, on true Turbo with the exported file."""
     frozen = load_frozen(mini.TURBO / "transformer", None, "fp32", CPU)
     if lora is not None:
-        attach.attach_fixed_lora(frozen.model, files.read_lora(lora))
-    encoder, autoencoder = text.load(mini.TURBO, CPU, torch.float32), vae.load(mini.TURBO, CPU, torch.float32)
+        layers.attach_fixed_lora(frozen.model, lora_file.read_lora(lora))
+    encoder, autoencoder = text_encoder.load(mini.TURBO, CPU, torch.float32), vae.load(mini.TURBO, CPU, torch.float32)
     total = 0.0
     for index in range(HELD_OUT):
         image, caption = draw_zorb(10_000 + index, 64, 64)

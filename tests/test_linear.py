@@ -8,7 +8,7 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
-from zimage_train.lora import layers as attach
+from zimage_train.lora.layers import TrainedLinear, attach_lora, base_layer
 from zimage_train.models import quantize
 from zimage_train.models.linear import FrozenLinear
 
@@ -140,11 +140,11 @@ def test_it_equals_peft_on_a_plain_layer():
     theirs = Model(plain)
     inject_adapter_in_model(LoraConfig(r=4, lora_alpha=2, target_modules=["inner"], init_lora_weights=False), theirs)
     ours = Model(made)
-    attached = attach.attach_lora(ours, ["inner"], 4, 2.0, 0.0, 1)
+    attached = attach_lora(ours, ["inner"], 4, 2.0, 0.0, 1)
     attached.a["inner"].data.copy_(theirs.inner.lora_A["default"].weight)
     attached.b["inner"].data.copy_(theirs.inner.lora_B["default"].weight)
     x = inputs()
-    assert isinstance(ours.inner, attach.TrainedLinear)
+    assert isinstance(ours.inner, TrainedLinear)
     assert torch.allclose(ours.inner(x), theirs.inner(x), atol=1e-5)
     ours.inner.enable_adapters(False)
     assert torch.equal(ours.inner(x), made(x))
@@ -152,9 +152,9 @@ def test_it_equals_peft_on_a_plain_layer():
 
 def test_dropout_is_applied_to_the_lora_alone_and_only_in_training():
     model = nn.ModuleDict({"inner": layer(None)})
-    attached = attach.attach_lora(model, ["inner"], 4, None, 0.999999, 1)
+    attached = attach_lora(model, ["inner"], 4, None, 0.999999, 1)
     attached.b["inner"].data.fill_(1.0)
-    x, base = inputs(), attach.base_layer(model, "inner")
+    x, base = inputs(), base_layer(model, "inner")
     assert torch.allclose(model["inner"](x), base(x), atol=1e-6)
     model.eval()
     assert not torch.allclose(model["inner"](x), base(x), atol=1e-2)

@@ -12,8 +12,7 @@ from PIL import Image
 
 from zimage_train import mini
 from zimage_train.config.dataset import DataEntry
-from zimage_train.dataset import image_index as looks
-from zimage_train.dataset import images
+from zimage_train.dataset import image_index, images
 from zimage_train.dataset.image_index import ImageIndex, ImageInfo, near_duplicates
 from zimage_train.dataset.scan import scan_entry
 from zimage_train.errors import DataError
@@ -77,7 +76,7 @@ def test_a_picture_that_changed_is_seen_anew_even_with_its_old_time_and_size(tmp
         lambda memo: memo.write_text("{"),
         lambda memo: memo.write_text("[]"),
         lambda memo: memo.write_text(json.dumps({"format": 0, "looks": {}})),
-        lambda memo: memo.write_text(json.dumps({"format": looks.FORMAT, "looks": 5})),
+        lambda memo: memo.write_text(json.dumps({"format": image_index.FORMAT, "looks": 5})),
         lambda memo: memo.write_text(memo.read_text().replace('", ', '", "x", ')),
         lambda memo: memo.write_text(memo.read_text().replace('"]', 'zz"]')),
         lambda memo: memo.write_bytes(b"\xff\xfe"),
@@ -107,8 +106,8 @@ def test_ten_thousand_known_pictures_take_seconds(tmp_path: Path):
         path = folder / f"{number:05d}.png"
         path.write_bytes(content)
         thumbnail = rng.integers(0, 256, 192, dtype=np.uint8).tobytes().hex()
-        known[looks._key(path)] = [f"{number:064x}", 96, 96, thumbnail]
-    (tmp_path / "memo.json").write_text(json.dumps({"format": looks.FORMAT, "looks": known}))
+        known[image_index._key(path)] = [f"{number:064x}", 96, 96, thumbnail]
+    (tmp_path / "memo.json").write_text(json.dumps({"format": image_index.FORMAT, "looks": known}))
     start = time.monotonic()
     found = scan_entry(DataEntry(folder=str(folder), default_caption="x"), "data.0", ImageIndex(tmp_path / "memo.json"))
     assert len(found.pictures) == 10_000 and found.errors == [] and found.notes == []

@@ -11,12 +11,9 @@ from safetensors.torch import load_file, save_file
 from zimage_train import mini
 from zimage_train.diffusion.frozen import FrozenTransformer, load_frozen
 from zimage_train.errors import ConfigError, WeightsError
-from zimage_train.lora import arithmetic, keys
-from zimage_train.lora import layers as attach
-from zimage_train.lora import lora_file as files
-from zimage_train.lora import targets as names
-from zimage_train.lora import verify as loaders
+from zimage_train.lora import arithmetic, keys, layers, lora_file, verify
 from zimage_train.lora.lora_file import Factors, Lora
+from zimage_train.lora.targets import group_of, select_modules
 from zimage_train.models.arch import TransformerShape
 from zimage_train.models.transformer import velocity
 
@@ -32,7 +29,7 @@ def random_lora(shape: TransformerShape = TINY, rank: int = 4, scale: float = 1.
     return {
         name: Factors(torch.randn(rank, inputs, generator=draw), torch.randn(outputs, rank, generator=draw), scale)
         for name, (outputs, inputs) in shape.linears.items()
-        if names.group_of(name) in ("attention", "feed_forward")
+        if group_of(name) in ("attention", "feed_forward")
     }
 
 
@@ -48,13 +45,13 @@ def random_lora(shape: TransformerShape = TINY, rank: int = 4, scale: float = 1.
     ],
 )
 def test_targets_select_the_known_numbers_of_modules(targets, count: int):
-    assert len(names.select_modules(targets, FULL.linears)) == count
+    assert len(select_modules(targets, FULL.linears)) == count
 
 
 @pytest.mark.parametrize("pattern", ["to_q", "layers", "ff.net.0.proj"])
 def test_a_pattern_that_matches_no_whole_name_is_an_error(pattern: str):
     with pytest.raises(ConfigError, match=r"lora\.targets"):
-        names.select_modules(pattern, FULL.linears)
+        select_modules(pattern, FULL.linears)
 
 
 @pytest.mark.parametrize(
@@ -73,7 +70,7 @@ def test_every_known_layout_is_parsed(key: str):
 
 
 def test_exported_keys_are_golden(tmp_path: Path):
-    files.export_lora(tmp_path / "x.safetensors", random_lora(), "bf16", {"format": "pt"})
+    lora_file.export_lora(tmp_path / "x.safetensors", random_lora(), "bf16", {"format": "pt"})
     golden = Path(__file__).parent / "golden" / "lora_keys.txt"
     with safe_open(tmp_path / "x.safetensors", "pt") as file:
         keys = sorted(file.keys())
@@ -85,9 +82,9 @@ def test_exported_keys_are_golden(tmp_path: Path):
 def test_an_export_reads_back_as_it_was_everywhere(tmp_path: Path, dtype: str, limit: float, scale: float):
     lora = random_lora(scale=scale)
     path = tmp_path / "x.safetensors"
-    files.export_lora(path, lora, dtype, {"format": "pt"})
-    assert loaders.verify_export(path, lora, dtype, TINY.linears) <= limit
-    back = files.read_lora(path)
+    lora_file.export_lora(path, lora, dtype, {"format": "pt"})
+    assert verify.verify_export(path, lora, dtype, TINY.linears) <= limit
+    back = lora_file.read_lora(path)
     assert back.keys() == lora.keys()
     for module in lora:
         assert back[module].scale == 1.0
@@ -117,18 +114,18 @@ def swap(tensors: dict[str, torch.Tensor], one: str, other: str) -> None:
 )
 def test_verification_notices_what_a_loader_would_get_wrong(tmp_path: Path, spoil, message: str):
     lora, path = random_lora(), tmp_path / "x.safetensors"
-    files.export_lora(path, lora, "fp32", {})
+    lora_file.export_lora(path, lora, "fp32", {})
     tensors = load_file(path)
     spoil(tensors)
     save_file(tensors, path)
     with pytest.raises((WeightsError, ValueError), match=message):
-        loaders.verify_export(path, lora, "fp32", TINY.linears)
+        verify.verify_export(path, lora, "fp32", TINY.linears)
 
 
 def test_equal_exports_have_equal_bytes_and_sorted_metadata(tmp_path: Path):
     metadata = {f"key{index}": str(index) for index in range(9)}
     for name in ("a", "b"):
-        files.export_lora(
+        lora_file.export_lora(
             tmp_path / name, random_lora(), "bf16", dict(reversed(metadata.items())) if name == "b" else metadata
         )
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
@@ -138,7 +135,7 @@ def test_values_that_are_not_finite_are_never_exported(tmp_path: Path):
     lora = random_lora()
     lora["layers.0.attention.to_q"].b[0, 0] = float("nan")
     with pytest.raises(WeightsError, match="not finite"):
-        files.export_lora(tmp_path / "x.safetensors", lora, "bf16", {})
+        lora_file.export_lora(tmp_path / "x.safetensors", lora, "bf16", {})
     assert not list(tmp_path.iterdir())
 
 
@@ -147,8 +144,8 @@ def test_distance_equals_the_dense_one():
     module = "layers.0.feed_forward.w1"
     dense = torch.linalg.norm((one[module].delta() - other[module].delta()).double())
     dense = dense / torch.linalg.norm(one[module].delta().double())
-    assert loaders.distance(one[module], other[module]) == pytest.approx(float(dense), rel=1e-5)
-    assert loaders.distance(one[module], one[module]) < 1e-7
+    assert verify.distance(one[module], other[module]) == pytest.approx(float(dense), rel=1e-5)
+    assert verify.distance(one[module], one[module]) < 1e-7
 
 
 @pytest.mark.parametrize(
@@ -158,7 +155,7 @@ def test_loras_of_other_tools_are_read(tmp_path: Path, layout: str):
     lora, path = random_lora(), tmp_path / "x.safetensors"
     tensors = {layout.format(m=m, p=p): t for m, f in lora.items() for p, t in (("A", f.a), ("B", f.b))}
     save_file(tensors, path)
-    back = files.read_lora(path)
+    back = lora_file.read_lora(path)
     assert all(torch.equal(back[m].delta(), lora[m].delta()) for m in lora)
 
 
@@ -171,7 +168,7 @@ def test_alpha_in_a_file_scales_the_change(tmp_path: Path):
     }
     tensors |= {f"diffusion_model.{m}.alpha": torch.tensor(1.0) for m in lora}
     save_file(tensors, path)
-    assert all(torch.allclose(factors.delta(), lora[m].delta() / 4) for m, factors in files.read_lora(path).items())
+    assert all(torch.allclose(factors.delta(), lora[m].delta() / 4) for m, factors in lora_file.read_lora(path).items())
 
 
 @pytest.mark.parametrize(
@@ -212,7 +209,7 @@ def test_files_that_are_no_lora_are_refused(tmp_path: Path, tensors, message: st
     path = tmp_path / "x.safetensors"
     save_file(tensors, path)
     with pytest.raises(WeightsError, match=message) as error:
-        files.read_lora(path)
+        lora_file.read_lora(path)
     assert error.value.exit_code == 4
 
 
@@ -222,7 +219,7 @@ def test_an_alpha_in_the_metadata_that_cannot_be_is_refused(tmp_path: Path, alph
     tensors = {f"transformer.{Q}.lora_A.weight": torch.ones(2, 4), f"transformer.{Q}.lora_B.weight": torch.ones(4, 2)}
     save_file(tensors, path, {"lora_adapter_metadata": json.dumps({"transformer.lora_alpha": alpha})})
     with pytest.raises(WeightsError, match="its metadata says that alpha is"):
-        files.read_lora(path)
+        lora_file.read_lora(path)
 
 
 @pytest.mark.parametrize(("more", "alphas"), [({}, (4.0, 2.0)), ({"use_rslora": True}, (4 * 2**0.5, 2 * 2**0.5))])
@@ -234,7 +231,7 @@ def test_an_alpha_for_each_module_is_taken_from_the_header_as_peft_does(tmp_path
     config = {"lora_alpha": 4, "r": 2, "alpha_pattern": {"layers.1.attention.to_q": 2}, **more}
     metadata = {f"transformer.{key}": value for key, value in config.items()}
     save_file(tensors, path, {"lora_adapter_metadata": json.dumps(metadata)})
-    found = files.read_lora(path)
+    found = lora_file.read_lora(path)
     assert [found[module].scale for module in modules] == pytest.approx([alpha / 2 for alpha in alphas])
 
 
@@ -242,11 +239,11 @@ def test_a_lora_in_fp8_is_read_and_one_with_a_bad_value_refused(tmp_path: Path):
     path = tmp_path / "x.safetensors"
     values = {f"{Q}.lora_A.weight": torch.ones(2, 4), f"{Q}.lora_B.weight": torch.full((4, 2), 0.5)}
     save_file({key: value.to(torch.float8_e4m3fn) for key, value in values.items()}, path)
-    assert torch.equal(files.read_lora(path)[Q].delta(), torch.ones(4, 4))
+    assert torch.equal(lora_file.read_lora(path)[Q].delta(), torch.ones(4, 4))
     values[f"{Q}.lora_B.weight"][0, 0] = float("nan")
     save_file({key: value.to(torch.float8_e4m3fn) for key, value in values.items()}, path)
     with pytest.raises(WeightsError, match="not finite"):
-        files.read_lora(path)
+        lora_file.read_lora(path)
 
 
 # In the model
@@ -268,27 +265,27 @@ def inputs(shape: TransformerShape) -> tuple[torch.Tensor, torch.Tensor, list[to
 
 def test_a_fresh_lora_changes_nothing(frozen: FrozenTransformer):
     before = velocity(frozen.model, *inputs(frozen.shape))
-    attach.attach_lora(frozen.model, names.select_modules(["attention"], frozen.shape.linears), 4, None, 0.0, 1)
+    layers.attach_lora(frozen.model, select_modules(["attention"], frozen.shape.linears), 4, None, 0.0, 1)
     assert torch.equal(velocity(frozen.model, *inputs(frozen.shape)), before)
 
 
 def test_the_start_depends_on_seed_and_name_alone(frozen: FrozenTransformer):
-    first = attach.attach_lora(frozen.model, names.select_modules(["attention"], frozen.shape.linears), 4, None, 0.0, 1)
+    first = layers.attach_lora(frozen.model, select_modules(["attention"], frozen.shape.linears), 4, None, 0.0, 1)
     torch.randn(100)
     other_model = load_frozen(mini.TURBO / "transformer", None, "fp32", CPU).model
-    second = attach.attach_lora(
-        other_model, names.select_modules(["attention", "adaln"], frozen.shape.linears), 4, None, 0.0, 1
+    second = layers.attach_lora(
+        other_model, select_modules(["attention", "adaln"], frozen.shape.linears), 4, None, 0.0, 1
     )
     assert all(torch.equal(first.a[module], second.a[module]) for module in first.a)
     third_model = load_frozen(mini.TURBO / "transformer", None, "fp32", CPU).model
-    third = attach.attach_lora(third_model, list(first.a), 4, None, 0.0, 2)
+    third = layers.attach_lora(third_model, list(first.a), 4, None, 0.0, 2)
     assert not any(torch.equal(first.a[module], third.a[module]) for module in first.a)
 
 
 def test_masters_are_fp32_on_a_bf16_model_and_only_they_train():
     model = load_frozen(mini.TURBO / "transformer", None, "bf16", CPU)
-    attached = attach.attach_lora(
-        model.model, names.select_modules(["attention"], model.shape.linears), 4, None, 0.0, 1
+    attached = layers.attach_lora(
+        model.model, select_modules(["attention"], model.shape.linears), 4, None, 0.0, 1
     )
     assert {parameter.dtype for parameter in attached.parameters()} == {torch.float32}
     trainable = [parameter for parameter in model.model.parameters() if parameter.requires_grad]
@@ -300,8 +297,8 @@ def test_masters_are_fp32_on_a_bf16_model_and_only_they_train():
 
 @pytest.mark.parametrize("alpha", [None, 2.0, 8.0])
 def test_attached_equals_merged(frozen: FrozenTransformer, alpha: float | None):
-    modules = names.select_modules(["attention", "feed_forward"], frozen.shape.linears)
-    attached = attach.attach_lora(frozen.model, modules, 4, alpha, 0.0, 1)
+    modules = select_modules(["attention", "feed_forward"], frozen.shape.linears)
+    attached = layers.attach_lora(frozen.model, modules, 4, alpha, 0.0, 1)
     with torch.no_grad():
         for module, b in attached.b.items():
             b.copy_(torch.randn(b.shape, generator=torch.Generator().manual_seed(len(module))) * 0.05)
@@ -326,15 +323,15 @@ def test_stacked_loras_are_the_weighted_sum_of_their_changes(frozen: FrozenTrans
         expected = 0.8 * one[module].delta() - (0.6 * other[module].delta() if module in other else 0)
         assert torch.allclose(stacked[module].delta(), expected, atol=1e-4)
     assert stacked["layers.0.attention.to_k"].rank == 6
-    attached = attach.attach_fixed_lora(frozen.model, stacked)
+    attached = layers.attach_fixed_lora(frozen.model, stacked)
     assert {m: a.shape[0] for m, a in attached.a.items()} == {m: f.rank for m, f in stacked.items()}
     for module, factors in attached.factors().items():
         assert torch.allclose(factors.delta(), stacked[module].delta(), atol=1e-5)
 
 
 def test_a_state_of_another_rank_is_refused(frozen: FrozenTransformer):
-    attached = attach.attach_lora(
-        frozen.model, names.select_modules(["attention"], frozen.shape.linears), 4, None, 0.0, 1
+    attached = layers.attach_lora(
+        frozen.model, select_modules(["attention"], frozen.shape.linears), 4, None, 0.0, 1
     )
     state = {name: torch.zeros(3, *tensor.shape[1:]) for name, tensor in attached.state().items()}
     with pytest.raises(WeightsError, match="rank"):

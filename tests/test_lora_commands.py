@@ -11,11 +11,8 @@ from typer.testing import CliRunner
 from zimage_train import mini
 from zimage_train.cli.app import app
 from zimage_train.errors import WeightsError
-from zimage_train.lora import families
-from zimage_train.lora import inspect as anatomy
-from zimage_train.lora import keys as known
-from zimage_train.lora import lora_file as files
-from zimage_train.lora import targets as names
+from zimage_train.lora import families, inspect, lora_file, targets
+from zimage_train.lora.keys import PREFIXES, layout_of
 from zimage_train.lora.lora_file import Factors
 from zimage_train.report import heatmap
 
@@ -67,7 +64,7 @@ def test_other_kinds_are_told_apart(key: str, said: str):
 def test_no_key_of_z_image_is_taken_for_another_family():
     from zimage_train.models.arch import TransformerShape
 
-    keys = [f"{prefix}{module}.lora_A.weight" for module in TransformerShape().linears for prefix in known.PREFIXES]
+    keys = [f"{prefix}{module}.lora_A.weight" for module in TransformerShape().linears for prefix in PREFIXES]
     assert families.detect_family(keys) is None
 
 
@@ -106,15 +103,15 @@ def test_verify_names_a_type_that_cannot_be_computed_with(tmp_path: Path):
 
 def test_the_layout_is_read_from_all_keys():
     keys = [f"lora_unet_layers_0_attention_to_q.{part}" for part in ("alpha", "lora_down.weight", "lora_up.weight")]
-    assert known.layout_of(keys) == "kohya and musubi, separate q, k, v (lora_unet_*.lora_down/lora_up)"
+    assert layout_of(keys) == "kohya and musubi, separate q, k, v (lora_unet_*.lora_down/lora_up)"
     bare = [key.replace("lora_unet_layers_0_attention_to_q", "layers.0.attention.to_q") for key in keys]
-    assert known.layout_of(bare) == "bare (*.lora_down/lora_up)"
+    assert layout_of(bare) == "bare (*.lora_down/lora_up)"
 
 
 def test_verify_says_who_would_not_load_a_layout(tmp_path: Path):
     path = tmp_path / "x.safetensors"
     assert run("convert", str(mini.ADAPTER_V1), "--to", "musubi", "-o", str(path))[0] == 0
-    assert len(files.read_lora(path)) == 48
+    assert len(lora_file.read_lora(path)) == 48
     code, output = run("verify", str(path), "--model", str(mini.TURBO))
     assert code == 4 and "ComfyUI would report 72 keys as not loaded" in output
     assert "zimage-train lora convert FILE --to comfyui" in output
@@ -143,12 +140,12 @@ def test_the_norm_is_that_of_the_dense_change():
     g = torch.Generator().manual_seed(1)
     factors = Factors(torch.randn(3, 20, generator=g), torch.randn(30, 3, generator=g), 0.7)
     dense = torch.linalg.matrix_norm(0.7 * (factors.b.double() @ factors.a.double()))
-    assert anatomy.norm(factors) == pytest.approx(float(dense), rel=1e-12)
+    assert inspect.norm(factors) == pytest.approx(float(dense), rel=1e-12)
 
 
 def test_the_table_has_every_module_in_its_block_and_component():
-    found = anatomy.summarize_lora(mini.ADAPTER_V1)
-    rows, columns, values = names.modules_table(found.energy)
+    found = inspect.summarize_lora(mini.ADAPTER_V1)
+    rows, columns, values = targets.modules_table(found.energy)
     assert rows == [f"layers.{index}" for index in range(6)]
     assert columns == ["to_q", "to_k", "to_v", "to_out", "w1", "w2", "w3", "adaLN"]
     assert values[2][4] == found.energy["layers.2.feed_forward.w1"]
@@ -158,7 +155,7 @@ def test_the_table_has_every_module_in_its_block_and_component():
 def test_blocks_stand_in_the_order_of_their_numbers_and_gaps_stay_empty():
     energy = {f"layers.{index}.attention.to_q": 1.0 for index in (10, 2, 0)}
     energy |= {"noise_refiner.0.feed_forward.w3": 2.0, "all_final_layer.2-1.linear": 3.0}
-    rows, columns, values = names.modules_table(energy)
+    rows, columns, values = targets.modules_table(energy)
     assert rows == ["all_final_layer.2-1.linear", "layers.0", "layers.2", "layers.10", "noise_refiner.0"]
     assert columns == ["to_q", "w3", "other"]
     assert values == [[None, None, 3.0], [1.0, None, None], [1.0, None, None], [1.0, None, None], [None, 2.0, None]]

@@ -15,7 +15,7 @@ from zimage_train.config.values import RECOMPUTE_MODES
 from zimage_train.dataset.buckets import Bucket
 from zimage_train.diffusion.frozen import load_frozen
 from zimage_train.diffusion.request import SamplingRequest
-from zimage_train.lora import targets as names
+from zimage_train.lora import targets
 from zimage_train.models import transformer
 from zimage_train.models.arch import TransformerShape
 from zimage_train.models.transformer import velocity
@@ -23,7 +23,7 @@ from zimage_train.planning import memory
 from zimage_train.planning.memory import WeightPlacement, Workload
 
 FULL = TransformerShape()
-MODULES = names.select_modules(["attention", "feed_forward"], FULL.linears)
+MODULES = targets.select_modules(["attention", "feed_forward"], FULL.linears)
 CPU = torch.device("cpu")
 SIDES = (512, 768, 1024)
 CAPTION = 64

@@ -17,11 +17,7 @@ from zimage_train import mini
 from zimage_train.config.schema import ModelSettings
 from zimage_train.diffusion.frozen import load_frozen
 from zimage_train.errors import WeightsError
-from zimage_train.models import arch as shapes
-from zimage_train.models import loading as weights
-from zimage_train.models import locate as sources
-from zimage_train.models import text_encoder as text
-from zimage_train.models import transformer, vae
+from zimage_train.models import arch, loading, locate, text_encoder, transformer, vae
 from zimage_train.models.arch import TransformerShape
 
 CPU = torch.device("cpu")
@@ -106,7 +102,7 @@ def test_the_full_size_shape_is_the_real_one():
 
 
 def test_the_shape_of_a_full_size_single_file_is_read_from_its_tensors():
-    assert shapes.shape_from_tensors(TransformerShape().parameters) == TransformerShape()
+    assert arch.shape_from_tensors(TransformerShape().parameters) == TransformerShape()
 
 
 def test_velocity_is_the_negated_output_at_one_minus_sigma(reference: ZImageTransformer2DModel):
@@ -141,7 +137,7 @@ def pipeline():
     "prompt", ["", "a red zorb on a blue background", "Ünïcode 猫, [trigger]\nsecond line", "w " * 700]
 )
 def test_prompts_are_encoded_as_the_pipeline_does(pipeline, prompt: str):
-    encoder = text.load(mini.TURBO, CPU, torch.float32)
+    encoder = text_encoder.load(mini.TURBO, CPU, torch.float32)
     with torch.no_grad():
         (expected,), _ = pipeline.encode_prompt([prompt], do_classifier_free_guidance=False)
     got = encoder.encode(prompt)
@@ -152,14 +148,14 @@ def test_prompts_are_encoded_as_the_pipeline_does(pipeline, prompt: str):
 
 def test_each_layer_is_read_once_for_all_prompts_and_the_last_one_never(monkeypatch):
     read: list[str] = []
-    stream = weights.stream
+    stream = loading.stream
 
     def spy(tensors):
         read.extend(tensors)
         return stream(tensors)
 
-    monkeypatch.setattr(weights, "stream", spy)
-    encoder = text.load(mini.TURBO, CPU, torch.float32)
+    monkeypatch.setattr(loading, "stream", spy)
+    encoder = text_encoder.load(mini.TURBO, CPU, torch.float32)
     found = dict(encoder.encode_all([f"prompt {number}" + " and more" * (number % 4) for number in range(9)]))
     assert len(found) == 9
     layers = json.loads((mini.TURBO / "text_encoder" / "config.json").read_text())["num_hidden_layers"]
@@ -172,7 +168,7 @@ def test_each_layer_is_read_once_for_all_prompts_and_the_last_one_never(monkeypa
 
 def test_one_layer_is_there_at_a_time(monkeypatch):
     """So 8 GB of text encoder take a thirtieth of that on the device."""
-    encoder = text.load(mini.TURBO, CPU, torch.float32)
+    encoder = text_encoder.load(mini.TURBO, CPU, torch.float32)
     made: list[weakref.ref] = []
     original = encoder._layer
 
@@ -188,11 +184,11 @@ def test_one_layer_is_there_at_a_time(monkeypatch):
 
 
 def test_prompts_of_one_length_together_are_what_each_is_alone(monkeypatch):
-    encoder = text.load(mini.TURBO, CPU, torch.float32)
+    encoder = text_encoder.load(mini.TURBO, CPU, torch.float32)
     prompts = ["a red zorb", "a tan zorb", "", "x" * 90, "a blue circle on a green background"]
     alone = {prompt: encoder.encode(prompt) for prompt in prompts}
     ticks: list[tuple[int, int]] = []
-    monkeypatch.setattr(text, "GROUP_TOKENS", 60)  # several groups
+    monkeypatch.setattr(text_encoder, "GROUP_TOKENS", 60)  # several groups
     together = dict(encoder.encode_all(prompts, lambda done, total: ticks.append((done, total))))
     assert together.keys() == alone.keys()
     for prompt in prompts:
@@ -251,9 +247,9 @@ def edit(folder: Path, change) -> Path:
 
 
 def locate_and_load(folder: Path) -> None:
-    found = sources.locate(ModelSettings(path=str(folder), adapter=None))
+    found = locate.locate(ModelSettings(path=str(folder), adapter=None))
     load_frozen(found.transformer, None, "fp32", CPU)
-    text.load(found.extras, CPU, torch.float32)
+    text_encoder.load(found.extras, CPU, torch.float32)
     vae.load(found.extras, CPU, torch.float32)
 
 
@@ -348,13 +344,13 @@ def test_another_family_is_named(broken: Path, path: str, content: dict, message
 
 
 def test_extras_default_to_the_folder_that_has_them():
-    found = sources.locate(ModelSettings(path=str(mini.TURBO), adapter=None))
+    found = locate.locate(ModelSettings(path=str(mini.TURBO), adapter=None))
     assert found.extras == mini.TURBO
 
 
 def test_a_transformer_without_extras_takes_the_ones_that_are_named(tmp_path: Path):
     shutil.copytree(mini.TURBO / "transformer", tmp_path / "only" / "transformer")
-    found = sources.locate(ModelSettings(path=str(tmp_path / "only"), extras=str(mini.TURBO), adapter=None))
+    found = locate.locate(ModelSettings(path=str(tmp_path / "only"), extras=str(mini.TURBO), adapter=None))
     assert found.transformer == tmp_path / "only" / "transformer"
     assert found.extras == mini.TURBO
 
@@ -370,14 +366,14 @@ def test_hub_ids_revisions_and_files_are_asked_for_by_name(tmp_path: Path):
             return tmp_path / "a"
         return mini.TURBO
 
-    sources.locate(ModelSettings(variant="turbo", path="org/model@v9", adapter="v1"), fetch)
+    locate.locate(ModelSettings(variant="turbo", path="org/model@v9", adapter="v1"), fetch)
     assert asked == [
         ("org/model", "v9", "transformer/*"),
         ("org/model", "v9", "text_encoder/*"),
         ("ostris/zimage_turbo_training_adapter", None, "zimage_turbo_training_adapter_v1.safetensors"),
     ]
     asked.clear()
-    sources.locate(ModelSettings(variant="deturbo"), fetch)
+    locate.locate(ModelSettings(variant="deturbo"), fetch)
     assert asked == [
         ("ostris/Z-Image-De-Turbo", None, "transformer/*"),
         ("Tongyi-MAI/Z-Image-Turbo", None, "text_encoder/*"),
@@ -391,17 +387,17 @@ def test_a_hub_snapshot_on_this_machine_is_used_without_a_connection(tmp_path: P
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(commit)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    found = sources.locate(ModelSettings(path="org/z", adapter=None), sources.cached_only)
+    found = locate.locate(ModelSettings(path="org/z", adapter=None), locate.cached_only)
     assert found.transformer == repository / "snapshots" / commit / "transformer"
-    with pytest.raises(sources.NotDownloadedError, match="not on this machine"):
-        sources.locate(ModelSettings(path="org/other", adapter=None), sources.cached_only)
+    with pytest.raises(locate.NotDownloadedError, match="not on this machine"):
+        locate.locate(ModelSettings(path="org/other", adapter=None), locate.cached_only)
     assert no_network == []
 
 
 @pytest.mark.parametrize("path", ["no/such/folder", "./here", "nothing", "/a/b.safetensors"])
 def test_a_path_that_is_nothing_is_said_to_be_nothing(path: str):
     with pytest.raises(WeightsError, match=r"model\.path"):
-        sources.locate(ModelSettings(path=path, extras=str(mini.TURBO), adapter=None))
+        locate.locate(ModelSettings(path=path, extras=str(mini.TURBO), adapter=None))
 
 
 def test_loading_from_local_paths_makes_no_connection(no_network: list):

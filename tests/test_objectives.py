@@ -13,8 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from zimage_train import mini
 from zimage_train.config.schema import Config
 from zimage_train.diffusion.frozen import FrozenTransformer, load_frozen
-from zimage_train.lora import layers as attach
-from zimage_train.lora import targets as names
+from zimage_train.lora import layers, targets
 from zimage_train.lora.layers import LoraLayers
 from zimage_train.training.loss import (
     Batch,
@@ -38,8 +37,8 @@ def same_numbers_every_time() -> None:
 def trainable(dropout: float = 0.0) -> tuple[FrozenTransformer, LoraLayers]:
     """The miniature with a LoRA whose B is not zero, so that gradients reach A too."""
     frozen = load_frozen(mini.TURBO / "transformer", None, "fp32", CPU)
-    modules = names.select_modules(["attention", "feed_forward"], frozen.shape.linears)
-    attached = attach.attach_lora(frozen.model, modules, 4, None, dropout, 1)
+    modules = targets.select_modules(["attention", "feed_forward"], frozen.shape.linears)
+    attached = layers.attach_lora(frozen.model, modules, 4, None, dropout, 1)
     draw = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for b in attached.b.values():

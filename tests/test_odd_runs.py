@@ -7,10 +7,9 @@ import pytest
 from zimage_train import mini
 from zimage_train.commands.train import run_training
 from zimage_train.errors import ConfigError, Stopped, WeightsError
-from zimage_train.report import preview_images as pictures
+from zimage_train.report import preview_images
 from zimage_train.report.metrics import read_records
-from zimage_train.training import loop
-from zimage_train.training import outputs as publish
+from zimage_train.training import loop, outputs
 
 from helpers import PREVIEWED, facts, final, folder, losses, stop_after
 
@@ -21,7 +20,7 @@ def test_training_weights_that_cannot_be_put_back_after_a_preview_end_the_run(ma
     config = make_config(
         model={"path": str(model)}, train={"steps": 4}, save={"every": 1}, sample=PREVIEWED | {"first": False}
     )
-    original, moved = publish.render_images, []
+    original, moved = outputs.render_images, []
 
     def vanish(*args, **options):
         def tick(done: int, total: int) -> None:
@@ -30,7 +29,7 @@ def test_training_weights_that_cannot_be_put_back_after_a_preview_end_the_run(ma
 
         return original(*args[:4], tick, *args[5:], **options)
 
-    monkeypatch.setattr(publish, "render_images", vanish)
+    monkeypatch.setattr(outputs, "render_images", vanish)
     with pytest.raises(WeightsError, match="the training weights cannot be put back after a preview"):
         run_training(config, fresh=False)
     assert moved and [record["step"] for record in read_records(folder(config) / "metrics.jsonl")] == [1, 2]
@@ -154,7 +153,7 @@ def test_after_a_change_of_prompts_every_picture_stands_under_its_own(make_confi
     run_training(make_config(sample=PREVIEWED, train={"steps": 2}), fresh=False)
     changed = PREVIEWED | {"prompts": ["a green square", "a red circle"]}
     run_training(make_config(sample=changed, train={"steps": 4}), fresh=False)
-    shown = pictures.preview_table(folder(make_config()) / "samples")
+    shown = preview_images.preview_table(folder(make_config()) / "samples")
     assert shown.labels == ["a red zorb on a blue background", "a green square", "a red circle"]
     # Step 2 was done again with the new prompts before step 3, so its first picture is the new one.
     assert {step: [path is not None for path in row] for step, row in shown.rows.items()} == {
@@ -211,7 +210,7 @@ def test_a_finished_run_draws_again_when_its_prompts_changed(make_config):
     run_training(make_config(sample=PREVIEWED), fresh=False)
     changed = make_config(sample=PREVIEWED | {"prompts": ["a blue zorb"]})
     run_training(changed, fresh=False)
-    recipe = pictures.request_of(folder(changed) / "samples" / "000004-00.png")
+    recipe = preview_images.request_of(folder(changed) / "samples" / "000004-00.png")
     assert recipe.prompt == "a blue zorb"
 
 
@@ -224,7 +223,7 @@ def test_previews_after_the_checkpoint_that_a_run_goes_back_to_are_gone_at_once(
         stop_after(patch, 3)
         with pytest.raises(Stopped):
             run_training(config, fresh=False)
-    assert list(pictures.preview_table(folder(config) / "samples").rows) == [0, 2]
+    assert list(preview_images.preview_table(folder(config) / "samples").rows) == [0, 2]
 
 
 def test_exported_loras_without_any_checkpoint_are_not_trained_over(make_config):

@@ -12,7 +12,7 @@ from torch.nn import Parameter
 from zimage_train.config.schema import OptimizerSettings, ScheduleSettings
 from zimage_train.config.values import BITSANDBYTES_OPTIMIZERS, OptimizerName, ScheduleName
 from zimage_train.errors import WeightsError
-from zimage_train.optim import optimizers as optim
+from zimage_train.optim import optimizers
 from zimage_train.optim.automagic import Automagic
 from zimage_train.optim.schedules import lr_factor
 from zimage_train.planning import memory
@@ -30,7 +30,7 @@ def step(optimizer: torch.optim.Optimizer, parameters: list[Parameter], index: i
     draw = torch.Generator().manual_seed(1000 + index)
     for parameter in parameters:
         parameter.grad = parameter.detach() * 0.1 + torch.randn(parameter.shape, generator=draw)
-    optim.set_lr(optimizer, 1e-2 * (1 + index % 3))
+    optimizers.set_lr(optimizer, 1e-2 * (1 + index % 3))
     optimizer.step()
 
 
@@ -38,16 +38,16 @@ def step(optimizer: torch.optim.Optimizer, parameters: list[Parameter], index: i
 def test_state_survives_json_and_bytes_so_that_twelve_steps_are_six_and_six(name: str):
     settings = OptimizerSettings(name=name, lr=0.01, weight_decay=0.1)
     whole = problem()
-    optimizer = optim.build_optimizer(settings, whole)
+    optimizer = optimizers.build_optimizer(settings, whole)
     for index in range(12):
         step(optimizer, whole, index)
     halves = problem()
-    first = optim.build_optimizer(settings, halves)
+    first = optimizers.build_optimizer(settings, halves)
     for index in range(6):
         step(first, halves, index)
-    tensors, numbers = optim.optimizer_state(first)
-    second = optim.build_optimizer(settings, halves)
-    optim.load_optimizer_state(
+    tensors, numbers = optimizers.optimizer_state(first)
+    second = optimizers.build_optimizer(settings, halves)
+    optimizers.load_optimizer_state(
         second, {k: v.clone() for k, v in tensors.items()}, json.loads(json.dumps(numbers)), "here"
     )
     for index in range(6, 12):
@@ -58,9 +58,9 @@ def test_state_survives_json_and_bytes_so_that_twelve_steps_are_six_and_six(name
 @pytest.mark.parametrize("name", EIGHT_BIT)
 def test_eight_bit_state_is_eight_bit(name: str):
     parameters = problem()
-    optimizer = optim.build_optimizer(OptimizerSettings(name=name), parameters)
+    optimizer = optimizers.build_optimizer(OptimizerSettings(name=name), parameters)
     step(optimizer, parameters, 0)
-    tensors, _ = optim.optimizer_state(optimizer)
+    tensors, _ = optimizers.optimizer_state(optimizer)
     moments = ("exp_avg.packed", "exp_avg_sq.packed", "s.packed") if name == "prodigy8bit" else ("state1", "state2")
     large = {key: tensors[f"optim.0.{key}"] for key in moments if f"optim.0.{key}" in tensors}
     assert len(large) == (1 if name == "lion8bit" else len(moments))
@@ -73,7 +73,7 @@ def test_eight_bit_state_is_eight_bit(name: str):
 
 def test_adamw_does_what_the_paper_says():
     parameter = Parameter(torch.tensor([2.0], dtype=torch.float64))
-    optimizer = optim.build_optimizer(
+    optimizer = optimizers.build_optimizer(
         OptimizerSettings(name="adamw", lr=0.1, weight_decay=0.5, params={"betas": [0.8, 0.9]}), [parameter]
     )
     value, m, v = 2.0, 0.0, 0.0
@@ -90,24 +90,24 @@ def test_adamw_does_what_the_paper_says():
 @pytest.mark.parametrize("name", ["prodigy", "prodigy8bit"])
 @pytest.mark.parametrize(("given", "used"), [(1e-4, 1.0), (0.09, 1.0), (0.1, 0.1), (0.5, 0.5), (1.0, 1.0)])
 def test_prodigy_raises_a_rate_that_would_stop_it(name: str, given: float, used: float):
-    optimizer = optim.build_optimizer(OptimizerSettings(name=name, lr=given), problem())
+    optimizer = optimizers.build_optimizer(OptimizerSettings(name=name, lr=given), problem())
     assert optimizer.param_groups[0]["lr"] == used
 
 
 def test_the_rate_that_is_logged_for_prodigy_is_its_own_times_ours():
     parameters = problem()
-    optimizer = optim.build_optimizer(OptimizerSettings(name="prodigy", lr=1.0), parameters)
+    optimizer = optimizers.build_optimizer(OptimizerSettings(name="prodigy", lr=1.0), parameters)
     for index in range(5):
         step(optimizer, parameters, index)
     group = optimizer.param_groups[0]
-    assert optim.current_lr(optimizer) == group["d"] * group["lr"] != group["lr"]
+    assert optimizers.current_lr(optimizer) == group["d"] * group["lr"] != group["lr"]
 
 
 @pytest.mark.parametrize(
     ("name", "params"), [("adamw", {"eps": 1e-3}), ("adamw8bit", {"betas": [0.1, 0.2]}), ("prodigy", {"d_coef": 3.0})]
 )
 def test_parameters_reach_the_optimizer(name: str, params: dict):
-    group = optim.build_optimizer(
+    group = optimizers.build_optimizer(
         OptimizerSettings(name=name, params=params, weight_decay=0.03), problem()
     ).param_groups[0]
     expected = {key: tuple(value) if isinstance(value, list) else value for key, value in params.items()}
@@ -117,22 +117,22 @@ def test_parameters_reach_the_optimizer(name: str, params: dict):
 
 def test_the_state_of_another_optimizer_is_refused():
     parameters = problem()
-    optimizer = optim.build_optimizer(OptimizerSettings(name="prodigy"), parameters)
+    optimizer = optimizers.build_optimizer(OptimizerSettings(name="prodigy"), parameters)
     step(optimizer, parameters, 0)
-    tensors, numbers = optim.optimizer_state(optimizer)
+    tensors, numbers = optimizers.optimizer_state(optimizer)
     with pytest.raises(WeightsError, match="state of Prodigy"):
-        optim.load_optimizer_state(
-            optim.build_optimizer(OptimizerSettings(name="adamw"), parameters), tensors, numbers, "here"
+        optimizers.load_optimizer_state(
+            optimizers.build_optimizer(OptimizerSettings(name="adamw"), parameters), tensors, numbers, "here"
         )
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_its_state_is_as_large_as_the_plan_says(name: str):
     parameter = Parameter(torch.randn(512, 1024))
-    optimizer = optim.build_optimizer(OptimizerSettings(name=name, lr=0.01), [parameter])
+    optimizer = optimizers.build_optimizer(OptimizerSettings(name=name, lr=0.01), [parameter])
     parameter.grad = torch.randn(512, 1024)
     optimizer.step()
-    tensors, _ = optim.optimizer_state(optimizer)
+    tensors, _ = optimizers.optimizer_state(optimizer)
     size = sum(one.numel() * one.element_size() for key, one in tensors.items() if "qmap" not in key)
     taken, planned = size / parameter.numel(), memory.OPTIMIZER_BYTES[name]
     if name == "adafactor":
@@ -142,7 +142,9 @@ def test_its_state_is_as_large_as_the_plan_says(name: str):
 
 
 def test_every_optimizer_of_bitsandbytes_is_known_to_need_it():
-    modules = {name: type(optim.build_optimizer(OptimizerSettings(name=name), problem())).__module__ for name in NAMES}
+    modules = {
+        name: type(optimizers.build_optimizer(OptimizerSettings(name=name), problem())).__module__ for name in NAMES
+    }
     needing = {name for name, module in modules.items() if module.startswith("bitsandbytes")} | {"prodigy8bit"}
     assert needing == BITSANDBYTES_OPTIMIZERS
 
@@ -154,7 +156,9 @@ def test_it_goes_down_a_valley(name: str):
     parameter = Parameter(start.clone())
     params = {"max_lr": 1.0} if name == "automagic" else {}
     lr = 1.0 if "prodigy" in name else 0.01
-    optimizer = optim.build_optimizer(OptimizerSettings(name=name, lr=lr, weight_decay=0.0, params=params), [parameter])
+    optimizer = optimizers.build_optimizer(
+        OptimizerSettings(name=name, lr=lr, weight_decay=0.0, params=params), [parameter]
+    )
     for _ in range(60):
         parameter.grad = parameter.detach().clone()
         optimizer.step()
@@ -163,7 +167,7 @@ def test_it_goes_down_a_valley(name: str):
 
 def test_lion_does_what_the_paper_says():
     parameter = Parameter(torch.tensor([2.0]))
-    optimizer = optim.build_optimizer(
+    optimizer = optimizers.build_optimizer(
         OptimizerSettings(name="lion", lr=0.1, weight_decay=0.5, params={"betas": [0.8, 0.9]}), [parameter]
     )
     value, m = 2.0, 0.0
@@ -179,7 +183,7 @@ def test_eight_bit_prodigy_follows_prodigy():
     ends = []
     for name in ("prodigy", "prodigy8bit"):
         parameters = problem()
-        optimizer = optim.build_optimizer(OptimizerSettings(name=name, lr=1.0, params={"d0": 1e-3}), parameters)
+        optimizer = optimizers.build_optimizer(OptimizerSettings(name=name, lr=1.0, params={"d0": 1e-3}), parameters)
         for index in range(30):
             draw = torch.Generator().manual_seed(index)
             for parameter in parameters:
@@ -195,13 +199,13 @@ def test_automagic_is_adamw_with_a_rate_that_follows_agreement():
     """By hand, in double precision, for a tensor of two numbers."""
     parameter = Parameter(torch.tensor([2.0, -1.0], dtype=torch.float64))
     params = {"betas": [0.8, 0.9], "bump": 0.1, "min_lr": 0.09, "max_lr": 0.115}
-    optimizer = optim.build_optimizer(
+    optimizer = optimizers.build_optimizer(
         OptimizerSettings(name="automagic", lr=0.1, weight_decay=0.5, params=params), [parameter]
     )
     value, m, v, scale = [2.0, -1.0], [0.0, 0.0], [0.0, 0.0], 1.0
     scales = []
     for index, grads in enumerate([(0.3, 0.4), (0.3, 0.9), (0.1, -9.0), (0.2, -0.3), (-9.0, 9.0), (0.3, -1.0)], 1):
-        optim.set_lr(optimizer, 0.1 / index)
+        optimizers.set_lr(optimizer, 0.1 / index)
         parameter.grad = torch.tensor(grads, dtype=torch.float64)
         optimizer.step()
         agreement = sum(sign(grad) * sign(mean) for grad, mean in zip(grads, m, strict=True)) / 2
@@ -214,7 +218,7 @@ def test_automagic_is_adamw_with_a_rate_that_follows_agreement():
             value[i] -= rate * (m[i] / (1 - 0.8**index)) / (math.sqrt(v[i] / (1 - 0.9**index)) + 1e-8)
         assert parameter.detach().tolist() == pytest.approx(value, rel=1e-6)
     assert scales == pytest.approx([1, 1.1052, 1.1052, 1.15, 1.0406, 0.9416], abs=1e-3)
-    assert optim.current_lr(optimizer) == pytest.approx(0.1 / 6 * scale, rel=1e-6)
+    assert optimizers.current_lr(optimizer) == pytest.approx(0.1 / 6 * scale, rel=1e-6)
 
 
 def sign(value: float) -> float:
@@ -228,7 +232,7 @@ def test_automagic_without_a_bump_is_adamw():
         OptimizerSettings(name="automagic", lr=0.01, params={"bump": 0.0, "max_lr": 1.0}),
     ):
         parameters = problem()
-        optimizer = optim.build_optimizer(settings, parameters)
+        optimizer = optimizers.build_optimizer(settings, parameters)
         for index in range(8):
             step(optimizer, parameters, index)
         ends.append(parameters[0].detach())
@@ -237,7 +241,7 @@ def test_automagic_without_a_bump_is_adamw():
 
 def test_automagic_raises_what_agrees_and_lowers_what_turns_back():
     agreeing, turning = Parameter(torch.zeros(8)), Parameter(torch.zeros(8))
-    optimizer = optim.build_optimizer(OptimizerSettings(name="automagic", lr=1e-4), [agreeing, turning])
+    optimizer = optimizers.build_optimizer(OptimizerSettings(name="automagic", lr=1e-4), [agreeing, turning])
     for index in range(20):
         agreeing.grad, turning.grad = torch.ones(8), torch.full((8,), (-1.0) ** index)
         optimizer.step()
@@ -332,7 +336,7 @@ def test_every_schedule_stays_between_zero_and_one_and_trains_in_every_step(name
 def test_automagic_stays_between_its_bounds_even_where_the_rate_does_not():
     for lr, used in ((2e-3, 1e-3), (1e-9, 1e-7)):
         parameter = Parameter(torch.zeros(8))
-        optimizer = optim.build_optimizer(OptimizerSettings(name="automagic", lr=lr), [parameter])
+        optimizer = optimizers.build_optimizer(OptimizerSettings(name="automagic", lr=lr), [parameter])
         parameter.grad = torch.ones(8)
         optimizer.step()
-        assert optim.current_lr(optimizer) == pytest.approx(used)
+        assert optimizers.current_lr(optimizer) == pytest.approx(used)

@@ -18,11 +18,10 @@ from zimage_train.diffusion import flow
 from zimage_train.diffusion.frozen import load_frozen
 from zimage_train.diffusion.sampler import sample_latents, sample_trajectory
 from zimage_train.errors import ConfigError, DataError, Stopped, ZImageTrainError
-from zimage_train.lora import lora_file as lora_files
-from zimage_train.lora import swap
-from zimage_train.models import text_encoder as text
+from zimage_train.lora import lora_file, swap
+from zimage_train.models import text_encoder
 from zimage_train.planning.preflight import check_run
-from zimage_train.training import build as setup
+from zimage_train.training import build
 from zimage_train.training.loss import losses as losses_of
 
 from helpers import folder, losses, stop_after
@@ -80,14 +79,14 @@ def imitating(make_config, broken: Path, **changes: object) -> Config:
     return values.model_copy(update={"data": entries})
 
 
-def first_run(config: Config, monkeypatch: pytest.MonkeyPatch) -> setup.TrainState:
+def first_run(config: Config, monkeypatch: pytest.MonkeyPatch) -> build.TrainState:
     """The run as the loop gets it."""
     seen = []
-    from zimage_train.commands import train as command
+    from zimage_train.commands import train
 
-    monkeypatch.setattr(command, "run_loop", lambda run, metrics, events: seen.append(run))
-    monkeypatch.setattr(command, "dry_run", lambda run: (run, {}))
-    monkeypatch.setattr(command, "write_report", lambda run: None)
+    monkeypatch.setattr(train, "run_loop", lambda run, metrics, events: seen.append(run))
+    monkeypatch.setattr(train, "dry_run", lambda run: (run, {}))
+    monkeypatch.setattr(train, "write_report", lambda run: None)
     run_training(config, fresh=True)
     return seen[0]
 
@@ -104,9 +103,9 @@ def test_the_target_is_the_teachers_mean_velocity_over_the_interval(make_config,
     assert torch.equal(batch.weight, torch.ones(len(samples)))
 
     model = load_frozen(mini.TURBO / "transformer", None, "fp32", CPU).model.eval()
-    encoder = text.load(mini.TURBO, CPU, torch.float32)
+    encoder = text_encoder.load(mini.TURBO, CPU, torch.float32)
     assert run.dataset.generated is not None
-    with swap.with_lora(model, lora_files.read_lora(broken)):
+    with swap.with_lora(model, lora_file.read_lora(broken)):
         for index, sample in enumerate(samples):
             recipe = run.dataset.generated.request(sample.item)
             assert (recipe.steps, recipe.guidance, recipe.prompt) == (12, 1.0, sample.prompt)
@@ -165,10 +164,10 @@ def test_imitation_trains_the_lora_it_began_with_towards_its_own_many_steps(make
                 total += float((drawn - ends[item]).square().mean())
         return total / len(items)
 
-    before = far(lora_files.read_lora(broken))
+    before = far(lora_file.read_lora(broken))
     monkeypatch.undo()
     run_training(config, fresh=True)
-    after = far(lora_files.read_lora(folder(config) / "lora" / "repaired.safetensors"))
+    after = far(lora_file.read_lora(folder(config) / "lora" / "repaired.safetensors"))
     values = losses(config)
     assert np.mean(values[-10:]) < 0.8 * np.mean(values[:10])
     assert after < 0.8 * before
@@ -178,7 +177,7 @@ def test_de_distill_trains_on_latents_that_turbo_draws_in_eight_steps(make_confi
     config = make_config(name="adapter", model={"adapter": None}, train={"method": "de_distill", "steps": 3})
     run = first_run(config, monkeypatch)
     model = load_frozen(mini.TURBO / "transformer", None, "fp32", CPU).model.eval()
-    encoder = text.load(mini.TURBO, CPU, torch.float32)
+    encoder = text_encoder.load(mini.TURBO, CPU, torch.float32)
     assert run.dataset.generated is not None
     for sample in run.micro_batches(1)[0]:
         recipe = run.dataset.generated.request(sample.item)

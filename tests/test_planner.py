@@ -14,8 +14,7 @@ from zimage_train.config.values import RECOMPUTE_MODES
 from zimage_train.dataset.buckets import Bucket
 from zimage_train.errors import ConfigError
 from zimage_train.models.pinned_memory import arena_sizes, pinned_bytes
-from zimage_train.planning import flops, memory, planner, preflight
-from zimage_train.planning import gpus as cards
+from zimage_train.planning import flops, gpus, memory, planner, preflight
 from zimage_train.planning.gpus import GPU_SPECS
 from zimage_train.planning.memory import WeightPlacement
 from zimage_train.planning.planner import AUTO_QUANTIZATIONS, NO_LIMIT, PlanConstraints
@@ -176,9 +175,9 @@ def test_large_previews_and_a_large_rank_are_named_where_they_are_the_cause():
 
 
 def test_a_card_has_as_much_memory_as_its_name_says():
-    assert cards.get_gpu("a100 40gb").memory_gb == pytest.approx(42.9, abs=0.1)
-    assert cards.get_gpu("A100-SXM4-40GB").tflops == GPU_SPECS["a100"].tflops
-    assert cards.get_gpu("NVIDIA A100 80GB PCIe") is GPU_SPECS["a100"]
+    assert gpus.get_gpu("a100 40gb").memory_gb == pytest.approx(42.9, abs=0.1)
+    assert gpus.get_gpu("A100-SXM4-40GB").tflops == GPU_SPECS["a100"].tflops
+    assert gpus.get_gpu("NVIDIA A100 80GB PCIe") is GPU_SPECS["a100"]
 
 
 def test_what_is_left_to_the_planner_already_is_not_asked_for():
@@ -208,7 +207,7 @@ def test_what_is_left_to_the_planner_already_is_not_asked_for():
     ],
 )
 def test_a_card_is_known_by_its_own_name_and_by_what_people_call_it(text: str, name: str):
-    assert cards.get_gpu(text).name == name
+    assert gpus.get_gpu(text).name == name
 
 
 @pytest.mark.parametrize(
@@ -217,7 +216,7 @@ def test_a_card_is_known_by_its_own_name_and_by_what_people_call_it(text: str, n
 )
 def test_an_unknown_card_is_refused_with_the_list(text: str):
     with pytest.raises(ConfigError, match="give one of 3060, "):
-        cards.get_gpu(text)
+        gpus.get_gpu(text)
 
 
 # Time

@@ -15,10 +15,9 @@ from typer.testing import CliRunner
 
 from zimage_train import mini
 from zimage_train.cli.app import app
-from zimage_train.commands import check
-from zimage_train.commands import runpod as pods
+from zimage_train.commands import check, runpod
 from zimage_train.errors import ConfigError
-from zimage_train.planning import pricing as prices
+from zimage_train.planning import pricing
 
 from hub_server import serving
 
@@ -166,7 +165,7 @@ def test_one_pod_waits_for_what_another_downloads(volume: Path):
     ],
 )
 def test_the_way_home_is_by_what_the_pod_says_of_itself(given: dict[str, str], command: str | None):
-    found = pods.copy_command(Path("/runs/my lora.safetensors"), given)
+    found = runpod.copy_command(Path("/runs/my lora.safetensors"), given)
     assert found is None if command is None else found is not None and found.startswith(command)
 
 
@@ -230,7 +229,7 @@ def test_a_price_file_that_is_wrong_is_said_to_be_where(tmp_path: Path, text: st
 
 
 def test_the_price_file_that_comes_along_is_dated_and_whole():
-    found = prices.read(PRICES)
+    found = pricing.read(PRICES)
     assert re.fullmatch(r"20\d\d-\d\d-\d\d", found.date) and {"4090", "h100"} <= set(found.gpus)
     assert found.keeping == pytest.approx(0.07 * 50 * 7 / 30)
     with pytest.raises(ConfigError, match=r"nowhere\.yaml"):

@@ -15,21 +15,17 @@ import torch
 from PIL import Image
 
 from zimage_train import mini
-from zimage_train.cli import app as cli
+from zimage_train.cli import app
 from zimage_train.commands import check as checking
 from zimage_train.config.load import dump_config
 from zimage_train.config.schema import Config
 from zimage_train.errors import ConfigError, WeightsError, ZImageTrainError
-from zimage_train.io import atomic as files
-from zimage_train.io import serialize
+from zimage_train.io import atomic, serialize
 from zimage_train.io.headers import read_header
 from zimage_train.io.serialize import TensorEntry
-from zimage_train.models import components as extras
-from zimage_train.models import text_encoder as text
-from zimage_train.models import vae
+from zimage_train.models import components, text_encoder, vae
 from zimage_train.models.locate import cached_only
-from zimage_train.planning import gpus as cards
-from zimage_train.planning import memory, preflight
+from zimage_train.planning import gpus, memory, preflight
 from zimage_train.planning.preflight import RunSpec
 
 Make = Callable[..., Config]
@@ -226,9 +222,9 @@ def test_what_is_no_price_is_refused(text: str):
 
 def test_a_card_that_is_not_there_or_odd_is_no_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert cards.detect_gpu() is None
+    assert gpus.detect_gpu() is None
     tool = tmp_path / "nvidia-smi"
-    good = cards.DetectedGpu("NVIDIA GeForce RTX 4090", 24564 * 2**20)
+    good = gpus.DetectedGpu("NVIDIA GeForce RTX 4090", 24564 * 2**20)
     for script, expected in (
         ("echo 'NVIDIA GeForce RTX 4090, 24564'", good),
         ("echo no devices", None),
@@ -237,7 +233,7 @@ def test_a_card_that_is_not_there_or_odd_is_no_error(monkeypatch: pytest.MonkeyP
     ):
         tool.write_text(f"#!/bin/sh\n{script}\n")
         tool.chmod(0o755)
-        assert cards.detect_gpu() == expected
+        assert gpus.detect_gpu() == expected
 
 
 # Refused
@@ -257,7 +253,7 @@ def test_problems_of_config_data_weights_and_disk_are_listed_together(
         lora={"targets": "nothing_like_this"},
         model={"adapter": str(adapter(tmp_path / "a.safetensors", FOREIGN["another model's modules"]))},
     )
-    monkeypatch.setattr(files.shutil, "disk_usage", lambda path: type("Usage", (), {"free": -1}))
+    monkeypatch.setattr(atomic.shutil, "disk_usage", lambda path: type("Usage", (), {"free": -1}))
     error = refused(config)
     found = {problem.location: problem.message for problem in error.problems}
     assert found.keys() == {
@@ -421,7 +417,7 @@ def test_a_text_encoder_of_another_width_is_refused_with_both_widths(make_config
     shutil.rmtree(folder)
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
-    tensors = extras._qwen3(folder / "config.json", config)
+    tensors = components._qwen3(folder / "config.json", config)
     entries = {key: TensorEntry("BF16", shape, bytes(2 * math.prod(shape))) for key, shape in tensors.items()}
     serialize.write_safetensors(folder / "model.safetensors", entries, {})
     text = str(refused(make_config(model={"path": str(tmp_path / "model")})))
@@ -465,10 +461,10 @@ def test_an_odd_config_is_a_line_and_no_traceback(
 @pytest.mark.parametrize(
     ("load", "part", "change"),
     [
-        (text.load, "text_encoder/config.json", {"rope_scaling": {"rope_type": "nonsense"}}),
+        (text_encoder.load, "text_encoder/config.json", {"rope_scaling": {"rope_type": "nonsense"}}),
         (vae.load, "vae/config.json", {"scaling_factor": None}),
         (vae.load, "vae/config.json", {"layers_per_block": "two"}),
-        (text.load, "tokenizer/tokenizer_config.json", {"chat_template": "{{ raise_exception('no') }}"}),
+        (text_encoder.load, "tokenizer/tokenizer_config.json", {"chat_template": "{{ raise_exception('no') }}"}),
     ],
 )
 def test_what_only_the_class_can_tell_is_a_line_too(tmp_path: Path, load, part: str, change: dict[str, Any]):
@@ -560,7 +556,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     """The exit code of the command, as the console script runs it."""
     monkeypatch.setattr(sys, "argv", ["zimage-train", *arguments])
     try:
-        cli.main()
+        app.main()
     except SystemExit as left:
         return left.code if isinstance(left.code, int) else int(left.code is not None)
     return 0

@@ -20,10 +20,10 @@ from zimage_train.cli.app import app
 from zimage_train.commands.sample import command_for
 from zimage_train.commands.train import run_training
 from zimage_train.config.schema import Config
-from zimage_train.diffusion.prompts import read_prompt_file as read_prompts
+from zimage_train.diffusion.prompts import read_prompt_file
 from zimage_train.diffusion.request import SamplingRequest, preview_requests, prompts_to_encode
 from zimage_train.errors import DataError, ZImageTrainError
-from zimage_train.report import preview_images as pictures
+from zimage_train.report import preview_images
 from zimage_train.report.grid import CELL_PX
 
 STOCK = Path(__file__).parent / "stock_pipeline.py"
@@ -147,7 +147,7 @@ def test_prompts_come_from_a_file_and_what_a_line_says_wins(tmp_path: Path):
     texts = ["--prompts", str(tmp_path / "p.txt"), "--prompt", "first", "--seed", "11", "--count", "2"]
     command = ["sample", str(mini.TURBO), *texts, *size]
     assert CliRunner().invoke(app, command, catch_exceptions=False).exit_code == 0
-    found = [pictures.request_of(path) for path in (tmp_path / "a").iterdir()]
+    found = [preview_images.request_of(path) for path in (tmp_path / "a").iterdir()]
     rows = sorted((r.seed, r.prompt, r.negative, r.width, r.steps, r.guidance) for r in found)
     zorb = "a red zorb on a blue background"
     assert rows == [
@@ -159,7 +159,7 @@ def test_prompts_come_from_a_file_and_what_a_line_says_wins(tmp_path: Path):
         (16, "a green circle", "a zorb", 96, 4, 1.5),
     ]
     (tmp_path / "p.yaml").write_text('- "a zorb"\n- {prompt: a circle, seed: 3, width: 96}\n')
-    read = read_prompts(tmp_path / "p.yaml")
+    read = read_prompt_file(tmp_path / "p.yaml")
     assert [(wish.prompt, wish.given) for wish in read] == [("a zorb", {}), ("a circle", {"seed": 3, "width": 96})]
 
 
@@ -274,7 +274,7 @@ def test_other_variants_have_their_own_recipe_and_need_the_negative(make_config,
 
 def test_the_grid_has_a_row_a_step_and_a_column_a_prompt(finished: Config):
     folder = Path(finished.output_dir) / finished.name / "samples"
-    shown = pictures.preview_table(folder)
+    shown = preview_images.preview_table(folder)
     assert list(shown.rows) == [0, 30]
     assert shown.labels == [recipe.prompt for recipe in preview_requests(finished)]
     assert all(all(row) for row in shown.rows.values())
@@ -312,10 +312,12 @@ def test_a_preview_is_drawn_again_from_its_own_picture(finished: Config, tmp_pat
     assert done.exit_code == 0, done.output
     again = tmp_path / "sample-42.png"
     assert np.abs(pixels(again) - pixels(drawn)).max() <= 1
-    assert pictures.request_of(again) == pictures.request_of(drawn) == preview_requests(finished)[0]
+    assert preview_images.request_of(again) == preview_images.request_of(drawn) == preview_requests(finished)[0]
     done = CliRunner().invoke(app, [*command, "--seed", "7", "--steps", "3"])
     assert done.exit_code == 0, done.output
-    assert pictures.request_of(tmp_path / "sample-7.png") == replace(preview_requests(finished)[0], seed=7, steps=3)
+    assert preview_images.request_of(tmp_path / "sample-7.png") == replace(
+        preview_requests(finished)[0], seed=7, steps=3
+    )
     assert np.abs(pixels(tmp_path / "sample-7.png") - pixels(drawn)).max() > 10
 
 
@@ -342,10 +344,10 @@ def recipe_text(**changes: Any) -> PngInfo:
 def test_a_picture_whose_recipe_cannot_be_is_no_recipe(tmp_path: Path, changes: dict[str, Any]):
     path = tmp_path / "x.png"
     Image.new("RGB", (8, 8)).save(path, pnginfo=recipe_text())
-    assert pictures.request_of(path).seed == 1
+    assert preview_images.request_of(path).seed == 1
     Image.new("RGB", (8, 8)).save(path, pnginfo=recipe_text(**changes))
     with pytest.raises(DataError, match="holds no recipe"):
-        pictures.request_of(path)
+        preview_images.request_of(path)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from zimage_train.config import strict_yaml as yaml_reader
+from zimage_train.config import strict_yaml
 
 pytestmark = pytest.mark.slow
 
@@ -26,7 +26,7 @@ def start(tmp_path: Path, shared_cache: Path):
 
     def begin(name: str, output: str = "runs", **changes) -> subprocess.Popen[str]:
         path = tmp_path / f"{name}-{output}.yaml"
-        path.write_text(yaml_reader.dump(mini_values(tmp_path / output, shared_cache, name=name, **changes)))
+        path.write_text(strict_yaml.dump(mini_values(tmp_path / output, shared_cache, name=name, **changes)))
         process = subprocess.Popen(
             [sys.executable, "-m", "zimage_train", "train", str(path)],
             stdout=subprocess.PIPE,
@@ -90,7 +90,7 @@ sys.addaudithook(count)
 def test_ctrl_c_while_modules_are_imported_shows_no_traceback(tmp_path: Path, share: float):
     """It comes with the module that stands at this share of all that are looked for."""
     config = tmp_path / "c.yaml"
-    config.write_text(yaml_reader.dump({"name": "x", "data": [{"folder": str(tmp_path)}]}))
+    config.write_text(strict_yaml.dump({"name": "x", "data": [{"folder": str(tmp_path)}]}))
 
     def start(last: int, then: str) -> subprocess.CompletedProcess[str]:
         words = [sys.executable, "-c", COUNTED.format(last=last, then=then)]
@@ -164,7 +164,7 @@ def test_two_processes_train_like_one_that_accumulates_two(start, tmp_path: Path
         start(output="one", **(options | {"train": {"steps": 3, "batch_size": 2, "grad_accumulation": 2}})).wait() == 0
     )
     path = tmp_path / "two.yaml"
-    path.write_text(yaml_reader.dump(mini_values(tmp_path / "two", shared_cache, **options)))
+    path.write_text(strict_yaml.dump(mini_values(tmp_path / "two", shared_cache, **options)))
     done = subprocess.run(
         [sys.executable, "-m", *launcher, "-m", "zimage_train", "train", str(path)],
         capture_output=True,

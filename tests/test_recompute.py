@@ -10,10 +10,9 @@ from diffusers import ZImageTransformer2DModel
 from zimage_train import mini
 from zimage_train.config.values import RECOMPUTE_MODES, RecomputeMode
 from zimage_train.diffusion.frozen import load_frozen
-from zimage_train.lora import layers as attach
-from zimage_train.lora import targets as names
-from zimage_train.models import checkpointing as recompute
-from zimage_train.models import transformer
+from zimage_train.lora import targets
+from zimage_train.lora.layers import _inject, attach_lora
+from zimage_train.models import checkpointing, transformer
 from zimage_train.models.arch import TransformerShape
 from zimage_train.models.transformer import velocity
 
@@ -22,12 +21,12 @@ CPU = torch.device("cpu")
 
 def trained(mode: str, kind: str | None = None, dropout: float = 0.0, streamed: int = 0):
     frozen = load_frozen(mini.TURBO / "transformer", None, "fp32", CPU, kind, streamed)
-    modules = names.select_modules(["attention", "feed_forward"], frozen.shape.linears)
-    attached = attach.attach_lora(frozen.model, modules, 4, None, dropout, 1)
+    modules = targets.select_modules(["attention", "feed_forward"], frozen.shape.linears)
+    attached = attach_lora(frozen.model, modules, 4, None, dropout, 1)
     for index, b in enumerate(attached.b.values()):
         b.data.normal_(generator=torch.Generator().manual_seed(index)).mul_(0.05)
     if mode != "none":
-        frozen.model.enable_gradient_checkpointing(recompute.by_tokens(lambda tokens: mode, dropout > 0))
+        frozen.model.enable_gradient_checkpointing(checkpointing.by_tokens(lambda tokens: mode, dropout > 0))
     return frozen, attached
 
 
@@ -63,7 +62,7 @@ def test_the_mode_follows_the_tokens_of_the_batch():
         return "full"
 
     frozen, attached = trained("none")
-    frozen.model.enable_gradient_checkpointing(recompute.by_tokens(mode_of, False))
+    frozen.model.enable_gradient_checkpointing(checkpointing.by_tokens(mode_of, False))
     gradients(frozen, attached)
     image, caption = 32, 64  # 4 x 4 patches and the longer of two captions, each padded to a multiple of 32
     assert set(asked) - {2 * image, 2 * caption} == {2 * (image + caption)}  # the rest are the refiners
@@ -84,10 +83,10 @@ def step(mode: str, side: int, layers: int, kind: str | None = None) -> tuple[Li
     shape = replace(FULL, n_layers=layers)
     model: ZImageTransformer2DModel = transformer.empty_transformer(shape, torch.bfloat16, kind)
     with torch.device("meta"):
-        modules = names.select_modules(["attention", "feed_forward"], shape.linears)
-        attach._inject(model, dict.fromkeys(modules, 16), 1.0, 0.0)
+        modules = targets.select_modules(["attention", "feed_forward"], shape.linears)
+        _inject(model, dict.fromkeys(modules, 16), 1.0, 0.0)
         model.train()
-        model.enable_gradient_checkpointing(recompute.by_tokens(lambda tokens: mode, False))
+        model.enable_gradient_checkpointing(checkpointing.by_tokens(lambda tokens: mode, False))
 
         def run() -> tuple[Live, int, int]:
             with Live() as live:

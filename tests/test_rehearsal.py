@@ -17,11 +17,9 @@ from zimage_train.config.load import dump_config
 from zimage_train.config.schema import Config
 from zimage_train.config.values import RecomputeMode
 from zimage_train.errors import ConfigError, DiskError
-from zimage_train.planning import calibration as measured
+from zimage_train.planning import calibration
 from zimage_train.planning.planner import NO_LIMIT
-from zimage_train.training import dry_run as rehearsal
-from zimage_train.training import fit
-from zimage_train.training import step_timer as pace
+from zimage_train.training import dry_run, fit, step_timer
 from zimage_train.training.step_timer import SlowStepDetector
 
 from helpers import PREVIEWED, facts, final, folder, losses
@@ -40,8 +38,8 @@ def test_it_leaves_no_trace_in_what_is_trained(make_config, monkeypatch):
 
 def test_the_largest_batch_is_the_one_that_is_rehearsed(make_config, monkeypatch):
     seen = []
-    original = rehearsal._step
-    monkeypatch.setattr(rehearsal, "_step", lambda run, batch: (seen.append(batch.x0.shape), original(run, batch))[1])
+    original = dry_run._step
+    monkeypatch.setattr(dry_run, "_step", lambda run, batch: (seen.append(batch.x0.shape), original(run, batch))[1])
     data = [{"folder": str(make_config().data[0].folder), "resolution": [64, 96], "trigger": "zorb"}]
     config = make_config(data=data, train={"steps": 30, "batch_size": 2})
     run_training(config, fresh=False)
@@ -54,13 +52,13 @@ def test_the_largest_batch_is_the_one_that_is_rehearsed(make_config, monkeypatch
 
 def test_each_start_rehearses_a_preview_where_none_is_due_before_its_first_step(make_config, monkeypatch):
     drawn: list[int] = []
-    original = rehearsal.render_images
+    original = dry_run.render_images
 
     def render(frozen, extras, recipes, *rest):
         drawn.append(recipes[0].steps)
         return original(frozen, extras, recipes, *rest)
 
-    monkeypatch.setattr(rehearsal, "render_images", render)
+    monkeypatch.setattr(dry_run, "render_images", render)
     run_training(make_config(sample=PREVIEWED, train={"steps": 2}), fresh=False)
     assert drawn == []  # the pictures before step 1 are real
     run_training(make_config(sample=PREVIEWED, train={"steps": 4}), fresh=False)
@@ -71,7 +69,7 @@ def test_a_folder_that_cannot_take_a_checkpoint_ends_the_run_before_step_1(make_
     def full(*args):
         raise DiskError(rehearsal_problem())
 
-    monkeypatch.setattr(rehearsal.tensorfile, "save_with_digest", full)
+    monkeypatch.setattr(dry_run.tensorfile, "save_with_digest", full)
     config = make_config()
     with pytest.raises(DiskError):
         run_training(config, fresh=False)
@@ -90,7 +88,7 @@ def test_where_memory_runs_out_more_is_recomputed_and_the_losses_are_the_same(
 ):
     wanted = make_config(name="wanted")
     run_training(wanted, fresh=False)
-    original, fired, modes = rehearsal._step, [], []
+    original, fired, modes = dry_run._step, [], []
 
     def short_of_memory(run, batch):
         if len(fired) < failures:
@@ -98,14 +96,14 @@ def test_where_memory_runs_out_more_is_recomputed_and_the_losses_are_the_same(
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
         return original(run, batch)
 
-    apply = rehearsal.apply_recompute_plan
+    apply = dry_run.apply_recompute_plan
 
     def spy(model, plan, dropout):
         modes.append(plan.mode_of(plan.job.most_tokens))
         apply(model, plan, dropout)
 
-    monkeypatch.setattr(rehearsal, "_step", short_of_memory)
-    monkeypatch.setattr(rehearsal, "apply_recompute_plan", spy)
+    monkeypatch.setattr(dry_run, "_step", short_of_memory)
+    monkeypatch.setattr(dry_run, "apply_recompute_plan", spy)
     config = make_config()
     run_training(config, fresh=False)
     assert len(fired) == failures
@@ -118,7 +116,7 @@ def test_where_nothing_helps_the_run_ends_before_step_1_with_what_to_set(make_co
     def never(run, batch):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
 
-    monkeypatch.setattr(rehearsal, "_step", never)
+    monkeypatch.setattr(dry_run, "_step", never)
     config = make_config()
     with pytest.raises(ConfigError, match=r"memory: CUDA out of memory") as caught:
         run_training(config, fresh=False)
@@ -128,7 +126,7 @@ def test_where_nothing_helps_the_run_ends_before_step_1_with_what_to_set(make_co
 def test_one_failure_with_nothing_left_to_recompute_is_the_end_and_is_not_tried_again(make_config, monkeypatch):
     """A second try that went well would leave its gradient to step 1."""
     fired: list[int] = []
-    original = rehearsal._step
+    original = dry_run._step
 
     def once(run, batch):
         fired.append(1)
@@ -136,7 +134,7 @@ def test_one_failure_with_nothing_left_to_recompute_is_the_end_and_is_not_tried_
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
         return original(run, batch)
 
-    monkeypatch.setattr(rehearsal, "_step", once)
+    monkeypatch.setattr(dry_run, "_step", once)
     with pytest.raises(ConfigError, match=r"memory: CUDA out of memory"):
         run_training(make_config(memory={"checkpointing": True}), fresh=False)
     assert fired == [1]
@@ -144,8 +142,8 @@ def test_one_failure_with_nothing_left_to_recompute_is_the_end_and_is_not_tried_
 
 def test_what_the_optimizer_will_take_is_held_until_it_has_it(make_config, monkeypatch):
     held: list[int] = []
-    original = rehearsal.torch.empty
-    monkeypatch.setattr(rehearsal.torch, "empty", lambda *a, **k: (held.append(a[0]), original(*a, **k))[1])
+    original = dry_run.torch.empty
+    monkeypatch.setattr(dry_run.torch, "empty", lambda *a, **k: (held.append(a[0]), original(*a, **k))[1])
     config = make_config(optimizer={"name": "adamw"}, train={"steps": 2})
     run_training(config, fresh=False)
     trained = sum(tensor.numel() for name, tensor in load_file(final_path(config)).items() if "lora_" in name)
@@ -235,9 +233,9 @@ def test_memory_beyond_the_card_is_said():
 
 
 def test_the_warning_stands_in_the_log_of_the_run(make_config, monkeypatch):
-    monkeypatch.setattr(pace, "MIN_SAMPLES", 2)
-    monkeypatch.setattr(pace, "SHORTEST_SECONDS", 0.0)
-    monkeypatch.setattr(pace, "SLOW_FACTOR", 0.0)
+    monkeypatch.setattr(step_timer, "MIN_SAMPLES", 2)
+    monkeypatch.setattr(step_timer, "SHORTEST_SECONDS", 0.0)
+    monkeypatch.setattr(step_timer, "SLOW_FACTOR", 0.0)
     config = make_config(train={"steps": 12})
     run_training(config, fresh=False)
     assert "where steps like it take" in (folder(config) / "log.txt").read_text()
@@ -273,9 +271,9 @@ def test_a_memo_that_cannot_be_written_costs_no_run(make_config, tmp_path, capsy
 def test_the_largest_batch_of_every_mode_is_rehearsed_the_one_that_takes_most_first(make_config, monkeypatch):
     """A small batch that keeps everything may take more than a large one that recomputes."""
     seen: list[int] = []
-    original = rehearsal._step
+    original = dry_run._step
     monkeypatch.setattr(
-        rehearsal, "_step", lambda run, batch: (seen.append(batch.x0[0, 0].numel()), original(run, batch))[1]
+        dry_run, "_step", lambda run, batch: (seen.append(batch.x0[0, 0].numel()), original(run, batch))[1]
     )
     limits: dict[RecomputeMode, int] = {"none": 80, "elementwise": 0, "w1w3": 0, "attention": 0, "full": NO_LIMIT}
     planned = fit.plan_for_devices
@@ -291,25 +289,25 @@ def steps(ratio: float, count: int = 20) -> list[tuple[float, float]]:
 
 def test_the_correction_is_the_median_and_the_first_steps_do_not_count(tmp_path):
     path = tmp_path / "measured.json"
-    assert measured.calibration_factor(path, "4090") is None
+    assert calibration.calibration_factor(path, "4090") is None
     for ratio in (1.2, 1.3, 2.0):
-        measured.record_measurement(path, measured.measure("4090", steps(ratio), 21.0, 20.0))
-    measured.record_measurement(path, measured.measure("3090", steps(0.5), None, 20.0))
-    found = measured.calibration_factor(path, "4090")
+        calibration.record_measurement(path, calibration.measure("4090", steps(ratio), 21.0, 20.0))
+    calibration.record_measurement(path, calibration.measure("3090", steps(0.5), None, 20.0))
+    found = calibration.calibration_factor(path, "4090")
     assert (found.runs, found.time, found.memory) == (3, pytest.approx(1.3), pytest.approx(1.05))
     assert found.spread == pytest.approx(0.7 / 1.3)
     assert "corrected by x1.30 from 3 runs here, which differ by up to 54%, memory x1.05" in found.in_words()
-    assert measured.calibration_factor(path, "3090").memory is None
+    assert calibration.calibration_factor(path, "3090").memory is None
 
 
 def test_a_short_run_says_nothing_and_old_ones_are_forgotten(tmp_path):
-    assert measured.measure("4090", steps(1.0, 9), 1.0, 1.0) is None
+    assert calibration.measure("4090", steps(1.0, 9), 1.0, 1.0) is None
     for number in range(30):
-        measured.record_measurement(tmp_path / "m.json", measured.measure("4090", steps(1.0 + number), None, 1.0))
-    assert measured.calibration_factor(tmp_path / "m.json", "4090").runs == measured.MAX_MEASUREMENTS
+        calibration.record_measurement(tmp_path / "m.json", calibration.measure("4090", steps(1.0 + number), None, 1.0))
+    assert calibration.calibration_factor(tmp_path / "m.json", "4090").runs == calibration.MAX_MEASUREMENTS
 
 
 @pytest.mark.parametrize("content", ["", "{", "[1]", '[{"device": 1}]', '{"a": 1}', "\xff", "[" * 5000])
 def test_a_damaged_memo_knows_nothing(tmp_path, content: str):
     (tmp_path / "m.json").write_text(content, encoding="latin-1")
-    assert measured.calibration_factor(tmp_path / "m.json", "4090") is None
+    assert calibration.calibration_factor(tmp_path / "m.json", "4090") is None

@@ -6,8 +6,8 @@ from test_recompute import gradients, trained
 
 from zimage_train import mini
 from zimage_train.diffusion.frozen import load_frozen, original_weights
-from zimage_train.lora import training_adapter as adapter
-from zimage_train.models import offload as stream
+from zimage_train.lora import training_adapter
+from zimage_train.models import offload
 from zimage_train.models.transformer import velocity
 
 CPU = torch.device("cpu")
@@ -26,20 +26,20 @@ def test_loss_and_gradients_are_the_same_bits_however_many_blocks_are_streamed(m
 
 @pytest.mark.parametrize(("number", "wanted"), [(0, []), (3, [5, 15, 25]), (15, list(range(1, 30, 2)))])
 def test_streamed_blocks_are_spread_evenly(number: int, wanted: list[int]):
-    assert stream.streamed_blocks(30, number) == wanted
+    assert offload.streamed_blocks(30, number) == wanted
 
 
 @pytest.mark.parametrize("number", range(31))
 def test_so_many_are_streamed_as_were_asked_for_and_none_is_named_twice(number: int):
-    found = stream.streamed_blocks(30, number)
+    found = offload.streamed_blocks(30, number)
     assert len(found) == len(set(found)) == number
     assert all(0 <= index < 30 for index in found)
 
 
-def fetches(ring: stream.BlockOffloader, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+def fetches(ring: offload.BlockOffloader, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     """What happens from now on, in order: ("copy", block) and ("enter", block)."""
     seen: list[tuple[str, int]] = []
-    fetch, enter = stream.BlockOffloader._fetch, stream.BlockOffloader._enter
+    fetch, enter = offload.BlockOffloader._fetch, offload.BlockOffloader._enter
 
     def spy_fetch(self, index):
         seen.append(("copy", index))
@@ -49,8 +49,8 @@ def fetches(ring: stream.BlockOffloader, monkeypatch: pytest.MonkeyPatch) -> lis
         seen.append(("enter", index))
         return enter(self, index)
 
-    monkeypatch.setattr(stream.BlockOffloader, "_fetch", spy_fetch)
-    monkeypatch.setattr(stream.BlockOffloader, "_enter", spy_enter)
+    monkeypatch.setattr(offload.BlockOffloader, "_fetch", spy_fetch)
+    monkeypatch.setattr(offload.BlockOffloader, "_enter", spy_enter)
     return seen
 
 
@@ -87,7 +87,7 @@ def test_a_wrong_guess_costs_a_copy_and_no_number():
 @pytest.mark.parametrize("kind", [None, "fp8"])
 def test_true_turbo_and_the_training_weights_come_and_go_as_with_resident_blocks(kind: str | None):
     shape = load_frozen(mini.TURBO / "transformer", None, "bf16", CPU).shape
-    adapted = adapter.load_adapter(mini.ADAPTER_V1, 1.0, shape)
+    adapted = training_adapter.load_adapter(mini.ADAPTER_V1, 1.0, shape)
     x, prompt, sigma = torch.randn(1, 16, 8, 8), torch.randn(7, shape.cap_feat_dim).bfloat16(), torch.rand(1)
 
     @torch.no_grad()
@@ -127,4 +127,4 @@ def test_where_memory_cannot_be_pinned_it_is_plain_memory(monkeypatch):
         return original(*args, **options)
 
     monkeypatch.setattr(torch, "empty", empty)
-    assert stream._main_memory(100, True).nbytes == 100 and refused == [(100,)]
+    assert offload._main_memory(100, True).nbytes == 100 and refused == [(100,)]

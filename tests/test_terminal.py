@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from zimage_train.config import strict_yaml as yaml_reader
+from zimage_train.config import strict_yaml
 
 from conftest import mini_values
 
@@ -29,7 +29,7 @@ def config(tmp_path: Path, shared_cache: Path) -> str:
     values = mini_values(tmp_path / "runs", shared_cache, name="tiny", data=[{}])
     values["data"] = [{"folder": str(tmp_path / "bücher 🙂"), "resolution": [64]}]
     path = tmp_path / "run.yaml"
-    path.write_text(yaml_reader.dump(values))
+    path.write_text(strict_yaml.dump(values))
     return str(path)
 
 

@@ -13,12 +13,12 @@ from safetensors import safe_open
 from zimage_train import mini
 from zimage_train.commands import timesteps
 from zimage_train.commands.train import run_training
-from zimage_train.config import strict_yaml as yaml_reader
+from zimage_train.config import strict_yaml
 from zimage_train.config.load import read_config
 from zimage_train.config.schema import Config
 from zimage_train.errors import Stopped, WeightsError
 from zimage_train.report.metrics import read_records
-from zimage_train.training import loss as objectives
+from zimage_train.training import loss
 from zimage_train.training.state import is_due
 
 from helpers import PREVIEWED, facts, folder, losses, stop_after
@@ -84,7 +84,7 @@ def test_run_json_proves_the_settings(finished: Config):
 def test_the_effective_config_is_whole_and_loadable(finished: Config):
     path = folder(finished) / "config.yaml"
     assert read_config(path) == finished
-    assert yaml_reader.parse(path.read_text()).value == finished.model_dump()
+    assert strict_yaml.parse(path.read_text()).value == finished.model_dump()
 
 
 def test_the_export_says_what_it_is_and_nothing_of_where_it_was_made(finished: Config):
@@ -198,7 +198,7 @@ def test_the_logged_rate_is_the_one_of_the_schedule(make_config):
 
 def test_caption_dropout_of_one_trains_on_the_empty_prompt_alone(make_config, monkeypatch):
     used: set[int] = set()
-    original = objectives.make_batch
+    original = loss.make_batch
 
     def spy(config, samples, latents, embeds, extras):
         used.update(one.shape[0] for one in embeds)
@@ -215,10 +215,10 @@ def test_caption_dropout_of_one_trains_on_the_empty_prompt_alone(make_config, mo
 
 
 def test_an_export_that_others_would_read_wrongly_is_not_left_there(make_config, monkeypatch):
-    from zimage_train.lora import verify as loaders
+    from zimage_train.lora import verify
 
     config = make_config(train={"steps": 1})
-    monkeypatch.setattr(loaders, "as_diffusers", lambda path: {})
+    monkeypatch.setattr(verify, "as_diffusers", lambda path: {})
     with pytest.raises(WeightsError, match="diffusers would load 0 of 42"):
         run_training(config, fresh=False)
     assert not (folder(config) / "lora" / "tiny.safetensors").exists()

@@ -14,12 +14,9 @@ from test_layouts import converted, lora_command, metadata_of
 from torch import Tensor
 
 from zimage_train import mini
-from zimage_train.lora import arithmetic, blending
-from zimage_train.lora import lora_file as files
-from zimage_train.lora import scale_rules as rules
+from zimage_train.lora import arithmetic, blending, lora_file, scale_rules
 from zimage_train.lora.lora_file import Factors, Lora
-from zimage_train.models import locate as sources
-from zimage_train.models import transformer
+from zimage_train.models import locate, transformer
 from zimage_train.models.arch import TransformerShape
 
 from lora_files import TINY, Q, dense, random_lora, relative, write
@@ -30,7 +27,7 @@ WEIGHTS = st.floats(-2, 2, allow_subnormal=False).filter(lambda one: one == 0 or
 
 def factors_of(texts: list[str]) -> dict[str, float]:
     """Of the 240 modules of the 6 B model."""
-    return rules.module_weights(rules.parse_rules(texts), FULL)
+    return scale_rules.module_weights(scale_rules.parse_rules(texts), FULL)
 
 
 # Rules
@@ -114,7 +111,7 @@ def test_weights_scale_each_module_and_zero_leaves_it_out(tmp_path: Path):
     path, out = write(tmp_path / "x.safetensors", lora), tmp_path / "y.safetensors"
     code, output = lora_command("weight", path, "--scale", "layers.1=-0.5", "--scale", "adaln=0", "-o", out)
     assert code == 0 and "2 modules have factor 0 and are left out" in output
-    found = files.read_lora(out)
+    found = lora_file.read_lora(out)
     assert found.keys() == {module for module in lora if "adaLN" not in module}
     for module in found:
         factor = -0.5 if module.startswith("layers.1.") else 1.0
@@ -226,7 +223,7 @@ def test_merging_files_of_other_tools_is_exact_and_the_same_bytes_each_time(tmp_
     for path in out:
         code, said = lora_command("merge", f"{first}=0.8", f"{second}=-0.6", "--scale", "2:adaln=0.5", "-o", path)
         assert code == 0, said
-    merged = files.read_lora(out[0])
+    merged = lora_file.read_lora(out[0])
     halved = {m: Factors(f.a, f.b, f.scale * (0.5 if "adaLN" in m else 1.0)) for m, f in other.items()}
     assert close(merged, [(one, 0.8), (halved, -0.6)], 1e-6)
     assert merged.keys() == one.keys() | other.keys()
@@ -253,14 +250,14 @@ def test_auto_is_bf16_where_that_is_exact_and_what_rounding_costs_is_said(tmp_pa
         found = load_file(out)
         assert {t.dtype for key, t in found.items() if key.endswith("weight")} == {kind}
         tolerance = 2**-7 if "rounded" in words else 1e-6
-        assert close(files.read_lora(out), [(lora, float(ratio))], tolerance)
+        assert close(lora_file.read_lora(out), [(lora, float(ratio))], tolerance)
 
 
 def test_normalized_ratios_have_sizes_that_sum_to_one(tmp_path: Path):
     one, other = random_lora(seed=1), random_lora(seed=2)
     a, b = write(tmp_path / "a.safetensors", one), write(tmp_path / "b.safetensors", other)
     code, _ = lora_command("merge", f"{a}=3", f"{b}=-1", "--normalize", "-o", tmp_path / "m.safetensors")
-    assert code == 0 and close(files.read_lora(tmp_path / "m.safetensors"), [(one, 0.75), (other, -0.25)], 1e-6)
+    assert code == 0 and close(lora_file.read_lora(tmp_path / "m.safetensors"), [(one, 0.75), (other, -0.25)], 1e-6)
 
 
 @pytest.mark.parametrize(
@@ -358,12 +355,12 @@ def test_methods_write_what_they_make_at_full_rank(tmp_path: Path, method: str):
     options += ["--seed", "5"] if method.startswith("dare") else []
     code, said = lora_command("merge", f"{a}=0.8", f"{b}=-0.4", *options, "-o", tmp_path / "m.safetensors")
     assert code == 0 and f"{method} with density 0.6, then rank 96" in said and "keeps 100.00%" in said
-    found = files.read_lora(tmp_path / "m.safetensors")
+    found = lora_file.read_lora(tmp_path / "m.safetensors")
     changes = [one[Q].delta(), -other[Q].delta()]
     assert relative(dense(found, Q), blending.blend_changes(method, changes, [0.8, 0.4], 0.6, 5, Q).double()) < 1e-4
     assert found.keys() == one.keys() | other.keys()
     code, said = lora_command("merge", f"{a}=0.8", f"{b}=-0.4", "--method", method, "-o", tmp_path / "n.safetensors")
-    assert code == 0 and {f.rank for m, f in files.read_lora(tmp_path / "n.safetensors").items() if m in one} == {5}
+    assert code == 0 and {f.rank for m, f in lora_file.read_lora(tmp_path / "n.safetensors").items() if m in one} == {5}
 
 
 # Resize, average, difference
@@ -372,14 +369,14 @@ def test_methods_write_what_they_make_at_full_rank(tmp_path: Path, method: str):
 def test_resize_says_what_is_kept(tmp_path: Path):
     path, out = write(tmp_path / "x.safetensors", random_lora(8, 0.5)), tmp_path / "y.safetensors"
     code, said = lora_command("resize", path, "--rank", "3", "-o", out)
-    found, lora = files.read_lora(out), files.read_lora(path)
+    found, lora = lora_file.read_lora(out), lora_file.read_lora(path)
     assert code == 0 and {f.rank for f in found.values()} == {3} and "rank 8 -> 3: keeps " in said
     values = {m: torch.linalg.svdvals(dense(lora, m)).square() for m in lora}
     share = sum(float(v[:3].sum()) for v in values.values()) / sum(float(v.sum()) for v in values.values())
     assert f"keeps {share:.2%} of the squared change, least in " in said
     assert metadata_of(out)["ss_network_dim"] == "3"
     code, said = lora_command("resize", path, "--rank", "auto", "--energy", "0.8", "-o", out, "--force")
-    assert code == 0 and {f.rank for f in files.read_lora(out).values()} <= {5, 6, 7}
+    assert code == 0 and {f.rank for f in lora_file.read_lora(out).values()} <= {5, 6, 7}
 
 
 @pytest.mark.parametrize(
@@ -404,7 +401,7 @@ def test_saves_of_a_run_are_averaged_as_their_steps_say(tmp_path: Path, options:
     else:
         first = 0.99**300 if options[1] == "0.99" else 0.0
         shares = [(share - (first if i == 0 else 0)) / (1 - first) for i, share in enumerate(shares)]
-    found = files.read_lora(tmp_path / "ema.safetensors")
+    found = lora_file.read_lora(tmp_path / "ema.safetensors")
     for module in found:
         a = sum(share * lora[module].a.double() for share, lora in zip(shares, saves, strict=True))
         b = sum(share * 0.5 * lora[module].b.double() for share, lora in zip(shares, saves, strict=True))
@@ -462,7 +459,7 @@ def test_baking_adds_the_change_once_and_touches_nothing_else(tmp_path: Path, to
     out = tmp_path / ("baked.safetensors" if to == "comfyui" else "baked")
     code, said = lora_command("bake", mini.TURBO, "--lora", f"{mini.ADAPTER_V1}=0.8", "--to", to, "-o", out)
     assert code == 0 and "matched 48/48 modules, weight 0.8" in said and "48 weights changed" in said, said
-    before, after, lora = tensors_of(mini.TURBO / "transformer"), tensors_of(out), files.read_lora(mini.ADAPTER_V1)
+    before, after, lora = tensors_of(mini.TURBO / "transformer"), tensors_of(out), lora_file.read_lora(mini.ADAPTER_V1)
     assert before.keys() == after.keys()
     for name, tensor in before.items():
         factors = lora.get(name.removesuffix(".weight"))
@@ -474,7 +471,7 @@ def test_baking_adds_the_change_once_and_touches_nothing_else(tmp_path: Path, to
         with safe_open(out, "pt") as file:
             keys = list(file.keys())
         assert "layers.0.attention.qkv.weight" in keys and not any("to_q" in key for key in keys)
-    assert sources.transformer_tensors(out)[0].parameters.keys() == before.keys()
+    assert locate.transformer_tensors(out)[0].parameters.keys() == before.keys()
 
 
 @pytest.mark.slow
@@ -507,7 +504,7 @@ def test_what_rounding_costs_is_measured(tmp_path: Path):
     assert code == 0
     assert "loaded as a LoRA none is lost; --dtype fp32 keeps it too" in said
     share = float(said.split("rounding to BF16 cost ")[1].split("%")[0]) / 100
-    lora, lost, whole = files.read_lora(mini.ADAPTER_V1), 0.0, 0.0
+    lora, lost, whole = lora_file.read_lora(mini.ADAPTER_V1), 0.0, 0.0
     for module, factors in lora.items():
         weight, change = tensors[f"{module}.weight"], 0.0001 * (factors.b.double() @ factors.a.double())
         lost += float(((weight.float() + change.float()).bfloat16().double() - weight.double() - change).square().sum())
@@ -538,7 +535,7 @@ def test_what_was_baked_is_extracted_again(tmp_path: Path, layout: str):
     out = tmp_path / "x.safetensors"
     code, said = lora_command("extract", baked, mini.TURBO, "--rank", "8", "--dtype", "fp32", "-o", out)
     assert code == 0 and "adaln 6, attention 24, feed_forward 18: keeps 100.00%" in said, said
-    found, lora = files.read_lora(out), files.read_lora(mini.ADAPTER_V1)
+    found, lora = lora_file.read_lora(out), lora_file.read_lora(mini.ADAPTER_V1)
     assert found.keys() == lora.keys()
     for module in lora:
         assert relative(_dense(found[module]), 20 * _dense(lora[module])) < 5e-3, module  # bf16 weights
@@ -592,7 +589,7 @@ def test_q_k_and_v_of_different_types_are_baked_into_one_that_holds_them(tmp_pat
 
 def test_nothing_is_baked_that_is_not_finite_and_no_checkpoint_is_written_over(tmp_path: Path):
     lora = {
-        m: Factors(f.a.float() * 1e25, f.b.float() * 1e25, 1.0) for m, f in files.read_lora(mini.ADAPTER_V1).items()
+        m: Factors(f.a.float() * 1e25, f.b.float() * 1e25, 1.0) for m, f in lora_file.read_lora(mini.ADAPTER_V1).items()
     }
     huge, out = write(tmp_path / "huge.safetensors", lora), tmp_path / "x.safetensors"
     code, said = lora_command("bake", mini.TURBO, "--lora", huge, "--to", "comfyui", "-o", out)
@@ -617,8 +614,8 @@ def test_checkpoints_on_this_machine_are_read_without_asking_anyone(tmp_path: Pa
 
     out = tmp_path / "x.safetensors"
     assert lora_command("bake", mini.TURBO, "--lora", mini.ADAPTER_V1, "--to", "comfyui", "-o", out)[0] == 0
-    monkeypatch.setattr(sources, "download", asked)
-    monkeypatch.setattr(sources, "cached_only", asked)
+    monkeypatch.setattr(locate, "download", asked)
+    monkeypatch.setattr(locate, "cached_only", asked)
     for command in (
         ["bake", out, "--lora", mini.ADAPTER_V1, "--to", "comfyui", "-o", tmp_path / "y.safetensors"],
         ["extract", out, mini.TURBO, "-o", tmp_path / "z.safetensors"],
@@ -632,11 +629,11 @@ def test_a_rule_for_all_files_may_name_nothing_in_one_of_them(tmp_path: Path):
     other = write(tmp_path / "b.safetensors", random_lora(seed=1, targets=("attention", "adaln")))
     out = tmp_path / "m.safetensors"
     code, said = lora_command("merge", f"{one}=1", f"{other}=1", "--scale", "adaln=0", "-o", out)
-    assert code == 0 and "note" not in said and not any("adaLN" in module for module in files.read_lora(out))
+    assert code == 0 and "note" not in said and not any("adaLN" in module for module in lora_file.read_lora(out))
     code, said = lora_command("merge", f"{one}=1", f"{other}=1", "--scale", "1:adaln=0", "-o", out, "--force")
     assert code == 2 and "no rule names any of its 14 modules" in said
     assert lora_command("merge", f"{one}=0.5", "--scale", "all=0.5", "-o", out, "--force")[0] == 0
-    assert close(files.read_lora(out), [(files.read_lora(one), 0.25)], 1e-6)
+    assert close(lora_file.read_lora(out), [(lora_file.read_lora(one), 0.25)], 1e-6)
 
 
 def test_a_model_and_a_lora_are_not_taken_for_each_other(tmp_path: Path):

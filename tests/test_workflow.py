@@ -7,8 +7,7 @@ import pytest
 
 from zimage_train.commands.train import run_training
 from zimage_train.config.schema import ModelSettings
-from zimage_train.diffusion import comfyui as workflow
-from zimage_train.diffusion import flow
+from zimage_train.diffusion import comfyui, flow
 from zimage_train.diffusion.request import SamplingRequest
 
 from helpers import PREVIEWED, folder
@@ -56,7 +55,7 @@ def by_kind(nodes: dict) -> dict[str, list[dict]]:
 
 @pytest.mark.parametrize("guidance", [0.0, 2.0])
 def test_every_input_of_every_node_is_there_and_every_link_has_its_type(guidance: float):
-    nodes = workflow.comfyui_workflow(recipe(guidance=guidance), ModelSettings(), "x.safetensors")
+    nodes = comfyui.comfyui_workflow(recipe(guidance=guidance), ModelSettings(), "x.safetensors")
     for node in nodes.values():
         takes, _ = NODES[node["class_type"]]
         assert node["inputs"].keys() == takes.keys()
@@ -75,7 +74,7 @@ def test_every_input_of_every_node_is_there_and_every_link_has_its_type(guidance
 
 def test_it_samples_as_the_preview_does():
     found = by_kind(
-        workflow.comfyui_workflow(
+        comfyui.comfyui_workflow(
             recipe(guidance=2.0, steps=25), ModelSettings(variant="deturbo"), "my lora.safetensors"
         )
     )
@@ -90,16 +89,14 @@ def test_it_samples_as_the_preview_does():
 
 
 def test_at_guidance_0_the_scale_is_1_and_no_negative_is_written():
-    found = by_kind(
-        workflow.comfyui_workflow(recipe(), ModelSettings(path="weights/mine.safetensors"), "x.safetensors")
-    )
+    found = by_kind(comfyui.comfyui_workflow(recipe(), ModelSettings(path="weights/mine.safetensors"), "x.safetensors"))
     assert found["KSampler"][0]["cfg"] == 1.0 and len(found["CLIPTextEncode"]) == 1
     assert found["UNETLoader"][0]["unet_name"] == "mine.safetensors"
 
 
 @pytest.mark.parametrize(("steps", "shift", "far"), [(8, 3.0, 1e-6), (25, 3.0, 1e-6), (30, 6.0, 6e-3), (9, 3.0, 3e-3)])
 def test_the_simple_schedule_has_the_sigmas_of_the_pipeline(steps: int, shift: float, far: float):
-    found = by_kind(workflow.comfyui_workflow(recipe(steps=steps, shift=shift), ModelSettings(), "x"))
+    found = by_kind(comfyui.comfyui_workflow(recipe(steps=steps, shift=shift), ModelSettings(), "x"))
     shift = found["ModelSamplingAuraFlow"][0]["shift"]
     table = [k / 1000 for k in range(1, 1001)]
     table = [shift * u / (1 + (shift - 1) * u) for u in table]

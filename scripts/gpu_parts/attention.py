@@ -12,7 +12,7 @@ from torch.nn import attention as torch_attention
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from zimage_train.models.arch import TransformerShape
-from zimage_train.planning import devices as accelerator
+from zimage_train.planning import devices
 
 from gpu_parts import measuring
 from gpu_parts.parts import WAYS, Way, pixels, split
@@ -151,7 +151,7 @@ def arranged(way: Way, device: torch.device, dry: bool) -> Iterator[None]:
         if way.implementation is not None:
             stack.enter_context(implemented_by(way.implementation))
         if way.fixed:
-            stack.enter_context(accelerator.reproducible(device))
+            stack.enter_context(devices.reproducible(device))
         if way.backend is not None and not dry:
             stack.enter_context(sdpa_kernel([getattr(SDPBackend, way.backend)]))
         yield

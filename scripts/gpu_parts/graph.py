@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zimage_train.planning import devices as accelerator
+from zimage_train.planning import devices
 from zimage_train.planning.memory import WeightPlacement
 from zimage_train.planning.planner import NO_LIMIT, MemoryPlan
 
@@ -50,7 +50,7 @@ def measure(case: str, dry: bool) -> dict[str, Any]:
     """Milliseconds, memory and equality of bits of both at one size."""
     device = measuring.device_of(dry)
     step, others = made(pixels(case), dry)
-    with accelerator.reproducible(device):
+    with devices.reproducible(device):
         measuring.forget_peaks()
         expected = [answer(step, step.run, inputs) for inputs in others]
         again = [answer(step, step.run, inputs) for inputs in others]

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from zimage_train.planning import devices as accelerator
+from zimage_train.planning import devices
 from zimage_train.planning.memory import CONTEXT_BYTES, WeightPlacement
 from zimage_train.planning.planner import NO_LIMIT, MemoryPlan
 
@@ -23,7 +23,7 @@ def measure(case: str, dry: bool) -> dict[str, Any]:
         hold_to(planned.budget_gb * 1e9)
     found: dict[str, Any] = {"ran": True}
     try:
-        with accelerator.reproducible(device):
+        with devices.reproducible(device):
             found |= trained(planned, device, dry)
     except torch.OutOfMemoryError as error:
         found |= {"ran": False, "why": str(error).partition(" If reserved")[0]}

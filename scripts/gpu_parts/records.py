@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from zimage_train.io import atomic as files
+from zimage_train.io import atomic
 
 TOLD = 2000
 """Characters of an error that are kept."""
@@ -51,7 +51,7 @@ class Records:
         return [case for case in cases if case not in known]
 
     def _write(self, cases: dict[str, dict[str, Any]]) -> None:
-        files.write_json(self.path, {"part": self.path.stem, "cases": cases})
+        atomic.write_json(self.path, {"part": self.path.stem, "cases": cases})
 
 
 def failure(error: Exception) -> dict[str, Any]:

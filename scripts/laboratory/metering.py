@@ -11,10 +11,9 @@ from zimage_train import mini
 from zimage_train.diffusion import drift
 from zimage_train.diffusion.frozen import load_frozen
 from zimage_train.diffusion.request import SamplingRequest
-from zimage_train.lora import arithmetic, swap
-from zimage_train.lora import lora_file as files
+from zimage_train.lora import arithmetic, lora_file, swap
 from zimage_train.mini import world
-from zimage_train.models import text_encoder as text
+from zimage_train.models import text_encoder
 
 from laboratory.scoring import SIZE, USES
 from miniature.measuring import scenes
@@ -30,7 +29,7 @@ def silent(done: int, total: int) -> None:
 def meter(loras: Mapping[str, Mapping[int, Path]], seeds: Sequence[int]) -> dict[str, float]:
     """The deviation of every LoRA that is used on Turbo, by "use, training seed"."""
     prompts = [world.caption(shown, SIZE, SIZE) for shown in scenes()[-PROMPTS:]]
-    encoder = text.load(mini.TURBO, CPU, torch.float32)
+    encoder = text_encoder.load(mini.TURBO, CPU, torch.float32)
     embeds = {prompt: encoder.encode(prompt) for prompt in prompts}
     model = load_frozen(mini.TURBO / "transformer", None, "fp32", CPU).model
     recipes = [
@@ -46,7 +45,7 @@ def meter(loras: Mapping[str, Mapping[int, Path]], seeds: Sequence[int]) -> dict
             continue
         for seed in seeds:
             stack = arithmetic.stack_loras(
-                [(files.read_lora(one), 1.0) for one in (loras[use.trained][seed], *use.also)]
+                [(lora_file.read_lora(one), 1.0) for one in (loras[use.trained][seed], *use.also)]
             )
             with swap.with_lora(model, stack):
                 found[f"{use.name}, {seed}"] = drift.overall_deviation(drift.deviations(model, walked, embeds, silent))

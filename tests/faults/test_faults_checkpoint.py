@@ -16,11 +16,9 @@ from zimage_train import mini
 from zimage_train.commands.train import run_training
 from zimage_train.config.schema import Config
 from zimage_train.errors import ConfigError, DiskError, Stopped, WeightsError
-from zimage_train.io import atomic as files
-from zimage_train.io import tensorfile
+from zimage_train.io import atomic, tensorfile
 from zimage_train.report.metrics import read_records
-from zimage_train.training import checkpoint
-from zimage_train.training import outputs as publish
+from zimage_train.training import checkpoint, outputs
 
 from faults import WRITING, Crash, fail_at
 from helpers import PREVIEWED, facts, final, folder, losses, run_python, stop_after
@@ -131,7 +129,7 @@ with files.replacing(Path("x.bin")) as file:
 """
     assert run_python(code, tmp_path).returncode == -signal.SIGKILL
     assert (tmp_path / "x.bin").read_bytes() == OLD and len(list(tmp_path.iterdir())) == 2
-    files.remove_stale_temp_files(tmp_path)
+    atomic.remove_stale_temp_files(tmp_path)
     assert [one.name for one in tmp_path.iterdir()] == ["x.bin"]
 
 
@@ -139,7 +137,7 @@ def test_what_a_killed_process_left_half_written_is_removed(make_config):
     """36. What a killed process left half written is removed by the next start of the run."""
     config = make_config(train={"steps": 1})
     (folder(config) / "checkpoints").mkdir(parents=True)
-    leftover = folder(config) / "checkpoints" / f".step-000001.safetensors.{files._host()}-999999999.tmp"
+    leftover = folder(config) / "checkpoints" / f".step-000001.safetensors.{atomic._host()}-999999999.tmp"
     leftover.write_bytes(b"half")
     run_training(config, fresh=False)
     assert not leftover.exists()
@@ -161,7 +159,7 @@ def test_a_save_that_fails_leaves_what_was_there_and_says_why(tmp_path: Path, nu
         if not fault.fired:
             break
         assert fault.fired == 1
-        why = "the disk is full" if number in files.FULL_DISK else os.strerror(number)
+        why = "the disk is full" if number in atomic.FULL_DISK else os.strerror(number)
         assert said.startswith(f"{place / 'step-000030.safetensors'}: cannot be written ({why}); ")
         assert said.endswith("; the same command continues")
         is_renamed = "open folder" in fault.seen  # only making the rename itself durable comes after it
@@ -213,8 +211,8 @@ def test_a_log_on_a_full_disk_stops_nothing(tmp_path: Path):
     """37. A line that a log cannot take is dropped, and nothing else happens."""
     if Path("/dev/full").exists():
         full = Path("/dev/full").open("w")  # noqa: SIM115  it cannot be closed in good order
-        files.append_line(full, "line")
-        files.sync(full)
+        atomic.append_line(full, "line")
+        atomic.sync(full)
         with pytest.raises(OSError, match="No space"):
             full.close()
 
@@ -507,7 +505,7 @@ def test_an_old_checkpoint_that_stays_is_said(make_config, capsys):
 def test_an_export_that_cannot_be_removed_is_said_and_two_checkpoints_always_stay(make_config, monkeypatch, capsys):
     """46. With save.keep 1 and a file that cannot be removed, the run goes on and says so; two checkpoints stay."""
     config = make_config(train={"steps": 4}, save={"every": 1, "keep": 1})
-    original, left = files.remove, []
+    original, left = atomic.remove, []
 
     def remove(path: Path) -> bool:
         is_gone = original(path)
@@ -515,7 +513,7 @@ def test_an_export_that_cannot_be_removed_is_said_and_two_checkpoints_always_sta
             left.append(len([checkpoint.load(path) for _, path in checkpoint.steps_in(path.parent)]))
         return is_gone
 
-    monkeypatch.setattr(files, "remove", remove)
+    monkeypatch.setattr(atomic, "remove", remove)
     with fail_at("unlink", 2, PermissionError(errno.EACCES, "Permission denied")) as fault:
         run_training(config, fresh=False)
     assert fault.fired == 1
@@ -531,7 +529,7 @@ def test_a_crash_right_after_the_checkpoint_loses_neither_export_nor_preview(mak
     """47. A crash right after a checkpoint loses neither export nor preview: the next start makes up for them."""
     config = make_config(train={"steps": 4}, save={"every": 2}, sample=PREVIEWED)
     with monkeypatch.context() as patch:
-        patch.setattr(publish, "export_step", lambda run, step: (_ for _ in ()).throw(RuntimeError("power cut")))
+        patch.setattr(outputs, "export_step", lambda run, step: (_ for _ in ()).throw(RuntimeError("power cut")))
         with pytest.raises(RuntimeError, match="power cut"):
             run_training(config, fresh=False)
     run_training(config, fresh=False)
@@ -544,7 +542,7 @@ def test_a_failing_preview_costs_no_step(make_config, monkeypatch, capsys):
     """47. A preview that fails is said and costs no step."""
     config = make_config(train={"steps": 3}, sample=PREVIEWED | {"every": 1})
     monkeypatch.setattr(
-        publish, "render_images", lambda *args, **options: (_ for _ in ()).throw(RuntimeError("no memory"))
+        outputs, "render_images", lambda *args, **options: (_ for _ in ()).throw(RuntimeError("no memory"))
     )
     run_training(config, fresh=False)
     assert "preview at step 0 failed" in capsys.readouterr().out

@@ -14,8 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from zimage_train.config import load as reading
-from zimage_train.config import strict_yaml as yaml_reader
+from zimage_train.config import load, strict_yaml
 from zimage_train.config.load import read_config
 from zimage_train.config.schema import Config
 from zimage_train.config.values import OPTIMIZER_PARAMS
@@ -71,9 +70,9 @@ def test_one_wrong_letter_in_any_key_is_refused_naming_that_key(option: str):
     """1. One letter too many in any key of any section is refused, naming that key."""
     *_, last = option.split(".")
     values = nested(option, None)
-    text = yaml_reader.dump(values).replace(f"{last}: null", f"{last}x: null")
+    text = strict_yaml.dump(values).replace(f"{last}: null", f"{last}x: null")
     assert f"{last}x" in text
-    config, problems = reading.validate_config(yaml_reader.parse(text).value, reading.dotted_key)
+    config, problems = load.validate_config(strict_yaml.parse(text).value, load.dotted_key)
     assert config is None
     assert any(one.location.endswith(f"{last}x") and "unknown key" in one.message for one in problems)
 
@@ -166,15 +165,15 @@ def test_a_number_that_is_not_finite_is_refused_everywhere(refused, value: str):
     """4. Not a number, or infinity, is refused in every setting that takes a number."""
     floats = [name for name, field in OPTIONS.items() if "float" in str(field.annotation)]
     assert len(floats) > 10
-    number = yaml_reader.plain_value(value)
+    number = strict_yaml.plain_value(value)
     for name in floats:
-        assert reading.validate_config(nested(name, number), reading.dotted_key)[0] is None, name
+        assert load.validate_config(nested(name, number), load.dotted_key)[0] is None, name
     for optimizer, params in OPTIMIZER_PARAMS.items():
         for key in params:
             held = [number, 0.9] if key == "betas" else number
             values = nested("optimizer.params", {key: held})
             values["optimizer"]["name"] = optimizer
-            assert reading.validate_config(values, reading.dotted_key)[0] is None, key
+            assert load.validate_config(values, load.dotted_key)[0] is None, key
     assert refused(f"optimizer: {{lr: {value}}}")[0].endswith("; give a finite number")
 
 

@@ -16,10 +16,8 @@ import pytest
 from PIL import Image, ImageFile
 
 from zimage_train import mini
-from zimage_train.commands.train import fill_run_caches as fill
-from zimage_train.commands.train import run_training
-from zimage_train.dataset import cache_builder as filling
-from zimage_train.dataset import captions
+from zimage_train.commands.train import fill_run_caches, run_training
+from zimage_train.dataset import cache_builder, captions
 from zimage_train.dataset import encode as encoding
 from zimage_train.dataset.tensor_cache import TensorCache
 from zimage_train.errors import DataError
@@ -553,7 +551,7 @@ def test_a_picture_that_changes_while_the_command_runs_is_named(make_config, tmp
 
     monkeypatch.setattr(encoding, "image_encoder", encoder)
     with pytest.raises(DataError, match=rf"a\.png: {what}") as error:
-        fill(config)
+        fill_run_caches(config)
     assert error.value.exit_code == 3 and len(changed) == 1
 
 
@@ -595,7 +593,7 @@ def test_killed_while_caching_the_next_start_encodes_what_is_missing_and_nothing
         return encode_and_count
 
     monkeypatch.setattr(encoding, "image_encoder", encoder)
-    monkeypatch.setattr(filling, "BATCH_PX", 1)
+    monkeypatch.setattr(cache_builder, "BATCH_PX", 1)
     write, faults = TensorCache.write, []
 
     def write_at_most_four(self, *entry) -> None:
@@ -607,12 +605,12 @@ def test_killed_while_caching_the_next_start_encodes_what_is_missing_and_nothing
 
     with monkeypatch.context() as patch, pytest.raises(Crash):
         patch.setattr(TensorCache, "write", write_at_most_four)
-        fill(config)
+        fill_run_caches(config)
     assert [fault.fired for fault in faults] == [1]
     entries = list((tmp_path / "cache" / "latents").rglob("*.safetensors"))
     assert len(entries) == 4
     before = {path: path.read_bytes() for path in entries}
-    fill(config)
+    fill_run_caches(config)
     assert len(encoded_pictures) == 16 + 1, "the one that was not written yet is encoded twice"
     assert {path: path.read_bytes() for path in entries} == before
     assert not list((tmp_path / "cache").rglob("*.tmp"))

@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 
 from zimage_train.errors import DiskError
-from zimage_train.io import atomic as files
+from zimage_train.io import atomic
 
 from faults import WRITING, Crash, fail_at
 
 
 def save(path: Path) -> None:
-    files.write(path, [b"new!" * 2000, memoryview(b"new!" * 3000)])
+    atomic.write(path, [b"new!" * 2000, memoryview(b"new!" * 3000)])
 
 
 def test_an_unfaulted_write_makes_the_new_file_by_one_rename_after_syncing(tmp_path: Path):

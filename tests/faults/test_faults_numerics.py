@@ -14,10 +14,9 @@ from zimage_train import mini
 from zimage_train.commands.train import run_training
 from zimage_train.config.schema import Config
 from zimage_train.errors import ConfigError, DivergedError, Stopped
-from zimage_train.planning import devices as accelerator
+from zimage_train.planning import devices
 from zimage_train.report.metrics import read_records
-from zimage_train.training import checkpoint, loop
-from zimage_train.training import outputs as publish
+from zimage_train.training import checkpoint, loop, outputs
 from zimage_train.training.loss import Batch, Loss
 
 from helpers import PREVIEWED, facts, final, folder, losses, poison, stop_after
@@ -193,7 +192,7 @@ def test_running_out_of_gpu_memory_is_one_line_with_the_plan_that_would_fit(make
     config = make_config(**options)
     with monkeypatch.context() as patch:
         fired = at_step(patch, 3, out_of_memory)
-        patch.setattr(accelerator, "available_bytes", lambda device: int(15e6))
+        patch.setattr(devices, "available_bytes", lambda device: int(15e6))
         with pytest.raises(ConfigError) as error:
             run_training(config, fresh=False)
     assert fired == [3] and error.value.exit_code == 2
@@ -208,7 +207,7 @@ def test_running_out_of_gpu_memory_is_one_line_with_the_plan_that_would_fit(make
 
 def test_a_preview_that_runs_out_of_memory_costs_no_step(make_config, monkeypatch, capsys):
     """53. A preview that runs out of memory is said, and training goes on."""
-    monkeypatch.setattr(publish, "render_images", out_of_memory)
+    monkeypatch.setattr(outputs, "render_images", out_of_memory)
     config = make_config(train={"steps": 2}, sample=PREVIEWED | {"first": False})
     run_training(config, fresh=False)
     said = "preview at step 2 failed (OutOfMemoryError: CUDA out of memory."

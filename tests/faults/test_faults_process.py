@@ -22,10 +22,9 @@ from zimage_train import mini
 from zimage_train.commands.train import run_training
 from zimage_train.config.load import read_config
 from zimage_train.errors import ConfigError, DiskError, FolderInUseError, Problem, Stopped
-from zimage_train.io import atomic as files
+from zimage_train.io import atomic
 from zimage_train.models.arch import TransformerShape
-from zimage_train.planning import devices as accelerator
-from zimage_train.planning import preflight
+from zimage_train.planning import devices, preflight
 from zimage_train.report.metrics import read_records
 from zimage_train.training import loop
 from zimage_train.training.signals import SIGNALS
@@ -89,7 +88,7 @@ def test_a_second_interrupt_within_a_save_ends_at_once_and_leaves_the_old_file(t
     done = run_python(INTERRUPTED_TWICE, tmp_path)
     assert (done.returncode, done.stdout) == (-signal.SIGINT, "2\n")
     assert (tmp_path / "x.bin").read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 2
-    files.remove_stale_temp_files(tmp_path)
+    atomic.remove_stale_temp_files(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["x.bin"]
 
 
@@ -121,7 +120,7 @@ def test_handlers_lock_and_threads_are_given_back_whatever_happens(make_config, 
 
 def is_free(run_folder: Path) -> bool:
     try:
-        with files.lock_folder(run_folder):
+        with atomic.lock_folder(run_folder):
             return True
     except FolderInUseError:
         return False
@@ -158,7 +157,7 @@ def holder(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
 def test_a_second_process_is_told_who_holds_the_folder(tmp_path: Path, holder: subprocess.Popen[str]):
     """58. A second process in a run's folder is refused with exit code 6, and told who holds it, on which host."""
     for _ in range(2):
-        with pytest.raises(FolderInUseError) as caught, files.lock_folder(tmp_path / "run"):
+        with pytest.raises(FolderInUseError) as caught, atomic.lock_folder(tmp_path / "run"):
             raise AssertionError("two processes in one folder")
         assert caught.value.exit_code == 6
         who = f"process {holder.pid} on {socket.gethostname()}"
@@ -171,7 +170,7 @@ def test_the_folder_is_free_as_soon_as_its_holder_is_killed(tmp_path: Path, hold
     """58. A folder is free at once when the process that held it is killed."""
     holder.send_signal(signal.SIGKILL)
     holder.wait()
-    with files.lock_folder(tmp_path / "run"):
+    with atomic.lock_folder(tmp_path / "run"):
         assert (tmp_path / "run" / "run.lock").read_text() == f"process {os.getpid()} on {socket.gethostname()}"
 
 
@@ -180,11 +179,11 @@ def test_the_folder_is_free_when_its_holder_is_done(tmp_path: Path, holder: subp
     out, _ = holder.communicate("")
     assert out == "False\n" and holder.returncode == 0
     assert (tmp_path / "run" / "run.lock").read_text() == ""
-    with pytest.raises(ZeroDivisionError), files.lock_folder(tmp_path / "run"):
+    with pytest.raises(ZeroDivisionError), atomic.lock_folder(tmp_path / "run"):
         raise ZeroDivisionError
-    with files.lock_folder(tmp_path / "run"), pytest.raises(FolderInUseError), files.lock_folder(tmp_path / "run"):
+    with atomic.lock_folder(tmp_path / "run"), pytest.raises(FolderInUseError), atomic.lock_folder(tmp_path / "run"):
         raise AssertionError("locked twice")
-    with files.lock_folder(tmp_path / "other" / "one"), files.lock_folder(tmp_path / "run"):
+    with atomic.lock_folder(tmp_path / "other" / "one"), atomic.lock_folder(tmp_path / "run"):
         assert (tmp_path / "other" / "one").is_dir()
 
 
@@ -213,19 +212,19 @@ def test_an_output_or_cache_that_cannot_be_made_is_refused(make_config, tmp_path
 
 def test_a_folder_that_cannot_be_made_is_refused_and_none_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """59. A folder that is a file, a dangling link or read-only is refused, and none is made on the way."""
-    files.require_writable_folder(tmp_path / "a" / "b")
+    atomic.require_writable_folder(tmp_path / "a" / "b")
     monkeypatch.chdir(tmp_path)
-    files.require_writable_folder(Path("relative/x"))
+    atomic.require_writable_folder(Path("relative/x"))
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "file").write_text("")
     (tmp_path / "broken").symlink_to(tmp_path / "nowhere")
     for name in ("file", "broken"):
         for place in (tmp_path / name, tmp_path / name / "x"):
             with pytest.raises(DiskError, match=rf"{tmp_path / name} is not a folder; choose another place"):
-                files.require_writable_folder(place)
+                atomic.require_writable_folder(place)
     monkeypatch.setattr(os, "access", lambda path, mode: mode & os.W_OK == 0)
     with pytest.raises(DiskError, match=f"{tmp_path} cannot be written to"):
-        files.require_writable_folder(tmp_path / "a")
+        atomic.require_writable_folder(tmp_path / "a")
 
 
 @pytest.mark.parametrize(
@@ -269,13 +268,13 @@ def test_the_written_config_means_the_same_in_another_folder(make_config, tmp_pa
 def test_a_disk_that_is_too_small_is_refused(make_config, monkeypatch: pytest.MonkeyPatch):
     """60. A disk without room for checkpoints and exports is refused at once, with what is free and what is needed."""
     needed = []
-    real = files.require_free_space
+    real = atomic.require_free_space
 
     def require_space(folder: Path, needed_bytes: int, what: str) -> None:
         needed.append(needed_bytes)
         real(folder, needed_bytes, what)
 
-    monkeypatch.setattr(files, "require_free_space", require_space)
+    monkeypatch.setattr(atomic, "require_free_space", require_space)
     for settings in ({}, {"save": {"keep": 80}}, {"lora": {"rank": 8}}, {"optimizer": {"name": "adamw8bit"}}):
         preflight.check_run(make_config(**settings))
     modules = preflight.check_run(make_config()).weights
@@ -286,7 +285,7 @@ def test_a_disk_that_is_too_small_is_refused(make_config, monkeypatch: pytest.Mo
     assert 0 < needed[3] < needed[0] < min(needed[1:3])
     assert needed[2] == pytest.approx(2 * needed[0], abs=2)
     for free, is_enough in ((needed[0], True), (needed[0] - 1, False)):
-        monkeypatch.setattr(files.shutil, "disk_usage", lambda path, free=free: type("Usage", (), {"free": free}))
+        monkeypatch.setattr(atomic.shutil, "disk_usage", lambda path, free=free: type("Usage", (), {"free": free}))
         if is_enough:
             preflight.check_run(make_config())
         else:
@@ -306,7 +305,7 @@ def test_a_disk_that_is_too_small_for_the_caches_is_refused_before_anything_is_e
             asked.append((folder, needed_bytes))
             raise DiskError(Problem(str(folder), "full"))
 
-    monkeypatch.setattr(files, "require_free_space", full)
+    monkeypatch.setattr(atomic, "require_free_space", full)
     monkeypatch.setattr("zimage_train.dataset.encode.image_encoder", pytest.fail)
     config = make_config(cache={"folder": str(tmp_path / "new")})
     with pytest.raises(DiskError):
@@ -324,10 +323,10 @@ def test_too_little_space_is_refused_with_both_numbers(tmp_path: Path, monkeypat
         asked.append(path)
         return type("Usage", (), {"free": 2_000_000_000})
 
-    monkeypatch.setattr(files.shutil, "disk_usage", usage)
-    files.require_free_space(tmp_path / "a" / "b", 2_000_000_000, "checkpoints")
+    monkeypatch.setattr(atomic.shutil, "disk_usage", usage)
+    atomic.require_free_space(tmp_path / "a" / "b", 2_000_000_000, "checkpoints")
     with pytest.raises(DiskError) as caught:
-        files.require_free_space(tmp_path / "a" / "b", 2_500_000_000, "checkpoints")
+        atomic.require_free_space(tmp_path / "a" / "b", 2_500_000_000, "checkpoints")
     assert str(caught.value).startswith(
         f"{tmp_path / 'a' / 'b'}: 2.00 GB free, checkpoints need 2.50 GB; free some space"
     )
@@ -456,6 +455,6 @@ def test_a_gpu_without_bf16_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Old Card")
     gpu, shape = torch.device("cuda"), TransformerShape()
     with pytest.raises(ConfigError, match=r"model\.dtype: Old Card has no bf16; an RTX 30 series") as error:
-        accelerator.require_device(gpu, shape, "bf16")
+        devices.require_device(gpu, shape, "bf16")
     assert error.value.exit_code == 2
-    accelerator.require_device(gpu, shape, "fp32")
+    devices.require_device(gpu, shape, "fp32")

@@ -62,9 +62,9 @@ def train(
 ) -> None:
     """Train a LoRA; the same command continues a run that was stopped."""
     settings = _read(config, set_)
-    from zimage_train.commands.train import run_training as run
+    from zimage_train.commands.train import run_training
 
-    run(settings, fresh, tuple(allow or ()))
+    run_training(settings, fresh, tuple(allow or ()))
 
 
 @app.command()
@@ -85,9 +85,9 @@ def sweep(
     from zimage_train.commands.sweep_values import make_sweep_runs
 
     runs = make_sweep_runs(config, set_ or [], vary)
-    from zimage_train.commands.sweep import run_sweep as run_all
+    from zimage_train.commands.sweep import run_sweep
 
-    run_all(runs, fresh, tuple(allow or ()))
+    run_sweep(runs, fresh, tuple(allow or ()))
 
 
 @app.command()
@@ -107,28 +107,28 @@ def check(
     Writes nothing but, into the cache folder, what it saw of each picture, so that the next time takes seconds.
     """
     settings = _read(config, set_)
-    from zimage_train.commands import check as checking
+    from zimage_train.commands.check import check_report, parse_price
     from zimage_train.dataset.quarantine import move_rejected
     from zimage_train.models.locate import cached_only
     from zimage_train.planning import preflight
     from zimage_train.report.console import Console
 
-    hourly = None if price is None else checking.parse_price(price)
+    hourly = None if price is None else parse_price(price)
     console = Console.progress_only()
     if quarantine:
         print_lines(move_rejected(settings))
     with console.live_progress():
         checked = preflight.check_run(settings, cached_only, console.progress)
-    print_lines(checking.check_report(checked, gpu, hourly))
+    print_lines(check_report(checked, gpu, hourly))
 
 
 @app.command()
 def cache(config: ConfigPath, set_: Overrides = None) -> None:
     """Encode pictures and captions into the caches, and do nothing else."""
     settings = _read(config, set_)
-    from zimage_train.commands.train import fill_run_caches as fill
+    from zimage_train.commands.train import fill_run_caches
 
-    fill(settings)
+    fill_run_caches(settings)
 
 
 @app.command()
@@ -141,12 +141,12 @@ def timesteps(
     settings = _read(config, set_)
     import json
 
-    from zimage_train.commands import timesteps as describing
+    from zimage_train.commands.timesteps import density_chart, describe_timesteps
 
     if as_json:
-        print_raw(json.dumps(describing.describe_timesteps(settings)))
+        print_raw(json.dumps(describe_timesteps(settings)))
     else:
-        print_lines(describing.density_chart(settings))
+        print_lines(density_chart(settings))
 
 
 @app.callback(invoke_without_command=True)

@@ -104,9 +104,9 @@ def weight(
     """
     if not scale:
         raise ConfigError(Problem("--scale", "is missing", "write for example --scale layers.0-9=0.5"))
-    from zimage_train.commands import lora_edit as workbench
+    from zimage_train.commands import lora_edit
 
-    print_lines(workbench.weight(file, scale, _output(output, dtype, force, dry_run)))
+    print_lines(lora_edit.weight(file, scale, _output(output, dtype, force, dry_run)))
 
 
 @lora_commands.command()
@@ -141,15 +141,14 @@ def merge(
     The sum is exact, for any ranks, alphas, layouts and modules, and linear in the ratios, which may be negative.
     A --scale is as in weight, for all files, or for one: 2:adaln=0 is for the second.
     """
-    from zimage_train.commands import lora_args as given
-    from zimage_train.commands import lora_merge as merging
+    from zimage_train.commands import lora_args, lora_merge
 
-    ratios = [given.parse_weighted_lora(text, "merge", is_weight_needed=True) for text in files]
+    ratios = [lora_args.parse_weighted_lora(text, "merge", is_weight_needed=True) for text in files]
     number = None if rank is None else _rank(rank)
     kept = _energy(rank or "", energy)
-    way = merging.method_of(method, density, seed, number, kept if rank == "auto" else None)
+    way = lora_merge.method_of(method, density, seed, number, kept if rank == "auto" else None)
     target = _output(output, dtype, force, dry_run)
-    print_lines(merging.merge_files(ratios, scale or [], way, normalize, target))
+    print_lines(lora_merge.merge_files(ratios, scale or [], way, normalize, target))
 
 
 @lora_commands.command()
@@ -162,9 +161,9 @@ def resize(
     force: Force = False,
 ) -> None:
     """Bring a LoRA to a lower rank: the best approximation of each change, and how much of it is kept."""
-    from zimage_train.commands import lora_edit as workbench
+    from zimage_train.commands import lora_edit
 
-    print_lines(workbench.resize(file, _rank(rank), _energy(rank, energy), workbench.OutputFile(output, dtype, force)))
+    print_lines(lora_edit.resize(file, _rank(rank), _energy(rank, energy), lora_edit.OutputFile(output, dtype, force)))
 
 
 @lora_commands.command()
@@ -189,11 +188,11 @@ def ema(
     """Average the LoRAs that a run saved, as if it had kept an EMA of that length."""
     if decay is not None and sigma_rel is not None:
         raise ConfigError(Problem("--sigma-rel", "is given beside --decay", "give one of them"))
-    from zimage_train.commands import lora_edit as workbench
+    from zimage_train.commands import lora_edit
 
     length = decay if decay is not None or sigma_rel is not None else 0.999
-    output_ = workbench.OutputFile(output, dtype, force)
-    print_lines(workbench.ema(workbench.saves(saves), length, sigma_rel, output_))
+    output_ = lora_edit.OutputFile(output, dtype, force)
+    print_lines(lora_edit.ema(lora_edit.saves(saves), length, sigma_rel, output_))
 
 
 @lora_commands.command()
@@ -211,9 +210,9 @@ def convert(
     Reads any prefix (diffusion_model, transformer, base_model.model, lora_unet, lycoris, none), lora_A/B, down/up,
     .default, fused q, k, v; and DoRA, LoKr and LoHa, for layouts that have a place for them.
     """
-    from zimage_train.commands import lora_edit as workbench
+    from zimage_train.commands import lora_edit
 
-    print_lines(workbench.convert(file, to, workbench.OutputFile(output, dtype, force)))
+    print_lines(lora_edit.convert(file, to, lora_edit.OutputFile(output, dtype, force)))
 
 
 @lora_commands.command()
@@ -227,11 +226,10 @@ def extract(
     force: Force = False,
 ) -> None:
     """Write the LoRA that leads from one checkpoint to another, and say how much of the way it goes."""
-    from zimage_train.commands import lora_bake as checkpoints
-    from zimage_train.commands import lora_edit as workbench
+    from zimage_train.commands import lora_bake, lora_edit
 
-    output_ = workbench.OutputFile(output, dtype, force)
-    print_lines(checkpoints.extract_command(tuned, base, _rank(rank), _energy(rank, energy), output_))
+    output_ = lora_edit.OutputFile(output, dtype, force)
+    print_lines(lora_bake.extract_command(tuned, base, _rank(rank), _energy(rank, energy), output_))
 
 
 @lora_commands.command()
@@ -248,11 +246,10 @@ def bake(
     force: Force = False,
 ) -> None:
     """Write a model with LoRAs added to its weights, and say what rounding has cost."""
-    from zimage_train.commands import lora_args as given
-    from zimage_train.commands import lora_bake as checkpoints
+    from zimage_train.commands import lora_args, lora_bake
 
     print_lines(
-        checkpoints.bake_command(model, [given.parse_weighted_lora(text) for text in lora], to, dtype, output, force)
+        lora_bake.bake_command(model, [lora_args.parse_weighted_lora(text) for text in lora], to, dtype, output, force)
     )
 
 

@@ -11,7 +11,7 @@ from zimage_train.compat.aitoolkit.convert import read_only_job, write_config
 from zimage_train.config.templates import MODEL_TEMPLATES, SUBJECT_KINDS
 from zimage_train.dataset.caption_prompts import CAPTION_STYLES
 from zimage_train.errors import ConfigError, Problem
-from zimage_train.io import atomic as files
+from zimage_train.io import atomic
 from zimage_train.planning.gpus import GPU_SPECS
 from zimage_train.report.printing import JSON_OUTPUT, print_lines, print_notes
 
@@ -56,35 +56,47 @@ def init(
         model = ("--variant", variant, "it is a Turbo"), ("--gpu", gpu, "it needs none")
         given = [(option, f"is given beside --miniature: {why}") for option, value, why in model if value]
         problems += [Problem(option, what, "leave one of them out") for option, what in given]
-    from zimage_train.commands import init as starting
-    from zimage_train.planning import gpus as cards
+    from zimage_train.commands.init import (
+        Answers,
+        advise_for,
+        answer_error,
+        describe_folder,
+        likely_trigger,
+        local_gpu,
+        name_of,
+        require_place,
+        summarize_folder,
+        template_values_for,
+        write_config_file,
+    )
+    from zimage_train.planning import gpus
     from zimage_train.report.console import Console
 
     for option, value in (("--trigger", trigger), ("--name", name)):
-        if value is not None and (why := starting.why_not(option, value)):
+        if value is not None and (why := answer_error(option, value)):
             problems.append(Problem(option, why))
     if problems:
         raise ConfigError(*problems)
     if gpu is not None:
-        cards.get_gpu(gpu)
-    run = name or starting.name_of(folder, output)
+        gpus.get_gpu(gpu)
+    run = name or name_of(folder, output)
     path = output or Path(f"{run}.yaml")
-    starting.require_place(path, force)
+    require_place(path, force)
     console = Console.progress_only()
     with console.live_progress():
-        seen = starting.summarize_folder(folder, console.progress)
-    print_lines([*starting.describe_folder(seen), ""])
+        seen = summarize_folder(folder, console.progress)
+    print_lines([*describe_folder(seen), ""])
     asks = not yes and not JSON_OUTPUT.get() and sys.stdin is not None and sys.stdin.isatty()
     kind = kind or (_asked("What do they show?", list(SUBJECT_KINDS)) if asks else "character")
     variant = variant or (_asked("Which model?", list(MODEL_TEMPLATES)) if asks and not miniature else "turbo")
-    usual = starting.likely_trigger(seen.captions, seen.kohya) or SUBJECT_KINDS[kind].trigger
+    usual = likely_trigger(seen.captions, seen.kohya) or SUBJECT_KINDS[kind].trigger
     trigger = trigger or (_asked_trigger(usual) if asks else usual)
-    if asks and not miniature and gpu is None and starting.local_gpu() is None:
+    if asks and not miniature and gpu is None and local_gpu() is None:
         gpu = _asked("Which card will train?", ["4090", *(card for card in GPU_SPECS if card != "4090")])
-    answers = starting.Answers(kind, variant, trigger, gpu)
-    own = starting.template_values_for(seen, answers, run, miniature)
-    said = starting.advise_for(seen, answers.kind, miniature) + ([] if asks else [f"trigger: {trigger}"])
-    print_lines([*said, *starting.write_config_file(path, own, answers, seen.problems)])
+    answers = Answers(kind, variant, trigger, gpu)
+    own = template_values_for(seen, answers, run, miniature)
+    said = advise_for(seen, answers.kind, miniature) + ([] if asks else [f"trigger: {trigger}"])
+    print_lines([*said, *write_config_file(path, own, answers, seen.problems)])
 
 
 @start_commands.command()
@@ -116,28 +128,28 @@ def caption(
     for option, value in (("--trigger", trigger), ("--instruction", instruction)):
         if value is not None and not value.strip():
             problems.append(Problem(option, "is empty", "give a text, or leave the option out"))
-    from zimage_train.commands.init import why_not
+    from zimage_train.commands.init import answer_error
     from zimage_train.dataset.images import EXTENSIONS
 
-    if trigger is not None and trigger.strip() and (why := why_not("--trigger", trigger.strip())):
+    if trigger is not None and trigger.strip() and (why := answer_error("--trigger", trigger.strip())):
         problems.append(Problem("--trigger", why))
     if not re.fullmatch(r"\.[A-Za-z0-9_.]+", extension) or extension.lower().endswith(tuple(EXTENSIONS)):
         problems.append(Problem("--extension", f"is {extension!r}", "give one such as .txt"))
     if problems:
         raise ConfigError(*problems)
-    from zimage_train.commands import caption as captioning
+    from zimage_train.commands.caption import CaptionOptions, caption_folder
     from zimage_train.report.console import Console
 
-    wanted = captioning.CaptionOptions(model, style, kind, trigger and trigger.strip(), instruction, extension, force)
-    print_lines(captioning.caption_folder(folder, wanted, Console()))
+    wanted = CaptionOptions(model, style, kind, trigger and trigger.strip(), instruction, extension, force)
+    print_lines(caption_folder(folder, wanted, Console()))
 
 
 @start_commands.command()
 def doctor() -> None:
     """Say whether this machine can train, what is in the way, and what to do; asks nobody on the network."""
-    from zimage_train.commands import doctor as examining
+    from zimage_train.commands.doctor import doctor_report, gather_facts
 
-    lines, can_train = examining.doctor_report(examining.gather_facts())
+    lines, can_train = doctor_report(gather_facts())
     print_lines(lines)
     if not can_train:
         raise typer.Exit(2)
@@ -164,12 +176,12 @@ def download(
     if config in MODEL_TEMPLATES and set_:
         raise ConfigError(Problem("--set", f"is given beside {config}", "give a config"))
     settings = None if config in MODEL_TEMPLATES else read_config_or_job(Path(config), set_ or [])[0]
-    from zimage_train.commands import download as downloading
+    from zimage_train.commands.download import download_models
     from zimage_train.report.console import Console
 
     model = settings.model if settings else ModelSettings.model_validate({"variant": config})
     also = settings.sample.compare_on if settings else None
-    print_lines(downloading.download_models(model, also, Console(), wait))
+    print_lines(download_models(model, also, Console(), wait))
 
 
 @start_commands.command("import")
@@ -194,14 +206,14 @@ def import_(
     if output is None:
         print_lines([text.rstrip()])
     else:
-        files.write_text(output, text)
+        atomic.write_text(output, text)
 
 
 def _asked_trigger(usual: str) -> str:
-    from zimage_train.commands.init import why_not
+    from zimage_train.commands.init import answer_error
 
     trigger = ""
-    while why := why_not("--trigger", trigger):
+    while why := answer_error("--trigger", trigger):
         if trigger:
             typer.echo(why)
         trigger = str(typer.prompt("Which word shall stand for it?", default=usual)).strip()

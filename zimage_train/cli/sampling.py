@@ -7,7 +7,7 @@ import typer
 
 from zimage_train.config.schema import ModelSettings
 from zimage_train.config.variants import VARIANTS
-from zimage_train.diffusion.prompts import read_prompt_file as read_prompts
+from zimage_train.diffusion.prompts import read_prompt_file
 from zimage_train.errors import ConfigError, Problem
 from zimage_train.report.printing import print_lines, print_notes
 
@@ -77,18 +77,26 @@ def sample(
     if from_ and count > 1:
         problems.append(Problem("--count", "is given beside --from", "a picture is drawn again once"))
     settings = _models([model], "MODEL", variant, extras, dtype, problems)[0]
-    from zimage_train.commands import lora_args as given
-    from zimage_train.commands import sample as sampling
+    from zimage_train.commands import lora_args
+    from zimage_train.commands.sample import (
+        BatchLimit,
+        PromptSpec,
+        SamplingOptions,
+        requests_for,
+        requests_of,
+        said_of,
+        sample_images,
+    )
 
-    asked = sampling.SamplingOptions(negative, seed, width, height, steps, guidance, count)
-    wishes = [*map(sampling.PromptSpec, prompt or []), *(read_prompts(prompts) if prompts else [])]
-    recipes = sampling.requests_of(asked, from_) if from_ else sampling.requests_for(asked, settings, wishes)
+    asked = SamplingOptions(negative, seed, width, height, steps, guidance, count)
+    wishes = [*map(PromptSpec, prompt or []), *(read_prompt_file(prompts) if prompts else [])]
+    recipes = requests_of(asked, from_) if from_ else requests_for(asked, settings, wishes)
     if from_:
-        print_lines(sampling.said_of(from_))
+        print_lines(said_of(from_))
     if negative and not any(recipe.guidance > 0 for recipe in recipes):
         print_notes(["--negative is not used at guidance 0, which is Turbo's own; give --guidance"])
-    loras, room = [given.parse_weighted_lora(text) for text in lora or []], sampling.BatchLimit(batch, budget_gb)
-    sampling.sample_images(settings, loras, recipes, room, output)
+    loras, room = [lora_args.parse_weighted_lora(text) for text in lora or []], BatchLimit(batch, budget_gb)
+    sample_images(settings, loras, recipes, room, output)
 
 
 @draw_commands.command()
@@ -134,9 +142,9 @@ def compare(
     given = [name for name, value in drawing.items() if value is not None]
     has_files = any(path.is_file() for path in inputs)
     if not prompt and not given and not has_files:
-        from zimage_train.commands import compare as comparing
+        from zimage_train.commands.compare import compare_runs
 
-        print_lines(comparing.compare_runs(inputs, by, output))
+        print_lines(compare_runs(inputs, by, output))
         return
     problems = _size_problems(width, height)
     if not prompt:
@@ -175,14 +183,13 @@ def drift(
     if model in VARIANTS and model != "turbo":
         problems.append(Problem("MODEL", f"is {model}, which has no 8 steps to lose", "give turbo"))
     settings = _models([model], "MODEL", "turbo", extras, dtype, problems)[0]
-    from zimage_train.commands import drift as measuring
-    from zimage_train.commands import lora_args as given
-    from zimage_train.commands import sample
+    from zimage_train.commands import lora_args, sample
+    from zimage_train.commands.drift import drift_report
 
     asked = sample.SamplingOptions(None, seed, width, height, None, None)
-    wishes = [*map(sample.PromptSpec, prompt or []), *(read_prompts(prompts) if prompts else [])]
+    wishes = [*map(sample.PromptSpec, prompt or []), *(read_prompt_file(prompts) if prompts else [])]
     print_lines(
-        measuring.drift_report(settings, [given.parse_weighted_lora(text) for text in lora], wishes, asked, output)
+        drift_report(settings, [lora_args.parse_weighted_lora(text) for text in lora], wishes, asked, output)
     )
 
 

@@ -6,16 +6,13 @@ from pathlib import Path
 import torch
 
 from zimage_train.config.dataset import DataEntry
-from zimage_train.dataset import caption_prompts as describing
-from zimage_train.dataset import images
-from zimage_train.dataset import scan as folders
-from zimage_train.dataset.scan import ImageRecord
+from zimage_train.dataset import caption_prompts, images
+from zimage_train.dataset.scan import ImageRecord, scan_entry
 from zimage_train.errors import ConfigError, DataError, Problem, ZImageTrainError, raise_all
-from zimage_train.io import atomic as files
+from zimage_train.io import atomic
 from zimage_train.io.units import format_bytes
-from zimage_train.models import captioner as vision
-from zimage_train.models import locate as sources
-from zimage_train.planning import devices as accelerator
+from zimage_train.models import captioner, locate
+from zimage_train.planning import devices
 from zimage_train.report.console import Console
 
 PATTERNS = ["*.json", "*.jinja", "*.txt", "*.model", "*.safetensors"]
@@ -49,7 +46,7 @@ def caption_folder(folder: Path, wanted: CaptionOptions, console: Console) -> li
     with console.live_progress():
         # Placeholders in captions that are there stand for any trigger.
         entry = DataEntry(folder=str(folder), caption_ext=wanted.extension, trigger=wanted.trigger or "any")
-        scan = folders.scan_entry(entry, "data.0", tick=console.progress)
+        scan = scan_entry(entry, "data.0", tick=console.progress)
     errors = list(scan.errors)
     todo = _to_caption(scan.pictures, wanted, errors)
     kept = sum(bool(picture.raw_captions) for picture in scan.pictures)
@@ -89,13 +86,13 @@ def _write(
 ) -> int:
     """Caption all of `todo`; how many it were."""
     model = _load(wanted.model, console)
-    asked = wanted.instruction or describing.caption_instruction(wanted.style, wanted.kind, wanted.trigger)
+    asked = wanted.instruction or caption_prompts.caption_instruction(wanted.style, wanted.kind, wanted.trigger)
     written = 0
-    with accelerator.explained_out_of_memory(SMALLER), console.live_progress():
+    with devices.explained_out_of_memory(SMALLER), console.live_progress():
         for number, (picture, file) in enumerate(todo, 1):
             text = _described(model, asked, picture, wanted)
             if text:
-                files.write_text(file, text + "\n")
+                atomic.write_text(file, text + "\n")
                 console.info(f"{picture.name}: {text}")
                 written += 1
             else:
@@ -105,20 +102,20 @@ def _write(
     return written
 
 
-def _load(name: str, console: Console) -> vision.CaptionModel:
-    folder = sources.repository(name, "--model", PATTERNS)
+def _load(name: str, console: Console) -> captioner.CaptionModel:
+    folder = locate.repository(name, "--model", PATTERNS)
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     has_gpu = torch.accelerator.is_available()  # the other question answers for the build of torch, not the machine
     device = (torch.accelerator.current_accelerator() if has_gpu else None) or torch.device("cpu")
-    room = accelerator.device_limits(device).limit_bytes
+    room = devices.device_limits(device).limit_bytes
     if size * BESIDE_WEIGHTS > room:
         what = f"its weights take {format_bytes(size)}, and {device.type} has {format_bytes(room)}"
         raise ConfigError(Problem(f"--model: {name}", what, SMALLER))
     console.info(f"reading {name}, {format_bytes(size)}, on {device.type}")
-    return vision.load(folder, device)
+    return captioner.load(folder, device)
 
 
-def _described(model: vision.CaptionModel, asked: str, path: Path, wanted: CaptionOptions) -> str:
+def _described(model: captioner.CaptionModel, asked: str, path: Path, wanted: CaptionOptions) -> str:
     image = images.load(path, path.read_bytes())
-    answer, is_whole = model.answer(image, asked, describing.CAPTION_STYLES[wanted.style].most_tokens)
-    return describing.clean_answer(answer, wanted.style, is_whole, wanted.trigger)
+    answer, is_whole = model.answer(image, asked, caption_prompts.CAPTION_STYLES[wanted.style].most_tokens)
+    return caption_prompts.clean_answer(answer, wanted.style, is_whole, wanted.trigger)

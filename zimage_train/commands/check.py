@@ -7,9 +7,8 @@ from zimage_train.dataset import captions
 from zimage_train.dataset.buckets import crop_percent
 from zimage_train.dataset.sample_order import TrainItem, make_sample_order
 from zimage_train.errors import ConfigError, Problem
-from zimage_train.lora import targets as names
-from zimage_train.planning import costs, forecast
-from zimage_train.planning import pricing as prices
+from zimage_train.lora import targets
+from zimage_train.planning import costs, forecast, pricing
 from zimage_train.planning.preflight import RunSpec
 from zimage_train.planning.pricing import Prices
 
@@ -43,7 +42,7 @@ def check_report(checked: RunSpec, gpu: str | None = None, price: float | Prices
         lines.append(f"{len(plan.prompts(config.train.steps))} prompts to encode, as tags change in each epoch")
     if checked.weights is not None:
         weights = checked.weights
-        groups = ", ".join(f"{name} {count}" for name, count in names.count_by_group(weights.modules).items())
+        groups = ", ".join(f"{name} {count}" for name, count in targets.count_by_group(weights.modules).items())
         lines.append(f"LoRA of rank {config.lora.rank} on {len(weights.modules)} modules ({groups})")
         if weights.paths.adapter is not None:
             lines.append(f"adapter fits {weights.adapter_modules}/{weights.adapter_modules} modules")
@@ -62,7 +61,7 @@ def parse_price(text: str) -> float | Prices:
         ConfigError: it holds none.
     """
     if text.lower().endswith((".yaml", ".yml")):
-        return prices.read(Path(text))
+        return pricing.read(Path(text))
     currency = r"\s*(?:[^\d\s.,-]|[A-Za-z]{3})?\s*"
     match = re.fullmatch(rf"{currency}(\d+(?:[.,]\d+)?){currency}(?:/\s*h(?:our)?)?\s*", text)
     if match is None:

@@ -8,14 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from zimage_train.config import strict_yaml as yaml_reader
+from zimage_train.config import strict_yaml
 from zimage_train.config.load import flatten_keys
 from zimage_train.config.strict_yaml import YamlError
 from zimage_train.diffusion.request import SamplingRequest
 from zimage_train.errors import ConfigError, DataError, Problem, ZImageTrainError, collect_errors, raise_all
-from zimage_train.io import atomic as files
-from zimage_train.report import comparison
-from zimage_train.report import preview_images as pictures
+from zimage_train.io import atomic
+from zimage_train.report import comparison, preview_images
 from zimage_train.report.comparison import MODEL, PROMPT, STEP, Comparison, ComparisonImage, Subject
 from zimage_train.report.metrics import read_records
 from zimage_train.training.run_dir import RunDir
@@ -40,7 +39,7 @@ class FinishedRun:
         own = self.settings.get("model.path") or self.settings.get("model.variant")
         also = self.settings.get("sample.compare_on")
         for model, place in ((own, self.folder.samples), (also, self.folder.samples / "also")):
-            table = pictures.preview_table(place)
+            table = preview_images.preview_table(place)
             for step, row in table.rows.items():
                 shown = zip(table.recipes, row, strict=True)
                 found.setdefault(step, []).extend((str(model), recipe, path) for recipe, path in shown if path)
@@ -53,7 +52,7 @@ def compare_runs(paths: Sequence[Path], by: str | None, output: Path) -> list[st
     Raises:
         ZImageTrainError: what is there is no run, has no previews, or none at a step that another has.
     """
-    files.require_writable_folder(output)
+    atomic.require_writable_folder(output)
     found = of_runs(opened(paths), by)
     return written(output, found)
 
@@ -109,7 +108,7 @@ def settings_of(folder: Path) -> Mapping[str, Any]:
     """
     path = folder / "config.yaml"
     try:
-        value = yaml_reader.parse(path.read_text(encoding="utf-8")).value
+        value = strict_yaml.parse(path.read_text(encoding="utf-8")).value
     except (OSError, UnicodeDecodeError, YamlError) as error:
         raise ConfigError(Problem(str(path), f"cannot be read ({error})", "give another run")) from None
     if not isinstance(value, dict) or not isinstance(value.get("name"), str):

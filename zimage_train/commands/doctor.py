@@ -18,10 +18,10 @@ from typing import Literal
 
 from zimage_train.config.variants import DOWNLOAD_GB
 from zimage_train.errors import DiskError, FolderInUseError
-from zimage_train.io import atomic as files
+from zimage_train.io import atomic
 from zimage_train.io.units import format_bytes
-from zimage_train.planning import gpus as cards
 from zimage_train.planning import preflight
+from zimage_train.planning.gpus import find_gpu
 
 Level = Literal["ok", "note", "bad"]
 OLDEST_CAPABILITY, FP8_CAPABILITY = (8, 0), (8, 9)
@@ -148,7 +148,7 @@ def _gpu(gpu: GpuFacts, facts: SystemFacts) -> Iterator[DoctorFinding]:
         yield DoctorFinding("bad", f"this torch has no code for {gpu.name} ({sm})", todo)
         return
     fp8 = "" if gpu.capability >= FP8_CAPABILITY else "; fp8 weights are only stored so, which saves memory and no time"
-    known = cards.find_gpu(gpu.name)
+    known = find_gpu(gpu.name)
     speed = "" if known else "; its speed is not in our list, so times are known after a first run"
     yield DoctorFinding("ok", f"{gpu.name}, {size}, bf16{fp8}{speed}")
     used = gpu.memory_bytes - gpu.free_bytes
@@ -213,8 +213,8 @@ def gather_facts() -> SystemFacts:
     import torch
 
     from zimage_train.config.variants import ADAPTERS, VARIANTS
-    from zimage_train.models import locate as sources
-    from zimage_train.models.hub import client as hub
+    from zimage_train.models import locate
+    from zimage_train.models.hub import client
 
     driver, driver_sees = _driver()
     adapter, turbo = "/".join(ADAPTERS["v2"].split("/")[:2]), VARIANTS["turbo"].transformer
@@ -230,11 +230,11 @@ def gather_facts() -> SystemFacts:
         driver_sees=driver_sees,
         gpus=[_seen(index) for index in range(torch.cuda.device_count())],
         ram_bytes=preflight.system_memory_bytes(),
-        free_bytes=_free(Path.cwd(), hub.selected_hub().cache_folder()),
+        free_bytes=_free(Path.cwd(), client.selected_hub().cache_folder()),
         locks=_locks(),
-        downloaded={name: sources.is_here(name, patterns) for name, patterns in wanted.items()},
-        cache=str(hub.selected_hub().cache_folder()),
-        cache_variable=hub.selected_hub().CACHE_VARIABLE,
+        downloaded={name: locate.is_here(name, patterns) for name, patterns in wanted.items()},
+        cache=str(client.selected_hub().cache_folder()),
+        cache_variable=client.selected_hub().CACHE_VARIABLE,
         environment={name: os.environ[name] for name in HUB_VARIABLES if os.environ.get(name)},
     )
 
@@ -301,8 +301,8 @@ def _locks() -> bool:
     try:
         with (
             tempfile.TemporaryDirectory(dir=Path.cwd()) as name,
-            files.lock_folder(Path(name)),
-            files.lock_folder(Path(name)),
+            atomic.lock_folder(Path(name)),
+            atomic.lock_folder(Path(name)),
         ):
             return False
     except FolderInUseError:

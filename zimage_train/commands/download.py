@@ -7,10 +7,10 @@ from pathlib import Path
 
 from zimage_train.config.schema import ModelSettings
 from zimage_train.errors import Problem, WeightsError, ZImageTrainError, collect_errors, raise_all
-from zimage_train.io import atomic as files
+from zimage_train.io import atomic
 from zimage_train.io.units import format_bytes
-from zimage_train.models import locate as sources
-from zimage_train.models.hub import client as hub
+from zimage_train.models import locate
+from zimage_train.models.hub import client
 from zimage_train.models.hub.base import RemoteFile
 from zimage_train.models.locate import DownloadFn, NotDownloadedError
 from zimage_train.report.console import Console
@@ -44,10 +44,10 @@ def required_files(model: ModelSettings, also: str | None) -> dict[tuple[str, st
 
 
 def _search(model: ModelSettings, also: str | None, fetch: DownloadFn) -> list[ZImageTrainError]:
-    errors = list(sources.find_paths(model, fetch).errors)
+    errors = list(locate.find_paths(model, fetch).errors)
     if also is not None:
         with collect_errors(errors):
-            sources.transformer_at(also, "sample.compare_on", fetch)
+            locate.transformer_at(also, "sample.compare_on", fetch)
     return errors
 
 
@@ -66,14 +66,14 @@ def download_models(
     if wait_minutes is not None:
         _wait(found, wait_minutes, console)
     if not found:
-        raise_all(_search(model, also, sources.cached_only))
+        raise_all(_search(model, also, locate.cached_only))
         return ["everything that this reads is on this machine, and nothing of it is from the hub"]
     console.info("\n".join(_table(found)))
-    needed = sum(one.bytes for one in found if hub.cached_path(one) is None)
+    needed = sum(one.bytes for one in found if client.cached_path(one) is None)
     if needed:
-        source = hub.selected_hub()
+        source = client.selected_hub()
         todo = f"free some space, or set {source.CACHE_VARIABLE} to another disk"
-        files.require_free_space(source.cache_folder(), int(needed + SPARE_BYTES), "the downloads", todo)
+        atomic.require_free_space(source.cache_folder(), int(needed + SPARE_BYTES), "the downloads", todo)
     fetcher = _Fetcher(console)
     with console.live_progress():
         errors = _search(model, also, fetcher)
@@ -87,7 +87,7 @@ def _remotes(model: ModelSettings, also: str | None) -> list[RemoteFile]:
     found: list[RemoteFile] = []
     for (repository, revision), patterns in required_files(model, also).items():
         with collect_errors(errors):
-            found += hub.list_files(repository, revision, patterns)
+            found += client.list_files(repository, revision, patterns)
     raise_all(errors)
     return found
 
@@ -96,11 +96,11 @@ def _wait(found: list[RemoteFile], minutes: float, console: Console) -> None:
     """Wait until each of `found` is here. A file is, once it is whole: what is still coming has another name."""
     end = time.monotonic() + minutes * 60
     with console.live_progress():
-        while missing := [one for one in found if hub.cached_path(one) is None]:
+        while missing := [one for one in found if client.cached_path(one) is None]:
             size = format_bytes(sum(one.bytes for one in missing))
             if time.monotonic() >= end:
                 what = f"after {minutes:g} min {len(missing)} of {len(found)} files ({size}) are not here"
-                cache = hub.selected_hub().cache_folder()
+                cache = client.selected_hub().cache_folder()
                 todo = f"is the machine that downloads at work, into the same folder ({cache})?"
                 raise WeightsError(Problem(f"--wait: {missing[0].repository}/{missing[0].path}", what, todo))
             console.progress("waiting for files", len(found) - len(missing), len(found), f"{size} to come")
@@ -115,17 +115,17 @@ class _Fetcher:
         self.whole: set[RemoteFile] = set()
 
     def __call__(self, repository: str, revision: str | None, patterns: list[str]) -> Path:
-        found = hub.list_files(repository, revision, patterns)
+        found = client.list_files(repository, revision, patterns)
         new = [one for one in found if one not in self.whole]
         for number, one in enumerate(new, 1):
-            here = hub.cached_path(one)
+            here = client.cached_path(one)
             if here is None:
                 self._console.progress("downloading", number, len(new), f"{one.path} ({format_bytes(one.bytes)})")
-            path = here or hub.download_file(one)
+            path = here or client.download_file(one)
             self._console.progress("comparing digests", number, len(new), one.path)
-            hub.require_intact(one, path)
+            client.require_intact(one, path)
             self.whole.add(one)
-        return sources.download(repository, revision, patterns)  # which notes what the branch is at
+        return locate.download(repository, revision, patterns)  # which notes what the branch is at
 
 
 def _table(found: Iterable[RemoteFile]) -> list[str]:
@@ -135,7 +135,7 @@ def _table(found: Iterable[RemoteFile]) -> list[str]:
     for one in found:
         key = one.repository, one.path.partition("/")[0]
         whole[key] += one.bytes
-        absent[key] += one.bytes if hub.cached_path(one) is None else 0
+        absent[key] += one.bytes if client.cached_path(one) is None else 0
     lines = []
     for (repository, part), size in whole.items():
         here = "here" if not absent[repository, part] else f"to download: {format_bytes(absent[repository, part])}"

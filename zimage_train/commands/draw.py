@@ -9,23 +9,21 @@ from typing import TypeVar
 import torch
 from PIL.Image import Image
 
-from zimage_train.commands import compare, sample
-from zimage_train.commands import lora_args as given
+from zimage_train.commands import compare, lora_args, sample
 from zimage_train.commands.lora_args import LARGEST_WEIGHT, WeightedLora
 from zimage_train.commands.sample import LoadedModel, SamplingOptions
 from zimage_train.config.schema import ModelSettings
 from zimage_train.diffusion.prompts import PromptSpec
 from zimage_train.diffusion.request import SamplingRequest
 from zimage_train.errors import ConfigError, Problem, WeightsError, ZImageTrainError, collect_errors, raise_all
-from zimage_train.io import atomic as files
+from zimage_train.io import atomic
 from zimage_train.io.headers import read_header
 from zimage_train.lora import arithmetic, swap
 from zimage_train.lora.lora_file import Lora
 from zimage_train.models.arch import TransformerShape
 from zimage_train.models.locate import ModelPaths
-from zimage_train.planning import devices as accelerator
-from zimage_train.report import comparison
-from zimage_train.report import preview_images as pictures
+from zimage_train.planning import devices
+from zimage_train.report import comparison, preview_images
 from zimage_train.report.comparison import MODEL, PICTURES, PROMPT, SAMPLING, Comparison, ComparisonImage, Subject
 from zimage_train.report.console import Console
 from zimage_train.training.run_dir import RunDir
@@ -152,11 +150,11 @@ def draw_grid(wanted: GridSpec, by: str | None, output: Path) -> list[str]:
     Raises:
         ZImageTrainError: a model or a LoRA cannot be used, in whole, or `output` cannot be written to.
     """
-    files.require_writable_folder(output)
+    atomic.require_writable_folder(output)
     axes = [axis for axis in AXES if axis != SAMPLING or wanted.samplings]
     columns = comparison.axis_named(MODEL if by == "variant" else by, axes) if by else wanted.columns
     console = Console()
-    with accelerator.explained_out_of_memory("give a smaller --width and --height"), console.live_progress():
+    with devices.explained_out_of_memory("give a smaller --width and --height"), console.live_progress():
         drawn = _draw_all(wanted, output, console)
     return compare.written(output, _compared(wanted, drawn, columns))
 
@@ -172,7 +170,7 @@ def _draw_all(wanted: GridSpec, output: Path, console: Console) -> list[DrawnIma
     loras: dict[Path, Lora] = {}
     for path in wanted.loras:
         with collect_errors(errors):
-            loras[path] = given.read_weighted_lora(path, *(shape for _, _, shape in ready))
+            loras[path] = lora_args.read_weighted_lora(path, *(shape for _, _, shape in ready))
             console.info(f"{path}: matched {len(loras[path])}/{len(loras[path])} modules")
     raise_all(errors)
     largest = max(loras.values(), key=lambda lora: sum(one.a.numel() + one.b.numel() for one in lora.values()))
@@ -184,7 +182,7 @@ def _draw_all(wanted: GridSpec, output: Path, console: Console) -> list[DrawnIma
             what = f"{applied.path.stem}-{applied.weight:g}" if applied else NO_LORA
             for recipe, image in _images(loaded, wanted.recipes(model), applied, loras, f"{name}, {what}", console):
                 path = output / PICTURES / f"{len(drawn):03d}-{comparison.slug(what)}.png"
-                pictures.save_preview(path, image, recipe, sample.drawn_by(model, [applied] if applied else []))
+                preview_images.save_preview(path, image, recipe, sample.drawn_by(model, [applied] if applied else []))
                 drawn.append(DrawnImage(path, recipe, name, applied))
         del loaded  # before the next one comes
         if torch.cuda.is_available():

@@ -5,21 +5,18 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from zimage_train.commands import compare, sample
-from zimage_train.commands import lora_args as given
+from zimage_train.commands import compare, lora_args, sample
 from zimage_train.commands.lora_args import WeightedLora
 from zimage_train.commands.sample import BatchLimit, LoadedModel, SamplingOptions
 from zimage_train.config.schema import ModelSettings
 from zimage_train.config.variants import VARIANTS
-from zimage_train.diffusion import drift as measuring
+from zimage_train.diffusion import drift
 from zimage_train.diffusion.prompts import PromptSpec
 from zimage_train.diffusion.request import SamplingRequest
-from zimage_train.io import atomic as files
+from zimage_train.io import atomic
 from zimage_train.lora import arithmetic, swap
-from zimage_train.planning import devices as accelerator
-from zimage_train.report import comparison
-from zimage_train.report import preview_images as pictures
-from zimage_train.report import preview_shift as change
+from zimage_train.planning import devices
+from zimage_train.report import comparison, preview_images, preview_shift
 from zimage_train.report.comparison import MODEL, PICTURES, PROMPT, SAMPLING, Comparison, ComparisonImage, Subject
 from zimage_train.report.console import Console
 
@@ -57,7 +54,7 @@ class DriftReport:
     @property
     def deviation(self) -> float:
         """That of the steps which decide, as one number."""
-        return measuring.overall_deviation(self.deviations)
+        return drift.overall_deviation(self.deviations)
 
     @property
     def kept(self) -> float:
@@ -103,7 +100,7 @@ def drift_report(
     Raises:
         ZImageTrainError: the model or a LoRA cannot be used, in whole, or `output` cannot be written to.
     """
-    files.require_writable_folder(output)
+    atomic.require_writable_folder(output)
     recipes = sample.requests_for(asked, model, wishes or [PromptSpec(prompt) for prompt in NEUTRAL])
     turbo = VARIANTS["turbo"]  # what a line of --prompts says of how it is drawn is for other pictures than these
     fast = [
@@ -112,10 +109,10 @@ def drift_report(
     ]
     slow = [replace(recipe, steps=SLOW_STEPS, guidance=SLOW_GUIDANCE) for recipe in fast]
     console = Console()
-    with accelerator.explained_out_of_memory("give a smaller --width and --height"), console.live_progress():
+    with devices.explained_out_of_memory("give a smaller --width and --height"), console.live_progress():
         found, shots = _measured(model, loras, fast, slow, output, console)
     facts = asdict(found) | {"deviation": found.deviation, "kept": found.kept, "gap": found.gap}
-    files.write_json(output / FACTS, facts | {"verdict": found.verdict})
+    atomic.write_json(output / FACTS, facts | {"verdict": found.verdict})
     name = " and ".join(f"{one.path.name}={one.weight:g}" for one in loras)
     said = {"deviation": f"{found.deviation:.3f}", "sharpness kept": f"{found.kept:.0%}", "verdict": found.verdict}
     shown = Comparison(
@@ -138,22 +135,22 @@ def _measured(
     out: Console,
 ) -> tuple[DriftReport, list[ComparisonImage]]:
     located, shape = sample.locate_model(model)
-    read = [(given.read_weighted_lora(one.path, shape), one.weight) for one in loras]
+    read = [(lora_args.read_weighted_lora(one.path, shape), one.weight) for one in loras]
     for one, (lora, _) in zip(loras, read, strict=True):
-        out.info(given.matched(one, lora))
+        out.info(lora_args.matched(one, lora))
     stacked = arithmetic.stack_loras(read)
     loaded = sample.load_model(model, located, shape, stacked, [*fast, *slow], out, BatchLimit())
     bare = loaded.frozen.model
-    walked = measuring.record_trajectories(
+    walked = drift.record_trajectories(
         bare, fast, loaded.embeds, lambda done, total: out.progress("Turbo's own way", done, total)
     )
     shots = _drawn(loaded, fast + slow, TURBO, sample.drawn_by(model, []), output, out)
     with swap.with_lora(bare, stacked):
-        found = measuring.deviations(
+        found = drift.deviations(
             bare, walked, loaded.embeds, lambda done, total: out.progress("the LoRA beside it", done, total)
         )
         shots += _drawn(loaded, fast + slow, "with the LoRA", sample.drawn_by(model, list(loras)), output, out)
-    sharp = [change.sharpness(shot.path) for shot in shots]
+    sharp = [preview_shift.sharpness(shot.path) for shot in shots]
     each = [statistics.fmean(sharp[at : at + len(fast)]) for at in range(0, len(sharp), len(fast))]
     return DriftReport(walked[0].sigmas[:-1], found, *each), shots
 
@@ -165,7 +162,7 @@ def _drawn(
     shots: list[ComparisonImage] = []
     for number, (image, recipe) in enumerate(zip(images, recipes, strict=True)):
         path = output / PICTURES / f"{comparison.slug(who)}-{number:02d}.png"
-        pictures.save_preview(path, image, recipe, drawn_by)
+        preview_images.save_preview(path, image, recipe, drawn_by)
         values = {MODEL: who, SAMPLING: comparison.sampled(recipe), PROMPT: recipe.prompt or comparison.EMPTY}
         shots.append(ComparisonImage(path, recipe, values))
     return shots

@@ -8,19 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from zimage_train import mini
-from zimage_train.config import load as reading
-from zimage_train.config import templates as recipes
+from zimage_train.config import load, templates
 from zimage_train.config.dataset import DataEntry
 from zimage_train.config.templates import SUBJECT_KINDS, TemplateValues
-from zimage_train.dataset import scan as folders
 from zimage_train.dataset.image_index import Tick
 from zimage_train.dataset.images import EXTENSIONS
-from zimage_train.dataset.scan import ImageRecord
+from zimage_train.dataset.scan import KOHYA_FOLDER, MASK_FOLDER, ImageRecord, kohya_names, scan_entry
 from zimage_train.errors import ConfigError, Problem, ZImageTrainError, raise_all
-from zimage_train.io import atomic as files
+from zimage_train.io import atomic
 from zimage_train.models.locate import cached_only
-from zimage_train.planning import forecast, preflight
-from zimage_train.planning import gpus as cards
+from zimage_train.planning import forecast, gpus, preflight
 
 RESOLUTIONS = (512, 768, 1024)
 FILLS = 0.9
@@ -74,12 +71,12 @@ def summarize_folder(folder: Path, tick: Tick) -> FolderSummary:
     """
     mask = _mask_folder(folder)
     # Placeholders in captions stand for a trigger that is yet to be chosen.
-    scan = folders.scan_entry(DataEntry(folder=str(folder), trigger="any", mask=mask), "FOLDER", tick=tick)
+    scan = scan_entry(DataEntry(folder=str(folder), trigger="any", mask=mask), "FOLDER", tick=tick)
     if not scan.pictures:
         raise_all(scan.errors)
     problems = [problem for error in scan.errors for problem in error.problems]
     own = [picture.raw_captions[0] for picture in scan.pictures if picture.raw_captions]
-    kohya = folders.kohya_names([picture.path for picture in scan.pictures], folder)
+    kohya = kohya_names([picture.path for picture in scan.pictures], folder)
     unsaid = ("no caption of their own", *(["by_folder"] if kohya else []))
     notes = [note for note in scan.notes if not any(text in note for text in unsaid)]
     return FolderSummary(str(folder), scan.pictures, own, notes, problems, tuple(kohya), mask)
@@ -91,7 +88,7 @@ def _mask_folder(folder: Path) -> str | None:
         return None
     stems = {path.stem for path in folder.iterdir() if path.suffix.lower() in EXTENSIONS}
     for path in sorted(folder.iterdir()):
-        if folders.MASK_FOLDER.fullmatch(path.name) and path.is_dir():
+        if MASK_FOLDER.fullmatch(path.name) and path.is_dir():
             names = [one.stem for one in path.iterdir() if one.suffix.lower() in EXTENSIONS]
             return str(path) if names and stems.issuperset(names) else None
     return None
@@ -194,22 +191,22 @@ def require_place(path: Path, force: bool) -> None:
         raise ConfigError(Problem(str(path), "exists", todo))
 
 
-def why_not(option: str, value: str) -> str | None:
+def answer_error(option: str, value: str) -> str | None:
     """Why no config can have this trigger or name, or None."""
     document = {"name": "x", "data": [{"folder": "x", "trigger": "x"}]}
     if option == "--name":
         document["name"] = value
     else:
         document["data"] = [{"folder": "x", "trigger": value}]
-    _, problems = reading.validate_config(document, lambda key_path: option)
+    _, problems = load.validate_config(document, lambda key_path: option)
     return "; ".join(filter(None, (problems[0].message, problems[0].hint))) if problems else None
 
 
 def write_config_file(path: Path, own: TemplateValues, answers: Answers, problems: Sequence[Problem]) -> list[str]:
     """Write the config, and say what a run of it takes, what is to be mended beside `problems`, and how to start it."""
-    text = recipes.render_template(answers.variant, answers.kind, own)
-    config = reading.load_document(path, reading.parse(path, text), [])
-    files.write_text(path, text)
+    text = templates.render_template(answers.variant, answers.kind, own)
+    config = load.load_document(path, load.parse(path, text), [])
+    atomic.write_text(path, text)
     lines, bad = [f"wrote {path}"], list(problems)
     if (run := Path(config.output_dir) / config.name).exists():
         lines.append(f"{run} is there: training goes on in it if it is the same, and --name gives another")
@@ -230,7 +227,7 @@ def name_of(folder: Path, output: Path | None) -> str:
     """A run's name from that of its config or its pictures: signs that every file system takes."""
     if output is not None:
         return re.sub(r"-(?=\d+$)", "_", _plain(output.stem)) or "my_lora"
-    match = folders.KOHYA_FOLDER.fullmatch(folder.resolve().name)
+    match = KOHYA_FOLDER.fullmatch(folder.resolve().name)
     return f"{_plain(match[2] if match else folder.resolve().name) or 'my'}_lora"
 
 
@@ -247,8 +244,8 @@ def are_tags(captions: Sequence[str]) -> bool:
 
 def local_gpu() -> str | None:
     """The name of this machine's card, if it is one of those that are known."""
-    found = cards.detect_gpu()
-    card = cards.find_gpu(found.name) if found else None
+    found = gpus.detect_gpu()
+    card = gpus.find_gpu(found.name) if found else None
     return card.name if card else None
 
 

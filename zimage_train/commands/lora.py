@@ -6,15 +6,10 @@ from pathlib import Path
 
 from zimage_train import mini
 from zimage_train.errors import ConfigError, Problem, WeightsError
-from zimage_train.lora import arithmetic
-from zimage_train.lora import inspect as anatomy
-from zimage_train.lora import lora_file as files
-from zimage_train.lora import scale_rules as rules
-from zimage_train.lora import targets as names
-from zimage_train.lora import verify as loaders
+from zimage_train.lora import arithmetic, inspect, lora_file, scale_rules, targets, verify
 from zimage_train.lora.inspect import LoraSummary
 from zimage_train.lora.lora_file import Lora
-from zimage_train.models import locate as sources
+from zimage_train.models import locate
 from zimage_train.models.arch import TransformerShape
 from zimage_train.report import heatmap
 
@@ -29,11 +24,11 @@ def verify_file(path: Path, model: str | None) -> list[str]:
     Raises:
         WeightsError: says who would load what.
     """
-    found = anatomy.summarize_lora(path)
-    lora = files.read_lora(path)
+    found = inspect.summarize_lora(path)
+    lora = lora_file.read_lora(path)
     shape, name = _held_against(lora, model)
     try:
-        files.require_modules(path, lora, shape.linears)
+        lora_file.require_modules(path, lora, shape.linears)
     except WeightsError as error:
         todo = "is the LoRA of another size? give --model" if model is None else "is it the right model?"
         raise WeightsError(
@@ -44,7 +39,7 @@ def verify_file(path: Path, model: str | None) -> list[str]:
         what = f"holds {', '.join(other)} tensors, with which diffusers cannot compute"
         raise WeightsError(Problem(str(path), what, "save it as bf16 or fp32"))
     precision = "fp32" if set(found.dtypes) == {"F32"} else "bf16"
-    error = loaders.verify_export(path, lora, precision, shape.linears)
+    error = verify.verify_export(path, lora, precision, shape.linears)
     count = f"{len(lora)}/{len(lora)}"
     still = [module for module, norm in found.energy.items() if norm == 0.0]
     lines = [
@@ -60,9 +55,9 @@ def verify_file(path: Path, model: str | None) -> list[str]:
 def _held_against(lora: Lora, model: str | None) -> tuple[TransformerShape, str]:
     """The shape of `model` and its name; without one the 6 B models', unless the miniature's fits."""
     if model is not None:
-        located = sources.transformer_at(model, "--model", sources.cached_only)
-        return sources.transformer_tensors(located)[0], model
-    miniature = sources.transformer_tensors(mini.TURBO / "transformer")[0]
+        located = locate.transformer_at(model, "--model", locate.cached_only)
+        return locate.transformer_tensors(located)[0], model
+    miniature = locate.transformer_tensors(mini.TURBO / "transformer")[0]
     sizes = {module: (one.b.shape[0], one.a.shape[1]) for module, one in lora.items()}
     fits = all(miniature.linears.get(module) == size for module, size in sizes.items())
     return (miniature, "the miniature") if fits else (TransformerShape(), "Z-Image (6 B)")
@@ -76,8 +71,8 @@ def inspect_file(path: Path, picture: Path | None) -> list[str]:
         DiskError: the picture cannot be written.
     """
     require_picture(picture)
-    found = anatomy.summarize_lora(path)
-    rows, columns, values = names.modules_table(found.energy)
+    found = inspect.summarize_lora(path)
+    rows, columns, values = targets.modules_table(found.energy)
     total = sum(norm**2 for norm in found.energy.values())
     lines = [*describe_lora(path, found), "", "norm of each change, and each block's share of the energy:"]
     lines.append(f"{'':20}" + "".join(f"{column:>9}" for column in columns) + f"{'share':>9}")
@@ -102,15 +97,15 @@ def diff_files(one: Path, other: Path, picture: Path | None) -> list[str]:
         DiskError: the picture cannot be written.
     """
     require_picture(picture)
-    first, second = files.read_lora(one), files.read_lora(other)
+    first, second = lora_file.read_lora(one), lora_file.read_lora(other)
     both = [module for module in first if module in second]
     shared = [
         module
         for module in both
         if arithmetic.frobenius_norm(first[module]) == arithmetic.frobenius_norm(second[module])
     ]
-    products = {module: anatomy.product(first[module], second[module]) for module in shared}
-    norms = [{module: anatomy.norm(factors) for module, factors in lora.items()} for lora in (first, second)]
+    products = {module: inspect.product(first[module], second[module]) for module in shared}
+    norms = [{module: inspect.norm(factors) for module, factors in lora.items()} for lora in (first, second)]
     lines = [
         f"{path}: {len(norm)} modules, norm {_total(norm):.4g}" for path, norm in zip((one, other), norms, strict=True)
     ]
@@ -122,7 +117,7 @@ def diff_files(one: Path, other: Path, picture: Path | None) -> list[str]:
     if not shared:
         return [*lines, "they have no module in common"]
     cosines = {m: products[m] / (norms[0][m] * norms[1][m]) for m in shared if norms[0][m] > 0 and norms[1][m] > 0}
-    apart = math.sqrt(math.fsum(loaders.difference(first[m], second[m]) ** 2 for m in shared))
+    apart = math.sqrt(math.fsum(verify.difference(first[m], second[m]) ** 2 for m in shared))
     whole = [_total({m: norm[m] for m in shared}) for norm in norms]
     cosine = math.fsum(products.values()) / (whole[0] * whole[1]) if whole[0] * whole[1] > 0 else 0.0
     lines += [
@@ -130,10 +125,10 @@ def diff_files(one: Path, other: Path, picture: Path | None) -> list[str]:
         f"|B| / |A| = {whole[1] / whole[0] if whole[0] > 0 else math.inf:.3g}, cosine {cosine:.3f}",
         "",
         "cosine of each module's change (1: the same direction, 0: unrelated, -1: opposite):",
-        *rules.table(cosines),
+        *scale_rules.table(cosines),
     ]
     if picture is not None:
-        rows, columns, values = names.modules_table(cosines)
+        rows, columns, values = targets.modules_table(cosines)
         heatmap.save_heatmap(picture, f"cosine, {one.name} and {other.name}", rows, columns, values, 1.0)
         lines.append(f"heat map: {picture}")
     return lines

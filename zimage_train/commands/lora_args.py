@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from zimage_train.errors import ConfigError, Problem
-from zimage_train.lora import lora_file as files
+from zimage_train.lora import lora_file
 from zimage_train.lora.lora_file import Lora
-from zimage_train.models import locate as sources
+from zimage_train.models import locate
 from zimage_train.models.arch import TransformerShape
 
 LARGEST_WEIGHT = 100.0
@@ -46,10 +46,10 @@ def read_weighted_lora(name: Path, *shapes: TransformerShape) -> Lora:
     Raises:
         WeightsError: it does not, is no LoRA, or is not to be had.
     """
-    path = name if name.is_file() else sources.lora_at(name.as_posix(), "--lora")
-    lora = files.read_lora(path)
+    path = name if name.is_file() else locate.lora_at(name.as_posix(), "--lora")
+    lora = lora_file.read_lora(path)
     for shape in shapes:
-        files.require_modules(path, lora, shape.linears)
+        lora_file.require_modules(path, lora, shape.linears)
     return lora
 
 

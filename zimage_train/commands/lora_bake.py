@@ -8,19 +8,16 @@ from pathlib import Path
 
 import torch
 
-from zimage_train.commands import lora_args as given
-from zimage_train.commands import lora_edit as workbench
+from zimage_train.commands import lora_args, lora_edit
 from zimage_train.commands.lora_args import WeightedLora
 from zimage_train.commands.lora_edit import OutputFile
 from zimage_train.errors import ConfigError, Problem, WeightsError
-from zimage_train.io import atomic as files
-from zimage_train.io import tensorfile
+from zimage_train.io import atomic, tensorfile
 from zimage_train.io.headers import ITEM_BYTES
 from zimage_train.io.units import format_bytes
-from zimage_train.lora import arithmetic, metadata
-from zimage_train.lora import bake as checkpoints
+from zimage_train.lora import arithmetic, bake, metadata
 from zimage_train.lora.targets import count_by_group
-from zimage_train.models import locate as sources
+from zimage_train.models import locate
 from zimage_train.report.console import Console
 
 TARGETS = ("comfyui", "diffusers")
@@ -45,20 +42,22 @@ def bake_command(
         raise ConfigError(Problem(f"-o {path}", "is a file name", "diffusers takes a folder"))
     if dtype not in (None, *tensorfile.TORCH_DTYPES):
         raise ConfigError(Problem("--dtype", f"is {dtype!r}", "give bf16 or fp32"))
-    workbench.require_free(path, force, [one.path for one in loras])
+    lora_edit.require_free(path, force, [one.path for one in loras])
     console = Console()
-    source = sources.transformer_at(model, "MODEL")
-    workbench.require_free(path, force, [source])
-    shape, tensors = sources.transformer_tensors(source)
-    read = [(given.read_weighted_lora(one.path, shape), one.weight) for one in loras]
+    source = locate.transformer_at(model, "MODEL")
+    lora_edit.require_free(path, force, [source])
+    shape, tensors = locate.transformer_tensors(source)
+    read = [(lora_args.read_weighted_lora(one.path, shape), one.weight) for one in loras]
     for one, (lora, _) in zip(loras, read, strict=True):
-        console.info(given.matched(one, lora))
+        console.info(lora_args.matched(one, lora))
     kind = tensorfile.DTYPE_NAMES[tensorfile.TORCH_DTYPES[dtype]] if dtype else None
     size = sum(math.prod(info.shape) * ITEM_BYTES[kind or info.dtype] for info in tensors.values())
-    files.require_free_space(path.parent, size, f"{source.name} with a LoRA", "free some space, or choose another disk")
-    facts = [workbench.facts_of(one.path, weight=one.weight) for one in loras]
+    atomic.require_free_space(
+        path.parent, size, f"{source.name} with a LoRA", "free some space, or choose another disk"
+    )
+    facts = [lora_edit.facts_of(one.path, weight=one.weight) for one in loras]
     with console.live_progress():
-        baked = checkpoints.bake_checkpoint(
+        baked = bake.bake_checkpoint(
             source,
             arithmetic.stack_loras(read),
             target == "comfyui",
@@ -84,14 +83,14 @@ def extract_command(tuned: str, base: str, rank: int | None, energy: float, outp
         WeightsError: one is no Z-Image transformer, they differ in shape, or in nothing.
     """
     output.require_free()
-    new, old = sources.transformer_at(tuned, "TUNED"), sources.transformer_at(base, "BASE")
+    new, old = locate.transformer_at(tuned, "TUNED"), locate.transformer_at(base, "BASE")
     output.require_free(new, old)
     console, device = Console(), torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with console.live_progress():
-        found = checkpoints.extract_lora(new, old, rank, energy, device, partial(console.progress, "comparing"))
+        found = bake.extract_lora(new, old, rank, energy, device, partial(console.progress, "comparing"))
     if not found.lora:
         raise WeightsError(Problem(tuned, f"has the linear weights of {base}", "there is nothing to extract"))
-    lora = {name: workbench.on_cpu(factors) for name, factors in found.lora.items()}
+    lora = {name: lora_edit.on_cpu(factors) for name, factors in found.lora.items()}
     facts = {"rank": rank, "energy": energy, "tuned": Path(tuned).name, "base": Path(base).name}
     made = metadata.edited_metadata(
         "extract", [{"ss_base_model_version": "zimage"}], facts, [one.rank for one in lora.values()]
@@ -101,4 +100,4 @@ def extract_command(tuned: str, base: str, rank: int | None, energy: float, outp
     if found.others:
         what = f"{len(found.others)} other tensors differ too, such as {found.others[0]}"
         lines.append(f"note: {what}, which no LoRA can hold")
-    return [*lines, *workbench.written(lora, output, made)]
+    return [*lines, *lora_edit.written(lora, output, made)]

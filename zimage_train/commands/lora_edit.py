@@ -14,17 +14,10 @@ import torch
 
 from zimage_train.commands import compare
 from zimage_train.errors import ConfigError, Problem, WeightsError, ZImageTrainError, collect_errors, raise_all
-from zimage_train.io import atomic as files
-from zimage_train.io import tensorfile
+from zimage_train.io import atomic, tensorfile
 from zimage_train.io.headers import read_header
 from zimage_train.io.units import format_bytes
-from zimage_train.lora import arithmetic, keys, metadata
-from zimage_train.lora import formats as layouts
-from zimage_train.lora import inspect as anatomy
-from zimage_train.lora import lora_file as lora_files
-from zimage_train.lora import scale_rules as rules
-from zimage_train.lora import targets as names
-from zimage_train.lora import verify as loaders
+from zimage_train.lora import arithmetic, formats, inspect, keys, lora_file, metadata, scale_rules, targets, verify
 from zimage_train.lora.lora_file import Factors, Lora
 from zimage_train.lora.scale_rules import ScaleRule
 from zimage_train.report.console import Console
@@ -60,7 +53,7 @@ def require_free(path: Path, force: bool, inputs: Sequence[Path]) -> None:
     if os.path.lexists(path) and (path.is_dir() or not force):
         todo = "give another name" if path.is_dir() else "give another name, or --force"
         raise ConfigError(Problem(f"-o {path}", "exists", todo))
-    files.require_writable_folder(path.parent)
+    atomic.require_writable_folder(path.parent)
 
 
 @dataclass(frozen=True)
@@ -91,24 +84,24 @@ def read(*paths: Path) -> list[LoraSource]:
     found: list[LoraSource] = []
     for path in paths:
         with collect_errors(errors):
-            found.append(LoraSource(path, lora_files.read_lora(path), read_header(path).metadata))
+            found.append(LoraSource(path, lora_file.read_lora(path), read_header(path).metadata))
     raise_all(errors)
     return found
 
 
 def written(lora: Lora, output: OutputFile, made: Mapping[str, str]) -> list[str]:
     """Write `lora`, and say what the file is and what rounding has cost."""
-    narrowest = lora_files.narrowest_dtype(lora)
+    narrowest = lora_file.narrowest_dtype(lora)
     dtype = narrowest if output.dtype == "auto" else output.dtype
-    short = lora_files.round_to_dtype(lora, "bf16")
-    error = 0.0 if narrowest == "bf16" else max(loaders.distance(lora[name], short[name]) for name in lora)
+    short = lora_file.round_to_dtype(lora, "bf16")
+    error = 0.0 if narrowest == "bf16" else max(verify.distance(lora[name], short[name]) for name in lora)
     said = "which holds it to the bit" if dtype == narrowest == "bf16" else f"rounded by up to {error:.1e} of a change"
     if dtype == "fp32":
         said = f"since bf16 would round by up to {error:.1e} of a change" if error else "though bf16 would hold it too"
-    norm = math.sqrt(math.fsum(anatomy.norm(factors) ** 2 for factors in lora.values()))
+    norm = math.sqrt(math.fsum(inspect.norm(factors) ** 2 for factors in lora.values()))
     if norm == 0:
         raise ConfigError(Problem(str(output.path), "would change nothing: all its changes are 0", "nothing written"))
-    lora_files.export_lora(output.path, lora, dtype, made)
+    lora_file.export_lora(output.path, lora, dtype, made)
     what = f"{len(lora)} modules, rank {rank_said(lora)}, norm {norm:.4g}"
     return [f"{output.path}: {what}, {format_bytes(output.path.stat().st_size)} in {dtype}, {said}"]
 
@@ -124,14 +117,14 @@ def weight(path: Path, texts: Sequence[str], output: OutputFile | None) -> list[
         ConfigError: a rule is none, or none of them names a module of the file.
         WeightsError: the file is no plain LoRA.
     """
-    scales = rules.parse_rules(texts)
+    scales = scale_rules.parse_rules(texts)
     if output is not None:
         output.require_free(path)
     source = read(path)[0]
     lines = unmet([(rule, [source]) for rule in scales])
-    factors = rules.module_weights(scales, source.lora)
+    factors = scale_rules.module_weights(scales, source.lora)
     if output is None:
-        return [*lines, *rules.table(factors)]
+        return [*lines, *scale_rules.table(factors)]
     scaled = arithmetic.sum_loras([(source.lora, factors)])
     if not scaled:
         raise ConfigError(Problem("lora weight", "every factor is 0, so nothing is left", "keep a module"))
@@ -229,21 +222,21 @@ def convert(path: Path, target: str, output: OutputFile) -> list[str]:
         ConfigError: there is no such layout.
         WeightsError: the file is none of them, or the layout has no place for it.
     """
-    if target not in layouts.LAYOUTS:
-        raise ConfigError(Problem("--to", f"is {target!r}", f"give one of {', '.join(layouts.LAYOUTS)}"))
+    if target not in formats.LAYOUTS:
+        raise ConfigError(Problem("--to", f"is {target!r}", f"give one of {', '.join(formats.LAYOUTS)}"))
     output.require_free(path)
-    changes, found = lora_files.read_changes(path)
-    tensors, made = layouts.to_layout(path, changes, found, target)
+    changes, found = lora_file.read_changes(path)
+    tensors, made = formats.to_layout(path, changes, found, target)
     if output.dtype != "auto":
         kind = tensorfile.TORCH_DTYPES[output.dtype]
         tensors = {key: one if key.endswith(".alpha") else one.to(kind) for key, one in tensors.items()}
     tensorfile.save(output.path, tensors, made)
-    kinds = ", ".join(sorted({str(lora_files.kind_of(change)) for change in changes.values()}))
+    kinds = ", ".join(sorted({str(lora_file.kind_of(change)) for change in changes.values()}))
     size = format_bytes(output.path.stat().st_size)
     return [
         f"{path}: {keys.layout_of(read_header(path).tensors)}",
         f"{output.path}: {keys.layout_of(tensors)}, {kinds}, {len(changes)} modules, {size}",
-        f"read by {layouts.LAYOUTS[target].reader}",
+        f"read by {formats.LAYOUTS[target].reader}",
     ]
 
 
@@ -273,7 +266,9 @@ def each(
 def unmet(scales: Sequence[tuple[ScaleRule, Sequence[LoraSource]]]) -> list[str]:
     """What rules name nothing in any file that they are for; where none names anything, that is a mistake."""
     lost = [
-        (rule, sources) for rule, sources in scales if all(rules.unmatched_rules([rule], one.lora) for one in sources)
+        (rule, sources)
+        for rule, sources in scales
+        if all(scale_rules.unmatched_rules([rule], one.lora) for one in sources)
     ]
     if scales and len(lost) == len(scales):
         source = scales[0][1][0]
@@ -283,7 +278,7 @@ def unmet(scales: Sequence[tuple[ScaleRule, Sequence[LoraSource]]]) -> list[str]
 
 
 def _components(lora: Lora) -> list[str]:
-    blocks, components, _ = names.modules_table(dict.fromkeys(lora, 1.0))
+    blocks, components, _ = targets.modules_table(dict.fromkeys(lora, 1.0))
     return [f"{blocks[0]} to {blocks[-1]}", *components]
 
 

@@ -5,12 +5,11 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from zimage_train.commands import lora_edit as workbench
+from zimage_train.commands import lora_edit
 from zimage_train.commands.lora_args import WeightedLora
 from zimage_train.commands.lora_edit import OutputFile
 from zimage_train.errors import ConfigError, Problem, ZImageTrainError, collect_errors, raise_all
-from zimage_train.lora import arithmetic, blending, metadata
-from zimage_train.lora import scale_rules as rules
+from zimage_train.lora import arithmetic, blending, metadata, scale_rules
 from zimage_train.lora.lora_file import Factors, Lora
 from zimage_train.lora.scale_rules import ScaleRule
 
@@ -66,17 +65,17 @@ def merge_files(
     scales = _rules_by_file(texts, len(inputs))
     if output is not None:
         output.require_free(*(one.path for one in inputs))
-    sources = workbench.read(*(one.path for one in inputs))
+    sources = lora_edit.read(*(one.path for one in inputs))
     ratios = _normalized([one.weight for one in inputs]) if normalize else [one.weight for one in inputs]
-    lines = workbench.unmet([(rule, [sources[i] for i in numbers]) for rule, numbers in scales])
+    lines = lora_edit.unmet([(rule, [sources[i] for i in numbers]) for rule, numbers in scales])
     of_file = [[rule for rule, numbers in scales if number in numbers] for number in range(len(sources))]
     factors = [
-        {module: ratio * factor for module, factor in rules.module_weights(rules_, source.lora).items()}
+        {module: ratio * factor for module, factor in scale_rules.module_weights(rules_, source.lora).items()}
         for ratio, rules_, source in zip(ratios, of_file, sources, strict=True)
     ]
     if output is None:
         for source, ratio, one in zip(sources, ratios, factors, strict=True):
-            lines += [f"{source.path}: ratio {ratio:g}", *rules.table(one)]
+            lines += [f"{source.path}: ratio {ratio:g}", *scale_rules.table(one)]
         return lines
     parts = [(source.lora, one) for source, one in zip(sources, factors, strict=True)]
     merged = arithmetic.sum_loras(parts)  # also says what does not fit together
@@ -84,18 +83,18 @@ def merge_files(
         raise ConfigError(Problem("lora merge", "every ratio is 0, so nothing is left", "give one that is not"))
     if method.name is not None:
         merged, kept = _blended(parts, method, output)
-        lines.append(f"{method.name} with density {method.density:g}, then rank {workbench.rank_said(merged)}: {kept}")
+        lines.append(f"{method.name} with density {method.density:g}, then rank {lora_edit.rank_said(merged)}: {kept}")
     elif method.rank is not None or method.energy is not None:
-        merged, kept = workbench.reduced(merged, method.rank, 1.0 if method.energy is None else method.energy, output)
-        lines.append(f"rank {workbench.rank_said(merged)}: {kept}")
+        merged, kept = lora_edit.reduced(merged, method.rank, 1.0 if method.energy is None else method.energy, output)
+        lines.append(f"rank {lora_edit.rank_said(merged)}: {kept}")
     facts = {"method": method.name or "sum", "rank": method.rank, "energy": method.energy, "normalize": normalize}
     facts |= {"density": method.density, "seed": method.seed} if method.name else {}
     facts["from"] = [
         source.facts(ratio=ratio, scale=[rule.text for rule in rules_])
         for source, ratio, rules_ in zip(sources, ratios, of_file, strict=True)
     ]
-    made = metadata.edited_metadata("merge", [source.metadata for source in sources], facts, workbench.ranks_of(merged))
-    return [*lines, *workbench.written(merged, output, made)]
+    made = metadata.edited_metadata("merge", [source.metadata for source in sources], facts, lora_edit.ranks_of(merged))
+    return [*lines, *lora_edit.written(merged, output, made)]
 
 
 def _blended(
@@ -112,7 +111,7 @@ def _blended(
         rank = method.rank if method.rank or method.energy is not None else sum(one.rank for one, _ in there)
         return arithmetic.factorize(dense, rank, 1.0 if method.energy is None else method.energy, name)
 
-    return workbench.each(modules, output, blend)
+    return lora_edit.each(modules, output, blend)
 
 
 def _rules_by_file(texts: Sequence[str], count: int) -> list[tuple[ScaleRule, list[int]]]:
@@ -125,7 +124,7 @@ def _rules_by_file(texts: Sequence[str], count: int) -> list[tuple[ScaleRule, li
             if match and not 1 <= int(match[1]) <= count:
                 what = f"is for file {match[1]}, and there are {count}"
                 raise ConfigError(Problem(f"--scale {text}", what, "the first file is 1"))
-            rule = rules.parse_rule(match[2] if match else text)
+            rule = scale_rules.parse_rule(match[2] if match else text)
             found.append((rule, [int(match[1]) - 1] if match else list(range(count))))
     raise_all(errors)
     return found

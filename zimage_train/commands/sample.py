@@ -16,28 +16,27 @@ from PIL.Image import Image
 from pydantic import ValidationError
 from torch import Tensor
 
-from zimage_train.commands import lora_args as given
+from zimage_train.commands import lora_args
 from zimage_train.commands.lora_args import WeightedLora
 from zimage_train.config.schema import Config, ModelSettings
 from zimage_train.config.variants import VARIANTS
-from zimage_train.dataset import encode as encoding
+from zimage_train.dataset.encode import prompt_encoder
 from zimage_train.diffusion.frozen import FrozenTransformer, load_frozen
 from zimage_train.diffusion.prompts import PromptSpec
 from zimage_train.diffusion.render import Tick, batches, render_images
 from zimage_train.diffusion.request import SamplingRequest, preview_requests, prompts_to_encode
 from zimage_train.errors import ConfigError, Problem, WeightsError, ZImageTrainError, collect_errors, raise_all
-from zimage_train.io import atomic as files
+from zimage_train.io import atomic
 from zimage_train.io.units import format_bytes
 from zimage_train.lora import arithmetic, swap
 from zimage_train.lora.lora_file import Lora
-from zimage_train.models import locate as sources
+from zimage_train.models import locate
 from zimage_train.models.arch import TransformerShape
 from zimage_train.models.locate import ModelPaths
-from zimage_train.planning import devices as accelerator
-from zimage_train.planning import planner, preflight
+from zimage_train.planning import devices, planner, preflight
 from zimage_train.planning.memory import WeightPlacement, Workload
 from zimage_train.planning.planner import PlanConstraints
-from zimage_train.report import preview_images as pictures
+from zimage_train.report import preview_images
 from zimage_train.report.console import Console
 from zimage_train.training import distributed
 
@@ -79,7 +78,7 @@ def sample_images(
     Raises:
         ZImageTrainError: the model or a LoRA cannot be used, in whole, or `output` cannot be written to.
     """
-    with accelerator.explained_out_of_memory("give a smaller --width, --height or --batch"):
+    with devices.explained_out_of_memory("give a smaller --width, --height or --batch"):
         _sample(model, loras, recipes, room, output)
 
 
@@ -87,11 +86,11 @@ def _sample(
     model: ModelSettings, loras: list[WeightedLora], recipes: list[SamplingRequest], room: BatchLimit, output: Path
 ) -> None:
     console = Console()
-    files.require_writable_folder(output)
+    atomic.require_writable_folder(output)
     found, shape = locate_model(model)
-    read = [(given.read_weighted_lora(one.path, shape), one.weight) for one in loras]
+    read = [(lora_args.read_weighted_lora(one.path, shape), one.weight) for one in loras]
     for one, (lora, _) in zip(loras, read, strict=True):
-        console.info(given.matched(one, lora))
+        console.info(lora_args.matched(one, lora))
     stacked = arithmetic.stack_loras(read)
     loaded = load_model(model, found, shape, stacked, recipes, console, room)
     many = AT_ONCE_IN_MEMORY * room.at_once
@@ -102,7 +101,7 @@ def _sample(
             images = loaded.draw(some, partial(console.progress, what), room.at_once)
             for image, recipe in zip(images, some, strict=True):
                 path = _free_path(output, recipe.seed)
-                pictures.save_preview(path, image, recipe, drawn_by(model, loras))
+                preview_images.save_preview(path, image, recipe, drawn_by(model, loras))
                 console.info(f"{path}  {recipe.summary()}")
 
 
@@ -126,10 +125,10 @@ def locate_model(model: ModelSettings) -> tuple[ModelPaths, TransformerShape]:
         WeightsError: a part of it is not to be had, or is something else.
     """
     try:
-        found = sources.locate(model.model_copy(update={"adapter": None}))
+        found = locate.locate(model.model_copy(update={"adapter": None}))
     except WeightsError as error:
         raise type(error)(*map(_as_options, error.problems)) from None
-    return found, sources.transformer_tensors(found.transformer)[0]
+    return found, locate.transformer_tensors(found.transformer)[0]
 
 
 def _as_options(problem: Problem) -> Problem:
@@ -157,7 +156,7 @@ def load_model(
     """
     device = distributed.init().device
     form = _form(shape, model, largest, recipes, device, room)
-    encode = encoding.prompt_encoder(found.extras, device, model.dtype)
+    encode = prompt_encoder(found.extras, device, model.dtype)
     embeds = dict(encode(prompts_to_encode(recipes), lambda done, total: None))
     del encode
     if form.streamed:
@@ -204,7 +203,7 @@ def _request(fields: Mapping[str, Any]) -> SamplingRequest:
 
 def said_of(drawn: list[Path]) -> list[str]:
     """What drew each of the pictures, which their recipes do not hold: model and LoRAs are given anew."""
-    known = ((path, pictures.drawn_by(path)) for path in drawn)
+    known = ((path, preview_images.drawn_by(path)) for path in drawn)
     return [
         f"{path} was drawn by {text}; this command uses the model and the --lora given to it"
         for path, text in known
@@ -218,7 +217,7 @@ def requests_of(asked: SamplingOptions, drawn: list[Path]) -> list[SamplingReque
     Raises:
         DataError: a picture was not made by this trainer.
     """
-    return [_request(asdict(pictures.request_of(path)) | asked.given()) for path in drawn]
+    return [_request(asdict(preview_images.request_of(path)) | asked.given()) for path in drawn]
 
 
 def command_for(config: Config, lora: Path) -> str:
@@ -258,7 +257,7 @@ def _form(
     room: BatchLimit,
 ) -> WeightPlacement:
     """How the model fits the device while `recipes` are drawn; the LoRA is taken for a trained one, to be safe."""
-    here = accelerator.device_limits(device)
+    here = devices.device_limits(device)
     job = Workload(
         shape=shape,
         dtype=model.dtype,

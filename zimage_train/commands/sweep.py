@@ -14,8 +14,7 @@ from zimage_train.commands.train import check_for_training, run_training
 from zimage_train.config.load import flatten_keys
 from zimage_train.errors import DataError, Problem, Stopped, WorkerLostError, ZImageTrainError
 from zimage_train.report.console import Console
-from zimage_train.training import distributed
-from zimage_train.training import run_dir as run_folder
+from zimage_train.training import distributed, run_dir
 from zimage_train.training.distributed import World
 from zimage_train.training.signals import StopRequest, stop_on_signals
 
@@ -29,7 +28,7 @@ def run_sweep(runs: Sequence[SweepRun], fresh: bool, allow: tuple[str, ...] = ()
         RunsFailed: some of them failed; the exit code of the first.
         ZImageTrainError: anything else a user can act on.
     """
-    run_folder.require_allowable(allow)
+    run_dir.require_allowable(allow)
     world = distributed.init()
     console = Console(world.is_main)
     by_label = {run.label: run for run in runs}
@@ -79,7 +78,7 @@ def _train_all(
 def _conclude(finished: list[SweepRun], failures: Mapping[str, RunsFailed], console: Console) -> None:
     """Say what the runs came to, and write grid and page beside them."""
     past = [
-        FinishedRun(run.label, run_folder.run_dir_of(run.config), flatten_keys(run.config.model_dump(mode="json")))
+        FinishedRun(run.label, run_dir.run_dir_of(run.config), flatten_keys(run.config.model_dump(mode="json")))
         for run in finished
     ]
     console.info("")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from zimage_train.compat.aitoolkit.convert import read_config_or_job
-from zimage_train.config import strict_yaml as yaml_reader
+from zimage_train.config import strict_yaml
 from zimage_train.config.schema import Config
 from zimage_train.config.strict_yaml import YamlError
 from zimage_train.errors import ConfigError, Problem, ZImageTrainError
@@ -195,7 +195,7 @@ def _words(texts: list[str]) -> tuple[list[str], list[tuple[str, str]]]:
     pairs: list[tuple[str, str]] = []
     for text in texts:
         try:
-            value = yaml_reader.parse(text).value
+            value = strict_yaml.parse(text).value
         except YamlError as problem:
             wrong.append((f"{text}: {problem.what}", "quote the value"))
             continue

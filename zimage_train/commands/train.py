@@ -4,30 +4,26 @@ import contextlib
 import os
 from dataclasses import replace
 
-from zimage_train.commands import runpod as pods
+from zimage_train.commands import runpod
 from zimage_train.commands.sample import command_for
 from zimage_train.config import methods
 from zimage_train.config.load import resolve_paths
 from zimage_train.config.schema import Config
 from zimage_train.dataset.sample_order import make_sample_order
-from zimage_train.io import atomic as files
+from zimage_train.io import atomic
 from zimage_train.models.arch import TransformerShape
 from zimage_train.models.locate import cached_only, download
-from zimage_train.planning import devices as accelerator
-from zimage_train.planning import preflight
+from zimage_train.planning import devices, preflight
 from zimage_train.planning.preflight import RunSpec
-from zimage_train.report import preview_images as pictures
+from zimage_train.report import preview_images
 from zimage_train.report.console import Console
 from zimage_train.report.metrics import RecordWriter, read_records
 from zimage_train.report.trackers import TensorBoard, Tracker, Trackers, WeightsAndBiases
-from zimage_train.training import build as setup
-from zimage_train.training import distributed
-from zimage_train.training import fit as fitting
-from zimage_train.training import preview_sets as views
-from zimage_train.training import run_dir as run_folder
+from zimage_train.training import build, distributed, preview_sets, run_dir
 from zimage_train.training.distributed import World
 from zimage_train.training.dry_run import compare_with_forecast, dry_run
-from zimage_train.training.loop import train as run_loop
+from zimage_train.training.fit import plan_for_devices, plan_warnings, with_quantization
+from zimage_train.training.loop import train
 from zimage_train.training.outputs import is_complete, write_report
 from zimage_train.training.run_dir import RunDir
 from zimage_train.training.signals import StopRequest, stop_on_signals
@@ -40,53 +36,53 @@ def run_training(config: Config, fresh: bool, allow: tuple[str, ...] = (), stop:
     Raises:
         ZImageTrainError: anything a user can act on.
     """
-    run_folder.require_allowable(allow)
+    run_dir.require_allowable(allow)
     world = distributed.init()
     console = Console(world.is_main)
     checked = check_for_training(config, world)
-    folder = run_folder.run_dir_of(config)
+    folder = run_dir.run_dir_of(config)
     with contextlib.ExitStack() as stack:
         stop = stop or stack.enter_context(stop_on_signals())  # a sweep has its own
         if world.is_main:
             if fresh and folder.root.exists():
                 _move_aside(folder, console)
-            stack.enter_context(files.lock_folder(folder.root))
-            files.remove_stale_temp_files(folder.root)
+            stack.enter_context(atomic.lock_folder(folder.root))
+            atomic.remove_stale_temp_files(folder.root)
             console.log_to(folder.log)
             stack.callback(console.close)
         distributed.barrier()
         for line in (*(f"note: {note}" for note in checked.notes), *(f"warning: {one}" for one in checked.warnings)):
             console.info(line)
-        session = setup.open_context(checked, world, console, stop, allow)
-        fit = fitting.plan_for_devices(checked, world, folder)
-        config = fitting.with_quantization(checked.config, fit.form.kind)
+        session = build.open_context(checked, world, console, stop, allow)
+        fit = plan_for_devices(checked, world, folder)
+        config = with_quantization(checked.config, fit.form.kind)
         checked = replace(checked, config=config)
-        identity = run_folder.run_identity(config, setup.run_fingerprint(checked, session.digests))
-        found = setup.find_checkpoint(folder, config, identity, session)
+        identity = run_dir.run_identity(config, build.run_fingerprint(checked, session.digests))
+        found = build.find_checkpoint(folder, config, identity, session)
         if found is not None and is_complete(folder, config, found.step, identity):
             console.info(f"{config.name} is complete: {folder.lora()}")
             return
         if world.is_main:
-            for view in views.make_preview_sets(config, folder, identity, None):
-                pictures.remove_later(view.folder, found.step if found else 0, view.run)
+            for view in preview_sets.make_preview_sets(config, folder, identity, None):
+                preview_images.remove_later(view.folder, found.step if found else 0, view.run)
         stack.enter_context(console.live_progress())
-        room = min(accelerator.available_bytes(world.device), 0.9 * fit.peak.total)
+        room = min(devices.available_bytes(world.device), 0.9 * fit.peak.total)
         less = preflight.how_to_fit(checked, room, world.device.type == "cuda")
-        stack.enter_context(accelerator.explained_out_of_memory(f"{less}; the last checkpoint is good"))
+        stack.enter_context(devices.explained_out_of_memory(f"{less}; the last checkpoint is good"))
         trackers = _trackers(config, folder, found.step if found else 0, console) if world.is_main else []
         told = stack.enter_context(contextlib.closing(Trackers(trackers, console.warning)))
-        for remark in fitting.plan_warnings(checked, fit):
+        for remark in plan_warnings(checked, fit):
             console.warning(remark)
-        run = setup.build_state(checked, fit, folder, session, identity, found, told)
-        stack.enter_context(accelerator.reproducible(world.device))
+        run = build.build_state(checked, fit, folder, session, identity, found, told)
+        stack.enter_context(devices.reproducible(world.device))
         if run.start_step < config.train.steps:
             run, took = dry_run(run)
-            run_folder.add_facts(folder, {"rehearsal": took} if world.is_main else {})
+            run_dir.add_facts(folder, {"rehearsal": took} if world.is_main else {})
         metrics, events = (
             stack.enter_context(contextlib.closing(RecordWriter(path if world.is_main else None, run.start_step)))
             for path in (folder.metrics, folder.events)
         )
-        run_loop(run, metrics, events)
+        train(run, metrics, events)
         if world.is_main:
             compare_with_forecast(
                 run, [record for record in read_records(folder.metrics) if record["step"] > run.start_step]
@@ -101,7 +97,7 @@ def _say_done(config: Config, folder: RunDir, console: Console) -> None:
     console.info(f"done: {folder.lora()}")
     console.info(f"look at {folder.report}, and sample with it:")
     console.info(f"  {command_for(resolve_paths(config), folder.lora().absolute())}")
-    if home := pods.copy_command(folder.lora().absolute(), os.environ):
+    if home := runpod.copy_command(folder.lora().absolute(), os.environ):
         console.info(f"bring it home:\n  {home}")
     if config.ema.decay is not None:
         console.info(f"averaged weights: {folder.lora(is_ema=True)}")
@@ -118,18 +114,18 @@ def fill_run_caches(config: Config) -> None:
     world = distributed.init()
     console = Console(world.is_main)
     checked = preflight.check_run(config, download, processes=world.world_size)
-    explained = accelerator.explained_out_of_memory("use a card with more memory, or lower data.resolution")
+    explained = devices.explained_out_of_memory("use a card with more memory, or lower data.resolution")
     with stop_on_signals() as stop, console.live_progress(), explained:
-        session = setup.open_context(checked, world, console, stop)
-        setup.fill_caches(checked, session, make_sample_order(checked.config, checked.items, world.world_size))
+        session = build.open_context(checked, world, console, stop)
+        build.fill_caches(checked, session, make_sample_order(checked.config, checked.items, world.world_size))
         if methods.uses_generated_data(config.train.method):
             console.info("the model's own pictures are drawn by train, before its first step")
 
 
 def _move_aside(folder: RunDir, console: Console) -> None:
-    with files.lock_folder(folder.root):
+    with atomic.lock_folder(folder.root):
         pass  # refuse to move the folder of a run that is going on
-    console.info(f"--fresh: the old run is now {files.rename_as_backup(folder.root, '.old')}")
+    console.info(f"--fresh: the old run is now {atomic.rename_as_backup(folder.root, '.old')}")
 
 
 def check_for_training(config: Config, world: World) -> RunSpec:
@@ -141,7 +137,7 @@ def check_for_training(config: Config, world: World) -> RunSpec:
     is_useless = world.device.type == "cpu" and config.model.path is None
     checked = preflight.check_run(config, cached_only if is_useless else download, processes=world.world_size)
     shape = checked.weights.shape if checked.weights else TransformerShape()
-    accelerator.require_device(world.device, shape, config.model.dtype)
+    devices.require_device(world.device, shape, config.model.dtype)
     return checked
 
 
@@ -151,7 +147,7 @@ def _trackers(config: Config, folder: RunDir, start: int, console: Console) -> l
     if config.log.tensorboard:
         trackers.append(TensorBoard(folder.tensorboard, start))
     if config.log.wandb is not None:
-        run_id = run_folder.wandb_id(folder)
+        run_id = run_dir.wandb_id(folder)
         settings = config.model_dump(mode="json")
         trackers.append(WeightsAndBiases(config.log.wandb, config.name, folder.root, run_id, settings))
         console.info(f"logging to project {config.log.wandb} on Weights & Biases, run {run_id}")

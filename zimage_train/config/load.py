@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from zimage_train.config import strict_yaml as yaml_reader
+from zimage_train.config import strict_yaml
 from zimage_train.config.schema import Config
 from zimage_train.config.strict_yaml import YamlDocument, YamlError
 from zimage_train.errors import ConfigError, Problem
@@ -134,7 +134,7 @@ def validate_config(value: dict[str, Any], where: Any) -> tuple[Config | None, l
 
 def dump_config(config: Config) -> str:
     """Every setting with its effective value, as YAML that reads back to the same config."""
-    return yaml_reader.dump(config.model_dump())
+    return strict_yaml.dump(config.model_dump())
 
 
 def resolve_paths(config: Config) -> Config:
@@ -195,8 +195,8 @@ def read_text(path: Path) -> str:
     """
     try:
         with path.open("rb") as file:
-            content = file.read(yaml_reader.MAX_BYTES + 1)
-        if len(content) > yaml_reader.MAX_BYTES:
+            content = file.read(strict_yaml.MAX_BYTES + 1)
+        if len(content) > strict_yaml.MAX_BYTES:
             raise ConfigError(Problem(str(path), "is larger than 1 MB, so it is not a config", "check the path"))
         return content.decode("utf-8-sig")
     except FileNotFoundError:
@@ -217,7 +217,7 @@ def parse(path: Path, text: str) -> YamlDocument:
         ConfigError: it is no YAML that this program takes.
     """
     try:
-        return yaml_reader.parse(text)
+        return strict_yaml.parse(text)
     except YamlError as problem:
         raise ConfigError(yaml_problem(path, problem)) from None
 
@@ -237,7 +237,7 @@ def _apply(root: dict[str, Any], override: str, origins: dict[KeyPath, str]) -> 
     if "" in parts:
         return [Problem(where, "has an empty part in its key", "write for example --set train.steps=100")]
     try:
-        document = yaml_reader.parse(text)
+        document = strict_yaml.parse(text)
     except YamlError as problem:
         return [Problem(where, problem.what, "quote the value")]
     target: Any = root

@@ -18,7 +18,7 @@ from zimage_train.dataset.buckets import Bucket
 from zimage_train.dataset.sample_order import TrainItem
 from zimage_train.dataset.tensor_cache import TensorCache, latent_key, prompt_key
 from zimage_train.errors import DataError, Problem, WeightsError
-from zimage_train.io import atomic as files
+from zimage_train.io import atomic
 from zimage_train.models.components import LATENT_CHANNELS, LATENT_STRIDE
 
 PROMPT_BYTES = 700_000
@@ -173,7 +173,7 @@ class _CacheBuilder:
 
     def run(self, sizes: dict[str, int]) -> CacheStats:
         """Make every key of `sizes` (bytes) that is not there; then wait for those that others are making."""
-        files.remove_stale_temp_files(self.cache.folder)
+        atomic.remove_stale_temp_files(self.cache.folder)
         missing: list[str] = []
         for number, key in enumerate(sizes, 1):
             if self.cache.read(key) is None:
@@ -182,7 +182,7 @@ class _CacheBuilder:
                 self.cache.forget(key)
             self.tick(f"checking cached {self.what}", number, len(sizes))
         self.damaged = {key for key in missing if self.cache.has_file(key)}
-        files.require_free_space(self.cache.folder, sum(sizes[key] for key in missing), f"cached {self.what}")
+        atomic.require_free_space(self.cache.folder, sum(sizes[key] for key in missing), f"cached {self.what}")
         encoded = self._make(missing[self.share.rank :: self.share.world_size]) + self._await(missing)
         return CacheStats(found=len(sizes) - encoded, encoded=encoded, damaged=len(self.damaged))
 

@@ -10,13 +10,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from zimage_train.dataset import cache_builder as filling
+from zimage_train.dataset import cache_builder
 from zimage_train.dataset.cache_builder import CacheStats, EncodeImages, EncodePrompts, Shard, Tick
 from zimage_train.dataset.sample_order import TrainItem
 from zimage_train.dataset.tensor_cache import TensorCache
 from zimage_train.io.tensorfile import TORCH_DTYPES
-from zimage_train.models import text_encoder as text
-from zimage_train.models import vae
+from zimage_train.models import text_encoder, vae
 
 
 def image_encoder(extras: Path, device: torch.device) -> EncodeImages:
@@ -36,7 +35,7 @@ def prompt_encoder(
     extras: Path, device: torch.device, dtype: str, warn: Callable[[str], None] = lambda text: None
 ) -> EncodePrompts:
     """The text encoder; `warn` is told of prompts that it does not read to their end."""
-    return partial(text.load(extras, device, TORCH_DTYPES[dtype]).encode_all, warn=warn)
+    return partial(text_encoder.load(extras, device, TORCH_DTYPES[dtype]).encode_all, warn=warn)
 
 
 @dataclass(frozen=True)
@@ -56,12 +55,14 @@ def encode_missing(
 ) -> tuple[CacheStats, CacheStats]:
     """Encode what is missing of `items` and `prompts`, one encoder after the other, and free both."""
     extras, device, dtype = encoders.extras, encoders.device, encoders.dtype
-    batch_px = filling.BATCH_PX if device.type == "cuda" else 0  # one by one, a CPU makes the same bits every time
-    pictures = filling.fill_latents(
+    batch_px = (
+        cache_builder.BATCH_PX if device.type == "cuda" else 0
+    )  # one by one, a CPU makes the same bits every time
+    pictures = cache_builder.fill_latents(
         cache, items, encoders.vae_digest, lambda: image_encoder(extras, device), tick, share, batch_px
     )
     _free()
-    texts = filling.fill_prompts(
+    texts = cache_builder.fill_prompts(
         cache,
         prompts,
         encoders.text_digest,

@@ -14,7 +14,7 @@ from PIL import Image
 
 from zimage_train.dataset import images
 from zimage_train.errors import DataError, DiskError, Problem, ZImageTrainError
-from zimage_train.io import atomic as files
+from zimage_train.io import atomic
 
 FORMAT = 1
 """Raised when pictures are decoded in another way, so that what is remembered is not used."""
@@ -62,7 +62,7 @@ class ImageIndex:
         if self._memo is not None and self._has_news:
             try:
                 looks = {key: astuple(look) for key, look in self._known.items()}
-                files.write_text(self._memo, json.dumps({"format": FORMAT, "looks": looks}))
+                atomic.write_text(self._memo, json.dumps({"format": FORMAT, "looks": looks}))
             except DiskError:
                 return
             self._has_news = False

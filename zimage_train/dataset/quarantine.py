@@ -10,7 +10,7 @@ from zimage_train.dataset.image_index import ImageIndex
 from zimage_train.dataset.sample_order import target_sides
 from zimage_train.dataset.scan import scan_entry
 from zimage_train.errors import Problem
-from zimage_train.io import atomic as files
+from zimage_train.io import atomic
 
 FOLDER = "_rejected"
 """Beside the pictures; a scan enters no folder that begins with `_`."""
@@ -50,8 +50,8 @@ def _bad(entry: DataEntry, where: str, looks: ImageIndex) -> list[tuple[Path, Pr
 def _move(path: Path, root: Path, caption_ext: str, problem: Problem) -> Path:
     target = root / FOLDER / path.relative_to(root)
     caption = path.with_suffix(caption_ext)
-    place = files.move(path, target)
+    place = atomic.move(path, target)
     if caption.exists():
-        files.move(caption, place.with_suffix(caption_ext))
-    files.write_text(place.with_name(place.name + ".why.txt"), f"{problem.message}; {problem.hint}\n")
+        atomic.move(caption, place.with_suffix(caption_ext))
+    atomic.write_text(place.with_name(place.name + ".why.txt"), f"{problem.message}; {problem.hint}\n")
     return place

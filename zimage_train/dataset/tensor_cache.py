@@ -14,8 +14,7 @@ from torch import Tensor
 from zimage_train.dataset.buckets import Bucket
 from zimage_train.dataset.scan import ImageRecord
 from zimage_train.errors import DataError, Problem, WeightsError
-from zimage_train.io import atomic as files
-from zimage_train.io import tensorfile
+from zimage_train.io import atomic, tensorfile
 
 FORMAT = 1
 """Raised when the way pictures or prompts are prepared changes, so that old entries are not found."""
@@ -52,28 +51,28 @@ class TensorCache:
         Raises:
             DiskError: the claim cannot be written.
         """
-        return files.claim(self._claim(key))
+        return atomic.claim(self._claim(key))
 
     def renew(self, keys: Iterable[str]) -> None:
         """Keep the claims on `keys` from being taken over."""
         for key in keys:
-            files.renew(self._claim(key))
+            atomic.renew(self._claim(key))
 
     def release(self, key: str) -> None:
         """Give this process's claim back."""
-        files.release(self._claim(key))
+        atomic.release(self._claim(key))
 
     def forget(self, key: str) -> None:
         """Remove a claim on an entry that is there, if its owner is gone."""
-        files.clear_claim(self._claim(key))
+        atomic.clear_claim(self._claim(key))
 
     def take_over(self, key: str) -> None:
         """Remove a claim that nobody renews any more."""
-        files.remove(self._claim(key))
+        atomic.remove(self._claim(key))
 
     def claimed_at(self, key: str) -> float | None:
         """When the claim on `key` was last renewed, by its owner's clock; None: there is none."""
-        return files.modified_at(self._claim(key))
+        return atomic.modified_at(self._claim(key))
 
     def _claim(self, key: str) -> Path:
         return self._path(key).with_suffix(".claim")

@@ -18,8 +18,7 @@ from zimage_train.errors import Problem, WeightsError
 from zimage_train.io.tensorfile import TORCH_DTYPES
 from zimage_train.lora.layers import base_layer
 from zimage_train.lora.training_adapter import MergeCount, TrainingAdapter, merge_adapter
-from zimage_train.models import loading as weights
-from zimage_train.models import transformer
+from zimage_train.models import loading, transformer
 from zimage_train.models.arch import IN_A_BLOCK, TransformerShape
 from zimage_train.models.linear import FrozenLinear
 from zimage_train.models.offload import BlockOffloader, streamed_blocks
@@ -44,7 +43,7 @@ class FrozenTransformer:
     offloader: BlockOffloader | None
     """Streams some of the blocks; None: all of them are on the device."""
 
-    def load_tensors(self, tensors: weights.NamedTensors) -> None:
+    def load_tensors(self, tensors: loading.NamedTensors) -> None:
         """Put `tensors` where the parameters of their names are, quantised if those are."""
         for name, tensor in tensors:
             _store(self.model, self.offloader, name, tensor)
@@ -71,7 +70,7 @@ def load_frozen(
     model = transformer.empty_transformer(shape, TORCH_DTYPES[dtype], kind)
     blocks = [model.layers[index] for index in streamed_blocks(shape.n_layers, num_streamed)]
     ring = BlockOffloader(blocks, device) if blocks else None
-    weights.allocate(model, device)
+    loading.allocate(model, device)
     count, rounding = MergeCount(), QuantizationStats()
     merged = merge_adapter(tensors, adapter, device, count) if adapter else tensors
 
@@ -80,7 +79,7 @@ def load_frozen(
         if kind is not None and name.removesuffix(".weight") in shape.linears and IN_A_BLOCK.match(name):
             rounding.add(tensor.to(device), adapter.delta_of(name, device) if adapter else None, kind)
 
-    weights.fill(shape.parameters, merged, store, str(path), type(model).__name__)
+    loading.fill(shape.parameters, merged, store, str(path), type(model).__name__)
     return FrozenTransformer(model, shape, path, adapter, len(count.matched), rounding, ring)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from zimage_train.config import load as reading
+from zimage_train.config import load
 from zimage_train.config.sample import PreviewPrompt
 from zimage_train.errors import ConfigError, Problem, ZImageTrainError, collect_errors, raise_all
 
@@ -42,7 +42,7 @@ def read_prompt_file(path: Path) -> list[PromptSpec]:
     Raises:
         ConfigError: it cannot be read, holds no prompt, or an option of a line is none; lists them all.
     """
-    text = reading.read_text(path)
+    text = load.read_text(path)
     wishes = _from_yaml(path, text) if path.suffix in (".yaml", ".yml") else _from_lines(path, text)
     if not wishes:
         raise ConfigError(Problem(str(path), "holds no prompt", "write one a line"))
@@ -78,7 +78,7 @@ def _from_line(where: str, line: str) -> PromptSpec:
 
 
 def _from_yaml(path: Path, text: str) -> list[PromptSpec]:
-    value = reading.parse(path, text).value
+    value = load.parse(path, text).value
     if not isinstance(value, list):
         raise ConfigError(Problem(str(path), "is no list", "write prompts as in sample.prompts"))
     try:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from zimage_train.io import atomic as files
+from zimage_train.io import atomic
 
 BLOB = re.compile(r"[0-9a-f]{64}")
 
@@ -47,5 +47,5 @@ class DigestCache:
             with open(real, "rb") as file:
                 self._known[key] = hashlib.file_digest(file, "sha256").hexdigest()
             if self._memo is not None:
-                files.write_json(self._memo, self._known)
+                atomic.write_json(self._memo, self._known)
         return self._known[key]

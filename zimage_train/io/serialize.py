@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from zimage_train.io import atomic as files
+from zimage_train.io import atomic
 
 
 class TensorEntry(NamedTuple):
@@ -48,4 +48,4 @@ def write_safetensors_of(
         offset = end
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    files.write(path, itertools.chain([len(text).to_bytes(8, "little"), text], map(data_of, order)))
+    atomic.write(path, itertools.chain([len(text).to_bytes(8, "little"), text], map(data_of, order)))

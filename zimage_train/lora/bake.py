@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from zimage_train.errors import Problem, WeightsError
-from zimage_train.io import atomic as files
-from zimage_train.io import serialize, tensorfile
+from zimage_train.io import atomic, serialize, tensorfile
 from zimage_train.io.headers import TensorInfo
 from zimage_train.lora import arithmetic
 from zimage_train.lora.lora_file import Lora
@@ -134,7 +133,7 @@ def bake_checkpoint(
         target = output if is_native else output / f"{TRANSFORMER_STEM}.safetensors"
         serialize.write_safetensors_of(target, infos, data_of, {"format": "pt", **metadata})
         if not is_native:
-            files.write_json(output / "config.json", _config(tensors.shape))
+            atomic.write_json(output / "config.json", _config(tensors.shape))
     return baked
 
 

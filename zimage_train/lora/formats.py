@@ -12,9 +12,7 @@ import torch
 from torch import Tensor
 
 from zimage_train.errors import Problem, WeightsError
-from zimage_train.lora import alphas, keys
-from zimage_train.lora import format_metadata as memos
-from zimage_train.lora import qkv as fused
+from zimage_train.lora import alphas, format_metadata, keys, qkv
 from zimage_train.lora.format_metadata import FormatMetadata
 from zimage_train.lora.keys import MAGNITUDE
 from zimage_train.lora.lora_file import Changes, kind_of
@@ -104,7 +102,7 @@ def to_layout(
     had_alpha = any("alpha" in change for change in changes.values())
     says_alpha = alphas.KEY in kept or any(key.endswith(".alpha") for key in tensors)
     return tensors, kept | {
-        **memos.write_format_metadata(FormatMetadata(had_alpha if had_alpha != says_alpha else None, ranks))
+        **format_metadata.write_format_metadata(FormatMetadata(had_alpha if had_alpha != says_alpha else None, ranks))
     }
 
 
@@ -134,13 +132,13 @@ def _fused(path: Path, changes: Changes, target: str) -> tuple[Changes, dict[str
             assert split is not None
             three = [changes.get(name) for name in split]
             try:
-                found[whole] = fused.fuse_qkv(three)
-                again = fused.split_qkv(found[whole])
+                found[whole] = qkv.fuse_qkv(three)
+                again = qkv.split_qkv(found[whole])
             except CannotFuseError as error:
                 what = f"{error}; the layout {target} knows only the three together"
                 raise WeightsError(Problem(f"{path}: {module}", what, "--to comfyui, or --to musubi")) from None
-            widths = [fused.rank_of(one) if one else 0 for one in three]
-            if widths != [fused.rank_of(one) if one else 0 for one in again]:
+            widths = [qkv.rank_of(one) if one else 0 for one in three]
+            if widths != [qkv.rank_of(one) if one else 0 for one in again]:
                 ranks[whole] = widths
     return found, ranks
 
@@ -157,17 +155,17 @@ def _stored(part: str, tensor: Tensor, layout: Layout) -> Tensor:
 
 def _alpha(name: str, change: Change, layout: Layout) -> dict[str, Tensor]:
     """The tensor of alpha, which every tool takes for the rank where it is missing; a LoKr has its own rules for it."""
-    if layout.alpha == "header" or (layout.alpha == "unless 1" and fused.scale_of(change) == 1.0):
+    if layout.alpha == "header" or (layout.alpha == "unless 1" and qkv.scale_of(change) == 1.0):
         return {}
     if kind_of(change) == "LoKr":
         return {f"{name}.alpha": change["alpha"]} if "alpha" in change else {}
-    return {f"{name}.alpha": change.get("alpha", torch.tensor(float(fused.rank_of(change))))}
+    return {f"{name}.alpha": change.get("alpha", torch.tensor(float(qkv.rank_of(change))))}
 
 
 def _header(path: Path, changes: Changes) -> str | None:
     """What diffusers has to be told, if there is anything: any alpha that is not its rank, and that it is a DoRA."""
     is_dora = any(MAGNITUDE in change for change in changes.values())
-    ranks = {module: fused.rank_of(change) for module, change in changes.items()}
+    ranks = {module: qkv.rank_of(change) for module, change in changes.items()}
     found = {module: float(change.get("alpha", torch.tensor(ranks[module]))) for module, change in changes.items()}
     if not is_dora and all(found[module] == ranks[module] for module in changes):
         return None

@@ -5,10 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from zimage_train.io.headers import read_header
-from zimage_train.lora import keys
-from zimage_train.lora import lora_file as files
-from zimage_train.lora import targets as names
-from zimage_train.lora import verify as loaders
+from zimage_train.lora import keys, lora_file, targets, verify
 from zimage_train.lora.lora_file import Factors
 
 
@@ -33,14 +30,14 @@ def summarize_lora(path: Path) -> LoraSummary:
     Raises:
         WeightsError: it is none that this trainer reads; says what it is instead.
     """
-    lora = files.read_lora(path)
+    lora = lora_file.read_lora(path)
     header = read_header(path)
     return LoraSummary(
         layout=keys.layout_of(header.tensors),
         dtypes=Counter(info.dtype for key, info in header.tensors.items() if not key.endswith(".alpha")),
         ranks=Counter(factors.rank for factors in lora.values()),
         scales=Counter(round(factors.scale, 6) for factors in lora.values()),
-        groups=names.count_by_group(lora),
+        groups=targets.count_by_group(lora),
         energy={module: norm(factors) for module, factors in lora.items()},
         metadata=header.metadata,
     )
@@ -49,7 +46,7 @@ def summarize_lora(path: Path) -> LoraSummary:
 def norm(factors: Factors) -> float:
     """The Frobenius norm of scale * B @ A, through the rank alone, in fp64."""
     nothing = Factors(factors.a[:0], factors.b[:, :0], 1.0)
-    return loaders.difference(factors, nothing)
+    return verify.difference(factors, nothing)
 
 
 def product(one: Factors, other: Factors) -> float:

@@ -8,7 +8,7 @@ of one `attention.qkv`. Within this package a module has diffusers' name, or tha
 import re
 from collections.abc import Callable, Iterable, Mapping
 
-from zimage_train.models import native_keys as native
+from zimage_train.models import native_keys
 from zimage_train.models.native_keys import FUSED, THIRDS
 
 FactorShape = tuple[int, ...]
@@ -69,7 +69,7 @@ def parse_key(key: str) -> tuple[str, str] | None:
 
 def native_name(module: str) -> str:
     """What ComfyUI's own model calls `module`; q, k and v have none of their own there."""
-    return native.to_native(module)[0] if fused_name(module) is None else module
+    return native_keys.to_native(module)[0] if fused_name(module) is None else module
 
 
 def underscored(module: str) -> str:

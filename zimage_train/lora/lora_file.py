@@ -13,9 +13,7 @@ from torch import Tensor
 
 from zimage_train.errors import Problem, WeightsError
 from zimage_train.io import tensorfile
-from zimage_train.lora import alphas, headers, keys
-from zimage_train.lora import format_metadata as memos
-from zimage_train.lora import qkv as fused
+from zimage_train.lora import alphas, format_metadata, headers, keys, qkv
 from zimage_train.lora.keys import MAGNITUDE
 from zimage_train.lora.qkv import Change
 from zimage_train.typing import LoraA, LoraB, Weight
@@ -53,7 +51,7 @@ def read_changes(path: Path) -> tuple[Changes, dict[str, str]]:
     """
     parts = headers.read_parts(path)
     tensors, metadata = tensorfile.load(path)
-    memo = memos.read_format_metadata(metadata.pop(memos.KEY, None))
+    memo = format_metadata.read_format_metadata(metadata.pop(format_metadata.KEY, None))
     has_alpha = any("alpha" in found for found in parts.values())
     alpha_of = None if has_alpha else alphas.alphas_from_metadata(path, metadata.get(alphas.KEY))
     changes: Changes = {}
@@ -71,13 +69,13 @@ def read_changes(path: Path) -> tuple[Changes, dict[str, str]]:
 
 def _with_alpha(changes: Changes, wanted: bool | None) -> Changes:
     """`changes` with or without alphas that say nothing, as a memo says that they were before."""
-    plain = {module: one for module, one in changes.items() if fused.rank_of(one)}
-    if wanted is None or any(fused.scale_of(one) != 1.0 for one in plain.values()):
+    plain = {module: one for module, one in changes.items() if qkv.rank_of(one)}
+    if wanted is None or any(qkv.scale_of(one) != 1.0 for one in plain.values()):
         return changes
     for one in plain.values():
         one.pop("alpha", None)
         if wanted:
-            one["alpha"] = torch.tensor(float(fused.rank_of(one)))
+            one["alpha"] = torch.tensor(float(qkv.rank_of(one)))
     return changes
 
 
@@ -89,7 +87,7 @@ def read_lora(path: Path) -> Lora:
     """
     changes, _ = read_changes(path)
     headers.require_plain_lora(path, {module: kind_of(change) for module, change in changes.items()})
-    return {module: Factors(change["A"], change["B"], fused.scale_of(change)) for module, change in changes.items()}
+    return {module: Factors(change["A"], change["B"], qkv.scale_of(change)) for module, change in changes.items()}
 
 
 def kind_of(change: Change) -> str | None:
@@ -112,8 +110,8 @@ def _split(path: Path, module: str, change: Change, ranks: list[int] | None) -> 
     if names is None:
         return {module: change}
     try:
-        found = fused.split_qkv(change, ranks)
-    except fused.CannotFuseError as error:
+        found = qkv.split_qkv(change, ranks)
+    except qkv.CannotFuseError as error:
         todo = "ask its maker for one with to_q, to_k and to_v"
         raise WeightsError(Problem(f"{path}: {module}", str(error), todo)) from None
     return {name: one for name, one in zip(names, found, strict=True) if one is not None}

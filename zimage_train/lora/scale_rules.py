@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from zimage_train.errors import ConfigError, Problem, ZImageTrainError, collect_errors, raise_all
-from zimage_train.lora import targets as names
+from zimage_train.lora import targets
 from zimage_train.lora.targets import COMPONENTS, block_and_component
 
 MAX_FACTOR = 100.0
@@ -150,8 +150,8 @@ def unmatched_rules(rules: Iterable[ScaleRule], modules: Iterable[str]) -> list[
 
 def table(factors: Mapping[str, float]) -> list[str]:
     """The factors as lines: a row for each block, a column for each component; `-` where the LoRA has no module."""
-    blocks, found, values = names.modules_table(factors)
-    columns = [*names.COMPONENTS, *(column for column in found if column not in names.COMPONENTS)]
+    blocks, found, values = targets.modules_table(factors)
+    columns = [*targets.COMPONENTS, *(column for column in found if column not in targets.COMPONENTS)]
     lines = [f"{'':20}" + "".join(f"{column:>8}" for column in columns)]
     for block, row in zip(blocks, values, strict=True):
         cells = dict(zip(found, row, strict=True))
@@ -163,7 +163,7 @@ def table(factors: Mapping[str, float]) -> list[str]:
 def _blocks_of(rule: ScaleRule, modules: Iterable[str]) -> list[str]:
     """The blocks that a rule names, in order."""
     found = {block_and_component(module)[0] for module in modules if rule.names(module)}
-    return sorted(found, key=names.block_order)
+    return sorted(found, key=targets.block_order)
 
 
 def _by_block(rule: ScaleRule) -> bool:

@@ -7,7 +7,7 @@ from typing import cast
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from zimage_train.lora import layers as attach
+from zimage_train.lora import layers
 from zimage_train.lora.lora_file import Lora
 
 
@@ -16,7 +16,7 @@ def with_lora(model: nn.Module, lora: Lora) -> Iterator[None]:
     """Within the block `lora` is on `model`; after it every module is the very one that was there before."""
     try:
         if lora:
-            attach.attach_fixed_lora(model, lora)
+            layers.attach_fixed_lora(model, lora)
         yield
     finally:
         _detach(model)

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from zimage_train.errors import Problem, WeightsError
-from zimage_train.lora import lora_file as files
+from zimage_train.lora import lora_file
 from zimage_train.lora.lora_file import Lora
 from zimage_train.models.arch import TransformerShape
 from zimage_train.models.loading import NamedTensors
@@ -50,8 +50,8 @@ def load_adapter(path: Path, strength: float, shape: TransformerShape) -> Traini
     Raises:
         WeightsError: unreadable, or some module matches nothing in the model.
     """
-    lora = files.read_lora(path)
-    files.require_modules(path, lora, shape.linears)
+    lora = lora_file.read_lora(path)
+    lora_file.require_modules(path, lora, shape.linears)
     return TrainingAdapter(path, lora, strength)
 
 

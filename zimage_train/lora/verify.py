@@ -9,8 +9,7 @@ from torch import Tensor
 
 from zimage_train.errors import Problem, WeightsError, ZImageTrainError, collect_errors
 from zimage_train.io import tensorfile
-from zimage_train.lora import alphas, headers, keys
-from zimage_train.lora import qkv as fused
+from zimage_train.lora import alphas, headers, keys, qkv
 from zimage_train.lora.lora_file import Factors, Lora
 from zimage_train.lora.qkv import Change
 
@@ -123,6 +122,6 @@ def as_comfyui(path: Path, linears: headers.Sizes) -> Lora:
 def _unfused(module: str, change: Change) -> Lora:
     split = keys.split_qkv_names(module)
     if split is None:
-        return {module: Factors(change["A"], change["B"], fused.scale_of(change))}
+        return {module: Factors(change["A"], change["B"], qkv.scale_of(change))}
     thirds = change["B"].chunk(3)
-    return {name: Factors(change["A"], b, fused.scale_of(change)) for name, b in zip(split, thirds, strict=True)}
+    return {name: Factors(change["A"], b, qkv.scale_of(change)) for name, b in zip(split, thirds, strict=True)}

@@ -9,7 +9,7 @@ from typing import Any
 
 from zimage_train.errors import Problem, WeightsError, ZImageTrainError, collect_errors, raise_all
 from zimage_train.io.headers import TensorInfo, read_json, read_sharded
-from zimage_train.models import arch as shapes
+from zimage_train.models import arch
 
 LATENT_CHANNELS = 16
 LATENT_STRIDE = 8
@@ -52,9 +52,7 @@ def text_encoder(extras: Path) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
     tensors = read_sharded(folder, "model")
     needed = _qwen3(folder / "config.json", config)
     found = {name.removeprefix("model."): info.shape for name, info in tensors.items()}
-    shapes.require_same_shapes(
-        str(folder), {name: found[name] for name in found.keys() & needed.keys()}, needed, "Qwen3"
-    )
+    arch.require_same_shapes(str(folder), {name: found[name] for name in found.keys() & needed.keys()}, needed, "Qwen3")
     return config, tensors
 
 

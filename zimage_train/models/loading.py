@@ -8,7 +8,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from zimage_train.io.headers import TensorInfo
-from zimage_train.models import arch as shapes
+from zimage_train.models import arch
 from zimage_train.models.locate import native_names
 
 NamedTensors = Iterable[tuple[str, Tensor]]
@@ -45,7 +45,7 @@ def fill(expected: dict[str, tuple[int, ...]], tensors: NamedTensors, store: Sto
         found[name] = tuple(tensor.shape)
         if expected.get(name) == found[name]:
             store(name, tensor)
-    shapes.require_same_shapes(where, found, expected, what)
+    arch.require_same_shapes(where, found, expected, what)
 
 
 def load(module: nn.Module, tensors: NamedTensors, where: str, device: torch.device, dtype: torch.dtype) -> None:

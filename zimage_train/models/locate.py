@@ -11,10 +11,9 @@ from zimage_train.config.schema import ModelSettings
 from zimage_train.config.variants import ADAPTERS, NAMED_LORAS, VARIANTS
 from zimage_train.errors import Problem, WeightsError, ZImageTrainError, collect_errors
 from zimage_train.io.headers import TensorInfo, read_header, read_json, read_sharded
-from zimage_train.models import arch as shapes
-from zimage_train.models import native_keys as native
+from zimage_train.models import arch, native_keys
 from zimage_train.models.arch import TransformerShape
-from zimage_train.models.hub import client as hub
+from zimage_train.models.hub import client
 
 TRANSFORMER_STEM = "diffusion_pytorch_model"
 EXTRAS = ("text_encoder", "tokenizer", "vae")
@@ -128,7 +127,7 @@ def transformer_tensors(path: Path) -> tuple[TransformerShape, dict[str, TensorI
     if path.is_dir():
         raw = read_sharded(path, TRANSFORMER_STEM)
         config_path = path / "config.json"
-        shape = shapes.shape_from_config(config_path, read_json(config_path))
+        shape = arch.shape_from_config(config_path, read_json(config_path))
         tensors = raw
     else:
         raw = read_header(path).tensors
@@ -139,9 +138,9 @@ def transformer_tensors(path: Path) -> tuple[TransformerShape, dict[str, TensorI
             for new_name, _ in native_names(name):
                 third = (info.shape[0] // 3, *info.shape[1:]) if "attention.qkv" in name else info.shape
                 tensors[new_name] = TensorInfo(info.file, info.dtype, third)
-        shape = shapes.shape_from_tensors({name: info.shape for name, info in tensors.items()})
+        shape = arch.shape_from_tensors({name: info.shape for name, info in tensors.items()})
     found = {name: info.shape for name, info in tensors.items()}
-    shapes.require_same_shapes(str(path), found, shape.parameters, "a Z-Image transformer")
+    arch.require_same_shapes(str(path), found, shape.parameters, "a Z-Image transformer")
     return shape, tensors
 
 
@@ -152,7 +151,7 @@ def native_names(name: str) -> list[tuple[str, int | None]]:
     """
     for prefix in ("model.diffusion_model.", "diffusion_model."):
         name = name.removeprefix(prefix)
-    return [] if name == "norm_final.weight" else native.from_native(name)  # an unused leftover in some files
+    return [] if name == "norm_final.weight" else native_keys.from_native(name)  # an unused leftover in some files
 
 
 def _transformer(name: str, where: str, fetch: DownloadFn) -> Path:
@@ -203,7 +202,7 @@ def _fetched(name: str, where: str, patterns: list[str], fetch: DownloadFn) -> P
     repository, revision = _hub_id(name, where)
     try:
         return fetch(repository, revision, patterns)
-    except hub.HubUnavailableError:  # no setting's doing
+    except client.HubUnavailableError:  # no setting's doing
         raise
     except WeightsError as error:
         raise type(error)(
@@ -263,11 +262,11 @@ def is_here(repository: str, patterns: list[str]) -> bool:
 
 
 def _snapshot(repository: str, revision: str | None, patterns: list[str], local_only: bool) -> Path:
-    source = hub.selected_hub()
+    source = client.selected_hub()
     try:
         return source.snapshot(repository, revision, patterns, local_only)
     except Exception as error:  # noqa: BLE001  the hubs raise a dozen kinds, from four libraries
         name = f"{repository}@{revision}" if revision else repository
-        what = "is not on this machine" if local_only else f"cannot be downloaded ({hub.first_line(error)})"
+        what = "is not on this machine" if local_only else f"cannot be downloaded ({client.first_line(error)})"
         todo = "check the name and the connection, or give a local path"
         raise (NotDownloadedError if local_only else WeightsError)(Problem(name, what, todo)) from None

@@ -19,8 +19,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3Rot
 
 from zimage_train.errors import Problem, WeightsError
 from zimage_train.io.headers import TensorInfo
-from zimage_train.models import components as parts
-from zimage_train.models import loading as weights
+from zimage_train.models import components, loading
 from zimage_train.typing import PromptEmbeds
 
 MAX_TOKENS = 512
@@ -103,13 +102,13 @@ class TextEncoder:
         with init_empty_weights():
             layer = Qwen3DecoderLayer(self.config, index)
         found = {name: info for name, info in self._tensors.items() if _plain(name).startswith(prefix)}
-        named = ((_plain(name).removeprefix(prefix), tensor) for name, tensor in weights.stream(found))
-        weights.load(layer, named, "text_encoder", self._device, self._dtype)
+        named = ((_plain(name).removeprefix(prefix), tensor) for name, tensor in loading.stream(found))
+        loading.load(layer, named, "text_encoder", self._device, self._dtype)
         return layer.eval()
 
     def _tensor(self, wanted: str) -> Tensor:
         found = {name: info for name, info in self._tensors.items() if _plain(name) == wanted}
-        return next(weights.stream(found))[1]
+        return next(loading.stream(found))[1]
 
 
 def _plain(name: str) -> str:
@@ -145,7 +144,7 @@ def load(extras: Path, device: torch.device, dtype: torch.dtype) -> TextEncoder:
         WeightsError: not a Qwen3, or not exactly its tensors.
     """
     folder = extras / "text_encoder"
-    _, found = parts.text_encoder(extras)
+    _, found = components.text_encoder(extras)
     try:
         config = Qwen3Config.from_pretrained(folder, local_files_only=True)
         last = config.num_hidden_layers - 1
@@ -158,7 +157,7 @@ def load(extras: Path, device: torch.device, dtype: torch.dtype) -> TextEncoder:
     except Exception as error:  # noqa: BLE001  a config that contradicts itself makes the class raise whatever it runs into
         what = f"makes no Qwen3 ({type(error).__name__}: {str(error)[:100]})"
         raise WeightsError(Problem(str(folder / "config.json"), what, "get the file again")) from None
-    encoder = TextEncoder(config, found, _tokenizer(parts.tokenizer(extras)), device, dtype)
+    encoder = TextEncoder(config, found, _tokenizer(components.tokenizer(extras)), device, dtype)
     try:
         encoder.tokens("a prompt")
     except Exception as error:  # noqa: BLE001  the template is a program of its own

@@ -12,9 +12,9 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from torch import Tensor
 
-from zimage_train import typing as shapes
+from zimage_train import typing
 from zimage_train.errors import Problem, WeightsError
-from zimage_train.models import components as parts
+from zimage_train.models import components
 from zimage_train.models.components import LATENT_STRIDE
 from zimage_train.models.loading import load as load_weights
 from zimage_train.models.loading import stream
@@ -29,7 +29,7 @@ def load(extras: Path, device: torch.device, dtype: torch.dtype) -> AutoencoderK
         WeightsError: not an AutoencoderKL of 16 channels and stride 8, or not exactly its tensors.
     """
     folder = extras / "vae"
-    config, tensors = parts.vae(extras)
+    config, tensors = components.vae(extras)
     try:
         with init_empty_weights():
             vae = cast(AutoencoderKL, AutoencoderKL.from_config(config))
@@ -41,14 +41,14 @@ def load(extras: Path, device: torch.device, dtype: torch.dtype) -> AutoencoderK
     return vae.eval()
 
 
-def to_pixels(image: Image.Image) -> shapes.PixelImage:
+def to_pixels(image: Image.Image) -> typing.PixelImage:
     """An RGB picture as (3, h, w) in [-1, 1], fp32."""
     pixels = torch.from_numpy(np.array(image, dtype=np.float32))
     return pixels.permute(2, 0, 1) / 127.5 - 1.0
 
 
 @torch.no_grad()
-def encode(vae: AutoencoderKL, pixels: shapes.PixelBatch) -> shapes.LatentBatch:
+def encode(vae: AutoencoderKL, pixels: typing.PixelBatch) -> typing.LatentBatch:
     """Latents (b, 16, h/8, w/8) in fp32 of pixels (b, 3, h, w): (mean - shift) * scale."""
     there = pixels.to(vae.device, vae.dtype)
     mean = _in_tiles_if_it_must(vae, lambda: vae.encode(there, return_dict=False)[0].mode())
@@ -56,7 +56,7 @@ def encode(vae: AutoencoderKL, pixels: shapes.PixelBatch) -> shapes.LatentBatch:
 
 
 @torch.no_grad()
-def decode(vae: AutoencoderKL, latents: shapes.LatentBatch) -> list[Image.Image]:
+def decode(vae: AutoencoderKL, latents: typing.LatentBatch) -> list[Image.Image]:
     """Pictures of latents (b, 16, h/8, w/8), rounded as diffusers' image processor does."""
     scaled = latents.to(vae.device, vae.dtype) / vae.config["scaling_factor"] + vae.config["shift_factor"]
     decoded = _in_tiles_if_it_must(vae, lambda: vae.decode(scaled, return_dict=False)[0])

@@ -6,7 +6,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from zimage_train.io import atomic as files
+from zimage_train.io import atomic
 
 MIN_STEPS = 10
 """A shorter run says nothing."""
@@ -74,7 +74,7 @@ def record_measurement(path: Path, measurement: Measurement) -> None:
     known = _read(path)
     same = [one for one in known if one.device == measurement.device]
     others = [one for one in known if one.device != measurement.device]
-    files.write_json(path, [asdict(one) for one in [*others, *same[-MAX_MEASUREMENTS + 1 :], measurement]])
+    atomic.write_json(path, [asdict(one) for one in [*others, *same[-MAX_MEASUREMENTS + 1 :], measurement]])
 
 
 def calibration_factor(path: Path, device: str) -> CalibrationFactor | None:

@@ -2,8 +2,7 @@
 
 from zimage_train.config.schema import Config
 from zimage_train.config.variants import DOWNLOAD_GB
-from zimage_train.planning import forecast
-from zimage_train.planning import gpus as cards
+from zimage_train.planning import forecast, gpus
 from zimage_train.planning.gpus import GPU_SPECS, DeviceLimits
 from zimage_train.planning.preflight import RunSpec
 from zimage_train.planning.pricing import Prices
@@ -33,7 +32,7 @@ def cost_lines(checked: RunSpec, prices: Prices) -> list[str]:
     rows, small = [], []
     for name, price in prices.gpus.items():
         card = GPU_SPECS[name]
-        plan = forecast.plan_for(checked, DeviceLimits(name, cards.usable_bytes(card.memory_gb * 1e9), card), gpu=True)
+        plan = forecast.plan_for(checked, DeviceLimits(name, gpus.usable_bytes(card.memory_gb * 1e9), card), gpu=True)
         if not plan.fits:
             small.append(f"  {name:8}{price:>9.2f}  does not fit ({plan.peak.total / 1e9:.1f} GB)")
             continue

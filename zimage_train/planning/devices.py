@@ -8,8 +8,7 @@ import torch
 
 from zimage_train.errors import ConfigError, Problem
 from zimage_train.models.arch import TransformerShape
-from zimage_train.planning import gpus as cards
-from zimage_train.planning import memory, preflight
+from zimage_train.planning import gpus, memory, preflight
 from zimage_train.planning.gpus import DeviceLimits
 
 
@@ -54,7 +53,7 @@ def device_limits(device: torch.device) -> DeviceLimits:
     if device.type != "cuda":
         return DeviceLimits("cpu", preflight.system_memory_bytes(), None)
     properties = torch.cuda.get_device_properties(device)
-    return DeviceLimits(properties.name, cards.usable_bytes(properties.total_memory), cards.find_gpu(properties.name))
+    return DeviceLimits(properties.name, gpus.usable_bytes(properties.total_memory), gpus.find_gpu(properties.name))
 
 
 def available_bytes(device: torch.device) -> int:

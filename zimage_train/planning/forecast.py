@@ -9,9 +9,7 @@ from zimage_train.config.load import cache_dir
 from zimage_train.config.schema import Config
 from zimage_train.dataset.buckets import Bucket
 from zimage_train.io.units import format_bytes
-from zimage_train.planning import calibration as measured
-from zimage_train.planning import flops, memory, planner, preflight
-from zimage_train.planning import gpus as cards
+from zimage_train.planning import calibration, flops, gpus, memory, planner, preflight
 from zimage_train.planning.calibration import CalibrationFactor
 from zimage_train.planning.gpus import GPU_SPECS, DeviceLimits, GpuSpec
 from zimage_train.planning.planner import MemoryPlan
@@ -40,10 +38,10 @@ def device_for(config: Config, gpu: str | None) -> DeviceLimits | None:
         ConfigError: `gpu` is not known.
     """
     budget = config.memory.budget_gb
-    found = cards.detect_gpu() if gpu is None else None
-    card = cards.get_gpu(gpu) if gpu is not None else cards.find_gpu(found.name) if found else None
+    found = gpus.detect_gpu() if gpu is None else None
+    card = gpus.get_gpu(gpu) if gpu is not None else gpus.find_gpu(found.name) if found else None
     total = found.memory_bytes if found else card.memory_gb * 1e9 if card else None
-    limits = [cards.usable_bytes(total)] if total is not None else []
+    limits = [gpus.usable_bytes(total)] if total is not None else []
     if not isinstance(budget, str):
         limits.append(budget * 1e9)
     name = f"one {card.name}" if card else found.name if found else "this budget"
@@ -67,7 +65,7 @@ def forecast_lines(checked: RunSpec, gpu: str | None, price: float | None) -> li
     found = ["memory and time, predicted (no NVIDIA GPU found here; --gpu NAME shows more of one):"]
     for name in EXAMPLES:
         card = GPU_SPECS[name]
-        plan = plan_for(checked, DeviceLimits(name, cards.usable_bytes(card.memory_gb * 1e9), card))
+        plan = plan_for(checked, DeviceLimits(name, gpus.usable_bytes(card.memory_gb * 1e9), card))
         found.append(f"  {card.memory_gb:4.1f} GB ({name}): {_short(checked, plan, card, price)}")
     return found
 
@@ -151,7 +149,7 @@ def _shares(checked: RunSpec, plan: MemoryPlan, device: DeviceLimits) -> list[st
     for item in checked.items:
         by_resolution.setdefault(item.resolution, Counter())[item.size] += 1
     card, known = device.card, _known(checked, device.key)
-    speed, factor = card or cards.TYPICAL_GPU, known.time if known else 1.0
+    speed, factor = card or gpus.TYPICAL_GPU, known.time if known else 1.0
     shares = plan.job.shares()
     spent = {
         resolution: math.fsum(
@@ -189,7 +187,7 @@ def _time(checked: RunSpec, plan: MemoryPlan, device: DeviceLimits, price: float
     known = _known(checked, device.key)
     if device.card is None and known is None:
         return ["time: not known for this device before a run on it; --gpu NAME predicts it for a card"]
-    whole = _run_seconds(checked, plan, device.card or cards.TYPICAL_GPU)[0] * (known.time if known else 1.0)
+    whole = _run_seconds(checked, plan, device.card or gpus.TYPICAL_GPU)[0] * (known.time if known else 1.0)
     how = f"predicted; {known.in_words()}" if known else "predicted"
     steps = checked.config.train.steps
     return [f"time on {device.name}, for {steps} steps: {_hours_and_cost(whole, price)} ({how})"]
@@ -198,7 +196,7 @@ def _time(checked: RunSpec, plan: MemoryPlan, device: DeviceLimits, price: float
 def _known(checked: RunSpec, device: str) -> CalibrationFactor | None:
     """What runs of this model on `device` say."""
     parameters = memory.parameters_of(preflight.workload_of(checked).shape)
-    return measured.calibration_factor(calibration_file(checked.config), measured.device_key(device, parameters))
+    return calibration.calibration_factor(calibration_file(checked.config), calibration.device_key(device, parameters))
 
 
 def run_seconds(checked: RunSpec, plan: MemoryPlan, card: GpuSpec) -> float:

@@ -11,23 +11,20 @@ from zimage_train.config.dataset import DataEntry
 from zimage_train.config.load import cache_dir
 from zimage_train.config.schema import Config
 from zimage_train.config.values import BITSANDBYTES_OPTIMIZERS
-from zimage_train.dataset import scan as folder
 from zimage_train.dataset.image_index import ImageIndex, Tick
 from zimage_train.dataset.sample_order import TrainItem, make_items, resolve_epochs
-from zimage_train.dataset.scan import FolderScan, ImageRecord
+from zimage_train.dataset.scan import FolderScan, ImageRecord, scan_entry
 from zimage_train.diffusion.request import comparison_requests, preview_requests, teacher_request
 from zimage_train.errors import ConfigError, Problem, WeightsError, ZImageTrainError, collect_errors, raise_all
-from zimage_train.io import atomic as files
+from zimage_train.io import atomic
 from zimage_train.io.units import format_bytes
-from zimage_train.lora import headers
-from zimage_train.lora import targets as names
-from zimage_train.models import components as parts
-from zimage_train.models import locate as sources
+from zimage_train.lora import headers, targets
+from zimage_train.models import components, locate
 from zimage_train.models.arch import TransformerShape
 from zimage_train.models.locate import DownloadFn, ModelPaths, NotDownloadedError
 from zimage_train.planning import memory, planner
-from zimage_train.planning import warnings as advice
 from zimage_train.planning.memory import Workload
+from zimage_train.planning.warnings import config_warnings
 
 CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
@@ -74,7 +71,7 @@ def check_run(
     errors: list[ZImageTrainError] = []
     notes: list[str] = []
     looks = ImageIndex(cache_dir(config) / "looks.json")
-    scans = [folder.scan_entry(entry, f"data.{index}", looks, tick) for index, entry in enumerate(config.data)]
+    scans = [scan_entry(entry, f"data.{index}", looks, tick) for index, entry in enumerate(config.data)]
     held_out, faults, remarks = _held_out(config, scans, looks, tick)
     looks.save()
     errors += faults
@@ -95,13 +92,13 @@ def check_run(
     errors += faults
     notes += absent
     with collect_errors(errors):
-        files.require_writable_folder(Path(config.output_dir) / config.name, "output_dir")
+        atomic.require_writable_folder(Path(config.output_dir) / config.name, "output_dir")
         if config.cache.folder is not None:
-            files.require_writable_folder(Path(config.cache.folder), "cache.folder")
-        files.require_free_space(Path(config.output_dir), _disk_bytes(config, weights), "checkpoints and exports")
+            atomic.require_writable_folder(Path(config.cache.folder), "cache.folder")
+        atomic.require_free_space(Path(config.output_dir), _disk_bytes(config, weights), "checkpoints and exports")
     own = [found for entry, found in zip(config.data, pictures, strict=True) if not entry.regularization]
     is_small = weights is not None and memory.parameters_of(weights.shape) <= memory.MAX_CPU_PARAMETERS
-    warnings = advice.config_warnings(config, sum(map(len, own)), is_small)
+    warnings = config_warnings(config, sum(map(len, own)), is_small)
     checked = RunSpec(config, pictures, items, held_out, weights, notes, warnings)
     raise_all(errors)
     _require_budget(checked)
@@ -131,7 +128,7 @@ def _held_out(
     entry = DataEntry(folder=settings.folder, resolution=[settings.resolution])
     read = ("trigger", "default_caption", "caption_ext", "caption_lines", "shuffle_tags", "tag_dropout")
     entry = entry.model_copy(update={name: getattr(first, name) for name in read})
-    scan = folder.scan_entry(entry, "validation", looks, tick)
+    scan = scan_entry(entry, "validation", looks, tick)
     errors, items = scan.errors, []
     with collect_errors(errors):
         items = make_items(config.model_copy(update={"data": [entry]}), [scan.pictures])
@@ -163,7 +160,7 @@ def workload_of(checked: RunSpec, gpu: bool | None = None) -> Workload:
     """
     config = checked.config
     shape = checked.weights.shape if checked.weights else TransformerShape()
-    modules = checked.weights.modules if checked.weights else names.select_modules(config.lora.targets, shape.linears)
+    modules = checked.weights.modules if checked.weights else targets.select_modules(config.lora.targets, shape.linears)
     if gpu is None:
         gpu = memory.parameters_of(shape) > memory.MAX_CPU_PARAMETERS
     job = memory.make_workload(
@@ -182,7 +179,7 @@ def workload_of(checked: RunSpec, gpu: bool | None = None) -> Workload:
         return job
     found = checked.weights.paths
     in_fp32 = 2 * sum(path.stat().st_size for path in found.extra_loras)
-    channels = parts.vae(found.extras)[0]["block_out_channels"][0]
+    channels = components.vae(found.extras)[0]["block_out_channels"][0]
     return replace(job, vae_channels=channels, preview_lora_bytes=in_fp32)
 
 
@@ -241,7 +238,7 @@ def _number_in(path: Path) -> int | None:
 
 def _weights(config: Config, fetch: DownloadFn | None) -> tuple[ModelFiles | None, list[ZImageTrainError], list[str]]:
     """The model, if all of it is here and right; what is wrong; what is not here yet. Each part for itself."""
-    found = sources.find_paths(config.model, fetch)
+    found = locate.find_paths(config.model, fetch)
     absent = [error for error in found.errors if isinstance(error, NotDownloadedError)]
     errors: list[ZImageTrainError] = [error for error in found.errors if error not in absent]
     notes = [_absence(one) for error in absent for one in error.problems]
@@ -250,7 +247,7 @@ def _weights(config: Config, fetch: DownloadFn | None) -> tuple[ModelFiles | Non
     shape = TransformerShape()  # what is not here has the size of the published models
     if transformer is not None:
         try:
-            shape = sources.transformer_tensors(transformer)[0]
+            shape = locate.transformer_tensors(transformer)[0]
         except WeightsError as error:
             return None, [*errors, error], notes
     also, faults, more = _also(config.sample.compare_on, shape if transformer else None, fetch)
@@ -261,12 +258,12 @@ def _weights(config: Config, fetch: DownloadFn | None) -> tuple[ModelFiles | Non
     sizes: headers.Sizes = {}
     init_from: Path | None = None
     with collect_errors(errors):
-        modules = names.select_modules(config.lora.targets, shape.linears)
+        modules = targets.select_modules(config.lora.targets, shape.linears)
         init_from, more = _init_from(config, modules, shape if transformer else None, fetch)
         notes += more
     if extras is not None:
         with collect_errors(errors):
-            parts.require(extras, shape.cap_feat_dim)
+            components.require(extras, shape.cap_feat_dim)
     if adapter is not None and (transformer is not None or config.model.path is None):
         with collect_errors(errors):
             sizes = headers.read_sizes(adapter)
@@ -284,8 +281,8 @@ def _also(
     if name is None:
         return None, [], []
     try:
-        path = sources.transformer_at(name, "sample.compare_on", fetch)
-        found = sources.transformer_tensors(path)[0]
+        path = locate.transformer_at(name, "sample.compare_on", fetch)
+        found = locate.transformer_tensors(path)[0]
     except NotDownloadedError as error:
         return None, [], [_absence(one) for one in error.problems]
     except WeightsError as error:
@@ -309,7 +306,7 @@ def _init_from(
     if name is None:
         return None, []
     try:
-        path = sources.lora_at(name, "lora.init_from", fetch)
+        path = locate.lora_at(name, "lora.init_from", fetch)
     except NotDownloadedError as error:
         return None, [_absence(one) for one in error.problems]
     if shape is None:
@@ -339,7 +336,7 @@ def _extra_loras(
     notes: list[str] = []
     for index, one in enumerate(config.sample.extra_loras):
         try:
-            path = sources.lora_at(one.file, f"sample.extra_loras.{index}", fetch)
+            path = locate.lora_at(one.file, f"sample.extra_loras.{index}", fetch)
             if shape is not None:
                 headers.require_match(path, headers.read_sizes(path), shape.linears)
             paths.append(path)

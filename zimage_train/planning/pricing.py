@@ -5,10 +5,10 @@ from typing import Annotated
 
 from pydantic import Field, ValidationError, field_validator
 
-from zimage_train.config import load as reading
+from zimage_train.config import load
 from zimage_train.config.section import Section
 from zimage_train.errors import ConfigError, Problem
-from zimage_train.planning import gpus as cards
+from zimage_train.planning.gpus import GPU_SPECS
 
 Price = Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)]
 
@@ -43,8 +43,8 @@ class Prices(Section):
         if not isinstance(value, dict) or not value:
             raise ValueError("name at least one card and its price of an hour")
         named = {str(name): price for name, price in value.items()}
-        if unknown := [name for name in named if name not in cards.GPU_SPECS]:
-            raise ValueError(f"{', '.join(unknown)}: not known; the cards are {', '.join(cards.GPU_SPECS)}")
+        if unknown := [name for name in named if name not in GPU_SPECS]:
+            raise ValueError(f"{', '.join(unknown)}: not known; the cards are {', '.join(GPU_SPECS)}")
         return named
 
     @property
@@ -59,8 +59,8 @@ def read(path: Path) -> Prices:
     Raises:
         ConfigError: lists everything that is wrong in it.
     """
-    document = reading.parse(path, reading.read_text(path))
-    problems = [reading.yaml_problem(path, problem) for problem in document.problems]
+    document = load.parse(path, load.read_text(path))
+    problems = [load.yaml_problem(path, problem) for problem in document.problems]
     if problems:
         raise ConfigError(*problems)
     try:

@@ -8,7 +8,7 @@ from urllib.parse import quote
 
 from zimage_train.diffusion.request import SamplingRequest
 from zimage_train.errors import ConfigError, Problem
-from zimage_train.io import atomic as files
+from zimage_train.io import atomic
 from zimage_train.report import grid, template
 
 PAGE, GRID, PICTURES = "compare.html", "grid.png", "pictures"
@@ -97,7 +97,7 @@ def save_comparison(folder: Path, comparison: Comparison) -> list[str]:
         numbers=list({shot.path: numbers(shot) for shot in shots}.values()),
         small_px=SMALL_PX,
     )
-    files.write_text(folder / PAGE, page)
+    atomic.write_text(folder / PAGE, page)
     return remarks
 
 
@@ -201,7 +201,7 @@ def _gathered(folder: Path, paths: Iterable[Path]) -> dict[Path, str]:
         real = path.resolve()
         if not real.is_relative_to(home):
             real = home / PICTURES / f"{len(places):03d}-{slug(path.parent.parent.name)}-{path.name}"
-            files.write(real, [path.read_bytes()])
+            atomic.write(real, [path.read_bytes()])
         places[path] = quote(real.relative_to(home).as_posix())
     return places
 

@@ -17,7 +17,7 @@ from typing import IO, cast
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from zimage_train.io import atomic as files
+from zimage_train.io import atomic
 from zimage_train.report.printing import JSON_OUTPUT, as_event
 
 PLAIN_EVERY_SECONDS, EVENT_EVERY_SECONDS = 10.0, 1.0
@@ -82,7 +82,7 @@ class Console:
 
     def close(self) -> None:
         if self._file is not None:
-            files.close(self._file)
+            atomic.close(self._file)
             self._file = None
 
     def info(self, text: str) -> None:
@@ -141,4 +141,4 @@ class Console:
     def _record(self, text: str) -> None:
         if self._file is not None:
             stamp = datetime.now().astimezone().isoformat(timespec="seconds")
-            files.append_line(self._file, f"{stamp} {text}")
+            atomic.append_line(self._file, f"{stamp} {text}")

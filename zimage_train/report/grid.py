@@ -6,7 +6,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from zimage_train.io import atomic as files
+from zimage_train.io import atomic
 
 CELL_PX = 256
 MARGIN_PX = 8
@@ -58,7 +58,7 @@ def save_grid_image(path: Path, columns: Sequence[str], rows: Sequence[GridRow],
             if one is not None:
                 with Image.open(one) as image:
                     grid.paste(scaled(image), layout.place(row, column))
-    with files.replace_atomically(path) as file:
+    with atomic.replace_atomically(path) as file:
         grid.save(file, format="PNG")
     return layout
 

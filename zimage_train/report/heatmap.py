@@ -4,7 +4,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from zimage_train.io import atomic as files
+from zimage_train.io import atomic
 
 CELL_WIDTH_PX, CELL_HEIGHT_PX, LABEL_PX, TOP_PX = 64, 22, 130, 52
 COLOURS = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))
@@ -36,7 +36,7 @@ def save_heatmap(
                 draw.rectangle((left, top, left + CELL_WIDTH_PX - 2, top + CELL_HEIGHT_PX - 2), fill=colour(share))
                 ink = "black" if share > 0.6 else "white"
                 draw.text((left + 6, top + 4), f"{value:.3g}", fill=ink, font=font)
-    with files.replace_atomically(path) as file:
+    with atomic.replace_atomically(path) as file:
         image.save(file, format="PNG")
 
 

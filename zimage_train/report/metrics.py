@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from zimage_train.errors import DiskError, Problem
-from zimage_train.io import atomic as files
+from zimage_train.io import atomic
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
@@ -53,21 +53,21 @@ class RecordWriter:
         if path is not None:
             kept = [record for record in read_records(path) if record["step"] <= start]
             self._of_start = [record for record in kept if record["step"] == start]
-            files.write_text(path, "".join(_line(record) + "\n" for record in kept))
+            atomic.write_text(path, "".join(_line(record) + "\n" for record in kept))
             self._file = path.open("a", encoding="utf-8")
 
     def append(self, record: dict[str, Any]) -> None:
         if self._file is not None and record not in self._of_start:
-            files.append_line(self._file, _line(record))
+            atomic.append_line(self._file, _line(record))
 
     def sync(self) -> None:
         """Make every record survive a power cut."""
         if self._file is not None:
-            files.sync(self._file)
+            atomic.sync(self._file)
 
     def close(self) -> None:
         if self._file is not None:
-            files.close(self._file)
+            atomic.close(self._file)
 
 
 def _line(record: dict[str, Any]) -> str:

@@ -8,9 +8,8 @@ from typing import Any
 
 from PIL import Image
 
-from zimage_train.io import atomic as files
-from zimage_train.report import metrics, template
-from zimage_train.report import preview_shift as change
+from zimage_train.io import atomic
+from zimage_train.report import metrics, preview_shift, template
 from zimage_train.report.preview_images import PreviewTable
 
 THUMBNAIL_PX = 320
@@ -36,8 +35,8 @@ def write_report_page(
     validated = [one for one in metrics.read_records(events_path) if one.get("event") == "validation"]
     validated = [one for one in validated if one["of"] == validated[-1]["of"]]  # the folder may have changed
     rows, labels = _preview_rows(shown)
-    found = change.preview_shifts(own, triggers) if own else []
-    remark = change.shift_remark(found[-1], steps) if found else None
+    found = preview_shift.preview_shifts(own, triggers) if own else []
+    remark = preview_shift.shift_remark(found[-1], steps) if found else None
     page = template.render_html(
         "page.html",
         name=name,
@@ -55,7 +54,7 @@ def write_report_page(
         config=config_text,
         warnings=[*warnings, remark] if remark else warnings,
     )
-    files.write_text(path, page)
+    atomic.write_text(path, page)
 
 
 def _curve(records: list[dict[str, Any]], name: str) -> list[tuple[int, float]]:
@@ -64,7 +63,7 @@ def _curve(records: list[dict[str, Any]], name: str) -> list[tuple[int, float]]:
 
 def _preview_rows(shown: PreviewTable) -> tuple[list[tuple[int, list[Any]]], list[str]]:
     """Each step with its pictures and how far they are from step 0, and what stands above the columns."""
-    far = change.distances(shown) | {0: [None] * len(shown.recipes)}
+    far = preview_shift.distances(shown) | {0: [None] * len(shown.recipes)}
     rows = [
         (step, [path and (_data_uri(path), how_far) for path, how_far in zip(paths, far[step], strict=True)])
         for step, paths in shown.rows.items()

@@ -9,7 +9,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from zimage_train.diffusion.request import SamplingRequest
 from zimage_train.errors import DataError, Problem
-from zimage_train.io import atomic as files
+from zimage_train.io import atomic
 from zimage_train.report import grid
 
 NAME = re.compile(r"(\d{6,})-(\d{2,})\.png")
@@ -35,7 +35,7 @@ def save_preview(path: Path, image: Image.Image, recipe: SamplingRequest, drawn_
     info.add_itxt(DRAWN_BY, drawn_by)
     if run:
         info.add_text("zimage_train.run", run)
-    with files.replace_atomically(path) as file:
+    with atomic.replace_atomically(path) as file:
         image.save(file, format="PNG", pnginfo=info)
 
 
@@ -50,7 +50,7 @@ def remove_later(folder: Path, start: int, run: str) -> None:
     for path in folder.glob("*.png"):
         match = NAME.fullmatch(path.name)
         if match and (int(match[1]) > start or (start == 0 and _texts(path).get("zimage_train.run") != run)):
-            files.remove(path)
+            atomic.remove(path)
 
 
 def request_of(path: Path) -> SamplingRequest:

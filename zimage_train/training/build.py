@@ -14,38 +14,30 @@ from zimage_train.config import methods
 from zimage_train.config.load import cache_dir
 from zimage_train.config.schema import Config
 from zimage_train.config.variants import VARIANTS
-from zimage_train.dataset import cache_builder as filling
-from zimage_train.dataset import encode as encoding
-from zimage_train.dataset import sample_order as ordering
+from zimage_train.dataset import cache_builder, encode, sample_order
 from zimage_train.dataset.cache_builder import Shard
 from zimage_train.dataset.sample_order import make_sample_order
 from zimage_train.dataset.scan import dataset_fingerprint
 from zimage_train.dataset.tensor_cache import TensorCache
-from zimage_train.diffusion import request as recipe
+from zimage_train.diffusion import request
 from zimage_train.diffusion.drift import DriftMeter
 from zimage_train.diffusion.frozen import FrozenTransformer, load_frozen
 from zimage_train.errors import ConfigError, Problem
-from zimage_train.io.digests import DigestCache as Digester
-from zimage_train.lora import layers as attach
-from zimage_train.lora import lora_file as lora_files
-from zimage_train.lora import targets as names
-from zimage_train.lora import training_adapter as adapters
+from zimage_train.io.digests import DigestCache
+from zimage_train.lora import layers, lora_file, targets, training_adapter
 from zimage_train.lora.layers import LoraLayers
 from zimage_train.lora.lora_file import Lora
 from zimage_train.lora.metadata import training_metadata
-from zimage_train.optim import ema
-from zimage_train.optim import optimizers as optim
+from zimage_train.optim import ema, optimizers
 from zimage_train.optim.ema import Ema
 from zimage_train.planning import forecast
 from zimage_train.planning.memory import WeightPlacement
 from zimage_train.planning.planner import MemoryPlan
 from zimage_train.planning.preflight import ModelFiles, RunSpec
-from zimage_train.report import preview_shift as change
+from zimage_train.report import preview_shift
 from zimage_train.report.console import Console
 from zimage_train.report.trackers import Trackers
-from zimage_train.training import checkpoint, distributed
-from zimage_train.training import preview_sets as views
-from zimage_train.training import run_dir as run_folder
+from zimage_train.training import checkpoint, distributed, preview_sets, run_dir
 from zimage_train.training.checkpoint import Checkpoint
 from zimage_train.training.distributed import World
 from zimage_train.training.fit import apply_recompute_plan
@@ -82,7 +74,7 @@ def open_context(
     weights = checked.weights
     assert weights is not None  # without weights, `train` and `cache` have ended with an error
     cache = TensorCache(cache_dir(checked.config))
-    digester = Digester(cache.folder / "digests.json")
+    digester = DigestCache(cache.folder / "digests.json")
     source, extras, adapter = weights.paths.transformer, weights.paths.extras, weights.paths.adapter
     digests = ModelDigests(
         model=digester.of_folder(source) if source.is_dir() else digester.of_content(source),
@@ -109,9 +101,9 @@ def find_checkpoint(
     if session.world.is_main:
         distributed.barrier()
     if found is None:
-        run_folder.require_untouched(folder)
+        run_dir.require_untouched(folder)
         return None
-    for changed in run_folder.require_same(folder, found.numbers["identity"], identity, session.allow):
+    for changed in run_dir.require_same(folder, found.numbers["identity"], identity, session.allow):
         session.console.warning(f"allowed: {changed}")
     if found.step > config.train.steps:
         what = f"is {config.train.steps}, and the run is at step {found.step} already"
@@ -119,15 +111,15 @@ def find_checkpoint(
     return found
 
 
-def fill_caches(checked: RunSpec, session: RunContext, plan: ordering.SampleOrder) -> None:
+def fill_caches(checked: RunSpec, session: RunContext, plan: sample_order.SampleOrder) -> None:
     """Encode every picture and prompt that the run will use and the cache does not have."""
 
     def tick(what: str, done: int, total: int) -> None:
         session.stop.check()
         session.console.progress(what, done, total)
 
-    recipes = [*recipe.preview_requests(checked.config), *recipe.comparison_requests(checked.config)]
-    encoders = encoding.Encoders(
+    recipes = [*request.preview_requests(checked.config), *request.comparison_requests(checked.config)]
+    encoders = encode.Encoders(
         extras=session.model_files.paths.extras,
         device=session.world.device,
         dtype=checked.config.model.dtype,
@@ -138,10 +130,12 @@ def fill_caches(checked: RunSpec, session: RunContext, plan: ordering.SampleOrde
     held_out = {item.picture.prompts[0] for item in checked.held_out}
     is_own = methods.uses_generated_data(checked.config.train.method)
     empty = {""} if is_own or checked.config.guidance.contrastive is not None else set()
-    prompts = sorted({*plan.prompts(checked.config.train.steps), *recipe.prompts_to_encode(recipes), *held_out, *empty})
+    prompts = sorted(
+        {*plan.prompts(checked.config.train.steps), *request.prompts_to_encode(recipes), *held_out, *empty}
+    )
     share = Shard(session.world.rank, session.world.world_size)
     items = [*([] if is_own else plan.items), *checked.held_out]
-    pictures, texts = encoding.encode_missing(session.cache, encoders, items, prompts, tick, share)
+    pictures, texts = encode.encode_missing(session.cache, encoders, items, prompts, tick, share)
     session.console.info(f"cache {session.cache.folder}: latents {pictures}; prompts {texts}")
     distributed.barrier()
 
@@ -168,18 +162,18 @@ def build_state(
     frozen = _assemble(config, session, fit.form)
     attached = _attach(config, frozen, weights, fit, console)
     inputs = _inputs(config, session, frozen, plan)
-    groups = names.count_by_group(attached.a)
-    optimizer = optim.build_optimizer(config.optimizer, attached.parameters())
+    groups = targets.count_by_group(attached.a)
+    optimizer = optimizers.build_optimizer(config.optimizer, attached.parameters())
     start, decay = found.step if found else 0, config.ema.decay
     averages = ema.init_ema(decay, attached.state()) if decay is not None else None
     if found:
         _continue(found, attached, averages, optimizer)
         console.info(f"continuing after step {start}")
-    drawn = views.make_preview_sets(config, folder, identity, weights.paths.second_model)
+    drawn = preview_sets.make_preview_sets(config, folder, identity, weights.paths.second_model)
     if world.is_main:
-        run_folder.write_config(folder, config)
-        facts = {"plan": fits, "starts": [*run_folder.earlier_starts(folder), start]}
-        run_folder.write_facts(folder, _facts(checked, session, frozen, plan, groups) | facts)
+        run_dir.write_config(folder, config)
+        facts = {"plan": fits, "starts": [*run_dir.earlier_starts(folder), start]}
+        run_dir.write_facts(folder, _facts(checked, session, frozen, plan, groups) | facts)
     return TrainState(
         config=config,
         folder=folder,
@@ -197,7 +191,7 @@ def build_state(
         preview_sets=drawn,
         extra_loras=_extra_loras(config, weights, console),
         preview_embeds={
-            prompt: inputs.embeds(prompt) for view in drawn for prompt in recipe.prompts_to_encode(view.requests)
+            prompt: inputs.embeds(prompt) for view in drawn for prompt in request.prompts_to_encode(view.requests)
         },
         drift_meter=_drift_meter(config, drawn, inputs),
         export_metadata=training_metadata(config, session.digests.adapter),
@@ -215,7 +209,7 @@ def _drift_meter(config: Config, drawn: list[PreviewSet], inputs: CachedDataset)
     shown = next((view.requests for view in drawn if view.is_metered), None)
     if shown is None:
         return None
-    neutral = [one for one in shown if not change.has_trigger(one.prompt, config.triggers)] or shown
+    neutral = [one for one in shown if not preview_shift.has_trigger(one.prompt, config.triggers)] or shown
     variant = VARIANTS["turbo"]
     recipes = [replace(one, steps=variant.steps, guidance=variant.guidance) for one in neutral[:MAX_DRIFT_REQUESTS]]
     return DriftMeter(recipes, {one.prompt: inputs.embeds(one.prompt) for one in recipes})
@@ -226,14 +220,14 @@ def _continue(found: Checkpoint, attached: LoraLayers, averages: Ema | None, opt
     attached.load_state(found.part("lora."), where)
     if averages is not None:
         averages.load_state(found.part("ema."), where)
-    optim.load_optimizer_state(optimizer, found.part("optim."), found.numbers["optimizer"], where)
+    optimizers.load_optimizer_state(optimizer, found.part("optim."), found.numbers["optimizer"], where)
 
 
 def _assemble(config: Config, session: RunContext, form: WeightPlacement) -> FrozenTransformer:
     weights, console = session.model_files, session.console
     adapter = None
     if weights.paths.adapter is not None:
-        adapter = adapters.load_adapter(weights.paths.adapter, config.model.adapter_strength, weights.shape)
+        adapter = training_adapter.load_adapter(weights.paths.adapter, config.model.adapter_strength, weights.shape)
     console.info(f"loading {weights.paths.transformer}")
     path, device = weights.paths.transformer, session.world.device
     frozen = load_frozen(path, adapter, config.model.dtype, device, form.kind, form.streamed)
@@ -251,7 +245,7 @@ def _assemble(config: Config, session: RunContext, form: WeightPlacement) -> Fro
 
 
 def _inputs(
-    config: Config, session: RunContext, frozen: FrozenTransformer, plan: ordering.SampleOrder
+    config: Config, session: RunContext, frozen: FrozenTransformer, plan: sample_order.SampleOrder
 ) -> CachedDataset:
     """What the loop reads; the model draws its own pictures with the LoRA as it begins, wherever the run goes on."""
     inputs = CachedDataset(session.cache, session.digests, config.model.dtype)
@@ -261,7 +255,11 @@ def _inputs(
 
 
 def _draw_own(
-    config: Config, session: RunContext, frozen: FrozenTransformer, plan: ordering.SampleOrder, inputs: CachedDataset
+    config: Config,
+    session: RunContext,
+    frozen: FrozenTransformer,
+    plan: sample_order.SampleOrder,
+    inputs: CachedDataset,
 ) -> GeneratedData:
     """Let the model draw what it is trained on, unless the cache has it."""
     digests, kind = session.digests, config.model.quantize
@@ -279,14 +277,14 @@ def _draw_own(
 
     share = Shard(session.world.rank, session.world.world_size)
     sizes = {key: own.num_bytes(item) for key, item in items.items()}
-    tally = filling.fill_generated(session.cache, sizes, draw, tick, share)
+    tally = cache_builder.fill_generated(session.cache, sizes, draw, tick, share)
     session.console.info(f"{config.train.method}: the model's own pictures: {tally.found} found, {tally.encoded} drawn")
     distributed.barrier()
     return own
 
 
 def _extra_loras(config: Config, weights: ModelFiles, console: Console) -> list[tuple[Lora, float]]:
-    read = [lora_files.read_lora(path) for path in weights.paths.extra_loras]
+    read = [lora_file.read_lora(path) for path in weights.paths.extra_loras]
     for one, lora in zip(config.sample.extra_loras, read, strict=True):
         console.info(f"previews have {one.file} too: matched {len(lora)}/{len(lora)} modules, weight {one.weight:g}")
     return [(lora, one.weight) for one, lora in zip(config.sample.extra_loras, read, strict=True)]
@@ -296,12 +294,12 @@ def _attach(
     config: Config, frozen: FrozenTransformer, weights: ModelFiles, plan: MemoryPlan, console: Console
 ) -> LoraLayers:
     lora, modules = config.lora, weights.modules
-    attached = attach.attach_lora(frozen.model, modules, lora.rank, lora.alpha, lora.dropout, config.seed)
+    attached = layers.attach_lora(frozen.model, modules, lora.rank, lora.alpha, lora.dropout, config.seed)
     apply_recompute_plan(frozen.model, plan, lora.dropout)
-    shown = ", ".join(f"{name} {count}" for name, count in names.count_by_group(attached.a).items())
+    shown = ", ".join(f"{name} {count}" for name, count in targets.count_by_group(attached.a).items())
     console.info(f"LoRA rank {lora.rank}: matched {len(attached.a)}/{len(modules)} modules ({shown})")
     if weights.paths.init_from is not None:
-        attached.initialize_from(lora_files.read_lora(weights.paths.init_from))
+        attached.initialize_from(lora_file.read_lora(weights.paths.init_from))
         console.info(f"it begins as {lora.init_from}")
     return attached
 
@@ -319,7 +317,11 @@ def run_fingerprint(checked: RunSpec, digests: ModelDigests) -> dict[str, Any]:
 
 
 def _facts(
-    checked: RunSpec, session: RunContext, frozen: FrozenTransformer, plan: ordering.SampleOrder, groups: dict[str, int]
+    checked: RunSpec,
+    session: RunContext,
+    frozen: FrozenTransformer,
+    plan: sample_order.SampleOrder,
+    groups: dict[str, int],
 ) -> dict[str, Any]:
     config, weights, digests, world = checked.config, session.model_files, session.digests, session.world
     adapter = frozen.adapter and {

@@ -14,8 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from zimage_train.errors import DivergedError, Problem, WeightsError
-from zimage_train.io import atomic as files
-from zimage_train.io import tensorfile
+from zimage_train.io import atomic, tensorfile
 
 FORMAT = 2
 NAME = re.compile(r"step-(\d{6,})\.safetensors")
@@ -53,7 +52,7 @@ def save(folder: Path, step: int, tensors: Mapping[str, Tensor], numbers: Mappin
     path = folder / f"step-{step:06d}.safetensors"
     state = {"format": FORMAT, "step": step, **numbers}
     tensorfile.save_with_digest(path, tensors, {"state": json.dumps(state)})
-    return [old for _, old in steps_in(folder)[KEEP:] if not files.remove(old)]
+    return [old for _, old in steps_in(folder)[KEEP:] if not atomic.remove(old)]
 
 
 def steps_in(folder: Path) -> list[tuple[int, Path]]:
@@ -78,7 +77,7 @@ def load_newest(folder: Path, warn: Any) -> Checkpoint | None:
         except OtherFormatError:
             raise
         except WeightsError as error:
-            aside = files.rename_as_backup(path, ".corrupt")
+            aside = atomic.rename_as_backup(path, ".corrupt")
             warn(f"{path}: {error.problems[0].message}; set aside as {aside.name}")
     damaged = sorted(folder.glob("*.corrupt*")) if folder.is_dir() else []
     if damaged:

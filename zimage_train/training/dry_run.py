@@ -16,14 +16,10 @@ from zimage_train.dataset.buckets import Bucket
 from zimage_train.dataset.sample_order import MicroBatch, TrainItem
 from zimage_train.diffusion.render import render_images
 from zimage_train.errors import DiskError
-from zimage_train.io import atomic as files
-from zimage_train.io import tensorfile
-from zimage_train.lora import lora_file as lora_files
-from zimage_train.lora import verify as loaders
-from zimage_train.optim import optimizers as optim
-from zimage_train.planning import calibration as measured
-from zimage_train.planning import forecast, memory
-from zimage_train.planning import gpus as cards
+from zimage_train.io import atomic, tensorfile
+from zimage_train.lora import lora_file, verify
+from zimage_train.optim import optimizers
+from zimage_train.planning import calibration, forecast, gpus, memory
 from zimage_train.planning.gpus import GpuSpec
 from zimage_train.planning.memory import OPTIMIZER_BYTES, padded_tokens
 from zimage_train.planning.planner import MemoryPlan
@@ -181,30 +177,30 @@ def _save(run: TrainState) -> None:
     """A checkpoint and a LoRA, written and read back."""
     path, trained, dtype = run.folder.rehearsal, run.lora.factors(), run.config.save.dtype
     try:
-        tensorfile.save_with_digest(path, run.lora.state() | optim.optimizer_state(run.optimizer)[0], {})
+        tensorfile.save_with_digest(path, run.lora.state() | optimizers.optimizer_state(run.optimizer)[0], {})
         tensorfile.load_with_digest(path)
-        lora_files.export_lora(path, trained, dtype, run.export_metadata)
-        loaders.verify_export(path, trained, dtype, run.frozen.shape.linears)
+        lora_file.export_lora(path, trained, dtype, run.export_metadata)
+        verify.verify_export(path, trained, dtype, run.frozen.shape.linears)
     finally:
-        files.remove(path)
+        atomic.remove(path)
 
 
 def compare_with_forecast(run: TrainState, records: list[dict[str, Any]]) -> None:
     """Say how the run compares with its prediction, and remember it for the next ones; `records` are its steps."""
     device = run.world.device
-    card = cards.find_gpu(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    card = gpus.find_gpu(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     name = card.name if card else torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    steps = [(one["seconds"], _predicted_seconds(run, one["step"], card or cards.TYPICAL_GPU)) for one in records]
+    steps = [(one["seconds"], _predicted_seconds(run, one["step"], card or gpus.TYPICAL_GPU)) for one in records]
     predicted_gb = run.memory_plan.peak.allocated / 1e9
-    name = measured.device_key(name, memory.parameters_of(run.frozen.shape))
-    found = measured.measure(name, steps, gigabytes(device), predicted_gb)
+    name = calibration.device_key(name, memory.parameters_of(run.frozen.shape))
+    found = calibration.measure(name, steps, gigabytes(device), predicted_gb)
     if found is None:
         return
     of_memory = f", memory x{found.memory_ratio:.2f}" if found.memory_ratio is not None else ""
     if card is not None:
         run.console.info(f"measured {found.seconds:.2f} s a step: x{found.time_ratio:.2f} of the prediction{of_memory}")
     try:
-        measured.record_measurement(forecast.calibration_file(run.config), found)
+        calibration.record_measurement(forecast.calibration_file(run.config), found)
     except DiskError as error:  # a memo: the run is worth more
         run.console.warning(str(error))
 

@@ -12,9 +12,8 @@ from zimage_train.config.values import Quantization
 from zimage_train.errors import ConfigError, Problem, WeightsError
 from zimage_train.io.headers import read_header
 from zimage_train.io.units import format_bytes
-from zimage_train.models import checkpointing as recompute
-from zimage_train.planning import devices as accelerator
-from zimage_train.planning import forecast, memory, planner, preflight
+from zimage_train.models import checkpointing
+from zimage_train.planning import devices, forecast, memory, planner, preflight
 from zimage_train.planning.planner import NO_LIMIT, MemoryPlan
 from zimage_train.planning.preflight import RunSpec
 from zimage_train.training import checkpoint, distributed
@@ -30,7 +29,7 @@ def plan_for_devices(checked: RunSpec, world: World, folder: RunDir) -> MemoryPl
     Raises:
         ConfigError: the budget that is set takes less than any plan.
     """
-    here = accelerator.device_limits(world.device)
+    here = devices.device_limits(world.device)
     budget = checked.config.memory.budget_gb
     limit = distributed.all_reduce_min(world, here.limit_bytes)
     if not isinstance(budget, str):
@@ -81,4 +80,4 @@ def apply_recompute_plan(model: ZImageTransformer2DModel, plan: MemoryPlan, drop
     if plan.mode_of(NO_LIMIT) == "none":
         model.disable_gradient_checkpointing()
     else:
-        model.enable_gradient_checkpointing(recompute.by_tokens(plan.mode_of, preserve_rng=dropout > 0))
+        model.enable_gradient_checkpointing(checkpointing.by_tokens(plan.mode_of, preserve_rng=dropout > 0))

@@ -9,7 +9,7 @@ import torch
 
 from zimage_train.dataset.sample_order import MicroBatch
 from zimage_train.errors import DivergedError, Problem
-from zimage_train.optim import optimizers as optim
+from zimage_train.optim import optimizers
 from zimage_train.optim.schedules import base_lr, lr_factor
 from zimage_train.report.metrics import RecordWriter, read_records
 from zimage_train.rng import keyed_int
@@ -46,8 +46,8 @@ def train(run: TrainState, metrics: RecordWriter, events: RecordWriter) -> None:
     model.train()
     began = time.monotonic()
     for step, loaded in prefetch(run):
-        optim.set_lr(run.optimizer, rate * lr_factor(config.schedule, step, last))
-        lr = optim.current_lr(run.optimizer)
+        optimizers.set_lr(run.optimizer, rate * lr_factor(config.schedule, step, last))
+        lr = optimizers.current_lr(run.optimizer)
         num_samples = sum(len(samples) for samples in run.order.step_batches(step))
         sums = {name: torch.zeros((), device=world.device) for name in shown}
         for index, (samples, batch) in enumerate(loaded):

@@ -9,24 +9,19 @@ from typing import Any
 from zimage_train.config import methods
 from zimage_train.config.load import dump_config
 from zimage_train.config.schema import Config
-from zimage_train.diffusion import comfyui as workflow
+from zimage_train.diffusion import comfyui
 from zimage_train.diffusion.frozen import NotRestoredError
 from zimage_train.diffusion.render import render_images
 from zimage_train.errors import WeightsError
-from zimage_train.io import atomic as files
+from zimage_train.io import atomic
 from zimage_train.io.headers import read_header
 from zimage_train.io.tensorfile import DTYPE_NAMES, TORCH_DTYPES
-from zimage_train.lora import lora_file as lora_files
-from zimage_train.lora import verify as loaders
+from zimage_train.lora import lora_file, verify
 from zimage_train.lora.lora_file import Lora
-from zimage_train.optim import optimizers as optim
-from zimage_train.report import page
-from zimage_train.report import preview_images as pictures
-from zimage_train.report import preview_shift as change
+from zimage_train.optim import optimizers
+from zimage_train.report import page, preview_images, preview_shift
 from zimage_train.report.metrics import RecordWriter, read_records
-from zimage_train.training import checkpoint
-from zimage_train.training import preview_sets as views
-from zimage_train.training import run_dir as run_folder
+from zimage_train.training import checkpoint, preview_sets, run_dir
 from zimage_train.training.preview_sets import PreviewSet
 from zimage_train.training.run_dir import RunDir
 from zimage_train.training.state import TrainState, is_due
@@ -40,7 +35,7 @@ def save_checkpoint(run: TrainState, step: int) -> None:
         DivergedError: the LoRA or the optimizer is not finite.
         DiskError: it cannot be written.
     """
-    tensors, optimizer = optim.optimizer_state(run.optimizer)
+    tensors, optimizer = optimizers.optimizer_state(run.optimizer)
     numbers = {"optimizer": optimizer, "identity": dict(run.identity)}
     averages = run.ema.state() if run.ema else {}
     for path in checkpoint.save(run.folder.checkpoints, step, run.lora.state() | averages | tensors, numbers):
@@ -58,18 +53,18 @@ def export_step(run: TrainState, step: int) -> None:
 
 def _export(run: TrainState, step: int, path: Path, trained: Lora) -> None:
     config = run.config
-    lora_files.export_lora(path, trained, config.save.dtype, {**run.export_metadata, "ss_steps": str(step)})
+    lora_file.export_lora(path, trained, config.save.dtype, {**run.export_metadata, "ss_steps": str(step)})
     try:
-        error = loaders.verify_export(path, trained, config.save.dtype, run.frozen.shape.linears)
+        error = verify.verify_export(path, trained, config.save.dtype, run.frozen.shape.linears)
     except WeightsError:
-        files.rename_as_backup(path, ".unverified")
+        atomic.rename_as_backup(path, ".unverified")
         raise
     count = f"{len(trained)}/{len(trained)}"
     run.console.info(f"step {step}: exported {path} ({count} modules verified, relative error {error:.1e})")
     if run.preview_sets:
-        files.write_json(
-            workflow.workflow_path(path),
-            workflow.comfyui_workflow(run.preview_sets[0].requests[0], config.model, path.name),
+        atomic.write_json(
+            comfyui.workflow_path(path),
+            comfyui.comfyui_workflow(run.preview_sets[0].requests[0], config.model, path.name),
         )
     _prune(run, path.parent)
 
@@ -78,7 +73,7 @@ def _prune(run: TrainState, folder: Path) -> None:
     name = re.compile(re.escape(run.config.name) + r"-(\d{6,})\.safetensors")
     numbered = sorted((int(match[1]), path) for path in folder.iterdir() if (match := name.fullmatch(path.name)))
     for _, path in numbered[: -run.config.save.keep]:
-        if not (files.remove(path) and files.remove(workflow.workflow_path(path))):
+        if not (atomic.remove(path) and atomic.remove(comfyui.workflow_path(path))):
             run.console.warning(f"{path}: cannot be removed; going on")
 
 
@@ -96,7 +91,7 @@ def preview(run: TrainState, step: int, events: RecordWriter) -> None:
     try:
         for view in run.preview_sets:
             measured |= render_previews(run, view, step)
-        pictures.save_grid(run.folder.samples / "grid.png", views.all_previews_table(run.preview_sets))
+        preview_images.save_grid(run.folder.samples / "grid.png", preview_sets.all_previews_table(run.preview_sets))
     except NotRestoredError:
         raise
     except Exception as error:  # noqa: BLE001  a preview that fails must not end a run
@@ -123,7 +118,7 @@ def render_previews(run: TrainState, view: PreviewSet, step: int) -> dict[str, f
 
     averaged = run.config.sample.weights == "ema" and run.ema is not None
     trained = run.lora.factors(run.ema.shadow if averaged and run.ema else None)
-    with run.with_preview_loras(lora_files.round_to_dtype(trained, run.config.save.dtype)):
+    with run.with_preview_loras(lora_file.round_to_dtype(trained, run.config.save.dtype)):
         images = render_images(
             run.frozen,
             run.extras,
@@ -138,7 +133,7 @@ def render_previews(run: TrainState, view: PreviewSet, step: int) -> dict[str, f
         lora = "averaged LoRA" if averaged else "LoRA"
         extra = "".join(f" and {one.file}={one.weight:g}" for one in run.config.sample.extra_loras)
         drawn_by = f"{model} in {run.config.model.dtype} with the {lora} of {run.config.name} at step {step}{extra}"
-        pictures.save_preview(path, image, recipe, drawn_by, view.run)
+        preview_images.save_preview(path, image, recipe, drawn_by, view.run)
     if measured:
         run.console.info(f"step {step}: drift {measured['drift']:.3f} from Turbo's own steps")
     return measured
@@ -149,16 +144,16 @@ def preview_metrics(run: TrainState, step: int) -> dict[str, Any]:
     own, *others = [view.table() for view in run.preview_sets]
     words = run.config.triggers
     record: dict[str, Any] = {"pictures": [path.name for path in own.rows[step] if path]}
-    for one in change.preview_shifts(own, words):
+    for one in preview_shift.preview_shifts(own, words):
         if one.step == step:
             record |= {"change_with_trigger": one.with_trigger, "change_without_trigger": one.without_trigger}
-            remark = change.shift_remark(one, run.config.train.steps)
+            remark = preview_shift.shift_remark(one, run.config.train.steps)
             if remark and not methods.uses_generated_data(run.config.train.method):  # pictures are to stay as they are
                 run.console.warning(remark)
     if step > 0:
-        record["sharpness_kept"] = change.sharpness_kept(own, words, step)
+        record["sharpness_kept"] = preview_shift.sharpness_kept(own, words, step)
     for other in others:
-        kept = change.sharpness_kept(other, words, step) if step > 0 else None
+        kept = preview_shift.sharpness_kept(other, words, step) if step > 0 else None
         if kept is not None:
             record["sharpness_kept_also"] = kept
             run.console.info(
@@ -203,13 +198,13 @@ def is_complete(folder: RunDir, config: Config, step: int, identity: Mapping[str
     except WeightsError:
         return False
     return dtypes == {DTYPE_NAMES[TORCH_DTYPES[config.save.dtype]]} and not any(
-        view.missing(last) for view in views.make_preview_sets(config, folder, identity, None)
+        view.missing(last) for view in preview_sets.make_preview_sets(config, folder, identity, None)
     )
 
 
 def write_report(run: TrainState) -> None:
     """Write report.html from what is in the run folder."""
-    facts: dict[str, Any] = run_folder.read_facts(run.folder)
+    facts: dict[str, Any] = run_dir.read_facts(run.folder)
     page.write_report_page(
         run.folder.report,
         name=run.config.name,
@@ -217,9 +212,9 @@ def write_report(run: TrainState) -> None:
         metrics_path=run.folder.metrics,
         events_path=run.folder.events,
         own=run.preview_sets[0].table() if run.preview_sets else None,
-        shown=views.all_previews_table(run.preview_sets)
+        shown=preview_sets.all_previews_table(run.preview_sets)
         if run.preview_sets
-        else pictures.preview_table(run.folder.samples),
+        else preview_images.preview_table(run.folder.samples),
         config_text=dump_config(run.config),
         warnings=run.warnings,
         triggers=run.config.triggers,

@@ -7,11 +7,11 @@ from typing import Any
 
 from zimage_train.config.schema import Config
 from zimage_train.config.variants import VARIANTS
-from zimage_train.diffusion import request as recipe
+from zimage_train.diffusion import request
 from zimage_train.diffusion.request import SamplingRequest
-from zimage_train.report import preview_images as pictures
+from zimage_train.report import preview_images
 from zimage_train.report.preview_images import PreviewTable
-from zimage_train.training import run_dir as run_folder
+from zimage_train.training import run_dir
 from zimage_train.training.run_dir import RunDir
 
 
@@ -32,14 +32,14 @@ class PreviewSet:
 
     def expected(self, step: int) -> list[tuple[Path, SamplingRequest]]:
         """The pictures that `step` shall have."""
-        return [(pictures.preview_path(self.folder, step, index), one) for index, one in enumerate(self.requests)]
+        return [(preview_images.preview_path(self.folder, step, index), one) for index, one in enumerate(self.requests)]
 
     def missing(self, step: int) -> list[tuple[Path, SamplingRequest]]:
         """The pictures of `step` that are not there, or that something else has drawn."""
-        return [(path, one) for path, one in self.expected(step) if not pictures.is_current(path, one, self.run)]
+        return [(path, one) for path, one in self.expected(step) if not preview_images.is_current(path, one, self.run)]
 
     def table(self) -> PreviewTable:
-        return pictures.preview_table(self.folder, self.suffix)
+        return preview_images.preview_table(self.folder, self.suffix)
 
 
 def make_preview_sets(
@@ -48,19 +48,19 @@ def make_preview_sets(
     """The run's own view, then that of `sample.compare_on`; none without `sample.every` or prompts."""
     if config.sample.every is None or not config.sample.prompts:
         return []
-    digest, name = run_folder.identity_digest(identity), config.sample.compare_on
+    digest, name = run_dir.identity_digest(identity), config.sample.compare_on
     if config.sample.weights == "ema":
         digest += " averaged"
     digest += "".join(f" and {one.file}={one.weight:g}" for one in config.sample.extra_loras)
     views = [
-        PreviewSet(None, recipe.preview_requests(config), folder.samples, digest, "", config.model.variant == "turbo")
+        PreviewSet(None, request.preview_requests(config), folder.samples, digest, "", config.model.variant == "turbo")
     ]
     if name is not None:
         on_turbo = name not in VARIANTS or name == "turbo"
         views.append(
             PreviewSet(
                 second_model=also,
-                requests=recipe.comparison_requests(config),
+                requests=request.comparison_requests(config),
                 folder=folder.samples / "also",
                 run=f"{digest} on {name}",
                 suffix=f" (on {name})",
@@ -73,4 +73,4 @@ def make_preview_sets(
 def all_previews_table(views: list[PreviewSet]) -> PreviewTable:
     """All previews of a run as one table, those of another model beside its own."""
     own, *others = [view.table() for view in views]
-    return pictures.side_by_side(own, others[0]) if others else own
+    return preview_images.side_by_side(own, others[0]) if others else own

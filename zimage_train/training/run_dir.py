@@ -12,7 +12,7 @@ from typing import Any
 from zimage_train.config.load import dump_config, flatten_keys, resolve_paths
 from zimage_train.config.schema import Config
 from zimage_train.errors import ConfigError, Problem, WeightsError
-from zimage_train.io import atomic as files
+from zimage_train.io import atomic
 from zimage_train.optim import schedules
 from zimage_train.report import metrics
 
@@ -123,12 +123,12 @@ def wandb_id(folder: RunDir) -> str:
         known = ""
     if not re.fullmatch("[0-9a-f]{8}", known):
         known = secrets.token_hex(4)
-        files.write_text(folder.wandb_id, known + "\n")
+        atomic.write_text(folder.wandb_id, known + "\n")
     return known
 
 
 def write_facts(folder: RunDir, facts: Mapping[str, Any]) -> None:
-    files.write_json(folder.facts, facts)
+    atomic.write_json(folder.facts, facts)
 
 
 def add_facts(folder: RunDir, facts: Mapping[str, Any]) -> None:
@@ -139,7 +139,7 @@ def add_facts(folder: RunDir, facts: Mapping[str, Any]) -> None:
 
 def write_config(folder: RunDir, config: Config) -> None:
     """Write the effective config, with absolute paths: any command takes it, wherever it runs."""
-    files.write_text(folder.config, dump_config(resolve_paths(config)))
+    atomic.write_text(folder.config, dump_config(resolve_paths(config)))
 
 
 def run_identity(config: Config, fingerprint: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,12 +12,10 @@ from torch import Tensor
 
 from zimage_train.config.schema import Config
 from zimage_train.config.variants import VARIANTS
-from zimage_train.dataset import tensor_cache as caching
+from zimage_train.dataset import tensor_cache
 from zimage_train.dataset.sample_order import Sample, TrainItem
-from zimage_train.diffusion import flow
-from zimage_train.diffusion import request as recipe
-from zimage_train.diffusion import sampler as turbo
-from zimage_train.diffusion.request import SamplingRequest
+from zimage_train.diffusion import flow, sampler
+from zimage_train.diffusion.request import SamplingRequest, teacher_request
 from zimage_train.models.components import LATENT_CHANNELS, LATENT_STRIDE
 from zimage_train.rng import keyed_int
 from zimage_train.training.loss import Batch, BatchExtras
@@ -38,10 +36,10 @@ class GeneratedData:
 
     def request(self, item: TrainItem) -> SamplingRequest:
         seed = keyed_int(self.config.seed, "own", *item.identity())
-        return recipe.teacher_request(self.config, item.picture.prompts[0], item.size.width, item.size.height, seed)
+        return teacher_request(self.config, item.picture.prompts[0], item.size.width, item.size.height, seed)
 
     def key(self, item: TrainItem) -> str:
-        return caching.generated_key(self.request(item).to_json(), self.config.train.method, *self.made_by)
+        return tensor_cache.generated_key(self.request(item).to_json(), self.config.train.method, *self.made_by)
 
     def num_bytes(self, item: TrainItem) -> int:
         pixels = item.size.width * item.size.height // LATENT_STRIDE**2
@@ -60,11 +58,11 @@ class GeneratedData:
         model.eval()
         try:
             if not self.imitates:
-                return turbo.sample_latents(model, [wanted], embeds, lambda done, total: None)[0].cpu()
+                return sampler.sample_latents(model, [wanted], embeds, lambda done, total: None)[0].cpu()
             sigmas = flow.sampling_sigmas_through(wanted.steps, wanted.shift, self.student_sigmas)
             kept = [
                 x[0].cpu()
-                for sigma, x in turbo.sample_trajectory(model, [wanted], embeds, sigmas)
+                for sigma, x in sampler.sample_trajectory(model, [wanted], embeds, sigmas)
                 if sigma in self.student_sigmas
             ]
             return torch.stack(kept)

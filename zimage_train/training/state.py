@@ -11,8 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from zimage_train.config.schema import Config
-from zimage_train.dataset import masks
-from zimage_train.dataset import tensor_cache as caching
+from zimage_train.dataset import masks, tensor_cache
 from zimage_train.dataset.sample_order import MicroBatch, SampleOrder, TrainItem
 from zimage_train.dataset.tensor_cache import TensorCache
 from zimage_train.diffusion.drift import DriftMeter
@@ -21,7 +20,7 @@ from zimage_train.lora import arithmetic, swap
 from zimage_train.lora.layers import LoraLayers
 from zimage_train.lora.lora_file import Lora
 from zimage_train.optim.ema import Ema
-from zimage_train.planning import planner as memory_planner
+from zimage_train.planning import planner
 from zimage_train.report.console import Console
 from zimage_train.report.trackers import Trackers
 from zimage_train.training.distributed import World
@@ -59,17 +58,17 @@ class CachedDataset:
     def latents(self, item: TrainItem) -> Tensor:
         """What `item` is trained on."""
         if self.generated is not None:
-            return caching.read_required(self.cache, self.generated.key(item), str(item.picture.path))
+            return tensor_cache.read_required(self.cache, self.generated.key(item), str(item.picture.path))
         return self.picture(item)
 
     def picture(self, item: TrainItem) -> Tensor:
         """The latents of its picture."""
-        key = caching.latent_key(item.picture, item.size, item.flip, self.digests.vae)
-        return caching.read_required(self.cache, key, str(item.picture.path))
+        key = tensor_cache.latent_key(item.picture, item.size, item.flip, self.digests.vae)
+        return tensor_cache.read_required(self.cache, key, str(item.picture.path))
 
     def embeds(self, prompt: str) -> Tensor:
-        key = caching.prompt_key(prompt, self.digests.text_encoder, self.dtype)
-        return caching.read_required(self.cache, key, f"prompt {prompt[:40]!r}")
+        key = tensor_cache.prompt_key(prompt, self.digests.text_encoder, self.dtype)
+        return tensor_cache.read_required(self.cache, key, f"prompt {prompt[:40]!r}")
 
     def mask(self, item: TrainItem) -> Tensor | None:
         """(1, h/8, w/8) in [0, 1]; made once and kept as bytes."""
@@ -93,7 +92,7 @@ class TrainState:
     """What makes this run itself; see `run_folder.identity`."""
     world: World
     order: SampleOrder
-    memory_plan: memory_planner.MemoryPlan
+    memory_plan: planner.MemoryPlan
     """How it fits the device."""
     dataset: CachedDataset
     frozen: FrozenTransformer

@@ -5,11 +5,22 @@ from pathlib import Path
 from typing import Any
 
 from zimage_train.compat.aitoolkit import optimizers, previews
-from zimage_train.compat.aitoolkit import sections as parts
 from zimage_train.compat.aitoolkit.job import AIToolkitJob, plain_json, read_job
 from zimage_train.compat.aitoolkit.keys import KEYS
 from zimage_train.compat.aitoolkit.rules import Mapped
-from zimage_train.config import load as reading
+from zimage_train.compat.aitoolkit.sections import (
+    data_section,
+    ema_section,
+    guidance_section,
+    log_section,
+    lora_section,
+    model_section,
+    preserve_section,
+    save_section,
+    timesteps_section,
+    train_section,
+)
+from zimage_train.config import load
 from zimage_train.config.load import KeyPath
 from zimage_train.config.schema import Config
 from zimage_train.config.strict_yaml import YamlDocument
@@ -28,7 +39,7 @@ def read_config_or_job(path: Path, overrides: Sequence[str] = ()) -> tuple[Confi
     text = _text(path)
     job = read_job(path, text)
     if job is None:
-        return reading.load_document(path, reading.parse(path, text), overrides), []
+        return load.load_document(path, load.parse(path, text), overrides), []
     return _settle(job, overrides), notes_of(job)
 
 
@@ -48,7 +59,7 @@ def read_only_job(path: Path) -> tuple[Config, list[str]]:
 def write_config(config: Config, notes: list[str], source: Path) -> str:
     """The text of an imported config: where it is from, what there is to say, every setting."""
     head = [f"# Imported from {source.name}, a job of AI Toolkit.", *(f"# {note}" for note in notes)]
-    return "\n".join([*(" ".join(line.split()) for line in head), "", reading.dump_config(config)])
+    return "\n".join([*(" ".join(line.split()) for line in head), "", load.dump_config(config)])
 
 
 def notes_of(job: AIToolkitJob) -> list[str]:
@@ -57,14 +68,14 @@ def notes_of(job: AIToolkitJob) -> list[str]:
 
 
 def _text(path: Path) -> str:
-    text = reading.read_text(path)
+    text = load.read_text(path)
     return plain_json(text) if path.suffix.lower() in JSON else text
 
 
 def _settle(job: AIToolkitJob, overrides: Sequence[str]) -> Config:
     document = YamlDocument(job_values(job))
     document.lines, document.names = _places(job)
-    return reading.load_document(job.path, document, overrides, job.problems)
+    return load.load_document(job.path, document, overrides, job.problems)
 
 
 def job_values(job: AIToolkitJob) -> Values:
@@ -73,24 +84,24 @@ def job_values(job: AIToolkitJob) -> Values:
         job.refuse("config.name", "is missing", "name the run")
     if job.values["training_folder"] is None:
         job.refuse("training_folder", "is missing", "name the folder that holds the run folders")
-    model = parts.model(job)
+    model = model_section(job)
     variant = model["variant"]
     optimizer = optimizers.optimizer(job)
     joint = {
         "name": job.values["name"] or "missing",
         "model": model,
-        "data": parts.data(job),
-        "lora": parts.lora(job),
-        "train": parts.train(job),
-        "timesteps": parts.timesteps(job, variant),
-        "guidance": parts.guidance(job),
-        "preserve": parts.preserve(job),
+        "data": data_section(job),
+        "lora": lora_section(job),
+        "train": train_section(job),
+        "timesteps": timesteps_section(job, variant),
+        "guidance": guidance_section(job),
+        "preserve": preserve_section(job),
         "optimizer": optimizer,
         "schedule": optimizers.schedule(job, optimizer.get("lr") or 1.0),
-        "ema": parts.ema(job),
+        "ema": ema_section(job),
         "sample": previews.sample(job, variant),
-        "save": parts.save(job),
-        "log": parts.log(job),
+        "save": save_section(job),
+        "log": log_section(job),
     }
     return _merged(_alone(job), joint)
 

@@ -22,7 +22,7 @@ COMPONENTS = (
 GROUPS = ["attention", "feed_forward", "adaln"]
 
 
-def model(job: AIToolkitJob) -> Values:
+def model_section(job: AIToolkitJob) -> Values:
     there, dtype = job.values["model"], job.values["train"]["dtype"]
     name, adapter = there["name_or_path"], there["assistant_lora_path"] or None
     variant = _variant(job, name, there["arch"] or "", adapter)
@@ -74,7 +74,7 @@ def _named(name: str) -> str | None:
     return "base" if re.fullmatch(r"zimage(base)?(bf16|fp16|fp32|fp8)?", plain) else None
 
 
-def data(job: AIToolkitJob) -> list[Values]:
+def data_section(job: AIToolkitJob) -> list[Values]:
     entries = job.values["datasets"]
     if not entries:
         job.refuse("datasets", "is missing" if entries is None else "is empty", "list folders of pictures")
@@ -141,7 +141,7 @@ def _mask(job: AIToolkitJob, there: Values, key: str) -> Values:
     return {"mask": mask, "mask_floor": there["mask_min_value"], "mask_prior": prior}
 
 
-def lora(job: AIToolkitJob) -> Values:
+def lora_section(job: AIToolkitJob) -> Values:
     there = job.values["network"]
     if "network" not in job.sections:
         todo = "add network: {type: lora, linear: 16}"
@@ -204,7 +204,7 @@ def _any_of(alternatives: list[str]) -> str:
     return alternatives[0] if len(alternatives) == 1 else f"(?:{'|'.join(alternatives)})"
 
 
-def train(job: AIToolkitJob) -> Values:
+def train_section(job: AIToolkitJob) -> Values:
     there = job.values["train"]
     passes, name = there["gradient_accumulation"], there["optimizer"].lower()
     if passes > 1:
@@ -229,7 +229,7 @@ TIMESTEPS: dict[str, tuple[str, Callable[[float], float]]] = {
 """AI Toolkit's name -> ours, and sigma by the share of draws below it."""
 
 
-def timesteps(job: AIToolkitJob, variant: str) -> Values:
+def timesteps_section(job: AIToolkitJob, variant: str) -> Values:
     there = job.values["train"]
     scheduler = there["noise_scheduler"]
     if not job.given("train.noise_scheduler"):
@@ -253,7 +253,7 @@ def timesteps(job: AIToolkitJob, variant: str) -> Values:
     return {"type": name, "min": round(sigma(low), 6) if low else 0.0, "max": round(sigma(high), 6) if first else 1.0}
 
 
-def guidance(job: AIToolkitJob) -> Values:
+def guidance_section(job: AIToolkitJob) -> Values:
     there = job.values["train"]
     differential = there["differential_guidance_scale"] if there["do_differential_guidance"] else None
     if differential is not None and not there["do_guidance_loss"]:
@@ -265,7 +265,7 @@ def guidance(job: AIToolkitJob) -> Values:
     return {"differential": differential, "contrastive": target}
 
 
-def preserve(job: AIToolkitJob) -> Values:
+def preserve_section(job: AIToolkitJob) -> Values:
     there = job.values["train"]
     if there["diff_output_preservation"] and there["blank_prompt_preservation"]:
         what = "is on, and diff_output_preservation too"
@@ -289,12 +289,12 @@ def _has_trigger(job: AIToolkitJob) -> bool:
     return bool(job.values["trigger_word"] or any(one["trigger_word"] for one in job.values["datasets"] or []))
 
 
-def ema(job: AIToolkitJob) -> Values:
+def ema_section(job: AIToolkitJob) -> Values:
     there = job.values["train"]["ema_config"]
     return {"decay": there["ema_decay"] if there["use_ema"] else None}
 
 
-def save(job: AIToolkitJob) -> Values:
+def save_section(job: AIToolkitJob) -> Values:
     dtype = job.values["save"]["dtype"]
     if dtype == "fp16":
         what = "is fp16" if job.given("save.dtype") else "is left out, which means fp16 there"
@@ -302,6 +302,6 @@ def save(job: AIToolkitJob) -> Values:
     return {"dtype": "fp32" if dtype == "fp32" else "bf16"}
 
 
-def log(job: AIToolkitJob) -> Values:
+def log_section(job: AIToolkitJob) -> Values:
     there = job.values["logging"]
     return {"wandb": there["project_name"] if there["use_wandb"] else None}

@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 
 from zimage_train.errors import Problem, WeightsError
-from zimage_train.io import atomic as files
+from zimage_train.io import atomic
 from zimage_train.models.hub.base import RemoteFile
 
 CHUNK_BYTES = 1 << 24
@@ -97,8 +97,8 @@ def require_intact(remote: RemoteFile, path: Path) -> None:
             digest.update(chunk)
             size += len(chunk)
     if size != remote.bytes or (remote.sha256 is not None and digest.hexdigest() != remote.sha256):
-        files.remove(path.resolve())
-        files.remove(path)
+        atomic.remove(path.resolve())
+        atomic.remove(path)
         what = "is not what the hub has: its size or digest is another"
         todo = "it is removed; the same command downloads it again"
         raise WeightsError(Problem(f"{remote.repository}/{remote.path}", what, todo))
