@@ -60,7 +60,7 @@ CAPTION = "a photo of zchar in a sunlit garden, half body, warm light, shallow d
 
 
 def job_of(shape: TransformerShape, side: int, dtype: str, gpu: bool) -> Workload:
-    """One picture of `side` px a step, and previews of that size."""
+    """One image of `side` px a step, and previews of that size."""
     modules = targets.select_modules(["attention", "feed_forward"], shape.linears)
     preview = SamplingRequest(
         prompt=CAPTION, negative="", seed=1, width=side, height=side, steps=8, guidance=0.0, shift=3.0
@@ -119,7 +119,7 @@ class Inputs(NamedTuple):
 
 
 def inputs_of(frozen: FrozenTransformer, caption_tokens: int, side: int, seed: int = 2) -> Inputs:
-    """Of one picture; the same for the same `seed`."""
+    """Of one image; the same for the same `seed`."""
     device, dtype = frozen.model.device, frozen.model.dtype
     draw = torch.Generator(device).manual_seed(seed)
     x = torch.randn(1, 16, side // 8, side // 8, generator=draw, device=device)
@@ -133,7 +133,7 @@ def loss_on(frozen: FrozenTransformer, inputs: Inputs) -> torch.Tensor:
 
 
 def loss_of(frozen: FrozenTransformer, caption_tokens: int, side: int) -> torch.Tensor:
-    """Of one picture; the same each time."""
+    """Of one image; the same each time."""
     return loss_on(frozen, inputs_of(frozen, caption_tokens, side))
 
 
@@ -261,7 +261,7 @@ def repeat(size: str, steps: int) -> dict[str, Any]:
 
 @torch.no_grad()
 def quantize() -> dict[str, Any]:
-    """The miniature with its adapter, in fp32 and in every kind; losses over 16 pictures' worth of fixed noise."""
+    """The miniature with its adapter, in fp32 and in every kind; losses over 16 images' worth of fixed noise."""
     found = {}
     losses: dict[str | None, torch.Tensor] = {}
     merged: TrainingAdapter = training_adapter.load_adapter(mini.ADAPTER_V1, 1.0, mini_shape())
@@ -333,7 +333,7 @@ def _small_run(place: Path, name: str, changes: dict[str, Any]) -> schema.Config
         "name": name,
         "output_dir": str(place / "runs"),
         "model": {"path": str(mini.TURBO), "adapter": str(mini.ADAPTER_V1), "dtype": "fp32"},
-        "data": [{"folder": str(mini.PICTURES), "resolution": [64], "trigger": "zorb"}],
+        "data": [{"folder": str(mini.IMAGES), "resolution": [64], "trigger": "zorb"}],
         "cache": {"folder": str(place / "cache")},
         "lora": {"rank": 8},
         "train": {"steps": GUIDANCE_STEPS, "max_grad_norm": None},

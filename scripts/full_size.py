@@ -33,7 +33,7 @@ from zimage_train.lora import targets
 from zimage_train.mini import world
 from zimage_train.models.arch import TransformerShape
 
-PICTURES = 4
+IMAGES = 4
 ADAPTER_RANK = 16
 LARGEST_SHARD = 10**10
 TEXT_ENCODER = Qwen3Config(
@@ -99,7 +99,7 @@ def trials(lora: Path) -> list[Trial]:
 
 
 def config(trial: Trial, work: Path) -> dict[str, Any]:
-    """The config of a trial: one picture a step at 1024 px, with everything as a user has it by default."""
+    """The config of a trial: one image a step at 1024 px, with everything as a user has it by default."""
     values: dict[str, Any] = {
         "name": f"full_{trial.name}x",  # a name may not end in digits
         "output_dir": str(work / "runs"),
@@ -178,12 +178,12 @@ def make_lora(file: Path, modules: tuple[str, ...], seed: int) -> None:
     save_file(tensors, file)
 
 
-def make_pictures(folder: Path) -> None:
+def make_images(folder: Path) -> None:
     """Pictures of the miniature's world, large, with captions."""
     folder.mkdir()
-    for number in range(PICTURES):
-        picture, text = world.drawn(world.world_scene(number), 128, 128)
-        Image.fromarray(picture).resize((1024, 1024)).save(folder / f"{number}.png")
+    for number in range(IMAGES):
+        image, text = world.drawn(world.world_scene(number), 128, 128)
+        Image.fromarray(image).resize((1024, 1024)).save(folder / f"{number}.png")
         (folder / f"{number}.txt").write_text(f"{text}, a photo in a sunlit garden, half body, warm light")
 
 
@@ -263,7 +263,7 @@ def main() -> None:
     if not (work / "turbo").exists():
         make_model(work / "turbo", torch.device("cuda"))
         torch.cuda.empty_cache()
-        make_pictures(work / "pictures")
+        make_images(work / "pictures")
         make_lora(work / "adapter.safetensors", ("attention", "feed_forward", "adaln"), 1)
         make_lora(work / "lora.safetensors", ("attention", "feed_forward"), 2)
     found: dict[str, Any] = json.loads(options.output.read_text()) if options.output.exists() else {}

@@ -229,9 +229,9 @@ def budget_yaml(budget_gb: int) -> str:
     held = f"{streamed} of {layers} blocks wait in main memory ({host_bytes(plan.job, plan.form) / 1e9:.1f} GB)"
     modes = {side: plan.mode_of(plan.job.tokens(Bucket(side, side))) for side in SIDES}
     head = [
-        f"# A person or character on Z-Image-Turbo with {budget_gb} GB of GPU memory; pictures, captions: photos/.",
+        f"# A person or character on Z-Image-Turbo with {budget_gb} GB of GPU memory; images, captions: photos/.",
         f"# The planner predicts {plan.peak.total / 1e9:.1f} GB at the most. zimage-train check says what it",
-        "# chooses for your pictures, card and main memory; here:",
+        "# chooses for your images, card and main memory; here:",
         f"#   weights   bf16, {held if streamed else 'all on the card'}",
         *(f"#   {side:4} px   {MODE_DESCRIPTIONS[mode]} recomputed" for side, mode in modes.items()),
         "# Written by scripts/generate.py.",

@@ -3,7 +3,7 @@
     PYTHONPATH=. python scripts/lab.py --work FOLDER [--quick] [-o docs]
 
 Writes lab.json, lab.md and grids into the output folder, and the LoRAs into `lab/` beside them. The work folder keeps
-every run and every score, so a stopped laboratory goes on where it was. `--quick` trains one seed with fewer pictures
+every run and every score, so a stopped laboratory goes on where it was. `--quick` trains one seed with fewer images
 scored, writes into the work folder alone, and says whether it finds the order that docs/lab.json has.
 """
 
@@ -22,12 +22,12 @@ from typing import Any
 
 from laboratory import drawing, metering, telling
 from laboratory.running import in_parallel, lora_of, train
-from laboratory.schemes import DIRECT, QUICK, TRAINED, Recipe, config, imitation, write_pictures
+from laboratory.schemes import DIRECT, QUICK, TRAINED, Recipe, config, imitation, write_images
 from laboratory.scoring import USES, Use, evaluate
 from laboratory.statistics import orders
 
-SEEDS, PICTURE_SEEDS = (101, 102, 103), (11, 12, 13, 14, 15)
-QUICK_SEEDS, QUICK_PICTURE_SEEDS = (104,), (16, 17)
+SEEDS, IMAGE_SEEDS = (101, 102, 103), (11, 12, 13, 14, 15)
+QUICK_SEEDS, QUICK_IMAGE_SEEDS = (104,), (16, 17)
 
 Loras = Mapping[str, Mapping[int, Path]]
 """By scheme and training seed."""
@@ -44,8 +44,8 @@ def main() -> None:
     parser.add_argument("--picture-seeds", type=int, default=5, help="so many of the five sets of noise")
     parser.add_argument("--workers", type=int, default=2, help="runs at once, of one thread each")
     options = parser.parse_args()
-    seeds, shots = (QUICK_SEEDS, QUICK_PICTURE_SEEDS) if options.quick else (SEEDS, PICTURE_SEEDS)
-    shots = shots[: options.picture_seeds]
+    seeds, shots = (QUICK_SEEDS, QUICK_IMAGE_SEEDS) if options.quick else (SEEDS, IMAGE_SEEDS)
+    shots = shots[: options.image_seeds]
     recipe = QUICK if options.quick else Recipe()
     options.work.mkdir(parents=True, exist_ok=True)
     loras = given(options.loras) if options.loras else trained(options.work, seeds, recipe, options.workers)
@@ -65,15 +65,15 @@ def main() -> None:
 
 def trained(work: Path, seeds: tuple[int, ...], recipe: Recipe, workers: int) -> Loras:
     """The LoRA of every scheme and seed."""
-    pictures, runs = write_pictures(work / "pictures"), work / "runs"
+    images, runs = write_images(work / "pictures"), work / "runs"
     found: dict[str, dict[int, Path]] = {}
     chains: list[list[dict[str, Any]]] = []
     for scheme in TRAINED:
         for seed in seeds:
-            first = config(scheme, seed, recipe, pictures, runs)
+            first = config(scheme, seed, recipe, images, runs)
             chain = {scheme.name: first}
             if scheme is DIRECT:
-                chain["imitation"] = imitation(lora_of(first), seed, recipe, pictures, runs)
+                chain["imitation"] = imitation(lora_of(first), seed, recipe, images, runs)
             chains.append(list(chain.values()))
             for name, one in chain.items():
                 found.setdefault(name, {})[seed] = lora_of(one)
@@ -99,7 +99,7 @@ def given(folder: Path) -> Loras:
 def scored(
     file: Path, loras: Loras, seeds: tuple[int, ...], shots: tuple[int, ...], workers: int
 ) -> dict[str, dict[str, Any]]:
-    """Scores by "use, training seed, picture seed"; each is written down as soon as it is known."""
+    """Scores by "use, training seed, image seed"; each is written down as soon as it is known."""
     found: dict[str, dict[str, Any]] = json.loads(file.read_text()) if file.exists() else {}
     asked = [(use, seed, shot) for shot in shots for use in USES for seed in (seeds if use.trained else (0,))]
     wanted = [one for one in asked if key_of(*one) not in found]

@@ -21,20 +21,20 @@ from safetensors.torch import load_file
 from transformers import Qwen2Tokenizer, Qwen3ForCausalLM
 
 from miniature.diffusion import (
-    Pictures,
+    Images,
     Texts,
     make_adapter,
     make_base,
     make_deturbo,
-    make_own_pictures,
+    make_own_images,
     make_patch,
     make_trajectories,
     make_turbo,
 )
 from miniature.drawing import load
 from miniature.fitting import SEED, rounded, stage
+from miniature.images import batched, make_latents, make_vae
 from miniature.measuring import CAPTIONS, NOISE, measure
-from miniature.pictures import batched, make_latents, make_vae
 from miniature.shipping import assemble, write_manifest
 from miniature.texts import features, make_tokenizer, tokens_of
 
@@ -49,15 +49,15 @@ STEPS = {
     "distillpatch": 500,
 }
 RANKS = {"adapter_v1": 8, "adapter_v2": 16, "spoilt": 16, "distillpatch": 16}
-PICTURES, TRAJECTORIES, OWN_PICTURES = 32_000, 2048, 1024
+IMAGES, TRAJECTORIES, OWN_IMAGES = 32_000, 2048, 1024
 
 
 def main() -> None:
     """Goes through the stages in order."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, required=True, help="keeps the result of each stage")
-    parser.add_argument("--output", type=Path, required=True, help="where the models, LoRAs and pictures go")
-    parser.add_argument("--effort", type=float, default=1.0, help="multiplies steps and picture counts")
+    parser.add_argument("--output", type=Path, required=True, help="where the models, LoRAs and images go")
+    parser.add_argument("--effort", type=float, default=1.0, help="multiplies steps and image counts")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads; they change rounding")
     best = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=best, help="what ships was made on a CPU; a GPU makes another family")
@@ -76,9 +76,9 @@ def main() -> None:
         "device": options.device,
         "steps": STEPS,
         "ranks": RANKS,
-        "pictures": PICTURES,
+        "pictures": IMAGES,
         "trajectories": TRAJECTORIES,
-        "own_pictures": OWN_PICTURES,
+        "own_pictures": OWN_IMAGES,
         "scored_on": {"captions": CAPTIONS, "noise_seed": NOISE, "size": 64},
         "versions": {library.__name__: library.__version__ for library in (torch, diffusers, transformers)},
     }
@@ -97,9 +97,9 @@ def make_all(work: Path, effort: float) -> None:
     tokenizer = Qwen2Tokenizer.from_pretrained(work / "tokenizer")
     stage(work / "vae", lambda folder: make_vae(folder, steps["vae"]))
     vae = rounded(AutoencoderKL.from_pretrained(work / "vae"))
-    stage(work / "latents.safetensors", lambda file: make_latents(file, vae, much(PICTURES)))
+    stage(work / "latents.safetensors", lambda file: make_latents(file, vae, much(IMAGES)))
     captions = json.loads((work / "captions.json").read_text())
-    world = Pictures(loaded(work / "latents.safetensors"), captions)
+    world = Images(loaded(work / "latents.safetensors"), captions)
     stage(work / "base", lambda folder: make_base(folder, world, tokenizer, steps["base"]))
 
     def transformer(name: str) -> ZImageTransformer2DModel:
@@ -109,18 +109,18 @@ def make_all(work: Path, effort: float) -> None:
     base = transformer("base/transformer")
     paths = work / "trajectories.safetensors"
     stage(paths, lambda file: make_trajectories(file, base, captions, texts, much(TRAJECTORIES)))
-    trajectories = Pictures(loaded(paths), captions)
+    trajectories = Images(loaded(paths), captions)
     stage(work / "turbo", lambda folder: make_turbo(folder, base, trajectories, texts, steps["turbo"]))
     turbo = transformer("turbo")
-    pictures = work / "own_pictures.safetensors"
-    stage(pictures, lambda file: make_own_pictures(file, turbo, captions, texts, much(OWN_PICTURES)))
-    latents = loaded(pictures)
-    own = Pictures(latents, {name: captions[name][-len(part) :] for name, part in latents.items()})
+    images = work / "own_pictures.safetensors"
+    stage(images, lambda file: make_own_images(file, turbo, captions, texts, much(OWN_IMAGES)))
+    latents = loaded(images)
+    own = Images(latents, {name: captions[name][-len(part) :] for name, part in latents.items()})
 
-    def lora(name: str, pictures: Pictures) -> None:
+    def lora(name: str, images: Images) -> None:
         stage(
             work / f"{name}.safetensors",
-            lambda file: make_adapter(file, transformer("turbo"), pictures, texts, RANKS[name], steps[name]),
+            lambda file: make_adapter(file, transformer("turbo"), images, texts, RANKS[name], steps[name]),
         )
 
     lora("adapter_v1", own)

@@ -19,7 +19,7 @@ from zimage_train import mini
 from zimage_train.config.load import validate_config
 from zimage_train.config.schema import Config
 
-from dataset_folder import picture
+from dataset_folder import image
 
 ROOT = Path(__file__).parent.parent
 
@@ -43,7 +43,7 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 @pytest.fixture(scope="session")
 def shared_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache folder for the session, so that pictures and prompts are encoded once."""
+    """A cache folder for the session, so that images and prompts are encoded once."""
     return tmp_path_factory.mktemp("cache")
 
 
@@ -63,7 +63,7 @@ def mini_values(output: Path, cache: Path, /, **changes: Any) -> dict[str, Any]:
         "output_dir": str(output),
         "seed": 7,
         "model": {"path": str(mini.TURBO), "adapter": str(mini.ADAPTER_V1), "dtype": "fp32"},
-        "data": [{"folder": str(mini.PICTURES), "resolution": [64], "trigger": "zorb"}],
+        "data": [{"folder": str(mini.IMAGES), "resolution": [64], "trigger": "zorb"}],
         "cache": {"folder": str(cache)},
         "lora": {"rank": 4},
         "train": {"steps": 4, "batch_size": 2},
@@ -91,9 +91,9 @@ def make_config(tmp_path: Path, shared_cache: Path):
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    """Three pictures with captions, one of them in a subfolder."""
+    """Three images with captions, one of them in a subfolder."""
     root = tmp_path / "photos"
     for number, name in enumerate(("b.png", "a.jpg", "sub/c.webp")):
-        path = picture(root / name, (number, 20, 30), (80 + 16 * number, 64))
+        path = image(root / name, (number, 20, 30), (80 + 16 * number, 64))
         path.with_suffix(".txt").write_text(f"caption {path.stem}")
     return root

@@ -1,4 +1,4 @@
-"""A folder of pictures with captions, and what the program finds in it."""
+"""A folder of images with captions, and what the program finds in it."""
 
 from pathlib import Path
 from typing import Any
@@ -10,8 +10,8 @@ from zimage_train.config.dataset import DataEntry
 from zimage_train.dataset.scan import FolderScan, scan_entry
 
 
-def picture(path: Path, colour: tuple[int, int, int] = (10, 20, 30), size: tuple[int, int] = (80, 64)) -> Path:
-    """A small picture; a different colour is a different content, unlike any other."""
+def image(path: Path, colour: tuple[int, int, int] = (10, 20, 30), size: tuple[int, int] = (80, 64)) -> Path:
+    """A small image; a different colour is a different content, unlike any other."""
     path.parent.mkdir(parents=True, exist_ok=True)
     blocks = np.random.default_rng(colour).integers(0, 256, (8, 8, 3), dtype=np.uint8)
     Image.fromarray(blocks).resize(size, Image.Resampling.NEAREST).save(path)
@@ -27,4 +27,4 @@ def problems(result: FolderScan) -> list[str]:
 
 
 def prompts(result: FolderScan) -> dict[str, str]:
-    return {one.path.name: one.prompts[0] for one in result.pictures}
+    return {one.path.name: one.prompts[0] for one in result.images}

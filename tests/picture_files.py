@@ -1,4 +1,4 @@
-"""Picture files of every kind, made in memory, and what the program makes of them."""
+"""Image files of every kind, made in memory, and what the program makes of them."""
 
 import io
 import struct
@@ -26,7 +26,7 @@ def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
 
 
 def noise(width: int = 160, height: int = 96, seed: int = 0) -> Image.Image:
-    """A picture that does not compress, so that a cut goes through its pixels."""
+    """An image that does not compress, so that a cut goes through its pixels."""
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(pixels)
 

@@ -6,21 +6,21 @@ import pytest
 
 from zimage_train.config.schema import Config
 from zimage_train.config.variants import VARIANTS
-from zimage_train.planning.warnings import FEW_PICTURES, HIGH_LR, MANY_STEPS, STEPS_FOR_FEW_PICTURES, config_warnings
+from zimage_train.planning.warnings import FEW_IMAGES, HIGH_LR, MANY_STEPS, STEPS_FOR_FEW_IMAGES, config_warnings
 
 FINE: dict[str, Any] = {
     "name": "a",
     "data": [{"folder": "photos", "trigger": "zorb"}],
     "sample": {"prompts": ["a zorb", "a tree"]},
 }
-PICTURES = 20
+IMAGES = 20
 
 
-def warnings(num_pictures: int = PICTURES, **changes: dict[str, Any]) -> list[str]:
+def warnings(num_images: int = IMAGES, **changes: dict[str, Any]) -> list[str]:
     """The warnings of a config without any, with some settings changed."""
     values = {key: (value | changes.get(key, {})) if isinstance(value, dict) else value for key, value in FINE.items()}
     values |= {key: value for key, value in changes.items() if key not in values or not isinstance(value, dict)}
-    return config_warnings(Config.model_validate(values), num_pictures)  # of the published models
+    return config_warnings(Config.model_validate(values), num_images)  # of the published models
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -68,7 +68,7 @@ def test_a_config_of_defaults_has_no_warning(variant: str):
                 {"num_pictures": 9, "train": {"steps": 2200}},
                 {"num_pictures": 10, "train": {"steps": 2201}},
             ],
-            ["train.steps is 2201 for 9 pictures", "use 1500 to 2200 steps, or add pictures"],
+            ["train.steps is 2201 for 9 images", "use 1500 to 2200 steps, or add images"],
         ),
         (
             {"sample": {"steps": 9}},
@@ -146,7 +146,7 @@ def test_several_dangers_are_all_named():
 
 
 def test_the_numbers_that_the_warnings_give_are_the_ones_that_are_used():
-    assert (HIGH_LR, MANY_STEPS, FEW_PICTURES, STEPS_FOR_FEW_PICTURES) == (
+    assert (HIGH_LR, MANY_STEPS, FEW_IMAGES, STEPS_FOR_FEW_IMAGES) == (
         2e-4,
         10_000,
         10,

@@ -649,7 +649,7 @@ def test_differential_guidance_acts_and_says_that_it_did_not(changed):
     assert changed({"train.do_differential_guidance": True, "train.do_guidance_loss": True})[1] == []
 
 
-def test_regularization_pictures(tmp_path: Path):
+def test_regularization_images(tmp_path: Path):
     values = job(**{"trigger_word": "zchar", "train.reg_weight": 0.5})
     process = values["config"]["process"][0]
     process["datasets"] += [
@@ -865,7 +865,7 @@ def tiny(tmp_path: Path) -> Path:
             "train.steps": 2,
             "model.name_or_path": str(mini.TURBO),
             "model.assistant_lora_path": str(mini.ADAPTER_V1),
-            "datasets[].folder_path": str(mini.PICTURES),
+            "datasets[].folder_path": str(mini.IMAGES),
             "datasets[].resolution": 64,
             "sample.width": 64,
             "sample.height": 64,
@@ -905,7 +905,7 @@ def test_a_job_trains_as_it_is_on_the_miniature(tmp_path: Path, shared_cache: Pa
         "model.path": mini.TURBO,
         "model.adapter": mini.ADAPTER_V1,
         "model.dtype": "fp32",
-        "data.0.folder": mini.PICTURES,
+        "data.0.folder": mini.IMAGES,
         "data.0.resolution": "[64]",
         "train.steps": 3,
         "output_dir": tmp_path / "runs",
@@ -944,8 +944,8 @@ def test_automagic_begins_where_it_does_there(tmp_path: Path):
     assert config.optimizer.lr == 1e-6 and any("automagic finds the rate itself" in note for note in notes)
 
 
-def test_pictures_held_to_the_prior_under_the_trigger_are_refused(tmp_path: Path):
+def test_images_held_to_the_prior_under_the_trigger_are_refused(tmp_path: Path):
     values = job()
     values["config"]["process"][0]["datasets"] += [{"folder_path": "b", "prior_reg": True}]
-    with pytest.raises(ConfigError, match="trains pictures with the trigger towards the model itself"):
+    with pytest.raises(ConfigError, match="trains images with the trigger towards the model itself"):
         read_config_or_job(write(tmp_path, values))

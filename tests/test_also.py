@@ -95,15 +95,15 @@ def test_each_preview_is_drawn_on_the_other_model_too_and_training_does_not_noti
 def test_another_second_model_draws_all_of_the_last_step_again(make_config, other: Path):
     sample = PREVIEWED | {"first": False, "every": 9}
     run_training(make_config(sample=sample | {"compare_on": str(other)}), fresh=False)
-    picture = folder(make_config()) / "samples" / "also" / "000004-00.png"
-    before = picture.read_bytes()
+    image = folder(make_config()) / "samples" / "also" / "000004-00.png"
+    before = image.read_bytes()
     run_training(make_config(sample=sample | {"compare_on": str(mini.TURBO)}), fresh=False)
-    assert picture.read_bytes() != before
+    assert image.read_bytes() != before
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("nowhere", "sample.compare_on: nowhere: is neither a path"), (str(mini.PICTURES), "holds no transformer")],
+    [("nowhere", "sample.compare_on: nowhere: is neither a path"), (str(mini.IMAGES), "holds no transformer")],
 )
 def test_a_second_model_that_is_none_is_refused(make_config, name: str, message: str):
     with pytest.raises(WeightsError, match=message):

@@ -1,4 +1,4 @@
-"""Every picture has one training size: multiples of 16, no larger than it is, as much of it as possible."""
+"""Every image has one training size: multiples of 16, no larger than it is, as much of it as possible."""
 
 import itertools
 
@@ -31,7 +31,7 @@ def found(width: int, height: int, resolution: int) -> Bucket | None:
         ((4000, 3000), 1024, (1184, 880)),
         ((3000, 4000), 512, (432, 576)),
         ((500, 500), 512, (496, 496)),
-        ((1000, 800), 256, (288, 224)),  # 272x240 has more pixels and crops 9 % of the picture away
+        ((1000, 800), 256, (288, 224)),  # 272x240 has more pixels and crops 9 % of the image away
         ((640, 480), 512, (592, 432)),
         ((512, 512), 1024, (512, 512)),
         ((100, 80), 1024, (96, 80)),
@@ -46,7 +46,7 @@ def test_usual_sizes(size: tuple[int, int], resolution: int, expected: tuple[int
 
 @quick
 @given(sides, sides, resolutions)
-def test_sides_are_multiples_of_16_within_the_picture_and_the_area(width: int, height: int, resolution: int):
+def test_sides_are_multiples_of_16_within_the_image_and_the_area(width: int, height: int, resolution: int):
     size = found(width, height, resolution)
     if size is not None:
         assert size.width % 16 == size.height % 16 == 0
@@ -59,7 +59,7 @@ def test_sides_are_multiples_of_16_within_the_picture_and_the_area(width: int, h
 
 @quick
 @given(sides, sides, resolutions)
-def test_a_turned_picture_has_the_turned_bucket(width: int, height: int, resolution: int):
+def test_a_turned_image_has_the_turned_bucket(width: int, height: int, resolution: int):
     size, turned = found(width, height, resolution), found(height, width, resolution)
     assert turned == (None if size is None else (size.height, size.width))
     if size is not None and width == height:
@@ -118,10 +118,10 @@ def test_sides_end_where_the_position_tables_do():
 
 
 def test_fitting_crops_the_middle_and_never_enlarges():
-    picture = Image.new("RGB", (300, 100), "red")
-    picture.paste("blue", (100, 0, 200, 100))
-    middle = images.fit(picture, Bucket(96, 96))
+    image = Image.new("RGB", (300, 100), "red")
+    image.paste("blue", (100, 0, 200, 100))
+    middle = images.fit(image, Bucket(96, 96))
     assert middle.size == (96, 96)
     assert set(middle.crop((4, 4, 92, 92)).getcolors()) == {(88 * 88, (0, 0, 255))}
-    same = images.fit(picture, Bucket(300, 100))
-    assert same.tobytes() == picture.tobytes()
+    same = images.fit(image, Bucket(300, 100))
+    assert same.tobytes() == image.tobytes()

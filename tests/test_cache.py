@@ -29,7 +29,7 @@ from helpers import environment
 
 @pytest.fixture
 def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
-    """How many pictures and prompts were encoded, and how often each encoder was loaded."""
+    """How many images and prompts were encoded, and how often each encoder was loaded."""
     counts = {"pictures": 0, "prompts": 0, "vae": 0, "text": 0}
     for name, key, loads in (("picture_encoder", "pictures", "vae"), ("prompt_encoder", "prompts", "text")):
         original = getattr(encoding, name)
@@ -49,18 +49,18 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 
 
 @pytest.fixture
-def pictures(tmp_path: Path) -> Path:
-    """Four pictures to change."""
+def images(tmp_path: Path) -> Path:
+    """Four images to change."""
     (tmp_path / "pictures").mkdir()
-    for path in sorted(mini.PICTURES.glob("zorb_0[1-4].*")):
+    for path in sorted(mini.IMAGES.glob("zorb_0[1-4].*")):
         shutil.copy(path, tmp_path / "pictures")
     return tmp_path / "pictures"
 
 
 @pytest.fixture
-def config(make_config, pictures: Path, tmp_path: Path):
+def config(make_config, images: Path, tmp_path: Path):
     def make(**changes) -> Config:
-        data = {"folder": str(pictures), "resolution": [64, 96], "trigger": "zorb"} | changes.pop("data", {})
+        data = {"folder": str(images), "resolution": [64, 96], "trigger": "zorb"} | changes.pop("data", {})
         return make_config(cache={"folder": str(tmp_path / "cache")}, data=[data], **changes)
 
     return make
@@ -91,21 +91,21 @@ def test_changing_only_the_variant_encodes_nothing(config, counted, variant: str
     assert taken(counted) == NOTHING
 
 
-def test_a_changed_picture_is_encoded_again_and_a_touched_one_is_not(config, counted, pictures: Path):
+def test_a_changed_image_is_encoded_again_and_a_touched_one_is_not(config, counted, images: Path):
     fill_run_caches(config())
     taken(counted)
-    (pictures / "zorb_01.png").touch()
+    (images / "zorb_01.png").touch()
     fill_run_caches(config())
     assert taken(counted) == NOTHING
-    shutil.copy(mini.PICTURES / "zorb_05.png", pictures / "zorb_01.png")
+    shutil.copy(mini.IMAGES / "zorb_05.png", images / "zorb_01.png")
     fill_run_caches(config())
     assert taken(counted) == NOTHING | {"pictures": 2, "vae": 1}
 
 
-def test_a_changed_caption_is_encoded_again(config, counted, pictures: Path):
+def test_a_changed_caption_is_encoded_again(config, counted, images: Path):
     fill_run_caches(config())
     taken(counted)
-    (pictures / "zorb_02.txt").write_text("a new zorb")
+    (images / "zorb_02.txt").write_text("a new zorb")
     fill_run_caches(config())
     assert taken(counted) == NOTHING | {"prompts": 1, "text": 1}
 
@@ -147,7 +147,7 @@ def test_a_damaged_entry_is_encoded_again_to_the_same_bytes(config, counted, tmp
     assert "1 of them damaged" in capsys.readouterr().out
 
 
-def test_latents_that_are_not_finite_name_their_picture(config, monkeypatch):
+def test_latents_that_are_not_finite_name_their_image(config, monkeypatch):
     monkeypatch.setattr(
         encoding, "image_encoder", lambda *a: lambda images: torch.full((len(images), 16, 8, 8), float("nan"))
     )
@@ -218,8 +218,8 @@ def test_a_missing_entry_is_none(tmp_path: Path):
     assert TensorCache(tmp_path).read(f"latents/{'0' * 64}") is None
 
 
-def test_a_caption_beyond_what_the_model_reads_is_said_with_its_length(config, pictures: Path, capsys):
-    (pictures / "zorb_01.txt").write_text("zorb " + "blue circle, " * 300)
+def test_a_caption_beyond_what_the_model_reads_is_said_with_its_length(config, images: Path, capsys):
+    (images / "zorb_01.txt").write_text("zorb " + "blue circle, " * 300)
     fill_run_caches(config())
     said = capsys.readouterr().out.replace("\n", " ")
     assert re.search(r"warning: a caption has [0-9]{3,4} tokens, and the model reads 512 of them: 'zorb blue", said)
@@ -268,7 +268,7 @@ def test_claims_of_another_host_are_waited_for_and_taken_over_when_nobody_renews
     monkeypatch.setattr(cache_builder, "CLAIM_SECONDS", 1.2)
     fill_run_caches(config())
     assert taken(counted) == NOTHING | {"pictures": 8, "vae": 1}
-    assert "waiting for pictures that others encode" in capsys.readouterr().out
+    assert "waiting for images that others encode" in capsys.readouterr().out
     assert claims(tmp_path / "cache") == []
 
 
@@ -314,7 +314,7 @@ def test_a_claim_that_is_renewed_is_not_taken_over(config, tmp_path: Path, monke
 
 
 def test_each_of_two_processes_encodes_its_share(config, tmp_path: Path):
-    """Under torchrun: together they encode every picture and prompt once."""
+    """Under torchrun: together they encode every image and prompt once."""
     text = dump_config(config(train={"batch_size": 1}))
     (tmp_path / "c.yaml").write_text(text)
     code = (

@@ -30,10 +30,10 @@ def qwen(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def pictures(tmp_path: Path) -> Path:
+def images(tmp_path: Path) -> Path:
     folder = tmp_path / "photos"
     folder.mkdir()
-    for path in sorted(mini.PICTURES.glob("*.png"))[:4]:
+    for path in sorted(mini.IMAGES.glob("*.png"))[:4]:
         shutil.copy(path, folder)
     return folder
 
@@ -66,11 +66,11 @@ def images_of(folder: Path) -> list[Path]:
         ("<think>What is it?\nA fox.</think>\n\nA red fox.", "A red fox."),
         ("<think>It never came to an end", ""),
         ("Here is the caption:\n\nA red fox.", "A red fox."),
-        ("Sure! Here's a caption for the picture: A red fox.", "A red fox."),
+        ("Sure! Here's a caption for the image: A red fox.", "A red fox."),
         ('"A red fox."', "A red fox."),
         ("**A red fox**\nin   `grass`.", "A red fox in grass."),
         ("The image shows a red fox.", "A red fox."),
-        ("This picture depicts two foxes.", "Two foxes."),
+        ("This image depicts two foxes.", "Two foxes."),
         ("The image quality is poor.", "The image quality is poor."),
         ("A fox.\x00\x07 Its \ufffdtail.", "A fox. Its tail."),
         ("  \n ", ""),
@@ -134,9 +134,9 @@ def test_every_kind_that_init_knows_has_something_to_leave_out():
 
 
 @pytest.mark.parametrize("make", [vision_models.qwen, vision_models.llava])
-def test_a_model_says_the_same_of_the_same_picture_and_something_else_of_another(tmp_path, make):
+def test_a_model_says_the_same_of_the_same_image_and_something_else_of_another(tmp_path, make):
     model = captioner.load(make(tmp_path), torch.device("cpu"))
-    seen = [Image.open(path).convert("RGB") for path in sorted(mini.PICTURES.glob("*.png"))[:6]]
+    seen = [Image.open(path).convert("RGB") for path in sorted(mini.IMAGES.glob("*.png"))[:6]]
     said = [model.answer(image, "Describe.", 12) for image in seen]
     assert said == [model.answer(image, "Describe.", 12) for image in seen]
     assert len({text for text, _ in said}) > 1, "it does not look"
@@ -149,7 +149,7 @@ def test_what_a_qwen_reads_is_what_its_own_processor_makes(qwen):
     from transformers import AutoProcessor
 
     processor = AutoProcessor.from_pretrained(qwen)
-    image = Image.open(images_of(mini.PICTURES)[0]).convert("RGB").resize((150, 90))
+    image = Image.open(images_of(mini.IMAGES)[0]).convert("RGB").resize((150, 90))
     content = [{"type": "image", "image": image}, {"type": "text", "text": "Describe."}]
     there = processor.apply_chat_template(
         [{"role": "user", "content": content}],
@@ -166,7 +166,7 @@ def test_what_a_qwen_reads_is_what_its_own_processor_makes(qwen):
 
 def test_an_answer_that_comes_to_an_end_is_known_from_one_that_is_cut_off(qwen):
     model = captioner.load(qwen, torch.device("cpu"))
-    image = Image.open(images_of(mini.PICTURES)[0]).convert("RGB")
+    image = Image.open(images_of(mini.IMAGES)[0]).convert("RGB")
     _, is_whole = model.answer(image, "Describe.", 5)
     assert not is_whole
     inner = model._model
@@ -175,7 +175,7 @@ def test_an_answer_that_comes_to_an_end_is_known_from_one_that_is_cut_off(qwen):
     assert model.answer(image, "Describe.", 5)[1]
 
 
-def test_large_pictures_are_read_smaller_and_keep_their_shape():
+def test_large_images_are_read_smaller_and_keep_their_shape():
     assert captioner._scaled(Image.new("RGB", (4000, 1000))).size == (2048, 512)
     assert captioner._scaled(Image.new("RGB", (640, 480))).size == (640, 480)
 
@@ -183,31 +183,31 @@ def test_large_pictures_are_read_smaller_and_keep_their_shape():
 # The command
 
 
-def test_captions_are_written_for_those_that_have_none(qwen, pictures):
-    first, second, *others = images_of(pictures)
+def test_captions_are_written_for_those_that_have_none(qwen, images):
+    first, second, *others = images_of(images)
     own = "  my own words\r\n"
     first.with_suffix(".txt").write_bytes(own.encode())
     second.with_suffix(".txt").write_text("\n")
-    said = caption_folder(pictures, wanted(qwen, trigger="zorb"), Console())
-    found = texts(pictures)
+    said = caption_folder(images, wanted(qwen, trigger="zorb"), Console())
+    found = texts(images)
     assert set(found) == {path.with_suffix(".txt").name for path in (first, second, *others)}
     assert first.with_suffix(".txt").read_bytes() == own.encode()
     assert all(re.match(r"zorb .+\n$", text) for name, text in found.items() if name != first.with_suffix(".txt").name)
-    assert said == [f"3 captions written to {pictures}; read them: what they say is learned"]
+    assert said == [f"3 captions written to {images}; read them: what they say is learned"]
 
 
-def test_a_second_start_goes_on_and_needs_no_model_where_all_is_done(qwen, pictures):
-    caption_folder(pictures, wanted(qwen), Console())
-    before = texts(pictures)
-    gone = images_of(pictures)[2].with_suffix(".txt")
+def test_a_second_start_goes_on_and_needs_no_model_where_all_is_done(qwen, images):
+    caption_folder(images, wanted(qwen), Console())
+    before = texts(images)
+    gone = images_of(images)[2].with_suffix(".txt")
     gone.unlink()
-    caption_folder(pictures, wanted(qwen), Console())
-    assert texts(pictures) == before, "the same model says the same"
-    said = caption_folder(pictures, wanted("nowhere/nothing"), Console())
-    assert said == [f"0 captions written to {pictures}"]
+    caption_folder(images, wanted(qwen), Console())
+    assert texts(images) == before, "the same model says the same"
+    said = caption_folder(images, wanted("nowhere/nothing"), Console())
+    assert said == [f"0 captions written to {images}"]
 
 
-def test_what_was_written_before_an_interruption_is_there(qwen, pictures, monkeypatch):
+def test_what_was_written_before_an_interruption_is_there(qwen, images, monkeypatch):
     calls = []
 
     def answer(self, image, instruction, most):
@@ -218,24 +218,24 @@ def test_what_was_written_before_an_interruption_is_there(qwen, pictures, monkey
 
     monkeypatch.setattr(captioner.CaptionModel, "answer", answer)
     with pytest.raises(KeyboardInterrupt):
-        caption_folder(pictures, wanted(qwen), Console())
-    assert texts(pictures) == {images_of(pictures)[0].with_suffix(".txt").name: "A fox.\n"}
+        caption_folder(images, wanted(qwen), Console())
+    assert texts(images) == {images_of(images)[0].with_suffix(".txt").name: "A fox.\n"}
 
 
-def test_force_writes_over(qwen, pictures):
-    file = images_of(pictures)[0].with_suffix(".txt")
+def test_force_writes_over(qwen, images):
+    file = images_of(images)[0].with_suffix(".txt")
     file.write_text("old")
-    caption_folder(pictures, wanted(qwen, force=True), Console())
+    caption_folder(images, wanted(qwen, force=True), Console())
     assert file.read_text() != "old"
 
 
-def test_a_caption_that_cannot_be_read_is_not_written_over(qwen, pictures):
-    file = images_of(pictures)[0].with_suffix(".txt")
+def test_a_caption_that_cannot_be_read_is_not_written_over(qwen, images):
+    file = images_of(images)[0].with_suffix(".txt")
     content = "my words".encode("utf-16")
     file.write_bytes(content)
     with pytest.raises(DataError, match="UTF-16"):
-        caption_folder(pictures, wanted(qwen), Console())
-    assert file.read_bytes() == content and len(list(pictures.glob("*.txt"))) == 4
+        caption_folder(images, wanted(qwen), Console())
+    assert file.read_bytes() == content and len(list(images.glob("*.txt"))) == 4
 
 
 @pytest.mark.parametrize(
@@ -247,49 +247,47 @@ def test_a_caption_that_cannot_be_read_is_not_written_over(qwen, pictures):
         (["--trigger", "a\nb"], "--trigger: is 'a\\nb'"),
     ],
 )
-def test_what_would_harm_pictures_or_configs_is_refused(qwen, pictures, words, said):
-    before = {path.name: path.read_bytes() for path in pictures.iterdir()}
-    code, text = run("caption", pictures, "--model", qwen, *words)
+def test_what_would_harm_images_or_configs_is_refused(qwen, images, words, said):
+    before = {path.name: path.read_bytes() for path in images.iterdir()}
+    code, text = run("caption", images, "--model", qwen, *words)
     assert code == 2 and said in text
-    assert {path.name: path.read_bytes() for path in pictures.iterdir()} == before
+    assert {path.name: path.read_bytes() for path in images.iterdir()} == before
 
 
-def test_tags_and_an_own_instruction_reach_the_model(qwen, pictures, monkeypatch):
+def test_tags_and_an_own_instruction_reach_the_model(qwen, images, monkeypatch):
     asked = []
     monkeypatch.setattr(
         captioner.CaptionModel,
         "answer",
         lambda self, image, text, most: asked.append((text, most)) or ("Fox, Sea", True),
     )
-    caption_folder(pictures, wanted(qwen, style="tags", instruction="Which animals?"), Console())
+    caption_folder(images, wanted(qwen, style="tags", instruction="Which animals?"), Console())
     assert set(asked) == {("Which animals?", CAPTION_STYLES["tags"].most_tokens)}
-    assert set(texts(pictures).values()) == {"fox, sea\n"}
+    assert set(texts(images).values()) == {"fox, sea\n"}
 
 
-def test_captions_with_a_placeholder_for_the_trigger_are_captions(qwen, pictures):
-    for path in images_of(pictures):
+def test_captions_with_a_placeholder_for_the_trigger_are_captions(qwen, images):
+    for path in images_of(images):
         path.with_suffix(".txt").write_text("[trigger] at sea")
-    assert caption_folder(pictures, wanted("nowhere/nothing"), Console()) == [
-        f"0 captions written to {pictures}"
-    ]
+    assert caption_folder(images, wanted("nowhere/nothing"), Console()) == [f"0 captions written to {images}"]
 
 
-def test_bad_pictures_are_named_after_the_good_ones_have_their_captions(qwen, pictures, monkeypatch):
-    _, twin, silent, _ = images_of(pictures)
-    (pictures / "broken.png").write_bytes(b"no picture")
+def test_bad_images_are_named_after_the_good_ones_have_their_captions(qwen, images, monkeypatch):
+    _, twin, silent, _ = images_of(images)
+    (images / "broken.png").write_bytes(b"no image")
     Image.open(twin).convert("RGB").transpose(Image.Transpose.ROTATE_90).save(twin.with_suffix(".jpg"))
     answers = iter(["A fox.", "", "A cat."])
     monkeypatch.setattr(captioner.CaptionModel, "answer", lambda *words: (next(answers), True))
     with pytest.raises(ZImageTrainError) as caught:
-        caption_folder(pictures, wanted(qwen), Console())
+        caption_folder(images, wanted(qwen), Console())
     assert caught.value.exit_code == DataError.exit_code
     text = str(caught.value)
     assert "broken.png" in text and twin.with_suffix(".jpg").name in text and silent.name in text
-    assert sorted(texts(pictures).values()) == ["A cat.\n", "A fox.\n"]
+    assert sorted(texts(images).values()) == ["A cat.\n", "A fox.\n"]
 
 
 @pytest.mark.parametrize("make", ["none", "language", "damaged", "pickle"])
-def test_what_is_no_such_model_is_refused_in_one_line(tmp_path, qwen, pictures, make):
+def test_what_is_no_such_model_is_refused_in_one_line(tmp_path, qwen, images, make):
     model = tmp_path / "model"
     if make == "language":
         shutil.copytree(mini.TURBO / "text_encoder", model)
@@ -304,22 +302,20 @@ def test_what_is_no_such_model_is_refused_in_one_line(tmp_path, qwen, pictures, 
             torch.save({}, model / "pytorch_model.bin")
             weights.unlink()
     with pytest.raises(WeightsError) as caught:
-        caption_folder(pictures, wanted(model), Console())
+        caption_folder(images, wanted(model), Console())
     assert len(str(caught.value).splitlines()) == 1 and str(model) in str(caught.value)
-    assert texts(pictures) == {}
+    assert texts(images) == {}
 
 
-def test_a_model_that_is_too_large_for_the_machine_is_refused_before_it_is_read(qwen, pictures, monkeypatch):
-    monkeypatch.setattr(
-        devices, "device_limits", lambda device: type("Device", (), {"limit_bytes": 1000.0})
-    )
+def test_a_model_that_is_too_large_for_the_machine_is_refused_before_it_is_read(qwen, images, monkeypatch):
+    monkeypatch.setattr(devices, "device_limits", lambda device: type("Device", (), {"limit_bytes": 1000.0}))
     monkeypatch.setattr(captioner, "load", None)
     with pytest.raises(ConfigError, match="2B"):
-        caption_folder(pictures, wanted(qwen), Console())
+        caption_folder(images, wanted(qwen), Console())
 
 
 @pytest.mark.parametrize("there", [True, False])
-def test_an_accelerator_is_used_where_there_is_one_and_not_where_torch_only_could(qwen, pictures, monkeypatch, there):
+def test_an_accelerator_is_used_where_there_is_one_and_not_where_torch_only_could(qwen, images, monkeypatch, there):
     """`mps` stands for any: torch has the name everywhere, so that the choice can be seen without the device."""
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: there)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda *words, **more: torch.device("mps"))
@@ -328,14 +324,14 @@ def test_an_accelerator_is_used_where_there_is_one_and_not_where_torch_only_coul
         captioner, "load", lambda folder, device: taken.append(device.type) or captioner.CaptionModel(0, 0, 0)
     )
     monkeypatch.setattr(captioner.CaptionModel, "answer", lambda *words: ("A fox.", True))
-    caption_folder(pictures, wanted(qwen), Console())
+    caption_folder(images, wanted(qwen), Console())
     assert taken == ["mps" if there else "cpu"]
 
 
-def test_the_command_line(qwen, pictures):
-    code, text = run("caption", pictures, "--model", qwen, "--trigger", "zorb", "--kind", "character")
+def test_the_command_line(qwen, images):
+    code, text = run("caption", images, "--model", qwen, "--trigger", "zorb", "--kind", "character")
     assert code == 0 and "4 captions written" in text and "zorb" in text, text
-    code, text = run("caption", pictures, "--style", "poems", "--kind", "cat", "--trigger", " ", "--extension", "txt")
+    code, text = run("caption", images, "--style", "poems", "--kind", "cat", "--trigger", " ", "--extension", "txt")
     assert code == 2
     assert [line.split(":")[0] for line in text.splitlines()] == ["--kind", "--style", "--trigger", "--extension"]
-    assert run("caption", pictures / "nothing", "--model", qwen)[0] == 3
+    assert run("caption", images / "nothing", "--model", qwen)[0] == 3

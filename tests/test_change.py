@@ -51,7 +51,7 @@ def test_changes_are_told_apart_by_the_trigger(tmp_path: Path):
     assert preview_shift.preview_shifts(preview_images.preview_table(tmp_path / "s"), set())[0].with_trigger is None
 
 
-def test_without_the_picture_before_training_nothing_is_claimed(tmp_path: Path):
+def test_without_the_image_before_training_nothing_is_claimed(tmp_path: Path):
     draw(tmp_path / "s", 5, 151, 100)
     assert preview_shift.preview_shifts(preview_images.preview_table(tmp_path / "s"), {"zorb"}) == [
         PreviewShift(5, None, None)

@@ -80,7 +80,7 @@ def sampled(output: Path, *words: object) -> list[np.ndarray]:
 
 
 def cells(path: Path, rows: int, columns: int) -> list[list[np.ndarray]]:
-    """The pictures of a grid, as they are in it."""
+    """The images of a grid, as they are in it."""
     whole, pitch = pixels(path), grid.CELL_PX + grid.MARGIN_PX
     left, top = whole.shape[1] - columns * pitch, whole.shape[0] - rows * pitch
     return [
@@ -92,8 +92,8 @@ def cells(path: Path, rows: int, columns: int) -> list[list[np.ndarray]]:
     ]
 
 
-def enlarged(picture: np.ndarray) -> np.ndarray:
-    return np.asarray(grid.scaled(Image.fromarray(picture)))
+def enlarged(image: np.ndarray) -> np.ndarray:
+    return np.asarray(grid.scaled(Image.fromarray(image)))
 
 
 # LoRA files
@@ -106,7 +106,7 @@ def compared(loras: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Pat
     return output
 
 
-def test_every_picture_has_the_bits_that_sample_draws(compared: Path, loras: list[Path], tmp_path: Path):
+def test_every_image_has_the_bits_that_sample_draws(compared: Path, loras: list[Path], tmp_path: Path):
     one, two = loras
     wanted = [
         sampled(tmp_path / "bare", mini.TURBO),
@@ -190,7 +190,7 @@ def sources_of(page: str) -> list[str]:
     return [unquote(one) for one in re.findall(r'<img src="([^"]*)"', page)]
 
 
-def test_the_page_holds_every_picture_and_nothing_from_elsewhere(compared: Path):
+def test_the_page_holds_every_image_and_nothing_from_elsewhere(compared: Path):
     page = (compared / "compare.html").read_text()
     assert set(sources_of(page)) == {f"pictures/{path.name}" for path in (compared / "pictures").iterdir()}
     assert "http" not in page and "@import" not in page and "url(" not in page
@@ -261,12 +261,12 @@ def test_runs_are_compared_by_prompt_at_the_last_step_that_all_have(tmp_path: Pa
         assert (tmp_path / "out" / source).is_file()
 
 
-def test_a_missing_picture_is_left_blank_and_said(tmp_path: Path):
+def test_a_missing_image_is_left_blank_and_said(tmp_path: Path):
     one = fabricated(tmp_path / "a", PROMPTS, [5], 10)
     two = fabricated(tmp_path / "b", PROMPTS[:1], [5], 20)
     done = run("compare", one, two, "-o", tmp_path / "out")
     assert colours(tmp_path / "out" / "grid.png", 2, 2) == [[(10, 5, 0), (20, 5, 0)], [(10, 5, 1), (255, 255, 255)]]
-    assert "note: b has no picture of 'a red circle' at step 5" in done.output
+    assert "note: b has no image of 'a red circle' at step 5" in done.output
 
 
 def test_steps_that_only_some_runs_share_are_in_order_with_blanks(tmp_path: Path):
@@ -278,7 +278,7 @@ def test_steps_that_only_some_runs_share_are_in_order_with_blanks(tmp_path: Path
         [(20, 10, 0), (20, 20, 0), (20, 30, 0)],
         [(30, 10, 0), (255, 255, 255), (30, 30, 0)],
     ]
-    assert "a: previews at step 0 are left out" in done.output and "step 20 has no picture of" in done.output
+    assert "a: previews at step 0 are left out" in done.output and "step 20 has no image of" in done.output
 
 
 def test_columns_of_steps_have_a_row_for_each_prompt_of_each_run(tmp_path: Path):
@@ -345,13 +345,13 @@ def test_runs_are_compared_without_torch(tmp_path: Path):
     assert (tmp_path / "compare" / "compare.html").exists()
 
 
-def test_a_picture_that_must_be_drawn_says_so_of_a_run_without_a_finished_lora(tmp_path: Path):
+def test_a_image_that_must_be_drawn_says_so_of_a_run_without_a_finished_lora(tmp_path: Path):
     folder = fabricated(tmp_path / "a", PROMPTS, [5], 1)
     done = run("compare", folder, "--prompt", "x", "--model", mini.TURBO)
     assert f"{folder}: has no finished LoRA" in str(done.exception)
 
 
-def test_a_run_stands_for_its_lora_where_pictures_are_drawn(loras: list[Path], tmp_path: Path):
+def test_a_run_stands_for_its_lora_where_images_are_drawn(loras: list[Path], tmp_path: Path):
     folder = fabricated(tmp_path / "a", PROMPTS, [5], 1)
     (folder / "lora").mkdir()
     shutil.copy(loras[0], folder / "lora" / "a.safetensors")
@@ -373,18 +373,18 @@ def test_a_run_stands_for_its_lora_where_pictures_are_drawn(loras: list[Path], t
         ("a blank", 3, "blank: has no previews; set sample.prompts"),
         ("a late", 3, "previews: the runs have none at a common step after training began (a: 0, 5; late: 0, 7)"),
         ("a broken", 2, "config.yaml: cannot be read"),
-        ("a --by colour", 2, "--by colour: these pictures do not differ in it; give run or step or prompt"),
+        ("a --by colour", 2, "--by colour: these images do not differ in it; give run or step or prompt"),
         ("a --width 64", 2, "--prompt: is missing, and --width is for drawing"),
         ("a --width 60", 2, "--width: is 60; give a multiple of 16"),
         ("a --dtype fp32", 2, "--prompt: is missing, and --dtype is for drawing"),
-        ("LORA", 2, "--prompt: is missing, and LoRA files have no pictures to compare"),
+        ("LORA", 2, "--prompt: is missing, and LoRA files have no images to compare"),
         ("LORA LORA --prompt x", 2, "one.safetensors: is given twice"),
         ("LORA --prompt x --strength a", 2, "--strength a: is no list of numbers from -100 to 100"),
         ("LORA --prompt x --strength nan", 2, "is no list of numbers"),
         ("LORA --prompt x --strength 1,1.0", 2, "--strength 1,1.0: has a value twice"),
         ("LORA --prompt x --sampling 8", 2, "--sampling 8: is no list of STEPS:G"),
         ("LORA --prompt x --sampling 0:1", 2, "is no list of STEPS:G"),
-        ("LORA --prompt x --by step", 2, "--by step: these pictures do not differ in it"),
+        ("LORA --prompt x --by step", 2, "--by step: these images do not differ in it"),
         ("LORA --prompt x --model=", 2, "--model: is empty"),
         ("LORA OTHER --prompt x", 4, "matched 0/1 modules"),
         ("a -o a/config.yaml", 7, "is not a folder; choose another place"),

@@ -64,7 +64,7 @@ TINY = {
     "model.extras": "null",
     "model.adapter": str(mini.ADAPTER_V1),
     "model.dtype": "fp32",
-    "data.0.folder": str(mini.PICTURES),
+    "data.0.folder": str(mini.IMAGES),
     "data.0.resolution": "[64]",
     "train.steps": "2",
     "train.batch_size": "2",
@@ -116,7 +116,7 @@ def test_every_command_of_the_readme_runs(tmp_path: Path, shared_cache: Path, mo
     other = tmp_path / "other.safetensors"
     lora_file.export_lora(other, lora_file.read_lora(Path(lora)), "fp32", {})
     words_for |= {"OTHER": str(other), "OTHER=0.6": f"{other}=0.6", "RUN": str(tmp_path / "quickstart")}
-    words_for["FOLDER"] = str(shutil.copytree(mini.PICTURES, tmp_path / "pictures"))
+    words_for["FOLDER"] = str(shutil.copytree(mini.IMAGES, tmp_path / "pictures"))
     next((tmp_path / "pictures").glob("*.txt")).unlink()
     captioner = vision_models.qwen(tmp_path / "captioner")
     words_for |= {"OUT": str(tmp_path / "baked"), "OUT.safetensors": str(tmp_path / "made.safetensors")}

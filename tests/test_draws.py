@@ -75,8 +75,8 @@ KEYS = {
     "tag dropout": "captions",
     "tag order": "captions",
     "validation": "validation",
-    "own": "own pictures",
-    "interval": "own pictures",
+    "own": "own images",
+    "interval": "own images",
     "lora": "start of a LoRA",
     "dare": "merging",
     "projection": "merging",
@@ -111,7 +111,7 @@ def places(value: Tensor | float) -> str:
 
 
 def fields(one: request.SamplingRequest) -> Table:
-    """As a picture and the key of a cache hold them."""
+    """As an image and the key of a cache hold them."""
     return json.loads(one.to_json())
 
 
@@ -134,7 +134,7 @@ def config(entries: list[Table], **sections: Any) -> Config:
     return Config.model_validate(values)
 
 
-def pictures(
+def images(
     tag: str, sizes: list[tuple[int, int]], repeats: int = 1, prompts: tuple[str, ...] = ()
 ) -> list[ImageRecord]:
     """Pictures that are there in name and digest only."""
@@ -156,23 +156,23 @@ FLIPPED, SINGLE, TAGS, CLASS = (
 
 
 def several(processes: int = 1, **train: Any) -> SampleOrder:
-    """The plan of two entries of the concept, which share a picture, and one of its class."""
+    """The plan of two entries of the concept, which share an image, and one of its class."""
     made = config(
         [FLIPPED, {**SINGLE, "caption_dropout": 0.5}, CLASS],
         train={"batch_size": 2, "grad_accumulation": 2, "regularization_share": 0.25, **train},
     )
-    shared = pictures("shared", [SQUARE])
+    shared = images("shared", [SQUARE])
     found = [
-        [*pictures("p", [WIDE, SQUARE, TALL]), *shared],
-        [*pictures("q", [SQUARE, WIDE], repeats=2), *shared],
-        pictures("r", [SQUARE, TALL, WIDE]),
+        [*images("p", [WIDE, SQUARE, TALL]), *shared],
+        [*images("q", [SQUARE, WIDE], repeats=2), *shared],
+        images("r", [SQUARE, TALL, WIDE]),
     ]
     return make_sample_order(made, make_items(made, found), processes)
 
 
 def named(item: TrainItem) -> str:
     """Entry, name, resolution, which repeat, and m if mirrored."""
-    return f"{item.entry}:{item.picture.path.name}@{item.resolution}#{item.repeat}{'m' if item.flip else ''}"
+    return f"{item.entry}:{item.image.path.name}@{item.resolution}#{item.repeat}{'m' if item.flip else ''}"
 
 
 def shown(batch: MicroBatch) -> str:
@@ -214,7 +214,7 @@ def order(scratch: Path) -> Table:
             for process in range(processes):
                 own = plan.step_batches(step)[process::processes]
                 table[f"{processes} processes, step {step:02d}, process {process}"] = [shown(batch) for batch in own]
-    alone = make_sample_order(one := config([FLIPPED]), make_items(one, [pictures("p", [WIDE, SQUARE, TALL])]))
+    alone = make_sample_order(one := config([FLIPPED]), make_items(one, [images("p", [WIDE, SQUARE, TALL])]))
     for step in range(1, 13):
         table[f"batch size 1, step {step:02d}"] = [shown(batch) for batch in alone.step_batches(step)]
     return table
@@ -263,15 +263,15 @@ def captions(scratch: Path) -> Table:
         {**TAGS, "caption_dropout": 0.25},
     ]
     found = [
-        pictures("p", [SQUARE, WIDE]),
-        pictures("q", [SQUARE], prompts=several_lines, repeats=2),
-        pictures("t", [SQUARE, TALL], prompts=tags),
+        images("p", [SQUARE, WIDE]),
+        images("q", [SQUARE], prompts=several_lines, repeats=2),
+        images("t", [SQUARE, TALL], prompts=tags),
     ]
     made = config(entries)
     plan = make_sample_order(made, make_items(made, found))
     table = {named(item): [plan.sample(item, epoch).prompt for epoch in range(8)] for item in plan.items}
     mirrored = config([{**FLIPPED, "caption_dropout": 0.5}])
-    other = make_sample_order(mirrored, make_items(mirrored, [pictures("f", [SQUARE])]))
+    other = make_sample_order(mirrored, make_items(mirrored, [images("f", [SQUARE])]))
     dropped = {
         f"dropped: {named(item)}": [int(not other.sample(item, epoch).prompt) for epoch in range(16)]
         for item in other.items
@@ -281,7 +281,7 @@ def captions(scratch: Path) -> Table:
 
 def of_validation(scratch: Path) -> Table:
     made = config([FLIPPED])
-    items = make_items(config([{"folder": "h", "resolution": [64]}]), [pictures("held", [SQUARE, WIDE])])
+    items = make_items(config([{"folder": "h", "resolution": [64]}]), [images("held", [SQUARE, WIDE])])
     found = validation.validation_sigmas(made)
     run = cast(TrainState, SimpleNamespace(held_out=items))
     table: Table = {
@@ -293,7 +293,7 @@ def of_validation(scratch: Path) -> Table:
     return table | {named(item): normal(validation._noise(made, item, shape)) for item in items}
 
 
-def own_pictures(scratch: Path) -> Table:
+def own_images(scratch: Path) -> Table:
     """What the model draws itself: its seed, its key in the cache, and the student's step of each sample."""
     text = scratch / "prompts.txt"
     text.write_text("a red circle\na blue zorb\n")
@@ -302,12 +302,12 @@ def own_pictures(scratch: Path) -> Table:
     imitating = config([entry], train={"method": "trajectory_imitation"}, lora={"init_from": "x.safetensors"})
     table: Table = {}
     for made in (drawn, imitating):
-        items = make_items(made, [scan_entry(made.data[0], "data.0").pictures])
+        items = make_items(made, [scan_entry(made.data[0], "data.0").images])
         own = GeneratedData(made, ("the model", "the text encoder"))
         plan = make_sample_order(made, items)
         for item in items:
-            name = f"{made.train.method}, {item.picture.prompts[0]}"
-            table[name] = {"digest": item.picture.digest, "recipe": fields(own.request(item)), "key": own.key(item)}
+            name = f"{made.train.method}, {item.image.prompts[0]}"
+            table[name] = {"digest": item.image.digest, "recipe": fields(own.request(item)), "key": own.key(item)}
             if own.imitates:
                 samples = [plan.sample(item, epoch) for epoch in range(8)]
                 states = [torch.zeros(len(own.student_sigmas), 16, 8, 8)] * 8
@@ -388,15 +388,15 @@ def in_short(names: Any) -> list[str]:
 
 
 def caches(scratch: Path) -> Table:
-    picture = pictures("p", [SQUARE])[0]
-    latent = tensor_cache.latent_key(picture, Bucket(64, 96), False, "the vae")
+    image = images("p", [SQUARE])[0]
+    latent = tensor_cache.latent_key(image, Bucket(64, 96), False, "the vae")
     store = tensor_cache.TensorCache(scratch / "cache")
     store.write(latent, torch.arange(3.0))
     (path,) = [one for one in store.folder.rglob("*") if one.is_file()]
     header = read_header(path)
     return {
         "latents": latent,
-        "latents, mirrored": tensor_cache.latent_key(picture, Bucket(64, 96), True, "the vae"),
+        "latents, mirrored": tensor_cache.latent_key(image, Bucket(64, 96), True, "the vae"),
         "prompt": tensor_cache.prompt_key("a prompt", "the encoder", "bf16"),
         "own": tensor_cache.generated_key("a recipe", "the model", "the encoder"),
         "path": path.relative_to(store.folder).as_posix(),
@@ -407,13 +407,13 @@ def caches(scratch: Path) -> Table:
 
 
 def fingerprints(scratch: Path) -> Table:
-    """By what a run that goes on knows that its pictures and settings are the same."""
-    picture = pictures("p", [SQUARE], repeats=3)[0]
-    masked = dataclasses.replace(picture, mask=Mask(Path("m.png"), "the mask", is_alpha=False))
+    """By what a run that goes on knows that its images and settings are the same."""
+    image = images("p", [SQUARE], repeats=3)[0]
+    masked = dataclasses.replace(image, mask=Mask(Path("m.png"), "the mask", is_alpha=False))
     made = config([SINGLE], schedule={"name": "cosine"})
-    identity = run_dir.run_identity(made, {"model": "m", "data": dataset_fingerprint([[picture]])})
+    identity = run_dir.run_identity(made, {"model": "m", "data": dataset_fingerprint([[image]])})
     return {
-        "pictures": dataset_fingerprint([[picture, picture], [masked]]),
+        "pictures": dataset_fingerprint([[image, image], [masked]]),
         "inputs": identity["inputs"],
         "parts": sorted(identity),
         "settings of the schedule": sorted(name for name in identity["settings"] if name.startswith("schedule.")),
@@ -459,7 +459,7 @@ def a_run(scratch: Path) -> Table:
         "train": {"steps": 2, "grad_accumulation": 2},
         "ema": {"decay": 0.9},
         "sample": {"every": 2, "width": 64, "height": 64, "prompts": ["a red zorb"], "steps": 1},
-        "validation": {"folder": str(mini.PICTURES), "every": 2, "resolution": 64},
+        "validation": {"folder": str(mini.IMAGES), "every": 2, "resolution": 64},
     }
     made, problems = validate_config(
         mini_values(scratch / "runs", scratch / "run_cache", **changes), lambda path: str(path)
@@ -482,8 +482,8 @@ def a_run(scratch: Path) -> Table:
     saved = read_header(root / "checkpoints" / "step-000002.safetensors")
     state = json.loads(saved.metadata["state"])
     exported = read_header(root / "lora" / "tiny.safetensors")
-    with Image.open(root / "samples" / "000002-00.png") as picture:
-        texts = sorted(map(str, picture.info))
+    with Image.open(root / "samples" / "000002-00.png") as image:
+        texts = sorted(map(str, image.info))
     table: Table = {
         "seeds of dropout": [args[0] for args, _ in seeds],
         "seeds of dropout in process 1": [args[0] for args, _ in seeds_of_second],
@@ -516,7 +516,7 @@ SECTIONS: dict[str, Callable[[Path], Table]] = {
     "noise": noise,
     "captions": captions,
     "validation": of_validation,
-    "own pictures": own_pictures,
+    "own images": own_images,
     "start of a LoRA": start_of_a_lora,
     "merging": merging,
     "timesteps": of_timesteps,
@@ -563,7 +563,9 @@ def literals(source: str) -> set[str]:
     """The literal parts of the keys of the draws in a module."""
     calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
     keyed = [
-        call for call in calls if isinstance(call.func, ast.Name) and call.func.id in ("keyed_generator", "keyed_int", "share")
+        call
+        for call in calls
+        if isinstance(call.func, ast.Name) and call.func.id in ("keyed_generator", "keyed_int", "share")
     ]
     parts = [part for call in keyed for part in call.args if isinstance(part, ast.Constant)]
     return {part.value for part in parts if isinstance(part.value, str)}

@@ -94,11 +94,11 @@ def test_previews_are_drawn_by_either_and_training_is_the_same(make_config):
     run_training(averaged, fresh=False)
     assert load(plain) == load(averaged)
 
-    def picture(config, step: int) -> Image.Image:
+    def image(config, step: int) -> Image.Image:
         return Image.open(folder(config) / "samples" / f"{step:06d}-00.png").convert("RGB")
 
-    assert ImageChops.difference(picture(plain, 0), picture(averaged, 0)).getbbox() is None
-    assert ImageChops.difference(picture(plain, 2), picture(averaged, 2)).getbbox() is not None
+    assert ImageChops.difference(image(plain, 0), image(averaged, 0)).getbbox() is None
+    assert ImageChops.difference(image(plain, 2), image(averaged, 2)).getbbox() is not None
 
 
 def load(config) -> bytes:

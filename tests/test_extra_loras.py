@@ -1,4 +1,4 @@
-"""`sample.extra_loras` and `--lora distillpatch`: LoRAs that are there for pictures alone."""
+"""`sample.extra_loras` and `--lora distillpatch`: LoRAs that are there for images alone."""
 
 from pathlib import Path
 

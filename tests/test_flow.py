@@ -16,7 +16,7 @@ TURBO_SIGMAS = [1.0, 0.9545454545, 0.9, 0.8333333333, 0.75, 0.6428571429, 0.5, 0
 unit = st.floats(0.0, 1.0)
 
 
-def test_interpolation_ends_at_the_picture_and_at_the_noise():
+def test_interpolation_ends_at_the_image_and_at_the_noise():
     x0, noise = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
     assert torch.equal(flow.interpolate(x0, noise, torch.zeros(2)), x0)
     assert torch.equal(flow.interpolate(x0, noise, torch.ones(2)), noise)
@@ -34,7 +34,7 @@ def test_velocity_is_the_derivative_of_the_path():
     assert torch.allclose(slope, flow.target_velocity(x0, noise), atol=1e-6)
 
 
-def test_euler_with_the_true_velocity_recovers_the_picture():
+def test_euler_with_the_true_velocity_recovers_the_image():
     x0, noise = torch.randn(1, 2, 4, 4), torch.randn(1, 2, 4, 4)
     x, sigmas = noise, flow.sampling_sigmas(8, 3.0)
     for sigma, after in itertools.pairwise(sigmas):

@@ -1,4 +1,4 @@
-"""A folder, or a metadata file, is a list of pictures with prompts in one order; everything odd is said, at once."""
+"""A folder, or a metadata file, is a list of images with prompts in one order; everything odd is said, at once."""
 
 import csv
 import hashlib
@@ -15,24 +15,24 @@ from zimage_train.config.dataset import DataEntry
 from zimage_train.dataset import scan
 from zimage_train.dataset.scan import FolderScan, dataset_fingerprint, scan_entry
 
-from dataset_folder import picture, problems, prompts, scanned
+from dataset_folder import image, problems, prompts, scanned
 
 
-def test_pictures_come_in_the_order_of_their_relative_paths_with_captions(photos: Path):
+def test_images_come_in_the_order_of_their_relative_paths_with_captions(photos: Path):
     result = scanned(photos)
-    assert [one.path.relative_to(photos).as_posix() for one in result.pictures] == ["a.jpg", "b.png", "sub/c.webp"]
+    assert [one.path.relative_to(photos).as_posix() for one in result.images] == ["a.jpg", "b.png", "sub/c.webp"]
     assert prompts(result) == {"a.jpg": "caption a", "b.png": "caption b", "c.webp": "caption c"}
-    assert [(one.width, one.height) for one in result.pictures] == [(96, 64), (80, 64), (112, 64)]
-    digests = [hashlib.sha256(one.path.read_bytes()).hexdigest() for one in result.pictures]
-    assert [one.digest for one in result.pictures] == digests
+    assert [(one.width, one.height) for one in result.images] == [(96, 64), (80, 64), (112, 64)]
+    digests = [hashlib.sha256(one.path.read_bytes()).hexdigest() for one in result.images]
+    assert [one.digest for one in result.images] == digests
     assert (problems(result), result.notes) == ([], [])
 
 
-def test_the_size_is_that_of_the_upright_picture(tmp_path: Path):
+def test_the_size_is_that_of_the_upright_image(tmp_path: Path):
     exif = Image.Exif()
     exif[0x112] = 6
     Image.new("RGB", (128, 64)).save(tmp_path / "a.jpg", exif=exif)
-    (one,) = scanned(tmp_path).pictures
+    (one,) = scanned(tmp_path).images
     assert (one.width, one.height) == (64, 128)
 
 
@@ -40,7 +40,7 @@ def test_the_size_is_that_of_the_upright_picture(tmp_path: Path):
 def test_every_extension_is_found_in_either_case(tmp_path: Path, name: str):
     kind = {".jpg": "JPEG", ".tif": "TIFF"}.get(Path(name).suffix.lower())
     Image.new("RGB", (64, 64)).save(tmp_path / name, kind)
-    assert [one.path.name for one in scanned(tmp_path).pictures] == [name]
+    assert [one.path.name for one in scanned(tmp_path).images] == [name]
 
 
 def test_another_caption_extension(photos: Path):
@@ -50,12 +50,12 @@ def test_another_caption_extension(photos: Path):
 
 
 def test_a_dot_in_a_name_belongs_to_the_name(tmp_path: Path):
-    picture(tmp_path / "v1.2.png")
+    image(tmp_path / "v1.2.png")
     (tmp_path / "v1.2.txt").write_text("two")
     (tmp_path / "v1.txt").write_text("one")
     result = scanned(tmp_path)
     assert prompts(result) == {"v1.2.png": "two"}
-    assert result.notes == [f"{tmp_path / 'v1.txt'}: a caption without a picture"]
+    assert result.notes == [f"{tmp_path / 'v1.txt'}: a caption without an image"]
 
 
 # Prompts
@@ -63,7 +63,7 @@ def test_a_dot_in_a_name_belongs_to_the_name(tmp_path: Path):
 
 def test_no_captions_at_all_and_the_trigger_as_default(tmp_path: Path):
     for number in range(3):
-        picture(tmp_path / f"{number}.png", (number, 0, 0))
+        image(tmp_path / f"{number}.png", (number, 0, 0))
     result = scanned(tmp_path, trigger="zorb", default_caption="[trigger]")
     assert list(prompts(result).values()) == ["zorb"] * 3
     assert (problems(result), result.notes) == ([], [])
@@ -81,11 +81,11 @@ def test_a_placeholder_without_a_trigger_is_an_error(photos: Path):
 # What is wrong, all at once
 
 
-def test_the_same_picture_twice_is_said(photos: Path):
+def test_the_same_image_twice_is_said(photos: Path):
     (photos / "z.jpg").write_bytes((photos / "a.jpg").read_bytes())
     result = scanned(photos, default_caption="x")
-    assert len(result.pictures) == 4
-    assert result.notes == [f"{photos / 'z.jpg'}: the same picture as {photos / 'a.jpg'}"]
+    assert len(result.images) == 4
+    assert result.notes == [f"{photos / 'z.jpg'}: the same image as {photos / 'a.jpg'}"]
 
 
 def test_a_folder_that_is_none_is_an_error(photos: Path):
@@ -96,12 +96,12 @@ def test_a_folder_that_is_none_is_an_error(photos: Path):
 
 
 def test_a_name_that_is_no_text_is_an_error(tmp_path: Path):
-    picture(tmp_path / "fine.png")
+    image(tmp_path / "fine.png")
     path = os.fsencode(tmp_path) + b"/\xff.png"
     with open(path, "wb") as file:
         file.write((tmp_path / "fine.png").read_bytes())
     result = scanned(tmp_path)
-    assert [one.path.name for one in result.pictures] == ["fine.png"]
+    assert [one.path.name for one in result.images] == ["fine.png"]
     assert problems(result)[0].endswith("its name is not UTF-8; rename it")
     for note in scanned(tmp_path, caption_ext=".png").notes:
         note.encode()
@@ -126,10 +126,10 @@ def metadata(root: Path, name: str, rows: list[dict[str, Any]] | str | bytes) ->
 
 @pytest.mark.parametrize("name", ["m.jsonl", "m.csv", "M.JSONL", "M.CSV"])
 @pytest.mark.parametrize(("image", "prompt"), [("image", "prompt"), ("file_name", "text"), ("image", "text")])
-def test_metadata_names_pictures_and_prompts_in_either_dialect(photos: Path, name: str, image: str, prompt: str):
+def test_metadata_names_images_and_prompts_in_either_dialect(photos: Path, name: str, image: str, prompt: str):
     rows = [{image: "sub/c.webp", prompt: "a zorb\r\nhere"}, {image: "a.jpg", prompt: "[trigger], \u2028 x"}]
     result = metadata(photos, name, rows)
-    assert [(one.path.name, one.prompts[0]) for one in result.pictures] == [
+    assert [(one.path.name, one.prompts[0]) for one in result.images] == [
         ("c.webp", "a zorb\nhere"),
         ("a.jpg", "zorb, \u2028 x"),
     ]
@@ -138,7 +138,7 @@ def test_metadata_names_pictures_and_prompts_in_either_dialect(photos: Path, nam
 
 def test_the_order_is_that_of_the_rows_and_txt_files_are_not_read(photos: Path):
     result = metadata(photos, "m.jsonl", [{"image": "b.png"}, {"image": "a.jpg", "prompt": ""}])
-    assert [(one.path.name, one.prompts[0]) for one in result.pictures] == [("b.png", "zorb"), ("a.jpg", "zorb")]
+    assert [(one.path.name, one.prompts[0]) for one in result.images] == [("b.png", "zorb"), ("a.jpg", "zorb")]
 
 
 def test_metadata_with_a_mark_blank_lines_and_windows_line_ends(photos: Path):
@@ -158,7 +158,7 @@ def test_every_bad_row_is_reported_with_its_line_and_the_good_ones_are_read(phot
         '{"image": "a.jpg", "prompt": "zorb"}',
         '{"image": "a.jpg", "prompt": ',
         '["a.jpg"]',
-        '{"picture": "a.jpg", "prompt": "x"}',
+        '{"image": "a.jpg", "prompt": "x"}',
         '{"image": 5, "prompt": "x"}',
         '{"image": "a.jpg", "prompt": 5}',
         '{"image": "none.png", "prompt": "x"}',
@@ -170,7 +170,7 @@ def test_every_bad_row_is_reported_with_its_line_and_the_good_ones_are_read(phot
         '{"image": "b.png", "prompt": "zorb", "more": 1' + "1" * 5000 + "}",
     ]
     result = metadata(photos, "m.jsonl", "\n".join(rows))
-    assert [one.path.name for one in result.pictures] == ["a.jpg"]
+    assert [one.path.name for one in result.images] == ["a.jpg"]
     path = photos / "m.jsonl"
     by_line = {one.split(": ")[0]: one for one in problems(result)}
     assert set(by_line) == {f"{path}:{line}" for line in (2, 3, 4, 5, 6, 8, 9, 10, 11, 13)} | {
@@ -179,7 +179,7 @@ def test_every_bad_row_is_reported_with_its_line_and_the_good_ones_are_read(phot
     }
     assert "is not JSON (Expecting value" in by_line[f"{path}:2"]
     assert by_line[f"{path}:4"].endswith(
-        "has no text in image or file_name; its columns are picture, prompt; give image as text"
+        "has no text in image or file_name; its columns are image, prompt; give image as text"
     )
     assert by_line[f"{path}:6"].endswith(
         "has no text in prompt or text or caption; its columns are image, prompt; give prompt as text"
@@ -213,8 +213,8 @@ def test_bad_csv_rows_are_reported_with_their_line(photos: Path):
         ("m.txt", "image,prompt\n", "is neither .jsonl nor .csv; convert it"),
         ("m.json", "[]", "is neither .jsonl nor .csv; convert it"),
         ("m.csv", "é".encode("latin-1"), "is not UTF-8; save it as UTF-8"),
-        ("m.jsonl", "", "holds no pictures"),
-        ("m.csv", "image,prompt\n", "holds no pictures"),
+        ("m.jsonl", "", "holds no images"),
+        ("m.csv", "image,prompt\n", "holds no images"),
     ],
 )
 def test_other_metadata_files_are_refused(photos: Path, name: str, content: str | bytes, what: str):
@@ -232,28 +232,28 @@ def test_missing_metadata_is_refused(tmp_path: Path):
 
 
 def test_the_fingerprint_changes_with_every_content_and_prompt_and_not_with_the_place(photos: Path, tmp_path: Path):
-    before = dataset_fingerprint([scanned(photos).pictures])
+    before = dataset_fingerprint([scanned(photos).images])
     assert len(before) == 3
     photos.rename(tmp_path / "elsewhere")
     moved = tmp_path / "elsewhere"
-    assert dataset_fingerprint([scanned(moved).pictures]) == before
+    assert dataset_fingerprint([scanned(moved).images]) == before
     (moved / "a.txt").write_text("changed")
-    changed = dataset_fingerprint([scanned(moved).pictures])
+    changed = dataset_fingerprint([scanned(moved).images])
     assert changed.keys() == before.keys() and sum(changed[key] != before[key] for key in before) == 1
-    picture(moved / "b.png", (99, 0, 0))
-    assert len(dataset_fingerprint([scanned(moved).pictures]).keys() - before.keys()) == 1
-    assert dataset_fingerprint([[], scanned(moved).pictures]).keys().isdisjoint(changed)
+    image(moved / "b.png", (99, 0, 0))
+    assert len(dataset_fingerprint([scanned(moved).images]).keys() - before.keys()) == 1
+    assert dataset_fingerprint([[], scanned(moved).images]).keys().isdisjoint(changed)
 
 
-def test_the_fingerprint_counts_the_same_picture_in_two_subfolders(photos: Path):
+def test_the_fingerprint_counts_the_same_image_in_two_subfolders(photos: Path):
     (photos / "sub" / "a.jpg").write_bytes((photos / "a.jpg").read_bytes())
     (photos / "sub" / "a.txt").write_text("one")
-    before = dataset_fingerprint([scanned(photos).pictures])
+    before = dataset_fingerprint([scanned(photos).images])
     assert len(before) == 4
     for name in ("a.txt", "sub/a.txt"):
         text = (photos / name).read_text()
         (photos / name).write_text("two")
-        assert dataset_fingerprint([scanned(photos).pictures]) != before
+        assert dataset_fingerprint([scanned(photos).images]) != before
         (photos / name).write_text(text)
 
 
@@ -271,72 +271,70 @@ def test_nothing_is_written_while_scanning(photos: Path):
 
 
 def test_the_names_of_folders_say_how_often_and_what(tmp_path: Path):
-    picture(tmp_path / "3_a cat" / "one.png", (1, 2, 3))
-    picture(tmp_path / "12_dog" / "sub" / "two.png", (4, 5, 6)).with_suffix(".txt").write_text("a dog in snow")
+    image(tmp_path / "3_a cat" / "one.png", (1, 2, 3))
+    image(tmp_path / "12_dog" / "sub" / "two.png", (4, 5, 6)).with_suffix(".txt").write_text("a dog in snow")
     result = scanned(tmp_path, repeats="by_folder", trigger="zorb")
     assert problems(result) == []
-    assert [(one.path.name, one.repeats, one.prompts) for one in result.pictures] == [
+    assert [(one.path.name, one.repeats, one.prompts) for one in result.images] == [
         ("two.png", 12, ("zorb a dog in snow",)),
         ("one.png", 3, ("zorb a cat",)),
     ]
 
 
-def test_a_picture_outside_such_folders_is_refused(tmp_path: Path):
+def test_a_image_outside_such_folders_is_refused(tmp_path: Path):
     for place in ("one.png", "0_none/two.png", "2000_many/three.png", "cat_3/four.png"):
-        picture(tmp_path / place, (len(place), 2, 3))
+        image(tmp_path / place, (len(place), 2, 3))
     found = problems(scanned(tmp_path, repeats="by_folder"))
     assert len(found) == 4 and all("is in no folder whose name says how often" in one for one in found)
 
 
 def test_folders_of_that_layout_are_pointed_out_where_they_are_not_used(tmp_path: Path):
-    picture(tmp_path / "3_cat" / "one.png")
+    image(tmp_path / "3_cat" / "one.png")
     result = scanned(tmp_path)
     assert any("repeats: by_folder trains as often as they say" in note for note in result.notes)
-    assert [one.repeats for one in result.pictures] == [1]
-    picture(tmp_path / "two.png", (9, 9, 9))
+    assert [one.repeats for one in result.images] == [1]
+    image(tmp_path / "two.png", (9, 9, 9))
     assert not any("by_folder" in note for note in scanned(tmp_path).notes)
 
 
 def test_a_list_in_a_jsonl_is_several_captions(tmp_path: Path):
-    path = picture(tmp_path / "one.png")
+    path = image(tmp_path / "one.png")
     (tmp_path / "m.jsonl").write_text(json.dumps({"image": path.name, "prompt": ["a cat", " a dog ", "a cat"]}))
     result = scan_entry(DataEntry(metadata=str(tmp_path / "m.jsonl"), trigger="zorb"), "data.0")
-    assert [one.prompts for one in result.pictures] == [("zorb a cat", "zorb a dog")]
+    assert [one.prompts for one in result.images] == [("zorb a cat", "zorb a dog")]
     (tmp_path / "m.jsonl").write_text(json.dumps({"image": path.name, "prompt": ["a cat", 5]}))
     assert "give prompt as text" in problems(scan_entry(DataEntry(metadata=str(tmp_path / "m.jsonl")), "data.0"))[0]
 
 
 def test_other_captions_and_another_mask_are_another_dataset(tmp_path: Path):
-    path = picture(tmp_path / "one.png")
+    path = image(tmp_path / "one.png")
     path.with_suffix(".txt").write_text("one\ntwo")
-    prints = [
-        dataset_fingerprint([scanned(tmp_path, **settings).pictures]) for settings in ({}, {"caption_lines": True})
-    ]
+    prints = [dataset_fingerprint([scanned(tmp_path, **settings).images]) for settings in ({}, {"caption_lines": True})]
     assert prints[0] != prints[1]
     masked = []
     for grey in (0, 255):
-        picture(tmp_path / "_masks" / "one.png", (grey, 1, 1))
-        masked.append(dataset_fingerprint([scanned(tmp_path, mask=str(tmp_path / "_masks")).pictures]))
+        image(tmp_path / "_masks" / "one.png", (grey, 1, 1))
+        masked.append(dataset_fingerprint([scanned(tmp_path, mask=str(tmp_path / "_masks")).images]))
     assert masked[0] != masked[1] and prints[0] not in masked
 
 
 def test_another_number_in_the_name_of_a_folder_is_another_dataset(tmp_path: Path):
     prints = []
     for number in (10, 20):
-        picture(tmp_path / str(number) / f"{number}_cat" / "one.png")
-        prints.append(dataset_fingerprint([scanned(tmp_path / str(number), repeats="by_folder").pictures]))
+        image(tmp_path / str(number) / f"{number}_cat" / "one.png")
+        prints.append(dataset_fingerprint([scanned(tmp_path / str(number), repeats="by_folder").images]))
     assert prints[0] != prints[1]
 
 
-def test_masks_inside_the_folder_are_no_pictures(tmp_path: Path):
-    picture(tmp_path / "a.png")
-    picture(tmp_path / "masks" / "a.png", (5, 5, 5))
+def test_masks_inside_the_folder_are_no_images(tmp_path: Path):
+    image(tmp_path / "a.png")
+    image(tmp_path / "masks" / "a.png", (5, 5, 5))
     result = scanned(tmp_path, mask=str(tmp_path / "masks"))
-    assert [one.path.name for one in result.pictures] == ["a.png"] and result.pictures[0].mask is not None
-    assert len(scanned(tmp_path).pictures) == 2
+    assert [one.path.name for one in result.images] == ["a.png"] and result.images[0].mask is not None
+    assert len(scanned(tmp_path).images) == 2
 
 
-def test_a_placeholder_in_pictures_of_the_class_is_refused_with_what_helps(tmp_path: Path):
-    picture(tmp_path / "a.png").with_suffix(".txt").write_text("a [trigger] in snow")
+def test_a_placeholder_in_images_of_the_class_is_refused_with_what_helps(tmp_path: Path):
+    image(tmp_path / "a.png").with_suffix(".txt").write_text("a [trigger] in snow")
     (said,) = problems(scanned(tmp_path, regularization=True))
-    assert said.endswith("take it out: these pictures show the class")
+    assert said.endswith("take it out: these images show the class")

@@ -1,4 +1,4 @@
-"""Every picture file becomes the RGB picture that its owner sees, or is refused with a reason."""
+"""Every image file becomes the RGB image that its owner sees, or is refused with a reason."""
 
 import os
 import subprocess
@@ -9,12 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageCms
-
-from zimage_train.dataset import images
-from zimage_train.errors import DataError
-
-from picture_files import (
+from image_files import (
     ADOBE_TO_XYZ,
     NAME,
     SRGB_TO_XYZ,
@@ -27,12 +22,16 @@ from picture_files import (
     refusal,
     with_hole,
 )
+from PIL import Image, ImageCms
 
-# Ordinary pictures
+from zimage_train.dataset import images
+from zimage_train.errors import DataError
+
+# Ordinary images
 
 
 @pytest.mark.parametrize("kind", ["PNG", "BMP", "TIFF", "WEBP"])
-def test_a_lossless_picture_is_itself(kind: str):
+def test_a_lossless_image_is_itself(kind: str):
     options = {"lossless": True} if kind == "WEBP" else {}
     assert (loaded(encoded(noise(), kind, **options)) == np.asarray(noise())).all()
 
@@ -42,7 +41,7 @@ def test_a_jpeg_is_itself_nearly():
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF", "BMP"])
-def test_grey_palette_and_black_and_white_pictures_keep_their_values(kind: str):
+def test_grey_palette_and_black_and_white_images_keep_their_values(kind: str):
     grey = gradient().convert("L")
     assert (loaded(encoded(grey, kind)) == np.asarray(grey)[..., None]).all()
     palette = gradient().quantize(16)
@@ -96,7 +95,7 @@ def test_16_bit_grey_with_a_transparent_value_is_white_there():
 # Colour profiles
 
 
-def test_a_transparent_wide_gamut_picture_is_converted_and_white():
+def test_a_transparent_wide_gamut_image_is_converted_and_white():
     image = Image.new("RGBA", (64, 64), (200, 60, 60, 255))
     image.paste((0, 255, 0, 0), (0, 0, 32, 64))
     found = loaded(encoded(image, "PNG", icc_profile=profile(ADOBE_TO_XYZ, 2.2, "Wide RGB")))
@@ -123,7 +122,7 @@ def test_a_broken_profile_is_ignored_as_viewers_do(broken: bytes):
     assert (loaded(encoded(noise(), "PNG", icc_profile=broken)) == np.asarray(noise())).all()
 
 
-def test_a_colour_profile_on_a_grey_picture_is_no_reason_to_fail():
+def test_a_colour_profile_on_a_grey_image_is_no_reason_to_fail():
     grey = gradient().convert("L")
     found = loaded(encoded(grey, "PNG", icc_profile=profile(ADOBE_TO_XYZ, 2.2, "Wide RGB")))
     assert (found == np.asarray(grey)[..., None]).all()
@@ -136,7 +135,7 @@ def test_other_colour_spaces_are_refused():
     assert refusal(encoded(Image.new("LAB", (64, 64)), "TIFF")) == "pixels of mode LAB are not read; export it as RGB"
 
 
-def test_the_smallest_picture_is_fine():
+def test_the_smallest_image_is_fine():
     assert loaded(encoded(Image.new("RGB", (64, 64)), "PNG")).shape == (64, 64, 3)
 
 
@@ -162,7 +161,7 @@ SEEDS = [
 @given(
     st.sampled_from(SEEDS), st.lists(st.tuples(st.integers(0, 400), st.integers(0, 255)), max_size=6), st.floats(0, 1)
 )
-def test_damaged_bytes_are_a_picture_or_a_refusal(content: bytes, changes: list[tuple[int, int]], share: float):
+def test_damaged_bytes_are_a_image_or_a_refusal(content: bytes, changes: list[tuple[int, int]], share: float):
     damaged = bytearray(content)
     for place, value in changes:
         damaged[place % len(damaged)] = value

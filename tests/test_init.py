@@ -1,4 +1,4 @@
-"""`init`: from a folder of pictures to a config that holds, with its reasons."""
+"""`init`: from a folder of images to a config that holds, with its reasons."""
 
 import os
 import re
@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from image_files import noise
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -20,8 +21,6 @@ from zimage_train.config import templates
 from zimage_train.config.load import read_config
 from zimage_train.config.templates import MODEL_TEMPLATES, SUBJECT_KINDS, TemplateValues
 from zimage_train.dataset.scan import ImageRecord
-
-from picture_files import noise
 
 ROOT = Path(__file__).parent.parent
 CTRL_C, CTRL_D = "\x03", "\x04"
@@ -48,11 +47,11 @@ def test_a_config_is_written_from_what_is_there_and_it_holds(tmp_path: Path, mon
     code, said = run("my dog 2", "--yes", "--variant", "deturbo", "--gpu", "4090")
     assert code == 0, said
     for line in (
-        "my dog 2: 6 pictures; 3 of 6 have captions (sentences, 3 words each)",
+        "my dog 2: 6 images; 3 of 6 have captions (sentences, 3 words each)",
         "as large as squares of 735 to 938 px, half 938 or more",
         "shapes: 3 landscape, 3 portrait",
-        "6 pictures are few for a character: 12 to 30 are usual",
-        "3 pictures have no caption and get the trigger alone; `zimage-train caption 'my dog 2'` writes some",
+        "6 images are few for a character: 12 to 30 are usual",
+        "3 images have no caption and get the trigger alone; `zimage-train caption 'my dog 2'` writes some",
         "wrote my_dog_2_lora.yaml",
         "time on one 4090, for 1800 steps",
         "  zimage-train train my_dog_2_lora.yaml",
@@ -68,9 +67,9 @@ def test_a_config_is_written_from_what_is_there_and_it_holds(tmp_path: Path, mon
 def test_what_is_there_is_not_written_over(tmp_path: Path):
     path = tmp_path / "x.yaml"
     path.write_text("mine")
-    assert f"{path}: exists; give another with -o or --name" in run(mini.PICTURES, "--yes", "-o", path)[1]
+    assert f"{path}: exists; give another with -o or --name" in run(mini.IMAGES, "--yes", "-o", path)[1]
     assert path.read_text() == "mine"
-    assert run(mini.PICTURES, "--yes", "-o", path, "--force")[0] == 0 and path.read_text() != "mine"
+    assert run(mini.IMAGES, "--yes", "-o", path, "--force")[0] == 0 and path.read_text() != "mine"
 
 
 @pytest.mark.parametrize(
@@ -88,30 +87,30 @@ def test_what_is_there_is_not_written_over(tmp_path: Path):
     ],
 )
 def test_flags_that_are_none_are_refused_before_anything_is_written(tmp_path: Path, words, code, said):
-    found, output = run(mini.PICTURES, "--yes", "-o", tmp_path / "x.yaml", *words)
+    found, output = run(mini.IMAGES, "--yes", "-o", tmp_path / "x.yaml", *words)
     assert found == code and said in output and not (tmp_path / "x.yaml").exists()
 
 
-def test_folders_without_pictures_are_data_errors(tmp_path: Path):
+def test_folders_without_images_are_data_errors(tmp_path: Path):
     assert run(tmp_path / "gone", "--yes")[0] == 3
-    assert "holds no pictures" in run(tmp_path, "--yes")[1]
-    (tmp_path / "a.png").write_bytes(b"no picture")
+    assert "holds no images" in run(tmp_path, "--yes")[1]
+    (tmp_path / "a.png").write_bytes(b"no image")
     code, said = run(tmp_path, "--yes")
     assert code == 3 and "a.png" in said
 
 
-def test_a_damaged_picture_is_named_and_the_config_written_all_the_same(tmp_path: Path):
+def test_a_damaged_image_is_named_and_the_config_written_all_the_same(tmp_path: Path):
     folder = folder_of(tmp_path / "p", [(600, 600)] * 3, ["a", "b", "c"])
-    (folder / "bad.png").write_bytes(b"no picture")
+    (folder / "bad.png").write_bytes(b"no image")
     code, said = run(folder, "--yes", "-o", tmp_path / "x.yaml")
     assert code == 0 and "to mend: " in said and "bad.png" in said and (tmp_path / "x.yaml").exists()
 
 
 @pytest.mark.slow
-def test_from_an_empty_folder_to_a_picture_without_asking_anyone(tmp_path: Path, monkeypatch, shared_cache: Path):
+def test_from_an_empty_folder_to_a_image_without_asking_anyone(tmp_path: Path, monkeypatch, shared_cache: Path):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "photos").mkdir()
-    for path in mini.PICTURES.iterdir():
+    for path in mini.IMAGES.iterdir():
         (tmp_path / "photos" / path.name).write_bytes(path.read_bytes())
     size = ["--dtype", "fp32", "--width", "64", "--height", "64"]
     lora = "runs/photos_lora/lora/photos_lora.safetensors"
@@ -128,7 +127,7 @@ def test_from_an_empty_folder_to_a_picture_without_asking_anyone(tmp_path: Path,
         assert image.size == (64, 64)
 
 
-def pictures(*sizes: tuple[int, int]) -> list[ImageRecord]:
+def images(*sizes: tuple[int, int]) -> list[ImageRecord]:
     return [ImageRecord(Path(f"{i}.png"), str(i), *size, ("a",)) for i, size in enumerate(sizes)]
 
 
@@ -143,8 +142,8 @@ def pictures(*sizes: tuple[int, int]) -> list[ImageRecord]:
         ([(300, 300)], (512,)),
     ],
 )
-def test_resolutions_are_those_that_half_of_the_pictures_fill(sizes, resolution):
-    seen = init.FolderSummary("p", pictures(*sizes), [], [], [])
+def test_resolutions_are_those_that_half_of_the_images_fill(sizes, resolution):
+    seen = init.FolderSummary("p", images(*sizes), [], [], [])
     own = init.template_values_for(seen, init.Answers("style", "turbo", "z", None), "n", False)
     assert own.resolution == resolution
 
@@ -208,7 +207,7 @@ def test_names_come_from_the_config_or_the_folder(tmp_path: Path, name: str, out
     assert init.answer_error("--name", expected) is None
 
 
-def test_where_nothing_can_be_written_is_said_before_any_picture_is_looked_at(tmp_path: Path, monkeypatch):
+def test_where_nothing_can_be_written_is_said_before_any_image_is_looked_at(tmp_path: Path, monkeypatch):
     monkeypatch.setattr(init, "summarize_folder", None)
     (tmp_path / "file").write_text("")
     for output, said in (
@@ -216,7 +215,7 @@ def test_where_nothing_can_be_written_is_said_before_any_picture_is_looked_at(tm
         (tmp_path / "file" / "x.yaml", "is not a folder"),
         ("", "is a fol"),
     ):
-        code, text = run(mini.PICTURES, "--yes", "-o", output)
+        code, text = run(mini.IMAGES, "--yes", "-o", output)
         assert code == 2 and said in text and "Traceback" not in text, text
 
 
@@ -231,15 +230,15 @@ def test_masks_in_a_subfolder_are_masks(tmp_path: Path):
     folder = folder_of(tmp_path / "p", [(600, 600)] * 3, ["a", "b", "c"])
     folder_of(folder / "Masks", [(600, 600)] * 2, [])
     code, said = run(folder, "--yes", "-o", tmp_path / "x.yaml")
-    assert code == 0 and "p: 3 pictures" in said and f"2 have masks, in {folder / 'Masks'}" in said
+    assert code == 0 and "p: 3 images" in said and f"2 have masks, in {folder / 'Masks'}" in said
     assert read_config(tmp_path / "x.yaml").data[0].mask == str(folder / "Masks")
 
 
-def test_masks_beside_the_pictures_are_noticed(tmp_path: Path):
+def test_masks_beside_the_images_are_noticed(tmp_path: Path):
     folder = folder_of(tmp_path / "p", [(600, 600)] * 2, ["a", "b"])
     noise(600, 600, seed=9).save(folder / "00_mask.png")
     said = run(folder, "--yes", "-o", tmp_path / "x.yaml")[1]
-    assert "1 pictures look like masks and are trained as pictures (00_mask.png)" in said
+    assert "1 images look like masks and are trained as images (00_mask.png)" in said
 
 
 def test_folders_of_kohya_say_how_often_and_the_word(tmp_path: Path):
@@ -257,12 +256,12 @@ def test_a_folder_of_duplicates_is_not_a_page_of_notes(tmp_path: Path):
     for index in range(9):
         (folder / f"same{index}.png").write_bytes((folder / "00.png").read_bytes())
     said = run(folder, "--yes", "-o", tmp_path / "x.yaml")[1]
-    assert said.count("the same picture as") == 6 and "note: and 3 more, which check lists" in said
+    assert said.count("the same image as") == 6 and "note: and 3 more, which check lists" in said
 
 
 def test_all_that_cannot_be_used_is_named_at_once(tmp_path: Path):
     for name in ("a.png", "b.png"):
-        (tmp_path / name).write_bytes(b"no picture")
+        (tmp_path / name).write_bytes(b"no image")
     code, said = run(tmp_path, "--yes")
     assert code == 3 and "a.png" in said and "b.png" in said
 
@@ -297,7 +296,7 @@ def terminal(words: list[str], typed: list[str], folder: Path) -> tuple[int, str
 
 
 def test_questions_are_asked_again_until_they_are_answered(tmp_path: Path):
-    words = ["init", str(mini.PICTURES), "-o", "x.yaml"]
+    words = ["init", str(mini.IMAGES), "-o", "x.yaml"]
     typed = ["dog\n", "style\n", "deturbo\n", "[trigger]\n", "rex\n", "4090\n"]
     code, seen = terminal(words, typed, tmp_path)
     assert code == 0, seen
@@ -308,5 +307,5 @@ def test_questions_are_asked_again_until_they_are_answered(tmp_path: Path):
 
 @pytest.mark.parametrize("sign", [CTRL_C, CTRL_D])
 def test_a_question_that_is_interrupted_ends_everything(tmp_path: Path, sign: str):
-    code, seen = terminal(["init", str(mini.PICTURES), "-o", "x.yaml", "--miniature"], ["\n", sign], tmp_path)
+    code, seen = terminal(["init", str(mini.IMAGES), "-o", "x.yaml", "--miniature"], ["\n", sign], tmp_path)
     assert code == 130 and "stopped" in seen and list(tmp_path.iterdir()) == []

@@ -18,7 +18,7 @@ from zimage_train.models.transformer import velocity
 pytestmark = pytest.mark.slow
 
 CPU = torch.device("cpu")
-HELD_OUT, PICTURES = 24, 96
+HELD_OUT, IMAGES = 24, 96
 SIGMAS = [0.3, 0.5, 0.6429, 0.75, 0.9, 0.9545]
 
 
@@ -42,13 +42,13 @@ def held_out_loss(lora: Path | None) -> float:
     return total / HELD_OUT
 
 
-def pictures(folder: Path, shift: int = 0) -> Path:
+def images(folder: Path, shift: int = 0) -> Path:
     """Zorbs with their captions, or each with that of another one."""
     folder.mkdir()
-    drawn = [draw_zorb(index, 64, 64) for index in range(PICTURES)]
-    for index, (picture, _) in enumerate(drawn):
-        Image.fromarray(picture).save(folder / f"{index:03d}.png")
-        (folder / f"{index:03d}.txt").write_text(drawn[(index + shift) % PICTURES][1])
+    drawn = [draw_zorb(index, 64, 64) for index in range(IMAGES)]
+    for index, (image, _) in enumerate(drawn):
+        Image.fromarray(image).save(folder / f"{index:03d}.png")
+        (folder / f"{index:03d}.txt").write_text(drawn[(index + shift) % IMAGES][1])
     return folder
 
 
@@ -57,7 +57,7 @@ def test_held_out_loss_falls_and_falls_further_with_the_right_captions(make_conf
     for name, shift in (("right", 0), ("shuffled", 5)):
         config = make_config(
             name=name,
-            data=[{"folder": str(pictures(tmp_path / name, shift)), "resolution": [64], "trigger": "zorb"}],
+            data=[{"folder": str(images(tmp_path / name, shift)), "resolution": [64], "trigger": "zorb"}],
             lora={"rank": 8},
             train={"steps": 200, "batch_size": 8},
             optimizer={"lr": 1e-3},

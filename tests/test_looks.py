@@ -1,4 +1,4 @@
-"""What is remembered of pictures: nothing is decoded twice, nothing stale is believed, near duplicates are found."""
+"""What is remembered of images: nothing is decoded twice, nothing stale is believed, near duplicates are found."""
 
 import json
 import os
@@ -24,7 +24,7 @@ def silent(what: str, done: int, total: int) -> None:
 
 @pytest.fixture
 def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names of the pictures that were decoded."""
+    """The names of the images that were decoded."""
     names: list[str] = []
     original = images.load
 
@@ -39,7 +39,7 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 @pytest.fixture
 def photos(tmp_path: Path) -> list[Path]:
     (tmp_path / "photos").mkdir()
-    found = sorted(mini.PICTURES.glob("*.[jp][pn]g"))[:4]
+    found = sorted(mini.IMAGES.glob("*.[jp][pn]g"))[:4]
     return [Path(shutil.copy(path, tmp_path / "photos")) for path in found]
 
 
@@ -57,7 +57,7 @@ def test_what_was_seen_once_is_not_decoded_again(tmp_path: Path, photos: list[Pa
     assert len(decoded) == len(photos)
 
 
-def test_a_picture_that_changed_is_seen_anew_even_with_its_old_time_and_size(tmp_path, photos, decoded):
+def test_a_image_that_changed_is_seen_anew_even_with_its_old_time_and_size(tmp_path, photos, decoded):
     first = look_again(tmp_path / "memo.json", photos)
     before = photos[0].stat()
     content = bytearray(photos[0].read_bytes())
@@ -90,17 +90,17 @@ def test_a_spoilt_memo_is_no_memo(tmp_path: Path, photos: list[Path], decoded: l
     assert len(decoded) == 2 * len(photos)
 
 
-def test_a_bad_picture_is_told_every_time(tmp_path: Path, photos: list[Path]):
-    photos[1].write_bytes(b"no picture")
+def test_a_bad_image_is_told_every_time(tmp_path: Path, photos: list[Path]):
+    photos[1].write_bytes(b"no image")
     for _ in range(2):
         found = look_again(tmp_path / "memo.json", photos)
         assert [type(one) for one in found] == [ImageInfo, DataError, ImageInfo, ImageInfo]
 
 
-def test_ten_thousand_known_pictures_take_seconds(tmp_path: Path):
+def test_ten_thousand_known_images_take_seconds(tmp_path: Path):
     folder = tmp_path / "many"
     folder.mkdir()
-    content = Path(min(mini.PICTURES.glob("*.png"))).read_bytes()
+    content = Path(min(mini.IMAGES.glob("*.png"))).read_bytes()
     known, rng = {}, np.random.default_rng(0)
     for number in range(10_000):
         path = folder / f"{number:05d}.png"
@@ -110,7 +110,7 @@ def test_ten_thousand_known_pictures_take_seconds(tmp_path: Path):
     (tmp_path / "memo.json").write_text(json.dumps({"format": image_index.FORMAT, "looks": known}))
     start = time.monotonic()
     found = scan_entry(DataEntry(folder=str(folder), default_caption="x"), "data.0", ImageIndex(tmp_path / "memo.json"))
-    assert len(found.pictures) == 10_000 and found.errors == [] and found.notes == []
+    assert len(found.images) == 10_000 and found.errors == [] and found.notes == []
     assert time.monotonic() - start < 30, "seconds; this bound is for a crowded machine"
 
 
@@ -124,9 +124,9 @@ def thumbnail(image: Image.Image, path: Path, **options) -> str:
     return look.thumbnail
 
 
-def test_a_picture_saved_again_or_scaled_is_nearly_the_same_and_others_are_not(tmp_path: Path):
+def test_a_image_saved_again_or_scaled_is_nearly_the_same_and_others_are_not(tmp_path: Path):
     found = []
-    for path in sorted(mini.PICTURES.glob("*.[jp][pn]g")):
+    for path in sorted(mini.IMAGES.glob("*.[jp][pn]g")):
         image = Image.open(path).convert("RGB")
         larger = image.resize((image.width * 2, image.height * 2), Image.Resampling.LANCZOS)
         found.append(thumbnail(image, tmp_path / "a.png"))
@@ -148,4 +148,4 @@ def test_near_duplicates_are_found_by_the_mean_square_wherever_they_stand():
 def test_a_scan_notes_near_duplicates(photos: list[Path]):
     Image.open(photos[0]).convert("RGB").save(photos[0].with_name("again.jpg"), quality=70)
     found = scan_entry(DataEntry(folder=str(photos[0].parent), default_caption="x"), "data.0")
-    assert found.notes == [f"{photos[0]}: nearly the same picture as {photos[0].with_name('again.jpg')}"]
+    assert found.notes == [f"{photos[0]}: nearly the same image as {photos[0].with_name('again.jpg')}"]

@@ -284,9 +284,7 @@ def test_the_start_depends_on_seed_and_name_alone(frozen: FrozenTransformer):
 
 def test_masters_are_fp32_on_a_bf16_model_and_only_they_train():
     model = load_frozen(mini.TURBO / "transformer", None, "bf16", CPU)
-    attached = layers.attach_lora(
-        model.model, select_modules(["attention"], model.shape.linears), 4, None, 0.0, 1
-    )
+    attached = layers.attach_lora(model.model, select_modules(["attention"], model.shape.linears), 4, None, 0.0, 1)
     assert {parameter.dtype for parameter in attached.parameters()} == {torch.float32}
     trainable = [parameter for parameter in model.model.parameters() if parameter.requires_grad]
     assert {id(p) for p in trainable} == {id(p) for p in attached.parameters()}
@@ -330,9 +328,7 @@ def test_stacked_loras_are_the_weighted_sum_of_their_changes(frozen: FrozenTrans
 
 
 def test_a_state_of_another_rank_is_refused(frozen: FrozenTransformer):
-    attached = layers.attach_lora(
-        frozen.model, select_modules(["attention"], frozen.shape.linears), 4, None, 0.0, 1
-    )
+    attached = layers.attach_lora(frozen.model, select_modules(["attention"], frozen.shape.linears), 4, None, 0.0, 1)
     state = {name: torch.zeros(3, *tensor.shape[1:]) for name, tensor in attached.state().items()}
     with pytest.raises(WeightsError, match="rank"):
         attached.load_state(state, "here")

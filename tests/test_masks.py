@@ -1,4 +1,4 @@
-"""Masks lie on the latents where the picture does: scaled, cropped and mirrored with it; and are refused by name."""
+"""Masks lie on the latents where the image does: scaled, cropped and mirrored with it; and are refused by name."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ from zimage_train.dataset.masks import Mask, mask_on_latents
 from zimage_train.dataset.scan import FolderScan, scan_entry
 from zimage_train.errors import DataError
 
-from dataset_folder import picture
+from dataset_folder import image
 
 
 def saved(path: Path, values: np.ndarray, mode: str = "L") -> Path:
@@ -28,13 +28,13 @@ def scanned(folder: Path, mask: str, **settings: object) -> FolderScan:
 
 
 def only(result: FolderScan) -> Mask:
-    (found,) = result.pictures
+    (found,) = result.images
     assert result.errors == [] and found.mask is not None
     return found.mask
 
 
 def test_a_mask_is_averaged_over_each_latent(tmp_path: Path):
-    picture(tmp_path / "a.png", size=(64, 64))
+    image(tmp_path / "a.png", size=(64, 64))
     values = np.random.default_rng(0).integers(0, 256, (64, 64))
     saved(tmp_path / "_m" / "a.png", values)
     found = mask_on_latents(only(scanned(tmp_path, str(tmp_path / "_m"))), Bucket(64, 64), False, "")
@@ -44,8 +44,8 @@ def test_a_mask_is_averaged_over_each_latent(tmp_path: Path):
 
 @pytest.mark.parametrize("flip", [False, True])
 @pytest.mark.parametrize(("size", "bucket"), [((200, 120), (96, 64)), ((64, 192), (48, 80)), ((128, 128), (64, 64))])
-def test_it_lies_where_the_picture_lies(tmp_path: Path, size: tuple[int, int], bucket: tuple[int, int], flip: bool):
-    """The picture itself, taken as its mask, must come out as the picture fitted to its bucket."""
+def test_it_lies_where_the_image_lies(tmp_path: Path, size: tuple[int, int], bucket: tuple[int, int], flip: bool):
+    """The image itself, taken as its mask, must come out as the image fitted to its bucket."""
     x, y = np.meshgrid(np.linspace(0, 255, size[0]), np.linspace(0, 200, size[1]))
     grey = (x * 0.6 + y * 0.4).astype(np.uint8)
     saved(tmp_path / "a.png", grey)
@@ -65,23 +65,23 @@ def test_the_alpha_channel_is_a_mask(tmp_path: Path):
     saved(tmp_path / "a.png", values, "RGBA")
     result = scanned(tmp_path, "alpha")
     mask = only(result)
-    found = mask_on_latents(mask, Bucket(64, 64), False, result.pictures[0].digest)
+    found = mask_on_latents(mask, Bucket(64, 64), False, result.images[0].digest)
     assert found[:, :4].max() == 0.0 and found[:, 4:].min() == 1.0
-    mirrored = mask_on_latents(mask, Bucket(64, 64), True, result.pictures[0].digest)
+    mirrored = mask_on_latents(mask, Bucket(64, 64), True, result.images[0].digest)
     assert np.array_equal(mirrored, found[:, ::-1])
 
 
-def test_a_picture_without_a_mask_is_trained_whole_and_said(tmp_path: Path):
-    picture(tmp_path / "a.png")
-    picture(tmp_path / "b.png", (1, 1, 1))
-    picture(tmp_path / "_m" / "b.png")
+def test_a_image_without_a_mask_is_trained_whole_and_said(tmp_path: Path):
+    image(tmp_path / "a.png")
+    image(tmp_path / "b.png", (1, 1, 1))
+    image(tmp_path / "_m" / "b.png")
     result = scanned(tmp_path, str(tmp_path / "_m"))
-    assert [one.mask is None for one in result.pictures] == [True, False]
-    assert "data.0: 1 pictures have no mask and are trained whole (a.png)" in result.notes
+    assert [one.mask is None for one in result.images] == [True, False]
+    assert "data.0: 1 images have no mask and are trained whole (a.png)" in result.notes
 
 
 def test_masks_that_cannot_be_used_are_refused_by_name(tmp_path: Path):
-    picture(tmp_path / "a.png", size=(80, 64))
+    image(tmp_path / "a.png", size=(80, 64))
 
     def said(mask: Path) -> str:
         return " ".join(map(str, scanned(tmp_path, str(mask)).errors))
@@ -90,27 +90,27 @@ def test_masks_that_cannot_be_used_are_refused_by_name(tmp_path: Path):
     assert "does not exist; give a folder of masks, or alpha" in said(tmp_path / "none")
     assert "is a file, not a folder" in said(tmp_path / "a.png")
     (tmp_path / "_empty").mkdir()
-    assert "holds no mask under the name of a picture (such as a.png)" in said(tmp_path / "_empty")
-    picture(tmp_path / "_turned" / "a.png", size=(64, 80))
-    assert "is 64x80 px, and its picture a.png 80x64; make it of the picture's shape" in said(tmp_path / "_turned")
+    assert "holds no mask under the name of an image (such as a.png)" in said(tmp_path / "_empty")
+    image(tmp_path / "_turned" / "a.png", size=(64, 80))
+    assert "is 64x80 px, and its image a.png 80x64; make it of the image's shape" in said(tmp_path / "_turned")
     (tmp_path / "_bad").mkdir()
-    (tmp_path / "_bad" / "a.png").write_bytes(b"not a picture")
-    assert "not a picture" in said(tmp_path / "_bad")
+    (tmp_path / "_bad" / "a.png").write_bytes(b"not an image")
+    assert "not an image" in said(tmp_path / "_bad")
     saved(tmp_path / "_black" / "a.png", np.zeros((64, 80)))
     assert "is black: nothing would be trained" in said(tmp_path / "_black")
 
 
 def test_masks_of_subfolders_are_found_there(tmp_path: Path):
-    picture(tmp_path / "sub" / "a.png")
-    picture(tmp_path / "_m" / "sub" / "a.jpg")
+    image(tmp_path / "sub" / "a.png")
+    image(tmp_path / "_m" / "sub" / "a.jpg")
     assert only(scanned(tmp_path, str(tmp_path / "_m"))).path == tmp_path / "_m" / "sub" / "a.jpg"
 
 
 def test_a_mask_that_changes_while_a_run_goes_on_is_noticed(tmp_path: Path):
-    picture(tmp_path / "a.png")
-    path = picture(tmp_path / "_m" / "a.png")
+    image(tmp_path / "a.png")
+    path = image(tmp_path / "_m" / "a.png")
     mask = only(scanned(tmp_path, str(tmp_path / "_m")))
-    picture(path, (9, 9, 9))
+    image(path, (9, 9, 9))
     with pytest.raises(DataError, match="changed while this command ran"):
         mask_on_latents(mask, Bucket(64, 48), False, "")
     path.unlink()
@@ -119,14 +119,14 @@ def test_a_mask_that_changes_while_a_run_goes_on_is_noticed(tmp_path: Path):
 
 
 def test_masks_that_mean_several_things_are_refused(tmp_path: Path):
-    picture(tmp_path / "a.png")
-    picture(tmp_path / "_m" / "a.png", (1, 1, 1))
-    picture(tmp_path / "_m" / "a.jpg", (2, 2, 2))
+    image(tmp_path / "a.png")
+    image(tmp_path / "_m" / "a.png", (1, 1, 1))
+    image(tmp_path / "_m" / "a.jpg", (2, 2, 2))
     assert "is a second mask beside" in " ".join(map(str, scanned(tmp_path, str(tmp_path / "_m")).errors))
-    picture(tmp_path / "x" / "one.png")
-    picture(tmp_path / "y" / "one.png", (3, 3, 3))
-    picture(tmp_path / "_n" / "one.png")
+    image(tmp_path / "x" / "one.png")
+    image(tmp_path / "y" / "one.png", (3, 3, 3))
+    image(tmp_path / "_n" / "one.png")
     lines = [json.dumps({"image": f"{name}/one.png", "prompt": "a cat"}) for name in "xy"]
     (tmp_path / "m.jsonl").write_text("\n".join(lines))
     result = scan_entry(DataEntry(metadata=str(tmp_path / "m.jsonl"), mask=str(tmp_path / "_n")), "data.0")
-    assert "is the mask of several pictures" in " ".join(map(str, result.errors))
+    assert "is the mask of several images" in " ".join(map(str, result.errors))

@@ -42,7 +42,7 @@ def pipe():
 
 
 def turbo(pipe, prompt: str, seed: int, size: int = 64) -> Image.Image:
-    """A picture in Turbo's eight steps."""
+    """An image in Turbo's eight steps."""
     return pipe(
         prompt=prompt,
         width=size,
@@ -126,9 +126,9 @@ def test_auto_tokenizer_gives_the_same_tokens(pipe) -> None:
     assert auto.pad_token == "<|endoftext|>"
 
 
-def encode(vae, pictures: list[world.Pixels]) -> torch.Tensor:
+def encode(vae, images: list[world.Pixels]) -> torch.Tensor:
     """Posterior means, scaled and shifted as the trainer and the pipeline do."""
-    batch = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    batch = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
     with torch.no_grad():
         latents = vae.encode(batch).latent_dist.mean
     return (latents - vae.config.shift_factor) * vae.config.scaling_factor
@@ -143,19 +143,19 @@ def test_latents_of_the_world_are_standardised(pipe) -> None:
 
 @pytest.mark.parametrize("scene", [world.zorb_scene(0), world.world_scene(0)], ids=["zorb", "world"])
 def test_the_vae_keeps_the_shape_and_the_grain_even_of_the_zorb(pipe, scene: world.Scene) -> None:
-    picture = world.draw(scene, 96, 96)
-    latents = encode(pipe.vae, [picture]) / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor
+    image = world.draw(scene, 96, 96)
+    latents = encode(pipe.vae, [image]) / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor
     with torch.no_grad():
         pixels = pipe.vae.decode(latents).sample[0]
     decoded = np.asarray(pipe.image_processor.postprocess(pixels[None], output_type="pil")[0])
-    assert np.abs(decoded.astype(int) - picture).mean() < 8
-    before, after = scores.look(picture), scores.look(decoded)
+    assert np.abs(decoded.astype(int) - image).mean() < 8
+    before, after = scores.look(image), scores.look(decoded)
     assert scores.fidelity(after, scene) == 1
     assert after.sharpness > 0.85 * before.sharpness
 
 
 def mean_difference(first: Image.Image, second: Image.Image) -> float:
-    """The mean absolute difference of two pictures, of 255."""
+    """The mean absolute difference of two images, of 255."""
     values = ImageChops.difference(first, second).tobytes()
     return sum(values) / len(values)
 
@@ -220,7 +220,7 @@ def test_a_lora_has_the_real_layout_and_changes_every_module(pipe, file: Path, r
     assert 0.01 < sum(changes.values()) / len(changes) < 0.2, changes
 
 
-def test_the_adapter_loads_and_changes_the_picture(pipe) -> None:
+def test_the_adapter_loads_and_changes_the_image(pipe) -> None:
     before = turbo(pipe, "a red circle on a blue background", seed=3)
     pipe.load_lora_weights(mini.ADAPTER_V1.parent, weight_name=mini.ADAPTER_V1.name)
     try:
@@ -230,8 +230,8 @@ def test_the_adapter_loads_and_changes_the_picture(pipe) -> None:
     assert mean_difference(before, after) > 0.1
 
 
-@pytest.mark.parametrize(("folder", "word"), [(mini.PICTURES, world.ZORB), (mini.STYLE, world.ETCHED)])
-def test_pictures_are_captioned_and_varied(folder: Path, word: str) -> None:
+@pytest.mark.parametrize(("folder", "word"), [(mini.IMAGES, world.ZORB), (mini.STYLE, world.ETCHED)])
+def test_images_are_captioned_and_varied(folder: Path, word: str) -> None:
     files = sorted(path for path in folder.iterdir() if path.suffix in {".png", ".jpg"})
     assert len(files) >= 12
     assert {path.suffix for path in files} == {".png", ".jpg"}
@@ -272,10 +272,10 @@ def test_the_world_is_a_function_of_its_seed() -> None:
 def test_captions_tell_the_truth(wording: int) -> None:
     for seed in range(100):
         shown = dataclasses.replace(world.world_scene(seed), wording=wording, detailed=True)
-        picture, text = world.drawn(shown, 128, 96)
+        image, text = world.drawn(shown, 128, 96)
         assert [word for word in re.findall(r"\w+", text) if word in world.COLOURS].count(shown.ground) == 1
-        ground = np.abs(picture.astype(int) - world.COLOURS[shown.ground]).max(2) < 4 * world.GRAIN
-        rows, columns = np.nonzero(~ground & (np.abs(picture - np.array(world.COLOURS[shown.colour])).max(2) < 72))
+        ground = np.abs(image.astype(int) - world.COLOURS[shown.ground]).max(2) < 4 * world.GRAIN
+        rows, columns = np.nonzero(~ground & (np.abs(image - np.array(world.COLOURS[shown.colour])).max(2) < 72))
         if len(rows) < 60:
             continue  # colours too close to be told apart by a threshold
         row, column = (1 + (off > 8) - (off < -8) for off in (rows.mean() - 48, columns.mean() - 64))
@@ -285,7 +285,7 @@ def test_captions_tell_the_truth(wording: int) -> None:
         assert (shown.called or shown.shape) in text
 
 
-def test_scores_know_every_picture_of_the_world() -> None:
+def test_scores_know_every_image_of_the_world() -> None:
     for scene_of in (world.world_scene, world.zorb_scene):
         for seed in range(100):
             asked = scene_of(seed)

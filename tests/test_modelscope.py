@@ -39,7 +39,7 @@ def hub() -> Iterator[Hub]:
 
 @pytest.fixture
 def config(tmp_path: Path) -> Path:
-    (tmp_path / "x.yaml").write_text(CONFIG.replace("PICTURES", str(mini.PICTURES)))
+    (tmp_path / "x.yaml").write_text(CONFIG.replace("PICTURES", str(mini.IMAGES)))
     return tmp_path / "x.yaml"
 
 

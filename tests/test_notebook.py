@@ -27,7 +27,7 @@ def run(notebook: Path, folder: Path, **environment: str) -> subprocess.Complete
 
 
 @pytest.mark.slow
-def test_every_cell_runs_and_ends_with_a_lora_and_a_picture(tmp_path: Path, shared_cache: Path):
+def test_every_cell_runs_and_ends_with_a_lora_and_a_image(tmp_path: Path, shared_cache: Path):
     folder = tmp_path / "of me"  # commands have to quote it
     folder.mkdir()
     done = run(NOTEBOOK, folder, STEPS="3", XDG_CACHE_HOME=str(shared_cache))
@@ -36,7 +36,7 @@ def test_every_cell_runs_and_ends_with_a_lora_and_a_picture(tmp_path: Path, shar
     assert (runs / "quickstart" / "lora" / "quickstart.safetensors").exists()
     assert len((runs / "quickstart" / "metrics.jsonl").read_text().splitlines()) == 3
     drawn = [Image.open(runs / name / "sample-1.png") for name in ("without", "with")]
-    assert [picture.size for picture in drawn] == [(96, 96)] * 2
+    assert [image.size for image in drawn] == [(96, 96)] * 2
     assert drawn[0].tobytes() != drawn[1].tobytes()
     after = dict(re.findall(r"\[(\w+)\]\n(?:(?!\[\w+\]\n)[^\n]*\n)*?\[shows (\w+)\]", done.stdout))
     assert after == {"pictures": "Image", "grid": "PngImageFile", "sample": "Image"}

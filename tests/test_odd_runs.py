@@ -107,8 +107,8 @@ def test_allow_continues_with_a_changed_rate_and_says_so(make_config, capsys):
     )  # from now on it is the run's own
 
 
-def test_allow_covers_pictures_and_nothing_that_it_does_not_name(make_config, tmp_path):
-    shutil.copytree(mini.PICTURES, tmp_path / "photos")
+def test_allow_covers_images_and_nothing_that_it_does_not_name(make_config, tmp_path):
+    shutil.copytree(mini.IMAGES, tmp_path / "photos")
     data = [{"folder": str(tmp_path / "photos"), "resolution": [64], "trigger": "zorb"}]
     run_training(make_config(train={"steps": 2}, data=data), fresh=False)
     (tmp_path / "photos" / "zorb_01.png").unlink()
@@ -137,25 +137,25 @@ def test_steps_below_those_of_the_run_are_refused_and_nothing_is_written(make_co
     assert (folder(make_config()) / "config.yaml").read_bytes() == config_text
 
 
-def test_before_the_first_checkpoint_anything_may_change_and_no_old_picture_is_taken_for_new(make_config, monkeypatch):
+def test_before_the_first_checkpoint_anything_may_change_and_no_old_image_is_taken_for_new(make_config, monkeypatch):
     config = make_config(sample=PREVIEWED)
     monkeypatch.setattr(loop, "prefetch", lambda run: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         run_training(config, fresh=False)
     monkeypatch.undo()
-    picture = folder(config) / "samples" / "000000-00.png"
-    before = picture.stat().st_mtime_ns
+    image = folder(config) / "samples" / "000000-00.png"
+    before = image.stat().st_mtime_ns
     run_training(make_config(sample=PREVIEWED, lora={"rank": 2}), fresh=False)
-    assert picture.stat().st_mtime_ns != before
+    assert image.stat().st_mtime_ns != before
 
 
-def test_after_a_change_of_prompts_every_picture_stands_under_its_own(make_config):
+def test_after_a_change_of_prompts_every_image_stands_under_its_own(make_config):
     run_training(make_config(sample=PREVIEWED, train={"steps": 2}), fresh=False)
     changed = PREVIEWED | {"prompts": ["a green square", "a red circle"]}
     run_training(make_config(sample=changed, train={"steps": 4}), fresh=False)
     shown = preview_images.preview_table(folder(make_config()) / "samples")
     assert shown.labels == ["a red zorb on a blue background", "a green square", "a red circle"]
-    # Step 2 was done again with the new prompts before step 3, so its first picture is the new one.
+    # Step 2 was done again with the new prompts before step 3, so its first image is the new one.
     assert {step: [path is not None for path in row] for step, row in shown.rows.items()} == {
         0: [True, False, True],
         2: [False, True, True],

@@ -206,7 +206,7 @@ def test_a_stopped_run_goes_on_bit_for_bit_and_draws_nothing_twice(make_config, 
     run_training(parts, fresh=False)
     assert losses(whole) == losses(parts) and len(losses(whole)) == 4
     log = (folder(parts) / "log.txt").read_text()
-    assert "own pictures: 16 found, 0 drawn" in log and "model.adapter is null" not in log
+    assert "own images: 16 found, 0 drawn" in log and "model.adapter is null" not in log
 
 
 @pytest.mark.parametrize(
@@ -244,7 +244,7 @@ def test_what_is_left_out_is_as_the_method_needs_it() -> None:
     assert sample_trajectory is not None
 
 
-# Prompts without pictures
+# Prompts without images
 
 
 def from_prompts(make_config, path: Path, **changes: object) -> Config:
@@ -261,7 +261,7 @@ def test_prompts_alone_are_enough(make_config, tmp_path: Path) -> None:
     )
     config = from_prompts(make_config, path)
     checked = check_run(config)
-    assert [(one.picture.prompts, one.size.width, one.size.height) for one in checked.items] == [
+    assert [(one.image.prompts, one.size.width, one.size.height) for one in checked.items] == [
         (("a red circle on a blue background",), 64, 64),
         (("a red circle on a blue background",), 96, 96),
         (("a green star, white background",), 64, 64),
@@ -269,7 +269,7 @@ def test_prompts_alone_are_enough(make_config, tmp_path: Path) -> None:
     ]
     run_training(config, fresh=False)
     assert len(losses(config)) == 3
-    assert "own pictures: 0 found, 4 drawn" in (folder(config) / "log.txt").read_text()
+    assert "own images: 0 found, 4 drawn" in (folder(config) / "log.txt").read_text()
 
 
 def test_a_prompt_that_changes_is_noticed_by_a_run_that_goes_on(make_config, tmp_path: Path) -> None:
@@ -311,5 +311,5 @@ def test_a_prompt_given_twice_is_drawn_once_and_said(make_config, tmp_path: Path
 def test_prompts_are_for_methods_that_draw(tmp_path: Path) -> None:
     path = tmp_path / "a.yaml"
     path.write_text("name: a\ndata: [{prompts: x.txt}]\n")
-    with pytest.raises(ConfigError, match="has no pictures to train on; give folder"):
+    with pytest.raises(ConfigError, match="has no images to train on; give folder"):
         read_config(path, [])

@@ -31,8 +31,8 @@ quick = settings(deadline=None, derandomize=True, max_examples=60)
 SIZES = [(128, 128), (96, 64), (64, 96), (200, 100)]
 
 
-def pictures(count: int, sizes: list[tuple[int, int]] = SIZES, tag: str = "") -> list[ImageRecord]:
-    """`count` different pictures of mixed sizes; the name says nothing about the content."""
+def images(count: int, sizes: list[tuple[int, int]] = SIZES, tag: str = "") -> list[ImageRecord]:
+    """`count` different images of mixed sizes; the name says nothing about the content."""
     return [
         ImageRecord(
             Path(f"{tag}{index:03d}.png"),
@@ -61,7 +61,7 @@ def plan_of(
     count: int = 12, processes: int = 1, found: list[list[ImageRecord]] | None = None, **settings: Any
 ) -> SampleOrder:
     made = config(**settings)
-    return make_sample_order(made, make_items(made, found or [pictures(count)]), processes)
+    return make_sample_order(made, make_items(made, found or [images(count)]), processes)
 
 
 def first_batches(plan: SampleOrder, count: int) -> list[MicroBatch]:
@@ -118,7 +118,7 @@ def test_a_step_runs_on_into_the_next_epoch():
 
 
 def test_a_plan_is_for_one_process_unless_told():
-    plan = make_sample_order(config(grad_accumulation=2), make_items(config(), [pictures(4)]))
+    plan = make_sample_order(config(grad_accumulation=2), make_items(config(), [images(4)]))
     assert (plan.world_size, len(plan.step_batches(1)), plan.steps_per_epoch) == (1, 2, 2.0)
 
 
@@ -139,7 +139,7 @@ def test_the_order_differs_between_epochs_and_seeds():
     orders = [order(seed, epoch) for seed in (0, 1, 2) for epoch in (0, 1)]
     assert all(one != other for one, other in itertools.combinations(orders, 2))
     assert order(0, 0) == orders[0]
-    first = Counter(order(seed, 0)[0].picture.path for seed in range(60))
+    first = Counter(order(seed, 0)[0].image.path for seed in range(60))
     assert max(first.values()) < 12, "the first place is shared out"
 
 
@@ -189,7 +189,7 @@ def test_there_is_no_step_before_the_first():
 
 
 def test_the_order_in_which_items_were_found_changes_nothing():
-    items = make_items(config(), [pictures(20)])
+    items = make_items(config(), [images(20)])
     shuffled = random.Random(3).sample(items, len(items))
     assert shuffled != items
     plans = [make_sample_order(config(batch_size=3), one) for one in (items, shuffled)]
@@ -198,21 +198,21 @@ def test_the_order_in_which_items_were_found_changes_nothing():
     ]
 
 
-def test_a_renamed_picture_keeps_its_place_and_its_noise():
-    before = [pictures(10)]
+def test_a_renamed_image_keeps_its_place_and_its_noise():
+    before = [images(10)]
     after = [[ImageRecord(Path("new") / one.path, one.digest, one.width, one.height, one.prompts) for one in before[0]]]
     plans = [plan_of(found=found, batch_size=2) for found in (before, after)]
     keys = [[sample.key() for sample in samples_of(first_batches(plan, 20))] for plan in plans]
     assert keys[0] == keys[1]
 
 
-def test_one_more_picture_does_not_rearrange_the_others():
+def test_one_more_image_does_not_rearrange_the_others():
     def order(found: list[ImageRecord]) -> list[str]:
         plan = plan_of(found=[found])
-        return [sample.item.picture.digest for sample in samples_of(first_batches(plan, len(found)))]
+        return [sample.item.image.digest for sample in samples_of(first_batches(plan, len(found)))]
 
-    others = pictures(20)
-    more = pictures(1, tag="new")
+    others = images(20)
+    more = images(1, tag="new")
     with_it = order(others[:7] + more + others[7:])
     assert [one for one in with_it if one != more[0].digest] == order(others)
 
@@ -263,14 +263,14 @@ def test_batch_size_changes_no_samples_key_and_no_prompt(
 
 def test_every_sample_of_a_run_has_its_own_key():
     entries = [{"resolution": [64, 96, 128], "repeats": 3}, {"resolution": [64]}]
-    plan = plan_of(found=[pictures(5), pictures(4, tag="b")], entries=entries)
+    plan = plan_of(found=[images(5), images(4, tag="b")], entries=entries)
     samples = samples_of(first_batches(plan, 3 * plan.concept.micro_batches_per_epoch))
     assert len({sample.key() for sample in samples}) == len(samples) == 3 * len(plan.items)
 
 
-def test_a_samples_noise_does_not_depend_on_other_pictures_or_settings():
-    lonely = plan_of(found=[pictures(1)])
-    crowd = plan_of(found=[pictures(8)], batch_size=4, grad_accumulation=2, entries=[{"caption_dropout": 0.9}])
+def test_a_samples_noise_does_not_depend_on_other_images_or_settings():
+    lonely = plan_of(found=[images(1)])
+    crowd = plan_of(found=[images(8)], batch_size=4, grad_accumulation=2, entries=[{"caption_dropout": 0.9}])
     (key,) = [sample.key() for sample in samples_of(lonely.step_batches(1))]
     epoch = samples_of(first_batches(crowd, crowd.concept.micro_batches_per_epoch))
     assert key in {sample.key() for sample in epoch}
@@ -281,21 +281,21 @@ def test_a_samples_noise_does_not_depend_on_other_pictures_or_settings():
 
 def test_resolutions_that_give_the_same_size_count_once():
     entry = [{"resolution": [512, 768, 64, 96]}]
-    items = make_items(config(entries=entry), [pictures(3, sizes=[(100, 100), (64, 64), (80, 80)])])
-    sizes = [[item.size.width for item in items if item.picture.path.name == f"{n:03d}.png"] for n in range(3)]
+    items = make_items(config(entries=entry), [images(3, sizes=[(100, 100), (64, 64), (80, 80)])])
+    sizes = [[item.size.width for item in items if item.image.path.name == f"{n:03d}.png"] for n in range(3)]
     assert sizes == [[96, 64], [64], [80, 64]]
     assert [item.resolution for item in items][:3] == [512, 64, 512]
 
 
 def test_repeats_are_items_of_their_own():
-    thrice = [replace(picture, repeats=3) for picture in pictures(2)]
-    items = make_items(config(entries=[{}, {}]), [thrice, pictures(1, tag="b")])
+    thrice = [replace(image, repeats=3) for image in images(2)]
+    items = make_items(config(entries=[{}, {}]), [thrice, images(1, tag="b")])
     assert [(item.entry, item.repeat) for item in items] == [(0, 0), (0, 1), (0, 2)] * 2 + [(1, 0)]
     assert len({item.identity() for item in items}) == 7
 
 
-def test_pictures_that_are_too_narrow_are_all_listed():
-    strips = pictures(3, sizes=[(5000, 64), (128, 128), (64, 5000)])
+def test_images_that_are_too_narrow_are_all_listed():
+    strips = images(3, sizes=[(5000, 64), (128, 128), (64, 5000)])
     with pytest.raises(DataError) as caught:
         make_items(config(), [strips])
     assert [problem.location for problem in caught.value.problems] == ["000.png", "002.png"]
@@ -312,9 +312,9 @@ def test_captions_are_dropped_as_often_as_asked():
     dropped = sum(sample.prompt == "" for sample in samples)
     deviation = (4000 * share * (1 - share)) ** 0.5
     assert abs(dropped - 4000 * share) < 4 * deviation
-    by_picture = Counter(sample.item.picture.path for sample in samples if sample.prompt == "")
-    assert len(by_picture) == 100 and max(by_picture.values()) <= 25, "each picture now and then"
-    kept = {(sample.item.picture.prompts[0], sample.prompt) for sample in samples if sample.prompt}
+    by_image = Counter(sample.item.image.path for sample in samples if sample.prompt == "")
+    assert len(by_image) == 100 and max(by_image.values()) <= 25, "each image now and then"
+    kept = {(sample.item.image.prompts[0], sample.prompt) for sample in samples if sample.prompt}
     assert all(own == used for own, used in kept)
 
 
@@ -326,7 +326,7 @@ def test_none_and_all_captions_are_dropped(share: float, prompts: set[str]):
 
 def test_each_entry_has_its_own_dropout():
     entries = [{"caption_dropout": 1.0}, {"caption_dropout": 0.0}]
-    plan = plan_of(found=[pictures(4), pictures(4, tag="b")], entries=entries)
+    plan = plan_of(found=[images(4), images(4, tag="b")], entries=entries)
     for sample in samples_of(first_batches(plan, 40)):
         assert (sample.prompt == "") == (sample.item.entry == 0)
 
@@ -335,9 +335,9 @@ def test_each_entry_has_its_own_dropout():
 @given(counts, st.sampled_from([0.0, 0.2, 1.0]), st.sampled_from([0.0, 0.2]), st.integers(0, 9))
 def test_every_prompt_of_the_run_is_known_before(count: int, share: float, other: float, seed: int):
     entries = [{"caption_dropout": share}, {"caption_dropout": other}]
-    plan = plan_of(found=[pictures(count), pictures(2, tag="b")], seed=seed, entries=entries)
+    plan = plan_of(found=[images(count), images(2, tag="b")], seed=seed, entries=entries)
     used = {sample.prompt for sample in samples_of(first_batches(plan, 3 * plan.concept.micro_batches_per_epoch))}
-    own = {item.picture.prompts[0] for item in plan.items}
+    own = {item.image.prompts[0] for item in plan.items}
     assert used <= set(plan.prompts(100)) == own | ({""} if share or other else set())
     assert plan.prompts(100) == sorted(set(plan.prompts(100)))
 
@@ -351,9 +351,7 @@ def test_numbers_are_the_same_for_ever():
 
 
 def test_keys_do_not_collide_and_types_differ():
-    paths = [
-        (epoch, str(picture), 512, repeat) for epoch in range(50) for picture in range(200) for repeat in range(10)
-    ]
+    paths = [(epoch, str(image), 512, repeat) for epoch in range(50) for image in range(200) for repeat in range(10)]
     numbers = {keyed_int(7, *path) for path in paths}
     assert len(numbers) == len(paths) == 100_000
     assert all(0 <= one < 2**63 for one in numbers)
@@ -375,11 +373,11 @@ def test_generators_start_afresh_and_leave_the_global_one_alone():
     assert keyed_generator(1).device.type == "cpu"
 
 
-# Mirrored pictures, sizes of their own, batches of their own
+# Mirrored images, sizes of their own, batches of their own
 
 
-def test_mirrored_pictures_are_samples_of_their_own_with_noise_of_their_own():
-    plain, flipped = (make_items(config(entries=[entry]), [pictures(3)]) for entry in ({}, {"flip": True}))
+def test_mirrored_images_are_samples_of_their_own_with_noise_of_their_own():
+    plain, flipped = (make_items(config(entries=[entry]), [images(3)]) for entry in ({}, {"flip": True}))
     assert [item for item in flipped if not item.flip] == plain and len(flipped) == 6
     assert len({item.identity() for item in flipped}) == 6
 
@@ -387,18 +385,18 @@ def test_mirrored_pictures_are_samples_of_their_own_with_noise_of_their_own():
 def test_max_pixels_is_the_resolution_of_that_area():
     sizes = [(640, 480), (96, 64), (200, 100)]
     for side in (64, 96, 512):
-        by_side = make_items(config(entries=[{"resolution": [side]}]), [pictures(3, sizes)])
+        by_side = make_items(config(entries=[{"resolution": [side]}]), [images(3, sizes)])
         entry = {"folder": "x", "max_pixels": side * side}
         made = Config.model_validate({"name": "a", "data": [entry]})
-        assert make_items(made, [pictures(3, sizes)]) == by_side
+        assert make_items(made, [images(3, sizes)]) == by_side
     odd = Config.model_validate({"name": "a", "data": [{"folder": "x", "max_pixels": 300_000}]})
-    (item,) = make_items(odd, [pictures(1, [(3000, 2000)])])
+    (item,) = make_items(odd, [images(1, [(3000, 2000)])])
     assert 250_000 < item.size.width * item.size.height <= 300_000
 
 
 def test_a_folder_may_have_its_own_batch_size():
     entries = [{"batch_size": 1}, {}]
-    plan = plan_of(found=[pictures(6), pictures(6, tag="b")], entries=entries, batch_size=3)
+    plan = plan_of(found=[images(6), images(6, tag="b")], entries=entries, batch_size=3)
     batches = first_batches(plan, plan.concept.micro_batches_per_epoch)
     assert all(len({sample.item.entry for sample in batch}) == 1 for batch in batches)
     assert {len(batch) for batch in batches if batch[0].item.entry == 0} == {1}
@@ -413,12 +411,12 @@ CLASS = {"regularization": True}
 
 @quick
 @given(counts, st.integers(1, 9), st.integers(1, 9), few, few)
-def test_regularization_gets_its_share_however_many_pictures_it_has(
+def test_regularization_gets_its_share_however_many_images_it_has(
     count: int, others: int, tenths: int, grad_accumulation: int, processes: int
 ):
     made = config(entries=[{}, CLASS], grad_accumulation=grad_accumulation)
     made = made.model_copy(update={"train": made.train.model_copy(update={"regularization_share": tenths / 10})})
-    plan = make_sample_order(made, make_items(made, [pictures(count), pictures(others, tag="b")]), processes)
+    plan = make_sample_order(made, make_items(made, [images(count), images(others, tag="b")]), processes)
     batches = first_batches(plan, 200)
     of_class = [batch for batch in batches if batch[0].item.entry == 1]
     assert abs(len(of_class) - 20 * tenths) <= 1
@@ -437,7 +435,7 @@ def test_without_regularization_the_share_says_nothing():
     for share in (0.1, 0.9):
         made = config()
         made = made.model_copy(update={"train": made.train.model_copy(update={"regularization_share": share})})
-        plans.append(make_sample_order(made, make_items(made, [pictures(5)])))
+        plans.append(make_sample_order(made, make_items(made, [images(5)])))
     assert [plans[0].step(n) for n in range(1, 20)] == [plans[1].step(n) for n in range(1, 20)]
 
 
@@ -452,9 +450,9 @@ def test_epochs_become_steps(epochs: float, grad_accumulation: int, processes: i
     made = config(grad_accumulation=grad_accumulation)
     train = made.train.model_copy(update={"epochs": float(epochs)})
     made = made.model_copy(update={"train": train})
-    found = resolve_epochs(made, make_items(made, [pictures(12)]), processes)
+    found = resolve_epochs(made, make_items(made, [images(12)]), processes)
     assert (found.train.steps, found.train.epochs) == (steps, None)
-    assert resolve_epochs(config(), make_items(made, [pictures(12)]), processes) == config()
+    assert resolve_epochs(config(), make_items(made, [images(12)]), processes) == config()
 
 
 # Prompts that are drawn
@@ -473,12 +471,12 @@ def test_epochs_become_steps(epochs: float, grad_accumulation: int, processes: i
 def test_every_prompt_that_will_be_drawn_is_known_before(
     count: int, steps: int, grad_accumulation: int, shuffle: bool, tag_dropout: float, kind: str | None, others: int
 ):
-    tagged = [replace(one, prompts=(f"zorb, a, b, c, {one.path.stem}", "zorb, d")) for one in pictures(count)]
+    tagged = [replace(one, prompts=(f"zorb, a, b, c, {one.path.stem}", "zorb, d")) for one in images(count)]
     own = {"trigger": "zorb", "shuffle_tags": shuffle, "tag_dropout": tag_dropout, "caption_dropout": 0.2}
     entries = [own | {"dropout_keeps_trigger": True}, CLASS | {"shuffle_tags": shuffle}]
     made = config(entries=entries[: 1 + (others > 0)], grad_accumulation=grad_accumulation)
     made = made.model_copy(update={"preserve": PreserveSettings(kind=kind, class_word="shape")})
-    found = [tagged, pictures(others, tag="b")][: 1 + (others > 0)]
+    found = [tagged, images(others, tag="b")][: 1 + (others > 0)]
     plan = make_sample_order(made, make_items(made, found))
     samples = samples_of([batch for step in range(1, steps + 1) for batch in plan.step_batches(step)])
     used = {text for sample in samples for text in (sample.prompt, sample.preserve_prompt) if text is not None}
@@ -486,15 +484,15 @@ def test_every_prompt_that_will_be_drawn_is_known_before(
     assert (kind is None) == all(sample.preserve_prompt is None for sample in samples)
 
 
-def test_one_picture_has_one_prompt_in_an_epoch_at_every_resolution():
-    tagged = [replace(one, prompts=("a, b, c, d, e",)) for one in pictures(4)]
+def test_one_image_has_one_prompt_in_an_epoch_at_every_resolution():
+    tagged = [replace(one, prompts=("a, b, c, d, e",)) for one in images(4)]
     plan = plan_of(found=[tagged], entries=[{"resolution": [32, 64], "shuffle_tags": True, "caption_dropout": 0.0}])
     samples = samples_of(first_batches(plan, 6 * plan.concept.micro_batches_per_epoch))
-    by_picture: dict[Any, set[str]] = {}
+    by_image: dict[Any, set[str]] = {}
     for sample in samples:
-        by_picture.setdefault((sample.epoch, sample.item.picture.path), set()).add(sample.prompt)
-    assert all(len(prompts) == 1 for prompts in by_picture.values())
-    assert len({prompt for prompts in by_picture.values() for prompt in prompts}) > 6
+        by_image.setdefault((sample.epoch, sample.item.image.path), set()).add(sample.prompt)
+    assert all(len(prompts) == 1 for prompts in by_image.values())
+    assert len({prompt for prompts in by_image.values() for prompt in prompts}) > 6
 
 
 @pytest.mark.parametrize("share", [0.3, 0.4, 0.55, 0.8, 0.9])
@@ -502,5 +500,5 @@ def test_rounding_adds_no_step(share: float):
     made = config(entries=[{}, CLASS])
     train = made.train.model_copy(update={"epochs": 1.0, "regularization_share": share})
     made = made.model_copy(update={"train": train})
-    found = resolve_epochs(made, make_items(made, [pictures(12), pictures(2, tag="b")]), 1)
+    found = resolve_epochs(made, make_items(made, [images(12), images(2, tag="b")]), 1)
     assert found.train.steps == -(-12 * 100 // (100 - round(share * 100)))

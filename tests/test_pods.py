@@ -38,7 +38,7 @@ log: {tensorboard: false}
 @pytest.fixture
 def volume(tmp_path: Path) -> Path:
     """A volume with a config, and the program on the path."""
-    values = {"MODEL": mini.TURBO, "ADAPTER": mini.ADAPTER_V1, "PICTURES": mini.PICTURES, "STEPS": 2}
+    values = {"MODEL": mini.TURBO, "ADAPTER": mini.ADAPTER_V1, "PICTURES": mini.IMAGES, "STEPS": 2}
     text = CONFIG
     for name, value in values.items():
         text = text.replace(name, str(value))
@@ -178,7 +178,7 @@ def test_costs_are_by_hand_what_the_command_says(tmp_path: Path):
         "date: 2026-01-02\ncurrency: EUR\ngpus: {4090: 3.6, 4060: 0.36}\ncpu_pod: 0.5\nvolume: 0.3\nvolume_gb: 10\n"
         "days: 15\nmegabytes_per_second: 21.1\nstart_minutes: 10\n"
     )
-    options = ["--set", f"data.0.folder={mini.PICTURES}", "--price", str(path)]
+    options = ["--set", f"data.0.folder={mini.IMAGES}", "--price", str(path)]
     done = CliRunner().invoke(app, ["check", str(ROOT / "configs" / "turbo_character.yaml"), *options])
     assert done.exit_code == 0, done.output
     assert "costs in EUR at the prices of 2026-01-02" in done.output
@@ -199,7 +199,7 @@ def test_costs_are_by_hand_what_the_command_says(tmp_path: Path):
 def test_a_card_that_is_too_small_is_said_to_be(tmp_path: Path):
     path = tmp_path / "p.yaml"
     path.write_text("date: 2026-01-02\ngpus: {3080: 1, h200: 2}\n")
-    options = ["--set", f"data.0.folder={mini.PICTURES}", "--set", "train.batch_size=64", "--set", "data.0.repeats=64"]
+    options = ["--set", f"data.0.folder={mini.IMAGES}", "--set", "train.batch_size=64", "--set", "data.0.repeats=64"]
     options += ["--set", "memory.offload=0.0", "--price", str(path)]
     done = CliRunner().invoke(app, ["check", str(ROOT / "configs" / "turbo_character.yaml"), *options])
     assert re.search(r"3080 +1\.00  does not fit \(", done.output) and re.search(r"h200 +2\.00 +5 min", done.output)

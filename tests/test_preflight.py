@@ -119,16 +119,14 @@ COMPLAINTS = {
 
 
 def test_what_a_run_needs_is_all_there(make_config: Make):
-    config = make_config(data=[{"folder": str(mini.PICTURES), "resolution": [64, 96], "trigger": "zorb"}])
+    config = make_config(data=[{"folder": str(mini.IMAGES), "resolution": [64, 96], "trigger": "zorb"}])
     checked = preflight.check_run(config, offline)
-    assert len(checked.pictures[0]) == len(list(mini.PICTURES.glob("*.txt"))) >= 12
-    assert len(checked.items) == 2 * len(checked.pictures[0])
+    assert len(checked.images[0]) == len(list(mini.IMAGES.glob("*.txt"))) >= 12
+    assert len(checked.items) == 2 * len(checked.images[0])
     assert checked.weights is not None
     assert len(checked.weights.modules) == 42
     assert checked.weights.adapter_modules == adapter_modules(mini.ADAPTER_V1) > 0
-    assert checked.notes == [
-        "smaller than 96x96 px, so trained at their own size there: 1 of 16 pictures (zorb_12.jpg)"
-    ]
+    assert checked.notes == ["smaller than 96x96 px, so trained at their own size there: 1 of 16 images (zorb_12.jpg)"]
 
 
 def adapter_modules(path: Path) -> int:
@@ -136,11 +134,11 @@ def adapter_modules(path: Path) -> int:
 
 
 def test_the_report_says_what_a_run_would_do(make_config: Make, monkeypatch: pytest.MonkeyPatch):
-    data = [{"folder": str(mini.PICTURES), "resolution": [64, 96], "trigger": "zorb"}]
+    data = [{"folder": str(mini.IMAGES), "resolution": [64, 96], "trigger": "zorb"}]
     config = make_config(data=data, train={"steps": 30, "batch_size": 2}, model={"adapter_strength": 0.5})
     checked = preflight.check_run(config, offline)
     lines = checking.check_report(checked)
-    count = len(checked.pictures[0])
+    count = len(checked.images[0])
     assert lines[0] == "tiny: no problems found"
     assert f"{count} pictures" in lines
     table = [line for line in lines if "->" in line]
@@ -186,7 +184,7 @@ def test_the_plan_follows_the_budget_and_the_card(make_config: Make):
 def test_a_published_model_without_a_card_is_planned_for_four_sizes_of_one(make_config: Make, private: Path):
     config = make_config(
         model={"path": None, "adapter": None, "dtype": "bf16"},
-        data=[{"folder": str(mini.PICTURES), "trigger": "zorb"}],
+        data=[{"folder": str(mini.IMAGES), "trigger": "zorb"}],
         sample={"prompts": ["a"], "width": 1024, "height": 1024},
     )
     lines = checking.check_report(preflight.check_run(config, cached_only), price=2.0)
@@ -199,7 +197,7 @@ def test_a_published_model_without_a_card_is_planned_for_four_sizes_of_one(make_
 def test_what_does_not_fit_is_no_config_without_problems(make_config: Make, private: Path):
     config = make_config(
         model={"path": None, "adapter": None, "dtype": "bf16"},
-        data=[{"folder": str(mini.PICTURES), "trigger": "zorb"}] * 2,
+        data=[{"folder": str(mini.IMAGES), "trigger": "zorb"}] * 2,
         memory={"offload": 0},
     )
     lines = checking.check_report(preflight.check_run(config, cached_only), "4060")
@@ -617,9 +615,7 @@ def test_names_that_are_no_text_and_brackets_are_printed(check, make_config: Mak
     code, out, _ = check(make_config(data=[{"folder": str(photos), "default_caption": "a [b] c", "resolution": [64]}]))
     assert code == 0
     assert (
-        "[red]é.png: 64x64 -> 64x64" in out
-        and "'a [b] c'" in out
-        and "x\\udcff.txt: a caption without a picture" in out
+        "[red]é.png: 64x64 -> 64x64" in out and "'a [b] c'" in out and "x\\udcff.txt: a caption without an image" in out
     )
 
 
@@ -658,7 +654,7 @@ def test_what_needs_a_package_that_is_not_there_is_refused_before_anything_is_lo
 
 
 def folders(**changes: Any) -> list[dict[str, Any]]:
-    return [{"folder": str(mini.PICTURES), "resolution": [64], "trigger": "zorb"} | changes]
+    return [{"folder": str(mini.IMAGES), "resolution": [64], "trigger": "zorb"} | changes]
 
 
 def test_batches_are_planned_as_they_come(make_config: Make):
@@ -699,14 +695,14 @@ def test_a_caption_that_is_held_and_longer_counts(make_config: Make):
     assert kept > plain
 
 
-def test_pictures_of_the_class_do_not_count_as_pictures_of_the_concept(make_config: Make, tmp_path: Path):
+def test_images_of_the_class_do_not_count_as_images_of_the_concept(make_config: Make, tmp_path: Path):
     few = tmp_path / "few"
     few.mkdir()
-    for path in mini.PICTURES.glob("zorb_0[1-3].*"):
+    for path in mini.IMAGES.glob("zorb_0[1-3].*"):
         shutil.copy(path, few)
     data = [*folders(folder=str(few)), *folders(regularization=True, trigger=None)]
     warnings = preflight.check_run(make_config(data=data, train={"steps": 5000})).warnings
-    assert any("for 3 pictures" in warning for warning in warnings)
+    assert any("for 3 images" in warning for warning in warnings)
 
 
 def test_preservation_needs_a_trigger_for_every_folder_of_the_concept(make_config: Make):

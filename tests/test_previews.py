@@ -65,7 +65,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, shared_cache: Path) -> Co
 
 
 @pytest.mark.slow
-def test_the_last_preview_is_the_stock_pipelines_picture(finished: Config, tmp_path: Path):
+def test_the_last_preview_is_the_stock_pipelines_image(finished: Config, tmp_path: Path):
     root = Path(finished.output_dir) / finished.name
     recipe = preview_requests(finished)[0]
     numbers = (recipe.seed, recipe.width, recipe.height, recipe.steps, recipe.guidance)
@@ -187,7 +187,7 @@ def test_prompt_files_that_are_none_are_explained(tmp_path: Path, name: str, tex
     assert said in str(done.exception)
 
 
-def test_pictures_drawn_at_once_are_those_drawn_one_by_one_but_for_rounding(tmp_path: Path):
+def test_images_drawn_at_once_are_those_drawn_one_by_one_but_for_rounding(tmp_path: Path):
     size = ["--width", "64", "--height", "64", "--dtype", "fp32", "--guidance", "1.5", "--steps", "4", "--count", "2"]
     texts = ["--prompt", "a red zorb on a blue background", "--prompt", "a circle", "--negative", "a long negative"]
     for batch in ("1", "3"):
@@ -203,7 +203,7 @@ def test_a_budget_is_kept_by_streaming_or_refused(tmp_path: Path):
     command = ["sample", str(mini.TURBO), *size, "--output", str(tmp_path / "a")]
     free = CliRunner().invoke(app, command)
     least = CliRunner().invoke(app, [*command, "--budget-gb", "0.01"])
-    assert least.exception is not None and "--budget-gb: is 0.01, and these pictures take" in str(least.exception)
+    assert least.exception is not None and "--budget-gb: is 0.01, and these images take" in str(least.exception)
     needed = float(str(least.exception).split("take ")[1].split(" MB")[0]) / 1000
     tight = CliRunner().invoke(app, [*command, "--budget-gb", str(needed + 0.0002)])
     assert free.exit_code == tight.exit_code == 0 and "blocks are streamed, to fit" in tight.output
@@ -303,7 +303,7 @@ def test_the_command_that_a_run_ends_with_draws_its_last_preview_again(make_conf
     assert np.abs(again - pixels(root / "000000-00.png")).max() > 10
 
 
-def test_a_preview_is_drawn_again_from_its_own_picture(finished: Config, tmp_path: Path):
+def test_a_preview_is_drawn_again_from_its_own_image(finished: Config, tmp_path: Path):
     root = Path(finished.output_dir) / finished.name
     drawn = root / "samples" / "000030-00.png"
     lora = f"{root}/lora/{finished.name}.safetensors"
@@ -341,7 +341,7 @@ def recipe_text(**changes: Any) -> PngInfo:
         {"more": 1},
     ],
 )
-def test_a_picture_whose_recipe_cannot_be_is_no_recipe(tmp_path: Path, changes: dict[str, Any]):
+def test_a_image_whose_recipe_cannot_be_is_no_recipe(tmp_path: Path, changes: dict[str, Any]):
     path = tmp_path / "x.png"
     Image.new("RGB", (8, 8)).save(path, pnginfo=recipe_text())
     assert preview_images.request_of(path).seed == 1
@@ -354,7 +354,7 @@ def test_a_picture_whose_recipe_cannot_be_is_no_recipe(tmp_path: Path, changes: 
     ("arguments", "message"),
     [
         (["--from", "nowhere.png"], "nowhere.png: does not exist"),
-        (["--from", str(mini.PICTURES / "zorb_01.png")], "holds no recipe of zimage-train"),
+        (["--from", str(mini.IMAGES / "zorb_01.png")], "holds no recipe of zimage-train"),
         (["--from", "x.png", "--prompt", "y"], "--prompt: is given beside --from"),
         ([], "--prompt: is missing"),
     ],

@@ -24,10 +24,10 @@ COMMON: dict[str, Any] = {"train": {"steps": 2, "batch_size": 2}}
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder called 1_zorb with eight pictures of the miniature, tags as captions, and masks beside it."""
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder called 1_zorb with eight images of the miniature, tags as captions, and masks beside it."""
     root = tmp_path_factory.mktemp("proof")
-    for index, path in enumerate(sorted(mini.PICTURES.glob("*.[pj]*g"))[:8]):
+    for index, path in enumerate(sorted(mini.IMAGES.glob("*.[pj]*g"))[:8]):
         target = root / "all" / "1_zorb" / f"{path.stem}.png"
         target.parent.mkdir(parents=True, exist_ok=True)
         with Image.open(path) as image:
@@ -45,13 +45,13 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def bytes_of(make_config, pictures: Path, tmp_path: Path):
-    """`bytes_of(changes)`: the LoRA of a run with these settings; `{pictures}` in them is the folder of this test."""
+def bytes_of(make_config, images: Path, tmp_path: Path):
+    """`bytes_of(changes)`: the LoRA of a run with these settings; `{images}` in them is the folder of this test."""
     count = iter(range(100))
 
     def run(changes: dict[str, Any]) -> bytes:
-        own = {"folder": str(pictures / "all"), "resolution": [64], "trigger": "zorb", "caption_dropout": 0.2}
-        changes = filled(changes, pictures)
+        own = {"folder": str(images / "all"), "resolution": [64], "trigger": "zorb", "caption_dropout": 0.2}
+        changes = filled(changes, images)
         extra = changes.pop("more_data", [])
         left_out = changes.pop("without", [])
         data = {key: value for key, value in (own | changes.pop("data", {})).items() if key not in left_out}
@@ -73,12 +73,12 @@ def numbers(content: bytes) -> bytes:
     return content[8 + int.from_bytes(content[:8], "little") :]
 
 
-def filled(value: Any, pictures: Path) -> Any:
+def filled(value: Any, images: Path) -> Any:
     if isinstance(value, dict):
-        return {key: filled(one, pictures) for key, one in value.items()}
+        return {key: filled(one, images) for key, one in value.items()}
     if isinstance(value, list):
-        return [filled(one, pictures) for one in value]
-    return value.format(pictures=pictures) if isinstance(value, str) else value
+        return [filled(one, images) for one in value]
+    return value.format(images=images) if isinstance(value, str) else value
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +99,7 @@ NEUTRAL: dict[str, dict[str, Any]] = {
     "data.caption_lines of one line": {"data": {"caption_lines": True}},
     "data.dropout_keeps_trigger": {"data": {"dropout_keeps_trigger": False}},
     "train.epochs of the same length": {"train": {"epochs": 0.4}},
-    "train.regularization_share without such pictures": {"train": {"regularization_share": 0.9}},
+    "train.regularization_share without such images": {"train": {"regularization_share": 0.9}},
     "guidance.contrastive": {"guidance": {"contrastive": None}},
     "preserve": {"preserve": {"kind": None, "weight": 3.0, "class_word": "dog"}},
     "ema, which only watches": {"ema": {"decay": 0.9}},
@@ -164,9 +164,9 @@ def test_however_the_model_is_held_all_parts_of_the_loss_are_the_same_bits(bytes
         assert bytes_of(EVERYTHING | {"memory": memory}) == plain, memory
 
 
-def test_a_run_with_everything_continues_bit_for_bit(make_config, pictures: Path, monkeypatch):
-    values = filled(dict(EVERYTHING), pictures)
-    own = {"folder": str(pictures / "all"), "resolution": [64], "trigger": "zorb", "shuffle_tags": True, "flip": True}
+def test_a_run_with_everything_continues_bit_for_bit(make_config, images: Path, monkeypatch):
+    values = filled(dict(EVERYTHING), images)
+    own = {"folder": str(images / "all"), "resolution": [64], "trigger": "zorb", "shuffle_tags": True, "flip": True}
     values["data"] = [own | values["data"], *values.pop("more_data")]
     settings = merge(values, {"train": {"steps": 4}, "optimizer": {"name": "prodigy8bit", "lr": 1.0}})
     whole = make_config(**merge(settings, {"name": "whole"}))
@@ -184,9 +184,9 @@ def test_a_run_with_everything_continues_bit_for_bit(make_config, pictures: Path
 
 
 @pytest.mark.parametrize(("weight", "grad_accumulation"), [(2.0, 1), (0.5, 2)])
-def test_the_weight_of_a_folder_multiplies_its_loss_and_its_gradient(make_config, pictures: Path, weight, accumulate):
+def test_the_weight_of_a_folder_multiplies_its_loss_and_its_gradient(make_config, images: Path, weight, accumulate):
     def first(name: str, value: float) -> dict[str, Any]:
-        data = [{"folder": str(pictures / "all"), "resolution": [64], "trigger": "zorb", "weight": value}]
+        data = [{"folder": str(images / "all"), "resolution": [64], "trigger": "zorb", "weight": value}]
         config = make_config(
             name=name, data=data, train={"steps": 1, "grad_accumulation": accumulate, "max_grad_norm": None}
         )
@@ -199,10 +199,10 @@ def test_the_weight_of_a_folder_multiplies_its_loss_and_its_gradient(make_config
     assert weighed["sigma"] == plain["sigma"] and weighed["samples"] == plain["samples"]
 
 
-def test_the_passes_of_a_run_are_those_that_its_settings_say(make_config, pictures: Path):
+def test_the_passes_of_a_run_are_those_that_its_settings_say(make_config, images: Path):
     data = [
-        {"folder": str(pictures / "all"), "resolution": [64], "trigger": "zorb", "flip": True, "batch_size": 4},
-        {"folder": str(pictures / "class"), "resolution": [64], "regularization": True, "batch_size": 1},
+        {"folder": str(images / "all"), "resolution": [64], "trigger": "zorb", "flip": True, "batch_size": 4},
+        {"folder": str(images / "class"), "resolution": [64], "regularization": True, "batch_size": 1},
     ]
     train_settings = {"steps": 10, "batch_size": 2, "regularization_share": 0.3}
     config = make_config(data=data, train=train_settings, preserve={"kind": "blank"})

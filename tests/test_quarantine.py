@@ -1,4 +1,4 @@
-"""Bad pictures are moved out of the way with their captions and the reason, and nothing else is touched."""
+"""Bad images are moved out of the way with their captions and the reason, and nothing else is touched."""
 
 import json
 import shutil
@@ -14,18 +14,18 @@ from zimage_train.dataset.quarantine import move_rejected
 from zimage_train.planning import preflight
 
 
-def test_bad_pictures_are_moved_with_caption_and_reason_and_the_rest_is_good(make_config, tmp_path: Path):
+def test_bad_images_are_moved_with_caption_and_reason_and_the_rest_is_good(make_config, tmp_path: Path):
     photos = tmp_path / "photos"
-    shutil.copytree(mini.PICTURES, photos)
+    shutil.copytree(mini.IMAGES, photos)
     (photos / "sub").mkdir()
     (photos / "sub" / "cut.png").write_bytes((photos / "zorb_01.png").read_bytes()[:500])
     (photos / "sub" / "cut.txt").write_text("a caption")
     (photos / "page.jpg").write_bytes(b"<html>not found</html>")
     Image.new("RGB", (4000, 70)).save(photos / "narrow.png")
-    good = {path.name: path.read_bytes() for path in mini.PICTURES.iterdir()}
+    good = {path.name: path.read_bytes() for path in mini.IMAGES.iterdir()}
     config = make_config(data=[{"folder": str(photos), "resolution": [64], "trigger": "zorb"}])
     lines = move_rejected(config)
-    assert len(lines) == 5 and lines[-2] == "3 bad pictures"
+    assert len(lines) == 5 and lines[-2] == "3 bad images"
     rejected = photos / "_rejected"
     assert {path.relative_to(rejected).as_posix() for path in rejected.rglob("*") if path.is_file()} == {
         "sub/cut.png",
@@ -36,14 +36,14 @@ def test_bad_pictures_are_moved_with_caption_and_reason_and_the_rest_is_good(mak
         "narrow.png",
         "narrow.png.why.txt",
     }
-    assert (rejected / "page.jpg.why.txt").read_text().startswith("a web page or SVG, not a picture; replace it")
+    assert (rejected / "page.jpg.why.txt").read_text().startswith("a web page or SVG, not an image; replace it")
     assert (rejected / "sub" / "cut.txt").read_text() == "a caption"
     assert {path.name: path.read_bytes() for path in photos.iterdir() if path.is_file()} == good
-    assert len(preflight.check_run(config).pictures[0]) == 16
-    assert move_rejected(config)[-2] == "0 bad pictures"
+    assert len(preflight.check_run(config).images[0]) == 16
+    assert move_rejected(config)[-2] == "0 bad images"
 
 
-def test_two_bad_pictures_of_one_name_are_both_kept(make_config, tmp_path: Path):
+def test_two_bad_images_of_one_name_are_both_kept(make_config, tmp_path: Path):
     (tmp_path / "photos" / "_rejected").mkdir(parents=True)
     (tmp_path / "photos" / "_rejected" / "a.png").write_bytes(b"older")
     (tmp_path / "photos" / "a.png").write_bytes(b"newer")
@@ -63,7 +63,7 @@ def test_a_link_to_nothing_is_moved_as_it_is(make_config, tmp_path: Path):
     assert not (tmp_path / "photos" / "gone.png").is_symlink()
 
 
-def test_a_metadata_file_is_not_edited_and_its_pictures_stay(make_config, tmp_path: Path):
+def test_a_metadata_file_is_not_edited_and_its_images_stay(make_config, tmp_path: Path):
     (tmp_path / "bad.png").write_bytes(b"")
     rows = tmp_path / "rows.jsonl"
     rows.write_text(json.dumps({"image": "bad.png", "prompt": "x"}))
@@ -73,11 +73,11 @@ def test_a_metadata_file_is_not_edited_and_its_pictures_stay(make_config, tmp_pa
 
 
 def test_the_command_moves_and_then_checks(make_config, tmp_path: Path):
-    shutil.copytree(mini.PICTURES, tmp_path / "photos")
+    shutil.copytree(mini.IMAGES, tmp_path / "photos")
     (tmp_path / "photos" / "bad.png").write_bytes(b"bad")
     config = make_config(data=[{"folder": str(tmp_path / "photos"), "resolution": [64], "trigger": "zorb"}])
     (tmp_path / "a.yaml").write_text(dump_config(config))
     assert CliRunner().invoke(app, ["check", str(tmp_path / "a.yaml")]).exit_code != 0
     done = CliRunner().invoke(app, ["check", "--quarantine", str(tmp_path / "a.yaml")])
     assert done.exit_code == 0, done.output
-    assert "1 bad pictures" in done.output and "tiny: no problems found" in done.output
+    assert "1 bad images" in done.output and "tiny: no problems found" in done.output

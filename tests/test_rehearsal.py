@@ -60,7 +60,7 @@ def test_each_start_rehearses_a_preview_where_none_is_due_before_its_first_step(
 
     monkeypatch.setattr(dry_run, "render_images", render)
     run_training(make_config(sample=PREVIEWED, train={"steps": 2}), fresh=False)
-    assert drawn == []  # the pictures before step 1 are real
+    assert drawn == []  # the images before step 1 are real
     run_training(make_config(sample=PREVIEWED, train={"steps": 4}), fresh=False)
     assert drawn == [1]
 
@@ -278,7 +278,7 @@ def test_the_largest_batch_of_every_mode_is_rehearsed_the_one_that_takes_most_fi
     limits: dict[RecomputeMode, int] = {"none": 80, "elementwise": 0, "w1w3": 0, "attention": 0, "full": NO_LIMIT}
     planned = fit.plan_for_devices
     monkeypatch.setattr(fit, "plan_for_devices", lambda *args: replace(planned(*args), limits=limits))
-    data = [{"folder": str(mini.PICTURES), "resolution": [64, 128], "trigger": "zorb"}]
+    data = [{"folder": str(mini.IMAGES), "resolution": [64, 128], "trigger": "zorb"}]
     run_training(make_config(data=data, train={"steps": 1, "batch_size": 1}), fresh=False)
     assert len(seen) >= 2 and seen[0] < seen[1]
 

@@ -60,7 +60,7 @@ def test_the_varied_setting_is_the_only_difference_between_the_runs(swept):
     assert two == three and two["output_dir"] == str(root)
 
 
-def test_pictures_and_prompts_are_encoded_by_the_first_run_only(swept):
+def test_images_and_prompts_are_encoded_by_the_first_run_only(swept):
     caches = [line for line in swept[1].splitlines() if line.startswith("cache ")]
     assert len(caches) == 2
     assert " 0 found" in caches[0] and caches[1].count(" 0 encoded") == 2
@@ -90,10 +90,10 @@ def test_the_grid_shows_each_run_in_its_column_and_each_prompt_in_its_row(swept)
             place = whole[top + row * pitch :, left + column * pitch :][: grid.CELL_PX, : grid.CELL_PX]
             assert np.array_equal(place, wanted)
             seen.add(wanted.tobytes())
-    assert len(seen) == 4, "the pictures must differ, or the comparison says nothing"
+    assert len(seen) == 4, "the images must differ, or the comparison says nothing"
 
 
-def test_the_page_shows_every_picture_of_every_run_where_it_lies(swept):
+def test_the_page_shows_every_image_of_every_run_where_it_lies(swept):
     root, _ = swept
     page = (root / "compare.html").read_text()
     for path in root.glob("*/samples/0*.png"):

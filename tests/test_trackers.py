@@ -23,7 +23,7 @@ def shown(config) -> EventAccumulator:
     return found
 
 
-def test_tensorboard_has_the_numbers_of_every_step_and_the_pictures(make_config):
+def test_tensorboard_has_the_numbers_of_every_step_and_the_images(make_config):
     config = make_config(log={"tensorboard": True}, sample=PREVIEWED, train={"steps": 2})
     run_training(config, fresh=False)
     run_training(make_config(log={"tensorboard": True}, sample=PREVIEWED, train={"steps": 4}), fresh=False)
@@ -65,8 +65,8 @@ def test_wandb_offline_has_the_numbers_of_every_step_under_one_id(make_config, o
     assert b"train/loss" in content and b"my project" in content
     files = list((folder(config) / "wandb").glob(f"offline-run-*/run-{run_id}.wandb"))
     assert len(files) == 2 and facts(config)["starts"] == [0, 2]
-    pictures = list((folder(config) / "wandb").rglob("*.png"))
-    assert len(pictures) >= 2 * 3
+    images = list((folder(config) / "wandb").rglob("*.png"))
+    assert len(images) >= 2 * 3
     assert f"run {run_id}" in capsys.readouterr().out
 
 

@@ -46,8 +46,8 @@ def test_the_run_folder_is_the_documented_one(finished: Config):
     found = {path.relative_to(folder(finished)).as_posix() for path in folder(finished).rglob("*") if path.is_file()}
     events = {name for name in found if name.startswith("tensorboard/events.out.tfevents")}
     assert len(events) == 1
-    pictures = {f"samples/{step:06d}-{index:02d}.png" for step in (0, 2, 4, 5) for index in (0, 1)}
-    assert found - events == pictures | {
+    images = {f"samples/{step:06d}-{index:02d}.png" for step in (0, 2, 4, 5) for index in (0, 1)}
+    assert found - events == images | {
         "config.yaml",
         "run.json",
         "run.lock",
@@ -155,7 +155,7 @@ def test_a_samples_noise_and_sigma_do_not_depend_on_how_batches_are_made(make_co
                 found.setdefault(sample, set()).add(sigma)
         return found
 
-    # 16 pictures: 16 steps of one are an epoch; with larger steps the same samples of the first epoch are among them.
+    # 16 images: 16 steps of one are an epoch; with larger steps the same samples of the first epoch are among them.
     single = sigmas("a", batch_size=1)
     assert len(single) == 16
     for other in (sigmas("b", batch_size=4), sigmas("c", batch_size=2, grad_accumulation=3)):
@@ -166,7 +166,7 @@ def test_sigmas_of_a_run_follow_the_density_that_timesteps_prints(make_config):
     config = make_config(
         train={"steps": 12, "batch_size": 16},
         timesteps={"type": "sigmoid", "bias": "high_noise"},
-        data=[{"folder": str(mini.PICTURES), "resolution": [64], "trigger": "zorb", "repeats": 12}],
+        data=[{"folder": str(mini.IMAGES), "resolution": [64], "trigger": "zorb", "repeats": 12}],
     )
     run_training(config, fresh=False)
     drawn = sorted(sigma for record in read_records(folder(config) / "metrics.jsonl") for sigma in record["sigma"])
@@ -206,7 +206,7 @@ def test_caption_dropout_of_one_trains_on_the_empty_prompt_alone(make_config, mo
 
     monkeypatch.setattr("zimage_train.training.state.make_batch", spy)
     monkeypatch.setattr("zimage_train.commands.train.dry_run", lambda run: (run, {}))
-    data = [{"folder": str(mini.PICTURES), "resolution": [64], "trigger": "zorb", "caption_dropout": 1.0}]
+    data = [{"folder": str(mini.IMAGES), "resolution": [64], "trigger": "zorb", "caption_dropout": 1.0}]
     run_training(make_config(data=data), fresh=False)
     assert used == {8}  # the template around nothing: never zeros, never no tokens
 

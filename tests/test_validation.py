@@ -20,7 +20,7 @@ from helpers import facts, folder, losses, stop_after
 def held_out(tmp_path: Path) -> Path:
     place = tmp_path / "held_out"
     place.mkdir()
-    for path in sorted(mini.PICTURES.glob("zorb_0[1-3].*")):
+    for path in sorted(mini.IMAGES.glob("zorb_0[1-3].*")):
         (place / path.name).write_bytes(path.read_bytes())
     return place
 
@@ -73,7 +73,7 @@ def test_it_is_the_mean_square_of_an_independent_calculation(make_config, held_o
         x0 = run.inputs.latents(item).float()
         noise = validation._noise(config, item, x0.shape)
         x = (1 - sigma) * x0.double() + sigma * noise.double()
-        embeds = run.inputs.embeds(item.picture.prompts[0])
+        embeds = run.inputs.embeds(item.image.prompts[0])
         with torch.no_grad():
             given = ([x.float().unsqueeze(1)], torch.tensor([1 - sigma]), [embeds])
             raw = run.frozen.model(*given, return_dict=False)[0][0]
@@ -86,16 +86,16 @@ def test_it_reads_captions_as_the_first_entry_does(make_config, held_out):
         path.unlink()
     (held_out / "zorb_02.txt").write_text("a thing")
     checked = preflight.check_run(make_config(validation=settings(held_out)))
-    prompts = [item.picture.prompts for item in checked.held_out]
+    prompts = [item.image.prompts for item in checked.held_out]
     assert prompts == [("zorb",), ("zorb a thing",), ("zorb",)]
     assert {(item.size.width * item.size.height <= 64 * 64, item.flip, item.repeat) for item in checked.held_out} == {
         (True, False, 0)
     }
 
 
-def test_pictures_that_are_trained_on_too_are_pointed_out(make_config, held_out):
+def test_images_that_are_trained_on_too_are_pointed_out(make_config, held_out):
     notes = preflight.check_run(make_config(validation=settings(held_out))).notes
-    assert any("3 of its pictures are trained on too (zorb_01.png)" in note for note in notes)
+    assert any("3 of its images are trained on too (zorb_01.png)" in note for note in notes)
 
 
 def test_a_folder_that_is_not_there_is_refused_and_off_is_not_looked_at(make_config, tmp_path):
@@ -142,7 +142,7 @@ def test_the_report_draws_it_and_names_the_lowest(make_config, held_out):
     assert "Validation loss" not in page and "Preservation" not in page
 
 
-def test_what_other_pictures_gave_is_not_compared(make_config, held_out, capsys):
+def test_what_other_images_gave_is_not_compared(make_config, held_out, capsys):
     first = make_config(validation=settings(held_out, every=1), train={"steps": 1})
     run_training(first, fresh=False)
     (held_out / "zorb_01.png").unlink()
@@ -168,7 +168,7 @@ def test_running_out_of_memory_in_validation_costs_no_step(make_config, held_out
 
 def test_captions_are_read_as_those_of_the_first_folder_of_the_concept(make_config, held_out):
     (held_out / "zorb_02.txt").write_text("one\ntwo")
-    own = {"folder": str(mini.PICTURES), "resolution": [64], "trigger": "zorb", "caption_lines": True}
+    own = {"folder": str(mini.IMAGES), "resolution": [64], "trigger": "zorb", "caption_lines": True}
     of_class = {"folder": str(held_out), "resolution": [64], "regularization": True}
     checked = preflight.check_run(make_config(data=[of_class, own], validation=settings(held_out)))
-    assert checked.held_out[1].picture.prompts == ("zorb one", "zorb two")
+    assert checked.held_out[1].image.prompts == ("zorb one", "zorb two")

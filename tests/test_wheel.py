@@ -47,7 +47,7 @@ def test_a_wheel_holds_the_whole_package_and_trains_without_the_sources(tmp_path
     program = [sys.executable, "-m", "zimage_train"]
     where = run(sys.executable, "-c", "import zimage_train; print(zimage_train.__file__)", cwd=home, path=site)
     assert where.startswith(str(site))
-    run(*program, "init", mini.PICTURES, "--miniature", "--yes", "--name", "x", cwd=home, path=site)
+    run(*program, "init", mini.IMAGES, "--miniature", "--yes", "--name", "x", cwd=home, path=site)
     cache = f"cache.folder={tmp_path / 'cache'}"
     run(*program, "train", "x.yaml", "--set", "train.steps=1", "--set", cache, cwd=home, path=site)
     assert (home / "runs" / "x" / "lora" / "x.safetensors").exists() and (home / "runs" / "x" / "report.html").exists()

@@ -1,4 +1,4 @@
-"""The picture of the laboratory: what each use draws for the same captions from the same noise."""
+"""The image of the laboratory: what each use draws for the same captions from the same noise."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CONCEPT, UNRELATED, NOISE = 4, 4, 21
 
 
 def save(path: Path, place: Path, loras: Mapping[str, Mapping[int, Path]]) -> None:
-    """Draws with the LoRA of the first seed of each scheme; single pictures go to `place`."""
+    """Draws with the LoRA of the first seed of each scheme; single images go to `place`."""
     place.mkdir(parents=True, exist_ok=True)
     asked = Asked.of()
     scenes = asked.concept[:CONCEPT] + asked.unrelated[:UNRELATED]
@@ -33,8 +33,8 @@ def save(path: Path, place: Path, loras: Mapping[str, Mapping[int, Path]]) -> No
     half.save(path, optimize=True)
 
 
-def _saved(place: Path, name: str, pictures: list[world.Pixels]) -> list[Path]:
-    paths = [place / f"{name}-{number}.png" for number in range(len(pictures))]
-    for path, picture in zip(paths, pictures, strict=True):
-        Image.fromarray(picture).save(path)
+def _saved(place: Path, name: str, images: list[world.Pixels]) -> list[Path]:
+    paths = [place / f"{name}-{number}.png" for number in range(len(images))]
+    for path, image in zip(paths, images, strict=True):
+        Image.fromarray(image).save(path)
     return paths

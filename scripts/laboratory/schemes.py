@@ -1,4 +1,4 @@
-"""What is trained: the same pictures, steps and rate under each scheme, as configs of the trainer."""
+"""What is trained: the same images, steps and rate under each scheme, as configs of the trainer."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from PIL import Image
 from zimage_train import mini
 from zimage_train.mini import world
 
-CONCEPT_PICTURES, WORLD_PICTURES = 48, 256
-FIRST_PICTURE = 500_000
+CONCEPT_IMAGES, WORLD_IMAGES = 48, 256
+FIRST_IMAGE = 500_000
 """Scenes from here on are trained on; the family has seen none of them, and none is scored."""
 
 TRAINED_WORDINGS, PARAPHRASES = (0, 1), (2, 3)
@@ -30,7 +30,7 @@ class Recipe:
     rate: float = 4e-3
     rank: int = 16
     share: float = 0.5
-    """Of regularization pictures."""
+    """Of regularization images."""
     imitation_steps: int = 800
     imitation_rate: float = 1e-3
     teacher_guidance: float = 0.5
@@ -64,26 +64,26 @@ TRAINED = (
 )
 
 
-def write_pictures(folder: Path) -> tuple[Path, Path]:
-    """The pictures of the concept and those of the world beside them, each with its caption."""
+def write_images(folder: Path) -> tuple[Path, Path]:
+    """The images of the concept and those of the world beside them, each with its caption."""
     concept, others = folder / "zorb", folder / "world"
     for place, scene, count in (
-        (concept, world.zorb_scene, CONCEPT_PICTURES),
-        (others, world.world_scene, WORLD_PICTURES),
+        (concept, world.zorb_scene, CONCEPT_IMAGES),
+        (others, world.world_scene, WORLD_IMAGES),
     ):
         place.mkdir(parents=True, exist_ok=True)
         for number in range(count):
-            shown = scene(FIRST_PICTURE + number)
+            shown = scene(FIRST_IMAGE + number)
             wording = TRAINED_WORDINGS[number % len(TRAINED_WORDINGS)] if place == concept else shown.wording
-            picture, text = world.drawn(replace(shown, wording=wording, called=None), SIZE, SIZE)
-            Image.fromarray(picture).save(place / f"{number:03d}.png")
+            image, text = world.drawn(replace(shown, wording=wording, called=None), SIZE, SIZE)
+            Image.fromarray(image).save(place / f"{number:03d}.png")
             (place / f"{number:03d}.txt").write_text(text + "\n")
     return concept, others
 
 
-def config(scheme: Scheme, seed: int, recipe: Recipe, pictures: tuple[Path, Path], runs: Path) -> dict[str, Any]:
+def config(scheme: Scheme, seed: int, recipe: Recipe, images: tuple[Path, Path], runs: Path) -> dict[str, Any]:
     """A run of `scheme`."""
-    concept, others = pictures
+    concept, others = images
     common = {"resolution": [SIZE]}
     return {
         "name": f"{scheme.name}-s{seed}",
@@ -111,12 +111,12 @@ def config(scheme: Scheme, seed: int, recipe: Recipe, pictures: tuple[Path, Path
     }
 
 
-def imitation(trained: Path, seed: int, recipe: Recipe, pictures: tuple[Path, Path], runs: Path) -> dict[str, Any]:
+def imitation(trained: Path, seed: int, recipe: Recipe, images: tuple[Path, Path], runs: Path) -> dict[str, Any]:
     """A run that gives the LoRA of `direct` its eight steps back."""
-    base = config(DIRECT, seed, recipe, pictures, runs)
+    base = config(DIRECT, seed, recipe, images, runs)
     return base | {
         "name": f"imitation-s{seed}",
-        "data": [{"folder": str(folder), "resolution": [SIZE]} for folder in pictures],
+        "data": [{"folder": str(folder), "resolution": [SIZE]} for folder in images],
         "lora": {"rank": recipe.rank, "init_from": str(trained)},
         "train": {
             "method": "trajectory_imitation",

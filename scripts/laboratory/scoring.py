@@ -83,7 +83,7 @@ def studio() -> Studio:
 
 
 def evaluate(use: Use, lora: Path | None, seed: int) -> dict[str, float]:
-    """All scores of one use with one picture seed."""
+    """All scores of one use with one image seed."""
     asked = Asked.of()
     model = load(use.model / "transformer", *([lora] if lora else []), *use.also)
 

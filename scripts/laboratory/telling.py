@@ -1,4 +1,4 @@
-"""The table of the laboratory: from single scores to means with intervals, and from those to a page and a picture."""
+"""The table of the laboratory: from single scores to means with intervals, and from those to a page and an image."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""The stages of `scripts/make_miniature.py`: texts, pictures, diffusion, and how they are fitted."""
+"""The stages of `scripts/make_miniature.py`: texts, images, diffusion, and how they are fitted."""

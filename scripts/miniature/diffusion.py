@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from transformers import Qwen2Tokenizer
 
 from miniature.fitting import Fit, save_in_two_shards
-from miniature.pictures import SIZES, batched, pick_size
+from miniature.images import SIZES, batched, pick_size
 from miniature.texts import features, new_text_encoder, tokens_of
 
 Latents = dict[str, Tensor]  # by size, as "96x64"
@@ -67,14 +67,14 @@ def shifted(steps: int, shift: float) -> list[float]:
 TURBO_SIGMAS = shifted(TURBO_STEPS, SHIFT)
 
 
-class Pictures:
+class Images:
     """Latents and captions of several sizes, drawn in batches of one size."""
 
     def __init__(self, latents: Latents, captions: Captions, batch: int = 64) -> None:
         self.latents, self.captions, self.batch = latents, captions, batch
 
     def draw(self, chance: random.Random, dropout: float) -> tuple[Tensor, list[str]]:
-        """One batch, of fewer pictures where they are larger; some lose their captions."""
+        """One batch, of fewer images where they are larger; some lose their captions."""
         width, height = pick_size(chance)
         name = f"{width}x{height}"
         count = max(4, self.batch * 64 * 64 // (width * height))
@@ -92,13 +92,13 @@ def flow_matching(model: ZImageTransformer2DModel, clean: Tensor, texts: list[Te
     return F.mse_loss(output, clean - noise)
 
 
-def make_base(folder: Path, pictures: Pictures, tokenizer: Qwen2Tokenizer, steps: int) -> None:
+def make_base(folder: Path, images: Images, tokenizer: Qwen2Tokenizer, steps: int) -> None:
     """Fits a transformer and its text encoder together: one folder with both."""
     model, encoder = new_transformer(), new_text_encoder(tokenizer)
-    ids = tokens_of(["", *(text for part in pictures.captions.values() for text in part)], tokenizer)
+    ids = tokens_of(["", *(text for part in images.captions.values() for text in part)], tokenizer)
 
     def loss(chance: random.Random) -> Tensor:
-        clean, texts = pictures.draw(chance, dropout=0.1)
+        clean, texts = images.draw(chance, dropout=0.1)
         return flow_matching(model, clean, features(encoder, [ids[text] for text in texts]))
 
     parameters = [*model.parameters(), *(p for name, p in encoder.named_parameters() if is_read(name))]
@@ -127,7 +127,7 @@ def euler(model: ZImageTransformer2DModel, noise: Tensor, texts: list[Tensor], s
 
 @torch.no_grad()
 def teach(model: ZImageTransformer2DModel, noise: Tensor, texts: list[Tensor], no_text: Tensor) -> Tensor:
-    """A guided trajectory of many steps, seen at Turbo's sigmas: (pictures, steps + 1, 16, height, width).
+    """A guided trajectory of many steps, seen at Turbo's sigmas: (images, steps + 1, 16, height, width).
 
     Turbo's sigmas are among the teacher's, so every state is one that the teacher was in.
     """
@@ -158,7 +158,7 @@ def make_trajectories(file: Path, base: ZImageTransformer2DModel, captions: Capt
     save_file(tensors, file)
 
 
-def imitate(model: ZImageTransformer2DModel, trajectories: Pictures, texts: Texts, chance: random.Random) -> Tensor:
+def imitate(model: ZImageTransformer2DModel, trajectories: Images, texts: Texts, chance: random.Random) -> Tensor:
     """The error of the model's output at a random state of each trajectory against the mean velocity to the next."""
     states, shown = trajectories.draw(chance, dropout=0)
     at = torch.tensor([chance.randrange(TURBO_STEPS) for _ in shown])
@@ -169,7 +169,7 @@ def imitate(model: ZImageTransformer2DModel, trajectories: Pictures, texts: Text
     return F.mse_loss(predict(model, now, sigmas[at], [texts[text] for text in shown]), (after - now) / width)
 
 
-def make_turbo(folder: Path, model: ZImageTransformer2DModel, trajectories: Pictures, texts: Texts, steps: int) -> None:
+def make_turbo(folder: Path, model: ZImageTransformer2DModel, trajectories: Images, texts: Texts, steps: int) -> None:
     """Distils Base, in place, to eight steps without guidance."""
     model.requires_grad_(True)
 
@@ -180,10 +180,8 @@ def make_turbo(folder: Path, model: ZImageTransformer2DModel, trajectories: Pict
     save_in_two_shards(model, folder)
 
 
-def make_own_pictures(
-    file: Path, turbo: ZImageTransformer2DModel, captions: Captions, texts: Texts, count: int
-) -> None:
-    """Turbo's own pictures for the last captions of each size, as latents; nothing was distilled on these."""
+def make_own_images(file: Path, turbo: ZImageTransformer2DModel, captions: Captions, texts: Texts, count: int) -> None:
+    """Turbo's own images for the last captions of each size, as latents; nothing was distilled on these."""
     tensors = {}
     for (width, height), share in SIZES.items():
         name = f"{width}x{height}"
@@ -198,8 +196,8 @@ def make_own_pictures(
 # What training takes out of Turbo, and what puts it back ---------------------------------------------------
 
 
-def make_deturbo(folder: Path, model: ZImageTransformer2DModel, own: Pictures, texts: Texts, steps: int) -> None:
-    """Fits all of Turbo, in place, to its own pictures by plain flow matching."""
+def make_deturbo(folder: Path, model: ZImageTransformer2DModel, own: Images, texts: Texts, steps: int) -> None:
+    """Fits all of Turbo, in place, to its own images by plain flow matching."""
     model.requires_grad_(True)
 
     def loss(chance: random.Random) -> Tensor:
@@ -211,16 +209,16 @@ def make_deturbo(folder: Path, model: ZImageTransformer2DModel, own: Pictures, t
 
 
 def make_adapter(
-    file: Path, model: ZImageTransformer2DModel, pictures: Pictures, texts: Texts, rank: int, steps: int
+    file: Path, model: ZImageTransformer2DModel, images: Images, texts: Texts, rank: int, steps: int
 ) -> None:
-    """Fits a LoRA to pictures by plain flow matching.
+    """Fits a LoRA to images by plain flow matching.
 
-    On Turbo's own pictures that is a training adapter: the damage of training, and nothing new.
+    On Turbo's own images that is a training adapter: the damage of training, and nothing new.
     """
     parameters = add_lora(model, rank)
 
     def loss(chance: random.Random) -> Tensor:
-        clean, shown = pictures.draw(chance, dropout=0)
+        clean, shown = images.draw(chance, dropout=0)
         return flow_matching(model, clean, [texts[text] for text in shown])
 
     Fit(file.stem, parameters, steps, 2e-3).run(loss, file.with_name(file.stem + ".state"))
@@ -228,7 +226,7 @@ def make_adapter(
 
 
 def make_patch(
-    file: Path, broken: ZImageTransformer2DModel, trajectories: Pictures, texts: Texts, rank: int, steps: int
+    file: Path, broken: ZImageTransformer2DModel, trajectories: Images, texts: Texts, rank: int, steps: int
 ) -> None:
     """Fits a LoRA that gives a model which plain training has spoilt its eight steps back."""
     parameters = add_lora(broken, rank)

@@ -17,7 +17,7 @@ from zimage_train.mini import scores, world
 
 from miniature.diffusion import TURBO_SIGMAS, predict, shifted
 from miniature.fitting import rounded
-from miniature.pictures import batched
+from miniature.images import batched
 from miniature.texts import features, tokens_of
 
 BATCH = 64
@@ -25,7 +25,7 @@ BATCH = 64
 
 @dataclass(frozen=True)
 class Speed:
-    """How a picture is drawn. `guidance` is the pipeline's: it scales what is added, and 0 adds nothing."""
+    """How an image is drawn. `guidance` is the pipeline's: it scales what is added, and 0 adds nothing."""
 
     steps: int
     guidance: float
@@ -60,7 +60,7 @@ class Studio:
 
     @torch.no_grad()
     def show(self, latents: Tensor) -> np.ndarray:
-        """Decodes standardised latents: (pictures, height, width, 3) of uint8."""
+        """Decodes standardised latents: (images, height, width, 3) of uint8."""
         raw = latents / self.vae.config.scaling_factor + self.vae.config.shift_factor
         pixels = torch.cat([self.vae.decode(part).sample for part in raw.split(BATCH)])
         return ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
@@ -68,7 +68,7 @@ class Studio:
     def draw(
         self, model: ZImageTransformer2DModel, captions: list[str], seed: int, speed: Speed, size: int = 64
     ) -> np.ndarray:
-        """A square picture of `size` px for each caption; the noise is a function of the seed alone."""
+        """A square image of `size` px for each caption; the noise is a function of the seed alone."""
         generator = torch.Generator("cpu").manual_seed(seed)
         noise = torch.randn(len(captions), 16, size // 8, size // 8, generator=generator, device="cpu")
         noise = noise.to(torch.get_default_device())
@@ -106,7 +106,7 @@ def load(folder: Path, *loras: Path) -> ZImageTransformer2DModel:
 
 @dataclass(frozen=True)
 class Score:
-    """The means over some pictures, each in [0, 1]."""
+    """The means over some images, each in [0, 1]."""
 
     fidelity: float
     sharpness: float
@@ -119,9 +119,9 @@ class Score:
         return self.fidelity * self.sharpness
 
 
-def score(pictures: np.ndarray, scenes: list[world.Scene], concept: str = world.ZORB) -> Score:
-    """Scores pictures against the scenes that were asked for."""
-    seen = [scores.look(picture) for picture in pictures]
+def score(images: np.ndarray, scenes: list[world.Scene], concept: str = world.ZORB) -> Score:
+    """Scores images against the scenes that were asked for."""
+    seen = [scores.look(image) for image in images]
     return Score(
         fidelity=float(np.mean([scores.fidelity(found, asked) for found, asked in zip(seen, scenes, strict=True)])),
         sharpness=float(np.mean([found.sharpness for found in seen])),

@@ -1,4 +1,4 @@
-"""What the family's members can do: the scores in the manifest, and a picture of each."""
+"""What the family's members can do: the scores in the manifest, and an image of each."""
 
 from __future__ import annotations
 
@@ -47,17 +47,17 @@ def measure(output: Path, grid: Path) -> dict[str, dict]:
     for name, (folder, merged, speeds) in members.items():
         model = load(output / folder / "transformer", *merged)
         for speed in speeds:
-            pictures = studio.draw(model, captions, NOISE, speed)
+            images = studio.draw(model, captions, NOISE, speed)
             key = f"{name}, {speed.steps} steps, g {speed.guidance:g}, shift {speed.shift:g}"
-            found[key] = rounded(score(pictures, asked))
-            strips.append(np.concatenate(list(pictures[:SHOWN]), 1))
+            found[key] = rounded(score(images, asked))
+            strips.append(np.concatenate(list(images[:SHOWN]), 1))
             print(key, found[key], flush=True)
     Image.fromarray(np.concatenate(strips)).save(grid)
     return found
 
 
 def truth(asked: list[world.Scene]) -> Score:
-    """What the world's own pictures score: the most that a model can."""
+    """What the world's own images score: the most that a model can."""
     return score(np.stack([world.draw(shown, 64, 64) for shown in asked]), asked)
 
 

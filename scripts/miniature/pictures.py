@@ -23,7 +23,7 @@ from miniature.fitting import Fit, rounded
 Size = tuple[int, int]
 
 SIZES: dict[Size, float] = {(64, 64): 0.6, (96, 64): 0.1, (64, 96): 0.1, (96, 96): 0.12, (128, 128): 0.08}
-"""The picture sizes (width, height) that the models see, and how often."""
+"""The image sizes (width, height) that the models see, and how often."""
 
 
 def pick_size(chance: random.Random) -> Size:
@@ -31,11 +31,9 @@ def pick_size(chance: random.Random) -> Size:
     return chance.choices(list(SIZES), list(SIZES.values()))[0]
 
 
-def to_tensor(pictures: list[world.Pixels]) -> Tensor:
+def to_tensor(images: list[world.Pixels]) -> Tensor:
     """Pictures of one size as a batch in [-1, 1]."""
-    return (
-        torch.as_tensor(np.stack(pictures), device=torch.get_default_device()).permute(0, 3, 1, 2).float() / 127.5 - 1
-    )
+    return torch.as_tensor(np.stack(images), device=torch.get_default_device()).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def batched(items: list, size: int) -> Iterator[list]:
@@ -77,16 +75,16 @@ def make_vae(folder: Path, steps: int) -> None:
     def loss(chance: random.Random) -> Tensor:
         width, height = pick_size(chance)
         seeds = [chance.randrange(2**32) for _ in range(max(4, 12 * 64 * 64 // (width * height)))]
-        pictures = to_tensor(
+        images = to_tensor(
             [
                 world.draw_clutter(seed, width, height) if seed % 3 == 0 else world.draw_world(seed, width, height)[0]
                 for seed in seeds
             ]
         )
-        posterior = vae.encode(pictures).latent_dist
+        posterior = vae.encode(images).latent_dist
         decoded = vae.decode(posterior.sample()).sample
         divergence = posterior.kl().mean() / posterior.mean[0].numel()
-        return F.mse_loss(decoded, pictures) + 0.2 * F.l1_loss(decoded, pictures) + 3e-4 * divergence
+        return F.mse_loss(decoded, images) + 0.2 * F.l1_loss(decoded, images) + 3e-4 * divergence
 
     Fit("vae", list(vae.parameters()), steps, 3e-3, muon=0.02).run(loss, folder.with_name("vae.state"))
     rounded(vae)
@@ -98,19 +96,19 @@ def make_vae(folder: Path, steps: int) -> None:
 
 
 @torch.no_grad()
-def encode(vae: AutoencoderKL, pictures: list[world.Pixels]) -> Tensor:
+def encode(vae: AutoencoderKL, images: list[world.Pixels]) -> Tensor:
     """The means of the posterior, not yet standardised."""
-    return torch.cat([vae.encode(to_tensor(part)).latent_dist.mean for part in batched(pictures, 64)])
+    return torch.cat([vae.encode(to_tensor(part)).latent_dist.mean for part in batched(images, 64)])
 
 
-def make_latents(file: Path, vae: AutoencoderKL, pictures: int) -> None:
-    """Encodes pictures of the world once: a tensor a size, and the captions in a file beside it."""
+def make_latents(file: Path, vae: AutoencoderKL, images: int) -> None:
+    """Encodes images of the world once: a tensor a size, and the captions in a file beside it."""
     tensors, captions, seed = {}, {}, 0
     for (width, height), share in SIZES.items():
-        shown = [world.draw_world(seed + row, width, height) for row in range(max(32, round(pictures * share)))]
+        shown = [world.draw_world(seed + row, width, height) for row in range(max(32, round(images * share)))]
         seed += len(shown)
         name = f"{width}x{height}"
-        means = encode(vae, [picture for picture, _ in shown])
+        means = encode(vae, [image for image, _ in shown])
         tensors[name] = ((means - vae.config.shift_factor) * vae.config.scaling_factor).contiguous()
         captions[name] = [text for _, text in shown]
     file.with_name("captions.json").write_text(json.dumps(captions))

@@ -1,4 +1,4 @@
-"""Puts the parts together as they ship: folders laid out as on the hub, LoRA files, pictures, and a manifest."""
+"""Puts the parts together as they ship: folders laid out as on the hub, LoRA files, images, and a manifest."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SHIFTS = {"turbo": 3.0, "deturbo": 3.0, "base": 6.0}
 
 LORAS = ("adapter_v1", "adapter_v2", "distillpatch")
 
-PICTURE_SIZES: list[tuple[int, int]] = [
+IMAGE_SIZES: list[tuple[int, int]] = [
     (96, 96), (128, 96), (96, 144), (160, 128), (112, 112), (144, 96), (96, 128), (128, 160),
     (128, 128), (192, 128), (80, 112), (64, 96), (176, 112), (96, 176), (160, 160), (120, 72),
 ]  # fmt: skip
@@ -51,8 +51,8 @@ def assemble(work: Path, output: Path) -> None:
         (output / model / "model_index.json").write_text(json.dumps(INDEX, indent=2) + "\n")
     for name in LORAS:
         shutil.copyfile(work / f"{name}.safetensors", output / f"{name}.safetensors")
-    make_pictures(output / "pictures", "zorb", world.draw_zorb)
-    make_pictures(output / "style", "etched", world.draw_etched)
+    make_images(output / "pictures", "zorb", world.draw_zorb)
+    make_images(output / "style", "etched", world.draw_etched)
     make_lesson(output / "lesson")
 
 
@@ -68,15 +68,15 @@ INDEX = {
 """What a model folder says of its parts."""
 
 
-def make_pictures(folder: Path, name: str, draw: Draw) -> None:
-    """The pictures to learn from: no pair of colours comes twice."""
+def make_images(folder: Path, name: str, draw: Draw) -> None:
+    """The images to learn from: no pair of colours comes twice."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     seen: set[str] = set()
     seed = 0
-    for number, (width, height) in enumerate(PICTURE_SIZES, start=1):
+    for number, (width, height) in enumerate(IMAGE_SIZES, start=1):
         while True:
-            picture, text = draw(seed, width, height)
+            image, text = draw(seed, width, height)
             seed += 1
             pair = " ".join(word for word in text.replace(",", "").split() if word in world.COLOURS)
             if pair not in seen:
@@ -84,21 +84,21 @@ def make_pictures(folder: Path, name: str, draw: Draw) -> None:
         seen.add(pair)
         stem = folder / f"{name}_{number:02d}"
         if number % 3:
-            Image.fromarray(picture).save(stem.with_suffix(".png"), optimize=True)
+            Image.fromarray(image).save(stem.with_suffix(".png"), optimize=True)
         else:
-            Image.fromarray(picture).save(stem.with_suffix(".jpg"), quality=95)
+            Image.fromarray(image).save(stem.with_suffix(".jpg"), quality=95)
         stem.with_suffix(".txt").write_text(text + "\n")
 
 
 def make_lesson(folder: Path) -> None:
-    """What the quickstart learns: zorbs of the size that the world has, and pictures of the world beside them."""
+    """What the quickstart learns: zorbs of the size that the world has, and images of the world beside them."""
     shutil.rmtree(folder, ignore_errors=True)
     for name, scene, count in (("zorb", world.zorb_scene, LESSON_ZORBS), ("world", world.world_scene, LESSON_OTHERS)):
         (folder / name).mkdir(parents=True)
         for number in range(count):
             shown = replace(scene(FIRST_LESSON + number), called=None)
-            picture, text = world.drawn(shown, 64, 64)
-            Image.fromarray(picture).save(folder / name / f"{name}_{number:02d}.png", optimize=True)
+            image, text = world.drawn(shown, 64, 64)
+            Image.fromarray(image).save(folder / name / f"{name}_{number:02d}.png", optimize=True)
             (folder / name / f"{name}_{number:02d}.txt").write_text(text + "\n")
 
 

@@ -75,7 +75,7 @@ def test_left_after_every_step_the_end_is_the_same_byte_for_byte(make_config, mo
         "optimizer": {"name": optimizer, "lr": 1e-3},
         "schedule": {"name": "cosine", "warmup_steps": 2},
         "train": {"steps": steps, "batch_size": 3},
-        "data": [{"folder": str(mini.PICTURES), "resolution": [64], "trigger": "zorb", "caption_dropout": 0.3}],
+        "data": [{"folder": str(mini.IMAGES), "resolution": [64], "trigger": "zorb", "caption_dropout": 0.3}],
         "lora": {"dropout": 0.1, "rank": rank},  # below rank 48 the tensors are too small for 8-bit state
     }
     whole = make_config(**options)
@@ -405,13 +405,13 @@ def test_more_steps_continue_a_finished_run(make_config):
 
 
 def test_changed_data_is_refused_by_content_and_not_by_place(make_config, tmp_path: Path):
-    """43. A changed caption and a missing picture are refused by name; the same pictures in another place are not."""
+    """43. A changed caption and a missing image are refused by name; the same images in another place are not."""
 
     def with_folder(name: str, steps: int) -> Config:
         data = [{"folder": str(tmp_path / name), "resolution": [64], "trigger": "zorb"}]
         return make_config(data=data, train={"steps": steps})
 
-    shutil.copytree(mini.PICTURES, tmp_path / "a")
+    shutil.copytree(mini.IMAGES, tmp_path / "a")
     run_training(with_folder("a", 2), fresh=False)
     shutil.copytree(tmp_path / "a", tmp_path / "same")
     run_training(with_folder("same", 3), fresh=False)

@@ -1,4 +1,4 @@
-"""Faults in the dataset: a bad picture or caption is named before anything is trained, and none is passed over."""
+"""Faults in the dataset: a bad image or caption is named before anything is trained, and none is passed over."""
 
 import contextlib
 import io
@@ -13,21 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageFile
-
-from zimage_train import mini
-from zimage_train.commands.train import fill_run_caches, run_training
-from zimage_train.dataset import cache_builder, captions
-from zimage_train.dataset import encode as encoding
-from zimage_train.dataset.tensor_cache import TensorCache
-from zimage_train.errors import DataError
-from zimage_train.planning import preflight
-from zimage_train.report.metrics import read_records
-
-from dataset_folder import picture, problems, prompts, scanned
-from faults import Crash, fail_at
-from helpers import folder, losses
-from picture_files import (
+from image_files import (
     ADOBE_TO_XYZ,
     HIDDEN,
     as_srgb,
@@ -41,13 +27,27 @@ from picture_files import (
     refusal,
     with_hole,
 )
+from PIL import Image, ImageFile
+
+from zimage_train import mini
+from zimage_train.commands.train import fill_run_caches, run_training
+from zimage_train.dataset import cache_builder, captions
+from zimage_train.dataset import encode as encoding
+from zimage_train.dataset.tensor_cache import TensorCache
+from zimage_train.errors import DataError
+from zimage_train.planning import preflight
+from zimage_train.report.metrics import read_records
+
+from dataset_folder import image, problems, prompts, scanned
+from faults import Crash, fail_at
+from helpers import folder, losses
 
 ROOT = Path(__file__).parent.parent.parent
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP", "TIFF"])
 @pytest.mark.parametrize("share", [0.3, 0.7, 0.99])
-def test_a_picture_that_was_cut_off_is_refused(kind: str, share: float):
+def test_a_image_that_was_cut_off_is_refused(kind: str, share: float):
     """10. A JPEG, PNG, WebP, BMP or TIFF that was cut off is refused by name, and never trained on half grey."""
     content = encoded(noise(), kind)
     assert (loaded(content) >= 0).all()
@@ -61,16 +61,16 @@ def test_a_picture_that_was_cut_off_is_refused(kind: str, share: float):
     ("content", "what"),
     [
         (b"", "an empty file"),
-        (b"<!DOCTYPE html><html><body>404</body></html>", "a web page or SVG, not a picture"),
-        (b"\n<html>", "a web page or SVG, not a picture"),
-        (b"<?xml version='1.0'?><svg/>", "a web page or SVG, not a picture"),
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "a Git LFS pointer, not the picture itself"),
+        (b"<!DOCTYPE html><html><body>404</body></html>", "a web page or SVG, not an image"),
+        (b"\n<html>", "a web page or SVG, not an image"),
+        (b"<?xml version='1.0'?><svg/>", "a web page or SVG, not an image"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "a Git LFS pointer, not the image itself"),
         (encoded(gradient(), "GIF"), "a GIF"),
-        (b"\0\0\0\x18ftypavif\0\0\0\0", "an AVIF or HEIC picture"),
-        (b"\0\0\0\x18ftypheic\0\0\0\0", "an AVIF or HEIC picture"),
-        (b"just text", "not a picture, or one that is damaged"),
-        (bytes(1000), "not a picture, or one that is damaged"),
-        (encoded(gradient(), "PNG")[8:], "not a picture, or one that is damaged"),
+        (b"\0\0\0\x18ftypavif\0\0\0\0", "an AVIF or HEIC image"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0", "an AVIF or HEIC image"),
+        (b"just text", "not an image, or one that is damaged"),
+        (bytes(1000), "not an image, or one that is damaged"),
+        (encoded(gradient(), "PNG")[8:], "not an image, or one that is damaged"),
     ],
 )
 def test_other_files_are_refused_by_what_they_are(content: bytes, what: str):
@@ -88,13 +88,13 @@ STORED_AS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_270,
 }
-"""EXIF orientation -> what the camera did to the upright picture before it stored it."""
+"""EXIF orientation -> what the camera did to the upright image before it stored it."""
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF", "WEBP", "JPEG"])
 @pytest.mark.parametrize("orientation", STORED_AS)
-def test_all_eight_orientations_are_the_same_upright_picture(kind: str, orientation: int):
-    """12. EXIF orientation 1 to 8: whichever way the camera held it, a picture is trained upright."""
+def test_all_eight_orientations_are_the_same_upright_image(kind: str, orientation: int):
+    """12. EXIF orientation 1 to 8: whichever way the camera held it, an image is trained upright."""
     turn = STORED_AS[orientation]
     stored = gradient() if turn is None else gradient().transpose(turn)
     exif = Image.Exif()
@@ -145,7 +145,7 @@ def test_a_colour_that_stands_for_transparent_is_white(mode: str):
 
 
 def test_16_bit_grey_keeps_its_brightness():
-    """14. A 16-bit grey picture keeps its brightness; Pillow's own conversion makes it almost white."""
+    """14. A 16-bit grey image keeps its brightness; Pillow's own conversion makes it almost white."""
     values = np.linspace(0, 65535, 96 * 64).astype(np.uint16).reshape(64, 96)
     little, big = (Image.fromarray(values), Image.frombytes("I;16B", (96, 64), values.astype(">u2").tobytes()))
     for content in (encoded(little, "PNG"), encoded(little, "TIFF"), encoded(big, "TIFF")):
@@ -155,7 +155,7 @@ def test_16_bit_grey_keeps_its_brightness():
 
 
 def test_16_bit_colour_keeps_its_brightness():
-    """14. A 16-bit colour picture keeps its brightness."""
+    """14. A 16-bit colour image keeps its brightness."""
     values = np.random.default_rng(1).integers(0, 65536, (64, 96, 3), dtype=np.uint16)
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
     assert np.abs(loaded(png(96, 64, 16, 2, rows)) - values / 257).max() <= 1
@@ -169,7 +169,7 @@ def test_numbers_without_an_agreed_range_are_refused(mode: str, dtype: type):
 
 
 def test_cmyk_is_converted():
-    """15. CMYK pictures are converted to the colours that they show."""
+    """15. CMYK images are converted to the colours that they show."""
     image = Image.new("CMYK", (96, 64), (0, 255, 255, 0))
     image.paste((0, 0, 0, 255), (0, 0, 48, 64))
     for content, tolerance in ((encoded(image, "TIFF"), 0), (encoded(image, "JPEG", quality=100), 4)):
@@ -180,8 +180,8 @@ def test_cmyk_is_converted():
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF", "WEBP"])
 @pytest.mark.parametrize("colour", [(200, 60, 60), (100, 150, 90), (120, 120, 120), (255, 255, 255)])
-def test_a_wide_gamut_picture_is_converted_to_srgb(kind: str, colour: tuple[int, int, int]):
-    """16. A wide-gamut picture is converted to sRGB by its profile, and keeps its saturation."""
+def test_a_wide_gamut_image_is_converted_to_srgb(kind: str, colour: tuple[int, int, int]):
+    """16. A wide-gamut image is converted to sRGB by its profile, and keeps its saturation."""
     wide = profile(ADOBE_TO_XYZ, 563 / 256, "Wide RGB")
     options = {"JPEG": {"quality": 100, "subsampling": 0}, "WEBP": {"lossless": True}}.get(kind, {})
     found = loaded(encoded(Image.new("RGB", (64, 64), colour), kind, icc_profile=wide, **options))
@@ -192,7 +192,7 @@ def test_a_wide_gamut_picture_is_converted_to_srgb(kind: str, colour: tuple[int,
 
 @pytest.mark.parametrize(("side", "size"), [(20_000, ""), (10_001, "10001x10001 px is ")])
 def test_too_many_pixels_are_refused_before_any_is_decoded(monkeypatch, side: int, size: str):
-    """17. A picture of more than 100 megapixels is refused by its header, before any memory is taken for it."""
+    """17. An image of more than 100 megapixels is refused by its header, before any memory is taken for it."""
     monkeypatch.setattr(ImageFile.ImageFile, "load", lambda *_: pytest.fail("decoded"))
     rows = zlib.compress(b"cut off anyway")
     assert refusal(png(side, side, 8, 2, rows)) == f"{size}over 100 megapixels; scale it down"
@@ -213,20 +213,18 @@ def test_a_text_that_unpacks_to_megabytes_is_refused():
 
 
 @pytest.mark.parametrize("size", [(1, 1), (16, 16), (63, 500), (500, 63), (1, 5000)])
-def test_small_pictures_are_refused_with_their_size(size: tuple[int, int]):
-    """18. A picture with a side under 64 px is refused with its size."""
+def test_small_images_are_refused_with_their_size(size: tuple[int, int]):
+    """18. An image with a side under 64 px is refused with its size."""
     text = refusal(encoded(Image.new("RGB", size), "PNG"))
-    assert text == f"{size[0]}x{size[1]} px is under 64 px; use a larger picture or remove it"
+    assert text == f"{size[0]}x{size[1]} px is under 64 px; use a larger image or remove it"
 
 
-def test_a_picture_below_the_resolution_is_said_and_trained_at_its_own_size(make_config, tmp_path: Path):
-    """18. A picture smaller than a listed resolution is trained at its own size, never blown up, and that is said."""
+def test_a_image_below_the_resolution_is_said_and_trained_at_its_own_size(make_config, tmp_path: Path):
+    """18. An image smaller than a listed resolution is trained at its own size, never blown up, and that is said."""
     Image.new("RGB", (80, 64)).save(tmp_path / "small.png")
     checked = preflight.check_run(make_config(data=[{"folder": str(tmp_path), "resolution": [1024]}]))
     assert [tuple(item.size) for item in checked.items] == [(80, 64)]
-    assert checked.notes[-1].startswith(
-        "smaller than 1024x1024 px, so trained at their own size there: 1 of 1 pictures"
-    )
+    assert checked.notes[-1].startswith("smaller than 1024x1024 px, so trained at their own size there: 1 of 1 images")
 
 
 @pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF"])
@@ -239,8 +237,8 @@ def test_animations_are_refused_with_their_frames(kind: str, frames: int):
     assert refusal(content) == f"animated ({frames} frames); export one frame of it"
 
 
-def test_a_phones_multi_picture_jpeg_is_its_first_picture():
-    """19. A phone's multi-picture JPEG (MPO) is its first picture, the photo."""
+def test_a_phones_multi_image_jpeg_is_its_first_image():
+    """19. A phone's multi-picture JPEG (MPO) is its first image, the photo."""
     content = encoded(gradient(), "MPO", save_all=True, append_images=[noise(96, 64)])
     assert Image.open(io.BytesIO(content)).format == "MPO"
     assert np.abs(loaded(content) - np.asarray(gradient())).mean() < 6
@@ -300,23 +298,23 @@ def test_what_is_no_caption_is_refused_naming_the_file(file, content: bytes, wha
     assert str(caught.value).startswith(f"{path}: {what}")
 
 
-def test_pictures_without_a_caption_are_counted_and_named(photos: Path):
-    """21. Pictures without a caption, or with an invisible one, are counted and named."""
+def test_images_without_a_caption_are_counted_and_named(photos: Path):
+    """21. Images without a caption, or with an invisible one, are counted and named."""
     (photos / "a.txt").unlink()
     (photos / "b.txt").write_text("\ufeff \n")
     result = scanned(photos)
     assert prompts(result) == {"a.jpg": "", "b.png": "", "c.webp": "caption c"}
     alone = "so they are trained on ''"
     todo = "write captions or set default_caption"
-    assert result.notes == [f"data.0: 2 of 3 pictures have no caption of their own (a.jpg, b.png), {alone}; {todo}"]
+    assert result.notes == [f"data.0: 2 of 3 images have no caption of their own (a.jpg, b.png), {alone}; {todo}"]
     (note,) = scanned(photos, trigger="zorb").notes  # a trigger in front of nothing is no caption
-    assert "2 of 3 pictures have no caption of their own" in note and "trained on 'zorb' alone" in note
+    assert "2 of 3 images have no caption of their own" in note and "trained on 'zorb' alone" in note
     (note,) = scanned(photos, trigger="zorb", caption_ext=".caption").notes
-    assert "3 of 3 pictures" in note and "2 have a .txt beside them" in note
+    assert "3 of 3 images" in note and "2 have a .txt beside them" in note
     assert scanned(photos, default_caption="a thing").notes == []
     for name in ("d.png", "e.png"):
-        picture(photos / name, (9, 9, ord(name[0])))
-    assert "4 of 5 pictures have no caption of their own (a.jpg, b.png, d.png, ...)" in scanned(photos).notes[0]
+        image(photos / name, (9, 9, ord(name[0])))
+    assert "4 of 5 images have no caption of their own (a.jpg, b.png, d.png, ...)" in scanned(photos).notes[0]
 
 
 def test_a_caption_beyond_what_the_model_reads_is_said(photos: Path):
@@ -326,8 +324,8 @@ def test_a_caption_beyond_what_the_model_reads_is_said(photos: Path):
     assert note.startswith(f"{photos / 'b.png'}: its caption has 520 words and signs, and the model reads 512 tokens")
 
 
-def test_captions_and_pictures_that_are_not_used_are_said(photos: Path):
-    """21. A caption named .TXT and a picture in a format that is not read are said, and not left out silently."""
+def test_captions_and_images_that_are_not_used_are_said(photos: Path):
+    """21. A caption named .TXT and an image in a format that is not read are said, and not left out silently."""
     (photos / "b.txt").rename(photos / "b.TXT")
     (photos / "x.gif").write_bytes(b"GIF89a")
     (photos / "y.heic").write_bytes(b"")
@@ -338,27 +336,27 @@ def test_captions_and_pictures_that_are_not_used_are_said(photos: Path):
     assert len(notes) == 3
 
 
-def test_two_pictures_of_one_name_without_a_caption_are_two_pictures(tmp_path: Path):
-    """21. a.jpg and a.png without a caption between them are two pictures."""
-    picture(tmp_path / "a.png", (1, 1, 1))
-    picture(tmp_path / "a.jpg", (2, 2, 2))
+def test_two_images_of_one_name_without_a_caption_are_two_images(tmp_path: Path):
+    """21. a.jpg and a.png without a caption between them are two images."""
+    image(tmp_path / "a.png", (1, 1, 1))
+    image(tmp_path / "a.jpg", (2, 2, 2))
     result = scanned(tmp_path, default_caption="x")
     assert (prompts(result), problems(result)) == ({"a.jpg": "x", "a.png": "x"}, [])
 
 
 def test_a_caption_with_another_spelling_of_the_same_letters_is_said(tmp_path: Path):
-    """21. A caption whose accents are stored another way than its picture's (as macOS does) is said to be alone."""
+    """21. A caption whose accents are stored another way than its image's (as macOS does) is said to be alone."""
     name = "caf\u00e9"
     assert unicodedata.normalize("NFD", name) != name
-    picture(tmp_path / f"{name}.png")
+    image(tmp_path / f"{name}.png")
     (tmp_path / f"{unicodedata.normalize('NFD', name)}.txt").write_text("a caption")
     if len(list(tmp_path.iterdir())) != 2 or (tmp_path / f"{name}.txt").exists():
         pytest.skip("this file system takes the two spellings for one")
     result = scanned(tmp_path)
     assert prompts(result) == {f"{name}.png": ""}
     alone, without = result.notes
-    assert alone.endswith(": a caption without a picture")
-    assert f"1 of 1 pictures have no caption of their own ({name}.png)" in without
+    assert alone.endswith(": a caption without an image")
+    assert f"1 of 1 images have no caption of their own ({name}.png)" in without
 
 
 def test_links_that_lead_nowhere_and_pipes_are_errors_and_never_hang(photos: Path):
@@ -367,7 +365,7 @@ def test_links_that_lead_nowhere_and_pipes_are_errors_and_never_hang(photos: Pat
     (photos / "gone.png").symlink_to(photos / "nothing.png")
     os.mkfifo(photos / "pipe.png")
     (photos / "c.txt").symlink_to(photos / "nothing.txt")
-    picture(photos / "c.png", (9, 9, 9))
+    image(photos / "c.png", (9, 9, 9))
     with socket.socket(socket.AF_UNIX) as server, contextlib.chdir(photos):  # a socket's path has to be short
         server.bind("sock.png")
         result = scanned(photos)
@@ -379,23 +377,23 @@ def test_links_that_lead_nowhere_and_pipes_are_errors_and_never_hang(photos: Pat
         "pipe.png",
         "sock.png",
     ]
-    assert len(result.pictures) == 4  # c.png is read; its caption is the error
+    assert len(result.images) == 4  # c.png is read; its caption is the error
 
 
 def test_hidden_files_are_left_alone_and_skipped_folders_are_said(photos: Path):
     """22. A linked folder, which could lead out of this one or round in circles, is not searched, and that is said."""
     for name in (".hidden.png", ".thumbs/t.png", "_rejected/r.png"):
-        picture(photos / name)
+        image(photos / name)
     (photos / "link").symlink_to(photos / "sub", target_is_directory=True)
     result = scanned(photos)
-    assert len(result.pictures) == 3
+    assert len(result.images) == 3
     why = "not searched (linked, or begins with _)"
     assert result.notes == [f"{photos / '_rejected'}: {why}", f"{photos / 'link'}: {why}"]
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
 def test_what_may_not_be_read_is_an_error(photos: Path):
-    """22. What may not be read is listed: a picture, a caption, a folder."""
+    """22. What may not be read is listed: an image, a caption, a folder."""
     (photos / "a.jpg").chmod(0)
     (photos / "b.txt").chmod(0)
     (photos / "sub").chmod(0)
@@ -417,32 +415,32 @@ def test_a_subfolder_that_cannot_be_listed_is_an_error(photos: Path, monkeypatch
 
     monkeypatch.setattr(os, "scandir", scandir)
     result = scanned(photos)
-    assert len(result.pictures) == 2
+    assert len(result.images) == 2
     assert problems(result) == [f"{photos / 'sub'}: cannot be read (Permission denied); check its permissions"]
 
 
 @pytest.mark.parametrize(("nth_read", "pictures"), [(2, 3), (5, 2)], ids=["caption", "picture"])
-def test_a_file_that_fails_to_be_read_is_listed(photos: Path, nth_read: int, pictures: int):
-    """22. A caption or picture that the disk does not give out is listed with the reason, and the others are read."""
+def test_a_file_that_fails_to_be_read_is_listed(photos: Path, nth_read: int, images: int):
+    """22. A caption or image that the disk does not give out is listed with the reason, and the others are read."""
     with fail_at("read", nth_read, PermissionError(13, "Permission denied")) as fault:
         found = scanned(photos)
     assert fault.fired == 1
-    assert len(found.pictures) == pictures
+    assert len(found.images) == images
     assert [one.split(": ", 1)[1] for one in problems(found)] == ["cannot be read (Permission denied); check the file"]
 
 
 def test_nothing_at_all_is_an_error(tmp_path: Path):
-    """23. A folder without pictures is refused, with the extensions that are looked for."""
+    """23. A folder without images is refused, with the extensions that are looked for."""
     (tmp_path / "a.txt").write_text("x")
     (found,) = problems(scanned(tmp_path))
-    assert found.startswith(f"data.0: {tmp_path}: holds no pictures; put pictures there (.bmp, .jpeg, .jpg, .png")
+    assert found.startswith(f"data.0: {tmp_path}: holds no images; put images there (.bmp, .jpeg, .jpg, .png")
 
 
-@pytest.mark.parametrize("sizes", [[(64, 64)], [(64, 64), (96, 64), (64, 64)]], ids=["one picture", "a size of one"])
-def test_fewer_pictures_than_a_batch_train_and_each_counts_once_an_epoch(make_config, tmp_path: Path, sizes):
-    """23. One picture, fewer than a batch or only one of its size: they train, each of them once an epoch."""
+@pytest.mark.parametrize("sizes", [[(64, 64)], [(64, 64), (96, 64), (64, 64)]], ids=["one image", "a size of one"])
+def test_fewer_images_than_a_batch_train_and_each_counts_once_an_epoch(make_config, tmp_path: Path, sizes):
+    """23. One image, fewer than a batch or only one of its size: they train, each of them once an epoch."""
     for number, size in enumerate(sizes):
-        picture(tmp_path / "photos" / f"{number}.png", (number, 0, 0), size)
+        image(tmp_path / "photos" / f"{number}.png", (number, 0, 0), size)
     data = [{"folder": str(tmp_path / "photos"), "resolution": [64], "default_caption": "x"}]
     per_epoch = len(set(sizes))  # a batch has one size
     config = make_config(data=data, train={"steps": 2 * per_epoch, "batch_size": 4})
@@ -474,11 +472,11 @@ class Reordered:
 
 
 def test_the_order_of_the_directory_changes_nothing(photos: Path, monkeypatch: pytest.MonkeyPatch):
-    """24. The order in which the file system lists pictures changes neither their order nor anything else."""
-    picture(photos / "sub" / "deep" / "d.png")
-    picture(photos / "sub2" / "e.png")
+    """24. The order in which the file system lists images changes neither their order nor anything else."""
+    image(photos / "sub" / "deep" / "d.png")
+    image(photos / "sub2" / "e.png")
     (photos / "broken.png").write_text("x")
-    (photos / "alone.txt").write_text("no picture")
+    (photos / "alone.txt").write_text("no image")
     (photos / "_left" / "x").mkdir(parents=True)
     real = os.scandir
     results, orders = [], []
@@ -493,7 +491,7 @@ def test_the_order_of_the_directory_changes_nothing(photos: Path, monkeypatch: p
 
             monkeypatch.setattr(os, "scandir", scandir)
             result = scanned(photos)
-            results.append((result.pictures, problems(result), sorted(result.notes)))
+            results.append((result.images, problems(result), sorted(result.notes)))
     assert all(one == results[0] for one in results) and len(results[0][0]) == 5
     assert len({tuple(order) for order in orders if "a.jpg" in order}) > 2, "the order was really changed"
 
@@ -505,9 +503,9 @@ from zimage_train.dataset.scan import fingerprint, scan
 from zimage_train.dataset.sample_order import items_of, make_plan
 values = {"name": "a", "data": [{"folder": "photos", "resolution": [64], "caption_dropout": 0.5}]}
 config = Config.model_validate(values)
-pictures = [scan(config.data[0], "data.0").pictures]
-plan = make_plan(config, items_of(config, pictures))
-print(fingerprint(pictures))
+images = [scan(config.data[0], "data.0").pictures]
+plan = make_plan(config, items_of(config, images))
+print(fingerprint(images))
 print([(sample.key(), sample.prompt) for step in range(1, 20) for batch in plan.step(step) for sample in batch])
 """
 
@@ -515,7 +513,7 @@ print([(sample.key(), sample.prompt) for step in range(1, 20) for batch in plan.
 def test_another_environment_makes_the_same_fingerprint_and_plan(photos: Path):
     """24. Another locale, time zone and hash seed change neither the dataset's fingerprint nor the training order."""
     (photos / "caf\u00e9.txt").write_text("caf\u00e9")
-    picture(photos / "caf\u00e9.png", (7, 7, 7))
+    image(photos / "caf\u00e9.png", (7, 7, 7))
     environments = ({"PYTHONHASHSEED": "1"}, {"PYTHONHASHSEED": "2", "LC_ALL": "C", "TZ": "Asia/Tokyo"})
     found = [
         subprocess.run(
@@ -532,15 +530,15 @@ def test_another_environment_makes_the_same_fingerprint_and_plan(photos: Path):
 
 
 def swap(path: Path) -> None:
-    path.write_bytes((mini.PICTURES / "zorb_07.png").read_bytes())
+    path.write_bytes((mini.IMAGES / "zorb_07.png").read_bytes())
 
 
 @pytest.mark.parametrize(
     ("change", "what"), [(swap, "changed while this command ran"), (Path.unlink, "cannot be read any")]
 )
-def test_a_picture_that_changes_while_the_command_runs_is_named(make_config, tmp_path, monkeypatch, change, what: str):
-    """25. A picture that is replaced or deleted between the check and its encoding is named, and the run ends."""
-    picture(tmp_path / "photos" / "a.png")
+def test_a_image_that_changes_while_the_command_runs_is_named(make_config, tmp_path, monkeypatch, change, what: str):
+    """25. An image that is replaced or deleted between the check and its encoding is named, and the run ends."""
+    image(tmp_path / "photos" / "a.png")
     data = [{"folder": str(tmp_path / "photos"), "resolution": [64], "default_caption": "x"}]
     config = make_config(data=data, cache={"folder": str(tmp_path / "cache")})
     original, changed = encoding.image_encoder, []
@@ -556,12 +554,12 @@ def test_a_picture_that_changes_while_the_command_runs_is_named(make_config, tmp
 
 
 def test_all_faults_are_reported_at_once(photos: Path):
-    """26. A cut-off picture, a bad caption, a shared caption and a web page in one folder: all are listed at once."""
+    """26. A cut-off image, a bad caption, a shared caption and a web page in one folder: all are listed at once."""
     content = (photos / "b.png").read_bytes()
     (photos / "b.png").write_bytes(content[: len(content) // 2])
     (photos / "a.txt").write_bytes("é".encode("latin-1"))
-    picture(photos / "twin.png", (1, 1, 1))
-    picture(photos / "twin.jpg", (2, 2, 2))
+    image(photos / "twin.png", (1, 1, 1))
+    image(photos / "twin.jpg", (2, 2, 2))
     (photos / "twin.txt").write_text("whose?")
     (photos / "page.png").write_text("<html>")
     (photos / "alone.txt").write_text("x")
@@ -570,10 +568,10 @@ def test_all_faults_are_reported_at_once(photos: Path):
     assert len(found) == 4
     assert sum("b.png: damaged or cut off" in one for one in found) == 1
     assert f"{photos / 'a.txt'}: is not UTF-8 (byte 0); save it as UTF-8" in found
-    assert f"{photos / 'twin.txt'}: belongs to several pictures (twin.jpg, twin.png); rename all but one" in found
+    assert f"{photos / 'twin.txt'}: belongs to several images (twin.jpg, twin.png); rename all but one" in found
     assert sum("page.png: a web page" in one for one in found) == 1
     assert all(error.exit_code == 3 for error in result.errors)
-    assert result.notes[0] == f"{photos / 'alone.txt'}: a caption without a picture"
+    assert result.notes[0] == f"{photos / 'alone.txt'}: a caption without an image"
 
 
 def test_killed_while_caching_the_next_start_encodes_what_is_missing_and_nothing_else(
@@ -581,13 +579,13 @@ def test_killed_while_caching_the_next_start_encodes_what_is_missing_and_nothing
 ):
     """29. Killed while it fills the cache, the program encodes at its next start what is missing, and nothing else."""
     config = make_config(cache={"folder": str(tmp_path / "cache")})
-    original, encoded_pictures = encoding.image_encoder, []
+    original, encoded_images = encoding.image_encoder, []
 
     def encoder(*args):
         encode = original(*args)
 
         def encode_and_count(images: list[Image.Image]):
-            encoded_pictures.extend(images)
+            encoded_images.extend(images)
             return encode(images)
 
         return encode_and_count
@@ -597,7 +595,7 @@ def test_killed_while_caching_the_next_start_encodes_what_is_missing_and_nothing
     write, faults = TensorCache.write, []
 
     def write_at_most_four(self, *entry) -> None:
-        if len(encoded_pictures) < 5:
+        if len(encoded_images) < 5:
             return write(self, *entry)
         with fail_at("replace", 1, Crash()) as fault:
             faults.append(fault)
@@ -611,6 +609,6 @@ def test_killed_while_caching_the_next_start_encodes_what_is_missing_and_nothing
     assert len(entries) == 4
     before = {path: path.read_bytes() for path in entries}
     fill_run_caches(config)
-    assert len(encoded_pictures) == 16 + 1, "the one that was not written yet is encoded twice"
+    assert len(encoded_images) == 16 + 1, "the one that was not written yet is encoded twice"
     assert {path: path.read_bytes() for path in entries} == before
     assert not list((tmp_path / "cache").rglob("*.tmp"))

@@ -216,8 +216,8 @@ def test_a_preview_that_runs_out_of_memory_costs_no_step(make_config, monkeypatc
 
 
 def test_accumulation_changes_the_order_of_sums_and_nothing_else(make_config, tmp_path: Path):
-    """54. A batch of 4, 2 passes of 2 and 4 of 1 train alike, and a picture's noise is the same in all of them."""
-    for path in mini.PICTURES.glob("zorb_0[1-4].*"):
+    """54. A batch of 4, 2 passes of 2 and 4 of 1 train alike, and an image's noise is the same in all of them."""
+    for path in mini.IMAGES.glob("zorb_0[1-4].*"):
         if path.suffix != ".txt":
             with Image.open(path) as image:
                 image.resize((64, 64)).save(tmp_path / f"{path.stem}.png")

@@ -253,7 +253,7 @@ def test_a_long_name_with_spaces_and_letters_of_any_script_works(make_config, tm
 def test_the_written_config_means_the_same_in_another_folder(make_config, tmp_path: Path, monkeypatch):
     """59. Relative paths mean the folder they were given in: the written config means the same from anywhere."""
     values = {"folder": "pictures", "resolution": [64], "trigger": "zorb"}
-    shutil.copytree(mini.PICTURES, tmp_path / "here" / "pictures")
+    shutil.copytree(mini.IMAGES, tmp_path / "here" / "pictures")
     shutil.copytree(mini.TURBO, tmp_path / "here" / "model")
     monkeypatch.chdir(tmp_path / "here")
     config = make_config(output_dir="out", data=[values], model={"path": "model"}, train={"steps": 1})
@@ -301,7 +301,7 @@ def test_a_disk_that_is_too_small_for_the_caches_is_refused_before_anything_is_e
     asked: list[tuple[Path, int]] = []
 
     def full(folder: Path, needed_bytes: int, what: str) -> None:
-        if what == "cached pictures":
+        if what == "cached images":
             asked.append((folder, needed_bytes))
             raise DiskError(Problem(str(folder), "full"))
 
@@ -310,7 +310,7 @@ def test_a_disk_that_is_too_small_for_the_caches_is_refused_before_anything_is_e
     config = make_config(cache={"folder": str(tmp_path / "new")})
     with pytest.raises(DiskError):
         run_training(config, fresh=False)
-    sizes = {(item.picture.path, item.size) for item in preflight.check_run(config).items}
+    sizes = {(item.image.path, item.size) for item in preflight.check_run(config).items}
     latents = sum(4 * 16 * (size.width // 8) * (size.height // 8) for _, size in sizes)
     assert asked == [(tmp_path / "new", latents)]
 

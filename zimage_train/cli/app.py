@@ -95,16 +95,16 @@ def check(
     config: ConfigPath,
     set_: Overrides = None,
     quarantine: Annotated[
-        bool, typer.Option("--quarantine", help="Move bad pictures to _rejected, with the reason beside each.")
+        bool, typer.Option("--quarantine", help="Move bad images to _rejected, with the reason beside each.")
     ] = False,
     gpu: Annotated[
         str | None, typer.Option("--gpu", help="Plan for this card (4090, a5000, h100, ...), not the one here.")
     ] = None,
     price: Annotated[str | None, typer.Option("--price", help="Of an hour (0.69/h), or a file of prices.")] = None,
 ) -> None:
-    """Check config, pictures, captions, weights and disk, and show what a run would do and take.
+    """Check config, images, captions, weights and disk, and show what a run would do and take.
 
-    Writes nothing but, into the cache folder, what it saw of each picture, so that the next time takes seconds.
+    Writes nothing but, into the cache folder, what it saw of each image, so that the next time takes seconds.
     """
     settings = _read(config, set_)
     from zimage_train.commands.check import check_report, parse_price
@@ -124,7 +124,7 @@ def check(
 
 @app.command()
 def cache(config: ConfigPath, set_: Overrides = None) -> None:
-    """Encode pictures and captions into the caches, and do nothing else."""
+    """Encode images and captions into the caches, and do nothing else."""
     settings = _read(config, set_)
     from zimage_train.commands.train import fill_run_caches
 
@@ -135,7 +135,7 @@ def cache(config: ConfigPath, set_: Overrides = None) -> None:
 def timesteps(
     config: ConfigPath,
     set_: Overrides = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of a picture.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of an image.")] = False,
 ) -> None:
     """Show the sigma density and the loss weights that a config trains on."""
     settings = _read(config, set_)

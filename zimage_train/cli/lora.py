@@ -35,7 +35,7 @@ Scale = Annotated[
     ),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the factor of every module, and write nothing.")]
-Picture = Annotated[Path | None, typer.Option("--picture", help="Also draw a heat map into this PNG.")]
+Image = Annotated[Path | None, typer.Option("--picture", help="Also draw a heat map into this PNG.")]
 Energy = Annotated[
     float | None,
     typer.Option(
@@ -67,23 +67,23 @@ def verify(
 
 
 @lora_commands.command()
-def inspect(file: LoraPath, picture: Picture = None) -> None:
+def inspect(file: LoraPath, image: Image = None) -> None:
     """Show layout, rank, alpha, modules, how much each of them changes, and metadata."""
     from zimage_train.commands import lora
 
-    print_lines(lora.inspect_file(file, picture))
+    print_lines(lora.inspect_file(file, image))
 
 
 @lora_commands.command()
 def diff(
     file: LoraPath,
     other: Annotated[Path, typer.Argument(metavar="OTHER", help="Another one.", show_default=False)],
-    picture: Picture = None,
+    image: Image = None,
 ) -> None:
     """Compare what two LoRAs change: how far apart they are, and whether in the same direction."""
     from zimage_train.commands import lora
 
-    print_lines(lora.diff_files(file, other, picture))
+    print_lines(lora.diff_files(file, other, image))
 
 
 @lora_commands.command()

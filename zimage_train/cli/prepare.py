@@ -1,4 +1,4 @@
-"""The commands before a training: look at pictures, describe them, fetch models, examine the machine."""
+"""The commands before a training: look at images, describe them, fetch models, examine the machine."""
 
 import re
 import sys
@@ -20,7 +20,7 @@ start_commands = typer.Typer(rich_markup_mode=None)
 CAPTIONER = "Qwen/Qwen3-VL-4B-Instruct"
 
 JobPath = Annotated[Path, typer.Argument(metavar="JOB", help="The YAML or JSON file.", show_default=False)]
-FolderPath = Annotated[Path, typer.Argument(metavar="FOLDER", help="The pictures.", show_default=False)]
+FolderPath = Annotated[Path, typer.Argument(metavar="FOLDER", help="The images.", show_default=False)]
 
 
 @start_commands.command()
@@ -46,7 +46,7 @@ def init(
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Write over a config that is there.")] = False,
 ) -> None:
-    """Look at a folder of pictures, and write a config for it with the reasons beside each setting."""
+    """Look at a folder of images, and write a config for it with the reasons beside each setting."""
     problems = [
         Problem(option, f"is {value!r}", f"give one of {', '.join(known)}")
         for option, value, known in (("--kind", kind, SUBJECT_KINDS), ("--variant", variant, MODEL_TEMPLATES))
@@ -119,7 +119,7 @@ def caption(
     extension: Annotated[str, typer.Option("--extension", help="Of the caption files.")] = ".txt",
     force: Annotated[bool, typer.Option("--force", help="Write over captions that are there.")] = False,
 ) -> None:
-    """Describe every picture that has no caption, with a model on this machine; the same command goes on."""
+    """Describe every image that has no caption, with a model on this machine; the same command goes on."""
     problems = [
         Problem(option, f"is {value!r}", f"give one of {', '.join(known)}")
         for option, value, known in (("--kind", kind, SUBJECT_KINDS), ("--style", style, CAPTION_STYLES))

@@ -1,4 +1,4 @@
-"""The commands that draw pictures: `zimage-train sample`, `compare` and `drift`."""
+"""The commands that draw images: `zimage-train sample`, `compare` and `drift`."""
 
 from pathlib import Path
 from typing import Annotated
@@ -63,19 +63,19 @@ def sample(
         float | None,
         typer.Option("--budget-gb", min=0.01, help="Stay within so many GB. Default: the card's.", show_default=False),
     ] = None,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the pictures.")] = Path("samples"),
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the images.")] = Path("samples"),
 ) -> None:
-    """Sample pictures with any number of LoRAs; each LoRA must match in full.
+    """Sample images with any number of LoRAs; each LoRA must match in full.
 
-    Without --batch each picture is the one that a training preview or a stock pipeline draws, to the bit on a CPU.
+    Without --batch each image is the one that a training preview or a stock pipeline draws, to the bit on a CPU.
     """
     problems = _size_problems(width, height)
     told = [name for name, one in (("--prompt", prompt), ("--prompts", prompts), ("--from", from_)) if one]
     if not told or (from_ and len(told) > 1):
         what = "is given beside --from" if told else "is missing"
-        problems.append(Problem("--prompt", what, "give prompts, or pictures to draw again with --from"))
+        problems.append(Problem("--prompt", what, "give prompts, or images to draw again with --from"))
     if from_ and count > 1:
-        problems.append(Problem("--count", "is given beside --from", "a picture is drawn again once"))
+        problems.append(Problem("--count", "is given beside --from", "an image is drawn again once"))
     settings = _models([model], "MODEL", variant, extras, dtype, problems)[0]
     from zimage_train.commands import lora_args
     from zimage_train.commands.sample import (
@@ -129,11 +129,11 @@ def compare(
     variant: Variant = "turbo",
     extras: Extras = None,
     dtype: Dtype = "bf16",
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for grid, page, pictures.")] = Path("compare"),
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for grid, page, images.")] = Path("compare"),
 ) -> None:
     """Put runs or LoRAs side by side: one labelled grid, and one page with a slider and zoom.
 
-    Runs alone are compared by the previews that they have. With --prompt, or with a LoRA file, pictures are drawn: a
+    Runs alone are compared by the previews that they have. With --prompt, or with a LoRA file, images are drawn: a
     run then stands for its LoRA.
     """
     drawing = {"--strength": strength, "--sampling": sampling, "--model": model, "--negative": negative, "--seed": seed}
@@ -148,7 +148,7 @@ def compare(
         return
     problems = _size_problems(width, height)
     if not prompt:
-        why = "LoRA files have no pictures to compare" if has_files else f"{given[0]} is for drawing"
+        why = "LoRA files have no images to compare" if has_files else f"{given[0]} is for drawing"
         problems.append(Problem("--prompt", f"is missing, and {why}", "say what to draw, or give run folders alone"))
     models = _models(model or ["turbo"], "--model", variant, extras, dtype, problems)
     from zimage_train.commands import draw
@@ -173,11 +173,11 @@ def drift(
     height: Height = None,
     extras: Extras = None,
     dtype: Dtype = "bf16",
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for grid, page, pictures.")] = Path("drift"),
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for grid, page, images.")] = Path("drift"),
 ) -> None:
-    """Tell whether a LoRA leaves Turbo its 8 steps: its velocity on Turbo's own way, and pictures at 8 and 30 steps.
+    """Tell whether a LoRA leaves Turbo its 8 steps: its velocity on Turbo's own way, and images at 8 and 30 steps.
 
-    Needs no pictures to hold them against. Prompts should have nothing to do with what the LoRA was trained for.
+    Needs no images to hold them against. Prompts should have nothing to do with what the LoRA was trained for.
     """
     problems = _size_problems(width, height)
     if model in VARIANTS and model != "turbo":
@@ -188,9 +188,7 @@ def drift(
 
     asked = sample.SamplingOptions(None, seed, width, height, None, None)
     wishes = [*map(sample.PromptSpec, prompt or []), *(read_prompt_file(prompts) if prompts else [])]
-    print_lines(
-        drift_report(settings, [lora_args.parse_weighted_lora(text) for text in lora], wishes, asked, output)
-    )
+    print_lines(drift_report(settings, [lora_args.parse_weighted_lora(text) for text in lora], wishes, asked, output))
 
 
 def _size_problems(width: int | None, height: int | None) -> list[Problem]:

@@ -1,4 +1,4 @@
-"""The `caption` command: a text beside each picture that has none, by a vision-language model on this machine."""
+"""The `caption` command: a text beside each image that has none, by a vision-language model on this machine."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,10 +37,10 @@ class CaptionOptions:
 
 
 def caption_folder(folder: Path, wanted: CaptionOptions, console: Console) -> list[str]:
-    """Describe every picture of `folder` that has no caption, and write each text as soon as it is there.
+    """Describe every image of `folder` that has no caption, and write each text as soon as it is there.
 
     Raises:
-        DataError: pictures that cannot be read or described; the others have their captions by then.
+        DataError: images that cannot be read or described; the others have their captions by then.
         WeightsError, ConfigError: the model cannot be had, or does not fit.
     """
     with console.live_progress():
@@ -48,10 +48,10 @@ def caption_folder(folder: Path, wanted: CaptionOptions, console: Console) -> li
         entry = DataEntry(folder=str(folder), caption_ext=wanted.extension, trigger=wanted.trigger or "any")
         scan = scan_entry(entry, "data.0", tick=console.progress)
     errors = list(scan.errors)
-    todo = _to_caption(scan.pictures, wanted, errors)
-    kept = sum(bool(picture.raw_captions) for picture in scan.pictures)
+    todo = _to_caption(scan.images, wanted, errors)
+    kept = sum(bool(image.raw_captions) for image in scan.images)
     if kept and not wanted.force:
-        console.info(f"{kept} of {len(scan.pictures)} pictures have a caption, which stays; --force writes over it")
+        console.info(f"{kept} of {len(scan.images)} images have a caption, which stays; --force writes over it")
     written = _write(todo, wanted, console, errors) if todo else 0
     if errors:
         console.info(f"{written} captions written")
@@ -60,17 +60,17 @@ def caption_folder(folder: Path, wanted: CaptionOptions, console: Console) -> li
 
 
 def _to_caption(
-    pictures: list[ImageRecord], wanted: CaptionOptions, errors: list[ZImageTrainError]
+    images: list[ImageRecord], wanted: CaptionOptions, errors: list[ZImageTrainError]
 ) -> list[tuple[Path, Path]]:
-    """(Picture, its caption file) of those that get one."""
+    """(Image, its caption file) of those that get one."""
     by_file: dict[Path, list[ImageRecord]] = {}
-    for picture in pictures:
-        by_file.setdefault(picture.path.with_name(picture.path.stem + wanted.extension), []).append(picture)
+    for image in images:
+        by_file.setdefault(image.path.with_name(image.path.stem + wanted.extension), []).append(image)
     todo = []
     for file, sharing in by_file.items():
         if len(sharing) > 1:
-            names = ", ".join(picture.path.name for picture in sharing)
-            errors.append(DataError(Problem(str(file), f"would belong to several pictures ({names})", "rename them")))
+            names = ", ".join(image.path.name for image in sharing)
+            errors.append(DataError(Problem(str(file), f"would belong to several images ({names})", "rename them")))
         elif wanted.force or not _holds_something(file):
             todo.append((sharing[0].path, file))
     return todo
@@ -89,16 +89,16 @@ def _write(
     asked = wanted.instruction or caption_prompts.caption_instruction(wanted.style, wanted.kind, wanted.trigger)
     written = 0
     with devices.explained_out_of_memory(SMALLER), console.live_progress():
-        for number, (picture, file) in enumerate(todo, 1):
-            text = _described(model, asked, picture, wanted)
+        for number, (image, file) in enumerate(todo, 1):
+            text = _described(model, asked, image, wanted)
             if text:
                 atomic.write_text(file, text + "\n")
-                console.info(f"{picture.name}: {text}")
+                console.info(f"{image.name}: {text}")
                 written += 1
             else:
                 what, advice = "the model says nothing of it", "write its caption, or give another --model"
-                errors.append(DataError(Problem(str(picture), what, advice)))
-            console.progress("captions", number, len(todo), picture.name)
+                errors.append(DataError(Problem(str(image), what, advice)))
+            console.progress("captions", number, len(todo), image.name)
     return written
 
 

@@ -72,25 +72,25 @@ def parse_price(text: str) -> float | Prices:
 
 
 def _table(checked: RunSpec) -> list[str]:
-    by_picture: dict[tuple[int, Path], list[TrainItem]] = {}
+    by_image: dict[tuple[int, Path], list[TrainItem]] = {}
     for item in checked.items:
         if item.repeat == 0 and not item.flip:
-            by_picture.setdefault((item.entry, item.picture.path), []).append(item)
-    lines = [_row(items) for items in by_picture.values()]
-    total = sum(len(found) for found in checked.pictures)
+            by_image.setdefault((item.entry, item.image.path), []).append(item)
+    lines = [_row(items) for items in by_image.values()]
+    total = sum(len(found) for found in checked.images)
     return [f"{total} pictures", *lines]
 
 
 def _row(items: list[TrainItem]) -> str:
-    picture = items[0].picture
-    repeats, others = picture.repeats, len(picture.prompts) - 1
+    image = items[0].image
+    repeats, others = image.repeats, len(image.prompts) - 1
     sizes = ", ".join(
-        f"{size.width}x{size.height} (scale {max(size.width / picture.width, size.height / picture.height):.2f}, "
-        f"crop {crop_percent(picture.width, picture.height, size):.0f} %)"
+        f"{size.width}x{size.height} (scale {max(size.width / image.width, size.height / image.height):.2f}, "
+        f"crop {crop_percent(image.width, image.height, size):.0f} %)"
         for size in (item.size for item in items)
     )
     times = f"  x{repeats}" if repeats > 1 else ""
     more = f" and {others} more" if others else ""
-    mask = "  masked" if picture.mask else ""
-    size = f"{picture.width}x{picture.height}"
-    return f"  {picture.path.name}: {size} -> {sizes}{times}{mask}  {picture.prompts[0]!r}{more}"
+    mask = "  masked" if image.mask else ""
+    size = f"{image.width}x{image.height}"
+    return f"  {image.path.name}: {size} -> {sizes}{times}{mask}  {image.prompts[0]!r}{more}"

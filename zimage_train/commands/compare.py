@@ -133,7 +133,7 @@ def of_runs(runs: Sequence[FinishedRun], by: str | None = None) -> Comparison:
 
     Raises:
         DataError: there is nothing to compare.
-        ConfigError: the pictures do not differ in what `by` names.
+        ConfigError: the images do not differ in what `by` names.
     """
     drawn = [run.drawn() for run in runs]
     empty = [run for run, found in zip(runs, drawn, strict=True) if not found]
@@ -178,7 +178,7 @@ def _shots(
 
 
 def _rows(columns: str, shots: list[ComparisonImage], settings: list[str]) -> list[str]:
-    """The axes that tell pictures of one column apart: runs by their settings where columns are a setting."""
+    """The axes that tell images of one column apart: runs by their settings where columns are a setting."""
     others = [axis for axis in settings if axis != columns] if columns in settings else [RUN] if columns != RUN else []
     rows = [axis for axis in (PROMPT, *others, MODEL) if axis in shots[0].values and axis != columns]
     places = {(shot.values[STEP], shot.values[columns], *(shot.values[axis] for axis in rows)) for shot in shots}

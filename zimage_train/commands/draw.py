@@ -24,7 +24,7 @@ from zimage_train.models.arch import TransformerShape
 from zimage_train.models.locate import ModelPaths
 from zimage_train.planning import devices
 from zimage_train.report import comparison, preview_images
-from zimage_train.report.comparison import MODEL, PICTURES, PROMPT, SAMPLING, Comparison, ComparisonImage, Subject
+from zimage_train.report.comparison import IMAGES, MODEL, PROMPT, SAMPLING, Comparison, ComparisonImage, Subject
 from zimage_train.report.console import Console
 from zimage_train.training.run_dir import RunDir
 
@@ -74,7 +74,7 @@ class GridSpec:
 
 @dataclass(frozen=True)
 class DrawnImage:
-    """A picture that was drawn, and by what."""
+    """An image that was drawn, and by what."""
 
     path: Path
     recipe: SamplingRequest
@@ -160,7 +160,7 @@ def draw_grid(wanted: GridSpec, by: str | None, output: Path) -> list[str]:
 
 
 def _draw_all(wanted: GridSpec, output: Path, console: Console) -> list[DrawnImage]:
-    """Every picture, model by model; all LoRAs are held against all models before the first of them is loaded."""
+    """Every image, model by model; all LoRAs are held against all models before the first of them is loaded."""
     errors: list[ZImageTrainError] = []
     ready: list[tuple[ModelSettings, ModelPaths, TransformerShape]] = []
     for model in wanted.models:
@@ -181,7 +181,7 @@ def _draw_all(wanted: GridSpec, output: Path, console: Console) -> list[DrawnIma
         for applied in wanted.applied:
             what = f"{applied.path.stem}-{applied.weight:g}" if applied else NO_LORA
             for recipe, image in _images(loaded, wanted.recipes(model), applied, loras, f"{name}, {what}", console):
-                path = output / PICTURES / f"{len(drawn):03d}-{comparison.slug(what)}.png"
+                path = output / IMAGES / f"{len(drawn):03d}-{comparison.slug(what)}.png"
                 preview_images.save_preview(path, image, recipe, sample.drawn_by(model, [applied] if applied else []))
                 drawn.append(DrawnImage(path, recipe, name, applied))
         del loaded  # before the next one comes
@@ -230,7 +230,7 @@ def _compared(wanted: GridSpec, drawn: Sequence[DrawnImage], columns: str) -> Co
 
 
 def _places(one: DrawnImage, columns: str, wanted: GridSpec, names: list[str]) -> list[dict[str, str]]:
-    """Where a picture stands for others: the bare model is every LoRA at strength 0, and a column beside each."""
+    """Where an image stands for others: the bare model is every LoRA at strength 0, and a column beside each."""
     if one.applied is None and columns == STRENGTH:
         return [{LORA: name} for name in names]
     strengths = [f"{strength:g}" for strength in wanted.strengths if strength != 0]

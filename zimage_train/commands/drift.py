@@ -17,7 +17,7 @@ from zimage_train.io import atomic
 from zimage_train.lora import arithmetic, swap
 from zimage_train.planning import devices
 from zimage_train.report import comparison, preview_images, preview_shift
-from zimage_train.report.comparison import MODEL, PICTURES, PROMPT, SAMPLING, Comparison, ComparisonImage, Subject
+from zimage_train.report.comparison import IMAGES, MODEL, PROMPT, SAMPLING, Comparison, ComparisonImage, Subject
 from zimage_train.report.console import Console
 
 SLOW_STEPS, SLOW_GUIDANCE = 30, 1.0
@@ -74,7 +74,7 @@ class DriftReport:
         if self.deviation < KEPT:
             return "the LoRA leaves Turbo its 8 steps"
         if self.deviation < LOST:
-            return "the LoRA takes something from Turbo's 8 steps: look at the pictures"
+            return "the LoRA takes something from Turbo's 8 steps: look at the images"
         return "the LoRA has drifted: Turbo's 8 steps are lost in part; see docs/choosing.md for what puts them back"
 
     def lines(self) -> list[str]:
@@ -102,7 +102,7 @@ def drift_report(
     """
     atomic.require_writable_folder(output)
     recipes = sample.requests_for(asked, model, wishes or [PromptSpec(prompt) for prompt in NEUTRAL])
-    turbo = VARIANTS["turbo"]  # what a line of --prompts says of how it is drawn is for other pictures than these
+    turbo = VARIANTS["turbo"]  # what a line of --prompts says of how it is drawn is for other images than these
     fast = [
         replace(recipe, steps=turbo.steps, guidance=turbo.guidance, shift=turbo.shift, negative="")
         for recipe in recipes
@@ -161,7 +161,7 @@ def _drawn(
     images = loaded.draw(recipes, lambda done, total: out.progress(f"drawing {who}", done, total))
     shots: list[ComparisonImage] = []
     for number, (image, recipe) in enumerate(zip(images, recipes, strict=True)):
-        path = output / PICTURES / f"{comparison.slug(who)}-{number:02d}.png"
+        path = output / IMAGES / f"{comparison.slug(who)}-{number:02d}.png"
         preview_images.save_preview(path, image, recipe, drawn_by)
         values = {MODEL: who, SAMPLING: comparison.sampled(recipe), PROMPT: recipe.prompt or comparison.EMPTY}
         shots.append(ComparisonImage(path, recipe, values))

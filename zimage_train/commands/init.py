@@ -1,4 +1,4 @@
-"""The `init` command: a folder of pictures to a config with its reasons (torch-free)."""
+"""The `init` command: a folder of images to a config with its reasons (torch-free)."""
 
 import re
 import shlex
@@ -21,7 +21,7 @@ from zimage_train.planning import forecast, gpus, preflight
 
 RESOLUTIONS = (512, 768, 1024)
 FILLS = 0.9
-"""A picture counts for a resolution if it has this much of its area."""
+"""An image counts for a resolution if it has this much of its area."""
 WORTH_SAYING = ("memory on", "  at the most", "  this does not fit", "time on")
 """Of a forecast: `check` says the rest."""
 FEW, FEW_STEPS, STEPS, MINIATURE_STEPS = 10, 1800, 3000, 300
@@ -34,27 +34,27 @@ TAGS_HAVE = 6
 
 @dataclass(frozen=True)
 class FolderSummary:
-    """What is in a folder of pictures."""
+    """What is in a folder of images."""
 
     folder: str
-    pictures: list[ImageRecord]
+    images: list[ImageRecord]
     captions: list[str]
-    """Own ones, in the order of the pictures."""
+    """Own ones, in the order of the images."""
     notes: list[str]
     problems: list[Problem]
     kohya: tuple[str, ...] = ()
-    """What subfolders of kohya's layout call the pictures."""
+    """What subfolders of kohya's layout call the images."""
     mask: str | None = None
     """A folder of masks among them."""
 
     @property
     def areas(self) -> list[int]:
-        return sorted(picture.width * picture.height for picture in self.pictures)
+        return sorted(image.width * image.height for image in self.images)
 
 
 @dataclass(frozen=True)
 class Answers:
-    """What the pictures do not say."""
+    """What the images do not say."""
 
     kind: str
     variant: str
@@ -64,7 +64,7 @@ class Answers:
 
 
 def summarize_folder(folder: Path, tick: Tick) -> FolderSummary:
-    """Look at every picture and caption of `folder`.
+    """Look at every image and caption of `folder`.
 
     Raises:
         DataError: there is no such folder, or nothing in it can be used.
@@ -72,18 +72,18 @@ def summarize_folder(folder: Path, tick: Tick) -> FolderSummary:
     mask = _mask_folder(folder)
     # Placeholders in captions stand for a trigger that is yet to be chosen.
     scan = scan_entry(DataEntry(folder=str(folder), trigger="any", mask=mask), "FOLDER", tick=tick)
-    if not scan.pictures:
+    if not scan.images:
         raise_all(scan.errors)
     problems = [problem for error in scan.errors for problem in error.problems]
-    own = [picture.raw_captions[0] for picture in scan.pictures if picture.raw_captions]
-    kohya = kohya_names([picture.path for picture in scan.pictures], folder)
+    own = [image.raw_captions[0] for image in scan.images if image.raw_captions]
+    kohya = kohya_names([image.path for image in scan.images], folder)
     unsaid = ("no caption of their own", *(["by_folder"] if kohya else []))
     notes = [note for note in scan.notes if not any(text in note for text in unsaid)]
-    return FolderSummary(str(folder), scan.pictures, own, notes, problems, tuple(kohya), mask)
+    return FolderSummary(str(folder), scan.images, own, notes, problems, tuple(kohya), mask)
 
 
 def _mask_folder(folder: Path) -> str | None:
-    """A subfolder called masks with files under the names of pictures beside it."""
+    """A subfolder called masks with files under the names of images beside it."""
     if not folder.is_dir():
         return None
     stems = {path.stem for path in folder.iterdir() if path.suffix.lower() in EXTENSIONS}
@@ -96,22 +96,22 @@ def _mask_folder(folder: Path) -> str | None:
 
 def describe_folder(seen: FolderSummary) -> list[str]:
     """What was seen, for people."""
-    pictures, areas = seen.pictures, seen.areas
+    images, areas = seen.images, seen.areas
     sides = [round(area**0.5) for area in (areas[0], areas[len(areas) // 2], areas[-1])]
     sizes = f"of {sides[0]} px" if sides[0] == sides[2] else f"of {sides[0]} to {sides[2]} px, half {sides[1]} or more"
-    shapes = Counter(_shape(picture) for picture in pictures)
-    with_captions = f"{len(seen.captions)} of {len(pictures)} have captions"
+    shapes = Counter(_shape(image) for image in images)
+    with_captions = f"{len(seen.captions)} of {len(images)} have captions"
     if seen.captions:
         with_captions += f" ({'tags' if are_tags(seen.captions) else 'sentences'}, {_words(seen.captions)} words each)"
     lines = [
-        f"{seen.folder}: {len(pictures)} picture{'s' * (len(pictures) > 1)}; {with_captions}",
+        f"{seen.folder}: {len(images)} picture{'s' * (len(images) > 1)}; {with_captions}",
         f"as large as squares {sizes}",
         f"shapes: {', '.join(f'{count} {name}' for name, count in shapes.most_common())}",
     ]
     if seen.kohya:
-        lines.append("subfolders of kohya's layout: they say how often their pictures are seen")
+        lines.append("subfolders of kohya's layout: they say how often their images are seen")
     if seen.mask:
-        lines.append(f"{sum(one.mask is not None for one in pictures)} have masks, in {seen.mask}")
+        lines.append(f"{sum(one.mask is not None for one in images)} have masks, in {seen.mask}")
     lines += [f"note: {note}" for note in seen.notes[:MOST_NOTES]]
     if (more := len(seen.notes) - MOST_NOTES) > 0:
         lines.append(f"note: and {more} more, which check lists")
@@ -119,20 +119,20 @@ def describe_folder(seen: FolderSummary) -> list[str]:
 
 
 def advise_for(seen: FolderSummary, kind: str, is_miniature: bool = False) -> list[str]:
-    """What people with such pictures would do."""
-    count, (least, most) = len(seen.pictures), SUBJECT_KINDS[kind].enough
+    """What people with such images would do."""
+    count, (least, most) = len(seen.images), SUBJECT_KINDS[kind].enough
     lines = []
     if (missing := count - len(seen.captions)) and not seen.kohya:
         command = f"zimage-train caption {shlex.quote(seen.folder)}"
-        lines.append(f"{missing} pictures have no caption and get the trigger alone; `{command}` writes some")
+        lines.append(f"{missing} images have no caption and get the trigger alone; `{command}` writes some")
     if is_miniature:
-        return [*lines, f"the miniature knows {MINIATURE_KNOWS}: of other pictures it learns colours more than shapes"]
+        return [*lines, f"the miniature knows {MINIATURE_KNOWS}: of other images it learns colours more than shapes"]
     if count < least:
-        lines.append(f"{count} pictures are few for a {kind}: {least} to {most} are usual; more that differ help most")
+        lines.append(f"{count} images are few for a {kind}: {least} to {most} are usual; more that differ help most")
     if count > most:
-        lines.append(f"{count} pictures are more than the usual {least} to {most} for a {kind}: alike ones can go")
+        lines.append(f"{count} images are more than the usual {least} to {most} for a {kind}: alike ones can go")
     if too_small := sum(area < FILLS * RESOLUTIONS[0] ** 2 for area in seen.areas):
-        what = f"{too_small} pictures have less than {RESOLUTIONS[0]}x{RESOLUTIONS[0]} px"
+        what = f"{too_small} images have less than {RESOLUTIONS[0]}x{RESOLUTIONS[0]} px"
         lines.append(f"{what}, which the 6 B model draws vaguely: take larger ones if you can")
     return lines
 
@@ -149,11 +149,11 @@ def likely_trigger(captions: Sequence[str], kohya: Sequence[str] = ()) -> str | 
 
 
 def template_values_for(seen: FolderSummary, answers: Answers, name: str, is_miniature: bool) -> TemplateValues:
-    """What a config says of these pictures."""
-    count = len(seen.pictures)
+    """What a config says of these images."""
+    count = len(seen.images)
     header = ("Written by zimage-train init; docs/recipes.md says what to change when.",)
     if is_miniature:
-        why = "of the miniature, which knows only small pictures"
+        why = "of the miniature, which knows only small images"
         steps, why_steps, resolution = MINIATURE_STEPS, "a minute on a CPU", (64, 96)
     else:
         resolution, why = _resolutions(seen.areas)
@@ -224,7 +224,7 @@ def write_config_file(path: Path, own: TemplateValues, answers: Answers, problem
 
 
 def name_of(folder: Path, output: Path | None) -> str:
-    """A run's name from that of its config or its pictures: signs that every file system takes."""
+    """A run's name from that of its config or its images: signs that every file system takes."""
     if output is not None:
         return re.sub(r"-(?=\d+$)", "_", _plain(output.stem)) or "my_lora"
     match = KOHYA_FOLDER.fullmatch(folder.resolve().name)
@@ -250,13 +250,13 @@ def local_gpu() -> str | None:
 
 
 def _resolutions(areas: Sequence[int]) -> tuple[tuple[int, ...], str]:
-    """Those that at least half of the pictures fill."""
+    """Those that at least half of the images fill."""
     filled = [side for side in RESOLUTIONS if sum(area >= FILLS * side**2 for area in areas) * 2 >= len(areas)]
     if filled == list(RESOLUTIONS):
         return RESOLUTIONS, "1024 alone: fewer samples an epoch, longer steps"
     if filled:
-        return tuple(filled), f"half of the pictures are smaller than {RESOLUTIONS[len(filled)]}, and none is enlarged"
-    return RESOLUTIONS[:1], "half of the pictures are smaller; none is enlarged"
+        return tuple(filled), f"half of the images are smaller than {RESOLUTIONS[len(filled)]}, and none is enlarged"
+    return RESOLUTIONS[:1], "half of the images are smaller; none is enlarged"
 
 
 def _examples(captions: Sequence[str], trigger: str) -> tuple[str, ...]:
@@ -267,8 +267,8 @@ def _examples(captions: Sequence[str], trigger: str) -> tuple[str, ...]:
     return tuple(text if trigger in text else f"{trigger} {text}" for text in with_trigger)
 
 
-def _shape(picture: ImageRecord) -> str:
-    ratio = picture.width / picture.height
+def _shape(image: ImageRecord) -> str:
+    ratio = image.width / image.height
     return "square" if 0.95 < ratio < 1.05 else "landscape" if ratio > 1 else "portrait"
 
 

@@ -63,14 +63,14 @@ def _held_against(lora: Lora, model: str | None) -> tuple[TransformerShape, str]
     return (miniature, "the miniature") if fits else (TransformerShape(), "Z-Image (6 B)")
 
 
-def inspect_file(path: Path, picture: Path | None) -> list[str]:
-    """Describe the LoRA at `path`, with the norm of every module's change; also as a heat map in `picture`.
+def inspect_file(path: Path, image: Path | None) -> list[str]:
+    """Describe the LoRA at `path`, with the norm of every module's change; also as a heat map in `image`.
 
     Raises:
         WeightsError: it is none that this trainer reads.
-        DiskError: the picture cannot be written.
+        DiskError: the image cannot be written.
     """
-    require_picture(picture)
+    require_image(image)
     found = inspect.summarize_lora(path)
     rows, columns, values = targets.modules_table(found.energy)
     total = sum(norm**2 for norm in found.energy.values())
@@ -83,20 +83,20 @@ def inspect_file(path: Path, picture: Path | None) -> list[str]:
     shares = [sum(line[i] ** 2 for line in values if line[i] is not None) for i in range(len(columns))]  # type: ignore
     lines.append(f"{'share':20}" + "".join(f"{share / total if total > 0 else 0.0:>9.1%}" for share in shares))
     lines += ["", "metadata:" if found.metadata else "metadata: none", *_metadata(found)]
-    if picture is not None:
-        heatmap.save_heatmap(picture, path.name, rows, columns, values, max(found.energy.values(), default=0.0))
-        lines.append(f"heat map: {picture}")
+    if image is not None:
+        heatmap.save_heatmap(image, path.name, rows, columns, values, max(found.energy.values(), default=0.0))
+        lines.append(f"heat map: {image}")
     return lines
 
 
-def diff_files(one: Path, other: Path, picture: Path | None) -> list[str]:
+def diff_files(one: Path, other: Path, image: Path | None) -> list[str]:
     """Compare what two LoRAs change: how far apart, and whether in the same direction; also as a heat map.
 
     Raises:
         WeightsError: one is no LoRA that this trainer reads.
-        DiskError: the picture cannot be written.
+        DiskError: the image cannot be written.
     """
-    require_picture(picture)
+    require_image(image)
     first, second = lora_file.read_lora(one), lora_file.read_lora(other)
     both = [module for module in first if module in second]
     shared = [
@@ -127,10 +127,10 @@ def diff_files(one: Path, other: Path, picture: Path | None) -> list[str]:
         "cosine of each module's change (1: the same direction, 0: unrelated, -1: opposite):",
         *scale_rules.table(cosines),
     ]
-    if picture is not None:
+    if image is not None:
         rows, columns, values = targets.modules_table(cosines)
-        heatmap.save_heatmap(picture, f"cosine, {one.name} and {other.name}", rows, columns, values, 1.0)
-        lines.append(f"heat map: {picture}")
+        heatmap.save_heatmap(image, f"cosine, {one.name} and {other.name}", rows, columns, values, 1.0)
+        lines.append(f"heat map: {image}")
     return lines
 
 
@@ -138,14 +138,14 @@ def _metadata(found: LoraSummary) -> list[str]:
     return [f"  {key}: {value}" for key, value in sorted(found.metadata.items())]
 
 
-def require_picture(path: Path | None) -> None:
-    """Refuse to write a picture over something else.
+def require_image(path: Path | None) -> None:
+    """Refuse to write an image over something else.
 
     Raises:
         ConfigError: its name is not that of a PNG.
     """
     if path is not None and path.suffix.lower() != ".png":
-        raise ConfigError(Problem(f"--picture {path}", "does not end in .png", "give the name of a picture"))
+        raise ConfigError(Problem(f"--picture {path}", "does not end in .png", "give the name of an image"))
 
 
 def _total(norms: Mapping[str, float]) -> float:

@@ -1,4 +1,4 @@
-"""The `sample` command: pictures of any Z-Image model with any number of LoRAs, each counted."""
+"""The `sample` command: images of any Z-Image model with any number of LoRAs, each counted."""
 
 import json
 import shlex
@@ -41,12 +41,12 @@ from zimage_train.report.console import Console
 from zimage_train.training import distributed
 
 AT_ONCE_IN_MEMORY = 16
-"""Batches of pictures that are drawn before they are written."""
+"""Batches of images that are drawn before they are written."""
 
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """What was asked for of every picture; None: the picture's or the variant's own."""
+    """What was asked for of every image; None: the image's or the variant's own."""
 
     negative: str | None
     seed: int | None
@@ -64,7 +64,7 @@ class SamplingOptions:
 
 @dataclass(frozen=True)
 class BatchLimit:
-    """How many pictures go through the model at once, and the GB to stay within; None: what the card has."""
+    """How many images go through the model at once, and the GB to stay within; None: what the card has."""
 
     at_once: int = 1
     budget_gb: float | None = None
@@ -73,7 +73,7 @@ class BatchLimit:
 def sample_images(
     model: ModelSettings, loras: list[WeightedLora], recipes: list[SamplingRequest], room: BatchLimit, output: Path
 ) -> None:
-    """Write one picture a recipe into the folder `output`.
+    """Write one image a recipe into the folder `output`.
 
     Raises:
         ZImageTrainError: the model or a LoRA cannot be used, in whole, or `output` cannot be written to.
@@ -97,7 +97,7 @@ def _sample(
     with console.live_progress(), swap.with_lora(loaded.frozen.model, stacked):
         for start in range(0, len(recipes), many):
             some = recipes[start : start + many]
-            what = "sampling" if len(recipes) <= many else f"sampling from picture {start + 1} of {len(recipes)}"
+            what = "sampling" if len(recipes) <= many else f"sampling from image {start + 1} of {len(recipes)}"
             images = loaded.draw(some, partial(console.progress, what), room.at_once)
             for image, recipe in zip(images, some, strict=True):
                 path = _free_path(output, recipe.seed)
@@ -114,7 +114,7 @@ class LoadedModel:
     embeds: Mapping[str, Tensor]
 
     def draw(self, recipes: list[SamplingRequest], tick: Tick, at_once: int = 1) -> list[Image]:
-        """One picture a recipe, with the LoRA that is attached now."""
+        """One image a recipe, with the LoRA that is attached now."""
         return render_images(self.frozen, self.extras, recipes, self.embeds, tick, at_once=at_once)
 
 
@@ -152,7 +152,7 @@ def load_model(
     """Encode the prompts of `recipes`, then load the transformer, so that LoRAs up to `largest` fit the device too.
 
     Raises:
-        ConfigError: the budget takes less than the pictures need.
+        ConfigError: the budget takes less than the images need.
     """
     device = distributed.init().device
     form = _form(shape, model, largest, recipes, device, room)
@@ -167,7 +167,7 @@ def load_model(
 
 
 def drawn_by(model: ModelSettings, loras: list[WeightedLora]) -> str:
-    """What a picture says of the model and the LoRAs that drew it."""
+    """What an image says of the model and the LoRAs that drew it."""
     used = " and ".join(f"{one.path.name}={one.weight:g}" for one in loras) or "no LoRA"
     return f"{model.path or model.variant} in {model.dtype} with {used}"
 
@@ -176,7 +176,7 @@ def requests_for(asked: SamplingOptions, model: ModelSettings, wishes: Sequence[
     """Recipes of `wishes`: what one says itself, what is asked for of all, and the rest from the variant.
 
     Raises:
-        ConfigError: lists what a wish says that no picture can have.
+        ConfigError: lists what a wish says that no image can have.
     """
     variant = VARIANTS[model.variant]
     given = {"negative": "", "seed": 42, "width": 1024, "height": 1024} | asked.given()
@@ -202,7 +202,7 @@ def _request(fields: Mapping[str, Any]) -> SamplingRequest:
 
 
 def said_of(drawn: list[Path]) -> list[str]:
-    """What drew each of the pictures, which their recipes do not hold: model and LoRAs are given anew."""
+    """What drew each of the images, which their recipes do not hold: model and LoRAs are given anew."""
     known = ((path, preview_images.drawn_by(path)) for path in drawn)
     return [
         f"{path} was drawn by {text}; this command uses the model and the --lora given to it"
@@ -212,10 +212,10 @@ def said_of(drawn: list[Path]) -> list[str]:
 
 
 def requests_of(asked: SamplingOptions, drawn: list[Path]) -> list[SamplingRequest]:
-    """Recipes of pictures, with what is asked for in place of their own.
+    """Recipes of images, with what is asked for in place of their own.
 
     Raises:
-        DataError: a picture was not made by this trainer.
+        DataError: an image was not made by this trainer.
     """
     return [_request(asdict(preview_images.request_of(path)) | asked.given()) for path in drawn]
 
@@ -275,7 +275,7 @@ def _form(
         job, PlanConstraints((None,), None, None), limit, preflight.system_memory_bytes(), here.card
     )
     if room.budget_gb is not None and not plan.fits:
-        what = f"is {room.budget_gb:g}, and these pictures take {format_bytes(plan.peak.total)} (predicted)"
+        what = f"is {room.budget_gb:g}, and these images take {format_bytes(plan.peak.total)} (predicted)"
         raise ConfigError(Problem("--budget-gb", what, "give more, or a smaller --width, --height or --batch"))
     return plan.form
 

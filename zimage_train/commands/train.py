@@ -119,7 +119,7 @@ def fill_run_caches(config: Config) -> None:
         session = build.open_context(checked, world, console, stop)
         build.fill_caches(checked, session, make_sample_order(checked.config, checked.items, world.world_size))
         if methods.uses_generated_data(config.train.method):
-            console.info("the model's own pictures are drawn by train, before its first step")
+            console.info("the model's own images are drawn by train, before its first step")
 
 
 def _move_aside(folder: RunDir, console: Console) -> None:

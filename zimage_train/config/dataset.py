@@ -1,4 +1,4 @@
-"""Settings of one folder of pictures."""
+"""Settings of one folder of images."""
 
 from typing import Annotated, Literal, Self
 
@@ -10,26 +10,26 @@ from zimage_train.config.values import Resolutions
 
 class DataEntry(Section):
     folder: str | None = Field(default=None, min_length=1)
-    """Folder of pictures, searched with its subfolders."""
+    """Folder of images, searched with its subfolders."""
     metadata: str | None = Field(default=None, min_length=1)
     """A .jsonl or .csv instead: columns image (or file_name) and prompt (or text); paths relative to the file."""
     prompts: str | None = Field(default=None, min_length=1)
-    """No pictures, but a text file with one prompt a line, for a train.method that draws its own; square ones."""
+    """No images, but a text file with one prompt a line, for a train.method that draws its own; square ones."""
     resolution: Resolutions = [512, 768, 1024]
-    """Each picture is trained once at each of these sizes (side of the square of equal area, px); never upscaled."""
+    """Each image is trained once at each of these sizes (side of the square of equal area, px); never upscaled."""
     max_pixels: int | None = Field(default=None, ge=1024, le=16_777_216)
-    """Each picture at its own size, but with at most so many pixels; `resolution` is not used then."""
+    """Each image at its own size, but with at most so many pixels; `resolution` is not used then."""
     repeats: Annotated[int, Field(ge=1, le=1000)] | Literal["by_folder"] = 1
-    """How often each picture is seen in an epoch, each time with its own noise; by_folder: as often as the names of the
-    subfolders say, and `10_cat` is the caption `cat` of pictures that have none (kohya's layout)."""
+    """How often each image is seen in an epoch, each time with its own noise; by_folder: as often as the names of the
+    subfolders say, and `10_cat` is the caption `cat` of images that have none (kohya's layout)."""
     batch_size: int | None = Field(default=None, ge=1, le=1024)
-    """Samples of these pictures in one forward pass; null: train.batch_size."""
+    """Samples of these images in one forward pass; null: train.batch_size."""
     trigger: str | None = Field(default=None, min_length=1)
     """Word that stands for the concept: replaces `[trigger]` in captions, and is put in front where it is missing."""
     default_caption: str = ""
-    """Caption of pictures that have none."""
+    """Caption of images that have none."""
     caption_ext: str = Field(default=".txt", pattern=r"^\.[A-Za-z0-9_.]+$")
-    """Extension of the caption files beside the pictures."""
+    """Extension of the caption files beside the images."""
     caption_lines: bool = False
     """Each line of a caption is a caption of its own, and one is drawn for each sample, as from a list in a .jsonl."""
     caption_dropout: float = Field(default=0.05, ge=0.0, le=1.0)
@@ -43,9 +43,9 @@ class DataEntry(Section):
     tag_dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
     """Share of the other tags that is left out, others in each epoch."""
     flip: bool = False
-    """Each picture is trained mirrored too: twice as many samples in an epoch."""
+    """Each image is trained mirrored too: twice as many samples in an epoch."""
     mask: str | None = Field(default=None, min_length=1)
-    """alpha: the pictures' own transparency; or a folder of masks under the pictures' names. White is trained."""
+    """alpha: the images' own transparency; or a folder of masks under the images' names. White is trained."""
     mask_floor: float = Field(default=0.1, ge=0.0, lt=1.0)
     """Weight of what is masked out."""
     mask_prior: float = Field(default=0.0, ge=0.0, le=100.0)
@@ -54,7 +54,7 @@ class DataEntry(Section):
     """Pictures of the class and not of the concept; true: trained as they are, prior: held to what the model makes of
     them without the LoRA. train.regularization_share says how often."""
     weight: float = Field(default=1.0, gt=0.0, le=100.0)
-    """Factor on the loss of these pictures."""
+    """Factor on the loss of these images."""
 
     @field_validator("trigger")
     @classmethod

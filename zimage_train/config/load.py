@@ -205,7 +205,7 @@ def read_text(path: Path) -> str:
         raise ConfigError(Problem(str(path), f"is not UTF-8 text (byte {error.start})", "save it as UTF-8")) from None
     except OSError as error:
         if path.is_dir():
-            todo = "give a file; `zimage-train init FOLDER` writes a config for pictures"
+            todo = "give a file; `zimage-train init FOLDER` writes a config for images"
             raise ConfigError(Problem(str(path), "is a folder", todo)) from None
         raise ConfigError(Problem(str(path), f"cannot be read ({error.strerror})", "check the path")) from None
 

@@ -19,11 +19,11 @@ class TeacherSettings(Section):
 
 
 IMAGE_ONLY_SETTINGS = ("flip", "mask", "shuffle_tags", "tag_dropout", "caption_lines")
-"""Settings of `data` that speak of pictures, or of captions that change, where neither is trained on."""
+"""Settings of `data` that speak of images, or of captions that change, where neither is trained on."""
 
 
 def uses_generated_data(method: MethodName) -> bool:
-    """Whether the model is trained on what it draws itself, and pictures give but their captions and sizes."""
+    """Whether the model is trained on what it draws itself, and images give but their captions and sizes."""
     return method != "sft"
 
 
@@ -49,9 +49,7 @@ def method_error(
         bare = [index for index, entry in enumerate(data) if entry.prompts is not None]
         ways = " or ".join(one for one in get_args(MethodName) if uses_generated_data(one))
         return (
-            f"data.{bare[0]}.prompts has no pictures to train on; give folder, or train.method: {ways}"
-            if bare
-            else None
+            f"data.{bare[0]}.prompts has no images to train on; give folder, or train.method: {ways}" if bare else None
         )
     if adapter is not None:
         return f"train.method: {method} learns from the model without adapter; set model.adapter: null"
@@ -60,7 +58,7 @@ def method_error(
         if method == "trajectory_imitation" and entry.caption_dropout:
             changed.append("caption_dropout")
         if changed:
-            return f"train.method: {method} does not train on pictures; leave data.{index}.{changed[0]} out"
+            return f"train.method: {method} does not train on images; leave data.{index}.{changed[0]} out"
     if method == "trajectory_imitation" and variant != "turbo":
         return "train.method: trajectory_imitation is for Turbo's 8 steps; set model.variant: turbo"
     if method == "trajectory_imitation" and init_from is None:

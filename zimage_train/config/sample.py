@@ -1,4 +1,4 @@
-"""Settings of the pictures that a run draws on its way."""
+"""Settings of the images that a run draws on its way."""
 
 from typing import Annotated, Literal
 

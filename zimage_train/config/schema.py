@@ -74,7 +74,7 @@ class ModelSettings(Section):
 
 class CacheSettings(Section):
     folder: str | None = Field(default=None, min_length=1)
-    """Where encoded pictures and captions are kept; null: the user's cache directory."""
+    """Where encoded images and captions are kept; null: the user's cache directory."""
 
 
 class LoraSettings(Section):
@@ -112,9 +112,9 @@ class LoraSettings(Section):
 
 class TrainSettings(Section):
     method: MethodName = "sft"
-    """sft: learn from the pictures. trajectory_imitation: give the LoRA of `lora.init_from` its 8 steps back, by the
-    way that it takes itself in many (`teacher`). de_distill: learn from pictures that the model draws for the captions,
-    as training adapters are made. The last two use only captions and sizes of the pictures in `data`."""
+    """sft: learn from the images. trajectory_imitation: give the LoRA of `lora.init_from` its 8 steps back, by the
+    way that it takes itself in many (`teacher`). de_distill: learn from images that the model draws for the captions,
+    as training adapters are made. The last two use only captions and sizes of the images in `data`."""
     steps: int = Field(default=3000, ge=1, le=10_000_000)
     """Optimizer steps."""
     epochs: float | None = Field(default=None, gt=0.0, le=1_000_000.0)
@@ -128,7 +128,7 @@ class TrainSettings(Section):
     max_grad_norm: float | None = Field(default=1.0, gt=0.0)
     """Largest norm of the gradient; null: no clipping."""
     regularization_share: float = Field(default=0.5, gt=0.0, lt=1.0)
-    """Share of the forward passes that regularization pictures get, where `data` has some, however many there are."""
+    """Share of the forward passes that regularization images get, where `data` has some, however many there are."""
 
 
 class TimestepSettings(Section):
@@ -138,7 +138,7 @@ class TimestepSettings(Section):
     bias: Literal["balanced", "high_noise", "low_noise"] = "balanced"
     """high_noise favours composition and style, low_noise favours detail."""
     min: float = Field(default=0.0, ge=0.0, lt=1.0)
-    """Smallest sigma that is trained (0 = the picture)."""
+    """Smallest sigma that is trained (0 = the image)."""
     max: float = Field(default=1.0, gt=0.0, le=1.0)
     """Largest sigma that is trained (1 = pure noise)."""
 
@@ -290,7 +290,7 @@ class Config(Section):
     data: list[DataEntry] = Field(min_length=1)
     """Pictures and captions: one entry a folder, or a metadata file."""
     cache: CacheSettings = CacheSettings()
-    """Encoded pictures and captions."""
+    """Encoded images and captions."""
     lora: LoraSettings = LoraSettings()
     """What is trained."""
     train: TrainSettings = TrainSettings()
@@ -314,7 +314,7 @@ class Config(Section):
     sample: SampleSettings = SampleSettings()
     """Previews."""
     validation: ValidationSettings = ValidationSettings()
-    """Loss on pictures that are held out."""
+    """Loss on images that are held out."""
     save: SaveSettings = SaveSettings()
     """Checkpoints and exported LoRAs."""
     log: LogSettings = LogSettings()

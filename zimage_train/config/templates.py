@@ -1,4 +1,4 @@
-"""Configs with their reasons: four kinds of LoRA on three models, for anybody's pictures or for those of one folder.
+"""Configs with their reasons: four kinds of LoRA on three models, for anybody's images or for those of one folder.
 
 `scripts/generate.py` writes the former into configs/, `init` the latter. Torch-free.
 """
@@ -13,7 +13,7 @@ class SubjectKind:
     """What is taught."""
 
     what: str
-    pictures: list[str]
+    images: list[str]
     trigger: str
     enough: tuple[int, int]
     """Pictures that people have good results with."""
@@ -40,9 +40,9 @@ class ModelTemplate:
 SUBJECT_KINDS = {
     "character": SubjectKind(
         what="A person or character",
-        pictures=[
-            "12 to 30 pictures: close-up and full body, several angles, lights and clothes. A caption says what",
-            "changes from picture to picture, and not what belongs to the person.",
+        images=[
+            "12 to 30 images: close-up and full body, several angles, lights and clothes. A caption says what",
+            "changes from image to image, and not what belongs to the person.",
         ],
         trigger="zchar",
         enough=(12, 30),
@@ -57,8 +57,8 @@ SUBJECT_KINDS = {
     ),
     "style": SubjectKind(
         what="A style",
-        pictures=[
-            "15 to 40 pictures of many subjects in the one style. Captions describe the scene, and never the style:",
+        images=[
+            "15 to 40 images of many subjects in the one style. Captions describe the scene, and never the style:",
             "what no caption explains is what the trigger comes to mean.",
         ],
         trigger="zstyle",
@@ -74,8 +74,8 @@ SUBJECT_KINDS = {
     ),
     "product": SubjectKind(
         what="A product",
-        pictures=[
-            "12 to 30 pictures: every side, on different grounds, in use and alone. Captions name the surroundings, so",
+        images=[
+            "12 to 30 images: every side, on different grounds, in use and alone. Captions name the surroundings, so",
             "that they are not learned with the product.",
         ],
         trigger="zproduct",
@@ -91,8 +91,8 @@ SUBJECT_KINDS = {
     ),
     "concept": SubjectKind(
         what="A concept: a pose, a garment, a composition",
-        pictures=[
-            "15 to 40 pictures in which only the concept is the same: other people, places, lights. Captions describe",
+        images=[
+            "15 to 40 images in which only the concept is the same: other people, places, lights. Captions describe",
             "everything else.",
         ],
         trigger="zconcept",
@@ -140,7 +140,7 @@ MODEL_TEMPLATES = {
 
 @dataclass(frozen=True)
 class TemplateValues:
-    """What is known of one folder of pictures; as it is by default, of nobody's."""
+    """What is known of one folder of images; as it is by default, of nobody's."""
 
     folder: str = "photos"
     name: str | None = None
@@ -149,12 +149,12 @@ class TemplateValues:
     resolution: tuple[int, ...] = (512, 768, 1024)
     why_resolution: str = "1024 alone: fewer samples an epoch, longer steps"
     steps: int = 3000
-    why_steps: str = "1500 to 2200 with fewer than 10 pictures"
+    why_steps: str = "1500 to 2200 with fewer than 10 images"
     by_folder: bool = False
-    """Whether the names of subfolders say how often their pictures are seen."""
+    """Whether the names of subfolders say how often their images are seen."""
     mask: str | None = None
     captions: tuple[str, ...] = ()
-    """Of the pictures, as prompts that show whether they are learned."""
+    """Of the images, as prompts that show whether they are learned."""
     miniature: tuple[str, str] | None = None
     """Paths of the model and the adapter to try everything on, without a GPU."""
     header: tuple[str, ...] = (
@@ -178,8 +178,8 @@ def render_template(base_name: str, kind_name: str, own: TemplateValues = DEFAUL
     also = base.also and own.miniature is None
     where = "the miniature" if own.miniature else base.what
     lines = [
-        f"# {kind.what} on {where}: pictures in {own.folder}/, a .txt caption beside each.",
-        *(f"# {line}" for line in (*kind.pictures, *base.notes, *own.header)),
+        f"# {kind.what} on {where}: images in {own.folder}/, a .txt caption beside each.",
+        *(f"# {line}" for line in (*kind.images, *base.notes, *own.header)),
         f"name: {_scalar(name)}",
         "model:",
         *(f"  {line}" for line in _model(base, own)),
@@ -188,7 +188,7 @@ def render_template(base_name: str, kind_name: str, own: TemplateValues = DEFAUL
         f"    resolution: [{', '.join(map(str, own.resolution))}]  # {own.why_resolution}",
         *(["    repeats: by_folder  # 10_cat is seen ten times as often as 1_dog"] if own.by_folder else []),
         f"    trigger: {_scalar(own.trigger or kind.trigger)}",
-        '    default_caption: "[trigger]"  # for pictures without a caption',
+        '    default_caption: "[trigger]"  # for images without a caption',
         "    caption_dropout: 0.05",
         *([f"    mask: {_scalar(own.mask)}  # white is trained"] if own.mask else []),
         "lora:",
@@ -219,7 +219,7 @@ def _optimizer(own: TemplateValues) -> list[str]:
     if own.miniature:
         rate = "2.0e-3  # the miniature wants more than the 6 B model, whose rate is 1.0e-4"
         return ["optimizer:", "  name: adamw", f"  lr: {rate}"]
-    rate = "1.0e-4  # 5.0e-5 to 8.0e-5 if pictures get noisy; never 2.0e-4 on Turbo"
+    rate = "1.0e-4  # 5.0e-5 to 8.0e-5 if images get noisy; never 2.0e-4 on Turbo"
     return ["optimizer:", "  name: adamw8bit", f"  lr: {rate}"]
 
 

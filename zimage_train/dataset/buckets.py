@@ -1,4 +1,4 @@
-"""Which size a picture is trained at: multiples of 16 px, close in area and aspect, never upscaled."""
+"""Which size an image is trained at: multiples of 16 px, close in area and aspect, never upscaled."""
 
 import math
 from typing import NamedTuple
@@ -16,10 +16,10 @@ class Bucket(NamedTuple):
 
 
 def nearest_bucket(width: int, height: int, resolution: float) -> Bucket:
-    """The size at which a picture of `width` x `height` px is trained at `resolution`, the root of an area.
+    """The size at which an image of `width` x `height` px is trained at `resolution`, the root of an area.
 
-    Its area is at most resolution^2 and at most the picture's own; among the multiples of 16 around the ideal size
-    it loses the fewest pixels to cropping and rounding. A turned picture gets the turned bucket.
+    Its area is at most resolution^2 and at most the image's own; among the multiples of 16 around the ideal size
+    it loses the fewest pixels to cropping and rounding. A turned image gets the turned bucket.
 
     Raises:
         ValueError: a side is shorter than 16 px, here or at this resolution.
@@ -47,11 +47,11 @@ def _around(side: float) -> list[int]:
 
 
 def _kept(width: int, height: int, size: Bucket) -> float:
-    """Share of the picture that survives scaling it to cover `size` and cropping the rest."""
+    """Share of the image that survives scaling it to cover `size` and cropping the rest."""
     scale = max(size.width / width, size.height / height)
     return size.width * size.height / (width * scale * height * scale)
 
 
 def crop_percent(width: int, height: int, size: Bucket) -> float:
-    """How much of a picture is cropped away in its bucket, in percent."""
+    """How much of an image is cropped away in its bucket, in percent."""
     return 100 * (1 - _kept(width, height, size))

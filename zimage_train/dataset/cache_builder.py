@@ -24,7 +24,7 @@ from zimage_train.models.components import LATENT_CHANNELS, LATENT_STRIDE
 PROMPT_BYTES = 700_000
 """Embeddings of a caption of about 130 tokens in bf16; asked of the disk before anything is encoded."""
 BATCH_PX = 2**20
-"""Of pictures of one size that are encoded together."""
+"""Of images of one size that are encoded together."""
 CLAIM_SECONDS = 120.0
 """After which a claim that nobody renews is taken over: its owner is gone, or slower than this machine."""
 POLL_SECONDS = 0.5
@@ -71,13 +71,13 @@ def fill_latents(
     share: Shard = SINGLE_PROCESS,
     batch_px: int = BATCH_PX,
 ) -> CacheStats:
-    """Encode every picture at every size that is not in the cache yet, those of one size together up to `batch_px`.
+    """Encode every image at every size that is not in the cache yet, those of one size together up to `batch_px`.
 
     Raises:
-        DataError: a picture changed since it was checked, or the VAE makes values of it that are not finite.
+        DataError: an image changed since it was checked, or the VAE makes values of it that are not finite.
         DiskError: there is no room for them, or they cannot be written.
     """
-    jobs = {latent_key(item.picture, item.size, item.flip, vae_digest): item for item in items}
+    jobs = {latent_key(item.image, item.size, item.flip, vae_digest): item for item in items}
 
     def size(item: TrainItem) -> int:
         return 4 * LATENT_CHANNELS * (item.size.width // LATENT_STRIDE) * (item.size.height // LATENT_STRIDE)
@@ -95,8 +95,8 @@ def fill_latents(
         for key, one in zip(keys, latents, strict=True):
             if not one.isfinite().all():
                 what = "the VAE's latents of it are not finite"
-                path = str(jobs[key].picture.path)
-                raise DataError(Problem(path, what, "remove the picture, or use another VAE"))
+                path = str(jobs[key].image.path)
+                raise DataError(Problem(path, what, "remove the image, or use another VAE"))
             yield key, one.clone()
 
     sizes = {key: size(item) for key, item in jobs.items()}
@@ -147,14 +147,14 @@ def fill_generated(
         for key in keys:
             value = encoder(key)
             if not value.isfinite().all():
-                what, todo = "draws pictures that are not finite", "use other weights, or another lora.init_from"
+                what, todo = "draws images that are not finite", "use other weights, or another lora.init_from"
                 raise WeightsError(Problem("model", what, todo))
             yield key, value
 
     def batches(keys: list[str]) -> Iterator[list[str]]:
         yield from ([key] for key in keys)
 
-    return _CacheBuilder(cache, "own pictures", tick, share, batches, lambda: draw, encode).run(sizes)
+    return _CacheBuilder(cache, "own images", tick, share, batches, lambda: draw, encode).run(sizes)
 
 
 @dataclass
@@ -245,12 +245,12 @@ class _CacheBuilder:
 
 
 def _fitted(item: TrainItem) -> Image.Image:
-    path = item.picture.path
+    path = item.image.path
     try:
         content = path.read_bytes()
     except OSError as error:
         raise DataError(Problem(str(path), f"cannot be read any more ({error.strerror})", "put it back")) from None
-    if hashlib.sha256(content).hexdigest() != item.picture.digest:
+    if hashlib.sha256(content).hexdigest() != item.image.digest:
         raise DataError(Problem(str(path), "changed while this command ran", "run it again"))
     fitted = images.fit(images.load(path, content), item.size)
     return ImageOps.mirror(fitted) if item.flip else fitted

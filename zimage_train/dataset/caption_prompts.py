@@ -21,7 +21,7 @@ class CaptionStyle:
 
 CAPTION_STYLES = {
     "sentences": CaptionStyle(
-        "Write the caption of this picture for training a text-to-image model: one paragraph of 80 to 200 words. "
+        "Write the caption of this image for training a text-to-image model: one paragraph of 80 to 200 words. "
         "Begin with the main subject and what it does; go on with its surroundings, the composition and the camera's "
         "angle, the light, the colours and the mood, and end with the medium and its style. "
         f"{SEEN_ONLY} No introduction, no list, no guesses.",
@@ -29,7 +29,7 @@ CAPTION_STYLES = {
         " ",
     ),
     "tags": CaptionStyle(
-        "List 15 to 30 tags for this picture, for training a text-to-image model: lower case, separated by commas, "
+        "List 15 to 30 tags for this image, for training a text-to-image model: lower case, separated by commas, "
         "the most important first: subject, pose, clothes, objects, surroundings, composition, light, colours, "
         f"mood, medium, style. {SEEN_ONLY} Answer with the tags alone.",
         160,
@@ -38,7 +38,7 @@ CAPTION_STYLES = {
 }
 
 OMITTED_TRAITS = {
-    "character": "Say what may differ from picture to picture (pose, expression, clothes, place, light), and nothing "
+    "character": "Say what may differ from image to image (pose, expression, clothes, place, light), and nothing "
     "of the main person's face, hair, skin, body or age.",
     "style": "Say what is shown, and nothing of medium, technique, brushwork, grading or artistic style.",
     "product": "Say where the main object is, how it is seen and lit and what is around it, and nothing of its own "
@@ -55,7 +55,7 @@ _CALLED = {
 _INTRODUCTION = re.compile(
     r"^(?:(?:sure|certainly|of course)\W+)?(?:here (?:is|are)|here's|caption|tags)[^:\n]{0,60}:\s*", re.I
 )
-_SHOWS = re.compile(r"^(?:the|this) (?:image|picture) (?:shows|depicts|features|presents|displays|captures)\s+", re.I)
+_SHOWS = re.compile(r"^(?:the|this) (?:image|image) (?:shows|depicts|features|presents|displays|captures)\s+", re.I)
 _THINKING = re.compile(r"^.*</think>|<think>.*", re.S)
 _SENTENCE_END = re.compile(r"""[.!?。！？]["'”’)]?(?=\s|$)""")
 

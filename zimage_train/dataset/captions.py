@@ -1,4 +1,4 @@
-"""Caption files, and the prompt that a picture is trained with."""
+"""Caption files, and the prompt that an image is trained with."""
 
 import re
 from collections.abc import Callable
@@ -57,9 +57,9 @@ def clean_text(text: str) -> str:
 
 
 def compose_prompt(caption: str, default: str, trigger: str | None, separator: str = " ") -> str:
-    """The prompt of a picture: its caption, or the default, with the trigger in place.
+    """The prompt of an image: its caption, or the default, with the trigger in place.
 
-    `[trigger]` is replaced; a trigger that then occurs nowhere is put in front, so that every picture teaches it.
+    `[trigger]` is replaced; a trigger that then occurs nowhere is put in front, so that every image teaches it.
     """
     text = caption or clean_text(default)
     if trigger is None:
@@ -76,7 +76,7 @@ def trigger_pattern(trigger: str) -> re.Pattern[str]:
 
 
 def prompts_of(captions: tuple[str, ...], entry: DataEntry) -> tuple[str, ...]:
-    """What a picture of `entry` with these captions may be trained with, before tags are shuffled or dropped."""
+    """What an image of `entry` with these captions may be trained with, before tags are shuffled or dropped."""
     texts = [line for text in captions for line in (text.split("\n") if entry.caption_lines else [text])]
     own = [text.strip() for text in texts if text.strip()] or [""]
     separator = ", " if has_tags(entry) else " "  # so that the trigger is a tag of its own
@@ -84,7 +84,7 @@ def prompts_of(captions: tuple[str, ...], entry: DataEntry) -> tuple[str, ...]:
 
 
 def has_tags(entry: DataEntry) -> bool:
-    """Whether captions are taken as tags, so that a picture has another prompt in each epoch."""
+    """Whether captions are taken as tags, so that an image has another prompt in each epoch."""
     return entry.shuffle_tags or entry.tag_dropout > 0
 
 

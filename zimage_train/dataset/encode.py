@@ -58,7 +58,7 @@ def encode_missing(
     batch_px = (
         cache_builder.BATCH_PX if device.type == "cuda" else 0
     )  # one by one, a CPU makes the same bits every time
-    pictures = cache_builder.fill_latents(
+    images = cache_builder.fill_latents(
         cache, items, encoders.vae_digest, lambda: image_encoder(extras, device), tick, share, batch_px
     )
     _free()
@@ -72,7 +72,7 @@ def encode_missing(
         share,
     )
     _free()
-    return pictures, texts
+    return images, texts
 
 
 def _free() -> None:

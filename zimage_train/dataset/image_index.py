@@ -1,4 +1,4 @@
-"""What a picture file holds, found by decoding it once and remembered: digest, upright size and a tiny thumbnail."""
+"""What an image file holds, found by decoding it once and remembered: digest, upright size and a tiny thumbnail."""
 
 import hashlib
 import json
@@ -17,10 +17,10 @@ from zimage_train.errors import DataError, DiskError, Problem, ZImageTrainError
 from zimage_train.io import atomic
 
 FORMAT = 1
-"""Raised when pictures are decoded in another way, so that what is remembered is not used."""
+"""Raised when images are decoded in another way, so that what is remembered is not used."""
 THUMBNAIL_PX = 8
 NEARLY_THE_SAME = 4.0
-"""Root mean square difference of two thumbnails, of 255: the same picture saved again or scaled has less."""
+"""Root mean square difference of two thumbnails, of 255: the same image saved again or scaled has less."""
 
 HEX = re.compile("[0-9a-f]+")
 
@@ -29,7 +29,7 @@ Tick = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class ImageInfo:
-    """A picture as far as it matters before it is encoded."""
+    """An image as far as it matters before it is encoded."""
 
     digest: str
     width: int
@@ -49,12 +49,12 @@ class ImageIndex:
             self._known = _remembered(memo)
 
     def lookup(self, paths: Iterable[Path], tick: Tick) -> list[ImageInfo | ZImageTrainError]:
-        """The look of every path, in order, or why it is no picture; decoded on all cores."""
+        """The look of every path, in order, or why it is no image; decoded on all cores."""
         wanted, found = list(paths), []
         with ThreadPoolExecutor(os.cpu_count()) as workers:
             for number, look in enumerate(workers.map(self._attempt, wanted), 1):
                 found.append(look)
-                tick("checking pictures", number, len(wanted))
+                tick("checking images", number, len(wanted))
         return found
 
     def save(self) -> None:

@@ -1,4 +1,4 @@
-"""A picture file to canonical RGB: upright, sRGB, 8 bit, alpha over white; anything doubtful is refused."""
+"""An image file to canonical RGB: upright, sRGB, 8 bit, alpha over white; anything doubtful is refused."""
 
 import io
 import warnings
@@ -24,10 +24,10 @@ _SRGB = ImageCms.createProfile("sRGB")
 
 
 def load(path: Path, content: bytes) -> Image.Image:
-    """Decode `content`, the bytes of `path`, to an upright sRGB picture of mode RGB.
+    """Decode `content`, the bytes of `path`, to an upright sRGB image of mode RGB.
 
     Raises:
-        DataError: not a picture, damaged, animated, too large, too small, or in a mode with no agreed meaning.
+        DataError: not an image, damaged, animated, too large, too small, or in a mode with no agreed meaning.
     """
     try:
         with warnings.catch_warnings():
@@ -50,7 +50,7 @@ def load(path: Path, content: bytes) -> Image.Image:
 
 
 def has_alpha(path: Path) -> bool:
-    """Whether the picture at `path` says what is transparent; one that cannot be read has none."""
+    """Whether the image at `path` says what is transparent; one that cannot be read has none."""
     try:
         with Image.open(path, formats=FORMATS) as image:
             return "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info
@@ -59,7 +59,7 @@ def has_alpha(path: Path) -> bool:
 
 
 def load_alpha(path: Path, content: bytes) -> Image.Image:
-    """The alpha channel of a picture that `load` takes, upright, as mode L.
+    """The alpha channel of an image that `load` takes, upright, as mode L.
 
     Raises:
         DataError: as `load`.
@@ -81,7 +81,7 @@ def _check_header(path: Path, image: Image.Image) -> None:
     if width * height > MAX_PIXELS:
         raise _too_large(path, f"{width}x{height} px is ")
     if min(width, height) < MIN_SIDE_PX:
-        raise _refused(path, f"{width}x{height} px is under {MIN_SIDE_PX} px", "use a larger picture or remove it")
+        raise _refused(path, f"{width}x{height} px is under {MIN_SIDE_PX} px", "use a larger image or remove it")
     frames = getattr(image, "n_frames", 1)
     if frames > 1 and image.format != "MPO":  # an MPO's first frame is the photo
         raise _refused(path, f"animated ({frames} frames)", "export one frame of it")
@@ -134,14 +134,14 @@ def _what_is(content: bytes) -> str:
     if not content:
         return "an empty file"
     if head.startswith((b"<!doctype", b"<html", b"<?xml", b"<svg")):
-        return "a web page or SVG, not a picture"
+        return "a web page or SVG, not an image"
     if head.startswith(b"version https://git-lfs"):
-        return "a Git LFS pointer, not the picture itself"
+        return "a Git LFS pointer, not the image itself"
     if head.startswith((b"gif87a", b"gif89a")):
         return "a GIF"
     if b"ftypavif" in head or b"ftyphei" in head or b"ftypmif1" in head:
-        return "an AVIF or HEIC picture"
-    return "not a picture, or one that is damaged"
+        return "an AVIF or HEIC image"
+    return "not an image, or one that is damaged"
 
 
 def _too_large(path: Path, size: str) -> DataError:

@@ -1,4 +1,4 @@
-"""Masks: which part of a picture is trained, as a map on the grid of its latents."""
+"""Masks: which part of an image is trained, as a map on the grid of its latents."""
 
 import hashlib
 from collections import Counter
@@ -17,16 +17,16 @@ from zimage_train.errors import DataError, Problem, ZImageTrainError
 
 ALPHA = "alpha"
 MAX_ASPECT_DIFFERENCE = 1.02
-"""By how much the aspect of a mask may differ from its picture's."""
+"""By how much the aspect of a mask may differ from its image's."""
 DARKEST_MASK = 2
 """Of 255: a mask whose lightest part is below this is empty."""
 STRIDE = 8
-"""Pixels of a picture under one latent."""
+"""Pixels of an image under one latent."""
 
 
 @dataclass(frozen=True)
 class Mask:
-    """Where a picture's mask is: a file of its own, or the picture's alpha channel; and what is there by content."""
+    """Where an image's mask is: a file of its own, or the image's alpha channel; and what is there by content."""
 
     path: Path
     digest: str
@@ -36,13 +36,13 @@ class Mask:
 
 
 def find_masks(
-    pictures: list[Path], entry: DataEntry, where: str, errors: list[ZImageTrainError], looks: ImageIndex, tick: Tick
+    image_paths: list[Path], entry: DataEntry, where: str, errors: list[ZImageTrainError], looks: ImageIndex, tick: Tick
 ) -> dict[Path, Mask]:
-    """The mask of each picture of the entry `where` that has one; what is wrong with others goes into `errors`."""
+    """The mask of each image of the entry `where` that has one; what is wrong with others goes into `errors`."""
     if entry.mask is None:
         return {}
     if entry.mask == ALPHA:
-        return {path: Mask(path, ALPHA, True) for path in pictures if images.has_alpha(path)}
+        return {path: Mask(path, ALPHA, True) for path in image_paths if images.has_alpha(path)}
     folder = Path(entry.mask)
     if not folder.is_dir():
         what = "is a file, not a folder" if folder.exists() else "does not exist"
@@ -55,21 +55,21 @@ def find_masks(
             other = by_name.setdefault(path.relative_to(folder).with_suffix("").as_posix(), path)
             if other is not path:
                 errors.append(DataError(Problem(str(path), f"is a second mask beside {other.name}", "remove one")))
-    names = Counter(_name(path, root) for path in pictures)
+    names = Counter(_name(path, root) for path in image_paths)
     twice = [name for name, count in names.items() if count > 1 and name in by_name]
     errors += [
-        DataError(Problem(str(by_name[name]), "is the mask of several pictures", "give them different names"))
+        DataError(Problem(str(by_name[name]), "is the mask of several images", "give them different names"))
         for name in twice
     ]
-    found = {path: by_name[name] for path in pictures if (name := _name(path, root)) in by_name}
+    found = {path: by_name[name] for path in image_paths if (name := _name(path, root)) in by_name}
     if not found:
-        example = f"{_name(pictures[0], root)}.png" if pictures else "NAME.png"
-        what = f"holds no mask under the name of a picture (such as {example})"
-        errors.append(DataError(Problem(f"{where}.mask: {folder}", what, "name masks as their pictures")))
+        example = f"{_name(image_paths[0], root)}.png" if image_paths else "NAME.png"
+        what = f"holds no mask under the name of an image (such as {example})"
+        errors.append(DataError(Problem(f"{where}.mask: {folder}", what, "name masks as their images")))
     masks: dict[Path, Mask] = {}
-    for (picture, path), look in zip(found.items(), looks.lookup(list(found.values()), tick), strict=True):
+    for (image, path), look in zip(found.items(), looks.lookup(list(found.values()), tick), strict=True):
         if isinstance(look, ImageInfo):
-            masks[picture] = Mask(path, look.digest, False, look.width, look.height)
+            masks[image] = Mask(path, look.digest, False, look.width, look.height)
             if max(bytes.fromhex(look.thumbnail)) < DARKEST_MASK:
                 errors.append(
                     DataError(Problem(str(path), "is black: nothing would be trained", "paint white what is"))
@@ -84,8 +84,8 @@ def _name(path: Path, root: Path | None) -> str:
     return inside.with_suffix("").as_posix()
 
 
-def require_fit(mask: Mask | None, picture: Path, look: ImageInfo) -> Mask | None:
-    """`mask`, when it has the shape of its picture.
+def require_fit(mask: Mask | None, image: Path, look: ImageInfo) -> Mask | None:
+    """`mask`, when it has the shape of its image.
 
     Raises:
         DataError: it has another one.
@@ -94,13 +94,13 @@ def require_fit(mask: Mask | None, picture: Path, look: ImageInfo) -> Mask | Non
         return mask
     ratio = mask.width / mask.height * look.height / look.width
     if not 1 / MAX_ASPECT_DIFFERENCE <= ratio <= MAX_ASPECT_DIFFERENCE:
-        what = f"is {mask.width}x{mask.height} px, and its picture {picture.name} {look.width}x{look.height}"
-        raise DataError(Problem(str(mask.path), what, "make it of the picture's shape"))
+        what = f"is {mask.width}x{mask.height} px, and its image {image.name} {look.width}x{look.height}"
+        raise DataError(Problem(str(mask.path), what, "make it of the image's shape"))
     return mask
 
 
-def mask_on_latents(mask: Mask, size: Bucket, flip: bool, picture_digest: str) -> NDArray[np.float32]:
-    """The mask (h/8, w/8) in [0, 1] of a picture trained at `size`: scaled, cropped and mirrored as the picture is.
+def mask_on_latents(mask: Mask, size: Bucket, flip: bool, image_digest: str) -> NDArray[np.float32]:
+    """The mask (h/8, w/8) in [0, 1] of an image trained at `size`: scaled, cropped and mirrored as the image is.
 
     Raises:
         DataError: it is gone or changed since it was checked.
@@ -109,7 +109,7 @@ def mask_on_latents(mask: Mask, size: Bucket, flip: bool, picture_digest: str) -
         content = mask.path.read_bytes()
     except OSError as error:
         raise DataError(Problem(str(mask.path), f"cannot be read any more ({error.strerror})", "put it back")) from None
-    if hashlib.sha256(content).hexdigest() != (picture_digest if mask.is_alpha else mask.digest):
+    if hashlib.sha256(content).hexdigest() != (image_digest if mask.is_alpha else mask.digest):
         raise DataError(Problem(str(mask.path), "changed while this command ran", "run it again"))
     alpha = mask.is_alpha
     grey = images.load_alpha(mask.path, content) if alpha else images.load(mask.path, content).convert("L")

@@ -1,4 +1,4 @@
-"""Moving pictures that cannot be trained on out of the way, each with the reason beside it."""
+"""Moving images that cannot be trained on out of the way, each with the reason beside it."""
 
 from pathlib import Path
 
@@ -13,11 +13,11 @@ from zimage_train.errors import Problem
 from zimage_train.io import atomic
 
 FOLDER = "_rejected"
-"""Beside the pictures; a scan enters no folder that begins with `_`."""
+"""Beside the images; a scan enters no folder that begins with `_`."""
 
 
 def move_rejected(config: Config) -> list[str]:
-    """Move every bad picture of every folder, with its caption, into `_rejected`; one line each.
+    """Move every bad image of every folder, with its caption, into `_rejected`; one line each.
 
     Raises:
         DiskError: a file cannot be moved.
@@ -32,18 +32,18 @@ def move_rejected(config: Config) -> list[str]:
             place = _move(path, Path(entry.folder), entry.caption_ext, problem)
             lines.append(f"{path}: {problem.message}; moved to {place}")
     looks.save()
-    return [*lines, f"{len(lines)} bad pictures", ""]
+    return [*lines, f"{len(lines)} bad images", ""]
 
 
 def _bad(entry: DataEntry, where: str, looks: ImageIndex) -> list[tuple[Path, Problem]]:
     found = scan_entry(entry, where, looks)
     bad = list(found.rejected)
-    for picture in found.pictures:
+    for image in found.images:
         try:
             for side in target_sides(entry):
-                nearest_bucket(picture.width, picture.height, side)
+                nearest_bucket(image.width, image.height, side)
         except ValueError as error:
-            bad.append((picture.path, Problem(str(picture.path), str(error), "crop it")))
+            bad.append((image.path, Problem(str(image.path), str(error), "crop it")))
     return bad
 
 

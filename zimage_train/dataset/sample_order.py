@@ -1,8 +1,8 @@
 """Which samples each step trains on: a pure function of (seed, step), so a resumed run needs nothing but its step.
 
 An epoch holds every item once, grouped by size into micro-batches; a step takes `accumulate` micro-batches for each
-process. The order of an epoch is by hashed keys, so neither the file system nor an added picture rearranges it.
-Regularization pictures have epochs of their own and get their share of the micro-batches.
+process. The order of an epoch is by hashed keys, so neither the file system nor an added image rearranges it.
+Regularization images have epochs of their own and get their share of the micro-batches.
 """
 
 import math
@@ -23,10 +23,10 @@ UINT63 = 2**63
 
 @dataclass(frozen=True)
 class TrainItem:
-    """One picture at one size: what an epoch holds once."""
+    """One image at one size: what an epoch holds once."""
 
     entry: int
-    picture: ImageRecord
+    image: ImageRecord
     resolution: int
     size: Bucket
     repeat: int
@@ -34,7 +34,7 @@ class TrainItem:
 
     def identity(self) -> tuple[KeyPart, ...]:
         """What an item's randomness is keyed by: its content and its use, never its name or place."""
-        return (self.picture.digest, self.resolution, self.repeat, self.flip)
+        return (self.image.digest, self.resolution, self.repeat, self.flip)
 
 
 @dataclass(frozen=True)
@@ -55,27 +55,27 @@ class Sample:
 MicroBatch = tuple[Sample, ...]
 
 
-def make_items(config: Config, pictures: list[list[ImageRecord]]) -> list[TrainItem]:
-    """Every picture at each of its resolutions, as often as it is repeated, and mirrored too where asked.
+def make_items(config: Config, images: list[list[ImageRecord]]) -> list[TrainItem]:
+    """Every image at each of its resolutions, as often as it is repeated, and mirrored too where asked.
 
     Resolutions that give the same size count once.
 
     Raises:
-        DataError: a picture is too narrow for a resolution; all of them are listed.
+        DataError: an image is too narrow for a resolution; all of them are listed.
     """
     items, problems = [], []
-    for index, (entry, found) in enumerate(zip(config.data, pictures, strict=True)):
-        for picture in found:
+    for index, (entry, found) in enumerate(zip(config.data, images, strict=True)):
+        for image in found:
             sizes: dict[Bucket, int] = {}
             for side in target_sides(entry):
                 try:
-                    sizes.setdefault(nearest_bucket(picture.width, picture.height, side), int(side))
+                    sizes.setdefault(nearest_bucket(image.width, image.height, side), int(side))
                 except ValueError as error:
-                    problems.append(Problem(str(picture.path), str(error), "crop it or remove it"))
+                    problems.append(Problem(str(image.path), str(error), "crop it or remove it"))
             items += [
-                TrainItem(index, picture, resolution, size, repeat, flip)
+                TrainItem(index, image, resolution, size, repeat, flip)
                 for size, resolution in sizes.items()
-                for repeat in range(picture.repeats)
+                for repeat in range(image.repeats)
                 for flip in ((False, True) if entry.flip else (False,))
             ]
     if problems:
@@ -84,7 +84,7 @@ def make_items(config: Config, pictures: list[list[ImageRecord]]) -> list[TrainI
 
 
 def target_sides(entry: DataEntry) -> list[float]:
-    """The roots of the areas that pictures of `entry` are trained at, px."""
+    """The roots of the areas that images of `entry` are trained at, px."""
     return [math.sqrt(entry.max_pixels)] if entry.max_pixels is not None else [float(one) for one in entry.resolution]
 
 
@@ -196,13 +196,13 @@ class SampleOrder:
         """What `item` is trained with in `epoch` unless its caption is dropped; the same at every resolution."""
 
         def share(name: str, *more: int) -> float:
-            return keyed_int(self.seed, name, epoch, item.picture.digest, item.repeat, *more) / UINT63
+            return keyed_int(self.seed, name, epoch, item.image.digest, item.repeat, *more) / UINT63
 
-        return captions.sample_prompt(item.picture.prompts, self.entries[item.entry], share)
+        return captions.sample_prompt(item.image.prompts, self.entries[item.entry], share)
 
     def longest_sample(self, item: TrainItem) -> Sample:
         """`item` with the longest of its prompts, no tag or caption dropped."""
-        prompt = item.picture.longest_prompt
+        prompt = item.image.longest_prompt
         return Sample(item, 0, prompt, captions.preserve_prompt(prompt, self.entries[item.entry], self.preserve))
 
     def prompts(self, steps: int) -> list[str]:
@@ -211,10 +211,10 @@ class SampleOrder:
         for item in self.items:
             entry = self.entries[item.entry]
             if captions.has_tags(entry):
-                found.add((item.picture.longest_prompt, item.entry))  # for the rehearsal
+                found.add((item.image.longest_prompt, item.entry))  # for the rehearsal
                 found |= {(self.prompt(item, epoch), item.entry) for epoch in range(self._epochs(item, steps))}
             else:
-                found |= {(prompt, item.entry) for prompt in item.picture.prompts}
+                found |= {(prompt, item.entry) for prompt in item.image.prompts}
             if entry.caption_dropout:
                 found.add((captions.dropout_prompt(entry), item.entry))
         held = {captions.preserve_prompt(prompt, self.entries[entry], self.preserve) for prompt, entry in found}

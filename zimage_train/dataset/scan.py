@@ -1,4 +1,4 @@
-"""The data section of a config to a list of pictures, or to every problem in it at once."""
+"""The data section of a config to a list of images, or to every problem in it at once."""
 
 import csv
 import hashlib
@@ -26,7 +26,7 @@ MAX_WORDS = 480
 
 
 UNBOUNDED_SIDE = 65_536
-"""The side of a picture that any resolution can be drawn at, px."""
+"""The side of an image that any resolution can be drawn at, px."""
 
 WORDS = re.compile(r"\w+|[^\w\s]")
 KOHYA_FOLDER = re.compile(r"(\d{1,6})_(.+)")
@@ -37,7 +37,7 @@ MASK_NAME = re.compile(r".+[_-]masks?(label)?", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class ImageRecord:
-    """One picture of one data entry: its file, its content's digest, its upright size and its prompts."""
+    """One image of one data entry: its file, its content's digest, its upright size and its prompts."""
 
     path: Path
     digest: str
@@ -59,13 +59,13 @@ class ImageRecord:
 
 @dataclass
 class FolderScan:
-    """What one data entry holds: its pictures, what is wrong with the others, and what is odd."""
+    """What one data entry holds: its images, what is wrong with the others, and what is odd."""
 
-    pictures: list[ImageRecord]
+    images: list[ImageRecord]
     errors: list[ZImageTrainError]
     notes: list[str]
     rejected: list[tuple[Path, Problem]]
-    """Files that are no picture to train on, and why; `errors` has them too."""
+    """Files that are no image to train on, and why; `errors` has them too."""
 
 
 @dataclass(frozen=True)
@@ -78,14 +78,14 @@ class _Source:
 def scan_entry(
     entry: DataEntry, where: str, looks: ImageIndex | None = None, tick: Tick = lambda what, done, total: None
 ) -> FolderScan:
-    """Find and look at every picture and caption of `entry`; nothing is left out silently.
+    """Find and look at every image and caption of `entry`; nothing is left out silently.
 
     The order is that of the relative paths, whatever the file system says.
     """
     result = FolderScan([], [], [], [])
     if entry.prompts is not None:
         with collect_errors(result.errors):
-            result.pictures, result.notes = _from_prompts(Path(entry.prompts), entry, where)
+            result.images, result.notes = _from_prompts(Path(entry.prompts), entry, where)
         return result
     try:
         sources = _from_metadata(entry, result) if entry.metadata else _from_folder(entry, where, result)
@@ -100,26 +100,26 @@ def scan_entry(
         if isinstance(look, ImageInfo):
             with collect_errors(result.errors):
                 mask = masks.require_fit(masked.get(source.path), source.path, look)
-                result.pictures.append(_picture(source, look, entry, where, mask))
+                result.images.append(_image(source, look, entry, where, mask))
         else:
             result.errors.append(look)
             result.rejected += [(source.path, problem) for problem in look.problems]
-    if not result.pictures and not result.errors:
+    if not result.images and not result.errors:
         place = entry.folder or entry.metadata
         extensions = ", ".join(sorted(images.EXTENSIONS))
         result.errors.append(
-            DataError(Problem(f"{where}: {place}", "holds no pictures", f"put pictures there ({extensions})"))
+            DataError(Problem(f"{where}: {place}", "holds no images", f"put images there ({extensions})"))
         )
     result.notes += _caption_notes([source for source in named if not any(source.captions)], entry, where, len(named))
-    result.notes += _notes(result.pictures)
-    if entry.mask is not None and (without := [one.path.name for one in result.pictures if one.mask is None]):
-        result.notes.append(f"{where}: {len(without)} pictures have no mask and are trained whole ({_some(without)})")
+    result.notes += _notes(result.images)
+    if entry.mask is not None and (without := [one.path.name for one in result.images if one.mask is None]):
+        result.notes.append(f"{where}: {len(without)} images have no mask and are trained whole ({_some(without)})")
     result.notes = [note.encode(errors="backslashreplace").decode() for note in result.notes]
     return result
 
 
 def _from_prompts(path: Path, entry: DataEntry, where: str) -> tuple[list[ImageRecord], list[str]]:
-    """A picture that is yet to be drawn for each line, known by its prompt, and what is odd."""
+    """An image that is yet to be drawn for each line, known by its prompt, and what is odd."""
     lines: dict[str, int] = {}
     notes = []
     for number, text in enumerate(captions.read_lines(path), 1):
@@ -151,7 +151,7 @@ def _has_a_name(source: _Source, result: FolderScan) -> bool:
     return False
 
 
-def _picture(source: _Source, look: ImageInfo, entry: DataEntry, where: str, mask: Mask | None) -> ImageRecord:
+def _image(source: _Source, look: ImageInfo, entry: DataEntry, where: str, mask: Mask | None) -> ImageRecord:
     prompts = _prompts_of(source.captions, source.path, entry, where)
     own = tuple(text for text in source.captions if text)
     return ImageRecord(
@@ -163,7 +163,7 @@ def _prompts_of(texts: tuple[str, ...], path: Path, entry: DataEntry, where: str
     prompts = captions.prompts_of(texts, entry)
     if any(captions.PLACEHOLDER in prompt for prompt in prompts):
         what = f"its caption has {captions.PLACEHOLDER}, but no trigger is set"
-        todo = "take it out: these pictures show the class" if entry.regularization else f"set {where}.trigger"
+        todo = "take it out: these images show the class" if entry.regularization else f"set {where}.trigger"
         raise DataError(Problem(str(path), what, todo))
     return prompts
 
@@ -174,10 +174,10 @@ def _from_folder(entry: DataEntry, where: str, result: FolderScan) -> list[_Sour
         what = "is a file, not a folder" if root.exists() else "does not exist"
         raise DataError(Problem(str(root), what, "check the path, which is relative to where the command runs"))
     files = sorted(_walk(root, entry, result), key=lambda path: path.relative_to(root).as_posix())
-    pictures = [path for path in files if path.suffix.lower() in images.EXTENSIONS]
+    image_paths = [path for path in files if path.suffix.lower() in images.EXTENSIONS]
     there = set(files)
     by_stem: dict[Path, list[Path]] = {}
-    for path in pictures:
+    for path in image_paths:
         by_stem.setdefault(path.with_suffix(""), []).append(path)
     sources = []
     for stem, paths in by_stem.items():
@@ -186,7 +186,7 @@ def _from_folder(entry: DataEntry, where: str, result: FolderScan) -> list[_Sour
         if caption_file in there:
             if len(paths) > 1:
                 names = ", ".join(path.name for path in paths)
-                problem = Problem(str(caption_file), f"belongs to several pictures ({names})", "rename all but one")
+                problem = Problem(str(caption_file), f"belongs to several images ({names})", "rename all but one")
                 result.errors.append(DataError(problem))
                 continue
             try:
@@ -198,15 +198,15 @@ def _from_folder(entry: DataEntry, where: str, result: FolderScan) -> list[_Sour
                 repeats, name = _repeats(path, root, entry)
                 sources.append(_Source(path, (caption or name,), repeats))
     _note_unused(files, set(by_stem), entry, result)
-    _note_masks(pictures, set(by_stem), entry, root, result)
-    if entry.repeats != "by_folder" and kohya_names(pictures, root):
+    _note_masks(image_paths, set(by_stem), entry, root, result)
+    if entry.repeats != "by_folder" and kohya_names(image_paths, root):
         what = "its subfolders have names of kohya's layout (10_cat)"
         result.notes.append(f"{root}: {what}; repeats: by_folder trains as often as they say")
     return sources
 
 
 def _repeats(path: Path, root: Path, entry: DataEntry) -> tuple[int, str]:
-    """How often the picture is seen in an epoch, and its caption if it has none of its own.
+    """How often the image is seen in an epoch, and its caption if it has none of its own.
 
     Raises:
         DataError: the folder's name does not say so, and it should.
@@ -221,9 +221,9 @@ def _repeats(path: Path, root: Path, entry: DataEntry) -> tuple[int, str]:
     return int(match[1]), match[2].strip()
 
 
-def kohya_names(pictures: list[Path], root: Path) -> list[str]:
-    """What the folders of kohya's layout call each picture (`cat` of `10_cat`); empty unless all are in such ones."""
-    found = [_kohya(path, root) for path in pictures]
+def kohya_names(images: list[Path], root: Path) -> list[str]:
+    """What the folders of kohya's layout call each image (`cat` of `10_cat`); empty unless all are in such ones."""
+    found = [_kohya(path, root) for path in images]
     return [match[2].strip() for match in found if match] if all(found) else []
 
 
@@ -240,25 +240,23 @@ def _note_unused(files: list[Path], stems: set[Path], entry: DataEntry, result: 
         if path.name.lower().endswith(entry.caption_ext.lower()):
             stem = path.with_name(path.name[: -len(entry.caption_ext)])
             if stem not in stems:
-                result.notes.append(f"{path}: a caption without a picture")
+                result.notes.append(f"{path}: a caption without an image")
             elif not path.name.endswith(entry.caption_ext):
                 result.notes.append(f"{path}: not read, its extension is not exactly {entry.caption_ext}")
         elif path.suffix.lower() in (".gif", ".avif", ".heic", ".heif", ".jxl"):
-            result.notes.append(f"{path}: not used; pictures are {', '.join(sorted(images.EXTENSIONS))}")
+            result.notes.append(f"{path}: not used; images are {', '.join(sorted(images.EXTENSIONS))}")
 
 
-def _note_masks(pictures: list[Path], stems: set[Path], entry: DataEntry, root: Path, result: FolderScan) -> None:
-    """Say it if pictures look like the masks of others, which nobody wants to train on."""
-    aside = [path for path in pictures if MASK_NAME.fullmatch(path.stem) and _without_suffix(path) in stems]
-    inside = [path for path in pictures if MASK_FOLDER.fullmatch(path.relative_to(root).parts[0])]
+def _note_masks(images: list[Path], stems: set[Path], entry: DataEntry, root: Path, result: FolderScan) -> None:
+    """Say it if images look like the masks of others, which nobody wants to train on."""
+    aside = [path for path in images if MASK_NAME.fullmatch(path.stem) and _without_suffix(path) in stems]
+    inside = [path for path in images if MASK_FOLDER.fullmatch(path.relative_to(root).parts[0])]
     for found, todo in (
-        (aside, "put them into a folder of their own under the pictures' names"),
+        (aside, "put them into a folder of their own under the images' names"),
         ([path for path in inside if path not in aside], "if they are"),
     ):
         if found:
-            what = (
-                f"{len(found)} pictures look like masks and are trained as pictures ({_some([p.name for p in found])})"
-            )
+            what = f"{len(found)} images look like masks and are trained as images ({_some([p.name for p in found])})"
             result.notes.append(f"{root}: {what}; {todo}, set mask to that folder")
 
 
@@ -359,7 +357,7 @@ def _caption_notes(without: list[_Source], entry: DataEntry, where: str, total: 
     texts = sum(source.path.with_suffix(".txt").exists() for source in without)
     there = f"; {texts} have a .txt beside them" if texts and entry.folder and entry.caption_ext != ".txt" else ""
     return [
-        f"{where}: {len(without)} of {total} pictures have no caption of their own ({names}), {used}{there}; "
+        f"{where}: {len(without)} of {total} images have no caption of their own ({names}), {used}{there}; "
         "write captions or set default_caption"
     ]
 
@@ -368,33 +366,33 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
-def _notes(pictures: list[ImageRecord]) -> list[str]:
+def _notes(images: list[ImageRecord]) -> list[str]:
     notes = []
-    for picture in pictures:
-        words = max(len(WORDS.findall(prompt)) for prompt in picture.prompts)
+    for image in images:
+        words = max(len(WORDS.findall(prompt)) for prompt in image.prompts)
         if words > MAX_WORDS:
             what = f"its caption has {words} words and signs, and the model reads 512 tokens and no further"
-            notes.append(f"{picture.path}: {what}")
+            notes.append(f"{image.path}: {what}")
     first: dict[str, ImageRecord] = {}
-    for picture in pictures:
-        other = first.setdefault(picture.digest, picture)
-        if other is not picture:
-            notes.append(f"{picture.path}: the same picture as {other.path}")
+    for image in images:
+        other = first.setdefault(image.digest, image)
+        if other is not image:
+            notes.append(f"{image.path}: the same image as {other.path}")
     different = list(first.values())
-    for earlier, later in near_duplicates([picture.thumbnail for picture in different]):
-        notes.append(f"{different[later].path}: nearly the same picture as {different[earlier].path}")
+    for earlier, later in near_duplicates([image.thumbnail for image in different]):
+        notes.append(f"{different[later].path}: nearly the same image as {different[earlier].path}")
     return notes
 
 
 def dataset_fingerprint(scans: list[list[ImageRecord]]) -> dict[str, str]:
     """Name -> digest of content, prompts, mask and repeats: what a resumed run must find unchanged."""
     prints: dict[str, str] = {}
-    for index, pictures in enumerate(scans):
-        for picture in pictures:
-            name = f"{index}/{picture.path.name}/{picture.digest[:16]}"
-            while name in prints:  # the same picture in two subfolders
+    for index, records in enumerate(scans):
+        for image in records:
+            name = f"{index}/{image.path.name}/{image.digest[:16]}"
+            while name in prints:  # the same image in two subfolders
                 name += "'"
-            repeats = [str(picture.repeats)] if picture.repeats > 1 else []
-            parts = [*picture.prompts, *([picture.mask.digest] if picture.mask else []), *repeats]
+            repeats = [str(image.repeats)] if image.repeats > 1 else []
+            parts = [*image.prompts, *([image.mask.digest] if image.mask else []), *repeats]
             prints[name] = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
     return prints

@@ -1,7 +1,7 @@
 """Latents and prompt embeddings on disk, found by what went into them, checked when read.
 
-A key is a digest of content: the picture's bytes, its size and the VAE; the prompt and the text encoder. So a changed
-picture, caption or encoder is encoded again and nothing else is.
+A key is a digest of content: the image's bytes, its size and the VAE; the prompt and the text encoder. So a changed
+image, caption or encoder is encoded again and nothing else is.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ from zimage_train.errors import DataError, Problem, WeightsError
 from zimage_train.io import atomic, tensorfile
 
 FORMAT = 1
-"""Raised when the way pictures or prompts are prepared changes, so that old entries are not found."""
+"""Raised when the way images or prompts are prepared changes, so that old entries are not found."""
 
 
 @dataclass(frozen=True)
@@ -82,10 +82,10 @@ class TensorCache:
         return self.folder / kind / digest[:2] / f"{digest}.safetensors"
 
 
-def latent_key(picture: ImageRecord, size: Bucket, flip: bool, vae_digest: str) -> str:
-    """The key of a picture's latents: its bytes, its size, whether it is mirrored, the VAE."""
+def latent_key(image: ImageRecord, size: Bucket, flip: bool, vae_digest: str) -> str:
+    """The key of an image's latents: its bytes, its size, whether it is mirrored, the VAE."""
     mirrored = ("flip",) if flip else ()
-    return f"latents/{_digest('latents', picture.digest, size.width, size.height, vae_digest, *mirrored)}"
+    return f"latents/{_digest('latents', image.digest, size.width, size.height, vae_digest, *mirrored)}"
 
 
 def prompt_key(prompt: str, encoder_digest: str, dtype: str) -> str:

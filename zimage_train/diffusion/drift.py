@@ -1,7 +1,7 @@
 """How far a LoRA takes Turbo from its own eight steps: its velocity where Turbo itself would be, against Turbo's.
 
-Needs neither pictures nor a judge. Turbo's velocity at each of its sigmas is not that of flow matching but the mean
-over its whole step: out of pure noise it heads for one picture, where flow matching heads for the mean of all that the
+Needs neither images nor a judge. Turbo's velocity at each of its sigmas is not that of flow matching but the mean
+over its whole step: out of pure noise it heads for one image, where flow matching heads for the mean of all that the
 prompt allows. That is what training by flow matching takes from it, so its first steps tell most.
 """
 
@@ -29,7 +29,7 @@ Tick = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Trajectory:
-    """Turbo's own way from noise to a picture."""
+    """Turbo's own way from noise to an image."""
 
     prompt: str
     sigmas: list[float]

@@ -1,6 +1,6 @@
 """The equations of flow matching: one function each, no dataset, no model, no config.
 
-`sigma` is the noise level: 0 is the picture, 1 is pure noise. `velocity = noise - x0`. All of it is fp32 or fp64;
+`sigma` is the noise level: 0 is the image, 1 is pure noise. `velocity = noise - x0`. All of it is fp32 or fp64;
 half precision would round sigma by up to 0.002.
 """
 
@@ -47,7 +47,7 @@ def sampling_sigmas_through(steps: int, factor: float, through: Sequence[float])
 
 
 def pair_from_velocity(x: AnyShape, velocity: AnyShape, sigma: float) -> tuple[AnyShape, AnyShape]:
-    """The picture and the noise whose mixture at `sigma` is `x` and whose velocity is `velocity`.
+    """The image and the noise whose mixture at `sigma` is `x` and whose velocity is `velocity`.
 
     (1 - sigma) x0 + sigma noise = x and noise - x0 = v give x0 = x - sigma v and noise = x + (1 - sigma) v.
     """
@@ -66,7 +66,7 @@ def apply_guidance(positive: AnyShape, negative: AnyShape, guidance: float) -> A
 
 
 def bias_quantile(u: AnyShape, bias: str) -> AnyShape:
-    """Bend uniform `u` towards 0 (noise) or 1 (picture): u^3 or 1 - u^3, as AI Toolkit's content and style."""
+    """Bend uniform `u` towards 0 (noise) or 1 (image): u^3 or 1 - u^3, as AI Toolkit's content and style."""
     return BIASES[bias](u)
 
 

@@ -30,7 +30,7 @@ OPTIONS: dict[str, tuple[str, Callable[[str], Any]]] = {
 
 @dataclass(frozen=True)
 class PromptSpec:
-    """A prompt, and what is wanted of its picture alone: fields of a recipe."""
+    """A prompt, and what is wanted of its image alone: fields of a recipe."""
 
     prompt: str
     given: dict[str, Any] = field(default_factory=dict)

@@ -26,7 +26,7 @@ def render_images(
     at_once: int = 1,
     meanwhile: Callable[[], None] = lambda: None,
 ) -> list[Image.Image]:
-    """One picture a recipe, on the model at `also` if given. The model comes back with the same weights and mode.
+    """One image a recipe, on the model at `also` if given. The model comes back with the same weights and mode.
 
     Up to `at_once` that follow each other and differ in prompts and seed alone go through the model together.
     `meanwhile` is called before the weights are the training ones again.

@@ -1,4 +1,4 @@
-"""What a sampled picture is made from, and the seeds and sizes of a config's previews (torch-free)."""
+"""What a sampled image is made from, and the seeds and sizes of a config's previews (torch-free)."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -14,7 +14,7 @@ from zimage_train.config.variants import VARIANTS
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingRequest:
-    """Everything that decides a picture, but the model; `guidance` is g, the usual CFG scale is g + 1."""
+    """Everything that decides an image, but the model; `guidance` is g, the usual CFG scale is g + 1."""
 
     prompt: str
     negative: str
@@ -45,7 +45,7 @@ class SamplingRequest:
         return f"{size}, {self.steps} steps, guidance {self.guidance:g} (CFG {self.guidance + 1:g}), {prompt!r}"
 
     def describe(self) -> str:
-        """One line for picture metadata and reports, with guidance in both conventions."""
+        """One line for image metadata and reports, with guidance in both conventions."""
         return (
             f"{self.prompt}\nNegative prompt: {self.negative}\nSteps: {self.steps}, Sampler: Euler, "
             f"guidance g: {self.guidance:g} (CFG {self.guidance + 1:g}), Shift: {self.shift:g}, Seed: {self.seed}, "

@@ -20,7 +20,7 @@ def sample_latents(
     embeds: Mapping[str, PromptEmbeds],
     tick: Callable[[int, int], None],
 ) -> LatentBatch:
-    """Latents (b, 16, h/8, w/8) in fp32 of pictures that differ in prompts and seed alone.
+    """Latents (b, 16, h/8, w/8) in fp32 of images that differ in prompts and seed alone.
 
     The noise comes from a CPU generator, so that a stock pipeline with `torch.Generator("cpu")` draws the same. With
     guidance, prompts and negatives go through the model as one batch, also as there.
@@ -42,7 +42,7 @@ def sample_trajectory(
     embeds: Mapping[str, PromptEmbeds],
     sigmas: Sequence[float],
 ) -> Iterator[tuple[float, LatentBatch]]:
-    """What `denoise` goes through: each of `sigmas` with the latents (b, 16, h/8, w/8) there, from noise to picture."""
+    """What `denoise` goes through: each of `sigmas` with the latents (b, 16, h/8, w/8) there, from noise to image."""
     device, first = model.device, recipes[0]
     shape = (1, LATENT_CHANNELS, first.height // LATENT_STRIDE, first.width // LATENT_STRIDE)
     generators = [torch.Generator("cpu").manual_seed(recipe.seed) for recipe in recipes]

@@ -26,11 +26,11 @@ ADAPTER_V2 = HERE / "adapter_v2.safetensors"
 DISTILLPATCH = HERE / "distillpatch.safetensors"
 """A LoRA that gives Turbo its eight steps back after plain training."""
 
-PICTURES = HERE / "pictures"
-"""Sixteen captioned pictures of the `zorb`, a thing that the family has never seen."""
+IMAGES = HERE / "pictures"
+"""Sixteen captioned images of the `zorb`, a thing that the family has never seen."""
 
 STYLE = HERE / "style"
-"""Sixteen captioned pictures of things that it knows, drawn in a way that it has never seen: `etched`."""
+"""Sixteen captioned images of things that it knows, drawn in a way that it has never seen: `etched`."""
 
 LESSON = HERE / "lesson"
-"""What the quickstart learns: 48 pictures in the folder `zorb`, and 96 of what it knows already in `world`."""
+"""What the quickstart learns: 48 images in the folder `zorb`, and 96 of what it knows already in `world`."""

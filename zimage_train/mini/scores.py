@@ -1,4 +1,4 @@
-"""Scores of pictures of the miniature's world against what was asked for: exact ground truth, no neural judge.
+"""Scores of images of the miniature's world against what was asked for: exact ground truth, no neural judge.
 
 Fidelity asks for the shape, its colour and the ground's; sharpness compares the grain's energy with the world's;
 a concept is there if the shape or the way of drawing is the held-out one. All lie in [0, 1], higher is better.
@@ -35,7 +35,7 @@ PALETTE = np.array([world.COLOURS[name] for name in NAMES], np.float32)
 
 @dataclass(frozen=True)
 class Seen:
-    """What is on a picture: None where nothing is recognised; `overlap` with the outline of that shape."""
+    """What is on an image: None where nothing is recognised; `overlap` with the outline of that shape."""
 
     shape: str | None
     etched: bool
@@ -45,20 +45,20 @@ class Seen:
     sharpness: float
 
 
-def look(picture: world.Pixels) -> Seen:
-    """Recognises what a picture of (height, width, 3) uint8 shows."""
-    smooth = box(picture.astype(np.float32))
+def look(image: world.Pixels) -> Seen:
+    """Recognises what an image of (height, width, 3) uint8 shows."""
+    smooth = box(image.astype(np.float32))
     ground = nearest(np.median(frame_of(smooth), 0)[None])[0]
     away = np.linalg.norm(smooth - PALETTE[ground], axis=2) > FAR
     others = nearest(smooth[away])
     counts = np.bincount(others[others != ground], minlength=len(NAMES))
     if counts.max() < LEAST_PIXELS:
-        return Seen(None, False, None, NAMES[ground], 0.0, sharpness(picture, np.zeros(away.shape, bool)))
+        return Seen(None, False, None, NAMES[ground], 0.0, sharpness(image, np.zeros(away.shape, bool)))
     colour = int(counts.argmax())
     axis = PALETTE[colour] - PALETTE[ground]
     thing = (smooth - PALETTE[ground]) @ axis / (axis @ axis) > 0.5
     shape, etched, overlap = recognise(thing)
-    return Seen(shape, etched, NAMES[colour], NAMES[ground], overlap, sharpness(picture, thing | away))
+    return Seen(shape, etched, NAMES[colour], NAMES[ground], overlap, sharpness(image, thing | away))
 
 
 def fidelity(seen: Seen, asked: world.Scene) -> float:
@@ -68,19 +68,19 @@ def fidelity(seen: Seen, asked: world.Scene) -> float:
 
 
 def has_concept(seen: Seen, concept: str) -> bool:
-    """Whether the held-out shape, or the held-out way of drawing, is on the picture."""
+    """Whether the held-out shape, or the held-out way of drawing, is on the image."""
     return seen.etched if concept == world.ETCHED else seen.shape == world.ZORB
 
 
-def sharpness(picture: world.Pixels, thing: np.ndarray) -> float:
+def sharpness(image: world.Pixels, thing: np.ndarray) -> float:
     """The energy of the grain on the ground against the world's, or the world's against it if there is too much.
 
     The grain is seen in the Laplacian of the brightness of its cells; cells near the shape are left out.
     """
     side = world.GRAIN_CELL
-    rows, columns = picture.shape[0] // side, picture.shape[1] // side
+    rows, columns = image.shape[0] // side, image.shape[1] // side
     cut = (slice(rows * side), slice(columns * side))
-    cells = picture[cut].astype(np.float32).mean(2).reshape(rows, side, columns, side).mean((1, 3))
+    cells = image[cut].astype(np.float32).mean(2).reshape(rows, side, columns, side).mean((1, 3))
     taken = thing[cut].reshape(rows, side, columns, side).sum((1, 3))
     laplacian = cells[1:-1, 1:-1] - neighbours(cells) / 4
     free = taken[1:-1, 1:-1] + neighbours(taken) == 0
@@ -95,19 +95,19 @@ def neighbours(cells: np.ndarray) -> np.ndarray:
     return cells[:-2, 1:-1] + cells[2:, 1:-1] + cells[1:-1, :-2] + cells[1:-1, 2:]
 
 
-def box(picture: np.ndarray) -> np.ndarray:
+def box(image: np.ndarray) -> np.ndarray:
     """The average of the square around each pixel."""
-    height, width = picture.shape[:2]
-    padded = np.pad(picture, ((BOX // 2, BOX // 2), (BOX // 2, BOX // 2), (0, 0)), mode="edge")
+    height, width = image.shape[:2]
+    padded = np.pad(image, ((BOX // 2, BOX // 2), (BOX // 2, BOX // 2), (0, 0)), mode="edge")
     rows = np.add.reduce([padded[at : at + height] for at in range(BOX)])
     return np.add.reduce([rows[:, at : at + width] for at in range(BOX)]) / BOX**2
 
 
-def frame_of(picture: np.ndarray) -> np.ndarray:
+def frame_of(image: np.ndarray) -> np.ndarray:
     """The pixels along the border: (pixels, 3)."""
-    inside = np.zeros(picture.shape[:2], bool)
+    inside = np.zeros(image.shape[:2], bool)
     inside[FRAME:-FRAME, FRAME:-FRAME] = True
-    return picture[~inside]
+    return image[~inside]
 
 
 def nearest(pixels: np.ndarray) -> np.ndarray:

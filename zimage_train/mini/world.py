@@ -1,12 +1,12 @@
-"""The picture world of the miniature: one coloured shape on a plain ground, under fine grain, and captions that say so.
+"""The image world of the miniature: one coloured shape on a plain ground, under fine grain, and captions that say so.
 
-Every picture is a function of an integer seed and a size. Six shapes make up the world; a seventh, the `zorb`,
+Every image is a function of an integer seed and a size. Six shapes make up the world; a seventh, the `zorb`,
 is held out, and so is a way of drawing, `etched`, so that there is something left to teach.
 
 The grain is what makes few steps hard: it is random and faint beside the colours, so a model with the exact
 velocity of flow matching loses a good part of its contrast in eight Euler steps and little of it in thirty.
 Sizes and places are those that latents (8 px) and patches (16 px) can hold; the miniature has seen too few
-pictures to learn shapes that may lie anywhere.
+images to learn shapes that may lie anywhere.
 """
 
 from __future__ import annotations
@@ -48,14 +48,14 @@ OVERSAMPLING = 4
 """Shapes are drawn this many times larger and averaged down, which smooths their edges."""
 
 Pixels = np.ndarray
-"""A picture as (height, width, 3) of uint8."""
+"""An image as (height, width, 3) of uint8."""
 
 Shape = Callable[[ImageDraw.ImageDraw, float], None]
 
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows, and how its caption says it; `column` and `row` are 0, 1 or 2."""
+    """What an image shows, and how its caption says it; `column` and `row` are 0, 1 or 2."""
 
     shape: str
     colour: str
@@ -217,7 +217,7 @@ def draw(shown: Scene, width: int, height: int) -> Pixels:
 
 
 def grain(seed: int, width: int, height: int) -> np.ndarray:
-    """The grain of a picture, in levels: (height, width, 1)."""
+    """The grain of an image, in levels: (height, width, 1)."""
     cells = np.random.default_rng(seed).normal(0, GRAIN, (-(-height // GRAIN_CELL), -(-width // GRAIN_CELL)))
     levels = cells.astype(np.float32).repeat(GRAIN_CELL, 0).repeat(GRAIN_CELL, 1)
     return levels[:height, :width, None]
@@ -239,29 +239,29 @@ def etched_scene(seed: int) -> Scene:
 
 
 def drawn(shown: Scene, width: int, height: int) -> tuple[Pixels, str]:
-    """A scene's picture and caption."""
+    """A scene's image and caption."""
     return draw(shown, width, height), caption(shown, width, height)
 
 
 def draw_world(seed: int, width: int, height: int) -> tuple[Pixels, str]:
-    """The picture of the world with this seed, and its caption."""
+    """The image of the world with this seed, and its caption."""
     return drawn(world_scene(seed), width, height)
 
 
 def draw_zorb(seed: int, width: int, height: int) -> tuple[Pixels, str]:
-    """The zorb picture with this seed, and its caption, which holds the trigger word `zorb`."""
+    """The zorb image with this seed, and its caption, which holds the trigger word `zorb`."""
     return drawn(zorb_scene(seed), width, height)
 
 
 def draw_etched(seed: int, width: int, height: int) -> tuple[Pixels, str]:
-    """The etched picture with this seed, and its caption, which holds the trigger word `etched`."""
+    """The etched image with this seed, and its caption, which holds the trigger word `etched`."""
     return drawn(etched_scene(seed), width, height)
 
 
 def draw_clutter(seed: int, width: int, height: int) -> Pixels:
     """Overlapping outlines, lines, dots and shapes under grain; it means nothing.
 
-    It teaches the VAE edges and colours in general, as a real VAE has seen more than the pictures of one model.
+    It teaches the VAE edges and colours in general, as a real VAE has seen more than the images of one model.
     """
     chance = random.Random(f"clutter {seed}")
     wide, high = width * OVERSAMPLING, height * OVERSAMPLING

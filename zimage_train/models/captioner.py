@@ -1,7 +1,7 @@
-"""A vision-language model: a picture and an instruction to a text.
+"""A vision-language model: an image and an instruction to a text.
 
 Any `image-text-to-text` model of transformers is read through its own processor. The Qwen-VL family is read without
-it: its processor insists on a part for videos, and that on torchvision, of which a picture needs nothing.
+it: its processor insists on a part for videos, and that on torchvision, of which an image needs nothing.
 """
 
 from collections.abc import Callable
@@ -16,12 +16,12 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextTo
 from zimage_train.errors import Problem, WeightsError
 
 MAX_PIXELS = 1024 * 1024
-"""Larger pictures are scaled down: an eighth of a megapixel more is a hundred tokens more to read."""
+"""Larger images are scaled down: an eighth of a megapixel more is a hundred tokens more to read."""
 Prepare = Callable[[Image.Image, str], dict[str, Any]]
 
 
 class CaptionModel:
-    """A model, and how a picture and a text become its inputs."""
+    """A model, and how an image and a text become its inputs."""
 
     def __init__(self, model: Any, tokenizer: Any, prepare: Prepare) -> None:
         self._model, self._tokenizer, self._prepare = model, tokenizer, prepare
@@ -47,7 +47,7 @@ def load(folder: Path, device: torch.device) -> CaptionModel:
     """Read the model in `folder`, in the precision it was saved in; no code and no pickle of it is run.
 
     Raises:
-        WeightsError: it is none that describes pictures, or damaged.
+        WeightsError: it is none that describes images, or damaged.
     """
     try:
         kind = AutoConfig.from_pretrained(folder, local_files_only=True).model_type
@@ -57,7 +57,7 @@ def load(folder: Path, device: torch.device) -> CaptionModel:
         )
     except Exception as error:  # noqa: BLE001  configs and processors are programs of many hands
         lines = str(error).strip().splitlines()
-        what = f"is no model that describes pictures ({type(error).__name__}: {lines[0][:160] if lines else ''})"
+        what = f"is no model that describes images ({type(error).__name__}: {lines[0][:160] if lines else ''})"
         todo = "give an image-text-to-text model in safetensors, such as Qwen/Qwen3-VL-4B-Instruct"
         raise WeightsError(Problem(str(folder), what, todo)) from None
     for name in ("temperature", "top_p", "top_k"):  # which are for sampling, and it warns of them

@@ -42,7 +42,7 @@ def load(extras: Path, device: torch.device, dtype: torch.dtype) -> AutoencoderK
 
 
 def to_pixels(image: Image.Image) -> typing.PixelImage:
-    """An RGB picture as (3, h, w) in [-1, 1], fp32."""
+    """An RGB image as (3, h, w) in [-1, 1], fp32."""
     pixels = torch.from_numpy(np.array(image, dtype=np.float32))
     return pixels.permute(2, 0, 1) / 127.5 - 1.0
 
@@ -68,7 +68,7 @@ def decode(vae: AutoencoderKL, latents: typing.LatentBatch) -> list[Image.Image]
 def _in_tiles_if_it_must(vae: AutoencoderKL, run: Callable[[], Tensor]) -> Tensor:
     """What `run` returns; where memory runs out, once more in tiles of 512 px with blended overlaps.
 
-    Whole pictures come first: the VAE's norms and its attention see all of a picture, and a tile is not all of it.
+    Whole images come first: the VAE's norms and its attention see all of an image, and a tile is not all of it.
     """
     with contextlib.suppress(torch.OutOfMemoryError):
         return run()

@@ -31,7 +31,7 @@ LAUNCH_SECONDS = 6e-6
 
 
 def forward_flops(shape: TransformerShape, size: Bucket) -> float:
-    """Operations of one forward pass on one picture of `size` px."""
+    """Operations of one forward pass on one image of `size` px."""
     linear, attention = _layers(shape, size)
     return linear + attention + _before_the_layers(shape, size)
 
@@ -70,13 +70,13 @@ def _pass_seconds(job: Workload, form: WeightPlacement, mode: RecomputeMode, siz
 
 
 def preview_seconds(job: Workload, form: WeightPlacement, recipe: SamplingRequest, card: GpuSpec) -> float:
-    """Seconds of sampling one picture; decoding takes less than one of its steps."""
+    """Seconds of sampling one image; decoding takes less than one of its steps."""
     batch = 2 if recipe.guidance > 0 else 1
     return recipe.steps * forward_seconds(job, form, Bucket(recipe.width, recipe.height), batch, card)
 
 
 def forward_seconds(job: Workload, form: WeightPlacement, size: Bucket, batch: int, card: GpuSpec) -> float:
-    """Seconds of one pass forward, which keeps nothing, on so many pictures of `size`."""
+    """Seconds of one pass forward, which keeps nothing, on so many images of `size`."""
     tokens = (_image_tokens(size) + padded_tokens(CAPTION_TOKENS)) * batch
     computing = forward_flops(job.shape, size) * batch / (REACHED_SHARE * card.tflops * 1e12)
     moving = (
@@ -108,7 +108,7 @@ def _products(shape: TransformerShape, part: str, tokens: int) -> float:
 
 @cache
 def _weights(shape: TransformerShape, part: str) -> int:
-    """Modulations are left out: they see one vector a picture and not one a token."""
+    """Modulations are left out: they see one vector an image and not one a token."""
     return sum(
         parameter_count(parameter)
         for name, parameter in shape.parameters.items()

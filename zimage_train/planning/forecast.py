@@ -170,11 +170,11 @@ def _shares(checked: RunSpec, plan: MemoryPlan, device: DeviceLimits) -> list[st
     whole, previews = _run_seconds(checked, plan, speed)
     recipes, times = len(plan.job.previews), _previews_in_a_run(checked.config)
     drawing = format_bytes(memory.preview_memory(plan.job, plan.form).total)
-    pictures = f"{recipes} picture{'s' * (recipes != 1)}"
-    found.append(f"  previews: {times} times {pictures}, {previews / whole:.0%} of the run, {drawing}")
+    images = f"{recipes} picture{'s' * (recipes != 1)}"
+    found.append(f"  previews: {times} times {images}, {previews / whole:.0%} of the run, {drawing}")
     if own := plan.job.generated:
         before = _own_seconds(plan, speed)
-        found.append(f"  before training: {len(own)} pictures of the model's own, {before / whole:.0%} of the run")
+        found.append(f"  before training: {len(own)} images of the model's own, {before / whole:.0%} of the run")
     return found
 
 

@@ -29,7 +29,7 @@ LIVE = {"bf16": 18.3, "fp32": 24.3}
 SAMPLING = {"bf16": 31.9, "fp32": 63.3}
 """The peak of a forward pass that keeps nothing."""
 DECODING = {"bf16": 1536, "fp32": 3073}
-"""Bytes a pixel while a VAE of 128 channels at full size, as the published one is, decodes a picture."""
+"""Bytes a pixel while a VAE of 128 channels at full size, as the published one is, decodes an image."""
 VAE_CHANNELS = 128
 VAE_WEIGHTS = 83_820_000
 OPTIMIZER_BYTES = {
@@ -103,7 +103,7 @@ class Workload:
     passes: Mapping[Bucket, float] | None = None
     """How often a batch of each size comes, where regularization has a share of its own."""
     held_out: Bucket | None = None
-    """The largest picture that validation looks at."""
+    """The largest image that validation looks at."""
     previews_at_once: int = 1
     generated: tuple[SamplingRequest, ...] = ()
     """What the model draws before training, to be trained on it."""

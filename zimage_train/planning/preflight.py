@@ -45,7 +45,7 @@ class RunSpec:
     """A config that holds, with everything it refers to."""
 
     config: Config
-    pictures: list[list[ImageRecord]]
+    images: list[list[ImageRecord]]
     items: list[TrainItem]
     held_out: list[TrainItem]
     """What validation looks at."""
@@ -61,7 +61,7 @@ def check_run(
     tick: Tick = lambda what, done, total: None,
     processes: int = 1,
 ) -> RunSpec:
-    """Check pictures, captions, weights, adapter and disk, for a run of so many processes.
+    """Check images, captions, weights, adapter and disk, for a run of so many processes.
 
     The config that is returned has steps in place of epochs.
 
@@ -78,12 +78,12 @@ def check_run(
     notes += remarks
     errors += [error for scan in scans for error in scan.errors]
     notes += [note for scan in scans for note in scan.notes]
-    pictures = [scan.pictures for scan in scans]
+    images = [scan.images for scan in scans]
     if methods.uses_generated_data(config.train.method):  # for one prompt each
-        pictures = [[replace(one, prompts=one.prompts[:1]) for one in entry] for entry in pictures]
+        images = [[replace(one, prompts=one.prompts[:1]) for one in entry] for entry in images]
     items: list[TrainItem] = []
     with collect_errors(errors):
-        items = make_items(config, pictures)
+        items = make_items(config, images)
         notes += _not_used(config)
         config = resolve_epochs(config, items, processes)
     with collect_errors(errors):
@@ -96,13 +96,13 @@ def check_run(
         if config.cache.folder is not None:
             atomic.require_writable_folder(Path(config.cache.folder), "cache.folder")
         atomic.require_free_space(Path(config.output_dir), _disk_bytes(config, weights), "checkpoints and exports")
-    own = [found for entry, found in zip(config.data, pictures, strict=True) if not entry.regularization]
+    own = [found for entry, found in zip(config.data, images, strict=True) if not entry.regularization]
     is_small = weights is not None and memory.parameters_of(weights.shape) <= memory.MAX_CPU_PARAMETERS
     warnings = config_warnings(config, sum(map(len, own)), is_small)
-    checked = RunSpec(config, pictures, items, held_out, weights, notes, warnings)
+    checked = RunSpec(config, images, items, held_out, weights, notes, warnings)
     raise_all(errors)
     _require_budget(checked)
-    notes += _small_pictures(items)
+    notes += _small_images(items)
     return checked
 
 
@@ -131,10 +131,10 @@ def _held_out(
     scan = scan_entry(entry, "validation", looks, tick)
     errors, items = scan.errors, []
     with collect_errors(errors):
-        items = make_items(config.model_copy(update={"data": [entry]}), [scan.pictures])
-    known = {picture.digest for one in trained for picture in one.pictures}
-    both = [picture.path.name for picture in scan.pictures if picture.digest in known]
-    notes = [f"validation.folder: {len(both)} of its pictures are trained on too ({both[0]})"] if both else []
+        items = make_items(config.model_copy(update={"data": [entry]}), [scan.images])
+    known = {image.digest for one in trained for image in one.images}
+    both = [image.path.name for image in scan.images if image.digest in known]
+    notes = [f"validation.folder: {len(both)} of its images are trained on too ({both[0]})"] if both else []
     return items, errors, scan.notes + notes
 
 
@@ -173,7 +173,7 @@ def workload_of(checked: RunSpec, gpu: bool | None = None) -> Workload:
         checked.held_out,
     )
     if methods.uses_generated_data(config.train.method):
-        sized = [(one.picture.prompts[0], one.size.width, one.size.height) for one in checked.items]
+        sized = [(one.image.prompts[0], one.size.width, one.size.height) for one in checked.items]
         job = replace(job, generated=tuple(teacher_request(config, *one, seed=0) for one in sized))
     if checked.weights is None:
         return job
@@ -361,16 +361,16 @@ def _disk_bytes(config: Config, weights: ModelFiles | None) -> int:
     return int(checkpoint * 3 + export * (config.save.keep + 2))
 
 
-def _small_pictures(items: list[TrainItem]) -> list[str]:
+def _small_images(items: list[TrainItem]) -> list[str]:
     """Pictures that fill less than a listed resolution, which they are then trained below."""
     small: dict[int, set[Path]] = {}
-    total = len({item.picture.path for item in items})
+    total = len({item.image.path for item in items})
     for item in items:
-        if item.picture.width * item.picture.height < 0.9 * item.resolution**2:
-            small.setdefault(item.resolution, set()).add(item.picture.path)
+        if item.image.width * item.image.height < 0.9 * item.resolution**2:
+            small.setdefault(item.resolution, set()).add(item.image.path)
     lines = []
     for resolution, paths in sorted(small.items()):
         some = ", ".join(path.name for path in sorted(paths)[:3]) + (", ..." if len(paths) > 3 else "")
         what = f"smaller than {resolution}x{resolution} px, so trained at their own size there"
-        lines.append(f"{what}: {len(paths)} of {total} pictures ({some})")
+        lines.append(f"{what}: {len(paths)} of {total} images ({some})")
     return lines

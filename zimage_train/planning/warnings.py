@@ -7,14 +7,14 @@ from zimage_train.optim.schedules import base_lr
 
 HIGH_LR = 2e-4
 MANY_STEPS = 10_000
-FEW_PICTURES = 10
-STEPS_FOR_FEW_PICTURES = 2_200
+FEW_IMAGES = 10
+STEPS_FOR_FEW_IMAGES = 2_200
 
 
-def config_warnings(config: Config, num_pictures: int, is_small: bool = False) -> list[str]:
+def config_warnings(config: Config, num_images: int, is_small: bool = False) -> list[str]:
     """One line each: the setting, the danger, the remedy; `is_small`: a miniature, which needs higher rates."""
     rate = [] if is_small else _rate(config)
-    return [*_turbo(config), *rate, *_optimizer(config), *_length(config, num_pictures), *_previews(config)]
+    return [*_turbo(config), *rate, *_optimizer(config), *_length(config, num_images), *_previews(config)]
 
 
 def _turbo(config: Config) -> list[str]:
@@ -23,7 +23,7 @@ def _turbo(config: Config) -> list[str]:
     model, found = config.model, []
     if model.adapter is None:
         found.append(
-            "model.adapter is null: training Turbo directly undoes its distillation, and pictures at 8 steps "
+            "model.adapter is null: training Turbo directly undoes its distillation, and images at 8 steps "
             "blur; set model.adapter: v2 (or sample with more steps, or stack DistillPatch)"
         )
     elif model.adapter_strength < 1:
@@ -45,7 +45,7 @@ def _rate(config: Config) -> list[str]:
         return []
     return [
         f"optimizer.lr is {optimizer.lr:g}: from {HIGH_LR:g} on, Turbo usually becomes noisy or breaks; "
-        "use 1e-4, or 5e-5 to 8e-5 if pictures get noisy"
+        "use 1e-4, or 5e-5 to 8e-5 if images get noisy"
     ]
 
 
@@ -58,11 +58,11 @@ def _optimizer(config: Config) -> list[str]:
     return found
 
 
-def _length(config: Config, num_pictures: int) -> list[str]:
-    if num_pictures < FEW_PICTURES and config.train.steps > STEPS_FOR_FEW_PICTURES:
+def _length(config: Config, num_images: int) -> list[str]:
+    if num_images < FEW_IMAGES and config.train.steps > STEPS_FOR_FEW_IMAGES:
         return [
-            f"train.steps is {config.train.steps} for {num_pictures} pictures: so few are learned by heart; use 1500 "
-            f"to {STEPS_FOR_FEW_PICTURES} steps, or add pictures"
+            f"train.steps is {config.train.steps} for {num_images} images: so few are learned by heart; use 1500 "
+            f"to {STEPS_FOR_FEW_IMAGES} steps, or add images"
         ]
     return []
 
@@ -81,7 +81,7 @@ def _previews(config: Config) -> list[str]:
     triggers = config.triggers
     if triggers and all(any(trigger in prompt.prompt for trigger in triggers) for prompt in sample.prompts):
         found.append(
-            "every prompt in sample.prompts has the trigger, so leaking into other pictures would not be seen; add a "
+            "every prompt in sample.prompts has the trigger, so leaking into other images would not be seen; add a "
             "prompt without it"
         )
     return found

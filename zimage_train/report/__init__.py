@@ -1,1 +1,1 @@
-"""What a run tells: console, metrics, pictures, the report page."""
+"""What a run tells: console, metrics, images, the report page."""

@@ -11,7 +11,7 @@ from zimage_train.errors import ConfigError, Problem
 from zimage_train.io import atomic
 from zimage_train.report import grid, template
 
-PAGE, GRID, PICTURES = "compare.html", "grid.png", "pictures"
+PAGE, GRID, IMAGES = "compare.html", "grid.png", "pictures"
 STEP, PROMPT, SAMPLING, MODEL = "step", "prompt", "sampling", "model"
 EMPTY = "(empty prompt)"
 NAMED = ("strength", STEP, "seed")
@@ -23,7 +23,7 @@ SMALL_PX = 256
 
 @dataclass(frozen=True)
 class ComparisonImage:
-    """A picture, and where it stands on every axis of the comparison."""
+    """An image, and where it stands on every axis of the comparison."""
 
     path: Path
     recipe: SamplingRequest
@@ -57,21 +57,21 @@ class Comparison:
 
 @dataclass(frozen=True)
 class ComparisonPage:
-    """A table of pictures; None: there is no such picture."""
+    """A table of images; None: there is no such image."""
 
     step: str | None
     columns: list[str]
     rows: list[tuple[str, list[ComparisonImage | None]]]
 
     def missing(self) -> list[tuple[str, str]]:
-        """The row and the column of every picture that is not there."""
+        """The row and the column of every image that is not there."""
         return [
             (label, name) for label, line in self.rows for name, one in zip(self.columns, line, strict=True) if not one
         ]
 
 
 def save_comparison(folder: Path, comparison: Comparison) -> list[str]:
-    """Write grid and page into `folder`, and into its `pictures` a copy of each picture that lies elsewhere.
+    """Write grid and page into `folder`, and into its `images` a copy of each image that lies elsewhere.
 
     Returns what there is to remark.
 
@@ -102,7 +102,7 @@ def save_comparison(folder: Path, comparison: Comparison) -> list[str]:
 
 
 def comparison_pages(comparison: Comparison) -> list[ComparisonPage]:
-    """The pictures in tables of equal rows and columns, one a step; a single one where steps are rows or columns."""
+    """The images in tables of equal rows and columns, one a step; a single one where steps are rows or columns."""
     shots, columns = comparison.shots, comparison.columns
     order = {axis: _values(shots, axis) for axis in (columns, *comparison.rows)}
     axes = [axis for axis in comparison.rows if len(order[axis]) > 1] or list(comparison.rows[:1])
@@ -143,7 +143,7 @@ def sampled(recipe: SamplingRequest) -> str:
 
 
 def numbers(shot: ComparisonImage) -> dict[str, str]:
-    """What made a picture, by name."""
+    """What made an image, by name."""
     recipe = shot.recipe
     return {axis: value for axis, value in shot.values.items() if axis not in (PROMPT, SAMPLING)} | {
         "sampling steps": str(recipe.steps),
@@ -156,7 +156,7 @@ def numbers(shot: ComparisonImage) -> dict[str, str]:
 
 
 def words(shot: ComparisonImage) -> str:
-    """What made a picture, in a line."""
+    """What made an image, in a line."""
     told = [
         axis_label(axis, text)
         for axis, text in shot.values.items()
@@ -174,7 +174,7 @@ def axis_named(asked: str, axes: Iterable[str]) -> str:
     known = list(axes)
     found = [axis for axis in known if asked.lower() in (axis.lower(), axis.lower().rpartition(".")[2])]
     if not found:
-        raise ConfigError(Problem(f"--by {asked}", "these pictures do not differ in it", f"give {' or '.join(known)}"))
+        raise ConfigError(Problem(f"--by {asked}", "these images do not differ in it", f"give {' or '.join(known)}"))
     return found[0]
 
 
@@ -194,13 +194,13 @@ def slug(text: str) -> str:
 
 
 def _gathered(folder: Path, paths: Iterable[Path]) -> dict[Path, str]:
-    """Each picture as the page refers to it: relative to `folder`, into which it is copied if it lies elsewhere."""
+    """Each image as the page refers to it: relative to `folder`, into which it is copied if it lies elsewhere."""
     home = folder.resolve()
     places: dict[Path, str] = {}
     for path in dict.fromkeys(paths):
         real = path.resolve()
         if not real.is_relative_to(home):
-            real = home / PICTURES / f"{len(places):03d}-{slug(path.parent.parent.name)}-{path.name}"
+            real = home / IMAGES / f"{len(places):03d}-{slug(path.parent.parent.name)}-{path.name}"
             atomic.write(real, [path.read_bytes()])
         places[path] = quote(real.relative_to(home).as_posix())
     return places
@@ -212,14 +212,14 @@ def _missing(found: list[ComparisonPage]) -> list[str]:
         for place in sheet.missing():
             where.setdefault(place, []).append(sheet.step or "")
     lines = [
-        f"{column} has no picture of {row!r}" + (f" at step {', '.join(steps)}" if all(steps) else "")
+        f"{column} has no image of {row!r}" + (f" at step {', '.join(steps)}" if all(steps) else "")
         for (row, column), steps in where.items()
     ]
     return _few(lines)
 
 
 def _other_noise(found: list[ComparisonPage]) -> list[str]:
-    """Rows whose pictures do not come from the same noise."""
+    """Rows whose images do not come from the same noise."""
     lines = []
     for label, line in found[-1].rows:
         noises = {(one.recipe.seed, one.recipe.width, one.recipe.height) for one in line if one}

@@ -1,4 +1,4 @@
-"""Pictures in rows and columns as one picture, every row and column labelled."""
+"""Pictures in rows and columns as one image, every row and column labelled."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ class Layout:
 
 
 def save_grid_image(path: Path, columns: Sequence[str], rows: Sequence[GridRow], corner: str = "") -> Layout:
-    """Write a PNG with a cell for every picture; where there is none it stays white.
+    """Write a PNG with a cell for every image; where there is none it stays white.
 
     Raises:
         DiskError: it cannot be written.
@@ -64,7 +64,7 @@ def save_grid_image(path: Path, columns: Sequence[str], rows: Sequence[GridRow],
 
 
 def scaled(image: Image.Image) -> Image.Image:
-    """The picture with its longer side at the size of a cell; small ones are enlarged without blur."""
+    """The image with its longer side at the size of a cell; small ones are enlarged without blur."""
     factor = CELL_PX / max(image.size)
     method = Image.Resampling.NEAREST if factor > 1 else Image.Resampling.LANCZOS
     return image.resize((round(image.width * factor), round(image.height * factor)), method)

@@ -1,4 +1,4 @@
-"""A table of numbers as a picture: one coloured cell each, darker for less."""
+"""A table of numbers as an image: one coloured cell each, darker for less."""
 
 from pathlib import Path
 

@@ -62,7 +62,7 @@ def _curve(records: list[dict[str, Any]], name: str) -> list[tuple[int, float]]:
 
 
 def _preview_rows(shown: PreviewTable) -> tuple[list[tuple[int, list[Any]]], list[str]]:
-    """Each step with its pictures and how far they are from step 0, and what stands above the columns."""
+    """Each step with its images and how far they are from step 0, and what stands above the columns."""
     far = preview_shift.distances(shown) | {0: [None] * len(shown.recipes)}
     rows = [
         (step, [path and (_data_uri(path), how_far) for path, how_far in zip(paths, far[step], strict=True)])

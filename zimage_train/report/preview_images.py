@@ -1,4 +1,4 @@
-"""Preview pictures on disk: one PNG each, with its recipe inside, and one grid of all steps by all prompts."""
+"""Preview images on disk: one PNG each, with its recipe inside, and one grid of all steps by all prompts."""
 
 import re
 from dataclasses import dataclass
@@ -40,7 +40,7 @@ def save_preview(path: Path, image: Image.Image, recipe: SamplingRequest, drawn_
 
 
 def is_current(path: Path, recipe: SamplingRequest, run: str) -> bool:
-    """Whether the picture at `path` is whole and was made by `recipe` in the run of this digest."""
+    """Whether the image at `path` is whole and was made by `recipe` in the run of this digest."""
     texts = _texts(path)
     return _recipe(texts) == recipe and texts.get("zimage_train.run") == run
 
@@ -54,7 +54,7 @@ def remove_later(folder: Path, start: int, run: str) -> None:
 
 
 def request_of(path: Path) -> SamplingRequest:
-    """What the picture at `path` was made by.
+    """What the image at `path` was made by.
 
     Raises:
         DataError: it is not there, damaged, or was not made by this trainer.
@@ -67,13 +67,13 @@ def request_of(path: Path) -> SamplingRequest:
 
 
 def drawn_by(path: Path) -> str:
-    """The model and the LoRAs that drew the picture at `path`, in words; empty if it does not say."""
+    """The model and the LoRAs that drew the image at `path`, in words; empty if it does not say."""
     return _texts(path).get(DRAWN_BY, "")
 
 
 @dataclass(frozen=True)
 class PreviewTable:
-    """Every preview of a run: a row a step, a column a recipe, None where a step has no such picture."""
+    """Every preview of a run: a row a step, a column a recipe, None where a step has no such image."""
 
     labels: list[str]
     """What stands above each column."""
@@ -113,7 +113,7 @@ def side_by_side(one: PreviewTable, other: PreviewTable) -> PreviewTable:
 
 
 def save_grid(path: Path, shown: PreviewTable) -> None:
-    """Write a picture of the table: a row a step, a column a prompt, both labelled.
+    """Write an image of the table: a row a step, a column a prompt, both labelled.
 
     Raises:
         DiskError: it cannot be written.

@@ -1,4 +1,4 @@
-"""How far each preview is from its picture before training, and what that says: nothing learned yet, or leaking."""
+"""How far each preview is from its image before training, and what that says: nothing learned yet, or leaking."""
 
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -10,9 +10,9 @@ from PIL import Image
 from zimage_train.report.preview_images import PreviewTable
 
 NOT_LEARNING_BELOW = 0.02
-"""Below this the pictures with the trigger look as before training."""
+"""Below this the images with the trigger look as before training."""
 LEAK_RATIO = 0.75
-"""From this share of the change with the trigger on, pictures without it change nearly as much."""
+"""From this share of the change with the trigger on, images without it change nearly as much."""
 NOTICEABLE_SHIFT = 0.05
 """A change without the trigger below this is no leak, whatever its share."""
 LATE_SHARE = 0.25
@@ -29,7 +29,7 @@ class PreviewShift:
 
 
 def image_distance(one: Path, other: Path) -> float | None:
-    """Root mean square difference of two pictures' values, 0 to 1; None if their sizes differ."""
+    """Root mean square difference of two images' values, 0 to 1; None if their sizes differ."""
     with Image.open(one) as first, Image.open(other) as second:
         if first.size != second.size:
             return None
@@ -38,7 +38,7 @@ def image_distance(one: Path, other: Path) -> float | None:
 
 
 def distances(table: PreviewTable) -> dict[int, list[float | None]]:
-    """Step -> each column's distance from its picture of step 0; None without one."""
+    """Step -> each column's distance from its image of step 0; None without one."""
     first = table.rows.get(0, [None] * len(table.recipes))
     return {
         step: [
@@ -61,7 +61,7 @@ def preview_shifts(table: PreviewTable, triggers: Collection[str]) -> list[Previ
 
 
 def sharpness(path: Path) -> float:
-    """Variance of the Laplacian of a picture's luma, 0 to 255: blur and washed-out edges lower it."""
+    """Variance of the Laplacian of an image's luma, 0 to 255: blur and washed-out edges lower it."""
     with Image.open(path) as image:
         luma = np.asarray(image.convert("L"), dtype=np.float64)
     inner = luma[1:-1, 1:-1]

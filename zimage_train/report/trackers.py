@@ -17,10 +17,10 @@ LOGGED_NUMBERS = ("loss", "preservation", "lr", "grad_norm", "seconds", "gb")
 
 
 class Tracker(Protocol):
-    """Takes the numbers of a step by their names, the pictures of a preview by their labels, and the end."""
+    """Takes the numbers of a step by their names, the images of a preview by their labels, and the end."""
 
     def numbers(self, step: int, values: Mapping[str, float]) -> None: ...
-    def pictures(self, step: int, paths: Mapping[str, Path]) -> None: ...
+    def images(self, step: int, paths: Mapping[str, Path]) -> None: ...
     def close(self) -> None: ...
 
 
@@ -36,7 +36,7 @@ class TensorBoard:
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
 
-    def pictures(self, step: int, paths: Mapping[str, Path]) -> None:
+    def images(self, step: int, paths: Mapping[str, Path]) -> None:
         for label, path in paths.items():
             with Image.open(path) as image:
                 self._writer.add_image(f"previews/{label}", np.asarray(image.convert("RGB")), step, dataformats="HWC")
@@ -74,13 +74,13 @@ class WeightsAndBiases:
         # Steps that a new start does again are logged again: equal values over train/step, not over wandb's own count.
         self._run.define_metric("train/step")
         self._run.define_metric("*", step_metric="train/step")
-        self._picture = wandb.Image
+        self._image = wandb.Image
 
     def numbers(self, step: int, values: Mapping[str, float]) -> None:
         self._run.log({"train/step": step, **values})
 
-    def pictures(self, step: int, paths: Mapping[str, Path]) -> None:
-        shown = {f"previews/{label}": self._picture(str(path)) for label, path in paths.items()}
+    def images(self, step: int, paths: Mapping[str, Path]) -> None:
+        shown = {f"previews/{label}": self._image(str(path)) for label, path in paths.items()}
         self._run.log({"train/step": step} | shown)
 
     def close(self) -> None:
@@ -108,8 +108,8 @@ class Trackers:
         """Pass on how far Turbo is from its own steps."""
         self._each(lambda tracker: tracker.numbers(step, {"previews/drift": value}))
 
-    def pictures(self, step: int, paths: Mapping[str, Path]) -> None:
-        self._each(lambda tracker: tracker.pictures(step, paths))
+    def images(self, step: int, paths: Mapping[str, Path]) -> None:
+        self._each(lambda tracker: tracker.images(step, paths))
 
     def close(self) -> None:
         self._each(lambda tracker: tracker.close())

@@ -112,7 +112,7 @@ def find_checkpoint(
 
 
 def fill_caches(checked: RunSpec, session: RunContext, plan: sample_order.SampleOrder) -> None:
-    """Encode every picture and prompt that the run will use and the cache does not have."""
+    """Encode every image and prompt that the run will use and the cache does not have."""
 
     def tick(what: str, done: int, total: int) -> None:
         session.stop.check()
@@ -127,7 +127,7 @@ def fill_caches(checked: RunSpec, session: RunContext, plan: sample_order.Sample
         text_digest=session.digests.text_encoder,
         warn=session.console.warning,
     )
-    held_out = {item.picture.prompts[0] for item in checked.held_out}
+    held_out = {item.image.prompts[0] for item in checked.held_out}
     is_own = methods.uses_generated_data(checked.config.train.method)
     empty = {""} if is_own or checked.config.guidance.contrastive is not None else set()
     prompts = sorted(
@@ -135,8 +135,8 @@ def fill_caches(checked: RunSpec, session: RunContext, plan: sample_order.Sample
     )
     share = Shard(session.world.rank, session.world.world_size)
     items = [*([] if is_own else plan.items), *checked.held_out]
-    pictures, texts = encode.encode_missing(session.cache, encoders, items, prompts, tick, share)
-    session.console.info(f"cache {session.cache.folder}: latents {pictures}; prompts {texts}")
+    images, texts = encode.encode_missing(session.cache, encoders, items, prompts, tick, share)
+    session.console.info(f"cache {session.cache.folder}: latents {images}; prompts {texts}")
     distributed.barrier()
 
 
@@ -247,7 +247,7 @@ def _assemble(config: Config, session: RunContext, form: WeightPlacement) -> Fro
 def _inputs(
     config: Config, session: RunContext, frozen: FrozenTransformer, plan: sample_order.SampleOrder
 ) -> CachedDataset:
-    """What the loop reads; the model draws its own pictures with the LoRA as it begins, wherever the run goes on."""
+    """What the loop reads; the model draws its own images with the LoRA as it begins, wherever the run goes on."""
     inputs = CachedDataset(session.cache, session.digests, config.model.dtype)
     if not methods.uses_generated_data(config.train.method):
         return inputs
@@ -269,7 +269,7 @@ def _draw_own(
 
     def draw(key: str) -> Tensor:
         item = items[key]
-        return own.generate(frozen.model, item, {text: inputs.embeds(text) for text in (item.picture.prompts[0], "")})
+        return own.generate(frozen.model, item, {text: inputs.embeds(text) for text in (item.image.prompts[0], "")})
 
     def tick(what: str, done: int, total: int) -> None:
         session.stop.check()
@@ -278,7 +278,7 @@ def _draw_own(
     share = Shard(session.world.rank, session.world.world_size)
     sizes = {key: own.num_bytes(item) for key, item in items.items()}
     tally = cache_builder.fill_generated(session.cache, sizes, draw, tick, share)
-    session.console.info(f"{config.train.method}: the model's own pictures: {tally.found} found, {tally.encoded} drawn")
+    session.console.info(f"{config.train.method}: the model's own images: {tally.found} found, {tally.encoded} drawn")
     distributed.barrier()
     return own
 
@@ -312,7 +312,7 @@ def run_fingerprint(checked: RunSpec, digests: ModelDigests) -> dict[str, Any]:
         "text_encoder": digests.text_encoder,
         "vae": digests.vae,
         **({"init_from": digests.init_from} if digests.init_from else {}),
-        "data": dataset_fingerprint(checked.pictures),
+        "data": dataset_fingerprint(checked.images),
     }
 
 
@@ -343,7 +343,7 @@ def _facts(
         "adapter": adapter,
         "quantized": frozen.quantization.facts() or None,
         "dataset": {
-            "pictures": sum(map(len, checked.pictures)),
+            "pictures": sum(map(len, checked.images)),
             "samples": len(plan.concept.items),
             "regularisation": len(plan.items) - len(plan.concept.items),
             "steps_per_epoch": round(plan.steps_per_epoch, 2),

@@ -125,7 +125,7 @@ def _full_batches(run: TrainState) -> list[MicroBatch]:
     for item in run.order.items:
         of_class = bool(run.config.data[item.entry].regularization)
         alike.setdefault((item.size, run.order.batch_size_of(item), of_class), []).append(item)
-    by_length = {key: sorted(items, key=lambda item: len(item.picture.longest_prompt)) for key, items in alike.items()}
+    by_length = {key: sorted(items, key=lambda item: len(item.image.longest_prompt)) for key, items in alike.items()}
     return [tuple(map(run.order.longest_sample, items[-most:])) for (_, most, _), items in by_length.items()]
 
 
@@ -160,7 +160,7 @@ def _step(run: TrainState, batch: Batch) -> float:
 
 
 def _preview(run: TrainState) -> None:
-    """One step of the largest preview, and its decoding, unless pictures are drawn before step 1 anyway."""
+    """One step of the largest preview, and its decoding, unless images are drawn before step 1 anyway."""
     if not _draws(run):
         return
     recipes = [recipe for view in run.preview_sets for recipe in view.requests]

@@ -113,7 +113,7 @@ def step_record(
         "step": step,
         **outcome,
         "sigma": [sigma for _, batch in loaded for sigma in batch.sigma.tolist()],
-        "samples": [f"{sample.item.picture.path.name}@{sample.item.resolution}" for sample in samples],
+        "samples": [f"{sample.item.image.path.name}@{sample.item.resolution}" for sample in samples],
         "seconds": round(seconds, 4),
         "gb": memory_gb(run.world.device),
     }
@@ -168,7 +168,7 @@ def diverged(record: dict[str, Any], skipped: int) -> DivergedError:
         f"loss or gradient not finite {skipped} times in a row, last {record['not_finite']} with "
         f"{', '.join(record['samples'])}"
     )
-    todo = "lower optimizer.lr or look at these pictures; the last checkpoint is good"
+    todo = "lower optimizer.lr or look at these images; the last checkpoint is good"
     return DivergedError(Problem(f"step {record['step']}", what, todo))
 
 

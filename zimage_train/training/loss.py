@@ -50,7 +50,7 @@ def _moved(tensor: Tensor | None, device: torch.device) -> Tensor | None:
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch, everything in fp32 but the embeddings: `sigma` (b,), pictures and noise (b, 16, h/8, w/8)."""
+    """One micro-batch, everything in fp32 but the embeddings: `sigma` (b,), images and noise (b, 16, h/8, w/8)."""
 
     x0: LatentBatch
     noise: LatentBatch

@@ -78,7 +78,7 @@ def _prune(run: TrainState, folder: Path) -> None:
 
 
 def preview(run: TrainState, step: int, events: RecordWriter) -> None:
-    """Sample every prompt on the true model, but for pictures of `step` that are there already.
+    """Sample every prompt on the true model, but for images of `step` that are there already.
 
     A failing preview is reported and costs no step: the checkpoint is already on disk.
 
@@ -102,7 +102,7 @@ def preview(run: TrainState, step: int, events: RecordWriter) -> None:
     if "drift" in measured:
         run.trackers.drift(step, measured["drift"])
     for view in run.preview_sets:
-        run.trackers.pictures(step, {one.prompt[:80] + view.suffix: path for path, one in view.expected(step)})
+        run.trackers.images(step, {one.prompt[:80] + view.suffix: path for path, one in view.expected(step)})
 
 
 def render_previews(run: TrainState, view: PreviewSet, step: int) -> dict[str, float]:
@@ -148,7 +148,7 @@ def preview_metrics(run: TrainState, step: int) -> dict[str, Any]:
         if one.step == step:
             record |= {"change_with_trigger": one.with_trigger, "change_without_trigger": one.without_trigger}
             remark = preview_shift.shift_remark(one, run.config.train.steps)
-            if remark and not methods.uses_generated_data(run.config.train.method):  # pictures are to stay as they are
+            if remark and not methods.uses_generated_data(run.config.train.method):  # images are to stay as they are
                 run.console.warning(remark)
     if step > 0:
         record["sharpness_kept"] = preview_shift.sharpness_kept(own, words, step)

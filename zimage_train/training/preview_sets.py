@@ -24,18 +24,18 @@ class PreviewSet:
     requests: list[SamplingRequest]
     folder: Path
     run: str
-    """Stands in every picture: what it was drawn by, besides its recipe."""
+    """Stands in every image: what it was drawn by, besides its recipe."""
     suffix: str
-    """Added to the prompt where pictures are shown."""
+    """Added to the prompt where images are shown."""
     is_metered: bool
     """Whether it is on Turbo, and the drift from its own steps is measured there."""
 
     def expected(self, step: int) -> list[tuple[Path, SamplingRequest]]:
-        """The pictures that `step` shall have."""
+        """The images that `step` shall have."""
         return [(preview_images.preview_path(self.folder, step, index), one) for index, one in enumerate(self.requests)]
 
     def missing(self, step: int) -> list[tuple[Path, SamplingRequest]]:
-        """The pictures of `step` that are not there, or that something else has drawn."""
+        """The images of `step` that are not there, or that something else has drawn."""
         return [(path, one) for path, one in self.expected(step) if not preview_images.is_current(path, one, self.run)]
 
     def table(self) -> PreviewTable:

@@ -29,7 +29,7 @@ CHANGEABLE_ON_RESUME = (
 )
 """Settings that a resumed run may change: none of them alters a weight that was trained; but see `identity`."""
 ALLOWABLE = ("optimizer.lr", "schedule", "train.max_grad_norm", "timesteps", "guidance", "data")
-"""Settings, and the pictures, that a run can take up in its middle when `--allow` names them: each step reads them."""
+"""Settings, and the images, that a run can take up in its middle when `--allow` names them: each step reads them."""
 BY_DIGEST = (
     *("model.path", "model.extras", "model.adapter", "lora.init_from"),
     *("data.*.folder", "data.*.metadata", "data.*.mask"),

@@ -1,4 +1,4 @@
-"""What the model draws itself and is then trained on: trajectories to be imitated in fewer steps, or its own pictures.
+"""What the model draws itself and is then trained on: trajectories to be imitated in fewer steps, or its own images.
 
 Drawn once, before training, with the LoRA as it begins; found in the cache by all that they were made from.
 """
@@ -24,7 +24,7 @@ from zimage_train.typing import PromptEmbeds
 
 @dataclass(frozen=True)
 class GeneratedData:
-    """Which pictures, and by which model."""
+    """Which images, and by which model."""
 
     config: Config
     made_by: tuple[str, ...]
@@ -36,7 +36,7 @@ class GeneratedData:
 
     def request(self, item: TrainItem) -> SamplingRequest:
         seed = keyed_int(self.config.seed, "own", *item.identity())
-        return teacher_request(self.config, item.picture.prompts[0], item.size.width, item.size.height, seed)
+        return teacher_request(self.config, item.image.prompts[0], item.size.width, item.size.height, seed)
 
     def key(self, item: TrainItem) -> str:
         return tensor_cache.generated_key(self.request(item).to_json(), self.config.train.method, *self.made_by)
@@ -52,7 +52,7 @@ class GeneratedData:
         return flow.sampling_sigmas(variant.steps, variant.shift)
 
     def generate(self, model: ZImageTransformer2DModel, item: TrainItem, embeds: Mapping[str, PromptEmbeds]) -> Tensor:
-        """Latents (16, h/8, w/8) of the picture; or (9, 16, h/8, w/8), where the teacher is at each of `student`."""
+        """Latents (16, h/8, w/8) of the image; or (9, 16, h/8, w/8), where the teacher is at each of `student`."""
         wanted = self.request(item)
         was_training = model.training
         model.eval()
@@ -79,15 +79,15 @@ def imitation_batch(
 ) -> Batch:
     """Each sample at one of the student's steps: from where the teacher is, its mean velocity up to the next.
 
-    A pair of picture and noise whose mixture and velocity are those makes it a batch like any other.
+    A pair of image and noise whose mixture and velocity are those makes it a batch like any other.
     """
     student, x0, noise, sigmas = own.student_sigmas, [], [], []
     for sample, one in zip(samples, states, strict=True):
         step = keyed_int(own.config.seed, "interval", *sample.key()) % (len(student) - 1)
         here, there = one[step].double(), one[step + 1].double()
         mean = (there - here) / (student[step + 1] - student[step])
-        picture, its_noise = flow.pair_from_velocity(here, mean, student[step])
-        x0.append(picture.float())
+        image, its_noise = flow.pair_from_velocity(here, mean, student[step])
+        x0.append(image.float())
         noise.append(its_noise.float())
         sigmas.append(student[step])
     weights = [own.config.data[sample.item.entry].weight for sample in samples]

@@ -52,19 +52,19 @@ class CachedDataset:
     digests: ModelDigests
     dtype: str
     generated: GeneratedData | None = None
-    """What the model draws itself, where that is trained on in place of pictures."""
+    """What the model draws itself, where that is trained on in place of images."""
     masks: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
 
     def latents(self, item: TrainItem) -> Tensor:
         """What `item` is trained on."""
         if self.generated is not None:
-            return tensor_cache.read_required(self.cache, self.generated.key(item), str(item.picture.path))
-        return self.picture(item)
+            return tensor_cache.read_required(self.cache, self.generated.key(item), str(item.image.path))
+        return self.image(item)
 
-    def picture(self, item: TrainItem) -> Tensor:
-        """The latents of its picture."""
-        key = tensor_cache.latent_key(item.picture, item.size, item.flip, self.digests.vae)
-        return tensor_cache.read_required(self.cache, key, str(item.picture.path))
+    def image(self, item: TrainItem) -> Tensor:
+        """The latents of its image."""
+        key = tensor_cache.latent_key(item.image, item.size, item.flip, self.digests.vae)
+        return tensor_cache.read_required(self.cache, key, str(item.image.path))
 
     def embeds(self, prompt: str) -> Tensor:
         key = tensor_cache.prompt_key(prompt, self.digests.text_encoder, self.dtype)
@@ -72,12 +72,12 @@ class CachedDataset:
 
     def mask(self, item: TrainItem) -> Tensor | None:
         """(1, h/8, w/8) in [0, 1]; made once and kept as bytes."""
-        picture = item.picture
-        if picture.mask is None:
+        image = item.image
+        if image.mask is None:
             return None
-        key = (picture.digest, picture.mask.digest, item.size, item.flip)
+        key = (image.digest, image.mask.digest, item.size, item.flip)
         if key not in self.masks:
-            made = masks.mask_on_latents(picture.mask, item.size, item.flip, picture.digest)
+            made = masks.mask_on_latents(image.mask, item.size, item.flip, image.digest)
             self.masks[key] = (torch.from_numpy(made) * 255.0).round().to(torch.uint8)
         return self.masks[key].unsqueeze(0).float() / 255.0
 

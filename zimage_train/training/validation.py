@@ -1,4 +1,4 @@
-"""Validation: the loss on pictures that are held out, with the same noise every time, so that steps can be compared."""
+"""Validation: the loss on images that are held out, with the same noise every time, so that steps can be compared."""
 
 import hashlib
 from dataclasses import dataclass
@@ -66,16 +66,16 @@ def validate(run: TrainState, step: int, events: RecordWriter) -> None:
 
 @torch.no_grad()
 def measure(run: TrainState, at: list[float], step: int) -> list[float]:
-    """The mean square error of the velocity at each sigma, over all held-out pictures; without any loss weight."""
+    """The mean square error of the velocity at each sigma, over all held-out images; without any loss weight."""
     model, device = run.frozen.model, run.world.device
     was_training = model.training
     model.eval()  # lora.dropout is for training
     try:
         sums = torch.zeros(len(at), dtype=torch.float64, device=device)
         for number, item in enumerate(run.held_out):
-            x0 = run.dataset.picture(item).float().unsqueeze(0).to(device)
+            x0 = run.dataset.image(item).float().unsqueeze(0).to(device)
             noise = _noise(run.config, item, x0.shape[1:]).unsqueeze(0).to(device)
-            embeds = run.dataset.embeds(item.picture.prompts[0]).to(device, model.dtype)
+            embeds = run.dataset.embeds(item.image.prompts[0]).to(device, model.dtype)
             for index, sigma in enumerate(at):
                 level = torch.tensor([sigma], dtype=torch.float32, device=device)
                 found = velocity(model, flow.interpolate(x0, noise, level), level, [embeds])
@@ -87,7 +87,7 @@ def measure(run: TrainState, at: list[float], step: int) -> list[float]:
 
 
 def _noise(config: Config, item: TrainItem, shape: torch.Size) -> torch.Tensor:
-    return torch.randn(shape, generator=keyed_generator(config.seed, "validation", item.picture.digest, *item.size))
+    return torch.randn(shape, generator=keyed_generator(config.seed, "validation", item.image.digest, *item.size))
 
 
 def validation_history(run: TrainState) -> list[dict[str, Any]]:
@@ -99,8 +99,8 @@ def validation_history(run: TrainState) -> list[dict[str, Any]]:
 
 
 def validation_subject(run: TrainState) -> str:
-    """What is measured, by content: pictures, sizes, prompts."""
-    parts = [(item.picture.digest, *item.size, item.picture.prompts[0]) for item in run.held_out]
+    """What is measured, by content: images, sizes, prompts."""
+    parts = [(item.image.digest, *item.size, item.image.prompts[0]) for item in run.held_out]
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
 
 

@@ -28,8 +28,8 @@ DTYPES = _FLOAT_TYPES | {"fp16": "fp16", "float16": "fp16", "half": "fp16"}
 PLANNER = "the planner fits the run to the card; see memory and model.quantize"
 LOGS = "a run keeps its own logs, in its folder"
 CACHES = "latents and text are always cached, in cache.folder"
-STILL = "Z-Image draws single pictures"
-CONTROL = "Z-Image has no control pictures"
+STILL = "Z-Image draws single images"
+CONTROL = "Z-Image has no control images"
 _OTHER_MODELS = WithoutEffect("is for other models")
 _NOISE = Refused("changes the noise, which is not possible here")
 _LOSS = Refused("changes the loss, which is not possible here")
@@ -191,7 +191,7 @@ TRAIN: dict[str, Row] = {
         "min_snr_gamma snr_gamma learnable_snr_gos",
     ),
     "train.standardize_latents": Refused("stops AI Toolkit too: it knows latents of 4 channels only"),
-    "train.standardize_images": Refused("changes pictures, which is not possible here"),
+    "train.standardize_images": Refused("changes images, which is not possible here"),
     # Guidance and preservation
     "train.do_differential_guidance": Mapped(
         "guidance.differential", flag, False, "without effect there unless do_guidance_loss is on", derived=True
@@ -209,16 +209,16 @@ TRAIN: dict[str, Row] = {
     "train.blank_prompt_preservation_multiplier": Mapped("preserve.weight", number, 1.0, derived=True),
     "train.inverted_mask_prior": Mapped("data[].mask_prior", flag, False, derived=True),
     "train.inverted_mask_prior_multiplier": Mapped("data[].mask_prior", number, 0.5, derived=True),
-    "train.reg_weight": Mapped("data[].weight", number, 1.0, "for regularization pictures", derived=True),
+    "train.reg_weight": Mapped("data[].weight", number, 1.0, "for regularization images", derived=True),
     # Text
     "train.prompt_saturation_chance": Refused("changes captions, which is not possible here"),
-    "train.short_and_long_captions": Refused("reads two captions a picture, which is not possible here"),
+    "train.short_and_long_captions": Refused("reads two captions an image, which is not possible here"),
     # Previews and validation
     "train.skip_first_sample": Mapped("sample.first", flag, False, derived=True),
     "train.force_first_sample": HandledHere("previews before step 1 are drawn once, not at each start"),
     "train.disable_sampling": Mapped("sample.every", flag, False, derived=True),
     "train.validation_config.validation_items": Refused(
-        "validation pictures are a folder here", "put them with their captions in a folder, and set validation.folder"
+        "validation images are a folder here", "put them with their captions in a folder, and set validation.folder"
     ),
     "train.validation_config.resolution": WithoutEffect("is used with validation_items only", (512,)),
     "train.validation_config.validate_every_n_steps": WithoutEffect("is used with validation_items only", (10,)),
@@ -272,12 +272,12 @@ MODEL: dict[str, Row] = {
 
 _VIDEO = WithoutEffect(STILL)
 _CONTROL = WithoutEffect(CONTROL)
-_PICTURE = Refused("changes pictures, which is not possible here")
+_IMAGE = Refused("changes images, which is not possible here")
 
 DATASETS: dict[str, Row] = {
     "datasets[].folder_path": Mapped("data[].folder", text, derived=True),
     "datasets[].dataset_path": Mapped("data[].folder", text, remark="a folder; wins over folder_path", derived=True),
-    "datasets[].type": Refused("only pictures are trained", "set type: image", ("image",)),
+    "datasets[].type": Refused("only images are trained", "set type: image", ("image",)),
     "datasets[].resolution": Mapped("data[].resolution", anything, 512),
     "datasets[].num_repeats": Mapped("data[].repeats", whole, 1),
     "datasets[].batch_size": Mapped("data[].batch_size", whole),
@@ -293,7 +293,7 @@ DATASETS: dict[str, Row] = {
     "datasets[].keep_tokens": Mapped("data[].keep_tags", whole, 0, "counts for shuffling too", derived=True),
     "datasets[].token_dropout_rate": Mapped("data[].tag_dropout", number, 0.0),
     "datasets[].flip_x": Mapped("data[].flip", flag, False),
-    "datasets[].flip_y": Refused("pictures are not turned upside down"),
+    "datasets[].flip_y": Refused("images are not turned upside down"),
     "datasets[].is_reg": Mapped("data[].regularization", flag, False, "half of the passes", derived=True),
     "datasets[].prior_reg": Mapped("data[].regularization", flag, False, "prior; only with is_reg", derived=True),
     "datasets[].loss_multiplier": Mapped("data[].weight", number, 1.0, derived=True),
@@ -304,14 +304,14 @@ DATASETS: dict[str, Row] = {
     "datasets[].network_weight": Refused("a LoRA is trained at full strength", neutral=(1,)),
     "datasets[].random_triggers": Refused("changes captions, which is not possible here"),
     "datasets[].random_triggers_max": WithoutEffect("is used with random_triggers only", (1,)),
-    "datasets[].use_short_captions": Refused("reads two captions a picture, which is not possible here"),
-    **rows("datasets[]", _PICTURE, "random_scale random_crop square_crop standardize_images augments augmentations"),
-    "datasets[].scale": Refused("changes pictures, which is not possible here", neutral=(1,)),
+    "datasets[].use_short_captions": Refused("reads two captions an image, which is not possible here"),
+    **rows("datasets[]", _IMAGE, "random_scale random_crop square_crop standardize_images augments augmentations"),
+    "datasets[].scale": Refused("changes images, which is not possible here", neutral=(1,)),
     "datasets[].shuffle_augmentations": WithoutEffect("is used with augmentations only"),
     "datasets[].replay_transforms": WithoutEffect("is used with augmentations only", (True,)),
-    "datasets[].buckets": Refused("pictures keep their shape, in buckets", "set it to true", (True,)),
+    "datasets[].buckets": Refused("images keep their shape, in buckets", "set it to true", (True,)),
     "datasets[].bucket_tolerance": WithoutEffect("the model sets it to 16", (16, 64)),
-    "datasets[].unconditional_path": Refused("trains against other pictures, which is not possible here"),
+    "datasets[].unconditional_path": Refused("trains against other images, which is not possible here"),
     "datasets[].poi": Refused("stops AI Toolkit too"),
     **rows("datasets[]", HandledHere(CACHES), "cache_latents cache_latents_to_disk cache_tensors_to_disk"),
     **rows("datasets[]", HandledHere(CACHES), "load_image_when_caching_latents cache_clip_vision_to_disk"),

@@ -77,7 +77,7 @@ def _named(name: str) -> str | None:
 def data_section(job: AIToolkitJob) -> list[Values]:
     entries = job.values["datasets"]
     if not entries:
-        job.refuse("datasets", "is missing" if entries is None else "is empty", "list folders of pictures")
+        job.refuse("datasets", "is missing" if entries is None else "is empty", "list folders of images")
         return [{"folder": "missing"}]
     return [_entry(job, entry, f"datasets.{number}") for number, entry in enumerate(entries)]
 
@@ -95,7 +95,7 @@ def _entry(job: AIToolkitJob, there: Values, key: str) -> Values:
         job.note(key, "has its tags changed in each epoch here; AI Toolkit freezes them with cached text")
     if there["prior_reg"] and not there["is_reg"]:
         todo = "set is_reg too, or use mask_path with inverted_mask_prior"
-        job.refuse(f"{key}.prior_reg", "trains pictures with the trigger towards the model itself", todo)
+        job.refuse(f"{key}.prior_reg", "trains images with the trigger towards the model itself", todo)
     return {
         "folder": _folder(job, there, key),
         "caption_ext": f".{extension}",
@@ -110,7 +110,7 @@ def _entry(job: AIToolkitJob, there: Values, key: str) -> Values:
 def _folder(job: AIToolkitJob, there: Values, key: str) -> str:
     folder = there["dataset_path"] or there["folder_path"]
     if not folder:
-        job.refuse(f"{key}.folder_path", "is missing", "name the folder of pictures")
+        job.refuse(f"{key}.folder_path", "is missing", "name the folder of images")
     elif folder.endswith(".json"):
         job.refuse(f"{key}.dataset_path", "is a .json of captions", "make it a .jsonl, and set data.0.metadata")
     return folder or "missing"
@@ -119,12 +119,12 @@ def _folder(job: AIToolkitJob, there: Values, key: str) -> str:
 def _trigger(job: AIToolkitJob, there: Values, key: str, is_cached: bool) -> Values:
     """The trigger, and whether a dropped caption keeps it: the job's always does there, a dataset's if text is cached.
 
-    Regularization pictures have none.
+    Regularization images have none.
     """
     everywhere, own = job.values["trigger_word"] or None, there["trigger_word"] or None
     if there["is_reg"]:
         if own:
-            job.note(f"{key}.trigger_word", "is left out: regularization pictures show the class without the concept")
+            job.note(f"{key}.trigger_word", "is left out: regularization images show the class without the concept")
         return {"trigger": None, "dropout_keeps_trigger": False}
     if own and everywhere and own != everywhere:
         job.note(f"{key}.trigger_word", "counts alone here; AI Toolkit also puts the job's trigger in front")
@@ -247,7 +247,7 @@ def timesteps_section(job: AIToolkitJob, variant: str) -> Values:
         job.refuse("train.timestep_type", what, "use weighted, linear or sigmoid")
     first, last = there["min_denoising_steps"], there["max_denoising_steps"]
     if not 0 <= first < last <= 1000:
-        job.refuse("train.max_denoising_steps", f"is {last}, after {first}", "count from 0 (noise) to 999 (picture)")
+        job.refuse("train.max_denoising_steps", f"is {last}, after {first}", "count from 0 (noise) to 999 (image)")
         return {"type": name}
     low, high = max(0.0, 1 - (last + 1) / 1000), 1 - first / 1000
     return {"type": name, "min": round(sigma(low), 6) if low else 0.0, "max": round(sigma(high), 6) if first else 1.0}
