@@ -15,11 +15,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 install_import_hook(MODULES, "typecheck.check")  # before anything of zimage_train is imported
 
-from zimage_train import mini
 from zimage_train.config.load import validate_config
 from zimage_train.config.schema import Config
 
 from dataset_folder import image
+from mini_config import mini_values
 
 ROOT = Path(__file__).parent.parent
 
@@ -45,34 +45,6 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 def shared_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache folder for the session, so that images and prompts are encoded once."""
     return tmp_path_factory.mktemp("cache")
-
-
-def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """`base` with `changes`, section by section."""
-    result = dict(base)
-    for key, value in changes.items():
-        both = isinstance(value, dict) and isinstance(result.get(key), dict)
-        result[key] = merge(result[key], value) if both else value
-    return result
-
-
-def mini_values(output: Path, cache: Path, /, **changes: Any) -> dict[str, Any]:
-    """Plain values of a tiny run on the miniature; every default that matters to speed is lowered."""
-    base = {
-        "name": "tiny",
-        "output_dir": str(output),
-        "seed": 7,
-        "model": {"path": str(mini.TURBO), "adapter": str(mini.ADAPTER_V1), "dtype": "fp32"},
-        "data": [{"folder": str(mini.IMAGES), "resolution": [64], "trigger": "zorb"}],
-        "cache": {"folder": str(cache)},
-        "lora": {"rank": 4},
-        "train": {"steps": 4, "batch_size": 2},
-        "optimizer": {"name": "adamw", "lr": 1e-3},
-        "sample": {"every": None},
-        "save": {"every": None, "dtype": "fp32"},
-        "log": {"tensorboard": False},
-    }
-    return merge(base, changes)
 
 
 @pytest.fixture

@@ -20,10 +20,10 @@ from zimage_train.io import atomic, tensorfile
 from zimage_train.report.metrics import read_records
 from zimage_train.training import checkpoint, outputs
 
-from faults import WRITING, Crash, fail_at
 from helpers import PREVIEWED, facts, final, folder, losses, run_python, stop_after
+from injection import WRITING, Crash, fail_at
 
-ROOT = Path(__file__).parent.parent.parent
+ROOT = Path(__file__).parents[2]
 OLD = b"old" * 5000
 
 
@@ -80,7 +80,7 @@ def test_left_after_every_step_the_end_is_the_same_byte_for_byte(make_config, mo
     }
     whole = make_config(**options)
     run_training(whole, fresh=False)
-    config = make_config(output_dir=str(Path(whole.output) / "in_pieces"), **options)
+    config = make_config(output_dir=str(Path(whole.output_dir) / "in_pieces"), **options)
     for step in range(1, steps):
         with monkeypatch.context() as patch:
             stop_after(patch, step)
@@ -189,7 +189,7 @@ def test_a_disk_that_fills_up_within_a_run_costs_no_more_than_the_steps_since_th
             run_training(config, fresh=False)
     assert [fault.fired for fault in faults] == [1] and error.value.exit_code == 7
     run_training(config, fresh=False)
-    whole = make_config(output_dir=str(Path(config.output) / "whole"), **options)
+    whole = make_config(output_dir=str(Path(config.output_dir) / "whole"), **options)
     run_training(whole, fresh=False)
     assert facts(config)["starts"] == [0, 1]
     assert final(config) == final(whole)
@@ -259,7 +259,7 @@ def test_a_damaged_newest_checkpoint_costs_steps_and_not_the_result(make_config,
     options = {"train": {"steps": 5}, "save": {"every": 1}}
     whole = make_config(name="tiny", **options)
     run_training(whole, fresh=False)
-    config = make_config(output_dir=str(Path(whole.output) / "b"), **options)
+    config = make_config(output_dir=str(Path(whole.output_dir) / "b"), **options)
     with monkeypatch.context() as patch, pytest.raises(Stopped):
         stop_after(patch, 4)
         run_training(config, fresh=False)
@@ -395,7 +395,7 @@ def test_more_steps_continue_a_finished_run(make_config):
     longer = make_config(train={"steps": 4}, schedule=warmup)
     run_training(longer, fresh=False)
     assert facts(longer)["starts"] == [0, 2]
-    whole = make_config(train={"steps": 4}, schedule=warmup, output_dir=str(Path(longer.output) / "b"))
+    whole = make_config(train={"steps": 4}, schedule=warmup, output_dir=str(Path(longer.output_dir) / "b"))
     run_training(whole, fresh=False)
     assert final(longer) == final(whole)
     rates = [record["lr"] for record in read_records(folder(longer) / "metrics.jsonl")]

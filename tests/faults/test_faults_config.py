@@ -23,7 +23,7 @@ from zimage_train.planning import preflight
 
 from config_texts import LEAST, OPTIONS, nested, refusal, write
 
-ROOT = Path(__file__).parent.parent.parent
+ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "golden"
 
 
@@ -54,7 +54,7 @@ def refused(tmp_path: Path):
          "c.yaml:3: sample.prompts.0.promt: unknown key; did you mean 'prompt'?"),
         ("train: {Steps: 5}", "c.yaml:3: train.Steps: unknown key; did you mean 'steps'?"),
         ("<<: {output: x}", "c.yaml:3: <<: unknown key; known here: name, output_dir, seed,"),
-        ("1: 2", "c.yaml:3: 1: unknown key; known here: name, output, seed,"),
+        ("1: 2", "c.yaml:3: 1: unknown key; known here: name, output_dir, seed,"),
         ("optimizer: {params: {beta: 1}}", "c.yaml:3: optimizer.params: adamw8bit has no 'beta'; it has betas, eps"),
         ("schedule: {params: {x: 1}}", "c.yaml:3: schedule.params: constant has no 'x'; it has no params"),
     ],

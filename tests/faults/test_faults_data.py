@@ -13,6 +13,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image, ImageFile
+
+from zimage_train import mini
+from zimage_train.commands.train import fill_run_caches, run_training
+from zimage_train.dataset import cache_builder, captions
+from zimage_train.dataset import encode as encoding
+from zimage_train.dataset.tensor_cache import TensorCache
+from zimage_train.errors import DataError
+from zimage_train.planning import preflight
+from zimage_train.report.metrics import read_records
+
+from dataset_folder import image, problems, prompts, scanned
+from helpers import folder, losses
 from image_files import (
     ADOBE_TO_XYZ,
     HIDDEN,
@@ -27,22 +40,9 @@ from image_files import (
     refusal,
     with_hole,
 )
-from PIL import Image, ImageFile
+from injection import Crash, fail_at
 
-from zimage_train import mini
-from zimage_train.commands.train import fill_run_caches, run_training
-from zimage_train.dataset import cache_builder, captions
-from zimage_train.dataset import encode as encoding
-from zimage_train.dataset.tensor_cache import TensorCache
-from zimage_train.errors import DataError
-from zimage_train.planning import preflight
-from zimage_train.report.metrics import read_records
-
-from dataset_folder import image, problems, prompts, scanned
-from faults import Crash, fail_at
-from helpers import folder, losses
-
-ROOT = Path(__file__).parent.parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP", "TIFF"])
@@ -419,7 +419,7 @@ def test_a_subfolder_that_cannot_be_listed_is_an_error(photos: Path, monkeypatch
     assert problems(result) == [f"{photos / 'sub'}: cannot be read (Permission denied); check its permissions"]
 
 
-@pytest.mark.parametrize(("nth_read", "pictures"), [(2, 3), (5, 2)], ids=["caption", "picture"])
+@pytest.mark.parametrize(("nth_read", "images"), [(2, 3), (5, 2)], ids=["caption", "picture"])
 def test_a_file_that_fails_to_be_read_is_listed(photos: Path, nth_read: int, images: int):
     """22. A caption or image that the disk does not give out is listed with the reason, and the others are read."""
     with fail_at("read", nth_read, PermissionError(13, "Permission denied")) as fault:
@@ -506,7 +506,7 @@ config = Config.model_validate(values)
 images = [scan(config.data[0], "data.0").pictures]
 plan = make_plan(config, items_of(config, images))
 print(fingerprint(images))
-print([(sample.key(), sample.prompt) for step in range(1, 20) for batch in plan.step(step) for sample in batch])
+print([(sample.key(), sample.prompt) for step in range(1, 20) for batch in plan.step_batches(step) for sample in batch])
 """
 
 

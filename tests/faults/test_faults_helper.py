@@ -8,7 +8,7 @@ import pytest
 from zimage_train.errors import DiskError
 from zimage_train.io import atomic
 
-from faults import WRITING, Crash, fail_at
+from injection import WRITING, Crash, fail_at
 
 
 def save(path: Path) -> None:

@@ -33,7 +33,7 @@ from config_texts import refusal
 from helpers import PREVIEWED, environment, facts, final, folder, losses, run_python, stop_after
 
 PACKAGE = "zimage_train"
-ROOT = Path(__file__).parent.parent.parent
+ROOT = Path(__file__).parents[2]
 HEAVY = {"torch", "diffusers", "transformers", "accelerate", "peft", "bitsandbytes", "torchao", "prodigyopt"}
 
 

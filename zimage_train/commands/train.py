@@ -19,11 +19,10 @@ from zimage_train.report import preview_images
 from zimage_train.report.console import Console
 from zimage_train.report.metrics import RecordWriter, read_records
 from zimage_train.report.trackers import TensorBoard, Tracker, Trackers, WeightsAndBiases
-from zimage_train.training import build, distributed, preview_sets, run_dir
+from zimage_train.training import build, distributed, loop, preview_sets, run_dir
 from zimage_train.training.distributed import World
 from zimage_train.training.dry_run import compare_with_forecast, dry_run
 from zimage_train.training.fit import plan_for_devices, plan_warnings, with_quantization
-from zimage_train.training.loop import train
 from zimage_train.training.outputs import is_complete, write_report
 from zimage_train.training.run_dir import RunDir
 from zimage_train.training.signals import StopRequest, stop_on_signals
@@ -82,7 +81,7 @@ def run_training(config: Config, fresh: bool, allow: tuple[str, ...] = (), stop:
             stack.enter_context(contextlib.closing(RecordWriter(path if world.is_main else None, run.start_step)))
             for path in (folder.metrics, folder.events)
         )
-        train(run, metrics, events)
+        loop.train(run, metrics, events)
         if world.is_main:
             compare_with_forecast(
                 run, [record for record in read_records(folder.metrics) if record["step"] > run.start_step]

@@ -27,7 +27,6 @@ COMMON_NAMES = {
     "gradient_accumulation": "train.grad_accumulation",
     "gradient_accumulation_steps": "train.grad_accumulation",
     "gradient_checkpointing": "memory.checkpointing",
-    "max_grad_norm": "train.max_grad_norm",
     "lr_scheduler": "schedule.name",
     "lr_warmup_steps": "schedule.warmup_steps",
     "folder_path": "data.0.folder",

@@ -1,0 +1,248 @@
+"""What a rented pod runs, what it costs, how it waits for another one and how its LoRA comes home."""
+
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from zimage_train import mini
+from zimage_train.cli.app import app
+from zimage_train.commands import check, runpod
+from zimage_train.errors import ConfigError
+from zimage_train.planning import pricing
+
+from hub_server import serving
+
+ROOT = Path(__file__).parents[2]
+START = ROOT / "scripts" / "runpod" / "start.sh"
+PRICES = ROOT / "scripts" / "runpod" / "prices.yaml"
+CONFIG = """
+name: tiny
+model: {path: MODEL, adapter: ADAPTER, dtype: fp32}
+data: [{folder: PICTURES, resolution: [64]}]
+lora: {rank: 2}
+train: {steps: STEPS, batch_size: 2}
+save: {every: 1}
+log: {tensorboard: false}
+"""
+
+
+@pytest.fixture
+def volume(tmp_path: Path) -> Path:
+    """A volume with a config, and the program on the path."""
+    values = {"MODEL": mini.TURBO, "ADAPTER": mini.ADAPTER_V1, "PICTURES": mini.IMAGES, "STEPS": 2}
+    text = CONFIG
+    for name, value in values.items():
+        text = text.replace(name, str(value))
+    (tmp_path / "volume").mkdir()
+    (tmp_path / "volume" / "my config.yaml").write_text(text)
+    (tmp_path / "bin").mkdir()
+    program = tmp_path / "bin" / "zimage-train"
+    program.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m zimage_train "$@"\n')
+    program.chmod(0o755)
+    return tmp_path / "volume"
+
+
+def environment(volume: Path, **more: str) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "XDG_", "RUNPOD"))}
+    path = f"{volume.parent / 'bin'}{os.pathsep}{kept['PATH']}"
+    return {**kept, "PATH": path, "PYTHONPATH": str(ROOT), "VOLUME": str(volume), "HF_HUB_OFFLINE": "1", **more}
+
+
+def start(volume: Path, **more: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [START], env=environment(volume, **more), capture_output=True, text=True, timeout=300, check=False
+    )
+
+
+def test_a_pod_trains_says_how_the_lora_comes_home_and_does_what_was_asked_for(volume: Path):
+    address = {"RUNPOD_POD_ID": "abc", "RUNPOD_PUBLIC_IP": "1.2.3.4", "RUNPOD_TCP_PORT_22": "10022"}
+    done = start(volume, CONFIG="my config.yaml", WHEN_DONE='echo "$RUNPOD_POD_ID" > gone', **address)
+    assert done.returncode == 0, done.stderr
+    lora = volume / "runs" / "tiny" / "lora" / "tiny.safetensors"
+    assert lora.exists() and f"scp -P 10022 root@1.2.3.4:{lora} ." in done.stdout
+    assert (volume / "gone").read_text() == "abc\n"
+    assert (volume / "cache").is_dir(), "the caches are on the volume too"
+    again = start(volume, CONFIG="my config.yaml", WHEN_DONE="true")
+    assert again.returncode == 0 and "tiny is complete" in again.stdout
+
+
+def test_a_failure_ends_the_pod_too(volume: Path):
+    done = start(volume, CONFIG="no.yaml", WHEN_DONE="echo gone > gone; false")
+    assert done.returncode == 2 and "no.yaml" in done.stderr and (volume / "gone").exists()
+    assert "that ended with 1" in done.stdout
+    wrong = start(volume, CONFIG="my config.yaml", ROLE="cook", WHEN_DONE="true")
+    assert wrong.returncode == 2 and "ROLE is cook; it is download or train" in wrong.stdout
+
+
+def test_a_pod_that_is_taken_away_saves_and_another_goes_on(volume: Path):
+    config = volume / "my config.yaml"
+    config.write_text(config.read_text().replace("steps: 2", "steps: 200"))
+    words = {"CONFIG": config.name, "WHEN_DONE": "echo gone > gone"}
+    with subprocess.Popen([START], env=environment(volume, **words), stdout=subprocess.PIPE, text=True) as pod:
+        metrics = volume / "runs" / "tiny" / "metrics.jsonl"
+        wait_for(lambda: metrics.exists() and len(metrics.read_text().splitlines()) >= 2)
+        pod.send_signal(signal.SIGTERM)
+        assert pod.wait(120) == 128 + signal.SIGTERM
+    assert not (volume / "gone").exists(), "it goes anyway, and the next one is to go on"
+    steps = len(metrics.read_text().splitlines())
+    assert 2 <= steps < 200
+    allowed = [sys.executable, "-m", "zimage_train", "train", config.name, "--set", f"train.steps={steps + 1}"]
+    cache = str(volume / "cache")
+    more = subprocess.run(allowed, env=environment(volume, XDG_CACHE_HOME=cache), cwd=volume, capture_output=True)
+    assert more.returncode == 0, more.stderr
+    assert json.loads((volume / "runs" / "tiny" / "run.json").read_text())["starts"] == [0, steps]
+
+
+def test_a_pod_without_anything_to_do_waits_until_it_is_told_to_stop(volume: Path):
+    with subprocess.Popen([START], env=environment(volume), stdout=subprocess.PIPE, text=True) as pod:
+        assert pod.stdout is not None
+        lines = [pod.stdout.readline() for _ in range(4)]
+        assert "no CONFIG is set" in lines[0] and lines[-1].endswith("sleep infinity\n")
+        pod.send_signal(signal.SIGTERM)
+        assert pod.wait(30) == 128 + signal.SIGTERM
+
+
+def wait_for(is_so, seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not is_so():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+# One downloads, another waits
+
+
+@pytest.mark.slow
+def test_one_pod_waits_for_what_another_downloads(volume: Path):
+    model = {path.relative_to(mini.TURBO).as_posix(): path for path in mini.TURBO.rglob("*") if path.is_file()}
+    config = volume / "my config.yaml"
+    hubbed = config.read_text().replace(str(mini.TURBO), "org/mini")
+    config.write_text(hubbed.replace(str(mini.ADAPTER_V1), "org/adapter/adapter.safetensors"))
+    with serving({"org/mini": model, "org/adapter": {"adapter.safetensors": mini.ADAPTER_V1}}) as hub:
+        online = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "CONFIG": config.name}
+        online |= {f"{name}_proxy": "" for name in ("http", "https", "all")}
+        late = start(volume, WAIT="0.01", WHEN_DONE="true", **online)
+        assert late.returncode == 4 and re.search(r"--wait: .*: after 0.01 min \d+ of \d+ files", late.stderr)
+        assert not hub.downloads(), "who waits brings nothing"
+        waiting = environment(volume, WAIT="4", WHEN_DONE="true", **online)
+        with subprocess.Popen([START], env=waiting, stdout=subprocess.PIPE, text=True) as gpu:
+            assert gpu.stdout is not None
+            said = ""
+            while "waiting for files" not in said:
+                said = gpu.stdout.readline()
+                assert said, "it ended"
+            filled = start(volume, ROLE="download", WHEN_DONE="echo $? > filled", **online)
+            assert filled.returncode == 0 and (volume / "filled").exists(), filled.stderr
+            rest = gpu.stdout.read()
+            assert gpu.wait(300) == 0, rest
+        once = [path for path, _ in hub.downloads()]
+        assert len(once) == len(set(once)), "each file came once"
+    assert (volume / "runs" / "tiny" / "lora" / "tiny.safetensors").exists()
+
+
+# Home
+
+
+@pytest.mark.parametrize(
+    ("given", "command"),
+    [
+        ({}, None),
+        ({"RUNPOD_POD_ID": "x"}, "runpodctl send '/runs/my lora.safetensors'"),
+        ({"RUNPOD_POD_ID": "x", "RUNPOD_PUBLIC_IP": "1.2.3.4"}, "runpodctl send"),
+        (
+            {"RUNPOD_POD_ID": "x", "RUNPOD_PUBLIC_IP": "1.2.3.4", "RUNPOD_TCP_PORT_22": "5"},
+            "scp -P 5 'root@1.2.3.4:/runs/my lora.safetensors' .",
+        ),
+    ],
+)
+def test_the_way_home_is_by_what_the_pod_says_of_itself(given: dict[str, str], command: str | None):
+    found = runpod.copy_command(Path("/runs/my lora.safetensors"), given)
+    assert found is None if command is None else found is not None and found.startswith(command)
+
+
+# What it costs
+
+
+def test_costs_are_by_hand_what_the_command_says(tmp_path: Path):
+    path = tmp_path / "p.yaml"
+    path.write_text(
+        "date: 2026-01-02\ncurrency: EUR\ngpus: {4090: 3.6, 4060: 0.36}\ncpu_pod: 0.5\nvolume: 0.3\nvolume_gb: 10\n"
+        "days: 15\nmegabytes_per_second: 21.1\nstart_minutes: 10\n"
+    )
+    options = ["--set", f"data.0.folder={mini.IMAGES}", "--price", str(path)]
+    done = CliRunner().invoke(app, ["check", str(ROOT / "configs" / "turbo_character.yaml"), *options])
+    assert done.exit_code == 0, done.output
+    assert "costs in EUR at the prices of 2026-01-02" in done.output
+    filling = 21.1e9 / 21.1e6 / 3600 * 0.5  # a thousand seconds
+    assert f"to fill the volume once: 21.1 GB, 0 h 17 min of a CPU pod at 0.5/h: {filling:.2f}" in done.output
+    assert "to keep 10 GB for 15 days at 0.3/GB a month: 1.50" in done.output
+    rows = re.findall(
+        r"^  (40\d0) +([\d.]+) +10 min +(\d+) h (\d+) min +([\d.]+) +([\d.]+)$", done.output, re.MULTILINE
+    )
+    assert len(rows) == 2
+    for _, price, hours, minutes, gpu, everything in rows:
+        time_of = int(hours) + (int(minutes) + 10) / 60
+        assert float(gpu) == pytest.approx(time_of * float(price), abs=float(price) / 60 + 0.01)
+        assert float(everything) == pytest.approx(float(gpu) + filling + 1.5, abs=0.011)
+    assert [float(row[-1]) for row in rows] == sorted(float(row[-1]) for row in rows)
+
+
+def test_a_card_that_is_too_small_is_said_to_be(tmp_path: Path):
+    path = tmp_path / "p.yaml"
+    path.write_text("date: 2026-01-02\ngpus: {3080: 1, h200: 2}\n")
+    options = ["--set", f"data.0.folder={mini.IMAGES}", "--set", "train.batch_size=64", "--set", "data.0.repeats=64"]
+    options += ["--set", "memory.offload=0.0", "--price", str(path)]
+    done = CliRunner().invoke(app, ["check", str(ROOT / "configs" / "turbo_character.yaml"), *options])
+    assert re.search(r"3080 +1\.00  does not fit \(", done.output) and re.search(r"h200 +2\.00 +5 min", done.output)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("gpus: {4090: 1}", "date: Field required"),
+        ("date: 2026-01-02\ngpus: {}", "gpus: name at least one card"),
+        ("date: 2026-01-02\ngpus: {voodoo: 1}", "gpus: voodoo: not known; the cards are 3060"),
+        ("date: 2026-01-02\ngpus: {4090: cheap}", "gpus.4090: "),
+        ("date: 2026-01-02\ngpus: {4090: -1}", "gpus.4090: "),
+        ("date: 2026-01-02\ngpus: {4090: 1}\nvolumes: 3", "volumes: Extra inputs"),
+        ("date: today\ngpus: {4090: 1}", "date: "),
+        ("- 1", "the file: "),
+        ("gpus: {4090: 1, 4090: 2}", "p.yaml:1"),
+        ("\t", "p.yaml:1"),
+    ],
+)
+def test_a_price_file_that_is_wrong_is_said_to_be_where(tmp_path: Path, text: str, said: str):
+    path = tmp_path / "p.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        check.parse_price(str(path))
+    assert said in str(caught.value) and str(path) in str(caught.value)
+
+
+def test_the_price_file_that_comes_along_is_dated_and_whole():
+    found = pricing.read(PRICES)
+    assert re.fullmatch(r"20\d\d-\d\d-\d\d", found.date) and {"4090", "h100"} <= set(found.gpus)
+    assert found.keeping == pytest.approx(0.07 * 50 * 7 / 30)
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml"):
+        check.parse_price("nowhere.yaml")
+
+
+# The image
+
+
+def test_the_image_is_made_of_what_is_there_and_has_torch_once():
+    text = (ROOT / "Dockerfile").read_text()
+    copied = [word for line in re.findall(r"^COPY (.*) \S+$", text, re.MULTILINE) for word in line.split()]
+    allowed = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+    assert copied and set(copied) == allowed and all((ROOT / name).exists() for name in copied)
+    assert len(re.findall(r"pip install", text)) == 1 and "-base-" in text
+    assert "CMD" in text and re.search(r"scripts/runpod/start\.sh\"\]$", text, re.MULTILINE)

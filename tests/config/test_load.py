@@ -1,0 +1,792 @@
+"""The config: read strictly, refused with all problems at once, written so that everyone reads it back alike.
+
+What each fault in it is refused with is in tests/faults/test_faults_config.py.
+"""
+
+import itertools
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from pydantic.fields import FieldInfo
+
+from zimage_train.config import load, strict_yaml
+from zimage_train.config.load import dump_config, flatten_keys, read_config
+from zimage_train.config.schema import Config
+from zimage_train.config.strict_yaml import YamlError
+from zimage_train.config.values import OPTIMIZER_PARAMS, RECOMPUTE_MODES, SCHEDULE_PARAMS, Later
+from zimage_train.config.variants import VARIANTS
+from zimage_train.errors import ConfigError
+
+from config_texts import LEAST, OPTIONS, nested, refusal, write
+from helpers import script
+
+ROOT = Path(__file__).parents[2]
+GOLDEN = Path(__file__).parents[1] / "golden"
+quick = settings(deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+
+
+@pytest.fixture
+def read(tmp_path: Path):
+    """`read(text, *overrides)`: the config, on top of the two settings that every config has."""
+
+    def run(text: str = "", *overrides: str, least: str = LEAST) -> Config:
+        return read_config(write(tmp_path, least + text), overrides)
+
+    return run
+
+
+@pytest.fixture
+def refused(tmp_path: Path):
+    """`refused(text, *overrides)`: the lines of the ConfigError, with the file called c.yaml."""
+
+    def run(text: str | bytes = "", *overrides: str, least: str = LEAST) -> list[str]:
+        return refusal(tmp_path, text, *overrides, least=least)
+
+    return run
+
+
+# Names
+
+
+def test_an_unknown_key_in_the_second_data_entry_is_found_there(refused):
+    text = "name: a\ndata:\n  - folder: x\n  - folder: y\n    repeat: 2\n"
+    assert refused(text, least="") == ["c.yaml:5: data.1.repeat: unknown key; did you mean 'repeats'?"]
+
+
+def test_every_hint_names_an_option_that_exists():
+    assert set(load.COMMON_NAMES.values()) <= {name.replace("[]", ".0") for name in OPTIONS}
+    assert not set(load.COMMON_NAMES) & {name.split(".")[-1] for name in OPTIONS}
+
+
+# Values
+
+
+ACCEPTED_AND_REFUSED = {
+    "seed": ([0, 2**63 - 1], [-1, 2**63]),
+    "model.adapter_strength": ([0.0, 1, 2.0], [-0.1, 2.1]),
+    "data[].resolution": ([32, 4096, [512], [512, 1024]], [16, 4112, 520, [512, 520], [], [512.0]]),
+    "data[].repeats": ([1, 1000, "by_folder"], [0, 1001, "auto"]),
+    "data[].caption_dropout": ([0.0, 0, 1.0], [-0.1, 1.1]),
+    "data[].max_pixels": ([None, 1024, 2**24], [1023, 2**24 + 1]),
+    "data[].batch_size": ([None, 1, 1024], [0, 1025]),
+    "data[].keep_tags": ([0], [-1, 513]),
+    "data[].tag_dropout": ([0.0, 0.99], [-0.1, 1.0]),
+    "data[].mask_floor": ([0.1], [-0.1, 1.0, 0.0]),
+    "data[].mask_prior": ([0.0], [-0.1, 100.1, 1.0]),
+    "data[].weight": ([0.01, 1, 100.0], [0.0, -0.1, 100.1]),
+    "train.epochs": ([None, 0.1, 10**6], [0.0, -1, 10**6 + 1]),
+    "train.regularization_share": ([0.01, 0.99], [0.0, 1.0]),
+    "guidance.contrastive": ([0.5, 100.0, None], [0.0, -1.0, 101.0]),
+    "preserve.weight": ([0.1, 100], [0.0, 101]),
+    "ema.decay": ([None, 0.001, 0.9999], [0.0, 1.0]),
+    "validation.every": ([1, None], [0]),
+    "validation.resolution": ([32, 4096], [16, 1000]),
+    "data[].caption_ext": ([".txt", ".caption"], ["txt", "", ".a/b"]),
+    "data[].trigger": (["zorb", "a zorb"], ["", " ", " zorb", "zorb\n", "[trigger]"]),
+    "lora.rank": ([1, 1024], [0, -1, 1025]),
+    "lora.alpha": ([0.5, 8, None], [0, 0.0, -1.0]),
+    "lora.dropout": ([0.0, 0.99], [-0.1, 1.0]),
+    "train.steps": ([1, 10_000_000], [0, -5, 10_000_001]),
+    "train.batch_size": ([1, 1024], [0, 1025]),
+    "train.grad_accumulation": ([1, 4096], [0, 4097]),
+    "train.max_grad_norm": ([0.1, None], [0.0, -1.0]),
+    "timesteps.min": ([0.0, 0.99], [-0.01, 1.0]),
+    "timesteps.max": ([0.01, 1.0], [0.0, 1.01]),
+    "guidance.differential": ([0.5, 100.0, None], [0.0, -1.0, 101.0]),
+    "optimizer.lr": ([1e-9, 1, 10.0], [0.0, -1e-4, 10.1]),
+    "optimizer.weight_decay": ([0.0, 1.0], [-0.1, 1.1]),
+    "schedule.warmup_steps": ([0, 100], [-1, 10_000_001]),
+    "model.quantize": ([None, "fp8", "int8", "nf4", "auto"], ["int4", "none", 8, True]),
+    "memory.checkpointing": (["auto", True, False, *RECOMPUTE_MODES], ["some", 1, None]),
+    "memory.offload": (["auto", 0, 0.5, 1.0], [-0.1, 1.1, "half", True]),
+    "memory.budget_gb": (["auto", 0.5, 24], [0, -1.0, 10_001, "24"]),
+    "sample.every": ([1, 10**6, None], [0, -1]),
+    "sample.width": ([32, 4096], [16, 1000, 4112]),
+    "sample.height": ([32, 4096], [16, 1000, 4112]),
+    "sample.steps": (["auto", 1, 1000], [0, 1001]),
+    "sample.guidance": (["auto", 0, 50.0], [-0.1, 50.1]),
+    "sample.seed": ([0, 2**63 - 1], [-1, 2**63]),
+    "teacher.steps": ([9, 1000], [8, 1001, 9.0]),
+    "teacher.guidance": ([0.0, 50], [-0.1, 50.1]),
+    "sample.prompts[].seed": ([None, 0, 2**63 - 1], [-1, 2**63]),
+    "sample.prompts[].width": ([None, 64], [16, 1000]),
+    "sample.prompts[].height": ([None, 64], [16, 1000]),
+    "sample.extra_loras[].weight": ([-100.0, 0, 1.5, 100], [-100.1, 100.1]),
+    "save.every": ([1, 10**6, None], [0]),
+    "save.keep": ([1, 100], [0, -1]),
+}
+
+
+@pytest.mark.parametrize("option", ACCEPTED_AND_REFUSED)
+def test_ranges_are_exact(option: str):
+    accepted, outside = ACCEPTED_AND_REFUSED[option]
+    for value in accepted:
+        assert load.validate_config(nested(option, value), load.dotted_key)[1] == [], value
+    for value in outside:
+        config, problems = load.validate_config(nested(option, value), load.dotted_key)
+        section = option.replace("[]", ".0").rsplit(".", 1)[0]
+        assert config is None and all(one.location.startswith(section) for one in problems), value
+
+
+def test_every_number_has_its_range_in_that_table():
+    numbers = {
+        name
+        for name, field in OPTIONS.items()
+        if re.search(r"\b(int|float)\b", str(field.annotation))
+        and not any(isinstance(m, Later) for m in later_of(field))
+    }
+    assert numbers - set(ACCEPTED_AND_REFUSED) == set()
+
+
+def later_of(field: FieldInfo) -> list[Any]:
+    nested_metadata = [
+        one for arg in getattr(field.annotation, "__args__", ()) for one in getattr(arg, "__metadata__", ())
+    ]
+    return [one for one in (*field.metadata, *nested_metadata) if isinstance(one, Later)]
+
+
+@pytest.mark.parametrize(
+    ("option", "text", "value"),
+    [
+        ("output_dir", "no", "no"),
+        ("output_dir", "on", "on"),
+        ("output_dir", "12:30", "12:30"),
+        ("output_dir", "2024-01-02", "2024-01-02"),
+        ("output_dir", "0x10", "0x10"),
+        ("output_dir", "1.2.3", "1.2.3"),
+        ("output_dir", "~/runs", "~/runs"),
+        ("output_dir", '"1e-4"', "1e-4"),
+        ("output_dir", "'010'", "010"),
+        ("output_dir", "a#b", "a#b"),
+        ("train.steps", "010", 10),
+        ("train.steps", "+7", 7),
+        ("optimizer.lr", "1e-4", 1e-4),
+        ("optimizer.lr", "1E-4", 1e-4),
+        ("optimizer.lr", ".5", 0.5),
+        ("optimizer.lr", "1", 1.0),
+        ("lora.alpha", "~", None),
+        ("lora.alpha", "", None),
+        ("sample.first", "FALSE", False),
+    ],
+)
+def test_plain_values_hold_no_surprises(read, option: str, text: str, value: Any):
+    section, _, key = option.rpartition(".")
+    found = flatten_keys(read(f"{section}:\n  {key}: {text}" if section else f"{key}: {text}").model_dump())[option]
+    assert found == value and type(found) is type(value)
+
+
+def test_a_prompt_may_be_text_and_a_resolution_one_number(read):
+    config = read("sample: {prompts: [one, {prompt: two, seed: 5}]}", "data.0.resolution=512")
+    assert [(one.prompt, one.seed) for one in config.sample.prompts] == [("one", None), ("two", 5)]
+    stacked = read("sample: {extra_loras: [a=b.safetensors=-0.5, {file: c, weight: 2}, distillpatch]}")
+    found = [(one.file, one.weight) for one in stacked.sample.extra_loras]
+    assert found == [("a=b.safetensors", -0.5), ("c", 2.0), ("distillpatch", 1.0)]
+    assert config.data[0].resolution == [512]
+
+
+def test_relations_between_settings_are_checked(refused):
+    assert "min 0.6 must be below max 0.5" in refused("timesteps: {min: 0.6, max: 0.5}")[0]
+    assert "min 0.5 must be below max 0.5" in refused("timesteps: {min: 0.5, max: 0.5}")[0]
+    assert "needs exactly one of folder, metadata and prompts" in refused("data: [{trigger: x}]", least="name: a\n")[0]
+    both = "data: [{folder: x, metadata: y.csv}]"
+    assert "needs exactly one of folder, metadata and prompts" in refused(both, least="name: a\n")[0]
+    assert "at least 1 entry" in refused("data: []", least="name: a\n")[0]
+    assert refused("", least="{}") == ["c.yaml:1: name: is missing; add it", "c.yaml:1: data: is missing; add it"]
+
+
+NOT_YET = {
+    "model.attention": "flash",
+    "lora.type": "dora",
+    "memory.compile": True,
+}
+
+
+@pytest.mark.parametrize("option", NOT_YET)
+def test_what_this_version_cannot_do_is_refused_and_its_neutral_value_is_not(option: str):
+    default = OPTIONS[option].default
+    assert load.validate_config(nested(option, default), load.dotted_key)[1] == []
+    config, (problem,) = load.validate_config(nested(option, NOT_YET[option]), load.dotted_key)
+    assert config is None
+    assert problem.location == option.replace("[]", ".0")
+    shown = "null" if default is None else str(default).lower() if isinstance(default, bool) else str(default)
+    assert str(problem).endswith(f"not possible in this version; leave it out (it can only be {shown})")
+
+
+def test_every_option_that_is_not_possible_yet_is_in_that_table_and_no_other():
+    assert {name for name, field in OPTIONS.items() if later_of(field)} == set(NOT_YET)
+
+
+# The model's variants
+
+
+@pytest.mark.parametrize(("variant", "adapter"), [("turbo", "v2"), ("deturbo", None), ("base", None)])
+def test_the_adapter_follows_the_variant_unless_it_is_set(read, variant: str, adapter: str | None):
+    assert read(f"model: {{variant: {variant}}}").model.adapter == adapter == VARIANTS[variant].adapter
+    assert read("", f"model.variant={variant}").model.adapter == adapter
+    assert read(f"model: {{variant: {variant}, adapter: null}}").model.adapter is None
+    assert read(f"model: {{variant: {variant}, adapter: x.safetensors}}").model.adapter == "x.safetensors"
+
+
+def test_the_adapter_of_a_config_without_a_model_section_is_turbos(read):
+    assert (read().model.variant, read().model.adapter, read().model.adapter_strength) == ("turbo", "v2", 1.0)
+
+
+@pytest.mark.parametrize("variant", ["deturbo", "base"])
+@pytest.mark.parametrize("adapter", ["v1", "v2"])
+def test_turbos_adapter_is_refused_for_another_variant(refused, variant: str, adapter: str):
+    (line,) = refused(f"model: {{variant: {variant}, adapter: {adapter}}}")
+    assert f"adapter {adapter} was made for Turbo and would harm {variant}; leave it out" in line
+
+
+# The name
+
+
+@pytest.mark.parametrize("name", ["a", "redhair_v1", "A b.c+d-e", "äöü猫", "v1.2", "x-1a", "2024", "a" * 200])
+def test_names_that_are_folders_everywhere_are_fine(read, name: str):
+    assert read(least=f'name: "{name}"\ndata: [{{folder: x}}]\n').name == name
+
+
+# The file
+
+
+def test_an_anchor_of_ordinary_size_is_read(read):
+    config = read("sample: {width: &side 512, height: *side}")
+    assert (config.sample.width, config.sample.height) == (512, 512)
+
+
+@settings(quick, max_examples=60)
+@given(st.binary(max_size=200) | st.text(max_size=200).map(lambda text: text.encode("utf-8", "surrogatepass")))
+def test_arbitrary_bytes_are_refused_and_never_crash(tmp_path_factory, content: bytes):
+    folder = tmp_path_factory.getbasetemp()
+    for prefix in (b"", LEAST.encode(), LEAST.encode() + b"sample: {negative: "):
+        try:
+            read_config(write(folder, prefix + content))
+        except ConfigError as error:
+            assert error.problems and all(one.message for one in error.problems)
+
+
+# All at once
+
+
+def test_all_problems_are_reported_at_once_in_the_order_of_the_file(refused):
+    text = """\
+train:
+  steps: 0
+  batch_size: two
+lora: {rnak: 8}
+sample:
+  width: 1000
+  every: 0
+lr: 1
+seed: 1
+seed: 2
+"""
+    lines = refused(text, "optimizer.lr=-1", "save=5", "nonsense")
+    assert sorted(lines) == sorted(
+        [
+            "c.yaml:12: seed: given twice, first in line 11; correct it",
+            "--set nonsense: is not key=value; write for example --set train.steps=100",
+            "c.yaml:4: train.steps: is 0; expected at least 1",
+            "c.yaml:5: train.batch_size: is 'two' (text); expected a whole number",
+            "c.yaml:6: lora.rnak: unknown key; did you mean 'rank'?",
+            "c.yaml:8: sample.width: 1000 is no multiple of 16; 992 or 1008 would do",
+            "c.yaml:9: sample.every: is 0; expected at least 1, or null, which is never",
+            "--set optimizer.lr=-1: optimizer.lr: is -1; expected more than 0.0",
+            "--set save=5: save: is 5; expected a section",
+            "c.yaml:10: lr: unknown key; did you mean 'optimizer.lr'?",
+        ]
+    )
+
+
+# --set
+
+
+def test_overrides_replace_values_and_make_sections(read):
+    config = read(
+        "train: {steps: 10, batch_size: 2}\nsample: {prompts: [a, b, c]}",
+        "train.steps=20",
+        "optimizer.lr=2e-4",
+        "sample.prompts=[d]",
+        "lora={rank: 4}",
+        "data.0.folder=other",
+        "data.0.resolution=[64, 96]",
+        "name = b c ",
+        "output_dir=",
+        "output_dir=x=y",
+        "model.adapter=null",
+    )
+    assert (config.train.steps, config.train.batch_size, config.optimizer.lr) == (20, 2, 2e-4)
+    assert [one.prompt for one in config.sample.prompts] == ["d"]
+    assert (config.lora.rank, config.data[0].folder, config.data[0].resolution) == (4, "other", [64, 96])
+    assert (config.name, config.output_dir, config.model.adapter) == ("b c", "x=y", None)
+
+
+def test_an_index_reaches_into_one_entry_only(read):
+    text = "name: a\ndata:\n  - {folder: x, repeats: 2}\n  - {folder: y}\nsample: {prompts: [a, b]}\n"
+    config = read("", "data.1.repeats=3", "data.0.folder=z", "sample.prompts.1=c", least=text)
+    assert [(one.folder, one.repeats) for one in config.data] == [("z", 2), ("y", 3)]
+    assert [one.prompt for one in config.sample.prompts] == ["a", "c"]
+
+
+def test_the_later_of_two_overrides_counts(read):
+    assert read("", "train.steps=1", "train.steps=2").train.steps == 2
+    assert read("", "train={steps: 1, batch_size: 4}", "train.steps=2").train.batch_size == 4
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.steps", "is not key=value; write for example --set train.steps=100"),
+        ("=5", "is not key=value; write for example --set train.steps=100"),
+        ("", "is not key=value; write for example --set train.steps=100"),
+        ("train..steps=5", "has an empty part in its key; write for example --set train.steps=100"),
+        (".train=5", "has an empty part in its key; write for example --set train.steps=100"),
+        ("train.steps=[", "not valid YAML"),
+        ("train.steps=1: 2: 3", "not valid YAML"),
+        ("train.steps=!!int 5", "has the tag !!int, and only plain values are read; quote the value"),
+        ("train={steps: 1, steps: 2}", "steps: given twice, first in line 1"),
+        ("train.stpes=5", "train.stpes: unknown key; did you mean 'steps'?"),
+        ("lr=5", "lr: unknown key; did you mean 'optimizer.lr'?"),
+        ("new.key=5", "new: unknown key; known here: name, output"),
+        ("train.steps=a", "train.steps: is 'a' (text); expected a whole number"),
+        ("train.steps.x=1", "train.steps is no section of the config; check the key"),
+        ("data.1.folder=x", "data has 1 entries, counted from 0; check the index"),
+        ("data.x.folder=y", "data has 1 entries, counted from 0; check the index"),
+        ("data.-1.folder=y", "data has 1 entries, counted from 0; check the index"),
+        ("data.\u00b2=5", "data has 1 entries, counted from 0; check the index"),
+        ("data.1=5", "data has 1 entries, counted from 0; check the index"),
+        ("sample.prompts.0=x", "sample.prompts has 0 entries, counted from 0; check the index"),
+        ("optimizer.params.x=1", "optimizer.params: adamw8bit has no 'x'; it has betas, eps"),
+        ("data=[]", "data: is empty; expected at least 1 entry"),
+        ("data.0.resolution.3=64", "data.0.resolution has 1 entries, counted from 0"),
+    ],
+)
+def test_a_bad_override_is_refused_naming_it(refused, override: str, message: str):
+    least = "name: a\ntrain: {steps: 4}\ndata: [{folder: x, resolution: [64]}]\n"
+    (line,) = refused("", override, least=least)
+    assert line.startswith(f"--set {override}: {message}")
+
+
+# Written and read back
+
+
+SPECIAL_TEXTS = [
+    "", " ", " x ", "no", "yes", "on", "y", "null", "~", "true", "True", "010", "0o7", "0x1f", "0b1", "1_000", "12:30",
+    "1e-4", "1e5", "1.", ".5", "5e", "+1", "-.5e3", ".inf", "-.INF", ".nan", "=", "<<", "2024-01-01", "2024-01-01 1:02",
+    "# c", "a # b", "a: b", "a:", "- a", "-", "---", "...", "'", '"', "[x]", "{x}", "&a", "*a", "!t", "%x", "@x", "`x`",
+    "|", ">", "? x", "\t", "\n", "a\nb", "a\n", "\na", "a\n\n  b\n", "a\\b", "\x07", "\x85", "\u2028", "\ufeff",
+    "\u00a0", "猫", "😀", "1" * 120, "x" * 1200, "word " * 300, "[trigger]",
+]  # fmt: skip
+
+texts = st.sampled_from(SPECIAL_TEXTS) | st.text(
+    st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=20
+)
+numbers = st.floats(1e-7, 10.0) | st.sampled_from([8e-05, 1e-4, 1.0, 1e-07])
+pixels = st.integers(2, 256).map(lambda count: count * 16)
+every = st.none() | st.integers(1, 10**6)
+prompts = st.lists(
+    texts
+    | st.fixed_dictionaries(
+        {"prompt": texts},
+        optional={
+            "negative": st.none() | texts,
+            "seed": st.none() | st.integers(0, 2**63 - 1),
+            "width": st.none() | pixels,
+            "height": st.none() | pixels,
+        },
+    ),
+    max_size=3,
+)
+entries = st.fixed_dictionaries(
+    {},
+    optional={
+        "resolution": pixels | st.lists(pixels, min_size=1, max_size=3),
+        "repeats": st.integers(1, 1000),
+        "trigger": st.none() | texts.map(str.strip).filter(lambda text: text not in ("", "[trigger]")),
+        "default_caption": texts,
+        "caption_ext": st.sampled_from([".txt", ".caption", ".a.b"]),
+        "caption_dropout": st.floats(0, 1) | st.sampled_from([0, 1]),
+    },
+)
+filled = texts.filter(bool)
+sources = st.tuples(st.sampled_from(["folder", "metadata"]), filled)
+params = st.fixed_dictionaries(
+    {}, optional={"eps": numbers, "betas": st.lists(st.floats(0, 0.999) | st.just(0), min_size=2, max_size=2)}
+)
+configs = st.fixed_dictionaries(
+    {
+        "name": st.from_regex(r"[a-z_0-9][a-zA-Z .+_]{0,9}[a-z]", fullmatch=True)
+        | st.sampled_from(["no", "1e5", "010"]),
+        "data": st.lists(
+            st.builds(lambda entry, source: entry | {source[0]: source[1]}, entries, sources), min_size=1, max_size=2
+        ),
+    },
+    optional={
+        "output_dir": texts,
+        "seed": st.integers(0, 2**63 - 1),
+        "model": st.fixed_dictionaries(
+            {},
+            optional={
+                "variant": st.sampled_from(["turbo", "deturbo", "base"]),
+                "path": st.none() | filled,
+                "extras": st.none() | filled,
+                "adapter": st.none() | filled,
+                "adapter_strength": st.floats(0, 2),
+                "dtype": st.sampled_from(["bf16", "fp32"]),
+            },
+        ),
+        "cache": st.fixed_dictionaries({"folder": st.none() | filled}),
+        "lora": st.fixed_dictionaries(
+            {},
+            optional={
+                "rank": st.integers(1, 1024),
+                "alpha": st.none() | numbers | st.integers(1, 64),
+                "targets": st.lists(st.sampled_from(["attention", "feed_forward", "adaln", "refiners"]), min_size=1)
+                | st.sampled_from([r".*\.to_q", "layers.0.attention.to_q", "010"]),
+                "dropout": st.floats(0, 0.99),
+            },
+        ),
+        "train": st.fixed_dictionaries(
+            {},
+            optional={
+                "steps": st.integers(1, 10**7),
+                "batch_size": st.integers(1, 9),
+                "max_grad_norm": st.none() | numbers,
+            },
+        ),
+        "timesteps": st.fixed_dictionaries(
+            {},
+            optional={
+                "type": st.sampled_from(["weighted", "linear", "sigmoid", "uniform_shift"]),
+                "min": st.floats(0, 0.4),
+                "max": st.floats(0.5, 1),
+            },
+        ),
+        "guidance": st.fixed_dictionaries({"differential": st.none() | numbers}),
+        "optimizer": st.fixed_dictionaries(
+            {}, optional={"name": st.sampled_from(["adamw", "adamw8bit", "prodigy"]), "lr": numbers, "params": params}
+        ),
+        "schedule": st.just({})
+        | st.builds(lambda end: {"name": "cosine", "params": {"end_factor": end}}, st.floats(0, 1)),
+        "memory": st.fixed_dictionaries(
+            {},
+            optional={"budget_gb": st.just("auto") | numbers | st.integers(1, 99), "checkpointing": st.booleans()},
+        ),
+        "sample": st.fixed_dictionaries(
+            {},
+            optional={
+                "every": every,
+                "first": st.booleans(),
+                "prompts": prompts,
+                "negative": texts,
+                "width": pixels,
+                "steps": st.just("auto") | st.integers(1, 1000),
+                "guidance": st.just("auto") | st.floats(0, 50) | st.integers(0, 50),
+            },
+        ),
+        "save": st.fixed_dictionaries({}, optional={"every": every, "keep": st.integers(1, 99)}),
+        "log": st.fixed_dictionaries({"tensorboard": st.booleans()}),
+    },
+)
+
+
+def typed(value: Any) -> Any:
+    """A value together with the types inside it, so that 1, 1.0 and True are three things."""
+    if isinstance(value, dict):
+        return {typed(key): typed(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [typed(one) for one in value]
+    return type(value).__name__, value
+
+
+@settings(quick, max_examples=30)
+@given(configs)
+def test_the_effective_config_reads_back_equal_here_and_in_plain_yaml(tmp_path_factory, values: dict[str, Any]):
+    config, problems = load.validate_config(values, load.dotted_key)
+    if problems and any("made for Turbo" in str(one) for one in problems):
+        return
+    assert config is not None, problems
+    text = dump_config(config)
+    assert read_config(write(tmp_path_factory.getbasetemp(), text)) == config
+    assert typed(yaml.safe_load(text)) == typed(config.model_dump()) == typed(strict_yaml.parse(text).value)
+    assert dump_config(read_config(write(tmp_path_factory.getbasetemp(), text))) == text
+
+
+@settings(quick, max_examples=300)
+@given(st.floats(allow_nan=False, allow_infinity=False) | st.integers() | texts | st.booleans() | st.none())
+def test_any_plain_value_is_written_so_that_everyone_reads_the_same(value: Any):
+    text = strict_yaml.dump({"key": value, "list": [value]})
+    expected = typed({"key": value, "list": [value]})
+    if isinstance(value, int) and len(str(value)) > strict_yaml.LONGEST_NUMBER:
+        return
+    assert typed(strict_yaml.parse(text).value) == expected
+    assert typed(yaml.safe_load(text)) == expected
+
+
+@pytest.mark.parametrize(("value", "text"), [(8e-05, "8.0e-05"), (1e-4, "0.0001"), (1e16, "1.0e+16"), (-0.0, "-0.0")])
+def test_small_numbers_are_written_with_a_point(value: float, text: str):
+    assert strict_yaml.dump({"lr": value}) == f"lr: {text}\n"
+    assert math.copysign(1, yaml.safe_load(text)) == math.copysign(1, value)
+
+
+def test_every_option_is_in_the_effective_config(read):
+    config = read("sample: {prompts: [x], extra_loras: [y]}")
+    written = {re.sub(r"\.\d+\.", "[].", name) for name in flatten_keys(yaml.safe_load(dump_config(config)))}
+    assert written == set(OPTIONS)
+
+
+def test_flatten_names_every_leaf_once():
+    value = {"a": {"b": 1, "c": {}}, "d": [{"e": 1}, {"e": [1, 2]}], "f": [], "g": None}
+    assert flatten_keys(value) == {"a.b": 1, "a.c": {}, "d.0.e": 1, "d.1.e": [1, 2], "f": [], "g": None}
+
+
+WEIRD = st.sampled_from(
+    [None, True, -1, 0, 10**30, 1.5, -0.5, "", "x", "auto", [], [1], ["x"], {}, {"x": 1}, [{}], [[]]]
+)
+
+
+@settings(quick, max_examples=150)
+@given(st.sampled_from(list(OPTIONS)), WEIRD)
+def test_one_changed_value_is_accepted_or_refused_naming_its_section(option: str, value: Any):
+    config, problems = load.validate_config(nested(option, value), load.dotted_key)
+    section = option.replace("[]", ".0").split(".")[0]
+    assert (config is None) == bool(problems)
+    assert all(one.location.split(".")[0] == section for one in problems)
+
+
+# What is generated from the schema
+
+
+@pytest.fixture(scope="module")
+def generate():
+    return script("generate")
+
+
+def test_generated_files_are_fresh(generate, capsys):
+    assert generate.main(["--check"]) == 0
+    assert capsys.readouterr().out == ""
+
+
+def test_a_stale_or_missing_file_fails_the_check_and_writing_mends_it(generate, tmp_path: Path, capsys):
+    assert generate.main(["--check"], tmp_path) == 1
+    assert not list(tmp_path.iterdir())
+    assert generate.main([], tmp_path) == 0
+    assert generate.main(["--check"], tmp_path) == 0
+    for name in generate.GENERATED:
+        text = (tmp_path / name).read_text()
+        assert text == (ROOT / name).read_text()
+        (tmp_path / name).write_text(text + " ")
+        capsys.readouterr()
+        assert generate.main(["--check"], tmp_path) == 1
+        assert capsys.readouterr().out == f"{name} is stale; run python scripts/generate.py\n"
+        (tmp_path / name).write_text(text)
+    assert generate.main(["--chekc"], tmp_path) == 2
+
+
+def test_the_reference_is_the_default_config_with_a_line_for_every_option(read):
+    path = ROOT / "configs" / "reference.yaml"
+    assert read_config(path) == read(least="name: my_lora\ndata: [{folder: photos}]\n")
+    lines = path.read_text().splitlines()
+    values = flatten_keys(yaml.safe_load(path.read_text()))
+    empty = {"prompts[]": "sample.prompts", "extra_loras[]": "sample.extra_loras"}
+    inside = {name for name in OPTIONS for part in empty if part in name}
+    assert {re.sub(r"\.\d+\.", "[].", name) for name in values} | inside == set(OPTIONS) | set(empty.values())
+    uncommented = [
+        line
+        for before, line in itertools.pairwise(lines)
+        if re.match(r" *[a-z_]+:", line) and not before.strip().startswith("#")
+    ]
+    assert uncommented == []
+    for name, field in OPTIONS.items():
+        assert " ".join((field.description or "").split()) in path.read_text(), name
+
+
+def complaints(schema: dict[str, Any], value: Any, root: dict[str, Any]) -> list[str]:
+    """What an editor would mark: the part of JSON schema that ours uses; any other keyword is an error of the test."""
+    found: list[str] = []
+    kinds = {"object": dict, "array": list, "string": str, "boolean": bool, "null": type(None)}
+    for key, rule in schema.items():
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if key == "$ref":
+            found += complaints(root["$defs"][rule.rsplit("/", 1)[1]], value, root)
+        elif key == "anyOf":
+            found += [] if any(not complaints(one, value, root) for one in rule) else [f"{value!r} fits nothing"]
+        elif key == "type":
+            fits = {"integer": is_number and isinstance(value, int), "number": is_number}.get(rule)
+            if not (isinstance(value, kinds[rule]) if fits is None else fits):
+                found.append(f"{value!r} is no {rule}")
+        elif key == "enum":
+            found += [] if value in rule else [f"{value!r} not in {rule}"]
+        elif key == "const":
+            found += (
+                [] if typed(value) == typed(rule) or (is_number and value == rule) else [f"{value!r} is not {rule!r}"]
+            )
+        elif key == "properties" and isinstance(value, dict):
+            found += [one for name in rule.keys() & value for one in complaints(rule[name], value[name], root)]
+        elif key == "additionalProperties" and rule is False and isinstance(value, dict):
+            found += [f"unknown {name}" for name in value.keys() - schema["properties"].keys()]
+        elif key == "required" and isinstance(value, dict):
+            found += [f"missing {name}" for name in rule if name not in value]
+        elif key == "items" and isinstance(value, list):
+            found += [one for entry in value for one in complaints(rule, entry, root)]
+        elif key in ("minItems", "minLength", "maxLength") and isinstance(value, list if key == "minItems" else str):
+            found += [] if (len(value) <= rule if key == "maxLength" else len(value) >= rule) else [f"{key} {value!r}"]
+        elif key in BOUNDS and is_number:
+            found += [] if BOUNDS[key](value, rule) else [f"{value!r} not {key} {rule}"]
+        elif key == "pattern" and isinstance(value, str):
+            found += [] if re.search(rule, value) else [f"{value!r} does not match {rule}"]
+        elif key not in ANNOTATIONS | BOUNDS.keys() | CHECKED:
+            raise KeyError(key)
+    return found
+
+
+BOUNDS = {
+    "minimum": lambda value, bound: value >= bound,
+    "maximum": lambda value, bound: value <= bound,
+    "exclusiveMinimum": lambda value, bound: value > bound,
+    "exclusiveMaximum": lambda value, bound: value < bound,
+    "multipleOf": lambda value, step: value % step == 0,
+}
+CHECKED = {"properties", "additionalProperties", "required", "items", "minItems", "minLength", "maxLength", "pattern"}
+ANNOTATIONS = {"description", "default", "title", "$schema", "$defs"}
+
+
+@pytest.fixture(scope="module")
+def schema() -> dict[str, Any]:
+    return json.loads((ROOT / "configs" / "schema.json").read_text())
+
+
+def test_the_json_schema_requires_name_and_data_and_allows_no_other_key(schema):
+    assert sorted(schema["required"]) == ["data", "name"]
+    objects = [schema, *schema["$defs"].values()]
+    assert all(one["additionalProperties"] is False for one in objects if one["type"] == "object")
+    described = [(name, key) for one in objects for name, key in one["properties"].items()]
+    assert [name for name, key in described if not key.get("description")] == []
+
+
+@settings(quick, max_examples=40)
+@given(configs)
+def test_the_json_schema_marks_nothing_that_the_reader_takes(schema, values: dict[str, Any]):
+    assert complaints(schema, values, schema) == []
+
+
+def test_the_json_schema_takes_the_shipped_configs(schema):
+    for path in (ROOT / "configs").glob("*.yaml"):
+        assert complaints(schema, strict_yaml.parse(path.read_text()).value, schema) == []
+
+
+def test_the_json_schema_marks_what_the_reader_refuses(schema):
+    assert complaints(schema, {"name": "a"}, schema) == ["missing data"]
+    assert complaints(schema, nested("optimizer.lr", 1.0) | {"lr": 1.0}, schema) == ["unknown lr"]
+    for option, value in NOT_YET.items():
+        assert complaints(schema, nested(option, value), schema), option
+    later_neutral = {option: OPTIONS[option].default for option in NOT_YET}
+    assert [name for name, value in later_neutral.items() if complaints(schema, nested(name, value), schema)] == []
+    unmarked = {
+        (option, str(value))
+        for option, (_, outside) in ACCEPTED_AND_REFUSED.items()
+        for value in outside
+        if not complaints(schema, nested(option, value), schema)
+    }
+    by_validators = {"data[].trigger", "memory.budget_gb", "sample.steps", "sample.guidance", "data[].resolution"}
+    by_validators |= {"data[].mask_floor", "data[].mask_prior"}
+    assert {option for option, _ in unmarked} <= by_validators
+
+
+PARAMS = {
+    ("optimizer", "adamw", "betas"): ([[0, 0.99], [0.9, 0.999]], [[0.9], [0.9] * 3, [0.9, 1.0], [-0.1, 0.9], 0.9]),
+    ("optimizer", "adamw8bit", "eps"): ([1e-8, 1], [0, 0.0, -1e-8, "small", True]),
+    ("optimizer", "prodigy", "beta3"): ([None, 0, 0.9], [1.0, -0.1]),
+    ("optimizer", "prodigy", "decouple"): ([True, False], [1, None]),
+    ("optimizer", "prodigy", "use_bias_correction"): ([True, False], ["no"]),
+    ("optimizer", "prodigy", "safeguard_warmup"): ([True, False], [0.5]),
+    ("optimizer", "prodigy", "d0"): ([1e-6], [0.0, -1.0]),
+    ("optimizer", "prodigy", "d_coef"): ([0.5, 2], [0, -1.0]),
+    ("optimizer", "prodigy", "growth_rate"): ([1.02, 2], [1.0, 1, 0.5]),
+    ("optimizer", "prodigy", "slice_p"): ([1, 11], [0, 1.5]),
+    ("optimizer", "ademamix8bit", "alpha"): ([0.1, 5], [0.0, -1]),
+    ("optimizer", "ademamix", "t_alpha"): ([1, 3000], [0, 1.5]),
+    ("optimizer", "ademamix", "t_beta3"): ([1, 3000], [0]),
+    ("optimizer", "adafactor", "beta1"): ([0.0, 0.9], [1.0]),
+    ("optimizer", "adafactor", "decay_rate"): ([-0.8, -1], [0.0, 0.8]),
+    ("optimizer", "adafactor", "clip_threshold"): ([1.0], [0.0]),
+    ("optimizer", "adagrad", "lr_decay"): ([0.0, 1.0], [-0.1, 1.1]),
+    ("optimizer", "adagrad", "initial_accumulator_value"): ([0.0, 0.1], [-0.1]),
+    ("optimizer", "automagic", "bump"): ([0.0, 0.02, 1.0], [-0.1, 1.1]),
+    ("optimizer", "automagic", "min_lr"): ([1e-9], [0.0]),
+    ("optimizer", "automagic", "max_lr"): ([1e-2], [0.0]),
+    ("schedule", "cosine", "end_factor"): ([0, 0.0, 1.0, 0.1], [-0.1, 1.1]),
+    ("schedule", "cosine_with_restarts", "cycles"): ([1, 5], [0, 1.5]),
+    ("schedule", "polynomial", "power"): ([0.5, 2], [0.0, -1.0]),
+    ("schedule", "step", "every"): ([1, 500], [0, 1.5]),
+    ("schedule", "step", "factor"): ([0.1, 1.0], [0.0, 1.1]),
+    ("schedule", "one_cycle", "start_factor"): ([0.1, 1.0], [0.0, 1.1]),
+    ("schedule", "one_cycle", "peak_at"): ([0.0, 0.3], [1.0, -0.1]),
+}
+
+
+@pytest.mark.parametrize(("section", "name", "key"), PARAMS)
+def test_params_have_their_ranges_too(section: str, name: str, key: str):
+    accepted, outside = PARAMS[section, name, key]
+    for value in [*accepted, *outside]:
+        needed = {"every": 1} if name == "step" else {}
+        values = nested(f"{section}.params", needed | {key: value})
+        values[section]["name"] = name
+        config, problems = load.validate_config(values, load.dotted_key)
+        assert (config is not None) == (value in accepted and type(value) in map(type, accepted)), value
+        assert [problem.location for problem in problems] == ([] if config else [f"{section}.params"])
+
+
+def test_every_param_is_in_that_table():
+    optimizer = {("optimizer", key) for known in OPTIMIZER_PARAMS.values() for key in known}
+    schedule = {("schedule", key) for known in SCHEDULE_PARAMS.values() for key in known}
+    assert {(section, key) for section, _, key in PARAMS} == optimizer | schedule
+
+
+def test_params_have_a_kind_for_every_optimizer_and_schedule():
+    def choices(option: str) -> set[str]:
+        return set(OPTIONS[option].annotation.__args__)
+
+    assert set(OPTIMIZER_PARAMS) == choices("optimizer.name")
+    assert set(SCHEDULE_PARAMS) == choices("schedule.name")
+
+
+def test_the_line_of_every_key_is_known():
+    document = strict_yaml.parse("a: 1\nb:\n  - c: 2\n    d:\n      e: 3\n  - 4\n")
+    assert document.lines[("a",)] == 1
+    assert document.lines[("b", 0, "c")] == 3
+    assert document.lines[("b", 0, "d", "e")] == 5
+    assert document.lines[("b", 1)] == 6
+    with pytest.raises(YamlError):
+        strict_yaml.parse("a: [")
+
+
+def test_settings_that_do_not_go_together_are_refused(read, refused):
+    for text, said in (
+        ("sample: {prompts: ['a [trigger]']}", "sample.prompts.0 has [trigger], which is for captions"),
+        ("sample: {weights: ema}", "sample.weights: ema needs ema.decay"),
+        ("optimizer: {name: automagic, params: {min_lr: 0.1, max_lr: 0.01}}", "min_lr is above max_lr"),
+        ("schedule: {name: constant_with_warmup}", "constant_with_warmup needs warmup_steps"),
+        ("schedule: {name: one_cycle, warmup_steps: 5}", "one_cycle rises by itself"),
+        ("schedule: {name: step}", "step needs params: {every: steps}"),
+        ("preserve: {kind: trigger}", "set data.0.trigger, or use blank"),
+        ("optimizer: {params: {betas: [0.9, 0.9, 0.9]}}", "betas is [0.9, 0.9, 0.9]; expected 2 numbers"),
+        ("optimizer: {name: ademamix, params: {betas: [0.9]}}", "betas is [0.9]; expected 3 numbers"),
+    ):
+        assert any(said in line for line in refused(text)), (text, refused(text))
+    for entry, said in (
+        ("{folder: x, regularization: true, trigger: a}", "leave trigger out"),
+        ("{folder: x, regularization: true}", "one must show the concept"),
+        ("{folder: x, dropout_keeps_trigger: true}", "dropout_keeps_trigger needs a trigger"),
+        ("{folder: x, mask_floor: 0.3}", "mask_floor needs a mask"),
+        ("{folder: x, keep_tags: 2}", "keep_tags needs shuffle_tags or tag_dropout"),
+        ("{metadata: x.jsonl, repeats: by_folder}", "repeats: by_folder needs folder"),
+    ):
+        assert any(said in line for line in refused(f"name: a\ndata: [{entry}]\n", least="")), entry

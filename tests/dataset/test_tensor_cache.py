@@ -1,0 +1,346 @@
+"""Caches: found by content, never trusted blindly, filled once, with the encoders gone before training."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+from zimage_train import mini
+from zimage_train.commands.train import fill_run_caches
+from zimage_train.config.load import dump_config
+from zimage_train.config.schema import Config
+from zimage_train.dataset import cache_builder
+from zimage_train.dataset import encode as encoding
+from zimage_train.dataset.tensor_cache import TensorCache, prompt_key
+from zimage_train.errors import DataError, WeightsError
+from zimage_train.io import atomic
+from zimage_train.io.digests import DigestCache
+
+from helpers import environment
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """How many images and prompts were encoded, and how often each encoder was loaded."""
+    counts = {"pictures": 0, "prompts": 0, "vae": 0, "text": 0}
+    for name, key, loads in (("image_encoder", "pictures", "vae"), ("prompt_encoder", "prompts", "text")):
+        original = getattr(encoding, name)
+
+        def make(*args, original=original, key=key, loads=loads):
+            counts[loads] += 1
+            encode = original(*args)
+
+            def encode_and_count(values, *rest):
+                counts[key] += len(values)
+                return encode(values, *rest)
+
+            return encode_and_count
+
+        monkeypatch.setattr(encoding, name, make)
+    return counts
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    """Four images to change."""
+    (tmp_path / "pictures").mkdir()
+    for path in sorted(mini.IMAGES.glob("zorb_0[1-4].*")):
+        shutil.copy(path, tmp_path / "pictures")
+    return tmp_path / "pictures"
+
+
+@pytest.fixture
+def config(make_config, images: Path, tmp_path: Path):
+    def make(**changes) -> Config:
+        data = {"folder": str(images), "resolution": [64, 96], "trigger": "zorb"} | changes.pop("data", {})
+        return make_config(cache={"folder": str(tmp_path / "cache")}, data=[data], **changes)
+
+    return make
+
+
+def taken(counted: dict[str, int]) -> dict[str, int]:
+    result = dict(counted)
+    counted.update(dict.fromkeys(counted, 0))
+    return result
+
+
+NOTHING = {"pictures": 0, "prompts": 0, "vae": 0, "text": 0}
+
+
+def test_a_second_filling_encodes_nothing_and_loads_no_encoder(config, counted):
+    fill_run_caches(config())
+    assert taken(counted) == {"pictures": 8, "prompts": 5, "vae": 1, "text": 1}
+    fill_run_caches(config())
+    assert taken(counted) == NOTHING
+
+
+@pytest.mark.parametrize("variant", ["base", "deturbo"])
+def test_changing_only_the_variant_encodes_nothing(config, counted, variant: str):
+    model = {"path": str(mini.TURBO), "dtype": "fp32"}
+    fill_run_caches(config(model=model))
+    taken(counted)
+    fill_run_caches(config(model={"variant": variant, "adapter": None}))
+    assert taken(counted) == NOTHING
+
+
+def test_a_changed_image_is_encoded_again_and_a_touched_one_is_not(config, counted, images: Path):
+    fill_run_caches(config())
+    taken(counted)
+    (images / "zorb_01.png").touch()
+    fill_run_caches(config())
+    assert taken(counted) == NOTHING
+    shutil.copy(mini.IMAGES / "zorb_05.png", images / "zorb_01.png")
+    fill_run_caches(config())
+    assert taken(counted) == NOTHING | {"pictures": 2, "vae": 1}
+
+
+def test_a_changed_caption_is_encoded_again(config, counted, images: Path):
+    fill_run_caches(config())
+    taken(counted)
+    (images / "zorb_02.txt").write_text("a new zorb")
+    fill_run_caches(config())
+    assert taken(counted) == NOTHING | {"prompts": 1, "text": 1}
+
+
+def test_another_resolution_encodes_only_its_own_sizes(config, counted):
+    fill_run_caches(config())
+    taken(counted)
+    fill_run_caches(config(data={"resolution": [64, 96, 80]}))
+    found = taken(counted)
+    assert 1 <= found["pictures"] <= 4 and found["prompts"] == 0
+
+
+@pytest.mark.parametrize("part", ["vae", "text_encoder", "tokenizer"])
+def test_another_encoder_encodes_its_own_part_again(config, counted, tmp_path: Path, part: str):
+    fill_run_caches(config())
+    taken(counted)
+    shutil.copytree(mini.TURBO, tmp_path / "model")
+    file = next((tmp_path / "model" / part).glob("*.json"))
+    file.write_text(file.read_text() + "\n")
+    fill_run_caches(config(model={"path": str(tmp_path / "model")}))
+    found = taken(counted)
+    assert (found["pictures"], found["prompts"]) == ((8, 0) if part == "vae" else (0, 5))
+
+
+def flip(content: bytes) -> bytes:
+    return content[:-2] + bytes([content[-2] ^ 1]) + content[-1:]
+
+
+@pytest.mark.parametrize("damage", [flip, lambda c: c[:-5], lambda c: c[:-64] + bytes(64), lambda c: b""])
+def test_a_damaged_entry_is_encoded_again_to_the_same_bytes(config, counted, tmp_path: Path, damage, capsys):
+    fill_run_caches(config())
+    taken(counted)
+    entry = sorted((tmp_path / "cache" / "latents").rglob("*.safetensors"))[0]
+    good = entry.read_bytes()
+    entry.write_bytes(damage(good))
+    fill_run_caches(config())
+    assert taken(counted) == NOTHING | {"pictures": 1, "vae": 1}
+    assert entry.read_bytes() == good
+    assert "1 of them damaged" in capsys.readouterr().out
+
+
+def test_latents_that_are_not_finite_name_their_image(config, monkeypatch):
+    monkeypatch.setattr(
+        encoding, "image_encoder", lambda *a: lambda images: torch.full((len(images), 16, 8, 8), float("nan"))
+    )
+    with pytest.raises(DataError, match=r"zorb_0\d.*not finite") as error:
+        fill_run_caches(config())
+    assert error.value.exit_code == 3
+
+
+def test_embeddings_that_are_not_finite_name_their_prompt(config, monkeypatch):
+    monkeypatch.setattr(
+        encoding,
+        "prompt_encoder",
+        lambda *a: lambda prompts, tick: ((one, torch.full((9, 64), float("inf"))) for one in prompts),
+    )
+    with pytest.raises(WeightsError, match=r"text_encoder: its embedding of '.*' is not finite"):
+        fill_run_caches(config())
+
+
+def test_a_file_swapped_within_its_size_and_time_has_another_digest(tmp_path: Path):
+    path, memo = tmp_path / "x.safetensors", tmp_path / "digests.json"
+    path.write_bytes(b"one")
+    status = path.stat()
+    first = DigestCache(memo).of_content(path)
+    path.write_bytes(b"two")
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert path.stat().st_mtime_ns == status.st_mtime_ns
+    assert DigestCache(memo).of_content(path) != first
+
+
+def test_encoders_are_gone_before_the_transformer_is_loaded(config, monkeypatch):
+    import gc
+
+    from diffusers import AutoencoderKL
+    from transformers import Qwen3Model
+
+    from zimage_train.commands.train import run_training
+    from zimage_train.training import build
+
+    alive: list[int] = []
+    original = build.load_frozen
+
+    def spy(*args):
+        gc.collect()
+        alive.append(sum(type(one) in (AutoencoderKL, Qwen3Model) for one in gc.get_objects()))
+        return original(*args)
+
+    monkeypatch.setattr(build, "load_frozen", spy)
+    run_training(config(train={"steps": 1, "batch_size": 1}), fresh=False)
+    assert alive == [0]
+
+
+def test_keys_depend_on_everything_that_goes_in():
+    one = prompt_key("a", "encoder", "bf16")
+    assert (
+        len(
+            {
+                one,
+                prompt_key("b", "encoder", "bf16"),
+                prompt_key("a", "other", "bf16"),
+                prompt_key("a", "encoder", "fp32"),
+            }
+        )
+        == 4
+    )
+
+
+def test_a_missing_entry_is_none(tmp_path: Path):
+    assert TensorCache(tmp_path).read(f"latents/{'0' * 64}") is None
+
+
+def test_a_caption_beyond_what_the_model_reads_is_said_with_its_length(config, images: Path, capsys):
+    (images / "zorb_01.txt").write_text("zorb " + "blue circle, " * 300)
+    fill_run_caches(config())
+    said = capsys.readouterr().out.replace("\n", " ")
+    assert re.search(r"warning: a caption has [0-9]{3,4} tokens, and the model reads 512 of them: 'zorb blue", said)
+    assert said.count("tokens, and the model reads") == 1
+
+
+# Several processes on one folder
+
+
+def claims(folder: Path) -> list[Path]:
+    return sorted(folder.rglob("*.claim"))
+
+
+def claim_all(config: Config, cache: Path, owner: str) -> list[Path]:
+    """Leave a claim on every latent that `config` needs, as `owner` would."""
+    fill_run_caches(config)
+    made = []
+    for entry in sorted((cache / "latents").rglob("*.safetensors")):
+        entry.unlink()
+        made.append(entry.with_suffix(".claim"))
+        made[-1].write_text(owner)
+    return made
+
+
+def test_no_claim_stays_behind(config, tmp_path: Path):
+    fill_run_caches(config())
+    assert claims(tmp_path / "cache") == []
+
+
+def test_claims_of_a_killed_process_of_this_host_are_taken_over_at_once(config, counted, tmp_path: Path):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    claim_all(config(), tmp_path / "cache", f"{atomic._host()}-{ended.pid}")
+    taken(counted)
+    began = time.monotonic()
+    fill_run_caches(config())
+    assert taken(counted) == NOTHING | {"pictures": 8, "vae": 1} and time.monotonic() - began < 20
+    assert claims(tmp_path / "cache") == []
+
+
+def test_claims_of_another_host_are_waited_for_and_taken_over_when_nobody_renews_them(
+    config, counted, tmp_path: Path, monkeypatch, capsys
+):
+    claim_all(config(), tmp_path / "cache", "0123abcd-1")
+    taken(counted)
+    monkeypatch.setattr(cache_builder, "CLAIM_SECONDS", 1.2)
+    fill_run_caches(config())
+    assert taken(counted) == NOTHING | {"pictures": 8, "vae": 1}
+    assert "waiting for images that others encode" in capsys.readouterr().out
+    assert claims(tmp_path / "cache") == []
+
+
+def test_what_another_host_finishes_meanwhile_is_found_and_not_made_twice(config, counted, tmp_path: Path, monkeypatch):
+    cache = tmp_path / "cache"
+    fill_run_caches(config())
+    whole = {entry: entry.read_bytes() for entry in (cache / "latents").rglob("*.safetensors")}
+    claimed = claim_all(config(), cache, "0123abcd-1")
+    taken(counted)
+
+    def other_host() -> None:
+        for claim in claimed:
+            time.sleep(0.1)
+            claim.with_suffix(".safetensors").write_bytes(whole[claim.with_suffix(".safetensors")])
+            claim.unlink()
+
+    monkeypatch.setattr(cache_builder, "POLL_SECONDS", 0.05)
+    with ThreadPoolExecutor() as others:
+        done = others.submit(other_host)
+        fill_run_caches(config())
+        done.result()
+    assert taken(counted) == NOTHING
+
+
+def test_a_claim_that_is_renewed_is_not_taken_over(config, tmp_path: Path, monkeypatch):
+    (first, *_) = claim_all(config(), tmp_path / "cache", "0123abcd-1")
+    for claim in claims(tmp_path / "cache")[1:]:
+        claim.unlink()
+    monkeypatch.setattr(cache_builder, "CLAIM_SECONDS", 0.6)
+    monkeypatch.setattr(cache_builder, "POLL_SECONDS", 0.1)
+    waited: list[float] = []
+
+    def at_work() -> None:
+        while first.exists() and len(waited) < 12:
+            waited.append(time.monotonic())
+            atomic.renew(first)
+            time.sleep(0.2)
+
+    with ThreadPoolExecutor() as others:
+        others.submit(at_work)
+        fill_run_caches(config())
+    assert len(waited) == 12  # it was left alone for as long as its owner was at work
+
+
+def test_each_of_two_processes_encodes_its_share(config, tmp_path: Path):
+    """Under torchrun: together they encode every image and prompt once."""
+    text = dump_config(config(train={"batch_size": 1}))
+    (tmp_path / "c.yaml").write_text(text)
+    code = (
+        "import json, sys, time; from pathlib import Path; from zimage_train.dataset import encode as encoding;"
+        "from zimage_train.training import distributed;"
+        "from zimage_train.config.load import read_config; from zimage_train.commands.train import cache;"
+        "counts = []; make = encoding.image_encoder\n"
+        "def counting(*a):\n"
+        "    encode = make(*a)\n"
+        "    # slow enough that a process which the machine held up for seconds still gets some\n"
+        "    return lambda images: (counts.append(len(images)), time.sleep(0.5), encode(images))[2]\n"
+        "encoding.image_encoder = counting\n"
+        "cache(read_config(Path(sys.argv[1]), []))\n"
+        "world = distributed.join()\n"
+        "Path(sys.argv[2]).with_suffix(f'.{world.rank}').write_text(json.dumps([world.world_size, sum(counts)]))\n"
+    )
+    (tmp_path / "run.py").write_text(code)
+    command = ["torchrun", "--standalone", "--nproc-per-node", "2", str(tmp_path / "run.py"), str(tmp_path / "c.yaml")]
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", *command[1:], str(tmp_path / "counts")],
+        capture_output=True,
+        text=True,
+        env=environment(),
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = [json.loads((tmp_path / f"counts.{process}").read_text()) for process in (0, 1)]
+    assert [processes for processes, _ in found] == [2, 2]
+    assert sum(count for _, count in found) == 8 and all(count >= 1 for _, count in found)

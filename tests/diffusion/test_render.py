@@ -1,0 +1,387 @@
+"""Previews and samples equal what diffusers' own pipeline draws with the exported file, in another process."""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from typer.testing import CliRunner
+
+from zimage_train import mini
+from zimage_train.cli.app import app
+from zimage_train.commands.sample import command_for
+from zimage_train.commands.train import run_training
+from zimage_train.config.schema import Config
+from zimage_train.diffusion.prompts import read_prompt_file
+from zimage_train.diffusion.request import SamplingRequest, preview_requests, prompts_to_encode
+from zimage_train.errors import DataError, ZImageTrainError
+from zimage_train.report import preview_images
+from zimage_train.report.grid import CELL_PX
+
+STOCK = Path(__file__).parents[1] / "support" / "stock_pipeline.py"
+
+
+def stock(lora: Path, output: Path, prompt: str, negative: str, *numbers: float) -> np.ndarray:
+    command = [
+        sys.executable,
+        str(STOCK),
+        str(mini.TURBO),
+        str(lora),
+        prompt,
+        negative,
+        *map(str, numbers),
+        str(output),
+    ]
+    environment = {**os.environ, "PYTHONPATH": "", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=output.parent)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return pixels(output)
+
+
+def pixels(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB")).astype(int)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, shared_cache: Path) -> Config:
+    from mini_config import mini_values
+
+    sample = {"every": 30, "width": 96, "height": 64, "prompts": ["a red zorb on a blue background"]}
+    values = mini_values(
+        tmp_path_factory.mktemp("previews"), shared_cache, train={"steps": 30}, optimizer={"lr": 4e-3}, sample=sample
+    )
+    config = Config.model_validate(values)
+    run_training(config, fresh=False)
+    return config
+
+
+@pytest.mark.slow
+def test_the_last_preview_is_the_stock_pipelines_image(finished: Config, tmp_path: Path):
+    root = Path(finished.output_dir) / finished.name
+    recipe = preview_requests(finished)[0]
+    numbers = (recipe.seed, recipe.width, recipe.height, recipe.steps, recipe.guidance)
+    expected = stock(root / "lora" / "tiny.safetensors", tmp_path / "stock.png", recipe.prompt, "", *numbers)
+    preview = pixels(root / "samples" / "000030-00.png")
+    assert np.abs(preview - expected).max() <= 1
+    first = pixels(root / "samples" / "000000-00.png")
+    assert np.abs(first - expected).max() > 20, "the LoRA must be visible, or the comparison says nothing"
+
+
+@pytest.mark.slow
+def test_the_sample_command_equals_the_stock_pipeline_with_guidance_and_weight(finished: Config, tmp_path: Path):
+    lora = Path(finished.output_dir) / finished.name / "lora" / "tiny.safetensors"
+    arguments = ["--prompt", "a red zorb on a blue background", "--negative", "a green circle", "--seed", "5"]
+    sizes = ["--width", "64", "--height", "80", "--steps", "6", "--guidance", "2.5", "--dtype", "fp32"]
+    command = ["sample", str(mini.TURBO), "--lora", str(lora), *arguments, *sizes, "--output", str(tmp_path / "out")]
+    done = CliRunner().invoke(app, command, catch_exceptions=False)
+    assert done.exit_code == 0 and "matched 42/42" in done.output
+    numbers = (5, 64, 80, 6, 2.5)
+    expected = stock(lora, tmp_path / "stock.png", "a red zorb on a blue background", "a green circle", *numbers)
+    assert np.abs(pixels(tmp_path / "out" / "sample-5.png") - expected).max() <= 1
+
+
+@pytest.mark.slow
+def test_the_printed_command_draws_the_preview_again_to_the_bit_in_another_process(finished: Config, tmp_path: Path):
+    root = Path(finished.output_dir) / finished.name
+    words = command_for(finished, root / "lora" / "tiny.safetensors").split(" sample ")[1]
+    command = [sys.executable, "-m", "zimage_train", "sample", *shlex.split(words), "--output", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert done.returncode == 0, done.stderr
+    drawn = [pixels(path) for path in tmp_path.glob("*.png")]
+    assert len(drawn) == 1 and np.array_equal(drawn[0], pixels(root / "samples" / "000030-00.png"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("alpha", [3.0, 4.0])
+def test_a_preview_is_what_the_file_draws_whatever_precision_strength_and_guidance(
+    tmp_path: Path, shared_cache: Path, dtype: str, alpha: float
+):
+    """The preview shows the exported file, rounded, and not the masters that no file holds."""
+    from mini_config import mini_values
+
+    prompts = ["a red zorb on a blue background", {"prompt": "a circle", "negative": "a zorb"}]
+    sample = {"every": 8, "width": 64, "height": 64, "prompts": prompts, "steps": 4, "guidance": 1.5}
+    lora = {"rank": 4, "alpha": alpha, "targets": ["attention"]}
+    values = mini_values(
+        tmp_path,
+        shared_cache,
+        train={"steps": 8},
+        optimizer={"lr": 1e-2},
+        sample=sample,
+        lora=lora,
+        save={"dtype": "bf16"},
+    )
+    values["model"]["dtype"] = dtype
+    config = Config.model_validate(values)
+    run_training(config, fresh=False)
+    root = Path(config.output_dir) / config.name
+    for index in range(2):
+        preview = root / "samples" / f"000008-{index:02d}.png"
+        command = ["sample", str(mini.TURBO), "--from", str(preview), "--lora", str(root / "lora" / "tiny.safetensors")]
+        done = CliRunner().invoke(app, [*command, "--dtype", dtype, "--output", str(tmp_path / f"drawn{index}")])
+        assert done.exit_code == 0, done.output
+        drawn = next((tmp_path / f"drawn{index}").glob("*.png"))
+        assert np.array_equal(pixels(drawn), pixels(preview))
+
+
+PROMPTS = """# what to draw
+a red zorb on a blue background --d 7
+a green circle --n a zorb --l 2.5 --s 4 --w 96
+
+"""
+
+
+def test_prompts_come_from_a_file_and_what_a_line_says_wins(tmp_path: Path):
+    (tmp_path / "p.txt").write_text(PROMPTS)
+    size = ["--width", "64", "--height", "64", "--dtype", "fp32", "--output", str(tmp_path / "a")]
+    texts = ["--prompts", str(tmp_path / "p.txt"), "--prompt", "first", "--seed", "11", "--count", "2"]
+    command = ["sample", str(mini.TURBO), *texts, *size]
+    assert CliRunner().invoke(app, command, catch_exceptions=False).exit_code == 0
+    found = [preview_images.request_of(path) for path in (tmp_path / "a").iterdir()]
+    rows = sorted((r.seed, r.prompt, r.negative, r.width, r.steps, r.guidance) for r in found)
+    zorb = "a red zorb on a blue background"
+    assert rows == [
+        (7, zorb, "", 64, 8, 0.0),
+        (8, zorb, "", 64, 8, 0.0),
+        (11, "first", "", 64, 8, 0.0),
+        (12, "first", "", 64, 8, 0.0),
+        (15, "a green circle", "a zorb", 96, 4, 1.5),
+        (16, "a green circle", "a zorb", 96, 4, 1.5),
+    ]
+    (tmp_path / "p.yaml").write_text('- "a zorb"\n- {prompt: a circle, seed: 3, width: 96}\n')
+    read = read_prompt_file(tmp_path / "p.yaml")
+    assert [(wish.prompt, wish.given) for wish in read] == [("a zorb", {}), ("a circle", {"seed": 3, "width": 96})]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("p.txt", "a --q 1\nb --w x", "p.txt:1: has the option --q; there are --n, --w"),
+        ("p.txt", "a --q 1\nb --w x", "p.txt:2: --w is 'x'; give a number"),
+        ("p.txt", "a --w 100", "'a': width: is 100"),
+        ("p.txt", "a --s 0", "'a': steps: is 0"),
+        ("p.txt", "a --l 0.5", "'a': guidance: is -0.5"),
+        ("p.txt", "# nothing\n", "p.txt: holds no prompt"),
+        ("p.txt", "a fox --w", "p.txt:1: --w is ''; give a number"),
+        ("p.txt", "a hen --W 512", "p.txt:1: has the option --W; there are"),
+        ("p.txt", "--n x", "p.txt:1: has options and no prompt"),
+        ("p.yaml", "prompt: a", "p.yaml: is no list"),
+        ("p.yaml", "- {prompt: a, sede: 3}", "p.yaml: 0.sede: extra inputs are not permitted"),
+        ("p.yaml", "- [a", "p.yaml"),
+    ],
+)
+def test_prompt_files_that_are_none_are_explained(tmp_path: Path, name: str, text: str, said: str):
+    (tmp_path / name).write_text(text)
+    done = CliRunner().invoke(app, ["sample", str(mini.TURBO), "--prompts", str(tmp_path / name)])
+    assert isinstance(done.exception, ZImageTrainError) and done.exception.exit_code == 2
+    assert said in str(done.exception)
+
+
+def test_images_drawn_at_once_are_those_drawn_one_by_one_but_for_rounding(tmp_path: Path):
+    size = ["--width", "64", "--height", "64", "--dtype", "fp32", "--guidance", "1.5", "--steps", "4", "--count", "2"]
+    texts = ["--prompt", "a red zorb on a blue background", "--prompt", "a circle", "--negative", "a long negative"]
+    for batch in ("1", "3"):
+        command = ["sample", str(mini.TURBO), *texts, *size, "--batch", batch, "--output", str(tmp_path / batch)]
+        assert CliRunner().invoke(app, command, catch_exceptions=False).exit_code == 0
+    for path in sorted((tmp_path / "1").iterdir()):
+        assert np.abs(pixels(path) - pixels(tmp_path / "3" / path.name)).max() <= 1
+    assert len(list((tmp_path / "3").iterdir())) == 4
+
+
+def test_a_budget_is_kept_by_streaming_or_refused(tmp_path: Path):
+    size = ["--prompt", "a zorb", "--width", "64", "--height", "64", "--dtype", "fp32"]
+    command = ["sample", str(mini.TURBO), *size, "--output", str(tmp_path / "a")]
+    free = CliRunner().invoke(app, command)
+    least = CliRunner().invoke(app, [*command, "--budget-gb", "0.01"])
+    assert least.exception is not None and "--budget-gb: is 0.01, and these images take" in str(least.exception)
+    needed = float(str(least.exception).split("take ")[1].split(" MB")[0]) / 1000
+    tight = CliRunner().invoke(app, [*command, "--budget-gb", str(needed + 0.0002)])
+    assert free.exit_code == tight.exit_code == 0 and "blocks are streamed, to fit" in tight.output
+    first, second = sorted((tmp_path / "a").iterdir())
+    assert np.array_equal(pixels(first), pixels(second))
+
+
+def sample(output: Path, *loras: str) -> np.ndarray:
+    options = [option for lora in loras for option in ("--lora", lora)]
+    size = ["--width", "64", "--height", "64", "--dtype", "fp32", "--output", str(output)]
+    done = CliRunner().invoke(
+        app, ["sample", str(mini.TURBO), *options, "--prompt", "a red zorb on a blue background", *size]
+    )
+    assert done.exit_code == 0, done.output
+    return pixels(output / "sample-42.png")
+
+
+def test_several_loras_are_stacked_by_weight_and_layouts_may_differ(finished: Config, tmp_path: Path):
+    from safetensors.torch import load_file, save_file
+
+    lora = Path(finished.output_dir) / finished.name / "lora" / "tiny.safetensors"
+    tensors = load_file(lora)
+    diffsynth = {
+        key.removeprefix("diffusion_model.").replace(".weight", ".default.weight"): tensor
+        for key, tensor in tensors.items()
+        if not key.endswith(".alpha")
+    }
+    save_file(diffsynth, tmp_path / "diffsynth.safetensors")
+    once = sample(tmp_path / "a", str(lora))
+    assert np.abs(sample(tmp_path / "b", str(tmp_path / "diffsynth.safetensors")) - once).max() <= 1
+    halves = sample(tmp_path / "c", f"{lora}=0.5", f"{tmp_path / 'diffsynth.safetensors'}=0.5")
+    assert np.abs(halves - once).max() <= 1
+    without = sample(tmp_path / "e")
+    assert np.abs(without - once).max() > 20, "the LoRA must be visible, or the comparisons say nothing"
+    assert np.abs(sample(tmp_path / "d", f"{lora}=0") - without).max() == 0
+    assert np.abs(sample(tmp_path / "f", f"{lora}=2") - once).max() > 5
+
+
+def test_a_lora_that_does_not_match_in_full_stops_sampling(tmp_path: Path):
+    import torch
+    from safetensors.torch import save_file
+
+    path = tmp_path / "other.safetensors"
+    save_file(
+        {f"layers.99.attention.to_q.lora_{p}.weight": torch.zeros(s) for p, s in (("A", (2, 96)), ("B", (96, 2)))}, path
+    )
+    done = CliRunner().invoke(app, ["sample", str(mini.TURBO), "--lora", str(path), "--prompt", "x"])
+    assert done.exit_code != 0
+    assert "matched 0/1" in str(done.exception)
+
+
+def test_prompt_i_has_seed_plus_i_unless_it_names_its_own(make_config):
+    prompts = ["a", {"prompt": "b", "seed": 5, "width": 32, "negative": "n"}, "c"]
+    recipes = preview_requests(make_config(sample={"prompts": prompts, "seed": 100, "width": 64, "height": 48}))
+    assert [recipe.seed for recipe in recipes] == [100, 5, 102]
+    assert [(recipe.width, recipe.height) for recipe in recipes] == [(64, 48), (32, 48), (64, 48)]
+    assert [(recipe.steps, recipe.guidance, recipe.shift) for recipe in recipes] == [(8, 0.0, 3.0)] * 3
+    assert prompts_to_encode(recipes) == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize(("variant", "expected"), [("deturbo", (25, 2.0, 3.0)), ("base", (30, 3.0, 6.0))])
+def test_other_variants_have_their_own_recipe_and_need_the_negative(make_config, variant: str, expected: tuple):
+    config = make_config(model={"variant": variant, "adapter": None}, sample={"prompts": ["a"], "negative": "bad"})
+    (recipe,) = preview_requests(config)
+    assert (recipe.steps, recipe.guidance, recipe.shift) == expected
+    assert prompts_to_encode([recipe]) == ["a", "bad"]
+
+
+def test_the_grid_has_a_row_a_step_and_a_column_a_prompt(finished: Config):
+    folder = Path(finished.output_dir) / finished.name / "samples"
+    shown = preview_images.preview_table(folder)
+    assert list(shown.rows) == [0, 30]
+    assert shown.labels == [recipe.prompt for recipe in preview_requests(finished)]
+    assert all(all(row) for row in shown.rows.values())
+    with Image.open(folder / "grid.png") as grid:
+        assert grid.width > CELL_PX and grid.height > 2 * CELL_PX
+
+
+def test_the_command_that_a_run_ends_with_draws_its_last_preview_again(make_config, tmp_path: Path, capsys):
+    prompt = """a "red" zorb's $HOME; on a blue background"""
+    sample = {"every": 9, "width": 64, "height": 48, "steps": 3, "guidance": 1.5, "negative": "a b", "seed": 9}
+    config = make_config(
+        model={"path": str(mini.TURBO), "variant": "base", "extras": str(mini.TURBO), "adapter": None},
+        output_dir=str(tmp_path / "a place"),
+        train={"steps": 2},
+        optimizer={"lr": 0.05},
+        sample=sample | {"prompts": [prompt]},
+    )
+    run_training(config, fresh=False)
+    line = capsys.readouterr().out.splitlines()[-1]
+    words = shlex.split(line)
+    done = CliRunner().invoke(app, [*words[words.index("sample") :], "-o", str(tmp_path / "again")])
+    assert done.exit_code == 0, done.output
+    root = Path(config.output_dir) / config.name / "samples"
+    again = pixels(tmp_path / "again" / "sample-9.png")
+    assert np.abs(again - pixels(root / "000002-00.png")).max() <= 1
+    assert np.abs(again - pixels(root / "000000-00.png")).max() > 10
+
+
+def test_a_preview_is_drawn_again_from_its_own_image(finished: Config, tmp_path: Path):
+    root = Path(finished.output_dir) / finished.name
+    drawn = root / "samples" / "000030-00.png"
+    lora = f"{root}/lora/{finished.name}.safetensors"
+    command = ["sample", str(mini.TURBO), "--lora", lora, "--dtype", "fp32", "--from", str(drawn), "-o", str(tmp_path)]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.output
+    again = tmp_path / "sample-42.png"
+    assert np.abs(pixels(again) - pixels(drawn)).max() <= 1
+    assert preview_images.request_of(again) == preview_images.request_of(drawn) == preview_requests(finished)[0]
+    done = CliRunner().invoke(app, [*command, "--seed", "7", "--steps", "3"])
+    assert done.exit_code == 0, done.output
+    assert preview_images.request_of(tmp_path / "sample-7.png") == replace(
+        preview_requests(finished)[0], seed=7, steps=3
+    )
+    assert np.abs(pixels(tmp_path / "sample-7.png") - pixels(drawn)).max() > 10
+
+
+def recipe_text(**changes: Any) -> PngInfo:
+    (one,) = [SamplingRequest(prompt="x", negative="", seed=1, width=64, height=64, steps=8, guidance=0.0, shift=3.0)]
+    info = PngInfo()
+    info.add_itxt("zimage_train.recipe", json.dumps(asdict(one) | changes))
+    return info
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"seed": "7"},
+        {"seed": -1},
+        {"width": 65},
+        {"width": 10**6},
+        {"steps": 0},
+        {"guidance": float("nan")},
+        {"prompt": ["x"]},
+        {"more": 1},
+    ],
+)
+def test_a_image_whose_recipe_cannot_be_is_no_recipe(tmp_path: Path, changes: dict[str, Any]):
+    path = tmp_path / "x.png"
+    Image.new("RGB", (8, 8)).save(path, pnginfo=recipe_text())
+    assert preview_images.request_of(path).seed == 1
+    Image.new("RGB", (8, 8)).save(path, pnginfo=recipe_text(**changes))
+    with pytest.raises(DataError, match="holds no recipe"):
+        preview_images.request_of(path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--from", "nowhere.png"], "nowhere.png: does not exist"),
+        (["--from", str(mini.IMAGES / "zorb_01.png")], "holds no recipe of zimage-train"),
+        (["--from", "x.png", "--prompt", "y"], "--prompt: is given beside --from"),
+        ([], "--prompt: is missing"),
+    ],
+)
+def test_what_cannot_be_drawn_again_is_named(arguments: list[str], message: str):
+    done = CliRunner().invoke(app, ["sample", str(mini.TURBO), *arguments])
+    assert message in str(done.exception) and isinstance(done.exception, ZImageTrainError)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--seed", "99999999999999999999"], "--seed"),
+        (["--lora", "x.safetensors=nan"], "'nan' is not a number from -100 to 100"),
+        (["--lora", "x.safetensors=inf"], "'inf' is not a number"),
+        (["--width", "100"], "give a multiple of 16"),
+        (["-o", str(mini.ADAPTER_V1)], "is not a folder; choose another place"),
+    ],
+)
+def test_a_sample_that_cannot_be_is_refused_before_anything_is_loaded(arguments: list[str], message: str, monkeypatch):
+    monkeypatch.setattr("zimage_train.commands.sample.load_frozen", pytest.fail)
+    done = CliRunner().invoke(app, ["sample", str(mini.TURBO), "--prompt", "x", *arguments])
+    assert done.exit_code != 0
+    assert message in done.output + str(done.exception)
+    assert isinstance(done.exception, SystemExit | ZImageTrainError)
+
+
+def test_an_empty_model_is_refused():
+    done = CliRunner().invoke(app, ["sample", "", "--prompt", "x"])
+    assert "MODEL: is empty" in str(done.exception)

@@ -1,0 +1,196 @@
+"""The program as a process: killed, stopped, started twice, cut off from the network."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from zimage_train.config import strict_yaml
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def start(tmp_path: Path, shared_cache: Path):
+    """`start(name, **changes)`: begin `zimage-train train` in a process of its own."""
+    from mini_config import mini_values
+
+    running: list[subprocess.Popen[str]] = []
+
+    def begin(name: str, output: str = "runs", **changes) -> subprocess.Popen[str]:
+        path = tmp_path / f"{name}-{output}.yaml"
+        path.write_text(strict_yaml.dump(mini_values(tmp_path / output, shared_cache, name=name, **changes)))
+        process = subprocess.Popen(
+            [sys.executable, "-m", "zimage_train", "train", str(path)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        )
+        running.append(process)
+        return process
+
+    yield begin
+    for process in running:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+
+def wait_for(process: subprocess.Popen[str], path: Path, lines: int) -> None:
+    """Wait until `path` has that many lines."""
+    until = time.monotonic() + 90
+    while time.monotonic() < until:
+        if path.exists() and path.read_bytes().count(b"\n") >= lines:
+            return
+        if process.poll() is not None:
+            raise AssertionError(process.stdout.read() if process.stdout else "ended")
+        time.sleep(0.005)
+    raise AssertionError(f"{path} never had {lines} lines")
+
+
+LONG = {"train": {"steps": 60, "batch_size": 1}, "save": {"every": 5}}
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_signal_saves_and_says_how_to_continue(start, tmp_path: Path, number: int, code: int):
+    process = start("tiny", **(LONG | {"save": {"every": None}, "train": {"steps": 500, "batch_size": 1}}))
+    wait_for(process, tmp_path / "runs" / "tiny" / "metrics.jsonl", 4)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == code, output
+    assert "the same command continues" in output and "Traceback" not in output
+    assert list((tmp_path / "runs" / "tiny" / "checkpoints").glob("step-*.safetensors"))
+
+
+COUNTED = """
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from zimage_train import __main__
+looked_for = 0
+def count(event, details):
+    global looked_for
+    if event == "import":
+        looked_for += 1
+        if looked_for == {last}:
+            os.kill(os.getpid(), signal.SIGINT)
+sys.addaudithook(count)
+{then}
+"""
+
+
+@pytest.mark.parametrize("share", [0.1, 0.25, 0.5, 0.75, 0.9])
+def test_ctrl_c_while_modules_are_imported_shows_no_traceback(tmp_path: Path, share: float):
+    """It comes with the module that stands at this share of all that are looked for."""
+    config = tmp_path / "c.yaml"
+    config.write_text(strict_yaml.dump({"name": "x", "data": [{"folder": str(tmp_path)}]}))
+
+    def start(last: int, then: str) -> subprocess.CompletedProcess[str]:
+        words = [sys.executable, "-c", COUNTED.format(last=last, then=then)]
+        return subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120)
+
+    whole = start(0, "import zimage_train.cli.app, zimage_train.commands.train; print(looked_for)")
+    last = round(share * int(whole.stdout.split()[-1]))
+    done = start(last, f"sys.argv = ['zimage-train', 'train', '{config}']; __main__.main()")
+    assert done.returncode == 130 and done.stdout.strip() == "stopped", done.stdout
+
+
+@pytest.mark.parametrize("output", ["a closed pipe", "a full disk", "a closed terminal"])
+def test_nobody_has_to_listen(start, tmp_path: Path, output: str):
+    """What a run prints can be lost; its steps, checkpoints and exit code cannot."""
+    process = start("first", **LONG)  # fills the caches, and is what the deaf run must equal
+    assert process.wait() == 0
+    path = tmp_path / "deaf.yaml"
+    path.write_text((tmp_path / "first-runs.yaml").read_text().replace("name: first", "name: deaf"))
+    command = [sys.executable, "-m", "zimage_train", "train", str(path)]
+    if output == "a full disk":
+        with open("/dev/full", "w") as full:
+            assert subprocess.run(command, stdout=full, stderr=full, timeout=90).returncode == 0
+    elif output == "a closed pipe":
+        deaf = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        assert deaf.stdout and deaf.stderr
+        deaf.stdout.close()
+        with deaf.stderr:
+            assert deaf.stderr.read() == b""
+        assert deaf.wait(90) == 0
+    else:
+        terminal, own = os.openpty()
+        deaf = subprocess.Popen(command, stdin=own, stdout=own, stderr=own, start_new_session=True)
+        os.close(own)
+        wait_for(deaf, tmp_path / "runs" / "deaf" / "metrics.jsonl", 4)
+        os.close(terminal)
+        assert deaf.wait(90) == 0
+    one, other = (tmp_path / "runs" / name / "lora" / f"{name}.safetensors" for name in ("first", "deaf"))
+    assert tensors(one) == tensors(other)
+    assert "done: " in (tmp_path / "runs" / "deaf" / "log.txt").read_text()
+
+
+def tensors(path: Path) -> bytes:
+    """What follows the header of a safetensors file."""
+    content = path.read_bytes()
+    return content[8 + int.from_bytes(content[:8], "little") :]
+
+
+def test_python_m_takes_the_same_commands_and_exit_codes(tmp_path: Path):
+    bad = tmp_path / "bad.yaml"
+    bad.write_text("name: x\ndata:\n  - folder: nowhere\noptimizer:\n  lrr: 1e-4\n")
+    done = subprocess.run(
+        [sys.executable, "-O", "-m", "zimage_train", "train", str(bad)], capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert "optimizer.lrr: unknown key; did you mean 'lr'?" in done.stderr and ":5:" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+ACCELERATE = ["accelerate.commands.launch", "--num_processes", "2", "--num_machines", "1"]
+# Without --multi_gpu accelerate starts one process where there is no GPU; with it, two, which then find none.
+ACCELERATE += ["--multi_gpu", "--mixed_precision", "no", "--dynamo_backend", "no"]
+
+
+@pytest.mark.parametrize("launcher", [TORCHRUN, ACCELERATE], ids=["torchrun", "accelerate"])
+def test_two_processes_train_like_one_that_accumulates_two(start, tmp_path: Path, shared_cache: Path, launcher):
+    from mini_config import mini_values
+
+    options = {"train": {"steps": 3, "batch_size": 2}, "name": "tiny", "save": {"every": 1}}
+    assert (
+        start(output="one", **(options | {"train": {"steps": 3, "batch_size": 2, "grad_accumulation": 2}})).wait() == 0
+    )
+    path = tmp_path / "two.yaml"
+    path.write_text(strict_yaml.dump(mini_values(tmp_path / "two", shared_cache, **options)))
+    done = subprocess.run(
+        [sys.executable, "-m", *launcher, "-m", "zimage_train", "train", str(path)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads((tmp_path / "two" / "tiny" / "run.json").read_text())["processes"] == 2
+    one, two = (
+        [json.loads(line) for line in (tmp_path / name / "tiny" / "metrics.jsonl").read_text().splitlines()]
+        for name in ("one", "two")
+    )
+    assert [record["loss"] for record in two] == pytest.approx([record["loss"] for record in one], rel=1e-5)
+    assert [record["grad_norm"] for record in two] == pytest.approx([record["grad_norm"] for record in one], rel=1e-5)
+    # AdamW's first moment is a sum of gradients with fixed factors, so it compares them tensor by tensor.
+    moments = [
+        first_moments(tmp_path / name / "tiny" / "checkpoints" / "step-000002.safetensors") for name in ("one", "two")
+    ]
+    assert moments[0].keys() == moments[1].keys() and len(moments[0]) == 84
+    assert max(far(moments[0][key], moments[1][key]) for key in moments[0]) < 1e-5
+
+
+def first_moments(path: Path) -> dict[str, torch.Tensor]:
+    return {key: tensor for key, tensor in load_file(path).items() if key.endswith(".exp_avg")}
+
+
+def far(one: torch.Tensor, other: torch.Tensor) -> float:
+    """The difference of two gradients as a share of the first."""
+    return float((one.double() - other.double()).norm() / one.double().norm().clamp_min(1e-12))

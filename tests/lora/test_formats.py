@@ -1,0 +1,508 @@
+"""`lora convert`: every layout in, five out, there and back to the bit, and what those make of it who read them."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from typer.testing import CliRunner
+
+from zimage_train import mini
+from zimage_train.cli.app import app
+from zimage_train.errors import WeightsError
+from zimage_train.io import tensorfile
+from zimage_train.lora import formats, headers, keys, lora_file, qkv, verify
+from zimage_train.lora.formats import LAYOUTS
+from zimage_train.lora.qkv import Change
+from zimage_train.models.arch import TransformerShape
+
+from lora_commands import converted, lora_command, metadata_of
+from lora_files import TINY, Q, dense, random_lora, relative, write
+
+ATTENTION = [f"layers.0.attention.to_{part}" for part in "qkv"]
+
+
+# Names
+
+
+@pytest.mark.parametrize("module", [*TransformerShape().linears, "layers.3.attention.qkv"])
+def test_every_module_is_known_under_each_of_its_spellings(module: str):
+    native = keys.native_name(module)
+    spellings = [f"{prefix}{name}" for prefix in (*keys.PREFIXES, "") for name in (module, native)]
+    spellings += [f"{prefix}{keys.underscored(name)}" for prefix in keys.UNDERSCORED for name in (module, native)]
+    for spelling in spellings:
+        for suffix, part in keys.SUFFIXES.items():
+            assert keys.parse_key(spelling + suffix) == (module, part)
+
+
+@pytest.mark.parametrize(
+    ("key", "module"),
+    [
+        ("diffusion_model.layers.0.attention.to.q.lora_A.weight", "layers.0.attention.to_q"),
+        ("layers.0.attention.to_out.lora_A.weight", "layers.0.attention.to_out.0"),
+        ("lora_unet_layers_10_attention_to_out.lora_down.weight", "layers.10.attention.to_out.0"),
+        ("lora_unet_context_refiner_1_feed_forward_w3.alpha", "context_refiner.1.feed_forward.w3"),
+        ("lycoris_final_layer_adaLN_modulation_1.lora_up.weight", "all_final_layer.2-1.adaLN_modulation.1"),
+    ],
+)
+def test_spellings_of_older_tools_are_known(key: str, module: str):
+    parsed = keys.parse_key(key)
+    assert parsed is not None and parsed[0] == module
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "lora_unet_layers_0_attention.lora_down.weight",
+        "lora_unet_double_blocks_0.alpha",
+        "layers.0.x",
+        "alpha",
+        "diffusion_model..lora_A.weight",
+        "transformer_blocks.0.attn1.to_q.lora_A.weight",
+        "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight",
+        "text_encoder.layers.0.self_attn.q_proj.lora_A.weight",
+        "foo.layers.0.attention.to_q.lora_A.weight",
+        f"layers.{'9' * 5000}.attention.to_q.lora_A.weight",
+    ],
+)
+def test_other_keys_are_not(key: str):
+    assert keys.parse_key(key) is None
+
+
+# There and back
+
+
+@pytest.mark.parametrize("to", LAYOUTS)
+@pytest.mark.parametrize("scale", [1.0, 0.5, 0.3, 1 / 3])
+def test_there_and_back_is_the_same_file(tmp_path: Path, to: str, scale: float):
+    lora = random_lora(scale=scale, targets=("attention", "feed_forward", "adaln", "refiners"))
+    for source in LAYOUTS:
+        start = converted(write(tmp_path / "x.safetensors", lora), source, tmp_path / f"{source}-0.safetensors")
+        there = converted(start, to, tmp_path / f"{source}-{to}.safetensors")
+        back = converted(there, source, tmp_path / f"{source}-{to}-back.safetensors")
+        assert back.read_bytes() == start.read_bytes(), (source, to)
+
+
+ranks = st.lists(st.integers(0, 5), min_size=3, max_size=3).filter(any)
+
+
+@settings(max_examples=60, deadline=None)
+@given(ranks, st.integers(0, 2**31), st.sampled_from([torch.float32, torch.bfloat16]), st.booleans())
+def test_fusing_and_splitting_q_k_and_v_is_the_identity(ranks_: list[int], seed: int, dtype: torch.dtype, zero: bool):
+    draw = torch.Generator().manual_seed(seed)
+    changes: list[Change | None] = []
+    for rank in ranks_:
+        a = torch.randn(rank, 7, generator=draw).to(dtype)
+        b = torch.randn(6, rank, generator=draw).to(dtype)
+        if zero and rank:
+            b[:, 0] = 0.0  # a direction that is not used
+        changes.append({"A": a, "B": b, "alpha": torch.tensor(rank * 0.75)} if rank else None)
+    whole = qkv.fuse_qkv(changes)
+    expected = torch.cat([_delta(one) if one else torch.zeros(6, 7, dtype=torch.float64) for one in changes])
+    assert relative(_delta(whole), expected) < 1e-12
+    back = qkv.split_qkv(whole)
+    assert relative(torch.cat([_delta(one) if one else expected[:6] * 0 for one in back]), expected) < 1e-12
+    if not zero:
+        assert [sorted(one) if one else None for one in back] == [sorted(one) if one else None for one in changes]
+        pairs = [(one, other) for one, other in zip(back, changes, strict=True) if one and other]
+        assert all(torch.equal(one[part], other[part]) for one, other in pairs for part in ("A", "B"))
+        assert all(float(one["alpha"]) == pytest.approx(float(other["alpha"]), rel=1e-6) for one, other in pairs)
+
+
+def _delta(change: Change) -> Tensor:
+    return qkv.scale_of(change) * (change["B"].double() @ change["A"].double())
+
+
+def test_scales_that_differ_between_q_k_and_v_are_multiplied_in(tmp_path: Path):
+    lora = random_lora(scale=0.5)
+    lora[ATTENTION[1]] = lora_file.Factors(lora[ATTENTION[1]].a, lora[ATTENTION[1]].b, 1 / 3)
+    there = converted(write(tmp_path / "x.safetensors", lora), "kohya", tmp_path / "k.safetensors")
+    found = lora_file.read_lora(there)
+    assert all(relative(dense(found, module), dense(lora, module)) < 1e-7 for module in lora)
+
+
+def test_a_fused_lora_with_one_a_for_all_three_is_split_and_fused_without_growing(tmp_path: Path):
+    draw = torch.Generator().manual_seed(1)
+    tensors = {
+        "diffusion_model.layers.0.attention.qkv.lora_A.weight": torch.randn(4, 96, generator=draw),
+        "diffusion_model.layers.0.attention.qkv.lora_B.weight": torch.randn(288, 4, generator=draw),
+        "diffusion_model.layers.0.attention.out.lora_A.weight": torch.randn(4, 96, generator=draw),
+        "diffusion_model.layers.0.attention.out.lora_B.weight": torch.randn(96, 4, generator=draw),
+    }  # as diffusion-pipe writes it
+    save_file(tensors, tmp_path / "x.safetensors")
+    found = lora_file.read_lora(tmp_path / "x.safetensors")
+    assert sorted(found) == sorted([*ATTENTION, "layers.0.attention.to_out.0"])
+    whole = (
+        tensors["diffusion_model.layers.0.attention.qkv.lora_B.weight"] @ tensors[min(tensors).replace("out", "qkv")]
+    )
+    for index, module in enumerate(ATTENTION):
+        assert relative(dense(found, module), whole[index * 96 : (index + 1) * 96].double()) < 1e-6
+    split = converted(tmp_path / "x.safetensors", "comfyui", tmp_path / "c.safetensors")
+    together = load_file(converted(split, "kohya", tmp_path / "k.safetensors"))
+    assert together["lora_unet_layers_0_attention_qkv.lora_down.weight"].shape == (4, 96)
+
+
+def test_metadata_is_kept_but_for_hashes_of_the_old_file(tmp_path: Path):
+    tensors = load_file(write(tmp_path / "x.safetensors", random_lora(scale=0.5)))
+    save_file(tensors, tmp_path / "x.safetensors", {"ss_network_dim": "4", "sshs_model_hash": "0", "note": "ä"})
+    there = converted(tmp_path / "x.safetensors", "diffusers", tmp_path / "d.safetensors")
+    assert set(metadata_of(there)) == {"ss_network_dim", "note", "lora_adapter_metadata"}
+    assert metadata_of(converted(there, "musubi", tmp_path / "m.safetensors")) == {"ss_network_dim": "4", "note": "ä"}
+
+
+def test_a_precision_can_be_asked_for(tmp_path: Path):
+    path = write(tmp_path / "x.safetensors", random_lora())
+    code, _ = lora_command("convert", path, "--to", "comfyui", "--dtype", "bf16", "-o", tmp_path / "b.safetensors")
+    kinds = {key.rpartition(".")[2]: tensor.dtype for key, tensor in load_file(tmp_path / "b.safetensors").items()}
+    assert code == 0 and kinds == {"weight": torch.bfloat16, "alpha": torch.float32}
+
+
+@pytest.mark.parametrize("to", LAYOUTS)
+def test_files_of_other_tools_come_back_tensor_for_tensor(tmp_path: Path, to: str):
+    """Without alpha, with ranks that differ between q, k and v, with columns and whole factors that are zero."""
+    draw = torch.Generator().manual_seed(7)
+    widths = dict(zip(ATTENTION, (2, 4, 3), strict=True)) | {"layers.1.attention.to_q": 2, "layers.1.attention.to_k": 4}
+    lora = {
+        m: lora_file.Factors(torch.randn(r, 96, generator=draw), torch.randn(96, r, generator=draw), 1.0)
+        for m, r in widths.items()
+    }
+    lora[ATTENTION[1]].b[:, 0] = 0.0
+    lora["layers.1.attention.to_k"].b.zero_()
+    for alpha in (False, True):
+        start = write(tmp_path / f"{alpha}.safetensors", lora, alpha=alpha)
+        there = converted(start, to, tmp_path / f"{alpha}-{to}.safetensors")
+        back = load_file(converted(there, "comfyui", tmp_path / f"{alpha}-{to}-back.safetensors"))
+        expected = load_file(start) | (
+            {} if alpha else {f"diffusion_model.{m}.alpha": torch.tensor(float(r)) for m, r in widths.items()}
+        )
+        assert back.keys() == expected.keys()
+        assert all(torch.equal(back[key], expected[key]) for key in expected)
+
+
+def test_a_way_back_to_a_layout_without_alpha_leaves_it_out_again(tmp_path: Path):
+    start = write(tmp_path / "x.safetensors", random_lora(), "lora_unet_{m}.lora_{p}.weight", alpha=False)
+    tensors = {key.replace("_A.", "_down.").replace("_B.", "_up."): t for key, t in load_file(start).items()}
+    spelled = {
+        keys.underscored(key.split(".lora")[0]) + ".lora" + key.split(".lora")[1]: t for key, t in tensors.items()
+    }
+    save_file(spelled, start)
+    back = load_file(
+        converted(converted(start, "comfyui", tmp_path / "c.safetensors"), "musubi", tmp_path / "m.safetensors")
+    )
+    factors = {key: tensor for key, tensor in back.items() if not key.endswith(".alpha")}
+    assert factors.keys() == spelled.keys() and all(torch.equal(factors[key], spelled[key]) for key in spelled)
+
+
+def test_a_fused_dora_keeps_its_magnitudes_where_a_factor_is_zero(tmp_path: Path):
+    dora, _ = next((change, delta) for kind, change, delta in kinds() if kind == "DoRA")
+    three = [dict(dora), dora | {"B": torch.zeros_like(dora["B"])}, dict(dora)]
+    foreign = {f"lora_unet_layers_0_attention_qkv.{name}": t for name, t in (
+        ("lora_down.weight", torch.cat([one["A"] for one in three[:2]])),
+        ("lora_up.weight", torch.block_diag(three[0]["B"], three[1]["B"], torch.zeros(96, 0))),
+        ("dora_scale", torch.cat([one["magnitude"] for one in three]).reshape(-1, 1)),
+    )}  # fmt: skip
+    save_file(foreign, tmp_path / "x.safetensors")
+    found, _ = lora_file.read_changes(tmp_path / "x.safetensors")
+    assert sorted(found) == sorted(ATTENTION)
+    assert all(torch.equal(found[m]["magnitude"], dora["magnitude"]) for m in ATTENTION)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda c: c[1].update({"B": torch.ones(48, 4)}), "has q, k and v of different shapes"),
+        (lambda c: c[1].update({"A": torch.ones(4, 64)}), "has q, k and v of different shapes"),
+        (lambda c: c[1].update({"magnitude": torch.ones(1, 96)}), "has changes of several kinds for q, k and v"),
+    ],
+)
+def test_q_k_and_v_that_have_no_fused_form_are_refused(tmp_path: Path, spoil, said: str):
+    draw = torch.Generator().manual_seed(0)
+    three = [{"A": torch.randn(4, 96, generator=draw), "B": torch.randn(96, 4, generator=draw)} for _ in "qkv"]
+    spoil(three)
+    path = write_changes(tmp_path / "x.safetensors", dict(zip(ATTENTION, three, strict=True)))
+    code, output = lora_command("convert", path, "--to", "kohya", "-o", tmp_path / "y.safetensors")
+    assert code == 4 and said in output
+
+
+@pytest.mark.parametrize("alpha", [0.0, -4.0, 1e9])
+def test_an_alpha_that_a_header_cannot_say_is_not_written_there(tmp_path: Path, alpha: float):
+    path = write(tmp_path / "x.safetensors", random_lora(4, alpha / 4))
+    code, said = lora_command("convert", path, "--to", "diffusers", "-o", tmp_path / "y.safetensors")
+    assert code == 4 and "which the layout diffusers cannot say" in said
+    assert lora_command("convert", path, "--to", "kohya", "-o", tmp_path / "z.safetensors")[0] == 0
+
+
+def test_eight_bits_become_sixteen_which_hold_them(tmp_path: Path):
+    lora = random_lora(2)
+    tensors = {
+        key: t.to(torch.float8_e4m3fn) if t.dim() else t
+        for key, t in load_file(write(tmp_path / "x.safetensors", lora)).items()
+    }
+    save_file(tensors, tmp_path / "x.safetensors")
+    for to in LAYOUTS:
+        found = lora_file.read_lora(converted(tmp_path / "x.safetensors", to, tmp_path / f"{to}.safetensors"))
+        for module, one in found.items():
+            assert torch.equal(one.a.float(), tensors[f"diffusion_model.{module}.lora_A.weight"].float())
+
+
+# Who reads what
+
+
+@pytest.mark.parametrize("to", LAYOUTS)
+def test_diffusers_reads_all_layouts_and_comfyui_those_that_say_so(tmp_path: Path, to: str):
+    lora = random_lora(scale=0.5)
+    path = converted(write(tmp_path / "x.safetensors", lora), to, tmp_path / "y.safetensors")
+    read = verify.as_diffusers(path)
+    assert all(relative(dense(read, module), dense(lora, module)) < 1e-6 for module in lora)
+    try:
+        read = verify.as_comfyui(path, TINY.linears)
+        is_right = all(relative(dense(read, module), dense(lora, module)) < 1e-6 for module in lora)
+    except WeightsError:
+        is_right = False
+    assert is_right is (to in ("comfyui", "kohya", "diffsynth"))
+
+
+def test_the_diffusers_layout_of_plain_alphas_needs_no_header_and_comfyui_reads_it_too(tmp_path: Path):
+    lora = random_lora()
+    path = converted(write(tmp_path / "x.safetensors", lora), "diffusers", tmp_path / "y.safetensors")
+    assert metadata_of(path) == {"zimage_train.converted": '{"alpha": true}'}  # there was one, for the way back
+    assert verify.verify_export(path, lora, "fp32", TINY.linears) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("to", "code"), [("comfyui", 0), ("diffusers", 0), ("kohya", 0), ("diffsynth", 0), ("musubi", 4)]
+)
+def test_what_is_not_comfyuis_layout_says_so_when_it_is_verified(tmp_path: Path, to: str, code: int):
+    path = converted(mini.ADAPTER_V1, to, tmp_path / "x.safetensors")
+    assert lora_command("verify", path, "--model", mini.TURBO)[0] == code
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("to", ["diffusers", "kohya"])
+def test_a_model_of_diffusers_with_the_file_computes_what_the_factors_say(tmp_path: Path, to: str):
+    """Through peft, header and all: not only the keys but the strength of each module."""
+    from diffusers import ZImagePipeline, ZImageTransformer2DModel
+
+    lora = lora_file.read_lora(mini.ADAPTER_V1)
+    ranked = {m: lora_file.Factors(f.a.float(), f.b.float(), 2.5 if "layers.1." in m else 0.5) for m, f in lora.items()}
+    path = converted(write(tmp_path / "x.safetensors", ranked), to, tmp_path / "y.safetensors")
+    model = ZImageTransformer2DModel.from_pretrained(mini.TURBO / "transformer", dtype=torch.float32)
+    state, metadata = ZImagePipeline.lora_state_dict(path, return_lora_metadata=True)
+    ZImagePipeline.load_lora_into_transformer(state, model, adapter_name="x", metadata=metadata)
+    layers = {name: module for name, module in model.named_modules() if hasattr(module, "lora_A") and module.lora_A}
+    assert layers.keys() == lora.keys()
+    for name, layer in layers.items():
+        assert relative(layer.get_delta_weight("x").detach().double(), _dense_of(ranked[name])) < 1e-6, name
+
+
+def _dense_of(factors: lora_file.Factors) -> Tensor:
+    return factors.scale * (factors.b.double() @ factors.a.double())
+
+
+# Other kinds
+
+
+def kinds() -> Iterator[tuple[str, Change, Tensor]]:
+    """A change of each kind for a weight (96, 96), and what it adds in float64 as ComfyUI and LyCORIS compute it."""
+    draw = torch.Generator().manual_seed(3)
+
+    def r(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=draw)
+
+    loha = {"hada_w1_a": r(96, 4), "hada_w1_b": r(4, 96), "hada_w2_a": r(96, 4), "hada_w2_b": r(4, 96)}
+    product = (loha["hada_w1_a"] @ loha["hada_w1_b"]) * (loha["hada_w2_a"] @ loha["hada_w2_b"])
+    yield "LoHa", loha | {"alpha": torch.tensor(2.0)}, product.double() * 0.5
+    lokr = {"lokr_w1": r(6, 6), "lokr_w2_a": r(16, 4), "lokr_w2_b": r(4, 16)}
+    product = torch.kron(lokr["lokr_w1"], lokr["lokr_w2_a"] @ lokr["lokr_w2_b"])
+    yield "LoKr", lokr | {"alpha": torch.tensor(1.0)}, product.double() * 0.25
+    dora = {"A": r(4, 96), "B": r(96, 4), "alpha": torch.tensor(4.0), "magnitude": r(96).abs()}
+    yield "DoRA", dora, (dora["B"] @ dora["A"]).double()
+
+
+def write_changes(path: Path, changes: dict[str, Change], to: str = "comfyui") -> Path:
+    tensors, metadata = formats.to_layout(path, changes, {}, to)
+    tensorfile.save(path, tensors, metadata)
+    return path
+
+
+@pytest.mark.parametrize(("kind", "change"), [(kind, change) for kind, change, _ in kinds()])
+def test_other_kinds_go_where_there_is_a_place_for_them_and_back(tmp_path: Path, kind: str, change: Change):
+    changes: dict[str, Change] = {name: dict(change) for name in (*ATTENTION, "layers.0.attention.to_out.0")}
+    start = write_changes(tmp_path / "x.safetensors", changes)
+    for to, layout in LAYOUTS.items():
+        output = tmp_path / f"{to}.safetensors"
+        code, said = lora_command("convert", start, "--to", to, "-o", output)
+        if kind not in layout.kinds:
+            assert code == 4 and f"is a {kind}, for which the layout {to} has no place; --to " in said
+        elif kind == "LoKr" and to == "kohya":
+            assert code == 4 and "is a Kronecker product, and three of those have no fused form" in said
+        else:
+            assert code == 0, said
+            back = converted(output, "comfyui", tmp_path / f"{to}-back.safetensors")
+            assert back.read_bytes() == start.read_bytes(), to
+    for command in (["verify"], ["inspect"], ["weight", "--scale", "attention=0.5", "-o", tmp_path / "w.safetensors"]):
+        code, said = lora_command(command[0], start, *command[1:])
+        assert code == 4 and f"is a {kind} (4 modules, such as {min(changes)}), which only `lora convert` reads" in said
+
+
+def test_a_fused_loha_is_its_three(tmp_path: Path):
+    loha, _ = next((change, delta) for kind, change, delta in kinds() if kind == "LoHa")
+    draw = torch.Generator().manual_seed(4)
+    three = [
+        {p: t if p == "alpha" else t + torch.randn(t.shape, generator=draw) for p, t in loha.items()} for _ in "qkv"
+    ]
+    whole = qkv.fuse_qkv(three)
+
+    def delta(one: Change) -> Tensor:
+        first, second = (one[f"hada_w{i}_a"].double() @ one[f"hada_w{i}_b"].double() for i in (1, 2))
+        return qkv.scale_of(one) * first * second
+
+    assert relative(delta(whole), torch.cat([delta(one) for one in three])) < 1e-12
+    assert all(
+        torch.equal(one[p], other[p]) for one, other in zip(qkv.split_qkv(whole), three, strict=True) for p in one
+    )
+
+
+def test_a_fused_lokr_is_split_where_its_first_factor_has_three_groups_of_rows(tmp_path: Path):
+    draw = torch.Generator().manual_seed(5)
+    w1, w2 = torch.randn(6, 6, generator=draw), torch.randn(48, 16, generator=draw)
+    name = "lycoris_layers_0_attention_qkv"
+    save_file({f"{name}.lokr_w1": w1, f"{name}.lokr_w2": w2}, tmp_path / "x.safetensors")
+    found, _ = lora_file.read_changes(tmp_path / "x.safetensors")
+    thirds = [torch.kron(found[module]["lokr_w1"], found[module]["lokr_w2"]) for module in ATTENTION]
+    assert torch.equal(torch.cat(thirds), torch.kron(w1, w2))
+    save_file({f"{name}.lokr_w1": w1[:4].contiguous(), f"{name}.lokr_w2": w2}, tmp_path / "y.safetensors")
+    with pytest.raises(WeightsError, match="Kronecker product with 4 rows in its first factor, not 3 groups"):
+        lora_file.read_changes(tmp_path / "y.safetensors")
+
+
+@pytest.mark.slow
+def test_a_dora_computes_the_same_in_diffusers(tmp_path: Path):
+    """peft's formula by hand: magnitude * (W + delta) / ||W + delta|| of each row."""
+    from diffusers import ZImagePipeline, ZImageTransformer2DModel
+
+    dora, delta = next((change, delta) for kind, change, delta in kinds() if kind == "DoRA")
+    path = write_changes(tmp_path / "x.safetensors", {Q: dora}, "diffusers")
+    model = ZImageTransformer2DModel.from_pretrained(mini.TURBO / "transformer", dtype=torch.float32)
+    weight = model.get_submodule(Q).weight.detach().clone()
+    state, metadata = ZImagePipeline.lora_state_dict(path, return_lora_metadata=True)
+    ZImagePipeline.load_lora_into_transformer(state, model, adapter_name="x", metadata=metadata)
+    x = torch.randn(5, 96, generator=torch.Generator().manual_seed(6))
+    moved = weight.double() + delta
+    expected = x.double() @ (dora["magnitude"].double()[:, None] * moved / moved.norm(dim=1, keepdim=True)).T
+    assert relative(model.get_submodule(Q)(x).detach().double(), expected) < 1e-5
+
+
+@pytest.mark.slow
+def test_a_lokr_computes_the_same_in_diffusers(tmp_path: Path):
+    from diffusers import ZImagePipeline, ZImageTransformer2DModel
+
+    lokr, delta = next((change, delta) for kind, change, delta in kinds() if kind == "LoKr")
+    path = write_changes(tmp_path / "x.safetensors", {Q: lokr})
+    model = ZImageTransformer2DModel.from_pretrained(mini.TURBO / "transformer", dtype=torch.float32)
+    weight = model.get_submodule(Q).weight.detach().clone()
+    state, metadata = ZImagePipeline.lora_state_dict(path, return_lora_metadata=True)
+    ZImagePipeline.load_lora_into_transformer(state, model, adapter_name="x", metadata=metadata)
+    x = torch.randn(5, 96, generator=torch.Generator().manual_seed(6))
+    assert relative(model.get_submodule(Q)(x).detach().double(), x.double() @ (weight.double() + delta).T) < 1e-5
+
+
+# Bad files
+
+
+def spoiled() -> Iterator[tuple[str, dict[str, Tensor] | bytes, str]]:
+    a, b = (f"diffusion_model.{Q}.lora_{part}.weight" for part in "AB")
+    good = {a: torch.ones(2, 96), b: torch.ones(96, 2)}
+    whole = {a.replace("to_q", "qkv"): torch.ones(2, 96), b.replace("to_q", "qkv"): torch.ones(288, 2)}
+    misfit = "has 1 modules whose A, B or alpha are missing or do not fit"
+    yield "nan", good | {b: torch.full((96, 2), float("nan"))}, "holds values that are not finite"
+    yield "inf", good | {a: torch.full((2, 96), float("inf"))}, "holds values that are not finite"
+    yield "ranks", good | {b: torch.ones(96, 3)}, misfit
+    yield "no b", {a: good[a]}, misfit
+    yield "alphas", good | {f"diffusion_model.{Q}.alpha": torch.ones(2)}, misfit
+    yield "no thirds", whole | {b.replace("to_q", "qkv"): torch.ones(97, 2)}, misfit
+    yield "fused and split", good | whole, "tensors twice"
+    yield "sdxl", {"lora_te2_text_model_encoder_layers_0_mlp_fc1.lora_up.weight": torch.ones(2, 2)}, "SDXL LoRA"
+    yield "mixed", good | {"transformer.single_transformer_blocks.0.attn.to_q.lora_A": torch.ones(2)}, "FLUX LoRA"
+    yield "ints", good | {a: torch.ones(2, 96, dtype=torch.int32)}, "holds int32, no weights"
+    yield (
+        "text encoder",
+        good | {"text_encoder.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(2, 2)},
+        "1 keys that",
+    )
+    sizes = {"hada_w1_a": (96, 2), "hada_w1_b": (2, 96), "hada_w2_a": (96, 4), "hada_w2_b": (4, 96)}
+    yield "loha ranks", {f"diffusion_model.{Q}.{name}": torch.ones(size) for name, size in sizes.items()}, misfit
+    header = b'{"a":' + b"[" * 5000 + b"]" * 5000 + b"}"
+    yield "nested", len(header).to_bytes(8, "little") + header, "is not a safetensors file, or damaged"
+    yield "pickle", b"PK\x03\x04" + b"0" * 100, "is a pickle, which can run code and is never opened"
+    yield "empty", b"", "is empty"
+    yield "nothing", {}, "holds no LoRA"
+
+
+@pytest.mark.parametrize(("tensors", "said"), [case[1:] for case in spoiled()], ids=[case[0] for case in spoiled()])
+def test_each_bad_file_gets_one_line_and_exit_4_from_every_command(tmp_path: Path, tensors, said: str):
+    path, out = tmp_path / "x.safetensors", tmp_path / "out.safetensors"
+    path.write_bytes(tensors) if isinstance(tensors, bytes) else save_file(tensors, path)
+    for command in (
+        ["verify", path],
+        ["inspect", path],
+        ["diff", path, path],
+        ["convert", path, "--to", "comfyui", "-o", out],
+        ["convert", path, "--to", "kohya", "-o", out],
+        ["weight", path, "--scale", "layers=0.5", "-o", out],
+        ["weight", path, "--scale", "layers=0.5", "--dry-run"],
+        ["merge", f"{path}=0.5", f"{mini.ADAPTER_V1}=1", "-o", out],
+        ["resize", path, "--rank", "1", "-o", out],
+        ["ema", path, mini.ADAPTER_V1, "-o", out],
+        ["bake", mini.TURBO, "--lora", path, "--to", "comfyui", "-o", out],
+    ):
+        done = CliRunner().invoke(app, ["lora", *map(str, command)])
+        error = done.exception
+        assert getattr(error, "exit_code", None) == 4, (command, done.output, error)
+        lines = str(error).splitlines()
+        assert said in lines[0] and len({line for line in lines if str(path) in line}) == 1, (command, lines)
+        assert not out.exists()
+
+
+def test_a_cut_off_file_is_refused_wherever_it_is_cut(tmp_path: Path):
+    whole = write(tmp_path / "x.safetensors", random_lora()).read_bytes()
+    for length in (1, 7, 8, 100, len(whole) // 2, len(whole) - 1):
+        (tmp_path / "x.safetensors").write_bytes(whole[:length])
+        code, said = lora_command(
+            "convert", tmp_path / "x.safetensors", "--to", "kohya", "-o", tmp_path / "y.safetensors"
+        )
+        assert code == 4 and len(said.strip().splitlines()) == 1
+
+
+def test_sizes_from_the_header_are_those_of_what_is_read(tmp_path: Path):
+    lora = random_lora()
+    for to in LAYOUTS:
+        path = converted(write(tmp_path / "x.safetensors", lora), to, tmp_path / f"{to}.safetensors")
+        found = lora_file.read_lora(path)
+        assert headers.read_sizes(path) == {module: (f.b.shape[0], f.a.shape[1]) for module, f in found.items()}
+
+
+def test_metadata_that_is_null_is_none_and_odd_paths_are_said(tmp_path: Path):
+    content = write(tmp_path / "x.safetensors", random_lora()).read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = b'{"__metadata__":null,' + content[9 : 8 + length].lstrip(b"{")
+    (tmp_path / "x.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + content[8 + length :])
+    assert lora_command("inspect", tmp_path / "x.safetensors")[0] == 0
+    assert "is a folder; give the .safetensors file itself" in lora_command("inspect", tmp_path)[1]
+    os.mkfifo(tmp_path / "pipe")
+    assert "is no regular file" in lora_command("inspect", tmp_path / "pipe")[1]
+    save_file({"a\nb\x1b[31m.lora_A.weight": torch.ones(2, 2)}, tmp_path / "y.safetensors")
+    code, said = lora_command("inspect", tmp_path / "y.safetensors")
+    assert code == 4 and "\x1b" not in said and "\\x1b[31m" in said
+
+
+def test_a_broken_link_is_something_that_is_there(tmp_path: Path):
+    path = write(tmp_path / "x.safetensors", random_lora())
+    (tmp_path / "y.safetensors").symlink_to(tmp_path / "gone")
+    code, said = lora_command("convert", path, "--to", "kohya", "-o", tmp_path / "y.safetensors")
+    assert code == 2 and "exists; give another name, or --force" in said

@@ -1,0 +1,51 @@
+"""Recomputation: every mode keeps what it says, frees what it says, and changes no number."""
+
+import pytest
+import torch
+
+from zimage_train.config.values import RECOMPUTE_MODES, RecomputeMode
+from zimage_train.models import checkpointing
+
+from steps import FULL, counted_step, gradients, trained
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("mode", RECOMPUTE_MODES[1:])
+def test_loss_and_gradients_are_the_same_bits(mode: str, dropout: float):
+    wanted = gradients(*trained("none", dropout=dropout))
+    found = gradients(*trained(mode, dropout=dropout))
+    assert wanted[1].abs().max() > 0
+    assert all(torch.equal(one, other) for one, other in zip(wanted, found, strict=True))
+
+
+def test_the_mode_follows_the_tokens_of_the_batch():
+    asked: list[int] = []
+
+    def mode_of(tokens: int) -> RecomputeMode:
+        asked.append(tokens)
+        return "full"
+
+    frozen, attached = trained("none")
+    frozen.model.enable_gradient_checkpointing(checkpointing.by_tokens(mode_of, False))
+    gradients(frozen, attached)
+    image, caption = 32, 64  # 4 x 4 patches and the longer of two captions, each padded to a multiple of 32
+    assert set(asked) - {2 * image, 2 * caption} == {2 * (image + caption)}  # the rest are the refiners
+
+
+KEPT_PER_TOKEN = {
+    "elementwise": 7 * 3840 + 2 * 10240,  # input, q, k, v, attention, its projection, w2; w1 and w3
+    "w1w3": 7 * 3840,
+    "attention": 2 * 3840,
+    "full": 3840,
+}
+"""Numbers in bf16 by the list in the module's docstring; attention's row sums come on top, 4 bytes a head."""
+
+
+@pytest.mark.parametrize("side", [512, 1024])
+@pytest.mark.parametrize("mode", RECOMPUTE_MODES[1:])
+def test_a_block_of_the_full_model_keeps_what_the_mode_names_and_nothing_else(mode: str, side: int):
+    tokens = (side // 16) ** 2 + 64
+    kept = counted_step(mode, side, 3)[2] - counted_step(mode, side, 2)[2]
+    row_sums = 0 if mode == "full" else 4 * FULL.n_heads * tokens
+    wanted = 2 * KEPT_PER_TOKEN[mode] * tokens + row_sums
+    assert kept == pytest.approx(wanted, rel=0.005)

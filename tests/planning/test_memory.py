@@ -1,0 +1,194 @@
+"""The predicted memory, against bytes counted on the real graph, storage by storage, at full size, on meta."""
+
+from collections import Counter
+from dataclasses import replace
+from functools import cache
+
+import pytest
+import torch
+from diffusers import AutoencoderKL
+
+from zimage_train import mini
+from zimage_train.config.values import RECOMPUTE_MODES
+from zimage_train.dataset.buckets import Bucket
+from zimage_train.diffusion.frozen import load_frozen
+from zimage_train.models import transformer
+from zimage_train.models.transformer import velocity
+from zimage_train.planning import memory
+from zimage_train.planning.memory import WeightPlacement
+
+from counting import Live, with_flash
+from steps import FULL, counted_step
+from workloads import CAPTION, MODULES, job, recipe
+
+CPU = torch.device("cpu")
+SIDES = (512, 768, 1024)
+
+
+def predicted(mode: str, side: int, kind: str | None, layers: int = 30, dtype: str = "bf16") -> int:
+    """Weights, LoRA without optimizer, and activations: what the count below sees."""
+    made = job((side,), shape=replace(FULL, n_layers=layers), dtype=dtype)
+    tokens = made.tokens(Bucket(side, side))
+    assert tokens == (side // 16) ** 2 + CAPTION
+    found = memory.step_memory(made, WeightPlacement(kind), mode, tokens)
+    trained = 16 * sum(sum(FULL.linears[module]) for module in MODULES) * layers // 30
+    return found.weights + found.activations + 4 * trained
+
+
+@cache
+def count(mode: str, side: int, kind: str | None) -> tuple[int, int]:
+    """Bytes at the peak of a step of all 30 layers, and those of the weights, from those of two and three."""
+    (peak, weights), (more, more_weights) = (of_layers(mode, side, kind, layers) for layers in (2, 3))
+    return peak + 28 * (more - peak), weights + 28 * (more_weights - weights)
+
+
+def of_layers(mode: str, side: int, kind: str | None, layers: int) -> tuple[int, int]:
+    live, weights, _ = counted_step(mode, side, layers, kind)
+    return live.peak, weights
+
+
+def counted(mode: str, side: int, kind: str | None) -> int:
+    return count(mode, side, kind)[0]
+
+
+@pytest.mark.parametrize(("mode", "kind"), [("none", None), ("w1w3", "int8")])
+def test_two_layers_tell_what_thirty_take(mode: str, kind: str | None):
+    assert count(mode, 768, kind) == pytest.approx(of_layers(mode, 768, kind, 30), rel=0.001)
+
+
+@pytest.mark.parametrize("kind", [None, "fp8", "int8", "nf4"])
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("mode", RECOMPUTE_MODES)
+def test_the_step_of_the_full_model_is_within_5_percent_of_the_count(mode: str, side: int, kind: str | None):
+    assert predicted(mode, side, kind) == pytest.approx(counted(mode, side, kind), rel=0.05)
+
+
+@pytest.mark.parametrize("mode", RECOMPUTE_MODES)
+def test_activations_alone_are_within_5_percent_too(mode: str):
+    """So that a constant which is wrong by half does not hide behind 12 GB of weights."""
+    for side in (512, 1024):
+        peak, weights = count(mode, side, None)
+        found = memory.step_memory(job((side,)), WeightPlacement(), mode, (side // 16) ** 2 + CAPTION).activations
+        assert found == pytest.approx(peak - weights, rel=0.05)
+
+
+def test_quantised_and_kept_takes_less_than_bf16_by_what_the_weights_save():
+    taken = {kind: counted("none", 512, kind) for kind in (None, "fp8", "int8", "nf4")}
+    assert taken["fp8"] == taken["int8"] < taken[None] - 5.5e9
+    assert taken["nf4"] < taken[None] - 8.5e9
+
+
+@pytest.mark.parametrize(("dtype", "batch"), [("bf16", 1), ("bf16", 2), ("fp32", 1)])
+def test_sampling_is_within_5_percent_of_the_count(dtype: str, batch: int):
+    torch_dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
+    model = transformer.empty_transformer(replace(FULL, n_layers=3), torch_dtype, None)
+
+    @torch.no_grad()
+    def run() -> int:
+        with torch.device("meta"), Live() as live:
+            for parameter in model.parameters():
+                live.watch(parameter)
+            weights = live.now
+            x, prompt = torch.empty(batch, 16, 128, 128), torch.empty(CAPTION, 2560, dtype=torch_dtype)
+            velocity(model, x, torch.empty(batch), [prompt] * batch)
+            return live.peak - weights
+
+    made = job(dtype=dtype, previews=(recipe(1024, float(batch - 1)),))
+    sampling = memory.SAMPLING[dtype] * FULL.dim * (4096 + CAPTION) * batch
+    assert sampling == pytest.approx(with_flash(run), rel=0.05)
+    assert memory.preview_memory(made, WeightPlacement()).activations >= sampling * 0.95
+
+
+def vae() -> AutoencoderKL:
+    with torch.device("meta"):
+        return AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            block_out_channels=(128, 256, 512, 512),
+            layers_per_block=2,
+            latent_channels=16,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+        ).to(torch.bfloat16)
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_decoding_is_within_5_percent_of_the_count(side: int):
+    @torch.no_grad()
+    def run() -> int:
+        model = vae()
+        with torch.device("meta"), Live() as live:
+            for parameter in model.parameters():
+                live.watch(parameter)
+            model.decode(torch.empty(1, 16, side // 8, side // 8, dtype=torch.bfloat16))
+            return live.peak
+
+    found = memory.preview_memory(job(previews=(recipe(side),)), WeightPlacement()).activations
+    assert found == pytest.approx(with_flash(run), rel=0.05)
+
+
+@pytest.mark.parametrize("kind", [None, "fp8", "int8", "nf4"])
+@pytest.mark.parametrize("streamed", [0, 1, 2, 3, 6])
+def test_the_weights_of_the_miniature_are_counted_to_the_byte(kind: str | None, streamed: int):
+    frozen = load_frozen(mini.TURBO / "transformer", None, "bf16", CPU, kind, streamed)
+    made = job(shape=frozen.shape, gpu=False)
+    on_device = {one.untyped_storage()._cdata: one.untyped_storage().nbytes() for one in frozen.model.parameters()}
+    if frozen.offloader is not None:
+        on_device |= {slot.untyped_storage()._cdata: slot.nbytes for slot in frozen.offloader._slots}
+        at_home = sum(host.nbytes for host in frozen.offloader._hosts)
+        assert at_home == pytest.approx(memory.host_bytes(made, WeightPlacement(kind, streamed)), rel=0.02)
+    assert sum(on_device.values()) == pytest.approx(
+        memory.device_bytes(made, WeightPlacement(kind, streamed)), rel=0.02
+    )
+    if not streamed:
+        assert sum(on_device.values()) == memory.model_bytes(made, kind)
+
+
+def test_the_published_model_takes_what_is_known_of_it():
+    assert memory.model_bytes(job(), None) == 2 * 6_154_908_736
+    assert memory.model_bytes(job(), "int8") / 1e9 == pytest.approx(6.48, abs=0.01)
+    assert memory.model_bytes(job(), "nf4") / 1e9 == pytest.approx(3.47, abs=0.01)
+    assert memory.block_bytes(job(), None) / 1e6 == pytest.approx(361.8, abs=1)
+
+
+def test_modes_are_in_the_order_of_what_they_keep():
+    for kept in memory.KEPT.values():
+        assert list(kept) == list(RECOMPUTE_MODES) and list(kept.values()) == sorted(kept.values(), reverse=True)
+
+
+@pytest.mark.parametrize("mode", RECOMPUTE_MODES)
+def test_the_most_tokens_that_fit_just_fit(mode: str):
+    made = job()
+    most = memory.max_tokens_within(made, WeightPlacement(), mode, 24e9)
+    assert (
+        memory.step_memory(made, WeightPlacement(), mode, most).total
+        <= 24e9
+        < memory.step_memory(made, WeightPlacement(), mode, most + 20).total
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        ({"trained": 10**9}, "lora"),
+        ({"optimizer": "prodigy"}, "lora"),
+        ({"batch_size": 2}, "activations"),
+        ({"caption_tokens": 512}, "activations"),
+        ({"dtype": "fp32"}, "weights"),
+    ],
+)
+def test_what_costs_memory_raises_its_part(change: dict, part: str):
+    plain, heavy = job(), job(**change)
+    size = Bucket(1024, 1024)
+    one, other = (memory.step_memory(made, WeightPlacement(), "full", made.tokens(size)) for made in (plain, heavy))
+    assert getattr(other, part) > getattr(one, part)
+
+
+def test_a_batch_is_never_larger_than_the_data():
+    made = job((512,), sizes=Counter({Bucket(512, 512): 3}), batch_size=64)
+    assert made.max_tokens == 3 * (1024 + CAPTION)
+
+
+@pytest.mark.parametrize(("text", "least", "most"), [("", 8, 32), ("a red circle", 12, 32), ("word " * 900, 512, 512)])
+def test_the_tokens_of_a_caption_are_judged_by_its_length(text: str, least: int, most: int):
+    assert least <= memory.caption_tokens(text) <= most

@@ -1,0 +1,735 @@
+"""`check` knows everything that can be known without a GPU, says all of it at once, and changes nothing."""
+
+import json
+import math
+import os
+import re
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from zimage_train import mini
+from zimage_train.cli import app
+from zimage_train.commands import check as checking
+from zimage_train.config.load import dump_config
+from zimage_train.config.schema import Config
+from zimage_train.errors import ConfigError, WeightsError, ZImageTrainError
+from zimage_train.io import atomic, serialize
+from zimage_train.io.headers import read_header
+from zimage_train.io.serialize import TensorEntry
+from zimage_train.models import components, text_encoder, vae
+from zimage_train.models.locate import cached_only
+from zimage_train.planning import gpus, memory, preflight
+from zimage_train.planning.preflight import RunSpec
+
+Make = Callable[..., Config]
+BYTES = {"F32": 4, "BF16": 2, "F16": 2}
+
+
+def offline(*_: object) -> Path:
+    raise AssertionError("local paths ask no hub")
+
+
+def refused(config: Config) -> ZImageTrainError:
+    with pytest.raises(ZImageTrainError) as caught:
+        preflight.check_run(config, offline)
+    return caught.value
+
+
+def adapter(path: Path, change: Callable[[dict[str, tuple[int, ...]]], None] = lambda shapes: None) -> Path:
+    """The miniature's adapter with other keys or shapes, its values zero."""
+    header = read_header(mini.ADAPTER_V1)
+    shapes = {name: info.shape for name, info in header.tensors.items()}
+    change(shapes)
+    entries = {}
+    for name, shape in shapes.items():
+        count = 1
+        for side in shape:
+            count *= side
+        entries[name] = TensorEntry("F32", shape, bytes(4 * count))
+    serialize.write_safetensors(path, entries, header.metadata)
+    return path
+
+
+def renamed(old: str, new: str) -> Callable[[dict[str, tuple[int, ...]]], None]:
+    def change(shapes: dict[str, tuple[int, ...]]) -> None:
+        for name in [name for name in shapes if old in name]:
+            shapes[name.replace(old, new)] = shapes.pop(name)
+
+    return change
+
+
+def of_part(shapes: dict[str, tuple[int, ...]], part: str) -> str:
+    return next(name for name in shapes if f".{part}." in name)
+
+
+def wider(shapes: dict[str, tuple[int, ...]]) -> None:
+    name = of_part(shapes, "lora_A")
+    shapes[name] = (shapes[name][0], shapes[name][1] + 1)
+
+
+def other_rank(shapes: dict[str, tuple[int, ...]]) -> None:
+    name = of_part(shapes, "lora_A")
+    shapes[name] = (shapes[name][0] + 1, shapes[name][1])
+
+
+def without_half(shapes: dict[str, tuple[int, ...]]) -> None:
+    del shapes[of_part(shapes, "lora_B")]
+
+
+def flat(shapes: dict[str, tuple[int, ...]]) -> None:
+    name = of_part(shapes, "lora_A")
+    shapes[name] = (shapes[name][0] * shapes[name][1],)
+
+
+def with_foreign_key(shapes: dict[str, tuple[int, ...]]) -> None:
+    shapes["text_encoder.layers.0.weight"] = (2, 2)
+
+
+FITTING = {"unchanged": lambda shapes: None, "another prefix": renamed("diffusion_model.", "transformer.")}
+FOREIGN = {
+    "another model's modules": renamed("layers.", "double_blocks."),
+    "one more layer": renamed("layers.0.", "layers.99."),
+    "another width": wider,
+    "ranks that differ": other_rank,
+    "B is missing": without_half,
+    "no matrix": flat,
+    "a foreign key": with_foreign_key,
+    "nothing": dict.clear,
+}
+COMPLAINTS = {
+    "another model's modules": "FLUX LoRA: cannot work on Z-Image; retrain from the dataset",
+    "one more layer": "matched 40/{total} modules; not matched: layers.99.",
+    "another width": "matched {less}/{total} modules; not matched: ",
+    "ranks that differ": "has 1 modules whose A, B or alpha are missing or do not fit, such as ",
+    "B is missing": "has 1 modules whose A, B or alpha are missing or do not fit, such as ",
+    "no matrix": "has 1 modules whose A, B or alpha are missing or do not fit, such as ",
+    "a foreign key": "has 1 keys that are not of a Z-Image LoRA, such as text_encoder.layers.0.weight",
+    "nothing": "holds no LoRA",
+}
+
+
+# Fine
+
+
+def test_what_a_run_needs_is_all_there(make_config: Make):
+    config = make_config(data=[{"folder": str(mini.IMAGES), "resolution": [64, 96], "trigger": "zorb"}])
+    checked = preflight.check_run(config, offline)
+    assert len(checked.images[0]) == len(list(mini.IMAGES.glob("*.txt"))) >= 12
+    assert len(checked.items) == 2 * len(checked.images[0])
+    assert checked.weights is not None
+    assert len(checked.weights.modules) == 42
+    assert checked.weights.adapter_modules == adapter_modules(mini.ADAPTER_V1) > 0
+    assert checked.notes == ["smaller than 96x96 px, so trained at their own size there: 1 of 16 images (zorb_12.jpg)"]
+
+
+def adapter_modules(path: Path) -> int:
+    return len({name.split(".lora_")[0] for name in read_header(path).tensors if ".lora_" in name})
+
+
+def test_the_report_says_what_a_run_would_do(make_config: Make, monkeypatch: pytest.MonkeyPatch):
+    data = [{"folder": str(mini.IMAGES), "resolution": [64, 96], "trigger": "zorb"}]
+    config = make_config(data=data, train={"steps": 30, "batch_size": 2}, model={"adapter_strength": 0.5})
+    checked = preflight.check_run(config, offline)
+    lines = checking.check_report(checked)
+    count = len(checked.images[0])
+    assert lines[0] == "tiny: no problems found"
+    assert f"{count} pictures" in lines
+    table = [line for line in lines if "->" in line]
+    assert len(table) == count and all("zorb" in line for line in table)
+    assert re.search(
+        r"zorb_01\.png: \d+x\d+ -> 64x64 \(scale 0\.67, crop 0 %\), 96x96 \(scale 1\.00, crop 0 %\)  '", table[0]
+    )
+    (epochs,) = [line for line in lines if "samples an epoch" in line]
+    per_epoch = float(re.search(r"([\d.]+) steps an epoch", epochs)[1])
+    assert epochs.startswith(f"{2 * count} samples an epoch") and "30 steps of up to 2 samples" in epochs
+    assert float(re.search(r"= ([\d.]+) epochs", epochs)[1]) == pytest.approx(30 / per_epoch, abs=0.1)
+    assert "LoRA of rank 4 on 42 modules (attention 24, feed_forward 18)" in lines
+    matched = adapter_modules(mini.ADAPTER_V1)
+    assert f"adapter fits {matched}/{matched} modules" in lines
+    assert any(line.startswith("  at the most") for line in lines)
+    assert [line.split(":")[0] for line in lines[-2:]] == ["warning", "warning"]
+    assert "model.adapter_strength is 0.5" in "\n".join(lines)
+
+
+def test_a_run_without_an_adapter_has_none_to_fit(make_config: Make):
+    checked = preflight.check_run(make_config(model={"adapter": None}), offline)
+    assert checked.weights is not None and checked.weights.adapter_modules == 0
+    assert not any(line.startswith("adapter fits") for line in checking.check_report(checked))
+
+
+def test_the_plan_follows_the_budget_and_the_card(make_config: Make):
+    def lines(gpu: str | None = None, price: float | None = None, **settings: Any) -> str:
+        checked = preflight.check_run(make_config(memory=settings), offline)
+        return "\n".join(checking.check_report(checked, gpu, price))
+
+    assert "memory on cpu (" in lines() and "time" in lines()
+    assert "memory on one 4090 (25.30 GB)" in lines("4090") and "recomputed: nothing\n" in lines("4090")
+    assert "memory on one 4090 (0.30 GB)" in lines("rtx 4090", budget_gb=0.3)
+    assert "recomputed: everything" in lines("4090", checkpointing=True)
+    assert re.search(r"3 of 6 blocks streamed from \d\.\d MB of main memory", lines("4090", offload=0.5))
+    assert re.search(r"time on one h100, for 4 steps: \d s, at 2.99 an hour 0.00 \(predicted\)", lines("H100", 2.99))
+    assert "memory on one 4060 (8.10 GB)" in lines("4060", budget_gb=24), "no budget makes a card larger"
+    assert "memory on one a100 40gb (42.4" in lines("NVIDIA A100-SXM4-40GB")
+    with pytest.raises(ConfigError, match="--gpu: 'riva' is not known; give one of 3060"):
+        lines("riva")
+
+
+def test_a_published_model_without_a_card_is_planned_for_four_sizes_of_one(make_config: Make, private: Path):
+    config = make_config(
+        model={"path": None, "adapter": None, "dtype": "bf16"},
+        data=[{"folder": str(mini.IMAGES), "trigger": "zorb"}],
+        sample={"prompts": ["a"], "width": 1024, "height": 1024},
+    )
+    lines = checking.check_report(preflight.check_run(config, cached_only), price=2.0)
+    found = [line for line in lines if re.match(r" +\d+\.\d GB \(\w+\): ", line)]
+    assert [re.search(r"\((\w+)\)", line)[1] for line in found] == ["4090", "4080", "4070", "4060"]
+    assert all(re.search(r"\d s, at 2 an hour 0\.\d\d$", line) for line in found)
+    assert "blocks streamed" in found[3] and "streamed" not in found[0]
+
+
+def test_what_does_not_fit_is_no_config_without_problems(make_config: Make, private: Path):
+    config = make_config(
+        model={"path": None, "adapter": None, "dtype": "bf16"},
+        data=[{"folder": str(mini.IMAGES), "trigger": "zorb"}] * 2,
+        memory={"offload": 0},
+    )
+    lines = checking.check_report(preflight.check_run(config, cached_only), "4060")
+    assert lines[0] == "tiny: does not fit the memory planned for, see below"
+    assert any(line.startswith("  this does not fit 8.10 GB: set memory.checkpointing: auto") for line in lines)
+
+
+@pytest.mark.parametrize(
+    "text", ["0.69", "0.69/h", "$0.69/h", "0.69 €/hour", " 0.69 / h ", "0,69/h", "0.69 EUR/h", "USD 0.69"]
+)
+def test_a_price_is_read_as_people_write_it(text: str):
+    assert checking.parse_price(text) == 0.69
+
+
+@pytest.mark.parametrize("text", ["", "cheap", "-1", "1/min", "nan", "1.2.3"])
+def test_what_is_no_price_is_refused(text: str):
+    with pytest.raises(ConfigError, match="give the price of an hour"):
+        checking.parse_price(text)
+
+
+def test_a_card_that_is_not_there_or_odd_is_no_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert gpus.detect_gpu() is None
+    tool = tmp_path / "nvidia-smi"
+    good = gpus.DetectedGpu("NVIDIA GeForce RTX 4090", 24564 * 2**20)
+    for script, expected in (
+        ("echo 'NVIDIA GeForce RTX 4090, 24564'", good),
+        ("echo no devices", None),
+        ("exit 9", None),
+        ("", None),
+    ):
+        tool.write_text(f"#!/bin/sh\n{script}\n")
+        tool.chmod(0o755)
+        assert gpus.detect_gpu() == expected
+
+
+# Refused
+
+
+def test_problems_of_config_data_weights_and_disk_are_listed_together(
+    make_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    (photos / "page.png").write_text("<html>")
+    Image.new("RGB", (64, 5000)).save(photos / "strip.png")
+    Image.new("RGB", (64, 64)).save(photos / "fine.png")
+    (photos / "fine.txt").write_bytes(b"\xff")
+    config = make_config(
+        data=[{"folder": str(photos), "resolution": [64]}, {"folder": str(tmp_path / "none")}],
+        lora={"targets": "nothing_like_this"},
+        model={"adapter": str(adapter(tmp_path / "a.safetensors", FOREIGN["another model's modules"]))},
+    )
+    monkeypatch.setattr(atomic.shutil, "disk_usage", lambda path: type("Usage", (), {"free": -1}))
+    error = refused(config)
+    found = {problem.location: problem.message for problem in error.problems}
+    assert found.keys() == {
+        str(photos / "page.png"),
+        str(photos / "strip.png"),
+        str(photos / "fine.txt"),
+        str(tmp_path / "none"),
+        "lora.targets",
+        str(tmp_path / "a.safetensors"),
+        str(tmp_path / "runs"),
+    }
+    assert error.exit_code == 2
+    assert all(problem.hint for problem in error.problems)
+
+
+@pytest.mark.parametrize(
+    ("changes", "code"),
+    [
+        ({"data": [{"folder": "/nowhere"}]}, 3),
+        ({"data": [{"folder": "/nowhere"}], "model": {"adapter": "/nowhere/x.safetensors"}}, 3),
+        ({"model": {"adapter": "/nowhere/x.safetensors"}}, 4),
+        ({"lora": {"targets": "no"}, "data": [{"folder": "/nowhere"}]}, 2),
+    ],
+)
+def test_the_exit_code_is_the_lowest_that_applies(make_config: Make, changes: dict[str, Any], code: int):
+    assert refused(make_config(**changes)).exit_code == code
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_an_adapter_that_does_not_fit_in_full_is_refused(make_config: Make, tmp_path: Path, kind: str):
+    path = adapter(tmp_path / "a.safetensors", FOREIGN[kind])
+    error = refused(make_config(model={"adapter": str(path)}))
+    assert error.exit_code == 4 and len(error.problems) == 1
+    total = adapter_modules(mini.ADAPTER_V1)
+    assert str(error).startswith(f"{path}: {COMPLAINTS[kind].format(total=total, less=total - 1)}")
+
+
+@pytest.mark.parametrize("kind", FITTING)
+def test_an_adapter_that_fits_is_counted(make_config: Make, tmp_path: Path, kind: str):
+    path = adapter(tmp_path / "a.safetensors", FITTING[kind])
+    checked = preflight.check_run(make_config(model={"adapter": str(path)}), offline)
+    assert checked.weights is not None
+    assert checked.weights.adapter_modules == adapter_modules(mini.ADAPTER_V1)
+
+
+def test_check_and_loading_agree_about_adapters(make_config: Make, tmp_path: Path):
+    lora_files = pytest.importorskip("zimage_train.lora.lora_file")
+    checked = preflight.check_run(make_config(), offline)
+    assert checked.weights is not None
+    linears = checked.weights.shape.linears
+    for name, change in (FITTING | FOREIGN).items():
+        path = adapter(tmp_path / f"{name}.safetensors", change)
+        if name in FITTING:
+            lora_files.require_modules(path, lora_files.read_lora(path), linears)
+        else:
+            with pytest.raises(ZImageTrainError):
+                lora_files.require_modules(path, lora_files.read_lora(path), linears)
+
+
+def damaged_adapter(path: Path, content: bytes | None) -> Path:
+    whole = mini.ADAPTER_V1.read_bytes()
+    path.write_bytes(whole[:-1] if content is None else content)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (None, "cut off or overwritten"),
+        (b"", "is empty"),
+        (b"\x80\x04\x95 a pickle, with more bytes", "is a pickle, which can run code and is never opened"),
+        (b"version https://git-lfs.github.com/spec/v1", "is a Git LFS pointer"),
+    ],
+)
+def test_a_damaged_adapter_is_refused(make_config: Make, tmp_path: Path, content: bytes | None, what: str):
+    path = damaged_adapter(tmp_path / "a.safetensors", content)
+    error = refused(make_config(model={"adapter": str(path)}))
+    assert error.exit_code == 4 and what in str(error) and str(path) in str(error)
+
+
+def missing_folder(root: Path) -> str:
+    return str(root / "none")
+
+
+def empty_folder(root: Path) -> str:
+    (root / "empty").mkdir()
+    return str(root / "empty")
+
+
+def without_a_shard(root: Path) -> str:
+    model = copied(root)
+    next(iter(sorted((model / "transformer").glob("*-00002-*")))).unlink()
+    return str(model)
+
+
+def with_a_pickle(root: Path) -> str:
+    model = copied(root)
+    for path in (model / "transformer").glob("*.safetensors*"):
+        path.unlink()
+    (model / "transformer" / "diffusion_pytorch_model.bin").write_bytes(b"")
+    return str(model)
+
+
+def copied(root: Path) -> Path:
+    """The miniature, of links."""
+    for path in mini.TURBO.rglob("*"):
+        if path.is_file():
+            target = root / "model" / path.relative_to(mini.TURBO)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.symlink_to(path)
+    return root / "model"
+
+
+@pytest.mark.parametrize(
+    ("break_it", "what"),
+    [
+        (missing_folder, "is neither a path that exists nor a hub id"),
+        (empty_folder, "holds no transformer/config.json"),
+        (without_a_shard, "does not exist"),
+        (with_a_pickle, "diffusion_pytorch_model.bin is a pickle, which is never opened"),
+    ],
+)
+def test_missing_weights_are_refused(make_config: Make, tmp_path: Path, break_it: Callable[[Path], str], what: str):
+    path = break_it(tmp_path)
+    error = refused(make_config(model={"path": path}))
+    assert error.exit_code == 4 and what in str(error) and path in str(error)
+
+
+def damaged(part: str, content: bytes | None) -> Callable[[Path], None]:
+    def change(model: Path) -> None:
+        path = model / part
+        path.unlink()
+        if content is not None:
+            path.write_bytes(content)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("part", "content", "what"),
+    [
+        ("text_encoder/config.json", b'{"model_type": "t5"}', "is a t5, not a Qwen3"),
+        ("text_encoder/config.json", b'{"model_type": "qwen3", "hidden_size": 7}', "vocab_size is None"),
+        ("text_encoder/model-00001-of-00002.safetensors", None, "does not exist"),
+        ("text_encoder/model-00001-of-00002.safetensors", b"version https://git-lfs", "is a Git LFS pointer"),
+        ("tokenizer/tokenizer.json", None, "has no tokenizer.json"),
+        ("tokenizer/tokenizer.json", b"{", "is not JSON"),
+        ("vae/config.json", b'{"_class_name": "AutoencoderKLWan"}', "is a AutoencoderKLWan"),
+        ("vae/diffusion_pytorch_model.safetensors", b"", "is empty"),
+    ],
+)
+def test_parts_beside_the_transformer_are_checked_too(make_config, tmp_path, part: str, content: bytes, what: str):
+    damaged(part, content)(copied(tmp_path))
+    error = refused(make_config(model={"path": str(tmp_path / "model")}))
+    assert error.exit_code == 4 and what in str(error)
+
+
+def test_a_text_encoder_of_another_width_is_refused_with_both_widths(make_config: Make, tmp_path: Path):
+    folder = copied(tmp_path) / "text_encoder"
+    config = json.loads((folder / "config.json").read_bytes()) | {"hidden_size": 8}
+    shutil.rmtree(folder)
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    tensors = components._qwen3(folder / "config.json", config)
+    entries = {key: TensorEntry("BF16", shape, bytes(2 * math.prod(shape))) for key, shape in tensors.items()}
+    serialize.write_safetensors(folder / "model.safetensors", entries, {})
+    text = str(refused(make_config(model={"path": str(tmp_path / "model")})))
+    assert "makes embeddings of 8 features, and the transformer takes 64" in text
+
+
+def edited(tmp_path: Path, part: str, change: dict[str, Any]) -> Path:
+    """The miniature with other values in one of its JSON files."""
+    model = copied(tmp_path)
+    if "chat_template" in change:
+        (model / "tokenizer/chat_template.jinja").unlink()
+    values = json.loads((model / part).read_bytes()) | change
+    (model / part).unlink()
+    (model / part).write_text(json.dumps(values))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "what"),
+    [
+        ("text_encoder/config.json", {"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000"),
+        ("text_encoder/config.json", {"head_dim": -1}, "head_dim is -1"),
+        ("text_encoder/config.json", {"intermediate_size": "wide"}, "intermediate_size is 'wide'"),
+        ("text_encoder/config.json", {"intermediate_size": 3}, "expected [64, 3]"),
+        ("text_encoder/config.json", {"vocab_size": True}, "vocab_size is True"),
+        ("vae/config.json", {"block_out_channels": None}, "stride None"),
+        ("vae/config.json", {"block_out_channels": []}, "stride None"),
+        ("tokenizer/tokenizer_config.json", {"chat_template": None}, "has no chat template"),
+        ("tokenizer/tokenizer.json", {"model": 3}, "is not a tokenizer"),
+        ("transformer/config.json", {"n_layers": 10**9}, "n_layers"),
+    ],
+)
+def test_an_odd_config_is_a_line_and_no_traceback(
+    make_config: Make, tmp_path: Path, part: str, change: dict[str, Any], what: str
+):
+    model = edited(tmp_path, part, change)
+    error = refused(make_config(model={"path": str(model)}))
+    assert error.exit_code == 4 and what in str(error), str(error)
+
+
+@pytest.mark.parametrize(
+    ("load", "part", "change"),
+    [
+        (text_encoder.load, "text_encoder/config.json", {"rope_scaling": {"rope_type": "nonsense"}}),
+        (vae.load, "vae/config.json", {"scaling_factor": None}),
+        (vae.load, "vae/config.json", {"layers_per_block": "two"}),
+        (text_encoder.load, "tokenizer/tokenizer_config.json", {"chat_template": "{{ raise_exception('no') }}"}),
+    ],
+)
+def test_what_only_the_class_can_tell_is_a_line_too(tmp_path: Path, load, part: str, change: dict[str, Any]):
+    model = edited(tmp_path, part, change)
+    with pytest.raises(WeightsError, match=r"makes no|template fails"):
+        load(model, torch.device("cpu"), torch.float32)
+
+
+def test_every_part_that_is_wrong_is_told_at_once(make_config: Make, tmp_path: Path):
+    model = copied(tmp_path)
+    damaged("text_encoder/config.json", b"{}")(model)
+    damaged("vae/config.json", b"[]")(model)
+    damaged("tokenizer/tokenizer.json", None)(model)
+    text = str(refused(make_config(model={"path": str(model), "adapter": "nowhere.safetensors"})))
+    assert len(text.splitlines()) == 4, text
+
+
+def test_a_bad_adapter_is_told_although_the_rest_is_not_downloaded_yet(make_config: Make, private: Path):
+    config = make_config(model={"extras": "org/repo", "adapter": str(private / "a.safetensors")})
+    (private / "a.safetensors").write_bytes(b"")
+    with pytest.raises(WeightsError, match=r"a\.safetensors: is empty"):
+        preflight.check_run(config, cached_only)
+
+
+def test_a_pipeline_folder_that_lacks_a_part_is_not_completed_from_the_hub(make_config: Make, tmp_path: Path):
+    model = copied(tmp_path)
+    shutil.rmtree(model / "vae")
+    assert f"model.extras: {model} has no vae" in str(refused(make_config(model={"path": str(model)})))
+
+
+def test_a_misspelt_path_is_told_with_its_setting(make_config: Make, private: Path):
+    checked = preflight.check_run(make_config(model={"path": "models/zimage"}), cached_only)
+    assert checked.notes == ["model.path: models/zimage: not on this machine yet; train downloads it"]
+
+
+# Not here yet
+
+
+@pytest.fixture
+def private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A home of its own, empty, with every cache in it."""
+    home = tmp_path / "home"
+    home.mkdir()
+    for name in ("HOME", "XDG_CACHE_HOME", "HF_HOME", "HF_HUB_CACHE", "TMPDIR"):
+        monkeypatch.setenv(name, str(home))
+    monkeypatch.chdir(home)
+    return home
+
+
+@pytest.mark.parametrize(
+    "changes", [{"path": None, "adapter": None}, {"adapter": "v2"}, {"path": "org/repo@v1"}, {"extras": "org/repo"}]
+)
+def test_what_is_not_downloaded_yet_is_a_note(make_config: Make, private: Path, changes: dict[str, Any]):
+    checked = preflight.check_run(make_config(model=changes), cached_only)
+    assert checked.weights is None
+    assert memory.parameters_of(preflight.workload_of(checked).shape) > 6e9, "as large as the published models"
+    assert checked.notes and all(
+        note.endswith(": not on this machine yet; train downloads it") for note in checked.notes
+    )
+    lines = checking.check_report(checked)
+    assert lines[0] == "tiny: no problems found"
+    assert any(line.startswith("note: ") and "not on this machine yet" in line for line in lines)
+    assert list(private.iterdir()) == []
+
+
+def test_what_is_wrong_beside_what_is_not_downloaded_is_an_error(make_config: Make, private: Path):
+    with pytest.raises(ZImageTrainError) as caught:
+        preflight.check_run(make_config(model={"path": None, "adapter": "/nowhere/a.safetensors"}), cached_only)
+    assert caught.value.exit_code == 4 and "/nowhere/a.safetensors" in str(caught.value)
+    with pytest.raises(ZImageTrainError) as caught:
+        preflight.check_run(make_config(model={"path": None}, lora={"targets": "blocks"}), cached_only)
+    assert caught.value.exit_code == 2 and "'blocks' matches none of the" in str(caught.value)
+
+
+# The command
+
+
+def tree(*roots: Path) -> dict[str, tuple[int, int, int]]:
+    """Every file and folder with its size, time and mode."""
+    found = {}
+    for root in roots:
+        for path in (root, *root.rglob("*")):
+            status = path.lstat()
+            found[str(path)] = (status.st_size, status.st_mtime_ns, status.st_mode)
+    return found
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    """The exit code of the command, as the console script runs it."""
+    monkeypatch.setattr(sys, "argv", ["zimage-train", *arguments])
+    try:
+        app.main()
+    except SystemExit as left:
+        return left.code if isinstance(left.code, int) else int(left.code is not None)
+    return 0
+
+
+@pytest.fixture
+def check(monkeypatch: pytest.MonkeyPatch, private: Path, capsys: pytest.CaptureFixture[str]):
+    """`check(config, ...)`: exit code, stdout and stderr of the command; everything it could touch stays as it was."""
+
+    def command(config: Config | str, *arguments: str) -> tuple[int, str, str]:
+        path = private.parent / "config.yaml"
+        path.write_text(config if isinstance(config, str) else dump_config(config), encoding="utf-8")
+        places = (private.parent, mini.TURBO.parent)
+        before = tree(*places)
+        code = run(monkeypatch, "check", str(path), *arguments)
+        assert tree(*places) == before, "check writes nothing"
+        out, err = capsys.readouterr()
+        assert "Traceback" not in out + err
+        return code, out, err
+
+    return command
+
+
+def test_a_fine_config_exits_0_and_is_described(check, make_config: Make):
+    code, out, err = check(make_config())
+    assert (code, err) == (0, "")
+    assert out.startswith("tiny: no problems found\n") and "LoRA of rank 4 on 42 modules" in out
+
+
+def test_every_kind_of_problem_has_its_code_and_no_traceback(check, make_config: Make, tmp_path: Path):
+    broken = str(adapter(tmp_path / "a.safetensors", FOREIGN["another width"]))
+    (tmp_path / "file").write_text("")
+    kinds = [
+        (2, "lr: 1.0e-4\n", [], "lr: unknown key; did you mean 'optimizer.lr'?"),
+        (2, make_config(), ["--set", "train.stpes=5"], "--set train.stpes=5: train.stpes: unknown key; did you mean"),
+        (2, make_config(lora={"targets": "no"}), [], "lora.targets: 'no' matches none of the"),
+        (3, make_config(), ["--set", "data.0.folder=/nowhere"], "/nowhere: does not exist; check the path"),
+        (4, make_config(model={"adapter": broken}), [], "a.safetensors: matched "),
+        (7, make_config(output_dir=str(tmp_path / "file")), [], "is not a folder; choose another place"),
+    ]  # fmt: skip
+    for code, config, arguments, message in kinds:
+        found, out, err = check(config, *arguments)
+        assert (found, out) == (code, "")
+        assert message in err and all(line for line in err.splitlines())
+
+
+def test_a_hub_id_that_is_not_here_exits_0_with_a_note(check, make_config: Make):
+    code, out, err = check(make_config(model={"path": None, "adapter": "v2"}))
+    assert (code, err) == (0, "")
+    assert "note: model.path: Tongyi-MAI/Z-Image-Turbo: not on this machine yet; train downloads it" in out
+
+
+def test_names_that_are_no_text_and_brackets_are_printed(check, make_config: Make, tmp_path: Path):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    Image.new("RGB", (64, 64)).save(photos / "[red]é.png")
+    os.link(photos / "[red]é.png", os.fsencode(photos) + b"/x\xff.txt")
+    code, out, _ = check(make_config(data=[{"folder": str(photos), "default_caption": "a [b] c", "resolution": [64]}]))
+    assert code == 0
+    assert (
+        "[red]é.png: 64x64 -> 64x64" in out and "'a [b] c'" in out and "x\\udcff.txt: a caption without an image" in out
+    )
+
+
+def test_a_missing_config_and_bad_usage_exit_2(monkeypatch: pytest.MonkeyPatch, capsys, tmp_path: Path):
+    for arguments in (["check", str(tmp_path / "none.yaml")], ["check"], ["check", "--nonsense"], ["chekc"]):
+        assert run(monkeypatch, *arguments) == 2
+        _, err = capsys.readouterr()
+        assert err and "Traceback" not in err
+    assert run(monkeypatch, "--help") == 0
+    assert "Train LoRAs for Z-Image. Start with: zimage-train" in capsys.readouterr().out
+
+
+def test_a_bug_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, make_config: Make):
+    def broken(checked: RunSpec, gpu: str | None, price: float | None) -> list[str]:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(checking, "check_report", broken)
+    (tmp_path / "c.yaml").write_text(dump_config(make_config()))
+    with pytest.raises(ZeroDivisionError):
+        run(monkeypatch, "check", str(tmp_path / "c.yaml"))
+
+
+def test_what_needs_a_package_that_is_not_there_is_refused_before_anything_is_loaded(make_config: Make, monkeypatch):
+    find = preflight.importlib.util.find_spec
+    monkeypatch.setattr(
+        preflight.importlib.util, "find_spec", lambda name, *rest: None if name == "bitsandbytes" else find(name, *rest)
+    )
+    error = refused(make_config(model={"quantize": "nf4"}, optimizer={"name": "adamw8bit"}))
+    assert error.exit_code == 2
+    assert "model.quantize: nf4 needs bitsandbytes, which is not installed; install it" in str(error)
+    assert "optimizer.name: adamw8bit needs bitsandbytes" in str(error)
+    assert preflight.check_run(make_config(model={"quantize": "int8"}, optimizer={"name": "adamw"}), offline)
+
+
+# What folders add to the plan
+
+
+def folders(**changes: Any) -> list[dict[str, Any]]:
+    return [{"folder": str(mini.IMAGES), "resolution": [64], "trigger": "zorb"} | changes]
+
+
+def test_batches_are_planned_as_they_come(make_config: Make):
+    data = [*folders(batch_size=8), *folders(resolution=[128])]
+    job = preflight.workload_of(preflight.check_run(make_config(data=data, train={"batch_size": 1})))
+    by_size = {size: job.batch(size) for size in job.sizes}
+    assert max(number for size, number in by_size.items() if size.width * size.height > 64 * 64) == 1
+    assert max(by_size.values()) > 1
+    assert sum(job.shares().values()) == pytest.approx(1.0)
+
+
+def test_regularization_has_its_share_of_the_time(make_config: Make):
+    def share_of_large(part: float) -> float:
+        data = [*folders(resolution=[128]), *folders(resolution=[32], regularization=True, trigger=None)]
+        config = make_config(data=data, train={"batch_size": 1, "regularization_share": part})
+        shares = preflight.workload_of(preflight.check_run(config)).shares()
+        return sum(share for size, share in shares.items() if size.width * size.height > 32 * 32)
+
+    assert share_of_large(0.25) == pytest.approx(0.75) and share_of_large(0.9) == pytest.approx(0.1)
+
+
+def test_advice_names_the_setting_that_each_folder_has(make_config: Make):
+    data = [*folders(batch_size=8), *folders(max_pixels=1024 * 1024)]
+    del data[1]["resolution"]
+    config = make_config(data=data, model={"path": None, "adapter": None, "dtype": "bf16"}, train={"batch_size": 1})
+    text = preflight.how_to_fit(preflight.check_run(config, cached_only), 2.2e9)
+    if "batch_size" in text:
+        assert "data.0.batch_size: 1" in text and "train.batch_size" not in text
+    assert "data.1.resolution" not in text
+
+
+def test_a_caption_that_is_held_and_longer_counts(make_config: Make):
+    word = "a thing of many words " * 8
+    plain, kept = (
+        preflight.workload_of(preflight.check_run(make_config(**changes))).caption_tokens
+        for changes in ({}, {"preserve": {"kind": "trigger", "class_word": word}})
+    )
+    assert kept > plain
+
+
+def test_images_of_the_class_do_not_count_as_images_of_the_concept(make_config: Make, tmp_path: Path):
+    few = tmp_path / "few"
+    few.mkdir()
+    for path in mini.IMAGES.glob("zorb_0[1-3].*"):
+        shutil.copy(path, few)
+    data = [*folders(folder=str(few)), *folders(regularization=True, trigger=None)]
+    warnings = preflight.check_run(make_config(data=data, train={"steps": 5000})).warnings
+    assert any("for 3 images" in warning for warning in warnings)
+
+
+def test_preservation_needs_a_trigger_for_every_folder_of_the_concept(make_config: Make):
+    kept = {"kind": "trigger", "class_word": "shape"}
+    with pytest.raises(AssertionError, match=r"set data\.1\.trigger, or use blank"):
+        make_config(data=[*folders(), *folders(trigger=None)], preserve=kept)
+    assert make_config(data=[*folders(), *folders(trigger=None, regularization=True)], preserve=kept)
+
+
+def test_what_another_setting_stands_in_for_is_said(make_config: Make):
+    data = folders(max_pixels=64 * 64)
+    checked = preflight.check_run(make_config(data=data, train={"epochs": 2.0, "steps": 6}))
+    assert checked.config.train.steps != 6
+    assert "train.epochs decides how long; train.steps is not used" in checked.notes
+    assert "data.0: max_pixels decides; resolution is not used" in checked.notes
+
+
+def test_check_counts_what_an_epoch_holds(make_config: Make):
+    data = [*folders(shuffle_tags=True), *folders(regularization=True, trigger=None)]
+    text = "\n".join(checking.check_report(preflight.check_run(make_config(data=data))))
+    assert re.search(
+        r"\n16 samples an epoch, .* epochs; beside them 16 of regularization, in 50% of the passes\n", text
+    )
+    assert re.search(r"\n\d+ prompts to encode, as tags change in each epoch\n", text)
+    assert "prompts to encode" not in "\n".join(checking.check_report(preflight.check_run(make_config())))
+
+
+def test_a_warm_up_longer_than_the_run_is_pointed_out(make_config: Make):
+    warnings = preflight.check_run(make_config(schedule={"warmup_steps": 4})).warnings
+    assert "schedule.warmup_steps is 4 of 4 steps: the rate is never reached" in warnings

@@ -1,0 +1,92 @@
+"""The benchmark script runs at miniature size, and what it has measured is what the docs hold."""
+
+import contextlib
+import json
+from pathlib import Path
+
+import pytest
+
+from zimage_train.config.schema import Config
+
+import full_size
+from helpers import ROOT, script
+
+
+@pytest.fixture(scope="module")
+def bench():
+    return script("bench")
+
+
+def test_memory_runs_every_budget_precision_and_size(bench, tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "BUDGETS_GB", (24.0, 0.012))
+    assert bench.main(["--memory", "--size", "mini", "--steps", "1", "-o", str(tmp_path / "m.json")]) == 0
+    found = json.loads((tmp_path / "m.json").read_text())
+    assert {(run["budget_gb"], run["side_px"]) for run in found["runs"]} == {
+        (budget, side) for budget in (24.0, 0.012) for side in (64, 96)
+    }
+    assert all(len(run["seconds"]) == 1 and run["loss"] > 0 for run in found["runs"])
+    assert any(run["streamed"] or run["mode"] != "none" for run in found["runs"] if run["budget_gb"] < 1)
+
+
+def test_the_same_step_is_repeated_with_and_without_the_fixed_order(bench, tmp_path: Path, monkeypatch):
+    entered, steps_of = [], bench.loss_of
+    real = bench.devices.reproducible
+
+    @contextlib.contextmanager
+    def watched(device):
+        entered.append("in")
+        with real(device):
+            yield
+        entered.append("out")
+
+    def loss(*given):
+        entered.append("step")
+        return steps_of(*given)
+
+    monkeypatch.setattr(bench.devices, "reproducible", watched)
+    monkeypatch.setattr(bench, "loss_of", loss)
+    assert bench.main(["--repeat", "--steps", "2", "-o", str(tmp_path / "r.json")]) == 0
+    steps = json.loads((tmp_path / "r.json").read_text())["steps"]
+    assert len(steps) == 4 and all(one["equal"] and one["off"] == 0 for one in steps.values())  # on a CPU, always
+    assert entered == ["step", "step", "in", "step", "step", "out"] * 2
+
+
+def test_full_size_without_a_gpu_is_refused(bench):
+    with pytest.raises(SystemExit, match="--size full needs a GPU"):
+        bench.main(["--memory", "--size", "full"])
+
+
+def test_the_cost_of_quantising_is_the_one_in_the_docs(bench):
+    stored = json.loads((ROOT / "docs" / "bench" / "quantize.json").read_text())
+    for kind, found in bench.quantize()["kinds"].items():
+        for name, value in found.items():
+            assert value == pytest.approx(stored["kinds"][kind][name], rel=0.1), (kind, name)
+    errors = [stored["kinds"][kind]["loss_error_mean"] for kind in ("int8", "fp8", "nf4")]
+    assert errors == sorted(errors)
+
+
+def test_what_guidance_does_stands_in_the_docs_as_it_was_measured():
+    found = json.loads((ROOT / "docs" / "bench" / "guidance.json").read_text())
+    text = (ROOT / "docs" / "recipes.md").read_text()
+    for name, run in found["runs"].items():
+        assert f"| {name} | {run['gradient_norm']:.2f} | {run['off_plain']:.1%} |" in text
+    assert f"differ by {found['guided_and_clipped_at_1_against_clipped_at_a_third']:.1%}." in text
+
+
+def test_guidance_is_measured_as_the_docs_say(bench, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(bench, "GUIDANCE_STEPS", 4)
+    monkeypatch.setattr(
+        bench, "GUIDANCE_RUNS", {name: bench.GUIDANCE_RUNS[name] for name in list(bench.GUIDANCE_RUNS)[:5]}
+    )
+    assert bench.main(["--guidance", "-o", str(tmp_path / "g.json")]) == 0
+    runs = json.loads((tmp_path / "g.json").read_text())["runs"]
+    assert runs["guidance 3"]["gradient_norm"] / runs["plain"]["gradient_norm"] == pytest.approx(3, rel=0.1)
+    assert runs["plain"]["off_plain"] == 0.0
+
+
+def test_every_trial_at_full_size_is_a_config_that_the_trainer_takes(tmp_path: Path):
+    trials = full_size.trials(tmp_path / "lora.safetensors")
+    configs = [Config.model_validate(full_size.config(trial, tmp_path)) for trial in trials]
+    assert len({config.name for config in configs}) == len(trials) > 5
+    assert {config.train.method for config in configs} == {"sft", "trajectory_imitation", "de_distill"}
+    assert any(config.model.quantize for config in configs) and all(config.model.path for config in configs)

@@ -1,0 +1,97 @@
+"""Helpers of tests that train on the miniature: what a run left behind, how to spoil a step, other processes."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from zimage_train.config.schema import Config
+from zimage_train.diffusion.frozen import FrozenTransformer
+from zimage_train.lora.layers import base_layer
+from zimage_train.report.metrics import read_records
+from zimage_train.training import loop
+from zimage_train.training.loss import Loss
+
+ROOT = Path(__file__).parents[2]
+
+
+def frozen_tensor(frozen: FrozenTransformer, name: str) -> torch.Tensor:
+    """The frozen parameter `name`, as it is stored, also under a LoRA."""
+    owner, _, leaf = name.rpartition(".")
+    return getattr(base_layer(frozen.model, owner), leaf)
+
+
+def script(name: str) -> ModuleType:
+    """The module of scripts/`name`.py."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def folder(config: Config) -> Path:
+    return Path(config.output_dir) / config.name
+
+
+def losses(config: Config) -> list[float]:
+    return [record["loss"] for record in read_records(folder(config) / "metrics.jsonl")]
+
+
+def final(config: Config) -> bytes:
+    return (folder(config) / "lora" / f"{config.name}.safetensors").read_bytes()
+
+
+def facts(config: Config) -> dict:
+    return json.loads((folder(config) / "run.json").read_text())
+
+
+PREVIEWED = {"every": 2, "width": 64, "height": 64, "prompts": ["a red zorb on a blue background", "a red circle"]}
+
+
+def poison(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> list[int]:
+    """Make the loss of `steps` not a number."""
+    fired: list[int] = []
+    original = loop.losses
+    seen = {"step": 0}
+
+    def spoiled(model, batch, config):
+        seen["step"] += 1
+        for loss in original(model, batch, config):
+            if seen["step"] not in steps:
+                yield loss
+                continue
+            fired.append(seen["step"])
+            yield Loss(loss.objective * float("nan"), loss.plain * float("nan"))
+
+    monkeypatch.setattr(loop, "losses", spoiled)
+    return fired
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Ask the run to stop while it is in `step`, as SIGTERM would."""
+    original = loop.prefetch
+
+    def prefetch(run):
+        for at, loaded in original(run):
+            if at == step:
+                run.stop.signal_number = 15
+            yield at, loaded
+
+    monkeypatch.setattr(loop, "prefetch", prefetch)
+
+
+def run_python(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, env=environment(), capture_output=True, text=True, timeout=60
+    )
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": str(ROOT)}

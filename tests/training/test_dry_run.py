@@ -1,0 +1,313 @@
+"""What happens before step 1, and what a run says of its prediction afterwards."""
+
+import json
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from zimage_train import mini
+from zimage_train.cli.app import app
+from zimage_train.commands.train import run_training
+from zimage_train.config.load import dump_config
+from zimage_train.config.schema import Config
+from zimage_train.config.values import RecomputeMode
+from zimage_train.errors import ConfigError, DiskError
+from zimage_train.planning import calibration
+from zimage_train.planning.planner import NO_LIMIT
+from zimage_train.training import dry_run, fit, step_timer
+from zimage_train.training.step_timer import SlowStepDetector
+
+from helpers import PREVIEWED, facts, final, folder, losses
+
+
+def test_it_leaves_no_trace_in_what_is_trained(make_config, monkeypatch):
+    config = make_config(sample=PREVIEWED | {"first": False}, lora={"dropout": 0.2})
+    run_training(config, fresh=False)
+    assert facts(config)["rehearsal"]["seconds"] > 0
+    monkeypatch.setattr("zimage_train.commands.train.dry_run", lambda run: (run, {}))
+    plain = make_config(name="plain", sample=PREVIEWED | {"first": False}, lora={"dropout": 0.2})
+    run_training(plain, fresh=False)
+    assert losses(config) == losses(plain)
+    assert not (folder(config) / "rehearsal.safetensors").exists()
+
+
+def test_the_largest_batch_is_the_one_that_is_rehearsed(make_config, monkeypatch):
+    seen = []
+    original = dry_run._step
+    monkeypatch.setattr(dry_run, "_step", lambda run, batch: (seen.append(batch.x0.shape), original(run, batch))[1])
+    data = [{"folder": str(make_config().data[0].folder), "resolution": [64, 96], "trigger": "zorb"}]
+    config = make_config(data=data, train={"steps": 30, "batch_size": 2})
+    run_training(config, fresh=False)
+    (shape,) = seen
+    sizes = Counter()
+    for line in (folder(config) / "metrics.jsonl").read_text().splitlines():
+        sizes[len(json.loads(line)["samples"])] += 1
+    assert shape[0] == max(sizes) and shape[2] * shape[3] >= 140  # with 144 it makes as many tokens
+
+
+def test_each_start_rehearses_a_preview_where_none_is_due_before_its_first_step(make_config, monkeypatch):
+    drawn: list[int] = []
+    original = dry_run.render_images
+
+    def render(frozen, extras, recipes, *rest):
+        drawn.append(recipes[0].steps)
+        return original(frozen, extras, recipes, *rest)
+
+    monkeypatch.setattr(dry_run, "render_images", render)
+    run_training(make_config(sample=PREVIEWED, train={"steps": 2}), fresh=False)
+    assert drawn == []  # the images before step 1 are real
+    run_training(make_config(sample=PREVIEWED, train={"steps": 4}), fresh=False)
+    assert drawn == [1]
+
+
+def test_a_folder_that_cannot_take_a_checkpoint_ends_the_run_before_step_1(make_config, monkeypatch):
+    def full(*args):
+        raise DiskError(rehearsal_problem())
+
+    monkeypatch.setattr(dry_run.tensorfile, "save_with_digest", full)
+    config = make_config()
+    with pytest.raises(DiskError):
+        run_training(config, fresh=False)
+    assert not (folder(config) / "metrics.jsonl").exists() or losses(config) == []
+
+
+def rehearsal_problem():
+    from zimage_train.errors import Problem
+
+    return Problem("rehearsal", "the disk is full", "free some space")
+
+
+@pytest.mark.parametrize("failures", [1, 3])
+def test_where_memory_runs_out_more_is_recomputed_and_the_losses_are_the_same(
+    make_config, monkeypatch, capsys, failures
+):
+    wanted = make_config(name="wanted")
+    run_training(wanted, fresh=False)
+    original, fired, modes = dry_run._step, [], []
+
+    def short_of_memory(run, batch):
+        if len(fired) < failures:
+            fired.append(1)
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
+        return original(run, batch)
+
+    apply = dry_run.apply_recompute_plan
+
+    def spy(model, plan, dropout):
+        modes.append(plan.mode_of(plan.job.max_tokens))
+        apply(model, plan, dropout)
+
+    monkeypatch.setattr(dry_run, "_step", short_of_memory)
+    monkeypatch.setattr(dry_run, "apply_recompute_plan", spy)
+    config = make_config()
+    run_training(config, fresh=False)
+    assert len(fired) == failures
+    assert modes == ["elementwise", "w1w3", "attention"][:failures]
+    assert "did not fit as planned: more is recomputed" in capsys.readouterr().out
+    assert losses(config) == losses(wanted)
+
+
+def test_where_nothing_helps_the_run_ends_before_step_1_with_what_to_set(make_config, monkeypatch):
+    def never(run, batch):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
+
+    monkeypatch.setattr(dry_run, "_step", never)
+    config = make_config()
+    with pytest.raises(ConfigError, match=r"memory: CUDA out of memory") as caught:
+        run_training(config, fresh=False)
+    assert caught.value.exit_code == 2 and losses(config) == []
+
+
+def test_one_failure_with_nothing_left_to_recompute_is_the_end_and_is_not_tried_again(make_config, monkeypatch):
+    """A second try that went well would leave its gradient to step 1."""
+    fired: list[int] = []
+    original = dry_run._step
+
+    def once(run, batch):
+        fired.append(1)
+        if len(fired) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
+        return original(run, batch)
+
+    monkeypatch.setattr(dry_run, "_step", once)
+    with pytest.raises(ConfigError, match=r"memory: CUDA out of memory"):
+        run_training(make_config(memory={"checkpointing": True}), fresh=False)
+    assert fired == [1]
+
+
+def test_what_the_optimizer_will_take_is_held_until_it_has_it(make_config, monkeypatch):
+    held: list[int] = []
+    original = dry_run.torch.empty
+    monkeypatch.setattr(dry_run.torch, "empty", lambda *a, **k: (held.append(a[0]), original(*a, **k))[1])
+    config = make_config(optimizer={"name": "adamw"}, train={"steps": 2})
+    run_training(config, fresh=False)
+    trained = sum(tensor.numel() for name, tensor in load_file(final_path(config)).items() if "lora_" in name)
+    assert held.count(8 * trained) == 1
+    held.clear()
+    run_training(make_config(optimizer={"name": "adamw"}, train={"steps": 3}), fresh=False)
+    assert held.count(8 * trained) == 0 and held.count(0) == 1
+
+
+def final_path(config: Config) -> Path:
+    return folder(config) / "lora" / f"{config.name}.safetensors"
+
+
+# Quantised and streamed runs
+
+
+@pytest.mark.parametrize("kind", ["fp8", "int8", "nf4"])
+def test_a_quantised_run_trains_previews_resumes_and_says_what_it_costs(make_config, kind: str):
+    options = {"model": {"quantize": kind}, "sample": PREVIEWED, "memory": {"checkpointing": "w1w3", "offload": 0.5}}
+    config = make_config(**options)
+    run_training(make_config(**options, train={"steps": 2}), fresh=False)
+    run_training(config, fresh=False)
+    straight = make_config(name="straight", **options)
+    run_training(straight, fresh=False)
+    assert losses(config) == losses(straight)
+    assert facts(config)["plan"]["kind"] == kind and facts(config)["plan"]["streamed"] == 3
+    found = facts(config)["quantized"]
+    assert 0 < found["weight_error"] < 0.1 and found["adapter_arrived"] == pytest.approx(1, abs=0.03)
+    said = (folder(config) / "log.txt").read_text()
+    assert f"quantised to {kind}: weights are off by {found['weight_error']:.2%}; " in said
+    page = (folder(config) / "report.html").read_text()
+    assert f"{kind}, 3 of 6 blocks streamed from" in page
+    assert f"weights are off by {100 * found['weight_error']:.2f} %, " in page
+
+
+def test_another_kind_is_another_run_and_another_share_of_streamed_blocks_is_not(make_config):
+    run_training(make_config(model={"quantize": "int8"}, train={"steps": 1}), fresh=False)
+    run_training(make_config(model={"quantize": "int8"}, train={"steps": 2}, memory={"offload": 1.0}), fresh=False)
+    with pytest.raises(ConfigError, match=r'model.quantize: - "int8"  \+ null'):
+        run_training(make_config(train={"steps": 3}), fresh=False)
+
+
+def test_what_auto_has_chosen_stays_when_the_budget_changes(make_config, monkeypatch):
+    """On a smaller card the same run must not quantise anew: its weights would be others."""
+    monkeypatch.setattr("zimage_train.planning.planner.HOST_SHARE", 0.0)
+    auto = {"quantize": "auto"}
+    small = make_config(model=auto, train={"steps": 1}, memory={"budget_gb": 0.0066})
+    run_training(small, fresh=False)
+    chosen = facts(small)["plan"]["kind"]
+    assert chosen is not None
+    (folder(small) / "run.json").unlink()  # the checkpoint knows
+    large = make_config(model=auto, train={"steps": 2}, memory={"budget_gb": 50.0})
+    run_training(large, fresh=False)
+    assert facts(large)["plan"]["kind"] == chosen
+    other = make_config(name="other", model=auto, train={"steps": 1}, memory={"budget_gb": 50.0})
+    run_training(other, fresh=False)
+    assert facts(other)["plan"]["kind"] is None
+    assert final(other) != b""
+
+
+# Pace
+
+
+def test_a_step_that_takes_three_times_as_long_as_its_like_is_said_once():
+    watch = SlowStepDetector()
+    assert not any(watch.update("512", 2.0, None, None) for _ in range(9))
+    assert not any(watch.update("1024", 9.0, None, None) for _ in range(4))  # another kind, not slow
+    assert watch.update("512", 5.9, None, None) is None
+    said = watch.update("512", 6.5, None, None)
+    assert said.startswith("a step took 6.5 s where steps like it take 2.0 s") and "Sysmem Fallback" in said
+    assert watch.update("512", 60.0, None, None) is None
+
+
+def test_quick_steps_and_the_first_ones_are_left_alone():
+    watch = SlowStepDetector()
+    assert watch.update("a", 100.0, None, None) is None
+    assert not any(watch.update("b", 0.01, None, None) for _ in range(9))
+    assert watch.update("b", 0.9, None, None) is None
+
+
+def test_memory_beyond_the_card_is_said():
+    watch = SlowStepDetector()
+    assert watch.update("a", 1.0, 23e9, 24e9) is None
+    assert "25.5 GB are taken of a card with 24.0 GB: it spills into main memory" in watch.update(
+        "a", 1.0, 25.5e9, 24e9
+    )
+
+
+def test_the_warning_stands_in_the_log_of_the_run(make_config, monkeypatch):
+    monkeypatch.setattr(step_timer, "MIN_SAMPLES", 2)
+    monkeypatch.setattr(step_timer, "SHORTEST_SECONDS", 0.0)
+    monkeypatch.setattr(step_timer, "SLOW_FACTOR", 0.0)
+    config = make_config(train={"steps": 12})
+    run_training(config, fresh=False)
+    assert "where steps like it take" in (folder(config) / "log.txt").read_text()
+
+
+# Measured runs
+
+
+def test_a_run_corrects_what_check_predicts_for_this_device(make_config, tmp_path):
+    config = make_config(train={"steps": 12}, cache={"folder": str(tmp_path / "cache")})
+    (tmp_path / "c.yaml").write_text(dump_config(config))
+
+    def time() -> str:
+        output = CliRunner().invoke(app, ["check", str(tmp_path / "c.yaml")]).output
+        return next(line for line in output.splitlines() if line.startswith("time"))
+
+    assert "not known for this device before a run on it" in time()
+    run_training(config, fresh=False)
+    (known,) = json.loads((tmp_path / "cache" / "measured.json").read_text())
+    assert known["device"].startswith("cpu, ") and known["steps"] == 12 and known["memory_ratio"] is None
+    assert f"corrected by x{known['time_ratio']:.2f} from one run here" in time()
+
+
+def test_a_memo_that_cannot_be_written_costs_no_run(make_config, tmp_path, capsys):
+    (tmp_path / "cache" / "measured.json").mkdir(parents=True)
+    config = make_config(train={"steps": 12}, cache={"folder": str(tmp_path / "cache")})
+    run_training(config, fresh=False)
+    said = capsys.readouterr().out
+    assert "warning: " in said and "measured.json" in said and "done: " in said
+    assert (folder(config) / "report.html").exists()
+
+
+def test_the_largest_batch_of_every_mode_is_rehearsed_the_one_that_takes_most_first(make_config, monkeypatch):
+    """A small batch that keeps everything may take more than a large one that recomputes."""
+    seen: list[int] = []
+    original = dry_run._step
+    monkeypatch.setattr(
+        dry_run, "_step", lambda run, batch: (seen.append(batch.x0[0, 0].numel()), original(run, batch))[1]
+    )
+    limits: dict[RecomputeMode, int] = {"none": 80, "elementwise": 0, "w1w3": 0, "attention": 0, "full": NO_LIMIT}
+    planned = fit.plan_for_devices
+    monkeypatch.setattr(fit, "plan_for_devices", lambda *args: replace(planned(*args), limits=limits))
+    data = [{"folder": str(mini.IMAGES), "resolution": [64, 128], "trigger": "zorb"}]
+    run_training(make_config(data=data, train={"steps": 1, "batch_size": 1}), fresh=False)
+    assert len(seen) >= 2 and seen[0] < seen[1]
+
+
+def steps(ratio: float, count: int = 20) -> list[tuple[float, float]]:
+    return [(50.0, 1.0)] * 3 + [(ratio * seconds, seconds) for seconds in (0.5, 1.0, 2.0) * count][: count - 3]
+
+
+def test_the_correction_is_the_median_and_the_first_steps_do_not_count(tmp_path):
+    path = tmp_path / "measured.json"
+    assert calibration.calibration_factor(path, "4090") is None
+    for ratio in (1.2, 1.3, 2.0):
+        calibration.record_measurement(path, calibration.measure("4090", steps(ratio), 21.0, 20.0))
+    calibration.record_measurement(path, calibration.measure("3090", steps(0.5), None, 20.0))
+    found = calibration.calibration_factor(path, "4090")
+    assert (found.runs, found.time, found.memory) == (3, pytest.approx(1.3), pytest.approx(1.05))
+    assert found.spread == pytest.approx(0.7 / 1.3)
+    assert "corrected by x1.30 from 3 runs here, which differ by up to 54%, memory x1.05" in found.in_words()
+    assert calibration.calibration_factor(path, "3090").memory is None
+
+
+def test_a_short_run_says_nothing_and_old_ones_are_forgotten(tmp_path):
+    assert calibration.measure("4090", steps(1.0, 9), 1.0, 1.0) is None
+    for number in range(30):
+        calibration.record_measurement(tmp_path / "m.json", calibration.measure("4090", steps(1.0 + number), None, 1.0))
+    assert calibration.calibration_factor(tmp_path / "m.json", "4090").runs == calibration.MAX_MEASUREMENTS
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", '[{"device": 1}]', '{"a": 1}', "\xff", "[" * 5000])
+def test_a_damaged_memo_knows_nothing(tmp_path, content: str):
+    (tmp_path / "m.json").write_text(content, encoding="latin-1")
+    assert calibration.calibration_factor(tmp_path / "m.json", "4090") is None

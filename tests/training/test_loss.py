@@ -1,0 +1,348 @@
+"""The step: its loss and gradient against independent float64 arithmetic, batching, checkpointing, dropout."""
+
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from zimage_train import mini
+from zimage_train.config.schema import Config
+from zimage_train.diffusion.frozen import FrozenTransformer, load_frozen
+from zimage_train.lora import layers, targets
+from zimage_train.lora.layers import LoraLayers
+from zimage_train.training.loss import (
+    Batch,
+    BatchExtras,
+    losses,
+    mask_weights,
+    outside_weights,
+    preservation_loss,
+    prior_velocity,
+    sft_loss,
+)
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def same_numbers_every_time() -> None:
+    torch.manual_seed(0)
+
+
+def trainable(dropout: float = 0.0) -> tuple[FrozenTransformer, LoraLayers]:
+    """The miniature with a LoRA whose B is not zero, so that gradients reach A too."""
+    frozen = load_frozen(mini.TURBO / "transformer", None, "fp32", CPU)
+    modules = targets.select_modules(["attention", "feed_forward"], frozen.shape.linears)
+    attached = layers.attach_lora(frozen.model, modules, 4, None, dropout, 1)
+    draw = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for b in attached.b.values():
+            b.copy_(torch.randn(b.shape, generator=draw) * 0.02)
+    frozen.model.train()
+    return frozen, attached
+
+
+def batch(size: int, lengths: tuple[int, ...] = (9, 40, 70, 3)) -> Batch:
+    """Samples with captions of different padded lengths."""
+    draw = torch.Generator().manual_seed(4)
+    return Batch(
+        x0=torch.randn(size, 16, 8, 12, generator=draw),
+        noise=torch.randn(size, 16, 8, 12, generator=draw),
+        sigma=torch.rand(size, generator=draw),
+        weight=torch.rand(size, generator=draw) + 0.5,
+        prompt_embeds=[torch.randn(length, 64, generator=draw) for length in lengths[:size]],
+    )
+
+
+def single(whole: Batch, index: int) -> Batch:
+    cut = slice(index, index + 1)
+    return Batch(whole.x0[cut], whole.noise[cut], whole.sigma[cut], whole.weight[cut], whole.prompt_embeds[cut])
+
+
+def with_extras(data: Batch, **extras: Any) -> Batch:
+    return replace(data, extras=BatchExtras(**extras))
+
+
+def raw_velocity(frozen: FrozenTransformer, data: Batch, embeds: list[torch.Tensor]) -> torch.Tensor:
+    """The velocity (b, 16, h, w) in float64, by the model's own conventions."""
+    found = []
+    for index, one in enumerate(embeds):
+        sigma = float(data.sigma[index])
+        x = (1 - sigma) * data.x0[index].double() + sigma * data.noise[index].double()
+        with torch.no_grad():
+            raw = frozen.model([x.float().unsqueeze(1)], torch.tensor([1 - sigma]), [one], return_dict=False)[0][0]
+        found.append(-raw.squeeze(1).double())
+    return torch.stack(found)
+
+
+def without_b(attached: LoraLayers, run: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """What `run` gives with B set to zero: the model without its LoRA, found another way than by switching it off."""
+    state = {name: tensor.clone() for name, tensor in attached.state().items()}
+    for name in state:
+        if name.endswith(".B"):
+            attached.state()[name].zero_()
+    result = run()
+    for name, tensor in attached.state().items():
+        tensor.copy_(state[name])
+    return result
+
+
+def gradient(
+    frozen: FrozenTransformer, attached: LoraLayers, data: Batch, differential: float | None = None
+) -> torch.Tensor:
+    grads = torch.autograd.grad(sft_loss(frozen.model, data, differential).objective, attached.parameters())
+    return torch.cat([grad.flatten() for grad in grads])
+
+
+def test_the_loss_is_the_weighted_mean_square_of_an_independent_calculation():
+    frozen, _ = trainable()
+    data = batch(3)
+    total = 0.0
+    for index in range(3):
+        sigma = float(data.sigma[index])
+        x = (1 - sigma) * data.x0[index].double() + sigma * data.noise[index].double()
+        with torch.no_grad():
+            raw = frozen.model(
+                [x.float().unsqueeze(1)], torch.tensor([1 - sigma]), [data.prompt_embeds[index]], return_dict=False
+            )[0][0]
+        # The model predicts x0 - noise.
+        error = raw.squeeze(1).double() - (data.x0[index].double() - data.noise[index].double())
+        total += float(data.weight[index]) * float((error**2).mean())
+    assert float(sft_loss(frozen.model, data, None).objective.detach()) == pytest.approx(total / 3, rel=1e-5)
+
+
+def test_the_gradient_of_a_batch_is_the_mean_of_single_gradients_with_captions_of_any_length():
+    frozen, attached = trainable()
+    data = batch(4)
+    together = gradient(frozen, attached, data)
+    apart = torch.stack([gradient(frozen, attached, single(data, index)) for index in range(4)]).mean(dim=0)
+    assert float((together - apart).norm() / apart.norm()) < 1e-4
+
+
+@pytest.mark.parametrize("scale", [2.0, 3.0])
+def test_differential_guidance_makes_the_gradient_exactly_that_much_larger(scale: float):
+    frozen, attached = trainable()
+    data = batch(2)
+    plain, guided = gradient(frozen, attached, data), gradient(frozen, attached, data, scale)
+    assert torch.allclose(guided, scale * plain, rtol=1e-4, atol=1e-7)
+    loss = sft_loss(frozen.model, data, scale)
+    assert float(loss.objective.detach()) == pytest.approx(scale**2 * float(loss.plain), rel=1e-5)
+    assert float(loss.plain) == pytest.approx(float(sft_loss(frozen.model, data, None).objective.detach()), rel=1e-6)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_recomputing_activations_changes_no_gradient(dropout: float):
+    frozen, attached = trainable(dropout)
+    data = batch(2)
+    torch.manual_seed(9)
+    kept = gradient(frozen, attached, data)
+    frozen.model.enable_gradient_checkpointing(
+        partial(checkpoint, use_reentrant=False, preserve_rng_state=dropout > 0, determinism_check="none")
+    )
+    torch.manual_seed(9)
+    assert torch.equal(gradient(frozen, attached, data), kept)
+
+
+def test_recomputation_saves_memory():
+    def saved_bytes(recompute: bool) -> int:
+        frozen, _ = trainable()
+        if recompute:
+            frozen.model.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=False))
+        total = 0
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            nonlocal total
+            total += tensor.numel() * tensor.element_size()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            sft_loss(frozen.model, batch(1), None)
+        return total
+
+    assert saved_bytes(True) < saved_bytes(False) / 5
+
+
+def test_lora_dropout_changes_training_and_not_sampling():
+    frozen, attached = trainable(0.5)
+    data = batch(1)
+    torch.manual_seed(1)
+    one = gradient(frozen, attached, data)
+    torch.manual_seed(2)
+    assert not torch.equal(gradient(frozen, attached, data), one)
+    frozen.model.eval()
+    first, second = (sft_loss(frozen.model, data, None).objective.detach() for _ in range(2))
+    assert torch.equal(first, second)
+
+
+# Preservation, masks, priors, contrastive guidance: each against float64 arithmetic
+
+
+def test_the_prior_is_the_model_without_the_lora_and_nothing_is_left_switched_off():
+    frozen, attached = trainable()
+    data = batch(2)
+    x = (1 - data.sigma.view(-1, 1, 1, 1)) * data.x0 + data.sigma.view(-1, 1, 1, 1) * data.noise
+    before = float(sft_loss(frozen.model, data, None).plain)
+    prior = prior_velocity(frozen.model, x, data.sigma, data.prompt_embeds)
+    assert not prior.requires_grad
+    expected = without_b(attached, lambda: raw_velocity(frozen, data, data.prompt_embeds))
+    assert torch.allclose(prior.double(), expected, atol=1e-4)
+    assert not torch.allclose(raw_velocity(frozen, data, data.prompt_embeds), expected, atol=1e-3)
+    assert float(sft_loss(frozen.model, data, None).plain) == before
+
+
+def test_preservation_is_the_mean_square_to_the_prior_for_its_own_prompt():
+    frozen, attached = trainable()
+    data = batch(2)
+    held = [torch.randn(11, 64), torch.randn(35, 64)]
+    loss = preservation_loss(frozen.model, data, held, 2.5)
+    own = raw_velocity(frozen, data, held)
+    prior = without_b(attached, lambda: raw_velocity(frozen, data, held))
+    expected = float((own - prior).square().mean())
+    assert float(loss.plain) == pytest.approx(expected, rel=1e-3)
+    assert float(loss.objective.detach()) == pytest.approx(2.5 * expected, rel=1e-3)
+    assert loss.name == "preservation"
+
+
+def test_what_is_learned_and_what_is_held_are_never_in_memory_together():
+    frozen, _ = trainable()
+    data = with_extras(batch(1), preserve_embeds=[torch.randn(20, 64)])
+    config = Config.model_validate({"name": "a", "data": [{"folder": "x"}], "preserve": {"kind": "blank"}})
+    alive: dict[int, int] = {}
+    most = [0]
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        kept = tensor.detach()
+        if id(kept) not in alive:
+            alive[id(kept)] = kept.numel()
+            weakref.finalize(kept, alive.pop, id(kept), None)
+            most[0] = max(most[0], sum(alive.values()))
+        return kept
+
+    def peak(parts: Iterator[Any]) -> int:
+        alive.clear()
+        most[0] = 0
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            for loss in parts:
+                loss.objective.backward()
+        return most[0]
+
+    one = peak(sft_loss(frozen.model, batch(1), None) for _ in range(1))
+    both = peak(losses(frozen.model, data, config))
+    assert one > 10_000 and both <= one * 1.1
+    names = [loss.name for loss in losses(frozen.model, data, config)]
+    assert names == ["loss", "preservation"]
+    assert [loss.name for loss in losses(frozen.model, batch(1), config)] == ["loss"]
+
+
+def test_both_parts_reach_the_gradient():
+    frozen, attached = trainable()
+    held = [torch.randn(20, 64)]
+    data = with_extras(batch(1), preserve_embeds=held)
+    config = Config.model_validate(
+        {"name": "a", "data": [{"folder": "x"}], "preserve": {"kind": "blank", "weight": 3.0}}
+    )
+    for loss in losses(frozen.model, data, config):
+        loss.objective.backward()
+    together = torch.cat([parameter.grad.flatten() for parameter in attached.parameters()])
+    parts = torch.autograd.grad(preservation_loss(frozen.model, data, held, 1.0).objective, attached.parameters())
+    own = gradient(frozen, attached, batch(1))
+    expected = own + 3.0 * torch.cat([part.flatten() for part in parts])
+    assert float((together - expected).norm() / expected.norm()) < 1e-4
+    assert float((together - own).norm()) > 0.01 * float(own.norm())
+
+
+def test_a_mask_weighs_places_and_a_sample_counts_the_same_however_little_is_trained():
+    frozen, _ = trainable()
+    data = batch(2)
+    masks = [torch.zeros(1, 8, 12), None]
+    masks[0][:, :, :3] = 1.0
+    weights = mask_weights(masks, [0.2, 0.7], data.x0.shape)
+    assert weights is not None and torch.allclose(weights.mean(dim=(1, 2, 3)), torch.ones(2))
+    assert float(weights[0, 0, 0, 0] / weights[0, 0, 0, 11]) == pytest.approx(5.0)
+    assert torch.equal(weights[1], torch.ones(1, 8, 12))
+    error = raw_velocity(frozen, data, data.prompt_embeds) - (data.noise - data.x0).double()
+    total = 0.0
+    for index in range(2):
+        square = error[index].square()
+        if index == 0:
+            inside, outside = square[:, :, :3].mean(), square[:, :, 3:].mean()
+            mean = (0.25 * inside + 0.75 * 0.2 * outside) / (0.25 + 0.75 * 0.2)
+        else:
+            mean = square.mean()
+        total += float(data.weight[index]) * float(mean)
+    found = sft_loss(frozen.model, with_extras(data, mask=weights), None)
+    assert float(found.objective.detach()) == pytest.approx(total / 2, rel=1e-4)
+
+
+def test_what_is_masked_out_is_held_to_the_prior():
+    frozen, attached = trainable()
+    data = batch(2)
+    mask = torch.zeros(1, 8, 12)
+    mask[:, :, :3] = 1.0
+    outside = outside_weights([mask, None], [0.5, 0.5], data.x0.shape)
+    assert outside is not None and float(outside[1].abs().max()) == 0.0
+    assert float(outside[0].mean()) == pytest.approx(0.5) and float(outside[0, 0, 0, 0]) == 0.0
+    own = raw_velocity(frozen, data, data.prompt_embeds)
+    prior = without_b(attached, lambda: raw_velocity(frozen, data, data.prompt_embeds))
+    held = 0.5 * float((own[0] - prior[0])[:, :, 3:].square().mean())
+    found = sft_loss(frozen.model, with_extras(data, outside=outside), None)
+    plain = float(sft_loss(frozen.model, data, None).plain)
+    assert float(found.plain) == pytest.approx(plain, rel=1e-6)
+    assert float(found.objective.detach()) == pytest.approx(plain + float(data.weight[0]) * held / 2, rel=1e-4)
+    assert held > 1e-5
+
+
+@pytest.mark.parametrize(("masks", "weights"), [([None, None], [1.0, 1.0]), ([torch.ones(1, 8, 12), None], [0.0, 0.0])])
+def test_where_nothing_is_held_outside_nothing_is_computed(masks: list[Any], weights: list[float]):
+    assert outside_weights(masks, weights, torch.Size((2, 16, 8, 12))) is None
+
+
+def test_no_mask_is_no_weight_and_a_black_one_is_no_infinity():
+    assert mask_weights([None, None], [0.1, 0.1], torch.Size((2, 16, 8, 12))) is None
+    black = mask_weights([torch.zeros(1, 8, 12)], [0.0], torch.Size((1, 16, 8, 12)))
+    assert black is not None and float(black.abs().max()) == 0.0
+    grey = mask_weights([torch.zeros(1, 8, 12)], [0.1], torch.Size((1, 16, 8, 12)))
+    assert grey is not None and torch.allclose(grey, torch.ones(1, 1, 8, 12))
+
+
+def test_regularization_by_the_prior_has_the_prior_for_its_target():
+    frozen, attached = trainable()
+    data = batch(3)
+    to_prior = torch.tensor([True, False, True])
+    own = raw_velocity(frozen, data, data.prompt_embeds)
+    prior = without_b(attached, lambda: raw_velocity(frozen, data, data.prompt_embeds))
+    target = (data.noise - data.x0).double()
+    target[to_prior] = prior[to_prior]
+    expected = float((data.weight.double() * (own - target).square().mean(dim=(1, 2, 3))).mean())
+    found = sft_loss(frozen.model, with_extras(data, to_prior=to_prior), None)
+    assert float(found.objective.detach()) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("differential", [None, 2.0])
+def test_contrastive_guidance_moves_the_target_away_from_the_empty_prompt(differential: float | None):
+    frozen, _ = trainable()
+    data = batch(2)
+    empty = torch.randn(8, 64)
+    own = raw_velocity(frozen, data, data.prompt_embeds)
+    unconditional = raw_velocity(frozen, data, [empty, empty])  # with the LoRA
+    target = (data.noise - data.x0).double()
+    moved = unconditional + 1.7 * (target - unconditional)
+    scale = differential or 1.0
+    expected = scale**2 * float((data.weight.double() * (own - moved).square().mean(dim=(1, 2, 3))).mean())
+    found = sft_loss(frozen.model, with_extras(data, empty_embeds=empty), differential, 1.7)
+    assert float(found.objective.detach()) == pytest.approx(expected, rel=1e-4)
+    assert float(found.plain) == pytest.approx(float(sft_loss(frozen.model, data, None).plain), rel=1e-6)
+
+
+def test_what_is_held_to_the_prior_is_not_moved_by_guidance():
+    frozen, _ = trainable()
+    data = batch(2)
+    everyone = torch.tensor([True, True])
+    held = sft_loss(frozen.model, with_extras(data, to_prior=everyone), None)
+    guided = sft_loss(frozen.model, with_extras(data, to_prior=everyone, empty_embeds=torch.randn(8, 64)), None, 3.0)
+    assert float(guided.objective.detach()) == pytest.approx(float(held.objective.detach()), rel=1e-6)

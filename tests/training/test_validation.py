@@ -1,0 +1,174 @@
+"""Validation measures the same thing every time, at the noise levels it names, and disturbs nothing."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from zimage_train import mini
+from zimage_train.commands.train import run_training
+from zimage_train.errors import DataError, Stopped
+from zimage_train.planning import preflight
+from zimage_train.report.metrics import read_records
+from zimage_train.training import validation
+
+from helpers import facts, folder, losses, stop_after
+
+
+@pytest.fixture
+def held_out(tmp_path: Path) -> Path:
+    place = tmp_path / "held_out"
+    place.mkdir()
+    for path in sorted(mini.IMAGES.glob("zorb_0[1-3].*")):
+        (place / path.name).write_bytes(path.read_bytes())
+    return place
+
+
+def found(config) -> list[dict]:
+    return [one for one in read_records(folder(config) / "events.jsonl") if one.get("event") == "validation"]
+
+
+def settings(place: Path, every: int | None = 2) -> dict:
+    return {"folder": str(place), "every": every, "resolution": 64}
+
+
+def test_the_noise_levels_are_the_deciles_and_those_of_turbo(make_config):
+    linear = validation.validation_sigmas(make_config(timesteps={"type": "linear", "min": 0.2}))
+    assert linear.trained == pytest.approx([0.2 + 0.8 * (1 - index / 10) for index in range(1, 10)])
+    assert linear.turbo == pytest.approx([1, 0.9545, 0.9, 0.8333, 0.75, 0.6429, 0.5, 0.3], abs=1e-4)
+    biased = validation.validation_sigmas(make_config(timesteps={"type": "linear", "bias": "high_noise"}))
+    assert biased.trained == pytest.approx([1 - (index / 10) ** 3 for index in range(1, 10)])
+
+
+def test_it_is_measured_before_step_1_every_so_often_and_after_the_last(make_config, held_out, capsys):
+    config = make_config(validation=settings(held_out), train={"steps": 5})
+    run_training(config, fresh=False)
+    records = found(config)
+    assert [one["step"] for one in records] == [0, 2, 4, 5]
+    for one in records:
+        values = dict(map(tuple, one["by_sigma"]))
+        assert len(one["by_sigma"]) == 17
+        assert one["loss"] == pytest.approx(sum(value for _, value in one["by_sigma"][:9]) / 9)
+        assert one["loss_turbo"] == pytest.approx(sum(value for _, value in one["by_sigma"][9:]) / 8)
+        assert all(value > 0 for value in values.values())
+    assert len({one["loss"] for one in records}) == 4
+    said = capsys.readouterr().out
+    lowest = min(records, key=lambda one: one["loss"])
+    assert f"lowest validation loss: {lowest['loss']:.4f} at step {lowest['step']}" in said
+
+
+def test_it_is_the_mean_square_of_an_independent_calculation(make_config, held_out, monkeypatch):
+    runs = []
+    measure = validation.measure
+    monkeypatch.setattr(validation, "measure", lambda run, at, step: (runs.append(run), measure(run, at, step))[1])
+    config = make_config(validation=settings(held_out, every=1), train={"steps": 1}, lora={"dropout": 0.5})
+    run_training(config, fresh=False)
+    run = runs[-1]
+    sigma, value = found(config)[-1]["by_sigma"][6]
+    sigma = validation.validation_sigmas(config).trained[6]
+    total = 0.0
+    run.frozen.model.eval()
+    for item in run.held_out:
+        x0 = run.dataset.latents(item).float()
+        noise = validation._noise(config, item, x0.shape)
+        x = (1 - sigma) * x0.double() + sigma * noise.double()
+        embeds = run.dataset.embeds(item.image.prompts[0])
+        with torch.no_grad():
+            given = ([x.float().unsqueeze(1)], torch.tensor([1 - sigma]), [embeds])
+            raw = run.frozen.model(*given, return_dict=False)[0][0]
+        total += float((raw.squeeze(1).double() - (x0 - noise).double()).square().mean())
+    assert value == pytest.approx(total / 3, rel=1e-4)
+
+
+def test_it_reads_captions_as_the_first_entry_does(make_config, held_out):
+    for path in held_out.glob("*.txt"):
+        path.unlink()
+    (held_out / "zorb_02.txt").write_text("a thing")
+    checked = preflight.check_run(make_config(validation=settings(held_out)))
+    prompts = [item.image.prompts for item in checked.held_out]
+    assert prompts == [("zorb",), ("zorb a thing",), ("zorb",)]
+    assert {(item.size.width * item.size.height <= 64 * 64, item.flip, item.repeat) for item in checked.held_out} == {
+        (True, False, 0)
+    }
+
+
+def test_images_that_are_trained_on_too_are_pointed_out(make_config, held_out):
+    notes = preflight.check_run(make_config(validation=settings(held_out))).notes
+    assert any("3 of its images are trained on too (zorb_01.png)" in note for note in notes)
+
+
+def test_a_folder_that_is_not_there_is_refused_and_off_is_not_looked_at(make_config, tmp_path):
+    with pytest.raises(DataError, match="does not exist"):
+        preflight.check_run(make_config(validation=settings(tmp_path / "none")))
+    assert preflight.check_run(make_config(validation=settings(tmp_path / "none", every=None))).held_out == []
+
+
+def test_a_run_that_goes_on_measures_nothing_twice_and_the_same(make_config, held_out, monkeypatch):
+    whole = make_config(name="whole", validation=settings(held_out), train={"steps": 4})
+    run_training(whole, fresh=False)
+    stopped = make_config(validation=settings(held_out), train={"steps": 4})
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2)
+        with pytest.raises(Stopped):
+            run_training(stopped, fresh=False)
+    run_training(stopped, fresh=False)
+    assert found(stopped) == found(whole) and losses(stopped) == losses(whole)
+    assert facts(stopped)["starts"] == [0, 2]
+
+
+def test_tensorboard_shows_it(make_config, held_out):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = make_config(validation=settings(held_out), train={"steps": 2}, log={"tensorboard": True})
+    run_training(config, fresh=False)
+    shown = EventAccumulator(str(folder(config) / "tensorboard"))
+    shown.Reload()
+    values = [(one.step, pytest.approx(one.value, rel=1e-6)) for one in shown.Scalars("validation/loss")]
+    assert [(one["step"], one["loss"]) for one in found(config)] == values
+    assert json.dumps(found(config)[0])
+
+
+def test_the_report_draws_it_and_names_the_lowest(make_config, held_out):
+    config = make_config(validation=settings(held_out, every=1), train={"steps": 3}, preserve={"kind": "blank"})
+    run_training(config, fresh=False)
+    page = (folder(config) / "report.html").read_text()
+    lowest = min(found(config), key=lambda one: one["loss"])
+    assert f"Lowest at step {lowest['step']}: {lowest['loss']:.4f}" in page
+    assert 'aria-label="Validation loss by step"' in page and 'aria-label="Preservation by step"' in page
+    plain = make_config(name="plain", train={"steps": 3})
+    run_training(plain, fresh=False)
+    page = (folder(plain) / "report.html").read_text()
+    assert "Validation loss" not in page and "Preservation" not in page
+
+
+def test_what_other_images_gave_is_not_compared(make_config, held_out, capsys):
+    first = make_config(validation=settings(held_out, every=1), train={"steps": 1})
+    run_training(first, fresh=False)
+    (held_out / "zorb_01.png").unlink()
+    (held_out / "zorb_01.txt").unlink()
+    capsys.readouterr()
+    second = make_config(validation=settings(held_out, every=1), train={"steps": 3})
+    run_training(second, fresh=False)
+    said = capsys.readouterr().out
+    assert len({one["of"] for one in found(second)}) == 2
+    lowest = min((one for one in found(second) if one["of"] == found(second)[-1]["of"]), key=lambda one: one["loss"])
+    assert f"lowest validation loss: {lowest['loss']:.4f} at step {lowest['step']}" in said
+
+
+def test_running_out_of_memory_in_validation_costs_no_step(make_config, held_out, monkeypatch, capsys):
+    def full(run, at, step):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(validation, "measure", full)
+    config = make_config(validation=settings(held_out), train={"steps": 2})
+    run_training(config, fresh=False)
+    assert found(config) == [] and "lower validation.resolution; training goes on" in capsys.readouterr().out
+
+
+def test_captions_are_read_as_those_of_the_first_folder_of_the_concept(make_config, held_out):
+    (held_out / "zorb_02.txt").write_text("one\ntwo")
+    own = {"folder": str(mini.IMAGES), "resolution": [64], "trigger": "zorb", "caption_lines": True}
+    of_class = {"folder": str(held_out), "resolution": [64], "regularization": True}
+    checked = preflight.check_run(make_config(data=[of_class, own], validation=settings(held_out)))
+    assert checked.held_out[1].image.prompts == ("zorb one", "zorb two")
