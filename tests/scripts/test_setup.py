@@ -1,11 +1,16 @@
-"""The set-up scripts: which Python and which torch they take, when they install, and what they hand on."""
+"""Setting up: which Python and which torch are taken, when pip is asked, and what the commands hand on.
+
+Windows and macOS are simulated: their names and folders, on the system that runs this.
+"""
 
 import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 import tomllib
 import zipfile
 from pathlib import Path
@@ -14,8 +19,12 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+import setup_venv
+from setup_venv import Checkout
+
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPTS = [ROOT / "scripts/setup_venv.sh", ROOT / "scripts/quickstart.sh", ROOT / "scripts/test.sh", ROOT / ".ci/run"]
+WRAPPERS = [ROOT / "scripts/quickstart.sh", ROOT / "scripts/test.sh", ROOT / ".ci/run"]
+SCRIPT = ROOT / "scripts/setup_venv.py"
 START = ROOT / "scripts/runpod/start.sh"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 PYTHON = sys._base_executable
@@ -23,22 +32,29 @@ BASH = shutil.which("bash") or "bash"
 
 # Stands for pip: notes what it is asked to install, and puts the command there as an install would. (Putting pip itself
 # into each virtual environment would take five seconds a time.)
-PIP_STUB = (
-    f"""
-find_python() {{ echo ./python; }}
-printf '%s\\n' '#!/bin/sh' '[ "$2" != venv ] || set -- "$@" --without-pip' 'exec "{PYTHON}" "$@"' >python
-chmod +x python
+PIP_STUB = """
+import json, os, pathlib, sys, time
+if "--constraint" in sys.argv:
+    settings = {name: os.environ.get(name) for name in ("PIP_CONSTRAINT", "PIP_USER", "PIP_EXTRA_INDEX_URL")}
+    pathlib.Path("pip.log").write_text(json.dumps({"asked": " ".join(sys.argv[1:]), **settings}))
+    time.sleep(float(os.environ.get("STUB_SECONDS", 0)))
+    if "STUB_ERROR" in os.environ:
+        sys.exit(os.environ["STUB_ERROR"])
+    pathlib.Path(os.environ["STUB_PROGRAM"]).touch()
+elif "--version" not in sys.argv:
+    sys.exit(1)
 """
-    + """
-venv_pip() {
-  case "$*" in *--constraint*) ;; *) return 1 ;; esac
-  printf '%s\\n' "$*" >>pip.log
-  printf '#!/bin/sh\\n' >.venv/bin/zimage-train
-  chmod +x .venv/bin/zimage-train
-}
-venv_works() { .venv/bin/python -c '' 2>/dev/null; }
+
+# Stands for an interpreter: makes virtual environments without pip, and for Windows such as they look there.
+PYTHON_STUB = f"""
+[ "$2" = venv ] || exec "{PYTHON}" "$@"
+for folder; do :; done
+if [ "$STUB_PLATFORM" != win32 ]; then exec "{PYTHON}" "$@" --without-pip; fi
+mkdir -p "$folder/Scripts"
+touch "$folder/pyvenv.cfg"
+printf '#!{BASH}\\nexec "{PYTHON}" "$@"\\n' >"$folder/Scripts/python.exe"
+chmod +x "$folder/Scripts/python.exe"
 """
-)
 
 
 def pins() -> dict[str, str]:
@@ -54,59 +70,96 @@ def executable(path: Path, body: str) -> Path:
     return path
 
 
+def write_stub_module(folder: Path, name: str, body: str) -> None:
+    (folder / name).mkdir(parents=True)
+    (folder / name / "__init__.py").touch()
+    (folder / name / "__main__.py").write_text(body, encoding="utf-8")
+
+
 @pytest.fixture
-def checkout(tmp_path: Path) -> Path:
-    """A checkout with as much of the project as installing it takes, in a folder with a space in its name."""
-    folder = tmp_path / "a checkout"
-    for name in ("scripts/setup_venv.sh", "scripts/quickstart.sh", "scripts/test.sh", "zimage_train/__init__.py"):
+def stubs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Stand in, for this process and those it starts, for pip, the interpreter and a machine without a GPU."""
+    folder = tmp_path / "stubs"
+    write_stub_module(folder / "modules", "pip", PIP_STUB)
+    executable(folder / "nvidia-smi", "exit 9")
+    executable(folder / "python", PYTHON_STUB)
+    executable(folder / "python3", f'exec "{PYTHON}" "$@"')
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("PYTHONPATH", str(folder / "modules"))
+    for name in ("PIP_EXTRA_INDEX_URL", "ZIMAGE_PYTHON"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(setup_venv, "find_python", lambda platform: folder / "python")
+    return folder
+
+
+def copy_checkout(folder: Path) -> Path:
+    """Copy as much of the project as installing it takes."""
+    names = ("scripts/setup_venv.py", "scripts/quickstart.sh", "scripts/test.sh", "zimage_train/__init__.py")
+    for name in (*names, "pyproject.toml", "constraints.txt", "README.md", "LICENSE"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / name, folder / name)
-    for name in ("pyproject.toml", "constraints.txt", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder / name)
     return folder
 
 
-def shell(checkout: Path, code: str, **env: str) -> subprocess.CompletedProcess[str]:
-    """Run `code` with the functions of setup_venv.sh, and without a terminal."""
-    return subprocess.run(
-        [BASH, "-c", f"set -euo pipefail\nsource scripts/setup_venv.sh\n{code}"],
-        cwd=checkout,
-        env={**os.environ, "ZIMAGE_PYTHON": PYTHON, **env},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+@pytest.fixture(params=["linux", "darwin", "win32"])
+def checkout(request: pytest.FixtureRequest, tmp_path: Path, stubs: Path, monkeypatch: pytest.MonkeyPatch) -> Checkout:
+    """A checkout in a folder with a space in its name, on each platform."""
+    made = Checkout(copy_checkout(tmp_path / "a checkout"), request.param)
+    monkeypatch.setenv("STUB_PLATFORM", made.platform)
+    monkeypatch.setenv("STUB_PROGRAM", str(made.program("zimage-train")))
+    return made
 
 
-def python_3_10() -> str:
+on_linux = pytest.mark.parametrize("checkout", ["linux"], indirect=True)
+
+
+def asked_of_pip(checkout: Checkout) -> dict[str, str | None]:
+    return json.loads((checkout.root / "pip.log").read_text(encoding="utf-8"))
+
+
+def make_plain_venv(checkout: Checkout) -> None:
+    command = [str(checkout.root.parent / "stubs/python"), "-m", "venv", str(checkout.venv)]
+    subprocess.run(command, check=True)
+
+
+def run(command: list[str | Path], cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run a program without a terminal."""
+    environ, nothing = {**os.environ, **env}, subprocess.DEVNULL
+    return subprocess.run(command, cwd=cwd, env=environ, stdin=nothing, capture_output=True, text=True, check=False)
+
+
+def old_python(version: str) -> str:
     """A Python that is too old, if this machine has one: on the path, or among pyenv's."""
-    versions = [""]
+    command = [f"python{version}", "-c", "import sys; print(sys.executable)"]
+    listed = [""]
     if shutil.which("pyenv"):
-        listed = subprocess.run(["pyenv", "versions", "--bare"], capture_output=True, text=True, check=False).stdout
-        versions += [version for version in listed.split() if version.startswith("3.10.")]
-    for version in versions if shutil.which("python3.10") else []:
-        env = {**os.environ, "PYENV_VERSION": version} if version else None
-        command = ["python3.10", "-c", "import sys; print(sys.executable)"]
-        answer = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+        installed = run(["pyenv", "versions", "--bare"], ROOT).stdout.split()
+        listed += [name for name in installed if name.startswith(f"{version}.")]
+    for name in listed if shutil.which(command[0]) else []:
+        answer = run(command, ROOT, **({"PYENV_VERSION": name} if name else {}))
         if answer.returncode == 0:
             return answer.stdout.strip()
-    pytest.skip("no Python 3.10 on this machine")
+    pytest.skip(f"no Python {version} on this machine")
 
 
 # What the files say
 
 
-@pytest.mark.parametrize("script", [*SCRIPTS, START], ids=lambda path: path.name)
+@pytest.mark.parametrize("script", [*WRAPPERS, START], ids=lambda path: path.name)
 def test_the_scripts_are_valid_and_can_be_run(script):
     subprocess.run([BASH, "-n", str(script)], check=True)
     assert os.access(script, os.X_OK)
 
 
-@pytest.mark.parametrize("path", [*SCRIPTS, ROOT / "constraints.txt"], ids=lambda path: path.name)
+@pytest.mark.parametrize("script", WRAPPERS[:2], ids=lambda path: path.name)
+def test_a_wrapper_has_one_line(script):
+    lines = script.read_text(encoding="utf-8").splitlines()
+    assert [line.startswith("#") for line in lines] == [True] * (len(lines) - 1) + [False]
+
+
+@pytest.mark.parametrize("path", [*WRAPPERS, SCRIPT, ROOT / "constraints.txt"], ids=lambda path: path.name)
 def test_no_path_or_host_of_one_machine(path):
-    text = path.read_text(encoding="utf-8")
+    text = path.read_text(encoding="utf-8").replace("https://download.pytorch.org/whl/", "")
     assert not re.findall(r"(?<![\w.}])/(?:root|home|work|opt|tmp|mnt|Users)\b|://|pyenv|--(?:extra-)?index-url", text)
 
 
@@ -121,138 +174,231 @@ def test_every_dependency_is_pinned_to_a_version_that_the_project_admits():
 # Which Python
 
 
-def test_python_3_10_is_refused_in_one_line(checkout):
-    result = shell(checkout, "setup_venv", ZIMAGE_PYTHON=python_3_10())
+@pytest.mark.parametrize("version", ["3.8", "3.10"])
+@pytest.mark.parametrize("way", ["it runs the script", "it is asked for"])
+def test_an_old_python_is_refused_in_one_line(tmp_path, version, way):
+    old, folder = old_python(version), copy_checkout(tmp_path / "a checkout")
+    runs_it, named = (PYTHON, old) if way == "it is asked for" else (old, "")
+    # From the folder of the script: there Python 3.8 knows its file by a relative name.
+    result = run([runs_it, "setup_venv.py"], folder / "scripts", ZIMAGE_PYTHON=named, PATH="")
     assert result.returncode == 1
     assert result.stdout == ""
     assert re.fullmatch(
-        r"error: zimage-train needs Python 3\.11 or newer \(\S+ is 3\.10\.\d+\); install one, or name it: .*\n",
+        rf"error: zimage-train needs Python 3\.11 or newer \(\S+ is {version}\.\d+[^)]*\); install one, or put .*\n",
         result.stderr,
     )
-    assert not (checkout / ".venv").exists()
+    assert not (folder / ".venv").exists()
+
+
+def test_an_old_python_finds_a_newer_one(tmp_path):
+    old, folder = old_python("3.8"), copy_checkout(tmp_path / "a checkout")
+    executable(tmp_path / "path/python3.12", f'exec "{PYTHON}" "$@"')
+    code = "import setup_venv; print(setup_venv.find_python('linux'))"
+    result = run([old, "-c", code], folder / "scripts", ZIMAGE_PYTHON="", PATH=str(tmp_path / "path"))
+    assert result.stdout == f"{PYTHON}\n", result.stderr
 
 
 @pytest.mark.parametrize(
-    ("interpreters", "taken"),
+    ("platform", "versions", "taken"),
     [
-        ({"python3": "new", "python3.12": "new"}, "python3"),
-        ({"python3": "3.9.6", "python3.12": "new", "python3.11": "new"}, "python3.12"),
-        ({"python3": "3.9.6"}, None),
-        ({}, None),
+        ("linux", {"this": "3.14.0", "python3": "3.12.1"}, "this"),
+        ("linux", {"this": "3.9.6", "python3": "3.12.1", "python3.13": "3.13.0"}, "python3"),
+        ("darwin", {"this": "3.9.6", "python3": "3.9.6", "python3.12": "3.12.1", "python3.11": "3.11.9"}, "python3.12"),
+        ("linux", {"this": "3.9.6", "py -3.13": "3.13.0"}, None),
+        ("win32", {"this": "3.13.0", "py -3.13": "3.13.1"}, "this"),
+        ("win32", {"this": "3.10.4", "py -3.12": "3.12.1", "py -3.11": "3.11.9"}, "py -3.12"),
+        ("win32", {"this": "3.10.4", "python": "3.11.9"}, "python"),
+        ("win32", {"this": "3.10.4", "python3.12": "3.12.1"}, None),
     ],
 )
-def test_the_first_python_that_is_new_enough_is_taken(checkout, tmp_path, interpreters, taken):
-    folder = tmp_path / "path"
-    folder.mkdir()
-    (folder / "dirname").symlink_to(shutil.which("dirname"))
-    for name, version in interpreters.items():
-        answer = f"new enough {folder / name}" if version == "new" else version
-        executable(folder / name, f"echo '{answer}'")
-    result = shell(checkout, "find_python", PATH=str(folder), ZIMAGE_PYTHON="")
+def test_the_first_python_that_is_new_enough_is_taken(monkeypatch, platform, versions, taken):
+    def describe(*command: str) -> dict | None:
+        version = versions.get(" ".join(command))
+        numbers = tuple(map(int, version.split("."))) if version else ()
+        path = "/".join(command)
+        return {"python": path, "version": f"{version} (main)", "is_new": numbers >= (3, 11)} if version else None
+
+    monkeypatch.delenv("ZIMAGE_PYTHON", raising=False)
+    monkeypatch.setattr(setup_venv, "describe", describe)
+    monkeypatch.setattr(setup_venv.sys, "executable", "this")
+    monkeypatch.setattr(setup_venv.shutil, "which", lambda name: None)
     if taken:
-        assert result.stdout == f"{folder / taken}\n"
+        assert setup_venv.find_python(platform).as_posix() == taken.replace(" ", "/")
     else:
-        assert result.returncode == 1
-        assert f"python3 is {interpreters.get('python3', 'missing')}, python3.13 is missing" in result.stderr
-        assert result.stderr.count("\n") == 1
+        with pytest.raises(SystemExit, match=re.escape(f"(this is {versions['this']}, ")) as caught:
+            setup_venv.find_python(platform)
+        assert ("py -3.13 is missing" in str(caught.value)) == (platform == "win32")
+        assert "\n" not in str(caught.value)
 
 
-def test_a_python_inside_the_venv_stands_for_the_one_beneath_it(checkout):
-    subprocess.run([PYTHON, "-m", "venv", "--without-pip", str(checkout / ".venv")], check=True)
-    result = shell(checkout, "find_python", ZIMAGE_PYTHON=str(checkout / ".venv/bin/python"))
-    assert Path(result.stdout.strip()).resolve() == Path(PYTHON).resolve()
-    assert not Path(result.stdout.strip()).is_relative_to(checkout)
+def test_a_python_inside_the_venv_stands_for_the_one_beneath_it(tmp_path):
+    folder = copy_checkout(tmp_path / "a checkout")
+    subprocess.run([PYTHON, "-m", "venv", "--without-pip", str(folder / ".venv")], check=True)
+    result = run([folder / ".venv/bin/python", folder / "scripts/setup_venv.py", "describe"], tmp_path)
+    python = Path(json.loads(result.stdout)["python"])
+    assert python.resolve() == Path(PYTHON).resolve()
+    assert not python.is_relative_to(folder)
 
 
 # When it installs
 
 
-def test_it_installs_when_something_changed_and_only_then(checkout):
-    log = checkout / "pip.log"
+def test_it_installs_when_something_changed_and_only_then(checkout, capfd):
+    log = checkout.root / "pip.log"
 
-    def asked(arguments: str = "") -> str | None:
+    def asked(extra: str = "") -> str:
         """What one set-up asks of pip."""
         log.unlink(missing_ok=True)
-        result = shell(checkout, f"{PIP_STUB}\nsetup_venv {arguments}")
-        assert result.returncode == 0, result.stderr
+        capfd.readouterr()
+        setup_venv.set_up(checkout, extra)
         if not log.exists():
-            assert result.stdout == f"{checkout}/.venv is up to date\n"
-            return None
-        return log.read_text(encoding="utf-8")
+            assert capfd.readouterr().out == f"{checkout.venv} is up to date\n"
+            return "nothing"
+        return asked_of_pip(checkout)["asked"]
 
     def change(name: str) -> None:
-        path = checkout / name
+        path = checkout.root / name
         path.write_text(path.read_text(encoding="utf-8") + "\n# changed\n", encoding="utf-8")
 
     assert "-e . " in asked()
-    assert asked() is None
+    assert asked() == "nothing"
     assert "-e .[dev] " in asked("dev")
-    assert asked("dev") is None
-    assert asked() is None, "the quickstart after the tests has nothing to do"
-    for name in ("pyproject.toml", "constraints.txt", "scripts/setup_venv.sh"):
+    assert asked("dev") == "nothing"
+    assert asked() == "nothing", "the quickstart after the tests has nothing to do"
+    for name in ("pyproject.toml", "constraints.txt", "scripts/setup_venv.py"):
         change(name)
         assert "-e .[dev] " in asked(), "and it leaves the dev tools in"
-        assert asked("dev") is None
+        assert asked("dev") == "nothing"
     change("README.md")
-    assert asked() is None
-    (checkout / ".venv/bin/zimage-train").unlink()
+    assert asked() == "nothing"
+    checkout.program("zimage-train").unlink()
     assert "-e .[dev] " in asked()
 
 
-def test_a_failed_install_is_tried_again_in_the_same_venv(checkout):
-    failing = PIP_STUB + "\nvenv_pip() { echo 'ERROR: no network' >&2; return 1; }\nsetup_venv"
-    result = shell(checkout, failing)
-    assert result.returncode == 1
-    assert result.stderr == "ERROR: no network\nerror: pip could not install zimage-train; its own words are above\n"
-    (checkout / ".venv/kept").touch()
-    result = shell(checkout, f"{PIP_STUB}\nsetup_venv")
-    assert result.returncode == 0, result.stderr
-    assert (checkout / ".venv/kept").exists()
-    assert (checkout / "pip.log").exists()
+def test_pip_decides_by_the_constraints_of_the_project(checkout, monkeypatch):
+    monkeypatch.setenv("PIP_CONSTRAINT", "of-the-image.txt")
+    monkeypatch.setenv("PIP_USER", "1")
+    setup_venv.set_up(checkout)
+    assert asked_of_pip(checkout) == {
+        "asked": f"--disable-pip-version-check --no-input install -qq --constraint {checkout.root / 'constraints.txt'} "
+        f"-e . torch=={pins()['torch']}",
+        "PIP_CONSTRAINT": None,
+        "PIP_USER": "0",
+        "PIP_EXTRA_INDEX_URL": None,
+    }
 
 
-@pytest.mark.parametrize("damage", ["cut off while pip was installing", "its interpreter is gone", "an empty folder"])
-def test_a_half_made_venv_is_made_anew(checkout, damage):
-    venv = checkout / ".venv"
-    if damage == "an empty folder":
-        (venv / "bin").mkdir(parents=True)
+def test_a_failed_install_is_tried_again_in_the_same_venv(checkout, monkeypatch, capfd):
+    monkeypatch.setenv("STUB_ERROR", "ERROR: no network")
+    with pytest.raises(SystemExit, match=r"^error: pip could not install zimage-train; its own words are above$"):
+        setup_venv.set_up(checkout)
+    assert capfd.readouterr().err == "ERROR: no network\n"
+    (checkout.venv / "kept").touch()
+    monkeypatch.delenv("STUB_ERROR")
+    setup_venv.set_up(checkout)
+    assert (checkout.venv / "kept").exists()
+    assert setup_venv.is_set_up(checkout, "")
+
+
+@pytest.mark.parametrize("damage", ["cut off while pip was installing", "its interpreter is gone", "empty folders"])
+def test_a_half_made_venv_is_made_anew(checkout, damage, capfd):
+    if damage == "empty folders":
+        checkout.program("python").parent.mkdir(parents=True)
+        (checkout.venv / "Lib").mkdir()
     else:
-        subprocess.run([PYTHON, "-m", "venv", "--without-pip", str(venv)], check=True)
-        (venv / "half").touch()
+        make_plain_venv(checkout)
+        (checkout.venv / "half").touch()
     if damage == "its interpreter is gone":
-        (venv / "bin/python").unlink()
-        (venv / "bin/python").symlink_to("nothing")
+        checkout.program("python").unlink()
     if damage == "cut off while pip was installing":
-        cut = PIP_STUB.replace("chmod +x .venv", "kill -KILL $$; chmod +x .venv") + "\nsetup_venv"
-        assert shell(checkout, cut).returncode == -9
-    result = shell(checkout, f"{PIP_STUB}\nsetup_venv")
-    assert result.returncode == 0, result.stderr
-    assert f"making {venv} with" in result.stdout
-    assert not (venv / "half").exists()
-    subprocess.run([str(venv / "bin/python"), "-c", ""], check=True)
+        checkout.write_stamp("unfinished")
+    setup_venv.set_up(checkout)
+    assert f"making {checkout.venv} with" in capfd.readouterr().out
+    assert not (checkout.venv / "half").exists()
+    subprocess.run([checkout.program("python"), "-c", ""], check=True)
+
+
+@on_linux
+@pytest.mark.parametrize(("cut", "code"), [(signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)])
+def test_an_install_that_is_cut_off_leaves_the_venv_unfinished(checkout, monkeypatch, cut, code):
+    make_plain_venv(checkout)
+    monkeypatch.setenv("STUB_SECONDS", "60")
+    command = [BASH, checkout.root / "scripts/quickstart.sh"]
+    process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 60
+        while not (checkout.root / "pip.log").exists():
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.02)
+        os.killpg(process.pid, cut)  # as a terminal does at Ctrl-C: to pip as well
+        assert process.wait(30) == code
+    finally:
+        process.kill()
+        process.wait()
+    assert checkout.read_stamp() == ("unfinished", "")
+    assert not checkout.program("zimage-train").exists()
 
 
 def test_a_folder_that_is_no_virtual_environment_is_left_alone(checkout):
-    (checkout / ".venv").mkdir()
-    (checkout / ".venv/thesis.txt").touch()
-    result = shell(checkout, f"{PIP_STUB}\nsetup_venv")
-    assert result.returncode == 1
-    assert result.stderr.endswith("is no virtual environment; move it\n")
-    assert (checkout / ".venv/thesis.txt").exists()
+    checkout.venv.mkdir()
+    (checkout.venv / "thesis.txt").touch()
+    with pytest.raises(SystemExit, match=r"is no virtual environment; move it$"):
+        setup_venv.set_up(checkout)
+    assert (checkout.venv / "thesis.txt").exists()
+
+
+@on_linux
+def test_a_venv_that_lies_elsewhere_is_not_emptied(checkout, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/thesis.txt").touch()
+    checkout.venv.symlink_to(tmp_path / "elsewhere")
+    setup_venv.set_up(checkout)
+    assert not checkout.venv.is_symlink()
+    assert (tmp_path / "elsewhere/thesis.txt").exists()
+
+
+@pytest.mark.parametrize("checkout", ["win32"], indirect=True)
+def test_a_venv_in_use_is_named(checkout, monkeypatch):
+    def in_use(path: str) -> None:
+        raise PermissionError(13, "Access is denied", path)
+
+    make_plain_venv(checkout)
+    checkout.write_stamp("unfinished")
+    monkeypatch.setattr(setup_venv.shutil, "rmtree", in_use)
+    with pytest.raises(SystemExit, match=r"cannot be removed \(.*Access is denied.*\); end what runs in it"):
+        setup_venv.set_up(checkout)
+
+
+def test_without_the_venv_module_the_package_of_debian_is_named(checkout, stubs):
+    executable(stubs / "python", f'[ "$2" != venv ] || exit 1; exec "{PYTHON}" "$@"')
+    with pytest.raises(SystemExit, match="cannot make a virtual environment") as caught:
+        setup_venv.set_up(checkout)
+    assert ("apt-get install python3-venv" in str(caught.value)) == (checkout.platform == "linux")
 
 
 # Which torch
 
 
 @pytest.mark.parametrize(("driver", "asked"), [("exit 0", "torch"), ("exit 9", f"torch=={pins()['torch']}")])
-def test_torch_by_the_driver(checkout, driver, asked):
-    executable(checkout / "driver/nvidia-smi", driver)
-    subprocess.run([PYTHON, "-m", "venv", "--without-pip", str(checkout / ".venv")], check=True)
-    result = shell(checkout, f"{PIP_STUB}\nsetup_venv", PATH=f"{checkout / 'driver'}:{os.environ['PATH']}")
-    assert result.returncode == 0, result.stderr
-    command = (checkout / "pip.log").read_text(encoding="utf-8").rstrip()
-    assert command == f"install -qq --constraint {checkout}/constraints.txt -e . {asked}"
-    assert ("without CUDA, so the GPU stays idle" in result.stdout) == (driver == "exit 0")
+def test_torch_by_the_driver(checkout, stubs, capfd, driver, asked):
+    executable(stubs / "nvidia-smi", driver)
+    setup_venv.set_up(checkout)
+    command = asked_of_pip(checkout)
+    assert command["asked"].endswith(f" -e . {asked}")
+    has_index = driver == "exit 0" and checkout.platform == "win32"
+    assert command["PIP_EXTRA_INDEX_URL"] == (setup_venv.WINDOWS_CUDA_INDEX if has_index else None)
+    out = capfd.readouterr().out
+    assert ("without CUDA, so the GPU stays idle" in out) == (driver == "exit 0")
+    assert ("fetches gigabytes of CUDA" in out) == (driver == "exit 9" and checkout.platform == "linux")
+    assert ("macOS: torch" in out) == (driver == "exit 9" and checkout.platform == "darwin")
+
+
+@pytest.mark.parametrize("checkout", ["win32"], indirect=True)
+def test_on_windows_the_index_that_the_user_names_is_asked(checkout, stubs, monkeypatch):
+    executable(stubs / "nvidia-smi", "exit 0")
+    monkeypatch.setenv("PIP_EXTRA_INDEX_URL", "of-the-user")
+    setup_venv.set_up(checkout)
+    assert asked_of_pip(checkout)["PIP_EXTRA_INDEX_URL"] == "of-the-user"
 
 
 def torch_files(version: str, cuda: str | None) -> dict[str, str]:
@@ -279,19 +425,20 @@ def torch_files(version: str, cuda: str | None) -> dict[str, str]:
         ("2.13.0+cpu", None, False),
     ],
 )
-def test_a_torch_is_kept_if_it_has_cuda_and_is_new_enough(checkout, tmp_path, version, cuda, kept):
+def test_a_torch_is_kept_if_it_has_cuda_and_is_new_enough(tmp_path, monkeypatch, capfd, version, cuda, kept):
     for name, text in torch_files(version, cuda).items():
         (tmp_path / "site" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "site" / name).write_text(text, encoding="utf-8")
-    result = shell(checkout, 'cuda_torch "$ZIMAGE_PYTHON"', PYTHONPATH=str(tmp_path / "site"))
-    assert result.returncode == 0, result.stderr
-    assert result.stdout == (f"{version}\n" if kept else "")
-    assert ("is too old" in result.stderr) == (cuda is not None and not kept)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
+    found = setup_venv.usable_cuda_torch(Checkout(ROOT, "linux"), setup_venv.describe(PYTHON))
+    assert found == (version if kept else None)
+    assert ("is too old" in capfd.readouterr().err) == (cuda is not None and not kept)
 
 
 @pytest.mark.slow
-def test_the_cuda_torch_of_the_interpreter_is_used_and_not_replaced(checkout, tmp_path):
+def test_the_cuda_torch_of_the_interpreter_is_used_and_not_replaced(tmp_path, monkeypatch):
     """A whole set-up on an interpreter that has such a torch, except that pip only reports what it would install."""
+    checkout = Checkout(copy_checkout(tmp_path / "a checkout"), "linux")
     version = "2.12.1+cu128"
     wheel = tmp_path / f"torch-{version}-py3-none-any.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
@@ -306,22 +453,23 @@ def test_the_cuda_torch_of_the_interpreter_is_used_and_not_replaced(checkout, tm
     if fetched.returncode:
         pytest.skip(f"the package index cannot be reached: {fetched.stderr.strip().splitlines()[-1]}")
 
+    monkeypatch.setenv("ZIMAGE_PYTHON", str(pod))
+
     def would_install(report: Path, *options: str) -> dict[str, str]:
-        arguments = f'"$@" {" ".join(options)} --dry-run --report "{report}"'
-        dry_run = f"""
-        venv_pip() {{ "{pod}" "{tmp_path}/pip/pip" --python .venv/bin/python {arguments}; }}
-        venv_works() {{ .venv/bin/python -c '' 2>/dev/null; }}
-        """
-        result = shell(checkout, dry_run + "setup_venv", ZIMAGE_PYTHON=str(pod))
-        assert result.returncode == 0, result.stderr
+        def pip(checkout: Checkout, *arguments: str, **_) -> int:
+            command = [pod, tmp_path / "pip/pip", "--python", checkout.program("python"), *arguments, *options]
+            return run([*command, "--dry-run", "--report", report], checkout.root).returncode
+
+        monkeypatch.setattr(setup_venv, "pip", pip)
+        setup_venv.set_up(checkout)
         listed = json.loads(report.read_text(encoding="utf-8"))["install"]
         return {canonicalize_name(item["metadata"]["name"]): item["metadata"]["version"] for item in listed}
 
     installed = would_install(tmp_path / "with.json")
     assert {"zimage-train", "diffusers", "peft", "accelerate"} <= set(installed)
     assert "torch" not in installed
-    assert "include-system-site-packages = true" in (checkout / ".venv/pyvenv.cfg").read_text(encoding="utf-8")
-    constraints = (checkout / ".venv/constraints.txt").read_text(encoding="utf-8")
+    assert "include-system-site-packages = true" in (checkout.venv / "pyvenv.cfg").read_text(encoding="utf-8")
+    constraints = (checkout.venv / "constraints.txt").read_text(encoding="utf-8")
     assert f"\ntorch=={version}\n" in constraints
 
     # Without it, torch would come, in the tested version: the report above left it out for the right reason.
@@ -333,47 +481,72 @@ def test_the_cuda_torch_of_the_interpreter_is_used_and_not_replaced(checkout, tm
 
 
 @pytest.fixture
-def ready(checkout: Path) -> Path:
+def ready(checkout: Checkout, stubs: Path) -> Path:
     """A checkout that is set up, with stubs in .venv which say how they were called."""
-    done = 'ROOT=$PWD\nVENV=$ROOT/.venv\nsay() { echo "$*"; }\nfail() { echo "error: $*" >&2; exit 1; }\n'
-    (checkout / "scripts/setup_venv.sh").write_text(done + 'setup_venv() { echo "set up:$*"; }\n', encoding="utf-8")
-    executable(checkout / ".venv/bin/zimage-train", 'printf "<%s>" "$@"; exit "${TRAIN:-0}"')
-    executable(checkout / ".venv/bin/ruff", 'echo "ruff $*"; exit "${RUFF:-0}"')
-    executable(checkout / ".venv/bin/pyright", 'echo "pyright $*"; exit "${PYRIGHT:-0}"')
-    executable(checkout / ".venv/bin/python", 'printf "<%s>" "$OMP_NUM_THREADS" "$@"; exit "${PYTEST:-0}"')
-    return checkout
+    make_plain_venv(checkout)
+    executable(checkout.program("zimage-train"), 'printf "<%s>" "$@"; exit "${TRAIN:-0}"')
+    executable(checkout.program("ruff"), 'echo "ruff $*"; exit "${RUFF:-0}"')
+    executable(checkout.program("pyright"), 'echo "pyright $*"; exit "${PYRIGHT:-0}"')
+    body = "import os, sys; print(os.environ['OMP_NUM_THREADS'], *sys.argv[1:]); sys.exit(int(os.environ['PYTEST']))"
+    write_stub_module(stubs / "modules", "pytest", body)
+    checkout.write_stamp(str(setup_venv.setup_key(checkout)), "dev")
+    return checkout.root
 
 
-def run(checkout: Path, script: str, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
-    command = [BASH, script, *arguments]
-    environ = {**os.environ, **env}
-    return subprocess.run(
-        command, cwd=checkout, env=environ, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
-    )
-
-
-def test_quickstart_trains_with_the_options_it_was_given(ready):
-    result = run(ready, "scripts/quickstart.sh", "--set", "name=two words", TRAIN="130")
-    assert "set up:\n" in result.stdout
+@on_linux
+def test_quickstart_trains_with_the_options_it_was_given(ready, tmp_path):
+    command = [BASH, ready / "scripts/quickstart.sh", "--set", "name=two words"]
+    result = run(command, tmp_path, TRAIN="130")
+    assert f"{ready}/.venv is up to date\ntraining: .venv/bin/zimage-train train" in result.stdout, result.stderr
     assert result.stdout.endswith("<train><configs/quickstart.yaml><--set><name=two words>")
     assert result.returncode == 130
 
 
+@pytest.mark.parametrize("checkout", ["win32"], indirect=True)
+def test_quickstart_on_windows_waits_for_the_training(ready, checkout, monkeypatch, capfd):
+    monkeypatch.setenv("TRAIN", "130")
+    monkeypatch.setattr(setup_venv.os, "execv", None)
+    monkeypatch.chdir(ready)
+    assert setup_venv.main(checkout, "quickstart", "--set", "name=two words") == 130
+    assert capfd.readouterr().out.endswith("<train><configs/quickstart.yaml><--set><name=two words>")
+
+
+@on_linux
 @pytest.mark.parametrize(
     ("ruff", "pyright", "tests", "code"),
     [(0, 0, 0, 0), (1, 0, 0, 1), (0, 1, 0, 1), (0, 0, 1, 1), (1, 1, 2, 2), (0, 0, 5, 5)],
 )
 def test_the_tests_run_whatever_the_linters_say_and_either_fails_the_script(ready, ruff, pyright, tests, code):
-    stubs = {"RUFF": str(ruff), "PYRIGHT": str(pyright), "PYTEST": str(tests)}
-    result = run(ready, "scripts/test.sh", "-k", "one thing", **stubs)
+    codes = {"RUFF": str(ruff), "PYRIGHT": str(pyright), "PYTEST": str(tests)}
+    result = run([BASH, "test.sh", "-k", "one thing"], ready / "scripts", **codes)
     assert result.returncode == code
-    paths = "zimage_train scripts tests"
-    assert f"set up:dev\nruff check {paths}\nruff format --check {paths}\npyright \n" in result.stdout
-    assert result.stdout.endswith("<1><-m><pytest><-n><2><--dist><loadfile><-k><one thing>")
+    folders = "zimage_train scripts tests"
+    assert f"ruff check {folders}\nruff format --check {folders}\npyright \n1 -n 2 --dist loadfile" in result.stdout
+    assert result.stdout.endswith("-n 2 --dist loadfile -k one thing\n")
+    assert ("ruff or pyright found something" in result.stderr) == (tests == 0 and code == 1)
 
 
+@on_linux
 def test_ci_runs_the_tests(ready):
     shutil.copytree(ROOT / ".ci", ready / ".ci")
-    result = run(ready, ".ci/run")
+    result = run([BASH, ".ci/run"], ready, PYTEST="0")
     assert result.returncode == 0, result.stderr
-    assert result.stdout.endswith("<pytest><-n><2><--dist><loadfile>")
+    assert result.stdout.endswith("-n 2 --dist loadfile\n")
+
+
+@pytest.mark.parametrize("arguments", [[], ["--dev"], ["install"], ["install", "--dev"]])
+def test_install_says_what_to_do_next(checkout, monkeypatch, capfd, arguments):
+    monkeypatch.chdir(checkout.root)
+    assert setup_venv.main(checkout, *arguments) == 0
+    assert ("-e .[dev]" in asked_of_pip(checkout)["asked"]) == ("--dev" in arguments)
+    last = capfd.readouterr().out.splitlines()[-1]
+    assert ("Scripts\\activate" in last) == (checkout.platform == "win32")
+    assert ("source .venv/bin/activate" in last) == (checkout.platform != "win32")
+
+
+@on_linux
+def test_a_mistyped_command_installs_nothing(checkout, monkeypatch):
+    monkeypatch.chdir(checkout.root)
+    with pytest.raises(SystemExit, match="no such command or option: tset --dev"):
+        setup_venv.main(checkout, "tset", "--dev")
+    assert not checkout.venv.exists()
