@@ -522,7 +522,7 @@ def test_the_tests_run_whatever_the_linters_say_and_either_fails_the_script(read
     assert result.returncode == code
     folders = "zimage_train scripts tests"
     assert f"ruff check {folders}\nruff format --check {folders}\npyright \n1 -n 2 --dist loadfile" in result.stdout
-    assert result.stdout.endswith("-n 2 --dist loadfile -k one thing\n")
+    assert result.stdout.endswith("--durations 20 -p scripts.test_report -k one thing\n")
     assert ("ruff or pyright found something" in result.stderr) == (tests == 0 and code == 1)
 
 
@@ -531,7 +531,7 @@ def test_ci_runs_the_tests(ready):
     shutil.copytree(ROOT / ".ci", ready / ".ci")
     result = run([BASH, ".ci/run"], ready, PYTEST="0")
     assert result.returncode == 0, result.stderr
-    assert result.stdout.endswith("-n 2 --dist loadfile\n")
+    assert result.stdout.endswith("-p scripts.test_report\n")
 
 
 @pytest.mark.parametrize("arguments", [[], ["--dev"], ["install"], ["install", "--dev"]])
