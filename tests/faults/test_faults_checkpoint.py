@@ -324,15 +324,17 @@ def test_a_later_format_is_refused(tmp_path: Path):
         checkpoint.load(path)
 
 
-def test_a_whole_checkpoint_of_another_version_stays_and_is_named(make_config, monkeypatch):
-    """41. A whole checkpoint of another version is refused, start after start, and stays where it is."""
+@pytest.mark.parametrize("number", ["FORMAT", "ARITHMETIC"])
+def test_a_checkpoint_of_another_version_stays_and_is_named(make_config, monkeypatch, number: str):
+    """41. An intact checkpoint of another format, or of other arithmetic, is refused each time, and stays there."""
     config = make_config(train={"steps": 2})
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "FORMAT", checkpoint.FORMAT + 1)
+        patch.setattr(checkpoint, number, getattr(checkpoint, number) + 1)
+        patch.setattr(checkpoint, "__version__", "9.8.7")
         run_training(config, fresh=False)
     before = sorted(path.name for path in (folder(config) / "checkpoints").iterdir())
     for _ in range(2):
-        with pytest.raises(WeightsError, match=r"has format \d, this version reads \d; .*--fresh"):
+        with pytest.raises(WeightsError, match=rf"written by zimage-train 9.8.7 with {number.lower()} \d.*--fresh"):
             run_training(config, fresh=False)
     assert sorted(path.name for path in (folder(config) / "checkpoints").iterdir()) == before
 

@@ -1,7 +1,7 @@
-"""Checkpoints: one sealed safetensors file each, one rename each. Newest valid first; the damaged are set aside.
+"""Save and load checkpoints: one safetensors file with a digest of itself each, one rename each.
 
-A checkpoint holds the LoRA masters and the optimizer, and no random state, loader or schedule: those are functions of
-the step.
+A checkpoint holds the LoRA's fp32 masters and the optimizer's state. It holds no random, loader or scheduler state:
+those are functions of the step.
 """
 
 import json
@@ -13,21 +13,26 @@ from typing import Any
 
 from torch import Tensor
 
+from zimage_train import __version__
 from zimage_train.errors import DivergedError, Problem, WeightsError
 from zimage_train.io import atomic, tensorfile
 
-FORMAT = 2
+FORMAT = 3
+"""What a checkpoint holds and under which names. 1 and 2 were of versions before the first release."""
+ARITHMETIC = 1
+"""Raised by every change after which the same step of the same run gives other bits: a run that went on across such a
+change would be neither the old one nor the new one."""
 NAME = re.compile(r"step-(\d{6,})\.safetensors")
 KEEP = 2
 
 
 class OtherFormatError(WeightsError):
-    """A whole checkpoint of another version of this program: nothing is wrong with it."""
+    """An intact checkpoint that another version of this program wrote."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a run continues from."""
+    """The state that a run continues from."""
 
     path: Path
     step: int
@@ -35,12 +40,12 @@ class Checkpoint:
     numbers: dict[str, Any]
 
     def part(self, prefix: str) -> dict[str, Tensor]:
-        """The tensors whose names begin with `prefix`."""
+        """Return the tensors whose names begin with `prefix`."""
         return {name: tensor for name, tensor in self.tensors.items() if name.startswith(prefix)}
 
 
 def save(folder: Path, step: int, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> list[Path]:
-    """Write the checkpoint of `step`, then remove all but the newest two; returns those that cannot be removed.
+    """Write the checkpoint of `step`, then remove all but the newest two. Return those that could not be removed.
 
     Raises:
         DivergedError: a tensor is not finite; nothing is written.
@@ -50,13 +55,13 @@ def save(folder: Path, step: int, tensors: Mapping[str, Tensor], numbers: Mappin
     if bad:
         raise DivergedError(Problem(f"step {step}", f"{bad[0]} is not finite", "lower optimizer.lr; nothing was saved"))
     path = folder / f"step-{step:06d}.safetensors"
-    state = {"format": FORMAT, "step": step, **numbers}
+    state = {"format": FORMAT, "arithmetic": ARITHMETIC, "version": __version__, "step": step, **numbers}
     tensorfile.save_with_digest(path, tensors, {"state": json.dumps(state)})
     return [old for _, old in steps_in(folder)[KEEP:] if not atomic.remove(old)]
 
 
 def steps_in(folder: Path) -> list[tuple[int, Path]]:
-    """(step, file) of every checkpoint by name, newest step first; times of change do not matter."""
+    """Return (step, file) of every checkpoint, newest first, by the step in its name (modification times can lie)."""
     if not folder.is_dir():
         return []
     found = [(NAME.fullmatch(path.name), path) for path in folder.iterdir() if path.is_file()]
@@ -64,11 +69,13 @@ def steps_in(folder: Path) -> list[tuple[int, Path]]:
 
 
 def load_newest(folder: Path, warn: Any) -> Checkpoint | None:
-    """The newest checkpoint that is whole; damaged newer ones are renamed to `.corrupt` and reported by `warn(text)`.
+    """Return the newest intact checkpoint, or None if there never was one.
+
+    Newer ones that are damaged are renamed to `.corrupt` and reported by `warn(text)`.
 
     Raises:
-        WeightsError: there are checkpoints, or were before they were set aside, and none of them is whole.
-        OtherFormat: the newest is of another version; it stays where it is.
+        WeightsError: there are checkpoints, or were before they were renamed, and none of them is intact.
+        OtherFormatError: another version wrote the newest one; it stays where it is.
     """
     candidates = steps_in(folder)
     for _, path in candidates:
@@ -90,16 +97,26 @@ def load(path: Path) -> Checkpoint:
     """Read and check one checkpoint.
 
     Raises:
-        WeightsError: damaged, or of another format.
+        WeightsError: it is damaged or no checkpoint.
+        OtherFormatError: another version wrote it, whose steps would differ.
     """
     tensors, metadata = tensorfile.load_with_digest(path)
     try:
         numbers = json.loads(metadata["state"])
-        step, version = numbers["step"], numbers["format"]
+        step, written = numbers["step"], (numbers["format"], numbers.get("arithmetic"))
     except (KeyError, ValueError, TypeError):
         raise WeightsError(Problem(str(path), "is not a checkpoint of zimage-train", "remove it")) from None
-    if version != FORMAT:
-        what = f"has format {version}, this version reads {FORMAT}"
-        todo = "continue with the version that wrote it, or begin again with --fresh"
-        raise OtherFormatError(Problem(str(path), what, todo))
+    if written != (FORMAT, ARITHMETIC):
+        raise OtherFormatError(Problem(str(path), *_other_version(numbers)))
     return Checkpoint(path, step, tensors, numbers)
+
+
+def _other_version(numbers: Mapping[str, Any]) -> tuple[str, str]:
+    """Return what to say of a checkpoint whose numbers differ from ours, and what to do about it."""
+    version = numbers.get("version", "0.1.0 before its release")
+    if numbers["format"] != FORMAT:
+        difference = f"format {numbers['format']}, and this one ({__version__}) reads format {FORMAT}"
+    else:
+        difference = f"arithmetic {numbers.get('arithmetic')}, and this one ({__version__}) has {ARITHMETIC}"
+    todo = "continue with that version, or begin again with --fresh; its exported LoRA can be lora.init_from"
+    return f"was written by zimage-train {version} with {difference}", todo
