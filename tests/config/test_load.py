@@ -18,9 +18,10 @@ from pydantic.fields import FieldInfo
 
 from zimage_train.config import load, strict_yaml
 from zimage_train.config.load import dump_config, flatten_keys, read_config
+from zimage_train.config.optimizers import OPTIMIZERS
 from zimage_train.config.schema import Config
 from zimage_train.config.strict_yaml import YamlError
-from zimage_train.config.values import OPTIMIZER_PARAMS, RECOMPUTE_MODES, SCHEDULE_PARAMS, Later
+from zimage_train.config.values import RECOMPUTE_MODES, SCHEDULE_PARAMS, Later
 from zimage_train.config.variants import VARIANTS
 from zimage_train.errors import ConfigError
 
@@ -745,7 +746,7 @@ def test_params_have_their_ranges_too(section: str, name: str, key: str):
 
 
 def test_every_param_is_in_that_table():
-    optimizer = {("optimizer", key) for known in OPTIMIZER_PARAMS.values() for key in known}
+    optimizer = {("optimizer", key) for spec in OPTIMIZERS.values() for key in spec.params}
     schedule = {("schedule", key) for known in SCHEDULE_PARAMS.values() for key in known}
     assert {(section, key) for section, _, key in PARAMS} == optimizer | schedule
 
@@ -754,7 +755,7 @@ def test_params_have_a_kind_for_every_optimizer_and_schedule():
     def choices(option: str) -> set[str]:
         return set(OPTIONS[option].annotation.__args__)
 
-    assert set(OPTIMIZER_PARAMS) == choices("optimizer.name")
+    assert set(OPTIMIZERS) == choices("optimizer.name")
     assert set(SCHEDULE_PARAMS) == choices("schedule.name")
 
 

@@ -16,8 +16,8 @@ import yaml
 
 from zimage_train.config import load, strict_yaml
 from zimage_train.config.load import read_config
+from zimage_train.config.optimizers import OPTIMIZERS
 from zimage_train.config.schema import Config
-from zimage_train.config.values import OPTIMIZER_PARAMS
 from zimage_train.errors import ConfigError
 from zimage_train.planning import preflight
 
@@ -168,8 +168,8 @@ def test_a_number_that_is_not_finite_is_refused_everywhere(refused, value: str):
     number = strict_yaml.plain_value(value)
     for name in floats:
         assert load.validate_config(nested(name, number), load.dotted_key)[0] is None, name
-    for optimizer, params in OPTIMIZER_PARAMS.items():
-        for key in params:
+    for optimizer, spec in OPTIMIZERS.items():
+        for key in spec.params:
             held = [number, 0.9] if key == "betas" else number
             values = nested("optimizer.params", {key: held})
             values["optimizer"]["name"] = optimizer

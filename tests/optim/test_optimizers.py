@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch.nn import Parameter
 
+from zimage_train.config.optimizers import OPTIMIZERS, OptimizerName
 from zimage_train.config.schema import OptimizerSettings, ScheduleSettings
-from zimage_train.config.values import BITSANDBYTES_OPTIMIZERS, OptimizerName, ScheduleName
+from zimage_train.config.values import ScheduleName
 from zimage_train.errors import WeightsError
 from zimage_train.optim import optimizers
 from zimage_train.optim.automagic import Automagic
 from zimage_train.optim.schedules import lr_factor
-from zimage_train.planning import memory
 
 NAMES = get_args(OptimizerName)
 EIGHT_BIT = [name for name in NAMES if name.endswith("8bit")]
@@ -134,7 +134,7 @@ def test_its_state_is_as_large_as_the_plan_says(name: str):
     optimizer.step()
     tensors, _ = optimizers.optimizer_state(optimizer)
     size = sum(one.numel() * one.element_size() for key, one in tensors.items() if "qmap" not in key)
-    taken, planned = size / parameter.numel(), memory.OPTIMIZER_BYTES[name]
+    taken, planned = size / parameter.numel(), OPTIMIZERS[name].state_bytes
     if name == "adafactor":
         assert taken < 0.1 and planned == 4  # its update, as large as the parameter, is not state
     else:
@@ -146,7 +146,7 @@ def test_every_optimizer_of_bitsandbytes_is_known_to_need_it():
         name: type(optimizers.build_optimizer(OptimizerSettings(name=name), problem())).__module__ for name in NAMES
     }
     needing = {name for name, module in modules.items() if module.startswith("bitsandbytes")} | {"prodigy8bit"}
-    assert needing == BITSANDBYTES_OPTIMIZERS
+    assert needing == {name for name, spec in OPTIMIZERS.items() if spec.needs == "bitsandbytes"}
 
 
 @pytest.mark.parametrize("name", NAMES)

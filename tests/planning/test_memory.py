@@ -16,6 +16,7 @@ from zimage_train.models import transformer
 from zimage_train.models.transformer import velocity
 from zimage_train.planning import memory
 from zimage_train.planning.memory import WeightPlacement
+from zimage_train.planning.recompute_costs import RECOMPUTE_COSTS
 
 from counting import Live, with_flash
 from steps import FULL, counted_step
@@ -152,8 +153,10 @@ def test_the_published_model_takes_what_is_known_of_it():
 
 
 def test_modes_are_in_the_order_of_what_they_keep():
-    for kept in memory.KEPT.values():
-        assert list(kept) == list(RECOMPUTE_MODES) and list(kept.values()) == sorted(kept.values(), reverse=True)
+    assert list(RECOMPUTE_COSTS) == list(RECOMPUTE_MODES)
+    for dtype in ("bf16", "fp32"):
+        kept = [cost.kept_bytes[dtype] for cost in RECOMPUTE_COSTS.values()]
+        assert kept == sorted(kept, reverse=True)
 
 
 @pytest.mark.parametrize("mode", RECOMPUTE_MODES)

@@ -6,7 +6,6 @@ from dataclasses import replace
 
 from zimage_train.commands import runpod
 from zimage_train.commands.sample import command_for
-from zimage_train.config import methods
 from zimage_train.config.load import resolve_paths
 from zimage_train.config.schema import Config
 from zimage_train.dataset.sample_order import make_sample_order
@@ -117,7 +116,7 @@ def fill_run_caches(config: Config) -> None:
     with stop_on_signals() as stop, console.live_progress(), explained:
         session = build.open_context(checked, world, console, stop)
         build.fill_caches(checked, session, make_sample_order(checked.config, checked.items, world.world_size))
-        if methods.uses_generated_data(config.train.method):
+        if config.method.generates_data:
             console.info("the model's own images are drawn by train, before its first step")
 
 

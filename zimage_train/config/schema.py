@@ -11,14 +11,13 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from zimage_train.config import methods
 from zimage_train.config.dataset import DataEntry
 from zimage_train.config.methods import MethodName, TeacherSettings
+from zimage_train.config.optimizers import OPTIMIZERS, OptimizerName
 from zimage_train.config.sample import SampleSettings
 from zimage_train.config.section import Section
 from zimage_train.config.values import (
-    OPTIMIZER_PARAMS,
     SCHEDULE_PARAMS,
     EverySteps,
     Later,
-    OptimizerName,
     Pixels,
     Quantization,
     RecomputeMode,
@@ -182,7 +181,7 @@ class OptimizerSettings(Section):
     @classmethod
     def _known_params(cls, value: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
         name = info.data.get("name")
-        checked = check_params(value, OPTIMIZER_PARAMS[name], name) if name else value
+        checked = check_params(value, OPTIMIZERS[name].params, name) if name else value
         if checked.get("min_lr", 0.0) > checked.get("max_lr", 1.0):
             raise ValueError("min_lr is above max_lr")
         return checked
@@ -360,6 +359,11 @@ class Config(Section):
         if len(value.encode()) > NAME_BYTES:
             raise ValueError(f"has {len(value.encode())} bytes; {NAME_BYTES} are the most")
         return value
+
+    @property
+    def method(self) -> methods.TrainingMethod:
+        """Return what is known of `train.method`."""
+        return methods.METHODS[self.train.method]
 
     @property
     def triggers(self) -> list[str]:

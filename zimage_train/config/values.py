@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Optional, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
     AfterValidator,
@@ -21,10 +21,6 @@ Quantization = Literal["fp8", "int8", "nf4"]
 RecomputeMode = Literal["none", "elementwise", "w1w3", "attention", "full"]
 """What a block recomputes in the backward pass, from nothing to everything; see models/checkpointing.py."""
 RECOMPUTE_MODES: tuple[RecomputeMode, ...] = get_args(RecomputeMode)
-OptimizerName = Literal[
-    "adam", "adamw", "adam8bit", "adamw8bit", "paged_adamw8bit", "ademamix", "ademamix8bit", "lion", "lion8bit",
-    "prodigy", "prodigy8bit", "adafactor", "adagrad", "automagic",
-]  # fmt: skip
 ScheduleName = Literal[
     "constant", "constant_with_warmup", "cosine", "cosine_with_restarts", "linear", "polynomial", "step", "rex",
     "one_cycle",
@@ -91,62 +87,21 @@ Resolutions = Annotated[
     list[Pixels], BeforeValidator(_as_list, json_schema_input_type=Pixels | list[Pixels]), Field(min_length=1)
 ]
 
-_Share = Annotated[float, Field(ge=0.0, lt=1.0)]
-_Positive = Annotated[float, Field(gt=0.0)]
-_UpToOne = Annotated[float, Field(ge=0.0, le=1.0)]
-_Count = Annotated[int, Field(ge=1, le=10_000_000)]
-_TWO_BETAS: dict[str, Any] = {"betas": Annotated[list[_Share], Field(min_length=2, max_length=2)]}
-_ADAM = _TWO_BETAS | {"eps": _Positive}
-_ADEMAMIX = {
-    "betas": Annotated[list[_Share], Field(min_length=3, max_length=3)],
-    "eps": _Positive,
-    "alpha": _Positive,
-    "t_alpha": _Count,
-    "t_beta3": _Count,
-}
-_PRODIGY = _ADAM | {
-    "beta3": Optional[_Share],  # noqa: UP045  the operator does not know Annotated
-    "decouple": bool,
-    "use_bias_correction": bool,
-    "safeguard_warmup": bool,
-    "d0": _Positive,
-    "d_coef": _Positive,
-    "growth_rate": Annotated[float, Field(gt=1.0)],
-    "slice_p": Annotated[int, Field(ge=1)],
-}
-
-OPTIMIZER_PARAMS: dict[OptimizerName, dict[str, Any]] = {
-    "adam": _ADAM,
-    "adamw": _ADAM,
-    "adam8bit": _ADAM,
-    "adamw8bit": _ADAM,
-    "paged_adamw8bit": _ADAM,
-    "ademamix": _ADEMAMIX,
-    "ademamix8bit": _ADEMAMIX,
-    "lion": _TWO_BETAS,
-    "lion8bit": _TWO_BETAS,
-    "prodigy": _PRODIGY,
-    "prodigy8bit": _PRODIGY,
-    "adafactor": {"beta1": _Share, "decay_rate": Annotated[float, Field(lt=0.0)], "clip_threshold": _Positive},
-    "adagrad": {"eps": _Positive, "lr_decay": _UpToOne, "initial_accumulator_value": _UpToOne},
-    "automagic": _ADAM | {"bump": _UpToOne, "min_lr": _Positive, "max_lr": _Positive},
-}
-"""What `optimizer.params` may hold for each optimizer, and the kind of each."""
-BITSANDBYTES_OPTIMIZERS = frozenset(
-    ("adam8bit", "adamw8bit", "paged_adamw8bit", "ademamix", "ademamix8bit", "lion", "lion8bit", "prodigy8bit")
-)
-"""Those that need bitsandbytes."""
-_END = {"end_factor": _UpToOne}
+Share = Annotated[float, Field(ge=0.0, lt=1.0)]
+PositiveFloat = Annotated[float, Field(gt=0.0)]
+UpToOne = Annotated[float, Field(ge=0.0, le=1.0)]
+Count = Annotated[int, Field(ge=1, le=10_000_000)]
+_END = {"end_factor": UpToOne}
 SCHEDULE_PARAMS: dict[ScheduleName, dict[str, Any]] = {
     "constant": {},
     "constant_with_warmup": {},
     "cosine": _END,
-    "cosine_with_restarts": _END | {"cycles": _Count},
+    "cosine_with_restarts": _END | {"cycles": Count},
     "linear": _END,
-    "polynomial": _END | {"power": _Positive},
-    "step": {"every": _Count, "factor": Annotated[float, Field(gt=0.0, le=1.0)]},
+    "polynomial": _END | {"power": PositiveFloat},
+    "step": {"every": Count, "factor": Annotated[float, Field(gt=0.0, le=1.0)]},
     "rex": _END,
-    "one_cycle": _END | {"start_factor": Annotated[float, Field(gt=0.0, le=1.0)], "peak_at": _Share},
+    "one_cycle": _END | {"start_factor": Annotated[float, Field(gt=0.0, le=1.0)], "peak_at": Share},
 }
 """What `schedule.params` may hold for each schedule."""
 

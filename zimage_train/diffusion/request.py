@@ -73,7 +73,7 @@ def comparison_requests(config: Config) -> list[SamplingRequest]:
 def teacher_request(config: Config, prompt: str, width: int, height: int, seed: int) -> SamplingRequest:
     """What the model is to draw for `prompt` to be trained on: as the teacher does, or in the variant's own way."""
     variant, teacher = VARIANTS[config.model.variant], config.teacher
-    imitates = config.train.method == "trajectory_imitation"
+    imitates = config.method.imitates_teacher
     return SamplingRequest(
         prompt=prompt,
         negative="",

@@ -178,3 +178,13 @@ def _some(names: list[str]) -> str:
 
 def _linear(name: str, inputs: int, outputs: int) -> dict[str, TensorShape]:
     return {f"{name}.weight": (outputs, inputs), f"{name}.bias": (outputs,)}
+
+
+def padded_tokens(tokens: int) -> int:
+    """Return `tokens` rounded up to a multiple of 32, as the model pads captions and images each."""
+    return -(-tokens // 32) * 32
+
+
+def image_tokens(width: int, height: int) -> int:
+    """Return the padded number of tokens of an image of so many px: one for each patch of 2 x 2 latents of 8 x 8 px."""
+    return padded_tokens(width * height // 256)

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from zimage_train.config.optimizers import OPTIMIZERS
 from zimage_train.config.schema import OptimizerSettings, ScheduleSettings
 
 Params = Mapping[str, Any]
@@ -16,7 +17,7 @@ MIN_PRODIGY_LR = 0.1
 
 def base_lr(settings: OptimizerSettings) -> float:
     """The learning rate before the schedule; Prodigy multiplies its own estimate by it, so less than 0.1 means 1."""
-    if settings.name.startswith("prodigy") and settings.lr < MIN_PRODIGY_LR:
+    if OPTIMIZERS[settings.name].finds_lr and settings.lr < MIN_PRODIGY_LR:
         return 1.0
     return settings.lr
 

@@ -10,23 +10,19 @@ from functools import cache
 from zimage_train.config.values import RecomputeMode
 from zimage_train.dataset.buckets import Bucket
 from zimage_train.diffusion.request import SamplingRequest
-from zimage_train.models.arch import TransformerShape
+from zimage_train.models.arch import TransformerShape, image_tokens, padded_tokens
 from zimage_train.planning.gpus import GpuSpec
-from zimage_train.planning.memory import WeightPlacement, Workload, block_bytes, padded_tokens, parameter_count
+from zimage_train.planning.memory import WeightPlacement, Workload, block_bytes, parameter_count
+from zimage_train.planning.recompute_costs import RECOMPUTE_COSTS
 
 CAPTION_TOKENS = 64
 """A typical caption."""
 REACHED_SHARE = 0.9
 """Of a card's arithmetic and bandwidth, by kernels that have enough to do."""
-TRAFFIC = {"none": 1100, "elementwise": 1390, "w1w3": 1417, "attention": 1450, "full": 1450}
-"""Bytes moved by norms, gates, rotations and the LoRA in one block, per token and unit of `dim`: products and attention
-not counted."""
 TRAFFIC_AROUND = 545
 """The same for all that is not a layer."""
 UNPACKING = 7
 """Bytes moved to unpack one weight: one read, two written, two read, two written."""
-OPERATIONS = {"none": 400, "elementwise": 590, "w1w3": 590, "attention": 590, "full": 590}
-"""Kernels of a block, forward and backward."""
 LAUNCH_SECONDS = 6e-6
 
 
@@ -39,14 +35,10 @@ def forward_flops(shape: TransformerShape, size: Bucket) -> float:
 def step_flops(shape: TransformerShape, size: Bucket, mode: RecomputeMode) -> float:
     """Operations of forward and backward on one sample; the LoRA's own, about 1 %, are left out."""
     linear, attention = _layers(shape, size)
-    again = {
-        "none": 0.0,
-        "elementwise": 0.0,
-        "w1w3": linear * _wide_share(shape),
-        "attention": linear,
-        "full": linear + attention,
-    }
-    return forward_flops(shape, size) + linear + 2.5 * attention + again[mode]
+    again = linear * _recomputed_share(shape, mode)
+    if RECOMPUTE_COSTS[mode].recomputes_attention:
+        again += attention
+    return forward_flops(shape, size) + linear + 2.5 * attention + again
 
 
 def step_seconds(job: Workload, form: WeightPlacement, mode: RecomputeMode, size: Bucket, card: GpuSpec) -> float:
@@ -58,14 +50,14 @@ def step_seconds(job: Workload, form: WeightPlacement, mode: RecomputeMode, size
 def _pass_seconds(job: Workload, form: WeightPlacement, mode: RecomputeMode, size: Bucket, card: GpuSpec) -> float:
     """Seconds of one pass forward and backward."""
     shape, batch = job.shape, job.batch(size)
-    tokens = (_image_tokens(size) + padded_tokens(CAPTION_TOKENS)) * batch
-    moved = (shape.n_layers * TRAFFIC[mode] + TRAFFIC_AROUND) * shape.dim * tokens
+    tokens = (_tokens(size) + padded_tokens(CAPTION_TOKENS)) * batch
+    moved = (shape.n_layers * RECOMPUTE_COSTS[mode].traffic_bytes + TRAFFIC_AROUND) * shape.dim * tokens
     if form.kind is not None:
-        unpacked = {"none": 2.0, "elementwise": 2.0, "w1w3": 2.0 + _wide_share(shape), "attention": 3.0, "full": 3.0}
-        moved += unpacked[mode] * UNPACKING * shape.n_layers * _block_weights(shape)
+        unpacked = 2.0 + _recomputed_share(shape, mode)  # forward, backward, and what is computed again
+        moved += unpacked * UNPACKING * shape.n_layers * _block_weights(shape)
     computing = step_flops(shape, size, mode) * batch / (REACHED_SHARE * card.tflops * 1e12)
     moving = moved / (REACHED_SHARE * card.gb_per_second * 1e9)
-    launching = OPERATIONS[mode] * shape.n_layers * LAUNCH_SECONDS
+    launching = RECOMPUTE_COSTS[mode].kernels * shape.n_layers * LAUNCH_SECONDS
     return max(computing + moving, launching, 2 * _streaming_seconds(job, form, card))
 
 
@@ -77,10 +69,15 @@ def preview_seconds(job: Workload, form: WeightPlacement, recipe: SamplingReques
 
 def forward_seconds(job: Workload, form: WeightPlacement, size: Bucket, batch: int, card: GpuSpec) -> float:
     """Seconds of one pass forward, which keeps nothing, on so many images of `size`."""
-    tokens = (_image_tokens(size) + padded_tokens(CAPTION_TOKENS)) * batch
+    tokens = (_tokens(size) + padded_tokens(CAPTION_TOKENS)) * batch
     computing = forward_flops(job.shape, size) * batch / (REACHED_SHARE * card.tflops * 1e12)
     moving = (
-        TRAFFIC["none"] / 3 * job.shape.n_layers * job.shape.dim * tokens / (REACHED_SHARE * card.gb_per_second * 1e9)
+        RECOMPUTE_COSTS["none"].traffic_bytes
+        / 3
+        * job.shape.n_layers
+        * job.shape.dim
+        * tokens
+        / (REACHED_SHARE * card.gb_per_second * 1e9)
     )
     return max(computing + moving, _streaming_seconds(job, form, card))
 
@@ -91,12 +88,15 @@ def _streaming_seconds(job: Workload, form: WeightPlacement, card: GpuSpec) -> f
 
 
 def _layers(shape: TransformerShape, size: Bucket) -> tuple[float, float]:
-    tokens = _image_tokens(size) + padded_tokens(CAPTION_TOKENS)
+    tokens = _tokens(size) + padded_tokens(CAPTION_TOKENS)
     return _products(shape, "layers", tokens), _attention(shape, shape.n_layers, tokens)
 
 
 def _before_the_layers(shape: TransformerShape, size: Bucket) -> float:
-    parts = (("noise_refiner", _image_tokens(size)), ("context_refiner", padded_tokens(CAPTION_TOKENS)))
+    parts = (
+        ("noise_refiner", _tokens(size)),
+        ("context_refiner", padded_tokens(CAPTION_TOKENS)),
+    )
     return sum(
         _products(shape, name, tokens) + _attention(shape, shape.n_refiner_layers, tokens) for name, tokens in parts
     )
@@ -120,6 +120,14 @@ def _block_weights(shape: TransformerShape) -> int:
     return 4 * shape.dim**2 + 3 * shape.dim * shape.ffn_dim
 
 
+def _recomputed_share(shape: TransformerShape, mode: RecomputeMode) -> float:
+    """Return the share of a block's products that `mode` computes a second time."""
+    products = RECOMPUTE_COSTS[mode].recomputed_products
+    if products == "wide":
+        return _wide_share(shape)
+    return 1.0 if products == "all" else 0.0
+
+
 def _wide_share(shape: TransformerShape) -> float:
     """Of a block's weights, those of w1 and w3."""
     return 2 * shape.dim * shape.ffn_dim / _block_weights(shape)
@@ -129,5 +137,5 @@ def _attention(shape: TransformerShape, blocks: int, tokens: int) -> float:
     return blocks * 4.0 * shape.dim * float(tokens) ** 2
 
 
-def _image_tokens(size: Bucket) -> int:
-    return padded_tokens(size.width * size.height // 256)
+def _tokens(size: Bucket) -> int:
+    return image_tokens(size.width, size.height)

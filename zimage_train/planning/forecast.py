@@ -14,19 +14,13 @@ from zimage_train.planning.calibration import CalibrationFactor
 from zimage_train.planning.gpus import GPU_SPECS, DeviceLimits, GpuSpec
 from zimage_train.planning.planner import MemoryPlan
 from zimage_train.planning.preflight import RunSpec
+from zimage_train.planning.recompute_costs import RECOMPUTE_COSTS
 
 SIGMAS_IN_A_VALIDATION = 17
 READ_BYTES_PER_SECOND = 2e9
 """Of weights that come from a file that was read before."""
 EXAMPLES = ("4090", "4080", "4070", "4060")
 """24, 16, 12 and 8 GB, shown where there is no card to plan for."""
-MODE_DESCRIPTIONS = {
-    "none": "nothing",
-    "elementwise": "norms, gates and activations",
-    "w1w3": "norms, gates, activations and wide products",
-    "attention": "all but attention",
-    "full": "everything",
-}
 
 
 def device_for(config: Config, gpu: str | None) -> DeviceLimits | None:
@@ -88,7 +82,7 @@ def _short(checked: RunSpec, plan: MemoryPlan, card: GpuSpec, price: float | Non
     largest = max(plan.job.sizes, key=plan.job.tokens)
     mode = plan.mode_of(plan.job.tokens(largest))
     return (
-        f"{plan.peak.total / 1e9:.1f} GB, {_weights(plan)}, recomputing {MODE_DESCRIPTIONS[mode]} at "
+        f"{plan.peak.total / 1e9:.1f} GB, {_weights(plan)}, recomputing {RECOMPUTE_COSTS[mode].description} at "
         f"{largest.width}x{largest.height}, {_hours_and_cost(run_seconds(checked, plan, card), price)}"
     )
 
@@ -137,9 +131,9 @@ def _recomputed(plan: MemoryPlan) -> str:
     parts: list[str] = []
     for mode, most in plan.limits.items():
         if most >= plan.job.max_tokens:
-            return ", ".join([*parts, MODE_DESCRIPTIONS[mode] + (" beyond" if parts else "")])
+            return ", ".join([*parts, RECOMPUTE_COSTS[mode].description + (" beyond" if parts else "")])
         if most > 0:
-            parts.append(f"{MODE_DESCRIPTIONS[mode]} up to {most} tokens")
+            parts.append(f"{RECOMPUTE_COSTS[mode].description} up to {most} tokens")
     return ", ".join(parts)
 
 
@@ -165,7 +159,7 @@ def _shares(checked: RunSpec, plan: MemoryPlan, device: DeviceLimits) -> list[st
         a_step = f", {plan.seconds(largest, card) * factor:.2f} s a step" if card else ""
         mode = plan.mode_of(plan.job.tokens(largest))
         share = f"{spent[resolution] / epoch:.0%} of the training time"
-        what = f"{format_bytes(most.total)} a step, recomputing {MODE_DESCRIPTIONS[mode]}{a_step}"
+        what = f"{format_bytes(most.total)} a step, recomputing {RECOMPUTE_COSTS[mode].description}{a_step}"
         found.append(f"  {resolution} px: {share}, {what}")
     whole, previews = _run_seconds(checked, plan, speed)
     recipes, times = len(plan.job.previews), _previews_in_a_run(checked.config)

@@ -10,20 +10,17 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 
+from zimage_train.config.optimizers import OPTIMIZERS, OptimizerName
 from zimage_train.config.schema import Config
 from zimage_train.config.values import Quantization, RecomputeMode
 from zimage_train.dataset.buckets import Bucket
 from zimage_train.dataset.sample_order import SampleOrder, TrainItem, make_sample_order
 from zimage_train.diffusion.request import SamplingRequest
-from zimage_train.models.arch import IN_A_BLOCK, TransformerShape
+from zimage_train.models.arch import IN_A_BLOCK, TransformerShape, image_tokens, padded_tokens
 from zimage_train.models.pinned_memory import pinned_bytes
+from zimage_train.planning.recompute_costs import RECOMPUTE_COSTS
 
 DTYPE_BYTES = {"bf16": 2, "fp32": 4}
-KEPT = {
-    "bf16": {"none": 69.4, "elementwise": 24.7, "w1w3": 14.0, "attention": 4.03, "full": 2.0},
-    "fp32": {"none": 90.8, "elementwise": 49.4, "w1w3": 28.0, "attention": 8.03, "full": 4.0},
-}
-"""Bytes that one block keeps for the backward, per token and unit of `dim`, by what it recomputes."""
 LIVE = {"bf16": 18.3, "fp32": 24.3}
 """What comes on top in the backward of one block, which has by then computed again all that `none` keeps."""
 SAMPLING = {"bf16": 31.9, "fp32": 63.3}
@@ -32,23 +29,6 @@ DECODING = {"bf16": 1536, "fp32": 3073}
 """Bytes a pixel while a VAE of 128 channels at full size, as the published one is, decodes an image."""
 VAE_CHANNELS = 128
 VAE_WEIGHTS = 83_820_000
-OPTIMIZER_BYTES = {
-    "adam": 8,
-    "adamw": 8,
-    "adam8bit": 2.1,
-    "adamw8bit": 2.1,
-    "paged_adamw8bit": 2.1,
-    "ademamix": 12,
-    "ademamix8bit": 3.1,
-    "lion": 4,
-    "lion8bit": 1.1,
-    "prodigy": 16,
-    "prodigy8bit": 7.1,
-    "adafactor": 4,
-    "adagrad": 4,
-    "automagic": 8,
-}
-"""State per trainable parameter; adafactor's is small, and its update takes a parameter's size while it is made."""
 QUANTISED_BITS = {"fp8": 8, "int8": 8, "nf4": 4}
 SCALE_BYTES, SCALE_BLOCK = 2, 64
 SLOTS = 2
@@ -81,7 +61,7 @@ class Workload:
     dtype: str
     trained: int
     """Parameters of the LoRA."""
-    optimizer: str
+    optimizer: OptimizerName
     sizes: Counter[Bucket]
     """Samples of each size in an epoch."""
     batch_size: int
@@ -121,7 +101,7 @@ class Workload:
 
     def tokens(self, size: Bucket) -> int:
         """Of the largest batch of `size`."""
-        return (padded_tokens(size.width * size.height // 256) + padded_tokens(self.caption_tokens)) * self.batch(size)
+        return (image_tokens(size.width, size.height) + padded_tokens(self.caption_tokens)) * self.batch(size)
 
     @property
     def max_tokens(self) -> int:
@@ -215,8 +195,8 @@ class MemoryEstimate:
 
 def step_memory(job: Workload, form: WeightPlacement, mode: RecomputeMode, tokens: int) -> MemoryEstimate:
     """The peak of forward and backward of a batch of `tokens`."""
-    kept = KEPT[job.dtype]
-    per_token = job.shape.n_layers * kept[mode] + kept["none"] - kept[mode] + LIVE[job.dtype]
+    kept, kept_by_none = (RECOMPUTE_COSTS[one].kept_bytes[job.dtype] for one in (mode, "none"))
+    per_token = job.shape.n_layers * kept + kept_by_none - kept + LIVE[job.dtype]
     return _with_weights(job, form, int(per_token * job.shape.dim * tokens))
 
 
@@ -230,12 +210,12 @@ def preview_memory(job: Workload, form: WeightPlacement) -> MemoryEstimate:
     """The peak of the largest preview, of its sampling or of its decoding; or of a validation."""
     sampling = decoding = 0.0
     if job.held_out is not None:
-        tokens = padded_tokens(job.held_out.width * job.held_out.height // 256) + padded_tokens(job.caption_tokens)
+        tokens = image_tokens(job.held_out.width, job.held_out.height) + padded_tokens(job.caption_tokens)
         sampling = SAMPLING[job.dtype] * job.shape.dim * tokens
     for one in (*job.previews, *job.generated):
         batch = job.previews_at_once * (2 if one.guidance > 0 else 1)
         longer = max(one.prompt, one.negative if one.guidance > 0 else "", key=len)
-        tokens = padded_tokens(one.width * one.height // 256) + padded_tokens(caption_tokens(longer))
+        tokens = image_tokens(one.width, one.height) + padded_tokens(caption_tokens(longer))
         sampling = max(sampling, SAMPLING[job.dtype] * job.shape.dim * tokens * batch)
         width = job.vae_channels / VAE_CHANNELS
         decoding = max(decoding, DECODING[job.dtype] * width * one.width * one.height)
@@ -247,7 +227,7 @@ def preview_memory(job: Workload, form: WeightPlacement) -> MemoryEstimate:
 
 def _with_weights(job: Workload, form: WeightPlacement, activations: int) -> MemoryEstimate:
     weights = device_bytes(job, form)
-    lora = int(job.trained * (4 + 4 + OPTIMIZER_BYTES[job.optimizer] + 4 * job.ema))
+    lora = int(job.trained * (4 + 4 + OPTIMIZERS[job.optimizer].state_bytes + 4 * job.ema))
     around = CONTEXT_BYTES + FRAGMENTATION * (weights + lora + activations) if job.gpu else 0
     return MemoryEstimate(weights, lora, activations, int(around))
 
@@ -337,11 +317,6 @@ def _smaller_batches(job: Workload) -> list[Change | None]:
 def parameters_of(shape: TransformerShape) -> int:
     """How many parameters the transformer has."""
     return sum(parameter_count(size) for size in shape.parameters.values())
-
-
-def padded_tokens(tokens: int) -> int:
-    """`tokens` as the model pads them: to the next multiple of 32."""
-    return -(-tokens // 32) * 32
 
 
 def parameter_count(shape: tuple[int, ...]) -> int:

@@ -6,11 +6,11 @@ import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from zimage_train.config import methods
 from zimage_train.config.dataset import DataEntry
 from zimage_train.config.load import cache_dir
+from zimage_train.config.methods import TeacherSettings
+from zimage_train.config.optimizers import OPTIMIZERS
 from zimage_train.config.schema import Config
-from zimage_train.config.values import BITSANDBYTES_OPTIMIZERS
 from zimage_train.dataset.image_index import ImageIndex, Tick
 from zimage_train.dataset.sample_order import TrainItem, make_items, resolve_epochs
 from zimage_train.dataset.scan import FolderScan, ImageRecord, scan_entry
@@ -79,7 +79,7 @@ def check_run(
     errors += [error for scan in scans for error in scan.errors]
     notes += [note for scan in scans for note in scan.notes]
     images = [scan.images for scan in scans]
-    if methods.uses_generated_data(config.train.method):  # for one prompt each
+    if config.method.generates_data:  # for one prompt each
         images = [[replace(one, prompts=one.prompts[:1]) for one in entry] for entry in images]
     items: list[TrainItem] = []
     with collect_errors(errors):
@@ -109,9 +109,9 @@ def check_run(
 def _not_used(config: Config) -> list[str]:
     """Settings that others stand in for."""
     notes = ["train.epochs decides how long; train.steps is not used"] if config.train.epochs is not None else []
-    if config.train.method == "trajectory_imitation":
+    if config.method.imitates_teacher:
         notes.append("trajectory_imitation trains at Turbo's own sigmas; timesteps is not used")
-    elif config.teacher != methods.TeacherSettings():
+    elif config.teacher != TeacherSettings():
         notes.append(f"teacher is for trajectory_imitation; {config.train.method} does not use it")
     entries = [f"data.{n}" for n, entry in enumerate(config.data) if entry.max_pixels is not None]
     return [*notes, *(f"{where}: max_pixels decides; resolution is not used" for where in entries)]
@@ -145,7 +145,9 @@ def _require_bitsandbytes(config: Config) -> None:
         ConfigError: names the settings.
     """
     asked = {"model.quantize": config.model.quantize, "optimizer.name": config.optimizer.name}
-    needing = [key for key, value in asked.items() if value in ("nf4", *BITSANDBYTES_OPTIMIZERS)]
+    needing = ["model.quantize"] if config.model.quantize == "nf4" else []
+    if OPTIMIZERS[config.optimizer.name].needs == "bitsandbytes":
+        needing.append("optimizer.name")
     if needing and importlib.util.find_spec("bitsandbytes") is None:
         todo = "install it, or choose another value"
         raise ConfigError(
@@ -172,7 +174,7 @@ def workload_of(checked: RunSpec, gpu: bool | None = None) -> Workload:
         gpu,
         checked.held_out,
     )
-    if methods.uses_generated_data(config.train.method):
+    if config.method.generates_data:
         sized = [(one.image.prompts[0], one.size.width, one.size.height) for one in checked.items]
         job = replace(job, generated=tuple(teacher_request(config, *one, seed=0) for one in sized))
     if checked.weights is None:
@@ -356,7 +358,7 @@ def _disk_bytes(config: Config, weights: ModelFiles | None) -> int:
         return 0
     trained = sum(sum(weights.shape.linears[module]) for module in weights.modules) * config.lora.rank
     copies = 1 if config.ema.decay is None else 2
-    checkpoint = trained * (4 * copies + memory.OPTIMIZER_BYTES[config.optimizer.name])
+    checkpoint = trained * (4 * copies + OPTIMIZERS[config.optimizer.name].state_bytes)
     export = trained * memory.DTYPE_BYTES[config.save.dtype] * copies
     return int(checkpoint * 3 + export * (config.save.keep + 2))
 

@@ -1,6 +1,6 @@
 """Settings that work but that people regret: what is likely to happen, and what to do instead."""
 
-from zimage_train.config import methods
+from zimage_train.config.optimizers import OPTIMIZERS
 from zimage_train.config.schema import Config
 from zimage_train.config.variants import VARIANTS
 from zimage_train.optim.schedules import base_lr
@@ -18,7 +18,7 @@ def config_warnings(config: Config, num_images: int, is_small: bool = False) -> 
 
 
 def _turbo(config: Config) -> list[str]:
-    if config.model.variant != "turbo" or methods.uses_generated_data(config.train.method):
+    if config.model.variant != "turbo" or config.method.generates_data:
         return []
     model, found = config.model, []
     if model.adapter is None:
@@ -41,7 +41,7 @@ def _turbo(config: Config) -> list[str]:
 
 def _rate(config: Config) -> list[str]:
     optimizer = config.optimizer
-    if config.model.variant != "turbo" or optimizer.name.startswith("prodigy") or optimizer.lr < HIGH_LR:
+    if config.model.variant != "turbo" or OPTIMIZERS[optimizer.name].finds_lr or optimizer.lr < HIGH_LR:
         return []
     return [
         f"optimizer.lr is {optimizer.lr:g}: from {HIGH_LR:g} on, Turbo usually becomes noisy or breaks; "

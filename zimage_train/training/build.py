@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from zimage_train import __version__
-from zimage_train.config import methods
 from zimage_train.config.load import cache_dir
 from zimage_train.config.schema import Config
 from zimage_train.config.variants import VARIANTS
@@ -128,7 +127,7 @@ def fill_caches(checked: RunSpec, session: RunContext, plan: sample_order.Sample
         warn=session.console.warning,
     )
     held_out = {item.image.prompts[0] for item in checked.held_out}
-    is_own = methods.uses_generated_data(checked.config.train.method)
+    is_own = checked.config.method.generates_data
     empty = {""} if is_own or checked.config.guidance.contrastive is not None else set()
     prompts = sorted(
         {*plan.prompts(checked.config.train.steps), *request.prompts_to_encode(recipes), *held_out, *empty}
@@ -249,7 +248,7 @@ def _inputs(
 ) -> CachedDataset:
     """What the loop reads; the model draws its own images with the LoRA as it begins, wherever the run goes on."""
     inputs = CachedDataset(session.cache, session.digests, config.model.dtype)
-    if not methods.uses_generated_data(config.train.method):
+    if not config.method.generates_data:
         return inputs
     return replace(inputs, generated=_draw_own(config, session, frozen, plan, inputs))
 

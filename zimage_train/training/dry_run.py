@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from zimage_train.config.optimizers import OPTIMIZERS
 from zimage_train.config.values import RecomputeMode
 from zimage_train.dataset.buckets import Bucket
 from zimage_train.dataset.sample_order import MicroBatch, TrainItem
@@ -18,10 +19,10 @@ from zimage_train.diffusion.render import render_images
 from zimage_train.errors import DiskError
 from zimage_train.io import atomic, tensorfile
 from zimage_train.lora import lora_file, verify
+from zimage_train.models.arch import image_tokens, padded_tokens
 from zimage_train.optim import optimizers
 from zimage_train.planning import calibration, forecast, gpus, memory
 from zimage_train.planning.gpus import GpuSpec
-from zimage_train.planning.memory import OPTIMIZER_BYTES, padded_tokens
 from zimage_train.planning.planner import MemoryPlan
 from zimage_train.training.fit import apply_recompute_plan
 from zimage_train.training.loss import Batch, losses
@@ -57,7 +58,8 @@ def dry_run(run: TrainState) -> tuple[TrainState, Mapping[str, Any]]:
 @contextlib.contextmanager
 def _room_for_the_optimizer(run: TrainState) -> Iterator[None]:
     """Hold what the optimizer will take from its first step on, unless it has it already."""
-    needed = 0 if run.optimizer.state else int(run.memory_plan.job.trained * OPTIMIZER_BYTES[run.config.optimizer.name])
+    state_bytes = run.memory_plan.job.trained * OPTIMIZERS[run.config.optimizer.name].state_bytes
+    needed = 0 if run.optimizer.state else int(state_bytes)
     held = torch.empty(needed, dtype=torch.uint8, device=run.world.device)
     yield
     del held
@@ -134,7 +136,7 @@ def _tokens(run: TrainState, samples: MicroBatch) -> int:
     size = samples[0].item.size
     prompts = {text for one in samples for text in (one.prompt, one.preserve_prompt) if text is not None}
     captions = max(padded_tokens(run.dataset.embeds(prompt).shape[0]) for prompt in prompts)
-    return len(samples) * (padded_tokens(size.width * size.height // 256) + captions)
+    return len(samples) * (image_tokens(size.width, size.height) + captions)
 
 
 def _recomputing_more(plan: MemoryPlan, tokens: int) -> MemoryPlan | None:

@@ -6,7 +6,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from zimage_train.config import methods
 from zimage_train.config.load import dump_config
 from zimage_train.config.schema import Config
 from zimage_train.diffusion import comfyui
@@ -148,7 +147,7 @@ def preview_metrics(run: TrainState, step: int) -> dict[str, Any]:
         if one.step == step:
             record |= {"change_with_trigger": one.with_trigger, "change_without_trigger": one.without_trigger}
             remark = preview_shift.shift_remark(one, run.config.train.steps)
-            if remark and not methods.uses_generated_data(run.config.train.method):  # images are to stay as they are
+            if remark and not run.config.method.generates_data:  # images are to stay as they are
                 run.console.warning(remark)
     if step > 0:
         record["sharpness_kept"] = preview_shift.sharpness_kept(own, words, step)

@@ -32,7 +32,7 @@ class GeneratedData:
 
     @property
     def imitates(self) -> bool:
-        return self.config.train.method == "trajectory_imitation"
+        return self.config.method.imitates_teacher
 
     def request(self, item: TrainItem) -> SamplingRequest:
         seed = keyed_int(self.config.seed, "own", *item.identity())

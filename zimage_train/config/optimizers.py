@@ -1,0 +1,73 @@
+"""Every optimizer that can be chosen: its parameters, memory and needs. Its factory is in optim/optimizers.py.
+
+To add one: its name and `OptimizerSpec` here, its factory there.
+"""
+
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal, Optional
+
+from pydantic import Field
+
+from zimage_train.config.values import Count, PositiveFloat, Share, UpToOne
+
+OptimizerName = Literal[
+    "adam", "adamw", "adam8bit", "adamw8bit", "paged_adamw8bit", "ademamix", "ademamix8bit", "lion", "lion8bit",
+    "prodigy", "prodigy8bit", "adafactor", "adagrad", "automagic",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class OptimizerSpec:
+    """One optimizer, as far as it is known without loading its library."""
+
+    state_bytes: float
+    """Optimizer state per trained parameter, bytes; temporaries of the update included."""
+    params: dict[str, Any] = field(default_factory=dict)
+    """Types of the keys that `optimizer.params` may hold."""
+    needs: str | None = None
+    """Package that must be installed, beyond those that always are."""
+    finds_lr: bool = False
+    """Whether it estimates the learning rate, so that `optimizer.lr` is a factor on its estimate."""
+
+
+_TWO_BETAS: dict[str, Any] = {"betas": Annotated[list[Share], Field(min_length=2, max_length=2)]}
+_ADAM = _TWO_BETAS | {"eps": PositiveFloat}
+_ADEMAMIX = {
+    "betas": Annotated[list[Share], Field(min_length=3, max_length=3)],
+    "eps": PositiveFloat,
+    "alpha": PositiveFloat,
+    "t_alpha": Count,
+    "t_beta3": Count,
+}
+_PRODIGY = _ADAM | {
+    "beta3": Optional[Share],  # noqa: UP045  the operator does not know Annotated
+    "decouple": bool,
+    "use_bias_correction": bool,
+    "safeguard_warmup": bool,
+    "d0": PositiveFloat,
+    "d_coef": PositiveFloat,
+    "growth_rate": Annotated[float, Field(gt=1.0)],
+    "slice_p": Annotated[int, Field(ge=1)],
+}
+_ADAFACTOR = {"beta1": Share, "decay_rate": Annotated[float, Field(lt=0.0)], "clip_threshold": PositiveFloat}
+_ADAGRAD = {"eps": PositiveFloat, "lr_decay": UpToOne, "initial_accumulator_value": UpToOne}
+_AUTOMAGIC = _ADAM | {"bump": UpToOne, "min_lr": PositiveFloat, "max_lr": PositiveFloat}
+_BNB = "bitsandbytes"
+
+OPTIMIZERS: dict[OptimizerName, OptimizerSpec] = {
+    "adam": OptimizerSpec(8, _ADAM),
+    "adamw": OptimizerSpec(8, _ADAM),
+    "adam8bit": OptimizerSpec(2.1, _ADAM, needs=_BNB),
+    "adamw8bit": OptimizerSpec(2.1, _ADAM, needs=_BNB),
+    "paged_adamw8bit": OptimizerSpec(2.1, _ADAM, needs=_BNB),
+    "ademamix": OptimizerSpec(12, _ADEMAMIX, needs=_BNB),
+    "ademamix8bit": OptimizerSpec(3.1, _ADEMAMIX, needs=_BNB),
+    "lion": OptimizerSpec(4, _TWO_BETAS, needs=_BNB),
+    "lion8bit": OptimizerSpec(1.1, _TWO_BETAS, needs=_BNB),
+    "prodigy": OptimizerSpec(16, _PRODIGY, finds_lr=True),
+    "prodigy8bit": OptimizerSpec(7.1, _PRODIGY, needs=_BNB, finds_lr=True),
+    # Adafactor's state is small; its update takes a parameter's size while it is made.
+    "adafactor": OptimizerSpec(4, _ADAFACTOR),
+    "adagrad": OptimizerSpec(4, _ADAGRAD),
+    "automagic": OptimizerSpec(8, _AUTOMAGIC),
+}
