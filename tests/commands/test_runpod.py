@@ -1,4 +1,4 @@
-"""What a rented pod runs, what it costs, how it waits for another one and how its LoRA comes home."""
+"""What a rented pod runs, how it waits for another one and how its LoRA comes home."""
 
 import json
 import os
@@ -11,19 +11,14 @@ import time
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
 from zimage_train import mini
-from zimage_train.cli.app import app
-from zimage_train.commands import check, runpod
-from zimage_train.errors import ConfigError
-from zimage_train.planning import pricing
+from zimage_train.commands import runpod
 
 from hub_server import serving
 
 ROOT = Path(__file__).parents[2]
 START = ROOT / "scripts" / "runpod" / "start.sh"
-PRICES = ROOT / "scripts" / "runpod" / "prices.yaml"
 CONFIG = """
 name: tiny
 model: {path: MODEL, adapter: ADAPTER, dtype: fp32}
@@ -167,73 +162,6 @@ def test_one_pod_waits_for_what_another_downloads(volume: Path):
 def test_the_way_home_is_by_what_the_pod_says_of_itself(given: dict[str, str], command: str | None):
     found = runpod.copy_command(Path("/runs/my lora.safetensors"), given)
     assert found is None if command is None else found is not None and found.startswith(command)
-
-
-# What it costs
-
-
-def test_costs_are_by_hand_what_the_command_says(tmp_path: Path):
-    path = tmp_path / "p.yaml"
-    path.write_text(
-        "date: 2026-01-02\ncurrency: EUR\ngpus: {4090: 3.6, 4060: 0.36}\ncpu_pod: 0.5\nvolume: 0.3\nvolume_gb: 10\n"
-        "days: 15\nmegabytes_per_second: 21.1\nstart_minutes: 10\n"
-    )
-    options = ["--set", f"data.0.folder={mini.IMAGES}", "--price", str(path)]
-    done = CliRunner().invoke(app, ["check", str(ROOT / "configs" / "turbo_character.yaml"), *options])
-    assert done.exit_code == 0, done.output
-    assert "costs in EUR at the prices of 2026-01-02" in done.output
-    filling = 21.1e9 / 21.1e6 / 3600 * 0.5  # a thousand seconds
-    assert f"to fill the volume once: 21.1 GB, 0 h 17 min of a CPU pod at 0.5/h: {filling:.2f}" in done.output
-    assert "to keep 10 GB for 15 days at 0.3/GB a month: 1.50" in done.output
-    rows = re.findall(
-        r"^  (40\d0) +([\d.]+) +10 min +(\d+) h (\d+) min +([\d.]+) +([\d.]+)$", done.output, re.MULTILINE
-    )
-    assert len(rows) == 2
-    for _, price, hours, minutes, gpu, everything in rows:
-        time_of = int(hours) + (int(minutes) + 10) / 60
-        assert float(gpu) == pytest.approx(time_of * float(price), abs=float(price) / 60 + 0.01)
-        assert float(everything) == pytest.approx(float(gpu) + filling + 1.5, abs=0.011)
-    assert [float(row[-1]) for row in rows] == sorted(float(row[-1]) for row in rows)
-
-
-def test_a_card_that_is_too_small_is_said_to_be(tmp_path: Path):
-    path = tmp_path / "p.yaml"
-    path.write_text("date: 2026-01-02\ngpus: {3080: 1, h200: 2}\n")
-    options = ["--set", f"data.0.folder={mini.IMAGES}", "--set", "train.batch_size=64", "--set", "data.0.repeats=64"]
-    options += ["--set", "memory.offload=0.0", "--price", str(path)]
-    done = CliRunner().invoke(app, ["check", str(ROOT / "configs" / "turbo_character.yaml"), *options])
-    assert re.search(r"3080 +1\.00  does not fit \(", done.output) and re.search(r"h200 +2\.00 +5 min", done.output)
-
-
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        ("gpus: {4090: 1}", "date: Field required"),
-        ("date: 2026-01-02\ngpus: {}", "gpus: name at least one card"),
-        ("date: 2026-01-02\ngpus: {voodoo: 1}", "gpus: voodoo: not known; the cards are 3060"),
-        ("date: 2026-01-02\ngpus: {4090: cheap}", "gpus.4090: "),
-        ("date: 2026-01-02\ngpus: {4090: -1}", "gpus.4090: "),
-        ("date: 2026-01-02\ngpus: {4090: 1}\nvolumes: 3", "volumes: Extra inputs"),
-        ("date: today\ngpus: {4090: 1}", "date: "),
-        ("- 1", "the file: "),
-        ("gpus: {4090: 1, 4090: 2}", "p.yaml:1"),
-        ("\t", "p.yaml:1"),
-    ],
-)
-def test_a_price_file_that_is_wrong_is_said_to_be_where(tmp_path: Path, text: str, said: str):
-    path = tmp_path / "p.yaml"
-    path.write_text(text)
-    with pytest.raises(ConfigError) as caught:
-        check.parse_price(str(path))
-    assert said in str(caught.value) and str(path) in str(caught.value)
-
-
-def test_the_price_file_that_comes_along_is_dated_and_whole():
-    found = pricing.read(PRICES)
-    assert re.fullmatch(r"20\d\d-\d\d-\d\d", found.date) and {"4090", "h100"} <= set(found.gpus)
-    assert found.keeping == pytest.approx(0.07 * 50 * 7 / 30)
-    with pytest.raises(ConfigError, match=r"nowhere\.yaml"):
-        check.parse_price("nowhere.yaml")
 
 
 # The image

@@ -49,7 +49,6 @@ def place(tmp_path_factory: pytest.TempPathFactory, shared_cache: Path) -> Path:
     assert CliRunner().invoke(app, [*baked, "-o", str(folder / "tuned.safetensors")]).exit_code == 0
     lora_file.export_lora(folder / "b.safetensors", lora_file.read_lora(trained), "fp32", {})
     shutil.copytree(ROOT / "configs", folder / "configs")
-    shutil.copytree(ROOT / "scripts" / "runpod", folder / "scripts" / "runpod")
     shutil.copytree(mini.TURBO, folder / "base")
     text = Path(config).read_text()
     (folder / "my.yaml").write_text(text.replace("zimage_train/mini", mini.HERE.as_posix()))

@@ -205,17 +205,16 @@ def test_what_does_not_fit_is_no_config_without_problems(make_config: Make, priv
     assert any(line.startswith("  this does not fit 8.10 GB: set memory.checkpointing: auto") for line in lines)
 
 
-@pytest.mark.parametrize(
-    "text", ["0.69", "0.69/h", "$0.69/h", "0.69 €/hour", " 0.69 / h ", "0,69/h", "0.69 EUR/h", "USD 0.69"]
-)
-def test_a_price_is_read_as_people_write_it(text: str):
+@pytest.mark.parametrize("text", ["0.69", "0.69/h", " 0.69/h "])
+def test_a_price_is_a_number_an_hour(text: str):
     assert checking.parse_price(text) == 0.69
 
 
-@pytest.mark.parametrize("text", ["", "cheap", "-1", "1/min", "nan", "1.2.3"])
+@pytest.mark.parametrize("text", ["", "cheap", "-1", "1/min", "nan", "1.2.3", "0,69", "$0.69/h", "prices.yaml"])
 def test_what_is_no_price_is_refused(text: str):
-    with pytest.raises(ConfigError, match="give the price of an hour"):
+    with pytest.raises(ConfigError, match=r"give the price of an hour, such as 0\.69/h") as caught:
         checking.parse_price(text)
+    assert caught.value.exit_code == 2
 
 
 def test_a_card_that_is_not_there_or_odd_is_no_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):

@@ -100,7 +100,7 @@ def check(
     gpu: Annotated[
         str | None, typer.Option("--gpu", help="Plan for this card (4090, a5000, h100, ...), not the one here.")
     ] = None,
-    price: Annotated[str | None, typer.Option("--price", help="Of an hour (0.69/h), or a file of prices.")] = None,
+    price: Annotated[str | None, typer.Option("--price", help="What an hour costs: 0.69/h.")] = None,
 ) -> None:
     """Check config, images, captions, weights and disk, and show what a run would do and take.
 

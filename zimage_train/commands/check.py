@@ -8,12 +8,11 @@ from zimage_train.dataset.buckets import crop_percent
 from zimage_train.dataset.sample_order import TrainItem, make_sample_order
 from zimage_train.errors import ConfigError, Problem
 from zimage_train.lora import targets
-from zimage_train.planning import costs, forecast, pricing
+from zimage_train.planning import forecast
 from zimage_train.planning.preflight import RunSpec
-from zimage_train.planning.pricing import Prices
 
 
-def check_report(checked: RunSpec, gpu: str | None = None, price: float | Prices | None = None) -> list[str]:
+def check_report(checked: RunSpec, gpu: str | None = None, price: float | None = None) -> list[str]:
     """What `check` prints: data, order, modules, memory, time, cost, notes and warnings.
 
     Raises:
@@ -46,29 +45,22 @@ def check_report(checked: RunSpec, gpu: str | None = None, price: float | Prices
         lines.append(f"LoRA of rank {config.lora.rank} on {len(weights.modules)} modules ({groups})")
         if weights.paths.adapter is not None:
             lines.append(f"adapter fits {weights.adapter_modules}/{weights.adapter_modules} modules")
-    lines += ["", *forecast.forecast_lines(checked, gpu, None if isinstance(price, Prices) else price)]
-    if isinstance(price, Prices):
-        lines += ["", *costs.cost_lines(checked, price)]
+    lines += ["", *forecast.forecast_lines(checked, gpu, price)]
     lines += [f"note: {note}" for note in checked.notes]
     lines += [f"warning: {warning}" for warning in checked.warnings]
     return lines
 
 
-def parse_price(text: str) -> float | Prices:
-    """The number of `0.69`, `0.69/h` or `$0.69/h`; or a file of prices.
+def parse_price(text: str) -> float:
+    """The price of an hour: the number of `0.69` or `0.69/h`.
 
     Raises:
-        ConfigError: it holds none.
+        ConfigError: it is written otherwise.
     """
-    if text.lower().endswith((".yaml", ".yml")):
-        return pricing.read(Path(text))
-    currency = r"\s*(?:[^\d\s.,-]|[A-Za-z]{3})?\s*"
-    match = re.fullmatch(rf"{currency}(\d+(?:[.,]\d+)?){currency}(?:/\s*h(?:our)?)?\s*", text)
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)(?:/h)?", text.strip())
     if match is None:
-        raise ConfigError(
-            Problem("--price", f"is {text!r}", "give the price of an hour, such as 0.69/h, or a file of prices")
-        )
-    return float(match[1].replace(",", "."))
+        raise ConfigError(Problem("--price", f"is {text!r}", "give the price of an hour, such as 0.69/h"))
+    return float(match[1])
 
 
 def _table(checked: RunSpec) -> list[str]:

@@ -81,9 +81,11 @@ def _short(checked: RunSpec, plan: MemoryPlan, card: GpuSpec, price: float | Non
         return f"does not fit ({plan.peak.total / 1e9:.1f} GB)"
     largest = max(plan.job.sizes, key=plan.job.tokens)
     mode = plan.mode_of(plan.job.tokens(largest))
+    known = _known(checked, card.name)
+    whole = _run_seconds(checked, plan, card)[0] * (known.time if known else 1.0)
     return (
         f"{plan.peak.total / 1e9:.1f} GB, {_weights(plan)}, recomputing {RECOMPUTE_COSTS[mode].description} at "
-        f"{largest.width}x{largest.height}, {_hours_and_cost(run_seconds(checked, plan, card), price)}"
+        f"{largest.width}x{largest.height}, {_hours_and_cost(whole, price)}"
     )
 
 
@@ -193,25 +195,14 @@ def _known(checked: RunSpec, device: str) -> CalibrationFactor | None:
     return calibration.calibration_factor(calibration_file(checked.config), calibration.device_key(device, parameters))
 
 
-def run_seconds(checked: RunSpec, plan: MemoryPlan, card: GpuSpec) -> float:
-    """How long the whole run takes on `card`, with what earlier runs say of it."""
-    known = _known(checked, card.name)
-    return _run_seconds(checked, plan, card)[0] * (known.time if known else 1.0)
-
-
 def calibration_file(config: Config) -> Path:
     """Where measured runs are remembered."""
     return cache_dir(config) / "measured.json"
 
 
-def format_hours(seconds: float) -> str:
-    """A time for people."""
-    minutes = round(seconds / 60)
-    return f"{minutes // 60} h {minutes % 60:02d} min" if minutes else f"{seconds:.0f} s"
-
-
 def _hours_and_cost(seconds: float, price: float | None) -> str:
-    time = format_hours(seconds)
+    minutes = round(seconds / 60)
+    time = f"{minutes // 60} h {minutes % 60:02d} min" if minutes else f"{seconds:.0f} s"
     return time if price is None else f"{time}, at {price:g} an hour {seconds / 3600 * price:.2f}"
 
 
