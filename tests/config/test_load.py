@@ -14,14 +14,13 @@ import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from pydantic.fields import FieldInfo
 
 from zimage_train.config import load, strict_yaml
 from zimage_train.config.load import dump_config, flatten_keys, read_config
 from zimage_train.config.optimizers import OPTIMIZERS
 from zimage_train.config.schema import Config
 from zimage_train.config.strict_yaml import YamlError
-from zimage_train.config.values import RECOMPUTE_MODES, SCHEDULE_PARAMS, Later
+from zimage_train.config.values import RECOMPUTE_MODES, SCHEDULE_PARAMS
 from zimage_train.config.variants import VARIANTS
 from zimage_train.errors import ConfigError
 
@@ -137,20 +136,8 @@ def test_ranges_are_exact(option: str):
 
 
 def test_every_number_has_its_range_in_that_table():
-    numbers = {
-        name
-        for name, field in OPTIONS.items()
-        if re.search(r"\b(int|float)\b", str(field.annotation))
-        and not any(isinstance(m, Later) for m in later_of(field))
-    }
+    numbers = {name for name, field in OPTIONS.items() if re.search(r"\b(int|float)\b", str(field.annotation))}
     assert numbers - set(ACCEPTED_AND_REFUSED) == set()
-
-
-def later_of(field: FieldInfo) -> list[Any]:
-    nested_metadata = [
-        one for arg in getattr(field.annotation, "__args__", ()) for one in getattr(arg, "__metadata__", ())
-    ]
-    return [one for one in (*field.metadata, *nested_metadata) if isinstance(one, Later)]
 
 
 @pytest.mark.parametrize(
@@ -200,28 +187,6 @@ def test_relations_between_settings_are_checked(refused):
     assert "needs exactly one of folder, metadata and prompts" in refused(both, least="name: a\n")[0]
     assert "at least 1 entry" in refused("data: []", least="name: a\n")[0]
     assert refused("", least="{}") == ["c.yaml:1: name: is missing; add it", "c.yaml:1: data: is missing; add it"]
-
-
-NOT_YET = {
-    "model.attention": "flash",
-    "lora.type": "dora",
-    "memory.compile": True,
-}
-
-
-@pytest.mark.parametrize("option", NOT_YET)
-def test_what_this_version_cannot_do_is_refused_and_its_neutral_value_is_not(option: str):
-    default = OPTIONS[option].default
-    assert load.validate_config(nested(option, default), load.dotted_key)[1] == []
-    config, (problem,) = load.validate_config(nested(option, NOT_YET[option]), load.dotted_key)
-    assert config is None
-    assert problem.location == option.replace("[]", ".0")
-    shown = "null" if default is None else str(default).lower() if isinstance(default, bool) else str(default)
-    assert str(problem).endswith(f"not possible in this version; leave it out (it can only be {shown})")
-
-
-def test_every_option_that_is_not_possible_yet_is_in_that_table_and_no_other():
-    assert {name for name, field in OPTIONS.items() if later_of(field)} == set(NOT_YET)
 
 
 # The model's variants
@@ -686,10 +651,6 @@ def test_the_json_schema_takes_the_shipped_configs(schema):
 def test_the_json_schema_marks_what_the_reader_refuses(schema):
     assert complaints(schema, {"name": "a"}, schema) == ["missing data"]
     assert complaints(schema, nested("optimizer.lr", 1.0) | {"lr": 1.0}, schema) == ["unknown lr"]
-    for option, value in NOT_YET.items():
-        assert complaints(schema, nested(option, value), schema), option
-    later_neutral = {option: OPTIONS[option].default for option in NOT_YET}
-    assert [name for name, value in later_neutral.items() if complaints(schema, nested(name, value), schema)] == []
     unmarked = {
         (option, str(value))
         for option, (_, outside) in ACCEPTED_AND_REFUSED.items()

@@ -306,9 +306,9 @@ BAD = {
     "ranges": (LEAST + "train: {steps: 0}\nlora: {rank: 0}\noptimizer: {lr: -1}\nsave: {every: 0}\nseed: -1\n", []),
     "not finite": (LEAST + "optimizer: {lr: .nan}\nlora: {alpha: .inf}\nguidance: {differential: 1e999}\n", []),
     "sizes": (LEAST + "sample: {width: 1000, height: 16}\n", ["data.0.resolution=[512, 520]"]),
-    "not possible yet": (
-        LEAST + "model: {attention: flash}\nlora: {type: lokr}\ntrain: {method: de_distill}\nema: {decay: 0.999}\n",
-        ["data.0.flip=true", "memory.compile=true", "lora.type=oft"],
+    "what only others have": (
+        LEAST + "model: {attention: flash}\nlora: {type: lokr}\ntrain: {loss: huber}\n",
+        ["memory.compile=true", "lora.type=oft"],
     ),
     "another variant's adapter": (LEAST + "model: {variant: base, adapter: v2}\n", []),
     "a choice misspelt": (LEAST + "model: {variant: turob}\ntimesteps: {type: sigmod}\nsave: {dtype: fp16}\n", []),

@@ -265,9 +265,8 @@ def _where(path: Path, document: YamlDocument, origins: dict[KeyPath, str], key_
         if made:
             return f"{made[0]}: {dotted_key(key_path)}"
     known = next((n for n in range(len(key_path), -1, -1) if key_path[:n] in document.lines), 0)
-    name = dotted_key((document.names.get(key_path[:known], dotted_key(key_path[:known])), *key_path[known:])).lstrip(
-        "."
-    )
+    start = document.names.get(key_path[:known], dotted_key(key_path[:known]))
+    name = dotted_key((start, *key_path[known:])).lstrip(".")
     return f"{path}:{document.lines.get(key_path[:known], 0)}: {name}" if key_path else f"{path}"
 
 

@@ -1,6 +1,6 @@
 """Every setting, its type, its range, its default and what it does: the one place that says so.
 
-A value that this version cannot honour is refused here (`Later`), never accepted and ignored.
+A value that cannot be honoured is refused here, never accepted and ignored.
 """
 
 import re
@@ -17,7 +17,6 @@ from zimage_train.config.section import Section
 from zimage_train.config.values import (
     SCHEDULE_PARAMS,
     EverySteps,
-    Later,
     Pixels,
     Quantization,
     RecomputeMode,
@@ -53,8 +52,6 @@ class ModelSettings(Section):
     quantize: Quantization | Literal["auto"] | None = None
     """Frozen weights of attention and feed forward in 8 bits (int8, fp8) or 4 (nf4), after the merge; auto: only if
     `dtype` does not fit; null: never."""
-    attention: Annotated[str, Later("auto")] = "auto"
-    """Later: choice of attention backend."""
 
     @model_validator(mode="before")
     @classmethod
@@ -77,8 +74,6 @@ class CacheSettings(Section):
 
 
 class LoraSettings(Section):
-    type: Annotated[Literal["lora", "dora", "lokr", "loha", "oft"], Later("lora")] = "lora"
-    """Kind of adapter that is trained; so far only lora."""
     rank: int = Field(default=16, ge=1, le=1024)
     """Capacity of the LoRA; its file grows in proportion."""
     alpha: float | None = Field(default=None, gt=0.0)
@@ -122,8 +117,6 @@ class TrainSettings(Section):
     """Samples in one forward pass."""
     grad_accumulation: int = Field(default=1, ge=1, le=4096)
     """Forward passes in one optimizer step."""
-    loss: Literal["mse"] = "mse"
-    """Distance between predicted and true velocity: the mean square."""
     max_grad_norm: float | None = Field(default=1.0, gt=0.0)
     """Largest norm of the gradient; null: no clipping."""
     regularization_share: float = Field(default=0.5, gt=0.0, lt=1.0)
@@ -228,8 +221,6 @@ class MemorySettings(Section):
     least by which a batch fits the budget."""
     offload: Annotated[float, Field(ge=0.0, le=1.0)] | Literal["auto"] = "auto"
     """Share of the blocks that wait in main memory and are streamed; auto: as many as must."""
-    compile: Annotated[bool | Literal["auto"], Later("auto")] = "auto"
-    """Later: compiled blocks."""
 
     @property
     def mode(self) -> RecomputeMode | None:

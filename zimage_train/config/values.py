@@ -1,20 +1,9 @@
 """The kinds of value that settings have, beyond plain numbers and text."""
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import (
-    AfterValidator,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    GetCoreSchemaHandler,
-    GetJsonSchemaHandler,
-    TypeAdapter,
-    ValidationError,
-)
-from pydantic_core import core_schema
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
 Quantization = Literal["fp8", "int8", "nf4"]
 """How frozen weights are quantised."""
@@ -27,30 +16,6 @@ ScheduleName = Literal[
 ]  # fmt: skip
 
 STRICT = ConfigDict(strict=True, allow_inf_nan=False)
-
-
-@dataclass(frozen=True)
-class Later:
-    """Accepts only `neutral`: the setting belongs to the design, and this version cannot do it yet."""
-
-    neutral: Any
-
-    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
-        return core_schema.no_info_after_validator_function(self._refuse, handler(source))
-
-    def __get_pydantic_json_schema__(self, schema: Any, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        return {"const": self.neutral}
-
-    def _refuse(self, value: object) -> object:
-        if value != self.neutral:
-            raise ValueError(f"not possible in this version; leave it out (it can only be {_yaml(self.neutral)})")
-        return value
-
-
-def _yaml(value: object) -> str:
-    if value is None:
-        return "null"
-    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _as_list(value: object) -> object:
