@@ -370,12 +370,18 @@ prompts = st.lists(
     ),
     max_size=3,
 )
+
+
+def is_trigger(text: str) -> bool:
+    return text not in ("", "[trigger]") and len(text.splitlines()) == 1
+
+
 entries = st.fixed_dictionaries(
     {},
     optional={
         "resolution": pixels | st.lists(pixels, min_size=1, max_size=3),
         "repeats": st.integers(1, 1000),
-        "trigger": st.none() | texts.map(str.strip).filter(lambda text: text not in ("", "[trigger]")),
+        "trigger": st.none() | texts.map(str.strip).filter(is_trigger),
         "default_caption": texts,
         "caption_ext": st.sampled_from([".txt", ".caption", ".a.b"]),
         "caption_dropout": st.floats(0, 1) | st.sampled_from([0, 1]),
