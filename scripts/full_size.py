@@ -30,8 +30,9 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from zimage_train import mini
 from zimage_train.lora import targets
-from zimage_train.mini import world
 from zimage_train.models.arch import TransformerShape
+
+from miniature import world
 
 IMAGES = 4
 ADAPTER_RANK = 16

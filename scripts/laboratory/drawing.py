@@ -7,10 +7,10 @@ from pathlib import Path
 
 from PIL import Image
 
-from zimage_train.mini import world
 from zimage_train.report import grid
 
 from laboratory.scoring import SIZE, USES, Asked, shown
+from miniature import world
 
 CONCEPT, UNRELATED, NOISE = 4, 4, 21
 

@@ -12,10 +12,10 @@ from zimage_train.diffusion import drift
 from zimage_train.diffusion.frozen import load_frozen
 from zimage_train.diffusion.request import SamplingRequest
 from zimage_train.lora import arithmetic, lora_file, swap
-from zimage_train.mini import world
 from zimage_train.models import text_encoder
 
 from laboratory.scoring import SIZE, USES
+from miniature import world
 from miniature.measuring import scenes
 
 PROMPTS, NOISE = 8, 900

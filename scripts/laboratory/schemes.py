@@ -9,7 +9,8 @@ from typing import Any
 from PIL import Image
 
 from zimage_train import mini
-from zimage_train.mini import world
+
+from miniature import world
 
 CONCEPT_IMAGES, WORLD_IMAGES = 48, 256
 FIRST_IMAGE = 500_000

@@ -12,9 +12,9 @@ import torch
 import transformers
 
 from zimage_train import mini
-from zimage_train.mini import world
 
 from laboratory.schemes import PARAPHRASES, TRAINED_WORDINGS
+from miniature import world
 from miniature.drawing import SLOW_SPEED, TURBO_SPEED, Score, Speed, Studio, load, score
 from miniature.measuring import scenes
 

@@ -13,8 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import Qwen2Tokenizer, Qwen3ForCausalLM
 
-from zimage_train.mini import scores, world
-
+from miniature import scores, world
 from miniature.diffusion import TURBO_SIGMAS, predict, shifted
 from miniature.fitting import rounded
 from miniature.images import batched

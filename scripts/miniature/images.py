@@ -16,8 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from zimage_train.mini import world
-
+from miniature import world
 from miniature.fitting import Fit, rounded
 
 Size = tuple[int, int]

@@ -8,8 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from zimage_train.mini import world
-
+from miniature import world
 from miniature.drawing import SLOW_SPEED, TURBO_SPEED, Score, Speed, Studio, load, score
 
 FIRST_SCENE = 1_000_000

@@ -12,7 +12,7 @@ from functools import cache
 
 import numpy as np
 
-from zimage_train.mini import world
+from miniature import world
 
 BOX = 5
 """Pixels are averaged over squares of this side before colours are told apart, against the grain."""

@@ -13,7 +13,7 @@ import diffusers
 from diffusers import FlowMatchEulerDiscreteScheduler
 from PIL import Image
 
-from zimage_train.mini import world
+from miniature import world
 
 Draw = Callable[[int, int, int], tuple[world.Pixels, str]]
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3ForCausalLM
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
-from zimage_train.mini import world
+from miniature import world
 
 CHAT_TEMPLATE = """\
 {%- for message in messages %}

@@ -49,7 +49,6 @@ from zimage_train.diffusion import request, sampler
 from zimage_train.diffusion.frozen import load_frozen
 from zimage_train.io.headers import read_header
 from zimage_train.lora import alphas, arithmetic, blending, format_metadata, layers, metadata
-from zimage_train.mini import world
 from zimage_train.optim import ema, optimizers
 from zimage_train.report.metrics import RecordWriter, read_records
 from zimage_train.training import build, loop, loss, preview_sets, run_dir, validation
@@ -60,6 +59,7 @@ from zimage_train.training.state import TrainState
 
 from helpers import ROOT
 from mini_config import mini_values
+from miniature import world
 
 GOLDEN = ROOT / "tests" / "golden" / "draws.json"
 PACKAGE = ROOT / "zimage_train"

@@ -11,9 +11,10 @@ from zimage_train.commands.train import run_training
 from zimage_train.diffusion import flow
 from zimage_train.diffusion.frozen import load_frozen
 from zimage_train.lora import layers, lora_file
-from zimage_train.mini.world import draw_zorb
 from zimage_train.models import text_encoder, vae
 from zimage_train.models.transformer import velocity
+
+from miniature.world import draw_zorb
 
 pytestmark = pytest.mark.slow
 

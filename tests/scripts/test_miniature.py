@@ -15,7 +15,8 @@ from PIL import Image, ImageChops
 from safetensors.torch import load_file
 
 from zimage_train import mini
-from zimage_train.mini import scores, world
+
+from miniature import scores, world
 
 MODULES = [
     "attention.to_q",
