@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from zimage_train import mini
 from zimage_train.cli.app import app
 from zimage_train.errors import WeightsError
-from zimage_train.lora import families, inspect, lora_file, targets
+from zimage_train.lora import headers, inspect, lora_file, targets
 from zimage_train.lora.keys import PREFIXES, layout_of
 from zimage_train.lora.lora_file import Factors
 from zimage_train.report import heatmap
@@ -58,14 +58,14 @@ def test_another_family_is_named(tmp_path: Path, keys: list[str], said: str):
     ],
 )
 def test_other_kinds_are_told_apart(key: str, said: str):
-    assert families.wrong_family_hint([key]) == said
+    assert headers.wrong_family_hint([key]) == said
 
 
 def test_no_key_of_z_image_is_taken_for_another_family():
     from zimage_train.models.arch import TransformerShape
 
     keys = [f"{prefix}{module}.lora_A.weight" for module in TransformerShape().linears for prefix in PREFIXES]
-    assert families.detect_family(keys) is None
+    assert headers.detect_family(keys) is None
 
 
 def test_verify_proves_a_good_file_and_says_what_it_is():

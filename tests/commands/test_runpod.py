@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from zimage_train import mini
-from zimage_train.commands import runpod
+from zimage_train.commands import train
 
 from hub_server import serving
 
@@ -160,7 +160,7 @@ def test_one_pod_waits_for_what_another_downloads(volume: Path):
     ],
 )
 def test_the_way_home_is_by_what_the_pod_says_of_itself(given: dict[str, str], command: str | None):
-    found = runpod.copy_command(Path("/runs/my lora.safetensors"), given)
+    found = train.copy_command(Path("/runs/my lora.safetensors"), given)
     assert found is None if command is None else found is not None and found.startswith(command)
 
 

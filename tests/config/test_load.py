@@ -20,7 +20,7 @@ from zimage_train.config.load import dump_config, flatten_keys, read_config
 from zimage_train.config.optimizers import OPTIMIZERS
 from zimage_train.config.schema import Config
 from zimage_train.config.strict_yaml import YamlError
-from zimage_train.config.values import RECOMPUTE_MODES, SCHEDULE_PARAMS
+from zimage_train.config.types import RECOMPUTE_MODES, SCHEDULE_PARAMS
 from zimage_train.config.variants import VARIANTS
 from zimage_train.errors import ConfigError
 

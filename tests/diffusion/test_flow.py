@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from zimage_train.diffusion import flow
-from zimage_train.diffusion.weighting import WEIGHTED_KNOTS
+from zimage_train.diffusion.flow import WEIGHTED_KNOTS
 
 TURBO_SIGMAS = [1.0, 0.9545454545, 0.9, 0.8333333333, 0.75, 0.6428571429, 0.5, 0.3]
 unit = st.floats(0.0, 1.0)

@@ -47,8 +47,8 @@ from zimage_train.dataset.sample_order import MicroBatch, Sample, SampleOrder, T
 from zimage_train.dataset.scan import ImageRecord, dataset_fingerprint, scan_entry
 from zimage_train.diffusion import request, sampler
 from zimage_train.diffusion.frozen import load_frozen
-from zimage_train.io.headers import read_header
-from zimage_train.lora import alphas, arithmetic, blending, format_metadata, layers, metadata
+from zimage_train.io.safetensors_format import read_header
+from zimage_train.lora import arithmetic, blending, format_metadata, layers, metadata
 from zimage_train.optim import ema, optimizers
 from zimage_train.report.metrics import RecordWriter, read_records
 from zimage_train.training import build, loop, loss, preview_sets, run_dir, validation
@@ -433,7 +433,7 @@ def loras(scratch: Path) -> Table:
         "converted": format_metadata.write_format_metadata(
             format_metadata.FormatMetadata(True, {"layers.0.attention.qkv": [1, 2, 3]})
         ),
-        "alpha": alphas.KEY,
+        "alpha": format_metadata.ALPHA_KEY,
     }
 
 

@@ -17,8 +17,8 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from zimage_train.errors import DiskError, FolderInUseError
-from zimage_train.io import atomic, serialize
-from zimage_train.io.serialize import TensorEntry
+from zimage_train.io import atomic, safetensors_format
+from zimage_train.io.safetensors_format import TensorEntry
 
 ROOT = Path(__file__).parents[2]
 OLD, NEW = b"old" * 5000, b"new!" * 5000
@@ -80,7 +80,9 @@ ARRAYS: dict[str, tuple[str, np.ndarray]] = {
 
 
 def save_arrays(path: Path, names: list[str], metadata: dict[str, str]) -> bytes:
-    serialize.write_safetensors(path, {name: entry(ARRAYS[name][1], ARRAYS[name][0]) for name in names}, metadata)
+    safetensors_format.write_safetensors(
+        path, {name: entry(ARRAYS[name][1], ARRAYS[name][0]) for name in names}, metadata
+    )
     return path.read_bytes()
 
 
@@ -126,10 +128,10 @@ def test_every_tensor_is_aligned_and_the_header_is_sorted(tmp_path: Path):
     end = 0
     for _, one in tensors:
         assert one["data_offsets"][0] == end, "no holes"
-        assert (start + end) % serialize.DTYPE_BYTES[one["dtype"]] == 0
+        assert (start + end) % safetensors_format.DTYPE_BYTES[one["dtype"]] == 0
         end = one["data_offsets"][1]
     assert len((tmp_path / "x").read_bytes()) == start + end
-    order = [(-serialize.DTYPE_BYTES[one["dtype"]], name) for name, one in tensors]
+    order = [(-safetensors_format.DTYPE_BYTES[one["dtype"]], name) for name, one in tensors]
     assert order == sorted(order)
 
 
@@ -142,7 +144,7 @@ def test_a_file_without_metadata_and_one_without_tensors(tmp_path: Path):
 
 def test_the_size_of_every_type_is_known():
     sizes = {8: ("F64", "I64"), 4: ("F32", "I32"), 2: ("BF16", "F16", "I16"), 1: ("I8", "U8", "BOOL")}
-    assert {name: size for size, names in sizes.items() for name in names} == serialize.DTYPE_BYTES
+    assert {name: size for size, names in sizes.items() for name in names} == safetensors_format.DTYPE_BYTES
 
 
 # Logs, removing, setting aside

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from zimage_train.config.values import RECOMPUTE_MODES, RecomputeMode
+from zimage_train.config.types import RECOMPUTE_MODES, RecomputeMode
 from zimage_train.models import checkpointing
 
 from steps import FULL, counted_step, gradients, trained

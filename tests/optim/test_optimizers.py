@@ -11,7 +11,7 @@ from torch.nn import Parameter
 
 from zimage_train.config.optimizers import OPTIMIZERS, OptimizerName
 from zimage_train.config.schema import OptimizerSettings, ScheduleSettings
-from zimage_train.config.values import ScheduleName
+from zimage_train.config.types import ScheduleName
 from zimage_train.errors import WeightsError
 from zimage_train.optim import optimizers
 from zimage_train.optim.automagic import Automagic

@@ -9,7 +9,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from zimage_train import mini
-from zimage_train.config.values import RECOMPUTE_MODES
+from zimage_train.config.types import RECOMPUTE_MODES
 from zimage_train.dataset.buckets import Bucket
 from zimage_train.diffusion.frozen import load_frozen
 from zimage_train.models import transformer

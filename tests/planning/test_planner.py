@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from zimage_train.config.schema import Config
-from zimage_train.config.values import RECOMPUTE_MODES
+from zimage_train.config.types import RECOMPUTE_MODES
 from zimage_train.dataset.buckets import Bucket
 from zimage_train.errors import ConfigError
 from zimage_train.models.pinned_memory import arena_sizes, pinned_bytes

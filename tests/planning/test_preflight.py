@@ -20,9 +20,8 @@ from zimage_train.commands import check as checking
 from zimage_train.config.load import dump_config
 from zimage_train.config.schema import Config
 from zimage_train.errors import ConfigError, WeightsError, ZImageTrainError
-from zimage_train.io import atomic, serialize
-from zimage_train.io.headers import read_header
-from zimage_train.io.serialize import TensorEntry
+from zimage_train.io import atomic, safetensors_format
+from zimage_train.io.safetensors_format import TensorEntry, read_header
 from zimage_train.models import components, text_encoder, vae
 from zimage_train.models.locate import cached_only
 from zimage_train.planning import gpus, memory, preflight
@@ -53,7 +52,7 @@ def adapter(path: Path, change: Callable[[dict[str, tuple[int, ...]]], None] = l
         for side in shape:
             count *= side
         entries[name] = TensorEntry("F32", shape, bytes(4 * count))
-    serialize.write_safetensors(path, entries, header.metadata)
+    safetensors_format.write_safetensors(path, entries, header.metadata)
     return path
 
 
@@ -416,7 +415,7 @@ def test_a_text_encoder_of_another_width_is_refused_with_both_widths(make_config
     (folder / "config.json").write_text(json.dumps(config))
     tensors = components._qwen3(folder / "config.json", config)
     entries = {key: TensorEntry("BF16", shape, bytes(2 * math.prod(shape))) for key, shape in tensors.items()}
-    serialize.write_safetensors(folder / "model.safetensors", entries, {})
+    safetensors_format.write_safetensors(folder / "model.safetensors", entries, {})
     text = str(refused(make_config(model={"path": str(tmp_path / "model")})))
     assert "makes embeddings of 8 features, and the transformer takes 64" in text
 

@@ -15,7 +15,7 @@ from zimage_train.cli.app import app
 from zimage_train.commands.train import run_training
 from zimage_train.config.load import dump_config
 from zimage_train.config.schema import Config
-from zimage_train.config.values import RecomputeMode
+from zimage_train.config.types import RecomputeMode
 from zimage_train.errors import ConfigError, DiskError
 from zimage_train.planning import calibration
 from zimage_train.planning.planner import NO_LIMIT

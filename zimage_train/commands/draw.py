@@ -17,7 +17,7 @@ from zimage_train.diffusion.prompts import PromptSpec
 from zimage_train.diffusion.request import SamplingRequest
 from zimage_train.errors import ConfigError, Problem, WeightsError, ZImageTrainError, collect_errors, raise_all
 from zimage_train.io import atomic
-from zimage_train.io.headers import read_header
+from zimage_train.io.safetensors_format import read_header
 from zimage_train.lora import arithmetic, swap
 from zimage_train.lora.lora_file import Lora
 from zimage_train.models.arch import TransformerShape

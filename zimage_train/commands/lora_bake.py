@@ -13,7 +13,7 @@ from zimage_train.commands.lora_args import WeightedLora
 from zimage_train.commands.lora_edit import OutputFile
 from zimage_train.errors import ConfigError, Problem, WeightsError
 from zimage_train.io import atomic, tensorfile
-from zimage_train.io.headers import ITEM_BYTES
+from zimage_train.io.safetensors_format import ITEM_BYTES
 from zimage_train.io.units import format_bytes
 from zimage_train.lora import arithmetic, bake, metadata
 from zimage_train.lora.targets import count_by_group

@@ -15,7 +15,7 @@ import torch
 from zimage_train.commands import compare
 from zimage_train.errors import ConfigError, Problem, WeightsError, ZImageTrainError, collect_errors, raise_all
 from zimage_train.io import atomic, tensorfile
-from zimage_train.io.headers import read_header
+from zimage_train.io.safetensors_format import read_header
 from zimage_train.io.units import format_bytes
 from zimage_train.lora import arithmetic, formats, inspect, keys, lora_file, metadata, scale_rules, targets, verify
 from zimage_train.lora.lora_file import Factors, Lora

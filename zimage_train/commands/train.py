@@ -2,9 +2,11 @@
 
 import contextlib
 import os
+import shlex
+from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 
-from zimage_train.commands import runpod
 from zimage_train.commands.sample import command_for
 from zimage_train.config.load import resolve_paths
 from zimage_train.config.schema import Config
@@ -95,12 +97,25 @@ def _say_done(config: Config, folder: RunDir, console: Console) -> None:
     console.info(f"done: {folder.lora()}")
     console.info(f"look at {folder.report}, and sample with it:")
     console.info(f"  {command_for(resolve_paths(config), folder.lora().absolute())}")
-    if home := runpod.copy_command(folder.lora().absolute(), os.environ):
+    if home := copy_command(folder.lora().absolute(), os.environ):
         console.info(f"bring it home:\n  {home}")
     if config.ema.decay is not None:
         console.info(f"averaged weights: {folder.lora(is_ema=True)}")
     if config.model.quantize is not None:
         console.info(f"(it draws in {config.model.dtype}; the previews of this run are of {config.model.quantize})")
+
+
+def copy_command(path: Path, environment: Mapping[str, str]) -> str | None:
+    """The command that copies `path` from this pod, to be typed at home; None where this is no pod.
+
+    RunPod sets these variables. From a pod without a public address `runpodctl send` sends, and says what to type.
+    """
+    if not environment.get("RUNPOD_POD_ID"):
+        return None
+    address, port = environment.get("RUNPOD_PUBLIC_IP"), environment.get("RUNPOD_TCP_PORT_22")
+    if address and port:
+        return f"scp -P {port} {shlex.quote(f'root@{address}:{path}')} ."
+    return f"runpodctl send {shlex.quote(str(path))}   # here; it prints what to type at home"
 
 
 def fill_run_caches(config: Config) -> None:

@@ -4,8 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from zimage_train.config.section import Section
-from zimage_train.config.values import Resolutions
+from zimage_train.config.types import Resolutions, Section
 
 
 class DataEntry(Section):

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from zimage_train.config.dataset import DataEntry
-from zimage_train.config.section import Section
+from zimage_train.config.types import Section
 
 MethodName = Literal["sft", "trajectory_imitation", "de_distill"]
 

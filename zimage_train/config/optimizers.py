@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Optional
 
 from pydantic import Field
 
-from zimage_train.config.values import Count, PositiveFloat, Share, UpToOne
+from zimage_train.config.types import Count, PositiveFloat, Share, UpToOne
 
 OptimizerName = Literal[
     "adam", "adamw", "adam8bit", "adamw8bit", "paged_adamw8bit", "ademamix", "ademamix8bit", "lion", "lion8bit",

@@ -4,8 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
-from zimage_train.config.section import Section
-from zimage_train.config.values import EverySteps, Pixels, as_lora, as_prompt
+from zimage_train.config.types import EverySteps, Pixels, Section, as_lora, as_prompt
 
 
 class PreviewPrompt(Section):

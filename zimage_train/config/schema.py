@@ -13,14 +13,14 @@ from zimage_train.config.dataset import DataEntry
 from zimage_train.config.methods import MethodName, TeacherSettings
 from zimage_train.config.optimizers import OPTIMIZERS, OptimizerName
 from zimage_train.config.sample import SampleSettings
-from zimage_train.config.section import Section
-from zimage_train.config.values import (
+from zimage_train.config.types import (
     SCHEDULE_PARAMS,
     EverySteps,
     Pixels,
     Quantization,
     RecomputeMode,
     ScheduleName,
+    Section,
     check_params,
 )
 from zimage_train.config.variants import VARIANTS, VariantName

@@ -13,7 +13,7 @@ import torch
 from diffusers import ZImageTransformer2DModel
 from torch import Tensor
 
-from zimage_train.config.values import Quantization
+from zimage_train.config.types import Quantization
 from zimage_train.errors import Problem, WeightsError
 from zimage_train.io.tensorfile import TORCH_DTYPES
 from zimage_train.lora.layers import base_layer

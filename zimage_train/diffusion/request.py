@@ -8,7 +8,7 @@ from pydantic import Field, TypeAdapter
 
 from zimage_train.config.sample import SampleSettings
 from zimage_train.config.schema import Config
-from zimage_train.config.values import Pixels
+from zimage_train.config.types import Pixels
 from zimage_train.config.variants import VARIANTS
 
 

@@ -11,9 +11,8 @@ from safetensors.torch import load as load_bytes
 from torch import Tensor
 
 from zimage_train.errors import Problem, WeightsError
-from zimage_train.io import serialize
-from zimage_train.io.headers import read_header
-from zimage_train.io.serialize import TensorEntry
+from zimage_train.io import safetensors_format
+from zimage_train.io.safetensors_format import TensorEntry, read_header
 
 DTYPE_NAMES = {
     torch.float64: "F64",
@@ -39,13 +38,15 @@ def save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str])
     Raises:
         DiskError: the file cannot be written; an older one is still there.
     """
-    serialize.write_safetensors(path, {name: tensor_entry(tensor) for name, tensor in tensors.items()}, metadata)
+    safetensors_format.write_safetensors(
+        path, {name: tensor_entry(tensor) for name, tensor in tensors.items()}, metadata
+    )
 
 
 def save_with_digest(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Like `save`, with a digest of everything, so that `load_sealed` notices any changed bit."""
     entries = {name: tensor_entry(tensor) for name, tensor in tensors.items()}
-    serialize.write_safetensors(path, entries, {**metadata, DIGEST: _digest(entries, metadata)})
+    safetensors_format.write_safetensors(path, entries, {**metadata, DIGEST: _digest(entries, metadata)})
 
 
 def load_with_digest(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

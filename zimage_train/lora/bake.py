@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from zimage_train.errors import Problem, WeightsError
-from zimage_train.io import atomic, serialize, tensorfile
-from zimage_train.io.headers import TensorInfo
+from zimage_train.io import atomic, safetensors_format, tensorfile
+from zimage_train.io.safetensors_format import TensorInfo
 from zimage_train.lora import arithmetic
 from zimage_train.lora.lora_file import Lora
 from zimage_train.models import transformer
@@ -131,7 +131,7 @@ def bake_checkpoint(
                 for name, (_, shape) in infos.items()
             }
         target = output if is_native else output / f"{TRANSFORMER_STEM}.safetensors"
-        serialize.write_safetensors_of(target, infos, data_of, {"format": "pt", **metadata})
+        safetensors_format.write_safetensors_of(target, infos, data_of, {"format": "pt", **metadata})
         if not is_native:
             atomic.write_json(output / "config.json", _config(tensors.shape))
     return baked

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from zimage_train.errors import Problem, WeightsError
-from zimage_train.lora import alphas, format_metadata, keys, qkv
+from zimage_train.lora import format_metadata, keys, qkv
 from zimage_train.lora.format_metadata import FormatMetadata
 from zimage_train.lora.keys import MAGNITUDE
 from zimage_train.lora.lora_file import Changes, kind_of
@@ -98,9 +98,9 @@ def to_layout(
         tensors |= {f"{name}.{_suffix(part, layout)}": _stored(part, one, layout) for part, one in factors.items()}
         tensors |= _alpha(name, change, layout)
     if layout.alpha == "header" and (header := _header(path, named)):
-        kept[alphas.KEY] = header
+        kept[format_metadata.ALPHA_KEY] = header
     had_alpha = any("alpha" in change for change in changes.values())
-    says_alpha = alphas.KEY in kept or any(key.endswith(".alpha") for key in tensors)
+    says_alpha = format_metadata.ALPHA_KEY in kept or any(key.endswith(".alpha") for key in tensors)
     return tensors, kept | {
         **format_metadata.write_format_metadata(FormatMetadata(had_alpha if had_alpha != says_alpha else None, ranks))
     }
@@ -169,7 +169,7 @@ def _header(path: Path, changes: Changes) -> str | None:
     found = {module: float(change.get("alpha", torch.tensor(ranks[module]))) for module, change in changes.items()}
     if not is_dora and all(found[module] == ranks[module] for module in changes):
         return None
-    if wrong := [module for module, alpha in found.items() if not 0 < alpha < alphas.LARGEST_ALPHA]:
+    if wrong := [module for module, alpha in found.items() if not 0 < alpha < format_metadata.LARGEST_ALPHA]:
         what = f"{wrong[0]} has an alpha of {found[wrong[0]]:g}, which the layout diffusers cannot say"
         raise WeightsError(Problem(str(path), what, "--to comfyui, or lora weight to give it another strength"))
-    return alphas.alphas_to_metadata(ranks, found, is_dora)
+    return format_metadata.alphas_to_metadata(ranks, found, is_dora)

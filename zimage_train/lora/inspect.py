@@ -4,7 +4,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from zimage_train.io.headers import read_header
+from zimage_train.io.safetensors_format import read_header
 from zimage_train.lora import keys, lora_file, targets, verify
 from zimage_train.lora.lora_file import Factors
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from zimage_train.errors import Problem, WeightsError
 from zimage_train.io import tensorfile
-from zimage_train.lora import alphas, format_metadata, headers, keys, qkv
+from zimage_train.lora import format_metadata, headers, keys, qkv
 from zimage_train.lora.keys import MAGNITUDE
 from zimage_train.lora.qkv import Change
 from zimage_train.typing import LoraA, LoraB, Weight
@@ -51,9 +51,11 @@ def read_changes(path: Path) -> tuple[Changes, dict[str, str]]:
     """
     parts = headers.read_parts(path)
     tensors, metadata = tensorfile.load(path)
-    memo = format_metadata.read_format_metadata(metadata.pop(format_metadata.KEY, None))
+    memo = format_metadata.read_format_metadata(metadata.pop(format_metadata.CONVERTED_KEY, None))
     has_alpha = any("alpha" in found for found in parts.values())
-    alpha_of = None if has_alpha else alphas.alphas_from_metadata(path, metadata.get(alphas.KEY))
+    alpha_of = (
+        None if has_alpha else format_metadata.alphas_from_metadata(path, metadata.get(format_metadata.ALPHA_KEY))
+    )
     changes: Changes = {}
     for module, found in parts.items():
         change = {part: _require_finite_floats(path, key, tensors[key]) for part, key in found.items()}

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from zimage_train.errors import Problem, WeightsError, ZImageTrainError, collect_errors
 from zimage_train.io import tensorfile
-from zimage_train.lora import alphas, headers, keys, qkv
+from zimage_train.lora import format_metadata, headers, keys, qkv
 from zimage_train.lora.lora_file import Factors, Lora
 from zimage_train.lora.qkv import Change
 
@@ -80,7 +80,7 @@ def as_diffusers(path: Path) -> Lora:
     from diffusers.loaders import ZImageLoraLoaderMixin
 
     tensors, metadata = tensorfile.load(path)
-    alpha_of = alphas.alphas_from_metadata(path, metadata.get(alphas.KEY))
+    alpha_of = format_metadata.alphas_from_metadata(path, metadata.get(format_metadata.ALPHA_KEY))
     try:
         state = cast(dict[str, Tensor], ZImageLoraLoaderMixin.lora_state_dict(tensors))
     except Exception as error:  # noqa: BLE001  its conversions raise whatever an odd layout makes them run into

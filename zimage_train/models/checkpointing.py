@@ -18,7 +18,7 @@ from torch.utils.checkpoint import (
     noop_context_fn,
 )
 
-from zimage_train.config.values import RecomputeMode
+from zimage_train.config.types import RecomputeMode
 from zimage_train.models.linear import frozen_linear
 
 ATTENTION = {

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from zimage_train.errors import Problem, WeightsError, ZImageTrainError, collect_errors, raise_all
-from zimage_train.io.headers import TensorInfo, read_json, read_sharded
+from zimage_train.io.safetensors_format import TensorInfo, read_json, read_sharded
 from zimage_train.models import arch
 
 LATENT_CHANNELS = 16

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zimage_train.config.values import Quantization
+from zimage_train.config.types import Quantization
 from zimage_train.models import quantize
 
 NAME = "zimage_train::frozen_linear"

@@ -7,7 +7,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from zimage_train.io.headers import TensorInfo
+from zimage_train.io.safetensors_format import TensorInfo
 from zimage_train.models import arch
 from zimage_train.models.locate import native_names
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from zimage_train.config.schema import ModelSettings
 from zimage_train.config.variants import ADAPTERS, NAMED_LORAS, VARIANTS
 from zimage_train.errors import Problem, WeightsError, ZImageTrainError, collect_errors
-from zimage_train.io.headers import TensorInfo, read_header, read_json, read_sharded
+from zimage_train.io.safetensors_format import TensorInfo, read_header, read_json, read_sharded
 from zimage_train.models import arch, native_keys
 from zimage_train.models.arch import TransformerShape
 from zimage_train.models.hub import client

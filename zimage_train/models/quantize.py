@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from zimage_train.config.values import Quantization
+from zimage_train.config.types import Quantization
 
 SCALE_BLOCK = 64
 """Weights that share a scale; fewer where a row is no multiple of it."""

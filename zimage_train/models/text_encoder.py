@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, Qwen3
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3RotaryEmbedding
 
 from zimage_train.errors import Problem, WeightsError
-from zimage_train.io.headers import TensorInfo
+from zimage_train.io.safetensors_format import TensorInfo
 from zimage_train.models import components, loading
 from zimage_train.typing import PromptEmbeds
 

@@ -11,8 +11,8 @@ from diffusers import ZImageTransformer2DModel
 from safetensors import safe_open
 from torch import Tensor
 
-from zimage_train.config.values import Quantization
-from zimage_train.io.headers import TensorInfo, read_header
+from zimage_train.config.types import Quantization
+from zimage_train.io.safetensors_format import TensorInfo, read_header
 from zimage_train.models.arch import IN_A_BLOCK, TransformerShape
 from zimage_train.models.linear import FrozenLinear
 from zimage_train.models.loading import stream, stream_native

@@ -7,7 +7,7 @@ nothing before the first LoRA has a backward. Tests count the same on the real g
 
 from functools import cache
 
-from zimage_train.config.values import RecomputeMode
+from zimage_train.config.types import RecomputeMode
 from zimage_train.dataset.buckets import Bucket
 from zimage_train.diffusion.request import SamplingRequest
 from zimage_train.models.arch import TransformerShape, image_tokens, padded_tokens

@@ -12,7 +12,7 @@ from functools import cache
 
 from zimage_train.config.optimizers import OPTIMIZERS, OptimizerName
 from zimage_train.config.schema import Config
-from zimage_train.config.values import Quantization, RecomputeMode
+from zimage_train.config.types import Quantization, RecomputeMode
 from zimage_train.dataset.buckets import Bucket
 from zimage_train.dataset.sample_order import SampleOrder, TrainItem, make_sample_order
 from zimage_train.diffusion.request import SamplingRequest

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from zimage_train.config.schema import Config
-from zimage_train.config.values import RECOMPUTE_MODES, Quantization, RecomputeMode
+from zimage_train.config.types import RECOMPUTE_MODES, Quantization, RecomputeMode
 from zimage_train.dataset.buckets import Bucket
 from zimage_train.io.units import format_bytes
 from zimage_train.planning import flops, memory

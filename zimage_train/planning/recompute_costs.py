@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from zimage_train.config.values import RecomputeMode
+from zimage_train.config.types import RecomputeMode
 
 
 @dataclass(frozen=True)

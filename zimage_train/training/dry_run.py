@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from zimage_train.config.optimizers import OPTIMIZERS
-from zimage_train.config.values import RecomputeMode
+from zimage_train.config.types import RecomputeMode
 from zimage_train.dataset.buckets import Bucket
 from zimage_train.dataset.sample_order import MicroBatch, TrainItem
 from zimage_train.diffusion.render import render_images

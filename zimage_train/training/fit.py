@@ -8,9 +8,9 @@ from typing import Literal, get_args
 from diffusers import ZImageTransformer2DModel
 
 from zimage_train.config.schema import Config
-from zimage_train.config.values import Quantization
+from zimage_train.config.types import Quantization
 from zimage_train.errors import ConfigError, Problem, WeightsError
-from zimage_train.io.headers import read_header
+from zimage_train.io.safetensors_format import read_header
 from zimage_train.io.units import format_bytes
 from zimage_train.models import checkpointing
 from zimage_train.planning import devices, forecast, memory, planner, preflight

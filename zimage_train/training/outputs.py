@@ -13,7 +13,7 @@ from zimage_train.diffusion.frozen import NotRestoredError
 from zimage_train.diffusion.render import render_images
 from zimage_train.errors import WeightsError
 from zimage_train.io import atomic
-from zimage_train.io.headers import read_header
+from zimage_train.io.safetensors_format import read_header
 from zimage_train.io.tensorfile import DTYPE_NAMES, TORCH_DTYPES
 from zimage_train.lora import lora_file, verify
 from zimage_train.lora.lora_file import Lora

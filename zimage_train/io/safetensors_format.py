@@ -1,14 +1,18 @@
-"""Names, types and shapes of the tensors in safetensors files, read from their headers alone (torch-free)."""
+"""The headers of .safetensors files, and files written so that their bytes depend on content only (torch-free)."""
 
+import itertools
 import json
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from zimage_train.errors import Problem, WeightsError
-from zimage_train.io.serialize import DTYPE_BYTES
+from zimage_train.io import atomic
 
 MAX_HEADER_BYTES = 100_000_000
+DTYPE_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 ITEM_BYTES = DTYPE_BYTES | {"F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "U32": 4, "U64": 8}
 
 
@@ -137,3 +141,41 @@ def _what_is(start: bytes, size: int) -> str:
     if text.startswith((b"<!doct", b"<html")):
         return "is a web page, not weights"
     return "is not a safetensors file, or cut off"
+
+
+class TensorEntry(NamedTuple):
+    """One tensor as bytes: safetensors' name of its dtype, its shape, its contiguous little-endian data."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    data: bytes | memoryview
+
+
+def write_safetensors(path: Path, entries: Mapping[str, TensorEntry], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file whose bytes depend on its content only."""
+    infos = {name: (entry.dtype, entry.shape) for name, entry in entries.items()}
+    write_safetensors_of(path, infos, lambda name: entries[name].data, metadata)
+
+
+def write_safetensors_of(
+    path: Path,
+    infos: Mapping[str, tuple[str, tuple[int, ...]]],
+    data_of: Callable[[str], bytes | memoryview],
+    metadata: Mapping[str, str],
+) -> None:
+    """As `write_safetensors`, of tensors that are made one after the other; `infos` has their types and shapes.
+
+    The safetensors library writes metadata keys in random order; here every key is sorted. Tensors are ordered by
+    falling item size, so that each one is aligned, then by name.
+    """
+    order = sorted(infos, key=lambda name: (-DTYPE_BYTES[infos[name][0]], name))
+    header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    offset = 0
+    for name in order:
+        dtype, shape = infos[name]
+        end = offset + math.prod(shape) * DTYPE_BYTES[dtype]
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    atomic.write(path, itertools.chain([len(text).to_bytes(8, "little"), text], map(data_of, order)))

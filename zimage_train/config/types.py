@@ -1,9 +1,9 @@
-"""The kinds of value that settings have, beyond plain numbers and text."""
+"""The kinds of value that settings have, beyond plain numbers and text, and what all sections have in common."""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
 Quantization = Literal["fp8", "int8", "nf4"]
 """How frozen weights are quantised."""
@@ -16,6 +16,10 @@ ScheduleName = Literal[
 ]  # fmt: skip
 
 STRICT = ConfigDict(strict=True, allow_inf_nan=False)
+
+
+class Section(BaseModel):
+    model_config = STRICT | ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 def _as_list(value: object) -> object:
