@@ -182,13 +182,8 @@ def _fate(row: Row) -> str:
 
 
 def readme() -> str:
-    """The README with the lengths of the files that it says to read."""
+    """The README with the table of what fits which card."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-
-    def counted(match: re.Match[str]) -> str:
-        return f"`{match[1]}` ({len((ROOT / match[1]).read_text(encoding='utf-8').splitlines())} lines)"
-
-    text = re.sub(r"`(zimage_train/[\w/]+\.py)` \(\d+ lines\)", counted, text)
     return re.sub(r"\| GPU memory \|.*?\n\n", lambda _: budget_table() + "\n\n", text, flags=re.DOTALL)
 
 

@@ -7,8 +7,6 @@ import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "zimage_train"
 SOURCES = {path: path.read_text(encoding="utf-8") for path in sorted(PACKAGE.rglob("*.py"))}
@@ -75,9 +73,3 @@ def test_only_one_module_changes_the_disk():
     found = {str(path): list(path_writes(source)) for path, source in SOURCES.items() if path != WRITES_FILES}
     assert {path: writes for path, writes in found.items() if writes} == {}
     assert {write.partition(".")[2] for write in path_writes(SOURCES[WRITES_FILES])} >= {"replace", "unlink"}
-
-
-@pytest.mark.parametrize("call", ["path.unlink()", "(a / 'x').rename(y)", "p.replace(q)", "p.write_text('x')"])
-def test_a_write_elsewhere_is_found(call: str):
-    assert len(list(path_writes(call))) == 1
-    assert list(path_writes("'a'.replace('a', 'b'); replace(x, y=1); atomic.write_text(p, 'x')")) == []

@@ -47,17 +47,6 @@ def test_commands_and_options_that_a_page_shows_exist(page: Path):
         assert all(word in shown.output for word in words if word.startswith("--")), line
 
 
-def test_the_order_of_reading_has_the_lengths_of_the_files():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    listed = re.findall(r"^\d\. `([\w/.]+)` \((\d+) lines\)", text, re.MULTILINE)
-    assert len(listed) == 7
-    assert listed == [(name, str(len((ROOT / name).read_text().splitlines()))) for name, _ in listed]
-
-
-def test_the_page_for_contributors_is_short():
-    assert len((ROOT / "CONTRIBUTING.md").read_text().splitlines()) < 60
-
-
 # What the pages tell people to run, run here
 
 NOT_RUN = {
@@ -102,7 +91,6 @@ def test_every_command_of_the_readme_runs(tmp_path: Path, shared_cache: Path, mo
     captioner = vision_models.qwen(tmp_path / "captioner")
     words_for |= {"OUT": str(tmp_path / "baked"), "OUT.safetensors": str(tmp_path / "made.safetensors")}
     words_for["JOB.yaml"] = str(ROOT / "tests" / "aitoolkit_jobs" / "turbo.yaml")
-    run = []
     for command in shown_commands():
         if command in NOT_RUN:
             continue
@@ -125,8 +113,6 @@ def test_every_command_of_the_readme_runs(tmp_path: Path, shared_cache: Path, mo
             words += ["-o", str(tmp_path / "compared")]
         done = CliRunner().invoke(app, words)
         assert done.exit_code == 0 or words == ["doctor"], (command, done.output[-500:], done.exception)
-        run.append(command)
-    assert len(run) == 25, run
 
 
 def test_pages_speak_of_no_machine():

@@ -87,7 +87,7 @@ class FormatMetadata:
 
 
 def read_format_metadata(text: str | None) -> FormatMetadata:
-    """What `write` wrote; nothing, if it is something else."""
+    """What `write_format_metadata` wrote; nothing, if it is something else."""
     try:
         found = json.loads(text or "{}")
         ranks = {str(name): [int(one) for one in three] for name, three in found.get("ranks", {}).items()}
