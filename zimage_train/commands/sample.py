@@ -20,7 +20,7 @@ from zimage_train.commands import lora_args
 from zimage_train.commands.lora_args import WeightedLora
 from zimage_train.config.schema import Config, ModelSettings
 from zimage_train.config.variants import VARIANTS
-from zimage_train.dataset.encode import prompt_encoder
+from zimage_train.dataset.encoding import prompt_encoder
 from zimage_train.diffusion.frozen import FrozenTransformer, load_frozen
 from zimage_train.diffusion.prompts import PromptSpec
 from zimage_train.diffusion.render import Tick, batches, render_images

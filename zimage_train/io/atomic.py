@@ -105,63 +105,6 @@ def remove(path: Path) -> bool:
     return True
 
 
-def claim(path: Path) -> bool:
-    """Make `path` unless it is there; False: another process has it and lives.
-
-    Two processes that find a dead owner at the same moment may both get it.
-
-    Raises:
-        DiskError: it cannot be made.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if _is_given_up(path):
-            path.unlink(missing_ok=True)
-        with path.open("x", encoding="utf-8") as file:
-            file.write(_this_process())
-    except FileExistsError:
-        return False
-    except OSError as error:
-        raise _disk_error(path, error) from error
-    return True
-
-
-def clear_claim(path: Path) -> None:
-    """Remove a claim whose owner was a process of this host and is gone."""
-    if path.is_file() and _is_given_up(path):
-        remove(path)
-
-
-def renew(claim: Path) -> None:
-    """Tell those who wait for a claim that its owner is still at work."""
-    with contextlib.suppress(OSError):
-        os.utime(claim)
-
-
-def release(claim: Path) -> None:
-    """Give back what this process claimed; another's stays."""
-    with contextlib.suppress(OSError, UnicodeDecodeError):
-        if claim.read_text(encoding="utf-8") == _this_process():
-            remove(claim)
-
-
-def _is_given_up(claim: Path) -> bool:
-    """Whether its owner was a process of this host and is gone; of other hosts nobody here can tell."""
-    try:
-        host, _, process_id = claim.read_text(encoding="utf-8").partition("-")
-    except (OSError, UnicodeDecodeError):
-        return False
-    return host == _host() and process_id.isdecimal() and not _is_alive(int(process_id))
-
-
-def modified_at(path: Path) -> float | None:
-    """The time of the last change of `path` by the clock of its file system; None: it is not there."""
-    try:
-        return path.stat().st_mtime
-    except OSError:
-        return None
-
-
 def move(path: Path, target: Path) -> Path:
     """Move a file within its volume to `target`, or to a free name beside it; return where it is now.
 
