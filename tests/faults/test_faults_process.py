@@ -230,7 +230,7 @@ def test_a_folder_that_cannot_be_made_is_refused_and_none_is_made(tmp_path: Path
 @pytest.mark.parametrize(
     "name",
     ["", " ", "a/b", "../a", "..", ".a", "-a", "a\\b", "a ", " a", "a.", "a-1", "a-000250", "a:b", "a*",
-     "a\n", "a\tb", "a" * 201, "猫" * 67],
+     "a\n", "a\tb", "CON", "nul", "Aux.v2", "com1", "a" * 201, "猫" * 67],
 )  # fmt: skip
 def test_names_that_leave_the_folder_or_look_like_a_step_are_refused(tmp_path: Path, name: str):
     """59. A run name that leaves the output folder (`../x`), or that no file system takes, is refused."""

@@ -33,7 +33,7 @@ def replace_atomically(path: Path) -> Iterator[IO[bytes]]:
     Raises:
         DiskError: the disk is full, read-only or failing; the old file is still there.
     """
-    temporary = path.with_name(f".{path.name}.{_this_process()}.tmp")
+    temporary = temporary_path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
@@ -48,6 +48,11 @@ def replace_atomically(path: Path) -> Iterator[IO[bytes]]:
         if isinstance(error, OSError):
             raise disk_error(path, error) from error
         raise
+
+
+def temporary_path(path: Path) -> Path:
+    """Where this process writes what will be `path`, beside it."""
+    return path.with_name(f".{path.name}.{_this_process()}.tmp")
 
 
 def write(path: Path, chunks: Iterable[bytes | memoryview]) -> None:

@@ -107,6 +107,12 @@ def is_device_name(name: str) -> bool:
     return name.partition(".")[0].rstrip(" ").upper() in WINDOWS_DEVICES
 
 
+def user_cache_folder() -> Path:
+    """The folder for what programs of this user can make again: what the environment names, or ~/.cache."""
+    base = os.environ.get("XDG_CACHE_HOME") or os.environ.get("LOCALAPPDATA")  # the latter is Windows' own
+    return Path(base) if base else Path.home() / ".cache"
+
+
 def _number_in(path: Path) -> int | None:
     try:
         return int(path.read_text(encoding="ascii"))

@@ -22,7 +22,7 @@ from zimage_train.lora import headers, targets
 from zimage_train.models import components, locate
 from zimage_train.models.arch import TransformerShape
 from zimage_train.models.locate import DownloadFn, ModelPaths, NotDownloadedError
-from zimage_train.planning import memory, planner
+from zimage_train.planning import memory, path_lengths, planner
 from zimage_train.planning.memory import Workload
 from zimage_train.planning.warnings import config_warnings
 
@@ -93,6 +93,7 @@ def check_run(
         atomic.require_writable_folder(Path(config.output_dir) / config.name, "output_dir")
         if config.cache.folder is not None:
             atomic.require_writable_folder(Path(config.cache.folder), "cache.folder")
+        path_lengths.require_short_paths(config)
         atomic.require_free_space(Path(config.output_dir), _disk_bytes(config, weights), "checkpoints and exports")
     own = [found for entry, found in zip(config.data, images, strict=True) if not entry.regularization]
     is_small = weights is not None and memory.parameters_of(weights.shape) <= memory.MAX_CPU_PARAMETERS
