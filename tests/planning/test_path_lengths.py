@@ -31,9 +31,11 @@ def longest(config: Config) -> int:
     return max(map(path_lengths._length, path_lengths._paths_in_run(config, root)))
 
 
-@pytest.mark.parametrize("setting", ["output_dir", "name", "cache"])
-def test_a_path_that_windows_cannot_open_is_refused_with_its_length(make_config, tmp_path: Path, windows, setting: str):
-    config = make_config(**settings_of_length(tmp_path, setting, 190))
+@pytest.mark.parametrize(("setting", "characters"), [("output_dir", 240), ("name", 190), ("cache", 240)])
+def test_a_path_that_windows_cannot_open_is_refused_with_its_length(
+    make_config, tmp_path: Path, windows: None, setting: str, characters: int
+):
+    config = make_config(**settings_of_length(tmp_path, setting, characters))
     with pytest.raises(ConfigError) as caught:
         preflight.check_run(config)
     assert caught.value.exit_code == 2
@@ -42,7 +44,7 @@ def test_a_path_that_windows_cannot_open_is_refused_with_its_length(make_config,
     length, what, excess = int(said[1]), said[2], int(said[3])
     assert what == ("cache.folder" if setting == "cache" else "output_dir or name") and length == 259 + excess
     # A name stands in the path twice, as the folder of the run and in the name of its LoRA.
-    shorter = 190 - (excess + 1) // 2 if setting == "name" else 190 - excess
+    shorter = characters - ((excess + 1) // 2 if setting == "name" else excess)
     path_lengths.require_short_paths(make_config(**settings_of_length(tmp_path, setting, shorter)))
     with pytest.raises(ConfigError):
         path_lengths.require_short_paths(make_config(**settings_of_length(tmp_path, setting, shorter + 1)))
