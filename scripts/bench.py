@@ -35,6 +35,7 @@ from zimage_train.config import schema
 from zimage_train.dataset.buckets import Bucket
 from zimage_train.diffusion.frozen import FrozenTransformer, load_frozen
 from zimage_train.diffusion.request import SamplingRequest
+from zimage_train.io.operating_system import main_memory_bytes
 from zimage_train.lora import layers, lora_file, targets, training_adapter
 from zimage_train.lora.layers import LoraLayers
 from zimage_train.lora.training_adapter import TrainingAdapter
@@ -47,7 +48,6 @@ from zimage_train.optim.optimizers import build_optimizer
 from zimage_train.planning import devices, planner
 from zimage_train.planning.memory import CONTEXT_BYTES, WeightPlacement, Workload, caption_tokens
 from zimage_train.planning.planner import AUTO_QUANTIZATIONS, MemoryPlan, PlanConstraints
-from zimage_train.planning.preflight import system_memory_bytes
 from zimage_train.report import metrics
 from zimage_train.training.fit import apply_recompute_plan
 
@@ -177,7 +177,7 @@ def device_name(device: torch.device) -> str:
 def memory(size: str, steps: int, budgets: list[float]) -> dict[str, Any]:
     """Every budget at every resolution; what does not fit its budget is a finding, not an end."""
     device, shape, dtype = place_of(size)
-    total = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else system_memory_bytes()
+    total = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else main_memory_bytes()
     found = []
     for budget in budgets:
         for side in SIDES[size]:
@@ -207,7 +207,7 @@ def _measured(
     total: float,
 ) -> dict[str, Any]:
     job = job_of(shape, side, dtype, device.type == "cuda")
-    plan = planner.choose_plan(job, wanted, budget * 1e9, system_memory_bytes(), None)
+    plan = planner.choose_plan(job, wanted, budget * 1e9, main_memory_bytes(), None)
     mode = plan.mode_of(job.max_tokens)
     row = {"budget_gb": budget, "side_px": side, "kind": plan.form.kind, "streamed": plan.form.streamed, "mode": mode}
     row |= {"fits": plan.fits, "predicted_gb": round(plan.peak.allocated / 1e9, 3)}
@@ -234,7 +234,7 @@ def repeat(size: str, steps: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for side in SIDES[size]:
         job = job_of(shape, side, dtype, device.type == "cuda")
-        plan = planner.choose_plan(job, PlanConstraints((None,), None, None), PLENTY, system_memory_bytes(), None)
+        plan = planner.choose_plan(job, PlanConstraints((None,), None, None), PLENTY, main_memory_bytes(), None)
         frozen, attached = random_pair(shape, plan, device)
         with torch.no_grad():
             for parameter in attached.parameters():

@@ -6,8 +6,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -17,11 +15,10 @@ from zimage_train import mini
 from zimage_train.commands.train import fill_run_caches
 from zimage_train.config.load import dump_config
 from zimage_train.config.schema import Config
-from zimage_train.dataset import cache_builder
-from zimage_train.dataset import encode as encoding
+from zimage_train.dataset import encoding
+from zimage_train.dataset.encoding import CacheStats, Shard
 from zimage_train.dataset.tensor_cache import TensorCache, prompt_key
 from zimage_train.errors import DataError, WeightsError
-from zimage_train.io import atomic
 from zimage_train.io.digests import DigestCache
 
 from helpers import environment
@@ -30,8 +27,8 @@ from helpers import environment
 @pytest.fixture
 def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """How many images and prompts were encoded, and how often each encoder was loaded."""
-    counts = {"pictures": 0, "prompts": 0, "vae": 0, "text": 0}
-    for name, key, loads in (("image_encoder", "pictures", "vae"), ("prompt_encoder", "prompts", "text")):
+    counts = {"images": 0, "prompts": 0, "vae": 0, "text": 0}
+    for name, key, loads in (("image_encoder", "images", "vae"), ("prompt_encoder", "prompts", "text")):
         original = getattr(encoding, name)
 
         def make(*args, original=original, key=key, loads=loads):
@@ -51,10 +48,10 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
     """Four images to change."""
-    (tmp_path / "pictures").mkdir()
+    (tmp_path / "images").mkdir()
     for path in sorted(mini.IMAGES.glob("zorb_0[1-4].*")):
-        shutil.copy(path, tmp_path / "pictures")
-    return tmp_path / "pictures"
+        shutil.copy(path, tmp_path / "images")
+    return tmp_path / "images"
 
 
 @pytest.fixture
@@ -72,12 +69,12 @@ def taken(counted: dict[str, int]) -> dict[str, int]:
     return result
 
 
-NOTHING = {"pictures": 0, "prompts": 0, "vae": 0, "text": 0}
+NOTHING = {"images": 0, "prompts": 0, "vae": 0, "text": 0}
 
 
 def test_a_second_filling_encodes_nothing_and_loads_no_encoder(config, counted):
     fill_run_caches(config())
-    assert taken(counted) == {"pictures": 8, "prompts": 5, "vae": 1, "text": 1}
+    assert taken(counted) == {"images": 8, "prompts": 5, "vae": 1, "text": 1}
     fill_run_caches(config())
     assert taken(counted) == NOTHING
 
@@ -99,7 +96,7 @@ def test_a_changed_image_is_encoded_again_and_a_touched_one_is_not(config, count
     assert taken(counted) == NOTHING
     shutil.copy(mini.IMAGES / "zorb_05.png", images / "zorb_01.png")
     fill_run_caches(config())
-    assert taken(counted) == NOTHING | {"pictures": 2, "vae": 1}
+    assert taken(counted) == NOTHING | {"images": 2, "vae": 1}
 
 
 def test_a_changed_caption_is_encoded_again(config, counted, images: Path):
@@ -115,7 +112,7 @@ def test_another_resolution_encodes_only_its_own_sizes(config, counted):
     taken(counted)
     fill_run_caches(config(data={"resolution": [64, 96, 80]}))
     found = taken(counted)
-    assert 1 <= found["pictures"] <= 4 and found["prompts"] == 0
+    assert 1 <= found["images"] <= 4 and found["prompts"] == 0
 
 
 @pytest.mark.parametrize("part", ["vae", "text_encoder", "tokenizer"])
@@ -127,7 +124,7 @@ def test_another_encoder_encodes_its_own_part_again(config, counted, tmp_path: P
     file.write_text(file.read_text() + "\n")
     fill_run_caches(config(model={"path": str(tmp_path / "model")}))
     found = taken(counted)
-    assert (found["pictures"], found["prompts"]) == ((8, 0) if part == "vae" else (0, 5))
+    assert (found["images"], found["prompts"]) == ((8, 0) if part == "vae" else (0, 5))
 
 
 def flip(content: bytes) -> bytes:
@@ -142,7 +139,7 @@ def test_a_damaged_entry_is_encoded_again_to_the_same_bytes(config, counted, tmp
     good = entry.read_bytes()
     entry.write_bytes(damage(good))
     fill_run_caches(config())
-    assert taken(counted) == NOTHING | {"pictures": 1, "vae": 1}
+    assert taken(counted) == NOTHING | {"images": 1, "vae": 1}
     assert entry.read_bytes() == good
     assert "1 of them damaged" in capsys.readouterr().out
 
@@ -229,88 +226,66 @@ def test_a_caption_beyond_what_the_model_reads_is_said_with_its_length(config, i
 # Several processes on one folder
 
 
-def claims(folder: Path) -> list[Path]:
-    return sorted(folder.rglob("*.claim"))
+def test_a_process_encodes_its_share_and_after_the_barrier_what_others_left(config, counted, tmp_path: Path, capsys):
+    """Nobody else is there: half before the barrier, the other half after it, each entry as one process makes it."""
+    fill_run_caches(config())
+    whole = {entry: entry.read_bytes() for entry in (tmp_path / "cache" / "latents").rglob("*.safetensors")}
+    for number, entry in enumerate(whole):
+        entry.unlink() if number % 2 else entry.write_bytes(b"damaged")
+    taken(counted)
+    at_barrier: list[int] = []
+    share = Shard(0, 2, lambda: at_barrier.append(counted["images"]))
+    images, prompts = fill_as(config(), share)
+    assert taken(counted) == NOTHING | {"images": 8, "vae": 2} and at_barrier == [4, 8]
+    assert (str(images), str(prompts)) == ("0 found, 8 encoded, 4 of them damaged entries", "5 found, 0 encoded")
+    assert {entry: entry.read_bytes() for entry in whole} == whole
 
 
-def claim_all(config: Config, cache: Path, owner: str) -> list[Path]:
-    """Leave a claim on every latent that `config` needs, as `owner` would."""
-    fill_run_caches(config)
-    made = []
-    for entry in sorted((cache / "latents").rglob("*.safetensors")):
+def test_what_others_finish_before_the_barrier_is_not_made_twice(config, counted, tmp_path: Path):
+    fill_run_caches(config())
+    whole = {entry: entry.read_bytes() for entry in (tmp_path / "cache" / "latents").rglob("*.safetensors")}
+    for entry in whole:
+        entry.write_bytes(b"damaged")
+    taken(counted)
+
+    def others_finish() -> None:
+        for entry, content in whole.items():
+            entry.write_bytes(content)
+
+    images, _ = fill_as(config(), Shard(1, 2, others_finish))
+    assert taken(counted) == NOTHING | {"images": 4, "vae": 1} and images == CacheStats(4, 4, 8)
+
+
+def test_shares_cover_everything_once_whatever_is_missing(config, counted, tmp_path: Path):
+    """A process that looks later sees fewer entries missing; the shares do not depend on that."""
+    fill_run_caches(config())
+    entries = sorted((tmp_path / "cache" / "latents").rglob("*.safetensors"))
+    for entry in entries:
         entry.unlink()
-        made.append(entry.with_suffix(".claim"))
-        made[-1].write_text(owner)
-    return made
-
-
-def test_no_claim_stays_behind(config, tmp_path: Path):
-    fill_run_caches(config())
-    assert claims(tmp_path / "cache") == []
-
-
-def test_claims_of_a_killed_process_of_this_host_are_taken_over_at_once(config, counted, tmp_path: Path):
-    ended = subprocess.Popen([sys.executable, "-c", ""])
-    ended.wait()
-    claim_all(config(), tmp_path / "cache", f"{atomic._host()}-{ended.pid}")
     taken(counted)
-    began = time.monotonic()
-    fill_run_caches(config())
-    assert taken(counted) == NOTHING | {"pictures": 8, "vae": 1} and time.monotonic() - began < 20
-    assert claims(tmp_path / "cache") == []
+    for rank in range(3):
+        with pytest.raises(InterruptedError):
+            fill_as(config(), Shard(rank, 3, leave))
+    assert taken(counted) == NOTHING | {"images": 8, "vae": 3} and all(entry.exists() for entry in entries)
 
 
-def test_claims_of_another_host_are_waited_for_and_taken_over_when_nobody_renews_them(
-    config, counted, tmp_path: Path, monkeypatch, capsys
-):
-    claim_all(config(), tmp_path / "cache", "0123abcd-1")
-    taken(counted)
-    monkeypatch.setattr(cache_builder, "CLAIM_SECONDS", 1.2)
-    fill_run_caches(config())
-    assert taken(counted) == NOTHING | {"pictures": 8, "vae": 1}
-    assert "waiting for images that others encode" in capsys.readouterr().out
-    assert claims(tmp_path / "cache") == []
+def leave() -> None:
+    raise InterruptedError
 
 
-def test_what_another_host_finishes_meanwhile_is_found_and_not_made_twice(config, counted, tmp_path: Path, monkeypatch):
-    cache = tmp_path / "cache"
-    fill_run_caches(config())
-    whole = {entry: entry.read_bytes() for entry in (cache / "latents").rglob("*.safetensors")}
-    claimed = claim_all(config(), cache, "0123abcd-1")
-    taken(counted)
+def fill_as(config: Config, share: Shard) -> tuple[CacheStats, CacheStats]:
+    """Fill the caches of `config` as one process of several."""
+    found: list[tuple[CacheStats, CacheStats]] = []
+    with pytest.MonkeyPatch.context() as patch:
+        original = encoding.encode_missing
 
-    def other_host() -> None:
-        for claim in claimed:
-            time.sleep(0.1)
-            claim.with_suffix(".safetensors").write_bytes(whole[claim.with_suffix(".safetensors")])
-            claim.unlink()
+        def encode_missing(*args):
+            found.append(original(*args[:-1], share))
+            return found[0]
 
-    monkeypatch.setattr(cache_builder, "POLL_SECONDS", 0.05)
-    with ThreadPoolExecutor() as others:
-        done = others.submit(other_host)
-        fill_run_caches(config())
-        done.result()
-    assert taken(counted) == NOTHING
-
-
-def test_a_claim_that_is_renewed_is_not_taken_over(config, tmp_path: Path, monkeypatch):
-    (first, *_) = claim_all(config(), tmp_path / "cache", "0123abcd-1")
-    for claim in claims(tmp_path / "cache")[1:]:
-        claim.unlink()
-    monkeypatch.setattr(cache_builder, "CLAIM_SECONDS", 0.6)
-    monkeypatch.setattr(cache_builder, "POLL_SECONDS", 0.1)
-    waited: list[float] = []
-
-    def at_work() -> None:
-        while first.exists() and len(waited) < 12:
-            waited.append(time.monotonic())
-            atomic.renew(first)
-            time.sleep(0.2)
-
-    with ThreadPoolExecutor() as others:
-        others.submit(at_work)
-        fill_run_caches(config())
-    assert len(waited) == 12  # it was left alone for as long as its owner was at work
+        patch.setattr(encoding, "encode_missing", encode_missing)
+        fill_run_caches(config)
+    return found[0]
 
 
 def test_each_of_two_processes_encodes_its_share(config, tmp_path: Path):
@@ -318,17 +293,16 @@ def test_each_of_two_processes_encodes_its_share(config, tmp_path: Path):
     text = dump_config(config(train={"batch_size": 1}))
     (tmp_path / "c.yaml").write_text(text)
     code = (
-        "import json, sys, time; from pathlib import Path; from zimage_train.dataset import encode as encoding;"
+        "import json, sys; from pathlib import Path; from zimage_train.dataset import encoding;"
         "from zimage_train.training import distributed;"
-        "from zimage_train.config.load import read_config; from zimage_train.commands.train import cache;"
+        "from zimage_train.config.load import read_config; from zimage_train.commands.train import fill_run_caches;"
         "counts = []; make = encoding.image_encoder\n"
         "def counting(*a):\n"
         "    encode = make(*a)\n"
-        "    # slow enough that a process which the machine held up for seconds still gets some\n"
-        "    return lambda images: (counts.append(len(images)), time.sleep(0.5), encode(images))[2]\n"
+        "    return lambda images: (counts.append(len(images)), encode(images))[1]\n"
         "encoding.image_encoder = counting\n"
-        "cache(read_config(Path(sys.argv[1]), []))\n"
-        "world = distributed.join()\n"
+        "fill_run_caches(read_config(Path(sys.argv[1]), []))\n"
+        "world = distributed.init()\n"
         "Path(sys.argv[2]).with_suffix(f'.{world.rank}').write_text(json.dumps([world.world_size, sum(counts)]))\n"
     )
     (tmp_path / "run.py").write_text(code)
@@ -342,5 +316,4 @@ def test_each_of_two_processes_encodes_its_share(config, tmp_path: Path):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     found = [json.loads((tmp_path / f"counts.{process}").read_text()) for process in (0, 1)]
-    assert [processes for processes, _ in found] == [2, 2]
-    assert sum(count for _, count in found) == 8 and all(count >= 1 for _, count in found)
+    assert found == [[2, 4], [2, 4]]

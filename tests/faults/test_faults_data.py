@@ -17,8 +17,7 @@ from PIL import Image, ImageFile
 
 from zimage_train import mini
 from zimage_train.commands.train import fill_run_caches, run_training
-from zimage_train.dataset import cache_builder, captions
-from zimage_train.dataset import encode as encoding
+from zimage_train.dataset import captions, encoding
 from zimage_train.dataset.tensor_cache import TensorCache
 from zimage_train.errors import DataError
 from zimage_train.planning import preflight
@@ -591,7 +590,6 @@ def test_killed_while_caching_the_next_start_encodes_what_is_missing_and_nothing
         return encode_and_count
 
     monkeypatch.setattr(encoding, "image_encoder", encoder)
-    monkeypatch.setattr(cache_builder, "BATCH_PX", 1)
     write, faults = TensorCache.write, []
 
     def write_at_most_four(self, *entry) -> None:

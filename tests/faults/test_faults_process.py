@@ -22,7 +22,7 @@ from zimage_train import mini
 from zimage_train.commands.train import run_training
 from zimage_train.config.load import read_config
 from zimage_train.errors import ConfigError, DiskError, FolderInUseError, Problem, Stopped
-from zimage_train.io import atomic
+from zimage_train.io import atomic, locks
 from zimage_train.models.arch import TransformerShape
 from zimage_train.planning import devices, preflight
 from zimage_train.report.metrics import read_records
@@ -69,14 +69,14 @@ def test_killed_at_any_moment_the_same_command_ends_in_the_same_bytes(make_confi
 INTERRUPTED_TWICE = """
 import signal, time
 from pathlib import Path
-from zimage_train.io import atomic as files
-from zimage_train.training import signals as stopping
-with stopping.stop_on_signals() as request, files.replacing(Path("x.bin")) as file:
+from zimage_train.io import atomic
+from zimage_train.training import signals
+with signals.stop_on_signals() as request, atomic.replace_atomically(Path("x.bin")) as file:
     file.write(b"new")
     file.flush()
     signal.raise_signal(signal.SIGINT)
     print(request.signal_number, flush=True)
-    time.sleep(stopping.ECHO_SECONDS + 0.1)
+    time.sleep(signals.ECHO_SECONDS + 0.1)
     signal.raise_signal(signal.SIGINT)
     print("still here")
 """
@@ -114,13 +114,13 @@ def test_handlers_lock_and_threads_are_given_back_whatever_happens(make_config, 
     handlers, was_free = within[0]
     assert all(handlers[number] != before[number] for number in SIGNALS) and not was_free
     assert {number: signal.getsignal(number) for number in SIGNALS} == before
-    assert is_free(folder(config)) and (folder(config) / "run.lock").read_text() == ""
+    assert is_free(folder(config)) and not (folder(config) / "run.holder").exists()
     assert threading.active_count() == threads
 
 
 def is_free(run_folder: Path) -> bool:
     try:
-        with atomic.lock_folder(run_folder):
+        with locks.lock_folder(run_folder):
             return True
     except FolderInUseError:
         return False
@@ -129,8 +129,8 @@ def is_free(run_folder: Path) -> bool:
 HOLD = """
 import sys, time
 from pathlib import Path
-from zimage_train.io import atomic as files
-with files.locked(Path("run")):
+from zimage_train.io import locks
+with locks.lock_folder(Path("run")):
     print("held", flush=True)
     sys.stdin.read()
 print("torch" in sys.modules)
@@ -157,7 +157,7 @@ def holder(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
 def test_a_second_process_is_told_who_holds_the_folder(tmp_path: Path, holder: subprocess.Popen[str]):
     """58. A second process in a run's folder is refused with exit code 6, and told who holds it, on which host."""
     for _ in range(2):
-        with pytest.raises(FolderInUseError) as caught, atomic.lock_folder(tmp_path / "run"):
+        with pytest.raises(FolderInUseError) as caught, locks.lock_folder(tmp_path / "run"):
             raise AssertionError("two processes in one folder")
         assert caught.value.exit_code == 6
         who = f"process {holder.pid} on {socket.gethostname()}"
@@ -170,20 +170,20 @@ def test_the_folder_is_free_as_soon_as_its_holder_is_killed(tmp_path: Path, hold
     """58. A folder is free at once when the process that held it is killed."""
     holder.send_signal(signal.SIGKILL)
     holder.wait()
-    with atomic.lock_folder(tmp_path / "run"):
-        assert (tmp_path / "run" / "run.lock").read_text() == f"process {os.getpid()} on {socket.gethostname()}"
+    with locks.lock_folder(tmp_path / "run"):
+        assert (tmp_path / "run" / "run.holder").read_text() == f"process {os.getpid()} on {socket.gethostname()}"
 
 
 def test_the_folder_is_free_when_its_holder_is_done(tmp_path: Path, holder: subprocess.Popen[str]):
     """58. A folder is free when the process that held it is done, or failed; within one process it is held once."""
     out, _ = holder.communicate("")
     assert out == "False\n" and holder.returncode == 0
-    assert (tmp_path / "run" / "run.lock").read_text() == ""
-    with pytest.raises(ZeroDivisionError), atomic.lock_folder(tmp_path / "run"):
+    assert not (tmp_path / "run" / "run.holder").exists()
+    with pytest.raises(ZeroDivisionError), locks.lock_folder(tmp_path / "run"):
         raise ZeroDivisionError
-    with atomic.lock_folder(tmp_path / "run"), pytest.raises(FolderInUseError), atomic.lock_folder(tmp_path / "run"):
+    with locks.lock_folder(tmp_path / "run"), pytest.raises(FolderInUseError), locks.lock_folder(tmp_path / "run"):
         raise AssertionError("locked twice")
-    with atomic.lock_folder(tmp_path / "other" / "one"), atomic.lock_folder(tmp_path / "run"):
+    with locks.lock_folder(tmp_path / "other" / "one"), locks.lock_folder(tmp_path / "run"):
         assert (tmp_path / "other" / "one").is_dir()
 
 
@@ -193,7 +193,7 @@ def test_a_second_run_is_refused_before_it_writes_anything(make_config, tmp_path
     with pytest.raises(FolderInUseError, match=f"in use by process {holder.pid} on ") as error:
         run_training(make_config(name="run", output_dir=str(tmp_path)), fresh=fresh)
     assert error.value.exit_code == 6 and holder.poll() is None
-    assert [path.name for path in (tmp_path / "run").iterdir()] == ["run.lock"]
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"run.lock", "run.holder"}
     assert not list(tmp_path.glob("run.old*"))
 
 
@@ -230,7 +230,7 @@ def test_a_folder_that_cannot_be_made_is_refused_and_none_is_made(tmp_path: Path
 @pytest.mark.parametrize(
     "name",
     ["", " ", "a/b", "../a", "..", ".a", "-a", "a\\b", "a ", " a", "a.", "a-1", "a-000250", "a:b", "a*",
-     "a\n", "a\tb", "a" * 201, "猫" * 67],
+     "a\n", "a\tb", "CON", "nul", "Aux.v2", "com1", "a" * 201, "猫" * 67],
 )  # fmt: skip
 def test_names_that_leave_the_folder_or_look_like_a_step_are_refused(tmp_path: Path, name: str):
     """59. A run name that leaves the output folder (`../x`), or that no file system takes, is refused."""
@@ -306,7 +306,7 @@ def test_a_disk_that_is_too_small_for_the_caches_is_refused_before_anything_is_e
             raise DiskError(Problem(str(folder), "full"))
 
     monkeypatch.setattr(atomic, "require_free_space", full)
-    monkeypatch.setattr("zimage_train.dataset.encode.image_encoder", pytest.fail)
+    monkeypatch.setattr("zimage_train.dataset.encoding.image_encoder", pytest.fail)
     config = make_config(cache={"folder": str(tmp_path / "new")})
     with pytest.raises(DiskError):
         run_training(config, fresh=False)

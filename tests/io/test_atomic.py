@@ -1,12 +1,9 @@
-"""What is written is the old file or the new one, whatever fails; the lock belongs to one process that lives."""
+"""What is written is the old file or the new one, whatever fails."""
 
-import errno
 import json
 import os
-import socket
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -16,8 +13,8 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
-from zimage_train.errors import DiskError, FolderInUseError
-from zimage_train.io import atomic, safetensors_format
+from zimage_train.errors import DiskError
+from zimage_train.io import atomic, locks, safetensors_format
 from zimage_train.io.safetensors_format import TensorEntry
 
 ROOT = Path(__file__).parents[2]
@@ -46,7 +43,7 @@ def test_nothing_stays_open(tmp_path: Path):
     before = len(list(Path("/proc/self/fd").iterdir()))
     for _ in range(5):
         atomic.write_text(tmp_path / "x", "text")
-        with atomic.lock_folder(tmp_path):
+        with locks.lock_folder(tmp_path):
             pass
     assert len(list(Path("/proc/self/fd").iterdir())) == before
 
@@ -204,82 +201,3 @@ def test_debris_of_dead_processes_goes_and_nothing_else(tmp_path: Path):
     assert alive.poll() is None, "asking whether a process lives does not end it"
     alive.kill()
     alive.communicate()
-
-
-# Space
-
-
-# The lock
-
-
-@pytest.mark.parametrize("name", ["file", "file/run"])
-def test_a_folder_that_cannot_be_made_is_a_disk_error(tmp_path: Path, name: str):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(DiskError) as caught, atomic.lock_folder(tmp_path / name):
-        raise AssertionError("locked nothing")
-    assert caught.value.exit_code == 7 and (tmp_path / "file").read_text() == ""
-
-
-def no_flock(*_: object) -> None:
-    raise OSError(errno.ENOLCK, "No locks available")
-
-
-@pytest.mark.parametrize("missing", ["module", "file system"])
-def test_without_flock_the_lock_file_is_a_lease(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: str):
-    if missing == "module":
-        monkeypatch.setattr(atomic, "fcntl", None)
-    else:
-        monkeypatch.setattr(atomic.fcntl, "flock", no_flock)
-    path = tmp_path / "run.lock"
-    dead = subprocess.Popen([sys.executable, "-c", ""])
-    dead.wait()
-    alive = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, stderr=subprocess.DEVNULL)
-    here, now = socket.gethostname(), time.time()
-
-    def is_free(text: str, age: float = 0.0) -> bool:
-        path.write_text(text)
-        os.utime(path, (now - age, now - age))
-        try:
-            with atomic.lock_folder(tmp_path):
-                return path.read_text() == f"process {os.getpid()} on {here}"
-        except FolderInUseError as error:
-            assert text in str(error)
-            return False
-
-    assert is_free("")
-    assert is_free(f"process {dead.pid} on {here}")
-    assert not is_free(f"process {alive.pid} on {here}")
-    assert not is_free(f"process {alive.pid} on {here}", age=10_000)
-    assert alive.poll() is None, "asking whether a process lives does not end it"
-    alive.kill()
-    alive.communicate()
-    assert is_free(f"process {alive.pid} on {here}")
-    assert not is_free("process 1 on elsewhere", age=60)
-    assert is_free("process 1 on elsewhere", age=180)
-    assert is_free("half a word")
-    assert is_free("process x on elsewhere")
-    with atomic.lock_folder(tmp_path), pytest.raises(FolderInUseError), atomic.lock_folder(tmp_path):
-        raise AssertionError("locked twice")
-
-    def not_ours(*_: int) -> None:
-        raise PermissionError
-
-    monkeypatch.setattr(os, "kill", not_ours)
-    assert not is_free(f"process {dead.pid} on {here}"), "another user's process lives"
-
-
-def test_a_lease_is_renewed_as_long_as_it_is_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(atomic, "LEASE_SECONDS", 0.2)
-    threads = threading.active_count()
-
-    def age_after(seconds: float) -> float:
-        os.utime(tmp_path / "run.lock", (0, 0))
-        time.sleep(seconds)
-        return time.time() - (tmp_path / "run.lock").stat().st_mtime
-
-    with atomic.lock_folder(tmp_path):
-        assert age_after(0.2) > 1000 and threading.active_count() == threads, "the kernel's lock needs no lease"
-    monkeypatch.setattr(atomic.fcntl, "flock", no_flock)
-    with atomic.lock_folder(tmp_path):
-        assert age_after(0.3) < 1
-    assert age_after(0.2) > 1000 and threading.active_count() == threads

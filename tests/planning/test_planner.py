@@ -13,7 +13,7 @@ from zimage_train.config.types import RECOMPUTE_MODES
 from zimage_train.dataset.buckets import Bucket
 from zimage_train.errors import ConfigError
 from zimage_train.models.pinned_memory import arena_sizes, pinned_bytes
-from zimage_train.planning import flops, gpus, memory, planner, preflight
+from zimage_train.planning import flops, gpus, memory, planner
 from zimage_train.planning.gpus import GPU_SPECS
 from zimage_train.planning.memory import WeightPlacement
 from zimage_train.planning.planner import AUTO_QUANTIZATIONS, NO_LIMIT, PlanConstraints
@@ -263,12 +263,3 @@ def test_pinned_blocks_lose_little_to_the_allocators_rounding(block_bytes: int):
         assert sum(shared) == count
     assert pinned_bytes(30, block_bytes) <= 1.12 * 30 * block_bytes
     assert pinned_bytes(1, block_bytes) == 2 ** (block_bytes - 1).bit_length()
-
-
-def test_the_memory_of_a_container_counts_and_not_that_of_its_host(tmp_path, monkeypatch):
-    physical = preflight.system_memory_bytes()
-    limit = tmp_path / "memory.max"
-    monkeypatch.setattr(preflight, "CGROUP_LIMITS", (str(limit),))
-    for text, expected in (("4000000000", 4 * 10**9), ("max", physical), ("9223372036854771712", physical)):
-        limit.write_text(text + "\n")
-        assert preflight.system_memory_bytes() == min(expected, physical)

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Literal
 
 from zimage_train.config.variants import DOWNLOAD_GB
-from zimage_train.errors import DiskError, FolderInUseError
-from zimage_train.io import atomic
+from zimage_train.errors import DiskError
+from zimage_train.io import locks
+from zimage_train.io.operating_system import main_memory_bytes
 from zimage_train.io.units import format_bytes
-from zimage_train.planning import preflight
 from zimage_train.planning.gpus import find_gpu
 
 Level = Literal["ok", "note", "bad"]
@@ -229,7 +229,7 @@ def gather_facts() -> SystemFacts:
         driver=driver,
         driver_sees=driver_sees,
         gpus=[_seen(index) for index in range(torch.cuda.device_count())],
-        ram_bytes=preflight.system_memory_bytes(),
+        ram_bytes=main_memory_bytes(),
         free_bytes=_free(Path.cwd(), client.selected_hub().cache_folder()),
         locks=_locks(),
         downloaded={name: locate.is_here(name, patterns) for name, patterns in wanted.items()},
@@ -297,16 +297,10 @@ def _free(*places: Path) -> dict[str, int]:
 
 
 def _locks() -> bool:
-    """Whether a run's folder here can be held against a second process."""
+    """Whether the system locks a run's folder here against a second process."""
     try:
-        with (
-            tempfile.TemporaryDirectory(dir=Path.cwd()) as name,
-            atomic.lock_folder(Path(name)),
-            atomic.lock_folder(Path(name)),
-        ):
-            return False
-    except FolderInUseError:
-        return True
+        with tempfile.TemporaryDirectory(dir=Path.cwd()) as name:
+            return locks.has_system_locks(Path(name))
     except (DiskError, OSError):
         return False
 

@@ -20,20 +20,21 @@ from zimage_train.commands import lora_args
 from zimage_train.commands.lora_args import WeightedLora
 from zimage_train.config.schema import Config, ModelSettings
 from zimage_train.config.variants import VARIANTS
-from zimage_train.dataset.encode import prompt_encoder
+from zimage_train.dataset.encoding import prompt_encoder
 from zimage_train.diffusion.frozen import FrozenTransformer, load_frozen
 from zimage_train.diffusion.prompts import PromptSpec
 from zimage_train.diffusion.render import Tick, batches, render_images
 from zimage_train.diffusion.request import SamplingRequest, preview_requests, prompts_to_encode
 from zimage_train.errors import ConfigError, Problem, WeightsError, ZImageTrainError, collect_errors, raise_all
 from zimage_train.io import atomic
+from zimage_train.io.operating_system import main_memory_bytes
 from zimage_train.io.units import format_bytes
 from zimage_train.lora import arithmetic, swap
 from zimage_train.lora.lora_file import Lora
 from zimage_train.models import locate
 from zimage_train.models.arch import TransformerShape
 from zimage_train.models.locate import ModelPaths
-from zimage_train.planning import devices, planner, preflight
+from zimage_train.planning import devices, planner
 from zimage_train.planning.memory import WeightPlacement, Workload
 from zimage_train.planning.planner import PlanConstraints
 from zimage_train.report import preview_images
@@ -271,9 +272,7 @@ def _form(
         previews_at_once=max(map(len, batches(recipes, room.at_once))),
     )
     limit = here.limit_bytes if room.budget_gb is None else min(here.limit_bytes, room.budget_gb * 1e9)
-    plan = planner.choose_plan(
-        job, PlanConstraints((None,), None, None), limit, preflight.system_memory_bytes(), here.card
-    )
+    plan = planner.choose_plan(job, PlanConstraints((None,), None, None), limit, main_memory_bytes(), here.card)
     if room.budget_gb is not None and not plan.fits:
         what = f"is {room.budget_gb:g}, and these images take {format_bytes(plan.peak.total)} (predicted)"
         raise ConfigError(Problem("--budget-gb", what, "give more, or a smaller --width, --height or --batch"))

@@ -11,7 +11,7 @@ from zimage_train.commands.sample import command_for
 from zimage_train.config.load import resolve_paths
 from zimage_train.config.schema import Config
 from zimage_train.dataset.sample_order import make_sample_order
-from zimage_train.io import atomic
+from zimage_train.io import atomic, locks
 from zimage_train.models.arch import TransformerShape
 from zimage_train.models.locate import cached_only, download
 from zimage_train.planning import devices, preflight
@@ -46,7 +46,7 @@ def run_training(config: Config, fresh: bool, allow: tuple[str, ...] = (), stop:
         if world.is_main:
             if fresh and folder.root.exists():
                 _move_aside(folder, console)
-            stack.enter_context(atomic.lock_folder(folder.root))
+            stack.enter_context(locks.lock_folder(folder.root))
             atomic.remove_stale_temp_files(folder.root)
             console.log_to(folder.log)
             stack.callback(console.close)
@@ -136,7 +136,7 @@ def fill_run_caches(config: Config) -> None:
 
 
 def _move_aside(folder: RunDir, console: Console) -> None:
-    with atomic.lock_folder(folder.root):
+    with locks.lock_folder(folder.root):
         pass  # refuse to move the folder of a run that is going on
     console.info(f"--fresh: the old run is now {atomic.rename_as_backup(folder.root, '.old')}")
 

@@ -1,7 +1,6 @@
 """From a YAML file and `--set key=value` to a `Config`, or to every problem at once, each with its line."""
 
 import difflib
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from zimage_train.config import strict_yaml
 from zimage_train.config.schema import Config
 from zimage_train.config.strict_yaml import YamlDocument, YamlError
 from zimage_train.errors import ConfigError, Problem
+from zimage_train.io.operating_system import user_cache_folder
 
 KeyPath = tuple[str | int, ...]
 
@@ -168,8 +168,7 @@ def cache_dir(config: Config) -> Path:
     """`cache.folder`, or the user's cache directory for this program."""
     if config.cache.folder is not None:
         return Path(config.cache.folder)
-    base = os.environ.get("XDG_CACHE_HOME") or os.environ.get("LOCALAPPDATA")
-    return (Path(base) if base else Path.home() / ".cache") / "zimage-train"
+    return user_cache_folder() / "zimage-train"
 
 
 def flatten_keys(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -24,6 +24,7 @@ from zimage_train.config.types import (
     check_params,
 )
 from zimage_train.config.variants import VARIANTS, VariantName
+from zimage_train.io.operating_system import is_device_name
 
 LORA_GROUPS = ("attention", "feed_forward", "adaln", "refiners")
 NAME = r"^\w[\w .+-]*$"
@@ -347,6 +348,8 @@ class Config(Section):
             )
         if re.search(r"-\d+$", value):
             raise ValueError(f"is {value!r}; it may not end in -digits, which marks the LoRA of a step")
+        if is_device_name(value):
+            raise ValueError(f"is {value!r}; Windows keeps this name for a device, so no folder there can have it")
         if len(value.encode()) > NAME_BYTES:
             raise ValueError(f"has {len(value.encode())} bytes; {NAME_BYTES} are the most")
         return value

@@ -5,7 +5,6 @@ image, caption or encoder is encoded again and nothing else is.
 """
 
 import hashlib
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from torch import Tensor
 from zimage_train.dataset.buckets import Bucket
 from zimage_train.dataset.scan import ImageRecord
 from zimage_train.errors import DataError, Problem, WeightsError
-from zimage_train.io import atomic, tensorfile
+from zimage_train.io import tensorfile
 
 FORMAT = 1
 """Raised when the way images or prompts are prepared changes, so that old entries are not found."""
@@ -44,38 +43,6 @@ class TensorCache:
             DiskError: it cannot be written.
         """
         tensorfile.save_with_digest(self._path(key), {"value": value}, {"key": key})
-
-    def claim(self, key: str) -> bool:
-        """Whether this process may make the entry `key` now: nobody else does.
-
-        Raises:
-            DiskError: the claim cannot be written.
-        """
-        return atomic.claim(self._claim(key))
-
-    def renew(self, keys: Iterable[str]) -> None:
-        """Keep the claims on `keys` from being taken over."""
-        for key in keys:
-            atomic.renew(self._claim(key))
-
-    def release(self, key: str) -> None:
-        """Give this process's claim back."""
-        atomic.release(self._claim(key))
-
-    def forget(self, key: str) -> None:
-        """Remove a claim on an entry that is there, if its owner is gone."""
-        atomic.clear_claim(self._claim(key))
-
-    def take_over(self, key: str) -> None:
-        """Remove a claim that nobody renews any more."""
-        atomic.remove(self._claim(key))
-
-    def claimed_at(self, key: str) -> float | None:
-        """When the claim on `key` was last renewed, by its owner's clock; None: there is none."""
-        return atomic.modified_at(self._claim(key))
-
-    def _claim(self, key: str) -> Path:
-        return self._path(key).with_suffix(".claim")
 
     def _path(self, key: str) -> Path:
         kind, digest = key.split("/")

@@ -1,4 +1,4 @@
-"""The only module that renames, fsyncs, locks or removes: nothing it writes is ever seen half done."""
+"""The only module that renames or removes: nothing it writes is ever seen half done."""
 
 import contextlib
 import errno
@@ -8,22 +8,17 @@ import os
 import re
 import shutil
 import socket
-import threading
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO
 
-from zimage_train.errors import DiskError, FolderInUseError, Problem
+from zimage_train.errors import DiskError, Problem
+from zimage_train.io import operating_system
 from zimage_train.io.units import format_bytes
 
-try:
-    import fcntl
-except ImportError:  # Windows has no flock; the lease file below takes its place
-    fcntl = None
-
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-LEASE_SECONDS = 120
+OPEN_ELSEWHERE = ("another program has it open, or it is read-only", "close that program")
 MORE_SPACE = "free some space, lower save.keep, or set output and cache.folder to another disk"
 ABANDONED_SECONDS = 86_400
 TEMPORARY = re.compile(r"\..*\.([0-9a-f]{8})-(\d+)\.tmp")
@@ -38,28 +33,33 @@ def replace_atomically(path: Path) -> Iterator[IO[bytes]]:
     Raises:
         DiskError: the disk is full, read-only or failing; the old file is still there.
     """
-    temporary = path.with_name(f".{path.name}.{_this_process()}.tmp")
+    temporary = temporary_path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(path)
-        _sync_folder(path.parent)
+        operating_system.retry_while_open(lambda: temporary.replace(path))
+        operating_system.sync_folder(path.parent)
     except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
         if isinstance(error, OSError):
-            raise _disk_error(path, error) from error
+            raise disk_error(path, error) from error
         raise
+
+
+def temporary_path(path: Path) -> Path:
+    """Where this process writes what will be `path`, beside it."""
+    return path.with_name(f".{path.name}.{_this_process()}.tmp")
 
 
 def write(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
     """Write `chunks` to `path`, whole or not at all.
 
     Raises:
-        DiskError: as `replacing`.
+        DiskError: as `replace_atomically`.
     """
     with replace_atomically(path) as file:
         for chunk in chunks:
@@ -99,67 +99,10 @@ def close(file: IO[str]) -> None:
 def remove(path: Path) -> bool:
     """Remove a file; return whether it is gone. A failure to remove is never worth a run."""
     try:
-        path.unlink(missing_ok=True)
+        operating_system.retry_while_open(lambda: path.unlink(missing_ok=True))
     except OSError:
         return False
     return True
-
-
-def claim(path: Path) -> bool:
-    """Make `path` unless it is there; False: another process has it and lives.
-
-    Two processes that find a dead owner at the same moment may both get it.
-
-    Raises:
-        DiskError: it cannot be made.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if _is_given_up(path):
-            path.unlink(missing_ok=True)
-        with path.open("x", encoding="utf-8") as file:
-            file.write(_this_process())
-    except FileExistsError:
-        return False
-    except OSError as error:
-        raise _disk_error(path, error) from error
-    return True
-
-
-def clear_claim(path: Path) -> None:
-    """Remove a claim whose owner was a process of this host and is gone."""
-    if path.is_file() and _is_given_up(path):
-        remove(path)
-
-
-def renew(claim: Path) -> None:
-    """Tell those who wait for a claim that its owner is still at work."""
-    with contextlib.suppress(OSError):
-        os.utime(claim)
-
-
-def release(claim: Path) -> None:
-    """Give back what this process claimed; another's stays."""
-    with contextlib.suppress(OSError, UnicodeDecodeError):
-        if claim.read_text(encoding="utf-8") == _this_process():
-            remove(claim)
-
-
-def _is_given_up(claim: Path) -> bool:
-    """Whether its owner was a process of this host and is gone; of other hosts nobody here can tell."""
-    try:
-        host, _, process_id = claim.read_text(encoding="utf-8").partition("-")
-    except (OSError, UnicodeDecodeError):
-        return False
-    return host == _host() and process_id.isdecimal() and not _is_alive(int(process_id))
-
-
-def modified_at(path: Path) -> float | None:
-    """The time of the last change of `path` by the clock of its file system; None: it is not there."""
-    try:
-        return path.stat().st_mtime
-    except OSError:
-        return None
 
 
 def move(path: Path, target: Path) -> Path:
@@ -174,9 +117,9 @@ def move(path: Path, target: Path) -> Path:
         place = target.with_name(f"{target.stem}-{number}{target.suffix}")
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
-        path.rename(place)
+        operating_system.retry_while_open(lambda: path.rename(place))
     except OSError as error:
-        raise DiskError(Problem(str(path), f"cannot be moved ({error.strerror})", "check its permissions")) from error
+        raise _move_error(path, "moved", error) from error
     return place
 
 
@@ -192,9 +135,9 @@ def rename_as_backup(path: Path, suffix: str) -> Path:
         number += 1
         target = path.with_name(f"{path.name}{suffix}-{number}")
     try:
-        path.rename(target)
+        operating_system.retry_while_open(lambda: path.rename(target))
     except OSError as error:
-        raise DiskError(Problem(str(path), f"cannot be renamed ({error.strerror})", "check its permissions")) from error
+        raise _move_error(path, "renamed", error) from error
     return target
 
 
@@ -211,7 +154,7 @@ def remove_stale_temp_files(folder: Path) -> None:
 
 def _is_abandoned(path: Path, host: str, process_id: int) -> bool:
     if host == _host():
-        return process_id == os.getpid() or not _is_alive(process_id)
+        return process_id == os.getpid() or not operating_system.is_process_alive(process_id)
     with contextlib.suppress(OSError):
         return time.time() - path.stat().st_mtime > ABANDONED_SECONDS
     return False
@@ -258,109 +201,18 @@ def require_free_space(folder: Path, needed_bytes: int, what: str, todo: str = M
         )
 
 
-@contextlib.contextmanager
-def lock_folder(folder: Path) -> Iterator[None]:
-    """Hold `folder` for this process alone.
-
-    The kernel frees a flock when its holder dies, however it dies. Where flock is missing (Windows, some network
-    volumes) the lock file is a lease: it counts as held while its holder lives on this host, or, for another host,
-    for two minutes after it was last touched, which its holder does as long as it lives.
-
-    Raises:
-        FolderInUseError: another process holds the folder; names it.
-        DiskError: the folder cannot be made or written to.
-    """
-    path = folder / "run.lock"
-    with _open_lock(path) as file:
-        flocked = _flock(file)
-        if flocked is False or (flocked is None and not _lease_is_over(file, path)):
-            file.seek(0)
-            holder = file.read().strip() or "another process"
-            raise FolderInUseError(
-                Problem(str(folder), f"in use by {holder}", "wait for that run, stop it, or choose another name")
-            )
-        file.seek(0)
-        file.truncate()
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
-        try:
-            with contextlib.nullcontext() if flocked else _touched(path):
-                yield
-        finally:
-            file.seek(0)
-            file.truncate()
-
-
-def _open_lock(path: Path) -> IO[str]:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return path.open("a+", encoding="utf-8", errors="replace")
-    except OSError as error:
-        raise _disk_error(path, error) from error
-
-
-def _lease_is_over(file: IO[str], path: Path) -> bool:
-    file.seek(0)
-    words = file.read().split()
-    if len(words) != 4 or not words[1].isdecimal():
-        return True
-    if words[3] == socket.gethostname():
-        return not _is_alive(int(words[1]))
-    return time.time() - path.stat().st_mtime > LEASE_SECONDS
-
-
-@contextlib.contextmanager
-def _touched(path: Path) -> Iterator[None]:
-    """Touch `path` now and then, from a thread, until the block ends."""
-    done = threading.Event()
-
-    def touch() -> None:
-        while not done.wait(LEASE_SECONDS / 4):
-            with contextlib.suppress(OSError):
-                os.utime(path)
-
-    thread = threading.Thread(target=touch, name="lease", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
-
-
-def _flock(file: IO[str]) -> bool | None:
-    """Whether the lock is ours now; None where there is no flock."""
-    if fcntl is None:
-        return None
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:  # a file system without flock
-        return None
-    return True
-
-
-def _is_alive(process_id: int) -> bool:
-    try:
-        os.kill(process_id, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def _disk_error(path: Path, error: OSError) -> DiskError:
-    what = "the disk is full" if error.errno in FULL_DISK else (error.strerror or str(error))
-    todo = "free some space" if error.errno in FULL_DISK else "check the disk and its permissions"
+def disk_error(path: Path, error: OSError) -> DiskError:
+    """Say why `path` cannot be written, and what to do about it."""
+    what, todo = error.strerror or str(error), "check the disk and its permissions"
+    if error.errno in FULL_DISK:
+        what, todo = "the disk is full", "free some space"
+    elif operating_system.is_open_elsewhere(error):
+        what, todo = OPEN_ELSEWHERE
     return DiskError(Problem(str(path), f"cannot be written ({what})", f"{todo}; the same command continues"))
+
+
+def _move_error(path: Path, verb: str, error: OSError) -> DiskError:
+    what, todo = error.strerror or str(error), "check its permissions"
+    if operating_system.is_open_elsewhere(error):
+        what, todo = OPEN_ELSEWHERE
+    return DiskError(Problem(str(path), f"cannot be {verb} ({what})", todo))

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 
 from zimage_train.errors import ConfigError, Problem
+from zimage_train.io.operating_system import main_memory_bytes
 from zimage_train.models.arch import TransformerShape
-from zimage_train.planning import gpus, memory, preflight
+from zimage_train.planning import gpus, memory
 from zimage_train.planning.gpus import DeviceLimits
 
 
@@ -51,7 +52,7 @@ def reproducible(device: torch.device) -> Iterator[None]:
 def device_limits(device: torch.device) -> DeviceLimits:
     """What a plan for `device` goes by: its total memory but for a reserve, never what happens to be free."""
     if device.type != "cuda":
-        return DeviceLimits("cpu", preflight.system_memory_bytes(), None)
+        return DeviceLimits("cpu", main_memory_bytes(), None)
     properties = torch.cuda.get_device_properties(device)
     return DeviceLimits(properties.name, gpus.usable_bytes(properties.total_memory), gpus.find_gpu(properties.name))
 

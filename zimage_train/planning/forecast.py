@@ -8,6 +8,7 @@ from pathlib import Path
 from zimage_train.config.load import cache_dir
 from zimage_train.config.schema import Config
 from zimage_train.dataset.buckets import Bucket
+from zimage_train.io.operating_system import main_memory_bytes
 from zimage_train.io.units import format_bytes
 from zimage_train.planning import calibration, flops, gpus, memory, planner, preflight
 from zimage_train.planning.calibration import CalibrationFactor
@@ -44,7 +45,7 @@ def device_for(config: Config, gpu: str | None) -> DeviceLimits | None:
 
 def plan_for(checked: RunSpec, device: DeviceLimits, gpu: bool | None = None, processes: int = 1) -> MemoryPlan:
     """How `checked` runs on `device`, with main memory shared by so many processes."""
-    job, host = preflight.workload_of(checked, gpu), preflight.system_memory_bytes() / processes
+    job, host = preflight.workload_of(checked, gpu), main_memory_bytes() / processes
     wanted = planner.plan_constraints(checked.config, job.shape.n_layers)
     return planner.choose_plan(job, wanted, device.limit_bytes, host, device.card)
 
@@ -55,7 +56,7 @@ def forecast_lines(checked: RunSpec, gpu: str | None, price: float | None) -> li
     if device is not None:
         return _of_device(checked, device, price)
     if memory.parameters_of(preflight.workload_of(checked).shape) <= memory.MAX_CPU_PARAMETERS:
-        return _of_device(checked, DeviceLimits("cpu", preflight.system_memory_bytes(), None), price)
+        return _of_device(checked, DeviceLimits("cpu", main_memory_bytes(), None), price)
     found = ["memory and time, predicted (no NVIDIA GPU found here; --gpu NAME shows more of one):"]
     for name in EXAMPLES:
         card = GPU_SPECS[name]

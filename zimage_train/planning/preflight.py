@@ -1,7 +1,6 @@
 """Everything that can be known before a GPU is touched: all problems at once, or all that a run needs (torch-free)."""
 
 import importlib.util
-import os
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,16 +16,15 @@ from zimage_train.dataset.scan import FolderScan, ImageRecord, scan_entry
 from zimage_train.diffusion.request import comparison_requests, preview_requests, teacher_request
 from zimage_train.errors import ConfigError, Problem, WeightsError, ZImageTrainError, collect_errors, raise_all
 from zimage_train.io import atomic
+from zimage_train.io.operating_system import main_memory_bytes
 from zimage_train.io.units import format_bytes
 from zimage_train.lora import headers, targets
 from zimage_train.models import components, locate
 from zimage_train.models.arch import TransformerShape
 from zimage_train.models.locate import DownloadFn, ModelPaths, NotDownloadedError
-from zimage_train.planning import memory, planner
+from zimage_train.planning import memory, path_lengths, planner
 from zimage_train.planning.memory import Workload
 from zimage_train.planning.warnings import config_warnings
-
-CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
 @dataclass(frozen=True)
@@ -95,6 +93,7 @@ def check_run(
         atomic.require_writable_folder(Path(config.output_dir) / config.name, "output_dir")
         if config.cache.folder is not None:
             atomic.require_writable_folder(Path(config.cache.folder), "cache.folder")
+        path_lengths.require_short_paths(config)
         atomic.require_free_space(Path(config.output_dir), _disk_bytes(config, weights), "checkpoints and exports")
     own = [found for entry, found in zip(config.data, images, strict=True) if not entry.regularization]
     is_small = weights is not None and memory.parameters_of(weights.shape) <= memory.MAX_CPU_PARAMETERS
@@ -189,7 +188,7 @@ def how_to_fit(checked: RunSpec, limit_bytes: float, gpu: bool | None = None) ->
     """Settings by which a step of `checked` is predicted to fit."""
     job = workload_of(checked, gpu)
     wanted = planner.plan_constraints(checked.config, job.shape.n_layers)
-    text = planner.suggest_settings(job, wanted, limit_bytes, system_memory_bytes())
+    text = planner.suggest_settings(job, wanted, limit_bytes, main_memory_bytes())
 
     def resolutions(match: re.Match[str]) -> str:
         side = int(match[1])
@@ -218,24 +217,10 @@ def _require_budget(checked: RunSpec) -> None:
         return
     job = workload_of(checked)
     wanted = planner.plan_constraints(checked.config, job.shape.n_layers)
-    plan = planner.choose_plan(job, wanted, budget * 1e9, system_memory_bytes(), None)
+    plan = planner.choose_plan(job, wanted, budget * 1e9, main_memory_bytes(), None)
     if not plan.fits:
         what = f"is {budget:g}, and a run takes {format_bytes(plan.peak.total)} (predicted)"
         raise ConfigError(Problem("memory.budget_gb", what, how_to_fit(checked, budget * 1e9)))
-
-
-def system_memory_bytes() -> int:
-    """The main memory that this process may use: the machine's, or its container's."""
-    limits = [_number_in(Path(path)) for path in CGROUP_LIMITS]
-    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 16_000_000_000
-    return min([physical, *(limit for limit in limits if limit)])
-
-
-def _number_in(path: Path) -> int | None:
-    try:
-        return int(path.read_text(encoding="ascii"))
-    except (OSError, ValueError):  # not there, or "max"
-        return None
 
 
 def _weights(config: Config, fetch: DownloadFn | None) -> tuple[ModelFiles | None, list[ZImageTrainError], list[str]]:

@@ -13,8 +13,8 @@ from zimage_train import __version__
 from zimage_train.config.load import cache_dir
 from zimage_train.config.schema import Config
 from zimage_train.config.variants import VARIANTS
-from zimage_train.dataset import cache_builder, encode, sample_order
-from zimage_train.dataset.cache_builder import Shard
+from zimage_train.dataset import encoding, sample_order
+from zimage_train.dataset.encoding import Shard
 from zimage_train.dataset.sample_order import make_sample_order
 from zimage_train.dataset.scan import dataset_fingerprint
 from zimage_train.dataset.tensor_cache import TensorCache
@@ -118,7 +118,7 @@ def fill_caches(checked: RunSpec, session: RunContext, plan: sample_order.Sample
         session.console.progress(what, done, total)
 
     recipes = [*request.preview_requests(checked.config), *request.comparison_requests(checked.config)]
-    encoders = encode.Encoders(
+    encoders = encoding.Encoders(
         extras=session.model_files.paths.extras,
         device=session.world.device,
         dtype=checked.config.model.dtype,
@@ -132,11 +132,10 @@ def fill_caches(checked: RunSpec, session: RunContext, plan: sample_order.Sample
     prompts = sorted(
         {*plan.prompts(checked.config.train.steps), *request.prompts_to_encode(recipes), *held_out, *empty}
     )
-    share = Shard(session.world.rank, session.world.world_size)
+    share = Shard(session.world.rank, session.world.world_size, distributed.barrier)
     items = [*([] if is_own else plan.items), *checked.held_out]
-    images, texts = encode.encode_missing(session.cache, encoders, items, prompts, tick, share)
+    images, texts = encoding.encode_missing(session.cache, encoders, items, prompts, tick, share)
     session.console.info(f"cache {session.cache.folder}: latents {images}; prompts {texts}")
-    distributed.barrier()
 
 
 def build_state(
@@ -274,11 +273,10 @@ def _draw_own(
         session.stop.check()
         session.console.progress(what.replace("encoding", "drawing"), done, total)
 
-    share = Shard(session.world.rank, session.world.world_size)
+    share = Shard(session.world.rank, session.world.world_size, distributed.barrier)
     sizes = {key: own.num_bytes(item) for key, item in items.items()}
-    tally = cache_builder.fill_generated(session.cache, sizes, draw, tick, share)
+    tally = encoding.fill_generated(session.cache, sizes, draw, tick, share)
     session.console.info(f"{config.train.method}: the model's own images: {tally.found} found, {tally.encoded} drawn")
-    distributed.barrier()
     return own
 
 

@@ -10,6 +10,7 @@ from diffusers import ZImageTransformer2DModel
 from zimage_train.config.schema import Config
 from zimage_train.config.types import Quantization
 from zimage_train.errors import ConfigError, Problem, WeightsError
+from zimage_train.io.operating_system import main_memory_bytes
 from zimage_train.io.safetensors_format import read_header
 from zimage_train.io.units import format_bytes
 from zimage_train.models import checkpointing
@@ -64,7 +65,7 @@ def plan_warnings(checked: RunSpec, plan: MemoryPlan) -> list[str]:
     if not plan.fits:
         less = preflight.how_to_fit(checked, plan.limit_bytes, plan.job.gpu)
         found.append(f"{format_bytes(plan.peak.total)} are predicted, more than the card has to give: {less}")
-    host, main = memory.host_bytes(plan.job, plan.form), preflight.system_memory_bytes()
+    host, main = memory.host_bytes(plan.job, plan.form), main_memory_bytes()
     if host > planner.HOST_SHARE * main:
         found.append(f"memory.offload takes {host / 1e9:.1f} GB of {main / 1e9:.1f} GB of main memory; it may run out")
     return found

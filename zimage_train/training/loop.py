@@ -9,6 +9,7 @@ import torch
 
 from zimage_train.dataset.sample_order import MicroBatch
 from zimage_train.errors import DivergedError, Problem
+from zimage_train.io import operating_system
 from zimage_train.optim import optimizers
 from zimage_train.optim.schedules import base_lr, lr_factor
 from zimage_train.report.metrics import RecordWriter, read_records
@@ -176,8 +177,4 @@ def memory_gb(device: torch.device) -> float:
     """The most memory this process has taken so far, in GB: of the GPU, or of the machine."""
     if device.type == "cuda":
         return round(torch.cuda.max_memory_allocated(device) / 1e9, 3)
-    try:
-        import resource
-    except ImportError:
-        return 0.0
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 3)
+    return round(operating_system.peak_memory_bytes() / 1e9, 3)

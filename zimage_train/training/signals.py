@@ -6,18 +6,17 @@ asks the kernel to be told of that; and being told so is no second request eithe
 """
 
 import contextlib
-import ctypes
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator
 from types import FrameType
 
 from zimage_train.errors import Problem, Stopped
+from zimage_train.io import operating_system
 
-SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+SIGNALS = operating_system.stop_signals()
 
 ECHO_SECONDS = 0.5
 LAUNCHERS = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")
@@ -57,7 +56,7 @@ class StopRequest:
 
 @contextlib.contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
-    """Turn SIGINT, SIGTERM and SIGHUP into a request within the block; handlers are put back after it."""
+    """Turn Ctrl-C, SIGTERM and SIGHUP into a request within the block; handlers are put back after it."""
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request
@@ -69,17 +68,10 @@ def stop_on_signals() -> Iterator[StopRequest]:
             signal.raise_signal(number)
 
     if any(name in os.environ for name in LAUNCHERS):
-        _terminate_with_parent()
+        operating_system.signal_when_parent_dies(signal.SIGTERM)
     before = {number: signal.signal(number, handle) for number in SIGNALS}
     try:
         yield request
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _terminate_with_parent() -> None:
-    """Have Linux send SIGTERM to this process when its parent ends; elsewhere a child lives on."""
-    if sys.platform == "linux":
-        set_death_signal = 1
-        ctypes.CDLL(None).prctl(set_death_signal, int(signal.SIGTERM))
