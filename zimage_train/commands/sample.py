@@ -23,10 +23,11 @@ from zimage_train.config.variants import VARIANTS
 from zimage_train.dataset.encode import prompt_encoder
 from zimage_train.diffusion.frozen import FrozenTransformer, load_frozen
 from zimage_train.diffusion.prompts import PromptSpec
-from zimage_train.diffusion.render import Tick, batches, render_images
+from zimage_train.diffusion.render import batches, render_images
 from zimage_train.diffusion.request import SamplingRequest, preview_requests, prompts_to_encode
 from zimage_train.errors import ConfigError, Problem, WeightsError, ZImageTrainError, collect_errors, raise_all
 from zimage_train.io import atomic
+from zimage_train.io.progress import StepProgress
 from zimage_train.io.units import format_bytes
 from zimage_train.lora import arithmetic, swap
 from zimage_train.lora.lora_file import Lora
@@ -113,7 +114,7 @@ class LoadedModel:
     extras: Path
     embeds: Mapping[str, Tensor]
 
-    def draw(self, recipes: list[SamplingRequest], tick: Tick, at_once: int = 1) -> list[Image]:
+    def draw(self, recipes: list[SamplingRequest], tick: StepProgress, at_once: int = 1) -> list[Image]:
         """One image a recipe, with the LoRA that is attached now."""
         return render_images(self.frozen, self.extras, recipes, self.embeds, tick, at_once=at_once)
 

@@ -19,6 +19,7 @@ from zimage_train.dataset.sample_order import TrainItem
 from zimage_train.dataset.tensor_cache import TensorCache, latent_key, prompt_key
 from zimage_train.errors import DataError, Problem, WeightsError
 from zimage_train.io import atomic
+from zimage_train.io.progress import Progress, StepProgress
 from zimage_train.models.components import LATENT_CHANNELS, LATENT_STRIDE
 
 PROMPT_BYTES = 700_000
@@ -31,9 +32,8 @@ POLL_SECONDS = 0.5
 
 EncodeImages = Callable[[list[Image.Image]], Tensor]
 """Pictures of one size to latents (b, 16, h/8, w/8)."""
-EncodePrompts = Callable[[list[str], Callable[[int, int], None]], Iterator[tuple[str, Tensor]]]
+EncodePrompts = Callable[[list[str], StepProgress], Iterator[tuple[str, Tensor]]]
 """Prompts to embeddings (tokens, features), with a tick; they may come in another order."""
-Tick = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def fill_latents(
     items: Iterable[TrainItem],
     vae_digest: str,
     load_encoder: Callable[[], EncodeImages],
-    tick: Tick,
+    tick: Progress,
     share: Shard = SINGLE_PROCESS,
     batch_px: int = BATCH_PX,
 ) -> CacheStats:
@@ -90,7 +90,7 @@ def fill_latents(
             most = max(batch_px // (bucket.width * bucket.height), 1)
             yield from (same[start : start + most] for start in range(0, len(same), most))
 
-    def encode(encoder: EncodeImages, keys: list[str], done: Callable[[int, int], None]) -> Iterator[Made]:
+    def encode(encoder: EncodeImages, keys: list[str], done: StepProgress) -> Iterator[Made]:
         latents = encoder([_fitted(jobs[key]) for key in keys])
         for key, one in zip(keys, latents, strict=True):
             if not one.isfinite().all():
@@ -109,7 +109,7 @@ def fill_prompts(
     encoder_digest: str,
     dtype: str,
     load_encoder: Callable[[], EncodePrompts],
-    tick: Tick,
+    tick: Progress,
     share: Shard = SINGLE_PROCESS,
 ) -> CacheStats:
     """Encode every prompt that is not in the cache yet, all of a process's share together.
@@ -120,7 +120,7 @@ def fill_prompts(
     jobs = {prompt_key(prompt, encoder_digest, dtype): prompt for prompt in prompts}
     keys = {prompt: key for key, prompt in jobs.items()}
 
-    def encode(encoder: EncodePrompts, wanted: list[str], done: Callable[[int, int], None]) -> Iterator[Made]:
+    def encode(encoder: EncodePrompts, wanted: list[str], done: StepProgress) -> Iterator[Made]:
         for prompt, embeds in encoder([jobs[key] for key in wanted], done):
             if not embeds.isfinite().all():
                 what = f"its embedding of {prompt[:40]!r} is not finite"
@@ -135,7 +135,7 @@ def fill_prompts(
 
 
 def fill_generated(
-    cache: TensorCache, sizes: dict[str, int], draw: Callable[[str], Tensor], tick: Tick, share: Shard
+    cache: TensorCache, sizes: dict[str, int], draw: Callable[[str], Tensor], tick: Progress, share: Shard
 ) -> CacheStats:
     """Draw what of the keys of `sizes` (bytes) is not in the cache yet, one after the other.
 
@@ -143,7 +143,7 @@ def fill_generated(
         WeightsError: the model draws what is not finite.
     """
 
-    def encode(encoder: Callable[[str], Tensor], keys: list[str], done: Callable[[int, int], None]) -> Iterator[Made]:
+    def encode(encoder: Callable[[str], Tensor], keys: list[str], done: StepProgress) -> Iterator[Made]:
         for key in keys:
             value = encoder(key)
             if not value.isfinite().all():
@@ -163,11 +163,11 @@ class _CacheBuilder:
 
     cache: TensorCache
     what: str
-    tick: Tick
+    tick: Progress
     share: Shard
     batches: Callable[[list[str]], Iterator[list[str]]]
     load_encoder: Callable[[], Any]
-    encode: Callable[[Any, list[str], Callable[[int, int], None]], Iterator[Made]]
+    encode: Callable[[Any, list[str], StepProgress], Iterator[Made]]
     encoder: Any = None
     damaged: set[str] = field(default_factory=set)
 

@@ -11,9 +11,10 @@ from PIL import Image
 from torch import Tensor
 
 from zimage_train.dataset import cache_builder
-from zimage_train.dataset.cache_builder import CacheStats, EncodeImages, EncodePrompts, Shard, Tick
+from zimage_train.dataset.cache_builder import CacheStats, EncodeImages, EncodePrompts, Shard
 from zimage_train.dataset.sample_order import TrainItem
 from zimage_train.dataset.tensor_cache import TensorCache
+from zimage_train.io.progress import Progress
 from zimage_train.io.tensorfile import TORCH_DTYPES
 from zimage_train.models import text_encoder, vae
 
@@ -51,7 +52,12 @@ class Encoders:
 
 
 def encode_missing(
-    cache: TensorCache, encoders: Encoders, items: Iterable[TrainItem], prompts: Iterable[str], tick: Tick, share: Shard
+    cache: TensorCache,
+    encoders: Encoders,
+    items: Iterable[TrainItem],
+    prompts: Iterable[str],
+    tick: Progress,
+    share: Shard,
 ) -> tuple[CacheStats, CacheStats]:
     """Encode what is missing of `items` and `prompts`, one encoder after the other, and free both."""
     extras, device, dtype = encoders.extras, encoders.device, encoders.dtype

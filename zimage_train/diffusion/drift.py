@@ -7,7 +7,7 @@ prompt allows. That is what training by flow matching takes from it, so its firs
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,7 @@ from diffusers import ZImageTransformer2DModel
 from zimage_train.diffusion import flow
 from zimage_train.diffusion.request import SamplingRequest
 from zimage_train.diffusion.sampler import sample_trajectory
+from zimage_train.io.progress import StepProgress
 from zimage_train.lora import swap
 from zimage_train.models.transformer import velocity
 from zimage_train.typing import LatentBatch, PromptEmbeds
@@ -23,8 +24,6 @@ from zimage_train.typing import LatentBatch, PromptEmbeds
 DECIDING = 3
 """Turbo's first steps, at sigmas of 0.9 and above, which are counted. What a LoRA is trained for changes the later ones
 as much: on the miniature they do not tell a LoRA that has drifted from one that has not (docs/lab.md)."""
-
-Tick = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,10 @@ class Trajectory:
 
 
 def record_trajectories(
-    model: ZImageTransformer2DModel, recipes: Sequence[SamplingRequest], embeds: Mapping[str, PromptEmbeds], tick: Tick
+    model: ZImageTransformer2DModel,
+    recipes: Sequence[SamplingRequest],
+    embeds: Mapping[str, PromptEmbeds],
+    tick: StepProgress,
 ) -> list[Trajectory]:
     """Where `model`, which is to be Turbo without a LoRA, goes for each of `recipes`."""
     found: list[Trajectory] = []
@@ -61,7 +63,10 @@ def record_trajectories(
 
 @torch.no_grad()
 def deviations(
-    model: ZImageTransformer2DModel, walked: Sequence[Trajectory], embeds: Mapping[str, PromptEmbeds], tick: Tick
+    model: ZImageTransformer2DModel,
+    walked: Sequence[Trajectory],
+    embeds: Mapping[str, PromptEmbeds],
+    tick: StepProgress,
 ) -> list[float]:
     """At each of Turbo's sigmas, how far the velocity of `model` is from Turbo's, as a share of Turbo's.
 
@@ -90,7 +95,7 @@ class DriftMeter:
         self._recipes, self._embeds = recipes, embeds
         self._walked: list[Trajectory] = []
 
-    def measure(self, model: ZImageTransformer2DModel, tick: Tick) -> float:
+    def measure(self, model: ZImageTransformer2DModel, tick: StepProgress) -> float:
         """The overall deviation of `model` with the LoRA that is on it, whose weights must be Turbo's own."""
         if not self._walked:
             with swap.replaced_lora(model, {}):

@@ -11,9 +11,8 @@ from torch import Tensor
 from zimage_train.diffusion.frozen import FrozenTransformer, original_weights
 from zimage_train.diffusion.request import SamplingRequest
 from zimage_train.diffusion.sampler import sample_latents
+from zimage_train.io.progress import StepProgress
 from zimage_train.models import vae
-
-Tick = Callable[[int, int], None]
 
 
 def render_images(
@@ -21,7 +20,7 @@ def render_images(
     extras: Path,
     recipes: list[SamplingRequest],
     embeds: Mapping[str, Tensor],
-    tick: Tick,
+    tick: StepProgress,
     also: Path | None = None,
     at_once: int = 1,
     meanwhile: Callable[[], None] = lambda: None,

@@ -19,6 +19,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3Rot
 
 from zimage_train.errors import Problem, WeightsError
 from zimage_train.io.headers import TensorInfo
+from zimage_train.io.progress import StepProgress
 from zimage_train.models import components, loading
 from zimage_train.typing import PromptEmbeds
 
@@ -27,7 +28,6 @@ BATCH_TOKENS = 8192
 """Of one length that go through a layer together."""
 GROUP_TOKENS = 200_000
 """Whose states are kept between the layers: 1 GB."""
-Tick = Callable[[int, int], None]
 
 
 class TextEncoder:
@@ -63,7 +63,7 @@ class TextEncoder:
     def encode_all(
         self,
         prompts: Iterable[str],
-        tick: Tick = lambda done, total: None,
+        tick: StepProgress = lambda done, total: None,
         warn: Callable[[str], None] = lambda text: None,
     ) -> Iterator[tuple[str, PromptEmbeds]]:
         """Every prompt with its embeddings, those of one length together; `warn` is told what is cut off."""

@@ -11,12 +11,13 @@ from zimage_train.config.load import cache_dir
 from zimage_train.config.methods import TeacherSettings
 from zimage_train.config.optimizers import OPTIMIZERS
 from zimage_train.config.schema import Config
-from zimage_train.dataset.image_index import ImageIndex, Tick
+from zimage_train.dataset.image_index import ImageIndex
 from zimage_train.dataset.sample_order import TrainItem, make_items, resolve_epochs
 from zimage_train.dataset.scan import FolderScan, ImageRecord, scan_entry
 from zimage_train.diffusion.request import comparison_requests, preview_requests, teacher_request
 from zimage_train.errors import ConfigError, Problem, WeightsError, ZImageTrainError, collect_errors, raise_all
 from zimage_train.io import atomic
+from zimage_train.io.progress import Progress
 from zimage_train.io.units import format_bytes
 from zimage_train.lora import headers, targets
 from zimage_train.models import components, locate
@@ -58,7 +59,7 @@ class RunSpec:
 def check_run(
     config: Config,
     fetch: DownloadFn | None = None,
-    tick: Tick = lambda what, done, total: None,
+    tick: Progress = lambda what, done, total: None,
     processes: int = 1,
 ) -> RunSpec:
     """Check images, captions, weights, adapter and disk, for a run of so many processes.
@@ -118,7 +119,7 @@ def _not_used(config: Config) -> list[str]:
 
 
 def _held_out(
-    config: Config, trained: list[FolderScan], looks: ImageIndex, tick: Tick
+    config: Config, trained: list[FolderScan], looks: ImageIndex, tick: Progress
 ) -> tuple[list[TrainItem], list[ZImageTrainError], list[str]]:
     """What validation looks at, read as the first data entry of the concept is; what is wrong with it; what is odd."""
     settings = config.validation
