@@ -24,10 +24,10 @@ def image_encoder(extras: Path, device: torch.device) -> EncodeImages:
 
     Where a batch does not fit the device it goes through in tiles of 512 px, whose overlaps are blended.
     """
-    model = vae.load(extras, device, torch.float32)
+    model = vae.load_vae(extras, device, torch.float32)
 
     def encode(images: list[Image.Image]) -> Tensor:
-        return vae.encode(model, torch.stack([vae.to_pixels(image) for image in images]))
+        return vae.encode_images(model, torch.stack([vae.to_pixels(image) for image in images]))
 
     return encode
 
@@ -36,7 +36,7 @@ def prompt_encoder(
     extras: Path, device: torch.device, dtype: str, warn: Callable[[str], None] = lambda text: None
 ) -> EncodePrompts:
     """The text encoder; `warn` is told of prompts that it does not read to their end."""
-    return partial(text_encoder.load(extras, device, TORCH_DTYPES[dtype]).encode_all, warn=warn)
+    return partial(text_encoder.load_text_encoder(extras, device, TORCH_DTYPES[dtype]).encode_all, warn=warn)
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,7 @@ def load_frozen(
     model = transformer.empty_transformer(shape, TORCH_DTYPES[dtype], kind)
     blocks = [model.layers[index] for index in streamed_blocks(shape.n_layers, num_streamed)]
     ring = BlockOffloader(blocks, device) if blocks else None
-    loading.allocate(model, device)
+    loading.allocate_parameters(model, device)
     count, rounding = MergeCount(), QuantizationStats()
     merged = merge_adapter(tensors, adapter, device, count) if adapter else tensors
 
@@ -79,7 +79,7 @@ def load_frozen(
         if kind is not None and name.removesuffix(".weight") in shape.linears and IN_A_BLOCK.match(name):
             rounding.add(tensor.to(device), adapter.delta_of(name, device) if adapter else None, kind)
 
-    loading.fill(shape.parameters, merged, store, str(path), type(model).__name__)
+    loading.store_tensors(shape.parameters, merged, store, str(path), type(model).__name__)
     return FrozenTransformer(model, shape, path, adapter, len(count.matched), rounding, ring)
 
 
@@ -122,7 +122,7 @@ def _store(model: ZImageTransformer2DModel, ring: BlockOffloader | None, name: s
     module = base_layer(model, owner)
     if isinstance(module, FrozenLinear):
         device = module.weight.device
-        targets, values = module.stored(), module.pack(tensor if module.kind is None else tensor.to(device))
+        targets, values = module.stored_parameters(), module.pack(tensor if module.kind is None else tensor.to(device))
     else:
         targets, values = [getattr(module, leaf)], [tensor]
     for parameter, value in zip(targets, values, strict=True):

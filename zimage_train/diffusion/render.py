@@ -50,8 +50,8 @@ def render_images(
         model.train(was_training)
     if not latents:
         return []
-    decoder = vae.load(extras, model.device, model.dtype)
-    images = [vae.decode(decoder, one)[0] for one in latents]
+    decoder = vae.load_vae(extras, model.device, model.dtype)
+    images = [vae.decode_latents(decoder, one)[0] for one in latents]
     del decoder
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -182,7 +182,7 @@ def workload_of(checked: RunSpec, gpu: bool | None = None) -> Workload:
         return job
     found = checked.weights.paths
     in_fp32 = 2 * sum(path.stat().st_size for path in found.extra_loras)
-    channels = components.vae(found.extras)[0]["block_out_channels"][0]
+    channels = components.read_vae(found.extras)[0]["block_out_channels"][0]
     return replace(job, vae_channels=channels, preview_lora_bytes=in_fp32)
 
 
@@ -266,7 +266,7 @@ def _weights(config: Config, fetch: DownloadFn | None) -> tuple[ModelFiles | Non
         notes += more
     if extras is not None:
         with collect_errors(errors):
-            components.require(extras, shape.cap_feat_dim)
+            components.require_components(extras, shape.cap_feat_dim)
     if adapter is not None and (transformer is not None or config.model.path is None):
         with collect_errors(errors):
             sizes = headers.read_sizes(adapter)
