@@ -1,7 +1,7 @@
 """AI Toolkit's `weighted` loss weights as knots (i, weight), where i = 1000 (1 - sigma).
 
-The table was measured there on another model (Flex.1-alpha) and one image: the inverse of its loss at each noise
-level, with mean 1. Linear interpolation between these knots reproduces its 1000 entries within 0.0093.
+The table was measured in AI Toolkit on another model (Flex.1-alpha) and one image: the inverse of the loss at each
+noise level, scaled to mean 1. Linear interpolation between these knots reproduces its 1000 entries within 0.0093.
 """
 
 # fmt: off
