@@ -346,7 +346,7 @@ def test_a_image_whose_recipe_cannot_be_is_no_recipe(tmp_path: Path, changes: di
     Image.new("RGB", (8, 8)).save(path, pnginfo=recipe_text())
     assert preview_images.request_of(path).seed == 1
     Image.new("RGB", (8, 8)).save(path, pnginfo=recipe_text(**changes))
-    with pytest.raises(DataError, match="holds no recipe"):
+    with pytest.raises(DataError, match="has no sampling settings"):
         preview_images.request_of(path)
 
 
@@ -354,7 +354,7 @@ def test_a_image_whose_recipe_cannot_be_is_no_recipe(tmp_path: Path, changes: di
     ("arguments", "message"),
     [
         (["--from", "nowhere.png"], "nowhere.png: does not exist"),
-        (["--from", str(mini.IMAGES / "zorb_01.png")], "holds no recipe of zimage-train"),
+        (["--from", str(mini.IMAGES / "zorb_01.png")], "has no sampling settings of zimage-train"),
         (["--from", "x.png", "--prompt", "y"], "--prompt: is given beside --from"),
         ([], "--prompt: is missing"),
     ],

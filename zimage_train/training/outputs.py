@@ -211,8 +211,8 @@ def write_report(run: TrainState) -> None:
         facts=facts,
         metrics_path=run.folder.metrics,
         events_path=run.folder.events,
-        own=run.preview_sets[0].table() if run.preview_sets else None,
-        shown=preview_sets.all_previews_table(run.preview_sets)
+        own_previews=run.preview_sets[0].table() if run.preview_sets else None,
+        all_previews=preview_sets.all_previews_table(run.preview_sets)
         if run.preview_sets
         else preview_images.preview_table(run.folder.samples),
         config_text=dump_config(run.config),
