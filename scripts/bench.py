@@ -86,7 +86,7 @@ def random_model(
     model = transformer.empty_transformer(shape, dtype, form.kind)
     blocks = [model.layers[index] for index in streamed_blocks(shape.n_layers, form.streamed)]
     ring = BlockOffloader(blocks, device) if blocks else None
-    loading.allocate(model, device)
+    loading.allocate_parameters(model, device)
     frozen = FrozenTransformer(model, shape, Path("random"), None, 0, QuantizationStats(), ring)
     draw = torch.Generator(device).manual_seed(1)
 

@@ -29,7 +29,7 @@ def silent(done: int, total: int) -> None:
 def meter(loras: Mapping[str, Mapping[int, Path]], seeds: Sequence[int]) -> dict[str, float]:
     """The deviation of every LoRA that is used on Turbo, by "use, training seed"."""
     prompts = [world.caption(shown, SIZE, SIZE) for shown in scenes()[-PROMPTS:]]
-    encoder = text_encoder.load(mini.TURBO, CPU, torch.float32)
+    encoder = text_encoder.load_text_encoder(mini.TURBO, CPU, torch.float32)
     embeds = {prompt: encoder.encode(prompt) for prompt in prompts}
     model = load_frozen(mini.TURBO / "transformer", None, "fp32", CPU).model
     recipes = [

@@ -135,7 +135,7 @@ def test_every_kind_that_init_knows_has_something_to_leave_out():
 
 @pytest.mark.parametrize("make", [vision_models.qwen, vision_models.llava])
 def test_a_model_says_the_same_of_the_same_image_and_something_else_of_another(tmp_path, make):
-    model = captioner.load(make(tmp_path), torch.device("cpu"))
+    model = captioner.load_captioner(make(tmp_path), torch.device("cpu"))
     seen = [Image.open(path).convert("RGB") for path in sorted(mini.IMAGES.glob("*.png"))[:6]]
     said = [model.answer(image, "Describe.", 12) for image in seen]
     assert said == [model.answer(image, "Describe.", 12) for image in seen]
@@ -158,14 +158,14 @@ def test_what_a_qwen_reads_is_what_its_own_processor_makes(qwen):
         return_dict=True,
         return_tensors="pt",
     )
-    here = captioner._of_qwen(qwen)[0](image, "Describe.")
+    here = captioner._qwen_inputs(qwen)[0](image, "Describe.")
     assert set(here) == set(there)
     for name in there:
         assert torch.allclose(torch.as_tensor(here[name]).float(), there[name].float(), atol=0.02), name
 
 
 def test_an_answer_that_comes_to_an_end_is_known_from_one_that_is_cut_off(qwen):
-    model = captioner.load(qwen, torch.device("cpu"))
+    model = captioner.load_captioner(qwen, torch.device("cpu"))
     image = Image.open(images_of(mini.IMAGES)[0]).convert("RGB")
     _, is_whole = model.answer(image, "Describe.", 5)
     assert not is_whole
@@ -176,8 +176,8 @@ def test_an_answer_that_comes_to_an_end_is_known_from_one_that_is_cut_off(qwen):
 
 
 def test_large_images_are_read_smaller_and_keep_their_shape():
-    assert captioner._scaled(Image.new("RGB", (4000, 1000))).size == (2048, 512)
-    assert captioner._scaled(Image.new("RGB", (640, 480))).size == (640, 480)
+    assert captioner._limit_pixels(Image.new("RGB", (4000, 1000))).size == (2048, 512)
+    assert captioner._limit_pixels(Image.new("RGB", (640, 480))).size == (640, 480)
 
 
 # The command
@@ -309,7 +309,7 @@ def test_what_is_no_such_model_is_refused_in_one_line(tmp_path, qwen, images, ma
 
 def test_a_model_that_is_too_large_for_the_machine_is_refused_before_it_is_read(qwen, images, monkeypatch):
     monkeypatch.setattr(devices, "device_limits", lambda device: type("Device", (), {"limit_bytes": 1000.0}))
-    monkeypatch.setattr(captioner, "load", None)
+    monkeypatch.setattr(captioner, "load_captioner", None)
     with pytest.raises(ConfigError, match="2B"):
         caption_folder(images, wanted(qwen), Console())
 

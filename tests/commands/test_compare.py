@@ -93,7 +93,7 @@ def cells(path: Path, rows: int, columns: int) -> list[list[np.ndarray]]:
 
 
 def enlarged(image: np.ndarray) -> np.ndarray:
-    return np.asarray(grid.scaled(Image.fromarray(image)))
+    return np.asarray(grid.fit_to_cell(Image.fromarray(image)))
 
 
 # LoRA files
@@ -408,12 +408,12 @@ def test_what_cannot_be_compared_is_refused(words: str, code: int, message: str,
 
 def test_labels_that_are_too_long_are_wrapped_and_cut():
     font = grid.ImageFont.load_default(14)
-    assert grid.wrapped("a red circle", font, 200) == ["a red circle"]
-    assert grid.wrapped("", font, 200) == []
-    lines = grid.wrapped("word " * 400, font, 200)
+    assert grid.wrap_text("a red circle", font, 200) == ["a red circle"]
+    assert grid.wrap_text("", font, 200) == []
+    lines = grid.wrap_text("word " * 400, font, 200)
     assert len(lines) == grid.MAX_LINES and lines[-1].endswith("...")
-    assert all(font.getlength(line) <= 210 for line in [*lines, *grid.wrapped("x" * 300, font, 200)])
-    assert "".join(grid.wrapped("x" * 60, font, 200)) == "x" * 60
+    assert all(font.getlength(line) <= 210 for line in [*lines, *grid.wrap_text("x" * 300, font, 200)])
+    assert "".join(grid.wrap_text("x" * 60, font, 200)) == "x" * 60
 
 
 @pytest.mark.parametrize(

@@ -74,7 +74,7 @@ def test_a_cut_connection_goes_on_where_it_ended(tmp_path: Path, hub: Hub, confi
     hub.cut_after["transformer/big.safetensors"] = 2 * chunk + 5
     done = run(tmp_path, hub, "download", config)
     if done.returncode:  # the library has given up; the same command goes on
-        assert done.returncode == 4 and "the same command goes on" in done.stderr
+        assert done.returncode == 4 and "the same command resumes the download" in done.stderr
         done = run(tmp_path, hub, "download", config)
     assert done.returncode == 0, done.stderr
     ranges = [range_ for path, range_ in hub.downloads() if path.endswith("big.safetensors")]
@@ -86,7 +86,7 @@ def test_a_damaged_file_is_removed_and_comes_again(tmp_path: Path, hub: Hub, con
     hub.spoiled.add("adapter.safetensors")
     done = run(tmp_path, hub, "download", config)
     assert done.returncode == 4
-    assert "org/adapter/adapter.safetensors: is not what the hub has: its size or digest is another" in done.stderr
+    assert "org/adapter/adapter.safetensors: differs from the file on the hub in size or digest" in done.stderr
     hub.spoiled.clear()
     again = run(tmp_path, hub, "download", config)
     assert again.returncode == 0, again.stderr
@@ -99,8 +99,8 @@ def test_a_damaged_file_is_removed_and_comes_again(tmp_path: Path, hub: Hub, con
 def test_what_is_not_there_is_said_at_once(tmp_path: Path, hub: Hub, config: Path):
     config.write_text(config.read_text().replace("org/mini", "org/gone").replace("org/adapter/", "org/adaptor/"))
     done = run(tmp_path, hub, "download", config)
-    assert done.returncode == 4 and "org/gone: the hub does not say what is in it" in done.stderr
-    assert "org/adaptor: the hub does not say what is in it" in done.stderr and not hub.downloads()
+    assert done.returncode == 4 and "org/gone: the hub cannot list its files" in done.stderr
+    assert "org/adaptor: the hub cannot list its files" in done.stderr and not hub.downloads()
     offline = run(tmp_path, hub, "download", config, HF_HUB_OFFLINE="1")
     assert offline.returncode == 4 and "HF_HUB_OFFLINE" in offline.stderr
 

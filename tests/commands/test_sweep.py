@@ -86,7 +86,7 @@ def test_the_grid_shows_each_run_in_its_column_and_each_prompt_in_its_row(swept)
     for column, rank in enumerate((2, 3)):
         for row in (0, 1):
             with Image.open(root / f"tiny+rank_{rank}" / "samples" / f"000002-{row:02d}.png") as image:
-                wanted = np.asarray(grid.scaled(image))
+                wanted = np.asarray(grid.fit_to_cell(image))
             place = whole[top + row * pitch :, left + column * pitch :][: grid.CELL_PX, : grid.CELL_PX]
             assert np.array_equal(place, wanted)
             seen.add(wanted.tobytes())

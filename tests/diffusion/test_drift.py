@@ -38,7 +38,7 @@ RECIPES = [recipe(prompt, seed) for seed, prompt in enumerate(PROMPTS)]
 @pytest.fixture(scope="module")
 def turbo():
     """The trainer's model in float32, and the features of the prompts."""
-    encoder = text_encoder.load(mini.TURBO, CPU, torch.float32)
+    encoder = text_encoder.load_text_encoder(mini.TURBO, CPU, torch.float32)
     return load_frozen(mini.TURBO / "transformer", None, "fp32", CPU).model, {
         one: encoder.encode(one) for one in PROMPTS
     }

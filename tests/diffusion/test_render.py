@@ -160,22 +160,22 @@ def test_prompts_come_from_a_file_and_what_a_line_says_wins(tmp_path: Path):
     ]
     (tmp_path / "p.yaml").write_text('- "a zorb"\n- {prompt: a circle, seed: 3, width: 96}\n')
     read = read_prompt_file(tmp_path / "p.yaml")
-    assert [(wish.prompt, wish.given) for wish in read] == [("a zorb", {}), ("a circle", {"seed": 3, "width": 96})]
+    assert [(spec.prompt, spec.overrides) for spec in read] == [("a zorb", {}), ("a circle", {"seed": 3, "width": 96})]
 
 
 @pytest.mark.parametrize(
     ("name", "text", "said"),
     [
-        ("p.txt", "a --q 1\nb --w x", "p.txt:1: has the option --q; there are --n, --w"),
+        ("p.txt", "a --q 1\nb --w x", "p.txt:1: has the unknown option --q; there are --n, --w"),
         ("p.txt", "a --q 1\nb --w x", "p.txt:2: --w is 'x'; give a number"),
         ("p.txt", "a --w 100", "'a': width: is 100"),
         ("p.txt", "a --s 0", "'a': steps: is 0"),
         ("p.txt", "a --l 0.5", "'a': guidance: is -0.5"),
-        ("p.txt", "# nothing\n", "p.txt: holds no prompt"),
+        ("p.txt", "# nothing\n", "p.txt: contains no prompt"),
         ("p.txt", "a fox --w", "p.txt:1: --w is ''; give a number"),
-        ("p.txt", "a hen --W 512", "p.txt:1: has the option --W; there are"),
-        ("p.txt", "--n x", "p.txt:1: has options and no prompt"),
-        ("p.yaml", "prompt: a", "p.yaml: is no list"),
+        ("p.txt", "a hen --W 512", "p.txt:1: has the unknown option --W; there are"),
+        ("p.txt", "--n x", "p.txt:1: has options but no prompt"),
+        ("p.yaml", "prompt: a", "p.yaml: is not a list"),
         ("p.yaml", "- {prompt: a, sede: 3}", "p.yaml: 0.sede: extra inputs are not permitted"),
         ("p.yaml", "- [a", "p.yaml"),
     ],
@@ -346,7 +346,7 @@ def test_a_image_whose_recipe_cannot_be_is_no_recipe(tmp_path: Path, changes: di
     Image.new("RGB", (8, 8)).save(path, pnginfo=recipe_text())
     assert preview_images.request_of(path).seed == 1
     Image.new("RGB", (8, 8)).save(path, pnginfo=recipe_text(**changes))
-    with pytest.raises(DataError, match="holds no recipe"):
+    with pytest.raises(DataError, match="has no sampling settings"):
         preview_images.request_of(path)
 
 
@@ -354,7 +354,7 @@ def test_a_image_whose_recipe_cannot_be_is_no_recipe(tmp_path: Path, changes: di
     ("arguments", "message"),
     [
         (["--from", "nowhere.png"], "nowhere.png: does not exist"),
-        (["--from", str(mini.IMAGES / "zorb_01.png")], "holds no recipe of zimage-train"),
+        (["--from", str(mini.IMAGES / "zorb_01.png")], "has no sampling settings of zimage-train"),
         (["--from", "x.png", "--prompt", "y"], "--prompt: is given beside --from"),
         ([], "--prompt: is missing"),
     ],

@@ -28,11 +28,12 @@ def held_out_loss(lora: Path | None) -> float:
     frozen = load_frozen(mini.TURBO / "transformer", None, "fp32", CPU)
     if lora is not None:
         layers.attach_fixed_lora(frozen.model, lora_file.read_lora(lora))
-    encoder, autoencoder = text_encoder.load(mini.TURBO, CPU, torch.float32), vae.load(mini.TURBO, CPU, torch.float32)
+    encoder = text_encoder.load_text_encoder(mini.TURBO, CPU, torch.float32)
+    autoencoder = vae.load_vae(mini.TURBO, CPU, torch.float32)
     total = 0.0
     for index in range(HELD_OUT):
         image, caption = draw_zorb(10_000 + index, 64, 64)
-        x0 = vae.encode(autoencoder, vae.to_pixels(Image.fromarray(image))[None]).expand(len(SIGMAS), -1, -1, -1)
+        x0 = vae.encode_images(autoencoder, vae.to_pixels(Image.fromarray(image))[None]).expand(len(SIGMAS), -1, -1, -1)
         noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(index))
         sigma = torch.tensor(SIGMAS)
         with torch.no_grad():

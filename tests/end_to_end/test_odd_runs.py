@@ -20,17 +20,17 @@ def test_training_weights_that_cannot_be_put_back_after_a_preview_end_the_run(ma
     config = make_config(
         model={"path": str(model)}, train={"steps": 4}, save={"every": 1}, sample=PREVIEWED | {"first": False}
     )
-    original, moved = outputs.render_images, []
+    original, moved = outputs.sample_all, []
 
-    def vanish(*args, **options):
-        def tick(done: int, total: int) -> None:
+    def vanish(transformer, requests, embeds, progress):
+        def move_away(done: int, total: int) -> None:
             if not moved:
                 moved.append((model / "transformer").rename(model / "elsewhere"))
 
-        return original(*args[:4], tick, *args[5:], **options)
+        return original(transformer, requests, embeds, move_away)
 
-    monkeypatch.setattr(outputs, "render_images", vanish)
-    with pytest.raises(WeightsError, match="the training weights cannot be put back after a preview"):
+    monkeypatch.setattr(outputs, "sample_all", vanish)
+    with pytest.raises(WeightsError, match="the training weights cannot be restored after a preview"):
         run_training(config, fresh=False)
     assert moved and [record["step"] for record in read_records(folder(config) / "metrics.jsonl")] == [1, 2]
     moved[0].rename(model / "transformer")

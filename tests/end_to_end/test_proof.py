@@ -212,5 +212,5 @@ def test_the_passes_of_a_run_are_those_that_its_settings_say(make_config, images
     assert max(len(record["samples"]) for record in records) > 2, "the folder's own batch size"
     assert all(record["preservation"] is not None for record in records)
     assert facts(config)["dataset"]["samples"] == 16 and facts(config)["dataset"]["regularization"] == 8
-    assert "16 samples an epoch" in (folder(config) / "report.html").read_text()
+    assert "16 samples per epoch" in (folder(config) / "report.html").read_text()
     assert "beside 8 of regularization" in (folder(config) / "report.html").read_text()

@@ -544,7 +544,7 @@ def test_a_failing_preview_costs_no_step(make_config, monkeypatch, capsys):
     """47. A preview that fails is said and costs no step."""
     config = make_config(train={"steps": 3}, sample=PREVIEWED | {"every": 1})
     monkeypatch.setattr(
-        outputs, "render_images", lambda *args, **options: (_ for _ in ()).throw(RuntimeError("no memory"))
+        outputs, "sample_all", lambda *args, **options: (_ for _ in ()).throw(RuntimeError("no memory"))
     )
     run_training(config, fresh=False)
     assert "preview at step 0 failed" in capsys.readouterr().out

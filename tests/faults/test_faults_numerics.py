@@ -207,7 +207,7 @@ def test_running_out_of_gpu_memory_is_one_line_with_the_plan_that_would_fit(make
 
 def test_a_preview_that_runs_out_of_memory_costs_no_step(make_config, monkeypatch, capsys):
     """53. A preview that runs out of memory is said, and training goes on."""
-    monkeypatch.setattr(outputs, "render_images", out_of_memory)
+    monkeypatch.setattr(outputs, "sample_all", out_of_memory)
     config = make_config(train={"steps": 2}, sample=PREVIEWED | {"first": False})
     run_training(config, fresh=False)
     said = "preview at step 2 failed (OutOfMemoryError: CUDA out of memory."

@@ -26,7 +26,7 @@ def test_the_mode_follows_the_tokens_of_the_batch():
         return "full"
 
     frozen, attached = trained("none")
-    frozen.model.enable_gradient_checkpointing(checkpointing.by_tokens(mode_of, False))
+    frozen.model.enable_gradient_checkpointing(checkpointing.checkpoint_by_tokens(mode_of, False))
     gradients(frozen, attached)
     image, caption = 32, 64  # 4 x 4 patches and the longer of two captions, each padded to a multiple of 32
     assert set(asked) - {2 * image, 2 * caption} == {2 * (image + caption)}  # the rest are the refiners

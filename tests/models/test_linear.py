@@ -18,7 +18,7 @@ KINDS = (None, "fp8", "int8", "nf4")
 def layer(kind, inputs: int = 128, outputs: int = 192, dtype: torch.dtype = torch.float32) -> FrozenLinear:
     made = FrozenLinear(inputs, outputs, dtype, kind).to_empty(device="cpu")
     weight = torch.randn(outputs, inputs, generator=torch.Generator().manual_seed(1)) / inputs**0.5
-    for parameter, value in zip(made.stored(), made.pack(weight), strict=True):
+    for parameter, value in zip(made.stored_parameters(), made.pack(weight), strict=True):
         parameter.data.copy_(value)
     return made
 
@@ -108,7 +108,7 @@ def size(storages: dict[int, torch.UntypedStorage]) -> int:
 def test_of_an_input_that_three_layers_share_one_copy_is_kept_and_nothing_else(kind):
     layers, (a, b), x = [layer(kind) for _ in range(3)], lora(), inputs()
     shared = x * 2
-    weights = [tensor for one in layers for tensor in one.stored()]
+    weights = [tensor for one in layers for tensor in one.stored_parameters()]
     with kept(*weights, a, b) as found:
         outputs = [one.with_lora(shared, a, b, 1.0) for one in layers]
     assert size(found) == shared.nbytes
@@ -124,7 +124,7 @@ def test_a_quantised_layer_keeps_less_than_bf16_in_all_weights_counted(kind):
         with kept(x, a, b) as found:
             made.with_lora(x, a, b, 1.0)
         taken[one] = size(found)
-        assert taken[one] == sum(tensor.nbytes for tensor in made.stored())
+        assert taken[one] == sum(tensor.nbytes for tensor in made.stored_parameters())
     assert taken[kind] < taken[None] * (0.27 if kind == "nf4" else 0.52)
 
 

@@ -112,7 +112,11 @@ def test_a_cut_connection_goes_on_where_it_ended(tmp_path: Path, hub: Hub, confi
     hub.repositories["org/mini"]["transformer/big.safetensors"] = tmp_path / "big"
     hub.cut_after["transformer/big.safetensors"] = 2 * chunk + 5
     done = run(tmp_path, hub, "download", config, MODELSCOPE_DOWNLOAD_MAX_RETRIES="0")
-    assert done.returncode == 4 and "the same command goes on" in done.stderr and "Traceback" not in done.stderr
+    assert (
+        done.returncode == 4
+        and "the same command resumes the download" in done.stderr
+        and "Traceback" not in done.stderr
+    )
     done = run(tmp_path, hub, "download", config, MODELSCOPE_DOWNLOAD_MAX_RETRIES="0")
     assert done.returncode == 0, done.stderr
     ranges = [range_ for path, range_ in hub.downloads() if path.endswith("big.safetensors")]
@@ -125,7 +129,7 @@ def test_a_damaged_file_never_stays(tmp_path: Path, hub: Hub, config: Path):
     hub.spoiled.add("adapter.safetensors")
     done = run(tmp_path, hub, "download", config)
     assert done.returncode == 4 and "Traceback" not in done.stderr
-    assert "org/adapter/adapter.safetensors: does not come ([E2020] Hash mismatch for" in done.stderr
+    assert "org/adapter/adapter.safetensors: cannot be downloaded ([E2020] Hash mismatch for" in done.stderr
     assert not list((tmp_path / "ms").rglob("adapter.safetensors*"))
     hub.spoiled.clear()
     assert run(tmp_path, hub, "download", config).returncode == 0
@@ -134,7 +138,7 @@ def test_a_damaged_file_never_stays(tmp_path: Path, hub: Hub, config: Path):
     found.write_bytes(found.read_bytes()[:-1] + b"?")  # on the disk, since
     again = run(tmp_path, hub, "download", config)
     assert again.returncode == 4
-    assert "org/adapter/adapter.safetensors: is not what the hub has: its size or digest is another" in again.stderr
+    assert "org/adapter/adapter.safetensors: differs from the file on the hub in size or digest" in again.stderr
     assert run(tmp_path, hub, "download", config).returncode == 0
     assert found.read_bytes() == mini.ADAPTER_V1.read_bytes()
 
@@ -144,8 +148,8 @@ def test_what_is_not_there_is_said_at_once(tmp_path: Path, hub: Hub, config: Pat
     config.write_text(config.read_text().replace("org/mini", "org/gone").replace("org/adapter/", "org/adaptor/"))
     done = run(tmp_path, hub, "download", config)
     assert done.returncode == 4 and "Traceback" not in done.stderr
-    assert "org/gone: the hub does not say what is in it (" in done.stderr
-    assert "org/adaptor: the hub does not say what is in it (" in done.stderr and not hub.downloads()
+    assert "org/gone: the hub cannot list its files (" in done.stderr
+    assert "org/adaptor: the hub cannot list its files (" in done.stderr and not hub.downloads()
     assert "org/gone does not exist" in done.stderr
     offline = run(tmp_path, hub, "download", config, HF_HUB_OFFLINE="1")
     assert offline.returncode == 4 and "HF_HUB_OFFLINE is set" in offline.stderr
@@ -177,7 +181,7 @@ def test_without_its_library_one_line_says_what_to_do(
     monkeypatch.delitem(sys.modules, "zimage_train.models.hub.modelscope", raising=False)
     monkeypatch.delattr(zimage_train.models.hub, "modelscope", raising=False)
     line = line_of(command, config)
-    assert "ZIMAGE_TRAIN_HUB: is modelscope, whose library is not installed, or too old (" in line
+    assert "ZIMAGE_TRAIN_HUB: is modelscope, whose library is not installed or too old (" in line
     assert line.endswith("; pip install 'modelscope-hub>=0.5.1', or unset it")
 
 
@@ -185,7 +189,7 @@ def test_without_its_library_one_line_says_what_to_do(
 def test_another_hub_is_refused_in_one_line(config: Path, value: str, line_of, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("ZIMAGE_TRAIN_HUB", value)
     line = line_of("download", config)
-    assert f"ZIMAGE_TRAIN_HUB: is {value!r}, which is no hub that is known here; set it to modelscope, or" in line
+    assert f"ZIMAGE_TRAIN_HUB: is {value!r}, which is not a known hub; set it to modelscope, or" in line
 
 
 def test_caption_asks_the_same_hub(tmp_path: Path, line_of, monkeypatch: pytest.MonkeyPatch):

@@ -80,7 +80,7 @@ def test_sampling_goes_round_without_waiting(monkeypatch):
 def test_a_wrong_guess_costs_a_copy_and_no_number():
     frozen, attached = trained("full", streamed=6)
     wanted = gradients(*trained("full"))
-    frozen.offloader._expected = lambda index: (index + 3) % 6
+    frozen.offloader._next_block = lambda index: (index + 3) % 6
     found = gradients(frozen, attached)
     assert all(torch.equal(one, other) for one, other in zip(wanted, found, strict=True))
 
@@ -128,4 +128,4 @@ def test_where_memory_cannot_be_pinned_it_is_plain_memory(monkeypatch):
         return original(*args, **options)
 
     monkeypatch.setattr(torch, "empty", empty)
-    assert offload._main_memory(100, True).nbytes == 100 and refused == [(100,)]
+    assert offload._allocate_host_buffer(100, True).nbytes == 100 and refused == [(100,)]

@@ -137,7 +137,7 @@ def pipeline():
     "prompt", ["", "a red zorb on a blue background", "Ünïcode 猫, [trigger]\nsecond line", "w " * 700]
 )
 def test_prompts_are_encoded_as_the_pipeline_does(pipeline, prompt: str):
-    encoder = text_encoder.load(mini.TURBO, CPU, torch.float32)
+    encoder = text_encoder.load_text_encoder(mini.TURBO, CPU, torch.float32)
     with torch.no_grad():
         (expected,), _ = pipeline.encode_prompt([prompt], do_classifier_free_guidance=False)
     got = encoder.encode(prompt)
@@ -148,14 +148,14 @@ def test_prompts_are_encoded_as_the_pipeline_does(pipeline, prompt: str):
 
 def test_each_layer_is_read_once_for_all_prompts_and_the_last_one_never(monkeypatch):
     read: list[str] = []
-    stream = loading.stream
+    stream = loading.stream_tensors
 
     def spy(tensors):
         read.extend(tensors)
         return stream(tensors)
 
-    monkeypatch.setattr(loading, "stream", spy)
-    encoder = text_encoder.load(mini.TURBO, CPU, torch.float32)
+    monkeypatch.setattr(loading, "stream_tensors", spy)
+    encoder = text_encoder.load_text_encoder(mini.TURBO, CPU, torch.float32)
     found = dict(encoder.encode_all([f"prompt {number}" + " and more" * (number % 4) for number in range(9)]))
     assert len(found) == 9
     layers = json.loads((mini.TURBO / "text_encoder" / "config.json").read_text())["num_hidden_layers"]
@@ -168,7 +168,7 @@ def test_each_layer_is_read_once_for_all_prompts_and_the_last_one_never(monkeypa
 
 def test_one_layer_is_there_at_a_time(monkeypatch):
     """So 8 GB of text encoder take a thirtieth of that on the device."""
-    encoder = text_encoder.load(mini.TURBO, CPU, torch.float32)
+    encoder = text_encoder.load_text_encoder(mini.TURBO, CPU, torch.float32)
     made: list[weakref.ref] = []
     original = encoder._layer
 
@@ -184,7 +184,7 @@ def test_one_layer_is_there_at_a_time(monkeypatch):
 
 
 def test_prompts_of_one_length_together_are_what_each_is_alone(monkeypatch):
-    encoder = text_encoder.load(mini.TURBO, CPU, torch.float32)
+    encoder = text_encoder.load_text_encoder(mini.TURBO, CPU, torch.float32)
     prompts = ["a red zorb", "a tan zorb", "", "x" * 90, "a blue circle on a green background"]
     alone = {prompt: encoder.encode(prompt) for prompt in prompts}
     ticks: list[tuple[int, int]] = []
@@ -198,9 +198,9 @@ def test_prompts_of_one_length_together_are_what_each_is_alone(monkeypatch):
 
 
 def test_where_memory_runs_out_the_vae_goes_in_tiles_and_comes_close(monkeypatch):
-    model = vae.load(mini.TURBO, CPU, torch.float32)
+    model = vae.load_vae(mini.TURBO, CPU, torch.float32)
     latents = torch.randn(1, 16, 96, 128, generator=torch.Generator().manual_seed(1)) * 0.3
-    (whole,) = vae.decode(model, latents)
+    (whole,) = vae.decode_latents(model, latents)
     decode, failed = model.decode, []
 
     def once_too_large(*args, **options):
@@ -210,19 +210,19 @@ def test_where_memory_runs_out_the_vae_goes_in_tiles_and_comes_close(monkeypatch
         return decode(*args, **options)
 
     monkeypatch.setattr(model, "decode", once_too_large)
-    (tiled,) = vae.decode(model, latents)
+    (tiled,) = vae.decode_latents(model, latents)
     assert failed == [1] and tiled.size == whole.size and not model.use_tiling
     difference = np.abs(np.asarray(tiled, dtype=float) - np.asarray(whole, dtype=float)).mean()
     assert 0 < difference < 8
 
 
 def test_latents_are_the_posterior_mean_shifted_and_scaled():
-    ours, theirs = vae.load(mini.TURBO, CPU, torch.float32), AutoencoderKL.from_pretrained(mini.TURBO / "vae")
+    ours, theirs = vae.load_vae(mini.TURBO, CPU, torch.float32), AutoencoderKL.from_pretrained(mini.TURBO / "vae")
     pixels = torch.rand(1, 3, 64, 48) * 2 - 1
     with torch.no_grad():
         mean = theirs.encode(pixels).latent_dist.mean
     expected = (mean - theirs.config.shift_factor) * theirs.config.scaling_factor
-    assert torch.allclose(vae.encode(ours, pixels), expected, atol=1e-5)
+    assert torch.allclose(vae.encode_images(ours, pixels), expected, atol=1e-5)
 
 
 # What can be wrong with weights
@@ -249,8 +249,8 @@ def edit(folder: Path, change) -> Path:
 def locate_and_load(folder: Path) -> None:
     found = locate.locate(ModelSettings(path=str(folder), adapter=None))
     load_frozen(found.transformer, None, "fp32", CPU)
-    text_encoder.load(found.extras, CPU, torch.float32)
-    vae.load(found.extras, CPU, torch.float32)
+    text_encoder.load_text_encoder(found.extras, CPU, torch.float32)
+    vae.load_vae(found.extras, CPU, torch.float32)
 
 
 def test_the_unbroken_copy_loads(broken: Path):

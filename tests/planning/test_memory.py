@@ -136,7 +136,7 @@ def test_the_weights_of_the_miniature_are_counted_to_the_byte(kind: str | None, 
     on_device = {one.untyped_storage()._cdata: one.untyped_storage().nbytes() for one in frozen.model.parameters()}
     if frozen.offloader is not None:
         on_device |= {slot.untyped_storage()._cdata: slot.nbytes for slot in frozen.offloader._slots}
-        at_home = sum(host.nbytes for host in frozen.offloader._hosts)
+        at_home = sum(host.nbytes for host in frozen.offloader._host_blocks)
         assert at_home == pytest.approx(memory.host_bytes(made, WeightPlacement(kind, streamed)), rel=0.02)
     assert sum(on_device.values()) == pytest.approx(
         memory.device_bytes(made, WeightPlacement(kind, streamed)), rel=0.02

@@ -101,7 +101,7 @@ def test_a_tracker_that_fails_is_left_out_and_the_run_goes_on(make_config, monke
     monkeypatch.setattr(trackers.TensorBoard, method, fail)
     run_training(make_config(log={"tensorboard": True}, sample=PREVIEWED), fresh=False)
     assert called == [1]
-    assert "warning: TensorBoard failed (OSError: no space left); going on without it" in capsys.readouterr().out
+    assert "warning: TensorBoard failed (OSError: no space left); continuing without it" in capsys.readouterr().out
     assert len(losses(make_config())) == 4
 
 

@@ -26,7 +26,7 @@ def trained(mode: str, kind: str | None = None, dropout: float = 0.0, streamed: 
     for index, b in enumerate(attached.b.values()):
         b.data.normal_(generator=torch.Generator().manual_seed(index)).mul_(0.05)
     if mode != "none":
-        frozen.model.enable_gradient_checkpointing(checkpointing.by_tokens(lambda tokens: mode, dropout > 0))
+        frozen.model.enable_gradient_checkpointing(checkpointing.checkpoint_by_tokens(lambda tokens: mode, dropout > 0))
     return frozen, attached
 
 
@@ -53,7 +53,7 @@ def counted_step(mode: str, side: int, layers: int, kind: str | None = None) -> 
         modules = targets.select_modules(["attention", "feed_forward"], shape.linears)
         _inject(model, dict.fromkeys(modules, 16), 1.0, 0.0)
         model.train()
-        model.enable_gradient_checkpointing(checkpointing.by_tokens(lambda tokens: mode, False))
+        model.enable_gradient_checkpointing(checkpointing.checkpoint_by_tokens(lambda tokens: mode, False))
 
         def run() -> tuple[Live, int, int]:
             with Live() as live:

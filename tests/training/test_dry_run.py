@@ -176,7 +176,7 @@ def test_a_quantised_run_trains_previews_resumes_and_says_what_it_costs(make_con
     assert f"quantised to {kind}: weights are off by {found['weight_error']:.2%}; " in said
     page = (folder(config) / "report.html").read_text()
     assert f"{kind}, 3 of 6 blocks streamed from" in page
-    assert f"weights are off by {100 * found['weight_error']:.2f} %, " in page
+    assert f"relative weight error {100 * found['weight_error']:.2f} %, " in page
 
 
 def test_another_kind_is_another_run_and_another_share_of_streamed_blocks_is_not(make_config):

@@ -103,7 +103,7 @@ def test_the_target_is_the_teachers_mean_velocity_over_the_interval(make_config,
     assert torch.equal(batch.weight, torch.ones(len(samples)))
 
     model = load_frozen(mini.TURBO / "transformer", None, "fp32", CPU).model.eval()
-    encoder = text_encoder.load(mini.TURBO, CPU, torch.float32)
+    encoder = text_encoder.load_text_encoder(mini.TURBO, CPU, torch.float32)
     assert run.dataset.generated is not None
     with swap.with_lora(model, lora_file.read_lora(broken)):
         for index, sample in enumerate(samples):
@@ -177,7 +177,7 @@ def test_de_distill_trains_on_latents_that_turbo_draws_in_eight_steps(make_confi
     config = make_config(name="adapter", model={"adapter": None}, train={"method": "de_distill", "steps": 3})
     run = first_run(config, monkeypatch)
     model = load_frozen(mini.TURBO / "transformer", None, "fp32", CPU).model.eval()
-    encoder = text_encoder.load(mini.TURBO, CPU, torch.float32)
+    encoder = text_encoder.load_text_encoder(mini.TURBO, CPU, torch.float32)
     assert run.dataset.generated is not None
     for sample in run.micro_batches(1)[0]:
         recipe = run.dataset.generated.request(sample.item)

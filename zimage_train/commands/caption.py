@@ -112,7 +112,7 @@ def _load(name: str, console: Console) -> captioner.CaptionModel:
         what = f"its weights take {format_bytes(size)}, and {device.type} has {format_bytes(room)}"
         raise ConfigError(Problem(f"--model: {name}", what, SMALLER))
     console.info(f"reading {name}, {format_bytes(size)}, on {device.type}")
-    return captioner.load(folder, device)
+    return captioner.load_captioner(folder, device)
 
 
 def _described(model: captioner.CaptionModel, asked: str, path: Path, wanted: CaptionOptions) -> str:

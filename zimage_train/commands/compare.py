@@ -41,7 +41,7 @@ class FinishedRun:
         for model, place in ((own, self.folder.samples), (also, self.folder.samples / "also")):
             table = preview_images.preview_table(place)
             for step, row in table.rows.items():
-                shown = zip(table.recipes, row, strict=True)
+                shown = zip(table.requests, row, strict=True)
                 found.setdefault(step, []).extend((str(model), recipe, path) for recipe, path in shown if path)
         return found
 
@@ -150,13 +150,13 @@ def of_runs(runs: Sequence[FinishedRun], by: str | None = None) -> Comparison:
     ]
     if len({shot.values[MODEL] for shot in shots}) == 1:
         shots = [
-            ComparisonImage(one.path, one.recipe, {k: v for k, v in one.values.items() if k != MODEL}) for one in shots
+            ComparisonImage(one.path, one.request, {k: v for k, v in one.values.items() if k != MODEL}) for one in shots
         ]
     axes = list(shots[0].values)
-    columns = comparison.axis_named(by, axes) if by else RUN if len(runs) > 1 else STEP
+    columns = comparison.find_axis(by, axes) if by else RUN if len(runs) > 1 else STEP
     return Comparison(
         title=" against ".join(run.label for run in runs),
-        shots=shots,
+        images=shots,
         columns=columns,
         rows=_rows(columns, shots, list(settings)),
         subjects=[

@@ -152,7 +152,7 @@ def draw_grid(wanted: GridSpec, by: str | None, output: Path) -> list[str]:
     """
     atomic.require_writable_folder(output)
     axes = [axis for axis in AXES if axis != SAMPLING or wanted.samplings]
-    columns = comparison.axis_named(MODEL if by == "variant" else by, axes) if by else wanted.columns
+    columns = comparison.find_axis(MODEL if by == "variant" else by, axes) if by else wanted.columns
     console = Console()
     with devices.explained_out_of_memory("give a smaller --width and --height"), console.live_progress():
         drawn = _draw_all(wanted, output, console)
@@ -212,14 +212,14 @@ def _compared(wanted: GridSpec, drawn: Sequence[DrawnImage], columns: str) -> Co
         lora, strength = (names[one.applied.path], one.applied.weight) if one.applied else (NO_LORA, 0.0)
         values = {LORA: lora, STRENGTH: f"{strength:g}", MODEL: one.model, PROMPT: _prompt(wanted, one.recipe)}
         if wanted.samplings:
-            values[SAMPLING] = comparison.sampled(one.recipe)
+            values[SAMPLING] = comparison.sampling_label(one.recipe)
         shots += [
             ComparisonImage(one.path, one.recipe, values, place)
             for place in _places(one, columns, wanted, list(names.values()))
         ]
     return Comparison(
         title=" against ".join(names.values()),
-        shots=shots,
+        images=shots,
         columns=columns,
         rows=[
             axis for axis in (PROMPT, LORA, STRENGTH, SAMPLING, MODEL) if axis in shots[0].values and axis != columns

@@ -117,7 +117,7 @@ def drift_report(
     said = {"deviation": f"{found.deviation:.3f}", "sharpness kept": f"{found.kept:.0%}", "verdict": found.verdict}
     shown = Comparison(
         title=f"Drift of {name}",
-        shots=shots,
+        images=shots,
         columns=MODEL,
         rows=[PROMPT, SAMPLING],
         subjects=[Subject(name, said)],
@@ -163,6 +163,6 @@ def _drawn(
     for number, (image, recipe) in enumerate(zip(images, recipes, strict=True)):
         path = output / IMAGES / f"{comparison.slug(who)}-{number:02d}.png"
         preview_images.save_preview(path, image, recipe, drawn_by)
-        values = {MODEL: who, SAMPLING: comparison.sampled(recipe), PROMPT: recipe.prompt or comparison.EMPTY}
+        values = {MODEL: who, SAMPLING: comparison.sampling_label(recipe), PROMPT: recipe.prompt or comparison.EMPTY}
         shots.append(ComparisonImage(path, recipe, values))
     return shots

@@ -11,11 +11,11 @@ from zimage_train import mini
 from zimage_train.config import load, templates
 from zimage_train.config.dataset import DataEntry
 from zimage_train.config.templates import SUBJECT_KINDS, TemplateValues
-from zimage_train.dataset.image_index import Tick
 from zimage_train.dataset.images import EXTENSIONS
 from zimage_train.dataset.scan import KOHYA_FOLDER, MASK_FOLDER, ImageRecord, kohya_names, scan_entry
 from zimage_train.errors import ConfigError, Problem, ZImageTrainError, raise_all
 from zimage_train.io import atomic
+from zimage_train.io.progress import Progress
 from zimage_train.models.locate import cached_only
 from zimage_train.planning import forecast, gpus, preflight
 
@@ -63,7 +63,7 @@ class Answers:
     """A card to plan for; None: the one that is here."""
 
 
-def summarize_folder(folder: Path, tick: Tick) -> FolderSummary:
+def summarize_folder(folder: Path, tick: Progress) -> FolderSummary:
     """Look at every image and caption of `folder`.
 
     Raises:

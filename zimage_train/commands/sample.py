@@ -23,11 +23,12 @@ from zimage_train.config.variants import VARIANTS
 from zimage_train.dataset.encoding import prompt_encoder
 from zimage_train.diffusion.frozen import FrozenTransformer, load_frozen
 from zimage_train.diffusion.prompts import PromptSpec
-from zimage_train.diffusion.render import Tick, batches, render_images
+from zimage_train.diffusion.render import render_images, split_into_batches
 from zimage_train.diffusion.request import SamplingRequest, preview_requests, prompts_to_encode
 from zimage_train.errors import ConfigError, Problem, WeightsError, ZImageTrainError, collect_errors, raise_all
 from zimage_train.io import atomic
 from zimage_train.io.operating_system import main_memory_bytes
+from zimage_train.io.progress import StepProgress
 from zimage_train.io.units import format_bytes
 from zimage_train.lora import arithmetic, swap
 from zimage_train.lora.lora_file import Lora
@@ -114,9 +115,9 @@ class LoadedModel:
     extras: Path
     embeds: Mapping[str, Tensor]
 
-    def draw(self, recipes: list[SamplingRequest], tick: Tick, at_once: int = 1) -> list[Image]:
+    def draw(self, recipes: list[SamplingRequest], tick: StepProgress, at_once: int = 1) -> list[Image]:
         """One image a recipe, with the LoRA that is attached now."""
-        return render_images(self.frozen, self.extras, recipes, self.embeds, tick, at_once=at_once)
+        return render_images(self.frozen, self.extras, recipes, self.embeds, tick, at_once)
 
 
 def locate_model(model: ModelSettings) -> tuple[ModelPaths, TransformerShape]:
@@ -185,8 +186,8 @@ def requests_for(asked: SamplingOptions, model: ModelSettings, wishes: Sequence[
     errors: list[ZImageTrainError] = []
     recipes: list[SamplingRequest] = []
     for index, wish in enumerate(wishes):
-        first = wish.given.get("seed", rest["seed"] + index * asked.count)
-        fields = {"prompt": wish.prompt, **rest, **wish.given}
+        first = wish.overrides.get("seed", rest["seed"] + index * asked.count)
+        fields = {"prompt": wish.prompt, **rest, **wish.overrides}
         with collect_errors(errors):
             recipes += [_request(fields | {"seed": first + number}) for number in range(asked.count)]
     raise_all(errors)
@@ -269,7 +270,7 @@ def _form(
         caption_tokens=0,
         previews=tuple(recipes),
         gpu=device.type == "cuda",
-        previews_at_once=max(map(len, batches(recipes, room.at_once))),
+        previews_at_once=max(map(len, split_into_batches(recipes, room.at_once))),
     )
     limit = here.limit_bytes if room.budget_gb is None else min(here.limit_bytes, room.budget_gb * 1e9)
     plan = planner.choose_plan(job, PlanConstraints((None,), None, None), limit, main_memory_bytes(), here.card)

@@ -22,6 +22,7 @@ from zimage_train.dataset.sample_order import TrainItem
 from zimage_train.dataset.tensor_cache import TensorCache, latent_key, prompt_key
 from zimage_train.errors import DataError, Problem, WeightsError
 from zimage_train.io import atomic
+from zimage_train.io.progress import Progress, StepProgress
 from zimage_train.io.tensorfile import TORCH_DTYPES
 from zimage_train.models import text_encoder, vae
 from zimage_train.models.components import LATENT_CHANNELS, LATENT_STRIDE
@@ -33,9 +34,8 @@ BATCH_PX = 2**20
 
 EncodeImages = Callable[[list[Image.Image]], Tensor]
 """Images of one size to latents (b, 16, h/8, w/8)."""
-EncodePrompts = Callable[[list[str], Callable[[int, int], None]], Iterator[tuple[str, Tensor]]]
+EncodePrompts = Callable[[list[str], StepProgress], Iterator[tuple[str, Tensor]]]
 """Prompts to embeddings (tokens, features), with a tick; they may come in another order."""
-Tick = Callable[[str, int, int], None]
 """Told what is done, how much of it, and of how much."""
 EncodeKeys = Callable[[list[str]], Iterator[tuple[str, Tensor]]]
 """Missing keys to pairs of a key and its value, in any order; begins by loading what it encodes with."""
@@ -80,10 +80,10 @@ def image_encoder(extras: Path, device: torch.device) -> EncodeImages:
 
     Where a batch does not fit the device it goes through in tiles of 512 px, whose overlaps are blended.
     """
-    model = vae.load(extras, device, torch.float32)
+    model = vae.load_vae(extras, device, torch.float32)
 
     def encode(images: list[Image.Image]) -> Tensor:
-        return vae.encode(model, torch.stack([vae.to_pixels(image) for image in images]))
+        return vae.encode_images(model, torch.stack([vae.to_pixels(image) for image in images]))
 
     return encode
 
@@ -92,11 +92,16 @@ def prompt_encoder(
     extras: Path, device: torch.device, dtype: str, warn: Callable[[str], None] = lambda text: None
 ) -> EncodePrompts:
     """The text encoder; `warn` is told of prompts that it does not read to their end."""
-    return partial(text_encoder.load(extras, device, TORCH_DTYPES[dtype]).encode_all, warn=warn)
+    return partial(text_encoder.load_text_encoder(extras, device, TORCH_DTYPES[dtype]).encode_all, warn=warn)
 
 
 def encode_missing(
-    cache: TensorCache, encoders: Encoders, items: Iterable[TrainItem], prompts: Iterable[str], tick: Tick, share: Shard
+    cache: TensorCache,
+    encoders: Encoders,
+    items: Iterable[TrainItem],
+    prompts: Iterable[str],
+    tick: Progress,
+    share: Shard,
 ) -> tuple[CacheStats, CacheStats]:
     """Encode what is missing of `items` and `prompts`, one encoder after the other, and free both.
 
@@ -113,7 +118,7 @@ def encode_missing(
 
 
 def fill_generated(
-    cache: TensorCache, sizes: dict[str, int], draw: Callable[[str], Tensor], tick: Tick, share: Shard
+    cache: TensorCache, sizes: dict[str, int], draw: Callable[[str], Tensor], tick: Progress, share: Shard
 ) -> CacheStats:
     """Draw what of the keys of `sizes` (bytes) is not in the cache yet, one after the other.
 
@@ -133,7 +138,7 @@ def fill_generated(
 
 
 def _fill_latents(
-    cache: TensorCache, encoders: Encoders, items: Iterable[TrainItem], tick: Tick, share: Shard
+    cache: TensorCache, encoders: Encoders, items: Iterable[TrainItem], tick: Progress, share: Shard
 ) -> CacheStats:
     jobs = {latent_key(item.image, item.size, item.flip, encoders.vae_digest): item for item in items}
     # One by one, a CPU makes the same bits every time.
@@ -155,7 +160,7 @@ def _fill_latents(
 
 
 def _fill_prompts(
-    cache: TensorCache, encoders: Encoders, prompts: Iterable[str], tick: Tick, share: Shard
+    cache: TensorCache, encoders: Encoders, prompts: Iterable[str], tick: Progress, share: Shard
 ) -> CacheStats:
     jobs = {prompt_key(prompt, encoders.text_digest, encoders.dtype): prompt for prompt in prompts}
     keys_by_prompt = {prompt: key for key, prompt in jobs.items()}
@@ -173,7 +178,7 @@ def _fill_prompts(
 
 
 def _fill(
-    cache: TensorCache, what: str, sizes: dict[str, int], encode: EncodeKeys, tick: Tick, share: Shard
+    cache: TensorCache, what: str, sizes: dict[str, int], encode: EncodeKeys, tick: Progress, share: Shard
 ) -> CacheStats:
     """Encode every key of `sizes` (bytes) whose entry is missing or damaged: its own share, then what others left."""
     atomic.remove_stale_temp_files(cache.folder)

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple, dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ from PIL import Image
 from zimage_train.dataset import images
 from zimage_train.errors import DataError, DiskError, Problem, ZImageTrainError
 from zimage_train.io import atomic
+from zimage_train.io.progress import Progress
 
 FORMAT = 1
 """Raised when images are decoded in another way, so that what is remembered is not used."""
@@ -23,8 +24,6 @@ NEARLY_THE_SAME = 4.0
 """Root mean square difference of two thumbnails, of 255: the same image saved again or scaled has less."""
 
 HEX = re.compile("[0-9a-f]+")
-
-Tick = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,7 @@ class ImageIndex:
         if memo is not None:
             self._known = _remembered(memo)
 
-    def lookup(self, paths: Iterable[Path], tick: Tick) -> list[ImageInfo | ZImageTrainError]:
+    def lookup(self, paths: Iterable[Path], tick: Progress) -> list[ImageInfo | ZImageTrainError]:
         """The look of every path, in order, or why it is no image; decoded on all cores."""
         wanted, found = list(paths), []
         with ThreadPoolExecutor(os.cpu_count()) as workers:

@@ -12,8 +12,9 @@ from PIL import Image, ImageOps
 from zimage_train.config.dataset import DataEntry
 from zimage_train.dataset import images
 from zimage_train.dataset.buckets import Bucket
-from zimage_train.dataset.image_index import ImageIndex, ImageInfo, Tick
+from zimage_train.dataset.image_index import ImageIndex, ImageInfo
 from zimage_train.errors import DataError, Problem, ZImageTrainError
+from zimage_train.io.progress import Progress
 
 ALPHA = "alpha"
 MAX_ASPECT_DIFFERENCE = 1.02
@@ -36,7 +37,12 @@ class Mask:
 
 
 def find_masks(
-    image_paths: list[Path], entry: DataEntry, where: str, errors: list[ZImageTrainError], looks: ImageIndex, tick: Tick
+    image_paths: list[Path],
+    entry: DataEntry,
+    where: str,
+    errors: list[ZImageTrainError],
+    looks: ImageIndex,
+    tick: Progress,
 ) -> dict[Path, Mask]:
     """The mask of each image of the entry `where` that has one; what is wrong with others goes into `errors`."""
     if entry.mask is None:

@@ -13,9 +13,10 @@ from typing import Any
 
 from zimage_train.config.dataset import DataEntry
 from zimage_train.dataset import captions, images, masks
-from zimage_train.dataset.image_index import ImageIndex, ImageInfo, Tick, near_duplicates
+from zimage_train.dataset.image_index import ImageIndex, ImageInfo, near_duplicates
 from zimage_train.dataset.masks import Mask
 from zimage_train.errors import DataError, Problem, ZImageTrainError, collect_errors
+from zimage_train.io.progress import Progress
 
 IMAGE_COLUMNS = ("image", "file_name")
 PROMPT_COLUMNS = ("prompt", "text", "caption")
@@ -76,7 +77,7 @@ class _Source:
 
 
 def scan_entry(
-    entry: DataEntry, where: str, looks: ImageIndex | None = None, tick: Tick = lambda what, done, total: None
+    entry: DataEntry, where: str, looks: ImageIndex | None = None, tick: Progress = lambda what, done, total: None
 ) -> FolderScan:
     """Find and look at every image and caption of `entry`; nothing is left out silently.
 

@@ -1,13 +1,13 @@
-"""How far a LoRA takes Turbo from its own eight steps: its velocity where Turbo itself would be, against Turbo's.
+"""Drift: how far a LoRA moves Turbo's velocity away from its own at Turbo's eight steps.
 
-Needs neither images nor a judge. Turbo's velocity at each of its sigmas is not that of flow matching but the mean
-over its whole step: out of pure noise it heads for one image, where flow matching heads for the mean of all that the
-prompt allows. That is what training by flow matching takes from it, so its first steps tell most.
+It needs neither images nor a judge. Turbo's velocity at each of its sigmas is not that of flow matching, but the mean
+over its whole step: from pure noise it heads for one image, where flow matching heads for the mean of all images that
+the prompt allows. Training by flow matching removes just that, so the first steps tell most.
 """
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,83 +16,95 @@ from diffusers import ZImageTransformer2DModel
 from zimage_train.diffusion import flow
 from zimage_train.diffusion.request import SamplingRequest
 from zimage_train.diffusion.sampler import sample_trajectory
+from zimage_train.io.progress import StepProgress
 from zimage_train.lora import swap
 from zimage_train.models.transformer import velocity
 from zimage_train.typing import LatentBatch, PromptEmbeds
 
-DECIDING = 3
-"""Turbo's first steps, at sigmas of 0.9 and above, which are counted. What a LoRA is trained for changes the later ones
-as much: on the miniature they do not tell a LoRA that has drifted from one that has not (docs/lab.md)."""
+DECIDING_STEPS = 3
+"""Number of Turbo's first steps, those at sigma 0.9 and above, that count.
 
-Tick = Callable[[int, int], None]
+The later steps are changed as much by what a LoRA is trained for: on the miniature they do not separate a LoRA that has
+drifted from one that has not (docs/lab.md).
+"""
 
 
 @dataclass(frozen=True)
 class Trajectory:
-    """Turbo's own way from noise to an image."""
+    """Turbo's own path from noise to an image."""
 
     prompt: str
     sigmas: list[float]
-    """From 1 to 0: one more than there are steps."""
+    """From 1 to 0, one more than there are steps."""
     latents: list[LatentBatch]
     """(1, 16, h/8, w/8) at each of `sigmas`."""
 
     def steps(self) -> list[tuple[float, LatentBatch, LatentBatch]]:
-        """Each step's sigma, the latents there and the velocity that Turbo had; Euler's step gives it back."""
-        pairs = itertools.pairwise(zip(self.sigmas, self.latents, strict=True))
-        return [(sigma, here, (there - here) / (after - sigma)) for (sigma, here), (after, there) in pairs]
+        """Return (sigma, latents, velocity) for each step; the velocity follows from the two ends of the Euler step."""
+        steps = []
+        points = zip(self.sigmas, self.latents, strict=True)
+        for (sigma, latents), (next_sigma, next_latents) in itertools.pairwise(points):
+            steps.append((sigma, latents, (next_latents - latents) / (next_sigma - sigma)))
+        return steps
 
 
 def record_trajectories(
-    model: ZImageTransformer2DModel, recipes: Sequence[SamplingRequest], embeds: Mapping[str, PromptEmbeds], tick: Tick
+    model: ZImageTransformer2DModel,
+    requests: Sequence[SamplingRequest],
+    embeds: Mapping[str, PromptEmbeds],
+    progress: StepProgress,
 ) -> list[Trajectory]:
-    """Where `model`, which is to be Turbo without a LoRA, goes for each of `recipes`."""
-    found: list[Trajectory] = []
-    for done, recipe in enumerate(recipes, 1):
-        sigmas = flow.sampling_sigmas(recipe.steps, recipe.shift)
-        found.append(
-            Trajectory(
-                recipe.prompt, sigmas, [latents for _, latents in sample_trajectory(model, [recipe], embeds, sigmas)]
-            )
-        )
-        tick(done, len(recipes))
-    return found
+    """Sample `requests` with `model`, which must be Turbo without a LoRA, and return the trajectories."""
+    trajectories: list[Trajectory] = []
+    for done, request in enumerate(requests, 1):
+        sigmas = flow.sampling_sigmas(request.steps, request.shift)
+        latents = [point for _, point in sample_trajectory(model, [request], embeds, sigmas)]
+        trajectories.append(Trajectory(request.prompt, sigmas, latents))
+        progress(done, len(requests))
+    return trajectories
 
 
 @torch.no_grad()
 def deviations(
-    model: ZImageTransformer2DModel, walked: Sequence[Trajectory], embeds: Mapping[str, PromptEmbeds], tick: Tick
+    model: ZImageTransformer2DModel,
+    trajectories: Sequence[Trajectory],
+    embeds: Mapping[str, PromptEmbeds],
+    progress: StepProgress,
 ) -> list[float]:
-    """At each of Turbo's sigmas, how far the velocity of `model` is from Turbo's, as a share of Turbo's.
+    """Return, for each of Turbo's sigmas, the relative distance of the velocity of `model` from Turbo's.
 
-    The root of the mean over walks of |v - v_turbo|^2 / |v_turbo|^2: 0 is Turbo itself.
+    It is the root of the mean over trajectories of |v - v_turbo|^2 / |v_turbo|^2; 0 is Turbo itself. `model` is asked
+    at Turbo's latents, not at its own: there both velocities answer the same question, and errors do not add up.
     """
-    squares = [[0.0] * len(walked) for _ in range(len(walked[0].sigmas) - 1)]
-    for number, walk in enumerate(walked):
-        condition = embeds[walk.prompt].to(model.device, model.dtype)
-        for step, (sigma, latents, wanted) in enumerate(walk.steps()):
-            found = velocity(model, latents, torch.full((1,), sigma), [condition])
-            squares[step][number] = float((found - wanted).double().square().sum() / wanted.double().square().sum())
-        tick(number + 1, len(walked))
+    squares = [[0.0] * len(trajectories) for _ in range(len(trajectories[0].sigmas) - 1)]
+    for number, trajectory in enumerate(trajectories):
+        condition = embeds[trajectory.prompt].to(model.device, model.dtype)
+        for step, (sigma, latents, expected) in enumerate(trajectory.steps()):
+            predicted = velocity(model, latents, torch.full((1,), sigma), [condition])
+            # fp64, since the sum runs over some 10^5 squares and an undrifted model must come out as 0.
+            error = (predicted - expected).double().square().sum()
+            squares[step][number] = float(error / expected.double().square().sum())
+        progress(number + 1, len(trajectories))
     return [math.sqrt(sum(row) / len(row)) for row in squares]
 
 
-def overall_deviation(each: Sequence[float]) -> float:
-    """One number of the deviations at all sigmas: the root mean square of those at the first `DECIDING`."""
-    first = each[:DECIDING]
-    return math.sqrt(sum(one**2 for one in first) / len(first))
+def overall_deviation(deviations: Sequence[float]) -> float:
+    """Return the root mean square of the deviations at the first `DECIDING_STEPS` steps."""
+    first = deviations[:DECIDING_STEPS]
+    return math.sqrt(sum(deviation**2 for deviation in first) / len(first))
 
 
 class DriftMeter:
-    """Reads again and again how far one model has drifted; Turbo's own way is found at the first time and kept."""
+    """Measures repeatedly how far a model has drifted; Turbo's own trajectories are recorded once and kept."""
 
-    def __init__(self, recipes: Sequence[SamplingRequest], embeds: Mapping[str, PromptEmbeds]) -> None:
-        self._recipes, self._embeds = recipes, embeds
-        self._walked: list[Trajectory] = []
+    def __init__(self, requests: Sequence[SamplingRequest], embeds: Mapping[str, PromptEmbeds]) -> None:
+        self._requests, self._embeds = requests, embeds
+        self._trajectories: list[Trajectory] = []
 
-    def measure(self, model: ZImageTransformer2DModel, tick: Tick) -> float:
-        """The overall deviation of `model` with the LoRA that is on it, whose weights must be Turbo's own."""
-        if not self._walked:
+    def measure(self, model: ZImageTransformer2DModel, progress: StepProgress) -> float:
+        """Return the overall deviation of `model` with its LoRA; the weights under it must be Turbo's own."""
+        if not self._trajectories:
+            # The LoRA is taken off, not set to strength 0: a LoRA that adds zero still changes the order of sums.
             with swap.replaced_lora(model, {}):
-                self._walked = record_trajectories(model, self._recipes, self._embeds, tick)
-        return overall_deviation(deviations(model, self._walked, self._embeds, tick))
+                self._trajectories = record_trajectories(model, self._requests, self._embeds, progress)
+        return overall_deviation(deviations(model, self._trajectories, self._embeds, progress))

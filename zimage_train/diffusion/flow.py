@@ -1,7 +1,8 @@
-"""The equations of flow matching: one function each, no dataset, no model, no config.
+"""The equations of flow matching, one function each, independent of dataset, model and config.
 
-`sigma` is the noise level: 0 is the image, 1 is pure noise. `velocity = noise - x0`. All of it is fp32 or fp64;
-half precision would round sigma by up to 0.002.
+`sigma` is the noise level: 0 is the image, 1 is pure noise, and `velocity = noise - x0`. The model's own time is
+t = 1 - sigma; only `models.transformer.velocity` knows it. Everything here is fp32 or fp64, since bf16 would round
+sigma by up to 0.002.
 """
 
 from collections.abc import Sequence
@@ -13,40 +14,49 @@ from zimage_train.typing import AnyShape, LatentBatch, PerSample
 
 
 def interpolate(x0: LatentBatch, noise: LatentBatch, sigma: PerSample) -> LatentBatch:
-    """x_sigma = (1 - sigma) x0 + sigma noise; x0 and noise (b, c, h, w), sigma (b,). Lipman et al. 2022, eq. 22."""
+    """Return x_sigma = (1 - sigma) x0 + sigma noise for x0 and noise (b, c, h, w) and sigma (b,).
+
+    Lipman et al. 2022, eq. 22.
+    """
     s = sigma.to(x0.dtype).view(-1, 1, 1, 1)
     return (1.0 - s) * x0 + s * noise
 
 
 def target_velocity(x0: AnyShape, noise: AnyShape) -> AnyShape:
-    """d x_sigma / d sigma = noise - x0: what the model is asked for."""
+    """Return d x_sigma / d sigma = noise - x0, the target of the model's prediction."""
     return noise - x0
 
 
 def shift(sigma: AnyShape, factor: float) -> AnyShape:
-    """sigma' = factor sigma / (1 + (factor - 1) sigma): more time at high noise. Esser et al. 2024, eq. 23."""
+    """Return sigma' = factor sigma / (1 + (factor - 1) sigma), which spends more steps at high noise.
+
+    Esser et al. 2024, eq. 23.
+    """
     return factor * sigma / (1.0 + (factor - 1.0) * sigma)
 
 
 def unshift(sigma: float, factor: float) -> float:
-    """The inverse of `shift`."""
+    """Return the sigma that `shift` maps to `sigma`."""
     return sigma / (factor - (factor - 1.0) * sigma)
 
 
 def sampling_sigmas(steps: int, factor: float) -> list[float]:
-    """The sigmas of a sampler: 1, (n-1)/n, ..., 1/n, shifted, then 0. For 8 steps and 3 this is Turbo's grid."""
+    """Return the grid of a sampler: 1, (n-1)/n, ..., 1/n, shifted, then 0. With 8 steps and factor 3 it is Turbo's."""
     raw = torch.tensor([1 - i / steps for i in range(steps)], dtype=torch.float64)
     return [*shift(raw, factor).tolist(), 0.0]
 
 
 def sampling_sigmas_through(steps: int, factor: float, through: Sequence[float]) -> list[float]:
-    """The sigmas of a sampler of so many steps with those of `through` inserted, each once, from noise to 0."""
-    own = [sigma for sigma in sampling_sigmas(steps, factor) if all(abs(sigma - one) > 1e-9 for one in through)]
-    return sorted([*own, *through], reverse=True)
+    """Return the grid of a sampler with the sigmas of `through` inserted, each once, from noise to 0."""
+    sigmas = list(through)
+    for sigma in sampling_sigmas(steps, factor):
+        if all(abs(sigma - given) > 1e-9 for given in through):
+            sigmas.append(sigma)
+    return sorted(sigmas, reverse=True)
 
 
 def pair_from_velocity(x: AnyShape, velocity: AnyShape, sigma: float) -> tuple[AnyShape, AnyShape]:
-    """The image and the noise whose mixture at `sigma` is `x` and whose velocity is `velocity`.
+    """Return the image and the noise whose mixture at `sigma` is `x` and whose velocity is `velocity`.
 
     (1 - sigma) x0 + sigma noise = x and noise - x0 = v give x0 = x - sigma v and noise = x + (1 - sigma) v.
     """
@@ -54,18 +64,19 @@ def pair_from_velocity(x: AnyShape, velocity: AnyShape, sigma: float) -> tuple[A
 
 
 def euler(latents: AnyShape, velocity: AnyShape, sigma: float, next_sigma: float) -> AnyShape:
-    """x' = x + (sigma' - sigma) velocity, in fp32."""
+    """Return x' = x + (sigma' - sigma) velocity: an Euler step in fp32."""
+    # The difference of two fp32 numbers, as in diffusers' scheduler; in fp64 it could differ in the last bit.
     step = torch.tensor(next_sigma, dtype=torch.float32) - torch.tensor(sigma, dtype=torch.float32)
     return latents + step.to(latents.device) * velocity
 
 
 def apply_guidance(positive: AnyShape, negative: AnyShape, guidance: float) -> AnyShape:
-    """pos + g (pos - neg): diffusers' convention for Z-Image; the usual CFG scale is g + 1."""
+    """Return pos + g (pos - neg): diffusers' convention for Z-Image, in which the usual CFG scale is g + 1."""
     return positive + guidance * (positive - negative)
 
 
 def bias_quantile(u: AnyShape, bias: str) -> AnyShape:
-    """Bend uniform `u` towards 0 (noise) or 1 (image): u^3 or 1 - u^3, as AI Toolkit's content and style."""
+    """Bend uniform `u` towards 0 (noise) with u^3, or 1 (image) with 1 - u^3, as AI Toolkit's content and style do."""
     return BIASES[bias](u)
 
 
@@ -99,15 +110,19 @@ CDFS = {
     "sigmoid": lambda sigma, factor: _sigmoid_cdf(sigma),
     "uniform_shift": unshift,
 }
+"""Cumulative distribution function of each density, as f(sigma, shift factor)."""
 
 
 def quantile_sigma(u: AnyShape, type: str, bias: str, factor: float, low: float, high: float) -> AnyShape:
-    """Sigma of a uniform draw `u` in [0, 1): the density `type`, bent by `bias`, cut to [low, high].
+    """Map a uniform draw `u` in [0, 1) to a sigma of the density `type`, bent by `bias`, truncated to [low, high].
 
-    The bias acts on the position from the noisy end, before the density's quantile function, as in AI Toolkit; the
-    cut is a truncation of the density. fp64 in, fp64 out.
+    The bias acts on the position counted from the noisy end, before the density's quantile function, as in AI Toolkit.
+    Returns fp64.
     """
+    # fp64, because the sigmoid's quantile function loses digits near 0 and 1.
     from_noise = bias_quantile(u.double(), bias)
+    # Truncating a density maps u to the range of its CDF between the limits: no draw is rejected or clipped to a limit.
+    # So one sample uses one draw. The final clamp is for rounding.
     bottom, top = CDFS[type](low, factor), CDFS[type](high, factor)
     p = bottom + (top - bottom) * (1.0 - from_noise)
     return QUANTILES[type](p, factor).clamp(low, high)
@@ -141,9 +156,9 @@ level, with mean 1. Linear interpolation between these knots reproduces its 1000
 
 
 def loss_weight(sigma: AnyShape, type: str) -> AnyShape:
-    """Factor multiplied into the loss at `sigma`: AI Toolkit's table for `weighted`, else 1. fp32.
+    """Return the factor of the loss at `sigma`, in fp32: AI Toolkit's table for `weighted`, else 1.
 
-    The table is piecewise linear in i = 1000 (1 - sigma) between 126 knots; below i = 0 and beyond 999 it is flat.
+    The table is piecewise linear in i = 1000 (1 - sigma) between its knots, and constant outside [0, 999].
     """
     if type != "weighted":
         return torch.ones_like(sigma, dtype=torch.float32)
@@ -155,11 +170,17 @@ def loss_weight(sigma: AnyShape, type: str) -> AnyShape:
 
 
 def differential_target(prediction: AnyShape, target: AnyShape, scale: float) -> AnyShape:
-    """target' = pred + scale (target - pred), detached: an MSE to it has `scale` times the gradient."""
+    """Return target' = pred + scale (target - pred); an MSE to it has `scale` times the gradient.
+
+    The prediction is detached within the target, or the gradient would vanish through it in part.
+    """
     fixed = prediction.detach()
     return fixed + scale * (target - fixed)
 
 
 def contrastive_target(unconditional: AnyShape, target: AnyShape, scale: float) -> AnyShape:
-    """target' = u + scale (target - u): away from what the model makes of the empty prompt; 1 changes nothing."""
+    """Return target' = u + scale (target - u), pushed away from the prediction `u` for the empty prompt.
+
+    With scale 1 it is the target itself.
+    """
     return unconditional + scale * (target - unconditional)

@@ -1,7 +1,8 @@
-"""The frozen transformer, put together from a stream: place(quantise(merge(read(path), adapter))).
+"""The frozen transformer, built from a stream of tensors: place(quantise(merge(read(path), adapter))).
 
-The same stream, without the adapter, gives true Turbo back for previews. Afterwards the training weights are merged
-again: the same sums in the same order, so the same bits. Nothing is ever subtracted, since W + A - A is not W.
+The same stream without the training adapter restores the original weights for previews. Afterwards the training weights
+are computed again from the file: the same sums in the same order give the same bits. The adapter is never subtracted,
+since in floating point (W + A) - A is not W.
 """
 
 import contextlib
@@ -26,12 +27,12 @@ from zimage_train.models.quantize import QuantizationStats
 
 
 class NotRestoredError(WeightsError):
-    """The training weights could not be put back after a preview: the model in memory is no longer the run's."""
+    """The training weights could not be restored after a preview: nothing may be trained on the model in memory."""
 
 
 @dataclass(frozen=True)
 class FrozenTransformer:
-    """A transformer for training, and what its weights were made of."""
+    """A transformer with frozen weights, and the files and adapter from which these can be computed again."""
 
     model: ZImageTransformer2DModel
     shape: TransformerShape
@@ -39,12 +40,12 @@ class FrozenTransformer:
     adapter: TrainingAdapter | None
     adapter_matched: int
     quantization: QuantizationStats
-    """What quantising has cost; empty where nothing was quantised."""
+    """Errors of quantisation; all zero if nothing was quantised."""
     offloader: BlockOffloader | None
-    """Streams some of the blocks; None: all of them are on the device."""
+    """Streams some of the blocks from CPU memory; None if all of them are on the device."""
 
     def load_tensors(self, tensors: loading.NamedTensors) -> None:
-        """Put `tensors` where the parameters of their names are, quantised if those are."""
+        """Overwrite the parameters with `tensors` of the same names, quantised where the parameters are."""
         for name, tensor in tensors:
             _store(self.model, self.offloader, name, tensor)
         if self.offloader is not None:
@@ -59,47 +60,55 @@ def load_frozen(
     kind: Quantization | None = None,
     num_streamed: int = 0,
 ) -> FrozenTransformer:
-    """Build the transformer of `path` on `device` with `adapter` merged; all of it frozen.
+    """Build the transformer of `path` on `device` with `adapter` merged, all of it frozen.
 
-    Weights are rounded or quantised to `kind` once, after the merge. So many blocks are streamed.
+    `num_streamed` blocks stay in CPU memory. Tensors are read, merged and stored one at a time, so no second copy of
+    the model is ever in memory.
 
     Raises:
-        WeightsError: tensors are missing, left over or misshapen, or the adapter does not match in full.
+        WeightsError: tensors are missing, unexpected or of another shape, or the adapter does not match in full.
     """
     shape, tensors = transformer.read_weights(path)
     model = transformer.empty_transformer(shape, TORCH_DTYPES[dtype], kind)
     blocks = [model.layers[index] for index in streamed_blocks(shape.n_layers, num_streamed)]
-    ring = BlockOffloader(blocks, device) if blocks else None
-    loading.allocate(model, device)
-    count, rounding = MergeCount(), QuantizationStats()
+    # Before `allocate_parameters`: it leaves alone the parameters that the offloader has pointed into its slots.
+    offloader = BlockOffloader(blocks, device) if blocks else None
+    loading.allocate_parameters(model, device)
+    count, stats = MergeCount(), QuantizationStats()
     merged = merge_adapter(tensors, adapter, device, count) if adapter else tensors
 
     def store(name: str, tensor: Tensor) -> None:
-        _store(model, ring, name, tensor)
+        # Rounding to `dtype` or quantising to `kind` happens here, once, after the merge in higher precision.
+        _store(model, offloader, name, tensor)
         if kind is not None and name.removesuffix(".weight") in shape.linears and IN_A_BLOCK.match(name):
-            rounding.add(tensor.to(device), adapter.delta_of(name, device) if adapter else None, kind)
+            stats.add(tensor.to(device), adapter.delta_of(name, device) if adapter else None, kind)
 
-    loading.fill(shape.parameters, merged, store, str(path), type(model).__name__)
-    return FrozenTransformer(model, shape, path, adapter, len(count.matched), rounding, ring)
+    loading.store_tensors(shape.parameters, merged, store, str(path), type(model).__name__)
+    return FrozenTransformer(model, shape, path, adapter, len(count.matched), stats, offloader)
 
 
 @contextlib.contextmanager
-def original_weights(frozen: FrozenTransformer, also: Path | None = None) -> Iterator[None]:
-    """Within the block the weights are those of the file, without the adapter, or those of the model at `also`.
+def original_weights(frozen: FrozenTransformer, second_model: Path | None = None) -> Iterator[None]:
+    """Within the block, the weights are those of the file without the adapter, or those of `second_model`.
 
-    After it they are the training ones, bit for bit. Only tensors that differ are read: those that the adapter changes,
-    or all of them for another model.
+    After the block the training weights are restored bit for bit. Only tensors that differ are read: those that the
+    adapter changes, or all of them for another model.
 
     Raises:
         WeightsError: a file cannot be read.
-        NotRestored: the training weights cannot be read a second time; nothing may be trained on this model any more.
+        NotRestoredError: the training weights cannot be read again; nothing may be trained on this model any more.
     """
-    names = set(frozen.shape.parameters) if also else frozen.adapter.weights() if frozen.adapter else set()
+    if second_model is not None:
+        names = set(frozen.shape.parameters)
+    elif frozen.adapter is not None:
+        names = frozen.adapter.weights()
+    else:
+        names = set[str]()
     if not names:
         yield
         return
     try:
-        frozen.load_tensors(transformer.read_selected_weights(also or frozen.path, names))
+        frozen.load_tensors(transformer.read_selected_weights(second_model or frozen.path, names))
         yield
     finally:
         _restore(frozen, names)
@@ -109,22 +118,27 @@ def _restore(frozen: FrozenTransformer, names: set[str]) -> None:
     device = next(frozen.model.parameters()).device
     try:
         tensors = transformer.read_selected_weights(frozen.path, names)
+        # As in `load_frozen`: the same merge on the same device, in the same order, and so the same bits.
         frozen.load_tensors(merge_adapter(tensors, frozen.adapter, device, MergeCount()) if frozen.adapter else tensors)
     except Exception as error:
-        what = f"the training weights cannot be put back after a preview ({error})"
-        todo = "the same command continues from the last checkpoint"
-        raise NotRestoredError(Problem(str(frozen.path), what, todo)) from error
+        what = f"the training weights cannot be restored after a preview ({error})"
+        hint = "the same command continues from the last checkpoint"
+        raise NotRestoredError(Problem(str(frozen.path), what, hint)) from error
 
 
 @torch.no_grad()
-def _store(model: ZImageTransformer2DModel, ring: BlockOffloader | None, name: str, tensor: Tensor) -> None:
-    owner, _, leaf = name.rpartition(".")
-    module = base_layer(model, owner)
+def _store(model: ZImageTransformer2DModel, offloader: BlockOffloader | None, name: str, tensor: Tensor) -> None:
+    """Copy `tensor` into the parameter `name`, packed if the layer is quantised."""
+    module_name, _, leaf = name.rpartition(".")
+    # With a LoRA attached, peft's layer stands at this name and the frozen one is inside.
+    module = base_layer(model, module_name)
     if isinstance(module, FrozenLinear):
-        device = module.weight.device
-        targets, values = module.stored(), module.pack(tensor if module.kind is None else tensor.to(device))
+        # Quantised on the device even if the block is offloaded: faster, and the bits do not depend on the placement.
+        source = tensor if module.kind is None else tensor.to(module.weight.device)
+        targets, values = module.stored_parameters(), module.pack(source)
     else:
         targets, values = [getattr(module, leaf)], [tensor]
     for parameter, value in zip(targets, values, strict=True):
-        home = ring.cpu_buffer(parameter) if ring is not None else None
-        (parameter if home is None else home).copy_(value)
+        cpu_buffer = offloader.cpu_buffer(parameter) if offloader is not None else None
+        # The slot that an offloaded parameter points into now may belong to another block a moment later.
+        (parameter if cpu_buffer is None else cpu_buffer).copy_(value)

@@ -1,69 +1,102 @@
-"""Pictures of a run on its way: true Turbo, that is without the adapter, with the LoRA as it is now."""
+"""Rendering of images with the model in memory: previews of a run, and the images of `sample`."""
 
+import contextlib
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
+from diffusers import ZImageTransformer2DModel
 from PIL import Image
 from torch import Tensor
 
 from zimage_train.diffusion.frozen import FrozenTransformer, original_weights
 from zimage_train.diffusion.request import SamplingRequest
 from zimage_train.diffusion.sampler import sample_latents
+from zimage_train.io.progress import StepProgress
 from zimage_train.models import vae
-
-Tick = Callable[[int, int], None]
+from zimage_train.typing import LatentBatch
 
 
 def render_images(
     frozen: FrozenTransformer,
     extras: Path,
-    recipes: list[SamplingRequest],
+    requests: Sequence[SamplingRequest],
     embeds: Mapping[str, Tensor],
-    tick: Tick,
-    also: Path | None = None,
-    at_once: int = 1,
-    meanwhile: Callable[[], None] = lambda: None,
+    progress: StepProgress,
+    max_batch: int = 1,
 ) -> list[Image.Image]:
-    """One image a recipe, on the model at `also` if given. The model comes back with the same weights and mode.
+    """Return an image for each of `requests`, drawn without the training adapter but with the LoRA that is attached.
 
-    Up to `at_once` that follow each other and differ in prompts and seed alone go through the model together.
-    `meanwhile` is called before the weights are the training ones again.
+    The model comes back with the same weights and in the same mode.
     """
-    model = frozen.model
+    with eval_mode(frozen.model), original_weights(frozen):
+        latents = sample_all(frozen.model, requests, embeds, progress, max_batch)
+    return decode_all(frozen.model, extras, latents)
+
+
+@contextlib.contextmanager
+def eval_mode(model: ZImageTransformer2DModel) -> Iterator[None]:
+    """Within the block the model is in eval mode; after it in the mode that it was in before."""
     was_training = model.training
-    together = batches(recipes, at_once)
-    total = sum(batch[0].steps for batch in together)
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+def sample_all(
+    model: ZImageTransformer2DModel,
+    requests: Sequence[SamplingRequest],
+    embeds: Mapping[str, Tensor],
+    progress: StepProgress,
+    max_batch: int = 1,
+) -> list[LatentBatch]:
+    """Return the latents (1, 16, h/8, w/8) of each of `requests`, sampled with the model as it is now.
+
+    Up to `max_batch` requests that differ only in prompts and seed go through the model as one batch. `progress` counts
+    the steps of all batches.
+    """
+    batches = split_into_batches(requests, max_batch)
+    total = sum(batch[0].steps for batch in batches)
+    latents: list[LatentBatch] = []
     done = 0
 
     def step(index: int, steps: int) -> None:
         nonlocal done
         done += 1
-        tick(done, total)
+        progress(done, total)
 
-    model.eval()
-    try:
-        with original_weights(frozen, also):
-            latents = [one for batch in together for one in sample_latents(model, batch, embeds, step).split(1)]
-            meanwhile()
-    finally:
-        model.train(was_training)
+    for batch in batches:
+        latents.extend(sample_latents(model, batch, embeds, step).split(1))
+    return latents
+
+
+def decode_all(model: ZImageTransformer2DModel, extras: Path, latents: Sequence[LatentBatch]) -> list[Image.Image]:
+    """Return the images of `latents`, decoded on the device and in the dtype of `model`.
+
+    The VAE is loaded for this call only: a run needs the memory for training between previews.
+    """
     if not latents:
         return []
-    decoder = vae.load(extras, model.device, model.dtype)
-    images = [vae.decode(decoder, one)[0] for one in latents]
+    decoder = vae.load_vae(extras, model.device, model.dtype)
+    images = [vae.decode_latents(decoder, single)[0] for single in latents]
     del decoder
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return images
 
 
-def batches(recipes: Sequence[SamplingRequest], at_once: int) -> list[list[SamplingRequest]]:
-    """Those that go through the model together: neighbours that differ in prompts and seed alone."""
+def split_into_batches(requests: Sequence[SamplingRequest], max_batch: int) -> list[list[SamplingRequest]]:
+    """Split `requests`, in their order, into batches of up to `max_batch` that differ only in prompts and seed."""
 
-    def alike(recipe: SamplingRequest) -> tuple[float, ...]:
-        return recipe.width, recipe.height, recipe.steps, recipe.guidance, recipe.shift
+    def shared_settings(request: SamplingRequest) -> tuple[float, ...]:
+        return request.width, request.height, request.steps, request.guidance, request.shift
 
-    groups = [list(group) for _, group in itertools.groupby(recipes, alike)]
-    return [group[start : start + at_once] for group in groups for start in range(0, len(group), at_once)]
+    batches = []
+    for _, neighbours in itertools.groupby(requests, shared_settings):
+        group = list(neighbours)
+        for start in range(0, len(group), max_batch):
+            batches.append(group[start : start + max_batch])
+    return batches

@@ -1,4 +1,4 @@
-"""What a sampled image is made from, and the seeds and sizes of a config's previews (torch-free)."""
+"""Sampling requests: all that determines an image besides the model, and those of a config's previews (torch-free)."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -14,7 +14,7 @@ from zimage_train.config.variants import VARIANTS
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingRequest:
-    """Everything that decides an image, but the model; `guidance` is g, the usual CFG scale is g + 1."""
+    """All that determines an image besides the model; `guidance` is g, and the usual CFG scale is g + 1."""
 
     prompt: str
     negative: str
@@ -27,25 +27,25 @@ class SamplingRequest:
 
     @classmethod
     def from_json(cls, text: str) -> "SamplingRequest":
-        """Read what `to_json` wrote.
+        """Parse the output of `to_json`.
 
         Raises:
-            ValueError: it is something else.
+            ValueError: the text is not a sampling request.
         """
         return TypeAdapter(cls).validate_json(text, strict=True, extra="forbid")
 
     def to_json(self) -> str:
-        """One line that holds all of it."""
+        """Return all fields as one line of JSON."""
         return json.dumps(asdict(self), ensure_ascii=False)
 
     def summary(self) -> str:
-        """One line for a terminal."""
+        """Return one line for a terminal."""
         prompt = self.prompt if len(self.prompt) <= 60 else f"{self.prompt[:57]}..."
         size = f"{self.width}x{self.height}"
         return f"{size}, {self.steps} steps, guidance {self.guidance:g} (CFG {self.guidance + 1:g}), {prompt!r}"
 
     def describe(self) -> str:
-        """One line for image metadata and reports, with guidance in both conventions."""
+        """Return three lines for image metadata in the layout of A1111, with guidance in both conventions."""
         return (
             f"{self.prompt}\nNegative prompt: {self.negative}\nSteps: {self.steps}, Sampler: Euler, "
             f"guidance g: {self.guidance:g} (CFG {self.guidance + 1:g}), Shift: {self.shift:g}, Seed: {self.seed}, "
@@ -54,7 +54,7 @@ class SamplingRequest:
 
 
 def preview_requests(config: Config) -> list[SamplingRequest]:
-    """The recipes of the previews: prompt i has seed `sample.seed + i` unless it names its own."""
+    """Return the requests of the previews: prompt i has seed `sample.seed + i` unless it has its own."""
     variant, sample = VARIANTS[config.model.variant], config.sample
     steps = variant.steps if sample.steps == "auto" else sample.steps
     guidance = variant.guidance if sample.guidance == "auto" else sample.guidance
@@ -62,7 +62,7 @@ def preview_requests(config: Config) -> list[SamplingRequest]:
 
 
 def comparison_requests(config: Config) -> list[SamplingRequest]:
-    """The same on `sample.compare_on`, with the steps, guidance and shift of that model."""
+    """Return the requests of the previews on `sample.compare_on`, with that model's steps, guidance and shift."""
     name = config.sample.compare_on
     if name is None:
         return []
@@ -71,17 +71,17 @@ def comparison_requests(config: Config) -> list[SamplingRequest]:
 
 
 def teacher_request(config: Config, prompt: str, width: int, height: int, seed: int) -> SamplingRequest:
-    """What the model is to draw for `prompt` to be trained on: as the teacher does, or in the variant's own way."""
+    """Return the request for an image to train on: with the settings of the teacher, or else of the variant."""
     variant, teacher = VARIANTS[config.model.variant], config.teacher
-    imitates = config.method.imitates_teacher
+    uses_teacher = config.method.imitates_teacher
     return SamplingRequest(
         prompt=prompt,
         negative="",
         seed=seed,
         width=width,
         height=height,
-        steps=teacher.steps if imitates else variant.steps,
-        guidance=teacher.guidance if imitates else variant.guidance,
+        steps=teacher.steps if uses_teacher else variant.steps,
+        guidance=teacher.guidance if uses_teacher else variant.guidance,
         shift=variant.shift,
     )
 
@@ -102,7 +102,8 @@ def _requests(sample: SampleSettings, steps: int, guidance: float, shift: float)
     ]
 
 
-def prompts_to_encode(recipes: list[SamplingRequest]) -> list[str]:
-    """Every prompt that must be encoded for `recipes`: negatives only where guidance uses them."""
-    texts = {recipe.prompt for recipe in recipes} | {recipe.negative for recipe in recipes if recipe.guidance > 0}
-    return sorted(texts)
+def prompts_to_encode(requests: list[SamplingRequest]) -> list[str]:
+    """Return every prompt that `requests` need encoded, sorted; negatives only where guidance uses them."""
+    prompts = {request.prompt for request in requests}
+    negatives = {request.negative for request in requests if request.guidance > 0}
+    return sorted(prompts | negatives)

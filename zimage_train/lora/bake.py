@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from zimage_train.errors import Problem, WeightsError
 from zimage_train.io import atomic, safetensors_format, tensorfile
+from zimage_train.io.progress import StepProgress
 from zimage_train.io.safetensors_format import TensorInfo
 from zimage_train.lora import arithmetic
 from zimage_train.lora.lora_file import Lora
@@ -18,8 +19,6 @@ from zimage_train.models import transformer
 from zimage_train.models.arch import TransformerShape
 from zimage_train.models.locate import TRANSFORMER_STEM
 from zimage_train.models.native_keys import to_native
-
-Tick = Callable[[int, int], None]
 
 
 @dataclass
@@ -34,7 +33,7 @@ class ExtractedLora:
 
 
 def extract_lora(
-    tuned: Path, base: Path, rank: int | None, energy: float, device: torch.device, tick: Tick
+    tuned: Path, base: Path, rank: int | None, energy: float, device: torch.device, tick: StepProgress
 ) -> ExtractedLora:
     """The LoRA that leads from `base` to `tuned`, of `rank`, or of the lowest that keeps `energy` of each change.
 
@@ -82,7 +81,13 @@ class BakeResult:
 
 
 def bake_checkpoint(
-    source: Path, lora: Lora, is_native: bool, dtype: str | None, output: Path, metadata: Mapping[str, str], tick: Tick
+    source: Path,
+    lora: Lora,
+    is_native: bool,
+    dtype: str | None,
+    output: Path,
+    metadata: Mapping[str, str],
+    tick: StepProgress,
 ) -> BakeResult:
     """Write the transformer at `source` with `lora` added, in `dtype`, or each tensor in the type that it has there.
 

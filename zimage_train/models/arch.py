@@ -1,6 +1,6 @@
-"""What a Z-Image transformer of a given configuration consists of: names and shapes, without building it.
+"""Names and shapes of all parameters of a Z-Image transformer, computed from its configuration without building it.
 
-Torch-free, so that `check` can compare a file with it in a moment; a test compares it with the real class.
+Torch-free, so that `check` can compare a file with it at once. A test compares the result with the diffusers class.
 """
 
 import re
@@ -14,16 +14,14 @@ from zimage_train.errors import Problem, WeightsError
 ADALN_DIM = 256
 T_EMBEDDER_DIM = 1024
 TensorShape = tuple[int, ...]
-
-
-MOST_LAYERS = 1000
+MAX_LAYERS = 1000
 IN_A_BLOCK = re.compile(r"(layers|noise_refiner|context_refiner)\.\d+\.(attention|feed_forward)\.")
-"""Linear layers that make up 98 % of the model, and that are quantised if anything is."""
+"""Matches the linear layers that hold 98 % of the weights, the only ones that are ever quantised."""
 
 
 @dataclass(frozen=True)
 class TransformerShape:
-    """The part of the transformer's configuration that decides its graph; defaults are the 6 B model's."""
+    """The fields of the transformer's config that determine its parameters; the defaults are those of the 6 B model."""
 
     dim: int = 3840
     n_layers: int = 30
@@ -43,15 +41,19 @@ class TransformerShape:
 
     @property
     def ffn_dim(self) -> int:
+        """Hidden size of the feed forward, computed as in diffusers, with its rounding."""
         return int(self.dim / 3 * 8)
 
     def config(self) -> dict[str, Any]:
-        """The keyword arguments of `ZImageTransformer2DModel`."""
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        """Return the keyword arguments of `ZImageTransformer2DModel`."""
+        arguments: dict[str, Any] = {}
+        for key, value in asdict(self).items():
+            arguments[key] = list(value) if isinstance(value, tuple) else value
+        return arguments
 
     @cached_property
     def parameters(self) -> dict[str, TensorShape]:
-        """Every parameter's name and shape."""
+        """Return the name and shape of every parameter."""
         patch = self.in_channels * self.all_patch_size[0] ** 2 * self.all_f_patch_size[0]
         adaln = min(self.dim, ADALN_DIM)
         size = f"{self.all_patch_size[0]}-{self.all_f_patch_size[0]}"
@@ -70,13 +72,14 @@ class TransformerShape:
             for index in range(count):
                 shapes |= self._block(f"{group}.{index}")
                 shapes |= _linear(f"{group}.{index}.adaLN_modulation.0", adaln, 4 * self.dim)
+        # Text does not depend on the time step: the context refiner has no adaLN modulation.
         for index in range(self.n_refiner_layers):
             shapes |= self._block(f"context_refiner.{index}")
         return shapes
 
     @cached_property
     def linears(self) -> dict[str, tuple[int, int]]:
-        """Every linear module's name and (out, in)."""
+        """Return the name and (out, in) of every linear layer."""
         return {
             name.removesuffix(".weight"): (shape[0], shape[1])
             for name, shape in self.parameters.items()
@@ -86,7 +89,8 @@ class TransformerShape:
     def _block(self, prefix: str) -> dict[str, TensorShape]:
         head = self.dim // self.n_heads
         names = {f"attention.{part}.weight": (self.dim, self.dim) for part in ("to_q", "to_k", "to_v", "to_out.0")}
-        names |= {"attention.norm_q.weight": (head,), "attention.norm_k.weight": (head,)} if self.qk_norm else {}
+        if self.qk_norm:
+            names |= {"attention.norm_q.weight": (head,), "attention.norm_k.weight": (head,)}
         names |= {f"feed_forward.{part}.weight": (self.ffn_dim, self.dim) for part in ("w1", "w3")}
         names |= {"feed_forward.w2.weight": (self.dim, self.ffn_dim)}
         names |= {f"{n}.weight": (self.dim,) for n in ("attention_norm1", "attention_norm2", "ffn_norm1", "ffn_norm2")}
@@ -94,22 +98,23 @@ class TransformerShape:
 
 
 def shape_from_config(path: Path, config: dict[str, Any]) -> TransformerShape:
-    """The shape that a diffusers `config.json` describes; keys that are missing are the 6 B model's.
+    """Return the shape that a diffusers `config.json` describes; missing keys default to those of the 6 B model.
 
     Raises:
-        WeightsError: the config is of another class, or asks for something this trainer does not do.
+        WeightsError: the config is of another class, of an unsupported model, or contradicts itself.
     """
     kind = config.get("_class_name", "ZImageTransformer2DModel")
     if kind != "ZImageTransformer2DModel":
         raise WeightsError(Problem(str(path), f"is a {kind}, not a Z-Image transformer", "check model.path"))
     if config.get("siglip_feat_dim") is not None:
         raise WeightsError(Problem(str(path), "is Z-Image Omni, which is not supported", "use Turbo, De-Turbo or Base"))
-    known: dict[str, Any] = {
-        key: tuple(v) if isinstance(v, list) else v for key, v in config.items() if key in asdict(TransformerShape())
-    }
+    arguments: dict[str, Any] = {}
+    for key in asdict(TransformerShape()).keys() & config.keys():
+        value = config[key]
+        arguments[key] = tuple(value) if isinstance(value, list) else value
     try:
-        shape = TransformerShape(**known)
-        if not (0 < shape.n_layers <= MOST_LAYERS and 0 <= shape.n_refiner_layers <= MOST_LAYERS):
+        shape = TransformerShape(**arguments)
+        if not (0 < shape.n_layers <= MAX_LAYERS and 0 <= shape.n_refiner_layers <= MAX_LAYERS):
             raise ValueError(f"n_layers {shape.n_layers}, n_refiner_layers {shape.n_refiner_layers}")
         if shape.dim // shape.n_heads != sum(shape.axes_dims):
             raise ValueError(f"dim {shape.dim} / n_heads {shape.n_heads} is not the sum of axes_dims {shape.axes_dims}")
@@ -119,14 +124,14 @@ def shape_from_config(path: Path, config: dict[str, Any]) -> TransformerShape:
 
 
 def shape_from_tensors(shapes: dict[str, TensorShape]) -> TransformerShape:
-    """The shape of a single file, which carries no config: the sizes are read from its tensors.
+    """Return the shape of a single-file checkpoint, which has no config: sizes are derived from its tensors.
 
-    All published Z-Image checkpoints share every other setting; positions take 1/4, 3/8 and 3/8 of a head.
+    All published Z-Image checkpoints agree in every other field; rotary positions take 1/4, 3/8 and 3/8 of a head.
     """
 
     def count(group: str) -> int:
-        found = [re.match(rf"{group}\.(\d+)\.", name) for name in shapes]
-        return 1 + max((int(match[1]) for match in found if match), default=-1)
+        matches = [re.match(rf"{group}\.(\d+)\.", name) for name in shapes]
+        return 1 + max((int(match[1]) for match in matches if match), default=-1)
 
     base = TransformerShape()
     dim = shapes.get("cap_embedder.1.weight", (base.dim,))[0]
@@ -145,34 +150,33 @@ def shape_from_tensors(shapes: dict[str, TensorShape]) -> TransformerShape:
     )
 
 
-def require_same_shapes(where: str, found: dict[str, TensorShape], expected: dict[str, TensorShape], what: str) -> None:
-    """Require that `found` has exactly the tensors of `expected`.
+def require_same_shapes(
+    where: str, actual: dict[str, TensorShape], expected: dict[str, TensorShape], what: str
+) -> None:
+    """Require that `actual` has exactly the tensor names and shapes of `expected`, which are those of a `what`.
 
     Raises:
-        WeightsError: names what is missing, left over or of another shape, up to three of each.
+        WeightsError: names the tensors that are missing, unexpected or of another shape, up to three of each.
     """
-    missing = sorted(expected.keys() - found.keys())
-    extra = sorted(found.keys() - expected.keys())
-    other = sorted(name for name in found.keys() & expected.keys() if found[name] != expected[name])
+    missing = sorted(expected.keys() - actual.keys())
+    extra = sorted(actual.keys() - expected.keys())
+    misshapen = sorted(name for name in actual.keys() & expected.keys() if actual[name] != expected[name])
     problems = []
     if missing:
-        problems.append(
-            Problem(where, f"{len(missing)} tensors of {what} are missing: {_some(missing)}", "get it again")
-        )
+        message = f"{len(missing)} tensors of {what} are missing: {_first_three(missing)}"
+        problems.append(Problem(where, message, "get it again"))
     if extra:
-        problems.append(
-            Problem(where, f"{len(extra)} tensors are not of {what}: {_some(extra)}", "is it the right file?")
-        )
-    if other:
-        shown = [f"{name} is {list(found[name])}, expected {list(expected[name])}" for name in other]
-        problems.append(
-            Problem(where, f"{len(other)} tensors have another shape: {_some(shown)}", "is it the right file?")
-        )
+        message = f"{len(extra)} tensors are not of {what}: {_first_three(extra)}"
+        problems.append(Problem(where, message, "is it the right file?"))
+    if misshapen:
+        details = [f"{name} is {list(actual[name])}, expected {list(expected[name])}" for name in misshapen]
+        message = f"{len(misshapen)} tensors have another shape: {_first_three(details)}"
+        problems.append(Problem(where, message, "is it the right file?"))
     if problems:
         raise WeightsError(*problems)
 
 
-def _some(names: list[str]) -> str:
+def _first_three(names: list[str]) -> str:
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 

@@ -1,7 +1,7 @@
-"""A vision-language model: an image and an instruction to a text.
+"""A vision-language model that answers an instruction about an image.
 
-Any `image-text-to-text` model of transformers is read through its own processor. The Qwen-VL family is read without
-it: its processor insists on a part for videos, and that on torchvision, of which an image needs nothing.
+Any `image-text-to-text` model of transformers works through its own processor. The Qwen-VL family goes without it,
+because its processor requires a video processor and so torchvision, which images do not need.
 """
 
 from collections.abc import Callable
@@ -16,75 +16,78 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextTo
 from zimage_train.errors import Problem, WeightsError
 
 MAX_PIXELS = 1024 * 1024
-"""Larger images are scaled down: an eighth of a megapixel more is a hundred tokens more to read."""
+"""Larger images are scaled down; each further eighth of a megapixel would cost about a hundred tokens."""
 Prepare = Callable[[Image.Image, str], dict[str, Any]]
 
 
 class CaptionModel:
-    """A model, and how an image and a text become its inputs."""
+    """A vision-language model; `prepare` turns an image and a text into its inputs."""
 
     def __init__(self, model: Any, tokenizer: Any, prepare: Prepare) -> None:
         self._model, self._tokenizer, self._prepare = model, tokenizer, prepare
 
     @torch.inference_mode()
-    def answer(self, image: Image.Image, instruction: str, most_tokens: int) -> tuple[str, bool]:
-        """What the model says of `image`, always the same, and whether it came to an end within `most_tokens`."""
-        inputs = self._prepare(_scaled(image), instruction)
-        moved = {name: self._moved(value) for name, value in inputs.items()}
-        output = self._model.generate(**moved, max_new_tokens=most_tokens, do_sample=False)
-        new = output[0, inputs["input_ids"].shape[1] :]
-        ends = self._model.generation_config.eos_token_id
-        is_whole = len(new) < most_tokens or int(new[-1]) in (ends if isinstance(ends, list) else [ends])
-        return self._tokenizer.decode(new, skip_special_tokens=True), is_whole
+    def answer(self, image: Image.Image, instruction: str, max_tokens: int) -> tuple[str, bool]:
+        """Return the greedy answer about `image`, and whether it is complete within `max_tokens`."""
+        inputs = self._prepare(_limit_pixels(image), instruction)
+        on_device = {name: self._to_device(value) for name, value in inputs.items()}
+        output = self._model.generate(**on_device, max_new_tokens=max_tokens, do_sample=False)
+        new_tokens = output[0, inputs["input_ids"].shape[1] :]
+        end_tokens = self._model.generation_config.eos_token_id
+        if not isinstance(end_tokens, list):
+            end_tokens = [end_tokens]
+        is_complete = len(new_tokens) < max_tokens or int(new_tokens[-1]) in end_tokens
+        return self._tokenizer.decode(new_tokens, skip_special_tokens=True), is_complete
 
-    def _moved(self, value: Any) -> Any:
+    def _to_device(self, value: Any) -> Any:
         if not isinstance(value, torch.Tensor):
             return value
         return value.to(self._model.device, self._model.dtype if value.is_floating_point() else None)
 
 
-def load(folder: Path, device: torch.device) -> CaptionModel:
-    """Read the model in `folder`, in the precision it was saved in; no code and no pickle of it is run.
+def load_captioner(folder: Path, device: torch.device) -> CaptionModel:
+    """Load the model in `folder` in the precision it was saved in, without running code or pickles from it.
 
     Raises:
-        WeightsError: it is none that describes images, or damaged.
+        WeightsError: it is not a vision-language model, or is damaged.
     """
     try:
         kind = AutoConfig.from_pretrained(folder, local_files_only=True).model_type
-        prepare, tokenizer = _of_qwen(folder) if kind.startswith("qwen") else _of_others(folder)
+        prepare, tokenizer = _qwen_inputs(folder) if kind.startswith("qwen") else _processor_inputs(folder)
         model = AutoModelForImageTextToText.from_pretrained(
             folder, dtype="auto", local_files_only=True, use_safetensors=True
         )
-    except Exception as error:  # noqa: BLE001  configs and processors are programs of many hands
+    except Exception as error:  # noqa: BLE001  each model's config and processor fails in its own way
         lines = str(error).strip().splitlines()
-        what = f"is no model that describes images ({type(error).__name__}: {lines[0][:160] if lines else ''})"
-        todo = "give an image-text-to-text model in safetensors, such as Qwen/Qwen3-VL-4B-Instruct"
-        raise WeightsError(Problem(str(folder), what, todo)) from None
-    for name in ("temperature", "top_p", "top_k"):  # which are for sampling, and it warns of them
+        what = f"is not a vision-language model ({type(error).__name__}: {lines[0][:160] if lines else ''})"
+        hint = "give an image-text-to-text model in safetensors, such as Qwen/Qwen3-VL-4B-Instruct"
+        raise WeightsError(Problem(str(folder), what, hint)) from None
+    for name in ("temperature", "top_p", "top_k"):  # sampling parameters, of which greedy decoding would warn
         setattr(model.generation_config, name, None)
     return CaptionModel(Module.to(model, device).eval(), tokenizer, prepare)
 
 
-def _of_qwen(folder: Path) -> tuple[Prepare, Any]:
+def _qwen_inputs(folder: Path) -> tuple[Prepare, Any]:
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
-    place = "<|image_pad|>"
-    place_id = tokenizer.convert_tokens_to_ids(place)
+    placeholder = "<|image_pad|>"
+    placeholder_id = tokenizer.convert_tokens_to_ids(placeholder)
 
     def prepare(image: Image.Image, text: str) -> dict[str, Any]:
         pixels = processor(images=[image], return_tensors="pt")
-        tokens = int(pixels["image_grid_thw"].prod()) // processor.merge_size**2
+        num_patches = int(pixels["image_grid_thw"].prod()) // processor.merge_size**2
         prompt = tokenizer.apply_chat_template(
             _message(text), tokenize=False, add_generation_prompt=True, enable_thinking=False
         )
-        inputs = tokenizer(prompt.replace(place, place * tokens), return_tensors="pt")
-        types = (inputs["input_ids"] == place_id).int()
+        # The template has one placeholder for an image; the model takes one for each of its merged patches.
+        inputs = tokenizer(prompt.replace(placeholder, placeholder * num_patches), return_tensors="pt")
+        types = (inputs["input_ids"] == placeholder_id).int()
         return {**inputs, **pixels, "mm_token_type_ids": types}
 
     return prepare, tokenizer
 
 
-def _of_others(folder: Path) -> tuple[Prepare, Any]:
+def _processor_inputs(folder: Path) -> tuple[Prepare, Any]:
     processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
 
     def prepare(image: Image.Image, text: str) -> dict[str, Any]:
@@ -98,7 +101,7 @@ def _message(text: str) -> list[dict[str, Any]]:
     return [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}]
 
 
-def _scaled(image: Image.Image) -> Image.Image:
+def _limit_pixels(image: Image.Image) -> Image.Image:
     factor = (MAX_PIXELS / (image.width * image.height)) ** 0.5
     if factor >= 1:
         return image

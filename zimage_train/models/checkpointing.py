@@ -1,8 +1,8 @@
-"""What a block keeps of its forward pass for the backward, and what it computes a second time there.
+"""Selective activation checkpointing: which results of a block's forward are saved, and which are recomputed.
 
-From the most memory to the least: `none` keeps all that autograd asks for; `elementwise` keeps what products and
-attention make, and computes norms, gates and activations again; `w1w3` gives up the two wide products of the feed
-forward as well; `attention` keeps attention alone; `full` keeps the block's input only. The numbers come out the same.
+Modes, from most to least memory: `none` saves all that autograd asks for; `elementwise` saves the results of matrix
+products and attention, and recomputes norms, gates and activations; `w1w3` also recomputes the two wide products of the
+feed forward; `attention` saves attention alone; `full` saves the block's input only. All modes give the same numbers.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ from torch.utils.checkpoint import (
 from zimage_train.config.types import RecomputeMode
 from zimage_train.models.linear import frozen_linear
 
-ATTENTION = {
+ATTENTION_OPS = {
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
@@ -30,36 +30,40 @@ ATTENTION = {
 }
 
 
-def _keeps(mode: RecomputeMode, context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    """What torch's selective checkpointing asks about every operation of a block."""
-    kept = op in ATTENTION
+def _policy(mode: RecomputeMode, context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """Decide whether the result of `op` is saved; torch's selective checkpointing asks this for every operation."""
+    # Attention is always saved: its cost grows with the square of the tokens, its result only with the tokens.
+    is_saved = op in ATTENTION_OPS
     if op is frozen_linear and mode in ("elementwise", "w1w3"):
         x, weight = args[:2]
+        # w1 and w3 alone have more outputs than inputs; their results are 8/3 as wide as the others. A packed nf4
+        # weight has half its columns, so the width comes from x.
         is_wide = weight.shape[0] > x.shape[-1]
-        kept = mode == "elementwise" or not is_wide
-    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+        is_saved = mode == "elementwise" or not is_wide
+    return CheckpointPolicy.MUST_SAVE if is_saved else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def by_tokens(mode_of: Callable[[int], RecomputeMode], preserve_rng: bool) -> Callable[..., Tensor]:
-    """What `enable_gradient_checkpointing` of the transformer takes: the mode follows the tokens of the batch.
+def checkpoint_by_tokens(mode_of: Callable[[int], RecomputeMode], preserve_rng: bool) -> Callable[..., Tensor]:
+    """Return the function to pass to `enable_gradient_checkpointing`: the mode follows from the tokens of the batch.
 
-    `preserve_rng` is for dropout alone: nothing else in a block is random.
+    `preserve_rng` is needed for dropout alone, since nothing else in a block is random.
     """
 
     def run(block: nn.Module, x: Tensor, *args: Any) -> Tensor:
         mode = mode_of(x.shape[0] * x.shape[1])
+        # Below the first block with a LoRA there is no gradient to compute, and nothing to save for it.
         has_backward = x.requires_grad or any(parameter.requires_grad for parameter in block.parameters())
         if mode == "none" or not has_backward:
             return block(x, *args)
-        kept = noop_context_fn
+        context_fn = noop_context_fn
         if mode != "full":
-            kept = partial(create_selective_checkpoint_contexts, partial(_keeps, mode))
+            context_fn = partial(create_selective_checkpoint_contexts, partial(_policy, mode))
         return checkpoint(
             block,
             x,
             *args,
             use_reentrant=False,
-            context_fn=kept,
+            context_fn=context_fn,
             preserve_rng_state=preserve_rng,
             determinism_check="none",
         )

@@ -1,7 +1,7 @@
-"""What the text encoder, tokenizer and VAE of a diffusers folder are, by headers and configs alone (torch-free).
+"""Text encoder, tokenizer and VAE of a diffusers folder, checked by configs and headers alone (torch-free).
 
-The loaders ask the same functions. What only the model's own class can tell, they tell when they load: whether the VAE
-has every tensor, and whether the rest of its config makes sense.
+The loaders call the same functions. Two checks need the model's own class, and happen only on loading: whether the VAE
+has every tensor, and whether the rest of a config is consistent.
 """
 
 from pathlib import Path
@@ -13,36 +13,35 @@ from zimage_train.models import arch
 
 LATENT_CHANNELS = 16
 LATENT_STRIDE = 8
-"""Pixels per latent."""
-LARGEST = 10_000_000
-"""No size in a config is larger; one that is would be taken for memory."""
+"""Pixels per latent, in each direction."""
+MAX_SIZE = 10_000_000
+"""No size in a config is larger; a damaged one must not make us allocate that much."""
 
 
-def require(extras: Path, features: int) -> None:
-    """Refuse a folder whose parts cannot be loaded, or whose embeddings do not have the transformer's `features`.
+def require_components(extras: Path, features: int) -> None:
+    """Require that all components can be loaded, and that embeddings have the `features` that the transformer takes.
 
     Raises:
-        WeightsError: lists what is wrong with each part.
+        WeightsError: lists what is wrong with each component.
     """
-
     errors: list[ZImageTrainError] = []
     with collect_errors(errors):
-        width = text_encoder(extras)[0].get("hidden_size")
+        width = read_text_encoder(extras)[0].get("hidden_size")
         if width != features:
             what = f"makes embeddings of {width} features, and the transformer takes {features}"
             raise WeightsError(Problem(str(extras / "text_encoder"), what, "check model.extras"))
     with collect_errors(errors):
-        tokenizer(extras)
+        tokenizer_folder(extras)
     with collect_errors(errors):
-        vae(extras)
+        read_vae(extras)
     raise_all(errors)
 
 
-def text_encoder(extras: Path) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
-    """The config and the tensors of a Qwen3.
+def read_text_encoder(extras: Path) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
+    """Return the config and the tensor headers of a Qwen3.
 
     Raises:
-        WeightsError: it is something else, or not whole.
+        WeightsError: it is another model, or incomplete.
     """
     folder = extras / "text_encoder"
     config = read_json(folder / "config.json")
@@ -50,19 +49,21 @@ def text_encoder(extras: Path) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
     if kind != "qwen3":
         raise WeightsError(Problem(str(folder / "config.json"), f"is a {kind}, not a Qwen3", "check model.extras"))
     tensors = read_sharded(folder, "model")
-    needed = _qwen3(folder / "config.json", config)
-    found = {name.removeprefix("model."): info.shape for name, info in tensors.items()}
-    arch.require_same_shapes(str(folder), {name: found[name] for name in found.keys() & needed.keys()}, needed, "Qwen3")
+    expected = _qwen3_tensors(folder / "config.json", config)
+    actual = {name.removeprefix("model."): info.shape for name, info in tensors.items()}
+    # The file also holds the last layer, the final norm and the head, which are not used and may be anything.
+    used = {name: actual[name] for name in actual.keys() & expected.keys()}
+    arch.require_same_shapes(str(folder), used, expected, "Qwen3")
     return config, tensors
 
 
-def _qwen3(path: Path, config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """The tensors of a Qwen3 that are used: all but those of the last layer, the final norm and the head."""
+def _qwen3_tensors(path: Path, config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the tensors of a Qwen3, without the last layer, the final norm and the head."""
     keys = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     keys = (*keys, "num_key_value_heads", "head_dim")
-    wrong = [key for key in keys if type(config.get(key)) is not int or not 0 < config[key] < LARGEST]
-    if wrong:
-        raise WeightsError(Problem(str(path), f"{wrong[0]} is {config.get(wrong[0])!r}", "get the file again"))
+    for key in keys:
+        if type(config.get(key)) is not int or not 0 < config[key] < MAX_SIZE:
+            raise WeightsError(Problem(str(path), f"{key} is {config.get(key)!r}", "get the file again"))
     vocab, width, inner, layers, heads, kv_heads, head = (config[key] for key in keys)
     layer = {
         "input_layernorm": (width,),
@@ -83,11 +84,11 @@ def _qwen3(path: Path, config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     return tensors
 
 
-def tokenizer(extras: Path) -> Path:
-    """The folder of a tokenizer.
+def tokenizer_folder(extras: Path) -> Path:
+    """Return the folder of the tokenizer.
 
     Raises:
-        WeightsError: it has no tokenizer.json, or a damaged one.
+        WeightsError: it has no tokenizer.json, a damaged one, or no chat template.
     """
     folder = extras / "tokenizer"
     if not (folder / "tokenizer.json").exists():
@@ -100,11 +101,11 @@ def tokenizer(extras: Path) -> Path:
     return folder
 
 
-def vae(extras: Path) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
-    """The config and the tensors of an AutoencoderKL of 16 channels and stride 8.
+def read_vae(extras: Path) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
+    """Return the config and the tensor headers of an AutoencoderKL with 16 channels and stride 8.
 
     Raises:
-        WeightsError: it is something else, or not whole.
+        WeightsError: it is another model, or incomplete.
     """
     folder = extras / "vae"
     config = read_json(folder / "config.json")

@@ -1,8 +1,8 @@
-"""The linear layers of the transformer's blocks: a frozen weight, perhaps quantised, and a LoRA beside it, as one.
+"""Linear layers of the transformer's blocks: a frozen, possibly quantised weight and its LoRA as one operation.
 
-`y = x W' + scale * (x A') B'` is one operation with a backward of its own. It keeps x, once for all layers that share
-it, and nothing else: a quantised weight is unpacked again for the backward, and what the LoRA makes of x costs less to
-compute than to keep. The weights of the LoRA are fp32 masters, computed with in the type of x.
+`y = x W' + scale * (x A') B'` has a backward of its own that saves only x, which layers with the same input share. A
+quantised weight is unpacked again in the backward, and x A' is computed again, since that is cheaper than keeping it.
+The LoRA's weights are fp32 masters that are cast to the dtype of x for the products.
 """
 
 from typing import Any
@@ -14,31 +14,34 @@ from torch import Tensor, nn
 from zimage_train.config.types import Quantization
 from zimage_train.models import quantize
 
-NAME = "zimage_train::frozen_linear"
-torch.library.define(NAME, "(Tensor x, Tensor weight, Tensor? scales, Tensor? a, Tensor? b, float scale) -> Tensor")
+OP_NAME = "zimage_train::frozen_linear"
+torch.library.define(OP_NAME, "(Tensor x, Tensor weight, Tensor? scales, Tensor? a, Tensor? b, float scale) -> Tensor")
 
 
-@torch.library.impl(NAME, "CompositeExplicitAutograd")
+@torch.library.impl(OP_NAME, "CompositeExplicitAutograd")
 def _forward(x: Tensor, weight: Tensor, scales: Tensor | None, a: Tensor | None, b: Tensor | None, scale: float):
     y = F.linear(x, _dense(weight, scales, x.dtype))
     if a is None or b is None:
         return y
     rows = y.view(-1, y.shape[-1])
+    # In place, so that the LoRA's share of the output (tokens, out) is never a tensor of its own.
     rows.addmm_(x.reshape(-1, x.shape[-1]) @ a.to(x.dtype).T, b.to(x.dtype).T, alpha=scale)
     return y
 
 
 frozen_linear = torch.ops.zimage_train.frozen_linear.default
-"""The forward as an operation that selective checkpointing sees, and can keep, as a whole."""
+"""The forward as one operation of the dispatcher, which selective checkpointing can save or recompute as a whole."""
 
 
 def _dense(weight: Tensor, scales: Tensor | None, dtype: torch.dtype) -> Tensor:
     return weight if scales is None else quantize.unpack(weight, scales, dtype)
 
 
-class _Linear(torch.autograd.Function):
+class _LinearFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, scales: Tensor | None, a: Tensor | None, b: Tensor | None, scale):
+        # The packed weight is saved, not the dense one: a dense copy for each layer would cost what packing saves.
+        # Without a LoRA, the backward to x needs the weight alone.
         ctx.save_for_backward(x if a is not None else None, weight, scales, a, b)
         ctx.scale = scale
         return frozen_linear(x, weight, scales, a, b, scale)
@@ -47,15 +50,16 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor):
         (grad,) = grad_outputs
         x, weight, scales, a, b = ctx.saved_tensors
+        # Unpacked for the second time, and freed again after the product.
         grad_x = grad @ _dense(weight, scales, grad.dtype) if ctx.needs_input_grad[0] else None
         if a is None:
             return grad_x, None, None, None, None, None
-        rows, inputs, narrow = grad.flatten(0, -2), x.flatten(0, -2), a.to(grad.dtype)
-        inner = (rows @ b.to(grad.dtype)) * ctx.scale
-        grad_a = (inner.T @ inputs).to(a.dtype)
-        grad_b = (rows.T @ (inputs @ narrow.T)).mul_(ctx.scale).to(b.dtype)
+        grad_rows, x_rows, a_cast = grad.flatten(0, -2), x.flatten(0, -2), a.to(grad.dtype)
+        grad_inner = (grad_rows @ b.to(grad.dtype)) * ctx.scale  # (tokens, rank): the gradient with respect to x A'
+        grad_a = (grad_inner.T @ x_rows).to(a.dtype)
+        grad_b = (grad_rows.T @ (x_rows @ a_cast.T)).mul_(ctx.scale).to(b.dtype)
         if grad_x is not None:
-            grad_x.view(-1, grad_x.shape[-1]).addmm_(inner, narrow)
+            grad_x.view(-1, grad_x.shape[-1]).addmm_(grad_inner, a_cast)
         return grad_x, None, None, grad_a, grad_b, None
 
 
@@ -76,13 +80,13 @@ class FrozenLinear(nn.Linear):
         return self.with_lora(input, None, None, 0.0)
 
     def with_lora(self, x: Tensor, a: Tensor | None, b: Tensor | None, scale: float) -> Tensor:
-        """`x W' + scale * (x A') B'` for x (..., in), A (rank, in) and B (out, rank)."""
-        return _Linear.apply(x, self.weight, self.scales, a, b, scale)
+        """Return `x W' + scale * (x A') B'` for x (..., in), A (rank, in) and B (out, rank)."""
+        return _LinearFunction.apply(x, self.weight, self.scales, a, b, scale)
 
-    def stored(self) -> list[nn.Parameter]:
-        """What it stores: the weight as it is, or packed with its scales."""
+    def stored_parameters(self) -> list[nn.Parameter]:
+        """Return the parameters that hold the weight: itself, or the packed data and its scales."""
         return [parameter for parameter in (self.weight, self.scales) if isinstance(parameter, nn.Parameter)]
 
     def pack(self, weight: Tensor) -> list[Tensor]:
-        """A dense `weight` (out, in) as `stored` holds it."""
+        """Return the values of `stored_parameters` for a dense `weight` (out, in)."""
         return [weight] if self.kind is None else list(quantize.pack(weight, self.kind))

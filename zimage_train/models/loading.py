@@ -1,4 +1,4 @@
-"""Tensors out of safetensors files and into modules: one at a time, strictly, without a second copy."""
+"""Streaming tensors from safetensors files into modules: one at a time, strict, without a second copy in memory."""
 
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -15,8 +15,8 @@ NamedTensors = Iterable[tuple[str, Tensor]]
 StoreFn = Callable[[str, Tensor], None]
 
 
-def stream(tensors: dict[str, TensorInfo]) -> Iterator[tuple[str, Tensor]]:
-    """Yield every tensor of `tensors` from its mapped file, file by file."""
+def stream_tensors(tensors: dict[str, TensorInfo]) -> Iterator[tuple[str, Tensor]]:
+    """Yield (name, tensor) for all of `tensors` from the mapped files, one file after the other."""
     for path in sorted({info.file for info in tensors.values()}):
         with safe_open(path, framework="pt") as file:
             for name in sorted(name for name, info in tensors.items() if info.file == path):
@@ -24,7 +24,7 @@ def stream(tensors: dict[str, TensorInfo]) -> Iterator[tuple[str, Tensor]]:
 
 
 def stream_native(path: Path) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors of a single-file checkpoint under diffusers' names, fused ones in their thirds."""
+    """Yield the tensors of a single-file checkpoint under diffusers' names, with fused q, k and v split."""
     with safe_open(path, framework="pt") as file:
         for name in sorted(file.keys()):
             targets = native_names(name)
@@ -34,43 +34,48 @@ def stream_native(path: Path) -> Iterator[tuple[str, Tensor]]:
                 yield new_name, tensor if third is None else tensor.chunk(3, dim=0)[third]
 
 
-def fill(expected: dict[str, tuple[int, ...]], tensors: NamedTensors, store: StoreFn, where: str, what: str) -> None:
-    """Hand each of `tensors` to `store`, which must be exactly those `expected` of a `what`.
+def store_tensors(
+    expected: dict[str, tuple[int, ...]], tensors: NamedTensors, store: StoreFn, where: str, what: str
+) -> None:
+    """Call `store` with each of `tensors`, which must have exactly the names and shapes `expected` of a `what`.
 
     Raises:
-        WeightsError: the names or shapes are others; all were looked at.
+        WeightsError: names or shapes differ; lists all differences, after the tensors that fit have been stored.
     """
-    found: dict[str, tuple[int, ...]] = {}
+    actual: dict[str, tuple[int, ...]] = {}
     for name, tensor in tensors:
-        found[name] = tuple(tensor.shape)
-        if expected.get(name) == found[name]:
+        actual[name] = tuple(tensor.shape)
+        if expected.get(name) == actual[name]:
             store(name, tensor)
-    arch.require_same_shapes(where, found, expected, what)
+    arch.require_same_shapes(where, actual, expected, what)
 
 
-def load(module: nn.Module, tensors: NamedTensors, where: str, device: torch.device, dtype: torch.dtype) -> None:
-    """Put `tensors` into `module`, whose parameters have no storage yet, as frozen `dtype` on `device`.
+def load_parameters(
+    module: nn.Module, tensors: NamedTensors, where: str, device: torch.device, dtype: torch.dtype
+) -> None:
+    """Load `tensors` into `module`, which is on the meta device, as frozen parameters in `dtype` on `device`.
 
     Raises:
         WeightsError: the names or shapes are not exactly those of the module.
     """
 
     def store(name: str, tensor: Tensor) -> None:
-        placed = tensor.to(device=device, dtype=dtype, copy=True).contiguous()
-        set_parameter(module, name, nn.Parameter(placed, requires_grad=False))
+        # A copy in any case: the tensor is a view into the mapped file, which must not stay open for it.
+        copied = tensor.to(device=device, dtype=dtype, copy=True).contiguous()
+        set_parameter(module, name, nn.Parameter(copied, requires_grad=False))
 
     expected = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
-    fill(expected, tensors, store, where, type(module).__name__)
+    store_tensors(expected, tensors, store, where, type(module).__name__)
 
 
-def allocate(module: nn.Module, device: torch.device) -> None:
-    """Give every parameter of `module` that has no storage yet its own on `device`, filled with nothing."""
+def allocate_parameters(module: nn.Module, device: torch.device) -> None:
+    """Replace the parameters of `module` that are on the meta device by uninitialised ones on `device`."""
     for name, parameter in list(module.named_parameters()):
         if parameter.device.type == "meta":
             set_parameter(module, name, nn.Parameter(torch.empty_like(parameter, device=device), requires_grad=False))
 
 
 def set_parameter(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
-    """Replace the parameter at dotted `name`."""
-    owner, _, leaf = name.rpartition(".")
-    setattr(module.get_submodule(owner), leaf, parameter)
+    """Replace the parameter with the dotted `name`."""
+    parent, _, leaf = name.rpartition(".")
+    setattr(module.get_submodule(parent), leaf, parameter)

@@ -1,8 +1,9 @@
-"""Blocks whose frozen weights wait in main memory and come to the device one after the other, never back.
+"""CPU offloading of transformer blocks: frozen weights stay in CPU memory and are copied to the device block by block.
 
-Each such block is one packed buffer (pinned, on a GPU) and one copy. A ring of two slots on the device holds the block
-that computes and the one that comes next, so that copying and computing overlap: up through the forward pass, down
-through the backward, and on from where either turns. A guess that was wrong costs time and nothing else.
+The weights are frozen, so blocks are copied to the device and never back. Each offloaded block is one packed buffer
+(pinned on CUDA) and therefore one copy. Two slots on the device form a ring: one holds the block that computes, the
+other receives the block that is predicted to run next, so that copy and compute overlap. Blocks are visited upwards in
+the forward pass and downwards in the backward; a wrong prediction costs one copy that does not overlap, nothing else.
 """
 
 import contextlib
@@ -17,105 +18,136 @@ from zimage_train.models.loading import set_parameter
 from zimage_train.models.pinned_memory import arena_sizes
 
 ALIGNMENT = 256
-"""Bytes; every tensor in a buffer begins at a multiple."""
+"""Every tensor in a buffer starts at a multiple of this many bytes."""
 SLOTS = 2
 
 
 def streamed_blocks(count: int, number: int) -> list[int]:
-    """Which `number` of `count` blocks are streamed: evenly spread."""
+    """Return the indices of the `number` of `count` blocks that are offloaded, spread evenly."""
     return [(2 * index + 1) * count // (2 * number) for index in range(number)]
 
 
-def _main_memory(nbytes: int, pinned: bool) -> Tensor:
-    """Room in main memory; where the system refuses to pin that much (WSL, containers), plain and slower to copy."""
+def _allocate_host_buffer(nbytes: int, pinned: bool) -> Tensor:
+    """Allocate CPU memory; pageable, and slower to copy, where the system refuses to pin it (WSL, containers)."""
     if pinned:
         with contextlib.suppress(RuntimeError):
             return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
     return torch.empty(nbytes, dtype=torch.uint8)
 
 
-class BlockOffloader:
-    """Streams `blocks` of one layout, in this order, to `device`; their parameters point into its slots.
+def _aligned_bytes(tensor: Tensor) -> int:
+    return -(-tensor.numel() * tensor.element_size() // ALIGNMENT) * ALIGNMENT
 
-    What shall be in the blocks is written into `home` of each parameter, followed by `changed`.
+
+def _typed_views(buffer: Tensor, like: Sequence[Tensor], offsets: Sequence[int]) -> list[Tensor]:
+    """Return views into the bytes of `buffer` with the shapes and dtypes of `like`, beginning at `offsets`."""
+    views = []
+    for tensor, offset in zip(like, offsets, strict=False):
+        nbytes = tensor.numel() * tensor.element_size()
+        views.append(buffer[offset : offset + nbytes].view(tensor.dtype).view(tensor.shape))
+    return views
+
+
+class BlockOffloader:
+    """Keeps the weights of `blocks` in CPU memory and copies each block to `device` shortly before it runs.
+
+    All blocks must have the same parameters, and are expected to run in the given order. To change a weight, write into
+    its `cpu_buffer` and call `invalidate` afterwards.
     """
 
     def __init__(self, blocks: Sequence[nn.Module], device: torch.device) -> None:
-        names = [[name for name, _ in block.named_parameters()] for block in blocks]
+        layouts = []
+        for block in blocks:
+            layouts.append([(name, param.shape, param.dtype) for name, param in block.named_parameters()])
+        assert all(layout == layouts[0] for layout in layouts), "offloaded blocks must have the same parameters"
+        names = [name for name, _, _ in layouts[0]]
         like = list(blocks[0].parameters())
-        layouts = [[(name, one.shape, one.dtype) for name, one in block.named_parameters()] for block in blocks]
-        assert all(layout == layouts[0] for layout in layouts), "the ring's slots have one layout"
-        sizes = [-(-one.numel() * one.element_size() // ALIGNMENT) * ALIGNMENT for one in like]
-        offsets = [0, *accumulate(sizes)]
+        offsets = [0, *accumulate(_aligned_bytes(param) for param in like)]
+        block_bytes = offsets[-1]
         is_cuda = device.type == "cuda"
 
-        def views(buffer: Tensor) -> list[Tensor]:
-            places = zip(like, offsets, strict=False)
-            return [
-                buffer[offset : offset + one.numel() * one.element_size()].view(one.dtype).view(one.shape)
-                for one, offset in places
-            ]
-
-        shared = arena_sizes(len(blocks), offsets[-1])
-        buffers = [_main_memory(number * offsets[-1], is_cuda) for number in shared]
+        # Several blocks share a buffer, because the pinned allocator rounds each buffer up to a power of two.
+        buffers = []
+        self._host_blocks: list[Tensor] = []
+        for number in arena_sizes(len(blocks), block_bytes):
+            buffer = _allocate_host_buffer(number * block_bytes, is_cuda)
+            buffers.append(buffer)
+            self._host_blocks.extend(buffer.split(block_bytes))
         self.is_pinned = all(buffer.is_pinned() for buffer in buffers) if is_cuda else True
-        self._hosts = [host for buffer in buffers for host in buffer.split(offsets[-1])]
-        self._slots = [torch.empty(offsets[-1], dtype=torch.uint8, device=device) for _ in range(SLOTS)]
-        self._views = [views(slot) for slot in self._slots]
-        self._held: list[int | None] = [None] * SLOTS
+
+        self._slots = [torch.empty(block_bytes, dtype=torch.uint8, device=device) for _ in range(SLOTS)]
+        self._slot_views = [_typed_views(slot, like, offsets) for slot in self._slots]
+        self._resident: list[int | None] = [None] * SLOTS
+        """Index of the block in each slot."""
         self._last: int | None = None
-        self._copies = torch.cuda.Stream(device) if is_cuda else None
+        """Index of the block that ran last; while its forward runs, its own index."""
+        self._copy_stream = torch.cuda.Stream(device) if is_cuda else None
         self._ready = [torch.cuda.Event() for _ in range(SLOTS)] if is_cuda else []
+        """Recorded on the copy stream when the copy into a slot is complete."""
+
         self._parameters: list[list[nn.Parameter]] = []
-        self._homes: dict[int, Tensor] = {}
+        self._cpu_buffers: dict[int, Tensor] = {}
         for index, block in enumerate(blocks):
-            parameters = [nn.Parameter(view, requires_grad=False) for view in self._views[0]]
-            for name, parameter, home in zip(names[index], parameters, views(self._hosts[index]), strict=True):
+            # The parameters have no storage of their own: `_enter` points them into the slot that holds their block.
+            parameters = [nn.Parameter(view, requires_grad=False) for view in self._slot_views[0]]
+            host_views = _typed_views(self._host_blocks[index], like, offsets)
+            for name, parameter, host_view in zip(names, parameters, host_views, strict=True):
                 set_parameter(block, name, parameter)
-                self._homes[id(parameter)] = home
+                self._cpu_buffers[id(parameter)] = host_view
             self._parameters.append(parameters)
-            block.register_forward_pre_hook(partial(self._before, index))
+            block.register_forward_pre_hook(partial(self._before_forward, index))
 
     def cpu_buffer(self, parameter: nn.Parameter) -> Tensor | None:
-        """Where `parameter` is kept in main memory; None: it is not of a streamed block."""
-        return self._homes.get(id(parameter))
+        """Return the tensor in CPU memory that holds `parameter`, or None if its block is not offloaded."""
+        return self._cpu_buffers.get(id(parameter))
 
     def invalidate(self) -> None:
-        """Forget what the slots hold: the weights at home are others now."""
-        self._held = [None] * SLOTS
+        """Forget what the slots hold, because the weights in CPU memory have changed."""
+        self._resident = [None] * SLOTS
 
-    def _before(self, index: int, block: nn.Module, inputs: object) -> None:
+    def _before_forward(self, index: int, block: nn.Module, inputs: object) -> None:
         self._enter(index)
 
     def _enter(self, index: int) -> None:
-        slot = self._held.index(index) if index in self._held else self._fetch(index)
-        if self._copies is not None:
+        """Make block `index` usable on the current stream, and start copying the block that comes after it."""
+        slot = self._resident.index(index) if index in self._resident else self._fetch(index)
+        if self._copy_stream is not None:
+            # The GPU waits for the copy, the CPU does not: kernels of this block are queued behind the event.
             torch.cuda.current_stream().wait_event(self._ready[slot])
-        for parameter, view in zip(self._parameters[index], self._views[slot], strict=True):
+        for parameter, view in zip(self._parameters[index], self._slot_views[slot], strict=True):
             parameter.data = view
-        ahead = self._expected(index)
+        following = self._next_block(index)
+        # Set before the prefetch: `_fetch` never overwrites the slot of `_last`, which is now the block about to run.
         self._last = index
-        if ahead is not None and ahead not in self._held:
-            self._fetch(ahead)
+        if following is not None and following not in self._resident:
+            self._fetch(following)
 
-    def _expected(self, index: int) -> int | None:
-        """Which block comes after `index`; None: one that is here."""
-        top, grad = len(self._parameters) - 1, torch.is_grad_enabled()
-        if grad and self._last is not None and 0 < index <= self._last:
+    def _next_block(self, index: int) -> int | None:
+        """Predict which block runs after `index`, or None where both candidates are on the device already.
+
+        Checkpointing runs the blocks' forward again during the backward, in descending order and with gradients
+        enabled. So an index that does not rise means that the backward is under way.
+        """
+        top = len(self._parameters) - 1
+        is_training = torch.is_grad_enabled()
+        if is_training and self._last is not None and 0 < index <= self._last:
             return index - 1
         if index < top:
             return index + 1
-        return None if grad else 0
+        # At the top, training turns round: the backward needs the top block and the one below, and both slots hold
+        # just these. Sampling goes on with block 0 of the next step.
+        return None if is_training else 0
 
     def _fetch(self, index: int) -> int:
-        """Copy a block into the slot that does not hold the one that computes now; return the slot."""
-        slot = next(slot for slot, held in enumerate(self._held) if held is None or held != self._last)
-        self._held[slot] = index
-        if self._copies is None:
-            self._slots[slot].copy_(self._hosts[index])
+        """Start copying block `index` into the slot that is not in use by the last block; return the slot."""
+        slot = next(slot for slot, resident in enumerate(self._resident) if resident is None or resident != self._last)
+        self._resident[slot] = index
+        if self._copy_stream is None:
+            self._slots[slot].copy_(self._host_blocks[index])
             return slot
-        self._copies.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._copies):
-            self._slots[slot].copy_(self._hosts[index], non_blocking=True)
-            self._ready[slot].record(self._copies)
+        # Kernels that read the slot's former block may still be queued: overwrite it only after them.
+        self._copy_stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._copy_stream):
+            self._slots[slot].copy_(self._host_blocks[index], non_blocking=True)
+            self._ready[slot].record(self._copy_stream)
         return slot

@@ -1,24 +1,25 @@
-"""How much pinned main memory blocks take (torch-free): the allocator rounds each buffer up to a power of two."""
+"""Sizes of pinned CPU memory for offloaded blocks (torch-free): torch rounds each buffer up to a power of two."""
 
 
 def arena_sizes(count: int, block_bytes: int) -> list[int]:
-    """How many of `count` blocks share each buffer, so that little is lost to the rounding.
+    """Return how many of `count` blocks go into each buffer, chosen so that rounding wastes little.
 
-    One buffer a block of 362 MB would take 537 MB each; 23 of them take 8.6 GB for 8.3.
+    A buffer for each block of 362 MB would take 537 MB; in shared buffers 23 blocks, which are 8.3 GB, take 8.6 GB.
     """
-    found: list[int] = []
+    sizes: list[int] = []
     while count > 0:
+        # The fewest bytes per block; of equals, the most blocks.
         best = min(range(1, count + 1), key=lambda blocks: (round_up(blocks * block_bytes) / blocks, -blocks))
-        found.append(best)
+        sizes.append(best)
         count -= best
-    return found
+    return sizes
 
 
 def round_up(nbytes: int) -> int:
-    """The next power of two."""
+    """Return the smallest power of two that is not below `nbytes`."""
     return 1 << max(nbytes - 1, 0).bit_length()
 
 
 def pinned_bytes(count: int, block_bytes: int) -> int:
-    """What `count` blocks take in the buffers of `arenas`."""
+    """Return the bytes that `count` blocks take in the buffers of `arena_sizes`."""
     return sum(round_up(blocks * block_bytes) for blocks in arena_sizes(count, block_bytes))

@@ -1,10 +1,10 @@
-"""Prompts to embeddings, exactly as the Z-Image pipeline does it, without what it does not use.
+"""The text encoder: prompts to embeddings, equal to those of diffusers' Z-Image pipeline.
 
-The embeddings are `hidden_states[-2]` of Qwen3: the output of its last layer but one. So the last layer, the final
-norm and the head are never loaded. Encoding at true length equals encoding padded to 512 tokens.
+The embeddings are `hidden_states[-2]` of Qwen3, the output of its penultimate layer. So the last layer, the final norm
+and the head are never loaded. Encoding a prompt at its true length equals encoding it padded to 512 tokens.
 
-One layer is on the device at a time, and all prompts go through it before the next one comes: the encoder is read once
-however many there are, and takes a thirtieth of its 8 GB.
+Encoding goes layer by layer: one layer is on the device at a time, and all prompts pass through it before the next one
+is loaded. So the encoder is read once for any number of prompts, and takes a thirtieth of its 8 GB on the device.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -18,20 +18,20 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, Qwen3
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3RotaryEmbedding
 
 from zimage_train.errors import Problem, WeightsError
+from zimage_train.io.progress import StepProgress
 from zimage_train.io.safetensors_format import TensorInfo
 from zimage_train.models import components, loading
 from zimage_train.typing import PromptEmbeds
 
 MAX_TOKENS = 512
 BATCH_TOKENS = 8192
-"""Of one length that go through a layer together."""
+"""Tokens of prompts of equal length that go through a layer as one batch."""
 GROUP_TOKENS = 200_000
-"""Whose states are kept between the layers: 1 GB."""
-Tick = Callable[[int, int], None]
+"""Tokens whose hidden states are kept in CPU memory between layers: 1 GB."""
 
 
 class TextEncoder:
-    """Qwen3 without its last layer, its norm and its head, and the tokenizer that belongs to it."""
+    """Qwen3 without its last layer, final norm and head, together with its tokenizer."""
 
     def __init__(
         self,
@@ -47,128 +47,143 @@ class TextEncoder:
         self._device = device
         self._dtype = dtype
 
-    def tokens(self, prompt: str, most: int | None = MAX_TOKENS) -> list[int]:
-        """Token ids of the templated prompt, cut off after `most`: the empty prompt is a templated empty message."""
+    def tokens(self, prompt: str, max_tokens: int | None = MAX_TOKENS) -> list[int]:
+        """Return the token ids of the chat message with `prompt`, truncated to `max_tokens`.
+
+        The empty prompt is a message too, with an empty text, as in the pipeline.
+        """
         message = [{"role": "user", "content": prompt}]
         text = self.tokenizer.apply_chat_template(
             message, tokenize=False, add_generation_prompt=True, enable_thinking=True
         )
         assert isinstance(text, str)
-        return self.tokenizer(text, truncation=most is not None, max_length=most)["input_ids"]
+        return self.tokenizer(text, truncation=max_tokens is not None, max_length=max_tokens)["input_ids"]
 
     def encode(self, prompt: str) -> PromptEmbeds:
-        """The embeddings (tokens, features) of one prompt, at its true length, in the encoder's dtype."""
+        """Return the embeddings (tokens, features) of one prompt at its true length, in the encoder's dtype."""
         return next(self.encode_all([prompt]))[1]
 
     def encode_all(
         self,
         prompts: Iterable[str],
-        tick: Tick = lambda done, total: None,
+        progress: StepProgress = lambda done, total: None,
         warn: Callable[[str], None] = lambda text: None,
     ) -> Iterator[tuple[str, PromptEmbeds]]:
-        """Every prompt with its embeddings, those of one length together; `warn` is told what is cut off."""
+        """Yield (prompt, embeddings), ordered by length; call `warn` for each prompt that is truncated."""
         ids = {prompt: self.tokens(prompt) for prompt in prompts}
-        for prompt, found in ids.items():
-            if len(found) == MAX_TOKENS and (whole := len(self.tokens(prompt, None))) > MAX_TOKENS:
-                warn(f"a caption has {whole} tokens, and the model reads {MAX_TOKENS} of them: {prompt[:60]!r}...")
+        for prompt, token_ids in ids.items():
+            if len(token_ids) < MAX_TOKENS:
+                continue
+            full_length = len(self.tokens(prompt, None))
+            if full_length > MAX_TOKENS:
+                warn(f"a caption has {full_length} tokens; the model reads the first {MAX_TOKENS}: {prompt[:60]!r}...")
         groups = list(_groups(sorted(ids, key=lambda prompt: (len(ids[prompt]), prompt)), ids))
+        total = len(groups) * self.config.num_hidden_layers
         for number, group in enumerate(groups):
-            base, total = number * self.config.num_hidden_layers, len(groups) * self.config.num_hidden_layers
-            yield from self._encode(group, ids, lambda done, base=base, total=total: tick(base + done, total))
+            base = number * self.config.num_hidden_layers
+            yield from self._encode(group, ids, lambda done, base=base: progress(base + done, total))
 
     @torch.no_grad()
     def _encode(
-        self, prompts: list[str], ids: dict[str, list[int]], tick: Callable[[int], None]
+        self, prompts: list[str], ids: dict[str, list[int]], progress: Callable[[int], None]
     ) -> Iterator[tuple[str, PromptEmbeds]]:
+        # Prompts of equal length form a batch, so no prompt is padded.
         batches = list(_batches(prompts, ids))
+        # Embeddings are looked up on the CPU: the table is 0.8 GB, of which the prompts use a few rows.
         table = self._tensor("embed_tokens.weight")
-        states = [table[torch.tensor([ids[prompt] for prompt in batch])].to(self._dtype) for batch in batches]
+        states = []
+        for batch in batches:
+            states.append(table[torch.tensor([ids[prompt] for prompt in batch])].to(self._dtype))
         del table
         rotary = Qwen3RotaryEmbedding(self.config).to(self._device)
         for index in range(self.config.num_hidden_layers):
             layer = self._layer(index)
             for number, state in enumerate(states):
-                there = state.to(self._device)
-                places = torch.arange(there.shape[1], device=self._device)[None]
-                output = layer(there, position_ids=places, position_embeddings=rotary(there, places))
+                hidden = state.to(self._device)
+                positions = torch.arange(hidden.shape[1], device=self._device)[None]
+                output = layer(hidden, position_ids=positions, position_embeddings=rotary(hidden, positions))
                 states[number] = (output if isinstance(output, Tensor) else output[0]).to(state.device)
-            del layer  # before the next one comes
-            tick(index + 1)
+            del layer  # frees its memory before the next layer is loaded
+            progress(index + 1)
         for batch, state in zip(batches, states, strict=True):
-            yield from ((prompt, one.clone()) for prompt, one in zip(batch, state, strict=True))
+            for prompt, embeds in zip(batch, state, strict=True):
+                # A copy, so that keeping one prompt does not keep the batch.
+                yield prompt, embeds.clone()
 
     def _layer(self, index: int) -> Qwen3DecoderLayer:
         prefix = f"layers.{index}."
         with init_empty_weights():
             layer = Qwen3DecoderLayer(self.config, index)
-        found = {name: info for name, info in self._tensors.items() if _plain(name).startswith(prefix)}
-        named = ((_plain(name).removeprefix(prefix), tensor) for name, tensor in loading.stream(found))
-        loading.load(layer, named, "text_encoder", self._device, self._dtype)
+        infos = {key: info for key, info in self._tensors.items() if _without_root(key).startswith(prefix)}
+        tensors = ((_without_root(key).removeprefix(prefix), tensor) for key, tensor in loading.stream_tensors(infos))
+        loading.load_parameters(layer, tensors, "text_encoder", self._device, self._dtype)
         return layer.eval()
 
-    def _tensor(self, wanted: str) -> Tensor:
-        found = {name: info for name, info in self._tensors.items() if _plain(name) == wanted}
-        return next(loading.stream(found))[1]
+    def _tensor(self, name: str) -> Tensor:
+        infos = {key: info for key, info in self._tensors.items() if _without_root(key) == name}
+        return next(loading.stream_tensors(infos))[1]
 
 
-def _plain(name: str) -> str:
-    return name.removeprefix("model.")
+def _without_root(key: str) -> str:
+    return key.removeprefix("model.")
 
 
 def _groups(prompts: list[str], ids: dict[str, list[int]]) -> Iterator[list[str]]:
-    """`prompts` cut where the states of more would take too much memory."""
+    """Split `prompts` into groups whose hidden states fit in memory together."""
     group: list[str] = []
-    held = 0
+    num_tokens = 0
     for prompt in prompts:
-        if group and held + len(ids[prompt]) > GROUP_TOKENS:
+        if group and num_tokens + len(ids[prompt]) > GROUP_TOKENS:
             yield group
-            group, held = [], 0
+            group, num_tokens = [], 0
         group.append(prompt)
-        held += len(ids[prompt])
+        num_tokens += len(ids[prompt])
     if group:
         yield group
 
 
 def _batches(prompts: list[str], ids: dict[str, list[int]]) -> Iterator[list[str]]:
-    """Prompts of one length, as many as go through a layer together; `prompts` are in the order of their length."""
-    for length, alike in groupby(prompts, key=lambda prompt: len(ids[prompt])):
-        same = list(alike)
-        most = max(BATCH_TOKENS // length, 1)
-        yield from (same[start : start + most] for start in range(0, len(same), most))
+    """Split `prompts`, which are sorted by length, into batches of equal length."""
+    for length, group in groupby(prompts, key=lambda prompt: len(ids[prompt])):
+        same_length = list(group)
+        batch_size = max(BATCH_TOKENS // length, 1)
+        for start in range(0, len(same_length), batch_size):
+            yield same_length[start : start + batch_size]
 
 
-def load(extras: Path, device: torch.device, dtype: torch.dtype) -> TextEncoder:
-    """The text encoder and tokenizer of a diffusers folder.
+def load_text_encoder(extras: Path, device: torch.device, dtype: torch.dtype) -> TextEncoder:
+    """Load the tokenizer of a diffusers folder, and prepare its text encoder, whose layers are read when used.
 
     Raises:
-        WeightsError: not a Qwen3, or not exactly its tensors.
+        WeightsError: it is not a Qwen3, or does not have exactly its tensors.
     """
     folder = extras / "text_encoder"
-    _, found = components.text_encoder(extras)
+    _, tensors = components.read_text_encoder(extras)
     try:
         config = Qwen3Config.from_pretrained(folder, local_files_only=True)
-        last = config.num_hidden_layers - 1
-        config.num_hidden_layers = last
-        config.layer_types = config.layer_types[:last] if config.layer_types else None
+        num_layers = config.num_hidden_layers - 1
+        config.num_hidden_layers = num_layers
+        config.layer_types = config.layer_types[:num_layers] if config.layer_types else None
         config._attn_implementation = "sdpa"
+        # Built here once, so that a damaged config is reported on loading.
         Qwen3RotaryEmbedding(config)
         with init_empty_weights():
             Qwen3DecoderLayer(config, 0)
-    except Exception as error:  # noqa: BLE001  a config that contradicts itself makes the class raise whatever it runs into
-        what = f"makes no Qwen3 ({type(error).__name__}: {str(error)[:100]})"
+    except Exception as error:  # noqa: BLE001  the class checks nothing and fails in many ways on an inconsistent config
+        what = f"does not describe a Qwen3 ({type(error).__name__}: {str(error)[:100]})"
         raise WeightsError(Problem(str(folder / "config.json"), what, "get the file again")) from None
-    encoder = TextEncoder(config, found, _tokenizer(components.tokenizer(extras)), device, dtype)
+    encoder = TextEncoder(config, tensors, _load_tokenizer(components.tokenizer_folder(extras)), device, dtype)
     try:
         encoder.tokens("a prompt")
-    except Exception as error:  # noqa: BLE001  the template is a program of its own
+    except Exception as error:  # noqa: BLE001  a chat template is a Jinja program that may raise anything
         what = f"its chat template fails ({type(error).__name__}: {str(error)[:100]})"
         raise WeightsError(Problem(str(extras / "tokenizer"), what, "get the folder again")) from None
     return encoder
 
 
-def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     try:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # noqa: BLE001  tokenizers raises bare Exception for a damaged file
+    except Exception as error:  # noqa: BLE001  tokenizers raises a bare Exception for a damaged file
         raise WeightsError(Problem(str(folder), f"cannot be read ({error})", "get the folder again")) from None
     return tokenizer

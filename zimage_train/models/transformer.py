@@ -1,4 +1,4 @@
-"""The frozen S3-DiT: an empty one to fill, and the one function that calls it."""
+"""The frozen S3-DiT: building it without storage, reading its weights, and the one function that calls it."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -15,7 +15,7 @@ from zimage_train.config.types import Quantization
 from zimage_train.io.safetensors_format import TensorInfo, read_header
 from zimage_train.models.arch import IN_A_BLOCK, TransformerShape
 from zimage_train.models.linear import FrozenLinear
-from zimage_train.models.loading import stream, stream_native
+from zimage_train.models.loading import stream_native, stream_tensors
 from zimage_train.models.locate import native_names, transformer_tensors
 from zimage_train.typing import LatentBatch, PerSample, PromptEmbeds
 
@@ -23,9 +23,10 @@ from zimage_train.typing import LatentBatch, PerSample, PromptEmbeds
 def empty_transformer(
     shape: TransformerShape, dtype: torch.dtype, kind: Quantization | None
 ) -> ZImageTransformer2DModel:
-    """A transformer of `shape` in `dtype` whose parameters have no storage yet; attention and feed forward as `kind`.
+    """Return a transformer of `shape` in `dtype` on the meta device; attention and feed forward are stored as `kind`.
 
-    Embedders, modulations, norms and the final layer are never quantised: they are small and everything passes them.
+    Embedders, modulations, norms and the final layer are never quantised: they are 2 % of the weights, and an error in
+    them reaches every token.
     """
     with init_empty_weights():
         model = ZImageTransformer2DModel(**shape.config())
@@ -38,26 +39,26 @@ def empty_transformer(
 
 
 def read_weights(path: Path) -> tuple[TransformerShape, Iterator[tuple[str, Tensor]]]:
-    """The shape of the transformer at `path`, and its tensors as a stream under diffusers' names.
+    """Return the shape of the transformer at `path`, and an iterator over its tensors under diffusers' names.
 
     Raises:
-        WeightsError: not exactly the tensors of a Z-Image transformer.
+        WeightsError: these are not exactly the tensors of a Z-Image transformer.
     """
     shape, tensors = transformer_tensors(path)
-    return shape, stream(tensors) if path.is_dir() else stream_native(path)
+    return shape, stream_tensors(tensors) if path.is_dir() else stream_native(path)
 
 
 def read_selected_weights(path: Path, names: set[str]) -> Iterator[tuple[str, Tensor]]:
-    """The tensors called `names` (diffusers' names) of the transformer at `path`, from its mapped files."""
+    """Yield the tensors called `names` (diffusers' names) of the transformer at `path`, from its mapped files."""
     if path.is_dir():
         tensors = transformer_tensors(path)[1]
-        return stream({name: info for name, info in tensors.items() if name in names})
+        return stream_tensors({name: info for name, info in tensors.items() if name in names})
     return ((name, tensor) for name, tensor in stream_native(path) if name in names)
 
 
 @dataclass(frozen=True)
 class WeightFile:
-    """A transformer's tensors under diffusers' names, each read from its mapped file when it is asked for."""
+    """A transformer's tensors under diffusers' names, which `get` reads from the mapped files one at a time."""
 
     shape: TransformerShape
     infos: dict[str, TensorInfo]
@@ -66,22 +67,32 @@ class WeightFile:
 
 @contextlib.contextmanager
 def open_weights(path: Path) -> Iterator[WeightFile]:
-    """The tensors of the transformer at `path`, in any order, for as long as the block runs.
+    """Open the transformer at `path` for reading its tensors in any order within the block.
 
     Raises:
-        WeightsError: not exactly the tensors of a Z-Image transformer.
+        WeightsError: these are not exactly the tensors of a Z-Image transformer.
     """
     shape, infos = transformer_tensors(path)
-    spelled = {name: (name, None) for name in infos}
-    if not path.is_dir():
-        spelled = {new: (name, third) for name in read_header(path).tensors for new, third in native_names(name)}
+    # For each name, the key in the file and, if q, k and v are fused there, which third of that tensor.
+    sources: dict[str, tuple[str, int | None]] = {}
+    if path.is_dir():
+        for name in infos:
+            sources[name] = (name, None)
+    else:
+        for key in read_header(path).tensors:
+            for name, third in native_names(key):
+                sources[name] = (key, third)
     with contextlib.ExitStack() as stack:
-        files = {file: stack.enter_context(safe_open(file, "pt")) for file in {info.file for info in infos.values()}}
+        files = {}
+        for file in {info.file for info in infos.values()}:
+            files[file] = stack.enter_context(safe_open(file, "pt"))
 
         def get(name: str) -> Tensor:
-            key, third = spelled[name]
+            key, third = sources[name]
             file, rows = files[infos[name].file], infos[name].shape[0]
-            return file.get_tensor(key) if third is None else file.get_slice(key)[third * rows : (third + 1) * rows]
+            if third is None:
+                return file.get_tensor(key)
+            return file.get_slice(key)[third * rows : (third + 1) * rows]
 
         yield WeightFile(shape, infos, get)
 
@@ -89,11 +100,13 @@ def open_weights(path: Path) -> Iterator[WeightFile]:
 def velocity(
     model: ZImageTransformer2DModel, latents: LatentBatch, sigma: PerSample, prompt_embeds: list[PromptEmbeds]
 ) -> LatentBatch:
-    """Predict the velocity `noise - x0` of `latents` (b, 16, h, w) at `sigma` (b,), in fp32.
+    """Predict the velocity `noise - x0` of `latents` (b, 16, h, w) at noise levels `sigma` (b,), in fp32.
 
-    The one place that knows the model's own conventions: a list of (16, 1, h, w), time `t = 1 - sigma` in fp32
-    (in bf16 it would be off by up to two of a thousand steps), and an output of opposite sign.
+    The only place that knows the model's own conventions: a list of images (16, 1, h, w), a time that runs from noise
+    to image, and an output of the opposite sign. Everything else counts in sigma.
     """
+    # The model's t is 0 at noise and 1 at the image. In bf16 it would be off by up to two of a thousand steps.
     t = 1.0 - sigma.to(latents.device, torch.float32)
     output = model(list(latents.to(model.dtype).unsqueeze(2)), t, prompt_embeds, return_dict=False)[0]
-    return -torch.stack([one.float() for one in output]).squeeze(2)
+    # The model predicts d x / d t = x0 - noise. Negated in fp32, as the sampler's sums are.
+    return -torch.stack([image.float() for image in output]).squeeze(2)

@@ -10,13 +10,14 @@ from zimage_train.config.load import cache_dir
 from zimage_train.config.methods import TeacherSettings
 from zimage_train.config.optimizers import OPTIMIZERS
 from zimage_train.config.schema import Config
-from zimage_train.dataset.image_index import ImageIndex, Tick
+from zimage_train.dataset.image_index import ImageIndex
 from zimage_train.dataset.sample_order import TrainItem, make_items, resolve_epochs
 from zimage_train.dataset.scan import FolderScan, ImageRecord, scan_entry
 from zimage_train.diffusion.request import comparison_requests, preview_requests, teacher_request
 from zimage_train.errors import ConfigError, Problem, WeightsError, ZImageTrainError, collect_errors, raise_all
 from zimage_train.io import atomic
 from zimage_train.io.operating_system import main_memory_bytes
+from zimage_train.io.progress import Progress
 from zimage_train.io.units import format_bytes
 from zimage_train.lora import headers, targets
 from zimage_train.models import components, locate
@@ -56,7 +57,7 @@ class RunSpec:
 def check_run(
     config: Config,
     fetch: DownloadFn | None = None,
-    tick: Tick = lambda what, done, total: None,
+    tick: Progress = lambda what, done, total: None,
     processes: int = 1,
 ) -> RunSpec:
     """Check images, captions, weights, adapter and disk, for a run of so many processes.
@@ -117,7 +118,7 @@ def _not_used(config: Config) -> list[str]:
 
 
 def _held_out(
-    config: Config, trained: list[FolderScan], looks: ImageIndex, tick: Tick
+    config: Config, trained: list[FolderScan], looks: ImageIndex, tick: Progress
 ) -> tuple[list[TrainItem], list[ZImageTrainError], list[str]]:
     """What validation looks at, read as the first data entry of the concept is; what is wrong with it; what is odd."""
     settings = config.validation
@@ -180,7 +181,7 @@ def workload_of(checked: RunSpec, gpu: bool | None = None) -> Workload:
         return job
     found = checked.weights.paths
     in_fp32 = 2 * sum(path.stat().st_size for path in found.extra_loras)
-    channels = components.vae(found.extras)[0]["block_out_channels"][0]
+    channels = components.read_vae(found.extras)[0]["block_out_channels"][0]
     return replace(job, vae_channels=channels, preview_lora_bytes=in_fp32)
 
 
@@ -250,7 +251,7 @@ def _weights(config: Config, fetch: DownloadFn | None) -> tuple[ModelFiles | Non
         notes += more
     if extras is not None:
         with collect_errors(errors):
-            components.require(extras, shape.cap_feat_dim)
+            components.require_components(extras, shape.cap_feat_dim)
     if adapter is not None and (transformer is not None or config.model.path is None):
         with collect_errors(errors):
             sizes = headers.read_sizes(adapter)

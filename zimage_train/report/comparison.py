@@ -1,4 +1,4 @@
-"""Pictures that differ in a few known things, side by side: a labelled grid and a page (torch-free)."""
+"""Comparison of images along a few axes: a labelled grid, and a page with a slider (torch-free)."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,30 +14,31 @@ from zimage_train.report import grid, template
 PAGE, GRID, IMAGES = "compare.html", "grid.png", "pictures"
 STEP, PROMPT, SAMPLING, MODEL = "step", "prompt", "sampling", "model"
 EMPTY = "(empty prompt)"
-NAMED = ("strength", STEP, "seed")
-"""Axes whose values are numbers, which say nothing by themselves."""
+NUMERIC_AXES = ("strength", STEP, "seed")
+"""Axes whose values are bare numbers, which need the name of the axis as a label."""
 MAX_REMARKS = 8
 SMALL_PX = 256
-"""Pictures up to this size are enlarged without blur."""
+"""Images up to this width are enlarged without blur."""
 
 
 @dataclass(frozen=True)
 class ComparisonImage:
-    """An image, and where it stands on every axis of the comparison."""
+    """An image and its value on every axis of the comparison."""
 
     path: Path
-    recipe: SamplingRequest
+    request: SamplingRequest
     values: Mapping[str, str]
-    counts_as: Mapping[str, str] = field(default_factory=dict)
-    """Axes on which it is shown at another value: the bare model stands beside LoRAs of any strength."""
+    shown_at: Mapping[str, str] = field(default_factory=dict)
+    """Axis -> value at which it is placed instead, as for the bare model, which stands in rows of any LoRA strength."""
 
-    def at(self, axis: str) -> str:
-        return self.counts_as.get(axis, self.values[axis])
+    def position(self, axis: str) -> str:
+        """Return the value on `axis` at which the image is placed."""
+        return self.shown_at.get(axis, self.values[axis])
 
 
 @dataclass(frozen=True)
 class Subject:
-    """One of the things that are compared, and what there is to say of it."""
+    """One of the compared models, LoRAs or runs, with facts for the table below the images."""
 
     name: str
     facts: Mapping[str, str]
@@ -45,10 +46,10 @@ class Subject:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Pictures along axes: one makes the columns, others the rows, and each step is a sheet of its own."""
+    """Images along axes: one axis makes the columns, others the rows, and each step is a page of its own."""
 
     title: str
-    shots: Sequence[ComparisonImage]
+    images: Sequence[ComparisonImage]
     columns: str
     rows: Sequence[str]
     subjects: Sequence[Subject]
@@ -57,44 +58,46 @@ class Comparison:
 
 @dataclass(frozen=True)
 class ComparisonPage:
-    """A table of images; None: there is no such image."""
+    """A table of images."""
 
     step: str | None
+    """None if steps are not pages of their own."""
     columns: list[str]
     rows: list[tuple[str, list[ComparisonImage | None]]]
+    """The label and the cells of each row; None where there is no image."""
 
     def missing(self) -> list[tuple[str, str]]:
-        """The row and the column of every image that is not there."""
-        return [
-            (label, name) for label, line in self.rows for name, one in zip(self.columns, line, strict=True) if not one
-        ]
+        """Return the labels (row, column) of every empty cell."""
+        empty = []
+        for label, cells in self.rows:
+            for column, image in zip(self.columns, cells, strict=True):
+                if image is None:
+                    empty.append((label, column))
+        return empty
 
 
 def save_comparison(folder: Path, comparison: Comparison) -> list[str]:
-    """Write grid and page into `folder`, and into its `images` a copy of each image that lies elsewhere.
-
-    Returns what there is to remark.
+    """Write grid and page into `folder`, with copies of the images that are elsewhere; return remarks.
 
     Raises:
-        DiskError: something cannot be written.
+        DiskError: a file cannot be written.
     """
-    found, shots = comparison_pages(comparison), comparison.shots
-    remarks = [*comparison.remarks, *_missing(found), *_other_noise(found)]
-    last = found[-1]
-    rows = [(label, [one and one.path for one in line]) for label, line in last.rows]
-    grid.save_grid_image(
-        folder / GRID, last.columns, rows, corner="" if last.step is None else axis_label(STEP, last.step)
-    )
+    pages, images = comparison_pages(comparison), comparison.images
+    remarks = [*comparison.remarks, *_missing_remarks(pages), *_noise_remarks(pages)]
+    last = pages[-1]
+    rows = [(label, [image.path if image else None for image in cells]) for label, cells in last.rows]
+    corner = "" if last.step is None else axis_label(STEP, last.step)
+    grid.save_grid_image(folder / GRID, last.columns, rows, corner=corner)
     page = template.render_html(
         "comparison.html",
         title=comparison.title,
         remarks=remarks,
         subjects=comparison.subjects,
         facts=list(dict.fromkeys(name for subject in comparison.subjects for name in subject.facts)),
-        sheets=found,
-        places=_gathered(folder, [shot.path for shot in shots]),
-        words=words,
-        numbers=list({shot.path: numbers(shot) for shot in shots}.values()),
+        pages=pages,
+        links=_link_images(folder, [image.path for image in images]),
+        caption=caption,
+        details=list({image.path: details(image) for image in images}.values()),
         small_px=SMALL_PX,
     )
     atomic.write_text(folder / PAGE, page)
@@ -102,131 +105,143 @@ def save_comparison(folder: Path, comparison: Comparison) -> list[str]:
 
 
 def comparison_pages(comparison: Comparison) -> list[ComparisonPage]:
-    """The images in tables of equal rows and columns, one a step; a single one where steps are rows or columns."""
-    shots, columns = comparison.shots, comparison.columns
-    order = {axis: _values(shots, axis) for axis in (columns, *comparison.rows)}
-    axes = [axis for axis in comparison.rows if len(order[axis]) > 1] or list(comparison.rows[:1])
-    is_flat = STEP in order or STEP not in shots[0].values
+    """Arrange the images in tables of equal rows and columns, one for each step unless steps are rows or columns."""
+    images, columns = comparison.images, comparison.columns
+    values = {axis: _axis_values(images, axis) for axis in (columns, *comparison.rows)}
+    # Axes with a single value do not show in the labels of rows.
+    row_axes = [axis for axis in comparison.rows if len(values[axis]) > 1] or list(comparison.rows[:1])
+    is_single_page = STEP in values or STEP not in images[0].values
 
-    def row_of(shot: ComparisonImage) -> tuple[int, ...]:
-        return tuple(order[axis].index(shot.at(axis)) for axis in axes)
+    def row_of(image: ComparisonImage) -> tuple[int, ...]:
+        return tuple(values[axis].index(image.position(axis)) for axis in row_axes)
 
-    def step_of(shot: ComparisonImage) -> str | None:
-        return None if is_flat else shot.at(STEP)
+    cells: dict[tuple[str | None, tuple[int, ...], str], ComparisonImage] = {}
+    row_labels: dict[tuple[int, ...], str] = {}
+    for image in images:
+        row = row_of(image)
+        step = None if is_single_page else image.position(STEP)
+        cells[step, row, image.position(columns)] = image
+        row_labels[row] = ", ".join(axis_label(axis, image.position(axis)) for axis in row_axes)
 
-    found = {(step_of(shot), row_of(shot), shot.at(columns)): shot for shot in shots}
-    labels = {row_of(shot): ", ".join(axis_label(axis, shot.at(axis)) for axis in axes) for shot in shots}
-    return [
-        ComparisonPage(
-            step,
-            [axis_label(columns, value) for value in order[columns]],
-            [(labels[row], [found.get((step, row, value)) for value in order[columns]]) for row in sorted(labels)],
-        )
-        for step in ([None] if is_flat else _values(shots, STEP))
-    ]
+    column_labels = [axis_label(columns, value) for value in values[columns]]
+    pages = []
+    for step in [None] if is_single_page else _axis_values(images, STEP):
+        rows = []
+        for row in sorted(row_labels):
+            rows.append((row_labels[row], [cells.get((step, row, value)) for value in values[columns]]))
+        pages.append(ComparisonPage(step, column_labels, rows))
+    return pages
 
 
-def _values(shots: Sequence[ComparisonImage], axis: str) -> list[str]:
-    """What is on an axis, in order."""
-    found = list(dict.fromkeys(shot.at(axis) for shot in shots))
-    return sorted(found, key=int) if axis == STEP else found
+def _axis_values(images: Sequence[ComparisonImage], axis: str) -> list[str]:
+    """Return the values on an axis: steps by number, others in the order of the images."""
+    values = list(dict.fromkeys(image.position(axis) for image in images))
+    return sorted(values, key=int) if axis == STEP else values
 
 
 def axis_label(axis: str, value: str) -> str:
-    """A value in words."""
-    return f"{axis} {value}" if axis in NAMED else f"{axis}={value}" if "." in axis else value
+    """Return a value as a label, with the name of its axis where the value alone would be unclear."""
+    if axis in NUMERIC_AXES:
+        return f"{axis} {value}"
+    if "." in axis:  # a config key
+        return f"{axis}={value}"
+    return value
 
 
-def sampled(recipe: SamplingRequest) -> str:
-    """Steps, and guidance in both conventions."""
-    return f"{recipe.steps} steps, g {recipe.guidance:g} (CFG {recipe.guidance + 1:g})"
+def sampling_label(request: SamplingRequest) -> str:
+    """Return steps and guidance in both conventions, as text."""
+    return f"{request.steps} steps, g {request.guidance:g} (CFG {request.guidance + 1:g})"
 
 
-def numbers(shot: ComparisonImage) -> dict[str, str]:
-    """What made an image, by name."""
-    recipe = shot.recipe
-    return {axis: value for axis, value in shot.values.items() if axis not in (PROMPT, SAMPLING)} | {
-        "sampling steps": str(recipe.steps),
-        "g": f"{recipe.guidance:g}",
-        "CFG": f"{recipe.guidance + 1:g}",
-        "seed of the noise": str(recipe.seed),
-        "size": f"{recipe.width} x {recipe.height}",
-        PROMPT: recipe.prompt,
+def details(image: ComparisonImage) -> dict[str, str]:
+    """Return the image's values and sampling settings by name, for the table of all images."""
+    request = image.request
+    values = {axis: value for axis, value in image.values.items() if axis not in (PROMPT, SAMPLING)}
+    return values | {
+        "sampling steps": str(request.steps),
+        "g": f"{request.guidance:g}",
+        "CFG": f"{request.guidance + 1:g}",
+        "seed of the noise": str(request.seed),
+        "size": f"{request.width} x {request.height}",
+        PROMPT: request.prompt,
     }
 
 
-def words(shot: ComparisonImage) -> str:
-    """What made an image, in a line."""
-    told = [
-        axis_label(axis, text)
-        for axis, text in shot.values.items()
-        if axis not in (PROMPT, SAMPLING) and "." not in axis
-    ]
-    return f"{', '.join(told)}; {sampled(shot.recipe)}, seed {shot.recipe.seed}; {shot.recipe.prompt}"
+def caption(image: ComparisonImage) -> str:
+    """Return the image's values and sampling settings as one line."""
+    labels = []
+    for axis, value in image.values.items():
+        if axis not in (PROMPT, SAMPLING) and "." not in axis:
+            labels.append(axis_label(axis, value))
+    request = image.request
+    return f"{', '.join(labels)}; {sampling_label(request)}, seed {request.seed}; {request.prompt}"
 
 
-def axis_named(asked: str, axes: Iterable[str]) -> str:
-    """The axis that `--by` means: by its name, or the last part of it.
+def find_axis(name: str, axes: Iterable[str]) -> str:
+    """Return the axis that `--by` gives, by its name or the last part of it.
 
     Raises:
         ConfigError: there is no such axis.
     """
-    known = list(axes)
-    found = [axis for axis in known if asked.lower() in (axis.lower(), axis.lower().rpartition(".")[2])]
-    if not found:
-        raise ConfigError(Problem(f"--by {asked}", "these images do not differ in it", f"give {' or '.join(known)}"))
-    return found[0]
+    candidates = list(axes)
+    for axis in candidates:
+        if name.lower() in (axis.lower(), axis.lower().rpartition(".")[2]):
+            return axis
+    raise ConfigError(Problem(f"--by {name}", "these images do not differ in it", f"give {' or '.join(candidates)}"))
 
 
 def short_names(paths: Sequence[Path]) -> list[str]:
-    """The ends of `paths`, as short as they can be without two of them being alike."""
+    """Return the shortest ends of `paths`, of equal depth, that are all different."""
     parts = [path.parts for path in paths]
     for depth in range(1, max(map(len, parts), default=1)):
-        ends = ["/".join(one[-depth:]) for one in parts]
+        ends = ["/".join(path_parts[-depth:]) for path_parts in parts]
         if len(set(ends)) == len(ends):
             return ends
     return [str(path) for path in paths]
 
 
 def slug(text: str) -> str:
-    """What a file name can hold of `text`."""
+    """Return `text` reduced to characters that are safe in a file name."""
     return re.sub(r"[^\w.+-]+", "-", text)[:80].strip("-.") or "picture"
 
 
-def _gathered(folder: Path, paths: Iterable[Path]) -> dict[Path, str]:
-    """Each image as the page refers to it: relative to `folder`, into which it is copied if it lies elsewhere."""
-    home = folder.resolve()
-    places: dict[Path, str] = {}
+def _link_images(folder: Path, paths: Iterable[Path]) -> dict[Path, str]:
+    """Return the link to each image relative to `folder`, into which images from elsewhere are copied."""
+    root = folder.resolve()
+    links: dict[Path, str] = {}
     for path in dict.fromkeys(paths):
-        real = path.resolve()
-        if not real.is_relative_to(home):
-            real = home / IMAGES / f"{len(places):03d}-{slug(path.parent.parent.name)}-{path.name}"
-            atomic.write(real, [path.read_bytes()])
-        places[path] = quote(real.relative_to(home).as_posix())
-    return places
+        target = path.resolve()
+        if not target.is_relative_to(root):
+            target = root / IMAGES / f"{len(links):03d}-{slug(path.parent.parent.name)}-{path.name}"
+            atomic.write(target, [path.read_bytes()])
+        links[path] = quote(target.relative_to(root).as_posix())
+    return links
 
 
-def _missing(found: list[ComparisonPage]) -> list[str]:
-    where: dict[tuple[str, str], list[str]] = {}
-    for sheet in found:
-        for place in sheet.missing():
-            where.setdefault(place, []).append(sheet.step or "")
-    lines = [
-        f"{column} has no image of {row!r}" + (f" at step {', '.join(steps)}" if all(steps) else "")
-        for (row, column), steps in where.items()
-    ]
-    return _few(lines)
+def _missing_remarks(pages: list[ComparisonPage]) -> list[str]:
+    """Return a remark on each cell that is empty on some pages."""
+    steps_by_cell: dict[tuple[str, str], list[str]] = {}
+    for page in pages:
+        for cell in page.missing():
+            steps_by_cell.setdefault(cell, []).append(page.step or "")
+    remarks = []
+    for (row, column), steps in steps_by_cell.items():
+        suffix = f" at step {', '.join(steps)}" if all(steps) else ""
+        remarks.append(f"{column} has no image of {row!r}{suffix}")
+    return _limit(remarks)
 
 
-def _other_noise(found: list[ComparisonPage]) -> list[str]:
-    """Rows whose images do not come from the same noise."""
-    lines = []
-    for label, line in found[-1].rows:
-        noises = {(one.recipe.seed, one.recipe.width, one.recipe.height) for one in line if one}
+def _noise_remarks(pages: list[ComparisonPage]) -> list[str]:
+    """Return a remark on each row whose images do not start from the same noise."""
+    remarks = []
+    for label, cells in pages[-1].rows:
+        noises = {(image.request.seed, image.request.width, image.request.height) for image in cells if image}
         if len(noises) > 1:
-            lines.append(f"{label!r} is drawn from other noise in some columns (seed or size differ)")
-    return _few(lines)
+            remarks.append(f"{label!r} is drawn from other noise in some columns (seed or size differ)")
+    return _limit(remarks)
 
 
-def _few(lines: list[str]) -> list[str]:
-    return lines if len(lines) <= MAX_REMARKS else [*lines[:MAX_REMARKS], f"... and {len(lines) - MAX_REMARKS} more"]
+def _limit(remarks: list[str]) -> list[str]:
+    if len(remarks) <= MAX_REMARKS:
+        return remarks
+    return [*remarks[:MAX_REMARKS], f"... and {len(remarks) - MAX_REMARKS} more"]

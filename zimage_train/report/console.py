@@ -1,7 +1,7 @@
-"""What the user sees while a command works: lines, progress, and the same lines in log.txt.
+"""Console output while a command works: lines, progress, and a copy of the lines in log.txt.
 
-Progress is a live bar on a terminal and an occasional plain line elsewhere; for machines all of it is events. Text is
-never taken for markup, since `[trigger]` is an ordinary word here.
+Progress is a live bar on a terminal and an occasional plain line elsewhere; with `--json` everything is an event. Text
+is never interpreted as rich's markup, since `[trigger]` is an ordinary word here.
 """
 
 import io
@@ -24,7 +24,7 @@ PLAIN_EVERY_SECONDS, EVENT_EVERY_SECONDS = 10.0, 1.0
 
 
 class BrokenPipeSafeStream:
-    """Standard output that nobody has to read: a closed terminal, pipe or full disk must not cost a run its steps."""
+    """A text stream whose failures are ignored: a closed terminal or pipe, or a full disk, must not end a run."""
 
     def __init__(self, stream: IO[str]) -> None:
         self._stream = stream
@@ -36,49 +36,53 @@ class BrokenPipeSafeStream:
         try:
             return self._stream.write(text)
         except OSError:
-            self._give_up()
+            self._redirect_to_null()
             return len(text)
 
     def flush(self) -> None:
         try:
             self._stream.flush()
         except OSError:
-            self._give_up()
+            self._redirect_to_null()
 
-    def _give_up(self) -> None:
-        """Lead what is still to be said, and what Python flushes at exit, nowhere."""
+    def _redirect_to_null(self) -> None:
+        """Redirect the stream to /dev/null, so that later writes and the flush at exit cannot fail."""
         with suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
 
 
 class Console:
-    """Lines and progress for one process; a process that is not the main one says nothing."""
+    """Prints lines and progress of one process; processes other than the main one print nothing."""
 
     def __init__(self, is_main: bool = True, stream: IO[str] | None = None) -> None:
-        output = stream or sys.stdout or io.StringIO()  # without any output, as under pythonw, sys.stdout is None
-        unbreakable = cast(IO[str], BrokenPipeSafeStream(cast(IO[str], output)))
+        output = stream or sys.stdout or io.StringIO()  # sys.stdout is None under pythonw
+        safe_stream = cast(IO[str], BrokenPipeSafeStream(cast(IO[str], output)))
         self._rich = RichConsole(
-            file=unbreakable, markup=False, emoji=False, highlight=False, soft_wrap=True, quiet=not is_main
+            file=safe_stream, markup=False, emoji=False, highlight=False, soft_wrap=True, quiet=not is_main
         )
-        self._is_main, self._for_machines = is_main, JSON_OUTPUT.get()
+        self._is_main, self._as_json = is_main, JSON_OUTPUT.get()
         self._file: IO[str] | None = None
         self._progress: Progress | None = None
-        self._shown: tuple[str, float] = ("", 0.0)
+        self._last_progress: tuple[str, float] = ("", 0.0)
+        """Task and time of the last plain progress line."""
 
     @classmethod
     def progress_only(cls) -> "Console":
-        """Of a command whose lines are its result: progress alone, on standard error, if somebody looks."""
-        seen = sys.stderr is not None and (sys.stderr.isatty() or JSON_OUTPUT.get())
-        return cls(is_main=seen, stream=sys.stderr)
+        """Create the console of a command whose output is its result.
+
+        It shows progress only, on stderr, and only on a terminal or as JSON events.
+        """
+        is_visible = sys.stderr is not None and (sys.stderr.isatty() or JSON_OUTPUT.get())
+        return cls(is_main=is_visible, stream=sys.stderr)
 
     def log_to(self, path: Path) -> None:
-        """Also append every line, with its time, to `path`; a log that cannot be opened is only mentioned."""
+        """Also append every line, with its time, to `path`; if that cannot be opened, warn and go on."""
         if not self._is_main:
             return
         try:
             self._file = path.open("a", encoding="utf-8")
         except OSError as error:
-            self.warning(f"{path}: cannot be written ({error.strerror}); going on without a log file")
+            self.warning(f"{path}: cannot be written ({error.strerror}); continuing without a log file")
 
     def close(self) -> None:
         if self._file is not None:
@@ -86,11 +90,11 @@ class Console:
             self._file = None
 
     def info(self, text: str) -> None:
-        self._rich.print(as_event("line", text=text) if self._for_machines else text)
+        self._rich.print(as_event("line", text=text) if self._as_json else text)
         self._record(text)
 
     def warning(self, text: str) -> None:
-        if self._for_machines:
+        if self._as_json:
             self._rich.print(as_event("warning", text=text))
         else:
             self._rich.print(f"warning: {text}", style="yellow")
@@ -98,8 +102,8 @@ class Console:
 
     @contextmanager
     def live_progress(self) -> Iterator[None]:
-        """Show progress as live bars within the block, if this is a terminal."""
-        if not self._rich.is_terminal or not self._is_main or self._for_machines:
+        """Within the block, show progress as live bars if the output is a terminal."""
+        if not self._rich.is_terminal or not self._is_main or self._as_json:
             yield
             return
         columns = (
@@ -117,19 +121,19 @@ class Console:
                 self._progress = None
 
     def progress(self, what: str, done: int, total: int, note: str = "") -> None:
-        """Report that `done` of `total` of `what` are done."""
+        """Report that `done` of `total` units of the task `what` are done."""
         if self._progress is not None:
-            self._tick_bar(self._progress, what, done, total, note)
+            self._update_bar(self._progress, what, done, total, note)
             return
-        last_what, last_time = self._shown
+        last_what, last_time = self._last_progress
         now = time.monotonic()
-        pause = EVENT_EVERY_SECONDS if self._for_machines else PLAIN_EVERY_SECONDS
-        if what != last_what or now - last_time >= pause or done == total:
+        interval = EVENT_EVERY_SECONDS if self._as_json else PLAIN_EVERY_SECONDS
+        if what != last_what or now - last_time >= interval or done == total:
             event = as_event("progress", what=what, done=done, total=total, note=note)
-            self._rich.print(event if self._for_machines else f"{what} {done}/{total} {note}".rstrip())
-            self._shown = (what, now)
+            self._rich.print(event if self._as_json else f"{what} {done}/{total} {note}".rstrip())
+            self._last_progress = (what, now)
 
-    def _tick_bar(self, progress: Progress, what: str, done: int, total: int, note: str) -> None:
+    def _update_bar(self, progress: Progress, what: str, done: int, total: int, note: str) -> None:
         task = next((task for task in progress.tasks if task.description == what), None)
         if task is None:
             progress.add_task(what, total=total, completed=done, note=note)

@@ -1,4 +1,4 @@
-"""metrics.jsonl and events.jsonl: one record a line, written as a run goes on, read back by everything else."""
+"""Reading and writing of metrics.jsonl and events.jsonl, which hold one record a line."""
 
 import json
 from pathlib import Path
@@ -9,10 +9,10 @@ from zimage_train.io import atomic
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """Every whole record of a JSON-lines file; a line torn by a crash is left out.
+    """Return the complete records of a JSON-lines file, or none if there is no file; skip lines torn by a crash.
 
     Raises:
-        DiskError: there is something that cannot be read.
+        DiskError: the file exists and cannot be read.
     """
     try:
         content = path.read_bytes()
@@ -39,12 +39,9 @@ def _is_record(record: object) -> bool:
 
 
 class RecordWriter:
-    """A JSON-lines file that is continued after `start`: later and torn records are dropped first.
+    """Appends to a JSON-lines file that a run continues after step `start`; later and torn records are dropped first.
 
-    What is due after step `start` is done again by the start that continues from it; a record of that step which is
-    there already is not written twice.
-
-    Without a path, as in all processes but the main one, records go nowhere.
+    Without a path, as in all processes but the main one, records are discarded.
     """
 
     def __init__(self, path: Path | None, start: int) -> None:
@@ -52,6 +49,8 @@ class RecordWriter:
         self._of_start: list[dict[str, Any]] = []
         if path is not None:
             kept = [record for record in read_records(path) if record["step"] <= start]
+            # A run that continues from `start` does again what is due after it: saving, validation, previews. Equal
+            # records of that step are not written twice.
             self._of_start = [record for record in kept if record["step"] == start]
             atomic.write_text(path, "".join(_line(record) + "\n" for record in kept))
             self._file = path.open("a", encoding="utf-8")

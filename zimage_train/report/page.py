@@ -1,4 +1,4 @@
-"""report.html: one self-contained page that shows what a run did and proves its settings."""
+"""report.html: one self-contained page with the curves, previews and settings of a run."""
 
 import base64
 import io
@@ -23,20 +23,25 @@ def write_report_page(
     facts: Mapping[str, Any],
     metrics_path: Path,
     events_path: Path,
-    own: PreviewTable | None,
-    shown: PreviewTable,
+    own_previews: PreviewTable | None,
+    all_previews: PreviewTable,
     config_text: str,
     warnings: list[str],
     triggers: Collection[str],
     steps: int,
 ) -> None:
-    """Write the page at `path` from what the run folder holds now."""
+    """Write the page at `path` from the files of the run folder.
+
+    `own_previews` are those on the run's own model, from which the shift since step 0 is judged; `all_previews`, which
+    are shown, also include those on a second model.
+    """
     records = metrics.read_records(metrics_path)
-    validated = [one for one in metrics.read_records(events_path) if one.get("event") == "validation"]
-    validated = [one for one in validated if one["of"] == validated[-1]["of"]]  # the folder may have changed
-    rows, labels = _preview_rows(shown)
-    found = preview_shift.preview_shifts(own, triggers) if own else []
-    remark = preview_shift.shift_remark(found[-1], steps) if found else None
+    events = metrics.read_records(events_path)
+    validations = [event for event in events if event.get("event") == "validation"]
+    # Losses on other images cannot be compared: if the validation set has changed, only the last one counts.
+    validations = [event for event in validations if event["of"] == validations[-1]["of"]]
+    shifts = preview_shift.preview_shifts(own_previews, triggers) if own_previews else []
+    remark = preview_shift.shift_remark(shifts[-1], steps) if shifts else None
     page = template.render_html(
         "page.html",
         name=name,
@@ -44,13 +49,13 @@ def write_report_page(
         last=records[-1] if records else None,
         skipped=sum(record.get("loss") is None for record in records),
         loss_chart=chart(_curve(records, "loss"), is_noisy=True),
-        validation_chart=chart(_curve(validated, "loss"), is_noisy=False, from_zero=False),
-        lowest=min(validated, key=lambda one: one["loss"], default=None),
-        drift_chart=chart(_curve(metrics.read_records(events_path), "drift"), is_noisy=False),
+        validation_chart=chart(_curve(validations, "loss"), is_noisy=False, from_zero=False),
+        lowest=min(validations, key=lambda event: event["loss"], default=None),
+        drift_chart=chart(_curve(events, "drift"), is_noisy=False),
         preservation_chart=chart(_curve(records, "preservation"), is_noisy=True),
         lr_chart=chart(_curve(records, "lr"), is_noisy=False),
-        rows=rows,
-        prompts=labels,
+        rows=_preview_rows(all_previews),
+        prompts=all_previews.labels,
         config=config_text,
         warnings=[*warnings, remark] if remark else warnings,
     )
@@ -61,39 +66,44 @@ def _curve(records: list[dict[str, Any]], name: str) -> list[tuple[int, float]]:
     return [(record["step"], record[name]) for record in records if record.get(name) is not None]
 
 
-def _preview_rows(shown: PreviewTable) -> tuple[list[tuple[int, list[Any]]], list[str]]:
-    """Each step with its images and how far they are from step 0, and what stands above the columns."""
-    far = preview_shift.distances(shown) | {0: [None] * len(shown.recipes)}
-    rows = [
-        (step, [path and (_data_uri(path), how_far) for path, how_far in zip(paths, far[step], strict=True)])
-        for step, paths in shown.rows.items()
-    ]
-    return rows, shown.labels
+def _preview_rows(table: PreviewTable) -> list[tuple[int, list[tuple[str, float | None] | None]]]:
+    """Return each step with its images, as (data URI, distance from step 0), or None where there is no image."""
+    distances = preview_shift.distances(table)
+    rows = []
+    for step, paths in table.rows.items():
+        cells: list[tuple[str, float | None] | None] = []
+        for path, distance in zip(paths, distances.get(step, [None] * len(paths)), strict=True):
+            cells.append((_data_uri(path), distance) if path else None)
+        rows.append((step, cells))
+    return rows
 
 
 def chart(points: list[tuple[int, float]], is_noisy: bool, from_zero: bool = True) -> dict[str, Any] | None:
-    """What the template draws as SVG: polylines in chart coordinates, and the labels of the axes.
+    """Return polylines in chart coordinates and axis labels for the template's SVG, or None for less than two points.
 
-    A noisy curve is drawn with its running mean and between its extremes, another one from zero up unless told.
+    A noisy curve is drawn between its extremes with its running mean; any other starts at zero if `from_zero`.
     """
     if len(points) < 2:
         return None
-    shown = _averaged(points, SMOOTHING_POINTS)
-    first, last = shown[0][0], shown[-1][0]
-    low = min(value for _, value in shown) if is_noisy or not from_zero else 0.0
-    high = max(value for _, value in shown)
-    high = high if high > low else low + 1.0
+    reduced = _average_groups(points, SMOOTHING_POINTS)
+    first, last = reduced[0][0], reduced[-1][0]
+    low = min(value for _, value in reduced) if is_noisy or not from_zero else 0.0
+    high = max(value for _, value in reduced)
+    if high <= low:
+        high = low + 1.0
 
     def line(values: list[tuple[int, float]]) -> str:
         width = max(last - first, 1)
-        return " ".join(
-            f"{(step - first) / width * CHART_WIDTH:.1f},{(high - value) / (high - low) * CHART_HEIGHT:.1f}"
-            for step, value in values
-        )
+        coordinates = []
+        for step, value in values:
+            x = (step - first) / width * CHART_WIDTH
+            y = (high - value) / (high - low) * CHART_HEIGHT  # SVG counts y from the top
+            coordinates.append(f"{x:.1f},{y:.1f}")
+        return " ".join(coordinates)
 
     return {
-        "raw": line(shown),
-        "smooth": line(_running_mean(shown)) if is_noisy else None,
+        "raw": line(reduced),
+        "smooth": line(_running_mean(reduced)) if is_noisy else None,
         "low": f"{low:.3g}",
         "high": f"{high:.3g}",
         "first": first,
@@ -101,28 +111,33 @@ def chart(points: list[tuple[int, float]], is_noisy: bool, from_zero: bool = Tru
     }
 
 
-def _averaged(points: list[tuple[int, float]], most: int) -> list[tuple[int, float]]:
-    size = -(-len(points) // most)
-    groups = [points[start : start + size] for start in range(0, len(points), size)]
-    return [(group[-1][0], sum(value for _, value in group) / len(group)) for group in groups]
+def _average_groups(points: list[tuple[int, float]], max_points: int) -> list[tuple[int, float]]:
+    """Reduce `points` to at most `max_points` means of neighbours, each at the last step of its group."""
+    size = -(-len(points) // max_points)
+    means = []
+    for start in range(0, len(points), size):
+        group = points[start : start + size]
+        means.append((group[-1][0], sum(value for _, value in group) / len(group)))
+    return means
 
 
 def _running_mean(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
     window = max(len(points) // 15, 1)
     result = []
     for index, (step, _) in enumerate(points):
-        near = points[max(0, index - window) : index + window + 1]
-        result.append((step, sum(value for _, value in near) / len(near)))
+        neighbours = points[max(0, index - window) : index + window + 1]
+        result.append((step, sum(value for _, value in neighbours) / len(neighbours)))
     return result
 
 
 def _data_uri(path: Path) -> str:
     with Image.open(path) as image:
-        small = image.convert("RGB")
-        if max(small.size) < THUMBNAIL_PX // 2:
-            factor = THUMBNAIL_PX // max(small.size)
-            small = small.resize((small.width * factor, small.height * factor), Image.Resampling.NEAREST)
-        small.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
+        thumbnail = image.convert("RGB")
+        if max(thumbnail.size) < THUMBNAIL_PX // 2:
+            factor = THUMBNAIL_PX // max(thumbnail.size)
+            size = (thumbnail.width * factor, thumbnail.height * factor)
+            thumbnail = thumbnail.resize(size, Image.Resampling.NEAREST)
+        thumbnail.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
         buffer = io.BytesIO()
-        small.save(buffer, format="JPEG", quality=88)
+        thumbnail.save(buffer, format="JPEG", quality=88)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -1,4 +1,4 @@
-"""Preview images on disk: one PNG each, with its recipe inside, and one grid of all steps by all prompts."""
+"""Preview images on disk: a PNG for each, with its sampling request as metadata, and a grid of steps by prompts."""
 
 import re
 from dataclasses import dataclass
@@ -13,128 +13,143 @@ from zimage_train.io import atomic
 from zimage_train.report import grid
 
 NAME = re.compile(r"(\d{6,})-(\d{2,})\.png")
-RECIPE = "zimage_train.recipe"
-DRAWN_BY = "zimage_train.drawn_by"
+REQUEST_KEY = "zimage_train.recipe"
+DRAWN_BY_KEY = "zimage_train.drawn_by"
+RUN_KEY = "zimage_train.run"
 
 
 def preview_path(folder: Path, step: int, index: int) -> Path:
+    """Return the path of the preview of prompt `index` at `step`."""
     return folder / f"{step:06d}-{index:02d}.png"
 
 
-def save_preview(path: Path, image: Image.Image, recipe: SamplingRequest, drawn_by: str, run: str = "") -> None:
-    """Write a PNG with its recipe under `parameters`, where image browsers look, and what drew it: model and LoRA.
+def save_preview(path: Path, image: Image.Image, request: SamplingRequest, drawn_by: str, run: str = "") -> None:
+    """Write a PNG whose metadata has the request, and in `drawn_by` the model and LoRA that drew it.
 
-    `run` is the digest of the run that it is a preview of.
+    The request is also written under `parameters`, where image browsers look for it. `run` is the digest of the run
+    that the image is a preview of.
 
     Raises:
-        DiskError: it cannot be written.
+        DiskError: the file cannot be written.
     """
     info = PngInfo()
-    info.add_itxt("parameters", recipe.describe())
-    info.add_itxt(RECIPE, recipe.to_json())
-    info.add_itxt(DRAWN_BY, drawn_by)
+    info.add_itxt("parameters", request.describe())
+    info.add_itxt(REQUEST_KEY, request.to_json())
+    info.add_itxt(DRAWN_BY_KEY, drawn_by)
     if run:
-        info.add_text("zimage_train.run", run)
+        info.add_text(RUN_KEY, run)
     with atomic.replace_atomically(path) as file:
         image.save(file, format="PNG", pnginfo=info)
 
 
-def is_current(path: Path, recipe: SamplingRequest, run: str) -> bool:
-    """Whether the image at `path` is whole and was made by `recipe` in the run of this digest."""
-    texts = _texts(path)
-    return _recipe(texts) == recipe and texts.get("zimage_train.run") == run
+def is_current(path: Path, request: SamplingRequest, run: str) -> bool:
+    """Return whether the image at `path` is complete and was drawn for `request` by the run with this digest."""
+    texts = _read_texts(path)
+    return _parse_request(texts) == request and texts.get(RUN_KEY) == run
 
 
 def remove_later(folder: Path, start: int, run: str) -> None:
-    """Remove the previews that a run which goes on after `start` will draw anew, or that are of another run."""
+    """Remove previews of steps after `start`, at which the run continues, and at step 0 those of another run."""
     for path in folder.glob("*.png"):
         match = NAME.fullmatch(path.name)
-        if match and (int(match[1]) > start or (start == 0 and _texts(path).get("zimage_train.run") != run)):
+        if match is None:
+            continue
+        is_of_other_run = start == 0 and _read_texts(path).get(RUN_KEY) != run
+        if int(match[1]) > start or is_of_other_run:
             atomic.remove(path)
 
 
 def request_of(path: Path) -> SamplingRequest:
-    """What the image at `path` was made by.
+    """Return the request that the image at `path` was drawn for.
 
     Raises:
-        DataError: it is not there, damaged, or was not made by this trainer.
+        DataError: the file does not exist, is damaged, or was not written by this trainer.
     """
-    recipe = _recipe(_texts(path))
-    if recipe is None:
-        what = "holds no recipe of zimage-train" if path.exists() else "does not exist"
+    request = _parse_request(_read_texts(path))
+    if request is None:
+        what = "has no sampling settings of zimage-train" if path.exists() else "does not exist"
         raise DataError(Problem(str(path), what, "give a PNG that train or sample has written"))
-    return recipe
+    return request
 
 
 def drawn_by(path: Path) -> str:
-    """The model and the LoRAs that drew the image at `path`, in words; empty if it does not say."""
-    return _texts(path).get(DRAWN_BY, "")
+    """Return the model and LoRAs that drew the image at `path`, as text; empty if the image does not name them."""
+    return _read_texts(path).get(DRAWN_BY_KEY, "")
 
 
 @dataclass(frozen=True)
 class PreviewTable:
-    """Every preview of a run: a row a step, a column a recipe, None where a step has no such image."""
+    """The previews of a run, with a row for each step and a column for each request."""
 
     labels: list[str]
-    """What stands above each column."""
-    recipes: list[SamplingRequest]
+    """Headings of the columns."""
+    requests: list[SamplingRequest]
     rows: dict[int, list[Path | None]]
+    """Step -> path of each column's image, or None where the step has no such image."""
 
 
 def preview_table(folder: Path, suffix: str = "") -> PreviewTable:
-    """The previews in `folder` by what each file says of itself; a change of prompts adds columns."""
-    found: dict[int, dict[tuple[int, SamplingRequest], Path]] = {}
+    """Return the previews in `folder`, arranged by their metadata; `suffix` is added to the labels.
+
+    If the prompts of a run have changed, there is a column for each version of a prompt.
+    """
+    paths_by_step: dict[int, dict[tuple[int, SamplingRequest], Path]] = {}
     for path in sorted(folder.glob("*.png")):
-        match, recipe = NAME.fullmatch(path.name), _recipe(_texts(path))
-        if match and recipe is not None:
-            found.setdefault(int(match[1]), {})[int(match[2]), recipe] = path
-    columns = list(dict.fromkeys(key for step in sorted(found) for key in found[step]))
-    columns.sort(key=lambda key: key[0])  # a changed prompt stands beside the one that it replaced
+        match, request = NAME.fullmatch(path.name), _parse_request(_read_texts(path))
+        if match and request is not None:
+            paths_by_step.setdefault(int(match[1]), {})[int(match[2]), request] = path
+    steps = sorted(paths_by_step)
+    columns: list[tuple[int, SamplingRequest]] = []
+    for step in steps:
+        for column in paths_by_step[step]:
+            if column not in columns:
+                columns.append(column)
+    columns.sort(key=lambda column: column[0])  # a stable sort: versions of a prompt stand side by side, oldest first
     return PreviewTable(
-        labels=[recipe.prompt + suffix for _, recipe in columns],
-        recipes=[recipe for _, recipe in columns],
-        rows={step: [found[step].get(column) for column in columns] for step in sorted(found)},
+        labels=[request.prompt + suffix for _, request in columns],
+        requests=[request for _, request in columns],
+        rows={step: [paths_by_step[step].get(column) for column in columns] for step in steps},
     )
 
 
-def side_by_side(one: PreviewTable, other: PreviewTable) -> PreviewTable:
-    """Both tables as one, each column of `one` followed by that of `other`."""
-    sides = (one, other)
-    order = sorted((index, side) for side in (0, 1) for index in range(len(sides[side].recipes)))
-    rows = {
-        step: [sides[side].rows[step][index] if step in sides[side].rows else None for index, side in order]
-        for step in sorted({*one.rows, *other.rows})
-    }
+def side_by_side(left: PreviewTable, right: PreviewTable) -> PreviewTable:
+    """Merge two tables into one, in which each column of `left` is followed by that of `right`."""
+    columns: list[tuple[PreviewTable, int]] = []
+    for index in range(max(len(left.requests), len(right.requests))):
+        columns.extend((table, index) for table in (left, right) if index < len(table.requests))
+    rows: dict[int, list[Path | None]] = {}
+    for step in sorted({*left.rows, *right.rows}):
+        rows[step] = [table.rows[step][index] if step in table.rows else None for table, index in columns]
     return PreviewTable(
-        labels=[sides[side].labels[index] for index, side in order],
-        recipes=[sides[side].recipes[index] for index, side in order],
+        labels=[table.labels[index] for table, index in columns],
+        requests=[table.requests[index] for table, index in columns],
         rows=rows,
     )
 
 
-def save_grid(path: Path, shown: PreviewTable) -> None:
-    """Write an image of the table: a row a step, a column a prompt, both labelled.
+def save_grid(path: Path, table: PreviewTable) -> None:
+    """Write the table as one image with labelled steps and prompts; do nothing if it is empty.
 
     Raises:
-        DiskError: it cannot be written.
+        DiskError: the file cannot be written.
     """
-    if not shown.rows:
+    if not table.rows:
         return
-    grid.save_grid_image(path, shown.labels, [(f"step {step}", paths) for step, paths in shown.rows.items()])
+    grid.save_grid_image(path, table.labels, [(f"step {step}", paths) for step, paths in table.rows.items()])
 
 
-def _recipe(texts: dict[str, str]) -> SamplingRequest | None:
+def _parse_request(texts: dict[str, str]) -> SamplingRequest | None:
     try:
-        return SamplingRequest.from_json(texts[RECIPE])
+        return SamplingRequest.from_json(texts[REQUEST_KEY])
     except (KeyError, ValueError):
         return None
 
 
-def _texts(path: Path) -> dict[str, str]:
-    """The text of a PNG that can be read to its end; nothing for any other file."""
+def _read_texts(path: Path) -> dict[str, str]:
+    """Return the text chunks of a PNG, or nothing if the file cannot be read to its end."""
     try:
         with Image.open(path) as image:
-            image.load()
+            image.load()  # decodes all of it, so that a truncated image counts as missing
             return dict(getattr(image, "text", {}))
     except (OSError, SyntaxError, ValueError):
         return {}

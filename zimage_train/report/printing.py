@@ -1,8 +1,7 @@
-"""What commands are there to print, for people or, after `zimage-train --json`, for machines (torch-free).
+"""Output of commands, as text or, after `zimage-train --json`, as JSON events (torch-free).
 
-A machine gets one JSON object a line, on the stream on which a person would get the line: `event` is one of
-`progress` (what, done, total, note), `line`, `warning`, `note` and `result` (text), and `error` (where, found, todo,
-exit_code).
+An event is one JSON object a line, on the stream on which the text would be: `event` is one of `progress` (what, done,
+total, note), `line`, `warning`, `note` and `result` (text), and `error` (where, found, todo, exit_code).
 """
 
 import contextlib
@@ -14,39 +13,44 @@ from contextvars import ContextVar
 from zimage_train.errors import DiskError, Problem
 
 JSON_OUTPUT: ContextVar[bool] = ContextVar("for_machines", default=False)
+"""Whether output is JSON events."""
 
 
 def as_event(event: str, **fields: str | int) -> str:
+    """Return an event as a line of JSON."""
     return json.dumps({"event": event, **fields})
 
 
 def print_notes(lines: list[str]) -> None:
-    """Say on standard error, of all processes in the first alone, what is worth knowing of what was asked."""
+    """Print notes about the given arguments and config on stderr, in the first process only."""
     if os.environ.get("RANK", "0") != "0":
         return
-    with contextlib.suppress(OSError, AttributeError):  # nobody has to listen
+    with contextlib.suppress(OSError, AttributeError):  # a closed stderr is not an error
         for line in lines:
             print(as_event("note", text=line) if JSON_OUTPUT.get() else f"note: {line}", file=sys.stderr)
 
 
 def discard_stdout() -> None:
+    """Redirect stdout to /dev/null, so that the flush at exit cannot fail."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def print_lines(lines: list[str]) -> None:
-    """Print what a command is there to print; who closes the pipe has seen enough.
+    """Print a command's result. A closed pipe is not an error.
 
     Raises:
-        DiskError: it can be written nowhere.
+        DiskError: stdout cannot be written.
     """
-    print_raw("\n".join(as_event("result", text=line) for line in lines) if JSON_OUTPUT.get() else "\n".join(lines))
+    if JSON_OUTPUT.get():
+        lines = [as_event("result", text=line) for line in lines]
+    print_raw("\n".join(lines))
 
 
 def print_raw(text: str) -> None:
-    """Print a text that is the same for people and machines.
+    """Print a text that is the same with and without `--json`. A closed pipe is not an error.
 
     Raises:
-        DiskError: it can be written nowhere.
+        DiskError: stdout cannot be written.
     """
     try:
         print(text, flush=True)

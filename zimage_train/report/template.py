@@ -1,4 +1,4 @@
-"""The pages' one template mechanism: everything from a user is escaped, and all pages look alike (torch-free)."""
+"""HTML templates of the pages, with autoescaping of all values (torch-free)."""
 
 from typing import Any
 
@@ -10,5 +10,5 @@ _environment = Environment(
 
 
 def render_html(template: str, /, **values: Any) -> str:
-    """The page that the `template` makes of `values`."""
+    """Return the HTML of the file `template` filled with `values`."""
     return _environment.get_template(template).render(**values)

@@ -1,7 +1,7 @@
-"""Where numbers and previews of a run go besides its own files: TensorBoard, and Weights & Biases.
+"""Experiment trackers: TensorBoard and Weights & Biases.
 
-Both are given what stands in metrics.jsonl and on disk, and nothing else. A tracker that fails is left out from then
-on: no run ends because a curve could not be drawn.
+They receive the numbers of metrics.jsonl and events.jsonl and the previews on disk, and nothing else. A tracker that
+fails is dropped for the rest of the run: no run ends because a curve could not be logged.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,7 +17,7 @@ LOGGED_NUMBERS = ("loss", "preservation", "lr", "grad_norm", "seconds", "gb")
 
 
 class Tracker(Protocol):
-    """Takes the numbers of a step by their names, the images of a preview by their labels, and the end."""
+    """Logs numbers by name and images by label, each at a step."""
 
     def numbers(self, step: int, values: Mapping[str, float]) -> None: ...
     def images(self, step: int, paths: Mapping[str, Path]) -> None: ...
@@ -25,7 +25,7 @@ class Tracker(Protocol):
 
 
 class TensorBoard:
-    """Event files in `folder`; what an earlier start wrote after `start` is hidden."""
+    """Writes event files into `folder`; hides the steps after `start` that an earlier run has logged."""
 
     def __init__(self, folder: Path, start: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -46,18 +46,18 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A run of the project on Weights & Biases, continued under the same id; WANDB_MODE=offline keeps it on this disk.
+    """Logs to Weights & Biases, continuing the run with the same id; with WANDB_MODE=offline to the local disk only.
 
     Raises:
-        ConfigError: wandb is not installed, or nobody is logged in.
+        ConfigError: wandb is not installed, or not logged in.
     """
 
     def __init__(self, project: str, name: str, folder: Path, run_id: str, config: Mapping[str, Any]) -> None:
         try:
             import wandb
         except ImportError:
-            todo = "pip install wandb, or set log.wandb: null"
-            raise ConfigError(Problem("log.wandb", "wandb is not installed", todo)) from None
+            hint = "pip install wandb, or set log.wandb: null"
+            raise ConfigError(Problem("log.wandb", "wandb is not installed", hint)) from None
         try:
             self._run = wandb.init(
                 project=project,
@@ -69,9 +69,10 @@ class WeightsAndBiases:
                 settings=wandb.Settings(silent=True, console="off"),
             )
         except wandb.Error as error:
-            todo = "run wandb login, or set WANDB_MODE=offline"
-            raise ConfigError(Problem("log.wandb", str(error).splitlines()[0][:200], todo)) from None
-        # Steps that a new start does again are logged again: equal values over train/step, not over wandb's own count.
+            hint = "run wandb login, or set WANDB_MODE=offline"
+            raise ConfigError(Problem("log.wandb", str(error).splitlines()[0][:200], hint)) from None
+        # A continued run logs some steps again. Over train/step these are equal values at the same place; over wandb's
+        # own step counter, which only rises, they would be new points.
         self._run.define_metric("train/step")
         self._run.define_metric("*", step_metric="train/step")
         self._image = wandb.Image
@@ -80,32 +81,32 @@ class WeightsAndBiases:
         self._run.log({"train/step": step, **values})
 
     def images(self, step: int, paths: Mapping[str, Path]) -> None:
-        shown = {f"previews/{label}": self._image(str(path)) for label, path in paths.items()}
-        self._run.log({"train/step": step} | shown)
+        images = {f"previews/{label}": self._image(str(path)) for label, path in paths.items()}
+        self._run.log({"train/step": step} | images)
 
     def close(self) -> None:
         self._run.finish()
 
 
 class Trackers:
-    """All trackers of a run as one."""
+    """Forwards to all trackers of a run; one that fails is dropped with a warning."""
 
     def __init__(self, trackers: list[Tracker], warn: Callable[[str], None]) -> None:
         self._trackers = trackers
         self._warn = warn
 
     def record(self, record: Mapping[str, Any]) -> None:
-        """Pass on a line of metrics.jsonl; numbers that a skipped step lacks are left out."""
+        """Log a record of metrics.jsonl, without the numbers that a skipped step does not have."""
         values = {f"train/{name}": record[name] for name in LOGGED_NUMBERS if record.get(name) is not None}
         self._each(lambda tracker: tracker.numbers(record["step"], values))
 
     def validation(self, step: int, values: Mapping[str, float]) -> None:
-        """Pass on what a validation found."""
+        """Log the results of a validation."""
         named = {f"validation/{name}": value for name, value in values.items()}
         self._each(lambda tracker: tracker.numbers(step, named))
 
     def drift(self, step: int, value: float) -> None:
-        """Pass on how far Turbo is from its own steps."""
+        """Log the drift from Turbo's own steps."""
         self._each(lambda tracker: tracker.numbers(step, {"previews/drift": value}))
 
     def images(self, step: int, paths: Mapping[str, Path]) -> None:
@@ -114,10 +115,10 @@ class Trackers:
     def close(self) -> None:
         self._each(lambda tracker: tracker.close())
 
-    def _each(self, tell: Callable[[Tracker], None]) -> None:
+    def _each(self, log: Callable[[Tracker], None]) -> None:
         for tracker in list(self._trackers):
             try:
-                tell(tracker)
+                log(tracker)
             except Exception as error:  # noqa: BLE001  a tracker that fails must not end a run
                 self._trackers.remove(tracker)
-                self._warn(f"{type(tracker).__name__} failed ({type(error).__name__}: {error}); going on without it")
+                self._warn(f"{type(tracker).__name__} failed ({type(error).__name__}: {error}); continuing without it")

@@ -81,4 +81,4 @@ def apply_recompute_plan(model: ZImageTransformer2DModel, plan: MemoryPlan, drop
     if plan.mode_of(NO_LIMIT) == "none":
         model.disable_gradient_checkpointing()
     else:
-        model.enable_gradient_checkpointing(checkpointing.by_tokens(plan.mode_of, preserve_rng=dropout > 0))
+        model.enable_gradient_checkpointing(checkpointing.checkpoint_by_tokens(plan.mode_of, preserve_rng=dropout > 0))

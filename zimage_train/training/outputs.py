@@ -9,8 +9,8 @@ from typing import Any
 from zimage_train.config.load import dump_config
 from zimage_train.config.schema import Config
 from zimage_train.diffusion import comfyui
-from zimage_train.diffusion.frozen import NotRestoredError
-from zimage_train.diffusion.render import render_images
+from zimage_train.diffusion.frozen import NotRestoredError, original_weights
+from zimage_train.diffusion.render import decode_all, eval_mode, sample_all
 from zimage_train.errors import WeightsError
 from zimage_train.io import atomic
 from zimage_train.io.safetensors_format import read_header
@@ -105,34 +105,35 @@ def preview(run: TrainState, step: int, events: RecordWriter) -> None:
 
 
 def render_previews(run: TrainState, view: PreviewSet, step: int) -> dict[str, float]:
-    """Render and write what is missing of one view, with the LoRA as a file of it holds it; return what it measures."""
+    """Render the missing images of one preview set with the LoRA as an exported file holds it; return measurements.
+
+    The drift is measured where the set is on Turbo, on the same weights as the images are drawn with.
+    """
     missing, measured = view.missing(step), dict[str, float]()
     meter = run.drift_meter if view.is_metered and step > 0 else None
     if not missing and meter is None:
         return measured
-
-    def measure() -> None:
-        if meter is not None:
-            measured["drift"] = meter.measure(run.frozen.model, partial(run.console.progress, f"drift at step {step}"))
-
-    averaged = run.config.sample.weights == "ema" and run.ema is not None
-    trained = run.lora.factors(run.ema.shadow if averaged and run.ema else None)
+    model, sample = run.frozen.model, run.config.sample
+    is_averaged = sample.weights == "ema" and run.ema is not None
+    trained = run.lora.factors(run.ema.shadow if is_averaged and run.ema else None)
+    requests = [request for _, request in missing]
+    preview_progress = partial(run.console.progress, f"preview at step {step}{view.suffix}")
+    drift_progress = partial(run.console.progress, f"drift at step {step}")
     with run.with_preview_loras(lora_file.round_to_dtype(trained, run.config.save.dtype)):
-        images = render_images(
-            run.frozen,
-            run.extras,
-            [recipe for _, recipe in missing],
-            run.preview_embeds,
-            lambda done, total: run.console.progress(f"preview at step {step}{view.suffix}", done, total),
-            view.second_model,
-            meanwhile=measure,
-        )
-    for (path, recipe), image in zip(missing, images, strict=True):
-        model = run.config.sample.compare_on if view.second_model else run.config.model.path or run.config.model.variant
-        lora = "averaged LoRA" if averaged else "LoRA"
-        extra = "".join(f" and {one.file}={one.weight:g}" for one in run.config.sample.extra_loras)
-        drawn_by = f"{model} in {run.config.model.dtype} with the {lora} of {run.config.name} at step {step}{extra}"
-        preview_images.save_preview(path, image, recipe, drawn_by, view.run)
+        # Swapping weights reads files, so it is done once, for both. Decoding needs no transformer: it comes after.
+        with eval_mode(model), original_weights(run.frozen, view.second_model):
+            latents = sample_all(model, requests, run.preview_embeds, preview_progress)
+            if meter is not None:
+                measured["drift"] = meter.measure(model, drift_progress)
+        images = decode_all(model, run.extras, latents)
+    model_name = sample.compare_on if view.second_model else run.config.model.path or run.config.model.variant
+    lora_name = "averaged LoRA" if is_averaged else "LoRA"
+    extra = "".join(f" and {lora.file}={lora.weight:g}" for lora in sample.extra_loras)
+    drawn_by = (
+        f"{model_name} in {run.config.model.dtype} with the {lora_name} of {run.config.name} at step {step}{extra}"
+    )
+    for (path, request), image in zip(missing, images, strict=True):
+        preview_images.save_preview(path, image, request, drawn_by, view.run)
     if measured:
         run.console.info(f"step {step}: drift {measured['drift']:.3f} from Turbo's own steps")
     return measured
@@ -210,8 +211,8 @@ def write_report(run: TrainState) -> None:
         facts=facts,
         metrics_path=run.folder.metrics,
         events_path=run.folder.events,
-        own=run.preview_sets[0].table() if run.preview_sets else None,
-        shown=preview_sets.all_previews_table(run.preview_sets)
+        own_previews=run.preview_sets[0].table() if run.preview_sets else None,
+        all_previews=preview_sets.all_previews_table(run.preview_sets)
         if run.preview_sets
         else preview_images.preview_table(run.folder.samples),
         config_text=dump_config(run.config),

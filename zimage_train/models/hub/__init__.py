@@ -1,1 +1,1 @@
-"""Hubs that model files are downloaded from."""
+"""Hubs from which model files are downloaded."""

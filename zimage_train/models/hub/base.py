@@ -1,16 +1,16 @@
-"""One file of a hub's repository, as the hub describes it."""
+"""The description of a file in a hub's repository."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """One file of a repository."""
+    """A file of a repository, as the hub lists it."""
 
     repository: str
     commit: str
-    """Or a branch, where the hub names files by that."""
+    """Or a branch, on a hub that addresses files by branch."""
     path: str
     bytes: int
     sha256: str | None
-    """None: it is small and kept in git, whose own digest the hub checks."""
+    """None for small files that are kept in git, whose own digest the hub client checks."""

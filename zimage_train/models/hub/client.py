@@ -1,7 +1,7 @@
-"""The hub that weights come from: which files it has, how large, whether they are here, and whether they came whole.
+"""Access to the model hub: list, find, download and verify files (torch-free).
 
-Torch-free. It is the Hugging Face hub, or ModelScope where the environment says so: a setting of the config would say
-where a run's files came from, and what they are is what counts.
+It is the Hugging Face hub, or ModelScope if the environment variable ZIMAGE_TRAIN_HUB says so. It is not a config key,
+since files of the same digest give the same run wherever they come from.
 """
 
 import fnmatch
@@ -18,14 +18,14 @@ VARIABLE = "ZIMAGE_TRAIN_HUB"
 
 
 class HubUnavailableError(WeightsError):
-    """The hub that the environment names cannot be used, whatever is wanted of it."""
+    """The hub that the environment variable names cannot be used at all."""
 
 
-def selected_hub():  # one of two modules with the same functions; a checker knows both
-    """The hub that is asked.
+def selected_hub():  # no return type: pyright infers both modules, which have the same functions
+    """Return the module of the hub that the environment selects.
 
     Raises:
-        NoHub: the environment names one that is unknown, or whose library is not installed.
+        HubUnavailableError: the hub is unknown, or its library is not installed.
     """
     name = os.environ.get(VARIABLE)
     if not name:
@@ -33,62 +33,63 @@ def selected_hub():  # one of two modules with the same functions; a checker kno
 
         return huggingface
     if name != "modelscope":
-        todo = "set it to modelscope, or unset it for the Hugging Face hub"
-        raise HubUnavailableError(Problem(VARIABLE, f"is {name!r}, which is no hub that is known here", todo))
+        hint = "set it to modelscope, or unset it for the Hugging Face hub"
+        raise HubUnavailableError(Problem(VARIABLE, f"is {name!r}, which is not a known hub", hint))
     try:
         from zimage_train.models.hub import modelscope
     except ImportError as error:
-        what = f"is modelscope, whose library is not installed, or too old ({error})"
+        what = f"is modelscope, whose library is not installed or too old ({error})"
         raise HubUnavailableError(Problem(VARIABLE, what, "pip install 'modelscope-hub>=0.5.1', or unset it")) from None
     return modelscope
 
 
 def first_line(error: Exception) -> str:
-    """What a hub's library says of a failure, in one line."""
+    """Return the first line of an error message of a hub's library."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else repr(error)
 
 
 def list_files(repository: str, revision: str | None, patterns: list[str]) -> list[RemoteFile]:
-    """The files of a repository whose names meet one of `patterns`.
+    """Return the files of a repository whose paths match one of the glob `patterns`.
 
     Raises:
         WeightsError: the hub cannot be reached, or has no such repository.
     """
     name = f"{repository}@{revision}" if revision else repository
-    source = selected_hub()
+    hub = selected_hub()
     try:
-        found = source.listed(repository, revision)
-    except Exception as error:  # noqa: BLE001  the hubs raise a dozen kinds, from four libraries
-        what = f"the hub does not say what is in it ({first_line(error)})"
+        files = hub.list_repository(repository, revision)
+    except Exception as error:  # noqa: BLE001  the hubs raise a dozen exception types from four libraries
+        what = f"the hub cannot list its files ({first_line(error)})"
         raise WeightsError(Problem(name, what, "check the name, the connection, and HF_HUB_OFFLINE")) from None
-    return [one for one in found if any(fnmatch.fnmatch(one.path, pattern) for pattern in patterns)]
+    return [file for file in files if any(fnmatch.fnmatch(file.path, pattern) for pattern in patterns)]
 
 
 def cached_path(remote: RemoteFile) -> Path | None:
-    """Where a file is on this machine; None: it is not."""
-    return selected_hub().local(remote)
+    """Return the path of a file in the cache on this machine, or None if it is not there."""
+    return selected_hub().find_cached(remote)
 
 
 def download_file(remote: RemoteFile) -> Path:
-    """Download one file, going on where an earlier attempt stopped.
+    """Download one file into the cache, resuming an earlier attempt.
 
     Raises:
-        WeightsError: it does not come.
+        WeightsError: the download fails.
     """
-    source = selected_hub()
+    hub = selected_hub()
     try:
-        return source.bring(remote)
+        return hub.fetch(remote)
     except Exception as error:  # noqa: BLE001  as in list_files above
-        what = f"does not come ({first_line(error)})"
-        raise WeightsError(Problem(f"{remote.repository}/{remote.path}", what, "the same command goes on")) from None
+        what = f"cannot be downloaded ({first_line(error)})"
+        hint = "the same command resumes the download"
+        raise WeightsError(Problem(f"{remote.repository}/{remote.path}", what, hint)) from None
 
 
 def require_intact(remote: RemoteFile, path: Path) -> None:
-    """Compare a file with the size and SHA-256 digest that the hub has for it.
+    """Compare a file with the size and SHA-256 digest that the hub lists for it.
 
     Raises:
-        WeightsError: it is another; it is removed, so that it comes again.
+        WeightsError: it differs; the file is removed, so that it is downloaded again.
     """
     digest = hashlib.sha256()
     size = 0
@@ -97,8 +98,9 @@ def require_intact(remote: RemoteFile, path: Path) -> None:
             digest.update(chunk)
             size += len(chunk)
     if size != remote.bytes or (remote.sha256 is not None and digest.hexdigest() != remote.sha256):
+        # In the Hugging Face cache `path` is a link: both it and the file that it points to have to go.
         atomic.remove(path.resolve())
         atomic.remove(path)
-        what = "is not what the hub has: its size or digest is another"
-        todo = "it is removed; the same command downloads it again"
-        raise WeightsError(Problem(f"{remote.repository}/{remote.path}", what, todo))
+        what = "differs from the file on the hub in size or digest"
+        hint = "it is removed; the same command downloads it again"
+        raise WeightsError(Problem(f"{remote.repository}/{remote.path}", what, hint))

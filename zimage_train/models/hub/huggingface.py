@@ -1,6 +1,6 @@
-"""The Hugging Face hub: what it has of a repository, and its cache on this machine.
+"""The Hugging Face hub and its cache on this machine (torch-free).
 
-Torch-free. What comes is resumed by huggingface_hub, which honours HF_HOME, HF_ENDPOINT, HF_HUB_OFFLINE and proxies.
+huggingface_hub resumes downloads, and honours HF_HOME, HF_ENDPOINT, HF_HUB_OFFLINE and proxies.
 """
 
 from pathlib import Path
@@ -17,26 +17,27 @@ def cache_folder() -> Path:
 
 
 def snapshot(repository: str, revision: str | None, patterns: list[str], local_only: bool) -> Path:
-    """The folder of a repository with the files that meet `patterns`, completed unless `local_only`."""
-    found = snapshot_download(repository, revision=revision, allow_patterns=patterns, local_files_only=local_only)
-    return Path(found)
+    """Return the cached folder of a repository; unless `local_only`, first download what `patterns` match."""
+    return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns, local_files_only=local_only))
 
 
-def listed(repository: str, revision: str | None) -> list[RemoteFile]:
-    """All files of a repository."""
+def list_repository(repository: str, revision: str | None) -> list[RemoteFile]:
+    """Return all files of a repository."""
     info = HfApi().model_info(repository, revision=revision, files_metadata=True)
-    return [
-        RemoteFile(repository, info.sha or "main", one.rfilename, one.size or 0, one.lfs.sha256 if one.lfs else None)
-        for one in info.siblings or []
-    ]
+    files = []
+    for sibling in info.siblings or []:
+        sha256 = sibling.lfs.sha256 if sibling.lfs else None
+        files.append(RemoteFile(repository, info.sha or "main", sibling.rfilename, sibling.size or 0, sha256))
+    return files
 
 
-def local(remote: RemoteFile) -> Path | None:
-    """Where a file is on this machine; None: it is not."""
-    found = try_to_load_from_cache(remote.repository, remote.path, revision=remote.commit)
-    return Path(found) if isinstance(found, str) else None
+def find_cached(remote: RemoteFile) -> Path | None:
+    """Return the path of a file in the cache, or None if it is not there."""
+    path = try_to_load_from_cache(remote.repository, remote.path, revision=remote.commit)
+    # Not a string: either unknown, or known to be missing on the hub.
+    return Path(path) if isinstance(path, str) else None
 
 
-def bring(remote: RemoteFile) -> Path:
-    """Download one file, going on where an earlier attempt stopped."""
+def fetch(remote: RemoteFile) -> Path:
+    """Download one file into the cache, resuming an earlier attempt."""
     return Path(hf_hub_download(remote.repository, remote.path, revision=remote.commit))

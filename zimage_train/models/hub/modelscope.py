@@ -1,8 +1,8 @@
-"""ModelScope as the hub: what it has of a repository, and its cache on this machine.
+"""ModelScope as the hub, and its cache on this machine (torch-free).
 
-Torch-free. Through modelscope-hub, the client that the `modelscope` package stands on as well; what comes is resumed by
-it, and it honours MODELSCOPE_CACHE, MODELSCOPE_ENDPOINT, MODELSCOPE_API_TOKEN and proxies. It knows no offline switch,
-so HF_HUB_OFFLINE is that of both hubs.
+It uses modelscope-hub, the client library of the `modelscope` package, which resumes downloads and honours
+MODELSCOPE_CACHE, MODELSCOPE_ENDPOINT, MODELSCOPE_API_TOKEN and proxies. It has no offline switch, so HF_HUB_OFFLINE
+applies to both hubs.
 """
 
 import contextlib
@@ -18,14 +18,14 @@ from zimage_train.models.hub.base import RemoteFile
 
 CACHE_VARIABLE = "MODELSCOPE_CACHE"
 BRANCH = "master"
-"""What the library takes where no revision is named."""
+"""The library's default where no revision is given."""
 
 
 @functools.cache
 def _api() -> HubApi:
     if not os.environ.get("MODELSCOPE_LOG_LEVEL"):
-        logging.getLogger("modelscope_hub").setLevel(logging.WARNING)  # else it says every step that it takes
-    # With no token at all the library would unpickle the cookies of its own `login`, and nothing is unpickled here.
+        logging.getLogger("modelscope_hub").setLevel(logging.WARNING)  # its info level logs every step
+    # Without a token the library would unpickle the cookies that its `login` has saved; this package unpickles nothing.
     return HubApi(HubConfig(token=os.environ.get("MODELSCOPE_API_TOKEN", "")))
 
 
@@ -34,53 +34,57 @@ def cache_folder() -> Path:
 
 
 def snapshot(repository: str, revision: str | None, patterns: list[str], local_only: bool) -> Path:
-    """The folder of a repository with the files that meet `patterns`, completed unless `local_only`.
+    """Return the folder of a repository in the cache; download what `patterns` match and it lacks, unless `local_only`.
 
-    A folder is that of a branch, not of a commit, so the library compares the digest of each file that is here already
-    before it takes it for the branch's. Where ModelScope cannot be reached, what is here is taken as it is.
+    The cache has a folder for each branch, not for each commit, so the library compares the digests of cached files
+    with those of the branch. If ModelScope cannot be reached, cached files are used as they are.
     """
 
-    def fetched(local_files_only: bool) -> Path:
+    def download(local_files_only: bool) -> Path:
         return _api().download_repo(
             repository, "model", revision=revision, allow_patterns=patterns, local_files_only=local_files_only
         )
 
     if local_only or constants.HF_HUB_OFFLINE:
-        return fetched(local_files_only=True)
+        return download(local_files_only=True)
     try:
-        return fetched(local_files_only=False)
+        return download(local_files_only=False)
     except NetworkError:
         with contextlib.suppress(CacheNotFound):
-            return fetched(local_files_only=True)
+            return download(local_files_only=True)
         raise
-    except FileDownloadError as error:  # says of how many; one of them says why
+    except FileDownloadError as error:  # its message has a count only; the first failure has the reason
         raise next(iter(error.failed_files.values()), error) from None
 
 
-def listed(repository: str, revision: str | None) -> list[RemoteFile]:
-    """All files of a repository."""
+def list_repository(repository: str, revision: str | None) -> list[RemoteFile]:
+    """Return all files of a repository."""
     if constants.HF_HUB_OFFLINE:
         raise ConnectionError("HF_HUB_OFFLINE is set")
-    return [
-        RemoteFile(repository, revision or BRANCH, one.path, one.size, one.sha256.lower() if one.sha256 else None)
-        for one in _api().list_repo_files(repository, "model", revision=revision)
-        if not one.is_dir
-    ]
+    files = []
+    for entry in _api().list_repo_files(repository, "model", revision=revision):
+        if not entry.is_dir:
+            sha256 = entry.sha256.lower() if entry.sha256 else None
+            files.append(RemoteFile(repository, revision or BRANCH, entry.path, entry.size, sha256))
+    return files
 
 
-def local(remote: RemoteFile) -> Path | None:
-    """Where a file is on this machine; None: it is not, or it is that of an older commit of another size."""
+def find_cached(remote: RemoteFile) -> Path | None:
+    """Return the path of a file in the cache, or None if it is not there or of another size.
+
+    A file of another size belongs to an older commit of the branch.
+    """
     try:
-        found = _api().download_file(
+        path = _api().download_file(
             remote.repository, "model", remote.path, revision=remote.commit, local_files_only=True
         )
     except CacheNotFound:
         return None
-    return found if found.stat().st_size == remote.bytes else None
+    return path if path.stat().st_size == remote.bytes else None
 
 
-def bring(remote: RemoteFile) -> Path:
-    """Download one file, going on where an earlier attempt stopped."""
+def fetch(remote: RemoteFile) -> Path:
+    """Download one file into the cache, resuming an earlier attempt."""
     return _api().download_file(
         remote.repository, "model", remote.path, revision=remote.commit, expected_sha256=remote.sha256
     )

@@ -1,0 +1,8 @@
+"""Types of the callbacks by which long work reports how far it has come (torch-free)."""
+
+from collections.abc import Callable
+
+Progress = Callable[[str, int, int], None]
+"""Called as `progress(task, done, total)`, such as `Console.progress`."""
+StepProgress = Callable[[int, int], None]
+"""Called as `progress(done, total)` where the caller knows the name of the task."""
