@@ -16,7 +16,7 @@ NOTEBOOK = ROOT / "docs" / "quickstart.ipynb"
 
 def run(notebook: Path, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "run_notebook.py"), str(notebook)],
+        [sys.executable, str(ROOT / "tests" / "support" / "run_notebook.py"), str(notebook)],
         cwd=folder,
         env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
         capture_output=True,
