@@ -281,7 +281,7 @@ def budget_line() -> str:
         if plan_for(budget_gb).fits
     ]
     fits = f"rank 16 at {SIDES[-1]} px fits {', '.join(cards)} with {MAIN_MEMORY / 1e9:.0f} GB of RAM"
-    return f"{FITS}: {fits} ([how](docs/memory.md))."
+    return f"{FITS}: {fits} ([details](docs/memory.md)). On the H100, steps took longer than predicted."
 
 
 NOTICE = "Written by `scripts/generate.py` from the code; a test keeps it so."

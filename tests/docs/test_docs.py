@@ -28,7 +28,7 @@ def test_the_quickstart_is_valid_for_any_number_of_steps(steps: int):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_and_files_that_a_page_names_exist(page: Path):
     text = page.read_text(encoding="utf-8")
-    links = re.findall(r"\]\(([^)#]+)\)", text)
+    links = re.findall(r"\]\(([^)#]+)\)", text) + re.findall(r'src="([^"]+)"', text)
     named = re.findall(r"`((?:zimage_train|scripts|configs|docs|tests)/[\w./-]+)`", text)
     missing = [link for link in links if "://" not in link and not (page.parent / link).exists()]
     missing += [name for name in named if not (ROOT / name).exists()]

@@ -27,7 +27,7 @@ def run(notebook: Path, folder: Path, **environment: str) -> subprocess.Complete
 
 
 @pytest.mark.slow
-def test_every_cell_runs_and_ends_with_a_lora_and_a_image(tmp_path: Path, shared_cache: Path):
+def test_every_cell_runs_and_ends_with_a_lora_and_an_image(tmp_path: Path, shared_cache: Path):
     folder = tmp_path / "of me"  # commands have to quote it
     folder.mkdir()
     done = run(NOTEBOOK, folder, STEPS="3", XDG_CACHE_HOME=str(shared_cache))
