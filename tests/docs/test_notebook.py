@@ -39,7 +39,7 @@ def test_every_cell_runs_and_ends_with_a_lora_and_an_image(tmp_path: Path, share
     assert [image.size for image in drawn] == [(96, 96)] * 2
     assert drawn[0].tobytes() != drawn[1].tobytes()
     after = dict(re.findall(r"\[(\w+)\]\n(?:(?!\[\w+\]\n)[^\n]*\n)*?\[shows (\w+)\]", done.stdout))
-    assert after == {"pictures": "Image", "grid": "PngImageFile", "sample": "Image"}
+    assert after == {"images": "Image", "grid": "PngImageFile", "sample": "Image"}
     assert "diffusers loads 42/42, ComfyUI loads 42/42" in done.stdout
 
 
