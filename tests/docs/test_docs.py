@@ -67,6 +67,7 @@ def test_every_shipped_config_trains(path: Path, tmp_path: Path, shared_cache: P
     assert list(tmp_path.glob("*/lora/*.safetensors"))
 
 
+@pytest.mark.slow
 def test_the_commands_of_the_readme_lead_from_a_folder_to_an_image(tmp_path: Path, shared_cache: Path, monkeypatch):
     """In their order, each with what the one before has left; only the model is the miniature."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
