@@ -131,8 +131,13 @@ def cli_md() -> str:
     """What every command says of itself with `--help`."""
     events = inspect.cleandoc(printing.__doc__ or "").partition("\n\n")[2]
     machines = f"`zimage-train --json train CONFIG`, and so with every command: {events[0].lower()}{events[1:]}"
-    lines = ["# Every command", "", NOTICE, "", machines, ""]
-    for words in _commands(get_command(app.app)):
+    commands = _commands(get_command(app.app))
+    lines = ["# Every command", "", NOTICE, "", "| command | what it does |", "|---|---|"]
+    for words, command in commands:
+        anchor = "-".join(["zimage-train", *words])
+        lines.append(f"| [`{' '.join(words)}`](#{anchor}) | {_first_sentence(command.help or '')} |")
+    lines += ["", machines, ""]
+    for words, _ in commands:
         shown = CliRunner().invoke(app.app, [*words, "--help"], env={"COLUMNS": "110", "TERMINAL_WIDTH": "110"})
         text = "\n".join(line.rstrip() for line in shown.output.strip().splitlines())
         text = re.sub(r"^Usage: \S+", "Usage: zimage-train", text)
@@ -140,11 +145,17 @@ def cli_md() -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _commands(group: Any) -> list[list[str]]:
-    found: list[list[str]] = []
+def _commands(group: Any) -> list[tuple[list[str], Any]]:
+    """Return every command of a group with the words that call it."""
+    found: list[tuple[list[str], Any]] = []
     for name, one in group.commands.items():
-        found += [[name, *rest] for rest in _commands(one)] if hasattr(one, "commands") else [[name]]
+        inner = _commands(one) if hasattr(one, "commands") else [([], one)]
+        found += [([name, *rest], command) for rest, command in inner]
     return found
+
+
+def _first_sentence(text: str) -> str:
+    return _one_line(inspect.cleandoc(text).partition("\n\n")[0]).replace("|", "/")
 
 
 AITOOLKIT_TABLE = "## Every key"
@@ -181,9 +192,19 @@ def _fate(row: Row) -> str:
     return f"refused, but for {', '.join(passing)}: {row.why}" if passing else f"refused: {row.why}; {row.todo}"
 
 
+FITS = "**Predicted**, not measured"
+"""How the README's line of cards begins."""
+
+
 def readme() -> str:
-    """The README with the table of what fits which card."""
+    """Return the README with its line of which cards a run fits."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
+    return re.sub(rf"^{re.escape(FITS)}.*$", lambda _: budget_line(), text, count=1, flags=re.MULTILINE)
+
+
+def memory_md() -> str:
+    """Return the page about memory with its table of cards."""
+    text = (ROOT / "docs/memory.md").read_text(encoding="utf-8")
     return re.sub(r"\| GPU memory \|.*?\n\n", lambda _: budget_table() + "\n\n", text, flags=re.DOTALL)
 
 
@@ -238,7 +259,7 @@ def budget_yaml(budget_gb: int) -> str:
 
 
 def budget_table() -> str:
-    """The README's table of budgets."""
+    """Return the table of budgets in docs/memory.md."""
     rows = ["| GPU memory | weights | 512 px | 768 px | 1024 px | peak |", "|---|---|---|---|---|---|"]
     for budget_gb, name in BUDGETS.items():
         plan, card = plan_for(budget_gb), GPU_SPECS[name]
@@ -249,6 +270,18 @@ def budget_table() -> str:
             cells.append(f"{plan.seconds(size, card):.1f} s, {plan.mode_of(plan.job.tokens(size))}")
         rows.append(f"| {budget_gb} GB ({name}) | {weights} | {' | '.join(cells)} | {plan.peak.total / 1e9:.1f} GB |")
     return "\n".join(rows)
+
+
+def budget_line() -> str:
+    """Return the README's line of which cards a run fits."""
+    size = Bucket(SIDES[-1], SIDES[-1])
+    cards = [
+        f"{budget_gb} GB ({name}, {plan_for(budget_gb).seconds(size, GPU_SPECS[name]):.1f} s a step)"
+        for budget_gb, name in BUDGETS.items()
+        if plan_for(budget_gb).fits
+    ]
+    fits = f"rank 16 at {SIDES[-1]} px fits {', '.join(cards)} with {MAIN_MEMORY / 1e9:.0f} GB of RAM"
+    return f"{FITS}: {fits} ([details](docs/memory.md)). On the H100, steps took longer than predicted."
 
 
 NOTICE = "Written by `scripts/generate.py` from the code; a test keeps it so."
@@ -263,6 +296,7 @@ GENERATED: dict[str, Callable[[], str]] = {
     },
     **{f"configs/{budget_gb}gb.yaml": partial(budget_yaml, budget_gb) for budget_gb in BUDGETS},
     "README.md": readme,
+    "docs/memory.md": memory_md,
     "docs/config.md": config_md,
     "docs/commands.md": cli_md,
     "docs/aitoolkit.md": aitoolkit_md,

@@ -2,9 +2,9 @@
 
     PYTHONPATH=. python scripts/lab.py --work FOLDER [--quick] [-o docs]
 
-Writes lab.json, lab.md and grids into the output folder, and the LoRAs into `lab/` beside them. The work folder keeps
-every run and every score, so a stopped laboratory goes on where it was. `--quick` trains one seed with fewer images
-scored, writes into the work folder alone, and says whether it finds the order that docs/lab.json has.
+Writes lab.json, lab.md and grids into the output folder, and the LoRAs into `loras/` in the work folder. The work
+folder keeps every run and every score, so a stopped laboratory goes on where it was. `--quick` trains one seed with
+fewer images scored, writes into the work folder alone, and says whether it finds the order that docs/lab.json has.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, default=Path("docs"), help="where lab.json and lab.md go")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--quick", action="store_true", help="one seed, and compare with what is in the output folder")
-    what.add_argument("--loras", type=Path, help="score the LoRAs of this folder (docs/lab) in place of training")
-    parser.add_argument("--picture-seeds", type=int, default=5, help="so many of the five sets of noise")
+    what.add_argument("--loras", type=Path, help="score these LoRAs (loras/ of an earlier work folder); no training")
+    parser.add_argument("--image-seeds", type=int, default=5, help="so many of the five sets of noise")
     parser.add_argument("--workers", type=int, default=2, help="runs at once, of one thread each")
     options = parser.parse_args()
     seeds, shots = (QUICK_SEEDS, QUICK_IMAGE_SEEDS) if options.quick else (SEEDS, IMAGE_SEEDS)
@@ -55,7 +55,7 @@ def main() -> None:
         compare(table, json.loads((options.output / "lab.json").read_text()))
         return
     options.output.mkdir(parents=True, exist_ok=True)
-    shipped = loras if options.loras else ship(loras, options.output / "lab")
+    shipped = loras if options.loras else ship(loras, options.work / "loras")
     meter = telling.meter_against(scores, metering.meter(loras, seeds))
     telling.write(options.output, table, scores, recipe, shipped, meter)
     drawing.save(options.output / "images" / "lab.png", options.work / "shown", loras)

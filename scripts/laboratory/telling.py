@@ -97,9 +97,7 @@ def write(
 ) -> None:
     """Writes lab.json, and the tables of lab.md between their marks."""
     files = {
-        f"{name}-s{seed}": {"file": path.relative_to(output).as_posix(), "sha256": digest(path)}
-        for name, each in shipped.items()
-        for seed, path in each.items()
+        f"{name}-s{seed}": {"sha256": digest(path)} for name, each in shipped.items() for seed, path in each.items()
     }
     content = {
         "schemes": {

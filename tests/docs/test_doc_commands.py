@@ -15,7 +15,7 @@ from zimage_train.lora import lora_file
 from mini_config import tiny
 
 ROOT = Path(__file__).parents[2]
-PAGES = sorted((ROOT / "docs").glob("*.md"))
+PAGES = sorted((ROOT / "docs").rglob("*.md"))
 LORAS = ("my", "a", "b", "one", "two")
 NOT_RUN = {
     "bash scripts/quickstart.sh": "makes a .venv; tests/scripts runs its parts, and people the whole",
@@ -49,6 +49,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, shared_cache: Path) -> Path:
     assert CliRunner().invoke(app, [*baked, "-o", str(folder / "tuned.safetensors")]).exit_code == 0
     lora_file.export_lora(folder / "b.safetensors", lora_file.read_lora(trained), "fp32", {})
     shutil.copytree(ROOT / "configs", folder / "configs")
+    shutil.copytree(ROOT / "scripts" / "runpod", folder / "scripts" / "runpod")
     shutil.copytree(mini.TURBO, folder / "base")
     text = Path(config).read_text()
     (folder / "my.yaml").write_text(text.replace("zimage_train/mini", mini.HERE.as_posix()))
@@ -82,3 +83,7 @@ def test_a_command_that_a_page_shows_runs(page: str, command: str, place: Path, 
         words += ["--force"]
     done = CliRunner().invoke(app, words)
     assert done.exit_code == 0, (done.output[-800:], done.exception)
+
+
+def test_commands_are_found_and_exceptions_are_still_shown():
+    assert SHOWN and {command for page in PAGES for command in commands(page) if command in NOT_RUN} == set(NOT_RUN)

@@ -16,7 +16,7 @@ NOTEBOOK = ROOT / "docs" / "quickstart.ipynb"
 
 def run(notebook: Path, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "run_notebook.py"), str(notebook)],
+        [sys.executable, str(ROOT / "tests" / "support" / "run_notebook.py"), str(notebook)],
         cwd=folder,
         env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
         capture_output=True,
@@ -27,7 +27,7 @@ def run(notebook: Path, folder: Path, **environment: str) -> subprocess.Complete
 
 
 @pytest.mark.slow
-def test_every_cell_runs_and_ends_with_a_lora_and_a_image(tmp_path: Path, shared_cache: Path):
+def test_every_cell_runs_and_ends_with_a_lora_and_an_image(tmp_path: Path, shared_cache: Path):
     folder = tmp_path / "of me"  # commands have to quote it
     folder.mkdir()
     done = run(NOTEBOOK, folder, STEPS="3", XDG_CACHE_HOME=str(shared_cache))
@@ -39,7 +39,7 @@ def test_every_cell_runs_and_ends_with_a_lora_and_a_image(tmp_path: Path, shared
     assert [image.size for image in drawn] == [(96, 96)] * 2
     assert drawn[0].tobytes() != drawn[1].tobytes()
     after = dict(re.findall(r"\[(\w+)\]\n(?:(?!\[\w+\]\n)[^\n]*\n)*?\[shows (\w+)\]", done.stdout))
-    assert after == {"pictures": "Image", "grid": "PngImageFile", "sample": "Image"}
+    assert after == {"images": "Image", "grid": "PngImageFile", "sample": "Image"}
     assert "diffusers loads 42/42, ComfyUI loads 42/42" in done.stdout
 
 

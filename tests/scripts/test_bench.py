@@ -67,7 +67,7 @@ def test_the_cost_of_quantising_is_the_one_in_the_docs(bench):
 
 def test_what_guidance_does_stands_in_the_docs_as_it_was_measured():
     found = json.loads((ROOT / "docs" / "bench" / "guidance.json").read_text())
-    text = (ROOT / "docs" / "recipes.md").read_text()
+    text = (ROOT / "docs" / "settings.md").read_text()
     for name, run in found["runs"].items():
         assert f"| {name} | {run['gradient_norm']:.2f} | {run['off_plain']:.1%} |" in text
     assert f"differ by {found['guided_and_clipped_at_1_against_clipped_at_a_third']:.1%}." in text

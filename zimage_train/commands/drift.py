@@ -75,7 +75,7 @@ class DriftReport:
             return "the LoRA leaves Turbo its 8 steps"
         if self.deviation < LOST:
             return "the LoRA takes something from Turbo's 8 steps: look at the images"
-        return "the LoRA has drifted: Turbo's 8 steps are lost in part; see docs/choosing.md for what puts them back"
+        return "the LoRA has drifted: Turbo's 8 steps are lost in part; docs/methods.md says how to win them back"
 
     def lines(self) -> list[str]:
         """What is told."""

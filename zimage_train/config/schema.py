@@ -163,7 +163,7 @@ class PreserveSettings(Section):
 class OptimizerSettings(Section):
     name: OptimizerName = "adamw8bit"
     """adamw8bit: AdamW with 8-bit state; adamw: fp32 state; prodigy: finds its learning rate itself; automagic: one
-    learning rate a tensor, raised while updates agree. docs/recipes.md says which library each one comes from."""
+    learning rate a tensor, raised while updates agree. docs/optimizers.md says which library each one comes from."""
     lr: float = Field(default=1.0e-4, gt=0.0, le=10.0)
     """Learning rate; for prodigy a factor on the rate it finds itself (1; less than 0.1 is raised to 1 and said so)."""
     weight_decay: float = Field(default=1.0e-4, ge=0.0, le=1.0)
