@@ -367,7 +367,7 @@ def previews(scratch: Path) -> Table:
         _, latents = next(sampler.sample_trajectory(model, [one], embeds, [1.0, 0.0]))
         table[f"{index}"] = {"recipe": fields(one), "noise": normal(latents)}
     table |= {f"also {index}": fields(one) for index, one in enumerate(request.comparison_requests(made))}
-    return table | {f"drift {index}": fields(one) for index, one in enumerate(meter._recipes)}
+    return table | {f"drift {index}": fields(one) for index, one in enumerate(meter._requests)}
 
 
 def miniature(scratch: Path) -> Table:
