@@ -46,7 +46,8 @@ def check_report(checked: RunSpec, gpu: str | None = None, price: float | Prices
         lines.append(f"LoRA of rank {config.lora.rank} on {len(weights.modules)} modules ({groups})")
         if weights.paths.adapter is not None:
             lines.append(f"adapter fits {weights.adapter_modules}/{weights.adapter_modules} modules")
-    lines += ["", *forecast.forecast_lines(checked, gpu, None if isinstance(price, Prices) else price)]
+    hourly = None if isinstance(price, Prices) else price
+    lines += ["", *(line.text for line in forecast.forecast_lines(checked, gpu, hourly))]
     if isinstance(price, Prices):
         lines += ["", *costs.cost_lines(checked, price)]
     lines += [f"note: {note}" for note in checked.notes]
@@ -65,9 +66,8 @@ def parse_price(text: str) -> float | Prices:
     currency = r"\s*(?:[^\d\s.,-]|[A-Za-z]{3})?\s*"
     match = re.fullmatch(rf"{currency}(\d+(?:[.,]\d+)?){currency}(?:/\s*h(?:our)?)?\s*", text)
     if match is None:
-        raise ConfigError(
-            Problem("--price", f"is {text!r}", "give the price of an hour, such as 0.69/h, or a file of prices")
-        )
+        todo = "give the price of an hour, such as 0.69/h, or a file of prices"
+        raise ConfigError(Problem("--price", f"is {text!r}", todo, "bad-argument"))
     return float(match[1].replace(",", "."))
 
 

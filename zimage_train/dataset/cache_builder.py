@@ -154,7 +154,7 @@ def fill_generated(
     def batches(keys: list[str]) -> Iterator[list[str]]:
         yield from ([key] for key in keys)
 
-    return _CacheBuilder(cache, "own images", tick, share, batches, lambda: draw, encode).run(sizes)
+    return _CacheBuilder(cache, "own images", tick, share, batches, lambda: draw, encode, "drawing").run(sizes)
 
 
 @dataclass
@@ -168,6 +168,8 @@ class _CacheBuilder:
     batches: Callable[[list[str]], Iterator[list[str]]]
     load_encoder: Callable[[], Any]
     encode: Callable[[Any, list[str], Callable[[int, int], None]], Iterator[Made]]
+    verb: str = "encoding"
+    """What making an entry is called in progress."""
     encoder: Any = None
     damaged: set[str] = field(default_factory=set)
 
@@ -210,7 +212,7 @@ class _CacheBuilder:
 
         def by_layer(done: int, layers: int) -> None:
             self.cache.renew(keys)
-            self.tick(f"encoding {self.what}, layer by layer", done, layers)
+            self.tick(f"{self.verb} {self.what}, layer by layer", done, layers)
 
         renewed = time.monotonic()
         for number, (key, value) in enumerate(self.encode(self.encoder, keys, by_layer), 1):
@@ -218,7 +220,7 @@ class _CacheBuilder:
             if time.monotonic() - renewed > CLAIM_SECONDS / 4:
                 self.cache.renew(keys)
                 renewed = time.monotonic()
-            self.tick(f"encoding {self.what}", before + number, total)
+            self.tick(f"{self.verb} {self.what}", before + number, total)
         return len(keys)
 
     def _await(self, keys: list[str]) -> int:

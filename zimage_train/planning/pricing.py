@@ -7,7 +7,7 @@ from pydantic import Field, ValidationError, field_validator
 
 from zimage_train.config import load
 from zimage_train.config.section import Section
-from zimage_train.errors import ConfigError, Problem
+from zimage_train.errors import ConfigError, Location, Problem
 from zimage_train.planning.gpus import GPU_SPECS
 
 Price = Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)]
@@ -70,5 +70,5 @@ def read(path: Path) -> Prices:
 
 
 def _problem(path: Path, place: tuple[int | str, ...], message: str) -> Problem:
-    where = f"{path}: {'.'.join(map(str, place)) or 'the file'}"
-    return Problem(where, message.removeprefix("Value error, "), "see scripts/runpod/prices.yaml")
+    where = Location(str(path), key=".".join(map(str, place)) or "the file")
+    return Problem(where, message.removeprefix("Value error, "), "see scripts/runpod/prices.yaml", "bad-value")

@@ -2,7 +2,7 @@
 
 A machine gets one JSON object a line, on the stream on which a person would get the line: `event` is one of
 `progress` (what, done, total, note), `line`, `warning`, `note` and `result` (text), and `error` (where, found, todo,
-exit_code).
+exit_code; code, a short name of the kind of error, or nothing; file, line and key of the setting, or null).
 """
 
 import contextlib
@@ -16,8 +16,24 @@ from zimage_train.errors import DiskError, Problem
 JSON_OUTPUT: ContextVar[bool] = ContextVar("for_machines", default=False)
 
 
-def as_event(event: str, **fields: str | int) -> str:
+def as_event(event: str, **fields: str | int | None) -> str:
     return json.dumps({"event": event, **fields})
+
+
+def error_event(problem: Problem, exit_code: int) -> str:
+    """The event of a problem: its texts, and what programs choose it by."""
+    place = problem.place
+    return as_event(
+        "error",
+        where=str(problem.location),
+        found=problem.message,
+        todo=problem.hint,
+        exit_code=exit_code,
+        code=problem.code,
+        file=place.file,
+        line=place.line,
+        key=place.key,
+    )
 
 
 def print_notes(lines: list[str]) -> None:
