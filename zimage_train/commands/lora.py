@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from zimage_train import mini
@@ -32,7 +33,7 @@ def verify_file(path: Path, model: str | None) -> list[str]:
     except WeightsError as error:
         todo = "is the LoRA of another size? give --model" if model is None else "is it the right model?"
         raise WeightsError(
-            *(Problem(one.location, f"{one.message}; held against {name}", todo) for one in error.problems)
+            *(replace(one, message=f"{one.message}; held against {name}", hint=todo) for one in error.problems)
         ) from None
     other = sorted(set(found.dtypes) - READ_BY_ALL)
     if other:
