@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from zimage_train.config.dataset import DataEntry
-from zimage_train.dataset import scan
+from zimage_train.dataset.metadata import IMAGE_COLUMNS
 from zimage_train.dataset.scan import FolderScan, dataset_fingerprint, scan_entry
 from zimage_train.errors import Note
 
@@ -265,7 +265,7 @@ def test_nothing_is_written_while_scanning(photos: Path):
     before = state()
     scanned(photos)
     assert state() == before
-    assert scan.IMAGE_COLUMNS == ("image", "file_name")
+    assert IMAGE_COLUMNS == ("image", "file_name")
 
 
 # Folders of kohya's layout, several captions
