@@ -6,19 +6,75 @@ with a traceback. Any other exception is a bug of ours: exit code 1, with its tr
 
 import contextlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True)
+class Argument:
+    """A word of the command line, and the text that was given to it."""
+
+    flag: str
+    text: str | None = None
+
+    def __str__(self) -> str:
+        return self.flag if self.text is None else f"{self.flag} {self.text}"
+
+
+@dataclass(frozen=True)
+class Location:
+    """A place in the settings of a command; what is not known of it, or does not apply, is None."""
+
+    file: str | None = None
+    line: int | None = None
+    key: str | None = None
+    """The whole name of a setting, such as `optimizer.lr`."""
+    source: str | None = None
+    """The file, folder or hub id that the setting names."""
+    argument: Argument | None = None
+    """What of the command line set it."""
+    run: str | None = None
+    """Which of several runs."""
+
+    def __str__(self) -> str:
+        place = self.file if self.line is None else f"{self.file}:{self.line}"
+        argument = None if self.argument is None else str(self.argument)
+        return ": ".join(part for part in (self.run, argument, place, self.key, self.source) if part)
 
 
 @dataclass(frozen=True)
 class Problem:
     """One thing that is wrong: where it is, what was found there and what to do about it."""
 
-    location: str
+    location: Location | str
+    """A plain text where it is no setting: a file, a flag, a part of the machine."""
     message: str
     hint: str = ""
+    code: str = ""
+    """What kind of problem it is, for programs: a few words with hyphens, which stay when the message changes."""
 
     def __str__(self) -> str:
         return _printable(f"{self.location}: {self.message}" + (f"; {self.hint}" if self.hint else ""))
+
+    @property
+    def place(self) -> Location:
+        """The location by its parts, as far as it has any."""
+        return self.location if isinstance(self.location, Location) else Location()
+
+    def of_run(self, run: str) -> "Problem":
+        """The same problem as one of `run`, where there are several."""
+        known = self.location if isinstance(self.location, Location) else Location(source=self.location)
+        return replace(self, location=replace(known, run=run))
+
+
+@dataclass(frozen=True)
+class Note:
+    """One line that a command says, and a code by which programs choose it."""
+
+    code: str
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
 
 
 def _printable(text: str) -> str:

@@ -58,9 +58,21 @@ def test_every_problem_is_an_event_of_its_own(monkeypatch, capfd) -> None:
     problems = of_kind(err, "error")
     assert code == 2 and out == [] and len(problems) == 2
     assert {problem["exit_code"] for problem in problems} == {2}
-    assert any("lora.rank" in problem["where"] for problem in problems) and all(
-        problem["found"] for problem in problems
-    )
+    assert all(problem["found"] for problem in problems)
+    assert [(one["code"], one["key"]) for one in problems] == [
+        ("bad-value", "lora.rank"),
+        ("unknown-key", "train.stepz"),
+    ]
+
+
+def test_an_error_in_a_file_says_its_line_and_key_by_themselves(monkeypatch, capfd, tmp_path: Path) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text("name: a\ndata: [{folder: x}]\nlora:\n  rnak: 4\n")
+    assert command(monkeypatch, "--json", "train", path) == 2
+    (problem,) = of_kind(events(capfd)[1], "error")
+    parts = {name: problem[name] for name in ("where", "code", "file", "line", "key")}
+    place = f"{path}:4: lora.rnak"
+    assert parts == {"where": place, "code": "unknown-key", "file": str(path), "line": 4, "key": "lora.rnak"}
 
 
 @pytest.mark.parametrize("words", [["train", QUICKSTART, "--bogus"], ["trian"], ["train"]])

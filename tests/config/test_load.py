@@ -15,7 +15,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from zimage_train.config import load, strict_yaml
+from zimage_train.config import key_names, load, strict_yaml
 from zimage_train.config.load import dump_config, flatten_keys, read_config
 from zimage_train.config.optimizers import OPTIMIZERS
 from zimage_train.config.schema import Config
@@ -61,8 +61,8 @@ def test_an_unknown_key_in_the_second_data_entry_is_found_there(refused):
 
 
 def test_every_hint_names_an_option_that_exists():
-    assert set(load.COMMON_NAMES.values()) <= {name.replace("[]", ".0") for name in OPTIONS}
-    assert not set(load.COMMON_NAMES) & {name.split(".")[-1] for name in OPTIONS}
+    assert set(key_names.COMMON_NAMES.values()) <= {name.replace("[]", ".0") for name in OPTIONS}
+    assert not set(key_names.COMMON_NAMES) & {name.split(".")[-1] for name in OPTIONS}
 
 
 # Values

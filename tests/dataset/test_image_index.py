@@ -15,7 +15,7 @@ from zimage_train.config.dataset import DataEntry
 from zimage_train.dataset import image_index, images
 from zimage_train.dataset.image_index import ImageIndex, ImageInfo, near_duplicates
 from zimage_train.dataset.scan import scan_entry
-from zimage_train.errors import DataError
+from zimage_train.errors import DataError, Note
 
 
 def silent(what: str, done: int, total: int) -> None:
@@ -148,4 +148,5 @@ def test_near_duplicates_are_found_by_the_mean_square_wherever_they_stand():
 def test_a_scan_notes_near_duplicates(photos: list[Path]):
     Image.open(photos[0]).convert("RGB").save(photos[0].with_name("again.jpg"), quality=70)
     found = scan_entry(DataEntry(folder=str(photos[0].parent), default_caption="x"), "data.0")
-    assert found.notes == [f"{photos[0]}: nearly the same image as {photos[0].with_name('again.jpg')}"]
+    said = f"{photos[0]}: nearly the same image as {photos[0].with_name('again.jpg')}"
+    assert found.notes == [Note("similar-image", said)]

@@ -12,7 +12,7 @@ from zimage_train.dataset import images
 from zimage_train.dataset.buckets import Bucket
 from zimage_train.dataset.masks import Mask, mask_on_latents
 from zimage_train.dataset.scan import FolderScan, scan_entry
-from zimage_train.errors import DataError
+from zimage_train.errors import DataError, Note
 
 from dataset_folder import image
 
@@ -77,7 +77,7 @@ def test_a_image_without_a_mask_is_trained_whole_and_said(tmp_path: Path):
     image(tmp_path / "_m" / "b.png")
     result = scanned(tmp_path, str(tmp_path / "_m"))
     assert [one.mask is None for one in result.images] == [True, False]
-    assert "data.0: 1 images have no mask and are trained whole (a.png)" in result.notes
+    assert Note("no-mask", "data.0: 1 images have no mask and are trained whole (a.png)") in result.notes
 
 
 def test_masks_that_cannot_be_used_are_refused_by_name(tmp_path: Path):

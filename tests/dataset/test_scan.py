@@ -12,8 +12,9 @@ import pytest
 from PIL import Image
 
 from zimage_train.config.dataset import DataEntry
-from zimage_train.dataset import scan
+from zimage_train.dataset.metadata import IMAGE_COLUMNS
 from zimage_train.dataset.scan import FolderScan, dataset_fingerprint, scan_entry
+from zimage_train.errors import Note
 
 from dataset_folder import image, problems, prompts, scanned
 
@@ -55,7 +56,7 @@ def test_a_dot_in_a_name_belongs_to_the_name(tmp_path: Path):
     (tmp_path / "v1.txt").write_text("one")
     result = scanned(tmp_path)
     assert prompts(result) == {"v1.2.png": "two"}
-    assert result.notes == [f"{tmp_path / 'v1.txt'}: a caption without an image"]
+    assert result.notes == [Note("unused-caption", f"{tmp_path / 'v1.txt'}: a caption without an image")]
 
 
 # Prompts
@@ -85,7 +86,7 @@ def test_the_same_image_twice_is_said(photos: Path):
     (photos / "z.jpg").write_bytes((photos / "a.jpg").read_bytes())
     result = scanned(photos, default_caption="x")
     assert len(result.images) == 4
-    assert result.notes == [f"{photos / 'z.jpg'}: the same image as {photos / 'a.jpg'}"]
+    assert result.notes == [Note("same-image", f"{photos / 'z.jpg'}: the same image as {photos / 'a.jpg'}")]
 
 
 def test_a_folder_that_is_none_is_an_error(photos: Path):
@@ -104,7 +105,7 @@ def test_a_name_that_is_no_text_is_an_error(tmp_path: Path):
     assert [one.path.name for one in result.images] == ["fine.png"]
     assert problems(result)[0].endswith("its name is not UTF-8; rename it")
     for note in scanned(tmp_path, caption_ext=".png").notes:
-        note.encode()
+        note.text.encode()
 
 
 # Metadata files
@@ -264,7 +265,7 @@ def test_nothing_is_written_while_scanning(photos: Path):
     before = state()
     scanned(photos)
     assert state() == before
-    assert scan.IMAGE_COLUMNS == ("image", "file_name")
+    assert IMAGE_COLUMNS == ("image", "file_name")
 
 
 # Folders of kohya's layout, several captions
@@ -291,10 +292,10 @@ def test_a_image_outside_such_folders_is_refused(tmp_path: Path):
 def test_folders_of_that_layout_are_pointed_out_where_they_are_not_used(tmp_path: Path):
     image(tmp_path / "3_cat" / "one.png")
     result = scanned(tmp_path)
-    assert any("repeats: by_folder trains as often as they say" in note for note in result.notes)
+    assert "kohya-folders" in {note.code for note in result.notes}
     assert [one.repeats for one in result.images] == [1]
     image(tmp_path / "two.png", (9, 9, 9))
-    assert not any("by_folder" in note for note in scanned(tmp_path).notes)
+    assert "kohya-folders" not in {note.code for note in scanned(tmp_path).notes}
 
 
 def test_a_list_in_a_jsonl_is_several_captions(tmp_path: Path):

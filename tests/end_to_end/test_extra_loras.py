@@ -118,4 +118,4 @@ def test_check_says_that_it_is_not_here_yet(make_config):
     config = make_config(sample=SAMPLE | {"extra_loras": ["distillpatch"]})
     checked = check_run(config, locate.cached_only)
     expected = "sample.extra_loras.0: DiffSynth-Studio/Z-Image-Turbo-DistillPatch: not on this machine yet"
-    assert any(note.startswith(expected) for note in checked.notes)
+    assert any(note.text.startswith(expected) for note in checked.notes if note.code == "not-downloaded")

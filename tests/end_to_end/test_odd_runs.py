@@ -121,7 +121,9 @@ def test_allow_covers_images_and_nothing_that_it_does_not_name(make_config, tmp_
     assert len(losses(make_config())) == 4
 
 
-@pytest.mark.parametrize("key", ["lora.rank", "optimizer.name", "model", ""])
+@pytest.mark.parametrize(
+    "key", ["lora.rank", "optimizer.name", "model", "", "optimizer", "optimizer.lrr", "sched", "data.0", "schedule.x"]
+)
 def test_what_cannot_change_within_a_run_cannot_be_allowed(make_config, key: str):
     with pytest.raises(ConfigError, match=r"cannot change within a run; one of optimizer\.lr, "):
         run_training(make_config(), fresh=False, allow=(key,))

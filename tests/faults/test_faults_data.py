@@ -19,7 +19,7 @@ from zimage_train import mini
 from zimage_train.commands.train import fill_run_caches, run_training
 from zimage_train.dataset import captions, encoding
 from zimage_train.dataset.tensor_cache import TensorCache
-from zimage_train.errors import DataError
+from zimage_train.errors import DataError, Note
 from zimage_train.planning import preflight
 from zimage_train.report.metrics import read_records
 
@@ -223,7 +223,8 @@ def test_a_image_below_the_resolution_is_said_and_trained_at_its_own_size(make_c
     Image.new("RGB", (80, 64)).save(tmp_path / "small.png")
     checked = preflight.check_run(make_config(data=[{"folder": str(tmp_path), "resolution": [1024]}]))
     assert [tuple(item.size) for item in checked.items] == [(80, 64)]
-    assert checked.notes[-1].startswith("smaller than 1024x1024 px, so trained at their own size there: 1 of 1 images")
+    note = checked.notes[-1]
+    assert note.code == "smaller-than-resolution" and note.text.startswith("smaller than 1024x1024 px, so trained")
 
 
 @pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF"])
@@ -305,22 +306,24 @@ def test_images_without_a_caption_are_counted_and_named(photos: Path):
     assert prompts(result) == {"a.jpg": "", "b.png": "", "c.webp": "caption c"}
     alone = "so they are trained on ''"
     todo = "write captions or set default_caption"
-    assert result.notes == [f"data.0: 2 of 3 images have no caption of their own (a.jpg, b.png), {alone}; {todo}"]
+    said = f"data.0: 2 of 3 images have no caption of their own (a.jpg, b.png), {alone}; {todo}"
+    assert result.notes == [Note("no-caption", said)]
     (note,) = scanned(photos, trigger="zorb").notes  # a trigger in front of nothing is no caption
-    assert "2 of 3 images have no caption of their own" in note and "trained on 'zorb' alone" in note
+    assert note.code == "no-caption" and "trained on 'zorb' alone" in note.text
     (note,) = scanned(photos, trigger="zorb", caption_ext=".caption").notes
-    assert "3 of 3 images" in note and "2 have a .txt beside them" in note
+    assert "3 of 3 images" in note.text and "2 have a .txt beside them" in note.text
     assert scanned(photos, default_caption="a thing").notes == []
     for name in ("d.png", "e.png"):
         image(photos / name, (9, 9, ord(name[0])))
-    assert "4 of 5 images have no caption of their own (a.jpg, b.png, d.png, ...)" in scanned(photos).notes[0]
+    assert "4 of 5 images have no caption of their own (a.jpg, b.png, d.png, ...)" in scanned(photos).notes[0].text
 
 
 def test_a_caption_beyond_what_the_model_reads_is_said(photos: Path):
     """20. A caption of surely more than 512 tokens is named with its length; nothing of it is lost silently."""
     (photos / "b.txt").write_text("a blue circle, " * 130)
     (note,) = scanned(photos).notes
-    assert note.startswith(f"{photos / 'b.png'}: its caption has 520 words and signs, and the model reads 512 tokens")
+    assert note.code == "long-caption"
+    assert note.text.startswith(f"{photos / 'b.png'}: its caption has 520 words and signs")
 
 
 def test_captions_and_images_that_are_not_used_are_said(photos: Path):
@@ -330,9 +333,9 @@ def test_captions_and_images_that_are_not_used_are_said(photos: Path):
     (photos / "y.heic").write_bytes(b"")
     (photos / "notes.md").write_text("anything")
     notes = scanned(photos, default_caption="d").notes
-    assert notes[0] == f"{photos / 'b.TXT'}: not read, its extension is not exactly .txt"
-    assert [one.split(": not used")[0] for one in notes[1:]] == [str(photos / "x.gif"), str(photos / "y.heic")]
-    assert len(notes) == 3
+    assert notes[0] == Note("unused-caption", f"{photos / 'b.TXT'}: not read, its extension is not exactly .txt")
+    assert [one.code for one in notes[1:]] == ["unused-image", "unused-image"]
+    assert [one.text.split(": ")[0] for one in notes[1:]] == [str(photos / "x.gif"), str(photos / "y.heic")]
 
 
 def test_two_images_of_one_name_without_a_caption_are_two_images(tmp_path: Path):
@@ -354,8 +357,8 @@ def test_a_caption_with_another_spelling_of_the_same_letters_is_said(tmp_path: P
     result = scanned(tmp_path)
     assert prompts(result) == {f"{name}.png": ""}
     alone, without = result.notes
-    assert alone.endswith(": a caption without an image")
-    assert f"1 of 1 images have no caption of their own ({name}.png)" in without
+    assert (alone.code, without.code) == ("unused-caption", "no-caption")
+    assert f"1 of 1 images have no caption of their own ({name}.png)" in without.text
 
 
 def test_links_that_lead_nowhere_and_pipes_are_errors_and_never_hang(photos: Path):
@@ -386,8 +389,8 @@ def test_hidden_files_are_left_alone_and_skipped_folders_are_said(photos: Path):
     (photos / "link").symlink_to(photos / "sub", target_is_directory=True)
     result = scanned(photos)
     assert len(result.images) == 3
-    why = "not searched (linked, or begins with _)"
-    assert result.notes == [f"{photos / '_rejected'}: {why}", f"{photos / 'link'}: {why}"]
+    assert [one.code for one in result.notes] == ["not-searched", "not-searched"]
+    assert [one.text.split(": ")[0] for one in result.notes] == [str(photos / "_rejected"), str(photos / "link")]
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
@@ -490,7 +493,7 @@ def test_the_order_of_the_directory_changes_nothing(photos: Path, monkeypatch: p
 
             monkeypatch.setattr(os, "scandir", scandir)
             result = scanned(photos)
-            results.append((result.images, problems(result), sorted(result.notes)))
+            results.append((result.images, problems(result), sorted(map(str, result.notes))))
     assert all(one == results[0] for one in results) and len(results[0][0]) == 5
     assert len({tuple(order) for order in orders if "a.jpg" in order}) > 2, "the order was really changed"
 
@@ -570,7 +573,7 @@ def test_all_faults_are_reported_at_once(photos: Path):
     assert f"{photos / 'twin.txt'}: belongs to several images (twin.jpg, twin.png); rename all but one" in found
     assert sum("page.png: a web page" in one for one in found) == 1
     assert all(error.exit_code == 3 for error in result.errors)
-    assert result.notes[0] == f"{photos / 'alone.txt'}: a caption without an image"
+    assert result.notes[0] == Note("unused-caption", f"{photos / 'alone.txt'}: a caption without an image")
 
 
 def test_killed_while_caching_the_next_start_encodes_what_is_missing_and_nothing_else(

@@ -15,7 +15,7 @@ from zimage_train.errors import ConfigError
 from zimage_train.models.pinned_memory import arena_sizes, pinned_bytes
 from zimage_train.planning import flops, gpus, memory, planner
 from zimage_train.planning.gpus import GPU_SPECS
-from zimage_train.planning.memory import WeightPlacement
+from zimage_train.planning.memory import SettingChange, WeightPlacement
 from zimage_train.planning.planner import AUTO_QUANTIZATIONS, NO_LIMIT, PlanConstraints
 
 from workloads import job, recipe
@@ -151,28 +151,30 @@ def test_what_is_named_where_a_run_does_not_fit_is_predicted_to_fit(limit_gb: fl
     if planner.choose_plan(made, wanted, limit_gb * 1e9, HOST, None).fits:
         return
     said = planner.suggest_settings(made, wanted, limit_gb * 1e9, HOST)
-    assert said.startswith("set "), said
-    settings = dict(re.findall(r"([a-z0_.]+): (\w+)", said.partition(" (predicted")[0]))
+    settings = {one.key: one.value for one in said.changes}
     assert settings.pop("memory.checkpointing") == settings.pop("memory.offload") == "auto"
-    batch, side = int(settings.pop("train.batch_size", 4)), settings.pop("data.0.resolution", None)
+    batch, side = int(settings.pop("train.batch_size", 4)), settings.pop("data.*.resolution", None)
     changed = replace(made, batch_size=batch, sizes=Counter({Bucket(int(side), int(side)): 20}) if side else made.sizes)
     kinds = AUTO_QUANTIZATIONS if settings.pop("model.quantize", None) == "auto" else (None,)
     assert not settings
     plan = planner.choose_plan(changed, PlanConstraints(kinds, None, None), limit_gb * 1e9, HOST, None)
-    assert plan.fits and f"predicted: {plan.peak.total / 1e9:.2f} GB" in said
+    assert plan.fits and said.predicted_bytes == plan.peak.total
+    assert str(said).endswith(f" (predicted: {plan.peak.total / 1e9:.2f} GB)")
 
 
 def test_where_nothing_fits_the_least_is_named():
     said = planner.suggest_settings(job(), ANY, 1e9, HOST)
-    assert re.fullmatch(r"a run takes \d\.\d\d GB at the least \(predicted\), so more memory is needed", said)
+    assert said.changes == []
+    assert re.fullmatch(r"a run takes \d\.\d\d GB at the least \(predicted\), so more memory is needed", str(said))
 
 
 def test_large_previews_and_a_large_rank_are_named_where_they_are_the_cause():
     drawn = job((512,), previews=(recipe(4096),))
-    assert planner.suggest_settings(drawn, FREE, 9e9, HOST).startswith("set sample.width: 1024, sample.height: 1024 (")
+    small = [SettingChange("sample.width", 1024), SettingChange("sample.height", 1024)]
+    assert planner.suggest_settings(drawn, FREE, 9e9, HOST).changes == small
     ranked = replace(job((512,)), trained=job((512,)).trained * 32, rank=512)
     assert not planner.choose_plan(ranked, FREE, 8e9, HOST, None).fits
-    assert planner.suggest_settings(ranked, FREE, 8e9, HOST).startswith("set lora.rank: 16 (")
+    assert planner.suggest_settings(ranked, FREE, 8e9, HOST).changes == [SettingChange("lora.rank", 16)]
 
 
 def test_a_card_has_as_much_memory_as_its_name_says():
@@ -183,7 +185,7 @@ def test_a_card_has_as_much_memory_as_its_name_says():
 
 def test_what_is_left_to_the_planner_already_is_not_asked_for():
     said = planner.suggest_settings(job((1536,), batch_size=4), FREE, 9e9, HOST)
-    assert "checkpointing" not in said and "offload" not in said
+    assert {"memory.checkpointing", "memory.offload"}.isdisjoint(one.key for one in said.changes)
 
 
 # Cards

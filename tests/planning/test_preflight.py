@@ -19,7 +19,7 @@ from zimage_train.cli import app
 from zimage_train.commands import check as checking
 from zimage_train.config.load import dump_config
 from zimage_train.config.schema import Config
-from zimage_train.errors import ConfigError, WeightsError, ZImageTrainError
+from zimage_train.errors import ConfigError, Note, WeightsError, ZImageTrainError
 from zimage_train.io import atomic, safetensors_format
 from zimage_train.io.safetensors_format import TensorEntry, read_header
 from zimage_train.models import components, text_encoder, vae
@@ -125,7 +125,8 @@ def test_what_a_run_needs_is_all_there(make_config: Make):
     assert checked.weights is not None
     assert len(checked.weights.modules) == 42
     assert checked.weights.adapter_modules == adapter_modules(mini.ADAPTER_V1) > 0
-    assert checked.notes == ["smaller than 96x96 px, so trained at their own size there: 1 of 16 images (zorb_12.jpg)"]
+    (note,) = checked.notes
+    assert note.code == "smaller-than-resolution" and note.text.endswith("1 of 16 images (zorb_12.jpg)")
 
 
 def adapter_modules(path: Path) -> int:
@@ -251,7 +252,7 @@ def test_problems_of_config_data_weights_and_disk_are_listed_together(
     )
     monkeypatch.setattr(atomic.shutil, "disk_usage", lambda path: type("Usage", (), {"free": -1}))
     error = refused(config)
-    found = {problem.location: problem.message for problem in error.problems}
+    found = {str(problem.location): problem.message for problem in error.problems}
     assert found.keys() == {
         str(photos / "page.png"),
         str(photos / "strip.png"),
@@ -497,7 +498,9 @@ def test_a_pipeline_folder_that_lacks_a_part_is_not_completed_from_the_hub(make_
 
 def test_a_misspelt_path_is_told_with_its_setting(make_config: Make, private: Path):
     checked = preflight.check_run(make_config(model={"path": "models/zimage"}), cached_only)
-    assert checked.notes == ["model.path: models/zimage: not on this machine yet; train downloads it"]
+    assert checked.notes == [
+        Note("not-downloaded", "model.path: models/zimage: not on this machine yet; train downloads it")
+    ]
 
 
 # Not here yet
@@ -521,9 +524,7 @@ def test_what_is_not_downloaded_yet_is_a_note(make_config: Make, private: Path, 
     checked = preflight.check_run(make_config(model=changes), cached_only)
     assert checked.weights is None
     assert memory.parameters_of(preflight.workload_of(checked).shape) > 6e9, "as large as the published models"
-    assert checked.notes and all(
-        note.endswith(": not on this machine yet; train downloads it") for note in checked.notes
-    )
+    assert {note.code for note in checked.notes} == {"not-downloaded"}
     lines = checking.check_report(checked)
     assert lines[0] == "tiny: no problems found"
     assert any(line.startswith("note: ") and "not on this machine yet" in line for line in lines)
@@ -682,10 +683,11 @@ def test_advice_names_the_setting_that_each_folder_has(make_config: Make):
     data = [*folders(batch_size=8), *folders(max_pixels=1024 * 1024)]
     del data[1]["resolution"]
     config = make_config(data=data, model={"path": None, "adapter": None, "dtype": "bf16"}, train={"batch_size": 1})
-    text = preflight.how_to_fit(preflight.check_run(config, cached_only), 2.2e9)
-    if "batch_size" in text:
-        assert "data.0.batch_size: 1" in text and "train.batch_size" not in text
-    assert "data.1.resolution" not in text
+    found = preflight.how_to_fit(preflight.check_run(config, cached_only), 2.2e9)
+    changes = {one.key: one.value for one in found.changes}
+    assert changes.get("data.0.batch_size", 1) == 1 and "train.batch_size" not in changes
+    assert "data.1.resolution" not in changes
+    assert ("data.0.resolution" in changes) == ("data.1.max_pixels" in changes) and "data.*.resolution" not in changes
 
 
 def test_a_caption_that_is_held_and_longer_counts(make_config: Make):
@@ -718,8 +720,8 @@ def test_what_another_setting_stands_in_for_is_said(make_config: Make):
     data = folders(max_pixels=64 * 64)
     checked = preflight.check_run(make_config(data=data, train={"epochs": 2.0, "steps": 6}))
     assert checked.config.train.steps != 6
-    assert "train.epochs decides how long; train.steps is not used" in checked.notes
-    assert "data.0: max_pixels decides; resolution is not used" in checked.notes
+    unused = [note.text for note in checked.notes if note.code == "setting-not-used"]
+    assert [text.partition(" decides")[0] for text in unused] == ["train.epochs", "data.0: max_pixels"]
 
 
 def test_check_counts_what_an_epoch_holds(make_config: Make):

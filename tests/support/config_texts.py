@@ -9,7 +9,7 @@ import pytest
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from zimage_train.config import load
+from zimage_train.config import key_names
 from zimage_train.config.load import read_config
 from zimage_train.config.schema import Config
 from zimage_train.errors import ConfigError
@@ -35,7 +35,7 @@ def refusal(folder: Path, text: str | bytes, *overrides: str, least: str = LEAST
 def option_names(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
     """Every option by its dotted name; `[]` stands for each entry of a list."""
     for name, field in section.model_fields.items():
-        inner = load._model_of(field.annotation)
+        inner = key_names.model_of(field.annotation)
         if inner is None:
             yield prefix + name, field
         else:

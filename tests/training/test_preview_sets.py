@@ -129,7 +129,9 @@ def test_a_second_model_that_is_not_here_yet_is_a_note(make_config):
 
     checked = check_run(make_config(sample=PREVIEWED | {"compare_on": "turbo"}), cached_only)
     assert checked.weights is None
-    assert checked.notes == ["sample.compare_on: Tongyi-MAI/Z-Image-Turbo: not on this machine yet; train downloads it"]
+    (note,) = checked.notes
+    assert note.code == "not-downloaded"
+    assert note.text.startswith("sample.compare_on: Tongyi-MAI/Z-Image-Turbo: ")
 
 
 def flat(path: Path, contrast: int) -> Path:

@@ -305,7 +305,8 @@ def test_a_prompt_given_twice_is_drawn_once_and_said(make_config, tmp_path: Path
     path.write_text("a red circle\na green star\na red circle\n")
     checked = check_run(from_prompts(make_config, path))
     assert len(checked.items) == 4
-    assert any("prompts.txt:3: the same prompt as in line 1" in note for note in [*checked.notes, *checked.warnings])
+    (note,) = [note for note in checked.notes if note.code == "same-prompt"]
+    assert "prompts.txt:3: the same prompt as in line 1" in note.text
 
 
 def test_prompts_are_for_methods_that_draw(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from zimage_train.cli.sampling import draw_commands
 from zimage_train.compat.aitoolkit.convert import read_config_or_job
 from zimage_train.config.schema import Config
 from zimage_train.errors import ConfigError, DiskError, Problem, ZImageTrainError
-from zimage_train.report.printing import JSON_OUTPUT, as_event, discard_stdout, print_lines, print_notes, print_raw
+from zimage_train.report.printing import JSON_OUTPUT, discard_stdout, error_event, print_lines, print_notes, print_raw
 
 app = typer.Typer(
     cls=Interruptible,
@@ -196,8 +196,7 @@ def _fail(error: ZImageTrainError) -> NoReturn:
     with contextlib.suppress(OSError, AttributeError):  # nobody has to listen
         for one in error.problems:
             text = f"process {rank}: {one}" if rank != "0" else str(one)
-            event = as_event("error", where=one.location, found=one.message, todo=one.hint, exit_code=error.exit_code)
-            print(event if JSON_OUTPUT.get() else text, file=sys.stderr)
+            print(error_event(one, error.exit_code) if JSON_OUTPUT.get() else text, file=sys.stderr)
     sys.exit(error.exit_code)
 
 

@@ -8,7 +8,7 @@ import torch
 from zimage_train.config.dataset import DataEntry
 from zimage_train.dataset import caption_prompts, images
 from zimage_train.dataset.scan import ImageRecord, scan_entry
-from zimage_train.errors import ConfigError, DataError, Problem, ZImageTrainError, raise_all
+from zimage_train.errors import Argument, ConfigError, DataError, Location, Problem, ZImageTrainError, raise_all
 from zimage_train.io import atomic
 from zimage_train.io.units import format_bytes
 from zimage_train.models import captioner, locate
@@ -103,7 +103,7 @@ def _write(
 
 
 def _load(name: str, console: Console) -> captioner.CaptionModel:
-    folder = locate.repository(name, "--model", PATTERNS)
+    folder = locate.repository(name, Location(argument=Argument("--model")), PATTERNS)
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     has_gpu = torch.accelerator.is_available()  # the other question answers for the build of torch, not the machine
     device = (torch.accelerator.current_accelerator() if has_gpu else None) or torch.device("cpu")

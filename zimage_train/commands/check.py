@@ -45,7 +45,7 @@ def check_report(checked: RunSpec, gpu: str | None = None, price: float | None =
         lines.append(f"LoRA of rank {config.lora.rank} on {len(weights.modules)} modules ({groups})")
         if weights.paths.adapter is not None:
             lines.append(f"adapter fits {weights.adapter_modules}/{weights.adapter_modules} modules")
-    lines += ["", *forecast.forecast_lines(checked, gpu, price)]
+    lines += ["", *(line.text for line in forecast.forecast_lines(checked, gpu, price))]
     lines += [f"note: {note}" for note in checked.notes]
     lines += [f"warning: {warning}" for warning in checked.warnings]
     return lines
@@ -59,7 +59,8 @@ def parse_price(text: str) -> float:
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)(?:/h)?", text.strip())
     if match is None:
-        raise ConfigError(Problem("--price", f"is {text!r}", "give the price of an hour, such as 0.69/h"))
+        hint = "give the price of an hour, such as 0.69/h"
+        raise ConfigError(Problem("--price", f"is {text!r}", hint, "bad-argument"))
     return float(match[1])
 
 

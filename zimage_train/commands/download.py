@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from zimage_train.config.schema import ModelSettings
-from zimage_train.errors import Problem, WeightsError, ZImageTrainError, collect_errors, raise_all
+from zimage_train.errors import Location, Problem, WeightsError, ZImageTrainError, collect_errors, raise_all
 from zimage_train.io import atomic
 from zimage_train.io.units import format_bytes
 from zimage_train.models import locate
@@ -47,7 +47,7 @@ def _search(model: ModelSettings, also: str | None, fetch: DownloadFn) -> list[Z
     errors = list(locate.find_paths(model, fetch).errors)
     if also is not None:
         with collect_errors(errors):
-            locate.transformer_at(also, "sample.compare_on", fetch)
+            locate.transformer_at(also, Location(key="sample.compare_on"), fetch)
     return errors
 
 

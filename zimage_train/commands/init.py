@@ -13,7 +13,7 @@ from zimage_train.config.dataset import DataEntry
 from zimage_train.config.templates import SUBJECT_KINDS, TemplateValues
 from zimage_train.dataset.images import EXTENSIONS
 from zimage_train.dataset.scan import KOHYA_FOLDER, MASK_FOLDER, ImageRecord, kohya_names, scan_entry
-from zimage_train.errors import ConfigError, Problem, ZImageTrainError, raise_all
+from zimage_train.errors import ConfigError, Note, Problem, ZImageTrainError, raise_all
 from zimage_train.io import atomic
 from zimage_train.io.progress import Progress
 from zimage_train.models.locate import cached_only
@@ -22,8 +22,8 @@ from zimage_train.planning import forecast, gpus, preflight
 RESOLUTIONS = (512, 768, 1024)
 FILLS = 0.9
 """An image counts for a resolution if it has this much of its area."""
-WORTH_SAYING = ("memory on", "  at the most", "  this does not fit", "time on")
-"""Of a forecast: `check` says the rest."""
+WORTH_SAYING = {"memory", "memory-peak", "does-not-fit", "time"}
+"""Codes of lines of a forecast: `check` says the rest."""
 FEW, FEW_STEPS, STEPS, MINIATURE_STEPS = 10, 1800, 3000, 300
 USUAL_FIRST_WORDS = {"a", "an", "the", "this", "it", "in", "on", "photo", "photograph", "picture", "image", "portrait"}
 MINIATURE_KNOWS = "one coloured shape on a plain background"
@@ -40,7 +40,7 @@ class FolderSummary:
     images: list[ImageRecord]
     captions: list[str]
     """Own ones, in the order of the images."""
-    notes: list[str]
+    notes: list[Note]
     problems: list[Problem]
     kohya: tuple[str, ...] = ()
     """What subfolders of kohya's layout call the images."""
@@ -77,8 +77,8 @@ def summarize_folder(folder: Path, tick: Progress) -> FolderSummary:
     problems = [problem for error in scan.errors for problem in error.problems]
     own = [image.raw_captions[0] for image in scan.images if image.raw_captions]
     kohya = kohya_names([image.path for image in scan.images], folder)
-    unsaid = ("no caption of their own", *(["by_folder"] if kohya else []))
-    notes = [note for note in scan.notes if not any(text in note for text in unsaid)]
+    unsaid = {"no-caption", "kohya-folders"} if kohya else {"no-caption"}
+    notes = [note for note in scan.notes if note.code not in unsaid]
     return FolderSummary(str(folder), scan.images, own, notes, problems, tuple(kohya), mask)
 
 
@@ -214,7 +214,7 @@ def write_config_file(path: Path, own: TemplateValues, answers: Answers, problem
         checked = preflight.check_run(config, cached_only)
         if own.miniature is None:
             plan = forecast.forecast_lines(checked, answers.gpu, None)
-            lines += [line for line in plan if line.startswith(WORTH_SAYING)]
+            lines += [line.text for line in plan if line.code in WORTH_SAYING]
     except ZImageTrainError as error:
         bad += [problem for problem in error.problems if problem not in bad]
         lines += [f"to mend first: {problem}" for problem in bad[len(problems) :]]

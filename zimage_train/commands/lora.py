@@ -2,10 +2,11 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from zimage_train import mini
-from zimage_train.errors import ConfigError, Problem, WeightsError
+from zimage_train.errors import Argument, ConfigError, Location, Problem, WeightsError
 from zimage_train.lora import arithmetic, inspect, lora_file, scale_rules, targets, verify
 from zimage_train.lora.inspect import LoraSummary
 from zimage_train.lora.lora_file import Lora
@@ -32,7 +33,7 @@ def verify_file(path: Path, model: str | None) -> list[str]:
     except WeightsError as error:
         todo = "is the LoRA of another size? give --model" if model is None else "is it the right model?"
         raise WeightsError(
-            *(Problem(one.location, f"{one.message}; held against {name}", todo) for one in error.problems)
+            *(replace(one, message=f"{one.message}; held against {name}", hint=todo) for one in error.problems)
         ) from None
     other = sorted(set(found.dtypes) - READ_BY_ALL)
     if other:
@@ -55,7 +56,7 @@ def verify_file(path: Path, model: str | None) -> list[str]:
 def _held_against(lora: Lora, model: str | None) -> tuple[TransformerShape, str]:
     """The shape of `model` and its name; without one the 6 B models', unless the miniature's fits."""
     if model is not None:
-        located = locate.transformer_at(model, "--model", locate.cached_only)
+        located = locate.transformer_at(model, Location(argument=Argument("--model")), locate.cached_only)
         return locate.transformer_tensors(located)[0], model
     miniature = locate.transformer_tensors(mini.TURBO / "transformer")[0]
     sizes = {module: (one.b.shape[0], one.a.shape[1]) for module, one in lora.items()}

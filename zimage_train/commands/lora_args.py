@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from zimage_train.errors import ConfigError, Problem
+from zimage_train.errors import Argument, ConfigError, Location, Problem
 from zimage_train.lora import lora_file
 from zimage_train.lora.lora_file import Lora
 from zimage_train.models import locate
@@ -46,7 +46,7 @@ def read_weighted_lora(name: Path, *shapes: TransformerShape) -> Lora:
     Raises:
         WeightsError: it does not, is no LoRA, or is not to be had.
     """
-    path = name if name.is_file() else locate.lora_at(name.as_posix(), "--lora")
+    path = name if name.is_file() else locate.lora_at(name.as_posix(), Location(argument=Argument("--lora")))
     lora = lora_file.read_lora(path)
     for shape in shapes:
         lora_file.require_modules(path, lora, shape.linears)

@@ -11,7 +11,7 @@ import torch
 from zimage_train.commands import lora_args, lora_edit
 from zimage_train.commands.lora_args import WeightedLora
 from zimage_train.commands.lora_edit import OutputFile
-from zimage_train.errors import ConfigError, Problem, WeightsError
+from zimage_train.errors import Argument, ConfigError, Location, Problem, WeightsError
 from zimage_train.io import atomic, tensorfile
 from zimage_train.io.safetensors_format import ITEM_BYTES
 from zimage_train.io.units import format_bytes
@@ -44,7 +44,7 @@ def bake_command(
         raise ConfigError(Problem("--dtype", f"is {dtype!r}", "give bf16 or fp32"))
     lora_edit.require_free(path, force, [one.path for one in loras])
     console = Console()
-    source = locate.transformer_at(model, "MODEL")
+    source = locate.transformer_at(model, Location(argument=Argument("MODEL")))
     lora_edit.require_free(path, force, [source])
     shape, tensors = locate.transformer_tensors(source)
     read = [(lora_args.read_weighted_lora(one.path, shape), one.weight) for one in loras]
@@ -83,7 +83,8 @@ def extract_command(tuned: str, base: str, rank: int | None, energy: float, outp
         WeightsError: one is no Z-Image transformer, they differ in shape, or in nothing.
     """
     output.require_free()
-    new, old = locate.transformer_at(tuned, "TUNED"), locate.transformer_at(base, "BASE")
+    new = locate.transformer_at(tuned, Location(argument=Argument("TUNED")))
+    old = locate.transformer_at(base, Location(argument=Argument("BASE")))
     output.require_free(new, old)
     console, device = Console(), torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with console.live_progress():

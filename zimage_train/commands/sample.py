@@ -6,7 +6,7 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,16 @@ from zimage_train.diffusion.frozen import FrozenTransformer, load_frozen
 from zimage_train.diffusion.prompts import PromptSpec
 from zimage_train.diffusion.render import render_images, split_into_batches
 from zimage_train.diffusion.request import SamplingRequest, preview_requests, prompts_to_encode
-from zimage_train.errors import ConfigError, Problem, WeightsError, ZImageTrainError, collect_errors, raise_all
+from zimage_train.errors import (
+    Argument,
+    ConfigError,
+    Location,
+    Problem,
+    WeightsError,
+    ZImageTrainError,
+    collect_errors,
+    raise_all,
+)
 from zimage_train.io import atomic
 from zimage_train.io.operating_system import main_memory_bytes
 from zimage_train.io.progress import StepProgress
@@ -135,11 +144,14 @@ def locate_model(model: ModelSettings) -> tuple[ModelPaths, TransformerShape]:
 
 def _as_options(problem: Problem) -> Problem:
     """`problem` of a setting as one of the option that stands for it here."""
-    if problem.location.startswith("model.extras"):
-        source = problem.location.removeprefix("model.extras").lstrip(": ")
-        what = f"the text encoder and VAE of {source} {problem.message}"
-        return Problem("--extras", what, "give a folder or hub id that has them")
-    return Problem(problem.location.replace("model.path", "MODEL"), problem.message, problem.hint)
+    place = problem.place
+    if place.key == "model.extras":
+        what = f"the text encoder and VAE of {place.source or ''} {problem.message}"
+        location = Location(argument=Argument("--extras"))
+        return Problem(location, what, "give a folder or hub id that has them", problem.code)
+    if place.key == "model.path":
+        return replace(problem, location=replace(place, key=None, argument=Argument("MODEL")))
+    return problem
 
 
 def load_model(
@@ -200,7 +212,7 @@ def _request(fields: Mapping[str, Any]) -> SamplingRequest:
     except ValidationError as error:
         first = error.errors()[0]
         where = f"{fields['prompt'][:40]!r}: {'.'.join(map(str, first['loc']))}"
-        raise ConfigError(Problem(where, f"is {first['input']!r}", first["msg"].lower())) from None
+        raise ConfigError(Problem(where, f"is {first['input']!r}", first["msg"].lower(), "bad-value")) from None
 
 
 def said_of(drawn: list[Path]) -> list[str]:
@@ -276,7 +288,8 @@ def _form(
     plan = planner.choose_plan(job, PlanConstraints((None,), None, None), limit, main_memory_bytes(), here.card)
     if room.budget_gb is not None and not plan.fits:
         what = f"is {room.budget_gb:g}, and these images take {format_bytes(plan.peak.total)} (predicted)"
-        raise ConfigError(Problem("--budget-gb", what, "give more, or a smaller --width, --height or --batch"))
+        todo = "give more, or a smaller --width, --height or --batch"
+        raise ConfigError(Problem("--budget-gb", what, todo, "does-not-fit"))
     return plan.form
 
 

@@ -12,7 +12,7 @@ from zimage_train.commands.compare import RUN, FinishedRun
 from zimage_train.commands.sweep_values import RunsFailed, SweepRun, run_each
 from zimage_train.commands.train import check_for_training, run_training
 from zimage_train.config.load import flatten_keys
-from zimage_train.errors import DataError, Problem, Stopped, WorkerLostError, ZImageTrainError
+from zimage_train.errors import DataError, Stopped, WorkerLostError, ZImageTrainError
 from zimage_train.report.console import Console
 from zimage_train.training import distributed, run_dir
 from zimage_train.training.distributed import World
@@ -107,9 +107,5 @@ def table(rows: Mapping[str, Mapping[str, str]]) -> list[str]:
 
 
 def _failed(failures: Mapping[str, RunsFailed]) -> RunsFailed:
-    problems = [
-        Problem(f"{label}: {problem.location}", problem.message, problem.hint)
-        for label, error in failures.items()
-        for problem in error.problems
-    ]
+    problems = [problem.of_run(label) for label, error in failures.items() for problem in error.problems]
     return RunsFailed(next(iter(failures.values())).exit_code, problems)

@@ -13,7 +13,7 @@ from zimage_train.compat.aitoolkit.convert import read_config_or_job
 from zimage_train.config import strict_yaml
 from zimage_train.config.schema import Config
 from zimage_train.config.strict_yaml import YamlError
-from zimage_train.errors import ConfigError, Problem, ZImageTrainError
+from zimage_train.errors import Argument, ConfigError, Location, Problem, ZImageTrainError
 
 NOT_VARIABLE = ("name", "output_dir", "cache.folder")
 """Settings that runs of one sweep have of the sweep itself, or share."""
@@ -98,8 +98,8 @@ def make_sweep_runs(path: Path, overrides: Sequence[str], varied: Sequence[str])
 def _as_varied(problem: Problem, values: Mapping[str, str]) -> Problem:
     """The reader takes what is varied for what is set; the user typed --vary."""
     for key, text in values.items():
-        if problem.location.startswith(f"--set {key}={text}"):
-            return replace(problem, location=problem.location.replace("--set", "--vary", 1))
+        if problem.place.argument == Argument("--set", f"{key}={text}"):
+            return replace(problem, location=replace(problem.place, argument=Argument("--vary", f"{key}={text}")))
     return problem
 
 
@@ -129,37 +129,33 @@ def _merged(found: Mapping[str, Sequence[Problem]], total: int) -> list[Problem]
             owners.setdefault(problem, []).append(label)
     merged = []
     for problem, labels in owners.items():
-        says_which = len(labels) == total or problem.location.startswith("--vary ")
-        merged += (
-            [problem] if says_which else [replace(problem, location=f"{one}: {problem.location}") for one in labels]
-        )
+        argument = problem.place.argument
+        says_which = len(labels) == total or (argument is not None and argument.flag == "--vary")
+        merged += [problem] if says_which else [problem.of_run(one) for one in labels]
     return merged
 
 
 def _axes(varied: Sequence[str], overrides: Sequence[str]) -> list[SweepAxis]:
     axes, problems = [], []
-    taken = {override.partition("=")[0].strip(): f"--set {override}" for override in overrides}
+    taken = {override.partition("=")[0].strip(): Argument("--set", override) for override in overrides}
     for text in varied:
-        where = f"--vary {text}"
+        argument = Argument("--vary", text)
+        where = Location(argument=argument)
         key, equals, values = (part.strip() for part in text.partition("="))
         clash = next((there for other, there in taken.items() if _overlap(key, other)), None)
         if not equals or not key:
-            problems.append(Problem(where, "is not key=value,value", EXAMPLE))
+            problems.append(Problem(where, "is not key=value,value", EXAMPLE, "bad-argument"))
         elif any(_overlap(key, one) for one in NOT_VARIABLE):
-            problems.append(
-                Problem(
-                    where,
-                    "cannot be varied: a sweep names its runs itself, and they share their caches",
-                    "leave it out",
-                )
-            )
+            what = "cannot be varied: a sweep names its runs itself, and they share their caches"
+            problems.append(Problem(where, what, "leave it out", "not-variable"))
         elif clash is not None:
-            problems.append(Problem(where, f"is set by {clash} too", "give all values of a setting in one --vary"))
+            todo = "give all values of a setting in one --vary"
+            problems.append(Problem(where, f"is set by {clash} too", todo, "set-twice"))
         else:
-            taken[key] = where
+            taken[key] = argument
             texts = split(values)
             words, wrong = _words(texts)
-            problems += [Problem(where, what, todo) for what, todo in wrong]
+            problems += [Problem(where, what, todo, "bad-value") for what, todo in wrong]
             axes.append(SweepAxis(key, texts, words))
     if problems:
         raise ConfigError(*problems)

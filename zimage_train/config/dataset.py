@@ -4,7 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from zimage_train.config.types import Resolutions, Section
+from zimage_train.config.types import ConflictError, Resolutions, Section, SettingError
 
 
 class DataEntry(Section):
@@ -59,27 +59,27 @@ class DataEntry(Section):
     @classmethod
     def _is_word(cls, value: str | None) -> str | None:
         if value is not None and (value != value.strip() or value == "[trigger]" or len(value.splitlines()) > 1):
-            raise ValueError(f"is {value!r}; give the word itself, on one line and without space around it")
+            raise SettingError(f"is {value!r}", "give the word itself, on one line and without space around it")
         return value
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
         if sum(one is not None for one in (self.folder, self.metadata, self.prompts)) != 1:
-            raise ValueError("needs exactly one of folder, metadata and prompts")
+            raise ConflictError("needs exactly one of folder, metadata and prompts")
         return self
 
     @model_validator(mode="after")
     def _holds_together(self) -> Self:
         fields = type(self).model_fields
         if self.repeats == "by_folder" and self.folder is None:
-            raise ValueError("repeats: by_folder needs folder: a file has no subfolders")
+            raise ConflictError("repeats: by_folder needs folder: a file has no subfolders")
         if self.regularization and self.trigger is not None:
-            raise ValueError("is for regularization, which shows the class without the concept; leave trigger out")
+            raise ConflictError("is for regularization, which shows the class without the concept", "leave trigger out")
         if self.dropout_keeps_trigger and self.trigger is None:
-            raise ValueError("dropout_keeps_trigger needs a trigger")
+            raise ConflictError("dropout_keeps_trigger needs a trigger")
         changed = [name for name in ("mask_floor", "mask_prior") if getattr(self, name) != fields[name].default]
         if changed and self.mask is None:
-            raise ValueError(f"{changed[0]} needs a mask")
+            raise ConflictError(f"{changed[0]} needs a mask")
         if self.keep_tags and not (self.shuffle_tags or self.tag_dropout):
-            raise ValueError("keep_tags needs shuffle_tags or tag_dropout")
+            raise ConflictError("keep_tags needs shuffle_tags or tag_dropout")
         return self

@@ -1,58 +1,22 @@
 """From a YAML file and `--set key=value` to a `Config`, or to every problem at once, each with its line."""
 
 import difflib
-import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from zimage_train.config import strict_yaml
+from zimage_train.config.key_names import COMMON_VALUES, dotted_key, suggest_key
 from zimage_train.config.schema import Config
-from zimage_train.config.strict_yaml import YamlDocument, YamlError
-from zimage_train.errors import ConfigError, Problem
+from zimage_train.config.strict_yaml import KeyPath, YamlDocument, YamlError
+from zimage_train.config.types import SettingError
+from zimage_train.errors import Argument, ConfigError, Location, Problem
 from zimage_train.io.operating_system import user_cache_folder
 
-KeyPath = tuple[str | int, ...]
-
-COMMON_NAMES = {
-    "learning_rate": "optimizer.lr",
-    "network_dim": "lora.rank",
-    "network_alpha": "lora.alpha",
-    "linear": "lora.rank",
-    "linear_alpha": "lora.alpha",
-    "max_train_steps": "train.steps",
-    "num_train_steps": "train.steps",
-    "gradient_accumulation": "train.grad_accumulation",
-    "gradient_accumulation_steps": "train.grad_accumulation",
-    "gradient_checkpointing": "memory.checkpointing",
-    "lr_scheduler": "schedule.name",
-    "lr_warmup_steps": "schedule.warmup_steps",
-    "folder_path": "data.0.folder",
-    "dataset_path": "data.0.folder",
-    "num_repeats": "data.0.repeats",
-    "trigger_word": "data.0.trigger",
-    "caption_dropout_rate": "data.0.caption_dropout",
-    "name_or_path": "model.path",
-    "assistant_lora_path": "model.adapter",
-    "save_every": "save.every",
-    "sample_every": "sample.every",
-    "guidance_scale": "sample.guidance",
-    "do_differential_guidance": "guidance.differential",
-    "differential_guidance_scale": "guidance.differential",
-    "timestep_type": "timesteps.type",
-    "content_or_style": "timesteps.bias",
-    "output": "output_dir",
-    "accumulate": "train.grad_accumulation",
-    "clip_norm": "train.max_grad_norm",
-    "also": "sample.compare_on",
-    "regularisation": "data.0.regularization",
-    "regularisation_share": "train.regularization_share",
-}
-"""Names that other trainers use, or that this one had, and ours: only for the hint beside an unknown key."""
-COMMON_VALUES = {"shift": "uniform_shift"}
-"""The same of values. In other trainers `shift` begins with a sigmoid, here with a uniform density; hence the name."""
+LocateKey = Callable[[KeyPath], Location | str]
+"""The place of a setting for the user."""
 
 KINDS = {
     str: "text",
@@ -104,26 +68,25 @@ def load_document(
     """
     problems = [yaml_problem(path, problem) for problem in document.problems]
     if document.value is None:
-        raise ConfigError(Problem(str(path), "is empty", "see configs/quickstart.yaml for a start"))
+        raise ConfigError(Problem(str(path), "is empty", "see configs/quickstart.yaml for a start", "not-a-config"))
     if not isinstance(document.value, dict):
-        raise ConfigError(
-            Problem(str(path), f"holds {_kind(document.value)}, not settings", "write `key: value` lines")
-        )
-    origins: dict[KeyPath, str] = {}
+        what = f"holds {_kind(document.value)}, not settings"
+        raise ConfigError(Problem(str(path), what, "write `key: value` lines", "not-a-config"))
+    origins: dict[KeyPath, Argument] = {}
     for override in overrides:
         problems += _apply(document.value, override, origins)
 
-    def where(key_path: KeyPath) -> str:
+    def where(key_path: KeyPath) -> Location:
         return _where(path, document, origins, key_path)
 
     config, wrong = validate_config(document.value, where)
-    problems += sorted([*found, *wrong], key=lambda problem: _line(path, problem))
+    problems += sorted([*found, *wrong], key=lambda problem: problem.place.line or 0)
     if problems or config is None:
         raise ConfigError(*problems)
     return config
 
 
-def validate_config(value: dict[str, Any], where: Any) -> tuple[Config | None, list[Problem]]:
+def validate_config(value: dict[str, Any], where: LocateKey) -> tuple[Config | None, list[Problem]]:
     """Check plain values against the schema; `where(key_path)` names a place for the user."""
     try:
         return Config.model_validate(value), []
@@ -195,17 +158,25 @@ def read_text(path: Path) -> str:
         with path.open("rb") as file:
             content = file.read(strict_yaml.MAX_BYTES + 1)
         if len(content) > strict_yaml.MAX_BYTES:
-            raise ConfigError(Problem(str(path), "is larger than 1 MB, so it is not a config", "check the path"))
+            raise ConfigError(
+                Problem(str(path), "is larger than 1 MB, so it is not a config", "check the path", "not-a-config")
+            )
         return content.decode("utf-8-sig")
     except FileNotFoundError:
-        raise ConfigError(Problem(str(path), "does not exist", "check the path of the config")) from None
+        raise ConfigError(
+            Problem(str(path), "does not exist", "check the path of the config", "missing-file")
+        ) from None
     except UnicodeDecodeError as error:
-        raise ConfigError(Problem(str(path), f"is not UTF-8 text (byte {error.start})", "save it as UTF-8")) from None
+        raise ConfigError(
+            Problem(str(path), f"is not UTF-8 text (byte {error.start})", "save it as UTF-8", "not-text")
+        ) from None
     except OSError as error:
         if path.is_dir():
             todo = "give a file; `zimage-train init FOLDER` writes a config for images"
-            raise ConfigError(Problem(str(path), "is a folder", todo)) from None
-        raise ConfigError(Problem(str(path), f"cannot be read ({error.strerror})", "check the path")) from None
+            raise ConfigError(Problem(str(path), "is a folder", todo, "not-a-file")) from None
+        raise ConfigError(
+            Problem(str(path), f"cannot be read ({error.strerror})", "check the path", "unreadable-file")
+        ) from None
 
 
 def parse(path: Path, text: str) -> YamlDocument:
@@ -222,59 +193,60 @@ def parse(path: Path, text: str) -> YamlDocument:
 
 def yaml_problem(path: Path, problem: YamlError) -> Problem:
     """What the reader of YAML found, for the user."""
-    place = f"{path}:{problem.line}" if problem.line else str(path)
-    return Problem(": ".join(filter(None, [place, dotted_key(problem.path)])), problem.what, "correct it")
+    place = Location(str(path), problem.line or None, dotted_key(problem.path) or None)
+    return Problem(place, problem.what, "correct it", problem.code)
 
 
-def _apply(root: dict[str, Any], override: str, origins: dict[KeyPath, str]) -> list[Problem]:
-    where = f"--set {override}"
+def _apply(root: dict[str, Any], override: str, origins: dict[KeyPath, Argument]) -> list[Problem]:
+    argument = Argument("--set", override)
+
+    def wrong(what: str, todo: str, code: str, key: str | None = None) -> Problem:
+        return Problem(Location(key=key, argument=argument), what, todo, code)
+
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
-        return [Problem(where, "is not key=value", "write for example --set train.steps=100")]
+        return [wrong("is not key=value", "write for example --set train.steps=100", "bad-argument")]
     parts = [int(part) if part.isascii() and part.isdigit() else part for part in key.strip().split(".")]
     if "" in parts:
-        return [Problem(where, "has an empty part in its key", "write for example --set train.steps=100")]
+        return [wrong("has an empty part in its key", "write for example --set train.steps=100", "bad-argument")]
     try:
         document = strict_yaml.parse(text)
     except YamlError as problem:
-        return [Problem(where, problem.what, "quote the value")]
+        return [wrong(problem.what, "quote the value", problem.code)]
     target: Any = root
     for index, part in enumerate(parts):
         here = dotted_key(parts[:index])
         if isinstance(target, list) and not (isinstance(part, int) and part < len(target)):
-            return [Problem(where, f"{here} has {len(target)} entries, counted from 0", "check the index")]
+            return [wrong(f"{here} has {len(target)} entries, counted from 0", "check the index", "unknown-key")]
         if not isinstance(target, dict | list):
-            return [Problem(where, f"{here} is no section of the config", "check the key")]
+            return [wrong(f"{here} is no section of the config", "check the key", "unknown-key")]
         slot: Any = part if isinstance(target, list) else str(part)
         if index == len(parts) - 1:
             target[slot] = document.value
         elif isinstance(target, dict) and target.get(slot) is None:
             target[slot] = [] if isinstance(parts[index + 1], int) else {}
         target = target[slot]
-    origins[tuple(parts)] = where
-    return [Problem(f"{where}: {dotted_key(twice.path)}", twice.what, "correct it") for twice in document.problems]
+    origins[tuple(parts)] = argument
+    return [wrong(twice.what, "correct it", twice.code, dotted_key(twice.path)) for twice in document.problems]
 
 
-def _where(path: Path, document: YamlDocument, origins: dict[KeyPath, str], key_path: KeyPath) -> str:
+def _where(path: Path, document: YamlDocument, origins: dict[KeyPath, Argument], key_path: KeyPath) -> Location:
     for length in range(len(key_path), 0, -1):
         if key_path[:length] in origins:
-            return f"{origins[key_path[:length]]}: {dotted_key(key_path)}"
+            return Location(key=dotted_key(key_path), argument=origins[key_path[:length]])
     if key_path not in document.lines:
-        made = [where for path, where in origins.items() if path[: len(key_path)] == key_path]
+        made = [argument for path, argument in origins.items() if path[: len(key_path)] == key_path]
         if made:
-            return f"{made[0]}: {dotted_key(key_path)}"
+            return Location(key=dotted_key(key_path), argument=made[0])
+    if not key_path:
+        return Location(str(path))
     known = next((n for n in range(len(key_path), -1, -1) if key_path[:n] in document.lines), 0)
-    start = document.names.get(key_path[:known], dotted_key(key_path[:known]))
-    name = dotted_key((start, *key_path[known:])).lstrip(".")
-    return f"{path}:{document.lines.get(key_path[:known], 0)}: {name}" if key_path else f"{path}"
+    first = document.names.get(key_path[:known], dotted_key(key_path[:known]))
+    name = dotted_key((first, *key_path[known:])).lstrip(".")
+    return Location(str(path), document.lines.get(key_path[:known], 0), name)
 
 
-def _line(path: Path, problem: Problem) -> int:
-    match = re.match(rf"{re.escape(str(path))}:(\d+)", problem.location)
-    return int(match[1]) if match else 0
-
-
-def _explain(error: ValidationError, value: dict[str, Any], where: Any) -> list[Problem]:
+def _explain(error: ValidationError, value: dict[str, Any], where: LocateKey) -> list[Problem]:
     """One problem a place: the alternatives of a union, which pydantic lists singly, are joined."""
     grouped: dict[KeyPath, list[Any]] = {}
     for item in error.errors(include_url=False):
@@ -295,23 +267,24 @@ def _config_path(loc: tuple[str | int, ...], value: Any, kind: str) -> KeyPath:
     return tuple(path)
 
 
-def _problem(key_path: KeyPath, items: list[Any], where: Any) -> Problem:
+def _problem(key_path: KeyPath, items: list[Any], where: LocateKey) -> Problem:
     item = items[0]
     kind, found, place = item["type"], item["input"], where(key_path)
     if kind == "extra_forbidden":
-        return Problem(place, "unknown key", _suggest_key(key_path))
+        return Problem(place, "unknown key", suggest_key(key_path), "unknown-key")
     if kind == "missing":
-        return Problem(place, "is missing", "add it")
+        return Problem(place, "is missing", "add it", "missing-key")
     if kind == "value_error" and len(items) == 1:
-        what, _, todo = item["msg"].removeprefix("Value error, ").partition("; ")
-        return Problem(place, what, todo or "correct it")
+        raised = item["ctx"]["error"]
+        why = raised if isinstance(raised, SettingError) else SettingError(str(raised))
+        return Problem(place, why.finding, why.hint or "correct it", why.code)
     if kind == "finite_number":
-        return Problem(place, f"is {found}", "give a finite number")
+        return Problem(place, f"is {found}", "give a finite number", "bad-value")
     expected = " or ".join(dict.fromkeys(_expected(one) for one in items))
     if key_path[-1] == "every" and kind == "greater_than_equal":
         expected += ", or null, which is never"
     value = _shorten(repr(found)) if kind == "literal_error" and isinstance(found, str) else format_value(found)
-    return Problem(place, f"is {value}", f"expected {expected}{_suggest_value(item)}")
+    return Problem(place, f"is {value}", f"expected {expected}{_suggest_value(item)}", "bad-value")
 
 
 def _expected(item: Any) -> str:
@@ -351,49 +324,3 @@ def _suggest_value(item: Any) -> str:
     close = [COMMON_VALUES[item["input"]]] if COMMON_VALUES.get(item["input"]) in choices else []
     close += difflib.get_close_matches(item["input"], choices, n=1)
     return f"; did you mean '{close[0]}'?" if close else ""
-
-
-def _suggest_key(key_path: KeyPath) -> str:
-    key = str(key_path[-1])
-    section = _section(key_path[:-1])
-    siblings = list(section.model_fields) if section else []
-    everywhere = {dotted_key(path): path[-1] for path in _all_keys(Config)}
-    named = [full for full, name in everywhere.items() if name == key][:3]
-    hints = [COMMON_NAMES[key]] if key in COMMON_NAMES else named
-    if not hints:
-        hints = difflib.get_close_matches(key, siblings, n=1, cutoff=0.6)
-    if not hints:
-        similar = difflib.get_close_matches(key, list(everywhere.values()), n=1, cutoff=0.75)
-        hints = [full for full, name in everywhere.items() if name in similar][:1]
-    if hints:
-        return f"did you mean {' or '.join(repr(hint) for hint in hints)}?"
-    return f"known here: {', '.join(siblings)}" if siblings else "remove it"
-
-
-def _section(key_path: KeyPath) -> type[BaseModel] | None:
-    section: type[BaseModel] | None = Config
-    for part in key_path:
-        if isinstance(part, int):
-            continue
-        field = section.model_fields.get(part) if section else None
-        section = _model_of(field.annotation) if field else None
-    return section
-
-
-def _all_keys(section: type[BaseModel], prefix: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
-    keys: list[tuple[str, ...]] = []
-    for name, field in section.model_fields.items():
-        inner = _model_of(field.annotation)
-        index = ("0",) if name in ("data", "prompts", "extra_loras") else ()
-        keys += _all_keys(inner, (*prefix, name, *index)) if inner else [(*prefix, name)]
-    return keys
-
-
-def _model_of(annotation: Any) -> type[BaseModel] | None:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    return next((model for arg in getattr(annotation, "__args__", ()) if (model := _model_of(arg))), None)
-
-
-def dotted_key(key_path: Sequence[str | int]) -> str:
-    return ".".join(str(part) for part in key_path)

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from zimage_train.config.dataset import DataEntry
-from zimage_train.config.types import Section
+from zimage_train.config.types import ConflictError, Section
 
 MethodName = Literal["sft", "trajectory_imitation", "de_distill"]
 
@@ -60,26 +60,30 @@ def fill_method_defaults(values: Any) -> Any:
 
 def method_error(
     name: MethodName, variant: str, adapter: str | None, init_from: str | None, data: Sequence[DataEntry]
-) -> str | None:
+) -> ConflictError | None:
     """Return the first setting that does not go with the method, or None if all do."""
     method = METHODS[name]
     if not method.generates_data:
         for index, entry in enumerate(data):
             if entry.prompts is not None:
                 ways = " or ".join(other for other, spec in METHODS.items() if spec.generates_data)
-                return f"data.{index}.prompts has no images to train on; give folder, or train.method: {ways}"
+                return ConflictError(
+                    f"data.{index}.prompts has no images to train on", f"give folder, or train.method: {ways}"
+                )
         return None
     if adapter is not None:
-        return f"train.method: {name} learns from the model without adapter; set model.adapter: null"
+        return ConflictError(f"train.method: {name} learns from the model without adapter", "set model.adapter: null")
     for index, entry in enumerate(data):
         defaults = DataEntry.model_fields
         changed = [key for key in IMAGE_ONLY_SETTINGS if getattr(entry, key) != defaults[key].default]
         if method.imitates_teacher and entry.caption_dropout:
             changed.append("caption_dropout")
         if changed:
-            return f"train.method: {name} does not train on images; leave data.{index}.{changed[0]} out"
+            return ConflictError(
+                f"train.method: {name} does not train on images", f"leave data.{index}.{changed[0]} out"
+            )
     if method.imitates_teacher and variant != "turbo":
-        return f"train.method: {name} is for Turbo's 8 steps; set model.variant: turbo"
+        return ConflictError(f"train.method: {name} is for Turbo's 8 steps", "set model.variant: turbo")
     if method.imitates_teacher and init_from is None:
-        return f"train.method: {name} needs lora.init_from, the LoRA that it repairs"
+        return ConflictError(f"train.method: {name} needs lora.init_from, the LoRA that it repairs")
     return None

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
-from zimage_train.config.types import EverySteps, Pixels, Section, as_lora, as_prompt
+from zimage_train.config.types import EverySteps, Pixels, Section, SettingError, as_lora, as_prompt
 
 
 class PreviewPrompt(Section):
@@ -58,5 +58,5 @@ class SampleSettings(Section):
     def _ranges(cls, value: float | str, info: ValidationInfo) -> float | str:
         least, most = {"steps": (1, 1000), "guidance": (0, 50)}[str(info.field_name)]
         if not isinstance(value, str) and not least <= value <= most:
-            raise ValueError(f"is {value}; give auto, or {least} to {most}")
+            raise SettingError(f"is {value}", f"give auto, or {least} to {most}")
         return value

@@ -15,12 +15,14 @@ from zimage_train.config.optimizers import OPTIMIZERS, OptimizerName
 from zimage_train.config.sample import SampleSettings
 from zimage_train.config.types import (
     SCHEDULE_PARAMS,
+    ConflictError,
     EverySteps,
     Pixels,
     Quantization,
     RecomputeMode,
     ScheduleName,
     Section,
+    SettingError,
     check_params,
 )
 from zimage_train.config.variants import VARIANTS, VariantName
@@ -65,7 +67,9 @@ class ModelSettings(Section):
     @model_validator(mode="after")
     def _adapter_belongs(self) -> Self:
         if self.variant != "turbo" and self.adapter in ("v1", "v2"):
-            raise ValueError(f"adapter {self.adapter} was made for Turbo and would harm {self.variant}; leave it out")
+            raise ConflictError(
+                f"adapter {self.adapter} was made for Turbo and would harm {self.variant}", "leave it out"
+            )
         return self
 
 
@@ -93,15 +97,14 @@ class LoraSettings(Section):
             try:
                 re.compile(value)
             except re.error as error:
-                raise ValueError(f"not a regular expression: {error}") from None
+                raise SettingError(f"not a regular expression: {error}") from None
             return value
         unknown = [name for name in value if name not in LORA_GROUPS]
         if unknown or not value:
-            raise ValueError(
-                f"unknown group {unknown[0]!r}; groups are {', '.join(LORA_GROUPS)}; a regular expression is one string"
-                if unknown
-                else "names no group, so nothing would be trained"
-            )
+            if not unknown:
+                raise SettingError("names no group, so nothing would be trained")
+            choices = f"groups are {', '.join(LORA_GROUPS)}; a regular expression is one string"
+            raise SettingError(f"unknown group {unknown[0]!r}", choices)
         return value
 
 
@@ -138,7 +141,7 @@ class TimestepSettings(Section):
     @model_validator(mode="after")
     def _ordered(self) -> Self:
         if self.min >= self.max:
-            raise ValueError(f"min {self.min} must be below max {self.max}")
+            raise ConflictError(f"min {self.min} must be below max {self.max}")
         return self
 
 
@@ -177,7 +180,7 @@ class OptimizerSettings(Section):
         name = info.data.get("name")
         checked = check_params(value, OPTIMIZERS[name].params, name) if name else value
         if checked.get("min_lr", 0.0) > checked.get("max_lr", 1.0):
-            raise ValueError("min_lr is above max_lr")
+            raise SettingError("min_lr is above max_lr")
         return checked
 
 
@@ -200,11 +203,11 @@ class ScheduleSettings(Section):
     @model_validator(mode="after")
     def _complete(self) -> Self:
         if self.name == "constant_with_warmup" and self.warmup_steps == 0:
-            raise ValueError("constant_with_warmup needs warmup_steps")
+            raise ConflictError("constant_with_warmup needs warmup_steps")
         if self.name == "one_cycle" and self.warmup_steps:
-            raise ValueError("one_cycle rises by itself; leave warmup_steps out, and set params.peak_at")
+            raise ConflictError("one_cycle rises by itself", "leave warmup_steps out, and set params.peak_at")
         if self.name == "step" and "every" not in self.params:
-            raise ValueError("step needs params: {every: steps}")
+            raise ConflictError("step needs params: {every: steps}")
         return self
 
 
@@ -233,14 +236,14 @@ class MemorySettings(Section):
     @model_validator(mode="after")
     def _streams_with_recomputation(self) -> Self:
         if self.mode == "none" and isinstance(self.offload, float) and self.offload > 0:
-            raise ValueError("offload needs recomputation: set checkpointing to elementwise, full or auto")
+            raise ConflictError("offload needs recomputation: set checkpointing to elementwise, full or auto")
         return self
 
     @field_validator("budget_gb")
     @classmethod
     def _positive(cls, value: float | str) -> float | str:
         if not isinstance(value, str) and not 0 < value <= 10_000:
-            raise ValueError(f"is {value:g}; give a number of GB above 0 and up to 10000, or auto")
+            raise SettingError(f"is {value:g}", "give a number of GB above 0 and up to 10000, or auto")
         return value
 
 
@@ -320,7 +323,7 @@ class Config(Section):
     def _method_fits(self) -> Self:
         model = self.model
         if why := methods.method_error(self.train.method, model.variant, model.adapter, self.lora.init_from, self.data):
-            raise ValueError(why)
+            raise why
         return self
 
     @model_validator(mode="after")
@@ -328,30 +331,33 @@ class Config(Section):
         without = [i for i, entry in enumerate(self.data) if not entry.trigger and not entry.regularization]
         if self.preserve.kind == "trigger" and without:
             where = f"data.{without[0]}.trigger"
-            raise ValueError(f"preserve.kind: trigger replaces the trigger; set {where}, or use blank")
+            raise ConflictError("preserve.kind: trigger replaces the trigger", f"set {where}, or use blank")
         if all(entry.regularization for entry in self.data):
-            raise ValueError("data: every folder is for regularization; one must show the concept")
+            raise ConflictError("data: every folder is for regularization", "one must show the concept")
         literal = [i for i, one in enumerate(self.sample.prompts) if "[trigger]" in one.prompt]
         if literal:
-            raise ValueError(f"sample.prompts.{literal[0]} has [trigger], which is for captions; write the word itself")
+            raise ConflictError(
+                f"sample.prompts.{literal[0]} has [trigger], which is for captions", "write the word itself"
+            )
         if self.sample.weights == "ema" and self.ema.decay is None:
-            raise ValueError("sample.weights: ema needs ema.decay")
+            raise ConflictError("sample.weights: ema needs ema.decay")
         return self
 
     @field_validator("name")
     @classmethod
     def _plain_name(cls, value: str) -> str:
         if not re.fullmatch(NAME, value) or value != value.strip() or value.endswith("."):
-            raise ValueError(
-                f"is {value!r}; begin with a letter, digit or _, go on with these, spaces, dots, + and -, and end with "
-                "neither space nor dot"
+            raise SettingError(
+                f"is {value!r}",
+                "begin with a letter, digit or _, go on with these, spaces, dots, + and -, and end with neither space "
+                "nor dot",
             )
         if re.search(r"-\d+$", value):
-            raise ValueError(f"is {value!r}; it may not end in -digits, which marks the LoRA of a step")
+            raise SettingError(f"is {value!r}", "it may not end in -digits, which marks the LoRA of a step")
         if is_device_name(value):
-            raise ValueError(f"is {value!r}; Windows keeps this name for a device, so no folder there can have it")
+            raise SettingError(f"is {value!r}", "Windows keeps this name for a device, so no folder there can have it")
         if len(value.encode()) > NAME_BYTES:
-            raise ValueError(f"has {len(value.encode())} bytes; {NAME_BYTES} are the most")
+            raise SettingError(f"has {len(value.encode())} bytes", f"{NAME_BYTES} are the most")
         return value
 
     @property

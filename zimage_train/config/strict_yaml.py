@@ -29,9 +29,9 @@ LONGEST_NUMBER = 100
 class YamlError(Exception):
     """What is wrong with the text, and in which line (from 1; 0: the whole file)."""
 
-    def __init__(self, line: int, what: str, path: KeyPath = ()) -> None:
+    def __init__(self, line: int, what: str, path: KeyPath = (), code: str = "bad-yaml") -> None:
         super().__init__(what)
-        self.line, self.what, self.path = line, what, path
+        self.line, self.what, self.path, self.code = line, what, path, code
 
 
 @dataclass
@@ -119,7 +119,8 @@ class _Builder:
             here = (*path, key)
             if key in result:
                 first = self.document.lines[here]
-                self.document.problems.append(YamlError(line, f"given twice, first in line {first}", here))
+                twice = YamlError(line, f"given twice, first in line {first}", here, "duplicate-key")
+                self.document.problems.append(twice)
                 continue
             self.document.lines[here] = line
             result[key] = self.build(value_node, here)

@@ -18,6 +18,28 @@ ScheduleName = Literal[
 STRICT = ConfigDict(strict=True, allow_inf_nan=False)
 
 
+class SettingError(ValueError):
+    """Why a value cannot be: what was found, and what to do about it (empty: nothing that is not plain from it)."""
+
+    code = "bad-value"
+
+    def __init__(self, finding: str, hint: str = "") -> None:
+        super().__init__("; ".join(filter(None, (finding, hint))))
+        self.finding, self.hint = finding, hint
+
+
+class ConflictError(SettingError):
+    """Settings each of which could be, but not together."""
+
+    code = "conflicting-settings"
+
+
+class UnknownParamError(SettingError):
+    """A name in `params` that the optimizer or the schedule does not have."""
+
+    code = "unknown-key"
+
+
 class Section(BaseModel):
     model_config = STRICT | ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
@@ -46,7 +68,7 @@ def as_lora(value: object) -> object:
 
 def _multiple_of_16(value: int) -> int:
     if value % 16:
-        raise ValueError(f"{value} is no multiple of 16; {value // 16 * 16} or {-(-value // 16) * 16} would do")
+        raise SettingError(f"{value} is no multiple of 16", f"{value // 16 * 16} or {-(-value // 16) * 16} would do")
     return value
 
 
@@ -79,13 +101,13 @@ def check_params(params: dict[str, Any], known: dict[str, Any], owner: str) -> d
     """`params`, when each of them is one that `owner` has, and of its kind.
 
     Raises:
-        ValueError: names the first that is not.
+        SettingError: names the first that is not.
     """
     checked = {}
     for key, value in params.items():
         if key not in known:
             choices = f"it has {', '.join(sorted(known))}" if known else "it has no params"
-            raise ValueError(f"{owner} has no {key!r}; {choices}")
+            raise UnknownParamError(f"{owner} has no {key!r}", choices)
         try:
             checked[key] = TypeAdapter(known[key], config=STRICT).validate_python(value)
         except ValidationError as error:
@@ -94,5 +116,5 @@ def check_params(params: dict[str, Any], known: dict[str, Any], owner: str) -> d
             if first["type"] in ("too_short", "too_long"):  # every list has one length
                 limits = first.get("ctx", {})
                 message = f"{limits.get('min_length', limits.get('max_length'))} numbers"
-            raise ValueError(f"{key} is {value!r}; expected {message.removeprefix('Input should be ')}") from None
+            raise SettingError(f"{key} is {value!r}", f"expected {message.removeprefix('Input should be ')}") from None
     return checked

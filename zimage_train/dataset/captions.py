@@ -21,7 +21,7 @@ def read_caption(path: Path) -> str:
     """
     text = _text_of(path)
     if (size := len(text.encode())) > MAX_BYTES:
-        raise DataError(Problem(str(path), f"has {size} bytes", "captions end at 512 tokens; shorten it"))
+        raise DataError(Problem(str(path), f"has {size} bytes", "captions end at 512 tokens; shorten it", "too-long"))
     return clean_text(text)
 
 
@@ -37,17 +37,19 @@ def read_lines(path: Path) -> list[str]:
 def _text_of(path: Path) -> str:
     try:
         if not path.is_file():
-            raise DataError(Problem(str(path), "is not a file", "remove it or check the name"))
+            raise DataError(Problem(str(path), "is not a file", "remove it or check the name", "not-a-file"))
         content = path.read_bytes()
     except OSError as error:
-        raise DataError(Problem(str(path), f"cannot be read ({error.strerror})", "check the file")) from None
+        raise DataError(
+            Problem(str(path), f"cannot be read ({error.strerror})", "check the file", "unreadable-file")
+        ) from None
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         what = "is UTF-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else f"is not UTF-8 (byte {error.start})"
-        raise DataError(Problem(str(path), what, "save it as UTF-8")) from None
+        raise DataError(Problem(str(path), what, "save it as UTF-8", "not-text")) from None
     if "\0" in text:
-        raise DataError(Problem(str(path), "contains NUL bytes, so it is not a text", "replace it"))
+        raise DataError(Problem(str(path), "contains NUL bytes, so it is not a text", "replace it", "not-text"))
     return text
 
 

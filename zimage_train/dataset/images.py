@@ -39,13 +39,15 @@ def load(path: Path, content: bytes) -> Image.Image:
     except DataError:
         raise
     except UnidentifiedImageError:
-        raise _refused(path, _what_is(content), "replace it by a JPEG, PNG, WebP, BMP or TIFF, or remove it") from None
+        raise _refused(
+            path, _what_is(content), "replace it by a JPEG, PNG, WebP, BMP or TIFF, or remove it", "not-an-image"
+        ) from None
     except Image.DecompressionBombError:
         raise _too_large(path, "") from None
     except Exception as error:  # noqa: BLE001  on damaged bytes the decoders raise whatever their parsing runs into
-        raise _refused(path, f"damaged or cut off ({error})", "export it again or remove it") from None
+        raise _refused(path, f"damaged or cut off ({error})", "export it again or remove it", "damaged-image") from None
     if image.mode not in MODES:
-        raise _refused(path, f"pixels of mode {image.mode} are not read", "export it as RGB")
+        raise _refused(path, f"pixels of mode {image.mode} are not read", "export it as RGB", "unsupported-pixels")
     return _to_rgb(image)
 
 
@@ -81,12 +83,16 @@ def _check_header(path: Path, image: Image.Image) -> None:
     if width * height > MAX_PIXELS:
         raise _too_large(path, f"{width}x{height} px is ")
     if min(width, height) < MIN_SIDE_PX:
-        raise _refused(path, f"{width}x{height} px is under {MIN_SIDE_PX} px", "use a larger image or remove it")
+        raise _refused(
+            path, f"{width}x{height} px is under {MIN_SIDE_PX} px", "use a larger image or remove it", "too-small"
+        )
     frames = getattr(image, "n_frames", 1)
     if frames > 1 and image.format != "MPO":  # an MPO's first frame is the photo
-        raise _refused(path, f"animated ({frames} frames)", "export one frame of it")
+        raise _refused(path, f"animated ({frames} frames)", "export one frame of it", "animated-image")
     if image.mode in ("F", "I") and image.format != "PNG":
-        raise _refused(path, f"pixels of mode {image.mode} have no agreed range", "export it as 8 or 16 bit")
+        raise _refused(
+            path, f"pixels of mode {image.mode} have no agreed range", "export it as 8 or 16 bit", "unsupported-pixels"
+        )
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -145,8 +151,8 @@ def _what_is(content: bytes) -> str:
 
 
 def _too_large(path: Path, size: str) -> DataError:
-    return _refused(path, f"{size}over {MAX_PIXELS // 1_000_000} megapixels", "scale it down")
+    return _refused(path, f"{size}over {MAX_PIXELS // 1_000_000} megapixels", "scale it down", "too-large")
 
 
-def _refused(path: Path, what: str, todo: str) -> DataError:
-    return DataError(Problem(str(path), what, todo))
+def _refused(path: Path, what: str, todo: str, code: str) -> DataError:
+    return DataError(Problem(str(path), what, todo, code))

@@ -4,12 +4,12 @@ Local paths never touch the network. Nothing is ever loaded by pickle, and no co
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from zimage_train.config.schema import ModelSettings
 from zimage_train.config.variants import ADAPTERS, NAMED_LORAS, VARIANTS
-from zimage_train.errors import Problem, WeightsError, ZImageTrainError, collect_errors
+from zimage_train.errors import Location, Problem, WeightsError, ZImageTrainError, collect_errors
 from zimage_train.io.safetensors_format import TensorInfo, read_header, read_json, read_sharded
 from zimage_train.models import arch, native_keys
 from zimage_train.models.arch import TransformerShape
@@ -63,13 +63,13 @@ def find_paths(model: ModelSettings, fetch: DownloadFn | None = None) -> PathSea
     transformer = extras = adapter = None
     errors: list[ZImageTrainError] = []
     with collect_errors(errors):
-        transformer = _transformer(model.path or variant.transformer, "model.path", fetch)
+        transformer = _transformer(model.path or variant.transformer, Location(key="model.path"), fetch)
     if transformer is not None or model.extras is not None or model.path is None:
         with collect_errors(errors):
             extras = _extras(model, fetch)
     if model.adapter is not None:
         with collect_errors(errors):
-            adapter = _file(ADAPTERS.get(model.adapter, model.adapter), "model.adapter", fetch)
+            adapter = _file(ADAPTERS.get(model.adapter, model.adapter), Location(key="model.adapter"), fetch)
     return PathSearch(transformer, extras, adapter, errors)
 
 
@@ -87,8 +87,8 @@ def locate(model: ModelSettings, fetch: DownloadFn | None = None) -> ModelPaths:
     return ModelPaths(found.transformer, found.extras, found.adapter)
 
 
-def transformer_at(name: str, where: str, fetch: DownloadFn | None = None) -> Path:
-    """The transformer alone that the setting `where` names: a variant, a folder, a file or a hub id.
+def transformer_at(name: str, where: Location, fetch: DownloadFn | None = None) -> Path:
+    """The transformer alone that the setting or option `where` names: a variant, a folder, a file or a hub id.
 
     Raises:
         WeightsError: it cannot be found.
@@ -97,7 +97,7 @@ def transformer_at(name: str, where: str, fetch: DownloadFn | None = None) -> Pa
     return _transformer(known.transformer if known else name, where, fetch or download)
 
 
-def lora_at(name: str, where: str, fetch: DownloadFn | None = None) -> Path:
+def lora_at(name: str, where: Location, fetch: DownloadFn | None = None) -> Path:
     """The LoRA that `name` is: a file, `org/repo/file` on the hub, or a short name such as distillpatch.
 
     Raises:
@@ -106,7 +106,7 @@ def lora_at(name: str, where: str, fetch: DownloadFn | None = None) -> Path:
     return _file(NAMED_LORAS.get(name, name), where, fetch or download)
 
 
-def repository(name: str, where: str, patterns: list[str], fetch: DownloadFn | None = None) -> Path:
+def repository(name: str, where: Location, patterns: list[str], fetch: DownloadFn | None = None) -> Path:
     """The folder `name`, or the snapshot of the hub repository of that name, with the files that meet `patterns`.
 
     Raises:
@@ -132,7 +132,8 @@ def transformer_tensors(path: Path) -> tuple[TransformerShape, dict[str, TensorI
     else:
         raw = read_header(path).tensors
         if any(".lora_" in name for name in raw):
-            raise WeightsError(Problem(str(path), "is a LoRA, no transformer", "give a model, or this as --lora"))
+            todo = "give a model, or this as --lora"
+            raise WeightsError(Problem(str(path), "is a LoRA, no transformer", todo, "other-kind-of-file"))
         tensors = {}
         for name, info in raw.items():
             for new_name, _ in native_names(name):
@@ -154,50 +155,52 @@ def native_names(name: str) -> list[tuple[str, int | None]]:
     return [] if name == "norm_final.weight" else native_keys.from_native(name)  # an unused leftover in some files
 
 
-def _transformer(name: str, where: str, fetch: DownloadFn) -> Path:
+def _transformer(name: str, where: Location, fetch: DownloadFn) -> Path:
     path = Path(name)
     if path.is_dir():
         for folder in (path / "transformer", path):
             if (folder / "config.json").exists():
                 return folder
-        raise WeightsError(Problem(f"{where}: {name}", "holds no transformer/config.json", "give a diffusers folder"))
+        what, todo = "holds no transformer/config.json", "give a diffusers folder"
+        raise WeightsError(Problem(_named(where, name), what, todo, "incomplete-model"))
     if path.is_file():
         return path
     if name.endswith(".safetensors"):
         return _file(name, where, fetch)
     folder = _fetched(name, where, ["transformer/*", "model_index.json"], fetch)
-    return _transformer(str(folder), f"{where}: {name}", fetch)
+    return _transformer(str(folder), _named(where, name), fetch)
 
 
 def _extras(model: ModelSettings, fetch: DownloadFn) -> Path:
     """`model.extras`; else those beside the transformer at `model.path`; else the variant's own."""
-    patterns = [f"{part}/*" for part in EXTRAS]
+    patterns, where = [f"{part}/*" for part in EXTRAS], Location(key="model.extras")
     variant = VARIANTS[model.variant]
     if model.extras is not None:
         path = Path(model.extras)
         if not path.exists():
-            path = _fetched(model.extras, "model.extras", patterns, fetch)
+            path = _fetched(model.extras, where, patterns, fetch)
         return _whole(path, model.extras)
     if model.path is not None:
         path = Path(model.path)
         if (path / "transformer").is_dir():  # a whole pipeline, so what it lacks is missing and not elsewhere
             return _whole(path, model.path)
         if not path.exists() and not model.path.endswith(".safetensors"):
-            path = _fetched(model.path, "model.path", patterns, fetch)
+            path = _fetched(model.path, Location(key="model.path"), patterns, fetch)
             if all((path / part).is_dir() for part in EXTRAS):
                 return path
-    return _whole(_fetched(variant.extras, "model.extras", patterns, fetch), variant.extras)
+    return _whole(_fetched(variant.extras, where, patterns, fetch), variant.extras)
 
 
 def _whole(path: Path, name: str) -> Path:
     missing = [part for part in EXTRAS if not (path / part).is_dir()]
     if missing:
         what = f"{name} has no {', '.join(missing)}"
-        raise WeightsError(Problem("model.extras", what, "give a diffusers folder or hub id that has them"))
+        todo = "give a diffusers folder or hub id that has them"
+        raise WeightsError(Problem(Location(key="model.extras"), what, todo, "incomplete-model"))
     return path
 
 
-def _fetched(name: str, where: str, patterns: list[str], fetch: DownloadFn) -> Path:
+def _fetched(name: str, where: Location, patterns: list[str], fetch: DownloadFn) -> Path:
     """The snapshot of the hub repository `name`; what goes wrong is said of the setting `where`."""
     repository, revision = _hub_id(name, where)
     try:
@@ -206,31 +209,40 @@ def _fetched(name: str, where: str, patterns: list[str], fetch: DownloadFn) -> P
         raise
     except WeightsError as error:
         raise type(error)(
-            *(Problem(f"{where}: {one.location}", one.message, one.hint) for one in error.problems)
+            *(replace(one, location=_named(where, str(one.location))) for one in error.problems)
         ) from None
 
 
-def _file(name: str, where: str, fetch: DownloadFn) -> Path:
+def _named(where: Location, name: str) -> Location:
+    """The place `where` with the name that it gives; after that, what the name leads to."""
+    return replace(where, source=name if where.source is None else f"{where.source}: {name}")
+
+
+def _file(name: str, where: Location, fetch: DownloadFn) -> Path:
     path = Path(name)
     if path.is_file():
         return path
     parts = name.split("/")
     if path.is_absolute() or len(parts) < 3 or name.startswith("."):
         what = "is a folder, not a file" if path.exists() else "does not exist"
-        raise WeightsError(Problem(f"{where}: {name}", what, "give a file that is there, or org/repo/file on the hub"))
+        todo = "give a file that is there, or org/repo/file on the hub"
+        raise WeightsError(Problem(_named(where, name), what, todo, "missing-file"))
     repository, inside = "/".join(parts[:2]), "/".join(parts[2:])
     found = _fetched(repository, where, [inside], fetch) / inside
     if not found.is_file():
-        raise WeightsError(Problem(f"{where}: {name}", f"{repository} has no such file", "check the name"))
+        what = f"{repository} has no such file"
+        raise WeightsError(Problem(_named(where, name), what, "check the name", "missing-file"))
     return found
 
 
-def _hub_id(name: str, where: str) -> tuple[str, str | None]:
+def _hub_id(name: str, where: Location) -> tuple[str, str | None]:
     repository, _, revision = name.partition("@")
     parts = repository.split("/")
     if len(parts) != 2 or not all(parts) or repository.startswith((".", "~")):
         todo = "give a folder or .safetensors that is there, or a hub id such as Tongyi-MAI/Z-Image-Turbo"
-        raise WeightsError(Problem(f"{where}: {name}", "is neither a path that exists nor a hub id", todo))
+        raise WeightsError(
+            Problem(_named(where, name), "is neither a path that exists nor a hub id", todo, "missing-file")
+        )
     return repository, revision or None
 
 
@@ -267,6 +279,8 @@ def _snapshot(repository: str, revision: str | None, patterns: list[str], local_
         return source.snapshot(repository, revision, patterns, local_only)
     except Exception as error:  # noqa: BLE001  the hubs raise a dozen kinds, from four libraries
         name = f"{repository}@{revision}" if revision else repository
-        what = "is not on this machine" if local_only else f"cannot be downloaded ({client.first_line(error)})"
         todo = "check the name and the connection, or give a local path"
-        raise (NotDownloadedError if local_only else WeightsError)(Problem(name, what, todo)) from None
+        if local_only:
+            raise NotDownloadedError(Problem(name, "is not on this machine", todo, "not-downloaded")) from None
+        what = f"cannot be downloaded ({client.first_line(error)})"
+        raise WeightsError(Problem(name, what, todo, "download-failed")) from None

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from zimage_train.errors import ConfigError, Problem
+from zimage_train.errors import ConfigError, Location, Problem
 from zimage_train.io.operating_system import main_memory_bytes
 from zimage_train.models.arch import TransformerShape
 from zimage_train.planning import gpus, memory
@@ -22,10 +22,14 @@ def require_device(device: torch.device, shape: TransformerShape, dtype: str) ->
     parameters = memory.parameters_of(shape)
     if device.type == "cpu" and parameters > memory.MAX_CPU_PARAMETERS:
         what = f"no GPU was found, and {parameters / 1e9:.1f} billion parameters would take weeks without one"
-        raise ConfigError(Problem("device", what, "check the driver with nvidia-smi, and that torch is a CUDA build"))
+        raise ConfigError(
+            Problem("device", what, "check the driver with nvidia-smi, and that torch is a CUDA build", "no-gpu")
+        )
     if device.type == "cuda" and dtype == "bf16" and not torch.cuda.is_bf16_supported(False):
         what = f"{torch.cuda.get_device_name()} has no bf16"
-        raise ConfigError(Problem("model.dtype", what, "an RTX 30 series card or newer is needed"))
+        raise ConfigError(
+            Problem(Location(key="model.dtype"), what, "an RTX 30 series card or newer is needed", "unsupported-gpu")
+        )
 
 
 @contextlib.contextmanager
@@ -74,4 +78,6 @@ def explained_out_of_memory(todo: str) -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         held = torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else 0.0
         first = str(error).partition(". ")[0]
-        raise ConfigError(Problem("memory", f"{first}; {held:.1f} GB were in use at most", todo)) from error
+        raise ConfigError(
+            Problem("memory", f"{first}; {held:.1f} GB were in use at most", todo, "out-of-memory")
+        ) from error

@@ -8,6 +8,7 @@ from pathlib import Path
 from zimage_train.config.load import cache_dir
 from zimage_train.config.schema import Config
 from zimage_train.dataset.buckets import Bucket
+from zimage_train.errors import Note
 from zimage_train.io.operating_system import main_memory_bytes
 from zimage_train.io.units import format_bytes
 from zimage_train.planning import calibration, flops, gpus, memory, planner, preflight
@@ -50,18 +51,20 @@ def plan_for(checked: RunSpec, device: DeviceLimits, gpu: bool | None = None, pr
     return planner.choose_plan(job, wanted, device.limit_bytes, host, device.card)
 
 
-def forecast_lines(checked: RunSpec, gpu: str | None, price: float | None) -> list[str]:
+def forecast_lines(checked: RunSpec, gpu: str | None, price: float | None) -> list[Note]:
     """Memory, time and cost; on four sizes of card where none is known."""
     device = device_for(checked.config, gpu)
     if device is not None:
         return _of_device(checked, device, price)
     if memory.parameters_of(preflight.workload_of(checked).shape) <= memory.MAX_CPU_PARAMETERS:
         return _of_device(checked, DeviceLimits("cpu", main_memory_bytes(), None), price)
-    found = ["memory and time, predicted (no NVIDIA GPU found here; --gpu NAME shows more of one):"]
+    head = "memory and time, predicted (no NVIDIA GPU found here; --gpu NAME shows more of one):"
+    found = [Note("examples", head)]
     for name in EXAMPLES:
         card = GPU_SPECS[name]
         plan = plan_for(checked, DeviceLimits(name, gpus.usable_bytes(card.memory_gb * 1e9), card))
-        found.append(f"  {card.memory_gb:4.1f} GB ({name}): {_short(checked, plan, card, price)}")
+        text = f"  {card.memory_gb:4.1f} GB ({name}): {_short(checked, plan, card, price)}"
+        found.append(Note("example", text))
     return found
 
 
@@ -90,24 +93,24 @@ def _short(checked: RunSpec, plan: MemoryPlan, card: GpuSpec, price: float | Non
     )
 
 
-def _of_device(checked: RunSpec, device: DeviceLimits, price: float | None) -> list[str]:
+def _of_device(checked: RunSpec, device: DeviceLimits, price: float | None) -> list[Note]:
     plan = plan_for(checked, device)
     peak = plan.peak
     known = _known(checked, device.key)
     by_runs = f", x{known.memory:.2f} by runs here" if known and known.memory else ""
     found = [
-        f"memory on {device.name} ({format_bytes(device.limit_bytes)}), predicted:",
-        f"  frozen transformer        {format_bytes(peak.weights):>9}  {_weights(plan)}",
-        f"  LoRA, gradient, optimizer {format_bytes(peak.lora):>9}",
-        f"  activations               {format_bytes(peak.activations):>9}  {_where(plan)}",
-        f"  CUDA and fragmentation    {format_bytes(peak.context):>9}",
-        f"  at the most               {format_bytes(peak.total):>9}{by_runs}",
-        f"  recomputed: {_recomputed(plan)}",
-        f"  why: {plan.why}",
+        Note("memory", f"memory on {device.name} ({format_bytes(device.limit_bytes)}), predicted:"),
+        Note("memory-weights", f"  frozen transformer        {format_bytes(peak.weights):>9}  {_weights(plan)}"),
+        Note("memory-lora", f"  LoRA, gradient, optimizer {format_bytes(peak.lora):>9}"),
+        Note("memory-activations", f"  activations               {format_bytes(peak.activations):>9}  {_where(plan)}"),
+        Note("memory-context", f"  CUDA and fragmentation    {format_bytes(peak.context):>9}"),
+        Note("memory-peak", f"  at the most               {format_bytes(peak.total):>9}{by_runs}"),
+        Note("recomputed", f"  recomputed: {_recomputed(plan)}"),
+        Note("reason", f"  why: {plan.why}"),
     ]
     if not plan.fits:
         less = preflight.how_to_fit(checked, device.limit_bytes)
-        found.append(f"  this does not fit {format_bytes(device.limit_bytes)}: {less}")
+        found.append(Note("does-not-fit", f"  this does not fit {format_bytes(device.limit_bytes)}: {less}"))
     return [*found, *_shares(checked, plan, device), *_time(checked, plan, device, price)]
 
 
@@ -140,7 +143,7 @@ def _recomputed(plan: MemoryPlan) -> str:
     return ", ".join(parts)
 
 
-def _shares(checked: RunSpec, plan: MemoryPlan, device: DeviceLimits) -> list[str]:
+def _shares(checked: RunSpec, plan: MemoryPlan, device: DeviceLimits) -> list[Note]:
     """Where the time and the memory of the run go, by resolution and to previews."""
     by_resolution: dict[int, Counter[Bucket]] = {}
     for item in checked.items:
@@ -155,7 +158,7 @@ def _shares(checked: RunSpec, plan: MemoryPlan, device: DeviceLimits) -> list[st
         for resolution, sizes in by_resolution.items()
     }
     epoch = math.fsum(spent.values())
-    found = ["where it goes:"]
+    found = [Note("shares", "where it goes:")]
     for resolution, sizes in sorted(by_resolution.items()):
         most = max((plan.step(size) for size in sizes), key=lambda one: one.total)
         largest = max(sizes, key=plan.job.tokens)
@@ -163,15 +166,17 @@ def _shares(checked: RunSpec, plan: MemoryPlan, device: DeviceLimits) -> list[st
         mode = plan.mode_of(plan.job.tokens(largest))
         share = f"{spent[resolution] / epoch:.0%} of the training time"
         what = f"{format_bytes(most.total)} a step, recomputing {RECOMPUTE_COSTS[mode].description}{a_step}"
-        found.append(f"  {resolution} px: {share}, {what}")
+        found.append(Note("share", f"  {resolution} px: {share}, {what}"))
     whole, previews = _run_seconds(checked, plan, speed)
     recipes, times = len(plan.job.previews), _previews_in_a_run(checked.config)
     drawing = format_bytes(memory.preview_memory(plan.job, plan.form).total)
     images = f"{recipes} picture{'s' * (recipes != 1)}"
-    found.append(f"  previews: {times} times {images}, {previews / whole:.0%} of the run, {drawing}")
+    text = f"  previews: {times} times {images}, {previews / whole:.0%} of the run, {drawing}"
+    found.append(Note("share", text))
     if own := plan.job.generated:
         before = _own_seconds(plan, speed)
-        found.append(f"  before training: {len(own)} images of the model's own, {before / whole:.0%} of the run")
+        text = f"  before training: {len(own)} images of the model's own, {before / whole:.0%} of the run"
+        found.append(Note("share", text))
     return found
 
 
@@ -180,14 +185,16 @@ def _own_seconds(plan: MemoryPlan, card: GpuSpec) -> float:
     return math.fsum(flops.preview_seconds(plan.job, plan.form, one, card) for one in plan.job.generated)
 
 
-def _time(checked: RunSpec, plan: MemoryPlan, device: DeviceLimits, price: float | None) -> list[str]:
+def _time(checked: RunSpec, plan: MemoryPlan, device: DeviceLimits, price: float | None) -> list[Note]:
     known = _known(checked, device.key)
     if device.card is None and known is None:
-        return ["time: not known for this device before a run on it; --gpu NAME predicts it for a card"]
+        text = "time: not known for this device before a run on it; --gpu NAME predicts it for a card"
+        return [Note("time-unknown", text)]
     whole = _run_seconds(checked, plan, device.card or gpus.TYPICAL_GPU)[0] * (known.time if known else 1.0)
     how = f"predicted; {known.in_words()}" if known else "predicted"
     steps = checked.config.train.steps
-    return [f"time on {device.name}, for {steps} steps: {_hours_and_cost(whole, price)} ({how})"]
+    text = f"time on {device.name}, for {steps} steps: {_hours_and_cost(whole, price)} ({how})"
+    return [Note("time", text)]
 
 
 def _known(checked: RunSpec, device: str) -> CalibrationFactor | None:

@@ -90,7 +90,9 @@ def get_gpu(name: str) -> GpuSpec:
     """
     card = find_gpu(name)
     if card is None:
-        raise ConfigError(Problem("--gpu", f"{name!r} is not known", f"give one of {', '.join(GPU_SPECS)}"))
+        raise ConfigError(
+            Problem("--gpu", f"{name!r} is not known", f"give one of {', '.join(GPU_SPECS)}", "unknown-gpu")
+        )
     return card
 
 

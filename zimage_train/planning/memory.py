@@ -268,49 +268,60 @@ def _tensor_bytes(shape: TransformerShape, dtype: str, name: str, kind: Quantiza
     return rows * columns * QUANTISED_BITS[kind] // 8 + scales * SCALE_BYTES
 
 
-def lighter_workloads(job: Workload) -> list[tuple[str, Workload]]:
+@dataclass(frozen=True)
+class SettingChange:
+    """A setting and the value to give it; `data.*` stands for every entry of `data`."""
+
+    key: str
+    value: int | float | str
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.value:.3g}" if isinstance(self.value, float) else f"{self.key}: {self.value}"
+
+
+LighterWorkload = tuple[list[SettingChange], Workload]
+
+
+def lighter_workloads(job: Workload) -> list[LighterWorkload]:
     """The job with ever more changes that make it lighter, each with the settings that make it so."""
-    found: list[tuple[str, Workload]] = []
-    for rank_said, ranked in _changes(job, _smaller_rank(job)):
-        for previews_said, drawn in _changes(ranked, [_smaller_previews(ranked, side) for side in (1024, 512)]):
-            for said, current in _changes(drawn, _smaller_batches(drawn)):
-                words = ", ".join(filter(None, (rank_said, previews_said, said)))
-                found += [(words, current)] if words else []
+    found: list[LighterWorkload] = []
+    for rank, ranked in _changes(job, _smaller_rank(job)):
+        for previews, drawn in _changes(ranked, [_smaller_previews(ranked, side) for side in (1024, 512)]):
+            for batches, current in _changes(drawn, _smaller_batches(drawn)):
+                changes = [*rank, *previews, *batches]
+                found += [(changes, current)] if changes else []
     return found
 
 
-Change = tuple[str, Workload]
+def _changes(job: Workload, changes: list[LighterWorkload | None]) -> list[LighterWorkload]:
+    return [([], job), *(change for change in changes if change is not None)]
 
 
-def _changes(job: Workload, changes: list[Change | None]) -> list[Change]:
-    return [("", job), *(change for change in changes if change is not None)]
-
-
-def _smaller_rank(job: Workload) -> list[Change | None]:
+def _smaller_rank(job: Workload) -> list[LighterWorkload | None]:
     least = min(job.rank, 16)
     smaller = replace(job, trained=job.trained * least // job.rank, rank=least)
-    return [(f"lora.rank: {least}", smaller)] if job.rank > least else []
+    return [([SettingChange("lora.rank", least)], smaller)] if job.rank > least else []
 
 
-def _smaller_previews(job: Workload, side: int) -> Change | None:
+def _smaller_previews(job: Workload, side: int) -> LighterWorkload | None:
     if all(max(one.width, one.height) <= side for one in job.previews):
         return None
     small = tuple(replace(one, width=min(one.width, side), height=min(one.height, side)) for one in job.previews)
-    return f"sample.width: {side}, sample.height: {side}", replace(job, previews=small)
+    return [SettingChange("sample.width", side), SettingChange("sample.height", side)], replace(job, previews=small)
 
 
-def _smaller_batches(job: Workload) -> list[Change | None]:
-    found: list[Change | None] = []
-    said: list[str] = []
+def _smaller_batches(job: Workload) -> list[LighterWorkload | None]:
+    found: list[LighterWorkload | None] = []
+    changes: list[SettingChange] = []
     current = job
     if job.batch_size > 1:
-        said, current = ["train.batch_size: 1"], replace(job, batch_size=1, largest=None, passes=None)
-        found.append((", ".join(said), current))
+        changes, current = [SettingChange("train.batch_size", 1)], replace(job, batch_size=1, largest=None, passes=None)
+        found.append((changes, current))
     for side in (768, 512):
         if max((size.width * size.height for size in current.sizes), default=0) > side**2:
             square = Counter({Bucket(side, side): current.sizes.total()})
             current = replace(current, sizes=square, largest=None, passes=None)
-            found.append((", ".join([*said, f"data.0.resolution: {side}"]), current))
+            found.append(([*changes, SettingChange("data.*.resolution", side)], current))
     return found
 
 

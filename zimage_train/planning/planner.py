@@ -14,7 +14,7 @@ from zimage_train.dataset.buckets import Bucket
 from zimage_train.io.units import format_bytes
 from zimage_train.planning import flops, memory
 from zimage_train.planning.gpus import TYPICAL_GPU, GpuSpec
-from zimage_train.planning.memory import MemoryEstimate, WeightPlacement, Workload
+from zimage_train.planning.memory import MemoryEstimate, SettingChange, WeightPlacement, Workload
 
 NO_LIMIT = 2**31
 """Tokens; more than any batch has."""
@@ -123,21 +123,35 @@ def choose_plan(
     return replace(best, why=f"{best.why}; full precision {lost}")
 
 
-def suggest_settings(job: Workload, wanted: PlanConstraints, limit_bytes: float, host_bytes: float) -> str:
+@dataclass(frozen=True)
+class Suggestion:
+    """What to set so that a run is predicted to fit, and the bytes that it then takes; no changes: nothing helps."""
+
+    changes: list[SettingChange]
+    predicted_bytes: float
+
+    def __str__(self) -> str:
+        predicted = format_bytes(self.predicted_bytes)
+        if not self.changes:
+            return f"a run takes {predicted} at the least (predicted), so more memory is needed"
+        return f"set {', '.join(map(str, self.changes))} (predicted: {predicted})"
+
+
+def suggest_settings(job: Workload, wanted: PlanConstraints, limit_bytes: float, host_bytes: float) -> Suggestion:
     """What to set so that a run is predicted to fit: what changes least comes first."""
     is_free = wanted.mode is None and wanted.streamed is None
-    relaxed = "" if is_free else "memory.checkpointing: auto, memory.offload: auto"
+    auto = (SettingChange("memory.checkpointing", "auto"), SettingChange("memory.offload", "auto"))
+    relaxed = [] if is_free else list(auto)
     least = math.inf
-    for quantised, kinds in (("", wanted.kinds), ("model.quantize: auto", AUTO_QUANTIZATIONS)):
-        for changes, lighter_job in [("", job), *memory.lighter_workloads(job)]:
+    for quantized, kinds in (([], wanted.kinds), ([SettingChange("model.quantize", "auto")], AUTO_QUANTIZATIONS)):
+        for lighter, lighter_job in [([], job), *memory.lighter_workloads(job)]:
             plan = choose_plan(lighter_job, PlanConstraints(kinds, None, None), limit_bytes, host_bytes, None)
             total = plan.peak.total
             if plan.fits:
-                settings = ", ".join(filter(None, (relaxed, quantised, changes)))
-                set_ = settings or f"memory.budget_gb: {limit_bytes / 1e9:.3g}"
-                return f"set {set_} (predicted: {format_bytes(total)})"
+                changes = [*relaxed, *quantized, *lighter]
+                return Suggestion(changes or [SettingChange("memory.budget_gb", limit_bytes / 1e9)], total)
             least = min(least, total)
-    return f"a run takes {format_bytes(least)} at the least (predicted), so more memory is needed"
+    return Suggestion([], least)
 
 
 def _forms(job: Workload, wanted: PlanConstraints, host_bytes: float) -> list[WeightPlacement]:

@@ -1,20 +1,27 @@
 """Everything that can be known before a GPU is touched: all problems at once, or all that a run needs (torch-free)."""
 
 import importlib.util
-import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from zimage_train.config.dataset import DataEntry
 from zimage_train.config.load import cache_dir
-from zimage_train.config.methods import TeacherSettings
 from zimage_train.config.optimizers import OPTIMIZERS
 from zimage_train.config.schema import Config
 from zimage_train.dataset.image_index import ImageIndex
 from zimage_train.dataset.sample_order import TrainItem, make_items, resolve_epochs
 from zimage_train.dataset.scan import FolderScan, ImageRecord, scan_entry
 from zimage_train.diffusion.request import comparison_requests, preview_requests, teacher_request
-from zimage_train.errors import ConfigError, Problem, WeightsError, ZImageTrainError, collect_errors, raise_all
+from zimage_train.errors import (
+    ConfigError,
+    Location,
+    Note,
+    Problem,
+    WeightsError,
+    ZImageTrainError,
+    collect_errors,
+    raise_all,
+)
 from zimage_train.io import atomic
 from zimage_train.io.operating_system import main_memory_bytes
 from zimage_train.io.progress import Progress
@@ -24,7 +31,9 @@ from zimage_train.models import components, locate
 from zimage_train.models.arch import TransformerShape
 from zimage_train.models.locate import DownloadFn, ModelPaths, NotDownloadedError
 from zimage_train.planning import memory, path_lengths, planner
-from zimage_train.planning.memory import Workload
+from zimage_train.planning.memory import SettingChange, Workload
+from zimage_train.planning.notes import not_downloaded, notes_on_settings, notes_on_sizes
+from zimage_train.planning.planner import Suggestion
 from zimage_train.planning.warnings import config_warnings
 
 
@@ -50,7 +59,7 @@ class RunSpec:
     """What validation looks at."""
     weights: ModelFiles | None
     """None: not downloaded yet."""
-    notes: list[str]
+    notes: list[Note]
     warnings: list[str]
 
 
@@ -68,7 +77,7 @@ def check_run(
         ZImageTrainError: every problem found; the exit code is the lowest that applies.
     """
     errors: list[ZImageTrainError] = []
-    notes: list[str] = []
+    notes: list[Note] = []
     looks = ImageIndex(cache_dir(config) / "looks.json")
     scans = [scan_entry(entry, f"data.{index}", looks, tick) for index, entry in enumerate(config.data)]
     held_out, faults, remarks = _held_out(config, scans, looks, tick)
@@ -83,7 +92,7 @@ def check_run(
     items: list[TrainItem] = []
     with collect_errors(errors):
         items = make_items(config, images)
-        notes += _not_used(config)
+        notes += notes_on_settings(config)
         config = resolve_epochs(config, items, processes)
     with collect_errors(errors):
         _require_bitsandbytes(config)
@@ -102,24 +111,13 @@ def check_run(
     checked = RunSpec(config, images, items, held_out, weights, notes, warnings)
     raise_all(errors)
     _require_budget(checked)
-    notes += _small_images(items)
+    notes += notes_on_sizes(items)
     return checked
-
-
-def _not_used(config: Config) -> list[str]:
-    """Settings that others stand in for."""
-    notes = ["train.epochs decides how long; train.steps is not used"] if config.train.epochs is not None else []
-    if config.method.imitates_teacher:
-        notes.append("trajectory_imitation trains at Turbo's own sigmas; timesteps is not used")
-    elif config.teacher != TeacherSettings():
-        notes.append(f"teacher is for trajectory_imitation; {config.train.method} does not use it")
-    entries = [f"data.{n}" for n, entry in enumerate(config.data) if entry.max_pixels is not None]
-    return [*notes, *(f"{where}: max_pixels decides; resolution is not used" for where in entries)]
 
 
 def _held_out(
     config: Config, trained: list[FolderScan], looks: ImageIndex, tick: Progress
-) -> tuple[list[TrainItem], list[ZImageTrainError], list[str]]:
+) -> tuple[list[TrainItem], list[ZImageTrainError], list[Note]]:
     """What validation looks at, read as the first data entry of the concept is; what is wrong with it; what is odd."""
     settings = config.validation
     if settings.folder is None or settings.every is None:
@@ -134,8 +132,8 @@ def _held_out(
         items = make_items(config.model_copy(update={"data": [entry]}), [scan.images])
     known = {image.digest for one in trained for image in one.images}
     both = [image.path.name for image in scan.images if image.digest in known]
-    notes = [f"validation.folder: {len(both)} of its images are trained on too ({both[0]})"] if both else []
-    return items, errors, scan.notes + notes
+    text = f"validation.folder: {len(both)} of its images are trained on too ({both[0]})" if both else ""
+    return items, errors, scan.notes + ([Note("held-out-is-trained", text)] if both else [])
 
 
 def _require_bitsandbytes(config: Config) -> None:
@@ -150,8 +148,9 @@ def _require_bitsandbytes(config: Config) -> None:
         needing.append("optimizer.name")
     if needing and importlib.util.find_spec("bitsandbytes") is None:
         todo = "install it, or choose another value"
+        what = "needs bitsandbytes, which is not installed"
         raise ConfigError(
-            *(Problem(key, f"{asked[key]} needs bitsandbytes, which is not installed", todo) for key in needing)
+            *(Problem(Location(key=key), f"{asked[key]} {what}", todo, "missing-package") for key in needing)
         )
 
 
@@ -185,26 +184,33 @@ def workload_of(checked: RunSpec, gpu: bool | None = None) -> Workload:
     return replace(job, vae_channels=channels, preview_lora_bytes=in_fp32)
 
 
-def how_to_fit(checked: RunSpec, limit_bytes: float, gpu: bool | None = None) -> str:
-    """Settings by which a step of `checked` is predicted to fit."""
+def how_to_fit(checked: RunSpec, limit_bytes: float, gpu: bool | None = None) -> Suggestion:
+    """Settings by which a step of `checked` is predicted to fit, each under the name that it has in this config."""
     job = workload_of(checked, gpu)
     wanted = planner.plan_constraints(checked.config, job.shape.n_layers)
-    text = planner.suggest_settings(job, wanted, limit_bytes, main_memory_bytes())
+    found = planner.suggest_settings(job, wanted, limit_bytes, main_memory_bytes())
+    changes: list[SettingChange] = []
+    for change in found.changes:
+        changes += _in_config(checked.config, change)
+    return replace(found, changes=changes)
 
-    def resolutions(match: re.Match[str]) -> str:
-        side = int(match[1])
-        return ", ".join(
-            f"data.{n}.resolution: {side}" if entry.max_pixels is None else f"data.{n}.max_pixels: {side * side}"
-            for n, entry in enumerate(checked.config.data)
-        )
 
-    def batches(match: re.Match[str]) -> str:
-        own = [n for n, entry in enumerate(checked.config.data) if entry.batch_size is not None]
-        shared = [match[0]] if len(own) < len(checked.config.data) and checked.config.train.batch_size > 1 else []
-        return ", ".join([*shared, *(f"data.{n}.batch_size: 1" for n in own)])
-
-    text = re.sub(r"data\.0\.resolution: (\d+)", resolutions, text)
-    return re.sub(r"train\.batch_size: 1\b", batches, text)
+def _in_config(config: Config, change: SettingChange) -> list[SettingChange]:
+    """`change`, once for each entry of `data` that it is about."""
+    entries = list(enumerate(config.data))
+    if change.key == "data.*.resolution":
+        side = int(change.value)
+        return [
+            SettingChange(f"data.{n}.resolution", side)
+            if entry.max_pixels is None
+            else SettingChange(f"data.{n}.max_pixels", side * side)
+            for n, entry in entries
+        ]
+    if change.key == "train.batch_size":
+        own = [n for n, entry in entries if entry.batch_size is not None]
+        shared = [change] if len(own) < len(entries) and config.train.batch_size > 1 else []
+        return [*shared, *(SettingChange(f"data.{n}.batch_size", change.value) for n in own)]
+    return [change]
 
 
 def _require_budget(checked: RunSpec) -> None:
@@ -221,15 +227,16 @@ def _require_budget(checked: RunSpec) -> None:
     plan = planner.choose_plan(job, wanted, budget * 1e9, main_memory_bytes(), None)
     if not plan.fits:
         what = f"is {budget:g}, and a run takes {format_bytes(plan.peak.total)} (predicted)"
-        raise ConfigError(Problem("memory.budget_gb", what, how_to_fit(checked, budget * 1e9)))
+        todo = str(how_to_fit(checked, budget * 1e9))
+        raise ConfigError(Problem(Location(key="memory.budget_gb"), what, todo, "does-not-fit"))
 
 
-def _weights(config: Config, fetch: DownloadFn | None) -> tuple[ModelFiles | None, list[ZImageTrainError], list[str]]:
+def _weights(config: Config, fetch: DownloadFn | None) -> tuple[ModelFiles | None, list[ZImageTrainError], list[Note]]:
     """The model, if all of it is here and right; what is wrong; what is not here yet. Each part for itself."""
     found = locate.find_paths(config.model, fetch)
     absent = [error for error in found.errors if isinstance(error, NotDownloadedError)]
     errors: list[ZImageTrainError] = [error for error in found.errors if error not in absent]
-    notes = [_absence(one) for error in absent for one in error.problems]
+    notes = [not_downloaded(one) for error in absent for one in error.problems]
 
     transformer, extras, adapter = found.transformer, found.extras, found.adapter
     shape = TransformerShape()  # what is not here has the size of the published models
@@ -264,26 +271,28 @@ def _weights(config: Config, fetch: DownloadFn | None) -> tuple[ModelFiles | Non
 
 def _also(
     name: str | None, shape: TransformerShape | None, fetch: DownloadFn | None
-) -> tuple[Path | None, list[ZImageTrainError], list[str]]:
+) -> tuple[Path | None, list[ZImageTrainError], list[Note]]:
     """The second model of previews, which must have the shape of the first; what is wrong; what is not here yet."""
     if name is None:
         return None, [], []
+    where = Location(key="sample.compare_on")
     try:
-        path = locate.transformer_at(name, "sample.compare_on", fetch)
+        path = locate.transformer_at(name, where, fetch)
         found = locate.transformer_tensors(path)[0]
     except NotDownloadedError as error:
-        return None, [], [_absence(one) for one in error.problems]
+        return None, [], [not_downloaded(one) for one in error.problems]
     except WeightsError as error:
         return None, [error], []
     if shape is not None and found != shape:
         what = "has another shape than the model of this run, so its LoRA does not fit"
-        return None, [WeightsError(Problem(f"sample.compare_on: {name}", what, "give a model of the same size"))], []
+        todo = "give a model of the same size"
+        return None, [WeightsError(Problem(replace(where, source=name), what, todo, "other-model"))], []
     return path, [], []
 
 
 def _init_from(
     config: Config, modules: list[str], shape: TransformerShape | None, fetch: DownloadFn | None
-) -> tuple[Path | None, list[str]]:
+) -> tuple[Path | None, list[Note]]:
     """The LoRA that the training begins with, and what is not here yet of it.
 
     Raises:
@@ -293,23 +302,25 @@ def _init_from(
     name = config.lora.init_from
     if name is None:
         return None, []
+    where = Location(key="lora.init_from")
     try:
-        path = locate.lora_at(name, "lora.init_from", fetch)
+        path = locate.lora_at(name, where, fetch)
     except NotDownloadedError as error:
-        return None, [_absence(one) for one in error.problems]
+        return None, [not_downloaded(one) for one in error.problems]
     if shape is None:
         return path, []
     headers.require_match(path, headers.read_sizes(path), shape.linears)
     ranks = headers.read_ranks(path)
-    where = f"lora.init_from: {name}"
+    where = replace(where, source=name)
     problems = []
     if different := sorted(ranks.keys() ^ set(modules)):
         what = f"has {len(ranks)} modules and lora.targets {len(modules)}; {different[0]} is in one of them alone"
-        problems.append(Problem(where, what, "set lora.targets to what it was trained with"))
+        problems.append(Problem(where, what, "set lora.targets to what it was trained with", "other-modules"))
     elif (found := set(ranks.values())) != {config.lora.rank}:
         shown = " and ".join(map(str, sorted(found)))
         todo = f"set lora.rank: {shown}" if len(found) == 1 else "make it one rank with `zimage-train lora resize`"
-        problems.append(Problem(where, f"has rank {shown}, and lora.rank is {config.lora.rank}", todo))
+        what = f"has rank {shown}, and lora.rank is {config.lora.rank}"
+        problems.append(Problem(where, what, todo, "other-rank"))
     if problems:
         raise ConfigError(*problems)
     return path, []
@@ -317,26 +328,22 @@ def _init_from(
 
 def _extra_loras(
     config: Config, shape: TransformerShape | None, fetch: DownloadFn | None
-) -> tuple[tuple[Path, ...], list[ZImageTrainError], list[str]]:
+) -> tuple[tuple[Path, ...], list[ZImageTrainError], list[Note]]:
     """What previews have besides the run's own LoRA, all of which must fit; what is wrong; what is not here yet."""
     paths: list[Path] = []
     errors: list[ZImageTrainError] = []
-    notes: list[str] = []
+    notes: list[Note] = []
     for index, one in enumerate(config.sample.extra_loras):
         try:
-            path = locate.lora_at(one.file, f"sample.extra_loras.{index}", fetch)
+            path = locate.lora_at(one.file, Location(key=f"sample.extra_loras.{index}"), fetch)
             if shape is not None:
                 headers.require_match(path, headers.read_sizes(path), shape.linears)
             paths.append(path)
         except NotDownloadedError as error:
-            notes += map(_absence, error.problems)
+            notes += map(not_downloaded, error.problems)
         except WeightsError as error:
             errors.append(error)
     return tuple(paths), errors, notes
-
-
-def _absence(problem: Problem) -> str:
-    return f"{problem.location}: not on this machine yet; train downloads it"
 
 
 def _disk_bytes(config: Config, weights: ModelFiles | None) -> int:
@@ -347,18 +354,3 @@ def _disk_bytes(config: Config, weights: ModelFiles | None) -> int:
     checkpoint = trained * (4 * copies + OPTIMIZERS[config.optimizer.name].state_bytes)
     export = trained * memory.DTYPE_BYTES[config.save.dtype] * copies
     return int(checkpoint * 3 + export * (config.save.keep + 2))
-
-
-def _small_images(items: list[TrainItem]) -> list[str]:
-    """Pictures that fill less than a listed resolution, which they are then trained below."""
-    small: dict[int, set[Path]] = {}
-    total = len({item.image.path for item in items})
-    for item in items:
-        if item.image.width * item.image.height < 0.9 * item.resolution**2:
-            small.setdefault(item.resolution, set()).add(item.image.path)
-    lines = []
-    for resolution, paths in sorted(small.items()):
-        some = ", ".join(path.name for path in sorted(paths)[:3]) + (", ..." if len(paths) > 3 else "")
-        what = f"smaller than {resolution}x{resolution} px, so trained at their own size there"
-        lines.append(f"{what}: {len(paths)} of {total} images ({some})")
-    return lines

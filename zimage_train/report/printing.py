@@ -1,7 +1,8 @@
 """Output of commands, as text or, after `zimage-train --json`, as JSON events (torch-free).
 
 An event is one JSON object a line, on the stream on which the text would be: `event` is one of `progress` (what, done,
-total, note), `line`, `warning`, `note` and `result` (text), and `error` (where, found, todo, exit_code).
+total, note), `line`, `warning`, `note` and `result` (text), and `error` (where, found, todo, exit_code; code, a short
+name of the kind of error, or empty; file, line and key of the setting, or null).
 """
 
 import contextlib
@@ -16,9 +17,25 @@ JSON_OUTPUT: ContextVar[bool] = ContextVar("for_machines", default=False)
 """Whether output is JSON events."""
 
 
-def as_event(event: str, **fields: str | int) -> str:
+def as_event(event: str, **fields: str | int | None) -> str:
     """Return an event as a line of JSON."""
     return json.dumps({"event": event, **fields})
+
+
+def error_event(problem: Problem, exit_code: int) -> str:
+    """The event of a problem: its texts, and what programs choose it by."""
+    place = problem.place
+    return as_event(
+        "error",
+        where=str(problem.location),
+        found=problem.message,
+        todo=problem.hint,
+        exit_code=exit_code,
+        code=problem.code,
+        file=place.file,
+        line=place.line,
+        key=place.key,
+    )
 
 
 def print_notes(lines: list[str]) -> None:

@@ -271,7 +271,7 @@ def _draw_own(
 
     def tick(what: str, done: int, total: int) -> None:
         session.stop.check()
-        session.console.progress(what.replace("encoding", "drawing"), done, total)
+        session.console.progress(what, done, total)
 
     share = Shard(session.world.rank, session.world.world_size, distributed.barrier)
     sizes = {key: own.num_bytes(item) for key, item in items.items()}

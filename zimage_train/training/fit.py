@@ -9,7 +9,7 @@ from diffusers import ZImageTransformer2DModel
 
 from zimage_train.config.schema import Config
 from zimage_train.config.types import Quantization
-from zimage_train.errors import ConfigError, Problem, WeightsError
+from zimage_train.errors import ConfigError, Location, Problem, WeightsError
 from zimage_train.io.operating_system import main_memory_bytes
 from zimage_train.io.safetensors_format import read_header
 from zimage_train.io.units import format_bytes
@@ -42,7 +42,8 @@ def plan_for_devices(checked: RunSpec, world: World, folder: RunDir) -> MemoryPl
     plan = forecast.plan_for(checked, replace(here, limit_bytes=limit), is_gpu, neighbours)
     if not plan.fits and not isinstance(budget, str):
         what = f"is {budget:g}, and the run takes {format_bytes(plan.peak.total)} (predicted)"
-        raise ConfigError(Problem("memory.budget_gb", what, preflight.how_to_fit(checked, limit, is_gpu)))
+        todo = str(preflight.how_to_fit(checked, limit, is_gpu))
+        raise ConfigError(Problem(Location(key="memory.budget_gb"), what, todo, "does-not-fit"))
     return plan
 
 

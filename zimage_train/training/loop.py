@@ -80,7 +80,7 @@ def train(run: TrainState, metrics: RecordWriter, events: RecordWriter) -> None:
         if not is_finite:
             outcome["not_finite"] = f"loss {sum(values):g}, gradient norm {norm_value:g}"
         record = step_record(run, step, loaded, outcome, time.monotonic() - began)
-        log_step(run, record, metrics)
+        log_step(run, record, resolutions(loaded), metrics)
         if skipped == min(MAX_CONSECUTIVE_SKIPS, last):
             raise diverged(record, skipped)
         after_step(run, step, events, metrics)
@@ -120,8 +120,8 @@ def step_record(
     }
 
 
-def log_step(run: TrainState, record: dict[str, Any], metrics: RecordWriter) -> None:
-    """Write the record, and show it."""
+def log_step(run: TrainState, record: dict[str, Any], kind: tuple[int, ...], metrics: RecordWriter) -> None:
+    """Write the record of a step of this `kind`, and show it."""
     if not run.world.is_main:
         return
     metrics.append(record)
@@ -133,15 +133,15 @@ def log_step(run: TrainState, record: dict[str, Any], metrics: RecordWriter) -> 
             f"{', '.join(f'{sigma:.3f}' for sigma in record['sigma'])}"
         )
         return
-    if warning := run.slow_steps.update(resolutions(record), record["seconds"], *reserved_bytes(run.world.device)):
+    if warning := run.slow_steps.update(kind, record["seconds"], *reserved_bytes(run.world.device)):
         run.console.warning(f"step {step}: {warning}")
     note = f"loss {loss:.4f}  lr {record['lr']:.2e}  {record['seconds']:.2f} s/step  {record['gb']:.1f} GB"
     run.console.progress("training", step, run.config.train.steps, note)
 
 
-def resolutions(record: dict[str, Any]) -> tuple[str, ...]:
+def resolutions(loaded: list[LoadedBatch]) -> tuple[int, ...]:
     """What steps of one kind have alike, and what their time depends on."""
-    return tuple(sorted(sample.rpartition("@")[2] for sample in record["samples"]))
+    return tuple(sorted(sample.item.resolution for micro_batch, _ in loaded for sample in micro_batch))
 
 
 def stop(run: TrainState, step: int, metrics: RecordWriter, events: RecordWriter) -> None:

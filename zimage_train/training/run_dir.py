@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from zimage_train.config.key_names import is_setting
 from zimage_train.config.load import dump_config, flatten_keys, resolve_paths
 from zimage_train.config.schema import Config
-from zimage_train.errors import ConfigError, Problem, WeightsError
+from zimage_train.errors import ConfigError, Location, Problem, WeightsError
 from zimage_train.io import atomic
 from zimage_train.optim import schedules
 from zimage_train.report import metrics
@@ -29,7 +30,8 @@ CHANGEABLE_ON_RESUME = (
 )
 """Settings that a resumed run may change: none of them alters a weight that was trained; but see `identity`."""
 ALLOWABLE = ("optimizer.lr", "schedule", "train.max_grad_norm", "timesteps", "guidance", "data")
-"""Settings, and the images, that a run can take up in its middle when `--allow` names them: each step reads them."""
+"""Settings, sections of these, and the images, that a run can take up in its middle when `--allow` names them: each
+step reads them."""
 BY_DIGEST = (
     *("model.path", "model.extras", "model.adapter", "lora.init_from"),
     *("data.*.folder", "data.*.metadata", "data.*.mask"),
@@ -162,15 +164,17 @@ def identity_digest(identity: Mapping[str, Any]) -> str:
 
 
 def require_allowable(allow: Iterable[str]) -> None:
-    """Refuse to `--allow` what a run cannot take up in its middle.
+    """Refuse to `--allow` what a run cannot take up in its middle, or what is no whole key.
 
     Raises:
         ConfigError: names what can be allowed.
     """
-    wrong = [key for key in allow if not key.startswith(ALLOWABLE)]
+    wrong = [key for key in allow if key not in ALLOWABLE and not (_allowable(key) and is_setting(key))]
     if wrong:
         todo = f"one of {', '.join(ALLOWABLE)} can"
-        raise ConfigError(*(Problem(f"--allow {key}", "cannot change within a run", todo) for key in wrong))
+        raise ConfigError(
+            *(Problem(f"--allow {key}", "cannot change within a run", todo, "not-allowable") for key in wrong)
+        )
 
 
 def require_same(
@@ -183,30 +187,38 @@ def require_same(
     Raises:
         ConfigError: shows every other difference as `- was`, `+ is`.
     """
-    problems = [*_changed_settings(before["settings"], now["settings"])]
-    problems += _changed_inputs(before["inputs"], now["inputs"])
-    refused = [one for one in problems if not one.location.startswith(tuple(allow))]
+    changed = _changed_settings(before["settings"], now["settings"]) | _changed_inputs(before["inputs"], now["inputs"])
+    problems = {key: Problem(Location(key=key), what, code="changed-on-resume") for key, what in changed.items()}
+    refused = [key for key in problems if not any(_covers(one, key) for one in allow)]
     if refused:
         todo = "undo the change, choose another name, or begin again with --fresh (which moves the old run aside)"
-        if all(one.location.startswith(ALLOWABLE) for one in refused):
-            todo += f"; or go on with it: {' '.join(dict.fromkeys(f'--allow {_allowable(one)}' for one in refused))}"
-        raise ConfigError(*refused, Problem(str(folder.root), "belongs to another run", todo))
-    return [str(one) for one in problems]
+        allowable = [_allowable(key) for key in refused]
+        if all(allowable):
+            todo += f"; or go on with it: {' '.join(dict.fromkeys(f'--allow {one}' for one in allowable))}"
+        other = Problem(str(folder.root), "belongs to another run", todo, "another-run")
+        raise ConfigError(*(problems[key] for key in refused), other)
+    return [str(one) for one in problems.values()]
 
 
-def _changed_settings(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Problem]:
+def _changed_settings(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, str]:
     keys = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
-    return [Problem(key, f"- {_shown(old, key)}  + {_shown(new, key)}") for key in keys]
+    return {key: f"- {_shown(old, key)}  + {_shown(new, key)}" for key in keys}
 
 
-def _changed_inputs(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Problem]:
+def _changed_inputs(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, str]:
     words = {(True, True): "changed", (True, False): "is gone", (False, True): "is new"}
     keys = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
-    return [Problem(key, words[key in old, key in new]) for key in keys]
+    return {key: words[key in old, key in new] for key in keys}
 
 
-def _allowable(problem: Problem) -> str:
-    return next(key for key in ALLOWABLE if problem.location.startswith(key))
+def _covers(allowed: str, key: str) -> bool:
+    """Whether `--allow ALLOWED` is about `key`: the same, or one of a section that can be allowed as a whole."""
+    return key == allowed or (allowed in ALLOWABLE and key.startswith(f"{allowed}."))
+
+
+def _allowable(key: str) -> str | None:
+    """What allows `key`, or None."""
+    return next((one for one in ALLOWABLE if _covers(one, key)), None)
 
 
 def require_untouched(folder: RunDir) -> None:
@@ -221,11 +233,11 @@ def require_untouched(folder: RunDir) -> None:
     ]
     if saved:
         what = f"its checkpoints are gone; the last one was of step {max(saved)}"
-        raise WeightsError(Problem(str(folder.checkpoints), what, todo))
+        raise WeightsError(Problem(str(folder.checkpoints), what, todo, "checkpoints-gone"))
     exported = sorted(folder.lora().parent.glob("*.safetensors"))
     if exported:
         what = f"its checkpoints are gone, and {exported[-1].name} was exported from one"
-        raise WeightsError(Problem(str(folder.checkpoints), what, todo))
+        raise WeightsError(Problem(str(folder.checkpoints), what, todo, "checkpoints-gone"))
 
 
 def _is_free(key: str) -> bool:

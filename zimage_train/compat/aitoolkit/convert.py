@@ -21,9 +21,8 @@ from zimage_train.compat.aitoolkit.sections import (
     train_section,
 )
 from zimage_train.config import load
-from zimage_train.config.load import KeyPath
 from zimage_train.config.schema import Config
-from zimage_train.config.strict_yaml import YamlDocument
+from zimage_train.config.strict_yaml import KeyPath, YamlDocument
 from zimage_train.errors import ConfigError, Problem
 
 Values = dict[str, Any]
@@ -52,7 +51,7 @@ def read_only_job(path: Path) -> tuple[Config, list[str]]:
     job = read_job(path, _text(path))
     if job is None:
         todo = "a job has job: and config: at the top; train takes other configs as they are"
-        raise ConfigError(Problem(str(path), "is no job of AI Toolkit", todo))
+        raise ConfigError(Problem(str(path), "is no job of AI Toolkit", todo, "not-a-config"))
     return _settle(job, ()), notes_of(job)
 
 
@@ -81,9 +80,9 @@ def _settle(job: AIToolkitJob, overrides: Sequence[str]) -> Config:
 def job_values(job: AIToolkitJob) -> Values:
     """Plain values of the config that `job` becomes; what is wrong with them is added to the job's problems."""
     if job.values["name"] is None:
-        job.refuse("config.name", "is missing", "name the run")
+        job.refuse("config.name", "is missing", "name the run", "missing-key")
     if job.values["training_folder"] is None:
-        job.refuse("training_folder", "is missing", "name the folder that holds the run folders")
+        job.refuse("training_folder", "is missing", "name the folder that holds the run folders", "missing-key")
     model = model_section(job)
     variant = model["variant"]
     optimizer = optimizers.optimizer(job)

@@ -11,9 +11,9 @@ from typing import Any
 from zimage_train.compat.aitoolkit.keys import FILE, KEYS, TYPOS
 from zimage_train.compat.aitoolkit.rules import HandledHere, Mapped, Refused, Row, WithoutEffect
 from zimage_train.config import load
-from zimage_train.config.load import KeyPath, dotted_key
-from zimage_train.config.strict_yaml import YamlDocument
-from zimage_train.errors import Problem
+from zimage_train.config.key_names import dotted_key
+from zimage_train.config.strict_yaml import KeyPath, YamlDocument
+from zimage_train.errors import Location, Problem
 
 KeyTree = dict[str, Any]
 """Rows by name, and below the name of a section another tree; `name[]` is a list of such sections."""
@@ -60,9 +60,10 @@ class AIToolkitJob:
         """Say of `key` (`datasets.0.flip_x`) what its owner would not expect."""
         self.notes.append(f"{key} {what}")
 
-    def refuse(self, key: str, what: str, todo: str) -> None:
+    def refuse(self, key: str, what: str, todo: str, code: str = "bad-value") -> None:
         """`key` is a problem."""
-        self.problems.append(Problem(f"{self.path}:{self.line(_path_of(key))}: {key}", what, todo))
+        place = Location(str(self.path), self.line(_path_of(key)), key)
+        self.problems.append(Problem(place, what, todo, code))
 
     def given(self, key: str) -> bool:
         """Whether the job sets `key`, and not to null."""
@@ -81,7 +82,7 @@ class AIToolkitJob:
         """The values of one section, all of its keys, checked against their rows."""
         for name in given:
             if name not in tree and f"{name}[]" not in tree:
-                self.refuse(self.name((*path, name)), "unknown key", _suggestion(name, tree))
+                self.refuse(self.name((*path, name)), "unknown key", _suggestion(name, tree), "unknown-key")
         return {
             name.removesuffix("[]"): self._read(below, name, given.get(name.removesuffix("[]")), path)
             for name, below in tree.items()
@@ -175,8 +176,8 @@ def _with_variables(path: Path, text: str) -> tuple[str, list[Problem]]:
 
     def value(name: str, line: int) -> str:
         if name not in os.environ:
-            where = f"{path}:{line}: ${{{name}}}"
-            problems.append(Problem(where, "is no environment variable", f"set {name}, or write the value"))
+            place, todo = Location(str(path), line, source=f"${{{name}}}"), f"set {name}, or write the value"
+            problems.append(Problem(place, "is no environment variable", todo, "missing-variable"))
         return os.environ.get(name, name)
 
     lines = [

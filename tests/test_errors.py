@@ -1,0 +1,30 @@
+"""Where a problem is, as parts and as text."""
+
+import pytest
+
+from zimage_train.errors import Argument, Location, Problem
+
+
+@pytest.mark.parametrize(
+    ("location", "text"),
+    [
+        (Location("a.yaml", 3, "lora.rank"), "a.yaml:3: lora.rank"),
+        (Location("a.yaml", 0, "lora.rank"), "a.yaml:0: lora.rank"),
+        (Location("a.yaml", key="lora.rank"), "a.yaml: lora.rank"),
+        (Location("a.csv", 7), "a.csv:7"),
+        (Location(key="model.path", source="org/repo"), "model.path: org/repo"),
+        (Location(key="lora.rank", argument=Argument("--set", "lora.rank=0")), "--set lora.rank=0: lora.rank"),
+        (Location(argument=Argument("--set", "")), "--set "),
+        (Location(argument=Argument("MODEL"), source="org/repo"), "MODEL: org/repo"),
+    ],
+)
+def test_a_location_reads_as_it_is_written(location: Location, text: str):
+    assert str(location) == text
+    assert str(Problem(location, "is wrong", "mend it", "bad-value")) == f"{text}: is wrong; mend it"
+
+
+@pytest.mark.parametrize("location", [Location("a.yaml", 3, "lora.rank"), "standard output"])
+def test_a_problem_of_one_of_several_runs_keeps_what_is_known_of_it(location: Location | str):
+    problem = Problem(location, "is wrong", code="bad-value").of_run("lora.rank=4")
+    assert str(problem) == f"lora.rank=4: {location}: is wrong" and problem.code == "bad-value"
+    assert problem.place.key == (location.key if isinstance(location, Location) else None)

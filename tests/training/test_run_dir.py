@@ -1,0 +1,57 @@
+"""What a run may be continued with, by the keys that differ."""
+
+from pathlib import Path
+
+import pytest
+
+from zimage_train.errors import ConfigError
+from zimage_train.training import run_dir
+from zimage_train.training.run_dir import RunDir
+
+FOLDER = RunDir(Path("runs/a"), "a")
+
+
+def refused(old: dict, new: dict, *allow: str) -> list[str | None]:
+    """The keys that are refused, when settings differ so."""
+    with pytest.raises(ConfigError) as caught:
+        run_dir.require_same(FOLDER, {"settings": old, "inputs": {}}, {"settings": new, "inputs": {}}, allow)
+    *changed, last = caught.value.problems
+    assert last.code == "another-run" and {one.code for one in changed} == {"changed-on-resume"}
+    return [one.place.key for one in changed]
+
+
+@pytest.mark.parametrize(
+    "allow", ["optimizer.lr", "schedule", "data", "timesteps", "data.0.flip", "schedule.params.power"]
+)
+def test_a_setting_or_a_section_that_steps_read_can_be_allowed(allow: str):
+    run_dir.require_allowable([allow])
+
+
+@pytest.mark.parametrize("allow", ["", "optimizer", "optimizer.l", "optimizer.lr.x", "sched", "data.0", "database"])
+def test_what_is_no_whole_key_cannot_be_allowed(allow: str):
+    with pytest.raises(ConfigError) as caught:
+        run_dir.require_allowable([allow])
+    (problem,) = caught.value.problems
+    assert problem.code == "not-allowable" and all(one in problem.hint for one in run_dir.ALLOWABLE)
+
+
+def test_a_section_allows_its_keys_and_a_key_itself_alone():
+    old, new = {"schedule.name": "linear", "data.0.flip": False}, {"schedule.name": "rex", "data.0.flip": True}
+    assert refused(old, new) == ["data.0.flip", "schedule.name"]
+    assert refused(old, new, "schedule") == ["data.0.flip"]
+    assert refused(old, new, "data.0.flip") == ["schedule.name"]
+    assert refused(old, new, "data.0", "sched") == ["data.0.flip", "schedule.name"]
+    before, now = ({"settings": one, "inputs": {}} for one in (old, new))
+    assert len(run_dir.require_same(FOLDER, before, now, ("schedule", "data"))) == 2
+
+
+def test_only_what_can_be_allowed_is_offered():
+    with pytest.raises(ConfigError, match="--allow schedule"):
+        run_dir.require_same(
+            FOLDER, {"settings": {"schedule.name": 1}, "inputs": {}}, {"settings": {"schedule.name": 2}, "inputs": {}}
+        )
+    with pytest.raises(ConfigError) as caught:
+        run_dir.require_same(
+            FOLDER, {"settings": {"lora.rank": 1}, "inputs": {}}, {"settings": {"lora.rank": 2}, "inputs": {}}
+        )
+    assert "--allow" not in str(caught.value)
