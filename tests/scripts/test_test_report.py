@@ -8,7 +8,7 @@ from pathlib import Path
 
 import test_report
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 def test_a_file_counts_for_its_room():
