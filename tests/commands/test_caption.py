@@ -321,7 +321,7 @@ def test_an_accelerator_is_used_where_there_is_one_and_not_where_torch_only_coul
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda *words, **more: torch.device("mps"))
     taken = []
     monkeypatch.setattr(
-        captioner, "load", lambda folder, device: taken.append(device.type) or captioner.CaptionModel(0, 0, 0)
+        captioner, "load_captioner", lambda folder, device: taken.append(device.type) or captioner.CaptionModel(0, 0, 0)
     )
     monkeypatch.setattr(captioner.CaptionModel, "answer", lambda *words: ("A fox.", True))
     caption_folder(images, wanted(qwen), Console())

@@ -339,7 +339,7 @@ def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path: Path):
 def test_runs_are_compared_without_torch(tmp_path: Path):
     for name in ("a", "b"):
         fabricated(tmp_path / name, PROMPTS, [5], 1)
-    code = "import sys; from zimage_train.cli import app; app(['compare', 'a', 'b'], standalone_mode=False)"
+    code = "import sys; from zimage_train.cli.app import app; app(['compare', 'a', 'b'], standalone_mode=False)"
     done = run_python(f"{code}; assert 'torch' not in sys.modules", tmp_path)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "compare" / "compare.html").exists()

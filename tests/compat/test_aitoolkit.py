@@ -827,7 +827,7 @@ def test_overrides_are_by_the_names_of_a_config(read, refused):
 
 
 def test_configs_are_read_as_ever(tmp_path: Path):
-    path = HERE.parent / "configs" / "quickstart.yaml"
+    path = HERE.parents[1] / "configs" / "quickstart.yaml"
     assert read_config_or_job(path, ["train.steps=3"]) == (read_config(path, ["train.steps=3"]), [])
     with pytest.raises(ConfigError, match="is no job of AI Toolkit"):
         read_only_job(path)

@@ -159,7 +159,7 @@ def test_every_bad_row_is_reported_with_its_line_and_the_good_ones_are_read(phot
         '{"image": "a.jpg", "prompt": "zorb"}',
         '{"image": "a.jpg", "prompt": ',
         '["a.jpg"]',
-        '{"image": "a.jpg", "prompt": "x"}',
+        '{"picture": "a.jpg", "prompt": "x"}',
         '{"image": 5, "prompt": "x"}',
         '{"image": "a.jpg", "prompt": 5}',
         '{"image": "none.png", "prompt": "x"}',
@@ -180,7 +180,7 @@ def test_every_bad_row_is_reported_with_its_line_and_the_good_ones_are_read(phot
     }
     assert "is not JSON (Expecting value" in by_line[f"{path}:2"]
     assert by_line[f"{path}:4"].endswith(
-        "has no text in image or file_name; its columns are image, prompt; give image as text"
+        "has no text in image or file_name; its columns are picture, prompt; give image as text"
     )
     assert by_line[f"{path}:6"].endswith(
         "has no text in prompt or text or caption; its columns are image, prompt; give prompt as text"

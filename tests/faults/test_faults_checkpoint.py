@@ -121,8 +121,8 @@ def test_a_killed_writer_leaves_the_old_file_and_debris_that_is_cleared(tmp_path
     code = """
 import os, signal
 from pathlib import Path
-from zimage_train.io import atomic as files
-with files.replacing(Path("x.bin")) as file:
+from zimage_train.io import atomic
+with atomic.replace_atomically(Path("x.bin")) as file:
     file.write(b"new")
     file.flush()
     os.kill(os.getpid(), signal.SIGKILL)

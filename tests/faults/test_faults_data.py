@@ -501,13 +501,13 @@ def test_the_order_of_the_directory_changes_nothing(photos: Path, monkeypatch: p
 WHAT_IS_TRAINED = """
 from pathlib import Path
 from zimage_train.config.schema import Config
-from zimage_train.dataset.scan import fingerprint, scan
-from zimage_train.dataset.sample_order import items_of, make_plan
+from zimage_train.dataset.scan import dataset_fingerprint, scan_entry
+from zimage_train.dataset.sample_order import make_items, make_sample_order
 values = {"name": "a", "data": [{"folder": "photos", "resolution": [64], "caption_dropout": 0.5}]}
 config = Config.model_validate(values)
-images = [scan(config.data[0], "data.0").pictures]
-plan = make_plan(config, items_of(config, images))
-print(fingerprint(images))
+images = [scan_entry(config.data[0], "data.0").images]
+plan = make_sample_order(config, make_items(config, images))
+print(dataset_fingerprint(images))
 print([(sample.key(), sample.prompt) for step in range(1, 20) for batch in plan.step_batches(step) for sample in batch])
 """
 

@@ -400,7 +400,7 @@ def loaded_by(names: list[str], then: str = "", path: Iterable[str] = ()) -> set
 
 def test_a_check_of_the_quickstart_loads_no_torch():
     """63. `--help`, config errors and all of `check` load no torch, and so answer at once."""
-    names = [f"{PACKAGE}.{one}" for one in ("cli", "config.reading", "data.plan", "preflight", "app.check")]
+    names = [f"{PACKAGE}.{one}" for one in ("cli.app", "config.load", "dataset.sample_order", "planning.preflight", "commands.check")]
     then = """
 from pathlib import Path
 from zimage_train.planning import preflight

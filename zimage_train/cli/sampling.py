@@ -54,7 +54,7 @@ def sample(
     extras: Extras = None,
     dtype: Dtype = "bf16",
     count: Annotated[
-        int, typer.Option("--count", min=1, max=10_000, help="Pictures of each prompt, with seeds that follow.")
+        int, typer.Option("--count", min=1, max=10_000, help="Images of each prompt, with seeds that follow.")
     ] = 1,
     batch: Annotated[
         int, typer.Option("--batch", min=1, max=64, help="How many of one size go through the model at once.")

@@ -71,7 +71,7 @@ def _table(checked: RunSpec) -> list[str]:
             by_image.setdefault((item.entry, item.image.path), []).append(item)
     lines = [_row(items) for items in by_image.values()]
     total = sum(len(found) for found in checked.images)
-    return [f"{total} pictures", *lines]
+    return [f"{total} images", *lines]
 
 
 def _row(items: list[TrainItem]) -> str:

@@ -104,7 +104,7 @@ def describe_folder(seen: FolderSummary) -> list[str]:
     if seen.captions:
         with_captions += f" ({'tags' if are_tags(seen.captions) else 'sentences'}, {_words(seen.captions)} words each)"
     lines = [
-        f"{seen.folder}: {len(images)} picture{'s' * (len(images) > 1)}; {with_captions}",
+        f"{seen.folder}: {len(images)} image{'s' * (len(images) > 1)}; {with_captions}",
         f"as large as squares {sizes}",
         f"shapes: {', '.join(f'{count} {name}' for name, count in shapes.most_common())}",
     ]
@@ -158,7 +158,7 @@ def template_values_for(seen: FolderSummary, answers: Answers, name: str, is_min
     else:
         resolution, why = _resolutions(seen.areas)
         steps = FEW_STEPS if count < FEW else STEPS
-        why_steps = f"for {count} pictures" + (": so few are soon learned by heart" if count < FEW else "")
+        why_steps = f"for {count} images" + (": so few are soon learned by heart" if count < FEW else "")
     return TemplateValues(
         folder=seen.folder,
         name=name,

@@ -66,7 +66,7 @@ class SamplingOptions:
     steps: int | None
     guidance: float | None
     count: int = 1
-    """Pictures of each prompt, whose seeds follow each other."""
+    """Images of each prompt, whose seeds follow each other."""
 
     def given(self) -> dict[str, Any]:
         """Recipe fields that are not to have their default."""

@@ -50,7 +50,7 @@ class DataEntry(Section):
     mask_prior: float = Field(default=0.0, ge=0.0, le=100.0)
     """Weight of a second loss that holds what is masked out to what the model makes of it without the LoRA."""
     regularization: bool | Literal["prior"] = False
-    """Pictures of the class and not of the concept; true: trained as they are, prior: held to what the model makes of
+    """Images of the class and not of the concept; true: trained as they are, prior: held to what the model makes of
     them without the LoRA. train.regularization_share says how often."""
     weight: float = Field(default=1.0, gt=0.0, le=100.0)
     """Factor on the loss of these images."""

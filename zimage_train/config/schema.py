@@ -249,7 +249,7 @@ class MemorySettings(Section):
 
 class ValidationSettings(Section):
     folder: str | None = Field(default=None, min_length=1)
-    """Pictures that are held out, with their captions; read as the first folder of the concept is."""
+    """Images that are held out, with their captions; read as the first folder of the concept is."""
     every: EverySteps = 250
     """Steps between validations; also before step 1 and after the last; null: none."""
     resolution: Pixels = 512
@@ -282,7 +282,7 @@ class Config(Section):
     model: ModelSettings = ModelSettings()
     """Which model is trained, and with which training adapter."""
     data: list[DataEntry] = Field(min_length=1)
-    """Pictures and captions: one entry a folder, or a metadata file."""
+    """Images and captions: one entry a folder, or a metadata file."""
     cache: CacheSettings = CacheSettings()
     """Encoded images and captions."""
     lora: LoraSettings = LoraSettings()

@@ -16,7 +16,7 @@ class SubjectKind:
     images: list[str]
     trigger: str
     enough: tuple[int, int]
-    """Pictures that people have good results with."""
+    """Images that people have good results with."""
     bias: str
     why_bias: str
     prompts: list[str]

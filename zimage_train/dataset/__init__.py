@@ -1,1 +1,1 @@
-"""Pictures and captions: found, read, sized and put in order, without torch."""
+"""Images and captions: found, read, sized and put in order, without torch."""

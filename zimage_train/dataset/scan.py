@@ -279,7 +279,7 @@ def _walk(root: Path, entry: DataEntry, result: FolderScan) -> Iterator[Path]:
 
 
 def _caption_notes(without: list[Source], entry: DataEntry, where: str, total: int) -> list[Note]:
-    """Pictures without a caption of their own, unless a default is set for them."""
+    """Images without a caption of their own, unless a default is set for them."""
     if not without or entry.default_caption:
         return []
     names = _some([source.path.name for source in without])

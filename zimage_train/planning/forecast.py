@@ -170,7 +170,7 @@ def _shares(checked: RunSpec, plan: MemoryPlan, device: DeviceLimits) -> list[No
     whole, previews = _run_seconds(checked, plan, speed)
     recipes, times = len(plan.job.previews), _previews_in_a_run(checked.config)
     drawing = format_bytes(memory.preview_memory(plan.job, plan.form).total)
-    images = f"{recipes} picture{'s' * (recipes != 1)}"
+    images = f"{recipes} image{'s' * (recipes != 1)}"
     text = f"  previews: {times} times {images}, {previews / whole:.0%} of the run, {drawing}"
     found.append(Note("share", text))
     if own := plan.job.generated:

@@ -26,7 +26,7 @@ def not_downloaded(problem: Problem) -> Note:
 
 
 def notes_on_sizes(items: list[TrainItem]) -> list[Note]:
-    """Pictures that fill less than a listed resolution, which they are then trained below."""
+    """Images that fill less than a listed resolution, which they are then trained below."""
     small: dict[int, set[Path]] = {}
     total = len({item.image.path for item in items})
     for item in items:
