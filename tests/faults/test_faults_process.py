@@ -400,7 +400,8 @@ def loaded_by(names: list[str], then: str = "", path: Iterable[str] = ()) -> set
 
 def test_a_check_of_the_quickstart_loads_no_torch():
     """63. `--help`, config errors and all of `check` load no torch, and so answer at once."""
-    names = [f"{PACKAGE}.{one}" for one in ("cli.app", "config.load", "dataset.sample_order", "planning.preflight", "commands.check")]
+    modules = ("cli.app", "config.load", "dataset.sample_order", "planning.preflight", "commands.check")
+    names = [f"{PACKAGE}.{module}" for module in modules]
     then = """
 from pathlib import Path
 from zimage_train.planning import preflight
@@ -408,7 +409,7 @@ from zimage_train.commands import check
 from zimage_train.config.load import read_config
 config = read_config(Path("configs/quickstart.yaml"))
 def nothing_here(*_): raise AssertionError("asks the hub")
-assert check.report(preflight.examine(config, nothing_here))
+assert check.check_report(preflight.check_run(config, nothing_here))
 """
     loaded = loaded_by(names, then)
     assert loaded >= {PACKAGE, "yaml", "pydantic", "PIL", "typer"}
