@@ -18,9 +18,9 @@ def main() -> None:
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # of a kernel that nobody misses
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where it is ignored, as behind nohup
         signal.signal(signal.SIGINT, interrupt)
-    from zimage_train.cli.app import main as run
+    from zimage_train.cli import app
 
-    run()
+    app.main()
 
 
 def interrupt(number: int, frame: FrameType | None) -> None:

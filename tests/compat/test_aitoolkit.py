@@ -145,6 +145,7 @@ MAPPED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"trigger_word": "zchar"},
         {"data.0.trigger": "zchar", "data.0.dropout_keeps_trigger": True},
     ),
+    "network.pretrained_lora_path": ({"network.pretrained_lora_path": "a.st"}, {"lora.init_from": "a.st"}),
     "network.linear": ({"network.linear": 32}, {"lora.rank": 32}),
     "network.rank": ({"network.rank": 8, "network.linear": 8}, {"lora.rank": 8}),
     "network.dropout": ({"network.dropout": 0.1}, {"lora.dropout": 0.1}),

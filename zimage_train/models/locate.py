@@ -3,6 +3,7 @@
 Local paths never touch the network. Nothing is ever loaded by pickle, and no code that a repository holds is run.
 """
 
+import difflib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -227,6 +228,7 @@ def _file(name: str, where: Location, fetch: DownloadFn) -> Path:
         what = "is a folder, not a file" if path.exists() else "does not exist"
         todo = "give a file that is there, or org/repo/file on the hub"
         raise WeightsError(Problem(_named(where, name), what, todo, "missing-file"))
+    _require_not_local(name, where)
     repository, inside = "/".join(parts[:2]), "/".join(parts[2:])
     found = _fetched(repository, where, [inside], fetch) / inside
     if not found.is_file():
@@ -243,7 +245,38 @@ def _hub_id(name: str, where: Location) -> tuple[str, str | None]:
         raise WeightsError(
             Problem(_named(where, name), "is neither a path that exists nor a hub id", todo, "missing-file")
         )
+    _require_not_local(name, where)
     return repository, revision or None
+
+
+def _require_not_local(name: str, where: Location) -> None:
+    """Refuse a name that reads like a hub id and is a mistyped path: `my/loras/adapter.safetensors`.
+
+    Raises:
+        WeightsError: its first folder is on this machine, or the path is after the correction of one letter or two.
+    """
+    first, _, rest = name.partition("/")
+    like = _like(Path(), first)
+    if Path(first).is_dir():
+        parent = Path(first)
+        for part in Path(rest).parts:
+            if not (parent / part).exists():
+                near = _like(parent, part)
+                todo = f"did you mean {parent / near}?" if near else "check the path"
+                what = f"does not exist: there is no {part} in {parent}"
+                raise WeightsError(Problem(_named(where, name), what, todo, "missing-file"))
+            parent /= part
+    elif like and (Path(like) / rest).exists():
+        todo = f"did you mean {like}/{rest}?"
+        raise WeightsError(
+            Problem(_named(where, name), f"does not exist: there is no {first} here", todo, "missing-file")
+        )
+
+
+def _like(folder: Path, name: str) -> str | None:
+    """Return the entry of `folder` whose name is nearest to `name`, or None if none is near."""
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    return next(iter(difflib.get_close_matches(name, names, n=1, cutoff=0.8)), None)
 
 
 def download(repository: str, revision: str | None, patterns: list[str]) -> Path:

@@ -87,7 +87,7 @@ NETWORK: dict[str, Row] = {
     "network.old_lokr_format": WithoutEffect("is for lokr only"),
     "network.split_multistage_loras": WithoutEffect("is for models of two stages", (True,)),
     "network.layer_offloading": WithoutEffect("is not finished there"),
-    "network.pretrained_lora_path": Refused("a LoRA cannot begin with another one yet"),
+    "network.pretrained_lora_path": Mapped("lora.init_from", text),
     "network.all_layers": Refused("trains more than LoRAs, which is not possible here"),
     "network.lorm": Refused("is for type: lorm, which is not trained here"),
 }
