@@ -49,7 +49,7 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 def test_a_run_is_the_one_that_train_makes_alone_byte_for_byte(swept, make_config):
     alone = make_config(name="tiny+rank_3", lora={"rank": 3}, **SWEPT)  # the second, before which another one ran
     run_training(alone, fresh=False)
-    assert lora(swept[0], alone.name) == lora(Path(alone.output), alone.name)
+    assert lora(swept[0], alone.name) == lora(Path(alone.output_dir), alone.name)
 
 
 def test_the_varied_setting_is_the_only_difference_between_the_runs(swept):

@@ -86,13 +86,13 @@ def plain_bytes() -> dict[str, bytes]:
     return {}
 
 
-CLASS = [{"folder": "{pictures}/class", "resolution": [64], "regularization": True}]
+CLASS = [{"folder": "{images}/class", "resolution": [64], "regularization": True}]
 NEUTRAL: dict[str, dict[str, Any]] = {
     "data.keep_tags, tag_dropout, shuffle_tags": {"data": {"keep_tags": 0, "tag_dropout": 0.0, "shuffle_tags": False}},
     "data.flip": {"data": {"flip": False}},
     "data.weight": {"data": {"weight": 1.0}},
-    "data.mask, all white": {"data": {"mask": "{pictures}/white", "mask_floor": 0.5, "mask_prior": 0.0}},
-    "data.mask_prior, nothing masked out": {"data": {"mask": "{pictures}/white"}},
+    "data.mask, all white": {"data": {"mask": "{images}/white", "mask_floor": 0.5, "mask_prior": 0.0}},
+    "data.mask_prior, nothing masked out": {"data": {"mask": "{images}/white"}},
     "data.max_pixels of the same area": {"data": {"max_pixels": 64 * 64}, "without": ["resolution"]},
     "data.batch_size of the same size": {"data": {"batch_size": 2}, "train": {"batch_size": 1}},
     "data.repeats by a folder called 1_": {"data": {"repeats": "by_folder"}},
@@ -103,7 +103,7 @@ NEUTRAL: dict[str, dict[str, Any]] = {
     "guidance.contrastive": {"guidance": {"contrastive": None}},
     "preserve": {"preserve": {"kind": None, "weight": 3.0, "class_word": "dog"}},
     "ema, which only watches": {"ema": {"decay": 0.9}},
-    "validation, which only watches": {"validation": {"folder": "{pictures}/class", "every": 1, "resolution": 64}},
+    "validation, which only watches": {"validation": {"folder": "{images}/class", "every": 1, "resolution": 64}},
     "schedule linear to 1": {"schedule": {"name": "linear", "params": {"end_factor": 1.0}}},
     "schedule step, not yet": {"schedule": {"name": "step", "params": {"every": 2}}},
     "schedule cosine_with_restarts to 1": {
@@ -114,8 +114,8 @@ CHANGING: dict[str, dict[str, Any]] = {
     "data.shuffle_tags": {"data": {"shuffle_tags": True}},
     "data.tag_dropout": {"data": {"tag_dropout": 0.5}},
     "data.flip": {"data": {"flip": True}},
-    "data.mask": {"data": {"mask": "{pictures}/half"}},
-    "data.mask_prior": {"data": {"mask": "{pictures}/half", "mask_floor": 0.0, "mask_prior": 1.0}},
+    "data.mask": {"data": {"mask": "{images}/half"}},
+    "data.mask_prior": {"data": {"mask": "{images}/half", "mask_floor": 0.0, "mask_prior": 1.0}},
     "data.max_pixels": {"data": {"max_pixels": 48 * 48}, "without": ["resolution"]},
     "data.batch_size": {"data": {"batch_size": 3}},
     "data.dropout_keeps_trigger": {"data": {"dropout_keeps_trigger": True, "caption_dropout": 1.0}},
@@ -148,7 +148,7 @@ def test_every_other_value_changes_the_lora_each_in_its_own_way(bytes_of):
 
 
 EVERYTHING: dict[str, Any] = {
-    "data": {"mask": "{pictures}/half", "mask_prior": 0.5},
+    "data": {"mask": "{images}/half", "mask_prior": 0.5},
     "more_data": [CLASS[0] | {"regularization": "prior"}],
     "preserve": {"kind": "trigger", "class_word": "circle"},
     "guidance": {"contrastive": 1.5, "differential": 2.0},
@@ -211,6 +211,6 @@ def test_the_passes_of_a_run_are_those_that_its_settings_say(make_config, images
     assert [len(record["samples"]) for record in records].count(1) >= 3
     assert max(len(record["samples"]) for record in records) > 2, "the folder's own batch size"
     assert all(record["preservation"] is not None for record in records)
-    assert facts(config)["dataset"]["samples"] == 16 and facts(config)["dataset"]["regularization"] == 8
+    assert facts(config)["dataset"]["samples"] == 16 and facts(config)["dataset"]["regularisation"] == 8
     assert "16 samples per epoch" in (folder(config) / "report.html").read_text()
     assert "beside 8 of regularization" in (folder(config) / "report.html").read_text()

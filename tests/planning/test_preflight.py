@@ -140,7 +140,7 @@ def test_the_report_says_what_a_run_would_do(make_config: Make, monkeypatch: pyt
     lines = checking.check_report(checked)
     count = len(checked.images[0])
     assert lines[0] == "tiny: no problems found"
-    assert f"{count} pictures" in lines
+    assert f"{count} images" in lines
     table = [line for line in lines if "->" in line]
     assert len(table) == count and all("zorb" in line for line in table)
     assert re.search(

@@ -63,10 +63,10 @@ def test_a_config_of_defaults_has_no_warning(variant: str):
             ["train.steps is 10001", "beyond 10,000 steps", "stop earlier, or train deturbo or base"],
         ),
         (
-            {"num_pictures": 9, "train": {"steps": 2201}},
+            {"num_images": 9, "train": {"steps": 2201}},
             [
-                {"num_pictures": 9, "train": {"steps": 2200}},
-                {"num_pictures": 10, "train": {"steps": 2201}},
+                {"num_images": 9, "train": {"steps": 2200}},
+                {"num_images": 10, "train": {"steps": 2201}},
             ],
             ["train.steps is 2201 for 9 images", "use 1500 to 2200 steps, or add images"],
         ),

@@ -277,7 +277,8 @@ def test_the_largest_batch_of_every_mode_is_rehearsed_the_one_that_takes_most_fi
     )
     limits: dict[RecomputeMode, int] = {"none": 80, "elementwise": 0, "w1w3": 0, "attention": 0, "full": NO_LIMIT}
     planned = fit.plan_for_devices
-    monkeypatch.setattr(fit, "plan_for_devices", lambda *args: replace(planned(*args), limits=limits))
+    planning = "zimage_train.commands.train.plan_for_devices"
+    monkeypatch.setattr(planning, lambda *args: replace(planned(*args), limits=limits))
     data = [{"folder": str(mini.IMAGES), "resolution": [64, 128], "trigger": "zorb"}]
     run_training(make_config(data=data, train={"steps": 1, "batch_size": 1}), fresh=False)
     assert len(seen) >= 2 and seen[0] < seen[1]
