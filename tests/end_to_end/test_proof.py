@@ -213,4 +213,4 @@ def test_the_passes_of_a_run_are_those_that_its_settings_say(make_config, images
     assert all(record["preservation"] is not None for record in records)
     assert facts(config)["dataset"]["samples"] == 16 and facts(config)["dataset"]["regularisation"] == 8
     assert "16 samples per epoch" in (folder(config) / "report.html").read_text()
-    assert "beside 8 of regularization" in (folder(config) / "report.html").read_text()
+    assert "and 8 regularization images" in (folder(config) / "report.html").read_text()
