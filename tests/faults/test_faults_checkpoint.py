@@ -354,7 +354,7 @@ def of_fewer_modules(tensors: dict, state: dict) -> str:
 
 def of_another_optimizer(tensors: dict, state: dict) -> str:
     state["optimizer"]["kind"] = "Prodigy"
-    return "holds the state of Prodigy, and this run uses AdamW"
+    return "holds the state of Prodigy, but this run uses AdamW"
 
 
 @pytest.mark.parametrize("change", [of_another_rank, of_fewer_modules, of_another_optimizer])

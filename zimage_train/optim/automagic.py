@@ -1,7 +1,8 @@
-"""Automagic: Adam with one learning rate a tensor, raised while its gradients agree and lowered when they turn back.
+"""Automagic: Adam with a learning rate per tensor, raised while its gradients agree and lowered when they reverse.
 
-The multiplicative hypergradient of Baydin et al. 2018 (arXiv 1703.04782) on signs: the derivative of the loss by the
-last step's rate is minus the product of gradient and last update, and of that only the share of agreeing signs counts.
+This is the multiplicative hypergradient of Baydin et al. 2018 (arXiv 1703.04782), reduced to signs. The derivative of
+the loss with respect to the last learning rate is minus the inner product of the gradient and the last update; only the
+fraction of elements whose signs agree is used.
 """
 
 import math
@@ -13,10 +14,10 @@ from torch.nn import Parameter
 
 
 class Automagic(torch.optim.Optimizer):
-    """AdamW whose rate of each tensor is the group's times a scale: scale <- scale * exp(bump * agreement).
+    """AdamW with a learning rate per tensor: the group's times a scale, scale <- scale * exp(bump * agreement).
 
-    `agreement`, from -1 to 1, is the mean of sign(gradient) * sign(momentum) before this step. The resulting rate,
-    before the schedule, stays between `min_lr` and `max_lr`.
+    `agreement`, in [-1, 1], is the mean of sign(gradient) * sign(momentum), with the momentum before this step. The
+    resulting rate, before the schedule, is clamped to [`min_lr`, `max_lr`].
     """
 
     def __init__(
@@ -30,6 +31,8 @@ class Automagic(torch.optim.Optimizer):
         min_lr: float = 1e-7,
         max_lr: float = 1e-3,
     ) -> None:
+        # The schedule overwrites `lr` in every step. `base_lr` keeps the initial value, which `_update_scales` needs to
+        # express `min_lr` and `max_lr` as limits of the scale.
         super().__init__(
             params,
             {
@@ -46,33 +49,40 @@ class Automagic(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """One update of every tensor that has a gradient, all of them in few calls."""
+        """Update every tensor that has a gradient."""
         for group in self.param_groups:
-            parameters = [one for one in group["params"] if one.grad is not None]
+            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
             if parameters:
                 self._update(parameters, group)
 
     def _update(self, parameters: list[Parameter], group: dict[str, Any]) -> None:
-        grads = [one.grad for one in parameters if one.grad is not None]
-        states = [self._state_of(one) for one in parameters]
-        means, squares = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq"))
-        count = states[0]["step"]
-        scales = self._scaled([state["scale"] for state in states], grads, means, group)
+        grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        states = [self._advance_state(parameter) for parameter in parameters]
+        exp_avgs = [state["exp_avg"] for state in states]
+        exp_avg_sqs = [state["exp_avg_sq"] for state in states]
+        scales = [state["scale"] for state in states]
+        # Every LoRA factor has a gradient in every step, so all tensors have taken the same number of steps.
+        step = states[0]["step"]
+        # Before the momentum takes in this gradient: afterwards the two would agree by construction.
+        self._update_scales(scales, grads, exp_avgs, group)
         beta1, beta2 = group["betas"]
-        torch._foreach_lerp_(means, grads, 1 - beta1)
-        torch._foreach_mul_(squares, beta2)
-        torch._foreach_addcmul_(squares, grads, grads, value=1 - beta2)
-        root = math.sqrt(1 - beta2**count)
-        sizes = torch._foreach_sqrt(squares)
-        torch._foreach_add_(sizes, group["eps"] * root)
-        updates = torch._foreach_div(means, sizes)
-        torch._foreach_mul_(updates, root / (1 - beta1**count))
-        weights: list[Tensor] = [one.detach() for one in parameters]
+        torch._foreach_lerp_(exp_avgs, grads, 1 - beta1)
+        torch._foreach_mul_(exp_avg_sqs, beta2)
+        torch._foreach_addcmul_(exp_avg_sqs, grads, grads, value=1 - beta2)
+        # Adam's m_hat / (sqrt(v_hat) + eps), with numerator and denominator multiplied by the correction of sqrt(v), so
+        # that no corrected copy of either moment is made.
+        correction = math.sqrt(1 - beta2**step)
+        denominators = torch._foreach_sqrt(exp_avg_sqs)
+        torch._foreach_add_(denominators, group["eps"] * correction)
+        updates = torch._foreach_div(exp_avgs, denominators)
+        torch._foreach_mul_(updates, correction / (1 - beta1**step))
+        weights: list[Tensor] = [parameter.detach() for parameter in parameters]
         torch._foreach_add_(updates, weights, alpha=group["weight_decay"])
         for parameter, update, scale in zip(parameters, updates, scales, strict=True):
             parameter.addcmul_(update, scale.to(update.dtype), value=-group["lr"])
 
-    def _state_of(self, parameter: Parameter) -> dict[str, Any]:
+    def _advance_state(self, parameter: Parameter) -> dict[str, Any]:
+        """Return the state of `parameter` with its step counted, created in the first step."""
         state = self.state[parameter]
         if not state:
             state["step"] = 0
@@ -81,21 +91,22 @@ class Automagic(torch.optim.Optimizer):
         state["step"] += 1
         return state
 
-    def _scaled(
-        self, scales: list[Tensor], grads: list[Tensor], means: list[Tensor], group: dict[str, Any]
-    ) -> list[Tensor]:
-        """Raise or lower every scale by how far gradient and momentum agree."""
+    def _update_scales(
+        self, scales: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], group: dict[str, Any]
+    ) -> None:
+        """Raise or lower each scale in place, by the agreement of gradient and momentum."""
         signs = torch._foreach_sign(grads)
-        torch._foreach_mul_(signs, torch._foreach_sign(means))
-        agreement = torch.stack([one.mean() for one in signs]).float()
-        least, most = (group[name] / group["base_lr"] for name in ("min_lr", "max_lr"))
-        changed = torch.stack(scales) * torch.exp(group["bump"] * agreement)
-        for scale, now in zip(scales, changed.clamp(least, most), strict=True):
-            scale.copy_(now)
-        return scales
+        # In the first step the momentum is zero, and so is the agreement: the scale stays at 1.
+        torch._foreach_mul_(signs, torch._foreach_sign(exp_avgs))
+        agreement = torch.stack([sign.mean() for sign in signs]).float()
+        min_scale = group["min_lr"] / group["base_lr"]
+        max_scale = group["max_lr"] / group["base_lr"]
+        updated = torch.stack(scales) * torch.exp(group["bump"] * agreement)
+        for scale, value in zip(scales, updated.clamp(min_scale, max_scale), strict=True):
+            scale.copy_(value)
 
     def mean_lr(self) -> float:
-        """The rate of the next step, the mean over the tensors."""
+        """Return the learning rate of the next step, averaged over the tensors."""
         scales = [state["scale"] for state in self.state.values()]
         scale = float(torch.stack(scales).mean()) if scales else 1.0
         return self.param_groups[0]["lr"] * scale

@@ -1,4 +1,4 @@
-"""The exponential moving average of the LoRA: a second set of weights, in fp32, that follows the trained ones."""
+"""Exponential moving average of the LoRA weights, kept in fp32."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,43 +10,46 @@ from zimage_train.errors import Problem, WeightsError
 
 
 def decay_at(decay: float, step: int) -> float:
-    """The decay of the update after `step`: it rises to `decay`, so that the start is soon forgotten.
+    """Return the decay of the update after `step`, with warm-up: min(decay, (1 + step) / (10 + step)).
 
-    (1 + step) / (10 + step), as TensorFlow's ExponentialMovingAverage and diffusers' EMAModel.
+    Source: TensorFlow's ExponentialMovingAverage; diffusers' EMAModel without `use_ema_warmup` has the same formula.
     """
+    # With a constant 0.999, the initial weights (B = 0) would still make up 37% of the average after 1000 steps. With
+    # the warm-up, the average spans about the last tenth of the steps until `decay` is reached.
     return min(decay, (1 + step) / (10 + step))
 
 
 @dataclass(frozen=True)
 class Ema:
-    """Averages by the names of what they average."""
+    """Averaged weights, keyed by the names of the trained ones."""
 
     decay: float
     shadow: dict[str, Tensor]
+    """Name -> average, fp32: in bf16 an update by a factor of 1 - decay = 0.001 would be rounded away."""
 
     @torch.no_grad()
     def update(self, trained: Mapping[str, Tensor], step: int) -> None:
-        """s <- d s + (1 - d) w, after the optimizer's `step`."""
+        """Set s <- d s + (1 - d) w for every average s and weight w, after the optimizer's `step`."""
         weight = 1.0 - decay_at(self.decay, step)
         torch._foreach_lerp_(list(self.shadow.values()), [trained[name] for name in self.shadow], weight)
 
     def state(self) -> dict[str, Tensor]:
-        """Name -> tensor, as a checkpoint keeps them."""
+        """Return name -> tensor, as a checkpoint stores them."""
         return {f"ema.{name}": shadow for name, shadow in self.shadow.items()}
 
     def load_state(self, state: Mapping[str, Tensor], where: str) -> None:
-        """Copy `state` in.
+        """Copy `state` into the averages.
 
         Raises:
-            WeightsError: it is of something else.
+            WeightsError: its names or shapes are not those of this run.
         """
-        own = self.state()
-        if own.keys() != state.keys() or any(own[name].shape != state[name].shape for name in own):
+        current = self.state()
+        if current.keys() != state.keys() or any(current[name].shape != state[name].shape for name in current):
             raise WeightsError(Problem(where, "holds no averaged weights of this run", "begin again with --fresh"))
-        for name, tensor in own.items():
+        for name, tensor in current.items():
             tensor.copy_(state[name])
 
 
 def init_ema(decay: float, trained: Mapping[str, Tensor]) -> Ema:
-    """Averages that begin where `trained` stands."""
+    """Return averages that start as copies of `trained`."""
     return Ema(decay, {name: tensor.detach().float().clone() for name, tensor in trained.items()})

@@ -1,4 +1,4 @@
-"""Optimizers of the libraries by name, and their state as plain tensors and numbers."""
+"""Optimizers by name, and conversion of their state to plain tensors and numbers."""
 
 import contextlib
 import io
@@ -16,30 +16,33 @@ from zimage_train.optim.schedules import base_lr
 
 
 def build_optimizer(settings: schema.OptimizerSettings, parameters: Iterable[Parameter]) -> torch.optim.Optimizer:
-    """The optimizer that `settings` names, over `parameters`."""
+    """Return the optimizer that `settings` names, for `parameters`."""
+    # YAML has lists only, while the optimizers compare or unpack tuples, such as betas.
     params = {key: tuple(value) if isinstance(value, list) else value for key, value in settings.params.items()}
-    make = OPTIMIZER_FACTORIES[settings.name]
-    return make(list(parameters), lr=base_lr(settings), weight_decay=settings.weight_decay, **params)
+    factory = OPTIMIZER_FACTORIES[settings.name]
+    return factory(list(parameters), lr=base_lr(settings), weight_decay=settings.weight_decay, **params)
 
 
 def _bitsandbytes(name: str) -> Callable[..., torch.optim.Optimizer]:
-    def make(parameters: list[Parameter], **settings: Any) -> torch.optim.Optimizer:
+    """Return a factory of bitsandbytes' optimizer `name`, which imports the library only when it is called."""
+
+    def create(parameters: list[Parameter], **settings: Any) -> torch.optim.Optimizer:
         from bitsandbytes import optim
 
         return getattr(optim, name)(parameters, **settings)
 
-    return make
+    return create
 
 
 def _paged_adamw8bit(parameters: list[Parameter], **settings: Any) -> torch.optim.Optimizer:
-    """Its state may move to main memory when the card is full; without a card there is nothing to page."""
+    """Create an 8-bit AdamW whose state CUDA may move to CPU memory when the GPU is full; not paged on a CPU."""
     return _bitsandbytes("AdamW8bit")(parameters, is_paged=parameters[0].is_cuda, **settings)
 
 
 def _prodigy(parameters: list[Parameter], **settings: Any) -> torch.optim.Optimizer:
     from prodigyopt import Prodigy
 
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints which weight decay it uses
+    with contextlib.redirect_stdout(io.StringIO()):  # prodigyopt prints which kind of weight decay it uses
         return Prodigy(parameters, **settings)
 
 
@@ -51,9 +54,10 @@ def _prodigy8bit(parameters: list[Parameter], **settings: Any) -> torch.optim.Op
 
 
 def _adafactor(parameters: list[Parameter], **settings: Any) -> torch.optim.Optimizer:
-    """At the given rate: its own relative steps are made for weights that do not begin at zero, as a LoRA's do."""
+    """Create an Adafactor that uses the given learning rate as it is."""
     from transformers.optimization import Adafactor
 
+    # Adafactor's relative step sizes are proportional to the RMS of a weight, which is 0 for a LoRA's B at first.
     return Adafactor(parameters, scale_parameter=False, relative_step=False, warmup_init=False, **settings)
 
 
@@ -82,8 +86,10 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def current_lr(optimizer: torch.optim.Optimizer) -> float:
-    """The learning rate that the next step will use: for Prodigy its estimate d times the group's, for Automagic the
-    mean over the tensors."""
+    """Return the learning rate of the next step.
+
+    For Prodigy this is its estimate d times the group's rate, for Automagic the mean over the tensors.
+    """
     if isinstance(optimizer, Automagic):
         return optimizer.mean_lr()
     group = optimizer.param_groups[0]
@@ -91,7 +97,10 @@ def current_lr(optimizer: torch.optim.Optimizer) -> float:
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Everything the optimizer remembers: tensors by name, and numbers that survive JSON exactly."""
+    """Return the optimizer's whole state: tensors by name, and the other values, which JSON stores exactly.
+
+    Tensors are named `optim.<index of the parameter>.<key>`.
+    """
     tensors: dict[str, Tensor] = {}
     scalars: dict[str, dict[str, Any]] = {}
     for index, parameter in enumerate(_parameters(optimizer)):
@@ -100,23 +109,26 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor]
                 tensors[f"optim.{index}.{key}"] = value.detach().clone()
             else:
                 scalars.setdefault(str(index), {})[key] = value
-    groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    groups = []
+    for group in optimizer.param_groups:
+        # Prodigy keeps its state here, not per parameter: d, d0, d_max, d_numerator, k.
+        groups.append({key: value for key, value in group.items() if key != "params"})
     return tensors, {"kind": type(optimizer).__name__, "state": scalars, "groups": groups}
 
 
 def load_optimizer_state(
     optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], numbers: dict[str, Any], where: str
 ) -> None:
-    """Restore what `state` returned.
+    """Restore the state that `optimizer_state` returned.
 
     Raises:
-        WeightsError: it belongs to another optimizer.
+        WeightsError: it is the state of another optimizer.
     """
     parameters = _parameters(optimizer)
     saved_groups = numbers["groups"]
     if numbers["kind"] != type(optimizer).__name__ or len(saved_groups) != len(optimizer.param_groups):
-        what = f"holds the state of {numbers['kind']}, and this run uses {type(optimizer).__name__}"
-        raise WeightsError(Problem(where, what, "use the optimizer that it was made with"))
+        message = f"holds the state of {numbers['kind']}, but this run uses {type(optimizer).__name__}"
+        raise WeightsError(Problem(where, message, "use the optimizer that the checkpoint was saved with"))
     for group, saved in zip(optimizer.param_groups, saved_groups, strict=True):
         for key, value in saved.items():
             group[key] = tuple(value) if isinstance(value, list) else value
@@ -125,9 +137,12 @@ def load_optimizer_state(
     for name, tensor in tensors.items():
         _, index, key = name.split(".", 2)
         parameter = parameters[int(index)]
-        on_cpu = key == "step" and tensor.ndim == 0  # torch keeps the step of AdamW on the CPU
+        # torch keeps the step of AdamW on the CPU, so that reading it does not synchronise with the GPU.
+        on_cpu = key == "step" and tensor.ndim == 0
         value = tensor.clone() if on_cpu else tensor.to(parameter.device, copy=True)
-        if getattr(optimizer, "is_paged", False) and value.shape == parameter.shape:  # or it would stay on the card
+        # Only a buffer that bitsandbytes allocates itself is paged; any other tensor would stay on the GPU. It pages
+        # the moments, which have the parameter's shape, and not the small tensors beside them (absmax, code).
+        if getattr(optimizer, "is_paged", False) and value.shape == parameter.shape:
             value = optimizer.get_state_buffer(parameter, dtype=value.dtype).copy_(value)  # pyright: ignore
         optimizer.state[parameter][key] = value
 

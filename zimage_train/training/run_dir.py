@@ -150,7 +150,7 @@ def run_identity(config: Config, fingerprint: Mapping[str, Any]) -> dict[str, An
     Every checkpoint carries it, so a run is recognised by what it continues from and by nothing beside it.
     """
     settings = flatten_keys(config.model_dump(mode="json"))
-    if schedules.schedule_stretches(config.schedule):
+    if schedules.depends_on_total_steps(config.schedule):
         settings["schedule.steps (train.steps, over which it decays)"] = config.train.steps
     return {
         "settings": {key: value for key, value in settings.items() if not _is_free(key)},
