@@ -140,16 +140,16 @@ def test_the_norm_is_that_of_the_dense_change():
     g = torch.Generator().manual_seed(1)
     factors = Factors(torch.randn(3, 20, generator=g), torch.randn(30, 3, generator=g), 0.7)
     dense = torch.linalg.matrix_norm(0.7 * (factors.b.double() @ factors.a.double()))
-    assert inspect.norm(factors) == pytest.approx(float(dense), rel=1e-12)
+    assert inspect.delta_norm(factors) == pytest.approx(float(dense), rel=1e-12)
 
 
 def test_the_table_has_every_module_in_its_block_and_component():
     found = inspect.summarize_lora(mini.ADAPTER_V1)
-    rows, columns, values = targets.modules_table(found.energy)
+    rows, columns, values = targets.modules_table(found.norms)
     assert rows == [f"layers.{index}" for index in range(6)]
     assert columns == ["to_q", "to_k", "to_v", "to_out", "w1", "w2", "w3", "adaLN"]
-    assert values[2][4] == found.energy["layers.2.feed_forward.w1"]
-    assert sorted(v for line in values for v in line if v is not None) == sorted(found.energy.values())
+    assert values[2][4] == found.norms["layers.2.feed_forward.w1"]
+    assert sorted(v for line in values for v in line if v is not None) == sorted(found.norms.values())
 
 
 def test_blocks_stand_in_the_order_of_their_numbers_and_gaps_stay_empty():

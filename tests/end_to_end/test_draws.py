@@ -340,7 +340,7 @@ def merging(scratch: Path) -> Table:
     for method in ("dare_linear", "dare_ties"):
         changes = [torch.ones(3, 8), torch.full((3, 8), 10.0)]
         for name in MODULES[:2]:
-            blended = blending.blend_changes(method, changes, [1.0, 1.0], 0.5, 42, name)
+            blended = blending.blend_deltas(method, changes, [1.0, 1.0], 0.5, 42, name)
             table[f"{method}, {name}"] = [[round(value) for value in row] for row in blended.tolist()]
     with recorded("randn") as drawn:
         arithmetic.factorize(torch.eye(512, 520), 4, 1.0, MODULES[0])

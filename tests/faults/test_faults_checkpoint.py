@@ -343,13 +343,13 @@ def of_another_rank(tensors: dict, state: dict) -> str:
     name = next(name for name in sorted(tensors) if name.startswith("lora."))
     width = tensors[name].shape[1]
     tensors[name] = tensors[name][:3].clone()
-    return f"{name} is [3, {width}] there and [4, {width}] in this run"
+    return f"{name} is [3, {width}] in the checkpoint and [4, {width}] in this run"
 
 
 def of_fewer_modules(tensors: dict, state: dict) -> str:
     name = next(name for name in sorted(tensors) if name.startswith("lora."))
     shape = list(tensors.pop(name).shape)
-    return f"{name} is nothing there and {shape} in this run"
+    return f"{name} is missing in the checkpoint and {shape} in this run"
 
 
 def of_another_optimizer(tensors: dict, state: dict) -> str:

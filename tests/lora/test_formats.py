@@ -233,7 +233,7 @@ def test_q_k_and_v_that_have_no_fused_form_are_refused(tmp_path: Path, spoil, sa
 def test_an_alpha_that_a_header_cannot_say_is_not_written_there(tmp_path: Path, alpha: float):
     path = write(tmp_path / "x.safetensors", random_lora(4, alpha / 4))
     code, said = lora_command("convert", path, "--to", "diffusers", "-o", tmp_path / "y.safetensors")
-    assert code == 4 and "which the layout diffusers cannot say" in said
+    assert code == 4 and "which the layout diffusers cannot store" in said
     assert lora_command("convert", path, "--to", "kohya", "-o", tmp_path / "z.safetensors")[0] == 0
 
 
@@ -338,7 +338,7 @@ def test_other_kinds_go_where_there_is_a_place_for_them_and_back(tmp_path: Path,
         output = tmp_path / f"{to}.safetensors"
         code, said = lora_command("convert", start, "--to", to, "-o", output)
         if kind not in layout.kinds:
-            assert code == 4 and f"is a {kind}, for which the layout {to} has no place; --to " in said
+            assert code == 4 and f"is a {kind}, which the layout {to} cannot hold; --to " in said
         elif kind == "LoKr" and to == "kohya":
             assert code == 4 and "is a Kronecker product, and three of those have no fused form" in said
         else:
@@ -429,7 +429,7 @@ def spoiled() -> Iterator[tuple[str, dict[str, Tensor] | bytes, str]]:
     yield "fused and split", good | whole, "tensors twice"
     yield "sdxl", {"lora_te2_text_model_encoder_layers_0_mlp_fc1.lora_up.weight": torch.ones(2, 2)}, "SDXL LoRA"
     yield "mixed", good | {"transformer.single_transformer_blocks.0.attn.to_q.lora_A": torch.ones(2)}, "FLUX LoRA"
-    yield "ints", good | {a: torch.ones(2, 96, dtype=torch.int32)}, "holds int32, no weights"
+    yield "ints", good | {a: torch.ones(2, 96, dtype=torch.int32)}, "holds int32"
     yield (
         "text encoder",
         good | {"text_encoder.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(2, 2)},

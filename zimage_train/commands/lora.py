@@ -42,7 +42,7 @@ def verify_file(path: Path, model: str | None) -> list[str]:
     precision = "fp32" if set(found.dtypes) == {"F32"} else "bf16"
     error = verify.verify_export(path, lora, precision, shape.linears)
     count = f"{len(lora)}/{len(lora)}"
-    still = [module for module, norm in found.energy.items() if norm == 0.0]
+    still = [module for module, norm in found.norms.items() if norm == 0.0]
     lines = [
         *describe_lora(path, found),
         f"fits {name}: {count} modules",
@@ -73,8 +73,8 @@ def inspect_file(path: Path, image: Path | None) -> list[str]:
     """
     require_image(image)
     found = inspect.summarize_lora(path)
-    rows, columns, values = targets.modules_table(found.energy)
-    total = sum(norm**2 for norm in found.energy.values())
+    rows, columns, values = targets.modules_table(found.norms)
+    total = sum(norm**2 for norm in found.norms.values())
     lines = [*describe_lora(path, found), "", "norm of each change, and each block's share of the energy:"]
     lines.append(f"{'':20}" + "".join(f"{column:>9}" for column in columns) + f"{'share':>9}")
     for row, line in zip(rows, values, strict=True):
@@ -85,7 +85,7 @@ def inspect_file(path: Path, image: Path | None) -> list[str]:
     lines.append(f"{'share':20}" + "".join(f"{share / total if total > 0 else 0.0:>9.1%}" for share in shares))
     lines += ["", "metadata:" if found.metadata else "metadata: none", *_metadata(found)]
     if image is not None:
-        heatmap.save_heatmap(image, path.name, rows, columns, values, max(found.energy.values(), default=0.0))
+        heatmap.save_heatmap(image, path.name, rows, columns, values, max(found.norms.values(), default=0.0))
         lines.append(f"heat map: {image}")
     return lines
 
@@ -101,12 +101,10 @@ def diff_files(one: Path, other: Path, image: Path | None) -> list[str]:
     first, second = lora_file.read_lora(one), lora_file.read_lora(other)
     both = [module for module in first if module in second]
     shared = [
-        module
-        for module in both
-        if arithmetic.frobenius_norm(first[module]) == arithmetic.frobenius_norm(second[module])
+        module for module in both if arithmetic.delta_shape(first[module]) == arithmetic.delta_shape(second[module])
     ]
-    products = {module: inspect.product(first[module], second[module]) for module in shared}
-    norms = [{module: inspect.norm(factors) for module, factors in lora.items()} for lora in (first, second)]
+    products = {module: inspect.delta_inner_product(first[module], second[module]) for module in shared}
+    norms = [{module: inspect.delta_norm(factors) for module, factors in lora.items()} for lora in (first, second)]
     lines = [
         f"{path}: {len(norm)} modules, norm {_total(norm):.4g}" for path, norm in zip((one, other), norms, strict=True)
     ]
@@ -118,7 +116,7 @@ def diff_files(one: Path, other: Path, image: Path | None) -> list[str]:
     if not shared:
         return [*lines, "they have no module in common"]
     cosines = {m: products[m] / (norms[0][m] * norms[1][m]) for m in shared if norms[0][m] > 0 and norms[1][m] > 0}
-    apart = math.sqrt(math.fsum(verify.difference(first[m], second[m]) ** 2 for m in shared))
+    apart = math.sqrt(math.fsum(verify.delta_distance(first[m], second[m]) ** 2 for m in shared))
     whole = [_total({m: norm[m] for m in shared}) for norm in norms]
     cosine = math.fsum(products.values()) / (whole[0] * whole[1]) if whole[0] * whole[1] > 0 else 0.0
     lines += [
@@ -126,7 +124,7 @@ def diff_files(one: Path, other: Path, image: Path | None) -> list[str]:
         f"|B| / |A| = {whole[1] / whole[0] if whole[0] > 0 else math.inf:.3g}, cosine {cosine:.3f}",
         "",
         "cosine of each module's change (1: the same direction, 0: unrelated, -1: opposite):",
-        *scale_rules.table(cosines),
+        *scale_rules.format_table(cosines),
     ]
     if image is not None:
         rows, columns, values = targets.modules_table(cosines)

@@ -68,8 +68,8 @@ def bake_command(
         )
     kinds = ", ".join(sorted({info.dtype for info in tensors.values()})) if dtype is None else dtype
     lines = [f"{path}: {baked.changed} weights changed, {format_bytes(size)} in {kinds}"]
-    lines.append(f"rounding to {kinds} cost {baked.share_lost:.2%} of the change")
-    if baked.share_lost > MUCH_LOST:
+    lines.append(f"rounding to {kinds} cost {baked.rounding_error:.2%} of the change")
+    if baked.rounding_error > MUCH_LOST:
         lines[-1] += ": loaded as a LoRA none is lost; --dtype fp32 keeps it too"
     what = "the transformer alone" if target == "diffusers" else "the diffusion model alone"
     return [*lines, f"it is {what}: text encoder and VAE stay where they are (sample takes them by --extras)"]
@@ -97,8 +97,8 @@ def extract_command(tuned: str, base: str, rank: int | None, energy: float, outp
         "extract", [{"ss_base_model_version": "zimage"}], facts, [one.rank for one in lora.values()]
     )
     groups = ", ".join(f"{name} {count}" for name, count in count_by_group(lora).items())
-    lines = [f"{groups}: keeps {found.energy / found.total:.2%} of the squared change"]
-    if found.others:
-        what = f"{len(found.others)} other tensors differ too, such as {found.others[0]}"
+    lines = [f"{groups}: keeps {found.kept_energy / found.total_energy:.2%} of the squared change"]
+    if found.other_tensors:
+        what = f"{len(found.other_tensors)} other tensors differ too, such as {found.other_tensors[0]}"
         lines.append(f"note: {what}, which no LoRA can hold")
     return [*lines, *lora_edit.written(lora, output, made)]

@@ -94,11 +94,11 @@ def written(lora: Lora, output: OutputFile, made: Mapping[str, str]) -> list[str
     narrowest = lora_file.narrowest_dtype(lora)
     dtype = narrowest if output.dtype == "auto" else output.dtype
     short = lora_file.round_to_dtype(lora, "bf16")
-    error = 0.0 if narrowest == "bf16" else max(verify.distance(lora[name], short[name]) for name in lora)
+    error = 0.0 if narrowest == "bf16" else max(verify.relative_error(lora[name], short[name]) for name in lora)
     said = "which holds it to the bit" if dtype == narrowest == "bf16" else f"rounded by up to {error:.1e} of a change"
     if dtype == "fp32":
         said = f"since bf16 would round by up to {error:.1e} of a change" if error else "though bf16 would hold it too"
-    norm = math.sqrt(math.fsum(inspect.norm(factors) ** 2 for factors in lora.values()))
+    norm = math.sqrt(math.fsum(inspect.delta_norm(factors) ** 2 for factors in lora.values()))
     if norm == 0:
         raise ConfigError(Problem(str(output.path), "would change nothing: all its changes are 0", "nothing written"))
     lora_file.export_lora(output.path, lora, dtype, made)
@@ -124,7 +124,7 @@ def weight(path: Path, texts: Sequence[str], output: OutputFile | None) -> list[
     lines = unmet([(rule, [source]) for rule in scales])
     factors = scale_rules.module_weights(scales, source.lora)
     if output is None:
-        return [*lines, *scale_rules.table(factors)]
+        return [*lines, *scale_rules.format_table(factors)]
     scaled = arithmetic.sum_loras([(source.lora, factors)])
     if not scaled:
         raise ConfigError(Problem("lora weight", "every factor is 0, so nothing is left", "keep a module"))

@@ -75,7 +75,7 @@ def merge_files(
     ]
     if output is None:
         for source, ratio, one in zip(sources, ratios, factors, strict=True):
-            lines += [f"{source.path}: ratio {ratio:g}", *scale_rules.table(one)]
+            lines += [f"{source.path}: ratio {ratio:g}", *scale_rules.format_table(one)]
         return lines
     parts = [(source.lora, one) for source, one in zip(sources, factors, strict=True)]
     merged = arithmetic.sum_loras(parts)  # also says what does not fit together
@@ -107,7 +107,7 @@ def _blended(
         changes = [math.copysign(1.0, factor) * one.delta() for one, factor in there]  # so that signs are elected well
         weights = [abs(factor) for _, factor in there]
         assert method.name is not None
-        dense = blending.blend_changes(method.name, changes, weights, method.density, method.seed, name)
+        dense = blending.blend_deltas(method.name, changes, weights, method.density, method.seed, name)
         rank = method.rank if method.rank or method.energy is not None else sum(one.rank for one, _ in there)
         return arithmetic.factorize(dense, rank, 1.0 if method.energy is None else method.energy, name)
 

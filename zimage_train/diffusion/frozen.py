@@ -101,7 +101,7 @@ def original_weights(frozen: FrozenTransformer, second_model: Path | None = None
     if second_model is not None:
         names = set(frozen.shape.parameters)
     elif frozen.adapter is not None:
-        names = frozen.adapter.weights()
+        names = frozen.adapter.parameter_names()
     else:
         names = set[str]()
     if not names:

@@ -1,6 +1,6 @@
-"""Sums, means and lower ranks of LoRAs, always of the changes scale * B @ A and never of A and B apart.
+"""Sums, means and rank reduction of LoRAs, computed on the deltas scale * B @ A rather than on A and B separately.
 
-A sum is exact by concatenation: A = cat(A_i), B = cat(w_i scale_i B_i), linear in the weights w_i.
+A sum is exact by concatenation: A = cat(A_i) and B = cat(w_i scale_i B_i), so the delta is linear in the weights w_i.
 """
 
 import itertools
@@ -16,55 +16,66 @@ from zimage_train.rng import keyed_generator
 from zimage_train.typing import Weight
 
 EXACT_BELOW = 512
-"""Dense changes with a smaller side than this are decomposed in full."""
+"""Dense deltas whose smaller side is below this are decomposed by a full SVD."""
 OVERSAMPLING, POWER_ITERATIONS = 16, 4
 
 
 def stack_loras(loras: Iterable[tuple[Lora, float]]) -> Lora:
-    """Several weighted LoRAs as one, exactly; a weight of 0 leaves nothing behind.
+    """Return the exact sum of LoRAs, each times its weight; a weight of 0 leaves the LoRA out.
 
     Raises:
-        WeightsError: two of them change modules of different shapes.
+        WeightsError: two of them change a module with different shapes.
     """
     return sum_loras([(lora, dict.fromkeys(lora, weight)) for lora, weight in loras])
 
 
 def sum_loras(loras: Sequence[tuple[Lora, Mapping[str, float]]]) -> Lora:
-    """As `stack`, with a weight for each module of each LoRA."""
+    """Return the exact sum of LoRAs, as `stack_loras` does, with a weight per module of each LoRA.
+
+    Raises:
+        WeightsError: two of them change a module with different shapes.
+    """
+    modules = dict.fromkeys(module for lora, _ in loras for module in lora)
     stacked: Lora = {}
-    for module in dict.fromkeys(module for lora, _ in loras for module in lora):
-        parts = [(lora[module], weights[module]) for lora, weights in loras if module in lora and weights[module] != 0]
-        sizes = {frobenius_norm(factors) for factors, _ in parts}
-        if len(sizes) > 1:
-            shapes = " and ".join(str(list(one)) for one in sorted(sizes))
-            todo = "LoRAs of different models cannot be put together"
-            raise WeightsError(Problem(module, f"the files change weights of shape {shapes}", todo))
+    for module in modules:
+        parts: list[tuple[Factors, float]] = []
+        for lora, weights in loras:
+            if module in lora and weights[module] != 0:
+                parts.append((lora[module], weights[module]))
+        shapes = {delta_shape(factors) for factors, _ in parts}
+        if len(shapes) > 1:
+            message = f"the files change weights of shape {' and '.join(str(list(shape)) for shape in sorted(shapes))}"
+            raise WeightsError(Problem(module, message, "LoRAs of different models cannot be combined"))
         if parts:
+            # The weight goes into B alone: applied to A as well it would count squared, and its sign would be lost.
             a = torch.cat([factors.a.float() for factors, _ in parts], dim=0)
             b = torch.cat([factors.b.float() * (factors.scale * weight) for factors, weight in parts], dim=1)
             stacked[module] = Factors(a, b, 1.0)
     return stacked
 
 
-def frobenius_norm(factors: Factors) -> tuple[int, int]:
-    """(out, in) of the weight that is changed."""
+def delta_shape(factors: Factors) -> tuple[int, int]:
+    """Return the shape (out, in) of the weight that the factors change."""
     return factors.b.shape[0], factors.a.shape[1]
 
 
 def mean_of_factors(loras: Sequence[Lora], weights: Sequence[float]) -> Lora:
-    """sum_i w_i A_i and sum_i w_i scale_i B_i: the mean of one run's saves, as an average taken while training is.
+    """Return the LoRA with factors sum_i w_i A_i and sum_i w_i scale_i B_i, as an EMA taken during training has them.
 
-    Only LoRAs that grew out of one another may be treated so; of others the factors have nothing to do with each other.
+    Only valid for saves of one run, whose factors stay close; the mean of unrelated factors has no meaning.
 
     Raises:
-        WeightsError: they have other modules or ranks.
+        WeightsError: their modules or ranks differ.
     """
     first = loras[0]
+    first_shapes = _factor_shapes(first)
     for other in loras[1:]:
-        one, two = ({name: (f.a.shape, f.b.shape) for name, f in lora.items()} for lora in (first, other))
-        different = sorted(name for name in one.keys() | two.keys() if one.get(name) != two.get(name))
-        if different:
-            raise WeightsError(Problem(different[0], "differs in rank or shape between them", "give saves of one run"))
+        shapes = _factor_shapes(other)
+        differing = sorted(
+            module for module in first_shapes.keys() | shapes.keys() if first_shapes.get(module) != shapes.get(module)
+        )
+        if differing:
+            raise WeightsError(Problem(differing[0], "differs in rank or shape between them", "give saves of one run"))
     mean: Lora = {}
     for module in first:
         pairs = [(lora[module], weight) for lora, weight in zip(loras, weights, strict=True)]
@@ -74,70 +85,90 @@ def mean_of_factors(loras: Sequence[Lora], weights: Sequence[float]) -> Lora:
     return mean
 
 
-def ema_weights(steps: Sequence[int], decay: float | None, sigma_rel: float | None) -> list[float]:
-    """How much of an average each of a run's saves at rising `steps` is, the first standing for all before it.
+def _factor_shapes(lora: Lora) -> dict[str, tuple[torch.Size, torch.Size]]:
+    return {module: (factors.a.shape, factors.b.shape) for module, factors in lora.items()}
 
-    With `decay` d a step, a save stands for the steps since the one before it: d^(T - t_i) - d^(T - t_(i-1)). With
-    `sigma_rel`, the relative width of a power law, t_i^(p+1) - t_(i-1)^(p+1) (EDM2, arXiv 2312.02696, section 3.1).
+
+def ema_weights(steps: Sequence[int], decay: float | None, sigma_rel: float | None) -> list[float]:
+    """Return the weight of each save in an average over a run, for saves at rising `steps`; they sum to 1.
+
+    Each save stands for the steps since the previous one, the first for all steps up to it. With `decay` d per step its
+    weight is d^(T - t_i) - d^(T - t_(i-1)), normalised. With `sigma_rel`, the relative width of a power law, it is
+    t_i^(p+1) - t_(i-1)^(p+1) (EDM2, arXiv 2312.02696, section 3.1).
     """
     edges, last = [0, *steps], steps[-1]
     if sigma_rel is not None:
         power = _power_of(sigma_rel) + 1.0
-        reached = [(step / last) ** power for step in edges]
+        cumulative = [(step / last) ** power for step in edges]
     else:
         assert decay is not None
-        reached = [decay ** (last - step) for step in edges]
-    shares = [after - before for before, after in itertools.pairwise(reached)]
+        cumulative = [decay ** (last - step) for step in edges]
+    shares = [after - before for before, after in itertools.pairwise(cumulative)]
+    # The power law sums to 1 already. The exponential lacks d^T, the share of the initial weights, which were not
+    # saved.
     return [share / sum(shares) for share in shares]
 
 
 def _power_of(sigma_rel: float) -> float:
-    """The p for which (p+1)^(1/2) (p+2)^-1 (p+3)^(-1/2) is `sigma_rel`, by halving; it falls as p rises."""
+    """Return the p for which (p+1)^(1/2) (p+2)^-1 (p+3)^(-1/2) equals `sigma_rel`, by bisection."""
     low, high = 0.0, 1e6
     for _ in range(200):
         middle = (low + high) / 2
         if math.sqrt((middle + 1) / ((middle + 2) ** 2 * (middle + 3))) > sigma_rel:
-            low = middle
+            low = middle  # the width falls as p rises
         else:
             high = middle
     return low
 
 
 def reduce_rank(factors: Factors, rank: int | None, energy: float, name: str = "") -> tuple[Factors, float, float]:
-    """The best approximation of a change by a lower rank, its squared norm, and that of what was there.
+    """Return the best approximation of a delta with a lower rank, its squared norm, and that of the original.
 
-    `rank` None takes the lowest that keeps `energy` of the squared norm. Without a dense matrix: QR of both factors,
-    then the SVD of the small core between them, in fp64.
+    Args:
+        rank: the rank to keep; None takes the lowest that keeps `energy` of the squared norm.
+
+    Raises:
+        WeightsError: a factor is not finite; `name` is the module that the message names.
     """
     _require_finite(factors.b, name)
+    # The dense (out, in) matrix is never formed. With B = Q_b R_b and A' = Q_a R_a, the delta is Q_b (R_b R_a') Q_a',
+    # and as both Q are orthonormal, it has the singular values of the core R_b R_a', which is only (rank, rank). In
+    # fp64, so that rounding does not hide small singular values.
     q_b, r_b = torch.linalg.qr(factors.b.double() * factors.scale)
     q_a, r_a = torch.linalg.qr(factors.a.double().T)
     u, s, vh = torch.linalg.svd(r_b @ r_a.T)
-    kept = _rank(s, rank, energy)
-    root = s[:kept].sqrt()
+    kept = _rank_to_keep(s, rank, energy)
+    root = s[:kept].sqrt()  # to both factors, so that they have the same scale
     b, a = (q_b @ u[:, :kept]) * root, (q_a @ vh[:kept].T * root).T
     return Factors(a.float(), b.float(), 1.0), float(s[:kept].square().sum()), float(s.square().sum())
 
 
-def factorize(change: Weight, rank: int | None, energy: float, name: str) -> tuple[Factors, float, float]:
-    """As `reduced`, of a dense change (out, in).
+def factorize(delta: Weight, rank: int | None, energy: float, name: str) -> tuple[Factors, float, float]:
+    """Return low-rank factors of a dense delta (out, in), their squared norm, and that of the delta.
 
-    Large ones go through a random projection, drawn by `name`, with power iterations (Halko, Martinsson and Tropp,
-    arXiv 0909.4061); for `rank` None it is widened until it holds `energy`.
+    Large matrices are decomposed through a random projection with power iterations (Halko, Martinsson and Tropp,
+    arXiv 0909.4061), drawn as a function of `name` alone.
+
+    Args:
+        rank: the rank to keep; None takes the lowest that keeps `energy` of the squared norm.
+
+    Raises:
+        WeightsError: the delta is not finite.
     """
-    _require_finite(change, name)
-    total = float(change.double().square().sum())
-    smallest = min(change.shape)
-    width = smallest if smallest < EXACT_BELOW else min(smallest, (rank or 64) + OVERSAMPLING)
+    _require_finite(delta, name)
+    total = float(delta.double().square().sum())
+    full_width = min(delta.shape)
+    width = full_width if full_width < EXACT_BELOW else min(full_width, (rank or 64) + OVERSAMPLING)
+    # The rank that keeps `energy` is not known in advance: the projection is widened until it holds that much.
     while True:
-        if width >= smallest:
-            u, s, vh = torch.linalg.svd(change.float(), full_matrices=False)
+        if width >= full_width:
+            u, s, vh = torch.linalg.svd(delta.float(), full_matrices=False)
         else:
-            u, s, vh = _projected(change.float(), width, name)
-        if rank is not None or width >= smallest or float(s.double().square().sum()) >= energy * total:
+            u, s, vh = _randomized_svd(delta.float(), width, name)
+        if rank is not None or width >= full_width or float(s.double().square().sum()) >= energy * total:
             break
-        width = min(smallest, 2 * width)
-    kept = _rank(s, rank, energy, total)
+        width = min(full_width, 2 * width)
+    kept = _rank_to_keep(s, rank, energy, total)
     root = s[:kept].sqrt()
     factors = Factors(root[:, None] * vh[:kept], u[:, :kept] * root, 1.0)
     return factors, float(s[:kept].double().square().sum()), total
@@ -145,25 +176,34 @@ def factorize(change: Weight, rank: int | None, energy: float, name: str) -> tup
 
 def _require_finite(tensor: Tensor, name: str) -> None:
     if not tensor.isfinite().all():
-        raise WeightsError(Problem(name, "its change is beyond what fp32 can hold", "are the ratios right?"))
+        raise WeightsError(Problem(name, "its change is beyond the range of fp32", "are the ratios right?"))
 
 
-def _projected(change: Tensor, width: int, name: str) -> tuple[Tensor, Tensor, Tensor]:
-    start = torch.randn(change.shape[1], width, generator=keyed_generator(0, "projection", name)).to(change.device)
-    basis, _ = torch.linalg.qr(change @ start)
+def _randomized_svd(delta: Tensor, width: int, name: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Return U, S and V' of the `width` largest singular values, approximately."""
+    start = torch.randn(delta.shape[1], width, generator=keyed_generator(0, "projection", name)).to(delta.device)
+    basis, _ = torch.linalg.qr(delta @ start)
+    # Each iteration multiplies by delta delta', which widens the gaps between singular values. The QR in between keeps
+    # the columns from all turning into the first singular vector.
     for _ in range(POWER_ITERATIONS):
-        other, _ = torch.linalg.qr(change.T @ basis)
-        basis, _ = torch.linalg.qr(change @ other)
-    u, s, vh = torch.linalg.svd(basis.T @ change, full_matrices=False)
+        other, _ = torch.linalg.qr(delta.T @ basis)
+        basis, _ = torch.linalg.qr(delta @ other)
+    u, s, vh = torch.linalg.svd(basis.T @ delta, full_matrices=False)
     return basis @ u, s, vh
 
 
-def _rank(s: Tensor, rank: int | None, energy: float, total: float | None = None) -> int:
-    """How many of the singular values `s` to keep; at least one."""
+def _rank_to_keep(s: Tensor, rank: int | None, energy: float, total: float | None = None) -> int:
+    """Return how many of the singular values `s` to keep, at least one.
+
+    Args:
+        total: the squared norm of the whole matrix, where `s` are only its largest singular values.
+    """
     squares = s.double().square()
     if rank is None:
-        missing = (total if total is not None else float(squares.sum())) * (1.0 - energy)
-        tail = squares.flip(0).cumsum(0).flip(0)  # what is lost by keeping fewer
-        lost = (total - float(squares.sum()) if total is not None else 0.0) + tail
-        rank = int((lost > missing).sum())
+        known = float(squares.sum())
+        outside = 0.0 if total is None else total - known  # what the projection has missed
+        allowed = (known if total is None else total) * (1.0 - energy)
+        # lost[i] is the squared norm that keeping the first i singular values would lose.
+        lost = outside + squares.flip(0).cumsum(0).flip(0)
+        rank = int((lost > allowed).sum())
     return max(1, min(rank, len(s)))

@@ -1,4 +1,4 @@
-"""LoRAs into a checkpoint, and out of the difference between two."""
+"""Baking LoRAs into a checkpoint, and extracting a LoRA from the difference of two checkpoints."""
 
 import functools
 import math
@@ -23,61 +23,69 @@ from zimage_train.models.native_keys import to_native
 
 @dataclass
 class ExtractedLora:
-    """What the difference of two checkpoints holds, and how much of it a LoRA has."""
+    """The difference of two checkpoints as a LoRA, and how much of it the LoRA keeps."""
 
     lora: Lora = field(default_factory=dict)
-    energy: float = 0.0
-    total: float = 0.0
-    others: list[str] = field(default_factory=list)
-    """Tensors that differ and are no weights of linear modules, so that no LoRA can hold them."""
+    kept_energy: float = 0.0
+    """Squared norm that the LoRA keeps."""
+    total_energy: float = 0.0
+    """Squared norm of the difference, over the linear weights."""
+    other_tensors: list[str] = field(default_factory=list)
+    """Tensors that differ but are not weights of linear modules, so that no LoRA can hold the difference."""
 
 
 def extract_lora(
     tuned: Path, base: Path, rank: int | None, energy: float, device: torch.device, tick: StepProgress
 ) -> ExtractedLora:
-    """The LoRA that leads from `base` to `tuned`, of `rank`, or of the lowest that keeps `energy` of each change.
+    """Return the LoRA that leads from checkpoint `base` to `tuned`.
+
+    Args:
+        rank: the rank of each module; None takes the lowest that keeps `energy` of its squared difference.
 
     Raises:
-        WeightsError: one of them is no Z-Image transformer, or they differ in shape.
+        WeightsError: one of them is not a Z-Image transformer, their shapes differ, or a difference is not finite.
     """
-    found = ExtractedLora()
+    extracted = ExtractedLora()
     with transformer.open_weights(tuned) as new, transformer.open_weights(base) as old:
         if new.shape.parameters != old.shape.parameters:
-            what = f"has a width of {new.shape.dim} and {new.shape.n_layers} layers"
-            todo = f"{base} has {old.shape.dim} and {old.shape.n_layers}: give the one that it was trained from"
-            raise WeightsError(Problem(str(tuned), what, todo))
+            message = f"has a width of {new.shape.dim} and {new.shape.n_layers} layers"
+            hint = f"{base} has {old.shape.dim} and {old.shape.n_layers}: give the checkpoint that it was trained from"
+            raise WeightsError(Problem(str(tuned), message, hint))
         for done, name in enumerate(sorted(new.shape.parameters), 1):
-            change = new.get(name).to(device).float() - old.get(name).to(device).float()
+            delta = new.get(name).to(device).float() - old.get(name).to(device).float()
             module = name.removesuffix(".weight")
-            if not change.isfinite().all():
+            if not delta.isfinite().all():
                 raise WeightsError(Problem(f"{tuned}: {name}", "differs by values that are not finite"))
-            if change.any() and module in new.shape.linears and name.endswith(".weight"):
-                factors, kept, total = arithmetic.factorize(change, rank, energy, module)
-                found.lora[module] = factors
-                found.energy, found.total = found.energy + kept, found.total + total
-            elif change.any():
-                found.others.append(name)
+            if delta.any():
+                if module in new.shape.linears and name.endswith(".weight"):
+                    factors, kept, total = arithmetic.factorize(delta, rank, energy, module)
+                    extracted.lora[module] = factors
+                    extracted.kept_energy += kept
+                    extracted.total_energy += total
+                else:
+                    extracted.other_tensors.append(name)
             tick(done, len(new.shape.parameters))
-    return found
+    return extracted
 
 
 @dataclass
 class BakeResult:
-    """What became of a LoRA whose change was added to weights of little precision."""
+    """How many weights were changed, and how much of the change was lost to rounding."""
 
     changed: int = 0
-    squared: float = 0.0
-    lost: float = 0.0
+    squared_delta: float = 0.0
+    squared_error: float = 0.0
 
-    def add(self, before: Tensor, after: Tensor, change: Tensor) -> None:
+    def add(self, before: Tensor, after: Tensor, delta: Tensor) -> None:
+        """Count the weight `before` that became `after`, when `delta` was meant to be added."""
         self.changed += 1
-        self.squared += float(change.double().square().sum())
-        self.lost += float((after.double() - before.double() - change.double()).square().sum())
+        self.squared_delta += float(delta.double().square().sum())
+        self.squared_error += float((after.double() - before.double() - delta.double()).square().sum())
 
     @property
-    def share_lost(self) -> float:
-        """Of the change's norm, what rounding the sum has cost."""
-        return math.sqrt(self.lost / self.squared) if self.squared > 0 else 0.0
+    def rounding_error(self) -> float:
+        """The norm of the rounding error over the norm of the change."""
+        return math.sqrt(self.squared_error / self.squared_delta) if self.squared_delta > 0 else 0.0
 
 
 def bake_checkpoint(
@@ -89,65 +97,80 @@ def bake_checkpoint(
     metadata: Mapping[str, str],
     tick: StepProgress,
 ) -> BakeResult:
-    """Write the transformer at `source` with `lora` added, in `dtype`, or each tensor in the type that it has there.
+    """Write the transformer at `source` with `lora` added to its weights.
 
-    Native is one file with the names of ComfyUI's own model; otherwise `output` becomes a folder as diffusers has it.
-    The sum is made in fp32 and rounded once. No more than one weight is in memory at a time.
+    Only the weights of one output tensor are in memory at a time.
+
+    Args:
+        is_native: write one file with the names of ComfyUI's own model; otherwise `output` is a diffusers folder.
+        dtype: the precision of the output; None keeps that of each tensor.
 
     Raises:
-        WeightsError: it is no Z-Image transformer.
-        DiskError: it cannot be written.
+        WeightsError: `source` is not a Z-Image transformer, is quantised, or a sum is not finite.
+        DiskError: the output cannot be written.
     """
-    baked, done = BakeResult(), 0
+    result, done = BakeResult(), 0
     with transformer.open_weights(source) as tensors:
-        kinds = {info.dtype for info in tensors.infos.values()}
-        if narrow := kinds - {"F64", "F32", "F16", "BF16"}:
-            what = f"holds {', '.join(sorted(narrow))} tensors, in which a LoRA would be lost to rounding"
-            raise WeightsError(Problem(str(source), what, "bake into a bf16 checkpoint"))
-        parts: dict[str, list[str]] = {}
-        for name in tensors.infos:
-            parts.setdefault(to_native(name)[0] if is_native else name, []).append(name)
+        dtypes = {info.dtype for info in tensors.infos.values()}
+        # In 8 bits a step between two values is larger than most changes, so the sum would round back to the weight.
+        if narrow := dtypes - {"F64", "F32", "F16", "BF16"}:
+            message = f"holds {', '.join(sorted(narrow))} tensors, in which a LoRA would be lost to rounding"
+            raise WeightsError(Problem(str(source), message, "bake into a bf16 checkpoint"))
 
-        def merged(name: str) -> Tensor:
+        def bake_tensor(name: str) -> Tensor:
             nonlocal done
             done += 1
             tick(done, len(tensors.infos))
             weight, factors = tensors.get(name), lora.get(name.removesuffix(".weight"))
-            kind = tensorfile.TORCH_DTYPES[dtype] if dtype else weight.dtype
+            torch_dtype = tensorfile.TORCH_DTYPES[dtype] if dtype else weight.dtype
             if factors is None or not name.endswith(".weight"):
-                return weight.to(kind)
-            change = factors.delta()
-            after = (weight.float() + change).to(kind)
-            if not after.isfinite().all():
+                return weight.to(torch_dtype)
+            # Summed in fp32 and rounded once: a delta rounded to bf16 beforehand would add an error of its own.
+            delta = factors.delta()
+            baked = (weight.float() + delta).to(torch_dtype)
+            if not baked.isfinite().all():
                 raise WeightsError(Problem(name, "would not be finite with this LoRA", "nothing was written"))
-            baked.add(weight, after, change)
-            return after
+            result.add(weight, baked, delta)
+            return baked
 
-        def data_of(name: str) -> bytes | memoryview:
-            ordered = sorted(parts[name], key=lambda one: to_native(one)[1] or 0)
-            return tensorfile.tensor_entry(
-                torch.cat([merged(one) for one in ordered]) if is_native else merged(name)
-            ).data
+        parts = _parts_by_output_name(tensors.infos, is_native)
 
-        infos = {name: _joined([tensors.infos[one] for one in names]) for name, names in parts.items()}
+        def entry_data(output_name: str) -> bytes | memoryview:
+            if is_native:
+                tensor = torch.cat([bake_tensor(name) for name in parts[output_name]])
+            else:
+                tensor = bake_tensor(output_name)
+            return tensorfile.tensor_entry(tensor).data
+
+        infos = {name: _joined_info([tensors.infos[part] for part in names]) for name, names in parts.items()}
         if dtype:
-            infos = {
-                name: (tensorfile.DTYPE_NAMES[tensorfile.TORCH_DTYPES[dtype]], shape)
-                for name, (_, shape) in infos.items()
-            }
-        target = output if is_native else output / f"{TRANSFORMER_STEM}.safetensors"
-        safetensors_format.write_safetensors_of(target, infos, data_of, {"format": "pt", **metadata})
+            stored_dtype = tensorfile.DTYPE_NAMES[tensorfile.TORCH_DTYPES[dtype]]
+            infos = {name: (stored_dtype, shape) for name, (_, shape) in infos.items()}
+        path = output if is_native else output / f"{TRANSFORMER_STEM}.safetensors"
+        safetensors_format.write_safetensors_of(path, infos, entry_data, {"format": "pt", **metadata})
         if not is_native:
-            atomic.write_json(output / "config.json", _config(tensors.shape))
-    return baked
+            atomic.write_json(output / "config.json", _diffusers_config(tensors.shape))
+    return result
 
 
-def _joined(infos: list[TensorInfo]) -> tuple[str, tuple[int, ...]]:
-    """Type and shape of what is put together of these: the type that holds them all, as `torch.cat` chooses it."""
-    kinds = (tensorfile.KINDS[info.dtype] for info in infos)
-    dtype = tensorfile.DTYPE_NAMES[functools.reduce(torch.promote_types, kinds)]
-    return dtype, (sum(info.shape[0] for info in infos), *infos[0].shape[1:])
+def _parts_by_output_name(names: Mapping[str, TensorInfo], is_native: bool) -> dict[str, list[str]]:
+    """Return name in the output -> names of the tensors that are concatenated there: q, k and v, or a single one."""
+    if not is_native:
+        return {name: [name] for name in names}
+    parts: dict[str, list[str]] = {}
+    for name in names:
+        parts.setdefault(to_native(name)[0], []).append(name)
+    for fused in parts.values():
+        fused.sort(key=lambda name: to_native(name)[1] or 0)
+    return parts
 
 
-def _config(shape: TransformerShape) -> dict[str, object]:
+def _joined_info(infos: list[TensorInfo]) -> tuple[str, tuple[int, ...]]:
+    """Return dtype and shape of the concatenated tensors; the dtype is promoted as `torch.cat` does."""
+    dtypes = (tensorfile.KINDS[info.dtype] for info in infos)
+    joined = tensorfile.DTYPE_NAMES[functools.reduce(torch.promote_types, dtypes)]
+    return joined, (sum(info.shape[0] for info in infos), *infos[0].shape[1:])
+
+
+def _diffusers_config(shape: TransformerShape) -> dict[str, object]:
     return {"_class_name": "ZImageTransformer2DModel", **shape.config()}

@@ -1,9 +1,9 @@
-"""What a LoRA file says of its format in its header (torch-free).
+"""Metadata about the format of a LoRA file (torch-free).
 
-Some layouts cannot say what others can: that there is no alpha, or where one of q, k and v ends when they are fused. A
-converted file remembers it of the one that it was made of, so that the way back is the same file. diffusers and peft
-keep alpha in the header: `lora_adapter_metadata`, a LoraConfig as JSON. No other tool reads it there, and modules that
-no pattern names have the common alpha.
+Some layouts cannot express what others can: that there is no alpha, or the ranks of q, k and v when they are fused. A
+converted file records this for its source, so that converting back gives the same file. diffusers and peft store alpha
+in the header: `lora_adapter_metadata`, a LoraConfig as JSON, where modules that no pattern matches have the common
+alpha. No other tool reads it there.
 """
 
 import json
@@ -23,10 +23,10 @@ PREFIX = "transformer."
 
 
 def alphas_from_metadata(path: Path, text: str | None) -> Callable[[str, int], float] | None:
-    """(module, rank) -> alpha, as the header of the file at `path` gives it; None: it says nothing of it.
+    """Return a function (module, rank) -> alpha from the header text of the file at `path`, or None without alphas.
 
     Raises:
-        WeightsError: it gives an alpha that can be none.
+        WeightsError: an alpha is not a number between 0 and `LARGEST_ALPHA`.
     """
     try:
         found = json.loads(text or "")
@@ -40,7 +40,8 @@ def alphas_from_metadata(path: Path, text: str | None) -> Callable[[str, int], f
         if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < LARGEST_ALPHA:
             what = f"its metadata says that alpha is {str(alpha)[:20]}"
             raise WeightsError(Problem(str(path), what, "save it with the alpha that it was trained with"))
-    is_rank_stabilised = config.get("use_rslora") is True  # then the scale is alpha / sqrt(rank)
+    # With rsLoRA the scale is alpha / sqrt(rank); every other reader divides by the rank.
+    is_rank_stabilised = config.get("use_rslora") is True
 
     def alpha_of(module: str, rank: int) -> float:
         alpha = next((value for name, value in patterns.items() if _matches(name, module)), common)
@@ -50,7 +51,7 @@ def alphas_from_metadata(path: Path, text: str | None) -> Callable[[str, int], f
 
 
 def alphas_to_metadata(ranks: Mapping[str, int], alphas: Mapping[str, float], is_dora: bool) -> str:
-    """The header's text for modules of these ranks and alphas; the most frequent ones are the common ones."""
+    """Return the header text for modules of these ranks and alphas; the most frequent become the common ones."""
     rank, alpha = _most_frequent(ranks), _most_frequent(alphas)
     config: dict[str, Any] = {
         "r": rank,
@@ -64,7 +65,7 @@ def alphas_to_metadata(ranks: Mapping[str, int], alphas: Mapping[str, float], is
 
 
 def _matches(pattern: str, module: str) -> bool:
-    """As peft matches them; see `get_pattern_key` there."""
+    """Return whether a pattern matches a module, as peft's `get_pattern_key` does."""
     try:
         return re.match(rf"(.*\.)?({pattern})$", module) is not None
     except re.error:
@@ -78,16 +79,16 @@ def _most_frequent(values: Mapping[str, Any]) -> Any:
 
 @dataclass(frozen=True)
 class FormatMetadata:
-    """Of the file before."""
+    """The properties of a file before its conversion that the new layout cannot express."""
 
     alpha: bool | None = None
-    """Whether there was any, where this layout has none for want of it, or one only for want of another place."""
+    """Whether the file had alphas, where the new layout requires the opposite; None if it has the same."""
     ranks: dict[str, list[int]] = field(default_factory=dict)
-    """Fused module -> ranks of its q, k and v, where the factors do not tell."""
+    """Fused module -> ranks of its q, k and v, where the factors do not show them."""
 
 
 def read_format_metadata(text: str | None) -> FormatMetadata:
-    """What `write_format_metadata` wrote; nothing, if it is something else."""
+    """Return what `write_format_metadata` wrote, or an empty `FormatMetadata` for any other text."""
     try:
         found = json.loads(text or "{}")
         ranks = {str(name): [int(one) for one in three] for name, three in found.get("ranks", {}).items()}
@@ -99,6 +100,6 @@ def read_format_metadata(text: str | None) -> FormatMetadata:
 
 
 def write_format_metadata(memo: FormatMetadata) -> Mapping[str, str]:
-    """As metadata; nothing, if there is nothing to remember."""
+    """Return `memo` as metadata; empty if it is empty."""
     found = ({} if memo.alpha is None else {"alpha": memo.alpha}) | ({"ranks": memo.ranks} if memo.ranks else {})
     return {CONVERTED_KEY: json.dumps(found, sort_keys=True)} if found else {}

@@ -1,10 +1,10 @@
-"""The layouts that LoRA files of Z-Image come in, written so that the way there and back changes no bit.
+"""The layouts of LoRA files for Z-Image, and lossless conversion between them.
 
-Nothing is scaled: each layout has a place for alpha, so that no factor has to be rounded again. There is one exception:
-q, k and v that differ in alpha / rank have room for one where they are fused.
+Each layout has a place for alpha, so no factor is scaled, and none is rounded again. The one exception are q, k and v
+with different alpha / rank, since a fused module has a single alpha.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,19 +22,19 @@ from zimage_train.lora.qkv import CannotFuseError, Change
 
 @dataclass(frozen=True)
 class Layout:
-    """How a layout spells a change, and which kinds it can hold."""
+    """The names that a layout gives to the parts of a change, and the kinds of changes that it can hold."""
 
     reader: str
-    """Who reads it as it is."""
+    """The tools that read it as it is."""
     prefix: str
     suffixes: tuple[str, str]
-    """Of A and B."""
+    """Suffixes of A and B."""
     kinds: tuple[str, ...]
     is_underscored: bool = False
     is_native: bool = False
-    """With the names of ComfyUI's own model, q, k and v fused."""
+    """Whether modules have the names of ComfyUI's own model, with q, k and v fused."""
     alpha: str = "tensor"
-    """Where it stands: in a `tensor`; in one `unless 1`, for those who know no alpha; or in the `header`."""
+    """Where alpha is stored: in a `tensor`, in a tensor `unless 1` (alpha / rank is 1), or in the `header`."""
     magnitude: str = "dora_scale"
 
 
@@ -81,95 +81,112 @@ LAYOUTS: dict[str, Layout] = {
 def to_layout(
     path: Path, changes: Changes, metadata: Mapping[str, str], target: str
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and the metadata of `changes`, which were read from `path`, in the layout `target`.
+    """Return the tensors and the metadata of `changes`, which were read from `path`, in the layout `target`.
 
     Raises:
-        WeightsError: says what the layout cannot hold, and which one can.
+        WeightsError: the layout cannot hold a change; the hint names layouts that can.
     """
     layout = LAYOUTS[target]
     _require_kinds(path, changes, target)
     kept = {key: value for key, value in metadata.items() if key not in STALE}
-    named, ranks = _fused(path, changes, target) if layout.is_native else (changes, {})
+    by_module, ranks = _fuse_all(path, changes, target) if layout.is_native else (changes, {})
     tensors: dict[str, Tensor] = {}
-    for module, change in named.items():
-        native = keys.native_name(module) if layout.is_native else module
-        name = layout.prefix + (keys.underscored(native) if layout.is_underscored else native)
-        factors = {part: tensor for part, tensor in change.items() if part != "alpha"}
-        tensors |= {f"{name}.{_suffix(part, layout)}": _stored(part, one, layout) for part, one in factors.items()}
-        tensors |= _alpha(name, change, layout)
-    if layout.alpha == "header" and (header := _header(path, named)):
-        kept[format_metadata.ALPHA_KEY] = header
+    for module, change in by_module.items():
+        name = keys.native_name(module) if layout.is_native else module
+        if layout.is_underscored:
+            name = keys.underscored(name)
+        name = layout.prefix + name
+        for part, tensor in change.items():
+            if part != "alpha":
+                tensors[f"{name}.{_suffix(part, layout)}"] = _stored_tensor(part, tensor, layout)
+        tensors |= _alpha_tensor(name, change, layout)
+    if layout.alpha == "header":
+        header = _alpha_header(path, by_module)
+        if header:
+            kept[format_metadata.ALPHA_KEY] = header
+    # A file without alpha and one whose alpha is the rank mean the same. Where the layout forces the other form, the
+    # metadata remembers the original, so that converting back gives the same file.
     had_alpha = any("alpha" in change for change in changes.values())
-    says_alpha = format_metadata.ALPHA_KEY in kept or any(key.endswith(".alpha") for key in tensors)
-    return tensors, kept | {
-        **format_metadata.write_format_metadata(FormatMetadata(had_alpha if had_alpha != says_alpha else None, ranks))
-    }
+    has_alpha = format_metadata.ALPHA_KEY in kept or any(key.endswith(".alpha") for key in tensors)
+    original = FormatMetadata(had_alpha if had_alpha != has_alpha else None, ranks)
+    return tensors, {**kept, **format_metadata.write_format_metadata(original)}
 
 
 def _require_kinds(path: Path, changes: Changes, target: str) -> None:
     kinds = {module: str(kind_of(change)) for module, change in changes.items()}
-    lost = {module: kind for module, kind in kinds.items() if kind not in LAYOUTS[target].kinds}
-    is_by_input = [m for m, c in changes.items() if MAGNITUDE in c and c[MAGNITUDE].dim() > 1]
-    if not lost and is_by_input and target == "diffusers":
-        lost = dict.fromkeys(is_by_input, "DoRA with a magnitude for each input")
-    if lost:
-        module, kind = min(lost.items())
+    unsupported = {module: kind for module, kind in kinds.items() if kind not in LAYOUTS[target].kinds}
+    if not unsupported and target == "diffusers":
+        # peft normalises over inputs, and so has a magnitude per output only.
+        for module, change in changes.items():
+            if MAGNITUDE in change and change[MAGNITUDE].dim() > 1:
+                unsupported[module] = "DoRA with a magnitude for each input"
+    if unsupported:
+        module, kind = min(unsupported.items())
         able = [name for name, layout in LAYOUTS.items() if kinds[module] in layout.kinds and name != target]
-        what = f"{module} is a {kind}, for which the layout {target} has no place"
-        raise WeightsError(Problem(str(path), what, f"--to {' or --to '.join(able)}"))
+        message = f"{module} is a {kind}, which the layout {target} cannot hold"
+        raise WeightsError(Problem(str(path), message, f"--to {' or --to '.join(able)}"))
 
 
-def _fused(path: Path, changes: Changes, target: str) -> tuple[Changes, dict[str, list[int]]]:
-    """`changes` with q, k and v of each block as one; and the ranks of those whose factors would not tell."""
-    found: Changes = {}
+def _fuse_all(path: Path, changes: Changes, target: str) -> tuple[Changes, dict[str, list[int]]]:
+    """Return `changes` with q, k and v of each block fused, and the ranks of those that their factors do not show."""
+    fused: Changes = {}
     ranks: dict[str, list[int]] = {}
     for module, change in changes.items():
-        whole = keys.fused_name(module)
-        if whole is None:
-            found[module] = change
-        elif whole not in found:
-            split = keys.split_qkv_names(whole)
-            assert split is not None
-            three = [changes.get(name) for name in split]
+        fused_name = keys.fused_name(module)
+        if fused_name is None:
+            fused[module] = change
+        elif fused_name not in fused:
+            names = keys.split_qkv_names(fused_name)
+            assert names is not None
+            thirds = [changes.get(name) for name in names]
             try:
-                found[whole] = qkv.fuse_qkv(three)
-                again = qkv.split_qkv(found[whole])
+                fused[fused_name] = qkv.fuse_qkv(thirds)
+                # Split again at once, to see whether a reader of the file would find the same ranks.
+                restored = qkv.split_qkv(fused[fused_name])
             except CannotFuseError as error:
-                what = f"{error}; the layout {target} knows only the three together"
-                raise WeightsError(Problem(f"{path}: {module}", what, "--to comfyui, or --to musubi")) from None
-            widths = [qkv.rank_of(one) if one else 0 for one in three]
-            if widths != [qkv.rank_of(one) if one else 0 for one in again]:
-                ranks[whole] = widths
-    return found, ranks
+                message = f"{error}; the layout {target} has q, k and v as one module"
+                raise WeightsError(Problem(f"{path}: {module}", message, "--to comfyui, or --to musubi")) from None
+            widths = _ranks_or_zero(thirds)
+            if widths != _ranks_or_zero(restored):
+                ranks[fused_name] = widths
+    return fused, ranks
+
+
+def _ranks_or_zero(changes: Sequence[Change | None]) -> list[int]:
+    return [qkv.rank_of(change) if change else 0 for change in changes]
 
 
 def _suffix(part: str, layout: Layout) -> str:
     return {"A": layout.suffixes[0], "B": layout.suffixes[1], MAGNITUDE: layout.magnitude}.get(part, part)
 
 
-def _stored(part: str, tensor: Tensor, layout: Layout) -> Tensor:
+def _stored_tensor(part: str, tensor: Tensor, layout: Layout) -> Tensor:
+    """Return `tensor` in the shape of the layout: kohya's dora_scale is (out, 1), and peft's magnitude (out,)."""
     if part == MAGNITUDE and layout.magnitude == "dora_scale" and tensor.dim() == 1:
         return tensor.reshape(-1, 1)
     return tensor
 
 
-def _alpha(name: str, change: Change, layout: Layout) -> dict[str, Tensor]:
-    """The tensor of alpha, which every tool takes for the rank where it is missing; a LoKr has its own rules for it."""
+def _alpha_tensor(name: str, change: Change, layout: Layout) -> dict[str, Tensor]:
+    """Return the alpha tensor by its key; empty if the layout stores none."""
     if layout.alpha == "header" or (layout.alpha == "unless 1" and qkv.scale_of(change) == 1.0):
         return {}
+    # Where alpha is missing, every tool takes the rank, so writing that changes nothing. A LoKr without alpha has a
+    # scale of 1 instead, whatever its rank.
     if kind_of(change) == "LoKr":
         return {f"{name}.alpha": change["alpha"]} if "alpha" in change else {}
     return {f"{name}.alpha": change.get("alpha", torch.tensor(float(qkv.rank_of(change))))}
 
 
-def _header(path: Path, changes: Changes) -> str | None:
-    """What diffusers has to be told, if there is anything: any alpha that is not its rank, and that it is a DoRA."""
+def _alpha_header(path: Path, changes: Changes) -> str | None:
+    """Return the header text with alphas for diffusers, or None if each alpha is the rank and there is no DoRA."""
     is_dora = any(MAGNITUDE in change for change in changes.values())
     ranks = {module: qkv.rank_of(change) for module, change in changes.items()}
-    found = {module: float(change.get("alpha", torch.tensor(ranks[module]))) for module, change in changes.items()}
-    if not is_dora and all(found[module] == ranks[module] for module in changes):
+    alphas = {module: float(change.get("alpha", torch.tensor(ranks[module]))) for module, change in changes.items()}
+    if not is_dora and all(alphas[module] == ranks[module] for module in changes):
         return None
-    if wrong := [module for module, alpha in found.items() if not 0 < alpha < format_metadata.LARGEST_ALPHA]:
-        what = f"{wrong[0]} has an alpha of {found[wrong[0]]:g}, which the layout diffusers cannot say"
-        raise WeightsError(Problem(str(path), what, "--to comfyui, or lora weight to give it another strength"))
-    return format_metadata.alphas_to_metadata(ranks, found, is_dora)
+    for module, alpha in alphas.items():
+        if not 0 < alpha < format_metadata.LARGEST_ALPHA:
+            message = f"{module} has an alpha of {alpha:g}, which the layout diffusers cannot store"
+            raise WeightsError(Problem(str(path), message, "--to comfyui, or lora weight to give it another strength"))
+    return format_metadata.alphas_to_metadata(ranks, alphas, is_dora)

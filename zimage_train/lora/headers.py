@@ -1,4 +1,4 @@
-"""What a LoRA file changes, what it was made for, and whether it fits a model: from its header alone (torch-free)."""
+"""The modules of a LoRA file, the model that it was made for, and whether it fits, from its header (torch-free)."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -18,7 +18,7 @@ FAMILIES = (
     ("Stable Diffusion 3 LoRA", re.compile(r"joint_blocks|transformer_blocks[._]\d+[._](?:attn|ff_context|ff)[._]")),
     ("Wan LoRA", re.compile(r"blocks[._]\d+[._](?:self_attn|cross_attn)[._]")),
 )
-"""The first pattern that any key meets names the family; the specific stand before the general."""
+"""(family, pattern of its keys); the first pattern that matches any key counts, so specific ones come first."""
 
 KINDS = (
     ("LoRA of convolutions", re.compile(r"lora_mid|lokr_t2|hada_t[12]")),
@@ -28,13 +28,13 @@ KINDS = (
 
 
 def detect_family(keys: Iterable[str]) -> str | None:
-    """The family of models that a file with these keys was made for; None: nothing speaks against Z-Image."""
+    """Return the other family of models that a file with these keys was made for, or None if it may be Z-Image."""
     found = list(keys)
     return next((name for name, pattern in FAMILIES if any(pattern.search(key) for key in found)), None)
 
 
 def wrong_family_hint(keys: Iterable[str]) -> str:
-    """What to do with keys that this trainer does not read."""
+    """Return a hint for a file with keys that this trainer cannot read."""
     found = list(keys)
     for name, pattern in KINDS:
         if any(pattern.search(key) for key in found):
@@ -51,10 +51,10 @@ Parts = dict[str, dict[str, str]]
 
 
 def read_parts(path: Path) -> Parts:
-    """The whole changes of any kind that a LoRA file holds.
+    """Return the keys of a LoRA, DoRA, LoKr or LoHa file by module and part.
 
     Raises:
-        WeightsError: unreadable, or something in it is no part of a whole change under a name that is known here.
+        WeightsError: the file is unreadable, has an unknown key or a tensor twice, or a module whose parts do not fit.
     """
     tensors = read_header(path).tensors
     if family := detect_family(tensors):
@@ -80,10 +80,10 @@ def read_parts(path: Path) -> Parts:
 
 
 def read_sizes(path: Path) -> Sizes:
-    """The modules that a plain LoRA changes; a fused one counts as its three.
+    """Return module -> (out, in) of a plain LoRA; a fused module counts as q, k and v.
 
     Raises:
-        WeightsError: as `read_parts`, or it is of another kind.
+        WeightsError: as `read_parts`, or the file is a DoRA, LoKr or LoHa.
     """
     parts, tensors = read_parts(path), read_header(path).tensors
     require_plain_lora(path, {module: _kind(found, tensors) for module, found in parts.items()})
@@ -96,7 +96,7 @@ def read_sizes(path: Path) -> Sizes:
 
 
 def read_ranks(path: Path) -> dict[str, int]:
-    """The rank of each module of a plain LoRA; a fused one counts as its three.
+    """Return module -> rank of a plain LoRA; a fused module counts as q, k and v.
 
     Raises:
         WeightsError: as `read_sizes`.
@@ -111,7 +111,7 @@ def require_plain_lora(path: Path, kinds: Mapping[str, str | None]) -> None:
     """Require that every module's change is a plain LoRA.
 
     Raises:
-        WeightsError: names the kind that it is instead.
+        WeightsError: a module is of another kind, which the message names.
     """
     others = {module: kind for module, kind in kinds.items() if kind != "LoRA"}
     if others:
@@ -125,8 +125,9 @@ def require_match(path: Path, found: Sizes, linears: Sizes) -> None:
     """Require that every module of a LoRA is a linear of the model with the right shape.
 
     Raises:
-        WeightsError: names what matches nothing; a LoRA that is applied in part would be worse than none.
+        WeightsError: a module has no counterpart in the model, or another shape.
     """
+    # A LoRA applied in part is worse than none: nothing would show it, and the result would look like a bad LoRA.
     lost = sorted(module for module, size in found.items() if linears.get(module) != size)
     if lost:
         first, there = lost[0], linears.get(lost[0])

@@ -1,4 +1,4 @@
-"""What a LoRA file is made of: layout, ranks, scales, and how much each module changes."""
+"""Summary of a LoRA file: layout, ranks, scales, and how much each module changes."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -11,24 +11,25 @@ from zimage_train.lora.lora_file import Factors
 
 @dataclass(frozen=True)
 class LoraSummary:
-    """A LoRA file, described."""
+    """The properties of a LoRA file."""
 
     layout: str
     dtypes: Counter[str]
     ranks: Counter[int]
     scales: Counter[float]
-    """alpha / rank of each module."""
+    """alpha / rank -> number of modules."""
     groups: dict[str, int]
-    energy: dict[str, float]
-    """Module -> Frobenius norm of its change."""
+    """Target group -> number of modules."""
+    norms: dict[str, float]
+    """Module -> Frobenius norm of its delta."""
     metadata: dict[str, str]
 
 
 def summarize_lora(path: Path) -> LoraSummary:
-    """Describe the LoRA at `path`.
+    """Return the properties of the LoRA at `path`.
 
     Raises:
-        WeightsError: it is none that this trainer reads; says what it is instead.
+        WeightsError: it is not a LoRA that this trainer reads; the message names what it is instead.
     """
     lora = lora_file.read_lora(path)
     header = read_header(path)
@@ -38,19 +39,20 @@ def summarize_lora(path: Path) -> LoraSummary:
         ranks=Counter(factors.rank for factors in lora.values()),
         scales=Counter(round(factors.scale, 6) for factors in lora.values()),
         groups=targets.count_by_group(lora),
-        energy={module: norm(factors) for module, factors in lora.items()},
+        norms={module: delta_norm(factors) for module, factors in lora.items()},
         metadata=header.metadata,
     )
 
 
-def norm(factors: Factors) -> float:
-    """The Frobenius norm of scale * B @ A, through the rank alone, in fp64."""
-    nothing = Factors(factors.a[:0], factors.b[:, :0], 1.0)
-    return verify.difference(factors, nothing)
+def delta_norm(factors: Factors) -> float:
+    """Return the Frobenius norm of scale * B @ A, computed in fp64 from (rank, rank) products."""
+    rank_zero = Factors(factors.a[:0], factors.b[:, :0], 1.0)
+    return verify.delta_distance(factors, rank_zero)
 
 
-def product(one: Factors, other: Factors) -> float:
-    """The Frobenius inner product of two changes, through the ranks alone, in fp64."""
+def delta_inner_product(one: Factors, other: Factors) -> float:
+    """Return the Frobenius inner product of two deltas, computed in fp64 from (rank, rank) products."""
+    # <B A, D C> = trace(A' B' D C) = sum((B' D) * (A C')), without the dense matrices.
     b = one.b.double().T @ other.b.double()
     a = one.a.double() @ other.a.double().T
     return one.scale * other.scale * float((b * a).sum())

@@ -1,4 +1,4 @@
-"""LoRA modules in the frozen transformer, through peft: fp32 masters, deterministic start, exact counts."""
+"""LoRA layers in the frozen transformer, through peft: fp32 master weights, keyed initialisation, exact modules."""
 
 import contextlib
 import math
@@ -23,16 +23,18 @@ ADAPTER_NAME = "default"
 
 
 class TrainedLinear(peft_lora.Linear):
-    """peft's LoRA layer on a `FrozenLinear`, computed as one operation; see there."""
+    """peft's LoRA layer on a `FrozenLinear`, computed as one operation; see `models.linear`."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         base = self.get_base_layer()
         assert isinstance(base, FrozenLinear)
         if self.disable_adapters:
             return base(x)
-        a, b = (cast(nn.Linear, part[ADAPTER_NAME]).weight for part in (self.lora_A, self.lora_B))
+        a = cast(nn.Linear, self.lora_A[ADAPTER_NAME]).weight
+        b = cast(nn.Linear, self.lora_B[ADAPTER_NAME]).weight
         scale = self.scaling[ADAPTER_NAME]
         dropout = self.lora_dropout[ADAPTER_NAME]
+        # Dropout changes the input of the LoRA but not of the base, and the single operation takes one x for both.
         if isinstance(dropout, nn.Identity) or not self.training:
             return base.with_lora(x, a, b, scale)
         return base(x) + F.linear(F.linear(dropout(x), a.to(x.dtype)), b.to(x.dtype)) * scale
@@ -40,73 +42,85 @@ class TrainedLinear(peft_lora.Linear):
 
 @dataclass(frozen=True)
 class LoraLayers:
-    """The trainable factors in a model: `a[module]` (rank, in) and `b[module]` (out, rank), fp32."""
+    """The trainable LoRA factors of a model: `a[module]` (rank, in) and `b[module]` (out, rank), fp32."""
 
     a: dict[str, nn.Parameter]
     b: dict[str, nn.Parameter]
     scale: float
 
     def parameters(self) -> list[nn.Parameter]:
-        """Every trainable parameter, in one fixed order."""
-        return [parameter for module in self.a for parameter in (self.a[module], self.b[module])]
+        """Return every trainable parameter, in a fixed order: A and B of each module."""
+        parameters: list[nn.Parameter] = []
+        for module in self.a:
+            parameters += [self.a[module], self.b[module]]
+        return parameters
 
     def state(self) -> dict[str, Tensor]:
-        """Name -> tensor, as a checkpoint keeps them."""
+        """Return name -> tensor, as a checkpoint stores them; the tensors share memory with the model."""
         a = {f"lora.{module}.A": parameter.detach() for module, parameter in self.a.items()}
         return a | {f"lora.{module}.B": parameter.detach() for module, parameter in self.b.items()}
 
     def load_state(self, state: Mapping[str, Tensor], where: str) -> None:
-        """Copy `state` in.
+        """Copy `state` into the model.
 
         Raises:
-            WeightsError: it is of other modules or another rank.
+            WeightsError: it has other modules or another rank.
         """
-        own = self.state()
-        different = sorted(own.keys() ^ state.keys()) or [n for n in own if own[n].shape != state[n].shape]
-        if different:
-            found = list(state[different[0]].shape) if different[0] in state else "nothing"
-            expected = list(own[different[0]].shape) if different[0] in own else "nothing"
-            what = f"{different[0]} is {found} there and {expected} in this run"
-            raise WeightsError(Problem(where, what, "use the rank and targets that it was made with"))
+        current = self.state()
+        differing = sorted(current.keys() ^ state.keys())
+        if not differing:
+            differing = [name for name in current if current[name].shape != state[name].shape]
+        if differing:
+            name = differing[0]
+            saved = list(state[name].shape) if name in state else "missing"
+            expected = list(current[name].shape) if name in current else "missing"
+            message = f"{name} is {saved} in the checkpoint and {expected} in this run"
+            raise WeightsError(Problem(where, message, "use the rank and targets that it was made with"))
         with torch.no_grad():
-            for name, tensor in own.items():
+            for name, tensor in current.items():
                 tensor.copy_(state[name])
 
     @torch.no_grad()
     def initialize_from(self, lora: Lora) -> None:
-        """Take over the change that `lora` makes, of the same modules and ranks."""
+        """Start from the delta of `lora`, which has the same modules and ranks."""
         for module, factors in lora.items():
             self.a[module].copy_(factors.a)
+            # This model multiplies by its own scale, so the quotient of the two keeps the delta as it is.
             self.b[module].copy_(factors.b.float() * (factors.scale / self.scale))
 
     def factors(self, state: Mapping[str, Tensor] | None = None) -> Lora:
-        """The current LoRA, sharing memory with the model; or the one that `state` holds."""
-        held = state or self.state()
-        return {module: Factors(held[f"lora.{module}.A"], held[f"lora.{module}.B"], self.scale) for module in self.a}
+        """Return the current LoRA, which shares memory with the model, or that of `state`."""
+        tensors = state or self.state()
+        return {
+            module: Factors(tensors[f"lora.{module}.A"], tensors[f"lora.{module}.B"], self.scale) for module in self.a
+        }
 
 
 def attach_lora(
     model: nn.Module, modules: list[str], rank: int, alpha: float | None, dropout: float, seed: int
 ) -> LoraLayers:
-    """Put a fresh LoRA on `modules`: A uniform in +-1/sqrt(in) (peft's own law), B zero, both fp32.
+    """Attach a new LoRA to `modules`: A uniform in +-1/sqrt(in), as peft initialises it, and B zero, both fp32.
 
-    The start depends on (seed, module name) only, not on what else was drawn.
+    Args:
+        alpha: None means the rank, a scale of 1.
+        seed: A is a function of the seed and the module's name alone, so other targets do not change it.
 
     Raises:
-        WeightsError: peft attached to other modules than asked for.
+        WeightsError: peft attached it to other modules than requested.
     """
     scale = 1.0 if alpha is None else alpha / rank
     attached = _inject(model, dict.fromkeys(modules, rank), scale, dropout)
     with torch.no_grad():
         for module, a in attached.a.items():
             bound = 1.0 / math.sqrt(a.shape[1])
-            a.copy_((torch.rand(a.shape, generator=keyed_generator(seed, "lora", module)) * 2.0 - 1.0) * bound)
+            uniform = torch.rand(a.shape, generator=keyed_generator(seed, "lora", module))
+            a.copy_((uniform * 2.0 - 1.0) * bound)
             attached.b[module].zero_()
     return attached
 
 
 def attach_fixed_lora(model: nn.Module, lora: Lora) -> LoraLayers:
-    """Put finished LoRA factors on the model, for sampling."""
+    """Attach finished LoRA factors to the model, for sampling; ranks and scales may differ between modules."""
     attached = _inject(model, {module: factors.rank for module, factors in lora.items()}, 1.0, 0.0)
     with torch.no_grad():
         for module, factors in lora.items():
@@ -117,8 +131,9 @@ def attach_fixed_lora(model: nn.Module, lora: Lora) -> LoraLayers:
 
 @contextlib.contextmanager
 def without_lora(model: nn.Module) -> Iterator[None]:
-    """The model as it is without its LoRA, for as long as the block runs."""
+    """Disable the LoRA within the block; the model computes what its frozen weights alone do."""
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    # Not peft's `enable_adapters(False)`, which also sets requires_grad of the factors.
     for layer in layers:
         layer._disable_adapters = True
     try:
@@ -129,12 +144,14 @@ def without_lora(model: nn.Module) -> Iterator[None]:
 
 
 def base_layer(model: nn.Module, name: str) -> nn.Module:
-    """The frozen module `name`, also where a LoRA now surrounds it."""
+    """Return the frozen module `name`, without the LoRA layer that may wrap it."""
     module = model.get_submodule(name)
     return module.get_base_layer() if isinstance(module, LoraLayer) else module
 
 
 def _inject(model: nn.Module, ranks: dict[str, int], scale: float, dropout: float) -> LoraLayers:
+    """Wrap the modules of `ranks` in LoRA layers, and return their factors, which are not initialised."""
+    # peft takes one rank, and a pattern for each module that has another.
     default = max(set(ranks.values()), key=list(ranks.values()).count)
     others = {re.escape(module): rank for module, rank in ranks.items() if rank != default}
     config = LoraConfig(
@@ -148,15 +165,15 @@ def _inject(model: nn.Module, ranks: dict[str, int], scale: float, dropout: floa
     )
     config._register_custom_module({FrozenLinear: TrainedLinear})
     inject_adapter_in_model(config, model, ADAPTER_NAME)
-    found = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
-    if found.keys() != ranks.keys():
-        different = sorted(found.keys() ^ ranks.keys())
-        raise WeightsError(
-            Problem(different[0], "peft attached a LoRA where none was asked for, or none where one was")
-        )
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    # peft matches the names of targets by suffix, so a short one would also match in other blocks.
+    differing = sorted(layers.keys() ^ ranks.keys())
+    if differing:
+        message = "peft attached a LoRA where none was requested, or none where one was"
+        raise WeightsError(Problem(differing[0], message))
     a, b = {}, {}
     for name in ranks:
-        layer = found[name]
+        layer = layers[name]
         device = layer.get_base_layer().weight.device
         for part, store in (("lora_A", a), ("lora_B", b)):
             linear = getattr(layer, part)[ADAPTER_NAME].to(device=device, dtype=torch.float32)

@@ -1,7 +1,7 @@
-"""LoRA files: any layout in, one layout out.
+"""Reading LoRA files of any known layout, and writing them in one.
 
-The layout written is the only one that every diffusers since 0.36 and ComfyUI read alike:
-`diffusion_model.<module>.lora_A/lora_B.weight`, and `.alpha` equal to the rank with the scale folded into B.
+The layout written is the only one that ComfyUI and every diffusers since 0.36 read alike:
+`diffusion_model.<module>.lora_A/lora_B.weight`, and `.alpha` equal to the rank, with the scale folded into B.
 """
 
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ from zimage_train.typing import LoraA, LoraB, Weight
 
 @dataclass(frozen=True)
 class Factors:
-    """The change of one module: delta = scale * B @ A, with A (rank, in) and B (out, rank)."""
+    """The LoRA factors of one module: delta = scale * B @ A, with A (rank, in) and B (out, rank)."""
 
     a: LoraA
     b: LoraB
@@ -29,63 +29,69 @@ class Factors:
 
     @property
     def rank(self) -> int:
+        """The number of rows of A."""
         return self.a.shape[0]
 
     def delta(self) -> Weight:
-        """The dense change (out, in) in fp32."""
+        """Return the dense delta (out, in) in fp32."""
         return self.scale * (self.b.float() @ self.a.float())
 
 
 Lora = dict[str, Factors]
-
-
+"""Module -> its factors."""
 Changes = dict[str, Change]
-"""Module -> what changes it, of any kind; fused ones are split, and alpha is a single fp32 number."""
+"""Module -> its tensors, of a LoRA, DoRA, LoKr or LoHa; q, k and v are split, and alpha is an fp32 scalar."""
 
 
 def read_changes(path: Path) -> tuple[Changes, dict[str, str]]:
-    """Read a LoRA, DoRA, LoKr or LoHa of any known layout, and its metadata.
+    """Return the changes of a LoRA, DoRA, LoKr or LoHa file of any known layout, and its metadata.
 
     Raises:
-        WeightsError: unreadable, not finite, or holds keys that are no change of a Z-Image transformer.
+        WeightsError: the file is unreadable, holds values that are not finite, or keys that belong to no module of a
+            Z-Image transformer.
     """
     parts = headers.read_parts(path)
     tensors, metadata = tensorfile.load(path)
-    memo = format_metadata.read_format_metadata(metadata.pop(format_metadata.CONVERTED_KEY, None))
-    has_alpha = any("alpha" in found for found in parts.values())
-    alpha_of = (
-        None if has_alpha else format_metadata.alphas_from_metadata(path, metadata.get(format_metadata.ALPHA_KEY))
-    )
+    original = format_metadata.read_format_metadata(metadata.pop(format_metadata.CONVERTED_KEY, None))
+    # Alpha tensors take precedence over the header, which no tool but diffusers and peft writes or reads.
+    has_alpha = any("alpha" in keys_of_parts for keys_of_parts in parts.values())
+    alpha_of = None
+    if not has_alpha:
+        alpha_of = format_metadata.alphas_from_metadata(path, metadata.get(format_metadata.ALPHA_KEY))
     changes: Changes = {}
-    for module, found in parts.items():
-        change = {part: _require_finite_floats(path, key, tensors[key]) for part, key in found.items()}
+    for module, keys_of_parts in parts.items():
+        change = {part: _require_finite_floats(path, key, tensors[key]) for part, key in keys_of_parts.items()}
         if "alpha" in change:
             change["alpha"] = change["alpha"].reshape(()).float()
         elif alpha_of is not None and "A" in change:
             change["alpha"] = torch.tensor(alpha_of(module, change["A"].shape[0]))
+        # kohya's tools write a DoRA's magnitude as (out, 1), and peft as (out,).
         if MAGNITUDE in change and change[MAGNITUDE].shape[-1] == 1:
             change[MAGNITUDE] = change[MAGNITUDE].reshape(-1)
-        changes |= _split(path, module, change, memo.ranks.get(module))
-    return _with_alpha(changes, memo.alpha), metadata
+        changes |= _split_fused(path, module, change, original.ranks.get(module))
+    _restore_alphas(changes, original.alpha)
+    return changes, metadata
 
 
-def _with_alpha(changes: Changes, wanted: bool | None) -> Changes:
-    """`changes` with or without alphas that say nothing, as a memo says that they were before."""
-    plain = {module: one for module, one in changes.items() if qkv.rank_of(one)}
-    if wanted is None or any(qkv.scale_of(one) != 1.0 for one in plain.values()):
-        return changes
-    for one in plain.values():
-        one.pop("alpha", None)
-        if wanted:
-            one["alpha"] = torch.tensor(float(qkv.rank_of(one)))
-    return changes
+def _restore_alphas(changes: Changes, had_alpha: bool | None) -> None:
+    """Add or remove alphas that equal the rank, in place, as the file that `changes` were converted from had them.
+
+    Does nothing if `had_alpha` is None, or if an alpha has an effect.
+    """
+    with_rank = [change for change in changes.values() if qkv.rank_of(change)]
+    if had_alpha is None or any(qkv.scale_of(change) != 1.0 for change in with_rank):
+        return
+    for change in with_rank:
+        change.pop("alpha", None)
+        if had_alpha:
+            change["alpha"] = torch.tensor(float(qkv.rank_of(change)))
 
 
 def read_lora(path: Path) -> Lora:
-    """Read a plain LoRA of any known layout.
+    """Return the factors of a plain LoRA file of any known layout.
 
     Raises:
-        WeightsError: as `read_changes`, or it is of another kind.
+        WeightsError: as `read_changes`, or the file is a DoRA, LoKr or LoHa.
     """
     changes, _ = read_changes(path)
     headers.require_plain_lora(path, {module: kind_of(change) for module, change in changes.items()})
@@ -93,66 +99,72 @@ def read_lora(path: Path) -> Lora:
 
 
 def kind_of(change: Change) -> str | None:
-    """`LoRA`, `DoRA`, `LoKr` or `LoHa`."""
+    """Return `LoRA`, `DoRA`, `LoKr` or `LoHa`, or None if the parts do not fit together."""
     return keys.kind_of({part: tuple(tensor.shape) for part, tensor in change.items()})
 
 
 def _require_finite_floats(path: Path, key: str, tensor: Tensor) -> Tensor:
+    """Return `tensor`, 8-bit floats as bf16, which represents each of their values exactly."""
     if not tensor.is_floating_point() and not key.endswith(".alpha"):
-        kind = str(tensor.dtype).removeprefix("torch.")
-        raise WeightsError(Problem(f"{path}: {key}", f"holds {kind}, no weights", "get the file again"))
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        raise WeightsError(Problem(f"{path}: {key}", f"holds {dtype} values instead of floats", "get the file again"))
     if not tensor.float().isfinite().all():
-        todo = "get the file again, or take an earlier save if the run diverged"
-        raise WeightsError(Problem(f"{path}: {key}", "holds values that are not finite", todo))
-    return tensor.bfloat16() if tensor.dtype.itemsize == 1 else tensor  # which holds all that 8 bits can
+        hint = "get the file again, or take an earlier save if the run diverged"
+        raise WeightsError(Problem(f"{path}: {key}", "holds values that are not finite", hint))
+    return tensor.bfloat16() if tensor.dtype.itemsize == 1 else tensor
 
 
-def _split(path: Path, module: str, change: Change, ranks: list[int] | None) -> Changes:
+def _split_fused(path: Path, module: str, change: Change, ranks: list[int] | None) -> Changes:
+    """Return module -> change, with a fused q, k, v module split into those that it changes."""
     names = keys.split_qkv_names(module)
     if names is None:
         return {module: change}
     try:
-        found = qkv.split_qkv(change, ranks)
+        thirds = qkv.split_qkv(change, ranks)
     except qkv.CannotFuseError as error:
-        todo = "ask its maker for one with to_q, to_k and to_v"
-        raise WeightsError(Problem(f"{path}: {module}", str(error), todo)) from None
-    return {name: one for name, one in zip(names, found, strict=True) if one is not None}
+        hint = "ask its author for a file with to_q, to_k and to_v"
+        raise WeightsError(Problem(f"{path}: {module}", str(error), hint)) from None
+    return {name: third for name, third in zip(names, thirds, strict=True) if third is not None}
 
 
 def require_modules(path: Path, lora: Mapping[str, Factors], linears: headers.Sizes) -> None:
-    """Require that all of `lora`, read from `path`, fits the model.
+    """Require that every module of `lora`, read from `path`, fits the model.
 
     Raises:
         WeightsError: as `headers.require_match`.
     """
-    headers.require_match(path, {module: (f.b.shape[0], f.a.shape[1]) for module, f in lora.items()}, linears)
+    sizes = {module: (factors.b.shape[0], factors.a.shape[1]) for module, factors in lora.items()}
+    headers.require_match(path, sizes, linears)
 
 
 def round_to_dtype(lora: Mapping[str, Factors], dtype: str) -> Lora:
-    """`lora` as a file of this precision holds it: the scale in B, both factors rounded."""
-    kind = tensorfile.TORCH_DTYPES[dtype]
-    return {
-        module: Factors(one.a.detach().to(kind), (one.b.detach().float() * one.scale).to(kind), 1.0)
-        for module, one in lora.items()
-    }
+    """Return `lora` as a file of this precision stores it: the scale folded into B, both factors rounded."""
+    torch_dtype = tensorfile.TORCH_DTYPES[dtype]
+    rounded: Lora = {}
+    for module, factors in lora.items():
+        # Folded in fp32, so that B is rounded only once. Alpha then equals the rank, and readers that ignore alpha load
+        # the same delta as those that apply it.
+        b = factors.b.detach().float() * factors.scale
+        rounded[module] = Factors(factors.a.detach().to(torch_dtype), b.to(torch_dtype), 1.0)
+    return rounded
 
 
 def narrowest_dtype(lora: Mapping[str, Factors]) -> str:
-    """`bf16` where a file of it holds `lora` to the bit, otherwise `fp32`."""
-    short = round_to_dtype(lora, "bf16")
-    is_exact = all(
-        torch.equal(short[module].a.float(), one.a.float())
-        and torch.equal(short[module].b.float(), one.b.float() * one.scale)
-        for module, one in lora.items()
-    )
-    return "bf16" if is_exact else "fp32"
+    """Return `bf16` if it represents every value of `lora` exactly, otherwise `fp32`."""
+    rounded = round_to_dtype(lora, "bf16")
+    for module, factors in lora.items():
+        is_a_exact = torch.equal(rounded[module].a.float(), factors.a.float())
+        is_b_exact = torch.equal(rounded[module].b.float(), factors.b.float() * factors.scale)
+        if not (is_a_exact and is_b_exact):
+            return "fp32"
+    return "bf16"
 
 
 def export_lora(path: Path, lora: Mapping[str, Factors], dtype: str, metadata: Mapping[str, str]) -> None:
-    """Write `lora` in the layout of this module.
+    """Write `lora` in the layout that the module's docstring describes.
 
     Raises:
-        WeightsError: a value is not finite; such a file is never written.
+        WeightsError: a value is not finite; nothing is written then.
         DiskError: the file cannot be written.
     """
     tensors: dict[str, Tensor] = {}
@@ -161,9 +173,8 @@ def export_lora(path: Path, lora: Mapping[str, Factors], dtype: str, metadata: M
         tensors[f"{prefix}.lora_A.weight"] = factors.a
         tensors[f"{prefix}.lora_B.weight"] = factors.b
         tensors[f"{prefix}.alpha"] = torch.tensor(float(factors.rank))
-    bad = [key for key, tensor in tensors.items() if not tensor.isfinite().all()]
-    if bad:
-        raise WeightsError(
-            Problem(str(path), f"{len(bad)} tensors are not finite, such as {bad[0]}", "nothing written")
-        )
+    not_finite = [key for key, tensor in tensors.items() if not tensor.isfinite().all()]
+    if not_finite:
+        message = f"{len(not_finite)} tensors are not finite, such as {not_finite[0]}"
+        raise WeightsError(Problem(str(path), message, "nothing was written"))
     tensorfile.save(path, tensors, metadata)

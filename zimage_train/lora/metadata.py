@@ -1,4 +1,7 @@
-"""What an exported LoRA says about itself: facts of its content, and no time, host or path (torch-free)."""
+"""The header metadata of an exported LoRA (torch-free).
+
+It describes the content alone, without time, host or path, so that equal runs write equal files.
+"""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,7 +13,7 @@ from zimage_train.config.variants import VARIANTS
 
 
 def training_metadata(config: Config, adapter_digest: str | None) -> dict[str, str]:
-    """The header of an exported LoRA: modelspec's keys, the keys that kohya's tools read, and our own.
+    """Return the metadata of a trained LoRA: the keys of modelspec, those that kohya's tools read, and our own.
 
     Reference: https://github.com/Stability-AI/ModelSpec
     """
@@ -43,24 +46,39 @@ def _adapter_name(config: Config) -> str:
 
 
 STALE = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256", "lora_adapter_metadata")
-"""About the very file that they stand in; kohya's tools make the hashes again where they miss them."""
-OF_ONE = ("modelspec.title", "ss_output_name", "ss_steps")
-"""What one LoRA is called, and not what it is for."""
+"""Keys that describe the tensors of the file itself, and so are wrong in a file made from it. kohya's tools compute the
+hashes anew where they are missing."""
+IDENTITY_KEYS = ("modelspec.title", "ss_output_name", "ss_steps")
+"""Keys that name a single LoRA; they are kept only if every source has them, with the same value."""
 TRIGGERS = "modelspec.trigger_phrase"
 
 
 def edited_metadata(
     command: str, sources: Sequence[Mapping[str, str]], facts: Mapping[str, Any], ranks: Iterable[int]
 ) -> dict[str, str]:
-    """The header of a LoRA that `command` made of others with these headers: what they agree on, and `facts`."""
-    said = {key: {one[key] for one in sources if key in one} for source in sources for key in source}
-    agreed = {key: values for key, values in said.items() if len(values) == 1 and key not in STALE}
-    of_all = {key for key in agreed if key not in OF_ONE or all(key in one for one in sources)}
-    metadata = {key: next(iter(agreed[key])) for key in of_all} | {"format": "pt"}
-    triggers = [text for one in sources for text in one.get(TRIGGERS, "").split(", ") if text]
+    """Return the metadata of a LoRA that `command` made from others.
+
+    Args:
+        sources: the metadata of the source files; values on which they agree are kept.
+        facts: what the command did, which is stored as JSON.
+        ranks: the rank of each module of the new LoRA.
+    """
+    values_of: dict[str, list[str]] = {}
+    for source in sources:
+        for key, value in source.items():
+            values_of.setdefault(key, []).append(value)
+    metadata: dict[str, str] = {}
+    for key, values in values_of.items():
+        is_agreed = len(set(values)) == 1 and key not in STALE
+        if is_agreed and (key not in IDENTITY_KEYS or len(values) == len(sources)):
+            metadata[key] = values[0]
+    metadata["format"] = "pt"
+    triggers: list[str] = []
+    for source in sources:
+        triggers += [trigger for trigger in source.get(TRIGGERS, "").split(", ") if trigger]
     if triggers:
         metadata[TRIGGERS] = ", ".join(dict.fromkeys(triggers))
-    found = set(ranks)
-    rank = str(found.pop()) if len(found) == 1 else "Dynamic"  # kohya's word for ranks that differ
+    distinct_ranks = set(ranks)
+    rank = str(distinct_ranks.pop()) if len(distinct_ranks) == 1 else "Dynamic"  # kohya's word for ranks that differ
     metadata |= {"ss_network_dim": rank, "ss_network_alpha": rank}
     return metadata | {f"zimage_train.{command}": json.dumps(facts, sort_keys=True)}

@@ -1,7 +1,8 @@
-"""Changes of a fused q, k, v weight taken apart and put together, to the bit where that is possible.
+"""Splitting and fusing of changes to a fused q, k, v weight, exact where that is possible.
 
-Fused, the three A stand one above the other and the three B on a diagonal of blocks; where all three have the same A,
-one is enough. LoHa's two products go the same way, since the rest of each block is zero in both.
+In fused form the three A are stacked, and the three B form a block diagonal; if all three have the same A, it is kept
+once and the B are stacked. The same holds for both products of a LoHa, whose elementwise product is zero outside the
+blocks as well.
 """
 
 import functools
@@ -15,22 +16,24 @@ from zimage_train.lora import keys
 from zimage_train.lora.keys import MAGNITUDE
 
 Change = dict[str, Tensor]
-"""Part -> tensor, of one module."""
+"""Part -> tensor of one module, such as A, B and alpha."""
 PAIRS = (("B", "A"), ("hada_w1_a", "hada_w1_b"), ("hada_w2_a", "hada_w2_b"))
-"""Factors with rows for the outputs, and those with columns for the inputs."""
+"""(up, down) parts of a product: up has a row per output, down a column per input."""
 
 
 class CannotFuseError(Exception):
-    """Why a change has no fused form, or a fused one cannot be split."""
+    """A change that has no fused form, or a fused one that cannot be split; the message says why."""
 
 
 def split_qkv(change: Change, ranks: Sequence[int] | None = None) -> list[Change | None]:
-    """The changes of q, k and v; None where there is none.
+    """Return the changes of q, k and v, with None for one that is not changed.
 
-    `ranks` are those that they had before they were fused, for what the factors themselves do not tell.
+    Args:
+        ranks: the ranks of q, k and v before they were fused, where the factors do not show them.
 
     Raises:
-        CannotFuse: a LoKr whose first factor has no three equal groups of rows, or a magnitude for each input.
+        CannotFuseError: a LoKr whose first factor cannot be divided into three groups of rows, or a DoRA with a
+            magnitude per input.
     """
     if any(part in change for part in keys.LOKR):
         return _split_lokr(change)
@@ -39,127 +42,163 @@ def split_qkv(change: Change, ranks: Sequence[int] | None = None) -> list[Change
     pairs = [(up, down) for up, down in PAIRS if up in change]
     rank = change[pairs[0][0]].shape[1]
     slices = _slices([change[up] for up, _ in pairs], ranks, MAGNITUDE in change)
-    found: list[Change | None] = []
-    for third, place in enumerate(slices):
-        width = place.stop - place.start
-        one = {up: change[up].chunk(3)[third][:, place].contiguous() for up, _ in pairs}
-        one |= {down: change[down][place].contiguous() for _, down in pairs}
+    thirds: list[Change | None] = []
+    for third, columns in enumerate(slices):
+        width = columns.stop - columns.start
+        part: Change = {}
+        for up, down in pairs:
+            part[up] = change[up].chunk(3)[third][:, columns].contiguous()
+            part[down] = change[down][columns].contiguous()
         if "alpha" in change:
-            one["alpha"] = (change["alpha"].double() * width / rank).float()
+            # alpha / rank is the scale, so alpha shrinks with the rank.
+            part["alpha"] = (change["alpha"].double() * width / rank).float()
         if MAGNITUDE in change:
-            one[MAGNITUDE] = change[MAGNITUDE].reshape(3, -1)[third].contiguous()
-        found.append(one if width else None)
-    return found
+            part[MAGNITUDE] = change[MAGNITUDE].reshape(3, -1)[third].contiguous()
+        thirds.append(part if width else None)
+    return thirds
 
 
 def fuse_qkv(changes: Sequence[Change | None]) -> Change:
-    """One change of the fused weight from those of q, k and v, at least one of which is there.
+    """Return one change of the fused weight from those of q, k and v, of which at least one is not None.
 
-    Where their scales differ, each is multiplied into its block in fp32.
+    If their scales differ, each is multiplied into its block of B, in fp32.
 
     Raises:
-        CannotFuse: LoKr, a DoRA of some of them only or with a magnitude for each input, or changes that differ in
-            kind or in the shape of the weight.
+        CannotFuseError: a LoKr, a DoRA that lacks one of the three or has a magnitude per input, or changes that differ
+            in kind or in the shape of the weight.
     """
-    there = [one for one in changes if one is not None]
-    if len({frozenset(one.keys() - {"alpha"}) for one in there}) > 1:
+    present = [change for change in changes if change is not None]
+    kinds = {frozenset(change.keys() - {"alpha"}) for change in present}
+    if len(kinds) > 1:
         raise CannotFuseError("has changes of several kinds for q, k and v")
-    if len({keys.size_of({part: tuple(tensor.shape) for part, tensor in one.items()}) for one in there}) > 1:
+    sizes = {keys.size_of({part: tuple(tensor.shape) for part, tensor in change.items()}) for change in present}
+    if len(sizes) > 1:
         raise CannotFuseError("has q, k and v of different shapes")
-    first = there[0]
+    first = present[0]
     if any(part in first for part in keys.LOKR):
         raise CannotFuseError("is a Kronecker product, and three of those have no fused form")
-    if MAGNITUDE in first and (len(there) < 3 or any(one[MAGNITUDE].dim() > 1 for one in there)):
+    if MAGNITUDE in first and (len(present) < 3 or any(change[MAGNITUDE].dim() > 1 for change in present)):
         raise CannotFuseError("has magnitudes that the fused weight cannot have")
     pairs = [(up, down) for up, down in PAIRS if up in first]
-    if len(there) == 3 and _share(there, [down for _, down in pairs]):
-        whole = {up: torch.cat([one[up] for one in there]) for up, _ in pairs} | {
-            down: first[down] for _, down in pairs
-        }
-        whole |= {"alpha": first["alpha"]} if "alpha" in first else {}
+    if len(present) == 3 and _have_same_down(present, [down for _, down in pairs]):
+        fused: Change = {}
+        for up, down in pairs:
+            fused[up] = torch.cat([change[up] for change in present])
+            fused[down] = first[down]
+        if "alpha" in first:
+            fused["alpha"] = first["alpha"]
     else:
-        whole = _diagonal(changes, pairs)
+        fused = _fuse_block_diagonal(changes, pairs)
     if MAGNITUDE in first:
-        whole[MAGNITUDE] = torch.cat([one[MAGNITUDE] for one in there])
-    return whole
+        fused[MAGNITUDE] = torch.cat([change[MAGNITUDE] for change in present])
+    return fused
 
 
 def scale_of(change: Change) -> float:
-    """alpha / rank; 1 without alpha."""
+    """Return alpha / rank, or 1 if there is no alpha."""
     return float(change["alpha"]) / rank_of(change) if "alpha" in change else 1.0
 
 
 def rank_of(change: Change) -> int:
-    """Of its (first) product; a LoKr has none."""
-    return next((change[down].shape[0] for _, down in PAIRS if down in change), 0)
+    """Return the rank of the (first) product; 0 for a LoKr."""
+    for _, down in PAIRS:
+        if down in change:
+            return change[down].shape[0]
+    return 0
 
 
-def _slices(ups: Sequence[Tensor], ranks: Sequence[int] | None, is_whole: bool) -> list[slice]:
-    """The columns of q, k and v: their blocks on the diagonal, or all for each where there is no diagonal.
+def _slices(ups: Sequence[Tensor], ranks: Sequence[int] | None, is_dora: bool) -> list[slice]:
+    """Return the columns of `ups` that belong to q, k and v: a slice for each, or all columns for each.
 
-    `is_whole`: none of the three may be without any.
+    Args:
+        ups: the fused up factors, (3 out, rank): one of a LoRA, two of a LoHa.
+        ranks: the widths before fusing, if a file remembers them.
+        is_dora: none of the three may be without columns, since each has a magnitude.
     """
     rank = ups[0].shape[1]
-    used = [[bool(one) for one in torch.cat([up.chunk(3)[i] for up in ups]).ne(0).any(dim=0)] for i in range(3)]
-    third = rank // 3
-    guesses = [ranks] if ranks and sum(ranks) == rank else []
-    guesses += [[third] * 3] if rank % 3 == 0 else []
-    guesses += [found] if (found := _widths(used)) is not None and not (is_whole and 0 in found) else []
-    for widths in guesses:
+    used: list[list[bool]] = []
+    for third in range(3):
+        rows = torch.cat([up.chunk(3)[third] for up in ups])
+        used.append([bool(is_used) for is_used in rows.ne(0).any(dim=0)])
+    # A file does not store the widths, and B may have zeros inside its blocks too (a fresh B is all zeros). So the
+    # likely widths are tried in turn: those that leave only zeros outside the blocks lose nothing.
+    candidates: list[Sequence[int]] = []
+    if ranks and sum(ranks) == rank:
+        candidates.append(ranks)
+    if rank % 3 == 0:
+        candidates.append([rank // 3] * 3)
+    widths_in_use = _widths_in_use(used)
+    if widths_in_use is not None and not (is_dora and 0 in widths_in_use):
+        candidates.append(widths_in_use)
+    for widths in candidates:
         starts = list(itertools.accumulate(widths, initial=0))
-        if not any(any(one[: starts[i]]) or any(one[starts[i + 1] :]) for i, one in enumerate(used)):
+        is_outside = [any(used[i][: starts[i]]) or any(used[i][starts[i + 1] :]) for i in range(3)]
+        if not any(is_outside):
             return [slice(starts[i], starts[i + 1]) for i in range(3)]
+    # Not a block diagonal: all three share A.
     return [slice(0, rank)] * 3
 
 
-def _widths(used: Sequence[Sequence[bool]]) -> list[int] | None:
-    """How many columns each third has, if those that it uses come after those of the one before; None: they do not.
+def _widths_in_use(used: Sequence[Sequence[bool]]) -> list[int] | None:
+    """Return the number of columns of q, k and v by the last column that each uses, or None if none is used.
 
-    Columns that none uses are the next one's.
+    Columns that none of them uses go to the next of the three. The widths are a guess: where the columns of one do not
+    come after those of the previous one, the caller finds values outside the blocks.
     """
-    ends = [max((i + 1 for i, is_used in enumerate(one) if is_used), default=0) for one in used]
+    ends: list[int] = []
+    for columns in used:
+        ends.append(max((index + 1 for index, is_used in enumerate(columns) if is_used), default=0))
     if not any(ends):
         return None
     last = max(third for third in range(3) if ends[third])
-    widths, place = [], 0
+    widths, start = [], 0
     for third in range(3):
-        end = len(used[third]) if third == last else max(ends[third], place)
-        widths.append(end - place)
-        place = end
+        end = len(used[third]) if third == last else max(ends[third], start)
+        widths.append(end - start)
+        start = end
     return widths
 
 
-def _share(changes: list[Change], downs: list[str]) -> bool:
+def _have_same_down(changes: list[Change], downs: list[str]) -> bool:
+    """Return whether all changes have the same scale and the same down factors."""
     first = changes[0]
-    return all(
-        scale_of(one) == scale_of(first) and all(torch.equal(one[down], first[down]) for down in downs)
-        for one in changes[1:]
-    )
+    for other in changes[1:]:
+        if scale_of(other) != scale_of(first) or not all(torch.equal(other[down], first[down]) for down in downs):
+            return False
+    return True
 
 
-def _diagonal(changes: Sequence[Change | None], pairs: list[tuple[str, str]]) -> Change:
-    there = [one for one in changes if one is not None]
-    scales = {scale_of(one) for one in there}
-    outputs = there[0][pairs[0][0]].shape[0]
-    whole: Change = {}
-    for number, (up, down) in enumerate(pairs):
-        is_scaled = len(scales) > 1 and number == 0  # into one product of a LoHa only
-        there_up = [one[up].float() * scale_of(one) if is_scaled else one[up] for one in there]
-        dtype = functools.reduce(torch.promote_types, (block.dtype for block in there_up))
-        blocks = iter(there_up)
-        diagonal = [torch.zeros(outputs, 0, dtype=dtype) if one is None else next(blocks).to(dtype) for one in changes]
-        whole[up] = torch.block_diag(*diagonal)
-        whole[down] = torch.cat([one[down] for one in there])
-    rank = whole[pairs[0][1]].shape[0]
+def _fuse_block_diagonal(changes: Sequence[Change | None], pairs: list[tuple[str, str]]) -> Change:
+    """Return the fused change with the up factors as a block diagonal; None has a block without columns."""
+    present = [change for change in changes if change is not None]
+    scales = {scale_of(change) for change in present}
+    outputs = present[0][pairs[0][0]].shape[0]
+    fused: Change = {}
+    for index, (up, down) in enumerate(pairs):
+        # A fused change has a single alpha, so different scales go into the factors: for a LoHa into the first of its
+        # two products only, since the two are multiplied with each other.
+        is_scaled = len(scales) > 1 and index == 0
+        ups = [change[up].float() * scale_of(change) if is_scaled else change[up] for change in present]
+        dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in ups))
+        remaining = iter(ups)
+        blocks: list[Tensor] = []
+        for change in changes:
+            empty = torch.zeros(outputs, 0, dtype=dtype)
+            blocks.append(empty if change is None else next(remaining).to(dtype))
+        fused[up] = torch.block_diag(*blocks)
+        fused[down] = torch.cat([change[down] for change in present])
+    rank = fused[pairs[0][1]].shape[0]
     scale = scales.pop() if len(scales) == 1 else 1.0
-    return whole | {"alpha": torch.tensor(scale * rank, dtype=torch.float64).float()}
+    fused["alpha"] = torch.tensor(scale * rank, dtype=torch.float64).float()
+    return fused
 
 
 def _split_lokr(change: Change) -> list[Change | None]:
+    # The rows of a Kronecker product are grouped by the rows of its first factor, so a third of those is a third of
+    # all.
     first = "lokr_w1" if "lokr_w1" in change else "lokr_w1_a"
-    if change[first].shape[0] % 3:
-        raise CannotFuseError(
-            f"is a Kronecker product with {change[first].shape[0]} rows in its first factor, not 3 groups"
-        )
+    rows = change[first].shape[0]
+    if rows % 3:
+        raise CannotFuseError(f"is a Kronecker product with {rows} rows in its first factor, not 3 groups")
     rest = {part: tensor for part, tensor in change.items() if part != first}
-    return [rest | {first: rows.contiguous()} for rows in change[first].chunk(3)]
+    return [rest | {first: third.contiguous()} for third in change[first].chunk(3)]

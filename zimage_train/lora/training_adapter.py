@@ -1,7 +1,7 @@
-"""The training adapter: merged into the frozen weights as they stream by, counted, and never left half done.
+"""The training adapter: a LoRA merged into the frozen weights during training, and left out of previews and results.
 
-Turbo is distilled to 8 steps, and training on it undoes that. With the adapter merged the damage falls on the adapter,
-which is left out again afterwards.
+Turbo is distilled to 8 steps, and training on it directly undoes the distillation. The adapter undoes it beforehand, so
+that the trained LoRA does not learn to, and Turbo without the adapter still takes 8 steps.
 """
 
 from collections.abc import Iterator
@@ -19,19 +19,21 @@ from zimage_train.models.loading import NamedTensors
 
 @dataclass(frozen=True)
 class TrainingAdapter:
-    """A training adapter and how much of it is merged."""
+    """A training adapter, and the strength with which it is merged."""
 
     path: Path
     lora: Lora
     strength: float
 
-    def weights(self) -> set[str]:
-        """The names of the parameters that it changes."""
+    def parameter_names(self) -> set[str]:
+        """Return the names of the parameters that the adapter changes."""
         return {f"{module}.weight" for module in self.lora}
 
     def delta_of(self, name: str, device: torch.device) -> torch.Tensor | None:
-        """What is added to the parameter `name`, in fp32: `strength * scale * B @ A`; None: nothing."""
-        factors = self.lora.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
+        """Return `strength * scale * B @ A` in fp32 for the parameter `name`, or None if the adapter has none."""
+        if not name.endswith(".weight"):
+            return None
+        factors = self.lora.get(name.removesuffix(".weight"))
         if factors is None:
             return None
         return self.strength * (factors.scale * (factors.b.to(device).float() @ factors.a.to(device).float()))
@@ -39,16 +41,16 @@ class TrainingAdapter:
 
 @dataclass
 class MergeCount:
-    """How many modules of the adapter have met their weight."""
+    """The modules of the adapter that have been merged into a weight."""
 
     matched: set[str] = field(default_factory=set)
 
 
 def load_adapter(path: Path, strength: float, shape: TransformerShape) -> TrainingAdapter:
-    """Read an adapter and require that all of it fits the model.
+    """Read the adapter at `path`, and require that every module of it fits the model.
 
     Raises:
-        WeightsError: unreadable, or some module matches nothing in the model.
+        WeightsError: the file is unreadable, or a module has no counterpart in the model.
     """
     lora = lora_file.read_lora(path)
     lora_file.require_modules(path, lora, shape.linears)
@@ -58,19 +60,21 @@ def load_adapter(path: Path, strength: float, shape: TransformerShape) -> Traini
 def merge_adapter(
     tensors: NamedTensors, adapter: TrainingAdapter, device: torch.device, count: MergeCount
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield `tensors` with `strength * scale * B @ A` added in fp32; the sum is rounded only once, by who stores it.
+    """Yield `tensors` with `strength * scale * B @ A` added, in fp32.
 
     Raises:
-        WeightsError: the stream ended before every module of the adapter met its weight.
+        WeightsError: `tensors` ended before every module of the adapter was merged.
     """
     for name, tensor in tensors:
-        change = adapter.delta_of(name, device)
-        if change is None:
+        delta = adapter.delta_of(name, device)
+        if delta is None:
             yield name, tensor
             continue
         count.matched.add(name.removesuffix(".weight"))
-        yield name, tensor.to(device).float() + change
-    lost = sorted(adapter.lora.keys() - count.matched)
-    if lost:
-        what = f"matched {len(count.matched)}/{len(adapter.lora)} modules; not matched: {lost[0]}"
-        raise WeightsError(Problem(str(adapter.path), what, "nothing was trained"))
+        # Left in fp32: the consumer casts or quantises the sum, and this is the only rounding. A sum rounded to bf16
+        # first would lose most of a small delta, and be rounded again on quantisation.
+        yield name, tensor.to(device).float() + delta
+    unmatched = sorted(adapter.lora.keys() - count.matched)
+    if unmatched:
+        message = f"matched {len(count.matched)}/{len(adapter.lora)} modules; not matched: {unmatched[0]}"
+        raise WeightsError(Problem(str(adapter.path), message, "nothing was trained"))

@@ -1,4 +1,4 @@
-"""How diffusers and ComfyUI read a LoRA file, and the proof that both read what was meant."""
+"""Verification that diffusers and ComfyUI load the intended deltas from a LoRA file."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,18 +20,22 @@ COMFYUI_PARTS = (
     (".lora_A", ".lora_B"),
     (".lora_A.default.weight", ".lora_B.default.weight"),
 )
+"""Suffixes of A and B that ComfyUI knows, in the order in which it tries them."""
 REPORT_HINT = "zimage-train lora convert FILE --to comfyui"
 TOLERANCE = {"bf16": 2**-7, "fp32": 1e-6}
-"""Largest relative error of a module's delta that rounding to the file's type can explain."""
+"""Largest relative error of a module's delta that rounding to the file's dtype can explain.
+
+bf16 has 8 significant bits, so rounding costs A and B each at most 2^-8 of a value, and together 2^-7. The errors of
+single values average out, so real files stay well below; a wrong scale, or q in place of k, is far above. In fp32 only
+the folded scale is rounded.
+"""
 
 
 def verify_export(path: Path, trained: Mapping[str, Factors], dtype: str, linears: headers.Sizes) -> float:
-    """Read `path` back as diffusers and as ComfyUI would, and compare with what was trained.
-
-    Returns the largest relative error of a module's delta.
+    """Return the largest relative error of a module's delta, after loading `path` as diffusers and as ComfyUI do.
 
     Raises:
-        WeightsError: a loader would leave out a module, or load another change than the trained one.
+        WeightsError: a loader would leave out a module, or load another delta than the trained one.
     """
     worst = 0.0
     errors: list[ZImageTrainError] = []
@@ -44,38 +48,41 @@ def verify_export(path: Path, trained: Mapping[str, Factors], dtype: str, linear
     return worst
 
 
-def _compare(path: Path, loader: str, found: Lora, trained: Mapping[str, Factors], dtype: str) -> float:
-    todo = REPORT_HINT
-    found = {module: one for module, one in found.items() if module in trained or one.b.any()}
-    if found.keys() != trained.keys():
-        what = f"{loader} would load {len(found.keys() & trained.keys())} of {len(trained)} modules"
-        raise WeightsError(Problem(str(path), what, todo))
-    errors = {module: distance(factors, found[module]) for module, factors in trained.items()}
+def _compare(path: Path, loader: str, loaded: Lora, trained: Mapping[str, Factors], dtype: str) -> float:
+    # A fused file gives q, k and v a delta even if only two were trained; the third is zero, and does no harm.
+    loaded = {module: factors for module, factors in loaded.items() if module in trained or factors.b.any()}
+    if loaded.keys() != trained.keys():
+        message = f"{loader} would load {len(loaded.keys() & trained.keys())} of {len(trained)} modules"
+        raise WeightsError(Problem(str(path), message, REPORT_HINT))
+    errors = {module: relative_error(factors, loaded[module]) for module, factors in trained.items()}
     worst = max(errors, key=errors.__getitem__)
     if errors[worst] > TOLERANCE[dtype]:
-        what = f"{loader} would load {worst} with a relative error of {errors[worst]:.1e}"
-        raise WeightsError(Problem(str(path), what, todo))
+        message = f"{loader} would load {worst} with a relative error of {errors[worst]:.1e}"
+        raise WeightsError(Problem(str(path), message, REPORT_HINT))
     return errors[worst]
 
 
-def distance(one: Factors, other: Factors) -> float:
-    """||delta - delta'|| / ||delta|| (Frobenius)."""
-    norm = difference(one, Factors(one.a[:0], one.b[:, :0], 1.0))
-    return difference(one, other) / norm if norm > 0 else difference(one, other)
+def relative_error(expected: Factors, actual: Factors) -> float:
+    """Return ||delta - delta'|| / ||delta|| (Frobenius); ||delta'|| if the expected delta is zero."""
+    norm = delta_distance(expected, Factors(expected.a[:0], expected.b[:, :0], 1.0))
+    error = delta_distance(expected, actual)
+    return error / norm if norm > 0 else error
 
 
-def difference(one: Factors, other: Factors) -> float:
-    """||delta - delta'|| (Frobenius), through the ranks alone, in fp64."""
+def delta_distance(one: Factors, other: Factors) -> float:
+    """Return ||delta - delta'|| (Frobenius), computed in fp64 from (rank, rank) products."""
+    # The difference is again low-rank: [B, -B'] @ [A; A']. Its squared norm is sum((B' B) * (A A')), which can come out
+    # slightly negative for equal deltas, since the terms cancel.
     b = torch.cat([one.b.double() * one.scale, -other.b.double().to(one.b.device) * other.scale], dim=1)
     a = torch.cat([one.a.double(), other.a.double().to(one.a.device)], dim=0)
     return float(((b.T @ b) * (a @ a.T)).sum().clamp(min=0.0).sqrt())
 
 
 def as_diffusers(path: Path) -> Lora:
-    """Through diffusers' own loader, which folds alpha into the factors.
+    """Return the factors as diffusers' own loader reads them; it folds alpha tensors into the factors.
 
     Raises:
-        WeightsError: it refuses the file.
+        WeightsError: diffusers refuses the file.
     """
     from diffusers.loaders import ZImageLoraLoaderMixin
 
@@ -83,43 +90,45 @@ def as_diffusers(path: Path) -> Lora:
     alpha_of = format_metadata.alphas_from_metadata(path, metadata.get(format_metadata.ALPHA_KEY))
     try:
         state = cast(dict[str, Tensor], ZImageLoraLoaderMixin.lora_state_dict(tensors))
-    except Exception as error:  # noqa: BLE001  its conversions raise whatever an odd layout makes them run into
-        what = f"diffusers would not load it ({str(error)[:100]})"
-        raise WeightsError(Problem(str(path), what, REPORT_HINT)) from None
+    except Exception as error:  # noqa: BLE001  on an unknown layout its conversion raises KeyError, ValueError and others
+        message = f"diffusers would not load it ({str(error)[:100]})"
+        raise WeightsError(Problem(str(path), message, REPORT_HINT)) from None
     a_suffix, b_suffix = ".lora_A.weight", ".lora_B.weight"
-    modules = [key.removesuffix(a_suffix) for key in state if key.endswith(a_suffix)]
-    found: Lora = {}
-    for name in modules:
+    names = [key.removesuffix(a_suffix) for key in state if key.endswith(a_suffix)]
+    loaded: Lora = {}
+    for name in names:
         module, a = name.removeprefix("transformer."), state[name + a_suffix]
         scale = alpha_of(module, a.shape[0]) / a.shape[0] if alpha_of else 1.0
-        found[module] = Factors(a, state[name + b_suffix], scale)
-    return found
+        loaded[module] = Factors(a, state[name + b_suffix], scale)
+    return loaded
 
 
 def as_comfyui(path: Path, linears: headers.Sizes) -> Lora:
-    """As ComfyUI maps keys: the strength is alpha / rank, alpha only from a `.alpha` tensor.
+    """Return the factors as ComfyUI reads them; it takes alpha from `.alpha` tensors only, not from the header.
 
-    A transcription of `load_lora` and of `model_lora_keys_unet`; see `keys.comfyui_targets`.
+    Transcribed from ComfyUI's `load_lora` and `model_lora_keys_unet`; see `keys.comfyui_targets`.
 
     Raises:
-        WeightsError: it would leave out a tensor.
+        WeightsError: ComfyUI would leave out a tensor.
     """
     tensors = tensorfile.load(path)[0]
-    found: Lora = {}
+    loaded: Lora = {}
     for name, module in keys.comfyui_targets(linears).items():
         for a_suffix, b_suffix in COMFYUI_PARTS:
             if name + a_suffix in tensors and name + b_suffix in tensors:
                 change = {"A": tensors.pop(name + a_suffix), "B": tensors.pop(name + b_suffix)}
                 if f"{name}.alpha" in tensors:
                     change["alpha"] = tensors.pop(f"{name}.alpha")
-                found |= _unfused(module, change)
+                loaded |= _split_fused(module, change)
+    # Each tensor that was used has been popped, so the rest is what ComfyUI logs as "lora key not loaded".
     if tensors:
-        what = f"ComfyUI would report {len(tensors)} keys as not loaded, such as {sorted(tensors)[0]}"
-        raise WeightsError(Problem(str(path), what, REPORT_HINT))
-    return found
+        message = f"ComfyUI would report {len(tensors)} keys as not loaded, such as {sorted(tensors)[0]}"
+        raise WeightsError(Problem(str(path), message, REPORT_HINT))
+    return loaded
 
 
-def _unfused(module: str, change: Change) -> Lora:
+def _split_fused(module: str, change: Change) -> Lora:
+    """Return module -> factors; a fused q, k, v module gives three that share A."""
     split = keys.split_qkv_names(module)
     if split is None:
         return {module: Factors(change["A"], change["B"], qkv.scale_of(change))}
