@@ -91,7 +91,7 @@ def test_verify_holds_a_file_against_the_published_model_unless_told_otherwise(t
     save_file(other, tmp_path / "x.safetensors")
     code, output = run("verify", str(tmp_path / "x.safetensors"))
     assert code == 4 and "matched 0/48 modules; not matched: layers.0.adaLN_modulation.0 ((384, 88) there" in output
-    assert "held against Z-Image (6 B); is the LoRA of another size? give --model" in output
+    assert "compared with Z-Image (6 B); is the LoRA of another size? give --model" in output
 
 
 def test_verify_names_a_type_that_cannot_be_computed_with(tmp_path: Path):

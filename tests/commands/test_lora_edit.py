@@ -239,10 +239,10 @@ def test_auto_is_bf16_where_that_is_exact_and_what_rounding_costs_is_said(tmp_pa
     lora = {m: Factors(f.a.bfloat16(), f.b.bfloat16(), 1.0) for m, f in random_lora().items()}
     path = write(tmp_path / "x.safetensors", lora)
     for ratio, options, kind, words in (
-        ("0.5", [], torch.bfloat16, "in bf16, which holds it to the bit"),
+        ("0.5", [], torch.bfloat16, "in bf16, which is exact"),
         ("0.8", [], torch.float32, "in fp32, since bf16 would round by up to"),
         ("0.8", ["--dtype", "bf16"], torch.bfloat16, "in bf16, rounded by up to"),
-        ("0.5", ["--dtype", "fp32"], torch.float32, "in fp32, though bf16 would hold it too"),
+        ("0.5", ["--dtype", "fp32"], torch.float32, "in fp32, though bf16 would be exact too"),
     ):
         out = tmp_path / f"{ratio}{''.join(options)}.safetensors"
         code, said = lora_command("merge", f"{path}={ratio}", "-o", out, *options)
@@ -269,7 +269,7 @@ def test_normalized_ratios_have_sizes_that_sum_to_one(tmp_path: Path):
         (["a.safetensors=0", "-o", "m.safetensors"], 2, "every ratio is 0"),
         (["a.safetensors=0", "--normalize", "-o", "m.safetensors"], 2, "every ratio is 0"),
         (["a.safetensors=1"], 2, "-o: is missing"),
-        (["a.safetensors=1", "-o", "a.safetensors", "--force"], 2, "is the file that is read"),
+        (["a.safetensors=1", "-o", "a.safetensors", "--force"], 2, "is a file that is read"),
         (["a.safetensors=1", "-o", "big.safetensors"], 2, "exists; give another name, or --force"),
         (["a.safetensors=1", "-o", "m.pt"], 2, "does not end in .safetensors"),
         (["a.safetensors=1", "-o", "m.safetensors", "--dtype", "fp16"], 2, "give auto, bf16 or fp32"),
@@ -289,7 +289,7 @@ def test_normalized_ratios_have_sizes_that_sum_to_one(tmp_path: Path):
         ),
         (["a.safetensors=1", "-o", "m.safetensors", "--rank", "9" * 5000], 2, "give auto, or a number from 1 to"),
         (["a.safetensors=1", "-o", "m.safetensors", "--rank", "0"], 2, "give auto, or a number from 1 to"),
-        (["a.safetensors=1", "-o", "m.safetensors", "--scale", "2:layers=1"], 2, "is for file 2, and there are 1"),
+        (["a.safetensors=1", "-o", "m.safetensors", "--scale", "2:layers=1"], 2, "is for file 2, but there are 1"),
         (["a.safetensors=1", "gone.safetensors=1", "-o", "m.safetensors"], 4, "gone.safetensors: does not exist"),
         (["a.safetensors=1", "big.safetensors=1", "-o", "m.safetensors"], 4, "[96, 96] and [128, 128]"),
     ],
@@ -416,7 +416,7 @@ def test_what_is_no_run_is_not_averaged(tmp_path: Path):
     out = tmp_path / "m.safetensors"
     assert lora_command("ema", one, other, "-o", out)[1].endswith("give LoRAs that a run saved")
     assert "differs in rank or shape between them" in lora_command("ema", other, third, "-o", out)[1]
-    assert "there is one save, and so nothing to average" in lora_command("ema", other, "-o", out)[1]
+    assert "nothing to average" in lora_command("ema", other, "-o", out)[1]
     assert lora_command("ema", tmp_path, "-o", out)[0] in (2, 4)
     same = write(tmp_path / "y-000100.safetensors", random_lora(2, seed=9))
     assert "is of step 100, as" in lora_command("ema", other, same, "-o", out)[1]
@@ -502,7 +502,7 @@ def test_what_rounding_costs_is_measured(tmp_path: Path):
         "bake", folder, "--lora", f"{mini.ADAPTER_V1}=0.0001", "--to", "diffusers", "-o", tmp_path / "out"
     )
     assert code == 0
-    assert "loaded as a LoRA none is lost; --dtype fp32 keeps it too" in said
+    assert "--dtype fp32, loses none" in said
     share = float(said.split("rounding to BF16 cost ")[1].split("%")[0]) / 100
     lora, lost, whole = lora_file.read_lora(mini.ADAPTER_V1), 0.0, 0.0
     for module, factors in lora.items():
@@ -650,7 +650,7 @@ def test_a_resize_keeps_the_precision_and_does_not_pretend_to_add(tmp_path: Path
     code, said = lora_command("resize", mini.ADAPTER_V1, "--rank", "2", "-o", tmp_path / "x.safetensors")
     assert code == 0 and "in bf16, rounded by up to" in said
     code, said = lora_command("resize", mini.ADAPTER_V1, "--rank", "8", "-o", tmp_path / "y.safetensors")
-    assert code == 2 and "--rank: is 8, and" in said and "has rank 8 already" in said
+    assert code == 2 and "--rank: is 8" in said and "already has rank 8" in said
 
 
 def test_a_folder_beside_a_run_is_told_from_it(tmp_path: Path):
@@ -659,7 +659,7 @@ def test_a_folder_beside_a_run_is_told_from_it(tmp_path: Path):
     (run / "config.yaml").write_text("name: x\n")
     for folder in (run / "lora", tmp_path / "runs"):
         code, said = lora_command("ema", folder, "-o", tmp_path / "m.safetensors")
-        assert code == 2 and f"is no run folder: it has no config.yaml; did you mean {run}?" in said
+        assert code == 2 and f"it has no config.yaml; did you mean {run}?" in said
 
 
 def test_a_merge_keeps_what_those_that_say_it_agree_on(tmp_path: Path):

@@ -137,7 +137,7 @@ def _measured(
     located, shape = sample.locate_model(model)
     read = [(lora_args.read_weighted_lora(one.path, shape), one.weight) for one in loras]
     for one, (lora, _) in zip(loras, read, strict=True):
-        out.info(lora_args.matched(one, lora))
+        out.info(lora_args.match_message(one, lora))
     stacked = arithmetic.stack_loras(read)
     loaded = sample.load_model(model, located, shape, stacked, [*fast, *slow], out, BatchLimit())
     bare = loaded.frozen.model

@@ -1,7 +1,7 @@
-"""The `lora` commands: what a file holds, and whether everyone reads it as it is meant."""
+"""The commands `lora verify`, `lora inspect` and `lora diff`, which read LoRA files and print what they hold."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,151 +14,175 @@ from zimage_train.models import locate
 from zimage_train.models.arch import TransformerShape
 from zimage_train.report import heatmap
 
-READ_BY_ALL = {"F64", "F32", "F16", "BF16"}
+SUPPORTED_DTYPES = {"F64", "F32", "F16", "BF16"}
+"""dtypes of LoRA files with which diffusers and ComfyUI can both compute."""
 
 
 def verify_file(path: Path, model: str | None) -> list[str]:
-    """Prove that the LoRA at `path` fits the model, and that diffusers and ComfyUI load all of it and the same.
+    """Verify that the LoRA at `path` fits the model, and that diffusers and ComfyUI load the same deltas from it.
 
-    Without a model it is held against the published 6 B ones, or the miniature if it is one of that.
+    Args:
+        model: the model that it must fit; None takes the published 6 B ones, or the miniature if it fits that.
 
     Raises:
-        WeightsError: says who would load what.
+        WeightsError: it does not fit, or a loader would leave out a module or load another delta.
     """
-    found = inspect.summarize_lora(path)
+    summary = inspect.summarize_lora(path)
     lora = lora_file.read_lora(path)
-    shape, name = _held_against(lora, model)
+    shape, name = _reference_model(lora, model)
     try:
         lora_file.require_modules(path, lora, shape.linears)
     except WeightsError as error:
-        todo = "is the LoRA of another size? give --model" if model is None else "is it the right model?"
-        raise WeightsError(
-            *(replace(one, message=f"{one.message}; held against {name}", hint=todo) for one in error.problems)
-        ) from None
-    other = sorted(set(found.dtypes) - READ_BY_ALL)
-    if other:
-        what = f"holds {', '.join(other)} tensors, with which diffusers cannot compute"
-        raise WeightsError(Problem(str(path), what, "save it as bf16 or fp32"))
-    precision = "fp32" if set(found.dtypes) == {"F32"} else "bf16"
+        hint = "is the LoRA of another size? give --model" if model is None else "is it the right model?"
+        problems: list[Problem] = []
+        for problem in error.problems:
+            problems.append(replace(problem, message=f"{problem.message}; compared with {name}", hint=hint))
+        raise WeightsError(*problems) from None
+    unsupported = sorted(set(summary.dtypes) - SUPPORTED_DTYPES)
+    if unsupported:
+        message = f"holds {', '.join(unsupported)} tensors, with which diffusers cannot compute"
+        raise WeightsError(Problem(str(path), message, "save it as bf16 or fp32"))
+    precision = "fp32" if set(summary.dtypes) == {"F32"} else "bf16"
     error = verify.verify_export(path, lora, precision, shape.linears)
     count = f"{len(lora)}/{len(lora)}"
-    still = [module for module, norm in found.norms.items() if norm == 0.0]
     lines = [
-        *describe_lora(path, found),
+        *describe_lora(path, summary),
         f"fits {name}: {count} modules",
         f"diffusers loads {count}, ComfyUI loads {count}: the same change to {error:.1e}",
     ]
-    if still:
-        lines.append(f"warning: {len(still)} of {len(lora)} modules change nothing, such as {still[0]}")
+    unchanged = [module for module, norm in summary.norms.items() if norm == 0.0]
+    if unchanged:
+        lines.append(f"warning: {len(unchanged)} of {len(lora)} modules change nothing, such as {unchanged[0]}")
     return lines
 
 
-def _held_against(lora: Lora, model: str | None) -> tuple[TransformerShape, str]:
-    """The shape of `model` and its name; without one the 6 B models', unless the miniature's fits."""
+def _reference_model(lora: Lora, model: str | None) -> tuple[TransformerShape, str]:
+    """Return the shape and the name of the model that `lora` must fit."""
     if model is not None:
         located = locate.transformer_at(model, Location(argument=Argument("--model")), locate.cached_only)
         return locate.transformer_tensors(located)[0], model
     miniature = locate.transformer_tensors(mini.TURBO / "transformer")[0]
-    sizes = {module: (one.b.shape[0], one.a.shape[1]) for module, one in lora.items()}
-    fits = all(miniature.linears.get(module) == size for module, size in sizes.items())
-    return (miniature, "the miniature") if fits else (TransformerShape(), "Z-Image (6 B)")
+    fits_miniature = all(
+        miniature.linears.get(module) == arithmetic.delta_shape(factors) for module, factors in lora.items()
+    )
+    return (miniature, "the miniature") if fits_miniature else (TransformerShape(), "Z-Image (6 B)")
 
 
 def inspect_file(path: Path, image: Path | None) -> list[str]:
-    """Describe the LoRA at `path`, with the norm of every module's change; also as a heat map in `image`.
+    """Describe the LoRA at `path`, with the norm of every module's delta; `image` also gets them as a heat map.
 
     Raises:
-        WeightsError: it is none that this trainer reads.
+        ConfigError: `image` is not a PNG.
+        WeightsError: the file is not a LoRA that this trainer reads.
         DiskError: the image cannot be written.
     """
     require_image(image)
-    found = inspect.summarize_lora(path)
-    rows, columns, values = targets.modules_table(found.norms)
-    total = sum(norm**2 for norm in found.norms.values())
-    lines = [*describe_lora(path, found), "", "norm of each change, and each block's share of the energy:"]
+    summary = inspect.summarize_lora(path)
+    blocks, columns, rows = targets.modules_table(summary.norms)
+    # Deltas of different modules are orthogonal, so their squared norms add up, and shares of them sum to 1.
+    total = sum(norm**2 for norm in summary.norms.values())
+    lines = [*describe_lora(path, summary), "", "norm of each change, and each block's share of the squared norm:"]
     lines.append(f"{'':20}" + "".join(f"{column:>9}" for column in columns) + f"{'share':>9}")
-    for row, line in zip(rows, values, strict=True):
-        share = sum(norm**2 for norm in line if norm is not None) / total if total > 0 else 0.0
-        cells = "".join(f"{'-' if norm is None else format(norm, '.3g'):>9}" for norm in line)
-        lines.append(f"{row:20}{cells}{share:>9.1%}")
-    shares = [sum(line[i] ** 2 for line in values if line[i] is not None) for i in range(len(columns))]  # type: ignore
-    lines.append(f"{'share':20}" + "".join(f"{share / total if total > 0 else 0.0:>9.1%}" for share in shares))
-    lines += ["", "metadata:" if found.metadata else "metadata: none", *_metadata(found)]
+    for block, row in zip(blocks, rows, strict=True):
+        cells = "".join(f"{'-' if norm is None else format(norm, '.3g'):>9}" for norm in row)
+        lines.append(f"{block:20}{cells}{_share(row, total):>9.1%}")
+    column_shares = (_share([row[index] for row in rows], total) for index in range(len(columns)))
+    lines.append(f"{'share':20}" + "".join(f"{share:>9.1%}" for share in column_shares))
+    lines += ["", "metadata:" if summary.metadata else "metadata: none"]
+    lines += [f"  {key}: {value}" for key, value in sorted(summary.metadata.items())]
     if image is not None:
-        heatmap.save_heatmap(image, path.name, rows, columns, values, max(found.norms.values(), default=0.0))
+        heatmap.save_heatmap(image, path.name, blocks, columns, rows, max(summary.norms.values(), default=0.0))
         lines.append(f"heat map: {image}")
     return lines
 
 
-def diff_files(one: Path, other: Path, image: Path | None) -> list[str]:
-    """Compare what two LoRAs change: how far apart, and whether in the same direction; also as a heat map.
+def _share(norms: Sequence[float | None], total: float) -> float:
+    """Return the share that these norms have of `total`, the sum of all squared norms."""
+    if total <= 0:
+        return 0.0
+    return sum(norm**2 for norm in norms if norm is not None) / total
+
+
+def diff_files(path: Path, other_path: Path, image: Path | None) -> list[str]:
+    """Compare the deltas of two LoRAs: distance, norms and cosines; `image` also gets the cosines as a heat map.
 
     Raises:
-        WeightsError: one is no LoRA that this trainer reads.
+        ConfigError: `image` is not a PNG.
+        WeightsError: a file is not a LoRA that this trainer reads.
         DiskError: the image cannot be written.
     """
     require_image(image)
-    first, second = lora_file.read_lora(one), lora_file.read_lora(other)
-    both = [module for module in first if module in second]
-    shared = [
-        module for module in both if arithmetic.delta_shape(first[module]) == arithmetic.delta_shape(second[module])
-    ]
-    products = {module: inspect.delta_inner_product(first[module], second[module]) for module in shared}
-    norms = [{module: inspect.delta_norm(factors) for module, factors in lora.items()} for lora in (first, second)]
+    first, second = lora_file.read_lora(path), lora_file.read_lora(other_path)
+    first_norms = {module: inspect.delta_norm(factors) for module, factors in first.items()}
+    second_norms = {module: inspect.delta_norm(factors) for module, factors in second.items()}
+    in_both = [module for module in first if module in second]
+    shared: list[str] = []
+    different_shape: list[str] = []
+    for module in in_both:
+        has_same_shape = arithmetic.delta_shape(first[module]) == arithmetic.delta_shape(second[module])
+        (shared if has_same_shape else different_shape).append(module)
     lines = [
-        f"{path}: {len(norm)} modules, norm {_total(norm):.4g}" for path, norm in zip((one, other), norms, strict=True)
+        f"{path}: {len(first)} modules, norm {_root_sum_of_squares(first_norms.values()):.4g}",
+        f"{other_path}: {len(second)} modules, norm {_root_sum_of_squares(second_norms.values()):.4g}",
     ]
-    for path, mine, theirs in ((one, first, second), (other, second, first)):
-        if alone := sorted(mine.keys() - theirs.keys()):
-            lines.append(f"only in {path}: {len(alone)} modules, such as {alone[0]}")
-    if misfits := sorted(set(both) - set(shared)):
-        lines.append(f"of different shape: {len(misfits)} modules, such as {misfits[0]}")
+    if only_first := sorted(first.keys() - second.keys()):
+        lines.append(f"only in {path}: {len(only_first)} modules, such as {only_first[0]}")
+    if only_second := sorted(second.keys() - first.keys()):
+        lines.append(f"only in {other_path}: {len(only_second)} modules, such as {only_second[0]}")
+    if different_shape:
+        lines.append(f"of different shape: {len(different_shape)} modules, such as {min(different_shape)}")
     if not shared:
         return [*lines, "they have no module in common"]
-    cosines = {m: products[m] / (norms[0][m] * norms[1][m]) for m in shared if norms[0][m] > 0 and norms[1][m] > 0}
-    apart = math.sqrt(math.fsum(verify.delta_distance(first[m], second[m]) ** 2 for m in shared))
-    whole = [_total({m: norm[m] for m in shared}) for norm in norms]
-    cosine = math.fsum(products.values()) / (whole[0] * whole[1]) if whole[0] * whole[1] > 0 else 0.0
+
+    inner_products = {module: inspect.delta_inner_product(first[module], second[module]) for module in shared}
+    cosines: dict[str, float] = {}
+    for module, product in inner_products.items():
+        if first_norms[module] > 0 and second_norms[module] > 0:
+            cosines[module] = product / (first_norms[module] * second_norms[module])
+    # In all shared modules together; those of only one file count in neither norm.
+    distance = _root_sum_of_squares(verify.delta_distance(first[module], second[module]) for module in shared)
+    first_norm = _root_sum_of_squares(first_norms[module] for module in shared)
+    second_norm = _root_sum_of_squares(second_norms[module] for module in shared)
+    norm_product = first_norm * second_norm
+    cosine = math.fsum(inner_products.values()) / norm_product if norm_product > 0 else 0.0
+    relative_distance = distance / first_norm if first_norm > 0 else math.inf
+    norm_ratio = second_norm / first_norm if first_norm > 0 else math.inf
     lines += [
-        f"in the {len(shared)} modules of both: |A - B| / |A| = {apart / whole[0] if whole[0] > 0 else math.inf:.3g}, "
-        f"|B| / |A| = {whole[1] / whole[0] if whole[0] > 0 else math.inf:.3g}, cosine {cosine:.3f}",
+        f"in the {len(shared)} modules of both: |A - B| / |A| = {relative_distance:.3g}, "
+        f"|B| / |A| = {norm_ratio:.3g}, cosine {cosine:.3f}",
         "",
         "cosine of each module's change (1: the same direction, 0: unrelated, -1: opposite):",
         *scale_rules.format_table(cosines),
     ]
     if image is not None:
-        rows, columns, values = targets.modules_table(cosines)
-        heatmap.save_heatmap(image, f"cosine, {one.name} and {other.name}", rows, columns, values, 1.0)
+        blocks, columns, rows = targets.modules_table(cosines)
+        heatmap.save_heatmap(image, f"cosine, {path.name} and {other_path.name}", blocks, columns, rows, 1.0)
         lines.append(f"heat map: {image}")
     return lines
 
 
-def _metadata(found: LoraSummary) -> list[str]:
-    return [f"  {key}: {value}" for key, value in sorted(found.metadata.items())]
-
-
 def require_image(path: Path | None) -> None:
-    """Refuse to write an image over something else.
+    """Require that an image to write has the ending of a PNG, so that no LoRA is overwritten by mistake.
 
     Raises:
-        ConfigError: its name is not that of a PNG.
+        ConfigError: it has another ending.
     """
     if path is not None and path.suffix.lower() != ".png":
         raise ConfigError(Problem(f"--picture {path}", "does not end in .png", "give the name of an image"))
 
 
-def _total(norms: Mapping[str, float]) -> float:
-    return math.sqrt(math.fsum(norm**2 for norm in norms.values()))
+def _root_sum_of_squares(values: Iterable[float]) -> float:
+    return math.sqrt(math.fsum(value**2 for value in values))
 
 
-def describe_lora(path: Path, found: LoraSummary) -> list[str]:
-    """What the file is, in a few lines."""
-    groups = ", ".join(f"{name} {count}" for name, count in found.groups.items())
-    ranks = ", ".join(f"{rank} ({count} modules)" for rank, count in found.ranks.most_common())
-    scales = ", ".join(f"{scale:g} ({count} modules)" for scale, count in found.scales.most_common(5))
+def describe_lora(path: Path, summary: LoraSummary) -> list[str]:
+    """Return lines with layout, dtypes, modules, ranks and scales of the file."""
+    groups = ", ".join(f"{name} {count}" for name, count in summary.groups.items())
+    ranks = ", ".join(f"{rank} ({count} modules)" for rank, count in summary.ranks.most_common())
+    scales = ", ".join(f"{scale:g} ({count} modules)" for scale, count in summary.scales.most_common(5))
     return [
-        f"{path}: {found.layout}, {', '.join(found.dtypes)}",
-        f"modules  {sum(found.groups.values())} ({groups})",
+        f"{path}: {summary.layout}, {', '.join(summary.dtypes)}",
+        f"modules  {sum(summary.groups.values())} ({groups})",
         f"rank     {ranks}",
         f"alpha / rank  {scales}",
     ]

@@ -1,4 +1,4 @@
-"""LoRAs as commands are given them: files with weights, all of which must fit the model."""
+"""Parsing and loading of the LoRA arguments of commands: `FILE` or `FILE=WEIGHT`."""
 
 import math
 from dataclasses import dataclass
@@ -11,40 +11,47 @@ from zimage_train.models import locate
 from zimage_train.models.arch import TransformerShape
 
 LARGEST_WEIGHT = 100.0
+"""A larger weight is a typo: the change is linear in it, so 100 already is far beyond any use."""
 
 
 @dataclass(frozen=True)
 class WeightedLora:
-    """`FILE` or `FILE=WEIGHT`."""
+    """A LoRA file and the weight that its delta is multiplied by."""
 
     path: Path
     weight: float
 
 
 def parse_weighted_lora(text: str, where: str = "--lora", is_weight_needed: bool = False) -> WeightedLora:
-    """Take `FILE` or `FILE=WEIGHT`; a file whose own name has a `=` wins.
+    """Parse `FILE` or `FILE=WEIGHT`; an existing file whose name contains `=` takes precedence.
+
+    Args:
+        where: the option or command that an error names.
+        is_weight_needed: whether `FILE` alone is an error instead of a weight of 1.
 
     Raises:
-        ConfigError: the weight is missing where it is needed, no number, or too large for one.
+        ConfigError: the weight is missing though needed, is not a number, or is too large.
     """
     name, equals, weight = text.rpartition("=")
     if not equals or not name or Path(text).exists():
         if not is_weight_needed:
             return WeightedLora(Path(text), 1.0)
-        bare = text.rpartition(":")[0] if _is_number(text.rpartition(":")[2]) else text
-        raise ConfigError(Problem(f"{where} {text}", "has no ratio", f"write {bare}=0.8"))
+        # Some tools write `FILE:0.8`.
+        before_colon, _, after_colon = text.rpartition(":")
+        file = before_colon if _is_number(after_colon) else text
+        raise ConfigError(Problem(f"{where} {text}", "has no ratio", f"write {file}=0.8"))
     number = float(weight) if _is_number(weight) else math.nan
-    if not abs(number) <= LARGEST_WEIGHT:
-        what = f"{weight!r} is not a number from -{LARGEST_WEIGHT:g} to {LARGEST_WEIGHT:g}"
-        raise ConfigError(Problem(f"{where} {text}", what, f"write {name}=0.8"))
+    if not abs(number) <= LARGEST_WEIGHT:  # written so that NaN fails as well
+        message = f"{weight!r} is not a number from -{LARGEST_WEIGHT:g} to {LARGEST_WEIGHT:g}"
+        raise ConfigError(Problem(f"{where} {text}", message, f"write {name}=0.8"))
     return WeightedLora(Path(name), number)
 
 
 def read_weighted_lora(name: Path, *shapes: TransformerShape) -> Lora:
-    """The LoRA `name`, a path or what else `sources.lora_at` takes, all of which fits each model of these shapes.
+    """Return the LoRA `name`, a path or another source that `locate.lora_at` accepts.
 
     Raises:
-        WeightsError: it does not, is no LoRA, or is not to be had.
+        WeightsError: it cannot be obtained, is not a LoRA, or a module of it does not fit one of the `shapes`.
     """
     path = name if name.is_file() else locate.lora_at(name.as_posix(), Location(argument=Argument("--lora")))
     lora = lora_file.read_lora(path)
@@ -53,9 +60,9 @@ def read_weighted_lora(name: Path, *shapes: TransformerShape) -> Lora:
     return lora
 
 
-def matched(one: WeightedLora, lora: Lora) -> str:
-    """What is said of a LoRA that was read so."""
-    return f"{one.path}: matched {len(lora)}/{len(lora)} modules, weight {one.weight:g}"
+def match_message(weighted: WeightedLora, lora: Lora) -> str:
+    """Return the line that reports a LoRA as loaded; `read_weighted_lora` has checked that every module matches."""
+    return f"{weighted.path}: matched {len(lora)}/{len(lora)} modules, weight {weighted.weight:g}"
 
 
 def _is_number(text: str) -> bool:

@@ -1,4 +1,4 @@
-"""The `lora` commands that read whole checkpoints: bake a LoRA into one, extract one from the difference of two."""
+"""The commands `lora bake` and `lora extract`, which read whole checkpoints."""
 
 import json
 import math
@@ -21,18 +21,23 @@ from zimage_train.models import locate
 from zimage_train.report.console import Console
 
 TARGETS = ("comfyui", "diffusers")
-MUCH_LOST = 0.02
+MAX_UNREMARKED_LOSS = 0.02
+"""Relative error of the baked change above which the output suggests fp32."""
 
 
 def bake_command(
     model: str, loras: Sequence[WeightedLora], target: str, dtype: str | None, path: Path, force: bool
 ) -> list[str]:
-    """Write a model with LoRAs added to its weights, for tools that load no LoRA.
+    """Write a model with LoRAs added to its weights, for tools that cannot load LoRAs.
+
+    Args:
+        target: `comfyui` for one file, `diffusers` for a folder.
+        dtype: None keeps the dtype of each weight.
 
     Raises:
-        ConfigError: there is no such layout, or something is at `path`.
-        WeightsError: the model or a LoRA cannot be used, in whole.
-        DiskError: there is no room for it.
+        ConfigError: the target or the dtype does not exist, or `path` does.
+        WeightsError: the model or a LoRA is unreadable, or they do not fit together.
+        DiskError: there is not enough space.
     """
     if target not in TARGETS:
         raise ConfigError(Problem("--to", f"is {target!r}", f"give one of {', '.join(TARGETS)}"))
@@ -42,45 +47,53 @@ def bake_command(
         raise ConfigError(Problem(f"-o {path}", "is a file name", "diffusers takes a folder"))
     if dtype not in (None, *tensorfile.TORCH_DTYPES):
         raise ConfigError(Problem("--dtype", f"is {dtype!r}", "give bf16 or fp32"))
-    lora_edit.require_free(path, force, [one.path for one in loras])
+    lora_edit.require_free(path, force, [weighted.path for weighted in loras])
     console = Console()
     source = locate.transformer_at(model, Location(argument=Argument("MODEL")))
     lora_edit.require_free(path, force, [source])
     shape, tensors = locate.transformer_tensors(source)
-    read = [(lora_args.read_weighted_lora(one.path, shape), one.weight) for one in loras]
-    for one, (lora, _) in zip(loras, read, strict=True):
-        console.info(lora_args.matched(one, lora))
-    kind = tensorfile.DTYPE_NAMES[tensorfile.TORCH_DTYPES[dtype]] if dtype else None
-    size = sum(math.prod(info.shape) * ITEM_BYTES[kind or info.dtype] for info in tensors.values())
+    read_loras = [lora_args.read_weighted_lora(weighted.path, shape) for weighted in loras]
+    for weighted, lora in zip(loras, read_loras, strict=True):
+        console.info(lora_args.match_message(weighted, lora))
+    stored_dtype = tensorfile.DTYPE_NAMES[tensorfile.TORCH_DTYPES[dtype]] if dtype else None
+    size = sum(math.prod(info.shape) * ITEM_BYTES[stored_dtype or info.dtype] for info in tensors.values())
     atomic.require_free_space(
         path.parent, size, f"{source.name} with a LoRA", "free some space, or choose another disk"
     )
-    facts = [lora_edit.facts_of(one.path, weight=one.weight) for one in loras]
+    facts = [lora_edit.file_facts(weighted.path, weight=weighted.weight) for weighted in loras]
+    # Several LoRAs are summed first, so that each weight of the model is rounded once and not once per LoRA.
+    stacked = arithmetic.stack_loras(
+        [(lora, weighted.weight) for lora, weighted in zip(read_loras, loras, strict=True)]
+    )
     with console.live_progress():
         baked = bake.bake_checkpoint(
             source,
-            arithmetic.stack_loras(read),
+            stacked,
             target == "comfyui",
             dtype,
             path,
             {"zimage_train.bake": json.dumps(facts, sort_keys=True)},
             partial(console.progress, "baking"),
         )
-    kinds = ", ".join(sorted({info.dtype for info in tensors.values()})) if dtype is None else dtype
-    lines = [f"{path}: {baked.changed} weights changed, {format_bytes(size)} in {kinds}"]
-    lines.append(f"rounding to {kinds} cost {baked.rounding_error:.2%} of the change")
-    if baked.rounding_error > MUCH_LOST:
-        lines[-1] += ": loaded as a LoRA none is lost; --dtype fp32 keeps it too"
-    what = "the transformer alone" if target == "diffusers" else "the diffusion model alone"
-    return [*lines, f"it is {what}: text encoder and VAE stay where they are (sample takes them by --extras)"]
+    dtypes = ", ".join(sorted({info.dtype for info in tensors.values()})) if dtype is None else dtype
+    lines = [f"{path}: {baked.changed} weights changed, {format_bytes(size)} in {dtypes}"]
+    rounding = f"rounding to {dtypes} cost {baked.rounding_error:.2%} of the change"
+    if baked.rounding_error > MAX_UNREMARKED_LOSS:
+        rounding += ": loading the LoRA beside the model, or --dtype fp32, loses none"
+    content = "transformer" if target == "diffusers" else "diffusion model"
+    note = f"it holds the {content} alone, without text encoder and VAE (sample takes them by --extras)"
+    return [*lines, rounding, note]
 
 
 def extract_command(tuned: str, base: str, rank: int | None, energy: float, output: OutputFile) -> list[str]:
-    """Write the LoRA that leads from one checkpoint to another.
+    """Write the LoRA that leads from checkpoint `base` to `tuned`.
+
+    Args:
+        rank: the rank of each module; None takes the lowest that keeps `energy` of its squared difference.
 
     Raises:
-        ConfigError: something is at the output.
-        WeightsError: one is no Z-Image transformer, they differ in shape, or in nothing.
+        ConfigError: the output exists.
+        WeightsError: one is not a Z-Image transformer, their shapes differ, or their linear weights are equal.
     """
     output.require_free()
     new = locate.transformer_at(tuned, Location(argument=Argument("TUNED")))
@@ -88,17 +101,15 @@ def extract_command(tuned: str, base: str, rank: int | None, energy: float, outp
     output.require_free(new, old)
     console, device = Console(), torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with console.live_progress():
-        found = bake.extract_lora(new, old, rank, energy, device, partial(console.progress, "comparing"))
-    if not found.lora:
-        raise WeightsError(Problem(tuned, f"has the linear weights of {base}", "there is nothing to extract"))
-    lora = {name: lora_edit.on_cpu(factors) for name, factors in found.lora.items()}
+        extracted = bake.extract_lora(new, old, rank, energy, device, partial(console.progress, "comparing"))
+    if not extracted.lora:
+        raise WeightsError(Problem(tuned, f"has the same linear weights as {base}", "there is nothing to extract"))
+    lora = {name: lora_edit.to_cpu(factors) for name, factors in extracted.lora.items()}
     facts = {"rank": rank, "energy": energy, "tuned": Path(tuned).name, "base": Path(base).name}
-    made = metadata.edited_metadata(
-        "extract", [{"ss_base_model_version": "zimage"}], facts, [one.rank for one in lora.values()]
-    )
+    header = metadata.edited_metadata("extract", [{"ss_base_model_version": "zimage"}], facts, lora_edit.ranks_of(lora))
     groups = ", ".join(f"{name} {count}" for name, count in count_by_group(lora).items())
-    lines = [f"{groups}: keeps {found.kept_energy / found.total_energy:.2%} of the squared change"]
-    if found.other_tensors:
-        what = f"{len(found.other_tensors)} other tensors differ too, such as {found.other_tensors[0]}"
-        lines.append(f"note: {what}, which no LoRA can hold")
-    return [*lines, *lora_edit.written(lora, output, made)]
+    lines = [f"{groups}: keeps {extracted.kept_energy / extracted.total_energy:.2%} of the squared change"]
+    if extracted.other_tensors:
+        differing = f"{len(extracted.other_tensors)} other tensors differ too, such as {extracted.other_tensors[0]}"
+        lines.append(f"note: {differing}, which no LoRA can hold")
+    return [*lines, *lora_edit.write_lora(lora, output, header)]

@@ -1,4 +1,4 @@
-"""The `lora` commands that make a LoRA of others: weight, merge, resize, ema, convert."""
+"""The commands `lora weight`, `lora resize`, `lora ema` and `lora convert`, and what `lora merge` shares with them."""
 
 import hashlib
 import math
@@ -26,18 +26,18 @@ from zimage_train.training.run_dir import RunDir
 
 @dataclass(frozen=True)
 class OutputFile:
-    """Where a command writes, and in which precision; `auto` is bf16 where that loses nothing."""
+    """The LoRA file that a command writes, and its dtype; `auto` is bf16 if that is exact, otherwise fp32."""
 
     path: Path
     dtype: str
     force: bool
 
     def require_free(self, *inputs: Path) -> None:
-        """Refuse a place that cannot be written to, or where something is.
+        """Require that the file can be written without replacing another one.
 
         Raises:
-            ConfigError: it is one of `inputs`, has another ending, or is there already.
-            DiskError: its folder cannot be written to.
+            ConfigError: it is one of `inputs`, exists (without --force), or has another ending.
+            DiskError: its folder is not writable.
         """
         require_free(self.path, self.force, inputs)
         if self.path.suffix != ".safetensors":
@@ -47,190 +47,223 @@ class OutputFile:
 
 
 def require_free(path: Path, force: bool, inputs: Sequence[Path]) -> None:
-    """As `Output.require_free`, of any file or folder."""
-    if any(path.exists() and one.exists() and path.samefile(one) for one in inputs):
-        raise ConfigError(Problem(f"-o {path}", "is the file that is read", "give another name"))
+    """Require that the output `path`, a file or a folder, can be written without replacing another one.
+
+    Raises:
+        ConfigError: it is one of `inputs`, or exists; `force` permits to replace a file, but not a folder.
+        DiskError: its folder is not writable.
+    """
+    if any(path.exists() and source.exists() and path.samefile(source) for source in inputs):
+        raise ConfigError(Problem(f"-o {path}", "is a file that is read", "give another name"))
     if os.path.lexists(path) and (path.is_dir() or not force):
-        todo = "give another name" if path.is_dir() else "give another name, or --force"
-        raise ConfigError(Problem(f"-o {path}", "exists", todo))
+        hint = "give another name" if path.is_dir() else "give another name, or --force"
+        raise ConfigError(Problem(f"-o {path}", "exists", hint))
     atomic.require_writable_folder(path.parent)
 
 
 @dataclass(frozen=True)
 class LoraSource:
-    """A LoRA file that was read."""
+    """A LoRA file that has been read."""
 
     path: Path
     lora: Lora
     metadata: Mapping[str, str]
 
     def facts(self, **more: Any) -> dict[str, Any]:
-        """What an output says of it."""
-        return facts_of(self.path, **more)
+        """Return what the metadata of an output records about this file: name, digest, and `more`."""
+        return file_facts(self.path, **more)
 
 
-def facts_of(path: Path, **more: Any) -> dict[str, Any]:
-    """The name and digest of a file, and what was done with it."""
+def file_facts(path: Path, **more: Any) -> dict[str, Any]:
+    """Return name and digest of a file, and `more`, such as its weight in a merge."""
     return {"name": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest(), **more}
 
 
-def read(*paths: Path) -> list[LoraSource]:
-    """Read LoRA files.
+def read_sources(*paths: Path) -> list[LoraSource]:
+    """Return LoRA files with their metadata.
 
     Raises:
-        WeightsError: lists all that cannot be.
+        WeightsError: some cannot be read; it lists all of them.
     """
     errors: list[ZImageTrainError] = []
-    found: list[LoraSource] = []
+    sources: list[LoraSource] = []
     for path in paths:
         with collect_errors(errors):
-            found.append(LoraSource(path, lora_file.read_lora(path), read_header(path).metadata))
+            sources.append(LoraSource(path, lora_file.read_lora(path), read_header(path).metadata))
     raise_all(errors)
-    return found
+    return sources
 
 
-def written(lora: Lora, output: OutputFile, made: Mapping[str, str]) -> list[str]:
-    """Write `lora`, and say what the file is and what rounding has cost."""
+def write_lora(lora: Lora, output: OutputFile, header: Mapping[str, str]) -> list[str]:
+    """Write `lora`, and return a line that reports the file and its rounding error."""
     narrowest = lora_file.narrowest_dtype(lora)
     dtype = narrowest if output.dtype == "auto" else output.dtype
-    short = lora_file.round_to_dtype(lora, "bf16")
-    error = 0.0 if narrowest == "bf16" else max(verify.relative_error(lora[name], short[name]) for name in lora)
-    said = "which holds it to the bit" if dtype == narrowest == "bf16" else f"rounded by up to {error:.1e} of a change"
-    if dtype == "fp32":
-        said = f"since bf16 would round by up to {error:.1e} of a change" if error else "though bf16 would hold it too"
+    bf16_error = 0.0
+    if narrowest != "bf16":
+        in_bf16 = lora_file.round_to_dtype(lora, "bf16")
+        bf16_error = max(verify.relative_error(lora[name], in_bf16[name]) for name in lora)
+    if dtype == "fp32" and bf16_error > 0:
+        rounding = f"since bf16 would round by up to {bf16_error:.1e} of a change"
+    elif dtype == "fp32":
+        rounding = "though bf16 would be exact too"
+    elif narrowest == "bf16":
+        rounding = "which is exact"
+    else:
+        rounding = f"rounded by up to {bf16_error:.1e} of a change"
     norm = math.sqrt(math.fsum(inspect.delta_norm(factors) ** 2 for factors in lora.values()))
     if norm == 0:
-        raise ConfigError(Problem(str(output.path), "would change nothing: all its changes are 0", "nothing written"))
-    lora_file.export_lora(output.path, lora, dtype, made)
-    what = f"{len(lora)} modules, rank {rank_said(lora)}, norm {norm:.4g}"
-    return [f"{output.path}: {what}, {format_bytes(output.path.stat().st_size)} in {dtype}, {said}"]
+        message = "would change nothing: all its changes are 0"
+        raise ConfigError(Problem(str(output.path), message, "nothing was written"))
+    lora_file.export_lora(output.path, lora, dtype, header)
+    content = f"{len(lora)} modules, rank {format_ranks(lora)}, norm {norm:.4g}"
+    return [f"{output.path}: {content}, {format_bytes(output.path.stat().st_size)} in {dtype}, {rounding}"]
 
 
-def on_cpu(factors: Factors) -> Factors:
+def to_cpu(factors: Factors) -> Factors:
+    """Return the factors in CPU memory."""
     return Factors(factors.a.cpu(), factors.b.cpu(), factors.scale)
 
 
-def weight(path: Path, texts: Sequence[str], output: OutputFile | None) -> list[str]:
-    """Scale the change of each module by rules; without `output`, only show by how much.
+def weight_command(path: Path, texts: Sequence[str], output: OutputFile | None) -> list[str]:
+    """Scale the delta of each module by rules; without `output`, return the table of factors.
 
     Raises:
-        ConfigError: a rule is none, or none of them names a module of the file.
-        WeightsError: the file is no plain LoRA.
+        ConfigError: a rule is not valid, no rule names a module of the file, or every factor is 0.
+        WeightsError: the file is not a plain LoRA.
     """
-    scales = scale_rules.parse_rules(texts)
+    rules = scale_rules.parse_rules(texts)
     if output is not None:
         output.require_free(path)
-    source = read(path)[0]
-    lines = unmet([(rule, [source]) for rule in scales])
-    factors = scale_rules.module_weights(scales, source.lora)
+    source = read_sources(path)[0]
+    lines = unmatched_notes([(rule, [source]) for rule in rules])
+    weights = scale_rules.module_weights(rules, source.lora)
     if output is None:
-        return [*lines, *scale_rules.format_table(factors)]
-    scaled = arithmetic.sum_loras([(source.lora, factors)])
+        return [*lines, *scale_rules.format_table(weights)]
+    scaled = arithmetic.sum_loras([(source.lora, weights)])
     if not scaled:
         raise ConfigError(Problem("lora weight", "every factor is 0, so nothing is left", "keep a module"))
-    made = metadata.edited_metadata(
-        "weight", [source.metadata], {"from": source.facts(), "scale": list(texts)}, ranks_of(scaled)
-    )
-    if gone := len(source.lora) - len(scaled):
-        lines.append(f"{gone} modules have factor 0 and are left out")
-    return [*lines, *written(scaled, output, made)]
+    facts = {"from": source.facts(), "scale": list(texts)}
+    header = metadata.edited_metadata("weight", [source.metadata], facts, ranks_of(scaled))
+    removed = len(source.lora) - len(scaled)
+    if removed:
+        lines.append(f"{removed} modules have factor 0 and are left out")
+    return [*lines, *write_lora(scaled, output, header)]
 
 
-def resize(path: Path, rank: int | None, energy: float, output: OutputFile) -> list[str]:
-    """Bring a LoRA to `rank`, or to the lowest ranks that keep `energy` of each module's squared change.
+def resize_command(path: Path, rank: int | None, energy: float, output: OutputFile) -> list[str]:
+    """Reduce a LoRA to `rank`, or for None to the lowest ranks that keep `energy` of each module's squared delta.
 
     Raises:
-        WeightsError: the file is no plain LoRA.
+        ConfigError: the file has no higher rank than that.
+        WeightsError: the file is not a plain LoRA.
     """
     output.require_free(path)
-    source = read(path)[0]
-    before = rank_said(source.lora)
+    source = read_sources(path)[0]
+    before = format_ranks(source.lora)
     if rank is not None and rank >= max(ranks_of(source.lora)):
-        todo = "no rank adds what is not there; lora convert copies it"
-        raise ConfigError(Problem("--rank", f"is {rank}, and {path} has rank {before} already", todo))
-    small, kept = reduced(source.lora, rank, energy, output)
+        hint = "a higher rank would add nothing; lora convert copies the file"
+        raise ConfigError(Problem("--rank", f"is {rank}, but {path} already has rank {before}", hint))
+    small, kept = reduce_lora(source.lora, rank, energy)
     facts = {"from": source.facts(), "rank": rank, "energy": energy}
-    made = metadata.edited_metadata("resize", [source.metadata], facts, ranks_of(small))
-    dtype = as_is(source) if output.dtype == "auto" else output.dtype
-    return [f"rank {before} -> {rank_said(small)}: {kept}", *written(small, replace(output, dtype=dtype), made)]
+    header = metadata.edited_metadata("resize", [source.metadata], facts, ranks_of(small))
+    # The factors of an SVD are never exact in bf16. So `auto` keeps the dtype of the source here, rather than double
+    # the size of a file that was to become smaller.
+    dtype = source_dtype(source) if output.dtype == "auto" else output.dtype
+    lines = write_lora(small, replace(output, dtype=dtype), header)
+    return [f"rank {before} -> {format_ranks(small)}: {kept}", *lines]
 
 
-def as_is(source: LoraSource) -> str:
-    """The precision of a file that is nothing but smaller: that of the one it was made of."""
-    return "fp32" if any(one.a.dtype == torch.float32 for one in source.lora.values()) else "bf16"
+def source_dtype(source: LoraSource) -> str:
+    """Return `fp32` if any factor of the file has it, otherwise `bf16`."""
+    return "fp32" if any(factors.a.dtype == torch.float32 for factors in source.lora.values()) else "bf16"
 
 
-def saves(given: Sequence[Path]) -> list[Path]:
-    """The LoRA files that are meant: themselves, or all that a run saved.
+def find_saves(paths: Sequence[Path]) -> list[Path]:
+    """Return the LoRA files that `paths` stand for: a file for itself, a run folder for all files that it saved.
 
     Raises:
-        ConfigError: a folder is no run's, or a path is not there.
+        ConfigError: a folder is not that of a run.
     """
-    found: list[Path] = []
-    for path in given:
+    saves: list[Path] = []
+    for path in paths:
         if path.is_dir():
             _require_run(path)
             run = RunDir(path, compare.settings_of(path)["name"])
-            found += [one for one in sorted(run.lora().parent.glob("*.safetensors")) if one.stem.startswith(run.name)]
+            files = sorted(run.lora().parent.glob("*.safetensors"))
+            saves += [file for file in files if file.stem.startswith(run.name)]
         else:
-            found.append(path)
-    return found
+            saves.append(path)
+    return saves
 
 
 def _require_run(folder: Path) -> None:
     if not (folder / "config.yaml").exists():
-        near = [one for one in (folder.parent, *sorted(folder.glob("*"))) if (one / "config.yaml").exists()]
-        todo = f"did you mean {near[0]}?" if near else "give output/NAME of a run, or LoRA files"
-        raise ConfigError(Problem(str(folder), "is no run folder: it has no config.yaml", todo))
+        candidates = (folder.parent, *sorted(folder.glob("*")))
+        near = [candidate for candidate in candidates if (candidate / "config.yaml").exists()]
+        hint = f"did you mean {near[0]}?" if near else "give output/NAME of a run, or LoRA files"
+        raise ConfigError(Problem(str(folder), "is not a run folder: it has no config.yaml", hint))
 
 
-def ema(paths: Sequence[Path], decay: float | None, sigma_rel: float | None, output: OutputFile) -> list[str]:
-    """The average that a run would have had, from the LoRAs that it saved.
+def ema_command(paths: Sequence[Path], decay: float | None, sigma_rel: float | None, output: OutputFile) -> list[str]:
+    """Write the average over a run, computed afterwards from the LoRAs that it saved.
+
+    Args:
+        decay: the decay per step; None uses `sigma_rel`, the relative width of a power law (EDM2).
 
     Raises:
-        WeightsError: a file says no step, or they are not of one run.
+        ConfigError: two files are of the same step, they are of several runs, or there is only one.
+        WeightsError: a file does not record its step, or their modules or ranks differ.
     """
     output.require_free(*paths)
     by_step: dict[int, LoraSource] = {}
-    for source in read(*paths):
-        first = by_step.setdefault(_step(source), source)
+    for source in read_sources(*paths):
+        step = _step_of(source)
+        first = by_step.setdefault(step, source)
+        # The last save of a run may exist twice, with and without its step in the name; equal files count once.
         if first.lora.keys() != source.lora.keys() or source.path.read_bytes() != first.path.read_bytes():
-            what = f"is of step {_step(source)}, as {first.path} is"
-            raise ConfigError(Problem(str(source.path), what, "give each save once"))
-    names_ = {source.metadata.get("ss_output_name") for source in by_step.values()}
-    if len(names_) > 1:
-        what = f"these are of several runs ({', '.join(sorted(map(str, names_)))}), with factors of their own"
-        raise ConfigError(Problem("lora ema", what, "lora merge takes the mean of their changes"))
+            message = f"is of step {step}, as {first.path} is"
+            raise ConfigError(Problem(str(source.path), message, "give each save once"))
+    runs = {source.metadata.get("ss_output_name") for source in by_step.values()}
+    if len(runs) > 1:
+        # The factors of two runs are unrelated, even where their deltas are alike: B R and R^-1 A are the same delta
+        # for any invertible R. Only deltas can be averaged then.
+        message = f"these are of several runs ({', '.join(sorted(map(str, runs)))}), with unrelated factors"
+        raise ConfigError(Problem("lora ema", message, "lora merge takes the mean of their changes"))
     steps = sorted(by_step)
     if len(steps) < 2:
-        todo = "give several, or train with a smaller save.every"
-        raise ConfigError(Problem("lora ema", "there is one save, and so nothing to average", todo))
+        hint = "give several, or train with a smaller save.every"
+        raise ConfigError(Problem("lora ema", "there is only one save, so nothing to average", hint))
     shares = arithmetic.ema_weights(steps, decay, sigma_rel)
     sources = [by_step[step] for step in steps]
     mean = arithmetic.mean_of_factors([source.lora for source in sources], shares)
-    used = [source.facts(step=step, share=share) for source, step, share in zip(sources, steps, shares, strict=True)]
+    used: list[dict[str, Any]] = []
+    lines: list[str] = []
+    for step, share, source in zip(steps, shares, sources, strict=True):
+        used.append(source.facts(step=step, share=share))
+        lines.append(f"step {step}: {share:.1%}  {source.path}")
     facts = {"decay": decay, "sigma_rel": sigma_rel, "from": used}
-    made = metadata.edited_metadata("ema", [source.metadata for source in sources], facts, ranks_of(mean))
-    lines = [f"step {step}: {share:.1%}  {by_step[step].path}" for step, share in zip(steps, shares, strict=True)]
-    return [*lines, *written(mean, output, made)]
+    header = metadata.edited_metadata("ema", [source.metadata for source in sources], facts, ranks_of(mean))
+    return [*lines, *write_lora(mean, output, header)]
 
 
-def convert(path: Path, target: str, output: OutputFile) -> list[str]:
-    """Write a LoRA, DoRA, LoKr or LoHa in another layout; the way there and back changes no bit.
+def convert_command(path: Path, target: str, output: OutputFile) -> list[str]:
+    """Write a LoRA, DoRA, LoKr or LoHa in another layout; converting back restores the same file.
 
     Raises:
-        ConfigError: there is no such layout.
-        WeightsError: the file is none of them, or the layout has no place for it.
+        ConfigError: the layout does not exist.
+        WeightsError: the file is none of these kinds, or the layout cannot hold it.
     """
     if target not in formats.LAYOUTS:
         raise ConfigError(Problem("--to", f"is {target!r}", f"give one of {', '.join(formats.LAYOUTS)}"))
     output.require_free(path)
-    changes, found = lora_file.read_changes(path)
-    tensors, made = formats.to_layout(path, changes, found, target)
+    changes, source_metadata = lora_file.read_changes(path)
+    tensors, header = formats.to_layout(path, changes, source_metadata, target)
     if output.dtype != "auto":
-        kind = tensorfile.TORCH_DTYPES[output.dtype]
-        tensors = {key: one if key.endswith(".alpha") else one.to(kind) for key, one in tensors.items()}
-    tensorfile.save(output.path, tensors, made)
+        torch_dtype = tensorfile.TORCH_DTYPES[output.dtype]
+        for key, tensor in tensors.items():
+            if not key.endswith(".alpha"):
+                tensors[key] = tensor.to(torch_dtype)
+    tensorfile.save(output.path, tensors, header)
     kinds = ", ".join(sorted({str(lora_file.kind_of(change)) for change in changes.values()}))
     size = format_bytes(output.path.stat().st_size)
     return [
@@ -240,62 +273,80 @@ def convert(path: Path, target: str, output: OutputFile) -> list[str]:
     ]
 
 
-def reduced(lora: Lora, rank: int | None, energy: float, output: OutputFile) -> tuple[Lora, str]:
-    return each(lora, output, lambda name: arithmetic.reduce_rank(lora[name], rank, energy, name))
+def reduce_lora(lora: Lora, rank: int | None, energy: float) -> tuple[Lora, str]:
+    """Return `lora` with lower ranks, and the sentence that reports how much is kept; see `factorize_modules`."""
+    return factorize_modules(lora, lambda name: arithmetic.reduce_rank(lora[name], rank, energy, name))
 
 
-def each(
-    modules: Iterable[str], output: OutputFile, make: Callable[[str], tuple[Factors, float, float]]
+def factorize_modules(
+    modules: Iterable[str], factorize: Callable[[str], tuple[Factors, float, float]]
 ) -> tuple[Lora, str]:
-    """`make` of each module with progress, and the share of the squared change that is kept, in all and at worst."""
-    console, found = Console(stream=sys.stderr), list(modules)
+    """Return the factors of each module, and a sentence with the share of the squared delta kept, in all and at worst.
+
+    Args:
+        factorize: returns the factors of a module, their squared norm, and that of the delta that they approximate.
+    """
+    console, names = Console(stream=sys.stderr), list(modules)
     lora: Lora = {}
-    kept = total = 0.0
-    worst, where = 1.0, ""
+    kept_sum = total_sum = 0.0
+    worst_share, worst_module = 1.0, ""
     with console.live_progress():
-        for done, name in enumerate(found, 1):
-            lora[name], one, whole = make(name)
-            kept, total = kept + one, total + whole
-            if whole > 0 and one / whole < worst:
-                worst, where = one / whole, name
-            console.progress("modules", done, len(found))
-    least = f", least in {where} ({worst:.2%})" if where else ""
-    return lora, f"keeps {kept / total if total > 0 else 1.0:.2%} of the squared change{least}"
+        for done, name in enumerate(names, 1):
+            lora[name], kept, total = factorize(name)
+            kept_sum += kept
+            total_sum += total
+            if total > 0 and kept / total < worst_share:
+                worst_share, worst_module = kept / total, name
+            console.progress("modules", done, len(names))
+    share = kept_sum / total_sum if total_sum > 0 else 1.0
+    worst = f", least in {worst_module} ({worst_share:.2%})" if worst_module else ""
+    return lora, f"keeps {share:.2%} of the squared change{worst}"
 
 
-def unmet(scales: Sequence[tuple[ScaleRule, Sequence[LoraSource]]]) -> list[str]:
-    """What rules name nothing in any file that they are for; where none names anything, that is a mistake."""
-    lost = [
-        (rule, sources)
-        for rule, sources in scales
-        if all(scale_rules.unmatched_rules([rule], one.lora) for one in sources)
-    ]
-    if scales and len(lost) == len(scales):
-        source = scales[0][1][0]
-        what = f"no rule names any of its {len(source.lora)} modules"
-        raise ConfigError(Problem(str(source.path), what, f"it has {', '.join(_components(source.lora))}"))
-    return [f"note: {rule.text} names nothing in {', '.join(str(one.path) for one in of)}" for rule, of in lost]
+def unmatched_notes(rules: Sequence[tuple[ScaleRule, Sequence[LoraSource]]]) -> list[str]:
+    """Return a note for each rule that names no module in any of the files that it applies to.
+
+    Raises:
+        ConfigError: no rule names any module.
+    """
+    unmatched: list[tuple[ScaleRule, Sequence[LoraSource]]] = []
+    for rule, sources in rules:
+        if all(scale_rules.unmatched_rules([rule], source.lora) for source in sources):
+            unmatched.append((rule, sources))
+    if rules and len(unmatched) == len(rules):
+        source = rules[0][1][0]
+        message = f"no rule names any of its {len(source.lora)} modules"
+        raise ConfigError(Problem(str(source.path), message, f"it has {_blocks_and_components(source.lora)}"))
+    notes: list[str] = []
+    for rule, sources in unmatched:
+        files = ", ".join(str(source.path) for source in sources)
+        notes.append(f"note: {rule.text} names nothing in {files}")
+    return notes
 
 
-def _components(lora: Lora) -> list[str]:
+def _blocks_and_components(lora: Lora) -> str:
     blocks, components, _ = targets.modules_table(dict.fromkeys(lora, 1.0))
-    return [f"{blocks[0]} to {blocks[-1]}", *components]
+    return ", ".join([f"{blocks[0]} to {blocks[-1]}", *components])
 
 
 def ranks_of(lora: Lora) -> list[int]:
+    """Return the rank of each module."""
     return [factors.rank for factors in lora.values()]
 
 
-def rank_said(lora: Lora) -> str:
+def format_ranks(lora: Lora) -> str:
+    """Return the common rank, or `4 to 16` for the lowest and the highest."""
     ranks = ranks_of(lora)
     return str(ranks[0]) if len(set(ranks)) == 1 else f"{min(ranks)} to {max(ranks)}"
 
 
-def _step(source: LoraSource) -> int:
-    """The step at which a run saved a LoRA, by its header or else its name."""
+def _step_of(source: LoraSource) -> int:
+    """Return the step at which a run saved a LoRA, from its metadata or else its name."""
+    text = source.metadata.get("ss_steps", "")
     match = re.search(r"-(\d{6,})$", source.path.stem)
-    said = source.metadata.get("ss_steps", "") or (match[1] if match else "")
-    if not said.isdecimal() or len(said) > 12 or int(said) == 0:
-        what = "says in neither header nor name at which step it was saved"
-        raise WeightsError(Problem(str(source.path), what, "give LoRAs that a run saved"))
-    return int(said)
+    if not text and match:
+        text = match[1]
+    if not text.isdecimal() or len(text) > 12 or int(text) == 0:
+        message = "has its step neither in its metadata nor in its name"
+        raise WeightsError(Problem(str(source.path), message, "give LoRAs that a run saved"))
+    return int(text)

@@ -101,7 +101,7 @@ def _sample(
     found, shape = locate_model(model)
     read = [(lora_args.read_weighted_lora(one.path, shape), one.weight) for one in loras]
     for one, (lora, _) in zip(loras, read, strict=True):
-        console.info(lora_args.matched(one, lora))
+        console.info(lora_args.match_message(one, lora))
     stacked = arithmetic.stack_loras(read)
     loaded = load_model(model, found, shape, stacked, recipes, console, room)
     many = AT_ONCE_IN_MEMORY * room.at_once
