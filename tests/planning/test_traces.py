@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[2]
-TRACES = ROOT / "tests" / "traces"
+TRACES = Path(__file__).parent / "traces"
 FILES = sorted(TRACES.glob("*.json.xz"))
 MODES, SIDES, KINDS = ("none", "elementwise", "attention", "w1w3", "full"), (512, 768, 1024), (None, "int8", "nf4")
 
