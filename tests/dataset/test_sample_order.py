@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 
 from zimage_train.config.schema import Config, PreserveSettings
 from zimage_train.dataset.sample_order import (
-    MicroBatch,
     Sample,
     SampleOrder,
     TrainItem,
@@ -64,13 +63,13 @@ def plan_of(
     return make_sample_order(made, make_items(made, found or [images(count)]), processes)
 
 
-def first_batches(plan: SampleOrder, count: int) -> list[MicroBatch]:
+def first_batches(plan: SampleOrder, count: int) -> list[tuple[Sample, ...]]:
     """The first `count` micro-batches, step by step."""
     steps = itertools.count(1)
     return list(itertools.islice(itertools.chain.from_iterable(map(plan.step_batches, steps)), count))
 
 
-def samples_of(batches: list[MicroBatch]) -> list[Sample]:
+def samples_of(batches: list[tuple[Sample, ...]]) -> list[Sample]:
     return [sample for batch in batches for sample in batch]
 
 
@@ -450,9 +449,10 @@ def test_epochs_become_steps(epochs: float, grad_accumulation: int, processes: i
     made = config(grad_accumulation=grad_accumulation)
     train = made.train.model_copy(update={"epochs": float(epochs)})
     made = made.model_copy(update={"train": train})
-    found = resolve_epochs(made, make_items(made, [images(12)]), processes)
+    order = make_sample_order(made, make_items(made, [images(12)]), processes)
+    found = resolve_epochs(made, order)
     assert (found.train.steps, found.train.epochs) == (steps, None)
-    assert resolve_epochs(config(), make_items(made, [images(12)]), processes) == config()
+    assert resolve_epochs(config(), order) == config()
 
 
 # Prompts that are drawn
@@ -500,5 +500,5 @@ def test_rounding_adds_no_step(share: float):
     made = config(entries=[{}, CLASS])
     train = made.train.model_copy(update={"epochs": 1.0, "regularization_share": share})
     made = made.model_copy(update={"train": train})
-    found = resolve_epochs(made, make_items(made, [images(12), images(2, tag="b")]), 1)
+    found = resolve_epochs(made, make_sample_order(made, make_items(made, [images(12), images(2, tag="b")])))
     assert found.train.steps == -(-12 * 100 // (100 - round(share * 100)))

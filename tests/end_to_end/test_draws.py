@@ -43,7 +43,7 @@ from zimage_train.config.schema import Config
 from zimage_train.dataset import tensor_cache
 from zimage_train.dataset.buckets import Bucket
 from zimage_train.dataset.masks import Mask
-from zimage_train.dataset.sample_order import MicroBatch, Sample, SampleOrder, TrainItem, make_items, make_sample_order
+from zimage_train.dataset.sample_order import Sample, SampleOrder, TrainItem, make_items, make_sample_order
 from zimage_train.dataset.scan import ImageRecord, dataset_fingerprint, scan_entry
 from zimage_train.diffusion import request, sampler
 from zimage_train.diffusion.frozen import load_frozen
@@ -51,10 +51,11 @@ from zimage_train.io.safetensors_format import read_header
 from zimage_train.lora import arithmetic, blending, format_metadata, layers, metadata
 from zimage_train.optim import ema, optimizers
 from zimage_train.report.metrics import RecordWriter, read_records
-from zimage_train.training import build, loop, loss, preview_sets, run_dir, validation
+from zimage_train.training import batch as batches
+from zimage_train.training import build, loop, preview_sets, run_dir, validation
 from zimage_train.training.dry_run import _full_batches
 from zimage_train.training.run_dir import RunDir
-from zimage_train.training.self_distill import GeneratedData, imitation_batch
+from zimage_train.training.self_distill import GeneratedData
 from zimage_train.training.state import TrainState
 
 from helpers import ROOT
@@ -175,7 +176,7 @@ def named(item: TrainItem) -> str:
     return f"{item.entry}:{item.image.path.name}@{item.resolution}#{item.repeat}{'m' if item.flip else ''}"
 
 
-def shown(batch: MicroBatch) -> str:
+def shown(batch: tuple[Sample, ...]) -> str:
     return f"epoch {batch[0].epoch}: " + " ".join(named(sample.item) for sample in batch)
 
 
@@ -227,12 +228,12 @@ def sigma(scratch: Path) -> Table:
     for kind in get_args(settings["type"].annotation):
         for bias in get_args(settings["bias"].annotation):
             made = config([FLIPPED, SINGLE, CLASS], timesteps={"type": kind, "bias": bias})
-            table[f"{kind}, {bias}"] = [places(loss.sample_sigma(made, sample)) for sample in samples]
+            table[f"{kind}, {bias}"] = [places(batches.sample_sigma(made, sample)) for sample in samples]
     cut = config([FLIPPED, SINGLE, CLASS], timesteps={"type": "uniform_shift", "min": 0.2, "max": 0.7})
-    table["shift, cut to 0.2 .. 0.7"] = [places(loss.sample_sigma(cut, sample)) for sample in samples]
+    table["shift, cut to 0.2 .. 0.7"] = [places(batches.sample_sigma(cut, sample)) for sample in samples]
     linear = config([FLIPPED, SINGLE, CLASS], timesteps={"type": "linear"})
     for sample in first_samples(12):
-        table[f"linear, epoch {sample.epoch}: {named(sample.item)}"] = places(loss.sample_sigma(linear, sample))
+        table[f"linear, epoch {sample.epoch}: {named(sample.item)}"] = places(batches.sample_sigma(linear, sample))
     return table
 
 
@@ -240,15 +241,15 @@ def noise(scratch: Path) -> Table:
     made, shape = config([FLIPPED, SINGLE, CLASS]), torch.Size((16, 8, 12))
     table: Table = {}
     for sample in first_samples(6):
-        table[f"epoch {sample.epoch}: {named(sample.item)}"] = normal(loss.sample_noise(made, sample, shape))
+        table[f"epoch {sample.epoch}: {named(sample.item)}"] = normal(batches.sample_noise(made, sample, shape))
     samples = tuple(first_samples(2))
     latents, embeds = [torch.zeros(shape)] * 2, [torch.zeros(3, 4)] * 2
-    batch = loss.make_batch(made, samples, latents, embeds, loss.BatchExtras())
+    batch = batches.make_batch(made, samples, latents, embeds, batches.BatchExtras())
     table["a batch"] = {"noise": normal(batch.noise), "sigma": [places(one) for one in batch.sigma]}
     whole = several().longest_sample(samples[0].item)
     table["the sample of a rehearsal"] = {
         "key": list(whole.key()),
-        "noise": normal(loss.sample_noise(made, whole, shape)),
+        "noise": normal(batches.sample_noise(made, whole, shape)),
     }
     return table
 
@@ -309,9 +310,10 @@ def own_images(scratch: Path) -> Table:
             name = f"{made.train.method}, {item.image.prompts[0]}"
             table[name] = {"digest": item.image.digest, "recipe": fields(own.request(item)), "key": own.key(item)}
             if own.imitates:
-                samples = [plan.sample(item, epoch) for epoch in range(8)]
+                samples = tuple(plan.sample(item, epoch) for epoch in range(8))
                 states = [torch.zeros(len(own.student_sigmas), 16, 8, 8)] * 8
-                batch = imitation_batch(own, samples, states, [torch.zeros(3, 4)] * 8, loss.BatchExtras())
+                extras, embeds = batches.BatchExtras(), [torch.zeros(3, 4)] * 8
+                batch = batches.make_imitation_batch(made, samples, states, embeds, extras)
                 table[name]["interval"] = [f"{one:.6f}" for one in batch.sigma.tolist()]
     return table
 

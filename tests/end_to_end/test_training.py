@@ -18,7 +18,7 @@ from zimage_train.config.load import read_config
 from zimage_train.config.schema import Config
 from zimage_train.errors import Stopped, WeightsError
 from zimage_train.report.metrics import read_records
-from zimage_train.training import loss
+from zimage_train.training import batch
 from zimage_train.training.state import is_due
 
 from helpers import PREVIEWED, facts, folder, losses, stop_after
@@ -198,14 +198,14 @@ def test_the_logged_rate_is_the_one_of_the_schedule(make_config):
 
 def test_caption_dropout_of_one_trains_on_the_empty_prompt_alone(make_config, monkeypatch):
     used: set[int] = set()
-    original = loss.make_batch
+    original = batch.make_batch
 
     def spy(config, samples, latents, embeds, extras):
         used.update(one.shape[0] for one in embeds)
         return original(config, samples, latents, embeds, extras)
 
-    monkeypatch.setattr("zimage_train.training.state.make_batch", spy)
-    monkeypatch.setattr("zimage_train.commands.train.dry_run", lambda run: (run, {}))
+    monkeypatch.setattr("zimage_train.training.batch.make_batch", spy)
+    monkeypatch.setattr("zimage_train.commands.train.dry_run", lambda run: run)
     data = [{"folder": str(mini.IMAGES), "resolution": [64], "trigger": "zorb", "caption_dropout": 1.0}]
     run_training(make_config(data=data), fresh=False)
     assert used == {8}  # the template around nothing: never zeros, never no tokens

@@ -81,7 +81,7 @@ def test_a_skipped_step_is_not_averaged(make_config, monkeypatch):
         ema.Ema, "update", lambda self, trained, step: (steps.append(step), update(self, trained, step))
     )
     poison(monkeypatch, {3})
-    monkeypatch.setattr("zimage_train.commands.train.dry_run", lambda run: (run, {}))
+    monkeypatch.setattr("zimage_train.commands.train.dry_run", lambda run: run)
     run_training(make_config(ema={"decay": 0.5}, train={"steps": 4, "batch_size": 2}), fresh=False)
     assert steps == [1, 2, 4]
 

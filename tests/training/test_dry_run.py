@@ -4,6 +4,7 @@ import json
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -29,7 +30,7 @@ def test_it_leaves_no_trace_in_what_is_trained(make_config, monkeypatch):
     config = make_config(sample=PREVIEWED | {"first": False}, lora={"dropout": 0.2})
     run_training(config, fresh=False)
     assert facts(config)["rehearsal"]["seconds"] > 0
-    monkeypatch.setattr("zimage_train.commands.train.dry_run", lambda run: (run, {}))
+    monkeypatch.setattr("zimage_train.commands.train.dry_run", lambda run: run)
     plain = make_config(name="plain", sample=PREVIEWED | {"first": False}, lora={"dropout": 0.2})
     run_training(plain, fresh=False)
     assert losses(config) == losses(plain)
@@ -278,7 +279,12 @@ def test_the_largest_batch_of_every_mode_is_rehearsed_the_one_that_takes_most_fi
     limits: dict[RecomputeMode, int] = {"none": 80, "elementwise": 0, "w1w3": 0, "attention": 0, "full": NO_LIMIT}
     planned = fit.plan_for_devices
     planning = "zimage_train.commands.train.plan_for_devices"
-    monkeypatch.setattr(planning, lambda *args: replace(planned(*args), limits=limits))
+
+    def plan_with_limits(*args: Any) -> Any:
+        spec, plan = planned(*args)
+        return spec, replace(plan, limits=limits)
+
+    monkeypatch.setattr(planning, plan_with_limits)
     data = [{"folder": str(mini.IMAGES), "resolution": [64, 128], "trigger": "zorb"}]
     run_training(make_config(data=data, train={"steps": 1, "batch_size": 1}), fresh=False)
     assert len(seen) >= 2 and seen[0] < seen[1]

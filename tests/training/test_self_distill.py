@@ -14,15 +14,20 @@ from zimage_train.commands.train import run_training
 from zimage_train.config.dataset import DataEntry
 from zimage_train.config.load import read_config
 from zimage_train.config.schema import Config
+from zimage_train.dataset.sample_order import TrainItem
 from zimage_train.diffusion import flow
 from zimage_train.diffusion.frozen import load_frozen
+from zimage_train.diffusion.request import SamplingRequest
 from zimage_train.diffusion.sampler import sample_latents, sample_trajectory
 from zimage_train.errors import ConfigError, DataError, Stopped, ZImageTrainError
 from zimage_train.lora import lora_file, swap
 from zimage_train.models import text_encoder
 from zimage_train.planning.preflight import check_run
-from zimage_train.training import build, loop
+from zimage_train.training import loop
+from zimage_train.training.batch import load_batch
 from zimage_train.training.loss import losses as losses_of
+from zimage_train.training.self_distill import GeneratedData
+from zimage_train.training.state import TrainState
 
 from helpers import folder, losses, stop_after
 
@@ -79,13 +84,17 @@ def imitating(make_config, broken: Path, **changes: object) -> Config:
     return values.model_copy(update={"data": entries})
 
 
-def first_run(config: Config, monkeypatch: pytest.MonkeyPatch) -> build.TrainState:
+def request_of(run: TrainState, item: TrainItem) -> SamplingRequest:
+    return GeneratedData(run.config, ()).request(item)
+
+
+def first_run(config: Config, monkeypatch: pytest.MonkeyPatch) -> TrainState:
     """The run as the loop gets it."""
     seen = []
     from zimage_train.commands import train
 
     monkeypatch.setattr(loop, "train", lambda run, metrics, events: seen.append(run))
-    monkeypatch.setattr(train, "dry_run", lambda run: (run, {}))
+    monkeypatch.setattr(train, "dry_run", lambda run: run)
     monkeypatch.setattr(train, "write_report", lambda run: None)
     run_training(config, fresh=True)
     return seen[0]
@@ -96,7 +105,7 @@ def test_the_target_is_the_teachers_mean_velocity_over_the_interval(make_config,
     config = imitating(make_config, broken)
     run = first_run(config, monkeypatch)
     samples = run.micro_batches(1)[0]
-    batch = run.load(samples)
+    batch = load_batch(config, run.dataset, samples)
     found = batch.noise - batch.x0
     mixture = flow.interpolate(batch.x0, batch.noise, batch.sigma)
     assert {round(float(sigma), 4) for sigma in batch.sigma} <= {round(sigma, 4) for sigma in TURBO_SIGMAS[:-1]}
@@ -104,10 +113,9 @@ def test_the_target_is_the_teachers_mean_velocity_over_the_interval(make_config,
 
     model = load_frozen(mini.TURBO / "transformer", None, "fp32", CPU).model.eval()
     encoder = text_encoder.load_text_encoder(mini.TURBO, CPU, torch.float32)
-    assert run.dataset.generated is not None
     with swap.with_lora(model, lora_file.read_lora(broken)):
         for index, sample in enumerate(samples):
-            recipe = run.dataset.generated.request(sample.item)
+            recipe = request_of(run, sample.item)
             assert (recipe.steps, recipe.guidance, recipe.prompt) == (12, 1.0, sample.prompt)
             embeds = dict(encoder.encode_all([recipe.prompt, ""], lambda done, total: None))
             positive, empty = embeds[recipe.prompt], embeds[""]
@@ -144,8 +152,6 @@ def test_imitation_trains_the_lora_it_began_with_towards_its_own_many_steps(make
     )
     run = first_run(config, monkeypatch)
     items = run.order.items[:6]
-    own = run.dataset.generated
-    assert own is not None
     ends = {item: run.dataset.latents(item)[-1] for item in items}
 
     def far(lora) -> float:
@@ -153,8 +159,8 @@ def test_imitation_trains_the_lora_it_began_with_towards_its_own_many_steps(make
         with swap.replaced_lora(model, lora):
             total = 0.0
             for item in items:
-                eight = own.request(item).__class__.from_json(
-                    own.request(item)
+                eight = request_of(run, item).__class__.from_json(
+                    request_of(run, item)
                     .to_json()
                     .replace('"steps": 12', '"steps": 8')
                     .replace('"guidance": 1.0', '"guidance": 0.0')
@@ -178,14 +184,13 @@ def test_de_distill_trains_on_latents_that_turbo_draws_in_eight_steps(make_confi
     run = first_run(config, monkeypatch)
     model = load_frozen(mini.TURBO / "transformer", None, "fp32", CPU).model.eval()
     encoder = text_encoder.load_text_encoder(mini.TURBO, CPU, torch.float32)
-    assert run.dataset.generated is not None
     for sample in run.micro_batches(1)[0]:
-        recipe = run.dataset.generated.request(sample.item)
+        recipe = request_of(run, sample.item)
         assert (recipe.steps, recipe.guidance) == (8, 0.0)
         embeds = dict(encoder.encode_all([recipe.prompt], lambda done, total: None))
         drawn = sample_latents(model, [recipe], embeds, lambda done, total: None)[0]
         assert torch.allclose(run.dataset.latents(sample.item), drawn, atol=1e-4)
-    batch = run.load(run.micro_batches(1)[0])
+    batch = load_batch(config, run.dataset, run.micro_batches(1)[0])
     assert len(list(losses_of(run.frozen.model, batch, config))) == 1
 
 

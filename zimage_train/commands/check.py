@@ -5,7 +5,7 @@ from pathlib import Path
 
 from zimage_train.dataset import captions
 from zimage_train.dataset.buckets import crop_percent
-from zimage_train.dataset.sample_order import TrainItem, make_sample_order
+from zimage_train.dataset.sample_order import TrainItem
 from zimage_train.errors import ConfigError, Problem
 from zimage_train.lora import targets
 from zimage_train.planning import forecast
@@ -21,7 +21,7 @@ def check_report(checked: RunSpec, gpu: str | None = None, price: float | None =
     config = checked.config
     verdict = "no problems found" if forecast.fits(checked, gpu) else "does not fit the memory planned for, see below"
     lines = [f"{config.name}: {verdict}", "", *_table(checked)]
-    plan = make_sample_order(config, checked.items)
+    plan = checked.order
     per_step = (
         max(entry.batch_size or config.train.batch_size for entry in config.data) * config.train.grad_accumulation
     )

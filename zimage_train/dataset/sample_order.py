@@ -248,10 +248,11 @@ def make_sample_order(config: Config, items: list[TrainItem], processes: int = 1
     )
 
 
-def resolve_epochs(config: Config, items: list[TrainItem], processes: int) -> Config:
-    """`config` with `train.steps` in place of `train.epochs`."""
-    if config.train.epochs is None or not items:
+def resolve_epochs(config: Config, order: SampleOrder) -> Config:
+    """Return `config` with `train.steps` in place of `train.epochs`."""
+    if config.train.epochs is None or not order.items:
         return config
-    steps = math.ceil(config.train.epochs * make_sample_order(config, items, processes).steps_per_epoch - 1e-9)
+    # 2 epochs of 4.5 steps are 9 steps; the margin keeps a product such as 9.0000000001 from becoming 10.
+    steps = math.ceil(config.train.epochs * order.steps_per_epoch - 1e-9)
     train = config.train.model_copy(update={"steps": max(steps, 1), "epochs": None})
     return config.model_copy(update={"train": train})

@@ -5,12 +5,17 @@ image, caption or encoder is encoded again and nothing else is.
 """
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor
 
+from zimage_train.dataset import masks
 from zimage_train.dataset.buckets import Bucket
+from zimage_train.dataset.sample_order import TrainItem
 from zimage_train.dataset.scan import ImageRecord
 from zimage_train.errors import DataError, Problem, WeightsError
 from zimage_train.io import tensorfile
@@ -69,13 +74,51 @@ def _digest(*parts: str | int) -> str:
     return hashlib.sha256(repr((FORMAT, *parts)).encode()).hexdigest()
 
 
-def read_required(cache: TensorCache, key: str, what: str) -> Tensor:
-    """The tensor under `key`, which was there when the run began.
+@dataclass(frozen=True)
+class CachedDataset:
+    """The cached tensors of a run: latents, prompt embeddings, and masks on the grid of the latents."""
 
-    Raises:
-        DataError: it is gone or damaged.
-    """
-    value = cache.read(key)
-    if value is None:
-        raise DataError(Problem(what, "its cache entry is gone or damaged", "run the same command again"))
-    return value
+    cache: TensorCache
+    vae_digest: str
+    text_digest: str
+    dtype: str
+    generated_key: Callable[[TrainItem], str] | None = None
+    """The cache key of an item's generated latents, for methods that train on these in place of images."""
+    _masks: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
+
+    def latents(self, item: TrainItem) -> Tensor:
+        """Return the latents that `item` is trained on: (16, h/8, w/8), or a trajectory of such for imitation."""
+        if self.generated_key is None:
+            return self.image_latents(item)
+        return self._read(self.generated_key(item), str(item.image.path))
+
+    def image_latents(self, item: TrainItem) -> Tensor:
+        """Return the latents (16, h/8, w/8) of the image of `item`."""
+        return self._read(latent_key(item.image, item.size, item.flip, self.vae_digest), str(item.image.path))
+
+    def embeds(self, prompt: str) -> Tensor:
+        """Return the embeddings (tokens, features) of `prompt`."""
+        return self._read(prompt_key(prompt, self.text_digest, self.dtype), f"prompt {prompt[:40]!r}")
+
+    def mask(self, item: TrainItem) -> Tensor | None:
+        """Return the mask (1, h/8, w/8) of `item` in [0, 1], or None if it has none."""
+        image = item.image
+        if image.mask is None:
+            return None
+        key = (image.digest, image.mask.digest, item.size, item.flip)
+        if key not in self._masks:  # kept as bytes: a quarter of the memory, and masks have 8 bits anyway
+            mask = masks.mask_on_latents(image.mask, item.size, item.flip, image.digest)
+            self._masks[key] = (torch.from_numpy(mask) * 255.0).round().to(torch.uint8)
+        return self._masks[key].unsqueeze(0).float() / 255.0
+
+    def _read(self, key: str, source: str) -> Tensor:
+        """Return the tensor under `key`, which was cached when the run began.
+
+        Raises:
+            DataError: it is gone or damaged.
+        """
+        value = self.cache.read(key)
+        if value is None:
+            what = "its cache entry is gone or damaged"
+            raise DataError(Problem(source, what, "run the same command again", "cache-entry-gone"))
+        return value

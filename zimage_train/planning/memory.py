@@ -14,7 +14,7 @@ from zimage_train.config.optimizers import OPTIMIZERS, OptimizerName
 from zimage_train.config.schema import Config
 from zimage_train.config.types import Quantization, RecomputeMode
 from zimage_train.dataset.buckets import Bucket
-from zimage_train.dataset.sample_order import SampleOrder, TrainItem, make_sample_order
+from zimage_train.dataset.sample_order import SampleOrder, TrainItem
 from zimage_train.diffusion.request import SamplingRequest
 from zimage_train.models.arch import IN_A_BLOCK, TransformerShape, image_tokens, padded_tokens
 from zimage_train.models.pinned_memory import pinned_bytes
@@ -113,19 +113,19 @@ def make_workload(
     config: Config,
     shape: TransformerShape,
     modules: list[str],
-    items: list[TrainItem],
+    order: SampleOrder,
     previews: list[SamplingRequest],
     gpu: bool,
     held_out: Iterable[TrainItem] = (),
 ) -> Workload:
-    """What `config` trains on `items`, with a LoRA on `modules` of a transformer of `shape`."""
-    plan = make_sample_order(config, items)
-    largest, passes, with_prior = _batches(plan)
+    """Return what `config` trains on the items of `order`, with a LoRA on `modules` of a transformer of `shape`."""
+    items = order.items
+    largest, passes, with_prior = _batches(order)
     preserves = config.preserve.kind is not None
     texts = {
         text
         for item in items
-        for one in [plan.longest_sample(item)]
+        for one in [order.longest_sample(item)]
         for text in (one.prompt, one.preserve_prompt)
         if text
     }

@@ -9,7 +9,7 @@ from zimage_train.config.load import cache_dir
 from zimage_train.config.optimizers import OPTIMIZERS
 from zimage_train.config.schema import Config
 from zimage_train.dataset.image_index import ImageIndex
-from zimage_train.dataset.sample_order import TrainItem, make_items, resolve_epochs
+from zimage_train.dataset.sample_order import SampleOrder, TrainItem, make_items, make_sample_order, resolve_epochs
 from zimage_train.dataset.scan import FolderScan, ImageRecord, scan_entry
 from zimage_train.diffusion.request import comparison_requests, preview_requests, teacher_request
 from zimage_train.errors import (
@@ -50,17 +50,23 @@ class ModelFiles:
 
 @dataclass(frozen=True)
 class RunSpec:
-    """A config that holds, with everything it refers to."""
+    """A config that was checked, with everything that it refers to."""
 
     config: Config
+    """With steps in place of epochs."""
     images: list[list[ImageRecord]]
-    items: list[TrainItem]
+    """The images of each entry of `data`."""
+    order: SampleOrder
     held_out: list[TrainItem]
-    """What validation looks at."""
+    """The validation images."""
     weights: ModelFiles | None
-    """None: not downloaded yet."""
+    """None if a part of the model is not downloaded yet."""
     notes: list[Note]
     warnings: list[str]
+
+    @property
+    def items(self) -> tuple[TrainItem, ...]:
+        return self.order.items
 
 
 def check_run(
@@ -69,9 +75,7 @@ def check_run(
     tick: Progress = lambda what, done, total: None,
     processes: int = 1,
 ) -> RunSpec:
-    """Check images, captions, weights, adapter and disk, for a run of so many processes.
-
-    The config that is returned has steps in place of epochs.
+    """Check images, captions, weights, adapter and disk, for a run of `processes`, and decide the order of samples.
 
     Raises:
         ZImageTrainError: every problem found; the exit code is the lowest that applies.
@@ -93,7 +97,8 @@ def check_run(
     with collect_errors(errors):
         items = make_items(config, images)
         notes += notes_on_settings(config)
-        config = resolve_epochs(config, items, processes)
+    order = make_sample_order(config, items, processes)
+    config = resolve_epochs(config, order)
     with collect_errors(errors):
         _require_bitsandbytes(config)
     weights, faults, absent = _weights(config, fetch)
@@ -108,7 +113,7 @@ def check_run(
     own = [found for entry, found in zip(config.data, images, strict=True) if not entry.regularization]
     is_small = weights is not None and memory.parameters_of(weights.shape) <= memory.MAX_CPU_PARAMETERS
     warnings = config_warnings(config, sum(map(len, own)), is_small)
-    checked = RunSpec(config, images, items, held_out, weights, notes, warnings)
+    checked = RunSpec(config, images, order, held_out, weights, notes, warnings)
     raise_all(errors)
     _require_budget(checked)
     notes += notes_on_sizes(items)
@@ -168,7 +173,7 @@ def workload_of(checked: RunSpec, gpu: bool | None = None) -> Workload:
         config,
         shape,
         modules,
-        checked.items,
+        checked.order,
         [*preview_requests(config), *comparison_requests(config)],
         gpu,
         checked.held_out,

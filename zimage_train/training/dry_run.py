@@ -5,7 +5,7 @@ Nothing of it stays: no gradient, no file, no random state.
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from zimage_train.config.optimizers import OPTIMIZERS
 from zimage_train.config.types import RecomputeMode
 from zimage_train.dataset.buckets import Bucket
-from zimage_train.dataset.sample_order import MicroBatch, TrainItem
+from zimage_train.dataset.sample_order import Sample, TrainItem
 from zimage_train.diffusion.render import render_images
 from zimage_train.errors import DiskError
 from zimage_train.io import atomic, tensorfile
@@ -24,18 +24,24 @@ from zimage_train.optim import optimizers
 from zimage_train.planning import calibration, forecast, gpus, memory
 from zimage_train.planning.gpus import GpuSpec
 from zimage_train.planning.planner import MemoryPlan
+from zimage_train.training import run_dir
+from zimage_train.training.batch import Batch, load_batch
 from zimage_train.training.fit import apply_recompute_plan
-from zimage_train.training.loss import Batch, losses
+from zimage_train.training.loss import losses
 from zimage_train.training.state import TrainState
 
 
-def dry_run(run: TrainState) -> tuple[TrainState, Mapping[str, Any]]:
-    """Do what costs most of each kind once; returns the run, with the plan that held, and what it took, for run.json.
+def dry_run(run: TrainState) -> TrainState:
+    """Do what costs most of each kind once, and write what it took to run.json; return the run with the plan that held.
+
+    A run that has no step left is returned as it is.
 
     Raises:
         OutOfMemoryError: the card has less than the smallest plan takes.
         ZImageTrainError: a checkpoint or a LoRA cannot be written and read back.
     """
+    if run.start_step >= run.config.train.steps:
+        return run
     device = run.world.device
     run.console.info(
         f"rehearsing {'the largest batches, a preview' if _draws(run) else 'the largest batches'} and a save"
@@ -52,7 +58,8 @@ def dry_run(run: TrainState) -> tuple[TrainState, Mapping[str, Any]]:
         facts["gb_with_preview"] = gigabytes(device)
     if (taken := gigabytes(device)) is not None:
         run.console.info(f"rehearsal: {taken:.2f} GB at the most, predicted {plan.peak.allocated / 1e9:.2f} GB")
-    return replace(run, memory_plan=plan), facts
+    run_dir.add_facts(run.folder, {"rehearsal": facts} if run.world.is_main else {})
+    return replace(run, memory_plan=plan)
 
 
 @contextlib.contextmanager
@@ -79,7 +86,7 @@ def _largest_batches(run: TrainState) -> tuple[MemoryPlan, float]:
     held: set[tuple[RecomputeMode, int]] = set()
     while (mode_and_samples := _untried(run, plan, held)) is not None:
         mode, samples = mode_and_samples
-        outcome = _attempt(run, run.load(samples))
+        outcome = _attempt(run, load_batch(run.config, run.dataset, samples))
         if not isinstance(outcome, torch.OutOfMemoryError):
             held.add((mode, _tokens(run, samples)))
             seconds = max(seconds, outcome)
@@ -96,16 +103,16 @@ def _largest_batches(run: TrainState) -> tuple[MemoryPlan, float]:
 
 def _untried(
     run: TrainState, plan: MemoryPlan, held: set[tuple[RecomputeMode, int]]
-) -> tuple[RecomputeMode, MicroBatch] | None:
+) -> tuple[RecomputeMode, tuple[Sample, ...]] | None:
     """Of the largest batches, one for each mode of `plan`, the one predicted to take most that was not yet tried."""
-    largest: dict[RecomputeMode, MicroBatch] = {}
+    largest: dict[RecomputeMode, tuple[Sample, ...]] = {}
     for samples in sorted(_full_batches(run), key=lambda one: _tokens(run, one)):
         largest[plan.mode_of(_tokens(run, samples))] = samples
-    left: dict[RecomputeMode, MicroBatch] = {
+    left: dict[RecomputeMode, tuple[Sample, ...]] = {
         mode: samples for mode, samples in largest.items() if (mode, _tokens(run, samples)) not in held
     }
 
-    def predicted(one: tuple[RecomputeMode, MicroBatch]) -> int:
+    def predicted(one: tuple[RecomputeMode, tuple[Sample, ...]]) -> int:
         return memory.step_memory(plan.job, plan.form, one[0], _tokens(run, one[1])).total
 
     return max(left.items(), key=predicted, default=None)
@@ -121,7 +128,7 @@ def _attempt(run: TrainState, batch: Batch) -> float | torch.OutOfMemoryError:
         run.optimizer.zero_grad(set_to_none=True)
 
 
-def _full_batches(run: TrainState) -> list[MicroBatch]:
+def _full_batches(run: TrainState) -> list[tuple[Sample, ...]]:
     """Of each size as many samples as a micro-batch holds, with the longest captions."""
     alike: dict[tuple[Bucket, int, bool], list[TrainItem]] = {}
     for item in run.order.items:
@@ -131,7 +138,7 @@ def _full_batches(run: TrainState) -> list[MicroBatch]:
     return [tuple(map(run.order.longest_sample, items[-most:])) for (_, most, _), items in by_length.items()]
 
 
-def _tokens(run: TrainState, samples: MicroBatch) -> int:
+def _tokens(run: TrainState, samples: tuple[Sample, ...]) -> int:
     """Of the joined sequence, as the blocks see it."""
     size = samples[0].item.size
     prompts = {text for one in samples for text in (one.prompt, one.preserve_prompt) if text is not None}

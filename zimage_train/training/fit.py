@@ -1,4 +1,4 @@
-"""How a run fits the devices that it meets: one plan for all its processes and for all its starts."""
+"""The memory plan of a run on its devices: one for all its processes, and the same after each resume."""
 
 import json
 import os
@@ -7,7 +7,6 @@ from typing import Literal, get_args
 
 from diffusers import ZImageTransformer2DModel
 
-from zimage_train.config.schema import Config
 from zimage_train.config.types import Quantization
 from zimage_train.errors import ConfigError, Location, Problem, WeightsError
 from zimage_train.io.operating_system import main_memory_bytes
@@ -22,33 +21,39 @@ from zimage_train.training.distributed import World
 from zimage_train.training.run_dir import RunDir
 
 
-def plan_for_devices(checked: RunSpec, world: World, folder: RunDir) -> MemoryPlan:
-    """For the smallest card of all processes, or the budget.
+def plan_for_devices(spec: RunSpec, world: World, folder: RunDir) -> tuple[RunSpec, MemoryPlan]:
+    """Return the plan for the smallest card of all processes, or the budget, and `spec` with its quantization.
 
     What an earlier start of the run chose for `model.quantize: auto` stays: other weights would make it another run.
 
     Raises:
         ConfigError: the budget that is set takes less than any plan.
     """
-    here = devices.device_limits(world.device)
-    budget = checked.config.memory.budget_gb
-    limit = distributed.all_reduce_min(world, here.limit_bytes)
+    limits = devices.device_limits(world.device)
+    budget = spec.config.memory.budget_gb
+    limit_bytes = distributed.all_reduce_min(world, limits.limit_bytes)
     if not isinstance(budget, str):
-        limit = min(limit, budget * 1e9)
-    if checked.config.model.quantize == "auto":
-        checked = replace(checked, config=with_quantization(checked.config, _planned_kind(folder)))
+        limit_bytes = min(limit_bytes, budget * 1e9)
+    if spec.config.model.quantize == "auto":
+        spec = _with_quantization(spec, _planned_quantization(folder))
     is_gpu = world.device.type == "cuda"
-    neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    plan = forecast.plan_for(checked, replace(here, limit_bytes=limit), is_gpu, neighbours)
+    processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    plan = forecast.plan_for(spec, replace(limits, limit_bytes=limit_bytes), is_gpu, processes_here)
     if not plan.fits and not isinstance(budget, str):
         what = f"is {budget:g}, and the run takes {format_bytes(plan.peak.total)} (predicted)"
-        todo = str(preflight.how_to_fit(checked, limit, is_gpu))
+        todo = str(preflight.how_to_fit(spec, limit_bytes, is_gpu))
         raise ConfigError(Problem(Location(key="memory.budget_gb"), what, todo, "does-not-fit"))
-    return plan
+    return _with_quantization(spec, plan.form.kind), plan
 
 
-def _planned_kind(folder: RunDir) -> Quantization | Literal["auto"] | None:
-    """How the run's frozen weights are quantised, by its newest checkpoint that can be read; auto: there is none."""
+def _with_quantization(spec: RunSpec, quantization: Quantization | Literal["auto"] | None) -> RunSpec:
+    config = spec.config
+    model = config.model.model_copy(update={"quantize": quantization})
+    return replace(spec, config=config.model_copy(update={"model": model}))
+
+
+def _planned_quantization(folder: RunDir) -> Quantization | Literal["auto"] | None:
+    """Return the quantization in the newest checkpoint that can be read, or "auto" if there is none."""
     for _, path in checkpoint.steps_in(folder.checkpoints):
         try:
             state = json.loads(read_header(path).metadata["state"])
@@ -60,25 +65,22 @@ def _planned_kind(folder: RunDir) -> Quantization | Literal["auto"] | None:
     return "auto"
 
 
-def plan_warnings(checked: RunSpec, plan: MemoryPlan) -> list[str]:
-    """What to say aloud of a plan that may fail."""
-    found = []
+def plan_warnings(spec: RunSpec, plan: MemoryPlan) -> list[str]:
+    """Return a warning for each way in which the plan may run out of memory."""
+    warnings = []
     if not plan.fits:
-        less = preflight.how_to_fit(checked, plan.limit_bytes, plan.job.gpu)
-        found.append(f"{format_bytes(plan.peak.total)} are predicted, more than the card has to give: {less}")
-    host, main = memory.host_bytes(plan.job, plan.form), main_memory_bytes()
-    if host > planner.HOST_SHARE * main:
-        found.append(f"memory.offload takes {host / 1e9:.1f} GB of {main / 1e9:.1f} GB of main memory; it may run out")
-    return found
-
-
-def with_quantization(config: Config, kind: Quantization | Literal["auto"] | None) -> Config:
-    """`config` with `model.quantize` decided."""
-    return config.model_copy(update={"model": config.model.model_copy(update={"quantize": kind})})
+        changes = preflight.how_to_fit(spec, plan.limit_bytes, plan.job.gpu)
+        warnings.append(f"{format_bytes(plan.peak.total)} are predicted, more than the card has to give: {changes}")
+    streamed, main = memory.host_bytes(plan.job, plan.form), main_memory_bytes()
+    if streamed > planner.HOST_SHARE * main:
+        warnings.append(
+            f"memory.offload takes {streamed / 1e9:.1f} GB of {main / 1e9:.1f} GB of main memory; it may run out"
+        )
+    return warnings
 
 
 def apply_recompute_plan(model: ZImageTransformer2DModel, plan: MemoryPlan, dropout: float) -> None:
-    """Let each block recompute what `plan` says for the tokens of its batch."""
+    """Make each block recompute what `plan` says for the number of tokens of its batch."""
     if plan.mode_of(NO_LIMIT) == "none":
         model.disable_gradient_checkpointing()
     else:

@@ -1,5 +1,6 @@
-"""The loop. Everything random in it is a function of the step, so it can be left and entered anywhere."""
+"""The training loop. Everything random in it is a function of the step, so it can be left and entered anywhere."""
 
+import math
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -7,15 +8,15 @@ from typing import Any
 
 import torch
 
-from zimage_train.dataset.sample_order import MicroBatch
 from zimage_train.errors import DivergedError, Problem
 from zimage_train.io import operating_system
 from zimage_train.optim import optimizers
 from zimage_train.optim.schedules import base_lr, lr_factor
 from zimage_train.report.metrics import RecordWriter, read_records
 from zimage_train.rng import keyed_int
+from zimage_train.training.batch import Batch, load_batch
 from zimage_train.training.distributed import all_reduce_gradients
-from zimage_train.training.loss import Batch, losses
+from zimage_train.training.loss import losses
 from zimage_train.training.outputs import after_step, preview, save_checkpoint
 from zimage_train.training.state import TrainState
 from zimage_train.training.step_timer import reserved_bytes
@@ -23,158 +24,158 @@ from zimage_train.training.validation import validate
 
 MAX_CONSECUTIVE_SKIPS = 5
 
-LoadedBatch = tuple[MicroBatch, Batch]
 
-
-def train(run: TrainState, metrics: RecordWriter, events: RecordWriter) -> None:
-    """Train from `run.start` to the last step.
+def train(state: TrainState, metrics: RecordWriter, events: RecordWriter) -> None:
+    """Train from `state.start_step` to the last step.
 
     Raises:
         Stopped: a signal came; the step was finished and saved.
         DivergedError: the loss or the gradient was not finite five times in a row.
     """
-    config, model, world = run.config, run.frozen.model, run.world
-    parameters = run.lora.parameters()
-    rate, last = base_lr(config.optimizer), config.train.steps
-    shown = ("loss",) if config.preserve.kind is None else ("loss", "preservation")
-    skipped = trailing_skips(run)
-    if run.start_step == 0 and world.is_main:
-        validate(run, 0, events)
-    if run.start_step == 0 and config.sample.every is not None and config.sample.first and world.is_main:
-        preview(run, 0, events)
-    if run.start_step > 0:
-        after_step(run, run.start_step, events, metrics)  # what a crash right after the checkpoint left undone
+    config, model, world = state.config, state.frozen.model, state.world
+    parameters, last_step = state.lora.parameters(), config.train.steps
+    loss_names = ("loss",) if config.preserve.kind is None else ("loss", "preservation")
+    num_skipped = trailing_skips(state)
+    before_first_step(state, metrics, events)
     model.train()
     began = time.monotonic()
-    for step, loaded in prefetch(run):
-        optimizers.set_lr(run.optimizer, rate * lr_factor(config.schedule, step, last))
-        lr = optimizers.current_lr(run.optimizer)
-        num_samples = sum(len(samples) for samples in run.order.step_batches(step))
-        sums = {name: torch.zeros((), device=world.device) for name in shown}
-        for index, (samples, batch) in enumerate(loaded):
+    for step, batches in prefetch(state):
+        optimizers.set_lr(state.optimizer, base_lr(config.optimizer) * lr_factor(config.schedule, step, last_step))
+        lr = optimizers.current_lr(state.optimizer)
+        num_samples = sum(len(samples) for samples in state.order.step_batches(step))  # of all processes
+        sums = {name: torch.zeros((), device=world.device) for name in loss_names}
+        for index, batch in enumerate(batches):
+            # Dropout draws from torch's global generator; seeded by the step, a resumed run draws the same masks.
             torch.manual_seed(keyed_int(config.seed, "dropout", step, index, world.rank))
-            share = len(samples) / num_samples
+            share = len(batch.samples) / num_samples  # smaller batches at the end of an epoch count by their samples
             for loss in losses(model, batch.to(world.device, model.dtype), config):
                 (loss.objective * share).backward()
                 sums[loss.name] += loss.plain * share
-        wants_stop = float(run.stop.signal_number is not None)
-        numbers = all_reduce_gradients(
-            world, parameters, torch.stack([*sums.values(), sums["loss"].new_tensor(wants_stop)])
-        )
+        # A signal may reach one process a step before another: all of them stop after the step in which one asks.
+        wants_stop = sums["loss"].new_tensor(float(state.stop.signal_number is not None))
+        reduced = all_reduce_gradients(world, parameters, torch.stack([*sums.values(), wants_stop]))
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        *values, stop_votes, norm_value = torch.cat([numbers, norm.reshape(1)]).tolist()  # the one synchronisation
-        is_finite = all(abs(value) < float("inf") for value in (*values, norm_value))
+        # The only point of a step at which the CPU waits for the GPU.
+        *loss_values, stop_votes, norm_value = torch.cat([reduced, norm.reshape(1)]).tolist()
+        is_finite = all(math.isfinite(value) for value in (*loss_values, norm_value))
         if is_finite:
             if config.train.max_grad_norm is not None:
                 torch.nn.utils.clip_grads_with_norm_(parameters, config.train.max_grad_norm, norm)
-            run.optimizer.step()
-            if run.ema is not None:
-                run.ema.update(run.lora.state(), step)
-        run.optimizer.zero_grad(set_to_none=True)
-        skipped = 0 if is_finite else skipped + 1
-        outcome: dict[str, Any] = {
-            **{name: value if is_finite else None for name, value in zip(shown, values, strict=True)},
-            "lr": lr,
-            "grad_norm": norm_value if norm_value < float("inf") else None,
-        }
-        if not is_finite:
-            outcome["not_finite"] = f"loss {sum(values):g}, gradient norm {norm_value:g}"
-        record = step_record(run, step, loaded, outcome, time.monotonic() - began)
-        log_step(run, record, resolutions(loaded), metrics)
-        if skipped == min(MAX_CONSECUTIVE_SKIPS, last):
-            raise diverged(record, skipped)
-        after_step(run, step, events, metrics)
-        if stop_votes and step < last:
-            stop(run, step, metrics, events)
+            state.optimizer.step()
+            if state.ema is not None:
+                state.ema.update(state.lora.state(), step)
+        state.optimizer.zero_grad(set_to_none=True)
+        num_skipped = 0 if is_finite else num_skipped + 1
+        record = step_record(step, batches, dict(zip(loss_names, loss_values, strict=True)), lr, norm_value)
+        record |= {"seconds": round(time.monotonic() - began, 4), "gb": memory_gb(world.device)}
+        log_step(state, record, batches, metrics)
+        if num_skipped == min(MAX_CONSECUTIVE_SKIPS, last_step):
+            raise diverged(record, num_skipped)
+        after_step(state, step, events, metrics)
+        if stop_votes and step < last_step:
+            stop(state, step, metrics, events)
         began = time.monotonic()
 
 
-def prefetch(run: TrainState) -> Iterator[tuple[int, list[LoadedBatch]]]:
-    """Every step that is left with its micro-batches, the next one read and drawn while this one trains."""
+def before_first_step(state: TrainState, metrics: RecordWriter, events: RecordWriter) -> None:
+    """Validate and preview the untrained LoRA, or finish what is due after the step that the run continues from."""
+    if state.start_step > 0:
+        # A crash between the checkpoint and the previews leaves them missing; what is there is not done again.
+        after_step(state, state.start_step, events, metrics)
+    elif state.world.is_main:
+        validate(state, 0, events)
+        if state.config.sample.every is not None and state.config.sample.first:
+            preview(state, 0, events)
 
-    def load(step: int) -> list[LoadedBatch]:
-        return [(samples, run.load(samples)) for samples in run.micro_batches(step)]
 
-    steps = range(run.start_step + 1, run.config.train.steps + 1)
+def prefetch(state: TrainState) -> Iterator[tuple[int, list[Batch]]]:
+    """Yield each remaining step with its micro-batches; a thread reads those of the next step meanwhile."""
+
+    def load(step: int) -> list[Batch]:
+        return [load_batch(state.config, state.dataset, samples) for samples in state.micro_batches(step)]
+
+    steps = range(state.start_step + 1, state.config.train.steps + 1)
     with ThreadPoolExecutor(max_workers=1) as reader:
         ahead = reader.submit(load, steps[0]) if steps else None
         for step in steps:
             assert ahead is not None
-            loaded = ahead.result()
+            batches = ahead.result()
             ahead = reader.submit(load, step + 1) if step < steps[-1] else None
-            yield step, loaded
+            yield step, batches
 
 
 def step_record(
-    run: TrainState, step: int, loaded: list[LoadedBatch], outcome: dict[str, Any], seconds: float
+    step: int, batches: list[Batch], loss_values: dict[str, float], lr: float, norm: float
 ) -> dict[str, Any]:
-    """The record of a step in metrics.jsonl; sigma and samples are those of this process, in the same order."""
-    samples = [sample for micro_batch, _ in loaded for sample in micro_batch]
-    return {
-        "step": step,
-        **outcome,
-        "sigma": [sigma for _, batch in loaded for sigma in batch.sigma.tolist()],
-        "samples": [f"{sample.item.image.path.name}@{sample.item.resolution}" for sample in samples],
-        "seconds": round(seconds, 4),
-        "gb": memory_gb(run.world.device),
-    }
+    """Return the record of a step for metrics.jsonl; sigma and samples are those of this process, in the same order."""
+    is_finite = all(math.isfinite(value) for value in (*loss_values.values(), norm))
+    record: dict[str, Any] = {"step": step}
+    for name, value in loss_values.items():
+        record[name] = value if is_finite else None  # JSON has no NaN
+    record["lr"] = lr
+    record["grad_norm"] = norm if math.isfinite(norm) else None
+    if not is_finite:
+        record["not_finite"] = f"loss {sum(loss_values.values()):g}, gradient norm {norm:g}"
+    samples = [sample for batch in batches for sample in batch.samples]
+    record["sigma"] = [sigma for batch in batches for sigma in batch.sigma.tolist()]
+    record["samples"] = [f"{sample.item.image.path.name}@{sample.item.resolution}" for sample in samples]
+    return record
 
 
-def log_step(run: TrainState, record: dict[str, Any], kind: tuple[int, ...], metrics: RecordWriter) -> None:
-    """Write the record of a step of this `kind`, and show it."""
-    if not run.world.is_main:
+def log_step(state: TrainState, record: dict[str, Any], batches: list[Batch], metrics: RecordWriter) -> None:
+    """Write the record of a step, and show it."""
+    if not state.world.is_main:
         return
     metrics.append(record)
-    run.trackers.record(record)
+    state.trackers.record(record)
     step, loss = record["step"], record["loss"]
     if loss is None:
-        run.console.warning(
+        state.console.warning(
             f"step {step} skipped: not finite ({record['not_finite']}) with {', '.join(record['samples'])} at sigma "
             f"{', '.join(f'{sigma:.3f}' for sigma in record['sigma'])}"
         )
         return
-    if warning := run.slow_steps.update(kind, record["seconds"], *reserved_bytes(run.world.device)):
-        run.console.warning(f"step {step}: {warning}")
+    resolutions = tuple(sorted(sample.item.resolution for batch in batches for sample in batch.samples))
+    if warning := state.slow_steps.update(resolutions, record["seconds"], *reserved_bytes(state.world.device)):
+        state.console.warning(f"step {step}: {warning}")
     note = f"loss {loss:.4f}  lr {record['lr']:.2e}  {record['seconds']:.2f} s/step  {record['gb']:.1f} GB"
-    run.console.progress("training", step, run.config.train.steps, note)
+    state.console.progress("training", step, state.config.train.steps, note)
 
 
-def resolutions(loaded: list[LoadedBatch]) -> tuple[int, ...]:
-    """What steps of one kind have alike, and what their time depends on."""
-    return tuple(sorted(sample.item.resolution for micro_batch, _ in loaded for sample in micro_batch))
-
-
-def stop(run: TrainState, step: int, metrics: RecordWriter, events: RecordWriter) -> None:
+def stop(state: TrainState, step: int, metrics: RecordWriter, events: RecordWriter) -> None:
     """Save `step` and leave, as a signal asked.
 
     Raises:
         Stopped: always.
     """
-    if run.world.is_main:
+    if state.world.is_main:
         metrics.sync()
-        save_checkpoint(run, step)
+        save_checkpoint(state, step)
         events.append({"step": step, "event": "stopped"})
-    raise run.stop.error(f"after step {step}, which is saved")
+    raise state.stop.error(f"after step {step}, which is saved")
 
 
-def trailing_skips(run: TrainState) -> int:
-    """How many steps before this start were skipped in a row: a new start is no new chance."""
-    losses = [record.get("loss") for record in read_records(run.folder.metrics) if 0 < record["step"] <= run.start_step]
-    return next((count for count, loss in enumerate(reversed(losses)) if loss is not None), len(losses))
+def trailing_skips(state: TrainState) -> int:
+    """Return how many steps in a row were skipped before this start: a restart gives no new chances."""
+    count = 0
+    for record in read_records(state.folder.metrics):
+        if 0 < record["step"] <= state.start_step:
+            count = count + 1 if record.get("loss") is None else 0
+    return count
 
 
-def diverged(record: dict[str, Any], skipped: int) -> DivergedError:
-    """What to say when nothing finite has come for too long."""
+def diverged(record: dict[str, Any], num_skipped: int) -> DivergedError:
+    """Return the error of a run that has skipped too many steps in a row."""
     what = (
-        f"loss or gradient not finite {skipped} times in a row, last {record['not_finite']} with "
+        f"loss or gradient not finite {num_skipped} times in a row, last {record['not_finite']} with "
         f"{', '.join(record['samples'])}"
     )
     todo = "lower optimizer.lr or look at these images; the last checkpoint is good"
-    return DivergedError(Problem(f"step {record['step']}", what, todo))
+    return DivergedError(Problem(f"step {record['step']}", what, todo, "diverged"))
 
 
 def memory_gb(device: torch.device) -> float:
-    """The most memory this process has taken so far, in GB: of the GPU, or of the machine."""
+    """Return the peak memory of this process so far, GB: of the GPU, or of the machine without one."""
     if device.type == "cuda":
         return round(torch.cuda.max_memory_allocated(device) / 1e9, 3)
     return round(operating_system.peak_memory_bytes() / 1e9, 3)

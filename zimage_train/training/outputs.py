@@ -1,13 +1,11 @@
 """What a run leaves on disk beside its metrics: checkpoints, exported LoRAs, previews, the report."""
 
 import re
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from zimage_train.config.load import dump_config
-from zimage_train.config.schema import Config
 from zimage_train.diffusion import comfyui
 from zimage_train.diffusion.frozen import NotRestoredError, original_weights
 from zimage_train.diffusion.render import decode_all, eval_mode, sample_all
@@ -21,8 +19,8 @@ from zimage_train.optim import optimizers
 from zimage_train.report import page, preview_images, preview_shift
 from zimage_train.report.metrics import RecordWriter, read_records
 from zimage_train.training import checkpoint, preview_sets, run_dir
+from zimage_train.training.context import RunContext
 from zimage_train.training.preview_sets import PreviewSet
-from zimage_train.training.run_dir import RunDir
 from zimage_train.training.state import TrainState, is_due
 from zimage_train.training.validation import validate
 
@@ -183,11 +181,12 @@ def after_step(run: TrainState, step: int, events: RecordWriter, metrics: Record
         write_report(run)
 
 
-def is_complete(folder: RunDir, config: Config, step: int, identity: Mapping[str, Any]) -> bool:
-    """Whether a run that stands at `step` has nothing left to do: `done` is the last thing that a run writes.
+def is_complete(context: RunContext, step: int) -> bool:
+    """Return whether a run that stands at `step` has nothing left to do: `done` is the last event that a run writes.
 
     The LoRA must be whole and as `save.dtype` says, and the last previews those of `sample`: both may have changed.
     """
+    config, folder = context.config, context.folder
     last = config.train.steps
     is_done = any(one["step"] == last and one.get("event") == "done" for one in read_records(folder.events))
     if step != last or not is_done or not folder.report.exists():
@@ -198,7 +197,7 @@ def is_complete(folder: RunDir, config: Config, step: int, identity: Mapping[str
     except WeightsError:
         return False
     return dtypes == {DTYPE_NAMES[TORCH_DTYPES[config.save.dtype]]} and not any(
-        view.missing(last) for view in preview_sets.make_preview_sets(config, folder, identity, None)
+        previews.missing(last) for previews in context.preview_sets
     )
 
 

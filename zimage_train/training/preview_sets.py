@@ -74,3 +74,9 @@ def all_previews_table(views: list[PreviewSet]) -> PreviewTable:
     """All previews of a run as one table, those of another model beside its own."""
     own, *others = [view.table() for view in views]
     return preview_images.side_by_side(own, others[0]) if others else own
+
+
+def remove_later_previews(preview_sets: list[PreviewSet], step: int) -> None:
+    """Remove the images that this run drew after `step`, which it is going to train again."""
+    for previews in preview_sets:
+        preview_images.remove_later(previews.folder, step, previews.run)

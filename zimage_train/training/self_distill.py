@@ -3,7 +3,7 @@
 Drawn once, before training, with the LoRA as it begins; found in the cache by all that they were made from.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -13,12 +13,11 @@ from torch import Tensor
 from zimage_train.config.schema import Config
 from zimage_train.config.variants import VARIANTS
 from zimage_train.dataset import tensor_cache
-from zimage_train.dataset.sample_order import Sample, TrainItem
+from zimage_train.dataset.sample_order import TrainItem
 from zimage_train.diffusion import flow, sampler
 from zimage_train.diffusion.request import SamplingRequest, teacher_request
 from zimage_train.models.components import LATENT_CHANNELS, LATENT_STRIDE
 from zimage_train.rng import keyed_int
-from zimage_train.training.loss import Batch, BatchExtras
 from zimage_train.typing import PromptEmbeds
 
 
@@ -68,34 +67,3 @@ class GeneratedData:
             return torch.stack(kept)
         finally:
             model.train(was_training)
-
-
-def imitation_batch(
-    own: GeneratedData,
-    samples: Sequence[Sample],
-    states: Sequence[Tensor],
-    embeds: list[PromptEmbeds],
-    extras: BatchExtras,
-) -> Batch:
-    """Each sample at one of the student's steps: from where the teacher is, its mean velocity up to the next.
-
-    A pair of image and noise whose mixture and velocity are those makes it a batch like any other.
-    """
-    student, x0, noise, sigmas = own.student_sigmas, [], [], []
-    for sample, one in zip(samples, states, strict=True):
-        step = keyed_int(own.config.seed, "interval", *sample.key()) % (len(student) - 1)
-        here, there = one[step].double(), one[step + 1].double()
-        mean = (there - here) / (student[step + 1] - student[step])
-        image, its_noise = flow.pair_from_velocity(here, mean, student[step])
-        x0.append(image.float())
-        noise.append(its_noise.float())
-        sigmas.append(student[step])
-    weights = [own.config.data[sample.item.entry].weight for sample in samples]
-    return Batch(
-        x0=torch.stack(x0),
-        noise=torch.stack(noise),
-        sigma=torch.tensor(sigmas),
-        weight=torch.tensor(weights),
-        prompt_embeds=embeds,
-        extras=extras,
-    )

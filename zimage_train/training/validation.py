@@ -73,7 +73,7 @@ def measure(run: TrainState, at: list[float], step: int) -> list[float]:
     try:
         sums = torch.zeros(len(at), dtype=torch.float64, device=device)
         for number, item in enumerate(run.held_out):
-            x0 = run.dataset.image(item).float().unsqueeze(0).to(device)
+            x0 = run.dataset.image_latents(item).float().unsqueeze(0).to(device)
             noise = _noise(run.config, item, x0.shape[1:]).unsqueeze(0).to(device)
             embeds = run.dataset.embeds(item.image.prompts[0]).to(device, model.dtype)
             for index, sigma in enumerate(at):

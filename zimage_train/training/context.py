@@ -1,0 +1,137 @@
+"""What a run is, before anything is loaded: its folder, its inputs by content, its identity, its last checkpoint."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from zimage_train.config.load import cache_dir
+from zimage_train.config.schema import Config
+from zimage_train.dataset.scan import dataset_fingerprint
+from zimage_train.dataset.tensor_cache import TensorCache
+from zimage_train.errors import ConfigError, Location, Problem
+from zimage_train.io.digests import DigestCache
+from zimage_train.models.locate import ModelPaths
+from zimage_train.planning.preflight import ModelFiles, RunSpec
+from zimage_train.report.console import Console
+from zimage_train.training import checkpoint, distributed, preview_sets, run_dir
+from zimage_train.training.checkpoint import Checkpoint
+from zimage_train.training.distributed import World
+from zimage_train.training.preview_sets import PreviewSet
+from zimage_train.training.run_dir import RunDir
+from zimage_train.training.signals import StopRequest
+
+
+@dataclass(frozen=True)
+class ModelDigests:
+    """Digests of the content of the model's parts."""
+
+    model: str
+    adapter: str | None
+    text_encoder: str
+    vae: str
+    init_from: str | None = None
+    """The LoRA that the training starts from."""
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """A checked run in this process."""
+
+    spec: RunSpec
+    model_files: ModelFiles
+    folder: RunDir
+    cache: TensorCache
+    digests: ModelDigests
+    identity: Mapping[str, Any]
+    """The settings and inputs that shape the weights; see `run_dir.run_identity`."""
+    preview_sets: list[PreviewSet]
+    world: World
+    console: Console
+    stop: StopRequest
+
+    @property
+    def config(self) -> Config:
+        return self.spec.config
+
+    def report_progress(self, what: str, done: int, total: int) -> None:
+        """Show progress, and leave if a signal asked to.
+
+        Raises:
+            Stopped: a signal came.
+        """
+        self.stop.check()
+        self.console.progress(what, done, total)
+
+
+def open_context(spec: RunSpec, world: World, console: Console, stop: StopRequest) -> RunContext:
+    """Open the cache, and digest the inputs of the run."""
+    model_files = spec.weights
+    assert model_files is not None  # without weights, `train` and `cache` have ended with an error
+    folder, cache = run_dir.run_dir_of(spec.config), TensorCache(cache_dir(spec.config))
+    digests = digest_model(model_files.paths, DigestCache(cache.folder / "digests.json"))
+    identity = run_dir.run_identity(spec.config, run_fingerprint(spec, digests))
+    return RunContext(
+        spec=spec,
+        model_files=model_files,
+        folder=folder,
+        cache=cache,
+        digests=digests,
+        identity=identity,
+        preview_sets=preview_sets.make_preview_sets(spec.config, folder, identity, model_files.paths.second_model),
+        world=world,
+        console=console,
+        stop=stop,
+    )
+
+
+def digest_model(paths: ModelPaths, digester: DigestCache) -> ModelDigests:
+    """Return the digests of the files at `paths`."""
+    transformer = paths.transformer
+    return ModelDigests(
+        model=digester.of_folder(transformer) if transformer.is_dir() else digester.of_content(transformer),
+        adapter=digester.of_content(paths.adapter) if paths.adapter else None,
+        text_encoder=digester.of_folder(paths.extras / "text_encoder") + digester.of_folder(paths.extras / "tokenizer"),
+        vae=digester.of_folder(paths.extras / "vae"),
+        init_from=digester.of_content(paths.init_from) if paths.init_from else None,
+    )
+
+
+def run_fingerprint(spec: RunSpec, digests: ModelDigests) -> dict[str, Any]:
+    """Return the inputs of a run by content; a resumed run must find the same."""
+    fingerprint: dict[str, Any] = {
+        "model": digests.model,
+        "adapter": digests.adapter,
+        "text_encoder": digests.text_encoder,
+        "vae": digests.vae,
+    }
+    if digests.init_from is not None:
+        fingerprint["init_from"] = digests.init_from
+    return fingerprint | {"data": dataset_fingerprint(spec.images)}
+
+
+def find_checkpoint(context: RunContext, allow: tuple[str, ...] = ()) -> Checkpoint | None:
+    """Return the checkpoint that the run continues from, or None if it begins at step 0.
+
+    `allow` names settings that may differ from those of the checkpoint although they shape the weights.
+
+    Raises:
+        WeightsError: there were checkpoints, and none can be read.
+        ConfigError: the checkpoint belongs to another run, or is later than the last step.
+    """
+    folder, console = context.folder, context.console
+    # The main process moves damaged checkpoints aside; the others may only look afterwards.
+    if not context.world.is_main:
+        distributed.barrier()
+    newest = checkpoint.load_newest(folder.checkpoints, console.warning)
+    if context.world.is_main:
+        distributed.barrier()
+    if newest is None:
+        run_dir.require_untouched(folder)
+        return None
+    for change in run_dir.require_same(folder, newest.numbers["identity"], context.identity, allow):
+        console.warning(f"allowed: {change}")
+    last = context.config.train.steps
+    if newest.step > last:
+        what = f"is {last}, and the run is at step {newest.step} already"
+        raise ConfigError(Problem(Location(key="train.steps"), what, "raise it", "already-past"))
+    return newest
