@@ -40,7 +40,8 @@ def of_kind(found: list[dict], kind: str) -> list[dict]:
     return [event for event in found if event["event"] == kind]
 
 
-def test_a_run_reports_its_progress_and_where_the_lora_is(monkeypatch, capfd, tmp_path: Path) -> None:
+def test_events_of_a_training_run(monkeypatch, capfd, tmp_path: Path) -> None:
+    """A run reports its progress and where its LoRA is."""
     sets = {"train.steps": 3, "output_dir": tmp_path, "sample.every": "null", "save.every": 3, "cache.folder": tmp_path}
     words = [word for key, value in sets.items() for word in ("--set", f"{key}={value}")]
     assert command(monkeypatch, "--json", "train", QUICKSTART, *words) == 0
@@ -52,7 +53,8 @@ def test_a_run_reports_its_progress_and_where_the_lora_is(monkeypatch, capfd, tm
     assert "done: " in log and '"event"' not in log
 
 
-def test_every_problem_is_an_event_of_its_own(monkeypatch, capfd) -> None:
+def test_events_of_problems(monkeypatch, capfd) -> None:
+    """Every problem is an event of its own."""
     code = command(monkeypatch, "--json", "train", QUICKSTART, "--set", "lora.rank=0", "--set", "train.stepz=3")
     out, err = events(capfd)
     problems = of_kind(err, "error")
@@ -65,7 +67,8 @@ def test_every_problem_is_an_event_of_its_own(monkeypatch, capfd) -> None:
     ]
 
 
-def test_an_error_in_a_file_says_its_line_and_key_by_themselves(monkeypatch, capfd, tmp_path: Path) -> None:
+def test_event_of_a_file_error(monkeypatch, capfd, tmp_path: Path) -> None:
+    """An error in a file has the file, its line and its key as separate fields."""
     path = tmp_path / "bad.yaml"
     path.write_text("name: a\ndata: [{folder: x}]\nlora:\n  rnak: 4\n")
     assert command(monkeypatch, "--json", "train", path) == 2
@@ -83,7 +86,8 @@ def test_a_misspelt_command_is_an_event_too(monkeypatch, capfd, words: list[str]
 
 
 @pytest.mark.parametrize("verb", ["check", "timesteps"])
-def test_what_a_command_is_there_to_print_is_its_result(monkeypatch, capfd, verb: str) -> None:
+def test_events_of_printed_results(monkeypatch, capfd, verb: str) -> None:
+    """The lines that a command prints as its result are `result` events."""
     assert command(monkeypatch, verb, QUICKSTART) == 0
     shown = capfd.readouterr().out.splitlines()
     assert command(monkeypatch, "--json", verb, QUICKSTART) == 0
@@ -101,13 +105,15 @@ def test_one_object_stays_one_object(capfd) -> None:
     assert "sigma_mean" in json.loads(result.stdout)
 
 
-def test_the_next_command_is_for_people_again() -> None:
+def test_events_end_with_the_command() -> None:
+    """`--json` holds for one command; the next one prints for people again."""
     CliRunner().invoke(app.app, ["--json", "timesteps", QUICKSTART])
     result = CliRunner().invoke(app.app, ["timesteps", QUICKSTART])
     assert '"event"' not in result.stdout
 
 
-def test_progress_comes_at_its_start_its_end_and_once_a_second(monkeypatch, capfd) -> None:
+def test_events_of_progress_are_throttled(monkeypatch, capfd) -> None:
+    """Progress is reported at its start, at its end and once a second."""
     JSON_OUTPUT.set(True)
     clock = iter(range(100))
     monkeypatch.setattr("time.monotonic", lambda: next(clock) / 4)

@@ -34,7 +34,8 @@ def config(tmp_path: Path, shared_cache: Path) -> str:
 
 
 @pytest.mark.parametrize("command", [["--version"], ["--help"]])
-def test_a_full_disk_under_the_output_is_told(command: list[str]):
+def test_full_disk_under_the_output(command: list[str]):
+    """A full disk under standard output is an error that says so."""
     done = run(command, "> /dev/full")
     assert done.returncode == 7, done.stderr
     assert done.stderr.strip() == "standard output: cannot be written (No space left on device)"
@@ -47,14 +48,16 @@ def test_closed_outputs_change_no_exit_code(config: str, shell: str):
     assert run(["--version"], shell).returncode == 0
 
 
-def test_letters_that_the_terminal_lacks_are_escaped(config: str):
+def test_letters_the_terminal_lacks(config: str):
+    """Letters that the terminal cannot show are escaped."""
     done = run(["check", config], PYTHONIOENCODING="ascii")
     assert done.returncode == 3
     assert "b\\xfccher \\U0001f642: does not exist" in done.stderr
 
 
 @pytest.mark.parametrize("command", [["check"], ["train"], ["sample"], ["lora", "inspect"]])
-def test_a_path_that_no_system_takes_is_one_line(command: list[str]):
+def test_path_no_system_takes(command: list[str]):
+    """A path that no system takes is an error of one line."""
     extra = ["--prompt", "x"] if command == ["sample"] else []
     done = run([*command, "x" * 5000, *extra])
     assert done.returncode in (2, 4) and "Traceback" not in done.stderr, done.stderr

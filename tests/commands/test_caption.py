@@ -76,11 +76,13 @@ def images_of(folder: Path) -> list[Path]:
         ("  \n ", ""),
     ],
 )
-def test_of_an_answer_only_the_caption_stays(answer, caption):
+def test_answer_is_cut_to_the_caption(answer, caption):
+    """Only the caption of an answer is kept."""
     assert caption_prompts.clean_answer(answer, "sentences", True, None) == caption
 
 
-def test_an_answer_that_was_cut_off_ends_at_its_last_whole_sentence_or_tag():
+def test_answer_cut_off_is_shortened():
+    """An answer that was cut off ends at its last whole sentence or tag."""
     text = "A fox, 3.5 m long. It runs! And then it sud"
     assert caption_prompts.clean_answer(text, "sentences", False, None) == "A fox, 3.5 m long. It runs!"
     assert caption_prompts.clean_answer("no end at all", "sentences", False, None) == "no end at all"
@@ -109,7 +111,8 @@ def test_a_trigger_is_in_every_caption_once(answer, style, caption):
 
 
 @given(st.text(), st.sampled_from(list(CAPTION_STYLES)), st.booleans(), st.sampled_from([None, "zorb"]))
-def test_any_answer_becomes_one_line_that_is_read_back_as_it_is(answer, style, is_whole, trigger):
+def test_answer_reads_back_as_one_line(answer, style, is_whole, trigger):
+    """Any answer becomes one line, which is read back unchanged and contains the trigger."""
     text = caption_prompts.clean_answer(answer, style, is_whole, trigger)
     assert text == captions.clean_text(text) and text.isprintable()
     assert text == "" or trigger is None or captions.trigger_pattern(trigger).search(text)
@@ -117,14 +120,16 @@ def test_any_answer_becomes_one_line_that_is_read_back_as_it_is(answer, style, i
 
 @pytest.mark.parametrize("kind", [None, *caption_prompts.OMITTED_TRAITS])
 @pytest.mark.parametrize("style", CAPTION_STYLES)
-def test_the_instruction_names_the_trigger_where_there_is_a_thing_to_call_so(style, kind):
+def test_instruction_names_the_trigger(style, kind):
+    """The instruction names the trigger for kinds with a thing that can be called so."""
     text = caption_prompts.caption_instruction(style, kind, "zorb")
     assert text.startswith(CAPTION_STYLES[style].instruction)
     assert ("zorb" in text) == (kind in ("character", "product", "concept"))
     assert (kind is None) or caption_prompts.OMITTED_TRAITS[kind] in text
 
 
-def test_every_kind_that_init_knows_has_something_to_leave_out():
+def test_kinds_have_omitted_traits():
+    """Every kind that `init` knows has traits for captions to leave out."""
     from zimage_train.config.templates import SUBJECT_KINDS
 
     assert set(caption_prompts.OMITTED_TRAITS) == set(SUBJECT_KINDS)
@@ -134,7 +139,8 @@ def test_every_kind_that_init_knows_has_something_to_leave_out():
 
 
 @pytest.mark.parametrize("make", [vision_models.qwen, vision_models.llava])
-def test_a_model_says_the_same_of_the_same_image_and_something_else_of_another(tmp_path, make):
+def test_model_answers_depend_on_image(tmp_path, make):
+    """A model gives the same answer for the same image, and another answer for another image."""
     model = captioner.load_captioner(make(tmp_path), torch.device("cpu"))
     seen = [Image.open(path).convert("RGB") for path in sorted(mini.IMAGES.glob("*.png"))[:6]]
     said = [model.answer(image, "Describe.", 12) for image in seen]
@@ -143,8 +149,11 @@ def test_a_model_says_the_same_of_the_same_image_and_something_else_of_another(t
     assert model.answer(seen[0], "Say nothing of the sky.", 12) != said[0], "it does not listen"
 
 
-def test_what_a_qwen_reads_is_what_its_own_processor_makes(qwen):
-    """Only where torchvision is: without it transformers cannot make that processor."""
+def test_qwen_processor_equals_its_own(qwen):
+    """The inputs of a Qwen are those that its own processor makes.
+
+    Only where torchvision is: without it transformers cannot make that processor.
+    """
     pytest.importorskip("torchvision")
     from transformers import AutoProcessor
 
@@ -164,7 +173,8 @@ def test_what_a_qwen_reads_is_what_its_own_processor_makes(qwen):
         assert torch.allclose(torch.as_tensor(here[name]).float(), there[name].float(), atol=0.02), name
 
 
-def test_an_answer_that_comes_to_an_end_is_known_from_one_that_is_cut_off(qwen):
+def test_answer_end_is_detected(qwen):
+    """An answer that came to its end is told from one that was cut off."""
     model = captioner.load_captioner(qwen, torch.device("cpu"))
     image = Image.open(images_of(mini.IMAGES)[0]).convert("RGB")
     _, is_whole = model.answer(image, "Describe.", 5)
@@ -175,7 +185,8 @@ def test_an_answer_that_comes_to_an_end_is_known_from_one_that_is_cut_off(qwen):
     assert model.answer(image, "Describe.", 5)[1]
 
 
-def test_large_images_are_read_smaller_and_keep_their_shape():
+def test_large_images_are_scaled_down():
+    """Large images are scaled down for the model, and keep their shape."""
     assert captioner._limit_pixels(Image.new("RGB", (4000, 1000))).size == (2048, 512)
     assert captioner._limit_pixels(Image.new("RGB", (640, 480))).size == (640, 480)
 
@@ -183,7 +194,8 @@ def test_large_images_are_read_smaller_and_keep_their_shape():
 # The command
 
 
-def test_captions_are_written_for_those_that_have_none(qwen, images):
+def test_captions_written_where_missing(qwen, images):
+    """Captions are written for the images that have none."""
     first, second, *others = images_of(images)
     own = "  my own words\r\n"
     first.with_suffix(".txt").write_bytes(own.encode())
@@ -196,7 +208,8 @@ def test_captions_are_written_for_those_that_have_none(qwen, images):
     assert said == [f"3 captions written to {images}; read them: what they say is learned"]
 
 
-def test_a_second_start_goes_on_and_needs_no_model_where_all_is_done(qwen, images):
+def test_second_start_continues(qwen, images):
+    """A second start continues, and needs no model if every image has a caption."""
     caption_folder(images, wanted(qwen), Console())
     before = texts(images)
     gone = images_of(images)[2].with_suffix(".txt")
@@ -207,7 +220,8 @@ def test_a_second_start_goes_on_and_needs_no_model_where_all_is_done(qwen, image
     assert said == [f"0 captions written to {images}"]
 
 
-def test_what_was_written_before_an_interruption_is_there(qwen, images, monkeypatch):
+def test_interruption_keeps_captions(qwen, images, monkeypatch):
+    """Captions written before an interruption are kept."""
     calls = []
 
     def answer(self, image, instruction, most):
@@ -229,7 +243,8 @@ def test_force_writes_over(qwen, images):
     assert file.read_text() != "old"
 
 
-def test_a_caption_that_cannot_be_read_is_not_written_over(qwen, images):
+def test_unreadable_caption_is_kept(qwen, images):
+    """A caption that cannot be read is not overwritten."""
     file = images_of(images)[0].with_suffix(".txt")
     content = "my words".encode("utf-16")
     file.write_bytes(content)
@@ -247,14 +262,16 @@ def test_a_caption_that_cannot_be_read_is_not_written_over(qwen, images):
         (["--trigger", "a\nb"], "--trigger: is 'a\\nb'"),
     ],
 )
-def test_what_would_harm_images_or_configs_is_refused(qwen, images, words, said):
+def test_harmful_options_are_refused(qwen, images, words, said):
+    """Options that would harm images or configs are refused."""
     before = {path.name: path.read_bytes() for path in images.iterdir()}
     code, text = run("caption", images, "--model", qwen, *words)
     assert code == 2 and said in text
     assert {path.name: path.read_bytes() for path in images.iterdir()} == before
 
 
-def test_tags_and_an_own_instruction_reach_the_model(qwen, images, monkeypatch):
+def test_tags_and_instruction_reach_model(qwen, images, monkeypatch):
+    """The style `tags` and the user's own instruction reach the model."""
     asked = []
     monkeypatch.setattr(
         captioner.CaptionModel,
@@ -266,13 +283,15 @@ def test_tags_and_an_own_instruction_reach_the_model(qwen, images, monkeypatch):
     assert set(texts(images).values()) == {"fox, sea\n"}
 
 
-def test_captions_with_a_placeholder_for_the_trigger_are_captions(qwen, images):
+def test_captions_with_placeholder_count(qwen, images):
+    """Captions with a placeholder for the trigger count as captions."""
     for path in images_of(images):
         path.with_suffix(".txt").write_text("[trigger] at sea")
     assert caption_folder(images, wanted("nowhere/nothing"), Console()) == [f"0 captions written to {images}"]
 
 
-def test_bad_images_are_named_after_the_good_ones_have_their_captions(qwen, images, monkeypatch):
+def test_bad_images_are_named_last(qwen, images, monkeypatch):
+    """Bad images are named after the good ones have got their captions."""
     _, twin, silent, _ = images_of(images)
     (images / "broken.png").write_bytes(b"no image")
     Image.open(twin).convert("RGB").transpose(Image.Transpose.ROTATE_90).save(twin.with_suffix(".jpg"))
@@ -287,7 +306,8 @@ def test_bad_images_are_named_after_the_good_ones_have_their_captions(qwen, imag
 
 
 @pytest.mark.parametrize("make", ["none", "language", "damaged", "pickle"])
-def test_what_is_no_such_model_is_refused_in_one_line(tmp_path, qwen, images, make):
+def test_model_unfit_is_refused(tmp_path, qwen, images, make):
+    """A folder without such a model is refused in one line."""
     model = tmp_path / "model"
     if make == "language":
         shutil.copytree(mini.TURBO / "text_encoder", model)
@@ -307,7 +327,8 @@ def test_what_is_no_such_model_is_refused_in_one_line(tmp_path, qwen, images, ma
     assert texts(images) == {}
 
 
-def test_a_model_that_is_too_large_for_the_machine_is_refused_before_it_is_read(qwen, images, monkeypatch):
+def test_model_too_large_is_refused(qwen, images, monkeypatch):
+    """A model that is too large for the machine is refused before it is read."""
     monkeypatch.setattr(devices, "device_limits", lambda device: type("Device", (), {"limit_bytes": 1000.0}))
     monkeypatch.setattr(captioner, "load_captioner", None)
     with pytest.raises(ConfigError, match="2B"):
@@ -315,8 +336,11 @@ def test_a_model_that_is_too_large_for_the_machine_is_refused_before_it_is_read(
 
 
 @pytest.mark.parametrize("there", [True, False])
-def test_an_accelerator_is_used_where_there_is_one_and_not_where_torch_only_could(qwen, images, monkeypatch, there):
-    """`mps` stands for any: torch has the name everywhere, so that the choice can be seen without the device."""
+def test_accelerator_is_chosen(qwen, images, monkeypatch, there):
+    """An accelerator is used where there is one, and not where torch only knows its name.
+
+    `mps` stands for any: torch has the name everywhere, so that the choice can be seen without the device.
+    """
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: there)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda *words, **more: torch.device("mps"))
     taken = []

@@ -106,7 +106,8 @@ def compared(loras: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Pat
     return output
 
 
-def test_every_image_has_the_bits_that_sample_draws(compared: Path, loras: list[Path], tmp_path: Path):
+def test_images_equal_those_of_sample(compared: Path, loras: list[Path], tmp_path: Path):
+    """Every image has the same bits as the one that `sample` draws."""
     one, two = loras
     wanted = [
         sampled(tmp_path / "bare", mini.TURBO),
@@ -127,7 +128,8 @@ def test_every_image_has_the_bits_that_sample_draws(compared: Path, loras: list[
     assert len({pixels(path).tobytes() for path in found}) == 10, "each must differ, or the comparison says nothing"
 
 
-def test_the_grid_has_a_column_a_lora_and_the_bare_model_beside_each_strength(compared: Path):
+def test_grid_by_lora(compared: Path):
+    """The grid has one column for each LoRA, beside the bare model, and a row for each prompt and strength."""
     found = {path.name[4:]: [] for path in sorted((compared / "pictures").iterdir())}
     for path in sorted((compared / "pictures").iterdir()):
         found[path.name[4:]].append(enlarged(pixels(path)))
@@ -137,7 +139,8 @@ def test_the_grid_has_a_column_a_lora_and_the_bare_model_beside_each_strength(co
             assert np.array_equal(shown[row][column], found[f"{name}.png"][prompt]), (row, column)
 
 
-def test_columns_of_strengths_begin_with_the_bare_model_for_every_lora(loras: list[Path], tmp_path: Path):
+def test_grid_by_strength(loras: list[Path], tmp_path: Path):
+    """With `--by strength`, the columns begin with the bare model for every LoRA."""
     draw(tmp_path, *loras, "--model", mini.TURBO, "--by", "strength", prompts=PROMPTS[:1])
     bare, one, two = (enlarged(pixels(path)) for path in sorted((tmp_path / "pictures").iterdir()))
     shown = cells(tmp_path / "grid.png", 2, 2)
@@ -147,7 +150,8 @@ def test_columns_of_strengths_begin_with_the_bare_model_for_every_lora(loras: li
     ]
 
 
-def test_ways_of_sampling_are_columns_with_these_values_in_the_recipes(loras: list[Path], tmp_path: Path):
+def test_grid_by_sampling(loras: list[Path], tmp_path: Path):
+    """Values of `--sampling` are columns, and the requests in the images hold these values."""
     words = ["--sampling", "3:0,5:1.5", "--strength", "1", "--negative", "blue", "--seed", "5"]
     draw(tmp_path, loras[0], "--model", mini.TURBO, *words, prompts=["a zorb", "a zorb"])
     recipes = [preview_images.request_of(path) for path in sorted((tmp_path / "pictures").iterdir())]
@@ -160,7 +164,8 @@ def test_ways_of_sampling_are_columns_with_these_values_in_the_recipes(loras: li
     assert "5 steps, g 1.5 (CFG 2.5), seed 6" in page and "a zorb (seed 6)" in page
 
 
-def test_several_models_draw_the_same_loras_from_the_same_noise(loras: list[Path], tmp_path: Path):
+def test_grid_by_model(loras: list[Path], tmp_path: Path):
+    """Several models draw the same LoRAs from the same noise."""
     other = tmp_path / "other"
     shutil.copytree(mini.TURBO, other)
     for file in (other / "transformer").glob("*.safetensors"):
@@ -174,7 +179,8 @@ def test_several_models_draw_the_same_loras_from_the_same_noise(loras: list[Path
             assert np.array_equal(shown[row][column], enlarged(wanted[column][row]))
 
 
-def test_a_lora_that_is_taken_off_leaves_the_very_modules_that_were_there():
+def test_with_lora_restores_the_modules():
+    """Taking a LoRA off restores the very modules that the model had before."""
     model = load_frozen(mini.TURBO / "transformer", None, "fp32", torch.device("cpu")).model
     before, state = dict(model.named_modules()), {name: one.clone() for name, one in model.state_dict().items()}
     with swap.with_lora(model, random_lora(1, 3, list(LINEARS)[:5])):
@@ -190,7 +196,8 @@ def sources_of(page: str) -> list[str]:
     return [unquote(one) for one in re.findall(r'<img src="([^"]*)"', page)]
 
 
-def test_the_page_holds_every_image_and_nothing_from_elsewhere(compared: Path):
+def test_page_is_self_contained(compared: Path):
+    """The page holds every image, and loads nothing from elsewhere."""
     page = (compared / "compare.html").read_text()
     assert set(sources_of(page)) == {f"pictures/{path.name}" for path in (compared / "pictures").iterdir()}
     assert "http" not in page and "@import" not in page and "url(" not in page
@@ -246,7 +253,8 @@ def test_what_a_user_wrote_is_escaped(tmp_path: Path):
 # Runs
 
 
-def test_runs_are_compared_by_prompt_at_the_last_step_that_all_have(tmp_path: Path):
+def test_runs_at_their_last_common_step(tmp_path: Path):
+    """Runs are compared by prompt, at the last step that all of them have."""
     one = fabricated(tmp_path / "a", PROMPTS, [0, 100, 200], 10)
     two = fabricated(tmp_path / "b", PROMPTS[::-1], [0, 100, 150], 20)
     done = run("compare", one, two, "-o", tmp_path / "out")
@@ -261,7 +269,8 @@ def test_runs_are_compared_by_prompt_at_the_last_step_that_all_have(tmp_path: Pa
         assert (tmp_path / "out" / source).is_file()
 
 
-def test_a_missing_image_is_left_blank_and_said(tmp_path: Path):
+def test_missing_image_is_left_blank(tmp_path: Path):
+    """A missing image is left blank and named."""
     one = fabricated(tmp_path / "a", PROMPTS, [5], 10)
     two = fabricated(tmp_path / "b", PROMPTS[:1], [5], 20)
     done = run("compare", one, two, "-o", tmp_path / "out")
@@ -269,7 +278,8 @@ def test_a_missing_image_is_left_blank_and_said(tmp_path: Path):
     assert "note: b has no image of 'a red circle' at step 5" in done.output
 
 
-def test_steps_that_only_some_runs_share_are_in_order_with_blanks(tmp_path: Path):
+def test_steps_of_some_runs_are_blanks(tmp_path: Path):
+    """Steps that only some runs share are in order, with blanks for the others."""
     made = [("a", [0, 20]), ("b", [10, 20, 30]), ("c", [10, 30])]
     runs = [fabricated(tmp_path / name, PROMPTS[:1], steps, 10 * i) for i, (name, steps) in enumerate(made, 1)]
     done = run("compare", *runs, "--by", "step", "-o", tmp_path / "out")
@@ -281,7 +291,8 @@ def test_steps_that_only_some_runs_share_are_in_order_with_blanks(tmp_path: Path
     assert "a: previews at step 0 are left out" in done.output and "step 20 has no image of" in done.output
 
 
-def test_columns_of_steps_have_a_row_for_each_prompt_of_each_run(tmp_path: Path):
+def test_grid_by_step(tmp_path: Path):
+    """With steps as columns, each prompt of each run has a row."""
     runs = [fabricated(tmp_path / name, PROMPTS, [0, 5], red) for name, red in (("a", 10), ("b", 20))]
     assert run("compare", *runs, "--by", "step", "-o", tmp_path / "out").exit_code == 0
     assert colours(tmp_path / "out" / "grid.png", 4, 2) == [
@@ -296,7 +307,8 @@ def test_one_run_is_shown_by_its_steps(tmp_path: Path):
     ]
 
 
-def test_columns_of_a_setting_put_runs_with_equal_other_settings_in_one_row(tmp_path: Path):
+def test_grid_by_setting(tmp_path: Path):
+    """With a setting as columns, runs whose other settings are equal share a row."""
     made = [("a", "v1", 4), ("b", "v2", 4), ("c", "v1", 8), ("d", "v2", 8)]
     runs = [
         fabricated(
@@ -315,7 +327,8 @@ def test_columns_of_a_setting_put_runs_with_equal_other_settings_in_one_row(tmp_
     assert "<th>training.adapter</th>" in page and "<th>training.adapter=v2</th>" in page
 
 
-def test_previews_on_a_second_model_are_rows_or_columns_of_their_own(tmp_path: Path):
+def test_second_model_has_its_own_cells(tmp_path: Path):
+    """Previews on a second model have rows or columns of their own."""
     one = fabricated(tmp_path / "a", PROMPTS[:1], [5], 10, also=30)
     two = fabricated(tmp_path / "b", PROMPTS[:1], [5], 20, also=40)
     assert run("compare", one, two, "-o", tmp_path / "rows").exit_code == 0
@@ -324,14 +337,16 @@ def test_previews_on_a_second_model_are_rows_or_columns_of_their_own(tmp_path: P
     assert colours(tmp_path / "columns" / "grid.png", 2, 2) == [[(10, 5, 0), (30, 5, 0)], [(20, 5, 0), (40, 5, 0)]]
 
 
-def test_a_folder_of_runs_stands_for_the_runs_in_it(tmp_path: Path):
+def test_folder_of_runs_is_its_runs(tmp_path: Path):
+    """A folder of runs stands for the runs in it."""
     for name, red in (("a", 10), ("b", 20)):
         fabricated(tmp_path / "sweep" / name, PROMPTS[:1], [5], red)
     assert run("compare", tmp_path / "sweep", "-o", tmp_path / "out").exit_code == 0
     assert colours(tmp_path / "out" / "grid.png", 1, 2) == [[(10, 5, 0), (20, 5, 0)]]
 
 
-def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path: Path):
+def test_runs_of_one_name(tmp_path: Path):
+    """Runs of the same name are told apart by their folders."""
     runs = [fabricated(tmp_path / place / "same", PROMPTS[:1], [5], 1) for place in ("x", "y")]
     assert [one.label for one in compare.opened(runs)] == ["x/same", "y/same"]
 
@@ -345,13 +360,15 @@ def test_runs_are_compared_without_torch(tmp_path: Path):
     assert (tmp_path / "compare" / "compare.html").exists()
 
 
-def test_a_image_that_must_be_drawn_says_so_of_a_run_without_a_finished_lora(tmp_path: Path):
+def test_run_without_a_lora_is_refused(tmp_path: Path):
+    """If images must be drawn, a run without a finished LoRA is refused, saying so."""
     folder = fabricated(tmp_path / "a", PROMPTS, [5], 1)
     done = run("compare", folder, "--prompt", "x", "--model", mini.TURBO)
     assert f"{folder}: has no finished LoRA" in str(done.exception)
 
 
-def test_a_run_stands_for_its_lora_where_images_are_drawn(loras: list[Path], tmp_path: Path):
+def test_run_stands_for_its_lora(loras: list[Path], tmp_path: Path):
+    """A run stands for its LoRA where images are drawn."""
     folder = fabricated(tmp_path / "a", PROMPTS, [5], 1)
     (folder / "lora").mkdir()
     shutil.copy(loras[0], folder / "lora" / "a.safetensors")
@@ -406,7 +423,8 @@ def test_what_cannot_be_compared_is_refused(words: str, code: int, message: str,
     assert message in str(done.exception) and done.exception.exit_code == code
 
 
-def test_labels_that_are_too_long_are_wrapped_and_cut():
+def test_long_labels_are_wrapped():
+    """Labels that are too long are wrapped and cut."""
     font = grid.ImageFont.load_default(14)
     assert grid.wrap_text("a red circle", font, 200) == ["a red circle"]
     assert grid.wrap_text("", font, 200) == []

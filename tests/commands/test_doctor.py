@@ -72,7 +72,8 @@ def test_a_good_machine_has_nothing_to_mend():
         ({"free_bytes": {"/x": 10**9}}, "note", "1.00 GB free in /x; checkpoints and caches want some GB"),
     ],
 )
-def test_each_trouble_has_its_verdict_and_its_fix(change: dict, level: str, expected: str):
+def test_troubles_have_verdict_and_fix(change: dict, level: str, expected: str):
+    """Each trouble has its verdict and its fix."""
     found = said(replace(GOOD, **change), level)
     assert any(line.startswith(expected) for line in found), found
 
@@ -102,7 +103,8 @@ def test_each_card_has_its_verdict(change: dict, level: str, expected: str):
     assert any(line.startswith(expected) for line in found), found
 
 
-def test_weights_that_do_not_fit_the_disk_are_bad_only_if_they_are_still_to_come():
+def test_disk_too_small_for_weights():
+    """Weights that do not fit the disk are bad only if they are still to be downloaded."""
     small = {"/home/me/.cache/huggingface/hub": 10_000_000_000}
     missing = replace(GOOD, free_bytes=small, downloaded={"a/b": False})
     (line,) = said(missing, "bad")
@@ -115,7 +117,8 @@ def test_versions_are_compared_as_numbers():
     assert not doctor._meets("0.9.5", ">=0.18") and not doctor._meets(None, "")
 
 
-def test_this_machine_is_found_out_and_judged(tmp_path, monkeypatch):
+def test_this_machine_is_judged(tmp_path, monkeypatch):
+    """The facts of this machine are found and judged, and no file is left behind."""
     monkeypatch.chdir(tmp_path)
     facts = doctor.gather_facts()
     assert facts.packages["torch"][0] and facts.ram_bytes > 10**8 and facts.locks and str(tmp_path) in facts.free_bytes

@@ -50,7 +50,8 @@ def run(folder: Path, hub: Hub, *words: str | Path, **more: str) -> subprocess.C
 
 
 @pytest.mark.slow
-def test_what_a_config_reads_comes_once_and_trains_without_the_hub(tmp_path: Path, hub: Hub, config: Path):
+def test_download_once_then_train_offline(tmp_path: Path, hub: Hub, config: Path):
+    """The files that a config reads are downloaded once; training then needs no hub."""
     first = run(tmp_path, hub, "download", config)
     assert first.returncode == 0, first.stderr
     assert "org/mini  transformer: " in first.stdout and "org/adapter  adapter.safetensors: " in first.stdout
@@ -67,7 +68,8 @@ def test_what_a_config_reads_comes_once_and_trains_without_the_hub(tmp_path: Pat
 
 
 @pytest.mark.slow
-def test_a_cut_connection_goes_on_where_it_ended(tmp_path: Path, hub: Hub, config: Path):
+def test_download_resumes(tmp_path: Path, hub: Hub, config: Path):
+    """A download continues where the connection was cut."""
     chunk = 10 * 2**20  # what the library reads at once
     (tmp_path / "big").write_bytes(bytes(range(256)) * (3 * chunk // 256))
     hub.repositories["org/mini"]["transformer/big.safetensors"] = tmp_path / "big"
@@ -82,7 +84,8 @@ def test_a_cut_connection_goes_on_where_it_ended(tmp_path: Path, hub: Hub, confi
 
 
 @pytest.mark.slow
-def test_a_damaged_file_is_removed_and_comes_again(tmp_path: Path, hub: Hub, config: Path):
+def test_download_replaces_damaged_file(tmp_path: Path, hub: Hub, config: Path):
+    """A damaged file is removed and downloaded again."""
     hub.spoiled.add("adapter.safetensors")
     done = run(tmp_path, hub, "download", config)
     assert done.returncode == 4
@@ -105,7 +108,8 @@ def test_what_is_not_there_is_said_at_once(tmp_path: Path, hub: Hub, config: Pat
     assert offline.returncode == 4 and "HF_HUB_OFFLINE" in offline.stderr
 
 
-def test_a_config_that_reads_nothing_from_the_hub_needs_none(tmp_path: Path, hub: Hub, config: Path):
+def test_download_without_hub_files(tmp_path: Path, hub: Hub, config: Path):
+    """A config that reads nothing from the hub needs no hub."""
     text = (
         config.read_text()
         .replace("org/mini", str(mini.TURBO))

@@ -41,7 +41,8 @@ def folder_of(path: Path, sizes: list[tuple[int, int]], captions: list[str]) -> 
     return path
 
 
-def test_a_config_is_written_from_what_is_there_and_it_holds(tmp_path: Path, monkeypatch):
+def test_config_from_a_folder(tmp_path: Path, monkeypatch):
+    """A config is written from what the folder holds, and it is valid."""
     monkeypatch.chdir(tmp_path)
     captions = ["rex on grass", "rex in snow", "rex, asleep"]
     folder_of(tmp_path / "my dog 2", [(1100, 800)] * 3 + [(600, 900)] * 3, captions)
@@ -87,12 +88,14 @@ def test_what_is_there_is_not_written_over(tmp_path: Path):
         (["--gpu", "voodoo"], 2, "--gpu: 'voodoo' is not known"),
     ],
 )
-def test_flags_that_are_none_are_refused_before_anything_is_written(tmp_path: Path, words, code, said):
+def test_invalid_flags_are_refused(tmp_path: Path, words, code, said):
+    """Invalid flags are refused before anything is written."""
     found, output = run(mini.IMAGES, "--yes", "-o", tmp_path / "x.yaml", *words)
     assert found == code and said in output and not (tmp_path / "x.yaml").exists()
 
 
-def test_folders_without_images_are_data_errors(tmp_path: Path):
+def test_folders_without_images(tmp_path: Path):
+    """Folders without images are data errors."""
     assert run(tmp_path / "gone", "--yes")[0] == 3
     assert "holds no images" in run(tmp_path, "--yes")[1]
     (tmp_path / "a.png").write_bytes(b"no image")
@@ -100,7 +103,8 @@ def test_folders_without_images_are_data_errors(tmp_path: Path):
     assert code == 3 and "a.png" in said
 
 
-def test_a_damaged_image_is_named_and_the_config_written_all_the_same(tmp_path: Path):
+def test_damaged_image_is_named(tmp_path: Path):
+    """A damaged image is named, and the config is written all the same."""
     folder = folder_of(tmp_path / "p", [(600, 600)] * 3, ["a", "b", "c"])
     (folder / "bad.png").write_bytes(b"no image")
     code, said = run(folder, "--yes", "-o", tmp_path / "x.yaml")
@@ -108,7 +112,8 @@ def test_a_damaged_image_is_named_and_the_config_written_all_the_same(tmp_path: 
 
 
 @pytest.mark.slow
-def test_from_an_empty_folder_to_a_image_without_asking_anyone(tmp_path: Path, monkeypatch, shared_cache: Path):
+def test_folder_to_image_unattended(tmp_path: Path, monkeypatch, shared_cache: Path):
+    """`init`, `check`, `train` and `sample` lead from a folder to an image without a question."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "photos").mkdir()
     for path in mini.IMAGES.iterdir():
@@ -143,7 +148,8 @@ def images(*sizes: tuple[int, int]) -> list[ImageRecord]:
         ([(300, 300)], (512,)),
     ],
 )
-def test_resolutions_are_those_that_half_of_the_images_fill(sizes, resolution):
+def test_resolutions_half_the_images_fill(sizes, resolution):
+    """The resolutions are those that half of the images fill."""
     seen = init.FolderSummary("p", images(*sizes), [], [], [])
     own = init.template_values_for(seen, init.Answers("style", "turbo", "z", None), "n", False)
     assert own.resolution == resolution
@@ -159,7 +165,8 @@ def test_resolutions_are_those_that_half_of_the_images_fill(sizes, resolution):
         ([], None),
     ],
 )
-def test_the_word_that_captions_begin_with_is_taken_for_the_trigger(captions: list[str], trigger: str | None):
+def test_trigger_from_captions(captions: list[str], trigger: str | None):
+    """The word that captions begin with is taken for the trigger."""
     assert init.likely_trigger(captions) == trigger
 
 
@@ -181,7 +188,8 @@ words = text.filter(str.strip)
     st.sampled_from([*SUBJECT_KINDS]),
     st.sampled_from([*MODEL_TEMPLATES]),
 )
-def test_any_folder_trigger_and_caption_come_back_as_they_were(tmp_path_factory, folder, trigger, captions, kind, base):
+def test_any_text_reads_back(tmp_path_factory, folder, trigger, captions, kind, base):
+    """Any folder, trigger and caption are read back from the config unchanged."""
     own = TemplateValues(folder=folder, name="n", trigger=trigger, captions=tuple(captions))
     path = tmp_path_factory.mktemp("init") / "x.yaml"
     path.write_text(templates.render_template(base, kind, own), encoding="utf-8")
@@ -203,12 +211,14 @@ def test_any_folder_trigger_and_caption_come_back_as_they_were(tmp_path_factory,
         ("photos", Path("me-2.yaml"), "me_2"),
     ],
 )
-def test_names_come_from_the_config_or_the_folder(tmp_path: Path, name: str, output: Path | None, expected: str):
+def test_name_from_config_or_folder(tmp_path: Path, name: str, output: Path | None, expected: str):
+    """The run's name comes from the config's file name, or from the folder."""
     assert init.name_of(tmp_path / name, output) == expected
     assert init.answer_error("--name", expected) is None
 
 
-def test_where_nothing_can_be_written_is_said_before_any_image_is_looked_at(tmp_path: Path, monkeypatch):
+def test_unwritable_output_is_said_first(tmp_path: Path, monkeypatch):
+    """An output that cannot be written is refused before any image is read."""
     monkeypatch.setattr(init, "summarize_folder", None)
     (tmp_path / "file").write_text("")
     for output, said in (
@@ -220,7 +230,8 @@ def test_where_nothing_can_be_written_is_said_before_any_image_is_looked_at(tmp_
         assert code == 2 and said in text and "Traceback" not in text, text
 
 
-def test_placeholders_in_captions_stand_for_the_trigger_that_is_chosen(tmp_path: Path):
+def test_placeholders_are_the_trigger(tmp_path: Path):
+    """Placeholders in captions stand for the chosen trigger."""
     folder = folder_of(tmp_path / "p", [(600, 600)] * 3, ["a [trigger] at sea"] * 3)
     code, said = run(folder, "--yes", "-o", tmp_path / "x.yaml", "--trigger", "rex")
     assert code == 0 and "3 of 3 have captions" in said and "to mend" not in said
@@ -235,14 +246,16 @@ def test_masks_in_a_subfolder_are_masks(tmp_path: Path):
     assert read_config(tmp_path / "x.yaml").data[0].mask == str(folder / "Masks")
 
 
-def test_masks_beside_the_images_are_noticed(tmp_path: Path):
+def test_masks_are_noticed(tmp_path: Path):
+    """Masks beside the images are noticed."""
     folder = folder_of(tmp_path / "p", [(600, 600)] * 2, ["a", "b"])
     noise(600, 600, seed=9).save(folder / "00_mask.png")
     said = run(folder, "--yes", "-o", tmp_path / "x.yaml")[1]
     assert "1 images look like masks and are trained as images (00_mask.png)" in said
 
 
-def test_folders_of_kohya_say_how_often_and_the_word(tmp_path: Path):
+def test_kohya_folders(tmp_path: Path):
+    """Folders named the kohya way give the repeats and the trigger."""
     (tmp_path / "p").mkdir()
     folder_of(tmp_path / "p" / "10_ohwx man", [(600, 600)] * 2, [])
     folder_of(tmp_path / "p" / "2_ohwx man far", [(700, 600)] * 2, [])
@@ -252,7 +265,8 @@ def test_folders_of_kohya_say_how_often_and_the_word(tmp_path: Path):
     assert (entry.repeats, entry.trigger) == ("by_folder", "ohwx")
 
 
-def test_a_folder_of_duplicates_is_not_a_page_of_notes(tmp_path: Path):
+def test_duplicates_are_summarized(tmp_path: Path):
+    """Of a folder of duplicates only the first few are listed."""
     folder = folder_of(tmp_path / "p", [(600, 600)], ["a"])
     for index in range(9):
         (folder / f"same{index}.png").write_bytes((folder / "00.png").read_bytes())
@@ -260,7 +274,8 @@ def test_a_folder_of_duplicates_is_not_a_page_of_notes(tmp_path: Path):
     assert said.count("the same image as") == 6 and "note: and 3 more, which check lists" in said
 
 
-def test_all_that_cannot_be_used_is_named_at_once(tmp_path: Path):
+def test_unusable_images_named_at_once(tmp_path: Path):
+    """All images that cannot be used are named at once."""
     for name in ("a.png", "b.png"):
         (tmp_path / name).write_bytes(b"no image")
     code, said = run(tmp_path, "--yes")
@@ -296,7 +311,8 @@ def terminal(words: list[str], typed: list[str], folder: Path) -> tuple[int, str
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), seen
 
 
-def test_questions_are_asked_again_until_they_are_answered(tmp_path: Path):
+def test_questions_are_repeated(tmp_path: Path):
+    """Questions are asked again until they are answered."""
     words = ["init", str(mini.IMAGES), "-o", "x.yaml"]
     typed = ["dog\n", "style\n", "deturbo\n", "[trigger]\n", "rex\n", "4090\n"]
     code, seen = terminal(words, typed, tmp_path)
@@ -307,6 +323,7 @@ def test_questions_are_asked_again_until_they_are_answered(tmp_path: Path):
 
 
 @pytest.mark.parametrize("sign", [CTRL_C, CTRL_D])
-def test_a_question_that_is_interrupted_ends_everything(tmp_path: Path, sign: str):
+def test_question_interrupted(tmp_path: Path, sign: str):
+    """Interrupting a question ends the command."""
     code, seen = terminal(["init", str(mini.IMAGES), "-o", "x.yaml", "--miniature"], ["\n", sign], tmp_path)
     assert code == 130 and "stopped" in seen and list(tmp_path.iterdir()) == []

@@ -61,14 +61,16 @@ def test_other_kinds_are_told_apart(key: str, said: str):
     assert headers.wrong_family_hint([key]) == said
 
 
-def test_no_key_of_z_image_is_taken_for_another_family():
+def test_z_image_keys_are_no_other_family():
+    """No key of a Z-Image LoRA is taken for one of another model family."""
     from zimage_train.models.arch import TransformerShape
 
     keys = [f"{prefix}{module}.lora_A.weight" for module in TransformerShape().linears for prefix in PREFIXES]
     assert headers.detect_family(keys) is None
 
 
-def test_verify_proves_a_good_file_and_says_what_it_is():
+def test_verify_a_good_file():
+    """`verify` proves a good file, and says what it is."""
     code, output = run("verify", str(mini.ADAPTER_V1), "--model", str(mini.TURBO))
     assert code == 0
     for line in (
@@ -83,7 +85,8 @@ def test_verify_proves_a_good_file_and_says_what_it_is():
     assert "warning" not in output
 
 
-def test_verify_holds_a_file_against_the_published_model_unless_told_otherwise(tmp_path: Path):
+def test_verify_model_by_default(tmp_path: Path):
+    """Without `--model`, `verify` compares a file with the published model."""
     code, output = run("verify", str(mini.ADAPTER_V1))
     assert code == 0 and "fits the miniature: 48/48 modules" in output
     tensors = load_file(mini.ADAPTER_V1)
@@ -94,7 +97,8 @@ def test_verify_holds_a_file_against_the_published_model_unless_told_otherwise(t
     assert "compared with Z-Image (6 B); is the LoRA of another size? give --model" in output
 
 
-def test_verify_names_a_type_that_cannot_be_computed_with(tmp_path: Path):
+def test_verify_unknown_type(tmp_path: Path):
+    """`verify` names a data type that cannot be computed with."""
     tensors = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in load_file(mini.ADAPTER_V1).items()}
     save_file(tensors, tmp_path / "x.safetensors")
     code, output = run("verify", str(tmp_path / "x.safetensors"), "--model", str(mini.TURBO))
@@ -108,7 +112,8 @@ def test_the_layout_is_read_from_all_keys():
     assert layout_of(bare) == "bare (*.lora_down/lora_up)"
 
 
-def test_verify_says_who_would_not_load_a_layout(tmp_path: Path):
+def test_verify_layout_not_loaded(tmp_path: Path):
+    """`verify` says which program would not load a layout."""
     path = tmp_path / "x.safetensors"
     assert run("convert", str(mini.ADAPTER_V1), "--to", "musubi", "-o", str(path))[0] == 0
     assert len(lora_file.read_lora(path)) == 48
@@ -118,7 +123,8 @@ def test_verify_says_who_would_not_load_a_layout(tmp_path: Path):
 
 
 @pytest.mark.parametrize("prefix", ["transformer.", ""])
-def test_layouts_that_comfyui_reads_too_pass(tmp_path: Path, prefix: str):
+def test_verify_layouts_of_comfyui(tmp_path: Path, prefix: str):
+    """`verify` accepts the other layouts that ComfyUI reads."""
     path = relabelled(
         tmp_path / "x.safetensors",
         lambda key: None if key.endswith(".alpha") else prefix + key.removeprefix("diffusion_model."),
@@ -127,7 +133,8 @@ def test_layouts_that_comfyui_reads_too_pass(tmp_path: Path, prefix: str):
     assert code == 0, output
 
 
-def test_modules_that_change_nothing_are_mentioned(tmp_path: Path):
+def test_verify_modules_without_change(tmp_path: Path):
+    """`verify` warns of modules that change nothing."""
     tensors = load_file(mini.ADAPTER_V1)
     key = "diffusion_model.layers.3.attention.to_k.lora_B.weight"
     save_file(tensors | {key: torch.zeros_like(tensors[key])}, tmp_path / "x.safetensors")
@@ -136,14 +143,16 @@ def test_modules_that_change_nothing_are_mentioned(tmp_path: Path):
     assert "warning: 1 of 48 modules change nothing, such as layers.3.attention.to_k" in output
 
 
-def test_the_norm_is_that_of_the_dense_change():
+def test_delta_norm_equals_dense():
+    """The norm from the factors is that of the dense change."""
     g = torch.Generator().manual_seed(1)
     factors = Factors(torch.randn(3, 20, generator=g), torch.randn(30, 3, generator=g), 0.7)
     dense = torch.linalg.matrix_norm(0.7 * (factors.b.double() @ factors.a.double()))
     assert inspect.delta_norm(factors) == pytest.approx(float(dense), rel=1e-12)
 
 
-def test_the_table_has_every_module_in_its_block_and_component():
+def test_table_has_every_module():
+    """The table has every module in its block and component."""
     found = inspect.summarize_lora(mini.ADAPTER_V1)
     rows, columns, values = targets.modules_table(found.norms)
     assert rows == [f"layers.{index}" for index in range(6)]
@@ -152,7 +161,8 @@ def test_the_table_has_every_module_in_its_block_and_component():
     assert sorted(v for line in values for v in line if v is not None) == sorted(found.norms.values())
 
 
-def test_blocks_stand_in_the_order_of_their_numbers_and_gaps_stay_empty():
+def test_table_orders_blocks_by_number():
+    """Blocks are in the order of their numbers, and gaps stay empty."""
     energy = {f"layers.{index}.attention.to_q": 1.0 for index in (10, 2, 0)}
     energy |= {"noise_refiner.0.feed_forward.w3": 2.0, "all_final_layer.2-1.linear": 3.0}
     rows, columns, values = targets.modules_table(energy)
@@ -161,7 +171,8 @@ def test_blocks_stand_in_the_order_of_their_numbers_and_gaps_stay_empty():
     assert values == [[None, None, 3.0], [1.0, None, None], [1.0, None, None], [1.0, None, None], [None, 2.0, None]]
 
 
-def test_inspect_shows_shares_metadata_and_a_heat_map(tmp_path: Path):
+def test_inspect_output(tmp_path: Path):
+    """`inspect` shows shares, metadata and a heat map."""
     code, output = run("inspect", str(mini.ADAPTER_V1), "--picture", str(tmp_path / "heat.png"))
     assert code == 0
     lines = output.splitlines()
@@ -172,7 +183,8 @@ def test_inspect_shows_shares_metadata_and_a_heat_map(tmp_path: Path):
         assert image.width > 8 * heatmap.CELL_WIDTH_PX and image.height > 6 * heatmap.CELL_HEIGHT_PX
 
 
-def test_the_heat_map_is_dark_for_little_and_bright_for_much(tmp_path: Path):
+def test_heat_map_colours(tmp_path: Path):
+    """The heat map is dark for small values and bright for large ones."""
     heatmap.save_heatmap(tmp_path / "x.png", "t", ["a", "b"], ["one", "two"], [[0.0, 1.0], [None, 0.5]], 1.0)
     with Image.open(tmp_path / "x.png") as image:
         width, height, left, top = heatmap.CELL_WIDTH_PX, heatmap.CELL_HEIGHT_PX, heatmap.LABEL_PX, heatmap.TOP_PX
@@ -181,7 +193,8 @@ def test_the_heat_map_is_dark_for_little_and_bright_for_much(tmp_path: Path):
 
 
 @pytest.mark.parametrize("command", ["verify", "inspect"])
-def test_a_file_that_is_not_there_is_one_line(command: str, tmp_path: Path):
+def test_missing_file_is_one_line(command: str, tmp_path: Path):
+    """A missing file is an error of one line."""
     code, output = run(command, str(tmp_path / "none.safetensors"))
     assert code == 4 and output.endswith("none.safetensors: does not exist; check the path")
 

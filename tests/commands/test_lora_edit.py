@@ -58,11 +58,13 @@ def factors_of(texts: list[str]) -> dict[str, float]:
         (["layers.0-2=bell"], "layers.1.attention.to_q", 1.0),
     ],
 )
-def test_rules_of_one_list_replace_and_those_of_three_multiply(texts: list[str], module: str, factor: float):
+def test_rules_replace_or_multiply(texts: list[str], module: str, factor: float):
+    """Rules of one list replace each other; those of several lists multiply."""
     assert factors_of(texts)[module] == pytest.approx(factor, abs=1e-15)
 
 
-def test_a_selector_names_the_modules_it_says_and_no_others():
+def test_selector_names_its_modules():
+    """A selector names exactly its modules."""
     touched = {module for module, factor in factors_of(["layers.0,3-4.feed_forward.w{1,3}=0"]).items() if factor == 0}
     assert touched == {f"layers.{i}.feed_forward.w{j}" for i in (0, 3, 4) for j in (1, 3)}
     for name, count in (("prompt_adherence", 90), ("clothing", 90), ("colour_light", 60), ("background", 90)):
@@ -87,13 +89,15 @@ def test_a_selector_names_the_modules_it_says_and_no_others():
         ("adaln=bell", "is a curve over no layers; write layers=bell"),
     ],
 )
-def test_what_is_no_rule_is_refused_with_what_there_is(tmp_path: Path, text: str, said: str):
+def test_invalid_rule_is_refused(tmp_path: Path, text: str, said: str):
+    """An invalid rule is refused, with the names that exist."""
     path = write(tmp_path / "x.safetensors", random_lora())
     code, output = lora_command("weight", path, "--scale", text, "--dry-run")
     assert code == 2 and f"--scale {text}: " in output and said in output
 
 
-def test_a_dry_run_shows_thirty_rows_and_eight_columns_and_writes_nothing(tmp_path: Path):
+def test_dry_run_of_weight(tmp_path: Path):
+    """A dry run shows thirty rows and eight columns, and writes nothing."""
     draw = torch.Generator().manual_seed(0)
     lora = {m: Factors(torch.randn(1, 3, generator=draw), torch.randn(2, 1, generator=draw), 1.0) for m in FULL}
     path = write(tmp_path / "x.safetensors", lora)
@@ -106,7 +110,8 @@ def test_a_dry_run_shows_thirty_rows_and_eight_columns_and_writes_nothing(tmp_pa
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_weights_scale_each_module_and_zero_leaves_it_out(tmp_path: Path):
+def test_weights_scale_modules(tmp_path: Path):
+    """Weights scale each module, and zero leaves it out."""
     lora = random_lora(scale=0.3, targets=("attention", "feed_forward", "adaln"))
     path, out = write(tmp_path / "x.safetensors", lora), tmp_path / "y.safetensors"
     code, output = lora_command("weight", path, "--scale", "layers.1=-0.5", "--scale", "adaln=0", "-o", out)
@@ -119,7 +124,8 @@ def test_weights_scale_each_module_and_zero_leaves_it_out(tmp_path: Path):
     assert {float(t) for key, t in load_file(out).items() if key.endswith(".alpha")} == {4.0}
 
 
-def test_rules_that_name_nothing_are_said_and_if_none_does_it_is_an_error(tmp_path: Path):
+def test_rules_without_modules(tmp_path: Path):
+    """Rules that name no module are mentioned; it is an error if none of them names any."""
     path, out = write(tmp_path / "x.safetensors", random_lora()), tmp_path / "y.safetensors"
     code, output = lora_command("weight", path, "--scale", "layers=0.5", "--scale", "adaln=0", "-o", out)
     assert code == 0 and "note: adaln=0 names nothing in" in output
@@ -155,7 +161,8 @@ def close(found: Lora, expected: list[tuple[Lora, float]], tolerance: float) -> 
 
 @settings(max_examples=25, deadline=None)
 @given(st.lists(st.tuples(loras, WEIGHTS), min_size=1, max_size=4))
-def test_a_merge_is_the_weighted_sum_of_all_changes(parts: list[tuple[Lora, float]]):
+def test_merge_is_the_weighted_sum(parts: list[tuple[Lora, float]]):
+    """A merge is the weighted sum of all changes."""
     merged = arithmetic.stack_loras(parts)
     assert close(merged, parts, 1e-6)
     assert merged.keys() == {module for lora, weight in parts if weight for module in lora}
@@ -187,7 +194,8 @@ def test_a_full_rank_svd_is_the_sum(parts: list[tuple[Lora, float]]):
 
 @settings(max_examples=25, deadline=None)
 @given(st.integers(0, 1000), st.integers(1, 8), st.floats(0.1, 0.999))
-def test_a_lower_rank_is_the_best_there_is_and_auto_the_lowest_that_keeps_enough(seed: int, rank: int, energy: float):
+def test_resize_is_the_best_of_its_rank(seed: int, rank: int, energy: float):
+    """A lower rank is the best approximation; `auto` is the lowest rank that keeps enough."""
     one = random_lora(8, 0.7, seed)[Q]
     values = torch.linalg.svdvals(dense({Q: one}, Q)).square()
     small, kept, whole = arithmetic.reduce_rank(one, rank, 1.0)
@@ -201,7 +209,8 @@ def test_a_lower_rank_is_the_best_there_is_and_auto_the_lowest_that_keeps_enough
 
 @pytest.mark.parametrize("shape", [(96, 40), (700, 600), (600, 1400)])
 @pytest.mark.parametrize("rank", [3, 8, None])
-def test_a_dense_change_is_decomposed_alike_by_projection(shape: tuple[int, int], rank: int | None):
+def test_factorize_is_optimal(shape: tuple[int, int], rank: int | None):
+    """Factors of a dense change keep the most energy for their rank, and are the same each time."""
     draw = torch.Generator().manual_seed(1)
     change = torch.randn(shape[0], 8, generator=draw) @ torch.randn(8, shape[1], generator=draw)
     change += 0.02 * torch.randn(shape, generator=draw)  # a tail, as real differences have
@@ -215,7 +224,8 @@ def test_a_dense_change_is_decomposed_alike_by_projection(shape: tuple[int, int]
     assert torch.equal(again.a, found.a) and torch.equal(again.b, found.b)
 
 
-def test_merging_files_of_other_tools_is_exact_and_the_same_bytes_each_time(tmp_path: Path):
+def test_merge_of_other_layouts(tmp_path: Path):
+    """Merging files of other tools is exact, and writes the same bytes each time."""
     one, other = random_lora(4, 0.5, 1), random_lora(3, 4.0, 2, ("attention", "adaln"))
     first = converted(write(tmp_path / "a.safetensors", one), "kohya", tmp_path / "k.safetensors")
     second = converted(write(tmp_path / "b.safetensors", other), "diffusers", tmp_path / "d.safetensors")
@@ -235,7 +245,8 @@ def test_merging_files_of_other_tools_is_exact_and_the_same_bytes_each_time(tmp_
     assert [one["scale"] for one in said["from"]] == [[], ["adaln=0.5"]]
 
 
-def test_auto_is_bf16_where_that_is_exact_and_what_rounding_costs_is_said(tmp_path: Path):
+def test_merge_auto_dtype(tmp_path: Path):
+    """`auto` writes bf16 where that is exact, and the cost of rounding is reported."""
     lora = {m: Factors(f.a.bfloat16(), f.b.bfloat16(), 1.0) for m, f in random_lora().items()}
     path = write(tmp_path / "x.safetensors", lora)
     for ratio, options, kind, words in (
@@ -253,7 +264,8 @@ def test_auto_is_bf16_where_that_is_exact_and_what_rounding_costs_is_said(tmp_pa
         assert close(lora_file.read_lora(out), [(lora, float(ratio))], tolerance)
 
 
-def test_normalized_ratios_have_sizes_that_sum_to_one(tmp_path: Path):
+def test_merge_normalized_ratios(tmp_path: Path):
+    """Normalized ratios have absolute values that sum to one."""
     one, other = random_lora(seed=1), random_lora(seed=2)
     a, b = write(tmp_path / "a.safetensors", one), write(tmp_path / "b.safetensors", other)
     code, _ = lora_command("merge", f"{a}=3", f"{b}=-1", "--normalize", "-o", tmp_path / "m.safetensors")
@@ -308,8 +320,11 @@ def test_what_cannot_be_merged_is_said(tmp_path: Path, monkeypatch, arguments: l
 # Methods
 
 
-def test_ties_keeps_the_largest_elects_signs_and_takes_the_mean_of_those_that_agree():
-    """The paper's three steps by plain loops."""
+def test_ties_by_plain_loops():
+    """TIES keeps the largest values, elects signs and averages the values that agree.
+
+    The paper's three steps by plain loops.
+    """
     draw = torch.Generator().manual_seed(2)
     deltas, weights = [torch.randn(6, 5, generator=draw).double() for _ in range(3)], [1.0, 0.5, 2.0]
     trimmed = []
@@ -336,7 +351,8 @@ def test_ties_is_that_of_peft(density: float):
     assert torch.allclose(ours, ties(deltas, torch.tensor(weights), density))
 
 
-def test_dare_draws_by_seed_and_module_and_keeps_the_mean():
+def test_dare_seeds_and_mean():
+    """DARE draws by seed and module, and keeps the mean."""
     delta = torch.ones(300, 300)
     one = blending.blend_deltas("dare_linear", [delta], [0.5], 0.25, 1, "x")
     assert set(one.unique().tolist()) == {0.0, 2.0} and float(one.mean()) == pytest.approx(0.5, rel=0.03)
@@ -348,7 +364,8 @@ def test_dare_draws_by_seed_and_module_and_keeps_the_mean():
 
 
 @pytest.mark.parametrize("method", ["ties", "dare_ties", "dare_linear"])
-def test_methods_write_what_they_make_at_full_rank(tmp_path: Path, method: str):
+def test_merge_methods_at_full_rank(tmp_path: Path, method: str):
+    """Each merge method, written at full rank, is the change that it computes."""
     one, other = random_lora(2, 1.0, 1, ("attention",)), random_lora(3, 0.5, 2, ("attention", "adaln"))
     a, b = write(tmp_path / "a.safetensors", one), write(tmp_path / "b.safetensors", other)
     options = ["--method", method, "--density", "0.6", "--rank", "96"]
@@ -387,7 +404,8 @@ def test_resize_says_what_is_kept(tmp_path: Path):
         (["--sigma-rel", "0.2"], None),
     ],
 )
-def test_saves_of_a_run_are_averaged_as_their_steps_say(tmp_path: Path, options: list[str], shares):
+def test_ema_of_the_saves_of_a_run(tmp_path: Path, options: list[str], shares):
+    """Saves of a run are averaged with the weights of their steps."""
     saves = [random_lora(4, 0.5, seed) for seed in range(3)]
     paths = []
     for index, lora in enumerate(saves):
@@ -428,7 +446,8 @@ def test_what_is_no_run_is_not_averaged(tmp_path: Path):
     assert "give one of them" in lora_command("ema", other, third, "--decay", "0.9", "--sigma-rel", "0.1", "-o", out)[1]
 
 
-def test_a_difference_says_how_far_and_in_which_direction(tmp_path: Path):
+def test_diff_distance_and_direction(tmp_path: Path):
+    """`diff` reports how far apart two LoRAs are, and in which direction."""
     lora = random_lora(scale=0.5)
     minus = {m: Factors(f.a, f.b, -f.scale if "to_q" in m else f.scale) for m, f in lora.items() if "w3" not in m}
     one = write(tmp_path / "a.safetensors", lora)
@@ -455,7 +474,8 @@ def tensors_of(path: Path) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("to", ["comfyui", "diffusers"])
-def test_baking_adds_the_change_once_and_touches_nothing_else(tmp_path: Path, to: str):
+def test_bake_adds_the_change_once(tmp_path: Path, to: str):
+    """Baking adds the change once, and touches nothing else."""
     out = tmp_path / ("baked.safetensors" if to == "comfyui" else "baked")
     code, said = lora_command("bake", mini.TURBO, "--lora", f"{mini.ADAPTER_V1}=0.8", "--to", to, "-o", out)
     assert code == 0 and "matched 48/48 modules, weight 0.8" in said and "48 weights changed" in said, said
@@ -545,7 +565,8 @@ def _dense(factors: Factors) -> Tensor:
     return factors.scale * (factors.b.double() @ factors.a.double())
 
 
-def test_an_extraction_without_a_difference_or_of_another_size_is_refused(tmp_path: Path):
+def test_extract_is_refused(tmp_path: Path):
+    """Extracting from equal checkpoints, or from checkpoints of different sizes, is refused."""
     out = tmp_path / "x.safetensors"
     code, said = lora_command("extract", mini.TURBO, mini.TURBO, "-o", out)
     assert code == 4 and "there is nothing to extract" in said
@@ -559,7 +580,8 @@ def test_an_extraction_without_a_difference_or_of_another_size_is_refused(tmp_pa
     assert code == 4 and "give the checkpoint that it was trained from" in said and not out.exists()
 
 
-def test_a_baked_precision_can_be_asked_for_and_is_said(tmp_path: Path):
+def test_bake_dtype(tmp_path: Path):
+    """The data type of a baked checkpoint can be chosen, and is reported."""
     command = ["bake", mini.TURBO, "--lora", mini.ADAPTER_V1, "--to", "diffusers"]
     code, said = lora_command(*command, "--dtype", "fp32", "-o", tmp_path / "x")
     assert code == 0 and "in fp32" in said and "rounding to fp32 cost 0.00% of the change" in said
@@ -576,7 +598,8 @@ def folder_of(path: Path, tensors: dict[str, Tensor]) -> Path:
     return path
 
 
-def test_q_k_and_v_of_different_types_are_baked_into_one_that_holds_them(tmp_path: Path):
+def test_bake_qkv_of_different_types(tmp_path: Path):
+    """Q, K and V of different types are baked into a type that holds them all."""
     tensors = {
         name: tensor.bfloat16().contiguous() for name, tensor in transformer.read_weights(mini.TURBO / "transformer")[1]
     }
@@ -587,7 +610,8 @@ def test_q_k_and_v_of_different_types_are_baked_into_one_that_holds_them(tmp_pat
     assert all(torch.equal(after[name].float(), tensor.float()) for name, tensor in mixed.items())
 
 
-def test_nothing_is_baked_that_is_not_finite_and_no_checkpoint_is_written_over(tmp_path: Path):
+def test_bake_refuses_harm(tmp_path: Path):
+    """Values that are not finite are not written, and no checkpoint is overwritten."""
     lora = {
         m: Factors(f.a.float() * 1e25, f.b.float() * 1e25, 1.0) for m, f in lora_file.read_lora(mini.ADAPTER_V1).items()
     }
@@ -608,7 +632,9 @@ def test_nothing_is_baked_that_is_not_finite_and_no_checkpoint_is_written_over(t
         assert lora_command(*command)[0] == 2 and out.read_bytes() == before, command
 
 
-def test_checkpoints_on_this_machine_are_read_without_asking_anyone(tmp_path: Path, monkeypatch):
+def test_local_checkpoints_need_no_hub(tmp_path: Path, monkeypatch):
+    """Checkpoints on this machine are read without asking a hub."""
+
     def asked(*arguments: object) -> Path:
         raise AssertionError(arguments)
 
@@ -624,7 +650,8 @@ def test_checkpoints_on_this_machine_are_read_without_asking_anyone(tmp_path: Pa
         assert lora_command(*command)[0] == 0, command
 
 
-def test_a_rule_for_all_files_may_name_nothing_in_one_of_them(tmp_path: Path):
+def test_merge_rule_for_all_files(tmp_path: Path):
+    """A rule for all files may name no module in one of them."""
     one = write(tmp_path / "a.safetensors", random_lora())
     other = write(tmp_path / "b.safetensors", random_lora(seed=1, targets=("attention", "adaln")))
     out = tmp_path / "m.safetensors"
@@ -636,7 +663,8 @@ def test_a_rule_for_all_files_may_name_nothing_in_one_of_them(tmp_path: Path):
     assert close(lora_file.read_lora(out), [(lora_file.read_lora(one), 0.25)], 1e-6)
 
 
-def test_a_model_and_a_lora_are_not_taken_for_each_other(tmp_path: Path):
+def test_model_and_lora_confused(tmp_path: Path):
+    """A model and a LoRA are not taken for each other."""
     baked = tmp_path / "baked.safetensors"
     assert lora_command("bake", mini.TURBO, "--lora", mini.ADAPTER_V1, "--to", "comfyui", "-o", baked)[0] == 0
     for command in (["inspect", baked], ["merge", f"{baked}=1", "-o", tmp_path / "x.safetensors"]):
@@ -646,14 +674,16 @@ def test_a_model_and_a_lora_are_not_taken_for_each_other(tmp_path: Path):
     assert code == 4 and "is a LoRA, no transformer; give a model, or this as --lora" in said
 
 
-def test_a_resize_keeps_the_precision_and_does_not_pretend_to_add(tmp_path: Path):
+def test_resize_dtype_and_larger_rank(tmp_path: Path):
+    """`resize` keeps the data type, and refuses a rank that is not lower."""
     code, said = lora_command("resize", mini.ADAPTER_V1, "--rank", "2", "-o", tmp_path / "x.safetensors")
     assert code == 0 and "in bf16, rounded by up to" in said
     code, said = lora_command("resize", mini.ADAPTER_V1, "--rank", "8", "-o", tmp_path / "y.safetensors")
     assert code == 2 and "--rank: is 8" in said and "already has rank 8" in said
 
 
-def test_a_folder_beside_a_run_is_told_from_it(tmp_path: Path):
+def test_ema_folder_beside_a_run(tmp_path: Path):
+    """A folder beside a run is refused, naming the run that was meant."""
     run = tmp_path / "runs" / "x"
     (run / "lora").mkdir(parents=True)
     (run / "config.yaml").write_text("name: x\n")
@@ -662,7 +692,8 @@ def test_a_folder_beside_a_run_is_told_from_it(tmp_path: Path):
         assert code == 2 and f"it has no config.yaml; did you mean {run}?" in said
 
 
-def test_a_merge_keeps_what_those_that_say_it_agree_on(tmp_path: Path):
+def test_merge_metadata(tmp_path: Path):
+    """A merge keeps the metadata that all files which have it agree on."""
     tensors = load_file(write(tmp_path / "a.safetensors", random_lora()))
     save_file(
         tensors, tmp_path / "a.safetensors", {"ss_base_model_version": "zimage", "modelspec.title": "a", "x": "1"}

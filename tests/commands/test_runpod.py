@@ -58,7 +58,8 @@ def start(volume: Path, **more: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_a_pod_trains_says_how_the_lora_comes_home_and_does_what_was_asked_for(volume: Path):
+def test_pod_trains(volume: Path):
+    """A pod trains, prints how to copy the LoRA home, and then does what was asked for."""
     address = {"RUNPOD_POD_ID": "abc", "RUNPOD_PUBLIC_IP": "1.2.3.4", "RUNPOD_TCP_PORT_22": "10022"}
     done = start(volume, CONFIG="my config.yaml", WHEN_DONE='echo "$RUNPOD_POD_ID" > gone', **address)
     assert done.returncode == 0, done.stderr
@@ -78,7 +79,8 @@ def test_a_failure_ends_the_pod_too(volume: Path):
     assert wrong.returncode == 2 and "ROLE is cook; it is download or train" in wrong.stdout
 
 
-def test_a_pod_that_is_taken_away_saves_and_another_goes_on(volume: Path):
+def test_pod_taken_away_is_continued(volume: Path):
+    """A pod that is taken away saves, and another one continues its run."""
     config = volume / "my config.yaml"
     config.write_text(config.read_text().replace("steps: 2", "steps: 200"))
     words = {"CONFIG": config.name, "WHEN_DONE": "echo gone > gone"}
@@ -97,7 +99,8 @@ def test_a_pod_that_is_taken_away_saves_and_another_goes_on(volume: Path):
     assert json.loads((volume / "runs" / "tiny" / "run.json").read_text())["starts"] == [0, steps]
 
 
-def test_a_pod_without_anything_to_do_waits_until_it_is_told_to_stop(volume: Path):
+def test_pod_without_config_waits(volume: Path):
+    """A pod without a config waits until it is told to stop."""
     with subprocess.Popen([START], env=environment(volume), stdout=subprocess.PIPE, text=True) as pod:
         assert pod.stdout is not None
         lines = [pod.stdout.readline() for _ in range(4)]
@@ -117,7 +120,8 @@ def wait_for(is_so, seconds: float = 120) -> None:
 
 
 @pytest.mark.slow
-def test_one_pod_waits_for_what_another_downloads(volume: Path):
+def test_pod_waits_for_downloads(volume: Path):
+    """One pod waits for the files that another one downloads."""
     model = {path.relative_to(mini.TURBO).as_posix(): path for path in mini.TURBO.rglob("*") if path.is_file()}
     config = volume / "my config.yaml"
     hubbed = config.read_text().replace(str(mini.TURBO), "org/mini")
@@ -159,7 +163,8 @@ def test_one_pod_waits_for_what_another_downloads(volume: Path):
         ),
     ],
 )
-def test_the_way_home_is_by_what_the_pod_says_of_itself(given: dict[str, str], command: str | None):
+def test_copy_command_from_environment(given: dict[str, str], command: str | None):
+    """The copy command follows from the pod's environment variables."""
     found = train.copy_command(Path("/runs/my lora.safetensors"), given)
     assert found is None if command is None else found is not None and found.startswith(command)
 
@@ -167,7 +172,8 @@ def test_the_way_home_is_by_what_the_pod_says_of_itself(given: dict[str, str], c
 # The image
 
 
-def test_the_image_is_made_of_what_is_there_and_has_torch_once():
+def test_dockerfile_copies_and_torch():
+    """The Dockerfile copies existing files only, and installs no second torch."""
     text = (ROOT / "Dockerfile").read_text()
     copied = [word for line in re.findall(r"^COPY (.*) \S+$", text, re.MULTILINE) for word in line.split()]
     allowed = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}

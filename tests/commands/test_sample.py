@@ -15,14 +15,16 @@ def problem_of(**settings: str) -> Problem:
     return caught.value.problems[0]
 
 
-def test_a_model_that_is_not_there_is_a_problem_of_the_argument(tmp_path: Path):
+def test_missing_model_names_the_argument(tmp_path: Path):
+    """A model that is missing is an error of the argument."""
     problem = problem_of(path=str(tmp_path / "gone.safetensors"))
     place = problem.place
     assert (problem.code, place.argument, place.key) == ("missing-file", Argument("MODEL"), None)
     assert str(problem).startswith(f"MODEL: {tmp_path / 'gone.safetensors'}: does not exist; ")
 
 
-def test_extras_that_are_not_there_are_a_problem_of_the_option(tmp_path: Path):
+def test_missing_extras_name_the_option(tmp_path: Path):
+    """Extras that are missing are an error of the option."""
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
     problem = problem_of(path=str(tmp_path / "model"), extras="./nowhere")

@@ -46,13 +46,15 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     return root / "tiny-sweep-rank", done.output
 
 
-def test_a_run_is_the_one_that_train_makes_alone_byte_for_byte(swept, make_config):
+def test_run_equals_train_alone(swept, make_config):
+    """A run of a sweep is the one that `train` alone makes, byte for byte."""
     alone = make_config(name="tiny+rank_3", lora={"rank": 3}, **SWEPT)  # the second, before which another one ran
     run_training(alone, fresh=False)
     assert lora(swept[0], alone.name) == lora(Path(alone.output_dir), alone.name)
 
 
-def test_the_varied_setting_is_the_only_difference_between_the_runs(swept):
+def test_runs_differ_in_one_setting(swept):
+    """The varied setting is the only difference between the runs."""
     root, _ = swept
     two, three = (yaml.safe_load((root / f"tiny+rank_{rank}" / "config.yaml").read_text()) for rank in (2, 3))
     assert (two.pop("name"), three.pop("name")) == ("tiny+rank_2", "tiny+rank_3")
@@ -60,7 +62,8 @@ def test_the_varied_setting_is_the_only_difference_between_the_runs(swept):
     assert two == three and two["output_dir"] == str(root)
 
 
-def test_images_and_prompts_are_encoded_by_the_first_run_only(swept):
+def test_cache_is_shared(swept):
+    """Images and prompts are encoded by the first run only."""
     caches = [line for line in swept[1].splitlines() if line.startswith("cache ")]
     assert len(caches) == 2
     assert " 0 found" in caches[0] and caches[1].count(" 0 encoded") == 2
@@ -76,7 +79,8 @@ def test_it_says_what_each_run_came_to(swept):
         assert f" {last:.4f} " in line and line.endswith(f"{name}.safetensors")
 
 
-def test_the_grid_shows_each_run_in_its_column_and_each_prompt_in_its_row(swept):
+def test_grid_of_runs_and_prompts(swept):
+    """The grid shows each run in its column and each prompt in its row."""
     root, _ = swept
     with Image.open(root / "grid.png") as image:
         whole = np.asarray(image)
@@ -93,7 +97,8 @@ def test_the_grid_shows_each_run_in_its_column_and_each_prompt_in_its_row(swept)
     assert len(seen) == 4, "the images must differ, or the comparison says nothing"
 
 
-def test_the_page_shows_every_image_of_every_run_where_it_lies(swept):
+def test_page_links_every_image(swept):
+    """The page shows every image of every run from where it is, without copies."""
     root, _ = swept
     page = (root / "compare.html").read_text()
     for path in root.glob("*/samples/0*.png"):
@@ -101,7 +106,8 @@ def test_the_page_shows_every_image_of_every_run_where_it_lies(swept):
     assert not (root / "pictures").exists()
 
 
-def test_done_again_it_trains_nothing_and_a_new_value_joins_what_is_there(swept, monkeypatch):
+def test_repeated_sweep_adds_values(swept, monkeypatch):
+    """A repeated sweep trains nothing again, and a new value joins the others."""
     root, _ = swept
     before = {path: path.stat().st_mtime_ns for path in root.glob("*/lora/*.safetensors")}
     done = sweep(root.parent / "config.yaml", "--vary", "lora.rank=2,3,1")
@@ -112,7 +118,8 @@ def test_done_again_it_trains_nothing_and_a_new_value_joins_what_is_there(swept,
     assert "lora.rank=1" in (root / "compare.html").read_text()
 
 
-def test_a_stopped_sweep_goes_on_to_the_same_bytes(swept, tmp_path: Path, shared_cache: Path, monkeypatch):
+def test_stopped_sweep_continues(swept, tmp_path: Path, shared_cache: Path, monkeypatch):
+    """A stopped sweep continues to the same bytes."""
     config = written(tmp_path, mini_values(tmp_path, shared_cache, **SWEPT))
     root = tmp_path / "tiny-sweep-rank"
     with monkeypatch.context() as patched:
@@ -132,7 +139,8 @@ def test_a_stopped_sweep_goes_on_to_the_same_bytes(swept, tmp_path: Path, shared
         assert lora(root, f"tiny+rank_{rank}") == lora(swept[0], f"tiny+rank_{rank}")
 
 
-def test_a_run_that_fails_does_not_keep_the_others_from_being_trained(tmp_path, shared_cache, monkeypatch):
+def test_failed_run_stops_no_other(tmp_path, shared_cache, monkeypatch):
+    """A run that fails does not keep the others from being trained."""
     config = written(tmp_path, mini_values(tmp_path, shared_cache, **SWEPT))
     assert poison(monkeypatch, {1, 2}) == []
     done = sweep(config, "--vary", "lora.rank=2,3")
@@ -144,7 +152,8 @@ def test_a_run_that_fails_does_not_keep_the_others_from_being_trained(tmp_path, 
     assert "tiny%2Brank_3/" in page and "tiny%2Brank_2/" not in page
 
 
-def test_all_combinations_are_checked_before_anything_is_trained(tmp_path: Path, shared_cache: Path, monkeypatch):
+def test_combinations_are_checked_first(tmp_path: Path, shared_cache: Path, monkeypatch):
+    """All combinations are checked before anything is trained."""
     monkeypatch.setattr("zimage_train.commands.sweep.run_training", pytest.fail)
     config = written(tmp_path, mini_values(tmp_path, shared_cache, **SWEPT))
     words = ["--vary", f"model.adapter=null,{tmp_path}/nowhere", "--vary", "lora.targets=[attention],.*to_q"]
@@ -157,7 +166,8 @@ def test_all_combinations_are_checked_before_anything_is_trained(tmp_path: Path,
     ]
 
 
-def test_previews_alone_can_be_varied_and_other_noise_is_remarked(tmp_path: Path, shared_cache: Path):
+def test_sampling_settings_can_vary(tmp_path: Path, shared_cache: Path):
+    """Settings of previews alone can be varied; previews with different noise are pointed out."""
     config = written(tmp_path, mini_values(tmp_path, shared_cache, train={"steps": 1}, sample=PREVIEWED))
     done = sweep(config, "--vary", "sample.seed=1,2", "--vary", "sample.steps=2")
     assert done.exit_code == 0, done.exception
@@ -185,11 +195,13 @@ def base(tmp_path: Path) -> Path:
         ("a,,b", ["a", "", "b"]),
     ],
 )
-def test_values_are_cut_at_commas_outside_of_brackets_and_quotes(text: str, values: list[str]):
+def test_values_are_split_at_commas(text: str, values: list[str]):
+    """Values are split at commas outside of brackets and quotes."""
     assert split(text) == values
 
 
-def test_several_axes_give_every_combination(base: Path, tmp_path: Path):
+def test_axes_give_all_combinations(base: Path, tmp_path: Path):
+    """Several axes give every combination."""
     runs = make_sweep_runs(base, ["seed=9"], ["lora.rank=4,16", "optimizer.lr=1e-4,0.002"])
     assert [run.label for run in runs] == [
         "lora.rank=4, optimizer.lr=1e-4",
@@ -242,12 +254,14 @@ def test_what_cannot_be_varied_is_refused(base: Path, words: list[str], message:
     assert message in str(error.value) and error.value.exit_code == 2
 
 
-def test_a_setting_cannot_be_both_set_and_varied(base: Path):
+def test_setting_both_set_and_varied(base: Path):
+    """A setting cannot be both set and varied."""
     with pytest.raises(ConfigError, match=r"--vary lora.rank=4,8: is set by --set lora.rank=2 too"):
         make_sweep_runs(base, ["lora.rank=2"], ["lora.rank=4,8"])
 
 
-def test_what_is_wrong_with_every_combination_is_said_once(base: Path):
+def test_common_errors_are_said_once(base: Path):
+    """An error of every combination is reported once."""
     with pytest.raises(ZImageTrainError) as error:
         make_sweep_runs(base, ["train.step=3"], ["lora.rank=4,8", "optimizer.lr=0.0,1e-3"])
     assert str(error.value).splitlines() == [

@@ -323,12 +323,14 @@ ELSEWHERE = {
 
 
 @pytest.mark.parametrize("key", [key for key in MAPPED if key != "config.name"])
-def test_a_mapped_key_changes_what_it_must_and_nothing_else(key: str, changed):
+def test_mapped_keys_change_their_setting(key: str, changed):
+    """A mapped key changes the settings that it stands for, and nothing else."""
     settings, expected = MAPPED[key]
     assert changed(settings)[0] == expected
 
 
-def test_every_mapped_key_is_in_that_table_or_in_a_test_of_its_own():
+def test_mapped_keys_are_all_tested():
+    """Every mapped key is in the table above, or in a test of its own."""
     mapped = {key for key, row in KEYS.items() if isinstance(row, Mapped)}
     assert mapped == MAPPED.keys() | ELSEWHERE.keys()
     assert set(ELSEWHERE.values()) <= globals().keys()
@@ -344,7 +346,8 @@ def test_neutral_values_are_silent(key: str, changed):
 
 
 @pytest.mark.parametrize("key", [key for key, row in NOT_MAPPED.items() if not isinstance(row, Refused)])
-def test_keys_without_effect_are_named_and_change_nothing(key: str, changed):
+def test_keys_without_effect(key: str, changed):
+    """Keys without effect are named, and change nothing."""
     difference, notes = changed({key: "odd"})
     row, shown = NOT_MAPPED[key], key.replace("[]", ".0")
     assert isinstance(row, WithoutEffect | HandledHere) and difference == {}
@@ -353,7 +356,8 @@ def test_keys_without_effect_are_named_and_change_nothing(key: str, changed):
 
 
 @pytest.mark.parametrize("key", [key for key, row in NOT_MAPPED.items() if isinstance(row, Refused)])
-def test_refused_keys_are_named_with_their_line(key: str, refused):
+def test_refused_keys(key: str, refused):
+    """Refused keys are named with their line."""
     row, shown = NOT_MAPPED[key], key.replace("[]", ".0")
     assert isinstance(row, Refused)
     values = job(**{key: "odd"})
@@ -391,7 +395,8 @@ def test_a_fresh_job_of_the_web_form():
     assert any(note.startswith("sample.sample_steps 9 becomes 8") for note in notes)
 
 
-def test_what_is_left_out_has_the_defaults_of_the_classes(read):
+def test_defaults_are_those_of_ai_toolkit(read):
+    """Keys that a job leaves out have the defaults of AI Toolkit's classes."""
     values, _ = read(PLAIN)
     expected = {
         "output_dir": "out", "model.variant": "turbo", "model.adapter": None, "model.quantize": None,
@@ -406,7 +411,8 @@ def test_what_is_left_out_has_the_defaults_of_the_classes(read):
     assert {key: values[key] for key in expected} == expected
 
 
-def test_what_is_left_out_and_matters_is_said(read):
+def test_defaults_that_matter_are_noted(read):
+    """Keys that are left out and matter are noted."""
     values = job(**{"train.dtype": None, "save.dtype": None, "train.noise_scheduler": None})
     config, notes = read(values)
     assert config["model.dtype"] == "fp32" and config["save.dtype"] == "bf16"
@@ -430,12 +436,14 @@ def test_what_is_left_out_and_matters_is_said(read):
          "turbo", "x/mine"),
     ],
 )  # fmt: skip
-def test_the_variant_follows_from_the_name_or_the_tag_or_the_adapter(settings, variant, path, read):
+def test_variant_of_a_job(settings, variant, path, read):
+    """The variant follows from the model's name, the architecture's tag or the adapter."""
     values, _ = read(job(**settings))
     assert (values["model.variant"], values["model.path"], values["model.extras"]) == (variant, path, None)
 
 
-def test_a_model_that_may_be_any_member_is_asked_for(refused):
+def test_variant_that_is_unclear(refused):
+    """If a model may be any member of the family, the user is asked to say which."""
     (line,) = refused(job(**{"model.name_or_path": "x/mine", "model.arch": "zimage"}))
     assert "model.name_or_path: is 'x/mine', which may be any member of the family; set model.arch" in line
 
@@ -451,7 +459,8 @@ def test_the_adapter_is_named_or_a_path(path: str, adapter: str, read):
     assert read(job(**{"model.assistant_lora_path": path}))[0]["model.adapter"] == adapter
 
 
-def test_all_problems_are_said_at_once_each_with_its_line(refused):
+def test_problems_are_reported_at_once(refused):
+    """All problems are reported at once, each with its line."""
     text = FRESH.read_text()
     for old, new in (
         ("steps: 3000", "steps: many"),
@@ -491,7 +500,8 @@ def test_all_problems_are_said_at_once_each_with_its_line(refused):
         ({"network.network_kwargs.ignore_if": []}, "network.network_kwargs.ignore_if: unknown key; did you mean"),
     ],
 )
-def test_unknown_keys_are_refused_with_what_was_meant(settings, hint, refused):
+def test_unknown_keys_are_refused(settings, hint, refused):
+    """Unknown keys are refused, with the key that was meant."""
     (line,) = refused(job(**settings))
     assert hint in line
 
@@ -513,7 +523,8 @@ def test_unknown_keys_are_refused_with_what_was_meant(settings, hint, refused):
         ({"train.optimizer_params": {"beta": 1}}, "train.optimizer_params: adamw has no 'beta'; it has betas, eps"),
     ],
 )
-def test_wrong_values_are_refused_by_the_names_of_the_job(settings, message, refused):
+def test_wrong_values_are_refused(settings, message, refused):
+    """Wrong values are refused, named by the job's keys."""
     assert any(message in line for line in refused(job(**settings)))
 
 
@@ -552,7 +563,8 @@ def test_wrong_values_are_refused_by_the_names_of_the_job(settings, message, ref
         ({"sample.samples[].prompt": None}, "sample.samples.0.prompt: is missing"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_honoured_is_refused_and_nothing_else_is_said(settings, message, refused):
+def test_unsupported_settings_are_refused(settings, message, refused):
+    """Settings that cannot be honoured are refused, with one problem each."""
     (line,) = refused(job(**settings))
     assert message in line
 
@@ -573,7 +585,8 @@ def test_other_jobs_are_refused(value: str, refused):
 
 
 @pytest.mark.parametrize("value", ["x", 0, -1, float("nan"), [1], {"x": 1}], ids=str)
-def test_no_value_of_any_key_is_more_than_refused(value, tmp_path: Path):
+def test_any_value_is_at_most_refused(value, tmp_path: Path):
+    """Any value of any key is accepted or refused, and never a crash."""
     others = {"datasets[].alpha_mask": True, "train.optimizer": "prodigy", "train.lr_scheduler": "cosine"}
     for key in (key for key, row in KEYS.items() if isinstance(row, Mapped)):
         try:
@@ -596,7 +609,8 @@ def test_no_value_of_any_key_is_more_than_refused(value, tmp_path: Path):
         ("prodigy8bit", "prodigy8bit", 0.0, 1e-6),
     ],
 )  # fmt: skip
-def test_optimizers_have_the_defaults_they_have_there(name, ours, weight_decay, eps, read):
+def test_optimizer_defaults(name, ours, weight_decay, eps, read):
+    """Optimizers have the defaults that they have in AI Toolkit."""
     values, notes = read(job(**{"train.optimizer": name}))
     assert (values["optimizer.name"], values["optimizer.weight_decay"]) == (ours, weight_decay)
     assert values.get("optimizer.params.eps") == eps
@@ -637,14 +651,16 @@ def test_schedules(name, params, schedule, is_noted, tmp_path: Path):
 @pytest.mark.parametrize(
     ("kind", "low", "high"), [("linear", 0.2, 0.9), ("sigmoid", 0.301193, 0.782714), ("shift", 0.428571, 0.964286)]
 )
-def test_cut_timesteps_are_quantiles_of_their_density(kind: str, low: float, high: float, read):
+def test_timestep_limits_are_quantiles(kind: str, low: float, high: float, read):
+    """Limits of timesteps are converted to quantiles of their density."""
     settings = {"train.timestep_type": kind, "train.min_denoising_steps": 100, "train.max_denoising_steps": 799}
     values, _ = read(job(**settings))
     assert values["timesteps.min"] == pytest.approx(low, abs=1e-6)
     assert values["timesteps.max"] == pytest.approx(high, abs=1e-6)
 
 
-def test_differential_guidance_acts_and_says_that_it_did_not(changed):
+def test_differential_guidance(changed):
+    """Differential guidance acts here, with a note that AI Toolkit ignores it."""
     (note,) = changed({"train.do_differential_guidance": True})[1]
     assert note.startswith("train.do_differential_guidance acts here; AI Toolkit ignores it")
     assert changed({"train.do_differential_guidance": True, "train.do_guidance_loss": True})[1] == []
@@ -664,7 +680,8 @@ def test_regularization_images(tmp_path: Path):
     assert config.train.regularization_share == 0.5 and notes == []
 
 
-def test_triggers_of_the_job_and_of_its_datasets(tmp_path: Path):
+def test_triggers_of_job_and_datasets(tmp_path: Path):
+    """Triggers come from the job and from its datasets."""
     values = job(**{"trigger_word": "zchar"})
     values["config"]["process"][0]["datasets"] += [{"folder_path": "b", "trigger_word": "zdog"}]
     config, notes = read_config_or_job(write(tmp_path, values))
@@ -684,7 +701,8 @@ def test_triggers_of_the_job_and_of_its_datasets(tmp_path: Path):
         (["transformer.layers.4.attention.to_out.0"], []),
     ],
 )
-def test_targets_by_words_are_exactly_the_modules_of_ai_toolkit(only, ignored, tmp_path: Path):
+def test_targets_by_words(only, ignored, tmp_path: Path):
+    """Targets chosen by words are exactly the modules that AI Toolkit trains."""
     values = job(**{"network.network_kwargs": {"only_if_contains": only, "ignore_if_contains": ignored}})
     config, _ = read_config_or_job(write(tmp_path, values))
     linears = list(TransformerShape().linears)
@@ -701,7 +719,8 @@ def test_targets_by_words_are_exactly_the_modules_of_ai_toolkit(only, ignored, t
     )
 
 
-def test_targets_without_words_are_all_240_modules_of_the_layers_or_all_276(read):
+def test_targets_without_words(read):
+    """Without words, targets are all 240 modules of the layers, or all 276 modules."""
     linears = list(TransformerShape().linears)
     assert len(targets.select_modules(read(PLAIN)[0]["lora.targets"], linears)) == 240
     every = read(job(**{"network.transformer_only": False}))[0]["lora.targets"]
@@ -730,7 +749,8 @@ def test_flags_of_prompts(prompt: str, words: str, flags: dict[str, str]):
     assert previews.split_flags(prompt) == (words, flags)
 
 
-def test_flags_win_over_the_keys_of_a_prompt(changed):
+def test_prompt_flags_win(changed):
+    """Flags within a prompt win over the keys of the sample."""
     settings = {"sample.samples[].prompt": "a cat --w 768 --h 700 --d 3 --n fog --l 2 --steps 8 --m 0.5 --fps 2"}
     settings |= {"sample.samples[].width": 512, "sample.samples[].seed": 1}
     difference, notes = changed(settings)
@@ -745,7 +765,8 @@ def test_every_flag_is_one_or_the_other():
     assert not FLAGS.keys() & FLAGS_LEFT_OUT.keys()
 
 
-def test_prompts_that_disagree_share_what_the_section_says(read):
+def test_prompts_that_disagree(read):
+    """Prompts that disagree share the values of the `sample` section."""
     values = job(**{"sample.guidance_scale": 1, "sample.sample_steps": 8})
     values["config"]["process"][0]["sample"]["samples"] = [{"prompt": "a"}, {"prompt": "b --s 30", "guidance_scale": 4}]
     config, notes = read(values)
@@ -765,7 +786,8 @@ def test_seeds_walk_or_stay(read):
     assert [walk[f"sample.prompts.{n}.seed"] for n in range(3)] == [None, 5, None] and walk["sample.seed"] == 9
 
 
-def test_nine_steps_are_turbos_eight_and_nobody_elses(read):
+def test_nine_steps_are_eight_for_turbo(read):
+    """Nine sampling steps become eight for Turbo alone."""
     assert read(job(**{"sample.sample_steps": 9}))[0]["sample.steps"] == 8
     assert read(job(**{"sample.sample_steps": 9, "model.name_or_path": BASE}))[0]["sample.steps"] == 9
 
@@ -778,7 +800,8 @@ def test_the_trigger_is_put_into_prompts(changed):
 # The file
 
 
-def test_the_name_and_the_environment_stand_in_for_placeholders(read, monkeypatch):
+def test_placeholders_are_replaced(read, monkeypatch):
+    """Placeholders are replaced by the job's name and by environment variables."""
     monkeypatch.setenv("PICTURES", "/data/pictures")
     monkeypatch.setenv("RATE", "2e-4")
     text = strict_yaml.dump(job(**{"trigger_word": "x_[name]", "training_folder": "out/[name]"}))
@@ -789,7 +812,8 @@ def test_the_name_and_the_environment_stand_in_for_placeholders(read, monkeypatc
     assert values["output_dir"] == "out/a" and values["optimizer.lr"] == 2e-4
 
 
-def test_variables_that_are_not_set_are_named(refused, monkeypatch):
+def test_unset_variables_are_named(refused, monkeypatch):
+    """Environment variables that are not set are named."""
     monkeypatch.delenv("NOT_SET_HERE", raising=False)
     text = strict_yaml.dump(job(**{"train.min_snr_gamma": 5})).replace("photos", "${NOT_SET_HERE}/x")
     line = next(n for n, line in enumerate(text.splitlines(), 1) if "NOT_SET" in line)
@@ -804,7 +828,8 @@ def test_json(indent, read):
     assert read(json.dumps(values, indent=indent), name="job.json") == read(values)
 
 
-def test_json_with_comments_and_trailing_commas(read, refused):
+def test_json_with_comments(read, refused):
+    """JSON jobs may have comments and trailing commas."""
     text = json.dumps(job(**{"train.lr": 1e-4}), indent=2)
     text = "// a job\n/* of\ntwo lines */\n" + re.sub(r"([}\]])\n", r"\1,  // here\n", text).replace(
         "},  // here\n}", "}\n}"
@@ -821,7 +846,8 @@ def test_yaml_1_1_words_are_true_and_false(changed):
     assert changed({"datasets[].flip_x": "Off"})[0] == {}
 
 
-def test_overrides_are_by_the_names_of_a_config(read, refused):
+def test_overrides_use_config_keys(read, refused):
+    """Overrides use the keys of a config, not those of the job."""
     values, _ = read(PLAIN, "train.steps=7", "data.0.folder=elsewhere")
     assert (values["train.steps"], values["data.0.folder"]) == (7, "elsewhere")
     assert refused(PLAIN, "train.lr=1") == ["--set train.lr=1: train.lr: unknown key; did you mean 'optimizer.lr'?"]
@@ -837,7 +863,8 @@ def test_configs_are_read_as_ever(tmp_path: Path):
         read_config_or_job(half)
 
 
-def test_what_is_written_reads_back_here_and_in_plain_yaml(tmp_path: Path):
+def test_written_config_reads_back(tmp_path: Path):
+    """A written config reads back equal, here and in plain YAML."""
     config, notes = read_only_job(FRESH)
     text = write_config(config, notes, FRESH)
     assert text.splitlines()[0] == "# Imported from turbo.yaml, a job of AI Toolkit."
@@ -876,7 +903,8 @@ def tiny(tmp_path: Path) -> Path:
     return write(tmp_path, values)
 
 
-def test_import_writes_a_config_that_check_reads(tiny: Path, tmp_path: Path, shared_cache: Path):
+def test_import_writes_a_valid_config(tiny: Path, tmp_path: Path, shared_cache: Path):
+    """`import` writes a config that `check` accepts."""
     config = tmp_path / "config.yaml"
     code, output = run("import", str(tiny), "-o", str(config))
     assert code == 0 and "note: left out: train.force_first_sample" in output
@@ -889,7 +917,8 @@ def test_import_writes_a_config_that_check_reads(tiny: Path, tmp_path: Path, sha
     assert run("check", str(tiny), *cached)[0] == 0
 
 
-def test_import_prints_where_no_file_is_named(tiny: Path):
+def test_import_prints_without_a_file(tiny: Path):
+    """`import` prints the config if no output file is named."""
     done = CliRunner().invoke(app, ["import", str(tiny)])
     assert yaml.safe_load(done.stdout)["train"]["steps"] == 2 and "note:" in done.stderr
 
@@ -901,7 +930,8 @@ def test_a_refused_job_writes_nothing(tmp_path: Path):
     assert code == 2 and "train.min_snr_gamma" in output and not target.exists()
 
 
-def test_a_job_trains_as_it_is_on_the_miniature(tmp_path: Path, shared_cache: Path):
+def test_job_trains_on_the_miniature(tmp_path: Path, shared_cache: Path):
+    """A job trains as it is on the miniature."""
     options = {
         "model.path": mini.TURBO,
         "model.adapter": mini.ADAPTER_V1,
@@ -923,7 +953,8 @@ def test_a_job_trains_as_it_is_on_the_miniature(tmp_path: Path, shared_cache: Pa
     assert "matched 48/48 modules (attention 24, feed_forward 18, adaln 6)" in done.output
 
 
-def test_a_job_is_not_written_over_by_what_it_becomes(tmp_path: Path):
+def test_job_is_not_overwritten(tmp_path: Path):
+    """A job is not overwritten by the config made from it."""
     path = tmp_path / "job.yaml"
     path.write_bytes((Path(__file__).parent / "aitoolkit_jobs" / "turbo.yaml").read_bytes())
     before = path.read_bytes()
@@ -940,12 +971,14 @@ def test_a_job_can_be_swept(tmp_path: Path):
     assert [one.config.name for one in found] == ["my_first_lora_v1+rank_4", "my_first_lora_v1+rank_8"]
 
 
-def test_automagic_begins_where_it_does_there(tmp_path: Path):
+def test_automagic_initial_rate(tmp_path: Path):
+    """Automagic begins at the rate at which it begins in AI Toolkit."""
     config, notes = read_config_or_job(write(tmp_path, job(**{"train.optimizer": "automagic", "train.lr": 1})))
     assert config.optimizer.lr == 1e-6 and any("automagic finds the rate itself" in note for note in notes)
 
 
-def test_images_held_to_the_prior_under_the_trigger_are_refused(tmp_path: Path):
+def test_prior_under_the_trigger(tmp_path: Path):
+    """Images with the trigger that are held to the prior are refused."""
     values = job()
     values["config"]["process"][0]["datasets"] += [{"folder_path": "b", "prior_reg": True}]
     with pytest.raises(ConfigError, match="trains images with the trigger towards the model itself"):

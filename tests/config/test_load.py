@@ -55,12 +55,14 @@ def refused(tmp_path: Path):
 # Names
 
 
-def test_an_unknown_key_in_the_second_data_entry_is_found_there(refused):
+def test_unknown_key_in_a_list_entry(refused):
+    """An unknown key in the second `data` entry is reported at that entry."""
     text = "name: a\ndata:\n  - folder: x\n  - folder: y\n    repeat: 2\n"
     assert refused(text, least="") == ["c.yaml:5: data.1.repeat: unknown key; did you mean 'repeats'?"]
 
 
-def test_every_hint_names_an_option_that_exists():
+def test_hints_name_existing_options():
+    """Every hint names an option that exists."""
     assert set(key_names.COMMON_NAMES.values()) <= {name.replace("[]", ".0") for name in OPTIONS}
     assert not set(key_names.COMMON_NAMES) & {name.split(".")[-1] for name in OPTIONS}
 
@@ -135,7 +137,8 @@ def test_ranges_are_exact(option: str):
         assert config is None and all(one.location.startswith(section) for one in problems), value
 
 
-def test_every_number_has_its_range_in_that_table():
+def test_number_ranges_are_all_tested():
+    """Every option with a number has its range in the table above."""
     numbers = {name for name, field in OPTIONS.items() if re.search(r"\b(int|float)\b", str(field.annotation))}
     assert numbers - set(ACCEPTED_AND_REFUSED) == set()
 
@@ -170,7 +173,8 @@ def test_plain_values_hold_no_surprises(read, option: str, text: str, value: Any
     assert found == value and type(found) is type(value)
 
 
-def test_a_prompt_may_be_text_and_a_resolution_one_number(read):
+def test_short_forms(read):
+    """A prompt may be plain text, and a resolution a single number."""
     config = read("sample: {prompts: [one, {prompt: two, seed: 5}]}", "data.0.resolution=512")
     assert [(one.prompt, one.seed) for one in config.sample.prompts] == [("one", None), ("two", 5)]
     stacked = read("sample: {extra_loras: [a=b.safetensors=-0.5, {file: c, weight: 2}, distillpatch]}")
@@ -179,7 +183,8 @@ def test_a_prompt_may_be_text_and_a_resolution_one_number(read):
     assert config.data[0].resolution == [512]
 
 
-def test_relations_between_settings_are_checked(refused):
+def test_relations_between_settings(refused):
+    """Relations between settings are checked."""
     assert "min 0.6 must be below max 0.5" in refused("timesteps: {min: 0.6, max: 0.5}")[0]
     assert "min 0.5 must be below max 0.5" in refused("timesteps: {min: 0.5, max: 0.5}")[0]
     assert "needs exactly one of folder, metadata and prompts" in refused("data: [{trigger: x}]", least="name: a\n")[0]
@@ -193,20 +198,23 @@ def test_relations_between_settings_are_checked(refused):
 
 
 @pytest.mark.parametrize(("variant", "adapter"), [("turbo", "v2"), ("deturbo", None), ("base", None)])
-def test_the_adapter_follows_the_variant_unless_it_is_set(read, variant: str, adapter: str | None):
+def test_adapter_follows_the_variant(read, variant: str, adapter: str | None):
+    """The adapter follows the variant unless it is set."""
     assert read(f"model: {{variant: {variant}}}").model.adapter == adapter == VARIANTS[variant].adapter
     assert read("", f"model.variant={variant}").model.adapter == adapter
     assert read(f"model: {{variant: {variant}, adapter: null}}").model.adapter is None
     assert read(f"model: {{variant: {variant}, adapter: x.safetensors}}").model.adapter == "x.safetensors"
 
 
-def test_the_adapter_of_a_config_without_a_model_section_is_turbos(read):
+def test_adapter_without_a_model_section(read):
+    """A config without a `model` section has Turbo's adapter."""
     assert (read().model.variant, read().model.adapter, read().model.adapter_strength) == ("turbo", "v2", 1.0)
 
 
 @pytest.mark.parametrize("variant", ["deturbo", "base"])
 @pytest.mark.parametrize("adapter", ["v1", "v2"])
-def test_turbos_adapter_is_refused_for_another_variant(refused, variant: str, adapter: str):
+def test_adapter_of_another_variant(refused, variant: str, adapter: str):
+    """Turbo's adapter is refused for another variant."""
     (line,) = refused(f"model: {{variant: {variant}, adapter: {adapter}}}")
     assert f"adapter {adapter} was made for Turbo and would harm {variant}; leave it out" in line
 
@@ -215,7 +223,8 @@ def test_turbos_adapter_is_refused_for_another_variant(refused, variant: str, ad
 
 
 @pytest.mark.parametrize("name", ["a", "redhair_v1", "A b.c+d-e", "äöü猫", "v1.2", "x-1a", "2024", "a" * 200])
-def test_names_that_are_folders_everywhere_are_fine(read, name: str):
+def test_names_valid_on_every_system(read, name: str):
+    """Names that are valid folder names on every system are accepted."""
     assert read(least=f'name: "{name}"\ndata: [{{folder: x}}]\n').name == name
 
 
@@ -229,7 +238,8 @@ def test_an_anchor_of_ordinary_size_is_read(read):
 
 @settings(quick, max_examples=60)
 @given(st.binary(max_size=200) | st.text(max_size=200).map(lambda text: text.encode("utf-8", "surrogatepass")))
-def test_arbitrary_bytes_are_refused_and_never_crash(tmp_path_factory, content: bytes):
+def test_arbitrary_bytes(tmp_path_factory, content: bytes):
+    """Arbitrary bytes are refused, and never crash the reader."""
     folder = tmp_path_factory.getbasetemp()
     for prefix in (b"", LEAST.encode(), LEAST.encode() + b"sample: {negative: "):
         try:
@@ -241,7 +251,8 @@ def test_arbitrary_bytes_are_refused_and_never_crash(tmp_path_factory, content: 
 # All at once
 
 
-def test_all_problems_are_reported_at_once_in_the_order_of_the_file(refused):
+def test_problems_are_reported_at_once(refused):
+    """All problems are reported at once, in the order of the file."""
     text = """\
 train:
   steps: 0
@@ -274,7 +285,8 @@ seed: 2
 # --set
 
 
-def test_overrides_replace_values_and_make_sections(read):
+def test_overrides_replace_and_add(read):
+    """Overrides replace values and add sections."""
     config = read(
         "train: {steps: 10, batch_size: 2}\nsample: {prompts: [a, b, c]}",
         "train.steps=20",
@@ -294,7 +306,8 @@ def test_overrides_replace_values_and_make_sections(read):
     assert (config.name, config.output_dir, config.model.adapter) == ("b c", "x=y", None)
 
 
-def test_an_index_reaches_into_one_entry_only(read):
+def test_override_of_a_list_entry(read):
+    """An index changes one entry of a list only."""
     text = "name: a\ndata:\n  - {folder: x, repeats: 2}\n  - {folder: y}\nsample: {prompts: [a, b]}\n"
     config = read("", "data.1.repeats=3", "data.0.folder=z", "sample.prompts.1=c", least=text)
     assert [(one.folder, one.repeats) for one in config.data] == [("z", 2), ("y", 3)]
@@ -334,7 +347,8 @@ def test_the_later_of_two_overrides_counts(read):
         ("data.0.resolution.3=64", "data.0.resolution has 1 entries, counted from 0"),
     ],
 )
-def test_a_bad_override_is_refused_naming_it(refused, override: str, message: str):
+def test_bad_override_is_named(refused, override: str, message: str):
+    """A bad override is refused by its text."""
     least = "name: a\ntrain: {steps: 4}\ndata: [{folder: x, resolution: [64]}]\n"
     (line,) = refused("", override, least=least)
     assert line.startswith(f"--set {override}: {message}")
@@ -480,7 +494,8 @@ def typed(value: Any) -> Any:
 
 @settings(quick, max_examples=30)
 @given(configs)
-def test_the_effective_config_reads_back_equal_here_and_in_plain_yaml(tmp_path_factory, values: dict[str, Any]):
+def test_effective_config_reads_back(tmp_path_factory, values: dict[str, Any]):
+    """The effective config reads back equal, here and in plain YAML."""
     config, problems = load.validate_config(values, load.dotted_key)
     if problems and any("made for Turbo" in str(one) for one in problems):
         return
@@ -493,7 +508,8 @@ def test_the_effective_config_reads_back_equal_here_and_in_plain_yaml(tmp_path_f
 
 @settings(quick, max_examples=300)
 @given(st.floats(allow_nan=False, allow_infinity=False) | st.integers() | texts | st.booleans() | st.none())
-def test_any_plain_value_is_written_so_that_everyone_reads_the_same(value: Any):
+def test_yaml_values_read_back(value: Any):
+    """Any plain value is written such that every YAML reader reads the same."""
     text = strict_yaml.dump({"key": value, "list": [value]})
     expected = typed({"key": value, "list": [value]})
     if isinstance(value, int) and len(str(value)) > strict_yaml.LONGEST_NUMBER:
@@ -503,12 +519,14 @@ def test_any_plain_value_is_written_so_that_everyone_reads_the_same(value: Any):
 
 
 @pytest.mark.parametrize(("value", "text"), [(8e-05, "8.0e-05"), (1e-4, "0.0001"), (1e16, "1.0e+16"), (-0.0, "-0.0")])
-def test_small_numbers_are_written_with_a_point(value: float, text: str):
+def test_yaml_small_numbers(value: float, text: str):
+    """Small numbers are written with a decimal point."""
     assert strict_yaml.dump({"lr": value}) == f"lr: {text}\n"
     assert math.copysign(1, yaml.safe_load(text)) == math.copysign(1, value)
 
 
-def test_every_option_is_in_the_effective_config(read):
+def test_effective_config_is_complete(read):
+    """Every option is in the effective config."""
     config = read("sample: {prompts: [x], extra_loras: [y]}")
     written = {re.sub(r"\.\d+\.", "[].", name) for name in flatten_keys(yaml.safe_load(dump_config(config)))}
     assert written == set(OPTIONS)
@@ -526,7 +544,8 @@ WEIRD = st.sampled_from(
 
 @settings(quick, max_examples=150)
 @given(st.sampled_from(list(OPTIONS)), WEIRD)
-def test_one_changed_value_is_accepted_or_refused_naming_its_section(option: str, value: Any):
+def test_one_changed_value(option: str, value: Any):
+    """Any value of one option is accepted, or refused naming its section."""
     config, problems = load.validate_config(nested(option, value), load.dotted_key)
     section = option.replace("[]", ".0").split(".")[0]
     assert (config is None) == bool(problems)
@@ -546,7 +565,8 @@ def test_generated_files_are_fresh(generate, capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_a_stale_or_missing_file_fails_the_check_and_writing_mends_it(generate, tmp_path: Path, capsys):
+def test_generated_files_are_checked(generate, tmp_path: Path, capsys):
+    """`generate.py --check` fails for a stale or missing file, and writing makes it pass."""
     assert generate.main(["--check"], tmp_path) == 1
     assert not list(tmp_path.iterdir())
     assert generate.main([], tmp_path) == 0
@@ -562,7 +582,8 @@ def test_a_stale_or_missing_file_fails_the_check_and_writing_mends_it(generate, 
     assert generate.main(["--chekc"], tmp_path) == 2
 
 
-def test_the_reference_is_the_default_config_with_a_line_for_every_option(read):
+def test_reference_config(read):
+    """The reference is the default config, with a comment for every option."""
     path = ROOT / "configs" / "reference.yaml"
     assert read_config(path) == read(least="name: my_lora\ndata: [{folder: photos}]\n")
     lines = path.read_text().splitlines()
@@ -635,7 +656,8 @@ def schema() -> dict[str, Any]:
     return json.loads((ROOT / "configs" / "schema.json").read_text())
 
 
-def test_the_json_schema_requires_name_and_data_and_allows_no_other_key(schema):
+def test_json_schema_keys(schema):
+    """The JSON schema requires `name` and `data`, and allows no unknown key."""
     assert sorted(schema["required"]) == ["data", "name"]
     objects = [schema, *schema["$defs"].values()]
     assert all(one["additionalProperties"] is False for one in objects if one["type"] == "object")
@@ -645,16 +667,19 @@ def test_the_json_schema_requires_name_and_data_and_allows_no_other_key(schema):
 
 @settings(quick, max_examples=40)
 @given(configs)
-def test_the_json_schema_marks_nothing_that_the_reader_takes(schema, values: dict[str, Any]):
+def test_json_schema_accepts_valid_values(schema, values: dict[str, Any]):
+    """The JSON schema accepts every value that the reader accepts."""
     assert complaints(schema, values, schema) == []
 
 
-def test_the_json_schema_takes_the_shipped_configs(schema):
+def test_json_schema_accepts_shipped_files(schema):
+    """The JSON schema accepts the shipped configs."""
     for path in (ROOT / "configs").glob("*.yaml"):
         assert complaints(schema, strict_yaml.parse(path.read_text()).value, schema) == []
 
 
-def test_the_json_schema_marks_what_the_reader_refuses(schema):
+def test_json_schema_refuses(schema):
+    """The JSON schema refuses what the reader refuses."""
     assert complaints(schema, {"name": "a"}, schema) == ["missing data"]
     assert complaints(schema, nested("optimizer.lr", 1.0) | {"lr": 1.0}, schema) == ["unknown lr"]
     unmarked = {
@@ -718,7 +743,9 @@ def test_every_param_is_in_that_table():
     assert {(section, key) for section, _, key in PARAMS} == optimizer | schedule
 
 
-def test_params_have_a_kind_for_every_optimizer_and_schedule():
+def test_params_cover_every_name():
+    """Every optimizer and every schedule has its table of `params`."""
+
     def choices(option: str) -> set[str]:
         return set(OPTIONS[option].annotation.__args__)
 
@@ -736,7 +763,8 @@ def test_the_line_of_every_key_is_known():
         strict_yaml.parse("a: [")
 
 
-def test_settings_that_do_not_go_together_are_refused(read, refused):
+def test_settings_that_conflict(read, refused):
+    """Settings that do not go together are refused."""
     for text, said in (
         ("sample: {prompts: ['a [trigger]']}", "sample.prompts.0 has [trigger], which is for captions"),
         ("sample: {weights: ema}", "sample.weights: ema needs ema.decay"),

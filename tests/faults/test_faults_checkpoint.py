@@ -68,7 +68,7 @@ DAMAGES = [flip_bit, zero_tail, truncate, relabel, change_step, lambda path: pat
 
 
 @pytest.mark.parametrize(("optimizer", "steps", "rank"), [("adamw", 12, 4), ("adamw8bit", 3, 48), ("prodigy", 3, 4)])
-def test_left_after_every_step_the_end_is_the_same_byte_for_byte(make_config, monkeypatch, optimizer, steps, rank):
+def test_resume_after_every_step(make_config, monkeypatch, optimizer, steps, rank):
     """34. Stopped after every single step and continued, a run ends in the losses, moments and bytes of one go."""
     options = {
         "name": "run",
@@ -96,7 +96,7 @@ def test_left_after_every_step_the_end_is_the_same_byte_for_byte(make_config, mo
     assert all(torch.equal(one.tensors[name], other.tensors[name]) for name in one.tensors)
 
 
-def test_a_crash_at_any_call_of_a_save_leaves_a_checkpoint_that_loads(tmp_path: Path):
+def test_crash_at_any_call_of_a_save(tmp_path: Path):
     """36. Wherever a save is cut short, the newest checkpoint is the old one or the new one, and whole."""
     outcomes = []
     for n in itertools.count(1):
@@ -115,7 +115,7 @@ def test_a_crash_at_any_call_of_a_save_leaves_a_checkpoint_that_loads(tmp_path: 
     assert [step for _, step in outcomes] == [20] * (len(outcomes) - 3) + [30] * 3
 
 
-def test_a_killed_writer_leaves_the_old_file_and_debris_that_is_cleared(tmp_path: Path):
+def test_killed_writer_keeps_the_old_file(tmp_path: Path):
     """36. A process killed while it writes leaves the old file as it was, and a remnant that the next start clears."""
     (tmp_path / "x.bin").write_bytes(OLD)
     code = """
@@ -133,7 +133,7 @@ with atomic.replace_atomically(Path("x.bin")) as file:
     assert [one.name for one in tmp_path.iterdir()] == ["x.bin"]
 
 
-def test_what_a_killed_process_left_half_written_is_removed(make_config):
+def test_half_written_files_are_removed(make_config):
     """36. What a killed process left half written is removed by the next start of the run."""
     config = make_config(train={"steps": 1})
     (folder(config) / "checkpoints").mkdir(parents=True)
@@ -145,7 +145,7 @@ def test_what_a_killed_process_left_half_written_is_removed(make_config):
 
 @pytest.mark.parametrize("earlier", [[20], []], ids=["one before", "the first"])
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EACCES])
-def test_a_save_that_fails_leaves_what_was_there_and_says_why(tmp_path: Path, number: int, earlier: list[int]):
+def test_failed_save_keeps_the_last_one(tmp_path: Path, number: int, earlier: list[int]):
     """37. A full, failing or forbidden disk: the save ends with exit code 7 and why, and the one before is whole."""
     for n in itertools.count(1):
         place = tmp_path / str(n)
@@ -170,7 +170,7 @@ def test_a_save_that_fails_leaves_what_was_there_and_says_why(tmp_path: Path, nu
     assert n > 10
 
 
-def test_a_disk_that_fills_up_within_a_run_costs_no_more_than_the_steps_since_the_last_save(make_config, monkeypatch):
+def test_disk_full_within_a_run(make_config, monkeypatch):
     """37. A disk that fills up within a run ends it with exit code 7; with space again, the same command goes on."""
     options = {"train": {"steps": 3}, "save": {"every": 1}}
     config = make_config(**options)
@@ -196,7 +196,7 @@ def test_a_disk_that_fills_up_within_a_run_costs_no_more_than_the_steps_since_th
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
-def test_a_log_that_cannot_be_written_costs_no_step(make_config):
+def test_disk_full_for_the_log(make_config):
     """37. A log.txt on a full disk costs a run neither steps nor its result."""
     config = make_config(train={"steps": 2})
     folder(config).mkdir(parents=True)
@@ -240,7 +240,7 @@ except files.DiskError as error:
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_newest_is_set_aside_loudly_and_the_one_before_is_used(tmp_path: Path, damage):
+def test_damaged_newest_is_set_aside(tmp_path: Path, damage):
     """38. A newest checkpoint with a changed bit, zero tail or cut is set aside and named; the one before serves."""
     save(tmp_path, 20, 30)
     newest = tmp_path / "step-000030.safetensors"
@@ -254,7 +254,7 @@ def test_a_damaged_newest_is_set_aside_loudly_and_the_one_before_is_used(tmp_pat
     assert (tmp_path / "step-000030.safetensors.corrupt").exists()
 
 
-def test_a_damaged_newest_checkpoint_costs_steps_and_not_the_result(make_config, monkeypatch, capsys):
+def test_damaged_newest_costs_steps_only(make_config, monkeypatch, capsys):
     """38. A damaged newest checkpoint costs the steps since the one before it, and no bit of the result."""
     options = {"train": {"steps": 5}, "save": {"every": 1}}
     whole = make_config(name="tiny", **options)
@@ -273,7 +273,7 @@ def test_a_damaged_newest_checkpoint_costs_steps_and_not_the_result(make_config,
     assert facts(config)["starts"] == [0, 3]
 
 
-def test_when_all_are_damaged_the_run_does_not_begin_again_silently(tmp_path: Path):
+def test_all_checkpoints_damaged(tmp_path: Path):
     """39. Where every checkpoint is damaged, the run is refused and never begun anew in silence."""
     save(tmp_path, 20, 30)
     for path in tmp_path.iterdir():
@@ -283,7 +283,7 @@ def test_when_all_are_damaged_the_run_does_not_begin_again_silently(tmp_path: Pa
     assert error.value.exit_code == 4
 
 
-def test_no_start_begins_anew_where_checkpoints_were(make_config):
+def test_damaged_checkpoints_need_fresh(make_config):
     """39. Damaged or deleted checkpoints keep being refused, start after start, until --fresh is asked for."""
     config = make_config(train={"steps": 2}, save={"every": 1})
     run_training(config, fresh=False)
@@ -325,7 +325,7 @@ def test_a_later_format_is_refused(tmp_path: Path):
 
 
 @pytest.mark.parametrize("number", ["FORMAT", "ARITHMETIC"])
-def test_a_checkpoint_of_another_version_stays_and_is_named(make_config, monkeypatch, number: str):
+def test_checkpoint_of_another_version(make_config, monkeypatch, number: str):
     """41. An intact checkpoint of another format, or of other arithmetic, is refused each time, and stays there."""
     config = make_config(train={"steps": 2})
     with monkeypatch.context() as patch:
@@ -358,7 +358,7 @@ def of_another_optimizer(tensors: dict, state: dict) -> str:
 
 
 @pytest.mark.parametrize("change", [of_another_rank, of_fewer_modules, of_another_optimizer])
-def test_a_checkpoint_that_does_not_fit_the_run_is_refused_with_both_values(make_config, change):
+def test_checkpoint_of_another_lora(make_config, change):
     """41. A whole checkpoint of another rank, other modules or another optimizer is refused with both values."""
     run_training(make_config(train={"steps": 1}), fresh=False)
     path = folder(make_config()) / "checkpoints" / "step-000001.safetensors"
@@ -381,7 +381,7 @@ def test_a_checkpoint_that_does_not_fit_the_run_is_refused_with_both_values(make
         ({"model": {"adapter": None}}, "adapter: changed"),
     ],
 )
-def test_a_changed_config_is_refused_with_its_difference(make_config, change: dict, named: str):
+def test_changed_config_is_refused(make_config, change: dict, named: str):
     """42. A run whose settings changed is refused with each difference, as it was and as it is."""
     run_training(make_config(train={"steps": 2}), fresh=False)
     changed = make_config(**{"train": {"steps": 4}, **change})
@@ -406,7 +406,7 @@ def test_more_steps_continue_a_finished_run(make_config):
         run_training(make_config(train={"steps": 3}, schedule=warmup), fresh=False)
 
 
-def test_changed_data_is_refused_by_content_and_not_by_place(make_config, tmp_path: Path):
+def test_changed_data_is_refused(make_config, tmp_path: Path):
     """43. A changed caption and a missing image are refused by name; the same images in another place are not."""
 
     def with_folder(name: str, steps: int) -> Config:
@@ -424,7 +424,7 @@ def test_changed_data_is_refused_by_content_and_not_by_place(make_config, tmp_pa
         run_training(with_folder("other", 4), fresh=False)
 
 
-def test_a_finished_run_says_so_and_touches_nothing(make_config, capsys):
+def test_finished_run_is_left_alone(make_config, capsys):
     """44. The command of a finished run says that it is complete, and touches no file of it but the log."""
 
     def times() -> dict[Path, int]:
@@ -440,7 +440,7 @@ def test_a_finished_run_says_so_and_touches_nothing(make_config, capsys):
     assert times() == before and len(before) > 5
 
 
-def test_records_beyond_the_checkpoint_are_dropped_and_none_is_missing(make_config, monkeypatch):
+def test_metrics_after_the_checkpoint(make_config, monkeypatch):
     """45. Records of steps that were lost with a crash are dropped: after it each step is there once, in order."""
     config = make_config(train={"steps": 4}, save={"every": 2})
     with monkeypatch.context() as patch, pytest.raises(Stopped):
@@ -458,7 +458,7 @@ def test_records_beyond_the_checkpoint_are_dropped_and_none_is_missing(make_conf
     assert metrics.read_text().splitlines()[:2] == lines and metrics.read_text().splitlines()[2:] != later
 
 
-def test_a_metrics_file_cut_within_a_character_or_replaced_by_a_folder_is_no_traceback(make_config):
+def test_metrics_torn_or_a_folder(make_config):
     """45. A metrics.jsonl torn within a letter is mended, and one that is a folder is one line with exit code 7."""
     run_training(make_config(train={"steps": 1}), fresh=False)
     metrics = folder(make_config()) / "metrics.jsonl"
@@ -471,7 +471,7 @@ def test_a_metrics_file_cut_within_a_character_or_replaced_by_a_folder_is_no_tra
         run_training(make_config(train={"steps": 3}), fresh=False)
 
 
-def test_foreign_lines_in_the_metrics_are_left_out(make_config):
+def test_metrics_with_foreign_lines(make_config):
     """45. A line of metrics.jsonl that this program did not write is left out."""
     config = make_config(train={"steps": 1})
     run_training(config, fresh=False)
@@ -483,7 +483,7 @@ def test_foreign_lines_in_the_metrics_are_left_out(make_config):
     assert [json.loads(line)["step"] for line in lines] == [1, 2]
 
 
-def test_an_old_checkpoint_that_cannot_be_removed_stays_until_it_can(tmp_path: Path):
+def test_old_checkpoint_goes_later(tmp_path: Path):
     """46. An old checkpoint that cannot be removed is no reason to stop, and goes with the next save."""
     save(tmp_path, 10, 20)
     with fail_at("unlink", 1, PermissionError(errno.EACCES, "Permission denied")) as fault:
@@ -494,7 +494,7 @@ def test_an_old_checkpoint_that_cannot_be_removed_stays_until_it_can(tmp_path: P
     assert [step for step, _ in checkpoint.steps_in(tmp_path)] == [40, 30]
 
 
-def test_an_old_checkpoint_that_stays_is_said(make_config, capsys):
+def test_old_checkpoint_is_named(make_config, capsys):
     """46. A checkpoint that cannot be removed is named, and the run goes on."""
     config = make_config(train={"steps": 4}, save={"every": 1})
     with fail_at("unlink", 2, PermissionError(errno.EACCES, "Permission denied")) as fault:
@@ -504,7 +504,7 @@ def test_an_old_checkpoint_that_stays_is_said(make_config, capsys):
     assert len(losses(config)) == 4
 
 
-def test_an_export_that_cannot_be_removed_is_said_and_two_checkpoints_always_stay(make_config, monkeypatch, capsys):
+def test_old_export_cannot_be_removed(make_config, monkeypatch, capsys):
     """46. With save.keep 1 and a file that cannot be removed, the run goes on and says so; two checkpoints stay."""
     config = make_config(train={"steps": 4}, save={"every": 1, "keep": 1})
     original, left = atomic.remove, []
@@ -527,7 +527,7 @@ def test_an_export_that_cannot_be_removed_is_said_and_two_checkpoints_always_sta
     ]
 
 
-def test_a_crash_right_after_the_checkpoint_loses_neither_export_nor_preview(make_config, monkeypatch):
+def test_crash_after_the_checkpoint(make_config, monkeypatch):
     """47. A crash right after a checkpoint loses neither export nor preview: the next start makes up for them."""
     config = make_config(train={"steps": 4}, save={"every": 2}, sample=PREVIEWED)
     with monkeypatch.context() as patch:

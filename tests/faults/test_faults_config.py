@@ -59,14 +59,14 @@ def refused(tmp_path: Path):
         ("schedule: {params: {x: 1}}", "c.yaml:3: schedule.params: constant has no 'x'; it has no params"),
     ],
 )  # fmt: skip
-def test_an_unknown_key_is_refused_with_its_line_and_the_right_name(refused, text: str, message: str):
+def test_unknown_key_is_refused(refused, text: str, message: str):
     """1. A misspelt or misplaced key is refused with its line and dotted name, and with the key that was meant."""
     (line,) = refused(text)
     assert line.startswith(message)
 
 
 @pytest.mark.parametrize("option", [name for name in OPTIONS if name not in ("name", "data[].folder")])
-def test_one_wrong_letter_in_any_key_is_refused_naming_that_key(option: str):
+def test_misspelt_key_is_named(option: str):
     """1. One letter too many in any key of any section is refused, naming that key."""
     *_, last = option.split(".")
     values = nested(option, None)
@@ -88,7 +88,7 @@ def test_one_wrong_letter_in_any_key_is_refused_naming_that_key(option: str):
          "c.yaml:7: sample.prompts.0.seed: given twice, first in line 6"),
     ],
 )  # fmt: skip
-def test_a_key_given_twice_is_refused_with_both_lines(refused, text: str, message: str):
+def test_duplicate_key_is_refused(refused, text: str, message: str):
     """2. A key or section that is given twice is refused with the lines of both."""
     assert refused(text) == [f"{message}; correct it"]
 
@@ -104,7 +104,7 @@ def test_a_key_given_twice_is_refused_with_both_lines(refused, text: str, messag
     ],
     ids=["open bracket", "tab", "two colons", "open quote", "two documents"],
 )
-def test_a_syntax_error_is_refused_with_its_line(refused, content: bytes, message: str):
+def test_syntax_error_is_refused(refused, content: bytes, message: str):
     """2. A syntax error is refused with its line and the parser's own words."""
     (line,) = refused(content)
     assert line.startswith(message)
@@ -154,14 +154,14 @@ def test_a_syntax_error_is_refused_with_its_line(refused, content: bytes, messag
         ("sample: {prompts: text}", "sample.prompts: is 'text' (text); expected a list"),
     ],
 )  # fmt: skip
-def test_a_value_of_another_type_is_refused_naming_both(refused, text: str, message: str):
+def test_value_of_another_type(refused, text: str, message: str):
     """3. A value of another type (1e3 steps, a rate in quotes) is refused, naming what it is and what is expected."""
     lines = refused(text)
     assert any(line.startswith(f"c.yaml:3: {message}") for line in lines), lines
 
 
 @pytest.mark.parametrize("value", [".nan", ".inf", "-.inf", "1e999"])
-def test_a_number_that_is_not_finite_is_refused_everywhere(refused, value: str):
+def test_number_that_is_not_finite(refused, value: str):
     """4. Not a number, or infinity, is refused in every setting that takes a number."""
     floats = [name for name, field in OPTIONS.items() if "float" in str(field.annotation)]
     assert len(floats) > 10
@@ -190,12 +190,12 @@ def test_a_number_that_is_not_finite_is_refused_everywhere(refused, value: str):
         ("lora: {dropout: 1.0}", "lora.dropout: is 1.0; expected less than 1.0"),
     ],
 )
-def test_a_number_out_of_range_is_refused_with_the_range(refused, text: str, message: str):
+def test_number_out_of_range(refused, text: str, message: str):
     """4. A number out of its range is refused, naming the limit that it breaks."""
     assert refused(text) == [f"c.yaml:3: {message}"]
 
 
-def test_a_budget_that_no_step_fits_is_refused_with_the_plan_that_would(make_config):
+def test_budget_that_no_step_fits(make_config):
     """5. A memory budget that a training step does not fit is refused with exit code 2 and the plan that would fit."""
     with pytest.raises(ConfigError) as error:
         preflight.check_run(make_config(memory={"budget_gb": 0.0075}, train={"batch_size": 8}))
@@ -217,7 +217,7 @@ def test_a_budget_that_is_none_is_refused(refused, budget: str):
     assert line.startswith("c.yaml:3: memory.budget_gb: is ")
 
 
-def test_a_byte_order_mark_and_windows_line_ends_change_nothing(tmp_path: Path):
+def test_byte_order_mark_and_line_ends(tmp_path: Path):
     """6. A byte order mark, Windows line ends or a missing last line end change neither settings nor line numbers."""
     text = LEAST + "train:\n  steps: 5\n"
     expected = read_config(write(tmp_path, text))
@@ -257,13 +257,13 @@ def test_a_byte_order_mark_and_windows_line_ends_change_nothing(tmp_path: Path):
     ],
     ids=lambda value: repr(value)[:40],
 )  # fmt: skip
-def test_what_is_no_config_is_refused_in_one_line(refused, content: bytes, message: str):
+def test_file_that_is_no_config(refused, content: bytes, message: str):
     """6. A file that is empty, binary, too large or anything but plain settings is refused in one line."""
     (line,) = refused(content)
     assert line.startswith(message)
 
 
-def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path):
+def test_missing_config_or_folder(tmp_path: Path):
     """6. A config that is missing, a folder or below a file is refused by its path."""
     for path, message in ((tmp_path / "none.yaml", "does not exist"), (tmp_path, "is a folder; give a file")):
         with pytest.raises(ConfigError) as caught:
@@ -273,7 +273,7 @@ def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path):
         read_config(write(tmp_path, LEAST) / "below.yaml")
 
 
-def test_a_small_file_that_grows_without_end_is_refused_at_once(refused):
+def test_config_that_unfolds_to_gigabytes(refused):
     """6. A small file that would unfold to gigabytes, or keep the reader busy, is refused at once."""
     layers = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
     layers += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 9)]
@@ -384,12 +384,12 @@ def test_every_shipped_config_is_valid(path: Path):
     assert yaml.safe_load(path.read_text())["name"] == config.name
 
 
-def test_the_list_of_options_is_the_golden_one():
+def test_options_are_the_golden_list():
     """9. An option that appears, vanishes or is renamed: the written list of options has to change with it."""
     matches_golden("options.txt", "".join(f"{name}\n" for name in OPTIONS))
 
 
-def test_every_option_says_in_one_sentence_what_it_does():
+def test_options_are_all_described():
     """9. An option without documentation: every option and every section says what it does."""
     assert [name for name, field in OPTIONS.items() if len(field.description or "") < 10] == []
     sections = {name: field.description for name, field in Config.model_fields.items()}

@@ -46,7 +46,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP", "TIFF"])
 @pytest.mark.parametrize("share", [0.3, 0.7, 0.99])
-def test_a_image_that_was_cut_off_is_refused(kind: str, share: float):
+def test_image_cut_off(kind: str, share: float):
     """10. A JPEG, PNG, WebP, BMP or TIFF that was cut off is refused by name, and never trained on half grey."""
     content = encoded(noise(), kind)
     assert (loaded(content) >= 0).all()
@@ -72,7 +72,7 @@ def test_a_image_that_was_cut_off_is_refused(kind: str, share: float):
         (encoded(gradient(), "PNG")[8:], "not an image, or one that is damaged"),
     ],
 )
-def test_other_files_are_refused_by_what_they_are(content: bytes, what: str):
+def test_image_of_another_file_type(content: bytes, what: str):
     """11. An empty file, a web page, a Git LFS pointer, a GIF or an AVIF under another name is called what it is."""
     assert refusal(content) == f"{what}; replace it by a JPEG, PNG, WebP, BMP or TIFF, or remove it"
 
@@ -92,7 +92,7 @@ STORED_AS = {
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF", "WEBP", "JPEG"])
 @pytest.mark.parametrize("orientation", STORED_AS)
-def test_all_eight_orientations_are_the_same_upright_image(kind: str, orientation: int):
+def test_image_orientations(kind: str, orientation: int):
     """12. EXIF orientation 1 to 8: whichever way the camera held it, an image is trained upright."""
     turn = STORED_AS[orientation]
     stored = gradient() if turn is None else gradient().transpose(turn)
@@ -109,7 +109,7 @@ def test_all_eight_orientations_are_the_same_upright_image(kind: str, orientatio
 @pytest.mark.parametrize(
     ("mode", "kind"), [("RGBA", "PNG"), ("RGBA", "TIFF"), ("RGBA", "WEBP"), ("LA", "PNG"), ("LA", "TIFF")]
 )
-def test_transparent_parts_are_white_and_the_hidden_colour_is_gone(mode: str, kind: str):
+def test_transparency_becomes_white(mode: str, kind: str):
     """13. Transparent parts become white; the colour that an editor hid beneath them is never trained on."""
     options = {"lossless": True, "exact": True} if kind == "WEBP" else {}
     found = loaded(encoded(with_hole(mode), kind, **options))
@@ -117,14 +117,14 @@ def test_transparent_parts_are_white_and_the_hidden_colour_is_gone(mode: str, ki
     assert (found[:, 48:] == ((0, 0, 255) if mode == "RGBA" else (90, 90, 90))).all()
 
 
-def test_the_hidden_colour_is_really_in_the_file():
+def test_transparency_hides_a_colour():
     """13. A plain conversion would show the hidden colour: it is really in these files."""
     image = Image.open(io.BytesIO(encoded(with_hole("RGBA"), "PNG"))).convert("RGB")
     assert image.getpixel((0, 0)) == HIDDEN
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "1", "P", "P with alpha of each entry"])
-def test_a_colour_that_stands_for_transparent_is_white(mode: str):
+def test_transparency_by_palette_or_colour(mode: str):
     """13. A palette entry or a colour that stands for transparent becomes white too."""
     image = Image.new("RGB", (96, 64), (0, 0, 255))
     image.paste(HIDDEN, (0, 0, 48, 64))
@@ -161,7 +161,7 @@ def test_16_bit_colour_keeps_its_brightness():
 
 
 @pytest.mark.parametrize(("mode", "dtype"), [("F", np.float32), ("I", np.int32)])
-def test_numbers_without_an_agreed_range_are_refused(mode: str, dtype: type):
+def test_image_without_an_agreed_range(mode: str, dtype: type):
     """15. Pixels of floating point or 32 bits, whose range nobody agreed on, are refused with their mode."""
     image = Image.fromarray(np.full((64, 64), 0.5 if mode == "F" else 70_000, dtype=dtype))
     assert refusal(encoded(image, "TIFF")) == f"pixels of mode {mode} have no agreed range; export it as 8 or 16 bit"
@@ -179,7 +179,7 @@ def test_cmyk_is_converted():
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF", "WEBP"])
 @pytest.mark.parametrize("colour", [(200, 60, 60), (100, 150, 90), (120, 120, 120), (255, 255, 255)])
-def test_a_wide_gamut_image_is_converted_to_srgb(kind: str, colour: tuple[int, int, int]):
+def test_image_of_wide_gamut(kind: str, colour: tuple[int, int, int]):
     """16. A wide-gamut image is converted to sRGB by its profile, and keeps its saturation."""
     wide = profile(ADOBE_TO_XYZ, 563 / 256, "Wide RGB")
     options = {"JPEG": {"quality": 100, "subsampling": 0}, "WEBP": {"lossless": True}}.get(kind, {})
@@ -190,7 +190,7 @@ def test_a_wide_gamut_image_is_converted_to_srgb(kind: str, colour: tuple[int, i
 
 
 @pytest.mark.parametrize(("side", "size"), [(20_000, ""), (10_001, "10001x10001 px is ")])
-def test_too_many_pixels_are_refused_before_any_is_decoded(monkeypatch, side: int, size: str):
+def test_image_of_too_many_pixels(monkeypatch, side: int, size: str):
     """17. An image of more than 100 megapixels is refused by its header, before any memory is taken for it."""
     monkeypatch.setattr(ImageFile.ImageFile, "load", lambda *_: pytest.fail("decoded"))
     rows = zlib.compress(b"cut off anyway")
@@ -203,7 +203,7 @@ def test_exactly_too_many_pixels():
     assert "megapixels" in refusal(png(10_000, 10_001, 8, 2, b""))
 
 
-def test_a_text_that_unpacks_to_megabytes_is_refused():
+def test_image_with_a_huge_comment():
     """17. A PNG whose comment unpacks to megabytes is refused."""
     bomb = chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(5_000_000)))
     rows = (b"\0" + bytes(64 * 3)) * 64
@@ -212,13 +212,13 @@ def test_a_text_that_unpacks_to_megabytes_is_refused():
 
 
 @pytest.mark.parametrize("size", [(1, 1), (16, 16), (63, 500), (500, 63), (1, 5000)])
-def test_small_images_are_refused_with_their_size(size: tuple[int, int]):
+def test_image_too_small(size: tuple[int, int]):
     """18. An image with a side under 64 px is refused with its size."""
     text = refusal(encoded(Image.new("RGB", size), "PNG"))
     assert text == f"{size[0]}x{size[1]} px is under 64 px; use a larger image or remove it"
 
 
-def test_a_image_below_the_resolution_is_said_and_trained_at_its_own_size(make_config, tmp_path: Path):
+def test_image_below_the_resolution(make_config, tmp_path: Path):
     """18. An image smaller than a listed resolution is trained at its own size, never blown up, and that is said."""
     Image.new("RGB", (80, 64)).save(tmp_path / "small.png")
     checked = preflight.check_run(make_config(data=[{"folder": str(tmp_path), "resolution": [1024]}]))
@@ -229,7 +229,7 @@ def test_a_image_below_the_resolution_is_said_and_trained_at_its_own_size(make_c
 
 @pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF"])
 @pytest.mark.parametrize("frames", [2, 5])
-def test_animations_are_refused_with_their_frames(kind: str, frames: int):
+def test_image_animated(kind: str, frames: int):
     """19. An animated PNG, WebP or a TIFF of several pages is refused with the number of its frames."""
     all_frames = [noise(seed=number) for number in range(frames)]
     content = encoded(all_frames[0], kind, save_all=True, append_images=all_frames[1:])
@@ -237,7 +237,7 @@ def test_animations_are_refused_with_their_frames(kind: str, frames: int):
     assert refusal(content) == f"animated ({frames} frames); export one frame of it"
 
 
-def test_a_phones_multi_image_jpeg_is_its_first_image():
+def test_image_of_a_phone_mpo():
     """19. A phone's multi-picture JPEG (MPO) is its first image, the photo."""
     content = encoded(gradient(), "MPO", save_all=True, append_images=[noise(96, 64)])
     assert Image.open(io.BytesIO(content)).format == "MPO"
@@ -272,7 +272,7 @@ def file(tmp_path: Path):
         (b"x" * 20_000, "x" * 20_000),
     ],
 )
-def test_the_text_is_kept_and_what_nobody_sees_is_not(file, content: bytes, text: str):
+def test_caption_is_cleaned(file, content: bytes, text: str):
     """20. Byte order marks, Windows line ends and zero-width characters are taken out of captions, and nothing else."""
     assert captions.read_caption(file(content)) == text
 
@@ -289,7 +289,7 @@ def test_the_text_is_kept_and_what_nobody_sees_is_not(file, content: bytes, text
         (b"x" * 20_001, "has 20001 bytes; captions end at 512 tokens; shorten it"),
     ],
 )
-def test_what_is_no_caption_is_refused_naming_the_file(file, content: bytes, what: str):
+def test_caption_that_is_no_text(file, content: bytes, what: str):
     """20. A caption in UTF-16 or Latin-1, with NUL bytes or beyond all length is refused by its file and byte."""
     path = file(content)
     with pytest.raises(DataError) as caught:
@@ -298,7 +298,7 @@ def test_what_is_no_caption_is_refused_naming_the_file(file, content: bytes, wha
     assert str(caught.value).startswith(f"{path}: {what}")
 
 
-def test_images_without_a_caption_are_counted_and_named(photos: Path):
+def test_caption_missing(photos: Path):
     """21. Images without a caption, or with an invisible one, are counted and named."""
     (photos / "a.txt").unlink()
     (photos / "b.txt").write_text("\ufeff \n")
@@ -318,7 +318,7 @@ def test_images_without_a_caption_are_counted_and_named(photos: Path):
     assert "4 of 5 images have no caption of their own (a.jpg, b.png, d.png, ...)" in scanned(photos).notes[0].text
 
 
-def test_a_caption_beyond_what_the_model_reads_is_said(photos: Path):
+def test_caption_too_long(photos: Path):
     """20. A caption of surely more than 512 tokens is named with its length; nothing of it is lost silently."""
     (photos / "b.txt").write_text("a blue circle, " * 130)
     (note,) = scanned(photos).notes
@@ -326,7 +326,7 @@ def test_a_caption_beyond_what_the_model_reads_is_said(photos: Path):
     assert note.text.startswith(f"{photos / 'b.png'}: its caption has 520 words and signs")
 
 
-def test_captions_and_images_that_are_not_used_are_said(photos: Path):
+def test_unused_captions_and_images(photos: Path):
     """21. A caption named .TXT and an image in a format that is not read are said, and not left out silently."""
     (photos / "b.txt").rename(photos / "b.TXT")
     (photos / "x.gif").write_bytes(b"GIF89a")
@@ -338,7 +338,7 @@ def test_captions_and_images_that_are_not_used_are_said(photos: Path):
     assert [one.text.split(": ")[0] for one in notes[1:]] == [str(photos / "x.gif"), str(photos / "y.heic")]
 
 
-def test_two_images_of_one_name_without_a_caption_are_two_images(tmp_path: Path):
+def test_two_images_of_one_name(tmp_path: Path):
     """21. a.jpg and a.png without a caption between them are two images."""
     image(tmp_path / "a.png", (1, 1, 1))
     image(tmp_path / "a.jpg", (2, 2, 2))
@@ -346,7 +346,7 @@ def test_two_images_of_one_name_without_a_caption_are_two_images(tmp_path: Path)
     assert (prompts(result), problems(result)) == ({"a.jpg": "x", "a.png": "x"}, [])
 
 
-def test_a_caption_with_another_spelling_of_the_same_letters_is_said(tmp_path: Path):
+def test_caption_of_another_normalization(tmp_path: Path):
     """21. A caption whose accents are stored another way than its image's (as macOS does) is said to be alone."""
     name = "caf\u00e9"
     assert unicodedata.normalize("NFD", name) != name
@@ -361,7 +361,7 @@ def test_a_caption_with_another_spelling_of_the_same_letters_is_said(tmp_path: P
     assert f"1 of 1 images have no caption of their own ({name}.png)" in without.text
 
 
-def test_links_that_lead_nowhere_and_pipes_are_errors_and_never_hang(photos: Path):
+def test_broken_links_and_pipes(photos: Path):
     """22. A link that leads nowhere or to itself, a pipe and a socket are listed, and never waited for."""
     (photos / "loop.png").symlink_to(photos / "loop.png")
     (photos / "gone.png").symlink_to(photos / "nothing.png")
@@ -382,7 +382,7 @@ def test_links_that_lead_nowhere_and_pipes_are_errors_and_never_hang(photos: Pat
     assert len(result.images) == 4  # c.png is read; its caption is the error
 
 
-def test_hidden_files_are_left_alone_and_skipped_folders_are_said(photos: Path):
+def test_hidden_files_and_linked_folders(photos: Path):
     """22. A linked folder, which could lead out of this one or round in circles, is not searched, and that is said."""
     for name in (".hidden.png", ".thumbs/t.png", "_rejected/r.png"):
         image(photos / name)
@@ -406,7 +406,7 @@ def test_what_may_not_be_read_is_an_error(photos: Path):
     assert sum("Permission denied" in one for one in found) == 3
 
 
-def test_a_subfolder_that_cannot_be_listed_is_an_error(photos: Path, monkeypatch: pytest.MonkeyPatch):
+def test_subfolder_not_listable(photos: Path, monkeypatch: pytest.MonkeyPatch):
     """22. A subfolder that cannot be listed is an error, not an empty folder."""
     real = os.scandir
 
@@ -422,7 +422,7 @@ def test_a_subfolder_that_cannot_be_listed_is_an_error(photos: Path, monkeypatch
 
 
 @pytest.mark.parametrize(("nth_read", "images"), [(2, 3), (5, 2)], ids=["caption", "picture"])
-def test_a_file_that_fails_to_be_read_is_listed(photos: Path, nth_read: int, images: int):
+def test_file_not_readable(photos: Path, nth_read: int, images: int):
     """22. A caption or image that the disk does not give out is listed with the reason, and the others are read."""
     with fail_at("read", nth_read, PermissionError(13, "Permission denied")) as fault:
         found = scanned(photos)
@@ -439,7 +439,7 @@ def test_nothing_at_all_is_an_error(tmp_path: Path):
 
 
 @pytest.mark.parametrize("sizes", [[(64, 64)], [(64, 64), (96, 64), (64, 64)]], ids=["one image", "a size of one"])
-def test_fewer_images_than_a_batch_train_and_each_counts_once_an_epoch(make_config, tmp_path: Path, sizes):
+def test_fewer_images_than_a_batch(make_config, tmp_path: Path, sizes):
     """23. One image, fewer than a batch or only one of its size: they train, each of them once an epoch."""
     for number, size in enumerate(sizes):
         image(tmp_path / "photos" / f"{number}.png", (number, 0, 0), size)
@@ -473,7 +473,7 @@ class Reordered:
         return next(self.entries)
 
 
-def test_the_order_of_the_directory_changes_nothing(photos: Path, monkeypatch: pytest.MonkeyPatch):
+def test_directory_order_changes_nothing(photos: Path, monkeypatch: pytest.MonkeyPatch):
     """24. The order in which the file system lists images changes neither their order nor anything else."""
     image(photos / "sub" / "deep" / "d.png")
     image(photos / "sub2" / "e.png")
@@ -512,7 +512,7 @@ print([(sample.key(), sample.prompt) for step in range(1, 20) for batch in plan.
 """
 
 
-def test_another_environment_makes_the_same_fingerprint_and_plan(photos: Path):
+def test_environment_changes_nothing(photos: Path):
     """24. Another locale, time zone and hash seed change neither the dataset's fingerprint nor the training order."""
     (photos / "caf\u00e9.txt").write_text("caf\u00e9")
     image(photos / "caf\u00e9.png", (7, 7, 7))
@@ -538,7 +538,7 @@ def swap(path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "what"), [(swap, "changed while this command ran"), (Path.unlink, "cannot be read any")]
 )
-def test_a_image_that_changes_while_the_command_runs_is_named(make_config, tmp_path, monkeypatch, change, what: str):
+def test_image_changes_during_the_command(make_config, tmp_path, monkeypatch, change, what: str):
     """25. An image that is replaced or deleted between the check and its encoding is named, and the run ends."""
     image(tmp_path / "photos" / "a.png")
     data = [{"folder": str(tmp_path / "photos"), "resolution": [64], "default_caption": "x"}]
@@ -576,9 +576,7 @@ def test_all_faults_are_reported_at_once(photos: Path):
     assert result.notes[0] == Note("unused-caption", f"{photos / 'alone.txt'}: a caption without an image")
 
 
-def test_killed_while_caching_the_next_start_encodes_what_is_missing_and_nothing_else(
-    make_config, tmp_path, monkeypatch
-):
+def test_killed_while_caching(make_config, tmp_path, monkeypatch):
     """29. Killed while it fills the cache, the program encodes at its next start what is missing, and nothing else."""
     config = make_config(cache={"folder": str(tmp_path / "cache")})
     original, encoded_images = encoding.image_encoder, []

@@ -15,7 +15,8 @@ def save(path: Path) -> None:
     atomic.write(path, [b"new!" * 2000, memoryview(b"new!" * 3000)])
 
 
-def test_an_unfaulted_write_makes_the_new_file_by_one_rename_after_syncing(tmp_path: Path):
+def test_write_without_fault(tmp_path: Path):
+    """A write without a fault makes the new file by one rename, after syncing."""
     path = tmp_path / "sub" / "deep" / "x.bin"
     with fail_at(WRITING, 0, Crash()) as fault:
         save(path)
@@ -23,7 +24,8 @@ def test_an_unfaulted_write_makes_the_new_file_by_one_rename_after_syncing(tmp_p
     assert fault.seen == ["open", "write", "write", "flush", "fsync", "close", "replace", "open folder", "fsync"]
 
 
-def test_a_fault_fires_once_and_a_fault_of_another_call_never(tmp_path: Path):
+def test_fault_fires_once(tmp_path: Path):
+    """A fault fires once, and a fault of another call never does."""
     with fail_at("write", 2, OSError(errno.ENOSPC, "full")) as fault:
         with pytest.raises(DiskError):
             save(tmp_path / "x.bin")
@@ -34,13 +36,15 @@ def test_a_fault_fires_once_and_a_fault_of_another_call_never(tmp_path: Path):
     assert fault.fired == 0 and fault.seen == []
 
 
-def test_a_write_that_fails_has_gone_through_by_half(tmp_path: Path):
+def test_write_fault_happens_halfway(tmp_path: Path):
+    """A write that fails has written half of its bytes."""
     with fail_at("write", 1, Crash()) as fault, pytest.raises(Crash), (tmp_path / "x").open("wb") as file:
         file.write(b"12345678")
     assert fault.fired == 1 and (tmp_path / "x").read_bytes() == b"1234"
 
 
-def test_after_the_block_nothing_is_left_of_it(tmp_path: Path):
+def test_faults_end_with_the_block(tmp_path: Path):
+    """After the block, nothing of the injected fault is left."""
     with fail_at(WRITING, 1, Crash()) as fault:
         pass
     save(tmp_path / "x.bin")

@@ -60,7 +60,8 @@ def page() -> str:
 
 
 @pytest.mark.parametrize("name", GROUPS.values())
-def test_every_test_says_which_fault_it_is_and_what_is_promised(name: str):
+def test_faults_have_number_and_promise(name: str):
+    """Every test of a fault has its number and its promise in the docstring."""
     unnumbered = [test for test, text in docstrings(name).items() if not NUMBERED.fullmatch(text)]
     assert len(docstrings(name)) > 5 and unnumbered == []
 

@@ -107,12 +107,12 @@ def check_that_a_step_was_skipped(make_config, monkeypatch, capsys, spoil) -> No
     assert one[:2] + one[3:] == other[:2] + other[3:]
 
 
-def test_a_loss_that_is_no_number_changes_nothing_and_is_named(make_config, monkeypatch, capsys):
+def test_loss_not_a_number(make_config, monkeypatch, capsys):
     """49. A loss that is not a number changes no bit: its step is skipped and named, and the others are as ever."""
     check_that_a_step_was_skipped(make_config, monkeypatch, capsys, no_number)
 
 
-def test_one_infinite_gradient_changes_nothing_and_is_named(make_config, monkeypatch, capsys):
+def test_gradient_infinite(make_config, monkeypatch, capsys):
     """50. One infinite element of one gradient, under a finite loss, changes no bit: its step is skipped and named."""
     check_that_a_step_was_skipped(make_config, monkeypatch, capsys, infinite_gradient)
 
@@ -132,7 +132,7 @@ def test_five_in_a_row_end_the_run(make_config, monkeypatch):
     assert newest.step == 6 and all(tensor.isfinite().all() for tensor in newest.tensors.values())
 
 
-def test_skips_in_a_row_are_counted_across_starts(make_config, monkeypatch):
+def test_skips_count_across_starts(make_config, monkeypatch):
     """51. A new start is no new chance: steps that were skipped before it count."""
     fired = poison(monkeypatch, {2, 3, 4, 5, 6})
     run_training(make_config(train={"steps": 4}), fresh=False)
@@ -141,7 +141,7 @@ def test_skips_in_a_row_are_counted_across_starts(make_config, monkeypatch):
     assert fired == [2, 3, 4, 5, 6]
 
 
-def test_a_run_without_any_finite_step_is_no_success(make_config, monkeypatch):
+def test_skips_in_every_step(make_config, monkeypatch):
     """51. A run shorter than that, without any finite step, is no success either."""
     fired = poison(monkeypatch, {1, 2})
     with pytest.raises(DivergedError, match="2 times in a row"):
@@ -157,7 +157,7 @@ def test_what_is_not_finite_is_not_saved(tmp_path: Path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_lora_that_is_not_finite_is_not_saved_and_the_checkpoint_before_stays(make_config, monkeypatch):
+def test_lora_not_finite_is_not_saved(make_config, monkeypatch):
     """52. A LoRA that is not finite when it is to be saved ends the run with exit code 5; the save before is intact."""
     config = make_config(train={"steps": 4}, save={"every": 1})
     original, seen, fired = torch.optim.AdamW.step, itertools.count(1), []
@@ -187,7 +187,7 @@ def out_of_memory(*_: object, **__: object) -> None:
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ...")
 
 
-def test_running_out_of_gpu_memory_is_one_line_with_the_plan_that_would_fit(make_config, monkeypatch):
+def test_gpu_out_of_memory(make_config, monkeypatch):
     """53. A GPU without enough memory: one line with exit code 2 names the plan that would fit; the run can go on."""
     options = {"train": {"steps": 4, "batch_size": 8}, "save": {"every": 1}}
     config = make_config(**options)
@@ -206,7 +206,7 @@ def test_running_out_of_gpu_memory_is_one_line_with_the_plan_that_would_fit(make
     assert facts(config)["starts"] == [0, 2] and len(losses(config)) == 4
 
 
-def test_a_preview_that_runs_out_of_memory_costs_no_step(make_config, monkeypatch, capsys):
+def test_preview_out_of_memory(make_config, monkeypatch, capsys):
     """53. A preview that runs out of memory is said, and training goes on."""
     monkeypatch.setattr(outputs, "sample_all", out_of_memory)
     config = make_config(train={"steps": 2}, sample=PREVIEWED | {"first": False})
@@ -216,7 +216,7 @@ def test_a_preview_that_runs_out_of_memory_costs_no_step(make_config, monkeypatc
     assert len(losses(config)) == 2 and final(config)
 
 
-def test_accumulation_changes_the_order_of_sums_and_nothing_else(make_config, tmp_path: Path):
+def test_accumulation_changes_sums_only(make_config, tmp_path: Path):
     """54. A batch of 4, 2 passes of 2 and 4 of 1 train alike, and an image's noise is the same in all of them."""
     for path in mini.IMAGES.glob("zorb_0[1-4].*"):
         if path.suffix != ".txt":

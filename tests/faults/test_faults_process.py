@@ -45,7 +45,7 @@ def fork_server() -> BaseContext:
     return context
 
 
-def test_killed_at_any_moment_the_same_command_ends_in_the_same_bytes(make_config, tmp_path: Path, fork_server):
+def test_killed_at_any_moment(make_config, tmp_path: Path, fork_server):
     """35. Killed (SIGKILL) again and again, whatever it was at: the same command ends in the bytes of one go."""
     options = {"train": {"steps": 30, "batch_size": 1}, "save": {"every": 4}}
     whole, config = make_config(output_dir=str(tmp_path / "whole"), **options), make_config(**options)
@@ -82,7 +82,7 @@ with signals.stop_on_signals() as request, atomic.replace_atomically(Path("x.bin
 """
 
 
-def test_a_second_interrupt_within_a_save_ends_at_once_and_leaves_the_old_file(tmp_path: Path):
+def test_second_interrupt_within_a_save(tmp_path: Path):
     """56. Ctrl-C lets a save finish; a second one, even within it, ends the run at once and the old file is whole."""
     (tmp_path / "x.bin").write_bytes(b"old")
     done = run_python(INTERRUPTED_TWICE, tmp_path)
@@ -93,7 +93,7 @@ def test_a_second_interrupt_within_a_save_ends_at_once_and_leaves_the_old_file(t
 
 
 @pytest.mark.parametrize("end", ["done", "stopped", "failed"])
-def test_handlers_lock_and_threads_are_given_back_whatever_happens(make_config, monkeypatch, end: str):
+def test_signals_and_lock_are_released(make_config, monkeypatch, end: str):
     """57. After a run that ended, was stopped or failed, signals do what they did before, and the folder is free."""
     config, threads, original = make_config(train={"steps": 2}), threading.active_count(), loop.prefetch
     before = {number: signal.getsignal(number) for number in SIGNALS}
@@ -154,7 +154,7 @@ def holder(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     process.communicate()
 
 
-def test_a_second_process_is_told_who_holds_the_folder(tmp_path: Path, holder: subprocess.Popen[str]):
+def test_lock_names_its_holder(tmp_path: Path, holder: subprocess.Popen[str]):
     """58. A second process in a run's folder is refused with exit code 6, and told who holds it, on which host."""
     for _ in range(2):
         with pytest.raises(FolderInUseError) as caught, locks.lock_folder(tmp_path / "run"):
@@ -166,7 +166,7 @@ def test_a_second_process_is_told_who_holds_the_folder(tmp_path: Path, holder: s
         )
 
 
-def test_the_folder_is_free_as_soon_as_its_holder_is_killed(tmp_path: Path, holder: subprocess.Popen[str]):
+def test_lock_free_once_holder_is_killed(tmp_path: Path, holder: subprocess.Popen[str]):
     """58. A folder is free at once when the process that held it is killed."""
     holder.send_signal(signal.SIGKILL)
     holder.wait()
@@ -174,7 +174,7 @@ def test_the_folder_is_free_as_soon_as_its_holder_is_killed(tmp_path: Path, hold
         assert (tmp_path / "run" / "run.holder").read_text() == f"process {os.getpid()} on {socket.gethostname()}"
 
 
-def test_the_folder_is_free_when_its_holder_is_done(tmp_path: Path, holder: subprocess.Popen[str]):
+def test_lock_free_once_holder_is_done(tmp_path: Path, holder: subprocess.Popen[str]):
     """58. A folder is free when the process that held it is done, or failed; within one process it is held once."""
     out, _ = holder.communicate("")
     assert out == "False\n" and holder.returncode == 0
@@ -188,7 +188,7 @@ def test_the_folder_is_free_when_its_holder_is_done(tmp_path: Path, holder: subp
 
 
 @pytest.mark.parametrize("fresh", [False, True])
-def test_a_second_run_is_refused_before_it_writes_anything(make_config, tmp_path: Path, holder, fresh: bool):
+def test_lock_refuses_a_second_run(make_config, tmp_path: Path, holder, fresh: bool):
     """58. A second run is refused before it writes anything, and --fresh does not move a folder away that is in use."""
     with pytest.raises(FolderInUseError, match=f"in use by process {holder.pid} on ") as error:
         run_training(make_config(name="run", output_dir=str(tmp_path)), fresh=fresh)
@@ -198,7 +198,7 @@ def test_a_second_run_is_refused_before_it_writes_anything(make_config, tmp_path
 
 
 @pytest.mark.parametrize("place", ["output", "cache"])
-def test_an_output_or_cache_that_cannot_be_made_is_refused(make_config, tmp_path: Path, place: str):
+def test_output_or_cache_not_a_folder(make_config, tmp_path: Path, place: str):
     """59. An output or cache folder that is a file, or below one, is refused with exit code 7 before any work."""
     (tmp_path / "file").write_text("")
     below = str(tmp_path / "file" / "x")
@@ -210,7 +210,7 @@ def test_an_output_or_cache_that_cannot_be_made_is_refused(make_config, tmp_path
     assert error.value.exit_code == 7 and (tmp_path / "file").read_text() == ""
 
 
-def test_a_folder_that_cannot_be_made_is_refused_and_none_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_folder_that_cannot_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """59. A folder that is a file, a dangling link or read-only is refused, and none is made on the way."""
     atomic.require_writable_folder(tmp_path / "a" / "b")
     monkeypatch.chdir(tmp_path)
@@ -232,13 +232,13 @@ def test_a_folder_that_cannot_be_made_is_refused_and_none_is_made(tmp_path: Path
     ["", " ", "a/b", "../a", "..", ".a", "-a", "a\\b", "a ", " a", "a.", "a-1", "a-000250", "a:b", "a*",
      "a\n", "a\tb", "CON", "nul", "Aux.v2", "com1", "a" * 201, "猫" * 67],
 )  # fmt: skip
-def test_names_that_leave_the_folder_or_look_like_a_step_are_refused(tmp_path: Path, name: str):
+def test_name_leaves_the_folder(tmp_path: Path, name: str):
     """59. A run name that leaves the output folder (`../x`), or that no file system takes, is refused."""
     (line,) = refusal(tmp_path, "", least=f'name: "{name}"\ndata: [{{folder: x}}]\n')
     assert line.startswith("c.yaml:1: name: ")
 
 
-def test_a_long_name_with_spaces_and_letters_of_any_script_works(make_config, tmp_path: Path):
+def test_name_long_in_any_script(make_config, tmp_path: Path):
     """59. A run name of 200 bytes, with spaces and letters of any script, in a folder like that, trains like any."""
     name = "Rotes Haar \u00fc\u00f6 \u732b "
     name += "x" * (200 - len(name.encode()))
@@ -250,7 +250,7 @@ def test_a_long_name_with_spaces_and_letters_of_any_script_works(make_config, tm
     assert {path.name for path in Path(output).iterdir()} == {name}
 
 
-def test_the_written_config_means_the_same_in_another_folder(make_config, tmp_path: Path, monkeypatch):
+def test_config_means_the_same_elsewhere(make_config, tmp_path: Path, monkeypatch):
     """59. Relative paths mean the folder they were given in: the written config means the same from anywhere."""
     values = {"folder": "pictures", "resolution": [64], "trigger": "zorb"}
     shutil.copytree(mini.IMAGES, tmp_path / "here" / "pictures")
@@ -265,7 +265,7 @@ def test_the_written_config_means_the_same_in_another_folder(make_config, tmp_pa
     assert not (tmp_path / "out").exists()
 
 
-def test_a_disk_that_is_too_small_is_refused(make_config, monkeypatch: pytest.MonkeyPatch):
+def test_disk_too_small_for_checkpoints(make_config, monkeypatch: pytest.MonkeyPatch):
     """60. A disk without room for checkpoints and exports is refused at once, with what is free and what is needed."""
     needed = []
     real = atomic.require_free_space
@@ -294,9 +294,7 @@ def test_a_disk_that_is_too_small_is_refused(make_config, monkeypatch: pytest.Mo
             assert error.value.exit_code == 7 and not folder(make_config()).exists()
 
 
-def test_a_disk_that_is_too_small_for_the_caches_is_refused_before_anything_is_encoded(
-    make_config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_disk_too_small_for_the_cache(make_config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """60. A disk without room for what is not cached yet is refused before anything is encoded for it."""
     asked: list[tuple[Path, int]] = []
 
@@ -315,7 +313,7 @@ def test_a_disk_that_is_too_small_for_the_caches_is_refused_before_anything_is_e
     assert asked == [(tmp_path / "new", latents)]
 
 
-def test_too_little_space_is_refused_with_both_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_disk_too_small_has_both_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """60. Too little space is refused with both numbers, asked for where the folder will be; none is made for it."""
     asked = []
 
@@ -333,7 +331,7 @@ def test_too_little_space_is_refused_with_both_numbers(tmp_path: Path, monkeypat
     assert asked == [tmp_path, tmp_path], "the nearest folder that exists, and none is made"
 
 
-def test_a_clock_that_jumps_back_changes_neither_order_nor_durations(make_config, monkeypatch):
+def test_clock_jumps_back(make_config, monkeypatch):
     """61. A clock that goes back by days, and files with the times of others, change neither durations nor order."""
     config = make_config(train={"steps": 3}, save={"every": 1}, log={"tensorboard": True})
     asked = []
@@ -398,7 +396,7 @@ def loaded_by(names: list[str], then: str = "", path: Iterable[str] = ()) -> set
     return set(json.loads(result.stdout.splitlines()[-1]))
 
 
-def test_a_check_of_the_quickstart_loads_no_torch():
+def test_check_loads_no_torch():
     """63. `--help`, config errors and all of `check` load no torch, and so answer at once."""
     modules = ("cli.app", "config.load", "dataset.sample_order", "planning.preflight", "commands.check")
     names = [f"{PACKAGE}.{module}" for module in modules]
@@ -416,7 +414,7 @@ assert check.check_report(preflight.check_run(config, nothing_here))
     assert loaded & HEAVY == set()
 
 
-def test_detection_of_what_is_loaded_can_fail(tmp_path: Path):
+def test_check_for_torch_can_fail(tmp_path: Path):
     """63. Loading torch would be noticed."""
     (tmp_path / "torch.py").write_text("")
     (tmp_path / "asks_for_torch.py").write_text("def now():\n    import torch\n")
@@ -425,7 +423,7 @@ def test_detection_of_what_is_loaded_can_fail(tmp_path: Path):
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads memory from /proc")
-def test_steps_leave_neither_memory_nor_threads_behind(make_config, monkeypatch):
+def test_steps_leak_no_memory_or_threads(make_config, monkeypatch):
     """64. After 120 steps a run holds no more memory and no more threads than after 40."""
     held: list[tuple[int, int]] = []
     original = loop.log_step
@@ -443,7 +441,7 @@ def test_steps_leave_neither_memory_nor_threads_behind(make_config, monkeypatch)
     assert {one[1] for one in held[40:]} == {held[40][1]}
 
 
-def test_without_a_gpu_the_published_model_is_refused_before_it_is_fetched(make_config, monkeypatch):
+def test_no_gpu_for_the_full_model(make_config, monkeypatch):
     """65. Without a GPU, or with a torch that does not know it, the full model is refused before it is fetched."""
     monkeypatch.setattr("zimage_train.commands.train.download", pytest.fail)
     with pytest.raises(ConfigError, match=r"device: no GPU was found, and 6.2 billion parameters"):
