@@ -46,7 +46,8 @@ def test_usual_sizes(size: tuple[int, int], resolution: int, expected: tuple[int
 
 @quick
 @given(sides, sides, resolutions)
-def test_sides_are_multiples_of_16_within_the_image_and_the_area(width: int, height: int, resolution: int):
+def test_bucket_sides(width: int, height: int, resolution: int):
+    """Sides are multiples of 16 px, within the image and the area."""
     size = found(width, height, resolution)
     if size is not None:
         assert size.width % 16 == size.height % 16 == 0
@@ -59,7 +60,8 @@ def test_sides_are_multiples_of_16_within_the_image_and_the_area(width: int, hei
 
 @quick
 @given(sides, sides, resolutions)
-def test_a_turned_image_has_the_turned_bucket(width: int, height: int, resolution: int):
+def test_bucket_of_a_turned_image(width: int, height: int, resolution: int):
+    """A turned image has the turned bucket."""
     size, turned = found(width, height, resolution), found(height, width, resolution)
     assert turned == (None if size is None else (size.height, size.width))
     if size is not None and width == height:
@@ -68,7 +70,8 @@ def test_a_turned_image_has_the_turned_bucket(width: int, height: int, resolutio
 
 @quick
 @given(st.integers(256, 6000), st.floats(0.25, 4.0), st.integers(16, 128).map(lambda count: count * 16))
-def test_little_is_cropped_and_little_resolution_is_lost(width: int, aspect: float, resolution: int):
+def test_crop_and_lost_area_are_small(width: int, aspect: float, resolution: int):
+    """Little is cropped, and little resolution is lost."""
     height = max(256, round(width / aspect))
     if max(width / height, height / width) <= 4:
         size = nearest_bucket(width, height, resolution)
@@ -78,7 +81,8 @@ def test_little_is_cropped_and_little_resolution_is_lost(width: int, aspect: flo
 
 @quick
 @given(sides, sides, resolutions)
-def test_the_cropped_share_is_the_difference_of_the_aspects(width: int, height: int, resolution: int):
+def test_crop_percent(width: int, height: int, resolution: int):
+    """The cropped share is the difference of the aspect ratios."""
     size = found(width, height, resolution)
     if size is not None:
         ratio = (size.width / size.height) / (width / height)
@@ -105,19 +109,22 @@ def test_less_than_one_patch_is_refused(size: tuple[int, int]):
         nearest_bucket(*size, 512)
 
 
-def test_a_strip_that_no_size_fits_is_refused_with_its_resolution():
+def test_strip_without_a_bucket():
+    """A strip that fits no size is refused, with its resolution."""
     for size in ((5000, 64), (64, 5000)):
         with pytest.raises(ValueError, match="too narrow for resolution 64"):
             nearest_bucket(*size, 64)
     assert nearest_bucket(5000, 64, 1024) == (4992, 64)
 
 
-def test_sides_end_where_the_position_tables_do():
+def test_sides_end_at_the_position_tables():
+    """Sides end where the model's position tables do."""
     size = nearest_bucket(40_000, 64, 4096)
     assert size.width == MAX_SIDE_PX == 8192
 
 
-def test_fitting_crops_the_middle_and_never_enlarges():
+def test_fit_crops_the_middle():
+    """Fitting crops to the middle, and never enlarges."""
     image = Image.new("RGB", (300, 100), "red")
     image.paste("blue", (100, 0, 200, 100))
     middle = images.fit(image, Bucket(96, 96))

@@ -16,7 +16,8 @@ from zimage_train.errors import DataError
 from zimage_train.rng import keyed_int
 
 
-def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path):
+def test_unreadable_file_is_refused(tmp_path: Path):
+    """A file that cannot be read is refused."""
     for path in (tmp_path, tmp_path / "none.txt"):
         with pytest.raises(DataError, match="is not a file"):
             captions.read_caption(path)
@@ -57,7 +58,8 @@ def test_any_bytes_are_a_text_or_a_refusal(tmp_path_factory, content: bytes):
         ("", "  a thing\r\n", None, "a thing"),
     ],
 )
-def test_the_prompt_has_the_trigger_once_it_is_set(caption: str, default: str, trigger: str | None, prompt: str):
+def test_trigger_is_in_the_prompt_once(caption: str, default: str, trigger: str | None, prompt: str):
+    """The prompt has the trigger once, if it is set."""
     assert captions.compose_prompt(caption, default, trigger) == prompt
 
 
@@ -87,24 +89,28 @@ def drawn(texts: tuple[str, ...], count: int = 400, **settings: Any) -> Counter[
     return Counter(captions.sample_prompt(prompts, made, shares(epoch)) for epoch in range(count))
 
 
-def test_without_settings_a_caption_is_the_prompt_whatever_is_in_it():
+def test_prompt_without_settings():
+    """Without settings the prompt is the caption, whatever it contains."""
     assert drawn(("a,b,,  c\nsecond line",)) == {"a,b,,  c\nsecond line": 400}
 
 
-def test_tags_are_shuffled_and_each_order_is_as_likely():
+def test_tags_are_shuffled_evenly():
+    """Tags are shuffled, and each order is equally likely."""
     found = drawn(("a, b,c",), 6000, shuffle_tags=True)
     assert set(found) == {"a, b, c", "a, c, b", "b, a, c", "b, c, a", "c, a, b", "c, b, a"}
     assert all(abs(count - 1000) < 150 for count in found.values())
 
 
-def test_kept_tags_and_the_trigger_stay_in_front():
+def test_kept_tags_stay_in_front():
+    """Kept tags and the trigger stay in front."""
     found = drawn(("first, second, a, the zorb, b",), shuffle_tags=True, keep_tags=2, trigger="zorb")
     assert set(found) == {"first, second, the zorb, a, b", "first, second, the zorb, b, a"}
     put_in_front = drawn(("a, b",), shuffle_tags=True, trigger="zorb")
     assert set(put_in_front) == {"zorb, a, b", "zorb, b, a"}
 
 
-def test_tags_are_dropped_as_often_as_asked_in_their_order_and_the_kept_ones_never():
+def test_tag_dropout():
+    """Tags are dropped at the given rate and stay in order; kept tags are never dropped."""
     found = drawn(("zorb, a, b, c",), 4000, tag_dropout=0.25, keep_tags=1)
     left = sum((len(prompt.split(", ")) - 1) * count for prompt, count in found.items())
     assert abs(left - 3 * 4000 * 0.75) < 150
@@ -112,7 +118,8 @@ def test_tags_are_dropped_as_often_as_asked_in_their_order_and_the_kept_ones_nev
     assert set(found) == {f"zorb{ending}" for ending in endings}
 
 
-def test_each_line_may_be_a_caption_of_its_own():
+def test_caption_lines():
+    """Each line of a caption file may be a caption of its own."""
     found = drawn(("one\n\n two ",), 1000, caption_lines=True, trigger="zorb")
     assert set(found) == {"zorb one", "zorb two"} and min(found.values()) > 400
     assert set(drawn(("one\ntwo",))) == {"one\ntwo"}
@@ -123,11 +130,13 @@ def test_each_line_may_be_a_caption_of_its_own():
     ("settings", "expected"),
     [({}, ""), ({"trigger": "zorb"}, ""), ({"trigger": "zorb", "dropout_keeps_trigger": True}, "zorb")],
 )
-def test_a_dropped_caption_is_empty_or_the_trigger(settings: dict[str, Any], expected: str):
+def test_caption_dropout(settings: dict[str, Any], expected: str):
+    """A dropped caption is empty, or the trigger alone."""
     assert captions.dropout_prompt(entry(**settings)) == expected
 
 
-def test_the_prompt_that_is_held_has_the_class_word_for_the_trigger():
+def test_preserve_prompt_has_class_word():
+    """The prompt for preservation has the class word in place of the trigger."""
     own, other = entry(trigger="zorb"), entry()
     kept = PreserveSettings(kind="trigger", class_word="shape")
     assert captions.preserve_prompt("a zorb, zorb-like", own, kept) == "a shape, shape-like"
@@ -138,6 +147,7 @@ def test_the_prompt_that_is_held_has_the_class_word_for_the_trigger():
     assert captions.preserve_prompt("a zorb", own, PreserveSettings()) is None
 
 
-def test_a_trigger_that_was_put_in_front_takes_no_kept_place():
+def test_added_trigger_takes_no_kept_place():
+    """A trigger that was put in front does not count as a kept tag."""
     found = drawn(("one, two, three",), shuffle_tags=True, keep_tags=1, trigger="zorb")
     assert set(found) == {"zorb, one, two, three", "zorb, one, three, two"}

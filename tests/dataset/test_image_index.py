@@ -50,14 +50,16 @@ def look_again(memo: Path, photos: list[Path]) -> list:
     return found
 
 
-def test_what_was_seen_once_is_not_decoded_again(tmp_path: Path, photos: list[Path], decoded: list[str]):
+def test_known_images_are_not_decoded(tmp_path: Path, photos: list[Path], decoded: list[str]):
+    """An image that was seen before is not decoded again."""
     first = look_again(tmp_path / "memo.json", photos)
     assert sorted(decoded) == sorted(path.name for path in photos)
     assert look_again(tmp_path / "memo.json", photos) == first
     assert len(decoded) == len(photos)
 
 
-def test_a_image_that_changed_is_seen_anew_even_with_its_old_time_and_size(tmp_path, photos, decoded):
+def test_changed_image_is_decoded(tmp_path, photos, decoded):
+    """A changed image is decoded again, even with its old time and size."""
     first = look_again(tmp_path / "memo.json", photos)
     before = photos[0].stat()
     content = bytearray(photos[0].read_bytes())
@@ -97,7 +99,8 @@ def test_a_bad_image_is_told_every_time(tmp_path: Path, photos: list[Path]):
         assert [type(one) for one in found] == [ImageInfo, DataError, ImageInfo, ImageInfo]
 
 
-def test_ten_thousand_known_images_take_seconds(tmp_path: Path):
+def test_index_of_ten_thousand_images(tmp_path: Path):
+    """Ten thousand known images take seconds."""
     folder = tmp_path / "many"
     folder.mkdir()
     content = Path(min(mini.IMAGES.glob("*.png"))).read_bytes()
@@ -124,7 +127,8 @@ def thumbnail(image: Image.Image, path: Path, **options) -> str:
     return look.thumbnail
 
 
-def test_a_image_saved_again_or_scaled_is_nearly_the_same_and_others_are_not(tmp_path: Path):
+def test_thumbnails_find_rescaled_images(tmp_path: Path):
+    """An image saved again or scaled is a near duplicate, and other images are not."""
     found = []
     for path in sorted(mini.IMAGES.glob("*.[jp][pn]g")):
         image = Image.open(path).convert("RGB")
@@ -137,7 +141,8 @@ def test_a_image_saved_again_or_scaled_is_nearly_the_same_and_others_are_not(tmp
     assert near_duplicates([]) == []
 
 
-def test_near_duplicates_are_found_by_the_mean_square_wherever_they_stand():
+def test_near_duplicates_by_mean_square():
+    """Near duplicates are found by the mean square, wherever they are in the list."""
     rng = np.random.default_rng(3)
     pixels = rng.integers(20, 230, (2500, 192)).astype(int)
     pixels[2400] = pixels[7] + 3  # root mean square 3

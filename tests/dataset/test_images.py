@@ -42,7 +42,8 @@ def test_a_jpeg_is_itself_nearly():
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF", "BMP"])
-def test_grey_palette_and_black_and_white_images_keep_their_values(kind: str):
+def test_grey_and_palette_values(kind: str):
+    """Grey, palette and black-and-white images keep their values."""
     grey = gradient().convert("L")
     assert (loaded(encoded(grey, kind)) == np.asarray(grey)[..., None]).all()
     palette = gradient().quantize(16)
@@ -53,7 +54,8 @@ def test_grey_palette_and_black_and_white_images_keep_their_values(kind: str):
     assert set(np.unique(found)) == {0, 255}
 
 
-def test_every_format_is_known_in_a_fresh_process(tmp_path: Path):
+def test_formats_in_a_fresh_process(tmp_path: Path):
+    """Every format is known in a fresh process."""
     for kind in ("WEBP", "TIFF", "BMP"):
         gradient().save(tmp_path / kind, kind)
     code = """
@@ -69,7 +71,8 @@ print([images.load(Path(kind), Path(kind).read_bytes()).size for kind in ("WEBP"
 # Orientation
 
 
-def test_an_orientation_that_does_not_exist_changes_nothing():
+def test_invalid_orientation_is_ignored():
+    """An orientation that does not exist changes nothing."""
     exif = Image.Exif()
     exif[0x112] = 9
     assert (loaded(encoded(gradient(), "PNG", exif=exif)) == np.asarray(gradient())).all()
@@ -86,7 +89,8 @@ def test_half_transparent_is_half_white():
 # More than 8 bits, CMYK
 
 
-def test_16_bit_grey_with_a_transparent_value_is_white_there():
+def test_grey_16_bit_transparency():
+    """In 16-bit grey the value that stands for transparent becomes white."""
     values = np.full((64, 96), 30000, dtype=np.uint16)
     values[:, :48] = 77
     found = loaded(encoded(Image.fromarray(values), "PNG", transparency=77))
@@ -96,7 +100,8 @@ def test_16_bit_grey_with_a_transparent_value_is_white_there():
 # Colour profiles
 
 
-def test_a_transparent_wide_gamut_image_is_converted_and_white():
+def test_profile_of_a_transparent_image():
+    """A transparent wide-gamut image is converted, and white where it is transparent."""
     image = Image.new("RGBA", (64, 64), (200, 60, 60, 255))
     image.paste((0, 255, 0, 0), (0, 0, 32, 64))
     found = loaded(encoded(image, "PNG", icc_profile=profile(ADOBE_TO_XYZ, 2.2, "Wide RGB")))
@@ -104,7 +109,8 @@ def test_a_transparent_wide_gamut_image_is_converted_and_white():
     assert np.abs(found[0, 40] - as_srgb((200, 60, 60), ADOBE_TO_XYZ, 563 / 256)).max() <= 2
 
 
-def test_a_linear_profile_is_converted_although_it_calls_itself_srgb():
+def test_profile_that_is_linear():
+    """A linear profile is converted although its name says sRGB."""
     found = loaded(
         encoded(Image.new("RGB", (64, 64), (55, 55, 55)), "PNG", icc_profile=profile(SRGB_TO_XYZ, 1.0, "sRGB-linear"))
     )
@@ -119,11 +125,13 @@ def test_srgb_itself_changes_no_bit():
 
 
 @pytest.mark.parametrize("broken", [b"not a profile", b"\0" * 200, profile(ADOBE_TO_XYZ, 2.2, "Wide RGB")[:150]])
-def test_a_broken_profile_is_ignored_as_viewers_do(broken: bytes):
+def test_profile_that_is_broken(broken: bytes):
+    """A broken profile is ignored, as image viewers do."""
     assert (loaded(encoded(noise(), "PNG", icc_profile=broken)) == np.asarray(noise())).all()
 
 
-def test_a_colour_profile_on_a_grey_image_is_no_reason_to_fail():
+def test_profile_on_a_grey_image():
+    """A colour profile on a grey image is no error."""
     grey = gradient().convert("L")
     found = loaded(encoded(grey, "PNG", icc_profile=profile(ADOBE_TO_XYZ, 2.2, "Wide RGB")))
     assert (found == np.asarray(grey)[..., None]).all()
@@ -141,7 +149,8 @@ def test_the_smallest_image_is_fine():
 
 
 @pytest.mark.parametrize("mode", images.MODES)
-def test_every_mode_that_is_let_in_can_be_converted(mode: str):
+def test_modes_can_all_be_converted(mode: str):
+    """Every accepted image mode can be converted."""
     assert images._to_rgb(Image.new(mode, (64, 64))).mode == "RGB"
 
 
@@ -162,7 +171,8 @@ SEEDS = [
 @given(
     st.sampled_from(SEEDS), st.lists(st.tuples(st.integers(0, 400), st.integers(0, 255)), max_size=6), st.floats(0, 1)
 )
-def test_damaged_bytes_are_a_image_or_a_refusal(content: bytes, changes: list[tuple[int, int]], share: float):
+def test_damaged_bytes(content: bytes, changes: list[tuple[int, int]], share: float):
+    """Damaged bytes are an image or a refusal, and never a crash."""
     damaged = bytearray(content)
     for place, value in changes:
         damaged[place % len(damaged)] = value

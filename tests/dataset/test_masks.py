@@ -33,7 +33,8 @@ def only(result: FolderScan) -> Mask:
     return found.mask
 
 
-def test_a_mask_is_averaged_over_each_latent(tmp_path: Path):
+def test_mask_is_averaged_over_latents(tmp_path: Path):
+    """A mask is averaged over the pixels of each latent."""
     image(tmp_path / "a.png", size=(64, 64))
     values = np.random.default_rng(0).integers(0, 256, (64, 64))
     saved(tmp_path / "_m" / "a.png", values)
@@ -71,7 +72,8 @@ def test_the_alpha_channel_is_a_mask(tmp_path: Path):
     assert np.array_equal(mirrored, found[:, ::-1])
 
 
-def test_a_image_without_a_mask_is_trained_whole_and_said(tmp_path: Path):
+def test_image_without_a_mask(tmp_path: Path):
+    """An image without a mask is trained whole, with a note."""
     image(tmp_path / "a.png")
     image(tmp_path / "b.png", (1, 1, 1))
     image(tmp_path / "_m" / "b.png")
@@ -80,7 +82,8 @@ def test_a_image_without_a_mask_is_trained_whole_and_said(tmp_path: Path):
     assert Note("no-mask", "data.0: 1 images have no mask and are trained whole (a.png)") in result.notes
 
 
-def test_masks_that_cannot_be_used_are_refused_by_name(tmp_path: Path):
+def test_unusable_masks_are_refused(tmp_path: Path):
+    """Masks that cannot be used are refused by name."""
     image(tmp_path / "a.png", size=(80, 64))
 
     def said(mask: Path) -> str:
@@ -100,13 +103,15 @@ def test_masks_that_cannot_be_used_are_refused_by_name(tmp_path: Path):
     assert "is black: nothing would be trained" in said(tmp_path / "_black")
 
 
-def test_masks_of_subfolders_are_found_there(tmp_path: Path):
+def test_masks_of_subfolders(tmp_path: Path):
+    """Masks of images in subfolders are found in the same subfolders."""
     image(tmp_path / "sub" / "a.png")
     image(tmp_path / "_m" / "sub" / "a.jpg")
     assert only(scanned(tmp_path, str(tmp_path / "_m"))).path == tmp_path / "_m" / "sub" / "a.jpg"
 
 
-def test_a_mask_that_changes_while_a_run_goes_on_is_noticed(tmp_path: Path):
+def test_mask_changed_during_a_run(tmp_path: Path):
+    """A mask that changes during a run is noticed."""
     image(tmp_path / "a.png")
     path = image(tmp_path / "_m" / "a.png")
     mask = only(scanned(tmp_path, str(tmp_path / "_m")))
@@ -118,7 +123,8 @@ def test_a_mask_that_changes_while_a_run_goes_on_is_noticed(tmp_path: Path):
         mask_on_latents(mask, Bucket(64, 48), False, "")
 
 
-def test_masks_that_mean_several_things_are_refused(tmp_path: Path):
+def test_ambiguous_masks_are_refused(tmp_path: Path):
+    """Two masks for one image, or one mask for several images, are refused."""
     image(tmp_path / "a.png")
     image(tmp_path / "_m" / "a.png", (1, 1, 1))
     image(tmp_path / "_m" / "a.jpg", (2, 2, 2))

@@ -14,7 +14,8 @@ from zimage_train.dataset.quarantine import move_rejected
 from zimage_train.planning import preflight
 
 
-def test_bad_images_are_moved_with_caption_and_reason_and_the_rest_is_good(make_config, tmp_path: Path):
+def test_bad_images_are_moved(make_config, tmp_path: Path):
+    """Bad images are moved with their caption and the reason, and the rest is usable."""
     photos = tmp_path / "photos"
     shutil.copytree(mini.IMAGES, photos)
     (photos / "sub").mkdir()
@@ -43,7 +44,8 @@ def test_bad_images_are_moved_with_caption_and_reason_and_the_rest_is_good(make_
     assert move_rejected(config)[-2] == "0 bad images"
 
 
-def test_two_bad_images_of_one_name_are_both_kept(make_config, tmp_path: Path):
+def test_bad_images_of_one_name(make_config, tmp_path: Path):
+    """Two bad images of the same name are both kept."""
     (tmp_path / "photos" / "_rejected").mkdir(parents=True)
     (tmp_path / "photos" / "_rejected" / "a.png").write_bytes(b"older")
     (tmp_path / "photos" / "a.png").write_bytes(b"newer")
@@ -54,7 +56,8 @@ def test_two_bad_images_of_one_name_are_both_kept(make_config, tmp_path: Path):
     assert (kept["a.png"], kept["a-2.png"]) == (b"older", b"newer")
 
 
-def test_a_link_to_nothing_is_moved_as_it_is(make_config, tmp_path: Path):
+def test_broken_link_is_moved(make_config, tmp_path: Path):
+    """A link that leads nowhere is moved as it is."""
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "gone.png").symlink_to(tmp_path / "nowhere.png")
     config = make_config(data=[{"folder": str(tmp_path / "photos"), "resolution": [64]}])
@@ -63,7 +66,8 @@ def test_a_link_to_nothing_is_moved_as_it_is(make_config, tmp_path: Path):
     assert not (tmp_path / "photos" / "gone.png").is_symlink()
 
 
-def test_a_metadata_file_is_not_edited_and_its_images_stay(make_config, tmp_path: Path):
+def test_metadata_is_not_edited(make_config, tmp_path: Path):
+    """A metadata file is not edited, and its images stay."""
     (tmp_path / "bad.png").write_bytes(b"")
     rows = tmp_path / "rows.jsonl"
     rows.write_text(json.dumps({"image": "bad.png", "prompt": "x"}))

@@ -96,7 +96,8 @@ def test_each_epoch_has_every_item_once(count: int, batch_size: int, grad_accumu
 
 @quick
 @given(counts, batch_sizes, st.integers(0, 99))
-def test_micro_batches_have_one_size_and_are_as_full_as_can_be(count: int, batch_size: int, seed: int):
+def test_micro_batches_are_full(count: int, batch_size: int, seed: int):
+    """Micro-batches have one size, and are as full as possible."""
     plan = plan_of(count, seed=seed, batch_size=batch_size)
     batches = first_batches(plan, plan.concept.micro_batches_per_epoch)
     by_size: dict[Any, list[int]] = {}
@@ -116,7 +117,8 @@ def test_a_step_runs_on_into_the_next_epoch():
     assert epochs == [[0, 0, 0], [0, 0, 1], [1, 1, 1], [1, 2, 2], [2, 2, 2]]
 
 
-def test_a_plan_is_for_one_process_unless_told():
+def test_order_defaults_to_one_process():
+    """A sample order is for one process by default."""
     plan = make_sample_order(config(grad_accumulation=2), make_items(config(), [images(4)]))
     assert (plan.world_size, len(plan.step_batches(1)), plan.steps_per_epoch) == (1, 2, 2.0)
 
@@ -128,7 +130,9 @@ def test_one_step_may_hold_several_epochs():
     ]
 
 
-def test_the_order_differs_between_epochs_and_seeds():
+def test_order_depends_on_epoch_and_seed():
+    """The order differs between epochs and between seeds."""
+
     def order(seed: int, epoch: int) -> list[TrainItem]:
         plan = plan_of(30, seed=seed)
         return [
@@ -154,9 +158,8 @@ def test_sizes_are_mixed_through_the_epoch():
 
 @settings(quick, max_examples=30)
 @given(counts, batch_sizes, few, st.lists(st.integers(1, 25), min_size=1, max_size=6))
-def test_any_step_alone_is_that_step_of_the_whole_run(
-    count: int, batch_size: int, grad_accumulation: int, steps: list[int]
-):
+def test_any_step_alone_is_the_same(count: int, batch_size: int, grad_accumulation: int, steps: list[int]):
+    """Any step computed alone equals that step of the whole run."""
     settings = {"batch_size": batch_size, "grad_accumulation": grad_accumulation}
     whole = [plan_of(count, **settings).step_batches(step) for step in range(1, 26)]
     shared = plan_of(count, **settings)
@@ -168,9 +171,8 @@ def test_any_step_alone_is_that_step_of_the_whole_run(
 
 @quick
 @given(counts, batch_sizes, st.integers(1, 3), st.integers(2, 4))
-def test_processes_and_accumulation_divide_the_same_work(
-    count: int, batch_size: int, grad_accumulation: int, processes: int
-):
+def test_processes_divide_the_same_work(count: int, batch_size: int, grad_accumulation: int, processes: int):
+    """Processes and accumulation divide the same work."""
     several = plan_of(count, processes, batch_size=batch_size, grad_accumulation=grad_accumulation)
     alone = plan_of(count, 1, batch_size=batch_size, grad_accumulation=grad_accumulation * processes)
     for step in range(1, 6):
@@ -187,7 +189,8 @@ def test_there_is_no_step_before_the_first():
             plan_of().step_batches(step)
 
 
-def test_the_order_in_which_items_were_found_changes_nothing():
+def test_order_of_items_changes_nothing():
+    """The order in which items were found changes nothing."""
     items = make_items(config(), [images(20)])
     shuffled = random.Random(3).sample(items, len(items))
     assert shuffled != items
@@ -197,7 +200,8 @@ def test_the_order_in_which_items_were_found_changes_nothing():
     ]
 
 
-def test_a_renamed_image_keeps_its_place_and_its_noise():
+def test_renamed_image_keeps_its_noise():
+    """A renamed image keeps its place and its noise."""
     before = [images(10)]
     after = [[ImageRecord(Path("new") / one.path, one.digest, one.width, one.height, one.prompts) for one in before[0]]]
     plans = [plan_of(found=found, batch_size=2) for found in (before, after)]
@@ -205,7 +209,9 @@ def test_a_renamed_image_keeps_its_place_and_its_noise():
     assert keys[0] == keys[1]
 
 
-def test_one_more_image_does_not_rearrange_the_others():
+def test_added_image_moves_no_other():
+    """One more image does not rearrange the others."""
+
     def order(found: list[ImageRecord]) -> list[str]:
         plan = plan_of(found=[found])
         return [sample.item.image.digest for sample in samples_of(first_batches(plan, len(found)))]
@@ -242,9 +248,8 @@ def test_two_threads_may_ask_at_once():
 
 @quick
 @given(counts, st.lists(batch_sizes, min_size=2, max_size=2, unique=True), few, few)
-def test_batch_size_changes_no_samples_key_and_no_prompt(
-    count: int, sizes: list[int], grad_accumulation: int, processes: int
-):
+def test_batch_size_changes_no_key(count: int, sizes: list[int], grad_accumulation: int, processes: int):
+    """The batch size changes no sample's key and no prompt."""
     found = []
     for batch_size in sizes:
         plan = plan_of(
@@ -260,14 +265,16 @@ def test_batch_size_changes_no_samples_key_and_no_prompt(
     assert found[0] == found[1]
 
 
-def test_every_sample_of_a_run_has_its_own_key():
+def test_sample_keys_are_unique():
+    """Every sample of a run has its own key."""
     entries = [{"resolution": [64, 96, 128], "repeats": 3}, {"resolution": [64]}]
     plan = plan_of(found=[images(5), images(4, tag="b")], entries=entries)
     samples = samples_of(first_batches(plan, 3 * plan.concept.micro_batches_per_epoch))
     assert len({sample.key() for sample in samples}) == len(samples) == 3 * len(plan.items)
 
 
-def test_a_samples_noise_does_not_depend_on_other_images_or_settings():
+def test_noise_of_a_sample_is_independent():
+    """A sample's noise does not depend on other images or settings."""
     lonely = plan_of(found=[images(1)])
     crowd = plan_of(found=[images(8)], batch_size=4, grad_accumulation=2, entries=[{"caption_dropout": 0.9}])
     (key,) = [sample.key() for sample in samples_of(lonely.step_batches(1))]
@@ -278,7 +285,8 @@ def test_a_samples_noise_does_not_depend_on_other_images_or_settings():
 # Items
 
 
-def test_resolutions_that_give_the_same_size_count_once():
+def test_resolutions_of_equal_size():
+    """Resolutions that give the same size count once."""
     entry = [{"resolution": [512, 768, 64, 96]}]
     items = make_items(config(entries=entry), [images(3, sizes=[(100, 100), (64, 64), (80, 80)])])
     sizes = [[item.size.width for item in items if item.image.path.name == f"{n:03d}.png"] for n in range(3)]
@@ -293,7 +301,8 @@ def test_repeats_are_items_of_their_own():
     assert len({item.identity() for item in items}) == 7
 
 
-def test_images_that_are_too_narrow_are_all_listed():
+def test_narrow_images_are_all_listed():
+    """Images that are too narrow are all listed."""
     strips = images(3, sizes=[(5000, 64), (128, 128), (64, 5000)])
     with pytest.raises(DataError) as caught:
         make_items(config(), [strips])
@@ -304,7 +313,8 @@ def test_images_that_are_too_narrow_are_all_listed():
 # Caption dropout
 
 
-def test_captions_are_dropped_as_often_as_asked():
+def test_caption_dropout_rate():
+    """Captions are dropped at the given rate."""
     share = 0.3
     plan = plan_of(100, seed=1, entries=[{"caption_dropout": share}])
     samples = samples_of(first_batches(plan, 40 * 100))
@@ -332,7 +342,8 @@ def test_each_entry_has_its_own_dropout():
 
 @quick
 @given(counts, st.sampled_from([0.0, 0.2, 1.0]), st.sampled_from([0.0, 0.2]), st.integers(0, 9))
-def test_every_prompt_of_the_run_is_known_before(count: int, share: float, other: float, seed: int):
+def test_prompts_are_known_beforehand(count: int, share: float, other: float, seed: int):
+    """Every prompt of the run is known before it starts."""
     entries = [{"caption_dropout": share}, {"caption_dropout": other}]
     plan = plan_of(found=[images(count), images(2, tag="b")], seed=seed, entries=entries)
     used = {sample.prompt for sample in samples_of(first_batches(plan, 3 * plan.concept.micro_batches_per_epoch))}
@@ -349,7 +360,8 @@ def test_numbers_are_the_same_for_ever():
     assert keyed_int(0) != keyed_int(1)
 
 
-def test_keys_do_not_collide_and_types_differ():
+def test_keys_do_not_collide():
+    """Keys do not collide, and values of different types give different keys."""
     paths = [(epoch, str(image), 512, repeat) for epoch in range(50) for image in range(200) for repeat in range(10)]
     numbers = {keyed_int(7, *path) for path in paths}
     assert len(numbers) == len(paths) == 100_000
@@ -362,7 +374,8 @@ def test_keys_do_not_collide_and_types_differ():
     assert abs(low - 50_000) < 4 * 158
 
 
-def test_generators_start_afresh_and_leave_the_global_one_alone():
+def test_generators_are_independent():
+    """Generators start afresh, and leave the global one alone."""
     torch = pytest.importorskip("torch")
     before = torch.random.get_rng_state()
     one = torch.randn(8, generator=keyed_generator(1, "noise", 2))
@@ -375,13 +388,15 @@ def test_generators_start_afresh_and_leave_the_global_one_alone():
 # Mirrored images, sizes of their own, batches of their own
 
 
-def test_mirrored_images_are_samples_of_their_own_with_noise_of_their_own():
+def test_mirrored_images_are_samples():
+    """Mirrored images are samples of their own, with noise of their own."""
     plain, flipped = (make_items(config(entries=[entry]), [images(3)]) for entry in ({}, {"flip": True}))
     assert [item for item in flipped if not item.flip] == plain and len(flipped) == 6
     assert len({item.identity() for item in flipped}) == 6
 
 
-def test_max_pixels_is_the_resolution_of_that_area():
+def test_max_pixels():
+    """`max_pixels` is the resolution of that area."""
     sizes = [(640, 480), (96, 64), (200, 100)]
     for side in (64, 96, 512):
         by_side = make_items(config(entries=[{"resolution": [side]}]), [images(3, sizes)])
@@ -393,7 +408,8 @@ def test_max_pixels_is_the_resolution_of_that_area():
     assert 250_000 < item.size.width * item.size.height <= 300_000
 
 
-def test_a_folder_may_have_its_own_batch_size():
+def test_batch_size_of_a_folder():
+    """A folder may have its own batch size."""
     entries = [{"batch_size": 1}, {}]
     plan = plan_of(found=[images(6), images(6, tag="b")], entries=entries, batch_size=3)
     batches = first_batches(plan, plan.concept.micro_batches_per_epoch)
@@ -410,9 +426,8 @@ CLASS = {"regularization": True}
 
 @quick
 @given(counts, st.integers(1, 9), st.integers(1, 9), few, few)
-def test_regularization_gets_its_share_however_many_images_it_has(
-    count: int, others: int, tenths: int, grad_accumulation: int, processes: int
-):
+def test_regularization_share(count: int, others: int, tenths: int, grad_accumulation: int, processes: int):
+    """Regularization gets its share, however many images it has."""
     made = config(entries=[{}, CLASS], grad_accumulation=grad_accumulation)
     made = made.model_copy(update={"train": made.train.model_copy(update={"regularization_share": tenths / 10})})
     plan = make_sample_order(made, make_items(made, [images(count), images(others, tag="b")]), processes)
@@ -429,7 +444,8 @@ def test_regularization_gets_its_share_however_many_images_it_has(
     assert share > 0
 
 
-def test_without_regularization_the_share_says_nothing():
+def test_regularization_share_unused():
+    """Without regularization its share changes nothing."""
     plans = []
     for share in (0.1, 0.9):
         made = config()
@@ -468,9 +484,10 @@ def test_epochs_become_steps(epochs: float, grad_accumulation: int, processes: i
     st.sampled_from([None, "trigger", "blank"]),
     st.integers(0, 5),
 )
-def test_every_prompt_that_will_be_drawn_is_known_before(
+def test_drawn_prompts_are_known_beforehand(
     count: int, steps: int, grad_accumulation: int, shuffle: bool, tag_dropout: float, kind: str | None, others: int
 ):
+    """Every prompt that will be drawn is known before the run starts."""
     tagged = [replace(one, prompts=(f"zorb, a, b, c, {one.path.stem}", "zorb, d")) for one in images(count)]
     own = {"trigger": "zorb", "shuffle_tags": shuffle, "tag_dropout": tag_dropout, "caption_dropout": 0.2}
     entries = [own | {"dropout_keeps_trigger": True}, CLASS | {"shuffle_tags": shuffle}]
@@ -484,7 +501,8 @@ def test_every_prompt_that_will_be_drawn_is_known_before(
     assert (kind is None) == all(sample.preserve_prompt is None for sample in samples)
 
 
-def test_one_image_has_one_prompt_in_an_epoch_at_every_resolution():
+def test_prompt_of_an_image_in_an_epoch():
+    """In an epoch an image has one prompt, at every resolution."""
     tagged = [replace(one, prompts=("a, b, c, d, e",)) for one in images(4)]
     plan = plan_of(found=[tagged], entries=[{"resolution": [32, 64], "shuffle_tags": True, "caption_dropout": 0.0}])
     samples = samples_of(first_batches(plan, 6 * plan.concept.micro_batches_per_epoch))

@@ -19,7 +19,8 @@ from zimage_train.errors import Note
 from dataset_folder import image, problems, prompts, scanned
 
 
-def test_images_come_in_the_order_of_their_relative_paths_with_captions(photos: Path):
+def test_images_in_path_order(photos: Path):
+    """Images come in the order of their relative paths, with their captions."""
     result = scanned(photos)
     assert [one.path.relative_to(photos).as_posix() for one in result.images] == ["a.jpg", "b.png", "sub/c.webp"]
     assert prompts(result) == {"a.jpg": "caption a", "b.png": "caption b", "c.webp": "caption c"}
@@ -29,7 +30,8 @@ def test_images_come_in_the_order_of_their_relative_paths_with_captions(photos: 
     assert (problems(result), result.notes) == ([], [])
 
 
-def test_the_size_is_that_of_the_upright_image(tmp_path: Path):
+def test_size_is_that_of_upright_image(tmp_path: Path):
+    """The size of an image is that of the upright image."""
     exif = Image.Exif()
     exif[0x112] = 6
     Image.new("RGB", (128, 64)).save(tmp_path / "a.jpg", exif=exif)
@@ -38,7 +40,8 @@ def test_the_size_is_that_of_the_upright_image(tmp_path: Path):
 
 
 @pytest.mark.parametrize("name", ["a.jpg", "a.JPG", "a.jpeg", "a.png", "a.PNG", "a.webp", "a.bmp", "a.tif", "a.tiff"])
-def test_every_extension_is_found_in_either_case(tmp_path: Path, name: str):
+def test_extensions_in_either_case(tmp_path: Path, name: str):
+    """Every file extension is found in upper and lower case."""
     kind = {".jpg": "JPEG", ".tif": "TIFF"}.get(Path(name).suffix.lower())
     Image.new("RGB", (64, 64)).save(tmp_path / name, kind)
     assert [one.path.name for one in scanned(tmp_path).images] == [name]
@@ -50,7 +53,8 @@ def test_another_caption_extension(photos: Path):
     assert prompts(scanned(photos, caption_ext=".caption"))["b.png"] == ""
 
 
-def test_a_dot_in_a_name_belongs_to_the_name(tmp_path: Path):
+def test_dot_in_a_name(tmp_path: Path):
+    """A dot in a file name belongs to the name."""
     image(tmp_path / "v1.2.png")
     (tmp_path / "v1.2.txt").write_text("two")
     (tmp_path / "v1.txt").write_text("one")
@@ -62,7 +66,8 @@ def test_a_dot_in_a_name_belongs_to_the_name(tmp_path: Path):
 # Prompts
 
 
-def test_no_captions_at_all_and_the_trigger_as_default(tmp_path: Path):
+def test_trigger_as_default_caption(tmp_path: Path):
+    """Without any captions, the trigger can be the default caption."""
     for number in range(3):
         image(tmp_path / f"{number}.png", (number, 0, 0))
     result = scanned(tmp_path, trigger="zorb", default_caption="[trigger]")
@@ -70,7 +75,8 @@ def test_no_captions_at_all_and_the_trigger_as_default(tmp_path: Path):
     assert (problems(result), result.notes) == ([], [])
 
 
-def test_a_placeholder_without_a_trigger_is_an_error(photos: Path):
+def test_placeholder_without_a_trigger(photos: Path):
+    """A placeholder without a trigger is an error."""
     (photos / "b.txt").write_text("a [trigger]")
     assert problems(scanned(photos)) == [
         f"{photos / 'b.png'}: its caption has [trigger], but no trigger is set; set data.0.trigger"
@@ -127,7 +133,8 @@ def metadata(root: Path, name: str, rows: list[dict[str, Any]] | str | bytes) ->
 
 @pytest.mark.parametrize("name", ["m.jsonl", "m.csv", "M.JSONL", "M.CSV"])
 @pytest.mark.parametrize(("image", "prompt"), [("image", "prompt"), ("file_name", "text"), ("image", "text")])
-def test_metadata_names_images_and_prompts_in_either_dialect(photos: Path, name: str, image: str, prompt: str):
+def test_metadata_dialects(photos: Path, name: str, image: str, prompt: str):
+    """Metadata names images and prompts in either dialect."""
     rows = [{image: "sub/c.webp", prompt: "a zorb\r\nhere"}, {image: "a.jpg", prompt: "[trigger], \u2028 x"}]
     result = metadata(photos, name, rows)
     assert [(one.path.name, one.prompts[0]) for one in result.images] == [
@@ -137,24 +144,28 @@ def test_metadata_names_images_and_prompts_in_either_dialect(photos: Path, name:
     assert (problems(result), result.notes) == ([], [])
 
 
-def test_the_order_is_that_of_the_rows_and_txt_files_are_not_read(photos: Path):
+def test_metadata_keeps_row_order(photos: Path):
+    """The order is that of the rows, and caption files are not read."""
     result = metadata(photos, "m.jsonl", [{"image": "b.png"}, {"image": "a.jpg", "prompt": ""}])
     assert [(one.path.name, one.prompts[0]) for one in result.images] == [("b.png", "zorb"), ("a.jpg", "zorb")]
 
 
-def test_metadata_with_a_mark_blank_lines_and_windows_line_ends(photos: Path):
+def test_metadata_byte_order_mark(photos: Path):
+    """Metadata may have a byte order mark, blank lines and Windows line ends."""
     text = '\ufeff{"image": "a.jpg", "prompt": "zorb 1"}\r\n\r\n  \r\n{"image": "b.png", "prompt": "zorb 2"}\r\n'
     assert prompts(metadata(photos, "m.jsonl", text)) == {"a.jpg": "zorb 1", "b.png": "zorb 2"}
     text = '\ufefffile_name,text\r\na.jpg,"zorb, ""one"""\r\nb.png,"zorb\ntwo"\r\n'
     assert prompts(metadata(photos, "m.csv", text)) == {"a.jpg": 'zorb, "one"', "b.png": "zorb\ntwo"}
 
 
-def test_raw_separators_inside_a_line_do_not_end_it(photos: Path):
+def test_metadata_raw_separators(photos: Path):
+    """Unicode line separators inside a line do not end it."""
     text = '{"image": "a.jpg", "prompt": "zorb\u2028\u0085\x0b?"}\n'.replace("\x0b", "\\u000b")
     assert prompts(metadata(photos, "m.jsonl", text)) == {"a.jpg": "zorb\u2028\u0085\x0b?"}
 
 
-def test_every_bad_row_is_reported_with_its_line_and_the_good_ones_are_read(photos: Path):
+def test_metadata_bad_rows(photos: Path):
+    """Every bad row is reported with its line, and the good ones are read."""
     rows = [
         '{"image": "a.jpg", "prompt": "zorb"}',
         '{"image": "a.jpg", "prompt": ',
@@ -190,14 +201,18 @@ def test_every_bad_row_is_reported_with_its_line_and_the_good_ones_are_read(phot
 
 
 @pytest.mark.parametrize("name", ["m.csv", "m.jsonl"])
-def test_metadata_without_any_prompts_is_refused(photos: Path, name: str):
-    """A trigger in front of nothing would train without a word on what was written into a column of another name."""
+def test_metadata_without_prompts(photos: Path, name: str):
+    """Metadata without any prompts is refused.
+
+    A trigger in front of nothing would train without a word on what was written into a column of another name.
+    """
     rows = [{"image": "a.jpg", "words": "a car"}]
     (found,) = problems(metadata(photos, name, "image,words\na.jpg,a car\n" if name == "m.csv" else rows))
     assert "has no column prompt, text, caption; its columns are image, words" in found
 
 
-def test_bad_csv_rows_are_reported_with_their_line(photos: Path):
+def test_metadata_bad_csv_rows(photos: Path):
+    """Bad CSV rows are reported with their line."""
     result = metadata(photos, "m.csv", "image,prompt\na.jpg,zorb\n,x\nb.png\nsub/c.webp,zorb,and more\n")
     assert prompts(result) == {"a.jpg": "zorb", "b.png": "zorb"}
     assert [one.split(": ")[0] for one in problems(result)] == [f"{photos / 'm.csv'}:{line}" for line in (3, 5)]
@@ -232,7 +247,8 @@ def test_missing_metadata_is_refused(tmp_path: Path):
 # The fingerprint
 
 
-def test_the_fingerprint_changes_with_every_content_and_prompt_and_not_with_the_place(photos: Path, tmp_path: Path):
+def test_fingerprint_follows_the_content(photos: Path, tmp_path: Path):
+    """The fingerprint changes with every content and prompt, and not with the place."""
     before = dataset_fingerprint([scanned(photos).images])
     assert len(before) == 3
     photos.rename(tmp_path / "elsewhere")
@@ -246,7 +262,8 @@ def test_the_fingerprint_changes_with_every_content_and_prompt_and_not_with_the_
     assert dataset_fingerprint([[], scanned(moved).images]).keys().isdisjoint(changed)
 
 
-def test_the_fingerprint_counts_the_same_image_in_two_subfolders(photos: Path):
+def test_fingerprint_of_equal_images(photos: Path):
+    """The fingerprint counts the same image in two subfolders."""
     (photos / "sub" / "a.jpg").write_bytes((photos / "a.jpg").read_bytes())
     (photos / "sub" / "a.txt").write_text("one")
     before = dataset_fingerprint([scanned(photos).images])
@@ -271,7 +288,8 @@ def test_nothing_is_written_while_scanning(photos: Path):
 # Folders of kohya's layout, several captions
 
 
-def test_the_names_of_folders_say_how_often_and_what(tmp_path: Path):
+def test_kohya_folder_names(tmp_path: Path):
+    """The names of kohya's folders give the repeats and the caption."""
     image(tmp_path / "3_a cat" / "one.png", (1, 2, 3))
     image(tmp_path / "12_dog" / "sub" / "two.png", (4, 5, 6)).with_suffix(".txt").write_text("a dog in snow")
     result = scanned(tmp_path, repeats="by_folder", trigger="zorb")
@@ -282,14 +300,16 @@ def test_the_names_of_folders_say_how_often_and_what(tmp_path: Path):
     ]
 
 
-def test_a_image_outside_such_folders_is_refused(tmp_path: Path):
+def test_kohya_image_outside_folders(tmp_path: Path):
+    """An image outside kohya's folders is refused."""
     for place in ("one.png", "0_none/two.png", "2000_many/three.png", "cat_3/four.png"):
         image(tmp_path / place, (len(place), 2, 3))
     found = problems(scanned(tmp_path, repeats="by_folder"))
     assert len(found) == 4 and all("is in no folder whose name says how often" in one for one in found)
 
 
-def test_folders_of_that_layout_are_pointed_out_where_they_are_not_used(tmp_path: Path):
+def test_kohya_folders_are_pointed_out(tmp_path: Path):
+    """Kohya's folders are pointed out where their repeats are not used."""
     image(tmp_path / "3_cat" / "one.png")
     result = scanned(tmp_path)
     assert "kohya-folders" in {note.code for note in result.notes}
@@ -298,7 +318,8 @@ def test_folders_of_that_layout_are_pointed_out_where_they_are_not_used(tmp_path
     assert "kohya-folders" not in {note.code for note in scanned(tmp_path).notes}
 
 
-def test_a_list_in_a_jsonl_is_several_captions(tmp_path: Path):
+def test_jsonl_list_of_captions(tmp_path: Path):
+    """A list in a JSONL row is several captions."""
     path = image(tmp_path / "one.png")
     (tmp_path / "m.jsonl").write_text(json.dumps({"image": path.name, "prompt": ["a cat", " a dog ", "a cat"]}))
     result = scan_entry(DataEntry(metadata=str(tmp_path / "m.jsonl"), trigger="zorb"), "data.0")
@@ -307,7 +328,8 @@ def test_a_list_in_a_jsonl_is_several_captions(tmp_path: Path):
     assert "give prompt as text" in problems(scan_entry(DataEntry(metadata=str(tmp_path / "m.jsonl")), "data.0"))[0]
 
 
-def test_other_captions_and_another_mask_are_another_dataset(tmp_path: Path):
+def test_fingerprint_of_captions_and_masks(tmp_path: Path):
+    """Other captions or another mask make another dataset."""
     path = image(tmp_path / "one.png")
     path.with_suffix(".txt").write_text("one\ntwo")
     prints = [dataset_fingerprint([scanned(tmp_path, **settings).images]) for settings in ({}, {"caption_lines": True})]
@@ -319,7 +341,8 @@ def test_other_captions_and_another_mask_are_another_dataset(tmp_path: Path):
     assert masked[0] != masked[1] and prints[0] not in masked
 
 
-def test_another_number_in_the_name_of_a_folder_is_another_dataset(tmp_path: Path):
+def test_fingerprint_of_repeats(tmp_path: Path):
+    """Another number in a folder's name makes another dataset."""
     prints = []
     for number in (10, 20):
         image(tmp_path / str(number) / f"{number}_cat" / "one.png")
@@ -327,7 +350,8 @@ def test_another_number_in_the_name_of_a_folder_is_another_dataset(tmp_path: Pat
     assert prints[0] != prints[1]
 
 
-def test_masks_inside_the_folder_are_no_images(tmp_path: Path):
+def test_masks_inside_the_folder(tmp_path: Path):
+    """Masks inside the image folder are not taken for images."""
     image(tmp_path / "a.png")
     image(tmp_path / "masks" / "a.png", (5, 5, 5))
     result = scanned(tmp_path, mask=str(tmp_path / "masks"))
@@ -335,7 +359,8 @@ def test_masks_inside_the_folder_are_no_images(tmp_path: Path):
     assert len(scanned(tmp_path).images) == 2
 
 
-def test_a_placeholder_in_images_of_the_class_is_refused_with_what_helps(tmp_path: Path):
+def test_placeholder_in_class_images(tmp_path: Path):
+    """A placeholder in captions of class images is refused, with the remedy."""
     image(tmp_path / "a.png").with_suffix(".txt").write_text("a [trigger] in snow")
     (said,) = problems(scanned(tmp_path, regularization=True))
     assert said.endswith("take it out: these images show the class")

@@ -72,7 +72,8 @@ def taken(counted: dict[str, int]) -> dict[str, int]:
 NOTHING = {"images": 0, "prompts": 0, "vae": 0, "text": 0}
 
 
-def test_a_second_filling_encodes_nothing_and_loads_no_encoder(config, counted):
+def test_filling_twice_encodes_nothing(config, counted):
+    """Filling the caches again encodes nothing, and loads no encoder."""
     fill_run_caches(config())
     assert taken(counted) == {"images": 8, "prompts": 5, "vae": 1, "text": 1}
     fill_run_caches(config())
@@ -80,7 +81,8 @@ def test_a_second_filling_encodes_nothing_and_loads_no_encoder(config, counted):
 
 
 @pytest.mark.parametrize("variant", ["base", "deturbo"])
-def test_changing_only_the_variant_encodes_nothing(config, counted, variant: str):
+def test_changed_variant_encodes_nothing(config, counted, variant: str):
+    """Changing only the variant encodes nothing."""
     model = {"path": str(mini.TURBO), "dtype": "fp32"}
     fill_run_caches(config(model=model))
     taken(counted)
@@ -88,7 +90,8 @@ def test_changing_only_the_variant_encodes_nothing(config, counted, variant: str
     assert taken(counted) == NOTHING
 
 
-def test_a_changed_image_is_encoded_again_and_a_touched_one_is_not(config, counted, images: Path):
+def test_changed_image_is_encoded(config, counted, images: Path):
+    """A changed image is encoded again, and a touched one is not."""
     fill_run_caches(config())
     taken(counted)
     (images / "zorb_01.png").touch()
@@ -107,7 +110,8 @@ def test_a_changed_caption_is_encoded_again(config, counted, images: Path):
     assert taken(counted) == NOTHING | {"prompts": 1, "text": 1}
 
 
-def test_another_resolution_encodes_only_its_own_sizes(config, counted):
+def test_changed_resolution(config, counted):
+    """Another resolution encodes only its own sizes."""
     fill_run_caches(config())
     taken(counted)
     fill_run_caches(config(data={"resolution": [64, 96, 80]}))
@@ -116,7 +120,8 @@ def test_another_resolution_encodes_only_its_own_sizes(config, counted):
 
 
 @pytest.mark.parametrize("part", ["vae", "text_encoder", "tokenizer"])
-def test_another_encoder_encodes_its_own_part_again(config, counted, tmp_path: Path, part: str):
+def test_changed_encoder(config, counted, tmp_path: Path, part: str):
+    """Another VAE or text encoder encodes only its own part again."""
     fill_run_caches(config())
     taken(counted)
     shutil.copytree(mini.TURBO, tmp_path / "model")
@@ -132,7 +137,8 @@ def flip(content: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("damage", [flip, lambda c: c[:-5], lambda c: c[:-64] + bytes(64), lambda c: b""])
-def test_a_damaged_entry_is_encoded_again_to_the_same_bytes(config, counted, tmp_path: Path, damage, capsys):
+def test_damaged_entry_is_replaced(config, counted, tmp_path: Path, damage, capsys):
+    """A damaged entry is encoded again to the same bytes."""
     fill_run_caches(config())
     taken(counted)
     entry = sorted((tmp_path / "cache" / "latents").rglob("*.safetensors"))[0]
@@ -144,7 +150,8 @@ def test_a_damaged_entry_is_encoded_again_to_the_same_bytes(config, counted, tmp
     assert "1 of them damaged" in capsys.readouterr().out
 
 
-def test_latents_that_are_not_finite_name_their_image(config, monkeypatch):
+def test_latents_not_finite(config, monkeypatch):
+    """Latents that are not finite are refused by their image."""
     monkeypatch.setattr(
         encoding, "image_encoder", lambda *a: lambda images: torch.full((len(images), 16, 8, 8), float("nan"))
     )
@@ -153,7 +160,8 @@ def test_latents_that_are_not_finite_name_their_image(config, monkeypatch):
     assert error.value.exit_code == 3
 
 
-def test_embeddings_that_are_not_finite_name_their_prompt(config, monkeypatch):
+def test_embeddings_not_finite(config, monkeypatch):
+    """Embeddings that are not finite are refused by their prompt."""
     monkeypatch.setattr(
         encoding,
         "prompt_encoder",
@@ -163,7 +171,8 @@ def test_embeddings_that_are_not_finite_name_their_prompt(config, monkeypatch):
         fill_run_caches(config())
 
 
-def test_a_file_swapped_within_its_size_and_time_has_another_digest(tmp_path: Path):
+def test_digest_of_a_swapped_file(tmp_path: Path):
+    """A file swapped for one of the same size and time has another digest."""
     path, memo = tmp_path / "x.safetensors", tmp_path / "digests.json"
     path.write_bytes(b"one")
     status = path.stat()
@@ -174,7 +183,8 @@ def test_a_file_swapped_within_its_size_and_time_has_another_digest(tmp_path: Pa
     assert DigestCache(memo).of_content(path) != first
 
 
-def test_encoders_are_gone_before_the_transformer_is_loaded(config, monkeypatch):
+def test_encoders_are_freed(config, monkeypatch):
+    """The encoders are freed before the transformer is loaded."""
     import gc
 
     from diffusers import AutoencoderKL
@@ -196,7 +206,8 @@ def test_encoders_are_gone_before_the_transformer_is_loaded(config, monkeypatch)
     assert alive == [0]
 
 
-def test_keys_depend_on_everything_that_goes_in():
+def test_keys_depend_on_every_input():
+    """Keys depend on every input of the encoding."""
     one = prompt_key("a", "encoder", "bf16")
     assert (
         len(
@@ -215,7 +226,8 @@ def test_a_missing_entry_is_none(tmp_path: Path):
     assert TensorCache(tmp_path).read(f"latents/{'0' * 64}") is None
 
 
-def test_a_caption_beyond_what_the_model_reads_is_said_with_its_length(config, images: Path, capsys):
+def test_caption_too_long_is_noted(config, images: Path, capsys):
+    """A caption longer than the model reads is noted, with its length."""
     (images / "zorb_01.txt").write_text("zorb " + "blue circle, " * 300)
     fill_run_caches(config())
     said = capsys.readouterr().out.replace("\n", " ")
@@ -226,8 +238,11 @@ def test_a_caption_beyond_what_the_model_reads_is_said_with_its_length(config, i
 # Several processes on one folder
 
 
-def test_a_process_encodes_its_share_and_after_the_barrier_what_others_left(config, counted, tmp_path: Path, capsys):
-    """Nobody else is there: half before the barrier, the other half after it, each entry as one process makes it."""
+def test_process_encodes_its_share(config, counted, tmp_path: Path, capsys):
+    """A process encodes its share, and after the barrier the entries that others left missing.
+
+    Nobody else is there: half before the barrier, the other half after it, each entry as one process makes it.
+    """
     fill_run_caches(config())
     whole = {entry: entry.read_bytes() for entry in (tmp_path / "cache" / "latents").rglob("*.safetensors")}
     for number, entry in enumerate(whole):
@@ -241,7 +256,8 @@ def test_a_process_encodes_its_share_and_after_the_barrier_what_others_left(conf
     assert {entry: entry.read_bytes() for entry in whole} == whole
 
 
-def test_what_others_finish_before_the_barrier_is_not_made_twice(config, counted, tmp_path: Path):
+def test_entries_of_others_are_kept(config, counted, tmp_path: Path):
+    """Entries that other processes finish before the barrier are not encoded again."""
     fill_run_caches(config())
     whole = {entry: entry.read_bytes() for entry in (tmp_path / "cache" / "latents").rglob("*.safetensors")}
     for entry in whole:
@@ -256,8 +272,11 @@ def test_what_others_finish_before_the_barrier_is_not_made_twice(config, counted
     assert taken(counted) == NOTHING | {"images": 4, "vae": 1} and images == CacheStats(4, 4, 8)
 
 
-def test_shares_cover_everything_once_whatever_is_missing(config, counted, tmp_path: Path):
-    """A process that looks later sees fewer entries missing; the shares do not depend on that."""
+def test_shares_cover_everything_once(config, counted, tmp_path: Path):
+    """Shares cover every entry once, whichever are missing.
+
+    A process that looks later sees fewer entries missing; the shares do not depend on that.
+    """
     fill_run_caches(config())
     entries = sorted((tmp_path / "cache" / "latents").rglob("*.safetensors"))
     for entry in entries:
@@ -288,8 +307,8 @@ def fill_as(config: Config, share: Shard) -> tuple[CacheStats, CacheStats]:
     return found[0]
 
 
-def test_each_of_two_processes_encodes_its_share(config, tmp_path: Path):
-    """Under torchrun: together they encode every image and prompt once."""
+def test_two_processes_share_the_work(config, tmp_path: Path):
+    """Each of two processes encodes its share. Under torchrun: together they encode every image and prompt once."""
     text = dump_config(config(train={"batch_size": 1}))
     (tmp_path / "c.yaml").write_text(text)
     code = (
