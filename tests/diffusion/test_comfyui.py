@@ -54,7 +54,8 @@ def by_kind(nodes: dict) -> dict[str, list[dict]]:
 
 
 @pytest.mark.parametrize("guidance", [0.0, 2.0])
-def test_every_input_of_every_node_is_there_and_every_link_has_its_type(guidance: float):
+def test_workflow_links_are_valid(guidance: float):
+    """Every node has all its inputs, and every link has its type."""
     nodes = comfyui.comfyui_workflow(recipe(guidance=guidance), ModelSettings(), "x.safetensors")
     for node in nodes.values():
         takes, _ = NODES[node["class_type"]]
@@ -88,14 +89,16 @@ def test_it_samples_as_the_preview_does():
     assert "ConditioningZeroOut" not in found
 
 
-def test_at_guidance_0_the_scale_is_1_and_no_negative_is_written():
+def test_guidance_0_is_scale_1():
+    """At guidance 0 the scale is 1, and no negative prompt is written."""
     found = by_kind(comfyui.comfyui_workflow(recipe(), ModelSettings(path="weights/mine.safetensors"), "x.safetensors"))
     assert found["KSampler"][0]["cfg"] == 1.0 and len(found["CLIPTextEncode"]) == 1
     assert found["UNETLoader"][0]["unet_name"] == "mine.safetensors"
 
 
 @pytest.mark.parametrize(("steps", "shift", "far"), [(8, 3.0, 1e-6), (25, 3.0, 1e-6), (30, 6.0, 6e-3), (9, 3.0, 3e-3)])
-def test_the_simple_schedule_has_the_sigmas_of_the_pipeline(steps: int, shift: float, far: float):
+def test_simple_schedule_has_the_sigmas(steps: int, shift: float, far: float):
+    """ComfyUI's simple schedule has the sigmas of the pipeline."""
     found = by_kind(comfyui.comfyui_workflow(recipe(steps=steps, shift=shift), ModelSettings(), "x"))
     shift = found["ModelSamplingAuraFlow"][0]["shift"]
     table = [k / 1000 for k in range(1, 1001)]
@@ -105,7 +108,8 @@ def test_the_simple_schedule_has_the_sigmas_of_the_pipeline(steps: int, shift: f
     assert [float(sigma) for sigma in ours] == pytest.approx(simple, abs=far)
 
 
-def test_each_export_has_one_and_it_goes_with_it(make_config):
+def test_exports_have_a_workflow(make_config):
+    """Each export has a workflow, which is removed with it."""
     config = make_config(train={"steps": 6}, save={"every": 1, "keep": 1}, sample=PREVIEWED | {"every": 9})
     run_training(config, fresh=False)
     root: Path = folder(config) / "lora"

@@ -80,7 +80,8 @@ def by_hand(embeds: dict[str, torch.Tensor], lora: Path) -> list[float]:
     return [math.sqrt(sum(row) / len(row)) for row in shares]
 
 
-def test_deviations_are_those_of_two_stock_models(turbo):
+def test_deviations_equal_stock_models(turbo):
+    """Deviations are those of two stock models of diffusers."""
     model, embeds = turbo
     walked = drift.record_trajectories(model, RECIPES, embeds, quiet)
     with swap.with_lora(model, lora_file.read_lora(mini.ADAPTER_V1)):
@@ -96,7 +97,8 @@ def test_turbo_itself_has_not_drifted(turbo):
     assert max(drift.deviations(model, walked, embeds, quiet)) < 1e-5
 
 
-def test_the_meter_holds_a_lora_against_turbo_without_it_and_puts_it_back(turbo):
+def test_meter_takes_the_lora_off_and_on(turbo):
+    """The meter compares a LoRA with Turbo without it, and puts the LoRA back."""
     model, embeds = turbo
     meter, lora = drift.DriftMeter(RECIPES, embeds), lora_file.read_lora(mini.ADAPTER_V1)
     with swap.with_lora(model, lora):  # the first reading walks with what is on the model, if it is not taken off
@@ -124,7 +126,8 @@ def command(lora: Path, output: Path, *more: str) -> tuple[int, str]:
     return done.exit_code, done.output
 
 
-def test_the_command_measures_draws_and_judges(tmp_path: Path):
+def test_drift_command(tmp_path: Path):
+    """The command measures, draws images and gives a verdict."""
     found = {}
     for factor in (0.0, 1.0, 4.0):
         output = tmp_path / f"{factor:g}"
@@ -140,7 +143,8 @@ def test_the_command_measures_draws_and_judges(tmp_path: Path):
     assert "leaves Turbo its 8 steps" in found[0.0]["verdict"] and "drifted" in found[4.0]["verdict"]
 
 
-def test_steps_and_guidance_of_a_prompt_file_do_not_count(tmp_path: Path):
+def test_prompt_file_steps_do_not_count(tmp_path: Path):
+    """Steps and guidance in a prompt file are ignored."""
     path = tmp_path / "prompts.txt"
     path.write_text(f"{PROMPTS[0]}\n{PROMPTS[1]} --s 20 --l 4 --n blurry\n")
     words = ["drift", str(mini.TURBO), "--lora", str(mini.ADAPTER_V1), "--dtype", "fp32", "--width", "64"]
@@ -186,7 +190,8 @@ def drifting(make_config) -> Config:
     return config
 
 
-def test_a_training_logs_it_and_does_not_notice(drifting: Config, make_config):
+def test_training_logs_drift(drifting: Config, make_config):
+    """A training logs the drift, and its losses are the same."""
     plain = make_config(name="plain", sample={"every": None}, optimizer={"lr": 1e-2})
     run_training(plain, fresh=False)
     assert losses(drifting) == losses(plain)
@@ -196,7 +201,8 @@ def test_a_training_logs_it_and_does_not_notice(drifting: Config, make_config):
     assert "Drift from Turbo" in (folder(drifting) / "report.html").read_text()
 
 
-def test_what_is_logged_is_what_the_command_finds_without_the_adapter(drifting: Config, tmp_path: Path):
+def test_logged_drift_equals_the_command(drifting: Config, tmp_path: Path):
+    """The logged drift is the one that the command measures, without the adapter."""
     lora = tmp_path / "final.safetensors"
     lora.write_bytes(final(drifting))
     words = ["drift", str(mini.TURBO), "--lora", str(lora), "--dtype", "fp32", "--width", "64", "--height", "64"]

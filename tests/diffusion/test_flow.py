@@ -16,25 +16,29 @@ TURBO_SIGMAS = [1.0, 0.9545454545, 0.9, 0.8333333333, 0.75, 0.6428571429, 0.5, 0
 unit = st.floats(0.0, 1.0)
 
 
-def test_interpolation_ends_at_the_image_and_at_the_noise():
+def test_interpolation_ends():
+    """Interpolation ends at the image and at the noise."""
     x0, noise = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
     assert torch.equal(flow.interpolate(x0, noise, torch.zeros(2)), x0)
     assert torch.equal(flow.interpolate(x0, noise, torch.ones(2)), noise)
 
 
-def test_interpolation_uses_each_samples_own_sigma():
+def test_interpolation_sigma_per_sample():
+    """Interpolation uses each sample's own sigma."""
     x0, noise = torch.zeros(2, 1, 1, 1), torch.ones(2, 1, 1, 1)
     assert flow.interpolate(x0, noise, torch.tensor([0.25, 0.75])).flatten().tolist() == [0.25, 0.75]
 
 
-def test_velocity_is_the_derivative_of_the_path():
+def test_velocity_is_the_derivative():
+    """The velocity is the derivative of the path."""
     x0, noise = torch.randn(1, 2, 2, 2).double(), torch.randn(1, 2, 2, 2).double()
     low, high = torch.tensor([0.4, 0.4 + 1e-6], dtype=torch.float64).split(1)
     slope = (flow.interpolate(x0, noise, high) - flow.interpolate(x0, noise, low)) / 1e-6
     assert torch.allclose(slope, flow.target_velocity(x0, noise), atol=1e-6)
 
 
-def test_euler_with_the_true_velocity_recovers_the_image():
+def test_euler_recovers_the_image():
+    """Euler steps with the true velocity recover the image."""
     x0, noise = torch.randn(1, 2, 4, 4), torch.randn(1, 2, 4, 4)
     x, sigmas = noise, flow.sampling_sigmas(8, 3.0)
     for sigma, after in itertools.pairwise(sigmas):
@@ -42,12 +46,14 @@ def test_euler_with_the_true_velocity_recovers_the_image():
     assert torch.allclose(x, x0, atol=1e-5)
 
 
-def test_turbo_grid_is_the_distilled_one_and_nine_steps_are_another():
+def test_turbo_grid():
+    """Turbo's 8-step grid is the one it was distilled on; a grid of nine steps is another one."""
     assert flow.sampling_sigmas(8, 3.0) == pytest.approx([*TURBO_SIGMAS, 0.0], abs=1e-9)
     assert flow.sampling_sigmas(9, 3.0)[1] == pytest.approx(0.96)
 
 
-def test_the_stock_scheduler_holds_the_same_eight_sigmas():
+def test_turbo_grid_of_the_stock_scheduler():
+    """The stock scheduler has the same eight sigmas."""
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=3.0)
@@ -56,7 +62,8 @@ def test_the_stock_scheduler_holds_the_same_eight_sigmas():
 
 
 @given(unit, st.floats(1.0, 10.0))
-def test_shift_is_undone_by_unshift_and_keeps_the_ends(sigma: float, factor: float):
+def test_shift_and_unshift(sigma: float, factor: float):
+    """`unshift` undoes `shift`, and both keep the ends."""
     there = float(flow.shift(torch.tensor(sigma, dtype=torch.float64), factor))
     assert flow.unshift(there, factor) == pytest.approx(sigma, abs=1e-9)
     assert there >= sigma - 1e-12
@@ -77,7 +84,8 @@ DECILES = {  # measured on AI Toolkit's own sampling: mean, then the quantiles .
 
 
 @pytest.mark.parametrize(("type_", "bias"), DECILES)
-def test_sigma_densities_are_those_of_ai_toolkit(type_: str, bias: str):
+def test_sigma_densities_of_ai_toolkit(type_: str, bias: str):
+    """The densities of sigma are those of AI Toolkit."""
     u = torch.rand(100_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     sigma = flow.quantile_sigma(u, type_, bias, 3.0, 0.0, 1.0)
     quantiles = sigma.quantile(torch.tensor([0.1, 0.25, 0.5, 0.75, 0.9], dtype=torch.float64)).tolist()
@@ -104,7 +112,8 @@ def test_sigma_stays_within_its_limits(u: float, type_: str, bias: str, low: flo
     assert low <= sigma <= low + width
 
 
-def test_limits_cut_the_density_and_do_not_pile_it_up_at_the_ends():
+def test_sigma_limits_cut_the_density():
+    """Limits cut the density, and do not pile it up at the ends."""
     u = torch.rand(100_000, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     cut = flow.quantile_sigma(u, "sigmoid", "balanced", 3.0, 0.2, 0.6)
     free = flow.quantile_sigma(u, "sigmoid", "balanced", 3.0, 0.0, 1.0)
@@ -122,7 +131,8 @@ def knot_weight(sigma: float) -> float:
     raise AssertionError(index)
 
 
-def test_loss_weights_are_the_table_between_and_at_its_knots():
+def test_loss_weights_table():
+    """Loss weights are the table's values at its knots, and interpolated between them."""
     draw = random.Random(3)
     sigmas = [0.0, 1.0, 0.876, 0.003, *(draw.random() for _ in range(500))]
     weights = flow.loss_weight(torch.tensor(sigmas, dtype=torch.float64), "weighted")
@@ -130,7 +140,8 @@ def test_loss_weights_are_the_table_between_and_at_its_knots():
     assert weights.dtype == torch.float32
 
 
-def test_loss_weights_have_the_published_mean_minimum_and_maximum():
+def test_loss_weights_statistics():
+    """Loss weights have the published mean, minimum and maximum."""
     sigma = torch.tensor([(1000 - i) / 1000 for i in range(1000)], dtype=torch.float64)
     weights = flow.loss_weight(sigma, "weighted")
     assert len(WEIGHTED_KNOTS) == 126
@@ -145,7 +156,8 @@ def test_other_types_are_not_weighted():
 
 
 @pytest.mark.parametrize("scale", [0.5, 1.0, 3.0])
-def test_differential_guidance_multiplies_the_gradient_by_its_scale(scale: float):
+def test_differential_guidance_gradient(scale: float):
+    """Differential guidance multiplies the gradient by its scale."""
     prediction = torch.randn(3, 2, 4, 4, dtype=torch.float64, requires_grad=True)
     target = torch.randn(3, 2, 4, 4, dtype=torch.float64)
     (plain,) = torch.autograd.grad((prediction - target).square().mean(), prediction)
@@ -154,6 +166,7 @@ def test_differential_guidance_multiplies_the_gradient_by_its_scale(scale: float
     assert torch.allclose(guided, scale * plain, rtol=1e-12)
 
 
-def test_guidance_is_the_diffusers_convention():
+def test_guidance_convention():
+    """Guidance follows the convention of diffusers."""
     assert float(flow.apply_guidance(torch.tensor(2.0), torch.tensor(1.0), 3.0)) == 5.0
     assert math.isclose(float(flow.apply_guidance(torch.tensor(2.0), torch.tensor(1.0), 0.0)), 2.0)

@@ -65,7 +65,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory, shared_cache: Path) -> Co
 
 
 @pytest.mark.slow
-def test_the_last_preview_is_the_stock_pipelines_image(finished: Config, tmp_path: Path):
+def test_preview_equals_the_stock_pipeline(finished: Config, tmp_path: Path):
+    """The last preview is the image of the stock pipeline."""
     root = Path(finished.output_dir) / finished.name
     recipe = preview_requests(finished)[0]
     numbers = (recipe.seed, recipe.width, recipe.height, recipe.steps, recipe.guidance)
@@ -77,7 +78,8 @@ def test_the_last_preview_is_the_stock_pipelines_image(finished: Config, tmp_pat
 
 
 @pytest.mark.slow
-def test_the_sample_command_equals_the_stock_pipeline_with_guidance_and_weight(finished: Config, tmp_path: Path):
+def test_sample_equals_the_stock_pipeline(finished: Config, tmp_path: Path):
+    """`sample` equals the stock pipeline, with guidance and a LoRA weight."""
     lora = Path(finished.output_dir) / finished.name / "lora" / "tiny.safetensors"
     arguments = ["--prompt", "a red zorb on a blue background", "--negative", "a green circle", "--seed", "5"]
     sizes = ["--width", "64", "--height", "80", "--steps", "6", "--guidance", "2.5", "--dtype", "fp32"]
@@ -90,7 +92,8 @@ def test_the_sample_command_equals_the_stock_pipeline_with_guidance_and_weight(f
 
 
 @pytest.mark.slow
-def test_the_printed_command_draws_the_preview_again_to_the_bit_in_another_process(finished: Config, tmp_path: Path):
+def test_printed_command_in_a_process(finished: Config, tmp_path: Path):
+    """The printed command draws the same preview, bit for bit, in another process."""
     root = Path(finished.output_dir) / finished.name
     words = command_for(finished, root / "lora" / "tiny.safetensors").split(" sample ")[1]
     command = [sys.executable, "-m", "zimage_train", "sample", *shlex.split(words), "--output", str(tmp_path)]
@@ -103,10 +106,11 @@ def test_the_printed_command_draws_the_preview_again_to_the_bit_in_another_proce
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 @pytest.mark.parametrize("alpha", [3.0, 4.0])
-def test_a_preview_is_what_the_file_draws_whatever_precision_strength_and_guidance(
-    tmp_path: Path, shared_cache: Path, dtype: str, alpha: float
-):
-    """The preview shows the exported file, rounded, and not the masters that no file holds."""
+def test_preview_is_drawn_from_the_export(tmp_path: Path, shared_cache: Path, dtype: str, alpha: float):
+    """A preview is the exported file's image, at every data type, strength and guidance.
+
+    The preview shows the exported file, rounded, and not the masters that no file holds.
+    """
     from mini_config import mini_values
 
     prompts = ["a red zorb on a blue background", {"prompt": "a circle", "negative": "a zorb"}]
@@ -141,7 +145,8 @@ a green circle --n a zorb --l 2.5 --s 4 --w 96
 """
 
 
-def test_prompts_come_from_a_file_and_what_a_line_says_wins(tmp_path: Path):
+def test_prompts_from_a_file(tmp_path: Path):
+    """Prompts come from a file, and settings in a line of it win."""
     (tmp_path / "p.txt").write_text(PROMPTS)
     size = ["--width", "64", "--height", "64", "--dtype", "fp32", "--output", str(tmp_path / "a")]
     texts = ["--prompts", str(tmp_path / "p.txt"), "--prompt", "first", "--seed", "11", "--count", "2"]
@@ -180,14 +185,16 @@ def test_prompts_come_from_a_file_and_what_a_line_says_wins(tmp_path: Path):
         ("p.yaml", "- [a", "p.yaml"),
     ],
 )
-def test_prompt_files_that_are_none_are_explained(tmp_path: Path, name: str, text: str, said: str):
+def test_prompt_file_errors(tmp_path: Path, name: str, text: str, said: str):
+    """Files that are no prompt files are refused with the reason."""
     (tmp_path / name).write_text(text)
     done = CliRunner().invoke(app, ["sample", str(mini.TURBO), "--prompts", str(tmp_path / name)])
     assert isinstance(done.exception, ZImageTrainError) and done.exception.exit_code == 2
     assert said in str(done.exception)
 
 
-def test_images_drawn_at_once_are_those_drawn_one_by_one_but_for_rounding(tmp_path: Path):
+def test_images_drawn_as_a_batch(tmp_path: Path):
+    """Images drawn as a batch equal those drawn one by one, but for rounding."""
     size = ["--width", "64", "--height", "64", "--dtype", "fp32", "--guidance", "1.5", "--steps", "4", "--count", "2"]
     texts = ["--prompt", "a red zorb on a blue background", "--prompt", "a circle", "--negative", "a long negative"]
     for batch in ("1", "3"):
@@ -198,7 +205,8 @@ def test_images_drawn_at_once_are_those_drawn_one_by_one_but_for_rounding(tmp_pa
     assert len(list((tmp_path / "3").iterdir())) == 4
 
 
-def test_a_budget_is_kept_by_streaming_or_refused(tmp_path: Path):
+def test_budget_by_streaming(tmp_path: Path):
+    """A budget is kept by streaming blocks, or refused if that is not enough."""
     size = ["--prompt", "a zorb", "--width", "64", "--height", "64", "--dtype", "fp32"]
     command = ["sample", str(mini.TURBO), *size, "--output", str(tmp_path / "a")]
     free = CliRunner().invoke(app, command)
@@ -221,7 +229,8 @@ def sample(output: Path, *loras: str) -> np.ndarray:
     return pixels(output / "sample-42.png")
 
 
-def test_several_loras_are_stacked_by_weight_and_layouts_may_differ(finished: Config, tmp_path: Path):
+def test_loras_are_stacked_by_weight(finished: Config, tmp_path: Path):
+    """Several LoRAs are stacked by weight, and their layouts may differ."""
     from safetensors.torch import load_file, save_file
 
     lora = Path(finished.output_dir) / finished.name / "lora" / "tiny.safetensors"
@@ -242,7 +251,8 @@ def test_several_loras_are_stacked_by_weight_and_layouts_may_differ(finished: Co
     assert np.abs(sample(tmp_path / "f", f"{lora}=2") - once).max() > 5
 
 
-def test_a_lora_that_does_not_match_in_full_stops_sampling(tmp_path: Path):
+def test_lora_that_does_not_match(tmp_path: Path):
+    """A LoRA that does not match in full stops sampling."""
     import torch
     from safetensors.torch import save_file
 
@@ -255,7 +265,8 @@ def test_a_lora_that_does_not_match_in_full_stops_sampling(tmp_path: Path):
     assert "matched 0/1" in str(done.exception)
 
 
-def test_prompt_i_has_seed_plus_i_unless_it_names_its_own(make_config):
+def test_seed_of_each_prompt(make_config):
+    """Prompt i has the seed plus i, unless it has a seed of its own."""
     prompts = ["a", {"prompt": "b", "seed": 5, "width": 32, "negative": "n"}, "c"]
     recipes = preview_requests(make_config(sample={"prompts": prompts, "seed": 100, "width": 64, "height": 48}))
     assert [recipe.seed for recipe in recipes] == [100, 5, 102]
@@ -265,14 +276,16 @@ def test_prompt_i_has_seed_plus_i_unless_it_names_its_own(make_config):
 
 
 @pytest.mark.parametrize(("variant", "expected"), [("deturbo", (25, 2.0, 3.0)), ("base", (30, 3.0, 6.0))])
-def test_other_variants_have_their_own_recipe_and_need_the_negative(make_config, variant: str, expected: tuple):
+def test_sampling_of_other_variants(make_config, variant: str, expected: tuple):
+    """Other variants have their own sampling settings, and encode the negative prompt."""
     config = make_config(model={"variant": variant, "adapter": None}, sample={"prompts": ["a"], "negative": "bad"})
     (recipe,) = preview_requests(config)
     assert (recipe.steps, recipe.guidance, recipe.shift) == expected
     assert prompts_to_encode([recipe]) == ["a", "bad"]
 
 
-def test_the_grid_has_a_row_a_step_and_a_column_a_prompt(finished: Config):
+def test_grid_of_steps_and_prompts(finished: Config):
+    """The grid has a row for each step and a column for each prompt."""
     folder = Path(finished.output_dir) / finished.name / "samples"
     shown = preview_images.preview_table(folder)
     assert list(shown.rows) == [0, 30]
@@ -282,7 +295,8 @@ def test_the_grid_has_a_row_a_step_and_a_column_a_prompt(finished: Config):
         assert grid.width > CELL_PX and grid.height > 2 * CELL_PX
 
 
-def test_the_command_that_a_run_ends_with_draws_its_last_preview_again(make_config, tmp_path: Path, capsys):
+def test_final_command_of_a_run(make_config, tmp_path: Path, capsys):
+    """The command printed at the end of a run draws its last preview again."""
     prompt = """a "red" zorb's $HOME; on a blue background"""
     sample = {"every": 9, "width": 64, "height": 48, "steps": 3, "guidance": 1.5, "negative": "a b", "seed": 9}
     config = make_config(
@@ -303,7 +317,8 @@ def test_the_command_that_a_run_ends_with_draws_its_last_preview_again(make_conf
     assert np.abs(again - pixels(root / "000000-00.png")).max() > 10
 
 
-def test_a_preview_is_drawn_again_from_its_own_image(finished: Config, tmp_path: Path):
+def test_preview_from_its_own_image(finished: Config, tmp_path: Path):
+    """A preview is drawn again from its own image file."""
     root = Path(finished.output_dir) / finished.name
     drawn = root / "samples" / "000030-00.png"
     lora = f"{root}/lora/{finished.name}.safetensors"
@@ -341,7 +356,8 @@ def recipe_text(**changes: Any) -> PngInfo:
         {"more": 1},
     ],
 )
-def test_a_image_whose_recipe_cannot_be_is_no_recipe(tmp_path: Path, changes: dict[str, Any]):
+def test_image_with_invalid_settings(tmp_path: Path, changes: dict[str, Any]):
+    """An image with invalid sampling settings counts as having none."""
     path = tmp_path / "x.png"
     Image.new("RGB", (8, 8)).save(path, pnginfo=recipe_text())
     assert preview_images.request_of(path).seed == 1
@@ -359,7 +375,8 @@ def test_a_image_whose_recipe_cannot_be_is_no_recipe(tmp_path: Path, changes: di
         ([], "--prompt: is missing"),
     ],
 )
-def test_what_cannot_be_drawn_again_is_named(arguments: list[str], message: str):
+def test_sample_from_unusable_images(arguments: list[str], message: str):
+    """Images that cannot be drawn again are refused by name."""
     done = CliRunner().invoke(app, ["sample", str(mini.TURBO), *arguments])
     assert message in str(done.exception) and isinstance(done.exception, ZImageTrainError)
 
@@ -374,7 +391,8 @@ def test_what_cannot_be_drawn_again_is_named(arguments: list[str], message: str)
         (["-o", str(mini.ADAPTER_V1)], "is not a folder; choose another place"),
     ],
 )
-def test_a_sample_that_cannot_be_is_refused_before_anything_is_loaded(arguments: list[str], message: str, monkeypatch):
+def test_invalid_sample_loads_nothing(arguments: list[str], message: str, monkeypatch):
+    """Invalid sampling options are refused before anything is loaded."""
     monkeypatch.setattr("zimage_train.commands.sample.load_frozen", pytest.fail)
     done = CliRunner().invoke(app, ["sample", str(mini.TURBO), "--prompt", "x", *arguments])
     assert done.exit_code != 0

@@ -21,12 +21,14 @@ PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 @pytest.mark.parametrize("steps", [1, 2, 7, 100_000])
-def test_the_quickstart_is_valid_for_any_number_of_steps(steps: int):
+def test_quickstart_for_any_steps(steps: int):
+    """The quickstart is valid for any number of steps."""
     assert read_config(ROOT / "configs" / "quickstart.yaml", [f"train.steps={steps}"]).train.steps == steps
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_and_files_that_a_page_names_exist(page: Path):
+def test_pages_link_to_existing_files(page: Path):
+    """Links and files that a page names exist."""
     text = page.read_text(encoding="utf-8")
     links = re.findall(r"\]\(([^)#]+)\)", text) + re.findall(r'src="([^"]+)"', text)
     named = re.findall(r"`((?:zimage_train|scripts|configs|docs|tests)/[\w./-]+)`", text)
@@ -36,7 +38,8 @@ def test_links_and_files_that_a_page_names_exist(page: Path):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_commands_and_options_that_a_page_shows_exist(page: Path):
+def test_pages_show_existing_commands(page: Path):
+    """Commands and options that a page shows exist."""
     for line in re.findall(r"zimage-train ([a-z]+[^`\n|#]*)", page.read_text(encoding="utf-8")):
         command, *words = line.split()
         group = [command, words[0]] if command == "lora" and words else [command]
@@ -68,8 +71,11 @@ def test_every_shipped_config_trains(path: Path, tmp_path: Path, shared_cache: P
 
 
 @pytest.mark.slow
-def test_the_commands_of_the_readme_lead_from_a_folder_to_an_image(tmp_path: Path, shared_cache: Path, monkeypatch):
-    """In their order, each with what the one before has left; only the model is the miniature."""
+def test_readme_commands_in_order(tmp_path: Path, shared_cache: Path, monkeypatch):
+    """The commands of the README lead from a folder to an image.
+
+    In their order, each with what the one before has left; only the model is the miniature.
+    """
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
     lines = [line.partition("#")[0].strip() for block in blocks for line in block.splitlines()]
@@ -92,8 +98,11 @@ def test_pages_speak_of_no_machine():
 
 
 @pytest.mark.parametrize("budget_gb", [24, 16, 12, 8])
-def test_each_budget_trains_as_its_config_says_in_miniature(budget_gb: int, tmp_path: Path, shared_cache: Path):
-    """The same precision, the same share of streamed blocks, and the recomputation of its largest size."""
+def test_budget_configs_on_the_miniature(budget_gb: int, tmp_path: Path, shared_cache: Path):
+    """Each config of a budget trains on the miniature with the plan that it describes.
+
+    The same precision, the same share of streamed blocks, and the recomputation of its largest size.
+    """
     generate = script("generate")
     plan = generate.plan_for(budget_gb)
     assert plan.fits and plan.form.kind is None

@@ -27,7 +27,8 @@ def run(notebook: Path, folder: Path, **environment: str) -> subprocess.Complete
 
 
 @pytest.mark.slow
-def test_every_cell_runs_and_ends_with_a_lora_and_an_image(tmp_path: Path, shared_cache: Path):
+def test_notebook_runs(tmp_path: Path, shared_cache: Path):
+    """Every cell runs, and the last ones leave a LoRA and an image."""
     folder = tmp_path / "of me"  # commands have to quote it
     folder.mkdir()
     done = run(NOTEBOOK, folder, STEPS="3", XDG_CACHE_HOME=str(shared_cache))
@@ -52,7 +53,8 @@ def test_every_cell_runs_and_ends_with_a_lora_and_an_image(tmp_path: Path, share
         ("!echo no GPU; sh -c 'exit 2' doctor", 0, "no GPU"),
     ],
 )
-def test_what_runs_the_notebook_notices_what_fails(tmp_path: Path, source: str, code: int, said: str):
+def test_notebook_runner_sees_failures(tmp_path: Path, source: str, code: int, said: str):
+    """The script that runs the notebook fails if a cell fails."""
     path = tmp_path / "x.ipynb"
     path.write_text(json.dumps({"cells": [{"cell_type": "code", "id": "x", "source": source.splitlines(True)}]}))
     done = run(path, tmp_path)
@@ -73,6 +75,7 @@ def test_it_is_a_notebook_without_outputs():
     assert not re.search(r"/(work|root|home)/", text)
 
 
-def test_links_of_the_notebook_lead_somewhere():
+def test_notebook_links():
+    """Links of the notebook lead to existing files."""
     links = re.findall(r"\]\(([^)#]+)\)", NOTEBOOK.read_text(encoding="utf-8"))
     assert links and [link for link in links if not (NOTEBOOK.parent / link).exists()] == []

@@ -21,7 +21,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_every_page_is_built_and_found_by_search(site: Path):
+def test_pages_are_built_and_found(site: Path):
+    """Every page is built, and found by the search."""
     pages = {path.relative_to(ROOT / "docs").with_suffix("") for path in (ROOT / "docs").rglob("*.md")}
     index = (site / "search" / "search_index.json").read_text(encoding="utf-8")
     for page in pages - {Path("index")}:
@@ -29,7 +30,8 @@ def test_every_page_is_built_and_found_by_search(site: Path):
         assert f'"location":"{page.as_posix()}/"' in index
 
 
-def test_a_page_loads_nothing_from_elsewhere(site: Path):
+def test_pages_are_self_contained(site: Path):
+    """A page loads nothing from elsewhere."""
     for page in site.rglob("*.html"):
         text = page.read_text(encoding="utf-8")
         loaded = re.findall(r"<(?:script|img|iframe|source)[^>]*\ssrc=\"?([^\" >]+)", text)

@@ -556,7 +556,8 @@ def test_what_is_drawn_is_what_always_was(section: str, tmp_path: Path):
     assert found == golden
 
 
-def test_the_table_has_these_sections_and_can_be_read():
+def test_table_has_its_sections():
+    """The golden table has these sections, and is small enough to be read."""
     assert list(json.loads(GOLDEN.read_text(encoding="utf-8"))) == list(SECTIONS)
     assert GOLDEN.stat().st_size < 60_000
 
@@ -573,7 +574,8 @@ def literals(source: str) -> set[str]:
     return {part.value for part in parts if isinstance(part.value, str)}
 
 
-def test_every_literal_of_a_key_is_held_by_a_section():
+def test_literals_of_keys_have_a_section():
+    """Every literal of a key is fixed by a section of the table."""
     found = set().union(*(literals(path.read_text(encoding="utf-8")) for path in PACKAGE.rglob("*.py")))
     assert found == set(KEYS)
     assert set(KEYS.values()) <= set(SECTIONS)

@@ -40,7 +40,8 @@ def pair(make_config) -> tuple[Config, Config]:
     return plain, extra
 
 
-def test_previews_have_them_and_the_training_does_not(pair):
+def test_extra_loras_change_previews_only(pair):
+    """Extra LoRAs change the previews, and not the training."""
     plain, extra = pair
     assert losses(plain) == losses(extra) and len(losses(plain)) == 4
     before, after = load(final(plain)), load(final(extra))
@@ -50,7 +51,8 @@ def test_previews_have_them_and_the_training_does_not(pair):
     assert "previews have" in (folder(extra) / "log.txt").read_text()
 
 
-def test_the_printed_command_draws_the_preview_again(pair, tmp_path: Path):
+def test_extra_loras_in_printed_command(pair, tmp_path: Path):
+    """The printed command draws the preview again, with the extra LoRAs."""
     import shlex
 
     _, extra = pair
@@ -61,7 +63,8 @@ def test_the_printed_command_draws_the_preview_again(pair, tmp_path: Path):
     assert np.array_equal(pixels(drawn), pixels(folder(extra) / "samples" / "000004-00.png"))
 
 
-def test_other_extra_loras_draw_the_last_previews_anew(pair):
+def test_extra_loras_changed(pair):
+    """Other extra LoRAs make the next start draw the last previews anew."""
     _, extra = pair
     path = folder(extra) / "samples" / "000004-00.png"
     before = pixels(path)
@@ -70,7 +73,8 @@ def test_other_extra_loras_draw_the_last_previews_anew(pair):
     assert np.abs(before - pixels(path)).max() > 20
 
 
-def test_one_that_is_missing_does_not_fit_or_is_too_strong_is_refused_before_training(make_config, tmp_path: Path):
+def test_extra_loras_are_checked_first(make_config, tmp_path: Path):
+    """Extra LoRAs that are missing or do not match are refused before training."""
     lora = load_file(mini.ADAPTER_V1)
     key = next(iter(lora))
     save_file(
@@ -98,7 +102,8 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str 
     return asked
 
 
-def test_distillpatch_is_its_file_on_the_hub(hub, tmp_path: Path):
+def test_distillpatch_is_its_hub_file(hub, tmp_path: Path):
+    """`distillpatch` stands for its file on the hub."""
     command = ["sample", str(mini.TURBO), "--prompt", "a red circle", "--width", "64", "--height", "64"]
     command += ["--dtype", "fp32", "--lora", "distillpatch=0.5", "--output", str(tmp_path / "drawn")]
     done = CliRunner().invoke(app, command)
@@ -107,7 +112,8 @@ def test_distillpatch_is_its_file_on_the_hub(hub, tmp_path: Path):
     assert hub == [("DiffSynth-Studio/Z-Image-Turbo-DistillPatch", None, ["model.safetensors"])]
 
 
-def test_a_lora_that_is_not_there_is_said_to_be_missing(tmp_path: Path):
+def test_missing_lora_is_reported(tmp_path: Path):
+    """A LoRA file that does not exist is reported as missing."""
     with pytest.raises(WeightsError, match=r"--lora: .*gone.safetensors: does not exist"):
         lora_args.read_weighted_lora(tmp_path / "gone.safetensors")
     with pytest.raises(ConfigError):

@@ -34,7 +34,8 @@ def begun(make_config, path: Path, **lora: object) -> Config:
 
 
 @pytest.mark.parametrize("alpha", [None, 1.0])
-def test_it_begins_as_the_file_whatever_the_scales(make_config, first: Path, alpha: float | None) -> None:
+def test_run_begins_with_the_lora(make_config, first: Path, alpha: float | None) -> None:
+    """A run begins with the change of the given LoRA, whatever the scales."""
     config = begun(make_config, first, alpha=alpha)
     run_training(config, fresh=False)
     before, after = lora_file.read_lora(first), lora_file.read_lora(folder(config) / "lora" / "second.safetensors")
@@ -46,7 +47,8 @@ def test_it_begins_as_the_file_whatever_the_scales(make_config, first: Path, alp
     assert losses(plain)[0] != losses(config)[0]
 
 
-def test_another_rank_or_other_modules_are_refused(make_config, first: Path, tmp_path: Path) -> None:
+def test_init_from_that_does_not_fit(make_config, first: Path, tmp_path: Path) -> None:
+    """A LoRA of another rank or other modules is refused."""
     with pytest.raises(ConfigError, match=r"lora.init_from: .*has rank 4, and lora.rank is 8; set lora.rank: 4"):
         check_run(begun(make_config, first, rank=8))
     with pytest.raises(ConfigError, match=r"has 42 modules and lora.targets 24"):
@@ -59,7 +61,8 @@ def test_another_rank_or_other_modules_are_refused(make_config, first: Path, tmp
         check_run(begun(make_config, tmp_path / "odd.safetensors"))
 
 
-def test_a_run_goes_on_only_from_what_it_began_with(make_config, first: Path, tmp_path: Path) -> None:
+def test_resume_needs_the_same_init_from(make_config, first: Path, tmp_path: Path) -> None:
+    """A run continues only with the LoRA that it began with, wherever the file is."""
     moved = tmp_path / "moved.safetensors"
     shutil.copy(first, moved)
     config = begun(make_config, first)

@@ -76,7 +76,8 @@ def is_stopped(root: Path) -> bool:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("launcher", "number"), [(ACCELERATE, 15), (TORCHRUN, 15), (TORCHRUN, 2)])
-def test_a_signal_to_the_launcher_alone_reaches_the_run_which_saves(launch, tmp_path: Path, launcher, number: int):
+def test_signal_to_the_launcher_alone(launch, tmp_path: Path, launcher, number: int):
+    """A signal to the launcher alone reaches the run, which saves."""
     root = tmp_path / "runs" / "tiny"
     process = launch(launcher, 5000)
     until(lambda: len(steps_of(root)) >= 3)
@@ -90,7 +91,8 @@ def test_a_signal_to_the_launcher_alone_reaches_the_run_which_saves(launch, tmp_
 
 
 @pytest.mark.slow
-def test_ctrl_c_which_a_terminal_gives_to_launcher_and_run_alike_is_one_request(launch, tmp_path: Path):
+def test_ctrl_c_to_launcher_and_run(launch, tmp_path: Path):
+    """Ctrl-C, which a terminal sends to the launcher and to the run, counts once."""
     root = tmp_path / "runs" / "tiny"
     for launcher in (ACCELERATE, TORCHRUN):
         process = launch(launcher, 5000)
@@ -103,7 +105,8 @@ def test_ctrl_c_which_a_terminal_gives_to_launcher_and_run_alike_is_one_request(
 
 
 @pytest.mark.slow
-def test_a_killed_worker_ends_the_other_in_seconds_with_a_line_and_the_same_command_continues(launch, tmp_path: Path):
+def test_killed_worker_ends_the_others(launch, tmp_path: Path):
+    """A killed worker ends the other in seconds, with one line; the same command continues."""
     root = tmp_path / "runs" / "tiny"
     process = launch(TORCHRUN, 60)
     until(lambda: len(steps_of(root)) >= 12)
@@ -138,7 +141,8 @@ def tensors(path: Path) -> bytes:
     return content[8 + int.from_bytes(content[:8], "little") :]
 
 
-def test_a_process_that_is_not_the_main_one_writes_nothing(make_config, monkeypatch, capsys):
+def test_secondary_process_writes_nothing(make_config, monkeypatch, capsys):
+    """A process that is not the main one writes nothing."""
     config = make_config(sample=PREVIEWED, save={"every": 1}, log={"tensorboard": True})
     fill_run_caches(config)
     summed = []
@@ -154,7 +158,9 @@ def test_a_process_that_is_not_the_main_one_writes_nothing(make_config, monkeypa
     assert capsys.readouterr().out == ""
 
 
-def test_a_collective_that_fails_is_told_as_a_lost_process(monkeypatch):
+def test_failed_collective_is_a_lost_worker(monkeypatch):
+    """A collective that fails is reported as a lost process."""
+
     def broken(*args):
         raise RuntimeError("[gloo] Connection closed by peer [127.0.0.1]:1\nmore")
 
@@ -164,7 +170,8 @@ def test_a_collective_that_fails_is_told_as_a_lost_process(monkeypatch):
     assert error.value.exit_code == 8 and "more" not in str(error.value)
 
 
-def test_an_echo_of_a_signal_is_no_second_one(monkeypatch):
+def test_echo_of_a_signal_is_ignored(monkeypatch):
+    """The echo of a signal is not taken for a second one."""
     now = [10.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     request = StopRequest()

@@ -14,7 +14,8 @@ from zimage_train.training import loop, outputs
 from helpers import PREVIEWED, facts, final, folder, losses, stop_after
 
 
-def test_training_weights_that_cannot_be_put_back_after_a_preview_end_the_run(make_config, tmp_path, monkeypatch):
+def test_weights_not_restored_end_the_run(make_config, tmp_path, monkeypatch):
+    """If the training weights cannot be restored after a preview, the run ends."""
     model = tmp_path / "turbo"
     shutil.copytree(mini.TURBO, model)
     config = make_config(
@@ -41,7 +42,8 @@ def test_training_weights_that_cannot_be_put_back_after_a_preview_end_the_run(ma
 
 
 @pytest.mark.parametrize("lost", ["grid.png", "000004-01.png", "000000-00.png"])
-def test_killed_within_the_last_preview_the_same_command_makes_up_for_it(make_config, lost: str):
+def test_killed_within_the_last_preview(make_config, lost: str):
+    """After a kill within the last preview, the same command draws what is missing."""
     config = make_config(sample=PREVIEWED)
     run_training(config, fresh=False)
     before = {path.name: path.read_bytes() for path in (folder(config) / "samples").iterdir()}
@@ -65,7 +67,8 @@ def test_killed_within_the_last_preview_the_same_command_makes_up_for_it(make_co
 
 
 @pytest.mark.parametrize("lost", [["run.json"], ["config.yaml"], ["run.json", "config.yaml", "events.jsonl"]])
-def test_a_run_is_known_by_its_checkpoint_whatever_else_is_lost(make_config, lost: list[str]):
+def test_checkpoint_identifies_the_run(make_config, lost: list[str]):
+    """A run is recognized by its checkpoint, whatever else is lost."""
     run_training(make_config(train={"steps": 1}), fresh=False)
     for name in lost:
         (folder(make_config()) / name).unlink()
@@ -78,21 +81,24 @@ def test_a_run_is_known_by_its_checkpoint_whatever_else_is_lost(make_config, los
 @pytest.mark.parametrize(
     "content", ['{"starts": 5, "plan": 3}', '{"starts": ["x", 1], "lora": 7}', "[]", "{", "", "\x00"]
 )
-def test_a_malformed_run_json_is_written_anew(make_config, content: str):
+def test_malformed_run_json(make_config, content: str):
+    """A malformed `run.json` is written anew."""
     run_training(make_config(train={"steps": 1}), fresh=False)
     (folder(make_config()) / "run.json").write_text(content)
     run_training(make_config(train={"steps": 2}), fresh=False)
     assert facts(make_config())["starts"][-1] == 1 and facts(make_config())["lora"]["matched"] == "42/42"
 
 
-def test_a_list_that_changed_is_shown_on_one_line(make_config):
+def test_changed_list_is_on_one_line(make_config):
+    """A list that changed is shown on one line."""
     run_training(make_config(train={"steps": 1}), fresh=False)
     with pytest.raises(ConfigError) as error:
         run_training(make_config(train={"steps": 2}, lora={"targets": ["attention"]}), fresh=False)
     assert 'lora.targets: - ["attention", "feed_forward"]  + ["attention"]' in str(error.value)
 
 
-def test_allow_continues_with_a_changed_rate_and_says_so(make_config, capsys):
+def test_allow_a_changed_rate(make_config, capsys):
+    """`--allow` continues with a changed rate, and says so."""
     run_training(make_config(train={"steps": 2}), fresh=False)
     changed = make_config(train={"steps": 4}, optimizer={"lr": 5e-4})
     with pytest.raises(
@@ -107,7 +113,8 @@ def test_allow_continues_with_a_changed_rate_and_says_so(make_config, capsys):
     )  # from now on it is the run's own
 
 
-def test_allow_covers_images_and_nothing_that_it_does_not_name(make_config, tmp_path):
+def test_allow_covers_named_keys_only(make_config, tmp_path):
+    """`--allow data` covers changed images, and nothing that it does not name."""
     shutil.copytree(mini.IMAGES, tmp_path / "photos")
     data = [{"folder": str(tmp_path / "photos"), "resolution": [64], "trigger": "zorb"}]
     run_training(make_config(train={"steps": 2}, data=data), fresh=False)
@@ -124,12 +131,14 @@ def test_allow_covers_images_and_nothing_that_it_does_not_name(make_config, tmp_
 @pytest.mark.parametrize(
     "key", ["lora.rank", "optimizer.name", "model", "", "optimizer", "optimizer.lrr", "sched", "data.0", "schedule.x"]
 )
-def test_what_cannot_change_within_a_run_cannot_be_allowed(make_config, key: str):
+def test_allow_refuses_fixed_settings(make_config, key: str):
+    """Settings that cannot change within a run cannot be allowed."""
     with pytest.raises(ConfigError, match=r"cannot change within a run; one of optimizer\.lr, "):
         run_training(make_config(), fresh=False, allow=(key,))
 
 
-def test_steps_below_those_of_the_run_are_refused_and_nothing_is_written(make_config):
+def test_steps_below_those_of_the_run(make_config):
+    """Fewer steps than the run has made are refused, and nothing is written."""
     run_training(make_config(train={"steps": 3}), fresh=False)
     before = {path: path.read_bytes() for path in folder(make_config()).rglob("*.json*")}
     config_text = (folder(make_config()) / "config.yaml").read_bytes()
@@ -139,7 +148,8 @@ def test_steps_below_those_of_the_run_are_refused_and_nothing_is_written(make_co
     assert (folder(make_config()) / "config.yaml").read_bytes() == config_text
 
 
-def test_before_the_first_checkpoint_anything_may_change_and_no_old_image_is_taken_for_new(make_config, monkeypatch):
+def test_change_before_a_checkpoint(make_config, monkeypatch):
+    """Before the first checkpoint anything may change, and old previews are drawn anew."""
     config = make_config(sample=PREVIEWED)
     monkeypatch.setattr(loop, "prefetch", lambda run: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
@@ -151,7 +161,8 @@ def test_before_the_first_checkpoint_anything_may_change_and_no_old_image_is_tak
     assert image.stat().st_mtime_ns != before
 
 
-def test_after_a_change_of_prompts_every_image_stands_under_its_own(make_config):
+def test_changed_prompts_keep_their_images(make_config):
+    """After a change of prompts, every image is under its own prompt."""
     run_training(make_config(sample=PREVIEWED, train={"steps": 2}), fresh=False)
     changed = PREVIEWED | {"prompts": ["a green square", "a red circle"]}
     run_training(make_config(sample=changed, train={"steps": 4}), fresh=False)
@@ -165,7 +176,8 @@ def test_after_a_change_of_prompts_every_image_stands_under_its_own(make_config)
     }
 
 
-def test_a_decay_stretches_with_the_run_so_more_steps_are_another_run_unless_allowed(make_config, capsys):
+def test_decay_makes_more_steps_a_change(make_config, capsys):
+    """With a decaying schedule, more steps are another run unless they are allowed."""
     decay = {"schedule": {"name": "cosine"}}
     run_training(make_config(train={"steps": 2}, **decay), fresh=False)
     with pytest.raises(
@@ -187,7 +199,8 @@ def test_a_decay_stretches_with_the_run_so_more_steps_are_another_run_unless_all
         lambda config: (folder(config) / "report.html").unlink(),
     ],
 )
-def test_a_finished_run_that_lost_something_makes_it_again(make_config, change):
+def test_finished_run_that_lost_a_file(make_config, change):
+    """A finished run that lost a file makes it again."""
     config = make_config(sample=PREVIEWED)
     run_training(config, fresh=False)
     before = final(config), (folder(config) / "samples" / "000004-00.png").read_bytes()
@@ -198,7 +211,8 @@ def test_a_finished_run_that_lost_something_makes_it_again(make_config, change):
     assert facts(config)["starts"] == [0, 4]
 
 
-def test_a_finished_run_exports_again_when_the_dtype_changed(make_config, capsys):
+def test_finished_run_with_another_dtype(make_config, capsys):
+    """A finished run exports again when the data type changed."""
     run_training(make_config(), fresh=False)
     large = len(final(make_config()))
     run_training(make_config(save={"dtype": "bf16"}), fresh=False)
@@ -208,7 +222,8 @@ def test_a_finished_run_exports_again_when_the_dtype_changed(make_config, capsys
     assert "is complete" in capsys.readouterr().out
 
 
-def test_a_finished_run_draws_again_when_its_prompts_changed(make_config):
+def test_finished_run_with_other_prompts(make_config):
+    """A finished run draws again when its prompts changed."""
     run_training(make_config(sample=PREVIEWED), fresh=False)
     changed = make_config(sample=PREVIEWED | {"prompts": ["a blue zorb"]})
     run_training(changed, fresh=False)
@@ -216,7 +231,8 @@ def test_a_finished_run_draws_again_when_its_prompts_changed(make_config):
     assert recipe.prompt == "a blue zorb"
 
 
-def test_previews_after_the_checkpoint_that_a_run_goes_back_to_are_gone_at_once(make_config, monkeypatch):
+def test_previews_after_the_checkpoint(make_config, monkeypatch):
+    """Previews of later steps than the checkpoint are removed at the start."""
     config = make_config(sample=PREVIEWED, save={"every": 2})
     run_training(config, fresh=False)
     flipped = folder(config) / "checkpoints" / "step-000004.safetensors"
@@ -228,7 +244,8 @@ def test_previews_after_the_checkpoint_that_a_run_goes_back_to_are_gone_at_once(
     assert list(preview_images.preview_table(folder(config) / "samples").rows) == [0, 2]
 
 
-def test_exported_loras_without_any_checkpoint_are_not_trained_over(make_config):
+def test_exports_without_a_checkpoint(make_config):
+    """Exported LoRAs without any checkpoint are not overwritten by a new training."""
     config = make_config(train={"steps": 2})
     run_training(config, fresh=False)
     shutil.rmtree(folder(config) / "checkpoints")

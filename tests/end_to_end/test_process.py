@@ -60,7 +60,8 @@ LONG = {"train": {"steps": 60, "batch_size": 1}, "save": {"every": 5}}
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
-def test_a_signal_saves_and_says_how_to_continue(start, tmp_path: Path, number: int, code: int):
+def test_signal_saves(start, tmp_path: Path, number: int, code: int):
+    """A signal makes the run save and say how to continue."""
     process = start("tiny", **(LONG | {"save": {"every": None}, "train": {"steps": 500, "batch_size": 1}}))
     wait_for(process, tmp_path / "runs" / "tiny" / "metrics.jsonl", 4)
     process.send_signal(number)
@@ -87,8 +88,11 @@ sys.addaudithook(count)
 
 
 @pytest.mark.parametrize("share", [0.1, 0.25, 0.5, 0.75, 0.9])
-def test_ctrl_c_while_modules_are_imported_shows_no_traceback(tmp_path: Path, share: float):
-    """It comes with the module that stands at this share of all that are looked for."""
+def test_ctrl_c_during_imports(tmp_path: Path, share: float):
+    """Ctrl-C while modules are imported shows no traceback.
+
+    It comes with the module that stands at this share of all that are looked for.
+    """
     config = tmp_path / "c.yaml"
     config.write_text(strict_yaml.dump({"name": "x", "data": [{"folder": str(tmp_path)}]}))
 
@@ -138,7 +142,8 @@ def tensors(path: Path) -> bytes:
     return content[8 + int.from_bytes(content[:8], "little") :]
 
 
-def test_python_m_takes_the_same_commands_and_exit_codes(tmp_path: Path):
+def test_python_m_is_the_same_program(tmp_path: Path):
+    """`python -m zimage_train` takes the same commands, with the same exit codes."""
     bad = tmp_path / "bad.yaml"
     bad.write_text("name: x\ndata:\n  - folder: nowhere\noptimizer:\n  lrr: 1e-4\n")
     done = subprocess.run(
@@ -156,7 +161,8 @@ ACCELERATE += ["--multi_gpu", "--mixed_precision", "no", "--dynamo_backend", "no
 
 
 @pytest.mark.parametrize("launcher", [TORCHRUN, ACCELERATE], ids=["torchrun", "accelerate"])
-def test_two_processes_train_like_one_that_accumulates_two(start, tmp_path: Path, shared_cache: Path, launcher):
+def test_two_processes_equal_accumulation(start, tmp_path: Path, shared_cache: Path, launcher):
+    """Two processes train like one that accumulates two micro-batches."""
     from mini_config import mini_values
 
     options = {"train": {"steps": 3, "batch_size": 2}, "name": "tiny", "save": {"every": 1}}

@@ -140,7 +140,8 @@ def test_the_neutral_value_changes_no_bit(bytes_of, plain_bytes, setting: str):
     assert bytes_of(dict(NEUTRAL[setting])) == plain_bytes["plain"]
 
 
-def test_every_other_value_changes_the_lora_each_in_its_own_way(bytes_of):
+def test_other_values_change_the_lora(bytes_of):
+    """Every other value changes the LoRA, each in its own way."""
     found = {"nothing": bytes_of({})} | {setting: bytes_of(dict(changes)) for setting, changes in CHANGING.items()}
     same = [(one, other) for one in found for other in found if one < other and found[one] == found[other]]
     # A small share of regularization leaves the two steps of this run to the concept.
@@ -157,14 +158,18 @@ EVERYTHING: dict[str, Any] = {
 }
 
 
-def test_however_the_model_is_held_all_parts_of_the_loss_are_the_same_bits(bytes_of):
-    """Passes without the LoRA and without a gradient come between those that recompute and stream."""
+def test_memory_settings_change_no_bit(bytes_of):
+    """Streaming and recomputation change no bit, with all parts of the loss.
+
+    Passes without the LoRA and without a gradient come between those that recompute and stream.
+    """
     plain = bytes_of(dict(EVERYTHING))
     for memory in ({"offload": 0.5}, {"offload": 1.0, "checkpointing": "full"}, {"checkpointing": "w1w3"}):
         assert bytes_of(EVERYTHING | {"memory": memory}) == plain, memory
 
 
-def test_a_run_with_everything_continues_bit_for_bit(make_config, images: Path, monkeypatch):
+def test_run_with_everything_resumes(make_config, images: Path, monkeypatch):
+    """A run with every setting continues bit for bit."""
     values = filled(dict(EVERYTHING), images)
     own = {"folder": str(images / "all"), "resolution": [64], "trigger": "zorb", "shuffle_tags": True, "flip": True}
     values["data"] = [own | values["data"], *values.pop("more_data")]
@@ -184,7 +189,9 @@ def test_a_run_with_everything_continues_bit_for_bit(make_config, images: Path, 
 
 
 @pytest.mark.parametrize(("weight", "accumulate"), [(2.0, 1), (0.5, 2)])
-def test_the_weight_of_a_folder_multiplies_its_loss_and_its_gradient(make_config, images: Path, weight, accumulate):
+def test_folder_weight_scales_the_loss(make_config, images: Path, weight, accumulate):
+    """The weight of a folder multiplies its loss and its gradient."""
+
     def first(name: str, value: float) -> dict[str, Any]:
         data = [{"folder": str(images / "all"), "resolution": [64], "trigger": "zorb", "weight": value}]
         config = make_config(
@@ -199,7 +206,8 @@ def test_the_weight_of_a_folder_multiplies_its_loss_and_its_gradient(make_config
     assert weighed["sigma"] == plain["sigma"] and weighed["samples"] == plain["samples"]
 
 
-def test_the_passes_of_a_run_are_those_that_its_settings_say(make_config, images: Path):
+def test_passes_follow_the_settings(make_config, images: Path):
+    """The passes of a run follow its settings."""
     data = [
         {"folder": str(images / "all"), "resolution": [64], "trigger": "zorb", "flip": True, "batch_size": 4},
         {"folder": str(images / "class"), "resolution": [64], "regularization": True, "batch_size": 1},

@@ -42,7 +42,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory, shared_cache: Path) -> Co
     return config
 
 
-def test_the_run_folder_is_the_documented_one(finished: Config):
+def test_run_folder_is_as_documented(finished: Config):
+    """The run folder has the documented files."""
     found = {path.relative_to(folder(finished)).as_posix() for path in folder(finished).rglob("*") if path.is_file()}
     events = {name for name in found if name.startswith("tensorboard/events.out.tfevents")}
     assert len(events) == 1
@@ -62,7 +63,8 @@ def test_the_run_folder_is_the_documented_one(finished: Config):
     }
 
 
-def test_metrics_have_one_record_a_step_with_what_was_used(finished: Config):
+def test_metrics_have_a_record_per_step(finished: Config):
+    """Metrics have one record per step, with the samples and sigmas that it used."""
     records = read_records(folder(finished) / "metrics.jsonl")
     assert [record["step"] for record in records] == [1, 2, 3, 4, 5]
     for record in records:
@@ -81,13 +83,15 @@ def test_run_json_proves_the_settings(finished: Config):
     assert found["versions"]["torch"] == torch.__version__
 
 
-def test_the_effective_config_is_whole_and_loadable(finished: Config):
+def test_effective_config_is_complete(finished: Config):
+    """The effective config is complete, and can be loaded."""
     path = folder(finished) / "config.yaml"
     assert read_config(path) == finished
     assert strict_yaml.parse(path.read_text()).value == finished.model_dump()
 
 
-def test_the_export_says_what_it_is_and_nothing_of_where_it_was_made(finished: Config):
+def test_export_metadata(finished: Config):
+    """The export's metadata describes the LoRA, and not the machine it was made on."""
     with safe_open(folder(finished) / "lora" / "tiny.safetensors", "pt") as file:
         metadata = file.metadata()
     assert metadata["modelspec.architecture"] == "Z-Image/lora"
@@ -98,13 +102,15 @@ def test_the_export_says_what_it_is_and_nothing_of_where_it_was_made(finished: C
     assert str(Path(finished.output_dir)) not in json.dumps(metadata)
 
 
-def test_previews_have_the_asked_size_and_carry_their_recipe(finished: Config):
+def test_previews_have_size_and_settings(finished: Config):
+    """Previews have the requested size, and hold their sampling settings."""
     with Image.open(folder(finished) / "samples" / "000005-01.png") as image:
         assert image.size == (64, 64)
         assert "Seed: 43" in image.info["parameters"] and "CFG 1" in image.info["parameters"]
 
 
-def test_the_report_is_one_page_without_links_elsewhere(finished: Config):
+def test_report_is_self_contained(finished: Config):
+    """The report is one page without links elsewhere."""
     page = (folder(finished) / "report.html").read_text()
     assert page.count("data:image/jpeg;base64") == 8
     for text in ("matched 42/42", "matched 48/48", "a red zorb on a blue background", "steps: 5"):
@@ -145,7 +151,9 @@ def test_fresh_moves_the_old_run_aside(make_config):
 # What must not change training
 
 
-def test_a_samples_noise_and_sigma_do_not_depend_on_how_batches_are_made(make_config):
+def test_noise_is_independent_of_batches(make_config):
+    """A sample's noise and sigma do not depend on how batches are made."""
+
     def sigmas(name: str, **options) -> dict[str, set[float]]:
         config = make_config(name=name, train={"steps": 16, **options})
         run_training(config, fresh=False)
@@ -162,7 +170,8 @@ def test_a_samples_noise_and_sigma_do_not_depend_on_how_batches_are_made(make_co
         assert all(single[sample] <= other[sample] for sample in single)
 
 
-def test_sigmas_of_a_run_follow_the_density_that_timesteps_prints(make_config):
+def test_sigmas_follow_the_density(make_config):
+    """The sigmas of a run follow the density that `timesteps` prints."""
     config = make_config(
         train={"steps": 12, "batch_size": 16},
         timesteps={"type": "sigmoid", "bias": "high_noise"},
@@ -179,7 +188,8 @@ def test_sigmas_of_a_run_follow_the_density_that_timesteps_prints(make_config):
     assert len(printed["weights"]) == 1001 and printed["weights"][500] == [0.5, 1.0]
 
 
-def test_differential_guidance_multiplies_the_first_unclipped_gradient(make_config):
+def test_differential_guidance_gradient(make_config):
+    """Differential guidance multiplies the first unclipped gradient by its scale."""
     norms = []
     for scale in (None, 3.0):
         config = make_config(name=f"s{scale}", train={"steps": 1}, guidance={"differential": scale})
@@ -188,7 +198,8 @@ def test_differential_guidance_multiplies_the_first_unclipped_gradient(make_conf
     assert norms[1] == pytest.approx(3 * norms[0], rel=1e-5)
 
 
-def test_the_logged_rate_is_the_one_of_the_schedule(make_config):
+def test_logged_rate_follows_the_schedule(make_config):
+    """The logged learning rate is that of the schedule."""
     config = make_config(train={"steps": 6}, schedule={"warmup_steps": 4})
     run_training(config, fresh=False)
     assert [r["lr"] for r in read_records(folder(config) / "metrics.jsonl")] == pytest.approx(
@@ -196,7 +207,8 @@ def test_the_logged_rate_is_the_one_of_the_schedule(make_config):
     )
 
 
-def test_caption_dropout_of_one_trains_on_the_empty_prompt_alone(make_config, monkeypatch):
+def test_caption_dropout_of_one(make_config, monkeypatch):
+    """A caption dropout of 1 trains on the empty prompt alone."""
     used: set[int] = set()
     original = batch.make_batch
 
@@ -214,7 +226,8 @@ def test_caption_dropout_of_one_trains_on_the_empty_prompt_alone(make_config, mo
 # What goes wrong
 
 
-def test_an_export_that_others_would_read_wrongly_is_not_left_there(make_config, monkeypatch):
+def test_bad_export_is_removed(make_config, monkeypatch):
+    """An export that other programs would read wrongly is removed."""
     from zimage_train.lora import verify
 
     config = make_config(train={"steps": 1})
@@ -238,7 +251,8 @@ def test_what_is_due_when(every: int | None, steps: int, expected: list[int]):
     assert [step for step in range(1, steps + 1) if is_due(every, step, steps)] == expected
 
 
-def test_checkpointing_is_chosen_by_the_budget_of_each_start_and_changes_no_loss(make_config):
+def test_checkpointing_follows_the_budget(make_config):
+    """Checkpointing follows the budget of each start, and changes no loss."""
     small = make_config(memory={"budget_gb": 0.015}, train={"steps": 1, "batch_size": 8})
     run_training(small, fresh=False)
     assert "attention" in next(iter_lines(small, "memory plan"))
@@ -255,7 +269,8 @@ def iter_lines(config: Config, word: str) -> Iterator[str]:
     return (line for line in (folder(config) / "log.txt").read_text().splitlines() if word in line)
 
 
-def test_what_check_says_stands_in_the_log_too(make_config):
+def test_warnings_of_check_are_logged(make_config):
+    """The warnings of `check` are in the log, too."""
     config = make_config(train={"steps": 1}, sample={"prompts": ["a zorb"], "every": None, "first": False})
     run_training(config, fresh=False)
     assert "warning: every prompt in sample.prompts has the trigger" in (folder(config) / "log.txt").read_text()

@@ -30,7 +30,8 @@ def package_files() -> set[str]:
 
 
 @pytest.mark.slow
-def test_a_wheel_holds_the_whole_package_and_trains_without_the_sources(tmp_path: Path):
+def test_wheel_trains_without_the_sources(tmp_path: Path):
+    """A wheel holds the whole package, and trains without the sources."""
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input"]
     source = tmp_path / "source"
     for name in (*package_files(), "pyproject.toml", "README.md", "LICENSE"):
