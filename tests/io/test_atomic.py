@@ -21,7 +21,8 @@ ROOT = Path(__file__).parents[2]
 OLD, NEW = b"old" * 5000, b"new!" * 5000
 
 
-def test_an_error_of_the_writer_itself_leaves_the_old_file(tmp_path: Path):
+def test_writer_error_keeps_the_old_file(tmp_path: Path):
+    """An error of the writer itself leaves the old file."""
     path = tmp_path / "x.bin"
     path.write_bytes(OLD)
     with pytest.raises(ZeroDivisionError), atomic.replace_atomically(path) as file:
@@ -31,7 +32,8 @@ def test_an_error_of_the_writer_itself_leaves_the_old_file(tmp_path: Path):
 
 
 @pytest.mark.parametrize("place", ["file/x.bin", "x.bin/"])
-def test_a_place_that_cannot_be_written_is_a_disk_error(tmp_path: Path, place: str):
+def test_unwritable_place_is_a_disk_error(tmp_path: Path, place: str):
+    """A place that cannot be written is a disk error."""
     (tmp_path / "file").write_text("")
     (tmp_path / "x.bin").mkdir()
     with pytest.raises(DiskError, match="cannot be written"):
@@ -88,7 +90,8 @@ def header(content: bytes) -> tuple[dict[str, Any], int]:
     return json.loads(content[8 : 8 + length]), 8 + length
 
 
-def test_tensors_are_read_by_the_safetensors_library(tmp_path: Path):
+def test_tensors_load_with_safetensors(tmp_path: Path):
+    """Tensors are read by the safetensors library."""
     save_arrays(tmp_path / "x.safetensors", list(ARRAYS), {"b": "2", "a": "é"})
     found = load_file(tmp_path / "x.safetensors")
     assert found.keys() == ARRAYS.keys()
@@ -99,7 +102,8 @@ def test_tensors_are_read_by_the_safetensors_library(tmp_path: Path):
         assert file.metadata() == {"a": "é", "b": "2"}
 
 
-def test_equal_content_makes_equal_bytes_in_any_order(tmp_path: Path):
+def test_bytes_do_not_depend_on_order(tmp_path: Path):
+    """Equal content makes equal bytes, in any order."""
     names = list(ARRAYS)
     metadata = {f"key{number}": str(number) for number in range(20)}
     contents = {
@@ -117,7 +121,8 @@ def test_equal_content_makes_equal_bytes_in_any_order(tmp_path: Path):
     assert save_arrays(tmp_path / "y", names, metadata | {"key1": "x"}) not in contents
 
 
-def test_every_tensor_is_aligned_and_the_header_is_sorted(tmp_path: Path):
+def test_tensors_are_aligned(tmp_path: Path):
+    """Every tensor is aligned, and the header is sorted."""
     found, start = header(save_arrays(tmp_path / "x", list(ARRAYS), {"b": "2", "a": "1", "c": "3"}))
     assert start % 8 == 0
     assert list(found["__metadata__"]) == ["a", "b", "c"]
@@ -132,7 +137,8 @@ def test_every_tensor_is_aligned_and_the_header_is_sorted(tmp_path: Path):
     assert order == sorted(order)
 
 
-def test_a_file_without_metadata_and_one_without_tensors(tmp_path: Path):
+def test_no_metadata_or_no_tensors(tmp_path: Path):
+    """A file may have no metadata, or no tensors."""
     found, _ = header(save_arrays(tmp_path / "x", ["half"], {}))
     assert list(found) == ["half"]
     save_arrays(tmp_path / "y.safetensors", [], {"a": "1"})
@@ -147,7 +153,8 @@ def test_the_size_of_every_type_is_known():
 # Logs, removing, setting aside
 
 
-def test_a_line_of_a_log_is_there_at_once_and_synced_when_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_log_lines_are_written_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A line of a log is written at once, and synced when requested."""
     synced = []
     monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(os.fstat(descriptor).st_size))
     with (tmp_path / "log").open("a") as log:
@@ -177,7 +184,8 @@ def test_setting_aside_keeps_everything(tmp_path: Path):
         atomic.rename_as_backup(tmp_path / "run", ".old")
 
 
-def test_debris_of_dead_processes_goes_and_nothing_else(tmp_path: Path):
+def test_stale_temp_files_are_removed(tmp_path: Path):
+    """Temporary files of dead processes are removed, and no others."""
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
     alive = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, stderr=subprocess.DEVNULL)

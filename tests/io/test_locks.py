@@ -28,14 +28,17 @@ def no_flock(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize("name", ["file", "file/run"])
-def test_a_folder_that_cannot_be_made_is_a_disk_error(tmp_path: Path, name: str):
+def test_lock_folder_cannot_be_made(tmp_path: Path, name: str):
+    """A folder that cannot be made is a disk error."""
     (tmp_path / "file").write_text("")
     with pytest.raises(DiskError) as caught, locks.lock_folder(tmp_path / name):
         raise AssertionError("locked nothing")
     assert caught.value.exit_code == 7 and (tmp_path / "file").read_text() == ""
 
 
-def test_a_lock_file_that_may_not_be_opened_is_a_disk_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_lock_file_cannot_be_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A lock file that may not be opened is a disk error."""
+
     def deny(*_: object) -> None:
         raise PermissionError(errno.EPERM, "Operation not permitted")
 
@@ -44,21 +47,24 @@ def test_a_lock_file_that_may_not_be_opened_is_a_disk_error(tmp_path: Path, monk
         raise AssertionError("locked nothing")
 
 
-def test_a_holder_without_a_name_is_another_process(tmp_path: Path):
+def test_lock_holder_without_a_name(tmp_path: Path):
+    """A holder without a name is reported as another process."""
     with locks.lock_folder(tmp_path):
         (tmp_path / "run.holder").unlink()
         with pytest.raises(FolderInUseError, match="in use by another process"), locks.lock_folder(tmp_path):
             raise AssertionError("locked twice")
 
 
-def test_a_dead_holder_is_no_holder_where_the_system_locks(tmp_path: Path):
+def test_lock_of_a_dead_holder(tmp_path: Path):
+    """Where the system locks, the file of a dead holder does not count."""
     (tmp_path / "run.holder").write_text("process 1 on elsewhere")
     with locks.lock_folder(tmp_path):
         assert (tmp_path / "run.holder").read_text() == f"process {os.getpid()} on {socket.gethostname()}"
     assert [path.name for path in tmp_path.iterdir()] == ["run.lock"]
 
 
-def test_without_flock_the_holder_has_a_lease(tmp_path: Path, no_flock: None):
+def test_lease_without_flock(tmp_path: Path, no_flock: None):
+    """Without `flock`, a holder has a lease."""
     path = tmp_path / "run.holder"
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
@@ -93,7 +99,8 @@ def test_without_flock_the_holder_has_a_lease(tmp_path: Path, no_flock: None):
     assert not is_free(f"process 1 on {here}", age=10_000), "another user's process lives"
 
 
-def test_a_lease_is_renewed_as_long_as_it_is_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_flock: None):
+def test_lease_is_renewed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_flock: None):
+    """A lease is renewed as long as it is held."""
     monkeypatch.setattr(locks, "LEASE_SECONDS", 0.2)
     threads = threading.active_count()
     with locks.lock_folder(tmp_path):
@@ -101,7 +108,8 @@ def test_a_lease_is_renewed_as_long_as_it_is_held(tmp_path: Path, monkeypatch: p
     assert threading.active_count() == threads and not (tmp_path / "run.holder").exists()
 
 
-def test_the_lock_of_the_system_needs_no_lease(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_lease_is_not_needed_with_flock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The system's lock needs no lease."""
     monkeypatch.setattr(locks, "LEASE_SECONDS", 0.2)
     threads = threading.active_count()
     assert locks.has_system_locks(tmp_path)

@@ -46,7 +46,8 @@ CHANGES: dict[str, tuple[str, Callable[[Path], object]]] = {
 
 
 @pytest.mark.parametrize("verb", CHANGES)
-def test_windows_tries_again_while_a_file_is_open(tmp_path: Path, monkeypatch, windows: list[float], verb: str):
+def test_windows_retries_an_open_file(tmp_path: Path, monkeypatch, windows: list[float], verb: str):
+    """On Windows, changing a file that is open elsewhere is tried again."""
     name, change = CHANGES[verb]
     (tmp_path / "x").write_text("old")
     monkeypatch.setattr(os, name, open_elsewhere(3, getattr(os, name)))
@@ -56,9 +57,8 @@ def test_windows_tries_again_while_a_file_is_open(tmp_path: Path, monkeypatch, w
 
 
 @pytest.mark.parametrize("verb", CHANGES)
-def test_a_file_that_stays_open_on_windows_is_a_disk_error(
-    tmp_path: Path, monkeypatch, windows: list[float], verb: str
-):
+def test_windows_gives_up_on_an_open_file(tmp_path: Path, monkeypatch, windows: list[float], verb: str):
+    """On Windows, a file that stays open is a disk error, and stays as it was."""
     name, change = CHANGES[verb]
     (tmp_path / "x").write_text("old")
     monkeypatch.setattr(os, name, open_elsewhere(99, getattr(os, name)))
@@ -70,7 +70,8 @@ def test_a_file_that_stays_open_on_windows_is_a_disk_error(
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("x", "old")]
 
 
-def test_windows_tries_to_remove_an_open_file_again(tmp_path: Path, monkeypatch, windows: list[float]):
+def test_windows_retries_to_remove(tmp_path: Path, monkeypatch, windows: list[float]):
+    """On Windows, removing an open file is tried again."""
     (tmp_path / "x").write_text("")
     monkeypatch.setattr(os, "unlink", open_elsewhere(1, os.unlink))
     assert atomic.remove(tmp_path / "x") and len(windows) == 1
@@ -88,7 +89,8 @@ def test_windows_syncs_no_folder(tmp_path: Path, monkeypatch, windows: list[floa
     operating_system.sync_folder(tmp_path)
 
 
-def test_ctrl_c_is_the_only_signal_on_windows(windows: list[float]):
+def test_windows_has_ctrl_c_only(windows: list[float]):
+    """Ctrl-C is the only signal on Windows."""
     assert operating_system.stop_signals() == [signal.SIGINT]
 
 
@@ -97,7 +99,8 @@ def test_unix_has_more_signals():
 
 
 @pytest.mark.parametrize("system", ["win32", "darwin"])
-def test_only_linux_tells_of_a_parents_death(monkeypatch: pytest.MonkeyPatch, system: str):
+def test_parent_death_signal_is_for_linux(monkeypatch: pytest.MonkeyPatch, system: str):
+    """Only Linux signals the death of a parent."""
     monkeypatch.setattr(operating_system, "SYSTEM", system)
     monkeypatch.setattr("ctypes.CDLL", pytest.fail)
     operating_system.signal_when_parent_dies(signal.SIGTERM)
@@ -118,7 +121,8 @@ def test_peak_memory_is_in_bytes(monkeypatch: pytest.MonkeyPatch, system: str, e
     assert operating_system.peak_memory_bytes() == expected
 
 
-def test_asking_whether_a_process_lives_does_not_end_it():
+def test_process_is_alive_does_not_end_it():
+    """Asking whether a process is alive does not end it."""
     alive = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, stderr=subprocess.DEVNULL)
     assert operating_system.is_process_alive(alive.pid) and alive.poll() is None
     alive.kill()
@@ -126,7 +130,8 @@ def test_asking_whether_a_process_lives_does_not_end_it():
     assert not operating_system.is_process_alive(alive.pid)
 
 
-def test_the_memory_of_a_container_counts_and_not_that_of_its_host(tmp_path: Path, monkeypatch):
+def test_memory_of_a_container(tmp_path: Path, monkeypatch):
+    """The memory of a container counts, and not that of its host."""
     physical = operating_system.main_memory_bytes()
     limit = tmp_path / "memory.max"
     monkeypatch.setattr(operating_system, "CGROUP_LIMITS", (str(limit),))

@@ -31,7 +31,8 @@ ATTENTION = [f"layers.0.attention.to_{part}" for part in "qkv"]
 
 
 @pytest.mark.parametrize("module", [*TransformerShape().linears, "layers.3.attention.qkv"])
-def test_every_module_is_known_under_each_of_its_spellings(module: str):
+def test_modules_in_every_spelling(module: str):
+    """Every module is known in each of its spellings."""
     native = keys.native_name(module)
     spellings = [f"{prefix}{name}" for prefix in (*keys.PREFIXES, "") for name in (module, native)]
     spellings += [f"{prefix}{keys.underscored(name)}" for prefix in keys.UNDERSCORED for name in (module, native)]
@@ -93,7 +94,8 @@ ranks = st.lists(st.integers(0, 5), min_size=3, max_size=3).filter(any)
 
 @settings(max_examples=60, deadline=None)
 @given(ranks, st.integers(0, 2**31), st.sampled_from([torch.float32, torch.bfloat16]), st.booleans())
-def test_fusing_and_splitting_q_k_and_v_is_the_identity(ranks_: list[int], seed: int, dtype: torch.dtype, zero: bool):
+def test_qkv_fuse_and_split_is_identity(ranks_: list[int], seed: int, dtype: torch.dtype, zero: bool):
+    """Fusing and splitting Q, K and V is the identity."""
     draw = torch.Generator().manual_seed(seed)
     changes: list[Change | None] = []
     for rank in ranks_:
@@ -118,7 +120,8 @@ def _delta(change: Change) -> Tensor:
     return qkv.scale_of(change) * (change["B"].double() @ change["A"].double())
 
 
-def test_scales_that_differ_between_q_k_and_v_are_multiplied_in(tmp_path: Path):
+def test_qkv_scales_that_differ(tmp_path: Path):
+    """Scales that differ between Q, K and V are multiplied into the factors."""
     lora = random_lora(scale=0.5)
     lora[ATTENTION[1]] = lora_file.Factors(lora[ATTENTION[1]].a, lora[ATTENTION[1]].b, 1 / 3)
     there = converted(write(tmp_path / "x.safetensors", lora), "kohya", tmp_path / "k.safetensors")
@@ -126,7 +129,8 @@ def test_scales_that_differ_between_q_k_and_v_are_multiplied_in(tmp_path: Path):
     assert all(relative(dense(found, module), dense(lora, module)) < 1e-7 for module in lora)
 
 
-def test_a_fused_lora_with_one_a_for_all_three_is_split_and_fused_without_growing(tmp_path: Path):
+def test_qkv_with_a_shared_factor(tmp_path: Path):
+    """A fused LoRA with one A for Q, K and V is split, and fused again at the same rank."""
     draw = torch.Generator().manual_seed(1)
     tensors = {
         "diffusion_model.layers.0.attention.qkv.lora_A.weight": torch.randn(4, 96, generator=draw),
@@ -147,7 +151,8 @@ def test_a_fused_lora_with_one_a_for_all_three_is_split_and_fused_without_growin
     assert together["lora_unet_layers_0_attention_qkv.lora_down.weight"].shape == (4, 96)
 
 
-def test_metadata_is_kept_but_for_hashes_of_the_old_file(tmp_path: Path):
+def test_metadata_without_old_hashes(tmp_path: Path):
+    """Metadata is kept, except for hashes of the old file."""
     tensors = load_file(write(tmp_path / "x.safetensors", random_lora(scale=0.5)))
     save_file(tensors, tmp_path / "x.safetensors", {"ss_network_dim": "4", "sshs_model_hash": "0", "note": "ä"})
     there = converted(tmp_path / "x.safetensors", "diffusers", tmp_path / "d.safetensors")
@@ -163,8 +168,11 @@ def test_a_precision_can_be_asked_for(tmp_path: Path):
 
 
 @pytest.mark.parametrize("to", LAYOUTS)
-def test_files_of_other_tools_come_back_tensor_for_tensor(tmp_path: Path, to: str):
-    """Without alpha, with ranks that differ between q, k and v, with columns and whole factors that are zero."""
+def test_files_of_other_tools_round_trip(tmp_path: Path, to: str):
+    """Files of other tools come back tensor for tensor.
+
+    Without alpha, with ranks that differ between q, k and v, with columns and whole factors that are zero.
+    """
     draw = torch.Generator().manual_seed(7)
     widths = dict(zip(ATTENTION, (2, 4, 3), strict=True)) | {"layers.1.attention.to_q": 2, "layers.1.attention.to_k": 4}
     lora = {
@@ -184,7 +192,8 @@ def test_files_of_other_tools_come_back_tensor_for_tensor(tmp_path: Path, to: st
         assert all(torch.equal(back[key], expected[key]) for key in expected)
 
 
-def test_a_way_back_to_a_layout_without_alpha_leaves_it_out_again(tmp_path: Path):
+def test_alpha_is_left_out_again(tmp_path: Path):
+    """Converting back to a layout without alpha leaves alpha out again."""
     start = write(tmp_path / "x.safetensors", random_lora(), "lora_unet_{m}.lora_{p}.weight", alpha=False)
     tensors = {key.replace("_A.", "_down.").replace("_B.", "_up."): t for key, t in load_file(start).items()}
     spelled = {
@@ -198,7 +207,8 @@ def test_a_way_back_to_a_layout_without_alpha_leaves_it_out_again(tmp_path: Path
     assert factors.keys() == spelled.keys() and all(torch.equal(factors[key], spelled[key]) for key in spelled)
 
 
-def test_a_fused_dora_keeps_its_magnitudes_where_a_factor_is_zero(tmp_path: Path):
+def test_dora_fused_keeps_magnitudes(tmp_path: Path):
+    """A fused DoRA keeps its magnitudes where a factor is zero."""
     dora, _ = next((change, delta) for kind, change, delta in kinds() if kind == "DoRA")
     three = [dict(dora), dora | {"B": torch.zeros_like(dora["B"])}, dict(dora)]
     foreign = {f"lora_unet_layers_0_attention_qkv.{name}": t for name, t in (
@@ -220,7 +230,8 @@ def test_a_fused_dora_keeps_its_magnitudes_where_a_factor_is_zero(tmp_path: Path
         (lambda c: c[1].update({"magnitude": torch.ones(1, 96)}), "has changes of several kinds for q, k and v"),
     ],
 )
-def test_q_k_and_v_that_have_no_fused_form_are_refused(tmp_path: Path, spoil, said: str):
+def test_qkv_without_a_fused_form(tmp_path: Path, spoil, said: str):
+    """Q, K and V that have no fused form are refused."""
     draw = torch.Generator().manual_seed(0)
     three = [{"A": torch.randn(4, 96, generator=draw), "B": torch.randn(96, 4, generator=draw)} for _ in "qkv"]
     spoil(three)
@@ -230,14 +241,16 @@ def test_q_k_and_v_that_have_no_fused_form_are_refused(tmp_path: Path, spoil, sa
 
 
 @pytest.mark.parametrize("alpha", [0.0, -4.0, 1e9])
-def test_an_alpha_that_a_header_cannot_say_is_not_written_there(tmp_path: Path, alpha: float):
+def test_alpha_beyond_the_header(tmp_path: Path, alpha: float):
+    """An alpha that the header of a layout cannot store is refused for that layout."""
     path = write(tmp_path / "x.safetensors", random_lora(4, alpha / 4))
     code, said = lora_command("convert", path, "--to", "diffusers", "-o", tmp_path / "y.safetensors")
     assert code == 4 and "which the layout diffusers cannot store" in said
     assert lora_command("convert", path, "--to", "kohya", "-o", tmp_path / "z.safetensors")[0] == 0
 
 
-def test_eight_bits_become_sixteen_which_hold_them(tmp_path: Path):
+def test_fp8_becomes_16_bits(tmp_path: Path):
+    """Eight-bit values become sixteen-bit values, which hold them exactly."""
     lora = random_lora(2)
     tensors = {
         key: t.to(torch.float8_e4m3fn) if t.dim() else t
@@ -254,7 +267,8 @@ def test_eight_bits_become_sixteen_which_hold_them(tmp_path: Path):
 
 
 @pytest.mark.parametrize("to", LAYOUTS)
-def test_diffusers_reads_all_layouts_and_comfyui_those_that_say_so(tmp_path: Path, to: str):
+def test_layouts_load_in_their_programs(tmp_path: Path, to: str):
+    """diffusers reads all layouts, and ComfyUI those that say so."""
     lora = random_lora(scale=0.5)
     path = converted(write(tmp_path / "x.safetensors", lora), to, tmp_path / "y.safetensors")
     read = verify.as_diffusers(path)
@@ -267,7 +281,8 @@ def test_diffusers_reads_all_layouts_and_comfyui_those_that_say_so(tmp_path: Pat
     assert is_right is (to in ("comfyui", "kohya", "diffsynth"))
 
 
-def test_the_diffusers_layout_of_plain_alphas_needs_no_header_and_comfyui_reads_it_too(tmp_path: Path):
+def test_diffusers_layout_in_comfyui(tmp_path: Path):
+    """The diffusers layout of plain alphas needs no header, and ComfyUI reads it, too."""
     lora = random_lora()
     path = converted(write(tmp_path / "x.safetensors", lora), "diffusers", tmp_path / "y.safetensors")
     assert metadata_of(path) == {"zimage_train.converted": '{"alpha": true}'}  # there was one, for the way back
@@ -277,15 +292,19 @@ def test_the_diffusers_layout_of_plain_alphas_needs_no_header_and_comfyui_reads_
 @pytest.mark.parametrize(
     ("to", "code"), [("comfyui", 0), ("diffusers", 0), ("kohya", 0), ("diffsynth", 0), ("musubi", 4)]
 )
-def test_what_is_not_comfyuis_layout_says_so_when_it_is_verified(tmp_path: Path, to: str, code: int):
+def test_verify_layouts_not_of_comfyui(tmp_path: Path, to: str, code: int):
+    """`verify` fails for layouts that ComfyUI does not read."""
     path = converted(mini.ADAPTER_V1, to, tmp_path / "x.safetensors")
     assert lora_command("verify", path, "--model", mini.TURBO)[0] == code
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("to", ["diffusers", "kohya"])
-def test_a_model_of_diffusers_with_the_file_computes_what_the_factors_say(tmp_path: Path, to: str):
-    """Through peft, header and all: not only the keys but the strength of each module."""
+def test_diffusers_model_computes_the_same(tmp_path: Path, to: str):
+    """A model of diffusers with the file computes the change that the factors give.
+
+    Through peft, header and all: not only the keys but the strength of each module.
+    """
     from diffusers import ZImagePipeline, ZImageTransformer2DModel
 
     lora = lora_file.read_lora(mini.ADAPTER_V1)
@@ -331,7 +350,8 @@ def write_changes(path: Path, changes: dict[str, Change], to: str = "comfyui") -
 
 
 @pytest.mark.parametrize(("kind", "change"), [(kind, change) for kind, change, _ in kinds()])
-def test_other_kinds_go_where_there_is_a_place_for_them_and_back(tmp_path: Path, kind: str, change: Change):
+def test_other_kinds_round_trip(tmp_path: Path, kind: str, change: Change):
+    """Other kinds of LoRA are converted to the layouts that can hold them, and back."""
     changes: dict[str, Change] = {name: dict(change) for name in (*ATTENTION, "layers.0.attention.to_out.0")}
     start = write_changes(tmp_path / "x.safetensors", changes)
     for to, layout in LAYOUTS.items():
@@ -368,7 +388,8 @@ def test_a_fused_loha_is_its_three(tmp_path: Path):
     )
 
 
-def test_a_fused_lokr_is_split_where_its_first_factor_has_three_groups_of_rows(tmp_path: Path):
+def test_lokr_is_split_into_thirds(tmp_path: Path):
+    """A fused LoKr is split if its first factor has three groups of rows."""
     draw = torch.Generator().manual_seed(5)
     w1, w2 = torch.randn(6, 6, generator=draw), torch.randn(48, 16, generator=draw)
     name = "lycoris_layers_0_attention_qkv"
@@ -382,8 +403,11 @@ def test_a_fused_lokr_is_split_where_its_first_factor_has_three_groups_of_rows(t
 
 
 @pytest.mark.slow
-def test_a_dora_computes_the_same_in_diffusers(tmp_path: Path):
-    """peft's formula by hand: magnitude * (W + delta) / ||W + delta|| of each row."""
+def test_dora_in_diffusers(tmp_path: Path):
+    """A DoRA computes the same in diffusers.
+
+    peft's formula by hand: magnitude * (W + delta) / ||W + delta|| of each row.
+    """
     from diffusers import ZImagePipeline, ZImageTransformer2DModel
 
     dora, delta = next((change, delta) for kind, change, delta in kinds() if kind == "DoRA")
@@ -399,7 +423,8 @@ def test_a_dora_computes_the_same_in_diffusers(tmp_path: Path):
 
 
 @pytest.mark.slow
-def test_a_lokr_computes_the_same_in_diffusers(tmp_path: Path):
+def test_lokr_in_diffusers(tmp_path: Path):
+    """A LoKr computes the same in diffusers."""
     from diffusers import ZImagePipeline, ZImageTransformer2DModel
 
     lokr, delta = next((change, delta) for kind, change, delta in kinds() if kind == "LoKr")
@@ -445,7 +470,8 @@ def spoiled() -> Iterator[tuple[str, dict[str, Tensor] | bytes, str]]:
 
 
 @pytest.mark.parametrize(("tensors", "said"), [case[1:] for case in spoiled()], ids=[case[0] for case in spoiled()])
-def test_each_bad_file_gets_one_line_and_exit_4_from_every_command(tmp_path: Path, tensors, said: str):
+def test_bad_files_in_every_command(tmp_path: Path, tensors, said: str):
+    """Each bad file is an error of one line with exit code 4, in every command."""
     path, out = tmp_path / "x.safetensors", tmp_path / "out.safetensors"
     path.write_bytes(tensors) if isinstance(tensors, bytes) else save_file(tensors, path)
     for command in (
@@ -469,7 +495,8 @@ def test_each_bad_file_gets_one_line_and_exit_4_from_every_command(tmp_path: Pat
         assert not out.exists()
 
 
-def test_a_cut_off_file_is_refused_wherever_it_is_cut(tmp_path: Path):
+def test_truncated_file(tmp_path: Path):
+    """A file that was cut off is refused, wherever it was cut."""
     whole = write(tmp_path / "x.safetensors", random_lora()).read_bytes()
     for length in (1, 7, 8, 100, len(whole) // 2, len(whole) - 1):
         (tmp_path / "x.safetensors").write_bytes(whole[:length])
@@ -479,7 +506,8 @@ def test_a_cut_off_file_is_refused_wherever_it_is_cut(tmp_path: Path):
         assert code == 4 and len(said.strip().splitlines()) == 1
 
 
-def test_sizes_from_the_header_are_those_of_what_is_read(tmp_path: Path):
+def test_header_sizes_equal_the_tensors(tmp_path: Path):
+    """The sizes from the header are those of the tensors."""
     lora = random_lora()
     for to in LAYOUTS:
         path = converted(write(tmp_path / "x.safetensors", lora), to, tmp_path / f"{to}.safetensors")
@@ -487,7 +515,8 @@ def test_sizes_from_the_header_are_those_of_what_is_read(tmp_path: Path):
         assert headers.read_sizes(path) == {module: (f.b.shape[0], f.a.shape[1]) for module, f in found.items()}
 
 
-def test_metadata_that_is_null_is_none_and_odd_paths_are_said(tmp_path: Path):
+def test_null_metadata_and_odd_paths(tmp_path: Path):
+    """Metadata that is null counts as none, and odd paths are named."""
     content = write(tmp_path / "x.safetensors", random_lora()).read_bytes()
     length = int.from_bytes(content[:8], "little")
     header = b'{"__metadata__":null,' + content[9 : 8 + length].lstrip(b"{")
@@ -501,7 +530,8 @@ def test_metadata_that_is_null_is_none_and_odd_paths_are_said(tmp_path: Path):
     assert code == 4 and "\x1b" not in said and "\\x1b[31m" in said
 
 
-def test_a_broken_link_is_something_that_is_there(tmp_path: Path):
+def test_broken_link_exists(tmp_path: Path):
+    """A broken link at the output path counts as an existing file."""
     path = write(tmp_path / "x.safetensors", random_lora())
     (tmp_path / "y.safetensors").symlink_to(tmp_path / "gone")
     code, said = lora_command("convert", path, "--to", "kohya", "-o", tmp_path / "y.safetensors")

@@ -44,12 +44,14 @@ def random_lora(shape: TransformerShape = TINY, rank: int = 4, scale: float = 1.
         (r"layers\.\d+\.attention\.to_q", 30),
     ],
 )
-def test_targets_select_the_known_numbers_of_modules(targets, count: int):
+def test_targets_select_known_counts(targets, count: int):
+    """Targets select the known numbers of modules."""
     assert len(select_modules(targets, FULL.linears)) == count
 
 
 @pytest.mark.parametrize("pattern", ["to_q", "layers", "ff.net.0.proj"])
-def test_a_pattern_that_matches_no_whole_name_is_an_error(pattern: str):
+def test_targets_without_a_match(pattern: str):
+    """A pattern that matches no whole name is an error."""
     with pytest.raises(ConfigError, match=r"lora\.targets"):
         select_modules(pattern, FULL.linears)
 
@@ -79,7 +81,8 @@ def test_exported_keys_are_golden(tmp_path: Path):
 
 @pytest.mark.parametrize(("dtype", "limit"), [("bf16", 2**-7), ("fp32", 1e-6)])
 @pytest.mark.parametrize("scale", [1.0, 0.3, 4.0])
-def test_an_export_reads_back_as_it_was_everywhere(tmp_path: Path, dtype: str, limit: float, scale: float):
+def test_export_reads_back_everywhere(tmp_path: Path, dtype: str, limit: float, scale: float):
+    """An export is read back unchanged here, by diffusers and by ComfyUI."""
     lora = random_lora(scale=scale)
     path = tmp_path / "x.safetensors"
     lora_file.export_lora(path, lora, dtype, {"format": "pt"})
@@ -112,7 +115,8 @@ def swap(tensors: dict[str, torch.Tensor], one: str, other: str) -> None:
     ],
     ids=["q and v exchanged", "alpha doubled", "a layer lost", "renamed"],
 )
-def test_verification_notices_what_a_loader_would_get_wrong(tmp_path: Path, spoil, message: str):
+def test_verify_notices_wrong_loading(tmp_path: Path, spoil, message: str):
+    """Verification notices whatever a loader would get wrong."""
     lora, path = random_lora(), tmp_path / "x.safetensors"
     lora_file.export_lora(path, lora, "fp32", {})
     tensors = load_file(path)
@@ -122,7 +126,8 @@ def test_verification_notices_what_a_loader_would_get_wrong(tmp_path: Path, spoi
         verify.verify_export(path, lora, "fp32", TINY.linears)
 
 
-def test_equal_exports_have_equal_bytes_and_sorted_metadata(tmp_path: Path):
+def test_export_bytes_are_reproducible(tmp_path: Path):
+    """Equal exports have equal bytes and sorted metadata."""
     metadata = {f"key{index}": str(index) for index in range(9)}
     for name in ("a", "b"):
         lora_file.export_lora(
@@ -131,7 +136,8 @@ def test_equal_exports_have_equal_bytes_and_sorted_metadata(tmp_path: Path):
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
-def test_values_that_are_not_finite_are_never_exported(tmp_path: Path):
+def test_export_refuses_non_finite_values(tmp_path: Path):
+    """Values that are not finite are never exported."""
     lora = random_lora()
     lora["layers.0.attention.to_q"].b[0, 0] = float("nan")
     with pytest.raises(WeightsError, match="not finite"):
@@ -214,7 +220,8 @@ def test_files_that_are_no_lora_are_refused(tmp_path: Path, tensors, message: st
 
 
 @pytest.mark.parametrize("alpha", [True, float("nan"), -1, 0, 1e9, "8", [8]])
-def test_an_alpha_in_the_metadata_that_cannot_be_is_refused(tmp_path: Path, alpha):
+def test_alpha_that_is_invalid(tmp_path: Path, alpha):
+    """An invalid alpha in the metadata is refused."""
     path = tmp_path / "x.safetensors"
     tensors = {f"transformer.{Q}.lora_A.weight": torch.ones(2, 4), f"transformer.{Q}.lora_B.weight": torch.ones(4, 2)}
     save_file(tensors, path, {"lora_adapter_metadata": json.dumps({"transformer.lora_alpha": alpha})})
@@ -223,7 +230,8 @@ def test_an_alpha_in_the_metadata_that_cannot_be_is_refused(tmp_path: Path, alph
 
 
 @pytest.mark.parametrize(("more", "alphas"), [({}, (4.0, 2.0)), ({"use_rslora": True}, (4 * 2**0.5, 2 * 2**0.5))])
-def test_an_alpha_for_each_module_is_taken_from_the_header_as_peft_does(tmp_path: Path, more, alphas):
+def test_alpha_for_each_module(tmp_path: Path, more, alphas):
+    """An alpha for each module is taken from the header, as peft does."""
     path = tmp_path / "x.safetensors"
     modules = ["layers.0.attention.to_q", "layers.1.attention.to_q"]
     shapes = {"lora_A": (2, 4), "lora_B": (4, 2)}
@@ -235,7 +243,8 @@ def test_an_alpha_for_each_module_is_taken_from_the_header_as_peft_does(tmp_path
     assert [found[module].scale for module in modules] == pytest.approx([alpha / 2 for alpha in alphas])
 
 
-def test_a_lora_in_fp8_is_read_and_one_with_a_bad_value_refused(tmp_path: Path):
+def test_fp8_lora_is_read(tmp_path: Path):
+    """A LoRA in fp8 is read, and one with a bad value is refused."""
     path = tmp_path / "x.safetensors"
     values = {f"{Q}.lora_A.weight": torch.ones(2, 4), f"{Q}.lora_B.weight": torch.full((4, 2), 0.5)}
     save_file({key: value.to(torch.float8_e4m3fn) for key, value in values.items()}, path)
@@ -269,7 +278,8 @@ def test_a_fresh_lora_changes_nothing(frozen: FrozenTransformer):
     assert torch.equal(velocity(frozen.model, *inputs(frozen.shape)), before)
 
 
-def test_the_start_depends_on_seed_and_name_alone(frozen: FrozenTransformer):
+def test_init_depends_on_seed_and_name(frozen: FrozenTransformer):
+    """The initial LoRA depends on the seed and the module's name alone."""
     first = layers.attach_lora(frozen.model, select_modules(["attention"], frozen.shape.linears), 4, None, 0.0, 1)
     torch.randn(100)
     other_model = load_frozen(mini.TURBO / "transformer", None, "fp32", CPU).model
@@ -282,7 +292,8 @@ def test_the_start_depends_on_seed_and_name_alone(frozen: FrozenTransformer):
     assert not any(torch.equal(first.a[module], third.a[module]) for module in first.a)
 
 
-def test_masters_are_fp32_on_a_bf16_model_and_only_they_train():
+def test_masters_are_fp32():
+    """Master weights are fp32 on a bf16 model, and only they are trained."""
     model = load_frozen(mini.TURBO / "transformer", None, "bf16", CPU)
     attached = layers.attach_lora(model.model, select_modules(["attention"], model.shape.linears), 4, None, 0.0, 1)
     assert {parameter.dtype for parameter in attached.parameters()} == {torch.float32}
@@ -313,7 +324,8 @@ def test_attached_equals_merged(frozen: FrozenTransformer, alpha: float | None):
     )
 
 
-def test_stacked_loras_are_the_weighted_sum_of_their_changes(frozen: FrozenTransformer):
+def test_stacked_loras_are_summed(frozen: FrozenTransformer):
+    """Stacked LoRAs are the weighted sum of their changes."""
     one, other = random_lora(frozen.shape, rank=4, scale=0.5, seed=1), random_lora(frozen.shape, rank=2, seed=2)
     other.pop("layers.0.attention.to_q")
     stacked = arithmetic.stack_loras([(one, 0.8), (other, -0.6)])

@@ -41,7 +41,8 @@ def independent_deltas() -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("strength", [1.0, 0.5])
-def test_assembled_weights_minus_the_base_are_the_adapters_change(strength: float):
+def test_adapter_change_is_in_the_weights(strength: float):
+    """The merged weights minus those of the base are the adapter's change."""
     frozen, base, deltas = merged(strength=strength), originals(), independent_deltas()
     assert frozen.adapter_matched == len(deltas) == 48
     for name, parameter in frozen.model.named_parameters():
@@ -59,7 +60,8 @@ def test_a_bf16_sum_is_rounded_once():
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_within_the_block_the_weights_are_the_originals_and_after_it_the_same_bits_as_before(dtype: str):
+def test_original_weights_and_back(dtype: str):
+    """Within the block the weights are the originals, and after it the same bits as before."""
     frozen = merged(dtype)
     layers.attach_lora(
         frozen.model, targets.select_modules(["attention", "adaln"], frozen.shape.linears), 4, None, 0.0, 1
@@ -72,7 +74,8 @@ def test_within_the_block_the_weights_are_the_originals_and_after_it_the_same_bi
         assert torch.equal(frozen_tensor(frozen, name), tensor), name
 
 
-def test_the_training_weights_come_back_after_an_error():
+def test_weights_return_after_an_error():
+    """The training weights come back after an error."""
     frozen = merged()
     name = "layers.0.attention.to_q.weight"
     before = frozen_tensor(frozen, name).clone()
@@ -112,7 +115,8 @@ def reshape_one(tensors: dict[str, torch.Tensor]) -> None:
         (reshape_one, r"matched 47/48 .*96, 11"),
     ],
 )
-def test_an_adapter_that_does_not_match_in_full_is_refused(tmp_path: Path, spoil, message: str):
+def test_adapter_must_match_in_full(tmp_path: Path, spoil, message: str):
+    """An adapter that does not match in full is refused."""
     shape = load_frozen(TRANSFORMER, None, "fp32", CPU).shape
     path = spoiled(tmp_path, spoil)
     with pytest.raises(WeightsError, match=message) as error:
@@ -122,7 +126,8 @@ def test_an_adapter_that_does_not_match_in_full_is_refused(tmp_path: Path, spoil
         headers.require_match(path, headers.read_sizes(path), shape.linears)
 
 
-def test_the_stream_itself_refuses_an_adapter_that_met_too_little():
+def test_merge_counts_the_matches():
+    """Merging refuses an adapter of which too few modules were matched."""
     shape = load_frozen(TRANSFORMER, None, "fp32", CPU).shape
     loaded = training_adapter.load_adapter(mini.ADAPTER_V1, 1.0, shape)
     short = [(name, tensor) for name, tensor in originals().items() if not name.startswith("layers.4.")]

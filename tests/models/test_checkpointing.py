@@ -11,14 +11,16 @@ from steps import FULL, counted_step, gradients, trained
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("mode", RECOMPUTE_MODES[1:])
-def test_loss_and_gradients_are_the_same_bits(mode: str, dropout: float):
+def test_recomputing_changes_no_bit(mode: str, dropout: float):
+    """Loss and gradients are the same bits in every mode."""
     wanted = gradients(*trained("none", dropout=dropout))
     found = gradients(*trained(mode, dropout=dropout))
     assert wanted[1].abs().max() > 0
     assert all(torch.equal(one, other) for one, other in zip(wanted, found, strict=True))
 
 
-def test_the_mode_follows_the_tokens_of_the_batch():
+def test_mode_follows_the_tokens():
+    """The mode follows the number of tokens in the batch."""
     asked: list[int] = []
 
     def mode_of(tokens: int) -> RecomputeMode:
@@ -43,7 +45,8 @@ KEPT_PER_TOKEN = {
 
 @pytest.mark.parametrize("side", [512, 1024])
 @pytest.mark.parametrize("mode", RECOMPUTE_MODES[1:])
-def test_a_block_of_the_full_model_keeps_what_the_mode_names_and_nothing_else(mode: str, side: int):
+def test_modes_keep_what_they_name(mode: str, side: int):
+    """A block of the full model keeps the tensors that the mode names, and nothing else."""
     tokens = (side // 16) ** 2 + 64
     kept = counted_step(mode, side, 3)[2] - counted_step(mode, side, 2)[2]
     row_sums = 0 if mode == "full" else 4 * FULL.n_heads * tokens

@@ -45,7 +45,8 @@ def inputs(dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_output_and_gradients_are_those_of_float64(kind):
+def test_linear_equals_float64(kind):
+    """Output and gradients are those of float64."""
     made, (a, b), x = layer(kind), lora(), inputs()
     y = made.with_lora(x, a, b, 0.5)
     upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(4))
@@ -60,7 +61,8 @@ def test_output_and_gradients_are_those_of_float64(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_without_a_lora_it_is_a_plain_linear_layer_that_passes_gradients_on(kind):
+def test_linear_without_a_lora(kind):
+    """Without a LoRA it is a plain linear layer that passes gradients on."""
     made, x = layer(kind), inputs()
     made(x).sum().backward()
     assert torch.allclose(made(x).double(), x.double() @ dense(made).T, atol=1e-5)
@@ -68,7 +70,8 @@ def test_without_a_lora_it_is_a_plain_linear_layer_that_passes_gradients_on(kind
     assert all(parameter.grad is None and not parameter.requires_grad for parameter in made.parameters())
 
 
-def test_masters_stay_fp32_under_bf16_and_their_gradients_are_as_good_as_bf16_allows():
+def test_masters_stay_fp32_under_bf16():
+    """Masters stay fp32 under bf16, and their gradients are as exact as bf16 allows."""
     made, (a, b), x = layer(None, dtype=torch.bfloat16), lora(), inputs(torch.bfloat16)
     y = made.with_lora(x, a, b, 1.0)
     y.sum().backward()
@@ -78,7 +81,8 @@ def test_masters_stay_fp32_under_bf16_and_their_gradients_are_as_good_as_bf16_al
     assert ((a.grad.double() - a64.grad).norm() / a64.grad.norm()) < 0.01
 
 
-def test_an_input_without_gradient_gets_none_and_the_lora_still_learns():
+def test_input_without_gradient():
+    """An input without gradient gets none, and the LoRA still learns."""
     made, (a, b) = layer("int8"), lora()
     x = inputs().detach()
     made.with_lora(x, a, b, 1.0).sum().backward()
@@ -105,7 +109,8 @@ def size(storages: dict[int, torch.UntypedStorage]) -> int:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_of_an_input_that_three_layers_share_one_copy_is_kept_and_nothing_else(kind):
+def test_shared_input_is_kept_once(kind):
+    """An input that three layers share is kept once, and nothing else is."""
     layers, (a, b), x = [layer(kind) for _ in range(3)], lora(), inputs()
     shared = x * 2
     weights = [tensor for one in layers for tensor in one.stored_parameters()]
@@ -116,8 +121,11 @@ def test_of_an_input_that_three_layers_share_one_copy_is_kept_and_nothing_else(k
 
 
 @pytest.mark.parametrize("kind", ["fp8", "int8", "nf4"])
-def test_a_quantised_layer_keeps_less_than_bf16_in_all_weights_counted(kind):
-    """Naive fp8 keeps the unpacked weight as well and takes more than bf16."""
+def test_quantized_layer_keeps_less(kind):
+    """A quantised layer keeps less than bf16 in all, weights included.
+
+    Naive fp8 keeps the unpacked weight as well and takes more than bf16.
+    """
     taken = {}
     for one in (None, kind):
         made, (a, b), x = layer(one, dtype=torch.bfloat16), lora(), inputs(torch.bfloat16)
@@ -150,7 +158,8 @@ def test_it_equals_peft_on_a_plain_layer():
     assert torch.equal(ours.inner(x), made(x))
 
 
-def test_dropout_is_applied_to_the_lora_alone_and_only_in_training():
+def test_dropout_only_in_training():
+    """Dropout is applied to the LoRA alone, and only in training."""
     model = nn.ModuleDict({"inner": layer(None)})
     attached = attach_lora(model, ["inner"], 4, None, 0.999999, 1)
     attached.b["inner"].data.fill_(1.0)

@@ -67,7 +67,8 @@ def trained(folder: Path, hub: Hub, config: Path, name: str, **more: str) -> sub
 
 
 @pytest.mark.slow
-def test_what_a_config_reads_comes_once_and_trains_without_the_hub(tmp_path: Path, hub: Hub, config: Path):
+def test_download_once_then_train_offline(tmp_path: Path, hub: Hub, config: Path):
+    """The files that a config reads are downloaded once; training then needs no hub."""
     before = run(tmp_path, hub, "check", config)
     assert "not on this machine" in before.stdout + before.stderr and not hub.asked
     first = run(tmp_path, hub, "download", config)
@@ -91,9 +92,8 @@ def test_what_a_config_reads_comes_once_and_trains_without_the_hub(tmp_path: Pat
 
 
 @pytest.mark.slow
-def test_train_alone_brings_what_it_reads_and_takes_a_changed_file_of_equal_size_anew(
-    tmp_path: Path, hub: Hub, config: Path
-):
+def test_train_downloads_changed_files(tmp_path: Path, hub: Hub, config: Path):
+    """`train` downloads what it reads, and again a file that changed at the same size."""
     first = trained(tmp_path, hub, config, "first")
     assert first.returncode == 0, first.stderr[-2000:]
     count = len(hub.downloads())
@@ -106,7 +106,8 @@ def test_train_alone_brings_what_it_reads_and_takes_a_changed_file_of_equal_size
 
 
 @pytest.mark.slow
-def test_a_cut_connection_goes_on_where_it_ended(tmp_path: Path, hub: Hub, config: Path):
+def test_download_resumes(tmp_path: Path, hub: Hub, config: Path):
+    """A download continues where the connection was cut."""
     chunk = 2**20  # what the library reads at once
     (tmp_path / "big").write_bytes(bytes(range(256)) * (3 * chunk // 256))
     hub.repositories["org/mini"]["transformer/big.safetensors"] = tmp_path / "big"
@@ -173,9 +174,8 @@ def line_of(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 
 
 @pytest.mark.parametrize("command", ["download", "check", "train"])
-def test_without_its_library_one_line_says_what_to_do(
-    config: Path, command: str, line_of, monkeypatch: pytest.MonkeyPatch
-):
+def test_missing_library_is_one_line(config: Path, command: str, line_of, monkeypatch: pytest.MonkeyPatch):
+    """Without its library, one line says how to install it."""
     monkeypatch.setenv("ZIMAGE_TRAIN_HUB", "modelscope")
     monkeypatch.setitem(sys.modules, "modelscope_hub", None)
     monkeypatch.delitem(sys.modules, "zimage_train.models.hub.modelscope", raising=False)
@@ -198,7 +198,8 @@ def test_caption_asks_the_same_hub(tmp_path: Path, line_of, monkeypatch: pytest.
     assert line_of("caption", tmp_path, "--model", "org/x").startswith("ZIMAGE_TRAIN_HUB: is 'elsewhere'")
 
 
-def test_what_is_on_this_machine_needs_neither_hub(config: Path, monkeypatch: pytest.MonkeyPatch):
+def test_local_files_need_no_hub(config: Path, monkeypatch: pytest.MonkeyPatch):
+    """Files on this machine need neither hub."""
     monkeypatch.setenv("ZIMAGE_TRAIN_HUB", "nowhere")
     text = config.read_text().replace("org/mini", str(mini.TURBO))
     config.write_text(text.replace("org/adapter/adapter.safetensors", str(mini.ADAPTER_V1)))

@@ -16,7 +16,8 @@ CPU = torch.device("cpu")
 
 @pytest.mark.parametrize("kind", [None, "int8", "nf4"])
 @pytest.mark.parametrize("mode", ["elementwise", "full"])
-def test_loss_and_gradients_are_the_same_bits_however_many_blocks_are_streamed(mode: str, kind: str | None):
+def test_streaming_changes_no_bit(mode: str, kind: str | None):
+    """Loss and gradients are the same bits, however many blocks are streamed."""
     resident = gradients(*trained(mode, kind))
     for streamed in (1, 3, 6):
         frozen, attached = trained(mode, kind, streamed=streamed)
@@ -31,7 +32,8 @@ def test_streamed_blocks_are_spread_evenly(number: int, wanted: list[int]):
 
 
 @pytest.mark.parametrize("number", range(31))
-def test_so_many_are_streamed_as_were_asked_for_and_none_is_named_twice(number: int):
+def test_streamed_blocks_are_distinct(number: int):
+    """As many blocks are streamed as requested, and none is named twice."""
     found = offload.streamed_blocks(30, number)
     assert len(found) == len(set(found)) == number
     assert all(0 <= index < 30 for index in found)
@@ -55,7 +57,8 @@ def fetches(ring: offload.BlockOffloader, monkeypatch: pytest.MonkeyPatch) -> li
     return seen
 
 
-def test_each_block_is_copied_ahead_of_its_use_across_both_turns(monkeypatch):
+def test_blocks_are_copied_ahead(monkeypatch):
+    """Each block is copied ahead of its use, also where the order of blocks turns."""
     frozen, attached = trained("full", streamed=6)
     gradients(frozen, attached)
     seen = fetches(frozen.offloader, monkeypatch)
@@ -66,7 +69,8 @@ def test_each_block_is_copied_ahead_of_its_use_across_both_turns(monkeypatch):
     assert seen == up + top + down  # 4 + 4 copies for 12 uses of 6 blocks; none waits for its own copy
 
 
-def test_sampling_goes_round_without_waiting(monkeypatch):
+def test_sampling_copies_ahead(monkeypatch):
+    """Sampling goes round the blocks without waiting for a copy."""
     frozen, _ = trained("full", streamed=6)
     x, prompt = torch.randn(1, 16, 8, 8), torch.randn(7, frozen.shape.cap_feat_dim)
     with torch.no_grad():
@@ -77,7 +81,8 @@ def test_sampling_goes_round_without_waiting(monkeypatch):
     assert seen.index(("copy", 1)) == 1 and seen[0] == ("enter", 0)
 
 
-def test_a_wrong_guess_costs_a_copy_and_no_number():
+def test_wrong_prefetch_costs_a_copy_only():
+    """A wrong guess of the next block costs a copy, and changes no number."""
     frozen, attached = trained("full", streamed=6)
     wanted = gradients(*trained("full"))
     frozen.offloader._next_block = lambda index: (index + 3) % 6
@@ -86,7 +91,8 @@ def test_a_wrong_guess_costs_a_copy_and_no_number():
 
 
 @pytest.mark.parametrize("kind", [None, "fp8"])
-def test_true_turbo_and_the_training_weights_come_and_go_as_with_resident_blocks(kind: str | None):
+def test_original_weights_when_streamed(kind: str | None):
+    """True Turbo and the training weights are swapped as with resident blocks."""
     shape = load_frozen(mini.TURBO / "transformer", None, "bf16", CPU).shape
     adapted = training_adapter.load_adapter(mini.ADAPTER_V1, 1.0, shape)
     x, prompt, sigma = torch.randn(1, 16, 8, 8), torch.randn(7, shape.cap_feat_dim).bfloat16(), torch.rand(1)
@@ -109,7 +115,8 @@ def test_true_turbo_and_the_training_weights_come_and_go_as_with_resident_blocks
         )  # as if no adapter had ever been there
 
 
-def test_on_the_device_a_streamed_model_takes_two_blocks_of_room():
+def test_streaming_takes_two_blocks():
+    """On the device, a streamed model takes the memory of two blocks."""
     frozen = load_frozen(mini.TURBO / "transformer", None, "bf16", CPU, None, 6)
     block = sum(parameter.nbytes for parameter in frozen.model.layers[0].parameters())
     storages = {p.untyped_storage()._cdata: p.untyped_storage() for p in frozen.model.layers.parameters()}
@@ -118,7 +125,8 @@ def test_on_the_device_a_streamed_model_takes_two_blocks_of_room():
     assert sum(slot.nbytes for slot in frozen.offloader._slots) <= 2 * (block + 256 * 20)
 
 
-def test_where_memory_cannot_be_pinned_it_is_plain_memory(monkeypatch):
+def test_unpinned_memory_is_the_fallback(monkeypatch):
+    """Where memory cannot be pinned, plain memory is used."""
     original, refused = torch.empty, []
 
     def empty(*args, pin_memory=False, **options):

@@ -19,14 +19,16 @@ def gaussian(rows: int, columns: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_error_of_a_gaussian_weight_is_the_one_that_is_told(kind):
+def test_error_of_gaussian_weights(kind):
+    """The error of a Gaussian weight is the documented one."""
     weight = gaussian(64, 3840)
     back = quantize.unpack(*quantize.pack(weight, kind), torch.float32)
     assert ((back - weight).norm() / weight.norm()).item() == pytest.approx(GAUSSIAN[kind], rel=0.05)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_weight_takes_the_bits_that_are_told_and_empty_makes_the_same_room(kind):
+def test_bits_of_a_weight(kind):
+    """A weight takes the documented bits, and an empty one has the same shapes and types."""
     packed = quantize.pack(gaussian(64, 3840), kind)
     room = quantize.empty_quantized(64, 3840, kind, torch.device("meta"))
     assert [(one.shape, one.dtype) for one in packed] == [(one.shape, one.dtype) for one in room]
@@ -45,7 +47,8 @@ def test_each_block_has_its_own_scale(kind):
 
 @pytest.mark.parametrize("columns", [32, 96, 256, 10240])
 @pytest.mark.parametrize("kind", KINDS)
-def test_any_width_of_the_family_is_packed_in_blocks_that_divide_it(kind, columns):
+def test_blocks_divide_any_width(kind, columns):
+    """Any width in the model family is packed in blocks that divide it."""
     block = quantize.block_size_for(columns)
     assert columns % block == 0 and block in (32, 64)
     back = quantize.unpack(*quantize.pack(gaussian(4, columns), kind), torch.bfloat16)
@@ -57,7 +60,8 @@ def test_any_width_of_the_family_is_packed_in_blocks_that_divide_it(kind, column
 @given(
     values=st.lists(st.floats(-(2.0**100), 2.0**100, width=32), min_size=32, max_size=32),
 )
-def test_no_finite_weight_becomes_infinite_or_moves_further_than_half_a_step(kind, values):
+def test_error_is_at_most_half_a_step(kind, values):
+    """No finite weight becomes infinite, or moves further than half a step."""
     weight = torch.tensor([values])
     back = quantize.unpack(*quantize.pack(weight, kind), torch.float32)
     assert back.isfinite().all()
@@ -72,7 +76,8 @@ def test_zeros_stay_zeros(kind):
     assert (quantize.unpack(*quantize.pack(torch.zeros(2, 64), kind), torch.float32) == 0).all()
 
 
-def test_nf4_is_what_bitsandbytes_makes_of_it_but_for_rounded_scales():
+def test_nf4_equals_bitsandbytes():
+    """NF4 is the same as in bitsandbytes, but for rounded scales."""
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
     weight = gaussian(8, 128)

@@ -64,7 +64,8 @@ def require_equal(model: ZImageTransformer2DModel, other: ZImageTransformer2DMod
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def test_a_diffusers_folder_loads_as_diffusers_loads_it(reference: ZImageTransformer2DModel):
+def test_folder_loads_as_in_diffusers(reference: ZImageTransformer2DModel):
+    """A folder of diffusers is loaded as diffusers loads it."""
     require_equal(load_frozen(mini.TURBO / "transformer", None, "fp32", CPU).model, reference)
 
 
@@ -75,7 +76,8 @@ def test_a_comfyui_file_loads_the_same(tmp_path: Path, reference: ZImageTransfor
     require_equal(load_frozen(tmp_path / "z.safetensors", None, "fp32", CPU).model, reference)
 
 
-def test_a_single_file_in_diffusers_layout_loads_the_same(tmp_path: Path, reference: ZImageTransformer2DModel):
+def test_single_file_loads_the_same(tmp_path: Path, reference: ZImageTransformer2DModel):
+    """A single file in the diffusers layout is loaded as the same model."""
     save_file(state(mini.TURBO), tmp_path / "z.safetensors")
     frozen = load_frozen(tmp_path / "z.safetensors", None, "fp32", CPU)
     require_equal(frozen.model, reference)
@@ -90,7 +92,8 @@ def test_a_single_file_runs_like_the_folder(tmp_path: Path, reference: ZImageTra
     assert torch.equal(one, transformer.velocity(reference, x, sigma, prompt))
 
 
-def test_the_full_size_shape_is_the_real_one():
+def test_full_size_shape():
+    """The full-size shape is that of the real model."""
     full = TransformerShape()
     with torch.device("meta"):
         model = ZImageTransformer2DModel(**full.config())
@@ -101,11 +104,13 @@ def test_the_full_size_shape_is_the_real_one():
     assert len(linears) == 276
 
 
-def test_the_shape_of_a_full_size_single_file_is_read_from_its_tensors():
+def test_full_size_shape_from_tensors():
+    """The shape of a full-size single file is read from its tensors."""
     assert arch.shape_from_tensors(TransformerShape().parameters) == TransformerShape()
 
 
-def test_velocity_is_the_negated_output_at_one_minus_sigma(reference: ZImageTransformer2DModel):
+def test_velocity_sign_and_time(reference: ZImageTransformer2DModel):
+    """The velocity is the negated output at time 1 - sigma."""
     x, sigma = torch.randn(2, 16, 8, 8), torch.tensor([0.25, 0.9])
     prompts = [torch.randn(5, 64), torch.randn(40, 64)]
     expected = reference(list(x.unsqueeze(2)), 1 - sigma, prompts, return_dict=False)[0]
@@ -114,7 +119,8 @@ def test_velocity_is_the_negated_output_at_one_minus_sigma(reference: ZImageTran
     assert got.dtype == torch.float32
 
 
-def test_time_reaches_a_bf16_model_in_full_precision():
+def test_time_has_full_precision():
+    """The time reaches a bf16 model in full precision."""
     model = load_frozen(mini.TURBO / "transformer", None, "bf16", CPU).model
     seen = []
     model.t_embedder.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
@@ -136,7 +142,8 @@ def pipeline():
 @pytest.mark.parametrize(
     "prompt", ["", "a red zorb on a blue background", "Ünïcode 猫, [trigger]\nsecond line", "w " * 700]
 )
-def test_prompts_are_encoded_as_the_pipeline_does(pipeline, prompt: str):
+def test_prompts_are_encoded_as_diffusers(pipeline, prompt: str):
+    """Prompts are encoded as the pipeline does."""
     encoder = text_encoder.load_text_encoder(mini.TURBO, CPU, torch.float32)
     with torch.no_grad():
         (expected,), _ = pipeline.encode_prompt([prompt], do_classifier_free_guidance=False)
@@ -146,7 +153,8 @@ def test_prompts_are_encoded_as_the_pipeline_does(pipeline, prompt: str):
     assert not got.requires_grad
 
 
-def test_each_layer_is_read_once_for_all_prompts_and_the_last_one_never(monkeypatch):
+def test_encoder_layers_are_read_once(monkeypatch):
+    """Each layer is read once for all prompts, and the last one never."""
     read: list[str] = []
     stream = loading.stream_tensors
 
@@ -183,7 +191,8 @@ def test_one_layer_is_there_at_a_time(monkeypatch):
     assert len(made) == encoder.config.num_hidden_layers and not any(one() for one in made)
 
 
-def test_prompts_of_one_length_together_are_what_each_is_alone(monkeypatch):
+def test_prompts_encoded_together(monkeypatch):
+    """Prompts of one length encoded together are the same as each alone."""
     encoder = text_encoder.load_text_encoder(mini.TURBO, CPU, torch.float32)
     prompts = ["a red zorb", "a tan zorb", "", "x" * 90, "a blue circle on a green background"]
     alone = {prompt: encoder.encode(prompt) for prompt in prompts}
@@ -197,7 +206,8 @@ def test_prompts_of_one_length_together_are_what_each_is_alone(monkeypatch):
     assert ticks[-1][0] == ticks[-1][1] == len(ticks) > encoder.config.num_hidden_layers
 
 
-def test_where_memory_runs_out_the_vae_goes_in_tiles_and_comes_close(monkeypatch):
+def test_vae_tiles_when_out_of_memory(monkeypatch):
+    """If memory runs out, the VAE decodes in tiles, with a close result."""
     model = vae.load_vae(mini.TURBO, CPU, torch.float32)
     latents = torch.randn(1, 16, 96, 128, generator=torch.Generator().manual_seed(1)) * 0.3
     (whole,) = vae.decode_latents(model, latents)
@@ -216,7 +226,8 @@ def test_where_memory_runs_out_the_vae_goes_in_tiles_and_comes_close(monkeypatch
     assert 0 < difference < 8
 
 
-def test_latents_are_the_posterior_mean_shifted_and_scaled():
+def test_latents_are_the_posterior_mean():
+    """Latents are the posterior mean, shifted and scaled."""
     ours, theirs = vae.load_vae(mini.TURBO, CPU, torch.float32), AutoencoderKL.from_pretrained(mini.TURBO / "vae")
     pixels = torch.rand(1, 3, 64, 48) * 2 - 1
     with torch.no_grad():
@@ -302,7 +313,8 @@ class Payload:
         return (Path.touch, (self.sentinel,))
 
 
-def test_a_pickle_is_refused_by_content_and_never_run(broken: Path, tmp_path: Path):
+def test_pickle_is_refused(broken: Path, tmp_path: Path):
+    """A pickle is recognized by its content and refused, and never run."""
     sentinel = tmp_path / "executed"
     path = broken / "vae" / f"{STEM}.safetensors"
     path.write_bytes(pickle.dumps(Payload(sentinel)))
@@ -311,7 +323,8 @@ def test_a_pickle_is_refused_by_content_and_never_run(broken: Path, tmp_path: Pa
     assert not sentinel.exists()
 
 
-def test_code_in_a_model_folder_is_never_imported(broken: Path, tmp_path: Path):
+def test_code_in_a_model_is_not_imported(broken: Path, tmp_path: Path):
+    """Code in a model's folder is never imported."""
     sentinel = tmp_path / "executed"
     for part in ("text_encoder", "transformer", "vae", "tokenizer"):
         (broken / part / "modeling_evil.py").write_text(f"open({str(sentinel)!r}, 'w')")
@@ -343,19 +356,22 @@ def test_another_family_is_named(broken: Path, path: str, content: dict, message
 # Where parts come from
 
 
-def test_extras_default_to_the_folder_that_has_them():
+def test_extras_default_to_the_folder():
+    """Extras come by default from the folder that has them."""
     found = locate.locate(ModelSettings(path=str(mini.TURBO), adapter=None))
     assert found.extras == mini.TURBO
 
 
-def test_a_transformer_without_extras_takes_the_ones_that_are_named(tmp_path: Path):
+def test_extras_are_named(tmp_path: Path):
+    """A transformer without extras takes those that are named."""
     shutil.copytree(mini.TURBO / "transformer", tmp_path / "only" / "transformer")
     found = locate.locate(ModelSettings(path=str(tmp_path / "only"), extras=str(mini.TURBO), adapter=None))
     assert found.transformer == tmp_path / "only" / "transformer"
     assert found.extras == mini.TURBO
 
 
-def test_hub_ids_revisions_and_files_are_asked_for_by_name(tmp_path: Path):
+def test_hub_requests_of_a_config(tmp_path: Path):
+    """Hub IDs, revisions and files are requested by name."""
     asked = []
 
     def fetch(repository: str, revision: str | None, patterns: list[str]) -> Path:
@@ -380,7 +396,8 @@ def test_hub_ids_revisions_and_files_are_asked_for_by_name(tmp_path: Path):
     ]
 
 
-def test_a_hub_snapshot_on_this_machine_is_used_without_a_connection(tmp_path: Path, monkeypatch, no_network: list):
+def test_hub_snapshot_needs_no_connection(tmp_path: Path, monkeypatch, no_network: list):
+    """A hub snapshot on this machine is used without a connection."""
     repository = tmp_path / "hub" / "models--org--z"
     commit = "0" * 40
     shutil.copytree(mini.TURBO, repository / "snapshots" / commit)
@@ -395,18 +412,21 @@ def test_a_hub_snapshot_on_this_machine_is_used_without_a_connection(tmp_path: P
 
 
 @pytest.mark.parametrize("path", ["no/such/folder", "./here", "nothing", "/a/b.safetensors"])
-def test_a_path_that_is_nothing_is_said_to_be_nothing(path: str):
+def test_path_without_a_model(path: str):
+    """A path without a model is refused, naming `model.path`."""
     with pytest.raises(WeightsError, match=r"model\.path"):
         locate.locate(ModelSettings(path=path, extras=str(mini.TURBO), adapter=None))
 
 
-def test_loading_from_local_paths_makes_no_connection(no_network: list):
+def test_local_paths_need_no_connection(no_network: list):
+    """Loading from local paths makes no connection."""
     locate_and_load(mini.TURBO)
     assert no_network == []
 
 
 @pytest.mark.parametrize("kind", ["fp8", "int8", "nf4"])
-def test_only_attention_and_feed_forward_are_quantised(kind: str):
+def test_quantized_modules(kind: str):
+    """Only attention and feed-forward layers are quantised."""
     model = transformer.empty_transformer(TransformerShape(), torch.bfloat16, kind)
     packed = {name for name, parameter in model.named_parameters() if parameter.dtype != torch.bfloat16}
     assert {name.rpartition(".")[0] for name in packed} == {
