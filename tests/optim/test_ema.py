@@ -57,7 +57,8 @@ def test_it_is_what_a_hand_computes(make_config, monkeypatch):
         assert torch.allclose(factors.b.double() @ factors.a.double() * factors.scale, whole, rtol=1e-4, atol=1e-7)
 
 
-def test_a_run_that_is_stopped_ends_with_the_same_averages(make_config, monkeypatch):
+def test_stopped_run_has_the_same_averages(make_config, monkeypatch):
+    """A run that is stopped and continued ends with the same averages."""
     whole = make_config(name="whole", ema={"decay": 0.5}, train={"steps": 6})
     run_training(whole, fresh=False)
     stopped = make_config(ema={"decay": 0.5}, train={"steps": 6})
@@ -86,7 +87,8 @@ def test_a_skipped_step_is_not_averaged(make_config, monkeypatch):
     assert steps == [1, 2, 4]
 
 
-def test_previews_are_drawn_by_either_and_training_is_the_same(make_config):
+def test_previews_of_averaged_weights(make_config):
+    """Previews are drawn with raw or averaged weights, and the training is the same."""
     settings = {"ema": {"decay": 0.9}, "train": {"steps": 2}, "optimizer": {"lr": 0.02}}
     plain = make_config(name="plain", sample=PREVIEWED, **settings)
     averaged = make_config(name="averaged", sample=PREVIEWED | {"weights": "ema"}, **settings)
@@ -106,7 +108,8 @@ def load(config) -> bytes:
     return content[8 + int.from_bytes(content[:8], "little") :]
 
 
-def test_old_averages_are_pruned_as_the_raw_ones_are(make_config):
+def test_old_averages_are_pruned(make_config):
+    """Old averages are pruned as the raw exports are."""
     config = make_config(ema={"decay": 0.9}, train={"steps": 6}, save={"every": 1, "keep": 2})
     run_training(config, fresh=False)
     kept = [sorted(path.name for path in place.glob("*.safetensors")) for place in lora_folders(config)]
@@ -117,7 +120,8 @@ def lora_folders(config):
     return (folder(config) / "lora", folder(config) / "lora" / "ema")
 
 
-def test_a_run_whose_average_is_gone_is_not_complete(make_config, monkeypatch):
+def test_lost_average_is_made_again(make_config, monkeypatch):
+    """A finished run whose average is lost exports it again."""
     config = make_config(ema={"decay": 0.9}, train={"steps": 2})
     run_training(config, fresh=False)
     path = folder(config) / "lora" / "ema" / "tiny.safetensors"
@@ -132,14 +136,16 @@ def test_a_run_whose_average_is_gone_is_not_complete(make_config, monkeypatch):
     assert exported == [2]
 
 
-def test_averages_of_something_else_are_refused():
+def test_averages_of_another_run():
+    """Averages of something else are refused."""
     own = ema.init_ema(0.9, {"lora.x.A": torch.zeros(2, 3)})
     for state in ({}, {"ema.lora.x.A": torch.zeros(3, 3)}, {"ema.lora.y.A": torch.zeros(2, 3)}):
         with pytest.raises(WeightsError, match="no averaged weights of this run"):
             own.load_state(state, "here")
 
 
-def test_the_identity_of_a_run_holds_the_decay(make_config):
+def test_decay_identifies_the_run(make_config):
+    """The identity of a run holds the decay."""
     config = make_config(ema={"decay": 0.9}, train={"steps": 1})
     run_training(config, fresh=False)
     kept = checkpoint.load(folder(config) / "checkpoints" / "step-000001.safetensors")

@@ -35,7 +35,8 @@ def step(optimizer: torch.optim.Optimizer, parameters: list[Parameter], index: i
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_state_survives_json_and_bytes_so_that_twelve_steps_are_six_and_six(name: str):
+def test_state_survives_a_round_trip(name: str):
+    """State survives JSON and bytes, so that twelve steps equal six and six."""
     settings = OptimizerSettings(name=name, lr=0.01, weight_decay=0.1)
     whole = problem()
     optimizer = optimizers.build_optimizer(settings, whole)
@@ -89,12 +90,14 @@ def test_adamw_does_what_the_paper_says():
 
 @pytest.mark.parametrize("name", ["prodigy", "prodigy8bit"])
 @pytest.mark.parametrize(("given", "used"), [(1e-4, 1.0), (0.09, 1.0), (0.1, 0.1), (0.5, 0.5), (1.0, 1.0)])
-def test_prodigy_raises_a_rate_that_would_stop_it(name: str, given: float, used: float):
+def test_prodigy_raises_a_small_rate(name: str, given: float, used: float):
+    """Prodigy's learning rate is raised where a small one would stop it."""
     optimizer = optimizers.build_optimizer(OptimizerSettings(name=name, lr=given), problem())
     assert optimizer.param_groups[0]["lr"] == used
 
 
-def test_the_rate_that_is_logged_for_prodigy_is_its_own_times_ours():
+def test_prodigy_logged_rate():
+    """The rate logged for Prodigy is its own estimate times ours."""
     parameters = problem()
     optimizer = optimizers.build_optimizer(OptimizerSettings(name="prodigy", lr=1.0), parameters)
     for index in range(5):
@@ -115,7 +118,8 @@ def test_parameters_reach_the_optimizer(name: str, params: dict):
     assert group["weight_decay"] == 0.03
 
 
-def test_the_state_of_another_optimizer_is_refused():
+def test_state_of_another_optimizer():
+    """The state of another optimizer is refused."""
     parameters = problem()
     optimizer = optimizers.build_optimizer(OptimizerSettings(name="prodigy"), parameters)
     step(optimizer, parameters, 0)
@@ -127,7 +131,8 @@ def test_the_state_of_another_optimizer_is_refused():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_its_state_is_as_large_as_the_plan_says(name: str):
+def test_state_size_equals_the_plan(name: str):
+    """The state of an optimizer is as large as planned."""
     parameter = Parameter(torch.randn(512, 1024))
     optimizer = optimizers.build_optimizer(OptimizerSettings(name=name, lr=0.01), [parameter])
     parameter.grad = torch.randn(512, 1024)
@@ -141,7 +146,8 @@ def test_its_state_is_as_large_as_the_plan_says(name: str):
         assert 0.9 * planned <= taken <= planned * 1.001
 
 
-def test_every_optimizer_of_bitsandbytes_is_known_to_need_it():
+def test_bitsandbytes_needs_are_known():
+    """Every optimizer of bitsandbytes is known to need it."""
     modules = {
         name: type(optimizers.build_optimizer(OptimizerSettings(name=name), problem())).__module__ for name in NAMES
     }
@@ -195,8 +201,11 @@ def test_eight_bit_prodigy_follows_prodigy():
     assert 0 < float((moved8 - moved).norm() / moved.norm()) < 0.1
 
 
-def test_automagic_is_adamw_with_a_rate_that_follows_agreement():
-    """By hand, in double precision, for a tensor of two numbers."""
+def test_automagic_by_hand():
+    """Automagic is AdamW with a rate that follows the agreement of gradients.
+
+    By hand, in double precision, for a tensor of two numbers.
+    """
     parameter = Parameter(torch.tensor([2.0, -1.0], dtype=torch.float64))
     params = {"betas": [0.8, 0.9], "bump": 0.1, "min_lr": 0.09, "max_lr": 0.115}
     optimizer = optimizers.build_optimizer(
@@ -239,7 +248,8 @@ def test_automagic_without_a_bump_is_adamw():
     assert torch.allclose(*ends, rtol=1e-5, atol=1e-6)
 
 
-def test_automagic_raises_what_agrees_and_lowers_what_turns_back():
+def test_automagic_follows_agreement():
+    """Automagic raises the rate where gradients agree, and lowers it where they turn back."""
     agreeing, turning = Parameter(torch.zeros(8)), Parameter(torch.zeros(8))
     optimizer = optimizers.build_optimizer(OptimizerSettings(name="automagic", lr=1e-4), [agreeing, turning])
     for index in range(20):
@@ -258,23 +268,27 @@ def test_constant_is_constant():
     assert factors(ScheduleSettings(), 5) == [1.0] * 5
 
 
-def test_warm_up_rises_evenly_and_reaches_the_rate_in_its_last_step():
+def test_warmup_rises_evenly():
+    """Warm-up rises evenly, and reaches the rate in its last step."""
     assert factors(ScheduleSettings(warmup_steps=4), 6) == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
 
 
-def test_cosine_begins_at_the_rate_and_falls_by_half_a_cosine():
+def test_cosine_begins_at_the_rate():
+    """A cosine schedule begins at the rate, and falls by half a cosine."""
     expected = [0.5 * (1 + math.cos(math.pi * index / 10)) for index in range(10)]
     assert factors(ScheduleSettings(name="cosine"), 10) == pytest.approx(expected)
 
 
-def test_cosine_ends_near_its_end_factor_after_warm_up():
+def test_cosine_ends_near_its_factor():
+    """After warm-up, a cosine schedule ends near its end factor."""
     values = factors(ScheduleSettings(name="cosine", warmup_steps=10, params={"end_factor": 0.1}), 1000)
     assert values[9] == values[10] == 1.0
     assert values[-1] == pytest.approx(0.1, abs=1e-4)
     assert all(one >= other for one, other in itertools.pairwise(values[10:]))
 
 
-def test_constant_with_warmup_is_constant_with_its_warm_up():
+def test_constant_with_warmup():
+    """`constant_with_warmup` is constant after its warm-up."""
     assert factors(ScheduleSettings(name="constant_with_warmup", warmup_steps=2), 4) == [0.5, 1.0, 1.0, 1.0]
 
 
@@ -283,13 +297,15 @@ def test_linear_falls_to_its_end_factor():
     assert values == pytest.approx([1.0 - 0.8 * index / 8 for index in range(8)])
 
 
-def test_a_polynomial_has_its_power_and_is_a_line_without_one():
+def test_polynomial_power():
+    """A polynomial schedule has its power, and is linear without one."""
     values = factors(ScheduleSettings(name="polynomial", params={"power": 2.0, "end_factor": 0.5}), 4)
     assert values == pytest.approx([0.5 + 0.5 * left**2 for left in (1.0, 0.75, 0.5, 0.25)])
     assert factors(ScheduleSettings(name="polynomial"), 7) == factors(ScheduleSettings(name="linear"), 7)
 
 
-def test_cosine_with_restarts_begins_each_cycle_at_the_rate():
+def test_cosine_with_restarts():
+    """`cosine_with_restarts` begins each cycle at the rate."""
     values = factors(ScheduleSettings(name="cosine_with_restarts", params={"cycles": 3}), 12)
     one = [0.5 * (1 + math.cos(math.pi * index / 4)) for index in range(4)]
     assert values == pytest.approx(one * 3)
@@ -298,7 +314,8 @@ def test_cosine_with_restarts_begins_each_cycle_at_the_rate():
     )
 
 
-def test_step_falls_by_its_factor_every_so_many_steps():
+def test_step_schedule():
+    """The step schedule falls by its factor every `every` steps."""
     values = factors(ScheduleSettings(name="step", warmup_steps=1, params={"every": 3, "factor": 0.5}), 10)
     assert values == [1.0, 1.0, 1.0, 1.0, 0.5, 0.5, 0.5, 0.25, 0.25, 0.25]
 
@@ -328,12 +345,14 @@ def test_one_cycle_is_that_of_torch():
 
 
 @pytest.mark.parametrize("name", [name for name in get_args(ScheduleName) if name != "step"])
-def test_every_schedule_stays_between_zero_and_one_and_trains_in_every_step(name: str):
+def test_schedules_stay_in_range(name: str):
+    """Every schedule stays between zero and one, and trains in every step."""
     warmup = 3 if name == "constant_with_warmup" else 0
     assert all(0 < factor <= 1 for factor in factors(ScheduleSettings(name=name, warmup_steps=warmup), 50))
 
 
-def test_automagic_stays_between_its_bounds_even_where_the_rate_does_not():
+def test_automagic_stays_in_its_bounds():
+    """Automagic stays within its bounds even if the initial rate does not."""
     for lr, used in ((2e-3, 1e-3), (1e-9, 1e-7)):
         parameter = Parameter(torch.zeros(8))
         optimizer = optimizers.build_optimizer(OptimizerSettings(name="automagic", lr=lr), [parameter])

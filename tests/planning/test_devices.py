@@ -13,7 +13,8 @@ from zimage_train.planning import devices
 from zimage_train.training import loop
 
 
-def test_on_a_gpu_sums_have_one_order_until_the_block_ends():
+def test_gpu_sums_are_deterministic():
+    """On a GPU, sums have one order until the block ends."""
     with pytest.raises(KeyError), devices.reproducible(torch.device("cuda")):
         assert torch.are_deterministic_algorithms_enabled()
         assert not torch.is_deterministic_algorithms_warn_only_enabled()  # with warnings alone attention stays as it is
@@ -49,7 +50,8 @@ def test_rehearsal_and_loop_are_within_it(make_config, monkeypatch):
     assert inside == ["dry_run", "train"] and active is None
 
 
-def test_the_program_asks_cublas_for_one_order_before_anything_is_multiplied():
+def test_cublas_is_configured_at_start():
+    """The program asks cuBLAS for one order before anything is multiplied."""
     code = (
         "import atexit, os, sys; sys.argv = ['zimage-train', '--help']; from zimage_train.__main__ import main;"
         "atexit.register(lambda: print('asked', os.environ.get('CUBLAS_WORKSPACE_CONFIG'))); main()"

@@ -60,27 +60,33 @@ def test_two_layers_tell_what_thirty_take(mode: str, kind: str | None):
 @pytest.mark.parametrize("kind", [None, "fp8", "int8", "nf4"])
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("mode", RECOMPUTE_MODES)
-def test_the_step_of_the_full_model_is_within_5_percent_of_the_count(mode: str, side: int, kind: str | None):
+def test_step_memory_within_5_percent(mode: str, side: int, kind: str | None):
+    """The step of the full model is predicted within 5 % of the count."""
     assert predicted(mode, side, kind) == pytest.approx(counted(mode, side, kind), rel=0.05)
 
 
 @pytest.mark.parametrize("mode", RECOMPUTE_MODES)
-def test_activations_alone_are_within_5_percent_too(mode: str):
-    """So that a constant which is wrong by half does not hide behind 12 GB of weights."""
+def test_activations_within_5_percent(mode: str):
+    """Activations alone are predicted within 5 %, too.
+
+    So that a constant which is wrong by half does not hide behind 12 GB of weights.
+    """
     for side in (512, 1024):
         peak, weights = count(mode, side, None)
         found = memory.step_memory(job((side,)), WeightPlacement(), mode, (side // 16) ** 2 + CAPTION).activations
         assert found == pytest.approx(peak - weights, rel=0.05)
 
 
-def test_quantised_and_kept_takes_less_than_bf16_by_what_the_weights_save():
+def test_quantized_takes_less_than_bf16():
+    """With kept activations, a quantised model takes less than bf16 by what its weights save."""
     taken = {kind: counted("none", 512, kind) for kind in (None, "fp8", "int8", "nf4")}
     assert taken["fp8"] == taken["int8"] < taken[None] - 5.5e9
     assert taken["nf4"] < taken[None] - 8.5e9
 
 
 @pytest.mark.parametrize(("dtype", "batch"), [("bf16", 1), ("bf16", 2), ("fp32", 1)])
-def test_sampling_is_within_5_percent_of_the_count(dtype: str, batch: int):
+def test_sampling_within_5_percent(dtype: str, batch: int):
+    """Sampling is predicted within 5 % of the count."""
     torch_dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
     model = transformer.empty_transformer(replace(FULL, n_layers=3), torch_dtype, None)
 
@@ -114,7 +120,9 @@ def vae() -> AutoencoderKL:
 
 
 @pytest.mark.parametrize("side", SIDES)
-def test_decoding_is_within_5_percent_of_the_count(side: int):
+def test_decoding_within_5_percent(side: int):
+    """Decoding is predicted within 5 % of the count."""
+
     @torch.no_grad()
     def run() -> int:
         model = vae()
@@ -130,7 +138,8 @@ def test_decoding_is_within_5_percent_of_the_count(side: int):
 
 @pytest.mark.parametrize("kind", [None, "fp8", "int8", "nf4"])
 @pytest.mark.parametrize("streamed", [0, 1, 2, 3, 6])
-def test_the_weights_of_the_miniature_are_counted_to_the_byte(kind: str | None, streamed: int):
+def test_miniature_weights_to_the_byte(kind: str | None, streamed: int):
+    """The weights of the miniature are counted to the byte."""
     frozen = load_frozen(mini.TURBO / "transformer", None, "bf16", CPU, kind, streamed)
     made = job(shape=frozen.shape, gpu=False)
     on_device = {one.untyped_storage()._cdata: one.untyped_storage().nbytes() for one in frozen.model.parameters()}
@@ -145,14 +154,16 @@ def test_the_weights_of_the_miniature_are_counted_to_the_byte(kind: str | None, 
         assert sum(on_device.values()) == memory.model_bytes(made, kind)
 
 
-def test_the_published_model_takes_what_is_known_of_it():
+def test_published_model_sizes():
+    """The published model takes its known numbers of bytes."""
     assert memory.model_bytes(job(), None) == 2 * 6_154_908_736
     assert memory.model_bytes(job(), "int8") / 1e9 == pytest.approx(6.48, abs=0.01)
     assert memory.model_bytes(job(), "nf4") / 1e9 == pytest.approx(3.47, abs=0.01)
     assert memory.block_bytes(job(), None) / 1e6 == pytest.approx(361.8, abs=1)
 
 
-def test_modes_are_in_the_order_of_what_they_keep():
+def test_modes_are_ordered_by_memory():
+    """The modes are in the order of the memory that they keep."""
     assert list(RECOMPUTE_COSTS) == list(RECOMPUTE_MODES)
     for dtype in ("bf16", "fp32"):
         kept = [cost.kept_bytes[dtype] for cost in RECOMPUTE_COSTS.values()]
@@ -187,11 +198,13 @@ def test_what_costs_memory_raises_its_part(change: dict, part: str):
     assert getattr(other, part) > getattr(one, part)
 
 
-def test_a_batch_is_never_larger_than_the_data():
+def test_batch_is_at_most_the_data():
+    """A batch is never larger than the dataset."""
     made = job((512,), sizes=Counter({Bucket(512, 512): 3}), batch_size=64)
     assert made.max_tokens == 3 * (1024 + CAPTION)
 
 
 @pytest.mark.parametrize(("text", "least", "most"), [("", 8, 32), ("a red circle", 12, 32), ("word " * 900, 512, 512)])
-def test_the_tokens_of_a_caption_are_judged_by_its_length(text: str, least: int, most: int):
+def test_caption_tokens_from_length(text: str, least: int, most: int):
+    """The tokens of a caption are estimated from its length."""
     assert least <= memory.caption_tokens(text) <= most

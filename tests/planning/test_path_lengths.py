@@ -32,9 +32,8 @@ def longest(config: Config) -> int:
 
 
 @pytest.mark.parametrize(("setting", "characters"), [("output_dir", 240), ("name", 190), ("cache", 240)])
-def test_a_path_that_windows_cannot_open_is_refused_with_its_length(
-    make_config, tmp_path: Path, windows: None, setting: str, characters: int
-):
+def test_path_too_long_for_windows(make_config, tmp_path: Path, windows: None, setting: str, characters: int):
+    """A path that Windows cannot open is refused, with its length."""
     config = make_config(**settings_of_length(tmp_path, setting, characters))
     with pytest.raises(ConfigError) as caught:
         preflight.check_run(config)
@@ -61,8 +60,11 @@ def test_elsewhere_a_path_may_be_long(make_config, tmp_path: Path, monkeypatch: 
     path_lengths.require_short_paths(make_config(**settings_of_length(tmp_path, "output_dir", 300)))
 
 
-def test_what_a_run_writes_is_not_longer_than_was_told(make_config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Of every file that a run opens to write, by a name as long as the rest, none exceeds the prediction."""
+def test_written_paths_are_predicted(make_config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A run writes no longer path than predicted.
+
+    Of every file that a run opens to write, by a name as long as the rest, none exceeds the prediction.
+    """
     config = make_config(
         name="n" * 60,
         train={"steps": 2},

@@ -38,7 +38,8 @@ def choose(sides=ALL, limit=24e9, wanted=FREE, host=HOST, card=None, **changes):
     kinds=st.sampled_from([(None,), ("fp8",), ("nf4",), AUTO_QUANTIZATIONS]),
     sides=st.sets(st.sampled_from((256, 512, 768, 1024, 1536)), min_size=1),
 )
-def test_a_plan_that_fits_fits_in_every_batch_and_preview(limit_gb, host_gb, batch, kinds, sides):
+def test_plan_fits_everywhere(limit_gb, host_gb, batch, kinds, sides):
+    """A plan that fits does so in every batch and preview."""
     made = job(tuple(sides), batch_size=batch)
     plan = planner.choose_plan(made, PlanConstraints(kinds, None, None), limit_gb * 1e9, host_gb * 1e9, None)
     assert plan.form.kind in kinds
@@ -52,7 +53,8 @@ def test_a_plan_that_fits_fits_in_every_batch_and_preview(limit_gb, host_gb, bat
         assert all(plan.mode_of(tokens) != "none" for tokens in range(1, 20000, 500))
 
 
-def test_full_precision_without_streaming_is_taken_wherever_it_fits():
+def test_full_precision_is_preferred():
+    """Full precision without streaming is taken wherever it fits."""
     for limit in (17e9, 24e9, 48e9, 141e9):
         plan = choose(limit=limit, wanted=ANY)
         assert plan.fits and plan.form == WeightPlacement()
@@ -66,7 +68,8 @@ def test_full_precision_without_streaming_is_taken_wherever_it_fits():
         ("4080", {512: "w1w3", 768: "attention", 1024: "full"}),
     ],
 )
-def test_each_size_recomputes_the_least_that_fits(name: str, expected: dict[int, str]):
+def test_sizes_recompute_the_least(name: str, expected: dict[int, str]):
+    """Each size recomputes the least that fits."""
     plan = choose(limit=GPU_SPECS[name].memory_gb * 1e9, card=GPU_SPECS[name])
     assert {side: plan.mode_of(plan.job.tokens(Bucket(side, side))) for side in ALL} == expected
     for side, mode in expected.items():
@@ -77,7 +80,8 @@ def test_each_size_recomputes_the_least_that_fits(name: str, expected: dict[int,
 
 
 @pytest.mark.parametrize("name", ["4070", "4060"])
-def test_small_cards_stream_and_keep_full_precision_if_main_memory_allows(name: str):
+def test_small_gpus_stream(name: str):
+    """Small GPUs stream, and keep full precision if main memory allows."""
     card = GPU_SPECS[name]
     plan = choose(limit=card.memory_gb * 1e9, card=card, wanted=ANY)
     assert plan.fits and plan.form.kind is None and plan.form.streamed > 0
@@ -103,7 +107,8 @@ def test_a_slow_bus_prefers_fewer_bytes():
     assert slowed.form.streamed < fast.form.streamed
 
 
-def test_no_choice_is_predicted_to_be_slower_than_another_by_more_than_a_quarter():
+def test_choice_is_near_the_fastest():
+    """No plan that fits is predicted to be more than a quarter faster than the chosen one."""
     card, limit = GPU_SPECS["4060"], 8.6e9
     chosen = choose(limit=limit, card=card, wanted=ANY)
     for kind in AUTO_QUANTIZATIONS:
@@ -132,12 +137,14 @@ def test_the_config_has_the_last_word(mode: str):
         ({"memory": {"checkpointing": "w1w3", "offload": 0}}, PlanConstraints((None,), "w1w3", 0)),
     ],
 )
-def test_what_is_left_to_the_planner_is_what_the_config_leaves(changes: dict, expected: PlanConstraints):
+def test_constraints_from_the_config(changes: dict, expected: PlanConstraints):
+    """The planner decides the settings that the config leaves open."""
     config = Config.model_validate({"name": "x", "data": [{"folder": "p"}], **changes})
     assert planner.plan_constraints(config, 30) == expected
 
 
-def test_streaming_without_recomputation_is_refused():
+def test_streaming_needs_recomputation():
+    """Streaming without recomputation is refused."""
     with pytest.raises(ValueError, match="offload needs recomputation"):
         Config.model_validate(
             {"name": "x", "data": [{"folder": "p"}], "memory": {"checkpointing": "none", "offload": 0.5}}
@@ -145,7 +152,8 @@ def test_streaming_without_recomputation_is_refused():
 
 
 @pytest.mark.parametrize("limit_gb", [80, 24, 16, 12, 8, 7])
-def test_what_is_named_where_a_run_does_not_fit_is_predicted_to_fit(limit_gb: float):
+def test_suggestion_is_predicted_to_fit(limit_gb: float):
+    """The settings suggested for a run that does not fit are predicted to fit."""
     made = job((1024, 1536), batch_size=4, previews=(recipe(1024),))
     wanted = PlanConstraints((None,), "none", 0)
     if planner.choose_plan(made, wanted, limit_gb * 1e9, HOST, None).fits:
@@ -162,13 +170,15 @@ def test_what_is_named_where_a_run_does_not_fit_is_predicted_to_fit(limit_gb: fl
     assert str(said).endswith(f" (predicted: {plan.peak.total / 1e9:.2f} GB)")
 
 
-def test_where_nothing_fits_the_least_is_named():
+def test_suggestion_of_the_least_memory():
+    """If nothing fits, the least memory that a run takes is named."""
     said = planner.suggest_settings(job(), ANY, 1e9, HOST)
     assert said.changes == []
     assert re.fullmatch(r"a run takes \d\.\d\d GB at the least \(predicted\), so more memory is needed", str(said))
 
 
-def test_large_previews_and_a_large_rank_are_named_where_they_are_the_cause():
+def test_suggestion_names_the_cause():
+    """Large previews and a large rank are named where they are the cause."""
     drawn = job((512,), previews=(recipe(4096),))
     small = [SettingChange("sample.width", 1024), SettingChange("sample.height", 1024)]
     assert planner.suggest_settings(drawn, FREE, 9e9, HOST).changes == small
@@ -177,13 +187,15 @@ def test_large_previews_and_a_large_rank_are_named_where_they_are_the_cause():
     assert planner.suggest_settings(ranked, FREE, 8e9, HOST).changes == [SettingChange("lora.rank", 16)]
 
 
-def test_a_card_has_as_much_memory_as_its_name_says():
+def test_gpu_memory_matches_its_name():
+    """A GPU has as much memory as its name says."""
     assert gpus.get_gpu("a100 40gb").memory_gb == pytest.approx(42.9, abs=0.1)
     assert gpus.get_gpu("A100-SXM4-40GB").tflops == GPU_SPECS["a100"].tflops
     assert gpus.get_gpu("NVIDIA A100 80GB PCIe") is GPU_SPECS["a100"]
 
 
-def test_what_is_left_to_the_planner_already_is_not_asked_for():
+def test_suggestion_skips_planner_choices():
+    """Settings that the planner decides already are not suggested."""
     said = planner.suggest_settings(job((1536,), batch_size=4), FREE, 9e9, HOST)
     assert {"memory.checkpointing", "memory.offload"}.isdisjoint(one.key for one in said.changes)
 
@@ -209,7 +221,8 @@ def test_what_is_left_to_the_planner_already_is_not_asked_for():
         ("NVIDIA RTX 6000 Ada Generation", "6000ada"),
     ],
 )
-def test_a_card_is_known_by_its_own_name_and_by_what_people_call_it(text: str, name: str):
+def test_gpu_names_and_nicknames(text: str, name: str):
+    """A GPU is known by its own name and by its common short names."""
     assert gpus.get_gpu(text).name == name
 
 
@@ -217,7 +230,8 @@ def test_a_card_is_known_by_its_own_name_and_by_what_people_call_it(text: str, n
     "text",
     ["", "GTX 1080", "L", "Quadro RTX 8000", "9070 XT", "4070 ti", "3060 Ti", "4090 Laptop GPU", "4090 D", "4090x"],
 )
-def test_an_unknown_card_is_refused_with_the_list(text: str):
+def test_unknown_gpu_is_refused(text: str):
+    """An unknown GPU is refused, with the list of known ones."""
     with pytest.raises(ConfigError, match="give one of 3060, "):
         gpus.get_gpu(text)
 
@@ -225,7 +239,8 @@ def test_an_unknown_card_is_refused_with_the_list(text: str):
 # Time
 
 
-def test_faster_cards_and_less_recomputation_take_less_time():
+def test_time_falls_with_faster_gpus():
+    """Faster GPUs and less recomputation take less time."""
     made = job((1024,))
     size = Bucket(1024, 1024)
 
@@ -239,14 +254,18 @@ def test_faster_cards_and_less_recomputation_take_less_time():
     assert seconds("full", form=WeightPlacement(None, 30)) >= seconds("full")
 
 
-def test_the_floor_of_a_step_is_its_arithmetic():
-    """120.2 TFLOP at 1024 px: 152 ms at the 790 TFLOP/s that an H100 reaches."""
+def test_time_floor_is_arithmetic():
+    """The lower bound of a step's time is its arithmetic.
+
+    120.2 TFLOP at 1024 px: 152 ms at the 790 TFLOP/s that an H100 reaches.
+    """
     made = job((1024,))
     found = flops.step_seconds(made, WeightPlacement(), "none", Bucket(1024, 1024), GPU_SPECS["h100"])
     assert 0.152 < found < 0.35
 
 
-def test_streaming_is_hidden_behind_computing_until_it_takes_longer():
+def test_streaming_time_is_hidden():
+    """Streaming is hidden behind computing until it takes longer."""
     made, size, card = job((1024,)), Bucket(1024, 1024), GPU_SPECS["4090"]
     hidden = flops.step_seconds(made, WeightPlacement(None, 15), "full", size, card)
     assert hidden == flops.step_seconds(made, WeightPlacement(), "full", size, card)
@@ -259,7 +278,8 @@ def test_streaming_is_hidden_behind_computing_until_it_takes_longer():
 
 
 @pytest.mark.parametrize("block_bytes", [361_814_528, 190_443_008, 101_904_896])
-def test_pinned_blocks_lose_little_to_the_allocators_rounding(block_bytes: int):
+def test_pinned_blocks_lose_little(block_bytes: int):
+    """Pinned blocks lose little to the allocator's rounding."""
     for count in range(0, 31):
         shared = arena_sizes(count, block_bytes)
         assert sum(shared) == count

@@ -133,7 +133,8 @@ def adapter_modules(path: Path) -> int:
     return len({name.split(".lora_")[0] for name in read_header(path).tensors if ".lora_" in name})
 
 
-def test_the_report_says_what_a_run_would_do(make_config: Make, monkeypatch: pytest.MonkeyPatch):
+def test_report_of_a_run(make_config: Make, monkeypatch: pytest.MonkeyPatch):
+    """The report describes what a run would do."""
     data = [{"folder": str(mini.IMAGES), "resolution": [64, 96], "trigger": "zorb"}]
     config = make_config(data=data, train={"steps": 30, "batch_size": 2}, model={"adapter_strength": 0.5})
     checked = preflight.check_run(config, offline)
@@ -158,13 +159,16 @@ def test_the_report_says_what_a_run_would_do(make_config: Make, monkeypatch: pyt
     assert "model.adapter_strength is 0.5" in "\n".join(lines)
 
 
-def test_a_run_without_an_adapter_has_none_to_fit(make_config: Make):
+def test_report_without_an_adapter(make_config: Make):
+    """A run without an adapter has no adapter to fit."""
     checked = preflight.check_run(make_config(model={"adapter": None}), offline)
     assert checked.weights is not None and checked.weights.adapter_modules == 0
     assert not any(line.startswith("adapter fits") for line in checking.check_report(checked))
 
 
-def test_the_plan_follows_the_budget_and_the_card(make_config: Make):
+def test_plan_follows_budget_and_gpu(make_config: Make):
+    """The plan follows the budget and the GPU."""
+
     def lines(gpu: str | None = None, price: float | None = None, **settings: Any) -> str:
         checked = preflight.check_run(make_config(memory=settings), offline)
         return "\n".join(checking.check_report(checked, gpu, price))
@@ -181,7 +185,8 @@ def test_the_plan_follows_the_budget_and_the_card(make_config: Make):
         lines("riva")
 
 
-def test_a_published_model_without_a_card_is_planned_for_four_sizes_of_one(make_config: Make, private: Path):
+def test_plans_for_four_gpu_sizes(make_config: Make, private: Path):
+    """Without a GPU, the published model is planned for four sizes of GPU."""
     config = make_config(
         model={"path": None, "adapter": None, "dtype": "bf16"},
         data=[{"folder": str(mini.IMAGES), "trigger": "zorb"}],
@@ -194,7 +199,8 @@ def test_a_published_model_without_a_card_is_planned_for_four_sizes_of_one(make_
     assert "blocks streamed" in found[3] and "streamed" not in found[0]
 
 
-def test_what_does_not_fit_is_no_config_without_problems(make_config: Make, private: Path):
+def test_report_of_a_run_that_does_not_fit(make_config: Make, private: Path):
+    """A config that does not fit is not reported as free of problems."""
     config = make_config(
         model={"path": None, "adapter": None, "dtype": "bf16"},
         data=[{"folder": str(mini.IMAGES), "trigger": "zorb"}] * 2,
@@ -217,7 +223,8 @@ def test_what_is_no_price_is_refused(text: str):
     assert caught.value.exit_code == 2
 
 
-def test_a_card_that_is_not_there_or_odd_is_no_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+def test_gpu_detection_never_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """A GPU that is missing or answers oddly is no error."""
     monkeypatch.setenv("PATH", str(tmp_path))
     assert gpus.detect_gpu() is None
     tool = tmp_path / "nvidia-smi"
@@ -236,9 +243,8 @@ def test_a_card_that_is_not_there_or_odd_is_no_error(monkeypatch: pytest.MonkeyP
 # Refused
 
 
-def test_problems_of_config_data_weights_and_disk_are_listed_together(
-    make_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_problems_are_listed_together(make_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Problems of config, data, weights and disk are listed together."""
     photos = tmp_path / "photos"
     photos.mkdir()
     (photos / "page.png").write_text("<html>")
@@ -275,12 +281,14 @@ def test_problems_of_config_data_weights_and_disk_are_listed_together(
         ({"lora": {"targets": "no"}, "data": [{"folder": "/nowhere"}]}, 2),
     ],
 )
-def test_the_exit_code_is_the_lowest_that_applies(make_config: Make, changes: dict[str, Any], code: int):
+def test_exit_code_is_the_lowest(make_config: Make, changes: dict[str, Any], code: int):
+    """The exit code is the lowest that applies."""
     assert refused(make_config(**changes)).exit_code == code
 
 
 @pytest.mark.parametrize("kind", FOREIGN)
-def test_an_adapter_that_does_not_fit_in_full_is_refused(make_config: Make, tmp_path: Path, kind: str):
+def test_adapter_must_fit_in_full(make_config: Make, tmp_path: Path, kind: str):
+    """An adapter that does not fit in full is refused."""
     path = adapter(tmp_path / "a.safetensors", FOREIGN[kind])
     error = refused(make_config(model={"adapter": str(path)}))
     assert error.exit_code == 4 and len(error.problems) == 1
@@ -296,7 +304,8 @@ def test_an_adapter_that_fits_is_counted(make_config: Make, tmp_path: Path, kind
     assert checked.weights.adapter_modules == adapter_modules(mini.ADAPTER_V1)
 
 
-def test_check_and_loading_agree_about_adapters(make_config: Make, tmp_path: Path):
+def test_adapter_check_equals_loading(make_config: Make, tmp_path: Path):
+    """`check` and loading agree about adapters."""
     lora_files = pytest.importorskip("zimage_train.lora.lora_file")
     checked = preflight.check_run(make_config(), offline)
     assert checked.weights is not None
@@ -402,13 +411,15 @@ def damaged(part: str, content: bytes | None) -> Callable[[Path], None]:
         ("vae/diffusion_pytorch_model.safetensors", b"", "is empty"),
     ],
 )
-def test_parts_beside_the_transformer_are_checked_too(make_config, tmp_path, part: str, content: bytes, what: str):
+def test_other_model_parts_are_checked(make_config, tmp_path, part: str, content: bytes, what: str):
+    """The text encoder, VAE and tokenizer are checked, too."""
     damaged(part, content)(copied(tmp_path))
     error = refused(make_config(model={"path": str(tmp_path / "model")}))
     assert error.exit_code == 4 and what in str(error)
 
 
-def test_a_text_encoder_of_another_width_is_refused_with_both_widths(make_config: Make, tmp_path: Path):
+def test_text_encoder_of_another_width(make_config: Make, tmp_path: Path):
+    """A text encoder of another width is refused, with both widths."""
     folder = copied(tmp_path) / "text_encoder"
     config = json.loads((folder / "config.json").read_bytes()) | {"hidden_size": 8}
     shutil.rmtree(folder)
@@ -447,9 +458,8 @@ def edited(tmp_path: Path, part: str, change: dict[str, Any]) -> Path:
         ("transformer/config.json", {"n_layers": 10**9}, "n_layers"),
     ],
 )
-def test_an_odd_config_is_a_line_and_no_traceback(
-    make_config: Make, tmp_path: Path, part: str, change: dict[str, Any], what: str
-):
+def test_odd_model_config_is_one_line(make_config: Make, tmp_path: Path, part: str, change: dict[str, Any], what: str):
+    """An odd model config is an error of one line, without a traceback."""
     model = edited(tmp_path, part, change)
     error = refused(make_config(model={"path": str(model)}))
     assert error.exit_code == 4 and what in str(error), str(error)
@@ -468,13 +478,15 @@ def test_an_odd_config_is_a_line_and_no_traceback(
         ),
     ],
 )
-def test_what_only_the_class_can_tell_is_a_line_too(tmp_path: Path, load, part: str, change: dict[str, Any]):
+def test_class_errors_are_one_line(tmp_path: Path, load, part: str, change: dict[str, Any]):
+    """Errors that only the model's class can detect are one line, too."""
     model = edited(tmp_path, part, change)
     with pytest.raises(WeightsError, match=r"does not describe|template fails"):
         load(model, torch.device("cpu"), torch.float32)
 
 
-def test_every_part_that_is_wrong_is_told_at_once(make_config: Make, tmp_path: Path):
+def test_damaged_parts_reported_at_once(make_config: Make, tmp_path: Path):
+    """Every damaged or missing part of the model is reported at once."""
     model = copied(tmp_path)
     damaged("text_encoder/config.json", b"{}")(model)
     damaged("vae/config.json", b"[]")(model)
@@ -483,20 +495,23 @@ def test_every_part_that_is_wrong_is_told_at_once(make_config: Make, tmp_path: P
     assert len(text.splitlines()) == 4, text
 
 
-def test_a_bad_adapter_is_told_although_the_rest_is_not_downloaded_yet(make_config: Make, private: Path):
+def test_bad_adapter_before_the_download(make_config: Make, private: Path):
+    """A bad adapter is reported although the model is not downloaded yet."""
     config = make_config(model={"extras": "org/repo", "adapter": str(private / "a.safetensors")})
     (private / "a.safetensors").write_bytes(b"")
     with pytest.raises(WeightsError, match=r"a\.safetensors: is empty"):
         preflight.check_run(config, cached_only)
 
 
-def test_a_pipeline_folder_that_lacks_a_part_is_not_completed_from_the_hub(make_config: Make, tmp_path: Path):
+def test_missing_part_not_from_the_hub(make_config: Make, tmp_path: Path):
+    """A pipeline folder that lacks a part is not completed from the hub."""
     model = copied(tmp_path)
     shutil.rmtree(model / "vae")
     assert f"model.extras: {model} has no vae" in str(refused(make_config(model={"path": str(model)})))
 
 
-def test_a_misspelt_path_is_told_with_its_setting(make_config: Make, private: Path):
+def test_misspelt_path_names_its_setting(make_config: Make, private: Path):
+    """A misspelt path is reported with its setting."""
     checked = preflight.check_run(make_config(model={"path": "models/zimage"}), cached_only)
     assert checked.notes == [
         Note("not-downloaded", "model.path: models/zimage: not on this machine yet; train downloads it")
@@ -520,7 +535,8 @@ def private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize(
     "changes", [{"path": None, "adapter": None}, {"adapter": "v2"}, {"path": "org/repo@v1"}, {"extras": "org/repo"}]
 )
-def test_what_is_not_downloaded_yet_is_a_note(make_config: Make, private: Path, changes: dict[str, Any]):
+def test_not_downloaded_is_a_note(make_config: Make, private: Path, changes: dict[str, Any]):
+    """Files that are not downloaded yet are a note."""
     checked = preflight.check_run(make_config(model=changes), cached_only)
     assert checked.weights is None
     assert memory.parameters_of(preflight.workload_of(checked).shape) > 6e9, "as large as the published models"
@@ -531,7 +547,8 @@ def test_what_is_not_downloaded_yet_is_a_note(make_config: Make, private: Path, 
     assert list(private.iterdir()) == []
 
 
-def test_what_is_wrong_beside_what_is_not_downloaded_is_an_error(make_config: Make, private: Path):
+def test_errors_beside_a_missing_download(make_config: Make, private: Path):
+    """Errors are reported although other files are not downloaded yet."""
     with pytest.raises(ZImageTrainError) as caught:
         preflight.check_run(make_config(model={"path": None, "adapter": "/nowhere/a.safetensors"}), cached_only)
     assert caught.value.exit_code == 4 and "/nowhere/a.safetensors" in str(caught.value)
@@ -581,13 +598,15 @@ def check(monkeypatch: pytest.MonkeyPatch, private: Path, capsys: pytest.Capture
     return command
 
 
-def test_a_fine_config_exits_0_and_is_described(check, make_config: Make):
+def test_check_valid_config(check, make_config: Make):
+    """A valid config exits with 0, and is described."""
     code, out, err = check(make_config())
     assert (code, err) == (0, "")
     assert out.startswith("tiny: no problems found\n") and "LoRA of rank 4 on 42 modules" in out
 
 
-def test_every_kind_of_problem_has_its_code_and_no_traceback(check, make_config: Make, tmp_path: Path):
+def test_check_problem_codes(check, make_config: Make, tmp_path: Path):
+    """Every kind of problem has its exit code, and no traceback."""
     broken = str(adapter(tmp_path / "a.safetensors", FOREIGN["another width"]))
     (tmp_path / "file").write_text("")
     kinds = [
@@ -604,13 +623,15 @@ def test_every_kind_of_problem_has_its_code_and_no_traceback(check, make_config:
         assert message in err and all(line for line in err.splitlines())
 
 
-def test_a_hub_id_that_is_not_here_exits_0_with_a_note(check, make_config: Make):
+def test_check_missing_hub_model(check, make_config: Make):
+    """A hub ID that is not on this machine exits with 0 and a note."""
     code, out, err = check(make_config(model={"path": None, "adapter": "v2"}))
     assert (code, err) == (0, "")
     assert "note: model.path: Tongyi-MAI/Z-Image-Turbo: not on this machine yet; train downloads it" in out
 
 
-def test_names_that_are_no_text_and_brackets_are_printed(check, make_config: Make, tmp_path: Path):
+def test_check_odd_file_names(check, make_config: Make, tmp_path: Path):
+    """File names that are not text, and brackets, are printed."""
     photos = tmp_path / "photos"
     photos.mkdir()
     Image.new("RGB", (64, 64)).save(photos / "[red]é.png")
@@ -622,7 +643,8 @@ def test_names_that_are_no_text_and_brackets_are_printed(check, make_config: Mak
     )
 
 
-def test_a_missing_config_and_bad_usage_exit_2(monkeypatch: pytest.MonkeyPatch, capsys, tmp_path: Path):
+def test_check_bad_usage(monkeypatch: pytest.MonkeyPatch, capsys, tmp_path: Path):
+    """A missing config and bad usage exit with 2."""
     for arguments in (["check", str(tmp_path / "none.yaml")], ["check"], ["check", "--nonsense"], ["chekc"]):
         assert run(monkeypatch, *arguments) == 2
         _, err = capsys.readouterr()
@@ -641,7 +663,8 @@ def test_a_bug_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, tmp_
         run(monkeypatch, "check", str(tmp_path / "c.yaml"))
 
 
-def test_what_needs_a_package_that_is_not_there_is_refused_before_anything_is_loaded(make_config: Make, monkeypatch):
+def test_missing_package_is_refused_first(make_config: Make, monkeypatch):
+    """A setting that needs a missing package is refused before anything is loaded."""
     find = preflight.importlib.util.find_spec
     monkeypatch.setattr(
         preflight.importlib.util, "find_spec", lambda name, *rest: None if name == "bitsandbytes" else find(name, *rest)
@@ -669,7 +692,9 @@ def test_batches_are_planned_as_they_come(make_config: Make):
     assert sum(job.shares().values()) == pytest.approx(1.0)
 
 
-def test_regularization_has_its_share_of_the_time(make_config: Make):
+def test_regularization_share_of_time(make_config: Make):
+    """Regularization has its share of the predicted time."""
+
     def share_of_large(part: float) -> float:
         data = [*folders(resolution=[128]), *folders(resolution=[32], regularization=True, trigger=None)]
         config = make_config(data=data, train={"batch_size": 1, "regularization_share": part})
@@ -679,7 +704,8 @@ def test_regularization_has_its_share_of_the_time(make_config: Make):
     assert share_of_large(0.25) == pytest.approx(0.75) and share_of_large(0.9) == pytest.approx(0.1)
 
 
-def test_advice_names_the_setting_that_each_folder_has(make_config: Make):
+def test_suggestion_names_folder_settings(make_config: Make):
+    """Suggestions name the settings that each folder has."""
     data = [*folders(batch_size=8), *folders(max_pixels=1024 * 1024)]
     del data[1]["resolution"]
     config = make_config(data=data, model={"path": None, "adapter": None, "dtype": "bf16"}, train={"batch_size": 1})
@@ -690,7 +716,8 @@ def test_advice_names_the_setting_that_each_folder_has(make_config: Make):
     assert ("data.0.resolution" in changes) == ("data.1.max_pixels" in changes) and "data.*.resolution" not in changes
 
 
-def test_a_caption_that_is_held_and_longer_counts(make_config: Make):
+def test_preserve_prompt_length_counts(make_config: Make):
+    """The length of a longer prompt for preservation counts."""
     word = "a thing of many words " * 8
     plain, kept = (
         preflight.workload_of(preflight.check_run(make_config(**changes))).caption_tokens
@@ -699,7 +726,8 @@ def test_a_caption_that_is_held_and_longer_counts(make_config: Make):
     assert kept > plain
 
 
-def test_images_of_the_class_do_not_count_as_images_of_the_concept(make_config: Make, tmp_path: Path):
+def test_class_images_do_not_count(make_config: Make, tmp_path: Path):
+    """Images of the class do not count as images of the concept."""
     few = tmp_path / "few"
     few.mkdir()
     for path in mini.IMAGES.glob("zorb_0[1-3].*"):
@@ -709,14 +737,16 @@ def test_images_of_the_class_do_not_count_as_images_of_the_concept(make_config: 
     assert any("for 3 images" in warning for warning in warnings)
 
 
-def test_preservation_needs_a_trigger_for_every_folder_of_the_concept(make_config: Make):
+def test_preservation_needs_triggers(make_config: Make):
+    """Preservation needs a trigger for every folder of the concept."""
     kept = {"kind": "trigger", "class_word": "shape"}
     with pytest.raises(AssertionError, match=r"set data\.1\.trigger, or use blank"):
         make_config(data=[*folders(), *folders(trigger=None)], preserve=kept)
     assert make_config(data=[*folders(), *folders(trigger=None, regularization=True)], preserve=kept)
 
 
-def test_what_another_setting_stands_in_for_is_said(make_config: Make):
+def test_unused_settings_are_noted(make_config: Make):
+    """Settings that another setting replaces are noted."""
     data = folders(max_pixels=64 * 64)
     checked = preflight.check_run(make_config(data=data, train={"epochs": 2.0, "steps": 6}))
     assert checked.config.train.steps != 6
@@ -734,6 +764,7 @@ def test_check_counts_what_an_epoch_holds(make_config: Make):
     assert "prompts to encode" not in "\n".join(checking.check_report(preflight.check_run(make_config())))
 
 
-def test_a_warm_up_longer_than_the_run_is_pointed_out(make_config: Make):
+def test_warmup_longer_than_the_run(make_config: Make):
+    """A warm-up longer than the run is pointed out."""
     warnings = preflight.check_run(make_config(schedule={"warmup_steps": 4})).warnings
     assert "schedule.warmup_steps is 4 of 4 steps: the rate is never reached" in warnings

@@ -45,7 +45,8 @@ def test_a_trace_is_whole(path: Path):
 
 
 @pytest.mark.parametrize("path", FILES[:1] + FILES[-1:], ids=lambda path: path.name.partition(".")[0])
-def test_its_weights_are_those_of_the_published_model(path: Path):
+def test_traces_have_published_weights(path: Path):
+    """A trace's weights are those of the published model."""
     found = trace(path)
     names = [name for name, _ in found["frozen"]]
     assert len(set(names)) == len(names) and all(size > 0 for _, size in found["frozen"])
@@ -60,7 +61,8 @@ def test_a_free_of_nothing_is_found():
             peak_of(wrong)
 
 
-def test_there_is_one_for_every_step_that_was_measured():
+def test_traces_of_every_measured_step():
+    """There is one trace for every step that was measured."""
     found = {(one["mode"], one["side_px"], one["kind"]) for one in map(trace, FILES)}
     assert found == set(itertools.product(MODES, SIDES, KINDS))
     measured = json.loads((ROOT / "docs" / "bench" / "memory.json").read_text(encoding="utf-8"))["runs"]

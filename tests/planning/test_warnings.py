@@ -24,7 +24,8 @@ def warnings(num_images: int = IMAGES, **changes: dict[str, Any]) -> list[str]:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_config_of_defaults_has_no_warning(variant: str):
+def test_defaults_have_no_warning(variant: str):
+    """A config of defaults has no warning."""
     assert warnings(model={"variant": variant}) == []
 
 
@@ -99,9 +100,8 @@ def test_a_config_of_defaults_has_no_warning(variant: str):
         ),
     ],
 )  # fmt: skip
-def test_each_warning_comes_at_its_threshold_and_names_its_remedy(
-    fires: dict[str, Any], silent: list[dict[str, Any]], words: list[str]
-):
+def test_warning_thresholds_and_remedies(fires: dict[str, Any], silent: list[dict[str, Any]], words: list[str]):
+    """Each warning comes at its threshold and names its remedy."""
     (line,) = warnings(**fires)
     assert [word for word in words if word not in line] == []
     assert line.count("\n") == 0
@@ -109,17 +109,20 @@ def test_each_warning_comes_at_its_threshold_and_names_its_remedy(
         assert warnings(**changes) == []
 
 
-def test_both_kinds_of_adapter_damage_are_not_said_twice():
+def test_adapter_damage_is_said_once():
+    """A missing and a weakened adapter are not both warned about."""
     (line,) = warnings(model={"adapter": None, "adapter_strength": 0.5})
     assert line.startswith("model.adapter is null")
 
 
-def test_many_steps_without_the_adapter_have_only_the_adapters_warning():
+def test_adapter_warning_covers_many_steps():
+    """Many steps without the adapter have only the adapter's warning."""
     (line,) = warnings(model={"adapter": None}, train={"steps": 20_000})
     assert line.startswith("model.adapter is null")
 
 
-def test_a_prompt_with_the_trigger_of_any_entry_has_a_trigger():
+def test_trigger_of_any_entry_counts():
+    """A preview prompt may have the trigger of any entry."""
     data = [{"folder": "x", "trigger": "zorb"}, {"folder": "y", "trigger": "blip"}, {"folder": "z"}]
     (line,) = warnings(data=data, sample={"prompts": ["a zorb", "a blip"]})
     assert "has the trigger" in line
@@ -145,7 +148,8 @@ def test_several_dangers_are_all_named():
     assert len(found) == 6
 
 
-def test_the_numbers_that_the_warnings_give_are_the_ones_that_are_used():
+def test_numbers_in_warnings_are_current():
+    """The numbers that the warnings give are the ones that are used."""
     assert (HIGH_LR, MANY_STEPS, FEW_IMAGES, STEPS_FOR_FEW_IMAGES) == (
         2e-4,
         10_000,
@@ -155,7 +159,8 @@ def test_the_numbers_that_the_warnings_give_are_the_ones_that_are_used():
     assert (VARIANTS["turbo"].steps, VARIANTS["turbo"].guidance) == (8, 0.0)
 
 
-def test_the_miniature_may_learn_faster_and_is_warned_of_the_rest():
+def test_warnings_of_the_miniature():
+    """The miniature may have a higher rate, and has all other warnings."""
     values = {"variant": "turbo", "adapter": None}
     config = Config.model_validate({"name": "x", "data": [{"folder": "p"}], "model": values, "optimizer": {"lr": 2e-3}})
     found, small = config_warnings(config, 20), config_warnings(config, 20, is_small=True)

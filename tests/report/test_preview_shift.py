@@ -31,7 +31,8 @@ def draw(samples: Path, step: int, *shades: int) -> None:
         )
 
 
-def test_the_distance_is_the_root_mean_square_of_the_values(tmp_path: Path):
+def test_image_distance(tmp_path: Path):
+    """The distance is the root mean square of the differences."""
     draw_from = np.random.default_rng(3)
     one, other = draw_from.integers(0, 256, (2, 16, 16, 3), dtype=np.uint8)
     Image.fromarray(one).save(tmp_path / "one.png")
@@ -42,7 +43,8 @@ def test_the_distance_is_the_root_mean_square_of_the_values(tmp_path: Path):
     assert preview_shift.image_distance(tmp_path / "one.png", tmp_path / "tall.png") is None
 
 
-def test_changes_are_told_apart_by_the_trigger(tmp_path: Path):
+def test_shifts_with_and_without_trigger(tmp_path: Path):
+    """Shifts are reported separately for prompts with and without the trigger."""
     draw(tmp_path / "s", 0, 100, 100)
     draw(tmp_path / "s", 5, 151, 100)
     draw(tmp_path / "s", 10, 202, 151)
@@ -51,7 +53,8 @@ def test_changes_are_told_apart_by_the_trigger(tmp_path: Path):
     assert preview_shift.preview_shifts(preview_images.preview_table(tmp_path / "s"), set())[0].with_trigger is None
 
 
-def test_without_the_image_before_training_nothing_is_claimed(tmp_path: Path):
+def test_shift_without_a_first_image(tmp_path: Path):
+    """Without the image before training, no shift is reported."""
     draw(tmp_path / "s", 5, 151, 100)
     assert preview_shift.preview_shifts(preview_images.preview_table(tmp_path / "s"), {"zorb"}) == [
         PreviewShift(5, None, None)
@@ -75,7 +78,8 @@ def test_what_is_said_of_a_change(found: PreviewShift, expected: str | None):
     assert (said or "").startswith(expected or "") and (said is None) is (expected is None)
 
 
-def test_a_run_that_learns_nothing_says_so_in_log_report_and_events(make_config):
+def test_no_learning_is_reported(make_config):
+    """A run that learns nothing says so in its log, report and events."""
     config = make_config(sample=PREVIEWED, optimizer={"lr": 1e-12})
     run_training(config, fresh=False)
     assert "warning: not learning: at step 4 previews with the trigger differ by 0.000" in (

@@ -23,7 +23,8 @@ def shown(config) -> EventAccumulator:
     return found
 
 
-def test_tensorboard_has_the_numbers_of_every_step_and_the_images(make_config):
+def test_tensorboard_has_all_steps(make_config):
+    """TensorBoard has the numbers of every step, and the images."""
     config = make_config(log={"tensorboard": True}, sample=PREVIEWED, train={"steps": 2})
     run_training(config, fresh=False)
     run_training(make_config(log={"tensorboard": True}, sample=PREVIEWED, train={"steps": 4}), fresh=False)
@@ -51,7 +52,8 @@ def logged(config) -> bytes:
     return b"".join(file[at + HEADER : at + BLOCK] for file in files for at in range(0, len(file), BLOCK))
 
 
-def test_wandb_offline_has_the_numbers_of_every_step_under_one_id(make_config, offline, capsys):
+def test_wandb_offline_has_all_steps(make_config, offline, capsys):
+    """W&B offline has the numbers of every step, under one ID."""
     config = make_config(log={"wandb": "my project"}, sample=PREVIEWED, train={"steps": 2})
     run_training(config, fresh=False)
     run_id = (folder(config) / "wandb" / "id").read_text().strip()
@@ -70,14 +72,17 @@ def test_wandb_offline_has_the_numbers_of_every_step_under_one_id(make_config, o
     assert f"run {run_id}" in capsys.readouterr().out
 
 
-def test_without_wandb_the_run_says_what_to_do_before_it_loads_anything(make_config, monkeypatch):
+def test_wandb_missing(make_config, monkeypatch):
+    """Without wandb the run says what to do before it loads anything."""
     monkeypatch.setitem(sys.modules, "wandb", None)
     monkeypatch.setattr("zimage_train.training.build.load_frozen", pytest.fail)
     with pytest.raises(ConfigError, match=r"log.wandb: wandb is not installed; pip install wandb"):
         run_training(make_config(log={"wandb": "x"}), fresh=False)
 
 
-def test_without_a_login_the_run_says_what_to_do(make_config, monkeypatch):
+def test_wandb_without_a_login(make_config, monkeypatch):
+    """Without a login the run says what to do."""
+
     class Error(Exception):
         pass
 
@@ -91,7 +96,8 @@ def test_without_a_login_the_run_says_what_to_do(make_config, monkeypatch):
 
 
 @pytest.mark.parametrize("method", ["numbers", "images", "close"])
-def test_a_tracker_that_fails_is_left_out_and_the_run_goes_on(make_config, monkeypatch, capsys, method: str):
+def test_failing_tracker_is_left_out(make_config, monkeypatch, capsys, method: str):
+    """A tracker that fails is left out, and the run continues."""
     called: list[int] = []
 
     def fail(self, *args):
@@ -105,7 +111,8 @@ def test_a_tracker_that_fails_is_left_out_and_the_run_goes_on(make_config, monke
     assert len(losses(make_config())) == 4
 
 
-def test_a_run_id_that_is_damaged_is_made_anew(make_config, offline, tmp_path: Path):
+def test_damaged_run_id(make_config, offline, tmp_path: Path):
+    """A damaged run ID is made anew."""
     config = make_config(log={"wandb": "x"}, train={"steps": 1})
     run_training(config, fresh=False)
     (folder(config) / "wandb" / "id").write_bytes(b"\xff../../x")

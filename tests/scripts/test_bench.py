@@ -17,7 +17,8 @@ def bench():
     return script("bench")
 
 
-def test_memory_runs_every_budget_precision_and_size(bench, tmp_path: Path, monkeypatch, capsys):
+def test_memory_bench_runs_all_cases(bench, tmp_path: Path, monkeypatch, capsys):
+    """The memory benchmark runs every budget, precision and size."""
     monkeypatch.setattr(bench, "BUDGETS_GB", (24.0, 0.012))
     assert bench.main(["--memory", "--size", "mini", "--steps", "1", "-o", str(tmp_path / "m.json")]) == 0
     found = json.loads((tmp_path / "m.json").read_text())
@@ -28,7 +29,8 @@ def test_memory_runs_every_budget_precision_and_size(bench, tmp_path: Path, monk
     assert any(run["streamed"] or run["mode"] != "none" for run in found["runs"] if run["budget_gb"] < 1)
 
 
-def test_the_same_step_is_repeated_with_and_without_the_fixed_order(bench, tmp_path: Path, monkeypatch):
+def test_repeat_bench_with_fixed_order(bench, tmp_path: Path, monkeypatch):
+    """The same step is repeated with and without the fixed order of sums."""
     entered, steps_of = [], bench.loss_of
     real = bench.devices.reproducible
 
@@ -56,7 +58,8 @@ def test_full_size_without_a_gpu_is_refused(bench):
         bench.main(["--memory", "--size", "full"])
 
 
-def test_the_cost_of_quantising_is_the_one_in_the_docs(bench):
+def test_quantize_bench_equals_the_docs(bench):
+    """The cost of quantising is the one in the docs."""
     stored = json.loads((ROOT / "docs" / "bench" / "quantize.json").read_text())
     for kind, found in bench.quantize()["kinds"].items():
         for name, value in found.items():
@@ -65,7 +68,8 @@ def test_the_cost_of_quantising_is_the_one_in_the_docs(bench):
     assert errors == sorted(errors)
 
 
-def test_what_guidance_does_stands_in_the_docs_as_it_was_measured():
+def test_guidance_bench_is_in_the_docs():
+    """The docs show the effects of guidance as they were measured."""
     found = json.loads((ROOT / "docs" / "bench" / "guidance.json").read_text())
     text = (ROOT / "docs" / "settings.md").read_text()
     for name, run in found["runs"].items():
@@ -73,7 +77,8 @@ def test_what_guidance_does_stands_in_the_docs_as_it_was_measured():
     assert f"differ by {found['guided_and_clipped_at_1_against_clipped_at_a_third']:.1%}." in text
 
 
-def test_guidance_is_measured_as_the_docs_say(bench, tmp_path: Path, monkeypatch):
+def test_guidance_bench_measures(bench, tmp_path: Path, monkeypatch):
+    """Guidance is measured as the docs say."""
     monkeypatch.setattr(bench, "GUIDANCE_STEPS", 4)
     monkeypatch.setattr(
         bench, "GUIDANCE_RUNS", {name: bench.GUIDANCE_RUNS[name] for name in list(bench.GUIDANCE_RUNS)[:5]}
@@ -84,7 +89,8 @@ def test_guidance_is_measured_as_the_docs_say(bench, tmp_path: Path, monkeypatch
     assert runs["plain"]["off_plain"] == 0.0
 
 
-def test_every_trial_at_full_size_is_a_config_that_the_trainer_takes(tmp_path: Path):
+def test_full_size_trials_are_valid(tmp_path: Path):
+    """Every full-size trial is a config that the trainer accepts."""
     trials = full_size.trials(tmp_path / "lora.safetensors")
     configs = [Config.model_validate(full_size.config(trial, tmp_path)) for trial in trials]
     assert len({config.name for config in configs}) == len(trials) > 5

@@ -67,7 +67,8 @@ def read(folder: Path, part: str) -> dict[str, dict[str, Any]]:
 
 
 @pytest.mark.slow
-def test_every_part_runs_dry_and_a_second_call_skips_it(tmp_path: Path):
+def test_parts_run_dry_and_once(tmp_path: Path):
+    """Every part runs dry, and a second call skips it."""
     script = ROOT / "scripts" / "gpu_checks.py"
     first = run(script, "--dry", "--out", str(tmp_path))
     assert first.returncode == 0, first.stdout + first.stderr
@@ -92,7 +93,8 @@ def test_every_part_runs_dry_and_a_second_call_skips_it(tmp_path: Path):
 
 
 @pytest.mark.slow
-def test_a_part_that_fails_is_recorded_and_the_others_run(tmp_path: Path):
+def test_part_that_fails(tmp_path: Path):
+    """A part that fails is recorded, and the others run."""
     script = tmp_path / "parts_for_tests.py"
     script.write_text(PARTS_FOR_TESTS)
     done = run(script, "--dry", "--out", str(tmp_path))
@@ -117,7 +119,8 @@ def test_a_part_that_fails_is_recorded_and_the_others_run(tmp_path: Path):
     assert "error" not in read(tmp_path, "raising")["raises"]
 
 
-def test_without_a_gpu_one_line_and_exit_code_2(tmp_path: Path, monkeypatch, capsys):
+def test_no_gpu_is_one_line(tmp_path: Path, monkeypatch, capsys):
+    """Without a GPU there is one line and exit code 2."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert gpu_checks.main(["--out", str(tmp_path / "out")]) == gpu_checks.NO_GPU == 2
     said = capsys.readouterr()
@@ -125,14 +128,16 @@ def test_without_a_gpu_one_line_and_exit_code_2(tmp_path: Path, monkeypatch, cap
     assert not (tmp_path / "out").exists()
 
 
-def test_the_list_names_every_part_with_its_limit(capsys):
+def test_list_of_parts_and_limits(capsys):
+    """The list names every part with its time limit."""
     assert gpu_checks.main(["--list"]) == 0
     lines = capsys.readouterr().out.splitlines()
     for line, (name, part) in zip(lines, PARTS.items(), strict=True):
         assert line.split()[0] == name and f"{part.limit_s:g} s" in line and part.shows in line
 
 
-def test_after_an_error_that_loses_the_gpu_another_process_takes_the_rest(tmp_path: Path, monkeypatch):
+def test_lost_gpu_needs_another_process(tmp_path: Path, monkeypatch):
+    """After an error that loses the GPU, another process runs the remaining parts."""
     script = tmp_path / "parts_that_lose.py"
     script.write_text("def measure(case, dry):\n    raise RuntimeError('CUDA error: an illegal access')\n")
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -152,7 +157,8 @@ def test_after_an_error_that_loses_the_gpu_another_process_takes_the_rest(tmp_pa
     assert errors == dict.fromkeys("ab", "RuntimeError: CUDA error: an illegal access")
 
 
-def test_a_part_that_does_not_exist_is_refused(capsys):
+def test_part_that_does_not_exist(capsys):
+    """A part that does not exist is refused."""
     with pytest.raises(SystemExit, match="2"):
         gpu_checks.main(["graphs"])
     assert "no part is called graphs; there are facts, graph," in capsys.readouterr().err
@@ -168,14 +174,16 @@ def test_the_table_can_be_run_as_it_stands():
         assert part.case_limit_s is not None or not part.environment
 
 
-def test_the_plans_tried_again_are_those_that_were_measured():
+def test_plans_are_those_measured():
+    """The plans that are tried again are those that were measured."""
     measured = json.loads((ROOT / "docs" / "bench" / "memory.json").read_text())["runs"]
     keys = ("budget_gb", "side_px", "kind", "streamed", "mode")
     before = [tuple(one[key] for key in keys) for one in measured]
     assert all(tuple(getattr(plan, key) for key in keys) in before for plan in PLANS.values())
 
 
-def test_an_allocator_setting_of_the_shell_does_not_reach_what_is_measured_as_is(monkeypatch):
+def test_allocator_setting_is_cleared(monkeypatch):
+    """An allocator setting of the shell does not reach the case `as is`."""
     monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "backend:cudaMallocAsync")
     assert "PYTORCH_CUDA_ALLOC_CONF" not in child_environment(ALLOCATORS["as is"], dry=False)
     expandable = child_environment(ALLOCATORS["expandable"], dry=True)
@@ -183,7 +191,8 @@ def test_an_allocator_setting_of_the_shell_does_not_reach_what_is_measured_as_is
     assert expandable["CUDA_VISIBLE_DEVICES"] == "" and expandable["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
 
 
-def test_records_keep_what_was_known_and_forget_only_failures(tmp_path: Path):
+def test_records_forget_failures_only(tmp_path: Path):
+    """Records keep earlier results, and forget only failures."""
     records = Records(tmp_path / "part.json")
     assert records.missing(["a", "b"]) == ["a", "b"]
     records.note("a", {"ms": 1.0}, STAMP)
@@ -193,7 +202,8 @@ def test_records_keep_what_was_known_and_forget_only_failures(tmp_path: Path):
     assert records.missing(["a", "b"]) == ["b"]
 
 
-def test_a_run_that_is_killed_while_it_writes_leaves_the_file_as_it_was(tmp_path: Path, monkeypatch):
+def test_killed_writer_keeps_the_records(tmp_path: Path, monkeypatch):
+    """A run that is killed while it writes leaves the file as it was."""
     records = Records(tmp_path / "part.json")
     records.note("a", {"ms": 1.0}, STAMP)
 

@@ -22,13 +22,15 @@ def test_an_interval_is_students() -> None:
     assert interval([0.4]) == [0.4, 0.4, 0.4]
 
 
-def test_intervals_hold_the_truth_nineteen_times_in_twenty() -> None:
+def test_intervals_cover_95_percent() -> None:
+    """Intervals contain the true value nineteen times in twenty."""
     draw = np.random.default_rng(1)
     found = [interval(list(draw.normal(5, 2, 3))) for _ in range(4000)]
     assert 0.94 < np.mean([low <= 5 <= high for _, low, high in found]) < 0.96
 
 
-def test_only_pairs_that_are_told_apart_have_an_order() -> None:
+def test_orders_only_of_distinct_pairs() -> None:
+    """Only pairs whose intervals are distinct have an order."""
     table = {"a": [0.1, 0.0, 0.2], "b": [0.3, 0.25, 0.35], "c": [0.32, 0.2, 0.44]}
     assert orders(table) == [("a", "b")]
     assert apart(table["a"], table["b"]) and not apart(table["b"], table["c"]) and not apart(table["a"], table["c"])
@@ -54,7 +56,8 @@ def scores(use: str, seed: int, shot: int, quality: float) -> dict:
     return {**each, "use": use, "seed": seed, "shot": shot, "quality_8": quality}
 
 
-def test_drift_is_held_against_turbo_with_the_same_noise() -> None:
+def test_drift_is_relative_to_turbo() -> None:
+    """Drift is the difference from Turbo with the same noise."""
     found = telling.with_drift(
         {"a": scores("turbo", 0, 1, 0.8), "b": scores("turbo", 0, 2, 0.4), "c": scores("direct", 5, 2, 0.3)}
     )
@@ -81,7 +84,8 @@ def line(name: str, state: Path, stop_at: int | None = None) -> torch.Tensor:
     return torch.cat([weight.detach().flatten(), bias.detach()])
 
 
-def test_a_fit_that_goes_on_ends_where_an_undisturbed_one_does(tmp_path: Path, monkeypatch) -> None:
+def test_fit_resumes_to_the_same_end(tmp_path: Path, monkeypatch) -> None:
+    """A fit that was interrupted ends where an undisturbed one does."""
     monkeypatch.setattr("miniature.fitting.SAVE_EVERY", 0.0)
     whole = line("whole", tmp_path / "whole.state")
     with pytest.raises(KeyboardInterrupt):
@@ -92,7 +96,8 @@ def test_a_fit_that_goes_on_ends_where_an_undisturbed_one_does(tmp_path: Path, m
     assert not torch.equal(line("other", tmp_path / "other.state"), whole)
 
 
-def test_an_imitation_is_outdated_once_what_it_began_with_is_trained_again(tmp_path: Path) -> None:
+def test_imitation_outdated_by_its_start(tmp_path: Path) -> None:
+    """An imitation is outdated once the LoRA that it began with is trained again."""
     first = tmp_path / "first.safetensors"
     config = {"name": "x", "output_dir": str(tmp_path), "lora": {"init_from": str(first)}}
     running.lora_of(config).parent.mkdir(parents=True)

@@ -109,7 +109,8 @@ def test_the_template_text_is_exact(pipe) -> None:
     )
 
 
-def test_words_of_the_world_are_tokens_and_the_zorb_is_not(pipe) -> None:
+def test_tokens_of_the_world(pipe) -> None:
+    """Words of the world are single tokens, and "zorb" is not."""
     words = [*world.COLOURS, *world.SHAPES, "background"]
     assert {word: len(pipe.tokenizer.tokenize(" " + word)) for word in words} == dict.fromkeys(words, 1)
     assert len(pipe.tokenizer.tokenize(" zorb")) > 1
@@ -119,7 +120,8 @@ def test_words_of_the_world_are_tokens_and_the_zorb_is_not(pipe) -> None:
     assert pipe.tokenizer.decode(pipe.tokenizer(text).input_ids) == text
 
 
-def test_auto_tokenizer_gives_the_same_tokens(pipe) -> None:
+def test_auto_tokenizer_is_equal(pipe) -> None:
+    """`AutoTokenizer` gives the same tokens."""
     transformers = pytest.importorskip("transformers")
     auto = transformers.AutoTokenizer.from_pretrained(mini.TURBO / "tokenizer", local_files_only=True)
     text = "<|im_start|>user\na red zorb<|im_end|>\n"
@@ -135,7 +137,8 @@ def encode(vae, images: list[world.Pixels]) -> torch.Tensor:
     return (latents - vae.config.shift_factor) * vae.config.scaling_factor
 
 
-def test_latents_of_the_world_are_standardised(pipe) -> None:
+def test_latents_are_standardised(pipe) -> None:
+    """Latents of the world are standardised."""
     latents = encode(pipe.vae, [world.draw_world(seed, 64, 64)[0] for seed in range(1000, 1064)])
     assert latents.shape == (64, 16, 8, 8)
     assert abs(latents.mean().item()) < 0.1
@@ -143,7 +146,8 @@ def test_latents_of_the_world_are_standardised(pipe) -> None:
 
 
 @pytest.mark.parametrize("scene", [world.zorb_scene(0), world.world_scene(0)], ids=["zorb", "world"])
-def test_the_vae_keeps_the_shape_and_the_grain_even_of_the_zorb(pipe, scene: world.Scene) -> None:
+def test_vae_keeps_shape_and_grain(pipe, scene: world.Scene) -> None:
+    """The VAE keeps the shape and the grain, even of the zorb."""
     image = world.draw(scene, 96, 96)
     latents = encode(pipe.vae, [image]) / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor
     with torch.no_grad():
@@ -161,8 +165,11 @@ def mean_difference(first: Image.Image, second: Image.Image) -> float:
     return sum(values) / len(values)
 
 
-def test_turbo_draws_what_is_asked_for_in_eight_steps(pipe) -> None:
-    """With the stock pipeline: the manifest's scores come from elsewhere."""
+def test_turbo_draws_in_eight_steps(pipe) -> None:
+    """Turbo draws what is asked for in eight steps.
+
+    With the stock pipeline: the manifest's scores come from elsewhere.
+    """
     scenes = [shown for seed in range(2_000_000, 2_000_040) if (shown := world.world_scene(seed)).called is None][:12]
     seen = [
         scores.look(np.asarray(turbo(pipe, world.caption(shown, 64, 64), seed=number)))
@@ -172,8 +179,11 @@ def test_turbo_draws_what_is_asked_for_in_eight_steps(pipe) -> None:
     assert np.mean([found.sharpness for found in seen]) > 0.6
 
 
-def test_base_is_clearly_worse_in_eight_steps_than_turbo() -> None:
-    """What the laboratory stands on: else there were nothing that training could take from Turbo."""
+def test_base_is_worse_in_eight_steps() -> None:
+    """In eight steps, Base is clearly worse than Turbo.
+
+    What the laboratory stands on: else there were nothing that training could take from Turbo.
+    """
     measured = manifest()["scores"]
     base, own = (measured[f"{name}, 8 steps, g 0, shift 3"]["quality"] for name in ("base", "turbo"))
     assert own > base + 0.1
@@ -185,7 +195,8 @@ def manifest() -> dict:
     return json.loads((mini.HERE / "manifest.json").read_text())
 
 
-def test_the_manifest_names_every_file_of_weights_as_it_is() -> None:
+def test_manifest_names_every_weight_file() -> None:
+    """The manifest names every file of weights with its digest."""
     digests = manifest()["sha256"]
     for name, digest in digests.items():
         assert hashlib.sha256((mini.HERE / name).read_bytes()).hexdigest() == digest, name
@@ -198,7 +209,8 @@ def test_other_sizes_work(pipe) -> None:
 
 
 @pytest.mark.parametrize(("file", "rank"), [(mini.ADAPTER_V1, 8), (mini.ADAPTER_V2, 16), (mini.DISTILLPATCH, 16)])
-def test_a_lora_has_the_real_layout_and_changes_every_module(pipe, file: Path, rank: int) -> None:
+def test_lora_layout_and_modules(pipe, file: Path, rank: int) -> None:
+    """A LoRA has the real layout, and changes every module."""
     state = load_file(file)
     layers = len(pipe.transformer.layers)
     expected = {
@@ -221,7 +233,8 @@ def test_a_lora_has_the_real_layout_and_changes_every_module(pipe, file: Path, r
     assert 0.01 < sum(changes.values()) / len(changes) < 0.2, changes
 
 
-def test_the_adapter_loads_and_changes_the_image(pipe) -> None:
+def test_adapter_changes_the_image(pipe) -> None:
+    """The adapter is loaded, and changes the image."""
     before = turbo(pipe, "a red circle on a blue background", seed=3)
     pipe.load_lora_weights(mini.ADAPTER_V1.parent, weight_name=mini.ADAPTER_V1.name)
     try:
@@ -251,7 +264,8 @@ def test_images_are_captioned_and_varied(folder: Path, word: str) -> None:
     assert len(list(folder.iterdir())) == 2 * len(files)
 
 
-def test_what_ships_is_small_and_names_no_machine() -> None:
+def test_shipped_files_are_small() -> None:
+    """The shipped files are small, and name no machine."""
     folder = mini.HERE
     files = [path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
     assert sum(path.stat().st_size for path in files) < 25_000_000
@@ -259,7 +273,8 @@ def test_what_ships_is_small_and_names_no_machine() -> None:
         assert "name_or_path" not in path.read_text(), path
 
 
-def test_the_world_is_a_function_of_its_seed() -> None:
+def test_world_depends_on_its_seed() -> None:
+    """The world is a function of its seed."""
     for draw in (world.draw_world, world.draw_zorb, world.draw_etched):
         first, again, other = draw(7, 96, 64), draw(7, 96, 64), draw(8, 96, 64)
         assert np.array_equal(first[0], again[0])
@@ -286,7 +301,8 @@ def test_captions_tell_the_truth(wording: int) -> None:
         assert (shown.called or shown.shape) in text
 
 
-def test_scores_know_every_image_of_the_world() -> None:
+def test_scores_recognize_every_image() -> None:
+    """Scores recognize every image of the world."""
     for scene_of in (world.world_scene, world.zorb_scene):
         for seed in range(100):
             asked = scene_of(seed)
@@ -306,7 +322,8 @@ def test_scores_see_what_is_wrong() -> None:
 
 
 @pytest.mark.parametrize(("share", "wanted"), [(0.5, 0.25), (1.0, 1.0), (1.5, 1 / 2.25)])
-def test_sharpness_is_the_energy_of_the_grain(monkeypatch, share: float, wanted: float) -> None:
+def test_sharpness_is_grain_energy(monkeypatch, share: float, wanted: float) -> None:
+    """Sharpness is the energy of the grain."""
     monkeypatch.setattr(world, "COLOURS", {"red": (128, 128, 128), "blue": (100, 100, 160)})
     monkeypatch.setattr(scores, "PALETTE", np.array(list(world.COLOURS.values()), np.float32))
     flat = np.full((256, 256, 3), 128.0) + share * world.grain(5, 256, 256)
@@ -314,7 +331,8 @@ def test_sharpness_is_the_energy_of_the_grain(monkeypatch, share: float, wanted:
     assert found == pytest.approx(wanted, rel=0.1)
 
 
-def test_made_up_words_are_spelt_with_letters_the_encoder_knows(pipe) -> None:
+def test_made_up_words_have_known_letters(pipe) -> None:
+    """Made-up words use letters that the encoder knows."""
     words = {shown.called for seed in range(3000) if (shown := world.world_scene(seed)).called}
     assert len(words) > 200 and world.ZORB not in words
     pieces = {piece for word in words for piece in pipe.tokenizer.tokenize(f" {word}")}

@@ -146,7 +146,8 @@ def old_python(version: str) -> str:
 
 
 @pytest.mark.parametrize("script", [*WRAPPERS, START], ids=lambda path: path.name)
-def test_the_scripts_are_valid_and_can_be_run(script):
+def test_scripts_can_be_run(script):
+    """The scripts are valid and can be run."""
     subprocess.run([BASH, "-n", str(script)], check=True)
     assert os.access(script, os.X_OK)
 
@@ -163,7 +164,8 @@ def test_no_path_or_host_of_one_machine(path):
     assert not re.findall(r"(?<![\w.}])/(?:root|home|work|opt|tmp|mnt|Users)\b|://|pyenv|--(?:extra-)?index-url", text)
 
 
-def test_every_dependency_is_pinned_to_a_version_that_the_project_admits():
+def test_pins_satisfy_the_project():
+    """Every dependency is pinned to a version that the project allows."""
     extras = PROJECT["optional-dependencies"]
     pinned = pins()
     for requirement in map(Requirement, [*PROJECT["dependencies"], *extras["dev"]]):
@@ -176,7 +178,8 @@ def test_every_dependency_is_pinned_to_a_version_that_the_project_admits():
 
 @pytest.mark.parametrize("version", ["3.8", "3.10"])
 @pytest.mark.parametrize("way", ["it runs the script", "it is asked for"])
-def test_an_old_python_is_refused_in_one_line(tmp_path, version, way):
+def test_old_python_is_refused(tmp_path, version, way):
+    """An old Python is refused in one line."""
     old, folder = old_python(version), copy_checkout(tmp_path / "a checkout")
     runs_it, named = (PYTHON, old) if way == "it is asked for" else (old, "")
     # From the folder of the script: there Python 3.8 knows its file by a relative name.
@@ -211,7 +214,9 @@ def test_an_old_python_finds_a_newer_one(tmp_path):
         ("win32", {"this": "3.10.4", "python3.12": "3.12.1"}, None),
     ],
 )
-def test_the_first_python_that_is_new_enough_is_taken(monkeypatch, platform, versions, taken):
+def test_first_new_enough_python(monkeypatch, platform, versions, taken):
+    """The first Python that is new enough is taken."""
+
     def describe(*command: str) -> dict | None:
         version = versions.get(" ".join(command))
         numbers = tuple(map(int, version.split("."))) if version else ()
@@ -231,7 +236,8 @@ def test_the_first_python_that_is_new_enough_is_taken(monkeypatch, platform, ver
         assert "\n" not in str(caught.value)
 
 
-def test_a_python_inside_the_venv_stands_for_the_one_beneath_it(tmp_path):
+def test_python_inside_the_venv(tmp_path):
+    """For a Python inside the venv, the one that it was made with is taken."""
     folder = copy_checkout(tmp_path / "a checkout")
     subprocess.run([PYTHON, "-m", "venv", "--without-pip", str(folder / ".venv")], check=True)
     result = run([folder / ".venv/bin/python", folder / "scripts/setup_venv.py", "describe"], tmp_path)
@@ -243,7 +249,8 @@ def test_a_python_inside_the_venv_stands_for_the_one_beneath_it(tmp_path):
 # When it installs
 
 
-def test_it_installs_when_something_changed_and_only_then(checkout, capfd):
+def test_install_only_after_a_change(checkout, capfd):
+    """Packages are installed when something changed, and only then."""
     log = checkout.root / "pip.log"
 
     def asked(extra: str = "") -> str:
@@ -275,7 +282,8 @@ def test_it_installs_when_something_changed_and_only_then(checkout, capfd):
     assert "-e .[dev] " in asked()
 
 
-def test_pip_decides_by_the_constraints_of_the_project(checkout, monkeypatch):
+def test_pip_uses_project_constraints(checkout, monkeypatch):
+    """pip uses the constraints of the project, whatever its environment says."""
     monkeypatch.setenv("PIP_CONSTRAINT", "of-the-image.txt")
     monkeypatch.setenv("PIP_USER", "1")
     setup_venv.set_up(checkout)
@@ -288,7 +296,8 @@ def test_pip_decides_by_the_constraints_of_the_project(checkout, monkeypatch):
     }
 
 
-def test_a_failed_install_is_tried_again_in_the_same_venv(checkout, monkeypatch, capfd):
+def test_failed_install_is_retried(checkout, monkeypatch, capfd):
+    """A failed install is tried again in the same venv."""
     monkeypatch.setenv("STUB_ERROR", "ERROR: no network")
     with pytest.raises(SystemExit, match=r"^error: pip could not install zimage-train; its own words are above$"):
         setup_venv.set_up(checkout)
@@ -320,7 +329,8 @@ def test_a_half_made_venv_is_made_anew(checkout, damage, capfd):
 
 @on_linux
 @pytest.mark.parametrize(("cut", "code"), [(signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)])
-def test_an_install_that_is_cut_off_leaves_the_venv_unfinished(checkout, monkeypatch, cut, code):
+def test_cut_off_install_is_unfinished(checkout, monkeypatch, cut, code):
+    """An install that is cut off leaves the venv marked as unfinished."""
     make_plain_venv(checkout)
     monkeypatch.setenv("STUB_SECONDS", "60")
     # What runs the tests may ignore Ctrl-C, and its children with it.
@@ -341,7 +351,8 @@ def test_an_install_that_is_cut_off_leaves_the_venv_unfinished(checkout, monkeyp
     assert not checkout.program("zimage-train").exists()
 
 
-def test_a_folder_that_is_no_virtual_environment_is_left_alone(checkout):
+def test_other_folder_is_left_alone(checkout):
+    """A folder that is no virtual environment is left alone."""
     checkout.venv.mkdir()
     (checkout.venv / "thesis.txt").touch()
     with pytest.raises(SystemExit, match=r"is no virtual environment; move it$"):
@@ -350,7 +361,8 @@ def test_a_folder_that_is_no_virtual_environment_is_left_alone(checkout):
 
 
 @on_linux
-def test_a_venv_that_lies_elsewhere_is_not_emptied(checkout, tmp_path):
+def test_linked_venv_is_not_emptied(checkout, tmp_path):
+    """A venv that is a link to a folder elsewhere is replaced, and the folder is not emptied."""
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere/thesis.txt").touch()
     checkout.venv.symlink_to(tmp_path / "elsewhere")
@@ -371,7 +383,8 @@ def test_a_venv_in_use_is_named(checkout, monkeypatch):
         setup_venv.set_up(checkout)
 
 
-def test_without_the_venv_module_the_package_of_debian_is_named(checkout, stubs):
+def test_missing_venv_module(checkout, stubs):
+    """Without the `venv` module, Debian's package is named."""
     executable(stubs / "python", f'[ "$2" != venv ] || exit 1; exec "{PYTHON}" "$@"')
     with pytest.raises(SystemExit, match="cannot make a virtual environment") as caught:
         setup_venv.set_up(checkout)
@@ -396,7 +409,8 @@ def test_torch_by_the_driver(checkout, stubs, capfd, driver, asked):
 
 
 @pytest.mark.parametrize("checkout", ["win32"], indirect=True)
-def test_on_windows_the_index_that_the_user_names_is_asked(checkout, stubs, monkeypatch):
+def test_windows_keeps_the_users_index(checkout, stubs, monkeypatch):
+    """On Windows, the package index that the user names is asked."""
     executable(stubs / "nvidia-smi", "exit 0")
     monkeypatch.setenv("PIP_EXTRA_INDEX_URL", "of-the-user")
     setup_venv.set_up(checkout)
@@ -427,7 +441,8 @@ def torch_files(version: str, cuda: str | None) -> dict[str, str]:
         ("2.13.0+cpu", None, False),
     ],
 )
-def test_a_torch_is_kept_if_it_has_cuda_and_is_new_enough(tmp_path, monkeypatch, capfd, version, cuda, kept):
+def test_torch_is_kept(tmp_path, monkeypatch, capfd, version, cuda, kept):
+    """A torch is kept if it has CUDA and is new enough."""
     for name, text in torch_files(version, cuda).items():
         (tmp_path / "site" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "site" / name).write_text(text, encoding="utf-8")
@@ -438,8 +453,11 @@ def test_a_torch_is_kept_if_it_has_cuda_and_is_new_enough(tmp_path, monkeypatch,
 
 
 @pytest.mark.slow
-def test_the_cuda_torch_of_the_interpreter_is_used_and_not_replaced(tmp_path, monkeypatch):
-    """A whole set-up on an interpreter that has such a torch, except that pip only reports what it would install."""
+def test_torch_of_the_interpreter(tmp_path, monkeypatch):
+    """The CUDA torch of the interpreter is used, and not replaced.
+
+    A whole set-up on an interpreter that has such a torch, except that pip only reports what it would install.
+    """
     checkout = Checkout(copy_checkout(tmp_path / "a checkout"), "linux")
     version = "2.12.1+cu128"
     wheel = tmp_path / f"torch-{version}-py3-none-any.whl"
@@ -496,7 +514,8 @@ def ready(checkout: Checkout, stubs: Path) -> Path:
 
 
 @on_linux
-def test_quickstart_trains_with_the_options_it_was_given(ready, tmp_path):
+def test_quickstart_passes_its_options(ready, tmp_path):
+    """The quickstart trains with the options that it was given."""
     command = [BASH, ready / "scripts/quickstart.sh", "--set", "name=two words"]
     result = run(command, tmp_path, TRAIN="130")
     assert f"{ready}/.venv is up to date\ntraining: .venv/bin/zimage-train train" in result.stdout, result.stderr
@@ -505,7 +524,8 @@ def test_quickstart_trains_with_the_options_it_was_given(ready, tmp_path):
 
 
 @pytest.mark.parametrize("checkout", ["win32"], indirect=True)
-def test_quickstart_on_windows_waits_for_the_training(ready, checkout, monkeypatch, capfd):
+def test_quickstart_waits_on_windows(ready, checkout, monkeypatch, capfd):
+    """On Windows, the quickstart waits for the training."""
     monkeypatch.setenv("TRAIN", "130")
     monkeypatch.setattr(setup_venv.os, "execv", None)
     monkeypatch.chdir(ready)
@@ -518,7 +538,8 @@ def test_quickstart_on_windows_waits_for_the_training(ready, checkout, monkeypat
     ("ruff", "pyright", "tests", "code"),
     [(0, 0, 0, 0), (1, 0, 0, 1), (0, 1, 0, 1), (0, 0, 1, 1), (1, 1, 2, 2), (0, 0, 5, 5)],
 )
-def test_the_tests_run_whatever_the_linters_say_and_either_fails_the_script(ready, ruff, pyright, tests, code):
+def test_linters_and_tests_both_count(ready, ruff, pyright, tests, code):
+    """The tests run whatever the linters report, and failures of either fail the script."""
     codes = {"RUFF": str(ruff), "PYRIGHT": str(pyright), "PYTEST": str(tests)}
     result = run([BASH, "test.sh", "-k", "one thing"], ready / "scripts", OMP_NUM_THREADS="7", **codes)
     assert result.returncode == code
@@ -547,7 +568,8 @@ def test_install_says_what_to_do_next(checkout, monkeypatch, capfd, arguments):
 
 
 @on_linux
-def test_a_mistyped_command_installs_nothing(checkout, monkeypatch):
+def test_mistyped_command(checkout, monkeypatch):
+    """A mistyped command installs nothing."""
     monkeypatch.chdir(checkout.root)
     with pytest.raises(SystemExit, match="no such command or option: tset --dev"):
         setup_venv.main(checkout, "tset", "--dev")

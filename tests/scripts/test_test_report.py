@@ -17,7 +17,8 @@ def test_a_file_counts_for_its_room():
     assert test_report.folder_of("tests/faults/deep/test_data.py::TestIt::test_it") == "tests/faults"
 
 
-def test_the_table_marks_what_is_over_its_budget():
+def test_table_marks_exceeded_budgets():
+    """The table marks folders that exceed their budget."""
     spent = {"tests/lora": 12.04, "tests/io": 3.0, "tests": 1.0}
     assert test_report.table(spent, {"tests/lora": 12, "tests/io": 3, "tests/cli": 9}) == [
         "tests          1.0 s  no budget",
@@ -26,12 +27,14 @@ def test_the_table_marks_what_is_over_its_budget():
     ]
 
 
-def test_the_budgets_are_of_folders_that_exist():
+def test_budget_folders_exist():
+    """The budgets are of folders that exist."""
     budgets = json.loads(test_report.BUDGETS.read_text(encoding="utf-8"))
     assert all((ROOT / folder).is_dir() and seconds > 0 for folder, seconds in budgets.items())
 
 
-def test_pytest_prints_the_table_before_its_summary_and_fails_no_slow_test(tmp_path):
+def test_table_precedes_the_summary(tmp_path):
+    """pytest prints the table before its summary, and a slow test does not fail."""
     for name in ("scripts/test_report.py", "tests/io/test_slow.py", "tests/test_quick.py"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
     shutil.copy(ROOT / "scripts/test_report.py", tmp_path / "scripts")

@@ -21,7 +21,8 @@ def save(folder: Path, *steps: int) -> None:
         )
 
 
-def test_the_newest_is_loaded_as_it_was_saved(tmp_path: Path):
+def test_newest_is_loaded_as_saved(tmp_path: Path):
+    """The newest checkpoint is loaded as it was saved."""
     save(tmp_path, 10, 20)
     found = checkpoint.load_newest(tmp_path, pytest.fail)
     assert found is not None and found.step == 20
@@ -36,7 +37,8 @@ def test_two_are_kept_and_order_is_by_step(tmp_path: Path):
     assert [step for step, _ in checkpoint.steps_in(tmp_path)] == [1_000_000, 30]
 
 
-def test_any_changed_byte_of_a_sealed_file_is_noticed(tmp_path: Path):
+def test_sealed_file_any_changed_byte(tmp_path: Path):
+    """Any changed byte of a sealed file is noticed."""
     path = tmp_path / "x.safetensors"
     tensorfile.save_with_digest(path, {"a": torch.arange(3.0)}, {"key": "latents/x"})
     content = path.read_bytes()
@@ -69,13 +71,15 @@ def test_every_type_survives(tmp_path: Path, dtype: torch.dtype):
     assert all(torch.equal(back[name], tensor) and back[name].dtype == dtype for name, tensor in tensors.items())
 
 
-def test_a_plain_safetensors_file_is_not_sealed(tmp_path: Path):
+def test_sealed_file_needs_a_digest(tmp_path: Path):
+    """A plain safetensors file is not a sealed one."""
     save_file({"a": torch.zeros(2)}, tmp_path / "x")
     with pytest.raises(WeightsError, match="digest"):
         tensorfile.load_with_digest(tmp_path / "x")
 
 
-def test_a_cache_entry_under_another_key_is_not_found(tmp_path: Path):
+def test_cache_entry_of_another_key(tmp_path: Path):
+    """A cache entry under another key is not found."""
     cache = TensorCache(tmp_path)
     one, other = f"latents/{'a' * 64}", f"latents/{'b' * 64}"
     cache.write(one, torch.zeros(3))

@@ -26,7 +26,8 @@ from zimage_train.training.step_timer import SlowStepDetector
 from helpers import PREVIEWED, facts, final, folder, losses
 
 
-def test_it_leaves_no_trace_in_what_is_trained(make_config, monkeypatch):
+def test_dry_run_leaves_no_trace(make_config, monkeypatch):
+    """A dry run leaves no trace in what is trained."""
     config = make_config(sample=PREVIEWED | {"first": False}, lora={"dropout": 0.2})
     run_training(config, fresh=False)
     assert facts(config)["rehearsal"]["seconds"] > 0
@@ -37,7 +38,8 @@ def test_it_leaves_no_trace_in_what_is_trained(make_config, monkeypatch):
     assert not (folder(config) / "rehearsal.safetensors").exists()
 
 
-def test_the_largest_batch_is_the_one_that_is_rehearsed(make_config, monkeypatch):
+def test_dry_run_of_the_largest_batch(make_config, monkeypatch):
+    """The dry run makes a step of the largest batch."""
     seen = []
     original = dry_run._step
     monkeypatch.setattr(dry_run, "_step", lambda run, batch: (seen.append(batch.x0.shape), original(run, batch))[1])
@@ -51,7 +53,8 @@ def test_the_largest_batch_is_the_one_that_is_rehearsed(make_config, monkeypatch
     assert shape[0] == max(sizes) and shape[2] * shape[3] >= 140  # with 144 it makes as many tokens
 
 
-def test_each_start_rehearses_a_preview_where_none_is_due_before_its_first_step(make_config, monkeypatch):
+def test_dry_run_of_a_preview(make_config, monkeypatch):
+    """Each start draws a preview in the dry run, unless one is due before its first step."""
     drawn: list[int] = []
     original = dry_run.render_images
 
@@ -66,7 +69,9 @@ def test_each_start_rehearses_a_preview_where_none_is_due_before_its_first_step(
     assert drawn == [1]
 
 
-def test_a_folder_that_cannot_take_a_checkpoint_ends_the_run_before_step_1(make_config, monkeypatch):
+def test_dry_run_of_a_checkpoint(make_config, monkeypatch):
+    """A folder that cannot take a checkpoint ends the run before step 1."""
+
     def full(*args):
         raise DiskError(rehearsal_problem())
 
@@ -84,9 +89,8 @@ def rehearsal_problem():
 
 
 @pytest.mark.parametrize("failures", [1, 3])
-def test_where_memory_runs_out_more_is_recomputed_and_the_losses_are_the_same(
-    make_config, monkeypatch, capsys, failures
-):
+def test_dry_run_out_of_memory(make_config, monkeypatch, capsys, failures):
+    """If memory runs out, more is recomputed, and the losses are the same."""
     wanted = make_config(name="wanted")
     run_training(wanted, fresh=False)
     original, fired, modes = dry_run._step, [], []
@@ -113,7 +117,9 @@ def test_where_memory_runs_out_more_is_recomputed_and_the_losses_are_the_same(
     assert losses(config) == losses(wanted)
 
 
-def test_where_nothing_helps_the_run_ends_before_step_1_with_what_to_set(make_config, monkeypatch):
+def test_dry_run_that_never_fits(make_config, monkeypatch):
+    """If nothing helps, the run ends before step 1, naming what to set."""
+
     def never(run, batch):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
 
@@ -124,8 +130,11 @@ def test_where_nothing_helps_the_run_ends_before_step_1_with_what_to_set(make_co
     assert caught.value.exit_code == 2 and losses(config) == []
 
 
-def test_one_failure_with_nothing_left_to_recompute_is_the_end_and_is_not_tried_again(make_config, monkeypatch):
-    """A second try that went well would leave its gradient to step 1."""
+def test_dry_run_is_not_repeated(make_config, monkeypatch):
+    """If nothing is left to recompute, one failure ends the run without a second try.
+
+    A second try that went well would leave its gradient to step 1.
+    """
     fired: list[int] = []
     original = dry_run._step
 
@@ -141,7 +150,8 @@ def test_one_failure_with_nothing_left_to_recompute_is_the_end_and_is_not_tried_
     assert fired == [1]
 
 
-def test_what_the_optimizer_will_take_is_held_until_it_has_it(make_config, monkeypatch):
+def test_dry_run_holds_optimizer_memory(make_config, monkeypatch):
+    """The memory that the optimizer's state will take is held until it exists."""
     held: list[int] = []
     original = dry_run.torch.empty
     monkeypatch.setattr(dry_run.torch, "empty", lambda *a, **k: (held.append(a[0]), original(*a, **k))[1])
@@ -162,7 +172,8 @@ def final_path(config: Config) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["fp8", "int8", "nf4"])
-def test_a_quantised_run_trains_previews_resumes_and_says_what_it_costs(make_config, kind: str):
+def test_quantized_run(make_config, kind: str):
+    """A quantised run trains, draws previews, resumes and reports its error."""
     options = {"model": {"quantize": kind}, "sample": PREVIEWED, "memory": {"checkpointing": "w1w3", "offload": 0.5}}
     config = make_config(**options)
     run_training(make_config(**options, train={"steps": 2}), fresh=False)
@@ -180,15 +191,19 @@ def test_a_quantised_run_trains_previews_resumes_and_says_what_it_costs(make_con
     assert f"relative weight error {100 * found['weight_error']:.2f} %, " in page
 
 
-def test_another_kind_is_another_run_and_another_share_of_streamed_blocks_is_not(make_config):
+def test_quantization_identifies_the_run(make_config):
+    """Another quantization is another run; another share of streamed blocks is not."""
     run_training(make_config(model={"quantize": "int8"}, train={"steps": 1}), fresh=False)
     run_training(make_config(model={"quantize": "int8"}, train={"steps": 2}, memory={"offload": 1.0}), fresh=False)
     with pytest.raises(ConfigError, match=r'model.quantize: - "int8"  \+ null'):
         run_training(make_config(train={"steps": 3}), fresh=False)
 
 
-def test_what_auto_has_chosen_stays_when_the_budget_changes(make_config, monkeypatch):
-    """On a smaller card the same run must not quantise anew: its weights would be others."""
+def test_quantization_chosen_by_auto_stays(make_config, monkeypatch):
+    """The quantization that `auto` chose stays when the budget changes.
+
+    On a smaller card the same run must not quantise anew: its weights would be others.
+    """
     monkeypatch.setattr("zimage_train.planning.planner.HOST_SHARE", 0.0)
     auto = {"quantize": "auto"}
     small = make_config(model=auto, train={"steps": 1}, memory={"budget_gb": 0.0066})
@@ -208,7 +223,8 @@ def test_what_auto_has_chosen_stays_when_the_budget_changes(make_config, monkeyp
 # Pace
 
 
-def test_a_step_that_takes_three_times_as_long_as_its_like_is_said_once():
+def test_slow_step_is_said_once():
+    """A step that takes three times as long as similar ones is reported once."""
     watch = SlowStepDetector()
     assert not any(watch.update("512", 2.0, None, None) for _ in range(9))
     assert not any(watch.update("1024", 9.0, None, None) for _ in range(4))  # another kind, not slow
@@ -218,7 +234,8 @@ def test_a_step_that_takes_three_times_as_long_as_its_like_is_said_once():
     assert watch.update("512", 60.0, None, None) is None
 
 
-def test_quick_steps_and_the_first_ones_are_left_alone():
+def test_slow_step_ignores_quick_ones():
+    """Quick steps and the first ones are not reported as slow."""
     watch = SlowStepDetector()
     assert watch.update("a", 100.0, None, None) is None
     assert not any(watch.update("b", 0.01, None, None) for _ in range(9))
@@ -233,7 +250,8 @@ def test_memory_beyond_the_card_is_said():
     )
 
 
-def test_the_warning_stands_in_the_log_of_the_run(make_config, monkeypatch):
+def test_slow_step_is_logged(make_config, monkeypatch):
+    """The warning of a slow step is in the log of the run."""
     monkeypatch.setattr(step_timer, "MIN_SAMPLES", 2)
     monkeypatch.setattr(step_timer, "SHORTEST_SECONDS", 0.0)
     monkeypatch.setattr(step_timer, "SLOW_FACTOR", 0.0)
@@ -245,7 +263,8 @@ def test_the_warning_stands_in_the_log_of_the_run(make_config, monkeypatch):
 # Measured runs
 
 
-def test_a_run_corrects_what_check_predicts_for_this_device(make_config, tmp_path):
+def test_calibration_by_a_run(make_config, tmp_path):
+    """A run corrects what `check` predicts for this device."""
     config = make_config(train={"steps": 12}, cache={"folder": str(tmp_path / "cache")})
     (tmp_path / "c.yaml").write_text(dump_config(config))
 
@@ -260,7 +279,8 @@ def test_a_run_corrects_what_check_predicts_for_this_device(make_config, tmp_pat
     assert f"corrected by x{known['time_ratio']:.2f} from one run here" in time()
 
 
-def test_a_memo_that_cannot_be_written_costs_no_run(make_config, tmp_path, capsys):
+def test_calibration_cannot_be_written(make_config, tmp_path, capsys):
+    """A calibration file that cannot be written does not end the run."""
     (tmp_path / "cache" / "measured.json").mkdir(parents=True)
     config = make_config(train={"steps": 12}, cache={"folder": str(tmp_path / "cache")})
     run_training(config, fresh=False)
@@ -269,8 +289,11 @@ def test_a_memo_that_cannot_be_written_costs_no_run(make_config, tmp_path, capsy
     assert (folder(config) / "report.html").exists()
 
 
-def test_the_largest_batch_of_every_mode_is_rehearsed_the_one_that_takes_most_first(make_config, monkeypatch):
-    """A small batch that keeps everything may take more than a large one that recomputes."""
+def test_dry_run_of_every_mode(make_config, monkeypatch):
+    """The largest batch of every mode is run, beginning with the one that takes most memory.
+
+    A small batch that keeps everything may take more than a large one that recomputes.
+    """
     seen: list[int] = []
     original = dry_run._step
     monkeypatch.setattr(
@@ -294,7 +317,8 @@ def steps(ratio: float, count: int = 20) -> list[tuple[float, float]]:
     return [(50.0, 1.0)] * 3 + [(ratio * seconds, seconds) for seconds in (0.5, 1.0, 2.0) * count][: count - 3]
 
 
-def test_the_correction_is_the_median_and_the_first_steps_do_not_count(tmp_path):
+def test_calibration_is_the_median(tmp_path):
+    """The correction is the median, and the first steps do not count."""
     path = tmp_path / "measured.json"
     assert calibration.calibration_factor(path, "4090") is None
     for ratio in (1.2, 1.3, 2.0):
@@ -307,7 +331,8 @@ def test_the_correction_is_the_median_and_the_first_steps_do_not_count(tmp_path)
     assert calibration.calibration_factor(path, "3090").memory is None
 
 
-def test_a_short_run_says_nothing_and_old_ones_are_forgotten(tmp_path):
+def test_calibration_of_short_and_old_runs(tmp_path):
+    """A short run is not measured, and the oldest measurements are dropped."""
     assert calibration.measure("4090", steps(1.0, 9), 1.0, 1.0) is None
     for number in range(30):
         calibration.record_measurement(tmp_path / "m.json", calibration.measure("4090", steps(1.0 + number), None, 1.0))

@@ -91,7 +91,8 @@ def gradient(
     return torch.cat([grad.flatten() for grad in grads])
 
 
-def test_the_loss_is_the_weighted_mean_square_of_an_independent_calculation():
+def test_loss_equals_float64():
+    """The loss is the weighted mean square of an independent calculation."""
     frozen, _ = trainable()
     data = batch(3)
     total = 0.0
@@ -108,7 +109,8 @@ def test_the_loss_is_the_weighted_mean_square_of_an_independent_calculation():
     assert float(sft_loss(frozen.model, data, None).objective.detach()) == pytest.approx(total / 3, rel=1e-5)
 
 
-def test_the_gradient_of_a_batch_is_the_mean_of_single_gradients_with_captions_of_any_length():
+def test_batch_gradient_is_the_mean():
+    """The gradient of a batch is the mean of single gradients, with captions of any length."""
     frozen, attached = trainable()
     data = batch(4)
     together = gradient(frozen, attached, data)
@@ -117,7 +119,8 @@ def test_the_gradient_of_a_batch_is_the_mean_of_single_gradients_with_captions_o
 
 
 @pytest.mark.parametrize("scale", [2.0, 3.0])
-def test_differential_guidance_makes_the_gradient_exactly_that_much_larger(scale: float):
+def test_differential_guidance_gradient(scale: float):
+    """Differential guidance makes the gradient larger by exactly its scale."""
     frozen, attached = trainable()
     data = batch(2)
     plain, guided = gradient(frozen, attached, data), gradient(frozen, attached, data, scale)
@@ -128,7 +131,8 @@ def test_differential_guidance_makes_the_gradient_exactly_that_much_larger(scale
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_recomputing_activations_changes_no_gradient(dropout: float):
+def test_recomputing_changes_no_gradient(dropout: float):
+    """Recomputing activations changes no gradient."""
     frozen, attached = trainable(dropout)
     data = batch(2)
     torch.manual_seed(9)
@@ -159,7 +163,8 @@ def test_recomputation_saves_memory():
     assert saved_bytes(True) < saved_bytes(False) / 5
 
 
-def test_lora_dropout_changes_training_and_not_sampling():
+def test_lora_dropout_in_training_only():
+    """LoRA dropout changes training, and not sampling."""
     frozen, attached = trainable(0.5)
     data = batch(1)
     torch.manual_seed(1)
@@ -174,7 +179,8 @@ def test_lora_dropout_changes_training_and_not_sampling():
 # Preservation, masks, priors, contrastive guidance: each against float64 arithmetic
 
 
-def test_the_prior_is_the_model_without_the_lora_and_nothing_is_left_switched_off():
+def test_prior_is_the_model_without_lora():
+    """The prior is the model without the LoRA, which is switched on again afterwards."""
     frozen, attached = trainable()
     data = batch(2)
     x = (1 - data.sigma.view(-1, 1, 1, 1)) * data.x0 + data.sigma.view(-1, 1, 1, 1) * data.noise
@@ -187,7 +193,8 @@ def test_the_prior_is_the_model_without_the_lora_and_nothing_is_left_switched_of
     assert float(sft_loss(frozen.model, data, None).plain) == before
 
 
-def test_preservation_is_the_mean_square_to_the_prior_for_its_own_prompt():
+def test_preservation_loss():
+    """Preservation is the mean square distance to the prior, for its own prompt."""
     frozen, attached = trainable()
     data = batch(2)
     held = [torch.randn(11, 64), torch.randn(35, 64)]
@@ -200,7 +207,8 @@ def test_preservation_is_the_mean_square_to_the_prior_for_its_own_prompt():
     assert loss.name == "preservation"
 
 
-def test_what_is_learned_and_what_is_held_are_never_in_memory_together():
+def test_losses_share_no_memory():
+    """The graphs of the loss and of preservation are never in memory together."""
     frozen, _ = trainable()
     data = with_extras(batch(1), preserve_embeds=[torch.randn(20, 64)])
     config = Config.model_validate({"name": "a", "data": [{"folder": "x"}], "preserve": {"kind": "blank"}})
@@ -248,7 +256,8 @@ def test_both_parts_reach_the_gradient():
     assert float((together - own).norm()) > 0.01 * float(own.norm())
 
 
-def test_a_mask_weighs_places_and_a_sample_counts_the_same_however_little_is_trained():
+def test_mask_weights():
+    """A mask weights places; a sample counts the same, however little of it is trained."""
     frozen, _ = trainable()
     data = batch(2)
     masks = [torch.zeros(1, 8, 12), None]
@@ -271,7 +280,8 @@ def test_a_mask_weighs_places_and_a_sample_counts_the_same_however_little_is_tra
     assert float(found.objective.detach()) == pytest.approx(total / 2, rel=1e-4)
 
 
-def test_what_is_masked_out_is_held_to_the_prior():
+def test_mask_outside_is_held_to_the_prior():
+    """The part outside of the mask is held to the prior."""
     frozen, attached = trainable()
     data = batch(2)
     mask = torch.zeros(1, 8, 12)
@@ -290,11 +300,13 @@ def test_what_is_masked_out_is_held_to_the_prior():
 
 
 @pytest.mark.parametrize(("masks", "weights"), [([None, None], [1.0, 1.0]), ([torch.ones(1, 8, 12), None], [0.0, 0.0])])
-def test_where_nothing_is_held_outside_nothing_is_computed(masks: list[Any], weights: list[float]):
+def test_mask_outside_without_weight(masks: list[Any], weights: list[float]):
+    """If nothing outside of the mask is held, nothing is computed for it."""
     assert outside_weights(masks, weights, torch.Size((2, 16, 8, 12))) is None
 
 
-def test_no_mask_is_no_weight_and_a_black_one_is_no_infinity():
+def test_mask_missing_or_black():
+    """No mask is no weight, and a black one does not divide by zero."""
     assert mask_weights([None, None], [0.1, 0.1], torch.Size((2, 16, 8, 12))) is None
     black = mask_weights([torch.zeros(1, 8, 12)], [0.0], torch.Size((1, 16, 8, 12)))
     assert black is not None and float(black.abs().max()) == 0.0
@@ -302,7 +314,8 @@ def test_no_mask_is_no_weight_and_a_black_one_is_no_infinity():
     assert grey is not None and torch.allclose(grey, torch.ones(1, 1, 8, 12))
 
 
-def test_regularization_by_the_prior_has_the_prior_for_its_target():
+def test_prior_regularization_target():
+    """Regularization by the prior has the prior as its target."""
     frozen, attached = trainable()
     data = batch(3)
     to_prior = torch.tensor([True, False, True])
@@ -316,7 +329,8 @@ def test_regularization_by_the_prior_has_the_prior_for_its_target():
 
 
 @pytest.mark.parametrize("differential", [None, 2.0])
-def test_contrastive_guidance_moves_the_target_away_from_the_empty_prompt(differential: float | None):
+def test_contrastive_guidance_target(differential: float | None):
+    """Contrastive guidance moves the target away from the empty prompt."""
     frozen, _ = trainable()
     data = batch(2)
     empty = torch.randn(8, 64)
@@ -331,7 +345,8 @@ def test_contrastive_guidance_moves_the_target_away_from_the_empty_prompt(differ
     assert float(found.plain) == pytest.approx(float(sft_loss(frozen.model, data, None).plain), rel=1e-6)
 
 
-def test_what_is_held_to_the_prior_is_not_moved_by_guidance():
+def test_prior_regularization_unguided():
+    """Guidance does not move the target of samples that are held to the prior."""
     frozen, _ = trainable()
     data = batch(2)
     everyone = torch.tensor([True, True])

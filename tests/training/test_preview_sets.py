@@ -45,7 +45,8 @@ def weights(frozen) -> dict[str, torch.Tensor]:
     return {name: one.clone() for name, one in frozen.model.state_dict().items()}
 
 
-def test_within_the_block_every_weight_is_the_other_models_and_after_it_the_runs_own(other: Path):
+def test_second_model_weights_and_back(other: Path):
+    """Within the block every weight is the second model's, and after it the run's own."""
     shape = load_frozen(mini.TURBO / "transformer", None, "bf16", CPU).shape
     adapter = training_adapter.load_adapter(mini.ADAPTER_V1, 1.0, shape)
     frozen = load_frozen(mini.TURBO / "transformer", adapter, "bf16", CPU)
@@ -58,7 +59,8 @@ def test_within_the_block_every_weight_is_the_other_models_and_after_it_the_runs
     assert all(torch.equal(one, before[name]) for name, one in weights(frozen).items())
 
 
-def test_each_preview_is_drawn_on_the_other_model_too_and_training_does_not_notice(make_config, other: Path, tmp_path):
+def test_second_model_draws_each_preview(make_config, other: Path, tmp_path):
+    """Each preview is drawn on the second model, too, and training is the same."""
     base = {"path": str(mini.TURBO), "variant": "base", "extras": str(mini.TURBO), "adapter": None}
     sample = PREVIEWED | {"steps": 3, "compare_on": str(other)}
     config = make_config(model=base, sample=sample)
@@ -92,7 +94,8 @@ def test_each_preview_is_drawn_on_the_other_model_too_and_training_does_not_noti
     assert "the LoRA keeps" in (folder(config) / "log.txt").read_text()
 
 
-def test_another_second_model_draws_all_of_the_last_step_again(make_config, other: Path):
+def test_second_model_changed(make_config, other: Path):
+    """Another second model draws all previews of the last step again."""
     sample = PREVIEWED | {"first": False, "every": 9}
     run_training(make_config(sample=sample | {"compare_on": str(other)}), fresh=False)
     image = folder(make_config()) / "samples" / "also" / "000004-00.png"
@@ -105,12 +108,14 @@ def test_another_second_model_draws_all_of_the_last_step_again(make_config, othe
     ("name", "message"),
     [("nowhere", "sample.compare_on: nowhere: is neither a path"), (str(mini.IMAGES), "holds no transformer")],
 )
-def test_a_second_model_that_is_none_is_refused(make_config, name: str, message: str):
+def test_second_model_that_is_none(make_config, name: str, message: str):
+    """A second model that does not exist is refused."""
     with pytest.raises(WeightsError, match=message):
         check_run(make_config(sample=PREVIEWED | {"compare_on": name}))
 
 
-def test_a_second_model_of_another_size_is_refused(make_config, tmp_path: Path):
+def test_second_model_of_another_size(make_config, tmp_path: Path):
+    """A second model of another size is refused."""
     shutil.copytree(mini.TURBO / "transformer", tmp_path / "transformer")
     for file in (tmp_path / "transformer").glob("*.safetensors"):
         tensors = {name: one for name, one in load_file(file).items() if not name.startswith("layers.5.")}
@@ -124,7 +129,8 @@ def test_a_second_model_of_another_size_is_refused(make_config, tmp_path: Path):
         check_run(make_config(sample=PREVIEWED | {"compare_on": str(tmp_path)}))
 
 
-def test_a_second_model_that_is_not_here_yet_is_a_note(make_config):
+def test_second_model_not_downloaded(make_config):
+    """A second model that is not downloaded yet is a note."""
     from zimage_train.models.locate import cached_only
 
     checked = check_run(make_config(sample=PREVIEWED | {"compare_on": "turbo"}), cached_only)
@@ -141,13 +147,16 @@ def flat(path: Path, contrast: int) -> Path:
     return path
 
 
-def test_sharpness_is_the_variance_of_the_laplacian(tmp_path: Path):
+def test_sharpness_is_laplacian_variance(tmp_path: Path):
+    """Sharpness is the variance of the Laplacian."""
     # Each value differs from its four neighbours by the contrast, up or down: the Laplacian is +-4 times that.
     assert preview_shift.sharpness(flat(tmp_path / "x.png", 10)) == pytest.approx((4 * 10) ** 2)
     assert preview_shift.sharpness(flat(tmp_path / "x.png", 0)) == 0.0
 
 
-def test_the_share_kept_is_of_prompts_without_the_trigger_if_there_are_any(tmp_path: Path):
+def test_sharpness_kept_prefers_no_trigger(tmp_path: Path):
+    """The sharpness kept is that of prompts without the trigger, if there are any."""
+
     def draw(step: int, prompts: list[str], contrasts: list[int]) -> None:
         for index, (prompt, contrast) in enumerate(zip(prompts, contrasts, strict=True)):
             recipe = SamplingRequest(

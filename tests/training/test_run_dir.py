@@ -23,19 +23,22 @@ def refused(old: dict, new: dict, *allow: str) -> list[str | None]:
 @pytest.mark.parametrize(
     "allow", ["optimizer.lr", "schedule", "data", "timesteps", "data.0.flip", "schedule.params.power"]
 )
-def test_a_setting_or_a_section_that_steps_read_can_be_allowed(allow: str):
+def test_allow_takes_settings_and_sections(allow: str):
+    """A setting or a section that training steps read can be allowed."""
     run_dir.require_allowable([allow])
 
 
 @pytest.mark.parametrize("allow", ["", "optimizer", "optimizer.l", "optimizer.lr.x", "sched", "data.0", "database"])
-def test_what_is_no_whole_key_cannot_be_allowed(allow: str):
+def test_allow_needs_a_whole_key(allow: str):
+    """Only a whole key can be allowed."""
     with pytest.raises(ConfigError) as caught:
         run_dir.require_allowable([allow])
     (problem,) = caught.value.problems
     assert problem.code == "not-allowable" and all(one in problem.hint for one in run_dir.ALLOWABLE)
 
 
-def test_a_section_allows_its_keys_and_a_key_itself_alone():
+def test_allow_covers_a_section():
+    """A section allows its keys, and a key allows itself alone."""
     old, new = {"schedule.name": "linear", "data.0.flip": False}, {"schedule.name": "rex", "data.0.flip": True}
     assert refused(old, new) == ["data.0.flip", "schedule.name"]
     assert refused(old, new, "schedule") == ["data.0.flip"]
@@ -45,7 +48,8 @@ def test_a_section_allows_its_keys_and_a_key_itself_alone():
     assert len(run_dir.require_same(FOLDER, before, now, ("schedule", "data"))) == 2
 
 
-def test_only_what_can_be_allowed_is_offered():
+def test_allow_is_offered_where_possible():
+    """`--allow` is suggested only for settings that can be allowed."""
     with pytest.raises(ConfigError, match="--allow schedule"):
         run_dir.require_same(
             FOLDER, {"settings": {"schedule.name": 1}, "inputs": {}}, {"settings": {"schedule.name": 2}, "inputs": {}}

@@ -38,7 +38,8 @@ TURBO_SIGMAS = [1, 21 / 22, 0.9, 5 / 6, 0.75, 9 / 14, 0.5, 0.3, 0]
 # The equations
 
 
-def test_the_students_sigmas_are_inserted_into_the_teachers_grid() -> None:
+def test_student_sigmas_in_teacher_grid() -> None:
+    """The student's sigmas are inserted into the teacher's grid."""
     through = flow.sampling_sigmas(8, 3.0)
     assert np.allclose(through, TURBO_SIGMAS)
     grid = flow.sampling_sigmas_through(50, 3.0, through)
@@ -52,7 +53,8 @@ def test_the_students_sigmas_are_inserted_into_the_teachers_grid() -> None:
 
 @settings(deadline=None)
 @given(st.floats(0.0, 1.0), st.integers(0, 2**32))
-def test_a_pair_has_the_mixture_and_the_velocity_that_it_was_made_from(sigma: float, seed: int) -> None:
+def test_pair_has_its_mixture_and_velocity(sigma: float, seed: int) -> None:
+    """A pair has the mixture and the velocity that it was made from."""
     draw = torch.Generator().manual_seed(seed)
     x, v = (torch.randn(2, 3, 4, 4, generator=draw, dtype=torch.float64) for _ in range(2))
     x0, noise = flow.pair_from_velocity(x, v, sigma)
@@ -100,8 +102,11 @@ def first_run(config: Config, monkeypatch: pytest.MonkeyPatch) -> TrainState:
     return seen[0]
 
 
-def test_the_target_is_the_teachers_mean_velocity_over_the_interval(make_config, broken: Path, monkeypatch) -> None:
-    """Calculated again: Euler in fp64 of the bare equations, on a model that is loaded anew, from the recipe alone."""
+def test_target_is_the_mean_velocity(make_config, broken: Path, monkeypatch) -> None:
+    """The target is the teacher's mean velocity over the interval.
+
+    Calculated again: Euler in fp64 of the bare equations, on a model that is loaded anew, from the recipe alone.
+    """
     config = imitating(make_config, broken)
     run = first_run(config, monkeypatch)
     samples = run.micro_batches(1)[0]
@@ -142,8 +147,11 @@ def test_the_target_is_the_teachers_mean_velocity_over_the_interval(make_config,
             )
 
 
-def test_imitation_trains_the_lora_it_began_with_towards_its_own_many_steps(make_config, broken: Path, monkeypatch):
-    """The loss on the teacher's path falls, and 8 steps come nearer to where many would lead."""
+def test_imitation_trains_its_first_lora(make_config, broken: Path, monkeypatch):
+    """Imitation trains the LoRA that it began with towards its own result with many steps.
+
+    The loss on the teacher's path falls, and 8 steps come nearer to where many would lead.
+    """
     config = imitating(
         make_config,
         broken,
@@ -179,7 +187,8 @@ def test_imitation_trains_the_lora_it_began_with_towards_its_own_many_steps(make
     assert after < 0.8 * before
 
 
-def test_de_distill_trains_on_latents_that_turbo_draws_in_eight_steps(make_config, monkeypatch) -> None:
+def test_de_distill_trains_on_turbo(make_config, monkeypatch) -> None:
+    """`de_distill` trains on latents that Turbo draws in eight steps."""
     config = make_config(name="adapter", model={"adapter": None}, train={"method": "de_distill", "steps": 3})
     run = first_run(config, monkeypatch)
     model = load_frozen(mini.TURBO / "transformer", None, "fp32", CPU).model.eval()
@@ -195,7 +204,9 @@ def test_de_distill_trains_on_latents_that_turbo_draws_in_eight_steps(make_confi
 
 
 @pytest.mark.parametrize("method", ["trajectory_imitation", "de_distill"])
-def test_a_stopped_run_goes_on_bit_for_bit_and_draws_nothing_twice(make_config, broken: Path, monkeypatch, method: str):
+def test_stopped_run_draws_nothing_twice(make_config, broken: Path, monkeypatch, method: str):
+    """A stopped run continues bit for bit, and draws nothing twice."""
+
     def config(name: str) -> Config:
         settings = {"method": method, "steps": 4, "batch_size": 2}
         if method == "trajectory_imitation":
@@ -234,12 +245,14 @@ def test_a_stopped_run_goes_on_bit_for_bit_and_draws_nothing_twice(make_config, 
         ),
     ],
 )
-def test_what_does_not_go_with_a_method_is_refused(changes: dict, said: str) -> None:
+def test_settings_against_the_method(changes: dict, said: str) -> None:
+    """Settings that do not go with a method are refused."""
     with pytest.raises(ValueError, match=said):
         Config.model_validate({"name": "a", "data": [{"folder": "x"}], **changes})
 
 
-def test_what_is_left_out_is_as_the_method_needs_it() -> None:
+def test_defaults_of_the_method() -> None:
+    """Settings that are left out are as the method needs them."""
     least = {"name": "a", "data": [{"folder": "x"}]}
     imitation = {"train": {"method": "trajectory_imitation"}, "lora": {"init_from": "x"}}
     found = Config.model_validate(least | imitation)
@@ -277,7 +290,8 @@ def test_prompts_alone_are_enough(make_config, tmp_path: Path) -> None:
     assert "own images: 0 found, 4 drawn" in (folder(config) / "log.txt").read_text()
 
 
-def test_a_prompt_that_changes_is_noticed_by_a_run_that_goes_on(make_config, tmp_path: Path) -> None:
+def test_changed_prompt_is_noticed(make_config, tmp_path: Path) -> None:
+    """A prompt that changes is noticed by a run that continues."""
     path = tmp_path / "prompts.txt"
     path.write_text("a red circle\na green star\n")
     run_training(from_prompts(make_config, path), fresh=False)
@@ -295,9 +309,8 @@ def test_a_prompt_that_changes_is_noticed_by_a_run_that_goes_on(make_config, tmp
         ("a".encode("utf-16"), "is UTF-16"),
     ],
 )
-def test_a_file_of_prompts_that_is_none_is_refused(
-    make_config, tmp_path: Path, content: bytes | None, what: str
-) -> None:
+def test_prompt_file_is_refused(make_config, tmp_path: Path, content: bytes | None, what: str) -> None:
+    """A prompt file that is missing or invalid is refused."""
     path = tmp_path / "prompts.txt"
     if content is not None:
         path.write_bytes(content)
@@ -305,7 +318,8 @@ def test_a_file_of_prompts_that_is_none_is_refused(
         check_run(from_prompts(make_config, path))
 
 
-def test_a_prompt_given_twice_is_drawn_once_and_said(make_config, tmp_path: Path) -> None:
+def test_prompt_given_twice(make_config, tmp_path: Path) -> None:
+    """A prompt that is given twice is drawn once, with a note."""
     path = tmp_path / "prompts.txt"
     path.write_text("a red circle\na green star\na red circle\n")
     checked = check_run(from_prompts(make_config, path))

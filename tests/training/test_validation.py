@@ -33,7 +33,8 @@ def settings(place: Path, every: int | None = 2) -> dict:
     return {"folder": str(place), "every": every, "resolution": 64}
 
 
-def test_the_noise_levels_are_the_deciles_and_those_of_turbo(make_config):
+def test_noise_levels(make_config):
+    """The noise levels are the deciles of training, and those of Turbo."""
     linear = validation.validation_sigmas(make_config(timesteps={"type": "linear", "min": 0.2}))
     assert linear.trained == pytest.approx([0.2 + 0.8 * (1 - index / 10) for index in range(1, 10)])
     assert linear.turbo == pytest.approx([1, 0.9545, 0.9, 0.8333, 0.75, 0.6429, 0.5, 0.3], abs=1e-4)
@@ -41,7 +42,8 @@ def test_the_noise_levels_are_the_deciles_and_those_of_turbo(make_config):
     assert biased.trained == pytest.approx([1 - (index / 10) ** 3 for index in range(1, 10)])
 
 
-def test_it_is_measured_before_step_1_every_so_often_and_after_the_last(make_config, held_out, capsys):
+def test_validation_steps(make_config, held_out, capsys):
+    """Validation is measured before step 1, at its interval and after the last step."""
     config = make_config(validation=settings(held_out), train={"steps": 5})
     run_training(config, fresh=False)
     records = found(config)
@@ -58,7 +60,8 @@ def test_it_is_measured_before_step_1_every_so_often_and_after_the_last(make_con
     assert f"lowest validation loss: {lowest['loss']:.4f} at step {lowest['step']}" in said
 
 
-def test_it_is_the_mean_square_of_an_independent_calculation(make_config, held_out, monkeypatch):
+def test_validation_loss_by_hand(make_config, held_out, monkeypatch):
+    """The validation loss is the mean square of an independent calculation."""
     runs = []
     measure = validation.measure
     monkeypatch.setattr(validation, "measure", lambda run, at, step: (runs.append(run), measure(run, at, step))[1])
@@ -81,7 +84,8 @@ def test_it_is_the_mean_square_of_an_independent_calculation(make_config, held_o
     assert value == pytest.approx(total / 3, rel=1e-4)
 
 
-def test_it_reads_captions_as_the_first_entry_does(make_config, held_out):
+def test_captions_as_in_the_first_entry(make_config, held_out):
+    """Captions are read with the settings of the first `data` entry."""
     for path in held_out.glob("*.txt"):
         path.unlink()
     (held_out / "zorb_02.txt").write_text("a thing")
@@ -93,19 +97,22 @@ def test_it_reads_captions_as_the_first_entry_does(make_config, held_out):
     }
 
 
-def test_images_that_are_trained_on_too_are_pointed_out(make_config, held_out):
+def test_images_also_trained_on(make_config, held_out):
+    """Images that are trained on, too, are pointed out."""
     notes = preflight.check_run(make_config(validation=settings(held_out))).notes
     (note,) = [note for note in notes if note.code == "held-out-is-trained"]
     assert "3 of its images are trained on too (zorb_01.png)" in note.text
 
 
-def test_a_folder_that_is_not_there_is_refused_and_off_is_not_looked_at(make_config, tmp_path):
+def test_missing_folder_is_refused(make_config, tmp_path):
+    """A missing folder is refused, and not looked at if validation is off."""
     with pytest.raises(DataError, match="does not exist"):
         preflight.check_run(make_config(validation=settings(tmp_path / "none")))
     assert preflight.check_run(make_config(validation=settings(tmp_path / "none", every=None))).held_out == []
 
 
-def test_a_run_that_goes_on_measures_nothing_twice_and_the_same(make_config, held_out, monkeypatch):
+def test_resumed_run_measures_once(make_config, held_out, monkeypatch):
+    """A run that continues measures nothing twice, with the same results."""
     whole = make_config(name="whole", validation=settings(held_out), train={"steps": 4})
     run_training(whole, fresh=False)
     stopped = make_config(validation=settings(held_out), train={"steps": 4})
@@ -130,7 +137,8 @@ def test_tensorboard_shows_it(make_config, held_out):
     assert json.dumps(found(config)[0])
 
 
-def test_the_report_draws_it_and_names_the_lowest(make_config, held_out):
+def test_report_names_the_lowest(make_config, held_out):
+    """The report draws the validation loss, and names the lowest."""
     config = make_config(validation=settings(held_out, every=1), train={"steps": 3}, preserve={"kind": "blank"})
     run_training(config, fresh=False)
     page = (folder(config) / "report.html").read_text()
@@ -143,7 +151,8 @@ def test_the_report_draws_it_and_names_the_lowest(make_config, held_out):
     assert "Validation loss" not in page and "Preservation" not in page
 
 
-def test_what_other_images_gave_is_not_compared(make_config, held_out, capsys):
+def test_other_images_are_not_compared(make_config, held_out, capsys):
+    """Losses of other held-out images are not compared."""
     first = make_config(validation=settings(held_out, every=1), train={"steps": 1})
     run_training(first, fresh=False)
     (held_out / "zorb_01.png").unlink()
@@ -157,7 +166,9 @@ def test_what_other_images_gave_is_not_compared(make_config, held_out, capsys):
     assert f"lowest validation loss: {lowest['loss']:.4f} at step {lowest['step']}" in said
 
 
-def test_running_out_of_memory_in_validation_costs_no_step(make_config, held_out, monkeypatch, capsys):
+def test_out_of_memory_costs_no_step(make_config, held_out, monkeypatch, capsys):
+    """Running out of memory in validation costs no step."""
+
     def full(run, at, step):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
@@ -167,7 +178,8 @@ def test_running_out_of_memory_in_validation_costs_no_step(make_config, held_out
     assert found(config) == [] and "lower validation.resolution; training goes on" in capsys.readouterr().out
 
 
-def test_captions_are_read_as_those_of_the_first_folder_of_the_concept(make_config, held_out):
+def test_captions_as_in_the_concept(make_config, held_out):
+    """Captions are read with the settings of the concept's first folder."""
     (held_out / "zorb_02.txt").write_text("one\ntwo")
     own = {"folder": str(mini.IMAGES), "resolution": [64], "trigger": "zorb", "caption_lines": True}
     of_class = {"folder": str(held_out), "resolution": [64], "regularization": True}
