@@ -15,6 +15,7 @@ CONTRACTS = {contract["id"]: contract for contract in PROJECT["tool"]["importlin
 
 MAX_FILE_LINES = 400
 MAX_LOOP_LINES = 90
+MAX_TEST_NAME_LENGTH = 39
 EMPTY_WORDS = {"util", "utils", "helper", "helpers", "common", "misc", "manager", "managers"}
 PATH_METHODS = {"unlink", "rmdir", "rename", "write_text", "write_bytes"}
 WRITES_FILES = PACKAGE / "io" / "atomic.py"
@@ -53,6 +54,19 @@ def test_files_are_short_enough():
 def test_module_names_say_something():
     names = {path for path in SOURCES if EMPTY_WORDS & set(path.stem.split("_"))}
     assert names == set()
+
+
+def test_names_of_tests_are_short():
+    """Names of tests have under 40 characters, so that `-k` and reports stay readable."""
+    trees = {path.name: ast.parse(path.read_text(encoding="utf-8")) for path in (ROOT / "tests").rglob("test_*.py")}
+    functions = {
+        (name, node.name)
+        for name, tree in trees.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name.startswith("test_")
+    }
+    assert len(functions) > 1000
+    assert {(name, test) for name, test in functions if len(test) > MAX_TEST_NAME_LENGTH} == set()
 
 
 def path_writes(source: str) -> Iterator[str]:
