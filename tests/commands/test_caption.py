@@ -140,7 +140,7 @@ def test_kinds_have_omitted_traits():
 
 @pytest.mark.parametrize("make", [vision_models.qwen, vision_models.llava])
 def test_model_answers_depend_on_image(tmp_path, make):
-    """A model gives the same answer for the same image, and another answer for another image."""
+    """A model gives the same answer for the same image and instruction, and others for others."""
     model = captioner.load_captioner(make(tmp_path), torch.device("cpu"))
     seen = [Image.open(path).convert("RGB") for path in sorted(mini.IMAGES.glob("*.png"))[:6]]
     said = [model.answer(image, "Describe.", 12) for image in seen]
@@ -150,10 +150,7 @@ def test_model_answers_depend_on_image(tmp_path, make):
 
 
 def test_qwen_processor_equals_its_own(qwen):
-    """The inputs of a Qwen are those that its own processor makes.
-
-    Only where torchvision is: without it transformers cannot make that processor.
-    """
+    """The inputs of a Qwen are those that its own processor makes, which needs torchvision."""
     pytest.importorskip("torchvision")
     from transformers import AutoProcessor
 
@@ -339,7 +336,7 @@ def test_model_too_large_is_refused(qwen, images, monkeypatch):
 def test_accelerator_is_chosen(qwen, images, monkeypatch, there):
     """An accelerator is used where there is one, and not where torch only knows its name.
 
-    `mps` stands for any: torch has the name everywhere, so that the choice can be seen without the device.
+    `mps` stands for any accelerator: every torch knows the name, so no device is needed.
     """
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: there)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda *words, **more: torch.device("mps"))

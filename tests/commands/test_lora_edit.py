@@ -323,7 +323,7 @@ def test_what_cannot_be_merged_is_said(tmp_path: Path, monkeypatch, arguments: l
 def test_ties_by_plain_loops():
     """TIES keeps the largest values, elects signs and averages the values that agree.
 
-    The paper's three steps by plain loops.
+    Compared with the paper's three steps, written as plain loops.
     """
     draw = torch.Generator().manual_seed(2)
     deltas, weights = [torch.randn(6, 5, generator=draw).double() for _ in range(3)], [1.0, 0.5, 2.0]

@@ -343,7 +343,7 @@ def test_each_entry_has_its_own_dropout():
 @quick
 @given(counts, st.sampled_from([0.0, 0.2, 1.0]), st.sampled_from([0.0, 0.2]), st.integers(0, 9))
 def test_prompts_are_known_beforehand(count: int, share: float, other: float, seed: int):
-    """Every prompt of the run is known before it starts."""
+    """With caption dropout, every prompt of the run is known before it starts."""
     entries = [{"caption_dropout": share}, {"caption_dropout": other}]
     plan = plan_of(found=[images(count), images(2, tag="b")], seed=seed, entries=entries)
     used = {sample.prompt for sample in samples_of(first_batches(plan, 3 * plan.concept.micro_batches_per_epoch))}
@@ -487,7 +487,7 @@ def test_epochs_become_steps(epochs: float, grad_accumulation: int, processes: i
 def test_drawn_prompts_are_known_beforehand(
     count: int, steps: int, grad_accumulation: int, shuffle: bool, tag_dropout: float, kind: str | None, others: int
 ):
-    """Every prompt that will be drawn is known before the run starts."""
+    """With shuffled tags and preservation, every prompt of the run is known before it starts."""
     tagged = [replace(one, prompts=(f"zorb, a, b, c, {one.path.stem}", "zorb, d")) for one in images(count)]
     own = {"trigger": "zorb", "shuffle_tags": shuffle, "tag_dropout": tag_dropout, "caption_dropout": 0.2}
     entries = [own | {"dropout_keeps_trigger": True}, CLASS | {"shuffle_tags": shuffle}]

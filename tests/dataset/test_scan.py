@@ -204,7 +204,7 @@ def test_metadata_bad_rows(photos: Path):
 def test_metadata_without_prompts(photos: Path, name: str):
     """Metadata without any prompts is refused.
 
-    A trigger in front of nothing would train without a word on what was written into a column of another name.
+    Otherwise captions in a column of another name would be ignored, and the run would train on the trigger alone.
     """
     rows = [{"image": "a.jpg", "words": "a car"}]
     (found,) = problems(metadata(photos, name, "image,words\na.jpg,a car\n" if name == "m.csv" else rows))

@@ -241,7 +241,8 @@ def test_caption_too_long_is_noted(config, images: Path, capsys):
 def test_process_encodes_its_share(config, counted, tmp_path: Path, capsys):
     """A process encodes its share, and after the barrier the entries that others left missing.
 
-    Nobody else is there: half before the barrier, the other half after it, each entry as one process makes it.
+    No other process runs here: half of the entries are encoded before the barrier and half after it, each with the
+    bytes that a single process writes.
     """
     fill_run_caches(config())
     whole = {entry: entry.read_bytes() for entry in (tmp_path / "cache" / "latents").rglob("*.safetensors")}
@@ -275,7 +276,7 @@ def test_entries_of_others_are_kept(config, counted, tmp_path: Path):
 def test_shares_cover_everything_once(config, counted, tmp_path: Path):
     """Shares cover every entry once, whichever are missing.
 
-    A process that looks later sees fewer entries missing; the shares do not depend on that.
+    A process that looks later finds fewer entries missing; the shares do not depend on that.
     """
     fill_run_caches(config())
     entries = sorted((tmp_path / "cache" / "latents").rglob("*.safetensors"))
@@ -308,7 +309,7 @@ def fill_as(config: Config, share: Shard) -> tuple[CacheStats, CacheStats]:
 
 
 def test_two_processes_share_the_work(config, tmp_path: Path):
-    """Each of two processes encodes its share. Under torchrun: together they encode every image and prompt once."""
+    """Two processes under torchrun together encode every image and prompt once."""
     text = dump_config(config(train={"batch_size": 1}))
     (tmp_path / "c.yaml").write_text(text)
     code = (

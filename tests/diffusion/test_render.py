@@ -107,10 +107,7 @@ def test_printed_command_in_a_process(finished: Config, tmp_path: Path):
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 @pytest.mark.parametrize("alpha", [3.0, 4.0])
 def test_preview_is_drawn_from_the_export(tmp_path: Path, shared_cache: Path, dtype: str, alpha: float):
-    """A preview is the exported file's image, at every data type, strength and guidance.
-
-    The preview shows the exported file, rounded, and not the masters that no file holds.
-    """
+    """A preview shows the exported, rounded LoRA at every data type, strength and guidance, not the master weights."""
     from mini_config import mini_values
 
     prompts = ["a red zorb on a blue background", {"prompt": "a circle", "negative": "a zorb"}]

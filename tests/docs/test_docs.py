@@ -74,7 +74,7 @@ def test_every_shipped_config_trains(path: Path, tmp_path: Path, shared_cache: P
 def test_readme_commands_in_order(tmp_path: Path, shared_cache: Path, monkeypatch):
     """The commands of the README lead from a folder to an image.
 
-    In their order, each with what the one before has left; only the model is the miniature.
+    They run in their order, each with the files that the one before has left; only the model is the miniature.
     """
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
@@ -101,7 +101,7 @@ def test_pages_speak_of_no_machine():
 def test_budget_configs_on_the_miniature(budget_gb: int, tmp_path: Path, shared_cache: Path):
     """Each config of a budget trains on the miniature with the plan that it describes.
 
-    The same precision, the same share of streamed blocks, and the recomputation of its largest size.
+    That is the same precision, the same share of streamed blocks, and the recomputation of its largest size.
     """
     generate = script("generate")
     plan = generate.plan_for(budget_gb)

@@ -91,7 +91,7 @@ sys.addaudithook(count)
 def test_ctrl_c_during_imports(tmp_path: Path, share: float):
     """Ctrl-C while modules are imported shows no traceback.
 
-    It comes with the module that stands at this share of all that are looked for.
+    The interrupt comes at the given share of all modules that are looked for.
     """
     config = tmp_path / "c.yaml"
     config.write_text(strict_yaml.dump({"name": "x", "data": [{"folder": str(tmp_path)}]}))

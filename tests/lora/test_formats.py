@@ -171,7 +171,7 @@ def test_a_precision_can_be_asked_for(tmp_path: Path):
 def test_files_of_other_tools_round_trip(tmp_path: Path, to: str):
     """Files of other tools come back tensor for tensor.
 
-    Without alpha, with ranks that differ between q, k and v, with columns and whole factors that are zero.
+    They have no alpha, ranks that differ between Q, K and V, and columns and whole factors that are zero.
     """
     draw = torch.Generator().manual_seed(7)
     widths = dict(zip(ATTENTION, (2, 4, 3), strict=True)) | {"layers.1.attention.to_q": 2, "layers.1.attention.to_k": 4}
@@ -303,7 +303,7 @@ def test_verify_layouts_not_of_comfyui(tmp_path: Path, to: str, code: int):
 def test_diffusers_model_computes_the_same(tmp_path: Path, to: str):
     """A model of diffusers with the file computes the change that the factors give.
 
-    Through peft, header and all: not only the keys but the strength of each module.
+    The file is loaded by peft, so this proves the strength of each module, and not only its keys.
     """
     from diffusers import ZImagePipeline, ZImageTransformer2DModel
 
@@ -404,10 +404,7 @@ def test_lokr_is_split_into_thirds(tmp_path: Path):
 
 @pytest.mark.slow
 def test_dora_in_diffusers(tmp_path: Path):
-    """A DoRA computes the same in diffusers.
-
-    peft's formula by hand: magnitude * (W + delta) / ||W + delta|| of each row.
-    """
+    """A DoRA computes the same in diffusers as peft's formula: magnitude * (W + delta) / ||W + delta|| of each row."""
     from diffusers import ZImagePipeline, ZImageTransformer2DModel
 
     dora, delta = next((change, delta) for kind, change, delta in kinds() if kind == "DoRA")

@@ -124,7 +124,7 @@ def test_shared_input_is_kept_once(kind):
 def test_quantized_layer_keeps_less(kind):
     """A quantised layer keeps less than bf16 in all, weights included.
 
-    Naive fp8 keeps the unpacked weight as well and takes more than bf16.
+    Naive fp8 keeps the unpacked weight as well, and takes more than bf16.
     """
     taken = {}
     for one in (None, kind):

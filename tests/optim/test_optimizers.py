@@ -204,7 +204,7 @@ def test_eight_bit_prodigy_follows_prodigy():
 def test_automagic_by_hand():
     """Automagic is AdamW with a rate that follows the agreement of gradients.
 
-    By hand, in double precision, for a tensor of two numbers.
+    Computed by hand in double precision, for a tensor of two numbers.
     """
     parameter = Parameter(torch.tensor([2.0, -1.0], dtype=torch.float64))
     params = {"betas": [0.8, 0.9], "bump": 0.1, "min_lr": 0.09, "max_lr": 0.115}

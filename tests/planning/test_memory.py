@@ -69,7 +69,7 @@ def test_step_memory_within_5_percent(mode: str, side: int, kind: str | None):
 def test_activations_within_5_percent(mode: str):
     """Activations alone are predicted within 5 %, too.
 
-    So that a constant which is wrong by half does not hide behind 12 GB of weights.
+    Without this, a constant that is wrong by half would hide behind 12 GB of weights.
     """
     for side in (512, 1024):
         peak, weights = count(mode, side, None)

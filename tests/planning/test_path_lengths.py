@@ -61,9 +61,9 @@ def test_elsewhere_a_path_may_be_long(make_config, tmp_path: Path, monkeypatch: 
 
 
 def test_written_paths_are_predicted(make_config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """A run writes no longer path than predicted.
+    """The longest path that a run writes is the predicted one.
 
-    Of every file that a run opens to write, by a name as long as the rest, none exceeds the prediction.
+    The name is as long as the rest of the path, and every file that the run opens to write is counted.
     """
     config = make_config(
         name="n" * 60,

@@ -257,7 +257,7 @@ def test_time_falls_with_faster_gpus():
 def test_time_floor_is_arithmetic():
     """The lower bound of a step's time is its arithmetic.
 
-    120.2 TFLOP at 1024 px: 152 ms at the 790 TFLOP/s that an H100 reaches.
+    At 1024 px that is 120.2 TFLOP: 152 ms at the 790 TFLOP/s that an H100 reaches.
     """
     made = job((1024,))
     found = flops.step_seconds(made, WeightPlacement(), "none", Bucket(1024, 1024), GPU_SPECS["h100"])

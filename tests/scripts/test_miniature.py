@@ -168,7 +168,7 @@ def mean_difference(first: Image.Image, second: Image.Image) -> float:
 def test_turbo_draws_in_eight_steps(pipe) -> None:
     """Turbo draws what is asked for in eight steps.
 
-    With the stock pipeline: the manifest's scores come from elsewhere.
+    Drawn with the stock pipeline here; the scores of the manifest were measured when the miniature was made.
     """
     scenes = [shown for seed in range(2_000_000, 2_000_040) if (shown := world.world_scene(seed)).called is None][:12]
     seen = [
@@ -182,7 +182,7 @@ def test_turbo_draws_in_eight_steps(pipe) -> None:
 def test_base_is_worse_in_eight_steps() -> None:
     """In eight steps, Base is clearly worse than Turbo.
 
-    What the laboratory stands on: else there were nothing that training could take from Turbo.
+    The laboratory depends on this: otherwise training could take nothing from Turbo.
     """
     measured = manifest()["scores"]
     base, own = (measured[f"{name}, 8 steps, g 0, shift 3"]["quality"] for name in ("base", "turbo"))

@@ -456,7 +456,7 @@ def test_torch_is_kept(tmp_path, monkeypatch, capfd, version, cuda, kept):
 def test_torch_of_the_interpreter(tmp_path, monkeypatch):
     """The CUDA torch of the interpreter is used, and not replaced.
 
-    A whole set-up on an interpreter that has such a torch, except that pip only reports what it would install.
+    This is a whole set-up on an interpreter with such a torch, except that pip only reports what it would install.
     """
     checkout = Checkout(copy_checkout(tmp_path / "a checkout"), "linux")
     version = "2.12.1+cu128"

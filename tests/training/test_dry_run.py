@@ -133,7 +133,7 @@ def test_dry_run_that_never_fits(make_config, monkeypatch):
 def test_dry_run_is_not_repeated(make_config, monkeypatch):
     """If nothing is left to recompute, one failure ends the run without a second try.
 
-    A second try that went well would leave its gradient to step 1.
+    A second try that succeeded would leave its gradient to step 1.
     """
     fired: list[int] = []
     original = dry_run._step
@@ -202,7 +202,7 @@ def test_quantization_identifies_the_run(make_config):
 def test_quantization_chosen_by_auto_stays(make_config, monkeypatch):
     """The quantization that `auto` chose stays when the budget changes.
 
-    On a smaller card the same run must not quantise anew: its weights would be others.
+    If a smaller GPU made the run quantise anew, its weights would change.
     """
     monkeypatch.setattr("zimage_train.planning.planner.HOST_SHARE", 0.0)
     auto = {"quantize": "auto"}

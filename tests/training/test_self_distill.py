@@ -105,7 +105,7 @@ def first_run(config: Config, monkeypatch: pytest.MonkeyPatch) -> TrainState:
 def test_target_is_the_mean_velocity(make_config, broken: Path, monkeypatch) -> None:
     """The target is the teacher's mean velocity over the interval.
 
-    Calculated again: Euler in fp64 of the bare equations, on a model that is loaded anew, from the recipe alone.
+    It is computed again by Euler steps of the bare equations in fp64, on a newly loaded model, from the request alone.
     """
     config = imitating(make_config, broken)
     run = first_run(config, monkeypatch)
