@@ -278,7 +278,7 @@ def test_all_checkpoints_damaged(tmp_path: Path):
     save(tmp_path, 20, 30)
     for path in tmp_path.iterdir():
         flip_bit(path)
-    with pytest.raises(WeightsError, match="no checkpoint is whole") as error:
+    with pytest.raises(WeightsError, match="no checkpoint is intact") as error:
         checkpoint.load_newest(tmp_path, lambda text: None)
     assert error.value.exit_code == 4
 
@@ -291,7 +291,7 @@ def test_damaged_checkpoints_need_fresh(make_config):
     for path in (folder(config) / "checkpoints").iterdir():
         path.write_bytes(b"damaged")
     for _ in range(2):
-        with pytest.raises(WeightsError, match=r"no checkpoint is whole.*--fresh"):
+        with pytest.raises(WeightsError, match=r"no checkpoint is intact.*--fresh"):
             run_training(later, fresh=False)
     shutil.rmtree(folder(config) / "checkpoints")
     with pytest.raises(WeightsError, match="checkpoints are gone; the last one was of step 2"):

@@ -18,10 +18,10 @@ from zimage_train.errors import DivergedError, Problem, WeightsError
 from zimage_train.io import atomic, tensorfile
 
 FORMAT = 3
-"""What a checkpoint holds and under which names. 1 and 2 were of versions before the first release."""
+"""Version of the names and layout of the tensors. 1 and 2 were used before the first release."""
 ARITHMETIC = 1
-"""Raised by every change after which the same step of the same run gives other bits: a run that went on across such a
-change would be neither the old one nor the new one."""
+"""Raised by every change after which the same step of the same run gives other bits, so that a run is not continued
+with arithmetic that its first steps did not have."""
 NAME = re.compile(r"step-(\d{6,})\.safetensors")
 KEEP = 2
 
@@ -53,7 +53,9 @@ def save(folder: Path, step: int, tensors: Mapping[str, Tensor], numbers: Mappin
     """
     bad = [name for name, tensor in tensors.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
     if bad:
-        raise DivergedError(Problem(f"step {step}", f"{bad[0]} is not finite", "lower optimizer.lr; nothing was saved"))
+        raise DivergedError(
+            Problem(f"step {step}", f"{bad[0]} is not finite", "lower optimizer.lr; nothing was saved", "not-finite")
+        )
     path = folder / f"step-{step:06d}.safetensors"
     state = {"format": FORMAT, "arithmetic": ARITHMETIC, "version": __version__, "step": step, **numbers}
     tensorfile.save_with_digest(path, tensors, {"state": json.dumps(state)})
@@ -64,8 +66,12 @@ def steps_in(folder: Path) -> list[tuple[int, Path]]:
     """Return (step, file) of every checkpoint, newest first, by the step in its name (modification times can lie)."""
     if not folder.is_dir():
         return []
-    found = [(NAME.fullmatch(path.name), path) for path in folder.iterdir() if path.is_file()]
-    return sorted(((int(match[1]), path) for match, path in found if match), reverse=True)
+    steps = []
+    for path in folder.iterdir():
+        match = NAME.fullmatch(path.name)
+        if match and path.is_file():
+            steps.append((int(match[1]), path))
+    return sorted(steps, reverse=True)
 
 
 def load_newest(folder: Path, warn: Any) -> Checkpoint | None:
@@ -88,8 +94,8 @@ def load_newest(folder: Path, warn: Any) -> Checkpoint | None:
             warn(f"{path}: {error.problems[0].message}; set aside as {aside.name}")
     damaged = sorted(folder.glob("*.corrupt*")) if folder.is_dir() else []
     if damaged:
-        what = f"no checkpoint is whole ({', '.join(path.name for path in damaged)})"
-        raise WeightsError(Problem(str(folder), what, "begin again with --fresh"))
+        what = f"no checkpoint is intact ({', '.join(path.name for path in damaged)})"
+        raise WeightsError(Problem(str(folder), what, "begin again with --fresh", "damaged-checkpoints"))
     return None
 
 
@@ -105,9 +111,10 @@ def load(path: Path) -> Checkpoint:
         numbers = json.loads(metadata["state"])
         step, written = numbers["step"], (numbers["format"], numbers.get("arithmetic"))
     except (KeyError, ValueError, TypeError):
-        raise WeightsError(Problem(str(path), "is not a checkpoint of zimage-train", "remove it")) from None
+        what = "is not a checkpoint of zimage-train"
+        raise WeightsError(Problem(str(path), what, "remove it", "not-a-checkpoint")) from None
     if written != (FORMAT, ARITHMETIC):
-        raise OtherFormatError(Problem(str(path), *_other_version(numbers)))
+        raise OtherFormatError(Problem(str(path), *_other_version(numbers), "other-version"))
     return Checkpoint(path, step, tensors, numbers)
 
 

@@ -1,4 +1,4 @@
-"""The processes of a run: which one this is, on which device, and their gradients added up once a step."""
+"""The processes of a run: joining them, waiting for each other, and summing their gradients once a step."""
 
 import contextlib
 import os
@@ -14,12 +14,12 @@ from torch.nn import Parameter
 from zimage_train.errors import ConfigError, Problem, WorkerLostError
 
 TIMEOUT = timedelta(hours=12)
-"""How long processes wait while the main one fills a cache or draws: 10 minutes, the default, are too few."""
+"""Time that processes wait while the main one fills a cache or draws; the default of 10 minutes is too short."""
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among all of them."""
+    """This process and its place among all of the run."""
 
     device: torch.device
     rank: int
@@ -31,48 +31,49 @@ class World:
 
 
 def init() -> World:
-    """Join the processes that `accelerate launch` or torchrun started; alone without them.
-
-    On a CPU, one thread a process: only the miniature runs there, whose matrices are too small to share out, and the
-    sums then do not depend on how many cores a machine has.
+    """Join the processes that `accelerate launch` or torchrun started, if any.
 
     Raises:
-        ConfigError: several processes were started and this one stands alone.
+        ConfigError: several processes were started and did not find each other.
     """
     has_gpu = torch.accelerator.is_available()
-    # Without `cpu`, accelerate leaves CPU processes strangers to each other.
+    # Without `cpu`, accelerate does not connect processes that have no GPU.
     state = PartialState(cpu=not has_gpu, timeout=TIMEOUT)
-    asked = int(os.environ.get("WORLD_SIZE", "1"))
-    if state.num_processes != asked:
-        what = f"{asked} processes were started, and {state.num_processes} found each other"
-        raise ConfigError(Problem("launch", what, "start them with accelerate launch or torchrun"))
+    num_started = int(os.environ.get("WORLD_SIZE", "1"))
+    if state.num_processes != num_started:
+        what = f"{num_started} processes were started, and {state.num_processes} found each other"
+        raise ConfigError(Problem("launch", what, "start them with accelerate launch or torchrun", "processes-missing"))
     if not has_gpu:
+        # The order in which threads add up depends on the number of cores. Only the miniature is trained on a CPU, and
+        # its matrices are too small to gain from threads.
         torch.set_num_threads(1)
     assert state.device is not None
     return World(state.device, state.process_index, state.num_processes)
 
 
 def barrier() -> None:
-    """Wait until every process has come here.
+    """Wait until every process is here.
 
     Raises:
-        LostError: one of them never will.
+        WorkerLostError: a process has ended.
     """
-    with _together():
+    with _reporting_lost_workers():
         PartialState().wait_for_everyone()
 
 
 def all_reduce_gradients(world: World, parameters: list[Parameter], numbers: Tensor) -> Tensor:
-    """Sum every gradient and `numbers` over the processes, in one flat reduction; returns the summed numbers.
+    """Sum every gradient in place, and `numbers`, over the processes; return the summed numbers.
+
+    Everything goes through one flat tensor: one reduction instead of hundreds.
 
     Raises:
-        LostError: a process has ended.
+        WorkerLostError: a process has ended.
     """
     if world.world_size == 1:
         return numbers
     grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
     flat = torch.cat([*(grad.reshape(-1) for grad in grads), numbers.float()])
-    with _together():
+    with _reporting_lost_workers():
         torch.distributed.all_reduce(flat)
     offset = 0
     for grad in grads:
@@ -82,24 +83,29 @@ def all_reduce_gradients(world: World, parameters: list[Parameter], numbers: Ten
 
 
 def all_reduce_min(world: World, number: float) -> float:
-    """The least of what the processes have.
+    """Return the smallest `number` of all processes.
 
     Raises:
-        LostError: a process has ended.
+        WorkerLostError: a process has ended.
     """
     if not torch.distributed.is_initialized():
         return number
     numbers = torch.tensor([number], dtype=torch.float64, device=world.device)
-    with _together():
+    with _reporting_lost_workers():
         torch.distributed.all_reduce(numbers, torch.distributed.ReduceOp.MIN)
     return float(numbers)
 
 
 @contextlib.contextmanager
-def _together() -> Iterator[None]:
-    """Nothing but a collective stands within, so what fails there is the connection to another process."""
+def _reporting_lost_workers() -> Iterator[None]:
+    """Turn a failure within the block, which holds one collective and nothing else, into a lost process.
+
+    Raises:
+        WorkerLostError: it did fail.
+    """
     try:
         yield
     except RuntimeError as error:
         what = f"another process has ended ({str(error).splitlines()[0][:120]})"
-        raise WorkerLostError(Problem("launch", what, "its own output says why; the same command continues")) from error
+        todo = "its own output says why; the same command continues"
+        raise WorkerLostError(Problem("launch", what, todo, "worker-lost")) from error

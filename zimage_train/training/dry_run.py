@@ -1,6 +1,6 @@
-"""Before step 1: the largest batch, a preview and a save, so that what cannot work fails now and not after hours.
+"""The dry run before step 1: the largest batches, a preview and a save, so that failures come now and not in hours.
 
-Nothing of it stays: no gradient, no file, no random state.
+It leaves nothing behind: no gradient, no file, no random state.
 """
 
 import contextlib
@@ -16,6 +16,7 @@ from zimage_train.config.types import RecomputeMode
 from zimage_train.dataset.buckets import Bucket
 from zimage_train.dataset.sample_order import Sample, TrainItem
 from zimage_train.diffusion.render import render_images
+from zimage_train.diffusion.request import SamplingRequest
 from zimage_train.errors import DiskError
 from zimage_train.io import atomic, tensorfile
 from zimage_train.lora import lora_file, verify
@@ -31,191 +32,223 @@ from zimage_train.training.loss import losses
 from zimage_train.training.state import TrainState
 
 
-def dry_run(run: TrainState) -> TrainState:
-    """Do what costs most of each kind once, and write what it took to run.json; return the run with the plan that held.
+def dry_run(state: TrainState) -> TrainState:
+    """Try the most expensive work of each kind once, and return the state with the memory plan that held.
 
-    A run that has no step left is returned as it is.
+    What it took is added to run.json. A run with no step left is returned as it is.
 
     Raises:
-        OutOfMemoryError: the card has less than the smallest plan takes.
+        torch.OutOfMemoryError: the smallest plan takes more than the card has.
         ZImageTrainError: a checkpoint or a LoRA cannot be written and read back.
     """
-    if run.start_step >= run.config.train.steps:
-        return run
-    device = run.world.device
-    run.console.info(
-        f"rehearsing {'the largest batches, a preview' if _draws(run) else 'the largest batches'} and a save"
-    )
+    if state.start_step >= state.config.train.steps:
+        return state
+    device = state.world.device
+    tried = "the largest batches, a preview" if _has_previews_to_try(state) else "the largest batches"
+    state.console.info(f"rehearsing {tried} and a save")
     if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)  # what encoding and loading took is over
-    with _room_for_the_optimizer(run):
-        plan, seconds = _largest_batches(run)
-        facts: dict[str, Any] = {"seconds": round(seconds, 3), "gb": gigabytes(device)}
-        if run.world.is_main:
-            _preview(run)
-    if run.world.is_main:
-        _save(run)
-        facts["gb_with_preview"] = gigabytes(device)
-    if (taken := gigabytes(device)) is not None:
-        run.console.info(f"rehearsal: {taken:.2f} GB at the most, predicted {plan.peak.allocated / 1e9:.2f} GB")
-    run_dir.add_facts(run.folder, {"rehearsal": facts} if run.world.is_main else {})
-    return replace(run, memory_plan=plan)
+        torch.cuda.reset_peak_memory_stats(device)  # encoding and loading are over; their peak is not of the run
+    with _reserved_for_optimizer(state):
+        plan, seconds = _try_largest_batches(state)
+        facts: dict[str, Any] = {"seconds": round(seconds, 3), "gb": peak_gpu_gb(device)}
+        if state.world.is_main:
+            _try_preview(state)
+    if state.world.is_main:
+        _try_save(state)
+        facts["gb_with_preview"] = peak_gpu_gb(device)
+        run_dir.add_facts(state.folder, {"rehearsal": facts})
+    peak_gb = peak_gpu_gb(device)
+    if peak_gb is not None:
+        state.console.info(f"rehearsal: {peak_gb:.2f} GB at the most, predicted {plan.peak.allocated / 1e9:.2f} GB")
+    return replace(state, memory_plan=plan)
 
 
 @contextlib.contextmanager
-def _room_for_the_optimizer(run: TrainState) -> Iterator[None]:
-    """Hold what the optimizer will take from its first step on, unless it has it already."""
-    state_bytes = run.memory_plan.job.trained * OPTIMIZERS[run.config.optimizer.name].state_bytes
-    needed = 0 if run.optimizer.state else int(state_bytes)
-    held = torch.empty(needed, dtype=torch.uint8, device=run.world.device)
+def _reserved_for_optimizer(state: TrainState) -> Iterator[None]:
+    """Within the block, occupy the memory that the optimizer allocates in its first step, unless it has it already."""
+    state_bytes = state.memory_plan.job.trained * OPTIMIZERS[state.config.optimizer.name].state_bytes
+    missing_bytes = 0 if state.optimizer.state else int(state_bytes)
+    placeholder = torch.empty(missing_bytes, dtype=torch.uint8, device=state.world.device)
     yield
-    del held
+    del placeholder
 
 
-def gigabytes(device: torch.device) -> float | None:
-    """The most that this process has taken of the GPU; None without one, where a process's size says little."""
-    return round(torch.cuda.max_memory_allocated(device) / 1e9, 3) if device.type == "cuda" else None
+def peak_gpu_gb(device: torch.device) -> float | None:
+    """Return the peak of this process's GPU memory, GB, or None without a GPU."""
+    if device.type != "cuda":
+        return None
+    return round(torch.cuda.max_memory_allocated(device) / 1e9, 3)
 
 
-def _largest_batches(run: TrainState) -> tuple[MemoryPlan, float]:
-    """The largest batch of every mode, and the seconds that they take; where memory runs out, more is recomputed.
+def _try_largest_batches(state: TrainState) -> tuple[MemoryPlan, float]:
+    """Try the largest batch of every recompute mode; where memory runs out, recompute more.
 
-    The plan that comes back has held for all of them.
+    Returns the plan, which held for all of them, and the longest time of one, seconds.
     """
-    plan, seconds = run.memory_plan, 0.0
-    held: set[tuple[RecomputeMode, int]] = set()
-    while (mode_and_samples := _untried(run, plan, held)) is not None:
-        mode, samples = mode_and_samples
-        outcome = _attempt(run, load_batch(run.config, run.dataset, samples))
+    plan, longest = state.memory_plan, 0.0
+    passed: set[tuple[RecomputeMode, int]] = set()
+    while (candidate := _next_candidate(state, plan, passed)) is not None:
+        mode, samples = candidate
+        tokens = _sequence_tokens(state, samples)
+        outcome = _attempt(state, load_batch(state.config, state.dataset, samples))
         if not isinstance(outcome, torch.OutOfMemoryError):
-            held.add((mode, _tokens(run, samples)))
-            seconds = max(seconds, outcome)
+            passed.add((mode, tokens))
+            longest = max(longest, outcome)
             continue
-        lighter = _recomputing_more(plan, _tokens(run, samples))
+        lighter = _plan_recomputing_more(plan, tokens)
         if lighter is None:
             raise outcome
         plan = lighter
+        # The failed attempt leaves the pool in pieces, and the next one has larger ones to place.
         torch.cuda.empty_cache()
-        apply_recompute_plan(run.frozen.model, plan, run.config.lora.dropout)
-        run.console.warning("a batch did not fit as planned: more is recomputed in this run")
-    return plan, seconds
+        apply_recompute_plan(state.frozen.model, plan, state.config.lora.dropout)
+        state.console.warning("a batch did not fit as planned: more is recomputed in this run")
+    return plan, longest
 
 
-def _untried(
-    run: TrainState, plan: MemoryPlan, held: set[tuple[RecomputeMode, int]]
+def _next_candidate(
+    state: TrainState, plan: MemoryPlan, passed: set[tuple[RecomputeMode, int]]
 ) -> tuple[RecomputeMode, tuple[Sample, ...]] | None:
-    """Of the largest batches, one for each mode of `plan`, the one predicted to take most that was not yet tried."""
+    """Return a mode and its largest batch, the one predicted to take most of those not yet `passed`, or None.
+
+    A small batch that keeps all its activations may take more than a large one that recomputes them, so the largest
+    batch alone would prove nothing about the others.
+    """
     largest: dict[RecomputeMode, tuple[Sample, ...]] = {}
-    for samples in sorted(_full_batches(run), key=lambda one: _tokens(run, one)):
-        largest[plan.mode_of(_tokens(run, samples))] = samples
-    left: dict[RecomputeMode, tuple[Sample, ...]] = {
-        mode: samples for mode, samples in largest.items() if (mode, _tokens(run, samples)) not in held
-    }
+    for samples in sorted(_full_batches(state), key=lambda batch: _sequence_tokens(state, batch)):
+        largest[plan.mode_of(_sequence_tokens(state, samples))] = samples
+    best: tuple[RecomputeMode, tuple[Sample, ...]] | None = None
+    most_bytes = -1
+    for mode, samples in largest.items():
+        tokens = _sequence_tokens(state, samples)
+        predicted_bytes = memory.step_memory(plan.job, plan.form, mode, tokens).total
+        if (mode, tokens) not in passed and predicted_bytes > most_bytes:
+            best, most_bytes = (mode, samples), predicted_bytes
+    return best
 
-    def predicted(one: tuple[RecomputeMode, tuple[Sample, ...]]) -> int:
-        return memory.step_memory(plan.job, plan.form, one[0], _tokens(run, one[1])).total
 
-    return max(left.items(), key=predicted, default=None)
-
-
-def _attempt(run: TrainState, batch: Batch) -> float | torch.OutOfMemoryError:
-    """Seconds of a step, or that memory ran out; what the step held is free again when this returns."""
+def _attempt(state: TrainState, batch: Batch) -> float | torch.OutOfMemoryError:
+    """Return the seconds of a step, or the error if memory ran out."""
     try:
-        return _step(run, batch)
+        return _step(state, batch)
     except torch.OutOfMemoryError as error:
+        # The traceback holds the frames of the step, and these its activations: without it they are freed.
         return error.with_traceback(None)
     finally:
-        run.optimizer.zero_grad(set_to_none=True)
+        state.optimizer.zero_grad(set_to_none=True)
 
 
-def _full_batches(run: TrainState) -> list[tuple[Sample, ...]]:
-    """Of each size as many samples as a micro-batch holds, with the longest captions."""
-    alike: dict[tuple[Bucket, int, bool], list[TrainItem]] = {}
-    for item in run.order.items:
-        of_class = bool(run.config.data[item.entry].regularization)
-        alike.setdefault((item.size, run.order.batch_size_of(item), of_class), []).append(item)
-    by_length = {key: sorted(items, key=lambda item: len(item.image.longest_prompt)) for key, items in alike.items()}
-    return [tuple(map(run.order.longest_sample, items[-most:])) for (_, most, _), items in by_length.items()]
+def _full_batches(state: TrainState) -> list[tuple[Sample, ...]]:
+    """Return a full micro-batch of each size, of the samples with the longest captions."""
+    groups: dict[tuple[Bucket, int, bool], list[TrainItem]] = {}
+    for item in state.order.items:
+        is_regularization = bool(state.config.data[item.entry].regularization)
+        groups.setdefault((item.size, state.order.batch_size_of(item), is_regularization), []).append(item)
+    batches = []
+    for (_, batch_size, _), items in groups.items():
+        by_length = sorted(items, key=lambda item: len(item.image.longest_prompt))
+        batches.append(tuple(map(state.order.longest_sample, by_length[-batch_size:])))
+    return batches
 
 
-def _tokens(run: TrainState, samples: tuple[Sample, ...]) -> int:
-    """Of the joined sequence, as the blocks see it."""
+def _sequence_tokens(state: TrainState, samples: tuple[Sample, ...]) -> int:
+    """Return the tokens of image and caption of a batch, padded as the transformer's blocks see them."""
     size = samples[0].item.size
-    prompts = {text for one in samples for text in (one.prompt, one.preserve_prompt) if text is not None}
-    captions = max(padded_tokens(run.dataset.embeds(prompt).shape[0]) for prompt in prompts)
-    return len(samples) * (image_tokens(size.width, size.height) + captions)
+    prompts = {prompt for sample in samples for prompt in (sample.prompt, sample.preserve_prompt) if prompt is not None}
+    caption = max(padded_tokens(state.dataset.embeds(prompt).shape[0]) for prompt in prompts)
+    return len(samples) * (image_tokens(size.width, size.height) + caption)
 
 
-def _recomputing_more(plan: MemoryPlan, tokens: int) -> MemoryPlan | None:
-    """`plan` with the next mode for batches of `tokens` and more; None: there is none."""
-    current = plan.mode_of(tokens)
+def _plan_recomputing_more(plan: MemoryPlan, tokens: int) -> MemoryPlan | None:
+    """Return `plan` with the next mode for batches of `tokens` and more, or None if there is none."""
     modes = list(plan.limits)
+    current = plan.mode_of(tokens)
     if current == modes[-1]:
         return None
-    given_up = modes[: modes.index(current) + 1]
-    lower = {mode: min(most, tokens - 1) if mode in given_up else most for mode, most in plan.limits.items()}
-    return replace(plan, limits=lower)
+    limits = dict(plan.limits)
+    for mode in modes[: modes.index(current) + 1]:
+        limits[mode] = min(limits[mode], tokens - 1)
+    return replace(plan, limits=limits)
 
 
-def _step(run: TrainState, batch: Batch) -> float:
+def _step(state: TrainState, batch: Batch) -> float:
+    """Run forward and backward; return the seconds that they took."""
     began = time.monotonic()
-    model = run.frozen.model.train()
-    there = batch.to(run.world.device, model.dtype)
-    for loss in losses(model, there, run.config):
+    model = state.frozen.model.train()
+    for loss in losses(model, batch.to(state.world.device, model.dtype), state.config):
         loss.objective.backward()
-    if run.world.device.type == "cuda":
-        torch.cuda.synchronize(run.world.device)
+    if state.world.device.type == "cuda":
+        torch.cuda.synchronize(state.world.device)
     return time.monotonic() - began
 
 
-def _preview(run: TrainState) -> None:
-    """One step of the largest preview, and its decoding, unless images are drawn before step 1 anyway."""
-    if not _draws(run):
+def _try_preview(state: TrainState) -> None:
+    """Sample one step of the largest preview and decode it, unless previews are drawn before step 1 anyway."""
+    if not _has_previews_to_try(state):
         return
-    recipes = [recipe for view in run.preview_sets for recipe in view.requests]
-    largest = max(recipes, key=lambda one: one.width * one.height * (2 if one.guidance > 0 else 1))
-    with run.with_preview_loras(run.lora.factors()):
-        render_images(run.frozen, run.extras, [replace(largest, steps=1)], run.preview_embeds, lambda done, total: None)
+    requests = [request for previews in state.preview_sets for request in previews.requests]
+    largest = max(requests, key=_preview_size)
+    with state.with_preview_loras(state.lora.factors()):
+        render_images(
+            state.frozen, state.extras, [replace(largest, steps=1)], state.preview_embeds, lambda done, total: None
+        )
 
 
-def _draws(run: TrainState) -> bool:
-    return any(view.requests for view in run.preview_sets) and not (run.start_step == 0 and run.config.sample.first)
+def _preview_size(request: SamplingRequest) -> int:
+    """Return the pixels that are sampled at once: guidance runs each image twice."""
+    passes = 2 if request.guidance > 0 else 1
+    return request.width * request.height * passes
 
 
-def _save(run: TrainState) -> None:
-    """A checkpoint and a LoRA, written and read back."""
-    path, trained, dtype = run.folder.rehearsal, run.lora.factors(), run.config.save.dtype
+def _has_previews_to_try(state: TrainState) -> bool:
+    is_drawn_anyway = state.start_step == 0 and state.config.sample.first
+    return any(previews.requests for previews in state.preview_sets) and not is_drawn_anyway
+
+
+def _try_save(state: TrainState) -> None:
+    """Write a checkpoint and a LoRA, and read them back."""
+    path, trained, dtype = state.folder.rehearsal, state.lora.factors(), state.config.save.dtype
     try:
-        tensorfile.save_with_digest(path, run.lora.state() | optimizers.optimizer_state(run.optimizer)[0], {})
+        tensorfile.save_with_digest(path, state.lora.state() | optimizers.optimizer_state(state.optimizer)[0], {})
         tensorfile.load_with_digest(path)
-        lora_file.export_lora(path, trained, dtype, run.export_metadata)
-        verify.verify_export(path, trained, dtype, run.frozen.shape.linears)
+        lora_file.export_lora(path, trained, dtype, state.export_metadata)
+        verify.verify_export(path, trained, dtype, state.frozen.shape.linears)
     finally:
         atomic.remove(path)
 
 
-def compare_with_forecast(run: TrainState, records: list[dict[str, Any]]) -> None:
-    """Say how the run compares with its prediction, and remember it for the next ones; `records` are its steps."""
-    device = run.world.device
-    card = gpus.find_gpu(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-    name = card.name if card else torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    steps = [(one["seconds"], _predicted_seconds(run, one["step"], card or gpus.TYPICAL_GPU)) for one in records]
-    predicted_gb = run.memory_plan.peak.allocated / 1e9
-    name = calibration.device_key(name, memory.parameters_of(run.frozen.shape))
-    found = calibration.measure(name, steps, gigabytes(device), predicted_gb)
-    if found is None:
+def compare_with_forecast(state: TrainState, records: list[dict[str, Any]]) -> None:
+    """Log how the steps in `records` compare with their forecast, and keep it to calibrate later forecasts."""
+    device = state.world.device
+    device_name, gpu = "cpu", None
+    if device.type == "cuda":
+        device_name = torch.cuda.get_device_name(device)
+        gpu = gpus.find_gpu(device_name)
+    if gpu is not None:
+        device_name = gpu.name
+    times = []
+    for record in records:
+        times.append((record["seconds"], _predicted_seconds(state, record["step"], gpu or gpus.TYPICAL_GPU)))
+    key = calibration.device_key(device_name, memory.parameters_of(state.frozen.shape))
+    predicted_gb = state.memory_plan.peak.allocated / 1e9
+    measured = calibration.measure(key, times, peak_gpu_gb(device), predicted_gb)
+    if measured is None:
         return
-    of_memory = f", memory x{found.memory_ratio:.2f}" if found.memory_ratio is not None else ""
-    if card is not None:
-        run.console.info(f"measured {found.seconds:.2f} s a step: x{found.time_ratio:.2f} of the prediction{of_memory}")
+    if gpu is not None:
+        ratios = f"x{measured.time_ratio:.2f} of the prediction"
+        if measured.memory_ratio is not None:
+            ratios += f", memory x{measured.memory_ratio:.2f}"
+        state.console.info(f"measured {measured.seconds:.2f} s a step: {ratios}")
     try:
-        calibration.record_measurement(forecast.calibration_file(run.config), found)
-    except DiskError as error:  # a memo: the run is worth more
-        run.console.warning(str(error))
+        calibration.record_measurement(forecast.calibration_file(state.config), measured)
+    except DiskError as error:  # only later forecasts lose by it, so the run has not failed
+        state.console.warning(str(error))
 
 
-def _predicted_seconds(run: TrainState, step: int, card: GpuSpec) -> float:
-    """Of the micro-batches of this process."""
-    own = run.micro_batches(step)
-    sizes = ((samples[0].item.size, len(samples)) for samples in own)
-    return sum(run.memory_plan.seconds(size, card) * number / run.memory_plan.job.batch(size) for size, number in sizes)
+def _predicted_seconds(state: TrainState, step: int, gpu: GpuSpec) -> float:
+    """Return the forecast for the micro-batches of this process in `step`."""
+    plan, seconds = state.memory_plan, 0.0
+    for samples in state.micro_batches(step):
+        size = samples[0].item.size
+        seconds += plan.seconds(size, gpu) * len(samples) / plan.job.batch(size)
+    return seconds

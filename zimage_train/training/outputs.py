@@ -1,4 +1,4 @@
-"""What a run leaves on disk beside its metrics: checkpoints, exported LoRAs, previews, the report."""
+"""The files that a run writes beside its metrics: checkpoints, exported LoRAs, previews, the report."""
 
 import re
 from functools import partial
@@ -25,160 +25,165 @@ from zimage_train.training.state import TrainState, is_due
 from zimage_train.training.validation import validate
 
 
-def save_checkpoint(run: TrainState, step: int) -> None:
+def save_checkpoint(state: TrainState, step: int) -> None:
     """Write the checkpoint of `step`.
 
     Raises:
         DivergedError: the LoRA or the optimizer is not finite.
         DiskError: it cannot be written.
     """
-    tensors, optimizer = optimizers.optimizer_state(run.optimizer)
-    numbers = {"optimizer": optimizer, "identity": dict(run.identity)}
-    averages = run.ema.state() if run.ema else {}
-    for path in checkpoint.save(run.folder.checkpoints, step, run.lora.state() | averages | tensors, numbers):
-        run.console.warning(f"{path}: cannot be removed; going on")
+    tensors, optimizer = optimizers.optimizer_state(state.optimizer)
+    numbers = {"optimizer": optimizer, "identity": dict(state.identity)}
+    averages = state.ema.state() if state.ema else {}
+    for path in checkpoint.save(state.folder.checkpoints, step, state.lora.state() | averages | tensors, numbers):
+        state.console.warning(f"{path}: cannot be removed; going on")
 
 
-def export_step(run: TrainState, step: int) -> None:
-    """Write the LoRA of `step`, and its average, and prove that diffusers and ComfyUI read what was trained."""
-    last = run.config.train.steps
-    _export(run, step, run.folder.lora(None if step == last else step), run.lora.factors())
-    if run.ema is not None:
-        averaged = run.lora.factors(run.ema.shadow)
-        _export(run, step, run.folder.lora(None if step == last else step, is_ema=True), averaged)
+def export_step(state: TrainState, step: int) -> None:
+    """Write the LoRA of `step`, and its average; verify that diffusers and ComfyUI would load the trained weights."""
+    number = None if step == state.config.train.steps else step  # the last file is named by the run alone
+    _export(state, step, state.folder.lora(number), state.lora.factors())
+    if state.ema is not None:
+        _export(state, step, state.folder.lora(number, is_ema=True), state.lora.factors(state.ema.shadow))
 
 
-def _export(run: TrainState, step: int, path: Path, trained: Lora) -> None:
-    config = run.config
-    lora_file.export_lora(path, trained, config.save.dtype, {**run.export_metadata, "ss_steps": str(step)})
+def _export(state: TrainState, step: int, path: Path, trained: Lora) -> None:
+    config = state.config
+    lora_file.export_lora(path, trained, config.save.dtype, {**state.export_metadata, "ss_steps": str(step)})
     try:
-        error = verify.verify_export(path, trained, config.save.dtype, run.frozen.shape.linears)
+        error = verify.verify_export(path, trained, config.save.dtype, state.frozen.shape.linears)
     except WeightsError:
         atomic.rename_as_backup(path, ".unverified")
         raise
     count = f"{len(trained)}/{len(trained)}"
-    run.console.info(f"step {step}: exported {path} ({count} modules verified, relative error {error:.1e})")
-    if run.preview_sets:
+    state.console.info(f"step {step}: exported {path} ({count} modules verified, relative error {error:.1e})")
+    if state.preview_sets:
         atomic.write_json(
             comfyui.workflow_path(path),
-            comfyui.comfyui_workflow(run.preview_sets[0].requests[0], config.model, path.name),
+            comfyui.comfyui_workflow(state.preview_sets[0].requests[0], config.model, path.name),
         )
-    _prune(run, path.parent)
+    _prune(state, path.parent)
 
 
-def _prune(run: TrainState, folder: Path) -> None:
-    name = re.compile(re.escape(run.config.name) + r"-(\d{6,})\.safetensors")
-    numbered = sorted((int(match[1]), path) for path in folder.iterdir() if (match := name.fullmatch(path.name)))
-    for _, path in numbered[: -run.config.save.keep]:
+def _prune(state: TrainState, folder: Path) -> None:
+    name = re.compile(re.escape(state.config.name) + r"-(\d{6,})\.safetensors")
+    exported = []
+    for path in folder.iterdir():
+        if match := name.fullmatch(path.name):
+            exported.append((int(match[1]), path))
+    for _, path in sorted(exported)[: -state.config.save.keep]:
         if not (atomic.remove(path) and atomic.remove(comfyui.workflow_path(path))):
-            run.console.warning(f"{path}: cannot be removed; going on")
+            state.console.warning(f"{path}: cannot be removed; going on")
 
 
-def preview(run: TrainState, step: int, events: RecordWriter) -> None:
-    """Sample every prompt on the true model, but for images of `step` that are there already.
+def preview(state: TrainState, step: int, events: RecordWriter) -> None:
+    """Draw every preview of `step` that is missing, without the training adapter.
 
-    A failing preview is reported and costs no step: the checkpoint is already on disk.
+    A preview that fails is reported, and training goes on: the checkpoint is already on disk.
 
     Raises:
-        NotRestored: the training weights could not be put back, so that no further step can be trained.
+        NotRestoredError: the training weights could not be put back, so that no further step can be trained.
     """
-    if not run.preview_sets:
+    if not state.preview_sets:
         return
     measured: dict[str, float] = {}
     try:
-        for view in run.preview_sets:
-            measured |= render_previews(run, view, step)
-        preview_images.save_grid(run.folder.samples / "grid.png", preview_sets.all_previews_table(run.preview_sets))
+        for previews in state.preview_sets:
+            measured |= render_previews(state, previews, step)
+        preview_images.save_grid(state.folder.samples / "grid.png", preview_sets.all_previews_table(state.preview_sets))
     except NotRestoredError:
         raise
     except Exception as error:  # noqa: BLE001  a preview that fails must not end a run
-        run.console.warning(f"preview at step {step} failed ({type(error).__name__}: {error}); training goes on")
+        state.console.warning(f"preview at step {step} failed ({type(error).__name__}: {error}); training goes on")
         events.append({"step": step, "event": "preview_failed", "error": str(error)})
         return
-    events.append({"step": step, "event": "preview", **preview_metrics(run, step), **measured})
+    events.append({"step": step, "event": "preview", **preview_metrics(state, step), **measured})
     if "drift" in measured:
-        run.trackers.drift(step, measured["drift"])
-    for view in run.preview_sets:
-        run.trackers.images(step, {one.prompt[:80] + view.suffix: path for path, one in view.expected(step)})
+        state.trackers.drift(step, measured["drift"])
+    for previews in state.preview_sets:
+        state.trackers.images(step, {one.prompt[:80] + previews.suffix: path for path, one in previews.expected(step)})
 
 
-def render_previews(run: TrainState, view: PreviewSet, step: int) -> dict[str, float]:
+def render_previews(state: TrainState, previews: PreviewSet, step: int) -> dict[str, float]:
     """Render the missing images of one preview set with the LoRA as an exported file holds it; return measurements.
 
     The drift is measured where the set is on Turbo, on the same weights as the images are drawn with.
     """
-    missing, measured = view.missing(step), dict[str, float]()
-    meter = run.drift_meter if view.is_metered and step > 0 else None
+    missing, measured = previews.missing(step), dict[str, float]()
+    meter = state.drift_meter if previews.is_metered and step > 0 else None
     if not missing and meter is None:
         return measured
-    model, sample = run.frozen.model, run.config.sample
-    is_averaged = sample.weights == "ema" and run.ema is not None
-    trained = run.lora.factors(run.ema.shadow if is_averaged and run.ema else None)
+    model, sample = state.frozen.model, state.config.sample
+    is_averaged = sample.weights == "ema" and state.ema is not None
+    trained = state.lora.factors(state.ema.shadow if is_averaged and state.ema else None)
     requests = [request for _, request in missing]
-    preview_progress = partial(run.console.progress, f"preview at step {step}{view.suffix}")
-    drift_progress = partial(run.console.progress, f"drift at step {step}")
-    with run.with_preview_loras(lora_file.round_to_dtype(trained, run.config.save.dtype)):
+    preview_progress = partial(state.console.progress, f"preview at step {step}{previews.suffix}")
+    drift_progress = partial(state.console.progress, f"drift at step {step}")
+    with state.with_preview_loras(lora_file.round_to_dtype(trained, state.config.save.dtype)):
         # Swapping weights reads files, so it is done once, for both. Decoding needs no transformer: it comes after.
-        with eval_mode(model), original_weights(run.frozen, view.second_model):
-            latents = sample_all(model, requests, run.preview_embeds, preview_progress)
+        with eval_mode(model), original_weights(state.frozen, previews.second_model):
+            latents = sample_all(model, requests, state.preview_embeds, preview_progress)
             if meter is not None:
                 measured["drift"] = meter.measure(model, drift_progress)
-        images = decode_all(model, run.extras, latents)
-    model_name = sample.compare_on if view.second_model else run.config.model.path or run.config.model.variant
+        images = decode_all(model, state.extras, latents)
+    model_name = sample.compare_on if previews.second_model else state.config.model.path or state.config.model.variant
     lora_name = "averaged LoRA" if is_averaged else "LoRA"
     extra = "".join(f" and {lora.file}={lora.weight:g}" for lora in sample.extra_loras)
     drawn_by = (
-        f"{model_name} in {run.config.model.dtype} with the {lora_name} of {run.config.name} at step {step}{extra}"
+        f"{model_name} in {state.config.model.dtype} with the {lora_name} of {state.config.name} at step {step}{extra}"
     )
     for (path, request), image in zip(missing, images, strict=True):
-        preview_images.save_preview(path, image, request, drawn_by, view.run)
+        preview_images.save_preview(path, image, request, drawn_by, previews.run)
     if measured:
-        run.console.info(f"step {step}: drift {measured['drift']:.3f} from Turbo's own steps")
+        state.console.info(f"step {step}: drift {measured['drift']:.3f} from Turbo's own steps")
     return measured
 
 
-def preview_metrics(run: TrainState, step: int) -> dict[str, Any]:
-    """What the previews of `step` say, for events.jsonl; said aloud where someone should know."""
-    own, *others = [view.table() for view in run.preview_sets]
-    words = run.config.triggers
+def preview_metrics(state: TrainState, step: int) -> dict[str, Any]:
+    """Return what the previews of `step` measure, for events.jsonl; warn where they show that something is wrong."""
+    own, *others = [previews.table() for previews in state.preview_sets]
+    words = state.config.triggers
     record: dict[str, Any] = {"pictures": [path.name for path in own.rows[step] if path]}
-    for one in preview_shift.preview_shifts(own, words):
-        if one.step == step:
-            record |= {"change_with_trigger": one.with_trigger, "change_without_trigger": one.without_trigger}
-            remark = preview_shift.shift_remark(one, run.config.train.steps)
-            if remark and not run.config.method.generates_data:  # images are to stay as they are
-                run.console.warning(remark)
+    for shift in preview_shift.preview_shifts(own, words):
+        if shift.step == step:
+            record |= {"change_with_trigger": shift.with_trigger, "change_without_trigger": shift.without_trigger}
+            remark = preview_shift.shift_remark(shift, state.config.train.steps)
+            if remark and not state.config.method.generates_data:  # images are to stay as they are
+                state.console.warning(remark)
     if step > 0:
         record["sharpness_kept"] = preview_shift.sharpness_kept(own, words, step)
     for other in others:
         kept = preview_shift.sharpness_kept(other, words, step) if step > 0 else None
         if kept is not None:
             record["sharpness_kept_also"] = kept
-            run.console.info(
-                f"step {step}: on {run.config.sample.compare_on} the LoRA keeps {kept:.0%} of the sharpness"
+            state.console.info(
+                f"step {step}: on {state.config.sample.compare_on} the LoRA keeps {kept:.0%} of the sharpness"
             )
     return record
 
 
-def after_step(run: TrainState, step: int, events: RecordWriter, metrics: RecordWriter) -> None:
-    """Do all that is due after `step`, in the order in which a crash costs least; done again, it changes nothing."""
-    if not run.world.is_main:
+def after_step(state: TrainState, step: int, events: RecordWriter, metrics: RecordWriter) -> None:
+    """Do all that is due after `step`: save, export, validate, preview.
+
+    The order is the one in which a crash costs least, and doing it again changes nothing.
+    """
+    if not state.world.is_main:
         return
-    last = run.config.train.steps
-    saves = step == last or is_due(run.config.save.every, step, last)
-    draws = is_due(run.config.sample.every, step, last)
+    last = state.config.train.steps
+    saves = step == last or is_due(state.config.save.every, step, last)
+    draws = is_due(state.config.sample.every, step, last)
     if saves:
         metrics.sync()
-        if step > run.start_step:
-            save_checkpoint(run, step)
+        if step > state.start_step:
+            save_checkpoint(state, step)
         events.append({"step": step, "event": "save"})
-        export_step(run, step)
-    if is_due(run.config.validation.every, step, last):
-        validate(run, step, events)
+        export_step(state, step)
+    if is_due(state.config.validation.every, step, last):
+        validate(state, step, events)
     if draws:
-        preview(run, step, events)
+        preview(state, step, events)
     if saves or draws:
-        write_report(run)
+        write_report(state)
 
 
 def is_complete(context: RunContext, step: int) -> bool:
@@ -201,21 +206,21 @@ def is_complete(context: RunContext, step: int) -> bool:
     )
 
 
-def write_report(run: TrainState) -> None:
+def write_report(state: TrainState) -> None:
     """Write report.html from what is in the run folder."""
-    facts: dict[str, Any] = run_dir.read_facts(run.folder)
+    facts: dict[str, Any] = run_dir.read_facts(state.folder)
     page.write_report_page(
-        run.folder.report,
-        name=run.config.name,
+        state.folder.report,
+        name=state.config.name,
         facts=facts,
-        metrics_path=run.folder.metrics,
-        events_path=run.folder.events,
-        own_previews=run.preview_sets[0].table() if run.preview_sets else None,
-        all_previews=preview_sets.all_previews_table(run.preview_sets)
-        if run.preview_sets
-        else preview_images.preview_table(run.folder.samples),
-        config_text=dump_config(run.config),
-        warnings=run.warnings,
-        triggers=run.config.triggers,
-        steps=run.config.train.steps,
+        metrics_path=state.folder.metrics,
+        events_path=state.folder.events,
+        own_previews=state.preview_sets[0].table() if state.preview_sets else None,
+        all_previews=preview_sets.all_previews_table(state.preview_sets)
+        if state.preview_sets
+        else preview_images.preview_table(state.folder.samples),
+        config_text=dump_config(state.config),
+        warnings=state.warnings,
+        triggers=state.config.triggers,
+        steps=state.config.train.steps,
     )

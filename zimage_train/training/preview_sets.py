@@ -1,4 +1,4 @@
-"""What previews of a run there are to be: on its own model, and beside it on another one (torch-free)."""
+"""The previews of a run: on its own model, and optionally on a second one (torch-free)."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,62 +17,71 @@ from zimage_train.training.run_dir import RunDir
 
 @dataclass(frozen=True)
 class PreviewSet:
-    """Previews on one model: what is drawn, and where it goes."""
+    """The previews on one model."""
 
     second_model: Path | None
-    """The transformer that stands in for the run's own; None: none does."""
+    """The transformer that replaces the run's own while these are drawn, or None for its own."""
     requests: list[SamplingRequest]
     folder: Path
     run: str
-    """Stands in every image: what it was drawn by, besides its recipe."""
+    """Written into every image: which run and which model drew it."""
     suffix: str
-    """Added to the prompt where images are shown."""
+    """Appended to the prompt wherever the images are shown."""
     is_metered: bool
-    """Whether it is on Turbo, and the drift from its own steps is measured there."""
+    """Whether the model is Turbo, so that the drift from its own steps is measured here."""
 
     def expected(self, step: int) -> list[tuple[Path, SamplingRequest]]:
-        """The images that `step` shall have."""
-        return [(preview_images.preview_path(self.folder, step, index), one) for index, one in enumerate(self.requests)]
+        """Return the path and request of every preview of `step`."""
+        paths = [preview_images.preview_path(self.folder, step, index) for index in range(len(self.requests))]
+        return list(zip(paths, self.requests, strict=True))
 
     def missing(self, step: int) -> list[tuple[Path, SamplingRequest]]:
-        """The images of `step` that are not there, or that something else has drawn."""
-        return [(path, one) for path, one in self.expected(step) if not preview_images.is_current(path, one, self.run)]
+        """Return those of `expected` that do not exist or were drawn by another run or request."""
+        return [
+            (path, request)
+            for path, request in self.expected(step)
+            if not preview_images.is_current(path, request, self.run)
+        ]
 
     def table(self) -> PreviewTable:
         return preview_images.preview_table(self.folder, self.suffix)
 
 
 def make_preview_sets(
-    config: Config, folder: RunDir, identity: Mapping[str, Any], also: Path | None
+    config: Config, folder: RunDir, identity: Mapping[str, Any], second_model: Path | None
 ) -> list[PreviewSet]:
-    """The run's own view, then that of `sample.compare_on`; none without `sample.every` or prompts."""
+    """Return the previews on the run's own model, then those on `sample.compare_on`; none if previews are off."""
     if config.sample.every is None or not config.sample.prompts:
         return []
     digest, name = run_dir.identity_digest(identity), config.sample.compare_on
     if config.sample.weights == "ema":
         digest += " averaged"
-    digest += "".join(f" and {one.file}={one.weight:g}" for one in config.sample.extra_loras)
-    views = [
-        PreviewSet(None, request.preview_requests(config), folder.samples, digest, "", config.model.variant == "turbo")
-    ]
-    if name is not None:
-        on_turbo = name not in VARIANTS or name == "turbo"
-        views.append(
-            PreviewSet(
-                second_model=also,
-                requests=request.comparison_requests(config),
-                folder=folder.samples / "also",
-                run=f"{digest} on {name}",
-                suffix=f" (on {name})",
-                is_metered=on_turbo and not views[0].is_metered,
-            )
-        )
-    return views
+    digest += "".join(f" and {lora.file}={lora.weight:g}" for lora in config.sample.extra_loras)
+    own = PreviewSet(
+        second_model=None,
+        requests=request.preview_requests(config),
+        folder=folder.samples,
+        run=digest,
+        suffix="",
+        is_metered=config.model.variant == "turbo",
+    )
+    if name is None:
+        return [own]
+    is_turbo = name not in VARIANTS or name == "turbo"
+    second = PreviewSet(
+        second_model=second_model,
+        requests=request.comparison_requests(config),
+        folder=folder.samples / "also",
+        run=f"{digest} on {name}",
+        suffix=f" (on {name})",
+        is_metered=is_turbo and not own.is_metered,
+    )
+    return [own, second]
 
 
-def all_previews_table(views: list[PreviewSet]) -> PreviewTable:
-    """All previews of a run as one table, those of another model beside its own."""
-    own, *others = [view.table() for view in views]
+def all_previews_table(preview_sets: list[PreviewSet]) -> PreviewTable:
+    """Return all previews of a run as one table, with those of a second model beside its own."""
+    own, *others = [previews.table() for previews in preview_sets]
     return preview_images.side_by_side(own, others[0]) if others else own
 
 

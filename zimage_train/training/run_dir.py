@@ -1,4 +1,4 @@
-"""The folder of a run: what lies where, and whether a new start may continue what is there."""
+"""The folder of a run: its files, and whether a new start may continue the run that is there."""
 
 import hashlib
 import json
@@ -28,20 +28,19 @@ CHANGEABLE_ON_RESUME = (
     "memory.",
     "log.",
 )
-"""Settings that a resumed run may change: none of them alters a weight that was trained; but see `identity`."""
+"""Settings that a resumed run may change, since none of them alters the trained weights; see also `run_identity`."""
 ALLOWABLE = ("optimizer.lr", "schedule", "train.max_grad_norm", "timesteps", "guidance", "data")
-"""Settings, sections of these, and the images, that a run can take up in its middle when `--allow` names them: each
-step reads them."""
+"""Settings and sections that may change on resume if `--allow` names them: each step reads them anew."""
 BY_DIGEST = (
     *("model.path", "model.extras", "model.adapter", "lora.init_from"),
     *("data.*.folder", "data.*.metadata", "data.*.mask"),
 )
-"""Settings that are paths: what they lead to is compared instead."""
+"""Settings that are paths; the content that they lead to is compared instead."""
 
 
 @dataclass(frozen=True)
 class RunDir:
-    """Where everything of one run lies."""
+    """The paths of one run."""
 
     root: Path
     name: str
@@ -84,7 +83,7 @@ class RunDir:
 
     @property
     def rehearsal(self) -> Path:
-        """What is written to see whether it can be."""
+        """The file that the dry run writes and removes again."""
         return self.root / "rehearsal.safetensors"
 
     @property
@@ -92,18 +91,21 @@ class RunDir:
         return self.root / "samples"
 
     def lora(self, step: int | None = None, is_ema: bool = False) -> Path:
-        """The exported LoRA of a step, or its average; None: the finished one."""
-        folder = self.root / "lora" / "ema" if is_ema else self.root / "lora"
-        return folder / (f"{self.name}.safetensors" if step is None else f"{self.name}-{step:06d}.safetensors")
+        """Return the path of the LoRA exported after `step`, or of the final one for None."""
+        folder = self.root / "lora"
+        if is_ema:
+            folder /= "ema"
+        name = self.name if step is None else f"{self.name}-{step:06d}"
+        return folder / f"{name}.safetensors"
 
 
 def run_dir_of(config: Config) -> RunDir:
-    """The run folder of a config: output/name."""
+    """Return the run folder of a config, output_dir/name."""
     return RunDir(Path(config.output_dir) / config.name, config.name)
 
 
 def read_facts(folder: RunDir) -> dict[str, Any]:
-    """run.json, or nothing if there is none that can be read."""
+    """Return the content of run.json, or an empty dict if it is missing or damaged."""
     try:
         facts = json.loads(folder.facts.read_bytes())
     except (OSError, ValueError, RecursionError):
@@ -112,13 +114,13 @@ def read_facts(folder: RunDir) -> dict[str, Any]:
 
 
 def earlier_starts(folder: RunDir) -> list[int]:
-    """After which steps the run was started, as far as run.json tells."""
+    """Return the steps after which the run was started before, from run.json."""
     starts = read_facts(folder).get("starts")
     return [step for step in starts if isinstance(step, int)] if isinstance(starts, list) else []
 
 
 def wandb_id(folder: RunDir) -> str:
-    """The id under which Weights & Biases knows this run, made at its first start and kept with it."""
+    """Return the run's id on Weights & Biases, which is made at its first start and kept in its folder."""
     try:
         known = folder.wandb_id.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError):
@@ -134,20 +136,19 @@ def write_facts(folder: RunDir, facts: Mapping[str, Any]) -> None:
 
 
 def add_facts(folder: RunDir, facts: Mapping[str, Any]) -> None:
-    """Write `facts` into run.json beside what is there; nothing is written for none."""
-    if facts:
-        write_facts(folder, {**read_facts(folder), **facts})
+    """Add `facts` to run.json."""
+    write_facts(folder, {**read_facts(folder), **facts})
 
 
 def write_config(folder: RunDir, config: Config) -> None:
-    """Write the effective config, with absolute paths: any command takes it, wherever it runs."""
+    """Write the effective config with absolute paths, so that it means the same in any working directory."""
     atomic.write_text(folder.config, dump_config(resolve_paths(config)))
 
 
 def run_identity(config: Config, fingerprint: Mapping[str, Any]) -> dict[str, Any]:
-    """What makes a run this run and no other: settings that shape its weights by value, its inputs by content.
+    """Return the settings that shape the trained weights, and the digests of the inputs.
 
-    Every checkpoint carries it, so a run is recognised by what it continues from and by nothing beside it.
+    Every checkpoint carries it: a resumed run must have the same, and no other file has to be trusted for that.
     """
     settings = flatten_keys(config.model_dump(mode="json"))
     if schedules.depends_on_total_steps(config.schedule):
@@ -159,15 +160,15 @@ def run_identity(config: Config, fingerprint: Mapping[str, Any]) -> dict[str, An
 
 
 def identity_digest(identity: Mapping[str, Any]) -> str:
-    """A short name for an identity."""
+    """Return a short digest of an identity."""
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def require_allowable(allow: Iterable[str]) -> None:
-    """Refuse to `--allow` what a run cannot take up in its middle, or what is no whole key.
+    """Refuse `--allow` for keys that cannot change within a run, and for incomplete keys.
 
     Raises:
-        ConfigError: names what can be allowed.
+        ConfigError: lists the keys that can be allowed.
     """
     wrong = [key for key in allow if key not in ALLOWABLE and not (_allowable(key) and is_setting(key))]
     if wrong:
@@ -180,24 +181,22 @@ def require_allowable(allow: Iterable[str]) -> None:
 def require_same(
     folder: RunDir, before: Mapping[str, Any], now: Mapping[str, Any], allow: Iterable[str] = ()
 ) -> list[str]:
-    """Refuse to continue a run with settings or inputs that would make it another run.
-
-    Returns the differences that `allow` names: those the run goes on with.
+    """Refuse to continue a run with other settings or inputs; return the differences that `allow` permits.
 
     Raises:
         ConfigError: shows every other difference as `- was`, `+ is`.
     """
     changed = _changed_settings(before["settings"], now["settings"]) | _changed_inputs(before["inputs"], now["inputs"])
     problems = {key: Problem(Location(key=key), what, code="changed-on-resume") for key, what in changed.items()}
-    refused = [key for key in problems if not any(_covers(one, key) for one in allow)]
+    refused = [key for key in problems if not any(_covers(name, key) for name in allow)]
     if refused:
         todo = "undo the change, choose another name, or begin again with --fresh (which moves the old run aside)"
         allowable = [_allowable(key) for key in refused]
         if all(allowable):
-            todo += f"; or go on with it: {' '.join(dict.fromkeys(f'--allow {one}' for one in allowable))}"
+            todo += f"; or go on with it: {' '.join(dict.fromkeys(f'--allow {name}' for name in allowable))}"
         other = Problem(str(folder.root), "belongs to another run", todo, "another-run")
         raise ConfigError(*(problems[key] for key in refused), other)
-    return [str(one) for one in problems.values()]
+    return [str(problem) for problem in problems.values()]
 
 
 def _changed_settings(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, str]:
@@ -212,17 +211,17 @@ def _changed_inputs(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str,
 
 
 def _covers(allowed: str, key: str) -> bool:
-    """Whether `--allow ALLOWED` is about `key`: the same, or one of a section that can be allowed as a whole."""
+    """Return whether `--allow ALLOWED` permits a change of `key`: the same key, or one of an allowable section."""
     return key == allowed or (allowed in ALLOWABLE and key.startswith(f"{allowed}."))
 
 
 def _allowable(key: str) -> str | None:
-    """What allows `key`, or None."""
-    return next((one for one in ALLOWABLE if _covers(one, key)), None)
+    """Return the entry of `ALLOWABLE` that covers `key`, or None."""
+    return next((name for name in ALLOWABLE if _covers(name, key)), None)
 
 
 def require_untouched(folder: RunDir) -> None:
-    """Refuse to begin at step 0 where a checkpoint was once saved and none is left.
+    """Refuse to begin at step 0 in a folder whose checkpoints are gone.
 
     Raises:
         WeightsError: names the step that was saved.

@@ -1,6 +1,6 @@
-"""What the model draws itself and is then trained on: trajectories to be imitated in fewer steps, or its own images.
+"""Training data that the model generates: trajectories to be imitated in fewer steps, or its own images.
 
-Drawn once, before training, with the LoRA as it begins; found in the cache by all that they were made from.
+They are drawn once, before training, with the LoRA as it is then, and cached under a digest of all they depend on.
 """
 
 from collections.abc import Mapping
@@ -23,47 +23,50 @@ from zimage_train.typing import PromptEmbeds
 
 @dataclass(frozen=True)
 class GeneratedData:
-    """Which images, and by which model."""
+    """The generated data of one run."""
 
     config: Config
     made_by: tuple[str, ...]
-    """Digests and settings of all that the model is."""
+    """Digests and settings that identify the model that draws."""
 
     @property
     def imitates(self) -> bool:
+        """Return whether the data are trajectories of a teacher, and not finished images."""
         return self.config.method.imitates_teacher
 
     def request(self, item: TrainItem) -> SamplingRequest:
+        """Return how the teacher samples the data of `item`."""
         seed = keyed_int(self.config.seed, "own", *item.identity())
         return teacher_request(self.config, item.image.prompts[0], item.size.width, item.size.height, seed)
 
     def key(self, item: TrainItem) -> str:
+        """Return the cache key of the data of `item`."""
         return tensor_cache.generated_key(self.request(item).to_json(), self.config.train.method, *self.made_by)
 
     def num_bytes(self, item: TrainItem) -> int:
+        """Return the size of the data of `item` in fp32."""
         pixels = item.size.width * item.size.height // LATENT_STRIDE**2
         return 4 * LATENT_CHANNELS * pixels * (len(self.student_sigmas) if self.imitates else 1)
 
     @property
     def student_sigmas(self) -> list[float]:
-        """The sigmas at which the student is to be where the teacher is, with the 0 at the end."""
+        """Return the sigmas at which the student has to meet the teacher, with the final 0."""
         variant = VARIANTS[self.config.model.variant]
         return flow.sampling_sigmas(variant.steps, variant.shift)
 
     def generate(self, model: ZImageTransformer2DModel, item: TrainItem, embeds: Mapping[str, PromptEmbeds]) -> Tensor:
-        """Latents (16, h/8, w/8) of the image; or (9, 16, h/8, w/8), where the teacher is at each of `student`."""
-        wanted = self.request(item)
+        """Return latents (16, h/8, w/8), or the teacher's states (9, 16, h/8, w/8) at `student_sigmas`."""
+        request = self.request(item)
         was_training = model.training
         model.eval()
         try:
             if not self.imitates:
-                return sampler.sample_latents(model, [wanted], embeds, lambda done, total: None)[0].cpu()
-            sigmas = flow.sampling_sigmas_through(wanted.steps, wanted.shift, self.student_sigmas)
-            kept = [
-                x[0].cpu()
-                for sigma, x in sampler.sample_trajectory(model, [wanted], embeds, sigmas)
-                if sigma in self.student_sigmas
-            ]
-            return torch.stack(kept)
+                return sampler.sample_latents(model, [request], embeds, lambda done, total: None)[0].cpu()
+            sigmas = flow.sampling_sigmas_through(request.steps, request.shift, self.student_sigmas)
+            states = []
+            for sigma, x in sampler.sample_trajectory(model, [request], embeds, sigmas):
+                if sigma in self.student_sigmas:
+                    states.append(x[0].cpu())
+            return torch.stack(states)
         finally:
             model.train(was_training)

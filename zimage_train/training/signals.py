@@ -1,8 +1,8 @@
-"""Stopping in good order: the first signal is a request, the second one is obeyed at once.
+"""Stopping on signals: the first one asks to save and stop, the second one ends the process at once.
 
-Launchers stand in between. Some pass a signal on to a process that the terminal has told already, so the same signal
-within `ECHO_SECONDS` is the same request. `accelerate launch` tells its single child nothing and dies, so the child
-asks the kernel to be told of that; and being told so is no second request either, since the signal is another one.
+Launchers complicate this. Some forward a signal that the terminal has sent to the process already, so the same signal
+within `ECHO_SECONDS` counts once. `accelerate launch` forwards nothing to its single child and dies, so the child asks
+the kernel for a signal when its parent dies; that one is another signal, so it does not count as the second either.
 """
 
 import contextlib
@@ -20,18 +20,18 @@ SIGNALS = operating_system.stop_signals()
 
 ECHO_SECONDS = 0.5
 LAUNCHERS = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")
-"""Variables by which a process knows that accelerate or torchrun started it."""
+"""Environment variables that accelerate and torchrun set for the processes that they start."""
 
 
 class StopRequest:
-    """Whether, and by which signal, this process was asked to stop."""
+    """Records whether, and by which signal, this process was asked to stop."""
 
     def __init__(self) -> None:
         self.signal_number: int | None = None
         self.since = 0.0
 
     def take(self, number: int) -> bool:
-        """Note a signal; return whether it is the second of its kind, and so not a request any more."""
+        """Record a signal; return whether it repeats the first one, so that the process has to end at once."""
         now = time.monotonic()
         if self.signal_number is None:
             self.signal_number, self.since = number, now
@@ -39,7 +39,7 @@ class StopRequest:
         return number == self.signal_number and now - self.since > ECHO_SECONDS
 
     def check(self) -> None:
-        """Leave what has no state to save, such as filling a cache.
+        """Stop work that has no state to save, such as filling a cache.
 
         Raises:
             Stopped: a stop was requested.
@@ -48,15 +48,15 @@ class StopRequest:
             raise self.error("before training began")
 
     def error(self, when: str) -> Stopped:
-        """The exit that the signal asks for."""
+        """Return the error that ends the process as the signal asked."""
         number = self.signal_number or int(signal.SIGTERM)
         name = signal.Signals(number).name
-        return Stopped(number, Problem(f"stopped by {name}", when, "the same command continues"))
+        return Stopped(number, Problem(f"stopped by {name}", when, "the same command continues", "stopped"))
 
 
 @contextlib.contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
-    """Turn Ctrl-C, SIGTERM and SIGHUP into a request within the block; handlers are put back after it."""
+    """Turn Ctrl-C, SIGTERM and SIGHUP into a request within the block, and restore the handlers after it."""
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request
