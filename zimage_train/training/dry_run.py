@@ -117,14 +117,15 @@ def _next_candidate(
     largest: dict[RecomputeMode, tuple[Sample, ...]] = {}
     for samples in sorted(_full_batches(state), key=lambda batch: _sequence_tokens(state, batch)):
         largest[plan.mode_of(_sequence_tokens(state, samples))] = samples
-    best: tuple[RecomputeMode, tuple[Sample, ...]] | None = None
-    most_bytes = -1
+    untried: list[tuple[int, RecomputeMode, tuple[Sample, ...]]] = []
     for mode, samples in largest.items():
         tokens = _sequence_tokens(state, samples)
-        predicted_bytes = memory.step_memory(plan.job, plan.form, mode, tokens).total
-        if (mode, tokens) not in passed and predicted_bytes > most_bytes:
-            best, most_bytes = (mode, samples), predicted_bytes
-    return best
+        if (mode, tokens) not in passed:
+            untried.append((memory.step_memory(plan.job, plan.form, mode, tokens).total, mode, samples))
+    if not untried:
+        return None
+    _, mode, samples = max(untried, key=lambda candidate: candidate[0])
+    return mode, samples
 
 
 def _attempt(state: TrainState, batch: Batch) -> float | torch.OutOfMemoryError:
