@@ -3,6 +3,8 @@
 import copy
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +16,13 @@ from zimage_train import mini
 from zimage_train.cli.app import app
 from zimage_train.commands.sweep_values import make_sweep_runs
 from zimage_train.compat.aitoolkit import previews
-from zimage_train.compat.aitoolkit.convert import read_config_or_job, read_only_job, write_config
+from zimage_train.compat.aitoolkit.convert import write_config
 from zimage_train.compat.aitoolkit.keys import FILE, FLAGS, FLAGS_LEFT_OUT, KEYS, TYPOS
 from zimage_train.compat.aitoolkit.rules import HandledHere, Mapped, Refused, WithoutEffect
 from zimage_train.compat.aitoolkit.sections import COMPONENTS, _any_of
+from zimage_train.compat.formats import read_job_as_config
 from zimage_train.config import strict_yaml
-from zimage_train.config.load import flatten_keys, read_config
+from zimage_train.config.load import flatten_keys, read_config, read_config_with_notes
 from zimage_train.config.schema import Config
 from zimage_train.errors import ConfigError
 from zimage_train.lora import targets
@@ -76,7 +79,7 @@ def read(tmp_path: Path):
     """`read(values)`: the settings of the config, flat, and the notes."""
 
     def run(values: dict[str, Any] | str, *overrides: str, name: str = "job.yaml") -> tuple[dict[str, Any], list[str]]:
-        config, notes = read_config_or_job(write(tmp_path, values, name), overrides)
+        config, notes = read_config_with_notes(write(tmp_path, values, name), overrides)
         return flatten_keys(config.model_dump()), notes
 
     return run
@@ -88,7 +91,7 @@ def refused(tmp_path: Path):
 
     def run(values: dict[str, Any] | str, *overrides: str, name: str = "job.yaml") -> list[str]:
         with pytest.raises(ConfigError) as caught:
-            read_config_or_job(write(tmp_path, values, name), overrides)
+            read_config(write(tmp_path, values, name), overrides)
         assert caught.value.exit_code == 2
         return str(caught.value).replace(f"{tmp_path}/", "").splitlines()
 
@@ -370,7 +373,7 @@ def test_refused_keys(key: str, refused):
 
 
 def test_a_fresh_job_of_the_web_form():
-    config, notes = read_config_or_job(FRESH)
+    config, notes = read_config_with_notes(FRESH)
     assert config == Config.model_validate(
         {
             "name": "my_first_lora_v1",
@@ -590,7 +593,7 @@ def test_any_value_is_at_most_refused(value, tmp_path: Path):
     others = {"datasets[].alpha_mask": True, "train.optimizer": "prodigy", "train.lr_scheduler": "cosine"}
     for key in (key for key, row in KEYS.items() if isinstance(row, Mapped)):
         try:
-            read_config_or_job(write(tmp_path, job(**others | {key: value})))
+            read_config(write(tmp_path, job(**others | {key: value})))
         except ConfigError as error:
             assert error.problems, key
 
@@ -642,7 +645,7 @@ def test_prodigy_keeps_a_rate_that_is_meant(changed):
 )  # fmt: skip
 def test_schedules(name, params, schedule, is_noted, tmp_path: Path):
     path = write(tmp_path, job(**{"train.lr_scheduler": name, "train.lr_scheduler_params": params}))
-    config, notes = read_config_or_job(path)
+    config, notes = read_config_with_notes(path)
     found = config.schedule
     assert (found.name, found.warmup_steps, {k: round(v, 9) for k, v in found.params.items()}) == schedule
     assert bool(notes) == is_noted
@@ -673,7 +676,7 @@ def test_regularization_images(tmp_path: Path):
         {"folder_path": "people", "is_reg": True, "loss_multiplier": 0.5},
         {"folder_path": "men", "is_reg": True, "prior_reg": True},
     ]
-    config, notes = read_config_or_job(write(tmp_path, values))
+    config, notes = read_config_with_notes(write(tmp_path, values))
     assert [entry.regularization for entry in config.data] == [False, True, "prior"]
     assert [entry.trigger for entry in config.data] == ["zchar", None, None]
     assert [entry.weight for entry in config.data] == [1.0, 0.25, 0.5]
@@ -684,7 +687,7 @@ def test_triggers_of_job_and_datasets(tmp_path: Path):
     """Triggers come from the job and from its datasets."""
     values = job(**{"trigger_word": "zchar"})
     values["config"]["process"][0]["datasets"] += [{"folder_path": "b", "trigger_word": "zdog"}]
-    config, notes = read_config_or_job(write(tmp_path, values))
+    config, notes = read_config_with_notes(write(tmp_path, values))
     assert [(entry.trigger, entry.dropout_keeps_trigger) for entry in config.data] == [("zchar", True), ("zdog", True)]
     assert len(notes) == 1 and notes[0].startswith("datasets.1.trigger_word counts alone here")
 
@@ -704,7 +707,7 @@ def test_triggers_of_job_and_datasets(tmp_path: Path):
 def test_targets_by_words(only, ignored, tmp_path: Path):
     """Targets chosen by words are exactly the modules that AI Toolkit trains."""
     values = job(**{"network.network_kwargs": {"only_if_contains": only, "ignore_if_contains": ignored}})
-    config, _ = read_config_or_job(write(tmp_path, values))
+    config = read_config(write(tmp_path, values))
     linears = list(TransformerShape().linears)
 
     def is_trained(module: str) -> bool:
@@ -855,17 +858,47 @@ def test_overrides_use_config_keys(read, refused):
 
 def test_configs_are_read_as_ever(tmp_path: Path):
     path = HERE.parents[1] / "configs" / "quickstart.yaml"
-    assert read_config_or_job(path, ["train.steps=3"]) == (read_config(path, ["train.steps=3"]), [])
+    config, notes = read_config_with_notes(path, ["train.steps=3"])
+    assert config.train.steps == 3 and notes == []
     with pytest.raises(ConfigError, match="is no job of AI Toolkit"):
-        read_only_job(path)
+        read_job_as_config(path)
     half = write(tmp_path, "job: extension\nname: a\n")
     with pytest.raises(ConfigError, match="job: unknown key"):
-        read_config_or_job(half)
+        read_config(half)
+
+
+def test_a_native_config_loads_no_importer(tmp_path: Path):
+    """The table of AI Toolkit's keys is built only when a job is read, also by the command line."""
+    native = HERE.parents[1] / "configs" / "quickstart.yaml"
+    code = f"""
+import sys
+from pathlib import Path
+from zimage_train.config.load import read_config
+read_config(Path({str(native)!r}))
+print([name for name in sys.modules if name.startswith("zimage_train.compat")])
+from zimage_train.cli import app
+read_config(Path({str(native)!r}))
+print([name for name in sys.modules if name.startswith("zimage_train.compat.aitoolkit")])
+print(read_config(Path({str(FRESH)!r})).name, "zimage_train.compat.aitoolkit.keys" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["[]", "[]", "my_first_lora_v1 True"]
+
+
+def test_a_native_config_may_be_json_with_comments(tmp_path: Path):
+    text = """{
+\t"name": "a", // a comment
+\t"output_dir": "caf\\u00e9 \\ud83d\\ude42 // runs",
+\t"data": [{"folder": "photos"}]
+}"""
+    assert read_config(write(tmp_path, text, "config.jsonc")).output_dir == "caf\u00e9 \U0001f642 // runs"
+    with pytest.raises(ConfigError, match=r"config.jsonc:3: output: unknown key"):
+        read_config(write(tmp_path, text.replace("output_dir", "output"), "config.jsonc"))
 
 
 def test_written_config_reads_back(tmp_path: Path):
     """A written config reads back equal, here and in plain YAML."""
-    config, notes = read_only_job(FRESH)
+    config, notes = read_job_as_config(FRESH)
     text = write_config(config, notes, FRESH)
     assert text.splitlines()[0] == "# Imported from turbo.yaml, a job of AI Toolkit."
     assert all(f"# {note}" in text for note in notes) and str(FRESH.parent) not in text
@@ -973,7 +1006,7 @@ def test_a_job_can_be_swept(tmp_path: Path):
 
 def test_automagic_initial_rate(tmp_path: Path):
     """Automagic begins at the rate at which it begins in AI Toolkit."""
-    config, notes = read_config_or_job(write(tmp_path, job(**{"train.optimizer": "automagic", "train.lr": 1})))
+    config, notes = read_config_with_notes(write(tmp_path, job(**{"train.optimizer": "automagic", "train.lr": 1})))
     assert config.optimizer.lr == 1e-6 and any("automagic finds the rate itself" in note for note in notes)
 
 
@@ -982,4 +1015,4 @@ def test_prior_under_the_trigger(tmp_path: Path):
     values = job()
     values["config"]["process"][0]["datasets"] += [{"folder_path": "b", "prior_reg": True}]
     with pytest.raises(ConfigError, match="trains images with the trigger towards the model itself"):
-        read_config_or_job(write(tmp_path, values))
+        read_config(write(tmp_path, values))

@@ -15,10 +15,14 @@ from zimage_train.cli.interruptible import Interruptible
 from zimage_train.cli.lora import lora_commands
 from zimage_train.cli.prepare import start_commands
 from zimage_train.cli.sampling import draw_commands
-from zimage_train.compat.aitoolkit.convert import read_config_or_job
+from zimage_train.compat.formats import AI_TOOLKIT
+from zimage_train.config import load
+from zimage_train.config.foreign import register_format
 from zimage_train.config.schema import Config
 from zimage_train.errors import ConfigError, DiskError, Problem, ZImageTrainError
 from zimage_train.report.printing import JSON_OUTPUT, discard_stdout, error_event, print_lines, print_notes, print_raw
+
+register_format(AI_TOOLKIT)
 
 app = typer.Typer(
     cls=Interruptible,
@@ -186,7 +190,7 @@ def main() -> None:
 
 
 def _read(path: Path, overrides: list[str] | None) -> Config:
-    settings, notes = read_config_or_job(path, overrides or [])
+    settings, notes = load.read_config_with_notes(path, overrides or [])
     print_notes(notes)
     return settings
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from zimage_train.compat.aitoolkit.convert import read_only_job, write_config
+from zimage_train.compat.formats import read_job_as_config
 from zimage_train.config.templates import MODEL_TEMPLATES, SUBJECT_KINDS
 from zimage_train.dataset.caption_prompts import CAPTION_STYLES
 from zimage_train.errors import ConfigError, Problem
@@ -170,12 +170,12 @@ def download(
 
     Says first how much it is; goes on where it was stopped. For a machine without a GPU that fills a shared disk.
     """
-    from zimage_train.compat.aitoolkit.convert import read_config_or_job
+    from zimage_train.config import load
     from zimage_train.config.schema import ModelSettings
 
     if config in MODEL_TEMPLATES and set_:
         raise ConfigError(Problem("--set", f"is given beside {config}", "give a config"))
-    settings = None if config in MODEL_TEMPLATES else read_config_or_job(Path(config), set_ or [])[0]
+    settings = None if config in MODEL_TEMPLATES else load.read_config(Path(config), set_ or [])
     from zimage_train.commands.download import download_models
     from zimage_train.report.console import Console
 
@@ -196,7 +196,9 @@ def import_(
 
     Keys that cannot be honoured are refused, all at once; what else is worth knowing is said line by line.
     """
-    settings, notes = read_only_job(job)
+    from zimage_train.compat.aitoolkit.convert import write_config
+
+    settings, notes = read_job_as_config(job)
     if output is not None and output.exists() and not force:
         raise ConfigError(Problem(str(output), "exists", "give another name, or --force"))
     if output is not None and output.exists() and output.samefile(job):

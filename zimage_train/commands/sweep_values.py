@@ -9,8 +9,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any, TypeVar
 
-from zimage_train.compat.aitoolkit.convert import read_config_or_job
-from zimage_train.config import strict_yaml
+from zimage_train.config import load, strict_yaml
 from zimage_train.config.schema import Config
 from zimage_train.config.strict_yaml import YamlError
 from zimage_train.errors import Argument, ConfigError, Location, Problem, ZImageTrainError
@@ -82,13 +81,13 @@ def make_sweep_runs(path: Path, overrides: Sequence[str], varied: Sequence[str])
         values, suffix = chosen[label]
         assigned = [*overrides, *(f"{key}={text}" for key, text in values.items())]
         try:
-            plain, _ = read_config_or_job(path, assigned)
+            plain = load.read_config(path, assigned)
             own = {
                 "name": plain.name + suffix,
                 "output_dir": f"{Path(plain.output_dir) / plain.name}-sweep-{'+'.join(shorts)}",
             }
             named = [f"{key}={json.dumps(text, ensure_ascii=False)}" for key, text in own.items()]
-            return SweepRun(read_config_or_job(path, [*assigned, *named])[0], values)
+            return SweepRun(load.read_config(path, [*assigned, *named]), values)
         except ConfigError as error:
             raise ConfigError(*(_as_varied(problem, values) for problem in error.problems)) from None
 

@@ -1,4 +1,4 @@
-"""From a YAML file and `--set key=value` to a `Config`, or to every problem at once, each with its line."""
+"""From a config file and `--set key=value` to a `Config`, or to every problem at once, each with its line."""
 
 import difflib
 from collections.abc import Callable, Sequence
@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from zimage_train.config import strict_yaml
+from zimage_train.config.foreign import FOREIGN_FORMATS, ConfigWithNotes
 from zimage_train.config.key_names import COMMON_VALUES, dotted_key, suggest_key
 from zimage_train.config.schema import Config
 from zimage_train.config.strict_yaml import KeyPath, YamlDocument, YamlError
@@ -18,6 +19,7 @@ from zimage_train.io.operating_system import user_cache_folder
 LocateKey = Callable[[KeyPath], Location | str]
 """The place of a setting for the user."""
 
+JSON_SUFFIXES = (".json", ".jsonc")
 KINDS = {
     str: "text",
     bool: "true or false",
@@ -50,12 +52,27 @@ LIMITS = {
 
 
 def read_config(path: Path, overrides: Sequence[str] = ()) -> Config:
-    """Read the YAML file at `path`, apply `key=YAML` overrides, and check everything.
+    """Read the file at `path`, apply `key=YAML` overrides, and check everything.
 
     Raises:
         ConfigError: lists every problem as `file:line: key: what was found; what to do`.
     """
-    return load_document(path, parse(path, read_text(path)), overrides)
+    return read_config_with_notes(path, overrides).config
+
+
+def read_config_with_notes(path: Path, overrides: Sequence[str] = ()) -> ConfigWithNotes:
+    """As `read_config`, with the notes of the conversion if the file is in the format of another trainer.
+
+    Raises:
+        ConfigError: as `read_config`.
+    """
+    text = read_yaml_text(path)
+    for foreign in FOREIGN_FORMATS.values():
+        if foreign.recognizes(text):
+            converted = foreign.convert(path, text, overrides)
+            if converted is not None:
+                return converted
+    return ConfigWithNotes(load_document(path, parse(path, text), overrides), notes=[])
 
 
 def load_document(
@@ -177,6 +194,16 @@ def read_text(path: Path) -> str:
         raise ConfigError(
             Problem(str(path), f"cannot be read ({error.strerror})", "check the path", "unreadable-file")
         ) from None
+
+
+def read_yaml_text(path: Path) -> str:
+    """Return the text of a config as YAML; JSON, which may hold comments and tabs, keeps its lines.
+
+    Raises:
+        ConfigError: as `read_text`.
+    """
+    text = read_text(path)
+    return strict_yaml.json_to_yaml(text) if path.suffix.lower() in JSON_SUFFIXES else text
 
 
 def parse(path: Path, text: str) -> YamlDocument:

@@ -21,6 +21,9 @@ _BOOL = re.compile(r"(?:true|True|TRUE|false|False|FALSE)\Z")
 _INT = re.compile(r"[-+]?[0-9][0-9_]*\Z")
 _FLOAT = re.compile(r"[-+]?(?:[0-9][0-9_]*(?:\.[0-9_]*)?|\.[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)?\Z")
 _SPECIAL_FLOAT = re.compile(r"(?:[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))\Z")
+_JSON_TOKEN = re.compile(r'"(?:\\.|[^"\\\n])*"|//[^\n]*|/\*.*?\*/|\t', re.DOTALL)
+"""A text, a comment or a tab of JSON."""
+_SURROGATE_PAIR = re.compile(r"\\u([dD][89abAB][0-9a-fA-F]{2})\\u([dD][c-fC-F][0-9a-fA-F]{2})")
 _NOT_TEXT = re.compile("[\0\ud800-\udfff]")
 LONGEST_NUMBER = 100
 """Characters; what is longer is text, and so an error wherever a number is expected."""
@@ -67,6 +70,25 @@ def parse(text: str) -> YamlDocument:
     if node is not None:
         document.value = _Builder(document).build(node, ())
     return document
+
+
+def json_to_yaml(text: str) -> str:
+    """Return JSON as text that `parse` takes: without comments and tabs, each line where it was.
+
+    JSON writes a character beyond U+FFFF as two escapes, a surrogate pair, which YAML would read as two characters.
+    """
+
+    def as_yaml(match: re.Match[str]) -> str:
+        token = match[0]
+        if token.startswith('"'):
+            return _SURROGATE_PAIR.sub(lambda pair: _join_surrogates(int(pair[1], 16), int(pair[2], 16)), token)
+        return " " + "\n" * token.count("\n")
+
+    return _JSON_TOKEN.sub(as_yaml, text)
+
+
+def _join_surrogates(high: int, low: int) -> str:
+    return chr(0x10000 + ((high - 0xD800) << 10) + (low - 0xDC00))
 
 
 class _Loader(yaml.SafeLoader):

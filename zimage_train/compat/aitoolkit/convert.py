@@ -1,11 +1,11 @@
-"""A job of AI Toolkit as a config, and the one way by which commands read either of them."""
+"""From a job of AI Toolkit to a config."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from zimage_train.compat.aitoolkit import optimizers, previews
-from zimage_train.compat.aitoolkit.job import AIToolkitJob, plain_json, read_job
+from zimage_train.compat.aitoolkit.job import AIToolkitJob, read_job
 from zimage_train.compat.aitoolkit.keys import KEYS
 from zimage_train.compat.aitoolkit.rules import Mapped
 from zimage_train.compat.aitoolkit.sections import (
@@ -21,38 +21,21 @@ from zimage_train.compat.aitoolkit.sections import (
     train_section,
 )
 from zimage_train.config import load
+from zimage_train.config.foreign import ConfigWithNotes
 from zimage_train.config.schema import Config
 from zimage_train.config.strict_yaml import KeyPath, YamlDocument
-from zimage_train.errors import ConfigError, Problem
 
 Values = dict[str, Any]
-JSON = (".json", ".jsonc")
 
 
-def read_config_or_job(path: Path, overrides: Sequence[str] = ()) -> tuple[Config, list[str]]:
-    """The config at `path`, or the config that the job at `path` becomes, and what there is to say of that.
+def convert_job(path: Path, text: str, overrides: Sequence[str] = ()) -> ConfigWithNotes | None:
+    """Return the config that the job in `text` becomes, or None if it is no job after all.
 
     Raises:
         ConfigError: lists every problem.
     """
-    text = _text(path)
     job = read_job(path, text)
-    if job is None:
-        return load.load_document(path, load.parse(path, text), overrides), []
-    return _settle(job, overrides), notes_of(job)
-
-
-def read_only_job(path: Path) -> tuple[Config, list[str]]:
-    """The config that the job at `path` becomes, and what there is to say of that.
-
-    Raises:
-        ConfigError: it is no job, or lists every problem.
-    """
-    job = read_job(path, _text(path))
-    if job is None:
-        todo = "a job has job: and config: at the top; train takes other configs as they are"
-        raise ConfigError(Problem(str(path), "is no job of AI Toolkit", todo, "not-a-config"))
-    return _settle(job, ()), notes_of(job)
+    return None if job is None else ConfigWithNotes(_settle(job, overrides), notes_of(job))
 
 
 def write_config(config: Config, notes: list[str], source: Path) -> str:
@@ -64,11 +47,6 @@ def write_config(config: Config, notes: list[str], source: Path) -> str:
 def notes_of(job: AIToolkitJob) -> list[str]:
     """One line for each thing that its owner would not expect, and one for each reason to leave keys out."""
     return job.notes + [f"{what}: {', '.join(keys)} ({why})" for (what, why), keys in job.left_out.items()]
-
-
-def _text(path: Path) -> str:
-    text = load.read_text(path)
-    return plain_json(text) if path.suffix.lower() in JSON else text
 
 
 def _settle(job: AIToolkitJob, overrides: Sequence[str]) -> Config:

@@ -19,9 +19,6 @@ KeyTree = dict[str, Any]
 """Rows by name, and below the name of a section another tree; `name[]` is a list of such sections."""
 PROCESS_PATH: KeyPath = ("config", "process", 0)
 
-_LOOKS_LIKE_JOB = re.compile(r'^(?:job\s*:|[\s{]*"job"\s*:)', re.MULTILINE)
-_JSON = re.compile(r'"(?:\\.|[^"\\\n])*"|//[^\n]*|/\*.*?\*/|\t', re.DOTALL)
-_SURROGATES = re.compile(r"\\u([dD][89abAB][0-9a-fA-F]{2})\\u([dD][c-fC-F][0-9a-fA-F]{2})")
 _VARIABLE = re.compile(r"\$\{([^}\n]+)\}")
 
 
@@ -131,13 +128,11 @@ class AIToolkitJob:
 
 
 def read_job(path: Path, text: str) -> AIToolkitJob | None:
-    """The job in `text`, the content of the file at `path`; None: it is no job.
+    """Return the job in `text`, the content of the file at `path`, or None if it has no `job` and `config`.
 
     Raises:
         ConfigError: it cannot be parsed.
     """
-    if not _LOOKS_LIKE_JOB.search(text):
-        return None
     text, problems = _with_variables(path, text)
     document = load.parse(path, text)
     root = document.value
@@ -152,22 +147,6 @@ def read_job(path: Path, text: str) -> AIToolkitJob | None:
     job.values = job.read_section(PROCESS_TREE, _only_process(job, in_file["config"]["process"]), PROCESS_PATH)
     job.values["name"] = job.values["name"] or in_file["config"]["name"]
     return job
-
-
-def plain_json(text: str) -> str:
-    """JSON with comments and tabs as text that a YAML reader takes, each line where it was."""
-
-    def plain(match: re.Match[str]) -> str:
-        token = match[0]
-        if token.startswith('"'):
-            return _SURROGATES.sub(lambda pair: _joined(int(pair[1], 16), int(pair[2], 16)), token)
-        return " " + "\n" * token.count("\n")
-
-    return _JSON.sub(plain, text)
-
-
-def _joined(high: int, low: int) -> str:
-    return chr(0x10000 + ((high - 0xD800) << 10) + (low - 0xDC00))
 
 
 def _with_variables(path: Path, text: str) -> tuple[str, list[Problem]]:
