@@ -15,7 +15,9 @@ from safetensors.numpy import load_file
 
 from zimage_train.errors import DiskError
 from zimage_train.io import atomic, locks, safetensors_format
+from zimage_train.io.dtypes import ITEM_BYTES, bytes_per_number
 from zimage_train.io.safetensors_format import TensorEntry
+from zimage_train.io.tensorfile import STORED_DTYPES
 
 ROOT = Path(__file__).parents[2]
 OLD, NEW = b"old" * 5000, b"new!" * 5000
@@ -130,10 +132,10 @@ def test_tensors_are_aligned(tmp_path: Path):
     end = 0
     for _, one in tensors:
         assert one["data_offsets"][0] == end, "no holes"
-        assert (start + end) % safetensors_format.DTYPE_BYTES[one["dtype"]] == 0
+        assert (start + end) % ITEM_BYTES[one["dtype"]] == 0
         end = one["data_offsets"][1]
     assert len((tmp_path / "x").read_bytes()) == start + end
-    order = [(-safetensors_format.DTYPE_BYTES[one["dtype"]], name) for name, one in tensors]
+    order = [(-ITEM_BYTES[one["dtype"]], name) for name, one in tensors]
     assert order == sorted(order)
 
 
@@ -146,8 +148,15 @@ def test_no_metadata_or_no_tensors(tmp_path: Path):
 
 
 def test_the_size_of_every_type_is_known():
-    sizes = {8: ("F64", "I64"), 4: ("F32", "I32"), 2: ("BF16", "F16", "I16"), 1: ("I8", "U8", "BOOL")}
-    assert {name: size for size, names in sizes.items() for name in names} == safetensors_format.DTYPE_BYTES
+    sizes = {
+        8: ("F64", "I64", "U64"),
+        4: ("F32", "I32", "U32"),
+        2: ("BF16", "F16", "I16", "U16"),
+        1: ("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2"),
+    }
+    assert {name: size for size, names in sizes.items() for name in names} == ITEM_BYTES
+    assert {name: dtype.itemsize for name, dtype in STORED_DTYPES.items()}.items() <= ITEM_BYTES.items()
+    assert (bytes_per_number("bf16"), bytes_per_number("fp32")) == (2, 4)
 
 
 # Logs, removing, setting aside

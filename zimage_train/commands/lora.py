@@ -7,15 +7,13 @@ from pathlib import Path
 
 from zimage_train import mini
 from zimage_train.errors import Argument, ConfigError, Location, Problem, WeightsError
+from zimage_train.io.dtypes import COMPUTE_DTYPES
 from zimage_train.lora import arithmetic, inspect, lora_file, scale_rules, targets, verify
 from zimage_train.lora.inspect import LoraSummary
 from zimage_train.lora.lora_file import Lora
 from zimage_train.models import locate
 from zimage_train.models.arch import TransformerShape
 from zimage_train.report import heatmap
-
-SUPPORTED_DTYPES = {"F64", "F32", "F16", "BF16"}
-"""dtypes of LoRA files with which diffusers and ComfyUI can both compute."""
 
 
 def verify_file(path: Path, model: str | None) -> list[str]:
@@ -38,7 +36,7 @@ def verify_file(path: Path, model: str | None) -> list[str]:
         for problem in error.problems:
             problems.append(replace(problem, message=f"{problem.message}; compared with {name}", hint=hint))
         raise WeightsError(*problems) from None
-    unsupported = sorted(set(summary.dtypes) - SUPPORTED_DTYPES)
+    unsupported = sorted(set(summary.dtypes) - COMPUTE_DTYPES)
     if unsupported:
         message = f"holds {', '.join(unsupported)} tensors, with which diffusers cannot compute"
         raise WeightsError(Problem(str(path), message, "save it as bf16 or fp32"))

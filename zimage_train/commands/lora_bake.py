@@ -12,8 +12,8 @@ from zimage_train.commands import lora_args, lora_edit
 from zimage_train.commands.lora_args import WeightedLora
 from zimage_train.commands.lora_edit import OutputFile
 from zimage_train.errors import Argument, ConfigError, Location, Problem, WeightsError
-from zimage_train.io import atomic, tensorfile
-from zimage_train.io.safetensors_format import ITEM_BYTES
+from zimage_train.io import atomic
+from zimage_train.io.dtypes import ITEM_BYTES, PRECISIONS
 from zimage_train.io.units import format_bytes
 from zimage_train.lora import arithmetic, bake, metadata
 from zimage_train.lora.targets import count_by_group
@@ -45,7 +45,7 @@ def bake_command(
         raise ConfigError(Problem(f"-o {path}", "does not end in .safetensors", "ComfyUI takes one file"))
     if target == "diffusers" and path.suffix == ".safetensors":
         raise ConfigError(Problem(f"-o {path}", "is a file name", "diffusers takes a folder"))
-    if dtype not in (None, *tensorfile.TORCH_DTYPES):
+    if dtype not in (None, *PRECISIONS):
         raise ConfigError(Problem("--dtype", f"is {dtype!r}", "give bf16 or fp32"))
     lora_edit.require_free(path, force, [weighted.path for weighted in loras])
     console = Console()
@@ -55,7 +55,7 @@ def bake_command(
     read_loras = [lora_args.read_weighted_lora(weighted.path, shape) for weighted in loras]
     for weighted, lora in zip(loras, read_loras, strict=True):
         console.info(lora_args.match_message(weighted, lora))
-    stored_dtype = tensorfile.DTYPE_NAMES[tensorfile.TORCH_DTYPES[dtype]] if dtype else None
+    stored_dtype = PRECISIONS[dtype] if dtype else None
     size = sum(math.prod(info.shape) * ITEM_BYTES[stored_dtype or info.dtype] for info in tensors.values())
     atomic.require_free_space(
         path.parent, size, f"{source.name} with a LoRA", "free some space, or choose another disk"

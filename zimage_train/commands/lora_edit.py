@@ -15,6 +15,7 @@ import torch
 from zimage_train.commands import compare
 from zimage_train.errors import ConfigError, Problem, WeightsError, ZImageTrainError, collect_errors, raise_all
 from zimage_train.io import atomic, tensorfile
+from zimage_train.io.dtypes import PRECISIONS
 from zimage_train.io.safetensors_format import read_header
 from zimage_train.io.units import format_bytes
 from zimage_train.lora import arithmetic, formats, inspect, keys, lora_file, metadata, scale_rules, targets, verify
@@ -42,7 +43,7 @@ class OutputFile:
         require_free(self.path, self.force, inputs)
         if self.path.suffix != ".safetensors":
             raise ConfigError(Problem(f"-o {self.path}", "does not end in .safetensors", "no tool would load it"))
-        if self.dtype not in ("auto", *tensorfile.TORCH_DTYPES):
+        if self.dtype not in ("auto", *PRECISIONS):
             raise ConfigError(Problem("--dtype", f"is {self.dtype!r}", "give auto, bf16 or fp32"))
 
 

@@ -26,6 +26,7 @@ from zimage_train.config.types import (
     check_params,
 )
 from zimage_train.config.variants import VARIANTS, VariantName
+from zimage_train.io.dtypes import Precision
 from zimage_train.io.operating_system import is_device_name
 
 LORA_GROUPS = ("attention", "feed_forward", "adaln", "refiners")
@@ -50,7 +51,7 @@ class ModelSettings(Section):
     v2 for turbo and null for the others."""
     adapter_strength: float = Field(default=1.0, ge=0.0, le=2.0)
     """How much of the adapter is merged; 1 is what it was made for."""
-    dtype: Literal["bf16", "fp32"] = "bf16"
+    dtype: Precision = "bf16"
     """Precision of the frozen weights and of the forward pass; LoRA weights and the loss are always fp32."""
     quantize: Quantization | Literal["auto"] | None = None
     """Frozen weights of attention and feed forward in 8 bits (int8, fp8) or 4 (nf4), after the merge; auto: only if
@@ -261,7 +262,7 @@ class SaveSettings(Section):
     """Steps between saves; null: at the end only."""
     keep: int = Field(default=8, ge=1, le=100_000)
     """Exported LoRA files kept, the last ones; the two newest checkpoints are always kept."""
-    dtype: Literal["bf16", "fp32"] = "bf16"
+    dtype: Precision = "bf16"
     """Precision of the exported LoRA."""
 
 

@@ -10,10 +10,9 @@ from typing import Any, NamedTuple
 
 from zimage_train.errors import Problem, WeightsError
 from zimage_train.io import atomic
+from zimage_train.io.dtypes import ITEM_BYTES
 
 MAX_HEADER_BYTES = 100_000_000
-DTYPE_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
-ITEM_BYTES = DTYPE_BYTES | {"F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "U32": 4, "U64": 8}
 
 
 @dataclass(frozen=True)
@@ -168,12 +167,12 @@ def write_safetensors_of(
     The safetensors library writes metadata keys in random order; here every key is sorted. Tensors are ordered by
     falling item size, so that each one is aligned, then by name.
     """
-    order = sorted(infos, key=lambda name: (-DTYPE_BYTES[infos[name][0]], name))
+    order = sorted(infos, key=lambda name: (-ITEM_BYTES[infos[name][0]], name))
     header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
     offset = 0
     for name in order:
         dtype, shape = infos[name]
-        end = offset + math.prod(shape) * DTYPE_BYTES[dtype]
+        end = offset + math.prod(shape) * ITEM_BYTES[dtype]
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()

@@ -12,23 +12,25 @@ from torch import Tensor
 
 from zimage_train.errors import Problem, WeightsError
 from zimage_train.io import safetensors_format
+from zimage_train.io.dtypes import PRECISIONS
 from zimage_train.io.safetensors_format import TensorEntry, read_header
 
-DTYPE_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
+STORED_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
 }
-KINDS = {name: kind for kind, name in DTYPE_NAMES.items()}
-TORCH_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-"""The precisions that a config can name."""
+"""Safetensors' name of a dtype -> the dtype, for those that are written here."""
+DTYPE_NAMES = {dtype: name for name, dtype in STORED_DTYPES.items()}
+TORCH_DTYPES = {precision: STORED_DTYPES[name] for precision, name in PRECISIONS.items()}
+"""The dtypes that a config can name: `bf16` and `fp32`."""
 DIGEST = "sha256"
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from zimage_train.errors import Problem, WeightsError
 from zimage_train.io import atomic, safetensors_format, tensorfile
+from zimage_train.io.dtypes import COMPUTE_DTYPES, PRECISIONS
 from zimage_train.io.progress import StepProgress
 from zimage_train.io.safetensors_format import TensorInfo
 from zimage_train.lora import arithmetic
@@ -113,7 +114,7 @@ def bake_checkpoint(
     with transformer.open_weights(source) as tensors:
         dtypes = {info.dtype for info in tensors.infos.values()}
         # In 8 bits a step between two values is larger than most changes, so the sum would round back to the weight.
-        if narrow := dtypes - {"F64", "F32", "F16", "BF16"}:
+        if narrow := dtypes - COMPUTE_DTYPES:
             message = f"holds {', '.join(sorted(narrow))} tensors, in which a LoRA would be lost to rounding"
             raise WeightsError(Problem(str(source), message, "bake into a bf16 checkpoint"))
 
@@ -144,8 +145,7 @@ def bake_checkpoint(
 
         infos = {name: _joined_info([tensors.infos[part] for part in names]) for name, names in parts.items()}
         if dtype:
-            stored_dtype = tensorfile.DTYPE_NAMES[tensorfile.TORCH_DTYPES[dtype]]
-            infos = {name: (stored_dtype, shape) for name, (_, shape) in infos.items()}
+            infos = {name: (PRECISIONS[dtype], shape) for name, (_, shape) in infos.items()}
         path = output if is_native else output / f"{TRANSFORMER_STEM}.safetensors"
         safetensors_format.write_safetensors_of(path, infos, entry_data, {"format": "pt", **metadata})
         if not is_native:
@@ -167,7 +167,7 @@ def _parts_by_output_name(names: Mapping[str, TensorInfo], is_native: bool) -> d
 
 def _joined_info(infos: list[TensorInfo]) -> tuple[str, tuple[int, ...]]:
     """Return dtype and shape of the concatenated tensors; the dtype is promoted as `torch.cat` does."""
-    dtypes = (tensorfile.KINDS[info.dtype] for info in infos)
+    dtypes = (tensorfile.STORED_DTYPES[info.dtype] for info in infos)
     joined = tensorfile.DTYPE_NAMES[functools.reduce(torch.promote_types, dtypes)]
     return joined, (sum(info.shape[0] for info in infos), *infos[0].shape[1:])
 

@@ -16,11 +16,11 @@ from zimage_train.config.types import Quantization, RecomputeMode
 from zimage_train.dataset.buckets import Bucket
 from zimage_train.dataset.sample_order import SampleOrder, TrainItem
 from zimage_train.diffusion.request import SamplingRequest
+from zimage_train.io.dtypes import bytes_per_number
 from zimage_train.models.arch import IN_A_BLOCK, TransformerShape, image_tokens, padded_tokens
 from zimage_train.models.pinned_memory import pinned_bytes
 from zimage_train.planning.recompute_costs import RECOMPUTE_COSTS
 
-DTYPE_BYTES = {"bf16": 2, "fp32": 4}
 LIVE = {"bf16": 18.3, "fp32": 24.3}
 """What comes on top in the backward of one block, which has by then computed again all that `none` keeps."""
 SAMPLING = {"bf16": 31.9, "fp32": 63.3}
@@ -221,7 +221,7 @@ def preview_memory(job: Workload, form: WeightPlacement) -> MemoryEstimate:
         decoding = max(decoding, DECODING[job.dtype] * width * one.width * one.height)
     sampling += job.preview_lora_bytes
     if job.gpu and job.previews:
-        decoding += VAE_WEIGHTS * DTYPE_BYTES[job.dtype]
+        decoding += VAE_WEIGHTS * bytes_per_number(job.dtype)
     return _with_weights(job, form, int(max(sampling, decoding)))
 
 
@@ -262,7 +262,7 @@ def _bytes(shape: TransformerShape, dtype: str, kind: Quantization | None, prefi
 def _tensor_bytes(shape: TransformerShape, dtype: str, name: str, kind: Quantization | None) -> int:
     size = shape.parameters[name]
     if kind is None or len(size) != 2 or not IN_A_BLOCK.match(name):
-        return parameter_count(size) * DTYPE_BYTES[dtype]
+        return parameter_count(size) * bytes_per_number(dtype)
     rows, columns = size
     scales = rows * columns // math.gcd(columns, SCALE_BLOCK)
     return rows * columns * QUANTISED_BITS[kind] // 8 + scales * SCALE_BYTES

@@ -23,6 +23,7 @@ from zimage_train.errors import (
     raise_all,
 )
 from zimage_train.io import atomic
+from zimage_train.io.dtypes import bytes_per_number
 from zimage_train.io.operating_system import main_memory_bytes
 from zimage_train.io.progress import Progress
 from zimage_train.io.units import format_bytes
@@ -357,5 +358,5 @@ def _disk_bytes(config: Config, weights: ModelFiles | None) -> int:
     trained = sum(sum(weights.shape.linears[module]) for module in weights.modules) * config.lora.rank
     copies = 1 if config.ema.decay is None else 2
     checkpoint = trained * (4 * copies + OPTIMIZERS[config.optimizer.name].state_bytes)
-    export = trained * memory.DTYPE_BYTES[config.save.dtype] * copies
+    export = trained * bytes_per_number(config.save.dtype) * copies
     return int(checkpoint * 3 + export * (config.save.keep + 2))

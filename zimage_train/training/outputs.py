@@ -11,8 +11,8 @@ from zimage_train.diffusion.frozen import NotRestoredError, original_weights
 from zimage_train.diffusion.render import decode_all, eval_mode, sample_all
 from zimage_train.errors import WeightsError
 from zimage_train.io import atomic
+from zimage_train.io.dtypes import PRECISIONS
 from zimage_train.io.safetensors_format import read_header
-from zimage_train.io.tensorfile import DTYPE_NAMES, TORCH_DTYPES
 from zimage_train.lora import lora_file, verify
 from zimage_train.lora.lora_file import Lora
 from zimage_train.optim import optimizers
@@ -201,7 +201,7 @@ def is_complete(context: RunContext, step: int) -> bool:
         dtypes = {info.dtype for path in paths for key, info in read_header(path).tensors.items() if "lora_" in key}
     except WeightsError:
         return False
-    return dtypes == {DTYPE_NAMES[TORCH_DTYPES[config.save.dtype]]} and not any(
+    return dtypes == {PRECISIONS[config.save.dtype]} and not any(
         previews.missing(last) for previews in context.preview_sets
     )
 
