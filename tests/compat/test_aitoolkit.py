@@ -19,10 +19,11 @@ from zimage_train.compat.aitoolkit import previews
 from zimage_train.compat.aitoolkit.convert import write_config
 from zimage_train.compat.aitoolkit.keys import FILE, FLAGS, FLAGS_LEFT_OUT, KEYS, TYPOS
 from zimage_train.compat.aitoolkit.rules import HandledHere, Mapped, Refused, WithoutEffect
-from zimage_train.compat.aitoolkit.sections import COMPONENTS, _any_of
+from zimage_train.compat.aitoolkit.sections import _any_of
 from zimage_train.compat.formats import read_job_as_config
 from zimage_train.config import strict_yaml
 from zimage_train.config.load import flatten_keys, read_config, read_config_with_notes
+from zimage_train.config.module_groups import BLOCK_MODULES
 from zimage_train.config.schema import Config
 from zimage_train.errors import ConfigError
 from zimage_train.lora import targets
@@ -159,7 +160,7 @@ MAPPED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "network.network_kwargs.only_if_contains": (
         {"network.network_kwargs.only_if_contains": ["layers.7."]},
-        {"lora.targets": r"layers\.7\." + _any_of([re.escape(one) for one in COMPONENTS])},
+        {"lora.targets": r"layers\.7\." + _any_of([re.escape(one) for one in BLOCK_MODULES])},
     ),
     "save.save_every": ({"save.save_every": 100}, {"save.every": 100}),
     "save.max_step_saves_to_keep": ({"save.max_step_saves_to_keep": 9}, {"save.keep": 9}),

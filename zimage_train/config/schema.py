@@ -11,6 +11,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from zimage_train.config import methods
 from zimage_train.config.dataset import DataEntry
 from zimage_train.config.methods import MethodName, TeacherSettings
+from zimage_train.config.module_groups import TARGET_GROUPS
 from zimage_train.config.optimizers import OPTIMIZERS, OptimizerName
 from zimage_train.config.sample import SampleSettings
 from zimage_train.config.types import (
@@ -29,7 +30,6 @@ from zimage_train.config.variants import VARIANTS, VariantName
 from zimage_train.io.dtypes import Precision
 from zimage_train.io.operating_system import is_device_name
 
-LORA_GROUPS = ("attention", "feed_forward", "adaln", "refiners")
 NAME = r"^\w[\w .+-]*$"
 NAME_BYTES = 200
 """With a step, an extension and a temporary suffix around it, a name must be one that file systems take."""
@@ -100,11 +100,11 @@ class LoraSettings(Section):
             except re.error as error:
                 raise SettingError(f"not a regular expression: {error}") from None
             return value
-        unknown = [name for name in value if name not in LORA_GROUPS]
+        unknown = [name for name in value if name not in TARGET_GROUPS]
         if unknown or not value:
             if not unknown:
                 raise SettingError("names no group, so nothing would be trained")
-            choices = f"groups are {', '.join(LORA_GROUPS)}; a regular expression is one string"
+            choices = f"groups are {', '.join(TARGET_GROUPS)}; a regular expression is one string"
             raise SettingError(f"unknown group {unknown[0]!r}", choices)
         return value
 

@@ -8,6 +8,7 @@ be underscores, and the module may have diffusers' name or that of ComfyUI's own
 import re
 from collections.abc import Callable, Iterable, Mapping
 
+from zimage_train.config.module_groups import BLOCK_MODULES
 from zimage_train.models import native_keys
 from zimage_train.models.native_keys import FUSED, THIRDS
 
@@ -41,7 +42,7 @@ SUFFIXES = {
     **{f".{part}": part for part in (*LOKR, *LOHA)},
 }
 
-_IN_A_BLOCK = (*THIRDS, FUSED, "attention.to_out.0", *(f"feed_forward.w{i}" for i in (1, 2, 3)), "adaLN_modulation.0")
+_IN_A_BLOCK = (*BLOCK_MODULES, FUSED)
 _OUTSIDE = (
     "all_x_embedder.2-1",
     "all_final_layer.2-1.linear",

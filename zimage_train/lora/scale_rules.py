@@ -14,18 +14,18 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from zimage_train.config.module_groups import BLOCK_GROUPS, COMPONENTS
 from zimage_train.errors import ConfigError, Problem, ZImageTrainError, collect_errors, raise_all
 from zimage_train.lora import targets
-from zimage_train.lora.targets import COMPONENTS, block_and_component
+from zimage_train.lora.targets import block_and_component
 
 MAX_FACTOR = 100.0
-RULE_GROUPS = {
-    "attention": ("to_q", "to_k", "to_v", "to_out"),
-    "feed_forward": ("w1", "w2", "w3"),
-    "adaln": ("adaLN",),
-    "adaLN_modulation": ("adaLN",),
+RULE_GROUPS: dict[str, tuple[str, ...]] = {
+    **{group: tuple(components) for group, components in BLOCK_GROUPS.items()},
+    "adaLN_modulation": tuple(BLOCK_GROUPS["adaln"]),
     "all": COMPONENTS,
 }
+"""Group -> its components. `adaLN_modulation` is the group's name in the keys of files."""
 PRESETS = {
     "prompt_adherence": ("adaLN", "to_q", "to_k"),
     "composition": ("to_q", "to_k"),
@@ -163,7 +163,7 @@ def format_table(values: Mapping[str, float]) -> list[str]:
     A cell is `-` where the block has no such module in `values`.
     """
     blocks, present_columns, rows = targets.modules_table(values)
-    columns = [*targets.COMPONENTS, *(column for column in present_columns if column not in targets.COMPONENTS)]
+    columns = [*COMPONENTS, *(column for column in present_columns if column not in COMPONENTS)]
     lines = [f"{'':20}" + "".join(f"{column:>8}" for column in columns)]
     for block, row in zip(blocks, rows, strict=True):
         cells = dict(zip(present_columns, row, strict=True))

@@ -3,18 +3,8 @@
 import re
 from collections.abc import Iterable, Mapping
 
+from zimage_train.config.module_groups import COMPONENTS, TARGET_GROUPS
 from zimage_train.errors import ConfigError, Problem
-
-_ATTENTION = r"attention\.(?:to_q|to_k|to_v|to_out\.0)"
-_FEED_FORWARD = r"feed_forward\.w[123]"
-
-TARGET_GROUPS = {
-    "attention": re.compile(rf"layers\.\d+\.{_ATTENTION}"),
-    "feed_forward": re.compile(rf"layers\.\d+\.{_FEED_FORWARD}"),
-    "adaln": re.compile(r"layers\.\d+\.adaLN_modulation\.0"),
-    "refiners": re.compile(rf"(?:noise|context)_refiner\.\d+\.(?:{_ATTENTION}|{_FEED_FORWARD})"),
-}
-"""Group -> pattern of the full names of its modules; `refiners` are those of both refiners, without adaLN."""
 
 
 def group_of(module: str) -> str:
@@ -50,10 +40,6 @@ def select_modules(targets: list[str] | str, linears: Iterable[str]) -> list[str
             hint = f"a string is a regular expression; give the group as a list: [{targets}]"
         raise ConfigError(Problem("lora.targets", message, hint))
     return chosen
-
-
-COMPONENTS = ("to_q", "to_k", "to_v", "to_out", "w1", "w2", "w3", "adaLN")
-"""The linear modules of a block, in the order of the forward pass."""
 
 
 def block_and_component(module: str) -> tuple[str, str]:

@@ -8,18 +8,12 @@ from statistics import NormalDist
 from typing import Any
 
 from zimage_train.compat.aitoolkit.job import AIToolkitJob
+from zimage_train.config.module_groups import BLOCK_GROUPS, BLOCK_MODULES
 from zimage_train.config.variants import ADAPTERS, VARIANTS
 
 Values = dict[str, Any]
 
 LAYERS = 30
-COMPONENTS = (
-    *(f"attention.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")),
-    *(f"feed_forward.w{number}" for number in (1, 2, 3)),
-    "adaLN_modulation.0",
-)
-"""The linear modules of a layer, all of which AI Toolkit trains."""
-GROUPS = ["attention", "feed_forward", "adaln"]
 
 
 def model_section(job: AIToolkitJob) -> Values:
@@ -167,10 +161,10 @@ def _targets(job: AIToolkitJob, there: Values) -> list[str] | str:
             job.refuse("network.transformer_only", "is false beside network_kwargs (is not possible here)", todo)
         return ".*"
     if not only and not ignored:
-        return GROUPS
+        return list(BLOCK_GROUPS)  # AI Toolkit trains every linear module of the layers
     chosen = {
         component: tuple(layer for layer in range(LAYERS) if _matches(layer, component, only, ignored))
-        for component in COMPONENTS
+        for component in BLOCK_MODULES
     }
     if not any(chosen.values()):
         job.refuse(

@@ -1,0 +1,30 @@
+"""The linear modules of a transformer block, and the groups of them that `lora.targets` can name (torch-free)."""
+
+import re
+from collections.abc import Iterable
+
+BLOCK_GROUPS: dict[str, dict[str, str]] = {
+    "attention": {
+        "to_q": "attention.to_q",
+        "to_k": "attention.to_k",
+        "to_v": "attention.to_v",
+        "to_out": "attention.to_out.0",
+    },
+    "feed_forward": {"w1": "feed_forward.w1", "w2": "feed_forward.w2", "w3": "feed_forward.w3"},
+    "adaln": {"adaLN": "adaLN_modulation.0"},
+}
+"""Group -> component -> the name of its module in a block."""
+COMPONENTS = tuple(component for modules in BLOCK_GROUPS.values() for component in modules)
+BLOCK_MODULES = tuple(name for modules in BLOCK_GROUPS.values() for name in modules.values())
+
+
+def _pattern(blocks: str, groups: Iterable[str]) -> re.Pattern[str]:
+    """Return the pattern of the modules of `groups` in every block whose list is called `blocks`."""
+    names = [re.escape(name) for group in groups for name in BLOCK_GROUPS[group].values()]
+    return re.compile(rf"(?:{blocks})\.\d+\.(?:{'|'.join(names)})")
+
+
+TARGET_GROUPS = {group: _pattern("layers", [group]) for group in BLOCK_GROUPS} | {
+    "refiners": _pattern("noise_refiner|context_refiner", ["attention", "feed_forward"])
+}
+"""Group -> pattern of the full names of its modules; `refiners` are those of both refiners, without adaLN."""
