@@ -1,7 +1,7 @@
-"""`zimage-train`, `python -m zimage_train` and `accelerate launch -m zimage_train`: all of them begin here.
+"""The entry point of `zimage-train`, `python -m zimage_train` and `accelerate launch -m zimage_train`.
 
-A Ctrl-C while modules are imported, which takes seconds, would show tracebacks of whatever was half imported; nothing
-is begun then that could be lost.
+Imports take seconds. A Ctrl-C within an import would print the traceback of that import, and perhaps be swallowed by
+it, so the process then ends at once: no work has begun that could be lost.
 """
 
 import logging
@@ -13,10 +13,10 @@ from types import FrameType
 
 def main() -> None:
     """Run the command line."""
-    # For `accelerator.reproducible`: cuBLAS reads it at the first product of the process, which may come before that.
+    # `planning.devices.reproducible` needs it, and cuBLAS reads it only once, at the first matrix product.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # of a kernel that nobody misses
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where it is ignored, as behind nohup
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # warns of an optional kernel
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # it is ignored under nohup, and stays so
         signal.signal(signal.SIGINT, interrupt)
     from zimage_train.cli import app
 
@@ -24,10 +24,10 @@ def main() -> None:
 
 
 def interrupt(number: int, frame: FrameType | None) -> None:
-    """Leave at once from within an import; else as usual.
+    """Handle Ctrl-C: end the process at once if a module is being imported, else raise.
 
     Raises:
-        KeyboardInterrupt: nothing is being imported.
+        KeyboardInterrupt: no module is being imported.
     """
     while frame is not None:
         if frame.f_code.co_filename.startswith("<frozen importlib"):

@@ -1,7 +1,8 @@
-"""Randomness as a function of a key, never of history.
+"""Random numbers as a function of a key, independent of what was drawn before.
 
-Every draw in this package comes from `generator(seed, *path)` or is ordered by `number(seed, *path)`. So a
-checkpoint holds no random state, and batch size, accumulation, processes and previews change no sample's noise.
+Every draw in this package comes from `keyed_generator(seed, *path)`, or is made or ordered by `keyed_int(seed, *path)`.
+So a checkpoint holds no random state, and the noise of a sample does not depend on the batch size, gradient
+accumulation, the number of processes or previews.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ KeyPart = str | int | float | bool | None
 
 
 def keyed_int(seed: int, *path: KeyPart) -> int:
-    """Return 63 well-mixed bits for `(seed, *path)`: equal in every process, on every machine."""
+    """Return an integer of 63 hashed bits for `(seed, *path)`, the same in every process and on every machine."""
     return int.from_bytes(blake2b(repr((seed, *path)).encode(), digest_size=8).digest()) >> 1
 
 
 def keyed_generator(seed: int, *path: KeyPart) -> torch.Generator:
-    """Return a fresh CPU generator for `(seed, *path)`; CPU, so that a GPU run draws the same numbers."""
+    """Return a new generator for `(seed, *path)`, on the CPU so that the numbers do not depend on the device."""
     import torch
 
     return torch.Generator().manual_seed(keyed_int(seed, *path))

@@ -1,6 +1,6 @@
-"""Shapes in signatures: each letter is one size within a call. Tests check them; a run does not.
+"""Shapes of tensors in signatures: a name stands for the same size in all arguments of a call.
 
-b samples, c channels, h and w in latents.
+b: samples, c: channels, h and w: height and width in latents. The tests check them; a run does not.
 """
 
 from jaxtyping import Float
@@ -10,7 +10,7 @@ LatentBatch = Float[Tensor, "b c h w"]
 """Latents, noise, velocities."""
 Latent = Float[Tensor, "c h w"]
 WeightMaps = Float[Tensor, "b 1 h w"]
-"""Weights of places in latents."""
+"""Loss weights of the positions in latents."""
 WeightMap = Float[Tensor, "1 h w"]
 PixelBatch = Float[Tensor, "b 3 height width"]
 """RGB in [-1, 1]."""
@@ -18,12 +18,12 @@ PixelImage = Float[Tensor, "3 height width"]
 PerSample = Float[Tensor, "b"]
 """Sigmas, or weights."""
 AnyShape = Float[Tensor, "*shape"]
-"""Of any shape, and the same for all that are called so."""
+"""Any shape, the same for all arguments of this type."""
 Scalar = Float[Tensor, ""]
 PromptEmbeds = Float[Tensor, "_ features"]
-"""A prompt, of any number of tokens."""
+"""Embeddings of a prompt, with any number of tokens."""
 LoraA = Float[Tensor, "rank inputs"]
-"""A of a LoRA."""
+"""Factor A of a LoRA."""
 LoraB = Float[Tensor, "outputs rank"]
-"""B of a LoRA."""
+"""Factor B of a LoRA."""
 Weight = Float[Tensor, "outputs inputs"]
