@@ -1,1 +1,1 @@
-"""Bytes on disk: atomic writes, locks, safetensors, digests."""
+"""Files on disk: atomic writes, locks, safetensors, digests."""

@@ -1,4 +1,4 @@
-"""The only module that renames or removes: nothing it writes is ever seen half done."""
+"""Atomic writes, and every rename and removal of a file: a reader never sees a file that is half written."""
 
 import contextlib
 import errno
@@ -18,17 +18,18 @@ from zimage_train.io import operating_system
 from zimage_train.io.units import format_bytes
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-OPEN_ELSEWHERE = ("another program has it open, or it is read-only", "close that program")
-MORE_SPACE = "free some space, lower save.keep, or set output and cache.folder to another disk"
+SPACE_HINT = "free some space, lower save.keep, or set output_dir and cache.folder to another disk"
 ABANDONED_SECONDS = 86_400
+"""Age at which a temporary file of another host counts as abandoned: one day."""
 TEMPORARY = re.compile(r"\..*\.([0-9a-f]{8})-(\d+)\.tmp")
 
 
 @contextlib.contextmanager
 def replace_atomically(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write that takes the place of `path` by one rename at the end of the block.
+    """Yield a file to write; it replaces `path` by one rename at the end of the block.
 
-    A reader, or a crash, sees the old file or the new one.
+    A reader sees the old file or the new one, and so does whoever comes after a crash. If the block fails, the old file
+    stays.
 
     Raises:
         DiskError: the disk is full, read-only or failing; the old file is still there.
@@ -38,6 +39,7 @@ def replace_atomically(path: Path) -> Iterator[IO[bytes]]:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
             yield file
+            # The content must be on the disk before the rename is, or a power cut could leave an empty file.
             file.flush()
             os.fsync(file.fileno())
         operating_system.retry_while_open(lambda: temporary.replace(path))
@@ -51,7 +53,7 @@ def replace_atomically(path: Path) -> Iterator[IO[bytes]]:
 
 
 def temporary_path(path: Path) -> Path:
-    """Where this process writes what will be `path`, beside it."""
+    """Return the path beside `path` under which this process writes it."""
     return path.with_name(f".{path.name}.{_this_process()}.tmp")
 
 
@@ -77,27 +79,27 @@ def write_json(path: Path, value: object) -> None:
 
 
 def append_line(file: IO[str], line: str) -> None:
-    """Append one whole line to an open log; a log that cannot be written must not stop a run."""
+    """Append one whole line to an open log. Errors are ignored, since a log must not stop a run."""
     with contextlib.suppress(OSError):
         file.write(line + "\n")
         file.flush()
 
 
 def sync(file: IO[str]) -> None:
-    """Make what was written to `file` survive a power cut."""
+    """Flush `file` to the disk, so that its content survives a power cut. Errors are ignored."""
     with contextlib.suppress(OSError):
         file.flush()
         os.fsync(file.fileno())
 
 
 def close(file: IO[str]) -> None:
-    """Close a log; lines that the disk did not take are lost, and nothing else."""
+    """Close a log. Errors are ignored; lines that are not yet written are then lost."""
     with contextlib.suppress(OSError):
         file.close()
 
 
 def remove(path: Path) -> bool:
-    """Remove a file; return whether it is gone. A failure to remove is never worth a run."""
+    """Remove a file, and return whether it is gone. Errors are ignored, since a leftover must not stop a run."""
     try:
         operating_system.retry_while_open(lambda: path.unlink(missing_ok=True))
     except OSError:
@@ -106,25 +108,25 @@ def remove(path: Path) -> bool:
 
 
 def move(path: Path, target: Path) -> Path:
-    """Move a file within its volume to `target`, or to a free name beside it; return where it is now.
+    """Move a file within its volume to `target`, or to a free name beside that, and return its new path.
 
     Raises:
         DiskError: it cannot be moved.
     """
-    place, number = target, 1
-    while place.exists():
+    free, number = target, 1
+    while free.exists():
         number += 1
-        place = target.with_name(f"{target.stem}-{number}{target.suffix}")
+        free = target.with_name(f"{target.stem}-{number}{target.suffix}")
     try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        operating_system.retry_while_open(lambda: path.rename(place))
+        free.parent.mkdir(parents=True, exist_ok=True)
+        operating_system.retry_while_open(lambda: path.rename(free))
     except OSError as error:
         raise _move_error(path, "moved", error) from error
-    return place
+    return free
 
 
 def rename_as_backup(path: Path, suffix: str) -> Path:
-    """Rename `path` to a free name that ends in `suffix` and return that name; nothing is ever deleted.
+    """Rename `path` to a free name with `suffix` at its end, and return that path; nothing is overwritten.
 
     Raises:
         DiskError: it cannot be renamed.
@@ -142,9 +144,9 @@ def rename_as_backup(path: Path, suffix: str) -> Path:
 
 
 def remove_stale_temp_files(folder: Path) -> None:
-    """Remove the temporary files that killed processes left in `folder` and below; a living one's are its own.
+    """Remove the temporary files that killed processes left in `folder` and below it; those of live ones are kept.
 
-    On a shared volume nobody can tell whether a process of another host lives, so its files are left for a day.
+    Whether a process of another host is alive is unknown, so on a shared volume its files are kept for one day.
     """
     for leftover in folder.rglob(".*.tmp"):
         match = TEMPORARY.fullmatch(leftover.name)
@@ -165,26 +167,32 @@ def _this_process() -> str:
 
 
 def _host() -> str:
-    """A short name for this host that fits into any file name."""
+    """Return a short name of this host that is valid in any file name."""
     return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
 
 
 def require_writable_folder(folder: Path, setting: str = "") -> None:
-    """Refuse a folder that can be neither made nor written to, naming the setting that says it; makes nothing.
+    """Require that `folder` can be written to, or created; nothing is created.
+
+    Args:
+        setting: the name of the setting that gives the folder, as the location of the error.
 
     Raises:
-        DiskError: it, or the nearest parent that exists, is a file or read-only.
+        DiskError: it, or its nearest parent that exists, is a file or read-only.
     """
     existing = next(parent for parent in (folder, *folder.absolute().parents) if os.path.lexists(parent))
     where = setting or str(folder)
     if not existing.is_dir():
-        raise DiskError(Problem(where, f"{existing} is not a folder", "choose another place"))
+        raise DiskError(Problem(where, f"{existing} is not a folder", "choose another place", "not-a-folder"))
     if not os.access(existing, os.W_OK | os.X_OK):
-        raise DiskError(Problem(where, f"{existing} cannot be written to", "choose another place"))
+        raise DiskError(Problem(where, f"{existing} cannot be written to", "choose another place", "not-writable"))
 
 
-def require_free_space(folder: Path, needed_bytes: int, what: str, todo: str = MORE_SPACE) -> None:
-    """Refuse to start what cannot be written.
+def require_free_space(folder: Path, needed_bytes: int, what: str, hint: str = SPACE_HINT) -> None:
+    """Require the space for files that are about to be written.
+
+    Args:
+        what: the files, in the plural, for the message.
 
     Raises:
         DiskError: less than `needed_bytes` are free where `folder` is, or will be.
@@ -192,27 +200,26 @@ def require_free_space(folder: Path, needed_bytes: int, what: str, todo: str = M
     existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     free = shutil.disk_usage(existing).free
     if free < needed_bytes:
-        raise DiskError(
-            Problem(
-                str(folder),
-                f"{format_bytes(free)} free, {what} need {format_bytes(needed_bytes)}",
-                todo,
-            )
-        )
+        message = f"{format_bytes(free)} free, {what} need {format_bytes(needed_bytes)}"
+        raise DiskError(Problem(str(folder), message, hint, "disk-full"))
 
 
 def disk_error(path: Path, error: OSError) -> DiskError:
-    """Say why `path` cannot be written, and what to do about it."""
-    what, todo = error.strerror or str(error), "check the disk and its permissions"
+    """Return the error for `path`, which could not be written."""
     if error.errno in FULL_DISK:
-        what, todo = "the disk is full", "free some space"
-    elif operating_system.is_open_elsewhere(error):
-        what, todo = OPEN_ELSEWHERE
-    return DiskError(Problem(str(path), f"cannot be written ({what})", f"{todo}; the same command continues"))
+        reason, hint, code = "the disk is full", "free some space", "disk-full"
+    else:
+        reason, hint, code = _reason(error, "check the disk and its permissions", "write-failed")
+    return DiskError(Problem(str(path), f"cannot be written ({reason})", f"{hint}; the same command continues", code))
 
 
 def _move_error(path: Path, verb: str, error: OSError) -> DiskError:
-    what, todo = error.strerror or str(error), "check its permissions"
+    reason, hint, code = _reason(error, "check its permissions", "move-failed")
+    return DiskError(Problem(str(path), f"cannot be {verb} ({reason})", hint, code))
+
+
+def _reason(error: OSError, hint: str, code: str) -> tuple[str, str, str]:
+    """Return reason, hint and code of a failure; `hint` and `code` are those of one that is not recognised."""
     if operating_system.is_open_elsewhere(error):
-        what, todo = OPEN_ELSEWHERE
-    return DiskError(Problem(str(path), f"cannot be {verb} ({what})", todo))
+        return "another program has it open, or it is read-only", "close that program", "open-elsewhere"
+    return error.strerror or str(error), hint, code

@@ -1,12 +1,14 @@
-"""One run to a folder: the system's lock on `run.lock`, or a lease where there are no locks; `run.holder` says whose.
+"""The lock of a run folder, which only one process may hold.
 
-filelock takes the system's lock (flock, or LockFileEx on Windows), which is free as soon as its holder dies, however it
-dies. Two promises filelock does not keep, and they are kept here:
+It is the operating system's lock on `run.lock`, or a lease where the file system has no locks. filelock takes the
+system's lock (flock, or LockFileEx on Windows), which is released whenever its holder ends, however it ends. Two things
+are added to it here:
 
-* The holder is named. A native lock of filelock says nothing of its holder, and on Windows nobody else can read the
-  beginning of a locked file, so the name stands in a file beside it.
-* A volume without locks (some network volumes). filelock's soft lock is never taken over from a dead process of another
-  host, and its lease only after the newcomer has watched it for the whole time; a run is refused or begins at once.
+* `run.holder` names the holder. filelock does not record it, and on Windows the beginning of a locked file cannot be
+  read by another process, so the name is in a file of its own.
+* The lease, for volumes without locks, as some network volumes are. filelock's soft lock is never taken over from a
+  dead process of another host, and its own lease only after a wait of the full time; here a run is refused, or begins,
+  at once.
 """
 
 import contextlib
@@ -24,18 +26,19 @@ from zimage_train.io import atomic
 from zimage_train.io.operating_system import is_process_alive
 
 LEASE_SECONDS = 120
+"""How long a lease holds after it was last touched."""
 
 
 @contextlib.contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
     """Hold `folder` for this process alone.
 
-    Without the system's locks, `run.holder` is a lease: it counts as held while its holder lives on this host, or, for
-    another host, for two minutes after it was last touched, which its holder does as long as it lives.
+    Without the system's locks, `run.holder` is a lease. One of this host is valid while its process is alive; one of
+    another host until `LEASE_SECONDS` after it was last touched, which its holder does while it is alive.
 
     Raises:
-        FolderInUseError: another process holds the folder; names it.
-        DiskError: the folder cannot be made or written to.
+        FolderInUseError: another process holds the folder; the message names it.
+        DiskError: the folder cannot be created or written to.
     """
     lease = folder / "run.holder"
     with _system_lock(folder) as is_locked:
@@ -50,11 +53,11 @@ def lock_folder(folder: Path) -> Iterator[None]:
 
 
 def has_system_locks(folder: Path) -> bool:
-    """Whether the file system of `folder` has locks, so that no lease is needed there.
+    """Return whether the file system of `folder` has locks, so that no lease is needed there.
 
     Raises:
-        FolderInUseError: a run holds it.
-        DiskError: it cannot be made or written to.
+        FolderInUseError: a run holds the folder.
+        DiskError: it cannot be created or written to.
     """
     with _system_lock(folder) as is_locked:
         return is_locked
@@ -62,7 +65,7 @@ def has_system_locks(folder: Path) -> bool:
 
 @contextlib.contextmanager
 def _system_lock(folder: Path) -> Iterator[bool]:
-    """Hold the system's lock on `run.lock`; False: there are no locks here."""
+    """Hold the system's lock on `run.lock`, and yield True; yield False if the file system has no locks."""
     path = folder / "run.lock"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -75,7 +78,7 @@ def _system_lock(folder: Path) -> Iterator[bool]:
         raise _in_use(folder) from None
     except PermissionError as error:
         raise atomic.disk_error(path, error) from error
-    except (OSError, NotImplementedError):  # a file system without locks; if it is full or gone, `write_text` says so
+    except (OSError, NotImplementedError):  # no locks here; on a full disk, writing the lease will raise
         yield False
         return
     try:
@@ -89,11 +92,13 @@ def _in_use(folder: Path) -> FolderInUseError:
         holder = (folder / "run.holder").read_text(encoding="utf-8", errors="replace").strip()
     except OSError:
         holder = ""
-    what = f"in use by {holder or 'another process'}"
-    return FolderInUseError(Problem(str(folder), what, "wait for that run, stop it, or choose another name"))
+    message = f"in use by {holder or 'another process'}"
+    hint = "wait for that run, stop it, or choose another name"
+    return FolderInUseError(Problem(str(folder), message, hint, "folder-in-use"))
 
 
 def _is_held(lease: Path) -> bool:
+    """Return whether a lease, `process PID on HOST`, is valid."""
     try:
         words = lease.read_text(encoding="utf-8", errors="replace").split()
         age = time.time() - lease.stat().st_mtime
@@ -108,7 +113,7 @@ def _is_held(lease: Path) -> bool:
 
 @contextlib.contextmanager
 def _touched(lease: Path) -> Iterator[None]:
-    """Touch `lease` now and then, from a thread, until the block ends."""
+    """Touch `lease` from a thread, four times as often as it must be, until the block ends."""
     done = threading.Event()
 
     def touch() -> None:

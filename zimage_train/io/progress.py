@@ -1,4 +1,4 @@
-"""Types of the callbacks by which long work reports how far it has come (torch-free)."""
+"""Types of the callbacks that report progress (torch-free)."""
 
 from collections.abc import Callable
 

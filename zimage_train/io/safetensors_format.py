@@ -1,4 +1,4 @@
-"""The headers of .safetensors files, and files written so that their bytes depend on content only (torch-free)."""
+"""The headers of safetensors files, and a writer whose bytes depend only on the content (torch-free)."""
 
 import itertools
 import json
@@ -17,119 +17,128 @@ MAX_HEADER_BYTES = 100_000_000
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One tensor of a file: where it is, what it is."""
+    """A tensor of a file, without its values."""
 
     file: Path
     dtype: str
+    """Safetensors' name, such as `BF16`."""
     shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Header:
-    """Everything that a safetensors file says before its data."""
+    """The header of a safetensors file."""
 
     tensors: dict[str, TensorInfo]
     metadata: dict[str, str]
 
 
 def read_header(path: Path) -> Header:
-    """Read and check the header of one safetensors file.
+    """Read and check the header of one safetensors file, without reading its tensors.
 
     Raises:
-        WeightsError: missing, cut off, or not a safetensors file; says what it is instead. Pickles are never opened.
+        WeightsError: missing, cut off, or not a safetensors file; the message says what it is instead, as far as its
+            first bytes show. Pickles are never opened.
     """
+    hint = "get the file again"
     try:
-        size = path.stat().st_size
+        file_size = path.stat().st_size
         if not path.is_file():
-            what = "is a folder" if path.is_dir() else "is no regular file"
-            raise WeightsError(Problem(str(path), what, "give the .safetensors file itself"))
+            message = "is a folder" if path.is_dir() else "is no regular file"
+            raise WeightsError(Problem(str(path), message, "give the .safetensors file itself", "not-a-file"))
         with open(path, "rb") as file:
             start = file.read(8)
-            length = int.from_bytes(start, "little")
-            if len(start) < 8 or not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
-                raise WeightsError(Problem(str(path), _what_is(start + file.read(64), size), "get the file again"))
-            header = json.loads(file.read(length))
-        metadata = header.pop("__metadata__", None) or {}
-        tensors = {name: TensorInfo(path, item["dtype"], tuple(item["shape"])) for name, item in header.items()}
-        ends = [item["data_offsets"][1] for item in header.values()]
-        expected = 8 + length + max(ends, default=0)
-        for name, item in header.items():
-            begin, end = item["data_offsets"]
-            count = 1
-            for side in item["shape"]:
-                count *= side
-            if end - begin != count * ITEM_BYTES.get(item["dtype"], 0):
-                raise WeightsError(
-                    Problem(
-                        f"{path}: {name}", f"{item['dtype']} {item['shape']} does not fit its bytes", "get it again"
-                    )
-                )
+            header_size = int.from_bytes(start, "little")
+            if len(start) < 8 or not 2 <= header_size <= min(MAX_HEADER_BYTES, file_size - 8):
+                message = _describe_content(start + file.read(64), file_size)
+                raise WeightsError(Problem(str(path), message, hint, "not-safetensors"))
+            entries = json.loads(file.read(header_size))
+        metadata = entries.pop("__metadata__", None) or {}
+        tensors: dict[str, TensorInfo] = {}
+        data_size = 0
+        for name, entry in entries.items():
+            dtype, shape = entry["dtype"], entry["shape"]
+            begin, end = entry["data_offsets"]
+            if end - begin != math.prod(shape) * ITEM_BYTES.get(dtype, 0):
+                message = f"{dtype} {shape} does not fit its bytes"
+                raise WeightsError(Problem(f"{path}: {name}", message, hint, "damaged-file"))
+            tensors[name] = TensorInfo(path, dtype, tuple(shape))
+            data_size = max(data_size, end)
+        expected_size = 8 + header_size + data_size
     except FileNotFoundError:
-        raise WeightsError(Problem(str(path), "does not exist", "check the path")) from None
+        raise WeightsError(Problem(str(path), "does not exist", "check the path", "missing-file")) from None
     except OSError as error:
-        raise WeightsError(Problem(str(path), f"cannot be read ({error.strerror})", "check the path")) from None
+        message = f"cannot be read ({error.strerror})"
+        raise WeightsError(Problem(str(path), message, "check the path", "unreadable-file")) from None
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
-        raise WeightsError(Problem(str(path), "is not a safetensors file, or damaged", "get the file again")) from None
-    if size != expected:
-        what = f"{size:,} bytes instead of {expected:,}: cut off or overwritten"
-        raise WeightsError(Problem(str(path), what, "get the file again"))
+        message = "is not a safetensors file, or damaged"
+        raise WeightsError(Problem(str(path), message, hint, "damaged-file")) from None
+    if file_size != expected_size:
+        message = f"{file_size:,} bytes instead of {expected_size:,}: cut off or overwritten"
+        raise WeightsError(Problem(str(path), message, hint, "damaged-file"))
     return Header(tensors, metadata)
 
 
 def read_sharded(folder: Path, stem: str) -> dict[str, TensorInfo]:
-    """The tensors of `folder/stem.safetensors`, or of the shards that `stem.safetensors.index.json` names.
+    """Return the tensors of `folder/stem.safetensors`, or of the shards that `stem.safetensors.index.json` names.
 
     Raises:
-        WeightsError: neither is there, a shard is missing, or the index and the shards disagree.
+        WeightsError: neither file exists, a shard is missing, or index and shards disagree.
     """
     single = folder / f"{stem}.safetensors"
     index_path = folder / f"{stem}.safetensors.index.json"
     if not index_path.exists():
         if not single.exists():
-            raise WeightsError(
-                Problem(str(folder), f"holds neither {single.name} nor {index_path.name}", _pickle_hint(folder))
-            )
+            message = f"holds neither {single.name} nor {index_path.name}"
+            raise WeightsError(Problem(str(folder), message, _pickle_hint(folder), "missing-file"))
         return read_header(single).tensors
     index = read_json(index_path).get("weight_map")
     if not isinstance(index, dict) or not all(isinstance(name, str) for name in index.values()):
-        raise WeightsError(Problem(str(index_path), "has no weight_map", "get the file again"))
+        raise WeightsError(Problem(str(index_path), "has no weight_map", "get the file again", "damaged-file"))
     tensors: dict[str, TensorInfo] = {}
     for shard in sorted(set(index.values())):
         if Path(shard).name != shard:
-            raise WeightsError(Problem(str(index_path), f"names a file elsewhere: {shard}", "get the file again"))
+            message = f"names a file elsewhere: {shard}"
+            raise WeightsError(Problem(str(index_path), message, "get the file again", "damaged-file"))
         tensors |= read_header(folder / shard).tensors
-    lost = sorted(name for name, shard in index.items() if name not in tensors or tensors[name].file.name != shard)
-    if lost:
-        what = f"{len(lost)} tensors are not in the shard that it names, such as {lost[0]}"
-        raise WeightsError(Problem(str(index_path), what, "get the folder again"))
+    missing: list[str] = []
+    for name, shard in index.items():
+        if name not in tensors or tensors[name].file.name != shard:
+            missing.append(name)
+    if missing:
+        message = f"{len(missing)} tensors are not in the shard that it names, such as {min(missing)}"
+        raise WeightsError(Problem(str(index_path), message, "get the folder again", "incomplete-model"))
     return tensors
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object.
+    """Return the JSON object in a file.
 
     Raises:
-        WeightsError: missing, or no JSON object.
+        WeightsError: missing, or not a JSON object.
     """
     try:
         value = json.loads(path.read_bytes())
     except FileNotFoundError:
-        raise WeightsError(Problem(str(path), "does not exist", "is the folder complete?")) from None
+        raise WeightsError(Problem(str(path), "does not exist", "is the folder complete?", "missing-file")) from None
     except (OSError, ValueError, RecursionError):
-        raise WeightsError(Problem(str(path), "is not JSON", "get the file again")) from None
+        raise WeightsError(Problem(str(path), "is not JSON", "get the file again", "damaged-file")) from None
     if not isinstance(value, dict):
-        raise WeightsError(Problem(str(path), "is not a JSON object", "get the file again"))
+        raise WeightsError(Problem(str(path), "is not a JSON object", "get the file again", "damaged-file"))
     return value
 
 
 def _pickle_hint(folder: Path) -> str:
-    pickles = (
-        [p.name for ext in ("*.bin", "*.pt", "*.ckpt", "*.pth") for p in folder.glob(ext)] if folder.exists() else []
-    )
-    return f"{pickles[0]} is a pickle, which is never opened; get the safetensors" if pickles else "check the path"
+    """Return the hint for a folder without safetensors, which may hold the same weights as a pickle."""
+    if folder.exists():
+        for pattern in ("*.bin", "*.pt", "*.ckpt", "*.pth"):
+            for path in folder.glob(pattern):
+                return f"{path.name} is a pickle, which is never opened; get the safetensors"
+    return "check the path"
 
 
-def _what_is(start: bytes, size: int) -> str:
+def _describe_content(start: bytes, size: int) -> str:
+    """Return what a file is that is not safetensors, judging by its first bytes."""
     text = start.lstrip().lower()
     if size == 0:
         return "is empty"
@@ -143,7 +152,7 @@ def _what_is(start: bytes, size: int) -> str:
 
 
 class TensorEntry(NamedTuple):
-    """One tensor as bytes: safetensors' name of its dtype, its shape, its contiguous little-endian data."""
+    """A tensor as bytes: safetensors' name of its dtype, its shape, and its contiguous little-endian data."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -151,7 +160,7 @@ class TensorEntry(NamedTuple):
 
 
 def write_safetensors(path: Path, entries: Mapping[str, TensorEntry], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file whose bytes depend on its content only."""
+    """Write a safetensors file whose bytes depend only on its content."""
     infos = {name: (entry.dtype, entry.shape) for name, entry in entries.items()}
     write_safetensors_of(path, infos, lambda name: entries[name].data, metadata)
 
@@ -162,11 +171,14 @@ def write_safetensors_of(
     data_of: Callable[[str], bytes | memoryview],
     metadata: Mapping[str, str],
 ) -> None:
-    """As `write_safetensors`, of tensors that are made one after the other; `infos` has their types and shapes.
+    """As `write_safetensors`, with one tensor in memory at a time.
 
-    The safetensors library writes metadata keys in random order; here every key is sorted. Tensors are ordered by
-    falling item size, so that each one is aligned, then by name.
+    Args:
+        infos: dtype and shape of each tensor.
+        data_of: returns the data of a tensor by its name; called once for each, in the order of the file.
     """
+    # The safetensors library writes the keys of the metadata in random order; here they are sorted. Tensors are ordered
+    # by decreasing item size, which aligns each of them, and then by name.
     order = sorted(infos, key=lambda name: (-ITEM_BYTES[infos[name][0]], name))
     header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
     offset = 0

@@ -1,4 +1,4 @@
-"""Tensors to and from safetensors files, with a digest inside the file that its content must meet."""
+"""Reading and writing of tensors in safetensors files, optionally with a digest of the content in the metadata."""
 
 import hashlib
 import json
@@ -32,40 +32,46 @@ DTYPE_NAMES = {dtype: name for name, dtype in STORED_DTYPES.items()}
 TORCH_DTYPES = {precision: STORED_DTYPES[name] for precision, name in PRECISIONS.items()}
 """The dtypes that a config can name: `bf16` and `fp32`."""
 DIGEST = "sha256"
+"""Key of the digest in the metadata."""
 
 
 def save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write `tensors` and `metadata`; equal inputs give equal bytes.
 
     Raises:
-        DiskError: the file cannot be written; an older one is still there.
+        DiskError: the file cannot be written; an older one is kept.
     """
-    safetensors_format.write_safetensors(
-        path, {name: tensor_entry(tensor) for name, tensor in tensors.items()}, metadata
-    )
+    entries = {name: tensor_entry(tensor) for name, tensor in tensors.items()}
+    safetensors_format.write_safetensors(path, entries, metadata)
 
 
 def save_with_digest(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Like `save`, with a digest of everything, so that `load_sealed` notices any changed bit."""
+    """As `save`, with a digest by which `load_with_digest` detects any changed bit.
+
+    Raises:
+        DiskError: as `save`.
+    """
     entries = {name: tensor_entry(tensor) for name, tensor in tensors.items()}
     safetensors_format.write_safetensors(path, entries, {**metadata, DIGEST: _digest(entries, metadata)})
 
 
 def load_with_digest(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read what `save_sealed` wrote, and check all of it.
+    """Return the tensors and metadata of a file that `save_with_digest` wrote, and compare them with their digest.
 
     Raises:
-        WeightsError: missing, damaged, or not sealed.
+        WeightsError: missing, damaged, or without a digest.
     """
     tensors, metadata = load(path)
-    expected = metadata.pop(DIGEST, None)
-    if expected is None or _digest({name: tensor_entry(t) for name, t in tensors.items()}, metadata) != expected:
-        raise WeightsError(Problem(str(path), "is damaged: its content does not meet its digest", "remove it"))
+    stored_digest = metadata.pop(DIGEST, None)
+    entries = {name: tensor_entry(tensor) for name, tensor in tensors.items()}
+    if stored_digest is None or _digest(entries, metadata) != stored_digest:
+        message = "is damaged: its content does not match its digest"
+        raise WeightsError(Problem(str(path), message, "remove it", "damaged-file"))
     return tensors, metadata
 
 
 def load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read every tensor and the metadata of a safetensors file.
+    """Return the tensors, on the CPU, and the metadata of a safetensors file.
 
     Raises:
         WeightsError: missing, cut off, a pickle, or not a safetensors file.
@@ -74,17 +80,19 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         return load_bytes(path.read_bytes()), metadata
     except (SafetensorError, OSError) as error:
-        raise WeightsError(Problem(str(path), f"cannot be read ({error})", "get the file again")) from None
+        message = f"cannot be read ({error})"
+        raise WeightsError(Problem(str(path), message, "get the file again", "unreadable-file")) from None
 
 
 def tensor_entry(tensor: Tensor) -> TensorEntry:
-    """The bytes of a tensor, whatever its device and type."""
+    """Return the bytes of a tensor of any device and dtype."""
     flat = tensor.detach().contiguous().cpu()
     data = flat.reshape(-1).view(torch.uint8).numpy().data if flat.numel() else b""
     return TensorEntry(DTYPE_NAMES[flat.dtype], tuple(flat.shape), data)
 
 
 def _digest(entries: Mapping[str, TensorEntry], metadata: Mapping[str, str]) -> str:
+    """Return the sha256 of names, dtypes, shapes, data and metadata."""
     digest = hashlib.sha256(json.dumps(dict(sorted(metadata.items()))).encode())
     for name in sorted(entries):
         dtype, shape, data = entries[name]
