@@ -65,6 +65,13 @@ def test_hints_name_existing_options():
     """Every hint names an option that exists."""
     assert set(key_names.COMMON_NAMES.values()) <= {name.replace("[]", ".0") for name in OPTIONS}
     assert not set(key_names.COMMON_NAMES) & {name.split(".")[-1] for name in OPTIONS}
+    assert not set(key_names.MISSING_SETTINGS) & set(OPTIONS)
+
+
+@pytest.mark.parametrize("key", key_names.MISSING_SETTINGS)
+def test_a_setting_that_only_others_have_is_refused_with_the_reason(key: str, refused):
+    (line,) = refused("", f"{key}=x")
+    assert line == f"--set {key}=x: {key}: unknown key; {key_names.MISSING_SETTINGS[key]}"
 
 
 # Values
@@ -268,7 +275,7 @@ seed: 2
     lines = refused(text, "optimizer.lr=-1", "save=5", "nonsense")
     assert sorted(lines) == sorted(
         [
-            "c.yaml:12: seed: given twice, first in line 11; correct it",
+            "c.yaml:12: seed: given twice, first in line 11; remove one of them",
             "--set nonsense: is not key=value; write for example --set train.steps=100",
             "c.yaml:4: train.steps: is 0; expected at least 1",
             "c.yaml:5: train.batch_size: is 'two' (text); expected a whole number",

@@ -90,7 +90,7 @@ def test_misspelt_key_is_named(option: str):
 )  # fmt: skip
 def test_duplicate_key_is_refused(refused, text: str, message: str):
     """2. A key or section that is given twice is refused with the lines of both."""
-    assert refused(text) == [f"{message}; correct it"]
+    assert refused(text) == [f"{message}; remove one of them"]
 
 
 @pytest.mark.parametrize(
@@ -322,6 +322,7 @@ BAD = {
     "a tab": (LEAST + "train:\n\tsteps: 5\n", []),
     "a tag": (LEAST + "output_dir: !!python/object/apply:os.system [true]\n", []),
     "a list": ("- name: a\n", []),
+    "a section of another trainer": (LEAST + "network: {type: lokr}\n", []),
     "an empty file": ("", []),
 }  # fmt: skip
 

@@ -120,7 +120,7 @@ def describe_folder(seen: FolderSummary) -> list[str]:
 
 def advise_for(seen: FolderSummary, kind: str, is_miniature: bool = False) -> list[str]:
     """What people with such images would do."""
-    count, (least, most) = len(seen.images), SUBJECT_KINDS[kind].enough
+    count, (least, most) = len(seen.images), SUBJECT_KINDS[kind].image_range
     lines = []
     if (missing := count - len(seen.captions)) and not seen.kohya:
         command = f"zimage-train caption {shlex.quote(seen.folder)}"
@@ -164,10 +164,10 @@ def template_values_for(seen: FolderSummary, answers: Answers, name: str, is_min
         name=name,
         trigger=answers.trigger,
         resolution=resolution,
-        why_resolution=why,
+        resolution_reason=why,
         steps=steps,
-        why_steps=why_steps,
-        by_folder=bool(seen.kohya),
+        steps_reason=why_steps,
+        repeats_by_folder=bool(seen.kohya),
         mask=seen.mask,
         captions=_examples(seen.captions, answers.trigger),
         miniature=(str(mini.TURBO), str(mini.ADAPTER_V1)) if is_miniature else None,

@@ -192,7 +192,7 @@ def _words(texts: list[str]) -> tuple[list[str], list[tuple[str, str]]]:
         try:
             value = strict_yaml.parse(text).value
         except YamlError as problem:
-            wrong.append((f"{text}: {problem.what}", "quote the value"))
+            wrong.append((f"{text}: {problem.message}", "quote the value"))
             continue
         if not text:
             wrong.append(("has an empty value", "write null for none"))

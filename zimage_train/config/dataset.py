@@ -1,4 +1,4 @@
-"""Settings of one folder of images."""
+"""Settings of one folder or table of images."""
 
 from typing import Annotated, Literal, Self
 
@@ -9,49 +9,54 @@ from zimage_train.config.types import ConflictError, Resolutions, Section, Setti
 
 class DataEntry(Section):
     folder: str | None = Field(default=None, min_length=1)
-    """Folder of images, searched with its subfolders."""
+    """Folder of images, including its subfolders."""
     metadata: str | None = Field(default=None, min_length=1)
-    """A .jsonl or .csv instead: columns image (or file_name) and prompt (or text); paths relative to the file."""
+    """Instead of a folder, a .jsonl or .csv with the columns image (or file_name) and prompt (or text); paths are
+    relative to the file."""
     prompts: str | None = Field(default=None, min_length=1)
-    """No images, but a text file with one prompt a line, for a train.method that draws its own; square ones."""
+    """Instead of images, a text file with one prompt per line, for a train.method that draws its own images; they are
+    square."""
     resolution: Resolutions = [512, 768, 1024]
-    """Each image is trained once at each of these sizes (side of the square of equal area, px); never upscaled."""
+    """Each image is trained once at each of these resolutions (side of the square of equal area, px); images are never
+    upscaled."""
     max_pixels: int | None = Field(default=None, ge=1024, le=16_777_216)
-    """Each image at its own size, but with at most so many pixels; `resolution` is not used then."""
+    """Each image is trained at its own size, scaled down to at most this number of pixels; `resolution` is then not
+    used."""
     repeats: Annotated[int, Field(ge=1, le=1000)] | Literal["by_folder"] = 1
-    """How often each image is seen in an epoch, each time with its own noise; by_folder: as often as the names of the
-    subfolders say, and `10_cat` is the caption `cat` of images that have none (kohya's layout)."""
+    """How often each image occurs in an epoch, each time with other noise; by_folder: as often as the name of its
+    subfolder says (kohya's layout: in `10_cat` ten times, and `cat` is the caption of images that have none)."""
     batch_size: int | None = Field(default=None, ge=1, le=1024)
-    """Samples of these images in one forward pass; null: train.batch_size."""
+    """Samples of these images per forward pass; null: train.batch_size."""
     trigger: str | None = Field(default=None, min_length=1)
-    """Word that stands for the concept: replaces `[trigger]` in captions, and is put in front where it is missing."""
+    """Word that stands for the concept: replaces `[trigger]` in captions, and is prepended to captions without it."""
     default_caption: str = ""
     """Caption of images that have none."""
     caption_ext: str = Field(default=".txt", pattern=r"^\.[A-Za-z0-9_.]+$")
     """Extension of the caption files beside the images."""
     caption_lines: bool = False
-    """Each line of a caption is a caption of its own, and one is drawn for each sample, as from a list in a .jsonl."""
+    """Each line of a caption file is a caption, one of which is drawn for each sample, as from a list in a .jsonl."""
     caption_dropout: float = Field(default=0.05, ge=0.0, le=1.0)
-    """Share of samples trained with the empty prompt instead of their caption."""
+    """Fraction of the samples that is trained with the empty prompt instead of the caption."""
     dropout_keeps_trigger: bool = False
-    """A dropped caption is the trigger alone instead of the empty prompt."""
+    """Replace a dropped caption by the trigger instead of the empty prompt."""
     shuffle_tags: bool = False
-    """Another order of comma-separated tags in each epoch; a tag with the trigger stays in front."""
+    """Shuffle the comma-separated tags of captions anew in each epoch; a tag with the trigger stays in front."""
     keep_tags: int = Field(default=0, ge=0, le=512)
-    """So many tags stay in front, and are never dropped."""
+    """Number of leading tags that are neither shuffled nor dropped."""
     tag_dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
-    """Share of the other tags that is left out, others in each epoch."""
+    """Fraction of the other tags that is dropped, drawn anew in each epoch."""
     flip: bool = False
-    """Each image is trained mirrored too: twice as many samples in an epoch."""
+    """Train each image mirrored too, which doubles the samples of an epoch."""
     mask: str | None = Field(default=None, min_length=1)
-    """alpha: the images' own transparency; or a folder of masks under the images' names. White is trained."""
+    """Mask of the loss: alpha, which is the transparency of the images, or a folder of masks with the names of the
+    images. White is trained."""
     mask_floor: float = Field(default=0.1, ge=0.0, lt=1.0)
-    """Weight of what is masked out."""
+    """Loss weight of the masked-out area."""
     mask_prior: float = Field(default=0.0, ge=0.0, le=100.0)
-    """Weight of a second loss that holds what is masked out to what the model makes of it without the LoRA."""
+    """Weight of a second loss in the masked-out area, towards the prediction of the model without the LoRA."""
     regularization: bool | Literal["prior"] = False
-    """Images of the class and not of the concept; true: trained as they are, prior: held to what the model makes of
-    them without the LoRA. train.regularization_share says how often."""
+    """Whether the images show the class instead of the concept; true: they are trained as they are, prior: towards the
+    prediction of the model without the LoRA. train.regularization_share is their share."""
     weight: float = Field(default=1.0, gt=0.0, le=100.0)
     """Factor on the loss of these images."""
 
@@ -59,13 +64,14 @@ class DataEntry(Section):
     @classmethod
     def _is_word(cls, value: str | None) -> str | None:
         if value is not None and (value != value.strip() or value == "[trigger]" or len(value.splitlines()) > 1):
-            raise SettingError(f"is {value!r}", "give the word itself, on one line and without space around it")
+            raise SettingError(f"is {value!r}", "give the word itself, on one line and without spaces around it")
         return value
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
-        if sum(one is not None for one in (self.folder, self.metadata, self.prompts)) != 1:
-            raise ConflictError("needs exactly one of folder, metadata and prompts")
+        sources = [source for source in (self.folder, self.metadata, self.prompts) if source is not None]
+        if len(sources) != 1:
+            raise ConflictError("needs exactly one of folder, metadata and prompts", "give one of them")
         return self
 
     @model_validator(mode="after")
@@ -74,12 +80,12 @@ class DataEntry(Section):
         if self.repeats == "by_folder" and self.folder is None:
             raise ConflictError("repeats: by_folder needs folder: a file has no subfolders")
         if self.regularization and self.trigger is not None:
-            raise ConflictError("is for regularization, which shows the class without the concept", "leave trigger out")
+            raise ConflictError("is for regularization, so its images show no concept", "leave trigger out")
         if self.dropout_keeps_trigger and self.trigger is None:
-            raise ConflictError("dropout_keeps_trigger needs a trigger")
-        changed = [name for name in ("mask_floor", "mask_prior") if getattr(self, name) != fields[name].default]
-        if changed and self.mask is None:
-            raise ConflictError(f"{changed[0]} needs a mask")
+            raise ConflictError("dropout_keeps_trigger needs a trigger", "set trigger, or leave it out")
+        for name in ("mask_floor", "mask_prior"):
+            if self.mask is None and getattr(self, name) != fields[name].default:
+                raise ConflictError(f"{name} needs a mask", "set mask, or leave it out")
         if self.keep_tags and not (self.shuffle_tags or self.tag_dropout):
-            raise ConflictError("keep_tags needs shuffle_tags or tag_dropout")
+            raise ConflictError("keep_tags needs shuffle_tags or tag_dropout", "set one of them, or leave it out")
         return self

@@ -1,4 +1,4 @@
-"""The names of all settings, and what is meant by a name that is none."""
+"""The names of all settings, and the setting that is meant by an unknown name."""
 
 import difflib
 from collections.abc import Sequence
@@ -10,6 +10,7 @@ from pydantic import BaseModel
 from zimage_train.config.schema import Config
 from zimage_train.config.strict_yaml import KeyPath
 
+LISTS_OF_SECTIONS = ("data", "prompts", "extra_loras")
 COMMON_NAMES = {
     "learning_rate": "optimizer.lr",
     "network_dim": "lora.rank",
@@ -44,43 +45,63 @@ COMMON_NAMES = {
     "regularisation": "data.0.regularization",
     "regularisation_share": "train.regularization_share",
 }
-"""Names that other trainers use, or that this one had, and ours: only for the hint beside an unknown key."""
+"""Name of a setting in other trainers, or formerly in this one -> the setting, for the hints of unknown keys."""
 COMMON_VALUES = {"shift": "uniform_shift"}
-"""The same of values. In other trainers `shift` begins with a sigmoid, here with a uniform density; hence the name."""
+"""Value in other trainers -> the value here. There `shift` shifts a logit-normal density, here a uniform one."""
+MISSING_SETTINGS = {
+    "lora.type": "only plain LoRA is trained, so the key does not exist; leave it out",
+    "model.attention": "attention is always torch's scaled_dot_product_attention; leave it out",
+    "memory.compile": "torch.compile is not used; leave it out",
+    "train.loss": "the loss is always the mean squared error of the velocity; leave it out",
+    "network": "the section is called lora",
+}
+"""Key of other trainers that has no counterpart, by its place here -> the hint."""
 
 
 @cache
-def _names() -> frozenset[str]:
-    return frozenset(dotted_key(path) for path in _all_keys(Config))
+def _setting_names() -> dict[str, str]:
+    """Return full name -> last part of the name, for every setting; an entry of a list has the index 0."""
+    return {dotted_key(path): path[-1] for path in _key_paths(Config)}
 
 
 def is_setting(key: str) -> bool:
-    """Whether `key` is the whole name of a setting, no section; what `params` hold are settings too."""
+    """Return whether `key` is the full name of a setting or of one of its `params`, and not of a section."""
     parts = ["0" if part.isdigit() else part for part in key.split(".")]
     if parts[-2:-1] == ["params"]:
         parts.pop()
-    return ".".join(parts) in _names()
+    return ".".join(parts) in _setting_names()
 
 
 def suggest_key(key_path: KeyPath) -> str:
-    """What to do about a key that does not exist: the one that is meant, or those that are there."""
-    key = str(key_path[-1])
+    """Return the hint for a key that does not exist: the setting that is probably meant, or the keys of the section."""
+    if dotted_key(key_path) in MISSING_SETTINGS:
+        return MISSING_SETTINGS[dotted_key(key_path)]
     section = _section(key_path[:-1])
     siblings = list(section.model_fields) if section else []
-    everywhere = {dotted_key(path): path[-1] for path in _all_keys(Config)}
-    named = [full for full, name in everywhere.items() if name == key][:3]
-    hints = [COMMON_NAMES[key]] if key in COMMON_NAMES else named
-    if not hints:
-        hints = difflib.get_close_matches(key, siblings, n=1, cutoff=0.6)
-    if not hints:
-        similar = difflib.get_close_matches(key, list(everywhere.values()), n=1, cutoff=0.75)
-        hints = [full for full, name in everywhere.items() if name in similar][:1]
-    if hints:
-        return f"did you mean {' or '.join(repr(hint) for hint in hints)}?"
+    suggestions = _similar_settings(str(key_path[-1]), siblings)
+    if suggestions:
+        return f"did you mean {' or '.join(repr(name) for name in suggestions)}?"
     return f"known here: {', '.join(siblings)}" if siblings else "remove it"
 
 
+def _similar_settings(key: str, siblings: list[str]) -> list[str]:
+    """Return the settings that may be meant by an unknown key of a section with the keys `siblings`."""
+    if key in COMMON_NAMES:
+        return [COMMON_NAMES[key]]
+    names = _setting_names()
+    in_other_sections = [full_name for full_name, name in names.items() if name == key]
+    if in_other_sections:
+        return in_other_sections[:3]
+    similar_siblings = difflib.get_close_matches(key, siblings, n=1, cutoff=0.6)
+    if similar_siblings:
+        return similar_siblings
+    # A higher threshold, since among all settings some name is similar to almost any word.
+    similar_names = difflib.get_close_matches(key, list(names.values()), n=1, cutoff=0.75)
+    return [full_name for full_name, name in names.items() if name in similar_names][:1]
+
+
 def _section(key_path: KeyPath) -> type[BaseModel] | None:
+    """Return the section at a path, or None if there is none."""
     section: type[BaseModel] | None = Config
     for part in key_path:
         if isinstance(part, int):
@@ -90,22 +111,30 @@ def _section(key_path: KeyPath) -> type[BaseModel] | None:
     return section
 
 
-def _all_keys(section: type[BaseModel], prefix: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
-    keys: list[tuple[str, ...]] = []
+def _key_paths(section: type[BaseModel], prefix: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    """Return the path of every setting of a section and of the sections below it."""
+    paths: list[tuple[str, ...]] = []
     for name, field in section.model_fields.items():
-        inner = model_of(field.annotation)
-        index = ("0",) if name in ("data", "prompts", "extra_loras") else ()
-        keys += _all_keys(inner, (*prefix, name, *index)) if inner else [(*prefix, name)]
-    return keys
+        subsection = model_of(field.annotation)
+        if subsection is None:
+            paths.append((*prefix, name))
+        else:
+            index = ("0",) if name in LISTS_OF_SECTIONS else ()
+            paths += _key_paths(subsection, (*prefix, name, *index))
+    return paths
 
 
 def model_of(annotation: Any) -> type[BaseModel] | None:
-    """The section that a setting of this type holds, if it holds one."""
+    """Return the section in a type, such as `DataEntry` in `list[DataEntry]`, or None if it has none."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
-    return next((model for arg in getattr(annotation, "__args__", ()) if (model := model_of(arg))), None)
+    for argument in getattr(annotation, "__args__", ()):
+        model = model_of(argument)
+        if model is not None:
+            return model
+    return None
 
 
 def dotted_key(key_path: Sequence[str | int]) -> str:
-    """`("data", 0, "folder")` -> `data.0.folder`."""
+    """Return the name of a path: `data.0.folder` for `("data", 0, "folder")`."""
     return ".".join(str(part) for part in key_path)

@@ -1,4 +1,4 @@
-"""The training methods: what each trains on and needs, and which settings do not go with it (torch-free).
+"""The training methods: their properties, defaults, and conflicts with other settings (torch-free).
 
 To add one: its name and `TrainingMethod` here, and its batches in training/self_distill.py or training/loss.py.
 """
@@ -17,12 +17,12 @@ MethodName = Literal["sft", "trajectory_imitation", "de_distill"]
 
 @dataclass(frozen=True)
 class TrainingMethod:
-    """What the rest of the program has to know of a method."""
+    """The properties of a method on which the rest of the program depends."""
 
     generates_data: bool
-    """Whether the model draws what it is trained on; images then give their captions and sizes only."""
+    """Whether the model draws the images that it is trained on; those of `data` then only give captions and sizes."""
     imitates_teacher: bool = False
-    """Whether it is trained to take a teacher's many steps in Turbo's eight."""
+    """Whether Turbo's 8 steps are trained to reach what a teacher reaches in many."""
 
 
 METHODS: dict[MethodName, TrainingMethod] = {
@@ -34,54 +34,59 @@ METHODS: dict[MethodName, TrainingMethod] = {
 
 class TeacherSettings(Section):
     steps: int = Field(default=50, ge=9, le=1000)
-    """Steps in which trajectory_imitation draws what is to be imitated."""
+    """Sampling steps of the trajectories that trajectory_imitation imitates."""
     guidance: float = Field(default=1.0, ge=0.0, le=50.0)
-    """Guidance g (CFG scale - 1) of it."""
+    """Guidance g (CFG scale - 1) of these trajectories."""
 
 
 IMAGE_ONLY_SETTINGS = ("flip", "mask", "shuffle_tags", "tag_dropout", "caption_lines")
-"""Settings of `data` that change images, or captions from epoch to epoch; no use where the model draws its own data."""
+"""Settings of `data` that change images, or captions from epoch to epoch; invalid if the model draws its own images."""
 
 
 def fill_method_defaults(values: Any) -> Any:
-    """Return the values of a config with the defaults that its method needs: no adapter, no caption dropout."""
+    """Return the values of a config with the defaults of its method.
+
+    A method that draws its own images has no adapter, and one that imitates a teacher no caption dropout.
+    """
+    # The values are not yet validated, so each may be of any type.
     train = values.get("train") if isinstance(values, dict) else None
-    name = train.get("method", "sft") if isinstance(train, dict) else "sft"
-    method = next((spec for known, spec in METHODS.items() if known == name), None)
+    name = train.get("method") if isinstance(train, dict) else None
+    method = METHODS.get(name) if isinstance(name, str) else None  # pyright: ignore[reportArgumentType]
     if method is None or not method.generates_data:
         return values
     values, model, data = dict(values), values.get("model"), values.get("data")
     if model is None or (isinstance(model, dict) and "adapter" not in model):
         values["model"] = {**(model or {}), "adapter": None}
     if method.imitates_teacher and isinstance(data, list):
-        values["data"] = [{"caption_dropout": 0.0, **entry} if isinstance(entry, dict) else entry for entry in data]
+        entries: list[Any] = []
+        for entry in data:
+            entries.append({"caption_dropout": 0.0, **entry} if isinstance(entry, dict) else entry)
+        values["data"] = entries
     return values
 
 
 def method_error(
     name: MethodName, variant: str, adapter: str | None, init_from: str | None, data: Sequence[DataEntry]
 ) -> ConflictError | None:
-    """Return the first setting that does not go with the method, or None if all do."""
+    """Return the first conflict of a setting with the method, or None if there is none."""
     method = METHODS[name]
     if not method.generates_data:
         for index, entry in enumerate(data):
             if entry.prompts is not None:
-                ways = " or ".join(other for other, spec in METHODS.items() if spec.generates_data)
-                return ConflictError(
-                    f"data.{index}.prompts has no images to train on", f"give folder, or train.method: {ways}"
-                )
+                suitable = " or ".join(other for other, spec in METHODS.items() if spec.generates_data)
+                hint = f"give folder, or train.method: {suitable}"
+                return ConflictError(f"data.{index}.prompts has no images to train on", hint)
         return None
     if adapter is not None:
         return ConflictError(f"train.method: {name} learns from the model without adapter", "set model.adapter: null")
+    defaults = DataEntry.model_fields
     for index, entry in enumerate(data):
-        defaults = DataEntry.model_fields
         changed = [key for key in IMAGE_ONLY_SETTINGS if getattr(entry, key) != defaults[key].default]
         if method.imitates_teacher and entry.caption_dropout:
             changed.append("caption_dropout")
         if changed:
-            return ConflictError(
-                f"train.method: {name} does not train on images", f"leave data.{index}.{changed[0]} out"
-            )
+            hint = f"leave data.{index}.{changed[0]} out"
+            return ConflictError(f"train.method: {name} does not train on images", hint)
     if method.imitates_teacher and variant != "turbo":
         return ConflictError(f"train.method: {name} is for Turbo's 8 steps", "set model.variant: turbo")
     if method.imitates_teacher and init_from is None:

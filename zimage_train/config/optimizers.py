@@ -1,4 +1,4 @@
-"""Every optimizer that can be chosen: its parameters, memory and needs. Its factory is in optim/optimizers.py.
+"""The optimizers: their parameters, memory and dependencies (torch-free). Factories are in optim/optimizers.py.
 
 To add one: its name and `OptimizerSpec` here, its factory there.
 """
@@ -18,14 +18,14 @@ OptimizerName = Literal[
 
 @dataclass(frozen=True)
 class OptimizerSpec:
-    """One optimizer, as far as it is known without loading its library."""
+    """The properties of an optimizer that are needed without its library."""
 
     state_bytes: float
-    """Optimizer state per trained parameter, bytes; temporaries of the update included."""
+    """Optimizer state per trained parameter, bytes, including temporaries of the update."""
     params: dict[str, Any] = field(default_factory=dict)
-    """Types of the keys that `optimizer.params` may hold."""
+    """Keys that `optimizer.params` may have, with their types."""
     needs: str | None = None
-    """Package that must be installed, beyond those that always are."""
+    """Package that it needs and that is not installed on every platform."""
     finds_lr: bool = False
     """Whether it estimates the learning rate, so that `optimizer.lr` is a factor on its estimate."""
 
@@ -40,7 +40,7 @@ _ADEMAMIX = {
     "t_beta3": Count,
 }
 _PRODIGY = _ADAM | {
-    "beta3": Optional[Share],  # noqa: UP045  the operator does not know Annotated
+    "beta3": Optional[Share],  # noqa: UP045  pyright rejects Annotated with the operator
     "decouple": bool,
     "use_bias_correction": bool,
     "safeguard_warmup": bool,
@@ -66,7 +66,7 @@ OPTIMIZERS: dict[OptimizerName, OptimizerSpec] = {
     "lion8bit": OptimizerSpec(1.1, _TWO_BETAS, needs=_BNB),
     "prodigy": OptimizerSpec(16, _PRODIGY, finds_lr=True),
     "prodigy8bit": OptimizerSpec(7.1, _PRODIGY, needs=_BNB, finds_lr=True),
-    # Adafactor's state is small; its update takes a parameter's size while it is made.
+    # The state itself is small, but the update is a temporary of the size of the parameters.
     "adafactor": OptimizerSpec(4, _ADAFACTOR),
     "adagrad": OptimizerSpec(4, _ADAGRAD),
     "automagic": OptimizerSpec(8, _AUTOMAGIC),

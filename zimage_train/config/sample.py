@@ -1,4 +1,4 @@
-"""Settings of the images that a run draws on its way."""
+"""Settings of the previews."""
 
 from typing import Annotated, Literal
 
@@ -9,33 +9,33 @@ from zimage_train.config.types import EverySteps, Pixels, Section, SettingError,
 
 class PreviewPrompt(Section):
     prompt: str
-    """What to draw."""
+    """Text of the prompt."""
     negative: str | None = None
-    """null: sample.negative."""
+    """Negative prompt; null: sample.negative."""
     seed: int | None = Field(default=None, ge=0, lt=2**63)
-    """null: sample.seed plus the prompt's number, from 0."""
+    """Seed; null: sample.seed + i for prompt i, counted from 0."""
     width: Pixels | None = None
-    """null: sample.width."""
+    """Width in px; null: sample.width."""
     height: Pixels | None = None
-    """null: sample.height."""
+    """Height in px; null: sample.height."""
 
 
 class ExtraLora(Section):
     file: str = Field(min_length=1)
-    """A LoRA file, org/repo/file on the hub, or distillpatch."""
+    """LoRA file, org/repo/file on the hub, or distillpatch."""
     weight: float = Field(default=1.0, ge=-100.0, le=100.0)
-    """Its strength."""
+    """Factor on its change to the weights."""
 
 
 class SampleSettings(Section):
     every: EverySteps = 250
     """Steps between previews; null: none."""
     first: bool = True
-    """Also before step 1."""
+    """Draw previews before step 1 too."""
     prompts: list[Annotated[PreviewPrompt, BeforeValidator(as_prompt, json_schema_input_type=str | PreviewPrompt)]] = []
-    """A prompt is a string or {prompt, negative, seed, width, height}."""
+    """Prompts of the previews, each a string or {prompt, negative, seed, width, height}."""
     negative: str = ""
-    """Negative prompt, used where guidance is above 0."""
+    """Negative prompt, which is used if guidance is above 0."""
     width: Pixels = 1024
     """Width of previews in px."""
     height: Pixels = 1024
@@ -45,18 +45,19 @@ class SampleSettings(Section):
     guidance: float | Literal["auto"] = "auto"
     """Guidance g (CFG scale - 1); auto: 0 for turbo, 2 for deturbo, 3 for base."""
     seed: int = Field(default=42, ge=0, lt=2**63)
-    """Prompt i is drawn with seed + i."""
+    """Seed of the first prompt; prompt i is drawn with seed + i."""
     weights: Literal["raw", "ema"] = "raw"
-    """Which weights draw the previews."""
+    """Weights that draw the previews: raw, or ema, which needs ema.decay."""
     extra_loras: list[Annotated[ExtraLora, BeforeValidator(as_lora, json_schema_input_type=str | ExtraLora)]] = []
-    """LoRAs that previews have besides the run's own: FILE, FILE=WEIGHT or {file, weight}."""
+    """LoRAs of the previews in addition to the run's own: FILE, FILE=WEIGHT or {file, weight}."""
     compare_on: str | None = Field(default=None, min_length=1)
-    """Draw each preview on this model too, in its way: turbo, deturbo, base, or a path or hub id of a Turbo."""
+    """Second model on which each preview is drawn, with the steps and the guidance of that model: turbo, deturbo, base,
+    or a path or hub id of a Turbo; null: none."""
 
     @field_validator("steps", "guidance")
     @classmethod
     def _ranges(cls, value: float | str, info: ValidationInfo) -> float | str:
-        least, most = {"steps": (1, 1000), "guidance": (0, 50)}[str(info.field_name)]
-        if not isinstance(value, str) and not least <= value <= most:
-            raise SettingError(f"is {value}", f"give auto, or {least} to {most}")
+        low, high = {"steps": (1, 1000), "guidance": (0, 50)}[str(info.field_name)]
+        if not isinstance(value, str) and not low <= value <= high:
+            raise SettingError(f"is {value}", f"give auto, or {low} to {high}")
         return value

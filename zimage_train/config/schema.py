@@ -1,6 +1,6 @@
-"""Every setting, its type, its range, its default and what it does: the one place that says so.
+"""All settings, with type, range, default and description; the references of the docs are generated from them.
 
-A value that cannot be honoured is refused here, never accepted and ignored.
+Values that cannot be honoured are refused, never ignored.
 """
 
 import re
@@ -15,6 +15,7 @@ from zimage_train.config.module_groups import TARGET_GROUPS
 from zimage_train.config.optimizers import OPTIMIZERS, OptimizerName
 from zimage_train.config.sample import SampleSettings
 from zimage_train.config.types import (
+    RECOMPUTE_MODES,
     SCHEDULE_PARAMS,
     ConflictError,
     EverySteps,
@@ -31,8 +32,8 @@ from zimage_train.io.dtypes import Precision
 from zimage_train.io.operating_system import is_device_name
 
 NAME = r"^\w[\w .+-]*$"
-NAME_BYTES = 200
-"""With a step, an extension and a temporary suffix around it, a name must be one that file systems take."""
+MAX_NAME_BYTES = 200
+"""File systems allow 255 bytes, and files of a run add a step, an extension and a temporary suffix to its name."""
 
 
 def _without_default(schema: dict[str, Any]) -> None:
@@ -41,21 +42,21 @@ def _without_default(schema: dict[str, Any]) -> None:
 
 class ModelSettings(Section):
     variant: VariantName = "turbo"
-    """Which member of the family is trained."""
+    """Member of the Z-Image family that is trained."""
     path: str | None = Field(default=None, min_length=1)
     """Transformer: hub id (`org/repo[@revision]`), diffusers folder or .safetensors file; null: the variant's own."""
     extras: str | None = Field(default=None, min_length=1)
-    """Where text encoder, tokenizer and VAE come from; null: `path` if it has them, else the variant's own."""
+    """Source of text encoder, tokenizer and VAE; null: `path` if it has them, else the variant's own."""
     adapter: str | None = Field(default=None, min_length=1, json_schema_extra=_without_default)
-    """Training adapter merged while training: v1, v2 (ostris), a file, org/repo/file, or null for none; left out, it is
-    v2 for turbo and null for the others."""
+    """Training adapter, merged into the frozen weights during training: v1, v2 (both by ostris), a file, org/repo/file,
+    or null for none. If left out: v2 for turbo, null for the others."""
     adapter_strength: float = Field(default=1.0, ge=0.0, le=2.0)
-    """How much of the adapter is merged; 1 is what it was made for."""
+    """Factor on the adapter's change to the weights; 1 is the strength that it was made for."""
     dtype: Precision = "bf16"
     """Precision of the frozen weights and of the forward pass; LoRA weights and the loss are always fp32."""
     quantize: Quantization | Literal["auto"] | None = None
-    """Frozen weights of attention and feed forward in 8 bits (int8, fp8) or 4 (nf4), after the merge; auto: only if
-    `dtype` does not fit; null: never."""
+    """Quantisation of the frozen weights of attention and feed forward, after the merge, to 8 bits (int8, fp8) or 4
+    (nf4); auto: only if `dtype` does not fit into memory; null: none."""
 
     @model_validator(mode="before")
     @classmethod
@@ -76,20 +77,21 @@ class ModelSettings(Section):
 
 class CacheSettings(Section):
     folder: str | None = Field(default=None, min_length=1)
-    """Where encoded images and captions are kept; null: the user's cache directory."""
+    """Folder of encoded images and captions; null: the user's cache folder."""
 
 
 class LoraSettings(Section):
     rank: int = Field(default=16, ge=1, le=1024)
-    """Capacity of the LoRA; its file grows in proportion."""
+    """Rank of the LoRA, which is its capacity; the size of its file is proportional to it."""
     alpha: float | None = Field(default=None, gt=0.0)
-    """The change is scaled by alpha / rank; null: alpha = rank, scale 1."""
+    """The change to each weight is scaled by alpha / rank; null: alpha = rank, so the scale is 1."""
     targets: list[str] | str = ["attention", "feed_forward"]
-    """Which modules: groups of attention, feed_forward, adaln, refiners; or one regular expression of module names."""
+    """Modules that are trained: a list of the groups attention, feed_forward, adaln and refiners, or one regular
+    expression for full module names."""
     dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
-    """Share of the LoRA's inputs set to zero in training."""
+    """Fraction of the LoRA's inputs that is set to zero during training."""
     init_from: str | None = Field(default=None, min_length=1)
-    """A LoRA to begin with instead of a fresh one, of this rank and on these modules: a file, or org/repo/file."""
+    """LoRA to start from instead of a new one, with the same rank and modules: a file, or org/repo/file."""
 
     @field_validator("targets")
     @classmethod
@@ -100,44 +102,44 @@ class LoraSettings(Section):
             except re.error as error:
                 raise SettingError(f"not a regular expression: {error}") from None
             return value
-        unknown = [name for name in value if name not in TARGET_GROUPS]
-        if unknown or not value:
-            if not unknown:
-                raise SettingError("names no group, so nothing would be trained")
-            choices = f"groups are {', '.join(TARGET_GROUPS)}; a regular expression is one string"
-            raise SettingError(f"unknown group {unknown[0]!r}", choices)
+        hint = f"groups are {', '.join(TARGET_GROUPS)}; a regular expression is one string"
+        if not value:
+            raise SettingError("names no group, so nothing would be trained", hint)
+        for name in value:
+            if name not in TARGET_GROUPS:
+                raise SettingError(f"unknown group {name!r}", hint)
         return value
 
 
 class TrainSettings(Section):
     method: MethodName = "sft"
-    """sft: learn from the images. trajectory_imitation: give the LoRA of `lora.init_from` its 8 steps back, by the
-    way that it takes itself in many (`teacher`). de_distill: learn from images that the model draws for the captions,
-    as training adapters are made. The last two use only captions and sizes of the images in `data`."""
+    """sft: train on the images. trajectory_imitation: restore the 8 steps of Turbo for the LoRA of `lora.init_from`, by
+    imitation of its own trajectories of many steps (`teacher`). de_distill: train on images that the model draws for
+    the captions, as training adapters are made. The last two use only captions and sizes of the images in `data`."""
     steps: int = Field(default=3000, ge=1, le=10_000_000)
-    """Optimizer steps."""
+    """Number of optimizer steps."""
     epochs: float | None = Field(default=None, gt=0.0, le=1_000_000.0)
-    """How often each sample is seen; the number of steps follows, rounded up, and `steps` is not used."""
+    """Passes over all samples. If set, the number of steps is computed from it, rounded up, and `steps` is not used."""
     batch_size: int = Field(default=1, ge=1, le=1024)
-    """Samples in one forward pass."""
+    """Samples per forward pass."""
     grad_accumulation: int = Field(default=1, ge=1, le=4096)
-    """Forward passes in one optimizer step."""
+    """Forward passes per optimizer step, whose gradients are averaged."""
     max_grad_norm: float | None = Field(default=1.0, gt=0.0)
-    """Largest norm of the gradient; null: no clipping."""
+    """Norm to which larger gradients are clipped; null: no clipping."""
     regularization_share: float = Field(default=0.5, gt=0.0, lt=1.0)
-    """Share of the forward passes that regularization images get, where `data` has some, however many there are."""
+    """Fraction of the forward passes on regularization images, if `data` has some, independent of their number."""
 
 
 class TimestepSettings(Section):
     type: Literal["weighted", "linear", "sigmoid", "uniform_shift"] = "weighted"
     """Density of sigma. weighted: uniform, with AI Toolkit's loss weights; linear: uniform; sigmoid: logit-normal;
-    uniform_shift: uniform, then shifted as the sampler does."""
+    uniform_shift: uniform, then shifted as in the sampler."""
     bias: Literal["balanced", "high_noise", "low_noise"] = "balanced"
-    """high_noise favours composition and style, low_noise favours detail."""
+    """Noise levels that are drawn more often: high_noise favours composition and style, low_noise favours detail."""
     min: float = Field(default=0.0, ge=0.0, lt=1.0)
-    """Smallest sigma that is trained (0 = the image)."""
+    """Smallest sigma that is trained; 0 is the image."""
     max: float = Field(default=1.0, gt=0.0, le=1.0)
-    """Largest sigma that is trained (1 = pure noise)."""
+    """Largest sigma that is trained; 1 is pure noise."""
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
@@ -148,52 +150,55 @@ class TimestepSettings(Section):
 
 class GuidanceSettings(Section):
     differential: float | None = Field(default=None, gt=0.0, le=100.0)
-    """Scale s: the target is moved to pred + s (target - pred), which multiplies the gradient by s."""
+    """Scale s: the target becomes pred + s (target - pred), which multiplies the gradient by s; null: off."""
     contrastive: float | None = Field(default=None, gt=0.0, le=100.0)
-    """Scale g: the target is moved to u + g (target - u), away from what the model makes of the empty prompt."""
+    """Scale g: the target becomes u + g (target - u), away from the prediction u for the empty prompt; null: off."""
 
 
 class PreserveSettings(Section):
     kind: Literal["trigger", "blank"] | None = None
-    """Hold the model to what it draws without the LoRA: for each caption with the trigger replaced by `class_word`
-    (trigger; AI Toolkit's DOP), or for the empty prompt (blank). Costs one more pass
-    forward, and one more forward and backward."""
+    """Second loss that preserves the predictions of the model without the LoRA: for each caption with the trigger
+    replaced by `class_word` (trigger; DOP in AI Toolkit), or for the empty prompt (blank); null: off. Costs one more
+    forward pass, and one more forward and backward pass."""
     class_word: str = Field(default="person", min_length=1)
-    """The word that the trigger stands in for."""
+    """Class of the concept, by which the trigger is replaced."""
     weight: float = Field(default=1.0, gt=0.0, le=100.0)
-    """Factor on the loss of preservation."""
+    """Weight of the preservation loss."""
 
 
 class OptimizerSettings(Section):
     name: OptimizerName = "adamw8bit"
-    """adamw8bit: AdamW with 8-bit state; adamw: fp32 state; prodigy: finds its learning rate itself; automagic: one
-    learning rate a tensor, raised while updates agree. docs/optimizers.md says which library each one comes from."""
+    """adamw8bit: AdamW with 8-bit state; adamw: with fp32 state; prodigy: estimates the learning rate; automagic: one
+    learning rate per tensor, raised while its updates agree. docs/optimizers.md lists all of them."""
     lr: float = Field(default=1.0e-4, gt=0.0, le=10.0)
-    """Learning rate; for prodigy a factor on the rate it finds itself (1; less than 0.1 is raised to 1 and said so)."""
+    """Learning rate; for prodigy a factor on its estimate, usually 1 (less than 0.1 is raised to 1, with a note)."""
     weight_decay: float = Field(default=1.0e-4, ge=0.0, le=1.0)
-    """Pull of the weights towards zero."""
+    """Weight decay of the optimizer."""
     params: dict[str, Any] = {}
-    """More parameters of the optimizer, by its own names."""
+    """Further parameters of the optimizer, by the names in its library."""
 
     @field_validator("params")
     @classmethod
     def _known_params(cls, value: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
         name = info.data.get("name")
-        checked = check_params(value, OPTIMIZERS[name].params, name) if name else value
+        if name is None:  # unknown, which is an error of its own
+            return value
+        checked = check_params(value, OPTIMIZERS[name].params, name)
         if checked.get("min_lr", 0.0) > checked.get("max_lr", 1.0):
-            raise SettingError("min_lr is above max_lr")
+            raise SettingError("min_lr is above max_lr", "swap them")
         return checked
 
 
 class ScheduleSettings(Section):
     name: ScheduleName = "constant"
-    """Learning rate over the run, after the warm-up. linear, polynomial, cosine and rex fall; step falls by jumps."""
+    """Shape of the learning rate after the warm-up: linear, polynomial, cosine and rex decrease, step decreases in
+    jumps, one_cycle increases and decreases. docs/optimizers.md has the formulas."""
     warmup_steps: int = Field(default=0, ge=0, le=10_000_000)
-    """Steps over which the learning rate rises from zero."""
+    """Steps over which the learning rate increases linearly from zero."""
     params: dict[str, Any] = {}
-    """cosine, linear, polynomial, rex: end_factor, the share of the learning rate left after the last step (0).
-    polynomial: power (1). cosine_with_restarts: cycles (1), end_factor. step: every (steps), factor (0.1). one_cycle:
-    peak_at (share of the run, 0.3), start_factor (0.04), end_factor (0)."""
+    """Parameters of the schedule, with their defaults. cosine, linear, polynomial, rex: end_factor, the factor on the
+    learning rate after the last step (0). polynomial: power (1). cosine_with_restarts: cycles (1), end_factor. step:
+    every (steps), factor (0.1). one_cycle: peak_at (fraction of the run, 0.3), start_factor (0.04), end_factor (0)."""
 
     @field_validator("params")
     @classmethod
@@ -204,9 +209,9 @@ class ScheduleSettings(Section):
     @model_validator(mode="after")
     def _complete(self) -> Self:
         if self.name == "constant_with_warmup" and self.warmup_steps == 0:
-            raise ConflictError("constant_with_warmup needs warmup_steps")
+            raise ConflictError("constant_with_warmup needs warmup_steps", "set it, or use constant")
         if self.name == "one_cycle" and self.warmup_steps:
-            raise ConflictError("one_cycle rises by itself", "leave warmup_steps out, and set params.peak_at")
+            raise ConflictError("one_cycle rises by itself", "leave warmup_steps out, or set params.peak_at instead")
         if self.name == "step" and "every" not in self.params:
             raise ConflictError("step needs params: {every: steps}")
         return self
@@ -214,22 +219,23 @@ class ScheduleSettings(Section):
 
 class EmaSettings(Section):
     decay: float | None = Field(default=None, gt=0.0, lt=1.0)
-    """Weights averaged over the steps, s <- d s + (1 - d) w, are exported beside the raw ones; d rises to `decay` by
-    (1 + step) / (10 + step). null: none. 0.99 averages over about 100 steps."""
+    """Decay d of an average s <- d s + (1 - d) w of the weights w, which is exported in addition to them; d rises to
+    `decay` as (1 + step) / (10 + step). 0.99 averages over about 100 steps; null: no average."""
 
 
 class MemorySettings(Section):
     budget_gb: float | Literal["auto"] = "auto"
-    """Memory the run may take; auto: what the device has."""
+    """Memory of the device that the run may use, GB; auto: what the device has."""
     checkpointing: bool | Literal["auto"] | RecomputeMode = "auto"
-    """What the backward pass computes again: none (or false), elementwise, w1w3, attention, full (or true); auto: the
-    least by which a batch fits the budget."""
+    """Activation checkpointing, which is what the backward pass recomputes: none (or false), elementwise, w1w3,
+    attention, full (or true); auto: as little as a batch needs to fit the budget."""
     offload: Annotated[float, Field(ge=0.0, le=1.0)] | Literal["auto"] = "auto"
-    """Share of the blocks that wait in main memory and are streamed; auto: as many as must."""
+    """Fraction of the transformer blocks that is kept in CPU memory and streamed to the GPU; auto: only as much as
+    necessary."""
 
     @property
     def mode(self) -> RecomputeMode | None:
-        """What is recomputed; None: the planner decides."""
+        """What the backward pass recomputes, or None if the planner decides."""
         if isinstance(self.checkpointing, bool):
             return "full" if self.checkpointing else "none"
         return None if self.checkpointing == "auto" else self.checkpointing
@@ -237,7 +243,8 @@ class MemorySettings(Section):
     @model_validator(mode="after")
     def _streams_with_recomputation(self) -> Self:
         if self.mode == "none" and isinstance(self.offload, float) and self.offload > 0:
-            raise ConflictError("offload needs recomputation: set checkpointing to elementwise, full or auto")
+            hint = f"set checkpointing to {', '.join(RECOMPUTE_MODES[1:])} or auto"
+            raise ConflictError("offload needs recomputation", hint)
         return self
 
     @field_validator("budget_gb")
@@ -250,18 +257,19 @@ class MemorySettings(Section):
 
 class ValidationSettings(Section):
     folder: str | None = Field(default=None, min_length=1)
-    """Images that are held out, with their captions; read as the first folder of the concept is."""
+    """Folder of held-out images with captions, read with the settings of the first entry of `data` that shows the
+    concept; null: no validation."""
     every: EverySteps = 250
-    """Steps between validations; also before step 1 and after the last; null: none."""
+    """Steps between validations, which also run before step 1 and after the last step; null: none."""
     resolution: Pixels = 512
-    """Size at which they are judged, px."""
+    """Resolution of the held-out images, px."""
 
 
 class SaveSettings(Section):
     every: EverySteps = 250
-    """Steps between saves; null: at the end only."""
+    """Steps between saves; null: only at the end."""
     keep: int = Field(default=8, ge=1, le=100_000)
-    """Exported LoRA files kept, the last ones; the two newest checkpoints are always kept."""
+    """Number of exported LoRA files that are kept, the latest ones; of the checkpoints, the two latest are kept."""
     dtype: Precision = "bf16"
     """Precision of the exported LoRA."""
 
@@ -270,50 +278,50 @@ class LogSettings(Section):
     tensorboard: bool = True
     """Write loss and learning rate for TensorBoard."""
     wandb: str | None = Field(default=None, min_length=1)
-    """Project on Weights & Biases; needs `pip install wandb`, and WANDB_MODE=offline logs to disk only."""
+    """Project on Weights & Biases, which needs `pip install wandb`; WANDB_MODE=offline logs to disk only; null: off."""
 
 
 class Config(Section):
     name: str = Field(min_length=1, json_schema_extra={"pattern": NAME})
-    """Name of the run: its folder is output/name, its LoRA name.safetensors."""
+    """Name of the run: its folder is output_dir/name, its LoRA name.safetensors."""
     output_dir: str = "runs"
     """Folder that holds the run folders."""
     seed: int = Field(default=42, ge=0, lt=2**63)
-    """Everything random follows from it."""
+    """Seed of every random number of the run."""
     model: ModelSettings = ModelSettings()
-    """Which model is trained, and with which training adapter."""
+    """The frozen model and its training adapter."""
     data: list[DataEntry] = Field(min_length=1)
-    """Images and captions: one entry a folder, or a metadata file."""
+    """Images and captions, with one entry for each folder or metadata file."""
     cache: CacheSettings = CacheSettings()
-    """Encoded images and captions."""
+    """Cache of encoded images and captions."""
     lora: LoraSettings = LoraSettings()
-    """What is trained."""
+    """The LoRA that is trained."""
     train: TrainSettings = TrainSettings()
-    """How long and in which portions."""
+    """Training method, length and batch size."""
     teacher: TeacherSettings = TeacherSettings()
-    """What trajectory_imitation imitates."""
+    """The trajectories that trajectory_imitation imitates."""
     timesteps: TimestepSettings = TimestepSettings()
-    """Which noise levels are trained, and how much each of them counts."""
+    """Noise levels of the training, and their loss weights."""
     guidance: GuidanceSettings = GuidanceSettings()
     """Changes to the target of the loss."""
     preserve: PreserveSettings = PreserveSettings()
-    """Keeping what the model knows."""
+    """Preservation of what the model draws without the LoRA."""
     optimizer: OptimizerSettings = OptimizerSettings()
-    """How weights follow gradients."""
+    """Optimizer and its hyperparameters."""
     schedule: ScheduleSettings = ScheduleSettings()
     """The learning rate over the run."""
     ema: EmaSettings = EmaSettings()
-    """Averaged weights."""
+    """Exponential moving average of the weights."""
     memory: MemorySettings = MemorySettings()
-    """What may be spent to fit the device."""
+    """Memory budget, activation checkpointing and offloading."""
     sample: SampleSettings = SampleSettings()
-    """Previews."""
+    """Previews: images that are drawn during the run."""
     validation: ValidationSettings = ValidationSettings()
-    """Loss on images that are held out."""
+    """Loss on held-out images."""
     save: SaveSettings = SaveSettings()
     """Checkpoints and exported LoRAs."""
     log: LogSettings = LogSettings()
-    """Where numbers go besides metrics.jsonl."""
+    """Loggers in addition to metrics.jsonl."""
 
     @model_validator(mode="before")
     @classmethod
@@ -323,50 +331,51 @@ class Config(Section):
     @model_validator(mode="after")
     def _method_fits(self) -> Self:
         model = self.model
-        if why := methods.method_error(self.train.method, model.variant, model.adapter, self.lora.init_from, self.data):
-            raise why
+        error = methods.method_error(self.train.method, model.variant, model.adapter, self.lora.init_from, self.data)
+        if error is not None:
+            raise error
         return self
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:
-        without = [i for i, entry in enumerate(self.data) if not entry.trigger and not entry.regularization]
-        if self.preserve.kind == "trigger" and without:
-            where = f"data.{without[0]}.trigger"
-            raise ConflictError("preserve.kind: trigger replaces the trigger", f"set {where}, or use blank")
+        if self.preserve.kind == "trigger":
+            for index, entry in enumerate(self.data):
+                if not entry.trigger and not entry.regularization:
+                    hint = f"set data.{index}.trigger, or use blank"
+                    raise ConflictError("preserve.kind: trigger needs the trigger of every concept", hint)
         if all(entry.regularization for entry in self.data):
-            raise ConflictError("data: every folder is for regularization", "one must show the concept")
-        literal = [i for i, one in enumerate(self.sample.prompts) if "[trigger]" in one.prompt]
-        if literal:
-            raise ConflictError(
-                f"sample.prompts.{literal[0]} has [trigger], which is for captions", "write the word itself"
-            )
+            raise ConflictError("data: every entry is for regularization", "one must show the concept")
+        for index, preview in enumerate(self.sample.prompts):
+            if "[trigger]" in preview.prompt:
+                message = f"sample.prompts.{index} has [trigger], which is for captions"
+                raise ConflictError(message, "write the word itself")
         if self.sample.weights == "ema" and self.ema.decay is None:
-            raise ConflictError("sample.weights: ema needs ema.decay")
+            raise ConflictError("sample.weights: ema needs ema.decay", "set ema.decay, or use raw")
         return self
 
     @field_validator("name")
     @classmethod
     def _plain_name(cls, value: str) -> str:
         if not re.fullmatch(NAME, value) or value != value.strip() or value.endswith("."):
-            raise SettingError(
-                f"is {value!r}",
+            hint = (
                 "begin with a letter, digit or _, go on with these, spaces, dots, + and -, and end with neither space "
-                "nor dot",
+                "nor dot"
             )
+            raise SettingError(f"is {value!r}", hint)
         if re.search(r"-\d+$", value):
             raise SettingError(f"is {value!r}", "it may not end in -digits, which marks the LoRA of a step")
         if is_device_name(value):
-            raise SettingError(f"is {value!r}", "Windows keeps this name for a device, so no folder there can have it")
-        if len(value.encode()) > NAME_BYTES:
-            raise SettingError(f"has {len(value.encode())} bytes", f"{NAME_BYTES} are the most")
+            raise SettingError(f"is {value!r}", "Windows reserves this name for a device; choose another")
+        if len(value.encode()) > MAX_NAME_BYTES:
+            raise SettingError(f"has {len(value.encode())} bytes", f"{MAX_NAME_BYTES} are the most")
         return value
 
     @property
     def method(self) -> methods.TrainingMethod:
-        """Return what is known of `train.method`."""
+        """The properties of `train.method`."""
         return methods.METHODS[self.train.method]
 
     @property
     def triggers(self) -> list[str]:
-        """Every word that stands for a concept, once, in the order of `data`."""
+        """The triggers of all concepts, each once, in the order of `data`."""
         return list(dict.fromkeys(entry.trigger for entry in self.data if entry.trigger))

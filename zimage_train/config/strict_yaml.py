@@ -1,7 +1,8 @@
-"""YAML without surprises: text to plain values, and the line of every key.
+"""A strict reader and a writer of YAML, with the line of every key.
 
-YAML 1.2's core types only: `no` and `12:30` are text, `010` is ten, `1e-4` is a number. Duplicate keys, several
-documents, tags, merge keys, anchors that grow without end and characters that no file can hold are refused.
+Only the core types of YAML 1.2 are read: `no` and `12:30` are text, `010` is ten, `1e-4` is a number. Duplicate keys,
+several documents, tags, merge keys, anchors that unfold to too many values, and characters that no text can hold are
+refused.
 """
 
 import re
@@ -11,6 +12,7 @@ from typing import Any, cast
 import yaml
 
 KeyPath = tuple[str | int, ...]
+"""Keys and indices from the top of a document to a value, such as `("data", 0, "folder")`."""
 
 MAX_BYTES = 1_000_000
 MAX_NODES = 50_000
@@ -26,25 +28,33 @@ _JSON_TOKEN = re.compile(r'"(?:\\.|[^"\\\n])*"|//[^\n]*|/\*.*?\*/|\t', re.DOTALL
 _SURROGATE_PAIR = re.compile(r"\\u([dD][89abAB][0-9a-fA-F]{2})\\u([dD][c-fC-F][0-9a-fA-F]{2})")
 _NOT_TEXT = re.compile("[\0\ud800-\udfff]")
 LONGEST_NUMBER = 100
-"""Characters; what is longer is text, and so an error wherever a number is expected."""
+"""Characters of a number. A longer one is read as text, since `int` refuses more than 4300 digits."""
 
 
 class YamlError(Exception):
-    """What is wrong with the text, and in which line (from 1; 0: the whole file)."""
+    """An error in a text; `line` counts from 1, and 0 means the whole file."""
 
-    def __init__(self, line: int, what: str, path: KeyPath = (), code: str = "bad-yaml") -> None:
-        super().__init__(what)
-        self.line, self.what, self.path, self.code = line, what, path, code
+    code, hint = "bad-yaml", "correct it"
+
+    def __init__(self, line: int, message: str, path: KeyPath = ()) -> None:
+        super().__init__(message)
+        self.line, self.message, self.path = line, message, path
+
+
+class DuplicateKeyError(YamlError):
+    """A key that is given twice in a section; the first value is kept."""
+
+    code, hint = "duplicate-key", "remove one of them"
 
 
 @dataclass
 class YamlDocument:
-    """Plain values, and the line in which each of them stands."""
+    """A document as plain values, and the line of each."""
 
     value: Any = None
     lines: dict[KeyPath, int] = field(default_factory=dict)
     names: dict[KeyPath, str] = field(default_factory=dict)
-    """What a place is called in the file, where that is not its path."""
+    """Name of a value in the file, if that is not its path: the key of another trainer's config."""
     problems: list[YamlError] = field(default_factory=list)
 
 
@@ -52,8 +62,9 @@ def parse(text: str) -> YamlDocument:
     """Parse one YAML document; duplicate keys are collected as problems, anything worse is raised.
 
     Raises:
-        YamlProblem: the text is not a YAML document that this reader takes.
+        YamlError: the text is not valid YAML, or is refused.
     """
+    # Composed to nodes only, which have lines and the text of each scalar; PyYAML's own types are those of YAML 1.1.
     if "\0" in text:
         raise YamlError(0, "contains NUL bytes, so it is not a text file")
     try:
@@ -92,7 +103,7 @@ def _join_surrogates(high: int, low: int) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses every tag that is written out, on keys and on values; `!!str 5` would have to be text, and is not."""
+    """A loader that refuses explicit tags, which `_Builder` would ignore: `!!str 5` would be a number."""
 
     depth = 0
 
@@ -112,6 +123,8 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Builder:
+    """Builds plain values from nodes, and records lines and problems in a document."""
+
     def __init__(self, document: YamlDocument) -> None:
         self.document = document
         self.num_nodes = 0
@@ -138,19 +151,19 @@ class _Builder:
             if not isinstance(key_node, yaml.ScalarNode) or _NOT_TEXT.search(key_node.value):
                 raise YamlError(line, "a key must be plain text", path)
             key = str(key_node.value)
-            here = (*path, key)
+            key_path = (*path, key)
             if key in result:
-                first = self.document.lines[here]
-                twice = YamlError(line, f"given twice, first in line {first}", here, "duplicate-key")
-                self.document.problems.append(twice)
+                first_line = self.document.lines[key_path]
+                message = f"given twice, first in line {first_line}"
+                self.document.problems.append(DuplicateKeyError(line, message, key_path))
                 continue
-            self.document.lines[here] = line
-            result[key] = self.build(value_node, here)
+            self.document.lines[key_path] = line
+            result[key] = self.build(value_node, key_path)
         return result
 
 
 def plain_value(text: str) -> Any:
-    """The value of an unquoted scalar by YAML 1.2's core schema."""
+    """Return the value of an unquoted scalar by the core schema of YAML 1.2."""
     if _NULL.match(text):
         return None
     if _BOOL.match(text):
@@ -167,17 +180,19 @@ def plain_value(text: str) -> Any:
 
 
 class _Dumper(yaml.SafeDumper):
+    """A dumper that writes equal lists and sections in full, without anchors."""
+
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
 
 def _represent_text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
-    """Quote what this reader would not take for text, such as `1e-4`, which plain PyYAML leaves bare.
-
-    Line breaks and what cannot be printed are escaped: PyYAML loses U+0085 in single quotes.
-    """
-    style = None if isinstance(plain_value(value), str) else "'"
-    style = style if value.isprintable() else '"'
+    """Represent a text with the quotes that it needs, so that this reader and PyYAML read it as the same text."""
+    style = None
+    if not isinstance(plain_value(value), str):
+        style = "'"  # such as `1e-4`, a number here, which PyYAML would leave without quotes
+    if not value.isprintable():
+        style = '"'  # escapes line breaks and control characters; PyYAML loses U+0085 in single quotes
     return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=style)
 
 
@@ -185,5 +200,5 @@ _Dumper.add_representer(str, _represent_text)
 
 
 def dump(value: Any) -> str:
-    """Write plain values as block style YAML that this reader and plain PyYAML read back with the same types."""
+    """Return plain values as YAML in block style, which this reader and PyYAML read back with the same types."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1000)

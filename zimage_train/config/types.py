@@ -1,4 +1,4 @@
-"""The kinds of value that settings have, beyond plain numbers and text, and what all sections have in common."""
+"""Types of settings that several sections use, their errors, and the base class of all sections."""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -6,9 +6,9 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
 Quantization = Literal["fp8", "int8", "nf4"]
-"""How frozen weights are quantised."""
+"""Formats of quantised frozen weights."""
 RecomputeMode = Literal["none", "elementwise", "w1w3", "attention", "full"]
-"""What a block recomputes in the backward pass, from nothing to everything; see models/checkpointing.py."""
+"""Modes of activation checkpointing, from nothing recomputed to everything; see models/checkpointing.py."""
 RECOMPUTE_MODES: tuple[RecomputeMode, ...] = get_args(RecomputeMode)
 ScheduleName = Literal[
     "constant", "constant_with_warmup", "cosine", "cosine_with_restarts", "linear", "polynomial", "step", "rex",
@@ -16,10 +16,11 @@ ScheduleName = Literal[
 ]  # fmt: skip
 
 STRICT = ConfigDict(strict=True, allow_inf_nan=False)
+"""Without conversions: `"8"` is no number, and 8.0 no whole number."""
 
 
 class SettingError(ValueError):
-    """Why a value cannot be: what was found, and what to do about it (empty: nothing that is not plain from it)."""
+    """An invalid value: what was found, and what to do about it, empty if that is obvious."""
 
     code = "bad-value"
 
@@ -29,18 +30,20 @@ class SettingError(ValueError):
 
 
 class ConflictError(SettingError):
-    """Settings each of which could be, but not together."""
+    """Settings that are valid each, but not together."""
 
     code = "conflicting-settings"
 
 
 class UnknownParamError(SettingError):
-    """A name in `params` that the optimizer or the schedule does not have."""
+    """A name in `params` that the optimizer or schedule does not have."""
 
     code = "unknown-key"
 
 
 class Section(BaseModel):
+    """A section of the config: strict, frozen, without unknown keys, and with docstrings as descriptions."""
+
     model_config = STRICT | ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
@@ -49,12 +52,15 @@ def _as_list(value: object) -> object:
 
 
 def as_prompt(value: object) -> object:
-    """`text` stands for `{prompt: text}`."""
+    """Return `{prompt: text}` for `text`, and any other value as it is."""
     return {"prompt": value} if isinstance(value, str) else value
 
 
 def as_lora(value: object) -> object:
-    """`FILE` and `FILE=WEIGHT` stand for `{file: FILE, weight: WEIGHT}`; a file whose own name has a `=` wins."""
+    """Return `{file, weight}` for `FILE` or `FILE=WEIGHT`, and any other value as it is.
+
+    A text that is the path of a file is taken as such, even if it has a `=`.
+    """
     if not isinstance(value, str):
         return value
     file, equals, weight = value.rpartition("=")
@@ -63,7 +69,7 @@ def as_lora(value: object) -> object:
     try:
         return {"file": file, "weight": float(weight)}
     except ValueError:
-        return {"file": file, "weight": weight}  # whose message says that it is no number
+        return {"file": file, "weight": weight}  # the schema reports that it is no number
 
 
 def _multiple_of_16(value: int) -> int:
@@ -94,16 +100,19 @@ SCHEDULE_PARAMS: dict[ScheduleName, dict[str, Any]] = {
     "rex": _END,
     "one_cycle": _END | {"start_factor": Annotated[float, Field(gt=0.0, le=1.0)], "peak_at": Share},
 }
-"""What `schedule.params` may hold for each schedule."""
+"""Schedule -> the keys that `schedule.params` may have, with their types."""
 
 
 def check_params(params: dict[str, Any], known: dict[str, Any], owner: str) -> dict[str, Any]:
-    """`params`, when each of them is one that `owner` has, and of its kind.
+    """Return `params`, validated against the types in `known`.
+
+    Args:
+        owner: the optimizer or schedule, for messages.
 
     Raises:
-        SettingError: names the first that is not.
+        SettingError: a name is unknown, or a value is invalid; names the first.
     """
-    checked = {}
+    checked: dict[str, Any] = {}
     for key, value in params.items():
         if key not in known:
             choices = f"it has {', '.join(sorted(known))}" if known else "it has no params"
@@ -113,7 +122,7 @@ def check_params(params: dict[str, Any], known: dict[str, Any], owner: str) -> d
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             message = first["msg"]
-            if first["type"] in ("too_short", "too_long"):  # every list has one length
+            if first["type"] in ("too_short", "too_long"):  # lists have a fixed length, such as 2 betas
                 limits = first.get("ctx", {})
                 message = f"{limits.get('min_length', limits.get('max_length'))} numbers"
             raise SettingError(f"{key} is {value!r}", f"expected {message.removeprefix('Input should be ')}") from None

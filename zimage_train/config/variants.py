@@ -1,4 +1,4 @@
-"""The members of the Z-Image family: one row of one table each (torch-free)."""
+"""The members of the Z-Image family, and the published files of each (torch-free)."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -8,22 +8,22 @@ VariantName = Literal["turbo", "deturbo", "base"]
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """What differs between the checkpoints; the graph is the same for all of them."""
+    """The properties of a member; the architecture is the same for all."""
 
     transformer: str
     """Hub repository of the transformer."""
     extras: str
     """Hub repository of the text encoder, tokenizer and VAE."""
     adapter: str | None
-    """The training adapter that is merged unless the config says otherwise."""
+    """Default of `model.adapter`."""
     shift: float
-    """Static shift of the sampling schedule."""
+    """Shift of the sampling schedule, independent of resolution."""
     steps: int
-    """Sampling steps of previews."""
+    """Default sampling steps."""
     guidance: float
-    """Guidance g of previews, as in `pos + g (pos - neg)`; the usual CFG scale is g + 1."""
+    """Default guidance g, as in `pos + g (pos - neg)`; the usual CFG scale is g + 1."""
     comfyui: str
-    """File name of the transformer in ComfyUI's `models/diffusion_models`, as its publishers call it."""
+    """File name of the transformer as published for ComfyUI's `models/diffusion_models`."""
 
 
 VARIANTS: dict[str, Variant] = {
@@ -60,9 +60,10 @@ ADAPTERS = {
     "v1": "ostris/zimage_turbo_training_adapter/zimage_turbo_training_adapter_v1.safetensors",
     "v2": "ostris/zimage_turbo_training_adapter/zimage_turbo_training_adapter_v2.safetensors",
 }
+"""Short name of a training adapter -> its file on the hub."""
 
 NAMED_LORAS = {"distillpatch": "DiffSynth-Studio/Z-Image-Turbo-DistillPatch/model.safetensors"}
-"""LoRAs that a short name stands for: one that gives Turbo its 8 steps back after a training without adapter."""
+"""Short name -> LoRA on the hub. distillpatch restores the 8 steps of Turbo after a training without adapter."""
 
 DOWNLOAD_GB = {"transformer": 12.3, "text encoder": 8.0, "VAE": 0.2, "adapter": 0.6}
-"""What the published files take."""
+"""Sizes of the published files."""

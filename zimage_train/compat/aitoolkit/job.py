@@ -10,7 +10,7 @@ from typing import Any
 
 from zimage_train.compat.aitoolkit.keys import FILE, KEYS, TYPOS
 from zimage_train.compat.aitoolkit.rules import HandledHere, Mapped, Refused, Row, WithoutEffect
-from zimage_train.config import load
+from zimage_train.config import load, validation_errors
 from zimage_train.config.key_names import dotted_key
 from zimage_train.config.strict_yaml import KeyPath, YamlDocument
 from zimage_train.errors import Location, Problem
@@ -94,14 +94,14 @@ class AIToolkitJob:
         if isinstance(value, dict):
             self.sections.add(self.name(here))
         elif value is not None:
-            self.refuse(self.name(here), f"is {load.format_value(value)}", "expected a section")
+            self.refuse(self.name(here), f"is {validation_errors.format_value(value)}", "expected a section")
         return self.read_section(below, value if isinstance(value, dict) else {}, here)
 
     def _read_list(self, tree: KeyTree, value: Any, path: KeyPath) -> list[dict[str, Any]] | None:
         if value is None:
             return None
         if not isinstance(value, list) or not all(isinstance(one, dict) for one in value):
-            self.refuse(self.name(path), f"is {load.format_value(value)}", "expected a list of sections")
+            self.refuse(self.name(path), f"is {validation_errors.format_value(value)}", "expected a list of sections")
             return None
         return [self.read_section(tree, one, (*path, index)) for index, one in enumerate(value)]
 
@@ -114,12 +114,12 @@ class AIToolkitJob:
             try:
                 return row.read(value)
             except ValueError as error:
-                self.refuse(key, f"is {load.format_value(value)}", f"expected {error}")
+                self.refuse(key, f"is {validation_errors.format_value(value)}", f"expected {error}")
                 return row.default
         if value is None or value in row.neutral:
             return None
         if isinstance(row, Refused):
-            self.refuse(key, f"is {load.format_value(value)} ({row.why})", row.todo)
+            self.refuse(key, f"is {validation_errors.format_value(value)} ({row.why})", row.todo)
         elif isinstance(row, WithoutEffect):
             self.left_out.setdefault(("no effect in AI Toolkit either", row.why), []).append(key)
         elif isinstance(row, HandledHere):
@@ -177,12 +177,12 @@ def _with_name(value: Any, name: str) -> Any:
 
 def _only_process(job: AIToolkitJob, processes: Any) -> dict[str, Any]:
     if not isinstance(processes, list) or not processes:
-        job.refuse("config.process", f"is {load.format_value(processes)}", "give a list of one process")
+        job.refuse("config.process", f"is {validation_errors.format_value(processes)}", "give a list of one process")
         return {}
     if len(processes) > 1:
         job.refuse("config.process", f"has {len(processes)} processes", "give each of them a job of its own")
     if not isinstance(processes[0], dict):
-        job.refuse("config.process.0", f"is {load.format_value(processes[0])}", "expected a section")
+        job.refuse("config.process.0", f"is {validation_errors.format_value(processes[0])}", "expected a section")
         return {}
     return processes[0]
 
