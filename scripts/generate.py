@@ -189,7 +189,7 @@ def _fate(row: Row) -> str:
     if isinstance(row, HandledHere):
         return f"left out: {row.why}"
     passing = [] if row.neutral == OFF else [f"`{json.dumps(value)}`" for value in row.neutral]
-    return f"refused, but for {', '.join(passing)}: {row.why}" if passing else f"refused: {row.why}; {row.todo}"
+    return f"refused, but for {', '.join(passing)}: {row.why}" if passing else f"refused: {row.why}; {row.hint}"
 
 
 FITS = "**Predicted**, not measured"

@@ -367,7 +367,7 @@ def test_refused_keys(key: str, refused):
     values = job(**{key: "odd"})
     lines = strict_yaml.dump(values).splitlines()
     line = next(number for number, text in enumerate(lines, 1) if "odd" in text)
-    assert refused(values) == [f"job.yaml:{line}: {shown}: is 'odd' (text) ({row.why}); {row.todo}"]
+    assert refused(values) == [f"job.yaml:{line}: {shown}: is 'odd' (text) ({row.why}); {row.hint}"]
 
 
 # Whole jobs

@@ -1,1 +1,1 @@
-"""Other trainers' configs."""
+"""Configs of other trainers."""

@@ -1,1 +1,1 @@
-"""Jobs of AI Toolkit, read as configs."""
+"""Conversion of the jobs of AI Toolkit (ostris/ai-toolkit)."""

@@ -35,36 +35,39 @@ def convert_job(path: Path, text: str, overrides: Sequence[str] = ()) -> ConfigW
         ConfigError: lists every problem.
     """
     job = read_job(path, text)
-    return None if job is None else ConfigWithNotes(_settle(job, overrides), notes_of(job))
+    if job is None:
+        return None
+    document = YamlDocument(job_values(job))
+    document.lines, document.names = _origins(job)
+    config = load.load_document(job.path, document, overrides, job.problems)
+    return ConfigWithNotes(config, notes_of(job))
 
 
 def write_config(config: Config, notes: list[str], source: Path) -> str:
-    """The text of an imported config: where it is from, what there is to say, every setting."""
-    head = [f"# Imported from {source.name}, a job of AI Toolkit.", *(f"# {note}" for note in notes)]
-    return "\n".join([*(" ".join(line.split()) for line in head), "", load.dump_config(config)])
+    """Return the text of an imported config: its source and the notes as comments, then all settings."""
+    comments = [f"# Imported from {source.name}, a job of AI Toolkit.", *(f"# {note}" for note in notes)]
+    one_line_each = [" ".join(comment.split()) for comment in comments]
+    return "\n".join([*one_line_each, "", load.dump_config(config)])
 
 
 def notes_of(job: AIToolkitJob) -> list[str]:
-    """One line for each thing that its owner would not expect, and one for each reason to leave keys out."""
-    return job.notes + [f"{what}: {', '.join(keys)} ({why})" for (what, why), keys in job.left_out.items()]
-
-
-def _settle(job: AIToolkitJob, overrides: Sequence[str]) -> Config:
-    document = YamlDocument(job_values(job))
-    document.lines, document.names = _places(job)
-    return load.load_document(job.path, document, overrides, job.problems)
+    """Return the notes of a conversion, and one line for each reason why keys are left out."""
+    lines = list(job.notes)
+    for (consequence, reason), keys in job.left_out.items():
+        lines.append(f"{consequence}: {', '.join(keys)} ({reason})")
+    return lines
 
 
 def job_values(job: AIToolkitJob) -> Values:
-    """Plain values of the config that `job` becomes; what is wrong with them is added to the job's problems."""
+    """Return the plain values of the config that `job` becomes, and add its problems and notes to `job`."""
     if job.values["name"] is None:
         job.refuse("config.name", "is missing", "name the run", "missing-key")
     if job.values["training_folder"] is None:
         job.refuse("training_folder", "is missing", "name the folder that holds the run folders", "missing-key")
     model = model_section(job)
     variant = model["variant"]
-    optimizer = optimizers.optimizer(job)
-    joint = {
+    optimizer = optimizers.optimizer_section(job)
+    derived = {
         "name": job.values["name"] or "missing",
         "model": model,
         "data": data_section(job),
@@ -74,70 +77,73 @@ def job_values(job: AIToolkitJob) -> Values:
         "guidance": guidance_section(job),
         "preserve": preserve_section(job),
         "optimizer": optimizer,
-        "schedule": optimizers.schedule(job, optimizer.get("lr") or 1.0),
+        "schedule": optimizers.schedule_section(job, optimizer.get("lr") or 1.0),
         "ema": ema_section(job),
-        "sample": previews.sample(job, variant),
+        "sample": previews.sample_section(job, variant),
         "save": save_section(job),
         "log": log_section(job),
     }
-    return _merged(_alone(job), joint)
+    return _merge(_independent_values(job), derived)
 
 
-def _alone(job: AIToolkitJob) -> Values:
-    """The settings that one key decides by itself."""
+def _independent_values(job: AIToolkitJob) -> Values:
+    """Return the settings that depend on one key only."""
     values: Values = {"data": [{} for _ in job.values["datasets"] or [None]]}
     for key, row in KEYS.items():
         if not isinstance(row, Mapped) or row.derived:
             continue
         if key.startswith("datasets[]."):
             name = key.removeprefix("datasets[].")
-            for there, entry in zip(job.values["datasets"] or [], values["data"], strict=False):
-                entry[row.to.removeprefix("data[].")] = there[name]
+            for dataset, entry in zip(job.values["datasets"] or [], values["data"], strict=False):
+                entry[row.to.removeprefix("data[].")] = dataset[name]
             continue
-        there: Any = job.values
+        value: Any = job.values
         for part in key.split("."):
-            there = there[part]
+            value = value[part]
+        if value is None:
+            continue
         *sections, name = row.to.split(".")
-        place = values
+        section = values
         for part in sections:
-            place = place.setdefault(part, {})
-        if there is not None:
-            place[name] = there
+            section = section.setdefault(part, {})
+        section[name] = value
     return values
 
 
-def _merged(one: Values, other: Values) -> Values:
-    """Both, section by section, and entry by entry."""
-    result = dict(one)
-    for key, value in other.items():
+def _merge(first: Values, second: Values) -> Values:
+    """Return the values of both, with sections and entries of lists merged; those of `second` win."""
+    result = dict(first)
+    for key, value in second.items():
         if isinstance(value, dict):
-            value = _merged(result.get(key, {}), value)
+            value = _merge(result.get(key, {}), value)
         elif isinstance(value, list) and isinstance(result.get(key), list):
-            value = [_merged(first, second) for first, second in zip(result[key], value, strict=True)]
+            value = [_merge(entry, other_entry) for entry, other_entry in zip(result[key], value, strict=True)]
         result[key] = value
     return result
 
 
-def _places(job: AIToolkitJob) -> tuple[dict[KeyPath, int], dict[KeyPath, str]]:
-    """Line and name in the job for each setting that it decides, and for the sections of these."""
+def _origins(job: AIToolkitJob) -> tuple[dict[KeyPath, int], dict[KeyPath, str]]:
+    """Return line and name in the job for every setting that it sets, and for the sections of these."""
     lines: dict[KeyPath, int] = {(): 1}
     names: dict[KeyPath, str] = {}
     for key, path in job.mapped:
         row = KEYS[key]
         assert isinstance(row, Mapped)
-        for to in row.to.split(", ") if row.to else []:
-            ours, theirs = _numbered(to, path), path
-            while ours and ours not in names:
-                lines[ours] = job.line(theirs)
-                names[ours] = job.name(theirs)
-                ours, theirs = ours[:-1], theirs[:-1]
+        for setting in row.to.split(", ") if row.to else []:
+            setting_path, job_path = _with_index(setting, path), path
+            while setting_path and setting_path not in names:
+                lines[setting_path] = job.line(job_path)
+                names[setting_path] = job.name(job_path)
+                setting_path, job_path = setting_path[:-1], job_path[:-1]
     return lines, names
 
 
-def _numbered(to: str, path: KeyPath) -> KeyPath:
-    """`data[].flip` for the second dataset -> (`data`, 1, `flip`)."""
-    number = next((part for part in reversed(path) if isinstance(part, int)), 0)
-    numbered: list[str | int] = []
-    for part in to.split("."):
-        numbered += [part.removesuffix("[]"), number] if part.endswith("[]") else [part]
-    return tuple(numbered)
+def _with_index(setting: str, path: KeyPath) -> KeyPath:
+    """Return the path of a setting with the index of the key at `path`: (`data`, 1, `flip`) for `data[].flip`."""
+    index = next((part for part in reversed(path) if isinstance(part, int)), 0)
+    parts: list[str | int] = []
+    for part in setting.split("."):
+        parts.append(part.removesuffix("[]"))
+        if part.endswith("[]"):
+            parts.append(index)
+    return tuple(parts)

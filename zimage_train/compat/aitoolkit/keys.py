@@ -1,4 +1,4 @@
-"""The table: every key of an AI Toolkit job, and what becomes of it.
+"""The table of all keys of an AI Toolkit job, and how each is converted.
 
 Names and defaults are those of its classes at version 0.12.26 (ostris/ai-toolkit 27a03a9), not those of its web form.
 """
@@ -23,7 +23,7 @@ from zimage_train.compat.aitoolkit.rules import (
 
 _FLOAT_TYPES = {"bf16": "bf16", "bfloat16": "bf16", "fp32": "fp32", "float32": "fp32", "float": "fp32"}
 DTYPES = _FLOAT_TYPES | {"fp16": "fp16", "float16": "fp16", "half": "fp16"}
-"""There is no fp16 here; parts.py says what it becomes."""
+"""AI Toolkit's names of dtypes. There is no fp16 here; sections.py converts it to bf16."""
 
 PLANNER = "the planner fits the run to the card; see memory and model.quantize"
 LOGS = "a run keeps its own logs, in its folder"
@@ -373,13 +373,13 @@ SAMPLE: dict[str, Row] = {
 }
 
 KEYS = FILE | PROCESS | NETWORK | SAVE | TRAIN | MODEL | DATASETS | SAMPLE | LOGGING
-"""Every key by its path below the process; `[]` stands for each entry of a list."""
+"""All keys by their path below the process; `[]` stands for each entry of a list."""
 
 FLAGS = {
     "w": "width", "h": "height", "d": "seed", "seed": "seed", "n": "neg", "l": "guidance_scale",
     "cfg": "guidance_scale", "s": "sample_steps", "steps": "sample_steps",
 }  # fmt: skip
-"""Flags of prompts, such as `--w 768`, and the key of the prompt that each of them sets."""
+"""Flag of a prompt, such as `--w 768` -> the key of the prompt that it sets."""
 FLAGS_LEFT_OUT = {
     **dict.fromkeys(("m", "network_multiplier"), PREVIEW_STRENGTH),
     **dict.fromkeys(("frames", "num_frames", "fps"), STILL),
@@ -387,7 +387,7 @@ FLAGS_LEFT_OUT = {
     **dict.fromkeys(("p2", "n2"), "Z-Image has one text encoder"),
     **dict.fromkeys(("gr", "a", "ref", "ev", "extra_values"), "is for other models"),
 }
-"""Flags that change nothing here, and why."""
+"""Flag that is left out -> the reason."""
 
 TYPOS = {
     "learning_rate": "lr", "max_train_steps": "steps", "num_train_steps": "steps", "network_dim": "linear",
@@ -395,4 +395,4 @@ TYPOS = {
     "caption_dropout_rate", "trigger": "trigger_word", "shuffle_caption": "shuffle_tokens", "gradient_accumulate":
     "gradient_accumulation", "scheduler": "lr_scheduler", "negative": "neg", "save_dtype": "dtype",
 }  # fmt: skip
-"""Names that others use for a key: only for the hint beside an unknown one."""
+"""Name of a key in other trainers -> AI Toolkit's name, for the hints of unknown keys."""

@@ -1,4 +1,4 @@
-"""AI Toolkit's optimizers and schedules by name, with the defaults that each of them has there."""
+"""AI Toolkit's optimizers and learning-rate schedules by name, with their defaults there."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -6,15 +6,16 @@ from typing import Any, NamedTuple
 from zimage_train.compat.aitoolkit.job import AIToolkitJob
 
 Values = dict[str, Any]
-EPS = 1e-6
+DEFAULT_EPS = 1e-6
+"""AI Toolkit passes it to the Adams, in place of the library's default."""
 
 
 class OptimizerMapping(NamedTuple):
-    """An optimizer here, and what one of AI Toolkit's names brings with it."""
+    """The optimizer for one of AI Toolkit's names, with the defaults there."""
 
     name: str
     weight_decay: float = 0.0
-    eps: float | None = EPS
+    eps: float | None = DEFAULT_EPS
     note: str = ""
 
 
@@ -37,41 +38,45 @@ OPTIMIZERS = {
     "automagic": OptimizerMapping("automagic", eps=None, note=_AUTOMAGIC),
     "automagic2": OptimizerMapping("automagic", eps=None, note=_AUTOMAGIC),
 }
-"""Weight decay is each library's default, which holds there unless optimizer_params says otherwise."""
+"""AI Toolkit's name -> the optimizer. The weight decay is the default of the library that AI Toolkit uses."""
 PREFIXES = ("prodigy8bit", "prodigy")
-"""Every name that begins so is that optimizer there."""
+"""AI Toolkit takes every name that begins with one of these for that optimizer."""
 ADAFACTOR_SWITCHES = ("relative_step", "scale_parameter", "warmup_init")
-LEAST_PRODIGY_LR = 0.1
-MOST_AUTOMAGIC_LR, AUTOMAGIC_LR = 1e-3, 1e-6
+"""Parameters that AI Toolkit sets to false, as they are here; true is an unknown parameter."""
+MIN_PRODIGY_LR = 0.1
+MAX_AUTOMAGIC_LR, AUTOMAGIC_LR = 1e-3, 1e-6
 
 
-def optimizer(job: AIToolkitJob) -> Values:
-    there = job.values["train"]
-    name = there["optimizer"].lower()
-    name = next((prefix for prefix in PREFIXES if name.startswith(prefix)), name)
-    kind = OPTIMIZERS.get(name)
-    if kind is None:
-        todo = f"use one of {', '.join(OPTIMIZERS)}"
-        job.refuse("train.optimizer", f"is {there['optimizer']!r} (is not possible here)", todo)
+def optimizer_section(job: AIToolkitJob) -> Values:
+    train = job.values["train"]
+    name = train["optimizer"].lower()
+    for prefix in PREFIXES:
+        if name.startswith(prefix):
+            name = prefix
+            break
+    mapping = OPTIMIZERS.get(name)
+    if mapping is None:
+        message = f"is {train['optimizer']!r} (is not possible here)"
+        job.refuse("train.optimizer", message, f"use one of {', '.join(OPTIMIZERS)}", "unsupported-setting")
         return {}
-    if kind.note:
-        job.note("train.optimizer", f"{name} {kind.note}")
-    params = dict(there["optimizer_params"])
+    if mapping.note:
+        job.note("train.optimizer", f"{name} {mapping.note}")
+    params = dict(train["optimizer_params"])
     if name == "adafactor":
         params = {key: value for key, value in params.items() if key not in ADAFACTOR_SWITCHES or value}
-    weight_decay = params.pop("weight_decay", kind.weight_decay)
-    eps = {} if kind.eps is None else {"eps": kind.eps}
-    return {"name": kind.name, "lr": used_lr(job), "weight_decay": weight_decay, "params": eps | params}
+    weight_decay = params.pop("weight_decay", mapping.weight_decay)
+    defaults = {} if mapping.eps is None else {"eps": mapping.eps}
+    return {"name": mapping.name, "lr": used_lr(job), "weight_decay": weight_decay, "params": defaults | params}
 
 
 def used_lr(job: AIToolkitJob) -> float:
-    """`train.lr`, or 1 for a Prodigy that is given less than 0.1."""
-    there = job.values["train"]
-    lr = there["lr"]
-    if there["optimizer"].lower().startswith("prodigy") and lr < LEAST_PRODIGY_LR:
+    """Return the learning rate: `train.lr`, unless the optimizer estimates the rate and is given that of another."""
+    train = job.values["train"]
+    lr, name = train["lr"], train["optimizer"].lower()
+    if name.startswith("prodigy") and lr < MIN_PRODIGY_LR:
         job.note("train.lr", f"is {lr:g}, and 1 here: prodigy finds the rate itself; AI Toolkit multiplies the two")
         return 1.0
-    if there["optimizer"].lower().startswith("automagic") and lr > MOST_AUTOMAGIC_LR:
+    if name.startswith("automagic") and lr > MAX_AUTOMAGIC_LR:
         job.note("train.lr", f"is {lr:g}, and {AUTOMAGIC_LR:g} here, as there: automagic finds the rate itself")
         return AUTOMAGIC_LR
     return lr
@@ -79,7 +84,8 @@ def used_lr(job: AIToolkitJob) -> float:
 
 def _constant(job: AIToolkitJob, params: Values, lr: float) -> Values:
     if params.get("factor", 1) != 1:
-        job.refuse("train.lr_scheduler_params.factor", "scales the whole run", "change train.lr instead")
+        hint = "change train.lr instead"
+        job.refuse("train.lr_scheduler_params.factor", "scales the whole run", hint, "unsupported-setting")
     return {"name": "constant"}
 
 
@@ -99,9 +105,11 @@ def _linear(job: AIToolkitJob, params: Values, lr: float) -> Values:
     elif start is None:
         job.note("train.lr_scheduler", "linear begins at lr here; AI Toolkit's begins at a third of it")
     elif start != 1:
-        job.refuse("train.lr_scheduler_params.start_factor", f"is {start}", "set it to 1, or use constant_with_warmup")
-    default = 0.0 if start is None else 1.0
-    return {"name": "linear", "params": {"end_factor": default if end is None else end}}
+        hint = "set it to 1, or use constant_with_warmup"
+        job.refuse("train.lr_scheduler_params.start_factor", f"is {start}", hint, "unsupported-setting")
+    if end is None:
+        end = 0.0 if start is None else 1.0
+    return {"name": "linear", "params": {"end_factor": end}}
 
 
 def _constant_with_warmup(job: AIToolkitJob, params: Values, lr: float) -> Values:
@@ -110,23 +118,27 @@ def _constant_with_warmup(job: AIToolkitJob, params: Values, lr: float) -> Value
 
 
 def _step(job: AIToolkitJob, params: Values, lr: float) -> Values:
-    _stops_there(job, "step")
-    every = {"every": params["step_size"]} if "step_size" in params else {}
-    return {"name": "step", "params": every | {"factor": params.get("gamma", 0.1)}}
+    _note_fails_there(job, "step")
+    step_params: Values = {}
+    if "step_size" in params:
+        step_params["every"] = params["step_size"]
+    step_params["factor"] = params.get("gamma", 0.1)
+    return {"name": "step", "params": step_params}
 
 
 def _polynomial(job: AIToolkitJob, params: Values, lr: float) -> Values:
-    _stops_there(job, "polynomial")
-    shape = {"power": params.get("power", 1.0), "end_factor": params.get("lr_end", 1e-7) / lr}
-    return {"name": "polynomial", "warmup_steps": params.get("num_warmup_steps", 0), "params": shape}
+    _note_fails_there(job, "polynomial")
+    polynomial_params = {"power": params.get("power", 1.0), "end_factor": params.get("lr_end", 1e-7) / lr}
+    return {"name": "polynomial", "warmup_steps": params.get("num_warmup_steps", 0), "params": polynomial_params}
 
 
-def _stops_there(job: AIToolkitJob, name: str) -> None:
+def _note_fails_there(job: AIToolkitJob, name: str) -> None:
     job.note("train.lr_scheduler", f"{name} stops AI Toolkit and works here")
 
 
-Schedule = Callable[[AIToolkitJob, Values, float], Values]
-SCHEDULES: dict[str, tuple[Schedule, tuple[str, ...]]] = {
+ConvertSchedule = Callable[[AIToolkitJob, Values, float], Values]
+"""Returns the settings of a schedule for (job, parameters, learning rate)."""
+SCHEDULES: dict[str, tuple[ConvertSchedule, tuple[str, ...]]] = {
     "constant": (_constant, ("factor",)),
     "constant_with_warmup": (_constant_with_warmup, ("num_warmup_steps",)),
     "cosine": (_cosine, ("eta_min",)),
@@ -135,21 +147,25 @@ SCHEDULES: dict[str, tuple[Schedule, tuple[str, ...]]] = {
     "step": (_step, ("step_size", "gamma")),
     "polynomial": (_polynomial, ("power", "lr_end", "num_warmup_steps")),
 }
-"""What makes a schedule of ours of one there, and the parameters it reads."""
+"""AI Toolkit's name -> the conversion of the schedule, and the parameters that it has there."""
 
 
-def schedule(job: AIToolkitJob, lr: float) -> Values:
-    there = job.values["train"]
-    name, params = there["lr_scheduler"], dict(there["lr_scheduler_params"])
+def schedule_section(job: AIToolkitJob, lr: float) -> Values:
+    train = job.values["train"]
+    name, params = train["lr_scheduler"], dict(train["lr_scheduler_params"])
     if name not in SCHEDULES:
-        todo = f"use one of {', '.join(SCHEDULES)}, or set schedule.name in the imported config"
-        job.refuse("train.lr_scheduler", f"is {name!r} (is not possible here)", todo)
+        hint = f"use one of {', '.join(SCHEDULES)}, or set schedule.name in the imported config"
+        job.refuse("train.lr_scheduler", f"is {name!r} (is not possible here)", hint, "unsupported-setting")
         return {}
     if params.pop("total_iters", None) is not None:
         job.note("train.lr_scheduler_params.total_iters", "is left out: train.steps counts, there too")
-    make, known = SCHEDULES[name]
-    wrong = [key for key, value in params.items() if key not in known or not isinstance(value, int | float)]
-    for key in wrong:
-        what, todo = ("is no number", "correct it") if key in known else (f"is unknown to {name}", "leave it out")
-        job.refuse(f"train.lr_scheduler_params.{key}", what, todo)
-    return {} if wrong else make(job, params, lr)
+    convert, param_names = SCHEDULES[name]
+    is_valid = True
+    for key, value in params.items():
+        if key not in param_names:
+            job.refuse(f"train.lr_scheduler_params.{key}", f"is unknown to {name}", "leave it out", "unknown-key")
+            is_valid = False
+        elif not isinstance(value, int | float):
+            job.refuse(f"train.lr_scheduler_params.{key}", "is no number", "correct it")
+            is_valid = False
+    return convert(job, params, lr) if is_valid else {}

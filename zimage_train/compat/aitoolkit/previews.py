@@ -1,4 +1,4 @@
-"""The previews of a job: prompts with their flags, sizes, seeds, and steps and guidance that all of them share."""
+"""The previews of a job: prompts with their flags, sizes and seeds, and the steps and guidance that they share."""
 
 import re
 from typing import Any
@@ -17,66 +17,69 @@ _FLAG = re.compile(
 TURBO_STEPS, MISCOUNTED_STEPS = 8, 9
 
 
-def sample(job: AIToolkitJob, variant: str) -> Values:
-    there, train = job.values["sample"], job.values["train"]
-    items = [_item(job, one, f"sample.samples.{number}") for number, one in enumerate(_samples(job))]
-    steps = _shared(job, items, "sample_steps", there["sample_steps"])
+def sample_section(job: AIToolkitJob, variant: str) -> Values:
+    sample, train = job.values["sample"], job.values["train"]
+    items = [_item(job, entry, f"sample.samples.{index}") for index, entry in enumerate(_entries(job))]
+    steps = _shared_value(job, items, "sample_steps", sample["sample_steps"])
     if variant == "turbo" and steps == MISCOUNTED_STEPS:
         job.note("sample.sample_steps", "9 becomes 8: older libraries counted a step that did nothing")
         steps = TURBO_STEPS
-    scale = _shared(job, items, "guidance_scale", there["guidance_scale"])
-    seed = _seed(job, there["seed"], "sample.seed")
-    own_seed = None if there["walk_seed"] else seed
+    cfg_scale = _shared_value(job, items, "guidance_scale", sample["guidance_scale"])
+    seed = _seed(job, sample["seed"], "sample.seed")
+    shared_seed = None if sample["walk_seed"] else seed
     return {
-        "every": None if train["disable_sampling"] else there["sample_every"],
+        "every": None if train["disable_sampling"] else sample["sample_every"],
         "first": not (train["skip_first_sample"] or train["disable_sampling"]),
-        "prompts": [_prompt(job, item, own_seed) for item in items],
-        "negative": there["neg"] or "",
-        "width": _side(there["width"]),
-        "height": _side(there["height"]),
+        "prompts": [_prompt(job, item, shared_seed) for item in items],
+        "negative": sample["neg"] or "",
+        "width": _side(sample["width"]),
+        "height": _side(sample["height"]),
         "steps": steps,
-        "guidance": round(max(0.0, scale - 1), 6),
+        "guidance": round(max(0.0, cfg_scale - 1), 6),
         "seed": 42 if seed is None else seed,
         "weights": "ema" if train["ema_config"]["use_ema"] else "raw",
     }
 
 
-def _samples(job: AIToolkitJob) -> list[Values]:
-    there = job.values["sample"]
-    if there["samples"] is None:
-        return [{"prompt": prompt} for prompt in there["prompts"]]
-    if there["prompts"]:
+def _entries(job: AIToolkitJob) -> list[Values]:
+    """Return the prompts of a job as entries of `sample.samples`, which wins over `sample.prompts`."""
+    sample = job.values["sample"]
+    if sample["samples"] is None:
+        return [{"prompt": prompt} for prompt in sample["prompts"]]
+    if sample["prompts"]:
         job.note("sample.prompts", "are left out: sample.samples wins, as in AI Toolkit")
-    return there["samples"]
+    return sample["samples"]
 
 
-def _item(job: AIToolkitJob, there: Values, key: str) -> Values:
-    """The keys of one prompt, by AI Toolkit's names; its flags win over them."""
-    if there["prompt"] is None:
-        job.refuse(f"{key}.prompt", "is missing", "give the prompt")
-    given = {name: value for name, value in there.items() if value is not None}
-    words, flags = split_flags(there["prompt"] or "missing")
+def _item(job: AIToolkitJob, entry: Values, key: str) -> Values:
+    """Return the keys of a prompt, by AI Toolkit's names, with those of its flags, which win, and its own name."""
+    if entry["prompt"] is None:
+        job.refuse(f"{key}.prompt", "is missing", "give the prompt", "missing-key")
+    item = {name: value for name, value in entry.items() if value is not None}
+    words, flags = split_flags(entry["prompt"] or "missing")
     for flag in flags.keys() & FLAGS_LEFT_OUT.keys():
         if FLAGS_LEFT_OUT[flag] == PREVIEW_STRENGTH and _number(flags[flag]) == 1:
             continue
         job.note(key, f"has the flag --{flag}, which is left out: {FLAGS_LEFT_OUT[flag]}")
     for flag in flags.keys() & FLAGS.keys():
         value = flags[flag]
-        given[FLAGS[flag]] = value if flag in _TEXT_FLAGS else _number(value)
+        item[FLAGS[flag]] = value if flag in _TEXT_FLAGS else _number(value)
     trigger = job.values["trigger_word"]
-    return given | {"prompt": words.replace("[trigger]", trigger) if trigger else words, "key": key}
+    return item | {"prompt": words.replace("[trigger]", trigger) if trigger else words, "key": key}
 
 
 def split_flags(prompt: str) -> tuple[str, dict[str, str]]:
-    """The words of a prompt, and its flags: `a cat --w 512` -> (`a cat`, {`w`: `512`}).
+    """Return the words and the flags of a prompt: `a cat`, {`w`: `512`} for `a cat --w 512`.
 
-    Two hyphens that begin no flag are part of the words, which AI Toolkit cuts off.
+    Two hyphens that begin no flag are part of the words. AI Toolkit cuts the prompt off there.
     """
-    found = list(_FLAG.finditer(prompt))
+    matches = list(_FLAG.finditer(prompt))
+    if not matches:
+        return prompt.strip(), {}
     flags: dict[str, str] = {}
-    words = prompt[: found[0].start()] if found else prompt
-    ends = [match.start() for match in found[1:]] + [len(prompt)]
-    for match, end in zip(found, ends, strict=bool(found)):
+    words = prompt[: matches[0].start()]
+    ends = [match.start() for match in matches[1:]] + [len(prompt)]
+    for match, end in zip(matches, ends, strict=True):
         rest = prompt[match.end() : end].strip()
         if match["text"]:
             flags[match["text"]] = rest
@@ -90,20 +93,19 @@ def _number(text: str) -> float:
     return int(text) if text.lstrip("-").isdecimal() else float(text)
 
 
-def _shared(job: AIToolkitJob, items: list[Values], name: str, otherwise: Any) -> Any:
-    """What all prompts agree on; if they do not, what holds for the section, and a note."""
-    values = [item.get(name, otherwise) for item in items] or [otherwise]
+def _shared_value(job: AIToolkitJob, items: list[Values], name: str, default: Any) -> Any:
+    """Return the value of a key if all prompts have the same, else `default`, with a note on each other value."""
+    values = [item.get(name, default) for item in items] or [default]
     if all(value == values[0] for value in values):
         return values[0]
     for item in items:
-        if item.get(name, otherwise) != otherwise:
-            what = f"asks for {name} {item[name]:g}; all previews are drawn with {otherwise:g}"
-            job.note(item["key"], what)
-    return otherwise
+        if item.get(name, default) != default:
+            job.note(item["key"], f"asks for {name} {item[name]:g}; all previews are drawn with {default:g}")
+    return default
 
 
 def _seed(job: AIToolkitJob, seed: int | None, key: str) -> int | None:
-    """A seed; None for -1, which is another one each time there."""
+    """Return a seed, or None for -1, with which AI Toolkit draws a new one each time."""
     if seed is not None and seed < 0:
         job.note(key, f"is {seed}, a new seed each time there; previews keep theirs here, to be compared")
         return None
@@ -112,16 +114,16 @@ def _seed(job: AIToolkitJob, seed: int | None, key: str) -> int | None:
 
 def _prompt(job: AIToolkitJob, item: Values, shared_seed: int | None) -> Values:
     seed = _seed(job, item.get("seed"), item["key"])
-    found = {
+    values = {
         "prompt": item["prompt"],
         "negative": (item["neg"] or "") if "neg" in item else None,
         "seed": shared_seed if seed is None else seed,
         "width": _side(item["width"]) if "width" in item else None,
         "height": _side(item["height"]) if "height" in item else None,
     }
-    return {name: value for name, value in found.items() if value is not None}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def _side(pixels: float) -> int:
-    """Rounded down to a multiple of 16, at least 64, as there."""
+    """Return a side rounded down to a multiple of 16, at least 64, as AI Toolkit does."""
     return max(64, int(pixels) // 16 * 16)

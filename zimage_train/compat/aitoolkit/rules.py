@@ -1,4 +1,7 @@
-"""What the table of AI Toolkit's keys can say of a key, and how the values of a job are read."""
+"""The kinds of rows in the table of AI Toolkit's keys, and the readers of values.
+
+A reader returns the value of a key, or raises a ValueError that names what it expects.
+"""
 
 import math
 from collections.abc import Callable, Mapping
@@ -6,24 +9,28 @@ from dataclasses import dataclass
 from typing import Any
 
 OFF: tuple[Any, ...] = (False, 0, "", [], {})
-"""Values by which a switch, a number, a path or a list says nothing, as null does for every key."""
+"""Values with which a switch, a number, a path or a list is off; null is that for every key."""
 
 
 @dataclass(frozen=True)
 class Mapped:
-    """Becomes `to` here; `read` checks and translates the value, and `default` is AI Toolkit's when it is left out."""
+    """A key that becomes a setting."""
 
     to: str
+    """The setting, or several with commas between them; empty if there is none of its own."""
     read: Callable[[Any], Any]
+    """Reader of the value."""
     default: Any = None
+    """Default of AI Toolkit."""
     remark: str = ""
+    """Addition to the documentation of the key."""
     derived: bool = False
-    """Other keys have a say too, so parts.py makes the setting."""
+    """Whether the setting depends on other keys too; then sections.py, optimizers.py or previews.py converts it."""
 
 
 @dataclass(frozen=True)
 class WithoutEffect:
-    """Changes nothing in AI Toolkit on Z-Image, and nothing here."""
+    """A key that has no effect in AI Toolkit on Z-Image, and none here."""
 
     why: str
     neutral: tuple[Any, ...] = OFF
@@ -31,7 +38,7 @@ class WithoutEffect:
 
 @dataclass(frozen=True)
 class HandledHere:
-    """Changes nothing that is trained: speed, memory, logs and the like, which zimage-train sees to in its own way."""
+    """A key that does not change the trained weights: zimage-train has its own speed, memory, logs and the like."""
 
     why: str
     neutral: tuple[Any, ...] = OFF
@@ -39,10 +46,10 @@ class HandledHere:
 
 @dataclass(frozen=True)
 class Refused:
-    """Cannot be honoured; only the `neutral` values pass."""
+    """A key that cannot be honoured, and is an error unless it has one of the `neutral` values."""
 
     why: str
-    todo: str = "leave it out"
+    hint: str = "leave it out"
     neutral: tuple[Any, ...] = OFF
 
 
@@ -50,7 +57,7 @@ Row = Mapped | WithoutEffect | HandledHere | Refused
 
 
 def rows(section: str, row: Row, names: str) -> dict[str, Row]:
-    """The same row for each of `names` in `section`."""
+    """Return the same row for each of `names`, which are separated by spaces, in `section`."""
     return {f"{section}.{name}" if section else name: row for name in names.split()}
 
 
@@ -69,7 +76,7 @@ def whole(value: object) -> int:
 
 
 def flag(value: object) -> bool:
-    """True or false, also by YAML 1.1's words, which AI Toolkit reads."""
+    """Read true or false, or one of the words of YAML 1.1 for them, as AI Toolkit does."""
     words = {"yes": True, "on": True, "no": False, "off": False}
     if isinstance(value, str) and value.lower() in words:
         return words[value.lower()]
@@ -87,7 +94,7 @@ def text(value: object) -> str:
 def texts(value: object) -> list[str]:
     if not isinstance(value, list):
         raise ValueError("a list of texts")
-    return [text(one) for one in value]
+    return [text(item) for item in value]
 
 
 def section(value: object) -> dict[str, Any]:
@@ -101,7 +108,7 @@ def anything(value: object) -> Any:
 
 
 def one_of(choices: Mapping[str, Any]) -> Callable[[object], Any]:
-    """A reader of the keys of `choices`, for their values."""
+    """Return a reader that takes a key of `choices` and returns its value."""
 
     def read(value: object) -> Any:
         if not isinstance(value, str) or value not in choices:
