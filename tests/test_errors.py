@@ -1,4 +1,7 @@
-"""Where a problem is, as parts and as text."""
+"""Where a problem is, as parts and as text, and that it has a code."""
+
+import ast
+from pathlib import Path
 
 import pytest
 
@@ -29,3 +32,19 @@ def test_problem_of_one_run_keeps_details(location: Location | str):
     problem = Problem(location, "is wrong", code="bad-value").of_run("lora.rank=4")
     assert str(problem) == f"lora.rank=4: {location}: is wrong" and problem.code == "bad-value"
     assert problem.place.key == (location.key if isinstance(location, Location) else None)
+
+
+PACKAGE = Path(__file__).parents[1] / "zimage_train"
+
+
+@pytest.mark.parametrize("room", ["compat", "config", "io"])
+def test_every_problem_has_a_code(room: str):
+    """Programs choose problems by their codes, which stay when a message changes."""
+    without_code: list[str] = []
+    for path in (PACKAGE / room).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "Problem":
+                has_code = len(node.args) == 4 or any(keyword.arg == "code" for keyword in node.keywords)
+                if not has_code:
+                    without_code.append(f"{path.name}:{node.lineno}")
+    assert without_code == []
