@@ -260,7 +260,7 @@ def test_runs_at_their_last_common_step(tmp_path: Path):
     done = run("compare", one, two, "-o", tmp_path / "out")
     assert done.exit_code == 0, done.exception
     assert colours(tmp_path / "out" / "grid.png", 2, 2) == [[(10, 100, 0), (20, 100, 1)], [(10, 100, 1), (20, 100, 0)]]
-    assert "note: a: previews at step 200 are left out, which the others lack" in done.output
+    assert "note: a: previews at step 200 are left out, since other runs have none there" in done.output
     assert "note: b: previews at step 150 are left out" in done.output
     assert done.output.count("from other noise") == 2  # prompt i has seed 42 + i
     page = (tmp_path / "out" / "compare.html").read_text()
@@ -348,7 +348,7 @@ def test_folder_of_runs_is_its_runs(tmp_path: Path):
 def test_runs_of_one_name(tmp_path: Path):
     """Runs of the same name are told apart by their folders."""
     runs = [fabricated(tmp_path / place / "same", PROMPTS[:1], [5], 1) for place in ("x", "y")]
-    assert [one.label for one in compare.opened(runs)] == ["x/same", "y/same"]
+    assert [one.label for one in compare.open_runs(runs)] == ["x/same", "y/same"]
 
 
 def test_runs_are_compared_without_torch(tmp_path: Path):
@@ -385,22 +385,22 @@ def test_run_stands_for_its_lora(loras: list[Path], tmp_path: Path):
     ("words", "code", "message"),
     [
         ("nowhere", 2, "nowhere: does not exist; give output/NAME of a run"),
-        ("empty", 2, "empty: is no run folder: it has no config.yaml"),
+        ("empty", 2, "empty: is not a run folder: it has no config.yaml"),
         ("a a", 2, "a: is given twice"),
         ("a blank", 3, "blank: has no previews; set sample.prompts"),
-        ("a late", 3, "previews: the runs have none at a common step after training began (a: 0, 5; late: 0, 7)"),
+        ("a late", 3, "previews: no two runs have some at the same step after step 0 (a: 0, 5; late: 0, 7)"),
         ("a broken", 2, "config.yaml: cannot be read"),
         ("a --by colour", 2, "--by colour: these images do not differ in it; give run or step or prompt"),
-        ("a --width 64", 2, "--prompt: is missing, and --width is for drawing"),
+        ("a --width 64", 2, "--prompt: is missing, and --width is only for drawing"),
         ("a --width 60", 2, "--width: is 60; give a multiple of 16"),
-        ("a --dtype fp32", 2, "--prompt: is missing, and --dtype is for drawing"),
-        ("LORA", 2, "--prompt: is missing, and LoRA files have no images to compare"),
+        ("a --dtype fp32", 2, "--prompt: is missing, and --dtype is only for drawing"),
+        ("LORA", 2, "--prompt: is missing, and LoRA files contain no images to compare"),
         ("LORA LORA --prompt x", 2, "one.safetensors: is given twice"),
-        ("LORA --prompt x --strength a", 2, "--strength a: is no list of numbers from -100 to 100"),
-        ("LORA --prompt x --strength nan", 2, "is no list of numbers"),
+        ("LORA --prompt x --strength a", 2, "--strength a: is not a list of numbers from -100 to 100"),
+        ("LORA --prompt x --strength nan", 2, "is not a list of numbers"),
         ("LORA --prompt x --strength 1,1.0", 2, "--strength 1,1.0: has a value twice"),
-        ("LORA --prompt x --sampling 8", 2, "--sampling 8: is no list of STEPS:G"),
-        ("LORA --prompt x --sampling 0:1", 2, "is no list of STEPS:G"),
+        ("LORA --prompt x --sampling 8", 2, "--sampling 8: is not a list of STEPS:G"),
+        ("LORA --prompt x --sampling 0:1", 2, "is not a list of STEPS:G"),
         ("LORA --prompt x --by step", 2, "--by step: these images do not differ in it"),
         ("LORA --prompt x --model=", 2, "--model: is empty"),
         ("LORA OTHER --prompt x", 4, "matched 0/1 modules"),

@@ -11,7 +11,7 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 from zimage_train.cli.app import app
-from zimage_train.commands.sweep_values import make_sweep_runs, split
+from zimage_train.commands.sweep_values import make_sweep_runs, split_values
 from zimage_train.commands.train import run_training
 from zimage_train.errors import ConfigError, Stopped, ZImageTrainError
 from zimage_train.report import grid
@@ -197,7 +197,7 @@ def base(tmp_path: Path) -> Path:
 )
 def test_values_are_split_at_commas(text: str, values: list[str]):
     """Values are split at commas outside of brackets and quotes."""
-    assert split(text) == values
+    assert split_values(text) == values
 
 
 def test_axes_give_all_combinations(base: Path, tmp_path: Path):
@@ -236,11 +236,11 @@ def test_names_hold_what_file_systems_take(base: Path, vary: str, names: list[st
         (["=1,2"], "is not key=value"),
         (["lora.rank="], "--vary lora.rank=: has an empty value; write null for none"),
         (["lora.rank=4,,8"], "has an empty value"),
-        (["lora.rank=4,8,4.0"], "4.0 is given twice; leave one out"),
+        (["lora.rank=4,8,4.0"], "4.0 is given twice; leave out one of them"),
         (["data.0.trigger=a-b,a_b"], "a-b and a_b would both be called a_b"),
         (["lora.rank=[4"], "[4: not valid YAML"),
-        (["lora.rank=4,8", "lora.rank=16"], "--vary lora.rank=16: is set by --vary lora.rank=4,8 too"),
-        (["lora.rank=4,8", "lora={rank: 2}"], "is set by --vary lora.rank=4,8 too"),
+        (["lora.rank=4,8", "lora.rank=16"], "--vary lora.rank=16: sets the same as --vary lora.rank=4,8"),
+        (["lora.rank=4,8", "lora={rank: 2}"], "sets the same as --vary lora.rank=4,8"),
         (["name=a,b"], "--vary name=a,b: cannot be varied"),
         (["cache.folder=a,b"], "cannot be varied"),
         (["cache=null"], "cannot be varied"),
@@ -256,7 +256,7 @@ def test_what_cannot_be_varied_is_refused(base: Path, words: list[str], message:
 
 def test_setting_both_set_and_varied(base: Path):
     """A setting cannot be both set and varied."""
-    with pytest.raises(ConfigError, match=r"--vary lora.rank=4,8: is set by --set lora.rank=2 too"):
+    with pytest.raises(ConfigError, match=r"--vary lora.rank=4,8: sets the same as --set lora.rank=2"):
         make_sweep_runs(base, ["lora.rank=2"], ["lora.rank=4,8"])
 
 

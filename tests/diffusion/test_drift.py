@@ -140,7 +140,7 @@ def test_drift_command(tmp_path: Path):
     assert found[0.0]["deviation"] == pytest.approx(0, abs=1e-5)
     assert found[0.0]["kept"] == pytest.approx(1, abs=0.02) and found[0.0]["gap"] == pytest.approx(1, abs=0.02)
     assert found[0.0]["deviation"] < found[1.0]["deviation"] < found[4.0]["deviation"]
-    assert "leaves Turbo its 8 steps" in found[0.0]["verdict"] and "drifted" in found[4.0]["verdict"]
+    assert "keeps Turbo's 8 steps" in found[0.0]["verdict"] and "drifted" in found[4.0]["verdict"]
 
 
 def test_prompt_file_steps_do_not_count(tmp_path: Path):
@@ -169,7 +169,7 @@ def test_weights_count(tmp_path: Path):
 @pytest.mark.parametrize(
     ("words", "what"),
     [
-        (["base", "--lora", str(mini.ADAPTER_V1)], "has no 8 steps to lose"),
+        (["base", "--lora", str(mini.ADAPTER_V1)], "MODEL: is base, which needs more than 8 steps"),
         ([str(mini.TURBO)], "Missing option '--lora'"),
         ([str(mini.TURBO), "--lora", "nowhere.safetensors"], "nowhere.safetensors"),
         ([str(mini.TURBO), "--lora", str(mini.ADAPTER_V1), "--width", "65"], "--width: is 65"),

@@ -368,7 +368,7 @@ def test_image_with_invalid_settings(tmp_path: Path, changes: dict[str, Any]):
     [
         (["--from", "nowhere.png"], "nowhere.png: does not exist"),
         (["--from", str(mini.IMAGES / "zorb_01.png")], "has no sampling settings of zimage-train"),
-        (["--from", "x.png", "--prompt", "y"], "--prompt: is given beside --from"),
+        (["--from", "x.png", "--prompt", "y"], "--prompt: cannot be combined with --from"),
         ([], "--prompt: is missing"),
     ],
 )

@@ -7,120 +7,161 @@ import typer
 
 from zimage_train.config.schema import ModelSettings
 from zimage_train.config.variants import VARIANTS
-from zimage_train.diffusion.prompts import read_prompt_file
+from zimage_train.diffusion.prompts import PromptSpec, read_prompt_file
 from zimage_train.errors import ConfigError, Problem
 from zimage_train.report.printing import print_lines, print_notes
 
 draw_commands = typer.Typer()
 
-Negative = Annotated[str | None, typer.Option("--negative", help="Used where guidance is above 0.")]
-Seed = Annotated[
-    int | None, typer.Option("--seed", min=0, max=2**62, help="Prompt i is drawn with seed + i. Default: 42.")
+Lora = Annotated[
+    list[str] | None,
+    typer.Option("--lora", metavar="FILE[=WEIGHT]", help="LoRA to apply, with weight 1 by default. Repeatable."),
 ]
-Width = Annotated[int | None, typer.Option("--width", min=32, max=4096, help="Default: 1024.")]
-Height = Annotated[int | None, typer.Option("--height", min=32, max=4096, help="Default: 1024.")]
+Negative = Annotated[
+    str | None, typer.Option("--negative", help="Negative prompt; has an effect at a guidance above 0.")
+]
+Seed = Annotated[
+    int | None, typer.Option("--seed", min=0, max=2**62, help="Random seed; prompt i uses seed + i. Default: 42.")
+]
+Width = Annotated[int | None, typer.Option("--width", min=32, max=4096, help="Width in pixels. Default: 1024.")]
+Height = Annotated[int | None, typer.Option("--height", min=32, max=4096, help="Height in pixels. Default: 1024.")]
 PromptFile = Annotated[
     Path | None,
     typer.Option(
         "--prompts",
-        help="A file with one prompt a line, with kohya's --n --w --h --d --s --l, which win; or a YAML list.",
+        help="File of prompts: one a line, with kohya's --n --w --h --d --s --l, which override the options here; "
+        "or a YAML list.",
     ),
 ]
-Drawn = Annotated[
+From = Annotated[
     list[Path] | None,
-    typer.Option("--from", help="Draw by the prompt, size, seed and steps of this PNG; options beside it win."),
+    typer.Option(
+        "--from",
+        help="Draw with the prompt, size, seed and steps that this PNG contains; other options override them. "
+        "Repeatable.",
+    ),
 ]
-Variant = Annotated[str, typer.Option("--variant", help="What a path or hub id is: turbo, deturbo or base.")]
-Extras = Annotated[str | None, typer.Option("--extras", help="Folder or hub id of text encoder and VAE.")]
-Dtype = Annotated[str, typer.Option("--dtype", help="bf16 or fp32.")]
+Variant = Annotated[
+    str, typer.Option("--variant", help="Variant of a model given as path or hub id: turbo, deturbo or base.")
+]
+Extras = Annotated[str | None, typer.Option("--extras", help="Folder or hub id of the text encoder and the VAE.")]
+Dtype = Annotated[str, typer.Option("--dtype", help="Precision of the model: bf16 or fp32.")]
 
 
 @draw_commands.command()
 def sample(
     model: Annotated[str, typer.Argument(help="turbo, deturbo, base, a hub id, a diffusers folder or a .safetensors.")],
-    prompt: Annotated[list[str] | None, typer.Option("--prompt", help="What to draw. Repeatable.")] = None,
+    prompt: Annotated[list[str] | None, typer.Option("--prompt", help="Prompt to draw. Repeatable.")] = None,
     prompts: PromptFile = None,
-    from_: Drawn = None,
-    lora: Annotated[list[str] | None, typer.Option("--lora", metavar="FILE[=WEIGHT]", help="Repeatable.")] = None,
+    from_: From = None,
+    lora: Lora = None,
     negative: Negative = None,
     seed: Seed = None,
     width: Width = None,
     height: Height = None,
-    steps: Annotated[int | None, typer.Option("--steps", min=1, max=1000, help="Default: the variant's own.")] = None,
+    steps: Annotated[
+        int | None, typer.Option("--steps", min=1, max=1000, help="Sampling steps. Default: as the variant needs.")
+    ] = None,
     guidance: Annotated[
-        float | None, typer.Option("--guidance", min=0.0, help="g; the usual CFG scale is g + 1.")
+        float | None,
+        typer.Option(
+            "--guidance",
+            min=0.0,
+            help="Guidance g; the usual CFG scale is g + 1. Default: as the variant needs.",
+            show_default=False,
+        ),
     ] = None,
     variant: Variant = "turbo",
     extras: Extras = None,
     dtype: Dtype = "bf16",
     count: Annotated[
-        int, typer.Option("--count", min=1, max=10_000, help="Images of each prompt, with seeds that follow.")
+        int, typer.Option("--count", min=1, max=10_000, help="Number of images of each prompt, with successive seeds.")
     ] = 1,
     batch: Annotated[
-        int, typer.Option("--batch", min=1, max=64, help="How many of one size go through the model at once.")
+        int, typer.Option("--batch", min=1, max=64, help="Number of images of one size to draw at once.")
     ] = 1,
     budget_gb: Annotated[
         float | None,
-        typer.Option("--budget-gb", min=0.01, help="Stay within so many GB. Default: the card's.", show_default=False),
+        typer.Option(
+            "--budget-gb", min=0.01, help="Memory limit in GB. Default: what the GPU has.", show_default=False
+        ),
     ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the images.")] = Path("samples"),
 ) -> None:
-    """Sample images with any number of LoRAs; each LoRA must match in full.
+    """Draw images with a model and any number of LoRAs.
 
-    Without --batch each image is the one that a training preview or a stock pipeline draws, to the bit on a CPU.
+    All modules of a LoRA must match the model. Unless --batch is above 1, an image equals the training preview, and the
+    image of diffusers' pipeline, with the same settings; on a CPU bit for bit.
     """
     problems = _size_problems(width, height)
-    told = [name for name, one in (("--prompt", prompt), ("--prompts", prompts), ("--from", from_)) if one]
-    if not told or (from_ and len(told) > 1):
-        what = "is given beside --from" if told else "is missing"
-        problems.append(Problem("--prompt", what, "give prompts, or images to draw again with --from"))
+    has_prompts = bool(prompt or prompts)
+    if has_prompts and from_:
+        what = "cannot be combined with --from, whose images have prompts"
+        problems.append(Problem("--prompt", what, "give either prompts or --from", "conflicting-arguments"))
+    elif not has_prompts and not from_:
+        hint = "say what to draw, or give images to draw again with --from"
+        problems.append(Problem("--prompt", "is missing", hint, "missing-argument"))
     if from_ and count > 1:
-        problems.append(Problem("--count", "is given beside --from", "an image is drawn again once"))
-    settings = _models([model], "MODEL", variant, extras, dtype, problems)[0]
+        what = "cannot be combined with --from, which draws each image once"
+        problems.append(Problem("--count", what, "leave out --count", "conflicting-arguments"))
+    settings = _parse_models([model], "MODEL", variant, extras, dtype, problems)[0]
     from zimage_train.commands import lora_args
     from zimage_train.commands.sample import (
         BatchLimit,
-        PromptSpec,
         SamplingOptions,
         requests_for,
-        requests_of,
-        said_of,
+        requests_from_images,
         sample_images,
+        source_notes,
     )
 
-    asked = SamplingOptions(negative, seed, width, height, steps, guidance, count)
-    wishes = [*map(PromptSpec, prompt or []), *(read_prompt_file(prompts) if prompts else [])]
-    recipes = requests_of(asked, from_) if from_ else requests_for(asked, settings, wishes)
+    options = SamplingOptions(negative, seed, width, height, steps, guidance, count)
     if from_:
-        print_lines(said_of(from_))
-    if negative and not any(recipe.guidance > 0 for recipe in recipes):
-        print_notes(["--negative is not used at guidance 0, which is Turbo's own; give --guidance"])
-    loras, room = [lora_args.parse_weighted_lora(text) for text in lora or []], BatchLimit(batch, budget_gb)
-    sample_images(settings, loras, recipes, room, output)
+        requests = requests_from_images(options, from_)
+        print_lines(source_notes(from_))
+    else:
+        requests = requests_for(options, settings, _prompt_specs(prompt, prompts))
+    if negative and not any(request.guidance > 0 for request in requests):
+        print_notes(["--negative has no effect at guidance 0, which is Turbo's default; give --guidance"])
+    loras = [lora_args.parse_weighted_lora(text) for text in lora or []]
+    sample_images(settings, loras, requests, BatchLimit(batch, budget_gb), output)
 
 
 @draw_commands.command()
 def compare(
     inputs: Annotated[
         list[Path],
-        typer.Argument(metavar="RUN_OR_LORA", help="Run folders, LoRA files, a sweep's folder.", show_default=False),
+        typer.Argument(
+            metavar="RUN_OR_LORA", help="Run folders, folders of a sweep, or LoRA files.", show_default=False
+        ),
     ],
     by: Annotated[
         str | None,
         typer.Option(
-            "--by", help="What the columns are: run, step, prompt, model, LoRA, strength, sampling, a setting."
+            "--by",
+            help="What differs between columns: run, step, prompt, model, LoRA, strength, sampling, or a setting.",
         ),
     ] = None,
-    prompt: Annotated[list[str] | None, typer.Option("--prompt", help="Draw this with every LoRA. Repeatable.")] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option("--prompt", help="Prompt to draw with every LoRA. Repeatable.")
+    ] = None,
     strength: Annotated[
-        str | None, typer.Option("--strength", help="Weights of each LoRA; 0 is the bare model. Default: 0,1.")
+        str | None,
+        typer.Option("--strength", help="Weights to apply each LoRA with; 0 is the model without it. Default: 0,1."),
     ] = None,
     sampling: Annotated[
         str | None,
-        typer.Option("--sampling", metavar="STEPS:G,...", help="E.g. 8:0,30:1. Default: the variant's own."),
+        typer.Option(
+            "--sampling",
+            metavar="STEPS:G,...",
+            help="Steps and guidance g to draw with, e.g. 8:0,30:1. Default: as the variant needs.",
+        ),
     ] = None,
     model: Annotated[
-        list[str] | None, typer.Option("--model", help="As in sample. Default: turbo. Repeatable.", show_default=False)
+        list[str] | None,
+        typer.Option(
+            "--model", help="Model to draw on, as for sample. Default: turbo. Repeatable.", show_default=False
+        ),
     ] = None,
     negative: Negative = None,
     seed: Seed = None,
@@ -129,17 +170,26 @@ def compare(
     variant: Variant = "turbo",
     extras: Extras = None,
     dtype: Dtype = "bf16",
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for grid, page, images.")] = Path("compare"),
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for grid, page and images.")] = Path("compare"),
 ) -> None:
-    """Put runs or LoRAs side by side: one labelled grid, and one page with a slider and zoom.
+    """Compare runs or LoRAs in a labelled grid of images, and on an HTML page with a slider and zoom.
 
-    Runs alone are compared by the previews that they have. With --prompt, or with a LoRA file, images are drawn: a
-    run then stands for its LoRA.
+    Run folders alone are compared by their previews. With --prompt, or with a LoRA file, images are drawn, and a run
+    stands for its LoRA.
     """
-    drawing = {"--strength": strength, "--sampling": sampling, "--model": model, "--negative": negative, "--seed": seed}
-    drawing |= {"--width": width, "--height": height, "--extras": extras}
-    drawing |= {"--variant": None if variant == "turbo" else variant, "--dtype": None if dtype == "bf16" else dtype}
-    given = [name for name, value in drawing.items() if value is not None]
+    drawing_options = {
+        "--strength": strength is not None,
+        "--sampling": sampling is not None,
+        "--model": model is not None,
+        "--negative": negative is not None,
+        "--seed": seed is not None,
+        "--width": width is not None,
+        "--height": height is not None,
+        "--extras": extras is not None,
+        "--variant": variant != "turbo",
+        "--dtype": dtype != "bf16",
+    }
+    given = [name for name, is_given in drawing_options.items() if is_given]
     has_files = any(path.is_file() for path in inputs)
     if not prompt and not given and not has_files:
         from zimage_train.commands.compare import compare_runs
@@ -148,24 +198,41 @@ def compare(
         return
     problems = _size_problems(width, height)
     if not prompt:
-        why = "LoRA files have no images to compare" if has_files else f"{given[0]} is for drawing"
-        problems.append(Problem("--prompt", f"is missing, and {why}", "say what to draw, or give run folders alone"))
-    models = _models(model or ["turbo"], "--model", variant, extras, dtype, problems)
+        reason = "LoRA files contain no images to compare" if has_files else f"{given[0]} is only for drawing"
+        hint = "say what to draw, or give run folders alone"
+        problems.append(Problem("--prompt", f"is missing, and {reason}", hint, "missing-argument"))
+    models = _parse_models(model or ["turbo"], "--model", variant, extras, dtype, problems)
     from zimage_train.commands import draw
+    from zimage_train.commands.sample import SamplingOptions
 
-    asked = draw.SamplingOptions(negative, seed, width, height, None, None)
-    strengths, samplings = draw.parse_strengths(strength or "0,1"), draw.parse_samplings(sampling) if sampling else []
-    wanted = draw.GridSpec(models, draw.lora_files(inputs), strengths, samplings, prompt or [], asked)
-    print_lines(draw.draw_grid(wanted, by, output))
+    grid = draw.GridSpec(
+        models=models,
+        loras=draw.lora_files(inputs),
+        strengths=draw.parse_strengths(strength or "0,1"),
+        samplings=draw.parse_samplings(sampling) if sampling else [],
+        prompts=prompt or [],
+        options=SamplingOptions(negative, seed, width, height, None, None),
+    )
+    print_lines(draw.draw_grid(grid, by, output))
 
 
 @draw_commands.command()
 def drift(
-    model: Annotated[str, typer.Argument(help="turbo, a hub id, a diffusers folder or a .safetensors, of Turbo.")],
-    lora: Annotated[list[str], typer.Option("--lora", metavar="FILE[=WEIGHT]", help="Repeatable.", show_default=False)],
+    model: Annotated[str, typer.Argument(help="turbo, or a hub id, diffusers folder or .safetensors of Turbo.")],
+    lora: Annotated[
+        list[str],
+        typer.Option(
+            "--lora",
+            metavar="FILE[=WEIGHT]",
+            help="LoRA to measure, with weight 1 by default. If repeated, they are applied together.",
+            show_default=False,
+        ),
+    ],
     prompt: Annotated[
         list[str] | None,
-        typer.Option("--prompt", help="Nothing of the concept. Repeatable. Default: four of the trainer's own."),
+        typer.Option(
+            "--prompt", help="Prompt without the concept of the LoRA. Repeatable. Default: four built-in prompts."
+        ),
     ] = None,
     prompts: PromptFile = None,
     seed: Seed = None,
@@ -173,61 +240,67 @@ def drift(
     height: Height = None,
     extras: Extras = None,
     dtype: Dtype = "bf16",
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for grid, page, images.")] = Path("drift"),
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for grid, page and images.")] = Path("drift"),
 ) -> None:
-    """Tell whether a LoRA leaves Turbo its 8 steps: its velocity on Turbo's own way, and images at 8 and 30 steps.
+    """Measure how far a LoRA has drifted from Turbo's 8 steps.
 
-    Needs no images to hold them against. Prompts should have nothing to do with what the LoRA was trained for.
+    Compares the velocity with and without the LoRA on Turbo's own trajectories, and draws images with 8 and with 30
+    steps. It needs no reference images. The prompts should have nothing to do with what the LoRA was trained for.
     """
     problems = _size_problems(width, height)
     if model in VARIANTS and model != "turbo":
-        problems.append(Problem("MODEL", f"is {model}, which has no 8 steps to lose", "give turbo"))
-    settings = _models([model], "MODEL", "turbo", extras, dtype, problems)[0]
-    from zimage_train.commands import lora_args, sample
+        problems.append(Problem("MODEL", f"is {model}, which needs more than 8 steps", "give turbo", "bad-argument"))
+    settings = _parse_models([model], "MODEL", "turbo", extras, dtype, problems)[0]
+    from zimage_train.commands import lora_args
     from zimage_train.commands.drift import drift_report
+    from zimage_train.commands.sample import SamplingOptions
 
-    asked = sample.SamplingOptions(None, seed, width, height, None, None)
-    wishes = [*map(sample.PromptSpec, prompt or []), *(read_prompt_file(prompts) if prompts else [])]
-    print_lines(drift_report(settings, [lora_args.parse_weighted_lora(text) for text in lora], wishes, asked, output))
+    options = SamplingOptions(None, seed, width, height, None, None)
+    loras = [lora_args.parse_weighted_lora(text) for text in lora]
+    print_lines(drift_report(settings, loras, _prompt_specs(prompt, prompts), options, output))
+
+
+def _prompt_specs(prompts: list[str] | None, file: Path | None) -> list[PromptSpec]:
+    """Return the prompts of `--prompt` and of the file of `--prompts`."""
+    specs = [PromptSpec(prompt) for prompt in prompts or []]
+    return specs + read_prompt_file(file) if file else specs
 
 
 def _size_problems(width: int | None, height: int | None) -> list[Problem]:
-    sizes = (("width", width), ("height", height))
-    return [
-        Problem(f"--{name}", f"is {value}", "give a multiple of 16")
-        for name, value in sizes
-        if value is not None and value % 16
-    ]
+    problems = []
+    for option, pixels in (("--width", width), ("--height", height)):
+        if pixels is not None and pixels % 16:
+            problems.append(Problem(option, f"is {pixels}", "give a multiple of 16", "bad-argument"))
+    return problems
 
 
-def _models(
+def _parse_models(
     names: list[str], where: str, variant: str, extras: str | None, dtype: str, problems: list[Problem]
 ) -> list[ModelSettings]:
-    """The models of these names, as options beside them describe them.
+    """Return the settings of the models `names`, with the options that apply to all of them.
+
+    Args:
+        where: the argument or option that gave the names.
+        problems: earlier problems of the command line, to be listed together with new ones.
 
     Raises:
-        ConfigError: lists `problems`, and what is wrong with these.
+        ConfigError: lists `problems` and those of the models.
     """
-    found = list(problems)
+    problems = list(problems)
     if not all(names):
-        found.append(Problem(where, "is empty", "give turbo, deturbo, base, a hub id, a folder or a .safetensors"))
+        hint = "give turbo, deturbo, base, a hub id, a folder or a .safetensors"
+        problems.append(Problem(where, "is empty", hint, "bad-argument"))
     if len(set(names)) < len(names):
-        found.append(Problem(where, "is given twice with one value", "leave one out"))
+        problems.append(Problem(where, "is given twice with the same value", "leave out one of them", "set-twice"))
     if variant not in VARIANTS:
-        found.append(Problem("--variant", f"is {variant!r}", f"give one of {', '.join(VARIANTS)}"))
+        problems.append(Problem("--variant", f"is {variant!r}", f"give one of {', '.join(VARIANTS)}", "bad-argument"))
     if dtype not in ("bf16", "fp32"):
-        found.append(Problem("--dtype", f"is {dtype!r}", "give bf16 or fp32"))
-    if found:
-        raise ConfigError(*found)
-    return [
-        ModelSettings.model_validate(
-            {
-                "variant": name if name in VARIANTS else variant,
-                "path": None if name in VARIANTS else name,
-                "extras": extras,
-                "adapter": None,
-                "dtype": dtype,
-            }
-        )
-        for name in names
-    ]
+        problems.append(Problem("--dtype", f"is {dtype!r}", "give bf16 or fp32", "bad-argument"))
+    if problems:
+        raise ConfigError(*problems)
+    models = []
+    for name in names:
+        is_variant = name in VARIANTS
+        values = {"variant": name if is_variant else variant, "path": None if is_variant else name}
+        models.append(ModelSettings.model_validate({**values, "extras": extras, "adapter": None, "dtype": dtype}))
+    return models

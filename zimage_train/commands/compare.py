@@ -1,10 +1,10 @@
-"""The `compare` command for runs: the previews that they drew, by prompt and at equal steps (torch-free)."""
+"""The `compare` command for runs: compare their previews by prompt, at equal steps (torch-free)."""
 
 import json
 import statistics
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,88 +20,100 @@ from zimage_train.report.metrics import read_records
 from zimage_train.training.run_dir import RunDir
 
 RUN = "run"
-OF_A_RUN = ("name", "output_dir", "cache.", "log.")
-"""Settings that say where things are, and nothing of how a run trains."""
+NOT_COMPARED = ("name", "output_dir", "cache.", "log.")
+"""Settings that only name places and have no effect on what a run trains."""
+
+
+@dataclass(frozen=True)
+class RunPreview:
+    """A preview image of a run."""
+
+    model: str
+    """The model that drew it: path, hub id or variant."""
+    request: SamplingRequest
+    path: Path
 
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """A run as it lies on disk."""
+    """A run that has a folder on disk."""
 
     label: str
     folder: RunDir
     settings: Mapping[str, Any]
-    """Its config, flat."""
+    """Its config, flat: key -> value."""
 
-    def drawn(self) -> dict[int, list[tuple[str, SamplingRequest, Path]]]:
-        """Step -> the model, the recipe and the path of each preview, in the order of the prompts."""
-        found: dict[int, list[tuple[str, SamplingRequest, Path]]] = {}
-        own = self.settings.get("model.path") or self.settings.get("model.variant")
-        also = self.settings.get("sample.compare_on")
-        for model, place in ((own, self.folder.samples), (also, self.folder.samples / "also")):
-            table = preview_images.preview_table(place)
-            for step, row in table.rows.items():
-                shown = zip(table.requests, row, strict=True)
-                found.setdefault(step, []).extend((str(model), recipe, path) for recipe, path in shown if path)
-        return found
+    def previews(self) -> dict[int, list[RunPreview]]:
+        """Return the previews of each step, by prompt; those on the second model follow."""
+        model = self.settings.get("model.path") or self.settings.get("model.variant")
+        second_model = self.settings.get("sample.compare_on")
+        previews: dict[int, list[RunPreview]] = {}
+        for name, folder in ((model, self.folder.samples), (second_model, self.folder.samples / "also")):
+            table = preview_images.preview_table(folder)
+            for step, paths in table.rows.items():
+                for request, path in zip(table.requests, paths, strict=True):
+                    if path is not None:
+                        previews.setdefault(step, []).append(RunPreview(str(name), request, path))
+        return previews
 
 
 def compare_runs(paths: Sequence[Path], by: str | None, output: Path) -> list[str]:
-    """Put the previews of the runs at `paths` side by side into the folder `output`; returns what to tell.
+    """Write a comparison of the previews of runs into the folder `output`, and return the lines to print.
 
     Raises:
-        ZImageTrainError: what is there is no run, has no previews, or none at a step that another has.
+        ZImageTrainError: a path is not a run, a run has no previews, or no two runs have previews at the same step.
     """
     atomic.require_writable_folder(output)
-    found = of_runs(opened(paths), by)
-    return written(output, found)
+    return save_comparison(output, make_comparison(open_runs(paths), by))
 
 
-def written(output: Path, found: Comparison) -> list[str]:
-    """Save `found`, and say where it is."""
-    remarks = comparison.save_comparison(output, found)
-    return [
-        *(f"note: {one}" for one in remarks),
-        f"grid: {output / comparison.GRID}",
-        f"page: {output / comparison.PAGE}",
-    ]
+def save_comparison(output: Path, images: Comparison) -> list[str]:
+    """Write grid and page into the folder `output`, and return the lines to print: remarks, and both paths."""
+    lines = [f"note: {remark}" for remark in comparison.save_comparison(output, images)]
+    return [*lines, f"grid: {output / comparison.GRID}", f"page: {output / comparison.PAGE}"]
 
 
 def run_folders(path: Path) -> list[Path]:
-    """The run folder at `path`, or those in it, as a sweep leaves them.
+    """Return `path` if it is a run folder, or the run folders in it, as a sweep makes them.
 
     Raises:
-        ConfigError: there are none.
+        ConfigError: there is none.
     """
-    found = [path] if (path / "config.yaml").is_file() else sorted(one.parent for one in path.glob("*/config.yaml"))
-    if not found:
-        what = "is no run folder: it has no config.yaml" if path.exists() else "does not exist"
-        raise ConfigError(Problem(str(path), what, "give output/NAME of a run, a sweep's folder, or LoRA files"))
-    return found
+    if (path / "config.yaml").is_file():
+        return [path]
+    folders = sorted(config.parent for config in path.glob("*/config.yaml"))
+    if not folders:
+        hint = "give output/NAME of a run, a sweep's folder, or LoRA files"
+        if not path.exists():
+            raise ConfigError(Problem(str(path), "does not exist", hint, "missing-file"))
+        raise ConfigError(Problem(str(path), "is not a run folder: it has no config.yaml", hint, "not-a-run"))
+    return folders
 
 
-def opened(paths: Sequence[Path]) -> list[FinishedRun]:
-    """The runs at `paths`, each with a short name.
+def open_runs(paths: Sequence[Path]) -> list[FinishedRun]:
+    """Return the runs at `paths`, labelled with the shortest names that are all different.
 
     Raises:
-        ZImageTrainError: lists what is no run.
+        ZImageTrainError: lists the paths that are not runs, and runs that are given twice.
     """
     errors: list[ZImageTrainError] = []
-    found: dict[Path, Mapping[str, Any]] = {}
+    settings_by_folder: dict[Path, Mapping[str, Any]] = {}
     for path in paths:
         with collect_errors(errors):
-            require_once([*found, *run_folders(path)])
-            found |= {folder: settings_of(folder) for folder in run_folders(path)}
+            folders = run_folders(path)
+            require_distinct([*settings_by_folder, *folders])
+            for folder in folders:
+                settings_by_folder[folder] = settings_of(folder)
     raise_all(errors)
-    labels = comparison.short_names(list(found))
-    return [
-        FinishedRun(label, RunDir(folder, settings["name"]), settings)
-        for label, (folder, settings) in zip(labels, found.items(), strict=True)
-    ]
+    runs = []
+    labels = comparison.short_names(list(settings_by_folder))
+    for label, (folder, settings) in zip(labels, settings_by_folder.items(), strict=True):
+        runs.append(FinishedRun(label, RunDir(folder, settings["name"]), settings))
+    return runs
 
 
 def settings_of(folder: Path) -> Mapping[str, Any]:
-    """The config that a run has written, flat; one of another version may have other settings than this one's.
+    """Return the config in a run folder, flat; it is not validated, since another version may have written it.
 
     Raises:
         ConfigError: it cannot be read.
@@ -110,123 +122,171 @@ def settings_of(folder: Path) -> Mapping[str, Any]:
     try:
         value = strict_yaml.parse(path.read_text(encoding="utf-8")).value
     except (OSError, UnicodeDecodeError, YamlError) as error:
-        raise ConfigError(Problem(str(path), f"cannot be read ({error})", "give another run")) from None
+        problem = Problem(str(path), f"cannot be read ({error})", "give another run", "unreadable-file")
+        raise ConfigError(problem) from None
     if not isinstance(value, dict) or not isinstance(value.get("name"), str):
-        raise ConfigError(Problem(str(path), "is not the config of a run", "give output/NAME of a run"))
+        raise ConfigError(Problem(str(path), "is not the config of a run", "give output/NAME of a run", "not-a-run"))
     return flatten_keys(value)
 
 
-def require_once(paths: Sequence[Path]) -> None:
-    """Refuse what is given twice.
+def require_distinct(paths: Sequence[Path]) -> None:
+    """Require that all paths lead to different files or folders.
 
     Raises:
-        ConfigError: names it.
+        ConfigError: lists those that are given twice.
     """
     counts = Counter(path.resolve() for path in paths)
-    twice = [path for path in dict.fromkeys(paths) if counts[path.resolve()] > 1]
-    if twice:
-        raise ConfigError(*(Problem(str(path), "is given twice", "leave one out") for path in twice))
+    repeated = [path for path in dict.fromkeys(paths) if counts[path.resolve()] > 1]
+    if repeated:
+        raise ConfigError(
+            *(Problem(str(path), "is given twice", "leave out one of them", "set-twice") for path in repeated)
+        )
 
 
-def of_runs(runs: Sequence[FinishedRun], by: str | None = None) -> Comparison:
-    """What `runs` drew, at the steps that they share.
+def make_comparison(runs: Sequence[FinishedRun], by: str | None = None) -> Comparison:
+    """Arrange the previews of `runs` at the steps that the runs share.
+
+    Args:
+        by: what differs between columns; by default the run, or the step if there is only one run.
 
     Raises:
         DataError: there is nothing to compare.
         ConfigError: the images do not differ in what `by` names.
     """
-    drawn = [run.drawn() for run in runs]
-    empty = [run for run, found in zip(runs, drawn, strict=True) if not found]
-    if empty:
-        todo = "set sample.prompts and sample.every; the same train command then draws the last step"
-        raise DataError(*(Problem(str(run.folder.root), "has no previews", todo) for run in empty))
-    steps, remarks = _shared_steps(runs, [set(found) for found in drawn])
-    settings = differing([run.settings for run in runs])
-    shots = [
-        shot
-        for place, run in enumerate(runs)
-        for step in steps
-        for shot in _shots(run, step, drawn[place].get(step, []), {key: each[place] for key, each in settings.items()})
-    ]
-    if len({shot.values[MODEL] for shot in shots}) == 1:
-        shots = [
-            ComparisonImage(one.path, one.request, {k: v for k, v in one.values.items() if k != MODEL}) for one in shots
-        ]
-    axes = list(shots[0].values)
-    columns = comparison.find_axis(by, axes) if by else RUN if len(runs) > 1 else STEP
+    previews = [run.previews() for run in runs]
+    _require_previews(runs, previews)
+    steps, remarks = _shared_steps(runs, [set(by_step) for by_step in previews])
+    settings = differing_settings([run.settings for run in runs])
+    images: list[ComparisonImage] = []
+    subjects: list[Subject] = []
+    for index, run in enumerate(runs):
+        run_settings = {key: values[index] for key, values in settings.items()}
+        for step in steps:
+            images += _images_of(run, step, previews[index].get(step, []), run_settings)
+        subjects.append(Subject(run.label, run_facts(run) | run_settings))
+    if len({image.values[MODEL] for image in images}) == 1:
+        images = [_without_axis(image, MODEL) for image in images]
+    columns = RUN if len(runs) > 1 else STEP
+    if by is not None:
+        columns = comparison.find_axis(by, images[0].values)
     return Comparison(
         title=" against ".join(run.label for run in runs),
-        images=shots,
+        images=images,
         columns=columns,
-        rows=_rows(columns, shots, list(settings)),
-        subjects=[
-            Subject(run.label, facts(run) | {key: settings[key][i] for key in settings}) for i, run in enumerate(runs)
-        ],
+        rows=_row_axes(columns, images, list(settings)),
+        subjects=subjects,
         remarks=remarks,
     )
 
 
-def _shots(
-    run: FinishedRun, step: int, drawn: list[tuple[str, SamplingRequest, Path]], settings: dict[str, str]
-) -> Iterator[ComparisonImage]:
-    seen: Counter[tuple[str, str]] = Counter()
-    for model, recipe, path in drawn:
-        seen[model, recipe.prompt] += 1
-        number = seen[model, recipe.prompt]  # one prompt may be drawn by several seeds
-        prompt = (recipe.prompt or comparison.EMPTY) + (f" ({number})" if number > 1 else "")
-        yield ComparisonImage(path, recipe, {RUN: run.label, **settings, MODEL: model, STEP: str(step), PROMPT: prompt})
+def _require_previews(runs: Sequence[FinishedRun], previews: Sequence[Mapping[int, list[RunPreview]]]) -> None:
+    hint = "set sample.prompts and sample.every; the same train command then draws the last step"
+    problems = []
+    for run, by_step in zip(runs, previews, strict=True):
+        if not by_step:
+            problems.append(Problem(str(run.folder.root), "has no previews", hint, "no-previews"))
+    if problems:
+        raise DataError(*problems)
 
 
-def _rows(columns: str, shots: list[ComparisonImage], settings: list[str]) -> list[str]:
-    """The axes that tell images of one column apart: runs by their settings where columns are a setting."""
-    others = [axis for axis in settings if axis != columns] if columns in settings else [RUN] if columns != RUN else []
-    rows = [axis for axis in (PROMPT, *others, MODEL) if axis in shots[0].values and axis != columns]
-    places = {(shot.values[STEP], shot.values[columns], *(shot.values[axis] for axis in rows)) for shot in shots}
-    return rows if len(places) == len(shots) else [*rows, RUN]  # runs that are alike in every setting
+def _images_of(
+    run: FinishedRun, step: int, previews: Sequence[RunPreview], settings: Mapping[str, str]
+) -> list[ComparisonImage]:
+    """Return the previews of one step, with a number after the prompts that occur repeatedly (by several seeds)."""
+    counts: Counter[tuple[str, str]] = Counter()
+    images = []
+    for preview in previews:
+        text = preview.request.prompt
+        counts[preview.model, text] += 1
+        number = counts[preview.model, text]
+        prompt = text or comparison.EMPTY
+        if number > 1:
+            prompt = f"{prompt} ({number})"
+        values = {RUN: run.label, **settings, MODEL: preview.model, STEP: str(step), PROMPT: prompt}
+        images.append(ComparisonImage(preview.path, preview.request, values))
+    return images
 
 
-def _shared_steps(runs: Sequence[FinishedRun], drawn: list[set[int]]) -> tuple[list[int], list[str]]:
-    """The steps that all runs have previews of, else those that two of them have; and which are left out."""
-    counts = Counter(step for steps in drawn for step in steps)
-    by_all, by_two = ({step for step in counts if counts[step] >= least} for least in (len(runs), 2))
-    shared = by_all if any(by_all) or len(runs) == 1 else by_two
-    if len(runs) > 1 and not any(shared):
-        told = "; ".join(f"{run.label}: {_listed(steps)}" for run, steps in zip(runs, drawn, strict=True))
-        todo = "let sample.every divide the steps of all of them"
-        raise DataError(Problem("previews", f"the runs have none at a common step after training began ({told})", todo))
-    remarks = [
-        f"{run.label}: previews at step {_listed(left)} are left out, which the others lack"
-        for run, steps in zip(runs, drawn, strict=True)
-        if (left := steps - shared)
-    ]
+def _without_axis(image: ComparisonImage, axis: str) -> ComparisonImage:
+    return replace(image, values={key: value for key, value in image.values.items() if key != axis})
+
+
+def _row_axes(columns: str, images: Sequence[ComparisonImage], settings: Sequence[str]) -> list[str]:
+    """Return the axes that distinguish the images of one column.
+
+    If the columns are a setting, runs are distinguished by their other settings, so that runs which differ only in that
+    setting share a row.
+    """
+    if columns in settings:
+        run_axes = [axis for axis in settings if axis != columns]
+    elif columns == RUN:
+        run_axes = []
+    else:
+        run_axes = [RUN]
+    rows = [axis for axis in (PROMPT, *run_axes, MODEL) if axis in images[0].values and axis != columns]
+    cells = {tuple(image.values[axis] for axis in (STEP, columns, *rows)) for image in images}
+    if len(cells) < len(images):  # some runs have the same settings
+        rows.append(RUN)
+    return rows
+
+
+def _shared_steps(runs: Sequence[FinishedRun], steps_of_runs: Sequence[set[int]]) -> tuple[list[int], list[str]]:
+    """Return the steps at which all runs have previews, or else at least two, and remarks on steps left out.
+
+    Raises:
+        DataError: there is no such step after step 0, at which nothing is trained yet.
+    """
+    counts: Counter[int] = Counter()
+    for steps in steps_of_runs:
+        counts.update(steps)
+    shared = {step for step, count in counts.items() if count == len(runs)}
+    if len(runs) > 1 and max(shared, default=0) == 0:
+        shared = {step for step, count in counts.items() if count >= 2}
+    if len(runs) > 1 and max(shared, default=0) == 0:
+        pairs = zip(runs, steps_of_runs, strict=True)
+        known = "; ".join(f"{run.label}: {_join_steps(steps)}" for run, steps in pairs)
+        what = f"no two runs have some at the same step after step 0 ({known})"
+        hint = "choose a sample.every that divides the steps of all runs"
+        raise DataError(Problem("previews", what, hint, "no-common-step"))
+    remarks = []
+    for run, steps in zip(runs, steps_of_runs, strict=True):
+        if left_out := steps - shared:
+            text = f"previews at step {_join_steps(left_out)} are left out, since other runs have none there"
+            remarks.append(f"{run.label}: {text}")
     return sorted(shared), remarks
 
 
-def _listed(steps: set[int]) -> str:
+def _join_steps(steps: set[int]) -> str:
     return ", ".join(map(str, sorted(steps)))
 
 
-def differing(flat: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
-    """Each setting in which runs differ, with the value that each of them has."""
-    keys = dict.fromkeys(key for one in flat for key in one if not key.startswith(OF_A_RUN))
-    values = {key: [_as_yaml(one[key]) if key in one else "(absent)" for one in flat] for key in keys}
-    return {key: each for key, each in values.items() if len(set(each)) > 1}
+def differing_settings(configs: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
+    """Return each setting in which flat configs differ, with its value in every one of them as text."""
+    keys: dict[str, None] = {}  # a set that keeps the order
+    for config in configs:
+        keys |= dict.fromkeys(key for key in config if not key.startswith(NOT_COMPARED))
+    settings = {}
+    for key in keys:
+        values = [_as_text(config[key]) if key in config else "(absent)" for config in configs]
+        if len(set(values)) > 1:
+            settings[key] = values
+    return settings
 
 
-def _as_yaml(value: object) -> str:
+def _as_text(value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def facts(run: FinishedRun) -> dict[str, str]:
-    """What a run came to: loss over the last tenth, seconds a step, and where its LoRA is."""
+def run_facts(run: FinishedRun) -> dict[str, str]:
+    """Return steps, mean loss over the last tenth, median seconds a step and the path of the LoRA of a run, as text."""
     records = [record for record in read_records(run.folder.metrics) if record["step"] > 0]
     losses = [record["loss"] for record in records if record.get("loss") is not None]
-    last = losses[-max(len(losses) // 10, 1) :]
+    last_losses = losses[-max(len(losses) // 10, 1) :]
     seconds = [record["seconds"] for record in records if isinstance(record.get("seconds"), int | float)]
     lora = run.folder.lora()
     return {
         "steps": str(records[-1]["step"]) if records else "0",
-        "loss (last tenth)": f"{statistics.fmean(last):.4f}" if last else "",
+        "loss (last tenth)": f"{statistics.fmean(last_losses):.4f}" if last_losses else "",
         "seconds a step": f"{statistics.median(seconds):.3g}" if seconds else "",
         "LoRA": str(lora) if lora.exists() else "not finished",
     }

@@ -1,8 +1,9 @@
-"""The `compare` command for LoRA files: each drawn at each strength, on each model, from the same noise."""
+"""The `compare` command for LoRA files: draw each at each strength, on each model, from the same noise."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -34,217 +35,254 @@ NO_LORA = "no LoRA"
 
 Sampling = tuple[int, float]
 """Steps and guidance g."""
-Given = TypeVar("Given")
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
 class GridSpec:
-    """What is drawn: every combination."""
+    """Values to draw images with, in all combinations."""
 
     models: Sequence[ModelSettings]
     loras: Sequence[Path]
     strengths: Sequence[float]
     samplings: Sequence[Sampling]
-    """None given: each model's own."""
+    """Empty for the default of each model."""
     prompts: Sequence[str]
-    asked: SamplingOptions
+    options: SamplingOptions
 
     @property
-    def applied(self) -> list[WeightedLora | None]:
-        """Each LoRA at each strength; None, the bare model, comes first where a strength is 0."""
-        found = [WeightedLora(path, strength) for path in self.loras for strength in self.strengths if strength != 0]
-        return [None, *found] if 0 in self.strengths else [*found]
+    def applied_loras(self) -> list[WeightedLora | None]:
+        """Each LoRA at each strength; if a strength is 0, None comes first and stands for the model without LoRA."""
+        applied: list[WeightedLora | None] = [None] if 0 in self.strengths else []
+        for path in self.loras:
+            applied += [WeightedLora(path, strength) for strength in self.strengths if strength != 0]
+        return applied
 
-    def recipes(self, model: ModelSettings) -> list[SamplingRequest]:
-        """What is drawn on `model` with each of them: every prompt in every way of sampling."""
-        pairs = self.samplings or [(None, None)]
-        each = [replace(self.asked, steps=steps, guidance=guidance) for steps, guidance in pairs]
-        return [
-            recipe
-            for asked in each
-            for recipe in sample.requests_for(asked, model, list(map(PromptSpec, self.prompts)))
-        ]
+    def requests(self, model: ModelSettings) -> list[SamplingRequest]:
+        """Return what is drawn on `model` with each LoRA: every prompt with every way of sampling."""
+        specs = [PromptSpec(prompt) for prompt in self.prompts]
+        requests = []
+        for steps, guidance in self.samplings or [(None, None)]:
+            options = replace(self.options, steps=steps, guidance=guidance)
+            requests += sample.requests_for(options, model, specs)
+        return requests
 
     @property
-    def columns(self) -> str:
-        """The first axis along which there is more than one value."""
-        counts = {LORA: self.loras, STRENGTH: self.strengths, SAMPLING: self.samplings, MODEL: self.models}
-        return next((axis for axis, values in counts.items() if len(values) > 1), PROMPT)
+    def default_columns(self) -> str:
+        """The first axis with more than one value."""
+        values = {LORA: self.loras, STRENGTH: self.strengths, SAMPLING: self.samplings, MODEL: self.models}
+        for axis, axis_values in values.items():
+            if len(axis_values) > 1:
+                return axis
+        return PROMPT
 
 
 @dataclass(frozen=True)
 class DrawnImage:
-    """An image that was drawn, and by what."""
+    """An image on disk, with the request, the model and the LoRA that it was drawn with."""
 
     path: Path
-    recipe: SamplingRequest
+    request: SamplingRequest
     model: str
-    applied: WeightedLora | None
+    lora: WeightedLora | None
 
 
 def parse_strengths(text: str) -> list[float]:
-    """Take `0,0.5,1`.
+    """Parse weights such as `0,0.5,1`.
 
     Raises:
-        ConfigError: something else.
+        ConfigError: it is not a list of numbers, one is too large, or one is given twice.
     """
     try:
-        found = [float(part) for part in text.split(",")]
+        strengths = [float(part) for part in text.split(",")]
     except ValueError:
-        found = [math.nan]
-    if not all(abs(one) <= LARGEST_WEIGHT for one in found):
-        what = f"is no list of numbers from -{LARGEST_WEIGHT:g} to {LARGEST_WEIGHT:g}"
-        raise ConfigError(Problem(f"--strength {text}", what, "write for example 0,0.5,1"))
-    return _once(f"--strength {text}", found)
+        strengths = [math.nan]
+    if not all(abs(strength) <= LARGEST_WEIGHT for strength in strengths):  # NaN is refused as well
+        what = f"is not a list of numbers from -{LARGEST_WEIGHT:g} to {LARGEST_WEIGHT:g}"
+        raise ConfigError(Problem(f"--strength {text}", what, "write for example 0,0.5,1", "bad-argument"))
+    return _require_different(f"--strength {text}", strengths)
 
 
 def parse_samplings(text: str) -> list[Sampling]:
-    """Take `8:0,30:1`: steps and guidance g.
+    """Parse pairs of steps and guidance g such as `8:0,30:1`.
 
     Raises:
-        ConfigError: something else.
+        ConfigError: it is not a list of such pairs, a value is out of range, or a pair is given twice.
     """
+    samplings: list[Sampling] = []
     try:
-        found = [(int(steps), float(guidance)) for steps, guidance in (part.split(":") for part in text.split(","))]
+        for part in text.split(","):
+            steps, guidance = part.split(":")
+            samplings.append((int(steps), float(guidance)))
     except ValueError:
-        found = [(0, 0.0)]
-    if not all(1 <= steps <= 1000 and 0 <= guidance <= 50 for steps, guidance in found):
-        what = "is no list of STEPS:G with 1 to 1000 steps and g from 0 to 50"
-        raise ConfigError(Problem(f"--sampling {text}", what, "write for example 8:0,30:1"))
-    return _once(f"--sampling {text}", found)
+        samplings = [(0, 0.0)]
+    if not all(1 <= steps <= 1000 and 0 <= guidance <= 50 for steps, guidance in samplings):  # NaN is refused as well
+        what = "is not a list of STEPS:G with 1 to 1000 steps and g from 0 to 50"
+        raise ConfigError(Problem(f"--sampling {text}", what, "write for example 8:0,30:1", "bad-argument"))
+    return _require_different(f"--sampling {text}", samplings)
 
 
-def _once(where: str, values: list[Given]) -> list[Given]:
+def _require_different(where: str, values: list[Value]) -> list[Value]:
     if len(set(values)) < len(values):
-        raise ConfigError(Problem(where, "has a value twice", "leave one out"))
+        raise ConfigError(Problem(where, "has a value twice", "leave out one of them", "set-twice"))
     return values
 
 
 def lora_files(paths: Sequence[Path]) -> list[Path]:
-    """The LoRA files that `paths` mean: themselves, or the finished LoRAs of run folders.
+    """Return the LoRA files at `paths`; a run folder stands for its finished LoRA.
 
     Raises:
-        ZImageTrainError: lists what is neither.
+        ZImageTrainError: lists the paths that are neither, and files that are given twice.
     """
     errors: list[ZImageTrainError] = []
-    found: list[Path] = []
+    files: list[Path] = []
     for path in paths:
         with collect_errors(errors):
-            found += [path] if path.is_file() else [_finished(folder) for folder in compare.run_folders(path)]
+            if path.is_file():
+                files.append(path)
+            else:
+                files += [_finished_lora(folder) for folder in compare.run_folders(path)]
     raise_all(errors)
-    compare.require_once(found)
-    return found
+    compare.require_distinct(files)
+    return files
 
 
-def _finished(folder: Path) -> Path:
+def _finished_lora(folder: Path) -> Path:
     lora = RunDir(folder, compare.settings_of(folder)["name"]).lora()
     if not lora.exists():
-        todo = "finish it, or give one of the files in its lora folder"
-        raise WeightsError(Problem(str(folder), "has no finished LoRA", todo))
+        hint = "finish it, or give one of the files in its lora folder"
+        raise WeightsError(Problem(str(folder), "has no finished LoRA", hint, "missing-file"))
     return lora
 
 
-def draw_grid(wanted: GridSpec, by: str | None, output: Path) -> list[str]:
-    """Draw everything that is `wanted` into the folder `output`, and compare it there; returns what to tell.
+def draw_grid(spec: GridSpec, by: str | None, output: Path) -> list[str]:
+    """Draw the images of `spec` into the folder `output`, compare them there, and return the lines to print.
+
+    Args:
+        by: the axis of the columns; by default the first one with more than one value.
 
     Raises:
-        ZImageTrainError: a model or a LoRA cannot be used, in whole, or `output` cannot be written to.
+        ZImageTrainError: a model or a LoRA cannot be used, or `output` cannot be written to.
     """
     atomic.require_writable_folder(output)
-    axes = [axis for axis in AXES if axis != SAMPLING or wanted.samplings]
-    columns = comparison.find_axis(MODEL if by == "variant" else by, axes) if by else wanted.columns
+    columns = spec.default_columns
+    if by is not None:
+        axes = [axis for axis in AXES if axis != SAMPLING or spec.samplings]
+        columns = comparison.find_axis(MODEL if by == "variant" else by, axes)
     console = Console()
     with devices.explained_out_of_memory("give a smaller --width and --height"), console.live_progress():
-        drawn = _draw_all(wanted, output, console)
-    return compare.written(output, _compared(wanted, drawn, columns))
+        images = _draw_all(spec, output, console)
+    return compare.save_comparison(output, _compare_images(spec, images, columns))
 
 
-def _draw_all(wanted: GridSpec, output: Path, console: Console) -> list[DrawnImage]:
-    """Every image, model by model; all LoRAs are held against all models before the first of them is loaded."""
-    errors: list[ZImageTrainError] = []
-    ready: list[tuple[ModelSettings, ModelPaths, TransformerShape]] = []
-    for model in wanted.models:
-        with collect_errors(errors):
-            ready.append((model, *sample.locate_model(model)))
-    raise_all(errors)
-    loras: dict[Path, Lora] = {}
-    for path in wanted.loras:
-        with collect_errors(errors):
-            loras[path] = lora_args.read_weighted_lora(path, *(shape for _, _, shape in ready))
-            console.info(f"{path}: matched {len(loras[path])}/{len(loras[path])} modules")
-    raise_all(errors)
-    largest = max(loras.values(), key=lambda lora: sum(one.a.numel() + one.b.numel() for one in lora.values()))
-    names = comparison.short_names([Path(model.path or model.variant) for model in wanted.models])
+def _draw_all(spec: GridSpec, output: Path, console: Console) -> list[DrawnImage]:
+    """Draw every image, model by model; every LoRA is matched with every model before the first model is loaded."""
+    models = _locate_models(spec.models)
+    loras = _read_loras(spec.loras, [shape for _, _, shape in models], console)
+    largest = max(loras.values(), key=sample.num_parameters)
+    names = comparison.short_names([Path(model.path or model.variant) for model in spec.models])
     drawn: list[DrawnImage] = []
-    for name, (model, found, shape) in zip(names, ready, strict=True):
-        loaded = sample.load_model(model, found, shape, largest, wanted.recipes(model), console)
-        for applied in wanted.applied:
-            what = f"{applied.path.stem}-{applied.weight:g}" if applied else NO_LORA
-            for recipe, image in _images(loaded, wanted.recipes(model), applied, loras, f"{name}, {what}", console):
-                path = output / IMAGES / f"{len(drawn):03d}-{comparison.slug(what)}.png"
-                preview_images.save_preview(path, image, recipe, sample.drawn_by(model, [applied] if applied else []))
-                drawn.append(DrawnImage(path, recipe, name, applied))
-        del loaded  # before the next one comes
+    for name, (model, paths, shape) in zip(names, models, strict=True):
+        requests = spec.requests(model)
+        loaded = sample.load_model(model, paths, shape, largest, requests, console)
+        for lora in spec.applied_loras:
+            label = f"{lora.path.stem}-{lora.weight:g}" if lora else NO_LORA
+            stacked = arithmetic.stack_loras([(loras[lora.path], lora.weight)]) if lora else {}
+            source = sample.drawn_by(model, [lora] if lora else [])
+            for request, image in _draw(loaded, requests, stacked, f"drawing on {name}, {label}", console):
+                path = output / IMAGES / f"{len(drawn):03d}-{comparison.slug(label)}.png"
+                preview_images.save_preview(path, image, request, source)
+                drawn.append(DrawnImage(path, request, name, lora))
+        del loaded  # its memory is needed for the next model
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     return drawn
 
 
-def _images(
-    loaded: LoadedModel,
-    recipes: list[SamplingRequest],
-    applied: WeightedLora | None,
-    loras: dict[Path, Lora],
-    what: str,
-    out: Console,
+def _locate_models(models: Sequence[ModelSettings]) -> list[tuple[ModelSettings, ModelPaths, TransformerShape]]:
+    """Return each model with its paths and its shape.
+
+    Raises:
+        WeightsError: lists every model that cannot be obtained.
+    """
+    errors: list[ZImageTrainError] = []
+    located = []
+    for model in models:
+        with collect_errors(errors):
+            located.append((model, *sample.locate_model(model)))
+    raise_all(errors)
+    return located
+
+
+def _read_loras(paths: Sequence[Path], shapes: Sequence[TransformerShape], console: Console) -> dict[Path, Lora]:
+    """Read LoRAs that must fit models of all `shapes`.
+
+    Raises:
+        WeightsError: lists every LoRA that cannot be read or does not fit.
+    """
+    errors: list[ZImageTrainError] = []
+    loras: dict[Path, Lora] = {}
+    for path in paths:
+        with collect_errors(errors):
+            loras[path] = lora_args.read_weighted_lora(path, *shapes)
+            console.info(f"{path}: matched {len(loras[path])}/{len(loras[path])} modules")
+    raise_all(errors)
+    return loras
+
+
+def _draw(
+    loaded: LoadedModel, requests: list[SamplingRequest], lora: Lora, task: str, console: Console
 ) -> list[tuple[SamplingRequest, Image]]:
-    factors = arithmetic.stack_loras([(loras[applied.path], applied.weight)]) if applied else {}
-    with swap.with_lora(loaded.frozen.model, factors):
-        images = loaded.draw(recipes, lambda done, total: out.progress(f"drawing on {what}", done, total))
-    return list(zip(recipes, images, strict=True))
+    with swap.with_lora(loaded.frozen.model, lora):
+        images = loaded.draw(requests, partial(console.progress, task))
+    return list(zip(requests, images, strict=True))
 
 
-def _compared(wanted: GridSpec, drawn: Sequence[DrawnImage], columns: str) -> Comparison:
-    bare = [path.with_suffix("") if path.suffix == ".safetensors" else path for path in wanted.loras]
-    names = dict(zip(wanted.loras, comparison.short_names(bare), strict=True))
-    shots = []
-    for one in drawn:
-        lora, strength = (names[one.applied.path], one.applied.weight) if one.applied else (NO_LORA, 0.0)
-        values = {LORA: lora, STRENGTH: f"{strength:g}", MODEL: one.model, PROMPT: _prompt(wanted, one.recipe)}
-        if wanted.samplings:
-            values[SAMPLING] = comparison.sampling_label(one.recipe)
-        shots += [
-            ComparisonImage(one.path, one.recipe, values, place)
-            for place in _places(one, columns, wanted, list(names.values()))
-        ]
+def _compare_images(spec: GridSpec, drawn: Sequence[DrawnImage], columns: str) -> Comparison:
+    stems = [path.with_suffix("") if path.suffix == ".safetensors" else path for path in spec.loras]
+    names = dict(zip(spec.loras, comparison.short_names(stems), strict=True))
+    images: list[ComparisonImage] = []
+    for image in drawn:
+        lora, strength = (names[image.lora.path], image.lora.weight) if image.lora else (NO_LORA, 0.0)
+        prompt = _prompt_label(spec, image.request)
+        values = {LORA: lora, STRENGTH: f"{strength:g}", MODEL: image.model, PROMPT: prompt}
+        if spec.samplings:
+            values[SAMPLING] = comparison.sampling_label(image.request)
+        for position in _positions(image, columns, spec, list(names.values())):
+            images.append(ComparisonImage(image.path, image.request, values, position))
+    rows = (PROMPT, LORA, STRENGTH, SAMPLING, MODEL)
     return Comparison(
         title=" against ".join(names.values()),
-        images=shots,
+        images=images,
         columns=columns,
-        rows=[
-            axis for axis in (PROMPT, LORA, STRENGTH, SAMPLING, MODEL) if axis in shots[0].values and axis != columns
-        ],
-        subjects=[Subject(name, _facts(path)) for path, name in names.items()],
+        rows=[axis for axis in rows if axis in images[0].values and axis != columns],
+        subjects=[Subject(name, _lora_facts(path)) for path, name in names.items()],
         remarks=[],
     )
 
 
-def _places(one: DrawnImage, columns: str, wanted: GridSpec, names: list[str]) -> list[dict[str, str]]:
-    """Where an image stands for others: the bare model is every LoRA at strength 0, and a column beside each."""
-    if one.applied is None and columns == STRENGTH:
-        return [{LORA: name} for name in names]
-    strengths = [f"{strength:g}" for strength in wanted.strengths if strength != 0]
-    if one.applied is None and columns == LORA and strengths:
-        return [{STRENGTH: strength} for strength in strengths]
+def _positions(image: DrawnImage, columns: str, spec: GridSpec, lora_names: Sequence[str]) -> list[dict[str, str]]:
+    """Return where an image is placed: axis -> value, on axes where that is not the image's own value.
+
+    The image without LoRA is placed several times: as the strength 0 of every LoRA, or as a column beside the LoRAs at
+    every strength.
+    """
+    if image.lora is None and columns == STRENGTH:
+        return [{LORA: name} for name in lora_names]
+    strengths = [strength for strength in spec.strengths if strength != 0]
+    if image.lora is None and columns == LORA and strengths:
+        return [{STRENGTH: f"{strength:g}"} for strength in strengths]
     return [{}]
 
 
-def _prompt(wanted: GridSpec, recipe: SamplingRequest) -> str:
-    """The prompt, with its seed if it is asked for several times."""
-    text = recipe.prompt or comparison.EMPTY
-    return f"{text} (seed {recipe.seed})" if list(wanted.prompts).count(recipe.prompt) > 1 else text
+def _prompt_label(spec: GridSpec, request: SamplingRequest) -> str:
+    """Return the prompt, with its seed if the prompt is given repeatedly."""
+    text = request.prompt or comparison.EMPTY
+    return f"{text} (seed {request.seed})" if list(spec.prompts).count(request.prompt) > 1 else text
 
 
-def _facts(path: Path) -> dict[str, str]:
-    steps = read_header(path).metadata.get("ss_steps")
-    return {"file": str(path)} | ({"trained steps": steps} if steps else {})
+def _lora_facts(path: Path) -> dict[str, str]:
+    facts = {"file": str(path)}
+    if steps := read_header(path).metadata.get("ss_steps"):
+        facts["trained steps"] = steps
+    return facts

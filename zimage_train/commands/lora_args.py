@@ -39,11 +39,11 @@ def parse_weighted_lora(text: str, where: str = "--lora", is_weight_needed: bool
         # Some tools write `FILE:0.8`.
         before_colon, _, after_colon = text.rpartition(":")
         file = before_colon if _is_number(after_colon) else text
-        raise ConfigError(Problem(f"{where} {text}", "has no ratio", f"write {file}=0.8"))
+        raise ConfigError(Problem(f"{where} {text}", "has no ratio", f"write {file}=0.8", "bad-argument"))
     number = float(weight) if _is_number(weight) else math.nan
     if not abs(number) <= LARGEST_WEIGHT:  # written so that NaN fails as well
         message = f"{weight!r} is not a number from -{LARGEST_WEIGHT:g} to {LARGEST_WEIGHT:g}"
-        raise ConfigError(Problem(f"{where} {text}", message, f"write {name}=0.8"))
+        raise ConfigError(Problem(f"{where} {text}", message, f"write {name}=0.8", "bad-argument"))
     return WeightedLora(Path(name), number)
 
 

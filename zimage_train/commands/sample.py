@@ -1,4 +1,4 @@
-"""The `sample` command: images of any Z-Image model with any number of LoRAs, each counted."""
+"""The `sample` command: draw images with a Z-Image model and any number of LoRAs."""
 
 import json
 import shlex
@@ -51,13 +51,14 @@ from zimage_train.report import preview_images
 from zimage_train.report.console import Console
 from zimage_train.training import distributed
 
-AT_ONCE_IN_MEMORY = 16
-"""Batches of images that are drawn before they are written."""
+BATCHES_IN_MEMORY = 16
+"""Number of batches to draw before their images are written."""
+DEFAULT_SEED, DEFAULT_SIZE = 42, 1024
 
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """What was asked for of every image; None: the image's or the variant's own."""
+    """Options that apply to all images; None where the image's own value or that of the variant applies."""
 
     negative: str | None
     seed: int | None
@@ -66,84 +67,117 @@ class SamplingOptions:
     steps: int | None
     guidance: float | None
     count: int = 1
-    """Images of each prompt, whose seeds follow each other."""
+    """Number of images of each prompt, whose seeds follow each other."""
 
     def given(self) -> dict[str, Any]:
-        """Recipe fields that are not to have their default."""
+        """Return the fields of a request that are given, by name."""
         return {name: value for name, value in asdict(self).items() if value is not None and name != "count"}
 
 
 @dataclass(frozen=True)
 class BatchLimit:
-    """How many images go through the model at once, and the GB to stay within; None: what the card has."""
+    """Limits of a forward pass."""
 
-    at_once: int = 1
+    max_batch: int = 1
+    """Number of images of one size."""
     budget_gb: float | None = None
+    """Memory; None for all that the device has."""
 
 
 def sample_images(
-    model: ModelSettings, loras: list[WeightedLora], recipes: list[SamplingRequest], room: BatchLimit, output: Path
+    model: ModelSettings,
+    loras: list[WeightedLora],
+    requests: list[SamplingRequest],
+    limit: BatchLimit,
+    output: Path,
 ) -> None:
-    """Write one image a recipe into the folder `output`.
+    """Write an image for each of `requests` into the folder `output`, and print its path.
 
     Raises:
-        ZImageTrainError: the model or a LoRA cannot be used, in whole, or `output` cannot be written to.
+        ZImageTrainError: the model or a LoRA cannot be used, the images need more than `limit` allows, or `output`
+            cannot be written to.
     """
     with devices.explained_out_of_memory("give a smaller --width, --height or --batch"):
-        _sample(model, loras, recipes, room, output)
+        _sample(model, loras, requests, limit, output)
 
 
 def _sample(
-    model: ModelSettings, loras: list[WeightedLora], recipes: list[SamplingRequest], room: BatchLimit, output: Path
+    model: ModelSettings,
+    loras: list[WeightedLora],
+    requests: list[SamplingRequest],
+    limit: BatchLimit,
+    output: Path,
 ) -> None:
     console = Console()
     atomic.require_writable_folder(output)
-    found, shape = locate_model(model)
-    read = [(lora_args.read_weighted_lora(one.path, shape), one.weight) for one in loras]
-    for one, (lora, _) in zip(loras, read, strict=True):
-        console.info(lora_args.match_message(one, lora))
-    stacked = arithmetic.stack_loras(read)
-    loaded = load_model(model, found, shape, stacked, recipes, console, room)
-    many = AT_ONCE_IN_MEMORY * room.at_once
+    paths, shape = locate_model(model)
+    stacked = read_loras(loras, shape, console)
+    loaded = load_model(model, paths, shape, stacked, requests, console, limit)
+    # Images are written now and then, so that an interruption of a thousand images does not lose all of them.
+    chunk = BATCHES_IN_MEMORY * limit.max_batch
     with console.live_progress(), swap.with_lora(loaded.frozen.model, stacked):
-        for start in range(0, len(recipes), many):
-            some = recipes[start : start + many]
-            what = "sampling" if len(recipes) <= many else f"sampling from image {start + 1} of {len(recipes)}"
-            images = loaded.draw(some, partial(console.progress, what), room.at_once)
-            for image, recipe in zip(images, some, strict=True):
-                path = _free_path(output, recipe.seed)
-                preview_images.save_preview(path, image, recipe, drawn_by(model, loras))
-                console.info(f"{path}  {recipe.summary()}")
+        for start in range(0, len(requests), chunk):
+            chunk_requests = requests[start : start + chunk]
+            task = "sampling"
+            if len(requests) > chunk:
+                task = f"sampling from image {start + 1} of {len(requests)}"
+            images = loaded.draw(chunk_requests, partial(console.progress, task), limit.max_batch)
+            for image, request in zip(images, chunk_requests, strict=True):
+                path = _free_path(output, request.seed)
+                preview_images.save_preview(path, image, request, drawn_by(model, loras))
+                console.info(f"{path}  {request.summary()}")
+
+
+def read_loras(loras: Sequence[WeightedLora], shape: TransformerShape, console: Console) -> Lora:
+    """Read LoRAs for a model of `shape`, report that each matches, and return their weighted sum.
+
+    Raises:
+        WeightsError: one cannot be obtained, is not a LoRA, or has a module that does not fit the model.
+    """
+    weighted: list[tuple[Lora, float]] = []
+    for argument in loras:
+        weighted.append((lora_args.read_weighted_lora(argument.path, shape), argument.weight))
+    for argument, (lora, _) in zip(loras, weighted, strict=True):
+        console.info(lora_args.match_message(argument, lora))
+    return arithmetic.stack_loras(weighted)
+
+
+def num_parameters(lora: Lora) -> int:
+    """Return the number of values of all factors A and B."""
+    return sum(factors.a.numel() + factors.b.numel() for factors in lora.values())
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model that is ready to draw, and the prompts that it may be asked for."""
+    """A model that is ready to draw, with its prompts encoded."""
 
     frozen: FrozenTransformer
     extras: Path
+    """Folder of the VAE."""
     embeds: Mapping[str, Tensor]
+    """Prompt -> its encoding."""
 
-    def draw(self, recipes: list[SamplingRequest], tick: StepProgress, at_once: int = 1) -> list[Image]:
-        """One image a recipe, with the LoRA that is attached now."""
-        return render_images(self.frozen, self.extras, recipes, self.embeds, tick, at_once)
+    def draw(self, requests: list[SamplingRequest], progress: StepProgress, max_batch: int = 1) -> list[Image]:
+        """Return an image for each of `requests`, drawn with the LoRA that is attached."""
+        return render_images(self.frozen, self.extras, requests, self.embeds, progress, max_batch)
 
 
 def locate_model(model: ModelSettings) -> tuple[ModelPaths, TransformerShape]:
-    """Where the parts of `model` are, downloaded if need be, and its shape.
+    """Return the paths of the parts of `model`, after downloading what is missing, and its shape.
 
     Raises:
-        WeightsError: a part of it is not to be had, or is something else.
+        WeightsError: a part cannot be obtained, or is not what it should be.
     """
     try:
-        found = locate.locate(model.model_copy(update={"adapter": None}))
+        paths = locate.locate(model.model_copy(update={"adapter": None}))
     except WeightsError as error:
-        raise type(error)(*map(_as_options, error.problems)) from None
-    return found, locate.transformer_tensors(found.transformer)[0]
+        problems = [_as_problem_of_option(problem) for problem in error.problems]
+        raise type(error)(*problems) from None
+    return paths, locate.transformer_tensors(paths.transformer)[0]
 
 
-def _as_options(problem: Problem) -> Problem:
-    """`problem` of a setting as one of the option that stands for it here."""
+def _as_problem_of_option(problem: Problem) -> Problem:
+    """Return a problem of a config key as a problem of the option or argument that stands for the key here."""
     place = problem.place
     if place.key == "model.extras":
         what = f"the text encoder and VAE of {place.source or ''} {problem.message}"
@@ -156,54 +190,62 @@ def _as_options(problem: Problem) -> Problem:
 
 def load_model(
     model: ModelSettings,
-    found: ModelPaths,
+    paths: ModelPaths,
     shape: TransformerShape,
     largest: Lora,
-    recipes: list[SamplingRequest],
+    requests: list[SamplingRequest],
     console: Console,
-    room: BatchLimit = BatchLimit(),
+    limit: BatchLimit = BatchLimit(),
 ) -> LoadedModel:
-    """Encode the prompts of `recipes`, then load the transformer, so that LoRAs up to `largest` fit the device too.
+    """Encode the prompts of `requests` and load the transformer, with memory left for a LoRA as large as `largest`.
 
     Raises:
-        ConfigError: the budget takes less than the images need.
+        ConfigError: the images need more memory than `limit` allows.
     """
     device = distributed.init().device
-    form = _form(shape, model, largest, recipes, device, room)
-    encode = prompt_encoder(found.extras, device, model.dtype)
-    embeds = dict(encode(prompts_to_encode(recipes), lambda done, total: None))
+    placement = _place_weights(shape, model, largest, requests, device, limit)
+    # The text encoder is freed before the transformer is loaded: both together would not fit.
+    encode = prompt_encoder(paths.extras, device, model.dtype)
+    embeds = dict(encode(prompts_to_encode(requests), lambda done, total: None))
     del encode
-    if form.streamed:
-        console.info(f"{form.streamed} of {shape.n_layers} blocks are streamed, to fit this card")
-    return LoadedModel(
-        load_frozen(found.transformer, None, model.dtype, device, None, form.streamed), found.extras, embeds
-    )
+    if placement.streamed:
+        console.info(f"{placement.streamed} of {shape.n_layers} blocks are streamed, to fit this GPU")
+    frozen = load_frozen(paths.transformer, None, model.dtype, device, None, placement.streamed)
+    return LoadedModel(frozen, paths.extras, embeds)
 
 
 def drawn_by(model: ModelSettings, loras: list[WeightedLora]) -> str:
-    """What an image says of the model and the LoRAs that drew it."""
-    used = " and ".join(f"{one.path.name}={one.weight:g}" for one in loras) or "no LoRA"
-    return f"{model.path or model.variant} in {model.dtype} with {used}"
+    """Return the model and the LoRAs that draw an image, as the text that its metadata gets."""
+    names = " and ".join(f"{lora.path.name}={lora.weight:g}" for lora in loras) or "no LoRA"
+    return f"{model.path or model.variant} in {model.dtype} with {names}"
 
 
-def requests_for(asked: SamplingOptions, model: ModelSettings, wishes: Sequence[PromptSpec]) -> list[SamplingRequest]:
-    """Recipes of `wishes`: what one says itself, what is asked for of all, and the rest from the variant.
+def requests_for(options: SamplingOptions, model: ModelSettings, specs: Sequence[PromptSpec]) -> list[SamplingRequest]:
+    """Return the requests of prompts: values of the prompt override `options`, and these the variant's defaults.
 
     Raises:
-        ConfigError: lists what a wish says that no image can have.
+        ConfigError: lists the values of prompts that no request can have.
     """
     variant = VARIANTS[model.variant]
-    given = {"negative": "", "seed": 42, "width": 1024, "height": 1024} | asked.given()
-    rest = {"steps": variant.steps, "guidance": variant.guidance, "shift": variant.shift} | given
+    defaults = {
+        "negative": "",
+        "seed": DEFAULT_SEED,
+        "width": DEFAULT_SIZE,
+        "height": DEFAULT_SIZE,
+        "steps": variant.steps,
+        "guidance": variant.guidance,
+        "shift": variant.shift,
+    }
+    common = defaults | options.given()
     errors: list[ZImageTrainError] = []
-    recipes: list[SamplingRequest] = []
-    for index, wish in enumerate(wishes):
-        first = wish.overrides.get("seed", rest["seed"] + index * asked.count)
-        fields = {"prompt": wish.prompt, **rest, **wish.overrides}
+    requests: list[SamplingRequest] = []
+    for index, spec in enumerate(specs):
+        fields = common | {"prompt": spec.prompt, "seed": common["seed"] + index * options.count} | spec.overrides
         with collect_errors(errors):
-            recipes += [_request(fields | {"seed": first + number}) for number in range(asked.count)]
+            for number in range(options.count):
+                requests.append(_request(fields | {"seed": fields["seed"] + number}))
     raise_all(errors)
-    return recipes
+    return requests
 
 
 def _request(fields: Mapping[str, Any]) -> SamplingRequest:
@@ -215,42 +257,41 @@ def _request(fields: Mapping[str, Any]) -> SamplingRequest:
         raise ConfigError(Problem(where, f"is {first['input']!r}", first["msg"].lower(), "bad-value")) from None
 
 
-def said_of(drawn: list[Path]) -> list[str]:
-    """What drew each of the images, which their recipes do not hold: model and LoRAs are given anew."""
-    known = ((path, preview_images.drawn_by(path)) for path in drawn)
-    return [
-        f"{path} was drawn by {text}; this command uses the model and the --lora given to it"
-        for path, text in known
-        if text
-    ]
+def source_notes(paths: list[Path]) -> list[str]:
+    """Return a line on what drew each image, since model and LoRAs are not part of its request."""
+    notes = []
+    for path in paths:
+        if source := preview_images.drawn_by(path):
+            notes.append(f"{path} was drawn by {source}; this command uses the model and the --lora given to it")
+    return notes
 
 
-def requests_of(asked: SamplingOptions, drawn: list[Path]) -> list[SamplingRequest]:
-    """Recipes of images, with what is asked for in place of their own.
+def requests_from_images(options: SamplingOptions, paths: list[Path]) -> list[SamplingRequest]:
+    """Return the requests in the metadata of images, with `options` in place of their own values.
 
     Raises:
         DataError: an image was not made by this trainer.
     """
-    return [_request(asdict(preview_images.request_of(path)) | asked.given()) for path in drawn]
+    return [_request(asdict(preview_images.request_of(path)) | options.given()) for path in paths]
 
 
 def command_for(config: Config, lora: Path) -> str:
-    """The command line that draws the first preview of a finished run again, to be pasted into a shell."""
+    """Return the command line that draws the first preview of a finished run again, quoted for a shell."""
     program = ["zimage-train"] if shutil.which("zimage-train") else [sys.executable, "-m", "zimage_train"]
     model = config.model
     words = [*program, "sample", model.path or model.variant, "--lora", str(lora)]
-    for one in config.sample.extra_loras:
-        words += ["--lora", one.file if one.weight == 1 else f"{one.file}={one.weight!r}"]
+    for extra in config.sample.extra_loras:
+        words += ["--lora", extra.file if extra.weight == 1 else f"{extra.file}={extra.weight!r}"]
     if model.path is not None and model.variant != "turbo":
         words += ["--variant", model.variant]
     if model.extras is not None:
         words += ["--extras", model.extras]
     if model.dtype != "bf16":
         words += ["--dtype", model.dtype]
-    recipes = preview_requests(config)
-    if not recipes:
+    requests = preview_requests(config)
+    if not requests:
         return shlex.join([*words, "--prompt", "..."])
-    first, variant = recipes[0], VARIANTS[model.variant]
+    first, variant = requests[0], VARIANTS[model.variant]
     words += ["--prompt", first.prompt, "--seed", str(first.seed)]
     words += ["--width", str(first.width), "--height", str(first.height)]
     if first.steps != variant.steps:
@@ -262,39 +303,50 @@ def command_for(config: Config, lora: Path) -> str:
     return shlex.join(words)
 
 
-def _form(
+def _place_weights(
     shape: TransformerShape,
     model: ModelSettings,
     lora: Lora,
-    recipes: list[SamplingRequest],
+    requests: list[SamplingRequest],
     device: torch.device,
-    room: BatchLimit,
+    limit: BatchLimit,
 ) -> WeightPlacement:
-    """How the model fits the device while `recipes` are drawn; the LoRA is taken for a trained one, to be safe."""
-    here = devices.device_limits(device)
-    job = Workload(
+    """Choose how many blocks are streamed, so that the model fits the device while it draws `requests`.
+
+    Raises:
+        ConfigError: `limit` has a budget, and no number of streamed blocks keeps within it.
+    """
+    device_limits = devices.device_limits(device)
+    workload = Workload(
         shape=shape,
         dtype=model.dtype,
-        trained=sum(factors.a.numel() + factors.b.numel() for factors in lora.values()),
+        # Counted as a LoRA in training, with its optimizer: an upper bound.
+        trained=num_parameters(lora),
         optimizer="adamw8bit",
         sizes=Counter(),
         batch_size=1,
         caption_tokens=0,
-        previews=tuple(recipes),
+        previews=tuple(requests),
         gpu=device.type == "cuda",
-        previews_at_once=max(map(len, split_into_batches(recipes, room.at_once))),
+        previews_at_once=max(map(len, split_into_batches(requests, limit.max_batch))),
     )
-    limit = here.limit_bytes if room.budget_gb is None else min(here.limit_bytes, room.budget_gb * 1e9)
-    plan = planner.choose_plan(job, PlanConstraints((None,), None, None), limit, main_memory_bytes(), here.card)
-    if room.budget_gb is not None and not plan.fits:
-        what = f"is {room.budget_gb:g}, and these images take {format_bytes(plan.peak.total)} (predicted)"
-        todo = "give more, or a smaller --width, --height or --batch"
-        raise ConfigError(Problem("--budget-gb", what, todo, "does-not-fit"))
+    limit_bytes = device_limits.limit_bytes
+    if limit.budget_gb is not None:
+        limit_bytes = min(limit_bytes, limit.budget_gb * 1e9)
+    constraints = PlanConstraints((None,), None, None)
+    plan = planner.choose_plan(workload, constraints, limit_bytes, main_memory_bytes(), device_limits.card)
+    if limit.budget_gb is not None and not plan.fits:
+        what = f"is {limit.budget_gb:g}, and these images take {format_bytes(plan.peak.total)} (predicted)"
+        hint = "give more, or a smaller --width, --height or --batch"
+        raise ConfigError(Problem("--budget-gb", what, hint, "does-not-fit"))
     return plan.form
 
 
 def _free_path(folder: Path, seed: int) -> Path:
+    """Return `folder`/sample-SEED.png, or with -1, -2, ... after the seed the first path that is free."""
+    path = folder / f"sample-{seed}.png"
     number = 0
-    while (path := folder / f"sample-{seed}{f'-{number}' if number else ''}.png").exists():
+    while path.exists():
         number += 1
+        path = folder / f"sample-{seed}-{number}.png"
     return path

@@ -1,4 +1,4 @@
-"""The `sweep` command: one run for each combination of values, one after the other, and all of them side by side."""
+"""The `sweep` command: train one run for each combination of values, and compare the runs."""
 
 import gc
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,7 @@ from zimage_train.commands.compare import RUN, FinishedRun
 from zimage_train.commands.sweep_values import RunsFailed, SweepRun, run_each
 from zimage_train.commands.train import check_for_training, run_training
 from zimage_train.config.load import flatten_keys
-from zimage_train.errors import DataError, Stopped, WorkerLostError, ZImageTrainError
+from zimage_train.errors import DataError, Problem, Stopped, WorkerLostError, ZImageTrainError
 from zimage_train.report.console import Console
 from zimage_train.training import distributed, run_dir
 from zimage_train.training.distributed import World
@@ -20,25 +20,26 @@ from zimage_train.training.signals import StopRequest, stop_on_signals
 
 
 def run_sweep(runs: Sequence[SweepRun], fresh: bool, allow: tuple[str, ...] = ()) -> None:
-    """Train every one of `runs`, or continue what an earlier start left of them, and compare those that finished.
+    """Train `runs` one after the other, or continue what an earlier start left of them, and compare the finished ones.
 
-    Nothing is trained before all of them are checked. One that fails does not keep the others from being trained.
+    All runs are checked before the first one is trained. If one fails, the others are trained all the same.
 
     Raises:
-        RunsFailed: some of them failed; the exit code of the first.
-        ZImageTrainError: anything else a user can act on.
+        RunsFailed: lists the problems of all runs that failed, with the exit code of the first.
+        ZImageTrainError: any other error that a user can act on.
     """
     run_dir.require_allowable(allow)
     world = distributed.init()
     console = Console(world.is_main)
-    by_label = {run.label: run for run in runs}
+    run_by_label = {run.label: run for run in runs}
     with stop_on_signals() as stop:
-        run_each(list(by_label), lambda label: check_for_training(by_label[label].config, world).notes)
+        run_each(list(run_by_label), lambda label: check_for_training(run_by_label[label].config, world).notes)
         failures = _train_all(runs, fresh, allow, world, console, stop)
     if world.is_main:
-        _conclude([run for run in runs if run.label not in failures], failures, console)
+        finished = [run for run in runs if run.label not in failures]
+        _report(finished, list(failures), console)
     if failures:
-        raise _failed(failures)
+        raise _combine(failures)
 
 
 def _train_all(
@@ -49,12 +50,12 @@ def _train_all(
     console: Console,
     stop: StopRequest,
 ) -> dict[str, RunsFailed]:
-    """Train one after the other; returns what went wrong, by the label of the run."""
+    """Train the runs one after the other, and return the errors of those that failed, by label."""
     failures: dict[str, RunsFailed] = {}
     for number, run in enumerate(runs, 1):
-        if (
-            distributed.all_reduce_min(world, float(stop.signal_number is None)) == 0.0
-        ):  # whoever of the processes got it
+        # The signal may have reached only one of several processes, and all have to stop before the same run.
+        is_running = distributed.all_reduce_min(world, float(stop.signal_number is None))
+        if is_running == 0.0:
             raise stop.error(f"before run {number} of {len(runs)}")
         console.info(f"run {number} of {len(runs)}: {run.label}")
         try:
@@ -62,9 +63,9 @@ def _train_all(
         except (Stopped, WorkerLostError):
             raise
         except ZImageTrainError as error:
-            if world.world_size > 1:  # the others may still wait for this one
+            if world.world_size > 1:  # the other processes may still wait for this one
                 raise
-            # The error itself would keep alive, by its traceback, the model that was being trained.
+            # A copy without the traceback of `error`, which would keep the model of this run in memory.
             failures[run.label] = RunsFailed(error.exit_code, error.problems)
             for problem in error.problems:
                 console.warning(f"{run.label} failed: {problem}")
@@ -75,37 +76,48 @@ def _train_all(
     return failures
 
 
-def _conclude(finished: list[SweepRun], failures: Mapping[str, RunsFailed], console: Console) -> None:
-    """Say what the runs came to, and write grid and page beside them."""
-    past = [
-        FinishedRun(run.label, run_dir.run_dir_of(run.config), flatten_keys(run.config.model_dump(mode="json")))
-        for run in finished
-    ]
+def _report(finished: Sequence[SweepRun], failed_labels: Sequence[str], console: Console) -> None:
+    """Print a table of all runs, and write grid and page for the finished ones."""
+    finished_runs: list[FinishedRun] = []
+    for run in finished:
+        settings = flatten_keys(run.config.model_dump(mode="json"))
+        finished_runs.append(FinishedRun(run.label, run_dir.run_dir_of(run.config), settings))
+    rows = {run.label: compare.run_facts(run) for run in finished_runs}
+    for label in failed_labels:
+        rows[label] = {"LoRA": "failed"}
     console.info("")
-    for line in table(
-        {run.label: compare.facts(run) for run in past} | {label: {"LoRA": "failed"} for label in failures}
-    ):
+    for line in format_table(rows):
         console.info(line)
     if not finished:
         return
     folder = Path(finished[0].config.output_dir)
     try:
-        found = replace(compare.of_runs(past, RUN), title=folder.name)
-        for line in compare.written(folder, found):
-            console.info(line)
+        comparison = replace(compare.make_comparison(finished_runs, RUN), title=folder.name)
+        lines = compare.save_comparison(folder, comparison)
     except DataError as error:
-        for problem in error.problems:
-            console.info(f"note: no grid and no page: {problem}")
+        lines = [f"note: no grid and no page: {problem}" for problem in error.problems]
+    for line in lines:
+        console.info(line)
 
 
-def table(rows: Mapping[str, Mapping[str, str]]) -> list[str]:
-    """Rows of named values as lines of text, under the names."""
+def format_table(rows: Mapping[str, Mapping[str, str]]) -> list[str]:
+    """Return a table as lines of text: a header with the names of the values, and a line for each labelled row."""
     names = list(dict.fromkeys(name for values in rows.values() for name in values))
-    cells = [["", *names], *([label, *(values.get(name, "") for name in names)] for label, values in rows.items())]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells]
+    table = [["", *names]]
+    for label, values in rows.items():
+        table.append([label, *(values.get(name, "") for name in names)])
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines = []
+    for row in table:
+        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
+        lines.append("  ".join(cells).rstrip())
+    return lines
 
 
-def _failed(failures: Mapping[str, RunsFailed]) -> RunsFailed:
-    problems = [problem.of_run(label) for label, error in failures.items() for problem in error.problems]
-    return RunsFailed(next(iter(failures.values())).exit_code, problems)
+def _combine(failures: Mapping[str, RunsFailed]) -> RunsFailed:
+    """Return one error with the problems of all failed runs, each with the label of its run."""
+    problems: list[Problem] = []
+    for label, error in failures.items():
+        problems += [problem.of_run(label) for problem in error.problems]
+    first = next(iter(failures.values()))
+    return RunsFailed(first.exit_code, problems)

@@ -1,4 +1,4 @@
-"""From `--vary key=v1,v2` to one config for each combination of values, each run with a name of its own."""
+"""Parsing of `--vary key=v1,v2`: one config for each combination of values, each with its own name."""
 
 import itertools
 import json
@@ -15,9 +15,9 @@ from zimage_train.config.strict_yaml import YamlError
 from zimage_train.errors import Argument, ConfigError, Location, Problem, ZImageTrainError
 
 NOT_VARIABLE = ("name", "output_dir", "cache.folder")
-"""Settings that runs of one sweep have of the sweep itself, or share."""
-LONGEST_WORD = 60
-"""Characters of a value in a name."""
+"""Settings that a sweep sets itself, or that its runs share."""
+MAX_NAME_PART = 60
+"""Characters of a value in the name of a run."""
 EXAMPLE = "write for example --vary model.adapter=v1,v2"
 
 Result = TypeVar("Result")
@@ -25,22 +25,22 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class SweepAxis:
-    """One setting and the values that it takes."""
+    """A setting and the values that it takes."""
 
     key: str
     texts: list[str]
-    """Each value as it was typed: YAML."""
-    words: list[str]
-    """The same as parts of names."""
+    """Each value as typed, which is YAML."""
+    name_parts: list[str]
+    """Each value as a part of the name of a run."""
 
 
 @dataclass(frozen=True)
 class SweepRun:
-    """One run of a sweep."""
+    """A run of a sweep."""
 
     config: Config
     values: dict[str, str]
-    """What distinguishes it: setting -> value as typed."""
+    """Varied setting -> its value as typed."""
 
     @property
     def label(self) -> str:
@@ -48,7 +48,7 @@ class SweepRun:
 
 
 class RunsFailed(ZImageTrainError):
-    """What went wrong in some runs of a sweep."""
+    """The problems of some runs of a sweep."""
 
     def __init__(self, exit_code: int, problems: Sequence[Problem]) -> None:
         super().__init__(*problems)
@@ -56,46 +56,56 @@ class RunsFailed(ZImageTrainError):
 
 
 def label_of(values: Mapping[str, str]) -> str:
-    """A combination of values in words."""
+    """Return a combination of values as one line."""
     return ", ".join(f"{key}={text}" for key, text in values.items())
 
 
 def make_sweep_runs(path: Path, overrides: Sequence[str], varied: Sequence[str]) -> list[SweepRun]:
-    """The config at `path` with `overrides`, once for each combination of the values in `varied`.
+    """Return the config at `path` with `overrides`, once for each combination of the values in `varied`.
 
-    The runs lie side by side in output/NAME-sweep-KEYS and are called NAME+KEY_VALUE.
+    The run folders are output/NAME-sweep-KEYS/NAME+KEY_VALUE.
 
     Raises:
         ZImageTrainError: lists every problem of every combination.
     """
-    axes = _axes(varied, overrides)
-    shorts = _distinct([(_last_name(axis.key), axis.key) for axis in axes])
-    chosen: dict[str, tuple[dict[str, str], str]] = {}
-    for places in itertools.product(*(range(len(axis.texts)) for axis in axes)):
-        picked = list(zip(axes, shorts, places, strict=True))
-        values = {axis.key: axis.texts[place] for axis, _, place in picked}
-        suffix = "".join(f"+{short}_{axis.words[place]}" for axis, short, place in picked)
-        chosen[label_of(values)] = (values, suffix)
+    axes = _parse_axes(varied, overrides)
+    short_keys = _first_if_distinct([(_last_name(axis.key), axis.key) for axis in axes])
+    combinations: dict[str, tuple[dict[str, str], str]] = {}  # label -> (values, suffix of the name)
+    for indices in itertools.product(*(range(len(axis.texts)) for axis in axes)):
+        values: dict[str, str] = {}
+        suffix = ""
+        for axis, short_key, index in zip(axes, short_keys, indices, strict=True):
+            values[axis.key] = axis.texts[index]
+            suffix += f"+{short_key}_{axis.name_parts[index]}"
+        combinations[label_of(values)] = values, suffix
 
-    def read(label: str) -> SweepRun:
-        values, suffix = chosen[label]
-        assigned = [*overrides, *(f"{key}={text}" for key, text in values.items())]
+    def read_run(label: str) -> SweepRun:
+        values, suffix = combinations[label]
         try:
-            plain = load.read_config(path, assigned)
-            own = {
-                "name": plain.name + suffix,
-                "output_dir": f"{Path(plain.output_dir) / plain.name}-sweep-{'+'.join(shorts)}",
-            }
-            named = [f"{key}={json.dumps(text, ensure_ascii=False)}" for key, text in own.items()]
-            return SweepRun(load.read_config(path, [*assigned, *named]), values)
+            return _read_run(path, overrides, values, suffix, f"-sweep-{'+'.join(short_keys)}")
         except ConfigError as error:
             raise ConfigError(*(_as_varied(problem, values) for problem in error.problems)) from None
 
-    return list(run_each(list(chosen), read).values())
+    return list(run_each(list(combinations), read_run).values())
+
+
+def _read_run(
+    path: Path, overrides: Sequence[str], values: dict[str, str], name_suffix: str, folder_suffix: str
+) -> SweepRun:
+    """Read the config with `values`, with `name_suffix` added to its name, below a folder of the sweep."""
+    assignments = [*overrides, *(f"{key}={text}" for key, text in values.items())]
+    config = load.read_config(path, assignments)
+    name = config.name + name_suffix
+    output_dir = f"{Path(config.output_dir) / config.name}{folder_suffix}"
+    for key, text in (("name", name), ("output_dir", output_dir)):
+        assignments.append(f"{key}={json.dumps(text, ensure_ascii=False)}")
+    # Read again instead of changed, so that the new name is validated too.
+    config = load.read_config(path, assignments)
+    return SweepRun(config, values)
 
 
 def _as_varied(problem: Problem, values: Mapping[str, str]) -> Problem:
-    """The reader takes what is varied for what is set; the user typed --vary."""
+    """Return `problem` as one of `--vary` if it is one of `--set`, by which the varied values are read."""
     for key, text in values.items():
         if problem.place.argument == Argument("--set", f"{key}={text}"):
             return replace(problem, location=replace(problem.place, argument=Argument("--vary", f"{key}={text}")))
@@ -103,114 +113,127 @@ def _as_varied(problem: Problem, values: Mapping[str, str]) -> Problem:
 
 
 def run_each(labels: Sequence[str], work: Callable[[str], Result]) -> dict[str, Result]:
-    """What `work` makes of each of `labels`, unless it fails for one.
+    """Return the result of `work` for each label.
 
     Raises:
-        RunsFailed: a problem that all have is listed once, others with the label of each; the lowest exit code.
+        RunsFailed: `work` failed for some labels; it is called for the others all the same. A problem of all labels is
+            listed once, others with each label that they occur for. The exit code is the lowest.
     """
-    done: dict[str, Result] = {}
+    results: dict[str, Result] = {}
     failures: dict[str, ZImageTrainError] = {}
     for label in labels:
         try:
-            done[label] = work(label)
+            results[label] = work(label)
         except ZImageTrainError as error:
             failures[label] = error
     if failures:
-        problems = _merged({label: error.problems for label, error in failures.items()}, len(labels))
+        problems = _merge_problems({label: error.problems for label, error in failures.items()}, len(labels))
         raise RunsFailed(min(error.exit_code for error in failures.values()), problems)
-    return done
+    return results
 
 
-def _merged(found: Mapping[str, Sequence[Problem]], total: int) -> list[Problem]:
-    owners: dict[Problem, list[str]] = {}
-    for label, problems in found.items():
+def _merge_problems(problems_by_label: Mapping[str, Sequence[Problem]], num_labels: int) -> list[Problem]:
+    labels_by_problem: dict[Problem, list[str]] = {}
+    for label, problems in problems_by_label.items():
         for problem in problems:
-            owners.setdefault(problem, []).append(label)
-    merged = []
-    for problem, labels in owners.items():
+            labels_by_problem.setdefault(problem, []).append(label)
+    merged: list[Problem] = []
+    for problem, labels in labels_by_problem.items():
         argument = problem.place.argument
-        says_which = len(labels) == total or (argument is not None and argument.flag == "--vary")
-        merged += [problem] if says_which else [problem.of_run(one) for one in labels]
+        names_the_value = argument is not None and argument.flag == "--vary"
+        if len(labels) == num_labels or names_the_value:
+            merged.append(problem)
+        else:
+            merged += [problem.of_run(label) for label in labels]
     return merged
 
 
-def _axes(varied: Sequence[str], overrides: Sequence[str]) -> list[SweepAxis]:
-    axes, problems = [], []
-    taken = {override.partition("=")[0].strip(): Argument("--set", override) for override in overrides}
+def _parse_axes(varied: Sequence[str], overrides: Sequence[str]) -> list[SweepAxis]:
+    axes: list[SweepAxis] = []
+    problems: list[Problem] = []
+    arguments_by_key = {override.partition("=")[0].strip(): Argument("--set", override) for override in overrides}
     for text in varied:
         argument = Argument("--vary", text)
         where = Location(argument=argument)
         key, equals, values = (part.strip() for part in text.partition("="))
-        clash = next((there for other, there in taken.items() if _overlap(key, other)), None)
+        earlier = [other for other_key, other in arguments_by_key.items() if _overlap(key, other_key)]
         if not equals or not key:
             problems.append(Problem(where, "is not key=value,value", EXAMPLE, "bad-argument"))
-        elif any(_overlap(key, one) for one in NOT_VARIABLE):
+        elif any(_overlap(key, fixed_key) for fixed_key in NOT_VARIABLE):
             what = "cannot be varied: a sweep names its runs itself, and they share their caches"
             problems.append(Problem(where, what, "leave it out", "not-variable"))
-        elif clash is not None:
-            todo = "give all values of a setting in one --vary"
-            problems.append(Problem(where, f"is set by {clash} too", todo, "set-twice"))
+        elif earlier:
+            what = f"sets the same as {earlier[0]}"
+            problems.append(Problem(where, what, "give all values of a setting in one --vary", "set-twice"))
         else:
-            taken[key] = argument
-            texts = split(values)
-            words, wrong = _words(texts)
-            problems += [Problem(where, what, todo, "bad-value") for what, todo in wrong]
-            axes.append(SweepAxis(key, texts, words))
+            arguments_by_key[key] = argument
+            texts = split_values(values)
+            name_parts, value_errors = _name_parts(texts)
+            problems += [Problem(where, what, hint, "bad-value") for what, hint in value_errors]
+            axes.append(SweepAxis(key, texts, name_parts))
     if problems:
         raise ConfigError(*problems)
     return axes
 
 
-def _overlap(one: str, other: str) -> bool:
-    """Whether two keys set the same, or one of them a part of the other."""
-    return f"{one}.".startswith(f"{other}.") or f"{other}.".startswith(f"{one}.")
+def _overlap(key: str, other: str) -> bool:
+    """Return whether two keys are the same, or one is the section of the other."""
+    return f"{key}.".startswith(f"{other}.") or f"{other}.".startswith(f"{key}.")
 
 
-def split(text: str) -> list[str]:
-    """The values in `text`: cut at commas that stand neither in brackets nor in quotes."""
-    values, depth, quote, begin = [], 0, "", 0
-    for place, letter in enumerate(text):
+def split_values(text: str) -> list[str]:
+    """Split `text` at the commas that are neither in brackets nor in quotes."""
+    values: list[str] = []
+    start, depth, quote = 0, 0, ""
+    for index, character in enumerate(text):
         if quote:
-            quote = "" if letter == quote else quote
-        elif letter in "\"'" and not text[begin:place].strip(" [{,:"):
-            quote = letter
-        elif letter in "[{":
+            if character == quote:
+                quote = ""
+        # As in YAML, a quote opens only at the beginning of a value; elsewhere it is an apostrophe.
+        elif character in "\"'" and not text[start:index].strip(" [{,:"):
+            quote = character
+        elif character in "[{":
             depth += 1
-        elif letter in "]}":
+        elif character in "]}":
             depth -= 1
-        elif letter == "," and depth == 0:
-            values.append(text[begin:place].strip())
-            begin = place + 1
-    return [*values, text[begin:].strip()]
+        elif character == "," and depth == 0:
+            values.append(text[start:index].strip())
+            start = index + 1
+    return [*values, text[start:].strip()]
 
 
-def _words(texts: list[str]) -> tuple[list[str], list[tuple[str, str]]]:
-    """Each value as a part of a name, and what is wrong with the values."""
-    wrong: list[tuple[str, str]] = []
-    pairs: list[tuple[str, str]] = []
+def _name_parts(texts: list[str]) -> tuple[list[str], list[tuple[str, str]]]:
+    """Return each value as a part of a name, and (message, hint) for values that cannot be used."""
+    errors: list[tuple[str, str]] = []
+    names: list[tuple[str, str]] = []  # (short, long): of a path its last part, and the whole
     for text in texts:
         try:
             value = strict_yaml.parse(text).value
-        except YamlError as problem:
-            wrong.append((f"{text}: {problem.message}", "quote the value"))
+        except YamlError as error:
+            errors.append((f"{text}: {error.message}", "quote the value"))
             continue
         if not text:
-            wrong.append(("has an empty value", "write null for none"))
-        whole = _plain(value, text)
-        pairs.append((whole.replace("\\", "/").rstrip("/").rpartition("/")[2], whole))
-    words = _distinct([(_quoted(short), _quoted(whole)) for short, whole in pairs])
-    for place, word in enumerate(words if not wrong else []):
-        first = words.index(word)
-        if first != place and pairs[first] == pairs[place]:
-            wrong.append((f"{texts[place]} is given twice", "leave one out"))
-        elif first != place:
-            what = f"{texts[first]} and {texts[place]} would both be called {word}"
-            wrong.append((what, "give values that differ in letters and digits"))
-    return words, wrong
+            errors.append(("has an empty value", "write null for none"))
+        name = _canonical_text(value, text)
+        last_part = name.replace("\\", "/").rstrip("/").rpartition("/")[2]
+        names.append((last_part, name))
+    parts = _first_if_distinct([(_slug(short), _slug(long)) for short, long in names])
+    if errors:
+        return parts, errors
+    for index, part in enumerate(parts):
+        first = parts.index(part)
+        if first == index:
+            continue
+        if names[first] == names[index]:
+            errors.append((f"{texts[index]} is given twice", "leave out one of them"))
+        else:
+            what = f"{texts[first]} and {texts[index]} would both be called {part}"
+            errors.append((what, "give values that differ in letters and digits"))
+    return parts, errors
 
 
-def _plain(value: Any, text: str) -> str:
-    """A value without the freedoms of YAML: 1e-4 and 0.0001 are one."""
+def _canonical_text(value: Any, text: str) -> str:
+    """Return a value in one spelling: `text` may be 1e-4 or 0.0001, and the result is 0.0001."""
     if isinstance(value, bool) or value is None:
         return json.dumps(value)
     if isinstance(value, int | float) and abs(value) < float("inf"):
@@ -218,17 +241,17 @@ def _plain(value: Any, text: str) -> str:
     return value if isinstance(value, str) else text
 
 
-def _quoted(text: str) -> str:
-    """What a name can hold of `text`; without a hyphen, since names may not end in -digits."""
-    return re.sub(r"[^\w.]+", "_", text)[-LONGEST_WORD:].strip("._")
+def _slug(text: str) -> str:
+    """Return the end of `text` in characters that a name can have, without hyphens: a name may not end in -digits."""
+    return re.sub(r"[^\w.]+", "_", text)[-MAX_NAME_PART:].strip("._")
 
 
-def _distinct(pairs: list[tuple[str, str]]) -> list[str]:
-    """The first of each pair if these differ, else the second."""
+def _first_if_distinct(pairs: list[tuple[str, str]]) -> list[str]:
+    """Return the first element of each pair if these are all different, else the second ones."""
     firsts = [first for first, _ in pairs]
     return firsts if len(set(firsts)) == len(firsts) else [second for _, second in pairs]
 
 
 def _last_name(key: str) -> str:
-    """`optimizer.lr` -> lr, `data.0` -> data."""
+    """Return the last part of a key that is not a number: `lr` for `optimizer.lr`, `data` for `data.0`."""
     return next((part for part in reversed(key.split(".")) if not part.isdigit()), key)
