@@ -17,14 +17,14 @@ GOOD = SystemFacts(
     packages={"torch": ("2.13.0+cu130", ">=2.7"), "peft": ("0.21.2", ">=0.18")},
     torch_cuda="13.0",
     driver="580.65",
-    driver_sees="NVIDIA GeForce RTX 4090",
+    driver_gpu="NVIDIA GeForce RTX 4090",
     gpus=[RTX_4090],
     ram_bytes=64_000_000_000,
     free_bytes={"/home/me": 200_000_000_000, "/home/me/.cache/huggingface/hub": 100_000_000_000},
-    locks=True,
+    has_locks=True,
     downloaded={"Tongyi-MAI/Z-Image-Turbo": True},
-    cache="/home/me/.cache/huggingface/hub",
-    cache_variable="HF_HOME",
+    hub_cache="/home/me/.cache/huggingface/hub",
+    hub_cache_variable="HF_HOME",
 )
 
 
@@ -45,9 +45,13 @@ def test_a_good_machine_has_nothing_to_mend():
         (
             {"system": "Windows"},
             "note",
-            "Windows on x86_64, Python 3.12: nobody has tried this system yet; WSL 2 is Linux",
+            "Windows on x86_64, Python 3.12: this system is untested; WSL 2 is safer",
         ),
-        ({"system": "WSL"}, "note", "here the driver may spill into main memory, which is ten times as slow; set CUDA"),
+        (
+            {"system": "WSL"},
+            "note",
+            "when the GPU's memory is full, the driver may use main memory, which is ten times slower; set CUDA",
+        ),
         (
             {"packages": {"peft": ("0.9", ">=0.18")}},
             "bad",
@@ -57,19 +61,19 @@ def test_a_good_machine_has_nothing_to_mend():
         (
             {"gpus": [], "driver": None},
             "note",
-            "no NVIDIA card, or no driver for it: the 6 B model cannot be trained here",
+            "no NVIDIA GPU, or no driver for it: the 6 B model cannot be trained here",
         ),
         (
             {"gpus": [], "torch_cuda": None},
             "bad",
-            "the driver sees NVIDIA GeForce RTX 4090, but this torch is built without",
+            "the driver lists NVIDIA GeForce RTX 4090, but this torch is built without",
         ),
-        ({"gpus": []}, "bad", "torch for CUDA 13.0 cannot use the card with driver 580.65; update the driver"),
-        ({"ram_bytes": 8_000_000_000}, "note", "8.00 GB of main memory; 16 GB let every plan work"),
-        ({"locks": False}, "note", "this disk has no file locks (some network volumes)"),
-        ({"downloaded": {"a/b": False}}, "note", "a/b is not on this machine; zimage-train download turbo"),
+        ({"gpus": []}, "bad", "torch for CUDA 13.0 cannot use the GPU with driver 580.65; update the driver"),
+        ({"ram_bytes": 8_000_000_000}, "note", "8.00 GB of main memory; 16 GB are enough for all plans"),
+        ({"has_locks": False}, "note", "this disk has no file locks, like some network volumes"),
+        ({"downloaded": {"a/b": False}}, "note", "a/b is not on this machine; zimage-train download turbo fetches"),
         ({"environment": {"HF_HUB_OFFLINE": "1"}}, "note", "HF_HUB_OFFLINE is set to 1"),
-        ({"free_bytes": {"/x": 10**9}}, "note", "1.00 GB free in /x; checkpoints and caches want some GB"),
+        ({"free_bytes": {"/x": 10**9}}, "note", "1.00 GB free in /x; checkpoints and caches need some GB"),
     ],
 )
 def test_troubles_have_verdict_and_fix(change: dict, level: str, expected: str):
@@ -86,16 +90,16 @@ def test_troubles_have_verdict_and_fix(change: dict, level: str, expected: str):
         (
             {"is_compiled_for": False, "capability": (12, 0)},
             "bad",
-            "this torch has no code for NVIDIA GeForce RTX 4090 (sm_120)",
+            "this torch is not compiled for NVIDIA GeForce RTX 4090 (sm_120)",
         ),
         (
             {"free_bytes": 20_000_000_000},
             "note",
-            "5.76 GB of NVIDIA GeForce RTX 4090 are in use by others; close what uses it",
+            "5.76 GB of NVIDIA GeForce RTX 4090 are in use by other programs; close them",
         ),
-        ({"memory_bytes": 6_000_000_000, "free_bytes": 6_000_000_000}, "bad", "6.00 GB are too little"),
-        ({"capability": (8, 6)}, "ok", "NVIDIA GeForce RTX 4090, 25.76 GB, bf16; fp8 weights are only stored so"),
-        ({"name": "NVIDIA Oddity"}, "ok", "NVIDIA Oddity, 25.76 GB, bf16; its speed is not in our list"),
+        ({"memory_bytes": 6_000_000_000, "free_bytes": 6_000_000_000}, "bad", "6.00 GB of GPU memory are too little"),
+        ({"capability": (8, 6)}, "ok", "NVIDIA GeForce RTX 4090, 25.76 GB, bf16; without fp8 arithmetic"),
+        ({"name": "NVIDIA Oddity"}, "ok", "NVIDIA Oddity, 25.76 GB, bf16; its speed is not known"),
     ],
 )
 def test_each_card_has_its_verdict(change: dict, level: str, expected: str):
@@ -121,7 +125,9 @@ def test_this_machine_is_judged(tmp_path, monkeypatch):
     """The facts of this machine are found and judged, and no file is left behind."""
     monkeypatch.chdir(tmp_path)
     facts = doctor.gather_facts()
-    assert facts.packages["torch"][0] and facts.ram_bytes > 10**8 and facts.locks and str(tmp_path) in facts.free_bytes
+    assert (
+        facts.packages["torch"][0] and facts.ram_bytes > 10**8 and facts.has_locks and str(tmp_path) in facts.free_bytes
+    )
     assert not any(tmp_path.iterdir()), "it leaves nothing"
     done = CliRunner().invoke(app, ["doctor"])
     assert done.exit_code == (0 if facts.gpus else 2)

@@ -50,10 +50,10 @@ def test_config_from_a_folder(tmp_path: Path, monkeypatch):
     assert code == 0, said
     for line in (
         "my dog 2: 6 images; 3 of 6 have captions (sentences, 3 words each)",
-        "as large as squares of 735 to 938 px, half 938 or more",
+        "sizes: as large as squares of 735 to 938 px, half of them 938 px or more",
         "shapes: 3 landscape, 3 portrait",
         "6 images are few for a character: 12 to 30 are usual",
-        "3 images have no caption and get the trigger alone; `zimage-train caption 'my dog 2'` writes some",
+        "3 images have no caption and get the trigger alone; `zimage-train caption 'my dog 2'` writes captions",
         "wrote my_dog_2_lora.yaml",
         "time on one 4090, for 1800 steps",
         "  zimage-train train my_dog_2_lora.yaml",
@@ -83,8 +83,8 @@ def test_what_is_there_is_not_written_over(tmp_path: Path):
         (["--trigger", "a\nb"], 2, "--trigger: is 'a\\nb'"),
         (["--trigger", "[trigger]"], 2, "--trigger: is '[trigger]'"),
         (["--name", "../x"], 2, "--name: is '../x'; begin with a letter"),
-        (["--miniature", "--variant", "base"], 2, "--variant: is given beside --miniature"),
-        (["--miniature", "--gpu", "4090"], 2, "--gpu: is given beside --miniature"),
+        (["--miniature", "--variant", "base"], 2, "--variant: cannot be combined with --miniature"),
+        (["--miniature", "--gpu", "4090"], 2, "--gpu: cannot be combined with --miniature"),
         (["--gpu", "voodoo"], 2, "--gpu: 'voodoo' is not known"),
     ],
 )
@@ -108,12 +108,11 @@ def test_damaged_image_is_named(tmp_path: Path):
     folder = folder_of(tmp_path / "p", [(600, 600)] * 3, ["a", "b", "c"])
     (folder / "bad.png").write_bytes(b"no image")
     code, said = run(folder, "--yes", "-o", tmp_path / "x.yaml")
-    assert code == 0 and "to mend: " in said and "bad.png" in said and (tmp_path / "x.yaml").exists()
+    assert code == 0 and "to fix: " in said and "bad.png" in said and (tmp_path / "x.yaml").exists()
 
 
 @pytest.mark.slow
-def test_folder_to_image_unattended(tmp_path: Path, monkeypatch, shared_cache: Path):
-    """`init`, `check`, `train` and `sample` lead from a folder to an image without a question."""
+def test_from_an_empty_folder_to_an_image_without_asking_anyone(tmp_path: Path, monkeypatch, shared_cache: Path):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "photos").mkdir()
     for path in mini.IMAGES.iterdir():
@@ -234,7 +233,7 @@ def test_placeholders_are_the_trigger(tmp_path: Path):
     """Placeholders in captions stand for the chosen trigger."""
     folder = folder_of(tmp_path / "p", [(600, 600)] * 3, ["a [trigger] at sea"] * 3)
     code, said = run(folder, "--yes", "-o", tmp_path / "x.yaml", "--trigger", "rex")
-    assert code == 0 and "3 of 3 have captions" in said and "to mend" not in said
+    assert code == 0 and "3 of 3 have captions" in said and "to fix" not in said
     assert "a rex at sea" in (tmp_path / "x.yaml").read_text()
 
 
@@ -317,7 +316,7 @@ def test_questions_are_repeated(tmp_path: Path):
     typed = ["dog\n", "style\n", "deturbo\n", "[trigger]\n", "rex\n", "4090\n"]
     code, seen = terminal(words, typed, tmp_path)
     assert code == 0, seen
-    assert "'dog' is none of character" in seen and "give the word itself" in seen
+    assert "'dog' is not one of character" in seen and "give the word itself" in seen
     config = read_config(tmp_path / "x.yaml")
     assert (config.model.variant, config.data[0].trigger, config.name) == ("deturbo", "rex", "x")
 

@@ -1,7 +1,8 @@
-"""The commands before a training: look at images, describe them, fetch models, examine the machine."""
+"""Commands before a training: write a config, caption images, check the machine, download models, import a job."""
 
 import re
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated
 
@@ -19,43 +20,40 @@ start_commands = typer.Typer(rich_markup_mode=None)
 
 CAPTIONER = "Qwen/Qwen3-VL-4B-Instruct"
 
-JobPath = Annotated[Path, typer.Argument(metavar="JOB", help="The YAML or JSON file.", show_default=False)]
-FolderPath = Annotated[Path, typer.Argument(metavar="FOLDER", help="The images.", show_default=False)]
+JobPath = Annotated[Path, typer.Argument(metavar="JOB", help="The job (YAML or JSON).", show_default=False)]
+FolderPath = Annotated[Path, typer.Argument(metavar="FOLDER", help="The folder of images.", show_default=False)]
 
 
 @start_commands.command()
 def init(
     folder: FolderPath,
-    kind: Annotated[str | None, typer.Option("--kind", help=f"{', '.join(SUBJECT_KINDS)}.", show_default=False)] = None,
+    kind: Annotated[
+        str | None,
+        typer.Option("--kind", help=f"What the images teach: {', '.join(SUBJECT_KINDS)}.", show_default=False),
+    ] = None,
     variant: Annotated[
-        str | None, typer.Option("--variant", help=f"{', '.join(MODEL_TEMPLATES)}.", show_default=False)
+        str | None,
+        typer.Option("--variant", help=f"The model to train on: {', '.join(MODEL_TEMPLATES)}.", show_default=False),
     ] = None,
     trigger: Annotated[
-        str | None, typer.Option("--trigger", help="The word that comes to mean what is taught.", show_default=False)
+        str | None,
+        typer.Option("--trigger", help="The word that stands for the subject in prompts.", show_default=False),
     ] = None,
     gpu: Annotated[
-        str | None, typer.Option("--gpu", help="Plan for this card (4090, 4060, h100, ...), not the one here.")
+        str | None,
+        typer.Option("--gpu", help="Plan for this GPU (4090, 4060, h100, ...) instead of the one in this machine."),
     ] = None,
-    name: Annotated[str | None, typer.Option("--name", help="Of the run. Default: after the folder.")] = None,
+    name: Annotated[str | None, typer.Option("--name", help="Name of the run. Default: FOLDER_lora.")] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="CONFIG", help="The file to write. Default: NAME.yaml.")
     ] = None,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Ask nothing: take what is most usual.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Ask no questions, and use the defaults.")] = False,
     miniature: Annotated[
-        bool, typer.Option("--miniature", help="To try it in a minute: on the model of a few MB, without a GPU.")
+        bool, typer.Option("--miniature", help="Train the miniature model of a few MB, on a CPU in a minute.")
     ] = False,
-    force: Annotated[bool, typer.Option("--force", help="Write over a config that is there.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing config.")] = False,
 ) -> None:
-    """Look at a folder of images, and write a config for it with the reasons beside each setting."""
-    problems = [
-        Problem(option, f"is {value!r}", f"give one of {', '.join(known)}")
-        for option, value, known in (("--kind", kind, SUBJECT_KINDS), ("--variant", variant, MODEL_TEMPLATES))
-        if value is not None and value not in known
-    ]
-    if miniature:
-        model = ("--variant", variant, "it is a Turbo"), ("--gpu", gpu, "it needs none")
-        given = [(option, f"is given beside --miniature: {why}") for option, value, why in model if value]
-        problems += [Problem(option, what, "leave one of them out") for option, what in given]
+    """Inspect a folder of images, and write a config for it that gives the reason for each setting."""
     from zimage_train.commands.init import (
         Answers,
         advise_for,
@@ -72,81 +70,100 @@ def init(
     from zimage_train.planning import gpus
     from zimage_train.report.console import Console
 
+    problems = _choice_problems(("--kind", kind, SUBJECT_KINDS), ("--variant", variant, MODEL_TEMPLATES))
+    if miniature and variant is not None:
+        what = "cannot be combined with --miniature, which is a Turbo model"
+        problems.append(Problem("--variant", what, "leave out one of them", "conflicting-arguments"))
+    if miniature and gpu is not None:
+        what = "cannot be combined with --miniature, which needs no GPU"
+        problems.append(Problem("--gpu", what, "leave out one of them", "conflicting-arguments"))
     for option, value in (("--trigger", trigger), ("--name", name)):
-        if value is not None and (why := answer_error(option, value)):
-            problems.append(Problem(option, why))
+        if value is not None and (error := answer_error(option, value)):
+            problems.append(Problem(option, error, code="bad-argument"))
     if problems:
         raise ConfigError(*problems)
     if gpu is not None:
-        gpus.get_gpu(gpu)
-    run = name or name_of(folder, output)
-    path = output or Path(f"{run}.yaml")
+        gpus.get_gpu(gpu)  # refuses an unknown GPU before any question is asked
+    run_name = name or name_of(folder, output)
+    path = output or Path(f"{run_name}.yaml")
     require_place(path, force)
+
     console = Console.progress_only()
     with console.live_progress():
-        seen = summarize_folder(folder, console.progress)
-    print_lines([*describe_folder(seen), ""])
-    asks = not yes and not JSON_OUTPUT.get() and sys.stdin is not None and sys.stdin.isatty()
-    kind = kind or (_asked("What do they show?", list(SUBJECT_KINDS)) if asks else "character")
-    variant = variant or (_asked("Which model?", list(MODEL_TEMPLATES)) if asks and not miniature else "turbo")
-    usual = likely_trigger(seen.captions, seen.kohya) or SUBJECT_KINDS[kind].trigger
-    trigger = trigger or (_asked_trigger(usual) if asks else usual)
-    if asks and not miniature and gpu is None and local_gpu() is None:
-        gpu = _asked("Which card will train?", ["4090", *(card for card in GPU_SPECS if card != "4090")])
+        summary = summarize_folder(folder, console.progress)
+    print_lines([*describe_folder(summary), ""])
+
+    is_interactive = not yes and not JSON_OUTPUT.get() and sys.stdin is not None and sys.stdin.isatty()
+    if kind is None:
+        kind = _ask_choice("What do the images show?", list(SUBJECT_KINDS)) if is_interactive else "character"
+    if variant is None:
+        asks_variant = is_interactive and not miniature
+        variant = _ask_choice("Which model?", list(MODEL_TEMPLATES)) if asks_variant else "turbo"
+    if trigger is None:
+        default = likely_trigger(summary.captions, summary.kohya) or SUBJECT_KINDS[kind].trigger
+        trigger = _ask_trigger(default) if is_interactive else default
+    if is_interactive and not miniature and gpu is None and local_gpu() is None:
+        gpu = _ask_choice("Which GPU?", ["4090", *(known for known in GPU_SPECS if known != "4090")])
+
     answers = Answers(kind, variant, trigger, gpu)
-    own = template_values_for(seen, answers, run, miniature)
-    said = advise_for(seen, answers.kind, miniature) + ([] if asks else [f"trigger: {trigger}"])
-    print_lines([*said, *write_config_file(path, own, answers, seen.problems)])
+    values = template_values_for(summary, answers, run_name, miniature)
+    lines = advise_for(summary, kind, miniature)
+    if not is_interactive:
+        lines.append(f"trigger: {trigger}")
+    print_lines([*lines, *write_config_file(path, values, answers, summary.problems)])
 
 
 @start_commands.command()
 def caption(
     folder: FolderPath,
-    model: Annotated[
-        str, typer.Option("--model", help="A vision-language model: a folder, or its name on the hub.")
-    ] = CAPTIONER,
-    style: Annotated[str, typer.Option("--style", help=f"{', '.join(CAPTION_STYLES)}.")] = "sentences",
+    model: Annotated[str, typer.Option("--model", help="The vision-language model: a folder or a hub id.")] = CAPTIONER,
+    style: Annotated[str, typer.Option("--style", help=f"Style of the captions: {', '.join(CAPTION_STYLES)}.")] = (
+        "sentences"
+    ),
     kind: Annotated[
         str | None,
-        typer.Option("--kind", help=f"{', '.join(SUBJECT_KINDS)}: captions leave out what is to be learned."),
+        typer.Option(
+            "--kind",
+            help=f"What the LoRA is to learn ({', '.join(SUBJECT_KINDS)}), which the captions then leave out.",
+        ),
     ] = None,
     trigger: Annotated[
-        str | None, typer.Option("--trigger", help="A word that every caption shall have; training adds its own.")
+        str | None,
+        typer.Option("--trigger", help="A word to add to every caption; training adds data.trigger by itself."),
     ] = None,
     instruction: Annotated[
-        str | None, typer.Option("--instruction", help="What to ask the model, instead of the style's own text.")
+        str | None, typer.Option("--instruction", help="Instruction for the model, instead of that of --style.")
     ] = None,
-    extension: Annotated[str, typer.Option("--extension", help="Of the caption files.")] = ".txt",
-    force: Annotated[bool, typer.Option("--force", help="Write over captions that are there.")] = False,
+    extension: Annotated[str, typer.Option("--extension", help="Extension of the caption files.")] = ".txt",
+    force: Annotated[bool, typer.Option("--force", help="Replace existing captions.")] = False,
 ) -> None:
-    """Describe every image that has no caption, with a model on this machine; the same command goes on."""
-    problems = [
-        Problem(option, f"is {value!r}", f"give one of {', '.join(known)}")
-        for option, value, known in (("--kind", kind, SUBJECT_KINDS), ("--style", style, CAPTION_STYLES))
-        if value is not None and value not in known
-    ]
-    for option, value in (("--trigger", trigger), ("--instruction", instruction)):
-        if value is not None and not value.strip():
-            problems.append(Problem(option, "is empty", "give a text, or leave the option out"))
+    """Caption the images that have no caption, with a vision-language model on this machine.
+
+    Each caption is written at once, so the same command continues after an interruption.
+    """
     from zimage_train.commands.init import answer_error
     from zimage_train.dataset.images import EXTENSIONS
 
-    if trigger is not None and trigger.strip() and (why := answer_error("--trigger", trigger.strip())):
-        problems.append(Problem("--trigger", why))
+    problems = _choice_problems(("--kind", kind, SUBJECT_KINDS), ("--style", style, CAPTION_STYLES))
+    for option, value in (("--trigger", trigger), ("--instruction", instruction)):
+        if value is not None and not value.strip():
+            problems.append(Problem(option, "is empty", "give a text, or leave out the option", "bad-argument"))
+    if trigger is not None and trigger.strip() and (error := answer_error("--trigger", trigger.strip())):
+        problems.append(Problem("--trigger", error, code="bad-argument"))
     if not re.fullmatch(r"\.[A-Za-z0-9_.]+", extension) or extension.lower().endswith(tuple(EXTENSIONS)):
-        problems.append(Problem("--extension", f"is {extension!r}", "give one such as .txt"))
+        problems.append(Problem("--extension", f"is {extension!r}", "give one such as .txt", "bad-argument"))
     if problems:
         raise ConfigError(*problems)
     from zimage_train.commands.caption import CaptionOptions, caption_folder
     from zimage_train.report.console import Console
 
-    wanted = CaptionOptions(model, style, kind, trigger and trigger.strip(), instruction, extension, force)
-    print_lines(caption_folder(folder, wanted, Console()))
+    options = CaptionOptions(model, style, kind, trigger and trigger.strip(), instruction, extension, force)
+    print_lines(caption_folder(folder, options, Console()))
 
 
 @start_commands.command()
 def doctor() -> None:
-    """Say whether this machine can train, what is in the way, and what to do; asks nobody on the network."""
+    """Check whether this machine can train, and say what to fix; makes no network requests."""
     from zimage_train.commands.doctor import doctor_report, gather_facts
 
     lines, can_train = doctor_report(gather_facts())
@@ -157,52 +174,59 @@ def doctor() -> None:
 
 @start_commands.command()
 def download(
-    config: Annotated[str, typer.Argument(metavar="CONFIG", help="The YAML file, or turbo, deturbo or base.")],
+    config: Annotated[str, typer.Argument(metavar="CONFIG", help="The config, or turbo, deturbo or base.")],
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=YAML", help="Override a setting. Repeatable.")
     ] = None,
     wait: Annotated[
         float | None,
-        typer.Option("--wait", metavar="MINUTES", help="Let another machine bring it into the same HF_HOME.", min=0),
+        typer.Option(
+            "--wait",
+            metavar="MINUTES",
+            help="Instead of downloading, wait up to MINUTES for another machine to do it, into the same HF_HOME.",
+            min=0,
+        ),
     ] = None,
 ) -> None:
-    """Fetch everything that a config reads from the hub, and compare it with the hub's digests.
+    """Download the model files that a config needs, and verify their digests.
 
-    Says first how much it is; goes on where it was stopped. For a machine without a GPU that fills a shared disk.
+    Prints the size first, and resumes an interrupted download. It needs no GPU, so another machine can fill a shared
+    disk.
     """
     from zimage_train.config import load
     from zimage_train.config.schema import ModelSettings
 
     if config in MODEL_TEMPLATES and set_:
-        raise ConfigError(Problem("--set", f"is given beside {config}", "give a config"))
+        what = f"cannot be combined with {config}, which is not a config"
+        raise ConfigError(Problem("--set", what, "give the path of a config", "conflicting-arguments"))
     settings = None if config in MODEL_TEMPLATES else load.read_config(Path(config), set_ or [])
     from zimage_train.commands.download import download_models
     from zimage_train.report.console import Console
 
     model = settings.model if settings else ModelSettings.model_validate({"variant": config})
-    also = settings.sample.compare_on if settings else None
-    print_lines(download_models(model, also, Console(), wait))
+    second_model = settings.sample.compare_on if settings else None
+    print_lines(download_models(model, second_model, Console(), wait))
 
 
 @start_commands.command("import")
 def import_(
     job: JobPath,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="CONFIG", help="The file to write. Default: the terminal.")
+        Path | None, typer.Option("--output", "-o", metavar="CONFIG", help="The file to write. Default: stdout.")
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Write over a file that is there.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
 ) -> None:
-    """Write the config that a job of AI Toolkit becomes, with every setting.
+    """Convert a job of AI Toolkit to a config with every setting.
 
-    Keys that cannot be honoured are refused, all at once; what else is worth knowing is said line by line.
+    Keys that cannot be honoured are refused, all at once. Other differences are reported as notes.
     """
     from zimage_train.compat.aitoolkit.convert import write_config
 
     settings, notes = read_job_as_config(job)
     if output is not None and output.exists() and not force:
-        raise ConfigError(Problem(str(output), "exists", "give another name, or --force"))
+        raise ConfigError(Problem(str(output), "exists", "give another name, or --force", "file-exists"))
     if output is not None and output.exists() and output.samefile(job):
-        raise ConfigError(Problem(str(output), "is the job itself", "give another name"))
+        raise ConfigError(Problem(str(output), "is the job itself", "give another name", "bad-argument"))
     text = write_config(settings, notes, job)
     print_notes(notes)
     if output is None:
@@ -211,18 +235,31 @@ def import_(
         atomic.write_text(output, text)
 
 
-def _asked_trigger(usual: str) -> str:
+def _choice_problems(*options: tuple[str, str | None, Collection[str]]) -> list[Problem]:
+    """Return a problem for each (option, value, choices) whose value is given and is not one of the choices."""
+    problems = []
+    for option, value, choices in options:
+        if value is not None and value not in choices:
+            hint = f"give one of {', '.join(choices)}"
+            problems.append(Problem(option, f"is {value!r}", hint, "bad-argument"))
+    return problems
+
+
+def _ask_trigger(default: str) -> str:
     from zimage_train.commands.init import answer_error
 
-    trigger = ""
-    while why := answer_error("--trigger", trigger):
-        if trigger:
-            typer.echo(why)
-        trigger = str(typer.prompt("Which word shall stand for it?", default=usual)).strip()
-    return trigger
+    while True:
+        trigger = str(typer.prompt("Trigger word?", default=default)).strip()
+        error = answer_error("--trigger", trigger)
+        if error is None:
+            return trigger
+        typer.echo(error)
 
 
-def _asked(question: str, choices: list[str]) -> str:
-    while (answer := typer.prompt(f"{question} ({', '.join(choices)})", default=choices[0])) not in choices:
-        typer.echo(f"{answer!r} is none of {', '.join(choices)}")
-    return answer
+def _ask_choice(question: str, choices: list[str]) -> str:
+    """Ask until the answer is one of `choices`; the first one is the default."""
+    while True:
+        answer = typer.prompt(f"{question} ({', '.join(choices)})", default=choices[0])
+        if answer in choices:
+            return answer
+        typer.echo(f"{answer!r} is not one of {', '.join(choices)}")

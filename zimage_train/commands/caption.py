@@ -1,4 +1,4 @@
-"""The `caption` command: a text beside each image that has none, by a vision-language model on this machine."""
+"""The `caption` command: write captions with a vision-language model on this machine."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,107 +15,119 @@ from zimage_train.models import captioner, locate
 from zimage_train.planning import devices
 from zimage_train.report.console import Console
 
-PATTERNS = ["*.json", "*.jinja", "*.txt", "*.model", "*.safetensors"]
-SMALLER = "give a smaller one, such as --model Qwen/Qwen3-VL-2B-Instruct"
-BESIDE_WEIGHTS = 1.15
-"""What a model takes in all, as a multiple of its weights: states of a thousand tokens, and the CUDA context."""
+MODEL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.safetensors"]
+SMALLER_MODEL = "give a smaller one, such as --model Qwen/Qwen3-VL-2B-Instruct"
+MEMORY_PER_WEIGHT_BYTE = 1.15
+"""Memory of a model as a multiple of its weights: activations of a thousand tokens, and the CUDA context."""
 
 
 @dataclass(frozen=True)
 class CaptionOptions:
-    """Which captions to write."""
+    """Options of the command."""
 
     model: str
     """A folder or a hub id."""
     style: str
+    """A key of `CAPTION_STYLES`."""
     kind: str | None
+    """A key of `OMITTED_TRAITS`: what the LoRA is to learn, which captions leave out."""
     trigger: str | None
     instruction: str | None
-    """Instead of the style's own."""
+    """Replaces the instruction of the style."""
     extension: str
     force: bool
 
 
-def caption_folder(folder: Path, wanted: CaptionOptions, console: Console) -> list[str]:
-    """Describe every image of `folder` that has no caption, and write each text as soon as it is there.
+def caption_folder(folder: Path, options: CaptionOptions, console: Console) -> list[str]:
+    """Caption the images of `folder` that have no caption, and return the lines to print.
+
+    Each caption is written as soon as the model has answered, so that an interruption loses none.
 
     Raises:
-        DataError: images that cannot be read or described; the others have their captions by then.
-        WeightsError, ConfigError: the model cannot be had, or does not fit.
+        DataError: lists the images that cannot be read or captioned, after the others have been captioned.
+        WeightsError: the model cannot be obtained or loaded.
+        ConfigError: the model does not fit the device.
     """
     with console.live_progress():
-        # Placeholders in captions that are there stand for any trigger.
-        entry = DataEntry(folder=str(folder), caption_ext=wanted.extension, trigger=wanted.trigger or "any")
+        # Existing captions may contain [trigger], which only a config with a trigger may have.
+        entry = DataEntry(folder=str(folder), caption_ext=options.extension, trigger=options.trigger or "any")
         scan = scan_entry(entry, "data.0", tick=console.progress)
     errors = list(scan.errors)
-    todo = _to_caption(scan.images, wanted, errors)
-    kept = sum(bool(image.raw_captions) for image in scan.images)
-    if kept and not wanted.force:
-        console.info(f"{kept} of {len(scan.images)} images have a caption, which stays; --force writes over it")
-    written = _write(todo, wanted, console, errors) if todo else 0
+    pairs = _images_to_caption(scan.images, options, errors)
+    num_captioned = sum(bool(image.raw_captions) for image in scan.images)
+    if num_captioned and not options.force:
+        console.info(f"{num_captioned} of {len(scan.images)} images have a caption, which is kept without --force")
+    num_written = _write_captions(pairs, options, console, errors) if pairs else 0
     if errors:
-        console.info(f"{written} captions written")
+        console.info(f"{num_written} captions written")
         raise_all(errors)
-    return [f"{written} captions written to {folder}" + ("; read them: what they say is learned" if written else "")]
+    hint = "; read them: training learns what they say" if num_written else ""
+    return [f"{num_written} captions written to {folder}{hint}"]
 
 
-def _to_caption(
-    images: list[ImageRecord], wanted: CaptionOptions, errors: list[ZImageTrainError]
+def _images_to_caption(
+    images: list[ImageRecord], options: CaptionOptions, errors: list[ZImageTrainError]
 ) -> list[tuple[Path, Path]]:
-    """(Image, its caption file) of those that get one."""
-    by_file: dict[Path, list[ImageRecord]] = {}
+    """Return (image, caption file) for each image to caption; images that share a caption file go into `errors`."""
+    images_by_file: dict[Path, list[ImageRecord]] = {}
     for image in images:
-        by_file.setdefault(image.path.with_name(image.path.stem + wanted.extension), []).append(image)
-    todo = []
-    for file, sharing in by_file.items():
+        file = image.path.with_name(image.path.stem + options.extension)
+        images_by_file.setdefault(file, []).append(image)
+    pairs = []
+    for file, sharing in images_by_file.items():
         if len(sharing) > 1:
             names = ", ".join(image.path.name for image in sharing)
-            errors.append(DataError(Problem(str(file), f"would belong to several images ({names})", "rename them")))
-        elif wanted.force or not _holds_something(file):
-            todo.append((sharing[0].path, file))
-    return todo
+            what = f"is the caption file of several images ({names})"
+            errors.append(DataError(Problem(str(file), what, "rename all but one of them", "ambiguous-caption")))
+        elif options.force or not _has_content(file):
+            pairs.append((sharing[0].path, file))
+    return pairs
 
 
-def _holds_something(file: Path) -> bool:
-    """Whether there is something that a caption would be written over, readable or not."""
+def _has_content(file: Path) -> bool:
+    """Return whether a caption would replace something, even something that cannot be read as text."""
     return file.exists() and (not file.is_file() or file.read_bytes().strip() != b"")
 
 
-def _write(
-    todo: list[tuple[Path, Path]], wanted: CaptionOptions, console: Console, errors: list[ZImageTrainError]
+def _write_captions(
+    pairs: list[tuple[Path, Path]], options: CaptionOptions, console: Console, errors: list[ZImageTrainError]
 ) -> int:
-    """Caption all of `todo`; how many it were."""
-    model = _load(wanted.model, console)
-    asked = wanted.instruction or caption_prompts.caption_instruction(wanted.style, wanted.kind, wanted.trigger)
-    written = 0
-    with devices.explained_out_of_memory(SMALLER), console.live_progress():
-        for number, (image, file) in enumerate(todo, 1):
-            text = _described(model, asked, image, wanted)
-            if text:
-                atomic.write_text(file, text + "\n")
-                console.info(f"{image.name}: {text}")
-                written += 1
+    """Caption each (image, caption file), and return the number of captions; failures go into `errors`."""
+    model = _load_model(options.model, console)
+    instruction = options.instruction or caption_prompts.caption_instruction(
+        options.style, options.kind, options.trigger
+    )
+    num_written = 0
+    with devices.explained_out_of_memory(SMALLER_MODEL), console.live_progress():
+        for number, (image, file) in enumerate(pairs, 1):
+            caption = _describe(model, instruction, image, options)
+            if caption:
+                atomic.write_text(file, caption + "\n")
+                console.info(f"{image.name}: {caption}")
+                num_written += 1
             else:
-                what, advice = "the model says nothing of it", "write its caption, or give another --model"
-                errors.append(DataError(Problem(str(image), what, advice)))
-            console.progress("captions", number, len(todo), image.name)
-    return written
+                hint = "write its caption yourself, or give another --model"
+                errors.append(DataError(Problem(str(image), "the model's answer has no caption", hint, "no-caption")))
+            console.progress("captions", number, len(pairs), image.name)
+    return num_written
 
 
-def _load(name: str, console: Console) -> captioner.CaptionModel:
-    folder = locate.repository(name, Location(argument=Argument("--model")), PATTERNS)
+def _load_model(name: str, console: Console) -> captioner.CaptionModel:
+    folder = locate.repository(name, Location(argument=Argument("--model")), MODEL_FILES)
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    has_gpu = torch.accelerator.is_available()  # the other question answers for the build of torch, not the machine
-    device = (torch.accelerator.current_accelerator() if has_gpu else None) or torch.device("cpu")
-    room = devices.device_limits(device).limit_bytes
-    if size * BESIDE_WEIGHTS > room:
-        what = f"its weights take {format_bytes(size)}, and {device.type} has {format_bytes(room)}"
-        raise ConfigError(Problem(f"--model: {name}", what, SMALLER))
-    console.info(f"reading {name}, {format_bytes(size)}, on {device.type}")
+    # `current_accelerator` alone would name the accelerator that torch was built for, even on a machine without it.
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    device = accelerator or torch.device("cpu")
+    limit = devices.device_limits(device).limit_bytes
+    if size * MEMORY_PER_WEIGHT_BYTE > limit:
+        what = f"its weights take {format_bytes(size)}, and {device.type} has {format_bytes(limit)}"
+        raise ConfigError(Problem(f"--model: {name}", what, SMALLER_MODEL, "does-not-fit"))
+    console.info(f"loading {name}, {format_bytes(size)}, on {device.type}")
     return captioner.load_captioner(folder, device)
 
 
-def _described(model: captioner.CaptionModel, asked: str, path: Path, wanted: CaptionOptions) -> str:
+def _describe(model: captioner.CaptionModel, instruction: str, path: Path, options: CaptionOptions) -> str:
+    """Return the caption of an image, or an empty text if the model's answer has none."""
     image = images.load(path, path.read_bytes())
-    answer, is_whole = model.answer(image, asked, caption_prompts.CAPTION_STYLES[wanted.style].most_tokens)
-    return caption_prompts.clean_answer(answer, wanted.style, is_whole, wanted.trigger)
+    answer, is_whole = model.answer(image, instruction, caption_prompts.CAPTION_STYLES[options.style].most_tokens)
+    return caption_prompts.clean_answer(answer, options.style, is_whole, options.trigger)

@@ -1,6 +1,7 @@
-"""The `doctor` command: whether this machine can train, what is in the way, and what to do about it.
+"""The `doctor` command: check whether this machine can train, and say what to fix.
 
-What is found out and what is made of it are apart, so that every verdict can be tried without the machine.
+Facts about the machine are gathered apart from the findings that follow from them, so that every finding can be tested
+without such a machine.
 """
 
 import importlib.metadata
@@ -24,8 +25,8 @@ from zimage_train.io.units import format_bytes
 from zimage_train.planning.gpus import find_gpu
 
 Level = Literal["ok", "note", "bad"]
-OLDEST_CAPABILITY, FP8_CAPABILITY = (8, 0), (8, 9)
-LEAST_RAM_GB = 16
+MIN_CAPABILITY, FP8_CAPABILITY = (8, 0), (8, 9)
+MIN_RAM_GB = 16
 HUB_VARIABLES = (
     *("ZIMAGE_TRAIN_HUB", "HF_HOME", "HF_HUB_CACHE", "HF_ENDPOINT", "HF_HUB_OFFLINE"),
     *("MODELSCOPE_CACHE", "MODELSCOPE_ENDPOINT", "HTTPS_PROXY", "HTTP_PROXY"),
@@ -34,19 +35,19 @@ HUB_VARIABLES = (
 
 @dataclass(frozen=True)
 class DoctorFinding:
-    """One line: how bad it is, what was found, what to do."""
+    """One line of the report."""
 
     level: Level
-    what: str
-    todo: str = ""
+    message: str
+    hint: str = ""
 
     def __str__(self) -> str:
-        return f"{self.level:4}  {self.what}" + (f"; {self.todo}" if self.todo else "")
+        return f"{self.level:4}  {self.message}" + (f"; {self.hint}" if self.hint else "")
 
 
 @dataclass(frozen=True)
 class GpuFacts:
-    """A card, as torch and the driver see it."""
+    """A GPU, as torch and the driver see it."""
 
     name: str
     memory_bytes: int
@@ -54,42 +55,44 @@ class GpuFacts:
     capability: tuple[int, int]
     has_bf16: bool
     is_compiled_for: bool
-    """Whether this torch has code for it."""
+    """Whether this torch contains code for the GPU."""
 
 
 @dataclass(frozen=True)
 class SystemFacts:
-    """What was found out."""
+    """Facts about the machine and its software."""
 
     system: str
     """Linux, WSL, Windows or macOS."""
     machine: str
+    """Architecture of the CPU."""
     python: tuple[int, int]
     packages: dict[str, tuple[str | None, str]]
-    """Name -> version that is installed, and what is required."""
+    """Name -> installed version or None, and the required versions such as `>=2.7`."""
     torch_cuda: str | None
-    """The CUDA that torch was built for."""
+    """CUDA version that torch was built for."""
     driver: str | None
-    """Of NVIDIA's driver."""
-    driver_sees: str | None
-    """The card that the driver sees."""
+    """Version of NVIDIA's driver."""
+    driver_gpu: str | None
+    """Name of the first GPU that the driver lists."""
     gpus: list[GpuFacts]
     ram_bytes: int
     free_bytes: dict[str, int]
-    """Place -> free space."""
-    locks: bool
-    """Whether a second process would be kept out of a run's folder here."""
+    """Folder -> free space on its disk."""
+    has_locks: bool
+    """Whether the file system of the working directory has locks."""
     downloaded: dict[str, bool]
-    """Repository -> whether all of it is here."""
-    cache: str
-    """Where the hub's files are kept: one of the places above."""
-    cache_variable: str
-    """What moves it."""
+    """Repository -> whether all needed files of it are on this machine."""
+    hub_cache: str
+    """Folder of downloaded files; a key of `free_bytes`."""
+    hub_cache_variable: str
+    """Environment variable that moves it."""
     environment: dict[str, str] = field(default_factory=dict)
+    """Variables of `HUB_VARIABLES` that are set."""
 
 
 def diagnose(facts: SystemFacts) -> Iterator[DoctorFinding]:
-    """What to make of `facts`."""
+    """Return all findings."""
     yield _platform(facts)
     yield from _packages(facts)
     yield from _torch(facts)
@@ -100,141 +103,150 @@ def diagnose(facts: SystemFacts) -> Iterator[DoctorFinding]:
 
 
 def _platform(facts: SystemFacts) -> DoctorFinding:
-    where = f"{facts.system} on {facts.machine}, Python {'.'.join(map(str, facts.python))}"
+    version = ".".join(map(str, facts.python))
+    message = f"{facts.system} on {facts.machine}, Python {version}"
     if facts.python < (3, 11):
-        return DoctorFinding("bad", where, "Python 3.11 or newer is needed")
+        return DoctorFinding("bad", message, "Python 3.11 or newer is needed")
     if facts.system in ("Linux", "WSL"):
-        return DoctorFinding("ok", where)
-    todo = "WSL 2 is Linux" if facts.system == "Windows" else "the miniature and drawing are what it is meant for"
-    return DoctorFinding("note", f"{where}: nobody has tried this system yet", todo)
+        return DoctorFinding("ok", message)
+    hint = "WSL 2 is safer" if facts.system == "Windows" else "it is meant for the miniature and for drawing"
+    return DoctorFinding("note", f"{message}: this system is untested", hint)
 
 
 def _packages(facts: SystemFacts) -> Iterator[DoctorFinding]:
-    wrong = {name: one for name, one in facts.packages.items() if not _meets(*one)}
-    for name, (version, required) in wrong.items():
-        what = f"{name} {version}, and {required} is required" if version else f"{name} is not installed"
-        yield DoctorFinding("bad", what, f"pip install '{name}{required}'")
-    if not wrong:
-        yield DoctorFinding("ok", f"{len(facts.packages)} packages are there in versions that are known to work")
+    unsuitable = {}
+    for name, (version, required) in facts.packages.items():
+        if not _meets(version, required):
+            unsuitable[name] = version, required
+    for name, (version, required) in unsuitable.items():
+        message = f"{name} {version}, and {required} is required" if version else f"{name} is not installed"
+        yield DoctorFinding("bad", message, f"pip install '{name}{required}'")
+    if not unsuitable:
+        yield DoctorFinding("ok", f"{len(facts.packages)} required packages are installed in suitable versions")
 
 
 def _torch(facts: SystemFacts) -> Iterator[DoctorFinding]:
     if facts.system == "macOS":
         return
     if facts.driver is None and not facts.gpus:
-        todo = "rent one, or try everything on the miniature: zimage-train init FOLDER --miniature"
-        yield DoctorFinding("note", "no NVIDIA card, or no driver for it: the 6 B model cannot be trained here", todo)
+        message = "no NVIDIA GPU, or no driver for it: the 6 B model cannot be trained here"
+        hint = "rent one, or try everything on the miniature: zimage-train init FOLDER --miniature"
+        yield DoctorFinding("note", message, hint)
     elif facts.torch_cuda is None:
-        todo = "install torch from https://pytorch.org/get-started/locally with CUDA chosen"
-        yield DoctorFinding("bad", f"the driver sees {facts.driver_sees}, but this torch is built without CUDA", todo)
+        message = f"the driver lists {facts.driver_gpu}, but this torch is built without CUDA"
+        hint = "install torch from https://pytorch.org/get-started/locally with CUDA chosen"
+        yield DoctorFinding("bad", message, hint)
     elif not facts.gpus:
-        todo = (
-            "update the driver (nvidia-smi shows the newest CUDA that it takes), or install a torch for an older CUDA"
-        )
-        what = f"torch for CUDA {facts.torch_cuda} cannot use the card with driver {facts.driver}"
-        yield DoctorFinding("bad", what, todo)
+        message = f"torch for CUDA {facts.torch_cuda} cannot use the GPU with driver {facts.driver}"
+        hint = "update the driver, or install torch for an older CUDA (nvidia-smi shows the newest that the driver has)"
+        yield DoctorFinding("bad", message, hint)
     else:
         yield DoctorFinding("ok", f"torch for CUDA {facts.torch_cuda}, driver {facts.driver}")
 
 
 def _gpu(gpu: GpuFacts, facts: SystemFacts) -> Iterator[DoctorFinding]:
     size = format_bytes(gpu.memory_bytes)
-    if gpu.capability < OLDEST_CAPABILITY or not gpu.has_bf16:
-        yield DoctorFinding("bad", f"{gpu.name} ({size}) has no bf16", "an RTX 30 series card or newer is needed")
+    if gpu.capability < MIN_CAPABILITY or not gpu.has_bf16:
+        yield DoctorFinding("bad", f"{gpu.name} ({size}) has no bf16", "an RTX 30 series GPU or newer is needed")
         return
     if not gpu.is_compiled_for:
-        sm = f"sm_{gpu.capability[0]}{gpu.capability[1]}"
-        todo = "install a newer torch: RTX 50 cards need one for CUDA 12.8 or later"
-        yield DoctorFinding("bad", f"this torch has no code for {gpu.name} ({sm})", todo)
+        message = f"this torch is not compiled for {gpu.name} (sm_{gpu.capability[0]}{gpu.capability[1]})"
+        yield DoctorFinding("bad", message, "install a newer torch: RTX 50 GPUs need one for CUDA 12.8 or later")
         return
-    fp8 = "" if gpu.capability >= FP8_CAPABILITY else "; fp8 weights are only stored so, which saves memory and no time"
-    known = find_gpu(gpu.name)
-    speed = "" if known else "; its speed is not in our list, so times are known after a first run"
-    yield DoctorFinding("ok", f"{gpu.name}, {size}, bf16{fp8}{speed}")
+    message = f"{gpu.name}, {size}, bf16"
+    if gpu.capability < FP8_CAPABILITY:
+        message += "; without fp8 arithmetic, so fp8 weights save memory but no time"
+    if find_gpu(gpu.name) is None:
+        message += "; its speed is not known, so times are predicted after a first run only"
+    yield DoctorFinding("ok", message)
     used = gpu.memory_bytes - gpu.free_bytes
     if used > max(1.5e9, 0.1 * gpu.memory_bytes):
-        todo = "close what uses it, or set memory.budget_gb lower"
-        yield DoctorFinding("note", f"{format_bytes(used)} of {gpu.name} are in use by others", todo)
+        message = f"{format_bytes(used)} of {gpu.name} are in use by other programs"
+        yield DoctorFinding("note", message, "close them, or lower memory.budget_gb")
     if facts.system in ("Windows", "WSL"):
-        todo = "set CUDA - Sysmem Fallback Policy to Prefer No Sysmem Fallback in NVIDIA's control panel"
-        yield DoctorFinding("note", "here the driver may spill into main memory, which is ten times as slow", todo)
+        message = "when the GPU's memory is full, the driver may use main memory, which is ten times slower"
+        hint = "set CUDA - Sysmem Fallback Policy to Prefer No Sysmem Fallback in NVIDIA's control panel"
+        yield DoctorFinding("note", message, hint)
     if gpu.memory_bytes < 7.5e9:
-        yield DoctorFinding("bad", f"{size} are too little", "8 GB are the least that plans are made for")
+        yield DoctorFinding("bad", f"{size} of GPU memory are too little", "at least 8 GB are needed")
 
 
 def _memory_and_disk(facts: SystemFacts) -> Iterator[DoctorFinding]:
-    if facts.ram_bytes < LEAST_RAM_GB * 0.93e9:
-        todo = f"{LEAST_RAM_GB} GB let every plan work: streamed blocks wait there"
-        yield DoctorFinding("note", f"{format_bytes(facts.ram_bytes)} of main memory", todo)
+    ram = f"{format_bytes(facts.ram_bytes)} of main memory"
+    if facts.ram_bytes < MIN_RAM_GB * 0.93e9:  # systems report a little less than is built in
+        yield DoctorFinding("note", ram, f"{MIN_RAM_GB} GB are enough for all plans, some of which keep blocks there")
     else:
-        yield DoctorFinding("ok", f"{format_bytes(facts.ram_bytes)} of main memory")
-    needed = 1e9 * sum(DOWNLOAD_GB.values()) if not all(facts.downloaded.values()) else 0.0
-    for place, free in facts.free_bytes.items():
-        if place == facts.cache and free < needed:
-            what = f"{format_bytes(free)} free in {place}, and the weights take {format_bytes(needed)}"
-            yield DoctorFinding("bad", what, f"free some space, or set {facts.cache_variable} to another disk")
-        elif free < 5e9:
-            yield DoctorFinding("note", f"{format_bytes(free)} free in {place}", "checkpoints and caches want some GB")
+        yield DoctorFinding("ok", ram)
+    download_bytes = 0.0
+    if not all(facts.downloaded.values()):
+        download_bytes = 1e9 * sum(DOWNLOAD_GB.values())
+    for folder, free_bytes in facts.free_bytes.items():
+        message = f"{format_bytes(free_bytes)} free in {folder}"
+        if folder == facts.hub_cache and free_bytes < download_bytes:
+            message += f", and the weights take {format_bytes(download_bytes)}"
+            yield DoctorFinding("bad", message, f"free some space, or set {facts.hub_cache_variable} to another disk")
+        elif free_bytes < 5e9:
+            yield DoctorFinding("note", message, "checkpoints and caches need some GB")
         else:
-            yield DoctorFinding("ok", f"{format_bytes(free)} free in {place}")
-    if not facts.locks:
-        todo = "two runs in one folder are told apart by a lease of two minutes"
-        yield DoctorFinding("note", "this disk has no file locks (some network volumes)", todo)
+            yield DoctorFinding("ok", message)
+    if not facts.has_locks:
+        message = "this disk has no file locks, like some network volumes"
+        yield DoctorFinding("note", message, "a lease of two minutes keeps a second run out of a folder instead")
 
 
 def _hub(facts: SystemFacts) -> Iterator[DoctorFinding]:
-    for repository, is_here in facts.downloaded.items():
-        if is_here:
+    for repository, is_downloaded in facts.downloaded.items():
+        if is_downloaded:
             yield DoctorFinding("ok", f"{repository} is on this machine")
         else:
-            yield DoctorFinding(
-                "note",
-                f"{repository} is not on this machine",
-                "zimage-train download turbo, or the first training does it",
-            )
+            hint = "zimage-train download turbo fetches it, or else the first training"
+            yield DoctorFinding("note", f"{repository} is not on this machine", hint)
     for name, value in facts.environment.items():
         yield DoctorFinding("note", f"{name} is set to {value}")
 
 
 def _meets(version: str | None, required: str) -> bool:
+    """Return whether a version is installed and at least the minimum in `required`, such as `>=2.7`."""
     minimum = re.search(r">=\s*([\d.]+)", required)
     if version is None:
         return False
-    return minimum is None or _numbers(version) >= _numbers(minimum[1])
+    return minimum is None or _version_numbers(version) >= _version_numbers(minimum[1])
 
 
-def _numbers(version: str) -> list[int]:
+def _version_numbers(version: str) -> list[int]:
+    """Return the release as numbers: [2, 13, 0] for 2.13.0+cu130."""
     release = re.match(r"[\d.]+", version)
     return [int(part) for part in (release[0] if release else "0").split(".") if part]
 
 
 def gather_facts() -> SystemFacts:
-    """Find it all out; nothing is downloaded, and nobody on the network is asked."""
+    """Return the facts about this machine, without any network request."""
     import torch
 
     from zimage_train.config.variants import ADAPTERS, VARIANTS
     from zimage_train.models import locate
     from zimage_train.models.hub import client
 
-    driver, driver_sees = _driver()
-    adapter, turbo = "/".join(ADAPTERS["v2"].split("/")[:2]), VARIANTS["turbo"].transformer
-    parts = ["transformer/*.safetensors", "text_encoder/*.safetensors", "tokenizer/*", "vae/*.safetensors"]
-    wanted = {turbo: parts, adapter: [ADAPTERS["v2"].split("/")[2]]}
+    driver, driver_gpu = _query_driver()
+    owner, name, adapter_file = ADAPTERS["v2"].split("/")
+    model_files = ["transformer/*.safetensors", "text_encoder/*.safetensors", "tokenizer/*", "vae/*.safetensors"]
+    files_by_repository = {VARIANTS["turbo"].transformer: model_files, f"{owner}/{name}": [adapter_file]}
+    hub = client.selected_hub()
     return SystemFacts(
         system=_system(),
         machine=platform.machine(),
         python=sys.version_info[:2],
-        packages=_installed(),
+        packages=_required_packages(),
         torch_cuda=torch.version.cuda,
         driver=driver,
-        driver_sees=driver_sees,
-        gpus=[_seen(index) for index in range(torch.cuda.device_count())],
+        driver_gpu=driver_gpu,
+        gpus=[_gpu_facts(index) for index in range(torch.cuda.device_count())],
         ram_bytes=main_memory_bytes(),
-        free_bytes=_free(Path.cwd(), client.selected_hub().cache_folder()),
-        locks=_locks(),
-        downloaded={name: locate.is_here(name, patterns) for name, patterns in wanted.items()},
-        cache=str(client.selected_hub().cache_folder()),
-        cache_variable=client.selected_hub().CACHE_VARIABLE,
+        free_bytes=_free_bytes(Path.cwd(), hub.cache_folder()),
+        has_locks=_has_locks(),
+        downloaded={repository: locate.is_here(repository, files) for repository, files in files_by_repository.items()},
+        hub_cache=str(hub.cache_folder()),
+        hub_cache_variable=hub.CACHE_VARIABLE,
         environment={name: os.environ[name] for name in HUB_VARIABLES if os.environ.get(name)},
     )
 
@@ -247,22 +259,25 @@ def _system() -> str:
     return "WSL" if "microsoft" in platform.release().lower() else "Linux"
 
 
-def _installed() -> dict[str, tuple[str | None, str]]:
-    found: dict[str, tuple[str | None, str]] = {}
+def _required_packages() -> dict[str, tuple[str | None, str]]:
+    """Return the requirements of this package as in `SystemFacts.packages`, without extras."""
+    packages: dict[str, tuple[str | None, str]] = {}
     for line in importlib.metadata.requires("zimage-train") or []:
         requirement, _, marker = line.partition(";")
-        match = re.match(r"[\w.-]+", requirement)
-        if match is None or "extra ==" in marker or (sys.platform == "darwin" and "sys_platform" in marker):
+        name = re.match(r"[\w.-]+", requirement)
+        # The only marker of a platform excludes macOS.
+        if name is None or "extra ==" in marker or (sys.platform == "darwin" and "sys_platform" in marker):
             continue
         try:
-            version = importlib.metadata.version(match[0])
+            version = importlib.metadata.version(name[0])
         except importlib.metadata.PackageNotFoundError:
             version = None
-        found[match[0]] = version, requirement[match.end() :].strip()
-    return found
+        packages[name[0]] = version, requirement[name.end() :].strip()
+    return packages
 
 
-def _driver() -> tuple[str | None, str | None]:
+def _query_driver() -> tuple[str | None, str | None]:
+    """Return the driver's version and the name of the first GPU, or (None, None) if nvidia-smi does not say."""
     if shutil.which("nvidia-smi") is None:
         return None, None
     command = ["nvidia-smi", "--query-gpu=driver_version,name", "--format=csv,noheader"]
@@ -274,30 +289,38 @@ def _driver() -> tuple[str | None, str | None]:
     return version.strip(), name.strip()
 
 
-def _seen(index: int) -> GpuFacts:
+def _gpu_facts(index: int) -> GpuFacts:
     import torch
 
     properties = torch.cuda.get_device_properties(index)
-    capability = (properties.major, properties.minor)
-    codes = torch.cuda.get_arch_list()
-    majors = {code.split("_")[1][:-1] for code in codes if code.startswith(("sm_", "compute_"))}
+    # Code for sm_80 runs on every GPU of capability 8.x, so the major number decides.
+    compiled_majors = set()
+    for architecture in torch.cuda.get_arch_list():
+        if architecture.startswith(("sm_", "compute_")):
+            compiled_majors.add(architecture.split("_")[1][:-1])
     return GpuFacts(
         name=properties.name,
         memory_bytes=properties.total_memory,
         free_bytes=torch.cuda.mem_get_info(index)[0],
-        capability=capability,
+        capability=(properties.major, properties.minor),
         has_bf16=torch.cuda.is_bf16_supported(False),
-        is_compiled_for=str(properties.major) in majors,
+        is_compiled_for=str(properties.major) in compiled_majors,
     )
 
 
-def _free(*places: Path) -> dict[str, int]:
-    existing = {place: next(one for one in (place, *place.parents) if one.exists()) for place in places}
-    return {str(place): shutil.disk_usage(path).free for place, path in existing.items()}
+def _free_bytes(*folders: Path) -> dict[str, int]:
+    """Return the free space of each folder, as that of its nearest parent that exists."""
+    free_bytes = {}
+    for folder in folders:
+        for existing in (folder, *folder.parents):
+            if existing.exists():
+                free_bytes[str(folder)] = shutil.disk_usage(existing).free
+                break
+    return free_bytes
 
 
-def _locks() -> bool:
-    """Whether the system locks a run's folder here against a second process."""
+def _has_locks() -> bool:
+    """Return whether the working directory can be written to and has file locks."""
     try:
         with tempfile.TemporaryDirectory(dir=Path.cwd()) as name:
             return locks.has_system_locks(Path(name))
@@ -306,11 +329,12 @@ def _locks() -> bool:
 
 
 def doctor_report(facts: SystemFacts) -> tuple[list[str], bool]:
-    """All findings as lines, and whether the 6 B model can be trained here."""
-    found = list(diagnose(facts))
-    bad = [one for one in found if one.level == "bad"]
-    can_train = not bad and bool(facts.gpus)
-    verdict = "this machine can train Z-Image" if can_train else "the 6 B model cannot be trained here; see above"
-    most = max((gpu.memory_bytes for gpu in facts.gpus), default=0)
-    plan = f" ({format_bytes(most)}: docs/memory.md says how it fits)" if can_train else ""
-    return [*map(str, found), "", verdict + plan], can_train
+    """Return all findings as lines, and whether the 6 B model can be trained here."""
+    findings = list(diagnose(facts))
+    can_train = bool(facts.gpus) and all(finding.level != "bad" for finding in findings)
+    if can_train:
+        memory = format_bytes(max(gpu.memory_bytes for gpu in facts.gpus))
+        verdict = f"this machine can train Z-Image ({memory}: docs/memory.md says how it fits)"
+    else:
+        verdict = "the 6 B model cannot be trained here; see above"
+    return [*map(str, findings), "", verdict], can_train

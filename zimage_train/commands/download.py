@@ -1,4 +1,4 @@
-"""The `download` command: everything that a config reads from the hub, and whether it came whole (torch-free)."""
+"""The `download` command: download and verify the files that a config needs from the hub (torch-free)."""
 
 import time
 from collections import Counter
@@ -17,127 +17,143 @@ from zimage_train.report.console import Console
 
 POLL_SECONDS = 5.0
 SPARE_BYTES = 1e9
-"""Left free beside what is downloaded."""
+"""Space to leave free on the disk."""
 
 
-class _Recorder:
-    """Stands for the hub where it is only asked what is wanted of it."""
+class _RecordingFetch:
+    """A `DownloadFn` that downloads nothing and records what it is asked for."""
 
     def __init__(self) -> None:
-        self.wanted: dict[tuple[str, str | None], list[str]] = {}
+        self.requested: dict[tuple[str, str | None], list[str]] = {}
 
     def __call__(self, repository: str, revision: str | None, patterns: list[str]) -> Path:
-        self.wanted.setdefault((repository, revision), []).extend(patterns)
+        self.requested.setdefault((repository, revision), []).extend(patterns)
         raise NotDownloadedError
 
 
-def required_files(model: ModelSettings, also: str | None) -> dict[tuple[str, str | None], list[str]]:
-    """(Repository, revision) -> patterns of the files that `model` reads from the hub, as far as names alone tell.
+def required_files(model: ModelSettings, second_model: str | None) -> dict[tuple[str, str | None], list[str]]:
+    """Return (repository, revision) -> patterns of the files that a run reads from the hub.
+
+    Args:
+        second_model: `sample.compare_on`, of which only the transformer is read.
 
     Raises:
-        WeightsError: a part is neither here nor on the hub.
+        WeightsError: a part of a model is neither on this machine nor on the hub.
     """
-    recorder = _Recorder()
-    errors = [one for one in _search(model, also, recorder) if not isinstance(one, NotDownloadedError)]
-    raise_all(errors)
-    return {key: list(dict.fromkeys(patterns)) for key, patterns in recorder.wanted.items()}
+    fetch = _RecordingFetch()
+    raise_all(error for error in _find_parts(model, second_model, fetch) if not isinstance(error, NotDownloadedError))
+    return {key: list(dict.fromkeys(patterns)) for key, patterns in fetch.requested.items()}
 
 
-def _search(model: ModelSettings, also: str | None, fetch: DownloadFn) -> list[ZImageTrainError]:
+def _find_parts(model: ModelSettings, second_model: str | None, fetch: DownloadFn) -> list[ZImageTrainError]:
+    """Look for every part of the models, by `fetch` where a part is on the hub, and return the errors."""
     errors = list(locate.find_paths(model, fetch).errors)
-    if also is not None:
+    if second_model is not None:
         with collect_errors(errors):
-            locate.transformer_at(also, Location(key="sample.compare_on"), fetch)
+            locate.transformer_at(second_model, Location(key="sample.compare_on"), fetch)
     return errors
 
 
 def download_models(
-    model: ModelSettings, also: str | None, console: Console, wait_minutes: float | None = None
+    model: ModelSettings, second_model: str | None, console: Console, wait_minutes: float | None = None
 ) -> list[str]:
-    """Say what is missing and how much it takes, bring it, and compare all of it with the hub's digests.
+    """Print the size of all files, download those that are missing, and verify all; return the lines to print.
 
-    With `wait_minutes` another machine brings it into the same folder, and this one waits for so long.
+    Args:
+        second_model: `sample.compare_on`.
+        wait_minutes: if given, wait so long for another machine to download the files into the same folder.
 
     Raises:
-        WeightsError: something cannot be had, or came damaged.
-        DiskError: there is no room for it.
+        WeightsError: a file cannot be obtained, or differs from the hub's.
+        DiskError: the disk has too little free space.
     """
-    found = _remotes(model, also)
+    files = _list_files(model, second_model)
     if wait_minutes is not None:
-        _wait(found, wait_minutes, console)
-    if not found:
-        raise_all(_search(model, also, locate.cached_only))
-        return ["everything that this reads is on this machine, and nothing of it is from the hub"]
-    console.info("\n".join(_table(found)))
-    needed = sum(one.bytes for one in found if client.cached_path(one) is None)
-    if needed:
-        source = client.selected_hub()
-        todo = f"free some space, or set {source.CACHE_VARIABLE} to another disk"
-        atomic.require_free_space(source.cache_folder(), int(needed + SPARE_BYTES), "the downloads", todo)
-    fetcher = _Fetcher(console)
+        _wait_for(files, wait_minutes, console)
+    if not files:
+        raise_all(_find_parts(model, second_model, locate.cached_only))
+        return ["all needed files are local paths on this machine, so nothing is downloaded"]
+    console.info("\n".join(_size_lines(files)))
+    missing_bytes = sum(file.bytes for file in files if client.cached_path(file) is None)
+    if missing_bytes:
+        hub = client.selected_hub()
+        hint = f"free some space, or set {hub.CACHE_VARIABLE} to another disk"
+        atomic.require_free_space(hub.cache_folder(), int(missing_bytes + SPARE_BYTES), "the downloads", hint)
+    fetch = _VerifyingFetch(console)
     with console.live_progress():
-        errors = _search(model, also, fetcher)
+        errors = _find_parts(model, second_model, fetch)
     raise_all(errors)
-    size = sum(one.bytes for one in fetcher.whole)
-    return [f"{len(fetcher.whole)} files, {format_bytes(size)}: all here, and what the hub has"]
+    size = sum(file.bytes for file in fetch.verified)
+    return [f"{len(fetch.verified)} files, {format_bytes(size)}: all on this machine, and equal to the hub's"]
 
 
-def _remotes(model: ModelSettings, also: str | None) -> list[RemoteFile]:
+def _list_files(model: ModelSettings, second_model: str | None) -> list[RemoteFile]:
     errors: list[ZImageTrainError] = []
-    found: list[RemoteFile] = []
-    for (repository, revision), patterns in required_files(model, also).items():
+    files: list[RemoteFile] = []
+    for (repository, revision), patterns in required_files(model, second_model).items():
         with collect_errors(errors):
-            found += client.list_files(repository, revision, patterns)
+            files += client.list_files(repository, revision, patterns)
     raise_all(errors)
-    return found
+    return files
 
 
-def _wait(found: list[RemoteFile], minutes: float, console: Console) -> None:
-    """Wait until each of `found` is here. A file is, once it is whole: what is still coming has another name."""
+def _wait_for(files: list[RemoteFile], minutes: float, console: Console) -> None:
+    """Wait until all files are in the cache.
+
+    A file counts only when it is complete: while the other machine downloads it, it has another name.
+
+    Raises:
+        WeightsError: some files are still missing after so many minutes.
+    """
     end = time.monotonic() + minutes * 60
     with console.live_progress():
-        while missing := [one for one in found if client.cached_path(one) is None]:
-            size = format_bytes(sum(one.bytes for one in missing))
+        while missing := [file for file in files if client.cached_path(file) is None]:
+            size = format_bytes(sum(file.bytes for file in missing))
             if time.monotonic() >= end:
-                what = f"after {minutes:g} min {len(missing)} of {len(found)} files ({size}) are not here"
+                where = f"--wait: {missing[0].repository}/{missing[0].path}"
+                what = f"after {minutes:g} min {len(missing)} of {len(files)} files ({size}) are still missing"
                 cache = client.selected_hub().cache_folder()
-                todo = f"is the machine that downloads at work, into the same folder ({cache})?"
-                raise WeightsError(Problem(f"--wait: {missing[0].repository}/{missing[0].path}", what, todo))
-            console.progress("waiting for files", len(found) - len(missing), len(found), f"{size} to come")
+                hint = f"check that the other machine is downloading, into the same folder ({cache})"
+                raise WeightsError(Problem(where, what, hint, "not-downloaded"))
+            console.progress("waiting for files", len(files) - len(missing), len(files), f"{size} missing")
             time.sleep(min(POLL_SECONDS, max(0.0, end - time.monotonic())))
 
 
-class _Fetcher:
-    """The hub, each of whose files is brought if it is missing and compared with the hub's digest in any case."""
+class _VerifyingFetch:
+    """A `DownloadFn` that downloads missing files and compares every file with the hub's digest."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        self.whole: set[RemoteFile] = set()
+        self.verified: set[RemoteFile] = set()
 
     def __call__(self, repository: str, revision: str | None, patterns: list[str]) -> Path:
-        found = client.list_files(repository, revision, patterns)
-        new = [one for one in found if one not in self.whole]
-        for number, one in enumerate(new, 1):
-            here = client.cached_path(one)
-            if here is None:
-                self._console.progress("downloading", number, len(new), f"{one.path} ({format_bytes(one.bytes)})")
-            path = here or client.download_file(one)
-            self._console.progress("comparing digests", number, len(new), one.path)
-            client.require_intact(one, path)
-            self.whole.add(one)
-        return locate.download(repository, revision, patterns)  # which notes what the branch is at
+        files = client.list_files(repository, revision, patterns)
+        unverified = [file for file in files if file not in self.verified]
+        for number, file in enumerate(unverified, 1):
+            path = client.cached_path(file)
+            if path is None:
+                note = f"{file.path} ({format_bytes(file.bytes)})"
+                self._console.progress("downloading", number, len(unverified), note)
+                path = client.download_file(file)
+            self._console.progress("verifying", number, len(unverified), file.path)
+            client.require_intact(file, path)
+            self.verified.add(file)
+        # Nothing is left to download, but this call also records the commit of the branch, for use without the hub.
+        return locate.download(repository, revision, patterns)
 
 
-def _table(found: Iterable[RemoteFile]) -> list[str]:
-    """What is wanted by repository and folder, and what of it is still to come."""
-    whole: Counter[tuple[str, str]] = Counter()
-    absent: Counter[tuple[str, str]] = Counter()
-    for one in found:
-        key = one.repository, one.path.partition("/")[0]
-        whole[key] += one.bytes
-        absent[key] += one.bytes if client.cached_path(one) is None else 0
+def _size_lines(files: Iterable[RemoteFile]) -> list[str]:
+    """Return the size of each repository's folders, and how much of it is to be downloaded."""
+    total_bytes: Counter[tuple[str, str]] = Counter()
+    missing_bytes: Counter[tuple[str, str]] = Counter()
+    for file in files:
+        part = file.repository, file.path.partition("/")[0]
+        total_bytes[part] += file.bytes
+        if client.cached_path(file) is None:
+            missing_bytes[part] += file.bytes
     lines = []
-    for (repository, part), size in whole.items():
-        here = "here" if not absent[repository, part] else f"to download: {format_bytes(absent[repository, part])}"
-        lines.append(f"{repository}  {part}: {format_bytes(size)}, {here}")
-    return [*lines, f"to download: {format_bytes(absent.total())} of {format_bytes(whole.total())}"]
+    for part, size in total_bytes.items():
+        repository, folder = part
+        status = f"to download: {format_bytes(missing_bytes[part])}" if missing_bytes[part] else "already downloaded"
+        lines.append(f"{repository}  {folder}: {format_bytes(size)}, {status}")
+    return [*lines, f"to download: {format_bytes(missing_bytes.total())} of {format_bytes(total_bytes.total())}"]

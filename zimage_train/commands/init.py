@@ -1,4 +1,4 @@
-"""The `init` command: a folder of images to a config with its reasons (torch-free)."""
+"""The `init` command: write a config for a folder of images, with the reasons for its settings (torch-free)."""
 
 import re
 import shlex
@@ -20,257 +20,312 @@ from zimage_train.models.locate import cached_only
 from zimage_train.planning import forecast, gpus, preflight
 
 RESOLUTIONS = (512, 768, 1024)
-FILLS = 0.9
-"""An image counts for a resolution if it has this much of its area."""
-WORTH_SAYING = {"memory", "memory-peak", "does-not-fit", "time"}
-"""Codes of lines of a forecast: `check` says the rest."""
-FEW, FEW_STEPS, STEPS, MINIATURE_STEPS = 10, 1800, 3000, 300
+MIN_AREA_FRACTION = 0.9
+"""An image is large enough for a resolution if it has this fraction of the resolution's area."""
+FORECAST_CODES = {"memory", "memory-peak", "does-not-fit", "time"}
+"""Codes of the lines of a forecast that are printed; `check` prints the others."""
+FEW_IMAGES = 10
+STEPS, STEPS_FOR_FEW_IMAGES, STEPS_FOR_MINIATURE = 3000, 1800, 300
 USUAL_FIRST_WORDS = {"a", "an", "the", "this", "it", "in", "on", "photo", "photograph", "picture", "image", "portrait"}
-MINIATURE_KNOWS = "one coloured shape on a plain background"
-MOST_NOTES = 6
-TAGS_HAVE = 6
-"""Words between two commas, on average, below which a caption is a list of tags."""
+"""First words of captions that are not a trigger."""
+MINIATURE_IMAGES = "one coloured shape on a plain background"
+MAX_NOTES = 6
+MAX_WORDS_PER_TAG = 6
+"""Captions with fewer words between two commas, on average, are lists of tags."""
+MAX_EXAMPLE_LENGTH = 200
+"""Characters of a caption that may become a preview prompt."""
 
 
 @dataclass(frozen=True)
 class FolderSummary:
-    """What is in a folder of images."""
+    """Contents of a folder of images."""
 
     folder: str
     images: list[ImageRecord]
     captions: list[str]
-    """Own ones, in the order of the images."""
+    """Captions of the images that have one, in the order of the images."""
     notes: list[Note]
     problems: list[Problem]
+    """Files that cannot be used."""
     kohya: tuple[str, ...] = ()
-    """What subfolders of kohya's layout call the images."""
+    """Names in the subfolders of kohya's layout: `ohwx man` for `10_ohwx man`."""
     mask: str | None = None
-    """A folder of masks among them."""
+    """Subfolder of masks."""
 
     @property
     def areas(self) -> list[int]:
+        """Pixels of each image, ascending."""
         return sorted(image.width * image.height for image in self.images)
 
 
 @dataclass(frozen=True)
 class Answers:
-    """What the images do not say."""
+    """What the images alone do not determine: options, answers to questions, or defaults."""
 
     kind: str
     variant: str
     trigger: str
     gpu: str | None
-    """A card to plan for; None: the one that is here."""
+    """A GPU to plan for; None for the one in this machine."""
 
 
-def summarize_folder(folder: Path, tick: Progress) -> FolderSummary:
-    """Look at every image and caption of `folder`.
+def summarize_folder(folder: Path, progress: Progress) -> FolderSummary:
+    """Read every image and caption of `folder`.
 
     Raises:
-        DataError: there is no such folder, or nothing in it can be used.
+        DataError: the folder does not exist, or none of its files can be used.
     """
     mask = _mask_folder(folder)
-    # Placeholders in captions stand for a trigger that is yet to be chosen.
-    scan = scan_entry(DataEntry(folder=str(folder), trigger="any", mask=mask), "FOLDER", tick=tick)
+    # A trigger is not chosen yet, but captions with the placeholder [trigger] need one.
+    entry = DataEntry(folder=str(folder), trigger="any", mask=mask)
+    scan = scan_entry(entry, "FOLDER", tick=progress)
     if not scan.images:
         raise_all(scan.errors)
     problems = [problem for error in scan.errors for problem in error.problems]
-    own = [image.raw_captions[0] for image in scan.images if image.raw_captions]
+    captions = [image.raw_captions[0] for image in scan.images if image.raw_captions]
     kohya = kohya_names([image.path for image in scan.images], folder)
-    unsaid = {"no-caption", "kohya-folders"} if kohya else {"no-caption"}
-    notes = [note for note in scan.notes if note.code not in unsaid]
-    return FolderSummary(str(folder), scan.images, own, notes, problems, tuple(kohya), mask)
+    # `describe_folder` reports these two in its own words.
+    omitted_codes = {"no-caption", "kohya-folders"} if kohya else {"no-caption"}
+    notes = [note for note in scan.notes if note.code not in omitted_codes]
+    return FolderSummary(str(folder), scan.images, captions, notes, problems, tuple(kohya), mask)
 
 
 def _mask_folder(folder: Path) -> str | None:
-    """A subfolder called masks with files under the names of images beside it."""
+    """Return the subfolder called masks if all of its images have the names of images in `folder`."""
     if not folder.is_dir():
         return None
-    stems = {path.stem for path in folder.iterdir() if path.suffix.lower() in EXTENSIONS}
+    names = _image_names(folder)
     for path in sorted(folder.iterdir()):
         if MASK_FOLDER.fullmatch(path.name) and path.is_dir():
-            names = [one.stem for one in path.iterdir() if one.suffix.lower() in EXTENSIONS]
-            return str(path) if names and stems.issuperset(names) else None
+            mask_names = _image_names(path)
+            return str(path) if mask_names and mask_names <= names else None
     return None
 
 
-def describe_folder(seen: FolderSummary) -> list[str]:
-    """What was seen, for people."""
-    images, areas = seen.images, seen.areas
-    sides = [round(area**0.5) for area in (areas[0], areas[len(areas) // 2], areas[-1])]
-    sizes = f"of {sides[0]} px" if sides[0] == sides[2] else f"of {sides[0]} to {sides[2]} px, half {sides[1]} or more"
+def _image_names(folder: Path) -> set[str]:
+    """Return the names of the images in `folder`, without extension."""
+    return {path.stem for path in folder.iterdir() if path.suffix.lower() in EXTENSIONS}
+
+
+def describe_folder(summary: FolderSummary) -> list[str]:
+    """Return the lines that describe the images and captions, with notes and problems."""
+    images, captions = summary.images, summary.captions
+    overview = f"{summary.folder}: {len(images)} image{'s' * (len(images) > 1)}"
+    overview += f"; {len(captions)} of {len(images)} have captions"
+    if captions:
+        mean_words = round(sum(len(caption.split()) for caption in captions) / len(captions))
+        overview += f" ({'tags' if are_tags(captions) else 'sentences'}, {mean_words} words each)"
+
     shapes = Counter(_shape(image) for image in images)
-    with_captions = f"{len(seen.captions)} of {len(images)} have captions"
-    if seen.captions:
-        with_captions += f" ({'tags' if are_tags(seen.captions) else 'sentences'}, {_words(seen.captions)} words each)"
     lines = [
-        f"{seen.folder}: {len(images)} image{'s' * (len(images) > 1)}; {with_captions}",
-        f"as large as squares {sizes}",
-        f"shapes: {', '.join(f'{count} {name}' for name, count in shapes.most_common())}",
+        overview,
+        _size_line(summary.areas),
+        f"shapes: {', '.join(f'{count} {shape}' for shape, count in shapes.most_common())}",
     ]
-    if seen.kohya:
-        lines.append("subfolders of kohya's layout: they say how often their images are seen")
-    if seen.mask:
-        lines.append(f"{sum(one.mask is not None for one in images)} have masks, in {seen.mask}")
-    lines += [f"note: {note}" for note in seen.notes[:MOST_NOTES]]
-    if (more := len(seen.notes) - MOST_NOTES) > 0:
-        lines.append(f"note: and {more} more, which check lists")
-    return [*lines, *(f"to mend: {problem}" for problem in seen.problems)]
+    if summary.kohya:
+        lines.append("subfolders of kohya's layout: their numbers are used as repeats")
+    if summary.mask:
+        num_masks = sum(image.mask is not None for image in images)
+        lines.append(f"{num_masks} have masks, in {summary.mask}")
+    lines += [f"note: {note}" for note in summary.notes[:MAX_NOTES]]
+    if len(summary.notes) > MAX_NOTES:
+        lines.append(f"note: and {len(summary.notes) - MAX_NOTES} more, which check lists")
+    return lines + [f"to fix: {problem}" for problem in summary.problems]
 
 
-def advise_for(seen: FolderSummary, kind: str, is_miniature: bool = False) -> list[str]:
-    """What people with such images would do."""
-    count, (least, most) = len(seen.images), SUBJECT_KINDS[kind].image_range
+def _size_line(areas: Sequence[int]) -> str:
+    """Return the line on the sizes of images, as sides of squares of equal area; `areas` are ascending."""
+    smallest, median, largest = (round(area**0.5) for area in (areas[0], areas[len(areas) // 2], areas[-1]))
+    if smallest == largest:
+        return f"sizes: as large as squares of {smallest} px"
+    return f"sizes: as large as squares of {smallest} to {largest} px, half of them {median} px or more"
+
+
+def advise_for(summary: FolderSummary, kind: str, is_miniature: bool = False) -> list[str]:
+    """Return advice on missing captions, and on too few, too many or too small images."""
+    count = len(summary.images)
     lines = []
-    if (missing := count - len(seen.captions)) and not seen.kohya:
-        command = f"zimage-train caption {shlex.quote(seen.folder)}"
-        lines.append(f"{missing} images have no caption and get the trigger alone; `{command}` writes some")
+    num_missing = count - len(summary.captions)
+    if num_missing and not summary.kohya:
+        command = f"zimage-train caption {shlex.quote(summary.folder)}"
+        lines.append(f"{num_missing} images have no caption and get the trigger alone; `{command}` writes captions")
     if is_miniature:
-        return [*lines, f"the miniature knows {MINIATURE_KNOWS}: of other images it learns colours more than shapes"]
-    if count < least:
-        lines.append(f"{count} images are few for a {kind}: {least} to {most} are usual; more that differ help most")
+        known = f"the miniature knows {MINIATURE_IMAGES}: of other images it learns colours rather than shapes"
+        return [*lines, known]
+    fewest, most = SUBJECT_KINDS[kind].image_range
+    if count < fewest:
+        lines.append(f"{count} images are few for a {kind}: {fewest} to {most} are usual; add images that differ")
     if count > most:
-        lines.append(f"{count} images are more than the usual {least} to {most} for a {kind}: alike ones can go")
-    if too_small := sum(area < FILLS * RESOLUTIONS[0] ** 2 for area in seen.areas):
-        what = f"{too_small} images have less than {RESOLUTIONS[0]}x{RESOLUTIONS[0]} px"
-        lines.append(f"{what}, which the 6 B model draws vaguely: take larger ones if you can")
+        lines.append(f"{count} images are more than the usual {fewest} to {most} for a {kind}: similar ones can go")
+    num_small = sum(area < MIN_AREA_FRACTION * RESOLUTIONS[0] ** 2 for area in summary.areas)
+    if num_small:
+        what = f"{num_small} images have less than {RESOLUTIONS[0]}x{RESOLUTIONS[0]} px"
+        lines.append(f"{what}, at which the 6 B model is blurry: use larger ones if you can")
     return lines
 
 
 def likely_trigger(captions: Sequence[str], kohya: Sequence[str] = ()) -> str | None:
-    """The word that almost all captions begin with, unless any caption may; or kohya's folders' own."""
+    """Return the first word of nearly all captions, unless it is a usual one, or the word in kohya's folder names.
+
+    None if there is no such word, or if there are fewer than three captions to judge by.
+    """
     if kohya and not captions:
-        return Counter(name.split()[0] for name in kohya if name.split()).most_common(1)[0][0]
-    firsts = Counter(match[0] for caption in captions if (match := re.match(r"[\w-]+", caption)))
-    if len(captions) < 3 or not firsts:
+        words = Counter(name.split()[0] for name in kohya if name.split())
+        return words.most_common(1)[0][0] if words else None
+    first_words: Counter[str] = Counter()
+    for caption in captions:
+        if match := re.match(r"[\w-]+", caption):
+            first_words[match[0]] += 1
+    if len(captions) < 3 or not first_words:
         return None
-    word, count = firsts.most_common(1)[0]
-    return word if count >= 0.9 * len(captions) and word.lower() not in USUAL_FIRST_WORDS else None
+    word, count = first_words.most_common(1)[0]
+    is_usual = word.lower() in USUAL_FIRST_WORDS
+    return word if count >= 0.9 * len(captions) and not is_usual else None
 
 
-def template_values_for(seen: FolderSummary, answers: Answers, name: str, is_miniature: bool) -> TemplateValues:
-    """What a config says of these images."""
-    count = len(seen.images)
-    header = ("Written by zimage-train init; docs/recipes.md says what to change when.",)
+def template_values_for(summary: FolderSummary, answers: Answers, name: str, is_miniature: bool) -> TemplateValues:
+    """Return the values that the template of a config needs."""
+    count = len(summary.images)
     if is_miniature:
-        why = "of the miniature, which knows only small images"
-        steps, why_steps, resolution = MINIATURE_STEPS, "a minute on a CPU", (64, 96)
+        steps, why_steps = STEPS_FOR_MINIATURE, "a minute on a CPU"
+        resolution, why_resolution = (64, 96), "the miniature knows only small images"
     else:
-        resolution, why = _resolutions(seen.areas)
-        steps = FEW_STEPS if count < FEW else STEPS
-        why_steps = f"for {count} images" + (": so few are soon learned by heart" if count < FEW else "")
+        steps, why_steps = STEPS, f"for {count} images"
+        if count < FEW_IMAGES:
+            steps, why_steps = STEPS_FOR_FEW_IMAGES, f"for {count} images: so few are soon learned by heart"
+        resolution, why_resolution = _choose_resolutions(summary.areas)
     return TemplateValues(
-        folder=seen.folder,
+        folder=summary.folder,
         name=name,
         trigger=answers.trigger,
         resolution=resolution,
-        resolution_reason=why,
+        resolution_reason=why_resolution,
         steps=steps,
         steps_reason=why_steps,
-        repeats_by_folder=bool(seen.kohya),
-        mask=seen.mask,
-        captions=_examples(seen.captions, answers.trigger),
+        repeats_by_folder=bool(summary.kohya),
+        mask=summary.mask,
+        captions=_example_prompts(summary.captions, answers.trigger),
         miniature=(str(mini.TURBO), str(mini.ADAPTER_V1)) if is_miniature else None,
-        header=header,
+        header=("Written by zimage-train init; docs/recipes.md says what to change when.",),
     )
 
 
 def require_place(path: Path, force: bool) -> None:
-    """Require that a config can be written to `path`.
+    """Require that a config can be written to `path`, before anything else is done.
 
     Raises:
-        ConfigError: there is one of that name, or it is none that a file can have.
+        ConfigError: the path is a folder, is below a file, or exists and `force` is not set.
     """
     if path.is_dir():
-        raise ConfigError(Problem(f"--output: {path}", "is a folder", "give the name of a file, such as my.yaml"))
-    above = next((one for one in path.parents if one.exists()), path.parent)
-    if not above.is_dir():
-        raise ConfigError(Problem(f"--output: {path}", f"{above} is not a folder", "choose another place"))
+        hint = "give the name of a file, such as my.yaml"
+        raise ConfigError(Problem(f"--output: {path}", "is a folder", hint, "not-a-file"))
+    parent = next((parent for parent in path.parents if parent.exists()), path.parent)
+    if not parent.is_dir():
+        what = f"{parent} is not a folder"
+        raise ConfigError(Problem(f"--output: {path}", what, "choose another place", "not-a-folder"))
     if path.exists() and not force:
-        todo = "give another with -o or --name, or write over it with --force"
-        raise ConfigError(Problem(str(path), "exists", todo))
+        hint = "give another with -o or --name, or replace it with --force"
+        raise ConfigError(Problem(str(path), "exists", hint, "file-exists"))
 
 
 def answer_error(option: str, value: str) -> str | None:
-    """Why no config can have this trigger or name, or None."""
+    """Return why a config cannot have this value of `--trigger` or `--name`, or None if it can."""
     document = {"name": "x", "data": [{"folder": "x", "trigger": "x"}]}
     if option == "--name":
         document["name"] = value
     else:
         document["data"] = [{"folder": "x", "trigger": value}]
     _, problems = load.validate_config(document, lambda key_path: option)
-    return "; ".join(filter(None, (problems[0].message, problems[0].hint))) if problems else None
+    if not problems:
+        return None
+    return "; ".join(filter(None, (problems[0].message, problems[0].hint)))
 
 
-def write_config_file(path: Path, own: TemplateValues, answers: Answers, problems: Sequence[Problem]) -> list[str]:
-    """Write the config, and say what a run of it takes, what is to be mended beside `problems`, and how to start it."""
-    text = templates.render_template(answers.variant, answers.kind, own)
+def write_config_file(path: Path, values: TemplateValues, answers: Answers, problems: Sequence[Problem]) -> list[str]:
+    """Write the config, and return lines on memory and time, on what to fix, and on the next commands.
+
+    Args:
+        problems: of the folder, which are already printed; lines are added for further ones.
+    """
+    text = templates.render_template(answers.variant, answers.kind, values)
     config = load.load_document(path, load.parse(path, text), [])
     atomic.write_text(path, text)
-    lines, bad = [f"wrote {path}"], list(problems)
-    if (run := Path(config.output_dir) / config.name).exists():
-        lines.append(f"{run} is there: training goes on in it if it is the same, and --name gives another")
+    lines = [f"wrote {path}"]
+    run_folder = Path(config.output_dir) / config.name
+    if run_folder.exists():
+        lines.append(f"{run_folder} exists: training continues it if the settings are the same; --name gives another")
     try:
         checked = preflight.check_run(config, cached_only)
-        if own.miniature is None:
-            plan = forecast.forecast_lines(checked, answers.gpu, None)
-            lines += [line.text for line in plan if line.code in WORTH_SAYING]
+        if values.miniature is None:
+            forecast_lines = forecast.forecast_lines(checked, answers.gpu, None)
+            lines += [line.text for line in forecast_lines if line.code in FORECAST_CODES]
     except ZImageTrainError as error:
-        bad += [problem for problem in error.problems if problem not in bad]
-        lines += [f"to mend first: {problem}" for problem in bad[len(problems) :]]
+        lines += [f"to fix first: {problem}" for problem in error.problems if problem not in problems]
     quoted = shlex.quote(str(path))
-    aside = [f"  zimage-train check {quoted} --quarantine  # moves what cannot be used away"] if problems else []
-    return [*lines, "", "next:", *(aside or [f"  zimage-train check {quoted}"]), f"  zimage-train train {quoted}"]
+    check = f"  zimage-train check {quoted}"
+    if problems:
+        check += " --quarantine  # moves unusable images away"
+    return [*lines, "", "next:", check, f"  zimage-train train {quoted}"]
 
 
 def name_of(folder: Path, output: Path | None) -> str:
-    """A run's name from that of its config or its images: signs that every file system takes."""
+    """Return a name for the run from that of its config or else its folder, in characters that all systems allow."""
     if output is not None:
-        return re.sub(r"-(?=\d+$)", "_", _plain(output.stem)) or "my_lora"
-    match = KOHYA_FOLDER.fullmatch(folder.resolve().name)
-    return f"{_plain(match[2] if match else folder.resolve().name) or 'my'}_lora"
+        # A name may not end in -digits, which would look like the step of a LoRA.
+        return re.sub(r"-(?=\d+$)", "_", _slug(output.stem)) or "my_lora"
+    folder_name = folder.resolve().name
+    if match := KOHYA_FOLDER.fullmatch(folder_name):
+        folder_name = match[2]
+    return f"{_slug(folder_name) or 'my'}_lora"
 
 
-def _plain(text: str) -> str:
+def _slug(text: str) -> str:
     return re.sub(r"[^\w+-]+", "_", text).strip("_-+")
 
 
 def are_tags(captions: Sequence[str]) -> bool:
-    """Whether captions are lists of tags: commas in most of them, and few words between two."""
-    commas = [caption.count(",") for caption in captions]
-    words = sum(len(caption.split()) for caption in captions)
-    return sum(count >= 2 for count in commas) * 2 > len(captions) and words / sum(c + 1 for c in commas) < TAGS_HAVE
+    """Return whether captions are lists of tags: most have two commas or more, with few words between them."""
+    num_commas = [caption.count(",") for caption in captions]
+    num_with_commas = sum(count >= 2 for count in num_commas)
+    words_per_part = sum(len(caption.split()) for caption in captions) / sum(count + 1 for count in num_commas)
+    return num_with_commas * 2 > len(captions) and words_per_part < MAX_WORDS_PER_TAG
 
 
 def local_gpu() -> str | None:
-    """The name of this machine's card, if it is one of those that are known."""
-    found = gpus.detect_gpu()
-    card = gpus.find_gpu(found.name) if found else None
-    return card.name if card else None
+    """Return the name of this machine's GPU, or None if there is none or its data are not known."""
+    detected = gpus.detect_gpu()
+    spec = gpus.find_gpu(detected.name) if detected else None
+    return spec.name if spec else None
 
 
-def _resolutions(areas: Sequence[int]) -> tuple[tuple[int, ...], str]:
-    """Those that at least half of the images fill."""
-    filled = [side for side in RESOLUTIONS if sum(area >= FILLS * side**2 for area in areas) * 2 >= len(areas)]
-    if filled == list(RESOLUTIONS):
+def _choose_resolutions(areas: Sequence[int]) -> tuple[tuple[int, ...], str]:
+    """Return the resolutions for which at least half of the images are large enough, and the comment beside them."""
+    chosen = []
+    for side in RESOLUTIONS:
+        num_large_enough = sum(area >= MIN_AREA_FRACTION * side**2 for area in areas)
+        if num_large_enough * 2 >= len(areas):
+            chosen.append(side)
+    if len(chosen) == len(RESOLUTIONS):
         return RESOLUTIONS, "1024 alone: fewer samples an epoch, longer steps"
-    if filled:
-        return tuple(filled), f"half of the images are smaller than {RESOLUTIONS[len(filled)]}, and none is enlarged"
-    return RESOLUTIONS[:1], "half of the images are smaller; none is enlarged"
+    if not chosen:
+        return RESOLUTIONS[:1], "half of the images are smaller; none is enlarged"
+    return tuple(chosen), f"half of the images are smaller than {RESOLUTIONS[len(chosen)]}, and none is enlarged"
 
 
-def _examples(captions: Sequence[str], trigger: str) -> tuple[str, ...]:
-    """Two captions to draw, with the trigger, which training puts in front where it is missing."""
-    short = sorted({caption for caption in captions if len(caption) <= 200}, key=lambda text: (len(text), text))
-    chosen = [short[len(short) // 3], short[-1]] if len(short) > 1 else short
-    with_trigger = [text.replace("[trigger]", trigger) for text in dict.fromkeys(chosen)]
-    return tuple(text if trigger in text else f"{trigger} {text}" for text in with_trigger)
+def _example_prompts(captions: Sequence[str], trigger: str) -> tuple[str, ...]:
+    """Return up to two captions as preview prompts; the trigger is put in front where it is missing, as in training."""
+    short = {caption for caption in captions if len(caption) <= MAX_EXAMPLE_LENGTH}
+    by_length = sorted(short, key=lambda caption: (len(caption), caption))
+    examples = by_length if len(by_length) < 2 else [by_length[len(by_length) // 3], by_length[-1]]
+    prompts = []
+    for caption in dict.fromkeys(examples):
+        prompt = caption.replace("[trigger]", trigger)
+        prompts.append(prompt if trigger in prompt else f"{trigger} {prompt}")
+    return tuple(prompts)
 
 
 def _shape(image: ImageRecord) -> str:
     ratio = image.width / image.height
-    return "square" if 0.95 < ratio < 1.05 else "landscape" if ratio > 1 else "portrait"
-
-
-def _words(captions: Sequence[str]) -> int:
-    return round(sum(len(caption.split()) for caption in captions) / len(captions))
+    if 0.95 < ratio < 1.05:
+        return "square"
+    return "landscape" if ratio > 1 else "portrait"
