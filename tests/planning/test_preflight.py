@@ -757,9 +757,7 @@ def test_unused_settings_are_noted(make_config: Make):
 def test_check_counts_what_an_epoch_holds(make_config: Make):
     data = [*folders(shuffle_tags=True), *folders(regularization=True, trigger=None)]
     text = "\n".join(checking.check_report(preflight.check_run(make_config(data=data))))
-    assert re.search(
-        r"\n16 samples an epoch, .* epochs; beside them 16 of regularization, in 50% of the passes\n", text
-    )
+    assert re.search(r"\n16 samples an epoch, .* epochs; plus 16 regularization samples, in 50% of the passes\n", text)
     assert re.search(r"\n\d+ prompts to encode, as tags change in each epoch\n", text)
     assert "prompts to encode" not in "\n".join(checking.check_report(preflight.check_run(make_config())))
 

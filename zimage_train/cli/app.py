@@ -1,4 +1,4 @@
-"""The command line. Imports late: `--help`, `check` and config errors never load torch."""
+"""The command line. Commands import late, so that `--help`, `check` and config errors never load torch."""
 
 import contextlib
 import errno
@@ -35,7 +35,7 @@ app = typer.Typer(
 )
 
 UsageError: Any = typer.BadParameter.__base__
-"""Of a command that is misspelt; click's, wherever typer keeps that."""
+"""click.UsageError, reached through typer so that we need not import click."""
 
 app.add_typer(start_commands)
 app.add_typer(draw_commands)
@@ -43,17 +43,22 @@ app.add_typer(lora_commands, name="lora")
 
 ConfigPath = Annotated[
     Path,
-    typer.Argument(metavar="CONFIG", help="The YAML file, or a job of AI Toolkit (YAML or JSON).", show_default=False),
+    typer.Argument(
+        metavar="CONFIG", help="The config (YAML), or a job of AI Toolkit (YAML or JSON).", show_default=False
+    ),
 ]
 Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=YAML", help="Override a setting, e.g. --set train.steps=100. Repeatable."),
 ]
-
-
-Fresh = Annotated[bool, typer.Option("--fresh", help="Move an older run of this name aside and begin again.")]
+Fresh = Annotated[
+    bool, typer.Option("--fresh", help="Start over; an existing run of this name is kept in a folder NAME.old.")
+]
 Allow = Annotated[
-    list[str] | None, typer.Option("--allow", metavar="KEY", help="Continue with a changed KEY, e.g. optimizer.lr.")
+    list[str] | None,
+    typer.Option(
+        "--allow", metavar="KEY", help="Continue a run although the setting KEY, e.g. optimizer.lr, has changed."
+    ),
 ]
 
 
@@ -76,7 +81,7 @@ def sweep(
     config: ConfigPath,
     vary: Annotated[
         list[str],
-        typer.Option("--vary", metavar="KEY=V1,V2", help="A setting and its values. Repeatable: all combinations."),
+        typer.Option("--vary", metavar="KEY=V1,V2", help="A setting and its values. If repeated, all combinations."),
     ],
     set_: Overrides = None,
     fresh: Fresh = False,
@@ -84,7 +89,7 @@ def sweep(
 ) -> None:
     """Train one run for each value of a setting, with the same seed and caches, and compare them.
 
-    The same command continues a sweep that was stopped; values that are added later join what is there.
+    The same command continues a sweep that was stopped. If values are added, only their runs are trained.
     """
     from zimage_train.commands.sweep_values import make_sweep_runs
 
@@ -99,16 +104,19 @@ def check(
     config: ConfigPath,
     set_: Overrides = None,
     quarantine: Annotated[
-        bool, typer.Option("--quarantine", help="Move bad images to _rejected, with the reason beside each.")
+        bool, typer.Option("--quarantine", help="Move unusable images to _rejected, with the reason beside each.")
     ] = False,
     gpu: Annotated[
-        str | None, typer.Option("--gpu", help="Plan for this card (4090, a5000, h100, ...), not the one here.")
+        str | None,
+        typer.Option("--gpu", help="Plan for this GPU (4090, a5000, h100, ...) instead of the one in this machine."),
     ] = None,
-    price: Annotated[str | None, typer.Option("--price", help="What an hour costs: 0.69/h.")] = None,
+    price: Annotated[
+        str | None, typer.Option("--price", help="Price of the GPU per hour, e.g. 0.69/h, to show what the run costs.")
+    ] = None,
 ) -> None:
-    """Check config, images, captions, weights and disk, and show what a run would do and take.
+    """Check config, images, captions, weights and disk space, and predict memory and time of the run.
 
-    Writes nothing but, into the cache folder, what it saw of each image, so that the next time takes seconds.
+    It writes only an index of the images into the cache folder, which makes the next check fast.
     """
     settings = _read(config, set_)
     from zimage_train.commands.check import check_report, parse_price
@@ -128,7 +136,7 @@ def check(
 
 @app.command()
 def cache(config: ConfigPath, set_: Overrides = None) -> None:
-    """Encode images and captions into the caches, and do nothing else."""
+    """Encode images and captions into the caches, without training."""
     settings = _read(config, set_)
     from zimage_train.commands.train import fill_run_caches
 
@@ -139,9 +147,9 @@ def cache(config: ConfigPath, set_: Overrides = None) -> None:
 def timesteps(
     config: ConfigPath,
     set_: Overrides = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of an image.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a chart.")] = False,
 ) -> None:
-    """Show the sigma density and the loss weights that a config trains on."""
+    """Show the distribution of sigma and the loss weights that a config trains with."""
     settings = _read(config, set_)
     import json
 
@@ -155,9 +163,9 @@ def timesteps(
 
 @app.callback(invoke_without_command=True)
 def top(
-    version: Annotated[bool, typer.Option("--version", help="Show the version.", is_eager=True)] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
     for_machines: Annotated[
-        bool, typer.Option("--json", help="Before a command: each line that it prints is a JSON object.")
+        bool, typer.Option("--json", help="Before a command: print each line as a JSON object.")
     ] = False,
 ) -> None:
     JSON_OUTPUT.set(for_machines)
@@ -167,25 +175,27 @@ def top(
 
 
 def main() -> None:
-    """Run the command line; users' errors are lines and an exit code, and only a bug shows a traceback."""
+    """Run the command line. Errors of the user become lines and an exit code; only a bug shows a traceback."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # what a terminal cannot show must not end a run
+            stream.reconfigure(errors="backslashreplace")  # a character that a terminal cannot show must not end a run
     try:
         if sys.argv[1:2] == ["--json"]:
-            JSON_OUTPUT.set(True)  # before there is a command that could say so
+            JSON_OUTPUT.set(True)  # `top` sets it too late for errors in the command line itself
             sys.exit(app(standalone_mode=False) or 0)
         app()
     except UsageError as error:
-        _fail(ConfigError(Problem("command line", error.format_message())))
+        _fail(ConfigError(Problem("command line", error.format_message(), code="bad-command-line")))
     except ZImageTrainError as error:
         _fail(error)
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:
-            _fail(ConfigError(Problem(str(error.filename)[:60] + "...", "is too long for a path", "check the path")))
+            where = f"{str(error.filename)[:60]}..."
+            _fail(ConfigError(Problem(where, "is too long for a path", "check the path", "too-long")))
         if error.filename is None and error.errno in (errno.ENOSPC, errno.EPIPE, errno.EIO):
             discard_stdout()
-            _fail(DiskError(Problem("standard output", f"cannot be written ({error.strerror})")))
+            what = f"cannot be written ({error.strerror})"
+            _fail(DiskError(Problem("standard output", what, code="cannot-write")))
         raise
 
 
@@ -196,11 +206,12 @@ def _read(path: Path, overrides: list[str] | None) -> Config:
 
 
 def _fail(error: ZImageTrainError) -> NoReturn:
-    rank = os.environ.get("RANK", "0")  # of the processes that torchrun starts, each says what it met
-    with contextlib.suppress(OSError, AttributeError):  # nobody has to listen
-        for one in error.problems:
-            text = f"process {rank}: {one}" if rank != "0" else str(one)
-            print(error_event(one, error.exit_code) if JSON_OUTPUT.get() else text, file=sys.stderr)
+    """Print the problems of `error` on stderr, and exit with its code."""
+    rank = os.environ.get("RANK", "0")  # torchrun starts several processes, and each prints its own problems
+    with contextlib.suppress(OSError, AttributeError):  # stderr may be closed
+        for problem in error.problems:
+            text = f"process {rank}: {problem}" if rank != "0" else str(problem)
+            print(error_event(problem, error.exit_code) if JSON_OUTPUT.get() else text, file=sys.stderr)
     sys.exit(error.exit_code)
 
 

@@ -1,4 +1,4 @@
-"""A group of commands that ends as programs do that a signal ended, when one of its questions or commands is."""
+"""A group of commands that exits with 130, as after SIGINT, when a command or a question is interrupted."""
 
 import contextlib
 import signal
@@ -10,12 +10,12 @@ from typer.core import TyperGroup
 
 
 class Interruptible(TyperGroup):
-    """Ctrl-C and Ctrl-D exit with 130 and without a traceback, wherever no command sees to it itself."""
+    """Exits with 130 and without a traceback on Ctrl-C and Ctrl-D, unless a command handles them itself."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except (KeyboardInterrupt, EOFError, typer.Abort):
-            with contextlib.suppress(OSError, AttributeError):  # nobody has to listen
+            with contextlib.suppress(OSError, AttributeError):  # stderr may be closed
                 print("\nstopped", file=sys.stderr)
             raise typer.Exit(128 + signal.SIGINT) from None
