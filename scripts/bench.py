@@ -1,16 +1,15 @@
-"""Measure what the docs claim, and write it as JSON.
+"""Measure the numbers that the docs give, and write them as JSON.
 
 python scripts/bench.py --memory [--size full|mini] [-o docs/bench/memory.json]
-    On a GPU: a model of random weights, made on the device, trains a few steps under each budget at each resolution,
-    with the allocator held to that budget; peak and time of a step stand beside the prediction. `mini` runs the same on
-    a CPU, without peaks.
+    Train a model of random weights for a few steps under each memory budget at each resolution, with the allocator
+    limited to the budget, and write peak memory and time of a step beside the prediction. `full` needs a GPU; `mini`
+    runs anywhere, on a CPU without peaks.
 python scripts/bench.py --repeat [--size full|mini] [-o docs/bench/repeat.json]
-    Whether the same step gives the same gradient twice, as torch does it and as a run does it, and what that costs.
+    Run the same step repeatedly, with torch's defaults and with those of a run, and compare gradients and times.
 python scripts/bench.py --quantize [-o docs/bench/quantize.json]
-    What each kind of quantisation costs on the miniature: of the weights, of the adapter's change, of the loss.
+    Measure on the miniature the error of each quantisation in the weights, in the adapter's delta and in the loss.
 python scripts/bench.py --guidance [-o docs/bench/guidance.json]
-    What differential guidance does to a run beside clipping and learning rate: the miniature is trained with each, and
-    the LoRAs are compared.
+    Train the miniature with differential guidance, with clipping and with other learning rates, and compare the LoRAs.
 """
 
 import argparse
@@ -53,14 +52,14 @@ from zimage_train.training.fit import apply_recompute_plan
 
 BUDGETS_GB = (24.0, 16.0, 12.0, 8.0)
 PLENTY = 80e9
-"""Bytes in which every size fits with nothing recomputed."""
+"""Bytes that are enough for every size without recomputation."""
 SIDES = {"full": (512, 768, 1024), "mini": (64, 96)}
 RANK = 16
 CAPTION = "a photo of zchar in a sunlit garden, half body, warm light, shallow depth of field"
 
 
 def job_of(shape: TransformerShape, side: int, dtype: str, gpu: bool) -> Workload:
-    """One image of `side` px a step, and previews of that size."""
+    """Return the workload of one image of `side` px a step, with a preview of that size."""
     modules = targets.select_modules(["attention", "feed_forward"], shape.linears)
     preview = SamplingRequest(
         prompt=CAPTION, negative="", seed=1, width=side, height=side, steps=8, guidance=0.0, shift=3.0
@@ -82,7 +81,7 @@ def job_of(shape: TransformerShape, side: int, dtype: str, gpu: bool) -> Workloa
 def random_model(
     shape: TransformerShape, form: WeightPlacement, dtype: torch.dtype, device: torch.device
 ) -> FrozenTransformer:
-    """A frozen transformer of random weights, held as `form` says."""
+    """Return a frozen transformer of random weights, quantised and streamed as `form` says."""
     model = transformer.empty_transformer(shape, dtype, form.kind)
     blocks = [model.layers[index] for index in streamed_blocks(shape.n_layers, form.streamed)]
     ring = BlockOffloader(blocks, device) if blocks else None
@@ -102,7 +101,7 @@ def random_model(
 def random_pair(
     shape: TransformerShape, plan: MemoryPlan, device: torch.device
 ) -> tuple[FrozenTransformer, LoraLayers]:
-    """A random model as `plan` has it, and a LoRA on it."""
+    """Return a random model as `plan` has it, and the LoRA that is attached to it."""
     frozen = random_model(shape, plan.form, torch.bfloat16 if plan.job.dtype == "bf16" else torch.float32, device)
     modules = targets.select_modules(["attention", "feed_forward"], shape.linears)
     attached = layers.attach_lora(frozen.model, modules, RANK, None, 0.0, 1)
@@ -111,7 +110,7 @@ def random_pair(
 
 
 class Inputs(NamedTuple):
-    """What a step is given: noisy latents, their time and a caption."""
+    """Inputs of a step on one image: noisy latents, sigma and the encoded caption."""
 
     latents: torch.Tensor
     sigma: torch.Tensor
@@ -119,7 +118,7 @@ class Inputs(NamedTuple):
 
 
 def inputs_of(frozen: FrozenTransformer, caption_tokens: int, side: int, seed: int = 2) -> Inputs:
-    """Of one image; the same for the same `seed`."""
+    """Return random inputs, which depend on `seed` alone."""
     device, dtype = frozen.model.device, frozen.model.dtype
     draw = torch.Generator(device).manual_seed(seed)
     x = torch.randn(1, 16, side // 8, side // 8, generator=draw, device=device)
@@ -128,24 +127,24 @@ def inputs_of(frozen: FrozenTransformer, caption_tokens: int, side: int, seed: i
 
 
 def loss_on(frozen: FrozenTransformer, inputs: Inputs) -> torch.Tensor:
-    """A loss that reaches every parameter; draws nothing and copies nothing from the host."""
+    """Return a loss with a gradient for every parameter, without random draws or copies from the CPU."""
     return velocity(frozen.model.train(), inputs.latents, inputs.sigma, [inputs.prompt]).square().mean()
 
 
 def loss_of(frozen: FrozenTransformer, caption_tokens: int, side: int) -> torch.Tensor:
-    """Of one image; the same each time."""
+    """Return the loss on inputs that are the same in every call."""
     return loss_on(frozen, inputs_of(frozen, caption_tokens, side))
 
 
 def now(device: torch.device) -> float:
-    """Seconds, when all that was begun is done."""
+    """Return the time in seconds, after all work on the device is done."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
 def train(shape: TransformerShape, plan: MemoryPlan, side: int, steps: int, device: torch.device) -> dict[str, Any]:
-    """A few steps by `plan`: seconds of each, the loss of the last, and the peak on a GPU."""
+    """Train a few steps by `plan`; return the seconds of each, the last loss, and on a GPU the peak memory."""
     frozen, attached = random_pair(shape, plan, device)
     optimizer = build_optimizer(schema.OptimizerSettings(name="adamw"), attached.parameters())
     seconds, loss = [], torch.zeros(())
@@ -163,7 +162,7 @@ def train(shape: TransformerShape, plan: MemoryPlan, side: int, steps: int, devi
 
 
 def place_of(size: str) -> tuple[torch.device, TransformerShape, str]:
-    """The device, the model's shape and its precision."""
+    """Return the device, the shape and the dtype of the model of this size."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if size == "full" and device.type == "cpu":
         sys.exit("--size full needs a GPU; --size mini runs anywhere")
@@ -175,7 +174,7 @@ def device_name(device: torch.device) -> str:
 
 
 def memory(size: str, steps: int, budgets: list[float]) -> dict[str, Any]:
-    """Every budget at every resolution; what does not fit its budget is a finding, not an end."""
+    """Measure every budget at every resolution and quantisation; running out of memory is a result as well."""
     device, shape, dtype = place_of(size)
     total = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else main_memory_bytes()
     found = []
@@ -229,7 +228,7 @@ def mini_shape() -> TransformerShape:
 
 
 def repeat(size: str, steps: int) -> dict[str, Any]:
-    """The same step again and again: whether its gradient is the same, and the seconds that it takes."""
+    """Run the same step repeatedly, with torch's defaults and with those of a run; compare gradients and times."""
     device, shape, dtype = place_of(size)
     found: dict[str, Any] = {}
     for side in SIDES[size]:
@@ -261,7 +260,7 @@ def repeat(size: str, steps: int) -> dict[str, Any]:
 
 @torch.no_grad()
 def quantize() -> dict[str, Any]:
-    """The miniature with its adapter, in fp32 and in every kind; losses over 16 images' worth of fixed noise."""
+    """Compare the miniature with its adapter in every quantisation to fp32, by losses on 16 fixed noisy latents."""
     found = {}
     losses: dict[str | None, torch.Tensor] = {}
     merged: TrainingAdapter = training_adapter.load_adapter(mini.ADAPTER_V1, 1.0, mini_shape())
@@ -295,10 +294,8 @@ GUIDANCE_RUNS: dict[str, dict[str, Any]] = {
 
 
 def guidance() -> dict[str, Any]:
-    """How far the LoRA of each run ends from the plain one, as a share of how far that one went."""
-    from zimage_train.commands.train import (
-        run_training,
-    )  # the whole program, which nothing else here needs
+    """Return the distance of each run's LoRA from that of the plain run, relative to the norm of the latter."""
+    from zimage_train.commands.train import run_training  # here, since only this benchmark needs the whole program
 
     ends: dict[str, torch.Tensor] = {}
     facts: dict[str, Any] = {}
@@ -348,7 +345,7 @@ def _small_run(place: Path, name: str, changes: dict[str, Any]) -> schema.Config
 
 
 def main(arguments: list[str]) -> int:
-    """Run what is asked for, and write it."""
+    """Run one benchmark, and print or write its result; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--memory", action="store_true")

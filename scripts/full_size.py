@@ -1,9 +1,9 @@
-"""Runs the trainer on a Z-Image of full size with random weights: what only a GPU can show.
+"""Run the trainer on a GPU, on a Z-Image of full size with random weights.
 
     PYTHONPATH=. python scripts/full_size.py --work FOLDER [-o docs/bench/full_size.json] [--seconds 540]
 
-Makes 20 GB in the work folder, in the hub's layout, then runs the commands that people run on it, one after another,
-each in a process of its own. The result is written after each; what no time is left for is listed as not run.
+Writes a model of 20 GB in the hub's layout into the work folder, then runs the usual commands on it, each in its own
+process. The results are written after each command; commands for which no time is left are listed as not run.
 """
 
 from __future__ import annotations
@@ -73,15 +73,15 @@ class Trial:
     name: str
     changes: dict[str, Any] = field(default_factory=dict)
     first: int | None = None
-    """Stop once after so many steps, and go on."""
+    """Stop after so many steps, and continue with a second command."""
 
 
 SHORT = {"sample": {"every": None}}
-"""Without previews."""
+"""Changes that leave out the previews."""
 
 
 def trials(lora: Path) -> list[Trial]:
-    """In the order of what one wants to know first."""
+    """Return the trials, the most important ones first."""
     own = {"model": {"adapter": None}, "data": [{"resolution": [512]}], **SHORT}
     imitation = {"train": {"method": "trajectory_imitation", "steps": 4}, "lora": {"init_from": str(lora)}}
     return [
@@ -100,7 +100,7 @@ def trials(lora: Path) -> list[Trial]:
 
 
 def config(trial: Trial, work: Path) -> dict[str, Any]:
-    """The config of a trial: one image a step at 1024 px, with everything as a user has it by default."""
+    """Return the config of a trial: defaults, with one image a step at 1024 px, and the changes of the trial."""
     values: dict[str, Any] = {
         "name": f"full_{trial.name}x",  # a name may not end in digits
         "output_dir": str(work / "runs"),
@@ -124,7 +124,7 @@ def config(trial: Trial, work: Path) -> dict[str, Any]:
 
 @torch.no_grad()
 def make_model(folder: Path, device: torch.device) -> None:
-    """A folder as the hub has it, with random weights."""
+    """Write a model of random weights into `folder`, in the layout of the hub."""
     partial = folder.with_name("partial")
     shutil.rmtree(partial, ignore_errors=True)
     draw = torch.Generator(device).manual_seed(1)
@@ -150,7 +150,7 @@ def make_model(folder: Path, device: torch.device) -> None:
 
 
 def sharded(folder: Path, stem: str, tensors: dict[str, torch.Tensor]) -> None:
-    """Shards of at most 10 GB, and their index."""
+    """Write tensors as shards of at most 10 GB, with their index."""
     shards: list[dict[str, torch.Tensor]] = [{}]
     size = 0
     for name, tensor in tensors.items():
@@ -169,7 +169,7 @@ def sharded(folder: Path, stem: str, tensors: dict[str, torch.Tensor]) -> None:
 
 
 def make_lora(file: Path, modules: tuple[str, ...], seed: int) -> None:
-    """A LoRA of random weights whose change is a thousandth of the model's."""
+    """Write a LoRA of random weights whose delta is about a thousandth of the model's weights."""
     shape, draw, tensors = TransformerShape(), torch.Generator().manual_seed(seed), {}
     for name in targets.select_modules(list(modules), shape.linears):
         outs, ins = shape.linears[name]
@@ -180,7 +180,7 @@ def make_lora(file: Path, modules: tuple[str, ...], seed: int) -> None:
 
 
 def make_images(folder: Path) -> None:
-    """Pictures of the miniature's world, large, with captions."""
+    """Write enlarged images of the miniature's world, with captions."""
     folder.mkdir()
     for number in range(IMAGES):
         image, text = world.drawn(world.world_scene(number), 128, 128)
@@ -192,7 +192,7 @@ def make_images(folder: Path) -> None:
 
 
 def run(words: list[str], log: Path, timeout: float) -> tuple[int, float]:
-    """Exit code and seconds of a command of the trainer; what it says goes to `log`."""
+    """Run a command of the trainer with its output in `log`, and return its exit code and seconds."""
     began = time.monotonic()
     with log.open("a") as told:
         told.write(f"$ zimage-train {' '.join(words)}\n")
@@ -206,7 +206,7 @@ def run(words: list[str], log: Path, timeout: float) -> tuple[int, float]:
 
 
 def train(trial: Trial, work: Path, logs: Path, left: Callable[[], float]) -> dict[str, Any]:
-    """What came of a trial: steps, peak, plan, and the digest of its LoRA."""
+    """Run a trial, and return its losses, times, peak memory, plan, events and the digest of its LoRA."""
     values = config(trial, work)
     path, log = work / f"{trial.name}.yaml", logs / f"{trial.name}.txt"
     path.write_text(yaml.safe_dump(values))
@@ -237,7 +237,7 @@ def train(trial: Trial, work: Path, logs: Path, left: Callable[[], float]) -> di
 
 
 def commands(work: Path) -> dict[str, list[str]]:
-    """What is done with a LoRA."""
+    """Return the commands that are run after the trials, by name."""
     turbo, lora = str(work / "turbo"), str(work / "lora.safetensors")
     return {
         "sample": ["sample", turbo, "--lora", lora, "--prompt", "zchar in a garden", "-o", str(work / "sampled")],
@@ -247,13 +247,17 @@ def commands(work: Path) -> dict[str, list[str]]:
 
 
 def main() -> None:
-    """Makes the model, runs everything, and writes down what came of it."""
+    """Make the model, run all trials and commands, and write the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--work", type=Path, required=True, help="takes 20 GB")
+    parser.add_argument("--work", type=Path, required=True, help="folder for the model and the runs; needs 20 GB")
     parser.add_argument("-o", "--output", type=Path, default=Path("docs/bench/full_size.json"))
-    parser.add_argument("--logs", type=Path, help="where what the commands say goes; else into the work folder")
-    parser.add_argument("--seconds", type=float, default=3600, help="what is under way by then is ended")
-    parser.add_argument("--only", nargs="*", help="names of what is to be run")
+    parser.add_argument(
+        "--logs", type=Path, help="folder for the output of the commands; default: logs in the work folder"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=3600, help="time limit; a command that is running then is killed"
+    )
+    parser.add_argument("--only", nargs="*", help="names of the trials and commands to run; default: all")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("a model of 6 B parameters needs a GPU")

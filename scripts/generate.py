@@ -1,7 +1,7 @@
-"""Write what follows from the code: the config's schema and reference, and the reference of the command line.
+"""Write the files that follow from the code: configs, their schema and reference, and the reference of the commands.
 
-python scripts/generate.py           write what is stale
-python scripts/generate.py --check   write nothing; exit code 1 if something is stale
+python scripts/generate.py           write the files that are stale
+python scripts/generate.py --check   write nothing; exit with 1 if a file is stale
 """
 
 import inspect
@@ -37,7 +37,7 @@ from zimage_train.report import printing
 ROOT = Path(__file__).parent.parent
 
 EXAMPLE = Config.model_validate({"name": "my_lora", "data": [{"folder": "photos"}]})
-"""What the reference shows: the two settings that have no default, and every default."""
+"""The config that the reference shows: defaults, and examples of the two settings that have none."""
 
 HEAD = """\
 # yaml-language-server: $schema=schema.json
@@ -48,14 +48,14 @@ HEAD = """\
 
 
 def schema_json() -> str:
-    """The JSON schema of a config, for editors that complete and check YAML."""
+    """Return the JSON schema of a config, with which editors complete and check YAML."""
     schema = _tidy(Config.model_json_schema())
     head = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "zimage-train config"}
     return json.dumps(head | schema, indent=2, ensure_ascii=False) + "\n"
 
 
 def _tidy(node: Any) -> Any:
-    """Without generated titles, without defaults that repeat a whole section, and with descriptions on one line."""
+    """Return a schema without generated titles and defaults of whole sections, with descriptions on one line."""
     if isinstance(node, list):
         return [_tidy(one) for one in node]
     if not isinstance(node, dict):
@@ -68,11 +68,11 @@ def _tidy(node: Any) -> Any:
 
 
 EMPTY_LISTS: dict[str, type[BaseModel]] = {"prompts": PreviewPrompt, "extra_loras": ExtraLora}
-"""Lists that are empty by default, so that what their entries hold must be said beside them."""
+"""Lists that are empty by default, so that the reference describes the fields of their entries separately."""
 
 
 def reference_yaml() -> str:
-    """A config that spells out every setting, each under a line that says what it does."""
+    """Return a config with every setting, each below a comment that describes it."""
     return HEAD + "\n".join(_section(EXAMPLE, ""))
 
 
@@ -104,7 +104,7 @@ def _one_line(text: str) -> str:
 
 
 def config_md() -> str:
-    """Every setting with its type, default and meaning, a table a section."""
+    """Return the page of all settings with default and description, in a table for each section."""
     lines = ["# Every setting", "", f"{NOTICE} A config names what it changes; the rest has these defaults.", ""]
     lines += _table(EXAMPLE, "", "the run")
     return "\n".join(lines) + "\n"
@@ -128,7 +128,7 @@ def _table(section: BaseModel, prefix: str, title: str) -> list[str]:
 
 
 def cli_md() -> str:
-    """What every command says of itself with `--help`."""
+    """Return the page of all commands, with the output of `--help` of each."""
     events = inspect.cleandoc(printing.__doc__ or "").partition("\n\n")[2]
     machines = f"`zimage-train --json train CONFIG`, and so with every command: {events[0].lower()}{events[1:]}"
     commands = _commands(get_command(app.app))
@@ -162,7 +162,7 @@ AITOOLKIT_TABLE = "## Every key"
 
 
 def aitoolkit_md() -> str:
-    """The page about jobs of AI Toolkit: its text as it is, and the table of keys."""
+    """Return the page about AI Toolkit's jobs: its text unchanged, and the tables of keys."""
     text = (ROOT / "docs/aitoolkit.md").read_text(encoding="utf-8").partition(AITOOLKIT_TABLE)[0]
     lines = [text + AITOOLKIT_TABLE, "", f"{NOTICE} Keys stand below `config.process`; `[]` is each entry of a list."]
     sections = {key: key.rpartition(".")[0] for key in keys.KEYS}
@@ -180,7 +180,7 @@ def aitoolkit_md() -> str:
 
 
 def _fate(row: Row) -> str:
-    """What becomes of a key of AI Toolkit."""
+    """Return what happens to a key of AI Toolkit, as a cell of the table."""
     if isinstance(row, Mapped):
         to = ", ".join(f"`{name}`" for name in filter(None, row.to.split(", ")))
         return ": ".join(filter(None, [to, row.remark.replace("|", "/")]))
@@ -193,30 +193,30 @@ def _fate(row: Row) -> str:
 
 
 FITS = "**Predicted**, not measured"
-"""How the README's line of cards begins."""
+"""Beginning of the README's line on GPUs."""
 
 
 def readme() -> str:
-    """Return the README with its line of which cards a run fits."""
+    """Return the README with its line on the GPUs that a run fits."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     return re.sub(rf"^{re.escape(FITS)}.*$", lambda _: budget_line(), text, count=1, flags=re.MULTILINE)
 
 
 def memory_md() -> str:
-    """Return the page about memory with its table of cards."""
+    """Return the page about memory with its table of GPUs."""
     text = (ROOT / "docs/memory.md").read_text(encoding="utf-8")
     return re.sub(r"\| GPU memory \|.*?\n\n", lambda _: budget_table() + "\n\n", text, flags=re.DOTALL)
 
 
 BUDGETS = {24: "4090", 16: "4080", 12: "4070", 8: "4060"}
-"""Memory in GB, and the card by whose data sheet its time is told."""
+"""Memory in GB, and the GPU whose data sheet times are predicted from."""
 MAIN_MEMORY = 32e9
 CAPTION = "a photo of zchar in a sunlit garden, half body, warm light, shallow depth of field"
 SIDES = (512, 768, 1024)
 
 
 def plan_for(budget_gb: int) -> MemoryPlan:
-    """What the planner says of a character at three resolutions, rank 16, in full precision, with 32 GB main memory."""
+    """Return the plan for a character LoRA of rank 16 at three resolutions, in bf16, with 32 GB of main memory."""
     shape = TransformerShape()
     modules = targets.select_modules(["attention", "feed_forward"], shape.linears)
     preview = SamplingRequest(
@@ -239,7 +239,7 @@ def plan_for(budget_gb: int) -> MemoryPlan:
 
 
 def budget_yaml(budget_gb: int) -> str:
-    """configs/turbo_character.yaml for a card of `budget_gb`, with what the planner makes of it."""
+    """Return configs/turbo_character.yaml with a memory budget, and the plan for it as comments."""
     plan = plan_for(budget_gb)
     streamed, layers = plan.form.streamed, plan.job.shape.n_layers
     held = f"{streamed} of {layers} blocks wait in main memory ({host_bytes(plan.job, plan.form) / 1e9:.1f} GB)"
@@ -273,7 +273,7 @@ def budget_table() -> str:
 
 
 def budget_line() -> str:
-    """Return the README's line of which cards a run fits."""
+    """Return the README's line on the GPUs that a run fits."""
     size = Bucket(SIDES[-1], SIDES[-1])
     cards = [
         f"{budget_gb} GB ({name}, {plan_for(budget_gb).seconds(size, GPU_SPECS[name]):.1f} s a step)"
@@ -304,7 +304,7 @@ GENERATED: dict[str, Callable[[], str]] = {
 
 
 def stale(root: Path = ROOT) -> list[str]:
-    """Which generated files are missing or differ from what the code says now."""
+    """Return the generated files that are missing, or differ from what would be written now."""
     return [
         name
         for name, make in GENERATED.items()
@@ -313,7 +313,7 @@ def stale(root: Path = ROOT) -> list[str]:
 
 
 def main(arguments: list[str], root: Path = ROOT) -> int:
-    """Write what is stale, or with `--check` only say so; returns the exit code."""
+    """Write the stale files, or with `--check` only print their names; return the exit code."""
     if arguments not in ([], ["--check"]):
         print(__doc__)
         return 2

@@ -1,11 +1,11 @@
-"""What a GPU has to show: everything that is claimed or planned and cannot be seen without one.
+"""Run the checks that need a GPU: everything that the docs claim or the planner assumes about one.
 
     OUT=FOLDER python scripts/gpu_checks.py [PART ...] [--dry]
     python scripts/gpu_checks.py --list
 
-Made for half an hour of a rented GPU. Each part is a process of its own with a time limit, and writes FOLDER/PART.json
-after every case: whatever ends it, the same command goes on where it stopped, and tries again what failed. `--dry` runs
-every part on a CPU in a tiny shape, into FOLDER/dry, to find the errors before the GPU is paid for.
+All parts take about half an hour. Each runs in its own process with a time limit, and writes FOLDER/PART.json after
+every case, so the same command continues after an interruption, and repeats failed cases. `--dry` runs every part on a
+CPU in a tiny shape, with results in FOLDER/dry, to find errors before a GPU is rented.
 
 Where the package is not installed, set PYTHONPATH=. as for the other scripts.
 """
@@ -28,13 +28,15 @@ FAILED, NO_GPU = 1, 2
 
 
 def parser(parts: Mapping[str, Part]) -> argparse.ArgumentParser:
-    """The command line; what processes say to each other is not shown."""
+    """Return the parser of the command line; options between the processes are hidden."""
     found = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    found.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(parts)}; none: all, in this order")
+    found.add_argument(
+        "parts", nargs="*", metavar="PART", help=f"some of {', '.join(parts)}; default: all, in this order"
+    )
     folder = Path(os.environ.get("OUT") or FOLDER)
-    found.add_argument("--out", type=Path, default=folder, help="default: the folder $OUT, else docs/bench/gpu")
-    found.add_argument("--dry", action="store_true", help="on the CPU, in a tiny shape, into a folder `dry` of its own")
-    found.add_argument("--list", action="store_true", help="print the parts, what each shows and its time limit")
+    found.add_argument("--out", type=Path, default=folder, help="default: $OUT, or docs/bench/gpu")
+    found.add_argument("--dry", action="store_true", help="run on the CPU, in a tiny shape, into the folder `dry`")
+    found.add_argument("--list", action="store_true", help="print what each part shows, and its time limit")
     found.add_argument("--identify", action="store_true", help=argparse.SUPPRESS)
     found.add_argument("--measure", choices=list(parts), help=argparse.SUPPRESS)
     found.add_argument("--cases", type=json.loads, help=argparse.SUPPRESS)
@@ -43,9 +45,10 @@ def parser(parts: Mapping[str, Part]) -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str], parts: Mapping[str, Part] = PARTS, script: Path = Path(__file__)) -> int:
-    """The exit code: 0 when every case has a result, 1 when some have none, 2 without a GPU.
+    """Run the parts; return 0 if every case has a result, 1 if some have none, and 2 without a GPU.
 
-    `script` is what processes of parts are started with; it has to know `parts`.
+    Args:
+        script: the file that processes of parts are started with, which has to know `parts`.
     """
     command = parser(parts)
     asked = command.parse_args(arguments)
@@ -71,7 +74,7 @@ def main(arguments: list[str], parts: Mapping[str, Part] = PARTS, script: Path =
 
 
 def print_parts(parts: Mapping[str, Part]) -> None:
-    """Each part with what it shows, its number of cases and its limit."""
+    """Print a line for each part: its time limit, its number of cases and what it shows."""
     for name, part in parts.items():
         print(f"{name:10} {part.limit_s:4.0f} s  {len(part.cases):3} cases  {part.shows}")
 

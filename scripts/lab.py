@@ -1,10 +1,10 @@
-"""The laboratory: trains a new concept under every scheme on the miniature family, and scores what each costs.
+"""The laboratory: train a new concept under every scheme on the miniature family, and score the LoRAs.
 
     PYTHONPATH=. python scripts/lab.py --work FOLDER [--quick] [-o docs]
 
 Writes lab.json, lab.md and grids into the output folder, and the LoRAs into `loras/` in the work folder. The work
-folder keeps every run and every score, so a stopped laboratory goes on where it was. `--quick` trains one seed with
-fewer images scored, writes into the work folder alone, and says whether it finds the order that docs/lab.json has.
+folder keeps every run and every score, so the same command continues after an interruption. `--quick` trains one seed,
+scores fewer images, writes into the work folder only, and prints whether the schemes are in the order of docs/lab.json.
 """
 
 from __future__ import annotations
@@ -30,19 +30,21 @@ SEEDS, IMAGE_SEEDS = (101, 102, 103), (11, 12, 13, 14, 15)
 QUICK_SEEDS, QUICK_IMAGE_SEEDS = (104,), (16, 17)
 
 Loras = Mapping[str, Mapping[int, Path]]
-"""By scheme and training seed."""
+"""Scheme -> training seed -> LoRA file."""
 
 
 def main() -> None:
-    """Trains what is not trained yet, scores what is not scored yet, and tells all of it."""
+    """Train and score what an earlier start has not, and write the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, required=True, help="keeps runs and scores")
     parser.add_argument("-o", "--output", type=Path, default=Path("docs"), help="where lab.json and lab.md go")
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--quick", action="store_true", help="one seed, and compare with what is in the output folder")
+    what.add_argument(
+        "--quick", action="store_true", help="train one seed, and compare with lab.json of the output folder"
+    )
     what.add_argument("--loras", type=Path, help="score these LoRAs (loras/ of an earlier work folder); no training")
-    parser.add_argument("--image-seeds", type=int, default=5, help="so many of the five sets of noise")
-    parser.add_argument("--workers", type=int, default=2, help="runs at once, of one thread each")
+    parser.add_argument("--image-seeds", type=int, default=5, help="number of image seeds, of five")
+    parser.add_argument("--workers", type=int, default=2, help="number of runs at once, with one thread each")
     options = parser.parse_args()
     seeds, shots = (QUICK_SEEDS, QUICK_IMAGE_SEEDS) if options.quick else (SEEDS, IMAGE_SEEDS)
     shots = shots[: options.image_seeds]
@@ -64,7 +66,7 @@ def main() -> None:
 
 
 def trained(work: Path, seeds: tuple[int, ...], recipe: Recipe, workers: int) -> Loras:
-    """The LoRA of every scheme and seed."""
+    """Train what is missing, and return the LoRA of every scheme and seed."""
     images, runs = write_images(work / "pictures"), work / "runs"
     found: dict[str, dict[int, Path]] = {}
     chains: list[list[dict[str, Any]]] = []
@@ -82,13 +84,13 @@ def trained(work: Path, seeds: tuple[int, ...], recipe: Recipe, workers: int) ->
 
 
 def train_all(chain: list[dict[str, Any]]) -> None:
-    """One run after another: each may begin with the LoRA of the one before."""
+    """Train the runs one after another, since each may start from the LoRA of the one before."""
     for one in chain:
         train(one)
 
 
 def given(folder: Path) -> Loras:
-    """The LoRAs that `ship` has left in a folder."""
+    """Return the LoRAs that `ship` has copied into a folder."""
     found: dict[str, dict[int, Path]] = {}
     for path in sorted(folder.glob("*-s*.safetensors")):
         name, _, seed = path.stem.rpartition("-s")
@@ -99,7 +101,7 @@ def given(folder: Path) -> Loras:
 def scored(
     file: Path, loras: Loras, seeds: tuple[int, ...], shots: tuple[int, ...], workers: int
 ) -> dict[str, dict[str, Any]]:
-    """Scores by "use, training seed, image seed"; each is written down as soon as it is known."""
+    """Return the scores by "use, training seed, image seed"; each new one is written to `file` at once."""
     found: dict[str, dict[str, Any]] = json.loads(file.read_text()) if file.exists() else {}
     asked = [(use, seed, shot) for shot in shots for use in USES for seed in (seeds if use.trained else (0,))]
     wanted = [one for one in asked if key_of(*one) not in found]
@@ -117,12 +119,12 @@ def scored(
 
 
 def key_of(use: Use, seed: int, shot: int) -> str:
-    """What a score is found by."""
+    """Return the key of a score."""
     return f"{use.name}, {seed}, {shot}"
 
 
 def ship(loras: Loras, folder: Path) -> dict[str, dict[int, Path]]:
-    """Copies of the LoRAs, so that anyone can score them again."""
+    """Copy the LoRAs into a folder, so that they can be scored again, and return the copies."""
     folder.mkdir(parents=True, exist_ok=True)
     return {
         name: {seed: Path(shutil.copyfile(path, folder / f"{name}-s{seed}.safetensors")) for seed, path in each.items()}
@@ -131,9 +133,10 @@ def ship(loras: Loras, folder: Path) -> dict[str, dict[int, Path]]:
 
 
 def compare(table: dict[str, Any], full: dict[str, Any]) -> None:
-    """Says of every pair that the full table tells apart whether this one has it in the same order.
+    """Print the pairs of schemes that are in another order than in the full table, of those whose intervals differ.
 
-    Exits with 1 if a pair is the other way round.
+    Raises:
+        SystemExit: always; the exit code is 1 if there is such a pair.
     """
     wrong, pairs = 0, 0
     for score in telling.SCORES:

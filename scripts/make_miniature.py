@@ -1,10 +1,9 @@
-"""Makes everything that `zimage_train.mini` ships, from nothing but this code and its seeds.
+"""Make everything that `zimage_train.mini` ships, from this code and its seeds alone.
 
     PYTHONPATH=. python scripts/make_miniature.py --work FOLDER --output zimage_train/mini
 
-The work folder keeps the result of each stage, and once a minute the state of the one under way, so a stopped
-run goes on where it was. `--effort 0.005` goes through all stages in minutes, with weights that have learnt
-nothing.
+The work folder keeps the result of each stage, and every minute the state of the current one, so the same command
+continues after an interruption. `--effort 0.005` runs all stages in minutes, with weights that have learnt nothing.
 """
 
 from __future__ import annotations
@@ -53,14 +52,14 @@ IMAGES, TRAJECTORIES, OWN_IMAGES = 32_000, 2048, 1024
 
 
 def main() -> None:
-    """Goes through the stages in order."""
+    """Run all stages, and write the parts that are shipped."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, required=True, help="keeps the result of each stage")
     parser.add_argument("--output", type=Path, required=True, help="where the models, LoRAs and images go")
     parser.add_argument("--effort", type=float, default=1.0, help="multiplies steps and image counts")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads; they change rounding")
     best = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", default=best, help="what ships was made on a CPU; a GPU makes another family")
+    parser.add_argument("--device", default=best, help="the shipped family was made on a CPU; a GPU makes another one")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.set_default_device(options.device)
@@ -87,7 +86,7 @@ def main() -> None:
 
 
 def make_all(work: Path, effort: float) -> None:
-    """Makes every part in the work folder."""
+    """Make every part in the work folder."""
     steps = {name: max(2, round(number * effort)) for name, number in STEPS.items()}
 
     def much(number: int) -> int:
@@ -135,13 +134,13 @@ def make_all(work: Path, effort: float) -> None:
 
 
 def loaded(file: Path) -> dict[str, torch.Tensor]:
-    """What is fitted to, on the device that fits."""
+    """Return the tensors of a file on the default device."""
     return load_file(file, device=str(torch.get_default_device()))
 
 
 @torch.no_grad()
 def encode(captions: list[str], tokenizer: Qwen2Tokenizer, work: Path) -> Texts:
-    """The features of each caption once."""
+    """Return the features of each distinct caption."""
     encoder = rounded(Qwen3ForCausalLM.from_pretrained(work / "base" / "text_encoder"))
     ids = tokens_of(captions, tokenizer)
     texts: Texts = {}

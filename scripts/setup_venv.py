@@ -33,14 +33,14 @@ SCRIPT = Path(__file__).resolve()  # before the folder changes: Python 3.8 has a
 KEY_FILES = ("pyproject.toml", "constraints.txt", "scripts/setup_venv.py")
 STAMP = "zimage-train-setup"
 VENV_FOLDERS = {"bin", "include", "lib", "lib64", "scripts", STAMP}
-"""What .venv may hold, in lower case, where making it was cut off."""
+"""Names, in lower case, that an incomplete .venv may contain."""
 WINDOWS_CUDA_INDEX = "https://download.pytorch.org/whl/cu130"
-"""Where torch with CUDA is for Windows; the package index has only the CPU build."""
+"""Index of torch with CUDA for Windows, for which the package index has only the CPU build."""
 
 
 @dataclass(frozen=True)
 class Checkout:
-    """Where things lie; `platform` is sys.platform: "linux", "darwin" or "win32"."""
+    """Paths of a checkout; `platform` is sys.platform: "linux", "darwin" or "win32"."""
 
     root: Path
     platform: str
@@ -72,7 +72,7 @@ class Checkout:
 
 
 def run(command: list, **options) -> int:
-    """Return the exit status of a program. It hears Ctrl-C itself: wait for its end before passing that on."""
+    """Run a program and return its exit status. It gets Ctrl-C itself: wait for its end before passing that on."""
     process = subprocess.Popen([str(word) for word in command], **options)
     try:
         return process.wait()
@@ -97,7 +97,7 @@ def has_nvidia_driver() -> bool:
 
 
 def pip(checkout: Checkout, *arguments: str, index: str | None = None, quiet: bool = False) -> int:
-    """Return the exit status of pip in .venv. `index` is for those who have no PIP_EXTRA_INDEX_URL."""
+    """Run pip in .venv and return its exit status. `index` is used unless PIP_EXTRA_INDEX_URL is set."""
     # Some GPU images set PIP_CONSTRAINT to the versions they were built with; here constraints.txt decides.
     env = {name: value for name, value in os.environ.items() if name != "PIP_CONSTRAINT"}
     env["PIP_USER"] = "0"
@@ -180,7 +180,7 @@ def usable_cuda_torch(checkout: Checkout, facts: dict | None) -> str | None:
 
 
 def setup_key(checkout: Checkout) -> str | None:
-    """Return a checksum of all that decides what is installed, or None where .venv has no working Python."""
+    """Return a checksum of everything that decides what is installed, or None if .venv has no working Python."""
     facts = describe(checkout.program("python"))
     if facts is None:
         return None
@@ -200,7 +200,7 @@ def is_venv_usable(checkout: Checkout) -> bool:
 
 
 def remove_venv(checkout: Checkout) -> None:
-    """Remove .venv, but nothing that is no virtual environment."""
+    """Remove .venv, unless it is not a virtual environment."""
     venv = checkout.venv
     if venv.is_symlink():
         venv.unlink()
@@ -237,7 +237,7 @@ def make_venv(checkout: Checkout, python: Path) -> None:
 
 
 def choose_torch(checkout: Checkout) -> tuple[Path, list[str], str | None]:
-    """Return the constraints file, what to ask of pip besides the package, and an index to ask as well."""
+    """Return the constraints file, requirements besides the package, and an additional index."""
     constraints = checkout.root / "constraints.txt"
     text = constraints.read_text(encoding="utf-8")
     tested = re.search(r"^torch==(.*)$", text, re.MULTILINE).group(1)
@@ -258,7 +258,7 @@ def choose_torch(checkout: Checkout) -> tuple[Path, list[str], str | None]:
 
 
 def warn_of_cuda_download(checkout: Checkout, tested: str) -> None:
-    """Say that gigabytes will come: for Linux the default index has only the CUDA build. Unless pip knows another."""
+    """Warn of a large download if pip would fetch the CUDA build, the only one on the default index for Linux."""
     if checkout.platform != "linux" or pip(checkout, "show", "-qq", "torch", quiet=True) == 0:
         return
     if pip(checkout, "install", "-qq", "--dry-run", "--no-deps", f"torch=={tested}+cpu", quiet=True) != 0:
@@ -284,7 +284,7 @@ def install_package(checkout: Checkout, extra: str) -> None:
 
 
 def set_up(checkout: Checkout, extra: str = "") -> None:
-    """Install what is not there yet."""
+    """Make .venv and install the package, unless both are up to date."""
     key, before = checkout.read_stamp()
     extra = before or extra  # the dev tools, once in, stay in
     if is_set_up(checkout, extra):
@@ -319,9 +319,9 @@ def quickstart(checkout: Checkout, *arguments: str) -> int:
 
 
 def test(checkout: Checkout, *arguments: str) -> int:
-    """Run the linters and the tests, each whatever the others say."""
+    """Run the linters and the tests, all of them even if some fail."""
     set_up(checkout, "dev")
-    os.environ["OMP_NUM_THREADS"] = "1"  # two workers; torch's own threads would fight them for the cores
+    os.environ["OMP_NUM_THREADS"] = "1"  # two workers share the cores; torch's own threads would slow both down
     ruff, folders = checkout.program("ruff"), ["zimage_train", "scripts", "tests"]
     lint = [run([ruff, "check", *folders]), run([ruff, "format", "--check", *folders])]
     lint.append(run([checkout.program("pyright")]))
@@ -336,7 +336,7 @@ COMMANDS = {"install": install, "quickstart": quickstart, "test": test}
 
 
 def main(checkout: Checkout, *arguments: str) -> int:
-    """Return the exit status of a command."""
+    """Run a command and return its exit status."""
     if arguments == ("describe",):  # how this script questions another interpreter
         print(json.dumps(describe_this_python()))
         return 0

@@ -1,4 +1,4 @@
-"""A plugin of pytest: the seconds of each folder of tests, beside the budgets in tests/budgets.json.
+"""A plugin of pytest that prints the seconds of each folder of tests beside its budget in tests/budgets.json.
 
 `setup_venv.py test` loads it. It only prints: a slow machine fails no test.
 """
@@ -10,7 +10,7 @@ from pathlib import Path
 BUDGETS = Path(__file__).resolve().parent.parent / "tests" / "budgets.json"
 
 seconds: dict[str, float] = defaultdict(float)
-"""By folder, of all workers together; set-up and teardown count."""
+"""Folder -> seconds of all workers together, with setup and teardown."""
 
 
 def folder_of(nodeid: str) -> str:
