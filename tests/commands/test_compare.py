@@ -403,6 +403,7 @@ def test_run_stands_for_its_lora(loras: list[Path], tmp_path: Path):
         ("LORA --prompt x --sampling 0:1", 2, "is not a list of STEPS:G"),
         ("LORA --prompt x --by step", 2, "--by step: these images do not differ in it"),
         ("LORA --prompt x --model=", 2, "--model: is empty"),
+        ("LORA --prompt x --model gone", 4, "--model: gone: is neither a path that exists nor a hub id"),
         ("LORA OTHER --prompt x", 4, "matched 0/1 modules"),
         ("a -o a/config.yaml", 7, "is not a folder; choose another place"),
     ],

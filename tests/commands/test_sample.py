@@ -3,10 +3,14 @@
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from zimage_train import mini
+from zimage_train.cli.app import app
 from zimage_train.commands.sample import locate_model
 from zimage_train.config.schema import ModelSettings
-from zimage_train.errors import Argument, Problem, WeightsError
+from zimage_train.errors import Argument, Problem, WeightsError, ZImageTrainError
+from zimage_train.models import locate
 
 
 def problem_of(**settings: str) -> Problem:
@@ -31,3 +35,29 @@ def test_missing_extras_name_the_option(tmp_path: Path):
     assert (problem.code, problem.place.argument) == ("missing-file", Argument("--extras"))
     what = "the text encoder and VAE of ./nowhere is neither a path that exists nor a hub id"
     assert str(problem) == f"--extras: {what}; give a folder or hub id that has them"
+
+
+def test_extras_that_lack_a_part_are_named_once(tmp_path: Path):
+    problem = problem_of(path=str(mini.TURBO), extras=str(tmp_path))
+    what = f"{tmp_path} has no text_encoder, tokenizer, vae"
+    assert str(problem) == f"--extras: {what}; give a folder or hub id that has them"
+
+
+def test_a_file_that_is_no_model_is_refused_before_anything_is_downloaded(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(locate, "locate", pytest.fail)
+    (tmp_path / "x.safetensors").write_text("hello")
+    assert "is not a safetensors file" in str(problem_of(path=str(tmp_path / "x.safetensors")))
+    assert "is a LoRA, no transformer" in str(problem_of(path=str(mini.ADAPTER_V1)))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--extras", ""], "--extras: is empty; give a folder or hub id, or leave it out"),
+        (["--lora", ""], "--lora: is empty; give a LoRA file"),
+        (["-o", str(mini.ADAPTER_V1)], f"--output: {mini.ADAPTER_V1} is not a folder; choose another place"),
+    ],
+)
+def test_an_option_that_cannot_be_is_named(words: list[str], message: str):
+    done = CliRunner().invoke(app, ["sample", str(mini.TURBO), "--prompt", "x", *words])
+    assert isinstance(done.exception, ZImageTrainError) and str(done.exception) == message

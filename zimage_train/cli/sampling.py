@@ -294,6 +294,8 @@ def _parse_models(
         problems.append(Problem(where, "is given twice with the same value", "leave out one of them", "set-twice"))
     if variant not in VARIANTS:
         problems.append(Problem("--variant", f"is {variant!r}", f"give one of {', '.join(VARIANTS)}", "bad-argument"))
+    if extras == "":
+        problems.append(Problem("--extras", "is empty", "give a folder or hub id, or leave it out", "bad-argument"))
     if dtype not in ("bf16", "fp32"):
         problems.append(Problem("--dtype", f"is {dtype!r}", "give bf16 or fp32", "bad-argument"))
     if problems:

@@ -51,7 +51,7 @@ def caption_folder(folder: Path, options: CaptionOptions, console: Console) -> l
     with console.live_progress():
         # Existing captions may contain [trigger], which only a config with a trigger may have.
         entry = DataEntry(folder=str(folder), caption_ext=options.extension, trigger=options.trigger or "any")
-        scan = scan_entry(entry, "data.0", tick=console.progress)
+        scan = scan_entry(entry, "FOLDER", tick=console.progress)
     errors = list(scan.errors)
     pairs = _images_to_caption(scan.images, options, errors)
     num_captioned = sum(bool(image.raw_captions) for image in scan.images)
@@ -59,7 +59,8 @@ def caption_folder(folder: Path, options: CaptionOptions, console: Console) -> l
         console.info(f"{num_captioned} of {len(scan.images)} images have a caption, which is kept without --force")
     num_written = _write_captions(pairs, options, console, errors) if pairs else 0
     if errors:
-        console.info(f"{num_written} captions written")
+        if pairs:
+            console.info(f"{num_written} captions written")
         raise_all(errors)
     hint = "; read them: training learns what they say" if num_written else ""
     return [f"{num_written} captions written to {folder}{hint}"]

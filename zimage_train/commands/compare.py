@@ -63,7 +63,7 @@ def compare_runs(paths: Sequence[Path], by: str | None, output: Path) -> list[st
     Raises:
         ZImageTrainError: a path is not a run, a run has no previews, or no two runs have previews at the same step.
     """
-    atomic.require_writable_folder(output)
+    atomic.require_writable_folder(output, "--output")
     return save_comparison(output, make_comparison(open_runs(paths), by))
 
 

@@ -164,7 +164,7 @@ def draw_grid(spec: GridSpec, by: str | None, output: Path) -> list[str]:
     Raises:
         ZImageTrainError: a model or a LoRA cannot be used, or `output` cannot be written to.
     """
-    atomic.require_writable_folder(output)
+    atomic.require_writable_folder(output, "--output")
     columns = spec.default_columns
     if by is not None:
         axes = [axis for axis in AXES if axis != SAMPLING or spec.samplings]
@@ -209,7 +209,7 @@ def _locate_models(models: Sequence[ModelSettings]) -> list[tuple[ModelSettings,
     located = []
     for model in models:
         with collect_errors(errors):
-            located.append((model, *sample.locate_model(model)))
+            located.append((model, *sample.locate_model(model, "--model")))
     raise_all(errors)
     return located
 

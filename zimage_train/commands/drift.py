@@ -108,7 +108,7 @@ def drift_report(
     Raises:
         ZImageTrainError: the model or a LoRA cannot be used, or `output` cannot be written to.
     """
-    atomic.require_writable_folder(output)
+    atomic.require_writable_folder(output, "--output")
     requests = sample.requests_for(options, model, specs or [PromptSpec(prompt) for prompt in DEFAULT_PROMPTS])
     # Steps, guidance and negative prompt of a prompt file do not apply: the comparison fixes them.
     turbo = VARIANTS["turbo"]

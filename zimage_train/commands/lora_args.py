@@ -30,8 +30,10 @@ def parse_weighted_lora(text: str, where: str = "--lora", is_weight_needed: bool
         is_weight_needed: whether `FILE` alone is an error instead of a weight of 1.
 
     Raises:
-        ConfigError: the weight is missing though needed, is not a number, or is too large.
+        ConfigError: the text is empty, or the weight is missing though needed, is not a number, or is too large.
     """
+    if not text:
+        raise ConfigError(Problem(where, "is empty", "give a LoRA file", "bad-argument"))
     name, equals, weight = text.rpartition("=")
     if not equals or not name or Path(text).exists():
         if not is_weight_needed:

@@ -109,7 +109,7 @@ def _sample(
     output: Path,
 ) -> None:
     console = Console()
-    atomic.require_writable_folder(output)
+    atomic.require_writable_folder(output, "--output")
     paths, shape = locate_model(model)
     stacked = read_loras(loras, shape, console)
     loaded = load_model(model, paths, shape, stacked, requests, console, limit)
@@ -162,29 +162,37 @@ class LoadedModel:
         return render_images(self.frozen, self.extras, requests, self.embeds, progress, max_batch)
 
 
-def locate_model(model: ModelSettings) -> tuple[ModelPaths, TransformerShape]:
+def locate_model(model: ModelSettings, flag: str = "MODEL") -> tuple[ModelPaths, TransformerShape]:
     """Return the paths of the parts of `model`, after downloading what is missing, and its shape.
+
+    Args:
+        flag: the argument or option that gives `model.path`, for error messages.
 
     Raises:
         WeightsError: a part cannot be obtained, or is not what it should be.
     """
+    if model.path is not None and Path(model.path).is_file():
+        # Refuses a file that is not a transformer before a text encoder of gigabytes is downloaded.
+        locate.transformer_tensors(Path(model.path))
     try:
         paths = locate.locate(model.model_copy(update={"adapter": None}))
     except WeightsError as error:
-        problems = [_as_problem_of_option(problem) for problem in error.problems]
+        problems = [_as_problem_of_option(problem, flag) for problem in error.problems]
         raise type(error)(*problems) from None
     return paths, locate.transformer_tensors(paths.transformer)[0]
 
 
-def _as_problem_of_option(problem: Problem) -> Problem:
+def _as_problem_of_option(problem: Problem, flag: str) -> Problem:
     """Return a problem of a config key as a problem of the option or argument that stands for the key here."""
     place = problem.place
     if place.key == "model.extras":
-        what = f"the text encoder and VAE of {place.source or ''} {problem.message}"
+        what = problem.message
+        if place.source is not None:
+            what = f"the text encoder and VAE of {place.source} {what}"
         location = Location(argument=Argument("--extras"))
         return Problem(location, what, "give a folder or hub id that has them", problem.code)
     if place.key == "model.path":
-        return replace(problem, location=replace(place, key=None, argument=Argument("MODEL")))
+        return replace(problem, location=replace(place, key=None, argument=Argument(flag)))
     return problem
 
 
