@@ -130,8 +130,8 @@ def check(
     if quarantine:
         print_lines(move_rejected(settings))
     with console.live_progress():
-        checked = preflight.check_run(settings, cached_only, console.progress)
-    print_lines(check_report(checked, gpu, hourly))
+        spec = preflight.check_run(settings, cached_only, console.progress)
+    print_lines(check_report(spec, gpu, hourly))
 
 
 @app.command()

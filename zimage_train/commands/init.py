@@ -255,9 +255,9 @@ def write_config_file(path: Path, values: TemplateValues, answers: Answers, prob
     if run_folder.exists():
         lines.append(f"{run_folder} exists: training continues it if the settings are the same; --name gives another")
     try:
-        checked = preflight.check_run(config, cached_only)
+        spec = preflight.check_run(config, cached_only)
         if values.miniature is None:
-            forecast_lines = forecast.forecast_lines(checked, answers.gpu, None)
+            forecast_lines = forecast.forecast_lines(spec, answers.gpu, None)
             lines += [line.text for line in forecast_lines if line.code in FORECAST_CODES]
     except ZImageTrainError as error:
         lines += [f"to fix first: {problem}" for problem in error.problems if problem not in problems]
