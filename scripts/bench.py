@@ -102,7 +102,8 @@ def random_pair(
     shape: TransformerShape, plan: MemoryPlan, device: torch.device
 ) -> tuple[FrozenTransformer, LoraLayers]:
     """Return a random model as `plan` has it, and the LoRA that is attached to it."""
-    frozen = random_model(shape, plan.form, torch.bfloat16 if plan.job.dtype == "bf16" else torch.float32, device)
+    dtype = torch.bfloat16 if plan.workload.dtype == "bf16" else torch.float32
+    frozen = random_model(shape, plan.placement, dtype, device)
     modules = targets.select_modules(["attention", "feed_forward"], shape.linears)
     attached = layers.attach_lora(frozen.model, modules, RANK, None, 0.0, 1)
     apply_recompute_plan(frozen.model, plan, 0.0)
@@ -150,7 +151,7 @@ def train(shape: TransformerShape, plan: MemoryPlan, side: int, steps: int, devi
     seconds, loss = [], torch.zeros(())
     for _ in range(steps):
         began = now(device)
-        loss = loss_of(frozen, plan.job.caption_tokens, side)
+        loss = loss_of(frozen, plan.workload.caption_tokens, side)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -208,7 +209,13 @@ def _measured(
     job = job_of(shape, side, dtype, device.type == "cuda")
     plan = planner.choose_plan(job, wanted, budget * 1e9, main_memory_bytes(), None)
     mode = plan.mode_of(job.max_tokens)
-    row = {"budget_gb": budget, "side_px": side, "kind": plan.form.kind, "streamed": plan.form.streamed, "mode": mode}
+    row = {
+        "budget_gb": budget,
+        "side_px": side,
+        "kind": plan.placement.quantization,
+        "streamed": plan.placement.streamed,
+        "mode": mode,
+    }
     row |= {"fits": plan.fits, "predicted_gb": round(plan.peak.allocated / 1e9, 3)}
     if device.type == "cuda":
         torch.cuda.empty_cache()

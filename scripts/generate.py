@@ -241,9 +241,11 @@ def plan_for(budget_gb: int) -> MemoryPlan:
 def budget_yaml(budget_gb: int) -> str:
     """Return configs/turbo_character.yaml with a memory budget, and the plan for it as comments."""
     plan = plan_for(budget_gb)
-    streamed, layers = plan.form.streamed, plan.job.shape.n_layers
-    held = f"{streamed} of {layers} blocks wait in main memory ({host_bytes(plan.job, plan.form) / 1e9:.1f} GB)"
-    modes = {side: plan.mode_of(plan.job.tokens(Bucket(side, side))) for side in SIDES}
+    streamed, layers = plan.placement.streamed, plan.workload.shape.n_layers
+    held = (
+        f"{streamed} of {layers} blocks wait in main memory ({host_bytes(plan.workload, plan.placement) / 1e9:.1f} GB)"
+    )
+    modes = {side: plan.mode_of(plan.workload.tokens(Bucket(side, side))) for side in SIDES}
     head = [
         f"# A person or character on Z-Image-Turbo with {budget_gb} GB of GPU memory; images, captions: photos/.",
         f"# The planner predicts {plan.peak.total / 1e9:.1f} GB at the most. zimage-train check says what it",
@@ -263,11 +265,11 @@ def budget_table() -> str:
     rows = ["| GPU memory | weights | 512 px | 768 px | 1024 px | peak |", "|---|---|---|---|---|---|"]
     for budget_gb, name in BUDGETS.items():
         plan, card = plan_for(budget_gb), GPU_SPECS[name]
-        weights = f"bf16, {plan.form.streamed} of 30 blocks streamed" if plan.form.streamed else "bf16"
+        weights = f"bf16, {plan.placement.streamed} of 30 blocks streamed" if plan.placement.streamed else "bf16"
         cells = []
         for side in SIDES:
             size = Bucket(side, side)
-            cells.append(f"{plan.seconds(size, card):.1f} s, {plan.mode_of(plan.job.tokens(size))}")
+            cells.append(f"{plan.seconds(size, card):.1f} s, {plan.mode_of(plan.workload.tokens(size))}")
         rows.append(f"| {budget_gb} GB ({name}) | {weights} | {' | '.join(cells)} | {plan.peak.total / 1e9:.1f} GB |")
     return "\n".join(rows)
 

@@ -105,9 +105,9 @@ def test_budget_configs_on_the_miniature(budget_gb: int, tmp_path: Path, shared_
     """
     generate = script("generate")
     plan = generate.plan_for(budget_gb)
-    assert plan.fits and plan.form.kind is None
-    mode = plan.mode_of(plan.job.max_tokens)
-    share = plan.form.streamed / plan.job.shape.n_layers
+    assert plan.fits and plan.placement.quantization is None
+    mode = plan.mode_of(plan.workload.max_tokens)
+    share = plan.placement.streamed / plan.workload.shape.n_layers
     asked = {"memory.checkpointing": mode, "memory.offload": share}
     words = [word for key, value in asked.items() for word in ("--set", f"{key}={value}")]
     path = ROOT / "configs" / f"{budget_gb}gb.yaml"

@@ -277,7 +277,7 @@ def test_disk_too_small_for_checkpoints(make_config, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(atomic, "require_free_space", require_space)
     for settings in ({}, {"save": {"keep": 80}}, {"lora": {"rank": 8}}, {"optimizer": {"name": "adamw8bit"}}):
         preflight.check_run(make_config(**settings))
-    modules = preflight.check_run(make_config()).weights
+    modules = preflight.check_run(make_config()).model_files
     assert modules is not None
     trained = 4 * sum(sum(modules.shape.linears[name]) for name in modules.modules)
     checkpoints, exports = 3 * trained * (4 + 8), (8 + 2) * trained * 4

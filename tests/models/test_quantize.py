@@ -49,7 +49,7 @@ def test_each_block_has_its_own_scale(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_blocks_divide_any_width(kind, columns):
     """Any width in the model family is packed in blocks that divide it."""
-    block = quantize.block_size_for(columns)
+    block = quantize.scale_block_size(columns)
     assert columns % block == 0 and block in (32, 64)
     back = quantize.unpack(*quantize.pack(gaussian(4, columns), kind), torch.bfloat16)
     assert back.shape == (4, columns) and back.dtype == torch.bfloat16

@@ -101,7 +101,7 @@ def test_sampling_within_5_percent(dtype: str, batch: int):
             return live.peak - weights
 
     made = job(dtype=dtype, previews=(recipe(1024, float(batch - 1)),))
-    sampling = memory.SAMPLING[dtype] * FULL.dim * (4096 + CAPTION) * batch
+    sampling = memory.FORWARD_BYTES[dtype] * FULL.dim * (4096 + CAPTION) * batch
     assert sampling == pytest.approx(with_flash(run), rel=0.05)
     assert memory.preview_memory(made, WeightPlacement()).activations >= sampling * 0.95
 

@@ -42,14 +42,14 @@ def test_plan_fits_everywhere(limit_gb, host_gb, batch, kinds, sides):
     """A plan that fits does so in every batch and preview."""
     made = job(tuple(sides), batch_size=batch)
     plan = planner.choose_plan(made, PlanConstraints(kinds, None, None), limit_gb * 1e9, host_gb * 1e9, None)
-    assert plan.form.kind in kinds
+    assert plan.placement.quantization in kinds
     assert plan.fits == (plan.peak.total <= limit_gb * 1e9)
     if plan.fits:
         for size in made.sizes:
             tokens = made.tokens(size)
-            assert memory.step_memory(made, plan.form, plan.mode_of(tokens), tokens).total <= limit_gb * 1e9
-        assert plan.form.streamed == 0 or memory.host_bytes(made, plan.form) <= 0.5 * host_gb * 1e9
-    if plan.form.streamed:
+            assert memory.step_memory(made, plan.placement, plan.mode_of(tokens), tokens).total <= limit_gb * 1e9
+        assert plan.placement.streamed == 0 or memory.host_bytes(made, plan.placement) <= 0.5 * host_gb * 1e9
+    if plan.placement.streamed:
         assert all(plan.mode_of(tokens) != "none" for tokens in range(1, 20000, 500))
 
 
@@ -57,7 +57,7 @@ def test_full_precision_is_preferred():
     """Full precision without streaming is taken wherever it fits."""
     for limit in (17e9, 24e9, 48e9, 141e9):
         plan = choose(limit=limit, wanted=ANY)
-        assert plan.fits and plan.form == WeightPlacement()
+        assert plan.fits and plan.placement == WeightPlacement()
 
 
 @pytest.mark.parametrize(
@@ -71,12 +71,14 @@ def test_full_precision_is_preferred():
 def test_sizes_recompute_the_least(name: str, expected: dict[int, str]):
     """Each size recomputes the least that fits."""
     plan = choose(limit=GPU_SPECS[name].memory_gb * 1e9, card=GPU_SPECS[name])
-    assert {side: plan.mode_of(plan.job.tokens(Bucket(side, side))) for side in ALL} == expected
+    assert {side: plan.mode_of(plan.workload.tokens(Bucket(side, side))) for side in ALL} == expected
     for side, mode in expected.items():
         if mode != "none":
             more = RECOMPUTE_MODES[RECOMPUTE_MODES.index(mode) - 1]
-            tokens = plan.job.tokens(Bucket(side, side))
-            assert memory.step_memory(plan.job, plan.form, more, tokens).total > GPU_SPECS[name].memory_gb * 1e9
+            tokens = plan.workload.tokens(Bucket(side, side))
+            assert (
+                memory.step_memory(plan.workload, plan.placement, more, tokens).total > GPU_SPECS[name].memory_gb * 1e9
+            )
 
 
 @pytest.mark.parametrize("name", ["4070", "4060"])
@@ -84,9 +86,9 @@ def test_small_gpus_stream(name: str):
     """Small GPUs stream, and keep full precision if main memory allows."""
     card = GPU_SPECS[name]
     plan = choose(limit=card.memory_gb * 1e9, card=card, wanted=ANY)
-    assert plan.fits and plan.form.kind is None and plan.form.streamed > 0
+    assert plan.fits and plan.placement.quantization is None and plan.placement.streamed > 0
     poor = choose(limit=card.memory_gb * 1e9, card=card, wanted=ANY, host=7e9)
-    assert poor.fits and poor.form.kind == "int8"
+    assert poor.fits and poor.placement.quantization == "int8"
 
 
 def test_a_plan_explains_itself():
@@ -103,8 +105,8 @@ def test_a_slow_bus_prefers_fewer_bytes():
     slow = replace(GPU_SPECS["4090"], pcie_gb_per_second=1.0)
     fast = choose((512,), limit=9e9, card=GPU_SPECS["4060"], wanted=ANY)
     slowed = choose((512,), limit=9e9, card=slow, wanted=ANY)
-    assert fast.form.kind is None and slowed.form.kind is not None
-    assert slowed.form.streamed < fast.form.streamed
+    assert fast.placement.quantization is None and slowed.placement.quantization is not None
+    assert slowed.placement.streamed < fast.placement.streamed
 
 
 def test_choice_is_near_the_fastest():
@@ -113,7 +115,7 @@ def test_choice_is_near_the_fastest():
     chosen = choose(limit=limit, card=card, wanted=ANY)
     for kind in AUTO_QUANTIZATIONS:
         for streamed in range(31):
-            other = planner._plan(chosen.job, WeightPlacement(kind, streamed), None, limit)
+            other = planner._make_plan(chosen.workload, WeightPlacement(kind, streamed), None, limit)
             if other.fits:
                 ours, theirs = (planner._mean_seconds(plan, card) for plan in (chosen, other))
                 assert ours <= theirs * planner.MAX_SLOWDOWN * 1.0001
@@ -122,7 +124,7 @@ def test_choice_is_near_the_fastest():
 @pytest.mark.parametrize("mode", RECOMPUTE_MODES)
 def test_the_config_has_the_last_word(mode: str):
     plan = choose(wanted=PlanConstraints(("fp8",), mode, 0), limit=1e9)
-    assert plan.form == WeightPlacement("fp8", 0) and plan.limits == {mode: NO_LIMIT} and not plan.fits
+    assert plan.placement == WeightPlacement("fp8", 0) and plan.limits == {mode: NO_LIMIT} and not plan.fits
     assert plan.mode_of(1) == plan.mode_of(10**6) == mode
 
 

@@ -122,9 +122,9 @@ def test_what_a_run_needs_is_all_there(make_config: Make):
     checked = preflight.check_run(config, offline)
     assert len(checked.images[0]) == len(list(mini.IMAGES.glob("*.txt"))) >= 12
     assert len(checked.items) == 2 * len(checked.images[0])
-    assert checked.weights is not None
-    assert len(checked.weights.modules) == 42
-    assert checked.weights.adapter_modules == adapter_modules(mini.ADAPTER_V1) > 0
+    assert checked.model_files is not None
+    assert len(checked.model_files.modules) == 42
+    assert checked.model_files.adapter_modules == adapter_modules(mini.ADAPTER_V1) > 0
     (note,) = checked.notes
     assert note.code == "smaller-than-resolution" and note.text.endswith("1 of 16 images (zorb_12.jpg)")
 
@@ -162,7 +162,7 @@ def test_report_of_a_run(make_config: Make, monkeypatch: pytest.MonkeyPatch):
 def test_report_without_an_adapter(make_config: Make):
     """A run without an adapter has no adapter to fit."""
     checked = preflight.check_run(make_config(model={"adapter": None}), offline)
-    assert checked.weights is not None and checked.weights.adapter_modules == 0
+    assert checked.model_files is not None and checked.model_files.adapter_modules == 0
     assert not any(line.startswith("adapter fits") for line in checking.check_report(checked))
 
 
@@ -300,16 +300,16 @@ def test_adapter_must_fit_in_full(make_config: Make, tmp_path: Path, kind: str):
 def test_an_adapter_that_fits_is_counted(make_config: Make, tmp_path: Path, kind: str):
     path = adapter(tmp_path / "a.safetensors", FITTING[kind])
     checked = preflight.check_run(make_config(model={"adapter": str(path)}), offline)
-    assert checked.weights is not None
-    assert checked.weights.adapter_modules == adapter_modules(mini.ADAPTER_V1)
+    assert checked.model_files is not None
+    assert checked.model_files.adapter_modules == adapter_modules(mini.ADAPTER_V1)
 
 
 def test_adapter_check_equals_loading(make_config: Make, tmp_path: Path):
     """`check` and loading agree about adapters."""
     lora_files = pytest.importorskip("zimage_train.lora.lora_file")
     checked = preflight.check_run(make_config(), offline)
-    assert checked.weights is not None
-    linears = checked.weights.shape.linears
+    assert checked.model_files is not None
+    linears = checked.model_files.shape.linears
     for name, change in (FITTING | FOREIGN).items():
         path = adapter(tmp_path / f"{name}.safetensors", change)
         if name in FITTING:
@@ -538,7 +538,7 @@ def private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_not_downloaded_is_a_note(make_config: Make, private: Path, changes: dict[str, Any]):
     """Files that are not downloaded yet are a note."""
     checked = preflight.check_run(make_config(model=changes), cached_only)
-    assert checked.weights is None
+    assert checked.model_files is None
     assert memory.parameters_of(preflight.workload_of(checked).shape) > 6e9, "as large as the published models"
     assert {note.code for note in checked.notes} == {"not-downloaded"}
     lines = checking.check_report(checked)

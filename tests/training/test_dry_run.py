@@ -104,7 +104,7 @@ def test_dry_run_out_of_memory(make_config, monkeypatch, capsys, failures):
     apply = dry_run.apply_recompute_plan
 
     def spy(model, plan, dropout):
-        modes.append(plan.mode_of(plan.job.max_tokens))
+        modes.append(plan.mode_of(plan.workload.max_tokens))
         apply(model, plan, dropout)
 
     monkeypatch.setattr(dry_run, "_step", short_of_memory)

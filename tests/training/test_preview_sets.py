@@ -134,7 +134,7 @@ def test_second_model_not_downloaded(make_config):
     from zimage_train.models.locate import cached_only
 
     checked = check_run(make_config(sample=PREVIEWED | {"compare_on": "turbo"}), cached_only)
-    assert checked.weights is None
+    assert checked.model_files is None
     (note,) = checked.notes
     assert note.code == "not-downloaded"
     assert note.text.startswith("sample.compare_on: Tongyi-MAI/Z-Image-Turbo: ")

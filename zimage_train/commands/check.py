@@ -25,8 +25,8 @@ def check_report(spec: RunSpec, gpu: str | None = None, price: float | None = No
     config = spec.config
     verdict = "no problems found" if forecast.fits(spec, gpu) else "does not fit the memory planned for, see below"
     lines = [f"{config.name}: {verdict}", "", *_image_lines(spec), "", *_epoch_lines(spec)]
-    if spec.weights is not None:
-        weights = spec.weights
+    if spec.model_files is not None:
+        weights = spec.model_files
         groups = ", ".join(f"{name} {count}" for name, count in targets.count_by_group(weights.modules).items())
         lines.append(f"LoRA of rank {config.lora.rank} on {len(weights.modules)} modules ({groups})")
         if weights.paths.adapter is not None:

@@ -347,7 +347,7 @@ def _place_weights(
         what = f"is {limit.budget_gb:g}, and these images take {format_bytes(plan.peak.total)} (predicted)"
         hint = "give more, or a smaller --width, --height or --batch"
         raise ConfigError(Problem("--budget-gb", what, hint, "does-not-fit"))
-    return plan.form
+    return plan.placement
 
 
 def _free_path(folder: Path, seed: int) -> Path:

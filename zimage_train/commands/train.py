@@ -197,6 +197,6 @@ def check_for_training(config: Config, world: World) -> RunSpec:
     """
     is_useless = world.device.type == "cpu" and config.model.path is None
     spec = preflight.check_run(config, cached_only if is_useless else download, processes=world.world_size)
-    shape = spec.weights.shape if spec.weights else TransformerShape()
+    shape = spec.model_files.shape if spec.model_files else TransformerShape()
     devices.require_device(world.device, shape, config.model.dtype)
     return spec

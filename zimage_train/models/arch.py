@@ -3,6 +3,7 @@
 Torch-free, so that `check` can compare a file with it at once. A test compares the result with the diffusers class.
 """
 
+import math
 import re
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -17,6 +18,10 @@ TensorShape = tuple[int, ...]
 MAX_LAYERS = 1000
 IN_A_BLOCK = re.compile(r"(layers|noise_refiner|context_refiner)\.\d+\.(attention|feed_forward)\.")
 """Matches the linear layers that hold 98 % of the weights, the only ones that are ever quantised."""
+SCALE_BLOCK = 64
+"""Number of quantised weights that share a scale; see `scale_block_size`."""
+MAX_PROMPT_TOKENS = 512
+"""Tokens of a prompt, with its chat template, that the model reads; the rest is cut off."""
 
 
 @dataclass(frozen=True)
@@ -182,6 +187,11 @@ def _first_three(names: list[str]) -> str:
 
 def _linear(name: str, inputs: int, outputs: int) -> dict[str, TensorShape]:
     return {f"{name}.weight": (outputs, inputs), f"{name}.bias": (outputs,)}
+
+
+def scale_block_size(columns: int) -> int:
+    """Return the number of weights per scale in rows of `columns`: 64, or the largest power of two that divides."""
+    return math.gcd(columns, SCALE_BLOCK)
 
 
 def padded_tokens(tokens: int) -> int:

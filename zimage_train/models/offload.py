@@ -15,11 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from zimage_train.models.loading import set_parameter
-from zimage_train.models.pinned_memory import arena_sizes
+from zimage_train.models.pinned_memory import DEVICE_SLOTS, arena_sizes
 
 ALIGNMENT = 256
 """Every tensor in a buffer starts at a multiple of this many bytes."""
-SLOTS = 2
 
 
 def streamed_blocks(count: int, number: int) -> list[int]:
@@ -75,14 +74,14 @@ class BlockOffloader:
             self._host_blocks.extend(buffer.split(block_bytes))
         self.is_pinned = all(buffer.is_pinned() for buffer in buffers) if is_cuda else True
 
-        self._slots = [torch.empty(block_bytes, dtype=torch.uint8, device=device) for _ in range(SLOTS)]
+        self._slots = [torch.empty(block_bytes, dtype=torch.uint8, device=device) for _ in range(DEVICE_SLOTS)]
         self._slot_views = [_typed_views(slot, like, offsets) for slot in self._slots]
-        self._resident: list[int | None] = [None] * SLOTS
+        self._resident: list[int | None] = [None] * DEVICE_SLOTS
         """Index of the block in each slot."""
         self._last: int | None = None
         """Index of the block that ran last; while its forward runs, its own index."""
         self._copy_stream = torch.cuda.Stream(device) if is_cuda else None
-        self._ready = [torch.cuda.Event() for _ in range(SLOTS)] if is_cuda else []
+        self._ready = [torch.cuda.Event() for _ in range(DEVICE_SLOTS)] if is_cuda else []
         """Recorded on the copy stream when the copy into a slot is complete."""
 
         self._parameters: list[list[nn.Parameter]] = []
@@ -103,7 +102,7 @@ class BlockOffloader:
 
     def invalidate(self) -> None:
         """Forget what the slots hold, because the weights in CPU memory have changed."""
-        self._resident = [None] * SLOTS
+        self._resident = [None] * DEVICE_SLOTS
 
     def _before_forward(self, index: int, block: nn.Module, inputs: object) -> None:
         self._enter(index)

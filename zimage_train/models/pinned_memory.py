@@ -1,4 +1,10 @@
-"""Sizes of pinned CPU memory for offloaded blocks (torch-free): torch rounds each buffer up to a power of two."""
+"""Sizes of the buffers of offloaded blocks, on the device and in pinned CPU memory (torch-free).
+
+torch rounds each pinned buffer up to a power of two.
+"""
+
+DEVICE_SLOTS = 2
+"""Blocks that the device has room for while blocks are streamed: one that computes, and one that is being copied."""
 
 
 def arena_sizes(count: int, block_bytes: int) -> list[int]:

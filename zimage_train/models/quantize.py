@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from zimage_train.config.types import Quantization
+from zimage_train.models.arch import scale_block_size
 
-SCALE_BLOCK = 64
-"""Number of weights that share a scale; a smaller power of two where it does not divide the row."""
 STORAGE_DTYPES = {"fp8": torch.float8_e4m3fn, "int8": torch.int8, "nf4": torch.uint8}
 MAX_STORED = {"fp8": 448.0, "int8": 127.0}
 """Largest number that each kind can store."""
@@ -59,22 +58,17 @@ class QuantizationStats:
         return {name: round(value, 5) for name, value in facts.items()}
 
 
-def block_size_for(columns: int) -> int:
-    """Return the number of weights per scale in rows of `columns`: 64, or the largest power of two that divides."""
-    return math.gcd(columns, SCALE_BLOCK)
-
-
 def empty_quantized(rows: int, columns: int, kind: Quantization, device: torch.device) -> tuple[Tensor, Tensor]:
     """Allocate a packed weight of (rows, columns): the data, and the scales (rows, blocks)."""
     width = columns // 2 if kind == "nf4" else columns  # nf4 packs two weights into a byte
     data = torch.empty(rows, width, dtype=STORAGE_DTYPES[kind], device=device)
-    scales = torch.empty(rows, columns // block_size_for(columns), dtype=SCALE_DTYPE, device=device)
+    scales = torch.empty(rows, columns // scale_block_size(columns), dtype=SCALE_DTYPE, device=device)
     return data, scales
 
 
 def pack(weight: Tensor, kind: Quantization) -> tuple[Tensor, Tensor]:
     """Quantise `weight` (rows, columns) of any float dtype; return the data and the scales (rows, blocks)."""
-    block = block_size_for(weight.shape[1])
+    block = scale_block_size(weight.shape[1])
     if kind == "nf4":
         return _pack_nf4(weight.float(), block)
     blocks = weight.float().unflatten(1, (-1, block))

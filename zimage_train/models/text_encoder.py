@@ -21,9 +21,9 @@ from zimage_train.errors import Problem, WeightsError
 from zimage_train.io.progress import StepProgress
 from zimage_train.io.safetensors_format import TensorInfo
 from zimage_train.models import components, loading
+from zimage_train.models.arch import MAX_PROMPT_TOKENS
 from zimage_train.typing import PromptEmbeds
 
-MAX_TOKENS = 512
 BATCH_TOKENS = 8192
 """Tokens of prompts of equal length that go through a layer as one batch."""
 GROUP_TOKENS = 200_000
@@ -47,7 +47,7 @@ class TextEncoder:
         self._device = device
         self._dtype = dtype
 
-    def tokens(self, prompt: str, max_tokens: int | None = MAX_TOKENS) -> list[int]:
+    def tokens(self, prompt: str, max_tokens: int | None = MAX_PROMPT_TOKENS) -> list[int]:
         """Return the token ids of the chat message with `prompt`, truncated to `max_tokens`.
 
         The empty prompt is a message too, with an empty text, as in the pipeline.
@@ -72,11 +72,12 @@ class TextEncoder:
         """Yield (prompt, embeddings), ordered by length; call `warn` for each prompt that is truncated."""
         ids = {prompt: self.tokens(prompt) for prompt in prompts}
         for prompt, token_ids in ids.items():
-            if len(token_ids) < MAX_TOKENS:
+            if len(token_ids) < MAX_PROMPT_TOKENS:
                 continue
             full_length = len(self.tokens(prompt, None))
-            if full_length > MAX_TOKENS:
-                warn(f"a caption has {full_length} tokens; the model reads the first {MAX_TOKENS}: {prompt[:60]!r}...")
+            if full_length > MAX_PROMPT_TOKENS:
+                read = f"the model reads the first {MAX_PROMPT_TOKENS}"
+                warn(f"a caption has {full_length} tokens; {read}: {prompt[:60]!r}...")
         groups = list(_groups(sorted(ids, key=lambda prompt: (len(ids[prompt]), prompt)), ids))
         total = len(groups) * self.config.num_hidden_layers
         for number, group in enumerate(groups):

@@ -1,4 +1,4 @@
-"""What runs really took on this machine, and how far predictions were off: later ones are corrected (torch-free)."""
+"""Record of what runs on this machine took, and the correction of later predictions that follows (torch-free)."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -9,100 +9,109 @@ from typing import Any
 from zimage_train.io import atomic
 
 MIN_STEPS = 10
-"""A shorter run says nothing."""
-WARM_UP = 3
-"""Steps that are left out: kernels are chosen, caches filled."""
+"""A shorter run is not recorded."""
+WARM_UP_STEPS = 3
+"""Steps that are left out, because kernels are still being chosen and caches filled."""
 MAX_MEASUREMENTS = 20
-"""Runs of one device."""
+"""Runs that are remembered for one device; older ones may belong to another driver."""
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """One run: times are relative to the prediction for `device`, a card or the CPU with a model of one size."""
+    """What one run took, relative to its prediction. The field names are those of the calibration file."""
 
     device: str
+    """See `device_key`."""
     steps: int
     seconds: float
-    """Of a step, the median."""
+    """Median time of a step."""
     time_ratio: float
+    """Median of measured over predicted time. A mean would follow the few steps that wait for the disk."""
     memory_ratio: float | None
-    """None: not measured, without a GPU."""
+    """Measured over predicted peak of allocated memory; None without a GPU, where it is not measured."""
 
 
 @dataclass(frozen=True)
 class CalibrationFactor:
-    """What several runs on one device say together."""
+    """The factors by which runs on one device differ from their predictions."""
 
     runs: int
     time: float
     spread: float
-    """Of the time: how far the outermost run is from the middle, as a share."""
+    """Largest relative deviation of one run from `time`."""
     memory: float | None
 
     def in_words(self) -> str:
-        """For people, behind a corrected figure."""
+        """Return the text that follows a corrected figure."""
         memory = f", memory x{self.memory:.2f}" if self.memory is not None else ""
-        many = f"{self.runs} runs here, which differ by up to {self.spread:.0%}" if self.runs > 1 else "one run here"
-        return f"corrected by x{self.time:.2f} from {many}{memory}"
+        runs = "one run here"
+        if self.runs > 1:
+            runs = f"{self.runs} runs here, which differ by up to {self.spread:.0%}"
+        return f"corrected by x{self.time:.2f} from {runs}{memory}"
 
 
 def device_key(device: str, parameters: int) -> str:
-    """By what runs are told apart: a model of another size says nothing of this one."""
+    """Return the key of measurements that are comparable: of one device, with a model of one size."""
     return f"{device}, {parameters} parameters"
 
 
 def measure(device: str, steps: list[tuple[float, float]], gb: float | None, predicted_gb: float) -> Measurement | None:
-    """From (measured, predicted) seconds of the steps of a run, in order; None: too few."""
-    known = steps[WARM_UP:]
+    """Return the measurement of a run, or None if it is too short.
+
+    `steps` holds (measured, predicted) seconds of each step in order; `gb` is the measured peak of allocated memory.
+    """
     if len(steps) < MIN_STEPS:
         return None
+    warm_steps = steps[WARM_UP_STEPS:]
     return Measurement(
         device=device,
         steps=len(steps),
-        seconds=median(seconds for seconds, _ in known),
-        time_ratio=median(seconds / predicted for seconds, predicted in known),
+        seconds=median(seconds for seconds, _ in warm_steps),
+        time_ratio=median(seconds / predicted for seconds, predicted in warm_steps),
         memory_ratio=None if gb is None else gb / predicted_gb,
     )
 
 
 def record_measurement(path: Path, measurement: Measurement) -> None:
-    """Add a run to those that `path` knows.
+    """Add `measurement` to the calibration file at `path`.
 
     Raises:
-        DiskError: it cannot be written.
+        DiskError: the file cannot be written.
     """
-    known = _read(path)
-    same = [one for one in known if one.device == measurement.device]
-    others = [one for one in known if one.device != measurement.device]
-    atomic.write_json(path, [asdict(one) for one in [*others, *same[-MAX_MEASUREMENTS + 1 :], measurement]])
+    recorded = _read(path)
+    others = [run for run in recorded if run.device != measurement.device]
+    same_device = [run for run in recorded if run.device == measurement.device]
+    kept = [*others, *same_device[-MAX_MEASUREMENTS + 1 :], measurement]
+    atomic.write_json(path, [asdict(run) for run in kept])
 
 
 def calibration_factor(path: Path, device: str) -> CalibrationFactor | None:
-    """What the runs on `device` that `path` knows say; None: there were none."""
-    found = [one for one in _read(path) if one.device == device]
-    if not found:
+    """Return the factors of the runs on `device` in the calibration file, or None if there are none."""
+    runs = [run for run in _read(path) if run.device == device]
+    if not runs:
         return None
-    time = median(one.time_ratio for one in found)
-    memory = [one.memory_ratio for one in found if one.memory_ratio is not None]
+    time = median(run.time_ratio for run in runs)
+    memory_ratios = [run.memory_ratio for run in runs if run.memory_ratio is not None]
     return CalibrationFactor(
-        runs=len(found),
+        runs=len(runs),
         time=time,
-        spread=max(abs(one.time_ratio / time - 1) for one in found),
-        memory=median(memory) if memory else None,
+        spread=max(abs(run.time_ratio / time - 1) for run in runs),
+        memory=median(memory_ratios) if memory_ratios else None,
     )
 
 
 def _read(path: Path) -> list[Measurement]:
-    """A file that is missing or damaged knows nothing: it is only a memo."""
+    """Return the recorded runs, or none where the file is missing or damaged: predictions then stay uncorrected."""
     try:
         content: Any = json.loads(path.read_bytes())
-        found = [Measurement(**one) for one in content]
+        runs = [Measurement(**values) for values in content]
     except (OSError, ValueError, TypeError, RecursionError):
         return []
-    return [one for one in found if _is_sound(one)]
+    return [run for run in runs if _is_sound(run)]
 
 
-def _is_sound(one: Measurement) -> bool:
-    memory = 1.0 if one.memory_ratio is None else one.memory_ratio
-    numbers = (one.time_ratio, one.seconds, memory)
-    return isinstance(one.device, str) and all(isinstance(x, int | float) and 0 < x < 1e6 for x in numbers)
+def _is_sound(run: Measurement) -> bool:
+    """Return whether the values of `run`, which come from a file, can be calculated with."""
+    memory = 1.0 if run.memory_ratio is None else run.memory_ratio
+    numbers = (run.time_ratio, run.seconds, memory)
+    return isinstance(run.device, str) and all(isinstance(value, int | float) and 0 < value < 1e6 for value in numbers)

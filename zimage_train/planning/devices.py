@@ -1,4 +1,4 @@
-"""What the GPU, or the lack of one, allows; and what to say when its memory runs out."""
+"""Requirements on the device, its limits for a plan, reproducible kernels, and out-of-memory errors as problems."""
 
 import contextlib
 from collections.abc import Iterator
@@ -14,47 +14,49 @@ from zimage_train.planning.gpus import DeviceLimits
 
 
 def require_device(device: torch.device, shape: TransformerShape, dtype: str) -> None:
-    """Refuse what `device` cannot do, before anything is downloaded, read or encoded for it.
+    """Require that `device` can train the model, before anything is downloaded or encoded for it.
 
     Raises:
-        ConfigError: no GPU for a model that needs one, or one without bf16.
+        ConfigError: there is no GPU and the model needs one, or the GPU has no bf16 and `dtype` is bf16.
     """
     parameters = memory.parameters_of(shape)
     if device.type == "cpu" and parameters > memory.MAX_CPU_PARAMETERS:
-        what = f"no GPU was found, and {parameters / 1e9:.1f} billion parameters would take weeks without one"
-        raise ConfigError(
-            Problem("device", what, "check the driver with nvidia-smi, and that torch is a CUDA build", "no-gpu")
-        )
+        message = f"no GPU was found, and {parameters / 1e9:.1f} billion parameters would take weeks without one"
+        hint = "check the driver with nvidia-smi, and that torch is a CUDA build"
+        raise ConfigError(Problem("device", message, hint, "no-gpu"))
+    # False: without emulation, which would pass on older cards and be far too slow.
     if device.type == "cuda" and dtype == "bf16" and not torch.cuda.is_bf16_supported(False):
-        what = f"{torch.cuda.get_device_name()} has no bf16"
-        raise ConfigError(
-            Problem(Location(key="model.dtype"), what, "an RTX 30 series card or newer is needed", "unsupported-gpu")
-        )
+        message = f"{torch.cuda.get_device_name()} has no bf16"
+        hint = "an RTX 30 series card or newer is needed"
+        raise ConfigError(Problem(Location(key="model.dtype"), message, hint, "unsupported-gpu"))
 
 
 @contextlib.contextmanager
 def reproducible(device: torch.device) -> Iterator[None]:
-    """Within the block the same step gives the same bits, on a GPU too.
+    """Make a step give the same bits each time within the block, on a GPU as on a CPU.
 
-    Left to itself, attention's backward adds up as results come: each time another gradient, by 1e-3 of its norm.
-    Forward and backward have to agree on the kernel, so this is for whole steps.
+    By default the backward of attention adds partial results in the order in which they are ready, so that gradients
+    of equal steps differ by 1e-3 of their norm. The kernel of the forward must match that of the backward, so whole
+    steps belong into the block. It costs 7 % of the time at 512 px and 20 % at 1024 px (docs/bench/repeat.json).
     """
     if device.type != "cuda":
         yield
         return
     settings: Any = torch.utils.deterministic
-    before = torch.are_deterministic_algorithms_enabled(), settings.fill_uninitialized_memory
-    settings.fill_uninitialized_memory = False  # it would cost a pass over all that is allocated
+    was_deterministic = torch.are_deterministic_algorithms_enabled()
+    fill_before = settings.fill_uninitialized_memory
+    # Deterministic mode would fill every empty tensor with NaN, a pass over all memory that is allocated.
+    settings.fill_uninitialized_memory = False
     torch.use_deterministic_algorithms(True)
     try:
         yield
     finally:
-        settings.fill_uninitialized_memory = before[1]
-        torch.use_deterministic_algorithms(before[0])
+        settings.fill_uninitialized_memory = fill_before
+        torch.use_deterministic_algorithms(was_deterministic)
 
 
 def device_limits(device: torch.device) -> DeviceLimits:
-    """What a plan for `device` goes by: its total memory but for a reserve, never what happens to be free."""
+    """Return the limits for a plan: the total memory of `device` less a reserve, whatever is free at the moment."""
     if device.type != "cuda":
         return DeviceLimits("cpu", main_memory_bytes(), None)
     properties = torch.cuda.get_device_properties(device)
@@ -62,22 +64,22 @@ def device_limits(device: torch.device) -> DeviceLimits:
 
 
 def available_bytes(device: torch.device) -> int:
-    """Nine tenths of a GPU's memory: what a plan may be predicted to take after one that was too large; 0 on a CPU."""
+    """Return the bytes for a new plan after one that was too large for the GPU: nine tenths of it, or 0 on a CPU."""
+    # Below `usable_bytes`, because here the prediction has been shown to be too low.
     return int(torch.cuda.get_device_properties(device).total_memory * 0.9) if device.type == "cuda" else 0
 
 
 @contextlib.contextmanager
-def explained_out_of_memory(todo: str) -> Iterator[None]:
-    """Turn the GPU's running out of memory within the block into one line that ends with `todo`.
+def explained_out_of_memory(hint: str) -> Iterator[None]:
+    """Turn an out-of-memory error of the GPU within the block into a problem with `hint`.
 
     Raises:
-        ConfigError: it did.
+        ConfigError: the GPU ran out of memory.
     """
     try:
         yield
     except torch.OutOfMemoryError as error:
-        held = torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else 0.0
-        first = str(error).partition(". ")[0]
-        raise ConfigError(
-            Problem("memory", f"{first}; {held:.1f} GB were in use at most", todo, "out-of-memory")
-        ) from error
+        peak_gb = torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else 0.0
+        first_sentence = str(error).partition(". ")[0]
+        message = f"{first_sentence}; {peak_gb:.1f} GB were in use at most"
+        raise ConfigError(Problem("memory", message, hint, "out-of-memory")) from error

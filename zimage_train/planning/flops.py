@@ -1,8 +1,13 @@
-"""How much arithmetic and memory traffic a training step and a preview take, and how long that is (torch-free).
+"""Arithmetic and memory traffic of a training step and of a preview, and the time that they take (torch-free).
 
-Matrix products count two operations per weight and token; attention, taken as fused, 4 T^2 d forward and 10 T^2 d
-backward per block. Frozen weights need no gradient, so the backward of their products costs as much as the forward, and
-nothing before the first LoRA has a backward. Tests count the same on the real graph.
+A matrix product takes two operations per weight and token. Attention, taken as fused, takes 4 T^2 d operations forward
+and 10 T^2 d backward per block, for T tokens of width d. Frozen weights need no gradient, so the backward of a product
+costs as much as its forward and not twice as much, and nothing before the first LoRA has a backward.
+tests/planning/test_flops.py compares the operations with those that torch counts on the real graph.
+
+Time is a roofline: arithmetic and memory traffic one after the other, or kernel launches, or copies over PCIe,
+whichever takes longest. It predicts what a card can reach; an H100 took 1.6 times as long ("How good the prediction is"
+in docs/memory.md), so calibration.py corrects it by runs on the same machine.
 """
 
 from functools import cache
@@ -11,131 +16,139 @@ from zimage_train.config.types import RecomputeMode
 from zimage_train.dataset.buckets import Bucket
 from zimage_train.diffusion.request import SamplingRequest
 from zimage_train.models.arch import TransformerShape, image_tokens, padded_tokens
+from zimage_train.models.pinned_memory import DEVICE_SLOTS
 from zimage_train.planning.gpus import GpuSpec
 from zimage_train.planning.memory import WeightPlacement, Workload, block_bytes, parameter_count
 from zimage_train.planning.recompute_costs import RECOMPUTE_COSTS
 
 CAPTION_TOKENS = 64
-"""A typical caption."""
-REACHED_SHARE = 0.9
-"""Of a card's arithmetic and bandwidth, by kernels that have enough to do."""
-TRAFFIC_AROUND = 545
-"""The same for all that is not a layer."""
-UNPACKING = 7
-"""Bytes moved to unpack one weight: one read, two written, two read, two written."""
+"""Length of a typical caption. Time depends on the average caption, memory on the longest."""
+EFFICIENCY = 0.9
+"""Fraction of a data sheet's arithmetic and bandwidth that large kernels reach."""
+OTHER_TRAFFIC_BYTES = 545
+"""As `RecomputeCost.traffic_bytes`, for everything outside `layers`: embedders, refiners and final layer."""
+UNPACK_BYTES = 7
+"""Bytes moved to unpack one quantised weight: 1 read, 2 written by the cast, 2 read and 2 written by the scaling."""
 LAUNCH_SECONDS = 6e-6
+"""Time to launch one kernel; an estimate, and too short where Python cannot keep up."""
 
 
 def forward_flops(shape: TransformerShape, size: Bucket) -> float:
-    """Operations of one forward pass on one image of `size` px."""
-    linear, attention = _layers(shape, size)
-    return linear + attention + _before_the_layers(shape, size)
+    """Return the operations of one forward pass on one image of `size` px."""
+    linear, attention = _layer_flops(shape, size)
+    return linear + attention + _refiner_flops(shape, size)
 
 
 def step_flops(shape: TransformerShape, size: Bucket, mode: RecomputeMode) -> float:
-    """Operations of forward and backward on one sample; the LoRA's own, about 1 %, are left out."""
-    linear, attention = _layers(shape, size)
-    again = linear * _recomputed_share(shape, mode)
+    """Return the operations of forward and backward on one sample, without the LoRA's own, which are about 1 %."""
+    linear, attention = _layer_flops(shape, size)
+    recomputed = linear * _recomputed_share(shape, mode)
     if RECOMPUTE_COSTS[mode].recomputes_attention:
-        again += attention
-    return forward_flops(shape, size) + linear + 2.5 * attention + again
+        recomputed += attention
+    # The backward of attention has five products of tokens by tokens where the forward has two.
+    return forward_flops(shape, size) + linear + 2.5 * attention + recomputed
 
 
-def step_seconds(job: Workload, form: WeightPlacement, mode: RecomputeMode, size: Bucket, card: GpuSpec) -> float:
-    """Seconds of one training step on a full batch of `size`, with all that preservation and priors add to it."""
-    more = job.extra_forwards * forward_seconds(job, form, size, job.batch(size), card)
-    return (1 + job.extra_steps) * _pass_seconds(job, form, mode, size, card) + more
+def step_seconds(
+    workload: Workload, placement: WeightPlacement, mode: RecomputeMode, size: Bucket, card: GpuSpec
+) -> float:
+    """Return the seconds of one training step on a full batch of `size`, with the passes of preservation and priors."""
+    forward = forward_seconds(workload, placement, size, workload.batch(size), card)
+    both = _forward_backward_seconds(workload, placement, mode, size, card)
+    return (1 + workload.extra_steps) * both + workload.extra_forwards * forward
 
 
-def _pass_seconds(job: Workload, form: WeightPlacement, mode: RecomputeMode, size: Bucket, card: GpuSpec) -> float:
-    """Seconds of one pass forward and backward."""
-    shape, batch = job.shape, job.batch(size)
-    tokens = (_tokens(size) + padded_tokens(CAPTION_TOKENS)) * batch
-    moved = (shape.n_layers * RECOMPUTE_COSTS[mode].traffic_bytes + TRAFFIC_AROUND) * shape.dim * tokens
-    if form.kind is not None:
-        unpacked = 2.0 + _recomputed_share(shape, mode)  # forward, backward, and what is computed again
-        moved += unpacked * UNPACKING * shape.n_layers * _block_weights(shape)
-    computing = step_flops(shape, size, mode) * batch / (REACHED_SHARE * card.tflops * 1e12)
-    moving = moved / (REACHED_SHARE * card.gb_per_second * 1e9)
+def _forward_backward_seconds(
+    workload: Workload, placement: WeightPlacement, mode: RecomputeMode, size: Bucket, card: GpuSpec
+) -> float:
+    shape, batch = workload.shape, workload.batch(size)
+    tokens = (_image_tokens(size) + padded_tokens(CAPTION_TOKENS)) * batch
+    moved = (shape.n_layers * RECOMPUTE_COSTS[mode].traffic_bytes + OTHER_TRAFFIC_BYTES) * shape.dim * tokens
+    if placement.quantization is not None:
+        # Weights are unpacked for the forward, for the backward, and for the products that are recomputed. Nothing
+        # dense is kept in between.
+        unpacked = 2.0 + _recomputed_share(shape, mode)
+        moved += unpacked * UNPACK_BYTES * shape.n_layers * _block_weights(shape)
+    computing = step_flops(shape, size, mode) * batch / (EFFICIENCY * card.tflops * 1e12)
+    moving = moved / (EFFICIENCY * card.gb_per_second * 1e9)
+    # At small sizes the GPU waits for Python, which launches the kernels one by one.
     launching = RECOMPUTE_COSTS[mode].kernels * shape.n_layers * LAUNCH_SECONDS
-    return max(computing + moving, launching, 2 * _streaming_seconds(job, form, card))
+    # Copies overlap with computing, in the forward and again in the backward.
+    return max(computing + moving, launching, 2 * _streaming_seconds(workload, placement, card))
 
 
-def preview_seconds(job: Workload, form: WeightPlacement, recipe: SamplingRequest, card: GpuSpec) -> float:
-    """Seconds of sampling one image; decoding takes less than one of its steps."""
-    batch = 2 if recipe.guidance > 0 else 1
-    return recipe.steps * forward_seconds(job, form, Bucket(recipe.width, recipe.height), batch, card)
+def preview_seconds(workload: Workload, placement: WeightPlacement, request: SamplingRequest, card: GpuSpec) -> float:
+    """Return the seconds of sampling one image; decoding it takes less than one of its steps and is left out."""
+    batch = 2 if request.guidance > 0 else 1
+    size = Bucket(request.width, request.height)
+    return request.steps * forward_seconds(workload, placement, size, batch, card)
 
 
-def forward_seconds(job: Workload, form: WeightPlacement, size: Bucket, batch: int, card: GpuSpec) -> float:
-    """Seconds of one pass forward, which keeps nothing, on so many images of `size`."""
-    tokens = (_tokens(size) + padded_tokens(CAPTION_TOKENS)) * batch
-    computing = forward_flops(job.shape, size) * batch / (REACHED_SHARE * card.tflops * 1e12)
-    moving = (
-        RECOMPUTE_COSTS["none"].traffic_bytes
-        / 3
-        * job.shape.n_layers
-        * job.shape.dim
-        * tokens
-        / (REACHED_SHARE * card.gb_per_second * 1e9)
-    )
-    return max(computing + moving, _streaming_seconds(job, form, card))
+def forward_seconds(workload: Workload, placement: WeightPlacement, size: Bucket, batch: int, card: GpuSpec) -> float:
+    """Return the seconds of one forward pass, without gradients, on a batch of images of `size`."""
+    shape = workload.shape
+    tokens = (_image_tokens(size) + padded_tokens(CAPTION_TOKENS)) * batch
+    computing = forward_flops(shape, size) * batch / (EFFICIENCY * card.tflops * 1e12)
+    # About a third of the traffic of forward and backward without recomputation belongs to the forward.
+    traffic_bytes = RECOMPUTE_COSTS["none"].traffic_bytes / 3
+    moving = traffic_bytes * shape.n_layers * shape.dim * tokens / (EFFICIENCY * card.gb_per_second * 1e9)
+    return max(computing + moving, _streaming_seconds(workload, placement, card))
 
 
-def _streaming_seconds(job: Workload, form: WeightPlacement, card: GpuSpec) -> float:
-    """Seconds of copying in one pass; the blocks that the ring holds across a turn are not copied again."""
-    return max(form.streamed - 2, 0) * block_bytes(job, form.kind) / (REACHED_SHARE * card.pcie_gb_per_second * 1e9)
+def _streaming_seconds(workload: Workload, placement: WeightPlacement, card: GpuSpec) -> float:
+    """Return the seconds of copying the streamed blocks to the device once."""
+    # Where the pass turns round, the blocks in the slots are the next ones needed, and are not copied again.
+    copied = max(placement.streamed - DEVICE_SLOTS, 0)
+    return copied * block_bytes(workload, placement.quantization) / (EFFICIENCY * card.pcie_gb_per_second * 1e9)
 
 
-def _layers(shape: TransformerShape, size: Bucket) -> tuple[float, float]:
-    tokens = _tokens(size) + padded_tokens(CAPTION_TOKENS)
-    return _products(shape, "layers", tokens), _attention(shape, shape.n_layers, tokens)
+def _layer_flops(shape: TransformerShape, size: Bucket) -> tuple[float, float]:
+    """Return the operations of the products and of the attention in `layers`, where image and caption are joined."""
+    tokens = _image_tokens(size) + padded_tokens(CAPTION_TOKENS)
+    return _product_flops(shape, "layers", tokens), _attention_flops(shape, shape.n_layers, tokens)
 
 
-def _before_the_layers(shape: TransformerShape, size: Bucket) -> float:
-    parts = (
-        ("noise_refiner", _tokens(size)),
-        ("context_refiner", padded_tokens(CAPTION_TOKENS)),
-    )
-    return sum(
-        _products(shape, name, tokens) + _attention(shape, shape.n_refiner_layers, tokens) for name, tokens in parts
-    )
+def _refiner_flops(shape: TransformerShape, size: Bucket) -> float:
+    """Return the operations of the refiners, which see image and caption apart, before `layers`."""
+    total = 0.0
+    for part, tokens in (("noise_refiner", _image_tokens(size)), ("context_refiner", padded_tokens(CAPTION_TOKENS))):
+        total += _product_flops(shape, part, tokens) + _attention_flops(shape, shape.n_refiner_layers, tokens)
+    return total
 
 
-def _products(shape: TransformerShape, part: str, tokens: int) -> float:
-    return 2.0 * _weights(shape, part) * tokens
+def _product_flops(shape: TransformerShape, part: str, tokens: int) -> float:
+    return 2.0 * _weight_count(shape, part) * tokens
 
 
-@cache
-def _weights(shape: TransformerShape, part: str) -> int:
-    """Modulations are left out: they see one vector an image and not one a token."""
-    return sum(
-        parameter_count(parameter)
-        for name, parameter in shape.parameters.items()
-        if name.startswith(f"{part}.") and len(parameter) == 2 and "adaLN" not in name
-    )
+def _attention_flops(shape: TransformerShape, blocks: int, tokens: int) -> float:
+    return blocks * 4.0 * shape.dim * float(tokens) ** 2
+
+
+@cache  # every placement and batch size asks for the same few values
+def _weight_count(shape: TransformerShape, part: str) -> int:
+    """Return the number of weights that multiply every token in `part`."""
+    total = 0
+    for name, size in shape.parameters.items():
+        # Modulations are left out: they multiply one vector per image.
+        if name.startswith(f"{part}.") and len(size) == 2 and "adaLN" not in name:
+            total += parameter_count(size)
+    return total
 
 
 def _block_weights(shape: TransformerShape) -> int:
+    """Return the number of weights of one block: q, k, v and out, and the three products of the feed forward."""
     return 4 * shape.dim**2 + 3 * shape.dim * shape.ffn_dim
 
 
 def _recomputed_share(shape: TransformerShape, mode: RecomputeMode) -> float:
-    """Return the share of a block's products that `mode` computes a second time."""
+    """Return the fraction of a block's products that `mode` computes a second time."""
     products = RECOMPUTE_COSTS[mode].recomputed_products
-    if products == "wide":
-        return _wide_share(shape)
-    return 1.0 if products == "all" else 0.0
+    if products == "none":
+        return 0.0
+    if products == "all":
+        return 1.0
+    return 2 * shape.dim * shape.ffn_dim / _block_weights(shape)  # w1 and w3
 
 
-def _wide_share(shape: TransformerShape) -> float:
-    """Of a block's weights, those of w1 and w3."""
-    return 2 * shape.dim * shape.ffn_dim / _block_weights(shape)
-
-
-def _attention(shape: TransformerShape, blocks: int, tokens: int) -> float:
-    return blocks * 4.0 * shape.dim * float(tokens) ** 2
-
-
-def _tokens(size: Bucket) -> int:
+def _image_tokens(size: Bucket) -> int:
     return image_tokens(size.width, size.height)

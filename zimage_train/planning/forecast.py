@@ -1,4 +1,4 @@
-"""What a run will take on a card, in memory, time and money, for people: predicted from sizes alone (torch-free)."""
+"""Prediction of memory, time and cost of a run on a card, as lines for people (torch-free)."""
 
 import math
 from collections import Counter
@@ -19,192 +19,218 @@ from zimage_train.planning.preflight import RunSpec
 from zimage_train.planning.recompute_costs import RECOMPUTE_COSTS
 
 SIGMAS_IN_A_VALIDATION = 17
+"""Forward passes for each validation image: at nine deciles of the trained noise levels and at Turbo's 8 steps."""
 READ_BYTES_PER_SECOND = 2e9
-"""Of weights that come from a file that was read before."""
+"""Rate at which weights come from a file that was read before, as the system may have it in memory."""
 EXAMPLES = ("4090", "4080", "4070", "4060")
-"""24, 16, 12 and 8 GB, shown where there is no card to plan for."""
+"""Cards of 24, 16, 12 and 8 GB, shown where no card is known."""
 
 
 def device_for(config: Config, gpu: str | None) -> DeviceLimits | None:
-    """The card that `gpu` names, or the one of this machine, with the config's budget if it sets one.
+    """Return the limits of the card `gpu`, or else of this machine's, within the budget of `config` if it sets one.
 
-    None: neither is known, and there is no budget.
+    None if there is neither a known card nor a budget.
 
     Raises:
-        ConfigError: `gpu` is not known.
+        ConfigError: `gpu` is not in the list of cards.
     """
-    budget = config.memory.budget_gb
-    found = gpus.detect_gpu() if gpu is None else None
-    card = gpus.get_gpu(gpu) if gpu is not None else gpus.find_gpu(found.name) if found else None
-    total = found.memory_bytes if found else card.memory_gb * 1e9 if card else None
-    limits = [gpus.usable_bytes(total)] if total is not None else []
-    if not isinstance(budget, str):
-        limits.append(budget * 1e9)
-    name = f"one {card.name}" if card else found.name if found else "this budget"
+    name, total_bytes, card = "this budget", None, None
+    if gpu is not None:
+        card = gpus.get_gpu(gpu)
+        name, total_bytes = f"one {card.name}", card.memory_gb * 1e9
+    else:
+        detected = gpus.detect_gpu()
+        if detected is not None:
+            card = gpus.find_gpu(detected.name)
+            name = f"one {card.name}" if card else detected.name
+            total_bytes = detected.memory_bytes
+    limits: list[float] = []
+    if total_bytes is not None:
+        limits.append(gpus.usable_bytes(total_bytes))
+    budget_gb = config.memory.budget_gb
+    if not isinstance(budget_gb, str):
+        limits.append(budget_gb * 1e9)
     return DeviceLimits(name, min(limits), card) if limits else None
 
 
-def plan_for(checked: RunSpec, device: DeviceLimits, gpu: bool | None = None, processes: int = 1) -> MemoryPlan:
-    """How `checked` runs on `device`, with main memory shared by so many processes."""
-    job, host = preflight.workload_of(checked, gpu), main_memory_bytes() / processes
-    wanted = planner.plan_constraints(checked.config, job.shape.n_layers)
-    return planner.choose_plan(job, wanted, device.limit_bytes, host, device.card)
+def plan_for(spec: RunSpec, device: DeviceLimits, gpu: bool | None = None, processes: int = 1) -> MemoryPlan:
+    """Return the plan of the run on `device`, with main memory shared by `processes` of this machine."""
+    workload = preflight.workload_of(spec, gpu)
+    constraints = planner.plan_constraints(spec.config, workload.shape.n_layers)
+    host_bytes = main_memory_bytes() / processes
+    return planner.choose_plan(workload, constraints, device.limit_bytes, host_bytes, device.card)
 
 
-def forecast_lines(checked: RunSpec, gpu: str | None, price: float | None) -> list[Note]:
-    """Memory, time and cost; on four sizes of card where none is known."""
-    device = device_for(checked.config, gpu)
+def forecast_lines(spec: RunSpec, gpu: str | None, price: float | None) -> list[Note]:
+    """Return memory, time and cost (`price` is that of an hour), on four example cards where none is known."""
+    device = device_for(spec.config, gpu)
     if device is not None:
-        return _of_device(checked, device, price)
-    if memory.parameters_of(preflight.workload_of(checked).shape) <= memory.MAX_CPU_PARAMETERS:
-        return _of_device(checked, DeviceLimits("cpu", main_memory_bytes(), None), price)
+        return _forecast_on_device(spec, device, price)
+    if memory.parameters_of(preflight.workload_of(spec).shape) <= memory.MAX_CPU_PARAMETERS:
+        return _forecast_on_device(spec, DeviceLimits("cpu", main_memory_bytes(), None), price)
     head = "memory and time, predicted (no NVIDIA GPU found here; --gpu NAME shows more of one):"
-    found = [Note("examples", head)]
+    lines = [Note("examples", head)]
     for name in EXAMPLES:
         card = GPU_SPECS[name]
-        plan = plan_for(checked, DeviceLimits(name, gpus.usable_bytes(card.memory_gb * 1e9), card))
-        text = f"  {card.memory_gb:4.1f} GB ({name}): {_short(checked, plan, card, price)}"
-        found.append(Note("example", text))
-    return found
+        plan = plan_for(spec, DeviceLimits(name, gpus.usable_bytes(card.memory_gb * 1e9), card))
+        text = f"  {card.memory_gb:4.1f} GB ({name}): {_one_line_forecast(spec, plan, card, price)}"
+        lines.append(Note("example", text))
+    return lines
 
 
 def describe_plan(plan: MemoryPlan) -> str:
-    """The plan in one line, for the log."""
+    """Return the plan in one line, for the log."""
     predicted = format_bytes(plan.peak.total)
-    return f"{_weights(plan)}; recomputed: {_recomputed(plan)}; {predicted} predicted, {plan.why}"
+    return f"{_describe_weights(plan)}; recomputed: {_describe_recomputation(plan)}; {predicted} predicted, {plan.why}"
 
 
-def fits(checked: RunSpec, gpu: str | None) -> bool:
-    """Whether a run is predicted to fit the device that `lines` is about; True where there is none."""
-    device = device_for(checked.config, gpu)
-    return device is None or plan_for(checked, device).fits
+def fits(spec: RunSpec, gpu: str | None) -> bool:
+    """Return whether the run is predicted to fit the device of `forecast_lines`; True where none is known."""
+    device = device_for(spec.config, gpu)
+    return device is None or plan_for(spec, device).fits
 
 
-def _short(checked: RunSpec, plan: MemoryPlan, card: GpuSpec, price: float | None) -> str:
+def _one_line_forecast(spec: RunSpec, plan: MemoryPlan, card: GpuSpec, price: float | None) -> str:
     if not plan.fits:
         return f"does not fit ({plan.peak.total / 1e9:.1f} GB)"
-    largest = max(plan.job.sizes, key=plan.job.tokens)
-    mode = plan.mode_of(plan.job.tokens(largest))
-    known = _known(checked, card.name)
-    whole = _run_seconds(checked, plan, card)[0] * (known.time if known else 1.0)
+    largest = max(plan.workload.sizes, key=plan.workload.tokens)
+    recomputed = RECOMPUTE_COSTS[plan.mode_of(plan.workload.tokens(largest))].description
+    seconds = _run_seconds(spec, plan, card)[0] * _time_factor(_calibration(spec, card.name))
     return (
-        f"{plan.peak.total / 1e9:.1f} GB, {_weights(plan)}, recomputing {RECOMPUTE_COSTS[mode].description} at "
-        f"{largest.width}x{largest.height}, {_hours_and_cost(whole, price)}"
+        f"{plan.peak.total / 1e9:.1f} GB, {_describe_weights(plan)}, recomputing {recomputed} at "
+        f"{largest.width}x{largest.height}, {_hours_and_cost(seconds, price)}"
     )
 
 
-def _of_device(checked: RunSpec, device: DeviceLimits, price: float | None) -> list[Note]:
-    plan = plan_for(checked, device)
+def _forecast_on_device(spec: RunSpec, device: DeviceLimits, price: float | None) -> list[Note]:
+    plan = plan_for(spec, device)
     peak = plan.peak
-    known = _known(checked, device.key)
-    by_runs = f", x{known.memory:.2f} by runs here" if known and known.memory else ""
-    found = [
+    # The factor for memory is shown and not applied: the plan must not change with what was measured, or a run that is
+    # continued would have another one.
+    factor = _calibration(spec, device.key)
+    measured = f", x{factor.memory:.2f} by runs here" if factor and factor.memory else ""
+    weights, at_peak = _describe_weights(plan), _describe_peak(plan)
+    lines = [
         Note("memory", f"memory on {device.name} ({format_bytes(device.limit_bytes)}), predicted:"),
-        Note("memory-weights", f"  frozen transformer        {format_bytes(peak.weights):>9}  {_weights(plan)}"),
+        Note("memory-weights", f"  frozen transformer        {format_bytes(peak.weights):>9}  {weights}"),
         Note("memory-lora", f"  LoRA, gradient, optimizer {format_bytes(peak.lora):>9}"),
-        Note("memory-activations", f"  activations               {format_bytes(peak.activations):>9}  {_where(plan)}"),
+        Note("memory-activations", f"  activations               {format_bytes(peak.activations):>9}  {at_peak}"),
         Note("memory-context", f"  CUDA and fragmentation    {format_bytes(peak.context):>9}"),
-        Note("memory-peak", f"  at the most               {format_bytes(peak.total):>9}{by_runs}"),
-        Note("recomputed", f"  recomputed: {_recomputed(plan)}"),
+        Note("memory-peak", f"  at the most               {format_bytes(peak.total):>9}{measured}"),
+        Note("recomputed", f"  recomputed: {_describe_recomputation(plan)}"),
         Note("reason", f"  why: {plan.why}"),
     ]
     if not plan.fits:
-        less = preflight.how_to_fit(checked, device.limit_bytes)
-        found.append(Note("does-not-fit", f"  this does not fit {format_bytes(device.limit_bytes)}: {less}"))
-    return [*found, *_shares(checked, plan, device), *_time(checked, plan, device, price)]
+        suggestion = preflight.how_to_fit(spec, device.limit_bytes)
+        lines.append(Note("does-not-fit", f"  this does not fit {format_bytes(device.limit_bytes)}: {suggestion}"))
+    return [*lines, *_share_lines(spec, plan, device), *_time_lines(spec, plan, device, price)]
 
 
-def _where(plan: MemoryPlan) -> str:
-    """When the plan's peak comes."""
+def _describe_peak(plan: MemoryPlan) -> str:
+    """Return when the memory of the run is at its peak."""
     peak = plan.peak
-    if peak == memory.preview_memory(plan.job, plan.form):
+    if peak == memory.preview_memory(plan.workload, plan.placement):
         return "in a preview"
-    size = next(size for size in plan.job.sizes if plan.step(size) == peak)
-    return f"at {size.width}x{size.height} px, {plan.job.tokens(size)} tokens"
+    size = next(size for size in plan.workload.sizes if plan.step(size) == peak)
+    return f"at {size.width}x{size.height} px, {plan.workload.tokens(size)} tokens"
 
 
-def _weights(plan: MemoryPlan) -> str:
-    kind = plan.form.kind or plan.job.dtype
-    streamed = plan.form.streamed
+def _describe_weights(plan: MemoryPlan) -> str:
+    precision = plan.placement.quantization or plan.workload.dtype
+    streamed = plan.placement.streamed
     if not streamed:
-        return kind
-    host = format_bytes(memory.host_bytes(plan.job, plan.form))
-    return f"{kind}, {streamed} of {plan.job.shape.n_layers} blocks streamed from {host} of main memory"
+        return precision
+    host = format_bytes(memory.host_bytes(plan.workload, plan.placement))
+    return f"{precision}, {streamed} of {plan.workload.shape.n_layers} blocks streamed from {host} of main memory"
 
 
-def _recomputed(plan: MemoryPlan) -> str:
-    """Each mode that some batch of the job may need, with the most tokens that it is for."""
+def _describe_recomputation(plan: MemoryPlan) -> str:
+    """Return each mode that some batch of the run may use, with the largest number of tokens for which it does."""
     parts: list[str] = []
-    for mode, most in plan.limits.items():
-        if most >= plan.job.max_tokens:
-            return ", ".join([*parts, RECOMPUTE_COSTS[mode].description + (" beyond" if parts else "")])
-        if most > 0:
-            parts.append(f"{RECOMPUTE_COSTS[mode].description} up to {most} tokens")
+    for mode, max_tokens in plan.limits.items():
+        description = RECOMPUTE_COSTS[mode].description
+        if max_tokens >= plan.workload.max_tokens:
+            parts.append(f"{description} beyond" if parts else description)
+            break
+        if max_tokens > 0:
+            parts.append(f"{description} up to {max_tokens} tokens")
     return ", ".join(parts)
 
 
-def _shares(checked: RunSpec, plan: MemoryPlan, device: DeviceLimits) -> list[Note]:
-    """Where the time and the memory of the run go, by resolution and to previews."""
+def _share_lines(spec: RunSpec, plan: MemoryPlan, device: DeviceLimits) -> list[Note]:
+    """Return how time and memory of the run are divided between resolutions, previews and generated images."""
+    workload = plan.workload
+    # Shares of the time depend little on the card, so they are given for an unknown one, too.
+    card = device.card or gpus.TYPICAL_GPU
+    factor = _time_factor(_calibration(spec, device.key))
     by_resolution: dict[int, Counter[Bucket]] = {}
-    for item in checked.items:
+    for item in spec.items:
         by_resolution.setdefault(item.resolution, Counter())[item.size] += 1
-    card, known = device.card, _known(checked, device.key)
-    speed, factor = card or gpus.TYPICAL_GPU, known.time if known else 1.0
-    shares = plan.job.shares()
-    spent = {
-        resolution: math.fsum(
-            shares[size] * n / plan.job.sizes[size] * plan.seconds(size, speed) for size, n in sizes.items()
-        )
-        for resolution, sizes in by_resolution.items()
-    }
-    epoch = math.fsum(spent.values())
-    found = [Note("shares", "where it goes:")]
+
+    batch_shares = workload.shares()
+    seconds: dict[int, float] = {}
+    for resolution, sizes in by_resolution.items():
+        # Two resolutions may train an image at one size, so each gets its part of the batches of that size.
+        terms = []
+        for size, count in sizes.items():
+            terms.append(batch_shares[size] * count / workload.sizes[size] * plan.seconds(size, card))
+        seconds[resolution] = math.fsum(terms)
+    total = math.fsum(seconds.values())
+
+    lines = [Note("shares", "where it goes:")]
     for resolution, sizes in sorted(by_resolution.items()):
-        most = max((plan.step(size) for size in sizes), key=lambda one: one.total)
-        largest = max(sizes, key=plan.job.tokens)
-        a_step = f", {plan.seconds(largest, card) * factor:.2f} s a step" if card else ""
-        mode = plan.mode_of(plan.job.tokens(largest))
-        share = f"{spent[resolution] / epoch:.0%} of the training time"
-        what = f"{format_bytes(most.total)} a step, recomputing {RECOMPUTE_COSTS[mode].description}{a_step}"
-        found.append(Note("share", f"  {resolution} px: {share}, {what}"))
-    whole, previews = _run_seconds(checked, plan, speed)
-    recipes, times = len(plan.job.previews), _previews_in_a_run(checked.config)
-    drawing = format_bytes(memory.preview_memory(plan.job, plan.form).total)
-    images = f"{recipes} image{'s' * (recipes != 1)}"
-    text = f"  previews: {times} times {images}, {previews / whole:.0%} of the run, {drawing}"
-    found.append(Note("share", text))
-    if own := plan.job.generated:
-        before = _own_seconds(plan, speed)
-        text = f"  before training: {len(own)} images of the model's own, {before / whole:.0%} of the run"
-        found.append(Note("share", text))
-    return found
+        most = max((plan.step(size) for size in sizes), key=lambda estimate: estimate.total)
+        largest = max(sizes, key=workload.tokens)
+        recomputed = RECOMPUTE_COSTS[plan.mode_of(workload.tokens(largest))].description
+        per_step = f", {plan.seconds(largest, card) * factor:.2f} s a step" if device.card else ""
+        share = f"{seconds[resolution] / total:.0%} of the training time"
+        text = f"{share}, {format_bytes(most.total)} a step, recomputing {recomputed}{per_step}"
+        lines.append(Note("share", f"  {resolution} px: {text}"))
+
+    whole, in_previews = _run_seconds(spec, plan, card)
+    count = len(workload.previews)
+    images = f"{count} image{'s' * (count != 1)}"
+    preview_memory = format_bytes(memory.preview_memory(workload, plan.placement).total)
+    text = f"{_previews_in_a_run(spec.config)} times {images}, {in_previews / whole:.0%} of the run, {preview_memory}"
+    lines.append(Note("share", f"  previews: {text}"))
+    if workload.generated:
+        share = f"{_generation_seconds(plan, card) / whole:.0%} of the run"
+        text = f"  before training: {len(workload.generated)} images of the model's own, {share}"
+        lines.append(Note("share", text))
+    return lines
 
 
-def _own_seconds(plan: MemoryPlan, card: GpuSpec) -> float:
-    """What the model takes to draw what it is then trained on."""
-    return math.fsum(flops.preview_seconds(plan.job, plan.form, one, card) for one in plan.job.generated)
+def _generation_seconds(plan: MemoryPlan, card: GpuSpec) -> float:
+    """Return the seconds in which the model draws the images that it is then trained on."""
+    workload = plan.workload
+    return math.fsum(flops.preview_seconds(workload, plan.placement, one, card) for one in workload.generated)
 
 
-def _time(checked: RunSpec, plan: MemoryPlan, device: DeviceLimits, price: float | None) -> list[Note]:
-    known = _known(checked, device.key)
-    if device.card is None and known is None:
+def _time_lines(spec: RunSpec, plan: MemoryPlan, device: DeviceLimits, price: float | None) -> list[Note]:
+    factor = _calibration(spec, device.key)
+    if device.card is None and factor is None:
         text = "time: not known for this device before a run on it; --gpu NAME predicts it for a card"
         return [Note("time-unknown", text)]
-    whole = _run_seconds(checked, plan, device.card or gpus.TYPICAL_GPU)[0] * (known.time if known else 1.0)
-    how = f"predicted; {known.in_words()}" if known else "predicted"
-    steps = checked.config.train.steps
-    text = f"time on {device.name}, for {steps} steps: {_hours_and_cost(whole, price)} ({how})"
+    # Measurements on an unlisted device are relative to the typical card, too; see `dry_run.compare_with_forecast`.
+    seconds = _run_seconds(spec, plan, device.card or gpus.TYPICAL_GPU)[0] * _time_factor(factor)
+    source = f"predicted; {factor.in_words()}" if factor else "predicted"
+    steps = spec.config.train.steps
+    text = f"time on {device.name}, for {steps} steps: {_hours_and_cost(seconds, price)} ({source})"
     return [Note("time", text)]
 
 
-def _known(checked: RunSpec, device: str) -> CalibrationFactor | None:
-    """What runs of this model on `device` say."""
-    parameters = memory.parameters_of(preflight.workload_of(checked).shape)
-    return calibration.calibration_factor(calibration_file(checked.config), calibration.device_key(device, parameters))
+def _calibration(spec: RunSpec, device: str) -> CalibrationFactor | None:
+    """Return the factors by which runs of this model on `device` differed from their predictions, if there were any."""
+    parameters = memory.parameters_of(preflight.workload_of(spec).shape)
+    return calibration.calibration_factor(calibration_file(spec.config), calibration.device_key(device, parameters))
+
+
+def _time_factor(factor: CalibrationFactor | None) -> float:
+    return factor.time if factor else 1.0
 
 
 def calibration_file(config: Config) -> Path:
-    """Where measured runs are remembered."""
+    """Return the file in which measured runs are recorded."""
     return cache_dir(config) / "measured.json"
 
 
@@ -214,19 +240,24 @@ def _hours_and_cost(seconds: float, price: float | None) -> str:
     return time if price is None else f"{time}, at {price:g} an hour {seconds / 3600 * price:.2f}"
 
 
-def _run_seconds(checked: RunSpec, plan: MemoryPlan, card: GpuSpec) -> tuple[float, float]:
-    """The whole run, and its previews alone."""
-    config, job = checked.config, plan.job
-    mean = math.fsum(share * plan.seconds(size, card) for size, share in job.shares().items())
-    drawing = math.fsum(flops.preview_seconds(job, plan.form, one, card) for one in job.previews)
-    if checked.weights is None or checked.weights.paths.adapter is not None:  # taken out and merged again
-        drawing += 2 * memory.model_bytes(replace(job, dtype="bf16"), None) / READ_BYTES_PER_SECOND
-    previews = drawing * _previews_in_a_run(config) if job.previews else 0.0
-    looking = math.fsum(flops.forward_seconds(job, plan.form, item.size, 1, card) for item in checked.held_out)
-    every, steps = config.validation.every, config.train.steps
-    validating = looking * SIGMAS_IN_A_VALIDATION * (-(-steps // every) + 1) if every else 0.0
-    training = steps * config.train.grad_accumulation * mean
-    return training + previews + validating + _own_seconds(plan, card), previews
+def _run_seconds(spec: RunSpec, plan: MemoryPlan, card: GpuSpec) -> tuple[float, float]:
+    """Return the seconds of the whole run, and those of its previews alone."""
+    config, workload, placement = spec.config, plan.workload, plan.placement
+    step = math.fsum(share * plan.seconds(size, card) for size, share in workload.shares().items())
+    training = config.train.steps * config.train.grad_accumulation * step
+
+    drawing = math.fsum(flops.preview_seconds(workload, placement, one, card) for one in workload.previews)
+    if spec.model_files is None or spec.model_files.paths.adapter is not None:
+        # Previews are drawn without the adapter: the original weights are read before, and the merged ones afterwards.
+        drawing += 2 * memory.model_bytes(replace(workload, dtype="bf16"), None) / READ_BYTES_PER_SECOND
+    previews = drawing * _previews_in_a_run(config) if workload.previews else 0.0
+
+    validating = 0.0
+    if config.validation.every:
+        images = math.fsum(flops.forward_seconds(workload, placement, item.size, 1, card) for item in spec.held_out)
+        validations = -(-config.train.steps // config.validation.every) + 1
+        validating = images * SIGMAS_IN_A_VALIDATION * validations
+    return training + previews + validating + _generation_seconds(plan, card), previews
 
 
 def _previews_in_a_run(config: Config) -> int:

@@ -1,7 +1,8 @@
-"""Graphics cards by their data sheets: what a plan for one is made with where no run on it was measured (torch-free).
+"""Memory and speed of graphics cards by their data sheets, and detection of the card of this machine (torch-free).
 
-`tflops` is dense bf16 with fp32 sums; what GeForce cards reach there is half of what their boxes say. H100 and H200
-have 790 at most in real products, whatever the sheet says, so 878 of which the planner takes nine tenths.
+`tflops` is dense bf16 with fp32 accumulation, for which GeForce cards have half the rate that is advertised. H100 and
+H200 reach 790 in real matrix products, whatever the data sheet says; their entry is 878, because `flops.EFFICIENCY`
+takes nine tenths of it.
 """
 
 import re
@@ -15,16 +16,19 @@ from zimage_train.errors import ConfigError, Problem
 
 @dataclass(frozen=True)
 class GpuSpec:
-    """One card: memory in GB (1e9 bytes), arithmetic, memory bandwidth and PCIe (one way, pinned) in GB/s."""
+    """The data sheet of a card; GB are 1e9 bytes."""
 
     name: str
     memory_gb: float
     tflops: float
     gb_per_second: float
+    """Bandwidth of its memory."""
     pcie_gb_per_second: float
+    """Bandwidth of copies from pinned main memory, in one direction."""
 
 
 def _gib(gib: float) -> float:
+    """Return `gib` (2^30 bytes) in GB."""
     return round(gib * 1.073741824, 1)
 
 
@@ -57,36 +61,43 @@ GPU_SPECS = {
         GpuSpec("b200", _gib(180), 2250, 8000, 48),
     )
 }
-RESERVED, RESERVED_WITH_DESKTOP = 0.5e9, 1.2e9
-"""Bytes; on Windows too much is no error but slow, so more is left."""
+RESERVED_BYTES = 0.5e9
+"""Memory left to the driver and other programs; an estimate, which no run has measured."""
+RESERVED_BYTES_WINDOWS = 1.2e9
+"""The same on Windows, which draws its desktop on the card. Too much there is no error: the driver moves memory to main
+memory, and every step becomes slow. So more is left free."""
 TYPICAL_GPU = GPU_SPECS["4090"]
-"""By whose proportions one plan is preferred to another where the card is not known."""
+"""The card whose proportions of arithmetic and bandwidth decide between plans where the true card is unknown."""
+FORM_FACTOR = r"(?:sxm\d?|pcie|nvl|hbm\d?e?|generation|gpu)*?"
+NAME_SUFFIX = rf"{FORM_FACTOR}(?:(?P<gib>\d{{1,3}})gb)?{FORM_FACTOR}"
+"""What may follow the name of a card without making it another one."""
 
 
 @dataclass(frozen=True)
 class DeviceLimits:
-    """What a plan is made for: `card` is None where its speed is not known."""
+    """A device to plan for, and the bytes that a plan may use of it."""
 
     name: str
     limit_bytes: float
     card: GpuSpec | None
+    """None where the speed of the device is not known."""
 
     @property
     def key(self) -> str:
-        """By what measured runs know it."""
+        """Return the name under which measured runs are recorded; see `calibration.device_key`."""
         return self.card.name if self.card else self.name
 
 
 def usable_bytes(total: float) -> float:
-    """What of a card's memory a plan may take: the rest is for the desktop and the driver."""
-    return total - (RESERVED_WITH_DESKTOP if sys.platform == "win32" else RESERVED)
+    """Return the bytes that a plan may use of a card with `total`; the rest is left to the driver and the desktop."""
+    return total - (RESERVED_BYTES_WINDOWS if sys.platform == "win32" else RESERVED_BYTES)
 
 
 def get_gpu(name: str) -> GpuSpec:
-    """The card that someone means by `name`: `4090`, `rtx-4090`, `NVIDIA GeForce RTX 4090`.
+    """Return the card that `name` means, such as `4090`, `rtx-4090` or `NVIDIA GeForce RTX 4090`.
 
     Raises:
-        ConfigError: it is not in the list.
+        ConfigError: no such card is in the list.
     """
     card = find_gpu(name)
     if card is None:
@@ -97,25 +108,21 @@ def get_gpu(name: str) -> GpuSpec:
 
 
 def find_gpu(name: str) -> GpuSpec | None:
-    """The card that `name` means, with as much memory as `name` says; None: it is not in the list.
+    """Return the card that `name` means, with the memory that `name` states, or None if it is not in the list.
 
-    Makers put form and memory behind the name (`NVIDIA A100-SXM4-80GB`); whatever else stands there, such as Laptop,
-    makes it another card.
+    Drivers add form factor and memory to the name (`NVIDIA A100-SXM4-80GB`). Any other addition, such as Laptop or D,
+    makes it another card with other speeds.
     """
     text = "".join(re.sub(r"[^a-z0-9]+", " ", name.lower()).split())
     for card in GPU_SPECS.values():
-        match = re.fullmatch(rf"(?:nvidia|geforce|rtx|quadro|tesla)*{card.name}{BEHIND}", text)
+        match = re.fullmatch(rf"(?:nvidia|geforce|rtx|quadro|tesla)*{card.name}{NAME_SUFFIX}", text)
         if match is not None:
             return card if match["gib"] is None else _with_memory(card, int(match["gib"]))
     return None
 
 
-FORM = r"(?:sxm\d?|pcie|nvl|hbm\d?e?|generation|gpu)*?"
-BEHIND = rf"{FORM}(?:(?P<gib>\d{{1,3}})gb)?{FORM}"
-
-
 def _with_memory(card: GpuSpec, gib: int) -> GpuSpec:
-    """`card`, if its memory is about so large, or its sibling with so much."""
+    """Return `card`, or its variant with `gib` GiB if that is not what it has."""
     if abs(_gib(gib) / card.memory_gb - 1) < 0.1:
         return card
     return replace(card, name=f"{card.name} {gib}gb", memory_gb=_gib(gib))
@@ -123,14 +130,15 @@ def _with_memory(card: GpuSpec, gib: int) -> GpuSpec:
 
 @dataclass(frozen=True)
 class DetectedGpu:
-    """The NVIDIA card of this machine: what it calls itself, and its memory in bytes."""
+    """The NVIDIA card of this machine, as its driver reports it."""
 
     name: str
     memory_bytes: float
 
 
 def detect_gpu() -> DetectedGpu | None:
-    """The first NVIDIA card of this machine, by its driver; None: there is none."""
+    """Return the first NVIDIA card that nvidia-smi lists, or None if there is none."""
+    # Asked of nvidia-smi and not of torch, whose import takes seconds: `check` must stay fast.
     if shutil.which("nvidia-smi") is None:
         return None
     command = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]

@@ -1,7 +1,9 @@
-"""How much memory a training run takes, from sizes alone (torch-free).
+"""Prediction of the memory that a training run takes, from sizes alone (torch-free).
 
-The constants were counted on the real graph at the full width, storage by storage; tests count again. Attention is
-taken as fused, which keeps no matrix of tokens by tokens.
+The constants were counted on the real graph at full width, on the meta device, storage by storage;
+tests/planning/test_memory.py counts again and allows 5 %. Attention is taken as fused, so it keeps no matrix of
+tokens by tokens. Activations are proportional to tokens and to `dim`, so most constants are bytes per token and unit
+of `dim`.
 """
 
 import math
@@ -17,95 +19,113 @@ from zimage_train.dataset.buckets import Bucket
 from zimage_train.dataset.sample_order import SampleOrder, TrainItem
 from zimage_train.diffusion.request import SamplingRequest
 from zimage_train.io.dtypes import bytes_per_number
-from zimage_train.models.arch import IN_A_BLOCK, TransformerShape, image_tokens, padded_tokens
-from zimage_train.models.pinned_memory import pinned_bytes
+from zimage_train.models.arch import (
+    IN_A_BLOCK,
+    MAX_PROMPT_TOKENS,
+    TransformerShape,
+    image_tokens,
+    padded_tokens,
+    scale_block_size,
+)
+from zimage_train.models.pinned_memory import DEVICE_SLOTS, pinned_bytes
 from zimage_train.planning.recompute_costs import RECOMPUTE_COSTS
 
-LIVE = {"bf16": 18.3, "fp32": 24.3}
-"""What comes on top in the backward of one block, which has by then computed again all that `none` keeps."""
-SAMPLING = {"bf16": 31.9, "fp32": 63.3}
-"""The peak of a forward pass that keeps nothing."""
-DECODING = {"bf16": 1536, "fp32": 3073}
-"""Bytes a pixel while a VAE of 128 channels at full size, as the published one is, decodes an image."""
+BACKWARD_BYTES = {"bf16": 18.3, "fp32": 24.3}
+"""Extra bytes while one block runs backward, beyond all that mode `none` keeps of it (recomputed by then)."""
+FORWARD_BYTES = {"bf16": 31.9, "fp32": 63.3}
+"""Peak of a forward pass that keeps nothing for a backward, as in sampling and validation."""
+DECODING_BYTES = {"bf16": 1536, "fp32": 3073}
+"""Bytes per pixel at the peak of decoding one image, for a VAE of `VAE_CHANNELS`."""
 VAE_CHANNELS = 128
+"""Width of the published VAE at full resolution."""
 VAE_WEIGHTS = 83_820_000
-QUANTISED_BITS = {"fp8": 8, "int8": 8, "nf4": 4}
-SCALE_BYTES, SCALE_BLOCK = 2, 64
-SLOTS = 2
-"""Blocks on the device for those that are streamed."""
+"""Number of parameters of the published VAE."""
+QUANTIZED_BITS = {"fp8": 8, "int8": 8, "nf4": 4}
+SCALE_BYTES = 2
+"""Scales of quantised weights are bf16."""
 CONTEXT_BYTES = 500_000_000
-"""What CUDA and its libraries take for themselves."""
+"""Memory that CUDA and its libraries take for themselves; an estimate, which no run has measured."""
 FRAGMENTATION = 0.08
-"""What the allocator loses between its blocks, as a share of the rest: docs/memory.md has what was measured."""
+"""Share of the other memory that the allocator loses between its blocks.
+
+With 3 %, 21 of 36 runs on an H100 that were held to a budget ran out of memory, most of them streamed; these may lose
+more than 8 %, too ("How good the prediction is" in docs/memory.md).
+"""
 MAX_CPU_PARAMETERS = 1_000_000_000
-"""Parameters; a larger model is trained on a GPU or not at all."""
-MAX_CAPTION_TOKENS = 512
+"""Largest model that is trained on a CPU: the miniature passes, the published models would take weeks."""
 TEMPLATE_TOKENS = 16
+"""Tokens of the chat template around a prompt, on the high side."""
 BYTES_PER_TOKEN = 3
-"""Of UTF-8 text; English has more than 4."""
+"""Lower bound on the bytes of UTF-8 per token of prose; English has more than 4."""
 
 
 @dataclass(frozen=True)
 class WeightPlacement:
-    """How the frozen transformer is held: in its own precision or quantised, and how many blocks are streamed."""
+    """How the frozen transformer is stored: its quantization, and the number of blocks that are streamed."""
 
-    kind: Quantization | None = None
+    quantization: Quantization | None = None
+    """None: the weights keep the dtype of the model."""
     streamed: int = 0
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What is trained and sampled, as far as memory and time go."""
+    """The properties of a run that determine its memory and time."""
 
     shape: TransformerShape
     dtype: str
     trained: int
-    """Parameters of the LoRA."""
+    """Number of parameters of the LoRA."""
     optimizer: OptimizerName
     sizes: Counter[Bucket]
-    """Samples of each size in an epoch."""
+    """Number of items of each size in an epoch."""
     batch_size: int
-    """The most samples of a batch, unless `largest` says otherwise."""
+    """Largest number of samples in a batch, unless `largest_batches` is given."""
     caption_tokens: int
-    """Of the longest caption, judged by its length."""
+    """Tokens of the longest caption, estimated from its length."""
     previews: tuple[SamplingRequest, ...]
     gpu: bool
     vae_channels: int = VAE_CHANNELS
     ema: bool = False
     extra_steps: int = 0
-    """More passes forward and backward on each batch, one after the other: for preservation."""
+    """Additional forward and backward passes on each batch, one after the other, as for preservation."""
     extra_forwards: float = 0.0
-    """More passes forward only, on average."""
+    """Additional passes without a backward on each batch, on average."""
     rank: int = 16
-    """Of the LoRA."""
-    largest: Mapping[Bucket, int] | None = None
-    """Samples of the largest batch of each size, where folders have batch sizes of their own."""
-    passes: Mapping[Bucket, float] | None = None
-    """How often a batch of each size comes, where regularization has a share of its own."""
+    """Rank of the LoRA."""
+    largest_batches: Mapping[Bucket, int] | None = None
+    """Samples of the largest batch of each size, where data entries have batch sizes of their own."""
+    batch_weights: Mapping[Bucket, float] | None = None
+    """Relative number of batches of each size, where regularization images have a share of their own."""
     held_out: Bucket | None = None
-    """The largest image that validation looks at."""
+    """Size of the largest validation image."""
     previews_at_once: int = 1
     generated: tuple[SamplingRequest, ...] = ()
-    """What the model draws before training, to be trained on it."""
+    """Images that the model draws before training, to be trained on."""
     preview_lora_bytes: int = 0
-    """Of the LoRAs that previews have besides."""
+    """Bytes of the LoRAs of `sample.extra_loras`, which previews load besides the run's own."""
 
     def batch(self, size: Bucket) -> int:
-        """The largest batch of `size`: never more than there are samples."""
-        return min(self.sizes[size], self.batch_size) if self.largest is None else self.largest[size]
+        """Return the number of samples in the largest batch of `size`, which never exceeds the samples of that size."""
+        if self.largest_batches is not None:
+            return self.largest_batches[size]
+        return min(self.sizes[size], self.batch_size)
 
     def shares(self) -> Mapping[Bucket, float]:
-        """Of all passes, those with a batch of each size."""
-        passes = self.passes or {size: number / self.batch(size) for size, number in self.sizes.items() if number}
-        return {size: number / math.fsum(passes.values()) for size, number in passes.items()}
+        """Return which fraction of all batches has each size."""
+        weights = self.batch_weights
+        if not weights:
+            weights = {size: count / self.batch(size) for size, count in self.sizes.items() if count}
+        total = math.fsum(weights.values())
+        return {size: weight / total for size, weight in weights.items()}
 
     def tokens(self, size: Bucket) -> int:
-        """Of the largest batch of `size`."""
+        """Return the tokens of the largest batch of `size`, image and caption together."""
         return (image_tokens(size.width, size.height) + padded_tokens(self.caption_tokens)) * self.batch(size)
 
     @property
     def max_tokens(self) -> int:
-        """Of the largest batch of all."""
+        """Return the tokens of the largest batch of all sizes."""
         return max(map(self.tokens, self.sizes), default=0)
 
 
@@ -118,74 +138,91 @@ def make_workload(
     gpu: bool,
     held_out: Iterable[TrainItem] = (),
 ) -> Workload:
-    """Return what `config` trains on the items of `order`, with a LoRA on `modules` of a transformer of `shape`."""
+    """Return the workload of training on the items of `order`, with a LoRA on `modules` of a transformer of `shape`."""
     items = order.items
-    largest, passes, with_prior = _batches(order)
+    largest_batches, batch_weights, prior_share = _batch_statistics(order)
     preserves = config.preserve.kind is not None
-    texts = {
-        text
-        for item in items
-        for one in [order.longest_sample(item)]
-        for text in (one.prompt, one.preserve_prompt)
-        if text
-    }
+
+    # Captions of a batch are padded to the longest, so the longest of all decides. The same text belongs to an item of
+    # each resolution, hence the set.
+    texts: set[str] = set()
+    for item in items:
+        sample = order.longest_sample(item)
+        texts.update(text for text in (sample.prompt, sample.preserve_prompt) if text)
+    longest_caption = TEMPLATE_TOKENS if items else MAX_PROMPT_TOKENS
+    if texts:
+        longest_caption = max(map(caption_tokens, texts))
+
     return Workload(
         shape=shape,
         dtype=config.model.dtype,
-        trained=sum(sum(shape.linears[module]) for module in modules) * config.lora.rank,
+        trained=lora_parameters(shape, modules, config.lora.rank),
         optimizer=config.optimizer.name,
         sizes=Counter(item.size for item in items),
-        batch_size=max(largest.values(), default=config.train.batch_size),
-        caption_tokens=max(map(caption_tokens, texts), default=MAX_CAPTION_TOKENS if not items else TEMPLATE_TOKENS),
+        batch_size=max(largest_batches.values(), default=config.train.batch_size),
+        caption_tokens=longest_caption,
         previews=tuple(previews),
         gpu=gpu,
         ema=config.ema.decay is not None,
         rank=config.lora.rank,
+        # Preservation has a batch of its own with a backward, and a forward of the frozen model as its target.
         extra_steps=int(preserves),
-        extra_forwards=preserves + (config.guidance.contrastive is not None) + with_prior,
-        largest=largest,
-        passes=passes,
+        extra_forwards=preserves + (config.guidance.contrastive is not None) + prior_share,
+        largest_batches=largest_batches,
+        batch_weights=batch_weights,
         held_out=max((item.size for item in held_out), key=lambda size: size.width * size.height, default=None),
     )
 
 
-def _batches(plan: SampleOrder) -> tuple[dict[Bucket, int], dict[Bucket, float], float]:
-    """The largest batch of each size, how often one of each size comes, and in which share a prior is asked for."""
-    largest: dict[Bucket, int] = {}
-    passes: dict[Bucket, float] = {}
-    with_prior = 0.0
-    for stream, share in (
-        (plan.concept, 1.0 - plan.effective_regularization_share),
-        (plan.regularization, plan.effective_regularization_share),
-    ):
+def _batch_statistics(order: SampleOrder) -> tuple[dict[Bucket, int], dict[Bucket, float], float]:
+    """Return the largest batch of each size, the share of batches of each size, and the share that needs a prior.
+
+    A prior is a forward pass without the LoRA, for `regularization: prior` and `mask_prior`.
+    """
+    largest_batches: dict[Bucket, int] = {}
+    batch_weights: dict[Bucket, float] = {}
+    prior_share = 0.0
+    regularization_share = order.effective_regularization_share
+    streams = ((order.concept, 1.0 - regularization_share), (order.regularization, regularization_share))
+    for stream, stream_share in streams:
         if stream is None or not stream.items:
             continue
-        for (size, most), count in Counter((item.size, plan.batch_size_of(item)) for item in stream.items).items():
-            largest[size] = max(largest.get(size, 0), min(count, most))
-            passes[size] = passes.get(size, 0.0) + share * -(-count // most) / stream.micro_batches_per_epoch
-        entries = (plan.entries[item.entry] for item in stream.items)
-        asking = sum(entry.regularization == "prior" or entry.mask_prior > 0 for entry in entries)
-        with_prior += share * asking / len(stream.items)
-    return largest, passes, with_prior
+        # A batch holds items of one size and one batch size.
+        groups = Counter((item.size, order.batch_size_of(item)) for item in stream.items)
+        for (size, batch_size), count in groups.items():
+            batches = -(-count // batch_size)
+            largest_batches[size] = max(largest_batches.get(size, 0), min(count, batch_size))
+            weight = stream_share * batches / stream.micro_batches_per_epoch
+            batch_weights[size] = batch_weights.get(size, 0.0) + weight
+        with_prior = 0
+        for item in stream.items:
+            entry = order.entries[item.entry]
+            with_prior += entry.regularization == "prior" or entry.mask_prior > 0
+        prior_share += stream_share * with_prior / len(stream.items)
+    return largest_batches, batch_weights, prior_share
 
 
 def caption_tokens(prompt: str) -> int:
-    """Tokens of a prompt with its template, on the high side for prose."""
-    return min(TEMPLATE_TOKENS + len(prompt.encode(errors="replace")) // BYTES_PER_TOKEN, MAX_CAPTION_TOKENS)
+    """Return the estimated tokens of a prompt with its template, on the high side for prose."""
+    # An estimate, because the tokenizer may not be downloaded yet and takes seconds to load.
+    return min(TEMPLATE_TOKENS + len(prompt.encode(errors="replace")) // BYTES_PER_TOKEN, MAX_PROMPT_TOKENS)
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes of one training step, or of something else that goes on beside the frozen weights."""
+    """Predicted bytes on the device at the peak of a training step, a preview or a validation."""
 
     weights: int
+    """The frozen transformer."""
     lora: int
+    """The LoRA with gradient, optimizer state and EMA."""
     activations: int
     context: int
+    """CUDA and fragmentation."""
 
     @property
     def allocated(self) -> int:
-        """What the allocator hands out: the part that a run can measure."""
+        """Return the bytes that torch's allocator hands out, the part that a run can measure."""
         return self.weights + self.lora + self.activations
 
     @property
@@ -193,84 +230,100 @@ class MemoryEstimate:
         return self.allocated + self.context
 
 
-def step_memory(job: Workload, form: WeightPlacement, mode: RecomputeMode, tokens: int) -> MemoryEstimate:
-    """The peak of forward and backward of a batch of `tokens`."""
-    kept, kept_by_none = (RECOMPUTE_COSTS[one].kept_bytes[job.dtype] for one in (mode, "none"))
-    per_token = job.shape.n_layers * kept + kept_by_none - kept + LIVE[job.dtype]
-    return _with_weights(job, form, int(per_token * job.shape.dim * tokens))
+def step_memory(workload: Workload, placement: WeightPlacement, mode: RecomputeMode, tokens: int) -> MemoryEstimate:
+    """Return the peak of forward and backward on a batch of `tokens`."""
+    kept = RECOMPUTE_COSTS[mode].kept_bytes[workload.dtype]
+    kept_by_none = RECOMPUTE_COSTS["none"].kept_bytes[workload.dtype]
+    # The peak comes when the backward enters the last block of the forward: all others hold what the mode keeps, and
+    # this one has been recomputed, so it holds what `none` keeps, and the gradients of the backward on top.
+    per_token = workload.shape.n_layers * kept + kept_by_none - kept + BACKWARD_BYTES[workload.dtype]
+    return _with_weights(workload, placement, int(per_token * workload.shape.dim * tokens))
 
 
-def max_tokens_within(job: Workload, form: WeightPlacement, mode: RecomputeMode, limit_bytes: float) -> int:
-    """The largest batch that fits `limit_bytes`."""
-    fixed, one = step_memory(job, form, mode, 0).total, step_memory(job, form, mode, 1000).total
-    return max(int((limit_bytes - fixed) * 1000 / max(one - fixed, 1)), 0)
+def max_tokens_within(workload: Workload, placement: WeightPlacement, mode: RecomputeMode, limit_bytes: float) -> int:
+    """Return the tokens of the largest batch whose step fits `limit_bytes`; 0 if none does."""
+    # Memory is linear in tokens. The slope is taken over 1000 of them, so that rounding to whole bytes is negligible.
+    fixed = step_memory(workload, placement, mode, 0).total
+    per_thousand = step_memory(workload, placement, mode, 1000).total - fixed
+    return max(int((limit_bytes - fixed) * 1000 / max(per_thousand, 1)), 0)
 
 
-def preview_memory(job: Workload, form: WeightPlacement) -> MemoryEstimate:
-    """The peak of the largest preview, of its sampling or of its decoding; or of a validation."""
+def preview_memory(workload: Workload, placement: WeightPlacement) -> MemoryEstimate:
+    """Return the peak of the largest preview, in sampling or in decoding, or of a validation if that takes more."""
+    bytes_per_token = FORWARD_BYTES[workload.dtype] * workload.shape.dim
     sampling = decoding = 0.0
-    if job.held_out is not None:
-        tokens = image_tokens(job.held_out.width, job.held_out.height) + padded_tokens(job.caption_tokens)
-        sampling = SAMPLING[job.dtype] * job.shape.dim * tokens
-    for one in (*job.previews, *job.generated):
-        batch = job.previews_at_once * (2 if one.guidance > 0 else 1)
-        longer = max(one.prompt, one.negative if one.guidance > 0 else "", key=len)
-        tokens = image_tokens(one.width, one.height) + padded_tokens(caption_tokens(longer))
-        sampling = max(sampling, SAMPLING[job.dtype] * job.shape.dim * tokens * batch)
-        width = job.vae_channels / VAE_CHANNELS
-        decoding = max(decoding, DECODING[job.dtype] * width * one.width * one.height)
-    sampling += job.preview_lora_bytes
-    if job.gpu and job.previews:
-        decoding += VAE_WEIGHTS * bytes_per_number(job.dtype)
-    return _with_weights(job, form, int(max(sampling, decoding)))
+    if workload.held_out is not None:
+        tokens = image_tokens(workload.held_out.width, workload.held_out.height)
+        sampling = bytes_per_token * (tokens + padded_tokens(workload.caption_tokens))
+    for request in (*workload.previews, *workload.generated):
+        # With guidance the prompt and the negative prompt form one batch, padded to the longer of the two.
+        uses_guidance = request.guidance > 0
+        batch = workload.previews_at_once * (2 if uses_guidance else 1)
+        longest_prompt = max(request.prompt, request.negative if uses_guidance else "", key=len)
+        tokens = image_tokens(request.width, request.height) + padded_tokens(caption_tokens(longest_prompt))
+        sampling = max(sampling, bytes_per_token * tokens * batch)
+        # Images are decoded one at a time, whatever was sampled together.
+        vae_width = workload.vae_channels / VAE_CHANNELS
+        decoding = max(decoding, DECODING_BYTES[workload.dtype] * vae_width * request.width * request.height)
+    sampling += workload.preview_lora_bytes
+    if workload.gpu and workload.previews:
+        # The VAE is on the device while it decodes, and not during training.
+        decoding += VAE_WEIGHTS * bytes_per_number(workload.dtype)
+    return _with_weights(workload, placement, int(max(sampling, decoding)))
 
 
-def _with_weights(job: Workload, form: WeightPlacement, activations: int) -> MemoryEstimate:
-    weights = device_bytes(job, form)
-    lora = int(job.trained * (4 + 4 + OPTIMIZERS[job.optimizer].state_bytes + 4 * job.ema))
-    around = CONTEXT_BYTES + FRAGMENTATION * (weights + lora + activations) if job.gpu else 0
-    return MemoryEstimate(weights, lora, activations, int(around))
+def _with_weights(workload: Workload, placement: WeightPlacement, activations: int) -> MemoryEstimate:
+    weights = device_bytes(workload, placement)
+    # Per LoRA parameter: the fp32 weight, its fp32 gradient, the optimizer's state, and the fp32 copy of the EMA.
+    bytes_per_parameter = 4 + 4 + OPTIMIZERS[workload.optimizer].state_bytes + 4 * workload.ema
+    lora = int(workload.trained * bytes_per_parameter)
+    context = 0
+    if workload.gpu:
+        context = int(CONTEXT_BYTES + FRAGMENTATION * (weights + lora + activations))
+    return MemoryEstimate(weights, lora, activations, context)
 
 
-def device_bytes(job: Workload, form: WeightPlacement) -> int:
-    """Frozen weights on the device: all, or those of blocks that stay and of the ring for the others."""
-    blocks_away = form.streamed - (SLOTS if form.streamed else 0)
-    return model_bytes(job, form.kind) - blocks_away * block_bytes(job, form.kind)
+def device_bytes(workload: Workload, placement: WeightPlacement) -> int:
+    """Return the bytes of frozen weights on the device: the blocks that stay, and the slots that streamed ones use."""
+    absent_blocks = placement.streamed - DEVICE_SLOTS if placement.streamed else 0
+    quantization = placement.quantization
+    return model_bytes(workload, quantization) - absent_blocks * block_bytes(workload, quantization)
 
 
-def host_bytes(job: Workload, form: WeightPlacement) -> int:
-    """Frozen weights in main memory; pinned, for a GPU."""
-    block = block_bytes(job, form.kind)
-    return pinned_bytes(form.streamed, block) if job.gpu else form.streamed * block
+def host_bytes(workload: Workload, placement: WeightPlacement) -> int:
+    """Return the bytes of streamed blocks in main memory, with the rounding of pinned memory if there is a GPU."""
+    block = block_bytes(workload, placement.quantization)
+    return pinned_bytes(placement.streamed, block) if workload.gpu else placement.streamed * block
 
 
-def model_bytes(job: Workload, kind: Quantization | None) -> int:
-    """The whole frozen transformer."""
-    return _bytes(job.shape, job.dtype, kind, "")
+def model_bytes(workload: Workload, quantization: Quantization | None) -> int:
+    """Return the bytes of the whole frozen transformer."""
+    return _parameter_bytes(workload.shape, workload.dtype, quantization, "")
 
 
-def block_bytes(job: Workload, kind: Quantization | None) -> int:
-    """One of its layers."""
-    return _bytes(job.shape, job.dtype, kind, "layers.0.")
+def block_bytes(workload: Workload, quantization: Quantization | None) -> int:
+    """Return the bytes of one of the transformer's `layers`, which are the blocks that can be streamed."""
+    return _parameter_bytes(workload.shape, workload.dtype, quantization, "layers.0.")
 
 
-@cache
-def _bytes(shape: TransformerShape, dtype: str, kind: Quantization | None, prefix: str) -> int:
-    return sum(_tensor_bytes(shape, dtype, name, kind) for name in shape.parameters if name.startswith(prefix))
+@cache  # the planner asks for the same few values for every placement, batch and mode
+def _parameter_bytes(shape: TransformerShape, dtype: str, quantization: Quantization | None, prefix: str) -> int:
+    names = [name for name in shape.parameters if name.startswith(prefix)]
+    return sum(_tensor_bytes(shape, dtype, name, quantization) for name in names)
 
 
-def _tensor_bytes(shape: TransformerShape, dtype: str, name: str, kind: Quantization | None) -> int:
+def _tensor_bytes(shape: TransformerShape, dtype: str, name: str, quantization: Quantization | None) -> int:
     size = shape.parameters[name]
-    if kind is None or len(size) != 2 or not IN_A_BLOCK.match(name):
+    if quantization is None or len(size) != 2 or not IN_A_BLOCK.match(name):
         return parameter_count(size) * bytes_per_number(dtype)
     rows, columns = size
-    scales = rows * columns // math.gcd(columns, SCALE_BLOCK)
-    return rows * columns * QUANTISED_BITS[kind] // 8 + scales * SCALE_BYTES
+    scales = rows * columns // scale_block_size(columns)
+    return rows * columns * QUANTIZED_BITS[quantization] // 8 + scales * SCALE_BYTES
 
 
 @dataclass(frozen=True)
 class SettingChange:
-    """A setting and the value to give it; `data.*` stands for every entry of `data`."""
+    """A setting and its proposed value; the key `data.*.resolution` stands for that of every data entry."""
 
     key: str
     value: int | float | str
@@ -280,56 +333,74 @@ class SettingChange:
 
 
 LighterWorkload = tuple[list[SettingChange], Workload]
+"""Changes of settings, and the workload that they lead to."""
 
 
-def lighter_workloads(job: Workload) -> list[LighterWorkload]:
-    """The job with ever more changes that make it lighter, each with the settings that make it so."""
-    found: list[LighterWorkload] = []
-    for rank, ranked in _changes(job, _smaller_rank(job)):
-        for previews, drawn in _changes(ranked, [_smaller_previews(ranked, side) for side in (1024, 512)]):
-            for batches, current in _changes(drawn, _smaller_batches(drawn)):
-                changes = [*rank, *previews, *batches]
-                found += [(changes, current)] if changes else []
-    return found
+def lighter_workloads(workload: Workload) -> list[LighterWorkload]:
+    """Return workloads that take less memory, the ones that change least of the training first.
+
+    Batches change in the innermost loop, so they are tried before smaller previews, and those before a smaller rank.
+    """
+    lighter: list[LighterWorkload] = []
+    for rank_changes, ranked in [([], workload), *_with_smaller_rank(workload)]:
+        for preview_changes, previewed in [([], ranked), *_with_smaller_previews(ranked)]:
+            for batch_changes, changed in [([], previewed), *_with_smaller_batches(previewed)]:
+                changes = [*rank_changes, *preview_changes, *batch_changes]
+                if changes:
+                    lighter.append((changes, changed))
+    return lighter
 
 
-def _changes(job: Workload, changes: list[LighterWorkload | None]) -> list[LighterWorkload]:
-    return [([], job), *(change for change in changes if change is not None)]
+def _with_smaller_rank(workload: Workload) -> list[LighterWorkload]:
+    smaller_rank = 16
+    if workload.rank <= smaller_rank:
+        return []
+    trained = workload.trained * smaller_rank // workload.rank
+    changed = replace(workload, trained=trained, rank=smaller_rank)
+    return [([SettingChange("lora.rank", smaller_rank)], changed)]
 
 
-def _smaller_rank(job: Workload) -> list[LighterWorkload | None]:
-    least = min(job.rank, 16)
-    smaller = replace(job, trained=job.trained * least // job.rank, rank=least)
-    return [([SettingChange("lora.rank", least)], smaller)] if job.rank > least else []
+def _with_smaller_previews(workload: Workload) -> list[LighterWorkload]:
+    lighter: list[LighterWorkload] = []
+    for side in (1024, 512):
+        if all(max(request.width, request.height) <= side for request in workload.previews):
+            continue
+        previews = []
+        for request in workload.previews:
+            previews.append(replace(request, width=min(request.width, side), height=min(request.height, side)))
+        changes = [SettingChange("sample.width", side), SettingChange("sample.height", side)]
+        lighter.append((changes, replace(workload, previews=tuple(previews))))
+    return lighter
 
 
-def _smaller_previews(job: Workload, side: int) -> LighterWorkload | None:
-    if all(max(one.width, one.height) <= side for one in job.previews):
-        return None
-    small = tuple(replace(one, width=min(one.width, side), height=min(one.height, side)) for one in job.previews)
-    return [SettingChange("sample.width", side), SettingChange("sample.height", side)], replace(job, previews=small)
-
-
-def _smaller_batches(job: Workload) -> list[LighterWorkload | None]:
-    found: list[LighterWorkload | None] = []
+def _with_smaller_batches(workload: Workload) -> list[LighterWorkload]:
+    """Return the workload with batches of one sample, and then with a lower resolution as well."""
+    lighter: list[LighterWorkload] = []
     changes: list[SettingChange] = []
-    current = job
-    if job.batch_size > 1:
-        changes, current = [SettingChange("train.batch_size", 1)], replace(job, batch_size=1, largest=None, passes=None)
-        found.append((changes, current))
+    current = workload
+    if workload.batch_size > 1:
+        changes = [SettingChange("train.batch_size", 1)]
+        current = replace(workload, batch_size=1, largest_batches=None, batch_weights=None)
+        lighter.append((changes, current))
     for side in (768, 512):
-        if max((size.width * size.height for size in current.sizes), default=0) > side**2:
+        largest_area = max((size.width * size.height for size in current.sizes), default=0)
+        if largest_area > side**2:
             square = Counter({Bucket(side, side): current.sizes.total()})
-            current = replace(current, sizes=square, largest=None, passes=None)
-            found.append(([*changes, SettingChange("data.*.resolution", side)], current))
-    return found
+            current = replace(current, sizes=square, largest_batches=None, batch_weights=None)
+            lighter.append(([*changes, SettingChange("data.*.resolution", side)], current))
+    return lighter
+
+
+def lora_parameters(shape: TransformerShape, modules: Iterable[str], rank: int) -> int:
+    """Return the number of parameters of a LoRA on `modules`: A is (rank, in) and B is (out, rank)."""
+    return rank * sum(sum(shape.linears[module]) for module in modules)
 
 
 def parameters_of(shape: TransformerShape) -> int:
-    """How many parameters the transformer has."""
+    """Return the number of parameters of the transformer."""
     return sum(parameter_count(size) for size in shape.parameters.values())
 
 
 def parameter_count(shape: tuple[int, ...]) -> int:
-    """The number of elements of a tensor."""
+    """Return the number of elements of a tensor of `shape`."""
     return math.prod(shape)

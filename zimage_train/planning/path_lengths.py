@@ -1,4 +1,8 @@
-"""Paths that Windows would not open, found before a run has worked for hours towards one of them."""
+"""Length of the paths that a run writes, checked against the limit of Windows before the run starts (torch-free).
+
+The names below repeat those of the rooms that write the files; tests/planning/test_path_lengths.py compares the
+prediction with a whole run.
+"""
 
 import socket
 from collections.abc import Iterator
@@ -10,36 +14,39 @@ from zimage_train.errors import ConfigError, Problem
 from zimage_train.io import atomic, operating_system
 
 DIGEST = "0" * 64
+"""As long as a SHA-256 in hexadecimal."""
 WANDB_IMAGE = "wandb/offline-run-20260101_000000-00000000/files/media/images/previews"
-"""Weights & Biases adds the label of a preview, a step and a digest; see `_paths_in_run`."""
+"""As long as the folder in which Weights & Biases keeps previews; see `_paths_in_run` for the names of the files."""
 
 
 def require_short_paths(config: Config) -> None:
-    """Refuse on Windows a run whose longest path has more characters than a program may open there.
+    """Require on Windows that every path of the run can be opened there.
 
     Raises:
-        ConfigError: says how long it would be, and what to shorten by how much.
+        ConfigError: says how long the longest path would be, and which setting to shorten by how much.
     """
     if not operating_system.is_windows():
         return
     root = (Path(config.output_dir) / config.name).absolute()
     cached = cache_dir(config).absolute() / "latents" / DIGEST[:2] / f"{DIGEST}.safetensors"
+    # Files are written under a temporary name first, which is longer than the final one.
     lengths = {
         "output_dir or name": max(map(_length, _paths_in_run(config, root))),
         "cache.folder": _length(atomic.temporary_path(cached)),
     }
-    most = operating_system.WINDOWS_PATH_LENGTH
+    max_length = operating_system.WINDOWS_PATH_LENGTH
     problems: list[Problem] = []
-    for what, length in lengths.items():
-        if length > most:
-            message = f"a path of this run would have {length} characters, and Windows opens {most}"
-            problems.append(Problem(what, message, f"shorten {what} by {length - most}"))
+    for settings, length in lengths.items():
+        if length > max_length:
+            message = f"a path of this run would have {length} characters, and Windows opens {max_length}"
+            hint = f"shorten {settings} by {length - max_length}"
+            problems.append(Problem(settings, message, hint, "path-too-long"))
     if problems:
         raise ConfigError(*problems)
 
 
 def _paths_in_run(config: Config, root: Path) -> Iterator[Path]:
-    """Yield the longest path of each kind that a run writes below `root`."""
+    """Yield the longest path in each folder that a run writes below `root`."""
     step = f"{config.train.steps:06d}"
     for name in (config.name, f"{config.name}-{step}"):
         yield atomic.temporary_path(root / "lora" / "ema" / f"{name}.safetensors")
@@ -54,5 +61,5 @@ def _paths_in_run(config: Config, root: Path) -> Iterator[Path]:
 
 
 def _length(path: Path) -> int:
-    """The characters of a path as Windows counts them: rare ones count twice."""
+    """Return the length of `path` as Windows counts it, in UTF-16 units: characters beyond U+FFFF count twice."""
     return len(str(path).encode("utf-16-le")) // 2

@@ -1,11 +1,14 @@
-"""How a run fits a card: precision, recomputation and streaming, chosen by what is predicted to take least time.
+"""Choice of quantization, streaming and recomputation, so that a run fits its device in the least predicted time.
 
-A plan comes from totals, never from what happens to be free, so that the same run plans the same every time. What a
-batch recomputes is decided by its number of tokens when it comes; the planner says which numbers fit how.
+A plan follows from the total memory of device and host, never from what happens to be free. Otherwise a run that is
+continued beside another program could get another plan, and with `model.quantize: auto` other frozen weights.
+
+Quantization and streaming hold for the whole run. Recomputation is decided for each batch, by its number of tokens: a
+plan has the largest number of tokens for each mode, so that small images recompute less than large ones.
 """
 
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from zimage_train.config.schema import Config
@@ -17,58 +20,67 @@ from zimage_train.planning.gpus import TYPICAL_GPU, GpuSpec
 from zimage_train.planning.memory import MemoryEstimate, SettingChange, WeightPlacement, Workload
 
 NO_LIMIT = 2**31
-"""Tokens; more than any batch has."""
+"""Number of tokens that no batch reaches."""
 MAX_SLOWDOWN = 1.25
-"""A more precise form is taken when it costs at most this much of the fastest one's time."""
+"""A more precise placement is preferred as long as it takes at most this multiple of the fastest one's time.
+
+Rounding errors stay in the LoRA, while a quarter of the time is spent once; and predicted times are not exact enough to
+give up precision for a smaller gain.
+"""
 QUANTIZATIONS_BY_ERROR: tuple[Quantization | None, ...] = (None, "int8", "fp8", "nf4")
-"""Best first. int8 with a scale for 64 weights has a quarter of the error of fp8 at the same size."""
+"""The most precise first. int8 with a scale for 64 weights has a quarter of the error of fp8 at the same size."""
 AUTO_QUANTIZATIONS: tuple[Quantization | None, ...] = (None, "int8", "nf4")
+"""What `model.quantize: auto` chooses from; fp8 is never better than int8."""
 HOST_SHARE = 0.5
-"""Of main memory, what streamed blocks may take."""
+"""Share of main memory that streamed blocks may take. It is pinned, so the system cannot move it to swap."""
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """What was decided, for a job and a limit."""
+    """How a workload runs within a memory limit."""
 
-    job: Workload
-    form: WeightPlacement
+    workload: Workload
+    placement: WeightPlacement
     limits: dict[RecomputeMode, int]
-    """The most tokens of a batch for which each mode is taken, lightest first."""
+    """For each mode, the tokens of the largest batch that uses it; the mode that recomputes least comes first."""
     limit_bytes: float
     fits: bool
     why: str
+    """The reason for the choice, for people."""
 
     def mode_of(self, tokens: int) -> RecomputeMode:
-        """What a batch of `tokens` recomputes: the least that fits."""
+        """Return the mode that recomputes least among those that fit a batch of `tokens`."""
         last: RecomputeMode = "full"
-        for mode, most in self.limits.items():
-            if tokens <= most:
+        for mode, max_tokens in self.limits.items():
+            if tokens <= max_tokens:
                 return mode
             last = mode
         return last
 
     def step(self, size: Bucket) -> MemoryEstimate:
-        """The memory of the largest batch of `size`."""
-        tokens = self.job.tokens(size)
-        return memory.step_memory(self.job, self.form, self.mode_of(tokens), tokens)
+        """Return the memory of a step on the largest batch of `size`."""
+        tokens = self.workload.tokens(size)
+        return memory.step_memory(self.workload, self.placement, self.mode_of(tokens), tokens)
 
     def seconds(self, size: Bucket, card: GpuSpec) -> float:
-        """The time of a step on the largest batch of `size`."""
-        return flops.step_seconds(self.job, self.form, self.mode_of(self.job.tokens(size)), size, card)
+        """Return the seconds of a step on the largest batch of `size`."""
+        mode = self.mode_of(self.workload.tokens(size))
+        return flops.step_seconds(self.workload, self.placement, mode, size, card)
 
     @property
     def peak(self) -> MemoryEstimate:
-        """The most that anything in the run takes on the device."""
-        return max(
-            [*map(self.step, self.job.sizes), memory.preview_memory(self.job, self.form)], key=lambda one: one.total
-        )
+        """Return the memory of whatever takes most on the device: a step, a preview or a validation."""
+        estimates = [self.step(size) for size in self.workload.sizes]
+        estimates.append(memory.preview_memory(self.workload, self.placement))
+        return max(estimates, key=lambda estimate: estimate.total)
 
     def facts(self) -> dict[str, Any]:
-        """For run.json."""
+        """Return the plan as run.json has it."""
+        recomputes = {mode: "all" if tokens == NO_LIMIT else tokens for mode, tokens in self.limits.items()}
         return {
-            **asdict(self.form),
-            "recomputes": {mode: "all" if most == NO_LIMIT else most for mode, most in self.limits.items()},
+            "kind": self.placement.quantization,
+            "streamed": self.placement.streamed,
+            "recomputes": recomputes,
             "predicted_gb": round(self.peak.total / 1e9, 3),
             "why": self.why,
         }
@@ -76,56 +88,79 @@ class MemoryPlan:
 
 @dataclass(frozen=True)
 class PlanConstraints:
-    """What the config leaves to the planner: more than one kind, None for mode or number of streamed blocks."""
+    """The choices that a config leaves to the planner."""
 
-    kinds: tuple[Quantization | None, ...]
+    quantizations: tuple[Quantization | None, ...]
     mode: RecomputeMode | None
+    """None: the planner chooses."""
     streamed: int | None
+    """Number of streamed blocks; None: the planner chooses."""
 
 
 def plan_constraints(config: Config, layers: int) -> PlanConstraints:
-    """The settings of `config`, for a transformer of so many layers."""
+    """Return the constraints that `config` sets, for a transformer of `layers` blocks."""
     quantize, offload = config.model.quantize, config.memory.offload
+    streamed = None
+    if not isinstance(offload, str):
+        # Rounded up, so that no more stays on the device than asked for; a share like 7/30 must not become 8 blocks by
+        # the error of its division.
+        streamed = math.ceil(offload * layers - 1e-9)
     return PlanConstraints(
-        kinds=AUTO_QUANTIZATIONS if quantize == "auto" else (quantize,),
+        quantizations=AUTO_QUANTIZATIONS if quantize == "auto" else (quantize,),
         mode=config.memory.mode,
-        streamed=None if isinstance(offload, str) else math.ceil(offload * layers - 1e-9),
+        streamed=streamed,
     )
 
 
 def choose_plan(
-    job: Workload, wanted: PlanConstraints, limit_bytes: float, host_bytes: float, card: GpuSpec | None
+    workload: Workload, constraints: PlanConstraints, limit_bytes: float, host_bytes: float, card: GpuSpec | None
 ) -> MemoryPlan:
-    """The plan by which `job` fits `limit_bytes` on the device and takes least time; the smallest one if none does.
+    """Return the plan by which `workload` fits `limit_bytes`, or the plan that takes least memory if none fits.
 
-    Full precision is taken whenever it fits without streaming. Otherwise the fastest form decides, and the most precise
-    one that costs at most a quarter more time is taken.
+    `host_bytes` is the main memory of this process. Without a `card`, times are compared on a typical one.
+
+    Full precision is taken wherever it fits without streaming. Otherwise the most precise placement is taken whose time
+    is at most `MAX_SLOWDOWN` times that of the fastest.
     """
-    plans = [_plan(job, form, wanted.mode, limit_bytes) for form in _forms(job, wanted, host_bytes)]
+    placements = _allowed_placements(workload, constraints, host_bytes)
+    plans = [_make_plan(workload, placement, constraints.mode, limit_bytes) for placement in placements]
     fitting = [plan for plan in plans if plan.fits]
     if not fitting:
         return min(plans, key=lambda plan: plan.peak.total)
-    resident = next((plan for plan in fitting if plan.form == WeightPlacement()), None)
-    if resident is not None:
-        return resident
-    times = {plan.form: _mean_seconds(plan, card or TYPICAL_GPU) for plan in fitting}
-    fastest = min(times.values())
-    good = [plan for plan in fitting if times[plan.form] <= fastest * MAX_SLOWDOWN]
-    best = min(
-        good, key=lambda plan: (QUANTIZATIONS_BY_ERROR.index(plan.form.kind), times[plan.form], plan.form.streamed)
-    )
-    if len(wanted.kinds) == 1 or wanted.streamed is not None:
+    for plan in fitting:
+        # Quantization costs precision, and streaming may cost time that the prediction does not see. So neither is
+        # chosen where nothing requires it, even if recomputing less would be predicted to be faster.
+        if plan.placement == WeightPlacement():
+            return plan
+
+    seconds = {plan.placement: _mean_seconds(plan, card or TYPICAL_GPU) for plan in fitting}
+    slowest_allowed = min(seconds.values()) * MAX_SLOWDOWN
+    fast_enough = [plan for plan in fitting if seconds[plan.placement] <= slowest_allowed]
+
+    def preference(plan: MemoryPlan) -> tuple[int, float, int]:
+        placement = plan.placement
+        return QUANTIZATIONS_BY_ERROR.index(placement.quantization), seconds[placement], placement.streamed
+
+    best = min(fast_enough, key=preference)
+    if len(constraints.quantizations) == 1 or constraints.streamed is not None:
         return best
-    dense = min((times[form] for form in times if form.kind is None), default=None)
-    if best.form.kind is None:
-        return replace(best, why=f"{best.why}; streaming in full precision costs little")
-    lost = "does not fit" if dense is None else f"would take {dense / times[best.form]:.1f} times as long"
-    return replace(best, why=f"{best.why}; full precision {lost}")
+    return replace(best, why=f"{best.why}; {_reason_for_precision(best, seconds)}")
+
+
+def _reason_for_precision(best: MemoryPlan, seconds: dict[WeightPlacement, float]) -> str:
+    """Return why `best` has full precision or has not; `seconds` holds the step time of every plan that fits."""
+    if best.placement.quantization is None:
+        return "streaming in full precision costs little"
+    full_precision = [seconds[placement] for placement in seconds if placement.quantization is None]
+    if not full_precision:
+        return "full precision does not fit"
+    slowdown = min(full_precision) / seconds[best.placement]
+    return f"full precision would take {slowdown:.1f} times as long"
 
 
 @dataclass(frozen=True)
 class Suggestion:
-    """What to set so that a run is predicted to fit, and the bytes that it then takes; no changes: nothing helps."""
+    """Settings by which a run is predicted to fit, and the bytes that it then takes; no changes if nothing helps."""
 
     changes: list[SettingChange]
     predicted_bytes: float
@@ -137,44 +172,71 @@ class Suggestion:
         return f"set {', '.join(map(str, self.changes))} (predicted: {predicted})"
 
 
-def suggest_settings(job: Workload, wanted: PlanConstraints, limit_bytes: float, host_bytes: float) -> Suggestion:
-    """What to set so that a run is predicted to fit: what changes least comes first."""
-    is_free = wanted.mode is None and wanted.streamed is None
-    auto = (SettingChange("memory.checkpointing", "auto"), SettingChange("memory.offload", "auto"))
-    relaxed = [] if is_free else list(auto)
-    least = math.inf
-    for quantized, kinds in (([], wanted.kinds), ([SettingChange("model.quantize", "auto")], AUTO_QUANTIZATIONS)):
-        for lighter, lighter_job in [([], job), *memory.lighter_workloads(job)]:
-            plan = choose_plan(lighter_job, PlanConstraints(kinds, None, None), limit_bytes, host_bytes, None)
-            total = plan.peak.total
+def suggest_settings(
+    workload: Workload, constraints: PlanConstraints, limit_bytes: float, host_bytes: float
+) -> Suggestion:
+    """Return the settings by which `workload` is predicted to fit, changing as little of the training as possible.
+
+    Recomputation and streaming come first, because they change no result. A lighter workload comes before quantization,
+    which is tried only where no lighter workload is enough.
+    """
+    is_free = constraints.mode is None and constraints.streamed is None
+    freed = [] if is_free else [SettingChange("memory.checkpointing", "auto"), SettingChange("memory.offload", "auto")]
+    quantize_auto = SettingChange("model.quantize", "auto")
+    workloads = [([], workload), *memory.lighter_workloads(workload)]
+    least_bytes = math.inf
+    for quantize_changes, quantizations in (([], constraints.quantizations), ([quantize_auto], AUTO_QUANTIZATIONS)):
+        for workload_changes, lighter in workloads:
+            plan = choose_plan(lighter, PlanConstraints(quantizations, None, None), limit_bytes, host_bytes, None)
+            predicted_bytes = plan.peak.total
             if plan.fits:
-                changes = [*relaxed, *quantized, *lighter]
-                return Suggestion(changes or [SettingChange("memory.budget_gb", limit_bytes / 1e9)], total)
-            least = min(least, total)
-    return Suggestion([], least)
+                changes = [*freed, *quantize_changes, *workload_changes]
+                # If the run ran out of memory though it is predicted to fit, a budget makes the plan keep the limit.
+                budget = SettingChange("memory.budget_gb", limit_bytes / 1e9)
+                return Suggestion(changes or [budget], predicted_bytes)
+            least_bytes = min(least_bytes, predicted_bytes)
+    return Suggestion([], least_bytes)
 
 
-def _forms(job: Workload, wanted: PlanConstraints, host_bytes: float) -> list[WeightPlacement]:
-    """Every form that the config allows and that main memory has room for."""
-    may_stream = wanted.streamed is None and wanted.mode != "none"
-    numbers = range(job.shape.n_layers + 1) if may_stream else [wanted.streamed or 0]
-    forms = [WeightPlacement(kind, streamed) for kind in wanted.kinds for streamed in numbers]
-    small = [form for form in forms if memory.host_bytes(job, form) <= HOST_SHARE * host_bytes or form.streamed == 0]
-    return small or forms
+def _allowed_placements(workload: Workload, constraints: PlanConstraints, host_bytes: float) -> list[WeightPlacement]:
+    """Return every placement that the constraints allow and main memory has room for."""
+    # Mode `none` excludes streaming: autograd would keep references to weights whose slot then holds another block.
+    may_stream = constraints.streamed is None and constraints.mode != "none"
+    counts = range(workload.shape.n_layers + 1) if may_stream else [constraints.streamed or 0]
+    placements: list[WeightPlacement] = []
+    within_host: list[WeightPlacement] = []
+    for quantization in constraints.quantizations:
+        for streamed in counts:
+            placement = WeightPlacement(quantization, streamed)
+            placements.append(placement)
+            if streamed == 0 or memory.host_bytes(workload, placement) <= HOST_SHARE * host_bytes:
+                within_host.append(placement)
+    # A number of blocks that the config sets is kept even if main memory is small; the run then warns.
+    return within_host or placements
 
 
-def _plan(job: Workload, form: WeightPlacement, mode: RecomputeMode | None, limit_bytes: float) -> MemoryPlan:
-    allowed: tuple[RecomputeMode, ...] = (
-        (mode,) if mode is not None else RECOMPUTE_MODES[1:] if form.streamed else RECOMPUTE_MODES
-    )
-    limits: dict[RecomputeMode, int] = {one: memory.max_tokens_within(job, form, one, limit_bytes) for one in allowed}
-    most = job.max_tokens
-    fits = limits[allowed[-1]] >= most and memory.preview_memory(job, form).total <= limit_bytes
-    why = "set in the config" if mode is not None else f"by what fits {format_bytes(limit_bytes)}"
-    last = allowed[-1]
+def _make_plan(
+    workload: Workload, placement: WeightPlacement, mode: RecomputeMode | None, limit_bytes: float
+) -> MemoryPlan:
+    if mode is not None:
+        modes: tuple[RecomputeMode, ...] = (mode,)
+    elif placement.streamed:
+        modes = RECOMPUTE_MODES[1:]  # all but `none`; see `_allowed_placements`
+    else:
+        modes = RECOMPUTE_MODES
+    limits: dict[RecomputeMode, int] = {}
+    for allowed in modes:
+        limits[allowed] = memory.max_tokens_within(workload, placement, allowed, limit_bytes)
+    last = modes[-1]
+    fits_steps = workload.max_tokens <= limits[last]
+    fits_previews = memory.preview_memory(workload, placement).total <= limit_bytes
+    # The last mode takes every batch that is left, so that each batch has a mode even where the plan does not fit: the
+    # prediction may be too high, and a batch that really does not fit is found by the dry run.
     limits[last] = NO_LIMIT
-    return MemoryPlan(job, form, limits, limit_bytes, fits, why)
+    why = "set in the config" if mode is not None else f"by what fits {format_bytes(limit_bytes)}"
+    return MemoryPlan(workload, placement, limits, limit_bytes, fits_steps and fits_previews, why)
 
 
 def _mean_seconds(plan: MemoryPlan, card: GpuSpec) -> float:
-    return math.fsum(share * plan.seconds(size, card) for size, share in plan.job.shares().items())
+    """Return the seconds of a step, averaged over the batches of an epoch."""
+    return math.fsum(share * plan.seconds(size, card) for size, share in plan.workload.shares().items())

@@ -1,4 +1,4 @@
-"""Everything that can be known before a GPU is touched: all problems at once, or all that a run needs (torch-free)."""
+"""All checks of a run that need no GPU: every problem at once, or the specification of the run (torch-free)."""
 
 import importlib.util
 from dataclasses import dataclass, replace
@@ -12,46 +12,27 @@ from zimage_train.dataset.image_index import ImageIndex
 from zimage_train.dataset.sample_order import SampleOrder, TrainItem, make_items, make_sample_order, resolve_epochs
 from zimage_train.dataset.scan import FolderScan, ImageRecord, scan_entry
 from zimage_train.diffusion.request import comparison_requests, preview_requests, teacher_request
-from zimage_train.errors import (
-    ConfigError,
-    Location,
-    Note,
-    Problem,
-    WeightsError,
-    ZImageTrainError,
-    collect_errors,
-    raise_all,
-)
+from zimage_train.errors import ConfigError, Location, Note, Problem, ZImageTrainError, collect_errors, raise_all
 from zimage_train.io import atomic
 from zimage_train.io.dtypes import bytes_per_number
 from zimage_train.io.operating_system import main_memory_bytes
 from zimage_train.io.progress import Progress
 from zimage_train.io.units import format_bytes
-from zimage_train.lora import headers, targets
-from zimage_train.models import components, locate
+from zimage_train.lora import targets
+from zimage_train.models import components
 from zimage_train.models.arch import TransformerShape
-from zimage_train.models.locate import DownloadFn, ModelPaths, NotDownloadedError
+from zimage_train.models.locate import DownloadFn
 from zimage_train.planning import memory, path_lengths, planner
 from zimage_train.planning.memory import SettingChange, Workload
-from zimage_train.planning.notes import not_downloaded, notes_on_settings, notes_on_sizes
+from zimage_train.planning.model_files import ModelFiles, find_model_files
+from zimage_train.planning.notes import notes_on_settings, notes_on_sizes
 from zimage_train.planning.planner import Suggestion
 from zimage_train.planning.warnings import config_warnings
 
 
 @dataclass(frozen=True)
-class ModelFiles:
-    """The model of a run, as far as headers tell."""
-
-    paths: ModelPaths
-    shape: TransformerShape
-    modules: list[str]
-    """What gets a LoRA."""
-    adapter_modules: int
-
-
-@dataclass(frozen=True)
 class RunSpec:
-    """A config that was checked, with everything that it refers to."""
+    """A config that has been checked, and everything that it refers to."""
 
     config: Config
     """With steps in place of epochs."""
@@ -60,7 +41,7 @@ class RunSpec:
     order: SampleOrder
     held_out: list[TrainItem]
     """The validation images."""
-    weights: ModelFiles | None
+    model_files: ModelFiles | None
     """None if a part of the model is not downloaded yet."""
     notes: list[Note]
     warnings: list[str]
@@ -73,290 +54,229 @@ class RunSpec:
 def check_run(
     config: Config,
     fetch: DownloadFn | None = None,
-    tick: Progress = lambda what, done, total: None,
+    progress: Progress = lambda task, done, total: None,
     processes: int = 1,
 ) -> RunSpec:
-    """Check images, captions, weights, adapter and disk, for a run of `processes`, and decide the order of samples.
+    """Check images, settings, model files and disk, and return the specification of a run of `processes`.
 
     Raises:
         ZImageTrainError: every problem found; the exit code is the lowest that applies.
     """
     errors: list[ZImageTrainError] = []
     notes: list[Note] = []
-    looks = ImageIndex(cache_dir(config) / "looks.json")
-    scans = [scan_entry(entry, f"data.{index}", looks, tick) for index, entry in enumerate(config.data)]
-    held_out, faults, remarks = _held_out(config, scans, looks, tick)
-    looks.save()
-    errors += faults
-    notes += remarks
-    errors += [error for scan in scans for error in scan.errors]
-    notes += [note for scan in scans for note in scan.notes]
-    images = [scan.images for scan in scans]
-    if config.method.generates_data:  # for one prompt each
-        images = [[replace(one, prompts=one.prompts[:1]) for one in entry] for entry in images]
+
+    # Images. The order of samples comes of those that are sound, so that the checks below can go on.
+    images, held_out = _read_images(config, progress, errors, notes)
     items: list[TrainItem] = []
     with collect_errors(errors):
         items = make_items(config, images)
-        notes += notes_on_settings(config)
     order = make_sample_order(config, items, processes)
+
+    # Config. The notes are on what the user wrote, before epochs become steps.
+    notes += notes_on_settings(config)
     config = resolve_epochs(config, order)
     with collect_errors(errors):
         _require_bitsandbytes(config)
-    weights, faults, absent = _weights(config, fetch)
-    errors += faults
-    notes += absent
+
+    # Model files.
+    model_files, model_errors, download_notes = find_model_files(config, fetch)
+    errors += model_errors
+    notes += download_notes
+
+    # Disk.
     with collect_errors(errors):
-        atomic.require_writable_folder(Path(config.output_dir) / config.name, "output_dir")
-        if config.cache.folder is not None:
-            atomic.require_writable_folder(Path(config.cache.folder), "cache.folder")
-        path_lengths.require_short_paths(config)
-        atomic.require_free_space(Path(config.output_dir), _disk_bytes(config, weights), "checkpoints and exports")
-    own = [found for entry, found in zip(config.data, images, strict=True) if not entry.regularization]
-    is_small = weights is not None and memory.parameters_of(weights.shape) <= memory.MAX_CPU_PARAMETERS
-    warnings = config_warnings(config, sum(map(len, own)), is_small)
-    checked = RunSpec(config, images, order, held_out, weights, notes, warnings)
+        _require_disk(config, model_files)
     raise_all(errors)
-    _require_budget(checked)
+
+    # Warnings, and the budget, which can only be planned for once everything else is known.
     notes += notes_on_sizes(items)
-    return checked
+    warnings = _warnings(config, images, model_files)
+    spec = RunSpec(config, images, order, held_out, model_files, notes, warnings)
+    _require_budget(spec)
+    return spec
 
 
-def _held_out(
-    config: Config, trained: list[FolderScan], looks: ImageIndex, tick: Progress
-) -> tuple[list[TrainItem], list[ZImageTrainError], list[Note]]:
-    """What validation looks at, read as the first data entry of the concept is; what is wrong with it; what is odd."""
+def _read_images(
+    config: Config, progress: Progress, errors: list[ZImageTrainError], notes: list[Note]
+) -> tuple[list[list[ImageRecord]], list[TrainItem]]:
+    """Return the images of each data entry and the validation items; add to `errors` and `notes` what was found."""
+    index = ImageIndex(cache_dir(config) / "looks.json")
+    scans = [scan_entry(entry, f"data.{number}", index, progress) for number, entry in enumerate(config.data)]
+    for scan in scans:
+        errors += scan.errors
+        notes += scan.notes
+    held_out = _read_validation_images(config, scans, index, progress, errors, notes)
+    index.save()
+    images = [scan.images for scan in scans]
+    if config.method.generates_data:
+        # The model draws one image for each record, for its first prompt.
+        images = [[replace(image, prompts=image.prompts[:1]) for image in records] for records in images]
+    return images, held_out
+
+
+def _read_validation_images(
+    config: Config,
+    scans: list[FolderScan],
+    index: ImageIndex,
+    progress: Progress,
+    errors: list[ZImageTrainError],
+    notes: list[Note],
+) -> list[TrainItem]:
+    """Return the items of `validation.folder`; `scans` are those of the data, which should have none of its images."""
     settings = config.validation
     if settings.folder is None or settings.every is None:
-        return [], [], []
-    first = next(entry for entry in config.data if not entry.regularization)
+        return []
+    # Captions are read as those of the first data entry of the concept, so that both losses are of like prompts.
+    concept = next(entry for entry in config.data if not entry.regularization)
+    caption_settings = ("trigger", "default_caption", "caption_ext", "caption_lines", "shuffle_tags", "tag_dropout")
     entry = DataEntry(folder=settings.folder, resolution=[settings.resolution])
-    read = ("trigger", "default_caption", "caption_ext", "caption_lines", "shuffle_tags", "tag_dropout")
-    entry = entry.model_copy(update={name: getattr(first, name) for name in read})
-    scan = scan_entry(entry, "validation", looks, tick)
-    errors, items = scan.errors, []
+    entry = entry.model_copy(update={name: getattr(concept, name) for name in caption_settings})
+    scan = scan_entry(entry, "validation", index, progress)
+    errors += scan.errors
+    notes += scan.notes
+    items: list[TrainItem] = []
     with collect_errors(errors):
         items = make_items(config.model_copy(update={"data": [entry]}), [scan.images])
-    known = {image.digest for one in trained for image in one.images}
-    both = [image.path.name for image in scan.images if image.digest in known]
-    text = f"validation.folder: {len(both)} of its images are trained on too ({both[0]})" if both else ""
-    return items, errors, scan.notes + ([Note("held-out-is-trained", text)] if both else [])
+    # Compared by content: the same image may have another name there.
+    trained_digests = {image.digest for trained in scans for image in trained.images}
+    trained_too = [image.path.name for image in scan.images if image.digest in trained_digests]
+    if trained_too:
+        text = f"validation.folder: {len(trained_too)} of its images are trained on too ({trained_too[0]})"
+        notes.append(Note("held-out-is-trained", text))
+    return items
 
 
 def _require_bitsandbytes(config: Config) -> None:
-    """Refuse what needs a package that some platforms do not have, before anything is loaded for it.
+    """Require bitsandbytes, which some platforms do not have, where a setting needs it.
 
     Raises:
         ConfigError: names the settings.
     """
-    asked = {"model.quantize": config.model.quantize, "optimizer.name": config.optimizer.name}
-    needing = ["model.quantize"] if config.model.quantize == "nf4" else []
+    needed_by: dict[str, str] = {}
+    if config.model.quantize == "nf4":
+        needed_by["model.quantize"] = config.model.quantize
     if OPTIMIZERS[config.optimizer.name].needs == "bitsandbytes":
-        needing.append("optimizer.name")
-    if needing and importlib.util.find_spec("bitsandbytes") is None:
-        todo = "install it, or choose another value"
-        what = "needs bitsandbytes, which is not installed"
-        raise ConfigError(
-            *(Problem(Location(key=key), f"{asked[key]} {what}", todo, "missing-package") for key in needing)
-        )
+        needed_by["optimizer.name"] = config.optimizer.name
+    # Looked for, not imported: it would load torch.
+    if not needed_by or importlib.util.find_spec("bitsandbytes") is not None:
+        return
+    problems = []
+    for key, value in needed_by.items():
+        message = f"{value} needs bitsandbytes, which is not installed"
+        problems.append(Problem(Location(key=key), message, "install it, or choose another value", "missing-package"))
+    raise ConfigError(*problems)
 
 
-def workload_of(checked: RunSpec, gpu: bool | None = None) -> Workload:
-    """What `checked` trains, as far as memory and time go; what is not downloaded yet has the published models' size.
+def _require_disk(config: Config, model_files: ModelFiles | None) -> None:
+    """Require that the run can write its folders, and that there is room for its checkpoints and exports.
 
-    `gpu`: whether on one; None: by the size of the model.
+    Raises:
+        ConfigError: a path is too long for this system.
+        DiskError: a folder cannot be written, or there is too little space.
     """
-    config = checked.config
-    shape = checked.weights.shape if checked.weights else TransformerShape()
-    modules = checked.weights.modules if checked.weights else targets.select_modules(config.lora.targets, shape.linears)
+    atomic.require_writable_folder(Path(config.output_dir) / config.name, "output_dir")
+    if config.cache.folder is not None:
+        atomic.require_writable_folder(Path(config.cache.folder), "cache.folder")
+    path_lengths.require_short_paths(config)
+    atomic.require_free_space(Path(config.output_dir), _disk_bytes(config, model_files), "checkpoints and exports")
+
+
+def _disk_bytes(config: Config, model_files: ModelFiles | None) -> int:
+    """Return the bytes of checkpoints and exports; 0 while the model is not known."""
+    if model_files is None:
+        return 0
+    parameters = memory.lora_parameters(model_files.shape, model_files.modules, config.lora.rank)
+    copies = 1 if config.ema.decay is None else 2
+    checkpoint = parameters * (4 * copies + OPTIMIZERS[config.optimizer.name].state_bytes)
+    export = parameters * bytes_per_number(config.save.dtype) * copies
+    # Old files are removed after the new one is complete. So there are two checkpoints and a new one, and the exports
+    # that are kept, a new one, and that of the last step.
+    return int(checkpoint * 3 + export * (config.save.keep + 2))
+
+
+def _warnings(config: Config, images: list[list[ImageRecord]], model_files: ModelFiles | None) -> list[str]:
+    concept_images = 0
+    for entry, records in zip(config.data, images, strict=True):
+        if not entry.regularization:
+            concept_images += len(records)
+    is_small = model_files is not None and memory.parameters_of(model_files.shape) <= memory.MAX_CPU_PARAMETERS
+    return config_warnings(config, concept_images, is_small)
+
+
+def workload_of(spec: RunSpec, gpu: bool | None = None) -> Workload:
+    """Return the workload of the run; a model that is not downloaded yet has the size of the published ones.
+
+    `gpu`: whether it runs on one; None: as the size of the model requires.
+    """
+    config, model_files = spec.config, spec.model_files
+    if model_files is None:
+        shape = TransformerShape()
+        modules = targets.select_modules(config.lora.targets, shape.linears)
+    else:
+        shape, modules = model_files.shape, model_files.modules
     if gpu is None:
         gpu = memory.parameters_of(shape) > memory.MAX_CPU_PARAMETERS
-    job = memory.make_workload(
-        config,
-        shape,
-        modules,
-        checked.order,
-        [*preview_requests(config), *comparison_requests(config)],
-        gpu,
-        checked.held_out,
-    )
+    previews = [*preview_requests(config), *comparison_requests(config)]
+    workload = memory.make_workload(config, shape, modules, spec.order, previews, gpu, spec.held_out)
     if config.method.generates_data:
-        sized = [(one.image.prompts[0], one.size.width, one.size.height) for one in checked.items]
-        job = replace(job, generated=tuple(teacher_request(config, *one, seed=0) for one in sized))
-    if checked.weights is None:
-        return job
-    found = checked.weights.paths
-    in_fp32 = 2 * sum(path.stat().st_size for path in found.extra_loras)
-    channels = components.read_vae(found.extras)[0]["block_out_channels"][0]
-    return replace(job, vae_channels=channels, preview_lora_bytes=in_fp32)
+        generated = []
+        for item in spec.items:
+            prompt, size = item.image.prompts[0], item.size
+            generated.append(teacher_request(config, prompt, size.width, size.height, seed=0))
+        workload = replace(workload, generated=tuple(generated))
+    if model_files is None:
+        return workload
+    vae_config = components.read_vae(model_files.paths.extras)[0]
+    # Files in bf16, as LoRAs usually are, are loaded in fp32.
+    lora_bytes = 2 * sum(path.stat().st_size for path in model_files.paths.extra_loras)
+    return replace(workload, vae_channels=vae_config["block_out_channels"][0], preview_lora_bytes=lora_bytes)
 
 
-def how_to_fit(checked: RunSpec, limit_bytes: float, gpu: bool | None = None) -> Suggestion:
-    """Settings by which a step of `checked` is predicted to fit, each under the name that it has in this config."""
-    job = workload_of(checked, gpu)
-    wanted = planner.plan_constraints(checked.config, job.shape.n_layers)
-    found = planner.suggest_settings(job, wanted, limit_bytes, main_memory_bytes())
+def how_to_fit(spec: RunSpec, limit_bytes: float, gpu: bool | None = None) -> Suggestion:
+    """Return the settings by which the run is predicted to fit, under the names that they have in its config."""
+    workload = workload_of(spec, gpu)
+    constraints = planner.plan_constraints(spec.config, workload.shape.n_layers)
+    suggestion = planner.suggest_settings(workload, constraints, limit_bytes, main_memory_bytes())
     changes: list[SettingChange] = []
-    for change in found.changes:
-        changes += _in_config(checked.config, change)
-    return replace(found, changes=changes)
+    for change in suggestion.changes:
+        changes += _changes_in_config(spec.config, change)
+    return replace(suggestion, changes=changes)
 
 
-def _in_config(config: Config, change: SettingChange) -> list[SettingChange]:
-    """`change`, once for each entry of `data` that it is about."""
-    entries = list(enumerate(config.data))
+def _changes_in_config(config: Config, change: SettingChange) -> list[SettingChange]:
+    """Return `change` as changes of the settings that `config` has, one for each data entry that it concerns."""
     if change.key == "data.*.resolution":
         side = int(change.value)
-        return [
-            SettingChange(f"data.{n}.resolution", side)
-            if entry.max_pixels is None
-            else SettingChange(f"data.{n}.max_pixels", side * side)
-            for n, entry in entries
-        ]
+        changes = []
+        for index, entry in enumerate(config.data):
+            if entry.max_pixels is None:
+                changes.append(SettingChange(f"data.{index}.resolution", side))
+            else:
+                changes.append(SettingChange(f"data.{index}.max_pixels", side * side))
+        return changes
     if change.key == "train.batch_size":
-        own = [n for n, entry in entries if entry.batch_size is not None]
-        shared = [change] if len(own) < len(entries) and config.train.batch_size > 1 else []
-        return [*shared, *(SettingChange(f"data.{n}.batch_size", change.value) for n in own)]
+        own = [index for index, entry in enumerate(config.data) if entry.batch_size is not None]
+        # Where every entry has a batch size of its own, the shared one has no effect.
+        shared = [change] if len(own) < len(config.data) and config.train.batch_size > 1 else []
+        return [*shared, *(SettingChange(f"data.{index}.batch_size", change.value) for index in own)]
     return [change]
 
 
-def _require_budget(checked: RunSpec) -> None:
-    """A budget that someone sets is kept or refused; without one the card decides, and this is a prediction.
+def _require_budget(spec: RunSpec) -> None:
+    """Require that the run is predicted to fit `memory.budget_gb`, if it is set.
+
+    Without a budget nothing is refused: the card may be another one, and the prediction may be too high.
 
     Raises:
-        ConfigError: a step would take more.
+        ConfigError: the run is predicted to take more; says which settings would fit.
     """
-    budget = checked.config.memory.budget_gb
-    if isinstance(budget, str) or not checked.items:
+    budget_gb = spec.config.memory.budget_gb
+    if isinstance(budget_gb, str) or not spec.items:
         return
-    job = workload_of(checked)
-    wanted = planner.plan_constraints(checked.config, job.shape.n_layers)
-    plan = planner.choose_plan(job, wanted, budget * 1e9, main_memory_bytes(), None)
+    workload = workload_of(spec)
+    constraints = planner.plan_constraints(spec.config, workload.shape.n_layers)
+    plan = planner.choose_plan(workload, constraints, budget_gb * 1e9, main_memory_bytes(), None)
     if not plan.fits:
-        what = f"is {budget:g}, and a run takes {format_bytes(plan.peak.total)} (predicted)"
-        todo = str(how_to_fit(checked, budget * 1e9))
-        raise ConfigError(Problem(Location(key="memory.budget_gb"), what, todo, "does-not-fit"))
-
-
-def _weights(config: Config, fetch: DownloadFn | None) -> tuple[ModelFiles | None, list[ZImageTrainError], list[Note]]:
-    """The model, if all of it is here and right; what is wrong; what is not here yet. Each part for itself."""
-    found = locate.find_paths(config.model, fetch)
-    absent = [error for error in found.errors if isinstance(error, NotDownloadedError)]
-    errors: list[ZImageTrainError] = [error for error in found.errors if error not in absent]
-    notes = [not_downloaded(one) for error in absent for one in error.problems]
-
-    transformer, extras, adapter = found.transformer, found.extras, found.adapter
-    shape = TransformerShape()  # what is not here has the size of the published models
-    if transformer is not None:
-        try:
-            shape = locate.transformer_tensors(transformer)[0]
-        except WeightsError as error:
-            return None, [*errors, error], notes
-    also, faults, more = _also(config.sample.compare_on, shape if transformer else None, fetch)
-    errors, notes = errors + faults, list(dict.fromkeys(notes + more))
-    extra_loras, faults, more = _extra_loras(config, shape if transformer else None, fetch)
-    errors, notes = errors + faults, [*notes, *more]
-    modules: list[str] = []
-    sizes: headers.Sizes = {}
-    init_from: Path | None = None
-    with collect_errors(errors):
-        modules = targets.select_modules(config.lora.targets, shape.linears)
-        init_from, more = _init_from(config, modules, shape if transformer else None, fetch)
-        notes += more
-    if extras is not None:
-        with collect_errors(errors):
-            components.require_components(extras, shape.cap_feat_dim)
-    if adapter is not None and (transformer is not None or config.model.path is None):
-        with collect_errors(errors):
-            sizes = headers.read_sizes(adapter)
-            headers.require_match(adapter, sizes, shape.linears)
-    if errors or notes or transformer is None or extras is None:
-        return None, errors, notes
-    whole = ModelPaths(transformer, extras, adapter, also, init_from, extra_loras)
-    return ModelFiles(whole, shape, modules, len(sizes)), [], []
-
-
-def _also(
-    name: str | None, shape: TransformerShape | None, fetch: DownloadFn | None
-) -> tuple[Path | None, list[ZImageTrainError], list[Note]]:
-    """The second model of previews, which must have the shape of the first; what is wrong; what is not here yet."""
-    if name is None:
-        return None, [], []
-    where = Location(key="sample.compare_on")
-    try:
-        path = locate.transformer_at(name, where, fetch)
-        found = locate.transformer_tensors(path)[0]
-    except NotDownloadedError as error:
-        return None, [], [not_downloaded(one) for one in error.problems]
-    except WeightsError as error:
-        return None, [error], []
-    if shape is not None and found != shape:
-        what = "has another shape than the model of this run, so its LoRA does not fit"
-        todo = "give a model of the same size"
-        return None, [WeightsError(Problem(replace(where, source=name), what, todo, "other-model"))], []
-    return path, [], []
-
-
-def _init_from(
-    config: Config, modules: list[str], shape: TransformerShape | None, fetch: DownloadFn | None
-) -> tuple[Path | None, list[Note]]:
-    """The LoRA that the training begins with, and what is not here yet of it.
-
-    Raises:
-        WeightsError: it does not fit the model, or is no LoRA.
-        ConfigError: it has other modules or another rank than the one that is to be trained.
-    """
-    name = config.lora.init_from
-    if name is None:
-        return None, []
-    where = Location(key="lora.init_from")
-    try:
-        path = locate.lora_at(name, where, fetch)
-    except NotDownloadedError as error:
-        return None, [not_downloaded(one) for one in error.problems]
-    if shape is None:
-        return path, []
-    headers.require_match(path, headers.read_sizes(path), shape.linears)
-    ranks = headers.read_ranks(path)
-    where = replace(where, source=name)
-    problems = []
-    if different := sorted(ranks.keys() ^ set(modules)):
-        what = f"has {len(ranks)} modules and lora.targets {len(modules)}; {different[0]} is in one of them alone"
-        problems.append(Problem(where, what, "set lora.targets to what it was trained with", "other-modules"))
-    elif (found := set(ranks.values())) != {config.lora.rank}:
-        shown = " and ".join(map(str, sorted(found)))
-        todo = f"set lora.rank: {shown}" if len(found) == 1 else "make it one rank with `zimage-train lora resize`"
-        what = f"has rank {shown}, and lora.rank is {config.lora.rank}"
-        problems.append(Problem(where, what, todo, "other-rank"))
-    if problems:
-        raise ConfigError(*problems)
-    return path, []
-
-
-def _extra_loras(
-    config: Config, shape: TransformerShape | None, fetch: DownloadFn | None
-) -> tuple[tuple[Path, ...], list[ZImageTrainError], list[Note]]:
-    """What previews have besides the run's own LoRA, all of which must fit; what is wrong; what is not here yet."""
-    paths: list[Path] = []
-    errors: list[ZImageTrainError] = []
-    notes: list[Note] = []
-    for index, one in enumerate(config.sample.extra_loras):
-        try:
-            path = locate.lora_at(one.file, Location(key=f"sample.extra_loras.{index}"), fetch)
-            if shape is not None:
-                headers.require_match(path, headers.read_sizes(path), shape.linears)
-            paths.append(path)
-        except NotDownloadedError as error:
-            notes += map(not_downloaded, error.problems)
-        except WeightsError as error:
-            errors.append(error)
-    return tuple(paths), errors, notes
-
-
-def _disk_bytes(config: Config, weights: ModelFiles | None) -> int:
-    if weights is None:
-        return 0
-    trained = sum(sum(weights.shape.linears[module]) for module in weights.modules) * config.lora.rank
-    copies = 1 if config.ema.decay is None else 2
-    checkpoint = trained * (4 * copies + OPTIMIZERS[config.optimizer.name].state_bytes)
-    export = trained * bytes_per_number(config.save.dtype) * copies
-    return int(checkpoint * 3 + export * (config.save.keep + 2))
+        message = f"is {budget_gb:g}, and a run takes {format_bytes(plan.peak.total)} (predicted)"
+        hint = str(how_to_fit(spec, budget_gb * 1e9))
+        raise ConfigError(Problem(Location(key="memory.budget_gb"), message, hint, "does-not-fit"))

@@ -1,6 +1,7 @@
-"""The costs of each recompute mode, counted on the real graph at the full width; the tests count again.
+"""The cost of each recompute mode in memory, memory traffic and kernels.
 
-What a mode recomputes is in models/checkpointing.py.
+What a mode recomputes is in models/checkpointing.py. Bytes and kernels were counted on the real graph at full width,
+with a LoRA on attention and feed forward; tests/planning/test_memory.py counts the bytes again.
 """
 
 from collections.abc import Mapping
@@ -12,18 +13,21 @@ from zimage_train.config.types import RecomputeMode
 
 @dataclass(frozen=True)
 class RecomputeCost:
-    """What one block costs in the backward pass."""
+    """The cost of one transformer block under one mode."""
 
     description: str
-    """Of what is computed again."""
+    """What the backward computes a second time, for messages."""
     kept_bytes: Mapping[str, float]
-    """Kept by one block until its backward, per token and unit of `dim`, by dtype."""
+    """By dtype: bytes that a block keeps from its forward to its backward, per token and unit of `dim`."""
     traffic_bytes: int
-    """Moved by norms, gates, rotations and the LoRA, per token and unit of `dim`; without products and attention."""
+    """Bytes that norms, gates, rotations and the LoRA move in forward and backward, per token and unit of `dim`.
+
+    Matrix products and attention are not included: their time is that of their arithmetic.
+    """
     kernels: int
-    """Launched in forward and backward."""
+    """Number of kernels that forward and backward launch."""
     recomputed_products: Literal["none", "wide", "all"]
-    """wide: w1 and w3 of the feed forward."""
+    """Which matrix products the backward computes a second time; wide: w1 and w3 of the feed forward."""
     recomputes_attention: bool = False
 
 

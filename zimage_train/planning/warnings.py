@@ -1,4 +1,7 @@
-"""Settings that work but that people regret: what is likely to happen, and what to do instead."""
+"""Warnings of settings that work, but usually lead to a bad LoRA (torch-free).
+
+The thresholds are what people report for this family of models (docs/recipes.md), not measurements of this project.
+"""
 
 from zimage_train.config.optimizers import OPTIMIZERS
 from zimage_train.config.schema import Config
@@ -7,39 +10,51 @@ from zimage_train.optim.schedules import base_lr
 
 HIGH_LR = 2e-4
 MANY_STEPS = 10_000
+"""Steps after which the distillation of Turbo suffers although the adapter is used."""
 FEW_IMAGES = 10
 STEPS_FOR_FEW_IMAGES = 2_200
+"""Steps after which fewer than `FEW_IMAGES` images are usually memorised."""
 
 
 def config_warnings(config: Config, num_images: int, is_small: bool = False) -> list[str]:
-    """One line each: the setting, the danger, the remedy; `is_small`: a miniature, which needs higher rates."""
-    rate = [] if is_small else _rate(config)
-    return [*_turbo(config), *rate, *_optimizer(config), *_length(config, num_images), *_previews(config)]
+    """Return warnings of one line each, with the setting, what is likely to happen, and what to do.
+
+    `num_images` counts images of the concept. `is_small` is for a miniature model, which needs higher learning rates.
+    """
+    return [
+        *_turbo_warnings(config),
+        *([] if is_small else _lr_warnings(config)),
+        *_optimizer_warnings(config),
+        *_length_warnings(config, num_images),
+        *_preview_warnings(config),
+    ]
 
 
-def _turbo(config: Config) -> list[str]:
+def _turbo_warnings(config: Config) -> list[str]:
+    # A method whose data Turbo draws itself does not undo the distillation.
     if config.model.variant != "turbo" or config.method.generates_data:
         return []
-    model, found = config.model, []
+    model = config.model
+    warnings: list[str] = []
     if model.adapter is None:
-        found.append(
+        warnings.append(
             "model.adapter is null: training Turbo directly undoes its distillation, and images at 8 steps "
             "blur; set model.adapter: v2 (or sample with more steps, or stack DistillPatch)"
         )
     elif model.adapter_strength < 1:
-        found.append(
+        warnings.append(
             f"model.adapter_strength is {model.adapter_strength:g}: the adapter takes only part of the damage to "
             "Turbo's 8 steps; set it to 1"
         )
     if model.adapter is not None and config.train.steps > MANY_STEPS:
-        found.append(
+        warnings.append(
             f"train.steps is {config.train.steps}: beyond {MANY_STEPS:,} steps the distillation breaks down even with "
             "the adapter; stop earlier, or train deturbo or base"
         )
-    return found
+    return warnings
 
 
-def _rate(config: Config) -> list[str]:
+def _lr_warnings(config: Config) -> list[str]:
     optimizer = config.optimizer
     if config.model.variant != "turbo" or OPTIMIZERS[optimizer.name].finds_lr or optimizer.lr < HIGH_LR:
         return []
@@ -49,39 +64,43 @@ def _rate(config: Config) -> list[str]:
     ]
 
 
-def _optimizer(config: Config) -> list[str]:
-    optimizer, warmup, found = config.optimizer, config.schedule.warmup_steps, []
+def _optimizer_warnings(config: Config) -> list[str]:
+    optimizer, warmup = config.optimizer, config.schedule.warmup_steps
+    warnings: list[str] = []
     if base_lr(optimizer) != optimizer.lr:
-        found.append(f"optimizer.lr {optimizer.lr:g} is raised to 1: {optimizer.name} finds the rate itself")
+        warnings.append(f"optimizer.lr {optimizer.lr:g} is raised to 1: {optimizer.name} finds the rate itself")
     if warmup >= config.train.steps:
-        found.append(f"schedule.warmup_steps is {warmup} of {config.train.steps} steps: the rate is never reached")
-    return found
+        warnings.append(f"schedule.warmup_steps is {warmup} of {config.train.steps} steps: the rate is never reached")
+    return warnings
 
 
-def _length(config: Config, num_images: int) -> list[str]:
+def _length_warnings(config: Config, num_images: int) -> list[str]:
     if num_images < FEW_IMAGES and config.train.steps > STEPS_FOR_FEW_IMAGES:
         return [
-            f"train.steps is {config.train.steps} for {num_images} images: so few are learned by heart; use 1500 "
+            f"train.steps is {config.train.steps} for {num_images} images: so few are memorised; use 1500 "
             f"to {STEPS_FOR_FEW_IMAGES} steps, or add images"
         ]
     return []
 
 
-def _previews(config: Config) -> list[str]:
-    sample, variant, found = config.sample, VARIANTS[config.model.variant], []
+def _preview_warnings(config: Config) -> list[str]:
+    sample, variant = config.sample, VARIANTS[config.model.variant]
+    warnings: list[str] = []
     if not sample.prompts:
         return ["sample.prompts is empty, so there are no previews; give 5 to 10 prompts, two without the trigger"]
     steps = variant.steps if sample.steps == "auto" else sample.steps
     guidance = variant.guidance if sample.guidance == "auto" else sample.guidance
     if config.model.variant == "turbo" and (steps != variant.steps or guidance != variant.guidance):
-        found.append(
+        # A LoRA that damages the distillation shows it at few steps without guidance, the way Turbo is used.
+        warnings.append(
             f"previews use {steps} steps and guidance {guidance:g} (CFG {guidance + 1:g}), which hides damage to "
             "Turbo: it is made for 8 steps and guidance 0 (CFG 1); set both to auto"
         )
     triggers = config.triggers
-    if triggers and all(any(trigger in prompt.prompt for trigger in triggers) for prompt in sample.prompts):
-        found.append(
+    without_trigger = [prompt for prompt in sample.prompts if not any(trigger in prompt.prompt for trigger in triggers)]
+    if triggers and not without_trigger:
+        warnings.append(
             "every prompt in sample.prompts has the trigger, so leaking into other images would not be seen; add a "
             "prompt without it"
         )
-    return found
+    return warnings

@@ -135,7 +135,7 @@ def _load_frozen(context: RunContext, plan: MemoryPlan) -> FrozenTransformer:
     if paths.adapter is not None:
         adapter = training_adapter.load_adapter(paths.adapter, config.model.adapter_strength, shape)
     console.info(f"loading {paths.transformer}")
-    kind, streamed = plan.form.kind, plan.form.streamed
+    kind, streamed = plan.placement.quantization, plan.placement.streamed
     frozen = load_frozen(paths.transformer, adapter, config.model.dtype, context.world.device, kind, streamed)
     if adapter is not None:
         count = f"{frozen.adapter_matched}/{len(adapter.lora)}"

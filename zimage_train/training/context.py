@@ -65,7 +65,7 @@ class RunContext:
 
 def open_context(spec: RunSpec, world: World, console: Console, stop: StopRequest) -> RunContext:
     """Open the cache, and digest the inputs of the run."""
-    model_files = spec.weights
+    model_files = spec.model_files
     assert model_files is not None  # without weights, `train` and `cache` have ended with an error
     folder, cache = run_dir.run_dir_of(spec.config), TensorCache(cache_dir(spec.config))
     digests = digest_model(model_files.paths, DigestCache(cache.folder / "digests.json"))

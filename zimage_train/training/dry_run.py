@@ -66,7 +66,7 @@ def dry_run(state: TrainState) -> TrainState:
 @contextlib.contextmanager
 def _reserved_for_optimizer(state: TrainState) -> Iterator[None]:
     """Within the block, occupy the memory that the optimizer allocates in its first step, unless it has it already."""
-    state_bytes = state.memory_plan.job.trained * OPTIMIZERS[state.config.optimizer.name].state_bytes
+    state_bytes = state.memory_plan.workload.trained * OPTIMIZERS[state.config.optimizer.name].state_bytes
     missing_bytes = 0 if state.optimizer.state else int(state_bytes)
     placeholder = torch.empty(missing_bytes, dtype=torch.uint8, device=state.world.device)
     yield
@@ -121,7 +121,7 @@ def _next_candidate(
     for mode, samples in largest.items():
         tokens = _sequence_tokens(state, samples)
         if (mode, tokens) not in passed:
-            untried.append((memory.step_memory(plan.job, plan.form, mode, tokens).total, mode, samples))
+            untried.append((memory.step_memory(plan.workload, plan.placement, mode, tokens).total, mode, samples))
     if not untried:
         return None
     _, mode, samples = max(untried, key=lambda candidate: candidate[0])
@@ -251,5 +251,5 @@ def _predicted_seconds(state: TrainState, step: int, gpu: GpuSpec) -> float:
     plan, seconds = state.memory_plan, 0.0
     for samples in state.micro_batches(step):
         size = samples[0].item.size
-        seconds += plan.seconds(size, gpu) * len(samples) / plan.job.batch(size)
+        seconds += plan.seconds(size, gpu) * len(samples) / plan.workload.batch(size)
     return seconds

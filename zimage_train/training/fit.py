@@ -43,7 +43,7 @@ def plan_for_devices(spec: RunSpec, world: World, folder: RunDir) -> tuple[RunSp
         what = f"is {budget:g}, and the run takes {format_bytes(plan.peak.total)} (predicted)"
         todo = str(preflight.how_to_fit(spec, limit_bytes, is_gpu))
         raise ConfigError(Problem(Location(key="memory.budget_gb"), what, todo, "does-not-fit"))
-    return _with_quantization(spec, plan.form.kind), plan
+    return _with_quantization(spec, plan.placement.quantization), plan
 
 
 def _with_quantization(spec: RunSpec, quantization: Quantization | Literal["auto"] | None) -> RunSpec:
@@ -69,9 +69,9 @@ def plan_warnings(spec: RunSpec, plan: MemoryPlan) -> list[str]:
     """Return a warning for each way in which the plan may run out of memory."""
     warnings = []
     if not plan.fits:
-        changes = preflight.how_to_fit(spec, plan.limit_bytes, plan.job.gpu)
+        changes = preflight.how_to_fit(spec, plan.limit_bytes, plan.workload.gpu)
         warnings.append(f"{format_bytes(plan.peak.total)} are predicted, more than the card has to give: {changes}")
-    streamed, main = memory.host_bytes(plan.job, plan.form), main_memory_bytes()
+    streamed, main = memory.host_bytes(plan.workload, plan.placement), main_memory_bytes()
     if streamed > planner.HOST_SHARE * main:
         warnings.append(
             f"memory.offload takes {streamed / 1e9:.1f} GB of {main / 1e9:.1f} GB of main memory; it may run out"

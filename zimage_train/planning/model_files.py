@@ -1,0 +1,167 @@
+"""The model files of a run, found and checked by their headers alone, without reading a weight (torch-free)."""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from zimage_train.config.schema import Config
+from zimage_train.errors import (
+    ConfigError,
+    Location,
+    Note,
+    Problem,
+    WeightsError,
+    ZImageTrainError,
+    collect_errors,
+)
+from zimage_train.lora import headers, targets
+from zimage_train.models import components, locate
+from zimage_train.models.arch import TransformerShape
+from zimage_train.models.locate import DownloadFn, ModelPaths, NotDownloadedError
+from zimage_train.planning.notes import not_downloaded
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """The files of a model that have been found to fit together."""
+
+    paths: ModelPaths
+    shape: TransformerShape
+    modules: list[str]
+    """Names of the linear layers that get a LoRA."""
+    adapter_modules: int
+    """Number of modules that the training adapter changes; 0 without one."""
+
+
+def find_model_files(
+    config: Config, fetch: DownloadFn | None
+) -> tuple[ModelFiles | None, list[ZImageTrainError], list[Note]]:
+    """Return the model files of `config`, the errors in them, and a note for each part that is still to be downloaded.
+
+    The files are None if there is an error or a note. Every part is checked, whatever is wrong with the others, except
+    that nothing can be compared with a transformer that cannot be read.
+    """
+    search = locate.find_paths(config.model, fetch)
+    errors: list[ZImageTrainError] = []
+    notes: list[Note] = []
+    for error in search.errors:
+        with _collect_problems(errors, notes):
+            raise error
+
+    transformer, extras, adapter = search.transformer, search.extras, search.adapter
+    shape = TransformerShape()  # what is not downloaded yet is taken to be a published model
+    known_shape: TransformerShape | None = None
+    if transformer is not None:
+        try:
+            shape = known_shape = locate.transformer_tensors(transformer)[0]
+        except WeightsError as error:
+            return None, [*errors, error], notes
+
+    second_model: Path | None = None
+    with _collect_problems(errors, notes):
+        second_model = _second_model(config, known_shape, fetch)
+    extra_loras: list[Path] = []
+    for index in range(len(config.sample.extra_loras)):
+        with _collect_problems(errors, notes):
+            extra_loras.append(_extra_lora(config, index, known_shape, fetch))
+    modules: list[str] = []
+    init_from: Path | None = None
+    with _collect_problems(errors, notes):
+        modules = targets.select_modules(config.lora.targets, shape.linears)
+        init_from = _init_from(config, modules, known_shape, fetch)
+    if extras is not None:
+        with collect_errors(errors):
+            components.require_components(extras, shape.cap_feat_dim)
+    adapter_sizes: headers.Sizes = {}
+    # A transformer of the user's own that was not found may have any shape, which leaves nothing to compare with.
+    if adapter is not None and (transformer is not None or config.model.path is None):
+        with collect_errors(errors):
+            adapter_sizes = headers.read_sizes(adapter)
+            headers.require_match(adapter, adapter_sizes, shape.linears)
+
+    notes = list(dict.fromkeys(notes))  # two settings may name the same model
+    if errors or notes or transformer is None or extras is None:
+        return None, errors, notes
+    paths = ModelPaths(transformer, extras, adapter, second_model, init_from, tuple(extra_loras))
+    return ModelFiles(paths, shape, modules, len(adapter_sizes)), [], []
+
+
+@contextlib.contextmanager
+def _collect_problems(errors: list[ZImageTrainError], notes: list[Note]) -> Iterator[None]:
+    """Put a failure of the block into `errors`, or into `notes` if it is only a missing download; go on after it."""
+    try:
+        yield
+    except NotDownloadedError as error:
+        notes.extend(not_downloaded(problem) for problem in error.problems)
+    except ZImageTrainError as error:
+        errors.append(error)
+
+
+def _second_model(config: Config, shape: TransformerShape | None, fetch: DownloadFn | None) -> Path | None:
+    """Return the transformer of `sample.compare_on`, or None if there is none.
+
+    Raises:
+        WeightsError: it cannot be found, or its shape is not `shape`, so that the LoRA does not fit it.
+    """
+    name = config.sample.compare_on
+    if name is None:
+        return None
+    location = Location(key="sample.compare_on")
+    path = locate.transformer_at(name, location, fetch)
+    second_shape = locate.transformer_tensors(path)[0]
+    if shape is not None and second_shape != shape:
+        message = "has another shape than the model of this run, so its LoRA does not fit"
+        raise WeightsError(
+            Problem(replace(location, source=name), message, "give a model of the same size", "other-model")
+        )
+    return path
+
+
+def _init_from(
+    config: Config, modules: list[str], shape: TransformerShape | None, fetch: DownloadFn | None
+) -> Path | None:
+    """Return the LoRA that the training starts from, or None if it starts from zero.
+
+    Raises:
+        WeightsError: it cannot be found, is no LoRA, or does not fit a model of `shape`.
+        ConfigError: its modules or its rank are not those of the LoRA to be trained.
+    """
+    name = config.lora.init_from
+    if name is None:
+        return None
+    location = Location(key="lora.init_from")
+    path = locate.lora_at(name, location, fetch)
+    if shape is None:
+        return path
+    headers.require_match(path, headers.read_sizes(path), shape.linears)
+    ranks = headers.read_ranks(path)
+    location = replace(location, source=name)
+    different_modules = sorted(ranks.keys() ^ set(modules))
+    if different_modules:
+        message = (
+            f"has {len(ranks)} modules and lora.targets {len(modules)}; {different_modules[0]} is in one of them alone"
+        )
+        raise ConfigError(Problem(location, message, "set lora.targets to what it was trained with", "other-modules"))
+    distinct_ranks = sorted(set(ranks.values()))
+    if distinct_ranks != [config.lora.rank]:
+        listed = " and ".join(map(str, distinct_ranks))
+        hint = "make it one rank with `zimage-train lora resize`"
+        if len(distinct_ranks) == 1:
+            hint = f"set lora.rank: {listed}"
+        message = f"has rank {listed}, and lora.rank is {config.lora.rank}"
+        raise ConfigError(Problem(location, message, hint, "other-rank"))
+    return path
+
+
+def _extra_lora(config: Config, index: int, shape: TransformerShape | None, fetch: DownloadFn | None) -> Path:
+    """Return the file of one of `sample.extra_loras`.
+
+    Raises:
+        WeightsError: it cannot be found, is no LoRA, or does not fit a model of `shape`.
+    """
+    location = Location(key=f"sample.extra_loras.{index}")
+    path = locate.lora_at(config.sample.extra_loras[index].file, location, fetch)
+    if shape is not None:
+        headers.require_match(path, headers.read_sizes(path), shape.linears)
+    return path
