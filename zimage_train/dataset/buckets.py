@@ -1,9 +1,11 @@
-"""Which size an image is trained at: multiples of 16 px, close in area and aspect, never upscaled."""
+"""The size at which an image is trained: multiples of 16 px, close in area and aspect, never upscaled."""
 
+import itertools
 import math
 from typing import NamedTuple
 
 STEP_PX = 16
+"""8 px under a latent, and 2 latents in a patch of the transformer."""
 MAX_SIDE_PX = 512 * STEP_PX
 """The position tables of the transformer end here."""
 
@@ -16,10 +18,10 @@ class Bucket(NamedTuple):
 
 
 def nearest_bucket(width: int, height: int, resolution: float) -> Bucket:
-    """The size at which an image of `width` x `height` px is trained at `resolution`, the root of an area.
+    """Return the size at which an image of `width` x `height` px is trained at `resolution`.
 
-    Its area is at most resolution^2 and at most the image's own; among the multiples of 16 around the ideal size
-    it loses the fewest pixels to cropping and rounding. A turned image gets the turned bucket.
+    Its area is at most resolution^2 and at most that of the image. Among the multiples of 16 around the ideal size it
+    is the one that loses the fewest pixels to cropping and rounding. A turned image gets the turned bucket.
 
     Raises:
         ValueError: a side is shorter than 16 px, here or at this resolution.
@@ -30,28 +32,34 @@ def nearest_bucket(width: int, height: int, resolution: float) -> Bucket:
         return Bucket(*reversed(nearest_bucket(height, width, resolution)))
     limit = min(width * height, round(resolution**2))
     scale = math.sqrt(limit / (width * height))
-    candidates = [
-        Bucket(w, h)
-        for w in _around(width * scale)
-        for h in _around(height * scale)
-        if w * h <= limit and w <= width and h <= height and (width != height or w == h)
-    ]
+    candidates: list[Bucket] = []
+    for w, h in itertools.product(_multiples_around(width * scale), _multiples_around(height * scale)):
+        is_upscaled = w > width or h > height
+        breaks_square = width == height and w != h
+        if w * h <= limit and not is_upscaled and not breaks_square:
+            candidates.append(Bucket(w, h))
     if not candidates:
         raise ValueError(f"{width}x{height} px is too narrow for resolution {resolution:.0f}")
-    return max(candidates, key=lambda size: (_kept(width, height, size) * size.width * size.height, size))
+
+    def pixels_of_image(size: Bucket) -> float:
+        return _kept_fraction(width, height, size) * size.width * size.height
+
+    # The size itself decides between equals, so that the result does not depend on the order of the candidates.
+    return max(candidates, key=lambda size: (pixels_of_image(size), size))
 
 
-def _around(side: float) -> list[int]:
+def _multiples_around(side: float) -> list[int]:
+    """Return the multiples of 16 px below and above `side`, within the limits of a side."""
     low = min(max(math.floor(side / STEP_PX), 1) * STEP_PX, MAX_SIDE_PX)
     return [low] if low == MAX_SIDE_PX else [low, low + STEP_PX]
 
 
-def _kept(width: int, height: int, size: Bucket) -> float:
-    """Share of the image that survives scaling it to cover `size` and cropping the rest."""
+def _kept_fraction(width: int, height: int, size: Bucket) -> float:
+    """Return the fraction of an image that is left when it is scaled to cover `size` and the rest is cropped."""
     scale = max(size.width / width, size.height / height)
     return size.width * size.height / (width * scale * height * scale)
 
 
 def crop_percent(width: int, height: int, size: Bucket) -> float:
-    """How much of an image is cropped away in its bucket, in percent."""
-    return 100 * (1 - _kept(width, height, size))
+    """Return how much of an image is cropped away in its bucket, in percent."""
+    return 100 * (1 - _kept_fraction(width, height, size))

@@ -1,8 +1,8 @@
-"""Filling the caches: images and prompts that are missing are encoded, and their encoders freed before training.
+"""Filling the caches: missing latents and embeddings are encoded, and the encoders are freed before training.
 
-Each process of a run encodes its own share and waits for the others; what is missing then, as on a machine with a
-cache of its own, each encodes for itself. Two runs on one volume agree on nothing: an entry is named by its content and
-written whole, so the worst is that both encode the same image.
+Each process of a run encodes its own shard and waits for the others. What is missing then, as on a machine with a cache
+of its own, each process encodes for itself. Two runs may fill one cache at the same time without any agreement: an
+entry is named by its content and written whole, so at worst both encode the same image.
 """
 
 import gc
@@ -28,22 +28,21 @@ from zimage_train.models import text_encoder, vae
 from zimage_train.models.components import LATENT_CHANNELS, LATENT_STRIDE
 
 PROMPT_BYTES = 700_000
-"""Embeddings of a caption of about 130 tokens in bf16; asked of the disk before anything is encoded."""
+"""Estimated size of an embedding: a caption of about 130 tokens in bf16."""
 BATCH_PX = 2**20
-"""Of images of one size that are encoded together on a GPU."""
+"""Pixels of the images of one size that a GPU encodes together."""
 
 EncodeImages = Callable[[list[Image.Image]], Tensor]
-"""Images of one size to latents (b, 16, h/8, w/8)."""
+"""Encodes images of one size to latents (b, 16, h/8, w/8)."""
 EncodePrompts = Callable[[list[str], StepProgress], Iterator[tuple[str, Tensor]]]
-"""Prompts to embeddings (tokens, features), with a tick; they may come in another order."""
-"""Told what is done, how much of it, and of how much."""
+"""Encodes prompts, and yields pairs of a prompt and its embeddings (tokens, features), in any order."""
 EncodeKeys = Callable[[list[str]], Iterator[tuple[str, Tensor]]]
-"""Missing keys to pairs of a key and its value, in any order; begins by loading what it encodes with."""
+"""Loads an encoder, encodes the inputs of some cache keys, and yields pairs of a key and its tensor, in any order."""
 
 
 @dataclass(frozen=True)
 class Shard:
-    """Which of several processes this is, and how it waits for the others."""
+    """The part of the work that one of several processes does, and a barrier to wait for the others."""
 
     rank: int = 0
     world_size: int = 1
@@ -52,7 +51,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class CacheStats:
-    """What filling a cache did."""
+    """How many entries a cache had, and how many were encoded, some of them because they were damaged."""
 
     found: int
     encoded: int
@@ -65,21 +64,24 @@ class CacheStats:
 
 @dataclass(frozen=True)
 class Encoders:
-    """Which encoders, where, and what they are by content."""
+    """Where the encoders are, how they are run, and their digests."""
 
     extras: Path
     device: torch.device
     dtype: str
+    """Of the prompt embeddings."""
     vae_digest: str
     text_digest: str
     warn: Callable[[str], None]
+    """Called for prompts that are too long."""
 
 
 def image_encoder(extras: Path, device: torch.device) -> EncodeImages:
-    """The VAE's encoder; in fp32, since latents are made once and used ever after.
+    """Load the VAE and return its encoder.
 
-    Where a batch does not fit the device it goes through in tiles of 512 px, whose overlaps are blended.
+    A batch that does not fit the device is encoded in tiles of 512 px, whose overlaps are blended.
     """
+    # In fp32 whatever the run's precision is: latents are encoded once and used in every epoch and every later run.
     model = vae.load_vae(extras, device, torch.float32)
 
     def encode(images: list[Image.Image]) -> Tensor:
@@ -91,7 +93,7 @@ def image_encoder(extras: Path, device: torch.device) -> EncodeImages:
 def prompt_encoder(
     extras: Path, device: torch.device, dtype: str, warn: Callable[[str], None] = lambda text: None
 ) -> EncodePrompts:
-    """The text encoder; `warn` is told of prompts that it does not read to their end."""
+    """Load the text encoder and return its encoding of prompts; `warn` is called for prompts that are too long."""
     return partial(text_encoder.load_text_encoder(extras, device, TORCH_DTYPES[dtype]).encode_all, warn=warn)
 
 
@@ -100,138 +102,174 @@ def encode_missing(
     encoders: Encoders,
     items: Iterable[TrainItem],
     prompts: Iterable[str],
-    tick: Progress,
-    share: Shard,
+    progress: Progress,
+    shard: Shard,
 ) -> tuple[CacheStats, CacheStats]:
-    """Encode what is missing of `items` and `prompts`, one encoder after the other, and free both.
+    """Encode the images of `items` and the `prompts` that `cache` does not have, and free the encoders.
 
     Raises:
-        DataError: an image changed since it was checked, or the VAE makes values of it that are not finite.
-        WeightsError: the text encoder makes values that are not finite.
-        DiskError: there is no room for them, or they cannot be written.
+        DataError: an image has changed since it was checked, or its latents are not finite.
+        WeightsError: the embedding of a prompt is not finite.
+        DiskError: there is no room for the entries, or they cannot be written.
     """
-    images = _fill_latents(cache, encoders, items, tick, share)
+    # One encoder after the other: the text encoder alone takes most of a small card, and the transformer is next.
+    image_stats = _fill_latents(cache, encoders, items, progress, shard)
     _free()
-    texts = _fill_prompts(cache, encoders, prompts, tick, share)
+    prompt_stats = _fill_prompts(cache, encoders, prompts, progress, shard)
     _free()
-    return images, texts
+    return image_stats, prompt_stats
 
 
 def fill_generated(
-    cache: TensorCache, sizes: dict[str, int], draw: Callable[[str], Tensor], tick: Progress, share: Shard
+    cache: TensorCache, sizes: dict[str, int], generate: Callable[[str], Tensor], progress: Progress, shard: Shard
 ) -> CacheStats:
-    """Draw what of the keys of `sizes` (bytes) is not in the cache yet, one after the other.
+    """Generate the tensors that `cache` does not have, one after the other.
+
+    Args:
+        cache: gets the tensors.
+        sizes: cache key -> bytes of its tensor.
+        generate: returns the tensor of a key.
+        progress: called for each key.
+        shard: the part of this process.
 
     Raises:
-        WeightsError: the model draws what is not finite.
+        WeightsError: a generated tensor is not finite.
     """
 
-    def encode(keys: list[str]) -> Iterator[tuple[str, Tensor]]:
+    def generate_all(keys: list[str]) -> Iterator[tuple[str, Tensor]]:
         for key in keys:
-            value = draw(key)
+            value = generate(key)
             if not value.isfinite().all():
-                what, todo = "draws images that are not finite", "use other weights, or another lora.init_from"
-                raise WeightsError(Problem("model", what, todo))
+                message, hint = "draws images that are not finite", "use other weights, or another lora.init_from"
+                raise WeightsError(Problem("model", message, hint, "not-finite"))
             yield key, value
 
-    return _fill(cache, "own images", sizes, encode, tick, share)
+    return _fill(cache, "own images", sizes, generate_all, progress, shard)
 
 
 def _fill_latents(
-    cache: TensorCache, encoders: Encoders, items: Iterable[TrainItem], tick: Progress, share: Shard
+    cache: TensorCache, encoders: Encoders, items: Iterable[TrainItem], progress: Progress, shard: Shard
 ) -> CacheStats:
-    jobs = {latent_key(item.image, item.size, item.flip, encoders.vae_digest): item for item in items}
-    # One by one, a CPU makes the same bits every time.
+    # A dict, since repeats of an image are items of their own that have the same latents.
+    items_by_key = {latent_key(item.image, item.size, item.flip, encoders.vae_digest): item for item in items}
+    # Images of a batch may get other last bits than alone, depending on its size. A CPU gains little by batches and
+    # encodes one image at a time, so that its latents never depend on what else was missing.
     batch_px = BATCH_PX if encoders.device.type == "cuda" else 0
 
     def encode(keys: list[str]) -> Iterator[tuple[str, Tensor]]:
-        encoder = image_encoder(encoders.extras, encoders.device)
-        for batch in _batches_of_one_size(keys, jobs, batch_px):
-            latents = encoder([_fitted(jobs[key]) for key in batch])
-            for key, one in zip(batch, latents, strict=True):
-                if not one.isfinite().all():
-                    what = "the VAE's latents of it are not finite"
-                    path = str(jobs[key].image.path)
-                    raise DataError(Problem(path, what, "remove the image, or use another VAE"))
-                yield key, one.clone()
+        encode_images = image_encoder(encoders.extras, encoders.device)
+        for batch in _batches_of_one_size(keys, items_by_key, batch_px):
+            latents = encode_images([_load_fitted(items_by_key[key]) for key in batch])
+            for key, latent in zip(batch, latents, strict=True):
+                if not latent.isfinite().all():
+                    path = str(items_by_key[key].image.path)
+                    message = "the VAE's latents of it are not finite"
+                    hint = "remove the image, or use another VAE"
+                    raise DataError(Problem(path, message, hint, "not-finite"))
+                # A copy, since a view keeps the latents of the whole batch in memory.
+                yield key, latent.clone()
 
-    sizes = {key: _latent_bytes(item.size) for key, item in jobs.items()}
-    return _fill(cache, "images", sizes, encode, tick, share)
-
-
-def _fill_prompts(
-    cache: TensorCache, encoders: Encoders, prompts: Iterable[str], tick: Progress, share: Shard
-) -> CacheStats:
-    jobs = {prompt_key(prompt, encoders.text_digest, encoders.dtype): prompt for prompt in prompts}
-    keys_by_prompt = {prompt: key for key, prompt in jobs.items()}
-    by_layer = partial(tick, "encoding prompts, layer by layer")
-
-    def encode(keys: list[str]) -> Iterator[tuple[str, Tensor]]:
-        encoder = prompt_encoder(encoders.extras, encoders.device, encoders.dtype, encoders.warn)
-        for prompt, embeds in encoder([jobs[key] for key in keys], by_layer):
-            if not embeds.isfinite().all():
-                what = f"its embedding of {prompt[:40]!r} is not finite"
-                raise WeightsError(Problem("text_encoder", what, "get the files of model.extras again"))
-            yield keys_by_prompt[prompt], embeds
-
-    return _fill(cache, "prompts", dict.fromkeys(jobs, PROMPT_BYTES), encode, tick, share)
+    sizes = {key: _latent_bytes(item.size) for key, item in items_by_key.items()}
+    return _fill(cache, "images", sizes, encode, progress, shard)
 
 
-def _fill(
-    cache: TensorCache, what: str, sizes: dict[str, int], encode: EncodeKeys, tick: Progress, share: Shard
-) -> CacheStats:
-    """Encode every key of `sizes` (bytes) whose entry is missing or damaged: its own share, then what others left."""
-    atomic.remove_stale_temp_files(cache.folder)
-    missing: list[str] = []
-    for number, key in enumerate(sizes, 1):
-        if cache.read(key) is None:
-            missing.append(key)
-        tick(f"checking cached {what}", number, len(sizes))
-    damaged = sum(cache.has_file(key) for key in missing)
-    atomic.require_free_space(cache.folder, sum(sizes[key] for key in missing), f"cached {what}")
+def _batches_of_one_size(keys: list[str], items_by_key: dict[str, TrainItem], batch_px: int) -> Iterator[list[str]]:
+    """Yield `keys` in batches of one size, each of at most `batch_px` pixels or of one image."""
+    keys_by_size: dict[Bucket, list[str]] = {}
+    for key in keys:
+        keys_by_size.setdefault(items_by_key[key].size, []).append(key)
+    for size, same_size in keys_by_size.items():
+        batch_size = max(batch_px // (size.width * size.height), 1)
+        for start in range(0, len(same_size), batch_size):
+            yield same_size[start : start + batch_size]
 
-    def write(keys: list[str]) -> int:
-        encoded = encode(keys) if keys else ()
-        for number, (key, value) in enumerate(encoded, 1):
-            cache.write(key, value.cpu())
-            tick(f"encoding {what}", number, len(keys))
-        return len(keys)
 
-    # Shares are of all keys, which every process sees alike, and not of the missing ones, which become fewer meanwhile.
-    own = set(list(sizes)[share.rank :: share.world_size])
-    encoded = write([key for key in missing if key in own])
-    share.barrier()
-    encoded += write([key for key in missing if key not in own and cache.read(key) is None])
-    return CacheStats(len(sizes) - encoded, encoded, damaged)
+def _load_fitted(item: TrainItem) -> Image.Image:
+    """Return the image of `item`, scaled, cropped and mirrored as it is trained.
+
+    Raises:
+        DataError: the file is gone or has changed since it was checked.
+    """
+    path = item.image.path
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        message = f"cannot be read any more ({error.strerror})"
+        raise DataError(Problem(str(path), message, "put it back", "unreadable-file")) from None
+    # The key of the cache entry has the digest of before, so other content must not come under it.
+    if hashlib.sha256(content).hexdigest() != item.image.digest:
+        raise DataError(Problem(str(path), "changed while this command ran", "run it again", "changed-file"))
+    fitted = fit(load(path, content), item.size)
+    # Mirrored before it is encoded: the VAE is not symmetric, so mirrored latents are not those of the mirrored image.
+    return ImageOps.mirror(fitted) if item.flip else fitted
 
 
 def _latent_bytes(size: Bucket) -> int:
     return 4 * LATENT_CHANNELS * (size.width // LATENT_STRIDE) * (size.height // LATENT_STRIDE)
 
 
-def _batches_of_one_size(keys: list[str], jobs: dict[str, TrainItem], batch_px: int) -> Iterator[list[str]]:
-    alike: dict[Bucket, list[str]] = {}
-    for key in keys:
-        alike.setdefault(jobs[key].size, []).append(key)
-    for size, same in alike.items():
-        most = max(batch_px // (size.width * size.height), 1)
-        for start in range(0, len(same), most):
-            yield same[start : start + most]
+def _fill_prompts(
+    cache: TensorCache, encoders: Encoders, prompts: Iterable[str], progress: Progress, shard: Shard
+) -> CacheStats:
+    keys = {prompt: prompt_key(prompt, encoders.text_digest, encoders.dtype) for prompt in prompts}
+    prompts_by_key = {key: prompt for prompt, key in keys.items()}
+    layer_progress = partial(progress, "encoding prompts, layer by layer")
+
+    def encode(missing: list[str]) -> Iterator[tuple[str, Tensor]]:
+        encode_prompts = prompt_encoder(encoders.extras, encoders.device, encoders.dtype, encoders.warn)
+        for prompt, embeds in encode_prompts([prompts_by_key[key] for key in missing], layer_progress):
+            if not embeds.isfinite().all():
+                message = f"its embedding of {prompt[:40]!r} is not finite"
+                raise WeightsError(
+                    Problem("text_encoder", message, "get the files of model.extras again", "not-finite")
+                )
+            yield keys[prompt], embeds
+
+    return _fill(cache, "prompts", dict.fromkeys(prompts_by_key, PROMPT_BYTES), encode, progress, shard)
 
 
-def _fitted(item: TrainItem) -> Image.Image:
-    path = item.image.path
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise DataError(Problem(str(path), f"cannot be read any more ({error.strerror})", "put it back")) from None
-    if hashlib.sha256(content).hexdigest() != item.image.digest:
-        raise DataError(Problem(str(path), "changed while this command ran", "run it again"))
-    fitted = fit(load(path, content), item.size)
-    return ImageOps.mirror(fitted) if item.flip else fitted
+def _fill(
+    cache: TensorCache, what: str, sizes: dict[str, int], encode: EncodeKeys, progress: Progress, shard: Shard
+) -> CacheStats:
+    """Encode every key of `sizes` (in bytes) whose entry is missing or damaged: the own shard, then what others left.
+
+    `what` names the entries in progress and errors.
+    """
+    # A process that was killed while it wrote has left its temporary file.
+    atomic.remove_stale_temp_files(cache.folder)
+    missing: list[str] = []
+    for number, key in enumerate(sizes, 1):
+        # Read whole, as a damaged entry would end the run only when training comes to it.
+        if cache.read(key) is None:
+            missing.append(key)
+        progress(f"checking cached {what}", number, len(sizes))
+    num_damaged = sum(cache.has_file(key) for key in missing)
+    # All of it before the first: a full disk is better known now than after an hour of encoding.
+    atomic.require_free_space(cache.folder, sum(sizes[key] for key in missing), f"cached {what}")
+
+    def encode_and_write(keys: list[str]) -> None:
+        if not keys:
+            return  # without loading the encoder
+        for number, (key, value) in enumerate(encode(keys), 1):
+            cache.write(key, value.cpu())
+            progress(f"encoding {what}", number, len(keys))
+
+    # The shards are cut from all keys, of which every process has the same list, and not from the missing ones: a
+    # process that looks later misses fewer, since others are writing already. In strides, so that large images, which
+    # often come together, are spread over the processes.
+    own_keys = set(list(sizes)[shard.rank :: shard.world_size])
+    own_missing = [key for key in missing if key in own_keys]
+    encode_and_write(own_missing)
+    shard.barrier()
+    # Read again: here are the entries of the others, unless they write to another disk.
+    left_missing = [key for key in missing if key not in own_keys and cache.read(key) is None]
+    encode_and_write(left_missing)
+    num_encoded = len(own_missing) + len(left_missing)
+    return CacheStats(len(sizes) - num_encoded, num_encoded, num_damaged)
 
 
 def _free() -> None:
-    gc.collect()
+    """Give the memory of an encoder back to the device."""
+    gc.collect()  # modules refer to themselves in cycles, which wait for the collector
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

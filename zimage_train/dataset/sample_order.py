@@ -1,10 +1,10 @@
-"""Which samples each step trains on: a pure function of (seed, step), so a resumed run needs nothing but its step.
+"""The order of samples: a pure function of (seed, step), so that a resumed run needs nothing but its step.
 
-An epoch holds every item once, grouped by size into micro-batches; a step takes `accumulate` micro-batches for each
-process. The order of an epoch is by hashed keys, so neither the file system nor an added image rearranges it.
-Regularization images have epochs of their own and get their share of the micro-batches.
+An epoch holds every item once, in micro-batches of one size. A step takes `grad_accumulation` micro-batches for each
+process. Regularization images have epochs of their own.
 """
 
+import itertools
 import math
 from collections import Counter
 from dataclasses import dataclass, field
@@ -23,127 +23,158 @@ UINT63 = 2**63
 
 @dataclass(frozen=True)
 class TrainItem:
-    """One image at one size: what an epoch holds once."""
+    """One use of an image, at one size. An epoch holds each item once."""
 
     entry: int
+    """Index of the data entry."""
     image: ImageRecord
     resolution: int
+    """px; the size comes from it."""
     size: Bucket
     repeat: int
+    """Which of the repeats of the image, from 0."""
     flip: bool = False
+    """Whether the image is mirrored."""
 
     def identity(self) -> tuple[KeyPart, ...]:
-        """What an item's randomness is keyed by: its content and its use, never its name or place."""
+        """Return the key of this item's random numbers."""
+        # Content and use alone. With a path or an index in the key, a moved folder, a renamed file or an added image
+        # would change every other number of the run.
         return (self.image.digest, self.resolution, self.repeat, self.flip)
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One item in one epoch, with the prompt it is trained with there."""
+    """An item in one epoch, with its prompt there."""
 
     item: TrainItem
     epoch: int
     prompt: str
     preserve_prompt: str | None = None
-    """The prompt for which the model is held to what it was."""
+    """The prompt of the preservation loss, or None if that is off."""
 
     def key(self) -> tuple[KeyPart, ...]:
-        """The path of this sample's noise and sigma."""
+        """Return the key of this sample's noise and sigma."""
         return (self.epoch, *self.item.identity())
 
 
-MicroBatch = tuple[Sample, ...]
-
-
 def make_items(config: Config, images: list[list[ImageRecord]]) -> list[TrainItem]:
-    """Every image at each of its resolutions, as often as it is repeated, and mirrored too where asked.
+    """Return an item for each image, each of its sizes, each repeat, and each of the image and its mirror image.
 
-    Resolutions that give the same size count once.
+    Args:
+        config: the config, of whose `data` each entry gives the use of its images.
+        images: the images of each entry.
 
     Raises:
-        DataError: an image is too narrow for a resolution; all of them are listed.
+        DataError: images are too narrow for a resolution; all of them are listed.
     """
-    items, problems = [], []
-    for index, (entry, found) in enumerate(zip(config.data, images, strict=True)):
-        for image in found:
-            sizes: dict[Bucket, int] = {}
-            for side in target_sides(entry):
-                try:
-                    sizes.setdefault(nearest_bucket(image.width, image.height, side), int(side))
-                except ValueError as error:
-                    problems.append(Problem(str(image.path), str(error), "crop it or remove it"))
-            items += [
-                TrainItem(index, image, resolution, size, repeat, flip)
-                for size, resolution in sizes.items()
-                for repeat in range(image.repeats)
-                for flip in ((False, True) if entry.flip else (False,))
-            ]
+    items: list[TrainItem] = []
+    problems: list[Problem] = []
+    for index, (entry, records) in enumerate(zip(config.data, images, strict=True)):
+        flips = (False, True) if entry.flip else (False,)
+        for image in records:
+            resolutions = _resolution_by_size(image, entry, problems)
+            for size, resolution in resolutions.items():
+                for repeat, flip in itertools.product(range(image.repeats), flips):
+                    items.append(TrainItem(index, image, resolution, size, repeat, flip))
     if problems:
         raise DataError(*problems)
     return items
 
 
+def _resolution_by_size(image: ImageRecord, entry: DataEntry, problems: list[Problem]) -> dict[Bucket, int]:
+    """Return size -> resolution for `image`, and add resolutions for which it is too narrow to `problems`."""
+    resolutions: dict[Bucket, int] = {}
+    for side in target_sides(entry):
+        try:
+            size = nearest_bucket(image.width, image.height, side)
+        except ValueError as error:
+            problems.append(Problem(str(image.path), str(error), "crop it or remove it", "too-narrow"))
+            continue
+        # A small image, which is never upscaled, has one size at several resolutions, and is one item then.
+        resolutions.setdefault(size, int(side))
+    return resolutions
+
+
 def target_sides(entry: DataEntry) -> list[float]:
-    """The roots of the areas that images of `entry` are trained at, px."""
-    return [math.sqrt(entry.max_pixels)] if entry.max_pixels is not None else [float(one) for one in entry.resolution]
+    """Return the square roots of the areas at which images of `entry` are trained, px."""
+    if entry.max_pixels is not None:
+        return [math.sqrt(entry.max_pixels)]
+    return [float(resolution) for resolution in entry.resolution]
 
 
 @dataclass(frozen=True)
 class EpochStream:
-    """Items that are seen in one order, epoch after epoch."""
+    """The micro-batches of some items, epoch after epoch, numbered from 0 without end."""
 
     items: tuple[TrainItem, ...]
     order: "SampleOrder" = field(repr=False, compare=False)
-    _epochs: dict[int, list[MicroBatch]] = field(default_factory=dict, repr=False, compare=False)
+    _epochs: dict[int, list[tuple[Sample, ...]]] = field(default_factory=dict, repr=False, compare=False)
 
     @cached_property
     def micro_batches_per_epoch(self) -> int:
-        """Forward passes that see every item once."""
+        """The number of micro-batches that hold every item once."""
         counts = Counter((item.size, self.order.batch_size_of(item)) for item in self.items)
-        return sum(-(-count // most) for (_, most), count in counts.items())
+        return sum(math.ceil(count / batch_size) for (_, batch_size), count in counts.items())
 
-    def micro_batch(self, index: int) -> MicroBatch:
+    def micro_batch(self, index: int) -> tuple[Sample, ...]:
+        """Return the micro-batch number `index`."""
         epoch, position = divmod(index, self.micro_batches_per_epoch)
         return self._epoch(epoch)[position]
 
-    def _epoch(self, epoch: int) -> list[MicroBatch]:
-        """The last few epochs are kept; safe when the loop and its prefetching thread ask at the same time."""
+    def _epoch(self, epoch: int) -> list[tuple[Sample, ...]]:
         batches = self._epochs.get(epoch)
         if batches is None:
-            batches = self._order(epoch)
+            batches = self._make_epoch(epoch)
+            # An epoch is made of a hash of each item, too slow to repeat for each micro-batch. The last few are kept,
+            # since a step may lie in two epochs, and the loop still asks for a step when the thread that prefetches is
+            # in the next. Both may be here at once; then both make the same list, and popping twice does no harm.
             for older in list(self._epochs)[:-2]:
                 self._epochs.pop(older, None)
             self._epochs[epoch] = batches
         return batches
 
-    def _order(self, epoch: int) -> list[MicroBatch]:
+    def _make_epoch(self, epoch: int) -> list[tuple[Sample, ...]]:
+        """Return the micro-batches of `epoch` in their order."""
         seed = self.order.seed
-        order = sorted(self.items, key=lambda item: (keyed_int(seed, "order", epoch, *item.identity()), item.entry))
+
+        # Sorted by a hash of each item instead of shuffled: a shuffle depends on the number of items and on the order
+        # in which the file system lists them. By hashes, an added image takes a place of its own and the others keep
+        # their order. An image that is in two entries has one hash, so the entry decides.
+        def item_key(item: TrainItem) -> tuple[int, int]:
+            return keyed_int(seed, "order", epoch, *item.identity()), item.entry
+
         groups: dict[tuple[Bucket, int], list[TrainItem]] = {}
-        for item in order:
+        for item in sorted(self.items, key=item_key):
             groups.setdefault((item.size, self.order.batch_size_of(item)), []).append(item)
-        batches = [
-            tuple(self.order.sample(item, epoch) for item in group[start : start + most])
-            for (_, most), group in groups.items()
-            for start in range(0, len(group), most)
-        ]
+        batches: list[tuple[Sample, ...]] = []
+        for (_, batch_size), group in groups.items():
+            for start in range(0, len(group), batch_size):
+                batches.append(tuple(self.order.sample(item, epoch) for item in group[start : start + batch_size]))
+        # The groups come one after the other, so the sizes have to be mixed again. The hash of the first sample will
+        # do: an item is in one micro-batch of an epoch, and the place does not depend on how full the batch is.
         return sorted(batches, key=lambda batch: keyed_int(seed, "batches", *batch[0].key()))
 
 
 @dataclass(frozen=True)
 class SampleOrder:
-    """The order of a whole run."""
+    """The samples of each step of a run."""
 
     seed: int
     items: tuple[TrainItem, ...]
     entries: tuple[DataEntry, ...]
-    """What `Item.entry` counts."""
+    """The data entries, by `TrainItem.entry`."""
     preserve: PreserveSettings
     batch_size: int
+    """Samples in a micro-batch, unless their entry has another number."""
     grad_accumulation: int
     world_size: int
+    """Number of processes."""
     regularization_share: float
-    """Of the micro-batches, where there are regularization items."""
+    """Fraction of the micro-batches that hold regularization items, if there are any."""
+
+    # Regularization images have epochs of their own. In a common epoch the share of each kind would follow from the
+    # number of its images: 10 photos beside 1000 class images would be 1% of the samples.
 
     @cached_property
     def concept(self) -> EpochStream:
@@ -152,90 +183,103 @@ class SampleOrder:
 
     @cached_property
     def regularization(self) -> EpochStream | None:
-        """The items of its class, if there are any."""
+        """The regularization items, or None if there are none."""
         items = tuple(item for item in self.items if self.entries[item.entry].regularization)
         return EpochStream(items, self) if items else None
 
     def batch_size_of(self, item: TrainItem) -> int:
-        """Samples in a micro-batch of such items."""
+        """Return the number of samples in a full micro-batch of items such as `item`."""
         return self.entries[item.entry].batch_size or self.batch_size
 
     @property
     def effective_regularization_share(self) -> float:
-        """Of the micro-batches, those of regularization items."""
+        """The fraction of the micro-batches that hold regularization items; 0 if there are none."""
         return self.regularization_share if self.regularization else 0.0
 
     @property
     def steps_per_epoch(self) -> float:
-        """Steps in which each item of the concept is seen once."""
-        return self.concept.micro_batches_per_epoch / (
-            self.grad_accumulation * self.world_size * (1.0 - self.effective_regularization_share)
-        )
+        """The number of steps in which each item of the concept is seen once."""
+        concept_share = 1.0 - self.effective_regularization_share
+        return self.concept.micro_batches_per_epoch / (self.grad_accumulation * self.world_size * concept_share)
 
-    def step_batches(self, step: int) -> list[MicroBatch]:
-        """The micro-batches of `step` (from 1) for all processes; process r of p takes `[r::p]`."""
+    def step_batches(self, step: int) -> list[tuple[Sample, ...]]:
+        """Return the micro-batches of `step` (from 1) for all processes; process r of p takes `[r::p]`.
+
+        A step depends on the product of `grad_accumulation` and the number of processes alone: two processes that
+        accumulate 2 train on the samples of one process that accumulates 4.
+        """
         if step < 1:
             raise ValueError(f"steps count from 1, not {step}")
+        # Processes take strides and not blocks of this list, so that they are in the same part of the order at any
+        # time: the first micro-batches of all processes are the first of the step.
         count = self.grad_accumulation * self.world_size
         return [self._micro_batch(index) for index in range((step - 1) * count, step * count)]
 
-    def _micro_batch(self, index: int) -> MicroBatch:
-        before = math.floor(index * self.effective_regularization_share)
-        if self.regularization is not None and math.floor((index + 1) * self.effective_regularization_share) > before:
-            return self.regularization.micro_batch(before)
-        return self.concept.micro_batch(index - before)
+    def _micro_batch(self, index: int) -> tuple[Sample, ...]:
+        # With a share f, floor(index * f) micro-batches before this one were of regularization, evenly spread; this one
+        # is where the floor goes up. So the place in both streams follows from `index`, without a counter to save.
+        share = self.effective_regularization_share
+        num_before = math.floor(index * share)
+        if self.regularization is not None and math.floor((index + 1) * share) > num_before:
+            return self.regularization.micro_batch(num_before)
+        return self.concept.micro_batch(index - num_before)
 
     def sample(self, item: TrainItem, epoch: int) -> Sample:
-        """`item` as it is trained in `epoch`."""
+        """Return `item` as it is trained in `epoch`."""
         entry = self.entries[item.entry]
-        is_dropped = keyed_int(self.seed, "caption dropout", epoch, *item.identity()) / UINT63 < entry.caption_dropout
-        prompt = captions.dropout_prompt(entry) if is_dropped else self.prompt(item, epoch)
+        draw = keyed_int(self.seed, "caption dropout", epoch, *item.identity()) / UINT63
+        prompt = captions.dropout_prompt(entry) if draw < entry.caption_dropout else self.prompt(item, epoch)
         return Sample(item, epoch, prompt, captions.preserve_prompt(prompt, entry, self.preserve))
 
     def prompt(self, item: TrainItem, epoch: int) -> str:
-        """What `item` is trained with in `epoch` unless its caption is dropped; the same at every resolution."""
+        """Return the prompt of `item` in `epoch` unless its caption is dropped."""
 
-        def share(name: str, *more: int) -> float:
-            return keyed_int(self.seed, name, epoch, item.image.digest, item.repeat, *more) / UINT63
+        # Without the resolution in the key: an image has one prompt in an epoch, and fewer prompts have to be encoded.
+        def uniform(name: str, *key: int) -> float:
+            return keyed_int(self.seed, name, epoch, item.image.digest, item.repeat, *key) / UINT63
 
-        return captions.sample_prompt(item.image.prompts, self.entries[item.entry], share)
+        return captions.sample_prompt(item.image.prompts, self.entries[item.entry], uniform)
 
     def longest_sample(self, item: TrainItem) -> Sample:
-        """`item` with the longest of its prompts, no tag or caption dropped."""
+        """Return `item` with the longest of its prompts, no tag or caption dropped."""
         prompt = item.image.longest_prompt
         return Sample(item, 0, prompt, captions.preserve_prompt(prompt, self.entries[item.entry], self.preserve))
 
     def prompts(self, steps: int) -> list[str]:
-        """Every prompt that a run of so many steps can use."""
-        found: set[tuple[str, int]] = set()
+        """Return every prompt that a run of `steps` steps can use, sorted."""
+        used: set[tuple[str, int]] = set()  # (prompt, index of its entry)
         for item in self.items:
             entry = self.entries[item.entry]
             if captions.has_tags(entry):
-                found.add((item.image.longest_prompt, item.entry))  # for the rehearsal
-                found |= {(self.prompt(item, epoch), item.entry) for epoch in range(self._epochs(item, steps))}
+                used.add((item.image.longest_prompt, item.entry))  # for the dry run; see `longest_sample`
+                for epoch in range(self._num_epochs(item, steps)):
+                    used.add((self.prompt(item, epoch), item.entry))
             else:
-                found |= {(prompt, item.entry) for prompt in item.image.prompts}
+                used.update((prompt, item.entry) for prompt in item.image.prompts)
             if entry.caption_dropout:
-                found.add((captions.dropout_prompt(entry), item.entry))
-        held = {captions.preserve_prompt(prompt, self.entries[entry], self.preserve) for prompt, entry in found}
-        return sorted({prompt for prompt, _ in found} | {prompt for prompt in held if prompt is not None})
+                used.add((captions.dropout_prompt(entry), item.entry))
+        prompts: set[str] = set()
+        for prompt, entry_index in used:
+            prompts.add(prompt)
+            preserve_prompt = captions.preserve_prompt(prompt, self.entries[entry_index], self.preserve)
+            if preserve_prompt is not None:
+                prompts.add(preserve_prompt)
+        return sorted(prompts)
 
-    def _epochs(self, item: TrainItem, steps: int) -> int:
-        """How many epochs of such items a run of so many steps begins."""
-        is_own = not self.entries[item.entry].regularization
-        stream = self.concept if is_own else self.regularization
+    def _num_epochs(self, item: TrainItem, steps: int) -> int:
+        """Return an upper bound of the epochs of the stream of `item` that a run of `steps` steps begins."""
+        if self.entries[item.entry].regularization:
+            stream, share = self.regularization, self.effective_regularization_share
+        else:
+            stream, share = self.concept, 1.0 - self.effective_regularization_share
         assert stream is not None
-        passes = (
-            steps
-            * self.grad_accumulation
-            * self.world_size
-            * (1.0 - self.effective_regularization_share if is_own else self.effective_regularization_share)
-        )
-        return math.ceil(passes + 1) // stream.micro_batches_per_epoch + 1
+        # One more than the share, which the rounding of `_micro_batch` can give to either stream.
+        num_micro_batches = steps * self.grad_accumulation * self.world_size * share
+        return math.ceil(num_micro_batches + 1) // stream.micro_batches_per_epoch + 1
 
 
 def make_sample_order(config: Config, items: list[TrainItem], processes: int = 1) -> SampleOrder:
-    """The plan of a run: what is random in it follows from `config.seed` alone."""
+    """Return the order of `items` in a run of `processes`; all that is random in it follows from `config.seed`."""
     return SampleOrder(
         seed=config.seed,
         items=tuple(items),

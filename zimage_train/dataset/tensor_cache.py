@@ -1,7 +1,7 @@
-"""Latents and prompt embeddings on disk, found by what went into them, checked when read.
+"""Latents and prompt embeddings on disk, under keys made of their inputs, and checked when they are read.
 
-A key is a digest of content: the image's bytes, its size and the VAE; the prompt and the text encoder. So a changed
-image, caption or encoder is encoded again and nothing else is.
+A key is a digest of content: the bytes of the image, its size and the VAE; the prompt and the text encoder. So what is
+encoded again after a change is what depends on the changed image, caption or encoder, and nothing else.
 """
 
 import hashlib
@@ -31,7 +31,7 @@ class TensorCache:
     folder: Path
 
     def read(self, key: str) -> Tensor | None:
-        """The tensor stored under `key`, or None when it is missing, damaged or stored under another key."""
+        """Return the tensor under `key`, or None if it is missing, damaged or was stored under another key."""
         try:
             tensors, metadata = tensorfile.load_with_digest(self._path(key))
         except WeightsError:
@@ -39,6 +39,7 @@ class TensorCache:
         return tensors.get("value") if metadata.get("key") == key else None
 
     def has_file(self, key: str) -> bool:
+        """Return whether there is an entry for `key`, which may be damaged."""
         return self._path(key).exists()
 
     def write(self, key: str, value: Tensor) -> None:
@@ -50,24 +51,26 @@ class TensorCache:
         tensorfile.save_with_digest(self._path(key), {"value": value}, {"key": key})
 
     def _path(self, key: str) -> Path:
+        # Two digits as a folder: some file systems become slow with many thousand files in one.
         kind, digest = key.split("/")
         return self.folder / kind / digest[:2] / f"{digest}.safetensors"
 
 
 def latent_key(image: ImageRecord, size: Bucket, flip: bool, vae_digest: str) -> str:
-    """The key of an image's latents: its bytes, its size, whether it is mirrored, the VAE."""
+    """Return the key of an image's latents: its bytes, its size, whether it is mirrored, the VAE."""
+    # Nothing where it is not, as before images could be mirrored, so that entries of that time are still found.
     mirrored = ("flip",) if flip else ()
     return f"latents/{_digest('latents', image.digest, size.width, size.height, vae_digest, *mirrored)}"
 
 
 def prompt_key(prompt: str, encoder_digest: str, dtype: str) -> str:
-    """The key of a prompt's embeddings: the prompt, the text encoder with its template, the precision."""
+    """Return the key of a prompt's embeddings: the prompt, the text encoder with its template, the precision."""
     return f"prompts/{_digest('prompts', prompt, encoder_digest, dtype)}"
 
 
-def generated_key(recipe: str, *parts: str) -> str:
-    """The key of what the model itself draws by `recipe`: that and all that the model is."""
-    return f"own/{_digest('own', recipe, *parts)}"
+def generated_key(request: str, *parts: str) -> str:
+    """Return the key of latents that the model generates: the request, and `parts` that identify method and model."""
+    return f"own/{_digest('own', request, *parts)}"
 
 
 def _digest(*parts: str | int) -> str:
@@ -106,7 +109,8 @@ class CachedDataset:
         if image.mask is None:
             return None
         key = (image.digest, image.mask.digest, item.size, item.flip)
-        if key not in self._masks:  # kept as bytes: a quarter of the memory, and masks have 8 bits anyway
+        if key not in self._masks:
+            # Kept as bytes, which is a quarter of the memory. Masks have 8 bits before they are scaled.
             mask = masks.mask_on_latents(image.mask, item.size, item.flip, image.digest)
             self._masks[key] = (torch.from_numpy(mask) * 255.0).round().to(torch.uint8)
         return self._masks[key].unsqueeze(0).float() / 255.0
@@ -119,6 +123,6 @@ class CachedDataset:
         """
         value = self.cache.read(key)
         if value is None:
-            what = "its cache entry is gone or damaged"
-            raise DataError(Problem(source, what, "run the same command again", "cache-entry-gone"))
+            message = "its cache entry is gone or damaged"
+            raise DataError(Problem(source, message, "run the same command again", "cache-entry-gone"))
         return value
