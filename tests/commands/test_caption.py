@@ -70,6 +70,7 @@ def images_of(folder: Path) -> list[Path]:
         ('"A red fox."', "A red fox."),
         ("**A red fox**\nin   `grass`.", "A red fox in grass."),
         ("The image shows a red fox.", "A red fox."),
+        ("This picture depicts a red fox.", "A red fox."),
         ("This image depicts two foxes.", "Two foxes."),
         ("The image quality is poor.", "The image quality is poor."),
         ("A fox.\x00\x07 Its \ufffdtail.", "A fox. Its tail."),
@@ -276,7 +277,7 @@ def test_tags_and_instruction_reach_model(qwen, images, monkeypatch):
         lambda self, image, text, most: asked.append((text, most)) or ("Fox, Sea", True),
     )
     caption_folder(images, wanted(qwen, style="tags", instruction="Which animals?"), Console())
-    assert set(asked) == {("Which animals?", CAPTION_STYLES["tags"].most_tokens)}
+    assert set(asked) == {("Which animals?", CAPTION_STYLES["tags"].max_tokens)}
     assert set(texts(images).values()) == {"fox, sea\n"}
 
 

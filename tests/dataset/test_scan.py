@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 from zimage_train.config.dataset import DataEntry
-from zimage_train.dataset.metadata import IMAGE_COLUMNS
 from zimage_train.dataset.scan import FolderScan, dataset_fingerprint, scan_entry
+from zimage_train.dataset.sources import IMAGE_COLUMNS
 from zimage_train.errors import Note
 
 from dataset_folder import image, problems, prompts, scanned

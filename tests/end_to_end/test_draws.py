@@ -568,7 +568,7 @@ def literals(source: str) -> set[str]:
     keyed = [
         call
         for call in calls
-        if isinstance(call.func, ast.Name) and call.func.id in ("keyed_generator", "keyed_int", "share")
+        if isinstance(call.func, ast.Name) and call.func.id in ("keyed_generator", "keyed_int", "uniform")
     ]
     parts = [part for call in keyed for part in call.args if isinstance(part, ast.Constant)]
     return {part.value for part in parts if isinstance(part.value, str)}

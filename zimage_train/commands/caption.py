@@ -51,7 +51,7 @@ def caption_folder(folder: Path, options: CaptionOptions, console: Console) -> l
     with console.live_progress():
         # Existing captions may contain [trigger], which only a config with a trigger may have.
         entry = DataEntry(folder=str(folder), caption_ext=options.extension, trigger=options.trigger or "any")
-        scan = scan_entry(entry, "FOLDER", tick=console.progress)
+        scan = scan_entry(entry, "FOLDER", progress=console.progress)
     errors = list(scan.errors)
     pairs = _images_to_caption(scan.images, options, errors)
     num_captioned = sum(bool(image.raw_captions) for image in scan.images)
@@ -130,5 +130,5 @@ def _load_model(name: str, console: Console) -> captioner.CaptionModel:
 def _describe(model: captioner.CaptionModel, instruction: str, path: Path, options: CaptionOptions) -> str:
     """Return the caption of an image, or an empty text if the model's answer has none."""
     image = images.load(path, path.read_bytes())
-    answer, is_whole = model.answer(image, instruction, caption_prompts.CAPTION_STYLES[options.style].most_tokens)
+    answer, is_whole = model.answer(image, instruction, caption_prompts.CAPTION_STYLES[options.style].max_tokens)
     return caption_prompts.clean_answer(answer, options.style, is_whole, options.trigger)

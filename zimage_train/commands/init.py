@@ -12,7 +12,8 @@ from zimage_train.config import load, templates
 from zimage_train.config.dataset import DataEntry
 from zimage_train.config.templates import SUBJECT_KINDS, TemplateValues
 from zimage_train.dataset.images import EXTENSIONS
-from zimage_train.dataset.scan import KOHYA_FOLDER, MASK_FOLDER, ImageRecord, kohya_names, scan_entry
+from zimage_train.dataset.scan import ImageRecord, scan_entry
+from zimage_train.dataset.sources import KOHYA_FOLDER, MASK_FOLDER, kohya_names
 from zimage_train.errors import ConfigError, Note, Problem, ZImageTrainError, raise_all
 from zimage_train.io import atomic
 from zimage_train.io.progress import Progress
@@ -78,7 +79,7 @@ def summarize_folder(folder: Path, progress: Progress) -> FolderSummary:
     mask = _mask_folder(folder)
     # A trigger is not chosen yet, but captions with the placeholder [trigger] need one.
     entry = DataEntry(folder=str(folder), trigger="any", mask=mask)
-    scan = scan_entry(entry, "FOLDER", tick=progress)
+    scan = scan_entry(entry, "FOLDER", progress=progress)
     if not scan.images:
         raise_all(scan.errors)
     problems = [problem for error in scan.errors for problem in error.problems]

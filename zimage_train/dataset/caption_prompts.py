@@ -1,4 +1,4 @@
-"""What a vision-language model is asked for a caption, and what of its answer becomes one (torch-free)."""
+"""Instructions for captioning by a vision-language model, and the cleaning of its answers (torch-free)."""
 
 import re
 from dataclasses import dataclass
@@ -10,13 +10,13 @@ SEEN_ONLY = "State only what can be seen."
 
 @dataclass(frozen=True)
 class CaptionStyle:
-    """How captions are written."""
+    """A form of captions, and how the model is asked for it."""
 
     instruction: str
-    most_tokens: int
-    """Of an answer; what is cut off there ends at the last whole sentence or tag."""
+    max_tokens: int
+    """Length of an answer; one that is cut off there ends at its last whole sentence or tag."""
     separator: str
-    """Between a trigger that the answer lacks, and the answer."""
+    """Between the trigger and an answer that lacks it."""
 
 
 CAPTION_STYLES = {
@@ -45,9 +45,9 @@ OMITTED_TRAITS = {
     "shape, colours, material or label.",
     "concept": "Say everything but what makes the main subject special.",
 }
-"""By what is taught: what captions explain is not learned with the trigger."""
+"""Kind of concept -> what captions leave out. What a caption describes is not learned as part of the trigger."""
 
-_CALLED = {
+_TRIGGER_USE = {
     "character": "Call the main person {}.",
     "product": "Call the main object {}.",
     "concept": "Call the main subject {}.",
@@ -55,45 +55,59 @@ _CALLED = {
 _INTRODUCTION = re.compile(
     r"^(?:(?:sure|certainly|of course)\W+)?(?:here (?:is|are)|here's|caption|tags)[^:\n]{0,60}:\s*", re.I
 )
-_SHOWS = re.compile(r"^(?:the|this) (?:image|image) (?:shows|depicts|features|presents|displays|captures)\s+", re.I)
+_SHOWS = re.compile(r"^(?:the|this) (?:image|picture) (?:shows|depicts|features|presents|displays|captures)\s+", re.I)
 _THINKING = re.compile(r"^.*</think>|<think>.*", re.S)
 _SENTENCE_END = re.compile(r"""[.!?。！？]["'”’)]?(?=\s|$)""")
 
 
 def caption_instruction(style: str, kind: str | None, trigger: str | None) -> str:
-    """What the model is asked."""
+    """Return the instruction for the model.
+
+    Args:
+        style: a key of `CAPTION_STYLES`.
+        kind: a key of `OMITTED_TRAITS`, or None to describe everything.
+        trigger: the word for the concept, by which kinds with one subject are called.
+    """
     parts = [CAPTION_STYLES[style].instruction]
     if kind is not None:
         parts.append(OMITTED_TRAITS[kind])
-    if trigger is not None and kind in _CALLED:
-        parts.append(_CALLED[kind].format(trigger))
+    if trigger is not None and kind in _TRIGGER_USE:
+        parts.append(_TRIGGER_USE[kind].format(trigger))
     return " ".join(parts)
 
 
 def clean_answer(answer: str, style: str, is_whole: bool, trigger: str | None) -> str:
-    """The caption in an answer, on one line and with the trigger; empty if nothing was said.
+    """Return the caption in `answer`, on one line and with the trigger, or "" if there is none.
 
-    Thinking, an introduction and Markdown go; an answer that was cut off ends at its last whole sentence or tag.
+    Thinking, an introduction and Markdown are removed. If the answer was cut off (not `is_whole`), the caption ends at
+    its last whole sentence or tag.
     """
     text = _THINKING.sub("", captions.clean_text(answer))
     if style == "tags":
         text = text.replace("\n", ", ")
-    text = "".join(one if one.isprintable() else " " for one in text if one != "\ufffd")
+    # U+FFFD is half of a character, where the answer was cut off between its tokens.
+    text = "".join(char if char.isprintable() else " " for char in text if char != "\ufffd")
     text = " ".join(re.sub(r"[*#`]+", "", text).split()).strip("\"“”' ")
     text = _INTRODUCTION.sub("", text).strip("\"“”' ")
-    text = _tags(text, is_whole) if style == "tags" else _sentences(text, is_whole)
-    return captions.compose_prompt(text, "", trigger, CAPTION_STYLES[style].separator) if text else ""
+    text = _clean_tags(text, is_whole) if style == "tags" else _clean_sentences(text, is_whole)
+    if not text:
+        return ""
+    return captions.compose_prompt(text, "", trigger, CAPTION_STYLES[style].separator)
 
 
-def _tags(text: str, is_whole: bool) -> str:
+def _clean_tags(text: str, is_whole: bool) -> str:
     tags = [tag.strip(" .-").lower() for tag in re.split(r"[,;]", text)]
     if not is_whole and len(tags) > 1:
         tags.pop()
     return ", ".join(dict.fromkeys(tag for tag in tags if tag))
 
 
-def _sentences(text: str, is_whole: bool) -> str:
-    if match := _SHOWS.match(text):
-        text = text[match.end() : match.end() + 1].upper() + text[match.end() + 1 :]
+def _clean_sentences(text: str, is_whole: bool) -> str:
+    introduction = _SHOWS.match(text)
+    if introduction is not None:
+        rest = text[introduction.end() :]
+        text = rest[:1].upper() + rest[1:]
     ends = [match.end() for match in _SENTENCE_END.finditer(text)]
-    return text if is_whole or not ends else text[: ends[-1]]
+    if is_whole or not ends:
+        return text
+    return text[: ends[-1]]

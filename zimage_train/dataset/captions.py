@@ -10,44 +10,47 @@ from zimage_train.errors import DataError, Problem
 
 MAX_BYTES = 20_000
 PLACEHOLDER = "[trigger]"
-_INVISIBLE = dict.fromkeys(map(ord, "\u200b\u200c\u200d\u2060\ufeff"))
+_ZERO_WIDTH = dict.fromkeys(map(ord, "\u200b\u200c\u200d\u2060\ufeff"))
 
 
 def read_caption(path: Path) -> str:
-    """The text of a caption file, without byte order mark, carriage returns and space around it.
+    """Return the text of a caption file, cleaned as in `clean_text`.
 
     Raises:
         DataError: not UTF-8, or not a text, or too long for a caption.
     """
-    text = _text_of(path)
-    if (size := len(text.encode())) > MAX_BYTES:
-        raise DataError(Problem(str(path), f"has {size} bytes", "captions end at 512 tokens; shorten it", "too-long"))
+    text = _read_text(path)
+    num_bytes = len(text.encode())
+    if num_bytes > MAX_BYTES:
+        message = f"has {num_bytes} bytes"
+        raise DataError(Problem(str(path), message, "captions end at 512 tokens; shorten it", "too-long"))
     return clean_text(text)
 
 
 def read_lines(path: Path) -> list[str]:
-    """The lines of a file of prompts, cleaned as captions are; empty ones too.
+    """Return the lines of a file of prompts, each cleaned as a caption is. Empty lines stay, for line numbers.
 
     Raises:
         DataError: not UTF-8, or not a text.
     """
-    return [clean_text(line) for line in re.split(r"\r\n|\r|\n", _text_of(path))]
+    # Not splitlines, which also cuts at characters such as U+2028 inside a prompt.
+    return [clean_text(line) for line in re.split(r"\r\n|\r|\n", _read_text(path))]
 
 
-def _text_of(path: Path) -> str:
+def _read_text(path: Path) -> str:
     try:
         if not path.is_file():
             raise DataError(Problem(str(path), "is not a file", "remove it or check the name", "not-a-file"))
         content = path.read_bytes()
     except OSError as error:
-        raise DataError(
-            Problem(str(path), f"cannot be read ({error.strerror})", "check the file", "unreadable-file")
-        ) from None
+        message = f"cannot be read ({error.strerror})"
+        raise DataError(Problem(str(path), message, "check the file", "unreadable-file")) from None
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        what = "is UTF-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else f"is not UTF-8 (byte {error.start})"
-        raise DataError(Problem(str(path), what, "save it as UTF-8", "not-text")) from None
+        has_utf16_mark = content[:2] in (b"\xff\xfe", b"\xfe\xff")
+        message = "is UTF-16" if has_utf16_mark else f"is not UTF-8 (byte {error.start})"
+        raise DataError(Problem(str(path), message, "save it as UTF-8", "not-text")) from None
     if "\0" in text:
         raise DataError(Problem(str(path), "contains NUL bytes, so it is not a text", "replace it", "not-text"))
     return text
@@ -55,13 +58,13 @@ def _text_of(path: Path) -> str:
 
 def clean_text(text: str) -> str:
     """Normalise line ends, and drop zero-width characters and the space around the text."""
-    return text.replace("\r\n", "\n").replace("\r", "\n").translate(_INVISIBLE).strip()
+    return text.replace("\r\n", "\n").replace("\r", "\n").translate(_ZERO_WIDTH).strip()
 
 
 def compose_prompt(caption: str, default: str, trigger: str | None, separator: str = " ") -> str:
-    """The prompt of an image: its caption, or the default, with the trigger in place.
+    """Return the prompt of an image: its caption, or `default` if that is empty, with the trigger in place.
 
-    `[trigger]` is replaced; a trigger that then occurs nowhere is put in front, so that every image teaches it.
+    `[trigger]` is replaced. If the trigger then occurs nowhere, it is put in front, so that every image teaches it.
     """
     text = caption or clean_text(default)
     if trigger is None:
@@ -73,52 +76,77 @@ def compose_prompt(caption: str, default: str, trigger: str | None, separator: s
 
 
 def trigger_pattern(trigger: str) -> re.Pattern[str]:
-    """`trigger` where it stands alone: `zorb` is not in `zorblike`."""
+    """Return a pattern that matches `trigger` as a whole word: `zorb` is not in `zorblike`."""
+    # Not \b, which needs a letter at the end of the trigger: one such as `zorb!` would not be found.
     return re.compile(rf"(?<!\w){re.escape(trigger)}(?!\w)")
 
 
 def prompts_of(captions: tuple[str, ...], entry: DataEntry) -> tuple[str, ...]:
-    """What an image of `entry` with these captions may be trained with, before tags are shuffled or dropped."""
-    texts = [line for text in captions for line in (text.split("\n") if entry.caption_lines else [text])]
-    own = [text.strip() for text in texts if text.strip()] or [""]
-    separator = ", " if has_tags(entry) else " "  # so that the trigger is a tag of its own
-    return tuple(dict.fromkeys(compose_prompt(text, entry.default_caption, entry.trigger, separator) for text in own))
+    """Return the prompts of an image with these captions, without repetitions, tags not yet shuffled or dropped.
+
+    `sample_prompt` chooses one of them for each sample. There is always at least one, which may be empty.
+    """
+    texts: list[str] = []
+    for caption in captions:
+        parts = caption.split("\n") if entry.caption_lines else [caption]
+        texts += [part.strip() for part in parts if part.strip()]
+    separator = ", " if has_tags(entry) else " "  # so that the trigger becomes a tag
+    prompts = [compose_prompt(text, entry.default_caption, entry.trigger, separator) for text in texts or [""]]
+    return tuple(dict.fromkeys(prompts))
 
 
 def has_tags(entry: DataEntry) -> bool:
-    """Whether captions are taken as tags, so that an image has another prompt in each epoch."""
+    """Return whether captions are lists of tags, so that the prompt of an image changes from epoch to epoch."""
     return entry.shuffle_tags or entry.tag_dropout > 0
 
 
-def sample_prompt(prompts: tuple[str, ...], entry: DataEntry, share: Callable[..., float]) -> str:
-    """One of `prompts`, its tags shuffled and dropped; `share(name, ...)` is a number in [0, 1) for each use."""
-    text = prompts[int(share("caption") * len(prompts))]
+def sample_prompt(prompts: tuple[str, ...], entry: DataEntry, uniform: Callable[..., float]) -> str:
+    """Return one of `prompts`, with its tags dropped and shuffled as `entry` asks.
+
+    Tags with the trigger, and the first `keep_tags` of the others, are never dropped, and come first when the rest is
+    shuffled. `uniform(name, *key)` is a number in [0, 1) that depends on its arguments alone.
+    """
+    text = prompts[int(uniform("caption") * len(prompts))]
     if not has_tags(entry):
         return text
     tags = [tag.strip() for tag in text.split(",") if tag.strip()]
-    is_trigger = [entry.trigger is not None and trigger_pattern(entry.trigger).search(tag) is not None for tag in tags]
-    before = [n - sum(is_trigger[:n]) for n in range(len(tags))]  # other tags in front of each
-    kept = [is_trigger[n] or before[n] < entry.keep_tags for n in range(len(tags))]
-    left = [n for n in range(len(tags)) if kept[n] or share("tag dropout", n) >= entry.tag_dropout]
+    trigger = None if entry.trigger is None else trigger_pattern(entry.trigger)
+    fixed: list[int] = []
+    movable: list[int] = []
+    num_ordinary = 0  # tags so far that do not hold the trigger
+    for position, tag in enumerate(tags):
+        if trigger is not None and trigger.search(tag):
+            fixed.append(position)
+            continue
+        if num_ordinary < entry.keep_tags:
+            fixed.append(position)
+        elif uniform("tag dropout", position) >= entry.tag_dropout:
+            movable.append(position)
+        num_ordinary += 1
     if entry.shuffle_tags:
-        left.sort(key=lambda n: (not kept[n], n if kept[n] else share("tag order", n)))
-    return ", ".join(tags[n] for n in left)
+        # Sorted by a number of each tag's own: which tags are dropped does not change the order of the others.
+        movable.sort(key=lambda position: uniform("tag order", position))
+        order = [*fixed, *movable]
+    else:
+        order = sorted([*fixed, *movable])
+    return ", ".join(tags[position] for position in order)
 
 
 def dropout_prompt(entry: DataEntry) -> str:
-    """What stands for a caption that is dropped."""
-    return entry.trigger or "" if entry.dropout_keeps_trigger else ""
+    """Return the prompt that replaces a dropped caption."""
+    if entry.dropout_keeps_trigger and entry.trigger is not None:
+        return entry.trigger
+    return ""
 
 
 def preserve_prompt(prompt: str, entry: DataEntry, preserve: PreserveSettings) -> str | None:
-    """The prompt for which the model is held to what it was, beside `prompt`; None: it is not."""
+    """Return the prompt of the preservation loss that goes with `prompt`, or None if preservation is off."""
     if preserve.kind is None:
         return None
     if preserve.kind == "blank":
         return ""
     if not entry.trigger:
         return prompt
-    pattern = re.compile(
-        trigger_pattern(entry.trigger).pattern, re.IGNORECASE
-    )  # what is trained in any spelling is not held
+    # In any case: if `Zorb` stayed in the prompt, the loss would preserve what `zorb` is trained to change.
+    pattern = re.compile(trigger_pattern(entry.trigger).pattern, re.IGNORECASE)
     return pattern.sub(lambda _: preserve.class_word, prompt)

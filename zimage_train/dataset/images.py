@@ -1,14 +1,27 @@
-"""An image file to canonical RGB: upright, sRGB, 8 bit, alpha over white; anything doubtful is refused."""
+"""Image files: decoding them to one form of RGB, and an index that remembers what was decoded.
 
+The form is upright, sRGB, 8 bits per channel, alpha composited over white. A file that could be read in several ways is
+refused.
+"""
+
+import hashlib
 import io
+import json
+import os
+import re
 import warnings
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from zimage_train.dataset.buckets import Bucket
-from zimage_train.errors import DataError, Problem
+from zimage_train.errors import DataError, DiskError, Problem, ZImageTrainError
+from zimage_train.io import atomic
+from zimage_train.io.progress import Progress
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
@@ -16,10 +29,16 @@ MAX_PIXELS = 100_000_000
 MIN_SIDE_PX = 64
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "I", "I;16", "I;16L", "I;16B", "I;16N")
 SRGB_NAMES = ("srgb iec61966", "srgb built-in")
-"""Profiles that say what is assumed anyway; a conversion would only round."""
+"""Beginnings of the names of sRGB profiles, in lower case. A conversion from sRGB to sRGB would only round."""
+INDEX_FORMAT = 1
+"""Raised when images are decoded differently, so that an index of before is not used."""
+THUMBNAIL_PX = 8
+NEAR_DUPLICATE_RMS = 4.0
+"""Root mean square difference of two thumbnails, of 255; an image that is saved again or scaled differs by less."""
 
 Image.init()  # registers every format, which `open` does not do when formats are named
 
+_HEX = re.compile("[0-9a-f]+")
 _SRGB = ImageCms.createProfile("sRGB")
 
 
@@ -39,20 +58,19 @@ def load(path: Path, content: bytes) -> Image.Image:
     except DataError:
         raise
     except UnidentifiedImageError:
-        raise _refused(
-            path, _what_is(content), "replace it by a JPEG, PNG, WebP, BMP or TIFF, or remove it", "not-an-image"
-        ) from None
+        hint = "replace it by a JPEG, PNG, WebP, BMP or TIFF, or remove it"
+        raise _refusal(path, _describe_content(content), hint, "not-an-image") from None
     except Image.DecompressionBombError:
         raise _too_large(path, "") from None
     except Exception as error:  # noqa: BLE001  on damaged bytes the decoders raise whatever their parsing runs into
-        raise _refused(path, f"damaged or cut off ({error})", "export it again or remove it", "damaged-image") from None
+        raise _refusal(path, f"damaged or cut off ({error})", "export it again or remove it", "damaged-image") from None
     if image.mode not in MODES:
-        raise _refused(path, f"pixels of mode {image.mode} are not read", "export it as RGB", "unsupported-pixels")
+        raise _refusal(path, f"pixels of mode {image.mode} are not read", "export it as RGB", "unsupported-pixels")
     return _to_rgb(image)
 
 
 def has_alpha(path: Path) -> bool:
-    """Whether the image at `path` says what is transparent; one that cannot be read has none."""
+    """Return whether the image at `path` has transparency; False if it cannot be read."""
     try:
         with Image.open(path, formats=FORMATS) as image:
             return "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info
@@ -61,10 +79,10 @@ def has_alpha(path: Path) -> bool:
 
 
 def load_alpha(path: Path, content: bytes) -> Image.Image:
-    """The alpha channel of an image that `load` takes, upright, as mode L.
+    """Return the alpha channel of an image that `load` accepts, upright, as mode L.
 
     Raises:
-        DataError: as `load`.
+        DataError: as in `load`.
     """
     load(path, content)
     with Image.open(io.BytesIO(content), formats=FORMATS) as image:
@@ -79,23 +97,24 @@ def fit(image: Image.Image, size: Bucket) -> Image.Image:
 
 
 def _check_header(path: Path, image: Image.Image) -> None:
+    """Refuse what the header alone rules out, before the pixels are decoded."""
     width, height = image.size
     if width * height > MAX_PIXELS:
         raise _too_large(path, f"{width}x{height} px is ")
     if min(width, height) < MIN_SIDE_PX:
-        raise _refused(
-            path, f"{width}x{height} px is under {MIN_SIDE_PX} px", "use a larger image or remove it", "too-small"
-        )
+        message = f"{width}x{height} px is under {MIN_SIDE_PX} px"
+        raise _refusal(path, message, "use a larger image or remove it", "too-small")
     frames = getattr(image, "n_frames", 1)
     if frames > 1 and image.format != "MPO":  # an MPO's first frame is the photo
-        raise _refused(path, f"animated ({frames} frames)", "export one frame of it", "animated-image")
+        raise _refusal(path, f"animated ({frames} frames)", "export one frame of it", "animated-image")
+    # "I" is how Pillow reads a 16-bit PNG, whose range is known. In a TIFF the values of "I" and "F" may be anything.
     if image.mode in ("F", "I") and image.format != "PNG":
-        raise _refused(
-            path, f"pixels of mode {image.mode} have no agreed range", "export it as 8 or 16 bit", "unsupported-pixels"
-        )
+        message = f"pixels of mode {image.mode} have no agreed range"
+        raise _refusal(path, message, "export it as 8 or 16 bit", "unsupported-pixels")
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
+    # Read first, since the image that `_from_16_bit` makes has none.
     profile = image.info.get("icc_profile")
     if image.mode.startswith("I"):
         image = _from_16_bit(image)
@@ -105,18 +124,20 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGB")
     if image.mode == "RGBA":
         alpha = image.getchannel("A")
+        # The profile describes the colours alone, and the white beneath is sRGB already.
         colours = _to_srgb(image.convert("RGB"), profile)
         return Image.composite(colours, Image.new("RGB", image.size, "white"), alpha)
     return _to_srgb(image, profile).convert("RGB")
 
 
 def _from_16_bit(image: Image.Image) -> Image.Image:
-    """Grey of 8 bits, with alpha if one value stands for transparent: Pillow's own conversion clips to white."""
+    """Return 8-bit grey, with alpha if one grey value stands for transparent."""
+    # Pillow's own conversion does not scale but clips, so that nearly everything becomes white. 257 = 65535 / 255.
     values = np.asarray(image).astype(np.int64)
     grey = Image.fromarray(np.clip(np.rint(values / 257), 0, 255).astype(np.uint8))
-    hidden = image.info.get("transparency")
-    if isinstance(hidden, int):
-        grey.putalpha(Image.fromarray(np.where(values == hidden, 0, 255).astype(np.uint8)))
+    transparent = image.info.get("transparency")
+    if isinstance(transparent, int):
+        grey.putalpha(Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8)))
     return grey
 
 
@@ -130,12 +151,13 @@ def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
         converted = ImageCms.profileToProfile(
             image, source, _SRGB, renderingIntent=ImageCms.Intent.RELATIVE_COLORIMETRIC, outputMode="RGB"
         )
-    except (ImageCms.PyCMSError, OSError):  # a broken profile, or one for another mode: viewers ignore it too
+    except (ImageCms.PyCMSError, OSError):  # a damaged profile, or one for another mode; viewers ignore these too
         return image
     return converted if converted is not None else image
 
 
-def _what_is(content: bytes) -> str:
+def _describe_content(content: bytes) -> str:
+    """Return what `content` probably is, for a message."""
     head = content[:512].lstrip().lower()
     if not content:
         return "an empty file"
@@ -151,8 +173,144 @@ def _what_is(content: bytes) -> str:
 
 
 def _too_large(path: Path, size: str) -> DataError:
-    return _refused(path, f"{size}over {MAX_PIXELS // 1_000_000} megapixels", "scale it down", "too-large")
+    return _refusal(path, f"{size}over {MAX_PIXELS // 1_000_000} megapixels", "scale it down", "too-large")
 
 
-def _refused(path: Path, what: str, todo: str, code: str) -> DataError:
-    return DataError(Problem(str(path), what, todo, code))
+def _refusal(path: Path, message: str, hint: str, code: str) -> DataError:
+    return DataError(Problem(str(path), message, hint, code))
+
+
+@dataclass(frozen=True)
+class ImageInfo:
+    """What the checks before a run need of an image."""
+
+    digest: str
+    """SHA-256 of the file."""
+    width: int
+    height: int
+    """Upright size, px."""
+    thumbnail: str
+    """8 x 8 RGB, in hexadecimal."""
+
+
+class ImageIndex:
+    """Remembers the `ImageInfo` of each file in one JSON file, so that an unchanged image is decoded once.
+
+    A file is known by its path, its size and its times of change. Without a JSON file nothing is kept between commands.
+    """
+
+    def __init__(self, file: Path | None = None) -> None:
+        self._file = file
+        self._infos: dict[str, ImageInfo] = {}
+        self._is_changed = False
+        if file is not None:
+            self._infos = _read_index(file)
+
+    def lookup(self, paths: Iterable[Path], progress: Progress) -> list[ImageInfo | ZImageTrainError]:
+        """Return the info of each path, in order, or why it is refused; images are decoded on all cores."""
+        paths = list(paths)
+        results: list[ImageInfo | ZImageTrainError] = []
+        # Threads suffice, since Pillow decodes without the GIL.
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            for number, result in enumerate(pool.map(self._info_or_error, paths), 1):
+                results.append(result)
+                progress("checking images", number, len(paths))
+        return results
+
+    def save(self) -> None:
+        """Write the index for the next command. A failure is ignored: it costs that command time alone."""
+        if self._file is None or not self._is_changed:
+            return
+        infos = {key: astuple(info) for key, info in self._infos.items()}
+        try:
+            atomic.write_text(self._file, json.dumps({"format": INDEX_FORMAT, "looks": infos}))
+        except DiskError:
+            return
+        self._is_changed = False
+
+    def _info_or_error(self, path: Path) -> ImageInfo | ZImageTrainError:
+        try:
+            return self._info(path)
+        except DataError as error:
+            return error
+
+    def _info(self, path: Path) -> ImageInfo:
+        key = _file_key(path)
+        if key is not None and key in self._infos:
+            return self._infos[key]
+        content = _read(path)
+        image = load(path, content)
+        small = image.resize((THUMBNAIL_PX, THUMBNAIL_PX), Image.Resampling.BOX)
+        info = ImageInfo(hashlib.sha256(content).hexdigest(), image.width, image.height, small.tobytes().hex())
+        # A file that is replaced while it is read would be remembered under the key of the other content.
+        if key is not None and key == _file_key(path):
+            self._infos[key] = info
+            self._is_changed = True
+        return info
+
+
+def near_duplicates(thumbnails: list[str]) -> list[tuple[int, int]]:
+    """Return pairs (earlier, later) of indices of thumbnails that are nearly equal.
+
+    Each index is the later one at most once, with the earliest that it resembles.
+    """
+    if not thumbnails:
+        return []
+    pixels = np.array([list(bytes.fromhex(thumbnail)) for thumbnail in thumbnails], dtype=np.float32)
+    squares = (pixels**2).sum(axis=1)
+    limit = NEAR_DUPLICATE_RMS**2 * pixels.shape[1]
+    pairs: list[tuple[int, int]] = []
+    # |a - b|^2 = |a|^2 + |b|^2 - 2 a b, for 1000 rows at a time: 40 MB for 10,000 images, where all rows take 400 MB.
+    for start in range(0, len(pixels), 1000):
+        rows = slice(start, start + 1000)
+        distances = squares[rows, None] + squares[None, :] - 2.0 * (pixels[rows] @ pixels.T)
+        # Ordered by row, then by column, so that the earliest match of a row comes first.
+        for row, earlier in zip(*np.nonzero(distances < limit), strict=True):
+            later = start + row
+            is_first_match = not pairs or pairs[-1][1] != later
+            if earlier < later and is_first_match:
+                pairs.append((int(earlier), int(later)))
+    return pairs
+
+
+def _read_index(file: Path) -> dict[str, ImageInfo]:
+    """Return the valid entries of `file`; an image whose entry is damaged is decoded again."""
+    try:
+        content = json.loads(file.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    if not isinstance(content, dict) or content.get("format") != INDEX_FORMAT:
+        return {}
+    entries = content.get("looks")
+    if not isinstance(entries, dict):
+        return {}
+    return {key: ImageInfo(*values) for key, values in entries.items() if _is_valid_entry(values)}
+
+
+def _is_valid_entry(values: object) -> bool:
+    if not isinstance(values, list) or [type(value) for value in values] != [str, int, int, str]:
+        return False
+    digest, _, _, thumbnail = values
+    lengths_are_right = (len(digest), len(thumbnail)) == (64, 2 * 3 * THUMBNAIL_PX**2)
+    return lengths_are_right and _HEX.fullmatch(digest + thumbnail) is not None
+
+
+def _file_key(path: Path) -> str | None:
+    """Return a key that changes with the file, or None if there is no such file."""
+    try:
+        status = path.stat()
+    except (OSError, ValueError):
+        return None
+    # The change time too: programs can restore size and modification time of a file that they rewrite.
+    return f"{path.absolute()}|{status.st_size}|{status.st_mtime_ns}|{status.st_ctime_ns}"
+
+
+def _read(path: Path) -> bytes:
+    try:
+        if path.exists() and not path.is_file():  # reading a pipe would block
+            raise _refusal(path, "is not a file", "remove it or check the name", "not-a-file")
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise _refusal(path, "does not exist", "check the name", "missing-file") from None
+    except OSError as error:
+        raise _refusal(path, f"cannot be read ({error.strerror})", "check the file", "unreadable-file") from None

@@ -12,25 +12,26 @@ from PIL import Image, ImageOps
 from zimage_train.config.dataset import DataEntry
 from zimage_train.dataset import images
 from zimage_train.dataset.buckets import Bucket
-from zimage_train.dataset.image_index import ImageIndex, ImageInfo
+from zimage_train.dataset.images import ImageIndex, ImageInfo
 from zimage_train.errors import DataError, Location, Problem, ZImageTrainError
 from zimage_train.io.progress import Progress
 
 ALPHA = "alpha"
 MAX_ASPECT_DIFFERENCE = 1.02
-"""By how much the aspect of a mask may differ from its image's."""
+"""Largest ratio of the aspects of a mask and its image; it allows for rounding, where one of them was scaled."""
 DARKEST_MASK = 2
-"""Of 255: a mask whose lightest part is below this is empty."""
+"""Of 255: a mask whose lightest part is darker is empty."""
 STRIDE = 8
-"""Pixels of an image under one latent."""
+"""Pixels of an image, along each side, under one latent."""
 
 
 @dataclass(frozen=True)
 class Mask:
-    """Where an image's mask is: a file of its own, or the image's alpha channel; and what is there by content."""
+    """The mask of an image: a file, or the alpha channel of the image itself."""
 
     path: Path
     digest: str
+    """SHA-256 of the file; `ALPHA` for an alpha channel, whose content is part of the image's digest."""
     is_alpha: bool
     width: int = 0
     height: int = 0
@@ -41,10 +42,19 @@ def find_masks(
     entry: DataEntry,
     where: str,
     errors: list[ZImageTrainError],
-    looks: ImageIndex,
-    tick: Progress,
+    image_index: ImageIndex,
+    progress: Progress,
 ) -> dict[Path, Mask]:
-    """The mask of each image of the entry `where` that has one; what is wrong with others goes into `errors`."""
+    """Return image path -> mask for each image of `entry` that has one, and add what is wrong to `errors`.
+
+    Args:
+        image_paths: the images of the entry.
+        entry: the data entry, whose `mask` names a folder or the alpha channel.
+        where: the key of the entry, such as `data.0`.
+        errors: gets an error for each mask that cannot be used.
+        image_index: reads the mask files.
+        progress: called for each mask file.
+    """
     if entry.mask is None:
         return {}
     if entry.mask == ALPHA:
@@ -52,78 +62,101 @@ def find_masks(
     folder = Path(entry.mask)
     setting = Location(key=f"{where}.mask", source=str(folder))
     if not folder.is_dir():
-        what = "is a file, not a folder" if folder.exists() else "does not exist"
-        errors.append(DataError(Problem(setting, what, "give a folder of masks, or alpha", "missing-folder")))
+        message = "is a file, not a folder" if folder.exists() else "does not exist"
+        errors.append(DataError(Problem(setting, message, "give a folder of masks, or alpha", "missing-folder")))
         return {}
     root = Path(entry.folder) if entry.folder else None
-    by_name: dict[str, Path] = {}
+    image_names = [_name_of(path, root) for path in image_paths]
+    mask_files = _list_mask_files(folder, errors)
+    for name, count in Counter(image_names).items():
+        if count > 1 and name in mask_files:
+            message = "is the mask of several images"
+            problem = Problem(str(mask_files[name]), message, "give them different names", "ambiguous-mask")
+            errors.append(DataError(problem))
+    files_by_image: dict[Path, Path] = {}
+    for path, name in zip(image_paths, image_names, strict=True):
+        if name in mask_files:
+            files_by_image[path] = mask_files[name]
+    if not files_by_image:
+        example = f"{image_names[0]}.png" if image_names else "NAME.png"
+        message = f"holds no mask under the name of an image (such as {example})"
+        errors.append(DataError(Problem(setting, message, "name masks as their images", "no-mask-found")))
+    return _read_masks(files_by_image, errors, image_index, progress)
+
+
+def _name_of(path: Path, root: Path | None) -> str:
+    """Return the name by which an image and its mask belong together: the path in the folder, without extension."""
+    relative = path.relative_to(root) if root else Path(path.name)
+    return relative.with_suffix("").as_posix()
+
+
+def _list_mask_files(folder: Path, errors: list[ZImageTrainError]) -> dict[str, Path]:
+    """Return name -> image file of `folder`; a second file of a name is an error."""
+    files: dict[str, Path] = {}
     for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() in images.EXTENSIONS and path.is_file():
-            other = by_name.setdefault(path.relative_to(folder).with_suffix("").as_posix(), path)
-            if other is not path:
-                what = f"is a second mask beside {other.name}"
-                errors.append(DataError(Problem(str(path), what, "remove one", "ambiguous-mask")))
-    names = Counter(_name(path, root) for path in image_paths)
-    twice = [name for name, count in names.items() if count > 1 and name in by_name]
-    errors += [
-        DataError(
-            Problem(str(by_name[name]), "is the mask of several images", "give them different names", "ambiguous-mask")
-        )
-        for name in twice
-    ]
-    found = {path: by_name[name] for path in image_paths if (name := _name(path, root)) in by_name}
-    if not found:
-        example = f"{_name(image_paths[0], root)}.png" if image_paths else "NAME.png"
-        what = f"holds no mask under the name of an image (such as {example})"
-        errors.append(DataError(Problem(setting, what, "name masks as their images", "no-mask-found")))
+        if path.suffix.lower() not in images.EXTENSIONS or not path.is_file():
+            continue
+        first = files.setdefault(_name_of(path, folder), path)
+        if first is not path:
+            message = f"is a second mask beside {first.name}"
+            errors.append(DataError(Problem(str(path), message, "remove one", "ambiguous-mask")))
+    return files
+
+
+def _read_masks(
+    files_by_image: dict[Path, Path], errors: list[ZImageTrainError], image_index: ImageIndex, progress: Progress
+) -> dict[Path, Mask]:
+    infos = image_index.lookup(files_by_image.values(), progress)
     masks: dict[Path, Mask] = {}
-    for (image, path), look in zip(found.items(), looks.lookup(list(found.values()), tick), strict=True):
-        if isinstance(look, ImageInfo):
-            masks[image] = Mask(path, look.digest, False, look.width, look.height)
-            if max(bytes.fromhex(look.thumbnail)) < DARKEST_MASK:
-                what, todo = "is black: nothing would be trained", "paint white what is"
-                errors.append(DataError(Problem(str(path), what, todo, "empty-mask")))
-        else:
-            errors.append(look)
+    for (image_path, mask_path), info in zip(files_by_image.items(), infos, strict=True):
+        if not isinstance(info, ImageInfo):
+            errors.append(info)
+            continue
+        masks[image_path] = Mask(mask_path, info.digest, False, info.width, info.height)
+        # The thumbnail averages areas of the mask, so a lone white pixel of a large one does not count.
+        if max(bytes.fromhex(info.thumbnail)) < DARKEST_MASK:
+            message = "is black: nothing would be trained"
+            errors.append(DataError(Problem(str(mask_path), message, "paint the trained part white", "empty-mask")))
     return masks
 
 
-def _name(path: Path, root: Path | None) -> str:
-    inside = path.relative_to(root) if root else Path(path.name)
-    return inside.with_suffix("").as_posix()
-
-
-def require_fit(mask: Mask | None, image: Path, look: ImageInfo) -> Mask | None:
-    """`mask`, when it has the shape of its image.
+def require_fit(mask: Mask | None, image: Path, info: ImageInfo) -> Mask | None:
+    """Return `mask`, which may be None, if it has the aspect of its image.
 
     Raises:
         DataError: it has another one.
     """
     if mask is None or mask.is_alpha:
         return mask
-    ratio = mask.width / mask.height * look.height / look.width
+    ratio = mask.width / mask.height * info.height / info.width
     if not 1 / MAX_ASPECT_DIFFERENCE <= ratio <= MAX_ASPECT_DIFFERENCE:
-        what = f"is {mask.width}x{mask.height} px, and its image {image.name} {look.width}x{look.height}"
-        raise DataError(Problem(str(mask.path), what, "make it of the image's shape", "other-shape"))
+        message = f"is {mask.width}x{mask.height} px, and its image {image.name} {info.width}x{info.height}"
+        raise DataError(Problem(str(mask.path), message, "make it of the image's shape", "other-shape"))
     return mask
 
 
 def mask_on_latents(mask: Mask, size: Bucket, flip: bool, image_digest: str) -> NDArray[np.float32]:
-    """The mask (h/8, w/8) in [0, 1] of an image trained at `size`: scaled, cropped and mirrored as the image is.
+    """Return the mask (h/8, w/8) in [0, 1] of an image trained at `size`: scaled, cropped and mirrored as the image is.
 
     Raises:
-        DataError: it is gone or changed since it was checked.
+        DataError: the file is gone or has changed since it was checked.
     """
     try:
         content = mask.path.read_bytes()
     except OSError as error:
-        what = f"cannot be read any more ({error.strerror})"
-        raise DataError(Problem(str(mask.path), what, "put it back", "unreadable-file")) from None
-    if hashlib.sha256(content).hexdigest() != (image_digest if mask.is_alpha else mask.digest):
+        message = f"cannot be read any more ({error.strerror})"
+        raise DataError(Problem(str(mask.path), message, "put it back", "unreadable-file")) from None
+    expected_digest = image_digest if mask.is_alpha else mask.digest
+    if hashlib.sha256(content).hexdigest() != expected_digest:
         raise DataError(Problem(str(mask.path), "changed while this command ran", "run it again", "changed-file"))
-    alpha = mask.is_alpha
-    grey = images.load_alpha(mask.path, content) if alpha else images.load(mask.path, content).convert("L")
+    if mask.is_alpha:
+        grey = images.load_alpha(mask.path, content)
+    else:
+        image = images.load(mask.path, content)
+        grey = image.convert("L")
+    # Bilinear, since the Lanczos filter of the images overshoots at the edges of a mask.
     fitted = ImageOps.fit(grey, (size.width, size.height), method=Image.Resampling.BILINEAR, centering=(0.5, 0.5))
     if flip:
         fitted = ImageOps.mirror(fitted)
+    # The mean of 8 x 8 px, which one latent stands for.
     return np.asarray(fitted.reduce(STRIDE), dtype=np.float32) / 255.0

@@ -1,4 +1,4 @@
-"""Moving images that cannot be trained on out of the way, each with the reason beside it."""
+"""Moving images that cannot be used into a folder that is not searched, each with the reason beside it."""
 
 from pathlib import Path
 
@@ -6,52 +6,54 @@ from zimage_train.config.dataset import DataEntry
 from zimage_train.config.load import cache_dir
 from zimage_train.config.schema import Config
 from zimage_train.dataset.buckets import nearest_bucket
-from zimage_train.dataset.image_index import ImageIndex
+from zimage_train.dataset.images import ImageIndex
 from zimage_train.dataset.sample_order import target_sides
 from zimage_train.dataset.scan import scan_entry
 from zimage_train.errors import Problem
 from zimage_train.io import atomic
 
 FOLDER = "_rejected"
-"""Beside the images; a scan enters no folder that begins with `_`."""
+"""Inside the folder of the images; a scan enters no folder that begins with `_`."""
 
 
 def move_rejected(config: Config) -> list[str]:
-    """Move every bad image of every folder, with its caption, into `_rejected`; one line each.
+    """Move every image that cannot be used into `_rejected`, with its caption, and return a line for each.
 
     Raises:
         DiskError: a file cannot be moved.
     """
-    looks = ImageIndex(cache_dir(config) / "looks.json")
-    lines = []
+    image_index = ImageIndex(cache_dir(config) / "looks.json")
+    lines: list[str] = []
     for index, entry in enumerate(config.data):
-        for path, problem in _bad(entry, f"data.{index}", looks):
-            if entry.folder is None:
+        for path, problem in _bad_images(entry, f"data.{index}", image_index):
+            if entry.folder is None:  # images of a list may belong to something else
                 lines.append(f"{path}: {problem.message}; not moved: take its line out of {entry.metadata}")
                 continue
-            place = _move(path, Path(entry.folder), entry.caption_ext, problem)
-            lines.append(f"{path}: {problem.message}; moved to {place}")
-    looks.save()
+            target = _move(path, Path(entry.folder), entry.caption_ext, problem)
+            lines.append(f"{path}: {problem.message}; moved to {target}")
+    image_index.save()
     return [*lines, f"{len(lines)} bad images", ""]
 
 
-def _bad(entry: DataEntry, where: str, looks: ImageIndex) -> list[tuple[Path, Problem]]:
-    found = scan_entry(entry, where, looks)
-    bad = list(found.rejected)
-    for image in found.images:
+def _bad_images(entry: DataEntry, where: str, image_index: ImageIndex) -> list[tuple[Path, Problem]]:
+    """Return the images that cannot be read, or are too narrow for a resolution of `entry`, and why."""
+    scan = scan_entry(entry, where, image_index)
+    bad = list(scan.rejected)
+    for image in scan.images:
         try:
             for side in target_sides(entry):
                 nearest_bucket(image.width, image.height, side)
         except ValueError as error:
-            bad.append((image.path, Problem(str(image.path), str(error), "crop it")))
+            bad.append((image.path, Problem(str(image.path), str(error), "crop it", "too-narrow")))
     return bad
 
 
 def _move(path: Path, root: Path, caption_ext: str, problem: Problem) -> Path:
-    target = root / FOLDER / path.relative_to(root)
+    """Move the image `path`, its caption and the reason into `_rejected`, and return where the image is now."""
     caption = path.with_suffix(caption_ext)
-    place = atomic.move(path, target)
+    # The target has another name if there is a file of this one; caption and reason follow it.
+    target = atomic.move(path, root / FOLDER / path.relative_to(root))
     if caption.exists():
-        atomic.move(caption, place.with_suffix(caption_ext))
-    atomic.write_text(place.with_name(place.name + ".why.txt"), f"{problem.message}; {problem.hint}\n")
-    return place
+        atomic.move(caption, target.with_suffix(caption_ext))
+    atomic.write_text(target.with_name(target.name + ".why.txt"), f"{problem.message}; {problem.hint}\n")
+    return target

@@ -1,327 +1,255 @@
-"""The data section of a config to a list of images, or to every problem in it at once."""
+"""One entry of `data` to a list of image records, or to every problem in it at once."""
 
 import hashlib
-import os
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from zimage_train.config.dataset import DataEntry
 from zimage_train.dataset import captions, images, masks
-from zimage_train.dataset.image_index import ImageIndex, ImageInfo, near_duplicates
+from zimage_train.dataset.images import ImageIndex, ImageInfo, near_duplicates
 from zimage_train.dataset.masks import Mask
-from zimage_train.dataset.metadata import Source, is_text, read_metadata
+from zimage_train.dataset.sources import Source, first_names, is_text, list_folder, read_metadata
 from zimage_train.errors import DataError, Location, Note, Problem, ZImageTrainError, collect_errors
 from zimage_train.io.progress import Progress
 
 MAX_WORDS = 480
-"""Words and signs; a longer prompt has certainly more than the 512 tokens that the model reads, templates included."""
-
-
+"""Words and punctuation marks. A longer prompt certainly has more than the 512 tokens that the model reads, which
+include those of the chat template."""
 UNBOUNDED_SIDE = 65_536
-"""The side of an image that any resolution can be drawn at, px."""
-
+"""Width and height, px, of an image that is yet to be generated: larger than any resolution."""
 WORDS = re.compile(r"\w+|[^\w\s]")
-KOHYA_FOLDER = re.compile(r"(\d{1,6})_(.+)")
-MAX_REPEATS = 1000
-MASK_FOLDER = re.compile(r"masks?", re.IGNORECASE)
-MASK_NAME = re.compile(r".+[_-]masks?(label)?", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class ImageRecord:
-    """One image of one data entry: its file, its content's digest, its upright size and its prompts."""
+    """One image of one data entry."""
 
     path: Path
     digest: str
+    """SHA-256 of the file, or of the prompt if the image is yet to be generated."""
     width: int
     height: int
+    """Upright size, px."""
     prompts: tuple[str, ...]
-    """What it may be trained with; see `captions.draw`."""
+    """The prompts that it may be trained with; see `captions.sample_prompt`."""
     thumbnail: str = ""
+    """See `ImageInfo.thumbnail`."""
     repeats: int = 1
+    """How often it is seen in an epoch."""
     mask: Mask | None = None
     raw_captions: tuple[str, ...] = ()
-    """Its captions as they are written, without trigger and default; empty: it has none."""
+    """Its captions as they are written, without trigger and default; empty if it has none."""
 
     @property
     def longest_prompt(self) -> str:
-        """Of its prompts."""
+        """The longest of `prompts`, which needs the most memory."""
         return max(self.prompts, key=len)
 
 
 @dataclass
 class FolderScan:
-    """What one data entry holds: its images, what is wrong with the others, and what is odd."""
+    """The content of one data entry: its images, and what was found wrong or odd."""
 
     images: list[ImageRecord]
     errors: list[ZImageTrainError]
     notes: list[Note]
     rejected: list[tuple[Path, Problem]]
-    """Files that are no image to train on, and why; `errors` has them too."""
+    """Files that cannot be used as images, and why; `errors` has these problems too."""
 
 
 def scan_entry(
-    entry: DataEntry, where: str, looks: ImageIndex | None = None, tick: Progress = lambda what, done, total: None
+    entry: DataEntry,
+    where: str,
+    image_index: ImageIndex | None = None,
+    progress: Progress = lambda task, done, total: None,
 ) -> FolderScan:
-    """Find and look at every image and caption of `entry`; nothing is left out silently.
+    """Read every image and caption of `entry`, and report all that is wrong or odd; nothing is left out silently.
 
-    The order is that of the relative paths, whatever the file system says.
+    Images of a folder come in the order of their relative paths, which is the same on every file system.
+
+    Args:
+        entry: one entry of `data`.
+        where: its key, such as `data.0`.
+        image_index: remembers images of earlier scans; None: all are decoded.
+        progress: called for each image.
     """
     result = FolderScan([], [], [], [])
     if entry.prompts is not None:
         with collect_errors(result.errors):
-            result.images, result.notes = _from_prompts(Path(entry.prompts), entry, where)
+            result.images = _records_of_prompts(Path(entry.prompts), entry, where, result.notes)
         return result
     try:
-        sources = read_metadata(entry, result.errors) if entry.metadata else _from_folder(entry, where, result)
+        if entry.metadata is not None:
+            sources = read_metadata(entry, result.errors)
+        else:
+            sources = list_folder(entry, result.errors, result.notes)
     except DataError as error:
         result.errors.append(error)
         return result
-    named = [source for source in sources if _has_a_name(source, result)]
-    looks = looks or ImageIndex()
-    found = looks.lookup([source.path for source in named], tick)
-    masked = masks.find_masks([source.path for source in named], entry, where, result.errors, looks, tick)
-    for source, look in zip(named, found, strict=True):
-        if isinstance(look, ImageInfo):
-            with collect_errors(result.errors):
-                mask = masks.require_fit(masked.get(source.path), source.path, look)
-                result.images.append(_image(source, look, entry, where, mask))
-        else:
-            result.errors.append(look)
-            result.rejected += [(source.path, problem) for problem in look.problems]
+    sources = _with_valid_names(sources, result)
+    _read_images(sources, entry, where, image_index or ImageIndex(), progress, result)
     if not result.images and not result.errors:
-        place = entry.folder or entry.metadata
-        extensions = ", ".join(sorted(images.EXTENSIONS))
-        location = Location(key=where, source=place)
-        result.errors.append(
-            DataError(Problem(location, "holds no images", f"put images there ({extensions})", "no-images"))
-        )
-    result.notes += _caption_notes([source for source in named if not any(source.captions)], entry, where, len(named))
-    result.notes += _notes(result.images)
-    if entry.mask is not None and (without := [one.path.name for one in result.images if one.mask is None]):
-        text = f"{where}: {len(without)} images have no mask and are trained whole ({_some(without)})"
-        result.notes.append(Note("no-mask", text))
-    result.notes = [replace(one, text=one.text.encode(errors="backslashreplace").decode()) for one in result.notes]
+        location = Location(key=where, source=entry.folder or entry.metadata)
+        hint = f"put images there ({', '.join(sorted(images.EXTENSIONS))})"
+        result.errors.append(DataError(Problem(location, "holds no images", hint, "no-images")))
+    _note_missing_captions(sources, entry, where, result)
+    _note_long_captions(result)
+    _note_duplicates(result)
+    _note_missing_masks(entry, where, result)
+    # A file name that is not UTF-8 reaches Python with surrogates, which a terminal cannot print.
+    result.notes = [replace(note, text=note.text.encode(errors="backslashreplace").decode()) for note in result.notes]
     return result
 
 
-def _from_prompts(path: Path, entry: DataEntry, where: str) -> tuple[list[ImageRecord], list[Note]]:
-    """An image that is yet to be drawn for each line, known by its prompt, and what is odd."""
+def _records_of_prompts(path: Path, entry: DataEntry, where: str, notes: list[Note]) -> list[ImageRecord]:
+    """Return a record for each line of `path`: an image that is yet to be generated, identified by its prompt."""
     lines: dict[str, int] = {}
-    notes = []
     for number, text in enumerate(captions.read_lines(path), 1):
-        if text and text in lines:
-            said = f"{path}:{number}: the same prompt as in line {lines[text]}; drawn once"
-            notes.append(Note("same-prompt", said))
-        elif text and not text.startswith("#"):
+        if not text or text.startswith("#"):
+            continue
+        if text in lines:
+            note = f"{path}:{number}: the same prompt as in line {lines[text]}; drawn once"
+            notes.append(Note("same-prompt", note))
+        else:
             lines[text] = number
     if not lines:
         location = Location(key=f"{where}.prompts", source=str(path))
         raise DataError(Problem(location, "holds no prompt", "write one a line", "no-prompts"))
-    found = [
-        ImageRecord(
-            path=Path(f"{path}:{number}"),
-            digest=hashlib.sha256(f"prompt {text}".encode()).hexdigest(),
-            width=UNBOUNDED_SIDE,
-            height=UNBOUNDED_SIDE,
-            prompts=_prompts_of((text,), Path(f"{path}:{number}"), entry, where),
-            repeats=int(entry.repeats),
-            raw_captions=(text,),
+    records: list[ImageRecord] = []
+    for text, number in lines.items():
+        place = Path(f"{path}:{number}")
+        records.append(
+            ImageRecord(
+                path=place,
+                digest=hashlib.sha256(f"prompt {text}".encode()).hexdigest(),
+                width=UNBOUNDED_SIDE,
+                height=UNBOUNDED_SIDE,
+                prompts=_prompts_of((text,), place, entry, where),
+                repeats=int(entry.repeats),
+                raw_captions=(text,),
+            )
         )
-        for text, number in lines.items()
-    ]
-    return found, notes
-
-
-def _has_a_name(source: Source, result: FolderScan) -> bool:
-    if is_text(str(source.path)):
-        return True
-    result.errors.append(DataError(Problem(str(source.path), "its name is not UTF-8", "rename it", "bad-name")))
-    return False
-
-
-def _image(source: Source, look: ImageInfo, entry: DataEntry, where: str, mask: Mask | None) -> ImageRecord:
-    prompts = _prompts_of(source.captions, source.path, entry, where)
-    own = tuple(text for text in source.captions if text)
-    return ImageRecord(
-        source.path, look.digest, look.width, look.height, prompts, look.thumbnail, source.repeats, mask, own
-    )
+    return records
 
 
 def _prompts_of(texts: tuple[str, ...], path: Path, entry: DataEntry, where: str) -> tuple[str, ...]:
+    """Return the prompts of the image `path` with the captions `texts`.
+
+    Raises:
+        DataError: a placeholder would stay in a prompt, since there is no trigger.
+    """
     prompts = captions.prompts_of(texts, entry)
     if any(captions.PLACEHOLDER in prompt for prompt in prompts):
-        what = f"its caption has {captions.PLACEHOLDER}, but no trigger is set"
-        todo = "take it out: these images show the class" if entry.regularization else f"set {where}.trigger"
-        raise DataError(Problem(str(path), what, todo, "placeholder-without-trigger"))
+        message = f"its caption has {captions.PLACEHOLDER}, but no trigger is set"
+        hint = "take it out: these images show the class" if entry.regularization else f"set {where}.trigger"
+        raise DataError(Problem(str(path), message, hint, "placeholder-without-trigger"))
     return prompts
 
 
-def _from_folder(entry: DataEntry, where: str, result: FolderScan) -> list[Source]:
-    root = Path(entry.folder or "")
-    if not root.is_dir():
-        what = "is a file, not a folder" if root.exists() else "does not exist"
-        todo = "check the path, which is relative to where the command runs"
-        raise DataError(Problem(str(root), what, todo, "missing-folder"))
-    files = sorted(_walk(root, entry, result), key=lambda path: path.relative_to(root).as_posix())
-    image_paths = [path for path in files if path.suffix.lower() in images.EXTENSIONS]
-    there = set(files)
-    by_stem: dict[Path, list[Path]] = {}
-    for path in image_paths:
-        by_stem.setdefault(path.with_suffix(""), []).append(path)
-    sources = []
-    for stem, paths in by_stem.items():
-        caption_file = stem.with_name(stem.name + entry.caption_ext)
-        caption = ""
-        if caption_file in there:
-            if len(paths) > 1:
-                names = ", ".join(path.name for path in paths)
-                what = f"belongs to several images ({names})"
-                problem = Problem(str(caption_file), what, "rename all but one", "ambiguous-caption")
-                result.errors.append(DataError(problem))
-                continue
-            try:
-                caption = captions.read_caption(caption_file)
-            except DataError as error:
-                result.errors.append(error)
-        for path in paths:
-            with collect_errors(result.errors):
-                repeats, name = _repeats(path, root, entry)
-                sources.append(Source(path, (caption or name,), repeats))
-    _note_unused(files, set(by_stem), entry, result)
-    _note_masks(image_paths, set(by_stem), entry, root, result)
-    if entry.repeats != "by_folder" and kohya_names(image_paths, root):
-        what = "its subfolders have names of kohya's layout (10_cat)"
-        text = f"{root}: {what}; repeats: by_folder trains as often as they say"
-        result.notes.append(Note("kohya-folders", text))
-    return sources
+def _with_valid_names(sources: list[Source], result: FolderScan) -> list[Source]:
+    valid: list[Source] = []
+    for source in sources:
+        if is_text(str(source.path)):
+            valid.append(source)
+        else:
+            problem = Problem(str(source.path), "its name is not UTF-8", "rename it", "bad-name")
+            result.errors.append(DataError(problem))
+    return valid
 
 
-def _repeats(path: Path, root: Path, entry: DataEntry) -> tuple[int, str]:
-    """How often the image is seen in an epoch, and its caption if it has none of its own.
-
-    Raises:
-        DataError: the folder's name does not say so, and it should.
-    """
-    if entry.repeats != "by_folder":
-        return entry.repeats, ""
-    match = _kohya(path, root)
-    if match is None or not 1 <= int(match[1]) <= MAX_REPEATS:
-        what = "is in no folder whose name says how often it is trained"
-        todo = f"put it into one like 10_cat (1 to {MAX_REPEATS}), or set repeats to a number"
-        raise DataError(Problem(str(path), what, todo, "no-repeats-in-name"))
-    return int(match[1]), match[2].strip()
-
-
-def kohya_names(images: list[Path], root: Path) -> list[str]:
-    """What the folders of kohya's layout call each image (`cat` of `10_cat`); empty unless all are in such ones."""
-    found = [_kohya(path, root) for path in images]
-    return [match[2].strip() for match in found if match] if all(found) else []
-
-
-def _kohya(path: Path, root: Path) -> re.Match[str] | None:
-    """The name of the innermost folder of kohya's layout that holds `path`."""
-    names = reversed(path.relative_to(root).parent.parts)
-    return next((match for name in names if (match := KOHYA_FOLDER.fullmatch(name))), None)
-
-
-def _note_unused(files: list[Path], stems: set[Path], entry: DataEntry, result: FolderScan) -> None:
-    for path in files:
-        if path.suffix.lower() in images.EXTENSIONS:
+def _read_images(
+    sources: list[Source],
+    entry: DataEntry,
+    where: str,
+    image_index: ImageIndex,
+    progress: Progress,
+    result: FolderScan,
+) -> None:
+    """Add the image of each source to `result`, or the reason why it cannot be used."""
+    paths = [source.path for source in sources]
+    infos = image_index.lookup(paths, progress)
+    masks_by_image = masks.find_masks(paths, entry, where, result.errors, image_index, progress)
+    for source, info in zip(sources, infos, strict=True):
+        if not isinstance(info, ImageInfo):
+            result.errors.append(info)
+            result.rejected += [(source.path, problem) for problem in info.problems]
             continue
-        if path.name.lower().endswith(entry.caption_ext.lower()):
-            stem = path.with_name(path.name[: -len(entry.caption_ext)])
-            if stem not in stems:
-                result.notes.append(Note("unused-caption", f"{path}: a caption without an image"))
-            elif not path.name.endswith(entry.caption_ext):
-                text = f"{path}: not read, its extension is not exactly {entry.caption_ext}"
-                result.notes.append(Note("unused-caption", text))
-        elif path.suffix.lower() in (".gif", ".avif", ".heic", ".heif", ".jxl"):
-            text = f"{path}: not used; images are {', '.join(sorted(images.EXTENSIONS))}"
-            result.notes.append(Note("unused-image", text))
+        with collect_errors(result.errors):
+            mask = masks.require_fit(masks_by_image.get(source.path), source.path, info)
+            record = ImageRecord(
+                path=source.path,
+                digest=info.digest,
+                width=info.width,
+                height=info.height,
+                prompts=_prompts_of(source.captions, source.path, entry, where),
+                thumbnail=info.thumbnail,
+                repeats=source.repeats,
+                mask=mask,
+                raw_captions=tuple(text for text in source.captions if text),
+            )
+            result.images.append(record)
 
 
-def _note_masks(images: list[Path], stems: set[Path], entry: DataEntry, root: Path, result: FolderScan) -> None:
-    """Say it if images look like the masks of others, which nobody wants to train on."""
-    aside = [path for path in images if MASK_NAME.fullmatch(path.stem) and _without_suffix(path) in stems]
-    inside = [path for path in images if MASK_FOLDER.fullmatch(path.relative_to(root).parts[0])]
-    for found, todo in (
-        (aside, "put them into a folder of their own under the images' names"),
-        ([path for path in inside if path not in aside], "if they are"),
-    ):
-        if found:
-            what = f"{len(found)} images look like masks and are trained as images ({_some([p.name for p in found])})"
-            result.notes.append(Note("masks-as-images", f"{root}: {what}; {todo}, set mask to that folder"))
-
-
-def _without_suffix(path: Path) -> Path:
-    return path.with_name(path.stem.rpartition("_")[0] or path.stem.rpartition("-")[0])
-
-
-def _walk(root: Path, entry: DataEntry, result: FolderScan) -> Iterator[Path]:
-    """Every file but hidden ones; folders that are linked, hidden, begin with `_` or hold the masks are not entered."""
-    own_masks = None if entry.mask in (None, masks.ALPHA) else Path(entry.mask).absolute()
-
-    def failed(error: OSError) -> None:
-        what = f"cannot be read ({error.strerror})"
-        problem = Problem(str(error.filename), what, "check its permissions", "unreadable-file")
-        result.errors.append(DataError(problem))
-
-    for folder, names, files in os.walk(root, onerror=failed):
-        skipped = [name for name in names if name.startswith("_") or Path(folder, name).is_symlink()]
-        why = "not searched (linked, or begins with _)"
-        result.notes += [Note("not-searched", f"{Path(folder, name)}: {why}") for name in sorted(skipped)]
-        skipped += [name for name in names if Path(folder, name).absolute() == own_masks]
-        names[:] = sorted(name for name in names if not name.startswith(".") and name not in skipped)
-        yield from (Path(folder, name) for name in files if not name.startswith("."))
-
-
-def _caption_notes(without: list[Source], entry: DataEntry, where: str, total: int) -> list[Note]:
-    """Images without a caption of their own, unless a default is set for them."""
+def _note_missing_captions(sources: list[Source], entry: DataEntry, where: str, result: FolderScan) -> None:
+    """Note images without a caption, unless `entry` has a default for them."""
+    without = [source.path for source in sources if not any(source.captions)]
     if not without or entry.default_caption:
-        return []
-    names = _some([source.path.name for source in without])
-    used = f"so they are trained on {entry.trigger!r} alone" if entry.trigger else "so they are trained on ''"
-    texts = sum(source.path.with_suffix(".txt").exists() for source in without)
-    there = f"; {texts} have a .txt beside them" if texts and entry.folder and entry.caption_ext != ".txt" else ""
-    what = f"{len(without)} of {total} images have no caption of their own ({names})"
-    return [Note("no-caption", f"{where}: {what}, {used}{there}; write captions or set default_caption")]
+        return
+    text = f"{len(without)} of {len(sources)} images have no caption of their own ({first_names(without)})"
+    text += f", so they are trained on {entry.trigger!r} alone" if entry.trigger else ", so they are trained on ''"
+    if entry.folder and entry.caption_ext != ".txt":
+        # A wrong caption_ext is a likely reason.
+        num_texts = sum(path.with_suffix(".txt").exists() for path in without)
+        if num_texts:
+            text += f"; {num_texts} have a .txt beside them"
+    result.notes.append(Note("no-caption", f"{where}: {text}; write captions or set default_caption"))
 
 
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+def _note_long_captions(result: FolderScan) -> None:
+    """Note captions that the text encoder certainly does not read to their end, without loading its tokenizer."""
+    for image in result.images:
+        num_words = max(len(WORDS.findall(prompt)) for prompt in image.prompts)
+        if num_words > MAX_WORDS:
+            text = f"its caption has {num_words} words and signs, and the model reads only 512 tokens"
+            result.notes.append(Note("long-caption", f"{image.path}: {text}"))
 
 
-def _notes(images: list[ImageRecord]) -> list[Note]:
-    notes: list[Note] = []
-    for image in images:
-        words = max(len(WORDS.findall(prompt)) for prompt in image.prompts)
-        if words > MAX_WORDS:
-            what = f"its caption has {words} words and signs, and the model reads 512 tokens and no further"
-            notes.append(Note("long-caption", f"{image.path}: {what}"))
-    first: dict[str, ImageRecord] = {}
-    for image in images:
-        other = first.setdefault(image.digest, image)
-        if other is not image:
-            notes.append(Note("same-image", f"{image.path}: the same image as {other.path}"))
-    different = list(first.values())
+def _note_duplicates(result: FolderScan) -> None:
+    """Note images that are equal or nearly equal, and so are trained more often than others."""
+    first_by_digest: dict[str, ImageRecord] = {}
+    for image in result.images:
+        first = first_by_digest.setdefault(image.digest, image)
+        if first is not image:
+            result.notes.append(Note("same-image", f"{image.path}: the same image as {first.path}"))
+    different = list(first_by_digest.values())
     for earlier, later in near_duplicates([image.thumbnail for image in different]):
         text = f"{different[later].path}: nearly the same image as {different[earlier].path}"
-        notes.append(Note("similar-image", text))
-    return notes
+        result.notes.append(Note("similar-image", text))
+
+
+def _note_missing_masks(entry: DataEntry, where: str, result: FolderScan) -> None:
+    without = [image.path for image in result.images if image.mask is None]
+    if entry.mask is not None and without:
+        text = f"{len(without)} images have no mask and are trained whole ({first_names(without)})"
+        result.notes.append(Note("no-mask", f"{where}: {text}"))
 
 
 def dataset_fingerprint(scans: list[list[ImageRecord]]) -> dict[str, str]:
-    """Name -> digest of content, prompts, mask and repeats: what a resumed run must find unchanged."""
-    prints: dict[str, str] = {}
+    """Return image -> digest of its prompts, mask and repeats, for the images of each entry.
+
+    The key holds the digest of the image's content. A resumed run must find the same.
+    """
+    fingerprint: dict[str, str] = {}
     for index, records in enumerate(scans):
         for image in records:
-            name = f"{index}/{image.path.name}/{image.digest[:16]}"
-            while name in prints:  # the same image in two subfolders
-                name += "'"
-            repeats = [str(image.repeats)] if image.repeats > 1 else []
-            parts = [*image.prompts, *([image.mask.digest] if image.mask else []), *repeats]
-            prints[name] = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
-    return prints
+            key = f"{index}/{image.path.name}/{image.digest[:16]}"
+            while key in fingerprint:  # the same image in two subfolders
+                key += "'"
+            parts = list(image.prompts)
+            if image.mask is not None:
+                parts.append(image.mask.digest)
+            if image.repeats > 1:
+                parts.append(str(image.repeats))
+            fingerprint[key] = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+    return fingerprint

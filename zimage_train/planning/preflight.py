@@ -8,7 +8,7 @@ from zimage_train.config.dataset import DataEntry
 from zimage_train.config.load import cache_dir
 from zimage_train.config.optimizers import OPTIMIZERS
 from zimage_train.config.schema import Config
-from zimage_train.dataset.image_index import ImageIndex
+from zimage_train.dataset.images import ImageIndex
 from zimage_train.dataset.sample_order import SampleOrder, TrainItem, make_items, make_sample_order, resolve_epochs
 from zimage_train.dataset.scan import FolderScan, ImageRecord, scan_entry
 from zimage_train.diffusion.request import comparison_requests, preview_requests, teacher_request
