@@ -112,7 +112,8 @@ def test_damaged_image_is_named(tmp_path: Path):
 
 
 @pytest.mark.slow
-def test_from_an_empty_folder_to_an_image_without_asking_anyone(tmp_path: Path, monkeypatch, shared_cache: Path):
+def test_from_empty_folder_to_an_image(tmp_path: Path, monkeypatch, shared_cache: Path):
+    """Every step from an empty folder to a sampled image runs without a question."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "photos").mkdir()
     for path in mini.IMAGES.iterdir():

@@ -37,13 +37,15 @@ def test_missing_extras_name_the_option(tmp_path: Path):
     assert str(problem) == f"--extras: {what}; give a folder or hub id that has them"
 
 
-def test_extras_that_lack_a_part_are_named_once(tmp_path: Path):
+def test_extras_lacking_a_part_named_once(tmp_path: Path):
+    """Extras that lack a part are named once."""
     problem = problem_of(path=str(mini.TURBO), extras=str(tmp_path))
     what = f"{tmp_path} has no text_encoder, tokenizer, vae"
     assert str(problem) == f"--extras: {what}; give a folder or hub id that has them"
 
 
-def test_a_file_that_is_no_model_is_refused_before_anything_is_downloaded(tmp_path: Path, monkeypatch):
+def test_file_that_is_no_model_is_refused(tmp_path: Path, monkeypatch):
+    """A file that is no model is refused before anything is downloaded."""
     monkeypatch.setattr(locate, "locate", pytest.fail)
     (tmp_path / "x.safetensors").write_text("hello")
     assert "is not a safetensors file" in str(problem_of(path=str(tmp_path / "x.safetensors")))
