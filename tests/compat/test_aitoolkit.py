@@ -886,7 +886,7 @@ print(read_config(Path({str(FRESH)!r})).name, "zimage_train.compat.aitoolkit.key
     assert done.stdout.splitlines() == ["[]", "[]", "my_first_lora_v1 True"]
 
 
-def test_native_config_as_json_with_comments(tmp_path: Path):
+def test_native_json_config_with_comments(tmp_path: Path):
     """A native config may be JSON with comments; lines and surrogate pairs are right."""
     text = """{
 \t"name": "a", // a comment

@@ -69,7 +69,7 @@ def test_hints_name_existing_options():
 
 
 @pytest.mark.parametrize("key", key_names.MISSING_SETTINGS)
-def test_setting_of_other_trainers_is_refused(key: str, refused):
+def test_settings_of_others_are_refused(key: str, refused):
     """A setting that only other trainers have is refused with the reason."""
     (line,) = refused("", f"{key}=x")
     assert line == f"--set {key}=x: {key}: unknown key; {key_names.MISSING_SETTINGS[key]}"

@@ -13,10 +13,11 @@ from zimage_train.config.types import RECOMPUTE_MODES
 from zimage_train.dataset.buckets import Bucket
 from zimage_train.errors import ConfigError
 from zimage_train.models.pinned_memory import arena_sizes, pinned_bytes
-from zimage_train.planning import flops, gpus, memory, planner
+from zimage_train.planning import flops, gpus, memory, planner, suggestions
 from zimage_train.planning.gpus import GPU_SPECS
-from zimage_train.planning.memory import SettingChange, WeightPlacement
+from zimage_train.planning.memory import WeightPlacement
 from zimage_train.planning.planner import AUTO_QUANTIZATIONS, NO_LIMIT, PlanConstraints
+from zimage_train.planning.suggestions import SettingChange
 
 from workloads import job, recipe
 
@@ -160,7 +161,7 @@ def test_suggestion_is_predicted_to_fit(limit_gb: float):
     wanted = PlanConstraints((None,), "none", 0)
     if planner.choose_plan(made, wanted, limit_gb * 1e9, HOST, None).fits:
         return
-    said = planner.suggest_settings(made, wanted, limit_gb * 1e9, HOST)
+    said = suggestions.suggest_settings(made, wanted, limit_gb * 1e9, HOST)
     settings = {one.key: one.value for one in said.changes}
     assert settings.pop("memory.checkpointing") == settings.pop("memory.offload") == "auto"
     batch, side = int(settings.pop("train.batch_size", 4)), settings.pop("data.*.resolution", None)
@@ -174,7 +175,7 @@ def test_suggestion_is_predicted_to_fit(limit_gb: float):
 
 def test_suggestion_of_the_least_memory():
     """If nothing fits, the least memory that a run takes is named."""
-    said = planner.suggest_settings(job(), ANY, 1e9, HOST)
+    said = suggestions.suggest_settings(job(), ANY, 1e9, HOST)
     assert said.changes == []
     assert re.fullmatch(r"a run takes \d\.\d\d GB at the least \(predicted\), so more memory is needed", str(said))
 
@@ -183,10 +184,10 @@ def test_suggestion_names_the_cause():
     """Large previews and a large rank are named where they are the cause."""
     drawn = job((512,), previews=(recipe(4096),))
     small = [SettingChange("sample.width", 1024), SettingChange("sample.height", 1024)]
-    assert planner.suggest_settings(drawn, FREE, 9e9, HOST).changes == small
+    assert suggestions.suggest_settings(drawn, FREE, 9e9, HOST).changes == small
     ranked = replace(job((512,)), trained=job((512,)).trained * 32, rank=512)
     assert not planner.choose_plan(ranked, FREE, 8e9, HOST, None).fits
-    assert planner.suggest_settings(ranked, FREE, 8e9, HOST).changes == [SettingChange("lora.rank", 16)]
+    assert suggestions.suggest_settings(ranked, FREE, 8e9, HOST).changes == [SettingChange("lora.rank", 16)]
 
 
 def test_gpu_memory_matches_its_name():
@@ -198,7 +199,7 @@ def test_gpu_memory_matches_its_name():
 
 def test_suggestion_skips_planner_choices():
     """Settings that the planner decides already are not suggested."""
-    said = planner.suggest_settings(job((1536,), batch_size=4), FREE, 9e9, HOST)
+    said = suggestions.suggest_settings(job((1536,), batch_size=4), FREE, 9e9, HOST)
     assert {"memory.checkpointing", "memory.offload"}.isdisjoint(one.key for one in said.changes)
 
 

@@ -9,7 +9,7 @@ of `dim`.
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 
 from zimage_train.config.optimizers import OPTIMIZERS, OptimizerName
@@ -319,76 +319,6 @@ def _tensor_bytes(shape: TransformerShape, dtype: str, name: str, quantization: 
     rows, columns = size
     scales = rows * columns // scale_block_size(columns)
     return rows * columns * QUANTIZED_BITS[quantization] // 8 + scales * SCALE_BYTES
-
-
-@dataclass(frozen=True)
-class SettingChange:
-    """A setting and its proposed value; the key `data.*.resolution` stands for that of every data entry."""
-
-    key: str
-    value: int | float | str
-
-    def __str__(self) -> str:
-        return f"{self.key}: {self.value:.3g}" if isinstance(self.value, float) else f"{self.key}: {self.value}"
-
-
-LighterWorkload = tuple[list[SettingChange], Workload]
-"""Changes of settings, and the workload that they lead to."""
-
-
-def lighter_workloads(workload: Workload) -> list[LighterWorkload]:
-    """Return workloads that take less memory, the ones that change least of the training first.
-
-    Batches change in the innermost loop, so they are tried before smaller previews, and those before a smaller rank.
-    """
-    lighter: list[LighterWorkload] = []
-    for rank_changes, ranked in [([], workload), *_with_smaller_rank(workload)]:
-        for preview_changes, previewed in [([], ranked), *_with_smaller_previews(ranked)]:
-            for batch_changes, changed in [([], previewed), *_with_smaller_batches(previewed)]:
-                changes = [*rank_changes, *preview_changes, *batch_changes]
-                if changes:
-                    lighter.append((changes, changed))
-    return lighter
-
-
-def _with_smaller_rank(workload: Workload) -> list[LighterWorkload]:
-    smaller_rank = 16
-    if workload.rank <= smaller_rank:
-        return []
-    trained = workload.trained * smaller_rank // workload.rank
-    changed = replace(workload, trained=trained, rank=smaller_rank)
-    return [([SettingChange("lora.rank", smaller_rank)], changed)]
-
-
-def _with_smaller_previews(workload: Workload) -> list[LighterWorkload]:
-    lighter: list[LighterWorkload] = []
-    for side in (1024, 512):
-        if all(max(request.width, request.height) <= side for request in workload.previews):
-            continue
-        previews = []
-        for request in workload.previews:
-            previews.append(replace(request, width=min(request.width, side), height=min(request.height, side)))
-        changes = [SettingChange("sample.width", side), SettingChange("sample.height", side)]
-        lighter.append((changes, replace(workload, previews=tuple(previews))))
-    return lighter
-
-
-def _with_smaller_batches(workload: Workload) -> list[LighterWorkload]:
-    """Return the workload with batches of one sample, and then with a lower resolution as well."""
-    lighter: list[LighterWorkload] = []
-    changes: list[SettingChange] = []
-    current = workload
-    if workload.batch_size > 1:
-        changes = [SettingChange("train.batch_size", 1)]
-        current = replace(workload, batch_size=1, largest_batches=None, batch_weights=None)
-        lighter.append((changes, current))
-    for side in (768, 512):
-        largest_area = max((size.width * size.height for size in current.sizes), default=0)
-        if largest_area > side**2:
-            square = Counter({Bucket(side, side): current.sizes.total()})
-            current = replace(current, sizes=square, largest_batches=None, batch_weights=None)
-            lighter.append(([*changes, SettingChange("data.*.resolution", side)], current))
-    return lighter
 
 
 def lora_parameters(shape: TransformerShape, modules: Iterable[str], rank: int) -> int:

@@ -17,7 +17,7 @@ from zimage_train.dataset.buckets import Bucket
 from zimage_train.io.units import format_bytes
 from zimage_train.planning import flops, memory
 from zimage_train.planning.gpus import TYPICAL_GPU, GpuSpec
-from zimage_train.planning.memory import MemoryEstimate, SettingChange, WeightPlacement, Workload
+from zimage_train.planning.memory import MemoryEstimate, WeightPlacement, Workload
 
 NO_LIMIT = 2**31
 """Number of tokens that no batch reaches."""
@@ -156,46 +156,6 @@ def _reason_for_precision(best: MemoryPlan, seconds: dict[WeightPlacement, float
         return "full precision does not fit"
     slowdown = min(full_precision) / seconds[best.placement]
     return f"full precision would take {slowdown:.1f} times as long"
-
-
-@dataclass(frozen=True)
-class Suggestion:
-    """Settings by which a run is predicted to fit, and the bytes that it then takes; no changes if nothing helps."""
-
-    changes: list[SettingChange]
-    predicted_bytes: float
-
-    def __str__(self) -> str:
-        predicted = format_bytes(self.predicted_bytes)
-        if not self.changes:
-            return f"a run takes {predicted} at the least (predicted), so more memory is needed"
-        return f"set {', '.join(map(str, self.changes))} (predicted: {predicted})"
-
-
-def suggest_settings(
-    workload: Workload, constraints: PlanConstraints, limit_bytes: float, host_bytes: float
-) -> Suggestion:
-    """Return the settings by which `workload` is predicted to fit, changing as little of the training as possible.
-
-    Recomputation and streaming come first, because they change no result. A lighter workload comes before quantization,
-    which is tried only where no lighter workload is enough.
-    """
-    is_free = constraints.mode is None and constraints.streamed is None
-    freed = [] if is_free else [SettingChange("memory.checkpointing", "auto"), SettingChange("memory.offload", "auto")]
-    quantize_auto = SettingChange("model.quantize", "auto")
-    workloads = [([], workload), *memory.lighter_workloads(workload)]
-    least_bytes = math.inf
-    for quantize_changes, quantizations in (([], constraints.quantizations), ([quantize_auto], AUTO_QUANTIZATIONS)):
-        for workload_changes, lighter in workloads:
-            plan = choose_plan(lighter, PlanConstraints(quantizations, None, None), limit_bytes, host_bytes, None)
-            predicted_bytes = plan.peak.total
-            if plan.fits:
-                changes = [*freed, *quantize_changes, *workload_changes]
-                # If the run ran out of memory though it is predicted to fit, a budget makes the plan keep the limit.
-                budget = SettingChange("memory.budget_gb", limit_bytes / 1e9)
-                return Suggestion(changes or [budget], predicted_bytes)
-            least_bytes = min(least_bytes, predicted_bytes)
-    return Suggestion([], least_bytes)
 
 
 def _allowed_placements(workload: Workload, constraints: PlanConstraints, host_bytes: float) -> list[WeightPlacement]:

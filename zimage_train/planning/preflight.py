@@ -23,10 +23,10 @@ from zimage_train.models import components
 from zimage_train.models.arch import TransformerShape
 from zimage_train.models.locate import DownloadFn
 from zimage_train.planning import memory, path_lengths, planner
-from zimage_train.planning.memory import SettingChange, Workload
+from zimage_train.planning.memory import Workload
 from zimage_train.planning.model_files import ModelFiles, find_model_files
 from zimage_train.planning.notes import notes_on_settings, notes_on_sizes
-from zimage_train.planning.planner import Suggestion
+from zimage_train.planning.suggestions import SettingChange, Suggestion, suggest_settings
 from zimage_train.planning.warnings import config_warnings
 
 
@@ -236,7 +236,7 @@ def how_to_fit(spec: RunSpec, limit_bytes: float, gpu: bool | None = None) -> Su
     """Return the settings by which the run is predicted to fit, under the names that they have in its config."""
     workload = workload_of(spec, gpu)
     constraints = planner.plan_constraints(spec.config, workload.shape.n_layers)
-    suggestion = planner.suggest_settings(workload, constraints, limit_bytes, main_memory_bytes())
+    suggestion = suggest_settings(workload, constraints, limit_bytes, main_memory_bytes())
     changes: list[SettingChange] = []
     for change in suggestion.changes:
         changes += _changes_in_config(spec.config, change)
