@@ -37,7 +37,7 @@ def test_problem_of_one_run_keeps_details(location: Location | str):
 PACKAGE = Path(__file__).parents[1] / "zimage_train"
 
 
-@pytest.mark.parametrize("room", ["compat", "config", "io"])
+@pytest.mark.parametrize("room", ["compat", "config", "dataset", "io", "planning"])
 def test_every_problem_has_a_code(room: str):
     """Programs choose problems by their codes, which stay when a message changes."""
     without_code: list[str] = []

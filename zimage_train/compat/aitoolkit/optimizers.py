@@ -7,7 +7,7 @@ from zimage_train.compat.aitoolkit.job import AIToolkitJob
 
 Values = dict[str, Any]
 DEFAULT_EPS = 1e-6
-"""AI Toolkit passes it to the Adams, in place of the library's default."""
+"""AI Toolkit passes it to the optimizers that have an eps, in place of the default of their libraries."""
 
 
 class OptimizerMapping(NamedTuple):
