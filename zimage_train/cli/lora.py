@@ -102,7 +102,9 @@ def weight(
     clothing, background, colour_light.
     """
     if not scale:
-        raise ConfigError(Problem("--scale", "is missing", "write for example --scale layers.0-9=0.5"))
+        raise ConfigError(
+            Problem("--scale", "is missing", "write for example --scale layers.0-9=0.5", "missing-argument")
+        )
     from zimage_train.commands import lora_edit
 
     print_lines(lora_edit.weight_command(file, scale, _output(output, dtype, force, dry_run)))
@@ -204,7 +206,9 @@ def ema(
 ) -> None:
     """Average the LoRAs that a run saved, as if it had kept an EMA of that length."""
     if decay is not None and sigma_rel is not None:
-        raise ConfigError(Problem("--sigma-rel", "is given beside --decay", "give one of them"))
+        raise ConfigError(
+            Problem("--sigma-rel", "is given beside --decay", "give one of them", "conflicting-arguments")
+        )
     from zimage_train.commands import lora_edit
 
     if decay is None and sigma_rel is None:
@@ -276,16 +280,25 @@ def _output(path: Path | None, dtype: str, force: bool, dry_run: bool) -> "Outpu
     from zimage_train.commands.lora_edit import OutputFile
 
     if dry_run and path is not None:
-        raise ConfigError(Problem("--dry-run", "is given beside -o", "leave one out"))
+        raise ConfigError(Problem("--dry-run", "is given beside -o", "leave one out", "conflicting-arguments"))
     if path is None and not dry_run:
-        raise ConfigError(Problem("-o", "is missing", "give the file to write, or --dry-run to write none"))
+        raise ConfigError(
+            Problem("-o", "is missing", "give the file to write, or --dry-run to write none", "missing-argument")
+        )
     return None if path is None else OutputFile(path, dtype, force)
 
 
 def _require_energy_used(rank: str, energy: float | None) -> float:
     """Return the energy to keep, and require that it was only given if it has an effect."""
     if energy is not None and rank != "auto":
-        raise ConfigError(Problem("--energy", "does nothing without --rank auto", "give --rank auto, or leave it out"))
+        raise ConfigError(
+            Problem(
+                "--energy",
+                "does nothing without --rank auto",
+                "give --rank auto, or leave it out",
+                "conflicting-arguments",
+            )
+        )
     return DEFAULT_ENERGY if energy is None else energy
 
 
@@ -294,5 +307,7 @@ def _parse_rank(text: str) -> int | None:
     if text == "auto":
         return None
     if not text.isdecimal() or len(text) > 6 or not 1 <= int(text) <= MAX_RANK:
-        raise ConfigError(Problem("--rank", f"is {text!r}", f"give auto, or a number from 1 to {MAX_RANK}"))
+        raise ConfigError(
+            Problem("--rank", f"is {text!r}", f"give auto, or a number from 1 to {MAX_RANK}", "bad-argument")
+        )
     return int(text)

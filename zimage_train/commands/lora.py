@@ -39,7 +39,7 @@ def verify_file(path: Path, model: str | None) -> list[str]:
     unsupported = sorted(set(summary.dtypes) - COMPUTE_DTYPES)
     if unsupported:
         message = f"holds {', '.join(unsupported)} tensors, with which diffusers cannot compute"
-        raise WeightsError(Problem(str(path), message, "save it as bf16 or fp32"))
+        raise WeightsError(Problem(str(path), message, "save it as bf16 or fp32", "unsupported-dtype"))
     precision = "fp32" if set(summary.dtypes) == {"F32"} else "bf16"
     error = verify.verify_export(path, lora, precision, shape.linears)
     count = f"{len(lora)}/{len(lora)}"
@@ -166,7 +166,9 @@ def require_image(path: Path | None) -> None:
         ConfigError: it has another ending.
     """
     if path is not None and path.suffix.lower() != ".png":
-        raise ConfigError(Problem(f"--picture {path}", "does not end in .png", "give the name of an image"))
+        raise ConfigError(
+            Problem(f"--picture {path}", "does not end in .png", "give the name of an image", "bad-argument")
+        )
 
 
 def _root_sum_of_squares(values: Iterable[float]) -> float:

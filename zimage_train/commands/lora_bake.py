@@ -40,13 +40,15 @@ def bake_command(
         DiskError: there is not enough space.
     """
     if target not in TARGETS:
-        raise ConfigError(Problem("--to", f"is {target!r}", f"give one of {', '.join(TARGETS)}"))
+        raise ConfigError(Problem("--to", f"is {target!r}", f"give one of {', '.join(TARGETS)}", "bad-argument"))
     if target == "comfyui" and path.suffix != ".safetensors":
-        raise ConfigError(Problem(f"-o {path}", "does not end in .safetensors", "ComfyUI takes one file"))
+        raise ConfigError(
+            Problem(f"-o {path}", "does not end in .safetensors", "ComfyUI takes one file", "bad-argument")
+        )
     if target == "diffusers" and path.suffix == ".safetensors":
-        raise ConfigError(Problem(f"-o {path}", "is a file name", "diffusers takes a folder"))
+        raise ConfigError(Problem(f"-o {path}", "is a file name", "diffusers takes a folder", "bad-argument"))
     if dtype not in (None, *PRECISIONS):
-        raise ConfigError(Problem("--dtype", f"is {dtype!r}", "give bf16 or fp32"))
+        raise ConfigError(Problem("--dtype", f"is {dtype!r}", "give bf16 or fp32", "bad-argument"))
     lora_edit.require_free(path, force, [weighted.path for weighted in loras])
     console = Console()
     source = locate.transformer_at(model, Location(argument=Argument("MODEL")))
@@ -103,7 +105,11 @@ def extract_command(tuned: str, base: str, rank: int | None, energy: float, outp
     with console.live_progress():
         extracted = bake.extract_lora(new, old, rank, energy, device, partial(console.progress, "comparing"))
     if not extracted.lora:
-        raise WeightsError(Problem(tuned, f"has the same linear weights as {base}", "there is nothing to extract"))
+        raise WeightsError(
+            Problem(
+                tuned, f"has the same linear weights as {base}", "there is nothing to extract", "nothing-to-extract"
+            )
+        )
     lora = {name: lora_edit.to_cpu(factors) for name, factors in extracted.lora.items()}
     facts = {"rank": rank, "energy": energy, "tuned": Path(tuned).name, "base": Path(base).name}
     header = metadata.edited_metadata("extract", [{"ss_base_model_version": "zimage"}], facts, lora_edit.ranks_of(lora))

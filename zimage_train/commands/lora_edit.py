@@ -42,9 +42,11 @@ class OutputFile:
         """
         require_free(self.path, self.force, inputs)
         if self.path.suffix != ".safetensors":
-            raise ConfigError(Problem(f"-o {self.path}", "does not end in .safetensors", "no tool would load it"))
+            raise ConfigError(
+                Problem(f"-o {self.path}", "does not end in .safetensors", "no tool would load it", "bad-argument")
+            )
         if self.dtype not in ("auto", *PRECISIONS):
-            raise ConfigError(Problem("--dtype", f"is {self.dtype!r}", "give auto, bf16 or fp32"))
+            raise ConfigError(Problem("--dtype", f"is {self.dtype!r}", "give auto, bf16 or fp32", "bad-argument"))
 
 
 def require_free(path: Path, force: bool, inputs: Sequence[Path]) -> None:
@@ -55,10 +57,10 @@ def require_free(path: Path, force: bool, inputs: Sequence[Path]) -> None:
         DiskError: its folder is not writable.
     """
     if any(path.exists() and source.exists() and path.samefile(source) for source in inputs):
-        raise ConfigError(Problem(f"-o {path}", "is a file that is read", "give another name"))
+        raise ConfigError(Problem(f"-o {path}", "is a file that is read", "give another name", "output-is-input"))
     if os.path.lexists(path) and (path.is_dir() or not force):
         hint = "give another name" if path.is_dir() else "give another name, or --force"
-        raise ConfigError(Problem(f"-o {path}", "exists", hint))
+        raise ConfigError(Problem(f"-o {path}", "exists", hint, "file-exists"))
     atomic.require_writable_folder(path.parent)
 
 
@@ -114,7 +116,7 @@ def write_lora(lora: Lora, output: OutputFile, header: Mapping[str, str]) -> lis
     norm = math.sqrt(math.fsum(inspect.delta_norm(factors) ** 2 for factors in lora.values()))
     if norm == 0:
         message = "would change nothing: all its changes are 0"
-        raise ConfigError(Problem(str(output.path), message, "nothing was written"))
+        raise ConfigError(Problem(str(output.path), message, "nothing was written", "no-change"))
     lora_file.export_lora(output.path, lora, dtype, header)
     content = f"{len(lora)} modules, rank {format_ranks(lora)}, norm {norm:.4g}"
     return [f"{output.path}: {content}, {format_bytes(output.path.stat().st_size)} in {dtype}, {rounding}"]
@@ -142,7 +144,9 @@ def weight_command(path: Path, texts: Sequence[str], output: OutputFile | None) 
         return [*lines, *scale_rules.format_table(weights)]
     scaled = arithmetic.sum_loras([(source.lora, weights)])
     if not scaled:
-        raise ConfigError(Problem("lora weight", "every factor is 0, so nothing is left", "keep a module"))
+        raise ConfigError(
+            Problem("lora weight", "every factor is 0, so nothing is left", "keep a module", "nothing-left")
+        )
     facts = {"from": source.facts(), "scale": list(texts)}
     header = metadata.edited_metadata("weight", [source.metadata], facts, ranks_of(scaled))
     removed = len(source.lora) - len(scaled)
@@ -163,7 +167,7 @@ def resize_command(path: Path, rank: int | None, energy: float, output: OutputFi
     before = format_ranks(source.lora)
     if rank is not None and rank >= max(ranks_of(source.lora)):
         hint = "a higher rank would add nothing; lora convert copies the file"
-        raise ConfigError(Problem("--rank", f"is {rank}, but {path} already has rank {before}", hint))
+        raise ConfigError(Problem("--rank", f"is {rank}, but {path} already has rank {before}", hint, "bad-argument"))
     small, kept = reduce_lora(source.lora, rank, energy)
     facts = {"from": source.facts(), "rank": rank, "energy": energy}
     header = metadata.edited_metadata("resize", [source.metadata], facts, ranks_of(small))
@@ -202,7 +206,7 @@ def _require_run(folder: Path) -> None:
         candidates = (folder.parent, *sorted(folder.glob("*")))
         near = [candidate for candidate in candidates if (candidate / "config.yaml").exists()]
         hint = f"did you mean {near[0]}?" if near else "give output/NAME of a run, or LoRA files"
-        raise ConfigError(Problem(str(folder), "is not a run folder: it has no config.yaml", hint))
+        raise ConfigError(Problem(str(folder), "is not a run folder: it has no config.yaml", hint, "not-a-run"))
 
 
 def ema_command(paths: Sequence[Path], decay: float | None, sigma_rel: float | None, output: OutputFile) -> list[str]:
@@ -223,17 +227,17 @@ def ema_command(paths: Sequence[Path], decay: float | None, sigma_rel: float | N
         # The last save of a run may exist twice, with and without its step in the name; equal files count once.
         if first.lora.keys() != source.lora.keys() or source.path.read_bytes() != first.path.read_bytes():
             message = f"is of step {step}, as {first.path} is"
-            raise ConfigError(Problem(str(source.path), message, "give each save once"))
+            raise ConfigError(Problem(str(source.path), message, "give each save once", "same-step"))
     runs = {source.metadata.get("ss_output_name") for source in by_step.values()}
     if len(runs) > 1:
         # The factors of two runs are unrelated, even where their deltas are alike: B R and R^-1 A are the same delta
         # for any invertible R. Only deltas can be averaged then.
         message = f"these are of several runs ({', '.join(sorted(map(str, runs)))}), with unrelated factors"
-        raise ConfigError(Problem("lora ema", message, "lora merge takes the mean of their changes"))
+        raise ConfigError(Problem("lora ema", message, "lora merge takes the mean of their changes", "several-runs"))
     steps = sorted(by_step)
     if len(steps) < 2:
         hint = "give several, or train with a smaller save.every"
-        raise ConfigError(Problem("lora ema", "there is only one save, so nothing to average", hint))
+        raise ConfigError(Problem("lora ema", "there is only one save, so nothing to average", hint, "too-few-files"))
     shares = arithmetic.ema_weights(steps, decay, sigma_rel)
     sources = [by_step[step] for step in steps]
     mean = arithmetic.mean_of_factors([source.lora for source in sources], shares)
@@ -255,7 +259,9 @@ def convert_command(path: Path, target: str, output: OutputFile) -> list[str]:
         WeightsError: the file is none of these kinds, or the layout cannot hold it.
     """
     if target not in formats.LAYOUTS:
-        raise ConfigError(Problem("--to", f"is {target!r}", f"give one of {', '.join(formats.LAYOUTS)}"))
+        raise ConfigError(
+            Problem("--to", f"is {target!r}", f"give one of {', '.join(formats.LAYOUTS)}", "bad-argument")
+        )
     output.require_free(path)
     changes, source_metadata = lora_file.read_changes(path)
     tensors, header = formats.to_layout(path, changes, source_metadata, target)
@@ -317,7 +323,9 @@ def unmatched_notes(rules: Sequence[tuple[ScaleRule, Sequence[LoraSource]]]) -> 
     if rules and len(unmatched) == len(rules):
         source = rules[0][1][0]
         message = f"no rule names any of its {len(source.lora)} modules"
-        raise ConfigError(Problem(str(source.path), message, f"it has {_blocks_and_components(source.lora)}"))
+        raise ConfigError(
+            Problem(str(source.path), message, f"it has {_blocks_and_components(source.lora)}", "nothing-selected")
+        )
     notes: list[str] = []
     for rule, sources in unmatched:
         files = ", ".join(str(source.path) for source in sources)
@@ -349,5 +357,5 @@ def _step_of(source: LoraSource) -> int:
         text = match[1]
     if not text.isdecimal() or len(text) > 12 or int(text) == 0:
         message = "has its step neither in its metadata nor in its name"
-        raise WeightsError(Problem(str(source.path), message, "give LoRAs that a run saved"))
+        raise WeightsError(Problem(str(source.path), message, "give LoRAs that a run saved", "not-a-save"))
     return int(text)

@@ -41,16 +41,25 @@ def parse_merge_method(
         ConfigError: the method does not exist, an option has no effect on it, or the density is 0.
     """
     if name not in ("sum", *blending.METHODS):
-        raise ConfigError(Problem("--method", f"is {name!r}", f"give one of sum, {', '.join(blending.METHODS)}"))
+        raise ConfigError(
+            Problem("--method", f"is {name!r}", f"give one of sum, {', '.join(blending.METHODS)}", "bad-argument")
+        )
     unused: list[str] = []
     if name == "sum" and density is not None:
         unused.append("--density")
     if name in ("sum", "ties") and seed is not None:
         unused.append("--seed")
     if unused:
-        raise ConfigError(Problem(unused[0], f"does nothing for --method {name}", "leave it out, or choose dare_ties"))
+        raise ConfigError(
+            Problem(
+                unused[0],
+                f"does nothing for --method {name}",
+                "leave it out, or choose dare_ties",
+                "conflicting-arguments",
+            )
+        )
     if density == 0:
-        raise ConfigError(Problem("--density", "is 0, so nothing is left", "give a share above 0"))
+        raise ConfigError(Problem("--density", "is 0, so nothing is left", "give a share above 0", "bad-argument"))
     return MergeMethod(
         name=None if name == "sum" else name,
         density=DEFAULT_DENSITY if density is None else density,
@@ -104,7 +113,9 @@ def merge_files(
     # Before a method too, for its checks: that something is left, and that the shapes agree.
     merged = arithmetic.sum_loras(parts)
     if not merged:
-        raise ConfigError(Problem("lora merge", "every ratio is 0, so nothing is left", "give one that is not 0"))
+        raise ConfigError(
+            Problem("lora merge", "every ratio is 0, so nothing is left", "give one that is not 0", "nothing-left")
+        )
     if method.name is not None:
         merged, kept = _blend(parts, method)
         ranks = lora_edit.format_ranks(merged)
@@ -160,7 +171,7 @@ def _parse_file_rules(texts: Sequence[str], count: int) -> list[tuple[ScaleRule,
             number = int(match[1])
             if not 1 <= number <= count:
                 message = f"is for file {match[1]}, but there are {count}"
-                raise ConfigError(Problem(f"--scale {text}", message, "the first file is 1"))
+                raise ConfigError(Problem(f"--scale {text}", message, "the first file is 1", "bad-argument"))
             rules.append((scale_rules.parse_rule(match[2]), [number - 1]))
     raise_all(errors)
     return rules
@@ -170,5 +181,7 @@ def _normalize(ratios: Sequence[float]) -> list[float]:
     """Return the ratios divided by the sum of their absolute values."""
     total = math.fsum(map(abs, ratios))
     if total == 0:
-        raise ConfigError(Problem("lora merge", "every ratio is 0, so nothing is left", "give one that is not 0"))
+        raise ConfigError(
+            Problem("lora merge", "every ratio is 0, so nothing is left", "give one that is not 0", "nothing-left")
+        )
     return [ratio / total for ratio in ratios]

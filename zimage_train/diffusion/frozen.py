@@ -123,7 +123,7 @@ def _restore(frozen: FrozenTransformer, names: set[str]) -> None:
     except Exception as error:
         what = f"the training weights cannot be restored after a preview ({error})"
         hint = "the same command continues from the last checkpoint"
-        raise NotRestoredError(Problem(str(frozen.path), what, hint)) from error
+        raise NotRestoredError(Problem(str(frozen.path), what, hint, "not-restored")) from error
 
 
 @torch.no_grad()

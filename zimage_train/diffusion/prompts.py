@@ -48,7 +48,7 @@ def read_prompt_file(path: Path) -> list[PromptSpec]:
     text = load.read_text(path)
     specs = _from_yaml(path, text) if path.suffix in (".yaml", ".yml") else _from_lines(path, text)
     if not specs:
-        raise ConfigError(Problem(str(path), "contains no prompt", "write one a line"))
+        raise ConfigError(Problem(str(path), "contains no prompt", "write one a line", "no-prompts"))
     return specs
 
 
@@ -69,21 +69,21 @@ def _from_line(where: str, line: str) -> PromptSpec:
     for name, text in zip(rest[::2], rest[1::2], strict=True):
         if name not in OPTIONS:
             hint = f"there are --{', --'.join(OPTIONS)}; write words of the prompt without --"
-            raise ConfigError(Problem(where, f"has the unknown option --{name}", hint))
+            raise ConfigError(Problem(where, f"has the unknown option --{name}", hint, "unknown-key"))
         key, parse = OPTIONS[name]
         try:
             overrides[key] = parse(text.strip())
         except ValueError:
-            raise ConfigError(Problem(where, f"--{name} is {text.strip()!r}", "give a number")) from None
+            raise ConfigError(Problem(where, f"--{name} is {text.strip()!r}", "give a number", "bad-value")) from None
     if not prompt.strip():
-        raise ConfigError(Problem(where, "has options but no prompt", "write the prompt before them"))
+        raise ConfigError(Problem(where, "has options but no prompt", "write the prompt before them", "no-prompts"))
     return PromptSpec(prompt.strip(), overrides)
 
 
 def _from_yaml(path: Path, text: str) -> list[PromptSpec]:
     value = load.parse(path, text).value
     if not isinstance(value, list):
-        raise ConfigError(Problem(str(path), "is not a list", "write prompts as in sample.prompts"))
+        raise ConfigError(Problem(str(path), "is not a list", "write prompts as in sample.prompts", "bad-value"))
     entries = [{"prompt": entry} if isinstance(entry, str) else entry for entry in value]
     try:
         prompts = TypeAdapter(list[PreviewPrompt]).validate_python(entries, strict=True)
@@ -91,6 +91,6 @@ def _from_yaml(path: Path, text: str) -> list[PromptSpec]:
         problems = []
         for details in error.errors():
             where = ".".join(map(str, details["loc"]))
-            problems.append(Problem(f"{path}: {where}", details["msg"].lower(), "see sample.prompts"))
+            problems.append(Problem(f"{path}: {where}", details["msg"].lower(), "see sample.prompts", "bad-value"))
         raise ConfigError(*problems) from None
     return [PromptSpec(prompt.prompt, prompt.model_dump(exclude_none=True, exclude={"prompt"})) for prompt in prompts]

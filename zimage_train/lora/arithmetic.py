@@ -45,7 +45,7 @@ def sum_loras(loras: Sequence[tuple[Lora, Mapping[str, float]]]) -> Lora:
         shapes = {delta_shape(factors) for factors, _ in parts}
         if len(shapes) > 1:
             message = f"the files change weights of shape {' and '.join(str(list(shape)) for shape in sorted(shapes))}"
-            raise WeightsError(Problem(module, message, "LoRAs of different models cannot be combined"))
+            raise WeightsError(Problem(module, message, "LoRAs of different models cannot be combined", "other-shape"))
         if parts:
             # The weight goes into B alone: applied to A as well it would count squared, and its sign would be lost.
             a = torch.cat([factors.a.float() for factors, _ in parts], dim=0)
@@ -75,7 +75,9 @@ def mean_of_factors(loras: Sequence[Lora], weights: Sequence[float]) -> Lora:
             module for module in first_shapes.keys() | shapes.keys() if first_shapes.get(module) != shapes.get(module)
         )
         if differing:
-            raise WeightsError(Problem(differing[0], "differs in rank or shape between them", "give saves of one run"))
+            raise WeightsError(
+                Problem(differing[0], "differs in rank or shape between them", "give saves of one run", "other-rank")
+            )
     mean: Lora = {}
     for module in first:
         pairs = [(lora[module], weight) for lora, weight in zip(loras, weights, strict=True)]
@@ -176,7 +178,9 @@ def factorize(delta: Weight, rank: int | None, energy: float, name: str) -> tupl
 
 def _require_finite(tensor: Tensor, name: str) -> None:
     if not tensor.isfinite().all():
-        raise WeightsError(Problem(name, "its change is beyond the range of fp32", "are the ratios right?"))
+        raise WeightsError(
+            Problem(name, "its change is beyond the range of fp32", "are the ratios right?", "not-finite")
+        )
 
 
 def _randomized_svd(delta: Tensor, width: int, name: str) -> tuple[Tensor, Tensor, Tensor]:

@@ -51,12 +51,14 @@ def extract_lora(
         if new.shape.parameters != old.shape.parameters:
             message = f"has a width of {new.shape.dim} and {new.shape.n_layers} layers"
             hint = f"{base} has {old.shape.dim} and {old.shape.n_layers}: give the checkpoint that it was trained from"
-            raise WeightsError(Problem(str(tuned), message, hint))
+            raise WeightsError(Problem(str(tuned), message, hint, "other-model"))
         for done, name in enumerate(sorted(new.shape.parameters), 1):
             delta = new.get(name).to(device).float() - old.get(name).to(device).float()
             module = name.removesuffix(".weight")
             if not delta.isfinite().all():
-                raise WeightsError(Problem(f"{tuned}: {name}", "differs by values that are not finite"))
+                raise WeightsError(
+                    Problem(f"{tuned}: {name}", "differs by values that are not finite", code="not-finite")
+                )
             if delta.any():
                 if module in new.shape.linears and name.endswith(".weight"):
                     factors, kept, total = arithmetic.factorize(delta, rank, energy, module)
@@ -116,7 +118,7 @@ def bake_checkpoint(
         # In 8 bits a step between two values is larger than most changes, so the sum would round back to the weight.
         if narrow := dtypes - COMPUTE_DTYPES:
             message = f"holds {', '.join(sorted(narrow))} tensors, in which a LoRA would be lost to rounding"
-            raise WeightsError(Problem(str(source), message, "bake into a bf16 checkpoint"))
+            raise WeightsError(Problem(str(source), message, "bake into a bf16 checkpoint", "unsupported-dtype"))
 
         def bake_tensor(name: str) -> Tensor:
             nonlocal done
@@ -130,7 +132,9 @@ def bake_checkpoint(
             delta = factors.delta()
             baked = (weight.float() + delta).to(torch_dtype)
             if not baked.isfinite().all():
-                raise WeightsError(Problem(name, "would not be finite with this LoRA", "nothing was written"))
+                raise WeightsError(
+                    Problem(name, "would not be finite with this LoRA", "nothing was written", "not-finite")
+                )
             result.add(weight, baked, delta)
             return baked
 

@@ -39,7 +39,9 @@ def alphas_from_metadata(path: Path, text: str | None) -> Callable[[str, int], f
     for alpha in (common, *(patterns.values() if isinstance(patterns, dict) else [patterns])):
         if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < LARGEST_ALPHA:
             what = f"its metadata says that alpha is {str(alpha)[:20]}"
-            raise WeightsError(Problem(str(path), what, "save it with the alpha that it was trained with"))
+            raise WeightsError(
+                Problem(str(path), what, "save it with the alpha that it was trained with", "conflicting-alpha")
+            )
     # With rsLoRA the scale is alpha / sqrt(rank); every other reader divides by the rank.
     is_rank_stabilised = config.get("use_rslora") is True
 

@@ -124,7 +124,7 @@ def _require_kinds(path: Path, changes: Changes, target: str) -> None:
         module, kind = min(unsupported.items())
         able = [name for name, layout in LAYOUTS.items() if kinds[module] in layout.kinds and name != target]
         message = f"{module} is a {kind}, which the layout {target} cannot hold"
-        raise WeightsError(Problem(str(path), message, f"--to {' or --to '.join(able)}"))
+        raise WeightsError(Problem(str(path), message, f"--to {' or --to '.join(able)}", "unsupported-layout"))
 
 
 def _fuse_all(path: Path, changes: Changes, target: str) -> tuple[Changes, dict[str, list[int]]]:
@@ -145,7 +145,9 @@ def _fuse_all(path: Path, changes: Changes, target: str) -> tuple[Changes, dict[
                 restored = qkv.split_qkv(fused[fused_name])
             except CannotFuseError as error:
                 message = f"{error}; the layout {target} has q, k and v as one module"
-                raise WeightsError(Problem(f"{path}: {module}", message, "--to comfyui, or --to musubi")) from None
+                raise WeightsError(
+                    Problem(f"{path}: {module}", message, "--to comfyui, or --to musubi", "unsupported-layout")
+                ) from None
             widths = _ranks_or_zero(thirds)
             if widths != _ranks_or_zero(restored):
                 ranks[fused_name] = widths
@@ -188,5 +190,9 @@ def _alpha_header(path: Path, changes: Changes) -> str | None:
     for module, alpha in alphas.items():
         if not 0 < alpha < format_metadata.LARGEST_ALPHA:
             message = f"{module} has an alpha of {alpha:g}, which the layout diffusers cannot store"
-            raise WeightsError(Problem(str(path), message, "--to comfyui, or lora weight to give it another strength"))
+            raise WeightsError(
+                Problem(
+                    str(path), message, "--to comfyui, or lora weight to give it another strength", "unsupported-layout"
+                )
+            )
     return format_metadata.alphas_to_metadata(ranks, alphas, is_dora)

@@ -58,7 +58,9 @@ def read_parts(path: Path) -> Parts:
     """
     tensors = read_header(path).tensors
     if family := detect_family(tensors):
-        raise WeightsError(Problem(str(path), f"{family}: cannot work on Z-Image", "retrain from the dataset"))
+        raise WeightsError(
+            Problem(str(path), f"{family}: cannot work on Z-Image", "retrain from the dataset", "other-family")
+        )
     parts: Parts = {}
     unknown, twice = [], []
     for key in tensors:
@@ -73,9 +75,11 @@ def read_parts(path: Path) -> Parts:
     broken = [module for module, found in parts.items() if not _is_whole(module, found, tensors)]
     if twice:
         what = f"holds {len(twice)} tensors twice, under two names each, such as {min(twice)}"
-        raise WeightsError(Problem(str(path), what, "remove one of each"))
+        raise WeightsError(Problem(str(path), what, "remove one of each", "duplicate-module"))
     if unknown or broken or not parts:
-        raise WeightsError(Problem(str(path), _unknown_keys_message(unknown, broken), wrong_family_hint(unknown)))
+        raise WeightsError(
+            Problem(str(path), _unknown_keys_message(unknown, broken), wrong_family_hint(unknown), "unknown-tensors")
+        )
     return parts
 
 
@@ -118,7 +122,7 @@ def require_plain_lora(path: Path, kinds: Mapping[str, str | None]) -> None:
         module, kind = min(others.items())
         what = f"is a {kind} ({len(others)} modules, such as {module}), which only `lora convert` reads"
         todo = "make it a LoRA with the tool that trained it"
-        raise WeightsError(Problem(str(path), what, todo))
+        raise WeightsError(Problem(str(path), what, todo, "not-a-plain-lora"))
 
 
 def require_match(path: Path, found: Sizes, linears: Sizes) -> None:
@@ -133,7 +137,9 @@ def require_match(path: Path, found: Sizes, linears: Sizes) -> None:
         first, there = lost[0], linears.get(lost[0])
         why = "the model has no such module" if there is None else f"{found[first]} there, {there} in the model"
         what = f"matched {len(found) - len(lost)}/{len(found)} modules; not matched: {first} ({why})"
-        raise WeightsError(Problem(str(path), what, "it belongs to another model, and is used in whole or not at all"))
+        raise WeightsError(
+            Problem(str(path), what, "it belongs to another model, and is used in whole or not at all", "other-modules")
+        )
 
 
 def _kind(found: Mapping[str, str], tensors: Mapping[str, TensorInfo]) -> str | None:

@@ -75,7 +75,9 @@ class LoraLayers:
             saved = list(state[name].shape) if name in state else "missing"
             expected = list(current[name].shape) if name in current else "missing"
             message = f"{name} is {saved} in the checkpoint and {expected} in this run"
-            raise WeightsError(Problem(where, message, "use the rank and targets that it was made with"))
+            raise WeightsError(
+                Problem(where, message, "use the rank and targets that it was made with", "other-modules")
+            )
         with torch.no_grad():
             for name, tensor in current.items():
                 tensor.copy_(state[name])
@@ -170,7 +172,7 @@ def _inject(model: nn.Module, ranks: dict[str, int], scale: float, dropout: floa
     differing = sorted(layers.keys() ^ ranks.keys())
     if differing:
         message = "peft attached a LoRA where none was requested, or none where one was"
-        raise WeightsError(Problem(differing[0], message))
+        raise WeightsError(Problem(differing[0], message, code="other-shape"))
     a, b = {}, {}
     for name in ranks:
         layer = layers[name]

@@ -107,10 +107,14 @@ def _require_finite_floats(path: Path, key: str, tensor: Tensor) -> Tensor:
     """Return `tensor`, 8-bit floats as bf16, which represents each of their values exactly."""
     if not tensor.is_floating_point() and not key.endswith(".alpha"):
         dtype = str(tensor.dtype).removeprefix("torch.")
-        raise WeightsError(Problem(f"{path}: {key}", f"holds {dtype} values instead of floats", "get the file again"))
+        raise WeightsError(
+            Problem(
+                f"{path}: {key}", f"holds {dtype} values instead of floats", "get the file again", "unsupported-dtype"
+            )
+        )
     if not tensor.float().isfinite().all():
         hint = "get the file again, or take an earlier save if the run diverged"
-        raise WeightsError(Problem(f"{path}: {key}", "holds values that are not finite", hint))
+        raise WeightsError(Problem(f"{path}: {key}", "holds values that are not finite", hint, "not-finite"))
     return tensor.bfloat16() if tensor.dtype.itemsize == 1 else tensor
 
 
@@ -123,7 +127,7 @@ def _split_fused(path: Path, module: str, change: Change, ranks: list[int] | Non
         thirds = qkv.split_qkv(change, ranks)
     except qkv.CannotFuseError as error:
         hint = "ask its author for a file with to_q, to_k and to_v"
-        raise WeightsError(Problem(f"{path}: {module}", str(error), hint)) from None
+        raise WeightsError(Problem(f"{path}: {module}", str(error), hint, "other-shape")) from None
     return {name: third for name, third in zip(names, thirds, strict=True) if third is not None}
 
 
@@ -176,5 +180,5 @@ def export_lora(path: Path, lora: Mapping[str, Factors], dtype: str, metadata: M
     not_finite = [key for key, tensor in tensors.items() if not tensor.isfinite().all()]
     if not_finite:
         message = f"{len(not_finite)} tensors are not finite, such as {not_finite[0]}"
-        raise WeightsError(Problem(str(path), message, "nothing was written"))
+        raise WeightsError(Problem(str(path), message, "nothing was written", "not-finite"))
     tensorfile.save(path, tensors, metadata)

@@ -92,7 +92,9 @@ def parse_rule(text: str, where: str = "--scale") -> ScaleRule:
     selector, equals, amount = text.rpartition("=")
     if not equals or not selector:
         message = "has no factor" if not equals else "names no module"
-        raise ConfigError(Problem(f"{where} {text}", message, "write for example layers.0-9=0.5, or all=0.5"))
+        raise ConfigError(
+            Problem(f"{where} {text}", message, "write for example layers.0-9=0.5, or all=0.5", "bad-argument")
+        )
     number, curve = amount, ""
     if amount.rpartition("*")[2] in CURVES:
         number, _, curve = amount.rpartition("*")
@@ -103,20 +105,24 @@ def parse_rule(text: str, where: str = "--scale") -> ScaleRule:
     if not abs(factor) <= MAX_FACTOR:
         limits = f"-{MAX_FACTOR:g} to {MAX_FACTOR:g}"
         message = f"{amount!r} is neither a number from {limits} nor one of {', '.join(CURVES)}"
-        raise ConfigError(Problem(f"{where} {text}", message, "write for example layers.0-9=0.5"))
+        raise ConfigError(Problem(f"{where} {text}", message, "write for example layers.0-9=0.5", "bad-argument"))
     block, ranges, rest = _parse_block(selector)
     for low, high in ranges:
         if low > high:
-            raise ConfigError(Problem(f"{where} {text}", f"{low}-{high} runs backwards", f"write {high}-{low}"))
+            raise ConfigError(
+                Problem(f"{where} {text}", f"{low}-{high} runs backwards", f"write {high}-{low}", "bad-argument")
+            )
     components = _parse_components(rest) if rest else None
     if rest and not components:
         message = f"{rest!r} is neither a block nor a component"
         close = difflib.get_close_matches(rest, ["layers", "refiners", *COMPONENTS, *RULE_GROUPS, *PRESETS], 1)
         choices = f"layers.0-9, refiners; all, {', '.join(COMPONENTS)}, attention, feed_forward; {', '.join(PRESETS)}"
         hint = f"did you mean {close[0]}?" if close else f"choose from {choices}"
-        raise ConfigError(Problem(f"{where} {text}", message, hint))
+        raise ConfigError(Problem(f"{where} {text}", message, hint, "bad-argument"))
     if curve and block is None:
-        raise ConfigError(Problem(f"{where} {text}", "is a curve over no layers", f"write layers={amount}"))
+        raise ConfigError(
+            Problem(f"{where} {text}", "is a curve over no layers", f"write layers={amount}", "bad-argument")
+        )
     return ScaleRule(text, block, ranges, frozenset(components) if components else None, factor, curve or None)
 
 

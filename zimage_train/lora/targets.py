@@ -38,7 +38,7 @@ def select_modules(targets: list[str] | str, linears: Iterable[str]) -> list[str
         hint = "names look like layers.0.attention.to_q; the whole name must match"
         if isinstance(targets, str) and targets in TARGET_GROUPS:
             hint = f"a string is a regular expression; give the group as a list: [{targets}]"
-        raise ConfigError(Problem("lora.targets", message, hint))
+        raise ConfigError(Problem("lora.targets", message, hint, "bad-value"))
     return chosen
 
 

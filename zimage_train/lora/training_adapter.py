@@ -77,4 +77,4 @@ def merge_adapter(
     unmatched = sorted(adapter.lora.keys() - count.matched)
     if unmatched:
         message = f"matched {len(count.matched)}/{len(adapter.lora)} modules; not matched: {unmatched[0]}"
-        raise WeightsError(Problem(str(adapter.path), message, "nothing was trained"))
+        raise WeightsError(Problem(str(adapter.path), message, "nothing was trained", "other-modules"))

@@ -53,12 +53,12 @@ def _compare(path: Path, loader: str, loaded: Lora, trained: Mapping[str, Factor
     loaded = {module: factors for module, factors in loaded.items() if module in trained or factors.b.any()}
     if loaded.keys() != trained.keys():
         message = f"{loader} would load {len(loaded.keys() & trained.keys())} of {len(trained)} modules"
-        raise WeightsError(Problem(str(path), message, REPORT_HINT))
+        raise WeightsError(Problem(str(path), message, REPORT_HINT, "not-verified"))
     errors = {module: relative_error(factors, loaded[module]) for module, factors in trained.items()}
     worst = max(errors, key=errors.__getitem__)
     if errors[worst] > TOLERANCE[dtype]:
         message = f"{loader} would load {worst} with a relative error of {errors[worst]:.1e}"
-        raise WeightsError(Problem(str(path), message, REPORT_HINT))
+        raise WeightsError(Problem(str(path), message, REPORT_HINT, "not-verified"))
     return errors[worst]
 
 
@@ -92,7 +92,7 @@ def as_diffusers(path: Path) -> Lora:
         state = cast(dict[str, Tensor], ZImageLoraLoaderMixin.lora_state_dict(tensors))
     except Exception as error:  # noqa: BLE001  on an unknown layout its conversion raises KeyError, ValueError and others
         message = f"diffusers would not load it ({str(error)[:100]})"
-        raise WeightsError(Problem(str(path), message, REPORT_HINT)) from None
+        raise WeightsError(Problem(str(path), message, REPORT_HINT, "not-verified")) from None
     a_suffix, b_suffix = ".lora_A.weight", ".lora_B.weight"
     names = [key.removesuffix(a_suffix) for key in state if key.endswith(a_suffix)]
     loaded: Lora = {}
@@ -123,7 +123,7 @@ def as_comfyui(path: Path, linears: headers.Sizes) -> Lora:
     # Each tensor that was used has been popped, so the rest is what ComfyUI logs as "lora key not loaded".
     if tensors:
         message = f"ComfyUI would report {len(tensors)} keys as not loaded, such as {sorted(tensors)[0]}"
-        raise WeightsError(Problem(str(path), message, REPORT_HINT))
+        raise WeightsError(Problem(str(path), message, REPORT_HINT, "not-verified"))
     return loaded
 
 

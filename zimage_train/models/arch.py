@@ -110,9 +110,13 @@ def shape_from_config(path: Path, config: dict[str, Any]) -> TransformerShape:
     """
     kind = config.get("_class_name", "ZImageTransformer2DModel")
     if kind != "ZImageTransformer2DModel":
-        raise WeightsError(Problem(str(path), f"is a {kind}, not a Z-Image transformer", "check model.path"))
+        raise WeightsError(
+            Problem(str(path), f"is a {kind}, not a Z-Image transformer", "check model.path", "other-model")
+        )
     if config.get("siglip_feat_dim") is not None:
-        raise WeightsError(Problem(str(path), "is Z-Image Omni, which is not supported", "use Turbo, De-Turbo or Base"))
+        raise WeightsError(
+            Problem(str(path), "is Z-Image Omni, which is not supported", "use Turbo, De-Turbo or Base", "other-model")
+        )
     arguments: dict[str, Any] = {}
     for key in asdict(TransformerShape()).keys() & config.keys():
         value = config[key]
@@ -124,7 +128,9 @@ def shape_from_config(path: Path, config: dict[str, Any]) -> TransformerShape:
         if shape.dim // shape.n_heads != sum(shape.axes_dims):
             raise ValueError(f"dim {shape.dim} / n_heads {shape.n_heads} is not the sum of axes_dims {shape.axes_dims}")
     except (TypeError, ValueError, ZeroDivisionError) as error:
-        raise WeightsError(Problem(str(path), f"is not a valid config ({error})", "get the file again")) from None
+        raise WeightsError(
+            Problem(str(path), f"is not a valid config ({error})", "get the file again", "damaged-config")
+        ) from None
     return shape
 
 
@@ -169,14 +175,14 @@ def require_same_shapes(
     problems = []
     if missing:
         message = f"{len(missing)} tensors of {what} are missing: {_first_three(missing)}"
-        problems.append(Problem(where, message, "get it again"))
+        problems.append(Problem(where, message, "get it again", "missing-tensors"))
     if extra:
         message = f"{len(extra)} tensors are not of {what}: {_first_three(extra)}"
-        problems.append(Problem(where, message, "is it the right file?"))
+        problems.append(Problem(where, message, "is it the right file?", "other-model"))
     if misshapen:
         details = [f"{name} is {list(actual[name])}, expected {list(expected[name])}" for name in misshapen]
         message = f"{len(misshapen)} tensors have another shape: {_first_three(details)}"
-        problems.append(Problem(where, message, "is it the right file?"))
+        problems.append(Problem(where, message, "is it the right file?", "other-shape"))
     if problems:
         raise WeightsError(*problems)
 

@@ -61,7 +61,7 @@ def load_captioner(folder: Path, device: torch.device) -> CaptionModel:
         lines = str(error).strip().splitlines()
         what = f"is not a vision-language model ({type(error).__name__}: {lines[0][:160] if lines else ''})"
         hint = "give an image-text-to-text model in safetensors, such as Qwen/Qwen3-VL-4B-Instruct"
-        raise WeightsError(Problem(str(folder), what, hint)) from None
+        raise WeightsError(Problem(str(folder), what, hint, "other-model")) from None
     for name in ("temperature", "top_p", "top_k"):  # sampling parameters, of which greedy decoding would warn
         setattr(model.generation_config, name, None)
     return CaptionModel(Module.to(model, device).eval(), tokenizer, prepare)

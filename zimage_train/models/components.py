@@ -29,7 +29,7 @@ def require_components(extras: Path, features: int) -> None:
         width = read_text_encoder(extras)[0].get("hidden_size")
         if width != features:
             what = f"makes embeddings of {width} features, and the transformer takes {features}"
-            raise WeightsError(Problem(str(extras / "text_encoder"), what, "check model.extras"))
+            raise WeightsError(Problem(str(extras / "text_encoder"), what, "check model.extras", "other-shape"))
     with collect_errors(errors):
         tokenizer_folder(extras)
     with collect_errors(errors):
@@ -47,7 +47,9 @@ def read_text_encoder(extras: Path) -> tuple[dict[str, Any], dict[str, TensorInf
     config = read_json(folder / "config.json")
     kind = config.get("model_type")
     if kind != "qwen3":
-        raise WeightsError(Problem(str(folder / "config.json"), f"is a {kind}, not a Qwen3", "check model.extras"))
+        raise WeightsError(
+            Problem(str(folder / "config.json"), f"is a {kind}, not a Qwen3", "check model.extras", "other-model")
+        )
     tensors = read_sharded(folder, "model")
     expected = _qwen3_tensors(folder / "config.json", config)
     actual = {name.removeprefix("model."): info.shape for name, info in tensors.items()}
@@ -63,7 +65,7 @@ def _qwen3_tensors(path: Path, config: dict[str, Any]) -> dict[str, tuple[int, .
     keys = (*keys, "num_key_value_heads", "head_dim")
     for key in keys:
         if type(config.get(key)) is not int or not 0 < config[key] < MAX_SIZE:
-            raise WeightsError(Problem(str(path), f"{key} is {config.get(key)!r}", "get the file again"))
+            raise WeightsError(Problem(str(path), f"{key} is {config.get(key)!r}", "get the file again", "bad-value"))
     vocab, width, inner, layers, heads, kv_heads, head = (config[key] for key in keys)
     layer = {
         "input_layernorm": (width,),
@@ -92,12 +94,14 @@ def tokenizer_folder(extras: Path) -> Path:
     """
     folder = extras / "tokenizer"
     if not (folder / "tokenizer.json").exists():
-        raise WeightsError(Problem(str(folder), "has no tokenizer.json", "get the folder again"))
+        raise WeightsError(Problem(str(folder), "has no tokenizer.json", "get the folder again", "missing-file"))
     if not isinstance(read_json(folder / "tokenizer.json").get("model"), dict):
-        raise WeightsError(Problem(str(folder / "tokenizer.json"), "is not a tokenizer", "get the folder again"))
+        raise WeightsError(
+            Problem(str(folder / "tokenizer.json"), "is not a tokenizer", "get the folder again", "damaged-file")
+        )
     settings = read_json(folder / "tokenizer_config.json")
     if not (folder / "chat_template.jinja").exists() and not settings.get("chat_template"):
-        raise WeightsError(Problem(str(folder), "has no chat template", "get the folder again"))
+        raise WeightsError(Problem(str(folder), "has no chat template", "get the folder again", "missing-template"))
     return folder
 
 
@@ -114,5 +118,7 @@ def read_vae(extras: Path) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
     stride = 2 ** (len(blocks) - 1) if isinstance(blocks, list) and blocks else None
     if kind != "AutoencoderKL" or channels != LATENT_CHANNELS or stride != LATENT_STRIDE:
         what = f"is a {kind} with {channels} channels and stride {stride}"
-        raise WeightsError(Problem(str(folder), what, "Z-Image needs an AutoencoderKL with 16 channels and stride 8"))
+        raise WeightsError(
+            Problem(str(folder), what, "Z-Image needs an AutoencoderKL with 16 channels and stride 8", "other-model")
+        )
     return config, read_sharded(folder, "diffusion_pytorch_model")

@@ -172,13 +172,15 @@ def load_text_encoder(extras: Path, device: torch.device, dtype: torch.dtype) ->
             Qwen3DecoderLayer(config, 0)
     except Exception as error:  # noqa: BLE001  the class checks nothing and fails in many ways on an inconsistent config
         what = f"does not describe a Qwen3 ({type(error).__name__}: {str(error)[:100]})"
-        raise WeightsError(Problem(str(folder / "config.json"), what, "get the file again")) from None
+        raise WeightsError(Problem(str(folder / "config.json"), what, "get the file again", "damaged-config")) from None
     encoder = TextEncoder(config, tensors, _load_tokenizer(components.tokenizer_folder(extras)), device, dtype)
     try:
         encoder.tokens("a prompt")
     except Exception as error:  # noqa: BLE001  a chat template is a Jinja program that may raise anything
         what = f"its chat template fails ({type(error).__name__}: {str(error)[:100]})"
-        raise WeightsError(Problem(str(extras / "tokenizer"), what, "get the folder again")) from None
+        raise WeightsError(
+            Problem(str(extras / "tokenizer"), what, "get the folder again", "damaged-tokenizer")
+        ) from None
     return encoder
 
 
@@ -186,5 +188,7 @@ def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     try:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # noqa: BLE001  tokenizers raises a bare Exception for a damaged file
-        raise WeightsError(Problem(str(folder), f"cannot be read ({error})", "get the folder again")) from None
+        raise WeightsError(
+            Problem(str(folder), f"cannot be read ({error})", "get the folder again", "damaged-file")
+        ) from None
     return tokenizer

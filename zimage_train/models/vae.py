@@ -35,7 +35,7 @@ def load_vae(extras: Path, device: torch.device, dtype: torch.dtype) -> Autoenco
         _ = float(vae.config["shift_factor"]) * float(vae.config["scaling_factor"])
     except Exception as error:  # noqa: BLE001  the class checks nothing and fails in many ways on an inconsistent config
         what = f"does not describe an AutoencoderKL ({type(error).__name__}: {str(error)[:100]})"
-        raise WeightsError(Problem(str(folder / "config.json"), what, "get the file again")) from None
+        raise WeightsError(Problem(str(folder / "config.json"), what, "get the file again", "damaged-config")) from None
     load_parameters(vae, stream_tensors(tensors), str(folder), device, dtype)
     return vae.eval()
 

@@ -45,7 +45,11 @@ class Ema:
         """
         current = self.state()
         if current.keys() != state.keys() or any(current[name].shape != state[name].shape for name in current):
-            raise WeightsError(Problem(where, "holds no averaged weights of this run", "begin again with --fresh"))
+            raise WeightsError(
+                Problem(
+                    where, "holds no averaged weights of this run", "begin again with --fresh", "damaged-checkpoints"
+                )
+            )
         for name, tensor in current.items():
             tensor.copy_(state[name])
 

@@ -128,7 +128,9 @@ def load_optimizer_state(
     saved_groups = numbers["groups"]
     if numbers["kind"] != type(optimizer).__name__ or len(saved_groups) != len(optimizer.param_groups):
         message = f"holds the state of {numbers['kind']}, but this run uses {type(optimizer).__name__}"
-        raise WeightsError(Problem(where, message, "use the optimizer that the checkpoint was saved with"))
+        raise WeightsError(
+            Problem(where, message, "use the optimizer that the checkpoint was saved with", "damaged-checkpoints")
+        )
     for group, saved in zip(optimizer.param_groups, saved_groups, strict=True):
         for key, value in saved.items():
             group[key] = tuple(value) if isinstance(value, list) else value

@@ -187,7 +187,9 @@ def find_axis(name: str, axes: Iterable[str]) -> str:
     for axis in candidates:
         if name.lower() in (axis.lower(), axis.lower().rpartition(".")[2]):
             return axis
-    raise ConfigError(Problem(f"--by {name}", "these images do not differ in it", f"give {' or '.join(candidates)}"))
+    raise ConfigError(
+        Problem(f"--by {name}", "these images do not differ in it", f"give {' or '.join(candidates)}", "bad-argument")
+    )
 
 
 def short_names(paths: Sequence[Path]) -> list[str]:

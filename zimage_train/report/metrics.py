@@ -20,7 +20,9 @@ def read_records(path: Path) -> list[dict[str, Any]]:
         return []
     except OSError as error:
         what = f"cannot be read ({error.strerror})"
-        raise DiskError(Problem(str(path), what, "move it away; the same command continues")) from error
+        raise DiskError(
+            Problem(str(path), what, "move it away; the same command continues", "unreadable-file")
+        ) from error
     records = []
     for line in content.split(b"\n"):
         try:

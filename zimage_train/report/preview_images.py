@@ -68,7 +68,7 @@ def request_of(path: Path) -> SamplingRequest:
     request = _parse_request(_read_texts(path))
     if request is None:
         what = "has no sampling settings of zimage-train" if path.exists() else "does not exist"
-        raise DataError(Problem(str(path), what, "give a PNG that train or sample has written"))
+        raise DataError(Problem(str(path), what, "give a PNG that train or sample has written", "not-a-preview"))
     return request
 
 

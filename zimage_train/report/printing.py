@@ -74,4 +74,6 @@ def print_raw(text: str) -> None:
     except OSError as error:
         discard_stdout()
         if not isinstance(error, BrokenPipeError):
-            raise DiskError(Problem("standard output", f"cannot be written ({error.strerror})")) from error
+            raise DiskError(
+                Problem("standard output", f"cannot be written ({error.strerror})", code="disk-full")
+            ) from error

@@ -57,7 +57,7 @@ class WeightsAndBiases:
             import wandb
         except ImportError:
             hint = "pip install wandb, or set log.wandb: null"
-            raise ConfigError(Problem("log.wandb", "wandb is not installed", hint)) from None
+            raise ConfigError(Problem("log.wandb", "wandb is not installed", hint, "missing-package")) from None
         try:
             self._run = wandb.init(
                 project=project,
@@ -70,7 +70,7 @@ class WeightsAndBiases:
             )
         except wandb.Error as error:
             hint = "run wandb login, or set WANDB_MODE=offline"
-            raise ConfigError(Problem("log.wandb", str(error).splitlines()[0][:200], hint)) from None
+            raise ConfigError(Problem("log.wandb", str(error).splitlines()[0][:200], hint, "not-logged-in")) from None
         # A continued run logs some steps again. Over train/step these are equal values at the same place; over wandb's
         # own step counter, which only rises, they would be new points.
         self._run.define_metric("train/step")

@@ -114,7 +114,8 @@ def load(path: Path) -> Checkpoint:
         what = "is not a checkpoint of zimage-train"
         raise WeightsError(Problem(str(path), what, "remove it", "not-a-checkpoint")) from None
     if written != (FORMAT, ARITHMETIC):
-        raise OtherFormatError(Problem(str(path), *_other_version(numbers), "other-version"))
+        message, hint = _other_version(numbers)
+        raise OtherFormatError(Problem(str(path), message, hint, "other-version"))
     return Checkpoint(path, step, tensors, numbers)
 
 

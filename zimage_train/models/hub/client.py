@@ -34,12 +34,14 @@ def selected_hub():  # no return type: pyright infers both modules, which have t
         return huggingface
     if name != "modelscope":
         hint = "set it to modelscope, or unset it for the Hugging Face hub"
-        raise HubUnavailableError(Problem(VARIABLE, f"is {name!r}, which is not a known hub", hint))
+        raise HubUnavailableError(Problem(VARIABLE, f"is {name!r}, which is not a known hub", hint, "bad-value"))
     try:
         from zimage_train.models.hub import modelscope
     except ImportError as error:
         what = f"is modelscope, whose library is not installed or too old ({error})"
-        raise HubUnavailableError(Problem(VARIABLE, what, "pip install 'modelscope-hub>=0.5.1', or unset it")) from None
+        raise HubUnavailableError(
+            Problem(VARIABLE, what, "pip install 'modelscope-hub>=0.5.1', or unset it", "missing-package")
+        ) from None
     return modelscope
 
 
@@ -61,7 +63,9 @@ def list_files(repository: str, revision: str | None, patterns: list[str]) -> li
         files = hub.list_repository(repository, revision)
     except Exception as error:  # noqa: BLE001  the hubs raise a dozen exception types from four libraries
         what = f"the hub cannot list its files ({first_line(error)})"
-        raise WeightsError(Problem(name, what, "check the name, the connection, and HF_HUB_OFFLINE")) from None
+        raise WeightsError(
+            Problem(name, what, "check the name, the connection, and HF_HUB_OFFLINE", "download-failed")
+        ) from None
     return [file for file in files if any(fnmatch.fnmatch(file.path, pattern) for pattern in patterns)]
 
 
@@ -82,7 +86,7 @@ def download_file(remote: RemoteFile) -> Path:
     except Exception as error:  # noqa: BLE001  as in list_files above
         what = f"cannot be downloaded ({first_line(error)})"
         hint = "the same command resumes the download"
-        raise WeightsError(Problem(f"{remote.repository}/{remote.path}", what, hint)) from None
+        raise WeightsError(Problem(f"{remote.repository}/{remote.path}", what, hint, "download-failed")) from None
 
 
 def require_intact(remote: RemoteFile, path: Path) -> None:
@@ -103,4 +107,4 @@ def require_intact(remote: RemoteFile, path: Path) -> None:
         atomic.remove(path)
         what = "differs from the file on the hub in size or digest"
         hint = "it is removed; the same command downloads it again"
-        raise WeightsError(Problem(f"{remote.repository}/{remote.path}", what, hint))
+        raise WeightsError(Problem(f"{remote.repository}/{remote.path}", what, hint, "download-failed"))
