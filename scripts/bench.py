@@ -58,7 +58,7 @@ RANK = 16
 CAPTION = "a photo of zchar in a sunlit garden, half body, warm light, shallow depth of field"
 
 
-def job_of(shape: TransformerShape, side: int, dtype: str, gpu: bool) -> Workload:
+def workload_of(shape: TransformerShape, side: int, dtype: str, gpu: bool) -> Workload:
     """Return the workload of one image of `side` px a step, with a preview of that size."""
     modules = targets.select_modules(["attention", "feed_forward"], shape.linears)
     preview = SamplingRequest(
@@ -79,11 +79,11 @@ def job_of(shape: TransformerShape, side: int, dtype: str, gpu: bool) -> Workloa
 
 @torch.no_grad()
 def random_model(
-    shape: TransformerShape, form: WeightPlacement, dtype: torch.dtype, device: torch.device
+    shape: TransformerShape, placement: WeightPlacement, dtype: torch.dtype, device: torch.device
 ) -> FrozenTransformer:
-    """Return a frozen transformer of random weights, quantised and streamed as `form` says."""
-    model = transformer.empty_transformer(shape, dtype, form.kind)
-    blocks = [model.layers[index] for index in streamed_blocks(shape.n_layers, form.streamed)]
+    """Return a frozen transformer of random weights, quantised and streamed as `placement` says."""
+    model = transformer.empty_transformer(shape, dtype, placement.quantization)
+    blocks = [model.layers[index] for index in streamed_blocks(shape.n_layers, placement.streamed)]
     ring = BlockOffloader(blocks, device) if blocks else None
     loading.allocate_parameters(model, device)
     frozen = FrozenTransformer(model, shape, Path("random"), None, 0, QuantizationStats(), ring)
@@ -206,9 +206,9 @@ def _measured(
     device: torch.device,
     total: float,
 ) -> dict[str, Any]:
-    job = job_of(shape, side, dtype, device.type == "cuda")
-    plan = planner.choose_plan(job, wanted, budget * 1e9, main_memory_bytes(), None)
-    mode = plan.mode_of(job.max_tokens)
+    workload = workload_of(shape, side, dtype, device.type == "cuda")
+    plan = planner.choose_plan(workload, wanted, budget * 1e9, main_memory_bytes(), None)
+    mode = plan.mode_of(workload.max_tokens)
     row = {
         "budget_gb": budget,
         "side_px": side,
@@ -239,8 +239,8 @@ def repeat(size: str, steps: int) -> dict[str, Any]:
     device, shape, dtype = place_of(size)
     found: dict[str, Any] = {}
     for side in SIDES[size]:
-        job = job_of(shape, side, dtype, device.type == "cuda")
-        plan = planner.choose_plan(job, PlanConstraints((None,), None, None), PLENTY, main_memory_bytes(), None)
+        workload = workload_of(shape, side, dtype, device.type == "cuda")
+        plan = planner.choose_plan(workload, PlanConstraints((None,), None, None), PLENTY, main_memory_bytes(), None)
         frozen, attached = random_pair(shape, plan, device)
         with torch.no_grad():
             for parameter in attached.parameters():
@@ -253,7 +253,7 @@ def repeat(size: str, steps: int) -> dict[str, Any]:
                 grads, seconds = [], []
                 for _ in range(max(steps, 2)):
                     began = now(device)
-                    loss_of(frozen, job.caption_tokens, side).backward()
+                    loss_of(frozen, workload.caption_tokens, side).backward()
                     seconds.append(now(device) - began)
                     grads.append(torch.cat([p.grad.flatten() for p in attached.parameters() if p.grad is not None]))
                     for parameter in attached.parameters():

@@ -222,7 +222,7 @@ def plan_for(budget_gb: int) -> MemoryPlan:
     preview = SamplingRequest(
         prompt=CAPTION, negative="", seed=1, width=1024, height=1024, steps=8, guidance=0.0, shift=3.0
     )
-    job = Workload(
+    workload = Workload(
         shape=shape,
         dtype="bf16",
         trained=16 * sum(sum(shape.linears[module]) for module in modules),
@@ -234,7 +234,7 @@ def plan_for(budget_gb: int) -> MemoryPlan:
         gpu=True,
     )
     return choose_plan(
-        job, PlanConstraints((None,), None, None), budget_gb * 1e9, MAIN_MEMORY, GPU_SPECS[BUDGETS[budget_gb]]
+        workload, PlanConstraints((None,), None, None), budget_gb * 1e9, MAIN_MEMORY, GPU_SPECS[BUDGETS[budget_gb]]
     )
 
 

@@ -69,14 +69,14 @@ def measure(case: str, dry: bool) -> dict[str, Any]:
 def made(side: int, dry: bool) -> tuple[Step, list[bench.Inputs]]:
     """A step of the model that nothing is recomputed of, and two sets of inputs for it."""
     device, shape = measuring.device_of(dry), measuring.shape_of(dry)
-    job = bench.job_of(shape, side, "bf16", gpu=not dry)
-    plan = MemoryPlan(job, WeightPlacement(), {"none": NO_LIMIT}, bench.PLENTY, True, "to be captured")
+    workload = bench.workload_of(shape, side, "bf16", gpu=not dry)
+    plan = MemoryPlan(workload, WeightPlacement(), {"none": NO_LIMIT}, bench.PLENTY, True, "to be captured")
     frozen, attached = bench.random_pair(shape, plan, device)
     draw = torch.Generator(device).manual_seed(3)
     with torch.no_grad():
         for parameter in attached.parameters():
             parameter.normal_(0, 0.01, generator=draw)  # a new LoRA's B is 0, and so the gradient of its A
-    own, *others = (bench.inputs_of(frozen, job.caption_tokens, side, seed) for seed in (2, 2, 5))
+    own, *others = (bench.inputs_of(frozen, workload.caption_tokens, side, seed) for seed in (2, 2, 5))
     return Step(frozen, own, attached.parameters()), others
 
 

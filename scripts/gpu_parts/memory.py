@@ -34,9 +34,9 @@ def trained(planned: Budgeted, device: torch.device, dry: bool) -> dict[str, Any
     """Seconds of each step, and the loss of the last."""
     shape = measuring.shape_of(dry)
     side = 64 if dry else planned.side_px
-    job = bench.job_of(shape, side, "bf16", gpu=not dry)
-    form = WeightPlacement(planned.kind, min(planned.streamed, shape.n_layers))
-    plan = MemoryPlan(job, form, {planned.mode: NO_LIMIT}, planned.budget_gb * 1e9, True, "as planned before")
+    workload = bench.workload_of(shape, side, "bf16", gpu=not dry)
+    placement = WeightPlacement(planned.kind, min(planned.streamed, shape.n_layers))
+    plan = MemoryPlan(workload, placement, {planned.mode: NO_LIMIT}, planned.budget_gb * 1e9, True, "as planned before")
     took = bench.train(shape, plan, side, STEPS, device)
     return {"step_seconds": took["seconds"], "loss": took["loss"]}
 

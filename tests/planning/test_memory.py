@@ -20,7 +20,7 @@ from zimage_train.planning.recompute_costs import RECOMPUTE_COSTS
 
 from counting import Live, with_flash
 from steps import FULL, counted_step
-from workloads import CAPTION, MODULES, job, recipe
+from workloads import CAPTION, MODULES, recipe, workload
 
 CPU = torch.device("cpu")
 SIDES = (512, 768, 1024)
@@ -28,7 +28,7 @@ SIDES = (512, 768, 1024)
 
 def predicted(mode: str, side: int, kind: str | None, layers: int = 30, dtype: str = "bf16") -> int:
     """Weights, LoRA without optimizer, and activations: what the count below sees."""
-    made = job((side,), shape=replace(FULL, n_layers=layers), dtype=dtype)
+    made = workload((side,), shape=replace(FULL, n_layers=layers), dtype=dtype)
     tokens = made.tokens(Bucket(side, side))
     assert tokens == (side // 16) ** 2 + CAPTION
     found = memory.step_memory(made, WeightPlacement(kind), mode, tokens)
@@ -73,7 +73,7 @@ def test_activations_within_5_percent(mode: str):
     """
     for side in (512, 1024):
         peak, weights = count(mode, side, None)
-        found = memory.step_memory(job((side,)), WeightPlacement(), mode, (side // 16) ** 2 + CAPTION).activations
+        found = memory.step_memory(workload((side,)), WeightPlacement(), mode, (side // 16) ** 2 + CAPTION).activations
         assert found == pytest.approx(peak - weights, rel=0.05)
 
 
@@ -100,7 +100,7 @@ def test_sampling_within_5_percent(dtype: str, batch: int):
             velocity(model, x, torch.empty(batch), [prompt] * batch)
             return live.peak - weights
 
-    made = job(dtype=dtype, previews=(recipe(1024, float(batch - 1)),))
+    made = workload(dtype=dtype, previews=(recipe(1024, float(batch - 1)),))
     sampling = memory.FORWARD_BYTES[dtype] * FULL.dim * (4096 + CAPTION) * batch
     assert sampling == pytest.approx(with_flash(run), rel=0.05)
     assert memory.preview_memory(made, WeightPlacement()).activations >= sampling * 0.95
@@ -132,7 +132,7 @@ def test_decoding_within_5_percent(side: int):
             model.decode(torch.empty(1, 16, side // 8, side // 8, dtype=torch.bfloat16))
             return live.peak
 
-    found = memory.preview_memory(job(previews=(recipe(side),)), WeightPlacement()).activations
+    found = memory.preview_memory(workload(previews=(recipe(side),)), WeightPlacement()).activations
     assert found == pytest.approx(with_flash(run), rel=0.05)
 
 
@@ -141,7 +141,7 @@ def test_decoding_within_5_percent(side: int):
 def test_miniature_weights_to_the_byte(kind: str | None, streamed: int):
     """The weights of the miniature are counted to the byte."""
     frozen = load_frozen(mini.TURBO / "transformer", None, "bf16", CPU, kind, streamed)
-    made = job(shape=frozen.shape, gpu=False)
+    made = workload(shape=frozen.shape, gpu=False)
     on_device = {one.untyped_storage()._cdata: one.untyped_storage().nbytes() for one in frozen.model.parameters()}
     if frozen.offloader is not None:
         on_device |= {slot.untyped_storage()._cdata: slot.nbytes for slot in frozen.offloader._slots}
@@ -156,10 +156,10 @@ def test_miniature_weights_to_the_byte(kind: str | None, streamed: int):
 
 def test_published_model_sizes():
     """The published model takes its known numbers of bytes."""
-    assert memory.model_bytes(job(), None) == 2 * 6_154_908_736
-    assert memory.model_bytes(job(), "int8") / 1e9 == pytest.approx(6.48, abs=0.01)
-    assert memory.model_bytes(job(), "nf4") / 1e9 == pytest.approx(3.47, abs=0.01)
-    assert memory.block_bytes(job(), None) / 1e6 == pytest.approx(361.8, abs=1)
+    assert memory.model_bytes(workload(), None) == 2 * 6_154_908_736
+    assert memory.model_bytes(workload(), "int8") / 1e9 == pytest.approx(6.48, abs=0.01)
+    assert memory.model_bytes(workload(), "nf4") / 1e9 == pytest.approx(3.47, abs=0.01)
+    assert memory.block_bytes(workload(), None) / 1e6 == pytest.approx(361.8, abs=1)
 
 
 def test_modes_are_ordered_by_memory():
@@ -172,7 +172,7 @@ def test_modes_are_ordered_by_memory():
 
 @pytest.mark.parametrize("mode", RECOMPUTE_MODES)
 def test_the_most_tokens_that_fit_just_fit(mode: str):
-    made = job()
+    made = workload()
     most = memory.max_tokens_within(made, WeightPlacement(), mode, 24e9)
     assert (
         memory.step_memory(made, WeightPlacement(), mode, most).total
@@ -192,7 +192,7 @@ def test_the_most_tokens_that_fit_just_fit(mode: str):
     ],
 )
 def test_what_costs_memory_raises_its_part(change: dict, part: str):
-    plain, heavy = job(), job(**change)
+    plain, heavy = workload(), workload(**change)
     size = Bucket(1024, 1024)
     one, other = (memory.step_memory(made, WeightPlacement(), "full", made.tokens(size)) for made in (plain, heavy))
     assert getattr(other, part) > getattr(one, part)
@@ -200,7 +200,7 @@ def test_what_costs_memory_raises_its_part(change: dict, part: str):
 
 def test_batch_is_at_most_the_data():
     """A batch is never larger than the dataset."""
-    made = job((512,), sizes=Counter({Bucket(512, 512): 3}), batch_size=64)
+    made = workload((512,), sizes=Counter({Bucket(512, 512): 3}), batch_size=64)
     assert made.max_tokens == 3 * (1024 + CAPTION)
 
 

@@ -19,7 +19,7 @@ from zimage_train.planning.memory import WeightPlacement
 from zimage_train.planning.planner import AUTO_QUANTIZATIONS, NO_LIMIT, PlanConstraints
 from zimage_train.planning.suggestions import SettingChange
 
-from workloads import job, recipe
+from workloads import recipe, workload
 
 FREE = PlanConstraints((None,), None, None)
 ANY = PlanConstraints(AUTO_QUANTIZATIONS, None, None)
@@ -28,7 +28,7 @@ ALL = (512, 768, 1024)
 
 
 def choose(sides=ALL, limit=24e9, wanted=FREE, host=HOST, card=None, **changes):
-    return planner.choose_plan(job(sides, **changes), wanted, limit, host, card)
+    return planner.choose_plan(workload(sides, **changes), wanted, limit, host, card)
 
 
 @settings(max_examples=60, deadline=None)
@@ -41,7 +41,7 @@ def choose(sides=ALL, limit=24e9, wanted=FREE, host=HOST, card=None, **changes):
 )
 def test_plan_fits_everywhere(limit_gb, host_gb, batch, kinds, sides):
     """A plan that fits does so in every batch and preview."""
-    made = job(tuple(sides), batch_size=batch)
+    made = workload(tuple(sides), batch_size=batch)
     plan = planner.choose_plan(made, PlanConstraints(kinds, None, None), limit_gb * 1e9, host_gb * 1e9, None)
     assert plan.placement.quantization in kinds
     assert plan.fits == (plan.peak.total <= limit_gb * 1e9)
@@ -157,7 +157,7 @@ def test_streaming_needs_recomputation():
 @pytest.mark.parametrize("limit_gb", [80, 24, 16, 12, 8, 7])
 def test_suggestion_is_predicted_to_fit(limit_gb: float):
     """The settings suggested for a run that does not fit are predicted to fit."""
-    made = job((1024, 1536), batch_size=4, previews=(recipe(1024),))
+    made = workload((1024, 1536), batch_size=4, previews=(recipe(1024),))
     wanted = PlanConstraints((None,), "none", 0)
     if planner.choose_plan(made, wanted, limit_gb * 1e9, HOST, None).fits:
         return
@@ -175,17 +175,17 @@ def test_suggestion_is_predicted_to_fit(limit_gb: float):
 
 def test_suggestion_of_the_least_memory():
     """If nothing fits, the least memory that a run takes is named."""
-    said = suggestions.suggest_settings(job(), ANY, 1e9, HOST)
+    said = suggestions.suggest_settings(workload(), ANY, 1e9, HOST)
     assert said.changes == []
     assert re.fullmatch(r"a run takes \d\.\d\d GB at the least \(predicted\), so more memory is needed", str(said))
 
 
 def test_suggestion_names_the_cause():
     """Large previews and a large rank are named where they are the cause."""
-    drawn = job((512,), previews=(recipe(4096),))
+    drawn = workload((512,), previews=(recipe(4096),))
     small = [SettingChange("sample.width", 1024), SettingChange("sample.height", 1024)]
     assert suggestions.suggest_settings(drawn, FREE, 9e9, HOST).changes == small
-    ranked = replace(job((512,)), trained=job((512,)).trained * 32, rank=512)
+    ranked = replace(workload((512,)), trained=workload((512,)).trained * 32, rank=512)
     assert not planner.choose_plan(ranked, FREE, 8e9, HOST, None).fits
     assert suggestions.suggest_settings(ranked, FREE, 8e9, HOST).changes == [SettingChange("lora.rank", 16)]
 
@@ -199,7 +199,7 @@ def test_gpu_memory_matches_its_name():
 
 def test_suggestion_skips_planner_choices():
     """Settings that the planner decides already are not suggested."""
-    said = suggestions.suggest_settings(job((1536,), batch_size=4), FREE, 9e9, HOST)
+    said = suggestions.suggest_settings(workload((1536,), batch_size=4), FREE, 9e9, HOST)
     assert {"memory.checkpointing", "memory.offload"}.isdisjoint(one.key for one in said.changes)
 
 
@@ -244,17 +244,17 @@ def test_unknown_gpu_is_refused(text: str):
 
 def test_time_falls_with_faster_gpus():
     """Faster GPUs and less recomputation take less time."""
-    made = job((1024,))
+    made = workload((1024,))
     size = Bucket(1024, 1024)
 
-    def seconds(mode="none", name="4090", form=WeightPlacement()):  # noqa: B008
-        return flops.step_seconds(made, form, mode, size, GPU_SPECS[name])
+    def seconds(mode="none", name="4090", placement=WeightPlacement()):  # noqa: B008
+        return flops.step_seconds(made, placement, mode, size, GPU_SPECS[name])
 
     assert seconds(name="h100") < seconds(name="5090") < seconds(name="4090") < seconds(name="3090")
     by_mode = [seconds(mode) for mode in RECOMPUTE_MODES]
     assert by_mode == sorted(by_mode)
-    assert seconds(form=WeightPlacement("int8")) > seconds()
-    assert seconds("full", form=WeightPlacement(None, 30)) >= seconds("full")
+    assert seconds(placement=WeightPlacement("int8")) > seconds()
+    assert seconds("full", placement=WeightPlacement(None, 30)) >= seconds("full")
 
 
 def test_time_floor_is_arithmetic():
@@ -262,14 +262,14 @@ def test_time_floor_is_arithmetic():
 
     At 1024 px that is 120.2 TFLOP: 152 ms at the 790 TFLOP/s that an H100 reaches.
     """
-    made = job((1024,))
+    made = workload((1024,))
     found = flops.step_seconds(made, WeightPlacement(), "none", Bucket(1024, 1024), GPU_SPECS["h100"])
     assert 0.152 < found < 0.35
 
 
 def test_streaming_time_is_hidden():
     """Streaming is hidden behind computing until it takes longer."""
-    made, size, card = job((1024,)), Bucket(1024, 1024), GPU_SPECS["4090"]
+    made, size, card = workload((1024,)), Bucket(1024, 1024), GPU_SPECS["4090"]
     hidden = flops.step_seconds(made, WeightPlacement(None, 15), "full", size, card)
     assert hidden == flops.step_seconds(made, WeightPlacement(), "full", size, card)
     slow = replace(card, pcie_gb_per_second=2.0)

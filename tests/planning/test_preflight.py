@@ -685,11 +685,11 @@ def folders(**changes: Any) -> list[dict[str, Any]]:
 
 def test_batches_are_planned_as_they_come(make_config: Make):
     data = [*folders(batch_size=8), *folders(resolution=[128])]
-    job = preflight.workload_of(preflight.check_run(make_config(data=data, train={"batch_size": 1})))
-    by_size = {size: job.batch(size) for size in job.sizes}
+    workload = preflight.workload_of(preflight.check_run(make_config(data=data, train={"batch_size": 1})))
+    by_size = {size: workload.batch(size) for size in workload.sizes}
     assert max(number for size, number in by_size.items() if size.width * size.height > 64 * 64) == 1
     assert max(by_size.values()) > 1
-    assert sum(job.shares().values()) == pytest.approx(1.0)
+    assert sum(workload.shares().values()) == pytest.approx(1.0)
 
 
 def test_regularization_share_of_time(make_config: Make):

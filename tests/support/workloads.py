@@ -21,7 +21,7 @@ def recipe(side: int, guidance: float = 0.0) -> SamplingRequest:
     )
 
 
-def job(sides: tuple[int, ...] = (1024,), **changes) -> Workload:
+def workload(sides: tuple[int, ...] = (1024,), **changes) -> Workload:
     trained = 16 * sum(sum(FULL.linears[module]) for module in MODULES)
     sizes = Counter({Bucket(side, side): 10 for side in sides})
     made = Workload(FULL, "bf16", trained, "adamw8bit", sizes, 1, CAPTION, (recipe(1024),), gpu=True)
