@@ -218,7 +218,7 @@ def test_a_price_is_a_number_an_hour(text: str):
 
 @pytest.mark.parametrize("text", ["", "cheap", "-1", "1/min", "nan", "1.2.3", "0,69", "$0.69/h", "prices.yaml"])
 def test_what_is_no_price_is_refused(text: str):
-    with pytest.raises(ConfigError, match=r"give the price of an hour, such as 0\.69/h") as caught:
+    with pytest.raises(ConfigError, match=r"give the price per hour, such as 0\.69/h") as caught:
         checking.parse_price(text)
     assert caught.value.exit_code == 2
 
