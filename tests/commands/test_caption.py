@@ -203,7 +203,7 @@ def test_captions_written_where_missing(qwen, images):
     assert set(found) == {path.with_suffix(".txt").name for path in (first, second, *others)}
     assert first.with_suffix(".txt").read_bytes() == own.encode()
     assert all(re.match(r"zorb .+\n$", text) for name, text in found.items() if name != first.with_suffix(".txt").name)
-    assert said == [f"3 captions written to {images}; read them: what they say is learned"]
+    assert said == [f"3 captions written to {images}; read them: training learns what they say"]
 
 
 def test_second_start_continues(qwen, images):
