@@ -50,7 +50,10 @@ Dtype = Annotated[str, typer.Option("--dtype", help="Precision of the model: bf1
 
 @draw_commands.command()
 def sample(
-    model: Annotated[str, typer.Argument(help="turbo, deturbo, base, a hub id, a diffusers folder or a .safetensors.")],
+    model: Annotated[
+        str,
+        typer.Argument(metavar="MODEL", help="turbo, deturbo, base, a hub id, a diffusers folder or a .safetensors."),
+    ],
     prompt: Annotated[list[str] | None, typer.Option("--prompt", help="Prompt to draw. Repeatable.")] = None,
     prompts: PromptFile = None,
     from_: From = None,
@@ -218,7 +221,9 @@ def compare(
 
 @draw_commands.command()
 def drift(
-    model: Annotated[str, typer.Argument(help="turbo, or a hub id, diffusers folder or .safetensors of Turbo.")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="turbo, or a hub id, diffusers folder or .safetensors of Turbo.")
+    ],
     lora: Annotated[
         list[str],
         typer.Option(
