@@ -17,8 +17,7 @@ from zimage_train.errors import ConfigError, DivergedError, Stopped
 from zimage_train.planning import devices
 from zimage_train.report.metrics import read_records
 from zimage_train.training import checkpoint, loop, outputs
-from zimage_train.training.batch import Batch
-from zimage_train.training.loss import Loss
+from zimage_train.training.loss import Batch, Loss
 
 from helpers import PREVIEWED, facts, final, folder, losses, poison, stop_after
 

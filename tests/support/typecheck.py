@@ -12,6 +12,5 @@ MODULES = [
     "zimage_train.models.transformer",
     "zimage_train.models.vae",
     "zimage_train.diffusion.sampler",
-    "zimage_train.training.batch",
     "zimage_train.training.loss",
 ]

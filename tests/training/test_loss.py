@@ -15,8 +15,16 @@ from zimage_train.config.schema import Config
 from zimage_train.diffusion.frozen import FrozenTransformer, load_frozen
 from zimage_train.lora import layers, targets
 from zimage_train.lora.layers import LoraLayers
-from zimage_train.training.batch import Batch, BatchExtras, mask_weights, outside_weights
-from zimage_train.training.loss import losses, preservation_loss, prior_velocity, sft_loss
+from zimage_train.training.loss import (
+    Batch,
+    BatchExtras,
+    losses,
+    mask_weights,
+    outside_weights,
+    preservation_loss,
+    prior_velocity,
+    sft_loss,
+)
 
 CPU = torch.device("cpu")
 

@@ -40,6 +40,7 @@ class Mask:
 def find_masks(
     image_paths: list[Path],
     entry: DataEntry,
+    mask_setting: str,
     where: str,
     errors: list[ZImageTrainError],
     image_index: ImageIndex,
@@ -49,17 +50,16 @@ def find_masks(
 
     Args:
         image_paths: the images of the entry.
-        entry: the data entry, whose `mask` names a folder or the alpha channel.
+        entry: the data entry.
+        mask_setting: its `mask`: a folder, or `alpha` for the alpha channel.
         where: the key of the entry, such as `data.0`.
         errors: gets an error for each mask that cannot be used.
         image_index: reads the mask files.
         progress: called for each mask file.
     """
-    if entry.mask is None:
-        return {}
-    if entry.mask == ALPHA:
+    if mask_setting == ALPHA:
         return {path: Mask(path, ALPHA, True) for path in image_paths if images.has_alpha(path)}
-    folder = Path(entry.mask)
+    folder = Path(mask_setting)
     setting = Location(key=f"{where}.mask", source=str(folder))
     if not folder.is_dir():
         message = "is a file, not a folder" if folder.exists() else "does not exist"
@@ -120,19 +120,18 @@ def _read_masks(
     return masks
 
 
-def require_fit(mask: Mask | None, image: Path, info: ImageInfo) -> Mask | None:
-    """Return `mask`, which may be None, if it has the aspect of its image.
+def require_fit(mask: Mask, image: Path, info: ImageInfo) -> None:
+    """Require that `mask` has the aspect of its image.
 
     Raises:
         DataError: it has another one.
     """
-    if mask is None or mask.is_alpha:
-        return mask
+    if mask.is_alpha:
+        return
     ratio = mask.width / mask.height * info.height / info.width
     if not 1 / MAX_ASPECT_DIFFERENCE <= ratio <= MAX_ASPECT_DIFFERENCE:
         message = f"is {mask.width}x{mask.height} px, and its image {image.name} {info.width}x{info.height}"
         raise DataError(Problem(str(mask.path), message, "make it of the image's shape", "other-shape"))
-    return mask
 
 
 def mask_on_latents(mask: Mask, size: Bucket, flip: bool, image_digest: str) -> NDArray[np.float32]:

@@ -169,14 +169,18 @@ def _read_images(
     """Add the image of each source to `result`, or the reason why it cannot be used."""
     paths = [source.path for source in sources]
     infos = image_index.lookup(paths, progress)
-    masks_by_image = masks.find_masks(paths, entry, where, result.errors, image_index, progress)
+    masks_by_image: dict[Path, Mask] = {}
+    if entry.mask is not None:
+        masks_by_image = masks.find_masks(paths, entry, entry.mask, where, result.errors, image_index, progress)
     for source, info in zip(sources, infos, strict=True):
         if not isinstance(info, ImageInfo):
             result.errors.append(info)
             result.rejected += [(source.path, problem) for problem in info.problems]
             continue
         with collect_errors(result.errors):
-            mask = masks.require_fit(masks_by_image.get(source.path), source.path, info)
+            mask = masks_by_image.get(source.path)
+            if mask is not None:
+                masks.require_fit(mask, source.path, info)
             record = ImageRecord(
                 path=source.path,
                 digest=info.digest,

@@ -26,9 +26,8 @@ from zimage_train.planning import calibration, forecast, gpus, memory
 from zimage_train.planning.gpus import GpuSpec
 from zimage_train.planning.planner import MemoryPlan
 from zimage_train.training import run_dir
-from zimage_train.training.batch import Batch, load_batch
 from zimage_train.training.fit import apply_recompute_plan
-from zimage_train.training.loss import losses
+from zimage_train.training.loss import Batch, load_batch, losses
 from zimage_train.training.state import TrainState
 
 

@@ -14,9 +14,8 @@ from zimage_train.optim import optimizers
 from zimage_train.optim.schedules import base_lr, lr_factor
 from zimage_train.report.metrics import RecordWriter, read_records
 from zimage_train.rng import keyed_int
-from zimage_train.training.batch import Batch, load_batch
 from zimage_train.training.distributed import all_reduce_gradients
-from zimage_train.training.loss import losses
+from zimage_train.training.loss import Batch, load_batch, losses
 from zimage_train.training.outputs import after_step, preview, save_checkpoint
 from zimage_train.training.state import TrainState
 from zimage_train.training.step_timer import reserved_bytes

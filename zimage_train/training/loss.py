@@ -1,17 +1,212 @@
-"""The training loss: weighted MSE of the velocity, with optional guidance, masks, prior and preservation."""
+"""A micro-batch and its loss: cached tensors, the noise and sigma drawn for them, and the weighted velocity MSE."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from diffusers import ZImageTransformer2DModel
+from torch import Tensor
 
 from zimage_train.config.schema import Config
+from zimage_train.config.variants import VARIANTS
+from zimage_train.dataset.sample_order import Sample
+from zimage_train.dataset.tensor_cache import CachedDataset
 from zimage_train.diffusion import flow
 from zimage_train.lora.layers import without_lora
 from zimage_train.models.transformer import velocity
-from zimage_train.training.batch import Batch
-from zimage_train.typing import LatentBatch, PerSample, PromptEmbeds, Scalar, WeightMaps
+from zimage_train.rng import keyed_generator, keyed_int
+from zimage_train.typing import Latent, LatentBatch, PerSample, PromptEmbeds, Scalar, WeightMap, WeightMaps
+
+
+@dataclass(frozen=True)
+class BatchExtras:
+    """Optional parts of a batch; None where their setting is off, so that nothing is computed for them."""
+
+    mask: WeightMaps | None = None
+    """(b, 1, h/8, w/8): the loss weight of each position, with mean 1 for each sample."""
+    outside: WeightMaps | None = None
+    """(b, 1, h/8, w/8): the weight, for each masked-out position, of staying at the prior."""
+    to_prior: Tensor | None = None
+    """(b,), bool: samples whose target is the prediction of the model without the LoRA."""
+    preserve_embeds: list[PromptEmbeds] | None = None
+    """Prompts of the preservation loss."""
+    empty_embeds: PromptEmbeds | None = None
+    """Embeddings of the empty prompt, for contrastive guidance."""
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> "BatchExtras":
+        """Return the extras on `device`, with embeddings in `dtype`."""
+        preserve = self.preserve_embeds
+        return BatchExtras(
+            mask=_moved(self.mask, device),
+            outside=_moved(self.outside, device),
+            to_prior=_moved(self.to_prior, device),
+            preserve_embeds=None if preserve is None else [embeds.to(device, dtype) for embeds in preserve],
+            empty_embeds=None if self.empty_embeds is None else self.empty_embeds.to(device, dtype),
+        )
+
+
+def _moved(tensor: Tensor | None, device: torch.device) -> Tensor | None:
+    return None if tensor is None else tensor.to(device, non_blocking=True)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch: `sigma` and `weight` (b,), latents and noise (b, 16, h/8, w/8), all fp32 but the embeddings."""
+
+    x0: LatentBatch
+    noise: LatentBatch
+    sigma: PerSample
+    weight: PerSample
+    prompt_embeds: list[PromptEmbeds]
+    extras: BatchExtras = field(default_factory=BatchExtras)
+    samples: tuple[Sample, ...] = ()
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> "Batch":
+        """Return the batch on `device`, with embeddings in the model's `dtype`."""
+        return Batch(
+            x0=self.x0.to(device, non_blocking=True),
+            noise=self.noise.to(device, non_blocking=True),
+            sigma=self.sigma.to(device, non_blocking=True),
+            weight=self.weight.to(device, non_blocking=True),
+            prompt_embeds=[embeds.to(device, dtype, non_blocking=True) for embeds in self.prompt_embeds],
+            extras=self.extras.to(device, dtype),
+            samples=self.samples,
+        )
+
+
+def load_batch(config: Config, dataset: CachedDataset, samples: tuple[Sample, ...]) -> Batch:
+    """Read the cached tensors of `samples` and draw what is random, on the CPU."""
+    latents = [dataset.latents(sample.item) for sample in samples]
+    embeds = [dataset.embeds(sample.prompt) for sample in samples]
+    extras = _load_extras(config, dataset, samples, latents[0].shape)
+    make = make_imitation_batch if config.method.imitates_teacher else make_batch
+    return make(config, samples, latents, embeds, extras)
+
+
+def _load_extras(config: Config, dataset: CachedDataset, samples: tuple[Sample, ...], shape: torch.Size) -> BatchExtras:
+    entries = [config.data[sample.item.entry] for sample in samples]
+    masks = [dataset.mask(sample.item) for sample in samples]
+    to_prior = [entry.regularization == "prior" for entry in entries]
+    preserve_prompts = [sample.preserve_prompt for sample in samples if sample.preserve_prompt is not None]
+    return BatchExtras(
+        mask=mask_weights(masks, [entry.mask_floor for entry in entries], shape),
+        outside=outside_weights(masks, [entry.mask_prior for entry in entries], shape),
+        to_prior=torch.tensor(to_prior) if any(to_prior) else None,
+        preserve_embeds=[dataset.embeds(prompt) for prompt in preserve_prompts] or None,
+        empty_embeds=dataset.embeds("") if config.guidance.contrastive is not None else None,
+    )
+
+
+def sample_sigma(config: Config, sample: Sample) -> Scalar:
+    """Return the sigma of a sample as a fp64 scalar: a function of the seed and the sample's key."""
+    u = torch.rand((), generator=keyed_generator(config.seed, "sigma", *sample.key()), dtype=torch.float64)
+    steps = config.timesteps
+    return flow.quantile_sigma(u, steps.type, steps.bias, VARIANTS[config.model.variant].shift, steps.min, steps.max)
+
+
+def sample_noise(config: Config, sample: Sample, shape: torch.Size) -> Latent:
+    """Return the fp32 noise of a sample: a function of the seed and the sample's key.
+
+    It is drawn on the CPU, because CUDA's generator gives other numbers than the CPU's for the same seed.
+    """
+    return torch.randn(shape, generator=keyed_generator(config.seed, "noise", *sample.key()), dtype=torch.float32)
+
+
+def make_batch(
+    config: Config,
+    samples: tuple[Sample, ...],
+    latents: list[Latent],
+    embeds: list[PromptEmbeds],
+    extras: BatchExtras,
+) -> Batch:
+    """Draw noise and sigma for `samples` and stack them with their latents."""
+    # The loss weight is computed from the fp64 sigma; only the stored sigma is rounded to fp32.
+    sigma = torch.stack([sample_sigma(config, sample) for sample in samples])
+    return Batch(
+        x0=torch.stack([image.float() for image in latents]),
+        noise=torch.stack(
+            [sample_noise(config, sample, image.shape) for sample, image in zip(samples, latents, strict=True)]
+        ),
+        sigma=sigma.float(),
+        weight=flow.loss_weight(sigma, config.timesteps.type) * _entry_weights(config, samples),
+        prompt_embeds=embeds,
+        extras=extras,
+        samples=samples,
+    )
+
+
+def make_imitation_batch(
+    config: Config,
+    samples: tuple[Sample, ...],
+    trajectories: Sequence[Tensor],
+    embeds: list[PromptEmbeds],
+    extras: BatchExtras,
+) -> Batch:
+    """Draw one of the student's steps for each sample; the target is the teacher's mean velocity over that step.
+
+    `trajectories` holds the teacher's states (9, 16, h/8, w/8) at the student's sigmas. The pair of image and noise
+    is the one whose interpolation at that sigma is the teacher's state and whose velocity is the mean velocity, so the
+    loss treats it as any other batch.
+    """
+    variant = VARIANTS[config.model.variant]
+    sigmas = flow.sampling_sigmas(variant.steps, variant.shift)
+    images, noises, drawn = [], [], []
+    for sample, states in zip(samples, trajectories, strict=True):
+        step = keyed_int(config.seed, "interval", *sample.key()) % (len(sigmas) - 1)
+        here, after = states[step].double(), states[step + 1].double()  # the difference of near states cancels digits
+        velocity = (after - here) / (sigmas[step + 1] - sigmas[step])
+        image, noise = flow.pair_from_velocity(here, velocity, sigmas[step])
+        images.append(image.float())
+        noises.append(noise.float())
+        drawn.append(sigmas[step])
+    return Batch(
+        x0=torch.stack(images),
+        noise=torch.stack(noises),
+        sigma=torch.tensor(drawn),
+        weight=_entry_weights(config, samples),
+        prompt_embeds=embeds,
+        extras=extras,
+        samples=samples,
+    )
+
+
+def _entry_weights(config: Config, samples: tuple[Sample, ...]) -> PerSample:
+    """Return `data.N.weight` for each sample, fp32 (b,)."""
+    return torch.tensor([config.data[sample.item.entry].weight for sample in samples], dtype=torch.float32)
+
+
+def mask_weights(masks: list[WeightMap | None], floors: list[float], shape: torch.Size) -> WeightMaps | None:
+    """Return loss weights (b, 1, h, w) of masks (1, h, w) in [0, 1], or None if no sample has a mask.
+
+    Each map is raised to its floor and divided by its mean, so that a sample counts the same however small the part of
+    it that is trained. A sample without a mask has weight 1 everywhere.
+    """
+    if all(mask is None for mask in masks):
+        return None
+    weights = []
+    for mask, floor in zip(masks, floors, strict=True):
+        if mask is None:
+            weights.append(torch.ones((1, *shape[-2:])))
+        else:
+            weights.append(_divided_by_mean(floor + (1.0 - floor) * mask))
+    return torch.stack(weights)
+
+
+def outside_weights(masks: list[WeightMap | None], weights: list[float], shape: torch.Size) -> WeightMaps | None:
+    """Return weights (b, 1, h, w) of the masked-out positions, each map with mean `weights`, or None if all are 0."""
+    if not any(weight > 0 and mask is not None for mask, weight in zip(masks, weights, strict=True)):
+        return None
+    maps = []
+    for mask, weight in zip(masks, weights, strict=True):
+        if mask is None:
+            maps.append(torch.zeros((1, *shape[-2:])))
+        else:
+            maps.append(weight * _divided_by_mean(1.0 - mask))
+    return torch.stack(maps)
+
+
+def _divided_by_mean(weights: WeightMap) -> WeightMap:
+    return weights / weights.mean().clamp(min=1e-6)  # a map of zeros stays zero
 
 
 @dataclass(frozen=True)
