@@ -79,6 +79,8 @@ def test_a_command_that_a_page_shows_runs(page: str, command: str, place: Path, 
     if words[0] == "compare" and "--prompt" in words:
         words += ["--width", "64", "--height", "64", "-o", f"compared-{len(words)}"]
         words += [] if "--model" in words else ["--model", str(mini.TURBO)]
+    if words[0] == "drift":
+        words += ["--width", "64", "--height", "64"]  # at 1024 px it takes ten minutes on a CPU
     if words[0] == "lora" and "-o" in words:
         words += ["--force"]
     done = CliRunner().invoke(app, words)
