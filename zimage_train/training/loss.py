@@ -63,6 +63,7 @@ class Batch:
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "Batch":
         """Return the batch on `device`, with embeddings in the model's `dtype`."""
+        # Latents and noise stay in fp32: their difference is the target, and bf16 would round it at every step.
         return Batch(
             x0=self.x0.to(device, non_blocking=True),
             noise=self.noise.to(device, non_blocking=True),
@@ -78,6 +79,7 @@ def load_batch(config: Config, dataset: CachedDataset, samples: tuple[Sample, ..
     """Read the cached tensors of `samples` and draw what is random, on the CPU."""
     latents = [dataset.latents(sample.item) for sample in samples]
     embeds = [dataset.embeds(sample.prompt) for sample in samples]
+    # A micro-batch holds samples of one size, so the first stands for all.
     extras = _load_extras(config, dataset, samples, latents[0].shape)
     make = make_imitation_batch if config.method.imitates_teacher else make_batch
     return make(config, samples, latents, embeds, extras)
@@ -87,6 +89,7 @@ def _load_extras(config: Config, dataset: CachedDataset, samples: tuple[Sample, 
     entries = [config.data[sample.item.entry] for sample in samples]
     masks = [dataset.mask(sample.item) for sample in samples]
     to_prior = [entry.regularization == "prior" for entry in entries]
+    # All samples of a run have a preservation prompt, or none has.
     preserve_prompts = [sample.preserve_prompt for sample in samples if sample.preserve_prompt is not None]
     return BatchExtras(
         mask=mask_weights(masks, [entry.mask_floor for entry in entries], shape),
@@ -99,6 +102,8 @@ def _load_extras(config: Config, dataset: CachedDataset, samples: tuple[Sample, 
 
 def sample_sigma(config: Config, sample: Sample) -> Scalar:
     """Return the sigma of a sample as a fp64 scalar: a function of the seed and the sample's key."""
+    # One uniform number for each sample, through the quantile function of the distribution: the same key gives the
+    # same place in every distribution, and rejection at `min` and `max` is not needed.
     u = torch.rand((), generator=keyed_generator(config.seed, "sigma", *sample.key()), dtype=torch.float64)
     steps = config.timesteps
     return flow.quantile_sigma(u, steps.type, steps.bias, VARIANTS[config.model.variant].shift, steps.min, steps.max)
@@ -246,6 +251,7 @@ def sft_loss(
     x = flow.interpolate(batch.x0, batch.noise, batch.sigma)
     target = build_target(model, batch, x, contrastive)  # before the prediction, so that its passes keep no graph
     prediction = velocity(model, x, batch.sigma, batch.prompt_embeds)
+    # Guidance scales the gradient, and with it the value of the objective: the plain loss is what can be compared.
     plain = _weighted_mse(prediction, target.plain, batch.weight, extras.mask)
     objective = plain
     if differential is not None or contrastive is not None:
@@ -254,6 +260,7 @@ def sft_loss(
             guided = flow.differential_target(prediction, guided, differential)
         objective = _weighted_mse(prediction, guided, batch.weight, extras.mask)
     if extras.outside is not None and target.prior is not None:
+        # A term of its own, so that the masked-out part neither counts in the logged loss nor is guided.
         objective = objective + _weighted_mse(prediction, target.prior, batch.weight, extras.outside)
     return Loss(objective, plain.detach())
 
@@ -280,6 +287,7 @@ def build_target(
 
 def preservation_loss(model: ZImageTransformer2DModel, batch: Batch, embeds: list[PromptEmbeds], weight: float) -> Loss:
     """Return the MSE to the model's own prediction without the LoRA, for the prompts `embeds` at the batch's noise."""
+    # At the batch's own noise and sigma: preservation then acts where the concept is trained.
     x = flow.interpolate(batch.x0, batch.noise, batch.sigma)
     prior = prior_velocity(model, x, batch.sigma, embeds)
     plain = (velocity(model, x, batch.sigma, embeds) - prior).square().mean()
