@@ -173,7 +173,7 @@ def test_table_orders_blocks_by_number():
 
 def test_inspect_output(tmp_path: Path):
     """`inspect` shows shares, metadata and a heat map."""
-    code, output = run("inspect", str(mini.ADAPTER_V1), "--picture", str(tmp_path / "heat.png"))
+    code, output = run("inspect", str(mini.ADAPTER_V1), "--plot", str(tmp_path / "heat.png"))
     assert code == 0
     lines = output.splitlines()
     shares = [float(line.split()[-1].rstrip("%")) for line in lines if line.startswith("layers.")]

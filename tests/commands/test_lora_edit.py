@@ -452,7 +452,7 @@ def test_diff_distance_and_direction(tmp_path: Path):
     minus = {m: Factors(f.a, f.b, -f.scale if "to_q" in m else f.scale) for m, f in lora.items() if "w3" not in m}
     one = write(tmp_path / "a.safetensors", lora)
     other = converted(write(tmp_path / "b.safetensors", minus), "musubi", tmp_path / "c.safetensors")
-    code, said = lora_command("diff", one, other, "--picture", tmp_path / "d.png")
+    code, said = lora_command("diff", one, other, "--plot", tmp_path / "d.png")
     lines = said.splitlines()
     assert code == 0 and f"only in {one}: 2 modules, such as layers.0.feed_forward.w3" in lines
     shared = [dense(lora, m) for m in minus]
@@ -626,8 +626,8 @@ def test_bake_refuses_harm(tmp_path: Path):
         ["bake", out, "--lora", mini.ADAPTER_V1, "--to", "comfyui", "-o", out, "--force"],
         ["extract", out, mini.TURBO, "-o", out, "--force"],
         ["extract", mini.TURBO, out, "-o", out, "--force"],
-        ["inspect", mini.ADAPTER_V1, "--picture", out],
-        ["diff", mini.ADAPTER_V1, mini.ADAPTER_V1, "--picture", out],
+        ["inspect", mini.ADAPTER_V1, "--plot", out],
+        ["diff", mini.ADAPTER_V1, mini.ADAPTER_V1, "--plot", out],
     ):
         assert lora_command(*command)[0] == 2 and out.read_bytes() == before, command
 

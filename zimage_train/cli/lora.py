@@ -33,7 +33,7 @@ Scale = Annotated[
     ),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the factor of every module without writing a file.")]
-Image = Annotated[Path | None, typer.Option("--picture", help="Also write a heat map to this PNG.")]
+Image = Annotated[Path | None, typer.Option("--plot", help="Also write a heat map to this PNG.")]
 Energy = Annotated[
     float | None,
     typer.Option(

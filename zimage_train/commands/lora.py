@@ -167,7 +167,7 @@ def require_image(path: Path | None) -> None:
     """
     if path is not None and path.suffix.lower() != ".png":
         raise ConfigError(
-            Problem(f"--picture {path}", "does not end in .png", "give the name of an image", "bad-argument")
+            Problem(f"--plot {path}", "does not end in .png", "give the name of an image", "bad-argument")
         )
 
 
