@@ -114,9 +114,11 @@ def encode_missing(
     """
     # One encoder after the other: the text encoder alone takes most of a small card, and the transformer is next.
     image_stats = _fill_latents(cache, encoders, items, progress, shard)
-    _free()
+    if image_stats.encoded:
+        _free()
     prompt_stats = _fill_prompts(cache, encoders, prompts, progress, shard)
-    _free()
+    if prompt_stats.encoded:
+        _free()
     return image_stats, prompt_stats
 
 
