@@ -20,7 +20,7 @@ def run(arguments: list[str], shell: str = "", **environment: str) -> subprocess
         capture_output=True,
         text=True,
         env={**os.environ, **environment},
-        timeout=120,
+        timeout=300,
     )
 
 

@@ -12,16 +12,21 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from zimage_train.commands.train import run_training
 from zimage_train.config import strict_yaml
+from zimage_train.config.load import read_config
+
+from mini_config import mini_values
 
 pytestmark = pytest.mark.slow
+
+HANG_SECONDS = 300
+"""Only ends what would wait for ever: a busy machine may take long to import torch."""
 
 
 @pytest.fixture
 def start(tmp_path: Path, shared_cache: Path):
     """`start(name, **changes)`: begin `zimage-train train` in a process of its own."""
-    from mini_config import mini_values
-
     running: list[subprocess.Popen[str]] = []
 
     def begin(name: str, output: str = "runs", **changes) -> subprocess.Popen[str]:
@@ -46,7 +51,7 @@ def start(tmp_path: Path, shared_cache: Path):
 
 def wait_for(process: subprocess.Popen[str], path: Path, lines: int) -> None:
     """Wait until `path` has that many lines."""
-    until = time.monotonic() + 90
+    until = time.monotonic() + HANG_SECONDS
     while time.monotonic() < until:
         if path.exists() and path.read_bytes().count(b"\n") >= lines:
             return
@@ -65,7 +70,7 @@ def test_signal_saves(start, tmp_path: Path, number: int, code: int):
     process = start("tiny", **(LONG | {"save": {"every": None}, "train": {"steps": 500, "batch_size": 1}}))
     wait_for(process, tmp_path / "runs" / "tiny" / "metrics.jsonl", 4)
     process.send_signal(number)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=HANG_SECONDS)
     assert process.returncode == code, output
     assert "the same command continues" in output and "Traceback" not in output
     assert list((tmp_path / "runs" / "tiny" / "checkpoints").glob("step-*.safetensors"))
@@ -87,52 +92,70 @@ sys.addaudithook(count)
 """
 
 
+def run_counted(last: int, then: str) -> subprocess.CompletedProcess[str]:
+    """Run `then`, with an interrupt as module number `last` is looked for."""
+    words = [sys.executable, "-c", COUNTED.format(last=last, then=then)]
+    return subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=HANG_SECONDS)
+
+
+@pytest.fixture(scope="module")
+def number_of_imports() -> int:
+    whole = run_counted(0, "import zimage_train.cli.app, zimage_train.commands.train; print(looked_for)")
+    return int(whole.stdout.split()[-1])
+
+
 @pytest.mark.parametrize("share", [0.1, 0.25, 0.5, 0.75, 0.9])
-def test_ctrl_c_during_imports(tmp_path: Path, share: float):
+def test_ctrl_c_during_imports(tmp_path: Path, number_of_imports: int, share: float):
     """Ctrl-C while modules are imported shows no traceback.
 
     The interrupt comes at the given share of all modules that are looked for.
     """
     config = tmp_path / "c.yaml"
     config.write_text(strict_yaml.dump({"name": "x", "data": [{"folder": str(tmp_path)}]}))
-
-    def start(last: int, then: str) -> subprocess.CompletedProcess[str]:
-        words = [sys.executable, "-c", COUNTED.format(last=last, then=then)]
-        return subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120)
-
-    whole = start(0, "import zimage_train.cli.app, zimage_train.commands.train; print(looked_for)")
-    last = round(share * int(whole.stdout.split()[-1]))
-    done = start(last, f"sys.argv = ['zimage-train', 'train', '{config}']; __main__.main()")
+    last = round(share * number_of_imports)
+    done = run_counted(last, f"sys.argv = ['zimage-train', 'train', '{config}']; __main__.main()")
     assert done.returncode == 130 and done.stdout.strip() == "stopped", done.stdout
 
 
+def trained_here(folder: Path, cache: Path, **changes) -> Path:
+    """Train in this process, and return the run folder."""
+    path = folder / "here.yaml"
+    path.write_text(strict_yaml.dump(mini_values(folder / "runs", cache, name="here", **changes)))
+    run_training(read_config(path), fresh=True)
+    return folder / "runs" / "here"
+
+
+@pytest.fixture(scope="module")
+def heard(tmp_path_factory: pytest.TempPathFactory, shared_cache: Path) -> Path:
+    """A run whose output somebody reads."""
+    return trained_here(tmp_path_factory.mktemp("heard"), shared_cache, **LONG)
+
+
 @pytest.mark.parametrize("output", ["a closed pipe", "a full disk", "a closed terminal"])
-def test_nobody_has_to_listen(start, tmp_path: Path, output: str):
+def test_nobody_has_to_listen(tmp_path: Path, shared_cache: Path, heard: Path, output: str):
     """What a run prints can be lost; its steps, checkpoints and exit code cannot."""
-    process = start("first", **LONG)  # fills the caches, and is what the deaf run must equal
-    assert process.wait() == 0
     path = tmp_path / "deaf.yaml"
-    path.write_text((tmp_path / "first-runs.yaml").read_text().replace("name: first", "name: deaf"))
+    path.write_text(strict_yaml.dump(mini_values(tmp_path / "runs", shared_cache, name="deaf", **LONG)))
     command = [sys.executable, "-m", "zimage_train", "train", str(path)]
     if output == "a full disk":
         with open("/dev/full", "w") as full:
-            assert subprocess.run(command, stdout=full, stderr=full, timeout=90).returncode == 0
+            assert subprocess.run(command, stdout=full, stderr=full, timeout=HANG_SECONDS).returncode == 0
     elif output == "a closed pipe":
         deaf = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         assert deaf.stdout and deaf.stderr
         deaf.stdout.close()
         with deaf.stderr:
             assert deaf.stderr.read() == b""
-        assert deaf.wait(90) == 0
+        assert deaf.wait(HANG_SECONDS) == 0
     else:
         terminal, own = os.openpty()
         deaf = subprocess.Popen(command, stdin=own, stdout=own, stderr=own, start_new_session=True)
         os.close(own)
         wait_for(deaf, tmp_path / "runs" / "deaf" / "metrics.jsonl", 4)
         os.close(terminal)
-        assert deaf.wait(90) == 0
-    one, other = (tmp_path / "runs" / name / "lora" / f"{name}.safetensors" for name in ("first", "deaf"))
-    assert tensors(one) == tensors(other)
+        assert deaf.wait(HANG_SECONDS) == 0
+    lora = tmp_path / "runs" / "deaf" / "lora" / "deaf.safetensors"
+    assert tensors(lora) == tensors(heard / "lora" / "here.safetensors")
     assert "done: " in (tmp_path / "runs" / "deaf" / "log.txt").read_text()
 
 
@@ -160,35 +183,38 @@ ACCELERATE = ["accelerate.commands.launch", "--num_processes", "2", "--num_machi
 ACCELERATE += ["--multi_gpu", "--mixed_precision", "no", "--dynamo_backend", "no"]
 
 
-@pytest.mark.parametrize("launcher", [TORCHRUN, ACCELERATE], ids=["torchrun", "accelerate"])
-def test_two_processes_equal_accumulation(start, tmp_path: Path, shared_cache: Path, launcher):
-    """Two processes train like one that accumulates two micro-batches."""
-    from mini_config import mini_values
+SHORT = {"train": {"steps": 3, "batch_size": 2}, "save": {"every": 1}}
 
-    options = {"train": {"steps": 3, "batch_size": 2}, "name": "tiny", "save": {"every": 1}}
-    assert (
-        start(output="one", **(options | {"train": {"steps": 3, "batch_size": 2, "grad_accumulation": 2}})).wait() == 0
-    )
+
+@pytest.fixture(scope="module")
+def accumulated(tmp_path_factory: pytest.TempPathFactory, shared_cache: Path) -> Path:
+    """A run of one process that accumulates two micro-batches."""
+    changes = SHORT | {"train": SHORT["train"] | {"grad_accumulation": 2}}
+    return trained_here(tmp_path_factory.mktemp("accumulated"), shared_cache, **changes)
+
+
+@pytest.mark.parametrize("launcher", [TORCHRUN, ACCELERATE], ids=["torchrun", "accelerate"])
+def test_two_processes_equal_accumulation(tmp_path: Path, shared_cache: Path, accumulated: Path, launcher):
+    """Two processes train like one that accumulates two micro-batches."""
     path = tmp_path / "two.yaml"
-    path.write_text(strict_yaml.dump(mini_values(tmp_path / "two", shared_cache, **options)))
+    path.write_text(strict_yaml.dump(mini_values(tmp_path / "two", shared_cache, name="tiny", **SHORT)))
     done = subprocess.run(
         [sys.executable, "-m", *launcher, "-m", "zimage_train", "train", str(path)],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=HANG_SECONDS,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert json.loads((tmp_path / "two" / "tiny" / "run.json").read_text())["processes"] == 2
+    together = tmp_path / "two" / "tiny"
+    assert json.loads((together / "run.json").read_text())["processes"] == 2
     one, two = (
-        [json.loads(line) for line in (tmp_path / name / "tiny" / "metrics.jsonl").read_text().splitlines()]
-        for name in ("one", "two")
+        [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        for folder in (accumulated, together)
     )
     assert [record["loss"] for record in two] == pytest.approx([record["loss"] for record in one], rel=1e-5)
     assert [record["grad_norm"] for record in two] == pytest.approx([record["grad_norm"] for record in one], rel=1e-5)
     # AdamW's first moment is a sum of gradients with fixed factors, so it compares them tensor by tensor.
-    moments = [
-        first_moments(tmp_path / name / "tiny" / "checkpoints" / "step-000002.safetensors") for name in ("one", "two")
-    ]
+    moments = [first_moments(folder / "checkpoints" / "step-000002.safetensors") for folder in (accumulated, together)]
     assert moments[0].keys() == moments[1].keys() and len(moments[0]) == 84
     assert max(far(moments[0][key], moments[1][key]) for key in moments[0]) < 1e-5
 

@@ -370,7 +370,7 @@ for text, overrides in json.loads(Path("bad.json").read_text()).values():
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
     )
     golden = (GOLDEN / "config_errors.txt").read_text(encoding="utf-8").splitlines()
     expected = [line for line in golden if line and not line.startswith("#")]

@@ -391,7 +391,7 @@ def loaded_by(names: list[str], then: str = "", path: Iterable[str] = ()) -> set
     code = LOADED.format(path=[str(one) for one in path], names=names, then=then)
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     result = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=True, timeout=60
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=True, timeout=300
     )
     return set(json.loads(result.stdout.splitlines()[-1]))
 

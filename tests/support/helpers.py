@@ -89,7 +89,7 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
 
 def run_python(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", code], cwd=folder, env=environment(), capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", code], cwd=folder, env=environment(), capture_output=True, text=True, timeout=300
     )
 
 
