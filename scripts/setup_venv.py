@@ -325,7 +325,8 @@ def test(checkout: Checkout, *arguments: str) -> int:
     ruff, folders = checkout.program("ruff"), ["zimage_train", "scripts", "tests"]
     lint = [run([ruff, "check", *folders]), run([ruff, "format", "--check", *folders])]
     lint.append(run([checkout.program("pyright")]))
-    options = ["-n", "2", "--dist", "loadfile", "--durations", "20", "-p", "scripts.test_report"]
+    options = ["-n", "2", "--dist", "loadfile", "--no-loadscope-reorder"]  # tests/conftest.py orders the files
+    options += ["--durations", "20", "-p", "scripts.test_report"]
     tests = run([checkout.program("python"), "-m", "pytest", *options, *arguments])
     if tests == 0 and any(lint):
         sys.exit("error: the tests passed, but ruff or pyright found something: see above the tests")

@@ -26,6 +26,12 @@ from mini_config import mini_values
 ROOT = Path(__file__).parent.parent
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files that hold slow tests, so that no worker is left with one of them while the other idles."""
+    slow_files = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow_files)
+
+
 def pytest_collection_finish() -> None:
     """Exclude the imported modules from garbage collection, which otherwise takes a third of a tiny run."""
     gc.collect()

@@ -88,7 +88,7 @@ def test_pod_taken_away_is_continued(volume: Path):
         metrics = volume / "runs" / "tiny" / "metrics.jsonl"
         wait_for(lambda: metrics.exists() and len(metrics.read_text().splitlines()) >= 2)
         pod.send_signal(signal.SIGTERM)
-        assert pod.wait(120) == 128 + signal.SIGTERM
+        assert pod.wait(300) == 128 + signal.SIGTERM
     assert not (volume / "gone").exists(), "it goes anyway, and the next one is to go on"
     steps = len(metrics.read_text().splitlines())
     assert 2 <= steps < 200
@@ -106,7 +106,7 @@ def test_pod_without_config_waits(volume: Path):
         lines = [pod.stdout.readline() for _ in range(4)]
         assert "no CONFIG is set" in lines[0] and lines[-1].endswith("sleep infinity\n")
         pod.send_signal(signal.SIGTERM)
-        assert pod.wait(30) == 128 + signal.SIGTERM
+        assert pod.wait(300) == 128 + signal.SIGTERM
 
 
 def wait_for(is_so, seconds: float = 120) -> None:
