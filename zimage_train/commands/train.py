@@ -34,7 +34,7 @@ from zimage_train.training.validation import log_best_step
 
 
 def run_training(config: Config, fresh: bool, allow: tuple[str, ...] = (), stop: StopRequest | None = None) -> None:
-    """Train `config` to its end, or continue an earlier start of the same run.
+    """Train `config` to its last step, from the newest checkpoint of the run if it has one.
 
     `allow` names settings that may differ from the earlier start; `fresh` moves the earlier run aside. A command that
     trains several runs handles signals itself and passes its `stop`.
@@ -66,10 +66,10 @@ def run_training(config: Config, fresh: bool, allow: tuple[str, ...] = (), stop:
             console.warning(remark)
         fill_caches(context)
         state = build_state(context, plan, checkpoint, trackers)
-        # From here on every pass has to take the same kernels, or a resumed run would get other bits.
+        # From here on every step must use deterministic kernels, or a resumed run would get other bits.
         stack.enter_context(devices.reproducible(world.device))
         state = dry_run(state)
-        # Opening these removes the records after the checkpoint, so nothing that can fail early comes after it.
+        # Opening these removes the records after the checkpoint, so whatever may fail early comes before them.
         metrics = stack.enter_context(contextlib.closing(_open_records(state, folder.metrics)))
         events = stack.enter_context(contextlib.closing(_open_records(state, folder.events)))
         loop.train(state, metrics, events)
@@ -78,7 +78,9 @@ def run_training(config: Config, fresh: bool, allow: tuple[str, ...] = (), stop:
 
 @contextlib.contextmanager
 def _locked_run_dir(folder: RunDir, world: World, fresh: bool) -> Iterator[Console]:
-    """Lock the run folder within the block, and log the lines of the console that is returned there.
+    """Lock the run folder within the block, which gets a console that also writes to the log file there.
+
+    The other processes wait until the main one has the lock, and have a console that prints nothing.
 
     Raises:
         FolderInUseError: another process holds the folder.
@@ -90,7 +92,7 @@ def _locked_run_dir(folder: RunDir, world: World, fresh: bool) -> Iterator[Conso
         return
     if fresh and folder.root.exists():
         with locks.lock_folder(folder.root):
-            pass  # a run that is going on must not be moved
+            pass  # raises if a process is still training there, since its folder must not be moved
         console.info(f"--fresh: the old run is now {atomic.rename_as_backup(folder.root, '.old')}")
     with locks.lock_folder(folder.root), contextlib.closing(console):
         atomic.remove_stale_temp_files(folder.root)
@@ -107,16 +109,16 @@ def _print_remarks(spec: RunSpec, console: Console) -> None:
 
 
 def _explained_out_of_memory(context: RunContext, plan: MemoryPlan) -> AbstractContextManager[None]:
-    """Turn the GPU's running out of memory within the block into settings that are predicted to fit."""
+    """Turn an out-of-memory error of the GPU within the block into a problem that suggests settings."""
     device = context.world.device
-    # What was planned did not fit, so a plan for a tenth less is suggested.
+    # If the plan does not fit, its prediction was too low, so the suggested settings are to take a tenth less.
     limit_bytes = min(devices.available_bytes(device), 0.9 * plan.peak.total)
     suggestion = preflight.how_to_fit(context.spec, limit_bytes, device.type == "cuda")
     return devices.explained_out_of_memory(f"{suggestion}; the last checkpoint is good")
 
 
 def _open_trackers(context: RunContext, start_step: int) -> Trackers:
-    """Open the trackers that `log` names, before anything is loaded, so that a missing login is known at once."""
+    """Open the trackers that `log` names. This comes before loading, so that a missing login fails at once."""
     config, folder, console = context.config, context.folder, context.console
     trackers: list[Tracker] = []
     if context.world.is_main:
@@ -149,8 +151,8 @@ def _print_results(config: Config, folder: RunDir, console: Console) -> None:
     console.info(f"done: {folder.lora()}")
     console.info(f"look at {folder.report}, and sample with it:")
     console.info(f"  {command_for(resolve_paths(config), folder.lora().absolute())}")
-    if home := copy_command(folder.lora().absolute(), os.environ):
-        console.info(f"bring it home:\n  {home}")
+    if command := copy_command(folder.lora().absolute(), os.environ):
+        console.info(f"bring it home:\n  {command}")
     if config.ema.decay is not None:
         console.info(f"averaged weights: {folder.lora(is_ema=True)}")
     if config.model.quantize is not None:
@@ -188,15 +190,15 @@ def fill_run_caches(config: Config) -> None:
 
 
 def check_for_training(config: Config, world: World) -> RunSpec:
-    """Do all that `check` does, and download what is missing of the model.
+    """Return the specification of the run after all checks of `check`, and download missing parts of the model.
 
-    Without a GPU the published models are not downloaded, since they would only be refused.
+    Without a GPU the published models are not downloaded, since `require_device` refuses them there.
 
     Raises:
         ZImageTrainError: every problem found.
     """
-    is_useless = world.device.type == "cpu" and config.model.path is None
-    spec = preflight.check_run(config, cached_only if is_useless else download, processes=world.world_size)
+    would_be_refused = world.device.type == "cpu" and config.model.path is None
+    spec = preflight.check_run(config, cached_only if would_be_refused else download, processes=world.world_size)
     shape = spec.model_files.shape if spec.model_files else TransformerShape()
     devices.require_device(world.device, shape, config.model.dtype)
     return spec

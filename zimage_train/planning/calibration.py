@@ -1,4 +1,4 @@
-"""Record of what runs on this machine took, and the correction of later predictions that follows (torch-free)."""
+"""Measured time and memory of runs on this machine, by which later predictions are corrected (torch-free)."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -13,12 +13,12 @@ MIN_STEPS = 10
 WARM_UP_STEPS = 3
 """Steps that are left out, because kernels are still being chosen and caches filled."""
 MAX_MEASUREMENTS = 20
-"""Runs that are remembered for one device; older ones may belong to another driver."""
+"""Number of latest runs that are kept for each device; older ones may have had another driver."""
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """What one run took, relative to its prediction. The field names are those of the calibration file."""
+    """Time and memory of one run, relative to their prediction. The field names are those of the calibration file."""
 
     device: str
     """See `device_key`."""
@@ -26,20 +26,22 @@ class Measurement:
     seconds: float
     """Median time of a step."""
     time_ratio: float
-    """Median of measured over predicted time. A mean would follow the few steps that wait for the disk."""
+    """Median over the steps of measured / predicted time. A mean would follow the few steps that wait for the disk."""
     memory_ratio: float | None
     """Measured over predicted peak of allocated memory; None without a GPU, where it is not measured."""
 
 
 @dataclass(frozen=True)
 class CalibrationFactor:
-    """The factors by which runs on one device differ from their predictions."""
+    """The factors by which runs on one device differ from their predictions: measured / predicted."""
 
     runs: int
+    """Number of runs that they are taken from."""
     time: float
     spread: float
     """Largest relative deviation of one run from `time`."""
     memory: float | None
+    """None if no run measured its memory."""
 
     def in_words(self) -> str:
         """Return the text that follows a corrected figure."""
@@ -101,7 +103,7 @@ def calibration_factor(path: Path, device: str) -> CalibrationFactor | None:
 
 
 def _read(path: Path) -> list[Measurement]:
-    """Return the recorded runs, or none where the file is missing or damaged: predictions then stay uncorrected."""
+    """Return the sound measurements in the file. If it is missing or damaged there are none: nothing is corrected."""
     try:
         content: Any = json.loads(path.read_bytes())
         runs = [Measurement(**values) for values in content]
@@ -111,7 +113,7 @@ def _read(path: Path) -> list[Measurement]:
 
 
 def _is_sound(run: Measurement) -> bool:
-    """Return whether the values of `run`, which come from a file, can be calculated with."""
+    """Return whether the values of `run`, which a user may have edited, are positive numbers of a plausible size."""
     memory = 1.0 if run.memory_ratio is None else run.memory_ratio
     numbers = (run.time_ratio, run.seconds, memory)
     return isinstance(run.device, str) and all(isinstance(value, int | float) and 0 < value < 1e6 for value in numbers)

@@ -37,7 +37,7 @@ def reproducible(device: torch.device) -> Iterator[None]:
 
     By default the backward of attention adds partial results in the order in which they are ready, so that gradients
     of equal steps differ by 1e-3 of their norm. The kernel of the forward must match that of the backward, so whole
-    steps belong into the block. It costs 7 % of the time at 512 px and 20 % at 1024 px (docs/bench/repeat.json).
+    steps belong in the block. It costs 7 % of the time at 512 px and 20 % at 1024 px (docs/bench/repeat.json).
     """
     if device.type != "cuda":
         yield
@@ -56,7 +56,10 @@ def reproducible(device: torch.device) -> Iterator[None]:
 
 
 def device_limits(device: torch.device) -> DeviceLimits:
-    """Return the limits for a plan: the total memory of `device` less a reserve, whatever is free at the moment."""
+    """Return the limits for a plan: the total memory of the GPU less a reserve, or all main memory on a CPU.
+
+    What is free at the moment does not count, so that a resumed run gets the same plan.
+    """
     if device.type != "cuda":
         return DeviceLimits("cpu", main_memory_bytes(), None)
     properties = torch.cuda.get_device_properties(device)
@@ -64,8 +67,8 @@ def device_limits(device: torch.device) -> DeviceLimits:
 
 
 def available_bytes(device: torch.device) -> int:
-    """Return the bytes for a new plan after one that was too large for the GPU: nine tenths of it, or 0 on a CPU."""
-    # Below `usable_bytes`, because here the prediction has been shown to be too low.
+    """Return the bytes to plan for after the GPU ran out of memory: nine tenths of its memory; 0 on a CPU."""
+    # Less than `usable_bytes`, because the prediction has turned out to be too low.
     return int(torch.cuda.get_device_properties(device).total_memory * 0.9) if device.type == "cuda" else 0
 
 

@@ -26,11 +26,11 @@ CAPTION_TOKENS = 64
 EFFICIENCY = 0.9
 """Fraction of a data sheet's arithmetic and bandwidth that large kernels reach."""
 OTHER_TRAFFIC_BYTES = 545
-"""As `RecomputeCost.traffic_bytes`, for everything outside `layers`: embedders, refiners and final layer."""
+"""Bytes per token and unit of `dim`, as `RecomputeCost.traffic_bytes`, for embedders, refiners and the final layer."""
 UNPACK_BYTES = 7
 """Bytes moved to unpack one quantised weight: 1 read, 2 written by the cast, 2 read and 2 written by the scaling."""
 LAUNCH_SECONDS = 6e-6
-"""Time to launch one kernel; an estimate, and too short where Python cannot keep up."""
+"""Time to launch one kernel; an estimate, which is too low for a slow CPU."""
 
 
 def forward_flops(shape: TransformerShape, size: Bucket) -> float:
@@ -45,7 +45,8 @@ def step_flops(shape: TransformerShape, size: Bucket, mode: RecomputeMode) -> fl
     recomputed = linear * _recomputed_share(shape, mode)
     if RECOMPUTE_COSTS[mode].recomputes_attention:
         recomputed += attention
-    # The backward of attention has five products of tokens by tokens where the forward has two.
+    # Forward, backward of the products, backward of attention (five products of tokens by tokens where the forward has
+    # two), and what is computed a second time.
     return forward_flops(shape, size) + linear + 2.5 * attention + recomputed
 
 
@@ -54,8 +55,8 @@ def step_seconds(
 ) -> float:
     """Return the seconds of one training step on a full batch of `size`, with the passes of preservation and priors."""
     forward = forward_seconds(workload, placement, size, workload.batch(size), card)
-    both = _forward_backward_seconds(workload, placement, mode, size, card)
-    return (1 + workload.extra_steps) * both + workload.extra_forwards * forward
+    forward_backward = _forward_backward_seconds(workload, placement, mode, size, card)
+    return (1 + workload.extra_steps) * forward_backward + workload.extra_forwards * forward
 
 
 def _forward_backward_seconds(
@@ -97,7 +98,7 @@ def forward_seconds(workload: Workload, placement: WeightPlacement, size: Bucket
 
 def _streaming_seconds(workload: Workload, placement: WeightPlacement, card: GpuSpec) -> float:
     """Return the seconds of copying the streamed blocks to the device once."""
-    # Where the pass turns round, the blocks in the slots are the next ones needed, and are not copied again.
+    # Between forward and backward, the blocks in the slots are the next ones needed, and are not copied again.
     copied = max(placement.streamed - DEVICE_SLOTS, 0)
     return copied * block_bytes(workload, placement.quantization) / (EFFICIENCY * card.pcie_gb_per_second * 1e9)
 

@@ -21,7 +21,7 @@ from zimage_train.planning.recompute_costs import RECOMPUTE_COSTS
 SIGMAS_IN_A_VALIDATION = 17
 """Forward passes for each validation image: at nine deciles of the trained noise levels and at Turbo's 8 steps."""
 READ_BYTES_PER_SECOND = 2e9
-"""Rate at which weights come from a file that was read before, as the system may have it in memory."""
+"""Rate of reading weights from a file that was read before, and may still be in the page cache."""
 EXAMPLES = ("4090", "4080", "4070", "4060")
 """Cards of 24, 16, 12 and 8 GB, shown where no card is known."""
 
@@ -29,7 +29,7 @@ EXAMPLES = ("4090", "4080", "4070", "4060")
 def device_for(config: Config, gpu: str | None) -> DeviceLimits | None:
     """Return the limits of the card `gpu`, or else of this machine's, within the budget of `config` if it sets one.
 
-    None if there is neither a known card nor a budget.
+    Return None if no card is found and no budget is set.
 
     Raises:
         ConfigError: `gpu` is not in the list of cards.
@@ -62,7 +62,11 @@ def plan_for(spec: RunSpec, device: DeviceLimits, gpu: bool | None = None, proce
 
 
 def forecast_lines(spec: RunSpec, gpu: str | None, price: float | None) -> list[Note]:
-    """Return memory, time and cost (`price` is that of an hour), on four example cards where none is known."""
+    """Return lines on memory, time and cost; `price` is that of an hour.
+
+    They are for the card `gpu`, or else for the card or the budget of `device_for`. Without either, a small model is
+    planned for the CPU, and a published one for four example cards.
+    """
     device = device_for(spec.config, gpu)
     if device is not None:
         return _forecast_on_device(spec, device, price)
@@ -105,8 +109,8 @@ def _one_line_forecast(spec: RunSpec, plan: MemoryPlan, card: GpuSpec, price: fl
 def _forecast_on_device(spec: RunSpec, device: DeviceLimits, price: float | None) -> list[Note]:
     plan = plan_for(spec, device)
     peak = plan.peak
-    # The factor for memory is shown and not applied: the plan must not change with what was measured, or a run that is
-    # continued would have another one.
+    # The factor for memory is shown and not applied: if measurements changed the plan, a resumed run could get another
+    # plan than it began with.
     factor = _calibration(spec, device.key)
     measured = f", x{factor.memory:.2f} by runs here" if factor and factor.memory else ""
     weights, at_peak = _describe_weights(plan), _describe_peak(plan)
@@ -127,7 +131,7 @@ def _forecast_on_device(spec: RunSpec, device: DeviceLimits, price: float | None
 
 
 def _describe_peak(plan: MemoryPlan) -> str:
-    """Return when the memory of the run is at its peak."""
+    """Return the moment at which the memory of the run is at its peak, for people."""
     peak = plan.peak
     if peak == memory.preview_memory(plan.workload, plan.placement):
         return "in a preview"
@@ -145,7 +149,7 @@ def _describe_weights(plan: MemoryPlan) -> str:
 
 
 def _describe_recomputation(plan: MemoryPlan) -> str:
-    """Return each mode that some batch of the run may use, with the largest number of tokens for which it does."""
+    """Return what the batches of the run recompute, each with the largest number of tokens to which it applies."""
     parts: list[str] = []
     for mode, max_tokens in plan.limits.items():
         description = RECOMPUTE_COSTS[mode].description
@@ -160,7 +164,7 @@ def _describe_recomputation(plan: MemoryPlan) -> str:
 def _share_lines(spec: RunSpec, plan: MemoryPlan, device: DeviceLimits) -> list[Note]:
     """Return how time and memory of the run are divided between resolutions, previews and generated images."""
     workload = plan.workload
-    # Shares of the time depend little on the card, so they are given for an unknown one, too.
+    # Shares of the time depend little on the card, so they are given even if it is unknown.
     card = device.card or gpus.TYPICAL_GPU
     factor = _time_factor(_calibration(spec, device.key))
     by_resolution: dict[int, Counter[Bucket]] = {}
@@ -187,23 +191,24 @@ def _share_lines(spec: RunSpec, plan: MemoryPlan, device: DeviceLimits) -> list[
         text = f"{share}, {format_bytes(most.total)} a step, recomputing {recomputed}{per_step}"
         lines.append(Note("share", f"  {resolution} px: {text}"))
 
-    whole, in_previews = _run_seconds(spec, plan, card)
+    run_seconds, preview_seconds = _run_seconds(spec, plan, card)
     count = len(workload.previews)
     images = f"{count} image{'s' * (count != 1)}"
     preview_memory = format_bytes(memory.preview_memory(workload, plan.placement).total)
-    text = f"{_previews_in_a_run(spec.config)} times {images}, {in_previews / whole:.0%} of the run, {preview_memory}"
+    share = f"{preview_seconds / run_seconds:.0%} of the run"
+    text = f"{_previews_in_a_run(spec.config)} times {images}, {share}, {preview_memory}"
     lines.append(Note("share", f"  previews: {text}"))
     if workload.generated:
-        share = f"{_generation_seconds(plan, card) / whole:.0%} of the run"
+        share = f"{_generation_seconds(plan, card) / run_seconds:.0%} of the run"
         text = f"  before training: {len(workload.generated)} images of the model's own, {share}"
         lines.append(Note("share", text))
     return lines
 
 
 def _generation_seconds(plan: MemoryPlan, card: GpuSpec) -> float:
-    """Return the seconds in which the model draws the images that it is then trained on."""
+    """Return the seconds of generating the images that the model is then trained on; 0 for other methods."""
     workload = plan.workload
-    return math.fsum(flops.preview_seconds(workload, plan.placement, one, card) for one in workload.generated)
+    return math.fsum(flops.preview_seconds(workload, plan.placement, request, card) for request in workload.generated)
 
 
 def _time_lines(spec: RunSpec, plan: MemoryPlan, device: DeviceLimits, price: float | None) -> list[Note]:
@@ -246,16 +251,17 @@ def _run_seconds(spec: RunSpec, plan: MemoryPlan, card: GpuSpec) -> tuple[float,
     step = math.fsum(share * plan.seconds(size, card) for size, share in workload.shares().items())
     training = config.train.steps * config.train.grad_accumulation * step
 
-    drawing = math.fsum(flops.preview_seconds(workload, placement, one, card) for one in workload.previews)
+    drawing = math.fsum(flops.preview_seconds(workload, placement, request, card) for request in workload.previews)
     if spec.model_files is None or spec.model_files.paths.adapter is not None:
-        # Previews are drawn without the adapter: the original weights are read before, and the merged ones afterwards.
+        # Previews are drawn without the training adapter, so the weights are read from the bf16 files before them, and
+        # again after them, to merge the adapter.
         drawing += 2 * memory.model_bytes(replace(workload, dtype="bf16"), None) / READ_BYTES_PER_SECOND
     previews = drawing * _previews_in_a_run(config) if workload.previews else 0.0
 
     validating = 0.0
     if config.validation.every:
         images = math.fsum(flops.forward_seconds(workload, placement, item.size, 1, card) for item in spec.held_out)
-        validations = -(-config.train.steps // config.validation.every) + 1
+        validations = -(-config.train.steps // config.validation.every) + 1  # one more before the first step
         validating = images * SIGMAS_IN_A_VALIDATION * validations
     return training + previews + validating + _generation_seconds(plan, card), previews
 

@@ -64,13 +64,13 @@ GPU_SPECS = {
 RESERVED_BYTES = 0.5e9
 """Memory left to the driver and other programs; an estimate, which no run has measured."""
 RESERVED_BYTES_WINDOWS = 1.2e9
-"""The same on Windows, which draws its desktop on the card. Too much there is no error: the driver moves memory to main
-memory, and every step becomes slow. So more is left free."""
+"""The same on Windows, which draws its desktop on the card. A plan that is too large raises no error there: the driver
+moves memory to main memory, and every step becomes slow. So more is left free."""
 TYPICAL_GPU = GPU_SPECS["4090"]
-"""The card whose proportions of arithmetic and bandwidth decide between plans where the true card is unknown."""
+"""The card for which plans are compared if the true one is unknown."""
 FORM_FACTOR = r"(?:sxm\d?|pcie|nvl|hbm\d?e?|generation|gpu)*?"
 NAME_SUFFIX = rf"{FORM_FACTOR}(?:(?P<gib>\d{{1,3}})gb)?{FORM_FACTOR}"
-"""What may follow the name of a card without making it another one."""
+"""Pattern of what may follow the name of a card without making it another card."""
 
 
 @dataclass(frozen=True)

@@ -31,9 +31,9 @@ from zimage_train.models.pinned_memory import DEVICE_SLOTS, pinned_bytes
 from zimage_train.planning.recompute_costs import RECOMPUTE_COSTS
 
 BACKWARD_BYTES = {"bf16": 18.3, "fp32": 24.3}
-"""Extra bytes while one block runs backward, beyond all that mode `none` keeps of it (recomputed by then)."""
+"""Extra bytes per token and `dim` while one block runs backward, beyond what mode `none` keeps of it."""
 FORWARD_BYTES = {"bf16": 31.9, "fp32": 63.3}
-"""Peak of a forward pass that keeps nothing for a backward, as in sampling and validation."""
+"""Peak of a forward pass that keeps nothing for a backward, as in sampling and validation, per token and `dim`."""
 DECODING_BYTES = {"bf16": 1536, "fp32": 3073}
 """Bytes per pixel at the peak of decoding one image, for a VAE of `VAE_CHANNELS`."""
 VAE_CHANNELS = 128
@@ -46,7 +46,7 @@ SCALE_BYTES = 2
 CONTEXT_BYTES = 500_000_000
 """Memory that CUDA and its libraries take for themselves; an estimate, which no run has measured."""
 FRAGMENTATION = 0.08
-"""Share of the other memory that the allocator loses between its blocks.
+"""Memory that the allocator loses between its blocks, as a share of what it hands out.
 
 With 3 %, 21 of 36 runs on an H100 that were held to a budget ran out of memory, most of them streamed; these may lose
 more than 8 %, too ("How good the prediction is" in docs/memory.md).
@@ -61,11 +61,12 @@ BYTES_PER_TOKEN = 3
 
 @dataclass(frozen=True)
 class WeightPlacement:
-    """How the frozen transformer is stored: its quantization, and the number of blocks that are streamed."""
+    """How and where the frozen transformer is stored."""
 
     quantization: Quantization | None = None
     """None: the weights keep the dtype of the model."""
     streamed: int = 0
+    """Number of blocks in main memory, which are copied to the device when they are needed."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,7 @@ class Workload:
     """Tokens of the longest caption, estimated from its length."""
     previews: tuple[SamplingRequest, ...]
     gpu: bool
+    """Whether it runs on a GPU, which takes memory for CUDA and for fragmentation."""
     vae_channels: int = VAE_CHANNELS
     ema: bool = False
     extra_steps: int = 0
@@ -218,7 +220,7 @@ class MemoryEstimate:
     """The LoRA with gradient, optimizer state and EMA."""
     activations: int
     context: int
-    """CUDA and fragmentation."""
+    """CUDA and fragmentation; 0 without a GPU."""
 
     @property
     def allocated(self) -> int:
@@ -231,11 +233,11 @@ class MemoryEstimate:
 
 
 def step_memory(workload: Workload, placement: WeightPlacement, mode: RecomputeMode, tokens: int) -> MemoryEstimate:
-    """Return the peak of forward and backward on a batch of `tokens`."""
+    """Return the peak of forward and backward on a batch of `tokens` tokens in all."""
     kept = RECOMPUTE_COSTS[mode].kept_bytes[workload.dtype]
     kept_by_none = RECOMPUTE_COSTS["none"].kept_bytes[workload.dtype]
-    # The peak comes when the backward enters the last block of the forward: all others hold what the mode keeps, and
-    # this one has been recomputed, so it holds what `none` keeps, and the gradients of the backward on top.
+    # The peak is at the start of the backward, in the last block: all other blocks hold what the mode keeps. The last
+    # one has been recomputed, so it holds what `none` keeps, and the gradients of the backward on top.
     per_token = workload.shape.n_layers * kept + kept_by_none - kept + BACKWARD_BYTES[workload.dtype]
     return _with_weights(workload, placement, int(per_token * workload.shape.dim * tokens))
 
@@ -263,8 +265,8 @@ def preview_memory(workload: Workload, placement: WeightPlacement) -> MemoryEsti
         tokens = image_tokens(request.width, request.height) + padded_tokens(caption_tokens(longest_prompt))
         sampling = max(sampling, bytes_per_token * tokens * batch)
         # Images are decoded one at a time, whatever was sampled together.
-        vae_width = workload.vae_channels / VAE_CHANNELS
-        decoding = max(decoding, DECODING_BYTES[workload.dtype] * vae_width * request.width * request.height)
+        relative_width = workload.vae_channels / VAE_CHANNELS
+        decoding = max(decoding, DECODING_BYTES[workload.dtype] * relative_width * request.width * request.height)
     sampling += workload.preview_lora_bytes
     if workload.gpu and workload.previews:
         # The VAE is on the device while it decodes, and not during training.
@@ -273,6 +275,7 @@ def preview_memory(workload: Workload, placement: WeightPlacement) -> MemoryEsti
 
 
 def _with_weights(workload: Workload, placement: WeightPlacement, activations: int) -> MemoryEstimate:
+    """Return the estimate for `activations` bytes together with the frozen weights, the LoRA and the context."""
     weights = device_bytes(workload, placement)
     # Per LoRA parameter: the fp32 weight, its fp32 gradient, the optimizer's state, and the fp32 copy of the EMA.
     bytes_per_parameter = 4 + 4 + OPTIMIZERS[workload.optimizer].state_bytes + 4 * workload.ema
@@ -285,6 +288,7 @@ def _with_weights(workload: Workload, placement: WeightPlacement, activations: i
 
 def device_bytes(workload: Workload, placement: WeightPlacement) -> int:
     """Return the bytes of frozen weights on the device: the blocks that stay, and the slots that streamed ones use."""
+    # Every slot is allocated even if fewer blocks are streamed, so this can be negative.
     absent_blocks = placement.streamed - DEVICE_SLOTS if placement.streamed else 0
     quantization = placement.quantization
     return model_bytes(workload, quantization) - absent_blocks * block_bytes(workload, quantization)
@@ -306,7 +310,7 @@ def block_bytes(workload: Workload, quantization: Quantization | None) -> int:
     return _parameter_bytes(workload.shape, workload.dtype, quantization, "layers.0.")
 
 
-@cache  # the planner asks for the same few values for every placement, batch and mode
+@cache  # the planner needs the same few values for every placement, batch and mode
 def _parameter_bytes(shape: TransformerShape, dtype: str, quantization: Quantization | None, prefix: str) -> int:
     names = [name for name in shape.parameters if name.startswith(prefix)]
     return sum(_tensor_bytes(shape, dtype, name, quantization) for name in names)

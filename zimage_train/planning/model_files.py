@@ -1,4 +1,4 @@
-"""The model files of a run, found and checked by their headers alone, without reading a weight (torch-free)."""
+"""Search for the model files of a run, and checks of their headers, without reading a weight (torch-free)."""
 
 import contextlib
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ from zimage_train.planning.notes import not_downloaded
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """The files of a model that have been found to fit together."""
+    """The files of a model, which are complete and fit together."""
 
     paths: ModelPaths
     shape: TransformerShape
@@ -39,8 +39,8 @@ def find_model_files(
 ) -> tuple[ModelFiles | None, list[ZImageTrainError], list[Note]]:
     """Return the model files of `config`, the errors in them, and a note for each part that is still to be downloaded.
 
-    The files are None if there is an error or a note. Every part is checked, whatever is wrong with the others, except
-    that nothing can be compared with a transformer that cannot be read.
+    The files are None if there is an error or a note. Every part is checked, even if another one has errors, but
+    nothing is compared with a transformer that cannot be read.
     """
     search = locate.find_paths(config.model, fetch)
     errors: list[ZImageTrainError] = []
@@ -50,7 +50,7 @@ def find_model_files(
             raise error
 
     transformer, extras, adapter = search.transformer, search.extras, search.adapter
-    shape = TransformerShape()  # what is not downloaded yet is taken to be a published model
+    shape = TransformerShape()  # until a transformer is read, it is taken to be a published one
     known_shape: TransformerShape | None = None
     if transformer is not None:
         try:
@@ -74,7 +74,7 @@ def find_model_files(
         with collect_errors(errors):
             components.require_components(extras, shape.cap_feat_dim)
     adapter_sizes: headers.Sizes = {}
-    # A transformer of the user's own that was not found may have any shape, which leaves nothing to compare with.
+    # If `model.path` was not found its shape is unknown, so the adapter cannot be compared with it.
     if adapter is not None and (transformer is not None or config.model.path is None):
         with collect_errors(errors):
             adapter_sizes = headers.read_sizes(adapter)
@@ -121,7 +121,7 @@ def _second_model(config: Config, shape: TransformerShape | None, fetch: Downloa
 def _init_from(
     config: Config, modules: list[str], shape: TransformerShape | None, fetch: DownloadFn | None
 ) -> Path | None:
-    """Return the LoRA that the training starts from, or None if it starts from zero.
+    """Return the file of the LoRA that the training starts from, or None if it starts from a new LoRA.
 
     Raises:
         WeightsError: it cannot be found, is no LoRA, or does not fit a model of `shape`.

@@ -1,6 +1,6 @@
 """Length of the paths that a run writes, checked against the limit of Windows before the run starts (torch-free).
 
-The names below repeat those of the rooms that write the files; tests/planning/test_path_lengths.py compares the
+The names below repeat those of the modules that write the files; tests/planning/test_path_lengths.py compares the
 prediction with a whole run.
 """
 
@@ -16,7 +16,7 @@ from zimage_train.io import atomic, operating_system
 DIGEST = "0" * 64
 """As long as a SHA-256 in hexadecimal."""
 WANDB_IMAGE = "wandb/offline-run-20260101_000000-00000000/files/media/images/previews"
-"""As long as the folder in which Weights & Biases keeps previews; see `_paths_in_run` for the names of the files."""
+"""A folder as long as that in which Weights & Biases keeps previews; `_paths_in_run` adds the names of the files."""
 
 
 def require_short_paths(config: Config) -> None:

@@ -42,11 +42,11 @@ class MemoryPlan:
     workload: Workload
     placement: WeightPlacement
     limits: dict[RecomputeMode, int]
-    """For each mode, the tokens of the largest batch that uses it; the mode that recomputes least comes first."""
+    """Largest number of tokens of a batch for each mode, the mode that recomputes least first; see `mode_of`."""
     limit_bytes: float
     fits: bool
     why: str
-    """The reason for the choice, for people."""
+    """Reason for the choice, as text for the log."""
 
     def mode_of(self, tokens: int) -> RecomputeMode:
         """Return the mode that recomputes least among those that fit a batch of `tokens`."""
@@ -75,7 +75,7 @@ class MemoryPlan:
         return max(estimates, key=lambda estimate: estimate.total)
 
     def facts(self) -> dict[str, Any]:
-        """Return the plan as run.json has it."""
+        """Return the entries of the plan in run.json."""
         recomputes = {mode: "all" if tokens == NO_LIMIT else tokens for mode, tokens in self.limits.items()}
         return {
             "kind": self.placement.quantization,
@@ -102,8 +102,8 @@ def plan_constraints(config: Config, layers: int) -> PlanConstraints:
     quantize, offload = config.model.quantize, config.memory.offload
     streamed = None
     if not isinstance(offload, str):
-        # Rounded up, so that no more stays on the device than asked for; a share like 7/30 must not become 8 blocks by
-        # the error of its division.
+        # Rounded up, so that no more stays on the device than asked for. Less 1e-9, because 7/30 of 30 blocks may come
+        # out slightly above 7, which would become 8.
         streamed = math.ceil(offload * layers - 1e-9)
     return PlanConstraints(
         quantizations=AUTO_QUANTIZATIONS if quantize == "auto" else (quantize,),
@@ -115,9 +115,9 @@ def plan_constraints(config: Config, layers: int) -> PlanConstraints:
 def choose_plan(
     workload: Workload, constraints: PlanConstraints, limit_bytes: float, host_bytes: float, card: GpuSpec | None
 ) -> MemoryPlan:
-    """Return the plan by which `workload` fits `limit_bytes`, or the plan that takes least memory if none fits.
+    """Return the best plan by which `workload` fits `limit_bytes`, or the plan that takes least memory if none fits.
 
-    `host_bytes` is the main memory of this process. Without a `card`, times are compared on a typical one.
+    `host_bytes` is the main memory for this process. Without a `card`, times are compared on a typical one.
 
     Full precision is taken wherever it fits without streaming. Otherwise the most precise placement is taken whose time
     is at most `MAX_SLOWDOWN` times that of the fastest.
@@ -148,7 +148,7 @@ def choose_plan(
 
 
 def _reason_for_precision(best: MemoryPlan, seconds: dict[WeightPlacement, float]) -> str:
-    """Return why `best` has full precision or has not; `seconds` holds the step time of every plan that fits."""
+    """Return the reason for the quantization of `best`, or for none; `seconds` holds the time of each fitting plan."""
     if best.placement.quantization is None:
         return "streaming in full precision costs little"
     full_precision = [seconds[placement] for placement in seconds if placement.quantization is None]
@@ -159,8 +159,9 @@ def _reason_for_precision(best: MemoryPlan, seconds: dict[WeightPlacement, float
 
 
 def _allowed_placements(workload: Workload, constraints: PlanConstraints, host_bytes: float) -> list[WeightPlacement]:
-    """Return every placement that the constraints allow and main memory has room for."""
-    # Mode `none` excludes streaming: autograd would keep references to weights whose slot then holds another block.
+    """Return every placement that the constraints allow and that fits main memory, or all if none fits it."""
+    # Mode `none` excludes streaming: autograd would keep references to weights in a slot, which holds another block by
+    # the time of the backward.
     may_stream = constraints.streamed is None and constraints.mode != "none"
     counts = range(workload.shape.n_layers + 1) if may_stream else [constraints.streamed or 0]
     placements: list[WeightPlacement] = []

@@ -1,4 +1,4 @@
-"""All checks of a run that need no GPU: every problem at once, or the specification of the run (torch-free)."""
+"""All checks of a run that need no GPU; every problem is reported at once (torch-free)."""
 
 import importlib.util
 from dataclasses import dataclass, replace
@@ -35,7 +35,7 @@ class RunSpec:
     """A config that has been checked, and everything that it refers to."""
 
     config: Config
-    """With steps in place of epochs."""
+    """The config with `train.epochs` converted to `train.steps`."""
     images: list[list[ImageRecord]]
     """The images of each entry of `data`."""
     order: SampleOrder
@@ -65,7 +65,7 @@ def check_run(
     errors: list[ZImageTrainError] = []
     notes: list[Note] = []
 
-    # Images. The order of samples comes of those that are sound, so that the checks below can go on.
+    # Images. The order is made of those without errors, so that the checks below can go on.
     images, held_out = _read_images(config, progress, errors, notes)
     items: list[TrainItem] = []
     with collect_errors(errors):
@@ -88,7 +88,7 @@ def check_run(
         _require_disk(config, model_files)
     raise_all(errors)
 
-    # Warnings, and the budget, which can only be planned for once everything else is known.
+    # Warnings, and the budget, which needs the whole specification.
     notes += notes_on_sizes(items)
     warnings = _warnings(config, images, model_files)
     spec = RunSpec(config, images, order, held_out, model_files, notes, warnings)
@@ -99,7 +99,7 @@ def check_run(
 def _read_images(
     config: Config, progress: Progress, errors: list[ZImageTrainError], notes: list[Note]
 ) -> tuple[list[list[ImageRecord]], list[TrainItem]]:
-    """Return the images of each data entry and the validation items; add to `errors` and `notes` what was found."""
+    """Return the images of each data entry and the validation items; append to `errors` and `notes`."""
     index = ImageIndex(cache_dir(config) / "looks.json")
     scans = [scan_entry(entry, f"data.{number}", index, progress) for number, entry in enumerate(config.data)]
     for scan in scans:
@@ -122,11 +122,14 @@ def _read_validation_images(
     errors: list[ZImageTrainError],
     notes: list[Note],
 ) -> list[TrainItem]:
-    """Return the items of `validation.folder`; `scans` are those of the data, which should have none of its images."""
+    """Return the items of `validation.folder`; append to `errors` and `notes`.
+
+    `scans` are those of the training data. Images that are in both get a note.
+    """
     settings = config.validation
     if settings.folder is None or settings.every is None:
         return []
-    # Captions are read as those of the first data entry of the concept, so that both losses are of like prompts.
+    # Captions are read like those of the first data entry of the concept, so that both losses have similar prompts.
     concept = next(entry for entry in config.data if not entry.regularization)
     caption_settings = ("trigger", "default_caption", "caption_ext", "caption_lines", "shuffle_tags", "tag_dropout")
     entry = DataEntry(folder=settings.folder, resolution=[settings.resolution])
@@ -139,9 +142,9 @@ def _read_validation_images(
         items = make_items(config.model_copy(update={"data": [entry]}), [scan.images])
     # Compared by content: the same image may have another name there.
     trained_digests = {image.digest for trained in scans for image in trained.images}
-    trained_too = [image.path.name for image in scan.images if image.digest in trained_digests]
-    if trained_too:
-        text = f"validation.folder: {len(trained_too)} of its images are trained on too ({trained_too[0]})"
+    also_trained = [image.path.name for image in scan.images if image.digest in trained_digests]
+    if also_trained:
+        text = f"validation.folder: {len(also_trained)} of its images are trained on too ({also_trained[0]})"
         notes.append(Note("held-out-is-trained", text))
     return items
 
@@ -157,7 +160,7 @@ def _require_bitsandbytes(config: Config) -> None:
         needed_by["model.quantize"] = config.model.quantize
     if OPTIMIZERS[config.optimizer.name].needs == "bitsandbytes":
         needed_by["optimizer.name"] = config.optimizer.name
-    # Looked for, not imported: it would load torch.
+    # `find_spec`, because importing it would load torch.
     if not needed_by or importlib.util.find_spec("bitsandbytes") is not None:
         return
     problems = []
@@ -168,7 +171,7 @@ def _require_bitsandbytes(config: Config) -> None:
 
 
 def _require_disk(config: Config, model_files: ModelFiles | None) -> None:
-    """Require that the run can write its folders, and that there is room for its checkpoints and exports.
+    """Require that the folders of the run can be written and have space for its checkpoints and exports.
 
     Raises:
         ConfigError: a path is too long for this system.
@@ -189,8 +192,8 @@ def _disk_bytes(config: Config, model_files: ModelFiles | None) -> int:
     copies = 1 if config.ema.decay is None else 2
     checkpoint = parameters * (4 * copies + OPTIMIZERS[config.optimizer.name].state_bytes)
     export = parameters * bytes_per_number(config.save.dtype) * copies
-    # Old files are removed after the new one is complete. So there are two checkpoints and a new one, and the exports
-    # that are kept, a new one, and that of the last step.
+    # An old file is removed once the new one is complete. So there are at most two checkpoints and a new one; and of
+    # exports `save.keep`, a new one, and the final one.
     return int(checkpoint * 3 + export * (config.save.keep + 2))
 
 
@@ -204,9 +207,9 @@ def _warnings(config: Config, images: list[list[ImageRecord]], model_files: Mode
 
 
 def workload_of(spec: RunSpec, gpu: bool | None = None) -> Workload:
-    """Return the workload of the run; a model that is not downloaded yet has the size of the published ones.
+    """Return the workload of the run; a model that is not downloaded yet is taken to have the published size.
 
-    `gpu`: whether it runs on one; None: as the size of the model requires.
+    `gpu` is whether it runs on a GPU; None means that it does if the model is too large for a CPU.
     """
     config, model_files = spec.config, spec.model_files
     if model_files is None:
@@ -233,7 +236,7 @@ def workload_of(spec: RunSpec, gpu: bool | None = None) -> Workload:
 
 
 def how_to_fit(spec: RunSpec, limit_bytes: float, gpu: bool | None = None) -> Suggestion:
-    """Return the settings by which the run is predicted to fit, under the names that they have in its config."""
+    """Return the settings by which the run is predicted to fit `limit_bytes`, with the keys of its config."""
     workload = workload_of(spec, gpu)
     constraints = planner.plan_constraints(spec.config, workload.shape.n_layers)
     suggestion = suggest_settings(workload, constraints, limit_bytes, main_memory_bytes())
@@ -244,7 +247,7 @@ def how_to_fit(spec: RunSpec, limit_bytes: float, gpu: bool | None = None) -> Su
 
 
 def _changes_in_config(config: Config, change: SettingChange) -> list[SettingChange]:
-    """Return `change` as changes of the settings that `config` has, one for each data entry that it concerns."""
+    """Return `change` as changes of keys of `config`, one for each data entry that it concerns."""
     if change.key == "data.*.resolution":
         side = int(change.value)
         changes = []
@@ -255,10 +258,10 @@ def _changes_in_config(config: Config, change: SettingChange) -> list[SettingCha
                 changes.append(SettingChange(f"data.{index}.max_pixels", side * side))
         return changes
     if change.key == "train.batch_size":
-        own = [index for index, entry in enumerate(config.data) if entry.batch_size is not None]
+        with_own = [index for index, entry in enumerate(config.data) if entry.batch_size is not None]
         # Where every entry has a batch size of its own, the shared one has no effect.
-        shared = [change] if len(own) < len(config.data) and config.train.batch_size > 1 else []
-        return [*shared, *(SettingChange(f"data.{index}.batch_size", change.value) for index in own)]
+        shared = [change] if len(with_own) < len(config.data) and config.train.batch_size > 1 else []
+        return [*shared, *(SettingChange(f"data.{index}.batch_size", change.value) for index in with_own)]
     return [change]
 
 
@@ -268,7 +271,7 @@ def _require_budget(spec: RunSpec) -> None:
     Without a budget nothing is refused: the card may be another one, and the prediction may be too high.
 
     Raises:
-        ConfigError: the run is predicted to take more; says which settings would fit.
+        ConfigError: the run is predicted to take more; the hint names settings that would fit.
     """
     budget_gb = spec.config.memory.budget_gb
     if isinstance(budget_gb, str) or not spec.items:

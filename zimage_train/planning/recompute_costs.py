@@ -22,7 +22,7 @@ class RecomputeCost:
     traffic_bytes: int
     """Bytes that norms, gates, rotations and the LoRA move in forward and backward, per token and unit of `dim`.
 
-    Matrix products and attention are not included: their time is that of their arithmetic.
+    Matrix products and attention are left out: they are limited by arithmetic, which flops.py counts.
     """
     kernels: int
     """Number of kernels that forward and backward launch."""

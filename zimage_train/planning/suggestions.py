@@ -23,10 +23,12 @@ class SettingChange:
 
 @dataclass(frozen=True)
 class Suggestion:
-    """Settings by which a run is predicted to fit, and the bytes that it then takes; no changes if nothing helps."""
+    """Settings by which a run is predicted to fit."""
 
     changes: list[SettingChange]
+    """Empty if no settings are enough."""
     predicted_bytes: float
+    """Peak with the changes, or the lowest peak that was found if they are not enough."""
 
     def __str__(self) -> str:
         predicted = format_bytes(self.predicted_bytes)
@@ -40,11 +42,12 @@ def suggest_settings(
 ) -> Suggestion:
     """Return the settings by which `workload` is predicted to fit, changing as little of the training as possible.
 
-    Recomputation and streaming come first, because they change no result. A lighter workload comes before quantization,
-    which is tried only where no lighter workload is enough.
+    Recomputation and streaming come first, because they change no result: every plan below leaves both to the planner.
+    Then come lighter workloads. Quantization is tried only if none of them is enough.
     """
-    is_free = constraints.mode is None and constraints.streamed is None
-    freed = [] if is_free else [SettingChange("memory.checkpointing", "auto"), SettingChange("memory.offload", "auto")]
+    auto_changes: list[SettingChange] = []
+    if constraints.mode is not None or constraints.streamed is not None:
+        auto_changes = [SettingChange("memory.checkpointing", "auto"), SettingChange("memory.offload", "auto")]
     quantize_auto = SettingChange("model.quantize", "auto")
     workloads = [([], workload), *lighter_workloads(workload)]
     least_bytes = math.inf
@@ -53,8 +56,8 @@ def suggest_settings(
             plan = choose_plan(lighter, PlanConstraints(quantizations, None, None), limit_bytes, host_bytes, None)
             predicted_bytes = plan.peak.total
             if plan.fits:
-                changes = [*freed, *quantize_changes, *workload_changes]
-                # If the run ran out of memory though it is predicted to fit, a budget makes the plan keep the limit.
+                changes = [*auto_changes, *quantize_changes, *workload_changes]
+                # With no change to make, the run was planned for more than the limit: a budget makes it keep the limit.
                 budget = SettingChange("memory.budget_gb", limit_bytes / 1e9)
                 return Suggestion(changes or [budget], predicted_bytes)
             least_bytes = min(least_bytes, predicted_bytes)

@@ -1,4 +1,4 @@
-"""From a checked run to one that is ready: caches filled, model assembled, LoRA attached, checkpoint loaded."""
+"""Preparation of a checked run: fill the caches, load the model, attach the LoRA, load the checkpoint."""
 
 import importlib.metadata
 from dataclasses import replace
@@ -38,7 +38,7 @@ from zimage_train.training.step_timer import SlowStepDetector
 
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "bitsandbytes", "prodigyopt")
 MAX_DRIFT_REQUESTS = 2
-"""Previews for which drift is measured; a measurement takes about twice as long as drawing the preview."""
+"""Number of previews for which drift is measured; measuring one takes about twice as long as drawing it."""
 
 
 def fill_caches(context: RunContext) -> None:
@@ -59,7 +59,8 @@ def fill_caches(context: RunContext) -> None:
         *(item.image.prompts[0] for item in held_out),
     }
     if config.method.generates_data or config.guidance.contrastive is not None:
-        prompts.add("")
+        prompts.add("")  # the unconditional prediction, of the teacher or of contrastive guidance
+    # Generated latents need the transformer, so `_open_dataset` makes them once it is loaded.
     items = list(held_out) if config.method.generates_data else [*order.items, *held_out]
     images, texts = encoding.encode_missing(
         context.cache, encoders, items, sorted(prompts), context.report_progress, _shard(context)
@@ -72,10 +73,12 @@ def _shard(context: RunContext) -> Shard:
 
 
 def build_state(context: RunContext, plan: MemoryPlan, checkpoint: Checkpoint | None, trackers: Trackers) -> TrainState:
-    """Make everything that the loop needs, as it was at `checkpoint`; the caches are filled, the run folder is locked.
+    """Return everything that the loop needs, in the state of `checkpoint`, or of step 0 without one.
+
+    The caches must be filled and the run folder locked. The main process writes config.yaml and run.json.
 
     Raises:
-        ZImageTrainError: of any kind; nothing was trained.
+        ZImageTrainError: the model, a LoRA or the checkpoint cannot be loaded; nothing was trained.
     """
     config, world, console = context.config, context.world, context.console
     plan_text = forecast.describe_plan(plan)
@@ -167,7 +170,7 @@ def _attach_lora(context: RunContext, frozen: FrozenTransformer, plan: MemoryPla
 
 
 def _open_dataset(context: RunContext, frozen: FrozenTransformer) -> CachedDataset:
-    """Return the cached tensors of the run; methods that generate their data do so here, unless it is cached."""
+    """Return the cached tensors of the run. For a method that generates its data, generate what is not cached yet."""
     config, digests = context.config, context.digests
     dataset = CachedDataset(context.cache, digests.vae, digests.text_encoder, config.model.dtype)
     if not config.method.generates_data:
@@ -201,17 +204,21 @@ def _load_checkpoint(checkpoint: Checkpoint, lora: LoraLayers, averages: Ema | N
 
 
 def _drift_meter(config: Config, preview_sets: list[PreviewSet], dataset: CachedDataset) -> DriftMeter | None:
-    """Return a meter of the drift from Turbo, on the first previews without the trigger, or None without Turbo."""
+    """Return a meter of the drift from Turbo, or None if no previews are drawn on Turbo.
+
+    It uses the first previews without the trigger, or the first ones if all have it.
+    """
     on_turbo = next((previews.requests for previews in preview_sets if previews.is_metered), None)
     if on_turbo is None:
         return None
-    without_trigger = [one for one in on_turbo if not preview_shift.has_trigger(one.prompt, config.triggers)]
+    # With the trigger, images are meant to change, so a change there would not tell drift from learning.
+    without_trigger = [item for item in on_turbo if not preview_shift.has_trigger(item.prompt, config.triggers)]
     variant = VARIANTS["turbo"]
     requests = [
-        replace(one, steps=variant.steps, guidance=variant.guidance)
-        for one in (without_trigger or on_turbo)[:MAX_DRIFT_REQUESTS]
+        replace(item, steps=variant.steps, guidance=variant.guidance)
+        for item in (without_trigger or on_turbo)[:MAX_DRIFT_REQUESTS]
     ]
-    return DriftMeter(requests, {one.prompt: dataset.embeds(one.prompt) for one in requests})
+    return DriftMeter(requests, {item.prompt: dataset.embeds(item.prompt) for item in requests})
 
 
 def _read_extra_loras(context: RunContext) -> list[tuple[Lora, float]]:
@@ -227,7 +234,7 @@ def _read_extra_loras(context: RunContext) -> list[tuple[Lora, float]]:
 
 
 def _facts(context: RunContext, frozen: FrozenTransformer, groups: dict[str, int]) -> dict[str, Any]:
-    """Return what run.json says of versions, device, LoRA, adapter and dataset."""
+    """Return the entries of run.json on versions, device, LoRA, adapter, data and inputs; `groups` counts modules."""
     config, world, order = context.config, context.world, context.spec.order
     adapter = None
     if frozen.adapter is not None:

@@ -1,7 +1,8 @@
-"""Save and load checkpoints: one safetensors file with a digest of itself each, one rename each.
+"""Save and load checkpoints.
 
-A checkpoint holds the LoRA's fp32 masters and the optimizer's state. It holds no random, loader or scheduler state:
-those are functions of the step.
+Each is one safetensors file with a digest of its own content, renamed into place once it is complete. It holds the
+LoRA's fp32 weights, their moving average if there is one, and the optimizer's state. It holds no random, loader or
+scheduler state: those are functions of the step.
 """
 
 import json
@@ -24,10 +25,11 @@ ARITHMETIC = 1
 with arithmetic that its first steps did not have."""
 NAME = re.compile(r"step-(\d{6,})\.safetensors")
 KEEP = 2
+"""Number of checkpoints that are kept; the older one is for the case that the newest is damaged."""
 
 
 class OtherFormatError(WeightsError):
-    """An intact checkpoint that another version of this program wrote."""
+    """An intact checkpoint has the format or the arithmetic of another version of this program."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,9 @@ class Checkpoint:
     path: Path
     step: int
     tensors: dict[str, Tensor]
+    """By name; the prefix `lora.`, `ema.` or `optim.` tells whose state it is."""
     numbers: dict[str, Any]
+    """All that is no tensor: versions, step, the optimizer's numbers and the identity of the run."""
 
     def part(self, prefix: str) -> dict[str, Tensor]:
         """Return the tensors whose names begin with `prefix`."""
@@ -45,16 +49,20 @@ class Checkpoint:
 
 
 def save(folder: Path, step: int, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> list[Path]:
-    """Write the checkpoint of `step`, then remove all but the newest two. Return those that could not be removed.
+    """Write the checkpoint of `step`, then remove all but the newest two; return the files that could not be removed.
 
     Raises:
         DivergedError: a tensor is not finite; nothing is written.
         DiskError: it cannot be written; the older ones are still there.
     """
-    bad = [name for name, tensor in tensors.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
-    if bad:
+    not_finite = [
+        name for name, tensor in tensors.items() if tensor.is_floating_point() and not tensor.isfinite().all()
+    ]
+    if not_finite:
         raise DivergedError(
-            Problem(f"step {step}", f"{bad[0]} is not finite", "lower optimizer.lr; nothing was saved", "not-finite")
+            Problem(
+                f"step {step}", f"{not_finite[0]} is not finite", "lower optimizer.lr; nothing was saved", "not-finite"
+            )
         )
     path = folder / f"step-{step:06d}.safetensors"
     state = {"format": FORMAT, "arithmetic": ARITHMETIC, "version": __version__, "step": step, **numbers}
@@ -63,7 +71,10 @@ def save(folder: Path, step: int, tensors: Mapping[str, Tensor], numbers: Mappin
 
 
 def steps_in(folder: Path) -> list[tuple[int, Path]]:
-    """Return (step, file) of every checkpoint, newest first, by the step in its name (modification times can lie)."""
+    """Return (step, file) of every checkpoint, newest first.
+
+    The step comes from the name: copying a folder may change modification times.
+    """
     if not folder.is_dir():
         return []
     steps = []
@@ -81,7 +92,7 @@ def load_newest(folder: Path, warn: Any) -> Checkpoint | None:
 
     Raises:
         WeightsError: there are checkpoints, or were before they were renamed, and none of them is intact.
-        OtherFormatError: another version wrote the newest one; it stays where it is.
+        OtherFormatError: the newest intact one has another format or arithmetic; it stays where it is.
     """
     candidates = steps_in(folder)
     for _, path in candidates:
@@ -90,8 +101,8 @@ def load_newest(folder: Path, warn: Any) -> Checkpoint | None:
         except OtherFormatError:
             raise
         except WeightsError as error:
-            aside = atomic.rename_as_backup(path, ".corrupt")
-            warn(f"{path}: {error.problems[0].message}; set aside as {aside.name}")
+            backup = atomic.rename_as_backup(path, ".corrupt")
+            warn(f"{path}: {error.problems[0].message}; set aside as {backup.name}")
     damaged = sorted(folder.glob("*.corrupt*")) if folder.is_dir() else []
     if damaged:
         what = f"no checkpoint is intact ({', '.join(path.name for path in damaged)})"
@@ -104,23 +115,23 @@ def load(path: Path) -> Checkpoint:
 
     Raises:
         WeightsError: it is damaged or no checkpoint.
-        OtherFormatError: another version wrote it, whose steps would differ.
+        OtherFormatError: it has another format, or arithmetic with which the next steps would differ.
     """
     tensors, metadata = tensorfile.load_with_digest(path)
     try:
         numbers = json.loads(metadata["state"])
-        step, written = numbers["step"], (numbers["format"], numbers.get("arithmetic"))
+        step, versions = numbers["step"], (numbers["format"], numbers.get("arithmetic"))
     except (KeyError, ValueError, TypeError):
         what = "is not a checkpoint of zimage-train"
         raise WeightsError(Problem(str(path), what, "remove it", "not-a-checkpoint")) from None
-    if written != (FORMAT, ARITHMETIC):
+    if versions != (FORMAT, ARITHMETIC):
         message, hint = _other_version(numbers)
         raise OtherFormatError(Problem(str(path), message, hint, "other-version"))
     return Checkpoint(path, step, tensors, numbers)
 
 
 def _other_version(numbers: Mapping[str, Any]) -> tuple[str, str]:
-    """Return what to say of a checkpoint whose numbers differ from ours, and what to do about it."""
+    """Return the message and the hint for a checkpoint of another format or arithmetic."""
     version = numbers.get("version", "0.1.0 before its release")
     if numbers["format"] != FORMAT:
         difference = f"format {numbers['format']}, and this one ({__version__}) reads format {FORMAT}"

@@ -1,4 +1,4 @@
-"""What a run is, before anything is loaded: its folder, its inputs by content, its identity, its last checkpoint."""
+"""The context of a run before its model is loaded: folder, cache, digests of the inputs, identity, last checkpoint."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -36,7 +36,7 @@ class ModelDigests:
 
 @dataclass(frozen=True)
 class RunContext:
-    """A checked run in this process."""
+    """A checked run in this process, with its inputs digested and its cache opened."""
 
     spec: RunSpec
     model_files: ModelFiles
@@ -55,7 +55,7 @@ class RunContext:
         return self.spec.config
 
     def report_progress(self, what: str, done: int, total: int) -> None:
-        """Show progress, and leave if a signal asked to.
+        """Show progress, unless a signal asked to stop.
 
         Raises:
             Stopped: a signal came.
@@ -98,7 +98,7 @@ def digest_model(paths: ModelPaths, digester: DigestCache) -> ModelDigests:
 
 
 def run_fingerprint(spec: RunSpec, digests: ModelDigests) -> dict[str, Any]:
-    """Return the inputs of a run by content; a resumed run must find the same."""
+    """Return the digests of all inputs of a run; a resumed run must have the same."""
     fingerprint: dict[str, Any] = {
         "model": digests.model,
         "adapter": digests.adapter,
@@ -120,7 +120,7 @@ def find_checkpoint(context: RunContext, allow: tuple[str, ...] = ()) -> Checkpo
         ConfigError: the checkpoint belongs to another run, or is later than the last step.
     """
     folder, console = context.folder, context.console
-    # The main process moves damaged checkpoints aside; the others may only look afterwards.
+    # The main process renames damaged checkpoints, so the others wait for it before they list the folder.
     if not context.world.is_main:
         distributed.barrier()
     newest = checkpoint.load_newest(folder.checkpoints, console.warning)

@@ -14,12 +14,12 @@ from torch.nn import Parameter
 from zimage_train.errors import ConfigError, Problem, WorkerLostError
 
 TIMEOUT = timedelta(hours=12)
-"""Time that processes wait while the main one fills a cache or draws; the default of 10 minutes is too short."""
+"""Longest time that processes wait, as while the main one draws; torch's default of 10 minutes is too short."""
 
 
 @dataclass(frozen=True)
 class World:
-    """This process and its place among all of the run."""
+    """This process: its device, and its rank among all processes of the run."""
 
     device: torch.device
     rank: int
@@ -64,7 +64,8 @@ def barrier() -> None:
 def all_reduce_gradients(world: World, parameters: list[Parameter], numbers: Tensor) -> Tensor:
     """Sum every gradient in place, and `numbers`, over the processes; return the summed numbers.
 
-    Everything goes through one flat tensor: one reduction instead of hundreds.
+    Gradients are summed, not averaged: each process has scaled its losses by its share of all samples. Everything goes
+    through one flat tensor, so that there is one reduction instead of hundreds.
 
     Raises:
         WorkerLostError: a process has ended.
@@ -98,10 +99,12 @@ def all_reduce_min(world: World, number: float) -> float:
 
 @contextlib.contextmanager
 def _reporting_lost_workers() -> Iterator[None]:
-    """Turn a failure within the block, which holds one collective and nothing else, into a lost process.
+    """Turn a RuntimeError within the block into a WorkerLostError.
+
+    The block must hold one collective and nothing else, since any RuntimeError is taken to mean that a process ended.
 
     Raises:
-        WorkerLostError: it did fail.
+        WorkerLostError: the collective failed.
     """
     try:
         yield

@@ -1,6 +1,9 @@
-"""The dry run before step 1: the largest batches, a preview and a save, so that failures come now and not in hours.
+"""The dry run before the first step, so that failures come now and not in hours; and its counterpart after the last.
 
-It leaves nothing behind: no gradient, no file, no random state.
+The dry run tries the largest batches, a preview and a save. It trains nothing and leaves no file, but adds what it
+measured to run.json. Dropout advances torch's generator, which the loop seeds anew for each micro-batch.
+
+After the last step, `compare_with_forecast` compares the time and memory of the run with their predictions.
 """
 
 import contextlib
@@ -32,12 +35,12 @@ from zimage_train.training.state import TrainState
 
 
 def dry_run(state: TrainState) -> TrainState:
-    """Try the most expensive work of each kind once, and return the state with the memory plan that held.
+    """Try the most expensive work of each kind once, and return the state with the memory plan under which it fitted.
 
-    What it took is added to run.json. A run with no step left is returned as it is.
+    Time and peak memory are added to run.json. Without a step left, nothing is tried.
 
     Raises:
-        torch.OutOfMemoryError: the smallest plan takes more than the card has.
+        torch.OutOfMemoryError: a batch does not fit even with the mode that recomputes most.
         ZImageTrainError: a checkpoint or a LoRA cannot be written and read back.
     """
     if state.start_step >= state.config.train.steps:
@@ -46,7 +49,7 @@ def dry_run(state: TrainState) -> TrainState:
     tried = "the largest batches, a preview" if _has_previews_to_try(state) else "the largest batches"
     state.console.info(f"rehearsing {tried} and a save")
     if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)  # encoding and loading are over; their peak is not of the run
+        torch.cuda.reset_peak_memory_stats(device)  # the peak of encoding and loading is not that of training
     with _reserved_for_optimizer(state):
         plan, seconds = _try_largest_batches(state)
         facts: dict[str, Any] = {"seconds": round(seconds, 3), "gb": peak_gpu_gb(device)}
@@ -80,9 +83,9 @@ def peak_gpu_gb(device: torch.device) -> float | None:
 
 
 def _try_largest_batches(state: TrainState) -> tuple[MemoryPlan, float]:
-    """Try the largest batch of every recompute mode; where memory runs out, recompute more.
+    """Try the largest batch of every recompute mode, and recompute more wherever memory runs out.
 
-    Returns the plan, which held for all of them, and the longest time of one, seconds.
+    Return the plan under which all of them fitted, and the longest time of one, in seconds.
     """
     plan, longest = state.memory_plan, 0.0
     passed: set[tuple[RecomputeMode, int]] = set()
@@ -98,7 +101,7 @@ def _try_largest_batches(state: TrainState) -> tuple[MemoryPlan, float]:
         if lighter is None:
             raise outcome
         plan = lighter
-        # The failed attempt leaves the pool in pieces, and the next one has larger ones to place.
+        # The failed attempt leaves the allocator's cache fragmented, and the next one allocates blocks of other sizes.
         torch.cuda.empty_cache()
         apply_recompute_plan(state.frozen.model, plan, state.config.lora.dropout)
         state.console.warning("a batch did not fit as planned: more is recomputed in this run")
@@ -108,10 +111,10 @@ def _try_largest_batches(state: TrainState) -> tuple[MemoryPlan, float]:
 def _next_candidate(
     state: TrainState, plan: MemoryPlan, passed: set[tuple[RecomputeMode, int]]
 ) -> tuple[RecomputeMode, tuple[Sample, ...]] | None:
-    """Return a mode and its largest batch, the one predicted to take most of those not yet `passed`, or None.
+    """Return the next mode to try and its largest batch, or None if every mode of `plan` has `passed`.
 
-    A small batch that keeps all its activations may take more than a large one that recomputes them, so the largest
-    batch alone would prove nothing about the others.
+    A small batch that keeps all its activations may take more memory than a large one that recomputes them, so the
+    largest batch alone would prove nothing about the others. The batch that is predicted to take most comes first.
     """
     largest: dict[RecomputeMode, tuple[Sample, ...]] = {}
     for samples in sorted(_full_batches(state), key=lambda batch: _sequence_tokens(state, batch)):
@@ -132,14 +135,14 @@ def _attempt(state: TrainState, batch: Batch) -> float | torch.OutOfMemoryError:
     try:
         return _step(state, batch)
     except torch.OutOfMemoryError as error:
-        # The traceback holds the frames of the step, and these its activations: without it they are freed.
+        # The traceback refers to the frames of the step, which hold its activations; without it they are freed.
         return error.with_traceback(None)
     finally:
         state.optimizer.zero_grad(set_to_none=True)
 
 
 def _full_batches(state: TrainState) -> list[tuple[Sample, ...]]:
-    """Return a full micro-batch of each size, of the samples with the longest captions."""
+    """Return a full micro-batch of each size, batch size and kind of entry, of the items with the longest captions."""
     groups: dict[tuple[Bucket, int, bool], list[TrainItem]] = {}
     for item in state.order.items:
         is_regularization = bool(state.config.data[item.entry].regularization)
@@ -152,7 +155,7 @@ def _full_batches(state: TrainState) -> list[tuple[Sample, ...]]:
 
 
 def _sequence_tokens(state: TrainState, samples: tuple[Sample, ...]) -> int:
-    """Return the tokens of image and caption of a batch, padded as the transformer's blocks see them."""
+    """Return the tokens of images and captions of a batch, with each caption padded to the longest."""
     size = samples[0].item.size
     prompts = {prompt for sample in samples for prompt in (sample.prompt, sample.preserve_prompt) if prompt is not None}
     caption = max(padded_tokens(state.dataset.embeds(prompt).shape[0]) for prompt in prompts)
@@ -160,7 +163,7 @@ def _sequence_tokens(state: TrainState, samples: tuple[Sample, ...]) -> int:
 
 
 def _plan_recomputing_more(plan: MemoryPlan, tokens: int) -> MemoryPlan | None:
-    """Return `plan` with the next mode for batches of `tokens` and more, or None if there is none."""
+    """Return `plan` with the next mode, which recomputes more, from `tokens` on; None if `plan` has no further mode."""
     modes = list(plan.limits)
     current = plan.mode_of(tokens)
     if current == modes[-1]:
@@ -195,7 +198,7 @@ def _try_preview(state: TrainState) -> None:
 
 
 def _preview_size(request: SamplingRequest) -> int:
-    """Return the pixels that are sampled at once: guidance runs each image twice."""
+    """Return the pixels of one forward pass; with guidance it holds the image twice."""
     passes = 2 if request.guidance > 0 else 1
     return request.width * request.height * passes
 
@@ -218,7 +221,10 @@ def _try_save(state: TrainState) -> None:
 
 
 def compare_with_forecast(state: TrainState, records: list[dict[str, Any]]) -> None:
-    """Log how the steps in `records` compare with their forecast, and keep it to calibrate later forecasts."""
+    """Log the ratio of measured to predicted time and memory, and record it to calibrate later forecasts.
+
+    `records` are those of the steps of this start. Nothing is recorded for a short run, see `calibration.MIN_STEPS`.
+    """
     device = state.world.device
     device_name, gpu = "cpu", None
     if device.type == "cuda":
@@ -241,12 +247,12 @@ def compare_with_forecast(state: TrainState, records: list[dict[str, Any]]) -> N
         state.console.info(f"measured {measured.seconds:.2f} s a step: {ratios}")
     try:
         calibration.record_measurement(forecast.calibration_file(state.config), measured)
-    except DiskError as error:  # only later forecasts lose by it, so the run has not failed
+    except DiskError as error:  # it only helps later forecasts, so the run has not failed
         state.console.warning(str(error))
 
 
 def _predicted_seconds(state: TrainState, step: int, gpu: GpuSpec) -> float:
-    """Return the forecast for the micro-batches of this process in `step`."""
+    """Return the predicted seconds of the micro-batches of this process in `step`."""
     plan, seconds = state.memory_plan, 0.0
     for samples in state.micro_batches(step):
         size = samples[0].item.size

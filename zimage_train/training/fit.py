@@ -1,4 +1,4 @@
-"""The memory plan of a run on its devices: one for all its processes, and the same after each resume."""
+"""The memory plan of a run on its devices: the same for all its processes, and for the same devices on resume."""
 
 import json
 import os
@@ -22,12 +22,13 @@ from zimage_train.training.run_dir import RunDir
 
 
 def plan_for_devices(spec: RunSpec, world: World, folder: RunDir) -> tuple[RunSpec, MemoryPlan]:
-    """Return the plan for the smallest card of all processes, or the budget, and `spec` with its quantization.
+    """Return `spec` with the quantization of the plan, and the plan for the smallest card of all processes.
 
-    What an earlier start of the run chose for `model.quantize: auto` stays: other weights would make it another run.
+    A budget lowers the limit further. What an earlier start of the run chose for `model.quantize: auto` stays, since
+    other frozen weights would make it another run.
 
     Raises:
-        ConfigError: the budget that is set takes less than any plan.
+        ConfigError: every plan takes more than `memory.budget_gb`.
     """
     limits = devices.device_limits(world.device)
     budget = spec.config.memory.budget_gb
@@ -53,9 +54,10 @@ def _with_quantization(spec: RunSpec, quantization: Quantization | Literal["auto
 
 
 def _planned_quantization(folder: RunDir) -> Quantization | Literal["auto"] | None:
-    """Return the quantization in the newest checkpoint that can be read, or "auto" if there is none."""
+    """Return the quantization that the newest readable checkpoint was trained with, or "auto" if there is none."""
     for _, path in checkpoint.steps_in(folder.checkpoints):
         try:
+            # The header alone: reading and checking the tensors is left to `checkpoint.load_newest`.
             state = json.loads(read_header(path).metadata["state"])
             kind = state["identity"]["settings"]["model.quantize"]
         except (WeightsError, KeyError, ValueError, TypeError):
@@ -71,17 +73,18 @@ def plan_warnings(spec: RunSpec, plan: MemoryPlan) -> list[str]:
     if not plan.fits:
         changes = preflight.how_to_fit(spec, plan.limit_bytes, plan.workload.gpu)
         warnings.append(f"{format_bytes(plan.peak.total)} are predicted, more than the card has to give: {changes}")
-    streamed, main = memory.host_bytes(plan.workload, plan.placement), main_memory_bytes()
-    if streamed > planner.HOST_SHARE * main:
-        warnings.append(
-            f"memory.offload takes {streamed / 1e9:.1f} GB of {main / 1e9:.1f} GB of main memory; it may run out"
-        )
+    streamed_bytes, main_bytes = memory.host_bytes(plan.workload, plan.placement), main_memory_bytes()
+    if streamed_bytes > planner.HOST_SHARE * main_bytes:
+        share = f"{streamed_bytes / 1e9:.1f} GB of {main_bytes / 1e9:.1f} GB"
+        warnings.append(f"memory.offload takes {share} of main memory; it may run out")
     return warnings
 
 
 def apply_recompute_plan(model: ZImageTransformer2DModel, plan: MemoryPlan, dropout: float) -> None:
-    """Make each block recompute what `plan` says for the number of tokens of its batch."""
+    """Set up the recomputation in the blocks of `model`, with the mode that `plan` has for the tokens of each batch."""
+    # Larger batches never recompute less, so `none` for the largest means `none` for all.
     if plan.mode_of(NO_LIMIT) == "none":
         model.disable_gradient_checkpointing()
     else:
+        # With dropout, the recomputed forward has to draw the same masks as the first.
         model.enable_gradient_checkpointing(checkpointing.checkpoint_by_tokens(plan.mode_of, preserve_rng=dropout > 0))

@@ -1,4 +1,4 @@
-"""The training loop. Everything random in it is a function of the step, so it can be left and entered anywhere."""
+"""The training loop. Everything random in it is a function of the step, so a run can stop and resume at any step."""
 
 import math
 import time
@@ -22,14 +22,15 @@ from zimage_train.training.step_timer import reserved_bytes
 from zimage_train.training.validation import validate
 
 MAX_CONSECUTIVE_SKIPS = 5
+"""Steps in a row whose loss or gradient is not finite, after which the run ends with an error."""
 
 
 def train(state: TrainState, metrics: RecordWriter, events: RecordWriter) -> None:
-    """Train from `state.start_step` to the last step.
+    """Train from the step after `state.start_step` to the last step.
 
     Raises:
         Stopped: a signal came; the step was finished and saved.
-        DivergedError: the loss or the gradient was not finite five times in a row.
+        DivergedError: the loss or the gradient was not finite `MAX_CONSECUTIVE_SKIPS` times in a row.
     """
     config, model, world = state.config, state.frozen.model, state.world
     parameters, last_step = state.lora.parameters(), config.train.steps
@@ -54,10 +55,10 @@ def train(state: TrainState, metrics: RecordWriter, events: RecordWriter) -> Non
         wants_stop = sums["loss"].new_tensor(float(state.stop.signal_number is not None))
         reduced = all_reduce_gradients(world, parameters, torch.stack([*sums.values(), wants_stop]))
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        # The only point of a step at which the CPU waits for the GPU.
+        # Every value that is read makes the CPU wait for the GPU, so all are read at once.
         *loss_values, stop_votes, norm_value = torch.cat([reduced, norm.reshape(1)]).tolist()
         is_finite = all(math.isfinite(value) for value in (*loss_values, norm_value))
-        if is_finite:
+        if is_finite:  # the same in all processes, since both loss and gradient are reduced
             if config.train.max_grad_norm is not None:
                 torch.nn.utils.clip_grads_with_norm_(parameters, config.train.max_grad_norm, norm)
             state.optimizer.step()
@@ -68,6 +69,7 @@ def train(state: TrainState, metrics: RecordWriter, events: RecordWriter) -> Non
         record = step_record(step, batches, dict(zip(loss_names, loss_values, strict=True)), lr, norm_value)
         record |= {"seconds": round(time.monotonic() - began, 4), "gb": memory_gb(world.device)}
         log_step(state, record, batches, metrics)
+        # A run of fewer steps fails if it skips all of them.
         if num_skipped == min(MAX_CONSECUTIVE_SKIPS, last_step):
             raise diverged(record, num_skipped)
         after_step(state, step, events, metrics)
@@ -79,7 +81,7 @@ def train(state: TrainState, metrics: RecordWriter, events: RecordWriter) -> Non
 def before_first_step(state: TrainState, metrics: RecordWriter, events: RecordWriter) -> None:
     """Validate and preview the untrained LoRA, or finish what is due after the step that the run continues from."""
     if state.start_step > 0:
-        # A crash between the checkpoint and the previews leaves them missing; what is there is not done again.
+        # A crash between the checkpoint and the previews leaves them missing; those that exist are not drawn again.
         after_step(state, state.start_step, events, metrics)
     elif state.world.is_main:
         validate(state, 0, events)
@@ -88,7 +90,7 @@ def before_first_step(state: TrainState, metrics: RecordWriter, events: RecordWr
 
 
 def prefetch(state: TrainState) -> Iterator[tuple[int, list[Batch]]]:
-    """Yield each remaining step with its micro-batches; a thread reads those of the next step meanwhile."""
+    """Yield each remaining step with its micro-batches; meanwhile a thread reads those of the next step."""
 
     def load(step: int) -> list[Batch]:
         return [load_batch(state.config, state.dataset, samples) for samples in state.micro_batches(step)]
@@ -106,7 +108,10 @@ def prefetch(state: TrainState) -> Iterator[tuple[int, list[Batch]]]:
 def step_record(
     step: int, batches: list[Batch], loss_values: dict[str, float], lr: float, norm: float
 ) -> dict[str, Any]:
-    """Return the record of a step for metrics.jsonl; sigma and samples are those of this process, in the same order."""
+    """Return the record of a step for metrics.jsonl; sigmas and samples are those of this process, in the same order.
+
+    `loss_values` and `norm` are those of all processes together.
+    """
     is_finite = all(math.isfinite(value) for value in (*loss_values.values(), norm))
     record: dict[str, Any] = {"step": step}
     for name, value in loss_values.items():
@@ -122,7 +127,7 @@ def step_record(
 
 
 def log_step(state: TrainState, record: dict[str, Any], batches: list[Batch], metrics: RecordWriter) -> None:
-    """Write the record of a step, and show it."""
+    """Write the record of a step to metrics.jsonl and the trackers, and show it; warn of a skipped or a slow step."""
     if not state.world.is_main:
         return
     metrics.append(record)
@@ -142,7 +147,7 @@ def log_step(state: TrainState, record: dict[str, Any], batches: list[Batch], me
 
 
 def stop(state: TrainState, step: int, metrics: RecordWriter, events: RecordWriter) -> None:
-    """Save `step` and leave, as a signal asked.
+    """Save `step` and raise, as a signal asked.
 
     Raises:
         Stopped: always.
@@ -155,7 +160,7 @@ def stop(state: TrainState, step: int, metrics: RecordWriter, events: RecordWrit
 
 
 def trailing_skips(state: TrainState) -> int:
-    """Return how many steps in a row were skipped before this start: a restart gives no new chances."""
+    """Return how many of the last steps before this start were skipped in a row, so that a restart goes on counting."""
     count = 0
     for record in read_records(state.folder.metrics):
         if 0 < record["step"] <= state.start_step:

@@ -25,7 +25,7 @@ class BatchExtras:
     mask: WeightMaps | None = None
     """(b, 1, h/8, w/8): the loss weight of each position, with mean 1 for each sample."""
     outside: WeightMaps | None = None
-    """(b, 1, h/8, w/8): the weight, for each masked-out position, of staying at the prior."""
+    """(b, 1, h/8, w/8): the weight of the MSE to the prior in the masked-out positions."""
     to_prior: Tensor | None = None
     """(b,), bool: samples whose target is the prediction of the model without the LoRA."""
     preserve_embeds: list[PromptEmbeds] | None = None
@@ -76,10 +76,10 @@ class Batch:
 
 
 def load_batch(config: Config, dataset: CachedDataset, samples: tuple[Sample, ...]) -> Batch:
-    """Read the cached tensors of `samples` and draw what is random, on the CPU."""
+    """Return the micro-batch of `samples` on the CPU: cached tensors, and the noise and sigma drawn for them."""
     latents = [dataset.latents(sample.item) for sample in samples]
     embeds = [dataset.embeds(sample.prompt) for sample in samples]
-    # A micro-batch holds samples of one size, so the first stands for all.
+    # A micro-batch holds samples of one size, so the shape of the first is that of all.
     extras = _load_extras(config, dataset, samples, latents[0].shape)
     make = make_imitation_batch if config.method.imitates_teacher else make_batch
     return make(config, samples, latents, embeds, extras)
@@ -124,7 +124,7 @@ def make_batch(
     embeds: list[PromptEmbeds],
     extras: BatchExtras,
 ) -> Batch:
-    """Draw noise and sigma for `samples` and stack them with their latents."""
+    """Return a batch of flow matching: `latents` with noise and a sigma drawn for each sample."""
     # The loss weight is computed from the fp64 sigma; only the stored sigma is rounded to fp32.
     sigma = torch.stack([sample_sigma(config, sample) for sample in samples])
     return Batch(
@@ -147,20 +147,21 @@ def make_imitation_batch(
     embeds: list[PromptEmbeds],
     extras: BatchExtras,
 ) -> Batch:
-    """Draw one of the student's steps for each sample; the target is the teacher's mean velocity over that step.
+    """Return a batch with one of the student's steps per sample, and the teacher's mean velocity over it as the target.
 
-    `trajectories` holds the teacher's states (9, 16, h/8, w/8) at the student's sigmas. The pair of image and noise
-    is the one whose interpolation at that sigma is the teacher's state and whose velocity is the mean velocity, so the
-    loss treats it as any other batch.
+    `trajectories` holds for each sample the teacher's states (9, 16, h/8, w/8) at the student's sigmas. `x0` and
+    `noise` are no real image and noise: they are solved for, so that their interpolation at sigma is the teacher's
+    state and their velocity the mean velocity. The loss then treats the batch as any other.
     """
     variant = VARIANTS[config.model.variant]
     sigmas = flow.sampling_sigmas(variant.steps, variant.shift)
     images, noises, drawn = [], [], []
     for sample, states in zip(samples, trajectories, strict=True):
         step = keyed_int(config.seed, "interval", *sample.key()) % (len(sigmas) - 1)
-        here, after = states[step].double(), states[step + 1].double()  # the difference of near states cancels digits
-        velocity = (after - here) / (sigmas[step + 1] - sigmas[step])
-        image, noise = flow.pair_from_velocity(here, velocity, sigmas[step])
+        # fp64, since the difference of states that are close to each other cancels digits.
+        state, next_state = states[step].double(), states[step + 1].double()
+        velocity = (next_state - state) / (sigmas[step + 1] - sigmas[step])
+        image, noise = flow.pair_from_velocity(state, velocity, sigmas[step])
         images.append(image.float())
         noises.append(noise.float())
         drawn.append(sigmas[step])
@@ -198,7 +199,10 @@ def mask_weights(masks: list[WeightMap | None], floors: list[float], shape: torc
 
 
 def outside_weights(masks: list[WeightMap | None], weights: list[float], shape: torch.Size) -> WeightMaps | None:
-    """Return weights (b, 1, h, w) of the masked-out positions, each map with mean `weights`, or None if all are 0."""
+    """Return weights (b, 1, h, w) of the masked-out positions, or None if all are 0.
+
+    `masks` are (1, h, w) in [0, 1]. The map of a sample has its entry of `weights` as its mean, or is 0 without a mask.
+    """
     if not any(weight > 0 and mask is not None for mask, weight in zip(masks, weights, strict=True)):
         return None
     maps = []
@@ -236,11 +240,11 @@ class Target:
     """The velocities (b, 16, h/8, w/8) that a prediction is compared with."""
 
     plain: LatentBatch
-    """The velocity from noise to image, or the prior's for samples that are held to it."""
+    """noise - x0, or the prior for samples of `BatchExtras.to_prior`."""
     guided: LatentBatch
-    """The same moved by contrastive guidance; the same tensor where that is off."""
+    """`plain` moved by contrastive guidance; the same tensor if that is off."""
     prior: LatentBatch | None
-    """The velocity without the LoRA, or None if no sample needs it."""
+    """The velocity that the model predicts without the LoRA, or None if no sample needs it."""
 
 
 def sft_loss(
@@ -251,7 +255,7 @@ def sft_loss(
     x = flow.interpolate(batch.x0, batch.noise, batch.sigma)
     target = build_target(model, batch, x, contrastive)  # before the prediction, so that its passes keep no graph
     prediction = velocity(model, x, batch.sigma, batch.prompt_embeds)
-    # Guidance scales the gradient, and with it the value of the objective: the plain loss is what can be compared.
+    # Guidance changes the value of the objective, so the loss without it is logged.
     plain = _weighted_mse(prediction, target.plain, batch.weight, extras.mask)
     objective = plain
     if differential is not None or contrastive is not None:
@@ -260,7 +264,7 @@ def sft_loss(
             guided = flow.differential_target(prediction, guided, differential)
         objective = _weighted_mse(prediction, guided, batch.weight, extras.mask)
     if extras.outside is not None and target.prior is not None:
-        # A term of its own, so that the masked-out part neither counts in the logged loss nor is guided.
+        # Added to the objective alone: the masked-out part is neither guided nor counted in the logged loss.
         objective = objective + _weighted_mse(prediction, target.prior, batch.weight, extras.outside)
     return Loss(objective, plain.detach())
 
@@ -279,7 +283,7 @@ def build_target(
             empty = velocity(model, x, batch.sigma, [extras.empty_embeds] * len(x))
         guided = flow.contrastive_target(empty, plain, contrastive)
     if extras.to_prior is not None and prior is not None:
-        # After contrastive guidance: these samples hold the model where it was, which no guidance may move.
+        # After contrastive guidance, which would move the target of these samples away from the prior.
         to_prior = extras.to_prior.view(-1, 1, 1, 1)
         plain, guided = torch.where(to_prior, prior, plain), torch.where(to_prior, prior, guided)
     return Target(plain, guided, prior)

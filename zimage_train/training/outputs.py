@@ -40,7 +40,12 @@ def save_checkpoint(state: TrainState, step: int) -> None:
 
 
 def export_step(state: TrainState, step: int) -> None:
-    """Write the LoRA of `step`, and its average; verify that diffusers and ComfyUI would load the trained weights."""
+    """Write the LoRA of `step` and its average, if it has one; verify that diffusers and ComfyUI would load them.
+
+    Raises:
+        WeightsError: a file would be loaded as other weights; it is renamed to `.unverified`.
+        DiskError: a file cannot be written.
+    """
     number = None if step == state.config.train.steps else step  # the last file is named by the run alone
     _export(state, step, state.folder.lora(number), state.lora.factors())
     if state.ema is not None:
@@ -66,10 +71,11 @@ def _export(state: TrainState, step: int, path: Path, trained: Lora) -> None:
 
 
 def _prune(state: TrainState, folder: Path) -> None:
-    name = re.compile(re.escape(state.config.name) + r"-(\d{6,})\.safetensors")
+    """Remove all but the newest `save.keep` exports in `folder`; the final one, without a step in its name, stays."""
+    pattern = re.compile(re.escape(state.config.name) + r"-(\d{6,})\.safetensors")
     exported = []
     for path in folder.iterdir():
-        if match := name.fullmatch(path.name):
+        if match := pattern.fullmatch(path.name):
             exported.append((int(match[1]), path))
     for _, path in sorted(exported)[: -state.config.save.keep]:
         if not (atomic.remove(path) and atomic.remove(comfyui.workflow_path(path))):
@@ -101,13 +107,15 @@ def preview(state: TrainState, step: int, events: RecordWriter) -> None:
     if "drift" in measured:
         state.trackers.drift(step, measured["drift"])
     for previews in state.preview_sets:
-        state.trackers.images(step, {one.prompt[:80] + previews.suffix: path for path, one in previews.expected(step)})
+        state.trackers.images(
+            step, {request.prompt[:80] + previews.suffix: path for path, request in previews.expected(step)}
+        )
 
 
 def render_previews(state: TrainState, previews: PreviewSet, step: int) -> dict[str, float]:
-    """Render the missing images of one preview set with the LoRA as an exported file holds it; return measurements.
+    """Render the missing images of one preview set, and return the drift if it is measured on this set.
 
-    The drift is measured where the set is on Turbo, on the same weights as the images are drawn with.
+    Both use the LoRA rounded to `save.dtype`, as an exported file holds it.
     """
     missing, measured = previews.missing(step), dict[str, float]()
     meter = state.drift_meter if previews.is_metered and step > 0 else None
@@ -120,7 +128,8 @@ def render_previews(state: TrainState, previews: PreviewSet, step: int) -> dict[
     preview_progress = partial(state.console.progress, f"preview at step {step}{previews.suffix}")
     drift_progress = partial(state.console.progress, f"drift at step {step}")
     with state.with_preview_loras(lora_file.round_to_dtype(trained, state.config.save.dtype)):
-        # Swapping weights reads files, so it is done once, for both. Decoding needs no transformer: it comes after.
+        # Putting the original weights in place reads files, so sampling and drift share it. Decoding needs no
+        # transformer, so it comes after.
         with eval_mode(model), original_weights(state.frozen, previews.second_model):
             latents = sample_all(model, requests, state.preview_embeds, preview_progress)
             if meter is not None:
@@ -140,20 +149,20 @@ def render_previews(state: TrainState, previews: PreviewSet, step: int) -> dict[
 
 
 def preview_metrics(state: TrainState, step: int) -> dict[str, Any]:
-    """Return what the previews of `step` measure, for events.jsonl; warn where they show that something is wrong."""
-    own, *others = [previews.table() for previews in state.preview_sets]
-    words = state.config.triggers
-    record: dict[str, Any] = {"pictures": [path.name for path in own.rows[step] if path]}
-    for shift in preview_shift.preview_shifts(own, words):
+    """Return the measures of the previews of `step` for events.jsonl, and warn if they show a problem."""
+    own_table, *second_tables = [previews.table() for previews in state.preview_sets]
+    triggers = state.config.triggers
+    record: dict[str, Any] = {"pictures": [path.name for path in own_table.rows[step] if path]}
+    for shift in preview_shift.preview_shifts(own_table, triggers):
         if shift.step == step:
             record |= {"change_with_trigger": shift.with_trigger, "change_without_trigger": shift.without_trigger}
             remark = preview_shift.shift_remark(shift, state.config.train.steps)
-            if remark and not state.config.method.generates_data:  # images are to stay as they are
+            if remark and not state.config.method.generates_data:  # these methods should leave images as they are
                 state.console.warning(remark)
     if step > 0:
-        record["sharpness_kept"] = preview_shift.sharpness_kept(own, words, step)
-    for other in others:
-        kept = preview_shift.sharpness_kept(other, words, step) if step > 0 else None
+        record["sharpness_kept"] = preview_shift.sharpness_kept(own_table, triggers, step)
+    for table in second_tables:
+        kept = preview_shift.sharpness_kept(table, triggers, step) if step > 0 else None
         if kept is not None:
             record["sharpness_kept_also"] = kept
             state.console.info(
@@ -163,9 +172,10 @@ def preview_metrics(state: TrainState, step: int) -> dict[str, Any]:
 
 
 def after_step(state: TrainState, step: int, events: RecordWriter, metrics: RecordWriter) -> None:
-    """Do all that is due after `step`: save, export, validate, preview.
+    """Do all that is due after `step`: save, export, validate, preview, write the report.
 
-    The order is the one in which a crash costs least, and doing it again changes nothing.
+    The checkpoint comes first, so that a crash in the rest costs no training. A run that continues after `step` calls
+    this again: exports are written anew with the same content, and validations and images that exist are kept.
     """
     if not state.world.is_main:
         return
@@ -174,7 +184,7 @@ def after_step(state: TrainState, step: int, events: RecordWriter, metrics: Reco
     draws = is_due(state.config.sample.every, step, last)
     if saves:
         metrics.sync()
-        if step > state.start_step:
+        if step > state.start_step:  # else the run has just been loaded from this checkpoint
             save_checkpoint(state, step)
         events.append({"step": step, "event": "save"})
         export_step(state, step)
@@ -187,13 +197,14 @@ def after_step(state: TrainState, step: int, events: RecordWriter, metrics: Reco
 
 
 def is_complete(context: RunContext, step: int) -> bool:
-    """Return whether a run that stands at `step` has nothing left to do: `done` is the last event that a run writes.
+    """Return whether a run with its newest checkpoint at `step` has nothing left to do.
 
-    The LoRA must be whole and as `save.dtype` says, and the last previews those of `sample`: both may have changed.
+    `done` must be among its events, as the last thing that a run writes. The exported LoRA must be readable and have
+    `save.dtype`, and the last previews must be those of `sample`, since these settings may change on resume.
     """
     config, folder = context.config, context.folder
     last = config.train.steps
-    is_done = any(one["step"] == last and one.get("event") == "done" for one in read_records(folder.events))
+    is_done = any(event["step"] == last and event.get("event") == "done" for event in read_records(folder.events))
     if step != last or not is_done or not folder.report.exists():
         return False
     paths = [folder.lora(), *([folder.lora(is_ema=True)] if config.ema.decay is not None else [])]
@@ -207,7 +218,7 @@ def is_complete(context: RunContext, step: int) -> bool:
 
 
 def write_report(state: TrainState) -> None:
-    """Write report.html from what is in the run folder."""
+    """Write report.html from the records, facts and previews in the run folder."""
     facts: dict[str, Any] = run_dir.read_facts(state.folder)
     page.write_report_page(
         state.folder.report,

@@ -17,7 +17,7 @@ from zimage_train.training.run_dir import RunDir
 
 @dataclass(frozen=True)
 class PreviewSet:
-    """The previews on one model."""
+    """The previews of a run that are drawn on one model."""
 
     second_model: Path | None
     """The transformer that replaces the run's own while these are drawn, or None for its own."""
@@ -28,7 +28,7 @@ class PreviewSet:
     suffix: str
     """Appended to the prompt wherever the images are shown."""
     is_metered: bool
-    """Whether the model is Turbo, so that the drift from its own steps is measured here."""
+    """Whether the drift from Turbo's own steps is measured on this set; of two sets on Turbo, only on the first."""
 
     def expected(self, step: int) -> list[tuple[Path, SamplingRequest]]:
         """Return the path and request of every preview of `step`."""
@@ -67,6 +67,7 @@ def make_preview_sets(
     )
     if name is None:
         return [own]
+    # A path names no variant; such a model is sampled as Turbo, see `request.comparison_requests`.
     is_turbo = name not in VARIANTS or name == "turbo"
     second = PreviewSet(
         second_model=second_model,
@@ -81,8 +82,8 @@ def make_preview_sets(
 
 def all_previews_table(preview_sets: list[PreviewSet]) -> PreviewTable:
     """Return all previews of a run as one table, with those of a second model beside its own."""
-    own, *others = [previews.table() for previews in preview_sets]
-    return preview_images.side_by_side(own, others[0]) if others else own
+    own_table, *second_tables = [previews.table() for previews in preview_sets]
+    return preview_images.side_by_side(own_table, second_tables[0]) if second_tables else own_table
 
 
 def remove_later_previews(preview_sets: list[PreviewSet], step: int) -> None:

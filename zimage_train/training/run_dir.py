@@ -1,4 +1,4 @@
-"""The folder of a run: its files, and whether a new start may continue the run that is there."""
+"""The folder of a run: the paths of its files, and whether a new start may continue the run in it."""
 
 import hashlib
 import json
@@ -35,7 +35,7 @@ BY_DIGEST = (
     *("model.path", "model.extras", "model.adapter", "lora.init_from"),
     *("data.*.folder", "data.*.metadata", "data.*.mask"),
 )
-"""Settings that are paths; the content that they lead to is compared instead."""
+"""Settings that are paths; on resume the content of the files is compared instead."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def read_facts(folder: RunDir) -> dict[str, Any]:
 
 
 def earlier_starts(folder: RunDir) -> list[int]:
-    """Return the steps after which the run was started before, from run.json."""
+    """Return the step that each earlier start of the run continued from, 0 for the first one, from run.json."""
     starts = read_facts(folder).get("starts")
     return [step for step in starts if isinstance(step, int)] if isinstance(starts, list) else []
 
@@ -122,13 +122,13 @@ def earlier_starts(folder: RunDir) -> list[int]:
 def wandb_id(folder: RunDir) -> str:
     """Return the run's id on Weights & Biases, which is made at its first start and kept in its folder."""
     try:
-        known = folder.wandb_id.read_text(encoding="utf-8").strip()
+        run_id = folder.wandb_id.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError):
-        known = ""
-    if not re.fullmatch("[0-9a-f]{8}", known):
-        known = secrets.token_hex(4)
-        atomic.write_text(folder.wandb_id, known + "\n")
-    return known
+        run_id = ""
+    if not re.fullmatch("[0-9a-f]{8}", run_id):
+        run_id = secrets.token_hex(4)
+        atomic.write_text(folder.wandb_id, run_id + "\n")
+    return run_id
 
 
 def write_facts(folder: RunDir, facts: Mapping[str, Any]) -> None:
@@ -148,10 +148,11 @@ def write_config(folder: RunDir, config: Config) -> None:
 def run_identity(config: Config, fingerprint: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings that shape the trained weights, and the digests of the inputs.
 
-    Every checkpoint carries it: a resumed run must have the same, and no other file has to be trusted for that.
+    Every checkpoint holds it, so the comparison on resume depends on no other file.
     """
     settings = flatten_keys(config.model_dump(mode="json"))
     if schedules.depends_on_total_steps(config.schedule):
+        # `train.steps` may change on resume, but not if the learning rate of earlier steps would have been another.
         settings["schedule.steps (train.steps, over which it decays)"] = config.train.steps
     return {
         "settings": {key: value for key, value in settings.items() if not _is_free(key)},
@@ -170,11 +171,11 @@ def require_allowable(allow: Iterable[str]) -> None:
     Raises:
         ConfigError: lists the keys that can be allowed.
     """
-    wrong = [key for key in allow if key not in ALLOWABLE and not (_allowable(key) and is_setting(key))]
-    if wrong:
+    refused = [key for key in allow if key not in ALLOWABLE and not (_allowable(key) and is_setting(key))]
+    if refused:
         todo = f"one of {', '.join(ALLOWABLE)} can"
         raise ConfigError(
-            *(Problem(f"--allow {key}", "cannot change within a run", todo, "not-allowable") for key in wrong)
+            *(Problem(f"--allow {key}", "cannot change within a run", todo, "not-allowable") for key in refused)
         )
 
 
@@ -240,6 +241,7 @@ def require_untouched(folder: RunDir) -> None:
 
 
 def _is_free(key: str) -> bool:
+    """Return whether the setting `key` is no part of the identity of a run."""
     parts = ["*" if part.isdigit() else part for part in key.split(".")]
     return ".".join(parts) in BY_DIGEST or key.startswith(CHANGEABLE_ON_RESUME)
 

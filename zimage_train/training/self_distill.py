@@ -1,6 +1,7 @@
 """Training data that the model generates: trajectories to be imitated in fewer steps, or its own images.
 
-They are drawn once, before training, with the LoRA as it is then, and cached under a digest of all they depend on.
+They are sampled once, before training, with the LoRA that training starts from, and cached under a digest of all
+inputs.
 """
 
 from collections.abc import Mapping
@@ -27,7 +28,7 @@ class GeneratedData:
 
     config: Config
     made_by: tuple[str, ...]
-    """Digests and settings that identify the model that draws."""
+    """Digests and settings that identify the model that generates the data."""
 
     @property
     def imitates(self) -> bool:
@@ -35,7 +36,7 @@ class GeneratedData:
         return self.config.method.imitates_teacher
 
     def request(self, item: TrainItem) -> SamplingRequest:
-        """Return how the teacher samples the data of `item`."""
+        """Return the request by which the data of `item` are sampled."""
         seed = keyed_int(self.config.seed, "own", *item.identity())
         return teacher_request(self.config, item.image.prompts[0], item.size.width, item.size.height, seed)
 
@@ -45,12 +46,12 @@ class GeneratedData:
 
     def num_bytes(self, item: TrainItem) -> int:
         """Return the size of the data of `item` in fp32."""
-        pixels = item.size.width * item.size.height // LATENT_STRIDE**2
-        return 4 * LATENT_CHANNELS * pixels * (len(self.student_sigmas) if self.imitates else 1)
+        positions = item.size.width * item.size.height // LATENT_STRIDE**2
+        return 4 * LATENT_CHANNELS * positions * (len(self.student_sigmas) if self.imitates else 1)
 
     @property
     def student_sigmas(self) -> list[float]:
-        """Return the sigmas at which the student has to meet the teacher, with the final 0."""
+        """Return the sigmas of the student's sampler, with the final 0; the teacher's states are stored at these."""
         variant = VARIANTS[self.config.model.variant]
         return flow.sampling_sigmas(variant.steps, variant.shift)
 
@@ -65,7 +66,7 @@ class GeneratedData:
             sigmas = flow.sampling_sigmas_through(request.steps, request.shift, self.student_sigmas)
             states = []
             for sigma, x in sampler.sample_trajectory(model, [request], embeds, sigmas):
-                if sigma in self.student_sigmas:
+                if sigma in self.student_sigmas:  # exact: the grid above holds these very numbers
                     states.append(x[0].cpu())
             return torch.stack(states)
         finally:

@@ -1,8 +1,8 @@
-"""Stopping on signals: the first one asks to save and stop, the second one ends the process at once.
+"""Stopping on signals: the first one asks to save and stop, the same one again ends the process at once.
 
 Launchers complicate this. Some forward a signal that the terminal has sent to the process already, so the same signal
 within `ECHO_SECONDS` counts once. `accelerate launch` forwards nothing to its single child and dies, so the child asks
-the kernel for a signal when its parent dies; that one is another signal, so it does not count as the second either.
+the kernel for SIGTERM when its parent dies. After Ctrl-C that is a different signal, so it does not count as a repeat.
 """
 
 import contextlib
@@ -17,8 +17,8 @@ from zimage_train.errors import Problem, Stopped
 from zimage_train.io import operating_system
 
 SIGNALS = operating_system.stop_signals()
-
 ECHO_SECONDS = 0.5
+"""The same signal within this time is an echo of the first, not a second request."""
 LAUNCHERS = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")
 """Environment variables that accelerate and torchrun set for the processes that they start."""
 
@@ -31,7 +31,7 @@ class StopRequest:
         self.since = 0.0
 
     def take(self, number: int) -> bool:
-        """Record a signal; return whether it repeats the first one, so that the process has to end at once."""
+        """Record the signal `number`; return whether it is the second request, upon which the process ends at once."""
         now = time.monotonic()
         if self.signal_number is None:
             self.signal_number, self.since = number, now
@@ -39,7 +39,7 @@ class StopRequest:
         return number == self.signal_number and now - self.since > ECHO_SECONDS
 
     def check(self) -> None:
-        """Stop work that has no state to save, such as filling a cache.
+        """Raise if a stop was requested. For work that has no state to save, such as filling a cache.
 
         Raises:
             Stopped: a stop was requested.
@@ -48,7 +48,7 @@ class StopRequest:
             raise self.error("before training began")
 
     def error(self, when: str) -> Stopped:
-        """Return the error that ends the process as the signal asked."""
+        """Return the error for the signal that was received; `when` completes its message."""
         number = self.signal_number or int(signal.SIGTERM)
         name = signal.Signals(number).name
         return Stopped(number, Problem(f"stopped by {name}", when, "the same command continues", "stopped"))
@@ -56,8 +56,9 @@ class StopRequest:
 
 @contextlib.contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
-    """Turn Ctrl-C, SIGTERM and SIGHUP into a request within the block, and restore the handlers after it."""
+    """Record stop signals in the request that the block gets, and restore the earlier handlers after it."""
     request = StopRequest()
+    # Python installs signal handlers in the main thread alone.
     if threading.current_thread() is not threading.main_thread():
         yield request
         return

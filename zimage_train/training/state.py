@@ -1,4 +1,4 @@
-"""Everything that a run works with once it is built. Only the LoRA, its average and the optimizer change."""
+"""Everything that the loop works with. Of what is trained, only the LoRA, its average and the optimizer change."""
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -53,18 +53,18 @@ class TrainState:
     """LoRAs and their weights that previews use beside the trained one."""
     preview_embeds: Mapping[str, Tensor]
     drift_meter: DriftMeter | None
-    """None if the model is not Turbo and previews are not drawn on Turbo."""
+    """None if no previews are drawn on Turbo."""
     export_metadata: Mapping[str, str]
     warnings: list[str]
     start_step: int
-    """The last step that is done; 0 at the beginning."""
+    """The step of the checkpoint that this start continues from; 0 without one."""
     console: Console
     trackers: Trackers
     stop: StopRequest
     slow_steps: SlowStepDetector
 
     def with_preview_loras(self, trained: Lora) -> AbstractContextManager[None]:
-        """Give the model `trained` and the extra LoRAs of previews, and nothing else, within the block."""
+        """Within the block, replace the LoRA of the model by `trained` and the extra LoRAs of previews together."""
         return swap.replaced_lora(self.frozen.model, arithmetic.stack_loras([(trained, 1.0), *self.extra_loras]))
 
     def micro_batches(self, step: int) -> list[tuple[Sample, ...]]:
@@ -73,5 +73,8 @@ class TrainState:
 
 
 def is_due(every: int | None, step: int, last: int) -> bool:
-    """Return whether what is done every `every` steps is due after `step`: never for None, and after the last step."""
+    """Return whether something done every `every` steps is due after `step`; it always is after the last step.
+
+    None: it is never done.
+    """
     return every is not None and (step % every == 0 or step == last)

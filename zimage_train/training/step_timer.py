@@ -7,12 +7,13 @@ from statistics import median
 import torch
 
 SLOW_FACTOR = 3.0
-"""Multiple of the median time from which on a step counts as slow."""
+"""A step is slow if it takes more than this multiple of the median time."""
 MIN_SAMPLES = 5
-"""Steps of the same resolutions that are timed before one can count as slow."""
+"""Number of steps of the same resolutions that must have been timed before one can count as slow."""
 SHORTEST_SECONDS = 1.0
-"""Faster steps never count as slow: anything may disturb them."""
+"""Shorter steps never count as slow: other programs easily disturb them."""
 WINDOW = 50
+"""Number of recent steps of the same resolutions from which the median is taken."""
 HINT = (
     "on Windows turn off NVIDIA Control Panel > Manage 3D settings > CUDA - Sysmem Fallback Policy; "
     "close other programs that use the card, or set memory.budget_gb lower"
@@ -20,14 +21,17 @@ HINT = (
 
 
 class SlowStepDetector:
-    """Keeps the seconds of recent steps by their resolutions, since those decide how long a step takes."""
+    """Compares each step with recent ones of the same resolutions, which decide how long a step takes."""
 
     def __init__(self) -> None:
         self._seconds: dict[Hashable, deque[float]] = {}
         self._warned: set[str] = set()
 
     def update(self, resolutions: Hashable, seconds: float, reserved: float | None, total: float | None) -> str | None:
-        """Return a warning of a slow step or of `reserved` bytes beyond the card's `total`, each once, or None."""
+        """Record a step; return a warning if it was slow or if `reserved` bytes exceed the card's `total`, or None.
+
+        Each of the two warnings is returned once in a run.
+        """
         earlier = self._seconds.setdefault(resolutions, deque(maxlen=WINDOW))
         usual = median(earlier) if len(earlier) >= MIN_SAMPLES else None
         earlier.append(seconds)

@@ -38,8 +38,11 @@ def validation_sigmas(config: Config) -> ValidationSigmas:
 
 
 def validate(state: TrainState, step: int, events: RecordWriter) -> None:
-    """Measure the loss after `step` and write it to events.jsonl, unless it is there already."""
-    if not state.held_out or any(one["step"] == step for one in validation_history(state)):
+    """Measure the loss after `step` and write it to events.jsonl, unless it has been measured already.
+
+    If memory runs out, warn and go on: training itself needs no validation.
+    """
+    if not state.held_out or any(event["step"] == step for event in validation_history(state)):
         return
     sigmas = validation_sigmas(state.config)
     try:
@@ -50,13 +53,13 @@ def validate(state: TrainState, step: int, events: RecordWriter) -> None:
         )
         return
     by_sigma = list(zip([*sigmas.trained, *sigmas.turbo], values, strict=True))
-    of_trained, of_turbo = values[: len(sigmas.trained)], values[len(sigmas.trained) :]
+    at_trained, at_turbo = values[: len(sigmas.trained)], values[len(sigmas.trained) :]
     record: dict[str, Any] = {
         "step": step,
         "event": "validation",
         "of": validation_subject(state),
-        "loss": sum(of_trained) / len(of_trained),
-        "loss_turbo": sum(of_turbo) / len(of_turbo),
+        "loss": sum(at_trained) / len(at_trained),
+        "loss_turbo": sum(at_turbo) / len(at_turbo),
         "by_sigma": [[round(sigma, 4), value] for sigma, value in by_sigma],
     }
     events.append(record)
@@ -89,7 +92,7 @@ def measure(state: TrainState, sigmas: list[float], step: int) -> list[float]:
 
 
 def _noise(config: Config, item: TrainItem, shape: torch.Size) -> torch.Tensor:
-    """Return the noise of an image, the same at every step, so that only the LoRA makes a difference."""
+    """Return the noise of an image. It is the same at every step, so that losses differ by the LoRA alone."""
     return torch.randn(shape, generator=keyed_generator(config.seed, "validation", item.image.digest, *item.size))
 
 
