@@ -17,7 +17,7 @@ def check_report(spec: RunSpec, gpu: str | None = None, price: float | None = No
 
     Args:
         gpu: the GPU to plan for; None for the one in this machine.
-        price: of the GPU per hour; None to show no cost.
+        price: price of the GPU per hour; None to show no cost.
 
     Raises:
         ConfigError: the GPU is not known.
@@ -26,11 +26,12 @@ def check_report(spec: RunSpec, gpu: str | None = None, price: float | None = No
     verdict = "no problems found" if forecast.fits(spec, gpu) else "does not fit the memory planned for, see below"
     lines = [f"{config.name}: {verdict}", "", *_image_lines(spec), "", *_epoch_lines(spec)]
     if spec.model_files is not None:
-        weights = spec.model_files
-        groups = ", ".join(f"{name} {count}" for name, count in targets.count_by_group(weights.modules).items())
-        lines.append(f"LoRA of rank {config.lora.rank} on {len(weights.modules)} modules ({groups})")
-        if weights.paths.adapter is not None:
-            lines.append(f"adapter fits {weights.adapter_modules}/{weights.adapter_modules} modules")
+        files = spec.model_files
+        groups = ", ".join(f"{name} {count}" for name, count in targets.count_by_group(files.modules).items())
+        lines.append(f"LoRA of rank {config.lora.rank} on {len(files.modules)} modules ({groups})")
+        if files.paths.adapter is not None:
+            # An adapter that does not fit in every module has been refused.
+            lines.append(f"adapter fits {files.adapter_modules}/{files.adapter_modules} modules")
     lines += ["", *(line.text for line in forecast.forecast_lines(spec, gpu, price))]
     lines += [f"note: {note}" for note in spec.notes]
     lines += [f"warning: {warning}" for warning in spec.warnings]

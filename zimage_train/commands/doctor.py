@@ -92,7 +92,7 @@ class SystemFacts:
 
 
 def diagnose(facts: SystemFacts) -> Iterator[DoctorFinding]:
-    """Return all findings."""
+    """Yield the findings that follow from `facts`, in the order of the report."""
     yield _platform(facts)
     yield from _packages(facts)
     yield from _torch(facts)

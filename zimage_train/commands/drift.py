@@ -36,7 +36,7 @@ DEFAULT_PROMPTS = (
     "an old brick house with ivy beside a cobbled street",
     "a snowy owl on a bare branch, forest out of focus",
 )
-"""Prompts of subjects for which nobody trains a LoRA."""
+"""Prompts of everyday subjects, which a LoRA is unlikely to have been trained on."""
 
 
 @dataclass(frozen=True)

@@ -86,7 +86,7 @@ def read_sources(*paths: Path) -> list[LoraSource]:
     """Return LoRA files with their metadata.
 
     Raises:
-        WeightsError: some cannot be read; it lists all of them.
+        WeightsError: lists every file that cannot be read.
     """
     errors: list[ZImageTrainError] = []
     sources: list[LoraSource] = []

@@ -110,7 +110,7 @@ def merge_files(
     if output is None:
         return lines
 
-    # Before a method too, for its checks: that something is left, and that the shapes agree.
+    # Summed even if another method follows: this checks that something is left, and that the shapes agree.
     merged = arithmetic.sum_loras(parts)
     if not merged:
         raise ConfigError(

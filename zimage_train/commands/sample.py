@@ -79,9 +79,9 @@ class BatchLimit:
     """Limits of a forward pass."""
 
     max_batch: int = 1
-    """Number of images of one size."""
+    """Number of images, all of one size."""
     budget_gb: float | None = None
-    """Memory; None for all that the device has."""
+    """Memory, GB; None for all that the device has."""
 
 
 def sample_images(
@@ -113,7 +113,7 @@ def _sample(
     paths, shape = locate_model(model)
     stacked = read_loras(loras, shape, console)
     loaded = load_model(model, paths, shape, stacked, requests, console, limit)
-    # Images are written now and then, so that an interruption of a thousand images does not lose all of them.
+    # Images are written after each chunk, so that an interruption does not lose a thousand of them.
     chunk = BATCHES_IN_MEMORY * limit.max_batch
     with console.live_progress(), swap.with_lora(loaded.frozen.model, stacked):
         for start in range(0, len(requests), chunk):
@@ -229,7 +229,7 @@ def drawn_by(model: ModelSettings, loras: list[WeightedLora]) -> str:
 
 
 def requests_for(options: SamplingOptions, model: ModelSettings, specs: Sequence[PromptSpec]) -> list[SamplingRequest]:
-    """Return the requests of prompts: values of the prompt override `options`, and these the variant's defaults.
+    """Return the requests of prompts: values of a prompt override `options`, which override the variant's defaults.
 
     Raises:
         ConfigError: lists the values of prompts that no request can have.
@@ -341,7 +341,7 @@ def _place_weights(
     limit_bytes = device_limits.limit_bytes
     if limit.budget_gb is not None:
         limit_bytes = min(limit_bytes, limit.budget_gb * 1e9)
-    constraints = PlanConstraints((None,), None, None)
+    constraints = PlanConstraints(quantizations=(None,), mode=None, streamed=None)
     plan = planner.choose_plan(workload, constraints, limit_bytes, main_memory_bytes(), device_limits.card)
     if limit.budget_gb is not None and not plan.fits:
         what = f"is {limit.budget_gb:g}, and these images take {format_bytes(plan.peak.total)} (predicted)"

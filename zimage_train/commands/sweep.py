@@ -20,12 +20,13 @@ from zimage_train.training.signals import StopRequest, stop_on_signals
 
 
 def run_sweep(runs: Sequence[SweepRun], fresh: bool, allow: tuple[str, ...] = ()) -> None:
-    """Train `runs` one after the other, or continue what an earlier start left of them, and compare the finished ones.
+    """Train `runs` one after the other, or continue those that were begun before, and compare the finished ones.
 
     All runs are checked before the first one is trained. If one fails, the others are trained all the same.
 
     Raises:
-        RunsFailed: lists the problems of all runs that failed, with the exit code of the first.
+        RunsFailed: lists the problems of all runs that failed. The exit code is the lowest if the checks failed, and
+            that of the first failed run if training did.
         ZImageTrainError: any other error that a user can act on.
     """
     run_dir.require_allowable(allow)

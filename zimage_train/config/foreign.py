@@ -13,11 +13,11 @@ from zimage_train.config.schema import Config
 
 
 class ConfigWithNotes(NamedTuple):
-    """A config, and the notes of its conversion, which a native config has none of."""
+    """A config, and the notes of its conversion; a native config has no notes."""
 
     config: Config
     notes: list[str]
-    """One line for each thing in which the run will differ from what its owner would expect."""
+    """A line for each point in which the run will differ from the same job in the other trainer."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class ForeignFormat:
 
     name: str
     recognizes: Callable[[str], bool]
-    """Whether a text may be of this format: a cheap test, before anything is parsed."""
+    """Return whether a text may be of this format: a cheap test, before anything is parsed."""
     convert: Callable[[Path, str, Sequence[str]], ConfigWithNotes | None]
     """Return the config for (path, text, `key=YAML` overrides), or None if the text proves to be of another format.
 

@@ -1,4 +1,4 @@
-"""The names of all settings, and the setting that is meant by an unknown name."""
+"""The names of all settings, and hints for unknown names."""
 
 import difflib
 from collections.abc import Sequence
@@ -55,7 +55,7 @@ MISSING_SETTINGS = {
     "train.loss": "the loss is always the mean squared error of the velocity; leave it out",
     "network": "the section is called lora",
 }
-"""Key of other trainers that has no counterpart, by its place here -> the hint."""
+"""Key that other trainers have and this one lacks, as it would be called here -> the hint."""
 
 
 @cache

@@ -1,4 +1,4 @@
-"""From a config file and `--set key=value` to a `Config`, or to all problems at once, each with its line."""
+"""Reading of a config file and `--set key=value` into a `Config`; all problems are reported at once, with lines."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,7 +29,7 @@ def read_config(path: Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def read_config_with_notes(path: Path, overrides: Sequence[str] = ()) -> ConfigWithNotes:
-    """As `read_config`, with the notes of the conversion if the file is in the format of another trainer.
+    """Do as `read_config`, and return also the notes of the conversion if the file is in another trainer's format.
 
     Raises:
         ConfigError: as `read_config`.
@@ -89,7 +89,10 @@ def dump_config(config: Config) -> str:
 
 
 def resolve_paths(config: Config) -> Config:
-    """Return `config` with absolute paths, so that it is valid in any working directory; hub ids are kept."""
+    """Return `config` with absolute paths, so that it is valid in any working directory; hub ids are kept.
+
+    A value that may be a path or a hub id is a path if there is a file or folder of that name.
+    """
 
     def absolute(path: str | None) -> str | None:
         return str(Path(path).absolute()) if path is not None and Path(path).exists() else path
@@ -102,7 +105,7 @@ def resolve_paths(config: Config) -> Config:
         data.append(entry.model_copy(update=sources))
     extra_loras = [lora.model_copy(update={"file": absolute(lora.file)}) for lora in sample.extra_loras]
     validation = config.validation.model_copy(update={"folder": absolute(config.validation.folder)})
-    # These two may not exist yet, and are never hub ids.
+    # These two are made absolute even if they do not exist yet, since they are never hub ids.
     cache_folder = None if cache.folder is None else str(Path(cache.folder).absolute())
     output_dir = str(Path(config.output_dir).absolute())
     return config.model_copy(
@@ -126,7 +129,7 @@ def cache_dir(config: Config) -> Path:
 
 
 def flatten_keys(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Return a value for each leaf, such as `{"optimizer.lr": 1e-4, "data.0.folder": ...}`.
+    """Return dotted key -> value for each leaf, such as `{"optimizer.lr": 1e-4, "data.0.folder": ...}`.
 
     A list is a leaf unless it holds sections.
     """
@@ -245,9 +248,10 @@ def _locate(path: Path, document: YamlDocument, origins: dict[KeyPath, Argument]
     if not key_path:
         return Location(str(path))
     # The longest part of the path that the file has; what is below it, such as a missing key, has the same line.
-    known = len(key_path)
-    while known and key_path[:known] not in document.lines:
-        known -= 1
-    name_in_file = document.names.get(key_path[:known], dotted_key(key_path[:known]))
-    name = dotted_key((name_in_file, *key_path[known:])).lstrip(".")
-    return Location(str(path), document.lines.get(key_path[:known], 0), name)
+    length = len(key_path)
+    while length and key_path[:length] not in document.lines:
+        length -= 1
+    parent = key_path[:length]
+    name_in_file = document.names.get(parent, dotted_key(parent))
+    name = dotted_key((name_in_file, *key_path[length:])).lstrip(".")
+    return Location(str(path), document.lines.get(parent, 0), name)

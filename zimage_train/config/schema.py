@@ -37,6 +37,7 @@ MAX_NAME_BYTES = 200
 
 
 def _without_default(schema: dict[str, Any]) -> None:
+    """Remove the default from the JSON schema of `model.adapter`, where it depends on the variant."""
     schema.pop("default")
 
 
@@ -235,7 +236,7 @@ class MemorySettings(Section):
 
     @property
     def mode(self) -> RecomputeMode | None:
-        """What the backward pass recomputes, or None if the planner decides."""
+        """The mode of recomputation that `checkpointing` stands for, or None if the planner chooses it."""
         if isinstance(self.checkpointing, bool):
             return "full" if self.checkpointing else "none"
         return None if self.checkpointing == "auto" else self.checkpointing

@@ -24,7 +24,7 @@ _INT = re.compile(r"[-+]?[0-9][0-9_]*\Z")
 _FLOAT = re.compile(r"[-+]?(?:[0-9][0-9_]*(?:\.[0-9_]*)?|\.[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)?\Z")
 _SPECIAL_FLOAT = re.compile(r"(?:[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))\Z")
 _JSON_TOKEN = re.compile(r'"(?:\\.|[^"\\\n])*"|//[^\n]*|/\*.*?\*/|\t', re.DOTALL)
-"""A text, a comment or a tab of JSON."""
+"""A string, a comment or a tab of JSON."""
 _SURROGATE_PAIR = re.compile(r"\\u([dD][89abAB][0-9a-fA-F]{2})\\u([dD][c-fC-F][0-9a-fA-F]{2})")
 _NOT_TEXT = re.compile("[\0\ud800-\udfff]")
 LONGEST_NUMBER = 100
@@ -64,10 +64,10 @@ def parse(text: str) -> YamlDocument:
     Raises:
         YamlError: the text is not valid YAML, or is refused.
     """
-    # Composed to nodes only, which have lines and the text of each scalar; PyYAML's own types are those of YAML 1.1.
     if "\0" in text:
         raise YamlError(0, "contains NUL bytes, so it is not a text file")
     try:
+        # Composed to nodes only, which have lines and the text of each scalar. PyYAML's values would be of YAML 1.1.
         node = yaml.compose(text, Loader=_Loader)
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1

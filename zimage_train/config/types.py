@@ -16,7 +16,7 @@ ScheduleName = Literal[
 ]  # fmt: skip
 
 STRICT = ConfigDict(strict=True, allow_inf_nan=False)
-"""Without conversions: `"8"` is no number, and 8.0 no whole number."""
+"""Validation without conversions: `"8"` is no number, and 8.0 no whole number."""
 
 
 class SettingError(ValueError):
@@ -30,7 +30,7 @@ class SettingError(ValueError):
 
 
 class ConflictError(SettingError):
-    """Settings that are valid each, but not together."""
+    """Settings that are valid by themselves, but not together."""
 
     code = "conflicting-settings"
 
@@ -107,6 +107,7 @@ def check_params(params: dict[str, Any], known: dict[str, Any], owner: str) -> d
     """Return `params`, validated against the types in `known`.
 
     Args:
+        known: name -> type of each parameter that `owner` has.
         owner: the optimizer or schedule, for messages.
 
     Raises:

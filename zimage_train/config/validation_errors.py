@@ -1,4 +1,4 @@
-"""From the errors of pydantic to problems: where a value is, what it is, and what is expected instead."""
+"""Conversion of pydantic's errors to problems: where a value is, what it is, and what is expected instead."""
 
 import difflib
 from collections.abc import Callable
@@ -62,7 +62,7 @@ def problems_of(error: ValidationError, values: dict[str, Any], locate: LocateKe
 
 
 def format_value(value: object) -> str:
-    """Return a value as users write it, or the name of its type if it is a list or a section."""
+    """Return a value as users write it; of a list or a section the name of its type, or `empty`."""
     if value is None:
         return "null"
     if isinstance(value, bool):
@@ -99,7 +99,7 @@ def _key_path(details: ErrorDetails, values: Any) -> KeyPath:
 
 
 def _problem(key_path: KeyPath, errors: list[ErrorDetails], location: Location | str) -> Problem:
-    """Return the problem of one setting; several errors are those of the alternatives that it has."""
+    """Return the problem of one setting; of a union it has an error for each alternative."""
     first = errors[0]
     kind, value = first["type"], first["input"]
     if kind == "extra_forbidden":
@@ -114,8 +114,8 @@ def _problem(key_path: KeyPath, errors: list[ErrorDetails], location: Location |
     if key_path[-1] == "every" and kind == "greater_than_equal":
         expected += ", or null, which is never"
     is_choice = kind == "literal_error" and isinstance(value, str)
-    shown = _shorten(repr(value)) if is_choice else format_value(value)
-    return Problem(location, f"is {shown}", f"expected {expected}{_suggest_choice(first)}", "bad-value")
+    value_text = _shorten(repr(value)) if is_choice else format_value(value)
+    return Problem(location, f"is {value_text}", f"expected {expected}{_suggest_choice(first)}", "bad-value")
 
 
 def _problem_of_validator(details: ErrorDetails, location: Location | str) -> Problem:

@@ -66,4 +66,4 @@ NAMED_LORAS = {"distillpatch": "DiffSynth-Studio/Z-Image-Turbo-DistillPatch/mode
 """Short name -> LoRA on the hub. distillpatch restores the 8 steps of Turbo after a training without adapter."""
 
 DOWNLOAD_GB = {"transformer": 12.3, "text encoder": 8.0, "VAE": 0.2, "adapter": 0.6}
-"""Sizes of the published files."""
+"""Part of a run's model -> size of its published files, GB."""

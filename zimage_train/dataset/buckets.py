@@ -5,9 +5,9 @@ import math
 from typing import NamedTuple
 
 STEP_PX = 16
-"""8 px under a latent, and 2 latents in a patch of the transformer."""
+"""Every side is a multiple of this: 8 px for each latent, times 2 latents for each patch of the transformer."""
 MAX_SIDE_PX = 512 * STEP_PX
-"""The position tables of the transformer end here."""
+"""Longest side: the position tables of the transformer have 512 patches for each axis."""
 
 
 class Bucket(NamedTuple):
@@ -21,10 +21,11 @@ def nearest_bucket(width: int, height: int, resolution: float) -> Bucket:
     """Return the size at which an image of `width` x `height` px is trained at `resolution`.
 
     Its area is at most resolution^2 and at most that of the image. Among the multiples of 16 around the ideal size it
-    is the one that loses the fewest pixels to cropping and rounding. A turned image gets the turned bucket.
+    is the one that loses the fewest pixels to cropping and rounding. A square image gets a square bucket, and an image
+    turned by 90 degrees the turned bucket.
 
     Raises:
-        ValueError: a side is shorter than 16 px, here or at this resolution.
+        ValueError: a side is shorter than 16 px, in the image or once it is scaled to `resolution`.
     """
     if min(width, height) < STEP_PX:
         raise ValueError(f"{width}x{height} px is smaller than one {STEP_PX} px patch")
@@ -41,11 +42,12 @@ def nearest_bucket(width: int, height: int, resolution: float) -> Bucket:
     if not candidates:
         raise ValueError(f"{width}x{height} px is too narrow for resolution {resolution:.0f}")
 
-    def pixels_of_image(size: Bucket) -> float:
+    def score(size: Bucket) -> float:
+        """Return the area of `size`, reduced by the fraction of the image that is cropped away."""
         return _kept_fraction(width, height, size) * size.width * size.height
 
-    # The size itself decides between equals, so that the result does not depend on the order of the candidates.
-    return max(candidates, key=lambda size: (pixels_of_image(size), size))
+    # The size itself decides between equal scores, so that the result does not depend on the order of the candidates.
+    return max(candidates, key=lambda size: (score(size), size))
 
 
 def _multiples_around(side: float) -> list[int]:

@@ -16,7 +16,7 @@ class CaptionStyle:
     max_tokens: int
     """Length of an answer; one that is cut off there ends at its last whole sentence or tag."""
     separator: str
-    """Between the trigger and an answer that lacks it."""
+    """Text between the trigger and an answer that lacks it."""
 
 
 CAPTION_STYLES = {

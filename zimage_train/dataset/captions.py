@@ -17,7 +17,7 @@ def read_caption(path: Path) -> str:
     """Return the text of a caption file, cleaned as in `clean_text`.
 
     Raises:
-        DataError: not UTF-8, or not a text, or too long for a caption.
+        DataError: the file cannot be read, is not text in UTF-8, or is too long for a caption.
     """
     text = _read_text(path)
     num_bytes = len(text.encode())
@@ -31,7 +31,7 @@ def read_lines(path: Path) -> list[str]:
     """Return the lines of a file of prompts, each cleaned as a caption is. Empty lines stay, for line numbers.
 
     Raises:
-        DataError: not UTF-8, or not a text.
+        DataError: the file cannot be read, or is not text in UTF-8.
     """
     # Not splitlines, which also cuts at characters such as U+2028 inside a prompt.
     return [clean_text(line) for line in re.split(r"\r\n|\r|\n", _read_text(path))]
@@ -57,14 +57,15 @@ def _read_text(path: Path) -> str:
 
 
 def clean_text(text: str) -> str:
-    """Normalise line ends, and drop zero-width characters and the space around the text."""
+    """Return `text` with LF as line ends, without zero-width characters and without spaces around it."""
     return text.replace("\r\n", "\n").replace("\r", "\n").translate(_ZERO_WIDTH).strip()
 
 
 def compose_prompt(caption: str, default: str, trigger: str | None, separator: str = " ") -> str:
     """Return the prompt of an image: its caption, or `default` if that is empty, with the trigger in place.
 
-    `[trigger]` is replaced. If the trigger then occurs nowhere, it is put in front, so that every image teaches it.
+    `[trigger]` is replaced by the trigger. If the text then still lacks the trigger, it is put in front, so that every
+    image teaches it.
     """
     text = caption or clean_text(default)
     if trigger is None:
@@ -124,7 +125,8 @@ def sample_prompt(prompts: tuple[str, ...], entry: DataEntry, uniform: Callable[
             movable.append(position)
         num_ordinary += 1
     if entry.shuffle_tags:
-        # Sorted by a number of each tag's own: which tags are dropped does not change the order of the others.
+        # Sorted by a random number that each tag has by its position, instead of shuffled as a list: the tags that are
+        # dropped do not change the order of the others.
         movable.sort(key=lambda position: uniform("tag order", position))
         order = [*fixed, *movable]
     else:
@@ -147,6 +149,7 @@ def preserve_prompt(prompt: str, entry: DataEntry, preserve: PreserveSettings) -
         return ""
     if not entry.trigger:
         return prompt
-    # In any case: if `Zorb` stayed in the prompt, the loss would preserve what `zorb` is trained to change.
+    # The case of letters is ignored here: if `Zorb` stayed in the prompt, the loss would preserve what `zorb` is to
+    # change.
     pattern = re.compile(trigger_pattern(entry.trigger).pattern, re.IGNORECASE)
     return pattern.sub(lambda _: preserve.class_word, prompt)

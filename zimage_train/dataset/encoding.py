@@ -1,8 +1,8 @@
 """Filling the caches: missing latents and embeddings are encoded, and the encoders are freed before training.
 
-Each process of a run encodes its own shard and waits for the others. What is missing then, as on a machine with a cache
-of its own, each process encodes for itself. Two runs may fill one cache at the same time without any agreement: an
-entry is named by its content and written whole, so at worst both encode the same image.
+Each process of a run encodes its own shard and waits for the others. Entries that are missing even then, because
+another machine wrote them to a cache of its own, are encoded by each process for itself. Two runs may fill one cache at
+the same time without a lock: an entry is named by its inputs and written whole, so at worst both encode the same image.
 """
 
 import gc
@@ -51,11 +51,14 @@ class Shard:
 
 @dataclass(frozen=True)
 class CacheStats:
-    """How many entries a cache had, and how many were encoded, some of them because they were damaged."""
+    """Numbers of cache entries, as one process counts them."""
 
     found: int
+    """Entries that this process did not encode: they were there before, or another process of the run wrote them."""
     encoded: int
+    """Entries that this process encoded."""
     damaged: int
+    """Entries that were damaged at the start, whichever process encoded them again."""
 
     def __str__(self) -> str:
         damaged = f", {self.damaged} of them damaged entries" if self.damaged else ""
@@ -67,9 +70,10 @@ class Encoders:
     """Where the encoders are, how they are run, and their digests."""
 
     extras: Path
+    """Folder of the text encoder, the tokenizer and the VAE."""
     device: torch.device
     dtype: str
-    """Of the prompt embeddings."""
+    """Precision of the text encoder and its embeddings; the VAE always runs in fp32."""
     vae_digest: str
     text_digest: str
     warn: Callable[[str], None]
@@ -112,7 +116,8 @@ def encode_missing(
         WeightsError: the embedding of a prompt is not finite.
         DiskError: there is no room for the entries, or they cannot be written.
     """
-    # One encoder after the other: the text encoder alone takes most of a small card, and the transformer is next.
+    # One encoder after the other: the text encoder alone takes most of a small card, and the transformer is next. If
+    # nothing was encoded, no encoder was loaded, and a garbage collection would only cost time.
     image_stats = _fill_latents(cache, encoders, items, progress, shard)
     if image_stats.encoded:
         _free()
@@ -198,7 +203,7 @@ def _load_fitted(item: TrainItem) -> Image.Image:
     except OSError as error:
         message = f"cannot be read any more ({error.strerror})"
         raise DataError(Problem(str(path), message, "put it back", "unreadable-file")) from None
-    # The key of the cache entry has the digest of before, so other content must not come under it.
+    # The key of the cache entry holds the digest from the scan, so other content must not be stored under it.
     if hashlib.sha256(content).hexdigest() != item.image.digest:
         raise DataError(Problem(str(path), "changed while this command ran", "run it again", "changed-file"))
     fitted = fit(load(path, content), item.size)
@@ -233,25 +238,28 @@ def _fill_prompts(
 def _fill(
     cache: TensorCache, what: str, sizes: dict[str, int], encode: EncodeKeys, progress: Progress, shard: Shard
 ) -> CacheStats:
-    """Encode every key of `sizes` (in bytes) whose entry is missing or damaged: the own shard, then what others left.
+    """Encode every missing or damaged entry: first those of the shard, then those that other processes did not write.
 
-    `what` names the entries in progress and errors.
+    Args:
+        what: the entries, in the plural, for progress and errors.
+        sizes: cache key -> bytes of its entry, the same in every process.
+        encode: called only if there are keys to encode, since it loads an encoder.
     """
     # A process that was killed while it wrote has left its temporary file.
     atomic.remove_stale_temp_files(cache.folder)
     missing: list[str] = []
     for number, key in enumerate(sizes, 1):
-        # Read whole, as a damaged entry would end the run only when training comes to it.
+        # Read and compared with its digest now: a damaged entry would otherwise end the run in the middle of training.
         if cache.read(key) is None:
             missing.append(key)
         progress(f"checking cached {what}", number, len(sizes))
     num_damaged = sum(cache.has_file(key) for key in missing)
-    # All of it before the first: a full disk is better known now than after an hour of encoding.
+    # Checked for all entries before the first is encoded: better to learn of a full disk now than after an hour.
     atomic.require_free_space(cache.folder, sum(sizes[key] for key in missing), f"cached {what}")
 
     def encode_and_write(keys: list[str]) -> None:
         if not keys:
-            return  # without loading the encoder
+            return  # `encode` would load the encoder
         for number, (key, value) in enumerate(encode(keys), 1):
             cache.write(key, value.cpu())
             progress(f"encoding {what}", number, len(keys))
@@ -263,7 +271,7 @@ def _fill(
     own_missing = [key for key in missing if key in own_keys]
     encode_and_write(own_missing)
     shard.barrier()
-    # Read again: here are the entries of the others, unless they write to another disk.
+    # Read again: the entries of the other processes are in this cache now, unless they write to another disk.
     left_missing = [key for key in missing if key not in own_keys and cache.read(key) is None]
     encode_and_write(left_missing)
     num_encoded = len(own_missing) + len(left_missing)
@@ -271,7 +279,7 @@ def _fill(
 
 
 def _free() -> None:
-    """Give the memory of an encoder back to the device."""
+    """Release the memory of an encoder to which no variable refers any more."""
     gc.collect()  # modules refer to themselves in cycles, which wait for the collector
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -31,7 +31,7 @@ MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "I", 
 SRGB_NAMES = ("srgb iec61966", "srgb built-in")
 """Beginnings of the names of sRGB profiles, in lower case. A conversion from sRGB to sRGB would only round."""
 INDEX_FORMAT = 1
-"""Raised when images are decoded differently, so that an index of before is not used."""
+"""Incremented whenever images are decoded differently; an index of another format is ignored."""
 THUMBNAIL_PX = 8
 NEAR_DUPLICATE_RMS = 4.0
 """Root mean square difference of two thumbnails, of 255; an image that is saved again or scaled differs by less."""
@@ -84,7 +84,7 @@ def load_alpha(path: Path, content: bytes) -> Image.Image:
     Raises:
         DataError: as in `load`.
     """
-    load(path, content)
+    load(path, content)  # only to raise for an image that is not accepted
     with Image.open(io.BytesIO(content), formats=FORMATS) as image:
         return ImageOps.exif_transpose(image).convert("RGBA").getchannel("A")
 
@@ -114,7 +114,7 @@ def _check_header(path: Path, image: Image.Image) -> None:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    # Read first, since the image that `_from_16_bit` makes has none.
+    # Read first, since the image that `_from_16_bit` returns has no profile.
     profile = image.info.get("icc_profile")
     if image.mode.startswith("I"):
         image = _from_16_bit(image)
@@ -182,7 +182,7 @@ def _refusal(path: Path, message: str, hint: str, code: str) -> DataError:
 
 @dataclass(frozen=True)
 class ImageInfo:
-    """What the checks before a run need of an image."""
+    """Facts about an image that the checks before a run need."""
 
     digest: str
     """SHA-256 of the file."""
@@ -242,7 +242,7 @@ class ImageIndex:
         image = load(path, content)
         small = image.resize((THUMBNAIL_PX, THUMBNAIL_PX), Image.Resampling.BOX)
         info = ImageInfo(hashlib.sha256(content).hexdigest(), image.width, image.height, small.tobytes().hex())
-        # A file that is replaced while it is read would be remembered under the key of the other content.
+        # Not remembered if the file was replaced while it was read: `key` would belong to the other content.
         if key is not None and key == _file_key(path):
             self._infos[key] = info
             self._is_changed = True
@@ -252,20 +252,20 @@ class ImageIndex:
 def near_duplicates(thumbnails: list[str]) -> list[tuple[int, int]]:
     """Return pairs (earlier, later) of indices of thumbnails that are nearly equal.
 
-    Each index is the later one at most once, with the earliest that it resembles.
+    An image that resembles several earlier ones is paired only with the earliest of them.
     """
     if not thumbnails:
         return []
     pixels = np.array([list(bytes.fromhex(thumbnail)) for thumbnail in thumbnails], dtype=np.float32)
     squares = (pixels**2).sum(axis=1)
-    limit = NEAR_DUPLICATE_RMS**2 * pixels.shape[1]
+    max_squared_distance = NEAR_DUPLICATE_RMS**2 * pixels.shape[1]
     pairs: list[tuple[int, int]] = []
     # |a - b|^2 = |a|^2 + |b|^2 - 2 a b, for 1000 rows at a time: 40 MB for 10,000 images, where all rows take 400 MB.
     for start in range(0, len(pixels), 1000):
         rows = slice(start, start + 1000)
-        distances = squares[rows, None] + squares[None, :] - 2.0 * (pixels[rows] @ pixels.T)
+        squared_distances = squares[rows, None] + squares[None, :] - 2.0 * (pixels[rows] @ pixels.T)
         # Ordered by row, then by column, so that the earliest match of a row comes first.
-        for row, earlier in zip(*np.nonzero(distances < limit), strict=True):
+        for row, earlier in zip(*np.nonzero(squared_distances < max_squared_distance), strict=True):
             later = start + row
             is_first_match = not pairs or pairs[-1][1] != later
             if earlier < later and is_first_match:

@@ -20,7 +20,7 @@ ALPHA = "alpha"
 MAX_ASPECT_DIFFERENCE = 1.02
 """Largest ratio of the aspects of a mask and its image; it allows for rounding, where one of them was scaled."""
 DARKEST_MASK = 2
-"""Of 255: a mask whose lightest part is darker is empty."""
+"""Value, of 255, that the lightest part of a mask must reach; a darker mask is refused as empty."""
 STRIDE = 8
 """Pixels of an image, along each side, under one latent."""
 
@@ -35,6 +35,7 @@ class Mask:
     is_alpha: bool
     width: int = 0
     height: int = 0
+    """Size of the file, px; 0 for an alpha channel, which always has the size of its image."""
 
 
 def find_masks(
@@ -91,7 +92,7 @@ def _name_of(path: Path, root: Path | None) -> str:
 
 
 def _list_mask_files(folder: Path, errors: list[ZImageTrainError]) -> dict[str, Path]:
-    """Return name -> image file of `folder`; a second file of a name is an error."""
+    """Return name -> mask file of `folder`, and add an error for each further file of the same name."""
     files: dict[str, Path] = {}
     for path in sorted(folder.rglob("*")):
         if path.suffix.lower() not in images.EXTENSIONS or not path.is_file():
@@ -157,5 +158,5 @@ def mask_on_latents(mask: Mask, size: Bucket, flip: bool, image_digest: str) -> 
     fitted = ImageOps.fit(grey, (size.width, size.height), method=Image.Resampling.BILINEAR, centering=(0.5, 0.5))
     if flip:
         fitted = ImageOps.mirror(fitted)
-    # The mean of 8 x 8 px, which one latent stands for.
+    # One latent stands for 8 x 8 px, so its mask is their mean. `reduce` rounds it to 8 bits.
     return np.asarray(fitted.reduce(STRIDE), dtype=np.float32) / 255.0

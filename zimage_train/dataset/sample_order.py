@@ -19,6 +19,7 @@ from zimage_train.errors import DataError, Problem
 from zimage_train.rng import KeyPart, keyed_int
 
 UINT63 = 2**63
+"""Number of values of `keyed_int`, by which it is divided for a number in [0, 1)."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class TrainItem:
     """Index of the data entry."""
     image: ImageRecord
     resolution: int
-    """px; the size comes from it."""
+    """Side of the square of equal area, px, from which `size` is chosen."""
     size: Bucket
     repeat: int
     """Which of the repeats of the image, from 0."""
@@ -38,14 +39,14 @@ class TrainItem:
 
     def identity(self) -> tuple[KeyPart, ...]:
         """Return the key of this item's random numbers."""
-        # Content and use alone. With a path or an index in the key, a moved folder, a renamed file or an added image
-        # would change every other number of the run.
+        # Only the content of the image and its use. If the key had a path or an index, moving a folder, renaming a file
+        # or adding an image would change the random numbers of images that are still the same.
         return (self.image.digest, self.resolution, self.repeat, self.flip)
 
 
 @dataclass(frozen=True)
 class Sample:
-    """An item in one epoch, with its prompt there."""
+    """An item in one epoch, with the prompt that it has in this epoch."""
 
     item: TrainItem
     epoch: int
@@ -59,10 +60,10 @@ class Sample:
 
 
 def make_items(config: Config, images: list[list[ImageRecord]]) -> list[TrainItem]:
-    """Return an item for each image, each of its sizes, each repeat, and each of the image and its mirror image.
+    """Return an item for each combination of image, size and repeat, and for its mirror image if the entry has `flip`.
 
     Args:
-        config: the config, of whose `data` each entry gives the use of its images.
+        config: each entry of its `data` says how its images are used.
         images: the images of each entry.
 
     Raises:
@@ -126,9 +127,9 @@ class EpochStream:
         batches = self._epochs.get(epoch)
         if batches is None:
             batches = self._make_epoch(epoch)
-            # An epoch is made of a hash of each item, too slow to repeat for each micro-batch. The last few are kept,
-            # since a step may lie in two epochs, and the loop still asks for a step when the thread that prefetches is
-            # in the next. Both may be here at once; then both make the same list, and popping twice does no harm.
+            # Sorting an epoch takes a hash of each item, too slow to repeat for each micro-batch. Three are kept,
+            # since a step may lie in two of them and the thread that prefetches may be in the next one already. If that
+            # thread and the loop are here at once, both make the same list, and popping a key twice does no harm.
             for older in list(self._epochs)[:-2]:
                 self._epochs.pop(older, None)
             self._epochs[epoch] = batches
@@ -151,8 +152,8 @@ class EpochStream:
         for (_, batch_size), group in groups.items():
             for start in range(0, len(group), batch_size):
                 batches.append(tuple(self.order.sample(item, epoch) for item in group[start : start + batch_size]))
-        # The groups come one after the other, so the sizes have to be mixed again. The hash of the first sample will
-        # do: an item is in one micro-batch of an epoch, and the place does not depend on how full the batch is.
+        # The micro-batches are still grouped by size, so they are sorted too, by a hash of their first sample. An item
+        # is in one micro-batch of an epoch, so the hashes differ, and they do not depend on how full a batch is.
         return sorted(batches, key=lambda batch: keyed_int(seed, "batches", *batch[0].key()))
 
 
@@ -234,7 +235,7 @@ class SampleOrder:
     def prompt(self, item: TrainItem, epoch: int) -> str:
         """Return the prompt of `item` in `epoch` unless its caption is dropped."""
 
-        # Without the resolution in the key: an image has one prompt in an epoch, and fewer prompts have to be encoded.
+        # The resolution is not in the key: an image has the same prompt at all of them, so fewer prompts are encoded.
         def uniform(name: str, *key: int) -> float:
             return keyed_int(self.seed, name, epoch, item.image.digest, item.repeat, *key) / UINT63
 
@@ -273,13 +274,13 @@ class SampleOrder:
         else:
             stream, share = self.concept, 1.0 - self.effective_regularization_share
         assert stream is not None
-        # One more than the share, which the rounding of `_micro_batch` can give to either stream.
+        # One micro-batch more than the share, since the rounding in `_micro_batch` can give it to either stream.
         num_micro_batches = steps * self.grad_accumulation * self.world_size * share
         return math.ceil(num_micro_batches + 1) // stream.micro_batches_per_epoch + 1
 
 
 def make_sample_order(config: Config, items: list[TrainItem], processes: int = 1) -> SampleOrder:
-    """Return the order of `items` in a run of `processes`; all that is random in it follows from `config.seed`."""
+    """Return the order of `items` in a run of `processes` processes; its randomness depends on `config.seed` alone."""
     return SampleOrder(
         seed=config.seed,
         items=tuple(items),

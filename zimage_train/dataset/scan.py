@@ -1,4 +1,4 @@
-"""One entry of `data` to a list of image records, or to every problem in it at once."""
+"""Reading of one entry of `data` into image records, with all of its problems collected."""
 
 import hashlib
 import re
@@ -26,6 +26,7 @@ class ImageRecord:
     """One image of one data entry."""
 
     path: Path
+    """The file; `FILE:LINE` of the prompt if the image is yet to be generated."""
     digest: str
     """SHA-256 of the file, or of the prompt if the image is yet to be generated."""
     width: int
@@ -43,13 +44,13 @@ class ImageRecord:
 
     @property
     def longest_prompt(self) -> str:
-        """The longest of `prompts`, which needs the most memory."""
+        """The longest of `prompts` by characters, which stands for the most tokens and so for the most memory."""
         return max(self.prompts, key=len)
 
 
 @dataclass
 class FolderScan:
-    """The content of one data entry: its images, and what was found wrong or odd."""
+    """The content of one data entry: its images, and the errors and notes on them."""
 
     images: list[ImageRecord]
     errors: list[ZImageTrainError]
@@ -148,6 +149,7 @@ def _prompts_of(texts: tuple[str, ...], path: Path, entry: DataEntry, where: str
 
 
 def _with_valid_names(sources: list[Source], result: FolderScan) -> list[Source]:
+    """Return the sources whose path is valid text, and add an error to `result` for each of the others."""
     valid: list[Source] = []
     for source in sources:
         if is_text(str(source.path)):
@@ -197,21 +199,21 @@ def _read_images(
 
 def _note_missing_captions(sources: list[Source], entry: DataEntry, where: str, result: FolderScan) -> None:
     """Note images without a caption, unless `entry` has a default for them."""
-    without = [source.path for source in sources if not any(source.captions)]
-    if not without or entry.default_caption:
+    uncaptioned = [source.path for source in sources if not any(source.captions)]
+    if not uncaptioned or entry.default_caption:
         return
-    text = f"{len(without)} of {len(sources)} images have no caption of their own ({first_names(without)})"
+    text = f"{len(uncaptioned)} of {len(sources)} images have no caption of their own ({first_names(uncaptioned)})"
     text += f", so they are trained on {entry.trigger!r} alone" if entry.trigger else ", so they are trained on ''"
     if entry.folder and entry.caption_ext != ".txt":
         # A wrong caption_ext is a likely reason.
-        num_texts = sum(path.with_suffix(".txt").exists() for path in without)
+        num_texts = sum(path.with_suffix(".txt").exists() for path in uncaptioned)
         if num_texts:
             text += f"; {num_texts} have a .txt beside them"
     result.notes.append(Note("no-caption", f"{where}: {text}; write captions or set default_caption"))
 
 
 def _note_long_captions(result: FolderScan) -> None:
-    """Note captions that the text encoder certainly does not read to their end, without loading its tokenizer."""
+    """Note captions of certainly more than 512 tokens, counted in words so that no tokenizer has to be loaded."""
     for image in result.images:
         num_words = max(len(WORDS.findall(prompt)) for prompt in image.prompts)
         if num_words > MAX_WORDS:
@@ -233,16 +235,16 @@ def _note_duplicates(result: FolderScan) -> None:
 
 
 def _note_missing_masks(entry: DataEntry, where: str, result: FolderScan) -> None:
-    without = [image.path for image in result.images if image.mask is None]
-    if entry.mask is not None and without:
-        text = f"{len(without)} images have no mask and are trained whole ({first_names(without)})"
+    unmasked = [image.path for image in result.images if image.mask is None]
+    if entry.mask is not None and unmasked:
+        text = f"{len(unmasked)} images have no mask and are trained whole ({first_names(unmasked)})"
         result.notes.append(Note("no-mask", f"{where}: {text}"))
 
 
 def dataset_fingerprint(scans: list[list[ImageRecord]]) -> dict[str, str]:
     """Return image -> digest of its prompts, mask and repeats, for the images of each entry.
 
-    The key holds the digest of the image's content. A resumed run must find the same.
+    The key holds entry, file name and digest of the image. A run with another one is not resumed.
     """
     fingerprint: dict[str, str] = {}
     for index, records in enumerate(scans):

@@ -29,7 +29,7 @@ SURPLUS_COLUMN = "(surplus)"
 
 @dataclass(frozen=True)
 class Source:
-    """An image as a folder or a list names it, before its file is read."""
+    """An image that a folder or a table names, before its file is read."""
 
     path: Path
     captions: tuple[str, ...]
@@ -215,7 +215,11 @@ def _read_text(path: Path) -> str:
 
 
 def _rows(path: Path, text: str, errors: list[ZImageTrainError]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (line number, row) of `text`, and add rows that cannot be parsed to `errors`."""
+    """Yield (line number, row) of `text`, and add rows that cannot be parsed to `errors`.
+
+    Raises:
+        DataError: the file is neither .jsonl nor .csv, or its columns are not separated by commas.
+    """
     suffix = path.suffix.lower()
     if suffix == ".csv":
         yield from _csv_rows(path, text, errors)
@@ -279,6 +283,7 @@ def _source_of(row: dict[str, Any], path: Path, line: int, repeats: int) -> Sour
 
 
 def _no_text(location: Location, row: dict[str, Any], name: str, columns: tuple[str, ...]) -> DataError:
+    """Return the error for a row in which none of `columns` holds text for `name`."""
     message = f"has no text in {' or '.join(columns)}; its columns are {', '.join(row) or 'nothing'}"
     return DataError(Problem(location, message, f"give {name} as text", "bad-row"))
 

@@ -1,7 +1,7 @@
 """Latents and prompt embeddings on disk, under keys made of their inputs, and checked when they are read.
 
-A key is a digest of content: the bytes of the image, its size and the VAE; the prompt and the text encoder. So what is
-encoded again after a change is what depends on the changed image, caption or encoder, and nothing else.
+A key is a digest of the inputs: the bytes of the image, its size and the VAE, or the prompt and the text encoder. So
+after a change only the entries that depend on the changed image, caption or encoder are encoded again.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ from zimage_train.errors import DataError, Problem, WeightsError
 from zimage_train.io import tensorfile
 
 FORMAT = 1
-"""Raised when the way images or prompts are prepared changes, so that old entries are not found."""
+"""Incremented whenever images or prompts are prepared differently; part of every key, so old entries are not found."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class TensorCache:
 
 def latent_key(image: ImageRecord, size: Bucket, flip: bool, vae_digest: str) -> str:
     """Return the key of an image's latents: its bytes, its size, whether it is mirrored, the VAE."""
-    # Nothing where it is not, as before images could be mirrored, so that entries of that time are still found.
+    # Added for mirrored images only, so that the others keep the keys that they had before `flip` existed.
     mirrored = ("flip",) if flip else ()
     return f"latents/{_digest('latents', image.digest, size.width, size.height, vae_digest, *mirrored)}"
 
@@ -70,6 +70,7 @@ def prompt_key(prompt: str, encoder_digest: str, dtype: str) -> str:
 
 def generated_key(request: str, *parts: str) -> str:
     """Return the key of latents that the model generates: the request, and `parts` that identify method and model."""
+    # `own` is an old name of generated images. It stays, as existing entries would not be found under another.
     return f"own/{_digest('own', request, *parts)}"
 
 
@@ -110,13 +111,13 @@ class CachedDataset:
             return None
         key = (image.digest, image.mask.digest, item.size, item.flip)
         if key not in self._masks:
-            # Kept as bytes, which is a quarter of the memory. Masks have 8 bits before they are scaled.
+            # Kept as bytes, a quarter of the memory of fp32 and without loss: the values are whole numbers over 255.
             mask = masks.mask_on_latents(image.mask, item.size, item.flip, image.digest)
             self._masks[key] = (torch.from_numpy(mask) * 255.0).round().to(torch.uint8)
         return self._masks[key].unsqueeze(0).float() / 255.0
 
     def _read(self, key: str, source: str) -> Tensor:
-        """Return the tensor under `key`, which was cached when the run began.
+        """Return the tensor under `key`, which was cached when the run began; `source` is named in the error.
 
         Raises:
             DataError: it is gone or damaged.

@@ -28,8 +28,7 @@ TEMPORARY = re.compile(r"\..*\.([0-9a-f]{8})-(\d+)\.tmp")
 def replace_atomically(path: Path) -> Iterator[IO[bytes]]:
     """Yield a file to write; it replaces `path` by one rename at the end of the block.
 
-    A reader sees the old file or the new one, and so does whoever comes after a crash. If the block fails, the old file
-    stays.
+    At any time, and after a crash, `path` is the old file or the whole new one. If the block fails, the old file stays.
 
     Raises:
         DiskError: the disk is full, read-only or failing; the old file is still there.
@@ -53,7 +52,7 @@ def replace_atomically(path: Path) -> Iterator[IO[bytes]]:
 
 
 def temporary_path(path: Path) -> Path:
-    """Return the path beside `path` under which this process writes it."""
+    """Return the temporary path, in the folder of `path`, at which this process writes the content of `path`."""
     return path.with_name(f".{path.name}.{_this_process()}.tmp")
 
 
@@ -156,6 +155,8 @@ def remove_stale_temp_files(folder: Path) -> None:
 
 def _is_abandoned(path: Path, host: str, process_id: int) -> bool:
     if host == _host():
+        # A file with the id of this process is from an earlier one that had the same id, as happens in containers: at
+        # the time of the call, this process writes nothing to the folder.
         return process_id == os.getpid() or not operating_system.is_process_alive(process_id)
     with contextlib.suppress(OSError):
         return time.time() - path.stat().st_mtime > ABANDONED_SECONDS
@@ -219,7 +220,7 @@ def _move_error(path: Path, verb: str, error: OSError) -> DiskError:
 
 
 def _reason(error: OSError, hint: str, code: str) -> tuple[str, str, str]:
-    """Return reason, hint and code of a failure; `hint` and `code` are those of one that is not recognised."""
+    """Return reason, hint and code of a failure; `hint` and `code` apply unless another program has the file open."""
     if operating_system.is_open_elsewhere(error):
         return "another program has it open, or it is read-only", "close that program", "open-elsewhere"
     return error.strerror or str(error), hint, code

@@ -1,4 +1,4 @@
-"""Digests of files by content: the identity of a model or adapter, independent of its path and name."""
+"""Digests of files by content: the identity of a model or adapter, independent of the folder that it is in."""
 
 import contextlib
 import hashlib
@@ -13,7 +13,7 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 class DigestCache:
-    """Digests of files by content, stored by path, size and time of change, so that 12 GB are read only once."""
+    """Digests of files, remembered under path, size and times of change, so that 12 GB are read only once."""
 
     def __init__(self, path: Path | None) -> None:
         """Load the digests stored at `path`; None stores none."""

@@ -7,8 +7,8 @@ are added to it here:
 * `run.holder` names the holder. filelock does not record it, and on Windows the beginning of a locked file cannot be
   read by another process, so the name is in a file of its own.
 * The lease, for volumes without locks, as some network volumes are. filelock's soft lock is never taken over from a
-  dead process of another host, and its own lease only after a wait of the full time; here a run is refused, or begins,
-  at once.
+  dead process of another host, and filelock's own lease only after waiting for its full duration. The lease here is
+  valid or not when a run begins, so the run begins or is refused without waiting.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ from zimage_train.io import atomic
 from zimage_train.io.operating_system import is_process_alive
 
 LEASE_SECONDS = 120
-"""How long a lease holds after it was last touched."""
+"""Validity of a lease after it was last touched."""
 
 
 @contextlib.contextmanager
@@ -113,7 +113,7 @@ def _is_held(lease: Path) -> bool:
 
 @contextlib.contextmanager
 def _touched(lease: Path) -> Iterator[None]:
-    """Touch `lease` from a thread, four times as often as it must be, until the block ends."""
+    """Touch `lease` from a thread until the block ends, four times in each `LEASE_SECONDS`."""
     done = threading.Event()
 
     def touch() -> None:

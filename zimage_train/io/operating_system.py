@@ -35,7 +35,8 @@ def is_windows() -> bool:
 
 
 def is_process_alive(process_id: int) -> bool:
-    """Return whether a process of this machine is alive. Not by signal 0, which would end it on Windows."""
+    """Return whether a process of this machine is alive."""
+    # Not `os.kill` with signal 0, which would end the process on Windows.
     return psutil.pid_exists(process_id)
 
 

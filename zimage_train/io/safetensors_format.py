@@ -138,7 +138,7 @@ def _pickle_hint(folder: Path) -> str:
 
 
 def _describe_content(start: bytes, size: int) -> str:
-    """Return what a file is that is not safetensors, judging by its first bytes."""
+    """Return what a file that is not safetensors seems to be, by its first bytes, for a message."""
     text = start.lstrip().lower()
     if size == 0:
         return "is empty"
@@ -171,7 +171,7 @@ def write_safetensors_of(
     data_of: Callable[[str], bytes | memoryview],
     metadata: Mapping[str, str],
 ) -> None:
-    """As `write_safetensors`, with one tensor in memory at a time.
+    """Do as `write_safetensors`, with one tensor in memory at a time.
 
     Args:
         infos: dtype and shape of each tensor.

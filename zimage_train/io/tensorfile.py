@@ -27,7 +27,7 @@ STORED_DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-"""Safetensors' name of a dtype -> the dtype, for those that are written here."""
+"""Safetensors' name of a dtype -> the dtype of torch, for those that are written here."""
 DTYPE_NAMES = {dtype: name for name, dtype in STORED_DTYPES.items()}
 TORCH_DTYPES = {precision: STORED_DTYPES[name] for precision, name in PRECISIONS.items()}
 """The dtypes that a config can name: `bf16` and `fp32`."""
@@ -46,7 +46,7 @@ def save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str])
 
 
 def save_with_digest(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """As `save`, with a digest by which `load_with_digest` detects any changed bit.
+    """Do as `save`, and add a digest by which `load_with_digest` detects any changed bit.
 
     Raises:
         DiskError: as `save`.
@@ -56,10 +56,10 @@ def save_with_digest(path: Path, tensors: Mapping[str, Tensor], metadata: Mappin
 
 
 def load_with_digest(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return the tensors and metadata of a file that `save_with_digest` wrote, and compare them with their digest.
+    """Return the tensors and metadata of a file that `save_with_digest` wrote, after comparing them with their digest.
 
     Raises:
-        WeightsError: missing, damaged, or without a digest.
+        WeightsError: the file is missing, damaged, or without a digest.
     """
     tensors, metadata = load(path)
     stored_digest = metadata.pop(DIGEST, None)
