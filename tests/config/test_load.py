@@ -514,6 +514,48 @@ def test_effective_config_reads_back(tmp_path_factory, values: dict[str, Any]):
     assert dump_config(read_config(write(tmp_path_factory.getbasetemp(), text))) == text
 
 
+@pytest.mark.parametrize(
+    ("text", "absolute"),
+    [
+        (
+            """
+            name: a
+            model: {adapter: v2}
+            data: [{folder: photos, mask: alpha}, {folder: photos, mask: masks}, {metadata: list.jsonl}]
+            lora: {init_from: distillpatch}
+            sample: {every: 1, compare_on: base, extra_loras: [{file: distillpatch}, {file: org/repo/a.safetensors}]}
+            """,
+            {
+                "data.0.folder": "photos",
+                "data.1.folder": "photos",
+                "data.1.mask": "masks",
+                "data.2.metadata": "list.jsonl",
+            },
+        ),
+        (
+            """
+            name: a
+            model: {adapter: null}
+            data: [{prompts: prompts.txt}]
+            train: {method: de_distill}
+            """,
+            {"data.0.prompts": "prompts.txt"},
+        ),
+    ],
+    ids=["short names", "prompts"],
+)
+def test_paths_are_made_absolute(tmp_path: Path, monkeypatch, text: str, absolute: dict[str, str]):
+    """Paths become absolute; short names that are looked up first stay, even beside files of the same names."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("v2", "alpha", "base", "distillpatch", "prompts.txt", "photos", "masks", "list.jsonl"):
+        (tmp_path / name).mkdir()
+    config, problems = load.validate_config(yaml.safe_load(text), load.dotted_key)
+    assert config is not None, problems
+    resolved = flatten_keys(load.resolve_paths(config).model_dump())
+    found = {key: value for key, value in resolved.items() if str(value).startswith(str(tmp_path))}
+    assert found == {key: str(tmp_path / path) for key, path in (absolute | {"output_dir": "runs"}).items()}
+
+
 @settings(quick, max_examples=300)
 @given(st.floats(allow_nan=False, allow_infinity=False) | st.integers() | texts | st.booleans() | st.none())
 def test_yaml_values_read_back(value: Any):

@@ -59,3 +59,10 @@ def test_allow_is_offered_where_possible():
             FOLDER, {"settings": {"lora.rank": 1}, "inputs": {}}, {"settings": {"lora.rank": 2}, "inputs": {}}
         )
     assert "--allow" not in str(caught.value)
+
+
+def test_paths_are_compared_by_content():
+    """A path may be written in another way, even if an earlier checkpoint holds it as a setting."""
+    old = {"settings": {"data.0.prompts": "a.txt", "lora.rank": 4}, "inputs": {}}
+    now = {"settings": {"lora.rank": 4}, "inputs": {}}
+    assert run_dir.require_same(FOLDER, old, now) == []

@@ -6,6 +6,9 @@ from pydantic import Field, field_validator, model_validator
 
 from zimage_train.config.types import ConflictError, Resolutions, Section, SettingError
 
+ALPHA = "alpha"
+"""Value of `mask` for the transparency of the images."""
+
 
 class DataEntry(Section):
     folder: str | None = Field(default=None, min_length=1)

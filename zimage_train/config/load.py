@@ -1,17 +1,19 @@
 """Reading of a config file and `--set key=value` into a `Config`; all problems are reported at once, with lines."""
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from zimage_train.config import strict_yaml, validation_errors
+from zimage_train.config.dataset import ALPHA
 from zimage_train.config.foreign import FOREIGN_FORMATS, ConfigWithNotes
 from zimage_train.config.key_names import dotted_key
 from zimage_train.config.schema import Config
 from zimage_train.config.strict_yaml import KeyPath, YamlDocument, YamlError
 from zimage_train.config.validation_errors import LocateKey
+from zimage_train.config.variants import ADAPTERS, NAMED_LORAS, VARIANTS
 from zimage_train.errors import Argument, ConfigError, Location, Problem
 from zimage_train.io.operating_system import user_cache_folder
 
@@ -91,19 +93,28 @@ def dump_config(config: Config) -> str:
 def resolve_paths(config: Config) -> Config:
     """Return `config` with absolute paths, so that it is valid in any working directory; hub ids are kept.
 
-    A value that may be a path or a hub id is a path if there is a file or folder of that name.
+    A value that may be a path or a hub id is a path if there is a file or folder of that name. A short name, such as
+    `v2` for an adapter, stays even then, since it is looked up first.
     """
 
-    def absolute(path: str | None) -> str | None:
-        return str(Path(path).absolute()) if path is not None and Path(path).exists() else path
+    def absolute(value: str | None, short_names: Container[str] = ()) -> str | None:
+        if value is None or value in short_names or not Path(value).exists():
+            return value
+        return str(Path(value).absolute())
 
     model, cache, sample = config.model, config.cache, config.sample
-    paths = {"path": absolute(model.path), "extras": absolute(model.extras), "adapter": absolute(model.adapter)}
+    paths = {
+        "path": absolute(model.path),
+        "extras": absolute(model.extras),
+        "adapter": absolute(model.adapter, ADAPTERS),
+    }
     data = []
     for entry in config.data:
-        sources = {name: absolute(getattr(entry, name)) for name in ("folder", "metadata", "mask")}
-        data.append(entry.model_copy(update=sources))
-    extra_loras = [lora.model_copy(update={"file": absolute(lora.file)}) for lora in sample.extra_loras]
+        sources = {name: absolute(getattr(entry, name)) for name in ("folder", "metadata", "prompts")}
+        data.append(entry.model_copy(update=sources | {"mask": absolute(entry.mask, (ALPHA,))}))
+    extra_loras = []
+    for lora in sample.extra_loras:
+        extra_loras.append(lora.model_copy(update={"file": absolute(lora.file, NAMED_LORAS)}))
     validation = config.validation.model_copy(update={"folder": absolute(config.validation.folder)})
     # These two are made absolute even if they do not exist yet, since they are never hub ids.
     cache_folder = None if cache.folder is None else str(Path(cache.folder).absolute())
@@ -113,10 +124,12 @@ def resolve_paths(config: Config) -> Config:
             "output_dir": output_dir,
             "model": model.model_copy(update=paths),
             "data": data,
-            "lora": config.lora.model_copy(update={"init_from": absolute(config.lora.init_from)}),
+            "lora": config.lora.model_copy(update={"init_from": absolute(config.lora.init_from, NAMED_LORAS)}),
             "cache": cache.model_copy(update={"folder": cache_folder}),
             "validation": validation,
-            "sample": sample.model_copy(update={"compare_on": absolute(sample.compare_on), "extra_loras": extra_loras}),
+            "sample": sample.model_copy(
+                update={"compare_on": absolute(sample.compare_on, VARIANTS), "extra_loras": extra_loras}
+            ),
         }
     )
 

@@ -9,14 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from zimage_train.config.dataset import DataEntry
+from zimage_train.config.dataset import ALPHA, DataEntry
 from zimage_train.dataset import images
 from zimage_train.dataset.buckets import Bucket
 from zimage_train.dataset.images import ImageIndex, ImageInfo
 from zimage_train.errors import DataError, Location, Problem, ZImageTrainError
 from zimage_train.io.progress import Progress
 
-ALPHA = "alpha"
 MAX_ASPECT_DIFFERENCE = 1.02
 """Largest ratio of the aspects of a mask and its image; it allows for rounding, where one of them was scaled."""
 DARKEST_MASK = 2

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from zimage_train.config.dataset import DataEntry
-from zimage_train.dataset import captions, images, masks
+from zimage_train.config.dataset import ALPHA, DataEntry
+from zimage_train.dataset import captions, images
 from zimage_train.errors import DataError, Location, Note, Problem, ZImageTrainError, collect_errors
 
 KOHYA_FOLDER = re.compile(r"(\d{1,6})_(.+)")
@@ -86,7 +86,7 @@ def _walk(root: Path, entry: DataEntry, errors: list[ZImageTrainError], notes: l
     Hidden files and folders, linked folders (which may lead in circles), folders that begin with `_`, and the folder of
     the masks are left out.
     """
-    mask_folder = None if entry.mask in (None, masks.ALPHA) else Path(entry.mask).absolute()
+    mask_folder = None if entry.mask in (None, ALPHA) else Path(entry.mask).absolute()
 
     def report(error: OSError) -> None:
         message = f"cannot be read ({error.strerror})"

@@ -33,7 +33,7 @@ ALLOWABLE = ("optimizer.lr", "schedule", "train.max_grad_norm", "timesteps", "gu
 """Settings and sections that may change on resume if `--allow` names them: each step reads them anew."""
 BY_DIGEST = (
     *("model.path", "model.extras", "model.adapter", "lora.init_from"),
-    *("data.*.folder", "data.*.metadata", "data.*.mask"),
+    *("data.*.folder", "data.*.metadata", "data.*.prompts", "data.*.mask"),
 )
 """Settings that are paths; on resume the content of the files is compared instead."""
 
@@ -189,7 +189,11 @@ def require_same(
     """
     changed = _changed_settings(before["settings"], now["settings"]) | _changed_inputs(before["inputs"], now["inputs"])
     problems = {key: Problem(Location(key=key), what, code="changed-on-resume") for key, what in changed.items()}
-    refused = [key for key in problems if not any(_covers(name, key) for name in allow)]
+    allowed = tuple(allow)
+    refused = []
+    for key in problems:
+        if not any(_covers(name, key) for name in allowed):
+            refused.append(key)
     if refused:
         todo = "undo the change, choose another name, or begin again with --fresh (which moves the old run aside)"
         allowable = [_allowable(key) for key in refused]
@@ -201,7 +205,9 @@ def require_same(
 
 
 def _changed_settings(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, str]:
-    keys = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+    # A checkpoint of an earlier start may hold settings that are compared by content since.
+    compared = [key for key in sorted(old.keys() | new.keys()) if not _is_free(key)]
+    keys = [key for key in compared if old.get(key) != new.get(key)]
     return {key: f"- {_shown(old, key)}  + {_shown(new, key)}" for key in keys}
 
 
