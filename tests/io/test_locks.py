@@ -84,6 +84,7 @@ def test_lease_without_flock(tmp_path: Path, no_flock: None):
     assert not locks.has_system_locks(tmp_path)
     assert is_free("")
     assert is_free(f"process {dead.pid} on {here}")
+    assert is_free(f"process {os.getpid()} on {here}"), "an earlier process with the same id, as in containers"
     assert not is_free(f"process {alive.pid} on {here}")
     assert not is_free(f"process {alive.pid} on {here}", age=10_000)
     assert alive.poll() is None, "asking whether a process lives does not end it"

@@ -27,6 +27,8 @@ from zimage_train.io.operating_system import is_process_alive
 
 LEASE_SECONDS = 120
 """Validity of a lease after it was last touched."""
+_held_here: set[Path] = set()
+"""Leases that this process holds."""
 
 
 @contextlib.contextmanager
@@ -45,10 +47,12 @@ def lock_folder(folder: Path) -> Iterator[None]:
         if not is_locked and _is_held(lease):
             raise _in_use(folder)
         atomic.write_text(lease, f"process {os.getpid()} on {socket.gethostname()}")
+        _held_here.add(lease.absolute())
         try:
             with contextlib.nullcontext() if is_locked else _touched(lease):
                 yield
         finally:
+            _held_here.discard(lease.absolute())
             atomic.remove(lease)
 
 
@@ -107,6 +111,9 @@ def _is_held(lease: Path) -> bool:
     if len(words) != 4 or not words[1].isdecimal():
         return False
     if words[3] == socket.gethostname():
+        if int(words[1]) == os.getpid():
+            # Otherwise an earlier process had this id: in a container that starts again, ids repeat.
+            return lease.absolute() in _held_here
         return is_process_alive(int(words[1]))
     return age <= LEASE_SECONDS
 
