@@ -253,7 +253,7 @@ def _fill(
         if cache.read(key) is None:
             missing.append(key)
         progress(f"checking cached {what}", number, len(sizes))
-    num_damaged = sum(cache.has_file(key) for key in missing)
+    damaged = {key for key in missing if cache.has_file(key)}
     # Checked for all entries before the first is encoded: better to learn of a full disk now than after an hour.
     atomic.require_free_space(cache.folder, sum(sizes[key] for key in missing), f"cached {what}")
 
@@ -274,8 +274,8 @@ def _fill(
     # Read again: the entries of the other processes are in this cache now, unless they write to another disk.
     left_missing = [key for key in missing if key not in own_keys and cache.read(key) is None]
     encode_and_write(left_missing)
-    num_encoded = len(own_missing) + len(left_missing)
-    return CacheStats(len(sizes) - num_encoded, num_encoded, num_damaged)
+    encoded = [*own_missing, *left_missing]
+    return CacheStats(len(sizes) - len(encoded), len(encoded), len(damaged.intersection(encoded)))
 
 
 def _free() -> None:
