@@ -1,6 +1,7 @@
 """The `compare` command for runs: compare their previews by prompt, at equal steps (torch-free)."""
 
 import json
+import operator
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -224,7 +225,8 @@ def _row_axes(columns: str, images: Sequence[ComparisonImage], settings: Sequenc
     else:
         run_axes = [RUN]
     rows = [axis for axis in (PROMPT, *run_axes, MODEL) if axis in images[0].values and axis != columns]
-    cells = {tuple(image.values[axis] for axis in (STEP, columns, *rows)) for image in images}
+    axes = (STEP, columns, *rows)
+    cells = {operator.itemgetter(*axes)(image.values) for image in images}
     if len(cells) < len(images):  # some runs have the same settings
         rows.append(RUN)
     return rows
@@ -267,7 +269,9 @@ def differing_settings(configs: Sequence[Mapping[str, Any]]) -> dict[str, list[s
         keys |= dict.fromkeys(key for key in config if not key.startswith(NOT_COMPARED))
     settings = {}
     for key in keys:
-        values = [_as_text(config[key]) if key in config else "(absent)" for config in configs]
+        values = []
+        for config in configs:
+            values.append(_as_text(config[key]) if key in config else "(absent)")
         if len(set(values)) > 1:
             settings[key] = values
     return settings

@@ -239,7 +239,9 @@ def _draw(
 
 
 def _compare_images(spec: GridSpec, drawn: Sequence[DrawnImage], columns: str) -> Comparison:
-    stems = [path.with_suffix("") if path.suffix == ".safetensors" else path for path in spec.loras]
+    stems = []
+    for path in spec.loras:  # a hub id has no suffix to remove
+        stems.append(path.with_suffix("") if path.suffix == ".safetensors" else path)
     names = dict(zip(spec.loras, comparison.short_names(stems), strict=True))
     images: list[ComparisonImage] = []
     for image in drawn:

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable
+from itertools import chain
 
 BLOCK_GROUPS: dict[str, dict[str, str]] = {
     "attention": {
@@ -14,13 +15,16 @@ BLOCK_GROUPS: dict[str, dict[str, str]] = {
     "adaln": {"adaLN": "adaLN_modulation.0"},
 }
 """Group -> component -> the name of its module in a block."""
-COMPONENTS = tuple(component for modules in BLOCK_GROUPS.values() for component in modules)
-BLOCK_MODULES = tuple(name for modules in BLOCK_GROUPS.values() for name in modules.values())
+_MODULES_BY_COMPONENT = dict(chain.from_iterable(modules.items() for modules in BLOCK_GROUPS.values()))
+COMPONENTS = tuple(_MODULES_BY_COMPONENT)
+BLOCK_MODULES = tuple(_MODULES_BY_COMPONENT.values())
 
 
 def _pattern(blocks: str, groups: Iterable[str]) -> re.Pattern[str]:
     """Return the pattern of the modules of `groups` in every block whose list is called `blocks`."""
-    names = [re.escape(name) for group in groups for name in BLOCK_GROUPS[group].values()]
+    names: list[str] = []
+    for group in groups:
+        names += map(re.escape, BLOCK_GROUPS[group].values())
     return re.compile(rf"(?:{blocks})\.\d+\.(?:{'|'.join(names)})")
 
 

@@ -86,7 +86,7 @@ def clean_answer(answer: str, style: str, is_whole: bool, trigger: str | None) -
     if style == "tags":
         text = text.replace("\n", ", ")
     # U+FFFD is half of a character, where the answer was cut off between its tokens.
-    text = "".join(char if char.isprintable() else " " for char in text if char != "\ufffd")
+    text = "".join(char if char.isprintable() else " " for char in text.replace("\ufffd", ""))
     text = " ".join(re.sub(r"[*#`]+", "", text).split()).strip("\"“”' ")
     text = _INTRODUCTION.sub("", text).strip("\"“”' ")
     text = _clean_tags(text, is_whole) if style == "tags" else _clean_sentences(text, is_whole)

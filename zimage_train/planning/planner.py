@@ -76,7 +76,9 @@ class MemoryPlan:
 
     def facts(self) -> dict[str, Any]:
         """Return the entries of the plan in run.json."""
-        recomputes = {mode: "all" if tokens == NO_LIMIT else tokens for mode, tokens in self.limits.items()}
+        recomputes: dict[str, int | str] = {}
+        for mode, max_tokens in self.limits.items():
+            recomputes[mode] = "all" if max_tokens == NO_LIMIT else max_tokens
         return {
             "kind": self.placement.quantization,
             "streamed": self.placement.streamed,

@@ -107,10 +107,13 @@ def _read_images(
         notes += scan.notes
     held_out = _read_validation_images(config, scans, index, progress, errors, notes)
     index.save()
-    images = [scan.images for scan in scans]
-    if config.method.generates_data:
-        # The model draws one image for each record, for its first prompt.
-        images = [[replace(image, prompts=image.prompts[:1]) for image in records] for records in images]
+    images: list[list[ImageRecord]] = []
+    for scan in scans:
+        records = scan.images
+        if config.method.generates_data:
+            # The model draws a single image for each record, for its first prompt.
+            records = [replace(image, prompts=image.prompts[:1]) for image in records]
+        images.append(records)
     return images, held_out
 
 
@@ -141,7 +144,9 @@ def _read_validation_images(
     with collect_errors(errors):
         items = make_items(config.model_copy(update={"data": [entry]}), [scan.images])
     # Compared by content: the same image may have another name there.
-    trained_digests = {image.digest for trained in scans for image in trained.images}
+    trained_digests: set[str] = set()
+    for trained in scans:
+        trained_digests.update(image.digest for image in trained.images)
     also_trained = [image.path.name for image in scan.images if image.digest in trained_digests]
     if also_trained:
         text = f"validation.folder: {len(also_trained)} of its images are trained on too ({also_trained[0]})"

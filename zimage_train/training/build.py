@@ -99,9 +99,9 @@ def build_state(context: RunContext, plan: MemoryPlan, checkpoint: Checkpoint | 
         facts["plan"] = plan.facts() | {"words": plan_text}
         facts["starts"] = [*run_dir.earlier_starts(context.folder), start_step]
         run_dir.write_facts(context.folder, facts)
-    preview_prompts = {
-        prompt for previews in context.preview_sets for prompt in request.prompts_to_encode(previews.requests)
-    }
+    preview_prompts: set[str] = set()
+    for previews in context.preview_sets:
+        preview_prompts.update(request.prompts_to_encode(previews.requests))
     return TrainState(
         config=config,
         folder=context.folder,

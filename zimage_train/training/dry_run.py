@@ -10,6 +10,7 @@ import contextlib
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -157,7 +158,8 @@ def _full_batches(state: TrainState) -> list[tuple[Sample, ...]]:
 def _sequence_tokens(state: TrainState, samples: tuple[Sample, ...]) -> int:
     """Return the tokens of images and captions of a batch, with each caption padded to the longest."""
     size = samples[0].item.size
-    prompts = {prompt for sample in samples for prompt in (sample.prompt, sample.preserve_prompt) if prompt is not None}
+    prompts = {sample.prompt for sample in samples}
+    prompts.update(sample.preserve_prompt for sample in samples if sample.preserve_prompt is not None)
     caption = max(padded_tokens(state.dataset.embeds(prompt).shape[0]) for prompt in prompts)
     return len(samples) * (image_tokens(size.width, size.height) + caption)
 
@@ -189,7 +191,7 @@ def _try_preview(state: TrainState) -> None:
     """Sample one step of the largest preview and decode it, unless previews are drawn before step 1 anyway."""
     if not _has_previews_to_try(state):
         return
-    requests = [request for previews in state.preview_sets for request in previews.requests]
+    requests = chain.from_iterable(previews.requests for previews in state.preview_sets)
     largest = max(requests, key=_preview_size)
     with state.with_preview_loras(state.lora.factors()):
         render_images(

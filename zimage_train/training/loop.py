@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from typing import Any
 
 import torch
@@ -120,9 +121,11 @@ def step_record(
     record["grad_norm"] = norm if math.isfinite(norm) else None
     if not is_finite:
         record["not_finite"] = f"loss {sum(loss_values.values()):g}, gradient norm {norm:g}"
-    samples = [sample for batch in batches for sample in batch.samples]
-    record["sigma"] = [sigma for batch in batches for sigma in batch.sigma.tolist()]
-    record["samples"] = [f"{sample.item.image.path.name}@{sample.item.resolution}" for sample in samples]
+    record["sigma"], record["samples"] = [], []
+    for batch in batches:
+        record["sigma"] += batch.sigma.tolist()
+        for sample in batch.samples:
+            record["samples"].append(f"{sample.item.image.path.name}@{sample.item.resolution}")
     return record
 
 
@@ -139,7 +142,8 @@ def log_step(state: TrainState, record: dict[str, Any], batches: list[Batch], me
             f"{', '.join(f'{sigma:.3f}' for sigma in record['sigma'])}"
         )
         return
-    resolutions = tuple(sorted(sample.item.resolution for batch in batches for sample in batch.samples))
+    samples = chain.from_iterable(batch.samples for batch in batches)
+    resolutions = tuple(sorted(sample.item.resolution for sample in samples))
     if warning := state.slow_steps.update(resolutions, record["seconds"], *reserved_bytes(state.world.device)):
         state.console.warning(f"step {step}: {warning}")
     note = f"loss {loss:.4f}  lr {record['lr']:.2e}  {record['seconds']:.2f} s/step  {record['gb']:.1f} GB"

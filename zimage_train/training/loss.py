@@ -35,12 +35,14 @@ class BatchExtras:
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "BatchExtras":
         """Return the extras on `device`, with embeddings in `dtype`."""
-        preserve = self.preserve_embeds
+        preserve_embeds = self.preserve_embeds
+        if preserve_embeds is not None:
+            preserve_embeds = [embeds.to(device, dtype) for embeds in preserve_embeds]
         return BatchExtras(
             mask=_moved(self.mask, device),
             outside=_moved(self.outside, device),
             to_prior=_moved(self.to_prior, device),
-            preserve_embeds=None if preserve is None else [embeds.to(device, dtype) for embeds in preserve],
+            preserve_embeds=preserve_embeds,
             empty_embeds=None if self.empty_embeds is None else self.empty_embeds.to(device, dtype),
         )
 

@@ -207,7 +207,9 @@ def _suggest_key(name: str, tree: KeyTree) -> str:
     """Return the hint for an unknown key of a section: the key that is probably meant, if there is one."""
     siblings = [sibling.removesuffix("[]") for sibling in tree]
     meant = TYPOS.get(name, name)
-    suggestions = [meant] if meant in siblings else [key for key in KEYS if key.split(".")[-1] == meant][:2]
+    suggestions = [meant]
+    if meant not in siblings:
+        suggestions = [key for key in KEYS if key.split(".")[-1] == meant][:2]  # of other sections
     if not suggestions:
         suggestions = difflib.get_close_matches(name, siblings, n=1, cutoff=0.6)
     if not suggestions:

@@ -201,8 +201,7 @@ def targets_pattern(layers_by_module: dict[str, tuple[int, ...]]) -> str:
             modules_by_layers.setdefault(layers, []).append(re.escape(module))
     alternatives: list[str] = []
     for layers, modules in modules_by_layers.items():
-        is_every_layer = len(layers) == NUM_LAYERS
-        number = r"\d+" if is_every_layer else _any_of([str(layer) for layer in layers])
+        number = r"\d+" if len(layers) == NUM_LAYERS else _any_of(list(map(str, layers)))
         alternatives.append(rf"layers\.{number}\.{_any_of(modules)}")
     return "|".join(alternatives)
 
