@@ -4,7 +4,7 @@ import re
 import sys
 from collections.abc import Collection
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -15,6 +15,9 @@ from zimage_train.errors import ConfigError, Problem
 from zimage_train.io import atomic
 from zimage_train.planning.gpus import GPU_SPECS
 from zimage_train.report.printing import JSON_OUTPUT, print_lines, print_notes
+
+if TYPE_CHECKING:  # the command line loads the commands only when they run
+    from zimage_train.commands.init import Answers, FolderSummary
 
 start_commands = typer.Typer(rich_markup_mode=None)
 
@@ -55,12 +58,8 @@ def init(
 ) -> None:
     """Inspect a folder of images, and write a config for it that gives the reason for each setting."""
     from zimage_train.commands.init import (
-        Answers,
         advise_for,
-        answer_error,
         describe_folder,
-        likely_trigger,
-        local_gpu,
         name_of,
         require_place,
         summarize_folder,
@@ -69,6 +68,37 @@ def init(
     )
     from zimage_train.planning import gpus
     from zimage_train.report.console import Console
+
+    _require_init_options(kind, variant, trigger, gpu, name, miniature)
+    if gpu is not None:
+        gpus.get_gpu(gpu)  # refuses an unknown GPU before any question is asked
+    run_name = name or name_of(folder, output)
+    path = output or Path(f"{run_name}.yaml")
+    require_place(path, force)
+
+    console = Console.progress_only()
+    with console.live_progress():
+        summary = summarize_folder(folder, console.progress)
+    print_lines([*describe_folder(summary), ""])
+
+    is_interactive = not yes and not JSON_OUTPUT.get() and sys.stdin is not None and sys.stdin.isatty()
+    answers = _complete_answers(summary, kind, variant, trigger, gpu, miniature, is_interactive)
+    values = template_values_for(summary, answers, run_name, miniature)
+    lines = advise_for(summary, answers.kind, miniature)
+    if not is_interactive:
+        lines.append(f"trigger: {answers.trigger}")
+    print_lines([*lines, *write_config_file(path, values, answers, summary.problems)])
+
+
+def _require_init_options(
+    kind: str | None, variant: str | None, trigger: str | None, gpu: str | None, name: str | None, miniature: bool
+) -> None:
+    """Require that the options of `init` are valid and go together.
+
+    Raises:
+        ConfigError: lists every option that is not.
+    """
+    from zimage_train.commands.init import answer_error
 
     problems = _choice_problems(("--kind", kind, SUBJECT_KINDS), ("--variant", variant, MODEL_TEMPLATES))
     if miniature and variant is not None:
@@ -82,18 +112,20 @@ def init(
             problems.append(Problem(option, error, code="bad-argument"))
     if problems:
         raise ConfigError(*problems)
-    if gpu is not None:
-        gpus.get_gpu(gpu)  # refuses an unknown GPU before any question is asked
-    run_name = name or name_of(folder, output)
-    path = output or Path(f"{run_name}.yaml")
-    require_place(path, force)
 
-    console = Console.progress_only()
-    with console.live_progress():
-        summary = summarize_folder(folder, console.progress)
-    print_lines([*describe_folder(summary), ""])
 
-    is_interactive = not yes and not JSON_OUTPUT.get() and sys.stdin is not None and sys.stdin.isatty()
+def _complete_answers(
+    summary: "FolderSummary",
+    kind: str | None,
+    variant: str | None,
+    trigger: str | None,
+    gpu: str | None,
+    miniature: bool,
+    is_interactive: bool,
+) -> "Answers":
+    """Return the options of `init`; ask for those that are missing, or take their defaults without a terminal."""
+    from zimage_train.commands.init import Answers, likely_trigger, local_gpu
+
     if kind is None:
         kind = _ask_choice("What do the images show?", list(SUBJECT_KINDS)) if is_interactive else "character"
     if variant is None:
@@ -104,13 +136,7 @@ def init(
         trigger = _ask_trigger(default) if is_interactive else default
     if is_interactive and not miniature and gpu is None and local_gpu() is None:
         gpu = _ask_choice("Which GPU?", ["4090", *(known for known in GPU_SPECS if known != "4090")])
-
-    answers = Answers(kind, variant, trigger, gpu)
-    values = template_values_for(summary, answers, run_name, miniature)
-    lines = advise_for(summary, kind, miniature)
-    if not is_interactive:
-        lines.append(f"trigger: {trigger}")
-    print_lines([*lines, *write_config_file(path, values, answers, summary.problems)])
+    return Answers(kind, variant, trigger, gpu)
 
 
 @start_commands.command()

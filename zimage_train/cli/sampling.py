@@ -97,16 +97,7 @@ def sample(
     image of diffusers' pipeline, with the same settings; on a CPU bit for bit.
     """
     problems = _size_problems(width, height)
-    has_prompts = bool(prompt or prompts)
-    if has_prompts and from_:
-        what = "cannot be combined with --from, whose images have prompts"
-        problems.append(Problem("--prompt", what, "give either prompts or --from", "conflicting-arguments"))
-    elif not has_prompts and not from_:
-        hint = "say what to draw, or give images to draw again with --from"
-        problems.append(Problem("--prompt", "is missing", hint, "missing-argument"))
-    if from_ and count > 1:
-        what = "cannot be combined with --from, which draws each image once"
-        problems.append(Problem("--count", what, "leave out --count", "conflicting-arguments"))
+    problems += _prompt_source_problems(has_prompts=bool(prompt or prompts), has_images=bool(from_), count=count)
     settings = _parse_models([model], "MODEL", variant, extras, dtype, problems)[0]
     from zimage_train.commands import lora_args
     from zimage_train.commands.sample import (
@@ -269,6 +260,21 @@ def _prompt_specs(prompts: list[str] | None, file: Path | None) -> list[PromptSp
     """Return the prompts of `--prompt` and of the file of `--prompts`."""
     specs = [PromptSpec(prompt) for prompt in prompts or []]
     return specs + read_prompt_file(file) if file else specs
+
+
+def _prompt_source_problems(has_prompts: bool, has_images: bool, count: int) -> list[Problem]:
+    """Return the problems of the prompts and the images (`--from`) that say what `sample` draws."""
+    problems: list[Problem] = []
+    if has_prompts and has_images:
+        what = "cannot be combined with --from, whose images have prompts"
+        problems.append(Problem("--prompt", what, "give either prompts or --from", "conflicting-arguments"))
+    elif not has_prompts and not has_images:
+        hint = "say what to draw, or give images to draw again with --from"
+        problems.append(Problem("--prompt", "is missing", hint, "missing-argument"))
+    if has_images and count > 1:
+        what = "cannot be combined with --from, which draws each image once"
+        problems.append(Problem("--count", what, "leave out --count", "conflicting-arguments"))
+    return problems
 
 
 def _size_problems(width: int | None, height: int | None) -> list[Problem]:
