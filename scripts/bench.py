@@ -59,7 +59,7 @@ CAPTION = "a photo of zchar in a sunlit garden, half body, warm light, shallow d
 
 
 def workload_of(shape: TransformerShape, side: int, dtype: str, gpu: bool) -> Workload:
-    """Return the workload of one image of `side` px a step, with a preview of that size."""
+    """Return the workload of an image of `side` px a step, with a preview of that size."""
     modules = targets.select_modules(["attention", "feed_forward"], shape.linears)
     preview = SamplingRequest(
         prompt=CAPTION, negative="", seed=1, width=side, height=side, steps=8, guidance=0.0, shift=3.0
@@ -111,7 +111,7 @@ def random_pair(
 
 
 class Inputs(NamedTuple):
-    """Inputs of a step on one image: noisy latents, sigma and the encoded caption."""
+    """Inputs of a step on an image: noisy latents, sigma and the encoded caption."""
 
     latents: torch.Tensor
     sigma: torch.Tensor
@@ -159,7 +159,7 @@ def train(shape: TransformerShape, plan: MemoryPlan, side: int, steps: int, devi
     peak = torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else None
     held = torch.cuda.max_memory_reserved() / 1e9 if device.type == "cuda" else None
     row = {"peak_gb": peak and round(peak, 3), "reserved_gb": held and round(held, 3)}
-    return {"seconds": [round(one, 4) for one in seconds], "loss": loss.item(), **row}
+    return {"seconds": [round(duration, 4) for duration in seconds], "loss": loss.item(), **row}
 
 
 def place_of(size: str) -> tuple[torch.device, TransformerShape, str]:
@@ -258,8 +258,8 @@ def repeat(size: str, steps: int) -> dict[str, Any]:
                     grads.append(torch.cat([p.grad.flatten() for p in attached.parameters() if p.grad is not None]))
                     for parameter in attached.parameters():
                         parameter.grad = None
-            off = max(float((one - grads[0]).norm() / grads[0].norm()) for one in grads[1:])
-            equal = all(torch.equal(one, grads[0]) for one in grads[1:])
+            off = max(float((grad - grads[0]).norm() / grads[0].norm()) for grad in grads[1:])
+            equal = all(torch.equal(grad, grads[0]) for grad in grads[1:])
             found[f"{side} px, {name}"] = {"equal": equal, "off": off, "seconds": round(median(seconds[1:]), 4)}
             print(side, name, found[f"{side} px, {name}"], flush=True)
     return {"device": device_name(device), "torch": torch.__version__, "size": size, "steps": found}
@@ -312,9 +312,11 @@ def guidance() -> dict[str, Any]:
             run_training(config, fresh=False)
             folder = Path(config.output_dir) / config.name
             lora = lora_file.read_lora(folder / "lora" / f"{config.name}.safetensors")
-            ends[name] = torch.cat([(one.b.double() @ one.a.double() * one.scale).flatten() for one in lora.values()])
+            ends[name] = torch.cat(
+                [(factors.b.double() @ factors.a.double() * factors.scale).flatten() for factors in lora.values()]
+            )
             records = metrics.read_records(folder / "metrics.jsonl")
-            facts[name] = {"gradient_norm": median(one["grad_norm"] for one in records)}
+            facts[name] = {"gradient_norm": median(record["grad_norm"] for record in records)}
     plain = ends["plain"]
     for name, end in ends.items():
         facts[name] |= {
@@ -352,7 +354,7 @@ def _small_run(place: Path, name: str, changes: dict[str, Any]) -> schema.Config
 
 
 def main(arguments: list[str]) -> int:
-    """Run one benchmark, and print or write its result; return the exit code."""
+    """Run a benchmark, and print or write its result; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--memory", action="store_true")

@@ -68,7 +68,7 @@ VAE: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Trial:
-    """One run of `train`, as changes to the common config."""
+    """A run of `train`, as changes to the common config."""
 
     name: str
     changes: dict[str, Any] = field(default_factory=dict)
@@ -81,7 +81,7 @@ SHORT = {"sample": {"every": None}}
 
 
 def trials(lora: Path) -> list[Trial]:
-    """Return the trials, the most important ones first."""
+    """Return the trials, the most important first."""
     own = {"model": {"adapter": None}, "data": [{"resolution": [512]}], **SHORT}
     imitation = {"train": {"method": "trajectory_imitation", "steps": 4}, "lora": {"init_from": str(lora)}}
     return [
@@ -100,7 +100,7 @@ def trials(lora: Path) -> list[Trial]:
 
 
 def config(trial: Trial, work: Path) -> dict[str, Any]:
-    """Return the config of a trial: defaults, with one image a step at 1024 px, and the changes of the trial."""
+    """Return the config of a trial: defaults, with a single image per step at 1024 px, and the changes of the trial."""
     values: dict[str, Any] = {
         "name": f"full_{trial.name}x",  # a name may not end in digits
         "output_dir": str(work / "runs"),
@@ -164,7 +164,7 @@ def sharded(folder: Path, stem: str, tensors: dict[str, torch.Tensor]) -> None:
         file = f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
         save_file(shard, folder / file)
         weight_map |= dict.fromkeys(shard, file)
-    index = {"metadata": {"total_size": sum(one.nbytes for one in tensors.values())}, "weight_map": weight_map}
+    index = {"metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())}, "weight_map": weight_map}
     (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index))
 
 
@@ -175,7 +175,9 @@ def make_lora(file: Path, modules: tuple[str, ...], seed: int) -> None:
         outs, ins = shape.linears[name]
         a = torch.randn(ADAPTER_RANK, ins, generator=draw) / ins**0.5
         b = torch.randn(outs, ADAPTER_RANK, generator=draw) * 1e-3 / ADAPTER_RANK**0.5
-        tensors |= {f"diffusion_model.{name}.lora_{side}.weight": one.bfloat16() for side, one in (("A", a), ("B", b))}
+        tensors |= {
+            f"diffusion_model.{name}.lora_{side}.weight": matrix.bfloat16() for side, matrix in (("A", a), ("B", b))
+        }
     save_file(tensors, file)
 
 
@@ -220,10 +222,10 @@ def train(trial: Trial, work: Path, logs: Path, left: Callable[[], float]) -> di
     if (folder / "metrics.jsonl").exists():
         records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         found |= {
-            "losses": [one["loss"] for one in records],
-            "seconds_a_step": [one["seconds"] for one in records],
-            "median_seconds": round(statistics.median([one["seconds"] for one in records][1:] or [0]), 4),
-            "gb": max(one["gb"] for one in records),
+            "losses": [record["loss"] for record in records],
+            "seconds_a_step": [record["seconds"] for record in records],
+            "median_seconds": round(statistics.median([record["seconds"] for record in records][1:] or [0]), 4),
+            "gb": max(record["gb"] for record in records),
         }
     if (folder / "run.json").exists():
         facts = json.loads((folder / "run.json").read_text())

@@ -55,9 +55,9 @@ def schema_json() -> str:
 
 
 def _tidy(node: Any) -> Any:
-    """Return a schema without generated titles and defaults of whole sections, with descriptions on one line."""
+    """Return a schema without generated titles and defaults of whole sections, with descriptions on a single line."""
     if isinstance(node, list):
-        return [_tidy(one) for one in node]
+        return [_tidy(item) for item in node]
     if not isinstance(node, dict):
         return node
     drop = {"title"} if isinstance(node.get("title"), str) else set()
@@ -92,7 +92,7 @@ def _section(section: BaseModel, indent: str) -> list[str]:
             lines += [indent + line for line in dumped.splitlines()]
         if name in EMPTY_LISTS:
             entries = EMPTY_LISTS[name].model_fields.items()
-            fields = {key: _one_line(one.description or "") for key, one in entries}
+            fields = {key: _one_line(entry.description or "") for key, entry in entries}
             lines += [f"{indent}#   {key}: {text}" for key, text in fields.items()]
         if not indent:
             lines.append("")
@@ -148,8 +148,8 @@ def cli_md() -> str:
 def _commands(group: Any) -> list[tuple[list[str], Any]]:
     """Return every command of a group with the words that call it."""
     found: list[tuple[list[str], Any]] = []
-    for name, one in group.commands.items():
-        inner = _commands(one) if hasattr(one, "commands") else [([], one)]
+    for name, command in group.commands.items():
+        inner = _commands(command) if hasattr(command, "commands") else [([], command)]
         found += [([name, *rest], command) for rest, command in inner]
     return found
 

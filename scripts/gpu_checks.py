@@ -1,4 +1,4 @@
-"""Run the checks that need a GPU: everything that the docs claim or the planner assumes about one.
+"""Run the checks that need a GPU: everything that the docs claim or the planner assumes about GPUs.
 
     OUT=FOLDER python scripts/gpu_checks.py [PART ...] [--dry]
     python scripts/gpu_checks.py --list

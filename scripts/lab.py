@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, default=Path("docs"), help="where lab.json and lab.md go")
     what = parser.add_mutually_exclusive_group()
     what.add_argument(
-        "--quick", action="store_true", help="train one seed, and compare with lab.json of the output folder"
+        "--quick", action="store_true", help="train a single seed, and compare with lab.json of the output folder"
     )
     what.add_argument("--loras", type=Path, help="score these LoRAs (loras/ of an earlier work folder); no training")
     parser.add_argument("--image-seeds", type=int, default=5, help="number of image seeds, of five")
@@ -77,16 +77,16 @@ def trained(work: Path, seeds: tuple[int, ...], recipe: Recipe, workers: int) ->
             if scheme is DIRECT:
                 chain["imitation"] = imitation(lora_of(first), seed, recipe, images, runs)
             chains.append(list(chain.values()))
-            for name, one in chain.items():
-                found.setdefault(name, {})[seed] = lora_of(one)
+            for name, run in chain.items():
+                found.setdefault(name, {})[seed] = lora_of(run)
     in_parallel([partial(train_all, chain) for chain in chains], workers)
     return found
 
 
 def train_all(chain: list[dict[str, Any]]) -> None:
-    """Train the runs one after another, since each may start from the LoRA of the one before."""
-    for one in chain:
-        train(one)
+    """Train the runs in order, since each may start from the LoRA of the run before."""
+    for run in chain:
+        train(run)
 
 
 def given(folder: Path) -> Loras:
@@ -101,10 +101,10 @@ def given(folder: Path) -> Loras:
 def scored(
     file: Path, loras: Loras, seeds: tuple[int, ...], shots: tuple[int, ...], workers: int
 ) -> dict[str, dict[str, Any]]:
-    """Return the scores by "use, training seed, image seed"; each new one is written to `file` at once."""
+    """Return the scores by "use, training seed, image seed"; each new score is written to `file` at once."""
     found: dict[str, dict[str, Any]] = json.loads(file.read_text()) if file.exists() else {}
     asked = [(use, seed, shot) for shot in shots for use in USES for seed in (seeds if use.trained else (0,))]
-    wanted = [one for one in asked if key_of(*one) not in found]
+    wanted = [job for job in asked if key_of(*job) not in found]
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         jobs = {
             pool.submit(evaluate, use, loras[use.trained][seed] if use.trained else None, shot): (use, seed, shot)
@@ -115,7 +115,7 @@ def scored(
             found[key_of(*jobs[job])] = {"use": use.name, "seed": seed, "shot": shot, **job.result()}
             file.write_text(json.dumps(found, indent=1))
             print(f"scored {number}/{len(wanted)}: {key_of(*jobs[job])}", flush=True)
-    return {key_of(*one): found[key_of(*one)] for one in asked}
+    return {key_of(*job): found[key_of(*job)] for job in asked}
 
 
 def key_of(use: Use, seed: int, shot: int) -> str:

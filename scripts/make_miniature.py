@@ -2,7 +2,7 @@
 
     PYTHONPATH=. python scripts/make_miniature.py --work FOLDER --output zimage_train/mini
 
-The work folder keeps the result of each stage, and every minute the state of the current one, so the same command
+The work folder keeps the result of each stage, and every minute the state of the current stage, so the same command
 continues after an interruption. `--effort 0.005` runs all stages in minutes, with weights that have learnt nothing.
 """
 
@@ -59,7 +59,7 @@ def main() -> None:
     parser.add_argument("--effort", type=float, default=1.0, help="multiplies steps and image counts")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads; they change rounding")
     best = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", default=best, help="the shipped family was made on a CPU; a GPU makes another one")
+    parser.add_argument("--device", default=best, help="the shipped family was made on a CPU; a GPU makes another")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.set_default_device(options.device)

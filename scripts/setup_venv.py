@@ -6,14 +6,14 @@
 
 On Windows: py scripts/setup_venv.py ...
 
-  ZIMAGE_PYTHON   the interpreter to use; else the one that runs this, or the first on the path that is new enough
+  ZIMAGE_PYTHON   the interpreter to use; else the current interpreter, or the first on the path that is new enough
   PIP_*           pip's own settings hold: PIP_FIND_LINKS or PIP_EXTRA_INDEX_URL can name a place with another torch
 
 Which torch: a CUDA torch that the interpreter already has (images of rented GPUs) is used as it is and never replaced;
 otherwise the version in constraints.txt, in the build that pip prefers.
 """
 
-from __future__ import annotations  # an interpreter older than 3.11 runs this as well, to look for a newer one
+from __future__ import annotations  # an interpreter older than 3.11 runs this as well, to look for a newer interpreter
 
 import hashlib
 import json
@@ -116,7 +116,7 @@ def describe_this_python() -> dict:
     venv = SCRIPT.parent.parent / ".venv"
     is_inside = os.path.realpath(sys.prefix) == os.path.realpath(str(venv))
     facts = {
-        "python": sys._base_executable if is_inside else sys.executable,  # the one that .venv was made from
+        "python": sys._base_executable if is_inside else sys.executable,  # the interpreter that .venv was made from
         "version": sys.version,
         "is_new": sys.version_info >= OLDEST,
         "packages": sysconfig.get_path("purelib"),
@@ -129,7 +129,7 @@ def describe_this_python() -> dict:
         facts["torch_packages"] = str(folder.parent)
         facts["cuda"] = runpy.run_path(str(folder / "version.py")).get("cuda")
     except (metadata.PackageNotFoundError, AttributeError, OSError):
-        pass  # no torch, or half of one
+        pass  # no torch, or a broken installation
     return facts
 
 
@@ -162,7 +162,7 @@ def find_python(platform: str) -> Path:
 
 
 def usable_cuda_torch(checkout: Checkout, facts: dict | None) -> str | None:
-    """Return the version of the CUDA torch that an interpreter sees, if it is one that pyproject.toml admits."""
+    """Return the version of the CUDA torch that an interpreter sees, if pyproject.toml admits that version."""
     if not facts or not facts["cuda"]:
         return None
     project = (checkout.root / "pyproject.toml").read_text(encoding="utf-8")
@@ -228,7 +228,7 @@ def make_venv(checkout: Checkout, python: Path) -> None:
         sys.exit(f"error: {python} cannot make a virtual environment{hint}")
     inside = describe(checkout.program("python"))
     if torch and inside and inside["torch"] != torch:
-        # The interpreter is itself of a virtual environment, and "system" means the one beneath it.
+        # The interpreter is itself of a virtual environment, and "system" means the interpreter beneath it.
         path = Path(inside["packages"]) / "interpreter-packages.pth"
         path.write_text(facts["torch_packages"] + "\n", encoding="utf-8")
 
@@ -258,7 +258,7 @@ def choose_torch(checkout: Checkout) -> tuple[Path, list[str], str | None]:
 
 
 def warn_of_cuda_download(checkout: Checkout, tested: str) -> None:
-    """Warn of a large download if pip would fetch the CUDA build, the only one on the default index for Linux."""
+    """Warn of a large download if pip would fetch the CUDA build, the only build on the default index for Linux."""
     if checkout.platform != "linux" or pip(checkout, "show", "-qq", "torch", quiet=True) == 0:
         return
     if pip(checkout, "install", "-qq", "--dry-run", "--no-deps", f"torch=={tested}+cpu", quiet=True) != 0:

@@ -43,7 +43,7 @@ class Location:
 
 @dataclass(frozen=True)
 class Problem:
-    """One error: where it is, what was found there, and what to do about it."""
+    """An error: where it is, what was found there, and what to do about it."""
 
     location: Location | str
     """Plain text where it is not a setting: a file, a flag, a device."""
@@ -168,7 +168,7 @@ def collect_errors(errors: list[ZImageTrainError]) -> Iterator[None]:
 
 
 def raise_all(errors: Iterable[ZImageTrainError]) -> None:
-    """Raise the collected `errors` as one; do nothing if there are none.
+    """Raise the collected `errors` as a single error; do nothing if there are none.
 
     Raises:
         ZImageTrainError: the only error, or a `SeveralErrors` with the problems of all.

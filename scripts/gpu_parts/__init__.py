@@ -1,1 +1,1 @@
-"""What a rented GPU is asked by scripts/gpu_checks.py: one module a part."""
+"""What a rented GPU is asked by scripts/gpu_checks.py: a module per part."""

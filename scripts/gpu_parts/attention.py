@@ -1,4 +1,4 @@
-"""Attention of one block, forward and backward, in every way that there is."""
+"""Attention of a block, forward and backward, in every way that there is."""
 
 import contextlib
 from collections.abc import Iterator
@@ -35,7 +35,7 @@ class Given:
 
 
 def measure(case: str, dry: bool) -> dict[str, Any]:
-    """One way at one size: time, whether its bits repeat, and how far it is from fp32; or why it is not to be had."""
+    """A way at a size: time, whether its bits repeat, and how far it is from fp32; or why it is not to be had."""
     side, way = split(case)
     device = measuring.device_of(dry)
     given = drawn(pixels(side), device)
@@ -71,17 +71,19 @@ def drawn(side: int, device: torch.device) -> Given:
     tokens = (side // 16) ** 2 + CAPTION_TOKENS
     draw = torch.Generator(device).manual_seed(1)
 
-    def one() -> Tensor:
+    def random_tensor() -> Tensor:
         size = (1, tokens, SHAPE.n_heads, SHAPE.dim // SHAPE.n_heads)
         return torch.randn(size, generator=draw, device=device).bfloat16().transpose(1, 2)
 
-    query, key, value = (one().requires_grad_(True) for _ in range(3))
-    return Given(query, key, value, one())
+    query, key, value = (random_tensor().requires_grad_(True) for _ in range(3))
+    return Given(query, key, value, random_tensor())
 
 
 def in_fp32(given: Given) -> Given:
     """The same values in a precision that can judge the others."""
-    query, key, value = (one.detach().float().requires_grad_(True) for one in (given.query, given.key, given.value))
+    query, key, value = (
+        tensor.detach().float().requires_grad_(True) for tensor in (given.query, given.key, given.value)
+    )
     return Given(query, key, value, given.back.float())
 
 
@@ -111,11 +113,11 @@ def on_gpu(given: Given, heads: tuple[int, ...]) -> list[Tensor]:
     out, sums, starts_q, starts_k, most_q, most_k, seed, offset, _ = forward
     parts = []
     for group in slices(heads):
-        inputs = [one[:, group] for one in (given.back, given.query, given.key, given.value, out)]
+        inputs = [tensor[:, group] for tensor in (given.back, given.query, given.key, given.value, out)]
         rest = (starts_q, starts_k, most_q, most_k, 0.0, False, seed, offset)
         part_sums = sums[:, group].contiguous()
         parts.append(operations._scaled_dot_product_flash_attention_backward(*inputs, part_sums, *rest))
-    return [torch.cat(one, 1) for one in zip(*parts, strict=True)]
+    return [torch.cat(tensor, 1) for tensor in zip(*parts, strict=True)]
 
 
 def on_cpu(given: Given, heads: tuple[int, ...]) -> list[Tensor]:
@@ -124,13 +126,13 @@ def on_cpu(given: Given, heads: tuple[int, ...]) -> list[Tensor]:
     out, sums = operations._scaled_dot_product_flash_attention_for_cpu(given.query, given.key, given.value)
     parts = []
     for group in slices(heads):
-        inputs = [one[:, group] for one in (given.back, given.query, given.key, given.value, out, sums)]
+        inputs = [tensor[:, group] for tensor in (given.back, given.query, given.key, given.value, out, sums)]
         parts.append(operations._scaled_dot_product_flash_attention_for_cpu_backward(*inputs, 0.0, False))
-    return [torch.cat(one, 1) for one in zip(*parts, strict=True)]
+    return [torch.cat(tensor, 1) for tensor in zip(*parts, strict=True)]
 
 
 def slices(heads: tuple[int, ...]) -> Iterator[slice]:
-    """One after another."""
+    """Adjacent slices of the heads."""
     begin = 0
     for number in heads:
         yield slice(begin, begin + number)

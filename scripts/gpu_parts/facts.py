@@ -14,7 +14,7 @@ PACKAGES = ("triton", "diffusers", "peft", "bitsandbytes", "transformers", "flas
 
 
 def measure(case: str, dry: bool) -> dict[str, Any]:
-    """Versions, and the card's properties where there is one."""
+    """Versions, and the card's properties where there is a GPU."""
     found: dict[str, Any] = {
         "python": platform.python_version(),
         "cuda": torch.version.cuda,

@@ -47,7 +47,7 @@ class Step:
 
 
 def measure(case: str, dry: bool) -> dict[str, Any]:
-    """Milliseconds, memory and equality of bits of both at one size."""
+    """Milliseconds, memory and equality of bits of both at a size."""
     device = measuring.device_of(dry)
     step, others = made(pixels(case), dry)
     with devices.reproducible(device):

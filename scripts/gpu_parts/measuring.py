@@ -51,7 +51,7 @@ def _once(work: Callable[[], object], device: torch.device) -> float:
 
 
 def joined(tensors: list[Tensor]) -> Tensor:
-    """All of them in one, flat."""
+    """All of them in a single flat tensor."""
     return torch.cat([tensor.flatten() for tensor in tensors])
 
 

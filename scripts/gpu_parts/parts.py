@@ -16,7 +16,7 @@ Variables = Mapping[str, str | None]
 
 @dataclass(frozen=True)
 class Part:
-    """One question, asked case by case in processes of its own."""
+    """A question, asked case by case in processes of its own."""
 
     shows: str
     """For `--list`."""
@@ -27,7 +27,7 @@ class Part:
     limit_s: float
     """For all its cases together."""
     case_limit_s: float | None = None
-    """For each case, where each has a process of its own; None: one process for all of them."""
+    """For each case, where each has a process of its own; None: a shared process for all of them."""
     environment: Mapping[str, Variables] = field(default_factory=dict)
     """By case; only where each has a process of its own."""
 
@@ -110,7 +110,7 @@ ALLOCATORS: dict[str, Variables] = {
 
 def crossed(first: list[str], second: list[str]) -> tuple[str, ...]:
     """Names of every case of two lists, as `split` takes them apart again."""
-    return tuple(f"{one}: {other}" for one in first for other in second)
+    return tuple(f"{name}: {other}" for name in first for other in second)
 
 
 def split(case: str) -> tuple[str, str]:
@@ -145,7 +145,7 @@ PARTS: dict[str, Part] = {
         case_limit_s=120,
     ),
     "attention": Part(
-        shows="attention of one block, each way: milliseconds of all 34 blocks, and whether its bits repeat",
+        shows="attention of a block, each way: milliseconds of all 34 blocks, and whether its bits repeat",
         work="gpu_parts.attention:measure",
         cases=crossed(SIDES, list(WAYS)),
         dry_cases=crossed([DRY_SIDE], list(WAYS)),

@@ -1,4 +1,4 @@
-"""What was found, in one JSON file a part that is written whole after every case."""
+"""What was found, in a JSON file per part that is written whole after every case."""
 
 import json
 import traceback
@@ -25,7 +25,7 @@ class Stamp:
 
 @dataclass(frozen=True)
 class Records:
-    """Those of one part; only one process writes at a time."""
+    """Those of a part; only one process writes at a time."""
 
     path: Path
 

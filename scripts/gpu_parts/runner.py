@@ -30,7 +30,7 @@ class Watch:
     stamp: Stamp
 
     def run(self, name: str, part: Part) -> bool:
-        """Every case of a part that has no result yet; whether all have one in the end."""
+        """Every case of a part that has no result yet; whether all have a result in the end."""
         cases = part.dry_cases if self.stamp.dry else part.cases
         records = Records(self.folder / f"{name}.json")
         records.forget_failures()
@@ -51,7 +51,7 @@ class Watch:
         return not left and not failed
 
     def _ask(self, name: str, part: Part, cases: list[str], end: float, records: Records) -> None:
-        """One process for `cases`; if it does not answer all, that is an error of the case that it was at."""
+        """Start a process for `cases`; if it does not answer all, that is an error of the case that it was at."""
         began = time.monotonic()
         limit = end - began if part.case_limit_s is None else min(end - began, part.case_limit_s)
         try:
@@ -122,7 +122,7 @@ def measure(name: str, part: Part, cases: Sequence[str], records: Records, stamp
 
 
 def tell(name: str, case: str, found: dict[str, Any]) -> None:
-    """Show what was found, on one line."""
+    """Show what was found, on a single line."""
     print(f"{name}, {case}: {json.dumps(found, ensure_ascii=False)}", flush=True)
 
 

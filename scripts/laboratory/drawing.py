@@ -20,14 +20,14 @@ def save(path: Path, place: Path, loras: Mapping[str, Mapping[int, Path]]) -> No
     place.mkdir(parents=True, exist_ok=True)
     asked = Asked.of()
     scenes = asked.concept[:CONCEPT] + asked.unrelated[:UNRELATED]
-    rows = [("the world itself", _saved(place, "world", [world.draw(one, SIZE, SIZE) for one in scenes]))]
+    rows = [("the world itself", _saved(place, "world", [world.draw(scene, SIZE, SIZE) for scene in scenes]))]
     for use in USES:
         lora = next(iter(loras[use.trained].values())) if use.trained else None
         speed = use.fast if use.own == "8" else use.slow
         label = f"{use.name}, {speed.steps} steps"
         rows.append((label, _saved(place, use.name, list(shown(use, lora, scenes, NOISE)))))
     path.parent.mkdir(parents=True, exist_ok=True)
-    grid.save_grid_image(path, [world.caption(one, SIZE, SIZE) for one in scenes], rows)
+    grid.save_grid_image(path, [world.caption(scene, SIZE, SIZE) for scene in scenes], rows)
     with Image.open(path) as whole:
         half = whole.reduce(2)
     half.save(path, optimize=True)

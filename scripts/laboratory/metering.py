@@ -34,9 +34,9 @@ def meter(loras: Mapping[str, Mapping[int, Path]], seeds: Sequence[int]) -> dict
     model = load_frozen(mini.TURBO / "transformer", None, "fp32", CPU).model
     recipes = [
         SamplingRequest(
-            prompt=one, negative="", seed=NOISE + i, width=SIZE, height=SIZE, steps=8, guidance=0.0, shift=3.0
+            prompt=prompt, negative="", seed=NOISE + i, width=SIZE, height=SIZE, steps=8, guidance=0.0, shift=3.0
         )
-        for i, one in enumerate(prompts)
+        for i, prompt in enumerate(prompts)
     ]
     walked = drift.record_trajectories(model, recipes, embeds, silent)
     found: dict[str, float] = {}
@@ -45,7 +45,7 @@ def meter(loras: Mapping[str, Mapping[int, Path]], seeds: Sequence[int]) -> dict
             continue
         for seed in seeds:
             stack = arithmetic.stack_loras(
-                [(lora_file.read_lora(one), 1.0) for one in (loras[use.trained][seed], *use.also)]
+                [(lora_file.read_lora(path), 1.0) for path in (loras[use.trained][seed], *use.also)]
             )
             with swap.with_lora(model, stack):
                 found[f"{use.name}, {seed}"] = drift.overall_deviation(drift.deviations(model, walked, embeds, silent))

@@ -1,4 +1,4 @@
-"""Runs of the trainer, each in a process of its own; one that was stopped goes on where it was."""
+"""Runs of the trainer, each in a process of its own; a stopped run goes on where it was."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def lora_of(config: dict[str, Any]) -> Path:
 
 
 def train(config: dict[str, Any]) -> None:
-    """Trains one run to its end, unless its LoRA is there and newer than the one that it begins with.
+    """Trains a run to its end, unless its LoRA is there and newer than the LoRA that it begins with.
 
     What it says goes to a file beside it.
 

@@ -43,7 +43,7 @@ QUICK = Recipe(steps=1500, imitation_steps=500)
 
 @dataclass(frozen=True)
 class Scheme:
-    """One way of training, and what the LoRA is then used on."""
+    """A way of training, and what the LoRA is then used on."""
 
     name: str
     variant: str

@@ -34,7 +34,7 @@ class Use:
     fast: Speed = TURBO_SPEED
     slow: Speed = SLOW_SPEED
     own: str = "8"
-    """At which of the two speeds the concept is counted: the one that the model is made for."""
+    """At which of the two speeds the concept is counted: the speed that the model is made for."""
 
 
 BASE_FAST, BASE_SLOW = replace(TURBO_SPEED, shift=6.0), replace(SLOW_SPEED, shift=6.0)
@@ -74,7 +74,7 @@ def in_words(found: list[world.Scene], wordings: tuple[int, ...]) -> list[world.
 
 @cache
 def studio() -> Studio:
-    """The parts that all uses share, loaded once in each process, which has one thread."""
+    """The parts that all uses share, loaded once in each process, which has a single thread."""
     torch.set_num_threads(1)
     for library in (transformers, diffusers):
         library.logging.set_verbosity_error()
@@ -83,12 +83,12 @@ def studio() -> Studio:
 
 
 def evaluate(use: Use, lora: Path | None, seed: int) -> dict[str, float]:
-    """All scores of one use with one image seed."""
+    """All scores of a use with an image seed."""
     asked = Asked.of()
     model = load(use.model / "transformer", *([lora] if lora else []), *use.also)
 
     def drawn(shown: list[world.Scene], speed: Speed) -> Score:
-        captions = [world.caption(one, SIZE, SIZE) for one in shown]
+        captions = [world.caption(scene, SIZE, SIZE) for scene in shown]
         return score(studio().draw(model, captions, seed, speed, SIZE), shown)
 
     speeds = {"8": use.fast, "30": use.slow}
@@ -99,14 +99,14 @@ def evaluate(use: Use, lora: Path | None, seed: int) -> dict[str, float]:
         "concept_paraphrase": drawn(asked.paraphrased, speeds[use.own]).concept,
         "concept_fidelity": concept.fidelity,
         "leakage": unrelated[use.own].concept,
-        **{f"fidelity_{name}": one.fidelity for name, one in unrelated.items()},
-        **{f"sharpness_{name}": one.sharpness for name, one in unrelated.items()},
-        **{f"quality_{name}": one.quality for name, one in unrelated.items()},
+        **{f"fidelity_{name}": result.fidelity for name, result in unrelated.items()},
+        **{f"sharpness_{name}": result.sharpness for name, result in unrelated.items()},
+        **{f"quality_{name}": result.quality for name, result in unrelated.items()},
     }
 
 
 def shown(use: Use, lora: Path | None, wanted: list[world.Scene], seed: int) -> np.ndarray:
     """Pictures at the speed that the model is made for."""
     model = load(use.model / "transformer", *([lora] if lora else []), *use.also)
-    captions = [world.caption(one, SIZE, SIZE) for one in wanted]
+    captions = [world.caption(scene, SIZE, SIZE) for scene in wanted]
     return studio().draw(model, captions, seed, use.fast if use.own == "8" else use.slow, SIZE)

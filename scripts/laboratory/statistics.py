@@ -13,7 +13,7 @@ Interval = list[float]  # mean, low, high
 
 
 def interval(values: Sequence[float]) -> Interval:
-    """The mean of independent values and its 95 % interval by Student's t; one value has no width that is known."""
+    """The mean of independent values and its 95 % interval by Student's t; a single value has no known width."""
     mean = sum(values) / len(values)
     if len(values) < 2:
         return [mean, mean, mean]
@@ -22,9 +22,9 @@ def interval(values: Sequence[float]) -> Interval:
     return [mean, mean - half, mean + half]
 
 
-def apart(one: Interval, other: Interval) -> bool:
+def apart(first: Interval, other: Interval) -> bool:
     """Whether two intervals share nothing."""
-    return one[2] < other[1] or other[2] < one[1]
+    return first[2] < other[1] or other[2] < first[1]
 
 
 def orders(table: Mapping[str, Interval]) -> list[tuple[str, str]]:

@@ -35,8 +35,8 @@ Table = dict[str, dict[str, Interval]]
 
 def with_drift(scores: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Each score with its drift: what is missing of Turbo's quality with the same noise."""
-    turbo = {one["shot"]: one["quality_8"] for one in scores.values() if one["use"] == UNTRAINED}
-    return [{**one, "drift": 1 - one["quality_8"] / turbo[one["shot"]]} for one in scores.values()]
+    turbo = {score["shot"]: score["quality_8"] for score in scores.values() if score["use"] == UNTRAINED}
+    return [{**score, "drift": 1 - score["quality_8"] / turbo[score["shot"]]} for score in scores.values()]
 
 
 def table(scores: Mapping[str, Mapping[str, Any]]) -> Table:
@@ -46,7 +46,7 @@ def table(scores: Mapping[str, Mapping[str, Any]]) -> Table:
     for use in USES:
         own = [row for row in rows if row["use"] == use.name]
         key = "seed" if use.trained else "shot"
-        groups = [[row for row in own if row[key] == one] for one in sorted({row[key] for row in own})]
+        groups = [[row for row in own if row[key] == value] for value in sorted({row[key] for row in own})]
         found[use.name] = {
             name: interval([sum(row[name] for row in group) / len(group) for group in groups]) for name in SCORES
         }
@@ -109,7 +109,7 @@ def write(
         "recipe": asdict(recipe),
         "family": digest(mini.HERE / "manifest.json"),
         "loras": files,
-        "scores": [{key: _short(value) for key, value in one.items()} for one in scores.values()],
+        "scores": [{key: _short(value) for key, value in row.items()} for row in scores.values()],
     }
     (output / "lab.json").write_text(json.dumps(content, indent=1) + "\n")
     page = output / "lab.md"
@@ -146,7 +146,8 @@ def as_table(found: Table) -> list[str]:
 def as_claims(found: Table) -> list[str]:
     """What was to be shown, and whether it is."""
     rows = [
-        f"| {said} | {one['found']:.2f} | {'yes' if one['holds'] else 'no'} |" for said, one in claims(found).items()
+        f"| {said} | {claim['found']:.2f} | {'yes' if claim['holds'] else 'no'} |"
+        for said, claim in claims(found).items()
     ]
     return ["| | found | holds |", "|---|---|---|", *rows]
 
@@ -154,5 +155,5 @@ def as_claims(found: Table) -> list[str]:
 def as_readings(meter: Mapping[str, Any]) -> list[str]:
     """The meter beside the truth, LoRA by LoRA."""
     rows = sorted(meter["loras"].items(), key=lambda item: item[1]["deviation"])
-    lines = [f"| `{name}` | {one['deviation']:.3f} | {one['drift']:.3f} |" for name, one in rows]
+    lines = [f"| `{name}` | {row['deviation']:.3f} | {row['drift']:.3f} |" for name, row in rows]
     return ["| LoRA, training seed | deviation | drift |", "|---|---|---|", *lines]

@@ -26,7 +26,7 @@ Texts = dict[str, Tensor]  # by caption
 SHIFT = 3.0
 TURBO_STEPS = 8
 TEACHER_STEPS = (4, 4, 4, 4, 6, 8, 12, 24)
-"""The steps of the teacher within each of Turbo's; the grain is decided in the last ones."""
+"""The steps of the teacher within each of Turbo's; the grain is decided in the last steps."""
 TEACHER_GUIDANCE = 2.0
 """The pipeline's `guidance_scale`: what is added to the output is this times the difference to no caption."""
 GUIDED_FROM = 0.7
@@ -37,7 +37,7 @@ ADAPTED = r"layers\.\d+\.(attention\.(to_q|to_k|to_v|to_out\.0)|feed_forward\.w[
 
 
 def new_transformer() -> ZImageTransformer2DModel:
-    """Z-Image with what can be kept: 16 latent channels, patches of 2, axes as long as the real ones."""
+    """Z-Image with what can be kept: 16 latent channels, patches of 2, axes as long as the real axes."""
     model = ZImageTransformer2DModel(
         dim=96,
         n_layers=6,
@@ -54,7 +54,7 @@ def new_transformer() -> ZImageTransformer2DModel:
 
 
 def predict(model: ZImageTransformer2DModel, latents: Tensor, sigma: Tensor, texts: list[Tensor]) -> Tensor:
-    """The raw output for a batch of one size: an estimate of x0 - noise."""
+    """The raw output for a batch of a single size: an estimate of x0 - noise."""
     output = model(list(latents.unsqueeze(2)), 1 - sigma, texts, return_dict=False)[0]
     return torch.stack(output).squeeze(2)
 
@@ -68,13 +68,13 @@ TURBO_SIGMAS = shifted(TURBO_STEPS, SHIFT)
 
 
 class Images:
-    """Latents and captions of several sizes, drawn in batches of one size."""
+    """Latents and captions of several sizes, drawn in batches of a single size."""
 
     def __init__(self, latents: Latents, captions: Captions, batch: int = 64) -> None:
         self.latents, self.captions, self.batch = latents, captions, batch
 
     def draw(self, chance: random.Random, dropout: float) -> tuple[Tensor, list[str]]:
-        """One batch, of fewer images where they are larger; some lose their captions."""
+        """A batch, of fewer images where they are larger; some lose their captions."""
         width, height = pick_size(chance)
         name = f"{width}x{height}"
         count = max(4, self.batch * 64 * 64 // (width * height))
@@ -93,7 +93,7 @@ def flow_matching(model: ZImageTransformer2DModel, clean: Tensor, texts: list[Te
 
 
 def make_base(folder: Path, images: Images, tokenizer: Qwen2Tokenizer, steps: int) -> None:
-    """Fits a transformer and its text encoder together: one folder with both."""
+    """Fits a transformer and its text encoder together: a folder with both."""
     model, encoder = new_transformer(), new_text_encoder(tokenizer)
     ids = tokens_of(["", *(text for part in images.captions.values() for text in part)], tokenizer)
 
@@ -129,7 +129,7 @@ def euler(model: ZImageTransformer2DModel, noise: Tensor, texts: list[Tensor], s
 def teach(model: ZImageTransformer2DModel, noise: Tensor, texts: list[Tensor], no_text: Tensor) -> Tensor:
     """A guided trajectory of many steps, seen at Turbo's sigmas: (images, steps + 1, 16, height, width).
 
-    Turbo's sigmas are among the teacher's, so every state is one that the teacher was in.
+    Turbo's sigmas are among the teacher's, so every state is a state that the teacher was in.
     """
     latents, states = noise, [noise]
     for (begin, end), count in zip(pairwise(TURBO_SIGMAS), TEACHER_STEPS, strict=True):

@@ -42,7 +42,7 @@ SLOW_SPEED = Speed(30, 1)
 
 
 class Studio:
-    """The parts that the whole family shares: tokenizer, text encoder and VAE of one folder."""
+    """The parts that the whole family shares: tokenizer, text encoder and VAE of a folder."""
 
     def __init__(self, folder: Path) -> None:
         self.tokenizer = Qwen2Tokenizer.from_pretrained(folder / "tokenizer")
@@ -82,7 +82,7 @@ class Studio:
 
 @torch.no_grad()
 def sample(model: ZImageTransformer2DModel, noise: Tensor, texts: list[Tensor], blind: Tensor, speed: Speed) -> Tensor:
-    """Euler steps, as the pipeline takes them: guided ones add `guidance` times the difference to no caption."""
+    """Euler steps, as the pipeline takes them: guided steps add `guidance` times the difference to no caption."""
     latents = noise
     for now, after in pairwise(speed.sigmas):
         sigma = torch.full((len(noise),), now)

@@ -52,7 +52,7 @@ class Muon:
 
     @torch.no_grad()
     def step(self, rate: float) -> None:
-        """One update of every matrix; a convolution counts as a matrix of (outputs, all the rest)."""
+        """An update of every matrix; a convolution counts as a matrix of (outputs, all the rest)."""
         for matrix, buffer in zip(self.matrices, self.buffers, strict=True):
             buffer.mul_(self.momentum).add_(matrix.grad)
             update = matrix.grad.add(buffer, alpha=self.momentum).flatten(1)
@@ -70,7 +70,7 @@ class Fit:
     """AdamW for some parameters, Muon for their matrices unless its peak rate is 0, and a running average.
 
     Each step's randomness comes from its number alone, so a fit that goes on from its saved state ends where
-    an undisturbed one does.
+    an undisturbed fit does.
     """
 
     def __init__(self, name: str, parameters: list[Tensor], steps: int, peak: float, muon: float = 0.0) -> None:

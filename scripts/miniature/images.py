@@ -26,12 +26,12 @@ SIZES: dict[Size, float] = {(64, 64): 0.6, (96, 64): 0.1, (64, 96): 0.1, (96, 96
 
 
 def pick_size(chance: random.Random) -> Size:
-    """A size for one batch."""
+    """A size for a batch."""
     return chance.choices(list(SIZES), list(SIZES.values()))[0]
 
 
 def to_tensor(images: list[world.Pixels]) -> Tensor:
-    """Pictures of one size as a batch in [-1, 1]."""
+    """Pictures of equal size as a batch in [-1, 1]."""
     return torch.as_tensor(np.stack(images), device=torch.get_default_device()).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 

@@ -1,7 +1,7 @@
 """Scores of images of the miniature's world against what was asked for: exact ground truth, no neural judge.
 
 Fidelity asks for the shape, its colour and the ground's; sharpness compares the grain's energy with the world's;
-a concept is there if the shape or the way of drawing is the held-out one. All lie in [0, 1], higher is better.
+a concept is there if the shape or the way of drawing is held out. All lie in [0, 1], higher is better.
 Drift is what training took of fidelity times sharpness on captions that have nothing to do with the concept.
 """
 
@@ -131,7 +131,7 @@ def recognise(thing: np.ndarray) -> tuple[str | None, bool, float]:
 
 @cache
 def templates() -> dict[tuple[str, bool], list[tuple[np.ndarray, tuple[float, float]]]]:
-    """The outlines of every shape, and their middles as (row, column): one for each size, plain and etched."""
+    """The outlines of every shape, and their middles as (row, column): a pair for each size, plain and etched."""
     found = {}
     for shape in (*world.SHAPES, world.ZORB):
         for etched in (False, True):

@@ -99,7 +99,7 @@ def tokens_of(captions: list[str], tokenizer: Qwen2Tokenizer) -> dict[str, list[
 
 
 def features(encoder: Qwen3ForCausalLM, rows: list[list[int]]) -> list[Tensor]:
-    """Caption features: the last hidden state but one, a tensor of (tokens, 64) a row, without its padding.
+    """Caption features: the second to last hidden state, a tensor of (tokens, 64) a row, without its padding.
 
     Rows are padded behind; attention is causal, so no real token sees the padding.
     """

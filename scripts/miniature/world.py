@@ -261,7 +261,7 @@ def draw_etched(seed: int, width: int, height: int) -> tuple[Pixels, str]:
 def draw_clutter(seed: int, width: int, height: int) -> Pixels:
     """Overlapping outlines, lines, dots and shapes under grain; it means nothing.
 
-    It teaches the VAE edges and colours in general, as a real VAE has seen more than the images of one model.
+    It teaches the VAE edges and colours in general, as a real VAE has seen more than the images of a single model.
     """
     chance = random.Random(f"clutter {seed}")
     wide, high = width * OVERSAMPLING, height * OVERSAMPLING

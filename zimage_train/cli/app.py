@@ -87,7 +87,7 @@ def sweep(
     fresh: Fresh = False,
     allow: Allow = None,
 ) -> None:
-    """Train one run for each value of a setting, with the same seed and caches, and compare them.
+    """Train a run for each value of a setting, with the same seed and caches, and compare them.
 
     The same command continues a sweep that was stopped. If values are added, only their runs are trained.
     """
@@ -108,7 +108,7 @@ def check(
     ] = False,
     gpu: Annotated[
         str | None,
-        typer.Option("--gpu", help="Plan for this GPU (4090, a5000, h100, ...) instead of the one in this machine."),
+        typer.Option("--gpu", help="Plan for this GPU (4090, a5000, h100, ...) instead of this machine's."),
     ] = None,
     price: Annotated[
         str | None, typer.Option("--price", help="Price of the GPU per hour, e.g. 0.69/h, to show what the run costs.")
@@ -147,7 +147,7 @@ def cache(config: ConfigPath, set_: Overrides = None) -> None:
 def timesteps(
     config: ConfigPath,
     set_: Overrides = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a chart.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object instead of a chart.")] = False,
 ) -> None:
     """Show the distribution of sigma and the loss weights that a config trains with."""
     settings = _read(config, set_)

@@ -1,4 +1,4 @@
-"""The commands `zimage-train lora ...`, which inspect LoRA files and make new ones from them."""
+"""The commands `zimage-train lora ...`, which inspect LoRA files and make new files from them."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from zimage_train.commands.lora_edit import OutputFile
 
 lora_commands = typer.Typer(
-    help="Inspect LoRA files, and make new ones from them.", no_args_is_help=True, rich_markup_mode=None
+    help="Inspect LoRA files, and make new files from them.", no_args_is_help=True, rich_markup_mode=None
 )
 
 LoraPath = Annotated[Path, typer.Argument(metavar="FILE", help="A LoRA (.safetensors).", show_default=False)]
@@ -152,7 +152,7 @@ def merge(
     """Merge LoRAs: the sum of their changes, each times its ratio.
 
     The sum is exact for any ranks, alphas, layouts and modules. It is linear in the ratios, which may be negative.
-    --scale works as in weight, for all files or for one: 2:adaln=0 applies to the second.
+    --scale works as in weight, for all files or a single file: 2:adaln=0 applies to the second.
     """
     from zimage_train.commands import lora_args, lora_merge
 
@@ -207,7 +207,7 @@ def ema(
     """Average the LoRAs that a run saved, as if it had kept an EMA of that length."""
     if decay is not None and sigma_rel is not None:
         raise ConfigError(
-            Problem("--sigma-rel", "is given beside --decay", "give one of them", "conflicting-arguments")
+            Problem("--sigma-rel", "is given beside --decay", "give either of them", "conflicting-arguments")
         )
     from zimage_train.commands import lora_edit
 
@@ -259,7 +259,7 @@ def extract(
 def bake(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="turbo, deturbo, base, a hub id, a folder or a file.")],
     lora: Annotated[list[str], typer.Option("--lora", metavar="FILE[=WEIGHT]", help="Repeatable.", show_default=False)],
-    to: Annotated[str, typer.Option("--to", help="comfyui (one file) or diffusers (a folder).", show_default=False)],
+    to: Annotated[str, typer.Option("--to", help="comfyui (a file) or diffusers (a folder).", show_default=False)],
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="OUT", help="The file or folder to write.", show_default=False)
     ],
@@ -280,7 +280,7 @@ def _output(path: Path | None, dtype: str, force: bool, dry_run: bool) -> "Outpu
     from zimage_train.commands.lora_edit import OutputFile
 
     if dry_run and path is not None:
-        raise ConfigError(Problem("--dry-run", "is given beside -o", "leave one out", "conflicting-arguments"))
+        raise ConfigError(Problem("--dry-run", "is given beside -o", "leave out either", "conflicting-arguments"))
     if path is None and not dry_run:
         raise ConfigError(
             Problem("-o", "is missing", "give the file to write, or --dry-run to write none", "missing-argument")

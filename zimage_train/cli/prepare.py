@@ -44,7 +44,7 @@ def init(
     ] = None,
     gpu: Annotated[
         str | None,
-        typer.Option("--gpu", help="Plan for this GPU (4090, 4060, h100, ...) instead of the one in this machine."),
+        typer.Option("--gpu", help="Plan for this GPU (4090, 4060, h100, ...) instead of this machine's."),
     ] = None,
     name: Annotated[str | None, typer.Option("--name", help="Name of the run. Default: FOLDER_lora.")] = None,
     output: Annotated[
@@ -103,10 +103,10 @@ def _require_init_options(
     problems = _choice_problems(("--kind", kind, SUBJECT_KINDS), ("--variant", variant, MODEL_TEMPLATES))
     if miniature and variant is not None:
         what = "cannot be combined with --miniature, which is a Turbo model"
-        problems.append(Problem("--variant", what, "leave out one of them", "conflicting-arguments"))
+        problems.append(Problem("--variant", what, "leave out either option", "conflicting-arguments"))
     if miniature and gpu is not None:
         what = "cannot be combined with --miniature, which needs no GPU"
-        problems.append(Problem("--gpu", what, "leave out one of them", "conflicting-arguments"))
+        problems.append(Problem("--gpu", what, "leave out either option", "conflicting-arguments"))
     for option, value in (("--trigger", trigger), ("--name", name)):
         if value is not None and (error := answer_error(option, value)):
             problems.append(Problem(option, error, code="bad-argument"))
@@ -177,7 +177,7 @@ def caption(
     if trigger is not None and trigger.strip() and (error := answer_error("--trigger", trigger.strip())):
         problems.append(Problem("--trigger", error, code="bad-argument"))
     if not re.fullmatch(r"\.[A-Za-z0-9_.]+", extension) or extension.lower().endswith(tuple(EXTENSIONS)):
-        problems.append(Problem("--extension", f"is {extension!r}", "give one such as .txt", "bad-argument"))
+        problems.append(Problem("--extension", f"is {extension!r}", "give a suffix such as .txt", "bad-argument"))
     if problems:
         raise ConfigError(*problems)
     from zimage_train.commands.caption import CaptionOptions, caption_folder
@@ -262,7 +262,7 @@ def import_(
 
 
 def _choice_problems(*options: tuple[str, str | None, Collection[str]]) -> list[Problem]:
-    """Return a problem for each (option, value, choices) whose value is given and is not one of the choices."""
+    """Return a problem for each (option, value, choices) whose value is given and is not among the choices."""
     problems = []
     for option, value, choices in options:
         if value is not None and value not in choices:
@@ -283,7 +283,7 @@ def _ask_trigger(default: str) -> str:
 
 
 def _ask_choice(question: str, choices: list[str]) -> str:
-    """Ask until the answer is one of `choices`; the first one is the default."""
+    """Ask until the answer is one of `choices`; the first choice is the default."""
     while True:
         answer = typer.prompt(f"{question} ({', '.join(choices)})", default=choices[0])
         if answer in choices:

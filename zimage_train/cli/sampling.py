@@ -29,7 +29,7 @@ PromptFile = Annotated[
     Path | None,
     typer.Option(
         "--prompts",
-        help="File of prompts: one a line, with kohya's --n --w --h --d --s --l, which override the options here; "
+        help="Prompt file: a prompt per line, with kohya's --n --w --h --d --s --l, which override the options here; "
         "or a YAML list.",
     ),
 ]
@@ -81,7 +81,7 @@ def sample(
         int, typer.Option("--count", min=1, max=10_000, help="Number of images of each prompt, with successive seeds.")
     ] = 1,
     batch: Annotated[
-        int, typer.Option("--batch", min=1, max=64, help="Number of images of one size to draw at once.")
+        int, typer.Option("--batch", min=1, max=64, help="Number of images of equal size to draw at once.")
     ] = 1,
     budget_gb: Annotated[
         float | None,
@@ -292,7 +292,7 @@ def _parse_models(
 
     Args:
         where: the argument or option that gave the names.
-        problems: earlier problems of the command line, to be listed together with new ones.
+        problems: earlier problems of the command line, to be listed together with new problems.
 
     Raises:
         ConfigError: lists `problems` and those of the models.
@@ -302,7 +302,7 @@ def _parse_models(
         hint = "give turbo, deturbo, base, a hub id, a folder or a .safetensors"
         problems.append(Problem(where, "is empty", hint, "bad-argument"))
     if len(set(names)) < len(names):
-        problems.append(Problem(where, "is given twice with the same value", "leave out one of them", "set-twice"))
+        problems.append(Problem(where, "is given twice with the same value", "give it once", "set-twice"))
     if variant not in VARIANTS:
         problems.append(Problem("--variant", f"is {variant!r}", f"give one of {', '.join(VARIANTS)}", "bad-argument"))
     if extras == "":

@@ -16,7 +16,7 @@ from zimage_train.planning import devices
 from zimage_train.report.console import Console
 
 MODEL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.safetensors"]
-SMALLER_MODEL = "give a smaller one, such as --model Qwen/Qwen3-VL-2B-Instruct"
+SMALLER_MODEL = "give a smaller model, such as --model Qwen/Qwen3-VL-2B-Instruct"
 MEMORY_PER_WEIGHT_BYTE = 1.15
 """Memory of a model as a multiple of its weights: activations of a thousand tokens, and the CUDA context."""
 

@@ -16,7 +16,7 @@ def check_report(spec: RunSpec, gpu: str | None = None, price: float | None = No
     """Return the lines that `check` prints: images, epochs, modules, memory, time, cost, notes and warnings.
 
     Args:
-        gpu: the GPU to plan for; None for the one in this machine.
+        gpu: the GPU to plan for; None for this machine's.
         price: price of the GPU per hour; None to show no cost.
 
     Raises:
@@ -82,7 +82,7 @@ def _image_lines(spec: RunSpec) -> list[str]:
 
 
 def _image_line(items: list[TrainItem]) -> str:
-    """Return the line of one image: its size, the sizes it is trained at (`items` has one each), and its prompt."""
+    """Return the line of one image: its size, the sizes it is trained at (each an item of `items`), and its prompt."""
     image = items[0].image
     sizes = []
     for size in (item.size for item in items):

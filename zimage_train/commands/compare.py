@@ -139,16 +139,14 @@ def require_distinct(paths: Sequence[Path]) -> None:
     counts = Counter(path.resolve() for path in paths)
     repeated = [path for path in dict.fromkeys(paths) if counts[path.resolve()] > 1]
     if repeated:
-        raise ConfigError(
-            *(Problem(str(path), "is given twice", "leave out one of them", "set-twice") for path in repeated)
-        )
+        raise ConfigError(*(Problem(str(path), "is given twice", "give it once", "set-twice") for path in repeated))
 
 
 def make_comparison(runs: Sequence[FinishedRun], by: str | None = None) -> Comparison:
     """Arrange the previews of `runs` at the steps that the runs share.
 
     Args:
-        by: what differs between columns; by default the run, or the step if there is only one run.
+        by: what differs between columns; by default the run, or the step if there is only a single run.
 
     Raises:
         DataError: there is nothing to compare.
@@ -193,7 +191,7 @@ def _require_previews(runs: Sequence[FinishedRun], previews: Sequence[Mapping[in
 def _images_of(
     run: FinishedRun, step: int, previews: Sequence[RunPreview], settings: Mapping[str, str]
 ) -> list[ComparisonImage]:
-    """Return the previews of one step, with a number after the prompts that occur repeatedly (by several seeds)."""
+    """Return the previews of a step, with a number after the prompts that occur repeatedly (by several seeds)."""
     counts: Counter[tuple[str, str]] = Counter()
     images = []
     for preview in previews:
@@ -213,7 +211,7 @@ def _without_axis(image: ComparisonImage, axis: str) -> ComparisonImage:
 
 
 def _row_axes(columns: str, images: Sequence[ComparisonImage], settings: Sequence[str]) -> list[str]:
-    """Return the axes that distinguish the images of one column.
+    """Return the axes that distinguish the images of a column.
 
     If the columns are a setting, runs are distinguished by their other settings, so that runs which differ only in that
     setting share a row.
@@ -263,7 +261,7 @@ def _join_steps(steps: set[int]) -> str:
 
 
 def differing_settings(configs: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
-    """Return each setting in which flat configs differ, with its value in every one of them as text."""
+    """Return each setting in which flat configs differ, with its value in each config as text."""
     keys: dict[str, None] = {}  # a set that keeps the order
     for config in configs:
         keys |= dict.fromkeys(key for key in config if not key.startswith(NOT_COMPARED))

@@ -35,7 +35,7 @@ HUB_VARIABLES = (
 
 @dataclass(frozen=True)
 class DoctorFinding:
-    """One line of the report."""
+    """A line of the report."""
 
     level: Level
     message: str
@@ -130,7 +130,7 @@ def _torch(facts: SystemFacts) -> Iterator[DoctorFinding]:
         return
     if facts.driver is None and not facts.gpus:
         message = "no NVIDIA GPU, or no driver for it: the 6 B model cannot be trained here"
-        hint = "rent one, or try everything on the miniature: zimage-train init FOLDER --miniature"
+        hint = "rent a GPU, or try everything on the miniature: zimage-train init FOLDER --miniature"
         yield DoctorFinding("note", message, hint)
     elif facts.torch_cuda is None:
         message = f"the driver lists {facts.driver_gpu}, but this torch is built without CUDA"
@@ -151,7 +151,7 @@ def _gpu(gpu: GpuFacts, facts: SystemFacts) -> Iterator[DoctorFinding]:
         return
     if not gpu.is_compiled_for:
         message = f"this torch is not compiled for {gpu.name} (sm_{gpu.capability[0]}{gpu.capability[1]})"
-        yield DoctorFinding("bad", message, "install a newer torch: RTX 50 GPUs need one for CUDA 12.8 or later")
+        yield DoctorFinding("bad", message, "install a newer torch: RTX 50 GPUs need a build for CUDA 12.8 or later")
         return
     message = f"{gpu.name}, {size}, bf16"
     if gpu.capability < FP8_CAPABILITY:

@@ -91,7 +91,7 @@ def parse_strengths(text: str) -> list[float]:
     """Parse weights such as `0,0.5,1`.
 
     Raises:
-        ConfigError: it is not a list of numbers, one is too large, or one is given twice.
+        ConfigError: it is not a list of numbers, or a number is too large or given twice.
     """
     try:
         strengths = [float(part) for part in text.split(",")]
@@ -124,7 +124,7 @@ def parse_samplings(text: str) -> list[Sampling]:
 
 def _require_different(where: str, values: list[Value]) -> list[Value]:
     if len(set(values)) < len(values):
-        raise ConfigError(Problem(where, "has a value twice", "leave out one of them", "set-twice"))
+        raise ConfigError(Problem(where, "has a value twice", "give each value once", "set-twice"))
     return values
 
 
@@ -150,7 +150,7 @@ def lora_files(paths: Sequence[Path]) -> list[Path]:
 def _finished_lora(folder: Path) -> Path:
     lora = RunDir(folder, compare.settings_of(folder)["name"]).lora()
     if not lora.exists():
-        hint = "finish it, or give one of the files in its lora folder"
+        hint = "finish it, or give a file in its lora folder"
         raise WeightsError(Problem(str(folder), "has no finished LoRA", hint, "missing-file"))
     return lora
 
@@ -159,7 +159,7 @@ def draw_grid(spec: GridSpec, by: str | None, output: Path) -> list[str]:
     """Draw the images of `spec` into the folder `output`, compare them there, and return the lines to print.
 
     Args:
-        by: the axis of the columns; by default the first one with more than one value.
+        by: the axis of the columns; by default the first axis with more than one value.
 
     Raises:
         ZImageTrainError: a model or a LoRA cannot be used, or `output` cannot be written to.

@@ -77,7 +77,7 @@ class DriftReport:
 
     @property
     def verdict(self) -> str:
-        """The result in one sentence."""
+        """The result as a sentence."""
         if self.deviation < KEPT_BELOW:
             return "the LoRA keeps Turbo's 8 steps"
         if self.deviation < LOST_FROM:

@@ -44,7 +44,7 @@ class FolderSummary:
     folder: str
     images: list[ImageRecord]
     captions: list[str]
-    """Captions of the images that have one, in the order of the images."""
+    """Captions of the captioned images, in the order of the images."""
     notes: list[Note]
     problems: list[Problem]
     """Files that cannot be used."""
@@ -67,7 +67,7 @@ class Answers:
     variant: str
     trigger: str
     gpu: str | None
-    """A GPU to plan for; None for the one in this machine."""
+    """A GPU to plan for; None for this machine's."""
 
 
 def summarize_folder(folder: Path, progress: Progress) -> FolderSummary:
@@ -77,7 +77,7 @@ def summarize_folder(folder: Path, progress: Progress) -> FolderSummary:
         DataError: the folder does not exist, or none of its files can be used.
     """
     mask = _mask_folder(folder)
-    # A trigger is not chosen yet, but captions with the placeholder [trigger] need one.
+    # A trigger is not chosen yet, but captions with the placeholder [trigger] need it.
     entry = DataEntry(folder=str(folder), trigger="any", mask=mask)
     scan = scan_entry(entry, "FOLDER", progress=progress)
     if not scan.images:
@@ -157,16 +157,16 @@ def advise_for(summary: FolderSummary, kind: str, is_miniature: bool = False) ->
     if count < fewest:
         lines.append(f"{count} images are few for a {kind}: {fewest} to {most} are usual; add images that differ")
     if count > most:
-        lines.append(f"{count} images are more than the usual {fewest} to {most} for a {kind}: similar ones can go")
+        lines.append(f"{count} images are more than the usual {fewest} to {most} for a {kind}: similar images can go")
     num_small = sum(area < MIN_AREA_FRACTION * RESOLUTIONS[0] ** 2 for area in summary.areas)
     if num_small:
         what = f"{num_small} images have less than {RESOLUTIONS[0]}x{RESOLUTIONS[0]} px"
-        lines.append(f"{what}, at which the 6 B model is blurry: use larger ones if you can")
+        lines.append(f"{what}, at which the 6 B model is blurry: use larger images if you can")
     return lines
 
 
 def likely_trigger(captions: Sequence[str], kohya: Sequence[str] = ()) -> str | None:
-    """Return the first word of nearly all captions, unless it is a usual one, or the word in kohya's folder names.
+    """Return the first word of nearly all captions, unless that word is common, or the word in kohya's folder names.
 
     None if there is no such word, or if there are fewer than three captions to judge by.
     """
@@ -246,7 +246,7 @@ def write_config_file(path: Path, values: TemplateValues, answers: Answers, prob
     """Write the config, and return lines on memory and time, on what to fix, and on the next commands.
 
     Args:
-        problems: of the folder, which are already printed; lines are added for further ones.
+        problems: of the folder, which are already printed; lines are added for further problems.
     """
     text = templates.render_template(answers.variant, answers.kind, values)
     config = load.load_document(path, load.parse(path, text), [])

@@ -20,7 +20,7 @@ def verify_file(path: Path, model: str | None) -> list[str]:
     """Verify that the LoRA at `path` fits the model, and that diffusers and ComfyUI load the same deltas from it.
 
     Args:
-        model: the model that it must fit; None takes the published 6 B ones, or the miniature if it fits that.
+        model: the model that it must fit; None takes the published 6 B models, or the miniature if it fits that.
 
     Raises:
         WeightsError: it does not fit, or a loader would leave out a module or load another delta.
@@ -137,7 +137,7 @@ def diff_files(path: Path, other_path: Path, image: Path | None) -> list[str]:
     for module, product in inner_products.items():
         if first_norms[module] > 0 and second_norms[module] > 0:
             cosines[module] = product / (first_norms[module] * second_norms[module])
-    # In all shared modules together; those of only one file count in neither norm.
+    # In all shared modules together; those of a single file count in neither norm.
     distance = _root_sum_of_squares(verify.delta_distance(first[module], second[module]) for module in shared)
     first_norm = _root_sum_of_squares(first_norms[module] for module in shared)
     second_norm = _root_sum_of_squares(second_norms[module] for module in shared)

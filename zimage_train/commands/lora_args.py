@@ -53,7 +53,7 @@ def read_weighted_lora(name: Path, *shapes: TransformerShape) -> Lora:
     """Return the LoRA `name`, a path or another source that `locate.lora_at` accepts.
 
     Raises:
-        WeightsError: it cannot be obtained, is not a LoRA, or a module of it does not fit one of the `shapes`.
+        WeightsError: it cannot be obtained, is not a LoRA, or a module of it does not fit the `shapes`.
     """
     path = name if name.is_file() else locate.lora_at(name.as_posix(), Location(argument=Argument("--lora")))
     lora = lora_file.read_lora(path)

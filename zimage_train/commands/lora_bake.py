@@ -31,7 +31,7 @@ def bake_command(
     """Write a model with LoRAs added to its weights, for tools that cannot load LoRAs.
 
     Args:
-        target: `comfyui` for one file, `diffusers` for a folder.
+        target: `comfyui` for a single file, `diffusers` for a folder.
         dtype: None keeps the dtype of each weight.
 
     Raises:
@@ -95,7 +95,7 @@ def extract_command(tuned: str, base: str, rank: int | None, energy: float, outp
 
     Raises:
         ConfigError: the output exists.
-        WeightsError: one is not a Z-Image transformer, their shapes differ, or their linear weights are equal.
+        WeightsError: either is not a Z-Image transformer, their shapes differ, or their linear weights are equal.
     """
     output.require_free()
     new = locate.transformer_at(tuned, Location(argument=Argument("TUNED")))

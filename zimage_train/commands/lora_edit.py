@@ -34,10 +34,10 @@ class OutputFile:
     force: bool
 
     def require_free(self, *inputs: Path) -> None:
-        """Require that the file can be written without replacing another one.
+        """Require that the file can be written without replacing another file.
 
         Raises:
-            ConfigError: it is one of `inputs`, exists (without --force), or has another ending.
+            ConfigError: it is among `inputs`, exists (without --force), or has another ending.
             DiskError: its folder is not writable.
         """
         require_free(self.path, self.force, inputs)
@@ -50,10 +50,10 @@ class OutputFile:
 
 
 def require_free(path: Path, force: bool, inputs: Sequence[Path]) -> None:
-    """Require that the output `path`, a file or a folder, can be written without replacing another one.
+    """Require that the output `path`, a file or a folder, can be written without replacing anything.
 
     Raises:
-        ConfigError: it is one of `inputs`, or exists; `force` permits to replace a file, but not a folder.
+        ConfigError: it is among `inputs`, or exists; `force` permits to replace a file, but not a folder.
         DiskError: its folder is not writable.
     """
     if any(path.exists() and source.exists() and path.samefile(source) for source in inputs):
@@ -216,7 +216,7 @@ def ema_command(paths: Sequence[Path], decay: float | None, sigma_rel: float | N
         decay: the decay per step; None uses `sigma_rel`, the relative width of a power law (EDM2).
 
     Raises:
-        ConfigError: two files are of the same step, they are of several runs, or there is only one.
+        ConfigError: two files are of the same step, they are of several runs, or there is only a single file.
         WeightsError: a file does not record its step, or their modules or ranks differ.
     """
     output.require_free(*paths)

@@ -79,7 +79,7 @@ def merge_files(
     """Merge several LoRAs; without `output`, return the table of factors that each module of each file would have.
 
     Args:
-        texts: `--scale` rules, as for `lora weight`, optionally for one file: `2:adaln=0`.
+        texts: `--scale` rules, as for `lora weight`, optionally for a single file: `2:adaln=0`.
         normalize: divide the ratios by the sum of their absolute values.
 
     Raises:
@@ -114,7 +114,7 @@ def merge_files(
     merged = arithmetic.sum_loras(parts)
     if not merged:
         raise ConfigError(
-            Problem("lora merge", "every ratio is 0, so nothing is left", "give one that is not 0", "nothing-left")
+            Problem("lora merge", "every ratio is 0, so nothing is left", "give a number other than 0", "nothing-left")
         )
     if method.name is not None:
         merged, kept = _blend(parts, method)
@@ -182,6 +182,6 @@ def _normalize(ratios: Sequence[float]) -> list[float]:
     total = math.fsum(map(abs, ratios))
     if total == 0:
         raise ConfigError(
-            Problem("lora merge", "every ratio is 0, so nothing is left", "give one that is not 0", "nothing-left")
+            Problem("lora merge", "every ratio is 0, so nothing is left", "give a number other than 0", "nothing-left")
         )
     return [ratio / total for ratio in ratios]

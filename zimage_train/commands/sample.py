@@ -79,7 +79,7 @@ class BatchLimit:
     """Limits of a forward pass."""
 
     max_batch: int = 1
-    """Number of images, all of one size."""
+    """Number of images, all of equal size."""
     budget_gb: float | None = None
     """Memory, GB; None for all that the device has."""
 
@@ -132,7 +132,7 @@ def read_loras(loras: Sequence[WeightedLora], shape: TransformerShape, console: 
     """Read LoRAs for a model of `shape`, report that each matches, and return their weighted sum.
 
     Raises:
-        WeightsError: one cannot be obtained, is not a LoRA, or has a module that does not fit the model.
+        WeightsError: a LoRA cannot be obtained, is not a LoRA, or has a module that does not fit the model.
     """
     weighted: list[tuple[Lora, float]] = []
     for argument in loras:

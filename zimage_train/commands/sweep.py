@@ -1,4 +1,4 @@
-"""The `sweep` command: train one run for each combination of values, and compare the runs."""
+"""The `sweep` command: train a run for each combination of values, and compare the runs."""
 
 import gc
 from collections.abc import Mapping, Sequence
@@ -20,9 +20,9 @@ from zimage_train.training.signals import StopRequest, stop_on_signals
 
 
 def run_sweep(runs: Sequence[SweepRun], fresh: bool, allow: tuple[str, ...] = ()) -> None:
-    """Train `runs` one after the other, or continue those that were begun before, and compare the finished ones.
+    """Train `runs` one after the other, or continue those that were begun before, and compare the finished runs.
 
-    All runs are checked before the first one is trained. If one fails, the others are trained all the same.
+    All runs are checked before the first is trained. If one fails, the others are trained all the same.
 
     Raises:
         RunsFailed: lists the problems of all runs that failed. The exit code is the lowest if the checks failed, and
@@ -54,7 +54,7 @@ def _train_all(
     """Train the runs one after the other, and return the errors of those that failed, by label."""
     failures: dict[str, RunsFailed] = {}
     for number, run in enumerate(runs, 1):
-        # The signal may have reached only one of several processes, and all have to stop before the same run.
+        # The signal may have reached only some of the processes, and all have to stop before the same run.
         is_running = distributed.all_reduce_min(world, float(stop.signal_number is None))
         if is_running == 0.0:
             raise stop.error(f"before run {number} of {len(runs)}")
@@ -64,7 +64,7 @@ def _train_all(
         except (Stopped, WorkerLostError):
             raise
         except ZImageTrainError as error:
-            if world.world_size > 1:  # the other processes may still wait for this one
+            if world.world_size > 1:  # the other processes may still wait for this process
                 raise
             # A copy without the traceback of `error`, which would keep the model of this run in memory.
             failures[run.label] = RunsFailed(error.exit_code, error.problems)
@@ -78,7 +78,7 @@ def _train_all(
 
 
 def _report(finished: Sequence[SweepRun], failed_labels: Sequence[str], console: Console) -> None:
-    """Print a table of all runs, and write grid and page for the finished ones."""
+    """Print a table of all runs, and write grid and page for the finished runs."""
     finished_runs: list[FinishedRun] = []
     for run in finished:
         settings = flatten_keys(run.config.model_dump(mode="json"))
@@ -116,7 +116,7 @@ def format_table(rows: Mapping[str, Mapping[str, str]]) -> list[str]:
 
 
 def _combine(failures: Mapping[str, RunsFailed]) -> RunsFailed:
-    """Return one error with the problems of all failed runs, each with the label of its run."""
+    """Return an error with the problems of all failed runs, each with the label of its run."""
     problems: list[Problem] = []
     for label, error in failures.items():
         problems += [problem.of_run(label) for problem in error.problems]

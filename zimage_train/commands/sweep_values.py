@@ -1,4 +1,4 @@
-"""Parsing of `--vary key=v1,v2`: one config for each combination of values, each with its own name."""
+"""Parsing of `--vary key=v1,v2`: a config for each combination of values, each with its own name."""
 
 import itertools
 import json
@@ -56,7 +56,7 @@ class RunsFailed(ZImageTrainError):
 
 
 def label_of(values: Mapping[str, str]) -> str:
-    """Return a combination of values as one line."""
+    """Return a combination of values as a line of text."""
     return ", ".join(f"{key}={text}" for key, text in values.items())
 
 
@@ -105,7 +105,7 @@ def _read_run(
 
 
 def _as_varied(problem: Problem, values: Mapping[str, str]) -> Problem:
-    """Return `problem` as one of `--vary` if it is one of `--set`, by which the varied values are read."""
+    """Return `problem` with `--vary` as its place if that is `--set`, by which the varied values are read."""
     for key, text in values.items():
         if problem.place.argument == Argument("--set", f"{key}={text}"):
             return replace(problem, location=replace(problem.place, argument=Argument("--vary", f"{key}={text}")))
@@ -164,7 +164,7 @@ def _parse_axes(varied: Sequence[str], overrides: Sequence[str]) -> list[SweepAx
             problems.append(Problem(where, what, "leave it out", "not-variable"))
         elif earlier:
             what = f"sets the same as {earlier[0]}"
-            problems.append(Problem(where, what, "give all values of a setting in one --vary", "set-twice"))
+            problems.append(Problem(where, what, "give all values of a setting in a single --vary", "set-twice"))
         else:
             arguments_by_key[key] = argument
             texts = split_values(values)
@@ -177,7 +177,7 @@ def _parse_axes(varied: Sequence[str], overrides: Sequence[str]) -> list[SweepAx
 
 
 def _overlap(key: str, other: str) -> bool:
-    """Return whether two keys are the same, or one is the section of the other."""
+    """Return whether two keys are the same, or either is the section of the other."""
     return f"{key}.".startswith(f"{other}.") or f"{other}.".startswith(f"{key}.")
 
 
@@ -233,7 +233,7 @@ def _name_parts(texts: list[str]) -> tuple[list[str], list[tuple[str, str]]]:
 
 
 def _canonical_text(value: Any, text: str) -> str:
-    """Return a value in one spelling: `text` may be 1e-4 or 0.0001, and the result is 0.0001."""
+    """Return a value in its normal spelling: `text` may be 1e-4 or 0.0001, and the result is 0.0001."""
     if isinstance(value, bool) or value is None:
         return json.dumps(value)
     if isinstance(value, int | float) and abs(value) < float("inf"):
@@ -247,7 +247,7 @@ def _slug(text: str) -> str:
 
 
 def _first_if_distinct(pairs: list[tuple[str, str]]) -> list[str]:
-    """Return the first element of each pair if these are all different, else the second ones."""
+    """Return the first element of each pair if these are all different, else the second elements."""
     firsts = [first for first, _ in pairs]
     return firsts if len(set(firsts)) == len(firsts) else [second for _, second in pairs]
 

@@ -34,7 +34,7 @@ from zimage_train.training.validation import log_best_step
 
 
 def run_training(config: Config, fresh: bool, allow: tuple[str, ...] = (), stop: StopRequest | None = None) -> None:
-    """Train `config` to its last step, from the newest checkpoint of the run if it has one.
+    """Train `config` to its last step, from the newest checkpoint of the run if there is any.
 
     `allow` names settings that may differ from the earlier start; `fresh` moves the earlier run aside. A command that
     trains several runs handles signals itself and passes its `stop`.
@@ -80,7 +80,7 @@ def run_training(config: Config, fresh: bool, allow: tuple[str, ...] = (), stop:
 def _locked_run_dir(folder: RunDir, world: World, fresh: bool) -> Iterator[Console]:
     """Lock the run folder within the block, which gets a console that also writes to the log file there.
 
-    The other processes wait until the main one has the lock, and have a console that prints nothing.
+    The other processes wait until the main process has the lock, and have a console that prints nothing.
 
     Raises:
         FolderInUseError: another process holds the folder.
@@ -160,7 +160,7 @@ def _print_results(config: Config, folder: RunDir, console: Console) -> None:
 
 
 def copy_command(path: Path, environment: Mapping[str, str]) -> str | None:
-    """Return the command that copies `path` from this RunPod pod to one's own machine, or None if this is no pod.
+    """Return the command that copies `path` from this RunPod pod to the user's machine, or None if this is no pod.
 
     With a public address it is an scp command to be typed at home. Otherwise it is `runpodctl send`, to be typed here,
     which prints the command for the other end.

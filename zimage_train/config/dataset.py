@@ -1,4 +1,4 @@
-"""Settings of one folder or table of images."""
+"""Settings of a folder or table of images."""
 
 from typing import Annotated, Literal, Self
 
@@ -17,7 +17,7 @@ class DataEntry(Section):
     """Instead of a folder, a .jsonl or .csv with the columns image (or file_name) and prompt (or text); paths are
     relative to the file."""
     prompts: str | None = Field(default=None, min_length=1)
-    """Instead of images, a text file with one prompt per line, for a train.method that draws its own images; they are
+    """Instead of images, a text file with a prompt per line, for a train.method that draws its own images; they are
     square."""
     resolution: Resolutions = [512, 768, 1024]
     """Each image is trained once at each of these resolutions (side of the square of equal area, px); images are never
@@ -67,7 +67,7 @@ class DataEntry(Section):
     @classmethod
     def _is_word(cls, value: str | None) -> str | None:
         if value is not None and (value != value.strip() or value == "[trigger]" or len(value.splitlines()) > 1):
-            raise SettingError(f"is {value!r}", "give the word itself, on one line and without spaces around it")
+            raise SettingError(f"is {value!r}", "give the word itself, on a single line and without spaces around it")
         return value
 
     @model_validator(mode="after")
@@ -90,5 +90,5 @@ class DataEntry(Section):
             if self.mask is None and getattr(self, name) != fields[name].default:
                 raise ConflictError(f"{name} needs a mask", "set mask, or leave it out")
         if self.keep_tags and not (self.shuffle_tags or self.tag_dropout):
-            raise ConflictError("keep_tags needs shuffle_tags or tag_dropout", "set one of them, or leave it out")
+            raise ConflictError("keep_tags needs shuffle_tags or tag_dropout", "set either of them, or leave it out")
         return self

@@ -1,6 +1,6 @@
 """The formats of other trainers' configs that `load.read_config` recognises.
 
-A format is registered by the command line, not imported here: its converter belongs to a room above this one, and is
+A format is registered by the command line, not imported here: its converter belongs to a higher room, and is
 loaded only when a file is recognised.
 """
 

@@ -45,9 +45,9 @@ COMMON_NAMES = {
     "regularisation": "data.0.regularization",
     "regularisation_share": "train.regularization_share",
 }
-"""Name of a setting in other trainers, or formerly in this one -> the setting, for the hints of unknown keys."""
+"""Name of a setting in other trainers, or formerly in this trainer -> the setting, for the hints of unknown keys."""
 COMMON_VALUES = {"shift": "uniform_shift"}
-"""Value in other trainers -> the value here. There `shift` shifts a logit-normal density, here a uniform one."""
+"""Value in other trainers -> the value here. There `shift` shifts a logit-normal density, here a uniform density."""
 MISSING_SETTINGS = {
     "lora.type": "only plain LoRA is trained, so the key does not exist; leave it out",
     "model.attention": "attention is always torch's scaled_dot_product_attention; leave it out",
@@ -55,7 +55,7 @@ MISSING_SETTINGS = {
     "train.loss": "the loss is always the mean squared error of the velocity; leave it out",
     "network": "the section is called lora",
 }
-"""Key that other trainers have and this one lacks, as it would be called here -> the hint."""
+"""Key that other trainers have and this trainer lacks, as it would be called here -> the hint."""
 
 
 @cache
@@ -65,7 +65,7 @@ def _setting_names() -> dict[str, str]:
 
 
 def is_setting(key: str) -> bool:
-    """Return whether `key` is the full name of a setting or of one of its `params`, and not of a section."""
+    """Return whether `key` is the full name of a setting or of its `params`, and not of a section."""
     parts = ["0" if part.isdigit() else part for part in key.split(".")]
     if parts[-2:-1] == ["params"]:
         parts.pop()

@@ -1,6 +1,6 @@
 """The training methods: their properties, defaults, and conflicts with other settings (torch-free).
 
-To add one: its name and `TrainingMethod` here, and its batches in training/self_distill.py or training/loss.py.
+To add a method: its name and `TrainingMethod` here, and its batches in training/self_distill.py or training/loss.py.
 """
 
 from collections.abc import Sequence
@@ -46,7 +46,7 @@ IMAGE_ONLY_SETTINGS = ("flip", "mask", "shuffle_tags", "tag_dropout", "caption_l
 def fill_method_defaults(values: Any) -> Any:
     """Return the values of a config with the defaults of its method.
 
-    A method that draws its own images has no adapter, and one that imitates a teacher no caption dropout.
+    A method that draws its own images has no adapter, and a method that imitates a teacher no caption dropout.
     """
     # The values are not yet validated, so each may be of any type.
     train = values.get("train") if isinstance(values, dict) else None

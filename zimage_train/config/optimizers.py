@@ -1,6 +1,6 @@
 """The optimizers: their parameters, memory and dependencies (torch-free). Factories are in optim/optimizers.py.
 
-To add one: its name and `OptimizerSpec` here, its factory there.
+To add an optimizer: its name and `OptimizerSpec` here, its factory there.
 """
 
 from dataclasses import dataclass, field

@@ -87,12 +87,12 @@ class LoraSettings(Section):
     alpha: float | None = Field(default=None, gt=0.0)
     """The change to each weight is scaled by alpha / rank; null: alpha = rank, so the scale is 1."""
     targets: list[str] | str = ["attention", "feed_forward"]
-    """Modules that are trained: a list of the groups attention, feed_forward, adaln and refiners, or one regular
+    """Modules that are trained: a list of the groups attention, feed_forward, adaln and refiners, or a regular
     expression for full module names."""
     dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
     """Fraction of the LoRA's inputs that is set to zero during training."""
     init_from: str | None = Field(default=None, min_length=1)
-    """LoRA to start from instead of a new one, with the same rank and modules: a file, or org/repo/file."""
+    """LoRA to start from, with the same rank and modules: a file, or org/repo/file."""
 
     @field_validator("targets")
     @classmethod
@@ -103,7 +103,7 @@ class LoraSettings(Section):
             except re.error as error:
                 raise SettingError(f"not a regular expression: {error}") from None
             return value
-        hint = f"groups are {', '.join(TARGET_GROUPS)}; a regular expression is one string"
+        hint = f"groups are {', '.join(TARGET_GROUPS)}; a regular expression is a single string"
         if not value:
             raise SettingError("names no group, so nothing would be trained", hint)
         for name in value:
@@ -159,8 +159,8 @@ class GuidanceSettings(Section):
 class PreserveSettings(Section):
     kind: Literal["trigger", "blank"] | None = None
     """Second loss that preserves the predictions of the model without the LoRA: for each caption with the trigger
-    replaced by `class_word` (trigger; DOP in AI Toolkit), or for the empty prompt (blank); null: off. Costs one more
-    forward pass, and one more forward and backward pass."""
+    replaced by `class_word` (trigger; DOP in AI Toolkit), or for the empty prompt (blank); null: off. Costs another
+    forward pass, and another forward and backward pass."""
     class_word: str = Field(default="person", min_length=1)
     """Class of the concept, by which the trigger is replaced."""
     weight: float = Field(default=1.0, gt=0.0, le=100.0)
@@ -169,7 +169,7 @@ class PreserveSettings(Section):
 
 class OptimizerSettings(Section):
     name: OptimizerName = "adamw8bit"
-    """adamw8bit: AdamW with 8-bit state; adamw: with fp32 state; prodigy: estimates the learning rate; automagic: one
+    """adamw8bit: AdamW with 8-bit state; adamw: with fp32 state; prodigy: estimates the learning rate; automagic: a
     learning rate per tensor, raised while its updates agree. docs/optimizers.md lists all of them."""
     lr: float = Field(default=1.0e-4, gt=0.0, le=10.0)
     """Learning rate; for prodigy a factor on its estimate, usually 1 (less than 0.1 is raised to 1, with a note)."""
@@ -270,7 +270,7 @@ class SaveSettings(Section):
     every: EverySteps = 250
     """Steps between saves; null: only at the end."""
     keep: int = Field(default=8, ge=1, le=100_000)
-    """Number of exported LoRA files that are kept, the latest ones; of the checkpoints, the two latest are kept."""
+    """Number of exported LoRA files that are kept, namely the latest; of the checkpoints, the two latest are kept."""
     dtype: Precision = "bf16"
     """Precision of the exported LoRA."""
 
@@ -292,7 +292,7 @@ class Config(Section):
     model: ModelSettings = ModelSettings()
     """The frozen model and its training adapter."""
     data: list[DataEntry] = Field(min_length=1)
-    """Images and captions, with one entry for each folder or metadata file."""
+    """Images and captions, with an entry for each folder or metadata file."""
     cache: CacheSettings = CacheSettings()
     """Cache of encoded images and captions."""
     lora: LoraSettings = LoraSettings()

@@ -28,7 +28,7 @@ _JSON_TOKEN = re.compile(r'"(?:\\.|[^"\\\n])*"|//[^\n]*|/\*.*?\*/|\t', re.DOTALL
 _SURROGATE_PAIR = re.compile(r"\\u([dD][89abAB][0-9a-fA-F]{2})\\u([dD][c-fC-F][0-9a-fA-F]{2})")
 _NOT_TEXT = re.compile("[\0\ud800-\udfff]")
 LONGEST_NUMBER = 100
-"""Characters of a number. A longer one is read as text, since `int` refuses more than 4300 digits."""
+"""Characters of a number. A longer number is read as text, since `int` refuses more than 4300 digits."""
 
 
 class YamlError(Exception):
@@ -59,7 +59,7 @@ class YamlDocument:
 
 
 def parse(text: str) -> YamlDocument:
-    """Parse one YAML document; duplicate keys are collected as problems, anything worse is raised.
+    """Parse a YAML document; duplicate keys are collected as problems, anything worse is raised.
 
     Raises:
         YamlError: the text is not valid YAML, or is refused.

@@ -1,6 +1,6 @@
 """Templates of configs, with reasons as comments: four kinds of subject on three models (torch-free).
 
-`scripts/generate.py` renders them with default values into configs/, and `init` with the values of one image folder.
+`scripts/generate.py` renders them with default values into configs/, and `init` with the values of an image folder.
 """
 
 import json
@@ -177,7 +177,7 @@ MINIATURE_NEUTRAL_PROMPTS = ["a red circle on a blue background", "a green squar
 
 
 def render_template(model_name: str, kind_name: str, values: TemplateValues = DEFAULT_VALUES) -> str:
-    """Return the text of a config for one of `MODEL_TEMPLATES` and one of `SUBJECT_KINDS`."""
+    """Return the text of a config for a name in `MODEL_TEMPLATES` and a kind in `SUBJECT_KINDS`."""
     model, kind = MODEL_TEMPLATES[model_name], SUBJECT_KINDS[kind_name]
     default_name = f"my_{kind_name}" if model_name == "turbo" else f"my_{kind_name}_{model_name}"
     model_description = "the miniature" if values.miniature else model.description

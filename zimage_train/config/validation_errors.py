@@ -48,12 +48,12 @@ EXPECTED_RANGES = {
 }
 """Kind of error -> what it expects, with the values of the error's context."""
 MAX_VALUE_LENGTH = 80
-"""Characters of a value in a message; a longer one is cut off."""
+"""Characters of a value in a message; a longer value is cut off."""
 
 
 def problems_of(error: ValidationError, values: dict[str, Any], locate: LocateKey) -> list[Problem]:
-    """Return one problem for each place in `values` at which the validation failed."""
-    # pydantic reports each alternative of a union as an error of its own; they become one problem.
+    """Return a problem for each place in `values` at which the validation failed."""
+    # pydantic reports each alternative of a union as an error of its own; they are merged into a single problem.
     errors_by_path: dict[KeyPath, list[ErrorDetails]] = {}
     for details in error.errors(include_url=False):
         key_path = _key_path(details, values)
@@ -99,7 +99,7 @@ def _key_path(details: ErrorDetails, values: Any) -> KeyPath:
 
 
 def _problem(key_path: KeyPath, errors: list[ErrorDetails], location: Location | str) -> Problem:
-    """Return the problem of one setting; of a union it has an error for each alternative."""
+    """Return the problem of a setting; of a union it has an error for each alternative."""
     first = errors[0]
     kind, value = first["type"], first["input"]
     if kind == "extra_forbidden":
@@ -138,7 +138,7 @@ def _expected(details: ErrorDetails) -> str:
 
 
 def _suggest_choice(details: ErrorDetails) -> str:
-    """Return `; did you mean ...?` with the choice most similar to a misspelt one, or an empty text."""
+    """Return `; did you mean ...?` with the choice most similar to the misspelt value, or an empty text."""
     value = details["input"]
     if details["type"] != "literal_error" or not isinstance(value, str):
         return ""

@@ -21,7 +21,7 @@ def nearest_bucket(width: int, height: int, resolution: float) -> Bucket:
     """Return the size at which an image of `width` x `height` px is trained at `resolution`.
 
     Its area is at most resolution^2 and at most that of the image. Among the multiples of 16 around the ideal size it
-    is the one that loses the fewest pixels to cropping and rounding. A square image gets a square bucket, and an image
+    is the size that loses the fewest pixels to cropping and rounding. A square image gets a square bucket, and an image
     turned by 90 degrees the turned bucket.
 
     Raises:

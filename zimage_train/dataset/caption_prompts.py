@@ -14,7 +14,7 @@ class CaptionStyle:
 
     instruction: str
     max_tokens: int
-    """Length of an answer; one that is cut off there ends at its last whole sentence or tag."""
+    """Length of an answer; an answer that is cut off there ends at its last whole sentence or tag."""
     separator: str
     """Text between the trigger and an answer that lacks it."""
 
@@ -66,7 +66,7 @@ def caption_instruction(style: str, kind: str | None, trigger: str | None) -> st
     Args:
         style: a key of `CAPTION_STYLES`.
         kind: a key of `OMITTED_TRAITS`, or None to describe everything.
-        trigger: the word for the concept, by which kinds with one subject are called.
+        trigger: the word for the concept, by which kinds with a single subject are called.
     """
     parts = [CAPTION_STYLES[style].instruction]
     if kind is not None:
@@ -77,7 +77,7 @@ def caption_instruction(style: str, kind: str | None, trigger: str | None) -> st
 
 
 def clean_answer(answer: str, style: str, is_whole: bool, trigger: str | None) -> str:
-    """Return the caption in `answer`, on one line and with the trigger, or "" if there is none.
+    """Return the caption in `answer`, on a single line and with the trigger, or "" if there is none.
 
     Thinking, an introduction and Markdown are removed. If the answer was cut off (not `is_whole`), the caption ends at
     its last whole sentence or tag.

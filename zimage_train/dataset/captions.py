@@ -78,14 +78,14 @@ def compose_prompt(caption: str, default: str, trigger: str | None, separator: s
 
 def trigger_pattern(trigger: str) -> re.Pattern[str]:
     """Return a pattern that matches `trigger` as a whole word: `zorb` is not in `zorblike`."""
-    # Not \b, which needs a letter at the end of the trigger: one such as `zorb!` would not be found.
+    # Not \b, which needs a letter at the end of the trigger: `zorb!` would not be found.
     return re.compile(rf"(?<!\w){re.escape(trigger)}(?!\w)")
 
 
 def prompts_of(captions: tuple[str, ...], entry: DataEntry) -> tuple[str, ...]:
     """Return the prompts of an image with these captions, without repetitions, tags not yet shuffled or dropped.
 
-    `sample_prompt` chooses one of them for each sample. There is always at least one, which may be empty.
+    `sample_prompt` chooses a prompt for each sample. There is always at least one prompt, which may be empty.
     """
     texts: list[str] = []
     for caption in captions:
@@ -102,7 +102,7 @@ def has_tags(entry: DataEntry) -> bool:
 
 
 def sample_prompt(prompts: tuple[str, ...], entry: DataEntry, uniform: Callable[..., float]) -> str:
-    """Return one of `prompts`, with its tags dropped and shuffled as `entry` asks.
+    """Return a prompt drawn from `prompts`, with its tags dropped and shuffled as `entry` asks.
 
     Tags with the trigger, and the first `keep_tags` of the others, are never dropped, and come first when the rest is
     shuffled. `uniform(name, *key)` is a number in [0, 1) that depends on its arguments alone.

@@ -1,7 +1,7 @@
 """Filling the caches: missing latents and embeddings are encoded, and the encoders are freed before training.
 
 Each process of a run encodes its own shard and waits for the others. Entries that are missing even then, because
-another machine wrote them to a cache of its own, are encoded by each process for itself. Two runs may fill one cache at
+another machine wrote them to a cache of its own, are encoded by each process for itself. Two runs may fill a cache at
 the same time without a lock: an entry is named by its inputs and written whole, so at worst both encode the same image.
 """
 
@@ -30,10 +30,10 @@ from zimage_train.models.components import LATENT_CHANNELS, LATENT_STRIDE
 PROMPT_BYTES = 700_000
 """Estimated size of an embedding: a caption of about 130 tokens in bf16."""
 BATCH_PX = 2**20
-"""Pixels of the images of one size that a GPU encodes together."""
+"""Pixels of the images of equal size that a GPU encodes together."""
 
 EncodeImages = Callable[[list[Image.Image]], Tensor]
-"""Encodes images of one size to latents (b, 16, h/8, w/8)."""
+"""Encodes images of equal size to latents (b, 16, h/8, w/8)."""
 EncodePrompts = Callable[[list[str], StepProgress], Iterator[tuple[str, Tensor]]]
 """Encodes prompts, and yields pairs of a prompt and its embeddings (tokens, features), in any order."""
 EncodeKeys = Callable[[list[str]], Iterator[tuple[str, Tensor]]]
@@ -42,7 +42,7 @@ EncodeKeys = Callable[[list[str]], Iterator[tuple[str, Tensor]]]
 
 @dataclass(frozen=True)
 class Shard:
-    """The part of the work that one of several processes does, and a barrier to wait for the others."""
+    """The part of the work that a process does, and a barrier to wait for the others."""
 
     rank: int = 0
     world_size: int = 1
@@ -51,7 +51,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class CacheStats:
-    """Numbers of cache entries, as one process counts them."""
+    """Numbers of cache entries, as each process counts them."""
 
     found: int
     """Entries that this process did not encode: they were there before, or another process of the run wrote them."""
@@ -116,7 +116,7 @@ def encode_missing(
         WeightsError: the embedding of a prompt is not finite.
         DiskError: there is no room for the entries, or they cannot be written.
     """
-    # One encoder after the other: the text encoder alone takes most of a small card, and the transformer is next. If
+    # The encoders run in turn: the text encoder alone takes most of a small card, and the transformer is next. If
     # nothing was encoded, no encoder was loaded, and a garbage collection would only cost time.
     image_stats = _fill_latents(cache, encoders, items, progress, shard)
     if image_stats.encoded:
@@ -130,7 +130,7 @@ def encode_missing(
 def fill_generated(
     cache: TensorCache, sizes: dict[str, int], generate: Callable[[str], Tensor], progress: Progress, shard: Shard
 ) -> CacheStats:
-    """Generate the tensors that `cache` does not have, one after the other.
+    """Generate the tensors that `cache` does not have, in turn.
 
     Args:
         cache: gets the tensors.
@@ -160,7 +160,7 @@ def _fill_latents(
     # A dict, since repeats of an image are items of their own that have the same latents.
     items_by_key = {latent_key(item.image, item.size, item.flip, encoders.vae_digest): item for item in items}
     # Images of a batch may get other last bits than alone, depending on its size. A CPU gains little by batches and
-    # encodes one image at a time, so that its latents never depend on what else was missing.
+    # encodes a single image at a time, so that its latents never depend on what else was missing.
     batch_px = BATCH_PX if encoders.device.type == "cuda" else 0
 
     def encode(keys: list[str]) -> Iterator[tuple[str, Tensor]]:
@@ -181,7 +181,7 @@ def _fill_latents(
 
 
 def _batches_of_one_size(keys: list[str], items_by_key: dict[str, TrainItem], batch_px: int) -> Iterator[list[str]]:
-    """Yield `keys` in batches of one size, each of at most `batch_px` pixels or of one image."""
+    """Yield `keys` in batches of images of equal size, each of at most `batch_px` pixels or of a single image."""
     keys_by_size: dict[Bucket, list[str]] = {}
     for key in keys:
         keys_by_size.setdefault(items_by_key[key].size, []).append(key)
@@ -264,7 +264,7 @@ def _fill(
             cache.write(key, value.cpu())
             progress(f"encoding {what}", number, len(keys))
 
-    # The shards are cut from all keys, of which every process has the same list, and not from the missing ones: a
+    # The shards are cut from all keys, of which every process has the same list, and not from the missing keys: a
     # process that looks later misses fewer, since others are writing already. In strides, so that large images, which
     # often come together, are spread over the processes.
     own_keys = set(list(sizes)[shard.rank :: shard.world_size])

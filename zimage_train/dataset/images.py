@@ -1,4 +1,4 @@
-"""Image files: decoding them to one form of RGB, and an index that remembers what was decoded.
+"""Image files: decoding them to a common form of RGB, and an index that remembers what was decoded.
 
 The form is upright, sRGB, 8 bits per channel, alpha composited over white. A file that could be read in several ways is
 refused.
@@ -131,7 +131,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _from_16_bit(image: Image.Image) -> Image.Image:
-    """Return 8-bit grey, with alpha if one grey value stands for transparent."""
+    """Return 8-bit grey, with alpha if a grey value stands for transparent."""
     # Pillow's own conversion does not scale but clips, so that nearly everything becomes white. 257 = 65535 / 255.
     values = np.asarray(image).astype(np.int64)
     grey = Image.fromarray(np.clip(np.rint(values / 257), 0, 255).astype(np.uint8))
@@ -151,7 +151,7 @@ def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
         converted = ImageCms.profileToProfile(
             image, source, _SRGB, renderingIntent=ImageCms.Intent.RELATIVE_COLORIMETRIC, outputMode="RGB"
         )
-    except (ImageCms.PyCMSError, OSError):  # a damaged profile, or one for another mode; viewers ignore these too
+    except (ImageCms.PyCMSError, OSError):  # a damaged profile, or a profile for another mode; viewers ignore these too
         return image
     return converted if converted is not None else image
 
@@ -194,7 +194,7 @@ class ImageInfo:
 
 
 class ImageIndex:
-    """Remembers the `ImageInfo` of each file in one JSON file, so that an unchanged image is decoded once.
+    """Remembers the `ImageInfo` of each file in a JSON file, so that an unchanged image is decoded once.
 
     A file is known by its path, its size and its times of change. Without a JSON file nothing is kept between commands.
     """
@@ -252,7 +252,7 @@ class ImageIndex:
 def near_duplicates(thumbnails: list[str]) -> list[tuple[int, int]]:
     """Return pairs (earlier, later) of indices of thumbnails that are nearly equal.
 
-    An image that resembles several earlier ones is paired only with the earliest of them.
+    An image that resembles several earlier images is paired only with the earliest of them.
     """
     if not thumbnails:
         return []

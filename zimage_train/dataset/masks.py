@@ -17,7 +17,7 @@ from zimage_train.errors import DataError, Location, Problem, ZImageTrainError
 from zimage_train.io.progress import Progress
 
 MAX_ASPECT_DIFFERENCE = 1.02
-"""Largest ratio of the aspects of a mask and its image; it allows for rounding, where one of them was scaled."""
+"""Largest ratio of the aspects of a mask and its image; it allows for rounding, where either was scaled."""
 DARKEST_MASK = 2
 """Value, of 255, that the lightest part of a mask must reach; a darker mask is refused as empty."""
 STRIDE = 8
@@ -46,7 +46,7 @@ def find_masks(
     image_index: ImageIndex,
     progress: Progress,
 ) -> dict[Path, Mask]:
-    """Return image path -> mask for each image of `entry` that has one, and add what is wrong to `errors`.
+    """Return image path -> mask for each image of `entry` that has a mask, and add what is wrong to `errors`.
 
     Args:
         image_paths: the images of the entry.
@@ -99,7 +99,7 @@ def _list_mask_files(folder: Path, errors: list[ZImageTrainError]) -> dict[str, 
         first = files.setdefault(_name_of(path, folder), path)
         if first is not path:
             message = f"is a second mask beside {first.name}"
-            errors.append(DataError(Problem(str(path), message, "remove one", "ambiguous-mask")))
+            errors.append(DataError(Problem(str(path), message, "remove either file", "ambiguous-mask")))
     return files
 
 
@@ -113,7 +113,7 @@ def _read_masks(
             errors.append(info)
             continue
         masks[image_path] = Mask(mask_path, info.digest, False, info.width, info.height)
-        # The thumbnail averages areas of the mask, so a lone white pixel of a large one does not count.
+        # The thumbnail averages areas of the mask, so a lone white pixel of a large mask does not count.
         if max(bytes.fromhex(info.thumbnail)) < DARKEST_MASK:
             message = "is black: nothing would be trained"
             errors.append(DataError(Problem(str(mask_path), message, "paint the trained part white", "empty-mask")))
@@ -124,7 +124,7 @@ def require_fit(mask: Mask, image: Path, info: ImageInfo) -> None:
     """Require that `mask` has the aspect of its image.
 
     Raises:
-        DataError: it has another one.
+        DataError: it has another aspect.
     """
     if mask.is_alpha:
         return

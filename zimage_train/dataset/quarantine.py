@@ -51,7 +51,7 @@ def _bad_images(entry: DataEntry, where: str, image_index: ImageIndex) -> list[t
 def _move(path: Path, root: Path, caption_ext: str, problem: Problem) -> Path:
     """Move the image `path`, its caption and the reason into `_rejected`, and return where the image is now."""
     caption = path.with_suffix(caption_ext)
-    # If the name is taken in `_rejected`, the image gets another one there; caption and reason are named after that.
+    # If the name is taken in `_rejected`, the image gets another name there; caption and reason are named after that.
     target = atomic.move(path, root / FOLDER / path.relative_to(root))
     if caption.exists():
         atomic.move(caption, target.with_suffix(caption_ext))

@@ -1,7 +1,7 @@
 """The order of samples: a pure function of (seed, step), so that a resumed run needs nothing but its step.
 
-An epoch holds every item once, in micro-batches of one size. A step takes `grad_accumulation` micro-batches for each
-process. Regularization images have epochs of their own.
+An epoch holds every item once, in micro-batches of a single image size. A step takes `grad_accumulation` micro-batches
+for each process. Regularization images have epochs of their own.
 """
 
 import itertools
@@ -24,7 +24,7 @@ UINT63 = 2**63
 
 @dataclass(frozen=True)
 class TrainItem:
-    """One use of an image, at one size. An epoch holds each item once."""
+    """A use of an image at a size. An epoch holds each item once."""
 
     entry: int
     """Index of the data entry."""
@@ -46,7 +46,7 @@ class TrainItem:
 
 @dataclass(frozen=True)
 class Sample:
-    """An item in one epoch, with the prompt that it has in this epoch."""
+    """An item in an epoch, with the prompt that it has in this epoch."""
 
     item: TrainItem
     epoch: int
@@ -128,7 +128,7 @@ class EpochStream:
         if batches is None:
             batches = self._make_epoch(epoch)
             # Sorting an epoch takes a hash of each item, too slow to repeat for each micro-batch. Three are kept,
-            # since a step may lie in two of them and the thread that prefetches may be in the next one already. If that
+            # since a step may lie in two of them and the thread that prefetches may be in a third already. If that
             # thread and the loop are here at once, both make the same list, and popping a key twice does no harm.
             for older in list(self._epochs)[:-2]:
                 self._epochs.pop(older, None)
@@ -153,7 +153,7 @@ class EpochStream:
             for start in range(0, len(group), batch_size):
                 batches.append(tuple(self.order.sample(item, epoch) for item in group[start : start + batch_size]))
         # The micro-batches are still grouped by size, so they are sorted too, by a hash of their first sample. An item
-        # is in one micro-batch of an epoch, so the hashes differ, and they do not depend on how full a batch is.
+        # is in a single micro-batch of an epoch, so the hashes differ, and they do not depend on how full a batch is.
         return sorted(batches, key=lambda batch: keyed_int(seed, "batches", *batch[0].key()))
 
 

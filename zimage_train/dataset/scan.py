@@ -1,4 +1,4 @@
-"""Reading of one entry of `data` into image records, with all of its problems collected."""
+"""Reading of an entry of `data` into image records, with all of its problems collected."""
 
 import hashlib
 import re
@@ -23,7 +23,7 @@ WORDS = re.compile(r"\w+|[^\w\s]")
 
 @dataclass(frozen=True)
 class ImageRecord:
-    """One image of one data entry."""
+    """An image of a data entry."""
 
     path: Path
     """The file; `FILE:LINE` of the prompt if the image is yet to be generated."""
@@ -50,7 +50,7 @@ class ImageRecord:
 
 @dataclass
 class FolderScan:
-    """The content of one data entry: its images, and the errors and notes on them."""
+    """The content of a data entry: its images, and the errors and notes on them."""
 
     images: list[ImageRecord]
     errors: list[ZImageTrainError]
@@ -70,7 +70,7 @@ def scan_entry(
     Images of a folder come in the order of their relative paths, which is the same on every file system.
 
     Args:
-        entry: one entry of `data`.
+        entry: an entry of `data`.
         where: its key, such as `data.0`.
         image_index: remembers images of earlier scans; None: all are decoded.
         progress: called for each image.
@@ -116,7 +116,7 @@ def _records_of_prompts(path: Path, entry: DataEntry, where: str, notes: list[No
             lines[text] = number
     if not lines:
         location = Location(key=f"{where}.prompts", source=str(path))
-        raise DataError(Problem(location, "holds no prompt", "write one a line", "no-prompts"))
+        raise DataError(Problem(location, "holds no prompt", "write a prompt per line", "no-prompts"))
     records: list[ImageRecord] = []
     for text, number in lines.items():
         place = Path(f"{path}:{number}")
@@ -244,7 +244,7 @@ def _note_missing_masks(entry: DataEntry, where: str, result: FolderScan) -> Non
 def dataset_fingerprint(scans: list[list[ImageRecord]]) -> dict[str, str]:
     """Return image -> digest of its prompts, mask and repeats, for the images of each entry.
 
-    The key holds entry, file name and digest of the image. A run with another one is not resumed.
+    The key holds entry, file name and digest of the image. A run with another fingerprint is not resumed.
     """
     fingerprint: dict[str, str] = {}
     for index, records in enumerate(scans):

@@ -118,13 +118,13 @@ def _repeats_and_caption(path: Path, root: Path, entry: DataEntry) -> tuple[int,
     match = _kohya_folder(path, root)
     if match is None or not 1 <= int(match[1]) <= MAX_REPEATS:
         message = "is in no folder whose name says how often it is trained"
-        hint = f"put it into one like 10_cat (1 to {MAX_REPEATS}), or set repeats to a number"
+        hint = f"put it into a folder like 10_cat (1 to {MAX_REPEATS}), or set repeats to a number"
         raise DataError(Problem(str(path), message, hint, "no-repeats-in-name"))
     return int(match[1]), match[2].strip()
 
 
 def kohya_names(paths: list[Path], root: Path) -> list[str]:
-    """Return the name of each image's folder in kohya's layout (`cat` for `10_cat`), or [] unless all have one."""
+    """Return the name of each image's folder in kohya's layout (`cat` for `10_cat`), or [] if an image has none."""
     names: list[str] = []
     for path in paths:
         match = _kohya_folder(path, root)
@@ -233,7 +233,7 @@ def _csv_rows(path: Path, text: str, errors: list[ZImageTrainError]) -> Iterator
     reader = csv.DictReader(io.StringIO(text, newline=""), restkey=SURPLUS_COLUMN)
     try:
         first_column = (reader.fieldnames or [""])[0]
-        # A header that does not split at commas is one column, with the true separator inside its name.
+        # A header that does not split at commas is a single column, with the true separator inside its name.
         separator = next((char for char in ";\t|" if char in first_column), None)
         if separator is not None:
             message = f"is separated by {separator!r}"

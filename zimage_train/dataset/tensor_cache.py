@@ -26,7 +26,7 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class TensorCache:
-    """Entries under one folder, shared by all runs."""
+    """Entries under a folder, shared by all runs."""
 
     folder: Path
 
@@ -51,7 +51,7 @@ class TensorCache:
         tensorfile.save_with_digest(self._path(key), {"value": value}, {"key": key})
 
     def _path(self, key: str) -> Path:
-        # Two digits as a folder: some file systems become slow with many thousand files in one.
+        # Two digits as a folder: some file systems become slow with many thousand files in a folder.
         kind, digest = key.split("/")
         return self.folder / kind / digest[:2] / f"{digest}.safetensors"
 

@@ -25,7 +25,7 @@ DECIDING_STEPS = 3
 """Number of Turbo's first steps, those at sigma 0.9 and above, that count.
 
 The later steps are changed as much by what a LoRA is trained for: on the miniature they do not separate a LoRA that has
-drifted from one that has not (docs/lab.md).
+drifted from a model that has not (docs/lab.md).
 """
 
 
@@ -35,7 +35,7 @@ class Trajectory:
 
     prompt: str
     sigmas: list[float]
-    """From 1 to 0, one more than there are steps."""
+    """From 1 to 0, a value more than there are steps."""
     latents: list[LatentBatch]
     """(1, 16, h/8, w/8) at each of `sigmas`."""
 

@@ -1,4 +1,4 @@
-"""The equations of flow matching, one function each, independent of dataset, model and config.
+"""The equations of flow matching, a function each, independent of dataset, model and config.
 
 `sigma` is the noise level: 0 is the image, 1 is pure noise, and `velocity = noise - x0`. The model's own time is
 t = 1 - sigma; only `models.transformer.velocity` knows it. Everything here is fp32 or fp64, since bf16 would round
@@ -122,7 +122,7 @@ def quantile_sigma(u: AnyShape, type: str, bias: str, factor: float, low: float,
     # fp64, because the sigmoid's quantile function loses digits near 0 and 1.
     from_noise = bias_quantile(u.double(), bias)
     # Truncating a density maps u to the range of its CDF between the limits: no draw is rejected or clipped to a limit.
-    # So one sample uses one draw. The final clamp is for rounding.
+    # So each sample uses a single draw. The final clamp is for rounding.
     bottom, top = CDFS[type](low, factor), CDFS[type](high, factor)
     p = bottom + (top - bottom) * (1.0 - from_noise)
     return QUANTILES[type](p, factor).clamp(low, high)

@@ -130,7 +130,7 @@ def _restore(frozen: FrozenTransformer, names: set[str]) -> None:
 def _store(model: ZImageTransformer2DModel, offloader: BlockOffloader | None, name: str, tensor: Tensor) -> None:
     """Copy `tensor` into the parameter `name`, packed if the layer is quantised."""
     module_name, _, leaf = name.rpartition(".")
-    # With a LoRA attached, peft's layer stands at this name and the frozen one is inside.
+    # With a LoRA attached, peft's layer stands at this name and the frozen layer is inside.
     module = base_layer(model, module_name)
     if isinstance(module, FrozenLinear):
         # Quantised on the device even if the block is offloaded: faster, and the bits do not depend on the placement.

@@ -1,4 +1,4 @@
-"""Prompt files: one prompt a line with options as in kohya's tools, or a YAML list as in `sample.prompts`.
+"""Prompt files: a prompt per line with options as in kohya's tools, or a YAML list as in `sample.prompts`.
 
 Torch-free.
 """
@@ -48,7 +48,7 @@ def read_prompt_file(path: Path) -> list[PromptSpec]:
     text = load.read_text(path)
     specs = _from_yaml(path, text) if path.suffix in (".yaml", ".yml") else _from_lines(path, text)
     if not specs:
-        raise ConfigError(Problem(str(path), "contains no prompt", "write one a line", "no-prompts"))
+        raise ConfigError(Problem(str(path), "contains no prompt", "write a prompt per line", "no-prompts"))
     return specs
 
 

@@ -55,7 +55,7 @@ def sample_all(
 ) -> list[LatentBatch]:
     """Return the latents (1, 16, h/8, w/8) of each of `requests`, sampled with the model as it is now.
 
-    Up to `max_batch` requests that differ only in prompts and seed go through the model as one batch. `progress` counts
+    Up to `max_batch` requests that differ only in prompts and seed go through the model as a batch. `progress` counts
     the steps of all batches.
     """
     batches = split_into_batches(requests, max_batch)

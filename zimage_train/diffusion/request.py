@@ -35,11 +35,11 @@ class SamplingRequest:
         return TypeAdapter(cls).validate_json(text, strict=True, extra="forbid")
 
     def to_json(self) -> str:
-        """Return all fields as one line of JSON."""
+        """Return all fields as a line of JSON."""
         return json.dumps(asdict(self), ensure_ascii=False)
 
     def summary(self) -> str:
-        """Return one line for a terminal."""
+        """Return a line for a terminal."""
         prompt = self.prompt if len(self.prompt) <= 60 else f"{self.prompt[:57]}..."
         size = f"{self.width}x{self.height}"
         return f"{size}, {self.steps} steps, guidance {self.guidance:g} (CFG {self.guidance + 1:g}), {prompt!r}"

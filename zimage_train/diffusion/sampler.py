@@ -51,7 +51,7 @@ def sample_trajectory(
     noise = torch.cat([torch.randn(shape, generator=generator, dtype=torch.float32) for generator in generators])
     latents = noise.to(device)
     texts = [request.prompt for request in requests]
-    # With guidance, prompts and negatives go through the model as one batch, as in the pipeline.
+    # With guidance, prompts and negatives go through the model as a single batch, as in the pipeline.
     if first.guidance > 0:
         texts += [request.negative for request in requests]
     condition = [embeds[text].to(device, model.dtype) for text in texts]

@@ -28,7 +28,7 @@ TEMPORARY = re.compile(r"\..*\.([0-9a-f]{8})-(\d+)\.tmp")
 def replace_atomically(path: Path) -> Iterator[IO[bytes]]:
     """Yield a file to write; it replaces `path` by one rename at the end of the block.
 
-    At any time, and after a crash, `path` is the old file or the whole new one. If the block fails, the old file stays.
+    At any time, and after a crash, `path` is the old or the whole new file. If the block fails, the old file stays.
 
     Raises:
         DiskError: the disk is full, read-only or failing; the old file is still there.
@@ -78,7 +78,7 @@ def write_json(path: Path, value: object) -> None:
 
 
 def append_line(file: IO[str], line: str) -> None:
-    """Append one whole line to an open log. Errors are ignored, since a log must not stop a run."""
+    """Append a whole line to an open log. Errors are ignored, since a log must not stop a run."""
     with contextlib.suppress(OSError):
         file.write(line + "\n")
         file.flush()
@@ -143,7 +143,7 @@ def rename_as_backup(path: Path, suffix: str) -> Path:
 
 
 def remove_stale_temp_files(folder: Path) -> None:
-    """Remove the temporary files that killed processes left in `folder` and below it; those of live ones are kept.
+    """Remove the temporary files that killed processes left in `folder` and below it; those of live processes are kept.
 
     Whether a process of another host is alive is unknown, so on a shared volume its files are kept for one day.
     """
@@ -155,7 +155,7 @@ def remove_stale_temp_files(folder: Path) -> None:
 
 def _is_abandoned(path: Path, host: str, process_id: int) -> bool:
     if host == _host():
-        # A file with the id of this process is from an earlier one that had the same id, as happens in containers: at
+        # A file with the id of this process is from an earlier process with the same id, as happens in containers: at
         # the time of the call, this process writes nothing to the folder.
         return process_id == os.getpid() or not operating_system.is_process_alive(process_id)
     with contextlib.suppress(OSError):

@@ -27,7 +27,7 @@ class DigestCache:
                     self._digests = loaded
 
     def of(self, paths: Iterable[Path]) -> str:
-        """Return one digest for the names and contents of `paths`; their folders do not count."""
+        """Return a digest for the names and contents of `paths`; their folders do not count."""
         lines = sorted(f"{path.name} {self._file(path)}" for path in paths)
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
@@ -36,7 +36,7 @@ class DigestCache:
         return self.of(path for pattern in patterns for path in folder.glob(pattern))
 
     def of_content(self, path: Path) -> str:
-        """Return the sha256 of one file, independent of its name."""
+        """Return the sha256 of a file, independent of its name."""
         return self._file(path)
 
     def _file(self, path: Path) -> str:

@@ -35,8 +35,8 @@ _held_here: set[Path] = set()
 def lock_folder(folder: Path) -> Iterator[None]:
     """Hold `folder` for this process alone.
 
-    Without the system's locks, `run.holder` is a lease. One of this host is valid while its process is alive; one of
-    another host until `LEASE_SECONDS` after it was last touched, which its holder does while it is alive.
+    Without the system's locks, `run.holder` is a lease. A lease of this host is valid while its process is alive, and
+    that of another host until `LEASE_SECONDS` after it was last touched, which its holder does while it is alive.
 
     Raises:
         FolderInUseError: another process holds the folder; the message names it.

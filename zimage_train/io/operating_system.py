@@ -1,4 +1,4 @@
-"""Everything that depends on the operating system; no other module asks which one it is.
+"""Everything that depends on the operating system; no other module asks which it is.
 
 The default is Linux. macOS has no memory limits of containers, and cannot signal a child when its parent ends. Windows
 has no stop signal but Ctrl-C (closing the window ends a run at once; it continues from its last checkpoint), cannot

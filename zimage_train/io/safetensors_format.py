@@ -34,7 +34,7 @@ class Header:
 
 
 def read_header(path: Path) -> Header:
-    """Read and check the header of one safetensors file, without reading its tensors.
+    """Read and check the header of a safetensors file, without reading its tensors.
 
     Raises:
         WeightsError: missing, cut off, or not a safetensors file; the message says what it is instead, as far as its
@@ -171,7 +171,7 @@ def write_safetensors_of(
     data_of: Callable[[str], bytes | memoryview],
     metadata: Mapping[str, str],
 ) -> None:
-    """Do as `write_safetensors`, with one tensor in memory at a time.
+    """Do as `write_safetensors`, with a single tensor in memory at a time.
 
     Args:
         infos: dtype and shape of each tensor.

@@ -39,7 +39,7 @@ def save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str])
     """Write `tensors` and `metadata`; equal inputs give equal bytes.
 
     Raises:
-        DiskError: the file cannot be written; an older one is kept.
+        DiskError: the file cannot be written; an older file is kept.
     """
     entries = {name: tensor_entry(tensor) for name, tensor in tensors.items()}
     safetensors_format.write_safetensors(path, entries, metadata)

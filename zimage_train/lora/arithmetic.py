@@ -94,7 +94,7 @@ def _factor_shapes(lora: Lora) -> dict[str, tuple[torch.Size, torch.Size]]:
 def ema_weights(steps: Sequence[int], decay: float | None, sigma_rel: float | None) -> list[float]:
     """Return the weight of each save in an average over a run, for saves at rising `steps`; they sum to 1.
 
-    Each save stands for the steps since the previous one, the first for all steps up to it. With `decay` d per step its
+    Each save stands for the steps since the save before, the first for all steps up to it. With `decay` d per step its
     weight is d^(T - t_i) - d^(T - t_(i-1)), normalised. With `sigma_rel`, the relative width of a power law, it is
     t_i^(p+1) - t_(i-1)^(p+1) (EDM2, arXiv 2312.02696, section 3.1).
     """

@@ -44,7 +44,7 @@ def extract_lora(
         rank: the rank of each module; None takes the lowest that keeps `energy` of its squared difference.
 
     Raises:
-        WeightsError: one of them is not a Z-Image transformer, their shapes differ, or a difference is not finite.
+        WeightsError: either is not a Z-Image transformer, their shapes differ, or a difference is not finite.
     """
     extracted = ExtractedLora()
     with transformer.open_weights(tuned) as new, transformer.open_weights(base) as old:
@@ -102,10 +102,10 @@ def bake_checkpoint(
 ) -> BakeResult:
     """Write the transformer at `source` with `lora` added to its weights.
 
-    Only the weights of one output tensor are in memory at a time.
+    Only the weights of a single output tensor are in memory at a time.
 
     Args:
-        is_native: write one file with the names of ComfyUI's own model; otherwise `output` is a diffusers folder.
+        is_native: write a single file with the names of ComfyUI's own model; otherwise `output` is a diffusers folder.
         dtype: the precision of the output; None keeps that of each tensor.
 
     Raises:
@@ -158,7 +158,7 @@ def bake_checkpoint(
 
 
 def _parts_by_output_name(names: Mapping[str, TensorInfo], is_native: bool) -> dict[str, list[str]]:
-    """Return name in the output -> names of the tensors that are concatenated there: q, k and v, or a single one."""
+    """Return name in the output -> names of the tensors that are concatenated there: q, k and v, or a single tensor."""
     if not is_native:
         return {name: [name] for name in names}
     parts: dict[str, list[str]] = {}

@@ -1,4 +1,4 @@
-"""TIES and DARE: merging of LoRAs on their dense deltas, so that conflicting ones interfere less.
+"""TIES and DARE: merging of LoRAs on their dense deltas, so that conflicting LoRAs interfere less.
 
 TIES (arXiv 2306.01708) keeps the largest values of each delta, elects a sign per element, and takes the mean of those
 that agree with it. DARE (arXiv 2311.03099) drops random values and scales up the others. The formulas are peft's.
@@ -17,7 +17,7 @@ METHODS = ("ties", "dare_ties", "dare_linear")
 def blend_deltas(
     method: str, deltas: Sequence[Weight], weights: Sequence[float], density: float, seed: int, name: str
 ) -> Weight:
-    """Return the deltas of one module merged by `method`, as a dense (out, in) matrix.
+    """Return the deltas of a module merged by `method`, as a dense (out, in) matrix.
 
     Args:
         density: the fraction of values of each delta that is kept.

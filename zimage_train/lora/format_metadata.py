@@ -53,13 +53,13 @@ def alphas_from_metadata(path: Path, text: str | None) -> Callable[[str, int], f
 
 
 def alphas_to_metadata(ranks: Mapping[str, int], alphas: Mapping[str, float], is_dora: bool) -> str:
-    """Return the header text for modules of these ranks and alphas; the most frequent become the common ones."""
+    """Return the header text for modules of these ranks and alphas; the most frequent become the common values."""
     rank, alpha = _most_frequent(ranks), _most_frequent(alphas)
     config: dict[str, Any] = {
         "r": rank,
         "lora_alpha": alpha,
-        "rank_pattern": {f"^{re.escape(name)}": one for name, one in ranks.items() if one != rank},
-        "alpha_pattern": {f"^{re.escape(name)}": one for name, one in alphas.items() if one != alpha},
+        "rank_pattern": {f"^{re.escape(name)}": value for name, value in ranks.items() if value != rank},
+        "alpha_pattern": {f"^{re.escape(name)}": value for name, value in alphas.items() if value != alpha},
         "target_modules": sorted(ranks),
         "use_dora": is_dora,
     }
@@ -93,7 +93,7 @@ def read_format_metadata(text: str | None) -> FormatMetadata:
     """Return what `write_format_metadata` wrote, or an empty `FormatMetadata` for any other text."""
     try:
         found = json.loads(text or "{}")
-        ranks = {str(name): [int(one) for one in three] for name, three in found.get("ranks", {}).items()}
+        ranks = {str(name): [int(rank) for rank in three] for name, three in found.get("ranks", {}).items()}
         alpha = found.get("alpha")
         threes = {name: three for name, three in ranks.items() if len(three) == 3}
         return FormatMetadata(alpha if isinstance(alpha, bool) else None, threes)

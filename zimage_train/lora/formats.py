@@ -1,6 +1,6 @@
 """The layouts of LoRA files for Z-Image, and lossless conversion between them.
 
-Each layout has a place for alpha, so no factor is scaled, and none is rounded again. The one exception are q, k and v
+Each layout has a place for alpha, so no factor is scaled, and none is rounded again. The exceptions are q, k and v
 with different alpha / rank, since a fused module has a single alpha.
 """
 
@@ -104,7 +104,7 @@ def to_layout(
         header = _alpha_header(path, by_module)
         if header:
             kept[format_metadata.ALPHA_KEY] = header
-    # A file without alpha and one whose alpha is the rank mean the same. Where the layout forces the other form, the
+    # A file without alpha and a file whose alpha is the rank mean the same. Where the layout forces the other form, the
     # metadata remembers the original, so that converting back gives the same file.
     had_alpha = any("alpha" in change for change in changes.values())
     has_alpha = format_metadata.ALPHA_KEY in kept or any(key.endswith(".alpha") for key in tensors)
@@ -144,7 +144,7 @@ def _fuse_all(path: Path, changes: Changes, target: str) -> tuple[Changes, dict[
                 # Split again at once, to see whether a reader of the file would find the same ranks.
                 restored = qkv.split_qkv(fused[fused_name])
             except CannotFuseError as error:
-                message = f"{error}; the layout {target} has q, k and v as one module"
+                message = f"{error}; the layout {target} has q, k and v as a single module"
                 raise WeightsError(
                     Problem(f"{path}: {module}", message, "--to comfyui, or --to musubi", "unsupported-layout")
                 ) from None

@@ -18,7 +18,7 @@ FAMILIES = (
     ("Stable Diffusion 3 LoRA", re.compile(r"joint_blocks|transformer_blocks[._]\d+[._](?:attn|ff_context|ff)[._]")),
     ("Wan LoRA", re.compile(r"blocks[._]\d+[._](?:self_attn|cross_attn)[._]")),
 )
-"""(family, pattern of its keys); the first pattern that matches any key counts, so specific ones come first."""
+"""(family, pattern of its keys); the first pattern that matches any key counts, so specific patterns come first."""
 
 KINDS = (
     ("LoRA of convolutions", re.compile(r"lora_mid|lokr_t2|hada_t[12]")),
@@ -47,7 +47,7 @@ def wrong_family_hint(keys: Iterable[str]) -> str:
 Sizes = Mapping[str, tuple[int, int]]
 """Module -> (out, in)."""
 Parts = dict[str, dict[str, str]]
-"""Module, which may be a fused one -> part -> key in the file."""
+"""Module, which may be fused -> part -> key in the file."""
 
 
 def read_parts(path: Path) -> Parts:

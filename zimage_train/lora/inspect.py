@@ -50,9 +50,9 @@ def delta_norm(factors: Factors) -> float:
     return verify.delta_distance(factors, rank_zero)
 
 
-def delta_inner_product(one: Factors, other: Factors) -> float:
+def delta_inner_product(factors: Factors, other: Factors) -> float:
     """Return the Frobenius inner product of two deltas, computed in fp64 from (rank, rank) products."""
     # <B A, D C> = trace(A' B' D C) = sum((B' D) * (A C')), without the dense matrices.
-    b = one.b.double().T @ other.b.double()
-    a = one.a.double() @ other.a.double().T
-    return one.scale * other.scale * float((b * a).sum())
+    b = factors.b.double().T @ other.b.double()
+    a = factors.a.double() @ other.a.double().T
+    return factors.scale * other.scale * float((b * a).sum())

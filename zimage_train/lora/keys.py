@@ -14,7 +14,7 @@ from zimage_train.models.native_keys import FUSED, THIRDS
 
 FactorShape = tuple[int, ...]
 PartShapes = Mapping[str, FactorShape]
-"""Part -> shape, of one module."""
+"""Part -> shape, of a module."""
 
 PREFIXES = ("base_model.model.", "diffusion_model.", "transformer.")
 UNDERSCORED = ("lora_unet_", "lora_transformer_", "lycoris_")
@@ -180,7 +180,7 @@ def _are_factors(up: FactorShape, down: FactorShape) -> bool:
 
 
 def _lokr_factor_shape(shapes: PartShapes, name: str) -> FactorShape | None:
-    """Return the shape of one factor of a Kronecker product, stored as a matrix or as a product of two, or None."""
+    """Return the shape of a factor of a Kronecker product, stored as a matrix or as a product of two, or None."""
     whole, a, b = shapes.get(name), shapes.get(f"{name}_a"), shapes.get(f"{name}_b")
     if whole is not None and a is None and b is None and len(whole) == 2:
         return whole

@@ -23,7 +23,7 @@ ADAPTER_NAME = "default"
 
 
 class TrainedLinear(peft_lora.Linear):
-    """peft's LoRA layer on a `FrozenLinear`, computed as one operation; see `models.linear`."""
+    """peft's LoRA layer on a `FrozenLinear`, computed as a single operation; see `models.linear`."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         base = self.get_base_layer()
@@ -34,7 +34,7 @@ class TrainedLinear(peft_lora.Linear):
         b = cast(nn.Linear, self.lora_B[ADAPTER_NAME]).weight
         scale = self.scaling[ADAPTER_NAME]
         dropout = self.lora_dropout[ADAPTER_NAME]
-        # Dropout changes the input of the LoRA but not of the base, and the single operation takes one x for both.
+        # Dropout changes the input of the LoRA but not of the base, and the single operation takes the same x for both.
         if isinstance(dropout, nn.Identity) or not self.training:
             return base.with_lora(x, a, b, scale)
         return base(x) + F.linear(F.linear(dropout(x), a.to(x.dtype)), b.to(x.dtype)) * scale
@@ -153,7 +153,7 @@ def base_layer(model: nn.Module, name: str) -> nn.Module:
 
 def _inject(model: nn.Module, ranks: dict[str, int], scale: float, dropout: float) -> LoraLayers:
     """Wrap the modules of `ranks` in LoRA layers, and return their factors, which are not initialised."""
-    # peft takes one rank, and a pattern for each module that has another.
+    # peft takes a global rank, and a pattern for each module that has another.
     default = max(set(ranks.values()), key=list(ranks.values()).count)
     others = {re.escape(module): rank for module, rank in ranks.items() if rank != default}
     config = LoraConfig(
@@ -168,10 +168,10 @@ def _inject(model: nn.Module, ranks: dict[str, int], scale: float, dropout: floa
     config._register_custom_module({FrozenLinear: TrainedLinear})
     inject_adapter_in_model(config, model, ADAPTER_NAME)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
-    # peft matches the names of targets by suffix, so a short one would also match in other blocks.
+    # peft matches the names of targets by suffix, so a short name would also match in other blocks.
     differing = sorted(layers.keys() ^ ranks.keys())
     if differing:
-        message = "peft attached a LoRA where none was requested, or none where one was"
+        message = "peft attached a LoRA where none was requested, or none where a LoRA was"
         raise WeightsError(Problem(differing[0], message, code="other-shape"))
     a, b = {}, {}
     for name in ranks:

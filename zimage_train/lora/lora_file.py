@@ -1,6 +1,6 @@
-"""Reading LoRA files of any known layout, and writing them in one.
+"""Reading LoRA files of any known layout, and writing them in a fixed layout.
 
-The layout written is the only one that ComfyUI and every diffusers since 0.36 read alike:
+The layout written is the only layout that ComfyUI and every diffusers since 0.36 read alike:
 `diffusion_model.<module>.lora_A/lora_B.weight`, and `.alpha` equal to the rank, with the scale folded into B.
 """
 
@@ -21,7 +21,7 @@ from zimage_train.typing import LoraA, LoraB, Weight
 
 @dataclass(frozen=True)
 class Factors:
-    """The LoRA factors of one module: delta = scale * B @ A, with A (rank, in) and B (out, rank)."""
+    """The LoRA factors of a module: delta = scale * B @ A, with A (rank, in) and B (out, rank)."""
 
     a: LoraA
     b: LoraB

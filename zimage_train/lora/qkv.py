@@ -16,17 +16,17 @@ from zimage_train.lora import keys
 from zimage_train.lora.keys import MAGNITUDE
 
 Change = dict[str, Tensor]
-"""Part -> tensor of one module, such as A, B and alpha."""
+"""Part -> tensor of a module, such as A, B and alpha."""
 PAIRS = (("B", "A"), ("hada_w1_a", "hada_w1_b"), ("hada_w2_a", "hada_w2_b"))
 """(up, down) parts of a product: up has a row per output, down a column per input."""
 
 
 class CannotFuseError(Exception):
-    """A change that has no fused form, or a fused one that cannot be split; the message says why."""
+    """A change that has no fused form, or a fused change that cannot be split; the message says why."""
 
 
 def split_qkv(change: Change, ranks: Sequence[int] | None = None) -> list[Change | None]:
-    """Return the changes of q, k and v, with None for one that is not changed.
+    """Return the changes of q, k and v, with None for a part that is not changed.
 
     Args:
         ranks: the ranks of q, k and v before they were fused, where the factors do not show them.
@@ -59,12 +59,12 @@ def split_qkv(change: Change, ranks: Sequence[int] | None = None) -> list[Change
 
 
 def fuse_qkv(changes: Sequence[Change | None]) -> Change:
-    """Return one change of the fused weight from those of q, k and v, of which at least one is not None.
+    """Return the change of the fused weight from those of q, k and v, of which at least one is not None.
 
     If their scales differ, each is multiplied into its block of B, in fp32.
 
     Raises:
-        CannotFuseError: a LoKr, a DoRA that lacks one of the three or has a magnitude per input, or changes that differ
+        CannotFuseError: a LoKr, a DoRA that lacks any of the three or has a magnitude per input, or changes that differ
             in kind or in the shape of the weight.
     """
     present = [change for change in changes if change is not None]
@@ -142,8 +142,8 @@ def _slices(ups: Sequence[Tensor], ranks: Sequence[int] | None, is_dora: bool) -
 def _widths_in_use(used: Sequence[Sequence[bool]]) -> list[int] | None:
     """Return the number of columns of q, k and v by the last column that each uses, or None if none is used.
 
-    Columns that none of them uses go to the next of the three. The widths are a guess: where the columns of one do not
-    come after those of the previous one, the caller finds values outside the blocks.
+    Columns that none of them uses go to the next of the three. The widths are a guess: where the columns of a part do
+    not come after those of the previous part, the caller finds values outside the blocks.
     """
     ends: list[int] = []
     for columns in used:

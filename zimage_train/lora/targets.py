@@ -43,7 +43,7 @@ def select_modules(targets: list[str] | str, linears: Iterable[str]) -> list[str
 
 
 def block_and_component(module: str) -> tuple[str, str]:
-    """Return (`layers.0`, `to_q`) for `layers.0.attention.to_q`; (the module, `other`) for one outside the blocks."""
+    """Return (`layers.0`, `to_q`) for `layers.0.attention.to_q`; outside the blocks, (the module, `other`)."""
     match = re.fullmatch(r"((?:layers|noise_refiner|context_refiner)\.\d+)\.(.+)", module)
     if match is None:
         return module, "other"

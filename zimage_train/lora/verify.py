@@ -35,7 +35,7 @@ def verify_export(path: Path, trained: Mapping[str, Factors], dtype: str, linear
     """Return the largest relative error of a module's delta, after loading `path` as diffusers and as ComfyUI do.
 
     Raises:
-        WeightsError: a loader would leave out a module, or load another delta than the trained one.
+        WeightsError: a loader would leave out a module, or load another delta than the trained delta.
     """
     worst = 0.0
     errors: list[ZImageTrainError] = []
@@ -69,12 +69,12 @@ def relative_error(expected: Factors, actual: Factors) -> float:
     return error / norm if norm > 0 else error
 
 
-def delta_distance(one: Factors, other: Factors) -> float:
+def delta_distance(factors: Factors, other: Factors) -> float:
     """Return ||delta - delta'|| (Frobenius), computed in fp64 from (rank, rank) products."""
     # The difference is again low-rank: [B, -B'] @ [A; A']. Its squared norm is sum((B' B) * (A A')), which can come out
     # slightly negative for equal deltas, since the terms cancel.
-    b = torch.cat([one.b.double() * one.scale, -other.b.double().to(one.b.device) * other.scale], dim=1)
-    a = torch.cat([one.a.double(), other.a.double().to(one.a.device)], dim=0)
+    b = torch.cat([factors.b.double() * factors.scale, -other.b.double().to(factors.b.device) * other.scale], dim=1)
+    a = torch.cat([factors.a.double(), other.a.double().to(factors.a.device)], dim=0)
     return float(((b.T @ b) * (a @ a.T)).sum().clamp(min=0.0).sqrt())
 
 

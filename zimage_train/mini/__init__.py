@@ -18,7 +18,7 @@ DETURBO = HERE / "deturbo"
 """Turbo with the distillation trained out of it."""
 
 ADAPTER_V1 = HERE / "adapter_v1.safetensors"
-"""A training adapter for `TURBO`, in the layout of the real one."""
+"""A training adapter for `TURBO`, in the layout of the real adapter."""
 
 ADAPTER_V2 = HERE / "adapter_v2.safetensors"
 """A training adapter of more rank, trained for longer."""

@@ -17,7 +17,7 @@ T_EMBEDDER_DIM = 1024
 TensorShape = tuple[int, ...]
 MAX_LAYERS = 1000
 IN_A_BLOCK = re.compile(r"(layers|noise_refiner|context_refiner)\.\d+\.(attention|feed_forward)\.")
-"""Matches the linear layers that hold 98 % of the weights, the only ones that are ever quantised."""
+"""Matches the linear layers that hold 98 % of the weights, the only layers that are ever quantised."""
 SCALE_BLOCK = 64
 """Number of quantised weights that share a scale; see `scale_block_size`."""
 MAX_PROMPT_TOKENS = 512
@@ -206,5 +206,5 @@ def padded_tokens(tokens: int) -> int:
 
 
 def image_tokens(width: int, height: int) -> int:
-    """Return the padded number of tokens of an image of so many px: one for each patch of 2 x 2 latents of 8 x 8 px."""
+    """Return the padded number of tokens of an image of so many px: a token per patch of 2 x 2 latents of 8 x 8 px."""
     return padded_tokens(width * height // 256)

@@ -79,7 +79,7 @@ def _qwen_inputs(folder: Path) -> tuple[Prepare, Any]:
         prompt = tokenizer.apply_chat_template(
             _message(text), tokenize=False, add_generation_prompt=True, enable_thinking=False
         )
-        # The template has one placeholder for an image; the model takes one for each of its merged patches.
+        # The template has one placeholder for an image; the model takes as many as its merged patches.
         inputs = tokenizer(prompt.replace(placeholder, placeholder * num_patches), return_tensors="pt")
         types = (inputs["input_ids"] == placeholder_id).int()
         return {**inputs, **pixels, "mm_token_type_ids": types}

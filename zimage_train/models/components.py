@@ -15,7 +15,7 @@ LATENT_CHANNELS = 16
 LATENT_STRIDE = 8
 """Pixels per latent, in each direction."""
 MAX_SIZE = 10_000_000
-"""No size in a config is larger; a damaged one must not make us allocate that much."""
+"""No size in a config is larger; a damaged config must not make us allocate that much."""
 
 
 def require_components(extras: Path, features: int) -> None:
@@ -90,7 +90,7 @@ def tokenizer_folder(extras: Path) -> Path:
     """Return the folder of the tokenizer.
 
     Raises:
-        WeightsError: it has no tokenizer.json, a damaged one, or no chat template.
+        WeightsError: it has no tokenizer.json, a damaged tokenizer, or no chat template.
     """
     folder = extras / "tokenizer"
     if not (folder / "tokenizer.json").exists():

@@ -1,4 +1,4 @@
-"""Linear layers of the transformer's blocks: a frozen, possibly quantised weight and its LoRA as one operation.
+"""Linear layers of the transformer's blocks: a frozen, possibly quantised weight and its LoRA as a single operation.
 
 `y = x W' + scale * (x A') B'` has a backward of its own that saves only x, which layers with the same input share. A
 quantised weight is unpacked again in the backward, and x A' is computed again, since that is cheaper than keeping it.
@@ -30,7 +30,7 @@ def _forward(x: Tensor, weight: Tensor, scales: Tensor | None, a: Tensor | None,
 
 
 frozen_linear = torch.ops.zimage_train.frozen_linear.default
-"""The forward as one operation of the dispatcher, which selective checkpointing can save or recompute as a whole."""
+"""The forward as an operation of the dispatcher, which selective checkpointing can save or recompute as a whole."""
 
 
 def _dense(weight: Tensor, scales: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -40,7 +40,7 @@ def _dense(weight: Tensor, scales: Tensor | None, dtype: torch.dtype) -> Tensor:
 class _LinearFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, scales: Tensor | None, a: Tensor | None, b: Tensor | None, scale):
-        # The packed weight is saved, not the dense one: a dense copy for each layer would cost what packing saves.
+        # The packed weight is saved, not the dense weight: a dense copy for each layer would cost what packing saves.
         # Without a LoRA, the backward to x needs the weight alone.
         ctx.save_for_backward(x if a is not None else None, weight, scales, a, b)
         ctx.scale = scale

@@ -16,7 +16,7 @@ StoreFn = Callable[[str, Tensor], None]
 
 
 def stream_tensors(tensors: dict[str, TensorInfo]) -> Iterator[tuple[str, Tensor]]:
-    """Yield (name, tensor) for all of `tensors` from the mapped files, one file after the other."""
+    """Yield (name, tensor) for all of `tensors` from the mapped files, file by file."""
     for path in sorted({info.file for info in tensors.values()}):
         with safe_open(path, framework="pt") as file:
             for name in sorted(name for name, info in tensors.items() if info.file == path):
@@ -69,7 +69,7 @@ def load_parameters(
 
 
 def allocate_parameters(module: nn.Module, device: torch.device) -> None:
-    """Replace the parameters of `module` that are on the meta device by uninitialised ones on `device`."""
+    """Replace the parameters of `module` that are on the meta device by uninitialised parameters on `device`."""
     for name, parameter in list(module.named_parameters()):
         if parameter.device.type == "meta":
             set_parameter(module, name, nn.Parameter(torch.empty_like(parameter, device=device), requires_grad=False))

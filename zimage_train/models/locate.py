@@ -210,7 +210,7 @@ def _fetched(name: str, where: Location, patterns: list[str], fetch: DownloadFn)
         raise
     except WeightsError as error:
         raise type(error)(
-            *(replace(one, location=_named(where, str(one.location))) for one in error.problems)
+            *(replace(problem, location=_named(where, str(problem.location))) for problem in error.problems)
         ) from None
 
 
@@ -253,7 +253,7 @@ def _require_not_local(name: str, where: Location) -> None:
     """Refuse a name that reads like a hub id and is a mistyped path: `my/loras/adapter.safetensors`.
 
     Raises:
-        WeightsError: its first folder is on this machine, or the path is after the correction of one letter or two.
+        WeightsError: its first folder is on this machine, or the path is after the correction of a letter or two.
     """
     first, _, rest = name.partition("/")
     like = _like(Path(), first)

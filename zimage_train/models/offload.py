@@ -3,7 +3,7 @@
 The weights are frozen, so blocks are copied to the device and never back. Each offloaded block is one packed buffer
 (pinned on CUDA) and therefore one copy. Two slots on the device form a ring: one holds the block that computes, the
 other receives the block that is predicted to run next, so that copy and compute overlap. Blocks are visited upwards in
-the forward pass and downwards in the backward; a wrong prediction costs one copy that does not overlap, nothing else.
+the forward pass and downwards in the backward; a wrong prediction costs a copy that does not overlap, nothing else.
 """
 
 import contextlib
@@ -133,7 +133,7 @@ class BlockOffloader:
             return index - 1
         if index < top:
             return index + 1
-        # At the top, training turns round: the backward needs the top block and the one below, and both slots hold
+        # At the top, training turns round: the backward needs the top block and the block below, and both slots hold
         # just these. Sampling goes on with block 0 of the next step.
         return None if is_training else 0
 

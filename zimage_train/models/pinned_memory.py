@@ -4,7 +4,7 @@ torch rounds each pinned buffer up to a power of two.
 """
 
 DEVICE_SLOTS = 2
-"""Blocks that the device has room for while blocks are streamed: one that computes, and one that is being copied."""
+"""Blocks that the device has room for while blocks are streamed: the computing block, and the block being copied."""
 
 
 def arena_sizes(count: int, block_bytes: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""Quantisation of frozen weights to 8 or 4 bits: each block of weights within a row shares one bf16 scale.
+"""Quantisation of frozen weights to 8 or 4 bits: each block of weights within a row shares a bf16 scale.
 
 fp8 is e4m3, int8 is symmetric, nf4 is bitsandbytes' table of 16 values. The storage dtype identifies the kind, so that
 packed tensors need no label. Relative RMS error on Gaussian weights: int8 0.6 %, fp8 2.5 %, nf4 9.2 %.

@@ -3,7 +3,7 @@
 The embeddings are `hidden_states[-2]` of Qwen3, the output of its penultimate layer. So the last layer, the final norm
 and the head are never loaded. Encoding a prompt at its true length equals encoding it padded to 512 tokens.
 
-Encoding goes layer by layer: one layer is on the device at a time, and all prompts pass through it before the next one
+Encoding goes layer by layer: one layer is on the device at a time, and all prompts pass through it before the next
 is loaded. So the encoder is read once for any number of prompts, and takes a thirtieth of its 8 GB on the device.
 """
 
@@ -25,7 +25,7 @@ from zimage_train.models.arch import MAX_PROMPT_TOKENS
 from zimage_train.typing import PromptEmbeds
 
 BATCH_TOKENS = 8192
-"""Tokens of prompts of equal length that go through a layer as one batch."""
+"""Tokens of prompts of equal length that go through a layer as a batch."""
 GROUP_TOKENS = 200_000
 """Tokens whose hidden states are kept in CPU memory between layers: 1 GB."""
 
@@ -60,7 +60,7 @@ class TextEncoder:
         return self.tokenizer(text, truncation=max_tokens is not None, max_length=max_tokens)["input_ids"]
 
     def encode(self, prompt: str) -> PromptEmbeds:
-        """Return the embeddings (tokens, features) of one prompt at its true length, in the encoder's dtype."""
+        """Return the embeddings (tokens, features) of a prompt at its true length, in the encoder's dtype."""
         return next(self.encode_all([prompt]))[1]
 
     def encode_all(
@@ -108,7 +108,7 @@ class TextEncoder:
             progress(index + 1)
         for batch, state in zip(batches, states, strict=True):
             for prompt, embeds in zip(batch, state, strict=True):
-                # A copy, so that keeping one prompt does not keep the batch.
+                # A copy, so that keeping a prompt does not keep the batch.
                 yield prompt, embeds.clone()
 
     def _layer(self, index: int) -> Qwen3DecoderLayer:

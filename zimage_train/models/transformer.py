@@ -1,4 +1,4 @@
-"""The frozen S3-DiT: building it without storage, reading its weights, and the one function that calls it."""
+"""The frozen S3-DiT: building it without storage, reading its weights, and the only function that calls it."""
 
 import contextlib
 from collections.abc import Callable, Iterator

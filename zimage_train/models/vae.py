@@ -50,7 +50,7 @@ def to_pixels(image: Image.Image) -> typing.PixelImage:
 def encode_images(vae: AutoencoderKL, pixels: typing.PixelBatch) -> typing.LatentBatch:
     """Return latents (b, 16, h/8, w/8) in fp32 of pixels (b, 3, h, w) in [-1, 1]: (mean - shift) * scale."""
     on_device = pixels.to(vae.device, vae.dtype)
-    # The mean of the posterior, not a sample: a latent is encoded once and cached, so a sample would be one draw of
+    # The mean of the posterior, not a sample: a latent is encoded once and cached, so a sample would be a draw of
     # noise frozen into the dataset.
     mean = _with_tiling_fallback(vae, lambda: vae.encode(on_device, return_dict=False)[0].mode())
     return (mean.float() - vae.config["shift_factor"]) * vae.config["scaling_factor"]

@@ -21,7 +21,7 @@ def decay_at(decay: float, step: int) -> float:
 
 @dataclass(frozen=True)
 class Ema:
-    """Averaged weights, keyed by the names of the trained ones."""
+    """Averaged weights, keyed by the names of the trained weights."""
 
     decay: float
     shadow: dict[str, Tensor]

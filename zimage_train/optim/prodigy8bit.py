@@ -25,7 +25,7 @@ class Prodigy8bit(Prodigy):
     """`prodigyopt.Prodigy`, with `exp_avg`, `exp_avg_sq` and `s` packed after each step."""
 
     def step(self, closure: Any = None) -> Any:
-        """Take one step on the unpacked state."""
+        """Take a step on the unpacked state."""
         # Packed tensors have their own names (`exp_avg.packed`, `exp_avg.scales`), so a checkpoint stores them as they
         # are, and a resumed run continues from the same bits.
         for state in self.state.values():

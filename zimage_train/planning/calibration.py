@@ -13,12 +13,12 @@ MIN_STEPS = 10
 WARM_UP_STEPS = 3
 """Steps that are left out, because kernels are still being chosen and caches filled."""
 MAX_MEASUREMENTS = 20
-"""Number of latest runs that are kept for each device; older ones may have had another driver."""
+"""Number of latest runs that are kept for each device; older runs may have had another driver."""
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """Time and memory of one run, relative to their prediction. The field names are those of the calibration file."""
+    """Time and memory of a run, relative to their prediction. The field names are those of the calibration file."""
 
     device: str
     """See `device_key`."""
@@ -33,13 +33,13 @@ class Measurement:
 
 @dataclass(frozen=True)
 class CalibrationFactor:
-    """The factors by which runs on one device differ from their predictions: measured / predicted."""
+    """The factors by which runs on a device differ from their predictions: measured / predicted."""
 
     runs: int
     """Number of runs that they are taken from."""
     time: float
     spread: float
-    """Largest relative deviation of one run from `time`."""
+    """Largest relative deviation of a run from `time`."""
     memory: float | None
     """None if no run measured its memory."""
 
@@ -53,7 +53,7 @@ class CalibrationFactor:
 
 
 def device_key(device: str, parameters: int) -> str:
-    """Return the key of measurements that are comparable: of one device, with a model of one size."""
+    """Return the key of measurements that are comparable: of the same device and model size."""
     return f"{device}, {parameters} parameters"
 
 

@@ -17,11 +17,11 @@ def require_device(device: torch.device, shape: TransformerShape, dtype: str) ->
     """Require that `device` can train the model, before anything is downloaded or encoded for it.
 
     Raises:
-        ConfigError: there is no GPU and the model needs one, or the GPU has no bf16 and `dtype` is bf16.
+        ConfigError: there is no GPU and the model needs it, or the GPU has no bf16 and `dtype` is bf16.
     """
     parameters = memory.parameters_of(shape)
     if device.type == "cpu" and parameters > memory.MAX_CPU_PARAMETERS:
-        message = f"no GPU was found, and {parameters / 1e9:.1f} billion parameters would take weeks without one"
+        message = f"no GPU was found, and {parameters / 1e9:.1f} billion parameters would take weeks on the CPU"
         hint = "check the driver with nvidia-smi, and that torch is a CUDA build"
         raise ConfigError(Problem("device", message, hint, "no-gpu"))
     # False: without emulation, which would pass on older cards and be far too slow.

@@ -5,7 +5,7 @@ and 10 T^2 d backward per block, for T tokens of width d. Frozen weights need no
 costs as much as its forward and not twice as much, and nothing before the first LoRA has a backward.
 tests/planning/test_flops.py compares the operations with those that torch counts on the real graph.
 
-Time is a roofline: arithmetic and memory traffic one after the other, or kernel launches, or copies over PCIe,
+Time is a roofline: arithmetic and memory traffic in sequence, or kernel launches, or copies over PCIe,
 whichever takes longest. It predicts what a card can reach; an H100 took 1.6 times as long ("How good the prediction is"
 in docs/memory.md), so calibration.py corrects it by runs on the same machine.
 """
@@ -28,19 +28,19 @@ EFFICIENCY = 0.9
 OTHER_TRAFFIC_BYTES = 545
 """Bytes per token and unit of `dim`, as `RecomputeCost.traffic_bytes`, for embedders, refiners and the final layer."""
 UNPACK_BYTES = 7
-"""Bytes moved to unpack one quantised weight: 1 read, 2 written by the cast, 2 read and 2 written by the scaling."""
+"""Bytes moved to unpack a quantised weight: 1 read, 2 written by the cast, 2 read and 2 written by the scaling."""
 LAUNCH_SECONDS = 6e-6
-"""Time to launch one kernel; an estimate, which is too low for a slow CPU."""
+"""Time to launch a kernel; an estimate, which is too low for a slow CPU."""
 
 
 def forward_flops(shape: TransformerShape, size: Bucket) -> float:
-    """Return the operations of one forward pass on one image of `size` px."""
+    """Return the operations of a forward pass on an image of `size` px."""
     linear, attention = _layer_flops(shape, size)
     return linear + attention + _refiner_flops(shape, size)
 
 
 def step_flops(shape: TransformerShape, size: Bucket, mode: RecomputeMode) -> float:
-    """Return the operations of forward and backward on one sample, without the LoRA's own, which are about 1 %."""
+    """Return the operations of forward and backward on a sample, without the LoRA's own, which are about 1 %."""
     linear, attention = _layer_flops(shape, size)
     recomputed = linear * _recomputed_share(shape, mode)
     if RECOMPUTE_COSTS[mode].recomputes_attention:
@@ -53,7 +53,7 @@ def step_flops(shape: TransformerShape, size: Bucket, mode: RecomputeMode) -> fl
 def step_seconds(
     workload: Workload, placement: WeightPlacement, mode: RecomputeMode, size: Bucket, card: GpuSpec
 ) -> float:
-    """Return the seconds of one training step on a full batch of `size`, with the passes of preservation and priors."""
+    """Return the seconds of a training step on a full batch of `size`, with the passes of preservation and priors."""
     forward = forward_seconds(workload, placement, size, workload.batch(size), card)
     forward_backward = _forward_backward_seconds(workload, placement, mode, size, card)
     return (1 + workload.extra_steps) * forward_backward + workload.extra_forwards * forward
@@ -79,14 +79,14 @@ def _forward_backward_seconds(
 
 
 def preview_seconds(workload: Workload, placement: WeightPlacement, request: SamplingRequest, card: GpuSpec) -> float:
-    """Return the seconds of sampling one image; decoding it takes less than one of its steps and is left out."""
+    """Return the seconds of sampling an image; decoding it takes less than a step and is left out."""
     batch = 2 if request.guidance > 0 else 1
     size = Bucket(request.width, request.height)
     return request.steps * forward_seconds(workload, placement, size, batch, card)
 
 
 def forward_seconds(workload: Workload, placement: WeightPlacement, size: Bucket, batch: int, card: GpuSpec) -> float:
-    """Return the seconds of one forward pass, without gradients, on a batch of images of `size`."""
+    """Return the seconds of a forward pass, without gradients, on a batch of images of `size`."""
     shape = workload.shape
     tokens = (_image_tokens(size) + padded_tokens(CAPTION_TOKENS)) * batch
     computing = forward_flops(shape, size) * batch / (EFFICIENCY * card.tflops * 1e12)
@@ -98,7 +98,7 @@ def forward_seconds(workload: Workload, placement: WeightPlacement, size: Bucket
 
 def _streaming_seconds(workload: Workload, placement: WeightPlacement, card: GpuSpec) -> float:
     """Return the seconds of copying the streamed blocks to the device once."""
-    # Between forward and backward, the blocks in the slots are the next ones needed, and are not copied again.
+    # Between forward and backward, the blocks in the slots are the next blocks needed, and are not copied again.
     copied = max(placement.streamed - DEVICE_SLOTS, 0)
     return copied * block_bytes(workload, placement.quantization) / (EFFICIENCY * card.pcie_gb_per_second * 1e9)
 
@@ -130,14 +130,14 @@ def _weight_count(shape: TransformerShape, part: str) -> int:
     """Return the number of weights that multiply every token in `part`."""
     total = 0
     for name, size in shape.parameters.items():
-        # Modulations are left out: they multiply one vector per image.
+        # Modulations are left out: they multiply a single vector per image.
         if name.startswith(f"{part}.") and len(size) == 2 and "adaLN" not in name:
             total += parameter_count(size)
     return total
 
 
 def _block_weights(shape: TransformerShape) -> int:
-    """Return the number of weights of one block: q, k, v and out, and the three products of the feed forward."""
+    """Return the number of weights of a block: q, k, v and out, and the three products of the feed forward."""
     return 4 * shape.dim**2 + 3 * shape.dim * shape.ffn_dim
 
 

@@ -27,7 +27,7 @@ EXAMPLES = ("4090", "4080", "4070", "4060")
 
 
 def device_for(config: Config, gpu: str | None) -> DeviceLimits | None:
-    """Return the limits of the card `gpu`, or else of this machine's, within the budget of `config` if it sets one.
+    """Return the limits of the card `gpu`, or else of this machine's, within the budget of `config` if set.
 
     Return None if no card is found and no budget is set.
 
@@ -65,14 +65,14 @@ def forecast_lines(spec: RunSpec, gpu: str | None, price: float | None) -> list[
     """Return lines on memory, time and cost; `price` is that of an hour.
 
     They are for the card `gpu`, or else for the card or the budget of `device_for`. Without either, a small model is
-    planned for the CPU, and a published one for four example cards.
+    planned for the CPU, and a published model for four example cards.
     """
     device = device_for(spec.config, gpu)
     if device is not None:
         return _forecast_on_device(spec, device, price)
     if memory.parameters_of(preflight.workload_of(spec).shape) <= memory.MAX_CPU_PARAMETERS:
         return _forecast_on_device(spec, DeviceLimits("cpu", main_memory_bytes(), None), price)
-    head = "memory and time, predicted (no NVIDIA GPU found here; --gpu NAME shows more of one):"
+    head = "memory and time, predicted (no NVIDIA GPU found here; --gpu NAME shows more):"
     lines = [Note("examples", head)]
     for name in EXAMPLES:
         card = GPU_SPECS[name]
@@ -83,7 +83,7 @@ def forecast_lines(spec: RunSpec, gpu: str | None, price: float | None) -> list[
 
 
 def describe_plan(plan: MemoryPlan) -> str:
-    """Return the plan in one line, for the log."""
+    """Return the plan as a line, for the log."""
     predicted = format_bytes(plan.peak.total)
     return f"{_describe_weights(plan)}; recomputed: {_describe_recomputation(plan)}; {predicted} predicted, {plan.why}"
 
@@ -174,7 +174,7 @@ def _share_lines(spec: RunSpec, plan: MemoryPlan, device: DeviceLimits) -> list[
     batch_shares = workload.shares()
     seconds: dict[int, float] = {}
     for resolution, sizes in by_resolution.items():
-        # Two resolutions may train an image at one size, so each gets its part of the batches of that size.
+        # Two resolutions may train an image at the same size, so each gets its part of the batches of that size.
         terms = []
         for size, count in sizes.items():
             terms.append(batch_shares[size] * count / workload.sizes[size] * plan.seconds(size, card))

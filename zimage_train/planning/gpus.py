@@ -24,7 +24,7 @@ class GpuSpec:
     gb_per_second: float
     """Bandwidth of its memory."""
     pcie_gb_per_second: float
-    """Bandwidth of copies from pinned main memory, in one direction."""
+    """Bandwidth of copies from pinned main memory, in a single direction."""
 
 
 def _gib(gib: float) -> float:
@@ -67,7 +67,7 @@ RESERVED_BYTES_WINDOWS = 1.2e9
 """The same on Windows, which draws its desktop on the card. A plan that is too large raises no error there: the driver
 moves memory to main memory, and every step becomes slow. So more is left free."""
 TYPICAL_GPU = GPU_SPECS["4090"]
-"""The card for which plans are compared if the true one is unknown."""
+"""The card for which plans are compared if the true card is unknown."""
 FORM_FACTOR = r"(?:sxm\d?|pcie|nvl|hbm\d?e?|generation|gpu)*?"
 NAME_SUFFIX = rf"{FORM_FACTOR}(?:(?P<gib>\d{{1,3}})gb)?{FORM_FACTOR}"
 """Pattern of what may follow the name of a card without making it another card."""

@@ -31,11 +31,11 @@ from zimage_train.models.pinned_memory import DEVICE_SLOTS, pinned_bytes
 from zimage_train.planning.recompute_costs import RECOMPUTE_COSTS
 
 BACKWARD_BYTES = {"bf16": 18.3, "fp32": 24.3}
-"""Extra bytes per token and `dim` while one block runs backward, beyond what mode `none` keeps of it."""
+"""Extra bytes per token and `dim` while a block runs backward, beyond what mode `none` keeps of it."""
 FORWARD_BYTES = {"bf16": 31.9, "fp32": 63.3}
 """Peak of a forward pass that keeps nothing for a backward, as in sampling and validation, per token and `dim`."""
 DECODING_BYTES = {"bf16": 1536, "fp32": 3073}
-"""Bytes per pixel at the peak of decoding one image, for a VAE of `VAE_CHANNELS`."""
+"""Bytes per pixel at the peak of decoding an image, for a VAE of `VAE_CHANNELS`."""
 VAE_CHANNELS = 128
 """Width of the published VAE at full resolution."""
 VAE_WEIGHTS = 83_820_000
@@ -90,7 +90,7 @@ class Workload:
     vae_channels: int = VAE_CHANNELS
     ema: bool = False
     extra_steps: int = 0
-    """Additional forward and backward passes on each batch, one after the other, as for preservation."""
+    """Additional forward and backward passes on each batch, in sequence, as for preservation."""
     extra_forwards: float = 0.0
     """Additional passes without a backward on each batch, on average."""
     rank: int = 16
@@ -189,7 +189,7 @@ def _batch_statistics(order: SampleOrder) -> tuple[dict[Bucket, int], dict[Bucke
     for stream, stream_share in streams:
         if stream is None or not stream.items:
             continue
-        # A batch holds items of one size and one batch size.
+        # A batch holds items of equal size and batch size.
         groups = Counter((item.size, order.batch_size_of(item)) for item in stream.items)
         for (size, batch_size), count in groups.items():
             batches = -(-count // batch_size)
@@ -237,7 +237,7 @@ def step_memory(workload: Workload, placement: WeightPlacement, mode: RecomputeM
     kept = RECOMPUTE_COSTS[mode].kept_bytes[workload.dtype]
     kept_by_none = RECOMPUTE_COSTS["none"].kept_bytes[workload.dtype]
     # The peak is at the start of the backward, in the last block: all other blocks hold what the mode keeps. The last
-    # one has been recomputed, so it holds what `none` keeps, and the gradients of the backward on top.
+    # block has been recomputed, so it holds what `none` keeps, and the gradients of the backward on top.
     per_token = workload.shape.n_layers * kept + kept_by_none - kept + BACKWARD_BYTES[workload.dtype]
     return _with_weights(workload, placement, int(per_token * workload.shape.dim * tokens))
 
@@ -258,7 +258,7 @@ def preview_memory(workload: Workload, placement: WeightPlacement) -> MemoryEsti
         tokens = image_tokens(workload.held_out.width, workload.held_out.height)
         sampling = bytes_per_token * (tokens + padded_tokens(workload.caption_tokens))
     for request in (*workload.previews, *workload.generated):
-        # With guidance the prompt and the negative prompt form one batch, padded to the longer of the two.
+        # With guidance the prompt and the negative prompt form a single batch, padded to the longer of the two.
         uses_guidance = request.guidance > 0
         batch = workload.previews_at_once * (2 if uses_guidance else 1)
         longest_prompt = max(request.prompt, request.negative if uses_guidance else "", key=len)
@@ -306,7 +306,7 @@ def model_bytes(workload: Workload, quantization: Quantization | None) -> int:
 
 
 def block_bytes(workload: Workload, quantization: Quantization | None) -> int:
-    """Return the bytes of one of the transformer's `layers`, which are the blocks that can be streamed."""
+    """Return the bytes of a block in the transformer's `layers`, which are the blocks that can be streamed."""
     return _parameter_bytes(workload.shape, workload.dtype, quantization, "layers.0.")
 
 

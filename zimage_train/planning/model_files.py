@@ -31,7 +31,7 @@ class ModelFiles:
     modules: list[str]
     """Names of the linear layers that get a LoRA."""
     adapter_modules: int
-    """Number of modules that the training adapter changes; 0 without one."""
+    """Number of modules that the training adapter changes; 0 without an adapter."""
 
 
 def find_model_files(
@@ -39,7 +39,7 @@ def find_model_files(
 ) -> tuple[ModelFiles | None, list[ZImageTrainError], list[Note]]:
     """Return the model files of `config`, the errors in them, and a note for each part that is still to be downloaded.
 
-    The files are None if there is an error or a note. Every part is checked, even if another one has errors, but
+    The files are None if there is an error or a note. Every part is checked, even if another has errors, but
     nothing is compared with a transformer that cannot be read.
     """
     search = locate.find_paths(config.model, fetch)
@@ -50,7 +50,7 @@ def find_model_files(
             raise error
 
     transformer, extras, adapter = search.transformer, search.extras, search.adapter
-    shape = TransformerShape()  # until a transformer is read, it is taken to be a published one
+    shape = TransformerShape()  # until a transformer is read, it is taken to be a published model
     known_shape: TransformerShape | None = None
     if transformer is not None:
         try:
@@ -139,14 +139,12 @@ def _init_from(
     location = replace(location, source=name)
     different_modules = sorted(ranks.keys() ^ set(modules))
     if different_modules:
-        message = (
-            f"has {len(ranks)} modules and lora.targets {len(modules)}; {different_modules[0]} is in one of them alone"
-        )
+        message = f"has {len(ranks)} modules and lora.targets {len(modules)}; {different_modules[0]} is in either alone"
         raise ConfigError(Problem(location, message, "set lora.targets to what it was trained with", "other-modules"))
     distinct_ranks = sorted(set(ranks.values()))
     if distinct_ranks != [config.lora.rank]:
         listed = " and ".join(map(str, distinct_ranks))
-        hint = "make it one rank with `zimage-train lora resize`"
+        hint = "make its ranks equal with `zimage-train lora resize`"
         if len(distinct_ranks) == 1:
             hint = f"set lora.rank: {listed}"
         message = f"has rank {listed}, and lora.rank is {config.lora.rank}"
@@ -155,7 +153,7 @@ def _init_from(
 
 
 def _extra_lora(config: Config, index: int, shape: TransformerShape | None, fetch: DownloadFn | None) -> Path:
-    """Return the file of one of `sample.extra_loras`.
+    """Return the file of an entry of `sample.extra_loras`.
 
     Raises:
         WeightsError: it cannot be found, is no LoRA, or does not fit a model of `shape`.

@@ -9,7 +9,7 @@ from zimage_train.errors import Note, Problem
 
 
 def notes_on_settings(config: Config) -> list[Note]:
-    """Return a note for each setting that has no effect, because another one replaces it."""
+    """Return a note for each setting that has no effect, because another replaces it."""
     texts: list[str] = []
     if config.train.epochs is not None:
         texts.append("train.epochs decides how long; train.steps is not used")

@@ -29,7 +29,7 @@ def require_short_paths(config: Config) -> None:
         return
     root = (Path(config.output_dir) / config.name).absolute()
     cached = cache_dir(config).absolute() / "latents" / DIGEST[:2] / f"{DIGEST}.safetensors"
-    # Files are written under a temporary name first, which is longer than the final one.
+    # Files are written under a temporary name first, which is longer than the final name.
     lengths = {
         "output_dir or name": max(map(_length, _paths_in_run(config, root))),
         "cache.folder": _length(atomic.temporary_path(cached)),

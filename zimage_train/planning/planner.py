@@ -4,7 +4,7 @@ A plan follows from the total memory of device and host, never from what happens
 continued beside another program could get another plan, and with `model.quantize: auto` other frozen weights.
 
 Quantization and streaming hold for the whole run. Recomputation is decided for each batch, by its number of tokens: a
-plan has the largest number of tokens for each mode, so that small images recompute less than large ones.
+plan has the largest number of tokens for each mode, so that small images recompute less than large images.
 """
 
 import math
@@ -22,7 +22,7 @@ from zimage_train.planning.memory import MemoryEstimate, WeightPlacement, Worklo
 NO_LIMIT = 2**31
 """Number of tokens that no batch reaches."""
 MAX_SLOWDOWN = 1.25
-"""A more precise placement is preferred as long as it takes at most this multiple of the fastest one's time.
+"""A more precise placement is preferred as long as it takes at most this multiple of the fastest placement's time.
 
 Rounding errors stay in the LoRA, while a quarter of the time is spent once; and predicted times are not exact enough to
 give up precision for a smaller gain.
@@ -119,7 +119,7 @@ def choose_plan(
 ) -> MemoryPlan:
     """Return the best plan by which `workload` fits `limit_bytes`, or the plan that takes least memory if none fits.
 
-    `host_bytes` is the main memory for this process. Without a `card`, times are compared on a typical one.
+    `host_bytes` is the main memory for this process. Without a `card`, times are compared on a typical card.
 
     Full precision is taken wherever it fits without streaming. Otherwise the most precise placement is taken whose time
     is at most `MAX_SLOWDOWN` times that of the fastest.

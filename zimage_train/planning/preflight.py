@@ -197,8 +197,8 @@ def _disk_bytes(config: Config, model_files: ModelFiles | None) -> int:
     copies = 1 if config.ema.decay is None else 2
     checkpoint = parameters * (4 * copies + OPTIMIZERS[config.optimizer.name].state_bytes)
     export = parameters * bytes_per_number(config.save.dtype) * copies
-    # An old file is removed once the new one is complete. So there are at most two checkpoints and a new one; and of
-    # exports `save.keep`, a new one, and the final one.
+    # An old file is removed once the new file is complete. So there are at most two checkpoints and a new one; and of
+    # exports `save.keep`, a new export, and the final export.
     return int(checkpoint * 3 + export * (config.save.keep + 2))
 
 
@@ -252,7 +252,7 @@ def how_to_fit(spec: RunSpec, limit_bytes: float, gpu: bool | None = None) -> Su
 
 
 def _changes_in_config(config: Config, change: SettingChange) -> list[SettingChange]:
-    """Return `change` as changes of keys of `config`, one for each data entry that it concerns."""
+    """Return `change` as changes of keys of `config`, a change for each data entry that it concerns."""
     if change.key == "data.*.resolution":
         side = int(change.value)
         changes = []
@@ -264,7 +264,7 @@ def _changes_in_config(config: Config, change: SettingChange) -> list[SettingCha
         return changes
     if change.key == "train.batch_size":
         with_own = [index for index, entry in enumerate(config.data) if entry.batch_size is not None]
-        # Where every entry has a batch size of its own, the shared one has no effect.
+        # Where every entry has a batch size of its own, the shared batch size has no effect.
         shared = [change] if len(with_own) < len(config.data) and config.train.batch_size > 1 else []
         return [*shared, *(SettingChange(f"data.{index}.batch_size", change.value) for index in with_own)]
     return [change]
@@ -273,7 +273,7 @@ def _changes_in_config(config: Config, change: SettingChange) -> list[SettingCha
 def _require_budget(spec: RunSpec) -> None:
     """Require that the run is predicted to fit `memory.budget_gb`, if it is set.
 
-    Without a budget nothing is refused: the card may be another one, and the prediction may be too high.
+    Without a budget nothing is refused: the card may differ, and the prediction may be too high.
 
     Raises:
         ConfigError: the run is predicted to take more; the hint names settings that would fit.

@@ -13,7 +13,7 @@ from zimage_train.config.types import RecomputeMode
 
 @dataclass(frozen=True)
 class RecomputeCost:
-    """The cost of one transformer block under one mode."""
+    """The cost of a transformer block under a mode."""
 
     description: str
     """What the backward computes a second time, for messages."""

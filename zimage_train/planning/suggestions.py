@@ -69,7 +69,7 @@ LighterWorkload = tuple[list[SettingChange], Workload]
 
 
 def lighter_workloads(workload: Workload) -> list[LighterWorkload]:
-    """Return workloads that take less memory, the ones that change least of the training first.
+    """Return workloads that take less memory, those that change least of the training first.
 
     Batches change in the innermost loop, so they are tried before smaller previews, and those before a smaller rank.
     """
@@ -106,7 +106,7 @@ def _with_smaller_previews(workload: Workload) -> list[LighterWorkload]:
 
 
 def _with_smaller_batches(workload: Workload) -> list[LighterWorkload]:
-    """Return the workload with batches of one sample, and then with a lower resolution as well."""
+    """Return the workload with batches of a single sample, and then with a lower resolution as well."""
     lighter: list[LighterWorkload] = []
     changes: list[SettingChange] = []
     current = workload

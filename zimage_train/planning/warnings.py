@@ -18,7 +18,7 @@ STEPS_FOR_FEW_IMAGES = 2_200
 
 
 def config_warnings(config: Config, num_images: int, is_small: bool = False) -> list[str]:
-    """Return warnings of one line each, with the setting, what is likely to happen, and what to do.
+    """Return warnings of a line each, with the setting, what is likely to happen, and what to do.
 
     `num_images` counts images of the concept. `is_small` is for a miniature model, which needs higher learning rates.
     """

@@ -38,7 +38,7 @@ class ComparisonImage:
 
 @dataclass(frozen=True)
 class Subject:
-    """One of the compared models, LoRAs or runs, with facts for the table below the images."""
+    """A compared model, LoRA or run, with facts for the table below the images."""
 
     name: str
     facts: Mapping[str, str]
@@ -46,7 +46,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Images along axes: one axis makes the columns, others the rows, and each step is a page of its own."""
+    """Images along axes: an axis makes the columns, other axes the rows, and each step is a page of its own."""
 
     title: str
     images: Sequence[ComparisonImage]
@@ -105,7 +105,7 @@ def save_comparison(folder: Path, comparison: Comparison) -> list[str]:
 
 
 def comparison_pages(comparison: Comparison) -> list[ComparisonPage]:
-    """Arrange the images in tables of equal rows and columns, one for each step unless steps are rows or columns."""
+    """Arrange the images in tables of equal rows and columns, a table per step unless steps are rows or columns."""
     images, columns = comparison.images, comparison.columns
     values = {axis: _axis_values(images, axis) for axis in (columns, *comparison.rows)}
     # Axes with a single value do not show in the labels of rows.
@@ -168,7 +168,7 @@ def details(image: ComparisonImage) -> dict[str, str]:
 
 
 def caption(image: ComparisonImage) -> str:
-    """Return the image's values and sampling settings as one line."""
+    """Return the image's values and sampling settings as a line."""
     labels = []
     for axis, value in image.values.items():
         if axis not in (PROMPT, SAMPLING) and "." not in axis:

@@ -52,7 +52,7 @@ class BrokenPipeSafeStream:
 
 
 class Console:
-    """Prints lines and progress of one process; processes other than the main one print nothing."""
+    """Prints lines and progress of a process; processes other than the main process print nothing."""
 
     def __init__(self, is_main: bool = True, stream: IO[str] | None = None) -> None:
         output = stream or sys.stdout or io.StringIO()  # sys.stdout is None under pythonw

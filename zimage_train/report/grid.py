@@ -1,4 +1,4 @@
-"""A grid of images with labelled rows and columns, as one PNG."""
+"""A grid of images with labelled rows and columns, as a PNG."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

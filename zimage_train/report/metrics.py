@@ -1,4 +1,4 @@
-"""Reading and writing of metrics.jsonl and events.jsonl, which hold one record a line."""
+"""Reading and writing of metrics.jsonl and events.jsonl, which hold a record per line."""
 
 import json
 from pathlib import Path
@@ -43,7 +43,7 @@ def _is_record(record: object) -> bool:
 class RecordWriter:
     """Appends to a JSON-lines file that a run continues after step `start`; later and torn records are dropped first.
 
-    Without a path, as in all processes but the main one, records are discarded.
+    Without a path, as in all processes but the main process, records are discarded.
     """
 
     def __init__(self, path: Path | None, start: int) -> None:

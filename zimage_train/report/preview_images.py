@@ -113,7 +113,7 @@ def preview_table(folder: Path, suffix: str = "") -> PreviewTable:
 
 
 def side_by_side(left: PreviewTable, right: PreviewTable) -> PreviewTable:
-    """Merge two tables into one, in which each column of `left` is followed by that of `right`."""
+    """Merge two tables into a single table, in which each column of `left` is followed by that of `right`."""
     columns: list[tuple[PreviewTable, int]] = []
     for index in range(max(len(left.requests), len(right.requests))):
         columns.extend((table, index) for table in (left, right) if index < len(table.requests))
@@ -128,7 +128,7 @@ def side_by_side(left: PreviewTable, right: PreviewTable) -> PreviewTable:
 
 
 def save_grid(path: Path, table: PreviewTable) -> None:
-    """Write the table as one image with labelled steps and prompts; do nothing if it is empty.
+    """Write the table as a single image with labelled steps and prompts; do nothing if it is empty.
 
     Raises:
         DiskError: the file cannot be written.

@@ -38,7 +38,7 @@ def image_distance(path_a: Path, path_b: Path) -> float | None:
 
 
 def distances(table: PreviewTable) -> dict[int, list[float | None]]:
-    """Return, for each step after 0, each column's distance from its image at step 0, or None if one is missing."""
+    """Return, for each step after 0, each column's distance from its image at step 0, or None if either is missing."""
     initial_paths = table.rows.get(0, [None] * len(table.requests))
     by_step: dict[int, list[float | None]] = {}
     for step, paths in table.rows.items():
@@ -92,7 +92,7 @@ def sharpness_kept(table: PreviewTable, triggers: Collection[str], step: int) ->
 
 
 def has_trigger(prompt: str, triggers: Collection[str]) -> bool:
-    """Return whether the prompt contains one of the triggers."""
+    """Return whether the prompt contains any of the triggers."""
     return any(trigger in prompt for trigger in triggers)
 
 

@@ -1,6 +1,6 @@
 """Output of commands, as text or, after `zimage-train --json`, as JSON events (torch-free).
 
-An event is one JSON object a line, on the stream on which the text would be: `event` is one of `progress` (what, done,
+An event is a JSON object per line, on the stream where the text would be: `event` is one of `progress` (what, done,
 total, note), `line`, `warning`, `note` and `result` (text), and `error` (where, found, todo, exit_code; code, a short
 name of the kind of error, or empty; file, line and key of the setting, or null).
 """

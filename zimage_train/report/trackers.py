@@ -89,7 +89,7 @@ class WeightsAndBiases:
 
 
 class Trackers:
-    """Forwards to all trackers of a run; one that fails is dropped with a warning."""
+    """Forwards to all trackers of a run; a tracker that fails is dropped with a warning."""
 
     def __init__(self, trackers: list[Tracker], warn: Callable[[str], None]) -> None:
         self._trackers = trackers

@@ -38,7 +38,7 @@ from zimage_train.training.step_timer import SlowStepDetector
 
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "bitsandbytes", "prodigyopt")
 MAX_DRIFT_REQUESTS = 2
-"""Number of previews for which drift is measured; measuring one takes about twice as long as drawing it."""
+"""Number of previews for which drift is measured; measuring a preview takes about twice as long as drawing it."""
 
 
 def fill_caches(context: RunContext) -> None:
@@ -73,7 +73,7 @@ def _shard(context: RunContext) -> Shard:
 
 
 def build_state(context: RunContext, plan: MemoryPlan, checkpoint: Checkpoint | None, trackers: Trackers) -> TrainState:
-    """Return everything that the loop needs, in the state of `checkpoint`, or of step 0 without one.
+    """Return everything that the loop needs, in the state of `checkpoint`, or of step 0 without a checkpoint.
 
     The caches must be filled and the run folder locked. The main process writes config.yaml and run.json.
 
@@ -206,7 +206,7 @@ def _load_checkpoint(checkpoint: Checkpoint, lora: LoraLayers, averages: Ema | N
 def _drift_meter(config: Config, preview_sets: list[PreviewSet], dataset: CachedDataset) -> DriftMeter | None:
     """Return a meter of the drift from Turbo, or None if no previews are drawn on Turbo.
 
-    It uses the first previews without the trigger, or the first ones if all have it.
+    It uses the first previews without the trigger, or the first previews if all have it.
     """
     on_turbo = next((previews.requests for previews in preview_sets if previews.is_metered), None)
     if on_turbo is None:

@@ -1,7 +1,7 @@
 """Save and load checkpoints.
 
-Each is one safetensors file with a digest of its own content, renamed into place once it is complete. It holds the
-LoRA's fp32 weights, their moving average if there is one, and the optimizer's state. It holds no random, loader or
+Each is a safetensors file with a digest of its own content, renamed into place once it is complete. It holds the
+LoRA's fp32 weights, their moving average if any, and the optimizer's state. It holds no random, loader or
 scheduler state: those are functions of the step.
 """
 
@@ -25,7 +25,7 @@ ARITHMETIC = 1
 with arithmetic that its first steps did not have."""
 NAME = re.compile(r"step-(\d{6,})\.safetensors")
 KEEP = 2
-"""Number of checkpoints that are kept; the older one is for the case that the newest is damaged."""
+"""Number of checkpoints that are kept; the older checkpoint is for the case that the newest is damaged."""
 
 
 class OtherFormatError(WeightsError):
@@ -53,7 +53,7 @@ def save(folder: Path, step: int, tensors: Mapping[str, Tensor], numbers: Mappin
 
     Raises:
         DivergedError: a tensor is not finite; nothing is written.
-        DiskError: it cannot be written; the older ones are still there.
+        DiskError: it cannot be written; the older checkpoints are still there.
     """
     not_finite = [
         name for name, tensor in tensors.items() if tensor.is_floating_point() and not tensor.isfinite().all()
@@ -86,13 +86,13 @@ def steps_in(folder: Path) -> list[tuple[int, Path]]:
 
 
 def load_newest(folder: Path, warn: Any) -> Checkpoint | None:
-    """Return the newest intact checkpoint, or None if there never was one.
+    """Return the newest intact checkpoint, or None if there never was any.
 
-    Newer ones that are damaged are renamed to `.corrupt` and reported by `warn(text)`.
+    Newer checkpoints that are damaged are renamed to `.corrupt` and reported by `warn(text)`.
 
     Raises:
         WeightsError: there are checkpoints, or were before they were renamed, and none of them is intact.
-        OtherFormatError: the newest intact one has another format or arithmetic; it stays where it is.
+        OtherFormatError: the newest intact checkpoint has another format or arithmetic; it stays where it is.
     """
     candidates = steps_in(folder)
     for _, path in candidates:
@@ -111,7 +111,7 @@ def load_newest(folder: Path, warn: Any) -> Checkpoint | None:
 
 
 def load(path: Path) -> Checkpoint:
-    """Read and check one checkpoint.
+    """Read and check a checkpoint.
 
     Raises:
         WeightsError: it is damaged or no checkpoint.
@@ -134,8 +134,8 @@ def _other_version(numbers: Mapping[str, Any]) -> tuple[str, str]:
     """Return the message and the hint for a checkpoint of another format or arithmetic."""
     version = numbers.get("version", "0.1.0 before its release")
     if numbers["format"] != FORMAT:
-        difference = f"format {numbers['format']}, and this one ({__version__}) reads format {FORMAT}"
+        difference = f"format {numbers['format']}, and this version ({__version__}) reads format {FORMAT}"
     else:
-        difference = f"arithmetic {numbers.get('arithmetic')}, and this one ({__version__}) has {ARITHMETIC}"
+        difference = f"arithmetic {numbers.get('arithmetic')}, and this version ({__version__}) has {ARITHMETIC}"
     todo = "continue with that version, or begin again with --fresh; its exported LoRA can be lora.init_from"
     return f"was written by zimage-train {version} with {difference}", todo

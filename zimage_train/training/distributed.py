@@ -14,7 +14,7 @@ from torch.nn import Parameter
 from zimage_train.errors import ConfigError, Problem, WorkerLostError
 
 TIMEOUT = timedelta(hours=12)
-"""Longest time that processes wait, as while the main one draws; torch's default of 10 minutes is too short."""
+"""Longest time that processes wait, as while the main process draws; torch's default of 10 minutes is too short."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def all_reduce_gradients(world: World, parameters: list[Parameter], numbers: Ten
     """Sum every gradient in place, and `numbers`, over the processes; return the summed numbers.
 
     Gradients are summed, not averaged: each process has scaled its losses by its share of all samples. Everything goes
-    through one flat tensor, so that there is one reduction instead of hundreds.
+    through one flat tensor, so that there is a single reduction instead of hundreds.
 
     Raises:
         WorkerLostError: a process has ended.

@@ -86,7 +86,7 @@ def peak_gpu_gb(device: torch.device) -> float | None:
 def _try_largest_batches(state: TrainState) -> tuple[MemoryPlan, float]:
     """Try the largest batch of every recompute mode, and recompute more wherever memory runs out.
 
-    Return the plan under which all of them fitted, and the longest time of one, in seconds.
+    Return the plan under which all of them fitted, and the longest time of a batch, in seconds.
     """
     plan, longest = state.memory_plan, 0.0
     passed: set[tuple[RecomputeMode, int]] = set()
@@ -102,7 +102,7 @@ def _try_largest_batches(state: TrainState) -> tuple[MemoryPlan, float]:
         if lighter is None:
             raise outcome
         plan = lighter
-        # The failed attempt leaves the allocator's cache fragmented, and the next one allocates blocks of other sizes.
+        # The failed attempt leaves the allocator's cache fragmented, and the next allocates blocks of other sizes.
         torch.cuda.empty_cache()
         apply_recompute_plan(state.frozen.model, plan, state.config.lora.dropout)
         state.console.warning("a batch did not fit as planned: more is recomputed in this run")
@@ -114,7 +114,7 @@ def _next_candidate(
 ) -> tuple[RecomputeMode, tuple[Sample, ...]] | None:
     """Return the next mode to try and its largest batch, or None if every mode of `plan` has `passed`.
 
-    A small batch that keeps all its activations may take more memory than a large one that recomputes them, so the
+    A small batch that keeps all its activations may take more memory than a large batch that recomputes them, so the
     largest batch alone would prove nothing about the others. The batch that is predicted to take most comes first.
     """
     largest: dict[RecomputeMode, tuple[Sample, ...]] = {}
@@ -188,7 +188,7 @@ def _step(state: TrainState, batch: Batch) -> float:
 
 
 def _try_preview(state: TrainState) -> None:
-    """Sample one step of the largest preview and decode it, unless previews are drawn before step 1 anyway."""
+    """Sample a step of the largest preview and decode it, unless previews are drawn before step 1 anyway."""
     if not _has_previews_to_try(state):
         return
     requests = chain.from_iterable(previews.requests for previews in state.preview_sets)
@@ -200,7 +200,7 @@ def _try_preview(state: TrainState) -> None:
 
 
 def _preview_size(request: SamplingRequest) -> int:
-    """Return the pixels of one forward pass; with guidance it holds the image twice."""
+    """Return the pixels of a forward pass; with guidance it holds the image twice."""
     passes = 2 if request.guidance > 0 else 1
     return request.width * request.height * passes
 

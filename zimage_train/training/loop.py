@@ -52,7 +52,7 @@ def train(state: TrainState, metrics: RecordWriter, events: RecordWriter) -> Non
             for loss in losses(model, batch.to(world.device, model.dtype), config):
                 (loss.objective * share).backward()
                 sums[loss.name] += loss.plain * share
-        # A signal may reach one process a step before another: all of them stop after the step in which one asks.
+        # A signal may reach one process a step before another: all of them stop after the step in which any asks.
         wants_stop = sums["loss"].new_tensor(float(state.stop.signal_number is not None))
         reduced = all_reduce_gradients(world, parameters, torch.stack([*sums.values(), wants_stop]))
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
@@ -183,7 +183,7 @@ def diverged(record: dict[str, Any], num_skipped: int) -> DivergedError:
 
 
 def memory_gb(device: torch.device) -> float:
-    """Return the peak memory of this process so far, GB: of the GPU, or of the machine without one."""
+    """Return the peak memory of this process so far, GB: of the GPU, or without a GPU, of the machine."""
     if device.type == "cuda":
         return round(torch.cuda.max_memory_allocated(device) / 1e9, 3)
     return round(operating_system.peak_memory_bytes() / 1e9, 3)

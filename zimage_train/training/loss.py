@@ -53,7 +53,7 @@ def _moved(tensor: Tensor | None, device: torch.device) -> Tensor | None:
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch: `sigma` and `weight` (b,), latents and noise (b, 16, h/8, w/8), all fp32 but the embeddings."""
+    """A micro-batch: `sigma` and `weight` (b,), latents and noise (b, 16, h/8, w/8), all fp32 but the embeddings."""
 
     x0: LatentBatch
     noise: LatentBatch
@@ -81,7 +81,7 @@ def load_batch(config: Config, dataset: CachedDataset, samples: tuple[Sample, ..
     """Return the micro-batch of `samples` on the CPU: cached tensors, and the noise and sigma drawn for them."""
     latents = [dataset.latents(sample.item) for sample in samples]
     embeds = [dataset.embeds(sample.prompt) for sample in samples]
-    # A micro-batch holds samples of one size, so the shape of the first is that of all.
+    # A micro-batch holds samples of equal size, so the shape of the first is that of all.
     extras = _load_extras(config, dataset, samples, latents[0].shape)
     make = make_imitation_batch if config.method.imitates_teacher else make_batch
     return make(config, samples, latents, embeds, extras)
@@ -104,7 +104,7 @@ def _load_extras(config: Config, dataset: CachedDataset, samples: tuple[Sample, 
 
 def sample_sigma(config: Config, sample: Sample) -> Scalar:
     """Return the sigma of a sample as a fp64 scalar: a function of the seed and the sample's key."""
-    # One uniform number for each sample, through the quantile function of the distribution: the same key gives the
+    # A uniform number for each sample, through the quantile function of the distribution: the same key gives the
     # same place in every distribution, and rejection at `min` and `max` is not needed.
     u = torch.rand((), generator=keyed_generator(config.seed, "sigma", *sample.key()), dtype=torch.float64)
     steps = config.timesteps
@@ -149,7 +149,7 @@ def make_imitation_batch(
     embeds: list[PromptEmbeds],
     extras: BatchExtras,
 ) -> Batch:
-    """Return a batch with one of the student's steps per sample, and the teacher's mean velocity over it as the target.
+    """Return a batch with a step of the student per sample, and the teacher's mean velocity over it as the target.
 
     `trajectories` holds for each sample the teacher's states (9, 16, h/8, w/8) at the student's sigmas. `x0` and
     `noise` are no real image and noise: they are solved for, so that their interpolation at sigma is the teacher's
@@ -222,7 +222,7 @@ def _divided_by_mean(weights: WeightMap) -> WeightMap:
 
 @dataclass(frozen=True)
 class Loss:
-    """One part of the loss: `objective` is differentiated, `plain` is logged under `name`."""
+    """A part of the loss: `objective` is differentiated, `plain` is logged under `name`."""
 
     objective: Scalar
     plain: Scalar

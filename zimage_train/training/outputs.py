@@ -40,7 +40,7 @@ def save_checkpoint(state: TrainState, step: int) -> None:
 
 
 def export_step(state: TrainState, step: int) -> None:
-    """Write the LoRA of `step` and its average, if it has one; verify that diffusers and ComfyUI would load them.
+    """Write the LoRA of `step` and its average, if any; verify that diffusers and ComfyUI would load them.
 
     Raises:
         WeightsError: a file would be loaded as other weights; it is renamed to `.unverified`.
@@ -71,7 +71,7 @@ def _export(state: TrainState, step: int, path: Path, trained: Lora) -> None:
 
 
 def _prune(state: TrainState, folder: Path) -> None:
-    """Remove all but the newest `save.keep` exports in `folder`; the final one, without a step in its name, stays."""
+    """Remove all but the newest `save.keep` exports in `folder`; the final file, without a step in its name, stays."""
     pattern = re.compile(re.escape(state.config.name) + r"-(\d{6,})\.safetensors")
     exported = []
     for path in folder.iterdir():
@@ -113,7 +113,7 @@ def preview(state: TrainState, step: int, events: RecordWriter) -> None:
 
 
 def render_previews(state: TrainState, previews: PreviewSet, step: int) -> dict[str, float]:
-    """Render the missing images of one preview set, and return the drift if it is measured on this set.
+    """Render the missing images of a preview set, and return the drift if it is measured on this set.
 
     Both use the LoRA rounded to `save.dtype`, as an exported file holds it.
     """

@@ -1,4 +1,4 @@
-"""The previews of a run: on its own model, and optionally on a second one (torch-free)."""
+"""The previews of a run: on its own model, and optionally on a second model (torch-free)."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from zimage_train.training.run_dir import RunDir
 
 @dataclass(frozen=True)
 class PreviewSet:
-    """The previews of a run that are drawn on one model."""
+    """The previews of a run that are drawn on a model."""
 
     second_model: Path | None
     """The transformer that replaces the run's own while these are drawn, or None for its own."""
@@ -81,7 +81,7 @@ def make_preview_sets(
 
 
 def all_previews_table(preview_sets: list[PreviewSet]) -> PreviewTable:
-    """Return all previews of a run as one table, with those of a second model beside its own."""
+    """Return all previews of a run as a table, with those of a second model beside its own."""
     own_table, *second_tables = [previews.table() for previews in preview_sets]
     return preview_images.side_by_side(own_table, second_tables[0]) if second_tables else own_table
 

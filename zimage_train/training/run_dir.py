@@ -40,7 +40,7 @@ BY_DIGEST = (
 
 @dataclass(frozen=True)
 class RunDir:
-    """The paths of one run."""
+    """The paths of a run."""
 
     root: Path
     name: str
@@ -91,7 +91,7 @@ class RunDir:
         return self.root / "samples"
 
     def lora(self, step: int | None = None, is_ema: bool = False) -> Path:
-        """Return the path of the LoRA exported after `step`, or of the final one for None."""
+        """Return the path of the LoRA exported after `step`, or of the final export for None."""
         folder = self.root / "lora"
         if is_ema:
             folder /= "ema"
@@ -114,7 +114,7 @@ def read_facts(folder: RunDir) -> dict[str, Any]:
 
 
 def earlier_starts(folder: RunDir) -> list[int]:
-    """Return the step that each earlier start of the run continued from, 0 for the first one, from run.json."""
+    """Return the step that each earlier start of the run continued from, 0 for the first start, from run.json."""
     starts = read_facts(folder).get("starts")
     return [step for step in starts if isinstance(step, int)] if isinstance(starts, list) else []
 
@@ -218,7 +218,7 @@ def _changed_inputs(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str,
 
 
 def _covers(allowed: str, key: str) -> bool:
-    """Return whether `--allow ALLOWED` permits a change of `key`: the same key, or one of an allowable section."""
+    """Return whether `--allow ALLOWED` permits a change of `key`: the same key, or a key of an allowable section."""
     return key == allowed or (allowed in ALLOWABLE and key.startswith(f"{allowed}."))
 
 

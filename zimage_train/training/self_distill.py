@@ -24,7 +24,7 @@ from zimage_train.typing import PromptEmbeds
 
 @dataclass(frozen=True)
 class GeneratedData:
-    """The generated data of one run."""
+    """The generated data of a run."""
 
     config: Config
     made_by: tuple[str, ...]

@@ -1,4 +1,4 @@
-"""Stopping on signals: the first one asks to save and stop, the same one again ends the process at once.
+"""Stopping on signals: the first signal asks to save and stop, the same signal again ends the process at once.
 
 Launchers complicate this. Some forward a signal that the terminal has sent to the process already, so the same signal
 within `ECHO_SECONDS` counts once. `accelerate launch` forwards nothing to its single child and dies, so the child asks

@@ -30,7 +30,7 @@ from zimage_train.training.step_timer import SlowStepDetector
 
 @dataclass(frozen=True)
 class TrainState:
-    """One run in one process."""
+    """A run in a process."""
 
     config: Config
     folder: RunDir
@@ -50,14 +50,14 @@ class TrainState:
     """The folder of the VAE, the text encoder and the tokenizer."""
     preview_sets: list[PreviewSet]
     extra_loras: list[tuple[Lora, float]]
-    """LoRAs and their weights that previews use beside the trained one."""
+    """LoRAs and their weights that previews use beside the trained LoRA."""
     preview_embeds: Mapping[str, Tensor]
     drift_meter: DriftMeter | None
     """None if no previews are drawn on Turbo."""
     export_metadata: Mapping[str, str]
     warnings: list[str]
     start_step: int
-    """The step of the checkpoint that this start continues from; 0 without one."""
+    """The step of the checkpoint that this start continues from; 0 without a checkpoint."""
     console: Console
     trackers: Trackers
     stop: StopRequest
@@ -68,7 +68,7 @@ class TrainState:
         return swap.replaced_lora(self.frozen.model, arithmetic.stack_loras([(trained, 1.0), *self.extra_loras]))
 
     def micro_batches(self, step: int) -> list[tuple[Sample, ...]]:
-        """Return the samples of this process in `step`, one tuple for each micro-batch."""
+        """Return the samples of this process in `step`, a tuple for each micro-batch."""
         return self.order.step_batches(step)[self.world.rank :: self.world.world_size]
 
 

@@ -9,7 +9,7 @@ import torch
 SLOW_FACTOR = 3.0
 """A step is slow if it takes more than this multiple of the median time."""
 MIN_SAMPLES = 5
-"""Number of steps of the same resolutions that must have been timed before one can count as slow."""
+"""Number of steps of the same resolutions that must have been timed before a step can count as slow."""
 SHORTEST_SECONDS = 1.0
 """Shorter steps never count as slow: other programs easily disturb them."""
 WINDOW = 50
@@ -21,7 +21,7 @@ HINT = (
 
 
 class SlowStepDetector:
-    """Compares each step with recent ones of the same resolutions, which decide how long a step takes."""
+    """Compares each step with recent steps of the same resolutions, which decide how long a step takes."""
 
     def __init__(self) -> None:
         self._seconds: dict[Hashable, deque[float]] = {}

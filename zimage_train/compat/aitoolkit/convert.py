@@ -51,7 +51,7 @@ def write_config(config: Config, notes: list[str], source: Path) -> str:
 
 
 def notes_of(job: AIToolkitJob) -> list[str]:
-    """Return the notes of a conversion, and one line for each reason why keys are left out."""
+    """Return the notes of a conversion, and a line for each reason why keys are left out."""
     lines = list(job.notes)
     for (consequence, reason), keys in job.left_out.items():
         lines.append(f"{consequence}: {', '.join(keys)} ({reason})")
@@ -87,7 +87,7 @@ def job_values(job: AIToolkitJob) -> Values:
 
 
 def _independent_values(job: AIToolkitJob) -> Values:
-    """Return the settings that depend on one key only."""
+    """Return the settings that depend on a single key."""
     values: Values = {"data": [{} for _ in job.values["datasets"] or [None]]}
     for key, row in KEYS.items():
         if not isinstance(row, Mapped) or row.derived:

@@ -113,7 +113,7 @@ class AIToolkitJob:
         return [self.read_section(tree, section, (*path, index)) for index, section in enumerate(value)]
 
     def _read_key(self, row: Row, value: Any, path: KeyPath) -> Any:
-        """Return the value of a mapped key, or None for another one, which is recorded if it is not neutral."""
+        """Return the value of a mapped key, or None for any other key, which is recorded if it is not neutral."""
         key = self.name(path)
         if isinstance(row, Mapped):
             if value is None:
@@ -185,7 +185,7 @@ def _insert_name(value: Any, name: str) -> Any:
 
 
 def _only_process(job: AIToolkitJob, processes: Any) -> dict[str, Any]:
-    """Return the only process of a job; more than one, or none, is a problem."""
+    """Return the only process of a job; several, or none, is a problem."""
     if not isinstance(processes, list) or not processes:
         job.refuse("config.process", f"is {format_value(processes)}", "give a list of one process")
         return {}
@@ -204,7 +204,7 @@ def _path_of(key: str) -> KeyPath:
 
 
 def _suggest_key(name: str, tree: KeyTree) -> str:
-    """Return the hint for an unknown key of a section: the key that is probably meant, if there is one."""
+    """Return the hint for an unknown key of a section: the key that is probably meant, if any."""
     siblings = [sibling.removesuffix("[]") for sibling in tree]
     meant = TYPOS.get(name, name)
     suggestions = [meant]

@@ -11,7 +11,7 @@ DEFAULT_EPS = 1e-6
 
 
 class OptimizerMapping(NamedTuple):
-    """The optimizer for one of AI Toolkit's names, with the defaults there."""
+    """The optimizer for a name of AI Toolkit, with the defaults there."""
 
     name: str
     weight_decay: float = 0.0
@@ -20,7 +20,7 @@ class OptimizerMapping(NamedTuple):
 
 
 _EIGHT_BIT = "is an 8-bit Adam of AI Toolkit's own with decoupled weight decay; here it is that of bitsandbytes"
-_AUTOMAGIC = "finds its rates in another way here: one for each tensor, raised while its gradients agree"
+_AUTOMAGIC = "finds its rates in another way here: a rate for each tensor, raised while its gradients agree"
 OPTIMIZERS = {
     "adam": OptimizerMapping("adam"),
     "adamw": OptimizerMapping("adamw", 0.01),
@@ -40,7 +40,7 @@ OPTIMIZERS = {
 }
 """AI Toolkit's name -> the optimizer. The weight decay is the default of the library that AI Toolkit uses."""
 PREFIXES = ("prodigy8bit", "prodigy")
-"""AI Toolkit takes every name that begins with one of these for that optimizer."""
+"""AI Toolkit takes every name with such a prefix for that optimizer."""
 ADAFACTOR_SWITCHES = ("relative_step", "scale_parameter", "warmup_init")
 """Parameters that AI Toolkit sets to false, as they are here; true is an unknown parameter."""
 MIN_PRODIGY_LR = 0.1

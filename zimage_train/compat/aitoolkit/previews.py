@@ -105,7 +105,7 @@ def _shared_value(job: AIToolkitJob, items: list[Values], name: str, default: An
 
 
 def _seed(job: AIToolkitJob, seed: int | None, key: str) -> int | None:
-    """Return a seed, or None for -1, with which AI Toolkit draws a new one each time."""
+    """Return a seed, or None for -1, with which AI Toolkit draws a new seed each time."""
     if seed is not None and seed < 0:
         job.note(key, f"is {seed}, a new seed each time there; previews keep theirs here, to be compared")
         return None

@@ -46,7 +46,7 @@ class HandledHere:
 
 @dataclass(frozen=True)
 class Refused:
-    """A key that cannot be honoured, and is an error unless it has one of the `neutral` values."""
+    """A key that cannot be honoured, and is an error unless it has a `neutral` value."""
 
     why: str
     hint: str = "leave it out"
@@ -76,7 +76,7 @@ def whole(value: object) -> int:
 
 
 def flag(value: object) -> bool:
-    """Read true or false, or one of the words of YAML 1.1 for them, as AI Toolkit does."""
+    """Read true or false, or the words of YAML 1.1 for them, as AI Toolkit does."""
     words = {"yes": True, "on": True, "no": False, "off": False}
     if isinstance(value, str) and value.lower() in words:
         return words[value.lower()]

@@ -1,4 +1,4 @@
-"""The settings that depend on several keys of a job, with one function for each section of the config."""
+"""The settings that depend on several keys of a job, with a function for each section of the config."""
 
 import math
 import re
@@ -168,7 +168,7 @@ def _targets(job: AIToolkitJob, network: Values) -> list[str] | str:
     if not network["transformer_only"]:
         if only or ignored:
             message = "is false beside network_kwargs (is not possible here)"
-            hint = "leave one of them out, or choose by lora.targets in a config of your own"
+            hint = "leave out either of them, or choose by lora.targets in a config of your own"
             job.refuse("network.transformer_only", message, hint, "unsupported-setting")
         return ".*"
     if not only and not ignored:
@@ -189,7 +189,7 @@ def _is_trained(layer: int, module: str, only: list[str], ignored: list[str]) ->
     name = f"transformer.layers.{layer}.{module}"
     if any(word in name for word in ignored):
         return False
-    # AI Toolkit looks for these words in the dotted name and in the one with `$$`, but for `ignored` only in the first.
+    # AI Toolkit looks for these words in the dotted name and its form with `$$`, but for `ignored` only in the first.
     return not only or any(word in name or word in name.replace(".", "$$") for word in only)
 
 
@@ -274,7 +274,7 @@ def guidance_section(job: AIToolkitJob) -> Values:
     target = train["guidance_loss_target"] if train["do_guidance_loss"] else None
     if isinstance(target, list):
         message = "is a range (is not possible here)"
-        job.refuse("train.guidance_loss_target", message, "give one number, such as 3.0", "unsupported-setting")
+        job.refuse("train.guidance_loss_target", message, "give a single number, such as 3.0", "unsupported-setting")
         target = None
     return {"differential": differential, "contrastive": target}
 
@@ -284,7 +284,7 @@ def preserve_section(job: AIToolkitJob) -> Values:
     uses_class, uses_blank = train["diff_output_preservation"], train["blank_prompt_preservation"]
     if uses_class and uses_blank:
         message = "is on, and diff_output_preservation too"
-        hint = "switch one of them off, as AI Toolkit demands"
+        hint = "switch off either of them, as AI Toolkit demands"
         job.refuse("train.blank_prompt_preservation", message, hint, "conflicting-settings")
     if uses_class and not _has_trigger(job):
         hint = "set trigger_word, or use blank_prompt_preservation"

@@ -52,7 +52,7 @@ def first_line(error: Exception) -> str:
 
 
 def list_files(repository: str, revision: str | None, patterns: list[str]) -> list[RemoteFile]:
-    """Return the files of a repository whose paths match one of the glob `patterns`.
+    """Return the files of a repository whose paths match any of the glob `patterns`.
 
     Raises:
         WeightsError: the hub cannot be reached, or has no such repository.
@@ -75,7 +75,7 @@ def cached_path(remote: RemoteFile) -> Path | None:
 
 
 def download_file(remote: RemoteFile) -> Path:
-    """Download one file into the cache, resuming an earlier attempt.
+    """Download a file into the cache, resuming an earlier attempt.
 
     Raises:
         WeightsError: the download fails.

@@ -39,5 +39,5 @@ def find_cached(remote: RemoteFile) -> Path | None:
 
 
 def fetch(remote: RemoteFile) -> Path:
-    """Download one file into the cache, resuming an earlier attempt."""
+    """Download a file into the cache, resuming an earlier attempt."""
     return Path(hf_hub_download(remote.repository, remote.path, revision=remote.commit))

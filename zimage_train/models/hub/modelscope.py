@@ -84,7 +84,7 @@ def find_cached(remote: RemoteFile) -> Path | None:
 
 
 def fetch(remote: RemoteFile) -> Path:
-    """Download one file into the cache, resuming an earlier attempt."""
+    """Download a file into the cache, resuming an earlier attempt."""
     return _api().download_file(
         remote.repository, "model", remote.path, revision=remote.commit, expected_sha256=remote.sha256
     )
