@@ -27,7 +27,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the files that hold slow tests, so that no worker is left with one of them while the other idles."""
+    """Begin with the files that hold slow tests, so that no worker is left with a slow test while the other idles."""
     slow_files = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow_files)
 
@@ -85,7 +85,7 @@ def make_config(tmp_path: Path, shared_cache: Path):
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    """Three images with captions, one of them in a subfolder."""
+    """Three images with captions, the last image in a subfolder."""
     root = tmp_path / "photos"
     for number, name in enumerate(("b.png", "a.jpg", "sub/c.webp")):
         path = image(root / name, (number, 20, 30), (80 + 16 * number, 64))

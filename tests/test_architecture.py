@@ -29,7 +29,7 @@ def test_import_contracts_hold():
 
 
 def test_torch_free_modules_load_no_torch():
-    """The contract reads imports; this one makes them."""
+    """The contract reads imports; this test makes them."""
     names = [name for name in CONTRACTS["torch-free"]["source_modules"] if not name.endswith("__main__")]
     heavy = CONTRACTS["torch-free"]["forbidden_modules"]
     code = f"import sys, {', '.join(names)}; print([name for name in {heavy} if name in sys.modules])"
@@ -38,7 +38,7 @@ def test_torch_free_modules_load_no_torch():
 
 
 def test_packages_are_empty():
-    """Importing one module loads no other of its package."""
+    """Importing a module loads no other of its package."""
     packages = [source for path, source in SOURCES.items() if path.name == "__init__.py" and path.parent != PACKAGE]
     assert [source for source in packages if "zimage_train" in source] == []
 

@@ -28,7 +28,7 @@ def test_a_location_reads_as_it_is_written(location: Location, text: str):
 
 @pytest.mark.parametrize("location", [Location("a.yaml", 3, "lora.rank"), "standard output"])
 def test_problem_of_one_run_keeps_details(location: Location | str):
-    """A problem of one of several runs keeps its location and its code."""
+    """A problem of a run among several keeps its location and its code."""
     problem = Problem(location, "is wrong", code="bad-value").of_run("lora.rank=4")
     assert str(problem) == f"lora.rank=4: {location}: is wrong" and problem.code == "bad-value"
     assert problem.place.key == (location.key if isinstance(location, Location) else None)

@@ -106,7 +106,7 @@ def test_one_object_stays_one_object(capfd) -> None:
 
 
 def test_events_end_with_the_command() -> None:
-    """`--json` holds for one command; the next one prints for people again."""
+    """`--json` holds for a single command; the next command prints for people again."""
     CliRunner().invoke(app.app, ["--json", "timesteps", QUICKSTART])
     result = CliRunner().invoke(app.app, ["timesteps", QUICKSTART])
     assert '"event"' not in result.stdout

@@ -57,7 +57,7 @@ def test_letters_the_terminal_lacks(config: str):
 
 @pytest.mark.parametrize("command", [["check"], ["train"], ["sample"], ["lora", "inspect"]])
 def test_path_no_system_takes(command: list[str]):
-    """A path that no system takes is an error of one line."""
+    """A path that no system takes is an error of a single line."""
     extra = ["--prompt", "x"] if command == ["sample"] else []
     done = run([*command, "x" * 5000, *extra])
     assert done.returncode in (2, 4) and "Traceback" not in done.stderr, done.stderr

@@ -113,7 +113,7 @@ def test_a_trigger_is_in_every_caption_once(answer, style, caption):
 
 @given(st.text(), st.sampled_from(list(CAPTION_STYLES)), st.booleans(), st.sampled_from([None, "zorb"]))
 def test_answer_reads_back_as_one_line(answer, style, is_whole, trigger):
-    """Any answer becomes one line, which is read back unchanged and contains the trigger."""
+    """Any answer becomes a single line, which is read back unchanged and contains the trigger."""
     text = caption_prompts.clean_answer(answer, style, is_whole, trigger)
     assert text == captions.clean_text(text) and text.isprintable()
     assert text == "" or trigger is None or captions.trigger_pattern(trigger).search(text)
@@ -172,13 +172,13 @@ def test_qwen_processor_equals_its_own(qwen):
 
 
 def test_answer_end_is_detected(qwen):
-    """An answer that came to its end is told from one that was cut off."""
+    """An answer that came to its end is told from an answer that was cut off."""
     model = captioner.load_captioner(qwen, torch.device("cpu"))
     image = Image.open(images_of(mini.IMAGES)[0]).convert("RGB")
     _, is_whole = model.answer(image, "Describe.", 5)
     assert not is_whole
     inner = model._model
-    inner.lm_head.weight.data.zero_()  # all words are alike likely, so the first one is taken
+    inner.lm_head.weight.data.zero_()  # all words are alike likely, so the first word is taken
     inner.generation_config.eos_token_id = [7, 0]
     assert model.answer(image, "Describe.", 5)[1]
 
@@ -289,7 +289,7 @@ def test_captions_with_placeholder_count(qwen, images):
 
 
 def test_bad_images_are_named_last(qwen, images, monkeypatch):
-    """Bad images are named after the good ones have got their captions."""
+    """Bad images are named after the good images have got their captions."""
     _, twin, silent, _ = images_of(images)
     (images / "broken.png").write_bytes(b"no image")
     Image.open(twin).convert("RGB").transpose(Image.Transpose.ROTATE_90).save(twin.with_suffix(".jpg"))
@@ -305,7 +305,7 @@ def test_bad_images_are_named_last(qwen, images, monkeypatch):
 
 @pytest.mark.parametrize("make", ["none", "language", "damaged", "pickle"])
 def test_model_unfit_is_refused(tmp_path, qwen, images, make):
-    """A folder without such a model is refused in one line."""
+    """A folder without such a model is refused in a single line."""
     model = tmp_path / "model"
     if make == "language":
         shutil.copytree(mini.TURBO / "text_encoder", model)
@@ -335,7 +335,7 @@ def test_model_too_large_is_refused(qwen, images, monkeypatch):
 
 @pytest.mark.parametrize("there", [True, False])
 def test_accelerator_is_chosen(qwen, images, monkeypatch, there):
-    """An accelerator is used where there is one, and not where torch only knows its name.
+    """An accelerator is used where it is present, and not where torch only knows its name.
 
     `mps` stands for any accelerator: every torch knows the name, so no device is needed.
     """

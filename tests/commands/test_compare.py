@@ -1,4 +1,4 @@
-"""`compare`: LoRAs drawn from the same noise, and runs by the previews that they have, in one grid and one page."""
+"""`compare`: LoRAs drawn from the same noise, and runs by the previews that they have, in a grid and a page."""
 
 import re
 import shutil
@@ -107,7 +107,7 @@ def compared(loras: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 def test_images_equal_those_of_sample(compared: Path, loras: list[Path], tmp_path: Path):
-    """Every image has the same bits as the one that `sample` draws."""
+    """Every image has the same bits as the image that `sample` draws."""
     one, two = loras
     wanted = [
         sampled(tmp_path / "bare", mini.TURBO),
@@ -129,7 +129,7 @@ def test_images_equal_those_of_sample(compared: Path, loras: list[Path], tmp_pat
 
 
 def test_grid_by_lora(compared: Path):
-    """The grid has one column for each LoRA, beside the bare model, and a row for each prompt and strength."""
+    """The grid has a column for each LoRA, beside the bare model, and a row for each prompt and strength."""
     found = {path.name[4:]: [] for path in sorted((compared / "pictures").iterdir())}
     for path in sorted((compared / "pictures").iterdir()):
         found[path.name[4:]].append(enlarged(pixels(path)))
@@ -208,7 +208,7 @@ def test_page_is_self_contained(compared: Path):
 def fabricated(
     folder: Path, prompts: Sequence[str], steps: Sequence[int], colour: int, also: int | None = None, **settings: Any
 ) -> Path:
-    """A run folder with previews, each of one colour: red tells the run, green the step, blue the prompt."""
+    """A run folder with previews, each of a single colour: red tells the run, green the step, blue the prompt."""
     config: dict[str, Any] = {
         "name": folder.name,
         "output_dir": str(folder.parent),

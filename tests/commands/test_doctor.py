@@ -1,4 +1,4 @@
-"""`doctor`: each verdict, on machines that are described and on the one that is here."""
+"""`doctor`: each verdict, on machines that are described and on this machine."""
 
 from dataclasses import replace
 

@@ -283,7 +283,7 @@ def test_unusable_images_named_at_once(tmp_path: Path):
 
 
 def terminal(words: list[str], typed: list[str], folder: Path) -> tuple[int, str]:
-    """Run the command on a terminal of its own, and type one of `typed` at each question."""
+    """Run the command on a terminal of its own, and type the next of `typed` at each question."""
     pty = pytest.importorskip("pty")
     child, screen = pty.fork()
     if child == 0:
@@ -297,7 +297,7 @@ def terminal(words: list[str], typed: list[str], folder: Path) -> tuple[int, str
             silent += 1
             if silent > 12:
                 os.kill(child, signal.SIGKILL)
-            elif last in (CTRL_C, CTRL_D):  # one that comes just before Python waits is heard only at the next sign
+            elif last in (CTRL_C, CTRL_D):  # a key just before Python waits is heard only at the next key
                 os.write(screen, last.encode())
             continue
         try:

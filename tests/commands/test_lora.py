@@ -62,7 +62,7 @@ def test_other_kinds_are_told_apart(key: str, said: str):
 
 
 def test_z_image_keys_are_no_other_family():
-    """No key of a Z-Image LoRA is taken for one of another model family."""
+    """No key of a Z-Image LoRA is taken for a key of another model family."""
     from zimage_train.models.arch import TransformerShape
 
     keys = [f"{prefix}{module}.lora_A.weight" for module in TransformerShape().linears for prefix in PREFIXES]
@@ -184,7 +184,7 @@ def test_inspect_output(tmp_path: Path):
 
 
 def test_heat_map_colours(tmp_path: Path):
-    """The heat map is dark for small values and bright for large ones."""
+    """The heat map is dark for small values and bright for large values."""
     heatmap.save_heatmap(tmp_path / "x.png", "t", ["a", "b"], ["one", "two"], [[0.0, 1.0], [None, 0.5]], 1.0)
     with Image.open(tmp_path / "x.png") as image:
         width, height, left, top = heatmap.CELL_WIDTH_PX, heatmap.CELL_HEIGHT_PX, heatmap.LABEL_PX, heatmap.TOP_PX
@@ -194,7 +194,7 @@ def test_heat_map_colours(tmp_path: Path):
 
 @pytest.mark.parametrize("command", ["verify", "inspect"])
 def test_missing_file_is_one_line(command: str, tmp_path: Path):
-    """A missing file is an error of one line."""
+    """A missing file is an error of a single line."""
     code, output = run(command, str(tmp_path / "none.safetensors"))
     assert code == 4 and output.endswith("none.safetensors: does not exist; check the path")
 

@@ -59,7 +59,7 @@ def factors_of(texts: list[str]) -> dict[str, float]:
     ],
 )
 def test_rules_replace_or_multiply(texts: list[str], module: str, factor: float):
-    """Rules of one list replace each other; those of several lists multiply."""
+    """Rules of the same list replace each other; those of several lists multiply."""
     assert factors_of(texts)[module] == pytest.approx(factor, abs=1e-15)
 
 
@@ -265,7 +265,7 @@ def test_merge_auto_dtype(tmp_path: Path):
 
 
 def test_merge_normalized_ratios(tmp_path: Path):
-    """Normalized ratios have absolute values that sum to one."""
+    """Normalized ratios have absolute values that sum to 1."""
     one, other = random_lora(seed=1), random_lora(seed=2)
     a, b = write(tmp_path / "a.safetensors", one), write(tmp_path / "b.safetensors", other)
     code, _ = lora_command("merge", f"{a}=3", f"{b}=-1", "--normalize", "-o", tmp_path / "m.safetensors")
@@ -651,7 +651,7 @@ def test_local_checkpoints_need_no_hub(tmp_path: Path, monkeypatch):
 
 
 def test_merge_rule_for_all_files(tmp_path: Path):
-    """A rule for all files may name no module in one of them."""
+    """A rule for all files is allowed to match no module in some of them."""
     one = write(tmp_path / "a.safetensors", random_lora())
     other = write(tmp_path / "b.safetensors", random_lora(seed=1, targets=("attention", "adaln")))
     out = tmp_path / "m.safetensors"

@@ -1,4 +1,4 @@
-"""What a rented pod runs, how it waits for another one and how its LoRA comes home."""
+"""What a rented pod runs, how it waits for another pod and how its LoRA comes home."""
 
 import json
 import os
@@ -80,7 +80,7 @@ def test_a_failure_ends_the_pod_too(volume: Path):
 
 
 def test_pod_taken_away_is_continued(volume: Path):
-    """A pod that is taken away saves, and another one continues its run."""
+    """A pod that is taken away saves, and another pod continues its run."""
     config = volume / "my config.yaml"
     config.write_text(config.read_text().replace("steps: 2", "steps: 200"))
     words = {"CONFIG": config.name, "WHEN_DONE": "echo gone > gone"}
@@ -116,12 +116,12 @@ def wait_for(is_so, seconds: float = 120) -> None:
         time.sleep(0.05)
 
 
-# One downloads, another waits
+# A pod downloads, another waits
 
 
 @pytest.mark.slow
 def test_pod_waits_for_downloads(volume: Path):
-    """One pod waits for the files that another one downloads."""
+    """A pod waits for the files that another pod downloads."""
     model = {path.relative_to(mini.TURBO).as_posix(): path for path in mini.TURBO.rglob("*") if path.is_file()}
     config = volume / "my config.yaml"
     hubbed = config.read_text().replace(str(mini.TURBO), "org/mini")

@@ -1,4 +1,4 @@
-"""`sweep`: one run for each combination of values, each as if trained alone, and all side by side."""
+"""`sweep`: a run for each combination of values, each as if trained alone, and all side by side."""
 
 import json
 from pathlib import Path
@@ -47,8 +47,8 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 
 def test_run_equals_train_alone(swept, make_config):
-    """A run of a sweep is the one that `train` alone makes, byte for byte."""
-    alone = make_config(name="tiny+rank_3", lora={"rank": 3}, **SWEPT)  # the second, before which another one ran
+    """A run of a sweep is the run that `train` alone makes, byte for byte."""
+    alone = make_config(name="tiny+rank_3", lora={"rank": 3}, **SWEPT)  # the second, after another run
     run_training(alone, fresh=False)
     assert lora(swept[0], alone.name) == lora(Path(alone.output_dir), alone.name)
 

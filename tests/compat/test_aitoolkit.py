@@ -568,7 +568,7 @@ def test_wrong_values_are_refused(settings, message, refused):
     ],
 )  # fmt: skip
 def test_unsupported_settings_are_refused(settings, message, refused):
-    """Settings that cannot be honoured are refused, with one problem each."""
+    """Settings that cannot be honoured are refused, with a problem for each."""
     (line,) = refused(job(**settings))
     assert message in line
 

@@ -315,7 +315,7 @@ def test_overrides_replace_and_add(read):
 
 
 def test_override_of_a_list_entry(read):
-    """An index changes one entry of a list only."""
+    """An index changes a single entry of a list."""
     text = "name: a\ndata:\n  - {folder: x, repeats: 2}\n  - {folder: y}\nsample: {prompts: [a, b]}\n"
     config = read("", "data.1.repeats=3", "data.0.folder=z", "sample.prompts.1=c", least=text)
     assert [(one.folder, one.repeats) for one in config.data] == [("z", 2), ("y", 3)]
@@ -595,7 +595,7 @@ WEIRD = st.sampled_from(
 @settings(quick, max_examples=150)
 @given(st.sampled_from(list(OPTIONS)), WEIRD)
 def test_one_changed_value(option: str, value: Any):
-    """Any value of one option is accepted, or refused naming its section."""
+    """Any value of any option is accepted, or refused naming its section."""
     config, problems = load.validate_config(nested(option, value), load.dotted_key)
     section = option.replace("[]", ".0").split(".")[0]
     assert (config is None) == bool(problems)

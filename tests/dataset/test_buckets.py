@@ -1,4 +1,4 @@
-"""Every image has one training size: multiples of 16, no larger than it is, as much of it as possible."""
+"""Every image has a single training size: multiples of 16, no larger than it is, as much of it as possible."""
 
 import itertools
 

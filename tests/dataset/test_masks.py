@@ -124,7 +124,7 @@ def test_mask_changed_during_a_run(tmp_path: Path):
 
 
 def test_ambiguous_masks_are_refused(tmp_path: Path):
-    """Two masks for one image, or one mask for several images, are refused."""
+    """Two masks for an image, or a mask for several images, are refused."""
     image(tmp_path / "a.png")
     image(tmp_path / "_m" / "a.png", (1, 1, 1))
     image(tmp_path / "_m" / "a.jpg", (2, 2, 2))

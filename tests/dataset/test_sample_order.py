@@ -97,7 +97,7 @@ def test_each_epoch_has_every_item_once(count: int, batch_size: int, grad_accumu
 @quick
 @given(counts, batch_sizes, st.integers(0, 99))
 def test_micro_batches_are_full(count: int, batch_size: int, seed: int):
-    """Micro-batches have one size, and are as full as possible."""
+    """Micro-batches have images of equal size, and are as full as possible."""
     plan = plan_of(count, seed=seed, batch_size=batch_size)
     batches = first_batches(plan, plan.concept.micro_batches_per_epoch)
     by_size: dict[Any, list[int]] = {}
@@ -118,7 +118,7 @@ def test_a_step_runs_on_into_the_next_epoch():
 
 
 def test_order_defaults_to_one_process():
-    """A sample order is for one process by default."""
+    """A sample order is for a single process by default."""
     plan = make_sample_order(config(grad_accumulation=2), make_items(config(), [images(4)]))
     assert (plan.world_size, len(plan.step_batches(1)), plan.steps_per_epoch) == (1, 2, 2.0)
 
@@ -210,7 +210,7 @@ def test_renamed_image_keeps_its_noise():
 
 
 def test_added_image_moves_no_other():
-    """One more image does not rearrange the others."""
+    """An additional image does not rearrange the others."""
 
     def order(found: list[ImageRecord]) -> list[str]:
         plan = plan_of(found=[found])
@@ -375,7 +375,7 @@ def test_keys_do_not_collide():
 
 
 def test_generators_are_independent():
-    """Generators start afresh, and leave the global one alone."""
+    """Generators start afresh, and leave the global generator alone."""
     torch = pytest.importorskip("torch")
     before = torch.random.get_rng_state()
     one = torch.randn(8, generator=keyed_generator(1, "noise", 2))
@@ -502,7 +502,7 @@ def test_drawn_prompts_are_known_beforehand(
 
 
 def test_prompt_of_an_image_in_an_epoch():
-    """In an epoch an image has one prompt, at every resolution."""
+    """In an epoch an image has the same prompt at every resolution."""
     tagged = [replace(one, prompts=("a, b, c, d, e",)) for one in images(4)]
     plan = plan_of(found=[tagged], entries=[{"resolution": [32, 64], "shuffle_tags": True, "caption_dropout": 0.0}])
     samples = samples_of(first_batches(plan, 6 * plan.concept.micro_batches_per_epoch))

@@ -1,4 +1,4 @@
-"""A folder, or a metadata file, is a list of images with prompts in one order; everything odd is said, at once."""
+"""A folder, or a metadata file, is a list of images with prompts in a fixed order; everything odd is said, at once."""
 
 import csv
 import hashlib
@@ -165,7 +165,7 @@ def test_metadata_raw_separators(photos: Path):
 
 
 def test_metadata_bad_rows(photos: Path):
-    """Every bad row is reported with its line, and the good ones are read."""
+    """Every bad row is reported with its line, and the good rows are read."""
     rows = [
         '{"image": "a.jpg", "prompt": "zorb"}',
         '{"image": "a.jpg", "prompt": ',

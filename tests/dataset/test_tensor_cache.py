@@ -91,7 +91,7 @@ def test_changed_variant_encodes_nothing(config, counted, variant: str):
 
 
 def test_changed_image_is_encoded(config, counted, images: Path):
-    """A changed image is encoded again, and a touched one is not."""
+    """A changed image is encoded again, and a touched image is not."""
     fill_run_caches(config())
     taken(counted)
     (images / "zorb_01.png").touch()
@@ -172,7 +172,7 @@ def test_embeddings_not_finite(config, monkeypatch):
 
 
 def test_digest_of_a_swapped_file(tmp_path: Path):
-    """A file swapped for one of the same size and time has another digest."""
+    """A file swapped for another of the same size and time has another digest."""
     path, memo = tmp_path / "x.safetensors", tmp_path / "digests.json"
     path.write_bytes(b"one")
     status = path.stat()
@@ -235,7 +235,7 @@ def test_caption_too_long_is_noted(config, images: Path, capsys):
     assert said.count("tokens; the model reads") == 1
 
 
-# Several processes on one folder
+# Several processes on the same folder
 
 
 def test_process_encodes_its_share(config, counted, tmp_path: Path, capsys):
@@ -294,7 +294,7 @@ def leave() -> None:
 
 
 def fill_as(config: Config, share: Shard) -> tuple[CacheStats, CacheStats]:
-    """Fill the caches of `config` as one process of several."""
+    """Fill the caches of `config` as a process among several."""
     found: list[tuple[CacheStats, CacheStats]] = []
     with pytest.MonkeyPatch.context() as patch:
         original = encoding.encode_missing

@@ -61,7 +61,7 @@ def stock(lora: Path | None) -> ZImageTransformer2DModel:
 
 @torch.no_grad()
 def by_hand(embeds: dict[str, torch.Tensor], lora: Path) -> list[float]:
-    """The deviations in float64: velocities of two models at the states of one."""
+    """The deviations in float64: velocities of two models at the states of the model without the LoRA."""
     own, changed = stock(None), stock(lora)
     sigmas = [3 * u / (1 + 2 * u) for u in (1 - step / 8 for step in range(9))]
     shares: list[list[float]] = [[] for _ in range(8)]
@@ -202,7 +202,7 @@ def test_training_logs_drift(drifting: Config, make_config):
 
 
 def test_logged_drift_equals_the_command(drifting: Config, tmp_path: Path):
-    """The logged drift is the one that the command measures, without the adapter."""
+    """The logged drift is the drift that the command measures, without the adapter."""
     lora = tmp_path / "final.safetensors"
     lora.write_bytes(final(drifting))
     words = ["drift", str(mini.TURBO), "--lora", str(lora), "--dtype", "fp32", "--width", "64", "--height", "64"]

@@ -47,7 +47,7 @@ def test_euler_recovers_the_image():
 
 
 def test_turbo_grid():
-    """Turbo's 8-step grid is the one it was distilled on; a grid of nine steps is another one."""
+    """Turbo's 8-step grid is the grid that it was distilled on; a grid of nine steps is another grid."""
     assert flow.sampling_sigmas(8, 3.0) == pytest.approx([*TURBO_SIGMAS, 0.0], abs=1e-9)
     assert flow.sampling_sigmas(9, 3.0)[1] == pytest.approx(0.96)
 

@@ -191,7 +191,7 @@ def test_prompt_file_errors(tmp_path: Path, name: str, text: str, said: str):
 
 
 def test_images_drawn_as_a_batch(tmp_path: Path):
-    """Images drawn as a batch equal those drawn one by one, but for rounding."""
+    """Images drawn as a batch equal those drawn singly, but for rounding."""
     size = ["--width", "64", "--height", "64", "--dtype", "fp32", "--guidance", "1.5", "--steps", "4", "--count", "2"]
     texts = ["--prompt", "a red zorb on a blue background", "--prompt", "a circle", "--negative", "a long negative"]
     for batch in ("1", "3"):

@@ -74,7 +74,7 @@ def test_every_shipped_config_trains(path: Path, tmp_path: Path, shared_cache: P
 def test_readme_commands_in_order(tmp_path: Path, shared_cache: Path, monkeypatch):
     """The commands of the README lead from a folder to an image.
 
-    They run in their order, each with the files that the one before has left; only the model is the miniature.
+    They run in their order, each with the files that the previous command has left; only the model is the miniature.
     """
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)

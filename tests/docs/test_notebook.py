@@ -28,7 +28,7 @@ def run(notebook: Path, folder: Path, **environment: str) -> subprocess.Complete
 
 @pytest.mark.slow
 def test_notebook_runs(tmp_path: Path, shared_cache: Path):
-    """Every cell runs, and the last ones leave a LoRA and an image."""
+    """Every cell runs, and the last cells leave a LoRA and an image."""
     folder = tmp_path / "of me"  # commands have to quote it
     folder.mkdir()
     done = run(NOTEBOOK, folder, STEPS="3", XDG_CACHE_HOME=str(shared_cache))
@@ -65,7 +65,7 @@ def test_it_is_a_notebook_without_outputs():
     text = NOTEBOOK.read_text(encoding="utf-8")
     book = json.loads(text)
     assert (book["nbformat"], book["nbformat_minor"]) == (4, 5) and len(text) < 20_000
-    assert text == json.dumps(book, indent=1, ensure_ascii=False) + "\n"  # as Jupyter writes it: no change without one
+    assert text == json.dumps(book, indent=1, ensure_ascii=False) + "\n"  # as Jupyter writes it
     ids = [cell["id"] for cell in book["cells"]]
     assert len(set(ids)) == len(ids)
     for cell in book["cells"]:

@@ -9,7 +9,7 @@ and a draw with another literal fails until it has a section too.
 `python tests/end_to_end/test_draws.py` writes the file anew. A change in it breaks the continuing of
 runs, so it is made on purpose or not at all, and stands in CHANGELOG.md.
 
-Draws are torch's on the CPU, as in the product. Uniform ones are the same on every machine. Normal ones (torch.randn)
+Draws are torch's on the CPU, as in the product. Uniform draws are the same on every machine. Normal draws (torch.randn)
 have the same bits with AVX2 and AVX512 but differ in the last of them where torch runs without either
 (`torch.backends.cpu.get_cpu_capability()`), so there the first values are compared, to four places, and digests are
 not. Sigmas go through functions whose last bits differ likewise, and have twelve places.
@@ -156,7 +156,7 @@ FLIPPED, SINGLE, TAGS, CLASS = (
 
 
 def several(processes: int = 1, **train: Any) -> SampleOrder:
-    """The plan of two entries of the concept, which share an image, and one of its class."""
+    """The plan of two entries of the concept, which share an image, and an entry of its class."""
     made = config(
         [FLIPPED, {**SINGLE, "caption_dropout": 0.5}, CLASS],
         train={"batch_size": 2, "grad_accumulation": 2, "regularization_share": 0.25, **train},
@@ -206,7 +206,7 @@ def keys(scratch: Path) -> Table:
 
 
 def order(scratch: Path) -> Table:
-    """Several epochs of several entries, for one process and for each of two."""
+    """Several epochs of several entries, for a single process and for each of two."""
     table: Table = {}
     for processes, steps in ((1, 24), (2, 8)):
         plan = several(processes)
@@ -254,7 +254,7 @@ def noise(scratch: Path) -> Table:
 
 
 def captions(scratch: Path) -> Table:
-    """The prompts of eight epochs: dropped, one of several, with tags in other orders."""
+    """The prompts of eight epochs: dropped, drawn from several, with tags in other orders."""
     several_lines = ("one caption", "another caption", "a third caption")
     tags = ("a zorb, one, two, three, four, five", "six, seven, zorb, eight")
     entries = [
@@ -318,7 +318,7 @@ def own_images(scratch: Path) -> Table:
 
 
 def linears() -> nn.Module:
-    """Linear layers under names of the real ones."""
+    """Linear layers under names of the real layers."""
     block = nn.ModuleDict({"to_q": nn.Linear(24, 16, bias=False), "to_k": nn.Linear(24, 16, bias=False)})
     w2 = nn.ModuleDict({"w2": nn.Linear(32, 24, bias=False)})
     return nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"attention": block, "feed_forward": w2})])})
@@ -372,7 +372,7 @@ def previews(scratch: Path) -> Table:
 
 
 def miniature(scratch: Path) -> Table:
-    """The scenes of the miniature's world; a made-up word is called by one of them."""
+    """The scenes of the miniature's world: three kinds, with two seeds each."""
     table: Table = {}
     for seed in (1, 2):
         for name, scene in (("world", world.world_scene), ("zorb", world.zorb_scene), ("etched", world.etched_scene)):
@@ -581,7 +581,7 @@ def test_literals_of_keys_have_a_section():
 
 
 def written(sections: dict[str, Table]) -> str:
-    """The golden file: one entry a line."""
+    """The golden file: an entry a line."""
     blocks = []
     for section, table in sections.items():
         lines = [f"  {json.dumps(name)}: {json.dumps(value, ensure_ascii=False)}" for name, value in table.items()]

@@ -106,12 +106,12 @@ def test_ctrl_c_to_launcher_and_run(launch, tmp_path: Path):
 
 @pytest.mark.slow
 def test_killed_worker_ends_the_others(launch, tmp_path: Path):
-    """A killed worker ends the other soon, with one line; the same command continues."""
+    """A killed worker ends the other soon, with a single line; the same command continues."""
     root = tmp_path / "runs" / "tiny"
     process = launch(TORCHRUN, 60)
     until(lambda: len(steps_of(root)) >= 12)
     os.kill(worker(process.pid, rank=1), signal.SIGKILL)
-    assert process.wait(300) != 0  # without the line below, the other one would wait for 12 hours
+    assert process.wait(300) != 0  # without the line below, the other process would wait for 12 hours
     output = (tmp_path / "tiny.out").read_text()
     assert "launch: another process has ended" in output and "the same command continues" in output
     assert not re.search(r'File ".*zimage_train', output)  # torchrun's own traceback is not ours to prevent
@@ -140,7 +140,7 @@ def tensors(path: Path) -> bytes:
 
 
 def test_secondary_process_writes_nothing(make_config, monkeypatch, capsys):
-    """A process that is not the main one writes nothing."""
+    """A process other than the main process writes nothing."""
     config = make_config(sample=PREVIEWED, save={"every": 1}, log={"tensorboard": True})
     fill_run_caches(config)
     summed = []
@@ -169,7 +169,7 @@ def test_failed_collective_is_a_lost_worker(monkeypatch):
 
 
 def test_echo_of_a_signal_is_ignored(monkeypatch):
-    """The echo of a signal is not taken for a second one."""
+    """The echo of a signal is not taken for a second signal."""
     now = [10.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     request = StopRequest()

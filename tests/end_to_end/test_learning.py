@@ -45,7 +45,7 @@ def held_out_loss(lora: Path | None) -> float:
 
 
 def images(folder: Path, shift: int = 0) -> Path:
-    """Zorbs with their captions, or each with that of another one."""
+    """Zorbs with their captions, or each with the caption of another zorb."""
     folder.mkdir()
     drawn = [draw_zorb(index, 64, 64) for index in range(IMAGES)]
     for index, (image, _) in enumerate(drawn):

@@ -90,7 +90,7 @@ def test_malformed_run_json(make_config, content: str):
 
 
 def test_changed_list_is_on_one_line(make_config):
-    """A list that changed is shown on one line."""
+    """A list that changed is shown on a single line."""
     run_training(make_config(train={"steps": 1}), fresh=False)
     with pytest.raises(ConfigError) as error:
         run_training(make_config(train={"steps": 2}, lora={"targets": ["attention"]}), fresh=False)
@@ -168,7 +168,7 @@ def test_changed_prompts_keep_their_images(make_config):
     run_training(make_config(sample=changed, train={"steps": 4}), fresh=False)
     shown = preview_images.preview_table(folder(make_config()) / "samples")
     assert shown.labels == ["a red zorb on a blue background", "a green square", "a red circle"]
-    # Step 2 was done again with the new prompts before step 3, so its first image is the new one.
+    # Step 2 was done again with the new prompts before step 3, so its images are of the new prompts.
     assert {step: [path is not None for path in row] for step, row in shown.rows.items()} == {
         0: [True, False, True],
         2: [False, True, True],

@@ -179,7 +179,7 @@ def test_python_m_is_the_same_program(tmp_path: Path):
 
 TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 ACCELERATE = ["accelerate.commands.launch", "--num_processes", "2", "--num_machines", "1"]
-# Without --multi_gpu accelerate starts one process where there is no GPU; with it, two, which then find none.
+# Without --multi_gpu accelerate starts a single process where there is no GPU; with it, two, which then find none.
 ACCELERATE += ["--multi_gpu", "--mixed_precision", "no", "--dynamo_backend", "no"]
 
 
@@ -188,14 +188,14 @@ SHORT = {"train": {"steps": 3, "batch_size": 2}, "save": {"every": 1}}
 
 @pytest.fixture(scope="module")
 def accumulated(tmp_path_factory: pytest.TempPathFactory, shared_cache: Path) -> Path:
-    """A run of one process that accumulates two micro-batches."""
+    """A run of a single process that accumulates two micro-batches."""
     changes = SHORT | {"train": SHORT["train"] | {"grad_accumulation": 2}}
     return trained_here(tmp_path_factory.mktemp("accumulated"), shared_cache, **changes)
 
 
 @pytest.mark.parametrize("launcher", [TORCHRUN, ACCELERATE], ids=["torchrun", "accelerate"])
 def test_two_processes_equal_accumulation(tmp_path: Path, shared_cache: Path, accumulated: Path, launcher):
-    """Two processes train like one that accumulates two micro-batches."""
+    """Two processes train like a single process that accumulates two micro-batches."""
     path = tmp_path / "two.yaml"
     path.write_text(strict_yaml.dump(mini_values(tmp_path / "two", shared_cache, name="tiny", **SHORT)))
     done = subprocess.run(

@@ -1,6 +1,6 @@
 """The proof table of the recipes: what each setting changes, and that its neutral value is the same, bit for bit.
 
-A run of two steps on the miniature is compared with one in which the setting is left out, by the bytes of its LoRA.
+A run of two steps on the miniature is compared with a run in which the setting is left out, by the bytes of its LoRA.
 """
 
 import shutil

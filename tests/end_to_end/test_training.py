@@ -26,7 +26,7 @@ from helpers import PREVIEWED, facts, folder, losses, stop_after
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, shared_cache: Path) -> Config:
-    """One finished run with everything on, for the tests that only look."""
+    """A finished run with everything on, for the tests that only look."""
     from mini_config import mini_values
 
     values = mini_values(
@@ -64,7 +64,7 @@ def test_run_folder_is_as_documented(finished: Config):
 
 
 def test_metrics_have_a_record_per_step(finished: Config):
-    """Metrics have one record per step, with the samples and sigmas that it used."""
+    """Metrics have a record per step, with the samples and sigmas that it used."""
     records = read_records(folder(finished) / "metrics.jsonl")
     assert [record["step"] for record in records] == [1, 2, 3, 4, 5]
     for record in records:
@@ -110,7 +110,7 @@ def test_previews_have_size_and_settings(finished: Config):
 
 
 def test_report_is_self_contained(finished: Config):
-    """The report is one page without links elsewhere."""
+    """The report is a single page without links elsewhere."""
     page = (folder(finished) / "report.html").read_text()
     assert page.count("data:image/jpeg;base64") == 8
     for text in ("matched 42/42", "matched 48/48", "a red zorb on a blue background", "steps: 5"):
@@ -163,7 +163,7 @@ def test_noise_is_independent_of_batches(make_config):
                 found.setdefault(sample, set()).add(sigma)
         return found
 
-    # 16 images: 16 steps of one are an epoch; with larger steps the same samples of the first epoch are among them.
+    # 16 steps of batch size 1 are an epoch; with larger steps the same samples of the first epoch are among them.
     single = sigmas("a", batch_size=1)
     assert len(single) == 16
     for other in (sigmas("b", batch_size=4), sigmas("c", batch_size=2, grad_accumulation=3)):

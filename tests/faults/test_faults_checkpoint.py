@@ -69,7 +69,7 @@ DAMAGES = [flip_bit, zero_tail, truncate, relabel, change_step, lambda path: pat
 
 @pytest.mark.parametrize(("optimizer", "steps", "rank"), [("adamw", 12, 4), ("adamw8bit", 3, 48), ("prodigy", 3, 4)])
 def test_resume_after_every_step(make_config, monkeypatch, optimizer, steps, rank):
-    """34. Stopped after every single step and continued, a run ends in the losses, moments and bytes of one go."""
+    """34. Stopped after every step and continued, a run ends in an uninterrupted run's losses, moments and bytes."""
     options = {
         "name": "run",
         "optimizer": {"name": optimizer, "lr": 1e-3},
@@ -97,7 +97,7 @@ def test_resume_after_every_step(make_config, monkeypatch, optimizer, steps, ran
 
 
 def test_crash_at_any_call_of_a_save(tmp_path: Path):
-    """36. Wherever a save is cut short, the newest checkpoint is the old one or the new one, and whole."""
+    """36. Wherever a save is cut short, the newest checkpoint is the old or the new checkpoint, and whole."""
     outcomes = []
     for n in itertools.count(1):
         save(tmp_path / str(n), 10, 20)
@@ -146,7 +146,7 @@ def test_half_written_files_are_removed(make_config):
 @pytest.mark.parametrize("earlier", [[20], []], ids=["one before", "the first"])
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EACCES])
 def test_failed_save_keeps_the_last_one(tmp_path: Path, number: int, earlier: list[int]):
-    """37. A full, failing or forbidden disk: the save ends with exit code 7 and why, and the one before is whole."""
+    """37. A full, failing or forbidden disk: the save ends with code 7 and why; the previous checkpoint is whole."""
     for n in itertools.count(1):
         place = tmp_path / str(n)
         save(place, *earlier)
@@ -241,7 +241,7 @@ except files.DiskError as error:
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damaged_newest_is_set_aside(tmp_path: Path, damage):
-    """38. A newest checkpoint with a changed bit, zero tail or cut is set aside and named; the one before serves."""
+    """38. A newest checkpoint with a changed bit, zero tail or cut is set aside and named; the previous is used."""
     save(tmp_path, 20, 30)
     newest = tmp_path / "step-000030.safetensors"
     good = newest.read_bytes()
@@ -255,7 +255,7 @@ def test_damaged_newest_is_set_aside(tmp_path: Path, damage):
 
 
 def test_damaged_newest_costs_steps_only(make_config, monkeypatch, capsys):
-    """38. A damaged newest checkpoint costs the steps since the one before it, and no bit of the result."""
+    """38. A damaged newest checkpoint costs the steps since the previous checkpoint, and no bit of the result."""
     options = {"train": {"steps": 5}, "save": {"every": 1}}
     whole = make_config(name="tiny", **options)
     run_training(whole, fresh=False)
@@ -459,7 +459,7 @@ def test_metrics_after_the_checkpoint(make_config, monkeypatch):
 
 
 def test_metrics_torn_or_a_folder(make_config):
-    """45. A metrics.jsonl torn within a letter is mended, and one that is a folder is one line with exit code 7."""
+    """45. A metrics.jsonl torn within a letter is mended; a folder of that name is an error with exit code 7."""
     run_training(make_config(train={"steps": 1}), fresh=False)
     metrics = folder(make_config()) / "metrics.jsonl"
     metrics.write_bytes(metrics.read_bytes() + '{"step": 2, "samples": ["ü'.encode()[:-1])

@@ -258,7 +258,7 @@ def test_byte_order_mark_and_line_ends(tmp_path: Path):
     ids=lambda value: repr(value)[:40],
 )  # fmt: skip
 def test_file_that_is_no_config(refused, content: bytes, message: str):
-    """6. A file that is empty, binary, too large or anything but plain settings is refused in one line."""
+    """6. A file that is empty, binary, too large or anything but plain settings is refused in a single line."""
     (line,) = refused(content)
     assert line.startswith(message)
 

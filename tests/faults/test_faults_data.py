@@ -299,7 +299,7 @@ def test_caption_that_is_no_text(file, content: bytes, what: str):
 
 
 def test_caption_missing(photos: Path):
-    """21. Images without a caption, or with an invisible one, are counted and named."""
+    """21. Images without a caption, or with an invisible caption, are counted and named."""
     (photos / "a.txt").unlink()
     (photos / "b.txt").write_text("\ufeff \n")
     result = scanned(photos)
@@ -383,7 +383,7 @@ def test_broken_links_and_pipes(photos: Path):
 
 
 def test_hidden_files_and_linked_folders(photos: Path):
-    """22. A linked folder, which could lead out of this one or round in circles, is not searched, and that is said."""
+    """22. A linked folder could lead out of the data or round in circles: it is not searched, and a note says so."""
     for name in (".hidden.png", ".thumbs/t.png", "_rejected/r.png"):
         image(photos / name)
     (photos / "link").symlink_to(photos / "sub", target_is_directory=True)
@@ -440,11 +440,11 @@ def test_nothing_at_all_is_an_error(tmp_path: Path):
 
 @pytest.mark.parametrize("sizes", [[(64, 64)], [(64, 64), (96, 64), (64, 64)]], ids=["one image", "a size of one"])
 def test_fewer_images_than_a_batch(make_config, tmp_path: Path, sizes):
-    """23. One image, fewer than a batch or only one of its size: they train, each of them once an epoch."""
+    """23. A single image, or the only image of its size, makes a smaller batch; each image trains once an epoch."""
     for number, size in enumerate(sizes):
         image(tmp_path / "photos" / f"{number}.png", (number, 0, 0), size)
     data = [{"folder": str(tmp_path / "photos"), "resolution": [64], "default_caption": "x"}]
-    per_epoch = len(set(sizes))  # a batch has one size
+    per_epoch = len(set(sizes))  # the images of a batch have equal sizes
     config = make_config(data=data, train={"steps": 2 * per_epoch, "batch_size": 4})
     run_training(config, fresh=False)
     records = read_records(folder(config) / "metrics.jsonl")

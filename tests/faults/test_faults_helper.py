@@ -16,7 +16,7 @@ def save(path: Path) -> None:
 
 
 def test_write_without_fault(tmp_path: Path):
-    """A write without a fault makes the new file by one rename, after syncing."""
+    """A write without a fault makes the new file by a single rename, after syncing."""
     path = tmp_path / "sub" / "deep" / "x.bin"
     with fail_at(WRITING, 0, Crash()) as fault:
         save(path)

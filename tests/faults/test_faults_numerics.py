@@ -34,7 +34,7 @@ def is_same(one: checkpoint.Checkpoint, other: checkpoint.Checkpoint) -> bool:
 
 
 def at_step(monkeypatch: pytest.MonkeyPatch, step: int, spoil: Callable[[nn.Module, Loss], Loss]) -> list[int]:
-    """Let `spoil` change the loss of one step, or the model; returns the steps at which it did."""
+    """Let `spoil` change the loss of a step, or the model; returns the steps at which it did."""
     original, seen, fired = loop.losses, itertools.count(1), []
 
     def spoiled(model: nn.Module, batch: Batch, config: Config) -> Iterator[Loss]:
@@ -54,7 +54,7 @@ def no_number(model: nn.Module, loss: Loss) -> Loss:
 
 
 def infinite_gradient(model: nn.Module, loss: Loss) -> Loss:
-    """One element of one gradient becomes infinite; the loss stays what it was."""
+    """An element of a gradient becomes infinite; the loss stays what it was."""
     first = next(parameter for parameter in model.parameters() if parameter.requires_grad)
 
     def spoil(gradient: Tensor) -> Tensor:
@@ -68,7 +68,7 @@ def infinite_gradient(model: nn.Module, loss: Loss) -> Loss:
 
 
 def skipping(monkeypatch: pytest.MonkeyPatch, step: int) -> list[int]:
-    """Leave out the update of one step, by other means than the program's own."""
+    """Leave out the update of a step, by other means than the program's own."""
     original, seen, fired = torch.optim.AdamW.step, itertools.count(1), []
 
     def update(self, *args):
@@ -112,7 +112,7 @@ def test_loss_not_a_number(make_config, monkeypatch, capsys):
 
 
 def test_gradient_infinite(make_config, monkeypatch, capsys):
-    """50. One infinite element of one gradient, under a finite loss, changes no bit: its step is skipped and named."""
+    """50. An infinite element of a gradient, under a finite loss, changes no bit: its step is skipped and named."""
     check_that_a_step_was_skipped(make_config, monkeypatch, capsys, infinite_gradient)
 
 

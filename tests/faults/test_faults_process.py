@@ -46,7 +46,7 @@ def fork_server() -> BaseContext:
 
 
 def test_killed_at_any_moment(make_config, tmp_path: Path, fork_server):
-    """35. Killed (SIGKILL) again and again, whatever it was at: the same command ends in the bytes of one go."""
+    """35. Killed (SIGKILL) again and again, at any moment: the same command ends in an uninterrupted run's bytes."""
     options = {"train": {"steps": 30, "batch_size": 1}, "save": {"every": 4}}
     whole, config = make_config(output_dir=str(tmp_path / "whole"), **options), make_config(**options)
     run_training(whole, fresh=False)
@@ -83,7 +83,7 @@ with signals.stop_on_signals() as request, atomic.replace_atomically(Path("x.bin
 
 
 def test_second_interrupt_within_a_save(tmp_path: Path):
-    """56. Ctrl-C lets a save finish; a second one, even within it, ends the run at once and the old file is whole."""
+    """56. Ctrl-C lets a save finish; a second Ctrl-C, even within it, ends the run at once; the old file is whole."""
     (tmp_path / "x.bin").write_bytes(b"old")
     done = run_python(INTERRUPTED_TWICE, tmp_path)
     assert (done.returncode, done.stdout) == (-signal.SIGINT, "2\n")
@@ -175,7 +175,7 @@ def test_lock_free_once_holder_is_killed(tmp_path: Path, holder: subprocess.Pope
 
 
 def test_lock_free_once_holder_is_done(tmp_path: Path, holder: subprocess.Popen[str]):
-    """58. A folder is free when the process that held it is done, or failed; within one process it is held once."""
+    """58. A folder is free when the process that held it is done, or failed; a process cannot hold it twice."""
     out, _ = holder.communicate("")
     assert out == "False\n" and holder.returncode == 0
     assert not (tmp_path / "run" / "run.holder").exists()
@@ -199,7 +199,7 @@ def test_lock_refuses_a_second_run(make_config, tmp_path: Path, holder, fresh: b
 
 @pytest.mark.parametrize("place", ["output", "cache"])
 def test_output_or_cache_not_a_folder(make_config, tmp_path: Path, place: str):
-    """59. An output or cache folder that is a file, or below one, is refused with exit code 7 before any work."""
+    """59. An output or cache folder that is a file, or below a file, is refused with exit code 7 before any work."""
     (tmp_path / "file").write_text("")
     below = str(tmp_path / "file" / "x")
     config = (

@@ -1,4 +1,4 @@
-"""What is written is the old file or the new one, whatever fails."""
+"""What is written is the old or the new file, whatever fails."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""A folder belongs to one process that lives, by the system's lock or by a lease."""
+"""A folder belongs to a single process that lives, by the system's lock or by a lease."""
 
 import errno
 import os
@@ -19,7 +19,7 @@ fcntl = pytest.importorskip("fcntl", reason="these tests take flock away, which 
 
 @pytest.fixture(params=[errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP], ids=errno.errorcode.get)
 def no_flock(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file system without locks, which says so in one of three ways."""
+    """A file system without locks, which reports it with any of three error codes."""
 
     def fail(*_: object) -> None:
         raise OSError(request.param, os.strerror(request.param))

@@ -130,7 +130,7 @@ def test_qkv_scales_that_differ(tmp_path: Path):
 
 
 def test_qkv_with_a_shared_factor(tmp_path: Path):
-    """A fused LoRA with one A for Q, K and V is split, and fused again at the same rank."""
+    """A fused LoRA with a shared A for Q, K and V is split, and fused again at the same rank."""
     draw = torch.Generator().manual_seed(1)
     tensors = {
         "diffusion_model.layers.0.attention.qkv.lora_A.weight": torch.randn(4, 96, generator=draw),
@@ -285,7 +285,7 @@ def test_diffusers_layout_in_comfyui(tmp_path: Path):
     """The diffusers layout of plain alphas needs no header, and ComfyUI reads it, too."""
     lora = random_lora()
     path = converted(write(tmp_path / "x.safetensors", lora), "diffusers", tmp_path / "y.safetensors")
-    assert metadata_of(path) == {"zimage_train.converted": '{"alpha": true}'}  # there was one, for the way back
+    assert metadata_of(path) == {"zimage_train.converted": '{"alpha": true}'}  # there was an alpha, for the way back
     assert verify.verify_export(path, lora, "fp32", TINY.linears) < 1e-6
 
 
@@ -468,7 +468,7 @@ def spoiled() -> Iterator[tuple[str, dict[str, Tensor] | bytes, str]]:
 
 @pytest.mark.parametrize(("tensors", "said"), [case[1:] for case in spoiled()], ids=[case[0] for case in spoiled()])
 def test_bad_files_in_every_command(tmp_path: Path, tensors, said: str):
-    """Each bad file is an error of one line with exit code 4, in every command."""
+    """Each bad file is an error of a single line with exit code 4, in every command."""
     path, out = tmp_path / "x.safetensors", tmp_path / "out.safetensors"
     path.write_bytes(tensors) if isinstance(tensors, bytes) else save_file(tensors, path)
     for command in (

@@ -244,7 +244,7 @@ def test_alpha_for_each_module(tmp_path: Path, more, alphas):
 
 
 def test_fp8_lora_is_read(tmp_path: Path):
-    """A LoRA in fp8 is read, and one with a bad value is refused."""
+    """A LoRA in fp8 is read, and a LoRA with a bad value is refused."""
     path = tmp_path / "x.safetensors"
     values = {f"{Q}.lora_A.weight": torch.ones(2, 4), f"{Q}.lora_B.weight": torch.full((4, 2), 0.5)}
     save_file({key: value.to(torch.float8_e4m3fn) for key, value in values.items()}, path)

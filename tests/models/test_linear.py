@@ -24,7 +24,7 @@ def layer(kind, inputs: int = 128, outputs: int = 192, dtype: torch.dtype = torc
 
 
 def dense(made: FrozenLinear) -> Tensor:
-    """The weight as float64, unpacked here by the documented formula where there is one."""
+    """The weight as float64, unpacked here by the documented formula where it exists."""
     if made.scales is None:
         return made.weight.double()
     if made.kind == "nf4":

@@ -162,7 +162,7 @@ def test_what_is_not_there_is_said_at_once(tmp_path: Path, hub: Hub, config: Pat
 @pytest.fixture
 def line_of(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
     def line_of(*words: object) -> str:
-        """The one line of a command that fails."""
+        """The only line of a command that fails."""
         monkeypatch.setattr(sys, "argv", ["zimage-train", *map(str, words)])
         with pytest.raises(SystemExit) as ended:
             main()
@@ -175,7 +175,7 @@ def line_of(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 
 @pytest.mark.parametrize("command", ["download", "check", "train"])
 def test_missing_library_is_one_line(config: Path, command: str, line_of, monkeypatch: pytest.MonkeyPatch):
-    """Without its library, one line says how to install it."""
+    """Without its library, a single line says how to install it."""
     monkeypatch.setenv("ZIMAGE_TRAIN_HUB", "modelscope")
     monkeypatch.setitem(sys.modules, "modelscope_hub", None)
     monkeypatch.delitem(sys.modules, "zimage_train.models.hub.modelscope", raising=False)

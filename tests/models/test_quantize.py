@@ -1,4 +1,4 @@
-"""Quantised weights: how far they are from the dense ones, what they take, and that nothing odd breaks them."""
+"""Quantised weights: how far they are from the dense weights, what they take, and that nothing odd breaks them."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ def gaussian(rows: int, columns: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_error_of_gaussian_weights(kind):
-    """The error of a Gaussian weight is the documented one."""
+    """The error of a Gaussian weight is the documented error."""
     weight = gaussian(64, 3840)
     back = quantize.unpack(*quantize.pack(weight, kind), torch.float32)
     assert ((back - weight).norm() / weight.norm()).item() == pytest.approx(GAUSSIAN[kind], rel=0.05)
@@ -28,7 +28,7 @@ def test_error_of_gaussian_weights(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_bits_of_a_weight(kind):
-    """A weight takes the documented bits, and an empty one has the same shapes and types."""
+    """A weight takes the documented bits, and an empty weight has the same shapes and types."""
     packed = quantize.pack(gaussian(64, 3840), kind)
     room = quantize.empty_quantized(64, 3840, kind, torch.device("meta"))
     assert [(one.shape, one.dtype) for one in packed] == [(one.shape, one.dtype) for one in room]
@@ -37,7 +37,7 @@ def test_bits_of_a_weight(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_block_has_its_own_scale(kind):
-    """A row of small weights with one huge one: only the block of the huge one suffers."""
+    """A row of small weights with a single huge weight: only the block of the huge weight suffers."""
     weight = gaussian(1, 256) * 1e-3
     weight[0, 10] = 100.0
     back = quantize.unpack(*quantize.pack(weight, kind), torch.float32)

@@ -154,7 +154,7 @@ def test_prompts_are_encoded_as_diffusers(pipeline, prompt: str):
 
 
 def test_encoder_layers_are_read_once(monkeypatch):
-    """Each layer is read once for all prompts, and the last one never."""
+    """Each layer is read once for all prompts, and the last layer never."""
     read: list[str] = []
     stream = loading.stream_tensors
 
@@ -192,7 +192,7 @@ def test_one_layer_is_there_at_a_time(monkeypatch):
 
 
 def test_prompts_encoded_together(monkeypatch):
-    """Prompts of one length encoded together are the same as each alone."""
+    """Prompts of equal length encoded together are the same as each alone."""
     encoder = text_encoder.load_text_encoder(mini.TURBO, CPU, torch.float32)
     prompts = ["a red zorb", "a tan zorb", "", "x" * 90, "a blue circle on a green background"]
     alone = {prompt: encoder.encode(prompt) for prompt in prompts}

@@ -91,7 +91,7 @@ def test_adamw_does_what_the_paper_says():
 @pytest.mark.parametrize("name", ["prodigy", "prodigy8bit"])
 @pytest.mark.parametrize(("given", "used"), [(1e-4, 1.0), (0.09, 1.0), (0.1, 0.1), (0.5, 0.5), (1.0, 1.0)])
 def test_prodigy_raises_a_small_rate(name: str, given: float, used: float):
-    """Prodigy's learning rate is raised where a small one would stop it."""
+    """Prodigy's learning rate is raised where a small rate would stop it."""
     optimizer = optimizers.build_optimizer(OptimizerSettings(name=name, lr=given), problem())
     assert optimizer.param_groups[0]["lr"] == used
 
@@ -298,7 +298,7 @@ def test_linear_falls_to_its_end_factor():
 
 
 def test_polynomial_power():
-    """A polynomial schedule has its power, and is linear without one."""
+    """A polynomial schedule has its power, and is linear without a power."""
     values = factors(ScheduleSettings(name="polynomial", params={"power": 2.0, "end_factor": 0.5}), 4)
     assert values == pytest.approx([0.5 + 0.5 * left**2 for left in (1.0, 0.75, 0.5, 0.25)])
     assert factors(ScheduleSettings(name="polynomial"), 7) == factors(ScheduleSettings(name="linear"), 7)
@@ -346,7 +346,7 @@ def test_one_cycle_is_that_of_torch():
 
 @pytest.mark.parametrize("name", [name for name in get_args(ScheduleName) if name != "step"])
 def test_schedules_stay_in_range(name: str):
-    """Every schedule stays between zero and one, and trains in every step."""
+    """Every schedule stays between 0 and 1, and trains in every step."""
     warmup = 3 if name == "constant_with_warmup" else 0
     assert all(0 < factor <= 1 for factor in factors(ScheduleSettings(name=name, warmup_steps=warmup), 50))
 

@@ -1,4 +1,4 @@
-"""What is asked of a GPU, as far as a machine without one can tell."""
+"""What is asked of a GPU, as far as a machine without a GPU can tell."""
 
 import contextlib
 import os
@@ -14,7 +14,7 @@ from zimage_train.training import loop
 
 
 def test_gpu_sums_are_deterministic():
-    """On a GPU, sums have one order until the block ends."""
+    """On a GPU, sums have a fixed order until the block ends."""
     with pytest.raises(KeyError), devices.reproducible(torch.device("cuda")):
         assert torch.are_deterministic_algorithms_enabled()
         assert not torch.is_deterministic_algorithms_warn_only_enabled()  # with warnings alone attention stays as it is
@@ -51,7 +51,7 @@ def test_rehearsal_and_loop_are_within_it(make_config, monkeypatch):
 
 
 def test_cublas_is_configured_at_start():
-    """The program asks cuBLAS for one order before anything is multiplied."""
+    """The program asks cuBLAS for a fixed order before anything is multiplied."""
     code = (
         "import atexit, os, sys; sys.argv = ['zimage-train', '--help']; from zimage_train.__main__ import main;"
         "atexit.register(lambda: print('asked', os.environ.get('CUBLAS_WORKSPACE_CONFIG'))); main()"

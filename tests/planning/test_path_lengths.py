@@ -19,7 +19,7 @@ def windows(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def settings_of_length(tmp_path: Path, setting: str, characters: int) -> dict[str, Any]:
-    """Settings in which one of them is so long."""
+    """Settings in which the output folder, the name or the cache folder is so long."""
     if setting == "name":
         return {"name": "n" * characters}
     folder = str(tmp_path / "x").ljust(characters, "x")
@@ -61,7 +61,7 @@ def test_elsewhere_a_path_may_be_long(make_config, tmp_path: Path, monkeypatch: 
 
 
 def test_written_paths_are_predicted(make_config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """The longest path that a run writes is the predicted one.
+    """The longest path that a run writes is the predicted path.
 
     The name is as long as the rest of the path, and every file that the run opens to write is counted.
     """

@@ -111,7 +111,7 @@ def test_a_slow_bus_prefers_fewer_bytes():
 
 
 def test_choice_is_near_the_fastest():
-    """No plan that fits is predicted to be more than a quarter faster than the chosen one."""
+    """No plan that fits is predicted to be more than a quarter faster than the chosen plan."""
     card, limit = GPU_SPECS["4060"], 8.6e9
     chosen = choose(limit=limit, card=card, wanted=ANY)
     for kind in AUTO_QUANTIZATIONS:
@@ -234,7 +234,7 @@ def test_gpu_names_and_nicknames(text: str, name: str):
     ["", "GTX 1080", "L", "Quadro RTX 8000", "9070 XT", "4070 ti", "3060 Ti", "4090 Laptop GPU", "4090 D", "4090x"],
 )
 def test_unknown_gpu_is_refused(text: str):
-    """An unknown GPU is refused, with the list of known ones."""
+    """An unknown GPU is refused, with the list of known GPUs."""
     with pytest.raises(ConfigError, match="give one of 3060, "):
         gpus.get_gpu(text)
 

@@ -433,7 +433,7 @@ def test_text_encoder_of_another_width(make_config: Make, tmp_path: Path):
 
 
 def edited(tmp_path: Path, part: str, change: dict[str, Any]) -> Path:
-    """The miniature with other values in one of its JSON files."""
+    """The miniature with other values in a JSON file."""
     model = copied(tmp_path)
     if "chat_template" in change:
         (model / "tokenizer/chat_template.jinja").unlink()
@@ -459,7 +459,7 @@ def edited(tmp_path: Path, part: str, change: dict[str, Any]) -> Path:
     ],
 )
 def test_odd_model_config_is_one_line(make_config: Make, tmp_path: Path, part: str, change: dict[str, Any], what: str):
-    """An odd model config is an error of one line, without a traceback."""
+    """An odd model config is an error of a single line, without a traceback."""
     model = edited(tmp_path, part, change)
     error = refused(make_config(model={"path": str(model)}))
     assert error.exit_code == 4 and what in str(error), str(error)
@@ -479,7 +479,7 @@ def test_odd_model_config_is_one_line(make_config: Make, tmp_path: Path, part: s
     ],
 )
 def test_class_errors_are_one_line(tmp_path: Path, load, part: str, change: dict[str, Any]):
-    """Errors that only the model's class can detect are one line, too."""
+    """Errors that only the model's class can detect are a single line, too."""
     model = edited(tmp_path, part, change)
     with pytest.raises(WeightsError, match=r"does not describe|template fails"):
         load(model, torch.device("cpu"), torch.float32)

@@ -62,7 +62,7 @@ def test_a_free_of_nothing_is_found():
 
 
 def test_traces_of_every_measured_step():
-    """There is one trace for every step that was measured."""
+    """There is a trace for every step that was measured."""
     found = {(one["mode"], one["side_px"], one["kind"]) for one in map(trace, FILES)}
     assert found == set(itertools.product(MODES, SIDES, KINDS))
     measured = json.loads((ROOT / "docs" / "bench" / "memory.json").read_text(encoding="utf-8"))["runs"]

@@ -149,7 +149,7 @@ def test_several_dangers_are_all_named():
 
 
 def test_numbers_in_warnings_are_current():
-    """The numbers that the warnings give are the ones that are used."""
+    """The numbers that the warnings give are the numbers that are used."""
     assert (HIGH_LR, MANY_STEPS, FEW_IMAGES, STEPS_FOR_FEW_IMAGES) == (
         2e-4,
         10_000,

@@ -19,7 +19,7 @@ PROMPTS = ["a red zorb", "a dog"]
 
 
 def draw(samples: Path, step: int, *shades: int) -> None:
-    """One flat grey preview of each prompt."""
+    """A flat grey preview of each prompt."""
     samples.mkdir(exist_ok=True)
     for index, shade in enumerate(shades):
         recipe = SamplingRequest(prompt=PROMPTS[index], seed=index, **KEYS)

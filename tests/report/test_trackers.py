@@ -53,7 +53,7 @@ def logged(config) -> bytes:
 
 
 def test_wandb_offline_has_all_steps(make_config, offline, capsys):
-    """W&B offline has the numbers of every step, under one ID."""
+    """W&B offline has the numbers of every step, under a single ID."""
     config = make_config(log={"wandb": "my project"}, sample=PREVIEWED, train={"steps": 2})
     run_training(config, fresh=False)
     run_id = (folder(config) / "wandb" / "id").read_text().strip()

@@ -59,7 +59,7 @@ def test_full_size_without_a_gpu_is_refused(bench):
 
 
 def test_quantize_bench_equals_the_docs(bench):
-    """The cost of quantising is the one in the docs."""
+    """The cost of quantising is the cost in the docs."""
     stored = json.loads((ROOT / "docs" / "bench" / "quantize.json").read_text())
     for kind, found in bench.quantize()["kinds"].items():
         for name, value in found.items():

@@ -1,4 +1,4 @@
-"""What a GPU is asked can be asked on a CPU first, and whatever befalls one part leaves the others' answers whole."""
+"""What a GPU is asked can be asked on a CPU first, and whatever befalls a part leaves the others' answers whole."""
 
 import json
 import os
@@ -120,7 +120,7 @@ def test_part_that_fails(tmp_path: Path):
 
 
 def test_no_gpu_is_one_line(tmp_path: Path, monkeypatch, capsys):
-    """Without a GPU there is one line and exit code 2."""
+    """Without a GPU there is a single line and exit code 2."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert gpu_checks.main(["--out", str(tmp_path / "out")]) == gpu_checks.NO_GPU == 2
     said = capsys.readouterr()

@@ -85,7 +85,7 @@ def line(name: str, state: Path, stop_at: int | None = None) -> torch.Tensor:
 
 
 def test_fit_resumes_to_the_same_end(tmp_path: Path, monkeypatch) -> None:
-    """A fit that was interrupted ends where an undisturbed one does."""
+    """A fit that was interrupted ends where an undisturbed fit does."""
     monkeypatch.setattr("miniature.fitting.SAVE_EVERY", 0.0)
     whole = line("whole", tmp_path / "whole.state")
     with pytest.raises(KeyboardInterrupt):

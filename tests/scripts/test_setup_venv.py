@@ -129,7 +129,7 @@ def run(command: list[str | Path], cwd: Path, **env: str) -> subprocess.Complete
 
 
 def old_python(version: str) -> str:
-    """A Python that is too old, if this machine has one: on the path, or among pyenv's."""
+    """A Python that is too old, if this machine has any: on the path, or among pyenv's."""
     command = [f"python{version}", "-c", "import sys; print(sys.executable)"]
     listed = [""]
     if shutil.which("pyenv"):
@@ -179,7 +179,7 @@ def test_pins_satisfy_the_project():
 @pytest.mark.parametrize("version", ["3.8", "3.10"])
 @pytest.mark.parametrize("way", ["it runs the script", "it is asked for"])
 def test_old_python_is_refused(tmp_path, version, way):
-    """An old Python is refused in one line."""
+    """An old Python is refused in a single line."""
     old, folder = old_python(version), copy_checkout(tmp_path / "a checkout")
     runs_it, named = (PYTHON, old) if way == "it is asked for" else (old, "")
     # From the folder of the script: there Python 3.8 knows its file by a relative name.
@@ -237,7 +237,7 @@ def test_first_new_enough_python(monkeypatch, platform, versions, taken):
 
 
 def test_python_inside_the_venv(tmp_path):
-    """For a Python inside the venv, the one that it was made with is taken."""
+    """For a Python inside the venv, the Python that it was made with is taken."""
     folder = copy_checkout(tmp_path / "a checkout")
     subprocess.run([PYTHON, "-m", "venv", "--without-pip", str(folder / ".venv")], check=True)
     result = run([folder / ".venv/bin/python", folder / "scripts/setup_venv.py", "describe"], tmp_path)
@@ -254,7 +254,7 @@ def test_install_only_after_a_change(checkout, capfd):
     log = checkout.root / "pip.log"
 
     def asked(extra: str = "") -> str:
-        """What one set-up asks of pip."""
+        """What a set-up asks of pip."""
         log.unlink(missing_ok=True)
         capfd.readouterr()
         setup_venv.set_up(checkout, extra)

@@ -1,4 +1,4 @@
-"""Configs as text, what is said about bad ones, and the list of every option."""
+"""Configs as text, what is said about bad configs, and the list of every option."""
 
 import os
 from collections.abc import Iterator
@@ -49,7 +49,7 @@ IN_LISTS = {"prompts": {"prompt": "p"}, "extra_loras": {"file": "x.safetensors"}
 
 
 def nested(option: str, value: Any) -> dict[str, Any]:
-    """A config that sets one option, on top of the least one."""
+    """A config that sets a single option, on top of the least config."""
     values: dict[str, Any] = {"name": "a", "data": [{"folder": "photos"}]}
     target: Any = values
     *sections, last = option.split(".")

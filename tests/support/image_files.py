@@ -72,7 +72,7 @@ ADOBE_TO_XYZ = np.array(
 
 
 def profile(matrix: np.ndarray, gamma: float, name: str) -> bytes:
-    """An ICC v2 display profile of primaries and one gamma."""
+    """An ICC v2 display profile of primaries and a single gamma."""
 
     def fixed(value: float) -> bytes:
         return struct.pack(">i", round(value * 65536))

@@ -1,4 +1,4 @@
-"""One fault, injected once: the nth of some calls by which the program reaches the disk fails."""
+"""A fault, injected once: the nth of some calls by which the program reaches the disk fails."""
 
 import contextlib
 import os

@@ -21,7 +21,7 @@ def shell(command: str) -> None:
 
 
 def run_cell(source: str, names: dict[str, Any]) -> None:
-    """Run one cell in the namespace `names`."""
+    """Run a cell in the namespace `names`."""
 
     def call(line: str) -> None:
         shell(re.sub(r"{([^}]+)}", lambda found: str(eval(found[1], names)), line))

@@ -1,4 +1,4 @@
-"""Draw one image with diffusers alone; run as a program, so that nothing of zimage_train is in the process.
+"""Draw an image with diffusers alone; run as a program, so that nothing of zimage_train is in the process.
 
 Arguments: model folder, LoRA file, prompt, negative, seed, width, height, steps, guidance, output PNG.
 """

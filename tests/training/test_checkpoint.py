@@ -1,4 +1,4 @@
-"""Checkpoints and sealed files: every damage is noticed, and the one before is used."""
+"""Checkpoints and sealed files: every damage is noticed, and the previous checkpoint is used."""
 
 from pathlib import Path
 
@@ -72,7 +72,7 @@ def test_every_type_survives(tmp_path: Path, dtype: torch.dtype):
 
 
 def test_sealed_file_needs_a_digest(tmp_path: Path):
-    """A plain safetensors file is not a sealed one."""
+    """A plain safetensors file is not a sealed file."""
     save_file({"a": torch.zeros(2)}, tmp_path / "x")
     with pytest.raises(WeightsError, match="digest"):
         tensorfile.load_with_digest(tmp_path / "x")

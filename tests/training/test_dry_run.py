@@ -54,7 +54,7 @@ def test_dry_run_of_the_largest_batch(make_config, monkeypatch):
 
 
 def test_dry_run_of_a_preview(make_config, monkeypatch):
-    """Each start draws a preview in the dry run, unless one is due before its first step."""
+    """Each start draws a preview in the dry run, unless a preview is due before its first step."""
     drawn: list[int] = []
     original = dry_run.render_images
 
@@ -131,7 +131,7 @@ def test_dry_run_that_never_fits(make_config, monkeypatch):
 
 
 def test_dry_run_is_not_repeated(make_config, monkeypatch):
-    """If nothing is left to recompute, one failure ends the run without a second try.
+    """If nothing is left to recompute, a single failure ends the run without a second try.
 
     A second try that succeeded would leave its gradient to step 1.
     """
@@ -224,7 +224,7 @@ def test_quantization_chosen_by_auto_stays(make_config, monkeypatch):
 
 
 def test_slow_step_is_said_once():
-    """A step that takes three times as long as similar ones is reported once."""
+    """A step that takes three times as long as similar steps is reported once."""
     watch = SlowStepDetector()
     assert not any(watch.update("512", 2.0, None, None) for _ in range(9))
     assert not any(watch.update("1024", 9.0, None, None) for _ in range(4))  # another kind, not slow
@@ -235,7 +235,7 @@ def test_slow_step_is_said_once():
 
 
 def test_slow_step_ignores_quick_ones():
-    """Quick steps and the first ones are not reported as slow."""
+    """Quick steps and the first steps are not reported as slow."""
     watch = SlowStepDetector()
     assert watch.update("a", 100.0, None, None) is None
     assert not any(watch.update("b", 0.01, None, None) for _ in range(9))
@@ -290,9 +290,9 @@ def test_calibration_cannot_be_written(make_config, tmp_path, capsys):
 
 
 def test_dry_run_of_every_mode(make_config, monkeypatch):
-    """The largest batch of every mode is run, beginning with the one that takes most memory.
+    """The largest batch of every mode is run, beginning with the batch that takes most memory.
 
-    A small batch that keeps everything may take more than a large one that recomputes.
+    A small batch that keeps everything may take more than a large batch that recomputes.
     """
     seen: list[int] = []
     original = dry_run._step

@@ -314,7 +314,7 @@ def test_mask_outside_without_weight(masks: list[Any], weights: list[float]):
 
 
 def test_mask_missing_or_black():
-    """No mask is no weight, and a black one does not divide by zero."""
+    """No mask is no weight, and a black mask does not divide by zero."""
     assert mask_weights([None, None], [0.1, 0.1], torch.Size((2, 16, 8, 12))) is None
     black = mask_weights([torch.zeros(1, 8, 12)], [0.0], torch.Size((1, 16, 8, 12)))
     assert black is not None and float(black.abs().max()) == 0.0
