@@ -48,7 +48,7 @@ from zimage_train.planning import devices, planner
 from zimage_train.planning.memory import CONTEXT_BYTES, WeightPlacement, Workload, caption_tokens
 from zimage_train.planning.planner import AUTO_QUANTIZATIONS, MemoryPlan, PlanConstraints
 from zimage_train.report import metrics
-from zimage_train.training.fit import apply_recompute_plan
+from zimage_train.training.device_plan import apply_recompute_plan
 
 BUDGETS_GB = (24.0, 16.0, 12.0, 8.0)
 PLENTY = 80e9

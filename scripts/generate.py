@@ -269,7 +269,7 @@ def budget_table() -> str:
         cells = []
         for side in SIDES:
             size = Bucket(side, side)
-            cells.append(f"{plan.seconds(size, card):.1f} s, {plan.mode_of(plan.workload.tokens(size))}")
+            cells.append(f"{plan.step_seconds(size, card):.1f} s, {plan.mode_of(plan.workload.tokens(size))}")
         rows.append(f"| {budget_gb} GB ({name}) | {weights} | {' | '.join(cells)} | {plan.peak.total / 1e9:.1f} GB |")
     return "\n".join(rows)
 
@@ -278,7 +278,7 @@ def budget_line() -> str:
     """Return the README's line on the GPUs that a run fits."""
     size = Bucket(SIDES[-1], SIDES[-1])
     cards = [
-        f"{budget_gb} GB ({name}, {plan_for(budget_gb).seconds(size, GPU_SPECS[name]):.1f} s a step)"
+        f"{budget_gb} GB ({name}, {plan_for(budget_gb).step_seconds(size, GPU_SPECS[name]):.1f} s a step)"
         for budget_gb, name in BUDGETS.items()
         if plan_for(budget_gb).fits
     ]

@@ -443,7 +443,8 @@ def test_what_is_no_run_is_not_averaged(tmp_path: Path):
         save_file(tensors, tmp_path / f"{name}.safetensors", {"ss_steps": str(step), "ss_output_name": name})
     code, said = lora_command("ema", tmp_path / "one.safetensors", tmp_path / "two.safetensors", "-o", out)
     assert code == 2 and "these are of several runs (one, two)" in said
-    assert "give either of them" in lora_command("ema", other, third, "--decay", "0.9", "--sigma-rel", "0.1", "-o", out)[1]
+    said = lora_command("ema", other, third, "--decay", "0.9", "--sigma-rel", "0.1", "-o", out)[1]
+    assert "give either of them" in said
 
 
 def test_diff_distance_and_direction(tmp_path: Path):

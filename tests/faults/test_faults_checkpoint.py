@@ -92,7 +92,7 @@ def test_resume_after_every_step(make_config, monkeypatch, optimizer, steps, ran
     assert losses(config) == losses(whole)
     assert final(config) == final(whole)
     (one, other) = (checkpoint.load(checkpoint.steps_in(folder(c) / "checkpoints")[0][1]) for c in (config, whole))
-    assert one.numbers == other.numbers and one.tensors.keys() == other.tensors.keys()
+    assert one.metadata == other.metadata and one.tensors.keys() == other.tensors.keys()
     assert all(torch.equal(one.tensors[name], other.tensors[name]) for name in one.tensors)
 
 

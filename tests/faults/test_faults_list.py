@@ -21,12 +21,12 @@ GROUPS = {
 NUMBERED = re.compile(r"(\d+)\. (\S.*[.])", re.DOTALL)
 NUMBERS = set(range(1, 66))
 ELSEWHERE = {
-    27: "damaged cache entries: test_cache.py",
-    28: "latents that are not finite: test_cache.py",
+    27: "damaged cache entries: test_tensor_cache.py",
+    28: "latents that are not finite: test_tensor_cache.py",
     30: "weights that are missing or damaged: test_preflight.py",
-    31: "a changed encoder: test_cache.py",
-    32: "pickles instead of weights: test_model.py",
-    33: "code in a model's folder: test_model.py",
+    31: "a changed encoder: test_tensor_cache.py",
+    32: "pickles instead of weights: test_transformer.py",
+    33: "code in a model's folder: test_transformer.py",
     55: "signals: test_process.py and test_launch.py",
 }
 """Faults that have no test here, and why."""

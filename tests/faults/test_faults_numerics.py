@@ -28,7 +28,7 @@ def checkpoint_of(config: Config, step: int) -> checkpoint.Checkpoint:
 
 def is_same(one: checkpoint.Checkpoint, other: checkpoint.Checkpoint) -> bool:
     """Whether LoRA and optimizer are the same, bit for bit."""
-    same_numbers = one.numbers["optimizer"] == other.numbers["optimizer"]
+    same_numbers = one.metadata["optimizer"] == other.metadata["optimizer"]
     same_names = one.tensors.keys() == other.tensors.keys()
     return same_numbers and same_names and all(torch.equal(one.tensors[n], other.tensors[n]) for n in one.tensors)
 
@@ -192,7 +192,7 @@ def test_gpu_out_of_memory(make_config, monkeypatch):
     config = make_config(**options)
     with monkeypatch.context() as patch:
         fired = at_step(patch, 3, out_of_memory)
-        patch.setattr(devices, "available_bytes", lambda device: int(15e6))
+        patch.setattr(devices, "retry_limit_bytes", lambda device: int(15e6))
         with pytest.raises(ConfigError) as error:
             run_training(config, fresh=False)
     assert fired == [3] and error.value.exit_code == 2

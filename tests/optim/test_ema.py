@@ -149,4 +149,4 @@ def test_decay_identifies_the_run(make_config):
     config = make_config(ema={"decay": 0.9}, train={"steps": 1})
     run_training(config, fresh=False)
     kept = checkpoint.load(folder(config) / "checkpoints" / "step-000001.safetensors")
-    assert json.loads(json.dumps(kept.numbers["identity"]))["settings"]["ema.decay"] == 0.9
+    assert json.loads(json.dumps(kept.metadata["identity"]))["settings"]["ema.decay"] == 0.9

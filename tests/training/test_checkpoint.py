@@ -26,7 +26,7 @@ def test_newest_is_loaded_as_saved(tmp_path: Path):
     save(tmp_path, 10, 20)
     found = checkpoint.load_newest(tmp_path, pytest.fail)
     assert found is not None and found.step == 20
-    assert found.numbers["optimizer"] == {"lr": 1e-4}
+    assert found.metadata["optimizer"] == {"lr": 1e-4}
     assert found.tensors["lora.x.B"].tolist() == [20.0, 20.0]
     assert found.part("optim.").keys() == {"optim.0.state1"}
     assert torch.equal(found.tensors["optim.0.state1"], TENSORS["optim.0.state1"])

@@ -22,9 +22,9 @@ from zimage_train.report.trackers import TensorBoard, Tracker, Trackers, Weights
 from zimage_train.training import distributed, loop, run_dir
 from zimage_train.training.build import build_state, fill_caches
 from zimage_train.training.context import RunContext, find_checkpoint, open_context
+from zimage_train.training.device_plan import plan_for_devices, plan_warnings
 from zimage_train.training.distributed import World
 from zimage_train.training.dry_run import compare_with_forecast, dry_run
-from zimage_train.training.fit import plan_for_devices, plan_warnings
 from zimage_train.training.outputs import is_complete, write_report
 from zimage_train.training.preview_sets import remove_later_previews
 from zimage_train.training.run_dir import RunDir
@@ -112,7 +112,7 @@ def _explained_out_of_memory(context: RunContext, plan: MemoryPlan) -> AbstractC
     """Turn an out-of-memory error of the GPU within the block into a problem that suggests settings."""
     device = context.world.device
     # If the plan does not fit, its prediction was too low, so the suggested settings are to take a tenth less.
-    limit_bytes = min(devices.available_bytes(device), 0.9 * plan.peak.total)
+    limit_bytes = min(devices.retry_limit_bytes(device), 0.9 * plan.peak.total)
     suggestion = preflight.how_to_fit(context.spec, limit_bytes, device.type == "cuda")
     return devices.explained_out_of_memory(f"{suggestion}; the last checkpoint is good")
 

@@ -159,7 +159,7 @@ def flatten_keys(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def read_text(path: Path) -> str:
-    """Return the text of a config.
+    """Return the text of a config or a prompt file.
 
     Raises:
         ConfigError: the file is missing, unreadable, too large, or not text.
@@ -172,7 +172,7 @@ def read_text(path: Path) -> str:
             raise ConfigError(Problem(str(path), message, "check the path", "not-a-config"))
         return content.decode("utf-8-sig")
     except FileNotFoundError:
-        problem = Problem(str(path), "does not exist", "check the path of the config", "missing-file")
+        problem = Problem(str(path), "does not exist", "check the path", "missing-file")
         raise ConfigError(problem) from None
     except UnicodeDecodeError as error:
         message = f"is not UTF-8 text (byte {error.start})"

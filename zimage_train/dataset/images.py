@@ -30,6 +30,8 @@ MIN_SIDE_PX = 64
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "I", "I;16", "I;16L", "I;16B", "I;16N")
 SRGB_NAMES = ("srgb iec61966", "srgb built-in")
 """Beginnings of the names of sRGB profiles, in lower case. A conversion from sRGB to sRGB would only round."""
+INDEX_NAME = "looks.json"
+"""File of the `ImageIndex` in the cache folder."""
 INDEX_FORMAT = 1
 """Incremented whenever images are decoded differently; an index of another format is ignored."""
 THUMBNAIL_PX = 8

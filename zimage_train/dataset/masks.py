@@ -15,13 +15,12 @@ from zimage_train.dataset.buckets import Bucket
 from zimage_train.dataset.images import ImageIndex, ImageInfo
 from zimage_train.errors import DataError, Location, Problem, ZImageTrainError
 from zimage_train.io.progress import Progress
+from zimage_train.models.components import LATENT_STRIDE
 
 MAX_ASPECT_DIFFERENCE = 1.02
 """Largest ratio of the aspects of a mask and its image; it allows for rounding, where either was scaled."""
 DARKEST_MASK = 2
 """Value, of 255, that the lightest part of a mask must reach; a darker mask is refused as empty."""
-STRIDE = 8
-"""Pixels of an image, along each side, under one latent."""
 
 
 @dataclass(frozen=True)
@@ -158,4 +157,4 @@ def mask_on_latents(mask: Mask, size: Bucket, flip: bool, image_digest: str) -> 
     if flip:
         fitted = ImageOps.mirror(fitted)
     # One latent stands for 8 x 8 px, so its mask is their mean. `reduce` rounds it to 8 bits.
-    return np.asarray(fitted.reduce(STRIDE), dtype=np.float32) / 255.0
+    return np.asarray(fitted.reduce(LATENT_STRIDE), dtype=np.float32) / 255.0

@@ -6,7 +6,7 @@ from zimage_train.config.dataset import DataEntry
 from zimage_train.config.load import cache_dir
 from zimage_train.config.schema import Config
 from zimage_train.dataset.buckets import nearest_bucket
-from zimage_train.dataset.images import ImageIndex
+from zimage_train.dataset.images import INDEX_NAME, ImageIndex
 from zimage_train.dataset.sample_order import target_sides
 from zimage_train.dataset.scan import scan_entry
 from zimage_train.errors import Problem
@@ -22,7 +22,7 @@ def move_rejected(config: Config) -> list[str]:
     Raises:
         DiskError: a file cannot be moved.
     """
-    image_index = ImageIndex(cache_dir(config) / "looks.json")
+    image_index = ImageIndex(cache_dir(config) / INDEX_NAME)
     lines: list[str] = []
     for index, entry in enumerate(config.data):
         for path, problem in _bad_images(entry, f"data.{index}", image_index):

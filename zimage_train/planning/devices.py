@@ -66,10 +66,17 @@ def device_limits(device: torch.device) -> DeviceLimits:
     return DeviceLimits(properties.name, gpus.usable_bytes(properties.total_memory), gpus.find_gpu(properties.name))
 
 
-def available_bytes(device: torch.device) -> int:
+def retry_limit_bytes(device: torch.device) -> int:
     """Return the bytes to plan for after the GPU ran out of memory: nine tenths of its memory; 0 on a CPU."""
     # Less than `usable_bytes`, because the prediction has turned out to be too low.
     return int(torch.cuda.get_device_properties(device).total_memory * 0.9) if device.type == "cuda" else 0
+
+
+def peak_gpu_gb(device: torch.device) -> float | None:
+    """Return the peak of this process's GPU memory, GB, or None without a GPU."""
+    if device.type != "cuda":
+        return None
+    return round(torch.cuda.max_memory_allocated(device) / 1e9, 3)
 
 
 @contextlib.contextmanager

@@ -135,7 +135,7 @@ def _describe_peak(plan: MemoryPlan) -> str:
     peak = plan.peak
     if peak == memory.preview_memory(plan.workload, plan.placement):
         return "in a preview"
-    size = next(size for size in plan.workload.sizes if plan.step(size) == peak)
+    size = next(size for size in plan.workload.sizes if plan.step_memory(size) == peak)
     return f"at {size.width}x{size.height} px, {plan.workload.tokens(size)} tokens"
 
 
@@ -177,16 +177,16 @@ def _share_lines(spec: RunSpec, plan: MemoryPlan, device: DeviceLimits) -> list[
         # Two resolutions may train an image at the same size, so each gets its part of the batches of that size.
         terms = []
         for size, count in sizes.items():
-            terms.append(batch_shares[size] * count / workload.sizes[size] * plan.seconds(size, card))
+            terms.append(batch_shares[size] * count / workload.sizes[size] * plan.step_seconds(size, card))
         seconds[resolution] = math.fsum(terms)
     total = math.fsum(seconds.values())
 
     lines = [Note("shares", "where it goes:")]
     for resolution, sizes in sorted(by_resolution.items()):
-        most = max((plan.step(size) for size in sizes), key=lambda estimate: estimate.total)
+        most = max((plan.step_memory(size) for size in sizes), key=lambda estimate: estimate.total)
         largest = max(sizes, key=workload.tokens)
         recomputed = RECOMPUTE_COSTS[plan.mode_of(workload.tokens(largest))].description
-        per_step = f", {plan.seconds(largest, card) * factor:.2f} s a step" if device.card else ""
+        per_step = f", {plan.step_seconds(largest, card) * factor:.2f} s a step" if device.card else ""
         share = f"{seconds[resolution] / total:.0%} of the training time"
         text = f"{share}, {format_bytes(most.total)} a step, recomputing {recomputed}{per_step}"
         lines.append(Note("share", f"  {resolution} px: {text}"))
@@ -248,7 +248,7 @@ def _hours_and_cost(seconds: float, price: float | None) -> str:
 def _run_seconds(spec: RunSpec, plan: MemoryPlan, card: GpuSpec) -> tuple[float, float]:
     """Return the seconds of the whole run, and those of its previews alone."""
     config, workload, placement = spec.config, plan.workload, plan.placement
-    step = math.fsum(share * plan.seconds(size, card) for size, share in workload.shares().items())
+    step = math.fsum(share * plan.step_seconds(size, card) for size, share in workload.shares().items())
     training = config.train.steps * config.train.grad_accumulation * step
 
     drawing = math.fsum(flops.preview_seconds(workload, placement, request, card) for request in workload.previews)

@@ -57,12 +57,12 @@ class MemoryPlan:
             last = mode
         return last
 
-    def step(self, size: Bucket) -> MemoryEstimate:
+    def step_memory(self, size: Bucket) -> MemoryEstimate:
         """Return the memory of a step on the largest batch of `size`."""
         tokens = self.workload.tokens(size)
         return memory.step_memory(self.workload, self.placement, self.mode_of(tokens), tokens)
 
-    def seconds(self, size: Bucket, card: GpuSpec) -> float:
+    def step_seconds(self, size: Bucket, card: GpuSpec) -> float:
         """Return the seconds of a step on the largest batch of `size`."""
         mode = self.mode_of(self.workload.tokens(size))
         return flops.step_seconds(self.workload, self.placement, mode, size, card)
@@ -70,7 +70,7 @@ class MemoryPlan:
     @property
     def peak(self) -> MemoryEstimate:
         """Return the memory of whatever takes most on the device: a step, a preview or a validation."""
-        estimates = [self.step(size) for size in self.workload.sizes]
+        estimates = [self.step_memory(size) for size in self.workload.sizes]
         estimates.append(memory.preview_memory(self.workload, self.placement))
         return max(estimates, key=lambda estimate: estimate.total)
 
@@ -202,4 +202,4 @@ def _make_plan(
 
 def _mean_seconds(plan: MemoryPlan, card: GpuSpec) -> float:
     """Return the seconds of a step, averaged over the batches of an epoch."""
-    return math.fsum(share * plan.seconds(size, card) for size, share in plan.workload.shares().items())
+    return math.fsum(share * plan.step_seconds(size, card) for size, share in plan.workload.shares().items())

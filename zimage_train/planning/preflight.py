@@ -8,7 +8,7 @@ from zimage_train.config.dataset import DataEntry
 from zimage_train.config.load import cache_dir
 from zimage_train.config.optimizers import OPTIMIZERS
 from zimage_train.config.schema import Config
-from zimage_train.dataset.images import ImageIndex
+from zimage_train.dataset.images import INDEX_NAME, ImageIndex
 from zimage_train.dataset.sample_order import SampleOrder, TrainItem, make_items, make_sample_order, resolve_epochs
 from zimage_train.dataset.scan import FolderScan, ImageRecord, scan_entry
 from zimage_train.diffusion.request import comparison_requests, preview_requests, teacher_request
@@ -23,11 +23,11 @@ from zimage_train.models import components
 from zimage_train.models.arch import TransformerShape
 from zimage_train.models.locate import DownloadFn
 from zimage_train.planning import memory, path_lengths, planner
+from zimage_train.planning.config_warnings import config_warnings
 from zimage_train.planning.memory import Workload
 from zimage_train.planning.model_files import ModelFiles, find_model_files
 from zimage_train.planning.notes import notes_on_settings, notes_on_sizes
 from zimage_train.planning.suggestions import SettingChange, Suggestion, suggest_settings
-from zimage_train.planning.warnings import config_warnings
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def _read_images(
     config: Config, progress: Progress, errors: list[ZImageTrainError], notes: list[Note]
 ) -> tuple[list[list[ImageRecord]], list[TrainItem]]:
     """Return the images of each data entry and the validation items; append to `errors` and `notes`."""
-    index = ImageIndex(cache_dir(config) / "looks.json")
+    index = ImageIndex(cache_dir(config) / INDEX_NAME)
     scans = [scan_entry(entry, f"data.{number}", index, progress) for number, entry in enumerate(config.data)]
     for scan in scans:
         errors += scan.errors

@@ -30,7 +30,7 @@ from zimage_train.report.trackers import Trackers
 from zimage_train.training import distributed, run_dir
 from zimage_train.training.checkpoint import Checkpoint
 from zimage_train.training.context import RunContext, run_fingerprint
-from zimage_train.training.fit import apply_recompute_plan
+from zimage_train.training.device_plan import apply_recompute_plan
 from zimage_train.training.preview_sets import PreviewSet
 from zimage_train.training.self_distill import GeneratedData
 from zimage_train.training.state import TrainState
@@ -200,7 +200,7 @@ def _load_checkpoint(checkpoint: Checkpoint, lora: LoraLayers, averages: Ema | N
     lora.load_state(checkpoint.part("lora."), where)
     if averages is not None:
         averages.load_state(checkpoint.part("ema."), where)
-    optimizers.load_optimizer_state(optimizer, checkpoint.part("optim."), checkpoint.numbers["optimizer"], where)
+    optimizers.load_optimizer_state(optimizer, checkpoint.part("optim."), checkpoint.metadata["optimizer"], where)
 
 
 def _drift_meter(config: Config, preview_sets: list[PreviewSet], dataset: CachedDataset) -> DriftMeter | None:
@@ -208,7 +208,7 @@ def _drift_meter(config: Config, preview_sets: list[PreviewSet], dataset: Cached
 
     It uses the first previews without the trigger, or the first previews if all have it.
     """
-    on_turbo = next((previews.requests for previews in preview_sets if previews.is_metered), None)
+    on_turbo = next((previews.requests for previews in preview_sets if previews.measures_drift), None)
     if on_turbo is None:
         return None
     # With the trigger, images are meant to change, so a change there would not tell drift from learning.

@@ -28,7 +28,7 @@ KEEP = 2
 """Number of checkpoints that are kept; the older checkpoint is for the case that the newest is damaged."""
 
 
-class OtherFormatError(WeightsError):
+class OtherVersionError(WeightsError):
     """An intact checkpoint has the format or the arithmetic of another version of this program."""
 
 
@@ -40,7 +40,7 @@ class Checkpoint:
     step: int
     tensors: dict[str, Tensor]
     """By name; the prefix `lora.`, `ema.` or `optim.` tells whose state it is."""
-    numbers: dict[str, Any]
+    metadata: dict[str, Any]
     """All that is no tensor: versions, step, the optimizer's numbers and the identity of the run."""
 
     def part(self, prefix: str) -> dict[str, Tensor]:
@@ -48,7 +48,7 @@ class Checkpoint:
         return {name: tensor for name, tensor in self.tensors.items() if name.startswith(prefix)}
 
 
-def save(folder: Path, step: int, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> list[Path]:
+def save(folder: Path, step: int, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> list[Path]:
     """Write the checkpoint of `step`, then remove all but the newest two; return the files that could not be removed.
 
     Raises:
@@ -65,7 +65,7 @@ def save(folder: Path, step: int, tensors: Mapping[str, Tensor], numbers: Mappin
             )
         )
     path = folder / f"step-{step:06d}.safetensors"
-    state = {"format": FORMAT, "arithmetic": ARITHMETIC, "version": __version__, "step": step, **numbers}
+    state = {"format": FORMAT, "arithmetic": ARITHMETIC, "version": __version__, "step": step, **metadata}
     tensorfile.save_with_digest(path, tensors, {"state": json.dumps(state)})
     return [old for _, old in steps_in(folder)[KEEP:] if not atomic.remove(old)]
 
@@ -92,13 +92,13 @@ def load_newest(folder: Path, warn: Any) -> Checkpoint | None:
 
     Raises:
         WeightsError: there are checkpoints, or were before they were renamed, and none of them is intact.
-        OtherFormatError: the newest intact checkpoint has another format or arithmetic; it stays where it is.
+        OtherVersionError: the newest intact checkpoint has another format or arithmetic; it stays where it is.
     """
     candidates = steps_in(folder)
     for _, path in candidates:
         try:
             return load(path)
-        except OtherFormatError:
+        except OtherVersionError:
             raise
         except WeightsError as error:
             backup = atomic.rename_as_backup(path, ".corrupt")
@@ -115,27 +115,27 @@ def load(path: Path) -> Checkpoint:
 
     Raises:
         WeightsError: it is damaged or no checkpoint.
-        OtherFormatError: it has another format, or arithmetic with which the next steps would differ.
+        OtherVersionError: it has another format, or arithmetic with which the next steps would differ.
     """
-    tensors, metadata = tensorfile.load_with_digest(path)
+    tensors, header = tensorfile.load_with_digest(path)
     try:
-        numbers = json.loads(metadata["state"])
-        step, versions = numbers["step"], (numbers["format"], numbers.get("arithmetic"))
+        metadata = json.loads(header["state"])
+        step, versions = metadata["step"], (metadata["format"], metadata.get("arithmetic"))
     except (KeyError, ValueError, TypeError):
         what = "is not a checkpoint of zimage-train"
         raise WeightsError(Problem(str(path), what, "remove it", "not-a-checkpoint")) from None
     if versions != (FORMAT, ARITHMETIC):
-        message, hint = _other_version(numbers)
-        raise OtherFormatError(Problem(str(path), message, hint, "other-version"))
-    return Checkpoint(path, step, tensors, numbers)
+        message, hint = _other_version(metadata)
+        raise OtherVersionError(Problem(str(path), message, hint, "other-version"))
+    return Checkpoint(path, step, tensors, metadata)
 
 
-def _other_version(numbers: Mapping[str, Any]) -> tuple[str, str]:
+def _other_version(metadata: Mapping[str, Any]) -> tuple[str, str]:
     """Return the message and the hint for a checkpoint of another format or arithmetic."""
-    version = numbers.get("version", "0.1.0 before its release")
-    if numbers["format"] != FORMAT:
-        difference = f"format {numbers['format']}, and this version ({__version__}) reads format {FORMAT}"
+    version = metadata.get("version", "0.1.0 before its release")
+    if metadata["format"] != FORMAT:
+        difference = f"format {metadata['format']}, and this version ({__version__}) reads format {FORMAT}"
     else:
-        difference = f"arithmetic {numbers.get('arithmetic')}, and this version ({__version__}) has {ARITHMETIC}"
+        difference = f"arithmetic {metadata.get('arithmetic')}, and this version ({__version__}) has {ARITHMETIC}"
     todo = "continue with that version, or begin again with --fresh; its exported LoRA can be lora.init_from"
     return f"was written by zimage-train {version} with {difference}", todo

@@ -129,7 +129,7 @@ def find_checkpoint(context: RunContext, allow: tuple[str, ...] = ()) -> Checkpo
     if newest is None:
         run_dir.require_untouched(folder)
         return None
-    for change in run_dir.require_same(folder, newest.numbers["identity"], context.identity, allow):
+    for change in run_dir.require_same(folder, newest.metadata["identity"], context.identity, allow):
         console.warning(f"allowed: {change}")
     last = context.config.train.steps
     if newest.step > last:

@@ -26,11 +26,11 @@ from zimage_train.io import atomic, tensorfile
 from zimage_train.lora import lora_file, verify
 from zimage_train.models.arch import image_tokens, padded_tokens
 from zimage_train.optim import optimizers
-from zimage_train.planning import calibration, forecast, gpus, memory
+from zimage_train.planning import calibration, devices, forecast, gpus, memory
 from zimage_train.planning.gpus import GpuSpec
 from zimage_train.planning.planner import MemoryPlan
 from zimage_train.training import run_dir
-from zimage_train.training.fit import apply_recompute_plan
+from zimage_train.training.device_plan import apply_recompute_plan
 from zimage_train.training.loss import Batch, load_batch, losses
 from zimage_train.training.state import TrainState
 
@@ -53,14 +53,14 @@ def dry_run(state: TrainState) -> TrainState:
         torch.cuda.reset_peak_memory_stats(device)  # the peak of encoding and loading is not that of training
     with _reserved_for_optimizer(state):
         plan, seconds = _try_largest_batches(state)
-        facts: dict[str, Any] = {"seconds": round(seconds, 3), "gb": peak_gpu_gb(device)}
+        facts: dict[str, Any] = {"seconds": round(seconds, 3), "gb": devices.peak_gpu_gb(device)}
         if state.world.is_main:
             _try_preview(state)
     if state.world.is_main:
         _try_save(state)
-        facts["gb_with_preview"] = peak_gpu_gb(device)
+        facts["gb_with_preview"] = devices.peak_gpu_gb(device)
         run_dir.add_facts(state.folder, {"rehearsal": facts})
-    peak_gb = peak_gpu_gb(device)
+    peak_gb = devices.peak_gpu_gb(device)
     if peak_gb is not None:
         state.console.info(f"rehearsal: {peak_gb:.2f} GB at the most, predicted {plan.peak.allocated / 1e9:.2f} GB")
     return replace(state, memory_plan=plan)
@@ -74,13 +74,6 @@ def _reserved_for_optimizer(state: TrainState) -> Iterator[None]:
     placeholder = torch.empty(missing_bytes, dtype=torch.uint8, device=state.world.device)
     yield
     del placeholder
-
-
-def peak_gpu_gb(device: torch.device) -> float | None:
-    """Return the peak of this process's GPU memory, GB, or None without a GPU."""
-    if device.type != "cuda":
-        return None
-    return round(torch.cuda.max_memory_allocated(device) / 1e9, 3)
 
 
 def _try_largest_batches(state: TrainState) -> tuple[MemoryPlan, float]:
@@ -239,7 +232,7 @@ def compare_with_forecast(state: TrainState, records: list[dict[str, Any]]) -> N
         times.append((record["seconds"], _predicted_seconds(state, record["step"], gpu or gpus.TYPICAL_GPU)))
     key = calibration.device_key(device_name, memory.parameters_of(state.frozen.shape))
     predicted_gb = state.memory_plan.peak.allocated / 1e9
-    measured = calibration.measure(key, times, peak_gpu_gb(device), predicted_gb)
+    measured = calibration.measure(key, times, devices.peak_gpu_gb(device), predicted_gb)
     if measured is None:
         return
     if gpu is not None:
@@ -258,5 +251,5 @@ def _predicted_seconds(state: TrainState, step: int, gpu: GpuSpec) -> float:
     plan, seconds = state.memory_plan, 0.0
     for samples in state.micro_batches(step):
         size = samples[0].item.size
-        seconds += plan.seconds(size, gpu) * len(samples) / plan.workload.batch(size)
+        seconds += plan.step_seconds(size, gpu) * len(samples) / plan.workload.batch(size)
     return seconds

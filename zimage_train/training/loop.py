@@ -13,6 +13,7 @@ from zimage_train.errors import DivergedError, Problem
 from zimage_train.io import operating_system
 from zimage_train.optim import optimizers
 from zimage_train.optim.schedules import base_lr, lr_factor
+from zimage_train.planning import devices
 from zimage_train.report.metrics import RecordWriter, read_records
 from zimage_train.rng import keyed_int
 from zimage_train.training.distributed import all_reduce_gradients
@@ -184,6 +185,5 @@ def diverged(record: dict[str, Any], num_skipped: int) -> DivergedError:
 
 def memory_gb(device: torch.device) -> float:
     """Return the peak memory of this process so far, GB: of the GPU, or without a GPU, of the machine."""
-    if device.type == "cuda":
-        return round(torch.cuda.max_memory_allocated(device) / 1e9, 3)
-    return round(operating_system.peak_memory_bytes() / 1e9, 3)
+    gpu_gb = devices.peak_gpu_gb(device)
+    return round(operating_system.peak_memory_bytes() / 1e9, 3) if gpu_gb is None else gpu_gb

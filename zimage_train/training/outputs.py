@@ -118,7 +118,7 @@ def render_previews(state: TrainState, previews: PreviewSet, step: int) -> dict[
     Both use the LoRA rounded to `save.dtype`, as an exported file holds it.
     """
     missing, measured = previews.missing(step), dict[str, float]()
-    meter = state.drift_meter if previews.is_metered and step > 0 else None
+    meter = state.drift_meter if previews.measures_drift and step > 0 else None
     if not missing and meter is None:
         return measured
     model, sample = state.frozen.model, state.config.sample

@@ -27,7 +27,7 @@ class PreviewSet:
     """Written into every image: which run and which model drew it."""
     suffix: str
     """Appended to the prompt wherever the images are shown."""
-    is_metered: bool
+    measures_drift: bool
     """Whether the drift from Turbo's own steps is measured on this set; of two sets on Turbo, only on the first."""
 
     def expected(self, step: int) -> list[tuple[Path, SamplingRequest]]:
@@ -63,7 +63,7 @@ def make_preview_sets(
         folder=folder.samples,
         run=digest,
         suffix="",
-        is_metered=config.model.variant == "turbo",
+        measures_drift=config.model.variant == "turbo",
     )
     if name is None:
         return [own]
@@ -75,7 +75,7 @@ def make_preview_sets(
         folder=folder.samples / "also",
         run=f"{digest} on {name}",
         suffix=f" (on {name})",
-        is_metered=is_turbo and not own.is_metered,
+        measures_drift=is_turbo and not own.measures_drift,
     )
     return [own, second]
 

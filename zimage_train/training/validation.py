@@ -16,7 +16,7 @@ from zimage_train.report.metrics import RecordWriter
 from zimage_train.rng import keyed_generator
 from zimage_train.training.state import TrainState
 
-QUANTILES = [index / 10 for index in range(1, 10)]
+DECILES = [index / 10 for index in range(1, 10)]
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class ValidationSigmas:
 
 def validation_sigmas(config: Config) -> ValidationSigmas:
     """Return the noise levels at which the loss of `config` is measured."""
-    u, steps, turbo = torch.tensor(QUANTILES, dtype=torch.float64), config.timesteps, VARIANTS["turbo"]
+    u, steps, turbo = torch.tensor(DECILES, dtype=torch.float64), config.timesteps, VARIANTS["turbo"]
     shift = VARIANTS[config.model.variant].shift
     trained = flow.quantile_sigma(u, steps.type, steps.bias, shift, steps.min, steps.max)
     return ValidationSigmas(trained.tolist(), flow.sampling_sigmas(turbo.steps, turbo.shift)[:-1])

@@ -6,7 +6,7 @@ import pytest
 
 from zimage_train.config.schema import Config
 from zimage_train.config.variants import VARIANTS
-from zimage_train.planning.warnings import FEW_IMAGES, HIGH_LR, MANY_STEPS, STEPS_FOR_FEW_IMAGES, config_warnings
+from zimage_train.planning.config_warnings import FEW_IMAGES, HIGH_LR, MANY_STEPS, STEPS_FOR_FEW_IMAGES, config_warnings
 
 FINE: dict[str, Any] = {
     "name": "a",
