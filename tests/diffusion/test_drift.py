@@ -129,7 +129,7 @@ def command(lora: Path, output: Path, *more: str) -> tuple[int, str]:
 def test_drift_command(tmp_path: Path):
     """The command measures, draws images and gives a verdict."""
     found = {}
-    for factor in (0.0, 1.0, 4.0):
+    for factor in (0.0, 4.0):
         output = tmp_path / f"{factor:g}"
         code, said = command(scaled(tmp_path, factor), output)
         assert code == 0, said
@@ -139,7 +139,7 @@ def test_drift_command(tmp_path: Path):
         assert f"deviation {found[factor]['deviation']:.3f}" in said and found[factor]["verdict"] in said
     assert found[0.0]["deviation"] == pytest.approx(0, abs=1e-5)
     assert found[0.0]["kept"] == pytest.approx(1, abs=0.02) and found[0.0]["gap"] == pytest.approx(1, abs=0.02)
-    assert found[0.0]["deviation"] < found[1.0]["deviation"] < found[4.0]["deviation"]
+    assert found[0.0]["deviation"] < found[4.0]["deviation"]
     assert "keeps Turbo's 8 steps" in found[0.0]["verdict"] and "drifted" in found[4.0]["verdict"]
 
 

@@ -75,7 +75,7 @@ def is_stopped(root: Path) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("launcher", "number"), [(ACCELERATE, 15), (TORCHRUN, 15), (TORCHRUN, 2)])
+@pytest.mark.parametrize(("launcher", "number"), [(ACCELERATE, 15), (TORCHRUN, 2)])
 def test_signal_to_the_launcher_alone(launch, tmp_path: Path, launcher, number: int):
     """A signal to the launcher alone reaches the run, which saves."""
     root = tmp_path / "runs" / "tiny"

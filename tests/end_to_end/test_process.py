@@ -61,13 +61,13 @@ def wait_for(process: subprocess.Popen[str], path: Path, lines: int) -> None:
     raise AssertionError(f"{path} never had {lines} lines")
 
 
-LONG = {"train": {"steps": 60, "batch_size": 1}, "save": {"every": 5}}
+TWELVE_STEPS = {"train": {"steps": 12, "batch_size": 1}, "save": {"every": 5}}
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_signal_saves(start, tmp_path: Path, number: int, code: int):
     """A signal makes the run save and say how to continue."""
-    process = start("tiny", **(LONG | {"save": {"every": None}, "train": {"steps": 500, "batch_size": 1}}))
+    process = start("tiny", train={"steps": 500, "batch_size": 1})
     wait_for(process, tmp_path / "runs" / "tiny" / "metrics.jsonl", 4)
     process.send_signal(number)
     output, _ = process.communicate(timeout=HANG_SECONDS)
@@ -104,7 +104,7 @@ def number_of_imports() -> int:
     return int(whole.stdout.split()[-1])
 
 
-@pytest.mark.parametrize("share", [0.1, 0.25, 0.5, 0.75, 0.9])
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
 def test_ctrl_c_during_imports(tmp_path: Path, number_of_imports: int, share: float):
     """Ctrl-C while modules are imported shows no traceback.
 
@@ -128,14 +128,14 @@ def trained_here(folder: Path, cache: Path, **changes) -> Path:
 @pytest.fixture(scope="module")
 def heard(tmp_path_factory: pytest.TempPathFactory, shared_cache: Path) -> Path:
     """A run whose output somebody reads."""
-    return trained_here(tmp_path_factory.mktemp("heard"), shared_cache, **LONG)
+    return trained_here(tmp_path_factory.mktemp("heard"), shared_cache, **TWELVE_STEPS)
 
 
 @pytest.mark.parametrize("output", ["a closed pipe", "a full disk", "a closed terminal"])
 def test_nobody_has_to_listen(tmp_path: Path, shared_cache: Path, heard: Path, output: str):
     """What a run prints can be lost; its steps, checkpoints and exit code cannot."""
     path = tmp_path / "deaf.yaml"
-    path.write_text(strict_yaml.dump(mini_values(tmp_path / "runs", shared_cache, name="deaf", **LONG)))
+    path.write_text(strict_yaml.dump(mini_values(tmp_path / "runs", shared_cache, name="deaf", **TWELVE_STEPS)))
     command = [sys.executable, "-m", "zimage_train", "train", str(path)]
     if output == "a full disk":
         with open("/dev/full", "w") as full:

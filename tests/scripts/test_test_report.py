@@ -1,6 +1,7 @@
 """The table of seconds by folder that `scripts/test.sh` prints."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -47,7 +48,9 @@ def test_table_precedes_the_summary(tmp_path):
     )
     (tmp_path / "tests/test_quick.py").write_text("def test_quick(): pass\n")
     options = ["-q", "-n", "2", "-p", "scripts.test_report", "tests"]
-    done = subprocess.run([sys.executable, "-m", "pytest", *options], cwd=tmp_path, capture_output=True, text=True)
+    environment = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    command = [sys.executable, "-m", "pytest", "-p", "xdist", *options]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
     *_, quick, slow, summary = done.stdout.splitlines()
     assert quick.split() == ["tests", "0.0", "s", "of", "60"]

@@ -16,6 +16,7 @@ TINY = {
     "train.batch_size": "2",
     "sample.width": "64",
     "sample.height": "64",
+    "sample.first": "false",
     "save.every": "1",
     "log.tensorboard": "false",
 }
