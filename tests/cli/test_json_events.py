@@ -40,6 +40,7 @@ def of_kind(found: list[dict], kind: str) -> list[dict]:
     return [event for event in found if event["event"] == kind]
 
 
+@pytest.mark.slow
 def test_events_of_a_training_run(monkeypatch, capfd, tmp_path: Path) -> None:
     """A run reports its progress and where its LoRA is."""
     sets = {"train.steps": 3, "output_dir": tmp_path, "sample.every": "null", "save.every": 3, "cache.folder": tmp_path}

@@ -41,6 +41,7 @@ def test_full_disk_under_the_output(command: list[str]):
     assert done.stderr.strip() == "standard output: cannot be written (No space left on device)"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shell", [">&-", "2>&-", ">&- 2>&-"])
 def test_closed_outputs_change_no_exit_code(config: str, shell: str):
     done = run(["check", config], shell)
@@ -55,6 +56,7 @@ def test_letters_the_terminal_lacks(config: str):
     assert "b\\xfccher \\U0001f642: does not exist" in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", [["check"], ["train"], ["sample"], ["lora", "inspect"]])
 def test_path_no_system_takes(command: list[str]):
     """A path that no system takes is an error of a single line."""

@@ -192,6 +192,7 @@ def test_large_images_are_scaled_down():
 # The command
 
 
+@pytest.mark.slow
 def test_captions_written_where_missing(qwen, images):
     """Captions are written for the images that have none."""
     first, second, *others = images_of(images)
@@ -206,6 +207,7 @@ def test_captions_written_where_missing(qwen, images):
     assert said == [f"3 captions written to {images}; read them: training learns what they say"]
 
 
+@pytest.mark.slow
 def test_second_start_continues(qwen, images):
     """A second start continues, and needs no model if every image has a caption."""
     caption_folder(images, wanted(qwen), Console())
@@ -234,6 +236,7 @@ def test_interruption_keeps_captions(qwen, images, monkeypatch):
     assert texts(images) == {images_of(images)[0].with_suffix(".txt").name: "A fox.\n"}
 
 
+@pytest.mark.slow
 def test_force_writes_over(qwen, images):
     file = images_of(images)[0].with_suffix(".txt")
     file.write_text("old")
@@ -241,6 +244,7 @@ def test_force_writes_over(qwen, images):
     assert file.read_text() != "old"
 
 
+@pytest.mark.slow
 def test_unreadable_caption_is_kept(qwen, images):
     """A caption that cannot be read is not overwritten."""
     file = images_of(images)[0].with_suffix(".txt")
@@ -350,6 +354,7 @@ def test_accelerator_is_chosen(qwen, images, monkeypatch, there):
     assert taken == ["mps" if there else "cpu"]
 
 
+@pytest.mark.slow
 def test_the_command_line(qwen, images):
     code, text = run("caption", images, "--model", qwen, "--trigger", "zorb", "--kind", "character")
     assert code == 0 and "4 captions written" in text and "zorb" in text, text

@@ -106,6 +106,7 @@ def compared(loras: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Pat
     return output
 
 
+@pytest.mark.slow
 def test_images_equal_those_of_sample(compared: Path, loras: list[Path], tmp_path: Path):
     """Every image has the same bits as the image that `sample` draws."""
     one, two = loras
@@ -128,6 +129,7 @@ def test_images_equal_those_of_sample(compared: Path, loras: list[Path], tmp_pat
     assert len({pixels(path).tobytes() for path in found}) == 10, "each must differ, or the comparison says nothing"
 
 
+@pytest.mark.slow
 def test_grid_by_lora(compared: Path):
     """The grid has a column for each LoRA, beside the bare model, and a row for each prompt and strength."""
     found = {path.name[4:]: [] for path in sorted((compared / "pictures").iterdir())}
@@ -164,6 +166,7 @@ def test_grid_by_sampling(loras: list[Path], tmp_path: Path):
     assert "5 steps, g 1.5 (CFG 2.5), seed 6" in page and "a zorb (seed 6)" in page
 
 
+@pytest.mark.slow
 def test_grid_by_model(loras: list[Path], tmp_path: Path):
     """Several models draw the same LoRAs from the same noise."""
     other = tmp_path / "other"

@@ -311,6 +311,7 @@ def terminal(words: list[str], typed: list[str], folder: Path) -> tuple[int, str
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), seen
 
 
+@pytest.mark.slow
 def test_questions_are_repeated(tmp_path: Path):
     """Questions are asked again until they are answered."""
     words = ["init", str(mini.IMAGES), "-o", "x.yaml"]
@@ -322,6 +323,7 @@ def test_questions_are_repeated(tmp_path: Path):
     assert (config.model.variant, config.data[0].trigger, config.name) == ("deturbo", "rex", "x")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sign", [CTRL_C, CTRL_D])
 def test_question_interrupted(tmp_path: Path, sign: str):
     """Interrupting a question ends the command."""

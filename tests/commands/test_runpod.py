@@ -58,6 +58,7 @@ def start(volume: Path, **more: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_pod_trains(volume: Path):
     """A pod trains, prints how to copy the LoRA home, and then does what was asked for."""
     address = {"RUNPOD_POD_ID": "abc", "RUNPOD_PUBLIC_IP": "1.2.3.4", "RUNPOD_TCP_PORT_22": "10022"}
@@ -79,6 +80,7 @@ def test_a_failure_ends_the_pod_too(volume: Path):
     assert wrong.returncode == 2 and "ROLE is cook; it is download or train" in wrong.stdout
 
 
+@pytest.mark.slow
 def test_pod_taken_away_is_continued(volume: Path):
     """A pod that is taken away saves, and another pod continues its run."""
     config = volume / "my config.yaml"

@@ -46,6 +46,7 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     return root / "tiny-sweep-rank", done.output
 
 
+@pytest.mark.slow
 def test_run_equals_train_alone(swept, make_config):
     """A run of a sweep is the run that `train` alone makes, byte for byte."""
     alone = make_config(name="tiny+rank_3", lora={"rank": 3}, **SWEPT)  # the second, after another run
@@ -53,6 +54,7 @@ def test_run_equals_train_alone(swept, make_config):
     assert lora(swept[0], alone.name) == lora(Path(alone.output_dir), alone.name)
 
 
+@pytest.mark.slow
 def test_runs_differ_in_one_setting(swept):
     """The varied setting is the only difference between the runs."""
     root, _ = swept
@@ -106,6 +108,7 @@ def test_page_links_every_image(swept):
     assert not (root / "pictures").exists()
 
 
+@pytest.mark.slow
 def test_repeated_sweep_adds_values(swept, monkeypatch):
     """A repeated sweep trains nothing again, and a new value joins the others."""
     root, _ = swept
@@ -118,6 +121,7 @@ def test_repeated_sweep_adds_values(swept, monkeypatch):
     assert "lora.rank=1" in (root / "compare.html").read_text()
 
 
+@pytest.mark.slow
 def test_stopped_sweep_continues(swept, tmp_path: Path, shared_cache: Path, monkeypatch):
     """A stopped sweep continues to the same bytes."""
     config = written(tmp_path, mini_values(tmp_path, shared_cache, **SWEPT))
@@ -139,6 +143,7 @@ def test_stopped_sweep_continues(swept, tmp_path: Path, shared_cache: Path, monk
         assert lora(root, f"tiny+rank_{rank}") == lora(swept[0], f"tiny+rank_{rank}")
 
 
+@pytest.mark.slow
 def test_failed_run_stops_no_other(tmp_path, shared_cache, monkeypatch):
     """A run that fails does not keep the others from being trained."""
     config = written(tmp_path, mini_values(tmp_path, shared_cache, **SWEPT))
@@ -166,6 +171,7 @@ def test_combinations_are_checked_first(tmp_path: Path, shared_cache: Path, monk
     ]
 
 
+@pytest.mark.slow
 def test_sampling_settings_can_vary(tmp_path: Path, shared_cache: Path):
     """Settings of previews alone can be varied; previews with different noise are pointed out."""
     config = written(tmp_path, mini_values(tmp_path, shared_cache, train={"steps": 1}, sample=PREVIEWED))

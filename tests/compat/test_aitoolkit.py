@@ -588,6 +588,7 @@ def test_other_jobs_are_refused(value: str, refused):
     assert line.startswith("job.yaml:1: job: ") and "only training jobs are read" in line
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", ["x", 0, -1, float("nan"), [1], {"x": 1}], ids=str)
 def test_any_value_is_at_most_refused(value, tmp_path: Path):
     """Any value of any key is accepted or refused, and never a crash."""
@@ -965,6 +966,7 @@ def test_a_refused_job_writes_nothing(tmp_path: Path):
     assert code == 2 and "train.min_snr_gamma" in output and not target.exists()
 
 
+@pytest.mark.slow
 def test_job_trains_on_the_miniature(tmp_path: Path, shared_cache: Path):
     """A job trains as it is on the miniature."""
     options = {

@@ -500,6 +500,7 @@ def typed(value: Any) -> Any:
     return type(value).__name__, value
 
 
+@pytest.mark.slow
 @settings(quick, max_examples=30)
 @given(configs)
 def test_effective_config_reads_back(tmp_path_factory, values: dict[str, Any]):
@@ -615,6 +616,7 @@ def test_generated_files_are_fresh(generate, capsys):
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.slow
 def test_generated_files_are_checked(generate, tmp_path: Path, capsys):
     """`generate.py --check` fails for a stale or missing file, and writing makes it pass."""
     assert generate.main(["--check"], tmp_path) == 1

@@ -275,6 +275,7 @@ def test_a_bad_image_is_told_every_time(tmp_path: Path, photos: list[Path]):
         assert [type(one) for one in found] == [ImageInfo, DataError, ImageInfo, ImageInfo]
 
 
+@pytest.mark.slow
 def test_index_of_ten_thousand_images(tmp_path: Path):
     """Ten thousand known images take seconds."""
     folder = tmp_path / "many"

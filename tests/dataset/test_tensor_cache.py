@@ -119,6 +119,7 @@ def test_changed_resolution(config, counted):
     assert 1 <= found["images"] <= 4 and found["prompts"] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["vae", "text_encoder", "tokenizer"])
 def test_changed_encoder(config, counted, tmp_path: Path, part: str):
     """Another VAE or text encoder encodes only its own part again."""
@@ -136,6 +137,7 @@ def flip(content: bytes) -> bytes:
     return content[:-2] + bytes([content[-2] ^ 1]) + content[-1:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", [flip, lambda c: c[:-5], lambda c: c[:-64] + bytes(64), lambda c: b""])
 def test_damaged_entry_is_replaced(config, counted, tmp_path: Path, damage, capsys):
     """A damaged entry is encoded again to the same bytes."""
@@ -308,6 +310,7 @@ def fill_as(config: Config, share: Shard) -> tuple[CacheStats, CacheStats]:
     return found[0]
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_work(config, tmp_path: Path):
     """Two processes under torchrun together encode every image and prompt once."""
     text = dump_config(config(train={"batch_size": 1}))

@@ -108,6 +108,7 @@ def test_simple_schedule_has_the_sigmas(steps: int, shift: float, far: float):
     assert [float(sigma) for sigma in ours] == pytest.approx(simple, abs=far)
 
 
+@pytest.mark.slow
 def test_exports_have_a_workflow(make_config):
     """Each export has a workflow, which is removed with it."""
     config = make_config(train={"steps": 6}, save={"every": 1, "keep": 1}, sample=PREVIEWED | {"every": 9})

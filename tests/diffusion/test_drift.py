@@ -80,6 +80,7 @@ def by_hand(embeds: dict[str, torch.Tensor], lora: Path) -> list[float]:
     return [math.sqrt(sum(row) / len(row)) for row in shares]
 
 
+@pytest.mark.slow
 def test_deviations_equal_stock_models(turbo):
     """Deviations are those of two stock models of diffusers."""
     model, embeds = turbo
@@ -97,6 +98,7 @@ def test_turbo_itself_has_not_drifted(turbo):
     assert max(drift.deviations(model, walked, embeds, quiet)) < 1e-5
 
 
+@pytest.mark.slow
 def test_meter_takes_the_lora_off_and_on(turbo):
     """The meter compares a LoRA with Turbo without it, and puts the LoRA back."""
     model, embeds = turbo
@@ -126,6 +128,7 @@ def command(lora: Path, output: Path, *more: str) -> tuple[int, str]:
     return done.exit_code, done.output
 
 
+@pytest.mark.slow
 def test_drift_command(tmp_path: Path):
     """The command measures, draws images and gives a verdict."""
     found = {}
@@ -143,6 +146,7 @@ def test_drift_command(tmp_path: Path):
     assert "keeps Turbo's 8 steps" in found[0.0]["verdict"] and "drifted" in found[4.0]["verdict"]
 
 
+@pytest.mark.slow
 def test_prompt_file_steps_do_not_count(tmp_path: Path):
     """Steps and guidance in a prompt file are ignored."""
     path = tmp_path / "prompts.txt"
@@ -156,6 +160,7 @@ def test_prompt_file_steps_do_not_count(tmp_path: Path):
     assert len(one["sigmas"]) == 8 and one["deviations"] == other["deviations"]
 
 
+@pytest.mark.slow
 def test_weights_count(tmp_path: Path):
     code, _ = command(scaled(tmp_path, 2.0), tmp_path / "file")
     assert code == 0
@@ -190,6 +195,7 @@ def drifting(make_config) -> Config:
     return config
 
 
+@pytest.mark.slow
 def test_training_logs_drift(drifting: Config, make_config):
     """A training logs the drift, and its losses are the same."""
     plain = make_config(name="plain", sample={"every": None}, optimizer={"lr": 1e-2})
@@ -201,6 +207,7 @@ def test_training_logs_drift(drifting: Config, make_config):
     assert "Drift from Turbo" in (folder(drifting) / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_logged_drift_equals_the_command(drifting: Config, tmp_path: Path):
     """The logged drift is the drift that the command measures, without the adapter."""
     lora = tmp_path / "final.safetensors"
@@ -214,6 +221,7 @@ def test_logged_drift_equals_the_command(drifting: Config, tmp_path: Path):
     assert json.loads((tmp_path / "drift" / "drift.json").read_text())["deviation"] == pytest.approx(logged, rel=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "also", "is_measured"),
     [

@@ -190,6 +190,7 @@ def test_prompt_file_errors(tmp_path: Path, name: str, text: str, said: str):
     assert said in str(done.exception)
 
 
+@pytest.mark.slow
 def test_images_drawn_as_a_batch(tmp_path: Path):
     """Images drawn as a batch equal those drawn singly, but for rounding."""
     size = ["--width", "64", "--height", "64", "--dtype", "fp32", "--guidance", "1.5", "--steps", "4", "--count", "2"]
@@ -226,6 +227,7 @@ def sample(output: Path, *loras: str) -> np.ndarray:
     return pixels(output / "sample-42.png")
 
 
+@pytest.mark.slow
 def test_loras_are_stacked_by_weight(finished: Config, tmp_path: Path):
     """Several LoRAs are stacked by weight, and their layouts may differ."""
     from safetensors.torch import load_file, save_file
@@ -281,6 +283,7 @@ def test_sampling_of_other_variants(make_config, variant: str, expected: tuple):
     assert prompts_to_encode([recipe]) == ["a", "bad"]
 
 
+@pytest.mark.slow
 def test_grid_of_steps_and_prompts(finished: Config):
     """The grid has a row for each step and a column for each prompt."""
     folder = Path(finished.output_dir) / finished.name / "samples"
@@ -292,6 +295,7 @@ def test_grid_of_steps_and_prompts(finished: Config):
         assert grid.width > CELL_PX and grid.height > 2 * CELL_PX
 
 
+@pytest.mark.slow
 def test_final_command_of_a_run(make_config, tmp_path: Path, capsys):
     """The command printed at the end of a run draws its last preview again."""
     prompt = """a "red" zorb's $HOME; on a blue background"""

@@ -63,6 +63,7 @@ NOT_RUN = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", CONFIGS_WITHOUT_BUDGET, ids=lambda path: path.name)
 def test_every_shipped_config_trains(path: Path, tmp_path: Path, shared_cache: Path):
     options, text = tiny(tmp_path, shared_cache), path.read_text(encoding="utf-8")
@@ -102,6 +103,7 @@ def test_pages_speak_of_no_machine():
         assert not re.search(r"/(work|root|home)/", page.read_text(encoding="utf-8"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("budget_gb", BUDGETS_GB)
 def test_budget_configs_on_the_miniature(budget_gb: int, tmp_path: Path, shared_cache: Path):
     """Each config of a budget trains on the miniature with the plan that it describes.

@@ -21,6 +21,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_pages_are_built_and_found(site: Path):
     """Every page is built, and found by the search."""
     pages = {path.relative_to(ROOT / "docs").with_suffix("") for path in (ROOT / "docs").rglob("*.md")}
@@ -30,6 +31,7 @@ def test_pages_are_built_and_found(site: Path):
         assert f'"location":"{page.as_posix()}/"' in index
 
 
+@pytest.mark.slow
 def test_pages_are_self_contained(site: Path):
     """A page loads nothing from elsewhere."""
     for page in site.rglob("*.html"):

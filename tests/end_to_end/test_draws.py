@@ -546,6 +546,7 @@ def plain(table: Table) -> Table:
     return json.loads(json.dumps(table))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("section", SECTIONS)
 def test_what_is_drawn_is_what_always_was(section: str, tmp_path: Path):
     golden = json.loads(GOLDEN.read_text(encoding="utf-8"))[section]

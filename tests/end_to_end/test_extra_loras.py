@@ -40,6 +40,7 @@ def pair(make_config) -> tuple[Config, Config]:
     return plain, extra
 
 
+@pytest.mark.slow
 def test_extra_loras_change_previews_only(pair):
     """Extra LoRAs change the previews, and not the training."""
     plain, extra = pair
@@ -51,6 +52,7 @@ def test_extra_loras_change_previews_only(pair):
     assert "previews have" in (folder(extra) / "log.txt").read_text()
 
 
+@pytest.mark.slow
 def test_extra_loras_in_printed_command(pair, tmp_path: Path):
     """The printed command draws the preview again, with the extra LoRAs."""
     import shlex
@@ -63,6 +65,7 @@ def test_extra_loras_in_printed_command(pair, tmp_path: Path):
     assert np.array_equal(pixels(drawn), pixels(folder(extra) / "samples" / "000004-00.png"))
 
 
+@pytest.mark.slow
 def test_extra_loras_changed(pair):
     """Other extra LoRAs make the next start draw the last previews anew."""
     _, extra = pair

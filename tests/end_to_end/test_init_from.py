@@ -33,6 +33,7 @@ def begun(make_config, path: Path, **lora: object) -> Config:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("alpha", [None, 1.0])
 def test_run_begins_with_the_lora(make_config, first: Path, alpha: float | None) -> None:
     """A run begins with the change of the given LoRA, whatever the scales."""
@@ -61,6 +62,7 @@ def test_init_from_that_does_not_fit(make_config, first: Path, tmp_path: Path) -
         check_run(begun(make_config, tmp_path / "odd.safetensors"))
 
 
+@pytest.mark.slow
 def test_resume_needs_the_same_init_from(make_config, first: Path, tmp_path: Path) -> None:
     """A run continues only with the LoRA that it began with, wherever the file is."""
     moved = tmp_path / "moved.safetensors"

@@ -14,6 +14,7 @@ from zimage_train.training import loop, outputs
 from helpers import PREVIEWED, facts, final, folder, losses, stop_after
 
 
+@pytest.mark.slow
 def test_weights_not_restored_end_the_run(make_config, tmp_path, monkeypatch):
     """If the training weights cannot be restored after a preview, the run ends."""
     model = tmp_path / "turbo"
@@ -41,6 +42,7 @@ def test_weights_not_restored_end_the_run(make_config, tmp_path, monkeypatch):
     assert losses(config) == losses(whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lost", ["grid.png", "000004-01.png", "000000-00.png"])
 def test_killed_within_the_last_preview(make_config, lost: str):
     """After a kill within the last preview, the same command draws what is missing."""
@@ -66,6 +68,7 @@ def test_killed_within_the_last_preview(make_config, lost: str):
     assert facts(config)["starts"] == [0, 4]  # the third start found nothing to do
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lost", [["run.json"], ["config.yaml"], ["run.json", "config.yaml", "events.jsonl"]])
 def test_checkpoint_identifies_the_run(make_config, lost: list[str]):
     """A run is recognized by its checkpoint, whatever else is lost."""
@@ -78,6 +81,7 @@ def test_checkpoint_identifies_the_run(make_config, lost: list[str]):
     assert len(losses(make_config())) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "content", ['{"starts": 5, "plan": 3}', '{"starts": ["x", 1], "lora": 7}', "[]", "{", "", "\x00"]
 )
@@ -97,6 +101,7 @@ def test_changed_list_is_on_one_line(make_config):
     assert 'lora.targets: - ["attention", "feed_forward"]  + ["attention"]' in str(error.value)
 
 
+@pytest.mark.slow
 def test_allow_a_changed_rate(make_config, capsys):
     """`--allow` continues with a changed rate, and says so."""
     run_training(make_config(train={"steps": 2}), fresh=False)
@@ -148,6 +153,7 @@ def test_steps_below_those_of_the_run(make_config):
     assert (folder(make_config()) / "config.yaml").read_bytes() == config_text
 
 
+@pytest.mark.slow
 def test_change_before_a_checkpoint(make_config, monkeypatch):
     """Before the first checkpoint anything may change, and old previews are drawn anew."""
     config = make_config(sample=PREVIEWED)
@@ -161,6 +167,7 @@ def test_change_before_a_checkpoint(make_config, monkeypatch):
     assert image.stat().st_mtime_ns != before
 
 
+@pytest.mark.slow
 def test_changed_prompts_keep_their_images(make_config):
     """After a change of prompts, every image is under its own prompt."""
     run_training(make_config(sample=PREVIEWED, train={"steps": 2}), fresh=False)
@@ -176,6 +183,7 @@ def test_changed_prompts_keep_their_images(make_config):
     }
 
 
+@pytest.mark.slow
 def test_decay_makes_more_steps_a_change(make_config, capsys):
     """With a decaying schedule, more steps are another run unless they are allowed."""
     decay = {"schedule": {"name": "cosine"}}
@@ -190,6 +198,7 @@ def test_decay_makes_more_steps_a_change(make_config, capsys):
     run_training(make_config(name="flat", train={"steps": 4}), fresh=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [
@@ -222,6 +231,7 @@ def test_finished_run_with_another_dtype(make_config, capsys):
     assert "is complete" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_finished_run_with_other_prompts(make_config):
     """A finished run draws again when its prompts changed."""
     run_training(make_config(sample=PREVIEWED), fresh=False)
@@ -231,6 +241,7 @@ def test_finished_run_with_other_prompts(make_config):
     assert recipe.prompt == "a blue zorb"
 
 
+@pytest.mark.slow
 def test_previews_after_the_checkpoint(make_config, monkeypatch):
     """Previews of later steps than the checkpoint are removed at the start."""
     config = make_config(sample=PREVIEWED, save={"every": 2})

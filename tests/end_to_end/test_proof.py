@@ -133,6 +133,7 @@ CHANGING: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("setting", NEUTRAL)
 def test_the_neutral_value_changes_no_bit(bytes_of, plain_bytes, setting: str):
     if "plain" not in plain_bytes:
@@ -140,6 +141,7 @@ def test_the_neutral_value_changes_no_bit(bytes_of, plain_bytes, setting: str):
     assert bytes_of(dict(NEUTRAL[setting])) == plain_bytes["plain"]
 
 
+@pytest.mark.slow
 def test_other_values_change_the_lora(bytes_of):
     """Every other value changes the LoRA, each in its own way."""
     found = {"nothing": bytes_of({})} | {setting: bytes_of(dict(changes)) for setting, changes in CHANGING.items()}
@@ -158,6 +160,7 @@ EVERYTHING: dict[str, Any] = {
 }
 
 
+@pytest.mark.slow
 def test_memory_settings_change_no_bit(bytes_of):
     """Streaming and recomputation change no bit, with all parts of the loss.
 
@@ -168,6 +171,7 @@ def test_memory_settings_change_no_bit(bytes_of):
         assert bytes_of(EVERYTHING | {"memory": memory}) == plain, memory
 
 
+@pytest.mark.slow
 def test_run_with_everything_resumes(make_config, images: Path, monkeypatch):
     """A run with every setting continues bit for bit."""
     values = filled(dict(EVERYTHING), images)
@@ -188,6 +192,7 @@ def test_run_with_everything_resumes(make_config, images: Path, monkeypatch):
     assert len(preserved) == 4 and all(value >= 0 for value in preserved) and preserved[-1] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("weight", "accumulate"), [(2.0, 1), (0.5, 2)])
 def test_folder_weight_scales_the_loss(make_config, images: Path, weight, accumulate):
     """The weight of a folder multiplies its loss and its gradient."""
@@ -206,6 +211,7 @@ def test_folder_weight_scales_the_loss(make_config, images: Path, weight, accumu
     assert weighed["sigma"] == plain["sigma"] and weighed["samples"] == plain["samples"]
 
 
+@pytest.mark.slow
 def test_passes_follow_the_settings(make_config, images: Path):
     """The passes of a run follow its settings."""
     data = [

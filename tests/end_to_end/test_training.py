@@ -42,6 +42,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, shared_cache: Path) -> Co
     return config
 
 
+@pytest.mark.slow
 def test_run_folder_is_as_documented(finished: Config):
     """The run folder has the documented files."""
     found = {path.relative_to(folder(finished)).as_posix() for path in folder(finished).rglob("*") if path.is_file()}
@@ -63,6 +64,7 @@ def test_run_folder_is_as_documented(finished: Config):
     }
 
 
+@pytest.mark.slow
 def test_metrics_have_a_record_per_step(finished: Config):
     """Metrics have a record per step, with the samples and sigmas that it used."""
     records = read_records(folder(finished) / "metrics.jsonl")
@@ -118,6 +120,7 @@ def test_report_is_self_contained(finished: Config):
     assert "http://" not in page and "https://" not in page and "<script" not in page
 
 
+@pytest.mark.slow
 def test_user_text_is_escaped_in_the_report(make_config):
     config = make_config(train={"steps": 1}, sample=PREVIEWED | {"prompts": ["<script>alert(1)</script> zorb"]})
     run_training(config, fresh=False)
@@ -151,6 +154,7 @@ def test_fresh_moves_the_old_run_aside(make_config):
 # What must not change training
 
 
+@pytest.mark.slow
 def test_noise_is_independent_of_batches(make_config):
     """A sample's noise and sigma do not depend on how batches are made."""
 
@@ -170,6 +174,7 @@ def test_noise_is_independent_of_batches(make_config):
         assert all(single[sample] <= other[sample] for sample in single)
 
 
+@pytest.mark.slow
 def test_sigmas_follow_the_density(make_config):
     """The sigmas of a run follow the density that `timesteps` prints."""
     config = make_config(
@@ -251,6 +256,7 @@ def test_what_is_due_when(every: int | None, steps: int, expected: list[int]):
     assert [step for step in range(1, steps + 1) if is_due(every, step, steps)] == expected
 
 
+@pytest.mark.slow
 def test_checkpointing_follows_the_budget(make_config):
     """Checkpointing follows the budget of each start, and changes no loss."""
     small = make_config(memory={"budget_gb": 0.015}, train={"steps": 1, "batch_size": 8})

@@ -67,6 +67,7 @@ def change_step(path: Path) -> None:
 DAMAGES = [flip_bit, zero_tail, truncate, relabel, change_step, lambda path: path.write_bytes(b"")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("optimizer", "steps", "rank"), [("adamw", 12, 4), ("adamw8bit", 3, 48), ("prodigy", 3, 4)])
 def test_resume_after_every_step(make_config, monkeypatch, optimizer, steps, rank):
     """34. Stopped after every step and continued, a run ends in an uninterrupted run's losses, moments and bytes."""
@@ -170,6 +171,7 @@ def test_failed_save_keeps_the_last_one(tmp_path: Path, number: int, earlier: li
     assert n > 10
 
 
+@pytest.mark.slow
 def test_disk_full_within_a_run(make_config, monkeypatch):
     """37. A disk that fills up within a run ends it with exit code 7; with space again, the same command goes on."""
     options = {"train": {"steps": 3}, "save": {"every": 1}}
@@ -254,6 +256,7 @@ def test_damaged_newest_is_set_aside(tmp_path: Path, damage):
     assert (tmp_path / "step-000030.safetensors.corrupt").exists()
 
 
+@pytest.mark.slow
 def test_damaged_newest_costs_steps_only(make_config, monkeypatch, capsys):
     """38. A damaged newest checkpoint costs the steps since the previous checkpoint, and no bit of the result."""
     options = {"train": {"steps": 5}, "save": {"every": 1}}
@@ -283,6 +286,7 @@ def test_all_checkpoints_damaged(tmp_path: Path):
     assert error.value.exit_code == 4
 
 
+@pytest.mark.slow
 def test_damaged_checkpoints_need_fresh(make_config):
     """39. Damaged or deleted checkpoints keep being refused, start after start, until --fresh is asked for."""
     config = make_config(train={"steps": 2}, save={"every": 1})
@@ -324,6 +328,7 @@ def test_a_later_format_is_refused(tmp_path: Path):
         checkpoint.load(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", ["FORMAT", "ARITHMETIC"])
 def test_checkpoint_of_another_version(make_config, monkeypatch, number: str):
     """41. An intact checkpoint of another format, or of other arithmetic, is refused each time, and stays there."""
@@ -357,6 +362,7 @@ def of_another_optimizer(tensors: dict, state: dict) -> str:
     return "holds the state of Prodigy, but this run uses AdamW"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [of_another_rank, of_fewer_modules, of_another_optimizer])
 def test_checkpoint_of_another_lora(make_config, change):
     """41. A whole checkpoint of another rank, other modules or another optimizer is refused with both values."""
@@ -372,6 +378,7 @@ def test_checkpoint_of_another_lora(make_config, change):
     assert path.exists(), "it is whole, so it is not set aside"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "named"),
     [
@@ -390,6 +397,7 @@ def test_changed_config_is_refused(make_config, change: dict, named: str):
     assert error.value.exit_code == 2
 
 
+@pytest.mark.slow
 def test_more_steps_continue_a_finished_run(make_config):
     """42. More steps are no other run: its rate stays a function of the step; fewer than are done are refused."""
     warmup = {"warmup_steps": 3}
@@ -406,6 +414,7 @@ def test_more_steps_continue_a_finished_run(make_config):
         run_training(make_config(train={"steps": 3}, schedule=warmup), fresh=False)
 
 
+@pytest.mark.slow
 def test_changed_data_is_refused(make_config, tmp_path: Path):
     """43. A changed caption and a missing image are refused by name; the same images in another place are not."""
 
@@ -440,6 +449,7 @@ def test_finished_run_is_left_alone(make_config, capsys):
     assert times() == before and len(before) > 5
 
 
+@pytest.mark.slow
 def test_metrics_after_the_checkpoint(make_config, monkeypatch):
     """45. Records of steps that were lost with a crash are dropped: after it each step is there once, in order."""
     config = make_config(train={"steps": 4}, save={"every": 2})
@@ -458,6 +468,7 @@ def test_metrics_after_the_checkpoint(make_config, monkeypatch):
     assert metrics.read_text().splitlines()[:2] == lines and metrics.read_text().splitlines()[2:] != later
 
 
+@pytest.mark.slow
 def test_metrics_torn_or_a_folder(make_config):
     """45. A metrics.jsonl torn within a letter is mended; a folder of that name is an error with exit code 7."""
     run_training(make_config(train={"steps": 1}), fresh=False)
@@ -471,6 +482,7 @@ def test_metrics_torn_or_a_folder(make_config):
         run_training(make_config(train={"steps": 3}), fresh=False)
 
 
+@pytest.mark.slow
 def test_metrics_with_foreign_lines(make_config):
     """45. A line of metrics.jsonl that this program did not write is left out."""
     config = make_config(train={"steps": 1})
@@ -504,6 +516,7 @@ def test_old_checkpoint_is_named(make_config, capsys):
     assert len(losses(config)) == 4
 
 
+@pytest.mark.slow
 def test_old_export_cannot_be_removed(make_config, monkeypatch, capsys):
     """46. With save.keep 1 and a file that cannot be removed, the run goes on and says so; two checkpoints stay."""
     config = make_config(train={"steps": 4}, save={"every": 1, "keep": 1})
@@ -527,6 +540,7 @@ def test_old_export_cannot_be_removed(make_config, monkeypatch, capsys):
     ]
 
 
+@pytest.mark.slow
 def test_crash_after_the_checkpoint(make_config, monkeypatch):
     """47. A crash right after a checkpoint loses neither export nor preview: the next start makes up for them."""
     config = make_config(train={"steps": 4}, save={"every": 2}, sample=PREVIEWED)
@@ -540,6 +554,7 @@ def test_crash_after_the_checkpoint(make_config, monkeypatch):
     assert facts(config)["starts"] == [0, 2]
 
 
+@pytest.mark.slow
 def test_a_failing_preview_costs_no_step(make_config, monkeypatch, capsys):
     """47. A preview that fails is said and costs no step."""
     config = make_config(train={"steps": 3}, sample=PREVIEWED | {"every": 1})
@@ -551,6 +566,7 @@ def test_a_failing_preview_costs_no_step(make_config, monkeypatch, capsys):
     assert len(losses(config)) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "steps"), [("fp32", 4), ("bf16", 2)])
 def test_previews_change_no_bit_of_training(make_config, tmp_path: Path, dtype: str, steps: int):
     """48. Previews on or off, each step or never: training is the same, bit for bit."""

@@ -438,6 +438,7 @@ def test_nothing_at_all_is_an_error(tmp_path: Path):
     assert found.startswith(f"data.0: {tmp_path}: holds no images; put images there (.bmp, .jpeg, .jpg, .png")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [[(64, 64)], [(64, 64), (96, 64), (64, 64)]], ids=["one image", "a size of one"])
 def test_fewer_images_than_a_batch(make_config, tmp_path: Path, sizes):
     """23. A single image, or the only image of its size, makes a smaller batch; each image trains once an epoch."""
@@ -512,6 +513,7 @@ print([(sample.key(), sample.prompt) for step in range(1, 20) for batch in plan.
 """
 
 
+@pytest.mark.slow
 def test_environment_changes_nothing(photos: Path):
     """24. Another locale, time zone and hash seed change neither the dataset's fingerprint nor the training order."""
     (photos / "caf\u00e9.txt").write_text("caf\u00e9")

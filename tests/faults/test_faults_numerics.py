@@ -106,16 +106,19 @@ def check_that_a_step_was_skipped(make_config, monkeypatch, capsys, spoil) -> No
     assert one[:2] + one[3:] == other[:2] + other[3:]
 
 
+@pytest.mark.slow
 def test_loss_not_a_number(make_config, monkeypatch, capsys):
     """49. A loss that is not a number changes no bit: its step is skipped and named, and the others are as ever."""
     check_that_a_step_was_skipped(make_config, monkeypatch, capsys, no_number)
 
 
+@pytest.mark.slow
 def test_gradient_infinite(make_config, monkeypatch, capsys):
     """50. An infinite element of a gradient, under a finite loss, changes no bit: its step is skipped and named."""
     check_that_a_step_was_skipped(make_config, monkeypatch, capsys, infinite_gradient)
 
 
+@pytest.mark.slow
 def test_five_in_a_row_end_the_run(make_config, monkeypatch):
     """51. After five such steps in a row the run ends with exit code 5, and its last checkpoint is finite."""
     config = make_config(train={"steps": 9}, save={"every": 1})
@@ -131,6 +134,7 @@ def test_five_in_a_row_end_the_run(make_config, monkeypatch):
     assert newest.step == 6 and all(tensor.isfinite().all() for tensor in newest.tensors.values())
 
 
+@pytest.mark.slow
 def test_skips_count_across_starts(make_config, monkeypatch):
     """51. A new start is no new chance: steps that were skipped before it count."""
     fired = poison(monkeypatch, {2, 3, 4, 5, 6})
@@ -186,6 +190,7 @@ def out_of_memory(*_: object, **__: object) -> None:
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ...")
 
 
+@pytest.mark.slow
 def test_gpu_out_of_memory(make_config, monkeypatch):
     """53. A GPU without enough memory: one line with exit code 2 names the plan that would fit; the run can go on."""
     options = {"train": {"steps": 4, "batch_size": 8}, "save": {"every": 1}}
@@ -215,6 +220,7 @@ def test_preview_out_of_memory(make_config, monkeypatch, capsys):
     assert len(losses(config)) == 2 and final(config)
 
 
+@pytest.mark.slow
 def test_accumulation_changes_sums_only(make_config, tmp_path: Path):
     """54. A batch of 4, 2 passes of 2 and 4 of 1 train alike, and an image's noise is the same in all of them."""
     for path in mini.IMAGES.glob("zorb_0[1-4].*"):

@@ -45,6 +45,7 @@ def fork_server() -> BaseContext:
     return context
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment(make_config, tmp_path: Path, fork_server):
     """35. Killed (SIGKILL) again and again, at any moment: the same command ends in an uninterrupted run's bytes."""
     options = {"train": {"steps": 30, "batch_size": 1}, "save": {"every": 4}}
@@ -92,6 +93,7 @@ def test_second_interrupt_within_a_save(tmp_path: Path):
     assert [path.name for path in tmp_path.iterdir()] == ["x.bin"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("end", ["done", "stopped", "failed"])
 def test_signals_and_lock_are_released(make_config, monkeypatch, end: str):
     """57. After a run that ended, was stopped or failed, signals do what they did before, and the folder is free."""
@@ -250,6 +252,7 @@ def test_name_long_in_any_script(make_config, tmp_path: Path):
     assert {path.name for path in Path(output).iterdir()} == {name}
 
 
+@pytest.mark.slow
 def test_config_means_the_same_elsewhere(make_config, tmp_path: Path, monkeypatch):
     """59. Relative paths mean the folder they were given in: the written config means the same from anywhere."""
     values = {"folder": "pictures", "resolution": [64], "trigger": "zorb"}
@@ -354,6 +357,7 @@ def test_clock_jumps_back(make_config, monkeypatch):
     assert len(seconds) == 3 and all(0 < one < 60 for one in seconds)
 
 
+@pytest.mark.slow
 def test_a_run_asks_no_network(make_config, no_network: list, monkeypatch):
     """62. With local files, a run with previews, exports and TensorBoard asks no network, not even for a name."""
     names: list[object] = []
@@ -422,6 +426,7 @@ def test_check_for_torch_can_fail(tmp_path: Path):
     assert "torch" in loaded_by(["asks_for_torch"], "import asks_for_torch; asks_for_torch.now()", [str(tmp_path)])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads memory from /proc")
 def test_steps_leak_no_memory_or_threads(make_config, monkeypatch):
     """64. After 120 steps a run holds no more memory and no more threads than after 40."""

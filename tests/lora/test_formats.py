@@ -78,6 +78,7 @@ def test_other_keys_are_not(key: str):
 # There and back
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("to", LAYOUTS)
 @pytest.mark.parametrize("scale", [1.0, 0.5, 0.3, 1 / 3])
 def test_there_and_back_is_the_same_file(tmp_path: Path, to: str, scale: float):
@@ -466,6 +467,7 @@ def spoiled() -> Iterator[tuple[str, dict[str, Tensor] | bytes, str]]:
     yield "nothing", {}, "holds no LoRA"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("tensors", "said"), [case[1:] for case in spoiled()], ids=[case[0] for case in spoiled()])
 def test_bad_files_in_every_command(tmp_path: Path, tensors, said: str):
     """Each bad file is an error of a single line with exit code 4, in every command."""

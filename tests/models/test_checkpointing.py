@@ -9,6 +9,7 @@ from zimage_train.models import checkpointing
 from steps import FULL, counted_step, gradients, trained
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("mode", RECOMPUTE_MODES[1:])
 def test_recomputing_changes_no_bit(mode: str, dropout: float):
@@ -43,6 +44,7 @@ KEPT_PER_TOKEN = {
 """Numbers in bf16 by the list in the module's docstring; attention's row sums come on top, 4 bytes a head."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("side", [512, 1024])
 @pytest.mark.parametrize("mode", RECOMPUTE_MODES[1:])
 def test_modes_keep_what_they_name(mode: str, side: int):

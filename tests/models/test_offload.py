@@ -14,6 +14,7 @@ from steps import gradients, trained
 CPU = torch.device("cpu")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [None, "int8", "nf4"])
 @pytest.mark.parametrize("mode", ["elementwise", "full"])
 def test_streaming_changes_no_bit(mode: str, kind: str | None):
@@ -90,6 +91,7 @@ def test_wrong_prefetch_costs_a_copy_only():
     assert all(torch.equal(one, other) for one, other in zip(wanted, found, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [None, "fp8"])
 def test_original_weights_when_streamed(kind: str | None):
     """True Turbo and the training weights are swapped as with resident blocks."""

@@ -206,6 +206,7 @@ def test_prompts_encoded_together(monkeypatch):
     assert ticks[-1][0] == ticks[-1][1] == len(ticks) > encoder.config.num_hidden_layers
 
 
+@pytest.mark.slow
 def test_vae_tiles_when_out_of_memory(monkeypatch):
     """If memory runs out, the VAE decodes in tiles, with a close result."""
     model = vae.load_vae(mini.TURBO, CPU, torch.float32)

@@ -57,6 +57,7 @@ def test_it_is_what_a_hand_computes(make_config, monkeypatch):
         assert torch.allclose(factors.b.double() @ factors.a.double() * factors.scale, whole, rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_stopped_run_has_the_same_averages(make_config, monkeypatch):
     """A run that is stopped and continued ends with the same averages."""
     whole = make_config(name="whole", ema={"decay": 0.5}, train={"steps": 6})
@@ -87,6 +88,7 @@ def test_a_skipped_step_is_not_averaged(make_config, monkeypatch):
     assert steps == [1, 2, 4]
 
 
+@pytest.mark.slow
 def test_previews_of_averaged_weights(make_config):
     """Previews are drawn with raw or averaged weights, and the training is the same."""
     settings = {"ema": {"decay": 0.9}, "train": {"steps": 2}, "optimizer": {"lr": 0.02}}
@@ -108,6 +110,7 @@ def load(config) -> bytes:
     return content[8 + int.from_bytes(content[:8], "little") :]
 
 
+@pytest.mark.slow
 def test_old_averages_are_pruned(make_config):
     """Old averages are pruned as the raw exports are."""
     config = make_config(ema={"decay": 0.9}, train={"steps": 6}, save={"every": 1, "keep": 2})

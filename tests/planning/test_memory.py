@@ -52,11 +52,13 @@ def counted(mode: str, side: int, kind: str | None) -> int:
     return count(mode, side, kind)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("mode", "kind"), [("none", None), ("w1w3", "int8")])
 def test_two_layers_tell_what_thirty_take(mode: str, kind: str | None):
     assert count(mode, 768, kind) == pytest.approx(of_layers(mode, 768, kind, 30), rel=0.001)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [None, "fp8", "int8", "nf4"])
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("mode", RECOMPUTE_MODES)
@@ -65,6 +67,7 @@ def test_step_memory_within_5_percent(mode: str, side: int, kind: str | None):
     assert predicted(mode, side, kind) == pytest.approx(counted(mode, side, kind), rel=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", RECOMPUTE_MODES)
 def test_activations_within_5_percent(mode: str):
     """Activations alone are predicted within 5 %, too.
@@ -77,6 +80,7 @@ def test_activations_within_5_percent(mode: str):
         assert found == pytest.approx(peak - weights, rel=0.05)
 
 
+@pytest.mark.slow
 def test_quantized_takes_less_than_bf16():
     """With kept activations, a quantised model takes less than bf16 by what its weights save."""
     taken = {kind: counted("none", 512, kind) for kind in (None, "fp8", "int8", "nf4")}

@@ -60,6 +60,7 @@ def test_elsewhere_a_path_may_be_long(make_config, tmp_path: Path, monkeypatch: 
     path_lengths.require_short_paths(make_config(**settings_of_length(tmp_path, "output_dir", 300)))
 
 
+@pytest.mark.slow
 def test_written_paths_are_predicted(make_config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The longest path that a run writes is the predicted path.
 

@@ -78,6 +78,7 @@ def test_what_is_said_of_a_change(found: PreviewShift, expected: str | None):
     assert (said or "").startswith(expected or "") and (said is None) is (expected is None)
 
 
+@pytest.mark.slow
 def test_no_learning_is_reported(make_config):
     """A run that learns nothing says so in its log, report and events."""
     config = make_config(sample=PREVIEWED, optimizer={"lr": 1e-12})
@@ -91,6 +92,7 @@ def test_no_learning_is_reported(make_config):
     assert last["change_with_trigger"] < 0.001 and last["change_without_trigger"] < 0.001
 
 
+@pytest.mark.slow
 def test_a_run_that_learns_says_neither(make_config):
     config = make_config(sample=PREVIEWED | {"prompts": [PREVIEWED["prompts"][0]]}, optimizer={"lr": 0.1})
     run_training(config, fresh=False)

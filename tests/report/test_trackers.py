@@ -23,6 +23,7 @@ def shown(config) -> EventAccumulator:
     return found
 
 
+@pytest.mark.slow
 def test_tensorboard_has_all_steps(make_config):
     """TensorBoard has the numbers of every step, and the images."""
     config = make_config(log={"tensorboard": True}, sample=PREVIEWED, train={"steps": 2})
@@ -52,6 +53,7 @@ def logged(config) -> bytes:
     return b"".join(file[at + HEADER : at + BLOCK] for file in files for at in range(0, len(file), BLOCK))
 
 
+@pytest.mark.slow
 def test_wandb_offline_has_all_steps(make_config, offline, capsys):
     """W&B offline has the numbers of every step, under a single ID."""
     config = make_config(log={"wandb": "my project"}, sample=PREVIEWED, train={"steps": 2})
@@ -95,6 +97,7 @@ def test_wandb_without_a_login(make_config, monkeypatch):
         run_training(make_config(log={"wandb": "x"}), fresh=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["numbers", "images", "close"])
 def test_failing_tracker_is_left_out(make_config, monkeypatch, capsys, method: str):
     """A tracker that fails is left out, and the run continues."""
@@ -111,6 +114,7 @@ def test_failing_tracker_is_left_out(make_config, monkeypatch, capsys, method: s
     assert len(losses(make_config())) == 4
 
 
+@pytest.mark.slow
 def test_damaged_run_id(make_config, offline, tmp_path: Path):
     """A damaged run ID is made anew."""
     config = make_config(log={"wandb": "x"}, train={"steps": 1})

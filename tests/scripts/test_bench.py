@@ -17,6 +17,7 @@ def bench():
     return script("bench")
 
 
+@pytest.mark.slow
 def test_memory_bench_runs_all_cases(bench, tmp_path: Path, monkeypatch, capsys):
     """The memory benchmark runs every budget, precision and size."""
     monkeypatch.setattr(bench, "BUDGETS_GB", (24.0, 0.012))
@@ -77,6 +78,7 @@ def test_guidance_bench_is_in_the_docs():
     assert f"differ by {found['guided_and_clipped_at_1_against_clipped_at_a_third']:.1%}." in text
 
 
+@pytest.mark.slow
 def test_guidance_bench_measures(bench, tmp_path: Path, monkeypatch):
     """Guidance is measured as the docs say."""
     monkeypatch.setattr(bench, "GUIDANCE_STEPS", 4)

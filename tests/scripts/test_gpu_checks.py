@@ -119,6 +119,7 @@ def test_part_that_fails(tmp_path: Path):
     assert "error" not in read(tmp_path, "raising")["raises"]
 
 
+@pytest.mark.slow
 def test_no_gpu_is_one_line(tmp_path: Path, monkeypatch, capsys):
     """Without a GPU there is a single line and exit code 2."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")

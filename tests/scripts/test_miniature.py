@@ -165,6 +165,7 @@ def mean_difference(first: Image.Image, second: Image.Image) -> float:
     return sum(values) / len(values)
 
 
+@pytest.mark.slow
 def test_turbo_draws_in_eight_steps(pipe) -> None:
     """Turbo draws what is asked for in eight steps.
 

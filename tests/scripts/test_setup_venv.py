@@ -176,6 +176,7 @@ def test_pins_satisfy_the_project():
 # Which Python
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("version", ["3.8", "3.10"])
 @pytest.mark.parametrize("way", ["it runs the script", "it is asked for"])
 def test_old_python_is_refused(tmp_path, version, way):
@@ -249,6 +250,7 @@ def test_python_inside_the_venv(tmp_path):
 # When it installs
 
 
+@pytest.mark.slow
 def test_install_only_after_a_change(checkout, capfd):
     """Packages are installed when something changed, and only then."""
     log = checkout.root / "pip.log"
@@ -282,6 +284,7 @@ def test_install_only_after_a_change(checkout, capfd):
     assert "-e .[dev] " in asked()
 
 
+@pytest.mark.slow
 def test_pip_uses_project_constraints(checkout, monkeypatch):
     """pip uses the constraints of the project, whatever its environment says."""
     monkeypatch.setenv("PIP_CONSTRAINT", "of-the-image.txt")
@@ -296,6 +299,7 @@ def test_pip_uses_project_constraints(checkout, monkeypatch):
     }
 
 
+@pytest.mark.slow
 def test_failed_install_is_retried(checkout, monkeypatch, capfd):
     """A failed install is tried again in the same venv."""
     monkeypatch.setenv("STUB_ERROR", "ERROR: no network")
@@ -309,6 +313,7 @@ def test_failed_install_is_retried(checkout, monkeypatch, capfd):
     assert setup_venv.is_set_up(checkout, "")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["cut off while pip was installing", "its interpreter is gone", "empty folders"])
 def test_a_half_made_venv_is_made_anew(checkout, damage, capfd):
     if damage == "empty folders":
@@ -327,6 +332,7 @@ def test_a_half_made_venv_is_made_anew(checkout, damage, capfd):
     subprocess.run([checkout.program("python"), "-c", ""], check=True)
 
 
+@pytest.mark.slow
 @on_linux
 @pytest.mark.parametrize(("cut", "code"), [(signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)])
 def test_cut_off_install_is_unfinished(checkout, monkeypatch, cut, code):
@@ -394,6 +400,7 @@ def test_missing_venv_module(checkout, stubs):
 # Which torch
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("driver", "asked"), [("exit 0", "torch"), ("exit 9", f"torch=={pins()['torch']}")])
 def test_torch_by_the_driver(checkout, stubs, capfd, driver, asked):
     executable(stubs / "nvidia-smi", driver)
@@ -533,6 +540,7 @@ def test_quickstart_waits_on_windows(ready, checkout, monkeypatch, capfd):
     assert capfd.readouterr().out.endswith("<train><configs/quickstart.yaml><--set><name=two words>")
 
 
+@pytest.mark.slow
 @on_linux
 @pytest.mark.parametrize(
     ("ruff", "pyright", "tests", "code"),
@@ -557,6 +565,7 @@ def test_ci_runs_the_tests(ready):
     assert result.stdout.endswith("-p scripts.test_report\n")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [[], ["--dev"], ["install"], ["install", "--dev"]])
 def test_install_says_what_to_do_next(checkout, monkeypatch, capfd, arguments):
     monkeypatch.chdir(checkout.root)

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import test_report
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -34,6 +36,7 @@ def test_budget_folders_exist():
     assert all((ROOT / folder).is_dir() and seconds > 0 for folder, seconds in budgets.items())
 
 
+@pytest.mark.slow
 def test_table_precedes_the_summary(tmp_path):
     """pytest prints the table before its summary, and a slow test does not fail."""
     for name in ("scripts/test_report.py", "tests/io/test_slow.py", "tests/test_quick.py"):

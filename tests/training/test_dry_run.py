@@ -20,12 +20,13 @@ from zimage_train.config.types import RecomputeMode
 from zimage_train.errors import ConfigError, DiskError
 from zimage_train.planning import calibration
 from zimage_train.planning.planner import NO_LIMIT
-from zimage_train.training import dry_run, fit, step_timer
+from zimage_train.training import device_plan, dry_run, step_timer
 from zimage_train.training.step_timer import SlowStepDetector
 
 from helpers import PREVIEWED, facts, final, folder, losses
 
 
+@pytest.mark.slow
 def test_dry_run_leaves_no_trace(make_config, monkeypatch):
     """A dry run leaves no trace in what is trained."""
     config = make_config(sample=PREVIEWED | {"first": False}, lora={"dropout": 0.2})
@@ -38,6 +39,7 @@ def test_dry_run_leaves_no_trace(make_config, monkeypatch):
     assert not (folder(config) / "rehearsal.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_dry_run_of_the_largest_batch(make_config, monkeypatch):
     """The dry run makes a step of the largest batch."""
     seen = []
@@ -53,6 +55,7 @@ def test_dry_run_of_the_largest_batch(make_config, monkeypatch):
     assert shape[0] == max(sizes) and shape[2] * shape[3] >= 140  # with 144 it makes as many tokens
 
 
+@pytest.mark.slow
 def test_dry_run_of_a_preview(make_config, monkeypatch):
     """Each start draws a preview in the dry run, unless a preview is due before its first step."""
     drawn: list[int] = []
@@ -88,6 +91,7 @@ def rehearsal_problem():
     return Problem("rehearsal", "the disk is full", "free some space")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("failures", [1, 3])
 def test_dry_run_out_of_memory(make_config, monkeypatch, capsys, failures):
     """If memory runs out, more is recomputed, and the losses are the same."""
@@ -171,6 +175,7 @@ def final_path(config: Config) -> Path:
 # Quantised and streamed runs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["fp8", "int8", "nf4"])
 def test_quantized_run(make_config, kind: str):
     """A quantised run trains, draws previews, resumes and reports its error."""
@@ -300,7 +305,7 @@ def test_dry_run_of_every_mode(make_config, monkeypatch):
         dry_run, "_step", lambda run, batch: (seen.append(batch.x0[0, 0].numel()), original(run, batch))[1]
     )
     limits: dict[RecomputeMode, int] = {"none": 80, "elementwise": 0, "w1w3": 0, "attention": 0, "full": NO_LIMIT}
-    planned = fit.plan_for_devices
+    planned = device_plan.plan_for_devices
     planning = "zimage_train.commands.train.plan_for_devices"
 
     def plan_with_limits(*args: Any) -> Any:

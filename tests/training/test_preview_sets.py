@@ -59,6 +59,7 @@ def test_second_model_weights_and_back(other: Path):
     assert all(torch.equal(one, before[name]) for name, one in weights(frozen).items())
 
 
+@pytest.mark.slow
 def test_second_model_draws_each_preview(make_config, other: Path, tmp_path):
     """Each preview is drawn on the second model, too, and training is the same."""
     base = {"path": str(mini.TURBO), "variant": "base", "extras": str(mini.TURBO), "adapter": None}
@@ -94,6 +95,7 @@ def test_second_model_draws_each_preview(make_config, other: Path, tmp_path):
     assert "the LoRA keeps" in (folder(config) / "log.txt").read_text()
 
 
+@pytest.mark.slow
 def test_second_model_changed(make_config, other: Path):
     """Another second model draws all previews of the last step again."""
     sample = PREVIEWED | {"first": False, "every": 9}

@@ -102,6 +102,7 @@ def first_run(config: Config, monkeypatch: pytest.MonkeyPatch) -> TrainState:
     return seen[0]
 
 
+@pytest.mark.slow
 def test_target_is_the_mean_velocity(make_config, broken: Path, monkeypatch) -> None:
     """The target is the teacher's mean velocity over the interval.
 
@@ -147,6 +148,7 @@ def test_target_is_the_mean_velocity(make_config, broken: Path, monkeypatch) -> 
             )
 
 
+@pytest.mark.slow
 def test_imitation_trains_its_first_lora(make_config, broken: Path, monkeypatch):
     """Imitation trains the LoRA that it began with towards its own result with many steps.
 
@@ -187,6 +189,7 @@ def test_imitation_trains_its_first_lora(make_config, broken: Path, monkeypatch)
     assert after < 0.8 * before
 
 
+@pytest.mark.slow
 def test_de_distill_trains_on_turbo(make_config, monkeypatch) -> None:
     """`de_distill` trains on latents that Turbo draws in eight steps."""
     config = make_config(name="adapter", model={"adapter": None}, train={"method": "de_distill", "steps": 3})
@@ -203,6 +206,7 @@ def test_de_distill_trains_on_turbo(make_config, monkeypatch) -> None:
     assert len(list(losses_of(run.frozen.model, batch, config))) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["trajectory_imitation", "de_distill"])
 def test_stopped_run_draws_nothing_twice(make_config, broken: Path, monkeypatch, method: str):
     """A stopped run continues bit for bit, and draws nothing twice."""
@@ -272,6 +276,7 @@ def from_prompts(make_config, path: Path, **changes: object) -> Config:
     return values.model_copy(update={"data": [DataEntry(prompts=str(path), resolution=[64, 96])]})
 
 
+@pytest.mark.slow
 def test_prompts_alone_are_enough(make_config, tmp_path: Path) -> None:
     path = tmp_path / "prompts.txt"
     path.write_bytes(
@@ -290,6 +295,7 @@ def test_prompts_alone_are_enough(make_config, tmp_path: Path) -> None:
     assert "own images: 0 found, 4 drawn" in (folder(config) / "log.txt").read_text()
 
 
+@pytest.mark.slow
 def test_changed_prompt_is_noticed(make_config, tmp_path: Path) -> None:
     """A prompt that changes is noticed by a run that continues."""
     path = tmp_path / "prompts.txt"

@@ -42,6 +42,7 @@ def test_noise_levels(make_config):
     assert biased.trained == pytest.approx([1 - (index / 10) ** 3 for index in range(1, 10)])
 
 
+@pytest.mark.slow
 def test_validation_steps(make_config, held_out, capsys):
     """Validation is measured before step 1, at its interval and after the last step."""
     config = make_config(validation=settings(held_out), train={"steps": 5})
@@ -60,6 +61,7 @@ def test_validation_steps(make_config, held_out, capsys):
     assert f"lowest validation loss: {lowest['loss']:.4f} at step {lowest['step']}" in said
 
 
+@pytest.mark.slow
 def test_validation_loss_by_hand(make_config, held_out, monkeypatch):
     """The validation loss is the mean square of an independent calculation."""
     runs = []
@@ -111,6 +113,7 @@ def test_missing_folder_is_refused(make_config, tmp_path):
     assert preflight.check_run(make_config(validation=settings(tmp_path / "none", every=None))).held_out == []
 
 
+@pytest.mark.slow
 def test_resumed_run_measures_once(make_config, held_out, monkeypatch):
     """A run that continues measures nothing twice, with the same results."""
     whole = make_config(name="whole", validation=settings(held_out), train={"steps": 4})
@@ -125,6 +128,7 @@ def test_resumed_run_measures_once(make_config, held_out, monkeypatch):
     assert facts(stopped)["starts"] == [0, 2]
 
 
+@pytest.mark.slow
 def test_tensorboard_shows_it(make_config, held_out):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -137,6 +141,7 @@ def test_tensorboard_shows_it(make_config, held_out):
     assert json.dumps(found(config)[0])
 
 
+@pytest.mark.slow
 def test_report_names_the_lowest(make_config, held_out):
     """The report draws the validation loss, and names the lowest."""
     config = make_config(validation=settings(held_out, every=1), train={"steps": 3}, preserve={"kind": "blank"})
@@ -151,6 +156,7 @@ def test_report_names_the_lowest(make_config, held_out):
     assert "Validation loss" not in page and "Preservation" not in page
 
 
+@pytest.mark.slow
 def test_other_images_are_not_compared(make_config, held_out, capsys):
     """Losses of other held-out images are not compared."""
     first = make_config(validation=settings(held_out, every=1), train={"steps": 1})
