@@ -62,7 +62,7 @@ def test_held_out_loss_falls(make_config, tmp_path: Path):
             name=name,
             data=[{"folder": str(images(tmp_path / name, shift)), "resolution": [64], "trigger": "zorb"}],
             lora={"rank": 8},
-            train={"steps": 200, "batch_size": 8},
+            train={"steps": 250, "batch_size": 4},
             optimizer={"lr": 1e-3},
         )
         run_training(config, fresh=False)
