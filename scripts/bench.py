@@ -147,14 +147,14 @@ def now(device: torch.device) -> float:
 def train(shape: TransformerShape, plan: MemoryPlan, side: int, steps: int, device: torch.device) -> dict[str, Any]:
     """Train a few steps by `plan`; return the seconds of each, the last loss, and on a GPU the peak memory."""
     frozen, attached = random_pair(shape, plan, device)
-    optimizer = build_optimizer(schema.OptimizerSettings(name="adamw"), attached.parameters())
+    optimizer = build_optimizer(schema.OptimizerSettings(name="adamw"), [attached.flat.whole])
     seconds, loss = [], torch.zeros(())
     for _ in range(steps):
         began = now(device)
         loss = loss_of(frozen, plan.workload.caption_tokens, side)
         loss.backward()
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        attached.flat.zero_grad()
         seconds.append(now(device) - began)
     peak = torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else None
     held = torch.cuda.max_memory_reserved() / 1e9 if device.type == "cuda" else None
@@ -243,8 +243,7 @@ def repeat(size: str, steps: int) -> dict[str, Any]:
         plan = planner.choose_plan(workload, PlanConstraints((None,), None, None), PLENTY, main_memory_bytes(), None)
         frozen, attached = random_pair(shape, plan, device)
         with torch.no_grad():
-            for parameter in attached.parameters():
-                parameter.fill_(0.01)  # a new LoRA's B is 0, and so the gradient of its A
+            attached.flat.whole.fill_(0.01)  # a new LoRA's B is 0, and so the gradient of its A
         for name, how in (
             ("as torch does it", contextlib.nullcontext()),
             ("as a run", devices.reproducible(device)),
@@ -255,9 +254,8 @@ def repeat(size: str, steps: int) -> dict[str, Any]:
                     began = now(device)
                     loss_of(frozen, workload.caption_tokens, side).backward()
                     seconds.append(now(device) - began)
-                    grads.append(torch.cat([p.grad.flatten() for p in attached.parameters() if p.grad is not None]))
-                    for parameter in attached.parameters():
-                        parameter.grad = None
+                    grads.append(attached.flat.grads.clone())
+                    attached.flat.zero_grad()
             off = max(float((grad - grads[0]).norm() / grads[0].norm()) for grad in grads[1:])
             equal = all(torch.equal(grad, grads[0]) for grad in grads[1:])
             found[f"{side} px, {name}"] = {"equal": equal, "off": off, "seconds": round(median(seconds[1:]), 4)}

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from zimage_train.optim.flat import FlatParameters
 from zimage_train.planning import devices
 from zimage_train.planning.memory import WeightPlacement
 from zimage_train.planning.planner import NO_LIMIT, MemoryPlan
@@ -26,12 +27,11 @@ class Step:
 
     frozen: bench.FrozenTransformer
     inputs: bench.Inputs
-    parameters: list[nn.Parameter]
+    flat: FlatParameters
 
     def run(self) -> Tensor:
         """New gradients, and the loss."""
-        for parameter in self.parameters:
-            parameter.grad = None
+        self.flat.zero_grad()
         loss = bench.loss_on(self.frozen, self.inputs)
         loss.backward()
         return loss
@@ -43,7 +43,7 @@ class Step:
 
     def gradients(self) -> Tensor:
         """A copy of those that are there now, in main memory: on the GPU it would count as the step's."""
-        return measuring.joined([parameter.grad for parameter in self.parameters if parameter.grad is not None]).cpu()
+        return self.flat.grads.cpu().clone()
 
 
 def measure(case: str, dry: bool) -> dict[str, Any]:
@@ -74,19 +74,16 @@ def made(side: int, dry: bool) -> tuple[Step, list[bench.Inputs]]:
     frozen, attached = bench.random_pair(shape, plan, device)
     draw = torch.Generator(device).manual_seed(3)
     with torch.no_grad():
-        for parameter in attached.parameters():
-            parameter.normal_(0, 0.01, generator=draw)  # a new LoRA's B is 0, and so the gradient of its A
+        attached.flat.whole.normal_(0, 0.01, generator=draw)  # a new LoRA's B is 0, and so the gradient of its A
     own, *others = (bench.inputs_of(frozen, workload.caption_tokens, side, seed) for seed in (2, 2, 5))
-    return Step(frozen, own, attached.parameters()), others
+    return Step(frozen, own, attached.flat), others
 
 
 def answer(step: Step, run: Callable[[], object], inputs: bench.Inputs, poisoned: bool = False) -> Tensor:
     """The gradients that `run` makes of `inputs`; poisoned: what it does not write is not a number."""
     step.take(inputs)
     if poisoned:
-        for parameter in step.parameters:
-            if parameter.grad is not None:
-                parameter.grad.fill_(torch.nan)
+        step.flat.grads.fill_(torch.nan)
     run()
     return step.gradients()
 
@@ -108,8 +105,6 @@ def captured(step: Step, device: torch.device) -> tuple[Callable[[], object], di
         for _ in range(WARM_UP):
             step.run()
     torch.cuda.current_stream().wait_stream(beside)
-    for parameter in step.parameters:
-        parameter.grad = None  # the graph makes its own, in its own memory
     torch.cuda.empty_cache()
     measuring.forget_peaks()
     warm = bench.now(device)

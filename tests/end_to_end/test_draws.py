@@ -441,15 +441,16 @@ def loras(scratch: Path) -> Table:
 def trained_state(scratch: Path) -> Table:
     """Names of what a checkpoint holds of the LoRA, its average and each kind of optimizer."""
     attached = layers.attach_lora(linears(), MODULES[:1], rank=4, alpha=None, dropout=0.0, seed=11)
-    table: Table = {"lora": list(attached.state()), "ema": list(ema.init_ema(0.9, attached.state()).state())}
+    table: Table = {
+        "lora": list(attached.state()),
+        "ema": list(ema.init_ema(0.9, attached.flat.whole, attached.name_views).state()),
+    }
     for name in ("adamw", "adafactor", "automagic", "prodigy"):
-        optimizer = optimizers.build_optimizer(
-            schema.OptimizerSettings.model_validate({"name": name}), attached.parameters()
-        )
-        for parameter in attached.parameters():
-            parameter.grad = torch.ones_like(parameter)
+        settings = schema.OptimizerSettings.model_validate({"name": name})
+        optimizer = optimizers.build_optimizer(settings, optimizers.parameters_for(settings.name, attached.flat))
+        attached.flat.grads.fill_(1.0)
         optimizer.step()
-        tensors, numbers = optimizers.optimizer_state(optimizer)
+        tensors, numbers = optimizers.optimizer_state(optimizer, attached.flat)
         table[name] = {"tensors": sorted(tensors), "numbers": sorted(numbers), "kind": numbers["kind"]}
     return table
 

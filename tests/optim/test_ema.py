@@ -27,16 +27,20 @@ def test_it_is_what_a_hand_computes(make_config, monkeypatch):
     update = ema.Ema.update
 
     def spy(self, trained, step):
-        seen.append({name: tensor.double().clone() for name, tensor in trained.items()})
+        seen.append({name: tensor.double().clone() for name, tensor in named(trained).items()})
         update(self, trained, step)
 
-    begin = ema.init_ema
+    begin, names = ema.init_ema, []
     monkeypatch.setattr(ema.Ema, "update", spy)
     first: dict[str, torch.Tensor] = {}
 
-    def started(decay, trained):
-        first.update({name: tensor.double().clone() for name, tensor in trained.items()})
-        return begin(decay, trained)
+    def started(decay, trained, name_views):
+        first.update({name: tensor.double().clone() for name, tensor in name_views(trained.detach()).items()})
+        names.append(name_views)
+        return begin(decay, trained, name_views)
+
+    def named(buffer):
+        return names[0](buffer.detach())
 
     monkeypatch.setattr(ema, "init_ema", started)
     config = make_config(ema={"decay": 0.3}, train={"steps": 6})
@@ -141,7 +145,7 @@ def test_lost_average_is_made_again(make_config, monkeypatch):
 
 def test_averages_of_another_run():
     """Averages of something else are refused."""
-    own = ema.init_ema(0.9, {"lora.x.A": torch.zeros(2, 3)})
+    own = ema.init_ema(0.9, torch.zeros(6), lambda buffer: {"lora.x.A": buffer.view(2, 3)})
     for state in ({}, {"ema.lora.x.A": torch.zeros(3, 3)}, {"ema.lora.y.A": torch.zeros(2, 3)}):
         with pytest.raises(WeightsError, match="no averaged weights of this run"):
             own.load_state(state, "here")

@@ -15,10 +15,32 @@ from zimage_train.config.types import ScheduleName
 from zimage_train.errors import WeightsError
 from zimage_train.optim import optimizers
 from zimage_train.optim.automagic import Automagic
+from zimage_train.optim.flat import FlatParameters
 from zimage_train.optim.schedules import lr_factor
 
 NAMES = get_args(OptimizerName)
 EIGHT_BIT = [name for name in NAMES if name.endswith("8bit")]
+
+
+SHAPES = {"a": (64, 128), "b": (128, 64), "c": (32, 192)}
+
+
+def flat_problem(shapes: dict[str, tuple[int, ...]] = SHAPES) -> FlatParameters:
+    """Parameters whose order in memory is not that of their names."""
+    flat = FlatParameters(shapes, sorted(shapes, reverse=True), torch.device("cpu"))
+    flat.allocate_grads()
+    draw = torch.Generator().manual_seed(0)
+    for view in flat.views.values():
+        view.data.normal_(generator=draw)
+    return flat
+
+
+def flat_step(optimizer: torch.optim.Optimizer, flat: FlatParameters, index: int) -> None:
+    draw = torch.Generator().manual_seed(1000 + index)
+    for name, grad in flat.split(flat.grads).items():
+        grad.copy_(flat.views[name].detach() * 0.1 + torch.randn(grad.shape, generator=draw))
+    optimizers.set_lr(optimizer, 1e-2 * (1 + index % 3))
+    optimizer.step()
 
 
 def problem(seed: int = 0) -> list[Parameter]:
@@ -34,34 +56,64 @@ def step(optimizer: torch.optim.Optimizer, parameters: list[Parameter], index: i
     optimizer.step()
 
 
+@pytest.mark.parametrize("shapes", [SHAPES, SHAPES | {"small": (7,)}], ids=["large", "with a small one"])
 @pytest.mark.parametrize("name", NAMES)
-def test_state_survives_a_round_trip(name: str):
+def test_state_survives_a_round_trip(name: OptimizerName, shapes: dict[str, tuple[int, ...]]):
     """State survives JSON and bytes, so that twelve steps equal six and six."""
     settings = OptimizerSettings(name=name, lr=0.01, weight_decay=0.1)
-    whole = problem()
-    optimizer = optimizers.build_optimizer(settings, whole)
+    whole = flat_problem(shapes)
+    optimizer = optimizers.build_optimizer(settings, optimizers.parameters_for(name, whole))
     for index in range(12):
-        step(optimizer, whole, index)
-    halves = problem()
-    first = optimizers.build_optimizer(settings, halves)
+        flat_step(optimizer, whole, index)
+    halves = flat_problem(shapes)
+    first = optimizers.build_optimizer(settings, optimizers.parameters_for(name, halves))
     for index in range(6):
-        step(first, halves, index)
-    tensors, numbers = optimizers.optimizer_state(first)
-    second = optimizers.build_optimizer(settings, halves)
+        flat_step(first, halves, index)
+    tensors, numbers = optimizers.optimizer_state(first, halves)
+    second = optimizers.build_optimizer(settings, optimizers.parameters_for(name, halves))
     optimizers.load_optimizer_state(
-        second, {k: v.clone() for k, v in tensors.items()}, json.loads(json.dumps(numbers)), "here"
+        second, halves, {k: v.clone() for k, v in tensors.items()}, json.loads(json.dumps(numbers)), "here"
     )
     for index in range(6, 12):
-        step(second, halves, index)
-    assert all(torch.equal(one, other) for one, other in zip(whole, halves, strict=True))
+        flat_step(second, halves, index)
+    assert torch.equal(whole.whole, halves.whole)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_one_buffer_gives_the_same_bits(name: OptimizerName):
+    """An optimizer on the whole buffer gives the bits and the state of an optimizer on each parameter."""
+    settings = OptimizerSettings(name=name, lr=0.01, weight_decay=0.1)
+    flat, split = flat_problem(), flat_problem()
+    on_whole = optimizers.build_optimizer(settings, optimizers.parameters_for(name, flat))
+    on_each = optimizers.build_optimizer(settings, list(split.views.values()))
+    for index in range(5):
+        flat_step(on_whole, flat, index)
+        flat_step(on_each, split, index)
+    assert (len(on_whole.param_groups[0]["params"]) == 1) == (OPTIMIZERS[name].state_block is not None)
+    assert torch.equal(flat.whole, split.whole)
+    (found, numbers), (wanted, wanted_numbers) = (
+        optimizers.optimizer_state(on_whole, flat),
+        optimizers.optimizer_state(on_each, split),
+    )
+    assert numbers == wanted_numbers and found.keys() == wanted.keys()
+    assert all(found[key].shape == wanted[key].shape and torch.equal(found[key], wanted[key]) for key in wanted)
+
+
+def test_small_parameters_keep_their_own_state():
+    """bitsandbytes keeps the state of small tensors in fp32, which a buffer of all of them would not be."""
+    small = flat_problem({"a": (64, 128), "b": (15, 256)})
+    assert optimizers.parameters_for("adamw8bit", small) == list(small.views.values())
+    odd = flat_problem({"a": (64, 128), "b": (65, 65)})
+    assert optimizers.parameters_for("adamw8bit", odd) == list(odd.views.values())
+    assert optimizers.parameters_for("adamw", odd) == [odd.whole]
 
 
 @pytest.mark.parametrize("name", EIGHT_BIT)
-def test_eight_bit_state_is_eight_bit(name: str):
-    parameters = problem()
-    optimizer = optimizers.build_optimizer(OptimizerSettings(name=name), parameters)
-    step(optimizer, parameters, 0)
-    tensors, _ = optimizers.optimizer_state(optimizer)
+def test_eight_bit_state_is_eight_bit(name: OptimizerName):
+    flat = flat_problem()
+    optimizer = optimizers.build_optimizer(OptimizerSettings(name=name), optimizers.parameters_for(name, flat))
+    flat_step(optimizer, flat, 0)
+    tensors, _ = optimizers.optimizer_state(optimizer, flat)
     moments = ("exp_avg.packed", "exp_avg_sq.packed", "s.packed") if name == "prodigy8bit" else ("state1", "state2")
     large = {key: tensors[f"optim.0.{key}"] for key in moments if f"optim.0.{key}" in tensors}
     assert len(large) == (1 if name == "lion8bit" else len(moments))
@@ -120,24 +172,24 @@ def test_parameters_reach_the_optimizer(name: str, params: dict):
 
 def test_state_of_another_optimizer():
     """The state of another optimizer is refused."""
-    parameters = problem()
-    optimizer = optimizers.build_optimizer(OptimizerSettings(name="prodigy"), parameters)
-    step(optimizer, parameters, 0)
-    tensors, numbers = optimizers.optimizer_state(optimizer)
+    flat = flat_problem()
+    optimizer = optimizers.build_optimizer(OptimizerSettings(name="prodigy"), list(flat.views.values()))
+    flat_step(optimizer, flat, 0)
+    tensors, numbers = optimizers.optimizer_state(optimizer, flat)
     with pytest.raises(WeightsError, match="state of Prodigy"):
         optimizers.load_optimizer_state(
-            optimizers.build_optimizer(OptimizerSettings(name="adamw"), parameters), tensors, numbers, "here"
+            optimizers.build_optimizer(OptimizerSettings(name="adamw"), [flat.whole]), flat, tensors, numbers, "here"
         )
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_state_size_equals_the_plan(name: str):
+def test_state_size_equals_the_plan(name: OptimizerName):
     """The state of an optimizer is as large as planned."""
-    parameter = Parameter(torch.randn(512, 1024))
-    optimizer = optimizers.build_optimizer(OptimizerSettings(name=name, lr=0.01), [parameter])
-    parameter.grad = torch.randn(512, 1024)
-    optimizer.step()
-    tensors, _ = optimizers.optimizer_state(optimizer)
+    flat = flat_problem({"a": (512, 1024)})
+    parameter = flat.views["a"]
+    optimizer = optimizers.build_optimizer(OptimizerSettings(name=name, lr=0.01), optimizers.parameters_for(name, flat))
+    flat_step(optimizer, flat, 0)
+    tensors, _ = optimizers.optimizer_state(optimizer, flat)
     size = sum(one.numel() * one.element_size() for key, one in tensors.items() if "qmap" not in key)
     taken, planned = size / parameter.numel(), OPTIMIZERS[name].state_bytes
     if name == "adafactor":

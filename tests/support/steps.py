@@ -39,9 +39,8 @@ def gradients(frozen, attached, captions: tuple[int, ...] = (5, 40)) -> list[tor
     prediction = velocity(frozen.model, x, torch.rand(len(captions), generator=draw), prompts)
     loss = prediction.square().mean()
     loss.backward()
-    found = [loss.detach(), *(parameter.grad for parameter in attached.parameters())]
-    for parameter in attached.parameters():
-        parameter.grad = None
+    found = [loss.detach(), *(tensor.clone() for tensor in attached.flat.split(attached.flat.grads).values())]
+    attached.flat.zero_grad()
     return found
 
 
@@ -51,7 +50,7 @@ def counted_step(mode: str, side: int, layers: int, kind: str | None = None) -> 
     model: ZImageTransformer2DModel = transformer.empty_transformer(shape, torch.bfloat16, kind)
     with torch.device("meta"):
         modules = targets.select_modules(["attention", "feed_forward"], shape.linears)
-        _inject(model, dict.fromkeys(modules, 16), 1.0, 0.0)
+        _inject(model, dict.fromkeys(modules, 16), 1.0, 0.0).flat.allocate_grads()
         model.train()
         model.enable_gradient_checkpointing(checkpointing.checkpoint_by_tokens(lambda tokens: mode, False))
 

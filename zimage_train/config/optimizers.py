@@ -26,6 +26,9 @@ class OptimizerSpec:
     """Keys that `optimizer.params` may have, with their types."""
     needs: str | None = None
     """Package that it needs and that is not installed on every platform."""
+    state_block: int | None = 1
+    """Number of neighbouring elements that share a number of the state; None: the update of an element depends on its
+    whole tensor. An optimizer with a number treats all factors of a LoRA as a single tensor."""
     finds_lr: bool = False
     """Whether it estimates the learning rate, so that `optimizer.lr` is a factor on its estimate."""
 
@@ -57,17 +60,17 @@ _BNB = "bitsandbytes"
 OPTIMIZERS: dict[OptimizerName, OptimizerSpec] = {
     "adam": OptimizerSpec(8, _ADAM),
     "adamw": OptimizerSpec(8, _ADAM),
-    "adam8bit": OptimizerSpec(2.1, _ADAM, needs=_BNB),
-    "adamw8bit": OptimizerSpec(2.1, _ADAM, needs=_BNB),
-    "paged_adamw8bit": OptimizerSpec(2.1, _ADAM, needs=_BNB),
+    "adam8bit": OptimizerSpec(2.1, _ADAM, needs=_BNB, state_block=256),
+    "adamw8bit": OptimizerSpec(2.1, _ADAM, needs=_BNB, state_block=256),
+    "paged_adamw8bit": OptimizerSpec(2.1, _ADAM, needs=_BNB, state_block=256),
     "ademamix": OptimizerSpec(12, _ADEMAMIX, needs=_BNB),
-    "ademamix8bit": OptimizerSpec(3.1, _ADEMAMIX, needs=_BNB),
+    "ademamix8bit": OptimizerSpec(3.1, _ADEMAMIX, needs=_BNB, state_block=256),
     "lion": OptimizerSpec(4, _TWO_BETAS, needs=_BNB),
-    "lion8bit": OptimizerSpec(1.1, _TWO_BETAS, needs=_BNB),
-    "prodigy": OptimizerSpec(16, _PRODIGY, finds_lr=True),
-    "prodigy8bit": OptimizerSpec(7.1, _PRODIGY, needs=_BNB, finds_lr=True),
+    "lion8bit": OptimizerSpec(1.1, _TWO_BETAS, needs=_BNB, state_block=256),
+    "prodigy": OptimizerSpec(16, _PRODIGY, state_block=None, finds_lr=True),
+    "prodigy8bit": OptimizerSpec(7.1, _PRODIGY, needs=_BNB, state_block=None, finds_lr=True),
     # The state itself is small, but the update is a temporary of the size of the parameters.
-    "adafactor": OptimizerSpec(4, _ADAFACTOR),
+    "adafactor": OptimizerSpec(4, _ADAFACTOR, state_block=None),
     "adagrad": OptimizerSpec(4, _ADAGRAD),
-    "automagic": OptimizerSpec(8, _AUTOMAGIC),
+    "automagic": OptimizerSpec(8, _AUTOMAGIC, state_block=None),
 }

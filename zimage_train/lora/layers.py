@@ -5,6 +5,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -16,10 +17,14 @@ from torch import Tensor, nn
 
 from zimage_train.errors import Problem, WeightsError
 from zimage_train.lora.lora_file import Factors, Lora
+from zimage_train.models.arch import BLOCK_PRODUCTS
 from zimage_train.models.linear import FrozenLinear
+from zimage_train.optim.flat import FlatParameters
 from zimage_train.rng import keyed_generator
 
 ADAPTER_NAME = "default"
+BLOCK = re.compile(r"\w+\.\d+\.")
+"""Matches the prefix of a block of the transformer, such as `layers.0.`."""
 
 
 class TrainedLinear(peft_lora.Linear):
@@ -44,21 +49,31 @@ class TrainedLinear(peft_lora.Linear):
 class LoraLayers:
     """The trainable LoRA factors of a model: `a[module]` (rank, in) and `b[module]` (out, rank), fp32."""
 
-    a: dict[str, nn.Parameter]
-    b: dict[str, nn.Parameter]
+    flat: FlatParameters
+    """A and B of each module, as `module.A` and `module.B`."""
     scale: float
+
+    @cached_property
+    def a(self) -> dict[str, nn.Parameter]:
+        return {name.removesuffix(".A"): view for name, view in self.flat.views.items() if name.endswith(".A")}
+
+    @cached_property
+    def b(self) -> dict[str, nn.Parameter]:
+        return {name.removesuffix(".B"): view for name, view in self.flat.views.items() if name.endswith(".B")}
 
     def parameters(self) -> list[nn.Parameter]:
         """Return every trainable parameter, in a fixed order: A and B of each module."""
-        parameters: list[nn.Parameter] = []
-        for module in self.a:
-            parameters += [self.a[module], self.b[module]]
-        return parameters
+        return list(self.flat.views.values())
 
     def state(self) -> dict[str, Tensor]:
         """Return name -> tensor, as a checkpoint stores them; the tensors share memory with the model."""
-        a = {f"lora.{module}.A": parameter.detach() for module, parameter in self.a.items()}
-        return a | {f"lora.{module}.B": parameter.detach() for module, parameter in self.b.items()}
+        return self.name_views(self.flat.whole.detach())
+
+    def name_views(self, buffer: Tensor) -> dict[str, Tensor]:
+        """Return name -> view of `buffer`, which is laid out as the factors are: every A, then every B."""
+        tensors = self.flat.split(buffer)
+        a = {f"lora.{name}": tensor for name, tensor in tensors.items() if name.endswith(".A")}
+        return a | {f"lora.{name}": tensor for name, tensor in tensors.items() if name.endswith(".B")}
 
     def load_state(self, state: Mapping[str, Tensor], where: str) -> None:
         """Copy `state` into the model.
@@ -112,6 +127,7 @@ def attach_lora(
     """
     scale = 1.0 if alpha is None else alpha / rank
     attached = _inject(model, dict.fromkeys(modules, rank), scale, dropout)
+    attached.flat.allocate_grads()
     with torch.no_grad():
         for module, a in attached.a.items():
             bound = 1.0 / math.sqrt(a.shape[1])
@@ -173,13 +189,39 @@ def _inject(model: nn.Module, ranks: dict[str, int], scale: float, dropout: floa
     if differing:
         message = "peft attached a LoRA where none was requested, or none where a LoRA was"
         raise WeightsError(Problem(differing[0], message, code="other-shape"))
-    a, b = {}, {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for name in ranks:
-        layer = layers[name]
-        device = layer.get_base_layer().weight.device
-        for part, store in (("lora_A", a), ("lora_B", b)):
-            linear = getattr(layer, part)[ADAPTER_NAME].to(device=device, dtype=torch.float32)
-            linear.weight.requires_grad_(True)
-            store[name] = linear.weight
-        layer.scaling[ADAPTER_NAME] = scale
-    return LoraLayers(a, b, scale)
+        for part in ("A", "B"):
+            shapes[f"{name}.{part}"] = tuple(_linear(layers[name], part).weight.shape)
+    device = cast(Tensor, layers[next(iter(ranks))].get_base_layer().weight).device
+    flat = FlatParameters(shapes, memory_order(list(ranks)), device)
+    for name in ranks:
+        for part in ("A", "B"):
+            _linear(layers[name], part).weight = flat.views[f"{name}.{part}"]
+        layers[name].scaling[ADAPTER_NAME] = scale
+    return LoraLayers(flat, scale)
+
+
+def _linear(layer: LoraLayer, part: str) -> nn.Linear:
+    """Return the linear layer of `layer` whose weight is A or B."""
+    return cast(nn.Linear, getattr(layer, f"lora_{part}")[ADAPTER_NAME])
+
+
+def memory_order(modules: list[str]) -> list[str]:
+    """Return the names of the factors of `modules` in the order in which they lie in memory.
+
+    The factors of a block are next to each other. So are the A of modules with the same input, which together are the A
+    of a single product.
+    """
+    by_block: dict[str, list[str]] = {}
+    for module in modules:
+        prefix = BLOCK.match(module)
+        by_block.setdefault(prefix[0] if prefix else "", []).append(module)
+    order: list[str] = []
+    for block, members in by_block.items():
+        groups = [[block + name for name in product if block + name in members] for product in BLOCK_PRODUCTS]
+        in_products = {module for group in groups for module in group}
+        groups += [[module] for module in members if module not in in_products]
+        for group in groups:
+            order += [f"{module}.A" for module in group] + [f"{module}.B" for module in group]
+    return order

@@ -18,6 +18,13 @@ TensorShape = tuple[int, ...]
 MAX_LAYERS = 1000
 IN_A_BLOCK = re.compile(r"(layers|noise_refiner|context_refiner)\.\d+\.(attention|feed_forward)\.")
 """Matches the linear layers that hold 98 % of the weights, the only layers that are ever quantised."""
+BLOCK_PRODUCTS = (
+    ("attention.to_q", "attention.to_k", "attention.to_v"),
+    ("attention.to_out.0",),
+    ("feed_forward.w1", "feed_forward.w3"),
+    ("feed_forward.w2",),
+)
+"""The linear layers of a block in the order in which they run; those of a group have the same input."""
 SCALE_BLOCK = 64
 """Number of quantised weights that share a scale; see `scale_block_size`."""
 MAX_PROMPT_TOKENS = 512

@@ -1,6 +1,6 @@
 """Exponential moving average of the LoRA weights, kept in fp32."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -24,14 +24,16 @@ class Ema:
     """Averaged weights, keyed by the names of the trained weights."""
 
     decay: float
+    buffer: Tensor
+    """The averages, fp32, laid out as the buffer of the trained weights. In bf16 an update by a factor of 1 - decay =
+    0.001 would be rounded away."""
     shadow: dict[str, Tensor]
-    """Name -> average, fp32: in bf16 an update by a factor of 1 - decay = 0.001 would be rounded away."""
+    """Name -> average: views of `buffer`."""
 
     @torch.no_grad()
-    def update(self, trained: Mapping[str, Tensor], step: int) -> None:
-        """Set s <- d s + (1 - d) w for every average s and weight w, after the optimizer's `step`."""
-        weight = 1.0 - decay_at(self.decay, step)
-        torch._foreach_lerp_(list(self.shadow.values()), [trained[name] for name in self.shadow], weight)
+    def update(self, trained: Tensor, step: int) -> None:
+        """Set s <- d s + (1 - d) w for every average s and weight w of the buffer `trained`, after the `step`."""
+        self.buffer.lerp_(trained, 1.0 - decay_at(self.decay, step))
 
     def state(self) -> dict[str, Tensor]:
         """Return name -> tensor, as a checkpoint stores them."""
@@ -54,6 +56,7 @@ class Ema:
             tensor.copy_(state[name])
 
 
-def init_ema(decay: float, trained: Mapping[str, Tensor]) -> Ema:
-    """Return averages that start as copies of `trained`."""
-    return Ema(decay, {name: tensor.detach().float().clone() for name, tensor in trained.items()})
+def init_ema(decay: float, trained: Tensor, name_views: Callable[[Tensor], dict[str, Tensor]]) -> Ema:
+    """Return averages that start as a copy of the buffer `trained`; `name_views` names the parts of such a buffer."""
+    buffer = trained.detach().clone()
+    return Ema(decay, buffer, name_views(buffer))

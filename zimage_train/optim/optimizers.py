@@ -2,7 +2,7 @@
 
 import contextlib
 import io
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,17 +10,32 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from zimage_train.config import schema
+from zimage_train.config.optimizers import OPTIMIZERS, OptimizerName
 from zimage_train.errors import Problem, WeightsError
 from zimage_train.optim.automagic import Automagic
+from zimage_train.optim.flat import FlatParameters
 from zimage_train.optim.schedules import base_lr
 
+LEAST_8BIT_ELEMENTS = 4096
+"""bitsandbytes keeps the state of smaller tensors in fp32."""
 
-def build_optimizer(settings: schema.OptimizerSettings, parameters: Iterable[Parameter]) -> torch.optim.Optimizer:
+
+def build_optimizer(settings: schema.OptimizerSettings, parameters: list[Parameter]) -> torch.optim.Optimizer:
     """Return the optimizer that `settings` names, for `parameters`."""
     # YAML has lists only, while the optimizers compare or unpack tuples, such as betas.
     params = {key: tuple(value) if isinstance(value, list) else value for key, value in settings.params.items()}
     factory = OPTIMIZER_FACTORIES[settings.name]
-    return factory(list(parameters), lr=base_lr(settings), weight_decay=settings.weight_decay, **params)
+    return factory(parameters, lr=base_lr(settings), weight_decay=settings.weight_decay, **params)
+
+
+def parameters_for(name: OptimizerName, flat: FlatParameters) -> list[Parameter]:
+    """Return what the optimizer `name` is to update: the whole buffer of `flat` if that gives the same bits.
+
+    Otherwise, where the update of an element depends on its tensor, it is each parameter for itself.
+    """
+    block = OPTIMIZERS[name].state_block
+    is_same = block == 1 or (block is not None and flat.has_blocks(block, LEAST_8BIT_ELEMENTS))
+    return [flat.whole] if is_same else list(flat.views.values())
 
 
 def _bitsandbytes(name: str) -> Callable[..., torch.optim.Optimizer]:
@@ -96,15 +111,15 @@ def current_lr(optimizer: torch.optim.Optimizer) -> float:
     return float(group["lr"]) * float(group.get("d", 1.0))
 
 
-def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def optimizer_state(optimizer: torch.optim.Optimizer, flat: FlatParameters) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return the optimizer's whole state: tensors by name, and the other values, which JSON stores exactly.
 
-    Tensors are named `optim.<index of the parameter>.<key>`.
+    Tensors are named `optim.<index of the parameter>.<key>`, also if the optimizer works on the whole buffer of `flat`.
     """
     tensors: dict[str, Tensor] = {}
     scalars: dict[str, dict[str, Any]] = {}
-    for index, parameter in enumerate(_parameters(optimizer)):
-        for key, value in optimizer.state.get(parameter, {}).items():
+    for key, values in _state_by_key(optimizer, flat).items():
+        for index, value in values.items():
             if isinstance(value, Tensor):
                 tensors[f"optim.{index}.{key}"] = value.detach().clone()
             else:
@@ -116,8 +131,33 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor]
     return tensors, {"kind": type(optimizer).__name__, "state": scalars, "groups": groups}
 
 
+def _state_by_key(optimizer: torch.optim.Optimizer, flat: FlatParameters) -> dict[str, dict[int, Any]]:
+    """Return key -> index of the parameter -> state, for the parameters of `flat`."""
+    state: dict[str, dict[int, Any]] = {}
+    for index, parameter in enumerate(_parameters(optimizer)):
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if parameter is not flat.whole:
+                state.setdefault(key, {})[index] = value
+            elif _block_of(key, value) is None:
+                state[key] = dict.fromkeys(range(len(flat.shapes)), value)
+            else:
+                state[key] = dict(enumerate(flat.split(value, _block_of(key, value) or 1).values()))
+    return state
+
+
+def _block_of(key: str, value: Any) -> int | None:
+    """Return how many elements of a parameter share a number of the state `key`, or None if all share the value."""
+    if not isinstance(value, Tensor) or value.ndim == 0 or key.startswith("qmap"):
+        return None
+    return 256 if key.startswith("absmax") else 1
+
+
 def load_optimizer_state(
-    optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], numbers: dict[str, Any], where: str
+    optimizer: torch.optim.Optimizer,
+    flat: FlatParameters,
+    tensors: dict[str, Tensor],
+    numbers: dict[str, Any],
+    where: str,
 ) -> None:
     """Restore the state that `optimizer_state` returned.
 
@@ -134,19 +174,38 @@ def load_optimizer_state(
     for group, saved in zip(optimizer.param_groups, saved_groups, strict=True):
         for key, value in saved.items():
             group[key] = tuple(value) if isinstance(value, list) else value
-    for key, values in numbers["state"].items():
-        optimizer.state[parameters[int(key)]].update(values)
+    by_key: dict[str, dict[int, Any]] = {}
+    for index, values in numbers["state"].items():
+        for key, value in values.items():
+            by_key.setdefault(key, {})[int(index)] = value
     for name, tensor in tensors.items():
         _, index, key = name.split(".", 2)
-        parameter = parameters[int(index)]
+        by_key.setdefault(key, {})[int(index)] = tensor
+    for key, values in by_key.items():
+        if parameters[0] is not flat.whole:
+            for index, value in values.items():
+                _set_state(optimizer, parameters[index], key, value)
+            continue
+        block = _block_of(key, values[0])
+        whole = values[0] if block is None else flat.join(dict(zip(flat.shapes, _in_order(values), strict=True)), block)
+        _set_state(optimizer, flat.whole, key, whole)
+
+
+def _in_order(values: dict[int, Any]) -> list[Any]:
+    return [values[index] for index in sorted(values)]
+
+
+def _set_state(optimizer: torch.optim.Optimizer, parameter: Parameter, key: str, value: Any) -> None:
+    """Put a copy of `value` into the state of `parameter`, where the optimizer would have put it."""
+    if isinstance(value, Tensor):
         # torch keeps the step of AdamW on the CPU, so that reading it does not synchronise with the GPU.
-        on_cpu = key == "step" and tensor.ndim == 0
-        value = tensor.clone() if on_cpu else tensor.to(parameter.device, copy=True)
+        on_cpu = key == "step" and value.ndim == 0
+        value = value.clone() if on_cpu else value.to(parameter.device, copy=True)
         # Only a buffer that bitsandbytes allocates itself is paged; any other tensor would stay on the GPU. It pages
         # the moments, which have the parameter's shape, and not the small tensors beside them (absmax, code).
         if getattr(optimizer, "is_paged", False) and value.shape == parameter.shape:
             value = optimizer.get_state_buffer(parameter, dtype=value.dtype).copy_(value)  # pyright: ignore
-        optimizer.state[parameter][key] = value
+    optimizer.state[parameter][key] = value
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[Parameter]:

@@ -86,8 +86,10 @@ def build_state(context: RunContext, plan: MemoryPlan, checkpoint: Checkpoint | 
     frozen = _load_frozen(context, plan)
     lora = _attach_lora(context, frozen, plan)
     dataset = _open_dataset(context, frozen)
-    optimizer = optimizers.build_optimizer(config.optimizer, lora.parameters())
-    averages = None if config.ema.decay is None else ema.init_ema(config.ema.decay, lora.state())
+    optimizer = optimizers.build_optimizer(
+        config.optimizer, optimizers.parameters_for(config.optimizer.name, lora.flat)
+    )
+    averages = None if config.ema.decay is None else ema.init_ema(config.ema.decay, lora.flat.whole, lora.name_views)
     start_step = 0
     if checkpoint is not None:
         start_step = checkpoint.step
@@ -200,7 +202,8 @@ def _load_checkpoint(checkpoint: Checkpoint, lora: LoraLayers, averages: Ema | N
     lora.load_state(checkpoint.part("lora."), where)
     if averages is not None:
         averages.load_state(checkpoint.part("ema."), where)
-    optimizers.load_optimizer_state(optimizer, checkpoint.part("optim."), checkpoint.metadata["optimizer"], where)
+    tensors, numbers = checkpoint.part("optim."), checkpoint.metadata["optimizer"]
+    optimizers.load_optimizer_state(optimizer, lora.flat, tensors, numbers, where)
 
 
 def _drift_meter(config: Config, preview_sets: list[PreviewSet], dataset: CachedDataset) -> DriftMeter | None:

@@ -20,7 +20,7 @@ from zimage_train.io import atomic, tensorfile
 
 FORMAT = 3
 """Version of the names and layout of the tensors. 1 and 2 were used before the first release."""
-ARITHMETIC = 1
+ARITHMETIC = 2
 """Raised by every change after which the same step of the same run gives other bits, so that a run is not continued
 with arithmetic that its first steps did not have."""
 NAME = re.compile(r"step-(\d{6,})\.safetensors")

@@ -9,7 +9,6 @@ from datetime import timedelta
 import torch
 from accelerate import PartialState
 from torch import Tensor
-from torch.nn import Parameter
 
 from zimage_train.errors import ConfigError, Problem, WorkerLostError
 
@@ -61,26 +60,21 @@ def barrier() -> None:
         PartialState().wait_for_everyone()
 
 
-def all_reduce_gradients(world: World, parameters: list[Parameter], numbers: Tensor) -> Tensor:
-    """Sum every gradient in place, and `numbers`, over the processes; return the summed numbers.
+def all_reduce_gradients(world: World, grads: Tensor, numbers: Tensor) -> Tensor:
+    """Sum the buffer of gradients in place over the processes, and return the sums of `numbers`.
 
-    Gradients are summed, not averaged: each process has scaled its losses by its share of all samples. Everything goes
-    through one flat tensor, so that there is a single reduction instead of hundreds.
+    Gradients are summed, not averaged: each process has scaled its losses by its share of all samples.
 
     Raises:
         WorkerLostError: a process has ended.
     """
     if world.world_size == 1:
         return numbers
-    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    flat = torch.cat([*(grad.reshape(-1) for grad in grads), numbers.float()])
-    with _reporting_lost_workers():
-        torch.distributed.all_reduce(flat)
-    offset = 0
-    for grad in grads:
-        grad.copy_(flat[offset : offset + grad.numel()].view_as(grad))
-        offset += grad.numel()
-    return flat[offset:]
+    summed = numbers.float()
+    for tensor in (grads, summed):
+        with _reporting_lost_workers():
+            torch.distributed.all_reduce(tensor)
+    return summed
 
 
 def all_reduce_min(world: World, number: float) -> float:

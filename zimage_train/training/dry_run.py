@@ -132,7 +132,7 @@ def _attempt(state: TrainState, batch: Batch) -> float | torch.OutOfMemoryError:
         # The traceback refers to the frames of the step, which hold its activations; without it they are freed.
         return error.with_traceback(None)
     finally:
-        state.optimizer.zero_grad(set_to_none=True)
+        state.lora.flat.zero_grad()
 
 
 def _full_batches(state: TrainState) -> list[tuple[Sample, ...]]:
@@ -207,7 +207,9 @@ def _try_save(state: TrainState) -> None:
     """Write a checkpoint and a LoRA, and read them back."""
     path, trained, dtype = state.folder.rehearsal, state.lora.factors(), state.config.save.dtype
     try:
-        tensorfile.save_with_digest(path, state.lora.state() | optimizers.optimizer_state(state.optimizer)[0], {})
+        tensorfile.save_with_digest(
+            path, state.lora.state() | optimizers.optimizer_state(state.optimizer, state.lora.flat)[0], {}
+        )
         tensorfile.load_with_digest(path)
         lora_file.export_lora(path, trained, dtype, state.export_metadata)
         verify.verify_export(path, trained, dtype, state.frozen.shape.linears)

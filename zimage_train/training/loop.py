@@ -35,7 +35,7 @@ def train(state: TrainState, metrics: RecordWriter, events: RecordWriter) -> Non
         DivergedError: the loss or the gradient was not finite `MAX_CONSECUTIVE_SKIPS` times in a row.
     """
     config, model, world = state.config, state.frozen.model, state.world
-    parameters, last_step = state.lora.parameters(), config.train.steps
+    flat, last_step = state.lora.flat, config.train.steps
     loss_names = ("loss",) if config.preserve.kind is None else ("loss", "preservation")
     num_skipped = trailing_skips(state)
     before_first_step(state, metrics, events)
@@ -55,18 +55,18 @@ def train(state: TrainState, metrics: RecordWriter, events: RecordWriter) -> Non
                 sums[loss.name] += loss.plain * share
         # A signal may reach one process a step before another: all of them stop after the step in which any asks.
         wants_stop = sums["loss"].new_tensor(float(state.stop.signal_number is not None))
-        reduced = all_reduce_gradients(world, parameters, torch.stack([*sums.values(), wants_stop]))
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        reduced = all_reduce_gradients(world, flat.grads, torch.stack([*sums.values(), wants_stop]))
+        norm = torch.linalg.vector_norm(flat.grads)
         # Every value that is read makes the CPU wait for the GPU, so all are read at once.
         *loss_values, stop_votes, norm_value = torch.cat([reduced, norm.reshape(1)]).tolist()
         is_finite = all(math.isfinite(value) for value in (*loss_values, norm_value))
         if is_finite:  # the same in all processes, since both loss and gradient are reduced
             if config.train.max_grad_norm is not None:
-                torch.nn.utils.clip_grads_with_norm_(parameters, config.train.max_grad_norm, norm)
+                flat.clip_grads(norm, config.train.max_grad_norm)
             state.optimizer.step()
             if state.ema is not None:
-                state.ema.update(state.lora.state(), step)
-        state.optimizer.zero_grad(set_to_none=True)
+                state.ema.update(flat.whole, step)
+        flat.zero_grad()
         num_skipped = 0 if is_finite else num_skipped + 1
         record = step_record(step, batches, dict(zip(loss_names, loss_values, strict=True)), lr, norm_value)
         record |= {"seconds": round(time.monotonic() - began, 4), "gb": memory_gb(world.device)}

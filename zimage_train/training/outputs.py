@@ -32,7 +32,7 @@ def save_checkpoint(state: TrainState, step: int) -> None:
         DivergedError: the LoRA or the optimizer is not finite.
         DiskError: it cannot be written.
     """
-    tensors, optimizer = optimizers.optimizer_state(state.optimizer)
+    tensors, optimizer = optimizers.optimizer_state(state.optimizer, state.lora.flat)
     numbers = {"optimizer": optimizer, "identity": dict(state.identity)}
     averages = state.ema.state() if state.ema else {}
     for path in checkpoint.save(state.folder.checkpoints, step, state.lora.state() | averages | tensors, numbers):
