@@ -8,6 +8,8 @@ python scripts/bench.py --repeat [--size full|mini] [-o docs/bench/repeat.json]
     Run the same step repeatedly, with torch's defaults and with those of a run, and compare gradients and times.
 python scripts/bench.py --quantize [-o docs/bench/quantize.json]
     Measure on the miniature the error of each quantisation in the weights, in the adapter's delta and in the loss.
+python scripts/bench.py --count [-o docs/bench/count.json]
+    Count on the meta device the work of a step of the full model, and of diffusers with peft: launches, bytes, memory.
 python scripts/bench.py --guidance [-o docs/bench/guidance.json]
     Train the miniature with differential guidance, with clipping and with other learning rates, and compare the LoRAs.
 """
@@ -38,6 +40,7 @@ from zimage_train.io.operating_system import main_memory_bytes
 from zimage_train.lora import layers, lora_file, targets, training_adapter
 from zimage_train.lora.layers import LoraLayers
 from zimage_train.lora.training_adapter import TrainingAdapter
+from zimage_train.measure import counting
 from zimage_train.models import loading, transformer
 from zimage_train.models.arch import TransformerShape
 from zimage_train.models.offload import BlockOffloader, streamed_blocks
@@ -106,7 +109,7 @@ def random_pair(
     frozen = random_model(shape, plan.placement, dtype, device)
     modules = targets.select_modules(["attention", "feed_forward"], shape.linears)
     attached = layers.attach_lora(frozen.model, modules, RANK, None, 0.0, 1)
-    apply_recompute_plan(frozen.model, plan, 0.0)
+    apply_recompute_plan(frozen, attached, plan, 0.0)
     return frozen, attached
 
 
@@ -359,16 +362,19 @@ def main(arguments: list[str]) -> int:
     what.add_argument("--repeat", action="store_true")
     what.add_argument("--quantize", action="store_true")
     what.add_argument("--guidance", action="store_true")
+    what.add_argument("--count", action="store_true")
     parser.add_argument("--size", choices=("full", "mini"), default="mini")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--budgets", type=float, nargs="+", default=BUDGETS_GB, help="in GB")
-    parser.add_argument("-o", "--output", type=Path)
+    parser.add_argument("-o", "--output", "--json", type=Path)
     asked = parser.parse_args(arguments)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as zimage_train.__main__ does
     if asked.memory:
         result = memory(asked.size, asked.steps, asked.budgets)
     elif asked.repeat:
         result = repeat(asked.size, asked.steps)
+    elif asked.count:
+        result = counting.comparison(SIDES["full"])
     else:
         result = quantize() if asked.quantize else guidance()
     text = json.dumps(result, indent=1) + "\n"

@@ -31,7 +31,7 @@ from zimage_train.models.arch import TransformerShape
 from zimage_train.planning.gpus import GPU_SPECS
 from zimage_train.planning.memory import Workload, caption_tokens, host_bytes
 from zimage_train.planning.planner import MemoryPlan, PlanConstraints, choose_plan
-from zimage_train.planning.recompute_costs import RECOMPUTE_COSTS
+from zimage_train.planning.recompute_costs import describe_mode
 from zimage_train.report import printing
 
 ROOT = Path(__file__).parent.parent
@@ -251,7 +251,7 @@ def budget_yaml(budget_gb: int) -> str:
         f"# The planner predicts {plan.peak.total / 1e9:.1f} GB at the most. zimage-train check says what it",
         "# chooses for your images, card and main memory; here:",
         f"#   weights   bf16, {held if streamed else 'all on the card'}",
-        *(f"#   {side:4} px   {RECOMPUTE_COSTS[mode].description} recomputed" for side, mode in modes.items()),
+        *(f"#   {side:4} px   {describe_mode(mode)} recomputed" for side, mode in modes.items()),
         "# Written by scripts/generate.py.",
     ]
     text = templates.render_template("turbo", "character")

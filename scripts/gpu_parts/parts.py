@@ -136,6 +136,14 @@ PARTS: dict[str, Part] = {
         dry_cases=("all",),
         limit_s=90,
     ),
+    "fused": Part(
+        shows="the step with fused blocks and with diffusers' blocks: milliseconds, memory, and how far they are apart",
+        work="gpu_parts.fused:measure",
+        cases=(*crossed(SIDES, ["none"]), "1024 px: w1w3"),
+        dry_cases=crossed([DRY_SIDE], ["none", "w1w3"]),
+        limit_s=240,
+        case_limit_s=90,
+    ),
     "graph": Part(
         shows="the step as it is, and captured as a CUDA graph: milliseconds, the same bits, capture, memory",
         work="gpu_parts.graph:measure",

@@ -164,7 +164,7 @@ def test_failed_collective_is_a_lost_worker(monkeypatch):
 
     monkeypatch.setattr(torch.distributed, "all_reduce", broken)
     with pytest.raises(WorkerLostError, match=r"another process has ended \(\[gloo\] Connection closed") as error:
-        distributed.all_reduce_gradients(World(torch.device("cpu"), 0, 2), [], torch.zeros(2))
+        distributed.all_reduce_gradients(World(torch.device("cpu"), 0, 2), torch.zeros(2), torch.zeros(2))
     assert error.value.exit_code == 8 and "more" not in str(error.value)
 
 

@@ -49,9 +49,9 @@ def fetches(ring: offload.BlockOffloader, monkeypatch: pytest.MonkeyPatch) -> li
         seen.append(("copy", index))
         return fetch(self, index)
 
-    def spy_enter(self, index):
+    def spy_enter(self, index, following):
         seen.append(("enter", index))
-        return enter(self, index)
+        return enter(self, index, following)
 
     monkeypatch.setattr(offload.BlockOffloader, "_fetch", spy_fetch)
     monkeypatch.setattr(offload.BlockOffloader, "_enter", spy_enter)

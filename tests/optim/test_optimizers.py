@@ -99,7 +99,7 @@ def test_one_buffer_gives_the_same_bits(name: OptimizerName):
     assert all(found[key].shape == wanted[key].shape and torch.equal(found[key], wanted[key]) for key in wanted)
 
 
-def test_small_parameters_keep_their_own_state():
+def test_small_parameters_are_apart():
     """bitsandbytes keeps the state of small tensors in fp32, which a buffer of all of them would not be."""
     small = flat_problem({"a": (64, 128), "b": (15, 256)})
     assert optimizers.parameters_for("adamw8bit", small) == list(small.views.values())

@@ -66,7 +66,7 @@ def test_full_precision_is_preferred():
     [
         ("h100", {512: "none", 768: "none", 1024: "none"}),
         ("4090", {512: "none", 768: "elementwise", 1024: "w1w3"}),
-        ("4080", {512: "w1w3", 768: "attention", 1024: "full"}),
+        ("4080", {512: "w1w3", 768: "attention", 1024: "attention"}),
     ],
 )
 def test_sizes_recompute_the_least(name: str, expected: dict[int, str]):

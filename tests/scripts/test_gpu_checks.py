@@ -79,6 +79,9 @@ def test_parts_run_dry_and_once(tmp_path: Path):
         for record in cases.values():
             assert record["dry"] is True and record["card"] == "cpu" and record["torch"] and "triton" in record
             assert "error" not in record
+    for record in read(tmp_path, "fused").values():
+        assert record["fused"]["same_bits"] and record["modules"]["same_bits"] and not record["has_kernels"]
+        assert record["loss_off"] < 1e-2 and 0 < record["gradients_off"] < 5e-2  # in bf16
     graph = read(tmp_path, "graph")["64 px"]
     assert graph["eager"]["same_bits"] and graph["graph"]["same_bits"] and graph["eager"]["ms"] > 0
     attention = {split(case)[1]: record for case, record in read(tmp_path, "attention").items()}
@@ -162,7 +165,7 @@ def test_part_that_does_not_exist(capsys):
     """A part that does not exist is refused."""
     with pytest.raises(SystemExit, match="2"):
         gpu_checks.main(["graphs"])
-    assert "no part is called graphs; there are facts, graph," in capsys.readouterr().err
+    assert "no part is called graphs; there are facts, fused, graph," in capsys.readouterr().err
 
 
 def test_the_table_can_be_run_as_it_stands():

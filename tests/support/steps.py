@@ -1,27 +1,52 @@
 """Steps to compare and to count: of the miniature, with numbers, and of the full model on the meta device."""
 
 from dataclasses import replace
+from types import ModuleType
 
 import torch
-from diffusers import ZImageTransformer2DModel
 
 from zimage_train import mini
 from zimage_train.diffusion.frozen import load_frozen
-from zimage_train.lora import targets
-from zimage_train.lora.layers import _inject, attach_lora
-from zimage_train.models import checkpointing, transformer
+from zimage_train.lora import fused_block, targets
+from zimage_train.lora.layers import attach_lora
+from zimage_train.measure.counting import CountedStep, count_step, our_model
+from zimage_train.models import checkpointing, region_ops
 from zimage_train.models.arch import TransformerShape
 from zimage_train.models.transformer import velocity
-
-from counting import Live, with_flash
 
 CPU = torch.device("cpu")
 FULL = TransformerShape()
 
 
-def trained(mode: str, kind: str | None = None, dropout: float = 0.0, streamed: int = 0):
-    frozen = load_frozen(mini.TURBO / "transformer", None, "fp32", CPU, kind, streamed)
-    modules = targets.select_modules(["attention", "feed_forward"], frozen.shape.linears)
+def trained(
+    mode: str,
+    kind: str | None = None,
+    dropout: float = 0.0,
+    streamed: int = 0,
+    dtype: str = "fp32",
+    groups: tuple[str, ...] = ("attention", "feed_forward"),
+):
+    """A step of the miniature whose blocks are fused where that is possible, and a LoRA that is not zero."""
+    frozen, attached = unfused("none", kind, dropout, streamed, dtype, groups)
+    by_tokens = checkpointing.checkpoint_by_tokens(lambda tokens: mode, dropout > 0)
+    fused_block.fuse_blocks(frozen.model, attached, frozen.offloader, lambda tokens: mode, by_tokens)
+    return frozen, attached
+
+
+def unfused(
+    mode: str,
+    kind: str | None = None,
+    dropout: float = 0.0,
+    streamed: int = 0,
+    dtype: str = "fp32",
+    groups: tuple[str, ...] = ("attention", "feed_forward"),
+):
+    """The same step, in which each block is diffusers' module."""
+    frozen = load_frozen(mini.TURBO / "transformer", None, dtype, CPU, kind, streamed)
+    kinds = [group for group in groups if "." not in group]
+    modules = targets.select_modules(kinds, frozen.shape.linears) if kinds else []
+    endings = tuple(group for group in groups if "." in group) or ("none",)
+    modules += [name for name in frozen.shape.linears if name.startswith("layers.") and name.endswith(endings)]
     attached = attach_lora(frozen.model, modules, 4, None, dropout, 1)
     for index, b in enumerate(attached.b.values()):
         b.data.normal_(generator=torch.Generator().manual_seed(index)).mul_(0.05)
@@ -30,12 +55,16 @@ def trained(mode: str, kind: str | None = None, dropout: float = 0.0, streamed: 
     return frozen, attached
 
 
-def gradients(frozen, attached, captions: tuple[int, ...] = (5, 40)) -> list[torch.Tensor]:
-    draw = torch.Generator().manual_seed(5)
+def gradients(
+    frozen, attached, captions: tuple[int, ...] = (5, 40), size: tuple[int, int] = (8, 8), seed: int = 5
+) -> list[torch.Tensor]:
+    """The loss and the gradient of every factor; captions of different lengths are padded, and need a mask."""
+    draw = torch.Generator().manual_seed(seed)
     frozen.model.train()
     torch.manual_seed(6)
-    x = torch.randn(len(captions), 16, 8, 8, generator=draw)
-    prompts = [torch.randn(length, frozen.shape.cap_feat_dim, generator=draw) for length in captions]
+    x = torch.randn(len(captions), 16, *size, generator=draw)
+    dtype = frozen.model.dtype
+    prompts = [torch.randn(length, frozen.shape.cap_feat_dim, generator=draw).to(dtype) for length in captions]
     prediction = velocity(frozen.model, x, torch.rand(len(captions), generator=draw), prompts)
     loss = prediction.square().mean()
     loss.backward()
@@ -44,25 +73,8 @@ def gradients(frozen, attached, captions: tuple[int, ...] = (5, 40)) -> list[tor
     return found
 
 
-def counted_step(mode: str, side: int, layers: int, kind: str | None = None) -> tuple[Live, int, int]:
-    """Forward and backward at the full width on the meta device: bytes of the weights, and kept after the forward."""
-    shape = replace(FULL, n_layers=layers)
-    model: ZImageTransformer2DModel = transformer.empty_transformer(shape, torch.bfloat16, kind)
-    with torch.device("meta"):
-        modules = targets.select_modules(["attention", "feed_forward"], shape.linears)
-        _inject(model, dict.fromkeys(modules, 16), 1.0, 0.0).flat.allocate_grads()
-        model.train()
-        model.enable_gradient_checkpointing(checkpointing.checkpoint_by_tokens(lambda tokens: mode, False))
-
-        def run() -> tuple[Live, int, int]:
-            with Live() as live:
-                for parameter in model.parameters():
-                    live.watch(parameter)
-                weights = live.now
-                x, prompt = torch.empty(1, 16, side // 8, side // 8), torch.empty(64, 2560, dtype=torch.bfloat16)
-                loss = velocity(model, x, torch.empty(1), [prompt]).square().mean()
-                kept = live.now - weights
-                loss.backward()
-            return live, weights, kept
-
-        return with_flash(run)
+def counted_step(
+    mode: str, side: int, layers: int, kind: str | None = None, ops: ModuleType | None = region_ops
+) -> CountedStep:
+    """The work of a step at the full width; without `ops`, of diffusers' blocks."""
+    return count_step(our_model(replace(FULL, n_layers=layers), mode, kind, ops=ops), side)

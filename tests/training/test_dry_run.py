@@ -107,9 +107,9 @@ def test_dry_run_out_of_memory(make_config, monkeypatch, capsys, failures):
 
     apply = dry_run.apply_recompute_plan
 
-    def spy(model, plan, dropout):
+    def spy(frozen, lora, plan, dropout):
         modes.append(plan.mode_of(plan.workload.max_tokens))
-        apply(model, plan, dropout)
+        apply(frozen, lora, plan, dropout)
 
     monkeypatch.setattr(dry_run, "_step", short_of_memory)
     monkeypatch.setattr(dry_run, "apply_recompute_plan", spy)

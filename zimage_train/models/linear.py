@@ -18,8 +18,10 @@ OP_NAME = "zimage_train::frozen_linear"
 torch.library.define(OP_NAME, "(Tensor x, Tensor weight, Tensor? scales, Tensor? a, Tensor? b, float scale) -> Tensor")
 
 
-@torch.library.impl(OP_NAME, "CompositeExplicitAutograd")
-def _forward(x: Tensor, weight: Tensor, scales: Tensor | None, a: Tensor | None, b: Tensor | None, scale: float):
+def frozen_linear_kernels(
+    x: Tensor, weight: Tensor, scales: Tensor | None, a: Tensor | None, b: Tensor | None, scale: float
+) -> Tensor:
+    """Return what `frozen_linear` does, as the operations that it consists of."""
     y = F.linear(x, _dense(weight, scales, x.dtype))
     if a is None or b is None:
         return y
@@ -29,6 +31,7 @@ def _forward(x: Tensor, weight: Tensor, scales: Tensor | None, a: Tensor | None,
     return y
 
 
+torch.library.impl(OP_NAME, "CompositeExplicitAutograd", frozen_linear_kernels)
 frozen_linear = torch.ops.zimage_train.frozen_linear.default
 """The forward as an operation of the dispatcher, which selective checkpointing can save or recompute as a whole."""
 
@@ -78,6 +81,10 @@ class FrozenLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         return self.with_lora(input, None, None, 0.0)
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """Return the weight (out, in), unpacked to `dtype` if it is quantised."""
+        return _dense(self.weight, self.scales, dtype)
 
     def with_lora(self, x: Tensor, a: Tensor | None, b: Tensor | None, scale: float) -> Tensor:
         """Return `x W' + scale * (x A') B'` for x (..., in), A (rank, in) and B (out, rank)."""

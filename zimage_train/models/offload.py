@@ -85,6 +85,7 @@ class BlockOffloader:
         """Recorded on the copy stream when the copy into a slot is complete."""
 
         self._parameters: list[list[nn.Parameter]] = []
+        self._indices = {id(block): index for index, block in enumerate(blocks)}
         self._cpu_buffers: dict[int, Tensor] = {}
         for index, block in enumerate(blocks):
             # The parameters have no storage of their own: `_enter` points them into the slot that holds their block.
@@ -104,18 +105,29 @@ class BlockOffloader:
         """Forget what the slots hold, because the weights in CPU memory have changed."""
         self._resident = [None] * DEVICE_SLOTS
 
-    def _before_forward(self, index: int, block: nn.Module, inputs: object) -> None:
-        self._enter(index)
+    def enter(self, block: nn.Module, is_backward: bool) -> None:
+        """Make `block` usable on the current stream in a training step; a block that is not offloaded always is.
 
-    def _enter(self, index: int) -> None:
-        """Make block `index` usable on the current stream, and start copying the block that comes after it."""
+        The block that comes after it in the pass is copied meanwhile.
+        """
+        index = self._indices.get(id(block))
+        if index is None:
+            return
+        following = index - 1 if is_backward else index + 1
+        # At the top, the pass turns round, and both blocks that come next are in the slots already.
+        self._enter(index, following if following in range(len(self._parameters)) else None)
+
+    def _before_forward(self, index: int, block: nn.Module, inputs: object) -> None:
+        self._enter(index, self._next_block(index))
+
+    def _enter(self, index: int, following: int | None) -> None:
+        """Make block `index` usable on the current stream, and start copying the block `following`."""
         slot = self._resident.index(index) if index in self._resident else self._fetch(index)
         if self._copy_stream is not None:
             # The GPU waits for the copy, the CPU does not: kernels of this block are queued behind the event.
             torch.cuda.current_stream().wait_event(self._ready[slot])
         for parameter, view in zip(self._parameters[index], self._slot_views[slot], strict=True):
             parameter.data = view
-        following = self._next_block(index)
         # Set before the prefetch: `_fetch` never overwrites the slot of `_last`, which is now the block about to run.
         self._last = index
         if following is not None and following not in self._resident:

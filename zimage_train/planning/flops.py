@@ -19,14 +19,15 @@ from zimage_train.models.arch import TransformerShape, image_tokens, padded_toke
 from zimage_train.models.pinned_memory import DEVICE_SLOTS
 from zimage_train.planning.gpus import GpuSpec
 from zimage_train.planning.memory import WeightPlacement, Workload, block_bytes, parameter_count
-from zimage_train.planning.recompute_costs import RECOMPUTE_COSTS
+from zimage_train.planning.recompute_costs import MODULE_COSTS, recompute_costs
 
 CAPTION_TOKENS = 64
 """Length of a typical caption. Time depends on the average caption, memory on the longest."""
 EFFICIENCY = 0.9
 """Fraction of a data sheet's arithmetic and bandwidth that large kernels reach."""
-OTHER_TRAFFIC_BYTES = 545
-"""Bytes per token and unit of `dim`, as `RecomputeCost.traffic_bytes`, for embedders, refiners and the final layer."""
+OTHER_TRAFFIC_BYTES = {True: 130, False: 545}
+"""Fused or not: bytes per token and unit of `dim`, as `RecomputeCost.traffic_bytes`, for embedders, refiners and the
+final layer."""
 UNPACK_BYTES = 7
 """Bytes moved to unpack a quantised weight: 1 read, 2 written by the cast, 2 read and 2 written by the scaling."""
 LAUNCH_SECONDS = 6e-6
@@ -43,7 +44,7 @@ def step_flops(shape: TransformerShape, size: Bucket, mode: RecomputeMode) -> fl
     """Return the operations of forward and backward on a sample, without the LoRA's own, which are about 1 %."""
     linear, attention = _layer_flops(shape, size)
     recomputed = linear * _recomputed_share(shape, mode)
-    if RECOMPUTE_COSTS[mode].recomputes_attention:
+    if MODULE_COSTS[mode].recomputes_attention:
         recomputed += attention
     # Forward, backward of the products, backward of attention (five products of tokens by tokens where the forward has
     # two), and what is computed a second time.
@@ -64,7 +65,8 @@ def _forward_backward_seconds(
 ) -> float:
     shape, batch = workload.shape, workload.batch(size)
     tokens = (_image_tokens(size) + padded_tokens(CAPTION_TOKENS)) * batch
-    moved = (shape.n_layers * RECOMPUTE_COSTS[mode].traffic_bytes + OTHER_TRAFFIC_BYTES) * shape.dim * tokens
+    cost = recompute_costs(workload.is_fused)[mode]
+    moved = (shape.n_layers * cost.traffic_bytes + OTHER_TRAFFIC_BYTES[workload.is_fused]) * shape.dim * tokens
     if placement.quantization is not None:
         # Weights are unpacked for the forward, for the backward, and for the products that are recomputed. Nothing
         # dense is kept in between.
@@ -73,7 +75,7 @@ def _forward_backward_seconds(
     computing = step_flops(shape, size, mode) * batch / (EFFICIENCY * card.tflops * 1e12)
     moving = moved / (EFFICIENCY * card.gb_per_second * 1e9)
     # At small sizes the GPU waits for Python, which launches the kernels one by one.
-    launching = RECOMPUTE_COSTS[mode].kernels * shape.n_layers * LAUNCH_SECONDS
+    launching = cost.kernels * shape.n_layers * LAUNCH_SECONDS
     # Copies overlap with computing, in the forward and again in the backward.
     return max(computing + moving, launching, 2 * _streaming_seconds(workload, placement, card))
 
@@ -90,8 +92,8 @@ def forward_seconds(workload: Workload, placement: WeightPlacement, size: Bucket
     shape = workload.shape
     tokens = (_image_tokens(size) + padded_tokens(CAPTION_TOKENS)) * batch
     computing = forward_flops(shape, size) * batch / (EFFICIENCY * card.tflops * 1e12)
-    # About a third of the traffic of forward and backward without recomputation belongs to the forward.
-    traffic_bytes = RECOMPUTE_COSTS["none"].traffic_bytes / 3
+    # Previews run as modules. About a third of the traffic of their forward and backward belongs to the forward.
+    traffic_bytes = MODULE_COSTS["none"].traffic_bytes / 3
     moving = traffic_bytes * shape.n_layers * shape.dim * tokens / (EFFICIENCY * card.gb_per_second * 1e9)
     return max(computing + moving, _streaming_seconds(workload, placement, card))
 
@@ -143,7 +145,7 @@ def _block_weights(shape: TransformerShape) -> int:
 
 def _recomputed_share(shape: TransformerShape, mode: RecomputeMode) -> float:
     """Return the fraction of a block's products that `mode` computes a second time."""
-    products = RECOMPUTE_COSTS[mode].recomputed_products
+    products = MODULE_COSTS[mode].recomputed_products
     if products == "none":
         return 0.0
     if products == "all":

@@ -16,7 +16,7 @@ from zimage_train.planning.calibration import CalibrationFactor
 from zimage_train.planning.gpus import GPU_SPECS, DeviceLimits, GpuSpec
 from zimage_train.planning.planner import MemoryPlan
 from zimage_train.planning.preflight import RunSpec
-from zimage_train.planning.recompute_costs import RECOMPUTE_COSTS
+from zimage_train.planning.recompute_costs import describe_mode
 
 SIGMAS_IN_A_VALIDATION = 17
 """Forward passes for each validation image: at nine deciles of the trained noise levels and at Turbo's 8 steps."""
@@ -98,7 +98,7 @@ def _one_line_forecast(spec: RunSpec, plan: MemoryPlan, card: GpuSpec, price: fl
     if not plan.fits:
         return f"does not fit ({plan.peak.total / 1e9:.1f} GB)"
     largest = max(plan.workload.sizes, key=plan.workload.tokens)
-    recomputed = RECOMPUTE_COSTS[plan.mode_of(plan.workload.tokens(largest))].description
+    recomputed = describe_mode(plan.mode_of(plan.workload.tokens(largest)))
     seconds = _run_seconds(spec, plan, card)[0] * _time_factor(_calibration(spec, card.name))
     return (
         f"{plan.peak.total / 1e9:.1f} GB, {_describe_weights(plan)}, recomputing {recomputed} at "
@@ -152,7 +152,7 @@ def _describe_recomputation(plan: MemoryPlan) -> str:
     """Return what the batches of the run recompute, each with the largest number of tokens to which it applies."""
     parts: list[str] = []
     for mode, max_tokens in plan.limits.items():
-        description = RECOMPUTE_COSTS[mode].description
+        description = describe_mode(mode)
         if max_tokens >= plan.workload.max_tokens:
             parts.append(f"{description} beyond" if parts else description)
             break
@@ -185,7 +185,7 @@ def _share_lines(spec: RunSpec, plan: MemoryPlan, device: DeviceLimits) -> list[
     for resolution, sizes in sorted(by_resolution.items()):
         most = max((plan.step_memory(size) for size in sizes), key=lambda estimate: estimate.total)
         largest = max(sizes, key=workload.tokens)
-        recomputed = RECOMPUTE_COSTS[plan.mode_of(workload.tokens(largest))].description
+        recomputed = describe_mode(plan.mode_of(workload.tokens(largest)))
         per_step = f", {plan.step_seconds(largest, card) * factor:.2f} s a step" if device.card else ""
         share = f"{seconds[resolution] / total:.0%} of the training time"
         text = f"{share}, {format_bytes(most.total)} a step, recomputing {recomputed}{per_step}"

@@ -7,6 +7,7 @@ of `dim`.
 """
 
 import math
+import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -28,10 +29,10 @@ from zimage_train.models.arch import (
     scale_block_size,
 )
 from zimage_train.models.pinned_memory import DEVICE_SLOTS, pinned_bytes
-from zimage_train.planning.recompute_costs import RECOMPUTE_COSTS
+from zimage_train.planning.recompute_costs import recompute_costs
 
-BACKWARD_BYTES = {"bf16": 18.3, "fp32": 24.3}
-"""Extra bytes per token and `dim` while a block runs backward, beyond what mode `none` keeps of it."""
+BACKWARD_BYTES = {True: {"bf16": 11.4, "fp32": 22.1}, False: {"bf16": 18.3, "fp32": 24.3}}
+"""Extra bytes per token and `dim` while a block runs backward, beyond what mode `none` keeps of it: fused or not."""
 FORWARD_BYTES = {"bf16": 31.9, "fp32": 63.3}
 """Peak of a forward pass that keeps nothing for a backward, as in sampling and validation, per token and `dim`."""
 DECODING_BYTES = {"bf16": 1536, "fp32": 3073}
@@ -87,6 +88,8 @@ class Workload:
     previews: tuple[SamplingRequest, ...]
     gpu: bool
     """Whether it runs on a GPU, which takes memory for CUDA and for fragmentation."""
+    is_fused: bool = True
+    """Whether the blocks of a step are fused; see `fuses_blocks`."""
     vae_channels: int = VAE_CHANNELS
     ema: bool = False
     extra_steps: int = 0
@@ -165,6 +168,7 @@ def make_workload(
         caption_tokens=longest_caption,
         previews=tuple(previews),
         gpu=gpu,
+        is_fused=fuses_blocks(config, modules, gpu),
         ema=config.ema.decay is not None,
         rank=config.lora.rank,
         # Preservation has a batch of its own with a backward, and a forward of the frozen model as its target.
@@ -174,6 +178,15 @@ def make_workload(
         batch_weights=batch_weights,
         held_out=max((item.size for item in held_out), key=lambda size: size.width * size.height, default=None),
     )
+
+
+def fuses_blocks(config: Config, modules: list[str], gpu: bool) -> bool:
+    """Return whether the blocks of a training step are fused (`lora.fused_block`) and do not run as modules.
+
+    Not with dropout or a LoRA on the modulations; and on a GPU with Triton only, which torch brings along on Linux.
+    """
+    has_kernels = not gpu or sys.platform == "linux"
+    return has_kernels and config.lora.dropout == 0 and not any("adaLN" in module for module in modules)
 
 
 def _batch_statistics(order: SampleOrder) -> tuple[dict[Bucket, int], dict[Bucket, float], float]:
@@ -234,11 +247,11 @@ class MemoryEstimate:
 
 def step_memory(workload: Workload, placement: WeightPlacement, mode: RecomputeMode, tokens: int) -> MemoryEstimate:
     """Return the peak of forward and backward on a batch of `tokens` tokens in all."""
-    kept = RECOMPUTE_COSTS[mode].kept_bytes[workload.dtype]
-    kept_by_none = RECOMPUTE_COSTS["none"].kept_bytes[workload.dtype]
+    costs = recompute_costs(workload.is_fused)
+    kept, kept_by_none = (costs[name].kept_bytes[workload.dtype] for name in (mode, "none"))
     # The peak is at the start of the backward, in the last block: all other blocks hold what the mode keeps. The last
     # block has been recomputed, so it holds what `none` keeps, and the gradients of the backward on top.
-    per_token = workload.shape.n_layers * kept + kept_by_none - kept + BACKWARD_BYTES[workload.dtype]
+    per_token = workload.shape.n_layers * kept + kept_by_none - kept + BACKWARD_BYTES[workload.is_fused][workload.dtype]
     return _with_weights(workload, placement, int(per_token * workload.shape.dim * tokens))
 
 

@@ -161,7 +161,7 @@ def _attach_lora(context: RunContext, frozen: FrozenTransformer, plan: MemoryPla
     attached = layers.attach_lora(
         frozen.model, modules, settings.rank, settings.alpha, settings.dropout, context.config.seed
     )
-    apply_recompute_plan(frozen.model, plan, settings.dropout)
+    apply_recompute_plan(frozen, attached, plan, settings.dropout)
     groups = ", ".join(f"{name} {count}" for name, count in targets.count_by_group(attached.a).items())
     console.info(f"LoRA rank {settings.rank}: matched {len(attached.a)}/{len(modules)} modules ({groups})")
     init_from = context.model_files.paths.init_from

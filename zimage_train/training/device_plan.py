@@ -5,16 +5,17 @@ import os
 from dataclasses import replace
 from typing import Literal, get_args
 
-from diffusers import ZImageTransformer2DModel
-
 from zimage_train.config.types import Quantization
+from zimage_train.diffusion.frozen import FrozenTransformer
 from zimage_train.errors import ConfigError, Location, Problem, WeightsError
 from zimage_train.io.operating_system import main_memory_bytes
 from zimage_train.io.safetensors_format import read_header
 from zimage_train.io.units import format_bytes
-from zimage_train.models import checkpointing
+from zimage_train.lora import fused_block
+from zimage_train.lora.layers import LoraLayers
+from zimage_train.models import checkpointing, region_ops
 from zimage_train.planning import devices, forecast, memory, planner, preflight
-from zimage_train.planning.planner import NO_LIMIT, MemoryPlan
+from zimage_train.planning.planner import MemoryPlan
 from zimage_train.planning.preflight import RunSpec
 from zimage_train.training import checkpoint, distributed
 from zimage_train.training.distributed import World
@@ -80,11 +81,13 @@ def plan_warnings(spec: RunSpec, plan: MemoryPlan) -> list[str]:
     return warnings
 
 
-def apply_recompute_plan(model: ZImageTransformer2DModel, plan: MemoryPlan, dropout: float) -> None:
-    """Set up the recomputation in the blocks of `model`, with the mode that `plan` has for the tokens of each batch."""
-    # Larger batches never recompute less, so `none` for the largest means `none` for all.
-    if plan.mode_of(NO_LIMIT) == "none":
-        model.disable_gradient_checkpointing()
-    else:
-        # With dropout, the recomputed forward has to draw the same masks as the first.
-        model.enable_gradient_checkpointing(checkpointing.checkpoint_by_tokens(plan.mode_of, preserve_rng=dropout > 0))
+def apply_recompute_plan(frozen: FrozenTransformer, lora: LoraLayers, plan: MemoryPlan, dropout: float) -> None:
+    """Set up the blocks for training: fused where that is faster, in the mode that `plan` has for a batch's tokens."""
+    # With dropout, the recomputed forward has to draw the same masks as the first.
+    unfused = checkpointing.checkpoint_by_tokens(plan.mode_of, preserve_rng=dropout > 0)
+    device = lora.flat.whole.device
+    is_slower = device.type == "cuda" and not region_ops.has_kernels(device)
+    if is_slower or not plan.workload.is_fused:
+        frozen.model.enable_gradient_checkpointing(unfused)
+        return
+    fused_block.fuse_blocks(frozen.model, lora, frozen.offloader, plan.mode_of, unfused)

@@ -30,6 +30,7 @@ from zimage_train.planning import calibration, devices, forecast, gpus, memory
 from zimage_train.planning.gpus import GpuSpec
 from zimage_train.planning.planner import MemoryPlan
 from zimage_train.training import run_dir
+from zimage_train.training.block_check import check_blocks
 from zimage_train.training.device_plan import apply_recompute_plan
 from zimage_train.training.loss import Batch, load_batch, losses
 from zimage_train.training.state import TrainState
@@ -52,6 +53,8 @@ def dry_run(state: TrainState) -> TrainState:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)  # the peak of encoding and loading is not that of training
     with _reserved_for_optimizer(state):
+        smallest = min(_full_batches(state), key=lambda batch: _sequence_tokens(state, batch))
+        state = replace(state, memory_plan=check_blocks(state, smallest[0]))
         plan, seconds = _try_largest_batches(state)
         facts: dict[str, Any] = {"seconds": round(seconds, 3), "gb": devices.peak_gpu_gb(device)}
         if state.world.is_main:
@@ -97,7 +100,7 @@ def _try_largest_batches(state: TrainState) -> tuple[MemoryPlan, float]:
         plan = lighter
         # The failed attempt leaves the allocator's cache fragmented, and the next allocates blocks of other sizes.
         torch.cuda.empty_cache()
-        apply_recompute_plan(state.frozen.model, plan, state.config.lora.dropout)
+        apply_recompute_plan(state.frozen, state.lora, plan, state.config.lora.dropout)
         state.console.warning("a batch did not fit as planned: more is recomputed in this run")
     return plan, longest
 

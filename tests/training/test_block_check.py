@@ -1,0 +1,79 @@
+"""The check of fused blocks before step 1, with plain regions in place of the kernels of a GPU."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from zimage_train.commands.train import run_training
+from zimage_train.lora import fused_block
+from zimage_train.models import region_ops, regions
+
+from helpers import facts, folder
+
+
+@pytest.fixture(autouse=True)
+def with_kernels(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(region_ops, "has_kernels", lambda device: True)
+
+
+def break_swiglu(monkeypatch: pytest.MonkeyPatch, swiglu) -> None:
+    """Replace an operation of fused blocks."""
+    monkeypatch.setattr(region_ops, "swiglu", swiglu)
+    assert fused_block.region_ops is region_ops
+
+
+def trained(config) -> tuple[bytes, str]:
+    run_training(config, fresh=False)
+    log = (folder(config) / "log.txt").read_text()
+    return Path(folder(config) / "lora" / f"{config.name}.safetensors").read_bytes(), log
+
+
+def test_blocks_that_agree_are_used(make_config):
+    config = make_config(train={"steps": 2})
+    _, log = trained(config)
+    found = facts(config)["fused_blocks"]
+    assert found["failure"] is None and 0 <= found["distance"] < 1e-5
+    assert "fused blocks are off" not in log
+
+
+def raising(u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    raise RuntimeError("no kernel image is available\nand more")
+
+
+def wrong(u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    return 1.1 * regions.swiglu(u, v)
+
+
+def not_a_number(u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    return regions.swiglu(u, v) * torch.nan
+
+
+@pytest.mark.parametrize(
+    ("swiglu", "said"),
+    [
+        (raising, "RuntimeError: no kernel image is available"),
+        (wrong, "differ from diffusers' blocks by 0."),
+        (not_a_number, "differ from diffusers' blocks by nan"),
+    ],
+)
+def test_blocks_that_fail_are_off(make_config, monkeypatch, swiglu, said: str):
+    """If fused blocks fail or differ, the run says so and trains with diffusers' blocks."""
+    break_swiglu(monkeypatch, swiglu)
+    config = make_config(train={"steps": 2})
+    _, log = trained(config)
+    assert said in facts(config)["fused_blocks"]["failure"]
+    assert "fused blocks are off in this run, which is slower and takes more memory: " in log and said in log
+    losses = [line for line in (folder(config) / "metrics.jsonl").read_text().splitlines()]
+    assert len(losses) == 2 and all('"loss": null' not in line for line in losses)
+
+
+def test_memory_may_run_out(make_config, monkeypatch):
+    """Running out of memory is no failure of the kernels."""
+
+    def exhausted(u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    break_swiglu(monkeypatch, exhausted)
+    with pytest.raises(Exception, match="memory"):
+        run_training(make_config(train={"steps": 2}), fresh=False)

@@ -1,0 +1,113 @@
+"""The matrix products of a transformer block: frozen linear layers with the same input, together with their LoRA."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+
+import torch
+from torch import Tensor, nn
+
+from zimage_train.lora.layers import ADAPTER_NAME, TrainedLinear
+from zimage_train.models.linear import FrozenLinear
+
+
+@dataclass(frozen=True)
+class Product:
+    """Frozen linear layers with the same input and, for those that have one, a LoRA."""
+
+    layers: list[FrozenLinear]
+    ranks: list[int]
+    """0: no LoRA."""
+    scales: list[float]
+    a_start: int
+    """Index of the first element of the A of all layers, which follow each other, in the factors of the block."""
+    b_starts: list[int]
+
+    @cached_property
+    def rank(self) -> int:
+        return sum(self.ranks)
+
+    @cached_property
+    def columns(self) -> list[slice]:
+        """The columns of each layer in the input of every B."""
+        ends = list(accumulate(self.ranks))
+        return [slice(end - rank, end) for rank, end in zip(self.ranks, ends, strict=True)]
+
+    def a(self, factors: Tensor) -> Tensor:
+        """Return the A of all layers (sum of ranks, in), as a view of the block's factors or of their gradients."""
+        width = self.layers[0].in_features
+        return factors[self.a_start : self.a_start + self.rank * width].view(self.rank, width)
+
+    def b(self, factors: Tensor, index: int) -> Tensor:
+        """Return the B of a layer (out, rank), as a view of the block's factors or of their gradients."""
+        height, rank, start = self.layers[index].out_features, self.ranks[index], self.b_starts[index]
+        return factors[start : start + height * rank].view(height, rank)
+
+    def forward(self, x: Tensor, factors: Tensor) -> tuple[list[Tensor], Tensor | None]:
+        """Return the output of each layer (b, t, out), and the input of every B (b * t, sum of ranks)."""
+        rows = x.flatten(0, -2)
+        inner = rows @ self.a(factors).T if self.rank else None
+        outputs = []
+        for index, layer in enumerate(self.layers):
+            y = rows @ layer.dense(x.dtype).T
+            if inner is not None and self.ranks[index]:
+                b = self.b(factors, index)
+                # In place, so that the LoRA's share of the output is never a tensor of its own.
+                y.addmm_(inner[:, self.columns[index]], b.T, alpha=self.scales[index])
+            outputs.append(y.view(*x.shape[:-1], -1))
+        return outputs, inner
+
+    def backward(
+        self, grads: list[Tensor], x: Tensor, inner: Tensor | None, factors: Tensor, out: Tensor, needs_x: bool = True
+    ) -> Tensor | None:
+        """Return the gradient of x, and write those of the factors into `out`, which is laid out as they are."""
+        rows, grad_rows = x.flatten(0, -2), [grad.flatten(0, -2) for grad in grads]
+        grad_x = None
+        if inner is not None:
+            grad_inner = torch.empty_like(inner)
+            for index, grad in enumerate(grad_rows):
+                if not self.ranks[index]:
+                    continue
+                columns, scale, b = self.columns[index], self.scales[index], self.b(factors, index)
+                _scaled_product(grad, b, scale, grad_inner[:, columns])
+                _scaled_product(grad.T, inner[:, columns], scale, self.b(out, index))
+            torch.mm(grad_inner.T, rows, out=self.a(out))
+            if needs_x:
+                grad_x = grad_inner @ self.a(factors)
+        if not needs_x:
+            return None
+        for grad, layer in zip(grad_rows, self.layers, strict=True):
+            weight = layer.dense(grad.dtype)
+            grad_x = grad @ weight if grad_x is None else grad_x.addmm_(grad, weight)
+        assert grad_x is not None
+        return grad_x.view(x.shape)
+
+
+def _scaled_product(left: Tensor, right: Tensor, scale: float, out: Tensor) -> None:
+    """Write `scale * left @ right` into `out`, as one kernel."""
+    torch.addmm(out, left, right, beta=0.0, alpha=scale, out=out)
+
+
+def find_product(name: str, block: nn.Module, group: tuple[str, ...], starts: Mapping[str, int], begin: int) -> Product:
+    """Return the layers `group` of a block, whose names in the model begin with `name`.
+
+    Args:
+        starts: factor -> index of its first element among those of the model.
+        begin: that of the first factor of the block.
+    """
+    layers, ranks, scales, a_starts, b_starts = [], [], [], [], []
+    for leaf in group:
+        layer = block.get_submodule(leaf)
+        if isinstance(layer, TrainedLinear):
+            layers.append(layer.get_base_layer())
+            ranks.append(layer.r[ADAPTER_NAME])
+            scales.append(layer.scaling[ADAPTER_NAME])
+            a_starts.append(starts[f"{name}{leaf}.A"] - begin)
+            b_starts.append(starts[f"{name}{leaf}.B"] - begin)
+        else:
+            layers.append(layer)
+            ranks.append(0)
+            scales.append(0.0)
+            b_starts.append(0)
+    return Product(layers, ranks, scales, min(a_starts, default=0), b_starts)

@@ -1,0 +1,1 @@
+"""What a training step costs and whether it is exact, measured and counted in one place."""
