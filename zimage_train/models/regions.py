@@ -26,7 +26,7 @@ def _by_rows(region: Region) -> Region:
     @wraps(region)
     def run(*args: Any, **kwargs: Any) -> Any:
         num_tokens = args[0].shape[1]
-        if num_tokens <= ROWS:
+        if num_tokens <= ROWS or args[0].is_meta:
             return region(*args, **kwargs)
         outputs: list[Tensor] = []
         for start in range(0, num_tokens, ROWS):
