@@ -337,7 +337,7 @@ def _loras_of(block: nn.Module) -> list[LoraLayer]:
 
 def is_served(block: nn.Module) -> bool:
     """Return whether a block can be fused: its LoRA is on attention and feed forward alone, without dropout."""
-    products = {name for group in BLOCK_PRODUCTS for name in group}
+    products = set(chain.from_iterable(BLOCK_PRODUCTS))
     for name, module in block.named_modules():
         if not isinstance(module, LoraLayer):
             continue

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from typing import Any, cast
 
 import torch
@@ -219,8 +220,10 @@ def memory_order(modules: list[str]) -> list[str]:
         by_block.setdefault(prefix[0] if prefix else "", []).append(module)
     order: list[str] = []
     for block, members in by_block.items():
-        groups = [[block + name for name in product if block + name in members] for product in BLOCK_PRODUCTS]
-        in_products = {module for group in groups for module in group}
+        groups: list[list[str]] = []
+        for product in BLOCK_PRODUCTS:
+            groups.append([block + name for name in product if block + name in members])
+        in_products = set(chain.from_iterable(groups))
         groups += [[module] for module in members if module not in in_products]
         for group in groups:
             order += [f"{module}.A" for module in group] + [f"{module}.B" for module in group]

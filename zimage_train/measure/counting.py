@@ -235,8 +235,10 @@ def count_step(counted: CountedModel, side: int) -> CountedStep:
             prompt_embeds=[torch.empty(CAPTION_TOKENS, 2560, dtype=counted.model.dtype)],
         )
         before = [*counted.model.parameters(), *counted.parameters]
-        for tensor in (*before, *(parameter.grad for parameter in before if parameter.grad is not None)):
-            counter.watch(tensor)
+        for parameter in before:
+            counter.watch(parameter)
+            if parameter.grad is not None:
+                counter.watch(parameter.grad)
         weight_bytes = counter.now
         counter.launches.clear()
         loss = sft_loss(counted.model, batch, None)

@@ -4,6 +4,7 @@ Fused blocks run kernels that were compiled for this GPU a moment ago. If one of
 rounding, the run uses diffusers' blocks.
 """
 
+import math
 from dataclasses import replace
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from zimage_train.dataset.sample_order import Sample
 from zimage_train.models import region_ops
 from zimage_train.planning.planner import MemoryPlan
-from zimage_train.training import run_dir
+from zimage_train.training import distributed, run_dir
 from zimage_train.training.device_plan import apply_recompute_plan
 from zimage_train.training.loss import load_batch, losses
 from zimage_train.training.state import TrainState
@@ -45,10 +46,16 @@ def check_blocks(state: TrainState, sample: Sample) -> MemoryPlan:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # noqa: BLE001  a kernel may fail in any way, and the run can do without it
-        distance, failure = None, f"{type(error).__name__}: {str(error).splitlines()[0][:160] if str(error) else ''}"
+        first_line = str(error).partition("\n")[0]
+        distance, failure = math.nan, f"{type(error).__name__}: {first_line[:160]}"
     state.lora.flat.zero_grad()
+    # All processes take the same way, so that their gradients are of the same arithmetic.
+    all_agree = distributed.all_reduce_min(state.world, float(failure is None)) == 1.0
+    if not all_agree and failure is None:
+        failure = "they fail in another process"
     if state.world.is_main:
-        run_dir.add_facts(state.folder, {"fused_blocks": {"distance": distance, "failure": failure}})
+        known = distance if math.isfinite(distance) else None  # JSON has no NaN
+        run_dir.add_facts(state.folder, {"fused_blocks": {"distance": known, "failure": failure}})
     if failure is None:
         return plan
     state.console.warning(f"fused blocks are off in this run, which is slower and takes more memory: {failure}")
