@@ -9,7 +9,7 @@ from jaxtyping import TypeCheckError
 
 from zimage_train.diffusion import flow
 from zimage_train.lora.lora_file import Factors
-from zimage_train.training.loss import Batch
+from zimage_train.training.batches import Batch
 
 from typecheck import MODULES
 

@@ -51,7 +51,7 @@ from zimage_train.io.safetensors_format import read_header
 from zimage_train.lora import arithmetic, blending, format_metadata, layers, metadata
 from zimage_train.optim import ema, optimizers
 from zimage_train.report.metrics import RecordWriter, read_records
-from zimage_train.training import build, loop, loss, preview_sets, run_dir, validation
+from zimage_train.training import batches, build, loop, preview_sets, run_dir, validation
 from zimage_train.training.dry_run import _full_batches
 from zimage_train.training.run_dir import RunDir
 from zimage_train.training.self_distill import GeneratedData
@@ -227,12 +227,12 @@ def sigma(scratch: Path) -> Table:
     for kind in get_args(settings["type"].annotation):
         for bias in get_args(settings["bias"].annotation):
             made = config([FLIPPED, SINGLE, CLASS], timesteps={"type": kind, "bias": bias})
-            table[f"{kind}, {bias}"] = [places(loss.sample_sigma(made, sample)) for sample in samples]
+            table[f"{kind}, {bias}"] = [places(batches.sample_sigma(made, sample)) for sample in samples]
     cut = config([FLIPPED, SINGLE, CLASS], timesteps={"type": "uniform_shift", "min": 0.2, "max": 0.7})
-    table["shift, cut to 0.2 .. 0.7"] = [places(loss.sample_sigma(cut, sample)) for sample in samples]
+    table["shift, cut to 0.2 .. 0.7"] = [places(batches.sample_sigma(cut, sample)) for sample in samples]
     linear = config([FLIPPED, SINGLE, CLASS], timesteps={"type": "linear"})
     for sample in first_samples(12):
-        table[f"linear, epoch {sample.epoch}: {named(sample.item)}"] = places(loss.sample_sigma(linear, sample))
+        table[f"linear, epoch {sample.epoch}: {named(sample.item)}"] = places(batches.sample_sigma(linear, sample))
     return table
 
 
@@ -240,15 +240,15 @@ def noise(scratch: Path) -> Table:
     made, shape = config([FLIPPED, SINGLE, CLASS]), torch.Size((16, 8, 12))
     table: Table = {}
     for sample in first_samples(6):
-        table[f"epoch {sample.epoch}: {named(sample.item)}"] = normal(loss.sample_noise(made, sample, shape))
+        table[f"epoch {sample.epoch}: {named(sample.item)}"] = normal(batches.sample_noise(made, sample, shape))
     samples = tuple(first_samples(2))
     latents, embeds = [torch.zeros(shape)] * 2, [torch.zeros(3, 4)] * 2
-    batch = loss.make_batch(made, samples, latents, embeds, loss.BatchExtras())
+    batch = batches.make_batch(made, samples, latents, embeds, batches.BatchExtras())
     table["a batch"] = {"noise": normal(batch.noise), "sigma": [places(one) for one in batch.sigma]}
     whole = several().longest_sample(samples[0].item)
     table["the sample of a rehearsal"] = {
         "key": list(whole.key()),
-        "noise": normal(loss.sample_noise(made, whole, shape)),
+        "noise": normal(batches.sample_noise(made, whole, shape)),
     }
     return table
 
@@ -311,8 +311,8 @@ def own_images(scratch: Path) -> Table:
             if own.imitates:
                 samples = tuple(plan.sample(item, epoch) for epoch in range(8))
                 states = [torch.zeros(len(own.student_sigmas), 16, 8, 8)] * 8
-                extras, embeds = loss.BatchExtras(), [torch.zeros(3, 4)] * 8
-                batch = loss.make_imitation_batch(made, samples, states, embeds, extras)
+                extras, embeds = batches.BatchExtras(), [torch.zeros(3, 4)] * 8
+                batch = batches.make_imitation_batch(made, samples, states, embeds, extras)
                 table[name]["interval"] = [f"{one:.6f}" for one in batch.sigma.tolist()]
     return table
 

@@ -18,7 +18,7 @@ from zimage_train.config.load import read_config
 from zimage_train.config.schema import Config
 from zimage_train.errors import Stopped, WeightsError
 from zimage_train.report.metrics import read_records
-from zimage_train.training import loss
+from zimage_train.training import batches
 from zimage_train.training.state import is_due
 
 from helpers import PREVIEWED, facts, folder, losses, stop_after
@@ -215,13 +215,13 @@ def test_logged_rate_follows_the_schedule(make_config):
 def test_caption_dropout_of_one(make_config, monkeypatch):
     """A caption dropout of 1 trains on the empty prompt alone."""
     used: set[int] = set()
-    original = loss.make_batch
+    original = batches.make_batch
 
     def spy(config, samples, latents, embeds, extras):
-        used.update(one.shape[0] for one in embeds)
+        used.update(int((~one.is_padding).sum()) for one in embeds)
         return original(config, samples, latents, embeds, extras)
 
-    monkeypatch.setattr("zimage_train.training.loss.make_batch", spy)
+    monkeypatch.setattr("zimage_train.training.batches.make_batch", spy)
     monkeypatch.setattr("zimage_train.commands.train.dry_run", lambda run: run)
     data = [{"folder": str(mini.IMAGES), "resolution": [64], "trigger": "zorb", "caption_dropout": 1.0}]
     run_training(make_config(data=data), fresh=False)

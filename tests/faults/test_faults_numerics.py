@@ -2,7 +2,7 @@
 
 import itertools
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,10 +16,10 @@ from zimage_train.config.schema import Config
 from zimage_train.errors import ConfigError, DivergedError, Stopped
 from zimage_train.planning import devices
 from zimage_train.report.metrics import read_records
-from zimage_train.training import checkpoint, loop, outputs
-from zimage_train.training.loss import Batch, Loss
+from zimage_train.training import checkpoint, outputs
+from zimage_train.training.loss import Loss
 
-from helpers import PREVIEWED, facts, final, folder, losses, poison, stop_after
+from helpers import PREVIEWED, facts, final, folder, losses, poison, spoil_losses, stop_after
 
 
 def checkpoint_of(config: Config, step: int) -> checkpoint.Checkpoint:
@@ -35,17 +35,15 @@ def is_same(one: checkpoint.Checkpoint, other: checkpoint.Checkpoint) -> bool:
 
 def at_step(monkeypatch: pytest.MonkeyPatch, step: int, spoil: Callable[[nn.Module, Loss], Loss]) -> list[int]:
     """Let `spoil` change the loss of a step, or the model; returns the steps at which it did."""
-    original, seen, fired = loop.losses, itertools.count(1), []
+    fired: list[int] = []
 
-    def spoiled(model: nn.Module, batch: Batch, config: Config) -> Iterator[Loss]:
-        for loss in original(model, batch, config):
-            if next(seen) != step:
-                yield loss
-                continue
-            fired.append(step)
-            yield spoil(model, loss)
+    def spoil_one(now: int, model: nn.Module, loss: Loss) -> Loss:
+        if now != step or fired:
+            return loss
+        fired.append(step)
+        return spoil(model, loss)
 
-    monkeypatch.setattr(loop, "losses", spoiled)
+    spoil_losses(monkeypatch, spoil_one)
     return fired
 
 

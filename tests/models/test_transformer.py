@@ -4,6 +4,7 @@ import json
 import pickle
 import shutil
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -117,6 +118,21 @@ def test_velocity_sign_and_time(reference: ZImageTransformer2DModel):
     got = transformer.velocity(reference, x, sigma, prompts)
     assert torch.equal(got, -torch.stack(list(expected)).squeeze(2))
     assert got.dtype == torch.float32
+
+
+@pytest.mark.parametrize("lengths", [(1,), (9, 31), (32, 64), (33, 9, 70)])
+def test_padded_prompts_change_nothing(reference: ZImageTransformer2DModel, lengths: tuple[int, ...]):
+    """Prompts that are padded before give the velocity of prompts that the model pads, bit for bit."""
+    x, sigma = torch.randn(len(lengths), 16, 8, 8), torch.rand(len(lengths))
+    prompts = [torch.randn(length, 64) for length in lengths]
+    padded = [transformer.pad_prompt(prompt) for prompt in prompts]
+    assert all(len(prompt.embeds) % 32 == 0 and len(prompt.embeds) >= len(prompt.is_padding) for prompt in padded)
+    expected = transformer.velocity(reference, x, sigma, prompts)
+    assert torch.equal(transformer.velocity(reference, x, sigma, padded), expected)
+    # The padding token replaces what stands there.
+    spoiled = [replace(prompt, embeds=prompt.embeds + 9.0 * prompt.is_padding.unsqueeze(-1)) for prompt in padded]
+    assert torch.equal(transformer.velocity(reference, x, sigma, spoiled), expected)
+    assert torch.equal(transformer.velocity(reference, x, sigma, prompts), expected)  # nothing is left behind
 
 
 def test_time_has_full_precision():

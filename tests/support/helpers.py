@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -15,7 +16,7 @@ from zimage_train.config.schema import Config
 from zimage_train.diffusion.frozen import FrozenTransformer
 from zimage_train.lora.layers import base_layer
 from zimage_train.report.metrics import read_records
-from zimage_train.training import loop
+from zimage_train.training import loop, step_runner
 from zimage_train.training.loss import Loss
 
 ROOT = Path(__file__).parents[2]
@@ -56,22 +57,35 @@ PREVIEWED = {"every": 2, "width": 64, "height": 64, "prompts": ["a red zorb on a
 
 
 def poison(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> list[int]:
-    """Make the loss of `steps` not a number."""
+    """Make the loss of `steps` not a number, once each."""
     fired: list[int] = []
-    original = loop.losses
-    seen = {"step": 0}
+
+    def spoil(step: int, model: torch.nn.Module, loss: Loss) -> Loss:
+        if step not in steps or step in fired:
+            return loss
+        fired.append(step)
+        return Loss(loss.objective * float("nan"), loss.plain * float("nan"))
+
+    spoil_losses(monkeypatch, spoil)
+    return fired
+
+
+def spoil_losses(monkeypatch: pytest.MonkeyPatch, spoil: Callable[[int, torch.nn.Module, Loss], Loss]) -> None:
+    """Let `spoil` change every loss of the loop; it gets the step."""
+    original, original_prefetch, now = step_runner.losses, loop.prefetch, {"step": 0}
+
+    def prefetch(run):
+        for step, loaded in original_prefetch(run):
+            now["step"] = step
+            yield step, loaded
+        now["step"] = 0
 
     def spoiled(model, batch, config):
-        seen["step"] += 1
         for loss in original(model, batch, config):
-            if seen["step"] not in steps:
-                yield loss
-                continue
-            fired.append(seen["step"])
-            yield Loss(loss.objective * float("nan"), loss.plain * float("nan"))
+            yield spoil(now["step"], model, loss) if now["step"] else loss
 
-    monkeypatch.setattr(loop, "losses", spoiled)
-    return fired
+    monkeypatch.setattr(loop, "prefetch", prefetch)
+    monkeypatch.setattr(step_runner, "losses", spoiled)
 
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:

@@ -12,5 +12,6 @@ MODULES = [
     "zimage_train.models.transformer",
     "zimage_train.models.vae",
     "zimage_train.diffusion.sampler",
+    "zimage_train.training.batches",
     "zimage_train.training.loss",
 ]

@@ -21,6 +21,7 @@ from zimage_train.errors import ConfigError, DiskError
 from zimage_train.planning import calibration
 from zimage_train.planning.planner import NO_LIMIT
 from zimage_train.training import device_plan, dry_run, step_timer
+from zimage_train.training.step_runner import StepRunner
 from zimage_train.training.step_timer import SlowStepDetector
 
 from helpers import PREVIEWED, facts, final, folder, losses
@@ -105,18 +106,18 @@ def test_dry_run_out_of_memory(make_config, monkeypatch, capsys, failures):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
         return original(run, batch)
 
-    apply = dry_run.apply_recompute_plan
+    apply = StepRunner.use_plan
 
-    def spy(frozen, lora, plan, dropout):
+    def spy(runner, plan):
         modes.append(plan.mode_of(plan.workload.max_tokens))
-        apply(frozen, lora, plan, dropout)
+        apply(runner, plan)
 
     monkeypatch.setattr(dry_run, "_step", short_of_memory)
-    monkeypatch.setattr(dry_run, "apply_recompute_plan", spy)
+    monkeypatch.setattr(StepRunner, "use_plan", spy)
     config = make_config()
     run_training(config, fresh=False)
     assert len(fired) == failures
-    assert modes == ["elementwise", "w1w3", "attention"][:failures]
+    assert modes == ["none", "elementwise", "w1w3", "attention"][: failures + 1]
     assert "did not fit as planned: more is recomputed" in capsys.readouterr().out
     assert losses(config) == losses(wanted)
 

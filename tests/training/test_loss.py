@@ -15,16 +15,8 @@ from zimage_train.config.schema import Config
 from zimage_train.diffusion.frozen import FrozenTransformer, load_frozen
 from zimage_train.lora import layers, targets
 from zimage_train.lora.layers import LoraLayers
-from zimage_train.training.loss import (
-    Batch,
-    BatchExtras,
-    losses,
-    mask_weights,
-    outside_weights,
-    preservation_loss,
-    prior_velocity,
-    sft_loss,
-)
+from zimage_train.training.batches import Batch, BatchExtras, mask_weights, outside_weights
+from zimage_train.training.loss import losses, preservation_loss, prior_velocity, sft_loss
 
 CPU = torch.device("cpu")
 
@@ -55,13 +47,13 @@ def batch(size: int, lengths: tuple[int, ...] = (9, 40, 70, 3)) -> Batch:
         noise=torch.randn(size, 16, 8, 12, generator=draw),
         sigma=torch.rand(size, generator=draw),
         weight=torch.rand(size, generator=draw) + 0.5,
-        prompt_embeds=[torch.randn(length, 64, generator=draw) for length in lengths[:size]],
+        prompts=[torch.randn(length, 64, generator=draw) for length in lengths[:size]],
     )
 
 
 def single(whole: Batch, index: int) -> Batch:
     cut = slice(index, index + 1)
-    return Batch(whole.x0[cut], whole.noise[cut], whole.sigma[cut], whole.weight[cut], whole.prompt_embeds[cut])
+    return Batch(whole.x0[cut], whole.noise[cut], whole.sigma[cut], whole.weight[cut], whole.prompts[cut])
 
 
 def with_extras(data: Batch, **extras: Any) -> Batch:
@@ -109,7 +101,7 @@ def test_loss_equals_float64():
         x = (1 - sigma) * data.x0[index].double() + sigma * data.noise[index].double()
         with torch.no_grad():
             raw = frozen.model(
-                [x.float().unsqueeze(1)], torch.tensor([1 - sigma]), [data.prompt_embeds[index]], return_dict=False
+                [x.float().unsqueeze(1)], torch.tensor([1 - sigma]), [data.prompts[index]], return_dict=False
             )[0][0]
         # The model predicts x0 - noise.
         error = raw.squeeze(1).double() - (data.x0[index].double() - data.noise[index].double())
@@ -193,11 +185,11 @@ def test_prior_is_the_model_without_lora():
     data = batch(2)
     x = (1 - data.sigma.view(-1, 1, 1, 1)) * data.x0 + data.sigma.view(-1, 1, 1, 1) * data.noise
     before = float(sft_loss(frozen.model, data, None).plain)
-    prior = prior_velocity(frozen.model, x, data.sigma, data.prompt_embeds)
+    prior = prior_velocity(frozen.model, x, data.sigma, data.prompts)
     assert not prior.requires_grad
-    expected = without_b(attached, lambda: raw_velocity(frozen, data, data.prompt_embeds))
+    expected = without_b(attached, lambda: raw_velocity(frozen, data, data.prompts))
     assert torch.allclose(prior.double(), expected, atol=1e-4)
-    assert not torch.allclose(raw_velocity(frozen, data, data.prompt_embeds), expected, atol=1e-3)
+    assert not torch.allclose(raw_velocity(frozen, data, data.prompts), expected, atol=1e-3)
     assert float(sft_loss(frozen.model, data, None).plain) == before
 
 
@@ -218,7 +210,7 @@ def test_preservation_loss():
 def test_losses_share_no_memory():
     """The graphs of the loss and of preservation are never in memory together."""
     frozen, _ = trainable()
-    data = with_extras(batch(1), preserve_embeds=[torch.randn(20, 64)])
+    data = with_extras(batch(1), preserve_prompts=[torch.randn(20, 64)])
     config = Config.model_validate({"name": "a", "data": [{"folder": "x"}], "preserve": {"kind": "blank"}})
     alive: dict[int, int] = {}
     most = [0]
@@ -250,7 +242,7 @@ def test_losses_share_no_memory():
 def test_both_parts_reach_the_gradient():
     frozen, attached = trainable()
     held = [torch.randn(20, 64)]
-    data = with_extras(batch(1), preserve_embeds=held)
+    data = with_extras(batch(1), preserve_prompts=held)
     config = Config.model_validate(
         {"name": "a", "data": [{"folder": "x"}], "preserve": {"kind": "blank", "weight": 3.0}}
     )
@@ -274,7 +266,7 @@ def test_mask_weights():
     assert weights is not None and torch.allclose(weights.mean(dim=(1, 2, 3)), torch.ones(2))
     assert float(weights[0, 0, 0, 0] / weights[0, 0, 0, 11]) == pytest.approx(5.0)
     assert torch.equal(weights[1], torch.ones(1, 8, 12))
-    error = raw_velocity(frozen, data, data.prompt_embeds) - (data.noise - data.x0).double()
+    error = raw_velocity(frozen, data, data.prompts) - (data.noise - data.x0).double()
     total = 0.0
     for index in range(2):
         square = error[index].square()
@@ -297,8 +289,8 @@ def test_mask_outside_is_held_to_the_prior():
     outside = outside_weights([mask, None], [0.5, 0.5], data.x0.shape)
     assert outside is not None and float(outside[1].abs().max()) == 0.0
     assert float(outside[0].mean()) == pytest.approx(0.5) and float(outside[0, 0, 0, 0]) == 0.0
-    own = raw_velocity(frozen, data, data.prompt_embeds)
-    prior = without_b(attached, lambda: raw_velocity(frozen, data, data.prompt_embeds))
+    own = raw_velocity(frozen, data, data.prompts)
+    prior = without_b(attached, lambda: raw_velocity(frozen, data, data.prompts))
     held = 0.5 * float((own[0] - prior[0])[:, :, 3:].square().mean())
     found = sft_loss(frozen.model, with_extras(data, outside=outside), None)
     plain = float(sft_loss(frozen.model, data, None).plain)
@@ -327,8 +319,8 @@ def test_prior_regularization_target():
     frozen, attached = trainable()
     data = batch(3)
     to_prior = torch.tensor([True, False, True])
-    own = raw_velocity(frozen, data, data.prompt_embeds)
-    prior = without_b(attached, lambda: raw_velocity(frozen, data, data.prompt_embeds))
+    own = raw_velocity(frozen, data, data.prompts)
+    prior = without_b(attached, lambda: raw_velocity(frozen, data, data.prompts))
     target = (data.noise - data.x0).double()
     target[to_prior] = prior[to_prior]
     expected = float((data.weight.double() * (own - target).square().mean(dim=(1, 2, 3))).mean())
@@ -342,13 +334,13 @@ def test_contrastive_guidance_target(differential: float | None):
     frozen, _ = trainable()
     data = batch(2)
     empty = torch.randn(8, 64)
-    own = raw_velocity(frozen, data, data.prompt_embeds)
+    own = raw_velocity(frozen, data, data.prompts)
     unconditional = raw_velocity(frozen, data, [empty, empty])  # with the LoRA
     target = (data.noise - data.x0).double()
     moved = unconditional + 1.7 * (target - unconditional)
     scale = differential or 1.0
     expected = scale**2 * float((data.weight.double() * (own - moved).square().mean(dim=(1, 2, 3))).mean())
-    found = sft_loss(frozen.model, with_extras(data, empty_embeds=empty), differential, 1.7)
+    found = sft_loss(frozen.model, with_extras(data, empty_prompt=empty), differential, 1.7)
     assert float(found.objective.detach()) == pytest.approx(expected, rel=1e-4)
     assert float(found.plain) == pytest.approx(float(sft_loss(frozen.model, data, None).plain), rel=1e-6)
 
@@ -359,5 +351,5 @@ def test_prior_regularization_unguided():
     data = batch(2)
     everyone = torch.tensor([True, True])
     held = sft_loss(frozen.model, with_extras(data, to_prior=everyone), None)
-    guided = sft_loss(frozen.model, with_extras(data, to_prior=everyone, empty_embeds=torch.randn(8, 64)), None, 3.0)
+    guided = sft_loss(frozen.model, with_extras(data, to_prior=everyone, empty_prompt=torch.randn(8, 64)), None, 3.0)
     assert float(guided.objective.detach()) == pytest.approx(float(held.objective.detach()), rel=1e-6)

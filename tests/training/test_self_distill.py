@@ -24,7 +24,7 @@ from zimage_train.lora import lora_file, swap
 from zimage_train.models import text_encoder
 from zimage_train.planning.preflight import check_run
 from zimage_train.training import loop
-from zimage_train.training.loss import load_batch
+from zimage_train.training.batches import load_batch
 from zimage_train.training.loss import losses as losses_of
 from zimage_train.training.self_distill import GeneratedData
 from zimage_train.training.state import TrainState

@@ -50,7 +50,7 @@ def run_training(config: Config, fresh: bool, allow: tuple[str, ...] = (), stop:
         stop = stop or stack.enter_context(stop_on_signals())
         console = stack.enter_context(_locked_run_dir(folder, world, fresh))
         _print_remarks(spec, console)
-        spec, plan = plan_for_devices(spec, world, folder)
+        spec, plan = plan_for_devices(spec, world, folder, allow)
         context = open_context(spec, world, console, stop)
         checkpoint = find_checkpoint(context, allow)
         if checkpoint is not None and is_complete(context, checkpoint.step):
@@ -65,7 +65,7 @@ def run_training(config: Config, fresh: bool, allow: tuple[str, ...] = (), stop:
         for remark in plan_warnings(spec, plan):
             console.warning(remark)
         fill_caches(context)
-        state = build_state(context, plan, checkpoint, trackers)
+        state = build_state(context, plan, checkpoint, trackers, allow)
         # From here on every step must use deterministic kernels, or a resumed run would get other bits.
         stack.enter_context(devices.reproducible(world.device))
         state = dry_run(state)

@@ -1,6 +1,6 @@
 """The training methods: their properties, defaults, and conflicts with other settings (torch-free).
 
-To add a method: its name and `TrainingMethod` here, and its batches in training/self_distill.py or training/loss.py.
+To add a method: its name and `TrainingMethod` here, and its batches in training/self_distill.py or training/batches.py.
 """
 
 from collections.abc import Sequence

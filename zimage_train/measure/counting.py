@@ -26,7 +26,8 @@ from zimage_train.lora import fused_block, targets
 from zimage_train.lora.layers import attach_lora
 from zimage_train.models import checkpointing, linear, region_ops, transformer
 from zimage_train.models.arch import TransformerShape
-from zimage_train.training.loss import Batch, sft_loss
+from zimage_train.training.batches import Batch
+from zimage_train.training.loss import sft_loss
 
 RANK = 16
 CAPTION_TOKENS = 64
@@ -232,7 +233,7 @@ def count_step(counted: CountedModel, side: int) -> CountedStep:
             noise=torch.empty(1, 16, side // 8, side // 8),
             sigma=torch.empty(1),
             weight=torch.empty(1),
-            prompt_embeds=[torch.empty(CAPTION_TOKENS, 2560, dtype=counted.model.dtype)],
+            prompts=[torch.empty(CAPTION_TOKENS, 2560, dtype=counted.model.dtype)],
         )
         before = [*counted.model.parameters(), *counted.parameters]
         for parameter in before:

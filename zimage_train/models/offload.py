@@ -8,6 +8,7 @@ the forward pass and downwards in the backward; a wrong prediction costs a copy 
 
 import contextlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
 
@@ -19,6 +20,14 @@ from zimage_train.models.pinned_memory import DEVICE_SLOTS, arena_sizes
 
 ALIGNMENT = 256
 """Every tensor in a buffer starts at a multiple of this many bytes."""
+
+
+@dataclass(frozen=True)
+class RingState:
+    """The blocks that the slots hold, and the block that ran last."""
+
+    resident: tuple[int | None, ...]
+    last: int | None
 
 
 def streamed_blocks(count: int, number: int) -> list[int]:
@@ -81,8 +90,10 @@ class BlockOffloader:
         self._last: int | None = None
         """Index of the block that ran last; while its forward runs, its own index."""
         self._copy_stream = torch.cuda.Stream(device) if is_cuda else None
-        self._ready = [torch.cuda.Event() for _ in range(DEVICE_SLOTS)] if is_cuda else []
+        self._ready = self._new_events()
         """Recorded on the copy stream when the copy into a slot is complete."""
+        self._arriving: set[int] = set()
+        """Slots into which a copy was started that no block has waited for yet."""
 
         self._parameters: list[list[nn.Parameter]] = []
         self._indices = {id(block): index for index, block in enumerate(blocks)}
@@ -105,6 +116,31 @@ class BlockOffloader:
         """Forget what the slots hold, because the weights in CPU memory have changed."""
         self._resident = [None] * DEVICE_SLOTS
 
+    def rewind(self) -> None:
+        """Put the first blocks into the slots in their order, as a training step leaves them.
+
+        Every step begins so, and therefore finds each block in the same slot.
+        """
+        for index in range(min(DEVICE_SLOTS, len(self._host_blocks))):
+            if self._resident[index] != index:
+                self._copy(index, index)
+        self._last = None
+        self.join()
+        self._ready = self._new_events()  # a CUDA graph must not wait for an event from before it
+
+    def join(self) -> None:
+        """Let the current stream wait for all copies."""
+        for slot in sorted(self._arriving):
+            self._wait(slot)
+
+    def state(self) -> RingState:
+        return RingState(tuple(self._resident), self._last)
+
+    def assume(self, state: RingState) -> None:
+        """Take it that the slots are in `state`, after a CUDA graph has been recorded or replayed."""
+        self._resident, self._last = list(state.resident), state.last
+        self._ready, self._arriving = self._new_events(), set()
+
     def enter(self, block: nn.Module, is_backward: bool) -> None:
         """Make `block` usable on the current stream in a training step; a block that is not offloaded always is.
 
@@ -123,9 +159,7 @@ class BlockOffloader:
     def _enter(self, index: int, following: int | None) -> None:
         """Make block `index` usable on the current stream, and start copying the block `following`."""
         slot = self._resident.index(index) if index in self._resident else self._fetch(index)
-        if self._copy_stream is not None:
-            # The GPU waits for the copy, the CPU does not: kernels of this block are queued behind the event.
-            torch.cuda.current_stream().wait_event(self._ready[slot])
+        self._wait(slot)
         for parameter, view in zip(self._parameters[index], self._slot_views[slot], strict=True):
             parameter.data = view
         # Set before the prefetch: `_fetch` never overwrites the slot of `_last`, which is now the block about to run.
@@ -152,13 +186,26 @@ class BlockOffloader:
     def _fetch(self, index: int) -> int:
         """Start copying block `index` into the slot that is not in use by the last block; return the slot."""
         slot = next(slot for slot, resident in enumerate(self._resident) if resident is None or resident != self._last)
+        self._copy(index, slot)
+        return slot
+
+    def _copy(self, index: int, slot: int) -> None:
         self._resident[slot] = index
         if self._copy_stream is None:
             self._slots[slot].copy_(self._host_blocks[index])
-            return slot
+            return
         # Kernels that read the slot's former block may still be queued: overwrite it only after them.
         self._copy_stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._copy_stream):
             self._slots[slot].copy_(self._host_blocks[index], non_blocking=True)
             self._ready[slot].record(self._copy_stream)
-        return slot
+        self._arriving.add(slot)
+
+    def _wait(self, slot: int) -> None:
+        """Let the current stream wait for the copy into `slot`; the CPU does not wait."""
+        if self._copy_stream is not None:
+            torch.cuda.current_stream().wait_event(self._ready[slot])
+        self._arriving.discard(slot)
+
+    def _new_events(self) -> list[torch.cuda.Event]:
+        return [torch.cuda.Event() for _ in range(DEVICE_SLOTS)] if self._copy_stream is not None else []

@@ -1,7 +1,7 @@
 """The frozen S3-DiT: building it without storage, reading its weights, and the only function that calls it."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,11 +9,11 @@ import torch
 from accelerate import init_empty_weights
 from diffusers import ZImageTransformer2DModel
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from zimage_train.config.types import Quantization
 from zimage_train.io.safetensors_format import TensorInfo, read_header
-from zimage_train.models.arch import IN_A_BLOCK, TransformerShape
+from zimage_train.models.arch import IN_A_BLOCK, TransformerShape, padded_tokens
 from zimage_train.models.linear import FrozenLinear
 from zimage_train.models.loading import stream_native, stream_tensors
 from zimage_train.models.locate import native_names, transformer_tensors
@@ -97,16 +97,70 @@ def open_weights(path: Path) -> Iterator[WeightFile]:
         yield WeightFile(shape, infos, get)
 
 
+@dataclass(frozen=True)
+class PaddedPrompt:
+    """Embeddings of a prompt, padded to the length to which the model would pad them.
+
+    Prompts of similar length then have the same shape, and can be inputs of the same CUDA graph.
+    """
+
+    embeds: PromptEmbeds
+    is_padding: Tensor
+    """(tokens,), bool."""
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> "PaddedPrompt":
+        """Return the prompt on `device`, with embeddings in `dtype`."""
+        embeds = self.embeds.to(device, dtype, non_blocking=True)
+        return PaddedPrompt(embeds, self.is_padding.to(device, non_blocking=True))
+
+
+Prompt = PromptEmbeds | PaddedPrompt
+
+
+def pad_prompt(embeds: PromptEmbeds) -> PaddedPrompt:
+    """Return `embeds` with the last token repeated, as the model does it."""
+    missing = padded_tokens(len(embeds)) - len(embeds)
+    is_padding = torch.zeros(len(embeds) + missing, dtype=torch.bool)
+    is_padding[len(embeds) :] = True
+    return PaddedPrompt(torch.cat([embeds, embeds[-1:].expand(missing, -1)]), is_padding)
+
+
 def velocity(
-    model: ZImageTransformer2DModel, latents: LatentBatch, sigma: PerSample, prompt_embeds: list[PromptEmbeds]
+    model: ZImageTransformer2DModel, latents: LatentBatch, sigma: PerSample, prompts: Sequence[Prompt]
 ) -> LatentBatch:
     """Predict the velocity `noise - x0` of `latents` (b, 16, h, w) at noise levels `sigma` (b,), in fp32.
+
+    `prompts` are all padded, or none is; the result is the same.
 
     The only place that knows the model's own conventions: a list of images (16, 1, h, w), a time that runs from noise
     to image, and an output of the opposite sign. Everything else counts in sigma.
     """
     # The model's t is 0 at noise and 1 at the image. In bf16 it would be off by up to two of a thousand steps.
     t = 1.0 - sigma.to(latents.device, torch.float32)
-    output = model(list(latents.to(model.dtype).unsqueeze(2)), t, prompt_embeds, return_dict=False)[0]
+    embeds = [prompt.embeds if isinstance(prompt, PaddedPrompt) else prompt for prompt in prompts]
+    is_padding = [prompt.is_padding for prompt in prompts if isinstance(prompt, PaddedPrompt)]
+    with _padding_tokens(model, is_padding):
+        output = model(list(latents.to(model.dtype).unsqueeze(2)), t, embeds, return_dict=False)[0]
     # The model predicts d x / d t = x0 - noise. Negated in fp32, as the sampler's sums are.
     return -torch.stack([image.float() for image in output]).squeeze(2)
+
+
+@contextlib.contextmanager
+def _padding_tokens(model: ZImageTransformer2DModel, is_padding: list[Tensor]) -> Iterator[None]:
+    """Within the block, put the model's padding token where `is_padding` says; the model pads only what is too short.
+
+    After the embedder, as the model does it.
+    """
+    if not is_padding:
+        yield
+        return
+    mask = torch.cat(is_padding).unsqueeze(-1)
+
+    def pad(module: nn.Module, inputs: object, output: Tensor) -> Tensor:
+        return torch.where(mask, model.cap_pad_token, output)
+
+    hook = model.cap_embedder.register_forward_hook(pad)
+    try:
+        yield
+    finally:
+        hook.remove()

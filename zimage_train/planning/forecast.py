@@ -53,9 +53,15 @@ def device_for(config: Config, gpu: str | None) -> DeviceLimits | None:
     return DeviceLimits(name, min(limits), card) if limits else None
 
 
-def plan_for(spec: RunSpec, device: DeviceLimits, gpu: bool | None = None, processes: int = 1) -> MemoryPlan:
-    """Return the plan of the run on `device`, with main memory shared by `processes` of this machine."""
+def plan_for(
+    spec: RunSpec, device: DeviceLimits, gpu: bool | None = None, processes: int = 1, may_fuse: bool = True
+) -> MemoryPlan:
+    """Return the plan of the run on `device`, with main memory shared by `processes` of this machine.
+
+    `may_fuse` says whether blocks can be fused there at all.
+    """
     workload = preflight.workload_of(spec, gpu)
+    workload = replace(workload, is_fused=workload.is_fused and may_fuse)
     constraints = planner.plan_constraints(spec.config, workload.shape.n_layers)
     host_bytes = main_memory_bytes() / processes
     return planner.choose_plan(workload, constraints, device.limit_bytes, host_bytes, device.card)

@@ -1,6 +1,7 @@
 """Preparation of a checked run: fill the caches, load the model, attach the LoRA, load the checkpoint."""
 
 import importlib.metadata
+from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
 
@@ -30,10 +31,10 @@ from zimage_train.report.trackers import Trackers
 from zimage_train.training import distributed, run_dir
 from zimage_train.training.checkpoint import Checkpoint
 from zimage_train.training.context import RunContext, run_fingerprint
-from zimage_train.training.device_plan import apply_recompute_plan
 from zimage_train.training.preview_sets import PreviewSet
 from zimage_train.training.self_distill import GeneratedData
 from zimage_train.training.state import TrainState
+from zimage_train.training.step_runner import StepRunner, make_recorder
 from zimage_train.training.step_timer import SlowStepDetector
 
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "bitsandbytes", "prodigyopt")
@@ -72,7 +73,13 @@ def _shard(context: RunContext) -> Shard:
     return Shard(context.world.rank, context.world.world_size, distributed.barrier)
 
 
-def build_state(context: RunContext, plan: MemoryPlan, checkpoint: Checkpoint | None, trackers: Trackers) -> TrainState:
+def build_state(
+    context: RunContext,
+    plan: MemoryPlan,
+    checkpoint: Checkpoint | None,
+    trackers: Trackers,
+    allow: Collection[str] = (),
+) -> TrainState:
     """Return everything that the loop needs, in the state of `checkpoint`, or of step 0 without a checkpoint.
 
     The caches must be filled and the run folder locked. The main process writes config.yaml and run.json.
@@ -84,7 +91,7 @@ def build_state(context: RunContext, plan: MemoryPlan, checkpoint: Checkpoint | 
     plan_text = forecast.describe_plan(plan)
     console.info(f"memory plan: {plan_text}")
     frozen = _load_frozen(context, plan)
-    lora = _attach_lora(context, frozen, plan)
+    lora = _attach_lora(context, frozen)
     dataset = _open_dataset(context, frozen)
     optimizer = optimizers.build_optimizer(
         config.optimizer, optimizers.parameters_for(config.optimizer.name, lora.flat)
@@ -114,6 +121,7 @@ def build_state(context: RunContext, plan: MemoryPlan, checkpoint: Checkpoint | 
         dataset=dataset,
         frozen=frozen,
         lora=lora,
+        run_step=StepRunner(config, frozen, lora, plan, make_recorder(config, frozen, world.device)),
         ema=averages,
         optimizer=optimizer,
         held_out=context.spec.held_out,
@@ -125,6 +133,7 @@ def build_state(context: RunContext, plan: MemoryPlan, checkpoint: Checkpoint | 
         export_metadata=training_metadata(config, context.digests.adapter),
         warnings=context.spec.warnings,
         start_step=start_step,
+        keeps_path=checkpoint is not None and "path" not in allow,
         console=console,
         trackers=trackers,
         stop=context.stop,
@@ -155,13 +164,12 @@ def _load_frozen(context: RunContext, plan: MemoryPlan) -> FrozenTransformer:
     return frozen
 
 
-def _attach_lora(context: RunContext, frozen: FrozenTransformer, plan: MemoryPlan) -> LoraLayers:
+def _attach_lora(context: RunContext, frozen: FrozenTransformer) -> LoraLayers:
     """Add the LoRA to the frozen model, starting from `lora.init_from` if it is set."""
     settings, modules, console = context.config.lora, context.model_files.modules, context.console
     attached = layers.attach_lora(
         frozen.model, modules, settings.rank, settings.alpha, settings.dropout, context.config.seed
     )
-    apply_recompute_plan(frozen, attached, plan, settings.dropout)
     groups = ", ".join(f"{name} {count}" for name, count in targets.count_by_group(attached.a).items())
     console.info(f"LoRA rank {settings.rank}: matched {len(attached.a)}/{len(modules)} modules ({groups})")
     init_from = context.model_files.paths.init_from

@@ -2,8 +2,11 @@
 
 import json
 import os
+from collections.abc import Collection
 from dataclasses import replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
+
+import torch
 
 from zimage_train.config.types import Quantization
 from zimage_train.diffusion.frozen import FrozenTransformer
@@ -21,26 +24,41 @@ from zimage_train.training import checkpoint, distributed
 from zimage_train.training.distributed import World
 from zimage_train.training.run_dir import RunDir
 
+BlockPath = Literal["triton", "plain", "modules"]
+"""What computes the blocks of a step: Triton's kernels, the same written in plain torch, or diffusers' modules. Each
+rounds in its own places, so a run is continued with that which it began with."""
 
-def plan_for_devices(spec: RunSpec, world: World, folder: RunDir) -> tuple[RunSpec, MemoryPlan]:
+
+def plan_for_devices(
+    spec: RunSpec, world: World, folder: RunDir, allow: Collection[str] = ()
+) -> tuple[RunSpec, MemoryPlan]:
     """Return `spec` with the quantization of the plan, and the plan for the smallest card of all processes.
 
     A budget lowers the limit further. What an earlier start of the run chose for `model.quantize: auto` stays, since
-    other frozen weights would make it another run.
+    other frozen weights would make it another run; and so does what computed its blocks, unless `path` is in `allow`.
 
     Raises:
-        ConfigError: every plan takes more than `memory.budget_gb`.
+        ConfigError: every plan takes more than `memory.budget_gb`, or nothing here computes blocks as the run began.
     """
     limits = devices.device_limits(world.device)
     budget = spec.config.memory.budget_gb
     limit_bytes = distributed.all_reduce_min(world, limits.limit_bytes)
     if not isinstance(budget, str):
         limit_bytes = min(limit_bytes, budget * 1e9)
+    earlier = _newest_checkpoint(folder)
     if spec.config.model.quantize == "auto":
-        spec = _with_quantization(spec, _planned_quantization(folder))
+        spec = _with_quantization(spec, _planned_quantization(earlier))
     is_gpu = world.device.type == "cuda"
+    has_kernels = not is_gpu or region_ops.has_kernels(world.device)
+    may_fuse = distributed.all_reduce_min(world, float(has_kernels)) == 1.0
+    before = None if "path" in allow else earlier.get("path")
+    if before == f"modules on {world.device.type}":
+        may_fuse = False
     processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    plan = forecast.plan_for(spec, replace(limits, limit_bytes=limit_bytes), is_gpu, processes_here)
+    plan = forecast.plan_for(spec, replace(limits, limit_bytes=limit_bytes), is_gpu, processes_here, may_fuse)
+    now = block_path(plan, world.device)
+    if before is not None and before != now:
+        raise ConfigError(other_path(before, f"this machine computes them by {now}"))
     if not plan.fits and not isinstance(budget, str):
         what = f"is {budget:g}, and the run takes {format_bytes(plan.peak.total)} (predicted)"
         todo = str(preflight.how_to_fit(spec, limit_bytes, is_gpu))
@@ -54,18 +72,43 @@ def _with_quantization(spec: RunSpec, quantization: Quantization | Literal["auto
     return replace(spec, config=config.model_copy(update={"model": model}))
 
 
-def _planned_quantization(folder: RunDir) -> Quantization | Literal["auto"] | None:
-    """Return the quantization that the newest readable checkpoint was trained with, or "auto" if there is none."""
+def _newest_checkpoint(folder: RunDir) -> dict[str, Any]:
+    """Return what the newest readable checkpoint says of its run, or an empty dict if there is none."""
     for _, path in checkpoint.steps_in(folder.checkpoints):
         try:
             # The header alone: reading and checking the tensors is left to `checkpoint.load_newest`.
             state = json.loads(read_header(path).metadata["state"])
-            kind = state["identity"]["settings"]["model.quantize"]
         except (WeightsError, KeyError, ValueError, TypeError):
             continue
-        if kind is None or kind in get_args(Quantization):
-            return kind
-    return "auto"
+        if isinstance(state, dict):
+            return state
+    return {}
+
+
+def _planned_quantization(earlier: dict[str, Any]) -> Quantization | Literal["auto"] | None:
+    """Return the quantization of an earlier checkpoint, or "auto" if it names none."""
+    try:
+        kind = earlier["identity"]["settings"]["model.quantize"]
+    except (KeyError, TypeError):
+        return "auto"
+    return kind if kind is None or kind in get_args(Quantization) else "auto"
+
+
+def block_path(plan: MemoryPlan, device: torch.device) -> str:
+    """Return what computes the blocks of a step on `device`: a `BlockPath` and the kind of device."""
+    path: BlockPath = "plain"
+    if not plan.workload.is_fused:
+        path = "modules"
+    elif region_ops.has_kernels(device):
+        path = "triton"
+    return f"{path} on {device.type}"
+
+
+def other_path(before: str, reason: str) -> Problem:
+    """Return the problem of a run whose blocks were computed by `before` and cannot be any more."""
+    what = f"the run began with blocks computed by {before}, and {reason}; the same steps would have other bits"
+    todo = "continue on a machine like the first, go on with other rounding: --allow path, or begin again with --fresh"
+    return Problem("path", what, todo, "other-path")
 
 
 def plan_warnings(spec: RunSpec, plan: MemoryPlan) -> list[str]:
@@ -85,9 +128,7 @@ def apply_recompute_plan(frozen: FrozenTransformer, lora: LoraLayers, plan: Memo
     """Set up the blocks for training: fused where that is faster, in the mode that `plan` has for a batch's tokens."""
     # With dropout, the recomputed forward has to draw the same masks as the first.
     unfused = checkpointing.checkpoint_by_tokens(plan.mode_of, preserve_rng=dropout > 0)
-    device = lora.flat.whole.device
-    is_slower = device.type == "cuda" and not region_ops.has_kernels(device)
-    if is_slower or not plan.workload.is_fused:
+    if not plan.workload.is_fused:
         frozen.model.enable_gradient_checkpointing(unfused)
         return
     fused_block.fuse_blocks(frozen.model, lora, frozen.offloader, plan.mode_of, unfused)

@@ -47,6 +47,9 @@ def init() -> World:
         # its matrices are too small to gain from threads.
         torch.set_num_threads(1)
     assert state.device is not None
+    if state.device.type == "cuda":
+        # CUDA graphs cannot be recorded on the default stream, and torch keeps the free memory of each stream apart.
+        torch.cuda.set_stream(torch.cuda.Stream(state.device))
     return World(state.device, state.process_index, state.num_processes)
 
 

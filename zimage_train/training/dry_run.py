@@ -30,9 +30,8 @@ from zimage_train.planning import calibration, devices, forecast, gpus, memory
 from zimage_train.planning.gpus import GpuSpec
 from zimage_train.planning.planner import MemoryPlan
 from zimage_train.training import run_dir
-from zimage_train.training.block_check import check_blocks
-from zimage_train.training.device_plan import apply_recompute_plan
-from zimage_train.training.loss import Batch, load_batch, losses
+from zimage_train.training.batches import Batch, load_batch
+from zimage_train.training.kernel_checks import check_blocks, check_replay
 from zimage_train.training.state import TrainState
 
 
@@ -89,10 +88,12 @@ def _try_largest_batches(state: TrainState) -> tuple[MemoryPlan, float]:
     while (candidate := _next_candidate(state, plan, passed)) is not None:
         mode, samples = candidate
         tokens = _sequence_tokens(state, samples)
-        outcome = _attempt(state, load_batch(state.config, state.dataset, samples))
+        batch = load_batch(state.config, state.dataset, samples)
+        outcome = _attempt(state, batch)
         if not isinstance(outcome, torch.OutOfMemoryError):
             passed.add((mode, tokens))
             longest = max(longest, outcome)
+            check_replay(state, batch)
             continue
         lighter = _plan_recomputing_more(plan, tokens)
         if lighter is None:
@@ -100,7 +101,7 @@ def _try_largest_batches(state: TrainState) -> tuple[MemoryPlan, float]:
         plan = lighter
         # The failed attempt leaves the allocator's cache fragmented, and the next allocates blocks of other sizes.
         torch.cuda.empty_cache()
-        apply_recompute_plan(state.frozen, state.lora, plan, state.config.lora.dropout)
+        state.run_step.use_plan(plan)
         state.console.warning("a batch did not fit as planned: more is recomputed in this run")
     return plan, longest
 
@@ -175,9 +176,8 @@ def _plan_recomputing_more(plan: MemoryPlan, tokens: int) -> MemoryPlan | None:
 def _step(state: TrainState, batch: Batch) -> float:
     """Run forward and backward; return the seconds that they took."""
     began = time.monotonic()
-    model = state.frozen.model.train()
-    for loss in losses(model, batch.to(state.world.device, model.dtype), state.config):
-        loss.objective.backward()
+    state.frozen.model.train()
+    state.run_step(batch, 1.0)
     if state.world.device.type == "cuda":
         torch.cuda.synchronize(state.world.device)
     return time.monotonic() - began
@@ -189,7 +189,7 @@ def _try_preview(state: TrainState) -> None:
         return
     requests = chain.from_iterable(previews.requests for previews in state.preview_sets)
     largest = max(requests, key=_preview_size)
-    with state.with_preview_loras(state.lora.factors()):
+    with state.run_step.memory(), state.with_preview_loras(state.lora.factors()):
         render_images(
             state.frozen, state.extras, [replace(largest, steps=1)], state.preview_embeds, lambda done, total: None
         )

@@ -16,8 +16,8 @@ from zimage_train.optim.schedules import base_lr, lr_factor
 from zimage_train.planning import devices
 from zimage_train.report.metrics import RecordWriter, read_records
 from zimage_train.rng import keyed_int
+from zimage_train.training.batches import Batch, load_batch
 from zimage_train.training.distributed import all_reduce_gradients
-from zimage_train.training.loss import Batch, load_batch, losses
 from zimage_train.training.outputs import after_step, preview, save_checkpoint
 from zimage_train.training.state import TrainState
 from zimage_train.training.step_timer import reserved_bytes
@@ -34,28 +34,25 @@ def train(state: TrainState, metrics: RecordWriter, events: RecordWriter) -> Non
         Stopped: a signal came; the step was finished and saved.
         DivergedError: the loss or the gradient was not finite `MAX_CONSECUTIVE_SKIPS` times in a row.
     """
-    config, model, world = state.config, state.frozen.model, state.world
+    config, world, run_step = state.config, state.world, state.run_step
     flat, last_step = state.lora.flat, config.train.steps
-    loss_names = ("loss",) if config.preserve.kind is None else ("loss", "preservation")
     num_skipped = trailing_skips(state)
     before_first_step(state, metrics, events)
-    model.train()
+    state.frozen.model.train()
     began = time.monotonic()
     for step, batches in prefetch(state):
         optimizers.set_lr(state.optimizer, base_lr(config.optimizer) * lr_factor(config.schedule, step, last_step))
         lr = optimizers.current_lr(state.optimizer)
         num_samples = sum(len(samples) for samples in state.order.step_batches(step))  # of all processes
-        sums = {name: torch.zeros((), device=world.device) for name in loss_names}
+        sums = torch.zeros(len(run_step.loss_names), device=world.device)
         for index, batch in enumerate(batches):
             # Dropout draws from torch's global generator; seeded by the step, a resumed run draws the same masks.
             torch.manual_seed(keyed_int(config.seed, "dropout", step, index, world.rank))
-            share = len(batch.samples) / num_samples  # smaller batches at the end of an epoch count by their samples
-            for loss in losses(model, batch.to(world.device, model.dtype), config):
-                (loss.objective * share).backward()
-                sums[loss.name] += loss.plain * share
+            # Smaller batches at the end of an epoch count by their samples.
+            sums += run_step(batch, len(batch.samples) / num_samples)
         # A signal may reach one process a step before another: all of them stop after the step in which any asks.
-        wants_stop = sums["loss"].new_tensor(float(state.stop.signal_number is not None))
-        reduced = all_reduce_gradients(world, flat.grads, torch.stack([*sums.values(), wants_stop]))
+        wants_stop = sums.new_full((1,), float(state.stop.signal_number is not None))
+        reduced = all_reduce_gradients(world, flat.grads, torch.cat([sums, wants_stop]))
         norm = torch.linalg.vector_norm(flat.grads)
         # Every value that is read makes the CPU wait for the GPU, so all are read at once.
         *loss_values, stop_votes, norm_value = torch.cat([reduced, norm.reshape(1)]).tolist()
@@ -68,7 +65,7 @@ def train(state: TrainState, metrics: RecordWriter, events: RecordWriter) -> Non
                 state.ema.update(flat.whole, step)
         flat.zero_grad()
         num_skipped = 0 if is_finite else num_skipped + 1
-        record = step_record(step, batches, dict(zip(loss_names, loss_values, strict=True)), lr, norm_value)
+        record = step_record(step, batches, dict(zip(run_step.loss_names, loss_values, strict=True)), lr, norm_value)
         record |= {"seconds": round(time.monotonic() - began, 4), "gb": memory_gb(world.device)}
         log_step(state, record, batches, metrics)
         # A run of fewer steps fails if it skips all of them.
@@ -95,7 +92,8 @@ def prefetch(state: TrainState) -> Iterator[tuple[int, list[Batch]]]:
     """Yield each remaining step with its micro-batches; meanwhile a thread reads those of the next step."""
 
     def load(step: int) -> list[Batch]:
-        return [load_batch(state.config, state.dataset, samples) for samples in state.micro_batches(step)]
+        batches = [load_batch(state.config, state.dataset, samples) for samples in state.micro_batches(step)]
+        return [batch.pin_memory() for batch in batches] if state.world.device.type == "cuda" else batches
 
     steps = range(state.start_step + 1, state.config.train.steps + 1)
     with ThreadPoolExecutor(max_workers=1) as reader:

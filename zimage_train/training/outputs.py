@@ -33,7 +33,7 @@ def save_checkpoint(state: TrainState, step: int) -> None:
         DiskError: it cannot be written.
     """
     tensors, optimizer = optimizers.optimizer_state(state.optimizer, state.lora.flat)
-    numbers = {"optimizer": optimizer, "identity": dict(state.identity)}
+    numbers = {"optimizer": optimizer, "identity": dict(state.identity), "path": state.path}
     averages = state.ema.state() if state.ema else {}
     for path in checkpoint.save(state.folder.checkpoints, step, state.lora.state() | averages | tensors, numbers):
         state.console.warning(f"{path}: cannot be removed; going on")
@@ -95,7 +95,8 @@ def preview(state: TrainState, step: int, events: RecordWriter) -> None:
     measured: dict[str, float] = {}
     try:
         for previews in state.preview_sets:
-            measured |= render_previews(state, previews, step)
+            with state.run_step.memory():
+                measured |= render_previews(state, previews, step)
         preview_images.save_grid(state.folder.samples / "grid.png", preview_sets.all_previews_table(state.preview_sets))
     except NotRestoredError:
         raise

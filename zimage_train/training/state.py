@@ -21,10 +21,12 @@ from zimage_train.optim.ema import Ema
 from zimage_train.planning.planner import MemoryPlan
 from zimage_train.report.console import Console
 from zimage_train.report.trackers import Trackers
+from zimage_train.training.device_plan import block_path
 from zimage_train.training.distributed import World
 from zimage_train.training.preview_sets import PreviewSet
 from zimage_train.training.run_dir import RunDir
 from zimage_train.training.signals import StopRequest
+from zimage_train.training.step_runner import StepRunner
 from zimage_train.training.step_timer import SlowStepDetector
 
 
@@ -42,6 +44,7 @@ class TrainState:
     dataset: CachedDataset
     frozen: FrozenTransformer
     lora: LoraLayers
+    run_step: StepRunner
     ema: Ema | None
     optimizer: Optimizer
     held_out: list[TrainItem]
@@ -58,10 +61,17 @@ class TrainState:
     warnings: list[str]
     start_step: int
     """The step of the checkpoint that this start continues from; 0 without a checkpoint."""
+    keeps_path: bool
+    """Whether the blocks must be computed by `path`, as in the steps before this start."""
     console: Console
     trackers: Trackers
     stop: StopRequest
     slow_steps: SlowStepDetector
+
+    @property
+    def path(self) -> str:
+        """Return what computes the blocks of a step; a checkpoint is continued by the same."""
+        return block_path(self.memory_plan, self.world.device)
 
     def with_preview_loras(self, trained: Lora) -> AbstractContextManager[None]:
         """Within the block, replace the LoRA of the model by `trained` and the extra LoRAs of previews together."""

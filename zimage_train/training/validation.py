@@ -46,7 +46,8 @@ def validate(state: TrainState, step: int, events: RecordWriter) -> None:
         return
     sigmas = validation_sigmas(state.config)
     try:
-        values = measure(state, [*sigmas.trained, *sigmas.turbo], step)
+        with state.run_step.memory():
+            values = measure(state, [*sigmas.trained, *sigmas.turbo], step)
     except torch.OutOfMemoryError:
         state.console.warning(
             f"validation at step {step} ran out of memory; lower validation.resolution; training goes on"

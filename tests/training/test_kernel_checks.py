@@ -9,8 +9,9 @@ from zimage_train.commands.train import run_training
 from zimage_train.errors import ConfigError
 from zimage_train.lora import fused_block
 from zimage_train.models import region_ops, regions
+from zimage_train.training import checkpoint
 
-from helpers import facts, folder
+from helpers import facts, folder, losses
 
 
 @pytest.fixture(autouse=True)
@@ -66,8 +67,8 @@ def test_blocks_that_fail_are_off(make_config, monkeypatch, swiglu, said: str):
     assert "NaN" not in (folder(config) / "run.json").read_text()
     assert said in facts(config)["fused_blocks"]["failure"]
     assert "fused blocks are off in this run, which is slower and takes more memory: " in log and said in log
-    losses = (folder(config) / "metrics.jsonl").read_text().splitlines()
-    assert len(losses) == 2 and all('"loss": null' not in line for line in losses)
+    records = (folder(config) / "metrics.jsonl").read_text().splitlines()
+    assert len(records) == 2 and all('"loss": null' not in line for line in records)
 
 
 def test_memory_may_run_out(make_config, monkeypatch):
@@ -81,3 +82,50 @@ def test_memory_may_run_out(make_config, monkeypatch):
     with pytest.raises(ConfigError, match="CUDA out of memory"):
         run_training(config, fresh=False)
     assert "fused blocks are off" not in (folder(config) / "log.txt").read_text()
+
+
+def saved_path(config) -> str:
+    newest = checkpoint.steps_in(folder(config) / "checkpoints")[0][1]
+    return checkpoint.load(newest).metadata["path"]
+
+
+def test_run_keeps_its_path(make_config, monkeypatch):
+    """A run is continued with what computed its blocks, or refused, or goes on with another if that is allowed."""
+    run_training(make_config(train={"steps": 2}), fresh=False)
+    assert saved_path(make_config()) == "triton on cpu"
+    longer = make_config(train={"steps": 4})
+    monkeypatch.setattr(region_ops, "has_kernels", lambda device: False)
+    with pytest.raises(ConfigError) as error:
+        run_training(longer, fresh=False)
+    (problem,) = error.value.problems
+    assert problem.code == "other-path" and error.value.exit_code == 2
+    assert "began with blocks computed by triton on cpu, and this machine computes them by plain on cpu" in str(problem)
+    assert "--allow path" in problem.hint
+    assert len(losses(longer)) == 2
+    run_training(longer, fresh=False, allow=("path",))
+    assert len(losses(longer)) == 4 and saved_path(longer) == "plain on cpu"
+
+
+def test_run_that_fell_back_stays(make_config, monkeypatch):
+    """A run that began with diffusers' blocks goes on with them, also where fused blocks work."""
+    whole = make_config(name="whole", train={"steps": 4}, lora={"rank": 4})
+    with monkeypatch.context() as patch:
+        break_swiglu(patch, wrong)
+        run_training(whole, fresh=False)
+        run_training(make_config(train={"steps": 2}), fresh=False)
+    assert saved_path(make_config()) == "modules on cpu"
+    longer = make_config(train={"steps": 4})
+    run_training(longer, fresh=False)
+    assert saved_path(longer) == "modules on cpu" and losses(longer) == losses(whole)
+
+
+def test_kernels_that_fail_later(make_config, monkeypatch):
+    """Where the kernels of a run fail, it is not continued with others, unless that is allowed."""
+    run_training(make_config(train={"steps": 2}), fresh=False)
+    break_swiglu(monkeypatch, raising)
+    longer = make_config(train={"steps": 4})
+    with pytest.raises(ConfigError, match="fused blocks fail here: RuntimeError: no kernel image"):
+        run_training(longer, fresh=False)
+    assert len(losses(longer)) == 2
+    run_training(longer, fresh=False, allow=("path",))
+    assert len(losses(longer)) == 4 and saved_path(longer) == "modules on cpu"

@@ -1,7 +1,7 @@
-"""The check before step 1 that fused blocks compute on this machine what diffusers' blocks compute.
+"""The checks before step 1 of what was compiled and recorded for this machine.
 
-Fused blocks run kernels that were compiled for this GPU a moment ago. If one of them fails, or differs by more than
-rounding, the run uses diffusers' blocks.
+Fused blocks run kernels that were compiled for this GPU a moment ago: their step is compared with that of diffusers'
+blocks. A CUDA graph is compared with the step that it repeats. What fails is not used in this run.
 """
 
 import math
@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from zimage_train.dataset.sample_order import Sample
+from zimage_train.errors import ConfigError
 from zimage_train.models import region_ops
 from zimage_train.planning.planner import MemoryPlan
 from zimage_train.training import distributed, run_dir
-from zimage_train.training.device_plan import apply_recompute_plan
-from zimage_train.training.loss import load_batch, losses
+from zimage_train.training.batches import Batch, load_batch
+from zimage_train.training.device_plan import other_path
 from zimage_train.training.state import TrainState
 
 LARGEST_DISTANCE = {"bf16": 0.05, "fp32": 1e-4}
@@ -30,14 +31,15 @@ def check_blocks(state: TrainState, sample: Sample) -> MemoryPlan:
 
     Raises:
         torch.OutOfMemoryError: the step does not fit.
+        ConfigError: fused blocks fail, and the run has steps with them.
     """
-    plan, dropout = state.memory_plan, state.config.lora.dropout
+    plan = state.memory_plan
     if not plan.workload.is_fused or not region_ops.has_kernels(state.world.device):
         return plan
     as_modules = replace(plan, workload=replace(plan.workload, is_fused=False))
-    apply_recompute_plan(state.frozen, state.lora, as_modules, dropout)
+    state.run_step.use_plan(as_modules)
     wanted = _loss_and_gradients(state, sample)
-    apply_recompute_plan(state.frozen, state.lora, plan, dropout)
+    state.run_step.use_plan(plan)
     try:
         distance = _distance(_loss_and_gradients(state, sample), wanted)
         failure = None
@@ -58,21 +60,33 @@ def check_blocks(state: TrainState, sample: Sample) -> MemoryPlan:
         run_dir.add_facts(state.folder, {"fused_blocks": {"distance": known, "failure": failure}})
     if failure is None:
         return plan
+    if state.keeps_path:
+        raise ConfigError(other_path(state.path, f"fused blocks fail here: {failure}"))
     state.console.warning(f"fused blocks are off in this run, which is slower and takes more memory: {failure}")
-    apply_recompute_plan(state.frozen, state.lora, as_modules, dropout)
+    state.run_step.use_plan(as_modules)
     return as_modules
+
+
+def check_replay(state: TrainState, batch: Batch) -> None:
+    """Compare a replay of a step on `batch` with the step; if they differ, no step of this run is replayed.
+
+    What was found is added to run.json.
+    """
+    if not state.run_step.records:
+        return
+    failure = state.run_step.check(batch)
+    if state.world.is_main:
+        run_dir.add_facts(state.folder, {"captured_steps": {"failure": failure}})
+    if failure is not None:
+        state.console.warning(f"steps are not captured as CUDA graphs in this run, which is slower: {failure}")
 
 
 def _loss_and_gradients(state: TrainState, sample: Sample) -> tuple[Tensor, Tensor]:
     """Return the losses and the gradients of a step on `sample`."""
     state.lora.flat.zero_grad()
-    model = state.frozen.model.train()
-    batch = load_batch(state.config, state.dataset, (sample,)).to(state.world.device, model.dtype)
-    values = []
-    for loss in losses(model, batch, state.config):
-        loss.objective.backward()
-        values.append(loss.plain)
-    return torch.stack(values), state.lora.flat.grads.clone()
+    state.frozen.model.train()
+    values = state.run_step(load_batch(state.config, state.dataset, (sample,)), 1.0)
+    return values.clone(), state.lora.flat.grads.clone()
 
 
 def _distance(found: tuple[Tensor, Tensor], wanted: tuple[Tensor, Tensor]) -> float:

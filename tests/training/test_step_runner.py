@@ -1,0 +1,227 @@
+"""Captured steps, with a recorder of operations in place of CUDA graphs: the bits of the steps that they repeat."""
+
+import json
+import shutil
+from collections.abc import Callable
+
+import pytest
+import torch
+from recorded_ops import OperationRecorder
+from safetensors.torch import load_file
+
+from zimage_train import mini
+from zimage_train.commands.train import run_training
+from zimage_train.config.schema import Config
+from zimage_train.errors import Stopped
+from zimage_train.training import build, outputs, step_runner
+from zimage_train.training.step_runner import StepRunner
+
+from helpers import PREVIEWED, facts, folder, stop_after
+
+TWO_SIZES = [{"folder": str(mini.IMAGES), "resolution": [64, 96], "trigger": "zorb", "caption_dropout": 0.3}]
+
+
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> list[OperationRecorder]:
+    """The recorder of each run that is started in the test."""
+    made: list[OperationRecorder] = []
+
+    def make(config: Config, *args) -> OperationRecorder | None:
+        if config.name == "eager":
+            return None
+        made.append(OperationRecorder())
+        return made[-1]
+
+    monkeypatch.setattr(build, "make_recorder", make)
+    return made
+
+
+def metrics(config: Config) -> list[tuple[float, ...]]:
+    lines = (folder(config) / "metrics.jsonl").read_text().splitlines()
+    names = ("loss", "grad_norm", "preservation")
+    return [tuple(json.loads(line).get(name) for name in names) for line in lines]
+
+
+KINDS = {
+    "plain": {},
+    "two sizes, batches": {"data": TWO_SIZES, "train": {"steps": 12, "batch_size": 2, "grad_accumulation": 2}},
+    "recomputed": {"memory": {"checkpointing": "w1w3"}},
+    "streamed": {"memory": {"offload": 1.0}},
+    "half streamed": {"memory": {"offload": 0.5}},
+    "streamed int8": {"memory": {"offload": 1.0}, "model": {"quantize": "int8"}},
+    "preservation": {"preserve": {"kind": "blank"}},
+    "preservation, streamed": {"preserve": {"kind": "blank"}, "memory": {"offload": 0.5}},
+    "guidance": {"guidance": {"differential": 2.0, "contrastive": 2.0}},
+    "modules": {"lora": {"targets": ["attention", "adaln"]}},
+    "averaged": {"ema": {"decay": 0.9}},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_replays_give_the_same_bits(make_config, recorded, kind: str):
+    """A run whose steps are replayed has the losses, gradients and LoRA of a run without."""
+    changes = {"train": {"steps": 8}, "save": {"every": 100}} | KINDS[kind]
+    eager, captured = make_config(name="eager", **changes), make_config(name="captured", **changes)
+    for config in (eager, captured):
+        run_training(config, fresh=False)
+    assert metrics(captured) == metrics(eager)
+    assert lora(captured) == lora(eager)
+    assert recorded[0].replays >= 4 and recorded[0].records < recorded[0].replays
+    assert facts(captured)["captured_steps"] == {"failure": None} and "captured_steps" not in facts(eager)
+
+
+def lora(config: Config) -> dict[str, list[float]]:
+    tensors = load_file(folder(config) / "lora" / f"{config.name}.safetensors")
+    return {name: tensor.tolist() for name, tensor in tensors.items()}
+
+
+HISTORY = {
+    "data": TWO_SIZES,
+    "train": {"steps": 20, "batch_size": 1},
+    "save": {"every": 6},
+    "sample": PREVIEWED | {"every": 5},
+    "memory": {"offload": 0.5},
+}
+
+
+@pytest.mark.slow
+def test_history_does_not_matter(make_config, recorded, monkeypatch, tmp_path):
+    """Previews, validation, evicted graphs and a new start change which steps are replayed, and no bit of them."""
+    held_out = tmp_path / "held out"
+    held_out.mkdir()
+    image = next(iter(sorted(mini.IMAGES.glob("*.png"))))
+    shutil.copy(image, held_out)
+    shutil.copy(image.with_suffix(".txt"), held_out)
+    changes = HISTORY | {"validation": {"folder": str(held_out), "every": 8, "resolution": 64}}
+    eager = make_config(name="eager", **changes)
+    run_training(eager, fresh=False)
+    monkeypatch.setattr(step_runner, "MAX_GRAPHS", 1)
+    captured = make_config(name="captured", **changes)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 9)
+        with pytest.raises(Stopped):
+            run_training(captured, fresh=False)
+    run_training(captured, fresh=False)
+    assert metrics(captured) == metrics(eager) and lora(captured) == lora(eager)
+    assert facts(captured)["starts"] == [0, 9]
+    assert all(one.records > 2 and one.replays > 2 for one in recorded), [vars(one) for one in recorded]
+
+
+def test_graphs_are_evicted(make_config, recorded, monkeypatch):
+    """The graph that was used longest ago goes first."""
+    monkeypatch.setattr(step_runner, "MAX_GRAPHS", 2)
+    kept = {}
+    original = StepRunner._record
+
+    def spy(runner, inputs, recorder):
+        kept["runner"] = runner
+        return original(runner, inputs, recorder)
+
+    monkeypatch.setattr(StepRunner, "_record", spy)
+    config = make_config(data=TWO_SIZES, train={"steps": 30, "batch_size": 1})
+    run_training(config, fresh=False)
+    runner = kept["runner"]
+    assert len(runner._graphs) == 2 < len(runner._seen)
+    assert recorded[0].records > len(runner._seen)
+
+
+def test_memory_that_stays_forgets_graphs(make_config, recorded, monkeypatch):
+    """A preview that leaves something in the memory of graphs makes them void, since a replay would write there."""
+    original = outputs.sample_all
+
+    def leaking(*args):
+        recorded[0].allocated += 1
+        return original(*args)
+
+    monkeypatch.setattr(outputs, "sample_all", leaking)
+    config = make_config(train={"steps": 6}, sample=PREVIEWED | {"every": 3})
+    before = []
+    preview = outputs.preview
+
+    def spy(state, *args):
+        before.append((len(state.run_step._graphs), recorded[0].forgotten))
+        preview(state, *args)
+        before.append((len(state.run_step._graphs), recorded[0].forgotten))
+
+    monkeypatch.setattr(outputs, "preview", spy)
+    run_training(config, fresh=False)
+    (graphs, forgotten), after = before[0], before[1]
+    assert graphs > 0 and after == (0, forgotten + 1)
+
+
+class WrongRecorder(OperationRecorder):
+    """Its replays add a little to the gradients."""
+
+    def record(self, run: Callable[[], None]) -> Callable[[], None]:
+        replay = super().record(run)
+
+        def wrong() -> None:
+            replay()
+            kept["runner"]._grads[0] += 1e-7
+
+        return wrong
+
+
+class BrokenRecorder(OperationRecorder):
+    def record(self, run: Callable[[], None]) -> Callable[[], None]:
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+
+class OldRecorder(OperationRecorder):
+    """Its replays do nothing."""
+
+    def record(self, run: Callable[[], None]) -> Callable[[], None]:
+        super().record(run)
+        return lambda: None
+
+
+kept: dict[str, StepRunner] = {}
+
+
+@pytest.mark.parametrize(
+    ("recorder", "said"),
+    [
+        (WrongRecorder, "a replay gave other bits"),
+        (OldRecorder, "a replay gave other bits"),
+        (BrokenRecorder, "RuntimeError: operation not permitted when stream is capturing"),
+    ],
+)
+def test_replays_that_fail_are_off(make_config, monkeypatch, recorder, said: str):
+    """If a replay fails or differs, the run says so, and trains as it would without."""
+    eager = make_config(name="eager")
+    run_training(eager, fresh=False)
+    monkeypatch.setattr(build, "make_recorder", lambda *args: recorder())
+    check = StepRunner.check
+    monkeypatch.setattr(StepRunner, "check", lambda runner, batch: check(kept.setdefault("runner", runner), batch))
+    kept.clear()
+    config = make_config(name="captured")
+    run_training(config, fresh=False)
+    assert facts(config)["captured_steps"] == {"failure": said}
+    log = (folder(config) / "log.txt").read_text()
+    assert log.count(f"steps are not captured as CUDA graphs in this run, which is slower: {said}") == 1
+    assert metrics(config) == metrics(eager) and lora(config) == lora(eager)
+
+
+def test_dropout_is_never_captured(make_config):
+    """Each step draws other masks, which a replay would not."""
+    config = make_config(lora={"dropout": 0.1})
+    assert step_runner.make_recorder(config, None, torch.device("cuda")) is None
+    assert step_runner.make_recorder(config, None, torch.device("cpu")) is None
+
+
+def test_recorder_knows_what_a_graph_cannot(recorded):
+    """The recorder of the tests repeats what was recorded, not what would be computed now."""
+    factor, x, total = 2.0, torch.ones(3), torch.zeros(3)
+
+    def run() -> None:
+        total.add_(x * factor)
+
+    replay = OperationRecorder().record(run)
+    assert total.tolist() == [0, 0, 0]
+    factor = 5.0
+    x.fill_(3)
+    replay()
+    assert total.tolist() == [6, 6, 6]
+    with pytest.raises(AssertionError, match="waits for the device"):
+        OperationRecorder().record(lambda: print(float(total.sum())))
