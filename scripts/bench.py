@@ -41,7 +41,7 @@ from zimage_train.lora import layers, lora_file, targets, training_adapter
 from zimage_train.lora.layers import LoraLayers
 from zimage_train.lora.training_adapter import TrainingAdapter
 from zimage_train.measure import counting
-from zimage_train.models import loading, transformer
+from zimage_train.models import transformer
 from zimage_train.models.arch import TransformerShape
 from zimage_train.models.offload import BlockOffloader, streamed_blocks
 from zimage_train.models.quantize import QuantizationStats
@@ -88,7 +88,7 @@ def random_model(
     model = transformer.empty_transformer(shape, dtype, placement.quantization)
     blocks = [model.layers[index] for index in streamed_blocks(shape.n_layers, placement.streamed)]
     ring = BlockOffloader(blocks, device) if blocks else None
-    loading.allocate_parameters(model, device)
+    transformer.allocate_transformer(model, device)
     frozen = FrozenTransformer(model, shape, Path("random"), None, 0, QuantizationStats(), ring)
     draw = torch.Generator(device).manual_seed(1)
 

@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL
 from zimage_train import mini
 from zimage_train.config.types import RECOMPUTE_MODES
 from zimage_train.dataset.buckets import Bucket
-from zimage_train.diffusion.frozen import load_frozen
+from zimage_train.diffusion.frozen import FrozenTransformer, load_frozen
 from zimage_train.measure.counting import LiveBytes, flash_attention
 from zimage_train.models import region_ops, transformer
 from zimage_train.models.transformer import velocity
@@ -149,16 +149,22 @@ def test_miniature_weights_to_the_byte(kind: str | None, streamed: int):
     """The weights of the miniature are counted to the byte."""
     frozen = load_frozen(mini.TURBO / "transformer", None, "bf16", CPU, kind, streamed)
     made = workload(shape=frozen.shape, gpu=False)
-    on_device = {one.untyped_storage()._cdata: one.untyped_storage().nbytes() for one in frozen.model.parameters()}
+    on_device = sum(tensor.untyped_storage().nbytes() for tensor in distinct_storages(frozen))
     if frozen.offloader is not None:
-        on_device |= {slot.untyped_storage()._cdata: slot.nbytes for slot in frozen.offloader._slots}
         at_home = sum(host.nbytes for host in frozen.offloader._host_blocks)
         assert at_home == pytest.approx(memory.host_bytes(made, WeightPlacement(kind, streamed)), rel=0.02)
-    assert sum(on_device.values()) == pytest.approx(
-        memory.device_bytes(made, WeightPlacement(kind, streamed)), rel=0.02
-    )
+    assert on_device == pytest.approx(memory.device_bytes(made, WeightPlacement(kind, streamed)), rel=0.02)
     if not streamed:
-        assert sum(on_device.values()) == memory.model_bytes(made, kind)
+        weights = sum(parameter.nbytes for parameter in frozen.model.parameters())
+        assert weights == memory.model_bytes(made, kind)
+
+
+def distinct_storages(frozen: FrozenTransformer) -> list[torch.Tensor]:
+    """A tensor of each storage on the device: of parameters, slots, and what weights are unpacked into."""
+    tensors = list(frozen.model.parameters())
+    tensors += [] if frozen.offloader is None else frozen.offloader._slots
+    tensors += [layer.scratch for layer in frozen.model.modules() if getattr(layer, "scratch", None) is not None]
+    return list({tensor.untyped_storage()._cdata: tensor for tensor in tensors}.values())
 
 
 def test_published_model_sizes():

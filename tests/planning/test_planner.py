@@ -65,8 +65,8 @@ def test_full_precision_is_preferred():
     ("name", "expected"),
     [
         ("h100", {512: "none", 768: "none", 1024: "none"}),
-        ("4090", {512: "none", 768: "elementwise", 1024: "w1w3"}),
-        ("4080", {512: "w1w3", 768: "attention", 1024: "attention"}),
+        ("4090", {512: "none", 768: "none", 1024: "w1w3"}),
+        ("4080", {512: "elementwise", 768: "attention", 1024: "attention"}),
     ],
 )
 def test_sizes_recompute_the_least(name: str, expected: dict[int, str]):

@@ -22,6 +22,7 @@ KERNELS = (
     triton_kernels.rotated_norm_backward,
     triton_kernels.swiglu,
     triton_kernels.swiglu_backward,
+    triton_kernels.unpack,
 )
 
 

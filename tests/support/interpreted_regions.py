@@ -14,10 +14,11 @@ os.environ["TRITON_INTERPRET"] = "1"
 import numpy as np
 import torch
 import triton.language as tl
+from region_results import results
 from torch import Tensor
 from triton.runtime import interpreter
 
-from zimage_train.models import region_ops, regions, triton_regions
+from zimage_train.models import quantize, region_ops, regions, triton_regions
 
 EPS = 1e-5
 SIZES = [(1, 1, 8, 1, 4), (2, 5, 40, 3, 10), (1, 33, 96, 4, 24), (3, 2, 130, 5, 26), (1, 7, 2049, 1, 128)]
@@ -51,13 +52,13 @@ def calls(size: tuple[int, ...], dtype: torch.dtype, is_modulated: bool) -> Iter
     # As the blocks have them: parts of a larger tensor.
     gate, scale = drawn(b, 1, 4 * dim).chunk(4, dim=2)[1:3] if is_modulated else (None, None)
     yield "modulated_norm", (x, weight, scale, EPS)
-    inverse = regions.modulated_norm(x, weight, scale, EPS)[1]
+    inverse = results(regions, "modulated_norm", x, weight, scale, EPS)[1]
     yield "modulated_norm_backward", (gh, gx, x, weight, scale, inverse)
     yield "gated_residual", (x, y, weight, gate, EPS)
-    summed, inverse = regions.gated_residual(x, y, weight, gate, EPS)
+    summed, inverse = results(regions, "gated_residual", x, y, weight, gate, EPS)
     yield "gated_residual_backward", (gx, y, weight, gate, inverse)
     yield "residual_norm", (x, y, weight, gate, next_weight, scale, EPS)
-    _, _, inverse, next_inverse = regions.residual_norm(x, y, weight, gate, next_weight, scale, EPS)
+    _, _, inverse, next_inverse = results(regions, "residual_norm", x, y, weight, gate, next_weight, scale, EPS)
     yield (
         "residual_norm_backward",
         (gx, gh, summed, y, weight, gate, next_weight, scale, inverse, next_inverse),
@@ -65,17 +66,15 @@ def calls(size: tuple[int, ...], dtype: torch.dtype, is_modulated: bool) -> Iter
     q, k, q_weight, k_weight = drawn(b, t, heads, d), drawn(b, t, heads, d), drawn(d), drawn(d)
     rope = drawn(b, t, d // 2, 2, to=torch.float32)
     yield "rotated_norm", (q, k, q_weight, k_weight, rope, EPS)
-    inverses = regions.rotated_norm(q, k, q_weight, k_weight, rope, EPS)[2:]
+    inverses = results(regions, "rotated_norm", q, k, q_weight, k_weight, rope, EPS)[2:]
     # Attention returns gradients whose heads come before the tokens in memory.
     gq, gk = (drawn(b, heads, t, d).transpose(1, 2) for _ in range(2))
     yield "rotated_norm_backward", (gq, gk, q, k, q_weight, k_weight, rope, *inverses)
     yield "swiglu", (x, y)
     yield "swiglu_backward", (gx, x, y)
-
-
-def results(of: object, name: str, arguments: tuple) -> tuple[Tensor, ...]:
-    found = getattr(of, name)(*arguments)
-    return (found,) if isinstance(found, Tensor) else tuple(found)
+    for kind in ("int8", "fp8"):
+        data, scales = quantize.pack(drawn(dim, 128), kind)
+        yield "unpack", (data, scales.to(dtype))
 
 
 def is_near(found: Tensor, wanted: Tensor, exact: Tensor) -> bool:
@@ -95,7 +94,7 @@ def main() -> int:
         for name, arguments in calls(size, dtype, is_modulated):
             wide = tuple(one.float() if isinstance(one, Tensor) else one for one in arguments)
             found, wanted, exact = (
-                results(of, name, given)
+                results(of, name, *given)
                 for of, given in ((triton_regions, arguments), (regions, arguments), (regions, wide))
             )
             names.add(name)

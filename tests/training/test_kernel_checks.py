@@ -39,16 +39,17 @@ def test_blocks_that_agree_are_used(make_config):
     assert "fused blocks are off" not in log
 
 
-def raising(u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+def raising(u: torch.Tensor, v: torch.Tensor, *, out: torch.Tensor) -> None:
     raise RuntimeError("no kernel image is available\nand more")
 
 
-def wrong(u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    return 1.1 * regions.swiglu(u, v)
+def wrong(u: torch.Tensor, v: torch.Tensor, *, out: torch.Tensor) -> None:
+    regions.swiglu(u, v, out=out)
+    out.mul_(1.1)
 
 
-def not_a_number(u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    return regions.swiglu(u, v) * torch.nan
+def not_a_number(u: torch.Tensor, v: torch.Tensor, *, out: torch.Tensor) -> None:
+    out.fill_(torch.nan)
 
 
 @pytest.mark.parametrize(
@@ -74,7 +75,7 @@ def test_blocks_that_fail_are_off(make_config, monkeypatch, swiglu, said: str):
 def test_memory_may_run_out(make_config, monkeypatch):
     """Running out of memory is no failure of the kernels."""
 
-    def exhausted(u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def exhausted(u: torch.Tensor, v: torch.Tensor, *, out: torch.Tensor) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     break_swiglu(monkeypatch, exhausted)

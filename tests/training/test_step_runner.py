@@ -13,7 +13,8 @@ from zimage_train import mini
 from zimage_train.commands.train import run_training
 from zimage_train.config.schema import Config
 from zimage_train.errors import Stopped
-from zimage_train.training import build, outputs, step_runner
+from zimage_train.planning.planner import MemoryPlan
+from zimage_train.training import build, step_runner
 from zimage_train.training.step_runner import StepRunner
 
 from helpers import PREVIEWED, facts, folder, stop_after
@@ -97,6 +98,7 @@ def test_history_does_not_matter(make_config, recorded, monkeypatch, tmp_path):
     eager = make_config(name="eager", **changes)
     run_training(eager, fresh=False)
     monkeypatch.setattr(step_runner, "MAX_GRAPHS", 1)
+    monkeypatch.setattr(MemoryPlan, "previews_fit_beside", False)
     captured = make_config(name="captured", **changes)
     with monkeypatch.context() as patch:
         stop_after(patch, 9)
@@ -127,27 +129,26 @@ def test_graphs_are_evicted(make_config, recorded, monkeypatch):
 
 
 def test_memory_that_stays_forgets_graphs(make_config, recorded, monkeypatch):
-    """A preview that leaves something in the memory of graphs makes them void, since a replay would write there."""
-    original = outputs.sample_all
+    """A step that leaves something in the memory of graphs makes them void, since a replay would write there."""
+    original, seen = StepRunner._run_beside_graphs, []
 
-    def leaking(*args):
-        recorded[0].allocated += 1
-        return original(*args)
+    def leaking(runner, inputs, recorder):
+        run = runner._run
 
-    monkeypatch.setattr(outputs, "sample_all", leaking)
-    config = make_config(train={"steps": 6}, sample=PREVIEWED | {"every": 3})
-    before = []
-    preview = outputs.preview
+        def leave(inputs) -> None:
+            run(inputs)
+            recorder.allocated += 1
 
-    def spy(state, *args):
-        before.append((len(state.run_step._graphs), recorded[0].forgotten))
-        preview(state, *args)
-        before.append((len(state.run_step._graphs), recorded[0].forgotten))
+        before = len(runner._graphs)
+        with monkeypatch.context() as patch:
+            if before and not seen:
+                patch.setattr(runner, "_run", leave)
+            original(runner, inputs, recorder)
+        seen.extend([(before, len(runner._graphs))] if before else [])
 
-    monkeypatch.setattr(outputs, "preview", spy)
-    run_training(config, fresh=False)
-    (graphs, forgotten), after = before[0], before[1]
-    assert graphs > 0 and after == (0, forgotten + 1)
+    monkeypatch.setattr(StepRunner, "_run_beside_graphs", leaking)
+    run_training(make_config(data=TWO_SIZES, train={"steps": 30, "batch_size": 1}), fresh=False)
+    assert seen[0][0] > 0 and seen[0][1] == 0 and all(before == after for before, after in seen[1:])
 
 
 class WrongRecorder(OperationRecorder):

@@ -71,9 +71,9 @@ def load_frozen(
     shape, tensors = transformer.read_weights(path)
     model = transformer.empty_transformer(shape, TORCH_DTYPES[dtype], kind)
     blocks = [model.layers[index] for index in streamed_blocks(shape.n_layers, num_streamed)]
-    # Before `allocate_parameters`: it leaves alone the parameters that the offloader has pointed into its slots.
+    # Before `allocate_transformer`: it leaves alone the parameters that the offloader has pointed into its slots.
     offloader = BlockOffloader(blocks, device) if blocks else None
-    loading.allocate_parameters(model, device)
+    transformer.allocate_transformer(model, device)
     count, stats = MergeCount(), QuantizationStats()
     merged = merge_adapter(tensors, adapter, device, count) if adapter else tensors
 

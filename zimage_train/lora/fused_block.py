@@ -6,7 +6,7 @@ stages in order and keeps what the recompute mode names; the backward runs the s
 So every mode computes the same bits.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from itertools import chain
 from types import ModuleType
 from typing import Any, cast
@@ -20,34 +20,13 @@ from torch.nn import Parameter
 
 from zimage_train.config.types import RecomputeMode
 from zimage_train.lora.layers import ADAPTER_NAME, LoraLayers
-from zimage_train.lora.products import find_product
+from zimage_train.lora.products import Product, find_product
+from zimage_train.lora.tape import IN_BUFFER, INPUTS, KEPT, Layout, Tape
 from zimage_train.models import region_ops
 from zimage_train.models.arch import BLOCK_PRODUCTS
 from zimage_train.models.attention import AttentionKernel, bias_of, choose_kernel
 from zimage_train.models.offload import BlockOffloader
 from zimage_train.optim.flat import FlatParameters
-
-PRODUCTS = frozenset({"q", "k", "v", "y_attention", "y_feed_forward"})
-WIDE_PRODUCTS = frozenset({"u", "w"})
-ATTENTION = frozenset({"attention", "attention_rest"})
-SMALL = frozenset({"inner_qkv", "inner_out", "inner_up", "inner_down", "inverse_down"})
-"""The inputs of every B, which have the LoRA's rank as their width, and an inverse RMS."""
-NORMS = frozenset(
-    {"h_attention", "inverse_in", "q_rotated", "k_rotated", "inverse_q", "inverse_k", "x_middle", "h_feed_forward"}
-) | {"inverse_attention", "inverse_middle", "activated"}
-INPUTS = frozenset({"bias", "rope", "scale_attention", "gate_attention", "scale_feed_forward", "gate_feed_forward"})
-"""What is always kept: it is small, or shared by all blocks."""
-KEPT: dict[RecomputeMode, frozenset[str]] = {
-    "none": PRODUCTS | WIDE_PRODUCTS | ATTENTION | SMALL | NORMS,
-    "elementwise": PRODUCTS | WIDE_PRODUCTS | ATTENTION | SMALL,
-    "w1w3": PRODUCTS | ATTENTION | SMALL,
-    "attention": ATTENTION | {"inverse_down"},
-    "full": frozenset({"inverse_down"}),
-}
-"""The results of a block that its backward finds again, by mode, beside its input x and `INPUTS`."""
-
-Tape = dict[str, Any]
-"""The results of a block by name."""
 
 
 class FusedBlock:
@@ -55,6 +34,7 @@ class FusedBlock:
 
     Args:
         enter: called with the block and whether its backward begins, before its weights are used.
+        layouts: of the buffers by shape, shared by all blocks; the first forward of a shape adds its own.
         ops: the module with the functions of `models.regions`.
     """
 
@@ -64,10 +44,11 @@ class FusedBlock:
         block: ZImageTransformerBlock,
         flat: FlatParameters,
         enter: Callable[[nn.Module, bool], None],
+        layouts: dict[Hashable, Layout],
         ops: ModuleType = region_ops,
     ) -> None:
         self.block: Any = block
-        self.ops, self._enter = ops, enter
+        self.ops, self._enter, self._layouts = ops, enter, layouts
         self._loras = _loras_of(block)
         names = [factor for factor in flat.start if factor.startswith(name)]
         begin = min((flat.start[factor] for factor in names), default=0)
@@ -104,15 +85,25 @@ class FusedBlock:
         return [id(layer) for layer in _loras_of(self.block)] == [id(layer) for layer in self._loras]
 
     def run_forward(
-        self, x: Tensor, factors: Tensor | None, mask: Tensor | None, rope: Tensor, adaln: Tensor | None
+        self,
+        x: Tensor,
+        factors: Tensor | None,
+        mask: Tensor | None,
+        rope: Tensor,
+        adaln: Tensor | None,
+        mode: RecomputeMode | None,
     ) -> Tape:
-        """Return the results of all stages."""
+        """Return the results of all stages, those that `mode` keeps in one buffer; None: nothing is kept."""
         self._enter(self.block, False)
-        bias = bias_of(mask, self.block.attention.heads, x.dtype)
-        tape: Tape = {"x": x, "bias": bias, "rope": rope} | self._modulation(adaln)
+        key = (x.shape, x.dtype, mode, *(product.rank for product in self.products))
+        tape = Tape(x.device, self._layouts.get(key))
+        tape |= {"x": x, "bias": bias_of(mask, self.block.attention.heads, x.dtype), "rope": rope}
+        tape |= self._modulation(adaln)
         copies = x.new_empty(0) if factors is None else factors.to(x.dtype)
         for stage, _ in STAGES:
             stage(self, tape, copies)
+        if mode is not None and key not in self._layouts:
+            self._layouts[key] = tape.layout_of(IN_BUFFER[mode])
         return tape
 
     def recompute(self, tape: Tape, copies: Tensor) -> None:
@@ -132,16 +123,20 @@ class FusedBlock:
         # Results are taken off the tape where they are used for the last time, so that their memory is free at once.
         take = tape.pop
 
-        gy = ops.gated_residual_backward(
-            grad, take("y_feed_forward"), block.ffn_norm2.weight, tape["gate_feed_forward"], take("inverse_down")
+        gy = torch.empty_like(grad)
+        ops.gated_residual_backward(
+            grad, take("y_feed_forward"), block.ffn_norm2.weight, tape["gate_feed_forward"], take("inverse_down"), gy=gy
         )
         ga = down.backward([gy], take("activated"), take("inner_down"), copies, out)
+        assert ga is not None
         del gy
-        gu, gw = ops.swiglu_backward(ga, take("u"), take("w"))
+        gu, gw = torch.empty_like(ga), torch.empty_like(ga)
+        ops.swiglu_backward(ga, take("u"), take("w"), gu=gu, gv=gw)
         del ga
         gh = up.backward([gu, gw], take("h_feed_forward"), take("inner_up"), copies, out)
         del gu, gw
-        gx, gy = ops.residual_norm_backward(
+        gx, gy = torch.empty_like(grad), torch.empty_like(grad)
+        ops.residual_norm_backward(
             grad,
             gh,
             take("x_middle"),
@@ -152,6 +147,8 @@ class FusedBlock:
             tape["scale_feed_forward"],
             take("inverse_attention"),
             take("inverse_middle"),
+            out=gx,
+            gy=gy,
         )
         del gh, grad
         attended = tape["attention"]
@@ -170,28 +167,32 @@ class FusedBlock:
             rest,
         )
         del go, attended, rotated_q, rotated_k, v, rest
-        gq, gk = ops.rotated_norm_backward(
-            gq.transpose(1, 2),
-            gk.transpose(1, 2),
-            take("q"),
-            take("k"),
+        q, k = take("q"), take("k")
+        turned_gq, turned_gk, gq, gk = gq, gk, torch.empty_like(q), torch.empty_like(k)
+        ops.rotated_norm_backward(
+            turned_gq.transpose(1, 2),
+            turned_gk.transpose(1, 2),
+            q,
+            k,
             block.attention.norm_q.weight,
             block.attention.norm_k.weight,
             tape["rope"],
             take("inverse_q"),
             take("inverse_k"),
+            gq=gq,
+            gk=gk,
         )
         grads = [gq.flatten(2), gk.flatten(2), gv.transpose(1, 2).flatten(2)]
-        del gq, gk, gv
+        del gq, gk, gv, turned_gq, turned_gk, q, k
         gh = qkv.backward(grads, take("h_attention"), take("inner_qkv"), copies, out, needs_x)
         del grads
         if gh is not None:
-            gx = ops.modulated_norm_backward(
-                gh, gx, tape["x"], block.attention_norm1.weight, tape["scale_attention"], take("inverse_in")
+            ops.modulated_norm_backward(
+                gh, gx, tape["x"], block.attention_norm1.weight, tape["scale_attention"], take("inverse_in"), out=gx
             )
         return (gx if needs_x else None), (None if factors is None else out)
 
-    def _modulation(self, adaln: Tensor | None) -> Tape:
+    def _modulation(self, adaln: Tensor | None) -> dict[str, Tensor | None]:
         names = ("scale_attention", "gate_attention", "scale_feed_forward", "gate_feed_forward")
         if adaln is None:
             return dict.fromkeys(names)
@@ -205,59 +206,91 @@ class FusedBlock:
     # The stages, in order. Each reads and writes the tape; `copies` are the factors in the dtype of x.
 
     def _norm_in(self, tape: Tape, copies: Tensor) -> None:
-        norm = self.block.attention_norm1
-        tape["h_attention"], tape["inverse_in"] = self.ops.modulated_norm(
-            tape["x"], norm.weight, tape["scale_attention"], norm.eps
-        )
+        norm, x = self.block.attention_norm1, tape["x"]
+        h, inverse = tape.new("h_attention", x.shape, x.dtype), tape.new_inverse("inverse_in", x)
+        self.ops.modulated_norm(x, norm.weight, tape["scale_attention"], norm.eps, h=h, inverse=inverse)
 
     def _project_qkv(self, tape: Tape, copies: Tensor) -> None:
-        outputs, tape["inner_qkv"] = self.products[0].forward(tape["h_attention"], copies)
+        self._project(self.products[0], tape, tape["h_attention"], "inner_qkv", ("q", "k", "v"), copies)
         heads = self.block.attention.heads
-        tape["q"], tape["k"], tape["v"] = (output.unflatten(-1, (heads, -1)) for output in outputs)
+        for name in ("q", "k", "v"):
+            tape[name] = tape[name].unflatten(-1, (heads, -1))
 
     def _rotate(self, tape: Tape, copies: Tensor) -> None:
-        attention = self.block.attention
-        tape["q_rotated"], tape["k_rotated"], tape["inverse_q"], tape["inverse_k"] = self.ops.rotated_norm(
-            tape["q"], tape["k"], attention.norm_q.weight, attention.norm_k.weight, tape["rope"], attention.norm_q.eps
+        attention, q, k = self.block.attention, tape["q"], tape["k"]
+        self.ops.rotated_norm(
+            q,
+            k,
+            attention.norm_q.weight,
+            attention.norm_k.weight,
+            tape["rope"],
+            attention.norm_q.eps,
+            q_rotated=tape.new("q_rotated", q.shape, q.dtype),
+            k_rotated=tape.new("k_rotated", k.shape, k.dtype),
+            q_inverse=tape.new_inverse("inverse_q", q),
+            k_inverse=tape.new_inverse("inverse_k", k),
         )
 
     def _attend(self, tape: Tape, copies: Tensor) -> None:
         q, k, v = (tape[name].transpose(1, 2) for name in ("q_rotated", "k_rotated", "v"))
         kernel: AttentionKernel = choose_kernel(q, k, v, tape["bias"])
         result, rest = kernel.forward(q, k, v, tape["bias"])
-        tape["attention"], tape["attention_rest"] = result.transpose(1, 2), (kernel, rest)
+        tape.put("attention", result.transpose(1, 2))
+        tape["attention_rest"] = (kernel, rest)
 
     def _project_attention(self, tape: Tape, copies: Tensor) -> None:
-        (tape["y_attention"],), tape["inner_out"] = self.products[1].forward(tape["attention"].flatten(2), copies)
+        attended = tape["attention"].flatten(2)
+        self._project(self.products[1], tape, attended, "inner_out", ("y_attention",), copies)
 
     def _norm_middle(self, tape: Tape, copies: Tensor) -> None:
-        block = self.block
-        tape["x_middle"], tape["h_feed_forward"], tape["inverse_attention"], tape["inverse_middle"] = (
-            self.ops.residual_norm(
-                tape["x"],
-                tape["y_attention"],
-                block.attention_norm2.weight,
-                tape["gate_attention"],
-                block.ffn_norm1.weight,
-                tape["scale_feed_forward"],
-                block.ffn_norm1.eps,
-            )
+        block, x = self.block, tape["x"]
+        self.ops.residual_norm(
+            x,
+            tape["y_attention"],
+            block.attention_norm2.weight,
+            tape["gate_attention"],
+            block.ffn_norm1.weight,
+            tape["scale_feed_forward"],
+            block.ffn_norm1.eps,
+            summed=tape.new("x_middle", x.shape, x.dtype),
+            h=tape.new("h_feed_forward", x.shape, x.dtype),
+            inverse=tape.new_inverse("inverse_attention", x),
+            next_inverse=tape.new_inverse("inverse_middle", x),
         )
 
     def _project_up(self, tape: Tape, copies: Tensor) -> None:
-        (tape["u"], tape["w"]), tape["inner_up"] = self.products[2].forward(tape["h_feed_forward"], copies)
+        self._project(self.products[2], tape, tape["h_feed_forward"], "inner_up", ("u", "w"), copies)
 
     def _activate(self, tape: Tape, copies: Tensor) -> None:
-        tape["activated"] = self.ops.swiglu(tape["u"], tape["w"])
+        u = tape["u"]
+        self.ops.swiglu(u, tape["w"], out=tape.new("activated", u.shape, u.dtype))
 
     def _project_down(self, tape: Tape, copies: Tensor) -> None:
-        (tape["y_feed_forward"],), tape["inner_down"] = self.products[3].forward(tape["activated"], copies)
+        self._project(self.products[3], tape, tape["activated"], "inner_down", ("y_feed_forward",), copies)
 
     def _add(self, tape: Tape, copies: Tensor) -> None:
-        norm = self.block.ffn_norm2
-        tape["output"], tape["inverse_down"] = self.ops.gated_residual(
-            tape["x_middle"], tape["y_feed_forward"], norm.weight, tape["gate_feed_forward"], norm.eps
+        norm, x = self.block.ffn_norm2, tape["x_middle"]
+        self.ops.gated_residual(
+            x,
+            tape["y_feed_forward"],
+            norm.weight,
+            tape["gate_feed_forward"],
+            norm.eps,
+            summed=tape.new("output", x.shape, x.dtype),
+            inverse=tape.new_inverse("inverse_down", x),
         )
+
+    def _project(
+        self, product: Product, tape: Tape, x: Tensor, inner: str, outputs: tuple[str, ...], copies: Tensor
+    ) -> None:
+        """Enter the `outputs` of a product of x, and the input of every B as `inner`."""
+        tape[inner] = None
+        if product.rank:
+            tape.new(inner, (x.shape[0] * x.shape[1], product.rank), x.dtype)
+        results = []
+        for name, layer in zip(outputs, product.layers, strict=True):
+            results.append(tape.new(name, (*x.shape[:-1], layer.out_features), x.dtype))
+        product.forward(x, copies, results, tape[inner])
 
 
 STAGES: tuple[tuple[Callable[[FusedBlock, Tape, Tensor], None], tuple[str, ...]], ...] = (
@@ -287,11 +320,16 @@ class _BlockFunction(torch.autograd.Function):
         adaln: Tensor | None,
         mode: RecomputeMode,
     ) -> Tensor:
-        tape = block.run_forward(x, factors, mask, rope, adaln)
+        has_backward = any(ctx.needs_input_grad)
+        tape = block.run_forward(x, factors, mask, rope, adaln, mode if has_backward else None)
         output = tape.pop("output")
-        if any(ctx.needs_input_grad):
+        if has_backward:
             ctx.block = block
-            ctx.tape = {name: value for name, value in tape.items() if name in KEPT[mode] or name in INPUTS}
+            kept = Tape(x.device)
+            for name, value in tape.items():
+                if name in KEPT[mode] or name in INPUTS:
+                    kept[name] = value
+            ctx.tape = kept
             # Inputs go through autograd, which would not free them otherwise.
             ctx.save_for_backward(x, factors)
         return output
@@ -299,7 +337,8 @@ class _BlockFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor):
         x, factors = ctx.saved_tensors
-        tape, ctx.tape = ctx.tape | {"x": x}, None  # once taken, the graph holds nothing of it
+        tape, ctx.tape = ctx.tape, None  # once taken, the graph holds nothing of it
+        tape["x"] = x
         gx, gfactors = ctx.block.run_backward(tape, grad_outputs[0].contiguous(), factors, ctx.needs_input_grad[1])
         return None, gx, gfactors, None, None, None, None
 
@@ -318,9 +357,10 @@ def fuse_blocks(
     """
     enter = (lambda block, is_backward: None) if offloader is None else offloader.enter
     fused: dict[int, FusedBlock] = {}
+    layouts: dict[Hashable, Layout] = {}
     for name, module in model.named_modules():
         if isinstance(module, ZImageTransformerBlock) and is_served(module):
-            fused[id(module)] = FusedBlock(f"{name}.", module, lora.flat, enter, ops)
+            fused[id(module)] = FusedBlock(f"{name}.", module, lora.flat, enter, layouts, ops)
 
     def run(block: nn.Module, x: Tensor, mask: Tensor | None, rope: Tensor, *modulation: Any) -> Tensor:
         served = fused.get(id(block))

@@ -44,19 +44,18 @@ class Product:
         height, rank, start = self.layers[index].out_features, self.ranks[index], self.b_starts[index]
         return factors[start : start + height * rank].view(height, rank)
 
-    def forward(self, x: Tensor, factors: Tensor) -> tuple[list[Tensor], Tensor | None]:
-        """Return the output of each layer (b, t, out), and the input of every B (b * t, sum of ranks)."""
+    def forward(self, x: Tensor, factors: Tensor, outputs: list[Tensor], inner: Tensor | None) -> None:
+        """Compute the `outputs` of the layers (b, t, out), and `inner` (b * t, sum of ranks), the input of every B."""
         rows = x.flatten(0, -2)
-        inner = rows @ self.a(factors).T if self.rank else None
-        outputs = []
-        for index, layer in enumerate(self.layers):
-            y = rows @ layer.dense(x.dtype).T
+        if inner is not None:
+            torch.mm(rows, self.a(factors).T, out=inner)
+        for index, (layer, output) in enumerate(zip(self.layers, outputs, strict=True)):
+            y = output.flatten(0, -2)
+            torch.mm(rows, layer.dense(x.dtype).T, out=y)
             if inner is not None and self.ranks[index]:
                 b = self.b(factors, index)
                 # In place, so that the LoRA's share of the output is never a tensor of its own.
                 y.addmm_(inner[:, self.columns[index]], b.T, alpha=self.scales[index])
-            outputs.append(y.view(*x.shape[:-1], -1))
-        return outputs, inner
 
     def backward(
         self, grads: list[Tensor], x: Tensor, inner: Tensor | None, factors: Tensor, out: Tensor, needs_x: bool = True

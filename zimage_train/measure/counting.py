@@ -5,6 +5,7 @@ operation, as it is one kernel on a GPU. Matrix products and attention are count
 and not memory.
 """
 
+import math
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -35,6 +36,10 @@ PRODUCTS = {"mm", "addmm", "addmm_", "bmm", "baddbmm"}
 ATTENTION = {"_scaled_dot_product_flash_attention", "_scaled_dot_product_flash_attention_backward"}
 NO_KERNEL = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "_unsafe_view"}
 """Operations that allocate or describe memory, beside those whose result is a view."""
+
+ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_backward.default
+MULTIPROCESSORS = 132
+"""Of an H100. Other cards for this work have 60 to 170."""
 
 Phase = Literal["forward", "backward", "optimizer"]
 
@@ -84,6 +89,8 @@ class LiveBytes(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         for tensor in _tensors(result):
             self.watch(tensor)
+        if func is ATTENTION_BACKWARD:
+            self.peak = max(self.peak, self.now + sum(attention_scratch(args[1])))
         return result
 
 
@@ -105,6 +112,16 @@ class CountedLaunches(LiveBytes):
             moved = [*_tensors((args, kwargs)), *_tensors(result)]
             self.launches.append(Launch(self.phase, name, sum(map(_moved_bytes, moved))))
         return result
+
+
+def attention_scratch(q: Tensor) -> tuple[int, int]:
+    """Return the bytes of what FlashAttention's backward in fixed order allocates for itself, for q (b, heads, t, d).
+
+    It sums the gradient of q in as many buffers as there are multiprocessors for a head, and frees them at its end.
+    """
+    batch, heads, tokens, d = q.shape
+    rows = -(-tokens // 128) * 128
+    return 4 * batch * heads * rows, 4 * math.ceil(MULTIPROCESSORS / (batch * heads)) * batch * heads * rows * d
 
 
 def _returns_view(func: Any) -> bool:
@@ -182,6 +199,7 @@ def our_model(
     `ops` are the regions of its fused blocks, as one kernel each or as plain torch; None: its blocks are modules.
     """
     model = transformer.empty_transformer(shape, dtype, kind)
+    transformer.allocate_transformer(model, torch.device("meta"))
     with torch.device("meta"):
         attached = attach_lora(model, _modules(shape), RANK, None, 0.0, 0)
     unfused = checkpointing.checkpoint_by_tokens(lambda tokens: mode, False)
@@ -236,6 +254,8 @@ def count_step(counted: CountedModel, side: int) -> CountedStep:
             prompts=[torch.empty(CAPTION_TOKENS, 2560, dtype=counted.model.dtype)],
         )
         before = [*counted.model.parameters(), *counted.parameters]
+        scratches = (getattr(module, "scratch", None) for module in counted.model.modules())
+        before += [scratch for scratch in scratches if scratch is not None]
         for parameter in before:
             counter.watch(parameter)
             if parameter.grad is not None:

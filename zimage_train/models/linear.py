@@ -72,6 +72,8 @@ class FrozenLinear(nn.Linear):
     def __init__(self, inputs: int, outputs: int, dtype: torch.dtype, kind: Quantization | None) -> None:
         super().__init__(inputs, outputs, bias=False, device="meta", dtype=dtype)
         self.kind: Quantization | None = kind
+        self.scratch: Tensor | None = None
+        """Memory in which `dense` unpacks the weight; None: it allocates its own."""
         self.scales: nn.Parameter | None = None
         if kind is not None:
             data, scales = quantize.empty_quantized(outputs, inputs, kind, torch.device("meta"))
@@ -83,8 +85,15 @@ class FrozenLinear(nn.Linear):
         return self.with_lora(input, None, None, 0.0)
 
     def dense(self, dtype: torch.dtype) -> Tensor:
-        """Return the weight (out, in), unpacked to `dtype` if it is quantised."""
-        return _dense(self.weight, self.scales, dtype)
+        """Return the weight (out, in), unpacked to `dtype` if it is quantised.
+
+        It is valid until the next call for a layer with the same `scratch`.
+        """
+        if self.scales is None or self.scratch is None or self.scratch.dtype != dtype:
+            return _dense(self.weight, self.scales, dtype)
+        out = self.scratch[: self.out_features * self.in_features].view(self.out_features, self.in_features)
+        quantize.unpack_into(self.weight, self.scales, out)
+        return out
 
     def with_lora(self, x: Tensor, a: Tensor | None, b: Tensor | None, scale: float) -> Tensor:
         """Return `x W' + scale * (x A') B'` for x (..., in), A (rank, in) and B (out, rank)."""
@@ -97,3 +106,14 @@ class FrozenLinear(nn.Linear):
     def pack(self, weight: Tensor) -> list[Tensor]:
         """Return the values of `stored_parameters` for a dense `weight` (out, in)."""
         return [weight] if self.kind is None else list(quantize.pack(weight, self.kind))
+
+
+def share_scratch(model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+    """Give the quantised layers of `model` memory for the largest dense weight, which all of them use in turn."""
+    layers = [layer for layer in model.modules() if isinstance(layer, FrozenLinear) and layer.kind is not None]
+    if not layers:
+        return
+    numel = max(layer.out_features * layer.in_features for layer in layers)
+    scratch = torch.empty(numel, dtype=dtype, device=device)
+    for layer in layers:
+        layer.scratch = scratch

@@ -1,6 +1,7 @@
 """Streaming tensors from safetensors files into modules: one at a time, strict, without a second copy in memory."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -13,6 +14,8 @@ from zimage_train.models.locate import native_names
 
 NamedTensors = Iterable[tuple[str, Tensor]]
 StoreFn = Callable[[str, Tensor], None]
+ALIGNMENT = 256
+"""Every tensor in a buffer starts at a multiple of this many bytes."""
 
 
 def stream_tensors(tensors: dict[str, TensorInfo]) -> Iterator[tuple[str, Tensor]]:
@@ -69,10 +72,30 @@ def load_parameters(
 
 
 def allocate_parameters(module: nn.Module, device: torch.device) -> None:
-    """Replace the parameters of `module` that are on the meta device by uninitialised parameters on `device`."""
-    for name, parameter in list(module.named_parameters()):
-        if parameter.device.type == "meta":
-            set_parameter(module, name, nn.Parameter(torch.empty_like(parameter, device=device), requires_grad=False))
+    """Replace the parameters of `module` that are on the meta device by uninitialised parameters on `device`.
+
+    All of them lie in one buffer. Each in memory of its own would leave gaps that no activation fits.
+    """
+    missing = {name: parameter for name, parameter in module.named_parameters() if parameter.device.type == "meta"}
+    offsets = [0, *accumulate(map(aligned_bytes, missing.values()))]
+    buffer = torch.empty(offsets[-1], dtype=torch.uint8, device=device)
+    views = typed_views(buffer, list(missing.values()), offsets)
+    for name, view in zip(missing, views, strict=True):
+        set_parameter(module, name, nn.Parameter(view, requires_grad=False))
+
+
+def aligned_bytes(tensor: Tensor) -> int:
+    """Return the bytes that `tensor` takes in a buffer."""
+    return -(-tensor.numel() * tensor.element_size() // ALIGNMENT) * ALIGNMENT
+
+
+def typed_views(buffer: Tensor, like: Sequence[Tensor], offsets: Sequence[int]) -> list[Tensor]:
+    """Return views into the bytes of `buffer` with the shapes and dtypes of `like`, beginning at `offsets`."""
+    views = []
+    for tensor, offset in zip(like, offsets, strict=False):
+        num_bytes = tensor.numel() * tensor.element_size()
+        views.append(buffer[offset : offset + num_bytes].view(tensor.dtype).view(tensor.shape))
+    return views
 
 
 def set_parameter(module: nn.Module, name: str, parameter: nn.Parameter) -> None:

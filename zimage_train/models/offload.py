@@ -15,11 +15,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor, nn
 
-from zimage_train.models.loading import set_parameter
+from zimage_train.models.loading import aligned_bytes, set_parameter, typed_views
 from zimage_train.models.pinned_memory import DEVICE_SLOTS, arena_sizes
-
-ALIGNMENT = 256
-"""Every tensor in a buffer starts at a multiple of this many bytes."""
 
 
 @dataclass(frozen=True)
@@ -43,19 +40,6 @@ def _allocate_host_buffer(nbytes: int, pinned: bool) -> Tensor:
     return torch.empty(nbytes, dtype=torch.uint8)
 
 
-def _aligned_bytes(tensor: Tensor) -> int:
-    return -(-tensor.numel() * tensor.element_size() // ALIGNMENT) * ALIGNMENT
-
-
-def _typed_views(buffer: Tensor, like: Sequence[Tensor], offsets: Sequence[int]) -> list[Tensor]:
-    """Return views into the bytes of `buffer` with the shapes and dtypes of `like`, beginning at `offsets`."""
-    views = []
-    for tensor, offset in zip(like, offsets, strict=False):
-        nbytes = tensor.numel() * tensor.element_size()
-        views.append(buffer[offset : offset + nbytes].view(tensor.dtype).view(tensor.shape))
-    return views
-
-
 class BlockOffloader:
     """Keeps the weights of `blocks` in CPU memory and copies each block to `device` shortly before it runs.
 
@@ -70,7 +54,7 @@ class BlockOffloader:
         assert all(layout == layouts[0] for layout in layouts), "offloaded blocks must have the same parameters"
         names = [name for name, _, _ in layouts[0]]
         like = list(blocks[0].parameters())
-        offsets = [0, *accumulate(_aligned_bytes(param) for param in like)]
+        offsets = [0, *accumulate(aligned_bytes(param) for param in like)]
         block_bytes = offsets[-1]
         is_cuda = device.type == "cuda"
 
@@ -84,7 +68,7 @@ class BlockOffloader:
         self.is_pinned = all(buffer.is_pinned() for buffer in buffers) if is_cuda else True
 
         self._slots = [torch.empty(block_bytes, dtype=torch.uint8, device=device) for _ in range(DEVICE_SLOTS)]
-        self._slot_views = [_typed_views(slot, like, offsets) for slot in self._slots]
+        self._slot_views = [typed_views(slot, like, offsets) for slot in self._slots]
         self._resident: list[int | None] = [None] * DEVICE_SLOTS
         """Index of the block in each slot."""
         self._last: int | None = None
@@ -101,7 +85,7 @@ class BlockOffloader:
         for index, block in enumerate(blocks):
             # The parameters have no storage of their own: `_enter` points them into the slot that holds their block.
             parameters = [nn.Parameter(view, requires_grad=False) for view in self._slot_views[0]]
-            host_views = _typed_views(self._host_blocks[index], like, offsets)
+            host_views = typed_views(self._host_blocks[index], like, offsets)
             for name, parameter, host_view in zip(names, parameters, host_views, strict=True):
                 set_parameter(block, name, parameter)
                 self._cpu_buffers[id(parameter)] = host_view

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from zimage_train.config.types import Quantization
+from zimage_train.models import region_ops
 from zimage_train.models.arch import scale_block_size
 
 STORAGE_DTYPES = {"fp8": torch.float8_e4m3fn, "int8": torch.int8, "nf4": torch.uint8}
@@ -92,6 +93,14 @@ def unpack(data: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     return weight
 
 
+def unpack_into(data: Tensor, scales: Tensor, out: Tensor) -> None:
+    """Write the weight (rows, columns) that `pack` stored to `out`, with the bits of `unpack`."""
+    if data.dtype == torch.uint8:
+        _unpack_nf4(data, scales, out.dtype, out)
+    else:
+        region_ops.unpack(data, scales, out=out)
+
+
 def _pack_nf4(weight: Tensor, block: int) -> tuple[Tensor, Tensor]:
     from bitsandbytes.functional import quantize_4bit
 
@@ -102,12 +111,12 @@ def _pack_nf4(weight: Tensor, block: int) -> tuple[Tensor, Tensor]:
     return data.view(rows, -1), state.absmax.view(rows, -1).to(SCALE_DTYPE)
 
 
-def _unpack_nf4(data: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+def _unpack_nf4(data: Tensor, scales: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
     from bitsandbytes.functional import QuantState, dequantize_4bit
 
     rows, columns = data.shape[0], data.shape[1] * 2
     if data.device.type == "meta":
-        return torch.empty(rows, columns, dtype=dtype, device="meta")
+        return torch.empty(rows, columns, dtype=dtype, device="meta") if out is None else out
     state = QuantState(
         absmax=scales.float().flatten(),
         shape=torch.Size((rows, columns)),
@@ -116,7 +125,10 @@ def _unpack_nf4(data: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
         quant_type="nf4",
         dtype=dtype,
     )
-    return dequantize_4bit(data.view(-1, 1), state)
+    if out is None or data.device.type == "cpu":  # where bitsandbytes has no kernel that writes to `out`
+        weight = dequantize_4bit(data.view(-1, 1), state)
+        return weight if out is None else out.copy_(weight)
+    return dequantize_4bit(data.view(-1, 1), state, out=out)
 
 
 def _nf4_code(device: torch.device) -> Tensor:

@@ -5,6 +5,7 @@ one operation on any device.
 """
 
 import importlib.util
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +24,7 @@ NAMES = (
     "rotated_norm_backward",
     "swiglu",
     "swiglu_backward",
+    "unpack",
 )
 LEAST_CAPABILITY = (8, 0)
 """Compute capability of the oldest GPU with bf16."""
@@ -35,18 +37,19 @@ def has_kernels(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= LEAST_CAPABILITY
 
 
-def _with_triton(name: str) -> Callable[..., Any]:
-    def run(*args: Any) -> Any:
+def _with_triton(name: str) -> Callable[..., None]:
+    def run(*args: Any, **results: Any) -> None:
         from zimage_train.models import triton_regions  # Triton is not installed everywhere
 
-        return getattr(triton_regions, name)(*args)
+        getattr(triton_regions, name)(*args, **results)
 
     return run
 
 
 for _name in NAMES:
     _plain = getattr(regions, _name)
-    torch.library.define(f"zimage_train::{_name}", torch.library.infer_schema(_plain, mutates_args=()))
+    _results = inspect.getfullargspec(inspect.unwrap(_plain)).kwonlyargs
+    torch.library.define(f"zimage_train::{_name}", torch.library.infer_schema(_plain, mutates_args=_results))
     torch.library.impl(f"zimage_train::{_name}", "CompositeExplicitAutograd", _plain)
     torch.library.impl(f"zimage_train::{_name}", "CUDA", _with_triton(_name))
 
@@ -61,3 +64,4 @@ rotated_norm = _ops.rotated_norm.default
 rotated_norm_backward = _ops.rotated_norm_backward.default
 swiglu = _ops.swiglu.default
 swiglu_backward = _ops.swiglu_backward.default
+unpack = _ops.unpack.default

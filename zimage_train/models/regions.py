@@ -1,9 +1,10 @@
 """What a transformer block computes between its matrix products and attention, forward and backward, in plain torch.
 
 Every function here is one kernel on a GPU; this module is its reference and runs anywhere. The forward rounds where
-diffusers' block rounds, so both give the same bits. The backward computes in fp32 and rounds its result once.
+diffusers' block rounds, so both give the same bits. The backward computes in fp32 and rounds its result once. Results
+are written to the tensors that are passed by name, so that the caller decides where they lie.
 
-x, y: (b, t, dim); scale and gate: (b, 1, dim) or None; weight: (dim,); inverse RMS: (b, t, 1), fp32. A `g` before a
+x, y, h: (b, t, dim); scale and gate: (b, 1, dim) or None; weight: (dim,); inverse RMS: (b, t, 1), fp32. A `g` before a
 name is the gradient of the loss with respect to it. Weights, scales and gates are frozen and have no gradient.
 """
 
@@ -15,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Region = TypeVar("Region", bound=Callable[..., Any])
+Region = TypeVar("Region", bound=Callable[..., None])
 ROWS = 512
 """Tokens that are computed together, so that what is in fp32 in between stays small."""
 
@@ -24,21 +25,13 @@ def _by_rows(region: Region) -> Region:
     """Return `region`, which treats every token by itself, with its work cut into pieces of `ROWS` tokens."""
 
     @wraps(region)
-    def run(*args: Any, **kwargs: Any) -> Any:
+    def run(*args: Any, **results: Tensor) -> None:
         num_tokens = args[0].shape[1]
         if num_tokens <= ROWS or args[0].is_meta:
-            return region(*args, **kwargs)
-        outputs: list[Tensor] = []
+            return region(*args, **results)
         for start in range(0, num_tokens, ROWS):
             pieces = [_piece(arg, start, num_tokens) for arg in args]
-            named = {name: _piece(arg, start, num_tokens) for name, arg in kwargs.items()}
-            results = region(*pieces, **named)
-            results = (results,) if isinstance(results, Tensor) else results
-            for index, result in enumerate(results):
-                if start == 0:
-                    outputs.append(result.new_empty(result.shape[0], num_tokens, *result.shape[2:]))
-                outputs[index][:, start : start + ROWS] = result
-        return outputs[0] if len(outputs) == 1 else tuple(outputs)
+            region(*pieces, **{name: _piece(result, start, num_tokens) for name, result in results.items()})
 
     return cast(Region, run)
 
@@ -49,31 +42,33 @@ def _piece(arg: Any, start: int, num_tokens: int) -> Any:
 
 
 @_by_rows
-def modulated_norm(x: Tensor, weight: Tensor, scale: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
-    """Return `RMSNorm(x) * scale`, and the inverse RMS of each row of x."""
-    normed, inverse = _rms_norm(x, weight, eps)
-    return _times(normed, scale), inverse
+def modulated_norm(x: Tensor, weight: Tensor, scale: Tensor | None, eps: float, *, h: Tensor, inverse: Tensor) -> None:
+    """Compute h = `RMSNorm(x) * scale`, and the inverse RMS of each row of x."""
+    _multiply(_rms_norm(x, weight, eps, inverse), scale, h)
 
 
 @_by_rows
 def modulated_norm_backward(
-    gh: Tensor, gx: Tensor, x: Tensor, weight: Tensor, scale: Tensor | None, inverse: Tensor
-) -> Tensor:
-    """Return the gradient of x, for `gh` of `modulated_norm` and `gx` of the residual branch, which also reads x."""
-    return (gx.float() + _rms_norm_backward(_times(gh.float(), scale), x, weight, inverse)).to(x.dtype)
+    gh: Tensor, gx: Tensor, x: Tensor, weight: Tensor, scale: Tensor | None, inverse: Tensor, *, out: Tensor
+) -> None:
+    """Compute the gradient of x, for `gh` of `modulated_norm` and `gx` of the residual branch, which also reads x."""
+    out.copy_(gx.float() + _rms_norm_backward(_times(gh.float(), scale), x, weight, inverse))
 
 
 @_by_rows
-def gated_residual(x: Tensor, y: Tensor, weight: Tensor, gate: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
-    """Return `x + gate * RMSNorm(y)`, and the inverse RMS of each row of y."""
-    normed, inverse = _rms_norm(y, weight, eps)
-    return x + _times(normed, gate), inverse
+def gated_residual(
+    x: Tensor, y: Tensor, weight: Tensor, gate: Tensor | None, eps: float, *, summed: Tensor, inverse: Tensor
+) -> None:
+    """Compute `x + gate * RMSNorm(y)`, and the inverse RMS of each row of y."""
+    torch.add(x, _times(_rms_norm(y, weight, eps, inverse), gate), out=summed)
 
 
 @_by_rows
-def gated_residual_backward(gx: Tensor, y: Tensor, weight: Tensor, gate: Tensor | None, inverse: Tensor) -> Tensor:
-    """Return the gradient of y, for `gx` of `gated_residual`; that of x is `gx` itself."""
-    return _rms_norm_backward(_times(gx.float(), gate), y, weight, inverse).to(y.dtype)
+def gated_residual_backward(
+    gx: Tensor, y: Tensor, weight: Tensor, gate: Tensor | None, inverse: Tensor, *, gy: Tensor
+) -> None:
+    """Compute the gradient of y, for `gx` of `gated_residual`; that of x is `gx` itself."""
+    gy.copy_(_rms_norm_backward(_times(gx.float(), gate), y, weight, inverse))
 
 
 @_by_rows
@@ -85,11 +80,15 @@ def residual_norm(
     next_weight: Tensor,
     next_scale: Tensor | None,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return `gated_residual(x, y)`, its `modulated_norm`, and the inverse RMS of y and of the sum."""
-    summed, inverse = gated_residual(x, y, weight, gate, eps)
-    normed, next_inverse = modulated_norm(summed, next_weight, next_scale, eps)
-    return summed, normed, inverse, next_inverse
+    *,
+    summed: Tensor,
+    h: Tensor,
+    inverse: Tensor,
+    next_inverse: Tensor,
+) -> None:
+    """Compute `gated_residual(x, y)`, h = its `modulated_norm`, and the inverse RMS of y and of the sum."""
+    gated_residual(x, y, weight, gate, eps, summed=summed, inverse=inverse)
+    modulated_norm(summed, next_weight, next_scale, eps, h=h, inverse=next_inverse)
 
 
 @_by_rows
@@ -104,31 +103,43 @@ def residual_norm_backward(
     next_scale: Tensor | None,
     inverse: Tensor,
     next_inverse: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Return the gradients of x and y, for `gx` of the sum and `gh` of its norm."""
+    *,
+    out: Tensor,
+    gy: Tensor,
+) -> None:
+    """Compute the gradients of x and y, for `gx` of the sum and `gh` of its norm."""
     gsum = gx.float() + _rms_norm_backward(_times(gh.float(), next_scale), summed, next_weight, next_inverse)
-    gy = _rms_norm_backward(_times(gsum, gate), y, weight, inverse)
-    return gsum.to(summed.dtype), gy.to(y.dtype)
+    out.copy_(gsum)
+    gy.copy_(_rms_norm_backward(_times(gsum, gate), y, weight, inverse))
 
 
 @_by_rows
 def rotated_norm(
-    q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the RMSNorm of q and k (b, t, heads, d) over d, rotated by `rope`, and the inverse RMS of each.
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    rope: Tensor,
+    eps: float,
+    *,
+    q_rotated: Tensor,
+    k_rotated: Tensor,
+    q_inverse: Tensor,
+    k_inverse: Tensor,
+) -> None:
+    """Compute the RMSNorm of q and k (b, t, heads, d) over d, rotated by `rope`, and the inverse RMS of each.
 
     `rope` (b, t, d / 2, 2) holds cosine and sine for each pair of neighbouring elements.
     """
-    q_normed, q_inverse = _rms_norm(q, q_weight, eps)
-    k_normed, k_inverse = _rms_norm(k, k_weight, eps)
     cos, sin = _cos_sin(rope)
-    return _rotate(q_normed, cos, sin).to(q.dtype), _rotate(k_normed, cos, sin).to(k.dtype), q_inverse, k_inverse
+    q_rotated.copy_(_rotate(_rms_norm(q, q_weight, eps, q_inverse), cos, sin))
+    k_rotated.copy_(_rotate(_rms_norm(k, k_weight, eps, k_inverse), cos, sin))
 
 
 @_by_rows
 def rotated_norm_backward(
-    gq: Tensor,
-    gk: Tensor,
+    gq_rotated: Tensor,
+    gk_rotated: Tensor,
     q: Tensor,
     k: Tensor,
     q_weight: Tensor,
@@ -136,39 +147,58 @@ def rotated_norm_backward(
     rope: Tensor,
     q_inverse: Tensor,
     k_inverse: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Return the gradients of q and k, for those of `rotated_norm`."""
+    *,
+    gq: Tensor,
+    gk: Tensor,
+) -> None:
+    """Compute the gradients of q and k, for those of `rotated_norm`."""
     cos, sin = _cos_sin(rope)
     # The inverse of a rotation is its transpose: the rotation by the opposite angle.
-    q_result = _rms_norm_backward(_rotate(gq, cos, -sin), q, q_weight, q_inverse).to(q.dtype)
-    k_result = _rms_norm_backward(_rotate(gk, cos, -sin), k, k_weight, k_inverse).to(k.dtype)
-    return q_result, k_result
+    gq.copy_(_rms_norm_backward(_rotate(gq_rotated, cos, -sin), q, q_weight, q_inverse))
+    gk.copy_(_rms_norm_backward(_rotate(gk_rotated, cos, -sin), k, k_weight, k_inverse))
 
 
 @_by_rows
-def swiglu(u: Tensor, v: Tensor) -> Tensor:
-    """Return `silu(u) * v`."""
-    return F.silu(u) * v
+def swiglu(u: Tensor, v: Tensor, *, out: Tensor) -> None:
+    """Compute `silu(u) * v`."""
+    torch.mul(F.silu(u), v, out=out)
 
 
 @_by_rows
-def swiglu_backward(g: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the gradients of u and v, for `g` of `swiglu`."""
-    g, gate = g.float(), u.float()
+def swiglu_backward(g: Tensor, u: Tensor, v: Tensor, *, gu: Tensor, gv: Tensor) -> None:
+    """Compute the gradients of u and v, for `g` of `swiglu`."""
+    wide, gate = g.float(), u.float()
     sigmoid = torch.sigmoid(gate)
-    gu = g * v.float() * (sigmoid * (1.0 + gate * (1.0 - sigmoid)))
-    return gu.to(u.dtype), (g * (gate * sigmoid)).to(v.dtype)
+    gu.copy_(wide * v.float() * (sigmoid * (1.0 + gate * (1.0 - sigmoid))))
+    gv.copy_(wide * (gate * sigmoid))
+
+
+def unpack(data: Tensor, scales: Tensor, *, out: Tensor) -> None:
+    """Compute the weight (rows, columns) of int8 or fp8 `data`, whose blocks within a row share a scale.
+
+    Every number of `data` is exact in bf16, so the product with its scale is the only rounding.
+    """
+    blocks = out.unflatten(1, (scales.shape[1], -1))
+    blocks.copy_(data.unflatten(1, (scales.shape[1], -1)))
+    blocks.mul_(scales.unsqueeze(-1))
 
 
 def _times(x: Tensor, factor: Tensor | None) -> Tensor:
     return x if factor is None else x * factor
 
 
-def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Return diffusers' RMSNorm, and the inverse RMS: fp32 inside, and rounded before the weight is multiplied."""
+def _multiply(x: Tensor, factor: Tensor | None, out: Tensor) -> None:
+    if factor is None:
+        out.copy_(x)
+    else:
+        torch.mul(x, factor, out=out)
+
+
+def _rms_norm(x: Tensor, weight: Tensor, eps: float, inverse: Tensor) -> Tensor:
+    """Return diffusers' RMSNorm: fp32 inside, and rounded before the weight is multiplied; write the inverse RMS."""
     wide = x.float()
-    inverse = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-    return (wide * inverse).to(weight.dtype) * weight, inverse
+    torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps, out=inverse)
+    return (wide * inverse).to(weight.dtype) * weight
 
 
 def _rms_norm_backward(g: Tensor, x: Tensor, weight: Tensor, inverse: Tensor) -> Tensor:

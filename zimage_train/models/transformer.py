@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from zimage_train.config.types import Quantization
 from zimage_train.io.safetensors_format import TensorInfo, read_header
+from zimage_train.models import linear, loading
 from zimage_train.models.arch import IN_A_BLOCK, TransformerShape, padded_tokens
 from zimage_train.models.linear import FrozenLinear
 from zimage_train.models.loading import stream_native, stream_tensors
@@ -36,6 +37,12 @@ def empty_transformer(
         if IN_A_BLOCK.match(name):
             model.set_submodule(name, FrozenLinear(inputs, outputs, dtype, kind))
     return model.requires_grad_(False)
+
+
+def allocate_transformer(model: ZImageTransformer2DModel, device: torch.device) -> None:
+    """Allocate what `empty_transformer` left on the meta device, and memory in which its weights are unpacked."""
+    loading.allocate_parameters(model, device)
+    linear.share_scratch(model, model.dtype, device)
 
 
 def read_weights(path: Path) -> tuple[TransformerShape, Iterator[tuple[str, Tensor]]]:

@@ -301,3 +301,12 @@ def swiglu_backward(g_ptr, u_ptr, v_ptr, gu_ptr, gv_ptr, numel, N: tl.constexpr)
     sigmoid = 1.0 / (1.0 + tl.exp(-u))
     tl.store(gu_ptr + index, (g * v * (sigmoid * (1.0 + u * (1.0 - sigmoid)))).to(dtype), mask)
     tl.store(gv_ptr + index, (g * (u * sigmoid)).to(dtype), mask)
+
+
+@triton.jit
+def unpack(data_ptr, scales_ptr, out_ptr, numel, block, N: tl.constexpr):
+    index = tl.program_id(0).to(tl.int64) * N + tl.arange(0, N)
+    mask = index < numel
+    data = tl.load(data_ptr + index, mask, 0.0).to(tl.float32)
+    scale = tl.load(scales_ptr + index // block, mask, 0.0).to(tl.float32)
+    tl.store(out_ptr + index, (data * scale).to(out_ptr.dtype.element_ty), mask)

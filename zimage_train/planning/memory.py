@@ -31,8 +31,6 @@ from zimage_train.models.arch import (
 from zimage_train.models.pinned_memory import DEVICE_SLOTS, pinned_bytes
 from zimage_train.planning.recompute_costs import recompute_costs
 
-BACKWARD_BYTES = {True: {"bf16": 11.4, "fp32": 22.1}, False: {"bf16": 18.3, "fp32": 24.3}}
-"""Extra bytes per token and `dim` while a block runs backward, beyond what mode `none` keeps of it: fused or not."""
 FORWARD_BYTES = {"bf16": 31.9, "fp32": 63.3}
 """Peak of a forward pass that keeps nothing for a backward, as in sampling and validation, per token and `dim`."""
 DECODING_BYTES = {"bf16": 1536, "fp32": 3073}
@@ -46,12 +44,17 @@ SCALE_BYTES = 2
 """Scales of quantised weights are bf16."""
 CONTEXT_BYTES = 500_000_000
 """Memory that CUDA and its libraries take for themselves; an estimate, which no run has measured."""
-FRAGMENTATION = 0.08
-"""Memory that the allocator loses between its blocks, as a share of what it hands out.
+WORKSPACE_BYTES = 64 << 20
+"""Workspaces of cuBLAS, and segments of the allocator for small tensors."""
+GAP_BYTES = {True: 13, False: 125}
+"""What the allocator holds in a step and cannot use, in bytes per token and `dim`: where blocks are fused, and not.
 
-With 3 %, 21 of 36 runs on an H100 that were held to a budget ran out of memory, most of them streamed; these may lose
-more than 8 %, too ("How good the prediction is" in docs/memory.md).
+From a model of the allocator that replays steps of the full model; tests/planning/test_allocator.py does it again.
 """
+PREVIEW_GAPS = 0.25
+"""The same in a preview, as a share of its activations."""
+UNCONFIRMED = 0.02
+"""Share of what is allocated that is kept free until a GPU has confirmed the gaps."""
 MAX_CPU_PARAMETERS = 1_000_000_000
 """Largest model that is trained on a CPU: the miniature passes, the published models would take weeks."""
 TEMPLATE_TOKENS = 16
@@ -233,7 +236,7 @@ class MemoryEstimate:
     """The LoRA with gradient, optimizer state and EMA."""
     activations: int
     context: int
-    """CUDA and fragmentation; 0 without a GPU."""
+    """CUDA, workspaces and gaps between what is allocated; 0 without a GPU."""
 
     @property
     def allocated(self) -> int:
@@ -251,8 +254,15 @@ def step_memory(workload: Workload, placement: WeightPlacement, mode: RecomputeM
     kept, kept_by_none = (costs[name].kept_bytes[workload.dtype] for name in (mode, "none"))
     # The peak is at the start of the backward, in the last block: all other blocks hold what the mode keeps. The last
     # block has been recomputed, so it holds what `none` keeps, and the gradients of the backward on top.
-    per_token = workload.shape.n_layers * kept + kept_by_none - kept + BACKWARD_BYTES[workload.is_fused][workload.dtype]
-    return _with_weights(workload, placement, int(per_token * workload.shape.dim * tokens))
+    per_token = workload.shape.n_layers * kept + kept_by_none - kept + costs[mode].backward_bytes[workload.dtype]
+    activations = int(per_token * workload.shape.dim * tokens)
+    return _with_weights(workload, placement, activations, gap_bytes(workload, tokens))
+
+
+def gap_bytes(workload: Workload, tokens: int) -> int:
+    """Return the bytes of a step on `tokens` tokens that the allocator holds and cannot use."""
+    per_token = GAP_BYTES[workload.is_fused] * bytes_per_number(workload.dtype) // 2
+    return per_token * workload.shape.dim * tokens
 
 
 def max_tokens_within(workload: Workload, placement: WeightPlacement, mode: RecomputeMode, limit_bytes: float) -> int:
@@ -284,27 +294,32 @@ def preview_memory(workload: Workload, placement: WeightPlacement) -> MemoryEsti
     if workload.gpu and workload.previews:
         # The VAE is on the device while it decodes, and not during training.
         decoding += VAE_WEIGHTS * bytes_per_number(workload.dtype)
-    return _with_weights(workload, placement, int(max(sampling, decoding)))
+    activations = int(max(sampling, decoding))
+    return _with_weights(workload, placement, activations, int(PREVIEW_GAPS * activations))
 
 
-def _with_weights(workload: Workload, placement: WeightPlacement, activations: int) -> MemoryEstimate:
-    """Return the estimate for `activations` bytes together with the frozen weights, the LoRA and the context."""
+def _with_weights(workload: Workload, placement: WeightPlacement, activations: int, gaps: int) -> MemoryEstimate:
+    """Return the estimate for `activations` bytes and `gaps`, with the frozen weights, the LoRA and the context."""
     weights = device_bytes(workload, placement)
     # Per LoRA parameter: the fp32 weight, its fp32 gradient, the optimizer's state, and the fp32 copy of the EMA.
     bytes_per_parameter = 4 + 4 + OPTIMIZERS[workload.optimizer].state_bytes + 4 * workload.ema
     lora = int(workload.trained * bytes_per_parameter)
     context = 0
     if workload.gpu:
-        context = int(CONTEXT_BYTES + FRAGMENTATION * (weights + lora + activations))
+        context = int(CONTEXT_BYTES + WORKSPACE_BYTES + gaps + UNCONFIRMED * (weights + lora + activations))
     return MemoryEstimate(weights, lora, activations, context)
 
 
 def device_bytes(workload: Workload, placement: WeightPlacement) -> int:
-    """Return the bytes of frozen weights on the device: the blocks that stay, and the slots that streamed ones use."""
+    """Return the bytes of frozen weights on the device: the blocks that stay, and the slots that streamed ones use.
+
+    A quantised model also has memory for its largest layer, unpacked.
+    """
     # Every slot is allocated even if fewer blocks are streamed, so this can be negative.
     absent_blocks = placement.streamed - DEVICE_SLOTS if placement.streamed else 0
     quantization = placement.quantization
-    return model_bytes(workload, quantization) - absent_blocks * block_bytes(workload, quantization)
+    scratch = 0 if quantization is None else _largest_layer(workload.shape) * bytes_per_number(workload.dtype)
+    return model_bytes(workload, quantization) + scratch - absent_blocks * block_bytes(workload, quantization)
 
 
 def host_bytes(workload: Workload, placement: WeightPlacement) -> int:
@@ -327,6 +342,12 @@ def block_bytes(workload: Workload, quantization: Quantization | None) -> int:
 def _parameter_bytes(shape: TransformerShape, dtype: str, quantization: Quantization | None, prefix: str) -> int:
     names = [name for name in shape.parameters if name.startswith(prefix)]
     return sum(_tensor_bytes(shape, dtype, name, quantization) for name in names)
+
+
+@cache
+def _largest_layer(shape: TransformerShape) -> int:
+    """Return the number of weights of the largest linear layer in a block."""
+    return max(outputs * inputs for name, (outputs, inputs) in shape.linears.items() if IN_A_BLOCK.match(name))
 
 
 def _tensor_bytes(shape: TransformerShape, dtype: str, name: str, quantization: Quantization | None) -> int:

@@ -62,6 +62,28 @@ class MemoryPlan:
         tokens = self.workload.tokens(size)
         return memory.step_memory(self.workload, self.placement, self.mode_of(tokens), tokens)
 
+    @property
+    def room_bytes(self) -> int:
+        """Return the memory that a GPU sets aside for the activations of any step; 0 where blocks are not fused.
+
+        Steps of all sizes use it in turn. What they allocate would otherwise be spread over the device's memory, and
+        leave gaps.
+        """
+        if not (self.workload.gpu and self.workload.is_fused):
+            return 0
+        tokens = max(map(self.workload.tokens, self.workload.sizes), key=self._room_of)
+        return self._room_of(tokens)
+
+    def _room_of(self, tokens: int) -> int:
+        step = memory.step_memory(self.workload, self.placement, self.mode_of(tokens), tokens)
+        return step.activations + memory.gap_bytes(self.workload, tokens)
+
+    @property
+    def previews_fit_beside(self) -> bool:
+        """Return whether previews and validations fit beside the room of steps."""
+        preview = memory.preview_memory(self.workload, self.placement)
+        return preview.total + self.room_bytes <= self.limit_bytes
+
     def step_seconds(self, size: Bucket, card: GpuSpec) -> float:
         """Return the seconds of a step on the largest batch of `size`."""
         mode = self.mode_of(self.workload.tokens(size))

@@ -19,6 +19,8 @@ class RecomputeCost:
     """What the backward computes a second time, for messages."""
     kept_bytes: Mapping[str, float]
     """By dtype: bytes that a block keeps from its forward to its backward, per token and unit of `dim`."""
+    backward_bytes: Mapping[str, float]
+    """By dtype: what its backward adds to all that `none` keeps of it, per token and unit of `dim`."""
     traffic_bytes: int
     """Bytes that norms, gates, rotations and the LoRA move in forward and backward, per token and unit of `dim`.
 
@@ -31,22 +33,37 @@ class RecomputeCost:
     recomputes_attention: bool = False
 
 
+def _cost(
+    description: str,
+    kept: tuple[float, float],
+    backward: tuple[float, float],
+    traffic_bytes: int,
+    kernels: int,
+    recomputed_products: Literal["none", "wide", "all"],
+    recomputes_attention: bool = False,
+) -> RecomputeCost:
+    """Return a cost, with bytes for bf16 and fp32."""
+    kept_bytes, backward_bytes = ({"bf16": bf16, "fp32": fp32} for bf16, fp32 in (kept, backward))
+    return RecomputeCost(
+        description, kept_bytes, backward_bytes, traffic_bytes, kernels, recomputed_products, recomputes_attention
+    )
+
+
+WIDE = "norms, gates, activations and wide products"
 FUSED_COSTS: dict[RecomputeMode, RecomputeCost] = {
-    "none": RecomputeCost("nothing", {"bf16": 40.2, "fp32": 80.3}, 225, 68, "none"),
-    "elementwise": RecomputeCost("norms, gates and activations", {"bf16": 24.8, "fp32": 49.5}, 262, 72, "none"),
-    "w1w3": RecomputeCost("norms, gates, activations and wide products", {"bf16": 14.1, "fp32": 28.2}, 290, 77, "wide"),
-    "attention": RecomputeCost("all but attention", {"bf16": 4.04, "fp32": 8.05}, 315, 90, "all"),
-    "full": RecomputeCost("everything", {"bf16": 2.01, "fp32": 4.01}, 315, 91, "all", recomputes_attention=True),
+    "none": _cost("nothing", (40.2, 80.3), (34.8, 48.8), 225, 68, "none"),
+    "elementwise": _cost("norms, gates and activations", (24.8, 49.5), (25.5, 30.2), 262, 72, "none"),
+    "w1w3": _cost(WIDE, (14.1, 28.2), (15.2, 29.9), 290, 77, "wide"),
+    "attention": _cost("all but attention", (4.04, 8.05), (13.2, 25.8), 320, 91, "all"),
+    "full": _cost("everything", (2.01, 4.01), (11.2, 21.8), 315, 91, "all", True),
 }
 """Blocks that are fused (`lora.fused_block`), with a kernel for each region."""
 MODULE_COSTS: dict[RecomputeMode, RecomputeCost] = {
-    "none": RecomputeCost("nothing", {"bf16": 69.4, "fp32": 90.8}, 1100, 400, "none"),
-    "elementwise": RecomputeCost("norms, gates and activations", {"bf16": 24.7, "fp32": 49.4}, 1390, 590, "none"),
-    "w1w3": RecomputeCost(
-        "norms, gates, activations and wide products", {"bf16": 14.0, "fp32": 28.0}, 1417, 590, "wide"
-    ),
-    "attention": RecomputeCost("all but attention", {"bf16": 4.03, "fp32": 8.03}, 1450, 590, "all"),
-    "full": RecomputeCost("everything", {"bf16": 2.0, "fp32": 4.0}, 1450, 590, "all", recomputes_attention=True),
+    "none": _cost("nothing", (69.4, 90.8), (18.3, 24.3), 1100, 400, "none"),
+    "elementwise": _cost("norms, gates and activations", (24.7, 49.4), (18.3, 24.3), 1390, 590, "none"),
+    "w1w3": _cost(WIDE, (14.0, 28.0), (18.3, 24.3), 1417, 590, "wide"),
+    "attention": _cost("all but attention", (4.03, 8.03), (18.3, 24.3), 1450, 590, "all"),
+    "full": _cost("everything", (2.0, 4.0), (18.3, 24.3), 1450, 590, "all", True),
 }
 """Blocks that run as diffusers' modules (`models.checkpointing`)."""
 

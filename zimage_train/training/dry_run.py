@@ -189,7 +189,7 @@ def _try_preview(state: TrainState) -> None:
         return
     requests = chain.from_iterable(previews.requests for previews in state.preview_sets)
     largest = max(requests, key=_preview_size)
-    with state.run_step.memory(), state.with_preview_loras(state.lora.factors()):
+    with state.run_step.between_steps(), state.with_preview_loras(state.lora.factors()):
         render_images(
             state.frozen, state.extras, [replace(largest, steps=1)], state.preview_embeds, lambda done, total: None
         )

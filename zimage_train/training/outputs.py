@@ -95,7 +95,7 @@ def preview(state: TrainState, step: int, events: RecordWriter) -> None:
     measured: dict[str, float] = {}
     try:
         for previews in state.preview_sets:
-            with state.run_step.memory():
+            with state.run_step.between_steps():
                 measured |= render_previews(state, previews, step)
         preview_images.save_grid(state.folder.samples / "grid.png", preview_sets.all_previews_table(state.preview_sets))
     except NotRestoredError:

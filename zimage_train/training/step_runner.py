@@ -57,11 +57,8 @@ class CudaRecorder:
     def __init__(self) -> None:
         self._pool = torch.cuda.MemPool()
 
-    @contextlib.contextmanager
-    def memory(self) -> Iterator[None]:
-        # A pool serves a single thread, so the backward must not run in a thread of its own.
-        with torch.autograd.set_multithreading_enabled(False), torch.cuda.use_mem_pool(self._pool):
-            yield
+    def memory(self) -> AbstractContextManager[None]:
+        return torch.cuda.use_mem_pool(self._pool)
 
     def allocated_bytes(self) -> int:
         return torch.cuda.memory_allocated()
@@ -71,13 +68,12 @@ class CudaRecorder:
         # In other threads, such as that which reads the next batch, the capture forbids nothing.
         pool: Any = self._pool.id
         capture = torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local")
-        with torch.autograd.set_multithreading_enabled(False), capture:
+        with capture:
             run()
         return graph.replay
 
     def forget(self) -> None:
         self._pool = torch.cuda.MemPool()
-        torch.cuda.empty_cache()
 
 
 def make_recorder(config: Config, frozen: FrozenTransformer, device: torch.device) -> Recorder | None:
@@ -131,8 +127,10 @@ class StepRunner:
     def use_plan(self, plan: MemoryPlan) -> None:
         """Run the blocks from now on as `plan` says."""
         apply_recompute_plan(self._frozen, self._lora, plan, self._config.lora.dropout)
+        self._plan = plan
         self._seen.clear()
         self.forget()
+        self._set_room_aside()
 
     @property
     def records(self) -> bool:
@@ -156,32 +154,53 @@ class StepRunner:
             self._graphs[key] = self._record(inputs, self._recorder)
             self._replay(self._graphs[key], inputs)
         else:
-            with self.memory():
-                self._run(self._moved(inputs))
+            self._run_beside_graphs(inputs, self._recorder)
             self._seen.add(key)
         return self._values
 
     @contextlib.contextmanager
-    def memory(self) -> Iterator[None]:
-        """Allocate from the memory of the graphs within the block, so that work between steps needs none of its own.
-
-        A tensor that was allocated in the block and lives on would be overwritten by the next replay. If there is one,
-        the graphs are forgotten.
-        """
-        if self._recorder is None:
+    def between_steps(self) -> Iterator[None]:
+        """Give up the memory of steps within the block if previews and validations do not fit beside it."""
+        if self._plan.previews_fit_beside:
             yield
             return
-        before = self._recorder.allocated_bytes()
-        with self._recorder.memory():
+        self.forget()
+        try:
             yield
-        if self._recorder.allocated_bytes() != before:
-            self.forget()
+        finally:
+            self._set_room_aside()
 
     def forget(self) -> None:
-        """Forget all graphs; the next step of each shape is recorded anew."""
+        """Forget all graphs, and give their memory back; the next step of each shape is recorded anew."""
         self._graphs.clear()
         if self._recorder is not None:
             self._recorder.forget()
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _set_room_aside(self) -> None:
+        """Let the allocator take the memory of the largest step in one piece, and free it for the steps."""
+        room_bytes = self._plan.room_bytes if self._device.type == "cuda" else 0
+        if room_bytes == 0:
+            return
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()  # of what was freed by other work
+        memory = contextlib.nullcontext() if self._recorder is None else self._recorder.memory()
+        with memory, contextlib.suppress(torch.OutOfMemoryError):  # the dry run tells whether steps fit all the same
+            torch.empty(room_bytes, dtype=torch.uint8, device=self._device)
+
+    def _run_beside_graphs(self, inputs: _Inputs, recorder: Recorder) -> None:
+        """Run a step in the memory of the graphs, so that it needs none of its own.
+
+        What it leaves allocated there would be overwritten by the next replay. If there is anything, as a table that a
+        library makes on first use, the graphs are forgotten.
+        """
+        before = recorder.allocated_bytes()
+        with recorder.memory():
+            self._run(self._moved(inputs))
+        if recorder.allocated_bytes() != before:
+            self.forget()
+            self._set_room_aside()
 
     def check(self, batch: Batch) -> str | None:
         """Compare a step from Python with its replay; if they differ, record none in this run and return the reason.
@@ -192,8 +211,7 @@ class StepRunner:
             return None
         inputs = _Inputs(batch, torch.tensor(1.0))
         self._rewind()
-        with self.memory():
-            self._run(self._moved(inputs))
+        self._run_beside_graphs(inputs, self._recorder)
         expected = (self._values.clone(), self._grads.clone())
         self._grads.zero_()
         try:
@@ -207,6 +225,7 @@ class StepRunner:
         if self.failure is not None:
             self.forget()
             self._recorder = None
+            self._set_room_aside()
         return self.failure
 
     def _moved(self, inputs: _Inputs) -> _Inputs:
@@ -218,9 +237,11 @@ class StepRunner:
 
     def _run(self, inputs: _Inputs) -> None:
         """Launch the forward and the backward."""
-        for index, loss in enumerate(losses(self._frozen.model, inputs.batch, self._config)):
-            (loss.objective * inputs.share).backward()
-            self._values[index].copy_(loss.plain * inputs.share)
+        # In this thread, since a pool of memory serves one, and a second would have a workspace of cuBLAS of its own.
+        with torch.autograd.set_multithreading_enabled(False):
+            for index, loss in enumerate(losses(self._frozen.model, inputs.batch, self._config)):
+                (loss.objective * inputs.share).backward()
+                self._values[index].copy_(loss.plain * inputs.share)
         if self._frozen.offloader is not None:
             self._frozen.offloader.join()
 
