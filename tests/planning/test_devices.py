@@ -49,6 +49,12 @@ def test_rehearsal_and_loop_are_within_it(make_config, monkeypatch):
     train.run_training(make_config(train={"steps": 1}), fresh=False)
     assert inside == ["dry_run", "train"] and active is None
 
+    monkeypatch.undo()
+    asked = []
+    monkeypatch.setattr(devices, "reproducible", asked.append)
+    train.run_training(make_config(name="free", train={"steps": 1, "reproducible": False}), fresh=False)
+    assert asked == []
+
 
 def test_cublas_is_configured_at_start():
     """The program asks cuBLAS for a fixed order before anything is multiplied."""

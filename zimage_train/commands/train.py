@@ -12,6 +12,7 @@ from zimage_train.config.load import resolve_paths
 from zimage_train.config.schema import Config
 from zimage_train.io import atomic, locks
 from zimage_train.models.arch import TransformerShape
+from zimage_train.models.attention_choice import attention_by, resolve_attention
 from zimage_train.models.locate import cached_only, download
 from zimage_train.planning import devices, preflight
 from zimage_train.planning.planner import MemoryPlan
@@ -50,7 +51,8 @@ def run_training(config: Config, fresh: bool, allow: tuple[str, ...] = (), stop:
         stop = stop or stack.enter_context(stop_on_signals())
         console = stack.enter_context(_locked_run_dir(folder, world, fresh))
         _print_remarks(spec, console)
-        spec, plan = plan_for_devices(spec, world, folder, allow)
+        attention = resolve_attention(spec.config.model.attention, world.device)
+        spec, plan = plan_for_devices(spec, world, folder, attention, allow)
         context = open_context(spec, world, console, stop)
         checkpoint = find_checkpoint(context, allow)
         if checkpoint is not None and is_complete(context, checkpoint.step):
@@ -65,9 +67,11 @@ def run_training(config: Config, fresh: bool, allow: tuple[str, ...] = (), stop:
         for remark in plan_warnings(spec, plan):
             console.warning(remark)
         fill_caches(context)
-        state = build_state(context, plan, checkpoint, trackers, allow)
-        # From here on every step must use deterministic kernels, or a resumed run would get other bits.
-        stack.enter_context(devices.reproducible(world.device))
+        state = build_state(context, plan, checkpoint, trackers, attention, allow)
+        # From here on every step must use the same kernels, or a resumed run would get other bits.
+        stack.enter_context(attention_by(attention))
+        if config.train.reproducible:
+            stack.enter_context(devices.reproducible(world.device))
         state = dry_run(state)
         # Opening these removes the records after the checkpoint, so whatever may fail early comes before them.
         metrics = stack.enter_context(contextlib.closing(_open_records(state, folder.metrics)))

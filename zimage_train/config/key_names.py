@@ -50,7 +50,6 @@ COMMON_VALUES = {"shift": "uniform_shift"}
 """Value in other trainers -> the value here. There `shift` shifts a logit-normal density, here a uniform density."""
 MISSING_SETTINGS = {
     "lora.type": "only plain LoRA is trained, so the key does not exist; leave it out",
-    "model.attention": "attention is always torch's scaled_dot_product_attention; leave it out",
     "memory.compile": "torch.compile is not used; leave it out",
     "train.loss": "the loss is always the mean squared error of the velocity; leave it out",
     "network": "the section is called lora",

@@ -17,6 +17,7 @@ from zimage_train.config.sample import SampleSettings
 from zimage_train.config.types import (
     RECOMPUTE_MODES,
     SCHEDULE_PARAMS,
+    AttentionName,
     ConflictError,
     EverySteps,
     Pixels,
@@ -58,6 +59,9 @@ class ModelSettings(Section):
     quantize: Quantization | Literal["auto"] | None = None
     """Quantisation of the frozen weights of attention and feed forward, after the merge, to 8 bits (int8, fp8) or 4
     (nf4); auto: only if `dtype` does not fit into memory; null: none."""
+    attention: AttentionName = "auto"
+    """What computes attention on a GPU. sdpa: PyTorch, by its own choice; cudnn: cuDNN; flash3, flash4: FlashAttention
+    3 or 4, which must be installed; auto: flash4 or flash3 where it is installed and works, else sdpa."""
 
     @model_validator(mode="before")
     @classmethod
@@ -129,6 +133,9 @@ class TrainSettings(Section):
     """Norm to which larger gradients are clipped; null: no clipping."""
     regularization_share: float = Field(default=0.5, gt=0.0, lt=1.0)
     """Fraction of the forward passes on regularization images, if `data` has some, independent of their number."""
+    reproducible: bool = True
+    """Whether a GPU adds up in a fixed order, so that a run that is stopped and continued ends with the same bytes. It
+    costs time in attention's backward pass, which `check` shows."""
 
 
 class TimestepSettings(Section):
@@ -352,6 +359,9 @@ class Config(Section):
                 raise ConflictError(message, "write the word itself")
         if self.sample.weights == "ema" and self.ema.decay is None:
             raise ConflictError("sample.weights: ema needs ema.decay", "set ema.decay, or use raw")
+        if self.model.attention == "cudnn" and self.train.reproducible:
+            hint = "set train.reproducible: false, or take auto"
+            raise ConflictError("model.attention: cudnn has no fixed order of sums", hint)
         return self
 
     @field_validator("name")

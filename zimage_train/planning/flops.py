@@ -30,6 +30,12 @@ OTHER_TRAFFIC_BYTES = {True: 130, False: 545}
 final layer."""
 UNPACK_BYTES = 7
 """Bytes moved to unpack a quantised weight: 1 read, 2 written by the cast, 2 read and 2 written by the scaling."""
+FIXED_ORDER_SHARE, FREE_ORDER_SHARE = 0.25, 0.55
+"""Fraction of a data sheet's arithmetic that attention's backward reaches with sums in a fixed order, and without.
+
+From whole steps of both at 1024 px on an H100 (docs/bench/repeat.json), where the first was 0.17. Since then it runs on
+groups of heads (`attention.head_groups`), which should take 9 units of time for 13. No other card was measured.
+"""
 LAUNCH_SECONDS = 6e-6
 """Time to launch a kernel; an estimate, which is too low for a slow CPU."""
 
@@ -78,6 +84,13 @@ def _forward_backward_seconds(
     launching = cost.kernels * shape.n_layers * LAUNCH_SECONDS
     # Copies overlap with computing, in the forward and again in the backward.
     return max(computing + moving, launching, 2 * _streaming_seconds(workload, placement, card))
+
+
+def reproducible_seconds(workload: Workload, size: Bucket, card: GpuSpec) -> float:
+    """Return the seconds that a fixed order of sums adds to a step on a full batch of `size`; an estimate."""
+    shape, batch = workload.shape, workload.batch(size)
+    backward = 2.5 * _layer_flops(shape, size)[1] * batch * (1 + workload.extra_steps)
+    return backward / (card.tflops * 1e12) * (1 / FIXED_ORDER_SHARE - 1 / FREE_ORDER_SHARE)
 
 
 def preview_seconds(workload: Workload, placement: WeightPlacement, request: SamplingRequest, card: GpuSpec) -> float:

@@ -227,7 +227,15 @@ def _time_lines(spec: RunSpec, plan: MemoryPlan, device: DeviceLimits, price: fl
     source = f"predicted; {factor.in_words()}" if factor else "predicted"
     steps = spec.config.train.steps
     text = f"time on {device.name}, for {steps} steps: {_hours_and_cost(seconds, price)} ({source})"
-    return [Note("time", text)]
+    lines = [Note("time", text)]
+    if spec.config.train.reproducible and device.card is not None:
+        largest = max(plan.workload.sizes, key=plan.workload.tokens)
+        cost_ms = flops.reproducible_seconds(plan.workload, largest, device.card) * 1000
+        share = cost_ms / 1000 / plan.step_seconds(largest, device.card)
+        where = f"{largest.width}x{largest.height}"
+        text = f"  of that, train.reproducible takes some {cost_ms:.0f} ms of a step at {where} ({share:.0%})"
+        lines.append(Note("time-reproducible", f"{text}, judged by an H100"))
+    return lines
 
 
 def _calibration(spec: RunSpec, device: str) -> CalibrationFactor | None:

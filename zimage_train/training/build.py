@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from zimage_train import __version__
 from zimage_train.config.schema import Config
+from zimage_train.config.types import AttentionName
 from zimage_train.config.variants import VARIANTS
 from zimage_train.dataset import encoding
 from zimage_train.dataset.encoding import Shard
@@ -78,6 +79,7 @@ def build_state(
     plan: MemoryPlan,
     checkpoint: Checkpoint | None,
     trackers: Trackers,
+    attention: AttentionName,
     allow: Collection[str] = (),
 ) -> TrainState:
     """Return everything that the loop needs, in the state of `checkpoint`, or of step 0 without a checkpoint.
@@ -133,6 +135,7 @@ def build_state(
         export_metadata=training_metadata(config, context.digests.adapter),
         warnings=context.spec.warnings,
         start_step=start_step,
+        attention=attention,
         keeps_path=checkpoint is not None and "path" not in allow,
         console=console,
         trackers=trackers,

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from zimage_train.config.types import Quantization
+from zimage_train.config.types import AttentionName, Quantization
 from zimage_train.diffusion.frozen import FrozenTransformer
 from zimage_train.errors import ConfigError, Location, Problem, WeightsError
 from zimage_train.io.operating_system import main_memory_bytes
@@ -30,7 +30,7 @@ rounds in its own places, so a run is continued with that which it began with.""
 
 
 def plan_for_devices(
-    spec: RunSpec, world: World, folder: RunDir, allow: Collection[str] = ()
+    spec: RunSpec, world: World, folder: RunDir, attention: AttentionName, allow: Collection[str] = ()
 ) -> tuple[RunSpec, MemoryPlan]:
     """Return `spec` with the quantization of the plan, and the plan for the smallest card of all processes.
 
@@ -52,11 +52,11 @@ def plan_for_devices(
     has_kernels = not is_gpu or region_ops.has_kernels(world.device)
     may_fuse = distributed.all_reduce_min(world, float(has_kernels)) == 1.0
     before = None if "path" in allow else earlier.get("path")
-    if before == f"modules on {world.device.type}":
+    if before is not None and before.startswith(f"modules on {world.device.type}"):
         may_fuse = False
     processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     plan = forecast.plan_for(spec, replace(limits, limit_bytes=limit_bytes), is_gpu, processes_here, may_fuse)
-    now = block_path(plan, world.device)
+    now = block_path(plan, world.device, attention)
     if before is not None and before != now:
         raise ConfigError(other_path(before, f"this machine computes them by {now}"))
     if not plan.fits and not isinstance(budget, str):
@@ -94,14 +94,14 @@ def _planned_quantization(earlier: dict[str, Any]) -> Quantization | Literal["au
     return kind if kind is None or kind in get_args(Quantization) else "auto"
 
 
-def block_path(plan: MemoryPlan, device: torch.device) -> str:
-    """Return what computes the blocks of a step on `device`: a `BlockPath` and the kind of device."""
+def block_path(plan: MemoryPlan, device: torch.device, attention: AttentionName) -> str:
+    """Return what computes the blocks of a step on `device`: a `BlockPath`, the kind of device, and its attention."""
     path: BlockPath = "plain"
     if not plan.workload.is_fused:
         path = "modules"
     elif region_ops.has_kernels(device):
         path = "triton"
-    return f"{path} on {device.type}"
+    return f"{path} on {device.type}" if attention == "sdpa" else f"{path} on {device.type} with {attention}"
 
 
 def other_path(before: str, reason: str) -> Problem:

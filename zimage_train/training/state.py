@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from zimage_train.config.schema import Config
+from zimage_train.config.types import AttentionName
 from zimage_train.dataset.sample_order import Sample, SampleOrder, TrainItem
 from zimage_train.dataset.tensor_cache import CachedDataset
 from zimage_train.diffusion.drift import DriftMeter
@@ -61,6 +62,8 @@ class TrainState:
     warnings: list[str]
     start_step: int
     """The step of the checkpoint that this start continues from; 0 without a checkpoint."""
+    attention: AttentionName
+    """What `model.attention` stands for on this machine."""
     keeps_path: bool
     """Whether the blocks must be computed by `path`, as in the steps before this start."""
     console: Console
@@ -71,7 +74,7 @@ class TrainState:
     @property
     def path(self) -> str:
         """Return what computes the blocks of a step; a checkpoint is continued by the same."""
-        return block_path(self.memory_plan, self.world.device)
+        return block_path(self.memory_plan, self.world.device, self.attention)
 
     def with_preview_loras(self, trained: Lora) -> AbstractContextManager[None]:
         """Within the block, replace the LoRA of the model by `trained` and the extra LoRAs of previews together."""

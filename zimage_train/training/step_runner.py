@@ -218,6 +218,8 @@ class StepRunner:
             self._rewind()
             self._replay(self._record(inputs, self._recorder), inputs)
             is_equal = _same_bits(self._values, expected[0]) and _same_bits(self._grads, expected[1])
+            if not self._config.train.reproducible:  # a second step from Python has other bits, too
+                is_equal = _is_near(self._values, expected[0]) and _is_near(self._grads, expected[1])
             self.failure = None if is_equal else "a replay gave other bits"
         except Exception as error:  # noqa: BLE001  a capture may fail in any way, and the run can do without it
             self.failure = f"{type(error).__name__}: {str(error).partition(chr(10))[0][:160]}"
@@ -267,6 +269,10 @@ class StepRunner:
 
 def _shapes(inputs: _Inputs) -> tuple[object, ...]:
     return tuple((name, tensor.shape, tensor.dtype) for name, tensor in named_tensors(inputs).items())
+
+
+def _is_near(one: Tensor, other: Tensor) -> bool:
+    return float((one - other).norm()) <= 0.01 * float(other.norm())
 
 
 def _same_bits(one: Tensor, other: Tensor) -> bool:
