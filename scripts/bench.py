@@ -22,8 +22,6 @@ import os
 import sys
 import tempfile
 import time
-from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -33,84 +31,25 @@ import torch.nn.functional as F
 
 from zimage_train import mini
 from zimage_train.config import schema
-from zimage_train.dataset.buckets import Bucket
 from zimage_train.diffusion.frozen import FrozenTransformer, load_frozen
-from zimage_train.diffusion.request import SamplingRequest
 from zimage_train.io.operating_system import main_memory_bytes
-from zimage_train.lora import layers, lora_file, targets, training_adapter
-from zimage_train.lora.layers import LoraLayers
+from zimage_train.lora import lora_file, training_adapter
 from zimage_train.lora.training_adapter import TrainingAdapter
 from zimage_train.measure import counting
+from zimage_train.measure.models import RANK, random_pair, workload_of
 from zimage_train.models import transformer
 from zimage_train.models.arch import TransformerShape
-from zimage_train.models.offload import BlockOffloader, streamed_blocks
-from zimage_train.models.quantize import QuantizationStats
 from zimage_train.models.transformer import velocity
 from zimage_train.optim.optimizers import build_optimizer
 from zimage_train.planning import devices, planner
-from zimage_train.planning.memory import CONTEXT_BYTES, WeightPlacement, Workload, caption_tokens
+from zimage_train.planning.memory import CONTEXT_BYTES
 from zimage_train.planning.planner import AUTO_QUANTIZATIONS, MemoryPlan, PlanConstraints
 from zimage_train.report import metrics
-from zimage_train.training.device_plan import apply_recompute_plan
 
 BUDGETS_GB = (24.0, 16.0, 12.0, 8.0)
 PLENTY = 80e9
 """Bytes that are enough for every size without recomputation."""
 SIDES = {"full": (512, 768, 1024), "mini": (64, 96)}
-RANK = 16
-CAPTION = "a photo of zchar in a sunlit garden, half body, warm light, shallow depth of field"
-
-
-def workload_of(shape: TransformerShape, side: int, dtype: str, gpu: bool) -> Workload:
-    """Return the workload of an image of `side` px a step, with a preview of that size."""
-    modules = targets.select_modules(["attention", "feed_forward"], shape.linears)
-    preview = SamplingRequest(
-        prompt=CAPTION, negative="", seed=1, width=side, height=side, steps=8, guidance=0.0, shift=3.0
-    )
-    return Workload(
-        shape=shape,
-        dtype=dtype,
-        trained=RANK * sum(sum(shape.linears[module]) for module in modules),
-        optimizer="adamw",
-        sizes=Counter({Bucket(side, side): 1}),
-        batch_size=1,
-        caption_tokens=caption_tokens(CAPTION),
-        previews=(preview,),
-        gpu=gpu,
-    )
-
-
-@torch.no_grad()
-def random_model(
-    shape: TransformerShape, placement: WeightPlacement, dtype: torch.dtype, device: torch.device
-) -> FrozenTransformer:
-    """Return a frozen transformer of random weights, quantised and streamed as `placement` says."""
-    model = transformer.empty_transformer(shape, dtype, placement.quantization)
-    blocks = [model.layers[index] for index in streamed_blocks(shape.n_layers, placement.streamed)]
-    ring = BlockOffloader(blocks, device) if blocks else None
-    transformer.allocate_transformer(model, device)
-    frozen = FrozenTransformer(model, shape, Path("random"), None, 0, QuantizationStats(), ring)
-    draw = torch.Generator(device).manual_seed(1)
-
-    def drawn() -> Iterator[tuple[str, torch.Tensor]]:
-        for name, size in shape.parameters.items():
-            tensor = torch.randn(size, generator=draw, device=device)
-            yield name, tensor / size[-1] ** 0.5 if len(size) > 1 else 1.0 + 0.02 * tensor
-
-    frozen.load_tensors(drawn())
-    return frozen
-
-
-def random_pair(
-    shape: TransformerShape, plan: MemoryPlan, device: torch.device
-) -> tuple[FrozenTransformer, LoraLayers]:
-    """Return a random model as `plan` has it, and the LoRA that is attached to it."""
-    dtype = torch.bfloat16 if plan.workload.dtype == "bf16" else torch.float32
-    frozen = random_model(shape, plan.placement, dtype, device)
-    modules = targets.select_modules(["attention", "feed_forward"], shape.linears)
-    attached = layers.attach_lora(frozen.model, modules, RANK, None, 0.0, 1)
-    apply_recompute_plan(frozen, attached, plan, 0.0)
-    return frozen, attached
 
 
 class Inputs(NamedTuple):

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
+from zimage_train.measure.models import random_pair, workload_of
 from zimage_train.models import region_ops
 from zimage_train.planning import devices
 from zimage_train.planning.memory import WeightPlacement
@@ -20,9 +21,9 @@ def measure(case: str, dry: bool) -> dict[str, Any]:
     """Milliseconds and peaks of both, and how far loss and gradients of fused blocks are from those of modules."""
     size, mode = split(case)
     device, shape = measuring.device_of(dry), measuring.shape_of(dry)
-    workload = bench.workload_of(shape, pixels(size), "bf16", gpu=not dry)
+    workload = workload_of(shape, pixels(size), "bf16", gpu=not dry)
     plan = MemoryPlan(workload, WeightPlacement(), {mode: NO_LIMIT}, bench.PLENTY, True, "to be compared")
-    frozen, attached = bench.random_pair(shape, plan, device)
+    frozen, attached = random_pair(shape, plan, device)
     attached.flat.whole.data.normal_(0, 0.01)  # a new LoRA's B is 0, and so the gradient of its A
     inputs = bench.inputs_of(frozen, workload.caption_tokens, pixels(size))
 

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from zimage_train.measure.models import workload_of
 from zimage_train.planning import devices
 from zimage_train.planning.memory import CONTEXT_BYTES, WeightPlacement
 from zimage_train.planning.planner import NO_LIMIT, MemoryPlan
@@ -34,7 +35,7 @@ def trained(planned: Budgeted, device: torch.device, dry: bool) -> dict[str, Any
     """Seconds of each step, and the loss of the last."""
     shape = measuring.shape_of(dry)
     side = 64 if dry else planned.side_px
-    workload = bench.workload_of(shape, side, "bf16", gpu=not dry)
+    workload = workload_of(shape, side, "bf16", gpu=not dry)
     placement = WeightPlacement(planned.kind, min(planned.streamed, shape.n_layers))
     plan = MemoryPlan(workload, placement, {planned.mode: NO_LIMIT}, planned.budget_gb * 1e9, True, "as planned before")
     took = bench.train(shape, plan, side, STEPS, device)

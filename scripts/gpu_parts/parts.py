@@ -126,6 +126,13 @@ def pixels(case: str) -> int:
 
 SIDES = ["512 px", "768 px", "1024 px"]
 DRY_SIDE = "64 px"
+SHAPES = [
+    *((512, 512, tokens) for tokens in (20, 60, 100)),
+    *((576, 448, tokens) for tokens in (20, 60, 100)),
+    *((448, 576, tokens) for tokens in (20, 60)),
+    *((640, 384, tokens) for tokens in (20, 60)),
+]
+"""Width, height and tokens of the caption: ten shapes of a mixed epoch."""
 _MEMORY_CASES = crossed(list(PLANS), list(ALLOCATORS))
 
 PARTS: dict[str, Part] = {
@@ -144,12 +151,12 @@ PARTS: dict[str, Part] = {
         limit_s=240,
         case_limit_s=90,
     ),
-    "graph": Part(
-        shows="the step as it is, and captured as a CUDA graph: milliseconds, the same bits, capture, memory",
-        work="gpu_parts.graph:measure",
-        cases=tuple(SIDES),
-        dry_cases=(DRY_SIDE,),
-        limit_s=300,
+    "captured": Part(
+        shows="the step from Python and replayed as a CUDA graph: milliseconds, the same bits, memory over 300 steps",
+        work="gpu_parts.captured:measure",
+        cases=(*crossed(SIDES, ["none"]), "1024 px: w1w3", "768 px: streamed", "ten shapes"),
+        dry_cases=(*crossed([DRY_SIDE], ["none", "streamed"]), "ten shapes"),
+        limit_s=360,
         case_limit_s=120,
     ),
     "attention": Part(

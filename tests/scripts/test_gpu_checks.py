@@ -82,8 +82,11 @@ def test_parts_run_dry_and_once(tmp_path: Path):
     for record in read(tmp_path, "fused").values():
         assert record["fused"]["same_bits"] and record["modules"]["same_bits"] and not record["has_kernels"]
         assert record["loss_off"] < 1e-2 and 0 < record["gradients_off"] < 5e-2  # in bf16
-    graph = read(tmp_path, "graph")["64 px"]
-    assert graph["eager"]["same_bits"] and graph["graph"]["same_bits"] and graph["eager"]["ms"] > 0
+    captured = read(tmp_path, "captured")
+    assert captured.pop("ten shapes")["grows"] is False
+    for record in captured.values():
+        assert record["captured"]["same_bits"] and record["captured"]["failure"] is None
+        assert record["eager"]["ms"] > 0
     attention = {split(case)[1]: record for case, record in read(tmp_path, "attention").items()}
     computed = [record for record in attention.values() if "not_installed" not in record]
     assert len(computed) >= 8 and all(record["off_fp32"] < 0.01 and record["same_bits"] for record in computed)

@@ -23,7 +23,7 @@ from zimage_train.report.trackers import TensorBoard, Tracker, Trackers, Weights
 from zimage_train.training import distributed, loop, run_dir
 from zimage_train.training.build import build_state, fill_caches
 from zimage_train.training.context import RunContext, find_checkpoint, open_context
-from zimage_train.training.device_plan import plan_for_devices, plan_warnings
+from zimage_train.training.device_plan import block_path, plan_for_devices, plan_warnings
 from zimage_train.training.distributed import World
 from zimage_train.training.dry_run import compare_with_forecast, dry_run
 from zimage_train.training.outputs import is_complete, write_report
@@ -52,9 +52,9 @@ def run_training(config: Config, fresh: bool, allow: tuple[str, ...] = (), stop:
         console = stack.enter_context(_locked_run_dir(folder, world, fresh))
         _print_remarks(spec, console)
         attention = resolve_attention(spec.config.model.attention, world.device)
-        spec, plan = plan_for_devices(spec, world, folder, attention, allow)
+        spec, plan = plan_for_devices(spec, world, folder, allow)
         context = open_context(spec, world, console, stop)
-        checkpoint = find_checkpoint(context, allow)
+        checkpoint = find_checkpoint(context, block_path(plan, world.device, attention), allow)
         if checkpoint is not None and is_complete(context, checkpoint.step):
             console.info(f"{config.name} is complete: {folder.lora()}")
             return

@@ -14,7 +14,7 @@ from zimage_train.models.locate import ModelPaths
 from zimage_train.planning.model_files import ModelFiles
 from zimage_train.planning.preflight import RunSpec
 from zimage_train.report.console import Console
-from zimage_train.training import checkpoint, distributed, preview_sets, run_dir
+from zimage_train.training import checkpoint, device_plan, distributed, preview_sets, run_dir
 from zimage_train.training.checkpoint import Checkpoint
 from zimage_train.training.distributed import World
 from zimage_train.training.preview_sets import PreviewSet
@@ -110,14 +110,16 @@ def run_fingerprint(spec: RunSpec, digests: ModelDigests) -> dict[str, Any]:
     return fingerprint | {"data": dataset_fingerprint(spec.images)}
 
 
-def find_checkpoint(context: RunContext, allow: tuple[str, ...] = ()) -> Checkpoint | None:
+def find_checkpoint(context: RunContext, path: str, allow: tuple[str, ...] = ()) -> Checkpoint | None:
     """Return the checkpoint that the run continues from, or None if it begins at step 0.
 
-    `allow` names settings that may differ from those of the checkpoint although they shape the weights.
+    `path` is what computes the blocks here (`device_plan.block_path`). `allow` names settings that may differ from
+    those of the checkpoint although they shape the weights.
 
     Raises:
         WeightsError: there were checkpoints, and none can be read.
-        ConfigError: the checkpoint belongs to another run, or is later than the last step.
+        ConfigError: the checkpoint belongs to another run, its blocks were computed by something else, or it is later
+            than the last step.
     """
     folder, console = context.folder, context.console
     # The main process renames damaged checkpoints, so the others wait for it before they list the folder.
@@ -131,6 +133,9 @@ def find_checkpoint(context: RunContext, allow: tuple[str, ...] = ()) -> Checkpo
         return None
     for change in run_dir.require_same(folder, newest.metadata["identity"], context.identity, allow):
         console.warning(f"allowed: {change}")
+    path_before = newest.metadata.get("path", path)
+    if path_before != path and "path" not in allow:
+        raise ConfigError(device_plan.other_path(path_before, f"this machine computes them by {path}"))
     last = context.config.train.steps
     if newest.step > last:
         what = f"is {last}, and the run is at step {newest.step} already"

@@ -30,7 +30,7 @@ rounds in its own places, so a run is continued with that which it began with.""
 
 
 def plan_for_devices(
-    spec: RunSpec, world: World, folder: RunDir, attention: AttentionName, allow: Collection[str] = ()
+    spec: RunSpec, world: World, folder: RunDir, allow: Collection[str] = ()
 ) -> tuple[RunSpec, MemoryPlan]:
     """Return `spec` with the quantization of the plan, and the plan for the smallest card of all processes.
 
@@ -38,7 +38,7 @@ def plan_for_devices(
     other frozen weights would make it another run; and so does what computed its blocks, unless `path` is in `allow`.
 
     Raises:
-        ConfigError: every plan takes more than `memory.budget_gb`, or nothing here computes blocks as the run began.
+        ConfigError: every plan takes more than `memory.budget_gb`.
     """
     limits = devices.device_limits(world.device)
     budget = spec.config.memory.budget_gb
@@ -56,9 +56,6 @@ def plan_for_devices(
         may_fuse = False
     processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     plan = forecast.plan_for(spec, replace(limits, limit_bytes=limit_bytes), is_gpu, processes_here, may_fuse)
-    now = block_path(plan, world.device, attention)
-    if before is not None and before != now:
-        raise ConfigError(other_path(before, f"this machine computes them by {now}"))
     if not plan.fits and not isinstance(budget, str):
         what = f"is {budget:g}, and the run takes {format_bytes(plan.peak.total)} (predicted)"
         todo = str(preflight.how_to_fit(spec, limit_bytes, is_gpu))
