@@ -1,5 +1,7 @@
 """Measure the numbers that the docs give, and write them as JSON.
 
+python scripts/bench.py --speed [--size full|medium] [--json docs/bench/speed.json]
+    Time whole steps, in turns with those of diffusers with peft. `full` needs a GPU; `medium` is for a CPU.
 python scripts/bench.py --memory [--size full|mini] [-o docs/bench/memory.json]
     Train a model of random weights for a few steps under each memory budget at each resolution, with the allocator
     limited to the budget, and write peak memory and time of a step beside the prediction. `full` needs a GPU; `mini`
@@ -35,8 +37,9 @@ from zimage_train.diffusion.frozen import FrozenTransformer, load_frozen
 from zimage_train.io.operating_system import main_memory_bytes
 from zimage_train.lora import lora_file, training_adapter
 from zimage_train.lora.training_adapter import TrainingAdapter
-from zimage_train.measure import counting
-from zimage_train.measure.models import RANK, random_pair, workload_of
+from zimage_train.measure import counting, speed
+from zimage_train.measure.models import MEDIUM, RANK, random_pair, workload_of
+from zimage_train.measure.records import Measurement, report
 from zimage_train.models import transformer
 from zimage_train.models.arch import TransformerShape
 from zimage_train.models.transformer import velocity
@@ -293,22 +296,48 @@ def _small_run(place: Path, name: str, changes: dict[str, Any]) -> schema.Config
     return schema.Config.model_validate(values)
 
 
+SPEED_SIZES = {
+    "full": [(side, batch) for side in (512, 768, 1024) for batch in (1, 4)],
+    "medium": [(128, 1), (256, 1)],
+    "mini": [(64, 1)],
+}
+"""Side in px and batch size."""
+LARGEST_RATIO = {"full": 0.5, "medium": 1.05, "mini": None}
+"""Time of our step for that of diffusers with peft."""
+
+
+def speed_of(size: str) -> dict[str, Any]:
+    """Time whole steps beside those of diffusers with peft."""
+    if size == "medium":
+        device, shape, dtype = torch.device("cpu"), MEDIUM, "fp32"
+        torch.set_num_threads(1)  # as a run on a CPU
+    else:
+        device, shape, dtype = place_of(size)
+    found = speed.compare_steps(shape, dtype, SPEED_SIZES[size], device, LARGEST_RATIO[size])
+    if device.type == "cuda":
+        found.append(Measurement("products of 8192 x 8192", round(speed.matmul_tflops(device), 1), "TFLOP/s"))
+    return report(found, device) | {"size": size, "dtype": dtype, "rank": RANK}
+
+
 def main(arguments: list[str]) -> int:
     """Run a benchmark, and print or write its result; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--speed", action="store_true")
     what.add_argument("--memory", action="store_true")
     what.add_argument("--repeat", action="store_true")
     what.add_argument("--quantize", action="store_true")
     what.add_argument("--guidance", action="store_true")
     what.add_argument("--count", action="store_true")
-    parser.add_argument("--size", choices=("full", "mini"), default="mini")
+    parser.add_argument("--size", choices=("full", "medium", "mini"), default="mini")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--budgets", type=float, nargs="+", default=BUDGETS_GB, help="in GB")
     parser.add_argument("-o", "--output", "--json", type=Path)
     asked = parser.parse_args(arguments)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as zimage_train.__main__ does
-    if asked.memory:
+    if asked.speed:
+        result = speed_of(asked.size)
+    elif asked.memory:
         result = memory(asked.size, asked.steps, asked.budgets)
     elif asked.repeat:
         result = repeat(asked.size, asked.steps)

@@ -159,6 +159,14 @@ PARTS: dict[str, Part] = {
         limit_s=360,
         case_limit_s=120,
     ),
+    "speed": Part(
+        shows="whole steps beside those of diffusers with peft: milliseconds, their ratio, memory",
+        work="gpu_parts.speed:measure",
+        cases=(*crossed(SIDES, ["batch 1"]), "512 px: batch 4"),
+        dry_cases=crossed([DRY_SIDE], ["batch 1"]),
+        limit_s=300,
+        case_limit_s=100,
+    ),
     "attention": Part(
         shows="attention of a block, each way: milliseconds of all 34 blocks, and whether its bits repeat",
         work="gpu_parts.attention:measure",

@@ -87,6 +87,8 @@ def test_parts_run_dry_and_once(tmp_path: Path):
     for record in captured.values():
         assert record["captured"]["same_bits"] and record["captured"]["failure"] is None
         assert record["eager"]["ms"] > 0
+    (timed,) = read(tmp_path, "speed").values()
+    assert timed["rows"][0]["unit"] == "times" and timed["rows"][0]["bound"] == 0.5
     attention = {split(case)[1]: record for case, record in read(tmp_path, "attention").items()}
     computed = [record for record in attention.values() if "not_installed" not in record]
     assert len(computed) >= 8 and all(record["off_fp32"] < 0.01 and record["same_bits"] for record in computed)
@@ -168,7 +170,7 @@ def test_part_that_does_not_exist(capsys):
     """A part that does not exist is refused."""
     with pytest.raises(SystemExit, match="2"):
         gpu_checks.main(["graphs"])
-    assert "no part is called graphs; there are facts, fused, graph," in capsys.readouterr().err
+    assert "no part is called graphs; there are facts, fused, captured," in capsys.readouterr().err
 
 
 def test_the_table_can_be_run_as_it_stands():
@@ -176,7 +178,7 @@ def test_the_table_can_be_run_as_it_stands():
     assert all(sum(way.heads) == 30 for way in WAYS.values() if way.heads is not None)
     assert len(PARTS["memory"].cases) == len(set(PARTS["memory"].cases)) == 24
     assert all(split(case)[0] in PLANS and split(case)[1] in ALLOCATORS for case in PARTS["memory"].cases)
-    assert [pixels(case) for case in PARTS["graph"].cases] == [512, 768, 1024]
+    assert [pixels(split(case)[0]) for case in PARTS["speed"].cases] == [512, 768, 1024, 512]
     for part in PARTS.values():
         assert part.case_limit_s is not None or not part.environment
 

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import sys
+from collections import Counter
 from collections.abc import Callable
 
 import pytest
@@ -14,7 +16,7 @@ from zimage_train.commands.train import run_training
 from zimage_train.config.schema import Config
 from zimage_train.errors import Stopped
 from zimage_train.planning.planner import MemoryPlan
-from zimage_train.training import build, step_runner
+from zimage_train.training import build, loop, step_runner
 from zimage_train.training.step_runner import StepRunner
 
 from helpers import PREVIEWED, facts, folder, stop_after
@@ -226,3 +228,34 @@ def test_recorder_knows_what_a_graph_cannot(recorded):
     assert total.tolist() == [6, 6, 6]
     with pytest.raises(AssertionError, match="waits for the device"):
         OperationRecorder().record(lambda: print(float(total.sum())))
+
+
+def test_loop_waits_for_the_device_once(make_config, monkeypatch):
+    """A step reads its numbers from the device in one call; whatever else is read is on the CPU already."""
+    asked: list[str] = []
+
+    def watch(name: str) -> None:
+        original = getattr(torch.Tensor, name)
+
+        def spy(tensor, *args):
+            caller = sys._getframe(1)
+            if "zimage_train" in caller.f_code.co_filename:
+                asked.append(caller.f_code.co_name)
+            return original(tensor, *args)
+
+        monkeypatch.setattr(torch.Tensor, name, spy)
+
+    begin = loop.before_first_step
+
+    def watched(*args):
+        begin(*args)
+        for name in ("tolist", "item", "cpu", "numpy", "__float__", "__int__", "__bool__"):
+            watch(name)
+
+    monkeypatch.setattr(loop, "before_first_step", watched)
+    monkeypatch.setattr(loop, "after_step", lambda *args: None)
+    run_training(make_config(train={"steps": 5}), fresh=False)
+    counts = Counter(asked)
+    assert counts["train"] == 5
+    # Sigmas are read from the batch in main memory, as the checkpoint of the last step is written from it.
+    assert counts.keys() <= {"train", "step_record", "tensor_entry"}

@@ -1,0 +1,26 @@
+"""Whole steps of a run beside those of diffusers with peft, in turns: time, ratio, memory."""
+
+from typing import Any
+
+import torch
+
+from zimage_train.measure import speed
+from zimage_train.measure.records import report
+
+from gpu_parts import measuring
+from gpu_parts.parts import pixels, split
+
+GOALS_MS = {512: 70, 768: 165, 1024: 325}
+"""Goal for our step on an H100, by side in px: batch 1, sums in a fixed order, torch alone."""
+
+
+def measure(case: str, dry: bool) -> dict[str, Any]:
+    """Measure a size, at which our step is to take half the time of the reference."""
+    size, batch = split(case)
+    device, shape = measuring.device_of(dry), measuring.shape_of(dry)
+    if device.type == "cuda":
+        torch.cuda.set_stream(torch.cuda.Stream())  # as a run does
+    side, batch_size = pixels(size), int(batch.removeprefix("batch "))
+    found = speed.compare_steps(shape, "bf16", [(side, batch_size)], device, 0.5, pairs=1 if dry else speed.PAIRS)
+    result: dict[str, Any] = {"goal_ms": GOALS_MS.get(side) if batch_size == 1 else None}
+    return result | {"rows": report(found, device)["measurements"]}
