@@ -228,6 +228,11 @@ def _time_lines(spec: RunSpec, plan: MemoryPlan, device: DeviceLimits, price: fl
     steps = spec.config.train.steps
     text = f"time on {device.name}, for {steps} steps: {_hours_and_cost(seconds, price)} ({source})"
     lines = [Note("time", text)]
+    if factor is None and device.card is not None:
+        least, most = flops.TIME_INTERVAL
+        measured = "" if device.card.name in flops.MEASURED_CARDS else f"; no run on a {device.card.name} was measured"
+        text = f"  it may take {least:g} to {most:g} times as long, as runs on an H100 did{measured}"
+        lines.append(Note("time-interval", text))
     if spec.config.train.reproducible and device.card is not None:
         largest = max(plan.workload.sizes, key=plan.workload.tokens)
         cost_ms = flops.reproducible_seconds(plan.workload, largest, device.card) * 1000

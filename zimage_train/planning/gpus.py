@@ -1,8 +1,8 @@
 """Memory and speed of graphics cards by their data sheets, and detection of the card of this machine (torch-free).
 
 `tflops` is dense bf16 with fp32 accumulation, for which GeForce cards have half the rate that is advertised. H100 and
-H200 reach 790 in real matrix products, whatever the data sheet says; their entry is 878, because `flops.EFFICIENCY`
-takes nine tenths of it.
+H200 reach 790 in large products, whatever the data sheet says; their entry is 878, nine tenths of which that is. How
+much of it a step reaches is in flops.py.
 """
 
 import re
