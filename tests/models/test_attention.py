@@ -96,8 +96,8 @@ def test_implementations_are_tried_first(monkeypatch):
         return (0.3, 0.004)[len(tried) - 1]
 
     monkeypatch.setattr(attention_choice, "error_on", error_on)
-    monkeypatch.setattr(attention_choice, "activate_flash_attention_impl", lambda name: None)
-    monkeypatch.setattr(attention_choice, "restore_flash_attention_impl", lambda: None)
+    monkeypatch.setattr(torch.nn.attention, "activate_flash_attention_impl", lambda name: None)
+    monkeypatch.setattr(torch.nn.attention, "restore_flash_attention_impl", lambda: None)
     assert resolve_attention("auto", CUDA) == "flash3" and len(tried) == 2
     tried.clear()
     with pytest.raises(ConfigError, match=r"flash4 is off by 0.3 on a small example; take auto"):
@@ -110,7 +110,17 @@ def test_an_implementation_that_fails(monkeypatch):
     with pytest.raises(ConfigError, match=r"model.attention: flash3 failed on a small example \(\w+: "):
         resolve_attention("flash3", CUDA)
     assert resolve_attention("auto", CUDA) == "sdpa"
-    assert attention.current_flash_attention_impl() is None
+    assert attention.active_flash() is None
+
+
+def test_older_torch_has_one_flash(monkeypatch):
+    """A version of torch that knows no other FlashAttention says so, and computes attention as ever."""
+    monkeypatch.setattr(attention_choice, "_is_installed", lambda module: True)
+    for name in ("activate_flash_attention_impl", "current_flash_attention_impl", "restore_flash_attention_impl"):
+        monkeypatch.delattr(torch.nn.attention, name)
+    with pytest.raises(ConfigError, match=r"flash4 needs a newer PyTorch than 2\."):
+        resolve_attention("flash4", CUDA)
+    assert resolve_attention("auto", CUDA) == "sdpa" and attention.active_flash() is None
 
 
 def test_error_of_this_machine():

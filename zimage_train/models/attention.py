@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, current_flash_attention_impl
+from torch.nn.attention import SDPBackend
 
 aten = torch.ops.aten
 
@@ -26,6 +26,13 @@ class AttentionKernel:
     """Gradient of the result, q, k, v, bias, result, what else -> the gradients of q, k and v."""
 
 
+def active_flash() -> str | None:
+    """Return the implementation that stands in for torch's FlashAttention 2, such as "FA3", or None."""
+    # Older versions of torch have no other implementation.
+    current: Callable[[], str | None] = getattr(torch.nn.attention, "current_flash_attention_impl", lambda: None)
+    return current()
+
+
 def _flash_forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Any]:
     result, *rest = aten._scaled_dot_product_flash_attention(q, k, v)
     return result, tuple(rest[:-1])  # the last is the mask of dropout, for debugging
@@ -33,7 +40,7 @@ def _flash_forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tupl
 
 def _flash_backward(g: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, result: Tensor, rest: Any):
     groups = (q.shape[1],)
-    if torch.are_deterministic_algorithms_enabled() and current_flash_attention_impl() is None:
+    if torch.are_deterministic_algorithms_enabled() and active_flash() is None:
         multiprocessors = torch.cuda.get_device_properties(q.device).multi_processor_count
         groups = head_groups(q.shape[0], q.shape[1], q.shape[2], multiprocessors)
     return in_head_groups(_flash_backward_at_once, groups, g, q, k, v, bias, result, rest)

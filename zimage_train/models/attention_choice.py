@@ -7,12 +7,7 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import (
-    SDPBackend,
-    activate_flash_attention_impl,
-    restore_flash_attention_impl,
-    sdpa_kernel,
-)
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from zimage_train.config.types import AttentionName
 from zimage_train.errors import ConfigError, Location, Problem
@@ -54,11 +49,11 @@ def attention_by(name: AttentionName) -> Iterator[None]:
         with sdpa_kernel(backends, set_priority=True):
             yield
     elif name in FLASH_PACKAGES:
-        activate_flash_attention_impl(FLASH_PACKAGES[name][0])
+        torch.nn.attention.activate_flash_attention_impl(FLASH_PACKAGES[name][0])
         try:
             yield
         finally:
-            restore_flash_attention_impl()
+            torch.nn.attention.restore_flash_attention_impl()
     else:
         yield
 
@@ -71,6 +66,8 @@ def _failure(name: AttentionName, device: torch.device) -> str | None:
         return "needs an NVIDIA GPU"
     if name in FLASH_PACKAGES and not _is_installed(FLASH_PACKAGES[name][1]):
         return f"needs the package {FLASH_PACKAGES[name][1].partition('.')[0].replace('_', '-')}"
+    if name in FLASH_PACKAGES and not hasattr(torch.nn.attention, "activate_flash_attention_impl"):
+        return f"needs a newer PyTorch than {torch.__version__}"
     try:
         with attention_by(name):
             error = error_on(device)
