@@ -7,10 +7,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from zimage_train.commands.train import run_training
 from zimage_train.config.schema import Config
 from zimage_train.errors import ConfigError
 from zimage_train.models import attention, attention_choice
 from zimage_train.models.attention_choice import attention_by, resolve_attention
+
+from helpers import folder
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -84,6 +87,15 @@ def test_what_cannot_be_used_is_refused(name):
         assert importlib.util.find_spec("flash_attn") is None
         with pytest.raises(ConfigError, match=r"needs the package flash-attn"):
             resolve_attention(name, CUDA)
+
+
+def test_refusal_leaves_the_run(make_config):
+    """A run is not moved aside by --fresh for attention that cannot be used."""
+    config = make_config(train={"steps": 1})
+    run_training(config, fresh=False)
+    with pytest.raises(ConfigError, match="model.attention"):
+        run_training(make_config(train={"steps": 1}, model={"attention": "flash4"}), fresh=True)
+    assert [path.name for path in folder(config).parent.iterdir()] == [config.name]
 
 
 def test_implementations_are_tried_first(monkeypatch):

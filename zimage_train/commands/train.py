@@ -46,12 +46,12 @@ def run_training(config: Config, fresh: bool, allow: tuple[str, ...] = (), stop:
     run_dir.require_allowable(allow)
     world = distributed.init()
     spec = check_for_training(config, world)
+    attention = resolve_attention(config.model.attention, world.device)  # before an earlier run is moved aside
     folder = run_dir.run_dir_of(config)
     with contextlib.ExitStack() as stack:
         stop = stop or stack.enter_context(stop_on_signals())
         console = stack.enter_context(_locked_run_dir(folder, world, fresh))
         _print_remarks(spec, console)
-        attention = resolve_attention(spec.config.model.attention, world.device)
         spec, plan = plan_for_devices(spec, world, folder, allow)
         context = open_context(spec, world, console, stop)
         checkpoint = find_checkpoint(context, block_path(plan, world.device, attention), allow)
