@@ -93,7 +93,7 @@ def test_refusal_leaves_the_run(make_config):
     """A run is not moved aside by --fresh for attention that cannot be used."""
     config = make_config(train={"steps": 1})
     run_training(config, fresh=False)
-    with pytest.raises(ConfigError, match="model.attention"):
+    with pytest.raises(ConfigError, match=r"model\.attention"):
         run_training(make_config(train={"steps": 1}, model={"attention": "flash4"}), fresh=True)
     assert [path.name for path in folder(config).parent.iterdir()] == [config.name]
 
