@@ -113,8 +113,6 @@ class StepRunner:
         recorder: Recorder | None,
     ) -> None:
         self.loss_names = ("loss",) if config.preserve.kind is None else ("loss", "preservation")
-        self.failure: str | None = None
-        """Why steps are not recorded although the device could do so."""
         self._config, self._frozen, self._lora, self._recorder = config, frozen, lora, recorder
         self._device, self._grads = lora.flat.whole.device, lora.flat.grads
         self._values = torch.zeros(len(self.loss_names), device=self._device)
@@ -180,14 +178,12 @@ class StepRunner:
 
     def _set_room_aside(self) -> None:
         """Let the allocator take the memory of the largest step in one piece, and free it for the steps."""
-        room_bytes = self._plan.room_bytes if self._device.type == "cuda" else 0
-        if room_bytes == 0:
+        if self._device.type != "cuda":
             return
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()  # of what was freed by other work
+        torch.cuda.empty_cache()  # of what was freed by other work
         memory = contextlib.nullcontext() if self._recorder is None else self._recorder.memory()
         with memory, contextlib.suppress(torch.OutOfMemoryError):  # the dry run tells whether steps fit all the same
-            torch.empty(room_bytes, dtype=torch.uint8, device=self._device)
+            torch.empty(self._plan.room_bytes, dtype=torch.uint8, device=self._device)
 
     def _run_beside_graphs(self, inputs: _Inputs, recorder: Recorder) -> None:
         """Run a step in the memory of the graphs, so that it needs none of its own.
@@ -220,15 +216,15 @@ class StepRunner:
             is_equal = _same_bits(self._values, expected[0]) and _same_bits(self._grads, expected[1])
             if not self._config.train.reproducible:  # a second step from Python has other bits, too
                 is_equal = _is_near(self._values, expected[0]) and _is_near(self._grads, expected[1])
-            self.failure = None if is_equal else "a replay gave other bits"
+            failure = None if is_equal else "a replay gave other bits"
         except Exception as error:  # noqa: BLE001  a capture may fail in any way, and the run can do without it
-            self.failure = f"{type(error).__name__}: {str(error).partition(chr(10))[0][:160]}"
+            failure = f"{type(error).__name__}: {str(error).partition(chr(10))[0][:160]}"
         self._grads.zero_()
-        if self.failure is not None:
+        if failure is not None:
             self.forget()
             self._recorder = None
             self._set_room_aside()
-        return self.failure
+        return failure
 
     def _moved(self, inputs: _Inputs) -> _Inputs:
         return map_tensors(inputs, lambda tensor: tensor.to(self._device, non_blocking=True))
@@ -250,13 +246,14 @@ class StepRunner:
     def _record(self, inputs: _Inputs, recorder: Recorder) -> _Graph:
         own = map_tensors(inputs, lambda tensor: torch.empty_like(tensor, device=self._device).copy_(tensor))
         ring = self._frozen.offloader
-        before = None if ring is None else ring.state()
-        replay = recorder.record(lambda: self._run(own))
-        if ring is None or before is None:
-            return _Graph(own, replay, None)
-        graph = _Graph(own, replay, ring.state())
-        ring.assume(before)  # nothing has been copied yet
-        return graph
+        if ring is None:
+            return _Graph(own, recorder.record(lambda: self._run(own)), None)
+        before = ring.state()
+        try:
+            replay = recorder.record(lambda: self._run(own))
+            return _Graph(own, replay, ring.state())
+        finally:
+            ring.assume(before)  # nothing has been copied, whether or not the recording failed
 
     def _replay(self, graph: _Graph, inputs: _Inputs) -> None:
         own, new = named_tensors(graph.inputs), named_tensors(inputs)
