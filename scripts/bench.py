@@ -19,6 +19,7 @@ python scripts/bench.py --guidance [-o docs/bench/guidance.json]
 import argparse
 import contextlib
 import gc
+import itertools
 import json
 import os
 import sys
@@ -297,7 +298,7 @@ def _small_run(place: Path, name: str, changes: dict[str, Any]) -> schema.Config
 
 
 SPEED_SIZES = {
-    "full": [(side, batch) for side in (512, 768, 1024) for batch in (1, 4)],
+    "full": list(itertools.product((512, 768, 1024), (1, 4))),
     "medium": [(128, 1), (256, 1)],
     "mini": [(64, 1)],
 }
@@ -334,6 +335,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--budgets", type=float, nargs="+", default=BUDGETS_GB, help="in GB")
     parser.add_argument("-o", "--output", "--json", type=Path)
     asked = parser.parse_args(arguments)
+    if asked.size == "medium" and not asked.speed:
+        parser.error("--size medium goes with --speed")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as zimage_train.__main__ does
     if asked.speed:
         result = speed_of(asked.size)

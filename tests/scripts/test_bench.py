@@ -59,6 +59,12 @@ def test_full_size_without_a_gpu_is_refused(bench):
         bench.main(["--memory", "--size", "full"])
 
 
+def test_medium_size_is_for_speed_alone(bench, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        bench.main(["--memory", "--size", "medium"])
+    assert "--size medium goes with --speed" in capsys.readouterr().err
+
+
 def test_quantize_bench_equals_the_docs(bench):
     """The cost of quantising is the cost in the docs."""
     stored = json.loads((ROOT / "docs" / "bench" / "quantize.json").read_text())
