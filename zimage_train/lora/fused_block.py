@@ -6,6 +6,7 @@ stages in order and keeps what the recompute mode names; the backward runs the s
 So every mode computes the same bits.
 """
 
+import operator
 from collections.abc import Callable, Hashable
 from itertools import chain
 from types import ModuleType
@@ -82,7 +83,8 @@ class FusedBlock:
         """
         if any(layer.disable_adapters for layer in self._loras):
             return False
-        return [id(layer) for layer in _loras_of(self.block)] == [id(layer) for layer in self._loras]
+        now = _loras_of(self.block)
+        return len(now) == len(self._loras) and all(map(operator.is_, now, self._loras))
 
     def run_forward(
         self,
@@ -190,7 +192,8 @@ class FusedBlock:
             ops.modulated_norm_backward(
                 gh, gx, tape["x"], block.attention_norm1.weight, tape["scale_attention"], take("inverse_in"), out=gx
             )
-        return (gx if needs_x else None), (None if factors is None else out)
+        grad_factors = None if factors is None else out
+        return (gx if needs_x else None), grad_factors
 
     def _modulation(self, adaln: Tensor | None) -> dict[str, Tensor | None]:
         names = ("scale_attention", "gate_attention", "scale_feed_forward", "gate_feed_forward")

@@ -129,9 +129,13 @@ def in_head_groups(
         own_bias = None if bias is None else bias[:, heads]
         own_rest = (row_sums[:, heads].contiguous(), *others)
         parts.append(backward(*of_group, own_bias, result[:, heads], own_rest))
-    # Joined with the heads of a token side by side, as the kernel itself returns them.
-    gq, gk, gv = (torch.cat([part.transpose(1, 2) for part in same], dim=2) for same in zip(*parts, strict=True))
-    return gq.transpose(1, 2), gk.transpose(1, 2), gv.transpose(1, 2)
+    gq, gk, gv = map(_join_heads, zip(*parts, strict=True))
+    return gq, gk, gv
+
+
+def _join_heads(parts: Sequence[Tensor]) -> Tensor:
+    """Return (b, heads, t, d) of groups of heads, with the heads of a token side by side, as a kernel returns them."""
+    return torch.cat([part.transpose(1, 2) for part in parts], dim=2).transpose(1, 2)
 
 
 TILE = 128

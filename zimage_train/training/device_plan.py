@@ -52,7 +52,7 @@ def plan_for_devices(
     has_kernels = not is_gpu or region_ops.has_kernels(world.device)
     may_fuse = distributed.all_reduce_min(world, float(has_kernels)) == 1.0
     before = None if "path" in allow else earlier.get("path")
-    if before is not None and before.startswith(f"modules on {world.device.type}"):
+    if isinstance(before, str) and before.startswith(f"modules on {world.device.type}"):
         may_fuse = False
     processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     plan = forecast.plan_for(spec, replace(limits, limit_bytes=limit_bytes), is_gpu, processes_here, may_fuse)
