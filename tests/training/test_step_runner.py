@@ -223,8 +223,20 @@ def test_failed_recording_turns_no_ring(make_config, monkeypatch):
     eager = make_config(name="eager", **changes)
     run_training(eager, fresh=False)
     monkeypatch.setattr(build, "make_recorder", lambda *args: LateRecorder())
+    record, states = StepRunner._record, []
+
+    def watched(runner, *args):
+        ring = runner._frozen.offloader
+        before = ring.state()
+        try:
+            return record(runner, *args)
+        finally:
+            states.append((before, ring.state()))
+
+    monkeypatch.setattr(StepRunner, "_record", watched)
     config = make_config(name="captured", **changes)
     run_training(config, fresh=False)
+    assert len(states) == 1 and states[0][0] == states[0][1]
     assert facts(config)["captured_steps"] == {"failure": "RuntimeError: late"}
     assert metrics(config) == metrics(eager) and lora(config) == lora(eager)
 
