@@ -8,8 +8,10 @@ from safetensors.torch import load_file, save_file
 
 from zimage_train import mini
 from zimage_train.diffusion.frozen import FrozenTransformer, load_frozen, original_weights
-from zimage_train.errors import WeightsError
+from zimage_train.errors import Problem, WeightsError
 from zimage_train.lora import headers, layers, targets, training_adapter
+from zimage_train.models import host_copy, transformer
+from zimage_train.models.host_copy import HostCopy
 
 from helpers import frozen_tensor
 
@@ -17,9 +19,10 @@ CPU = torch.device("cpu")
 TRANSFORMER = mini.TURBO / "transformer"
 
 
-def merged(dtype: str = "fp32", strength: float = 1.0) -> FrozenTransformer:
+def merged(dtype: str = "fp32", strength: float = 1.0, spare: float = 0.0) -> FrozenTransformer:
     shape = load_frozen(TRANSFORMER, None, dtype, CPU).shape
-    return load_frozen(TRANSFORMER, training_adapter.load_adapter(mini.ADAPTER_V1, strength, shape), dtype, CPU)
+    adapter = training_adapter.load_adapter(mini.ADAPTER_V1, strength, shape)
+    return load_frozen(TRANSFORMER, adapter, dtype, CPU, spare_bytes=spare)
 
 
 def originals() -> dict[str, torch.Tensor]:
@@ -59,19 +62,93 @@ def test_a_bf16_sum_is_rounded_once():
     assert torch.equal(frozen.model.get_submodule(module).weight, exact.float().bfloat16())
 
 
+@pytest.mark.parametrize("spare", [0.0, 1e9])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_original_weights_and_back(dtype: str):
+def test_original_weights_and_back(dtype: str, spare: float):
     """Within the block the weights are the originals, and after it the same bits as before."""
-    frozen = merged(dtype)
+    frozen = merged(dtype, spare=spare)
     layers.attach_lora(
         frozen.model, targets.select_modules(["attention", "adaln"], frozen.shape.linears), 4, None, 0.0, 1
     )
     before = {name: frozen_tensor(frozen, name).clone() for name in frozen.shape.parameters}
-    with original_weights(frozen):
-        for name, tensor in originals().items():
-            assert torch.equal(frozen_tensor(frozen, name), tensor.to(before[name].dtype)), name
+    for _ in range(2):
+        with original_weights(frozen):
+            for name, tensor in originals().items():
+                assert torch.equal(frozen_tensor(frozen, name), tensor.to(before[name].dtype)), name
+        for name, tensor in before.items():
+            assert torch.equal(frozen_tensor(frozen, name), tensor), name
+
+
+def count_reads(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The files of weights that are read from now on."""
+    reads: list[Path] = []
+    read = transformer.read_selected_weights
+
+    def spy(path: Path, names: set[str]):
+        reads.append(path)
+        return read(path, names)
+
+    monkeypatch.setattr(transformer, "read_selected_weights", spy)
+    return reads
+
+
+def test_memory_to_spare_saves_reading(monkeypatch):
+    """With main memory for a copy, the file is read for the first previews only; without it, twice for each."""
+    reads = count_reads(monkeypatch)
+    for spare, wanted in ((1e9, 1), (0.0, 6)):
+        frozen = merged(spare=spare)
+        reads.clear()
+        for _ in range(3):
+            with original_weights(frozen):
+                pass
+        assert len(reads) == wanted
+    frozen = merged(spare=1e9)
+    changed = sum(frozen_tensor(frozen, name).nbytes for name in frozen.adapter.parameter_names())
+    assert changed <= HostCopy.bytes_for([frozen_tensor(frozen, n) for n in frozen.adapter.parameter_names()])
+    reads.clear()
+    with original_weights(merged(spare=changed - 1.0)):
+        pass
+    assert len(reads) == 2
+
+
+@pytest.mark.parametrize("spare", [0.0, 1e9])
+def test_unreadable_file_leaves_weights(spare: float, monkeypatch):
+    """If the original weights cannot be read in full, the training weights come back, and the next try reads again."""
+    frozen = merged(spare=spare)
+    before = {name: frozen_tensor(frozen, name).clone() for name in frozen.shape.parameters}
+    read, failed = transformer.read_selected_weights, []
+
+    def broken(path: Path, names: set[str]):
+        for number, pair in enumerate(read(path, names)):
+            if number == 20 and not failed:
+                failed.append(pair[0])
+                raise WeightsError(Problem(str(path), "is damaged", "download it again"))
+            yield pair
+
+    monkeypatch.setattr(transformer, "read_selected_weights", broken)
+    with pytest.raises(WeightsError, match="is damaged"), original_weights(frozen):
+        raise AssertionError("not reached")
+    assert failed
     for name, tensor in before.items():
         assert torch.equal(frozen_tensor(frozen, name), tensor), name
+    with original_weights(frozen):
+        for name, tensor in originals().items():
+            assert torch.equal(frozen_tensor(frozen, name), tensor), name
+
+
+def test_copy_is_split_into_buffers(monkeypatch):
+    """A copy in several buffers holds every tensor, and two exchanges change nothing."""
+    monkeypatch.setattr(host_copy, "CHUNK_BYTES", 4096)
+    tensors = [torch.randn(size) for size in (3, 700, 64, 5000, 1)] + [torch.arange(9, dtype=torch.uint8)]
+    before = [tensor.clone() for tensor in tensors]
+    copy = HostCopy(tensors)
+    for tensor in tensors:
+        tensor.zero_()
+    copy.exchange()
+    assert all(map(torch.equal, tensors, before))
+    copy.exchange()
+    assert not any(bool(tensor.any()) for tensor in tensors)
+    assert copy.num_bytes == HostCopy.bytes_for(tensors) == 4096 + 32768 + 512
 
 
 def test_weights_return_after_an_error():

@@ -6,7 +6,7 @@ import torch
 from zimage_train import mini
 from zimage_train.diffusion.frozen import load_frozen, original_weights
 from zimage_train.lora import training_adapter
-from zimage_train.models import offload
+from zimage_train.models import loading, offload
 from zimage_train.models.transformer import velocity
 
 from steps import gradients, trained
@@ -92,8 +92,9 @@ def test_wrong_prefetch_costs_a_copy_only():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", [None, "fp8"])
-def test_original_weights_when_streamed(kind: str | None):
+@pytest.mark.parametrize("spare", [0.0, 1e9])
+@pytest.mark.parametrize("kind", [None, "fp8", "nf4"])
+def test_original_weights_when_streamed(kind: str | None, spare: float):
     """True Turbo and the training weights are swapped as with resident blocks."""
     shape = load_frozen(mini.TURBO / "transformer", None, "bf16", CPU).shape
     adapted = training_adapter.load_adapter(mini.ADAPTER_V1, 1.0, shape)
@@ -101,15 +102,18 @@ def test_original_weights_when_streamed(kind: str | None):
 
     @torch.no_grad()
     def outputs(blocks: int) -> list[torch.Tensor]:
-        frozen = load_frozen(mini.TURBO / "transformer", adapted, "bf16", CPU, kind, blocks)
-        found = [velocity(frozen.model, x, sigma, [prompt])]
-        with original_weights(frozen):
+        frozen = load_frozen(mini.TURBO / "transformer", adapted, "bf16", CPU, kind, blocks, spare)
+        found = []
+        for _ in range(2):  # the second time, they may be in main memory
             found.append(velocity(frozen.model, x, sigma, [prompt]))
+            with original_weights(frozen):
+                found.append(velocity(frozen.model, x, sigma, [prompt]))
         return [*found, velocity(frozen.model, x, sigma, [prompt])]
 
     resident, streamed = outputs(0), outputs(6)
     assert all(torch.equal(one, other) for one, other in zip(resident, streamed, strict=True))
     assert torch.equal(resident[0], resident[2]) and not torch.equal(resident[0], resident[1])
+    assert torch.equal(resident[0], resident[4]) and torch.equal(resident[1], resident[3])
     plain = load_frozen(mini.TURBO / "transformer", None, "bf16", CPU, kind)
     with torch.no_grad():
         assert torch.equal(
@@ -138,4 +142,4 @@ def test_unpinned_memory_is_the_fallback(monkeypatch):
         return original(*args, **options)
 
     monkeypatch.setattr(torch, "empty", empty)
-    assert offload._allocate_host_buffer(100, True).nbytes == 100 and refused == [(100,)]
+    assert loading.allocate_host_buffer(100, True).nbytes == 100 and refused == [(100,)]

@@ -178,7 +178,9 @@ def test_plan_follows_budget_and_gpu(make_config: Make):
     assert "memory on one 4090 (0.30 GB)" in lines("rtx 4090", budget_gb=0.3)
     assert "recomputed: everything" in lines("4090", checkpointing=True)
     assert re.search(r"3 of 6 blocks streamed from \d\.\d MB of main memory", lines("4090", offload=0.5))
-    assert re.search(r"time on one h100, for 4 steps: \d s, at 2.99 an hour 0.00 \(predicted\)", lines("H100", 2.99))
+    assert re.search(
+        r"time on one h100, for 4 steps: 0 h 01 min, at 2.99 an hour 0.0\d \(predicted\)", lines("H100", 2.99)
+    )
     assert re.search(
         r"train.reproducible takes some 0 ms of a step at 64x64 \(\d+%\), judged by an H100", lines("H100")
     )
@@ -200,7 +202,7 @@ def test_plans_for_four_gpu_sizes(make_config: Make, private: Path):
     lines = checking.check_report(preflight.check_run(config, cached_only), price=2.0)
     found = [line for line in lines if re.match(r" +\d+\.\d GB \(\w+\): ", line)]
     assert [re.search(r"\((\w+)\)", line)[1] for line in found] == ["4090", "4080", "4070", "4060"]
-    assert all(re.search(r"\d s, at 2 an hour 0\.\d\d$", line) for line in found)
+    assert all(re.search(r"\d (s|min), at 2 an hour 0\.\d\d$", line) for line in found)
     assert "blocks streamed" in found[3] and "streamed" not in found[0]
 
 

@@ -45,15 +45,20 @@ def weights(frozen) -> dict[str, torch.Tensor]:
     return {name: one.clone() for name, one in frozen.model.state_dict().items()}
 
 
-def test_second_model_weights_and_back(other: Path):
+@pytest.mark.parametrize("spare", [0.0, 1e9])
+def test_second_model_weights_and_back(other: Path, spare: float):
     """Within the block every weight is the second model's, and after it the run's own."""
     shape = load_frozen(mini.TURBO / "transformer", None, "bf16", CPU).shape
     adapter = training_adapter.load_adapter(mini.ADAPTER_V1, 1.0, shape)
-    frozen = load_frozen(mini.TURBO / "transformer", adapter, "bf16", CPU)
+    frozen = load_frozen(mini.TURBO / "transformer", adapter, "bf16", CPU, spare_bytes=spare)
     before = weights(frozen)
     wanted = weights(load_frozen(other / "transformer", None, "bf16", CPU))
-    with original_weights(frozen, other / "transformer"):
-        inside = weights(frozen)
+    own = weights(load_frozen(mini.TURBO / "transformer", None, "bf16", CPU))
+    for _ in range(2):
+        with original_weights(frozen):
+            assert all(torch.equal(one, own[name]) for name, one in weights(frozen).items())
+        with original_weights(frozen, other / "transformer"):
+            inside = weights(frozen)
     assert all(torch.equal(inside[name], wanted[name]) for name in wanted)
     assert sum(not torch.equal(inside[name], before[name]) for name in before) > 0.9 * len(before)
     assert all(torch.equal(one, before[name]) for name, one in weights(frozen).items())

@@ -17,6 +17,7 @@ from zimage_train.models.locate import cached_only, download
 from zimage_train.planning import devices, preflight
 from zimage_train.planning.planner import MemoryPlan
 from zimage_train.planning.preflight import RunSpec
+from zimage_train.planning.run_times import describe_times
 from zimage_train.report.console import Console
 from zimage_train.report.metrics import RecordWriter, read_records
 from zimage_train.report.trackers import TensorBoard, Tracker, Trackers, WeightsAndBiases
@@ -30,6 +31,7 @@ from zimage_train.training.outputs import is_complete, write_report
 from zimage_train.training.preview_sets import remove_later_previews
 from zimage_train.training.run_dir import RunDir
 from zimage_train.training.signals import StopRequest, stop_on_signals
+from zimage_train.training.stage_clock import StageClock
 from zimage_train.training.state import TrainState
 from zimage_train.training.validation import log_best_step
 
@@ -44,6 +46,7 @@ def run_training(config: Config, fresh: bool, allow: tuple[str, ...] = (), stop:
         ZImageTrainError: anything a user can act on.
     """
     run_dir.require_allowable(allow)
+    clock = StageClock()
     world = distributed.init()
     spec = check_for_training(config, world)
     attention = resolve_attention(config.model.attention, world.device)  # before an earlier run is moved aside
@@ -53,7 +56,7 @@ def run_training(config: Config, fresh: bool, allow: tuple[str, ...] = (), stop:
         console = stack.enter_context(_locked_run_dir(folder, world, fresh))
         _print_remarks(spec, console)
         spec, plan = plan_for_devices(spec, world, folder, allow)
-        context = open_context(spec, world, console, stop)
+        context = open_context(spec, world, console, stop, clock)
         checkpoint = find_checkpoint(context, block_path(plan, world.device, attention), allow)
         if checkpoint is not None and is_complete(context, checkpoint.step):
             console.info(f"{config.name} is complete: {folder.lora()}")
@@ -66,17 +69,21 @@ def run_training(config: Config, fresh: bool, allow: tuple[str, ...] = (), stop:
         trackers = stack.enter_context(contextlib.closing(_open_trackers(context, start_step)))
         for remark in plan_warnings(spec, plan):
             console.warning(remark)
-        fill_caches(context)
-        state = build_state(context, plan, checkpoint, trackers, attention, allow)
+        with clock.stage("encoding"):
+            fill_caches(context)
+        with clock.stage("loading"):
+            state = build_state(context, plan, checkpoint, trackers, attention, allow)
         # From here on every step must use the same kernels, or a resumed run would get other bits.
         stack.enter_context(attention_by(attention))
         if config.train.reproducible:
             stack.enter_context(devices.reproducible(world.device))
-        state = dry_run(state)
+        with clock.stage("rehearsal"):
+            state = dry_run(state)
         # Opening these removes the records after the checkpoint, so whatever may fail early comes before them.
         metrics = stack.enter_context(contextlib.closing(_open_records(state, folder.metrics)))
         events = stack.enter_context(contextlib.closing(_open_records(state, folder.events)))
-        loop.train(state, metrics, events)
+        with clock.stage("steps"):
+            loop.train(state, metrics, events)
         _finish(state, events)
 
 
@@ -145,8 +152,11 @@ def _finish(state: TrainState, events: RecordWriter) -> None:
     if state.world.is_main:
         records = read_records(state.folder.metrics)
         compare_with_forecast(state, [record for record in records if record["step"] > state.start_step])
+        seconds = state.clock.seconds()
+        run_dir.add_facts(state.folder, {"seconds": {name: round(value, 1) for name, value in seconds.items()}})
         write_report(state)
         events.append({"step": state.config.train.steps, "event": "done"})
+        state.console.info(f"time of this start: {describe_times(seconds)}")
     log_best_step(state)
     _print_results(state.config, state.folder, state.console)
 
@@ -188,7 +198,7 @@ def fill_run_caches(config: Config) -> None:
     spec = preflight.check_run(config, download, processes=world.world_size)
     explained = devices.explained_out_of_memory("use a card with more memory, or lower data.resolution")
     with stop_on_signals() as stop, console.live_progress(), explained:
-        fill_caches(open_context(spec, world, console, stop))
+        fill_caches(open_context(spec, world, console, stop, StageClock()))
         if config.method.generates_data:
             console.info("the model's own images are drawn by train, before its first step")
 

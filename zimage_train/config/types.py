@@ -6,8 +6,8 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
 Quantization = Literal["fp8", "int8", "nf4"]
-AttentionName = Literal["auto", "sdpa", "cudnn", "flash3", "flash4"]
 """Formats of quantised frozen weights."""
+AttentionName = Literal["auto", "sdpa", "cudnn", "flash3", "flash4"]
 RecomputeMode = Literal["none", "elementwise", "w1w3", "attention", "full"]
 """Modes of activation checkpointing, from nothing recomputed to everything; see models/checkpointing.py."""
 RECOMPUTE_MODES: tuple[RecomputeMode, ...] = get_args(RecomputeMode)

@@ -35,7 +35,7 @@ class Trajectory:
 
     prompt: str
     sigmas: list[float]
-    """From 1 to 0, a value more than there are steps."""
+    """From 1 downwards, a value more than there are steps; to 0 if they lead to an image."""
     latents: list[LatentBatch]
     """(1, 16, h/8, w/8) at each of `sigmas`."""
 
@@ -53,11 +53,17 @@ def record_trajectories(
     requests: Sequence[SamplingRequest],
     embeds: Mapping[str, PromptEmbeds],
     progress: StepProgress,
+    max_steps: int | None = None,
 ) -> list[Trajectory]:
-    """Sample `requests` with `model`, which must be Turbo without a LoRA, and return the trajectories."""
+    """Sample `requests` with `model`, which must be Turbo without a LoRA, and return the trajectories.
+
+    With `max_steps` they end after so many steps, before the image is done.
+    """
     trajectories: list[Trajectory] = []
     for done, request in enumerate(requests, 1):
         sigmas = flow.sampling_sigmas(request.steps, request.shift)
+        if max_steps is not None:
+            sigmas = sigmas[: max_steps + 1]
         latents = [point for _, point in sample_trajectory(model, [request], embeds, sigmas)]
         trajectories.append(Trajectory(request.prompt, sigmas, latents))
         progress(done, len(requests))
@@ -95,7 +101,7 @@ def overall_deviation(deviations: Sequence[float]) -> float:
 
 
 class DriftMeter:
-    """Measures repeatedly how far a model has drifted; Turbo's own trajectories are recorded once and kept."""
+    """Measures repeatedly how far a model has drifted, at the steps that decide; Turbo's own are recorded once."""
 
     def __init__(self, requests: Sequence[SamplingRequest], embeds: Mapping[str, PromptEmbeds]) -> None:
         self._requests, self._embeds = requests, embeds
@@ -106,5 +112,7 @@ class DriftMeter:
         if not self._trajectories:
             # The LoRA is taken off, not set to strength 0: a LoRA that adds zero still changes the order of sums.
             with swap.replaced_lora(model, {}):
-                self._trajectories = record_trajectories(model, self._requests, self._embeds, progress)
+                self._trajectories = record_trajectories(
+                    model, self._requests, self._embeds, lambda done, total: None, DECIDING_STEPS
+                )
         return overall_deviation(deviations(model, self._trajectories, self._embeds, progress))

@@ -1,18 +1,19 @@
 """The frozen transformer, built from a stream of tensors: place(quantise(merge(read(path), adapter))).
 
-The same stream without the training adapter restores the original weights for previews. Afterwards the training weights
-are computed again from the file: the same sums in the same order give the same bits. The adapter is never subtracted,
-since in floating point (W + A) - A is not W.
+The same stream without the training adapter restores the original weights for previews. The training weights wait in
+main memory meanwhile, and the original weights between previews; where main memory is too small for that, both are
+computed from the file again each time: the same sums in the same order give the same bits. The adapter is never
+subtracted, since in floating point (W + A) - A is not W.
 """
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from diffusers import ZImageTransformer2DModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from zimage_train.config.types import Quantization
 from zimage_train.errors import Problem, WeightsError
@@ -21,6 +22,7 @@ from zimage_train.lora.layers import base_layer
 from zimage_train.lora.training_adapter import MergeCount, TrainingAdapter, merge_adapter
 from zimage_train.models import loading, transformer
 from zimage_train.models.arch import IN_A_BLOCK, TransformerShape
+from zimage_train.models.host_copy import HostCopy
 from zimage_train.models.linear import FrozenLinear
 from zimage_train.models.offload import BlockOffloader, streamed_blocks
 from zimage_train.models.quantize import QuantizationStats
@@ -43,11 +45,30 @@ class FrozenTransformer:
     """Errors of quantisation; all zero if nothing was quantised."""
     offloader: BlockOffloader | None
     """Streams some of the blocks from CPU memory; None if all of them are on the device."""
+    spare_bytes: float = 0.0
+    """Main memory that may hold other weights for previews."""
+    waiting: dict[Path | None, HostCopy] = field(default_factory=dict)
+    """The weights that wait in main memory: the original ones, or by path those of a second model. While they are in
+    use, the training weights wait in their place."""
 
     def load_tensors(self, tensors: loading.NamedTensors) -> None:
         """Overwrite the parameters with `tensors` of the same names, quantised where the parameters are."""
         for name, tensor in tensors:
             _store(self.model, self.offloader, name, tensor)
+        if self.offloader is not None:
+            self.offloader.invalidate()
+
+    def stored_tensors(self, name: str) -> list[Tensor]:
+        """Return the tensors that hold the parameter `name`: where it is streamed, those in CPU memory."""
+        stored = []
+        for parameter in _parameters_of(self.model, name):
+            cpu_buffer = self.offloader.cpu_buffer(parameter) if self.offloader is not None else None
+            stored.append(parameter.data if cpu_buffer is None else cpu_buffer)
+        return stored
+
+    def exchange(self, second_model: Path | None) -> None:
+        """Exchange the weights in use with those that wait for `second_model`."""
+        self.waiting[second_model].exchange()
         if self.offloader is not None:
             self.offloader.invalidate()
 
@@ -59,11 +80,12 @@ def load_frozen(
     device: torch.device,
     kind: Quantization | None = None,
     num_streamed: int = 0,
+    spare_bytes: float = 0.0,
 ) -> FrozenTransformer:
     """Build the transformer of `path` on `device` with `adapter` merged, all of it frozen.
 
-    `num_streamed` blocks stay in CPU memory. Tensors are read, merged and stored one at a time, so no second copy of
-    the model is ever in memory.
+    `num_streamed` blocks stay in CPU memory, and `spare_bytes` of it may hold weights for previews. Tensors are read,
+    merged and stored one at a time, so no second copy of the model is ever in memory.
 
     Raises:
         WeightsError: tensors are missing, unexpected or of another shape, or the adapter does not match in full.
@@ -84,7 +106,7 @@ def load_frozen(
             stats.add(tensor.to(device), adapter.delta_of(name, device) if adapter else None, kind)
 
     loading.store_tensors(shape.parameters, merged, store, str(path), type(model).__name__)
-    return FrozenTransformer(model, shape, path, adapter, len(count.matched), stats, offloader)
+    return FrozenTransformer(model, shape, path, adapter, len(count.matched), stats, offloader, spare_bytes)
 
 
 @contextlib.contextmanager
@@ -92,11 +114,11 @@ def original_weights(frozen: FrozenTransformer, second_model: Path | None = None
     """Within the block, the weights are those of the file without the adapter, or those of `second_model`.
 
     After the block the training weights are restored bit for bit. Only tensors that differ are read: those that the
-    adapter changes, or all of them for another model.
+    adapter changes, or all of them for another model. With main memory to spare they are read for the first block only.
 
     Raises:
         WeightsError: a file cannot be read.
-        NotRestoredError: the training weights cannot be read again; nothing may be trained on this model any more.
+        NotRestoredError: the training weights cannot be restored; nothing may be trained on this model any more.
     """
     if second_model is not None:
         names = set(frozen.shape.parameters)
@@ -107,16 +129,38 @@ def original_weights(frozen: FrozenTransformer, second_model: Path | None = None
     if not names:
         yield
         return
+    if second_model in frozen.waiting:
+        frozen.exchange(second_model)
+    else:
+        _keep_training_weights(frozen, second_model, names)
+        try:
+            frozen.load_tensors(transformer.read_selected_weights(second_model or frozen.path, names))
+        except BaseException:
+            _restore(frozen, second_model, names)
+            frozen.waiting.pop(second_model, None)  # it holds what was read so far, and is not complete
+            raise
     try:
-        frozen.load_tensors(transformer.read_selected_weights(second_model or frozen.path, names))
         yield
     finally:
-        _restore(frozen, names)
+        _restore(frozen, second_model, names)
 
 
-def _restore(frozen: FrozenTransformer, names: set[str]) -> None:
-    device = next(frozen.model.parameters()).device
+def _keep_training_weights(frozen: FrozenTransformer, second_model: Path | None, names: set[str]) -> None:
+    """Copy the training weights to main memory if there is enough to spare."""
+    stored: list[Tensor] = []
+    for name in sorted(names):
+        stored.extend(frozen.stored_tensors(name))
+    taken = sum(copy.num_bytes for copy in frozen.waiting.values())
+    if HostCopy.bytes_for(stored) + taken <= frozen.spare_bytes:
+        frozen.waiting[second_model] = HostCopy(stored)
+
+
+def _restore(frozen: FrozenTransformer, second_model: Path | None, names: set[str]) -> None:
     try:
+        if second_model in frozen.waiting:
+            frozen.exchange(second_model)
+            return
+        device = next(frozen.model.parameters()).device
         tensors = transformer.read_selected_weights(frozen.path, names)
         # As in `load_frozen`: the same merge on the same device, in the same order, and so the same bits.
         frozen.load_tensors(merge_adapter(tensors, frozen.adapter, device, MergeCount()) if frozen.adapter else tensors)
@@ -129,16 +173,21 @@ def _restore(frozen: FrozenTransformer, names: set[str]) -> None:
 @torch.no_grad()
 def _store(model: ZImageTransformer2DModel, offloader: BlockOffloader | None, name: str, tensor: Tensor) -> None:
     """Copy `tensor` into the parameter `name`, packed if the layer is quantised."""
-    module_name, _, leaf = name.rpartition(".")
-    # With a LoRA attached, peft's layer stands at this name and the frozen layer is inside.
-    module = base_layer(model, module_name)
+    module = base_layer(model, name.rpartition(".")[0])
+    values = [tensor]
     if isinstance(module, FrozenLinear):
         # Quantised on the device even if the block is offloaded: faster, and the bits do not depend on the placement.
         source = tensor if module.kind is None else tensor.to(module.weight.device)
-        targets, values = module.stored_parameters(), module.pack(source)
-    else:
-        targets, values = [getattr(module, leaf)], [tensor]
-    for parameter, value in zip(targets, values, strict=True):
+        values = module.pack(source)
+    for parameter, value in zip(_parameters_of(model, name), values, strict=True):
         cpu_buffer = offloader.cpu_buffer(parameter) if offloader is not None else None
         # The slot that an offloaded parameter points into now may belong to another block a moment later.
         (parameter if cpu_buffer is None else cpu_buffer).copy_(value)
+
+
+def _parameters_of(model: ZImageTransformer2DModel, name: str) -> list[nn.Parameter]:
+    """Return the parameters that hold `name`; where the layer is quantised, its packed data and the scales."""
+    module_name, _, leaf = name.rpartition(".")
+    # With a LoRA attached, peft's layer stands at this name and the frozen layer is inside.
+    module = base_layer(model, module_name)
+    return module.stored_parameters() if isinstance(module, FrozenLinear) else [getattr(module, leaf)]

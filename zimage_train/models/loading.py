@@ -1,5 +1,6 @@
 """Streaming tensors from safetensors files into modules: one at a time, strict, without a second copy in memory."""
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
@@ -82,6 +83,14 @@ def allocate_parameters(module: nn.Module, device: torch.device) -> None:
     views = typed_views(buffer, list(missing.values()), offsets)
     for name, view in zip(missing, views, strict=True):
         set_parameter(module, name, nn.Parameter(view, requires_grad=False))
+
+
+def allocate_host_buffer(nbytes: int, pinned: bool) -> Tensor:
+    """Allocate CPU memory; pageable, and slower to copy, where the system refuses to pin it (WSL, containers)."""
+    if pinned:
+        with contextlib.suppress(RuntimeError):
+            return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+    return torch.empty(nbytes, dtype=torch.uint8)
 
 
 def aligned_bytes(tensor: Tensor) -> int:

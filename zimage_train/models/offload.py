@@ -6,7 +6,6 @@ other receives the block that is predicted to run next, so that copy and compute
 the forward pass and downwards in the backward; a wrong prediction costs a copy that does not overlap, nothing else.
 """
 
-import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +14,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor, nn
 
-from zimage_train.models.loading import aligned_bytes, set_parameter, typed_views
+from zimage_train.models.loading import aligned_bytes, allocate_host_buffer, set_parameter, typed_views
 from zimage_train.models.pinned_memory import DEVICE_SLOTS, arena_sizes
 
 
@@ -30,14 +29,6 @@ class RingState:
 def streamed_blocks(count: int, number: int) -> list[int]:
     """Return the indices of the `number` of `count` blocks that are offloaded, spread evenly."""
     return [(2 * index + 1) * count // (2 * number) for index in range(number)]
-
-
-def _allocate_host_buffer(nbytes: int, pinned: bool) -> Tensor:
-    """Allocate CPU memory; pageable, and slower to copy, where the system refuses to pin it (WSL, containers)."""
-    if pinned:
-        with contextlib.suppress(RuntimeError):
-            return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
-    return torch.empty(nbytes, dtype=torch.uint8)
 
 
 class BlockOffloader:
@@ -62,7 +53,7 @@ class BlockOffloader:
         buffers = []
         self._host_blocks: list[Tensor] = []
         for number in arena_sizes(len(blocks), block_bytes):
-            buffer = _allocate_host_buffer(number * block_bytes, is_cuda)
+            buffer = allocate_host_buffer(number * block_bytes, is_cuda)
             buffers.append(buffer)
             self._host_blocks.extend(buffer.split(block_bytes))
         self.is_pinned = all(buffer.is_pinned() for buffer in buffers) if is_cuda else True

@@ -11,17 +11,16 @@ from zimage_train.dataset.buckets import Bucket
 from zimage_train.errors import Note
 from zimage_train.io.operating_system import main_memory_bytes
 from zimage_train.io.units import format_bytes
-from zimage_train.planning import calibration, flops, gpus, memory, planner, preflight
+from zimage_train.planning import calibration, flops, gpus, memory, planner, preflight, run_times
 from zimage_train.planning.calibration import CalibrationFactor
 from zimage_train.planning.gpus import GPU_SPECS, DeviceLimits, GpuSpec
 from zimage_train.planning.planner import MemoryPlan
 from zimage_train.planning.preflight import RunSpec
 from zimage_train.planning.recompute_costs import describe_mode
+from zimage_train.planning.run_times import RunTimes, Stage
 
-SIGMAS_IN_A_VALIDATION = 17
-"""Forward passes for each validation image: at nine deciles of the trained noise levels and at Turbo's 8 steps."""
-READ_BYTES_PER_SECOND = 2e9
-"""Rate of reading weights from a file that was read before, and may still be in the page cache."""
+LARGE_SHARE = 0.1
+"""Share of a run's time from which anything beside the steps is named, with a setting that changes it."""
 EXAMPLES = ("4090", "4080", "4070", "4060")
 """Cards of 24, 16, 12 and 8 GB, shown where no card is known."""
 
@@ -105,7 +104,7 @@ def _one_line_forecast(spec: RunSpec, plan: MemoryPlan, card: GpuSpec, price: fl
         return f"does not fit ({plan.peak.total / 1e9:.1f} GB)"
     largest = max(plan.workload.sizes, key=plan.workload.tokens)
     recomputed = describe_mode(plan.mode_of(plan.workload.tokens(largest)))
-    seconds = _run_seconds(spec, plan, card)[0] * _time_factor(_calibration(spec, card.name))
+    seconds = run_times.predict_times(spec, plan, card, _time_factor(_calibration(spec, card.name))).total
     return (
         f"{plan.peak.total / 1e9:.1f} GB, {_describe_weights(plan)}, recomputing {recomputed} at "
         f"{largest.width}x{largest.height}, {_hours_and_cost(seconds, price)}"
@@ -197,24 +196,15 @@ def _share_lines(spec: RunSpec, plan: MemoryPlan, device: DeviceLimits) -> list[
         text = f"{share}, {format_bytes(most.total)} a step, recomputing {recomputed}{per_step}"
         lines.append(Note("share", f"  {resolution} px: {text}"))
 
-    run_seconds, preview_seconds = _run_seconds(spec, plan, card)
-    count = len(workload.previews)
-    images = f"{count} image{'s' * (count != 1)}"
-    preview_memory = format_bytes(memory.preview_memory(workload, plan.placement).total)
-    share = f"{preview_seconds / run_seconds:.0%} of the run"
-    text = f"{_previews_in_a_run(spec.config)} times {images}, {share}, {preview_memory}"
-    lines.append(Note("share", f"  previews: {text}"))
+    requests = workload.previews
+    if requests:
+        count = f"{len(requests)} image{'s' * (len(requests) != 1)}"
+        preview_memory = format_bytes(memory.preview_memory(workload, plan.placement).total)
+        text = f"{run_times.times_of_previews(spec.config)} times {count}, {preview_memory}"
+        lines.append(Note("share", f"  previews: {text}"))
     if workload.generated:
-        share = f"{_generation_seconds(plan, card) / run_seconds:.0%} of the run"
-        text = f"  before training: {len(workload.generated)} images of the model's own, {share}"
-        lines.append(Note("share", text))
+        lines.append(Note("share", f"  before training: {len(workload.generated)} images of the model's own"))
     return lines
-
-
-def _generation_seconds(plan: MemoryPlan, card: GpuSpec) -> float:
-    """Return the seconds of generating the images that the model is then trained on; 0 for other methods."""
-    workload = plan.workload
-    return math.fsum(flops.preview_seconds(workload, plan.placement, request, card) for request in workload.generated)
 
 
 def _time_lines(spec: RunSpec, plan: MemoryPlan, device: DeviceLimits, price: float | None) -> list[Note]:
@@ -223,11 +213,11 @@ def _time_lines(spec: RunSpec, plan: MemoryPlan, device: DeviceLimits, price: fl
         text = "time: not known for this device before a run on it; --gpu NAME predicts it for a card"
         return [Note("time-unknown", text)]
     # Measurements on an unlisted device are relative to the typical card, too; see `dry_run.compare_with_forecast`.
-    seconds = _run_seconds(spec, plan, device.card or gpus.TYPICAL_GPU)[0] * _time_factor(factor)
+    times = run_times.predict_times(spec, plan, device.card or gpus.TYPICAL_GPU, _time_factor(factor))
     source = f"predicted; {factor.in_words()}" if factor else "predicted"
     steps = spec.config.train.steps
-    text = f"time on {device.name}, for {steps} steps: {_hours_and_cost(seconds, price)} ({source})"
-    lines = [Note("time", text)]
+    text = f"time on {device.name}, for {steps} steps: {_hours_and_cost(times.total, price)} ({source})"
+    lines = [Note("time", text), *_stage_lines(spec, times)]
     if factor is None and device.card is not None:
         least, most = flops.TIME_INTERVAL
         measured = "" if device.card.name in flops.MEASURED_CARDS else f"; no run on a {device.card.name} was measured"
@@ -240,6 +230,23 @@ def _time_lines(spec: RunSpec, plan: MemoryPlan, device: DeviceLimits, price: fl
         where = f"{largest.width}x{largest.height}"
         text = f"  of that, train.reproducible takes some {cost_ms:.0f} ms of a step at {where} ({share:.0%})"
         lines.append(Note("time-reproducible", f"{text}, judged by an H100"))
+    return lines
+
+
+def _stage_lines(spec: RunSpec, times: RunTimes) -> list[Note]:
+    """Return what the time goes to, and for whatever takes much of it beside the steps, how to change that."""
+    shares = run_times.describe_times(times.seconds)
+    lines = [Note("time-shares", f"  of that: {shares}; another start takes {times.warm_start:.0f} s")]
+    config = spec.config
+    intervals: list[tuple[Stage, str, int | None]] = [
+        ("previews", "sample.every", config.sample.every),
+        ("validation", "validation.every", config.validation.every),
+        ("saves", "save.every", config.save.every),
+    ]
+    for stage, key, every in intervals:
+        if times.seconds[stage] > LARGE_SHARE * times.total and every is not None and every < config.train.steps:
+            text = f"  {stage} cost {times.seconds[stage] / 60:.0f} min; {key}: {2 * every} halves that"
+            lines.append(Note("large-share", text))
     return lines
 
 
@@ -262,31 +269,3 @@ def _hours_and_cost(seconds: float, price: float | None) -> str:
     minutes = round(seconds / 60)
     time = f"{minutes // 60} h {minutes % 60:02d} min" if minutes else f"{seconds:.0f} s"
     return time if price is None else f"{time}, at {price:g} an hour {seconds / 3600 * price:.2f}"
-
-
-def _run_seconds(spec: RunSpec, plan: MemoryPlan, card: GpuSpec) -> tuple[float, float]:
-    """Return the seconds of the whole run, and those of its previews alone."""
-    config, workload, placement = spec.config, plan.workload, plan.placement
-    step = math.fsum(share * plan.step_seconds(size, card) for size, share in workload.shares().items())
-    training = config.train.steps * config.train.grad_accumulation * step
-
-    drawing = math.fsum(flops.preview_seconds(workload, placement, request, card) for request in workload.previews)
-    if spec.model_files is None or spec.model_files.paths.adapter is not None:
-        # Previews are drawn without the training adapter, so the weights are read from the bf16 files before them, and
-        # again after them, to merge the adapter.
-        drawing += 2 * memory.model_bytes(replace(workload, dtype="bf16"), None) / READ_BYTES_PER_SECOND
-    previews = drawing * _previews_in_a_run(config) if workload.previews else 0.0
-
-    validating = 0.0
-    if config.validation.every:
-        images = math.fsum(flops.forward_seconds(workload, placement, item.size, 1, card) for item in spec.held_out)
-        validations = -(-config.train.steps // config.validation.every) + 1  # one more before the first step
-        validating = images * SIGMAS_IN_A_VALIDATION * validations
-    return training + previews + validating + _generation_seconds(plan, card), previews
-
-
-def _previews_in_a_run(config: Config) -> int:
-    every, steps = config.sample.every, config.train.steps
-    if every is None:
-        return 0
-    return -(-steps // every) + config.sample.first

@@ -32,7 +32,7 @@ QUANTIZATIONS_BY_ERROR: tuple[Quantization | None, ...] = (None, "int8", "fp8", 
 AUTO_QUANTIZATIONS: tuple[Quantization | None, ...] = (None, "int8", "nf4")
 """What `model.quantize: auto` chooses from; fp8 is never better than int8."""
 HOST_SHARE = 0.5
-"""Share of main memory that streamed blocks may take. It is pinned, so the system cannot move it to swap."""
+"""Share of main memory that weights may take. It is pinned, so the system cannot move it to swap."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,8 @@ class MemoryPlan:
     fits: bool
     why: str
     """Reason for the choice, as text for the log."""
+    host_limit_bytes: float = 0.0
+    """Main memory that the run may fill with weights."""
 
     def mode_of(self, tokens: int) -> RecomputeMode:
         """Return the mode that recomputes least among those that fit a batch of `tokens`."""
@@ -77,6 +79,16 @@ class MemoryPlan:
     def _room_of(self, tokens: int) -> int:
         step = memory.step_memory(self.workload, self.placement, self.mode_of(tokens), tokens)
         return step.activations + memory.gap_bytes(self.workload, tokens)
+
+    @property
+    def spare_host_bytes(self) -> float:
+        """Return the main memory that streamed blocks leave for weights that wait for previews."""
+        return max(self.host_limit_bytes - memory.host_bytes(self.workload, self.placement), 0.0)
+
+    @property
+    def keeps_original_weights(self) -> bool:
+        """Return whether the original weights stay in main memory between previews, so that no file is read again."""
+        return memory.model_bytes(self.workload, self.placement.quantization) <= self.spare_host_bytes
 
     @property
     def previews_fit_beside(self) -> bool:
@@ -147,7 +159,10 @@ def choose_plan(
     is at most `MAX_SLOWDOWN` times that of the fastest.
     """
     placements = _allowed_placements(workload, constraints, host_bytes)
-    plans = [_make_plan(workload, placement, constraints.mode, limit_bytes) for placement in placements]
+    plans = []
+    for placement in placements:
+        plan = _make_plan(workload, placement, constraints.mode, limit_bytes)
+        plans.append(replace(plan, host_limit_bytes=HOST_SHARE * host_bytes))
     fitting = [plan for plan in plans if plan.fits]
     if not fitting:
         return min(plans, key=lambda plan: plan.peak.total)

@@ -141,6 +141,7 @@ def build_state(
         trackers=trackers,
         stop=context.stop,
         slow_steps=SlowStepDetector(),
+        clock=context.clock,
     )
 
 
@@ -153,7 +154,11 @@ def _load_frozen(context: RunContext, plan: MemoryPlan) -> FrozenTransformer:
         adapter = training_adapter.load_adapter(paths.adapter, config.model.adapter_strength, shape)
     console.info(f"loading {paths.transformer}")
     kind, streamed = plan.placement.quantization, plan.placement.streamed
-    frozen = load_frozen(paths.transformer, adapter, config.model.dtype, context.world.device, kind, streamed)
+    # Only the main process draws previews.
+    spare_bytes = plan.spare_host_bytes if context.world.is_main else 0.0
+    frozen = load_frozen(
+        paths.transformer, adapter, config.model.dtype, context.world.device, kind, streamed, spare_bytes
+    )
     if adapter is not None:
         count = f"{frozen.adapter_matched}/{len(adapter.lora)}"
         console.info(f"training adapter {adapter.path.name}: matched {count} modules, strength {adapter.strength:g}")
@@ -196,7 +201,8 @@ def _open_dataset(context: RunContext, frozen: FrozenTransformer) -> CachedDatas
         return data.generate(frozen.model, item, {text: dataset.embeds(text) for text in (item.image.prompts[0], "")})
 
     sizes = {key: data.num_bytes(item) for key, item in items.items()}
-    stats = encoding.fill_generated(context.cache, sizes, generate, context.report_progress, _shard(context))
+    with context.clock.stage("generating"):
+        stats = encoding.fill_generated(context.cache, sizes, generate, context.report_progress, _shard(context))
     context.console.info(f"{config.train.method}: the model's own images: {stats.found} found, {stats.encoded} drawn")
     return replace(dataset, generated_key=data.key)
 

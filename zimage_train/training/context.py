@@ -20,6 +20,7 @@ from zimage_train.training.distributed import World
 from zimage_train.training.preview_sets import PreviewSet
 from zimage_train.training.run_dir import RunDir
 from zimage_train.training.signals import StopRequest
+from zimage_train.training.stage_clock import StageClock
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class RunContext:
     world: World
     console: Console
     stop: StopRequest
+    clock: StageClock
 
     @property
     def config(self) -> Config:
@@ -64,7 +66,7 @@ class RunContext:
         self.console.progress(what, done, total)
 
 
-def open_context(spec: RunSpec, world: World, console: Console, stop: StopRequest) -> RunContext:
+def open_context(spec: RunSpec, world: World, console: Console, stop: StopRequest, clock: StageClock) -> RunContext:
     """Open the cache, and digest the inputs of the run."""
     model_files = spec.model_files
     assert model_files is not None  # without weights, `train` and `cache` have ended with an error
@@ -82,6 +84,7 @@ def open_context(spec: RunSpec, world: World, console: Console, stop: StopReques
         world=world,
         console=console,
         stop=stop,
+        clock=clock,
     )
 
 

@@ -95,7 +95,7 @@ def preview(state: TrainState, step: int, events: RecordWriter) -> None:
     measured: dict[str, float] = {}
     try:
         for previews in state.preview_sets:
-            with state.run_step.between_steps():
+            with state.clock.stage("previews"), state.run_step.between_steps():
                 measured |= render_previews(state, previews, step)
         preview_images.save_grid(state.folder.samples / "grid.png", preview_sets.all_previews_table(state.preview_sets))
     except NotRestoredError:
@@ -134,7 +134,8 @@ def render_previews(state: TrainState, previews: PreviewSet, step: int) -> dict[
         with eval_mode(model), original_weights(state.frozen, previews.second_model):
             latents = sample_all(model, requests, state.preview_embeds, preview_progress)
             if meter is not None:
-                measured["drift"] = meter.measure(model, drift_progress)
+                with state.clock.stage("drift"):
+                    measured["drift"] = meter.measure(model, drift_progress)
         images = decode_all(model, state.extras, latents)
     model_name = sample.compare_on if previews.second_model else state.config.model.path or state.config.model.variant
     lora_name = "averaged LoRA" if is_averaged else "LoRA"
@@ -184,11 +185,12 @@ def after_step(state: TrainState, step: int, events: RecordWriter, metrics: Reco
     saves = step == last or is_due(state.config.save.every, step, last)
     draws = is_due(state.config.sample.every, step, last)
     if saves:
-        metrics.sync()
-        if step > state.start_step:  # else the run has just been loaded from this checkpoint
-            save_checkpoint(state, step)
-        events.append({"step": step, "event": "save"})
-        export_step(state, step)
+        with state.clock.stage("saves"):
+            metrics.sync()
+            if step > state.start_step:  # else the run has just been loaded from this checkpoint
+                save_checkpoint(state, step)
+            events.append({"step": step, "event": "save"})
+            export_step(state, step)
     if is_due(state.config.validation.every, step, last):
         validate(state, step, events)
     if draws:

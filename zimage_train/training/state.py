@@ -27,6 +27,7 @@ from zimage_train.training.distributed import World
 from zimage_train.training.preview_sets import PreviewSet
 from zimage_train.training.run_dir import RunDir
 from zimage_train.training.signals import StopRequest
+from zimage_train.training.stage_clock import StageClock
 from zimage_train.training.step_runner import StepRunner
 from zimage_train.training.step_timer import SlowStepDetector
 
@@ -70,6 +71,7 @@ class TrainState:
     trackers: Trackers
     stop: StopRequest
     slow_steps: SlowStepDetector
+    clock: StageClock
 
     @property
     def path(self) -> str:

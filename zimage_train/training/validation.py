@@ -46,7 +46,7 @@ def validate(state: TrainState, step: int, events: RecordWriter) -> None:
         return
     sigmas = validation_sigmas(state.config)
     try:
-        with state.run_step.between_steps():
+        with state.clock.stage("validation"), state.run_step.between_steps():
             values = measure(state, [*sigmas.trained, *sigmas.turbo], step)
     except torch.OutOfMemoryError:
         state.console.warning(
