@@ -9,7 +9,8 @@ python scripts/bench.py --memory [--size full|mini] [-o docs/bench/memory.json]
 python scripts/bench.py --repeat [--size full|mini] [-o docs/bench/repeat.json]
     Run the same step repeatedly, with torch's defaults and with those of a run, and compare gradients and times.
 python scripts/bench.py --quantize [-o docs/bench/quantize.json]
-    Measure on the miniature the error of each quantisation in the weights, in the adapter's delta and in the loss.
+    Measure on the miniature the error of each quantisation in the weights, in the adapter's delta, in the loss and in a
+    LoRA that is trained.
 python scripts/bench.py --count [-o docs/bench/count.json]
     Count on the meta device the work of a step of the full model, and of diffusers with peft: launches, bytes, memory.
 python scripts/bench.py --guidance [-o docs/bench/guidance.json]
@@ -219,7 +220,7 @@ def quantize() -> dict[str, Any]:
     x, noise = (torch.randn(16, 16, 12, 12, generator=draw) for _ in range(2))
     prompts = [torch.randn(24, 64, generator=draw)] * 16
     sigma = torch.linspace(0.05, 0.95, 16)
-    for kind in (None, "int8", "fp8", "nf4"):
+    for kind in (None, "int8", "fp8", "fp8_fast", "nf4"):
         frozen = load_frozen(mini.TURBO / "transformer", merged, "fp32", torch.device("cpu"), kind)
         mixed = (1 - sigma)[:, None, None, None] * x + sigma[:, None, None, None] * noise
         prediction = velocity(frozen.model, mixed, sigma, prompts)
@@ -246,21 +247,8 @@ GUIDANCE_RUNS: dict[str, dict[str, Any]] = {
 
 def guidance() -> dict[str, Any]:
     """Return the distance of each run's LoRA from that of the plain run, relative to the norm of the latter."""
-    from zimage_train.commands.train import run_training  # here, since only this benchmark needs the whole program
-
-    ends: dict[str, torch.Tensor] = {}
     facts: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory() as place:
-        for index, (name, changes) in enumerate(GUIDANCE_RUNS.items()):
-            config = _small_run(Path(place), f"run{index}x", changes)
-            run_training(config, fresh=False)
-            folder = Path(config.output_dir) / config.name
-            lora = lora_file.read_lora(folder / "lora" / f"{config.name}.safetensors")
-            ends[name] = torch.cat(
-                [(factors.b.double() @ factors.a.double() * factors.scale).flatten() for factors in lora.values()]
-            )
-            records = metrics.read_records(folder / "metrics.jsonl")
-            facts[name] = {"gradient_norm": median(record["grad_norm"] for record in records)}
+    ends = _trained(GUIDANCE_RUNS, facts)
     plain = ends["plain"]
     for name, end in ends.items():
         facts[name] |= {
@@ -273,6 +261,41 @@ def guidance() -> dict[str, Any]:
         "runs": facts,
         "guided_and_clipped_at_1_against_clipped_at_a_third": float((clipped[0] - clipped[1]).norm() / plain.norm()),
     }
+
+
+def _trained(runs: dict[str, dict[str, Any]], facts: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Return the delta of each run's LoRA, all modules in one; add the median norm of its gradients to `facts`."""
+    from zimage_train.commands.train import run_training  # here, since few benchmarks need the whole program
+
+    ends: dict[str, torch.Tensor] = {}
+    with tempfile.TemporaryDirectory() as place:
+        for index, (name, changes) in enumerate(runs.items()):
+            config = _small_run(Path(place), f"run{index}x", changes)
+            run_training(config, fresh=False)
+            folder = Path(config.output_dir) / config.name
+            lora = lora_file.read_lora(folder / "lora" / f"{config.name}.safetensors")
+            ends[name] = torch.cat(
+                [(factors.b.double() @ factors.a.double() * factors.scale).flatten() for factors in lora.values()]
+            )
+            records = metrics.read_records(folder / "metrics.jsonl")
+            facts[name] = {"gradient_norm": median(record["grad_norm"] for record in records)}
+    return ends
+
+
+QUANTIZED_RUNS: dict[str, dict[str, Any]] = {
+    "fp32": {},
+    "another seed": {"seed": 1},
+    "bf16": {"model": {"dtype": "bf16"}},
+    **{f"bf16, {kind}": {"model": {"dtype": "bf16", "quantize": kind}} for kind in ("int8", "fp8", "fp8_fast", "nf4")},
+}
+
+
+def quantized_loras() -> dict[str, Any]:
+    """Return the distance of the LoRA of each run from that of fp32, relative to the norm of the latter."""
+    ends = _trained(QUANTIZED_RUNS, {})
+    exact = ends["fp32"]
+    off = {name: round(float((end - exact).norm() / exact.norm()), 4) for name, end in ends.items() if end is not exact}
+    return {"steps": GUIDANCE_STEPS, "off_fp32": off}
 
 
 GUIDANCE_STEPS = 200
@@ -293,7 +316,7 @@ def _small_run(place: Path, name: str, changes: dict[str, Any]) -> schema.Config
         "log": {"tensorboard": False},
     }
     for section, settings in changes.items():
-        values[section] = values.get(section, {}) | settings
+        values[section] = values.get(section, {}) | settings if isinstance(settings, dict) else settings
     return schema.Config.model_validate(values)
 
 
@@ -347,7 +370,7 @@ def main(arguments: list[str]) -> int:
     elif asked.count:
         result = counting.comparison(SIDES["full"])
     else:
-        result = quantize() if asked.quantize else guidance()
+        result = quantize() | {"loras": quantized_loras()} if asked.quantize else guidance()
     text = json.dumps(result, indent=1) + "\n"
     if asked.output is None:
         print(text)

@@ -462,3 +462,20 @@ def test_a_gpu_without_bf16_is_refused(monkeypatch):
         devices.require_device(gpu, shape, "bf16")
     assert error.value.exit_code == 2
     devices.require_device(gpu, shape, "fp32")
+
+
+def test_a_gpu_without_fp8_is_refused(monkeypatch):
+    """65. fp8_fast is refused on a GPU that has no fp8 arithmetic, and other kinds are not."""
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "RTX 3090")
+    gpu, shape = torch.device("cuda"), TransformerShape()
+    for capability, refused in (((8, 6), True), ((8, 9), False), ((12, 0), False)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, is_now=capability: is_now)
+        for kind in ("fp8", "int8", "nf4", "auto", None):
+            devices.require_device(gpu, shape, "bf16", kind)
+        if not refused:
+            devices.require_device(gpu, shape, "bf16", "fp8_fast")
+            continue
+        with pytest.raises(ConfigError, match=r"model\.quantize: is fp8_fast, and RTX 3090 has no fp8") as error:
+            devices.require_device(gpu, shape, "bf16", "fp8_fast")
+        assert error.value.exit_code == 2

@@ -3,9 +3,11 @@
 The model is held against 36 runs that an H100 made within budgets, with the code of that time (traces/README.md).
 """
 
+import itertools
 import json
 import lzma
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,10 @@ from zimage_train.dataset.buckets import Bucket
 from zimage_train.measure.counting import CAPTION_TOKENS
 from zimage_train.models.arch import TransformerShape
 from zimage_train.models.offload import streamed_blocks
-from zimage_train.planning import memory
-from zimage_train.planning.memory import WORKSPACE_BYTES, WeightPlacement
-from zimage_train.planning.planner import NO_LIMIT, MemoryPlan
+from zimage_train.models.pinned_memory import DEVICE_SLOTS
+from zimage_train.planning import memory, planner
+from zimage_train.planning.memory import CONTEXT_BYTES, WORKSPACE_BYTES, WeightPlacement
+from zimage_train.planning.planner import NO_LIMIT, MemoryPlan, PlanConstraints
 
 from workloads import MODULES, workload
 
@@ -154,10 +157,14 @@ def plan_of(mode: str, sides: tuple[int, ...], kind: str | None, layers: int, is
     return MemoryPlan(made, WeightPlacement(kind), {mode: NO_LIMIT}, 1e12, True, "")
 
 
-def reserved_by(plan: MemoryPlan, traces: list[StepTrace]) -> int:
+def reserved_by(plan: MemoryPlan, traces: list[StepTrace], limit: float = float("inf")) -> int:
     """What the allocator takes for the run of a plan: weights first, then optimizer, room and steps of all sizes."""
-    allocator = Allocator()
-    allocator.malloc(traces[0].weight_bytes)
+    allocator = Allocator(limit)
+    streamed = plan.placement.streamed
+    block_bytes = memory.block_bytes(plan.workload, plan.placement.quantization)
+    allocator.malloc(traces[0].weight_bytes - streamed * block_bytes)
+    for _ in range(DEVICE_SLOTS if streamed else 0):
+        allocator.malloc(block_bytes)
     for copies in (1, 1, 2):  # the LoRA, its gradients, AdamW's state
         allocator.malloc(4 * copies * traces[0].trained)
     allocator.malloc(CUBLAS_BYTES)
@@ -194,6 +201,35 @@ def test_full_depth_fits_what_is_planned(mode: str, side: int, kind: str):
     """The same with all 30 layers, of a quantised model."""
     plan = plan_of(mode, (side,), kind, 30)
     assert reserved_by(plan, [trace_steps(mode, side, kind)]) <= planned(plan, side)
+
+
+BUDGETS_GB = (10.0, 6.5, 5.0, 4.0)
+"""For ten blocks of the full model; what streams, quantises and recomputes most is among the plans for them."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [None, "int8", "nf4", "fp8_fast"])
+def test_every_plan_fits_its_budget(kind: str | None):
+    """What the planner makes for a budget runs within it: each size, streamed or not, beside CUDA's own memory."""
+    ran, filled, modes = [], [], set()
+    for budget, side in itertools.product(BUDGETS_GB, (512, 768, 1024)):
+        made = plan_of("none", (side,), kind, LAYERS).workload
+        plan = planner.choose_plan(made, PlanConstraints((kind,), None, None), budget * 1e9, 64e9, None)
+        if not plan.fits:
+            continue
+        mode = plan.mode_of(made.max_tokens)
+        steps = traced(mode, side, kind)
+        limit = budget * 1e9 - CONTEXT_BYTES
+        filled.append(reserved_by(plan, [steps], limit) / limit)  # or it raises
+        ran.append(plan.placement.streamed)
+        modes.add(mode)
+    assert min(ran) == 0 and max(ran) >= 7 and len(ran) >= 6
+    assert len(modes) >= 3 and 0.9 < max(filled) <= 1.0
+
+
+@cache
+def traced(mode: str, side: int, kind: str | None) -> StepTrace:
+    return trace_steps(mode, side, kind, LAYERS)
 
 
 @pytest.mark.slow

@@ -60,7 +60,8 @@ def test_two_layers_tell_what_thirty_take(mode: str, kind: str | None):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("side", "kind"), [(512, None), (768, None), (1024, None), (512, "fp8"), (768, "int8"), (1024, "nf4")]
+    ("side", "kind"),
+    [(512, None), (768, None), (1024, None), (512, "fp8"), (768, "int8"), (1024, "nf4"), (1024, "fp8_fast")],
 )
 @pytest.mark.parametrize("mode", RECOMPUTE_MODES)
 def test_step_memory_within_5_percent(mode: str, side: int, kind: str | None):
@@ -143,7 +144,7 @@ def test_decoding_within_5_percent(side: int):
     assert found == pytest.approx(run(), rel=0.05)
 
 
-@pytest.mark.parametrize("kind", [None, "fp8", "int8", "nf4"])
+@pytest.mark.parametrize("kind", [None, "fp8", "fp8_fast", "int8", "nf4"])
 @pytest.mark.parametrize("streamed", [0, 1, 2, 3, 6])
 def test_miniature_weights_to_the_byte(kind: str | None, streamed: int):
     """The weights of the miniature are counted to the byte."""

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -71,8 +72,13 @@ def test_quantize_bench_equals_the_docs(bench):
     for kind, found in bench.quantize()["kinds"].items():
         for name, value in found.items():
             assert value == pytest.approx(stored["kinds"][kind][name], rel=0.1), (kind, name)
-    errors = [stored["kinds"][kind]["loss_error_mean"] for kind in ("int8", "fp8", "nf4")]
+    errors = [stored["kinds"][kind]["loss_error_mean"] for kind in ("int8", "fp8", "fp8_fast", "nf4")]
     assert errors == sorted(errors)
+    text = (ROOT / "docs" / "memory.md").read_text()
+    off = stored["loras"]["off_fp32"]
+    for kind in ("int8", "fp8", "fp8_fast", "nf4"):
+        assert re.search(rf"\| {kind} \|.* \| {100 * off['bf16, ' + kind]:.1f} % \|\n", text), kind
+    assert f"Another seed differs by {100 * off['another seed']:.0f} %" in text
 
 
 def test_guidance_bench_is_in_the_docs():

@@ -12,6 +12,9 @@ from triton.compiler import ASTSource
 from zimage_train.models import triton_kernels
 
 CAPABILITIES = (80, 86, 89, 90, 120)
+FP8_KERNELS = (triton_kernels.to_fp8,)
+"""For GPUs that have fp8."""
+FP8_CAPABILITY = 89
 SIZES = {"N": 4096, "H": 32, "D": 64}
 KERNELS = (
     triton_kernels.modulated_norm,
@@ -23,6 +26,7 @@ KERNELS = (
     triton_kernels.swiglu,
     triton_kernels.swiglu_backward,
     triton_kernels.unpack,
+    triton_kernels.transpose,
 )
 
 
@@ -34,8 +38,14 @@ def compile_kernel(kernel, capability: int, flags: dict[str, bool]) -> int:
         if parameter.is_constexpr:
             signature[name] = "constexpr"
             constants[(parameter.num,)] = flags.get(name, SIZES.get(name))
+            if kernel is triton_kernels.transpose:
+                constants[(parameter.num,)] = 64
         elif name.endswith("_ptr"):
             signature[name] = "*fp32" if "inverse" in name or "rope" in name else "*bf16"
+            if kernel is triton_kernels.transpose:
+                signature[name] = "*u8"
+            if kernel is triton_kernels.to_fp8:
+                signature[name] = {"x_ptr": "*bf16", "scale_ptr": "*fp32", "out_ptr": "*fp8e4nv"}[name]
         else:
             signature[name] = "fp32" if name == "eps" else "i32"
     source = ASTSource(kernel, signature, constants)
@@ -43,7 +53,9 @@ def compile_kernel(kernel, capability: int, flags: dict[str, bool]) -> int:
     return len(compiled.asm["cubin"])
 
 
-for capability, kernel in itertools.product(CAPABILITIES, KERNELS):
+for capability, kernel in itertools.product(CAPABILITIES, KERNELS + FP8_KERNELS):
+    if kernel in FP8_KERNELS and capability < FP8_CAPABILITY:
+        continue
     names = [parameter.name for parameter in kernel.params if parameter.name.startswith("HAS_")]
     for values in itertools.product((True, False), repeat=len(names)):
         size = compile_kernel(kernel, capability, dict(zip(names, values, strict=True)))

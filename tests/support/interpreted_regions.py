@@ -29,10 +29,12 @@ truncated = interpreter._convert_float
 
 
 def rounded(source: np.ndarray, from_type: tl.dtype, to_type: tl.dtype, mode: object) -> np.ndarray:
-    """Round fp32 to bf16 as a GPU does; Triton's interpreter would cut off the digits that are too many."""
-    if (from_type, to_type) != (tl.float32, tl.bfloat16):
+    """Round fp32 to bf16 or e4m3 as a GPU does; Triton's interpreter would cut off the digits that are too many."""
+    if from_type != tl.float32 or to_type not in (tl.bfloat16, tl.float8e4nv):
         return truncated(source, from_type, to_type, mode)
     values = torch.from_numpy(np.ascontiguousarray(source).view(np.float32))
+    if to_type == tl.float8e4nv:
+        return values.to(torch.float8_e4m3fn).view(torch.uint8).numpy().reshape(source.shape)
     return values.to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16).reshape(source.shape)
 
 
@@ -75,12 +77,17 @@ def calls(size: tuple[int, ...], dtype: torch.dtype, is_modulated: bool) -> Iter
     for kind in ("int8", "fp8"):
         data, scales = quantize.pack(drawn(dim, 128), kind)
         yield "unpack", (data, scales.to(dtype))
+    wide = 100 * drawn(dim, 128)
+    yield "to_fp8", (wide, wide.abs().max().float() / 448)
+    yield "transpose", (wide.to(torch.float8_e4m3fn),)
 
 
 def is_near(found: Tensor, wanted: Tensor, exact: Tensor) -> bool:
     """In fp32 the same but for the order of sums; in bf16 hardly farther from the fp32 result than the plain region."""
     if found.shape != wanted.shape or found.dtype != wanted.dtype:
         return False
+    if wanted.dtype == torch.float8_e4m3fn:
+        return torch.equal(found.view(torch.uint8), wanted.view(torch.uint8))
     if wanted.dtype == torch.float32:
         return torch.allclose(found, wanted, rtol=1e-5, atol=1e-6)
     error, allowed = (float((one.float() - exact).norm()) for one in (found, wanted))
@@ -92,14 +99,16 @@ def main() -> int:
     sizes = SIZES[:1] if "--fault" in sys.argv else SIZES
     for size, dtype, is_modulated in itertools.product(sizes, (torch.float32, torch.bfloat16), (True, False)):
         for name, arguments in calls(size, dtype, is_modulated):
-            wide = tuple(one.float() if isinstance(one, Tensor) else one for one in arguments)
+            wide = arguments
+            if name != "transpose":
+                wide = tuple(one.float() if isinstance(one, Tensor) else one for one in arguments)
             found, wanted, exact = (
                 results(of, name, *given)
                 for of, given in ((triton_regions, arguments), (regions, arguments), (regions, wide))
             )
             names.add(name)
             if "--fault" in sys.argv:
-                found = tuple(1.02 * one for one in found)
+                found = tuple((1.02 * one.float() + 0.01).to(one.dtype) for one in found)
             for index, (one, other, best) in enumerate(zip(found, wanted, exact, strict=True)):
                 count += 1
                 if not is_near(one, other, best):

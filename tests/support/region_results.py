@@ -17,6 +17,8 @@ RESULTS: dict[str, dict[str, int]] = {
     "swiglu": {"out": 0},
     "swiglu_backward": {"gu": 1, "gv": 2},
     "unpack": {"out": 0},
+    "to_fp8": {"out": 0},
+    "transpose": {"out": 0},
 }
 """Region -> its results in order, each with the index of the argument that it is shaped like."""
 
@@ -31,6 +33,10 @@ def results(of: Any, name: str, *arguments: Any) -> tuple[Tensor, ...]:
             shape, dtype = (*shape[:-1], 1), torch.float32
         if name == "unpack":
             dtype = arguments[1].dtype
+        if name == "to_fp8":
+            dtype = torch.float8_e4m3fn
+        if name == "transpose":
+            shape = shape[::-1]
         found[result] = torch.full(shape, torch.nan, dtype=dtype)
     getattr(of, name)(*arguments, **found)
     return tuple(found.values())

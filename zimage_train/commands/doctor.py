@@ -22,10 +22,10 @@ from zimage_train.errors import DiskError
 from zimage_train.io import locks
 from zimage_train.io.operating_system import main_memory_bytes
 from zimage_train.io.units import format_bytes
-from zimage_train.planning.gpus import find_gpu
+from zimage_train.planning.gpus import FP8_CAPABILITY, find_gpu
 
 Level = Literal["ok", "note", "bad"]
-MIN_CAPABILITY, FP8_CAPABILITY = (8, 0), (8, 9)
+MIN_CAPABILITY = (8, 0)
 MIN_RAM_GB = 16
 HUB_VARIABLES = (
     *("ZIMAGE_TRAIN_HUB", "HF_HOME", "HF_HUB_CACHE", "HF_ENDPOINT", "HF_HUB_OFFLINE"),
@@ -155,7 +155,7 @@ def _gpu(gpu: GpuFacts, facts: SystemFacts) -> Iterator[DoctorFinding]:
         return
     message = f"{gpu.name}, {size}, bf16"
     if gpu.capability < FP8_CAPABILITY:
-        message += "; without fp8 arithmetic, so fp8 weights save memory but no time"
+        message += "; without fp8 arithmetic (model.quantize: fp8_fast)"
     if find_gpu(gpu.name) is None:
         message += "; its speed is not known, so times are predicted after a first run only"
     yield DoctorFinding("ok", message)

@@ -214,5 +214,5 @@ def check_for_training(config: Config, world: World) -> RunSpec:
     would_be_refused = world.device.type == "cpu" and config.model.path is None
     spec = preflight.check_run(config, cached_only if would_be_refused else download, processes=world.world_size)
     shape = spec.model_files.shape if spec.model_files else TransformerShape()
-    devices.require_device(world.device, shape, config.model.dtype)
+    devices.require_device(world.device, shape, config.model.dtype, config.model.quantize)
     return spec

@@ -58,7 +58,8 @@ class ModelSettings(Section):
     """Precision of the frozen weights and of the forward pass; LoRA weights and the loss are always fp32."""
     quantize: Quantization | Literal["auto"] | None = None
     """Quantisation of the frozen weights of attention and feed forward, after the merge, to 8 bits (int8, fp8) or 4
-    (nf4); auto: only if `dtype` does not fit into memory; null: none."""
+    (nf4); fp8_fast: fp8, and their products in fp8 too, which is faster and less exact and needs a GPU from Ada or
+    Hopper on; auto: int8 or nf4, only if `dtype` does not fit into memory; null: none."""
     attention: AttentionName = "auto"
     """What computes attention on a GPU. sdpa: PyTorch, by its own choice; cudnn: cuDNN; flash3, flash4: FlashAttention
     3 or 4, which must be installed; auto: flash4 or flash3 where it is installed and works, else sdpa."""

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
-Quantization = Literal["fp8", "int8", "nf4"]
+Quantization = Literal["fp8", "fp8_fast", "int8", "nf4"]
 """Formats of quantised frozen weights."""
 AttentionName = Literal["auto", "sdpa", "cudnn", "flash3", "flash4"]
 RecomputeMode = Literal["none", "elementwise", "w1w3", "attention", "full"]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from zimage_train.lora.layers import ADAPTER_NAME, TrainedLinear
+from zimage_train.models import fp8
 from zimage_train.models.linear import FrozenLinear
 
 
@@ -23,6 +24,11 @@ class Product:
     a_start: int
     """Index of the first element of the A of all layers, which follow each other, in the factors of the block."""
     b_starts: list[int]
+
+    @cached_property
+    def is_fp8(self) -> bool:
+        """Return whether the frozen weights are multiplied in fp8."""
+        return self.layers[0].kind == "fp8_fast"
 
     @cached_property
     def rank(self) -> int:
@@ -47,11 +53,16 @@ class Product:
     def forward(self, x: Tensor, factors: Tensor, outputs: list[Tensor], inner: Tensor | None) -> None:
         """Compute the `outputs` of the layers (b, t, out), and `inner` (b * t, sum of ranks), the input of every B."""
         rows = x.flatten(0, -2)
+        rows_fp8 = fp8.scaled_rows(rows) if self.is_fp8 else None
         if inner is not None:
             torch.mm(rows, self.a(factors).T, out=inner)
         for index, (layer, output) in enumerate(zip(self.layers, outputs, strict=True)):
             y = output.flatten(0, -2)
-            torch.mm(rows, layer.dense(x.dtype).T, out=y)
+            if rows_fp8 is not None:
+                assert layer.scales is not None
+                fp8.multiply(rows_fp8, layer.weight, layer.scales, y)
+            else:
+                torch.mm(rows, layer.dense(x.dtype).T, out=y)
             if inner is not None and self.ranks[index]:
                 b = self.b(factors, index)
                 # In place, so that the LoRA's share of the output is never a tensor of its own.
@@ -62,7 +73,7 @@ class Product:
     ) -> Tensor | None:
         """Return the gradient of x, and write those of the factors into `out`, which is laid out as they are."""
         rows, grad_rows = x.flatten(0, -2), [grad.flatten(0, -2) for grad in grads]
-        grad_x = None
+        grad_x = grad_inner = None
         if inner is not None:
             grad_inner = torch.empty_like(inner)
             for index, grad in enumerate(grad_rows):
@@ -72,15 +83,31 @@ class Product:
                 _scaled_product(grad, b, scale, grad_inner[:, columns])
                 _scaled_product(grad.T, inner[:, columns], scale, self.b(out, index))
             torch.mm(grad_inner.T, rows, out=self.a(out))
-            if needs_x:
+            if needs_x and not self.is_fp8:
                 grad_x = grad_inner @ self.a(factors)
         if not needs_x:
             return None
+        if self.is_fp8:
+            grad_x = self._through_fp8(grad_rows, rows)
+            if grad_inner is not None:
+                grad_x.addmm_(grad_inner, self.a(factors))
+            return grad_x.view(x.shape)
         for grad, layer in zip(grad_rows, self.layers, strict=True):
             weight = layer.dense(grad.dtype)
             grad_x = grad @ weight if grad_x is None else grad_x.addmm_(grad, weight)
         assert grad_x is not None
         return grad_x.view(x.shape)
+
+    def _through_fp8(self, grads: list[Tensor], rows: Tensor) -> Tensor:
+        """Return what reaches x, which is like `rows`, through the frozen weights alone."""
+        through = None
+        for grad, layer in zip(grads, self.layers, strict=True):
+            assert layer.scales is not None
+            part = torch.empty_like(rows)  # a product in fp8 cannot be added to what is there
+            fp8.multiply_backward(fp8.scaled_rows(grad), layer.weight, layer.scales, part, layer.scratch)
+            through = part if through is None else through.add_(part)
+        assert through is not None
+        return through
 
 
 def _scaled_product(left: Tensor, right: Tensor, scale: float, out: Tensor) -> None:

@@ -32,7 +32,7 @@ from zimage_train.training.loss import sft_loss
 
 RANK = 16
 CAPTION_TOKENS = 64
-PRODUCTS = {"mm", "addmm", "addmm_", "bmm", "baddbmm"}
+PRODUCTS = {"mm", "addmm", "addmm_", "bmm", "baddbmm", "_scaled_mm"}
 ATTENTION = {"_scaled_dot_product_flash_attention", "_scaled_dot_product_flash_attention_backward"}
 NO_KERNEL = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "_unsafe_view"}
 """Operations that allocate or describe memory, beside those whose result is a view."""
@@ -42,6 +42,14 @@ MULTIPROCESSORS = 132
 """Of an H100. Other cards for this work have 60 to 170."""
 
 Phase = Literal["forward", "backward", "optimizer"]
+
+
+def _scaled_mm_on_meta(*args: Any, out: Tensor, **options: Any) -> Tensor:
+    """Return `out`: torch computes products in fp8 into given memory on real devices only."""
+    return out
+
+
+torch.library.impl("aten::_scaled_mm.out", "Meta", _scaled_mm_on_meta)
 
 
 @dataclass(frozen=True)

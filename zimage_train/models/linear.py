@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zimage_train.config.types import Quantization
-from zimage_train.models import quantize
+from zimage_train.models import fp8, quantize
 
 OP_NAME = "zimage_train::frozen_linear"
 torch.library.define(OP_NAME, "(Tensor x, Tensor weight, Tensor? scales, Tensor? a, Tensor? b, float scale) -> Tensor")
@@ -22,7 +22,11 @@ def frozen_linear_kernels(
     x: Tensor, weight: Tensor, scales: Tensor | None, a: Tensor | None, b: Tensor | None, scale: float
 ) -> Tensor:
     """Return what `frozen_linear` does, as the operations that it consists of."""
-    y = F.linear(x, _dense(weight, scales, x.dtype))
+    if scales is not None and fp8.is_fp8_product(scales):
+        y = x.new_empty(*x.shape[:-1], weight.shape[0])
+        fp8.multiply(fp8.scaled_rows(x.flatten(0, -2)), weight, scales, y.flatten(0, -2))
+    else:
+        y = F.linear(x, _dense(weight, scales, x.dtype))
     if a is None or b is None:
         return y
     rows = y.view(-1, y.shape[-1])
@@ -40,6 +44,14 @@ def _dense(weight: Tensor, scales: Tensor | None, dtype: torch.dtype) -> Tensor:
     return weight if scales is None else quantize.unpack(weight, scales, dtype)
 
 
+def _grad_input(grad: Tensor, weight: Tensor, scales: Tensor | None) -> Tensor:
+    if scales is None or not fp8.is_fp8_product(scales):
+        return grad @ _dense(weight, scales, grad.dtype)  # unpacked for the second time, and freed after the product
+    grad_x = grad.new_empty(*grad.shape[:-1], weight.shape[1])
+    fp8.multiply_backward(fp8.scaled_rows(grad.flatten(0, -2)), weight, scales, grad_x.flatten(0, -2), None)
+    return grad_x
+
+
 class _LinearFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, scales: Tensor | None, a: Tensor | None, b: Tensor | None, scale):
@@ -53,8 +65,7 @@ class _LinearFunction(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor):
         (grad,) = grad_outputs
         x, weight, scales, a, b = ctx.saved_tensors
-        # Unpacked for the second time, and freed again after the product.
-        grad_x = grad @ _dense(weight, scales, grad.dtype) if ctx.needs_input_grad[0] else None
+        grad_x = _grad_input(grad, weight, scales) if ctx.needs_input_grad[0] else None
         if a is None:
             return grad_x, None, None, None, None, None
         grad_rows, x_rows, a_cast = grad.flatten(0, -2), x.flatten(0, -2), a.to(grad.dtype)

@@ -25,6 +25,8 @@ NAMES = (
     "swiglu",
     "swiglu_backward",
     "unpack",
+    "to_fp8",
+    "transpose",
 )
 LEAST_CAPABILITY = (8, 0)
 """Compute capability of the oldest GPU with bf16."""
@@ -65,3 +67,5 @@ rotated_norm_backward = _ops.rotated_norm_backward.default
 swiglu = _ops.swiglu.default
 swiglu_backward = _ops.swiglu_backward.default
 unpack = _ops.unpack.default
+to_fp8 = _ops.to_fp8.default
+transpose = _ops.transpose.default

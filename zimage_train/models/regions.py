@@ -183,6 +183,16 @@ def unpack(data: Tensor, scales: Tensor, *, out: Tensor) -> None:
     blocks.mul_(scales.unsqueeze(-1))
 
 
+def to_fp8(x: Tensor, scale: Tensor, *, out: Tensor) -> None:
+    """Compute x / scale in e4m3, for a scale () with which no number of x is beyond e4m3."""
+    out.copy_((x.float() / scale).clamp_(-448.0, 448.0))  # a number that fp32 has rounded up must not become NaN
+
+
+def transpose(data: Tensor, *, out: Tensor) -> None:
+    """Copy `data` (rows, columns) in fp8 to `out` (columns, rows)."""
+    out.copy_(data.T)
+
+
 def _times(x: Tensor, factor: Tensor | None) -> Tensor:
     return x if factor is None else x * factor
 

@@ -310,3 +310,22 @@ def unpack(data_ptr, scales_ptr, out_ptr, numel, block, N: tl.constexpr):
     data = tl.load(data_ptr + index, mask, 0.0).to(tl.float32)
     scale = tl.load(scales_ptr + index // block, mask, 0.0).to(tl.float32)
     tl.store(out_ptr + index, (data * scale).to(out_ptr.dtype.element_ty), mask)
+
+
+@triton.jit
+def to_fp8(x_ptr, scale_ptr, out_ptr, numel, N: tl.constexpr):
+    index = tl.program_id(0).to(tl.int64) * N + tl.arange(0, N)
+    mask = index < numel
+    x = tl.load(x_ptr + index, mask, 0.0).to(tl.float32) / tl.load(scale_ptr)
+    x = tl.minimum(tl.maximum(x, -448.0), 448.0)
+    tl.store(out_ptr + index, x.to(out_ptr.dtype.element_ty), mask)
+
+
+@triton.jit
+def transpose(data_ptr, out_ptr, rows, columns, N: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64) * N + tl.arange(0, N)
+    column = tl.program_id(1).to(tl.int64) * N + tl.arange(0, N)
+    mask = (row[:, None] < rows) & (column[None, :] < columns)
+    data = tl.load(data_ptr + row[:, None] * columns + column[None, :], mask, 0)
+    turned = (column[:, None] < columns) & (row[None, :] < rows)
+    tl.store(out_ptr + column[:, None] * rows + row[None, :], tl.trans(data), turned)

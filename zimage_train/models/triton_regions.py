@@ -7,6 +7,7 @@ number of warps follows from the width of a row.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportReturnType=false
 # The types above belong to launches, whose signatures Triton's decorator hides.
 
+import torch
 import triton
 from torch import Tensor
 
@@ -14,6 +15,8 @@ from zimage_train.models import triton_kernels
 
 MAX_ELEMENTWISE = 1024
 """Elements of a program that has no sum over a row."""
+TRANSPOSED = 64
+"""Rows and columns of a program that transposes bytes."""
 
 
 def modulated_norm(x: Tensor, weight: Tensor, scale: Tensor | None, eps: float, *, h: Tensor, inverse: Tensor) -> None:
@@ -173,6 +176,22 @@ def unpack(data: Tensor, scales: Tensor, *, out: Tensor) -> None:
     """See `regions.unpack`."""
     block = data.shape[1] // scales.shape[1]
     triton_kernels.unpack[_pieces(out)](data, scales, out, out.numel(), block, MAX_ELEMENTWISE, num_warps=4)
+
+
+def to_fp8(x: Tensor, scale: Tensor, *, out: Tensor) -> None:
+    """See `regions.to_fp8`."""
+    x = x.contiguous()
+    triton_kernels.to_fp8[_pieces(x)](x, scale, out, x.numel(), MAX_ELEMENTWISE, num_warps=4)
+
+
+def transpose(data: Tensor, *, out: Tensor) -> None:
+    """See `regions.transpose`."""
+    rows, columns = data.shape
+    grid = (triton.cdiv(rows, TRANSPOSED), triton.cdiv(columns, TRANSPOSED))
+    # As bytes: Triton has no fp8 on older GPUs, and nothing is computed.
+    triton_kernels.transpose[grid](
+        data.view(torch.uint8), out.view(torch.uint8), rows, columns, TRANSPOSED, num_warps=4
+    )
 
 
 def _forward_residual(

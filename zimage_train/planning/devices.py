@@ -2,22 +2,25 @@
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
+from zimage_train.config.types import Quantization
 from zimage_train.errors import ConfigError, Location, Problem
 from zimage_train.io.operating_system import main_memory_bytes
 from zimage_train.models.arch import TransformerShape
 from zimage_train.planning import gpus, memory
-from zimage_train.planning.gpus import DeviceLimits
+from zimage_train.planning.gpus import FP8_CAPABILITY, DeviceLimits
 
 
-def require_device(device: torch.device, shape: TransformerShape, dtype: str) -> None:
+def require_device(
+    device: torch.device, shape: TransformerShape, dtype: str, quantize: Quantization | Literal["auto"] | None = None
+) -> None:
     """Require that `device` can train the model, before anything is downloaded or encoded for it.
 
     Raises:
-        ConfigError: there is no GPU and the model needs it, or the GPU has no bf16 and `dtype` is bf16.
+        ConfigError: there is no GPU and the model needs it, or the GPU does not have what `dtype` or `quantize` needs.
     """
     parameters = memory.parameters_of(shape)
     if device.type == "cpu" and parameters > memory.MAX_CPU_PARAMETERS:
@@ -29,6 +32,12 @@ def require_device(device: torch.device, shape: TransformerShape, dtype: str) ->
         message = f"{torch.cuda.get_device_name()} has no bf16"
         hint = "an RTX 30 series card or newer is needed"
         raise ConfigError(Problem(Location(key="model.dtype"), message, hint, "unsupported-gpu"))
+    if device.type == "cuda" and quantize == "fp8_fast":
+        capability = torch.cuda.get_device_capability(device)
+        if capability < FP8_CAPABILITY:
+            message = f"is fp8_fast, and {torch.cuda.get_device_name()} has no fp8 arithmetic"
+            hint = "set int8, which is more exact at the same size, or take an RTX 40 series card or newer"
+            raise ConfigError(Problem(Location(key="model.quantize"), message, hint, "unsupported-gpu"))
 
 
 @contextlib.contextmanager

@@ -28,8 +28,11 @@ other kernels reach. Chosen to give back the steps of docs/bench/repeat.json."""
 OTHER_TRAFFIC_BYTES = {True: 130, False: 545}
 """Fused or not: bytes per token and unit of `dim`, as `RecomputeCost.traffic_bytes`, for embedders, refiners and the
 final layer."""
-UNPACK_BYTES = 7
-"""Bytes moved to unpack a quantised weight: 1 read, 2 written by the cast, 2 read and 2 written by the scaling."""
+UNPACK_BYTES = 3
+"""Bytes moved to unpack a quantised weight to bf16: 1 read, 2 written."""
+FP8_RATE, FP8_BYTES = 1.6, 56
+"""How many times as fast as in bf16 products are in fp8, and what rounding their inputs to fp8 moves, in bytes per
+token and unit of `dim`. An estimate: the data sheets say 2, and no card was measured."""
 FIXED_ORDER_SHARE, FREE_ORDER_SHARE = 0.25, 0.55
 """Fraction of a data sheet's arithmetic that attention's backward reaches with sums in a fixed order, and without.
 
@@ -79,7 +82,10 @@ def _forward_backward_seconds(
     tokens = (_image_tokens(size) + padded_tokens(CAPTION_TOKENS)) * batch
     cost = recompute_costs(workload.is_fused)[mode]
     moved = (shape.n_layers * cost.traffic_bytes + OTHER_TRAFFIC_BYTES[workload.is_fused]) * shape.dim * tokens
-    if placement.quantization is not None:
+    if placement.quantization == "fp8_fast":
+        # A byte read and one written: the weight is transposed for the backward.
+        moved += 2 * shape.n_layers * _block_weights(shape) + FP8_BYTES * shape.n_layers * shape.dim * tokens
+    elif placement.quantization is not None:
         # Weights are unpacked for the forward, for the backward, and for the products that are recomputed. Nothing
         # dense is kept in between.
         unpacked = 2.0 + _recomputed_share(shape, mode)
@@ -89,6 +95,8 @@ def _forward_backward_seconds(
     recomputed = attention if cost.recomputes_attention else 0.0
     forward = attention + _refiner_attention(shape, size) + recomputed
     products = step_flops(shape, size, mode) - backward - forward
+    if placement.quantization == "fp8_fast":
+        products /= FP8_RATE
     at_full_rate = products / PRODUCT_SHARE + forward / ATTENTION_SHARE + backward / FIXED_ORDER_SHARE
     computing = at_full_rate * batch / (card.tflops * 1e12)
     moving = moved / (BANDWIDTH_SHARE * card.gb_per_second * 1e9)

@@ -61,6 +61,8 @@ GPU_SPECS = {
         GpuSpec("b200", _gib(180), 2250, 8000, 48),
     )
 }
+FP8_CAPABILITY = (8, 9)
+"""Compute capability from which a card multiplies in fp8: Ada, Hopper and later."""
 RESERVED_BYTES = 0.5e9
 """Memory left to the driver and other programs; an estimate, which no run has measured."""
 RESERVED_BYTES_WINDOWS = 1.2e9

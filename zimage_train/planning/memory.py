@@ -39,7 +39,7 @@ VAE_CHANNELS = 128
 """Width of the published VAE at full resolution."""
 VAE_WEIGHTS = 83_820_000
 """Number of parameters of the published VAE."""
-QUANTIZED_BITS = {"fp8": 8, "int8": 8, "nf4": 4}
+QUANTIZED_BITS = {"fp8": 8, "fp8_fast": 8, "int8": 8, "nf4": 4}
 SCALE_BYTES = 2
 """Scales of quantised weights are bf16."""
 CONTEXT_BYTES = 500_000_000
@@ -355,6 +355,8 @@ def _tensor_bytes(shape: TransformerShape, dtype: str, name: str, quantization: 
     if quantization is None or len(size) != 2 or not IN_A_BLOCK.match(name):
         return parameter_count(size) * bytes_per_number(dtype)
     rows, columns = size
+    if quantization == "fp8_fast":  # a single scale in fp32
+        return rows * columns + 4
     scales = rows * columns // scale_block_size(columns)
     return rows * columns * QUANTIZED_BITS[quantization] // 8 + scales * SCALE_BYTES
 
