@@ -1,7 +1,8 @@
 """Measure the numbers that the docs give, and write them as JSON.
 
-python scripts/bench.py --speed [--size full|medium] [--json docs/bench/speed.json]
-    Time whole steps, in turns with those of diffusers with peft. `full` needs a GPU; `medium` is for a CPU.
+python scripts/bench.py --speed [--size full|medium] [--against PATH] [--json docs/bench/speed.json]
+    Time whole steps, in turns with those of diffusers with peft, or of another trainer whose source is at PATH. `full`
+    needs a GPU; `medium` is for a CPU.
 python scripts/bench.py --memory [--size full|mini] [-o docs/bench/memory.json]
     Train a model of random weights for a few steps under each memory budget at each resolution, with the allocator
     limited to the budget, and write peak memory and time of a step beside the prediction. `full` needs a GPU; `mini`
@@ -18,95 +19,42 @@ python scripts/bench.py --guidance [-o docs/bench/guidance.json]
 """
 
 import argparse
-import contextlib
 import gc
 import itertools
 import json
 import os
 import sys
 import tempfile
-import time
+from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from zimage_train import mini
 from zimage_train.config import schema
-from zimage_train.diffusion.frozen import FrozenTransformer, load_frozen
+from zimage_train.diffusion.frozen import load_frozen
+from zimage_train.errors import ZImageTrainError
 from zimage_train.io.operating_system import main_memory_bytes
 from zimage_train.lora import lora_file, training_adapter
 from zimage_train.lora.training_adapter import TrainingAdapter
-from zimage_train.measure import counting, speed
-from zimage_train.measure.models import MEDIUM, RANK, random_pair, workload_of
+from zimage_train.measure import counting, peers, speed
+from zimage_train.measure.budgets import hold_to, run_plan
+from zimage_train.measure.equality import repeat_step
+from zimage_train.measure.models import MEDIUM, RANK, workload_of
 from zimage_train.measure.records import Measurement, report
+from zimage_train.measure.speed import SpeedCase
 from zimage_train.models import transformer
 from zimage_train.models.arch import TransformerShape
 from zimage_train.models.transformer import velocity
-from zimage_train.optim.optimizers import build_optimizer
-from zimage_train.planning import devices, planner
-from zimage_train.planning.memory import CONTEXT_BYTES
-from zimage_train.planning.planner import AUTO_QUANTIZATIONS, MemoryPlan, PlanConstraints
+from zimage_train.planning import planner
+from zimage_train.planning.planner import AUTO_QUANTIZATIONS, PlanConstraints
 from zimage_train.report import metrics
 
 BUDGETS_GB = (24.0, 16.0, 12.0, 8.0)
-PLENTY = 80e9
-"""Bytes that are enough for every size without recomputation."""
 SIDES = {"full": (512, 768, 1024), "mini": (64, 96)}
-
-
-class Inputs(NamedTuple):
-    """Inputs of a step on an image: noisy latents, sigma and the encoded caption."""
-
-    latents: torch.Tensor
-    sigma: torch.Tensor
-    prompt: torch.Tensor
-
-
-def inputs_of(frozen: FrozenTransformer, caption_tokens: int, side: int, seed: int = 2) -> Inputs:
-    """Return random inputs, which depend on `seed` alone."""
-    device, dtype = frozen.model.device, frozen.model.dtype
-    draw = torch.Generator(device).manual_seed(seed)
-    x = torch.randn(1, 16, side // 8, side // 8, generator=draw, device=device)
-    prompt = torch.randn(caption_tokens, frozen.shape.cap_feat_dim, generator=draw, device=device).to(dtype)
-    return Inputs(x, torch.tensor([0.5], device=device), prompt)
-
-
-def loss_on(frozen: FrozenTransformer, inputs: Inputs) -> torch.Tensor:
-    """Return a loss with a gradient for every parameter, without random draws or copies from the CPU."""
-    return velocity(frozen.model.train(), inputs.latents, inputs.sigma, [inputs.prompt]).square().mean()
-
-
-def loss_of(frozen: FrozenTransformer, caption_tokens: int, side: int) -> torch.Tensor:
-    """Return the loss on inputs that are the same in every call."""
-    return loss_on(frozen, inputs_of(frozen, caption_tokens, side))
-
-
-def now(device: torch.device) -> float:
-    """Return the time in seconds, after all work on the device is done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def train(shape: TransformerShape, plan: MemoryPlan, side: int, steps: int, device: torch.device) -> dict[str, Any]:
-    """Train a few steps by `plan`; return the seconds of each, the last loss, and on a GPU the peak memory."""
-    frozen, attached = random_pair(shape, plan, device)
-    optimizer = build_optimizer(schema.OptimizerSettings(name="adamw"), [attached.flat.whole])
-    seconds, loss = [], torch.zeros(())
-    for _ in range(steps):
-        began = now(device)
-        loss = loss_of(frozen, plan.workload.caption_tokens, side)
-        loss.backward()
-        optimizer.step()
-        attached.flat.zero_grad()
-        seconds.append(now(device) - began)
-    peak = torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else None
-    held = torch.cuda.max_memory_reserved() / 1e9 if device.type == "cuda" else None
-    row = {"peak_gb": peak and round(peak, 3), "reserved_gb": held and round(held, 3)}
-    return {"seconds": [round(duration, 4) for duration in seconds], "loss": loss.item(), **row}
 
 
 def place_of(size: str) -> tuple[torch.device, TransformerShape, str]:
@@ -122,17 +70,29 @@ def device_name(device: torch.device) -> str:
 
 
 def memory(size: str, steps: int, budgets: list[float]) -> dict[str, Any]:
-    """Measure every budget at every resolution and quantisation; running out of memory is a result as well."""
+    """Measure every budget at every resolution and quantisation."""
     device, shape, dtype = place_of(size)
-    total = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else main_memory_bytes()
     found = []
-    for budget in budgets:
-        for side in SIDES[size]:
-            for kinds in ((None,), AUTO_QUANTIZATIONS[1:2], AUTO_QUANTIZATIONS[2:]):
-                found.append(
-                    _measured(shape, dtype, budget, side, PlanConstraints(kinds, None, None), steps, device, total)
-                )
-                print(json.dumps(found[-1]), flush=True)
+    for budget, side in itertools.product(budgets, SIDES[size]):
+        for kinds in ((None,), AUTO_QUANTIZATIONS[1:2], AUTO_QUANTIZATIONS[2:]):
+            workload = workload_of(shape, side, dtype, device.type == "cuda")
+            wanted = PlanConstraints(kinds, None, None)
+            plan = planner.choose_plan(workload, wanted, budget * 1e9, main_memory_bytes(), None)
+            row = {
+                "budget_gb": budget,
+                "side_px": side,
+                "kind": plan.placement.quantization,
+                "streamed": plan.placement.streamed,
+                "mode": plan.mode_of(workload.max_tokens),
+                "fits": plan.fits,
+                "predicted_gb": round(plan.peak.allocated / 1e9, 3),
+            }
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+                hold_to(budget * 1e9)
+            found.append(row | run_plan(shape, plan, side, steps, device))
+            gc.collect()
+            print(json.dumps(found[-1]), flush=True)
     return {
         "device": device_name(device),
         "torch": torch.__version__,
@@ -141,40 +101,6 @@ def memory(size: str, steps: int, budgets: list[float]) -> dict[str, Any]:
         "steps": steps,
         "runs": found,
     }
-
-
-def _measured(
-    shape: TransformerShape,
-    dtype: str,
-    budget: float,
-    side: int,
-    wanted: PlanConstraints,
-    steps: int,
-    device: torch.device,
-    total: float,
-) -> dict[str, Any]:
-    workload = workload_of(shape, side, dtype, device.type == "cuda")
-    plan = planner.choose_plan(workload, wanted, budget * 1e9, main_memory_bytes(), None)
-    mode = plan.mode_of(workload.max_tokens)
-    row = {
-        "budget_gb": budget,
-        "side_px": side,
-        "kind": plan.placement.quantization,
-        "streamed": plan.placement.streamed,
-        "mode": mode,
-    }
-    row |= {"fits": plan.fits, "predicted_gb": round(plan.peak.allocated / 1e9, 3)}
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        torch.cuda.set_per_process_memory_fraction(min((budget * 1e9 - CONTEXT_BYTES) / total, 1.0))
-    try:
-        with devices.reproducible(device):
-            row |= train(shape, plan, side, steps, device)
-    except torch.OutOfMemoryError as error:
-        row["error"] = str(error).partition(" If reserved")[0]
-    gc.collect()
-    return row
 
 
 def mini_shape() -> TransformerShape:
@@ -186,27 +112,9 @@ def repeat(size: str, steps: int) -> dict[str, Any]:
     device, shape, dtype = place_of(size)
     found: dict[str, Any] = {}
     for side in SIDES[size]:
-        workload = workload_of(shape, side, dtype, device.type == "cuda")
-        plan = planner.choose_plan(workload, PlanConstraints((None,), None, None), PLENTY, main_memory_bytes(), None)
-        frozen, attached = random_pair(shape, plan, device)
-        with torch.no_grad():
-            attached.flat.whole.fill_(0.01)  # a new LoRA's B is 0, and so the gradient of its A
-        for name, how in (
-            ("as torch does it", contextlib.nullcontext()),
-            ("as a run", devices.reproducible(device)),
-        ):
-            with how:
-                grads, seconds = [], []
-                for _ in range(max(steps, 2)):
-                    began = now(device)
-                    loss_of(frozen, workload.caption_tokens, side).backward()
-                    seconds.append(now(device) - began)
-                    grads.append(attached.flat.grads.clone())
-                    attached.flat.zero_grad()
-            off = max(float((grad - grads[0]).norm() / grads[0].norm()) for grad in grads[1:])
-            equal = all(torch.equal(grad, grads[0]) for grad in grads[1:])
-            found[f"{side} px, {name}"] = {"equal": equal, "off": off, "seconds": round(median(seconds[1:]), 4)}
-            print(side, name, found[f"{side} px, {name}"], flush=True)
+        for name, row in repeat_step(shape, side, dtype, steps, device).items():
+            found[f"{side} px, {name}"] = row
+            print(side, name, row, flush=True)
     return {"device": device_name(device), "torch": torch.__version__, "size": size, "steps": found}
 
 
@@ -320,24 +228,30 @@ def _small_run(place: Path, name: str, changes: dict[str, Any]) -> schema.Config
     return schema.Config.model_validate(values)
 
 
-SPEED_SIZES = {
-    "full": list(itertools.product((512, 768, 1024), (1, 4))),
-    "medium": [(128, 1), (256, 1)],
-    "mini": [(64, 1)],
+SPEED_CASES = {
+    "full": [
+        *itertools.starmap(speed.square, itertools.product((512, 768, 1024), (1, 4))),
+        SpeedCase("mixed epoch", speed.MIXED_SIZES),
+    ],
+    "medium": [speed.square(128, 1), speed.square(256, 1)],
+    "mini": [speed.square(64, 1), SpeedCase("mixed epoch", ((96, 96), (64, 96)))],
 }
-"""Side in px and batch size."""
 LARGEST_RATIO = {"full": 0.5, "medium": 1.05, "mini": None}
 """Time of our step for that of diffusers with peft."""
 
 
-def speed_of(size: str) -> dict[str, Any]:
-    """Time whole steps beside those of diffusers with peft."""
+def speed_of(size: str, against: Path | None) -> dict[str, Any]:
+    """Time whole steps beside those of diffusers with peft, or of the trainer whose source is in `against`."""
     if size == "medium":
         device, shape, dtype = torch.device("cpu"), MEDIUM, "fp32"
         torch.set_num_threads(1)  # as a run on a CPU
     else:
         device, shape, dtype = place_of(size)
-    found = speed.compare_steps(shape, dtype, SPEED_SIZES[size], device, LARGEST_RATIO[size])
+    if device.type == "cuda":
+        torch.cuda.set_stream(torch.cuda.Stream())  # as a run does
+    make_peer = peers.diffusers_and_peft if against is None else partial(peers.load_peer, against)
+    bound = LARGEST_RATIO[size] if against is None else None
+    found = speed.compare_steps(shape, dtype, SPEED_CASES[size], device, make_peer, bound)
     if device.type == "cuda":
         found.append(Measurement("products of 8192 x 8192", round(speed.matmul_tflops(device), 1), "TFLOP/s"))
     return report(found, device) | {"size": size, "dtype": dtype, "rank": RANK}
@@ -354,23 +268,21 @@ def main(arguments: list[str]) -> int:
     what.add_argument("--guidance", action="store_true")
     what.add_argument("--count", action="store_true")
     parser.add_argument("--size", choices=("full", "medium", "mini"), default="mini")
+    parser.add_argument("--against", type=Path, help="source of musubi-tuner, SimpleTuner or AI Toolkit, for --speed")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--budgets", type=float, nargs="+", default=BUDGETS_GB, help="in GB")
     parser.add_argument("-o", "--output", "--json", type=Path)
     asked = parser.parse_args(arguments)
     if asked.size == "medium" and not asked.speed:
         parser.error("--size medium goes with --speed")
+    if asked.against is not None and not asked.speed:
+        parser.error("--against goes with --speed")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as zimage_train.__main__ does
-    if asked.speed:
-        result = speed_of(asked.size)
-    elif asked.memory:
-        result = memory(asked.size, asked.steps, asked.budgets)
-    elif asked.repeat:
-        result = repeat(asked.size, asked.steps)
-    elif asked.count:
-        result = counting.comparison(SIDES["full"])
-    else:
-        result = quantize() | {"loras": quantized_loras()} if asked.quantize else guidance()
+    try:
+        result = result_of(asked)
+    except ZImageTrainError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
     text = json.dumps(result, indent=1) + "\n"
     if asked.output is None:
         print(text)
@@ -378,6 +290,19 @@ def main(arguments: list[str]) -> int:
         asked.output.parent.mkdir(parents=True, exist_ok=True)
         asked.output.write_text(text, encoding="utf-8")
     return 0
+
+
+def result_of(asked: argparse.Namespace) -> dict[str, Any]:
+    """Run the benchmark that is asked for."""
+    if asked.speed:
+        return speed_of(asked.size, asked.against)
+    if asked.memory:
+        return memory(asked.size, asked.steps, asked.budgets)
+    if asked.repeat:
+        return repeat(asked.size, asked.steps)
+    if asked.count:
+        return counting.comparison(SIDES["full"])
+    return quantize() | {"loras": quantized_loras()} if asked.quantize else guidance()
 
 
 if __name__ == "__main__":

@@ -10,13 +10,13 @@ from torch import Tensor
 from zimage_train.config.schema import Config
 from zimage_train.lora.layers import LoraLayers
 from zimage_train.measure.models import random_batch, random_pair, workload_of
+from zimage_train.measure.speed import PLENTY
 from zimage_train.planning import devices
 from zimage_train.planning.memory import WeightPlacement
 from zimage_train.planning.planner import NO_LIMIT, MemoryPlan
 from zimage_train.training.batches import Batch
 from zimage_train.training.step_runner import CudaRecorder, StepRunner
 
-import bench
 from gpu_parts import measuring
 from gpu_parts.parts import SHAPES, pixels, split
 
@@ -88,7 +88,7 @@ def plan_of(way: str, side: int, dry: bool) -> MemoryPlan:
     placement, mode = WeightPlacement(), way
     if way == "streamed":
         placement, mode = replace(placement, streamed=1 if dry else STREAMED), "w1w3"
-    return MemoryPlan(workload, placement, {mode: NO_LIMIT}, bench.PLENTY, True, "to be measured")
+    return MemoryPlan(workload, placement, {mode: NO_LIMIT}, PLENTY, True, "to be measured")
 
 
 def gradients(runner: StepRunner, grads: Tensor, batch: Batch) -> Tensor:

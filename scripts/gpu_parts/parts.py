@@ -4,9 +4,12 @@ A new part is an entry in `PARTS` and a module with a function `measure(case: st
 """
 
 import importlib
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+from zimage_train.config.types import Quantization
 
 Measure = Callable[[str, bool], dict[str, Any]]
 """What a case, possibly dry, was found to be; whatever it raises is recorded as the case's error."""
@@ -69,38 +72,24 @@ WAYS = {
 
 
 @dataclass(frozen=True)
-class Budgeted:
-    """A plan for a budget, as the planner made it when docs/bench/memory.json was measured.
+class Budget:
+    """A memory budget, a resolution and a quantisation that a plan is made for."""
 
-    Written down here, so that the same plans are tried again after the planner has learnt from them.
-    """
-
-    budget_gb: float
+    gb: float
     side_px: int
-    kind: str | None
-    streamed: int
-    mode: str
+    kind: Quantization | None
 
     @property
     def name(self) -> str:
-        return f"{self.budget_gb:g} GB {self.side_px} px {self.kind or 'bf16'}"
+        return f"{self.gb:g} GB {self.side_px} px {self.kind or 'bf16'}"
+
+    @staticmethod
+    def named(name: str) -> "Budget":
+        """Return the budget that `name` is the name of."""
+        return next(budget for budget in BUDGETS if budget.name == name)
 
 
-_PLANS = (
-    Budgeted(16, 512, None, 0, "w1w3"),
-    Budgeted(16, 768, None, 0, "attention"),
-    Budgeted(16, 768, "int8", 0, "elementwise"),
-    Budgeted(16, 1024, None, 18, "w1w3"),
-    Budgeted(16, 1024, "int8", 28, "elementwise"),
-    Budgeted(12, 512, None, 13, "w1w3"),
-    Budgeted(12, 768, None, 27, "elementwise"),
-    Budgeted(12, 1024, None, 29, "w1w3"),
-    Budgeted(8, 512, None, 20, "attention"),
-    Budgeted(8, 768, None, 30, "w1w3"),
-    Budgeted(8, 1024, None, 27, "attention"),
-    Budgeted(8, 1024, "nf4", 3, "attention"),
-)
-PLANS = {plan.name: plan for plan in _PLANS}
+BUDGETS = tuple(itertools.starmap(Budget, itertools.product((24, 16, 12, 8), (512, 768, 1024), (None, "int8", "nf4"))))
 EXPANDABLE = "expandable_segments:True"
 ALLOCATORS: dict[str, Variables] = {
     "as is": {"PYTORCH_ALLOC_CONF": None, "PYTORCH_CUDA_ALLOC_CONF": None},
@@ -133,7 +122,16 @@ SHAPES = [
     *((640, 384, tokens) for tokens in (20, 60)),
 ]
 """Width, height and tokens of the caption: ten shapes of a mixed epoch."""
-_MEMORY_CASES = crossed(list(PLANS), list(ALLOCATORS))
+_BUDGET_CASES = (
+    *crossed([budget.name for budget in BUDGETS], ["as is"]),
+    *crossed([budget.name for budget in BUDGETS if budget.gb == 16], ["expandable"]),
+)
+TRIALS = (
+    *("1024", "1024_again", "1024_continued", "512", "int8_1024", "fp8_fast_1024", "12gb_768", "8gb_512", "nf4_1024"),
+    *("768", "imitation_512", "de_distill_512", "whole_1024"),
+)
+"""Runs of `train`, the most important first; see product.py."""
+COMMANDS = ("sample", "drift", "doctor")
 
 PARTS: dict[str, Part] = {
     "facts": Part(
@@ -162,7 +160,7 @@ PARTS: dict[str, Part] = {
     "speed": Part(
         shows="whole steps beside those of diffusers with peft: milliseconds, their ratio, memory",
         work="gpu_parts.speed:measure",
-        cases=(*crossed(SIDES, ["batch 1"]), "512 px: batch 4"),
+        cases=(*crossed(SIDES, ["batch 1"]), "mixed: batch 1", "512 px: batch 4"),
         dry_cases=crossed([DRY_SIDE], ["batch 1"]),
         limit_s=300,
         case_limit_s=100,
@@ -174,13 +172,29 @@ PARTS: dict[str, Part] = {
         dry_cases=crossed([DRY_SIDE], list(WAYS)),
         limit_s=180,
     ),
-    "memory": Part(
-        shows="twelve plans held to their budgets, the allocator as is and expandable: which run, and what they take",
-        work="gpu_parts.memory:measure",
-        cases=_MEMORY_CASES,
+    "budgets": Part(
+        shows="the plans for 24, 16, 12 and 8 GB, held to their budgets: which run, and what they take",
+        work="gpu_parts.budgets:measure",
+        cases=_BUDGET_CASES,
         dry_cases=("16 GB 1024 px int8: expandable",),
-        limit_s=460,
+        limit_s=470,
         case_limit_s=60,
-        environment={case: ALLOCATORS[split(case)[1]] for case in _MEMORY_CASES},
+        environment={case: ALLOCATORS[split(case)[1]] for case in _BUDGET_CASES},
+    ),
+    "product": Part(
+        shows="the commands on a model of full size: bytes after resuming, quantised and streamed runs, stages in s",
+        work="gpu_parts.product:measure",
+        cases=TRIALS + COMMANDS,
+        dry_cases=("1024_again", "1024_continued", "sample"),
+        limit_s=470,
+        case_limit_s=240,
+    ),
+    "miniature": Part(
+        shows="the miniature's family made on this device with little effort: seconds of each stage",
+        work="gpu_parts.family:measure",
+        cases=("effort 0.02",),
+        dry_cases=(),
+        limit_s=300,
+        case_limit_s=300,
     ),
 }

@@ -5,7 +5,9 @@ from typing import Any
 import torch
 
 from zimage_train.measure import speed
+from zimage_train.measure.peers import diffusers_and_peft
 from zimage_train.measure.records import report
+from zimage_train.measure.speed import SpeedCase
 
 from gpu_parts import measuring
 from gpu_parts.parts import pixels, split
@@ -20,7 +22,9 @@ def measure(case: str, dry: bool) -> dict[str, Any]:
     device, shape = measuring.device_of(dry), measuring.shape_of(dry)
     if device.type == "cuda":
         torch.cuda.set_stream(torch.cuda.Stream())  # as a run does
-    side, batch_size = pixels(size), int(batch.removeprefix("batch "))
-    found = speed.compare_steps(shape, "bf16", [(side, batch_size)], device, 0.5, pairs=1 if dry else speed.PAIRS)
+    side, batch_size = 0 if size == "mixed" else pixels(size), int(batch.removeprefix("batch "))
+    tested = SpeedCase("mixed epoch", speed.MIXED_SIZES) if size == "mixed" else speed.square(side, batch_size)
+    pairs = 1 if dry else speed.PAIRS
+    found = speed.compare_steps(shape, "bf16", [tested], device, diffusers_and_peft, 0.5, pairs)
     result: dict[str, Any] = {"goal_ms": GOALS_MS.get(side) if batch_size == 1 else None}
     return result | {"rows": report(found, device)["measurements"]}

@@ -18,7 +18,7 @@ from zimage_train.planning.planner import PlanConstraints
 from zimage_train.training import run_dir, stage_clock
 from zimage_train.training.stage_clock import StageClock
 
-import full_size
+from gpu_parts import product
 from helpers import PREVIEWED
 from workloads import workload
 
@@ -28,7 +28,7 @@ CARD = GPU_SPECS["4090"]
 def test_vae_operations_are_counted():
     """Operations per pixel are those of the published VAE's classes."""
     with torch.device("meta"):
-        vae = AutoencoderKL(**full_size.VAE)
+        vae = AutoencoderKL(**product.VAE)
     with FlopCounterMode(display=False) as counter:
         vae.encoder(torch.empty(1, 3, 1024, 1024, device="meta"))
     assert counter.get_total_flops() / 1024**2 == pytest.approx(run_times.ENCODE_FLOPS, rel=0.05)

@@ -8,8 +8,11 @@ from pathlib import Path
 import pytest
 
 from zimage_train.config.schema import Config
+from zimage_train.planning import devices
+from zimage_train.training.step_runner import StepRunner
 
-import full_size
+from gpu_parts import product
+from gpu_parts.parts import TRIALS
 from helpers import ROOT, script
 
 
@@ -27,14 +30,14 @@ def test_memory_bench_runs_all_cases(bench, tmp_path: Path, monkeypatch, capsys)
     assert {(run["budget_gb"], run["side_px"]) for run in found["runs"]} == {
         (budget, side) for budget in (24.0, 0.012) for side in (64, 96)
     }
-    assert all(len(run["seconds"]) == 1 and run["loss"] > 0 for run in found["runs"])
+    assert all(len(run["step_seconds"]) == 1 and run["loss"] > 0 for run in found["runs"])
     assert any(run["streamed"] or run["mode"] != "none" for run in found["runs"] if run["budget_gb"] < 1)
 
 
 def test_repeat_bench_with_fixed_order(bench, tmp_path: Path, monkeypatch):
     """The same step is repeated with and without the fixed order of sums."""
-    entered, steps_of = [], bench.loss_of
-    real = bench.devices.reproducible
+    entered: list[str] = []
+    real, call = devices.reproducible, StepRunner.__call__
 
     @contextlib.contextmanager
     def watched(device):
@@ -43,12 +46,12 @@ def test_repeat_bench_with_fixed_order(bench, tmp_path: Path, monkeypatch):
             yield
         entered.append("out")
 
-    def loss(*given):
+    def step(*given):
         entered.append("step")
-        return steps_of(*given)
+        return call(*given)
 
-    monkeypatch.setattr(bench.devices, "reproducible", watched)
-    monkeypatch.setattr(bench, "loss_of", loss)
+    monkeypatch.setattr(devices, "reproducible", watched)
+    monkeypatch.setattr(StepRunner, "__call__", step)
     assert bench.main(["--repeat", "--steps", "2", "-o", str(tmp_path / "r.json")]) == 0
     steps = json.loads((tmp_path / "r.json").read_text())["steps"]
     assert len(steps) == 4 and all(one["equal"] and one["off"] == 0 for one in steps.values())  # on a CPU, always
@@ -105,8 +108,9 @@ def test_guidance_bench_measures(bench, tmp_path: Path, monkeypatch):
 
 def test_full_size_trials_are_valid(tmp_path: Path):
     """Every full-size trial is a config that the trainer accepts."""
-    trials = full_size.trials(tmp_path / "lora.safetensors")
-    configs = [Config.model_validate(full_size.config(trial, tmp_path)) for trial in trials]
+    trials = product.trials(tmp_path / "lora.safetensors")
+    configs = [Config.model_validate(product.config(trial, tmp_path)) for trial in trials]
     assert len({config.name for config in configs}) == len(trials) > 5
+    assert sorted(trial.name for trial in trials) == sorted(TRIALS)
     assert {config.train.method for config in configs} == {"sft", "trajectory_imitation", "de_distill"}
     assert any(config.model.quantize for config in configs) and all(config.model.path for config in configs)

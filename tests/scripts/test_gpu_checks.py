@@ -12,7 +12,7 @@ import pytest
 
 import gpu_checks
 from gpu_parts import runner
-from gpu_parts.parts import ALLOCATORS, PARTS, PLANS, WAYS, Part, pixels, split
+from gpu_parts.parts import ALLOCATORS, BUDGETS, PARTS, WAYS, Budget, Part, pixels, split
 from gpu_parts.records import Records, Stamp
 from gpu_parts.runner import child_environment
 from helpers import ROOT
@@ -74,6 +74,8 @@ def test_parts_run_dry_and_once(tmp_path: Path):
     assert first.returncode == 0, first.stdout + first.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["dry"]  # nothing where real results would be
     for name, part in PARTS.items():
+        if not part.dry_cases:
+            continue
         cases = read(tmp_path, name)
         assert tuple(cases) == part.dry_cases
         for record in cases.values():
@@ -92,7 +94,10 @@ def test_parts_run_dry_and_once(tmp_path: Path):
     attention = {split(case)[1]: record for case, record in read(tmp_path, "attention").items()}
     computed = [record for record in attention.values() if "not_installed" not in record]
     assert len(computed) >= 8 and all(record["off_fp32"] < 0.01 and record["same_bits"] for record in computed)
-    assert all(record["ran"] and record["loss"] > 0 for record in read(tmp_path, "memory").values())
+    assert all(record["ran"] and record["loss"] > 0 for record in read(tmp_path, "budgets").values())
+    product = read(tmp_path, "product")
+    assert product["1024_again"]["lora_sha256"] == product["1024_continued"]["lora_sha256"]
+    assert product["1024_again"]["stages"]["found"]["steps"] > 0 and product["sample"]["exit_code"] == 0
 
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "dry").iterdir()}
     second = run(script, "--dry", "--out", str(tmp_path))
@@ -176,19 +181,22 @@ def test_part_that_does_not_exist(capsys):
 def test_the_table_can_be_run_as_it_stands():
     assert all(part.limit_s < 480 for part in PARTS.values())
     assert all(sum(way.heads) == 30 for way in WAYS.values() if way.heads is not None)
-    assert len(PARTS["memory"].cases) == len(set(PARTS["memory"].cases)) == 24
-    assert all(split(case)[0] in PLANS and split(case)[1] in ALLOCATORS for case in PARTS["memory"].cases)
-    assert [pixels(split(case)[0]) for case in PARTS["speed"].cases] == [512, 768, 1024, 512]
+    assert len(PARTS["budgets"].cases) == len(set(PARTS["budgets"].cases)) == 36 + 9
+    assert all(Budget.named(split(case)[0]) in BUDGETS for case in PARTS["budgets"].cases)
+    assert all(split(case)[1] in ALLOCATORS for case in PARTS["budgets"].cases)
+    sizes = [split(case)[0] for case in PARTS["speed"].cases]
+    assert sizes.pop(3) == "mixed" and list(map(pixels, sizes)) == [512, 768, 1024, 512]
     for part in PARTS.values():
         assert part.case_limit_s is not None or not part.environment
 
 
-def test_plans_are_those_measured():
-    """The plans that are tried again are those that were measured."""
+def test_budgets_are_those_measured():
+    """The budgets that are tried again are those of docs/bench/memory.json."""
     measured = json.loads((ROOT / "docs" / "bench" / "memory.json").read_text())["runs"]
-    keys = ("budget_gb", "side_px", "kind", "streamed", "mode")
-    before = [tuple(one[key] for key in keys) for one in measured]
-    assert all(tuple(getattr(plan, key) for key in keys) in before for plan in PLANS.values())
+    assert {(budget.gb, budget.side_px) for budget in BUDGETS} == {
+        (one["budget_gb"], one["side_px"]) for one in measured
+    }
+    assert len(BUDGETS) == len(measured) == 36
 
 
 def test_allocator_setting_is_cleared(monkeypatch):

@@ -14,10 +14,10 @@ from zimage_train.io import atomic, locks
 from zimage_train.models.arch import TransformerShape
 from zimage_train.models.attention_choice import attention_by, resolve_attention
 from zimage_train.models.locate import cached_only, download
-from zimage_train.planning import devices, preflight
+from zimage_train.planning import devices, forecast, preflight
 from zimage_train.planning.planner import MemoryPlan
 from zimage_train.planning.preflight import RunSpec
-from zimage_train.planning.run_times import describe_times
+from zimage_train.planning.run_times import Stage, describe_times
 from zimage_train.report.console import Console
 from zimage_train.report.metrics import RecordWriter, read_records
 from zimage_train.report.trackers import TensorBoard, Tracker, Trackers, WeightsAndBiases
@@ -84,7 +84,7 @@ def run_training(config: Config, fresh: bool, allow: tuple[str, ...] = (), stop:
         events = stack.enter_context(contextlib.closing(_open_records(state, folder.events)))
         with clock.stage("steps"):
             loop.train(state, metrics, events)
-        _finish(state, events)
+        _finish(state, events, context)
 
 
 @contextlib.contextmanager
@@ -147,18 +147,26 @@ def _open_records(state: TrainState, path: Path) -> RecordWriter:
     return RecordWriter(path if state.world.is_main else None, state.start_step)
 
 
-def _finish(state: TrainState, events: RecordWriter) -> None:
+def _finish(state: TrainState, events: RecordWriter, context: RunContext) -> None:
     """Compare the run with its forecast, write the report, and print what to do next."""
     if state.world.is_main:
         records = read_records(state.folder.metrics)
         compare_with_forecast(state, [record for record in records if record["step"] > state.start_step])
         seconds = state.clock.seconds()
-        run_dir.add_facts(state.folder, {"seconds": {name: round(value, 1) for name, value in seconds.items()}})
+        facts = {"seconds": _rounded(seconds)}
+        predicted = forecast.predicted_times(context.spec, state.memory_plan)
+        if predicted is not None and state.start_step == 0:
+            facts["predicted_seconds"] = _rounded(predicted)
+        run_dir.add_facts(state.folder, facts)
         write_report(state)
         events.append({"step": state.config.train.steps, "event": "done"})
         state.console.info(f"time of this start: {describe_times(seconds)}")
     log_best_step(state)
     _print_results(state.config, state.folder, state.console)
+
+
+def _rounded(seconds: Mapping[Stage, float]) -> dict[str, float]:
+    return {name: round(value, 1) for name, value in seconds.items()}
 
 
 def _print_results(config: Config, folder: RunDir, console: Console) -> None:

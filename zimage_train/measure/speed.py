@@ -1,25 +1,26 @@
-"""Whole steps of a run beside those of diffusers with peft, in turns in one process.
+"""Whole steps of a run beside those of another trainer, in turns in one process.
 
-A step is a batch from main memory, forward, backward, clipping and AdamW. The reference is what the usual training
-script does: diffusers' model with peft's LoRA in the model's precision, and torch's AdamW on each of its tensors.
+A step is a batch from main memory, forward, backward, clipping and AdamW. The usual other is what most training scripts
+do: diffusers' model with peft's LoRA in the model's precision, and torch's AdamW on each of its tensors.
 """
 
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from statistics import median
+from typing import Any
 
 import torch
-from diffusers import ZImageTransformer2DModel
-from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
 from zimage_train.config.schema import Config, OptimizerSettings
-from zimage_train.lora import targets
-from zimage_train.measure.models import RANK, random_batch, random_pair, random_tensors, workload_of
+from zimage_train.measure.models import random_batch, random_pair, workload_of
+from zimage_train.measure.peers import Peer
 from zimage_train.measure.records import Measurement
 from zimage_train.models.arch import TransformerShape
-from zimage_train.models.transformer import velocity
+from zimage_train.models.transformer import PaddedPrompt
 from zimage_train.optim import optimizers
 from zimage_train.planning import devices
 from zimage_train.planning.memory import WeightPlacement
@@ -29,26 +30,48 @@ from zimage_train.training.step_runner import StepRunner, make_recorder
 
 PAIRS = 7
 WARM_UP = 3
-"""Steps before the first pair: kernels are compiled, and the step is recorded."""
+"""Steps of each shape before the first pair: kernels are compiled, and the step is recorded."""
 CAPTION_TOKENS = 48
 MAX_NORM = 1.0
 PLENTY = 1e12
-Step = Callable[[], float]
-"""Makes a step, and returns its loss."""
+Step = Callable[[Batch], float]
+"""Makes a step on a batch, and returns its loss."""
+MakePeer = Callable[[TransformerShape, torch.dtype, torch.device], Peer]
 
 
-def our_step(shape: TransformerShape, dtype: str, batch: Batch, device: torch.device) -> Step:
-    """Return a step as `train` makes it, with a plan in which nothing is recomputed."""
-    side = batch.x0.shape[-1] * 8
-    workload = workload_of(shape, side, dtype, device.type == "cuda")
-    plan = MemoryPlan(workload, WeightPlacement(), {"none": NO_LIMIT}, PLENTY, True, "to be timed")
+@dataclass(frozen=True)
+class SpeedCase:
+    """What is timed: a batch of each of some sizes, one after the other."""
+
+    name: str
+    sizes: tuple[tuple[int, int], ...]
+    """Width and height, px."""
+    batch_size: int = 1
+
+
+MIXED_SIZES = ((1024, 1024), (832, 1216), (768, 768), (640, 896), (512, 512), (448, 576))
+"""Sizes of an epoch with three resolutions and some aspect ratios."""
+
+
+def square(side: int, batch_size: int) -> SpeedCase:
+    return SpeedCase(f"{side} px, batch {batch_size}", ((side, side),), batch_size)
+
+
+def plan_without_limits(shape: TransformerShape, side: int, dtype: str, gpu: bool) -> MemoryPlan:
+    """Return a plan in which nothing is recomputed, quantised or streamed."""
+    workload = workload_of(shape, side, dtype, gpu)
+    return MemoryPlan(workload, WeightPlacement(), {"none": NO_LIMIT}, PLENTY, True, "to be timed")
+
+
+def our_step(shape: TransformerShape, plan: MemoryPlan, device: torch.device) -> Step:
+    """Return a step as `train` makes it by `plan`, on a model of random weights."""
     frozen, attached = random_pair(shape, plan, device)
     config = Config.model_validate({"name": "timed", "data": [{"folder": "nowhere"}]})
     run_step = StepRunner(config, frozen, attached, plan, make_recorder(config, frozen, device))
     flat = attached.flat
     optimizer = optimizers.build_optimizer(OptimizerSettings(name="adamw"), [flat.whole])
 
-    def step() -> float:
+    def step(batch: Batch) -> float:
         values = run_step(batch, 1.0)
         norm = torch.linalg.vector_norm(flat.grads)
         loss = torch.cat([values, norm.reshape(1)]).tolist()[0]  # as the loop does, to see whether they are finite
@@ -60,31 +83,20 @@ def our_step(shape: TransformerShape, dtype: str, batch: Batch, device: torch.de
     return step
 
 
-def reference_step(shape: TransformerShape, dtype: str, batch: Batch, device: torch.device) -> Step:
-    """Return the same step with diffusers and peft."""
-    model = ZImageTransformer2DModel(**shape.config())
-    nn.Module.to(model, device, torch.bfloat16 if dtype == "bf16" else torch.float32)
-    model.requires_grad_(False)
-    with torch.no_grad():
-        for name, tensor in random_tensors(shape, device):
-            model.get_parameter(name).copy_(tensor)
-    modules = targets.select_modules(["attention", "feed_forward"], shape.linears)
-    inject_adapter_in_model(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=modules), model)
-    trained: list[nn.Parameter] = []
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            parameter.data = parameter.data.to(model.dtype)
-            parameter.requires_grad_(True)
-            trained.append(parameter)
-    optimizer = torch.optim.AdamW(trained, lr=1e-4)
-    model.train()
+def peer_step(peer: Peer, device: torch.device) -> Step:
+    """Return the same step with the model and the LoRA of another trainer."""
+    optimizer = torch.optim.AdamW(peer.trained, lr=1e-4)
+    dtype = next(peer.model.parameters()).dtype
 
-    def step() -> float:
+    def step(batch: Batch) -> float:
+        prompts = [_without_padding(prompt).to(device, dtype) for prompt in batch.prompts]
         own = batch.to(device)
         noisy = torch.lerp(own.x0, own.noise, own.sigma.view(-1, 1, 1, 1))
-        loss = (velocity(model, noisy, own.sigma, own.prompts) - (own.noise - own.x0)).square().mean()
+        with peer.precision():
+            velocity = peer.predict(noisy, own.sigma, prompts)
+        loss = (velocity.float() - (own.noise - own.x0)).square().mean()
         loss.backward()
-        norm = nn.utils.clip_grad_norm_(trained, MAX_NORM)
+        norm = nn.utils.clip_grad_norm_(peer.trained, MAX_NORM)
         value = torch.stack([loss.detach(), norm.float()]).tolist()[0]
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -93,67 +105,106 @@ def reference_step(shape: TransformerShape, dtype: str, batch: Batch, device: to
     return step
 
 
+def _without_padding(prompt: Tensor | PaddedPrompt) -> Tensor:
+    """Return the embeddings of a prompt in main memory as a trainer caches them."""
+    return prompt.embeds[~prompt.is_padding] if isinstance(prompt, PaddedPrompt) else prompt
+
+
 def compare_steps(
     shape: TransformerShape,
     dtype: str,
-    sizes: list[tuple[int, int]],
+    cases: list[SpeedCase],
     device: torch.device,
+    make_peer: MakePeer,
     bound: float | None = None,
     pairs: int = PAIRS,
 ) -> list[Measurement]:
-    """Return the times of both steps, their ratio and our peaks, for (side in px, batch size) in `sizes`.
+    """Return the times of both steps in each of `cases`, their ratio, both first losses and our peaks.
 
     The ratio is the median of that of each pair, so that a machine that gets slower slows both. `bound` is that of the
     ratio.
     """
-    found = []
-    for side, batch_size in sizes:
-        tensor_type = torch.bfloat16 if dtype == "bf16" else torch.float32
-        batch = random_batch(shape, tensor_type, side, side, CAPTION_TOKENS, size=batch_size)
-        ours, peaks = our_step(shape, dtype, batch, device), [0.0, 0.0]
-        with devices.reproducible(device):
-            for _ in range(WARM_UP):
-                ours()
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-            with devices.reproducible(device):
-                ours()
-            peaks = [torch.cuda.max_memory_allocated() / 1e9, torch.cuda.max_memory_reserved() / 1e9]
-        reference = reference_step(shape, dtype, batch, device)
-        for _ in range(WARM_UP):
-            reference()
-        times: list[tuple[float, float]] = []
-        for _ in range(pairs):
-            with devices.reproducible(device):
-                own = seconds_of(ours, device)
-            times.append((own, seconds_of(reference, device)))
-        del ours, reference
-        gc.collect()  # the model of the next size is to have the memory of this one
-        where = f"{side} px, batch {batch_size}"
-        ratio = median(own / other for own, other in times)
-        found += [
-            Measurement(f"ours to diffusers + peft, {where}", round(ratio, 4), "times", bound),
-            Measurement(f"our step, {where}", round(median(own for own, _ in times) * 1000, 2), "ms"),
-            Measurement(f"step of diffusers + peft, {where}", round(median(o for _, o in times) * 1000, 2), "ms"),
-        ]
-        if device.type == "cuda":
-            found += [
-                Measurement(f"our peak, {name}, {where}", round(value, 3), "GB")
-                for name, value in zip(("allocated", "reserved"), peaks, strict=True)
-            ]
+    found: list[Measurement] = []
+    for case in cases:
+        found += _compare(shape, dtype, case, device, make_peer, bound, pairs)
+        gc.collect()  # the model of the next case is to have the memory of this one
     return found
 
 
-def seconds_of(step: Callable[[], object], device: torch.device) -> float:
-    """Return the seconds of a step: on a GPU by its own clock, from before its first kernel to after its last."""
+def _compare(
+    shape: TransformerShape,
+    dtype: str,
+    case: SpeedCase,
+    device: torch.device,
+    make_peer: MakePeer,
+    bound: float | None,
+    pairs: int,
+) -> list[Measurement]:
+    tensor_type = torch.bfloat16 if dtype == "bf16" else torch.float32
+    batches = []
+    for number, (width, height) in enumerate(case.sizes):
+        batches.append(
+            random_batch(shape, tensor_type, width, height, CAPTION_TOKENS, 2 + number, size=case.batch_size)
+        )
+    largest = max(width for width, _ in case.sizes)
+    ours = our_step(shape, plan_without_limits(shape, largest, dtype, device.type == "cuda"), device)
+    with devices.reproducible(device):
+        losses = [ours(batches[0])]
+        run_epochs(ours, batches, WARM_UP)
+        with peak_memory(device) as peaks:
+            run_epochs(ours, batches, 1)
+    peer = make_peer(shape, tensor_type, device)
+    other = peer_step(peer, device)
+    losses.append(other(batches[0]))
+    run_epochs(other, batches, WARM_UP)
+    times: list[tuple[float, float]] = []
+    for _ in range(pairs):
+        with devices.reproducible(device):
+            own = seconds_of(lambda: run_epochs(ours, batches, 1), device)
+        times.append((own, seconds_of(lambda: run_epochs(other, batches, 1), device)))
+    ratio = median(own / theirs for own, theirs in times)
+    found = [
+        Measurement(f"ours to {peer.name}, {case.name}", round(ratio, 4), "times", bound),
+        Measurement(f"our step, {case.name}", _ms(own for own, _ in times), "ms"),
+        Measurement(f"step of {peer.name}, {case.name}", _ms(theirs for _, theirs in times), "ms"),
+        Measurement(f"first losses apart, {case.name}", round(abs(losses[0] / losses[1] - 1), 6), "of the loss"),
+    ]
+    return found + [Measurement(f"our peak, {name}, {case.name}", value, "GB") for name, value in peaks.items()]
+
+
+def run_epochs(step: Step, batches: list[Batch], times: int) -> None:
+    for _ in range(times):
+        for batch in batches:
+            step(batch)
+
+
+def _ms(seconds: Iterator[float]) -> float:
+    return round(median(seconds) * 1000, 2)
+
+
+@contextmanager
+def peak_memory(device: torch.device) -> Iterator[dict[str, float]]:
+    """Fill the dict with the peaks of allocated and reserved memory within the block, GB; empty without a GPU."""
+    peaks: dict[str, float] = {}
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    yield peaks
+    if device.type == "cuda":
+        peaks["allocated"] = round(torch.cuda.max_memory_allocated() / 1e9, 3)
+        peaks["reserved"] = round(torch.cuda.max_memory_reserved() / 1e9, 3)
+
+
+def seconds_of(work: Callable[[], Any], device: torch.device) -> float:
+    """Return the seconds of `work`: on a GPU by its own clock, from before its first kernel to after its last."""
     if device.type != "cuda":
         began = time.perf_counter()
-        step()
+        work()
         return time.perf_counter() - began
     before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     torch.cuda.synchronize()
     before.record()
-    step()
+    work()
     after.record()
     after.synchronize()
     return before.elapsed_time(after) / 1000

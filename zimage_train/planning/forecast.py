@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -231,6 +232,15 @@ def _time_lines(spec: RunSpec, plan: MemoryPlan, device: DeviceLimits, price: fl
         text = f"  of that, train.reproducible takes some {cost_ms:.0f} ms of a step at {where} ({share:.0%})"
         lines.append(Note("time-reproducible", f"{text}, judged by an H100"))
     return lines
+
+
+def predicted_times(spec: RunSpec, plan: MemoryPlan) -> Mapping[Stage, float] | None:
+    """Return the seconds of each stage of a run on this machine's card, or None if its speed is not known."""
+    detected = gpus.detect_gpu()
+    card = gpus.find_gpu(detected.name) if detected is not None else None
+    if card is None:
+        return None
+    return run_times.predict_times(spec, plan, card, _time_factor(_calibration(spec, card.name))).seconds
 
 
 def _stage_lines(spec: RunSpec, times: RunTimes) -> list[Note]:

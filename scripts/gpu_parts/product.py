@@ -1,22 +1,18 @@
-"""Run the trainer on a GPU, on a Z-Image of full size with random weights.
+"""The commands of the product on a Z-Image of full size with random weights, each in its own process.
 
-    PYTHONPATH=. python scripts/full_size.py --work FOLDER [-o docs/bench/full_size.json] [--seconds 540]
-
-Writes a model of 20 GB in the hub's layout into the work folder, then runs the usual commands on it, each in its own
-process. The results are written after each command; commands for which no time is left are listed as not run.
+The first case writes a model of 20 GB in the hub's layout into a work folder, which the others use:
+$ZIMAGE_WORK, or zimage-full-size in the folder for temporary files. A dry run takes the miniature instead.
 """
 
-from __future__ import annotations
-
-import argparse
 import hashlib
 import json
+import os
 import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,13 +21,14 @@ import torch
 import yaml
 from diffusers import AutoencoderKL
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from zimage_train import mini
 from zimage_train.lora import targets
 from zimage_train.models.arch import TransformerShape
 
+from gpu_parts.parts import TRIALS
 from miniature import world
 
 IMAGES = 4
@@ -78,10 +75,51 @@ class Trial:
 
 SHORT = {"sample": {"every": None}}
 """Changes that leave out the previews."""
+COMMAND_SECONDS = 230.0
+
+
+def measure(case: str, dry: bool) -> dict[str, Any]:
+    """Run a trial or a command, and return what it gave and took."""
+    name = "zimage-dry" if dry else "zimage-full-size"
+    work = Path(os.environ.get("ZIMAGE_WORK") or tempfile.gettempdir()) / name
+    made_seconds = prepare(work, dry)
+    logs = work / "logs"
+    logs.mkdir(exist_ok=True)
+    if case in TRIALS:
+        trial = next(trial for trial in trials(work / "lora.safetensors") if trial.name == case)
+        found = train(trial, work, logs, dry)
+    else:
+        code, seconds = run(commands(work)[case], logs / f"{case}.txt")
+        found = {"exit_code": code, "seconds": seconds}
+    if found["exit_code"]:
+        log = (logs / f"{case}.txt").read_text()
+        raise RuntimeError(f"exit code {found['exit_code']}: {log[-600:]}")
+    return found | {"made_seconds": made_seconds}
+
+
+def prepare(work: Path, dry: bool) -> float | None:
+    """Make the model, its LoRAs and the images unless they are there; return the seconds that it took."""
+    if (work / "complete").exists():
+        return None
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    began = time.monotonic()
+    make_images(work / "pictures")
+    if dry:
+        (work / "turbo").symlink_to(mini.TURBO)
+        shutil.copy(mini.ADAPTER_V1, work / "adapter.safetensors")
+        shutil.copy(mini.ADAPTER_V1, work / "lora.safetensors")
+    else:
+        make_model(work / "turbo", torch.device("cuda"))
+        torch.cuda.empty_cache()
+        make_lora(work / "adapter.safetensors", ("attention", "feed_forward", "adaln"), 1)
+        make_lora(work / "lora.safetensors", ("attention", "feed_forward"), 2)
+    (work / "complete").touch()
+    return round(time.monotonic() - began, 1)
 
 
 def trials(lora: Path) -> list[Trial]:
-    """Return the trials, the most important first."""
+    """Return the trials."""
     own = {"model": {"adapter": None}, "data": [{"resolution": [512]}], **SHORT}
     imitation = {"train": {"method": "trajectory_imitation", "steps": 4}, "lora": {"init_from": str(lora)}}
     return [
@@ -92,14 +130,17 @@ def trials(lora: Path) -> list[Trial]:
         Trial("imitation_512", {**own, **imitation, "teacher": {"steps": 16}}),
         Trial("de_distill_512", {**own, "train": {"method": "de_distill", "steps": 4}}),
         Trial("int8_1024", {"model": {"quantize": "int8"}, **SHORT}),
+        Trial("fp8_fast_1024", {"model": {"quantize": "fp8_fast"}, **SHORT}),
         Trial("nf4_1024", {"model": {"quantize": "nf4"}, **SHORT}),
         Trial("12gb_768", {"memory": {"budget_gb": 12}, "data": [{"resolution": [768]}], **SHORT}),
         Trial("8gb_512", {"memory": {"budget_gb": 8}, "data": [{"resolution": [512]}], **SHORT}),
         Trial("768", {"data": [{"resolution": [768]}], **SHORT}),
+        # Long enough for the shares of the stages: 200 steps and three times two previews.
+        Trial("whole_1024", {"train": {"steps": 200}, "sample": {"every": 100}, "save": {"every": 100}}),
     ]
 
 
-def config(trial: Trial, work: Path) -> dict[str, Any]:
+def config(trial: Trial, work: Path, dry: bool = False) -> dict[str, Any]:
     """Return the config of a trial: defaults, with a single image per step at 1024 px, and the changes of the trial."""
     values: dict[str, Any] = {
         "name": f"full_{trial.name}x",  # a name may not end in digits
@@ -116,6 +157,10 @@ def config(trial: Trial, work: Path) -> dict[str, Any]:
             values["data"] = [old | new for old, new in zip(values["data"], changed, strict=True)]
         else:
             values[section] = values.get(section, {}) | changed
+    if dry:
+        values["data"] = [entry | {"resolution": [64]} for entry in values["data"]]
+        values["model"] |= {"dtype": "fp32"}
+        values["sample"] |= {"width": 64, "height": 64}
     return values
 
 
@@ -193,7 +238,7 @@ def make_images(folder: Path) -> None:
 # What is run ------------------------------------------------------------------------------------------------
 
 
-def run(words: list[str], log: Path, timeout: float) -> tuple[int, float]:
+def run(words: list[str], log: Path, timeout: float = COMMAND_SECONDS) -> tuple[int, float]:
     """Run a command of the trainer with its output in `log`, and return its exit code and seconds."""
     began = time.monotonic()
     with log.open("a") as told:
@@ -207,18 +252,23 @@ def run(words: list[str], log: Path, timeout: float) -> tuple[int, float]:
     return code.returncode, round(time.monotonic() - began, 1)
 
 
-def train(trial: Trial, work: Path, logs: Path, left: Callable[[], float]) -> dict[str, Any]:
+FACTS = (*("plan", "rehearsal", "adapter", "lora", "quantized", "fused_blocks", "captured_steps"),)
+"""What is kept of run.json."""
+
+
+def train(trial: Trial, work: Path, logs: Path, dry: bool) -> dict[str, Any]:
     """Run a trial, and return its losses, times, peak memory, plan, events and the digest of its LoRA."""
-    values = config(trial, work)
+    values = config(trial, work, dry)
+    shutil.rmtree(work / "runs" / values["name"], ignore_errors=True)  # of a case that failed before
     path, log = work / f"{trial.name}.yaml", logs / f"{trial.name}.txt"
     path.write_text(yaml.safe_dump(values))
     if trial.first is not None:
-        code, _ = run(["train", str(path), "--set", f"train.steps={trial.first}"], log, left())
+        code, _ = run(["train", str(path), "--set", f"train.steps={trial.first}"], log)
         if code:
             return {"exit_code": code}
-    code, seconds = run(["train", str(path)], log, left())
+    code, seconds = run(["train", str(path)], log)
     folder = work / "runs" / values["name"]
-    found: dict[str, Any] = {"exit_code": code, "seconds": seconds}
+    found: dict[str, Any] = {"exit_code": code, "command_seconds": seconds}
     if (folder / "metrics.jsonl").exists():
         records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         found |= {
@@ -229,13 +279,22 @@ def train(trial: Trial, work: Path, logs: Path, left: Callable[[], float]) -> di
         }
     if (folder / "run.json").exists():
         facts = json.loads((folder / "run.json").read_text())
-        found |= {key: facts[key] for key in ("plan", "rehearsal", "adapter", "lora", "quantized") if key in facts}
+        found |= {key: facts[key] for key in FACTS if key in facts}
+        found["stages"] = {"found": facts.get("seconds"), "predicted": facts.get("predicted_seconds")}
     if (folder / "events.jsonl").exists():
         found["events"] = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
     lora = folder / "lora" / f"{values['name']}.safetensors"
     if lora.exists():
-        found["lora_sha256"] = hashlib.sha256(lora.read_bytes()).hexdigest()
+        found["lora_sha256"] = digest_of_tensors(lora)
     return found
+
+
+def digest_of_tensors(file: Path) -> str:
+    """Return a digest of the names and values in a file; its metadata name the run."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(load_file(file).items()):
+        digest.update(name.encode() + tensor.flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def commands(work: Path) -> dict[str, list[str]]:
@@ -246,61 +305,3 @@ def commands(work: Path) -> dict[str, list[str]]:
         "drift": ["drift", turbo, "--lora", lora, "--width", "512", "--height", "512", "-o", str(work / "drift")],
         "doctor": ["doctor"],
     }
-
-
-def main() -> None:
-    """Make the model, run all trials and commands, and write the results."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--work", type=Path, required=True, help="folder for the model and the runs; needs 20 GB")
-    parser.add_argument("-o", "--output", type=Path, default=Path("docs/bench/full_size.json"))
-    parser.add_argument(
-        "--logs", type=Path, help="folder for the output of the commands; default: logs in the work folder"
-    )
-    parser.add_argument(
-        "--seconds", type=float, default=3600, help="time limit; a command that is running then is killed"
-    )
-    parser.add_argument("--only", nargs="*", help="names of the trials and commands to run; default: all")
-    options = parser.parse_args()
-    if not torch.cuda.is_available():
-        parser.error("a model of 6 B parameters needs a GPU")
-    end = time.monotonic() + options.seconds
-    work, logs = options.work, options.logs or options.work / "logs"
-    logs.mkdir(parents=True, exist_ok=True)
-    began = time.monotonic()
-    if not (work / "turbo").exists():
-        make_model(work / "turbo", torch.device("cuda"))
-        torch.cuda.empty_cache()
-        make_images(work / "pictures")
-        make_lora(work / "adapter.safetensors", ("attention", "feed_forward", "adaln"), 1)
-        make_lora(work / "lora.safetensors", ("attention", "feed_forward"), 2)
-    found: dict[str, Any] = json.loads(options.output.read_text()) if options.output.exists() else {}
-    found |= {
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "made_in_seconds": round(time.monotonic() - began, 1),
-    }
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-
-    def left() -> float:
-        return max(1.0, end - time.monotonic())
-
-    def note(name: str, do: Callable[[], dict[str, Any]]) -> None:
-        if options.only and name not in options.only:
-            return
-        found[name] = do() if left() > 30 else {"not_run": "no time was left"}
-        options.output.write_text(json.dumps(found, indent=1) + "\n")
-        shown = {key: found[name].get(key) for key in ("exit_code", "seconds", "median_seconds", "gb", "not_run")}
-        print(f"{name}: {shown}", flush=True)
-
-    for trial in trials(work / "lora.safetensors"):
-        note(trial.name, lambda trial=trial: train(trial, work, logs, left))
-    for name, words in commands(work).items():
-        note(name, lambda name=name, words=words: _told(run(words, logs / f"{name}.txt", left())))
-
-
-def _told(outcome: tuple[int, float]) -> dict[str, Any]:
-    return dict(zip(("exit_code", "seconds"), outcome, strict=True))
-
-
-if __name__ == "__main__":
-    main()
