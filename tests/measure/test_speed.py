@@ -37,9 +37,9 @@ def test_speed_bench_writes_records(tmp_path):
     found = json.loads(path.read_text())
     assert found["versions"]["torch"] == torch.__version__ and found["machine"]
     claims = [row["claim"] for row in found["measurements"]]
-    assert claims[0] == "ours to diffusers + peft, 64 px, batch 1" and claims[4].endswith(", mixed epoch")
+    assert claims[0] == "ours to diffusers + peft, 64 px, batch 1" and claims[5].endswith(", mixed epoch")
     apart = [row["value"] for row in found["measurements"] if row["claim"].startswith("first losses apart")]
-    assert len(claims) == 8 and len(apart) == 2 and max(apart) < 1e-4
+    assert len(claims) == 10 and len(apart) == 2 and max(apart) < 1e-4
     assert all(row["value"] > 0 or row["value"] in apart for row in found["measurements"])
 
 

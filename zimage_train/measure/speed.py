@@ -16,13 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from zimage_train.config.schema import Config, OptimizerSettings
+from zimage_train.dataset.buckets import Bucket
 from zimage_train.measure.models import random_batch, random_pair, workload_of
 from zimage_train.measure.peers import Peer
 from zimage_train.measure.records import Measurement
 from zimage_train.models.arch import TransformerShape
 from zimage_train.models.transformer import PaddedPrompt
 from zimage_train.optim import optimizers
-from zimage_train.planning import devices
+from zimage_train.planning import devices, flops
 from zimage_train.planning.memory import WeightPlacement
 from zimage_train.planning.planner import NO_LIMIT, MemoryPlan
 from zimage_train.training.batches import Batch
@@ -163,10 +164,15 @@ def _compare(
             own = seconds_of(lambda: run_epochs(ours, batches, 1), device)
         times.append((own, seconds_of(lambda: run_epochs(other, batches, 1), device)))
     ratio = median(own / theirs for own, theirs in times)
+    operations = 0.0
+    for width, height in case.sizes:
+        operations += case.batch_size * flops.step_flops(shape, Bucket(width, height), "none")
+    rate = operations / median(own for own, _ in times) / 1e12
     found = [
         Measurement(f"ours to {peer.name}, {case.name}", round(ratio, 4), "times", bound),
         Measurement(f"our step, {case.name}", _ms(own for own, _ in times), "ms"),
         Measurement(f"step of {peer.name}, {case.name}", _ms(theirs for _, theirs in times), "ms"),
+        Measurement(f"arithmetic of our step, {case.name}", round(rate, 3), "TFLOP/s"),
         Measurement(f"first losses apart, {case.name}", round(abs(losses[0] / losses[1] - 1), 6), "of the loss"),
     ]
     return found + [Measurement(f"our peak, {name}, {case.name}", value, "GB") for name, value in peaks.items()]
