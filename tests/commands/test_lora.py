@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import diffusers
 import pytest
 import torch
 from PIL import Image
@@ -74,12 +75,12 @@ def test_verify_a_good_file():
     code, output = run("verify", str(mini.ADAPTER_V1), "--model", str(mini.TURBO))
     assert code == 0
     for line in (
-        "ComfyUI and AI Toolkit (diffusion_model.*.lora_A/lora_B), BF16",
+        "ComfyUI's layout (diffusion_model.*.lora_A/lora_B), BF16",
         "modules  48 (adaln 6, attention 24, feed_forward 18)",
         "rank     8 (48 modules)",
         "alpha / rank  1 (48 modules)",
         f"fits {mini.TURBO}: 48/48 modules",
-        "diffusers loads 48/48, ComfyUI loads 48/48",
+        f"diffusers {diffusers.__version__} loads 48/48, ComfyUI loads 48/48",
     ):
         assert line in output
     assert "warning" not in output
@@ -107,9 +108,9 @@ def test_verify_unknown_type(tmp_path: Path):
 
 def test_the_layout_is_read_from_all_keys():
     keys = [f"lora_unet_layers_0_attention_to_q.{part}" for part in ("alpha", "lora_down.weight", "lora_up.weight")]
-    assert layout_of(keys) == "kohya and musubi, separate q, k, v (lora_unet_*.lora_down/lora_up)"
+    assert layout_of(keys) == "musubi-tuner's layout, separate q, k, v (lora_unet_*.lora_down/lora_up)"
     bare = [key.replace("lora_unet_layers_0_attention_to_q", "layers.0.attention.to_q") for key in keys]
-    assert layout_of(bare) == "bare (*.lora_down/lora_up)"
+    assert layout_of(bare) == "another layout (*.lora_down/lora_up)"
 
 
 def test_verify_layout_not_loaded(tmp_path: Path):
@@ -122,15 +123,16 @@ def test_verify_layout_not_loaded(tmp_path: Path):
     assert "zimage-train lora convert FILE --to comfyui" in output
 
 
-@pytest.mark.parametrize("prefix", ["transformer.", ""])
-def test_verify_layouts_of_comfyui(tmp_path: Path, prefix: str):
-    """`verify` accepts the other layouts that ComfyUI reads."""
+@pytest.mark.parametrize(("prefix", "loaded"), [("transformer.", True), ("", False)])
+def test_verify_layouts_of_comfyui(tmp_path: Path, prefix: str, loaded: bool):
+    """Of the other layouts that ComfyUI reads, diffusers adds no layer for names without a prefix."""
     path = relabelled(
         tmp_path / "x.safetensors",
         lambda key: None if key.endswith(".alpha") else prefix + key.removeprefix("diffusion_model."),
     )
     code, output = run("verify", str(path), "--model", str(mini.TURBO))
-    assert code == 0, output
+    assert code == (0 if loaded else 4), output
+    assert loaded or f"diffusers {diffusers.__version__} would load 0 of 48 modules" in output
 
 
 def test_verify_modules_without_change(tmp_path: Path):

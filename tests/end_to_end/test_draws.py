@@ -48,7 +48,7 @@ from zimage_train.dataset.scan import ImageRecord, dataset_fingerprint, scan_ent
 from zimage_train.diffusion import request, sampler
 from zimage_train.diffusion.frozen import load_frozen
 from zimage_train.io.safetensors_format import read_header
-from zimage_train.lora import arithmetic, blending, format_metadata, layers, metadata
+from zimage_train.lora import adapter_config, arithmetic, blending, format_metadata, layers, metadata
 from zimage_train.optim import ema, optimizers
 from zimage_train.report.metrics import RecordWriter, read_records
 from zimage_train.training import batches, build, loop, preview_sets, run_dir, validation
@@ -434,7 +434,7 @@ def loras(scratch: Path) -> Table:
         "converted": format_metadata.write_format_metadata(
             format_metadata.FormatMetadata(True, {"layers.0.attention.qkv": [1, 2, 3]})
         ),
-        "alpha": format_metadata.ALPHA_KEY,
+        "alpha": adapter_config.HEADER_KEY,
     }
 
 

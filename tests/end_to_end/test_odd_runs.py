@@ -7,6 +7,7 @@ import pytest
 from zimage_train import mini
 from zimage_train.commands.train import run_training
 from zimage_train.errors import ConfigError, Stopped, WeightsError
+from zimage_train.planning.planner import MemoryPlan
 from zimage_train.report import preview_images
 from zimage_train.report.metrics import read_records
 from zimage_train.training import loop, outputs
@@ -32,6 +33,8 @@ def test_weights_not_restored_end_the_run(make_config, tmp_path, monkeypatch):
         return original(transformer, requests, embeds, move_away)
 
     monkeypatch.setattr(outputs, "sample_all", vanish)
+    # Without main memory to spare, the training weights are read from the file again.
+    monkeypatch.setattr(MemoryPlan, "spare_host_bytes", 0.0)
     with pytest.raises(WeightsError, match="the training weights cannot be restored after a preview"):
         run_training(config, fresh=False)
     assert moved and [record["step"] for record in read_records(folder(config) / "metrics.jsonl")] == [1, 2]

@@ -86,7 +86,7 @@ def test_export_reads_back_everywhere(tmp_path: Path, dtype: str, limit: float, 
     lora = random_lora(scale=scale)
     path = tmp_path / "x.safetensors"
     lora_file.export_lora(path, lora, dtype, {"format": "pt"})
-    assert verify.verify_export(path, lora, dtype, TINY.linears) <= limit
+    assert verify.verify_export(path, lora, dtype, TINY) <= limit
     back = lora_file.read_lora(path)
     assert back.keys() == lora.keys()
     for module in lora:
@@ -123,7 +123,7 @@ def test_verify_notices_wrong_loading(tmp_path: Path, spoil, message: str):
     spoil(tensors)
     save_file(tensors, path)
     with pytest.raises((WeightsError, ValueError), match=message):
-        verify.verify_export(path, lora, "fp32", TINY.linears)
+        verify.verify_export(path, lora, "fp32", TINY)
 
 
 def test_export_bytes_are_reproducible(tmp_path: Path):

@@ -14,9 +14,12 @@ def lora_command(*arguments: str | Path) -> tuple[int, str]:
 
 
 def converted(path: Path, to: str, output: Path) -> Path:
+    """Convert a file; peft's layout is a folder, and its file in there is returned."""
+    if to == "peft":
+        output = output.with_suffix("")
     code, said = lora_command("convert", path, "--to", to, "-o", output)
     assert code == 0, said
-    return output
+    return output / "adapter_model.safetensors" if to == "peft" else output
 
 
 def metadata_of(path: Path) -> dict[str, str]:

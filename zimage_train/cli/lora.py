@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from zimage_train.errors import ConfigError, Problem
+from zimage_train.models import locate
 from zimage_train.report.printing import print_lines
 
 if TYPE_CHECKING:
@@ -15,7 +16,8 @@ lora_commands = typer.Typer(
     help="Inspect LoRA files, and make new files from them.", no_args_is_help=True, rich_markup_mode=None
 )
 
-LoraPath = Annotated[Path, typer.Argument(metavar="FILE", help="A LoRA (.safetensors).", show_default=False)]
+LORA_HELP = "A LoRA (.safetensors), or peft's folder of one."
+LoraPath = Annotated[Path, typer.Argument(metavar="FILE", help=LORA_HELP, show_default=False, callback=locate.lora_in)]
 OutputPath = Annotated[
     Path, typer.Option("--output", "-o", metavar="OUT", help="The .safetensors to write.", show_default=False)
 ]
@@ -76,7 +78,10 @@ def inspect(file: LoraPath, image: Image = None) -> None:
 @lora_commands.command()
 def diff(
     file: LoraPath,
-    other: Annotated[Path, typer.Argument(metavar="OTHER", help="The LoRA to compare with.", show_default=False)],
+    other: Annotated[
+        Path,
+        typer.Argument(metavar="OTHER", help="The LoRA to compare with.", show_default=False, callback=locate.lora_in),
+    ],
     image: Image = None,
 ) -> None:
     """Compare the changes of two LoRAs: their distance, and whether they have the same direction."""
@@ -221,7 +226,7 @@ def ema(
 def convert(
     file: LoraPath,
     to: Annotated[
-        str, typer.Option("--to", help="comfyui, diffusers, kohya, diffsynth or musubi.", show_default=False)
+        str, typer.Option("--to", help="comfyui, diffusers, peft, kohya, diffsynth or musubi.", show_default=False)
     ],
     output: OutputPath,
     dtype: Annotated[str, typer.Option("--dtype", help="bf16 or fp32; auto keeps the dtype of every tensor.")] = "auto",
@@ -229,12 +234,15 @@ def convert(
 ) -> None:
     """Convert a LoRA to another layout without loss: converting back gives the same file.
 
+    --to peft writes a folder, with adapter_config.json beside the LoRA.
+
     Reads any prefix (diffusion_model, transformer, base_model.model, lora_unet, lycoris, none), lora_A/B, down/up,
     .default and fused q, k, v. DoRA, LoKr and LoHa can be written to layouts that support them.
     """
-    from zimage_train.commands import lora_edit
+    from zimage_train.commands.lora_convert import convert_command
+    from zimage_train.commands.lora_edit import OutputFile
 
-    print_lines(lora_edit.convert_command(file, to, lora_edit.OutputFile(output, dtype, force)))
+    print_lines(convert_command(file, to, OutputFile(output, dtype, force)))
 
 
 @lora_commands.command()

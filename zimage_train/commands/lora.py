@@ -5,6 +5,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import diffusers
+
 from zimage_train import mini
 from zimage_train.errors import Argument, ConfigError, Location, Problem, WeightsError
 from zimage_train.io.dtypes import COMPUTE_DTYPES
@@ -41,12 +43,12 @@ def verify_file(path: Path, model: str | None) -> list[str]:
         message = f"holds {', '.join(unsupported)} tensors, with which diffusers cannot compute"
         raise WeightsError(Problem(str(path), message, "save it as bf16 or fp32", "unsupported-dtype"))
     precision = "fp32" if set(summary.dtypes) == {"F32"} else "bf16"
-    error = verify.verify_export(path, lora, precision, shape.linears)
+    error = verify.verify_export(path, lora, precision, shape)
     count = f"{len(lora)}/{len(lora)}"
     lines = [
         *describe_lora(path, summary),
         f"fits {name}: {count} modules",
-        f"diffusers loads {count}, ComfyUI loads {count}: the same change to {error:.1e}",
+        f"diffusers {diffusers.__version__} loads {count}, ComfyUI loads {count}: the same change to {error:.1e}",
     ]
     unchanged = [module for module, norm in summary.norms.items() if norm == 0.0]
     if unchanged:
@@ -184,5 +186,6 @@ def describe_lora(path: Path, summary: LoraSummary) -> list[str]:
         f"{path}: {summary.layout}, {', '.join(summary.dtypes)}",
         f"modules  {sum(summary.groups.values())} ({groups})",
         f"rank     {ranks}",
-        f"alpha / rank  {scales}",
+        f"alpha / rank  {scales}, from {summary.scales_from}",
+        f"read by  {', '.join(summary.readers) or 'no program that was tried'}",
     ]

@@ -55,7 +55,9 @@ def read_weighted_lora(name: Path, *shapes: TransformerShape) -> Lora:
     Raises:
         WeightsError: it cannot be obtained, is not a LoRA, or a module of it does not fit the `shapes`.
     """
-    path = name if name.is_file() else locate.lora_at(name.as_posix(), Location(argument=Argument("--lora")))
+    path = name
+    if not name.is_file():
+        path = locate.lora_at(name.as_posix(), Location(argument=Argument("--lora")))
     lora = lora_file.read_lora(path)
     for shape in shapes:
         lora_file.require_modules(path, lora, shape.linears)

@@ -1,4 +1,4 @@
-"""The commands `lora weight`, `lora resize`, `lora ema` and `lora convert`, and what `lora merge` shares with them."""
+"""The commands `lora weight`, `lora resize` and `lora ema`, and what `lora merge` shares with them."""
 
 import hashlib
 import math
@@ -14,13 +14,22 @@ import torch
 
 from zimage_train.commands import compare
 from zimage_train.errors import ConfigError, Problem, WeightsError, ZImageTrainError, collect_errors, raise_all
-from zimage_train.io import atomic, tensorfile
+from zimage_train.io import atomic
 from zimage_train.io.dtypes import PRECISIONS
 from zimage_train.io.safetensors_format import read_header
 from zimage_train.io.units import format_bytes
-from zimage_train.lora import arithmetic, formats, inspect, keys, lora_file, metadata, scale_rules, targets, verify
+from zimage_train.lora import (
+    arithmetic,
+    inspect,
+    lora_file,
+    metadata,
+    scale_rules,
+    targets,
+    verify,
+)
 from zimage_train.lora.lora_file import Factors, Lora
 from zimage_train.lora.scale_rules import ScaleRule
+from zimage_train.models import locate
 from zimage_train.report.console import Console
 from zimage_train.training.run_dir import RunDir
 
@@ -41,10 +50,26 @@ class OutputFile:
             DiskError: its folder is not writable.
         """
         require_free(self.path, self.force, inputs)
+        self._require_dtype()
         if self.path.suffix != ".safetensors":
             raise ConfigError(
                 Problem(f"-o {self.path}", "does not end in .safetensors", "no tool would load it", "bad-argument")
             )
+
+    def require_free_folder(self, *inputs: Path) -> None:
+        """Require that a folder can be made at the path.
+
+        Raises:
+            ConfigError: it exists, or looks like a file.
+            DiskError: the folder that it goes into is not writable.
+        """
+        require_free(self.path, False, inputs)
+        self._require_dtype()
+        if self.path.suffix == ".safetensors":
+            what = "ends in .safetensors, and peft reads a folder"
+            raise ConfigError(Problem(f"-o {self.path}", what, "give the name of a folder", "bad-argument"))
+
+    def _require_dtype(self) -> None:
         if self.dtype not in ("auto", *PRECISIONS):
             raise ConfigError(Problem("--dtype", f"is {self.dtype!r}", "give auto, bf16 or fp32", "bad-argument"))
 
@@ -90,8 +115,9 @@ def read_sources(*paths: Path) -> list[LoraSource]:
     """
     errors: list[ZImageTrainError] = []
     sources: list[LoraSource] = []
-    for path in paths:
+    for name in paths:
         with collect_errors(errors):
+            path = locate.lora_in(name)
             sources.append(LoraSource(path, lora_file.read_lora(path), read_header(path).metadata))
     raise_all(errors)
     return sources
@@ -249,35 +275,6 @@ def ema_command(paths: Sequence[Path], decay: float | None, sigma_rel: float | N
     facts = {"decay": decay, "sigma_rel": sigma_rel, "from": used}
     header = metadata.edited_metadata("ema", [source.metadata for source in sources], facts, ranks_of(mean))
     return [*lines, *write_lora(mean, output, header)]
-
-
-def convert_command(path: Path, target: str, output: OutputFile) -> list[str]:
-    """Write a LoRA, DoRA, LoKr or LoHa in another layout; converting back restores the same file.
-
-    Raises:
-        ConfigError: the layout does not exist.
-        WeightsError: the file is none of these kinds, or the layout cannot hold it.
-    """
-    if target not in formats.LAYOUTS:
-        raise ConfigError(
-            Problem("--to", f"is {target!r}", f"give one of {', '.join(formats.LAYOUTS)}", "bad-argument")
-        )
-    output.require_free(path)
-    changes, source_metadata = lora_file.read_changes(path)
-    tensors, header = formats.to_layout(path, changes, source_metadata, target)
-    if output.dtype != "auto":
-        torch_dtype = tensorfile.TORCH_DTYPES[output.dtype]
-        for key, tensor in tensors.items():
-            if not key.endswith(".alpha"):
-                tensors[key] = tensor.to(torch_dtype)
-    tensorfile.save(output.path, tensors, header)
-    kinds = ", ".join(sorted({str(lora_file.kind_of(change)) for change in changes.values()}))
-    size = format_bytes(output.path.stat().st_size)
-    return [
-        f"{path}: {keys.layout_of(read_header(path).tensors)}",
-        f"{output.path}: {keys.layout_of(tensors)}, {kinds}, {len(changes)} modules, {size}",
-        f"read by {formats.LAYOUTS[target].reader}",
-    ]
 
 
 def reduce_lora(lora: Lora, rank: int | None, energy: float) -> tuple[Lora, str]:

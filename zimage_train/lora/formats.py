@@ -7,12 +7,13 @@ with different alpha / rank, since a fused module has a single alpha.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from zimage_train.errors import Problem, WeightsError
-from zimage_train.lora import format_metadata, keys, qkv
+from zimage_train.lora import adapter_config, format_metadata, keys, qkv
 from zimage_train.lora.format_metadata import FormatMetadata
 from zimage_train.lora.keys import MAGNITUDE
 from zimage_train.lora.lora_file import Changes, kind_of
@@ -24,8 +25,6 @@ from zimage_train.lora.qkv import CannotFuseError, Change
 class Layout:
     """The names that a layout gives to the parts of a change, and the kinds of changes that it can hold."""
 
-    reader: str
-    """The tools that read it as it is."""
     prefix: str
     suffixes: tuple[str, str]
     """Suffixes of A and B."""
@@ -34,19 +33,18 @@ class Layout:
     is_native: bool = False
     """Whether modules have the names of ComfyUI's own model, with q, k and v fused."""
     alpha: str = "tensor"
-    """Where alpha is stored: in a `tensor`, in a tensor `unless 1` (alpha / rank is 1), or in the `header`."""
+    """Where alpha is stored: in a `tensor`, in a tensor `unless 1` (alpha / rank is 1), in the `header`, or in the
+    `config` beside the file."""
     magnitude: str = "dora_scale"
 
 
 LAYOUTS: dict[str, Layout] = {
     "comfyui": Layout(
-        "ComfyUI, and diffusers since 0.36; DoRA and LoHa: ComfyUI only",
         "diffusion_model.",
         ("lora_A.weight", "lora_B.weight"),
         ("LoRA", "DoRA", "LoKr", "LoHa"),
     ),
     "diffusers": Layout(
-        "diffusers and peft; ComfyUI too, if every alpha is its rank",
         "transformer.",
         ("lora_A.weight", "lora_B.weight"),
         ("LoRA", "DoRA"),
@@ -54,7 +52,6 @@ LAYOUTS: dict[str, Layout] = {
         magnitude="lora_magnitude_vector",
     ),
     "kohya": Layout(
-        "ComfyUI, and tools that know ComfyUI's own names: q, k and v are fused",
         "lora_unet_",
         ("lora_down.weight", "lora_up.weight"),
         ("LoRA", "DoRA", "LoKr", "LoHa"),
@@ -62,14 +59,19 @@ LAYOUTS: dict[str, Layout] = {
         is_native=True,
     ),
     "musubi": Layout(
-        "musubi-tuner, and diffusers; not ComfyUI",
         "lora_unet_",
         ("lora_down.weight", "lora_up.weight"),
         ("LoRA", "LoKr", "LoHa"),
         is_underscored=True,
     ),
+    "peft": Layout(
+        "base_model.model.",
+        ("lora_A.weight", "lora_B.weight"),
+        ("LoRA", "DoRA"),
+        alpha="config",
+        magnitude="lora_magnitude_vector.weight",
+    ),
     "diffsynth": Layout(
-        "DiffSynth-Studio, and ComfyUI",
         "",
         ("lora_A.default.weight", "lora_B.default.weight"),
         ("LoRA",),
@@ -100,14 +102,13 @@ def to_layout(
             if part != "alpha":
                 tensors[f"{name}.{_suffix(part, layout)}"] = _stored_tensor(part, tensor, layout)
         tensors |= _alpha_tensor(name, change, layout)
-    if layout.alpha == "header":
-        header = _alpha_header(path, by_module)
-        if header:
-            kept[format_metadata.ALPHA_KEY] = header
+    config = _config_of(path, by_module, target) if layout.alpha in ("header", "config") else None
+    if layout.alpha == "header" and config is not None:
+        kept[adapter_config.HEADER_KEY] = adapter_config.header_text(config)
     # A file without alpha and a file whose alpha is the rank mean the same. Where the layout forces the other form, the
     # metadata remembers the original, so that converting back gives the same file.
     had_alpha = any("alpha" in change for change in changes.values())
-    has_alpha = format_metadata.ALPHA_KEY in kept or any(key.endswith(".alpha") for key in tensors)
+    has_alpha = layout.alpha == "config" or config is not None or any(key.endswith(".alpha") for key in tensors)
     original = FormatMetadata(had_alpha if had_alpha != has_alpha else None, ranks)
     return tensors, {**kept, **format_metadata.write_format_metadata(original)}
 
@@ -115,7 +116,7 @@ def to_layout(
 def _require_kinds(path: Path, changes: Changes, target: str) -> None:
     kinds = {module: str(kind_of(change)) for module, change in changes.items()}
     unsupported = {module: kind for module, kind in kinds.items() if kind not in LAYOUTS[target].kinds}
-    if not unsupported and target == "diffusers":
+    if not unsupported and target in ("diffusers", "peft"):
         # peft normalises over inputs, and so has a magnitude per output only.
         for module, change in changes.items():
             if MAGNITUDE in change and change[MAGNITUDE].dim() > 1:
@@ -171,7 +172,7 @@ def _stored_tensor(part: str, tensor: Tensor, layout: Layout) -> Tensor:
 
 def _alpha_tensor(name: str, change: Change, layout: Layout) -> dict[str, Tensor]:
     """Return the alpha tensor by its key; empty if the layout stores none."""
-    if layout.alpha == "header" or (layout.alpha == "unless 1" and qkv.scale_of(change) == 1.0):
+    if layout.alpha in ("header", "config") or (layout.alpha == "unless 1" and qkv.scale_of(change) == 1.0):
         return {}
     # Where alpha is missing, every tool takes the rank, so writing that changes nothing. A LoKr without alpha has a
     # scale of 1 instead, whatever its rank.
@@ -180,19 +181,30 @@ def _alpha_tensor(name: str, change: Change, layout: Layout) -> dict[str, Tensor
     return {f"{name}.alpha": change.get("alpha", torch.tensor(float(qkv.rank_of(change))))}
 
 
-def _alpha_header(path: Path, changes: Changes) -> str | None:
-    """Return the header text with alphas for diffusers, or None if each alpha is the rank and there is no DoRA."""
+def peft_config(path: Path, changes: Changes) -> dict[str, Any]:
+    """Return the adapter_config.json of `changes`, which were read from `path`.
+
+    Raises:
+        WeightsError: an alpha is too large, or not positive.
+    """
+    ranks = {module: qkv.rank_of(change) for module, change in changes.items()}
+    config = _config_of(path, changes, "peft") or adapter_config.make_config(ranks, ranks, is_dora=False)
+    return {"peft_type": "LORA", "task_type": None, "base_model_name_or_path": None, "bias": "none", **config}
+
+
+def _config_of(path: Path, changes: Changes, target: str) -> dict[str, Any] | None:
+    """Return peft's description of the changes, or None if each alpha is the rank and there is no DoRA."""
     is_dora = any(MAGNITUDE in change for change in changes.values())
     ranks = {module: qkv.rank_of(change) for module, change in changes.items()}
     alphas = {module: float(change.get("alpha", torch.tensor(ranks[module]))) for module, change in changes.items()}
     if not is_dora and all(alphas[module] == ranks[module] for module in changes):
         return None
     for module, alpha in alphas.items():
-        if not 0 < alpha < format_metadata.LARGEST_ALPHA:
-            message = f"{module} has an alpha of {alpha:g}, which the layout diffusers cannot store"
+        if not 0 < alpha < adapter_config.LARGEST_ALPHA:
+            message = f"{module} has an alpha of {alpha:g}, which the layout {target} cannot store"
             raise WeightsError(
                 Problem(
                     str(path), message, "--to comfyui, or lora weight to give it another strength", "unsupported-layout"
                 )
             )
-    return format_metadata.alphas_to_metadata(ranks, alphas, is_dora)
+    return adapter_config.make_config(ranks, alphas, is_dora)

@@ -1,12 +1,15 @@
 """Summary of a LoRA file: layout, ranks, scales, and how much each module changes."""
 
+import math
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from zimage_train.io.safetensors_format import read_header
-from zimage_train.lora import keys, lora_file, targets, verify
-from zimage_train.lora.lora_file import Factors
+from zimage_train.lora import keys, lora_file, qkv, readers, targets, verify
+from zimage_train.lora.lora_file import Changes, Factors
+from zimage_train.lora.readers import LoraTraits
 
 
 @dataclass(frozen=True)
@@ -14,6 +17,10 @@ class LoraSummary:
     """The properties of a LoRA file."""
 
     layout: str
+    readers: list[str]
+    """The programs that load it as it is; see `readers`."""
+    scales_from: str
+    """Where alpha / rank stands."""
     dtypes: Counter[str]
     ranks: Counter[int]
     scales: Counter[float]
@@ -31,16 +38,31 @@ def summarize_lora(path: Path) -> LoraSummary:
     Raises:
         WeightsError: it is not a LoRA that this trainer reads; the message names what it is instead.
     """
+    content = lora_file.read_changes(path)
     lora = lora_file.read_lora(path)
     header = read_header(path)
+    name = keys.layout_name(header.tensors)
     return LoraSummary(
         layout=keys.layout_of(header.tensors),
+        readers=readers.readers_of(name, traits_of(content.changes, header.tensors)) if name else [],
+        scales_from=content.scales_from,
         dtypes=Counter(info.dtype for key, info in header.tensors.items() if not key.endswith(".alpha")),
         ranks=Counter(factors.rank for factors in lora.values()),
         scales=Counter(round(factors.scale, 6) for factors in lora.values()),
         groups=targets.count_by_group(lora),
         norms={module: delta_norm(factors) for module, factors in lora.items()},
         metadata=header.metadata,
+    )
+
+
+def traits_of(changes: Changes, keys_of_file: Iterable[str]) -> LoraTraits:
+    """Return what decides which program reads a file with these changes and keys."""
+    return LoraTraits(
+        kinds=frozenset(str(lora_file.kind_of(change)) for change in changes.values()),
+        alpha_is_rank=all(math.isclose(qkv.scale_of(change), 1.0, rel_tol=1e-6) for change in changes.values()),
+        has_alpha_tensors=any(key.endswith(".alpha") for key in keys_of_file),
+        is_uniform=len({qkv.rank_of(change) for change in changes.values()}) == 1,
+        modules=frozenset(changes),
     )
 
 

@@ -71,6 +71,15 @@ def parse_key(key: str) -> tuple[str, str] | None:
     return None if module is None else (module, SUFFIXES[suffix])
 
 
+def module_in_file(key: str) -> str:
+    """Return the module of a LoRA file's key as the file spells it, without prefixes and suffix."""
+    suffix = next((suffix for suffix in SUFFIXES if key.endswith(suffix)), "")
+    name = key.removesuffix(suffix)
+    for prefix in PREFIXES:
+        name = name.removeprefix(prefix)
+    return name
+
+
 def native_name(module: str) -> str:
     """Return the name of `module` in ComfyUI's own model; q, k and v have none there and are returned as they are."""
     return native_keys.to_native(module)[0] if fused_name(module) is None else module
@@ -125,10 +134,36 @@ def size_of(shapes: PartShapes) -> tuple[int, int]:
     return first[0] * second[0], first[1] * second[1]
 
 
+def layout_name(keys: Iterable[str]) -> str | None:
+    """Return the layout of a LoRA's keys, as `formats.LAYOUTS` names it, or None for another."""
+    keys = list(keys)
+    first = min(keys, default="")
+    if first.startswith("lora_unet_"):
+        separate = underscored("attention.to_")
+        return "musubi" if any(separate in key for key in keys) else "kohya"
+    is_old = any(".lora_down." in key or ".lora.down." in key for key in keys)
+    by_prefix = {"diffusion_model.": "comfyui", "transformer.": "diffusers", "base_model.model.": "peft"}
+    for prefix, name in by_prefix.items():
+        if first.startswith(prefix):
+            return None if is_old else name
+    has_default = any(".default." in key for key in keys)
+    return "diffsynth" if has_default and not first.startswith(UNDERSCORED) else None
+
+
+LAYOUT_DESCRIPTIONS = {
+    "comfyui": "ComfyUI's layout",
+    "diffusers": "diffusers' layout",
+    "kohya": "kohya's layout, fused q, k, v",
+    "musubi": "musubi-tuner's layout, separate q, k, v",
+    "diffsynth": "DiffSynth-Studio's layout",
+    "peft": "peft's layout",
+    None: "another layout",
+}
+
+
 def layout_of(keys: Iterable[str]) -> str:
-    """Return a description of the layout of a LoRA's keys, with the tools that write it."""
+    """Return a description of the layout of a LoRA's keys."""
     keys = sorted(keys)
-    first = keys[0]
     parts = "lora_A/lora_B"
     for start, description in (
         ("lora_down", "lora_down/lora_up"),
@@ -138,21 +173,11 @@ def layout_of(keys: Iterable[str]) -> str:
         if any(f".{start}" in key for key in keys):
             parts = description
             break
-    for prefix in UNDERSCORED:
-        if first.startswith(prefix):
-            is_fused = any(underscored(FUSED) in key for key in keys)
-            tools = "kohya and ComfyUI, fused q, k, v" if is_fused else "kohya and musubi, separate q, k, v"
-            return f"{tools} ({prefix}*.{parts})"
-    if ".default." in first:
-        return f"DiffSynth ({parts}.default)"
-    tools_by_prefix = {
-        "diffusion_model.": "ComfyUI and AI Toolkit",
-        "transformer.": "diffusers",
-        "base_model.model.": "peft",
-        "": "bare",
-    }
-    prefix = next((prefix for prefix in PREFIXES if first.startswith(prefix)), "")
-    return f"{tools_by_prefix[prefix]} ({prefix}*.{parts})"
+    name = layout_name(keys)
+    prefix = next((prefix for prefix in (*UNDERSCORED, *PREFIXES) if keys[0].startswith(prefix)), "")
+    default = ".default" if name == "diffsynth" else ""
+    star = "*" if prefix in UNDERSCORED or not prefix else ".*"
+    return f"{LAYOUT_DESCRIPTIONS[name]} ({prefix.removesuffix('.')}{star}.{parts}{default})"
 
 
 def comfyui_targets(linears: Iterable[str]) -> dict[str, str]:

@@ -4,6 +4,7 @@ The layout written is the only layout that ComfyUI and every diffusers since 0.3
 `diffusion_model.<module>.lora_A/lora_B.weight`, and `.alpha` equal to the rank, with the scale folded into B.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from zimage_train.errors import Problem, WeightsError
 from zimage_train.io import tensorfile
-from zimage_train.lora import format_metadata, headers, keys, qkv
+from zimage_train.lora import adapter_config, format_metadata, headers, keys, qkv
 from zimage_train.lora.keys import MAGNITUDE
 from zimage_train.lora.qkv import Change
 from zimage_train.typing import LoraA, LoraB, Weight
@@ -43,34 +44,77 @@ Changes = dict[str, Change]
 """Module -> its tensors, of a LoRA, DoRA, LoKr or LoHa; q, k and v are split, and alpha is an fp32 scalar."""
 
 
-def read_changes(path: Path) -> tuple[Changes, dict[str, str]]:
-    """Return the changes of a LoRA, DoRA, LoKr or LoHa file of any known layout, and its metadata.
+@dataclass(frozen=True)
+class LoraContent:
+    """What a LoRA file holds."""
+
+    changes: Changes
+    metadata: dict[str, str]
+    scales_from: str
+    """Where the scales stand, for people."""
+
+
+def read_changes(path: Path) -> LoraContent:
+    """Return the changes of a LoRA, DoRA, LoKr or LoHa file of any known layout.
+
+    A module's scale is that of its alpha tensor, or else of peft's description of the file (`adapter_config`), or else
+    1.
 
     Raises:
         WeightsError: the file is unreadable, holds values that are not finite, or keys that belong to no module of a
-            Z-Image transformer.
+            Z-Image transformer; or its scales stand in two places that disagree.
     """
     parts = headers.read_parts(path)
     tensors, metadata = tensorfile.load(path)
     original = format_metadata.read_format_metadata(metadata.pop(format_metadata.CONVERTED_KEY, None))
-    # Alpha tensors take precedence over the header, which no tool but diffusers and peft writes or reads.
-    has_alpha = any("alpha" in keys_of_parts for keys_of_parts in parts.values())
-    alpha_of = None
-    if not has_alpha:
-        alpha_of = format_metadata.alphas_from_metadata(path, metadata.get(format_metadata.ALPHA_KEY))
+    sources = adapter_config.scale_sources(path, metadata)
+    used: set[str] = set()
     changes: Changes = {}
     for module, keys_of_parts in parts.items():
         change = {part: _require_finite_floats(path, key, tensors[key]) for part, key in keys_of_parts.items()}
         if "alpha" in change:
             change["alpha"] = change["alpha"].reshape(()).float()
-        elif alpha_of is not None and "A" in change:
-            change["alpha"] = torch.tensor(alpha_of(module, change["A"].shape[0]))
+        names = dict.fromkeys([keys.module_in_file(min(keys_of_parts.values())), module])
+        used.add(
+            _set_scale(
+                path, module, change, [(source.name, source.scale_of(names, qkv.rank_of(change))) for source in sources]
+            )
+        )
         # kohya's tools write a DoRA's magnitude as (out, 1), and peft as (out,).
         if MAGNITUDE in change and change[MAGNITUDE].shape[-1] == 1:
             change[MAGNITUDE] = change[MAGNITUDE].reshape(-1)
         changes |= _split_fused(path, module, change, original.ranks.get(module))
     _restore_alphas(changes, original.alpha)
-    return changes, metadata
+    return LoraContent(changes, metadata, " and ".join(sorted(used)))
+
+
+def _set_scale(path: Path, module: str, change: Change, described: list[tuple[str, float]]) -> str:
+    """Give `change` the first of the scales (source, scale) that are `described`, unless it has an alpha of its own.
+
+    Return the source of its scale.
+
+    Raises:
+        WeightsError: two sources disagree.
+    """
+    places = [(".alpha", qkv.scale_of(change))] if "alpha" in change else []
+    places += described
+    if not places:
+        return "no place, so it is taken as 1"
+    source, scale = places[0]
+    for other, other_scale in places[1:]:
+        if not math.isclose(scale, other_scale, rel_tol=1e-5):
+            what = f"{module} is multiplied by {scale:g} according to {source}, and by {other_scale:g} to {other}"
+            raise WeightsError(Problem(str(path), what, "remove the one that is wrong", "conflicting-alpha"))
+    rank = qkv.rank_of(change)
+    if "alpha" in change:
+        return source
+    if rank:
+        change["alpha"] = torch.tensor(scale * rank)
+    elif scale != 1.0:
+        # A LoKr, whose alpha counts only together with the rank of a factor, which it may not have.
+        first = "lokr_w1" if "lokr_w1" in change else "lokr_w1_a"
+        change[first] = change[first].float() * scale
+    return source
 
 
 def _restore_alphas(changes: Changes, had_alpha: bool | None) -> None:
@@ -93,7 +137,7 @@ def read_lora(path: Path) -> Lora:
     Raises:
         WeightsError: as `read_changes`, or the file is a DoRA, LoKr or LoHa.
     """
-    changes, _ = read_changes(path)
+    changes = read_changes(path).changes
     headers.require_plain_lora(path, {module: kind_of(change) for module, change in changes.items()})
     return {module: Factors(change["A"], change["B"], qkv.scale_of(change)) for module, change in changes.items()}
 

@@ -95,8 +95,17 @@ def fuse_qkv(changes: Sequence[Change | None]) -> Change:
 
 
 def scale_of(change: Change) -> float:
-    """Return alpha / rank, or 1 if there is no alpha."""
-    return float(change["alpha"]) / rank_of(change) if "alpha" in change else 1.0
+    """Return alpha / rank, or 1 if there is no alpha; for a LoKr, the rank of its last factor that is a product.
+
+    A LoKr whose factors are whole matrices has no rank, and its alpha no effect.
+    """
+    if "alpha" not in change:
+        return 1.0
+    rank = rank_of(change)
+    for part in ("lokr_w2_b", "lokr_w1_b"):
+        if not rank and part in change:
+            rank = change[part].shape[0]
+    return float(change["alpha"]) / rank if rank else 1.0
 
 
 def rank_of(change: Change) -> int:

@@ -1,17 +1,26 @@
 """Verification that diffusers and ComfyUI load the intended deltas from a LoRA file."""
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import cast
 
+import diffusers
 import torch
-from torch import Tensor
+from accelerate import init_empty_weights
+from diffusers import ZImageTransformer2DModel
+from diffusers.loaders import ZImageLoraLoaderMixin
+from peft.tuners.lora import LoraLayer
+from torch import nn
 
 from zimage_train.errors import Problem, WeightsError, ZImageTrainError, collect_errors
 from zimage_train.io import tensorfile
-from zimage_train.lora import format_metadata, headers, keys, qkv
+from zimage_train.lora import keys, qkv
+from zimage_train.lora.headers import Sizes
+from zimage_train.lora.layers import ADAPTER_NAME
 from zimage_train.lora.lora_file import Factors, Lora
 from zimage_train.lora.qkv import Change
+from zimage_train.models.arch import TransformerShape
+from zimage_train.models.loading import set_parameter
 
 COMFYUI_PARTS = (
     (".lora_down.weight", ".lora_up.weight"),
@@ -31,8 +40,10 @@ the folded scale is rounded.
 """
 
 
-def verify_export(path: Path, trained: Mapping[str, Factors], dtype: str, linears: headers.Sizes) -> float:
+def verify_export(path: Path, trained: Mapping[str, Factors], dtype: str, shape: TransformerShape) -> float:
     """Return the largest relative error of a module's delta, after loading `path` as diffusers and as ComfyUI do.
+
+    diffusers' own code adds its layers to a transformer of `shape`.
 
     Raises:
         WeightsError: a loader would leave out a module, or load another delta than the trained delta.
@@ -40,9 +51,9 @@ def verify_export(path: Path, trained: Mapping[str, Factors], dtype: str, linear
     worst = 0.0
     errors: list[ZImageTrainError] = []
     with collect_errors(errors):
-        worst = _compare(path, "diffusers", as_diffusers(path), trained, dtype)
+        worst = _compare(path, f"diffusers {diffusers.__version__}", as_diffusers(path, shape), trained, dtype)
     with collect_errors(errors):
-        worst = max(worst, _compare(path, "ComfyUI", as_comfyui(path, linears), trained, dtype))
+        worst = max(worst, _compare(path, "ComfyUI", as_comfyui(path, shape.linears), trained, dtype))
     if errors:
         raise WeightsError(*(problem for error in errors for problem in error.problems))
     return worst
@@ -78,32 +89,51 @@ def delta_distance(factors: Factors, other: Factors) -> float:
     return float(((b.T @ b) * (a @ a.T)).sum().clamp(min=0.0).sqrt())
 
 
-def as_diffusers(path: Path) -> Lora:
-    """Return the factors as diffusers' own loader reads them; it folds alpha tensors into the factors.
+def as_diffusers(path: Path, shape: TransformerShape) -> Lora:
+    """Return the factors of the layers that the installed diffusers adds to a transformer of `shape` for this file.
 
     Raises:
         WeightsError: diffusers refuses the file.
     """
-    from diffusers.loaders import ZImageLoraLoaderMixin
-
-    tensors, metadata = tensorfile.load(path)
-    alpha_of = format_metadata.alphas_from_metadata(path, metadata.get(format_metadata.ALPHA_KEY))
+    model = _hollow_transformer(shape)
     try:
-        state = cast(dict[str, Tensor], ZImageLoraLoaderMixin.lora_state_dict(tensors))
+        with _quiet_diffusers():
+            state, *_, metadata = ZImageLoraLoaderMixin.lora_state_dict(str(path), return_lora_metadata=True)
+            ZImageLoraLoaderMixin.load_lora_into_transformer(
+                state, model, adapter_name=ADAPTER_NAME, metadata=metadata, low_cpu_mem_usage=True
+            )
     except Exception as error:  # noqa: BLE001  on an unknown layout its conversion raises KeyError, ValueError and others
-        message = f"diffusers would not load it ({str(error)[:100]})"
+        message = f"diffusers {diffusers.__version__} would not load it ({str(error)[:100]})"
         raise WeightsError(Problem(str(path), message, REPORT_HINT, "not-verified")) from None
-    a_suffix, b_suffix = ".lora_A.weight", ".lora_B.weight"
-    names = [key.removesuffix(a_suffix) for key in state if key.endswith(a_suffix)]
     loaded: Lora = {}
-    for name in names:
-        module, a = name.removeprefix("transformer."), state[name + a_suffix]
-        scale = alpha_of(module, a.shape[0]) / a.shape[0] if alpha_of else 1.0
-        loaded[module] = Factors(a, state[name + b_suffix], scale)
+    for name, layer in model.named_modules():
+        if isinstance(layer, LoraLayer):
+            a, b = (getattr(layer, part)[ADAPTER_NAME].weight.detach() for part in ("lora_A", "lora_B"))
+            loaded[name] = Factors(a, b, layer.scaling[ADAPTER_NAME])
     return loaded
 
 
-def as_comfyui(path: Path, linears: headers.Sizes) -> Lora:
+def _hollow_transformer(shape: TransformerShape) -> ZImageTransformer2DModel:
+    """Return a transformer whose weights are a single zero each, seen as many: they take no memory."""
+    with init_empty_weights():
+        model = ZImageTransformer2DModel(**shape.config())
+    for name, parameter in list(model.named_parameters()):
+        set_parameter(model, name, nn.Parameter(torch.zeros(1).expand(parameter.shape), requires_grad=False))
+    return model
+
+
+@contextlib.contextmanager
+def _quiet_diffusers() -> Iterator[None]:
+    """Within the block, diffusers prints no warnings: what it leaves out is reported here."""
+    before = diffusers.utils.logging.get_verbosity()
+    diffusers.utils.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        diffusers.utils.logging.set_verbosity(before)
+
+
+def as_comfyui(path: Path, linears: Sizes) -> Lora:
     """Return the factors as ComfyUI reads them; it takes alpha from `.alpha` tensors only, not from the header.
 
     Transcribed from ComfyUI's `load_lora` and `model_lora_keys_unet`; see `keys.comfyui_targets`.

@@ -50,12 +50,16 @@ def load_peer(folder: Path, shape: TransformerShape, dtype: torch.dtype, device:
     made = [make for marker, make in PEERS.items() if (folder / marker).exists()]
     if not made:
         known = ", ".join(PEERS)
-        raise ZImageTrainError(Problem(str(folder), "is the source of no known trainer", f"it has none of {known}"))
+        raise ZImageTrainError(
+            Problem(str(folder), "is the source of no known trainer", f"it has none of {known}", "missing-file")
+        )
     try:
         return made[0](folder, shape, dtype, device)
     except ImportError as error:
         hint = "install its requirements beside this package"
-        raise ZImageTrainError(Problem(str(folder), f"cannot be imported ({error})", hint)) from error
+        raise ZImageTrainError(
+            Problem(str(folder), f"cannot be imported ({error})", hint, "missing-package")
+        ) from error
 
 
 def diffusers_and_peft(shape: TransformerShape, dtype: torch.dtype, device: torch.device) -> Peer:

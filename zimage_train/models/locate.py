@@ -20,6 +20,10 @@ TRANSFORMER_STEM = "diffusion_pytorch_model"
 EXTRAS = ("text_encoder", "tokenizer", "vae")
 
 
+LORA_FOLDER_FILES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
+"""Names of a LoRA in a folder of its own: peft's, and that of diffusers' scripts."""
+
+
 class NotDownloadedError(WeightsError):
     """Everything named exists as far as is known, but some of it is not on this machine yet."""
 
@@ -99,12 +103,28 @@ def transformer_at(name: str, where: Location, fetch: DownloadFn | None = None) 
 
 
 def lora_at(name: str, where: Location, fetch: DownloadFn | None = None) -> Path:
-    """The LoRA that `name` is: a file, `org/repo/file` on the hub, or a short name such as distillpatch.
+    """The LoRA that `name` is: a file or its folder, `org/repo/file` on the hub, or a short name such as distillpatch.
 
     Raises:
         WeightsError: it cannot be found.
     """
-    return _file(NAMED_LORAS.get(name, name), where, fetch or download)
+    path = Path(name)
+    return lora_in(path) if path.is_dir() else _file(NAMED_LORAS.get(name, name), where, fetch or download)
+
+
+def lora_in(path: Path) -> Path:
+    """Return `path`, or if it is a folder, the LoRA in it.
+
+    Raises:
+        WeightsError: it is a folder without a LoRA of one of the known names.
+    """
+    if not path.is_dir():
+        return path
+    for name in LORA_FOLDER_FILES:
+        if (path / name).is_file():
+            return path / name
+    what = f"is a folder without {' or '.join(LORA_FOLDER_FILES)}"
+    raise WeightsError(Problem(str(path), what, "give the LoRA itself", "missing-file"))
 
 
 def repository(name: str, where: Location, patterns: list[str], fetch: DownloadFn | None = None) -> Path:

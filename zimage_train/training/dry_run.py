@@ -215,7 +215,7 @@ def _try_save(state: TrainState) -> None:
         )
         tensorfile.load_with_digest(path)
         lora_file.export_lora(path, trained, dtype, state.export_metadata)
-        verify.verify_export(path, trained, dtype, state.frozen.shape.linears)
+        verify.verify_export(path, trained, dtype, state.frozen.shape)
     finally:
         atomic.remove(path)
 

@@ -56,7 +56,7 @@ def _export(state: TrainState, step: int, path: Path, trained: Lora) -> None:
     config = state.config
     lora_file.export_lora(path, trained, config.save.dtype, {**state.export_metadata, "ss_steps": str(step)})
     try:
-        error = verify.verify_export(path, trained, config.save.dtype, state.frozen.shape.linears)
+        error = verify.verify_export(path, trained, config.save.dtype, state.frozen.shape)
     except WeightsError:
         atomic.rename_as_backup(path, ".unverified")
         raise
