@@ -13,11 +13,15 @@ from diffusers import ZImageTransformer2DModel
 from peft import LoHaConfig, LoKrConfig, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
+from zimage_train import mini
+from zimage_train.commands.train import run_training
 from zimage_train.errors import WeightsError
 from zimage_train.lora import inspect, lora_file, verify
 from zimage_train.lora.lora_file import Factors
 from zimage_train.lora.readers import LoraTraits, readers_of
+from zimage_train.planning import preflight
 
+from helpers import PREVIEWED
 from lora_commands import converted, lora_command
 from lora_files import TINY, Q, dense, random_lora, relative, write
 
@@ -129,6 +133,30 @@ def test_commands_keep_the_scale(tmp_path: Path, command: str, given: str):
         assert all(float(dense(found, name).norm()) == pytest.approx(norms[name], rel=2e-2) for name in deltas)
     else:
         assert all(relative(dense(found, name), factor * deltas[name]) < 1e-2 for name in deltas)
+
+
+@pytest.mark.slow
+def test_folders_where_loras_are_given(tmp_path: Path, make_config):
+    """peft's folder can be given to `bake`, `lora.init_from` and `sample.extra_loras`; another folder is named."""
+    folder = converted(mini.ADAPTER_V1, "peft", tmp_path / "peft").parent
+    baked = []
+    for name, lora in (("a", folder), ("b", mini.ADAPTER_V1)):
+        out = tmp_path / f"{name}.safetensors"
+        code, said = lora_command("bake", mini.TURBO, "--lora", f"{lora}=0.5", "--to", "comfyui", "-o", out)
+        assert code == 0, said
+        baked.append(load_file(out))
+    assert all(torch.equal(tensor, baked[1][key]) for key, tensor in baked[0].items())
+    lora = {"rank": 8, "targets": ["attention", "feed_forward", "adaln"], "init_from": str(folder)}
+    config = make_config(
+        model={"adapter": None}, lora=lora, train={"steps": 1}, sample=PREVIEWED | {"extra_loras": [str(folder)]}
+    )
+    run_training(config, fresh=False)
+    (tmp_path / "nothing").mkdir()
+    for words in (["bake", mini.TURBO, "--to", "comfyui", "-o", tmp_path / "c.safetensors", "--lora"], ["inspect"]):
+        code, said = lora_command(*words, tmp_path / "nothing")
+        assert code == 4 and "is a folder without adapter_model.safetensors" in said
+    with pytest.raises(WeightsError, match=r"lora\.init_from: .*nothing: is a folder without"):
+        preflight.check_run(make_config(model={"adapter": None}, lora={"init_from": str(tmp_path / "nothing")}))
 
 
 def test_inspect_names_the_place(tmp_path: Path):

@@ -16,8 +16,13 @@ lora_commands = typer.Typer(
     help="Inspect LoRA files, and make new files from them.", no_args_is_help=True, rich_markup_mode=None
 )
 
+
+def _lora_in(path: Path) -> Path:
+    return locate.lora_in(path)
+
+
 LORA_HELP = "A LoRA (.safetensors), or peft's folder of one."
-LoraPath = Annotated[Path, typer.Argument(metavar="FILE", help=LORA_HELP, show_default=False, callback=locate.lora_in)]
+LoraPath = Annotated[Path, typer.Argument(metavar="FILE", help=LORA_HELP, show_default=False, callback=_lora_in)]
 OutputPath = Annotated[
     Path, typer.Option("--output", "-o", metavar="OUT", help="The .safetensors to write.", show_default=False)
 ]
@@ -80,7 +85,7 @@ def diff(
     file: LoraPath,
     other: Annotated[
         Path,
-        typer.Argument(metavar="OTHER", help="The LoRA to compare with.", show_default=False, callback=locate.lora_in),
+        typer.Argument(metavar="OTHER", help="The LoRA to compare with.", show_default=False, callback=_lora_in),
     ],
     image: Image = None,
 ) -> None:

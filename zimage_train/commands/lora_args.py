@@ -30,6 +30,7 @@ def parse_weighted_lora(text: str, where: str = "--lora", is_weight_needed: bool
         is_weight_needed: whether `FILE` alone is an error instead of a weight of 1.
 
     Raises:
+        WeightsError: it is a folder that holds no LoRA.
         ConfigError: the text is empty, or the weight is missing though needed, is not a number, or is too large.
     """
     if not text:
@@ -37,7 +38,7 @@ def parse_weighted_lora(text: str, where: str = "--lora", is_weight_needed: bool
     name, equals, weight = text.rpartition("=")
     if not equals or not name or Path(text).exists():
         if not is_weight_needed:
-            return WeightedLora(Path(text), 1.0)
+            return WeightedLora(locate.lora_in(Path(text)), 1.0)
         # Some tools write `FILE:0.8`.
         before_colon, _, after_colon = text.rpartition(":")
         file = before_colon if _is_number(after_colon) else text
@@ -46,7 +47,7 @@ def parse_weighted_lora(text: str, where: str = "--lora", is_weight_needed: bool
     if not abs(number) <= LARGEST_WEIGHT:  # written so that NaN fails as well
         message = f"{weight!r} is not a number from -{LARGEST_WEIGHT:g} to {LARGEST_WEIGHT:g}"
         raise ConfigError(Problem(f"{where} {text}", message, f"write {name}=0.8", "bad-argument"))
-    return WeightedLora(Path(name), number)
+    return WeightedLora(locate.lora_in(Path(name)), number)
 
 
 def read_weighted_lora(name: Path, *shapes: TransformerShape) -> Lora:

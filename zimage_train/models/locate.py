@@ -109,10 +109,10 @@ def lora_at(name: str, where: Location, fetch: DownloadFn | None = None) -> Path
         WeightsError: it cannot be found.
     """
     path = Path(name)
-    return lora_in(path) if path.is_dir() else _file(NAMED_LORAS.get(name, name), where, fetch or download)
+    return lora_in(path, where) if path.is_dir() else _file(NAMED_LORAS.get(name, name), where, fetch or download)
 
 
-def lora_in(path: Path) -> Path:
+def lora_in(path: Path, where: Location | None = None) -> Path:
     """Return `path`, or if it is a folder, the LoRA in it.
 
     Raises:
@@ -124,7 +124,8 @@ def lora_in(path: Path) -> Path:
         if (path / name).is_file():
             return path / name
     what = f"is a folder without {' or '.join(LORA_FOLDER_FILES)}"
-    raise WeightsError(Problem(str(path), what, "give the LoRA itself", "missing-file"))
+    place = str(path) if where is None else _named(where, str(path))
+    raise WeightsError(Problem(place, what, "give the LoRA itself", "missing-file"))
 
 
 def repository(name: str, where: Location, patterns: list[str], fetch: DownloadFn | None = None) -> Path:
