@@ -165,7 +165,7 @@ def test_inspect_names_the_place(tmp_path: Path):
     assert "alpha / rank  4 (3 modules), from adapter_config.json" in lora_command("inspect", path.parent)[1]
     other = path.rename(tmp_path / "other.safetensors")  # the config is for the name that peft gives only
     said = lora_command("inspect", other)[1]
-    assert "alpha / rank  1 (3 modules), from no place, so it is taken as 1" in said
+    assert "alpha / rank  1 (3 modules), taken as 1, which the file does not say" in said
     with_tensors = write(tmp_path / "x.safetensors", random_lora(RANK, 0.5))
     assert "alpha / rank  0.5 (14 modules), from .alpha" in lora_command("inspect", with_tensors)[1]
 

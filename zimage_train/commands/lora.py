@@ -186,6 +186,6 @@ def describe_lora(path: Path, summary: LoraSummary) -> list[str]:
         f"{path}: {summary.layout}, {', '.join(summary.dtypes)}",
         f"modules  {sum(summary.groups.values())} ({groups})",
         f"rank     {ranks}",
-        f"alpha / rank  {scales}, from {summary.scales_from}",
+        f"alpha / rank  {scales}, {summary.scales_from}",
         f"read by  {', '.join(summary.readers) or 'no program that was tried'}",
     ]

@@ -47,7 +47,7 @@ def convert_command(path: Path, target: str, output: OutputFile) -> list[str]:
     size = format_bytes(file.stat().st_size)
     traits = inspect.traits_of(changes, tensors)
     return [
-        f"{path}: {keys.layout_of(read_header(path).tensors)}, alpha / rank from {content.scales_from}",
+        f"{path}: {keys.layout_of(read_header(path).tensors)}, alpha / rank {content.scales_from}",
         f"{output.path}: {keys.layout_of(tensors)}, {kinds}, {len(changes)} modules, {size}",
         f"read by {', '.join(readers.readers_of(target, traits)) or 'no program that was tried'}",
     ]

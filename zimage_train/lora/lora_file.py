@@ -51,7 +51,7 @@ class LoraContent:
     changes: Changes
     metadata: dict[str, str]
     scales_from: str
-    """Where the scales stand, for people."""
+    """Where the scales stand, as the end of a sentence."""
 
 
 def read_changes(path: Path) -> LoraContent:
@@ -99,22 +99,23 @@ def _set_scale(path: Path, module: str, change: Change, described: list[tuple[st
     places = [(".alpha", qkv.scale_of(change))] if "alpha" in change else []
     places += described
     if not places:
-        return "no place, so it is taken as 1"
+        return "taken as 1, which the file does not say"
     source, scale = places[0]
+    origin = f"from {source}"
     for other, other_scale in places[1:]:
         if not math.isclose(scale, other_scale, rel_tol=1e-5):
             what = f"{module} is multiplied by {scale:g} according to {source}, and by {other_scale:g} to {other}"
             raise WeightsError(Problem(str(path), what, "remove the one that is wrong", "conflicting-alpha"))
     rank = qkv.rank_of(change)
     if "alpha" in change:
-        return source
+        return origin
     if rank:
         change["alpha"] = torch.tensor(scale * rank)
     elif scale != 1.0:
         # A LoKr, whose alpha counts only together with the rank of a factor, which it may not have.
         first = "lokr_w1" if "lokr_w1" in change else "lokr_w1_a"
         change[first] = change[first].float() * scale
-    return source
+    return origin
 
 
 def _restore_alphas(changes: Changes, had_alpha: bool | None) -> None:
