@@ -818,7 +818,14 @@ def test_the_line_of_every_key_is_known():
 def test_settings_that_conflict(read, refused):
     """Settings that do not go together are refused."""
     for text, said in (
-        ("sample: {prompts: ['a [trigger]']}", "sample.prompts.0 has [trigger], which is for captions"),
+        (
+            "sample: {prompts: ['a [Trigger]']}",
+            "c.yaml:3: sample.prompts.0: has [Trigger], and no trigger is set",
+        ),
+        ("sample: {negative: 'a [name]'}", "c.yaml:3: sample.negative: has [name], and no trigger is set"),
+        ("sample: {prompts: ['a cat -w 512']}", "sample.prompts.0: has -w 512, which would be words"),
+        ("sample: {prompts: ['a cat --w 512']}", "sample.prompts.0: has --w 512, which would be words"),
+        ("model: {variant: deturbo, adapter: v2}", "c.yaml:3: model.adapter: adapter v2 was made for Turbo"),
         ("sample: {weights: ema}", "sample.weights: ema needs ema.decay"),
         ("optimizer: {name: automagic, params: {min_lr: 0.1, max_lr: 0.01}}", "min_lr is above max_lr"),
         ("schedule: {name: constant_with_warmup}", "constant_with_warmup needs warmup_steps"),

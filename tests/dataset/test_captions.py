@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from zimage_train.config.dataset import DataEntry
 from zimage_train.config.schema import PreserveSettings
+from zimage_train.config.triggers import has_trigger, placeholder_in
 from zimage_train.dataset import captions
 from zimage_train.errors import DataError
 from zimage_train.rng import keyed_int
@@ -52,7 +53,10 @@ def test_any_bytes_are_a_text_or_a_refusal(tmp_path_factory, content: bytes):
         ("", "a photo", "zorb", "zorb a photo"),
         ("", "", "zorb", "zorb"),
         ("a [trigger] car", "", None, "a [trigger] car"),
-        ("a Zorb car", "", "zorb", "zorb a Zorb car"),
+        ("a Zorb car", "", "zorb", "a zorb car"),
+        ("ZORB's car", "", "zorb", "zorb's car"),
+        ("a [Trigger] car, [NAME]", "", "zorb", "a zorb car, zorb"),
+        ("", "a [name] car", "zorb", "a zorb car"),
         ("a zorblike car", "", "zorb", "zorb a zorblike car"),
         ("a zorb-like car", "", "zorb", "a zorb-like car"),
         ("", "  a thing\r\n", None, "a thing"),
@@ -67,7 +71,7 @@ def test_trigger_is_in_the_prompt_once(caption: str, default: str, trigger: str 
 @given(st.text(max_size=30), st.text(max_size=30), st.sampled_from(["zorb", "a zorb", "z*(", "[x]"]))
 def test_every_prompt_teaches_the_trigger(caption: str, default: str, trigger: str):
     prompt = captions.compose_prompt(captions.clean_text(caption), default, trigger)
-    assert trigger in prompt and captions.PLACEHOLDER not in prompt
+    assert trigger in prompt and placeholder_in(prompt) is None
     again = captions.compose_prompt(prompt, default, trigger)
     assert again == prompt
 
@@ -141,6 +145,9 @@ def test_preserve_prompt_has_class_word():
     kept = PreserveSettings(kind="trigger", class_word="shape")
     assert captions.preserve_prompt("a zorb, zorb-like", own, kept) == "a shape, shape-like"
     assert captions.preserve_prompt("zorb a Zorb, zorblike", own, kept) == "shape a shape, zorblike"
+    for caption in ("Zorb in snow", "a [NAME]", "zorblike", "ZORB"):
+        composed = captions.compose_prompt(caption, "", "zorb")
+        assert not has_trigger(captions.preserve_prompt(composed, own, kept) or "", "zorb")
     assert captions.preserve_prompt("a circle", other, kept) == "a circle"
     assert captions.preserve_prompt("", own, kept) == ""
     assert captions.preserve_prompt("a zorb", own, PreserveSettings(kind="blank")) == ""

@@ -294,6 +294,20 @@ def test_resolutions_of_equal_size():
     assert [item.resolution for item in items][:3] == [512, 64, 512]
 
 
+def test_equal_sizes_may_repeat():
+    """With `repeat_equal_sizes` each resolution counts, with noise of its own; one that is listed twice counts once."""
+    entry = [{"resolution": [512, 768, 64, 512], "repeat_equal_sizes": True}]
+    items = make_items(config(entries=entry), [images(2, sizes=[(100, 100), (64, 64)])])
+    found = [(item.image.path.name, item.size.width, item.resolution) for item in items]
+    assert found == [
+        ("000.png", 96, 512), ("000.png", 96, 768), ("000.png", 64, 64),
+        ("001.png", 64, 512), ("001.png", 64, 768), ("001.png", 64, 64),
+    ]  # fmt: skip
+    assert len({item.identity() for item in items}) == 6
+    order = make_sample_order(config(entries=entry), items)
+    assert order.concept.micro_batches_per_epoch == 6
+
+
 def test_repeats_are_items_of_their_own():
     thrice = [replace(image, repeats=3) for image in images(2)]
     items = make_items(config(entries=[{}, {}]), [thrice, images(1, tag="b")])

@@ -310,8 +310,12 @@ def test_caption_missing(photos: Path):
     assert result.notes == [Note("no-caption", said)]
     (note,) = scanned(photos, trigger="zorb").notes  # a trigger in front of nothing is no caption
     assert note.code == "no-caption" and "trained on 'zorb' alone" in note.text
-    (note,) = scanned(photos, trigger="zorb", caption_ext=".caption").notes
-    assert "3 of 3 images" in note.text and "2 have a .txt beside them" in note.text
+    unread, note = scanned(photos, trigger="zorb", caption_ext=".caption").notes
+    assert "3 of 3 images" in note.text
+    said = (
+        f"{photos}: 2 files, such as b.txt: not read, though it looks like captions; to use them, set caption_ext: .txt"
+    )
+    assert unread == Note("unread-captions", said)
     assert scanned(photos, default_caption="a thing").notes == []
     for name in ("d.png", "e.png"):
         image(photos / name, (9, 9, ord(name[0])))

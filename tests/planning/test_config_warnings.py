@@ -86,8 +86,9 @@ def test_defaults_have_no_warning(variant: str):
             ["previews use 8 steps and guidance 0.5 (CFG 1.5)", "set both to auto"],
         ),
         (
-            {"sample": {"prompts": ["a zorb", "two zorbs"]}},
+            {"sample": {"prompts": ["a zorb", "Zorb, sitting"]}},
             [
+                {"sample": {"prompts": ["a zorb", "two zorbs"]}},
                 {"sample": {"prompts": ["a zorb", "a tree"]}},
                 {"data": [{"folder": "photos"}], "sample": {"prompts": ["a zorb"]}},
             ],

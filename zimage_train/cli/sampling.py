@@ -7,7 +7,6 @@ import typer
 
 from zimage_train.config.schema import ModelSettings
 from zimage_train.config.variants import VARIANTS
-from zimage_train.diffusion.prompts import PromptSpec, read_prompt_file
 from zimage_train.errors import ConfigError, Problem
 from zimage_train.report.printing import print_lines, print_notes
 
@@ -37,8 +36,8 @@ From = Annotated[
     list[Path] | None,
     typer.Option(
         "--from",
-        help="Draw with the prompt, size, seed and steps that this PNG contains; other options override them. "
-        "Repeatable.",
+        help="Draw with the prompt, size, seed and steps that this PNG of zimage-train, A1111, Forge or ComfyUI "
+        "contains; other options override them. Repeatable.",
     ),
 ]
 Variant = Annotated[
@@ -100,24 +99,20 @@ def sample(
     problems += _prompt_source_problems(has_prompts=bool(prompt or prompts), has_images=bool(from_), count=count)
     settings = _parse_models([model], "MODEL", variant, extras, dtype, problems)[0]
     from zimage_train.commands import lora_args
-    from zimage_train.commands.sample import (
-        BatchLimit,
-        SamplingOptions,
-        requests_for,
-        requests_from_images,
-        sample_images,
-        source_notes,
-    )
+    from zimage_train.commands.prompt_sources import prompt_specs
+    from zimage_train.commands.sample import BatchLimit, SamplingOptions, requests_for, sample_images
+    from zimage_train.commands.sample_from import requests_from_images
 
     options = SamplingOptions(negative, seed, width, height, steps, guidance, count)
+    loras = [lora_args.parse_weighted_lora(text) for text in lora or []]
     if from_:
-        requests = requests_from_images(options, from_)
-        print_lines(source_notes(from_))
+        requests, notes = requests_from_images(options, settings, from_)
+        print_lines(notes)
     else:
-        requests = requests_for(options, settings, _prompt_specs(prompt, prompts))
+        specs = prompt_specs(prompt or [], prompts, [weighted.path for weighted in loras])
+        requests = requests_for(options, settings, specs)
     if negative and not any(request.guidance > 0 for request in requests):
         print_notes(["--negative has no effect at guidance 0, which is Turbo's default; give --guidance"])
-    loras = [lora_args.parse_weighted_lora(text) for text in lora or []]
     sample_images(settings, loras, requests, BatchLimit(batch, budget_gb), output)
 
 
@@ -197,14 +192,16 @@ def compare(
         problems.append(Problem("--prompt", f"is missing, and {reason}", hint, "missing-argument"))
     models = _parse_models(model or ["turbo"], "--model", variant, extras, dtype, problems)
     from zimage_train.commands import draw
+    from zimage_train.commands.prompt_sources import prompt_specs
     from zimage_train.commands.sample import SamplingOptions
 
+    loras = draw.lora_files(inputs)
     grid = draw.GridSpec(
         models=models,
-        loras=draw.lora_files(inputs),
+        loras=loras,
         strengths=draw.parse_strengths(strength or "0,1"),
         samplings=draw.parse_samplings(sampling) if sampling else [],
-        prompts=prompt or [],
+        prompts=[spec.prompt for spec in prompt_specs(prompt or [], None, loras)],
         options=SamplingOptions(negative, seed, width, height, None, None),
     )
     print_lines(draw.draw_grid(grid, by, output))
@@ -249,17 +246,13 @@ def drift(
     settings = _parse_models([model], "MODEL", "turbo", extras, dtype, problems)[0]
     from zimage_train.commands import lora_args
     from zimage_train.commands.drift import drift_report
+    from zimage_train.commands.prompt_sources import prompt_specs
     from zimage_train.commands.sample import SamplingOptions
 
     options = SamplingOptions(None, seed, width, height, None, None)
     loras = [lora_args.parse_weighted_lora(text) for text in lora]
-    print_lines(drift_report(settings, loras, _prompt_specs(prompt, prompts), options, output))
-
-
-def _prompt_specs(prompts: list[str] | None, file: Path | None) -> list[PromptSpec]:
-    """Return the prompts of `--prompt` and of the file of `--prompts`."""
-    specs = [PromptSpec(prompt) for prompt in prompts or []]
-    return specs + read_prompt_file(file) if file else specs
+    specs = prompt_specs(prompt or [], prompts, [weighted.path for weighted in loras])
+    print_lines(drift_report(settings, loras, specs, options, output))
 
 
 def _prompt_source_problems(has_prompts: bool, has_images: bool, count: int) -> list[Problem]:

@@ -49,7 +49,7 @@ def caption_folder(folder: Path, options: CaptionOptions, console: Console) -> l
         ConfigError: the model does not fit the device.
     """
     with console.live_progress():
-        # Existing captions may contain [trigger], which only a config with a trigger may have.
+        # Existing captions may contain a placeholder, which only a config with a trigger may have.
         entry = DataEntry(folder=str(folder), caption_ext=options.extension, trigger=options.trigger or "any")
         scan = scan_entry(entry, "FOLDER", progress=console.progress)
     errors = list(scan.errors)

@@ -11,6 +11,7 @@ from zimage_train import mini
 from zimage_train.config import load, templates
 from zimage_train.config.dataset import DataEntry
 from zimage_train.config.templates import SUBJECT_KINDS, TemplateValues
+from zimage_train.dataset.captions import compose_prompt
 from zimage_train.dataset.images import EXTENSIONS
 from zimage_train.dataset.scan import ImageRecord, scan_entry
 from zimage_train.dataset.sources import KOHYA_FOLDER, MASK_FOLDER, kohya_names
@@ -77,7 +78,7 @@ def summarize_folder(folder: Path, progress: Progress) -> FolderSummary:
         DataError: the folder does not exist, or none of its files can be used.
     """
     mask = _mask_folder(folder)
-    # A trigger is not chosen yet, but captions with the placeholder [trigger] need it.
+    # A trigger is not chosen yet, but captions with a placeholder need it.
     entry = DataEntry(folder=str(folder), trigger="any", mask=mask)
     scan = scan_entry(entry, "FOLDER", progress=progress)
     if not scan.images:
@@ -85,8 +86,8 @@ def summarize_folder(folder: Path, progress: Progress) -> FolderSummary:
     problems = [problem for error in scan.errors for problem in error.problems]
     captions = [image.raw_captions[0] for image in scan.images if image.raw_captions]
     kohya = kohya_names([image.path for image in scan.images], folder)
-    # `describe_folder` reports these two in its own words.
-    omitted_codes = {"no-caption", "kohya-folders"} if kohya else {"no-caption"}
+    # `describe_folder` reports the first two in its own words, and the third is of the trigger above.
+    omitted_codes = {"no-caption", "kohya-folders", "trigger-case"} if kohya else {"no-caption", "trigger-case"}
     notes = [note for note in scan.notes if note.code not in omitted_codes]
     return FolderSummary(str(folder), scan.images, captions, notes, problems, tuple(kohya), mask)
 
@@ -179,7 +180,8 @@ def likely_trigger(captions: Sequence[str], kohya: Sequence[str] = ()) -> str | 
             first_words[match[0]] += 1
     if len(captions) < 3 or not first_words:
         return None
-    word, count = first_words.most_common(1)[0]
+    word = first_words.most_common(1)[0][0]
+    count = sum(number for other, number in first_words.items() if other.casefold() == word.casefold())
     is_usual = word.lower() in USUAL_FIRST_WORDS
     return word if count >= 0.9 * len(captions) and not is_usual else None
 
@@ -320,8 +322,7 @@ def _example_prompts(captions: Sequence[str], trigger: str) -> tuple[str, ...]:
     examples = by_length if len(by_length) < 2 else [by_length[len(by_length) // 3], by_length[-1]]
     prompts = []
     for caption in dict.fromkeys(examples):
-        prompt = caption.replace("[trigger]", trigger)
-        prompts.append(prompt if trigger in prompt else f"{trigger} {prompt}")
+        prompts.append(compose_prompt(caption, "", trigger))
     return tuple(prompts)
 
 

@@ -234,8 +234,22 @@ def requests_for(options: SamplingOptions, model: ModelSettings, specs: Sequence
     Raises:
         ConfigError: lists the values of prompts that no request can have.
     """
+    common = default_fields(model) | options.given()
+    errors: list[ZImageTrainError] = []
+    requests: list[SamplingRequest] = []
+    for index, spec in enumerate(specs):
+        fields = common | {"prompt": spec.prompt, "seed": common["seed"] + index * options.count} | spec.overrides
+        with collect_errors(errors):
+            for number in range(options.count):
+                requests.append(make_request(fields | {"seed": fields["seed"] + number}, spec.location))
+    raise_all(errors)
+    return requests
+
+
+def default_fields(model: ModelSettings) -> dict[str, Any]:
+    """Return the fields of a request that neither a prompt nor an option gives."""
     variant = VARIANTS[model.variant]
-    defaults = {
+    return {
         "negative": "",
         "seed": DEFAULT_SEED,
         "width": DEFAULT_SIZE,
@@ -244,43 +258,24 @@ def requests_for(options: SamplingOptions, model: ModelSettings, specs: Sequence
         "guidance": variant.guidance,
         "shift": variant.shift,
     }
-    common = defaults | options.given()
-    errors: list[ZImageTrainError] = []
-    requests: list[SamplingRequest] = []
-    for index, spec in enumerate(specs):
-        fields = common | {"prompt": spec.prompt, "seed": common["seed"] + index * options.count} | spec.overrides
-        with collect_errors(errors):
-            for number in range(options.count):
-                requests.append(_request(fields | {"seed": fields["seed"] + number}))
-    raise_all(errors)
-    return requests
 
 
-def _request(fields: Mapping[str, Any]) -> SamplingRequest:
+def make_request(fields: Mapping[str, Any], location: Location | None) -> SamplingRequest:
+    """Return the request of a prompt.
+
+    Raises:
+        ConfigError: lists the values that no request can have.
+    """
     try:
         return SamplingRequest.from_json(json.dumps(fields))
     except ValidationError as error:
-        first = error.errors()[0]
-        where = f"{fields['prompt'][:40]!r}: {'.'.join(map(str, first['loc']))}"
-        raise ConfigError(Problem(where, f"is {first['input']!r}", first["msg"].lower(), "bad-value")) from None
-
-
-def source_notes(paths: list[Path]) -> list[str]:
-    """Return a line on what drew each image, since model and LoRAs are not part of its request."""
-    notes = []
-    for path in paths:
-        if source := preview_images.drawn_by(path):
-            notes.append(f"{path} was drawn by {source}; this command uses the model and the --lora given to it")
-    return notes
-
-
-def requests_from_images(options: SamplingOptions, paths: list[Path]) -> list[SamplingRequest]:
-    """Return the requests in the metadata of images, with `options` in place of their own values.
-
-    Raises:
-        DataError: an image was not made by this trainer.
-    """
-    return [_request(asdict(preview_images.request_of(path)) | options.given()) for path in paths]
+        problems: list[Problem] = []
+        for details in error.errors():
+            name = ".".join(map(str, details["loc"]))
+            where = replace(location or Location(source=repr(fields["prompt"][:40])), key=name)
+            hint = details["msg"].lower().removeprefix("value error, ")
+            problems.append(Problem(where, f"is {details['input']!r}", hint, "bad-value"))
+        raise ConfigError(*problems) from None
 
 
 def command_for(config: Config, lora: Path) -> str:

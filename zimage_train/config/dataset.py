@@ -4,6 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from zimage_train.config.triggers import placeholder_in
 from zimage_train.config.types import ConflictError, Resolutions, Section, SettingError
 
 ALPHA = "alpha"
@@ -22,6 +23,9 @@ class DataEntry(Section):
     resolution: Resolutions = [512, 768, 1024]
     """Each image is trained once at each of these resolutions (side of the square of equal area, px); images are never
     upscaled."""
+    repeat_equal_sizes: bool = False
+    """Train an image at each resolution even where it has the same size at several: small images, which are never
+    upscaled, then weigh as much as large ones, as in AI Toolkit; false: equal sizes count once."""
     max_pixels: int | None = Field(default=None, ge=1024, le=16_777_216)
     """Each image is trained at its own size, scaled down to at most this number of pixels; `resolution` is then not
     used."""
@@ -31,7 +35,8 @@ class DataEntry(Section):
     batch_size: int | None = Field(default=None, ge=1, le=1024)
     """Samples of these images per forward pass; null: train.batch_size."""
     trigger: str | None = Field(default=None, min_length=1)
-    """Word that stands for the concept: replaces `[trigger]` in captions, and is prepended to captions without it."""
+    """Word that stands for the concept: replaces `[trigger]` or `[name]` in captions and previews, and is prepended to
+    captions without it. It is found as a whole word in any case, and written as it is spelt here."""
     default_caption: str = ""
     """Caption of images that have none."""
     caption_ext: str = Field(default=".txt", pattern=r"^\.[A-Za-z0-9_.]+$")
@@ -66,7 +71,7 @@ class DataEntry(Section):
     @field_validator("trigger")
     @classmethod
     def _is_word(cls, value: str | None) -> str | None:
-        if value is not None and (value != value.strip() or value == "[trigger]" or len(value.splitlines()) > 1):
+        if value is not None and (value != value.strip() or placeholder_in(value) or len(value.splitlines()) > 1):
             raise SettingError(f"is {value!r}", "give the word itself, on a single line and without spaces around it")
         return value
 
@@ -81,14 +86,18 @@ class DataEntry(Section):
     def _holds_together(self) -> Self:
         fields = type(self).model_fields
         if self.repeats == "by_folder" and self.folder is None:
-            raise ConflictError("repeats: by_folder needs folder: a file has no subfolders")
+            raise ConflictError("repeats: by_folder needs folder: a file has no subfolders", key=("repeats",))
         if self.regularization and self.trigger is not None:
-            raise ConflictError("is for regularization, so its images show no concept", "leave trigger out")
+            raise ConflictError(
+                "is for regularization, so its images show no concept", "leave trigger out", ("trigger",)
+            )
         if self.dropout_keeps_trigger and self.trigger is None:
-            raise ConflictError("dropout_keeps_trigger needs a trigger", "set trigger, or leave it out")
+            hint = "set trigger, or leave it out"
+            raise ConflictError("dropout_keeps_trigger needs a trigger", hint, ("dropout_keeps_trigger",))
         for name in ("mask_floor", "mask_prior"):
             if self.mask is None and getattr(self, name) != fields[name].default:
-                raise ConflictError(f"{name} needs a mask", "set mask, or leave it out")
+                raise ConflictError(f"{name} needs a mask", "set mask, or leave it out", (name,))
         if self.keep_tags and not (self.shuffle_tags or self.tag_dropout):
-            raise ConflictError("keep_tags needs shuffle_tags or tag_dropout", "set either of them, or leave it out")
+            hint = "set either of them, or leave it out"
+            raise ConflictError("keep_tags needs shuffle_tags or tag_dropout", hint, ("keep_tags",))
         return self

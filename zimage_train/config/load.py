@@ -1,7 +1,8 @@
 """Reading of a config file and `--set key=value` into a `Config`; all problems are reported at once, with lines."""
 
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from pydantic import ValidationError
@@ -68,7 +69,7 @@ def load_document(
         problems += _apply_override(document.value, override, origins)
 
     def locate(key_path: KeyPath) -> Location:
-        return _locate(path, document, origins, key_path)
+        return locate_key(path, document, key_path, origins)
 
     config, schema_problems = validate_config(document.value, locate)
     problems += sorted([*earlier_problems, *schema_problems], key=lambda problem: problem.place.line or 0)
@@ -248,8 +249,10 @@ def _apply_override(root: dict[str, Any], override: str, origins: dict[KeyPath, 
     return [problem(error.message, error.hint, error.code, dotted_key(error.path)) for error in document.problems]
 
 
-def _locate(path: Path, document: YamlDocument, origins: dict[KeyPath, Argument], key_path: KeyPath) -> Location:
-    """Return the location of a setting: the `--set` that gave it, or file, line and name."""
+def locate_key(
+    path: Path, document: YamlDocument, key_path: KeyPath, origins: Mapping[KeyPath, Argument] = MappingProxyType({})
+) -> Location:
+    """Return the location of a value of a document: the argument in `origins` that set it, or file, line and name."""
     for length in range(len(key_path), 0, -1):
         if key_path[:length] in origins:
             return Location(key=dotted_key(key_path), argument=origins[key_path[:length]])

@@ -1,15 +1,19 @@
 """Settings of the previews."""
 
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
-from zimage_train.config.types import EverySteps, Pixels, Section, SettingError, as_lora, as_prompt
+from zimage_train.config.prompt_flags import flag_in
+from zimage_train.config.strict_yaml import KeyPath
+from zimage_train.config.triggers import placeholder_in
+from zimage_train.config.types import ConflictError, EverySteps, Pixels, Section, SettingError, as_lora, as_prompt
 
 
 class PreviewPrompt(Section):
     prompt: str
-    """Text of the prompt."""
+    """Text of the prompt; `[trigger]` and `[name]` stand for the trigger, if there is a single one."""
     negative: str | None = None
     """Negative prompt; null: sample.negative."""
     seed: int | None = Field(default=None, ge=0, lt=2**63)
@@ -18,6 +22,15 @@ class PreviewPrompt(Section):
     """Width in px; null: sample.width."""
     height: Pixels | None = None
     """Height in px; null: sample.height."""
+
+    @field_validator("prompt")
+    @classmethod
+    def _has_no_flag(cls, value: str) -> str:
+        flag = flag_in(value)
+        if flag is not None:
+            hint = "write {prompt: ..., width: 512} for a flag; flags are read in prompt files, with two hyphens"
+            raise SettingError(f"has {flag.text}, which would be words of the prompt", hint)
+        return value
 
 
 class ExtraLora(Section):
@@ -61,3 +74,23 @@ class SampleSettings(Section):
         if not isinstance(value, str) and not low <= value <= high:
             raise SettingError(f"is {value}", f"give auto, or {low} to {high}")
         return value
+
+
+def trigger_error(sample: SampleSettings, triggers: Sequence[str]) -> ConflictError | None:
+    """Return the conflict of the previews with the triggers of all concepts, or None if there is none."""
+    for number, trigger in enumerate(triggers):
+        for other in triggers[:number]:
+            if trigger.casefold() == other.casefold():
+                message = f"the triggers {other!r} and {trigger!r} differ in case alone, so they are the same word"
+                return ConflictError(message, "spell them alike, or choose another word", ("data",))
+    if len(triggers) == 1:
+        return None
+    texts: dict[KeyPath, str] = {("sample", "negative"): sample.negative}
+    for index, preview in enumerate(sample.prompts):
+        texts["sample", "prompts", index] = f"{preview.prompt} {preview.negative or ''}"
+    for key, text in texts.items():
+        placeholder = placeholder_in(text)
+        if placeholder is not None:
+            found = f"there are several triggers ({', '.join(triggers)})" if triggers else "no trigger is set"
+            return ConflictError(f"has {placeholder}, and {found}", "write the word itself", key)
+    return None

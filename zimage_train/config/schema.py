@@ -13,7 +13,7 @@ from zimage_train.config.dataset import DataEntry
 from zimage_train.config.methods import MethodName, TeacherSettings
 from zimage_train.config.module_groups import TARGET_GROUPS
 from zimage_train.config.optimizers import OPTIMIZERS, OptimizerName
-from zimage_train.config.sample import SampleSettings
+from zimage_train.config.sample import SampleSettings, trigger_error
 from zimage_train.config.types import (
     RECOMPUTE_MODES,
     SCHEDULE_PARAMS,
@@ -28,11 +28,13 @@ from zimage_train.config.types import (
     SettingError,
     check_params,
 )
-from zimage_train.config.variants import VARIANTS, VariantName
+from zimage_train.config.variants import ADAPTERS, VARIANTS, VariantName
 from zimage_train.io.dtypes import Precision
 from zimage_train.io.operating_system import is_device_name
 
 NAME = r"^\w[\w .+-]*$"
+MADE_FOR_TURBO = {*ADAPTERS, *(path.rpartition("/")[2] for path in ADAPTERS.values())}
+"""Names of the published training adapters, and of their files."""
 MAX_NAME_BYTES = 200
 """File systems allow 255 bytes, and files of a run add a step, an extension and a temporary suffix to its name."""
 
@@ -74,9 +76,10 @@ class ModelSettings(Section):
 
     @model_validator(mode="after")
     def _adapter_belongs(self) -> Self:
-        if self.variant != "turbo" and self.adapter in ("v1", "v2"):
+        file_name = re.split(r"[\\/]", self.adapter or "")[-1]
+        if self.variant != "turbo" and file_name in MADE_FOR_TURBO:
             raise ConflictError(
-                f"adapter {self.adapter} was made for Turbo and would harm {self.variant}", "leave it out"
+                f"adapter {self.adapter} was made for Turbo and would harm {self.variant}", "leave it out", ("adapter",)
             )
         return self
 
@@ -153,7 +156,7 @@ class TimestepSettings(Section):
     @model_validator(mode="after")
     def _ordered(self) -> Self:
         if self.min >= self.max:
-            raise ConflictError(f"min {self.min} must be below max {self.max}")
+            raise ConflictError(f"min {self.min} must be below max {self.max}", key=("min",))
         return self
 
 
@@ -351,18 +354,19 @@ class Config(Section):
             for index, entry in enumerate(self.data):
                 if not entry.trigger and not entry.regularization:
                     hint = f"set data.{index}.trigger, or use blank"
-                    raise ConflictError("preserve.kind: trigger needs the trigger of every concept", hint)
+                    message = "preserve.kind: trigger needs the trigger of every concept"
+                    raise ConflictError(message, hint, ("preserve", "kind"))
         if all(entry.regularization for entry in self.data):
-            raise ConflictError("data: every entry is for regularization", "one must show the concept")
-        for index, preview in enumerate(self.sample.prompts):
-            if "[trigger]" in preview.prompt:
-                message = f"sample.prompts.{index} has [trigger], which is for captions"
-                raise ConflictError(message, "write the word itself")
+            raise ConflictError("data: every entry is for regularization", "one must show the concept", ("data",))
+        error = trigger_error(self.sample, self.triggers)
+        if error is not None:
+            raise error
         if self.sample.weights == "ema" and self.ema.decay is None:
-            raise ConflictError("sample.weights: ema needs ema.decay", "set ema.decay, or use raw")
+            hint = "set ema.decay, or use raw"
+            raise ConflictError("sample.weights: ema needs ema.decay", hint, ("sample", "weights"))
         if self.model.attention == "cudnn" and self.train.reproducible:
             hint = "set train.reproducible: false, or take auto"
-            raise ConflictError("model.attention: cudnn has no fixed order of sums", hint)
+            raise ConflictError("model.attention: cudnn has no fixed order of sums", hint, ("model", "attention"))
         return self
 
     @field_validator("name")

@@ -5,6 +5,8 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
+from zimage_train.config.strict_yaml import KeyPath
+
 Quantization = Literal["fp8", "fp8_fast", "int8", "nf4"]
 """Formats of quantised frozen weights."""
 AttentionName = Literal["auto", "sdpa", "cudnn", "flash3", "flash4"]
@@ -21,13 +23,16 @@ STRICT = ConfigDict(strict=True, allow_inf_nan=False)
 
 
 class SettingError(ValueError):
-    """An invalid value: what was found, and what to do about it, empty if that is obvious."""
+    """An invalid value: what was found, and what to do about it, empty if that is obvious.
+
+    `key` is the path of the setting below the section whose validator raises it.
+    """
 
     code = "bad-value"
 
-    def __init__(self, finding: str, hint: str = "") -> None:
+    def __init__(self, finding: str, hint: str = "", key: KeyPath = ()) -> None:
         super().__init__("; ".join(filter(None, (finding, hint))))
-        self.finding, self.hint = finding, hint
+        self.finding, self.hint, self.key = finding, hint, key
 
 
 class ConflictError(SettingError):

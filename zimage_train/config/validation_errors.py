@@ -95,7 +95,8 @@ def _key_path(details: ErrorDetails, values: Any) -> KeyPath:
         else:
             break
         path.append(part)
-    return tuple(path)
+    raised = details.get("ctx", {}).get("error")
+    return (*path, *raised.key) if isinstance(raised, SettingError) else tuple(path)
 
 
 def _problem(key_path: KeyPath, errors: list[ErrorDetails], location: Location | str) -> Problem:

@@ -4,12 +4,12 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from zimage_train.config import triggers
 from zimage_train.config.dataset import DataEntry
 from zimage_train.config.schema import PreserveSettings
 from zimage_train.errors import DataError, Problem
 
 MAX_BYTES = 20_000
-PLACEHOLDER = "[trigger]"
 _ZERO_WIDTH = dict.fromkeys(map(ord, "\u200b\u200c\u200d\u2060\ufeff"))
 
 
@@ -64,22 +64,16 @@ def clean_text(text: str) -> str:
 def compose_prompt(caption: str, default: str, trigger: str | None, separator: str = " ") -> str:
     """Return the prompt of an image: its caption, or `default` if that is empty, with the trigger in place.
 
-    `[trigger]` is replaced by the trigger. If the text then still lacks the trigger, it is put in front, so that every
-    image teaches it.
+    The trigger is inserted by the rule of `config.triggers`. If the text then still lacks it, it is put in front, so
+    that every image teaches it.
     """
     text = caption or clean_text(default)
     if trigger is None:
         return text
-    text = text.replace(PLACEHOLDER, trigger)
-    if trigger_pattern(trigger).search(text):
+    text = triggers.insert_trigger(text, trigger)
+    if triggers.has_trigger(text, trigger):
         return text
     return f"{trigger}{separator}{text}" if text else trigger
-
-
-def trigger_pattern(trigger: str) -> re.Pattern[str]:
-    """Return a pattern that matches `trigger` as a whole word: `zorb` is not in `zorblike`."""
-    # Not \b, which needs a letter at the end of the trigger: `zorb!` would not be found.
-    return re.compile(rf"(?<!\w){re.escape(trigger)}(?!\w)")
 
 
 def prompts_of(captions: tuple[str, ...], entry: DataEntry) -> tuple[str, ...]:
@@ -111,12 +105,11 @@ def sample_prompt(prompts: tuple[str, ...], entry: DataEntry, uniform: Callable[
     if not has_tags(entry):
         return text
     tags = [tag.strip() for tag in text.split(",") if tag.strip()]
-    trigger = None if entry.trigger is None else trigger_pattern(entry.trigger)
     fixed: list[int] = []
     movable: list[int] = []
     num_ordinary = 0  # tags so far that do not hold the trigger
     for position, tag in enumerate(tags):
-        if trigger is not None and trigger.search(tag):
+        if entry.trigger is not None and triggers.has_trigger(tag, entry.trigger):
             fixed.append(position)
             continue
         if num_ordinary < entry.keep_tags:
@@ -149,7 +142,4 @@ def preserve_prompt(prompt: str, entry: DataEntry, preserve: PreserveSettings) -
         return ""
     if not entry.trigger:
         return prompt
-    # The case of letters is ignored here: if `Zorb` stayed in the prompt, the loss would preserve what `zorb` is to
-    # change.
-    pattern = re.compile(trigger_pattern(entry.trigger).pattern, re.IGNORECASE)
-    return pattern.sub(lambda _: preserve.class_word, prompt)
+    return triggers.replace_trigger(prompt, entry.trigger, preserve.class_word)

@@ -74,8 +74,7 @@ def make_items(config: Config, images: list[list[ImageRecord]]) -> list[TrainIte
     for index, (entry, records) in enumerate(zip(config.data, images, strict=True)):
         flips = (False, True) if entry.flip else (False,)
         for image in records:
-            resolutions = _resolution_by_size(image, entry, problems)
-            for size, resolution in resolutions.items():
+            for size, resolution in _sizes_of(image, entry, problems):
                 for repeat, flip in itertools.product(range(image.repeats), flips):
                     items.append(TrainItem(index, image, resolution, size, repeat, flip))
     if problems:
@@ -83,18 +82,19 @@ def make_items(config: Config, images: list[list[ImageRecord]]) -> list[TrainIte
     return items
 
 
-def _resolution_by_size(image: ImageRecord, entry: DataEntry, problems: list[Problem]) -> dict[Bucket, int]:
-    """Return size -> resolution for `image`, and add resolutions for which it is too narrow to `problems`."""
-    resolutions: dict[Bucket, int] = {}
-    for side in target_sides(entry):
+def _sizes_of(image: ImageRecord, entry: DataEntry, problems: list[Problem]) -> list[tuple[Bucket, int]]:
+    """Return (size, resolution) for `image`, and add resolutions for which it is too narrow to `problems`."""
+    sizes: list[tuple[Bucket, int]] = []
+    for side in dict.fromkeys(target_sides(entry)):  # a resolution that is listed twice counts once
         try:
             size = nearest_bucket(image.width, image.height, side)
         except ValueError as error:
             problems.append(Problem(str(image.path), str(error), "crop it or remove it", "too-narrow"))
             continue
         # A small image, which is never upscaled, has one size at several resolutions, and is one item then.
-        resolutions.setdefault(size, int(side))
-    return resolutions
+        if entry.repeat_equal_sizes or size not in dict(sizes):
+            sizes.append((size, int(side)))
+    return sizes
 
 
 def target_sides(entry: DataEntry) -> list[float]:

@@ -5,7 +5,9 @@ import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from zimage_train.config import triggers
 from zimage_train.config.dataset import DataEntry
+from zimage_train.config.prompt_flags import flag_in
 from zimage_train.dataset import captions, images, masks
 from zimage_train.dataset.images import ImageIndex, ImageInfo, near_duplicates
 from zimage_train.dataset.masks import Mask
@@ -95,6 +97,7 @@ def scan_entry(
         hint = f"put images there ({', '.join(sorted(images.EXTENSIONS))})"
         result.errors.append(DataError(Problem(location, "holds no images", hint, "no-images")))
     _note_missing_captions(sources, entry, where, result)
+    _note_trigger_in_other_case(entry, where, result)
     _note_long_captions(result)
     _note_duplicates(result)
     _note_missing_masks(entry, where, result)
@@ -106,14 +109,22 @@ def scan_entry(
 def _records_of_prompts(path: Path, entry: DataEntry, where: str, notes: list[Note]) -> list[ImageRecord]:
     """Return a record for each line of `path`: an image that is yet to be generated, identified by its prompt."""
     lines: dict[str, int] = {}
+    problems: list[Problem] = []
     for number, text in enumerate(captions.read_lines(path), 1):
         if not text or text.startswith("#"):
             continue
+        flag = flag_in(text)
+        if flag is not None:
+            what = f"has {flag.text}, which would be words of the prompt"
+            hint = f"take it out: sizes come from {where}.resolution, steps and guidance from the method"
+            problems.append(Problem(Location(str(path), number), what, hint, "flag-in-prompt"))
         if text in lines:
             note = f"{path}:{number}: the same prompt as in line {lines[text]}; drawn once"
             notes.append(Note("same-prompt", note))
         else:
             lines[text] = number
+    if problems:
+        raise DataError(*problems)
     if not lines:
         location = Location(key=f"{where}.prompts", source=str(path))
         raise DataError(Problem(location, "holds no prompt", "write a prompt per line", "no-prompts"))
@@ -141,8 +152,9 @@ def _prompts_of(texts: tuple[str, ...], path: Path, entry: DataEntry, where: str
         DataError: a placeholder would stay in a prompt, since there is no trigger.
     """
     prompts = captions.prompts_of(texts, entry)
-    if any(captions.PLACEHOLDER in prompt for prompt in prompts):
-        message = f"its caption has {captions.PLACEHOLDER}, but no trigger is set"
+    placeholder = next(filter(None, map(triggers.placeholder_in, prompts)), None)
+    if placeholder is not None:
+        message = f"its caption has {placeholder}, but no trigger is set"
         hint = "take it out: these images show the class" if entry.regularization else f"set {where}.trigger"
         raise DataError(Problem(str(path), message, hint, "placeholder-without-trigger"))
     return prompts
@@ -204,12 +216,27 @@ def _note_missing_captions(sources: list[Source], entry: DataEntry, where: str, 
         return
     text = f"{len(uncaptioned)} of {len(sources)} images have no caption of their own ({first_names(uncaptioned)})"
     text += f", so they are trained on {entry.trigger!r} alone" if entry.trigger else ", so they are trained on ''"
-    if entry.folder and entry.caption_ext != ".txt":
-        # A wrong caption_ext is a likely reason.
+    if entry.metadata:
         num_texts = sum(path.with_suffix(".txt").exists() for path in uncaptioned)
         if num_texts:
-            text += f"; {num_texts} have a .txt beside them"
+            text += f"; {num_texts} have a .txt beside them, which only an entry with folder reads"
     result.notes.append(Note("no-caption", f"{where}: {text}; write captions or set default_caption"))
+
+
+def _note_trigger_in_other_case(entry: DataEntry, where: str, result: FolderScan) -> None:
+    """Note captions whose text is changed because they write the trigger in another case."""
+    if entry.trigger is None:
+        return
+    found: dict[str, str] = {}  # name of the image -> the spelling in its caption
+    for image in result.images:
+        spellings = [triggers.other_spelling(text, entry.trigger) for text in image.raw_captions]
+        spelling = next(filter(None, spellings), None)
+        if spelling is not None:
+            found[image.path.name] = spelling
+    if found:
+        name, spelling = next(iter(found.items()))
+        text = f"{len(found)} of {len(result.images)} captions write the trigger in another case ({spelling!r}: {name})"
+        result.notes.append(Note("trigger-case", f"{where}: {text}, and are trained with {entry.trigger!r}"))
 
 
 def _note_long_captions(result: FolderScan) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 from zimage_train.config.dataset import ALPHA, DataEntry
 from zimage_train.dataset import captions, images
+from zimage_train.dataset.unread_files import note_unread_files
 from zimage_train.errors import DataError, Location, Note, Problem, ZImageTrainError, collect_errors
 
 KOHYA_FOLDER = re.compile(r"(\d{1,6})_(.+)")
@@ -19,8 +20,6 @@ KOHYA_FOLDER = re.compile(r"(\d{1,6})_(.+)")
 MAX_REPEATS = 1000
 MASK_FOLDER = re.compile(r"masks?", re.IGNORECASE)
 MASK_NAME = re.compile(r".+[_-]masks?(label)?", re.IGNORECASE)
-UNREAD_EXTENSIONS = (".gif", ".avif", ".heic", ".heif", ".jxl")
-"""Images of these formats are not read, which a note says; other files are ignored."""
 IMAGE_COLUMNS = ("image", "file_name")
 PROMPT_COLUMNS = ("prompt", "text", "caption")
 SURPLUS_COLUMN = "(surplus)"
@@ -72,7 +71,7 @@ def list_folder(entry: DataEntry, errors: list[ZImageTrainError], notes: list[No
             with collect_errors(errors):
                 repeats, folder_caption = _repeats_and_caption(path, root, entry)
                 sources.append(Source(path, (caption or folder_caption,), repeats))
-    _note_unused_files(files, set(paths_by_stem), entry, notes)
+    note_unread_files(root, files, set(paths_by_stem), entry.caption_ext, notes)
     _note_images_like_masks(image_paths, set(paths_by_stem), root, notes)
     if entry.repeats != "by_folder" and kohya_names(image_paths, root):
         text = "its subfolders have names of kohya's layout (10_cat); repeats: by_folder trains as often as they say"
@@ -141,23 +140,6 @@ def _kohya_folder(path: Path, root: Path) -> re.Match[str] | None:
         if match is not None:
             return match
     return None
-
-
-def _note_unused_files(files: list[Path], stems: set[Path], entry: DataEntry, notes: list[Note]) -> None:
-    """Note captions without an image (whose paths without extension are `stems`), and images of other formats."""
-    for path in files:
-        if path.suffix.lower() in images.EXTENSIONS:
-            continue
-        if path.name.lower().endswith(entry.caption_ext.lower()):
-            stem = path.with_name(path.name[: -len(entry.caption_ext)])
-            if stem not in stems:
-                notes.append(Note("unused-caption", f"{path}: a caption without an image"))
-            elif not path.name.endswith(entry.caption_ext):
-                text = f"{path}: not read, its extension is not exactly {entry.caption_ext}"
-                notes.append(Note("unused-caption", text))
-        elif path.suffix.lower() in UNREAD_EXTENSIONS:
-            text = f"{path}: not used; images are {', '.join(sorted(images.EXTENSIONS))}"
-            notes.append(Note("unused-image", text))
 
 
 def _note_images_like_masks(paths: list[Path], stems: set[Path], root: Path, notes: list[Note]) -> None:

@@ -11,19 +11,33 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from zimage_train.config import load
-from zimage_train.config.sample import PreviewPrompt
-from zimage_train.errors import ConfigError, Problem, ZImageTrainError, collect_errors, raise_all
+from zimage_train.config import load, validation_errors
+from zimage_train.config.prompt_flags import flag_in
+from zimage_train.config.sample import SampleSettings
+from zimage_train.config.strict_yaml import KeyPath
+from zimage_train.errors import ConfigError, Location, Problem
 
 OPTION = re.compile(r"\s--([A-Za-z_]+)(?=\s|$)")
+
+
+def guidance_of_cfg(text: str) -> float:
+    """Return the guidance g of a CFG scale, which is g + 1; both 0 and 1 mean no guidance.
+
+    Raises:
+        ValueError: it is no number.
+    """
+    cfg_scale = float(text)
+    return 0.0 if cfg_scale == 0 else cfg_scale - 1.0
+
+
 OPTIONS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "n": ("negative", str),
     "w": ("width", int),
     "h": ("height", int),
     "d": ("seed", int),
     "s": ("steps", int),
-    "l": ("guidance", lambda text: float(text) - 1.0),  # these files give a CFG scale, which is g + 1
-    "g": ("guidance", lambda text: float(text) - 1.0),
+    "l": ("guidance", guidance_of_cfg),
+    "g": ("guidance", guidance_of_cfg),
 }
 """Option -> (field of a request, parser).
 
@@ -37,6 +51,8 @@ class PromptSpec:
 
     prompt: str
     overrides: dict[str, Any] = field(default_factory=dict)
+    location: Location | None = None
+    """File and line, or the option that gave the prompt."""
 
 
 def read_prompt_file(path: Path) -> list[PromptSpec]:
@@ -53,44 +69,64 @@ def read_prompt_file(path: Path) -> list[PromptSpec]:
 
 
 def _from_lines(path: Path, text: str) -> list[PromptSpec]:
-    errors: list[ZImageTrainError] = []
+    problems: list[Problem] = []
     specs: list[PromptSpec] = []
-    for number, line in enumerate(text.splitlines(), 1):
+    # Not splitlines, which also cuts at characters such as U+2028 inside a prompt.
+    for number, line in enumerate(re.split(r"\r\n|\r|\n", text), 1):
         if line.strip() and not line.lstrip().startswith("#"):
-            with collect_errors(errors):
-                specs.append(_from_line(f"{path}:{number}", line.strip()))
-    raise_all(errors)
+            specs.append(_from_line(Location(str(path), number), line.strip(), problems))
+    if problems:
+        raise ConfigError(*problems)
     return specs
 
 
-def _from_line(where: str, line: str) -> PromptSpec:
+def _from_line(where: Location, line: str, problems: list[Problem]) -> PromptSpec:
+    """Return the prompt of a line, and add what is wrong with the line to `problems`."""
     prompt, *rest = OPTION.split(" " + line)
     overrides: dict[str, Any] = {}
+    for part in (prompt, *rest[1::2]):
+        flag = flag_in(part)
+        if flag is not None:
+            hint = f"write {flag.well_formed}, or words without hyphens before them"
+            problems.append(Problem(where, f"has {flag.text}, which is no option", hint, "bad-value"))
     for name, text in zip(rest[::2], rest[1::2], strict=True):
         if name not in OPTIONS:
             hint = f"there are --{', --'.join(OPTIONS)}; write words of the prompt without --"
-            raise ConfigError(Problem(where, f"has the unknown option --{name}", hint, "unknown-key"))
+            problems.append(Problem(where, f"has the unknown option --{name}", hint, "unknown-key"))
+            continue
         key, parse = OPTIONS[name]
+        if key in overrides:
+            problems.append(Problem(where, f"sets {key} twice", f"write a single --{name}", "set-twice"))
         try:
             overrides[key] = parse(text.strip())
         except ValueError:
-            raise ConfigError(Problem(where, f"--{name} is {text.strip()!r}", "give a number", "bad-value")) from None
+            problems.append(Problem(where, f"--{name} is {text.strip()!r}", "give a number", "bad-value"))
     if not prompt.strip():
-        raise ConfigError(Problem(where, "has options but no prompt", "write the prompt before them", "no-prompts"))
-    return PromptSpec(prompt.strip(), overrides)
+        problems.append(Problem(where, "has options but no prompt", "write the prompt before them", "no-prompts"))
+    return PromptSpec(prompt.strip(), overrides, where)
 
 
 def _from_yaml(path: Path, text: str) -> list[PromptSpec]:
-    value = load.parse(path, text).value
+    document = load.parse(path, text)
+    value = document.value
     if not isinstance(value, list):
         raise ConfigError(Problem(str(path), "is not a list", "write prompts as in sample.prompts", "bad-value"))
-    entries = [{"prompt": entry} if isinstance(entry, str) else entry for entry in value]
+    # Validated as the section of a config, so that problems are named and explained alike.
+    sections = {"sample": {"prompts": value}}
+
+    def locate(key: KeyPath) -> Location:
+        return load.locate_key(path, document, key[len(("sample", "prompts")) :])
+
+    problems = [load.yaml_problem(path, error) for error in document.problems]
     try:
-        prompts = TypeAdapter(list[PreviewPrompt]).validate_python(entries, strict=True)
+        prompts = TypeAdapter(dict[str, SampleSettings]).validate_python(sections)["sample"].prompts
     except ValidationError as error:
-        problems = []
-        for details in error.errors():
-            where = ".".join(map(str, details["loc"]))
-            problems.append(Problem(f"{path}: {where}", details["msg"].lower(), "see sample.prompts", "bad-value"))
-        raise ConfigError(*problems) from None
-    return [PromptSpec(prompt.prompt, prompt.model_dump(exclude_none=True, exclude={"prompt"})) for prompt in prompts]
+        problems += validation_errors.problems_of(error, sections, locate)
+        prompts = []
+    if problems:
+        raise ConfigError(*problems)
+    specs: list[PromptSpec] = []
+    for index, prompt in enumerate(prompts):
+        overrides = prompt.model_dump(exclude_none=True, exclude={"prompt"})
+        specs.append(PromptSpec(prompt.prompt, overrides, locate(("sample", "prompts", index))))
+    return specs

@@ -6,8 +6,8 @@ from typing import Annotated
 
 from pydantic import Field, TypeAdapter
 
-from zimage_train.config.sample import SampleSettings
 from zimage_train.config.schema import Config
+from zimage_train.config.triggers import insert_triggers
 from zimage_train.config.types import Pixels
 from zimage_train.config.variants import VARIANTS
 
@@ -58,7 +58,7 @@ def preview_requests(config: Config) -> list[SamplingRequest]:
     variant, sample = VARIANTS[config.model.variant], config.sample
     steps = variant.steps if sample.steps == "auto" else sample.steps
     guidance = variant.guidance if sample.guidance == "auto" else sample.guidance
-    return _requests(config.sample, steps, guidance, variant.shift)
+    return _requests(config, steps, guidance, variant.shift)
 
 
 def comparison_requests(config: Config) -> list[SamplingRequest]:
@@ -67,7 +67,7 @@ def comparison_requests(config: Config) -> list[SamplingRequest]:
     if name is None:
         return []
     variant = VARIANTS.get(name, VARIANTS["turbo"])
-    return _requests(config.sample, variant.steps, variant.guidance, variant.shift)
+    return _requests(config, variant.steps, variant.guidance, variant.shift)
 
 
 def teacher_request(config: Config, prompt: str, width: int, height: int, seed: int) -> SamplingRequest:
@@ -86,11 +86,12 @@ def teacher_request(config: Config, prompt: str, width: int, height: int, seed: 
     )
 
 
-def _requests(sample: SampleSettings, steps: int, guidance: float, shift: float) -> list[SamplingRequest]:
+def _requests(config: Config, steps: int, guidance: float, shift: float) -> list[SamplingRequest]:
+    sample, triggers = config.sample, config.triggers
     return [
         SamplingRequest(
-            prompt=prompt.prompt,
-            negative=sample.negative if prompt.negative is None else prompt.negative,
+            prompt=insert_triggers(prompt.prompt, triggers),
+            negative=insert_triggers(sample.negative if prompt.negative is None else prompt.negative, triggers),
             seed=sample.seed + index if prompt.seed is None else prompt.seed,
             width=prompt.width or sample.width,
             height=prompt.height or sample.height,

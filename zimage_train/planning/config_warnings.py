@@ -4,8 +4,8 @@ The thresholds are what people report for this family of models (docs/recipes.md
 """
 
 from zimage_train.config.optimizers import OPTIMIZERS
-from zimage_train.config.sample import PreviewPrompt
 from zimage_train.config.schema import Config
+from zimage_train.config.triggers import has_any_trigger
 from zimage_train.config.variants import VARIANTS
 from zimage_train.optim.schedules import base_lr
 
@@ -98,11 +98,7 @@ def _preview_warnings(config: Config) -> list[str]:
             "Turbo: it is made for 8 steps and guidance 0 (CFG 1); set both to auto"
         )
     triggers = config.triggers
-
-    def has_trigger(prompt: PreviewPrompt) -> bool:
-        return any(trigger in prompt.prompt for trigger in triggers)
-
-    if triggers and all(map(has_trigger, sample.prompts)):
+    if triggers and all(has_any_trigger(preview.prompt, triggers) for preview in sample.prompts):
         warnings.append(
             "every prompt in sample.prompts has the trigger, so leaking into other images would not be seen; add a "
             "prompt without it"

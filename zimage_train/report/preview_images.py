@@ -1,6 +1,7 @@
 """Preview images on disk: a PNG for each, with its sampling request as metadata, and a grid of steps by prompts."""
 
 import re
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,8 +45,8 @@ def save_preview(path: Path, image: Image.Image, request: SamplingRequest, drawn
 
 def is_current(path: Path, request: SamplingRequest, run: str) -> bool:
     """Return whether the image at `path` is complete and was drawn for `request` by the run with this digest."""
-    texts = _read_texts(path)
-    return _parse_request(texts) == request and texts.get(RUN_KEY) == run
+    texts = read_texts(path)
+    return parse_request(texts) == request and texts.get(RUN_KEY) == run
 
 
 def remove_later(folder: Path, start: int, run: str) -> None:
@@ -54,7 +55,7 @@ def remove_later(folder: Path, start: int, run: str) -> None:
         match = NAME.fullmatch(path.name)
         if match is None:
             continue
-        is_of_other_run = start == 0 and _read_texts(path).get(RUN_KEY) != run
+        is_of_other_run = start == 0 and read_texts(path).get(RUN_KEY) != run
         if int(match[1]) > start or is_of_other_run:
             atomic.remove(path)
 
@@ -65,7 +66,7 @@ def request_of(path: Path) -> SamplingRequest:
     Raises:
         DataError: the file does not exist, is damaged, or was not written by this trainer.
     """
-    request = _parse_request(_read_texts(path))
+    request = parse_request(read_texts(path))
     if request is None:
         what = "has no sampling settings of zimage-train" if path.exists() else "does not exist"
         raise DataError(Problem(str(path), what, "give a PNG that train or sample has written", "not-a-preview"))
@@ -74,7 +75,7 @@ def request_of(path: Path) -> SamplingRequest:
 
 def drawn_by(path: Path) -> str:
     """Return the model and LoRAs that drew the image at `path`, as text; empty if the image does not name them."""
-    return _read_texts(path).get(DRAWN_BY_KEY, "")
+    return read_texts(path).get(DRAWN_BY_KEY, "")
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ def preview_table(folder: Path, suffix: str = "") -> PreviewTable:
     """
     paths_by_step: dict[int, dict[tuple[int, SamplingRequest], Path]] = {}
     for path in sorted(folder.glob("*.png")):
-        match, request = NAME.fullmatch(path.name), _parse_request(_read_texts(path))
+        match, request = NAME.fullmatch(path.name), parse_request(read_texts(path))
         if match and request is not None:
             paths_by_step.setdefault(int(match[1]), {})[int(match[2]), request] = path
     steps = sorted(paths_by_step)
@@ -138,18 +139,20 @@ def save_grid(path: Path, table: PreviewTable) -> None:
     grid.save_grid_image(path, table.labels, [(f"step {step}", paths) for step, paths in table.rows.items()])
 
 
-def _parse_request(texts: dict[str, str]) -> SamplingRequest | None:
+def parse_request(texts: dict[str, str]) -> SamplingRequest | None:
+    """Return the request in the text chunks of an image, or None if this trainer has not written them."""
     try:
         return SamplingRequest.from_json(texts[REQUEST_KEY])
     except (KeyError, ValueError):
         return None
 
 
-def _read_texts(path: Path) -> dict[str, str]:
+def read_texts(path: Path) -> dict[str, str]:
     """Return the text chunks of a PNG, or nothing if the file cannot be read to its end."""
     try:
-        with Image.open(path) as image:
+        with warnings.catch_warnings(), Image.open(path) as image:
+            warnings.simplefilter("ignore")
             image.load()  # decodes all of it, so that a truncated image counts as missing
-            return dict(getattr(image, "text", {}))
-    except (OSError, SyntaxError, ValueError):
+            return {key: str(text) for key, text in getattr(image, "text", {}).items()}
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
         return {}

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from zimage_train.config.triggers import has_any_trigger
 from zimage_train.report.preview_images import PreviewTable
 
 NOT_LEARNING_BELOW = 0.02
@@ -50,7 +51,7 @@ def distances(table: PreviewTable) -> dict[int, list[float | None]]:
 
 def preview_shifts(table: PreviewTable, triggers: Collection[str]) -> list[PreviewShift]:
     """Return the mean shift of every step after 0, over prompts with a trigger and over those without."""
-    with_trigger = [has_trigger(request.prompt, triggers) for request in table.requests]
+    with_trigger = [has_any_trigger(request.prompt, triggers) for request in table.requests]
 
     def mean(row: list[float | None], of_trigger: bool) -> float | None:
         values = []
@@ -81,7 +82,7 @@ def sharpness_kept(table: PreviewTable, triggers: Collection[str], step: int) ->
     columns = zip(table.rows.get(0, []), table.rows.get(step, []), table.requests, strict=False)
     for initial, current, request in columns:
         if initial and current:
-            pairs = with_trigger if has_trigger(request.prompt, triggers) else neutral
+            pairs = with_trigger if has_any_trigger(request.prompt, triggers) else neutral
             pairs.append((initial, current))
     ratios = []
     for initial, current in neutral or with_trigger:
@@ -89,11 +90,6 @@ def sharpness_kept(table: PreviewTable, triggers: Collection[str], step: int) ->
         if before > 0:
             ratios.append(sharpness(current) / before)
     return sum(ratios) / len(ratios) if ratios else None
-
-
-def has_trigger(prompt: str, triggers: Collection[str]) -> bool:
-    """Return whether the prompt contains any of the triggers."""
-    return any(trigger in prompt for trigger in triggers)
 
 
 def shift_remark(shift: PreviewShift, last: int) -> str | None:

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from zimage_train import __version__
 from zimage_train.config.schema import Config
+from zimage_train.config.triggers import has_any_trigger
 from zimage_train.config.types import AttentionName
 from zimage_train.config.variants import VARIANTS
 from zimage_train.dataset import encoding
@@ -27,7 +28,6 @@ from zimage_train.optim import ema, optimizers
 from zimage_train.optim.ema import Ema
 from zimage_train.planning import forecast
 from zimage_train.planning.planner import MemoryPlan
-from zimage_train.report import preview_shift
 from zimage_train.report.trackers import Trackers
 from zimage_train.training import distributed, run_dir
 from zimage_train.training.checkpoint import Checkpoint
@@ -232,7 +232,7 @@ def _drift_meter(config: Config, preview_sets: list[PreviewSet], dataset: Cached
     if on_turbo is None:
         return None
     # With the trigger, images are meant to change, so a change there would not tell drift from learning.
-    without_trigger = [item for item in on_turbo if not preview_shift.has_trigger(item.prompt, config.triggers)]
+    without_trigger = [item for item in on_turbo if not has_any_trigger(item.prompt, config.triggers)]
     variant = VARIANTS["turbo"]
     requests = [
         replace(item, steps=variant.steps, guidance=variant.guidance)
