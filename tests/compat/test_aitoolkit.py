@@ -25,6 +25,7 @@ from zimage_train.config import strict_yaml
 from zimage_train.config.load import flatten_keys, read_config, read_config_with_notes
 from zimage_train.config.module_groups import BLOCK_MODULES
 from zimage_train.config.schema import Config
+from zimage_train.diffusion.request import preview_requests
 from zimage_train.errors import ConfigError
 from zimage_train.lora import targets
 from zimage_train.models.arch import TransformerShape
@@ -380,7 +381,14 @@ def test_a_fresh_job_of_the_web_form():
             "name": "my_first_lora_v1",
             "output_dir": "out",
             "model": {"variant": "turbo", "adapter": "v2", "dtype": "bf16", "quantize": "auto"},
-            "data": [{"folder": "photos", "resolution": [512, 768, 1024], "caption_dropout": 0.05}],
+            "data": [
+                {
+                    "folder": "photos",
+                    "resolution": [512, 768, 1024],
+                    "caption_dropout": 0.05,
+                    "repeat_equal_sizes": True,
+                }
+            ],
             "lora": {"rank": 32, "targets": ["attention", "feed_forward", "adaln"]},
             "train": {"steps": 3000},
             "timesteps": {"type": "weighted"},
@@ -397,6 +405,7 @@ def test_a_fresh_job_of_the_web_form():
     )
     assert any("network.linear_alpha" in note and "alpha is the rank" in note for note in notes)
     assert any(note.startswith("sample.sample_steps 9 becomes 8") for note in notes)
+    assert any(note.startswith("datasets.0.resolution counts fully for small images, as there") for note in notes)
 
 
 def test_defaults_are_those_of_ai_toolkit(read):
@@ -444,6 +453,66 @@ def test_variant_of_a_job(settings, variant, path, read):
     """The variant follows from the model's name, the architecture's tag or the adapter."""
     values, _ = read(job(**settings))
     assert (values["model.variant"], values["model.path"], values["model.extras"]) == (variant, path, None)
+
+
+HASH = "f332072aa78be7aecdf3ee76d5c247082da564a6"
+
+
+@pytest.mark.parametrize(
+    ("repository", "variant"),
+    [("Tongyi-MAI--Z-Image", "base"), ("Tongyi-MAI--Z-Image-Turbo", "turbo"), ("ostris--Z-Image-De-Turbo", "deturbo")],
+)
+@pytest.mark.parametrize("end", ["", "/", "/transformer", "/transformer/"])
+@pytest.mark.parametrize("root", ["/home/x/.cache/huggingface/hub", "C:/Users/x/.cache/huggingface/hub", "turbo"])
+@pytest.mark.parametrize("separator", ["/", "\\"])
+def test_variant_in_the_hub_cache(repository, variant, end, root, separator, read):
+    """A path into the hub's cache names its model, on Linux and on Windows."""
+    path = f"{root}/models--{repository}/snapshots/{HASH}{end}".replace("/", separator)
+    values, _ = read(job(**{"model.name_or_path": path, "model.arch": "zimage"}))
+    assert (values["model.variant"], values["model.path"]) == (variant, path)
+
+
+def test_unknown_model_in_the_hub_cache(refused):
+    """A snapshot of another repository may be any member of the family."""
+    path = f"/hub/models--x--mine/snapshots/{HASH}"
+    (line,) = refused(job(**{"model.name_or_path": path, "model.arch": "zimage"}))
+    assert f"model.name_or_path: is '{path}', which may be any member" in line
+
+
+@pytest.mark.parametrize("variant", [BASE, DETURBO])
+@pytest.mark.parametrize(
+    "adapter", [ADAPTER.format(1), ADAPTER.format(2), "D:\\x\\zimage_turbo_training_adapter_v2.safetensors"]
+)
+def test_adapter_on_another_variant(variant: str, adapter: str, refused):
+    """An adapter of Turbo beside another variant is refused, with the key and the line of the job."""
+    values = job(**{"model.name_or_path": variant, "model.assistant_lora_path": adapter})
+    number = next(n for n, line in enumerate(strict_yaml.dump(values).splitlines(), 1) if "assistant_lora" in line)
+    (line,) = refused(values)
+    assert line.startswith(f"job.yaml:{number}: model.assistant_lora_path: adapter ")
+    assert "was made for Turbo and would harm" in line
+
+
+@pytest.mark.parametrize(
+    ("settings", "key"),
+    [
+        ({"datasets[].is_reg": True, "trigger_word": "x"}, "datasets"),
+        ({"sample.samples[].prompt": "a [Trigger]"}, "sample.samples.0"),
+        ({"sample.samples[].prompt": "a cat -w 512"}, "sample.samples.0"),
+        ({"sample.neg": "a [NAME]"}, "sample.neg"),
+        ({"train.min_denoising_steps": 500, "train.max_denoising_steps": 500}, "train.max_denoising_steps"),
+    ],
+)
+def test_conflicts_name_the_key_of_the_job(settings, key: str, refused):
+    """Settings of a job that do not go together are named by its key, with its line."""
+    assert re.match(rf"job\.yaml:\d+: {re.escape(key)}", refused(job(**settings))[0])
+
+
+@pytest.mark.parametrize(("resolution", "is_noted"), [(512, False), ([512], False), ([512, 768], True)])
+def test_small_images_weigh_as_there(resolution, is_noted: bool, read):
+    """Each resolution counts for small images too, as in AI Toolkit, which a note says where there are several."""
+    values, notes = read(job(**{"datasets[].resolution": resolution}))
+    assert values["data.0.repeat_equal_sizes"] is True
+    assert any("repeat_equal_sizes: true" in note for note in notes) is is_noted
 
 
 def test_variant_that_is_unclear(refused):
@@ -800,6 +869,15 @@ def test_nine_steps_are_eight_for_turbo(read):
 def test_the_trigger_is_put_into_prompts(changed):
     settings = {"sample.samples[].prompt": "[trigger] asleep", "trigger_word": "zchar"}
     assert changed(settings)[0]["sample.prompts.0.prompt"] == "zchar asleep"
+    settings = {"sample.samples[].prompt": "Zchar and [TRIGGER], zcharming", "trigger_word": "zchar"}
+    assert changed(settings)[0]["sample.prompts.0.prompt"] == "zchar and zchar, zcharming"
+
+
+def test_trigger_of_a_dataset_in_prompts(tmp_path: Path):
+    """A trigger that only a dataset has is put into prompts too."""
+    settings = {"sample.samples[].prompt": "[trigger] asleep", "datasets[].trigger_word": "zchar"}
+    config = read_config(write(tmp_path, job(**settings)))
+    assert [request.prompt for request in preview_requests(config)] == ["zchar asleep"]
 
 
 # The file

@@ -126,7 +126,8 @@ def _origins(job: AIToolkitJob) -> tuple[dict[KeyPath, int], dict[KeyPath, str]]
     """Return line and name in the job for every setting that it sets, and for the sections of these."""
     lines: dict[KeyPath, int] = {(): 1}
     names: dict[KeyPath, str] = {}
-    for key, path in job.mapped:
+    # The deepest keys first, so that a section is named by its own: `data` by `datasets`, and not by `trigger_word`.
+    for key, path in sorted(job.mapped, key=lambda mapped: -len(mapped[1])):
         row = KEYS[key]
         assert isinstance(row, Mapped)
         for setting in row.to.split(", ") if row.to else []:

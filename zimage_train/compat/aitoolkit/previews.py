@@ -5,6 +5,7 @@ from typing import Any
 
 from zimage_train.compat.aitoolkit.job import AIToolkitJob
 from zimage_train.compat.aitoolkit.keys import FLAGS, FLAGS_LEFT_OUT, PREVIEW_STRENGTH
+from zimage_train.config.triggers import insert_trigger
 
 Values = dict[str, Any]
 
@@ -65,7 +66,7 @@ def _item(job: AIToolkitJob, entry: Values, key: str) -> Values:
         value = flags[flag]
         item[FLAGS[flag]] = value if flag in _TEXT_FLAGS else _number(value)
     trigger = job.values["trigger_word"]
-    return item | {"prompt": words.replace("[trigger]", trigger) if trigger else words, "key": key}
+    return item | {"prompt": insert_trigger(words, trigger) if trigger else words, "key": key}
 
 
 def split_flags(prompt: str) -> tuple[str, dict[str, str]]:

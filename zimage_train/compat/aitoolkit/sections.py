@@ -3,7 +3,6 @@
 import math
 import re
 from collections.abc import Callable
-from pathlib import Path
 from statistics import NormalDist
 from typing import Any
 
@@ -65,9 +64,17 @@ def _variant_name(job: AIToolkitJob, name: str | None, arch: str, adapter: str |
 
 
 def _variant_in_path(name: str) -> str | None:
-    """Return the variant that the last part of a hub id or path names, or the part above `transformer`, or None."""
-    path = Path(name.partition("@")[0])
-    part = path.parent.name if path.name == "transformer" else path.name
+    """Return the variant that the last part of a hub id or path names, or the part above `transformer`, or None.
+
+    In the hub's cache that is the part `models--org--repo`.
+    """
+    # Jobs come from other machines, so a path may be one of Windows here, and one of Linux there.
+    parts = [part for part in re.split(r"[\\/]+", name.partition("@")[0]) if part]
+    if parts and parts[-1] == "transformer":
+        parts.pop()
+    if parts[-2:-1] == ["snapshots"]:
+        parts = parts[:-2]
+    part = parts[-1].rpartition("--")[2] if parts else ""
     letters = re.sub(r"[^a-z0-9]", "", part.lower().removesuffix(".safetensors"))
     if "turbo" in letters:
         return "deturbo" if "deturbo" in letters else "turbo"
@@ -99,9 +106,14 @@ def _data_entry(job: AIToolkitJob, dataset: Values, key: str) -> Values:
         hint = "set is_reg too, or use mask_path with inverted_mask_prior"
         message = "trains images with the trigger towards the model itself"
         job.refuse(f"{key}.prior_reg", message, hint, "conflicting-settings")
+    if isinstance(dataset["resolution"], list) and len(dataset["resolution"]) > 1:
+        job.note(
+            f"{key}.resolution", "counts fully for small images, as there, and not once (repeat_equal_sizes: true)"
+        )
     return {
         "folder": _folder(job, dataset, key),
         "caption_ext": f".{extension}",
+        "repeat_equal_sizes": True,
         "keep_tags": dataset["keep_tokens"] if changes_tags else 0,
         **_trigger(job, dataset, key, is_cached),
         **_mask(job, dataset),
