@@ -13,7 +13,7 @@ from zimage_train import mini
 from zimage_train.cli.app import app
 from zimage_train.errors import WeightsError
 from zimage_train.lora import headers, inspect, lora_file, targets
-from zimage_train.lora.keys import PREFIXES, layout_of
+from zimage_train.lora.keys import PREFIXES, layout_name, layout_of
 from zimage_train.lora.lora_file import Factors
 from zimage_train.report import heatmap
 
@@ -53,13 +53,69 @@ def test_another_family_is_named(tmp_path: Path, keys: list[str], said: str):
 @pytest.mark.parametrize(
     ("key", "said"),
     [
-        ("layers.0.attention.to_q.lokr_t2", "it looks like LoRA of convolutions, which is not read here"),
-        ("layers.0.attention.to_q.oft_blocks", "it looks like OFT, which is not read here"),
-        ("something.else", "is it a LoRA of Z-Image?"),
+        (
+            "layers.0.attention.to_q.lokr_t2",
+            "has a LoRA of convolutions: 1 keys, such as {}; Z-Image has no convolutions",
+        ),
+        ("layers.0.attention.to_q.oft_blocks", "has OFT: 1 keys, such as {}; it is not read here"),
+        ("something.else", "has 1 keys that are not of a Z-Image LoRA, such as {}; is it a LoRA of Z-Image?"),
+        *(
+            (key, "has whole weights or biases beside the LoRA (.diff): 1 keys, such as {}; a LoRA without them")
+            for key in (
+                "diffusion_model.layers.0.attention.norm_q.diff",
+                "diffusion_model.layers.0.attention.to_q.diff_b",
+                "lora_unet_layers_0_attention_qkv.diff",
+                "diffusion_model.layers.0.attention_norm1.w_norm",
+            )
+        ),
+        *(
+            (key, "has a LoRA of the text encoder: 1 keys, such as {}; the text encoder is not changed here")
+            for key in (
+                "lora_te_model_layers_0_self_attn_q_proj.lora_down.weight",
+                "lora_te1_model_layers_0_self_attn_q_proj.alpha",
+                "text_encoder.model.layers.0.self_attn.q_proj.lora_A.weight",
+                "text_encoders.qwen3_4b.transformer.model.layers.0.mlp.up_proj.lora_A.weight",
+                "te1.model.layers.0.self_attn.q_proj.lora_A.weight",
+                "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight",
+                "base_model.model.text_encoder.layers.0.q.lora_A.default.weight",
+            )
+        ),
     ],
 )
-def test_other_kinds_are_told_apart(key: str, said: str):
-    assert headers.wrong_family_hint([key]) == said
+def test_other_kinds_are_told_apart(key: str, said: str, tmp_path: Path):
+    """Keys beside those of a LoRA are named for what they are, with what to do, by every command and layout."""
+    tensors = {f"diffusion_model.layers.0.attention.to_k.lora_{part}.weight": torch.ones(64, 64) for part in "AB"}
+    save_file(tensors | {key: torch.zeros(4, 4)}, tmp_path / "x.safetensors")
+    for words in (["inspect"], ["verify"], ["convert", "--to", "kohya", "-o", str(tmp_path / "y.safetensors")]):
+        code, output = run(words[0], str(tmp_path / "x.safetensors"), *words[1:])
+        assert code == 4 and said.format(key) in output
+
+
+@pytest.mark.parametrize("adapter", ["default", "default_0", "my-lora"])
+@pytest.mark.parametrize("prefix", ["", "diffusion_model.", "base_model.model.transformer."])
+def test_any_adapter_name_of_peft_is_read(adapter: str, prefix: str, tmp_path: Path):
+    """The name that peft gives an adapter in the keys has no meaning; several adapters in a file are refused."""
+    module = "layers.0.attention.to_k"
+    tensors = {f"{prefix}{module}.lora_{part}.{adapter}.weight": torch.randn(64, 64) for part in "AB"}
+    save_file(tensors, tmp_path / "x.safetensors")
+    lora = lora_file.read_lora(tmp_path / "x.safetensors")
+    assert list(lora) == [module]
+    assert torch.equal(lora[module].a, tensors[f"{prefix}{module}.lora_A.{adapter}.weight"])
+    magnitude = {f"{prefix}{module}.lora_magnitude_vector.{adapter}.weight": torch.ones(64)}
+    save_file(tensors | magnitude, tmp_path / "dora.safetensors")
+    changes = lora_file.read_changes(tmp_path / "dora.safetensors").changes
+    assert lora_file.kind_of(changes[module]) == "DoRA"
+    others = {key.replace(adapter, "second"): tensor.clone() for key, tensor in tensors.items()}
+    save_file(tensors | others, tmp_path / "two.safetensors")
+    code, output = run("inspect", str(tmp_path / "two.safetensors"))
+    assert code == 4 and f"holds several adapters of peft ({adapter}, second); save one of them alone" in output
+
+
+def test_unusual_adapter_name_has_no_reader(tmp_path: Path):
+    """A layout whose adapter has another name than `default` is not called one that other tools read."""
+    keys = [f"transformer.layers.0.attention.to_k.lora_{part}.default_0.weight" for part in "AB"]
+    assert layout_name(keys) is None
+    assert layout_of(keys) == "another layout (transformer.*.lora_A/lora_B.default_0)"
 
 
 def test_z_image_keys_are_no_other_family():

@@ -815,6 +815,56 @@ def test_the_line_of_every_key_is_known():
         strict_yaml.parse("a: [")
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (r'data: [{folder: "C:\new\train"}]', r'c.yaml:2: data.0.folder: is "C:\new\train", and a backslash in double'),
+        (r'model: {path: "d:\table"}', r'c.yaml:3: model.path: is "d:\table", and a backslash in double'),
+        (r'output_dir: "\\nas\new"', r'c.yaml:3: output_dir: is "\\nas\new", and a backslash in double quotes begins'),
+        (
+            r'data: [{folder: "C:\Users\me"}]',
+            "c.yaml:2: has a backslash in double quotes, which begins an escape there",
+        ),
+        (r'data: [{folder: "\\server\share"}]', "c.yaml:2: has a backslash in double quotes, which begins an escape"),
+        ('data:\n- folder: "C:\\train\\"\n  trigger: x', "c.yaml:3: has a backslash in double quotes, which begins"),
+        (r'data: [{folder: "data\new"}]', r"c.yaml:2: data.0.folder: is 'data\new', with a line break; a backslash in"),
+        (r'model: {extras: "x\tom"}', r"c.yaml:3: model.extras: is 'x\tom', with a tab; a backslash in double quotes"),
+        (
+            r'cache: {folder: "a\bin"}',
+            r"c.yaml:3: cache.folder: is 'a\x08in', with the control character 0x08; a backslash",
+        ),
+        (r'sample: {extra_loras: ["x\new.safetensors"]}', "c.yaml:3: sample.extra_loras.0"),
+        (r'lora: {init_from: "x\new"}', "c.yaml:3: lora.init_from: is 'x"),
+        (r'validation: {folder: "x\new"}', "c.yaml:3: validation.folder: is 'x"),
+    ],
+)
+def test_windows_paths_in_double_quotes(text: str, said: str, tmp_path: Path):
+    """A Windows path in double quotes, whose backslashes are escapes there, is named with what to write."""
+    data = "" if text.startswith("data") else "data: [{folder: x}]\n"
+    path = tmp_path / "c.yaml"
+    path.write_text(f"name: x\n{data}{text}\n")
+    with pytest.raises(ConfigError) as caught:
+        read_config(path)
+    assert str(caught.value).replace(f"{tmp_path}/", "").startswith(said)
+    assert "use single quotes" in str(caught.value) and len(caught.value.problems) == 1
+
+
+@pytest.mark.parametrize(
+    "text",
+    [r"'C:\new\train'", r"C:\new\train", '"C:/new/train"', r'"C:\\new\\train"', r'"\\\\nas\\new"', r"'\\nas\new'"],
+)
+def test_windows_paths_that_are_right(text: str):
+    """Windows paths in single quotes, without quotes, or with two backslashes each are read as they are."""
+    value = strict_yaml.parse(f"folder: {text}")
+    assert not value.problems
+    assert value.value["folder"].replace("/", "\\") in (r"C:\new\train", r"\\nas\new")
+
+
+def test_other_escapes_are_read():
+    """Escapes that are no Windows path are read as YAML has them."""
+    assert strict_yaml.parse(r'a: "one\ntwo\t\"x\""').value == {"a": 'one\ntwo\t"x"'}
+
+
 def test_settings_that_conflict(read, refused):
     """Settings that do not go together are refused."""
     for text, said in (

@@ -364,3 +364,12 @@ def test_placeholder_in_class_images(tmp_path: Path):
     image(tmp_path / "a.png").with_suffix(".txt").write_text("a [trigger] in snow")
     (said,) = problems(scanned(tmp_path, regularization=True))
     assert said.endswith("take it out: these images show the class")
+
+
+@pytest.mark.parametrize("image", [r"C:\new\a.png", r"x\tom.png", r"C:\Users\a.png", r"x\zorb.png"])
+def test_backslashes_in_a_jsonl(tmp_path: Path, image: str):
+    """A Windows path whose backslashes are not doubled is named with its line and what to write."""
+    (tmp_path / "t.jsonl").write_text(f'\n{{"image": "{image}", "prompt": "x"}}\n')
+    (error,) = scan_entry(DataEntry(metadata=str(tmp_path / "t.jsonl")), "data.0").errors
+    assert str(error).startswith(f"{tmp_path / 't.jsonl'}:2: ")
+    assert str(error).endswith("a backslash in JSON begins an escape: write / or two backslashes for each in a path")

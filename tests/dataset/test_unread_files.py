@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.dataset_folder import image
+from dataset_folder import image
 from zimage_train.config.dataset import DataEntry
 from zimage_train.dataset.scan import scan_entry
 

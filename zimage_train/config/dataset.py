@@ -5,19 +5,19 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from zimage_train.config.triggers import placeholder_in
-from zimage_train.config.types import ConflictError, Resolutions, Section, SettingError
+from zimage_train.config.types import ConflictError, NonEmptyPath, Resolutions, Section, SettingError
 
 ALPHA = "alpha"
 """Value of `mask` for the transparency of the images."""
 
 
 class DataEntry(Section):
-    folder: str | None = Field(default=None, min_length=1)
+    folder: NonEmptyPath | None = None
     """Folder of images, including its subfolders."""
-    metadata: str | None = Field(default=None, min_length=1)
+    metadata: NonEmptyPath | None = None
     """Instead of a folder, a .jsonl or .csv with the columns image (or file_name) and prompt (or text); paths are
     relative to the file."""
-    prompts: str | None = Field(default=None, min_length=1)
+    prompts: NonEmptyPath | None = None
     """Instead of images, a text file with a prompt per line, for a train.method that draws its own images; they are
     square."""
     resolution: Resolutions = [512, 768, 1024]
@@ -55,7 +55,7 @@ class DataEntry(Section):
     """Fraction of the other tags that is dropped, drawn anew in each epoch."""
     flip: bool = False
     """Train each image mirrored too, which doubles the samples of an epoch."""
-    mask: str | None = Field(default=None, min_length=1)
+    mask: NonEmptyPath | None = None
     """Mask of the loss: alpha, which is the transparency of the images, or a folder of masks with the names of the
     images. White is trained."""
     mask_floor: float = Field(default=0.1, ge=0.0, lt=1.0)

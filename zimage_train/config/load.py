@@ -230,7 +230,7 @@ def _apply_override(root: dict[str, Any], override: str, origins: dict[KeyPath, 
     try:
         document = strict_yaml.parse(text)
     except YamlError as error:
-        return [problem(error.message, "quote the value", error.code)]
+        return [problem(error.message, "quote the value" if type(error) is YamlError else error.hint, error.code)]
     target: Any = root
     for index, part in enumerate(parts):
         parent = dotted_key(parts[:index])

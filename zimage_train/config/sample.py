@@ -8,7 +8,16 @@ from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 from zimage_train.config.prompt_flags import flag_in
 from zimage_train.config.strict_yaml import KeyPath
 from zimage_train.config.triggers import placeholder_in
-from zimage_train.config.types import ConflictError, EverySteps, Pixels, Section, SettingError, as_lora, as_prompt
+from zimage_train.config.types import (
+    ConflictError,
+    EverySteps,
+    NonEmptyPath,
+    Pixels,
+    Section,
+    SettingError,
+    as_lora,
+    as_prompt,
+)
 
 
 class PreviewPrompt(Section):
@@ -34,7 +43,7 @@ class PreviewPrompt(Section):
 
 
 class ExtraLora(Section):
-    file: str = Field(min_length=1)
+    file: NonEmptyPath
     """LoRA file, org/repo/file on the hub, or distillpatch."""
     weight: float = Field(default=1.0, ge=-100.0, le=100.0)
     """Factor on its change to the weights."""
@@ -63,7 +72,7 @@ class SampleSettings(Section):
     """Weights that draw the previews: raw, or ema, which needs ema.decay."""
     extra_loras: list[Annotated[ExtraLora, BeforeValidator(as_lora, json_schema_input_type=str | ExtraLora)]] = []
     """LoRAs of the previews in addition to the run's own: FILE, FILE=WEIGHT or {file, weight}."""
-    compare_on: str | None = Field(default=None, min_length=1)
+    compare_on: NonEmptyPath | None = None
     """Second model on which each preview is drawn, with the steps and the guidance of that model: turbo, deturbo, base,
     or a path or hub id of a Turbo; null: none."""
 

@@ -20,6 +20,8 @@ from zimage_train.config.types import (
     AttentionName,
     ConflictError,
     EverySteps,
+    NonEmptyPath,
+    PathText,
     Pixels,
     Quantization,
     RecomputeMode,
@@ -47,11 +49,11 @@ def _without_default(schema: dict[str, Any]) -> None:
 class ModelSettings(Section):
     variant: VariantName = "turbo"
     """Member of the Z-Image family that is trained."""
-    path: str | None = Field(default=None, min_length=1)
+    path: NonEmptyPath | None = None
     """Transformer: hub id (`org/repo[@revision]`), diffusers folder or .safetensors file; null: the variant's own."""
-    extras: str | None = Field(default=None, min_length=1)
+    extras: NonEmptyPath | None = None
     """Source of text encoder, tokenizer and VAE; null: `path` if it has them, else the variant's own."""
-    adapter: str | None = Field(default=None, min_length=1, json_schema_extra=_without_default)
+    adapter: NonEmptyPath | None = Field(default=None, json_schema_extra=_without_default)
     """Training adapter, merged into the frozen weights during training: v1, v2 (both by ostris), a file, org/repo/file,
     or null for none. If left out: v2 for turbo, null for the others."""
     adapter_strength: float = Field(default=1.0, ge=0.0, le=2.0)
@@ -85,7 +87,7 @@ class ModelSettings(Section):
 
 
 class CacheSettings(Section):
-    folder: str | None = Field(default=None, min_length=1)
+    folder: NonEmptyPath | None = None
     """Folder of encoded images and captions; null: the user's cache folder."""
 
 
@@ -99,7 +101,7 @@ class LoraSettings(Section):
     expression for full module names."""
     dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
     """Fraction of the LoRA's inputs that is set to zero during training."""
-    init_from: str | None = Field(default=None, min_length=1)
+    init_from: NonEmptyPath | None = None
     """LoRA to start from, with the same rank and modules: a file, or org/repo/file."""
 
     @field_validator("targets")
@@ -268,7 +270,7 @@ class MemorySettings(Section):
 
 
 class ValidationSettings(Section):
-    folder: str | None = Field(default=None, min_length=1)
+    folder: NonEmptyPath | None = None
     """Folder of held-out images with captions, read with the settings of the first entry of `data` that shows the
     concept; null: no validation."""
     every: EverySteps = 250
@@ -296,7 +298,7 @@ class LogSettings(Section):
 class Config(Section):
     name: str = Field(min_length=1, json_schema_extra={"pattern": NAME})
     """Name of the run: its folder is output_dir/name, its LoRA name.safetensors."""
-    output_dir: str = "runs"
+    output_dir: PathText = "runs"
     """Folder that holds the run folders."""
     seed: int = Field(default=42, ge=0, lt=2**63)
     """Seed of every random number of the run."""

@@ -29,6 +29,8 @@ _SURROGATE_PAIR = re.compile(r"\\u([dD][89abAB][0-9a-fA-F]{2})\\u([dD][c-fC-F][0
 _NOT_TEXT = re.compile("[\0\ud800-\udfff]")
 LONGEST_NUMBER = 100
 """Characters of a number. A longer number is read as text, since `int` refuses more than 4300 digits."""
+_WINDOWS_PATH = re.compile(r'"(?:[A-Za-z]:|\\\\[^\\"\n]+)\\(?!\\)')
+"""The beginning of a Windows path in double quotes whose backslashes are not doubled: a drive, or `\\\\server`."""
 
 
 class YamlError(Exception):
@@ -47,6 +49,12 @@ class DuplicateKeyError(YamlError):
     code, hint = "duplicate-key", "remove one of them"
 
 
+class BackslashError(YamlError):
+    """A backslash in double quotes that begins an escape, where a Windows path was probably meant."""
+
+    hint = "use single quotes ('C:\\train'), or write / or two backslashes for each"
+
+
 @dataclass
 class YamlDocument:
     """A document as plain values, and the line of each."""
@@ -59,7 +67,7 @@ class YamlDocument:
 
 
 def parse(text: str) -> YamlDocument:
-    """Parse a YAML document; duplicate keys are collected as problems, anything worse is raised.
+    """Parse a YAML document; duplicate keys and backslashes are collected as problems, anything worse is raised.
 
     Raises:
         YamlError: the text is not valid YAML, or is refused.
@@ -74,6 +82,11 @@ def parse(text: str) -> YamlDocument:
         raise YamlError(line, f"holds the control character {error.character:#04x}") from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
+        if _is_about_backslash(text, error):
+            begin = error.context_mark or mark
+            raise BackslashError(
+                begin.line + 1 if begin else 0, "has a backslash in double quotes, which begins an escape there"
+            ) from None
         raise YamlError(mark.line + 1 if mark else 0, f"not valid YAML: {error.problem or error.context}") from None
     except yaml.YAMLError as error:
         raise YamlError(0, f"not valid YAML: {str(error).splitlines()[0]}") from None
@@ -81,6 +94,15 @@ def parse(text: str) -> YamlDocument:
     if node is not None:
         document.value = _Builder(document).build(node, ())
     return document
+
+
+def _is_about_backslash(text: str, error: yaml.MarkedYAMLError) -> bool:
+    """Return whether the text could not be parsed because of a backslash in double quotes."""
+    if error.context == "while scanning a double-quoted scalar":
+        return True
+    # The last backslash of "C:\\train\\" escapes the quote, so that the text goes on to the end of the file.
+    mark = error.context_mark
+    return mark is not None and _WINDOWS_PATH.match(text, mark.index) is not None
 
 
 def json_to_yaml(text: str) -> str:
@@ -141,6 +163,12 @@ class _Builder:
             return [self.build(child, (*path, index)) for index, child in enumerate(node.value)]
         if _NOT_TEXT.search(node.value):
             raise YamlError(line, "holds a character that no text has (NUL or half a surrogate pair)", path)
+        assert node.start_mark.buffer is not None  # the document is a text, and no stream
+        written = node.start_mark.buffer[node.start_mark.pointer : node.end_mark.pointer]
+        if _WINDOWS_PATH.match(written):
+            message = f"is {written}, and a backslash in double quotes begins an escape"
+            self.document.problems.append(BackslashError(line, message, path))
+            return written[1:-1]  # what was meant, so that further checks do not report its escapes again
         is_quoted = isinstance(node, yaml.ScalarNode) and node.style
         return node.value if is_quoted else plain_value(node.value)
 

@@ -1,5 +1,6 @@
 """Types of settings that several sections use, their errors, and the base class of all sections."""
 
+import unicodedata
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -78,6 +79,17 @@ def as_lora(value: object) -> object:
         return {"file": file, "weight": weight}  # the schema reports that it is no number
 
 
+def _without_control_characters(value: str) -> str:
+    found = next((char for char in value if not char.isprintable() and unicodedata.category(char) == "Cc"), None)
+    if found is not None:
+        name = {"\n": "a line break", "\t": "a tab"}.get(found, f"the control character {ord(found):#04x}")
+        hint = (
+            "a backslash in double quotes begins an escape: use single quotes, or write / or two backslashes for each"
+        )
+        raise SettingError(f"is {value!r}, with {name}", hint)
+    return value
+
+
 def _multiple_of_16(value: int) -> int:
     if value % 16:
         raise SettingError(f"{value} is no multiple of 16", f"{value // 16 * 16} or {-(-value // 16) * 16} would do")
@@ -85,6 +97,9 @@ def _multiple_of_16(value: int) -> int:
 
 
 Pixels = Annotated[int, Field(ge=32, le=4096, json_schema_extra={"multipleOf": 16}), AfterValidator(_multiple_of_16)]
+PathText = Annotated[str, AfterValidator(_without_control_characters)]
+"""A path, or something else that names files, such as a hub id."""
+NonEmptyPath = Annotated[PathText, Field(min_length=1)]
 EverySteps = Annotated[int, Field(ge=1)] | None
 Resolutions = Annotated[
     list[Pixels], BeforeValidator(_as_list, json_schema_input_type=Pixels | list[Pixels]), Field(min_length=1)

@@ -22,6 +22,7 @@ MASK_FOLDER = re.compile(r"masks?", re.IGNORECASE)
 MASK_NAME = re.compile(r".+[_-]masks?(label)?", re.IGNORECASE)
 IMAGE_COLUMNS = ("image", "file_name")
 PROMPT_COLUMNS = ("prompt", "text", "caption")
+BACKSLASH_HINT = "a backslash in JSON begins an escape: write / or two backslashes for each in a path"
 SURPLUS_COLUMN = "(surplus)"
 """Key under which `csv` puts the values of a row beyond its header."""
 
@@ -235,7 +236,8 @@ def _jsonl_rows(path: Path, text: str, errors: list[ZImageTrainError]) -> Iterat
             row = json.loads(content)
         except (ValueError, RecursionError) as error:
             location = Location(str(path), line)
-            errors.append(DataError(Problem(location, f"is not JSON ({error})", "correct the line", "bad-row")))
+            hint = BACKSLASH_HINT if "escape" in str(error) else "correct the line"
+            errors.append(DataError(Problem(location, f"is not JSON ({error})", hint, "bad-row")))
             continue
         yield line, row if isinstance(row, dict) else {}
 
@@ -261,6 +263,9 @@ def _source_of(row: dict[str, Any], path: Path, line: int, repeats: int) -> Sour
     if not is_text(image + "".join(prompts)):
         message = "holds a character that no text has (NUL or half a surrogate pair)"
         raise DataError(Problem(location, message, "correct the line", "not-text"))
+    if any(char in image for char in "\n\r\t\b\f"):
+        message = f"names the image {image!r}, with the control characters that backslashes in JSON stand for"
+        raise DataError(Problem(location, message, BACKSLASH_HINT, "bad-row"))
     return Source(path.parent / image, tuple(captions.clean_text(text) for text in prompts), repeats)
 
 

@@ -21,10 +21,24 @@ FAMILIES = (
 """(family, pattern of its keys); the first pattern that matches any key counts, so specific patterns come first."""
 
 KINDS = (
-    ("LoRA of convolutions", re.compile(r"lora_mid|lokr_t2|hada_t[12]")),
-    ("OFT", re.compile(r"oft_(?:r|blocks)")),
-    ("GLoRA", re.compile(r"\.[ab][12]\.weight$")),
+    (
+        "whole weights or biases beside the LoRA (.diff)",
+        re.compile(r"\.(?:diff|diff_b|set_weight|w_norm|b_norm)$"),
+        "a LoRA without them draws something else; ask for a file of LoRA keys alone, or use this one in ComfyUI",
+    ),
+    (
+        "a LoRA of the text encoder",
+        re.compile(
+            r"^(?:base_model\.model\.)?(?:lora_)?(?:text_encoders?|te|cond_stage_model|conditioner)[0-9]*[._]"
+            r"|^base_model\.model\.model\.layers"
+        ),
+        "the text encoder is not changed here; train or save the LoRA of the transformer alone, or use it in ComfyUI",
+    ),
+    ("a LoRA of convolutions", re.compile(r"lora_mid|lokr_t2|hada_t[12]"), "Z-Image has no convolutions"),
+    ("OFT", re.compile(r"oft_(?:r|blocks)"), "it is not read here; make it a LoRA with the tool that trained it"),
+    ("GLoRA", re.compile(r"\.[ab][12]\.weight$"), "it is not read here; make it a LoRA with the tool that trained it"),
 )
+"""(what, pattern of its keys, what to do) of keys that are no LoRA of the transformer."""
 
 
 def detect_family(keys: Iterable[str]) -> str | None:
@@ -33,15 +47,20 @@ def detect_family(keys: Iterable[str]) -> str | None:
     return next((name for name, pattern in FAMILIES if any(pattern.search(key) for key in found)), None)
 
 
-def wrong_family_hint(keys: Iterable[str]) -> str:
-    """Return a hint for a file with keys that this trainer cannot read."""
-    found = list(keys)
-    for name, pattern in KINDS:
-        if any(pattern.search(key) for key in found):
-            return f"it looks like {name}, which is not read here"
-    if any(key.endswith("attention_norm1.weight") for key in found):
-        return "it is a whole model: give it as MODEL, or make a LoRA of what it changes with lora extract"
-    return "is it a LoRA of Z-Image?" if found else "a part of it is missing or of another file; get the file again"
+def _unknown_keys_problem(path: Path, unknown: list[str], broken: list[str]) -> Problem:
+    """Return the problem of a file with keys that this trainer cannot read, or with modules whose parts do not fit."""
+    for what, pattern, hint in KINDS:
+        found = sorted(key for key in unknown if pattern.search(key))
+        if found:
+            message = f"has {what}: {len(found)} keys, such as {found[0]}"
+            return Problem(str(path), message, hint, "unknown-tensors")
+    if any(key.endswith("attention_norm1.weight") for key in unknown):
+        hint = "it is a whole model: give it as MODEL, or make a LoRA of what it changes with lora extract"
+    elif unknown:
+        hint = "is it a LoRA of Z-Image?"
+    else:
+        hint = "a part of it is missing or of another file; get the file again"
+    return Problem(str(path), _unknown_keys_message(unknown, broken), hint, "unknown-tensors")
 
 
 Sizes = Mapping[str, tuple[int, int]]
@@ -73,13 +92,15 @@ def read_parts(path: Path) -> Parts:
             parts[parsed[0]][parsed[1]] = key
     twice += [min(found.values()) for module, found in parts.items() if keys.fused_name(module) in parts]
     broken = [module for module, found in parts.items() if not _is_whole(module, found, tensors)]
+    adapters = keys.adapter_names(tensors)
+    if twice and len(adapters) > 1:
+        what = f"holds several adapters of peft ({', '.join(adapters[:5])})"
+        raise WeightsError(Problem(str(path), what, "save one of them alone", "duplicate-module"))
     if twice:
         what = f"holds {len(twice)} tensors twice, under two names each, such as {min(twice)}"
         raise WeightsError(Problem(str(path), what, "remove one of each", "duplicate-module"))
     if unknown or broken or not parts:
-        raise WeightsError(
-            Problem(str(path), _unknown_keys_message(unknown, broken), wrong_family_hint(unknown), "unknown-tensors")
-        )
+        raise WeightsError(_unknown_keys_problem(path, unknown, broken))
     return parts
 
 

@@ -26,8 +26,6 @@ MAGNITUDE = "magnitude"
 SUFFIXES = {
     ".lora_A.weight": "A",
     ".lora_B.weight": "B",
-    ".lora_A.default.weight": "A",
-    ".lora_B.default.weight": "B",
     ".lora_down.weight": "A",
     ".lora_up.weight": "B",
     ".lora.down.weight": "A",
@@ -38,10 +36,11 @@ SUFFIXES = {
     ".dora_scale": MAGNITUDE,
     ".lora_magnitude_vector": MAGNITUDE,
     ".lora_magnitude_vector.weight": MAGNITUDE,
-    ".lora_magnitude_vector.default.weight": MAGNITUDE,
     **{f".{part}": part for part in (*LOKR, *LOHA)},
 }
 
+_ADAPTER_NAME = re.compile(r"\.(lora_A|lora_B|lora_magnitude_vector)\.([^.]+)(\.weight)$")
+"""peft's name of the adapter between a part and its end: `default` in DiffSynth's files, `default_0` in others."""
 _IN_A_BLOCK = (*BLOCK_MODULES, FUSED)
 _OUTSIDE = (
     "all_x_embedder.2-1",
@@ -57,7 +56,11 @@ _BLOCK = re.compile(r"(layers|noise_refiner|context_refiner)[._](\d{1,4})[._](.+
 
 
 def parse_key(key: str) -> tuple[str, str] | None:
-    """Return (module, part) of a LoRA file's key, or None if it belongs to no linear module of Z-Image."""
+    """Return (module, part) of a LoRA file's key, or None if it belongs to no linear module of Z-Image.
+
+    The name of the adapter, which peft puts into keys, has no meaning in a file.
+    """
+    key = _without_adapter_name(key)
     suffix = next((suffix for suffix in SUFFIXES if key.endswith(suffix)), None)
     if suffix is None:
         return None
@@ -73,11 +76,21 @@ def parse_key(key: str) -> tuple[str, str] | None:
 
 def module_in_file(key: str) -> str:
     """Return the module of a LoRA file's key as the file spells it, without prefixes and suffix."""
+    key = _without_adapter_name(key)
     suffix = next((suffix for suffix in SUFFIXES if key.endswith(suffix)), "")
     name = key.removesuffix(suffix)
     for prefix in PREFIXES:
         name = name.removeprefix(prefix)
     return name
+
+
+def adapter_names(keys: Iterable[str]) -> list[str]:
+    """Return the names of adapters in the keys of a file, sorted; none in most layouts."""
+    return sorted({match[2] for match in map(_ADAPTER_NAME.search, keys) if match is not None})
+
+
+def _without_adapter_name(key: str) -> str:
+    return _ADAPTER_NAME.sub(r".\1\3", key)
 
 
 def native_name(module: str) -> str:
@@ -141,6 +154,8 @@ def layout_name(keys: Iterable[str]) -> str | None:
     if first.startswith("lora_unet_"):
         separate = underscored("attention.to_")
         return "musubi" if any(separate in key for key in keys) else "kohya"
+    if adapter_names(keys) not in ([], ["default"]):
+        return None  # no tool reads another name of an adapter but peft, which is told it
     is_old = any(".lora_down." in key or ".lora.down." in key for key in keys)
     by_prefix = {"diffusion_model.": "comfyui", "transformer.": "diffusers", "base_model.model.": "peft"}
     for prefix, name in by_prefix.items():
@@ -175,7 +190,7 @@ def layout_of(keys: Iterable[str]) -> str:
             break
     name = layout_name(keys)
     prefix = next((prefix for prefix in (*UNDERSCORED, *PREFIXES) if keys[0].startswith(prefix)), "")
-    default = ".default" if name == "diffsynth" else ""
+    default = "".join(f".{adapter}" for adapter in adapter_names(keys)[:1])
     star = "*" if prefix in UNDERSCORED or not prefix else ".*"
     return f"{LAYOUT_DESCRIPTIONS[name]} ({prefix.removesuffix('.')}{star}.{parts}{default})"
 
