@@ -50,7 +50,7 @@ def test_placeholder_without_a_trigger(triggers, found: str, tmp_path: Path):
     ]
 
 
-def test_prompts_without_placeholder_need_no_lora(tmp_path: Path):
+def test_plain_prompts_need_no_lora(tmp_path: Path):
     """LoRAs are not opened for prompts that have no placeholder."""
     assert [spec.prompt for spec in prompt_specs(["a cat"], None, [tmp_path / "gone.safetensors"])] == ["a cat"]
 

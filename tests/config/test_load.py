@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import re
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -410,7 +411,9 @@ entries = st.fixed_dictionaries(
     },
 )
 filled = texts.filter(bool)
-sources = st.tuples(st.sampled_from(["folder", "metadata"]), filled)
+paths = filled.filter(lambda text: not any(unicodedata.category(char) == "Cc" for char in text))
+"""Without control characters, which no path is meant to have."""
+sources = st.tuples(st.sampled_from(["folder", "metadata"]), paths)
 params = st.fixed_dictionaries(
     {}, optional={"eps": numbers, "betas": st.lists(st.floats(0, 0.999) | st.just(0), min_size=2, max_size=2)}
 )
@@ -423,20 +426,20 @@ configs = st.fixed_dictionaries(
         ),
     },
     optional={
-        "output_dir": texts,
+        "output_dir": paths | st.just(""),
         "seed": st.integers(0, 2**63 - 1),
         "model": st.fixed_dictionaries(
             {},
             optional={
                 "variant": st.sampled_from(["turbo", "deturbo", "base"]),
-                "path": st.none() | filled,
-                "extras": st.none() | filled,
-                "adapter": st.none() | filled,
+                "path": st.none() | paths,
+                "extras": st.none() | paths,
+                "adapter": st.none() | paths,
                 "adapter_strength": st.floats(0, 2),
                 "dtype": st.sampled_from(["bf16", "fp32"]),
             },
         ),
-        "cache": st.fixed_dictionaries({"folder": st.none() | filled}),
+        "cache": st.fixed_dictionaries({"folder": st.none() | paths}),
         "lora": st.fixed_dictionaries(
             {},
             optional={

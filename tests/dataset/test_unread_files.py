@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from dataset_folder import image
 from zimage_train.config.dataset import DataEntry
 from zimage_train.dataset.scan import scan_entry
+
+from dataset_folder import image
 
 
 def notes_of(folder: Path, **settings) -> list[tuple[str, str]]:

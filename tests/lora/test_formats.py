@@ -460,7 +460,7 @@ def spoiled() -> Iterator[tuple[str, dict[str, Tensor] | bytes, str]]:
     yield (
         "text encoder",
         good | {"text_encoder.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(2, 2)},
-        "1 keys that",
+        "has a LoRA of the text encoder: 1 keys",
     )
     sizes = {"hada_w1_a": (96, 2), "hada_w1_b": (2, 96), "hada_w2_a": (96, 4), "hada_w2_b": (4, 96)}
     yield "loha ranks", {f"diffusion_model.{Q}.{name}": torch.ones(size) for name, size in sizes.items()}, misfit

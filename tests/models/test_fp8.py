@@ -17,9 +17,9 @@ def drawn(seed: int, *shape: int) -> Tensor:
 
 
 def in_float64(x: Tensor) -> Tensor:
-    """x as fp8 holds it with a scale for its largest number, worked out in float64."""
-    scale = x.double().abs().max() / 448
-    return (x.double() / scale).float().to(torch.float8_e4m3fn).double() * scale
+    """x as fp8 holds it with a scale for its largest number; quotients are fp32, whose ties decide the rounding."""
+    scale = x.float().abs().max() / 448
+    return (x.float() / scale).to(torch.float8_e4m3fn).double() * scale.double()
 
 
 def off(found: Tensor, wanted: Tensor) -> float:
