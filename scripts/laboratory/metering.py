@@ -13,6 +13,7 @@ from zimage_train.diffusion.frozen import load_frozen
 from zimage_train.diffusion.request import SamplingRequest
 from zimage_train.lora import arithmetic, lora_file, swap
 from zimage_train.models import text_encoder
+from zimage_train.models.components import ExtrasPaths
 
 from laboratory.scoring import SIZE, USES
 from miniature import world
@@ -29,7 +30,7 @@ def silent(done: int, total: int) -> None:
 def meter(loras: Mapping[str, Mapping[int, Path]], seeds: Sequence[int]) -> dict[str, float]:
     """The deviation of every LoRA that is used on Turbo, by "use, training seed"."""
     prompts = [world.caption(shown, SIZE, SIZE) for shown in scenes()[-PROMPTS:]]
-    encoder = text_encoder.load_text_encoder(mini.TURBO, CPU, torch.float32)
+    encoder = text_encoder.load_text_encoder(ExtrasPaths.in_folder(mini.TURBO), CPU, torch.float32)
     embeds = {prompt: encoder.encode(prompt) for prompt in prompts}
     model = load_frozen(mini.TURBO / "transformer", None, "fp32", CPU).model
     recipes = [

@@ -12,6 +12,8 @@ from zimage_train.config.schema import ModelSettings
 from zimage_train.errors import Argument, Problem, WeightsError, ZImageTrainError
 from zimage_train.models import locate
 
+EXTRAS_HINT = "give a folder or hub id that has them, or --text-encoder, --tokenizer and --vae"
+
 
 def problem_of(**settings: str) -> Problem:
     with pytest.raises(WeightsError) as caught:
@@ -34,14 +36,23 @@ def test_missing_extras_name_the_option(tmp_path: Path):
     problem = problem_of(path=str(tmp_path / "model"), extras="./nowhere")
     assert (problem.code, problem.place.argument) == ("missing-file", Argument("--extras"))
     what = "the text encoder and VAE of ./nowhere is neither a path that exists nor a hub id"
-    assert str(problem) == f"--extras: {what}; give a folder or hub id that has them"
+    assert str(problem) == f"--extras: {what}; {EXTRAS_HINT}"
 
 
 def test_extras_lacking_a_part_named_once(tmp_path: Path):
     """Extras that lack a part are named once."""
     problem = problem_of(path=str(mini.TURBO), extras=str(tmp_path))
     what = f"{tmp_path} has no text_encoder, tokenizer, vae"
-    assert str(problem) == f"--extras: {what}; give a folder or hub id that has them"
+    assert str(problem) == f"--extras: {what}; {EXTRAS_HINT}"
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "tokenizer", "vae"])
+def test_missing_part_names_its_option(part: str):
+    """A part that is missing is an error of its own option."""
+    problem = problem_of(path=str(mini.TURBO), **{part: "./nowhere"})
+    option = f"--{part.replace('_', '-')}"
+    assert (problem.code, problem.place.argument, problem.place.key) == ("missing-file", Argument(option), None)
+    assert str(problem).startswith(f"{option}: ./nowhere: is neither a path that exists nor a hub id")
 
 
 def test_file_that_is_no_model_is_refused(tmp_path: Path, monkeypatch):
@@ -56,6 +67,7 @@ def test_file_that_is_no_model_is_refused(tmp_path: Path, monkeypatch):
     ("words", "message"),
     [
         (["--extras", ""], "--extras: is empty; give a folder or hub id, or leave it out"),
+        (["--text-encoder", ""], "--text-encoder: is empty; give a folder or hub id, or leave it out"),
         (["--lora", ""], "--lora: is empty; give a LoRA file"),
         (["-o", str(mini.ADAPTER_V1)], f"--output: {mini.ADAPTER_V1} is not a folder; choose another place"),
     ],

@@ -20,6 +20,7 @@ from zimage_train.diffusion.frozen import load_frozen
 from zimage_train.diffusion.request import SamplingRequest
 from zimage_train.lora import lora_file, swap
 from zimage_train.models import text_encoder
+from zimage_train.models.components import ExtrasPaths
 from zimage_train.report.metrics import read_records
 
 from helpers import PREVIEWED, final, folder, losses
@@ -38,7 +39,7 @@ RECIPES = [recipe(prompt, seed) for seed, prompt in enumerate(PROMPTS)]
 @pytest.fixture(scope="module")
 def turbo():
     """The trainer's model in float32, and the features of the prompts."""
-    encoder = text_encoder.load_text_encoder(mini.TURBO, CPU, torch.float32)
+    encoder = text_encoder.load_text_encoder(ExtrasPaths.in_folder(mini.TURBO), CPU, torch.float32)
     return load_frozen(mini.TURBO / "transformer", None, "fp32", CPU).model, {
         one: encoder.encode(one) for one in PROMPTS
     }

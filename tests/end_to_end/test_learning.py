@@ -12,6 +12,7 @@ from zimage_train.diffusion import flow
 from zimage_train.diffusion.frozen import load_frozen
 from zimage_train.lora import layers, lora_file
 from zimage_train.models import text_encoder, vae
+from zimage_train.models.components import ExtrasPaths
 from zimage_train.models.transformer import velocity
 
 from miniature.world import draw_zorb
@@ -28,8 +29,8 @@ def held_out_loss(lora: Path | None) -> float:
     frozen = load_frozen(mini.TURBO / "transformer", None, "fp32", CPU)
     if lora is not None:
         layers.attach_fixed_lora(frozen.model, lora_file.read_lora(lora))
-    encoder = text_encoder.load_text_encoder(mini.TURBO, CPU, torch.float32)
-    autoencoder = vae.load_vae(mini.TURBO, CPU, torch.float32)
+    encoder = text_encoder.load_text_encoder(ExtrasPaths.in_folder(mini.TURBO), CPU, torch.float32)
+    autoencoder = vae.load_vae(mini.TURBO / "vae", CPU, torch.float32)
     total = 0.0
     for index in range(HELD_OUT):
         image, caption = draw_zorb(10_000 + index, 64, 64)

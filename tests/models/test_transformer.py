@@ -20,38 +20,16 @@ from zimage_train.diffusion.frozen import load_frozen
 from zimage_train.errors import WeightsError
 from zimage_train.models import arch, loading, locate, text_encoder, transformer, vae
 from zimage_train.models.arch import TransformerShape
+from zimage_train.models.components import ExtrasPaths
+
+from checkpoints import comfyui, folder_tensors
 
 CPU = torch.device("cpu")
 STEM = "diffusion_pytorch_model"
 
 
 def state(folder: Path) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = {}
-    for shard in sorted((folder / "transformer").glob("*.safetensors")):
-        found |= load_file(shard)
-    return found
-
-
-def comfyui(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The native layout, written out independently of the code that reads it."""
-    native: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        if ".attention.to_q." in name:
-            parts = [tensors[name.replace("to_q", part)] for part in ("to_q", "to_k", "to_v")]
-            native[name.replace("to_q", "qkv")] = torch.cat(parts, dim=0)
-        elif ".attention.to_k." in name or ".attention.to_v." in name:
-            continue
-        else:
-            for old, new in (
-                ("attention.to_out.0", "attention.out"),
-                ("norm_q", "q_norm"),
-                ("norm_k", "k_norm"),
-                ("all_x_embedder.2-1", "x_embedder"),
-                ("all_final_layer.2-1", "final_layer"),
-            ):
-                name = name.replace(old, new)
-            native[name] = tensor
-    return {name: tensor.contiguous() for name, tensor in native.items()}
+    return folder_tensors(folder / "transformer")
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +138,7 @@ def pipeline():
 )
 def test_prompts_are_encoded_as_diffusers(pipeline, prompt: str):
     """Prompts are encoded as the pipeline does."""
-    encoder = text_encoder.load_text_encoder(mini.TURBO, CPU, torch.float32)
+    encoder = text_encoder.load_text_encoder(ExtrasPaths.in_folder(mini.TURBO), CPU, torch.float32)
     with torch.no_grad():
         (expected,), _ = pipeline.encode_prompt([prompt], do_classifier_free_guidance=False)
     got = encoder.encode(prompt)
@@ -179,7 +157,7 @@ def test_encoder_layers_are_read_once(monkeypatch):
         return stream(tensors)
 
     monkeypatch.setattr(loading, "stream_tensors", spy)
-    encoder = text_encoder.load_text_encoder(mini.TURBO, CPU, torch.float32)
+    encoder = text_encoder.load_text_encoder(ExtrasPaths.in_folder(mini.TURBO), CPU, torch.float32)
     found = dict(encoder.encode_all([f"prompt {number}" + " and more" * (number % 4) for number in range(9)]))
     assert len(found) == 9
     layers = json.loads((mini.TURBO / "text_encoder" / "config.json").read_text())["num_hidden_layers"]
@@ -192,7 +170,7 @@ def test_encoder_layers_are_read_once(monkeypatch):
 
 def test_one_layer_is_there_at_a_time(monkeypatch):
     """So 8 GB of text encoder take a thirtieth of that on the device."""
-    encoder = text_encoder.load_text_encoder(mini.TURBO, CPU, torch.float32)
+    encoder = text_encoder.load_text_encoder(ExtrasPaths.in_folder(mini.TURBO), CPU, torch.float32)
     made: list[weakref.ref] = []
     original = encoder._layer
 
@@ -209,7 +187,7 @@ def test_one_layer_is_there_at_a_time(monkeypatch):
 
 def test_prompts_encoded_together(monkeypatch):
     """Prompts of equal length encoded together are the same as each alone."""
-    encoder = text_encoder.load_text_encoder(mini.TURBO, CPU, torch.float32)
+    encoder = text_encoder.load_text_encoder(ExtrasPaths.in_folder(mini.TURBO), CPU, torch.float32)
     prompts = ["a red zorb", "a tan zorb", "", "x" * 90, "a blue circle on a green background"]
     alone = {prompt: encoder.encode(prompt) for prompt in prompts}
     ticks: list[tuple[int, int]] = []
@@ -225,7 +203,7 @@ def test_prompts_encoded_together(monkeypatch):
 @pytest.mark.slow
 def test_vae_tiles_when_out_of_memory(monkeypatch):
     """If memory runs out, the VAE decodes in tiles, with a close result."""
-    model = vae.load_vae(mini.TURBO, CPU, torch.float32)
+    model = vae.load_vae(mini.TURBO / "vae", CPU, torch.float32)
     latents = torch.randn(1, 16, 96, 128, generator=torch.Generator().manual_seed(1)) * 0.3
     (whole,) = vae.decode_latents(model, latents)
     decode, failed = model.decode, []
@@ -245,7 +223,10 @@ def test_vae_tiles_when_out_of_memory(monkeypatch):
 
 def test_latents_are_the_posterior_mean():
     """Latents are the posterior mean, shifted and scaled."""
-    ours, theirs = vae.load_vae(mini.TURBO, CPU, torch.float32), AutoencoderKL.from_pretrained(mini.TURBO / "vae")
+    ours, theirs = (
+        vae.load_vae(mini.TURBO / "vae", CPU, torch.float32),
+        AutoencoderKL.from_pretrained(mini.TURBO / "vae"),
+    )
     pixels = torch.rand(1, 3, 64, 48) * 2 - 1
     with torch.no_grad():
         mean = theirs.encode(pixels).latent_dist.mean
@@ -278,7 +259,7 @@ def locate_and_load(folder: Path) -> None:
     found = locate.locate(ModelSettings(path=str(folder), adapter=None))
     load_frozen(found.transformer, None, "fp32", CPU)
     text_encoder.load_text_encoder(found.extras, CPU, torch.float32)
-    vae.load_vae(found.extras, CPU, torch.float32)
+    vae.load_vae(found.extras.vae, CPU, torch.float32)
 
 
 def test_the_unbroken_copy_loads(broken: Path):
@@ -376,7 +357,7 @@ def test_another_family_is_named(broken: Path, path: str, content: dict, message
 def test_extras_default_to_the_folder():
     """Extras come by default from the folder that has them."""
     found = locate.locate(ModelSettings(path=str(mini.TURBO), adapter=None))
-    assert found.extras == mini.TURBO
+    assert found.extras == ExtrasPaths.in_folder(mini.TURBO)
 
 
 def test_extras_are_named(tmp_path: Path):
@@ -384,7 +365,7 @@ def test_extras_are_named(tmp_path: Path):
     shutil.copytree(mini.TURBO / "transformer", tmp_path / "only" / "transformer")
     found = locate.locate(ModelSettings(path=str(tmp_path / "only"), extras=str(mini.TURBO), adapter=None))
     assert found.transformer == tmp_path / "only" / "transformer"
-    assert found.extras == mini.TURBO
+    assert found.extras == ExtrasPaths.in_folder(mini.TURBO)
 
 
 def test_hub_requests_of_a_config(tmp_path: Path):

@@ -23,6 +23,7 @@ from zimage_train.errors import ConfigError, Note, WeightsError, ZImageTrainErro
 from zimage_train.io import atomic, safetensors_format
 from zimage_train.io.safetensors_format import TensorEntry, read_header
 from zimage_train.models import components, text_encoder, vae
+from zimage_train.models.components import ExtrasPaths
 from zimage_train.models.locate import cached_only
 from zimage_train.planning import gpus, memory, preflight
 from zimage_train.planning.preflight import RunSpec
@@ -472,14 +473,22 @@ def test_odd_model_config_is_one_line(make_config: Make, tmp_path: Path, part: s
     assert error.exit_code == 4 and what in str(error), str(error)
 
 
+def load_text_encoder(model: Path) -> None:
+    text_encoder.load_text_encoder(ExtrasPaths.in_folder(model), torch.device("cpu"), torch.float32)
+
+
+def load_vae(model: Path) -> None:
+    vae.load_vae(model / "vae", torch.device("cpu"), torch.float32)
+
+
 @pytest.mark.parametrize(
     ("load", "part", "change"),
     [
-        (text_encoder.load_text_encoder, "text_encoder/config.json", {"rope_scaling": {"rope_type": "nonsense"}}),
-        (vae.load_vae, "vae/config.json", {"scaling_factor": None}),
-        (vae.load_vae, "vae/config.json", {"layers_per_block": "two"}),
+        (load_text_encoder, "text_encoder/config.json", {"rope_scaling": {"rope_type": "nonsense"}}),
+        (load_vae, "vae/config.json", {"scaling_factor": None}),
+        (load_vae, "vae/config.json", {"layers_per_block": "two"}),
         (
-            text_encoder.load_text_encoder,
+            load_text_encoder,
             "tokenizer/tokenizer_config.json",
             {"chat_template": "{{ raise_exception('no') }}"},
         ),
@@ -489,7 +498,7 @@ def test_class_errors_are_one_line(tmp_path: Path, load, part: str, change: dict
     """Errors that only the model's class can detect are a single line, too."""
     model = edited(tmp_path, part, change)
     with pytest.raises(WeightsError, match=r"does not describe|template fails"):
-        load(model, torch.device("cpu"), torch.float32)
+        load(model)
 
 
 def test_damaged_parts_reported_at_once(make_config: Make, tmp_path: Path):

@@ -22,6 +22,7 @@ from zimage_train.diffusion.sampler import sample_latents, sample_trajectory
 from zimage_train.errors import ConfigError, DataError, Stopped, ZImageTrainError
 from zimage_train.lora import lora_file, swap
 from zimage_train.models import text_encoder
+from zimage_train.models.components import ExtrasPaths
 from zimage_train.planning.preflight import check_run
 from zimage_train.training import loop
 from zimage_train.training.batches import load_batch
@@ -118,7 +119,7 @@ def test_target_is_the_mean_velocity(make_config, broken: Path, monkeypatch) -> 
     assert torch.equal(batch.weight, torch.ones(len(samples)))
 
     model = load_frozen(mini.TURBO / "transformer", None, "fp32", CPU).model.eval()
-    encoder = text_encoder.load_text_encoder(mini.TURBO, CPU, torch.float32)
+    encoder = text_encoder.load_text_encoder(ExtrasPaths.in_folder(mini.TURBO), CPU, torch.float32)
     with swap.with_lora(model, lora_file.read_lora(broken)):
         for index, sample in enumerate(samples):
             recipe = request_of(run, sample.item)
@@ -195,7 +196,7 @@ def test_de_distill_trains_on_turbo(make_config, monkeypatch) -> None:
     config = make_config(name="adapter", model={"adapter": None}, train={"method": "de_distill", "steps": 3})
     run = first_run(config, monkeypatch)
     model = load_frozen(mini.TURBO / "transformer", None, "fp32", CPU).model.eval()
-    encoder = text_encoder.load_text_encoder(mini.TURBO, CPU, torch.float32)
+    encoder = text_encoder.load_text_encoder(ExtrasPaths.in_folder(mini.TURBO), CPU, torch.float32)
     for sample in run.micro_batches(1)[0]:
         recipe = request_of(run, sample.item)
         assert (recipe.steps, recipe.guidance) == (8, 0.0)

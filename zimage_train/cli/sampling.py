@@ -1,5 +1,6 @@
 """The commands that draw images: `zimage-train sample`, `compare` and `drift`."""
 
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -44,7 +45,22 @@ Variant = Annotated[
     str, typer.Option("--variant", help="Variant of a model given as path or hub id: turbo, deturbo or base.")
 ]
 Extras = Annotated[str | None, typer.Option("--extras", help="Folder or hub id of the text encoder and the VAE.")]
+TextEncoder = Annotated[
+    str | None, typer.Option("--text-encoder", help="Text encoder instead: hub id, folder or .safetensors.")
+]
+Tokenizer = Annotated[str | None, typer.Option("--tokenizer", help="Tokenizer instead: hub id or folder.")]
+Vae = Annotated[str | None, typer.Option("--vae", help="VAE instead: hub id, folder or .safetensors.")]
 Dtype = Annotated[str, typer.Option("--dtype", help="Precision of the model: bf16 or fp32.")]
+
+
+@dataclass(frozen=True)
+class ModelParts:
+    """Where the parts of a model besides its transformer come from, as the settings of `model` of the same names."""
+
+    extras: str | None
+    text_encoder: str | None
+    tokenizer: str | None
+    vae: str | None
 
 
 @draw_commands.command()
@@ -75,6 +91,9 @@ def sample(
     ] = None,
     variant: Variant = "turbo",
     extras: Extras = None,
+    text_encoder: TextEncoder = None,
+    tokenizer: Tokenizer = None,
+    vae: Vae = None,
     dtype: Dtype = "bf16",
     count: Annotated[
         int, typer.Option("--count", min=1, max=10_000, help="Number of images of each prompt, with successive seeds.")
@@ -97,7 +116,8 @@ def sample(
     """
     problems = _size_problems(width, height)
     problems += _prompt_source_problems(has_prompts=bool(prompt or prompts), has_images=bool(from_), count=count)
-    settings = _parse_models([model], "MODEL", variant, extras, dtype, problems)[0]
+    parts = ModelParts(extras, text_encoder, tokenizer, vae)
+    settings = _parse_models([model], "MODEL", variant, parts, dtype, problems)[0]
     from zimage_train.commands import lora_args
     from zimage_train.commands.prompt_sources import prompt_specs
     from zimage_train.commands.sample import BatchLimit, SamplingOptions, requests_for, sample_images
@@ -158,6 +178,9 @@ def compare(
     height: Height = None,
     variant: Variant = "turbo",
     extras: Extras = None,
+    text_encoder: TextEncoder = None,
+    tokenizer: Tokenizer = None,
+    vae: Vae = None,
     dtype: Dtype = "bf16",
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for grid, page and images.")] = Path("compare"),
 ) -> None:
@@ -175,6 +198,9 @@ def compare(
         "--width": width is not None,
         "--height": height is not None,
         "--extras": extras is not None,
+        "--text-encoder": text_encoder is not None,
+        "--tokenizer": tokenizer is not None,
+        "--vae": vae is not None,
         "--variant": variant != "turbo",
         "--dtype": dtype != "bf16",
     }
@@ -190,7 +216,8 @@ def compare(
         reason = "LoRA files contain no images to compare" if has_files else f"{given[0]} is only for drawing"
         hint = "say what to draw, or give run folders alone"
         problems.append(Problem("--prompt", f"is missing, and {reason}", hint, "missing-argument"))
-    models = _parse_models(model or ["turbo"], "--model", variant, extras, dtype, problems)
+    parts = ModelParts(extras, text_encoder, tokenizer, vae)
+    models = _parse_models(model or ["turbo"], "--model", variant, parts, dtype, problems)
     from zimage_train.commands import draw
     from zimage_train.commands.prompt_sources import prompt_specs
     from zimage_train.commands.sample import SamplingOptions
@@ -232,6 +259,9 @@ def drift(
     width: Width = None,
     height: Height = None,
     extras: Extras = None,
+    text_encoder: TextEncoder = None,
+    tokenizer: Tokenizer = None,
+    vae: Vae = None,
     dtype: Dtype = "bf16",
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for grid, page and images.")] = Path("drift"),
 ) -> None:
@@ -243,7 +273,8 @@ def drift(
     problems = _size_problems(width, height)
     if model in VARIANTS and model != "turbo":
         problems.append(Problem("MODEL", f"is {model}, which needs more than 8 steps", "give turbo", "bad-argument"))
-    settings = _parse_models([model], "MODEL", "turbo", extras, dtype, problems)[0]
+    parts = ModelParts(extras, text_encoder, tokenizer, vae)
+    settings = _parse_models([model], "MODEL", "turbo", parts, dtype, problems)[0]
     from zimage_train.commands import lora_args
     from zimage_train.commands.drift import drift_report
     from zimage_train.commands.prompt_sources import prompt_specs
@@ -279,7 +310,7 @@ def _size_problems(width: int | None, height: int | None) -> list[Problem]:
 
 
 def _parse_models(
-    names: list[str], where: str, variant: str, extras: str | None, dtype: str, problems: list[Problem]
+    names: list[str], where: str, variant: str, parts: ModelParts, dtype: str, problems: list[Problem]
 ) -> list[ModelSettings]:
     """Return the settings of the models `names`, with the options that apply to all of them.
 
@@ -298,8 +329,10 @@ def _parse_models(
         problems.append(Problem(where, "is given twice with the same value", "give it once", "set-twice"))
     if variant not in VARIANTS:
         problems.append(Problem("--variant", f"is {variant!r}", f"give one of {', '.join(VARIANTS)}", "bad-argument"))
-    if extras == "":
-        problems.append(Problem("--extras", "is empty", "give a folder or hub id, or leave it out", "bad-argument"))
+    for part, source in asdict(parts).items():
+        if source == "":
+            option = f"--{part.replace('_', '-')}"
+            problems.append(Problem(option, "is empty", "give a folder or hub id, or leave it out", "bad-argument"))
     if dtype not in ("bf16", "fp32"):
         problems.append(Problem("--dtype", f"is {dtype!r}", "give bf16 or fp32", "bad-argument"))
     if problems:
@@ -308,5 +341,5 @@ def _parse_models(
     for name in names:
         is_variant = name in VARIANTS
         values = {"variant": name if is_variant else variant, "path": None if is_variant else name}
-        models.append(ModelSettings.model_validate({**values, "extras": extras, "adapter": None, "dtype": dtype}))
+        models.append(ModelSettings.model_validate({**values, **asdict(parts), "adapter": None, "dtype": dtype}))
     return models

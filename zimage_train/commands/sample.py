@@ -54,6 +54,8 @@ from zimage_train.training import distributed
 BATCHES_IN_MEMORY = 16
 """Number of batches to draw before their images are written."""
 DEFAULT_SEED, DEFAULT_SIZE = 42, 1024
+PART_OPTIONS = {"model.text_encoder": "--text-encoder", "model.tokenizer": "--tokenizer", "model.vae": "--vae"}
+"""Setting -> the option that stands for it here."""
 
 
 @dataclass(frozen=True)
@@ -152,14 +154,14 @@ class LoadedModel:
     """A model that is ready to draw, with its prompts encoded."""
 
     frozen: FrozenTransformer
-    extras: Path
-    """Folder of the VAE."""
+    vae_path: Path
+    """Folder or file of the VAE."""
     embeds: Mapping[str, Tensor]
     """Prompt -> its encoding."""
 
     def draw(self, requests: list[SamplingRequest], progress: StepProgress, max_batch: int = 1) -> list[Image]:
         """Return an image for each of `requests`, drawn with the LoRA that is attached."""
-        return render_images(self.frozen, self.extras, requests, self.embeds, progress, max_batch)
+        return render_images(self.frozen, self.vae_path, requests, self.embeds, progress, max_batch)
 
 
 def locate_model(model: ModelSettings, flag: str = "MODEL") -> tuple[ModelPaths, TransformerShape]:
@@ -190,7 +192,10 @@ def _as_problem_of_option(problem: Problem, flag: str) -> Problem:
         if place.source is not None:
             what = f"the text encoder and VAE of {place.source} {what}"
         location = Location(argument=Argument("--extras"))
-        return Problem(location, what, "give a folder or hub id that has them", problem.code)
+        hint = "give a folder or hub id that has them, or --text-encoder, --tokenizer and --vae"
+        return Problem(location, what, hint, problem.code)
+    if place.key in PART_OPTIONS:
+        return replace(problem, location=replace(place, key=None, argument=Argument(PART_OPTIONS[place.key])))
     if place.key == "model.path":
         return replace(problem, location=replace(place, key=None, argument=Argument(flag)))
     return problem
@@ -219,7 +224,7 @@ def load_model(
     if placement.streamed:
         console.info(f"{placement.streamed} of {shape.n_layers} blocks are streamed, to fit this GPU")
     frozen = load_frozen(paths.transformer, None, model.dtype, device, None, placement.streamed)
-    return LoadedModel(frozen, paths.extras, embeds)
+    return LoadedModel(frozen, paths.extras.vae, embeds)
 
 
 def drawn_by(model: ModelSettings, loras: list[WeightedLora]) -> str:
@@ -287,8 +292,14 @@ def command_for(config: Config, lora: Path) -> str:
         words += ["--lora", extra.file if extra.weight == 1 else f"{extra.file}={extra.weight!r}"]
     if model.path is not None and model.variant != "turbo":
         words += ["--variant", model.variant]
-    if model.extras is not None:
-        words += ["--extras", model.extras]
+    for flag, source in (
+        ("--extras", model.extras),
+        ("--text-encoder", model.text_encoder),
+        ("--tokenizer", model.tokenizer),
+        ("--vae", model.vae),
+    ):
+        if source is not None:
+            words += [flag, source]
     if model.dtype != "bf16":
         words += ["--dtype", model.dtype]
     requests = preview_requests(config)

@@ -107,6 +107,9 @@ def resolve_paths(config: Config) -> Config:
     paths = {
         "path": absolute(model.path),
         "extras": absolute(model.extras),
+        "text_encoder": absolute(model.text_encoder),
+        "tokenizer": absolute(model.tokenizer),
+        "vae": absolute(model.vae),
         "adapter": absolute(model.adapter, ADAPTERS),
     }
     data = []

@@ -53,6 +53,12 @@ class ModelSettings(Section):
     """Transformer: hub id (`org/repo[@revision]`), diffusers folder or .safetensors file; null: the variant's own."""
     extras: NonEmptyPath | None = None
     """Source of text encoder, tokenizer and VAE; null: `path` if it has them, else the variant's own."""
+    text_encoder: NonEmptyPath | None = None
+    """Text encoder in place of that of `extras`: hub id, folder or .safetensors, such as qwen_3_4b.safetensors."""
+    tokenizer: NonEmptyPath | None = None
+    """Tokenizer in place of that of `extras`: hub id or folder."""
+    vae: NonEmptyPath | None = None
+    """VAE in place of that of `extras`: hub id, folder or .safetensors, such as ae.safetensors."""
     adapter: NonEmptyPath | None = Field(default=None, json_schema_extra=_without_default)
     """Training adapter, merged into the frozen weights during training: v1, v2 (both by ostris), a file, org/repo/file,
     or null for none. If left out: v2 for turbo, null for the others."""

@@ -25,7 +25,7 @@ from zimage_train.io import atomic
 from zimage_train.io.progress import Progress, StepProgress
 from zimage_train.io.tensorfile import TORCH_DTYPES
 from zimage_train.models import text_encoder, vae
-from zimage_train.models.components import LATENT_CHANNELS, LATENT_STRIDE
+from zimage_train.models.components import LATENT_CHANNELS, LATENT_STRIDE, ExtrasPaths
 
 PROMPT_BYTES = 700_000
 """Estimated size of an embedding: a caption of about 130 tokens in bf16."""
@@ -69,8 +69,7 @@ class CacheStats:
 class Encoders:
     """Where the encoders are, how they are run, and their digests."""
 
-    extras: Path
-    """Folder of the text encoder, the tokenizer and the VAE."""
+    extras: ExtrasPaths
     device: torch.device
     dtype: str
     """Precision of the text encoder and its embeddings; the VAE always runs in fp32."""
@@ -80,13 +79,13 @@ class Encoders:
     """Called for prompts that are too long."""
 
 
-def image_encoder(extras: Path, device: torch.device) -> EncodeImages:
+def image_encoder(vae_path: Path, device: torch.device) -> EncodeImages:
     """Load the VAE and return its encoder.
 
     A batch that does not fit the device is encoded in tiles of 512 px, whose overlaps are blended.
     """
     # In fp32 whatever the run's precision is: latents are encoded once and used in every epoch and every later run.
-    model = vae.load_vae(extras, device, torch.float32)
+    model = vae.load_vae(vae_path, device, torch.float32)
 
     def encode(images: list[Image.Image]) -> Tensor:
         return vae.encode_images(model, torch.stack([vae.to_pixels(image) for image in images]))
@@ -95,7 +94,7 @@ def image_encoder(extras: Path, device: torch.device) -> EncodeImages:
 
 
 def prompt_encoder(
-    extras: Path, device: torch.device, dtype: str, warn: Callable[[str], None] = lambda text: None
+    extras: ExtrasPaths, device: torch.device, dtype: str, warn: Callable[[str], None] = lambda text: None
 ) -> EncodePrompts:
     """Load the text encoder and return its encoding of prompts; `warn` is called for prompts that are too long."""
     return partial(text_encoder.load_text_encoder(extras, device, TORCH_DTYPES[dtype]).encode_all, warn=warn)
@@ -164,7 +163,7 @@ def _fill_latents(
     batch_px = BATCH_PX if encoders.device.type == "cuda" else 0
 
     def encode(keys: list[str]) -> Iterator[tuple[str, Tensor]]:
-        encode_images = image_encoder(encoders.extras, encoders.device)
+        encode_images = image_encoder(encoders.extras.vae, encoders.device)
         for batch in _batches_of_one_size(keys, items_by_key, batch_px):
             latents = encode_images([_load_fitted(items_by_key[key]) for key in batch])
             for key, latent in zip(batch, latents, strict=True):
@@ -227,9 +226,7 @@ def _fill_prompts(
         for prompt, embeds in encode_prompts([prompts_by_key[key] for key in missing], layer_progress):
             if not embeds.isfinite().all():
                 message = f"its embedding of {prompt[:40]!r} is not finite"
-                raise WeightsError(
-                    Problem("text_encoder", message, "get the files of model.extras again", "not-finite")
-                )
+                raise WeightsError(Problem("text_encoder", message, "get the text encoder again", "not-finite"))
             yield keys[prompt], embeds
 
     return _fill(cache, "prompts", dict.fromkeys(prompts_by_key, PROMPT_BYTES), encode, progress, shard)

@@ -20,7 +20,7 @@ from zimage_train.typing import LatentBatch
 
 def render_images(
     frozen: FrozenTransformer,
-    extras: Path,
+    vae_path: Path,
     requests: Sequence[SamplingRequest],
     embeds: Mapping[str, Tensor],
     progress: StepProgress,
@@ -32,7 +32,7 @@ def render_images(
     """
     with eval_mode(frozen.model), original_weights(frozen):
         latents = sample_all(frozen.model, requests, embeds, progress, max_batch)
-    return decode_all(frozen.model, extras, latents)
+    return decode_all(frozen.model, vae_path, latents)
 
 
 @contextlib.contextmanager
@@ -73,14 +73,14 @@ def sample_all(
     return latents
 
 
-def decode_all(model: ZImageTransformer2DModel, extras: Path, latents: Sequence[LatentBatch]) -> list[Image.Image]:
+def decode_all(model: ZImageTransformer2DModel, vae_path: Path, latents: Sequence[LatentBatch]) -> list[Image.Image]:
     """Return the images of `latents`, decoded on the device and in the dtype of `model`.
 
     The VAE is loaded for this call only: a run needs the memory for training between previews.
     """
     if not latents:
         return []
-    decoder = vae.load_vae(extras, model.device, model.dtype)
+    decoder = vae.load_vae(vae_path, model.device, model.dtype)
     images = [vae.decode_latents(decoder, single)[0] for single in latents]
     del decoder
     if torch.cuda.is_available():

@@ -8,11 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from zimage_train.errors import Problem, WeightsError
+from zimage_train.errors import Location, Problem, WeightsError
 from zimage_train.io import atomic
 from zimage_train.io.dtypes import ITEM_BYTES
 
 MAX_HEADER_BYTES = 100_000_000
+PLAIN_WEIGHTS_HINT = "take the bf16 .safetensors of the same model, or one in fp8"
+"""The hint for weights that are stored in a way that is not read here."""
+GGUF_MESSAGE = "is a GGUF, the format of llama.cpp, which is not read here"
+PICKLE_MESSAGE = "is a pickle, which can run code and is never opened"
+PICKLE_HINT = "get the .safetensors of the same weights"
+PICKLE_SUFFIXES = (".bin", ".pt", ".ckpt", ".pth")
 
 
 @dataclass(frozen=True)
@@ -20,9 +26,13 @@ class TensorInfo:
     """A tensor of a file, without its values."""
 
     file: Path
+    name: str
+    """Its name in the file."""
     dtype: str
     """Safetensors' name, such as `BF16`."""
     shape: tuple[int, ...]
+    begin: int
+    """Position of its first byte in the file."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +60,7 @@ def read_header(path: Path) -> Header:
             start = file.read(8)
             header_size = int.from_bytes(start, "little")
             if len(start) < 8 or not 2 <= header_size <= min(MAX_HEADER_BYTES, file_size - 8):
-                message = _describe_content(start + file.read(64), file_size)
+                message, hint = _describe_content(start + file.read(64), file_size)
                 raise WeightsError(Problem(str(path), message, hint, "not-safetensors"))
             entries = json.loads(file.read(header_size))
         metadata = entries.pop("__metadata__", None) or {}
@@ -59,10 +69,13 @@ def read_header(path: Path) -> Header:
         for name, entry in entries.items():
             dtype, shape = entry["dtype"], entry["shape"]
             begin, end = entry["data_offsets"]
-            if end - begin != math.prod(shape) * ITEM_BYTES.get(dtype, 0):
+            if isinstance(dtype, str) and dtype not in ITEM_BYTES:
+                message = f"is of dtype {dtype}, which is not read here"
+                raise WeightsError(Problem(f"{path}: {name}", message, PLAIN_WEIGHTS_HINT, "unsupported-dtype"))
+            if end - begin != math.prod(shape) * ITEM_BYTES[dtype]:
                 message = f"{dtype} {shape} does not fit its bytes"
                 raise WeightsError(Problem(f"{path}: {name}", message, hint, "damaged-file"))
-            tensors[name] = TensorInfo(path, dtype, tuple(shape))
+            tensors[name] = TensorInfo(path, name, dtype, tuple(shape), 8 + header_size + begin)
             data_size = max(data_size, end)
         expected_size = 8 + header_size + data_size
     except FileNotFoundError:
@@ -79,6 +92,21 @@ def read_header(path: Path) -> Header:
     return Header(tensors, metadata)
 
 
+def read_bytes(info: TensorInfo) -> bytes:
+    """Return the data of a tensor.
+
+    Raises:
+        WeightsError: the file cannot be read.
+    """
+    try:
+        with open(info.file, "rb") as file:
+            file.seek(info.begin)
+            return file.read(math.prod(info.shape) * ITEM_BYTES[info.dtype])
+    except OSError as error:
+        message = f"cannot be read ({error.strerror})"
+        raise WeightsError(Problem(str(info.file), message, "check the path", "unreadable-file")) from None
+
+
 def read_sharded(folder: Path, stem: str) -> dict[str, TensorInfo]:
     """Return the tensors of `folder/stem.safetensors`, or of the shards that `stem.safetensors.index.json` names.
 
@@ -90,7 +118,9 @@ def read_sharded(folder: Path, stem: str) -> dict[str, TensorInfo]:
     if not index_path.exists():
         if not single.exists():
             message = f"holds neither {single.name} nor {index_path.name}"
-            raise WeightsError(Problem(str(folder), message, _pickle_hint(folder), "missing-file"))
+            raise WeightsError(
+                Problem(str(folder), message, hint_for_folder(folder) or "check the path", "missing-file")
+            )
         return read_header(single).tensors
     index = read_json(index_path).get("weight_map")
     if not isinstance(index, dict) or not all(isinstance(name, str) for name in index.values()):
@@ -128,27 +158,44 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _pickle_hint(folder: Path) -> str:
-    """Return the hint for a folder without safetensors, which may hold the same weights as a pickle."""
-    if folder.exists():
-        for pattern in ("*.bin", "*.pt", "*.ckpt", "*.pth"):
-            for path in folder.glob(pattern):
-                return f"{path.name} is a pickle, which is never opened; get the safetensors"
-    return "check the path"
+def hint_for_folder(folder: Path) -> str:
+    """Return the hint for a folder without the safetensors that were looked for, by what it holds instead; or ""."""
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    for name in names:
+        if name.endswith(PICKLE_SUFFIXES):
+            return f"{name} is a pickle, which is never opened; get the safetensors"
+        if name.endswith(".gguf"):
+            return f"{name} {GGUF_MESSAGE}; {PLAIN_WEIGHTS_HINT}"
+    return ""
 
 
-def _describe_content(start: bytes, size: int) -> str:
-    """Return what a file that is not safetensors seems to be, by its first bytes, for a message."""
+def require_readable_name(name: str, where: Location) -> None:
+    """Refuse a path or hub id that ends like a pickle or a GGUF, before it is taken for anything else.
+
+    Raises:
+        WeightsError: it does.
+    """
+    lowered = name.lower()
+    if lowered.endswith(".gguf"):
+        raise WeightsError(Problem(where, GGUF_MESSAGE, PLAIN_WEIGHTS_HINT, "not-safetensors"))
+    if lowered.endswith(PICKLE_SUFFIXES):
+        raise WeightsError(Problem(where, PICKLE_MESSAGE, PICKLE_HINT, "not-safetensors"))
+
+
+def _describe_content(start: bytes, size: int) -> tuple[str, str]:
+    """Return what a file that is not safetensors seems to be, by its first bytes, and what to do about it."""
     text = start.lstrip().lower()
     if size == 0:
-        return "is empty"
+        return "is empty", "get the file again"
+    if start.startswith(b"GGUF"):
+        return GGUF_MESSAGE, PLAIN_WEIGHTS_HINT
     if start.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
-        return "is a pickle, which can run code and is never opened"
+        return PICKLE_MESSAGE, PICKLE_HINT
     if text.startswith(b"version http"):
-        return "is a Git LFS pointer, not the weights themselves"
+        return "is a Git LFS pointer, not the weights themselves", "get the file again, with Git LFS or from its page"
     if text.startswith((b"<!doct", b"<html")):
-        return "is a web page, not weights"
-    return "is not a safetensors file, or cut off"
+        return "is a web page, not weights", "get the file again"
+    return "is not a safetensors file, or cut off", "get the file again"
 
 
 class TensorEntry(NamedTuple):

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,13 +13,12 @@ from zimage_train.errors import Problem, WeightsError
 from zimage_train.io import atomic, safetensors_format, tensorfile
 from zimage_train.io.dtypes import COMPUTE_DTYPES, PRECISIONS
 from zimage_train.io.progress import StepProgress
-from zimage_train.io.safetensors_format import TensorInfo
 from zimage_train.lora import arithmetic
 from zimage_train.lora.lora_file import Lora
 from zimage_train.models import transformer
 from zimage_train.models.arch import TransformerShape
-from zimage_train.models.locate import TRANSFORMER_STEM
 from zimage_train.models.native_keys import to_native
+from zimage_train.models.stored_weights import STEMS, StoredWeight
 
 
 @dataclass
@@ -109,21 +108,22 @@ def bake_checkpoint(
         dtype: the precision of the output; None keeps that of each tensor.
 
     Raises:
-        WeightsError: `source` is not a Z-Image transformer, is quantised, or a sum is not finite.
+        WeightsError: `source` is not a Z-Image transformer, is quantised and `dtype` None, or a sum is not finite.
         DiskError: the output cannot be written.
     """
     result, done = BakeResult(), 0
     with transformer.open_weights(source) as tensors:
-        dtypes = {info.dtype for info in tensors.infos.values()}
+        dtypes = {weight.dtype for weight in tensors.weights.values()}
         # In 8 bits a step between two values is larger than most changes, so the sum would round back to the weight.
-        if narrow := dtypes - COMPUTE_DTYPES:
+        if dtype is None and (narrow := dtypes - COMPUTE_DTYPES):
             message = f"holds {', '.join(sorted(narrow))} tensors, in which a LoRA would be lost to rounding"
-            raise WeightsError(Problem(str(source), message, "bake into a bf16 checkpoint", "unsupported-dtype"))
+            hint = "give --dtype bf16, or bake into a bf16 checkpoint"
+            raise WeightsError(Problem(str(source), message, hint, "unsupported-dtype"))
 
         def bake_tensor(name: str) -> Tensor:
             nonlocal done
             done += 1
-            tick(done, len(tensors.infos))
+            tick(done, len(tensors.weights))
             weight, factors = tensors.get(name), lora.get(name.removesuffix(".weight"))
             torch_dtype = tensorfile.TORCH_DTYPES[dtype] if dtype else weight.dtype
             if factors is None or not name.endswith(".weight"):
@@ -138,7 +138,7 @@ def bake_checkpoint(
             result.add(weight, baked, delta)
             return baked
 
-        parts = _parts_by_output_name(tensors.infos, is_native)
+        parts = _parts_by_output_name(tensors.weights, is_native)
 
         def entry_data(output_name: str) -> bytes | memoryview:
             if is_native:
@@ -147,17 +147,17 @@ def bake_checkpoint(
                 tensor = bake_tensor(output_name)
             return tensorfile.tensor_entry(tensor).data
 
-        infos = {name: _joined_info([tensors.infos[part] for part in names]) for name, names in parts.items()}
-        if dtype:
-            infos = {name: (PRECISIONS[dtype], shape) for name, (_, shape) in infos.items()}
-        path = output if is_native else output / f"{TRANSFORMER_STEM}.safetensors"
+        infos: dict[str, tuple[str, tuple[int, ...]]] = {}
+        for name, names in parts.items():
+            infos[name] = _joined_info([tensors.weights[part] for part in names], dtype)
+        path = output if is_native else output / f"{STEMS['transformer']}.safetensors"
         safetensors_format.write_safetensors_of(path, infos, entry_data, {"format": "pt", **metadata})
         if not is_native:
             atomic.write_json(output / "config.json", _diffusers_config(tensors.shape))
     return result
 
 
-def _parts_by_output_name(names: Mapping[str, TensorInfo], is_native: bool) -> dict[str, list[str]]:
+def _parts_by_output_name(names: Iterable[str], is_native: bool) -> dict[str, list[str]]:
     """Return name in the output -> names of the tensors that are concatenated there: q, k and v, or a single tensor."""
     if not is_native:
         return {name: [name] for name in names}
@@ -169,11 +169,13 @@ def _parts_by_output_name(names: Mapping[str, TensorInfo], is_native: bool) -> d
     return parts
 
 
-def _joined_info(infos: list[TensorInfo]) -> tuple[str, tuple[int, ...]]:
-    """Return dtype and shape of the concatenated tensors; the dtype is promoted as `torch.cat` does."""
-    dtypes = (tensorfile.STORED_DTYPES[info.dtype] for info in infos)
-    joined = tensorfile.DTYPE_NAMES[functools.reduce(torch.promote_types, dtypes)]
-    return joined, (sum(info.shape[0] for info in infos), *infos[0].shape[1:])
+def _joined_info(weights: list[StoredWeight], dtype: str | None) -> tuple[str, tuple[int, ...]]:
+    """Return dtype and shape of the concatenated tensors; for None, the dtype is promoted as `torch.cat` does."""
+    shape = (sum(weight.shape[0] for weight in weights), *weights[0].shape[1:])
+    if dtype is not None:
+        return PRECISIONS[dtype], shape
+    dtypes = (tensorfile.STORED_DTYPES[weight.dtype] for weight in weights)
+    return tensorfile.DTYPE_NAMES[functools.reduce(torch.promote_types, dtypes)], shape
 
 
 def _diffusers_config(shape: TransformerShape) -> dict[str, object]:

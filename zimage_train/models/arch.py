@@ -151,9 +151,13 @@ def shape_from_tensors(shapes: dict[str, TensorShape]) -> TransformerShape:
         matches = [re.match(rf"{group}\.(\d+)\.", name) for name in shapes]
         return 1 + max((int(match[1]) for match in matches if match), default=-1)
 
+    def first_size(name: str, default: int) -> int:
+        # A damaged file may hold it without sizes, or empty; the comparison with all expected shapes names it then.
+        return next(iter(shapes.get(name, ())), 0) or default
+
     base = TransformerShape()
-    dim = shapes.get("cap_embedder.1.weight", (base.dim,))[0]
-    head = shapes.get("layers.0.attention.norm_q.weight", (sum(base.axes_dims),))[0]
+    dim = first_size("cap_embedder.1.weight", base.dim)
+    head = first_size("layers.0.attention.norm_q.weight", sum(base.axes_dims))
     heads = max(dim // head, 1)
     axes = tuple(axis * head // sum(base.axes_dims) for axis in base.axes_dims)
     return replace(
@@ -163,7 +167,7 @@ def shape_from_tensors(shapes: dict[str, TensorShape]) -> TransformerShape:
         n_refiner_layers=count("noise_refiner"),
         n_heads=heads,
         n_kv_heads=heads,
-        cap_feat_dim=shapes.get("cap_embedder.0.weight", (base.cap_feat_dim,))[0],
+        cap_feat_dim=first_size("cap_embedder.0.weight", base.cap_feat_dim),
         axes_dims=axes,
     )
 

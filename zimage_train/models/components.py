@@ -1,24 +1,45 @@
-"""Text encoder, tokenizer and VAE of a diffusers folder, checked by configs and headers alone (torch-free).
+"""Text encoder, tokenizer and VAE, checked by configs and headers alone (torch-free).
 
-The loaders call the same functions. Two checks need the model's own class, and happen only on loading: whether the VAE
-has every tensor, and whether the rest of a config is consistent.
+The text encoder and the VAE are folders, as diffusers writes them, or single files, whose config follows from their
+tensors (`single_files`). The loaders call the same functions. Two checks need the model's own class, and happen only on
+loading: whether the VAE has every tensor, and whether the rest of a config is consistent.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from zimage_train.errors import Problem, WeightsError, ZImageTrainError, collect_errors, raise_all
-from zimage_train.io.safetensors_format import TensorInfo, read_json, read_sharded
-from zimage_train.models import arch
+from zimage_train.io.safetensors_format import read_json
+from zimage_train.models import arch, single_files, stored_weights
+from zimage_train.models.stored_weights import StoredWeight
 
 LATENT_CHANNELS = 16
 LATENT_STRIDE = 8
 """Pixels per latent, in each direction."""
+TEXT_ENCODER_HINT = "check model.extras and model.text_encoder"
 MAX_SIZE = 10_000_000
 """No size in a config is larger; a damaged config must not make us allocate that much."""
 
 
-def require_components(extras: Path, features: int) -> None:
+@dataclass(frozen=True)
+class ExtrasPaths:
+    """The parts of a model besides its transformer."""
+
+    text_encoder: Path
+    """A folder with config.json and weights, or a single .safetensors."""
+    tokenizer: Path
+    """A folder."""
+    vae: Path
+    """A folder with config.json and weights, or a single .safetensors."""
+
+    @classmethod
+    def in_folder(cls, folder: Path) -> Self:
+        """Return the parts of the pipeline in `folder`."""
+        return cls(folder / "text_encoder", folder / "tokenizer", folder / "vae")
+
+
+def require_components(extras: ExtrasPaths, features: int) -> None:
     """Require that all components can be loaded, and that embeddings have the `features` that the transformer takes.
 
     Raises:
@@ -26,37 +47,37 @@ def require_components(extras: Path, features: int) -> None:
     """
     errors: list[ZImageTrainError] = []
     with collect_errors(errors):
-        width = read_text_encoder(extras)[0].get("hidden_size")
+        width = read_text_encoder(extras.text_encoder)[0].get("hidden_size")
         if width != features:
             what = f"makes embeddings of {width} features, and the transformer takes {features}"
-            raise WeightsError(Problem(str(extras / "text_encoder"), what, "check model.extras", "other-shape"))
+            raise WeightsError(Problem(str(extras.text_encoder), what, TEXT_ENCODER_HINT, "other-shape"))
     with collect_errors(errors):
-        tokenizer_folder(extras)
+        require_tokenizer(extras.tokenizer)
     with collect_errors(errors):
-        read_vae(extras)
+        read_vae(extras.vae)
     raise_all(errors)
 
 
-def read_text_encoder(extras: Path) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
-    """Return the config and the tensor headers of a Qwen3.
+def read_text_encoder(path: Path) -> tuple[dict[str, Any], dict[str, StoredWeight]]:
+    """Return the config and the weights of a Qwen3, by their names in its class without `model.`.
 
     Raises:
-        WeightsError: it is another model, or incomplete.
+        WeightsError: it is another model, in a precision that is not read, or incomplete.
     """
-    folder = extras / "text_encoder"
-    config = read_json(folder / "config.json")
-    kind = config.get("model_type")
-    if kind != "qwen3":
-        raise WeightsError(
-            Problem(str(folder / "config.json"), f"is a {kind}, not a Qwen3", "check model.extras", "other-model")
-        )
-    tensors = read_sharded(folder, "model")
-    expected = _qwen3_tensors(folder / "config.json", config)
-    actual = {name.removeprefix("model."): info.shape for name, info in tensors.items()}
+    config = read_json(path / "config.json") if path.is_dir() else None
+    if config is not None and config.get("model_type") != "qwen3":
+        message = f"is a {config.get('model_type')}, not a Qwen3"
+        raise WeightsError(Problem(str(path / "config.json"), message, TEXT_ENCODER_HINT, "other-model"))
+    stored = stored_weights.read_part(path, "text_encoder")
+    weights = {name.removeprefix("model."): weight for name, weight in stored.items()}
+    shapes = {name: weight.shape for name, weight in weights.items()}
+    if config is None:
+        config = single_files.qwen3_config(path, shapes)
+    expected = _qwen3_tensors(path / "config.json" if path.is_dir() else path, config)
     # The file also holds the last layer, the final norm and the head, which are not used and may be anything.
-    used = {name: actual[name] for name in actual.keys() & expected.keys()}
-    arch.require_same_shapes(str(folder), used, expected, "Qwen3")
-    return config, tensors
+    used = {name: shapes[name] for name in shapes.keys() & expected.keys()}
+    arch.require_same_shapes(str(path), used, expected, "Qwen3")
+    return config, weights
 
 
 def _qwen3_tensors(path: Path, config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -86,13 +107,12 @@ def _qwen3_tensors(path: Path, config: dict[str, Any]) -> dict[str, tuple[int, .
     return tensors
 
 
-def tokenizer_folder(extras: Path) -> Path:
-    """Return the folder of the tokenizer.
+def require_tokenizer(folder: Path) -> None:
+    """Require a tokenizer with a chat template in `folder`.
 
     Raises:
         WeightsError: it has no tokenizer.json, a damaged tokenizer, or no chat template.
     """
-    folder = extras / "tokenizer"
     if not (folder / "tokenizer.json").exists():
         raise WeightsError(Problem(str(folder), "has no tokenizer.json", "get the folder again", "missing-file"))
     if not isinstance(read_json(folder / "tokenizer.json").get("model"), dict):
@@ -102,23 +122,24 @@ def tokenizer_folder(extras: Path) -> Path:
     settings = read_json(folder / "tokenizer_config.json")
     if not (folder / "chat_template.jinja").exists() and not settings.get("chat_template"):
         raise WeightsError(Problem(str(folder), "has no chat template", "get the folder again", "missing-template"))
-    return folder
 
 
-def read_vae(extras: Path) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
-    """Return the config and the tensor headers of an AutoencoderKL with 16 channels and stride 8.
+def read_vae(path: Path) -> tuple[dict[str, Any], dict[str, StoredWeight]]:
+    """Return the config and the weights of an AutoencoderKL with 16 channels and stride 8, by their names in the file.
 
     Raises:
-        WeightsError: it is another model, or incomplete.
+        WeightsError: it is another model, in a precision that is not read, or incomplete.
     """
-    folder = extras / "vae"
-    config = read_json(folder / "config.json")
+    if not path.is_dir():
+        weights = stored_weights.read_part(path, "vae")
+        return single_files.vae_config(path, {name: weight.shape for name, weight in weights.items()}), weights
+    config = read_json(path / "config.json")
     kind, channels = config.get("_class_name"), config.get("latent_channels")
     blocks = config.get("block_out_channels")
     stride = 2 ** (len(blocks) - 1) if isinstance(blocks, list) and blocks else None
     if kind != "AutoencoderKL" or channels != LATENT_CHANNELS or stride != LATENT_STRIDE:
         what = f"is a {kind} with {channels} channels and stride {stride}"
         raise WeightsError(
-            Problem(str(folder), what, "Z-Image needs an AutoencoderKL with 16 channels and stride 8", "other-model")
+            Problem(str(path), what, "Z-Image needs an AutoencoderKL with 16 channels and stride 8", "other-model")
         )
-    return config, read_sharded(folder, "diffusion_pytorch_model")
+    return config, stored_weights.read_part(path, "vae")

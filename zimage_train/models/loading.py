@@ -1,17 +1,17 @@
 """Streaming tensors from safetensors files into modules: one at a time, strict, without a second copy in memory."""
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
+from typing import Any, Self
 
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from zimage_train.io.safetensors_format import TensorInfo
 from zimage_train.models import arch
-from zimage_train.models.locate import native_names
+from zimage_train.models.stored_weights import FLOAT8, StoredWeight, scale_counts
 
 NamedTensors = Iterable[tuple[str, Tensor]]
 StoreFn = Callable[[str, Tensor], None]
@@ -19,23 +19,58 @@ ALIGNMENT = 256
 """Every tensor in a buffer starts at a multiple of this many bytes."""
 
 
-def stream_tensors(tensors: dict[str, TensorInfo]) -> Iterator[tuple[str, Tensor]]:
-    """Yield (name, tensor) for all of `tensors` from the mapped files, file by file."""
-    for path in sorted({info.file for info in tensors.values()}):
-        with safe_open(path, framework="pt") as file:
-            for name in sorted(name for name, info in tensors.items() if info.file == path):
-                yield name, file.get_tensor(name)
+class WeightReader:
+    """Reads weights from mapped files, which stay open until the end of its `with` block."""
+
+    def __init__(self) -> None:
+        self._stack = contextlib.ExitStack()
+        self._files: dict[Path, Any] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stack.close()
+
+    def read(self, weight: StoredWeight) -> Tensor:
+        """Return a weight as it is stored; if that is in 8 bits, in fp32, multiplied by its scale.
+
+        The product is not rounded to the precision of the model, so that whatever is added comes before that.
+        """
+        if weight.third is None:
+            stored = self._file(weight.info.file).get_tensor(weight.info.name)
+        else:
+            stored = self._file(weight.info.file).get_slice(weight.info.name)[weight.rows]
+        if weight.scale is None:
+            return stored.float() if weight.dtype in FLOAT8 else stored
+        scale = self._file(weight.scale.file).get_tensor(weight.scale.name)
+        return _scaled(stored, scale, weight)
+
+    def _file(self, path: Path) -> Any:
+        if path not in self._files:
+            self._files[path] = self._stack.enter_context(safe_open(path, framework="pt"))
+        return self._files[path]
 
 
-def stream_native(path: Path) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors of a single-file checkpoint under diffusers' names, with fused q, k and v split."""
-    with safe_open(path, framework="pt") as file:
-        for name in sorted(file.keys()):
-            targets = native_names(name)
-            tensor = file.get_tensor(name) if targets else None
-            for new_name, third in targets:
-                assert tensor is not None
-                yield new_name, tensor if third is None else tensor.chunk(3, dim=0)[third]
+def _scaled(stored: Tensor, scale: Tensor, weight: StoredWeight) -> Tensor:
+    """Return the fp32 product of numbers, which are some rows of a tensor, and the scales of all of it."""
+    counts = scale_counts(weight.info.shape, tuple(scale.shape))
+    assert counts is not None
+    # A row of scales for each row of numbers: a third of a fused tensor may begin within a block.
+    scales = scale.float().reshape(counts[0], -1).repeat_interleave(weight.info.shape[0] // counts[0], dim=0)
+    scales = scales[weight.rows].unsqueeze(-1)
+    blocks = stored.float().reshape(len(scales), scales.shape[1], -1)
+    return (blocks * scales).reshape(stored.shape)
+
+
+def stream_tensors(weights: Mapping[str, StoredWeight]) -> Iterator[tuple[str, Tensor]]:
+    """Yield (name, tensor) for all of `weights` from the mapped files, file by file."""
+    for path in sorted({weight.info.file for weight in weights.values()}):
+        here = {name: weight for name, weight in weights.items() if weight.info.file == path}
+        with WeightReader() as reader:
+            # Neighbours in the file follow each other, and so do the thirds of a fused tensor.
+            for name in sorted(here, key=lambda name: (here[name].info.name, here[name].third or 0)):
+                yield name, reader.read(here[name])
 
 
 def store_tensors(

@@ -11,13 +11,22 @@ from pathlib import Path
 from zimage_train.config.schema import ModelSettings
 from zimage_train.config.variants import ADAPTERS, NAMED_LORAS, VARIANTS
 from zimage_train.errors import Location, Problem, WeightsError, ZImageTrainError, collect_errors
-from zimage_train.io.safetensors_format import TensorInfo, read_header, read_json, read_sharded
-from zimage_train.models import arch, native_keys
+from zimage_train.io.safetensors_format import hint_for_folder, read_json, require_readable_name
+from zimage_train.models import arch, native_keys, stored_weights
 from zimage_train.models.arch import TransformerShape
+from zimage_train.models.components import ExtrasPaths
 from zimage_train.models.hub import client
+from zimage_train.models.stored_weights import StoredWeight
 
-TRANSFORMER_STEM = "diffusion_pytorch_model"
 EXTRAS = ("text_encoder", "tokenizer", "vae")
+MARKERS = {"text_encoder": "config.json", "tokenizer": "tokenizer.json", "vae": "config.json"}
+"""A file that the folder of each part has."""
+PART_PATTERNS = {
+    "text_encoder": ["text_encoder/*", "config.json", "model*.safetensors*"],
+    "tokenizer": ["tokenizer/*", "tokenizer*.json", "*.jinja"],
+    "vae": ["vae/*", "config.json", "diffusion_pytorch_model*.safetensors*"],
+}
+"""The files of a part in a hub repository, which is a pipeline or holds that part alone."""
 
 
 LORA_FOLDER_FILES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
@@ -37,8 +46,7 @@ class ModelPaths:
 
     transformer: Path
     """A folder with config.json and weights, or a single .safetensors."""
-    extras: Path
-    """A folder with text_encoder, tokenizer and vae."""
+    extras: ExtrasPaths
     adapter: Path | None
     second_model: Path | None = None
     """The transformer that previews are drawn on beside."""
@@ -53,7 +61,7 @@ class PathSearch:
     """What was found of a model, part by part, and what is wrong with the rest."""
 
     transformer: Path | None
-    extras: Path | None
+    extras: ExtrasPaths | None
     adapter: Path | None
     errors: list[ZImageTrainError]
 
@@ -69,9 +77,14 @@ def find_paths(model: ModelSettings, fetch: DownloadFn | None = None) -> PathSea
     errors: list[ZImageTrainError] = []
     with collect_errors(errors):
         transformer = _transformer(model.path or variant.transformer, Location(key="model.path"), fetch)
-    if transformer is not None or model.extras is not None or model.path is None:
+    parts = _single_parts(model, fetch, errors)
+    shared = [part for part in EXTRAS if getattr(model, part) is None]
+    if shared and (transformer is not None or model.extras is not None or model.path is None):
         with collect_errors(errors):
-            extras = _extras(model, fetch)
+            folder = _shared_folder(model, shared, fetch)
+            parts |= {part: folder / part for part in shared}
+    if len(parts) == len(EXTRAS):
+        extras = ExtrasPaths(**parts)
     if model.adapter is not None:
         with collect_errors(errors):
             adapter = _file(ADAPTERS.get(model.adapter, model.adapter), Location(key="model.adapter"), fetch)
@@ -138,42 +151,36 @@ def repository(name: str, where: Location, patterns: list[str], fetch: DownloadF
     return path if path.is_dir() else _fetched(name, where, patterns, fetch or download)
 
 
-def transformer_tensors(path: Path) -> tuple[TransformerShape, dict[str, TensorInfo]]:
-    """The transformer's shape and its tensors under diffusers' names, from headers alone.
+def transformer_tensors(path: Path) -> tuple[TransformerShape, dict[str, StoredWeight]]:
+    """Return the transformer's shape and its weights under diffusers' names, from headers alone.
 
-    A fused `attention.qkv` of the ComfyUI layout appears as three names with the shape of a third each.
+    Everything that reads a transformer takes its weights from here, and so reads the same of a file.
 
     Raises:
-        WeightsError: unreadable, or not exactly the tensors of a Z-Image transformer.
+        WeightsError: unreadable, in a precision that is not read, or not exactly the tensors of a Z-Image transformer.
     """
+    stored = stored_weights.read_part(path, "transformer")
+    if not path.is_dir() and any(".lora_" in name for name in stored):
+        todo = "give a model, or this as --lora"
+        raise WeightsError(Problem(str(path), "is a LoRA, no transformer", todo, "other-kind-of-file"))
+    weights: dict[str, StoredWeight] = {}
+    for key, weight in stored.items():
+        for name, third in _diffusers_names(key):
+            if name in weights:
+                message = f"holds {name} twice, the second time as {key}"
+                raise WeightsError(Problem(str(path), message, "get the file again", "damaged-file"))
+            weights[name] = weight.split(third)
+    shapes = {name: weight.shape for name, weight in weights.items()}
     if path.is_dir():
-        raw = read_sharded(path, TRANSFORMER_STEM)
-        config_path = path / "config.json"
-        shape = arch.shape_from_config(config_path, read_json(config_path))
-        tensors = raw
+        shape = arch.shape_from_config(path / "config.json", read_json(path / "config.json"))
     else:
-        raw = read_header(path).tensors
-        if any(".lora_" in name for name in raw):
-            todo = "give a model, or this as --lora"
-            raise WeightsError(Problem(str(path), "is a LoRA, no transformer", todo, "other-kind-of-file"))
-        tensors = {}
-        for name, info in raw.items():
-            for new_name, _ in native_names(name):
-                third = (info.shape[0] // 3, *info.shape[1:]) if "attention.qkv" in name else info.shape
-                tensors[new_name] = TensorInfo(info.file, info.dtype, third)
-        shape = arch.shape_from_tensors({name: info.shape for name, info in tensors.items()})
-    found = {name: info.shape for name, info in tensors.items()}
-    arch.require_same_shapes(str(path), found, shape.parameters, "a Z-Image transformer")
-    return shape, tensors
+        shape = arch.shape_from_tensors(shapes)
+    arch.require_same_shapes(str(path), shapes, shape.parameters, "a Z-Image transformer")
+    return shape, weights
 
 
-def native_names(name: str) -> list[tuple[str, int | None]]:
-    """diffusers' name(s) of a tensor in a single file, each with the third of a fused tensor that it is.
-
-    Takes the ComfyUI layout, with or without a `model.diffusion_model.` prefix, and diffusers' own.
-    """
-    for prefix in ("model.diffusion_model.", "diffusion_model."):
-        name = name.removeprefix(prefix)
+def _diffusers_names(name: str) -> list[tuple[str, int | None]]:
+    """Return diffusers' names of a tensor in either layout, each with the third of a fused tensor that it is."""
     return [] if name == "norm_final.weight" else native_keys.from_native(name)  # an unused leftover in some files
 
 
@@ -183,41 +190,77 @@ def _transformer(name: str, where: Location, fetch: DownloadFn) -> Path:
         for folder in (path / "transformer", path):
             if (folder / "config.json").exists():
                 return folder
-        what, todo = "holds no transformer/config.json", "give a diffusers folder"
+        what, todo = "holds no transformer/config.json", hint_for_folder(path) or "give a diffusers folder or a file"
         raise WeightsError(Problem(_named(where, name), what, todo, "incomplete-model"))
     if path.is_file():
         return path
+    require_readable_name(name, _named(where, name))
     if name.endswith(".safetensors"):
         return _file(name, where, fetch)
     folder = _fetched(name, where, ["transformer/*", "model_index.json"], fetch)
     return _transformer(str(folder), _named(where, name), fetch)
 
 
-def _extras(model: ModelSettings, fetch: DownloadFn) -> Path:
-    """`model.extras`; else those beside the transformer at `model.path`; else the variant's own."""
-    patterns, where = [f"{part}/*" for part in EXTRAS], Location(key="model.extras")
+def _single_parts(model: ModelSettings, fetch: DownloadFn, errors: list[ZImageTrainError]) -> dict[str, Path]:
+    """Return part -> path for the parts that have a setting of their own, which comes before `model.extras`."""
+    parts: dict[str, Path] = {}
+    for part in EXTRAS:
+        name = getattr(model, part)
+        if name is not None:
+            with collect_errors(errors):
+                parts[part] = _single_part(part, name, fetch)
+    return parts
+
+
+def _single_part(part: str, name: str, fetch: DownloadFn) -> Path:
+    """Return the folder or the file `name` of a part, or its folder in the pipeline or hub repository `name`."""
+    path, where = Path(name), Location(key=f"model.{part}")
+    has_single_file = part != "tokenizer"
+    if path.is_file():
+        if has_single_file:
+            return path
+        what, todo = "is a file", f"give the folder that {MARKERS[part]} is in, or a hub id"
+        raise WeightsError(Problem(_named(where, name), what, todo, "not-a-folder"))
+    if not path.is_dir():
+        require_readable_name(name, _named(where, name))
+        if has_single_file and name.endswith(".safetensors"):
+            return _file(name, where, fetch)
+        path = _fetched(name, where, PART_PATTERNS[part], fetch)
+    for folder in (path / part, path):
+        if (folder / MARKERS[part]).exists():
+            return folder
+    what = f"holds neither {part}/{MARKERS[part]} nor {MARKERS[part]}"
+    todo = hint_for_folder(path) or "give the .safetensors itself, or a folder or hub id that has it"
+    raise WeightsError(Problem(_named(where, name), what, todo, "incomplete-model"))
+
+
+def _shared_folder(model: ModelSettings, parts: list[str], fetch: DownloadFn) -> Path:
+    """Return the folder of `parts`: `model.extras`; else that of the pipeline at `model.path`; else the variant's."""
+    patterns, where = [f"{part}/*" for part in parts], Location(key="model.extras")
     variant = VARIANTS[model.variant]
     if model.extras is not None:
         path = Path(model.extras)
         if not path.exists():
+            require_readable_name(model.extras, _named(where, model.extras))
             path = _fetched(model.extras, where, patterns, fetch)
-        return _whole(path, model.extras)
+        return _whole(path, model.extras, parts)
     if model.path is not None:
         path = Path(model.path)
         if (path / "transformer").is_dir():  # a whole pipeline, so what it lacks is missing and not elsewhere
-            return _whole(path, model.path)
+            return _whole(path, model.path, parts)
         if not path.exists() and not model.path.endswith(".safetensors"):
             path = _fetched(model.path, Location(key="model.path"), patterns, fetch)
-            if all((path / part).is_dir() for part in EXTRAS):
+            if all((path / part).is_dir() for part in parts):
                 return path
-    return _whole(_fetched(variant.extras, where, patterns, fetch), variant.extras)
+    return _whole(_fetched(variant.extras, where, patterns, fetch), variant.extras, parts)
 
 
-def _whole(path: Path, name: str) -> Path:
-    missing = [part for part in EXTRAS if not (path / part).is_dir()]
+def _whole(path: Path, name: str, parts: list[str]) -> Path:
+    missing = [part for part in parts if not (path / part).is_dir()]
     if missing:
         what = f"{name} has no {', '.join(missing)}"
-        todo = "give a diffusers folder or hub id that has them"
+        settings = " or ".join(f"model.{part}" for part in missing)
+        todo = f"give a diffusers folder or hub id that has them, or set {settings}"
         raise WeightsError(Problem(Location(key="model.extras"), what, todo, "incomplete-model"))
     return path
 
@@ -244,6 +287,7 @@ def _file(name: str, where: Location, fetch: DownloadFn) -> Path:
     path = Path(name)
     if path.is_file():
         return path
+    require_readable_name(name, _named(where, name))
     parts = name.split("/")
     if path.is_absolute() or len(parts) < 3 or name.startswith("."):
         what = "is a folder, not a file" if path.exists() else "does not exist"

@@ -19,9 +19,10 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3Rot
 
 from zimage_train.errors import Problem, WeightsError
 from zimage_train.io.progress import StepProgress
-from zimage_train.io.safetensors_format import TensorInfo
 from zimage_train.models import components, loading
 from zimage_train.models.arch import MAX_PROMPT_TOKENS
+from zimage_train.models.components import ExtrasPaths
+from zimage_train.models.stored_weights import StoredWeight
 from zimage_train.typing import PromptEmbeds
 
 BATCH_TOKENS = 8192
@@ -36,14 +37,14 @@ class TextEncoder:
     def __init__(
         self,
         config: Qwen3Config,
-        tensors: dict[str, TensorInfo],
+        weights: dict[str, StoredWeight],
         tokenizer: PreTrainedTokenizerBase,
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
         self.config = config
         self.tokenizer = tokenizer
-        self._tensors = tensors
+        self._weights = weights
         self._device = device
         self._dtype = dtype
 
@@ -115,18 +116,13 @@ class TextEncoder:
         prefix = f"layers.{index}."
         with init_empty_weights():
             layer = Qwen3DecoderLayer(self.config, index)
-        infos = {key: info for key, info in self._tensors.items() if _without_root(key).startswith(prefix)}
-        tensors = ((_without_root(key).removeprefix(prefix), tensor) for key, tensor in loading.stream_tensors(infos))
+        weights = {name: weight for name, weight in self._weights.items() if name.startswith(prefix)}
+        tensors = ((name.removeprefix(prefix), tensor) for name, tensor in loading.stream_tensors(weights))
         loading.load_parameters(layer, tensors, "text_encoder", self._device, self._dtype)
         return layer.eval()
 
     def _tensor(self, name: str) -> Tensor:
-        infos = {key: info for key, info in self._tensors.items() if _without_root(key) == name}
-        return next(loading.stream_tensors(infos))[1]
-
-
-def _without_root(key: str) -> str:
-    return key.removeprefix("model.")
+        return next(loading.stream_tensors({name: self._weights[name]}))[1]
 
 
 def _groups(prompts: list[str], ids: dict[str, list[int]]) -> Iterator[list[str]]:
@@ -152,16 +148,16 @@ def _batches(prompts: list[str], ids: dict[str, list[int]]) -> Iterator[list[str
             yield same_length[start : start + batch_size]
 
 
-def load_text_encoder(extras: Path, device: torch.device, dtype: torch.dtype) -> TextEncoder:
-    """Load the tokenizer of a diffusers folder, and prepare its text encoder, whose layers are read when used.
+def load_text_encoder(extras: ExtrasPaths, device: torch.device, dtype: torch.dtype) -> TextEncoder:
+    """Load the tokenizer, and prepare the text encoder, whose layers are read when used.
 
     Raises:
         WeightsError: it is not a Qwen3, or does not have exactly its tensors.
     """
-    folder = extras / "text_encoder"
-    _, tensors = components.read_text_encoder(extras)
+    path = extras.text_encoder
+    values, weights = components.read_text_encoder(path)
     try:
-        config = Qwen3Config.from_pretrained(folder, local_files_only=True)
+        config = Qwen3Config.from_dict(values)
         num_layers = config.num_hidden_layers - 1
         config.num_hidden_layers = num_layers
         config.layer_types = config.layer_types[:num_layers] if config.layer_types else None
@@ -172,15 +168,15 @@ def load_text_encoder(extras: Path, device: torch.device, dtype: torch.dtype) ->
             Qwen3DecoderLayer(config, 0)
     except Exception as error:  # noqa: BLE001  the class checks nothing and fails in many ways on an inconsistent config
         what = f"does not describe a Qwen3 ({type(error).__name__}: {str(error)[:100]})"
-        raise WeightsError(Problem(str(folder / "config.json"), what, "get the file again", "damaged-config")) from None
-    encoder = TextEncoder(config, tensors, _load_tokenizer(components.tokenizer_folder(extras)), device, dtype)
+        where = str(path / "config.json" if path.is_dir() else path)
+        raise WeightsError(Problem(where, what, "get the file again", "damaged-config")) from None
+    components.require_tokenizer(extras.tokenizer)
+    encoder = TextEncoder(config, weights, _load_tokenizer(extras.tokenizer), device, dtype)
     try:
         encoder.tokens("a prompt")
     except Exception as error:  # noqa: BLE001  a chat template is a Jinja program that may raise anything
         what = f"its chat template fails ({type(error).__name__}: {str(error)[:100]})"
-        raise WeightsError(
-            Problem(str(extras / "tokenizer"), what, "get the folder again", "damaged-tokenizer")
-        ) from None
+        raise WeightsError(Problem(str(extras.tokenizer), what, "get the folder again", "damaged-tokenizer")) from None
     return encoder
 
 

@@ -8,16 +8,15 @@ from pathlib import Path
 import torch
 from accelerate import init_empty_weights
 from diffusers import ZImageTransformer2DModel
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from zimage_train.config.types import Quantization
-from zimage_train.io.safetensors_format import TensorInfo, read_header
 from zimage_train.models import linear, loading
 from zimage_train.models.arch import IN_A_BLOCK, TransformerShape, padded_tokens
 from zimage_train.models.linear import FrozenLinear
-from zimage_train.models.loading import stream_native, stream_tensors
-from zimage_train.models.locate import native_names, transformer_tensors
+from zimage_train.models.loading import WeightReader, stream_tensors
+from zimage_train.models.locate import transformer_tensors
+from zimage_train.models.stored_weights import StoredWeight
 from zimage_train.typing import LatentBatch, PerSample, PromptEmbeds
 
 
@@ -51,16 +50,14 @@ def read_weights(path: Path) -> tuple[TransformerShape, Iterator[tuple[str, Tens
     Raises:
         WeightsError: these are not exactly the tensors of a Z-Image transformer.
     """
-    shape, tensors = transformer_tensors(path)
-    return shape, stream_tensors(tensors) if path.is_dir() else stream_native(path)
+    shape, weights = transformer_tensors(path)
+    return shape, stream_tensors(weights)
 
 
 def read_selected_weights(path: Path, names: set[str]) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors called `names` (diffusers' names) of the transformer at `path`, from its mapped files."""
-    if path.is_dir():
-        tensors = transformer_tensors(path)[1]
-        return stream_tensors({name: info for name, info in tensors.items() if name in names})
-    return ((name, tensor) for name, tensor in stream_native(path) if name in names)
+    weights = transformer_tensors(path)[1]
+    return stream_tensors({name: weight for name, weight in weights.items() if name in names})
 
 
 @dataclass(frozen=True)
@@ -68,7 +65,7 @@ class WeightFile:
     """A transformer's tensors under diffusers' names, which `get` reads from the mapped files one at a time."""
 
     shape: TransformerShape
-    infos: dict[str, TensorInfo]
+    weights: dict[str, StoredWeight]
     get: Callable[[str], Tensor]
 
 
@@ -79,29 +76,9 @@ def open_weights(path: Path) -> Iterator[WeightFile]:
     Raises:
         WeightsError: these are not exactly the tensors of a Z-Image transformer.
     """
-    shape, infos = transformer_tensors(path)
-    # For each name, the key in the file and, if q, k and v are fused there, which third of that tensor.
-    sources: dict[str, tuple[str, int | None]] = {}
-    if path.is_dir():
-        for name in infos:
-            sources[name] = (name, None)
-    else:
-        for key in read_header(path).tensors:
-            for name, third in native_names(key):
-                sources[name] = (key, third)
-    with contextlib.ExitStack() as stack:
-        files = {}
-        for file in {info.file for info in infos.values()}:
-            files[file] = stack.enter_context(safe_open(file, "pt"))
-
-        def get(name: str) -> Tensor:
-            key, third = sources[name]
-            file, rows = files[infos[name].file], infos[name].shape[0]
-            if third is None:
-                return file.get_tensor(key)
-            return file.get_slice(key)[third * rows : (third + 1) * rows]
-
-        yield WeightFile(shape, infos, get)
+    shape, weights = transformer_tensors(path)
+    with WeightReader() as reader:
+        yield WeightFile(shape, weights, lambda name: reader.read(weights[name]))
 
 
 @dataclass(frozen=True)

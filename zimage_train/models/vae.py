@@ -1,43 +1,61 @@
 """The VAE: images to latents and back, shifted and scaled as its config says."""
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
 from accelerate import init_empty_weights
 from diffusers import AutoencoderKL
+from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 from PIL import Image
 from torch import Tensor
 
 from zimage_train import typing
 from zimage_train.errors import Problem, WeightsError
-from zimage_train.models import components
+from zimage_train.models import components, single_files
 from zimage_train.models.components import LATENT_STRIDE
 from zimage_train.models.loading import load_parameters, stream_tensors
 
 TILE_PX = 512
 
 
-def load_vae(extras: Path, device: torch.device, dtype: torch.dtype) -> AutoencoderKL:
-    """Load the VAE of a diffusers folder.
+def load_vae(path: Path, device: torch.device, dtype: torch.dtype) -> AutoencoderKL:
+    """Load the VAE at `path`, a diffusers folder or a single file with diffusers' names or the original ones.
 
     Raises:
         WeightsError: it is not an AutoencoderKL with 16 channels and stride 8, or does not have exactly its tensors.
     """
-    folder = extras / "vae"
-    config, tensors = components.read_vae(extras)
+    config, weights = components.read_vae(path)
     try:
         with init_empty_weights():
             vae = cast(AutoencoderKL, AutoencoderKL.from_config(config))
         _ = float(vae.config["shift_factor"]) * float(vae.config["scaling_factor"])
     except Exception as error:  # noqa: BLE001  the class checks nothing and fails in many ways on an inconsistent config
         what = f"does not describe an AutoencoderKL ({type(error).__name__}: {str(error)[:100]})"
-        raise WeightsError(Problem(str(folder / "config.json"), what, "get the file again", "damaged-config")) from None
-    load_parameters(vae, stream_tensors(tensors), str(folder), device, dtype)
+        where = str(path / "config.json" if path.is_dir() else path)
+        raise WeightsError(Problem(where, what, "get the file again", "damaged-config")) from None
+    tensors = stream_tensors(weights)
+    if single_files.is_ldm_vae(weights):
+        tensors = _from_ldm(path, dict(tensors), config)
+    load_parameters(vae, tensors, str(path), device, dtype)
     return vae.eval()
+
+
+def _from_ldm(path: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """Return tensors with the names of the original implementation under those of diffusers.
+
+    Raises:
+        WeightsError: some are missing, so that others cannot be converted.
+    """
+    try:
+        converted = convert_ldm_vae_checkpoint(tensors, config)
+    except (KeyError, IndexError) as error:
+        message = f"is not a whole VAE (no {error.args[0] if error.args else 'such tensor'})"
+        raise WeightsError(Problem(str(path), message, "get the file again", "missing-tensors")) from None
+    return iter(converted.items())
 
 
 def to_pixels(image: Image.Image) -> typing.PixelImage:

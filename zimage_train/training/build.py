@@ -127,7 +127,7 @@ def build_state(
         ema=averages,
         optimizer=optimizer,
         held_out=context.spec.held_out,
-        extras=context.model_files.paths.extras,
+        vae_path=context.model_files.paths.extras.vae,
         preview_sets=context.preview_sets,
         extra_loras=_read_extra_loras(context),
         preview_embeds={prompt: dataset.embeds(prompt) for prompt in preview_prompts},

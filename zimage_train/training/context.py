@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from zimage_train.config.load import cache_dir
@@ -90,12 +91,16 @@ def open_context(spec: RunSpec, world: World, console: Console, stop: StopReques
 
 def digest_model(paths: ModelPaths, digester: DigestCache) -> ModelDigests:
     """Return the digests of the files at `paths`."""
-    transformer = paths.transformer
+    extras = paths.extras
+
+    def digest_of(path: Path) -> str:
+        return digester.of_folder(path) if path.is_dir() else digester.of_content(path)
+
     return ModelDigests(
-        model=digester.of_folder(transformer) if transformer.is_dir() else digester.of_content(transformer),
+        model=digest_of(paths.transformer),
         adapter=digester.of_content(paths.adapter) if paths.adapter else None,
-        text_encoder=digester.of_folder(paths.extras / "text_encoder") + digester.of_folder(paths.extras / "tokenizer"),
-        vae=digester.of_folder(paths.extras / "vae"),
+        text_encoder=digest_of(extras.text_encoder) + digest_of(extras.tokenizer),
+        vae=digest_of(extras.vae),
         init_from=digester.of_content(paths.init_from) if paths.init_from else None,
     )
 

@@ -191,7 +191,7 @@ def _try_preview(state: TrainState) -> None:
     largest = max(requests, key=_preview_size)
     with state.run_step.between_steps(), state.with_preview_loras(state.lora.factors()):
         render_images(
-            state.frozen, state.extras, [replace(largest, steps=1)], state.preview_embeds, lambda done, total: None
+            state.frozen, state.vae_path, [replace(largest, steps=1)], state.preview_embeds, lambda done, total: None
         )
 
 

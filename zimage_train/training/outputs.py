@@ -136,7 +136,7 @@ def render_previews(state: TrainState, previews: PreviewSet, step: int) -> dict[
             if meter is not None:
                 with state.clock.stage("drift"):
                     measured["drift"] = meter.measure(model, drift_progress)
-        images = decode_all(model, state.extras, latents)
+        images = decode_all(model, state.vae_path, latents)
     model_name = sample.compare_on if previews.second_model else state.config.model.path or state.config.model.variant
     lora_name = "averaged LoRA" if is_averaged else "LoRA"
     extra = "".join(f" and {lora.file}={lora.weight:g}" for lora in sample.extra_loras)

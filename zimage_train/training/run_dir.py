@@ -33,7 +33,8 @@ ALLOWABLE = ("optimizer.lr", "schedule", "train.max_grad_norm", "timesteps", "gu
 """Settings and sections that may change on resume if `--allow` names them: each step reads them anew. `path` is no
 setting: it is what computes the blocks, see `device_plan.BlockPath`."""
 BY_DIGEST = (
-    *("model.path", "model.extras", "model.adapter", "lora.init_from"),
+    *("model.path", "model.extras", "model.text_encoder", "model.tokenizer", "model.vae", "model.adapter"),
+    "lora.init_from",
     *("data.*.folder", "data.*.metadata", "data.*.prompts", "data.*.mask"),
 )
 """Settings that are paths; on resume the content of the files is compared instead."""

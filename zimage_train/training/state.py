@@ -51,8 +51,8 @@ class TrainState:
     optimizer: Optimizer
     held_out: list[TrainItem]
     """The validation images."""
-    extras: Path
-    """The folder of the VAE, the text encoder and the tokenizer."""
+    vae_path: Path
+    """The folder or the file of the VAE."""
     preview_sets: list[PreviewSet]
     extra_loras: list[tuple[Lora, float]]
     """LoRAs and their weights that previews use beside the trained LoRA."""
