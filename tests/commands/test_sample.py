@@ -55,6 +55,17 @@ def test_missing_part_names_its_option(part: str):
     assert str(problem).startswith(f"{option}: ./nowhere: is neither a path that exists nor a hub id")
 
 
+def test_parts_are_checked_first(tmp_path: Path):
+    """A VAE that cannot be read is refused before anything is drawn, together with other parts."""
+    for name in ("x.safetensors", "y.safetensors"):
+        (tmp_path / name).write_bytes(b"GGUF" + b"\x01" * 100)
+    with pytest.raises(ZImageTrainError) as caught:
+        parts = {"text_encoder": str(tmp_path / "x.safetensors"), "vae": str(tmp_path / "y.safetensors")}
+        locate_model(ModelSettings.model_validate({"path": str(mini.TURBO), **parts}))
+    assert caught.value.exit_code == 4
+    assert [str(problem).count("is a GGUF") for problem in caught.value.problems] == [1, 1]
+
+
 def test_file_that_is_no_model_is_refused(tmp_path: Path, monkeypatch):
     """A file that is no model is refused before anything is downloaded."""
     monkeypatch.setattr(locate, "locate", pytest.fail)

@@ -545,8 +545,16 @@ def test_effective_config_reads_back(tmp_path_factory, values: dict[str, Any]):
             """,
             {"data.0.prompts": "prompts.txt"},
         ),
+        (
+            """
+            name: a
+            model: {text_encoder: photos, tokenizer: masks, vae: list.jsonl, extras: org/repo}
+            data: [{folder: org/repo}]
+            """,
+            {"model.text_encoder": "photos", "model.tokenizer": "masks", "model.vae": "list.jsonl"},
+        ),
     ],
-    ids=["short names", "prompts"],
+    ids=["short names", "prompts", "parts of the model"],
 )
 def test_paths_are_made_absolute(tmp_path: Path, monkeypatch, text: str, absolute: dict[str, str]):
     """Paths become absolute; short names that are looked up first stay, even beside files of the same names."""

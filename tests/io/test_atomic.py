@@ -149,10 +149,10 @@ def test_no_metadata_or_no_tensors(tmp_path: Path):
 
 def test_the_size_of_every_type_is_known():
     sizes = {
-        8: ("F64", "I64", "U64"),
+        8: ("F64", "I64", "U64", "C64"),
         4: ("F32", "I32", "U32"),
         2: ("BF16", "F16", "I16", "U16"),
-        1: ("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2"),
+        1: ("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"),
     }
     assert {name: size for size, names in sizes.items() for name in names} == ITEM_BYTES
     assert {name: dtype.itemsize for name, dtype in STORED_DTYPES.items()}.items() <= ITEM_BYTES.items()

@@ -11,6 +11,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from zimage_train import mini
+from zimage_train.commands import download
 from zimage_train.config.schema import ModelSettings
 from zimage_train.errors import WeightsError
 from zimage_train.io.digests import DigestCache
@@ -19,7 +20,7 @@ from zimage_train.models.components import ExtrasPaths
 from zimage_train.models.locate import ModelPaths
 from zimage_train.training.context import digest_model
 
-from checkpoints import STYLES, folder_tensors, ldm_vae, scaled, write
+from checkpoints import STYLES, TRANSFORMER, comfyui, folder_tensors, ldm_vae, scaled, write
 
 CPU = torch.device("cpu")
 PROMPTS = ["", "a red zorb on a blue background", "x" * 40]
@@ -179,6 +180,23 @@ def test_wrong_single_files_are_named(tmp_path: Path, part: str, change: Any, sa
     assert said in str(refused.value) and refused.value.exit_code == 4
 
 
+def test_one_checkpoint_for_all_parts(tmp_path: Path):
+    """A checkpoint that holds all three parts can be given for each of them."""
+    parts = {
+        "model.diffusion_model.": scaled(comfyui(folder_tensors(TRANSFORMER)), "old")[0],
+        "text_encoders.qwen3_4b.transformer.": folder_tensors(mini.TURBO / "text_encoder"),
+        "vae.": ldm_vae(folder_tensors(mini.TURBO / "vae")),
+    }
+    tensors: dict[str, Tensor] = {}
+    for prefix, part in parts.items():
+        tensors |= {prefix + name: tensor for name, tensor in part.items()}
+    path = write(tmp_path / "all.safetensors", tensors)
+    assert locate.transformer_tensors(path)[0] == locate.transformer_tensors(TRANSFORMER)[0]
+    assert same(encode(path), encode(mini.TURBO / "text_encoder"))
+    loaded, expected = (vae.load_vae(file, CPU, torch.float32) for file in (path, mini.TURBO / "vae"))
+    assert same(loaded.state_dict(), expected.state_dict())
+
+
 # Where they come from
 
 
@@ -218,6 +236,8 @@ def test_only_missing_parts_are_asked_for(encoder_file: Path, vae_file: Path, tm
     asked.clear()
     located(fetch, path=transformer, **files, tokenizer="org/qwen")
     assert asked == [("org/qwen", locate.PART_PATTERNS["tokenizer"])]
+    settings = ModelSettings.model_validate({"path": transformer, "adapter": None} | files)
+    assert download.required_files(settings, None) == {("Tongyi-MAI/Z-Image-Turbo", None): ["tokenizer/*"]}
     asked.clear()
     repository = {"text_encoder": "org/one/qwen.safetensors", "vae": str(vae_file), "tokenizer": "org/two"}
 
@@ -235,7 +255,7 @@ def test_only_missing_parts_are_asked_for(encoder_file: Path, vae_file: Path, tm
     [
         ({"tokenizer": "FILE"}, "model.tokenizer: FILE: is a file; give the folder that tokenizer.json is in"),
         ({"tokenizer": "EMPTY"}, "model.tokenizer: EMPTY: holds neither tokenizer/tokenizer.json nor tokenizer.json"),
-        ({"vae": "EMPTY"}, "model.vae: EMPTY: holds neither vae/config.json nor config.json; give the .safetensors"),
+        ({"vae": "EMPTY"}, "model.vae: EMPTY: holds neither vae/config.json nor config.json; give a folder"),
         ({"vae": "gone.safetensors"}, "model.vae: gone.safetensors: does not exist"),
         ({"text_encoder": "org/repo/qwen-Q8_0.gguf"}, "model.text_encoder: org/repo/qwen-Q8_0.gguf: is a GGUF"),
         ({"vae": "ae.pt"}, "model.vae: ae.pt: is a pickle, which can run code and is never opened"),

@@ -406,6 +406,11 @@ def test_hub_snapshot_needs_no_connection(tmp_path: Path, monkeypatch, no_networ
     assert found.transformer == repository / "snapshots" / commit / "transformer"
     with pytest.raises(locate.NotDownloadedError, match="not on this machine"):
         locate.locate(ModelSettings(path="org/other", adapter=None), locate.cached_only)
+    # Only a part of the repository was downloaded, such as by another program.
+    shutil.rmtree(repository / "snapshots" / commit / "tokenizer")
+    parts = {part: str(mini.TURBO / part) for part in ("text_encoder", "vae")}
+    with pytest.raises(locate.NotDownloadedError, match="org/z: is not on this machine"):
+        locate.locate(ModelSettings(path=str(mini.TURBO / "transformer"), extras="org/z", **parts), locate.cached_only)
     assert no_network == []
 
 

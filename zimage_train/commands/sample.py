@@ -41,7 +41,7 @@ from zimage_train.io.progress import StepProgress
 from zimage_train.io.units import format_bytes
 from zimage_train.lora import arithmetic, swap
 from zimage_train.lora.lora_file import Lora
-from zimage_train.models import locate
+from zimage_train.models import components, locate
 from zimage_train.models.arch import TransformerShape
 from zimage_train.models.locate import ModelPaths
 from zimage_train.planning import devices, planner
@@ -181,7 +181,9 @@ def locate_model(model: ModelSettings, flag: str = "MODEL") -> tuple[ModelPaths,
     except WeightsError as error:
         problems = [_as_problem_of_option(problem, flag) for problem in error.problems]
         raise type(error)(*problems) from None
-    return paths, locate.transformer_tensors(paths.transformer)[0]
+    shape = locate.transformer_tensors(paths.transformer)[0]
+    components.require_components(paths.extras, shape.cap_feat_dim)
+    return paths, shape
 
 
 def _as_problem_of_option(problem: Problem, flag: str) -> Problem:

@@ -13,7 +13,7 @@ from zimage_train.io import atomic
 from zimage_train.io.dtypes import ITEM_BYTES
 
 MAX_HEADER_BYTES = 100_000_000
-PLAIN_WEIGHTS_HINT = "take the bf16 .safetensors of the same model, or one in fp8"
+PLAIN_WEIGHTS_HINT = "take the .safetensors of the same weights in bf16, or in fp8"
 """The hint for weights that are stored in a way that is not read here."""
 GGUF_MESSAGE = "is a GGUF, the format of llama.cpp, which is not read here"
 PICKLE_MESSAGE = "is a pickle, which can run code and is never opened"

@@ -28,6 +28,8 @@ PART_PATTERNS = {
 }
 """The files of a part in a hub repository, which is a pipeline or holds that part alone."""
 
+DOWNLOAD_HINT = "check the name and the connection, or give a local path"
+
 
 LORA_FOLDER_FILES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
 """Names of a LoRA in a folder of its own: peft's, and that of diffusers' scripts."""
@@ -230,7 +232,9 @@ def _single_part(part: str, name: str, fetch: DownloadFn) -> Path:
         if (folder / MARKERS[part]).exists():
             return folder
     what = f"holds neither {part}/{MARKERS[part]} nor {MARKERS[part]}"
-    todo = hint_for_folder(path) or "give the .safetensors itself, or a folder or hub id that has it"
+    todo = "give a folder or hub id that has it"
+    if has_single_file:
+        todo = hint_for_folder(path) or f"{todo}, or the .safetensors itself"
     raise WeightsError(Problem(_named(where, name), what, todo, "incomplete-model"))
 
 
@@ -357,9 +361,12 @@ def cached_only(repository: str, revision: str | None, patterns: list[str]) -> P
     """Like `download`, from what is on this machine already.
 
     Raises:
-        WeightsError: it is not here.
+        NotDownloadedError: nothing that `patterns` match is here; the snapshot may hold other files.
     """
-    return _snapshot(repository, revision, patterns, local_only=True)
+    folder = _snapshot(repository, revision, patterns, local_only=True)
+    if not any(any(folder.glob(pattern)) for pattern in patterns):
+        raise _not_downloaded(repository, revision)
+    return folder
 
 
 def is_here(repository: str, patterns: list[str]) -> bool:
@@ -376,9 +383,17 @@ def _snapshot(repository: str, revision: str | None, patterns: list[str], local_
     try:
         return source.snapshot(repository, revision, patterns, local_only)
     except Exception as error:  # noqa: BLE001  the hubs raise a dozen kinds, from four libraries
-        name = f"{repository}@{revision}" if revision else repository
-        todo = "check the name and the connection, or give a local path"
         if local_only:
-            raise NotDownloadedError(Problem(name, "is not on this machine", todo, "not-downloaded")) from None
+            raise _not_downloaded(repository, revision) from None
         what = f"cannot be downloaded ({client.first_line(error)})"
-        raise WeightsError(Problem(name, what, todo, "download-failed")) from None
+        where = _with_revision(repository, revision)
+        raise WeightsError(Problem(where, what, DOWNLOAD_HINT, "download-failed")) from None
+
+
+def _not_downloaded(repository: str, revision: str | None) -> NotDownloadedError:
+    where = _with_revision(repository, revision)
+    return NotDownloadedError(Problem(where, "is not on this machine", DOWNLOAD_HINT, "not-downloaded"))
+
+
+def _with_revision(repository: str, revision: str | None) -> str:
+    return f"{repository}@{revision}" if revision else repository

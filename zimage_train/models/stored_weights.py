@@ -206,10 +206,12 @@ def _require_known_formats(
     for value in formats.values():
         name, parameters = value.get("format"), value.get("params")
         convrot = value.get("convrot") or (isinstance(parameters, dict) and parameters.get("convrot"))
-        if convrot:
+        if not isinstance(name, str) or not name:
+            unknown.add("a format that .comfy_quant does not name")
+        elif convrot:
             unknown.add(f"{name} with ConvRot")
         elif name not in FORMATS:
-            unknown.add(str(name) if name else "a format that .comfy_quant does not name")
+            unknown.add(name)
     for name in tensors:
         unknown.update(kind for suffix, kind in OTHER_FORMATS.items() if name.endswith(suffix))
     if unknown:
