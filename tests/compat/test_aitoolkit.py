@@ -929,6 +929,14 @@ def test_yaml_1_1_words_are_true_and_false(changed):
     assert changed({"datasets[].flip_x": "Off"})[0] == {}
 
 
+def test_windows_path_in_double_quotes(refused):
+    """A Windows path in double quotes is named by the key of the job, once and with its line."""
+    text = strict_yaml.dump(PLAIN).replace("folder_path: photos", r'folder_path: "C:\new\train"')
+    number = next(n for n, line in enumerate(text.splitlines(), 1) if "folder_path" in line)
+    (line,) = refused(text)
+    assert line.startswith(rf'job.yaml:{number}: datasets.0.folder_path: is "C:\new\train", and a backslash in double')
+
+
 def test_overrides_use_config_keys(read, refused):
     """Overrides use the keys of a config, not those of the job."""
     values, _ = read(PLAIN, "train.steps=7", "data.0.folder=elsewhere")

@@ -110,7 +110,7 @@ COMPLAINTS = {
     "ranks that differ": "has 1 modules whose A, B or alpha are missing or do not fit, such as ",
     "B is missing": "has 1 modules whose A, B or alpha are missing or do not fit, such as ",
     "no matrix": "has 1 modules whose A, B or alpha are missing or do not fit, such as ",
-    "a foreign key": "has 1 keys that are not of a Z-Image LoRA, such as text_encoder.layers.0.weight",
+    "a foreign key": "has a LoRA of the text encoder: 1 keys, such as text_encoder.layers.0.weight",
     "nothing": "holds no LoRA",
 }
 

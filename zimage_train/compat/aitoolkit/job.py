@@ -4,7 +4,7 @@ import difflib
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -146,8 +146,11 @@ def read_job(path: Path, text: str) -> AIToolkitJob | None:
     root = document.value
     if not isinstance(root, dict) or not {"job", "config"} <= root.keys():
         return None
-    problems += [load.yaml_problem(path, error) for error in document.problems]
     job = AIToolkitJob(document, path, problems=problems)
+    for error in document.problems:
+        problem = load.yaml_problem(path, error)
+        location = replace(problem.place, key=job.name(error.path) or None)
+        job.problems.append(replace(problem, location=location))
     name = root["config"].get("name") if isinstance(root["config"], dict) else None
     if isinstance(name, str):
         root = _insert_name(root, name)
