@@ -21,6 +21,7 @@ from zimage_train.config.load import dump_config, flatten_keys, read_config
 from zimage_train.config.optimizers import OPTIMIZERS
 from zimage_train.config.schema import Config
 from zimage_train.config.strict_yaml import YamlError
+from zimage_train.config.triggers import placeholder_in
 from zimage_train.config.types import RECOMPUTE_MODES, SCHEDULE_PARAMS
 from zimage_train.config.variants import VARIANTS
 from zimage_train.errors import ConfigError
@@ -380,12 +381,14 @@ texts = st.sampled_from(SPECIAL_TEXTS) | st.text(
 numbers = st.floats(1e-7, 10.0) | st.sampled_from([8e-05, 1e-4, 1.0, 1e-07])
 pixels = st.integers(2, 256).map(lambda count: count * 16)
 every = st.none() | st.integers(1, 10**6)
+plain_texts = texts.filter(lambda text: placeholder_in(text) is None)
+"""Without `[trigger]`, which only prompts of a config with a trigger may have."""
 prompts = st.lists(
-    texts
+    plain_texts
     | st.fixed_dictionaries(
-        {"prompt": texts},
+        {"prompt": plain_texts},
         optional={
-            "negative": st.none() | texts,
+            "negative": st.none() | plain_texts,
             "seed": st.none() | st.integers(0, 2**63 - 1),
             "width": st.none() | pixels,
             "height": st.none() | pixels,
@@ -482,7 +485,7 @@ configs = st.fixed_dictionaries(
                 "every": every,
                 "first": st.booleans(),
                 "prompts": prompts,
-                "negative": texts,
+                "negative": plain_texts,
                 "width": pixels,
                 "steps": st.just("auto") | st.integers(1, 1000),
                 "guidance": st.just("auto") | st.floats(0, 50) | st.integers(0, 50),

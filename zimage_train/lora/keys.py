@@ -156,11 +156,11 @@ def layout_name(keys: Iterable[str]) -> str | None:
         return "musubi" if any(separate in key for key in keys) else "kohya"
     if adapter_names(keys) not in ([], ["default"]):
         return None  # no tool reads another name of an adapter but peft, which is told it
-    is_old = any(".lora_down." in key or ".lora.down." in key for key in keys)
+    is_other = any(part in key for key in keys for part in (".lora_down.", ".lora.down.", ".default."))
     by_prefix = {"diffusion_model.": "comfyui", "transformer.": "diffusers", "base_model.model.": "peft"}
     for prefix, name in by_prefix.items():
         if first.startswith(prefix):
-            return None if is_old else name
+            return None if is_other else name
     has_default = any(".default." in key for key in keys)
     return "diffsynth" if has_default and not first.startswith(UNDERSCORED) else None
 
