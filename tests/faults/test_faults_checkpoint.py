@@ -18,7 +18,7 @@ from zimage_train.config.schema import Config
 from zimage_train.errors import ConfigError, DiskError, Stopped, WeightsError
 from zimage_train.io import atomic, tensorfile
 from zimage_train.report.metrics import read_records
-from zimage_train.training import checkpoint, outputs
+from zimage_train.training import checkpoint, exports, outputs
 
 from helpers import PREVIEWED, facts, final, folder, losses, run_python, stop_after
 from injection import WRITING, Crash, fail_at
@@ -545,7 +545,7 @@ def test_crash_after_the_checkpoint(make_config, monkeypatch):
     """47. A crash right after a checkpoint loses neither export nor preview: the next start makes up for them."""
     config = make_config(train={"steps": 4}, save={"every": 2}, sample=PREVIEWED)
     with monkeypatch.context() as patch:
-        patch.setattr(outputs, "export_step", lambda run, step: (_ for _ in ()).throw(RuntimeError("power cut")))
+        patch.setattr(exports, "export_step", lambda run, step: (_ for _ in ()).throw(RuntimeError("power cut")))
         with pytest.raises(RuntimeError, match="power cut"):
             run_training(config, fresh=False)
     run_training(config, fresh=False)

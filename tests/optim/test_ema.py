@@ -11,7 +11,7 @@ from zimage_train.commands.train import run_training
 from zimage_train.errors import Stopped, WeightsError
 from zimage_train.lora import lora_file
 from zimage_train.optim import ema
-from zimage_train.training import checkpoint, outputs
+from zimage_train.training import checkpoint, exports
 
 from helpers import PREVIEWED, final, folder, stop_after
 
@@ -135,8 +135,8 @@ def test_lost_average_is_made_again(make_config, monkeypatch):
     before = path.read_bytes()
     path.unlink()
     exported: list[int] = []
-    export = outputs.export_step
-    monkeypatch.setattr(outputs, "export_step", lambda run, step: (exported.append(step), export(run, step)))
+    export = exports.export_step
+    monkeypatch.setattr(exports, "export_step", lambda run, step: (exported.append(step), export(run, step)))
     run_training(config, fresh=False)
     assert path.read_bytes() == before and exported == [2]
     run_training(config, fresh=False)

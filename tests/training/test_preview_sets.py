@@ -88,7 +88,7 @@ def test_second_model_draws_each_preview(make_config, other: Path, tmp_path):
     command = ["sample", str(other), "--lora", lora, "--dtype", "fp32", "--from", drawn, "-o", str(tmp_path / "again")]
     done = CliRunner().invoke(app, command)
     assert done.exit_code == 0
-    assert f"was drawn by {other} in fp32 with the LoRA of tiny at step 4" in done.output.replace("\n", "")
+    assert f"was drawn by {other.name} in fp32 with the LoRA of tiny at step 4" in done.output.replace("\n", "")
     with Image.open(drawn) as one, Image.open(tmp_path / "again" / "sample-43.png") as again:
         assert np.abs(np.asarray(one).astype(int) - np.asarray(again).astype(int)).max() <= 1
 

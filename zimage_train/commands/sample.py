@@ -232,7 +232,7 @@ def load_model(
 def drawn_by(model: ModelSettings, loras: list[WeightedLora]) -> str:
     """Return the model and the LoRAs that draw an image, as the text that its metadata gets."""
     names = " and ".join(f"{lora.path.name}={lora.weight:g}" for lora in loras) or "no LoRA"
-    return f"{model.path or model.variant} in {model.dtype} with {names}"
+    return f"{model.label} in {model.dtype} with {names}"
 
 
 def requests_for(options: SamplingOptions, model: ModelSettings, specs: Sequence[PromptSpec]) -> list[SamplingRequest]:

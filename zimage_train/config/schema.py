@@ -29,6 +29,7 @@ from zimage_train.config.types import (
     Section,
     SettingError,
     check_params,
+    without_folder,
 )
 from zimage_train.config.variants import ADAPTERS, VARIANTS, VariantName
 from zimage_train.io.dtypes import Precision
@@ -90,6 +91,11 @@ class ModelSettings(Section):
                 f"adapter {self.adapter} was made for Turbo and would harm {self.variant}", "leave it out", ("adapter",)
             )
         return self
+
+    @property
+    def label(self) -> str:
+        """The variant, hub id or file name of the transformer: what others may read, who have no use for a path."""
+        return self.variant if self.path is None else without_folder(self.path)
 
 
 class CacheSettings(Section):

@@ -1,7 +1,8 @@
 """Types of settings that several sections use, their errors, and the base class of all sections."""
 
+import re
 import unicodedata
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
@@ -122,6 +123,16 @@ SCHEDULE_PARAMS: dict[ScheduleName, dict[str, Any]] = {
     "one_cycle": _END | {"start_factor": Annotated[float, Field(gt=0.0, le=1.0)], "peak_at": Share},
 }
 """Schedule -> the keys that `schedule.params` may have, with their types."""
+
+
+def without_folder(name: str) -> str:
+    """Return the last part of a path, and a hub id (`org/repo`) or short name as it is.
+
+    For texts that others may read, where a path would say whose machine it was.
+    """
+    parts = PureWindowsPath(name).parts  # knows the separators of all systems
+    is_path = Path(name).exists() or re.match(r"[/\\.~]|[A-Za-z]:", name) is not None or len(parts) > 2
+    return parts[-1] if is_path and parts else name
 
 
 def check_params(params: dict[str, Any], known: dict[str, Any], owner: str) -> dict[str, Any]:

@@ -1,11 +1,13 @@
 """A ComfyUI workflow that reproduces a preview with ComfyUI's own nodes (torch-free).
 
-It is in the API format, which ComfyUI accepts by drag and drop and by `POST /prompt`. The LoRA has to be in
-`models/loras`; the model's files are those that Comfy-Org publishes. Noise, grid and guidance are the same: ComfyUI
-also draws noise on the CPU from the seed, and its "simple" schedule with a static shift gives the pipeline's sigmas
-where the number of steps divides 1000. Elsewhere it is off by less than a thousandth, before the shift.
+It is in the API format, which ComfyUI accepts by `POST /prompt`; `comfyui_canvas` arranges it for the editor. The LoRAs
+have to be in `models/loras`; the model's files are those that Comfy-Org publishes. Noise, grid and guidance are the
+same: ComfyUI also draws noise on the CPU from the seed, and its "simple" schedule with a static shift gives the
+pipeline's sigmas where the number of steps divides 1000. Elsewhere it is off by less than a thousandth, before the
+shift.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +21,14 @@ VAE = "ae.safetensors"
 Node = dict[str, Any]
 
 
-def comfyui_workflow(request: SamplingRequest, model: ModelSettings, lora: str) -> dict[str, Node]:
-    """Return the workflow that draws `request` with the LoRA file named `lora`, as nodes by number."""
+def comfyui_workflow(
+    request: SamplingRequest, model: ModelSettings, lora: str, extra_loras: Sequence[tuple[str, float]] = ()
+) -> dict[str, Node]:
+    """Return the workflow that draws `request` with the LoRA file named `lora`, as nodes by number.
+
+    Args:
+        extra_loras: names and strengths of the LoRAs that previews use in addition.
+    """
     if request.guidance > 0:
         negative = _node("CLIPTextEncode", clip=["text encoder", 0], text=request.negative)
     else:
@@ -31,7 +39,13 @@ def comfyui_workflow(request: SamplingRequest, model: ModelSettings, lora: str) 
         "text encoder": _node("CLIPLoader", clip_name=TEXT_ENCODER, type="lumina2", device="default"),
         "vae": _node("VAELoader", vae_name=VAE),
         "lora": _node("LoraLoaderModelOnly", model=["model", 0], lora_name=lora, strength_model=1.0),
-        "shift": _node("ModelSamplingAuraFlow", model=["lora", 0], shift=request.shift, sampling="flow"),
+    }
+    last = "lora"
+    for number, (name, strength) in enumerate(extra_loras, 2):
+        nodes[f"lora {number}"] = _node("LoraLoaderModelOnly", model=[last, 0], lora_name=name, strength_model=strength)
+        last = f"lora {number}"
+    nodes |= {
+        "shift": _node("ModelSamplingAuraFlow", model=[last, 0], shift=request.shift),
         "prompt": _node("CLIPTextEncode", clip=["text encoder", 0], text=request.prompt),
         "negative": negative,
         "size": _node("EmptySD3LatentImage", width=request.width, height=request.height, batch_size=1),
@@ -62,7 +76,7 @@ def comfyui_workflow(request: SamplingRequest, model: ModelSettings, lora: str) 
 
 
 def workflow_path(lora: Path) -> Path:
-    """Return the path of the workflow beside an exported LoRA."""
+    """Return the path of the workflow in the API format, beside an exported LoRA."""
     return lora.with_suffix(".comfyui.json")
 
 

@@ -50,7 +50,7 @@ def _paths_in_run(config: Config, root: Path) -> Iterator[Path]:
     step = f"{config.train.steps:06d}"
     for name in (config.name, f"{config.name}-{step}"):
         yield atomic.temporary_path(root / "lora" / "ema" / f"{name}.safetensors")
-        yield atomic.temporary_path(root / "lora" / "ema" / f"{name}.comfyui.json")
+        yield atomic.temporary_path(root / "lora" / "ema" / f"{name}.workflow.json")
     yield atomic.temporary_path(root / "checkpoints" / f"step-{step}.safetensors")
     yield atomic.temporary_path(root / "rehearsal.safetensors")
     yield atomic.temporary_path(root / "samples" / "also" / f"{step}-00.png")

@@ -33,14 +33,23 @@ def save_preview(path: Path, image: Image.Image, request: SamplingRequest, drawn
     Raises:
         DiskError: the file cannot be written.
     """
-    info = PngInfo()
-    info.add_itxt("parameters", request.describe())
-    info.add_itxt(REQUEST_KEY, request.to_json())
+    info = _recipe_info(request)
     info.add_itxt(DRAWN_BY_KEY, drawn_by)
     if run:
         info.add_text(RUN_KEY, run)
     with atomic.replace_atomically(path) as file:
         image.save(file, format="PNG", pnginfo=info)
+
+
+def copy_preview(source: Path, request: SamplingRequest, path: Path) -> None:
+    """Write the preview at `source` to `path` for others to see: with its request, but with nothing about the run.
+
+    Raises:
+        DiskError: the file cannot be written.
+        OSError: `source` cannot be read.
+    """
+    with Image.open(source) as image, atomic.replace_atomically(path) as file:
+        image.save(file, format="PNG", pnginfo=_recipe_info(request))
 
 
 def is_current(path: Path, request: SamplingRequest, run: str) -> bool:
@@ -137,6 +146,13 @@ def save_grid(path: Path, table: PreviewTable) -> None:
     if not table.rows:
         return
     grid.save_grid_image(path, table.labels, [(f"step {step}", paths) for step, paths in table.rows.items()])
+
+
+def _recipe_info(request: SamplingRequest) -> PngInfo:
+    info = PngInfo()
+    info.add_itxt("parameters", request.describe())
+    info.add_itxt(REQUEST_KEY, request.to_json())
+    return info
 
 
 def parse_request(texts: dict[str, str]) -> SamplingRequest | None:

@@ -1,24 +1,20 @@
-"""The files that a run writes beside its metrics: checkpoints, exported LoRAs, previews, the report."""
+"""The files that a run writes beside its metrics: checkpoints, previews, the report; `exports` writes the LoRAs."""
 
-import re
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from zimage_train.config.load import dump_config
-from zimage_train.diffusion import comfyui
+from zimage_train.config.types import without_folder
 from zimage_train.diffusion.frozen import NotRestoredError, original_weights
 from zimage_train.diffusion.render import decode_all, eval_mode, sample_all
 from zimage_train.errors import WeightsError
-from zimage_train.io import atomic
 from zimage_train.io.dtypes import PRECISIONS
 from zimage_train.io.safetensors_format import read_header
-from zimage_train.lora import lora_file, verify
-from zimage_train.lora.lora_file import Lora
+from zimage_train.lora import lora_file
 from zimage_train.optim import optimizers
 from zimage_train.report import page, preview_images, preview_shift
 from zimage_train.report.metrics import RecordWriter, read_records
-from zimage_train.training import checkpoint, preview_sets, run_dir
+from zimage_train.training import checkpoint, exports, preview_sets, run_dir
 from zimage_train.training.context import RunContext
 from zimage_train.training.preview_sets import PreviewSet
 from zimage_train.training.state import TrainState, is_due
@@ -37,49 +33,6 @@ def save_checkpoint(state: TrainState, step: int) -> None:
     averages = state.ema.state() if state.ema else {}
     for path in checkpoint.save(state.folder.checkpoints, step, state.lora.state() | averages | tensors, numbers):
         state.console.warning(f"{path}: cannot be removed; going on")
-
-
-def export_step(state: TrainState, step: int) -> None:
-    """Write the LoRA of `step` and its average, if any; verify that diffusers and ComfyUI would load them.
-
-    Raises:
-        WeightsError: a file would be loaded as other weights; it is renamed to `.unverified`.
-        DiskError: a file cannot be written.
-    """
-    number = None if step == state.config.train.steps else step  # the last file is named by the run alone
-    _export(state, step, state.folder.lora(number), state.lora.factors())
-    if state.ema is not None:
-        _export(state, step, state.folder.lora(number, is_ema=True), state.lora.factors(state.ema.shadow))
-
-
-def _export(state: TrainState, step: int, path: Path, trained: Lora) -> None:
-    config = state.config
-    lora_file.export_lora(path, trained, config.save.dtype, {**state.export_metadata, "ss_steps": str(step)})
-    try:
-        error = verify.verify_export(path, trained, config.save.dtype, state.frozen.shape)
-    except WeightsError:
-        atomic.rename_as_backup(path, ".unverified")
-        raise
-    count = f"{len(trained)}/{len(trained)}"
-    state.console.info(f"step {step}: exported {path} ({count} modules verified, relative error {error:.1e})")
-    if state.preview_sets:
-        atomic.write_json(
-            comfyui.workflow_path(path),
-            comfyui.comfyui_workflow(state.preview_sets[0].requests[0], config.model, path.name),
-        )
-    _prune(state, path.parent)
-
-
-def _prune(state: TrainState, folder: Path) -> None:
-    """Remove all but the newest `save.keep` exports in `folder`; the final file, without a step in its name, stays."""
-    pattern = re.compile(re.escape(state.config.name) + r"-(\d{6,})\.safetensors")
-    exported = []
-    for path in folder.iterdir():
-        if match := pattern.fullmatch(path.name):
-            exported.append((int(match[1]), path))
-    for _, path in sorted(exported)[: -state.config.save.keep]:
-        if not (atomic.remove(path) and atomic.remove(comfyui.workflow_path(path))):
-            state.console.warning(f"{path}: cannot be removed; going on")
 
 
 def preview(state: TrainState, step: int, events: RecordWriter) -> None:
@@ -137,9 +90,9 @@ def render_previews(state: TrainState, previews: PreviewSet, step: int) -> dict[
                 with state.clock.stage("drift"):
                     measured["drift"] = meter.measure(model, drift_progress)
         images = decode_all(model, state.vae_path, latents)
-    model_name = sample.compare_on if previews.second_model else state.config.model.path or state.config.model.variant
+    model_name = without_folder(sample.compare_on or "") if previews.second_model else state.config.model.label
     lora_name = "averaged LoRA" if is_averaged else "LoRA"
-    extra = "".join(f" and {lora.file}={lora.weight:g}" for lora in sample.extra_loras)
+    extra = "".join(f" and {without_folder(lora.file)}={lora.weight:g}" for lora in sample.extra_loras)
     drawn_by = (
         f"{model_name} in {state.config.model.dtype} with the {lora_name} of {state.config.name} at step {step}{extra}"
     )
@@ -190,11 +143,13 @@ def after_step(state: TrainState, step: int, events: RecordWriter, metrics: Reco
             if step > state.start_step:  # else the run has just been loaded from this checkpoint
                 save_checkpoint(state, step)
             events.append({"step": step, "event": "save"})
-            export_step(state, step)
+            exports.export_step(state, step)
     if is_due(state.config.validation.every, step, last):
         validate(state, step, events)
     if draws:
         preview(state, step, events)
+    if saves and draws:
+        exports.save_picture(state, step)
     if saves or draws:
         write_report(state)
 

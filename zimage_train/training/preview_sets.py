@@ -1,5 +1,6 @@
 """The previews of a run: on its own model, and optionally on a second model (torch-free)."""
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,7 +57,10 @@ def make_preview_sets(
     digest, name = run_dir.identity_digest(identity), config.sample.compare_on
     if config.sample.weights == "ema":
         digest += " averaged"
-    digest += "".join(f" and {lora.file}={lora.weight:g}" for lora in config.sample.extra_loras)
+    if config.sample.extra_loras:
+        # As a digest, since it stands in every image, and a path would say whose machine it was.
+        extra = "".join(f" and {lora.file}={lora.weight:g}" for lora in config.sample.extra_loras)
+        digest += f" and {_digest(extra)}"
     own = PreviewSet(
         second_model=None,
         requests=request.preview_requests(config),
@@ -73,11 +77,15 @@ def make_preview_sets(
         second_model=second_model,
         requests=request.comparison_requests(config),
         folder=folder.samples / "also",
-        run=f"{digest} on {name}",
+        run=f"{digest} on {name if name in VARIANTS else _digest(name)}",
         suffix=f" (on {name})",
         measures_drift=is_turbo and not own.measures_drift,
     )
     return [own, second]
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def all_previews_table(preview_sets: list[PreviewSet]) -> PreviewTable:
