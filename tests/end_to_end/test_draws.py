@@ -49,6 +49,7 @@ from zimage_train.diffusion import request, sampler
 from zimage_train.diffusion.frozen import load_frozen
 from zimage_train.io.safetensors_format import read_header
 from zimage_train.lora import adapter_config, arithmetic, blending, format_metadata, layers, metadata
+from zimage_train.lora.file_hashes import HASH_KEYS
 from zimage_train.optim import ema, optimizers
 from zimage_train.report.metrics import RecordWriter, read_records
 from zimage_train.training import batches, build, loop, preview_sets, run_dir, validation
@@ -500,7 +501,9 @@ def a_run(scratch: Path) -> Table:
         "checkpoint, identity": sorted(state["identity"]),
         "checkpoint, inputs": in_short(name.split("/")[0] for name in state["identity"]["inputs"]),
         "checkpoint, tensors": in_short(saved.tensors),
-        "LoRA, metadata": exported.metadata,
+        # Their values depend on the last bits of the weights, and so on the machine.
+        "LoRA, hashes": sorted(exported.metadata.keys() & set(HASH_KEYS)),
+        "LoRA, metadata": {key: value for key, value in exported.metadata.items() if key not in HASH_KEYS},
         "LoRA, tensors": in_short(exported.tensors),
         "preview, texts": texts,
         "rehearsed": [" ".join(named(sample.item) for sample in batch) for batch in _full_batches(seen[0])],

@@ -97,10 +97,13 @@ def test_export_metadata(finished: Config):
     with safe_open(folder(finished) / "lora" / "tiny.safetensors", "pt") as file:
         metadata = file.metadata()
     assert metadata["modelspec.architecture"] == "Z-Image/lora"
-    assert metadata["ss_base_model_version"] == "zimage"
+    assert metadata["ss_base_model_version"] == "ZImageTurbo"
+    assert metadata["modelspec.resolution"] == "64x64"
     assert metadata["ss_network_dim"] == "4"
     assert metadata["modelspec.trigger_phrase"] == "zorb"
-    assert metadata["zimage_train.adapter"] == mini.ADAPTER_V1.name
+    assert json.loads(metadata["trained_words"]) == ["zorb"]
+    assert json.loads(metadata["ss_tag_frequency"]) == {"zorb": {"zorb": 1}}
+    assert not [key for key in metadata if "adapter" in key or "settings" in key]
     assert str(Path(finished.output_dir)) not in json.dumps(metadata)
 
 

@@ -22,7 +22,7 @@ from zimage_train.lora.qkv import Change
 from zimage_train.models.arch import TransformerShape
 
 from lora_commands import converted, lora_command, metadata_of
-from lora_files import TINY, Q, dense, random_lora, relative, write
+from lora_files import TINY, Q, data_digest, dense, random_lora, relative, write
 
 ATTENTION = [f"layers.0.attention.to_{part}" for part in "qkv"]
 
@@ -153,12 +153,13 @@ def test_qkv_with_a_shared_factor(tmp_path: Path):
 
 
 def test_metadata_without_old_hashes(tmp_path: Path):
-    """Metadata is kept, except for hashes of the old file."""
+    """Metadata is kept, and a hash of the old file becomes that of the new."""
     tensors = load_file(write(tmp_path / "x.safetensors", random_lora(scale=0.5)))
     save_file(tensors, tmp_path / "x.safetensors", {"ss_network_dim": "4", "sshs_model_hash": "0", "note": "ä"})
     there = converted(tmp_path / "x.safetensors", "diffusers", tmp_path / "d.safetensors")
-    assert set(metadata_of(there)) == {"ss_network_dim", "note", "lora_adapter_metadata"}
-    assert metadata_of(converted(there, "musubi", tmp_path / "m.safetensors")) == {"ss_network_dim": "4", "note": "ä"}
+    assert set(metadata_of(there)) == {"ss_network_dim", "note", "sshs_model_hash", "lora_adapter_metadata"}
+    back = converted(there, "musubi", tmp_path / "m.safetensors")
+    assert metadata_of(back) == {"ss_network_dim": "4", "note": "ä", "sshs_model_hash": data_digest(back)}
 
 
 def test_a_precision_can_be_asked_for(tmp_path: Path):

@@ -1,5 +1,6 @@
 """LoRAs of any layout and kind for tests, written without the package's own writers."""
 
+import hashlib
 import math
 from pathlib import Path
 
@@ -35,6 +36,12 @@ def write(path: Path, lora: Lora, spelling: str = "diffusion_model.{m}.lora_{p}.
         tensors |= {stem.format(m=m): torch.tensor(f.scale * f.rank) for m, f in lora.items()}
     save_file(tensors, path)
     return path
+
+
+def data_digest(path: Path) -> str:
+    """SHA-256 of all that follows the header."""
+    content = path.read_bytes()
+    return hashlib.sha256(content[8 + int.from_bytes(content[:8], "little") :]).hexdigest()
 
 
 def dense(lora: Lora, module: str) -> Tensor:

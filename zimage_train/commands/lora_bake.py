@@ -11,6 +11,7 @@ import torch
 from zimage_train.commands import lora_args, lora_edit
 from zimage_train.commands.lora_args import WeightedLora
 from zimage_train.commands.lora_edit import OutputFile
+from zimage_train.config.variants import VARIANTS
 from zimage_train.errors import Argument, ConfigError, Location, Problem, WeightsError
 from zimage_train.io import atomic
 from zimage_train.io.dtypes import ITEM_BYTES, PRECISIONS
@@ -112,7 +113,8 @@ def extract_command(tuned: str, base: str, rank: int | None, energy: float, outp
         )
     lora = {name: lora_edit.to_cpu(factors) for name, factors in extracted.lora.items()}
     facts = {"rank": rank, "energy": energy, "tuned": Path(tuned).name, "base": Path(base).name}
-    header = metadata.edited_metadata("extract", [{"ss_base_model_version": "zimage"}], facts, lora_edit.ranks_of(lora))
+    source = {metadata.BASE_MODEL: VARIANTS[base].base_model if base in VARIANTS else metadata.ANY_BASE_MODEL}
+    header = metadata.edited_metadata("extract", [source], facts, lora_edit.ranks_of(lora))
     groups = ", ".join(f"{name} {count}" for name, count in count_by_group(lora).items())
     lines = [f"{groups}: keeps {extracted.kept_energy / extracted.total_energy:.2%} of the squared change"]
     if extracted.other_tensors:

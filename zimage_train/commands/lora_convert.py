@@ -34,6 +34,7 @@ def convert_command(path: Path, target: str, output: OutputFile) -> list[str]:
         for key, tensor in tensors.items():
             if not key.endswith(".alpha"):
                 tensors[key] = tensor.to(torch_dtype)
+    header |= lora_file.renewed_hashes(tensors, header, content.metadata)
     file = output.path
     if is_folder:
         config = formats.peft_config(path, changes)

@@ -20,6 +20,7 @@ from zimage_train.config.types import (
     AttentionName,
     ConflictError,
     EverySteps,
+    MetadataLevel,
     NonEmptyPath,
     PathText,
     Pixels,
@@ -298,6 +299,9 @@ class SaveSettings(Section):
     """Number of exported LoRA files that are kept, namely the latest; of the checkpoints, the two latest are kept."""
     dtype: Precision = "bf16"
     """Precision of the exported LoRA."""
+    metadata: MetadataLevel = "minimal"
+    """What the header of the exported LoRA says. minimal: trigger, base model, rank, resolution and hashes; full: the
+    tags of the captions and the training settings too; none: nothing. It never holds a path."""
 
 
 class LogSettings(Section):

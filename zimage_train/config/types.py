@@ -11,6 +11,7 @@ from zimage_train.config.strict_yaml import KeyPath
 
 Quantization = Literal["fp8", "fp8_fast", "int8", "nf4"]
 """Formats of quantised frozen weights."""
+MetadataLevel = Literal["minimal", "full", "none"]
 AttentionName = Literal["auto", "sdpa", "cudnn", "flash3", "flash4"]
 RecomputeMode = Literal["none", "elementwise", "w1w3", "attention", "full"]
 """Modes of activation checkpointing, from nothing recomputed to everything; see models/checkpointing.py."""

@@ -22,6 +22,8 @@ class Variant:
     """Default sampling steps."""
     guidance: float
     """Default guidance g, as in `pos + g (pos - neg)`; the usual CFG scale is g + 1."""
+    base_model: str
+    """Name of the base model on CivitAI. Managers of models show it for a LoRA: see lora/metadata.py."""
     comfyui: str
     """File name of the transformer as published for ComfyUI's `models/diffusion_models`."""
 
@@ -34,6 +36,7 @@ VARIANTS: dict[str, Variant] = {
         shift=3.0,
         steps=8,
         guidance=0.0,
+        base_model="ZImageTurbo",
         comfyui="z_image_turbo_bf16.safetensors",
     ),
     "deturbo": Variant(
@@ -43,6 +46,7 @@ VARIANTS: dict[str, Variant] = {
         shift=3.0,
         steps=25,
         guidance=2.0,
+        base_model="ZImageTurbo",
         comfyui="z_image_de_turbo_v1_bf16.safetensors",
     ),
     "base": Variant(
@@ -52,6 +56,7 @@ VARIANTS: dict[str, Variant] = {
         shift=6.0,
         steps=30,
         guidance=3.0,
+        base_model="ZImageBase",
         comfyui="z_image_bf16.safetensors",
     ),
 }

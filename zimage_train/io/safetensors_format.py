@@ -224,16 +224,30 @@ def write_safetensors_of(
         infos: dtype and shape of each tensor.
         data_of: returns the data of a tensor by its name; called once for each, in the order of the file.
     """
-    # The safetensors library writes the keys of the metadata in random order; here they are sorted. Tensors are ordered
-    # by decreasing item size, which aligns each of them, and then by name.
-    order = sorted(infos, key=lambda name: (-ITEM_BYTES[infos[name][0]], name))
-    header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    header = encode_header(infos, metadata or None)
+    atomic.write(path, itertools.chain([header], map(data_of, tensor_order(infos))))
+
+
+def tensor_order(infos: Mapping[str, tuple[str, tuple[int, ...]]]) -> list[str]:
+    """Return the names of the tensors in the order of the file, which is that of the safetensors library.
+
+    It is by decreasing item size, which aligns each of them, and then by name.
+    """
+    return sorted(infos, key=lambda name: (-ITEM_BYTES[infos[name][0]], name))
+
+
+def encode_header(infos: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str] | None) -> bytes:
+    """Return all that precedes the data of the tensors in a file.
+
+    The safetensors library writes the keys of the metadata in random order; here they are sorted.
+    """
+    header: dict[str, object] = {} if metadata is None else {"__metadata__": dict(sorted(metadata.items()))}
     offset = 0
-    for name in order:
+    for name in tensor_order(infos):
         dtype, shape = infos[name]
         end = offset + math.prod(shape) * ITEM_BYTES[dtype]
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    atomic.write(path, itertools.chain([len(text).to_bytes(8, "little"), text], map(data_of, order)))
+    return len(text).to_bytes(8, "little") + text

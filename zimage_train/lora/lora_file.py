@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from zimage_train.errors import Problem, WeightsError
-from zimage_train.io import tensorfile
-from zimage_train.lora import adapter_config, format_metadata, headers, keys, qkv
+from zimage_train.io import safetensors_format, tensorfile
+from zimage_train.lora import adapter_config, file_hashes, format_metadata, headers, keys, qkv
 from zimage_train.lora.keys import MAGNITUDE
 from zimage_train.lora.qkv import Change
 from zimage_train.typing import LoraA, LoraB, Weight
@@ -209,8 +209,22 @@ def narrowest_dtype(lora: Mapping[str, Factors]) -> str:
     return "bf16"
 
 
+def renewed_hashes(
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, str], source_metadata: Mapping[str, str]
+) -> dict[str, str]:
+    """Return the hashes of a file of these tensors and metadata, as many as the file had that it was made from."""
+    keys_there = source_metadata.keys() & set(file_hashes.HASH_KEYS)
+    if not keys_there:
+        return {}
+    entries = {name: tensorfile.tensor_entry(tensor) for name, tensor in tensors.items()}
+    hashes = file_hashes.file_hashes(entries, metadata)
+    return {key: hashes[key] for key in keys_there}
+
+
 def export_lora(path: Path, lora: Mapping[str, Factors], dtype: str, metadata: Mapping[str, str]) -> None:
     """Write `lora` in the layout that the module's docstring describes.
+
+    The hashes of the file are added to `metadata`, unless that holds nothing but the format.
 
     Raises:
         WeightsError: a value is not finite; nothing is written then.
@@ -226,4 +240,6 @@ def export_lora(path: Path, lora: Mapping[str, Factors], dtype: str, metadata: M
     if not_finite:
         message = f"{len(not_finite)} tensors are not finite, such as {not_finite[0]}"
         raise WeightsError(Problem(str(path), message, "nothing was written", "not-finite"))
-    tensorfile.save(path, tensors, metadata)
+    entries = {name: tensorfile.tensor_entry(tensor) for name, tensor in tensors.items()}
+    hashes = file_hashes.file_hashes(entries, metadata) if metadata.keys() - {"format"} else {}
+    safetensors_format.write_safetensors(path, entries, {**metadata, **hashes})

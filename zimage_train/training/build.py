@@ -132,7 +132,7 @@ def build_state(
         extra_loras=_read_extra_loras(context),
         preview_embeds={prompt: dataset.embeds(prompt) for prompt in preview_prompts},
         drift_meter=_drift_meter(config, context.preview_sets, dataset),
-        export_metadata=training_metadata(config, context.digests.adapter),
+        export_metadata=training_metadata(config, context.digests.adapter, _concept_prompts(context)),
         warnings=context.spec.warnings,
         start_step=start_step,
         attention=attention,
@@ -143,6 +143,15 @@ def build_state(
         slow_steps=SlowStepDetector(),
         clock=context.clock,
     )
+
+
+def _concept_prompts(context: RunContext) -> list[str]:
+    """Return the prompts of each image that shows the concept, once for each image."""
+    images = {}
+    for item in context.spec.order.items:
+        if not context.config.data[item.entry].regularization:
+            images[item.entry, item.image.path] = item.image.prompts
+    return [prompt for prompts in images.values() for prompt in prompts]
 
 
 def _load_frozen(context: RunContext, plan: MemoryPlan) -> FrozenTransformer:

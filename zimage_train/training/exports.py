@@ -7,7 +7,7 @@ from zimage_train.config.variants import NAMED_LORAS
 from zimage_train.diffusion import comfyui, comfyui_canvas
 from zimage_train.errors import DiskError, WeightsError, ZImageTrainError
 from zimage_train.io import atomic
-from zimage_train.lora import lora_file, verify
+from zimage_train.lora import lora_file, metadata, verify
 from zimage_train.lora.lora_file import Lora
 from zimage_train.report import preview_images
 from zimage_train.report.preview_shift import has_trigger
@@ -69,11 +69,11 @@ def _shown_preview(state: TrainState) -> int:
 
 def _export(state: TrainState, step: int, path: Path, trained: Lora) -> None:
     config = state.config
-    # A picture of an earlier start would show other weights if this step's preview failed.
-    atomic.remove(picture_path(path))
-    lora_file.export_lora(path, trained, config.save.dtype, {**state.export_metadata, "ss_steps": str(step)})
+    if picture_path(path).exists():  # from an earlier start; if this step's preview fails, it would show other weights
+        atomic.remove(picture_path(path))
+    lora_file.export_lora(path, trained, config.save.dtype, metadata.at_step(state.export_metadata, step))
     try:
-        error = verify.verify_export(path, trained, config.save.dtype, state.frozen.shape.linears)
+        error = verify.verify_export(path, trained, config.save.dtype, state.frozen.shape)
     except WeightsError:
         atomic.rename_as_backup(path, ".unverified")
         raise

@@ -10,7 +10,7 @@ from zimage_train.diffusion.render import decode_all, eval_mode, sample_all
 from zimage_train.errors import WeightsError
 from zimage_train.io.dtypes import PRECISIONS
 from zimage_train.io.safetensors_format import read_header
-from zimage_train.lora import lora_file
+from zimage_train.lora import lora_file, metadata
 from zimage_train.optim import optimizers
 from zimage_train.report import page, preview_images, preview_shift
 from zimage_train.report.metrics import RecordWriter, read_records
@@ -158,7 +158,8 @@ def is_complete(context: RunContext, step: int) -> bool:
     """Return whether a run with its newest checkpoint at `step` has nothing left to do.
 
     `done` must be among its events, as the last thing that a run writes. The exported LoRA must be readable and have
-    `save.dtype`, and the last previews must be those of `sample`, since these settings may change on resume.
+    `save.dtype` and `save.metadata`, and the last previews must be those of `sample`, since these settings may change
+    on resume.
     """
     config, folder = context.config, context.folder
     last = config.train.steps
@@ -167,10 +168,12 @@ def is_complete(context: RunContext, step: int) -> bool:
         return False
     paths = [folder.lora(), *([folder.lora(is_ema=True)] if config.ema.decay is not None else [])]
     try:
-        dtypes = {info.dtype for path in paths for key, info in read_header(path).tensors.items() if "lora_" in key}
+        headers = [read_header(path) for path in paths]
     except WeightsError:
         return False
-    return dtypes == {PRECISIONS[config.save.dtype]} and not any(
+    dtypes = {info.dtype for header in headers for key, info in header.tensors.items() if "lora_" in key}
+    levels = {metadata.level_of(header.metadata) for header in headers}
+    return (dtypes, levels) == ({PRECISIONS[config.save.dtype]}, {config.save.metadata}) and not any(
         previews.missing(last) for previews in context.preview_sets
     )
 
