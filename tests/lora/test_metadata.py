@@ -182,7 +182,7 @@ def test_merge_keeps_the_words_of_all(tmp_path: Path):
     assert said["ss_base_model_version"] == "ZImageTurbo"
 
 
-def test_merge_of_two_base_models_names_none(tmp_path: Path):
+def test_merge_of_base_models_names_none(tmp_path: Path):
     sources = [metadata.training_metadata(config(model={"variant": name}), None) for name in ("turbo", "base")]
     assert "ss_base_model_version" not in metadata.edited_metadata("merge", sources, {}, [4])
 

@@ -1,5 +1,6 @@
-"""A hub on this machine: the part of its HTTP interface that listing and downloading use, over plain folders."""
+"""A hub on this machine: what listing, downloading and uploading use of its HTTP interface, over plain folders."""
 
+import base64
 import hashlib
 import json
 import re
@@ -25,6 +26,14 @@ class Hub:
     """File -> bytes after which the connection ends, the first time."""
     spoiled: set[str] = field(default_factory=set)
     """Files that come with a changed byte."""
+    tokens: set[str] = field(default_factory=set)
+    """Tokens that may create repositories and commit."""
+    namespaces: set[str] = field(default_factory=set)
+    """Organisations and users in which they may."""
+    committed: dict[str, dict[str, bytes]] = field(default_factory=dict)
+    """Repository -> path in it -> content, of all uploads."""
+    stored: dict[str, bytes] = field(default_factory=dict)
+    """SHA-256 -> content of large files that were uploaded, whether or not they are committed."""
 
     def downloads(self) -> list[tuple[str, str | None]]:
         return [(path, range_) for method, path, range_ in self.asked if method == "GET" and "/resolve/" in path]
@@ -61,6 +70,66 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self.answer(with_body=True)
+
+    def do_POST(self) -> None:
+        """Take a step of an upload; what it needs is in the order in which clients ask for it."""
+        path = self.path.partition("?")[0]
+        self.hub.asked.append((self.command, path, None))
+        content = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        if self.headers.get("Authorization", "").removeprefix("Bearer ") not in self.hub.tokens:
+            return self.send_json(401, {"error": "Invalid username or password."})
+        if path == "/api/repos/create":
+            return self.create(json.loads(content))
+        if path == "/api/validate-yaml":
+            is_licensed = "license: " in json.loads(content)["content"]
+            errors = [] if is_licensed else [{"message": '"license" is missing'}]
+            return self.send_json(200 if is_licensed else 400, {"errors": errors, "warnings": []})
+        if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/preupload/main", path):
+            modes = []
+            for file in json.loads(content)["files"]:
+                is_large = file["path"].endswith((".safetensors", ".png"))
+                mode = "lfs" if is_large else "regular"
+                modes.append({"path": file["path"], "uploadMode": mode, "shouldIgnore": False})
+            return self.send_json(200, {"files": modes})
+        if match := re.fullmatch(r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch", path):
+            objects = []
+            for one in json.loads(content)["objects"]:
+                action = {"upload": {"href": f"{self.hub.url}/upload/{one['oid']}", "header": {}}}
+                objects.append({**one, "actions": action})
+            return self.send_json(200, {"transfer": "basic", "objects": objects})
+        if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/commit/main", path):
+            return self.commit(match[1], [json.loads(line) for line in content.splitlines()])
+        return self.send_json(404, {"error": "not found"})
+
+    def do_PUT(self) -> None:
+        self.hub.asked.append((self.command, self.path, None))
+        content = self.rfile.read(int(self.headers["Content-Length"]))
+        oid = self.path.rpartition("/")[2]
+        is_whole = hashlib.sha256(content).hexdigest() == oid
+        if is_whole:
+            self.hub.stored[oid] = content
+        self.send_json(200 if is_whole else 400, {})
+
+    def create(self, wanted: dict) -> None:
+        name = f"{wanted.get('organization') or 'me'}/{wanted['name']}"
+        if name.partition("/")[0] not in self.hub.namespaces:
+            return self.send_json(403, {"error": f"You don't have the rights to create a model under {name}"})
+        is_there = name in self.hub.committed
+        self.hub.committed.setdefault(name, {})
+        self.send_json(409 if is_there else 200, {"url": f"{self.hub.url}/{name}", "name": name})
+
+    def commit(self, repository: str, lines: list[dict]) -> None:
+        files = self.hub.committed[repository]
+        for line in lines:
+            value = line["value"]
+            if line["key"] == "file":
+                files[value["path"]] = base64.b64decode(value["content"])
+            elif line["key"] == "lfsFile":
+                files[value["path"]] = self.hub.stored[value["oid"]]
+        self.send_json(200, {"commitUrl": f"{self.hub.url}/{repository}/commit/{COMMIT}", "commitOid": COMMIT})
+
+    def send_json(self, status: int, value: dict) -> None:
+        self.send(status, json.dumps(value).encode(), {"Content-Type": "application/json"}, with_body=True)
 
     def answer(self, with_body: bool) -> None:
         path = self.path.partition("?")[0]

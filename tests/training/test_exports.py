@@ -73,7 +73,7 @@ def test_averages_have_their_picture(make_config):
 
 
 @pytest.mark.slow
-def test_failed_previews_leave_no_old_picture(make_config, monkeypatch):
+def test_failed_previews_drop_old_picture(make_config, monkeypatch):
     """If the previews of a step fail when it is exported again, the picture of earlier weights goes."""
     config = make_config(train={"steps": 2}, sample=SAMPLE)
     run_training(config, fresh=False)

@@ -144,6 +144,30 @@ def cache(config: ConfigPath, set_: Overrides = None) -> None:
 
 
 @app.command()
+def publish(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run, output/NAME.", show_default=False)],
+    to: Annotated[
+        str | None,
+        typer.Option("--to", metavar="ORG/REPO", help="Upload to this repository of the Hugging Face hub."),
+    ] = None,
+    license_: Annotated[
+        str | None,
+        typer.Option("--license", metavar="ID", help="License of the LoRA, e.g. apache-2.0. --to requires it."),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder to write. Default: RUN/publish.", show_default=False)
+    ] = None,
+) -> None:
+    """Write a folder with the LoRA of a run, a model card and its previews, ready to upload.
+
+    Nothing is uploaded without --to.
+    """
+    from zimage_train.commands.publish import publish_run
+
+    print_lines(publish_run(run, license_, to, output))
+
+
+@app.command()
 def timesteps(
     config: ConfigPath,
     set_: Overrides = None,

@@ -113,6 +113,19 @@ def open_runs(paths: Sequence[Path]) -> list[FinishedRun]:
     return runs
 
 
+def require_run(folder: Path) -> None:
+    """Require that `folder` is that of a run.
+
+    Raises:
+        ConfigError: it has no config.yaml; the hint names a folder near it that has.
+    """
+    if not (folder / "config.yaml").exists():
+        candidates = (folder.parent, *sorted(folder.glob("*")))
+        near = [candidate for candidate in candidates if (candidate / "config.yaml").exists()]
+        hint = f"did you mean {near[0]}?" if near else "give output/NAME of a run, or LoRA files"
+        raise ConfigError(Problem(str(folder), "is not a run folder: it has no config.yaml", hint, "not-a-run"))
+
+
 def settings_of(folder: Path) -> Mapping[str, Any]:
     """Return the config in a run folder, flat; it is not validated, since another version may have written it.
 

@@ -218,21 +218,13 @@ def find_saves(paths: Sequence[Path]) -> list[Path]:
     saves: list[Path] = []
     for path in paths:
         if path.is_dir():
-            _require_run(path)
+            compare.require_run(path)
             run = RunDir(path, compare.settings_of(path)["name"])
             files = sorted(run.lora().parent.glob("*.safetensors"))
             saves += [file for file in files if file.stem.startswith(run.name)]
         else:
             saves.append(path)
     return saves
-
-
-def _require_run(folder: Path) -> None:
-    if not (folder / "config.yaml").exists():
-        candidates = (folder.parent, *sorted(folder.glob("*")))
-        near = [candidate for candidate in candidates if (candidate / "config.yaml").exists()]
-        hint = f"did you mean {near[0]}?" if near else "give output/NAME of a run, or LoRA files"
-        raise ConfigError(Problem(str(folder), "is not a run folder: it has no config.yaml", hint, "not-a-run"))
 
 
 def ema_command(paths: Sequence[Path], decay: float | None, sigma_rel: float | None, output: OutputFile) -> list[str]:

@@ -13,6 +13,7 @@ from zimage_train.config.dataset import DataEntry
 from zimage_train.config.methods import MethodName, TeacherSettings
 from zimage_train.config.module_groups import TARGET_GROUPS
 from zimage_train.config.optimizers import OPTIMIZERS, OptimizerName
+from zimage_train.config.outputs import LogSettings, SaveSettings
 from zimage_train.config.sample import SampleSettings, trigger_error
 from zimage_train.config.types import (
     RECOMPUTE_MODES,
@@ -20,7 +21,6 @@ from zimage_train.config.types import (
     AttentionName,
     ConflictError,
     EverySteps,
-    MetadataLevel,
     NonEmptyPath,
     PathText,
     Pixels,
@@ -290,25 +290,6 @@ class ValidationSettings(Section):
     """Steps between validations, which also run before step 1 and after the last step; null: none."""
     resolution: Pixels = 512
     """Resolution of the held-out images, px."""
-
-
-class SaveSettings(Section):
-    every: EverySteps = 250
-    """Steps between saves; null: only at the end."""
-    keep: int = Field(default=8, ge=1, le=100_000)
-    """Number of exported LoRA files that are kept, namely the latest; of the checkpoints, the two latest are kept."""
-    dtype: Precision = "bf16"
-    """Precision of the exported LoRA."""
-    metadata: MetadataLevel = "minimal"
-    """What the header of the exported LoRA says. minimal: trigger, base model, rank, resolution and hashes; full: the
-    tags of the captions and the training settings too; none: nothing. It never holds a path."""
-
-
-class LogSettings(Section):
-    tensorboard: bool = True
-    """Write loss and learning rate for TensorBoard."""
-    wandb: str | None = Field(default=None, min_length=1)
-    """Project on Weights & Biases, which needs `pip install wandb`; WANDB_MODE=offline logs to disk only; null: off."""
 
 
 class Config(Section):

@@ -97,7 +97,7 @@ SAVE: dict[str, Row] = {
     "save.max_step_saves_to_keep": Mapped("save.keep", whole, 5),
     "save.dtype": Mapped("save.dtype", one_of(DTYPES), "fp16", "float16 becomes bf16, which is as large", derived=True),
     "save.save_format": WithoutEffect("is for models trained in full", ("safetensors", "diffusers")),
-    "save.push_to_hub": Refused("nothing is uploaded", "upload the LoRA yourself"),
+    "save.push_to_hub": Refused("training uploads nothing", "zimage-train publish RUN --to ORG/REPO does"),
     **rows("save", WithoutEffect("is used with push_to_hub only"), "hf_repo_id hf_private"),
 }
 

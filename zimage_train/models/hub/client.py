@@ -7,6 +7,7 @@ since files of the same digest give the same run wherever they come from.
 import fnmatch
 import hashlib
 import os
+import re
 from pathlib import Path
 
 from zimage_train.errors import Problem, WeightsError
@@ -87,6 +88,41 @@ def download_file(remote: RemoteFile) -> Path:
         what = f"cannot be downloaded ({first_line(error)})"
         hint = "the same command resumes the download"
         raise WeightsError(Problem(f"{remote.repository}/{remote.path}", what, hint, "download-failed")) from None
+
+
+def upload_problems() -> list[Problem]:
+    """Return why nothing could be uploaded from this machine, as far as that is known before the hub is asked."""
+    from zimage_train.models.hub import huggingface
+
+    problems: list[Problem] = []
+    if os.environ.get(VARIABLE):
+        hint = "unset it; uploads go to the Hugging Face hub only"
+        problems.append(Problem(VARIABLE, f"is {os.environ[VARIABLE]!r}", hint, "bad-value"))
+    if not huggingface.has_token():
+        hint = "run hf auth login, or set HF_TOKEN to a token that may write"
+        problems.append(Problem("--to", "there is no token of the Hugging Face hub on this machine", hint, "no-token"))
+    return problems
+
+
+def upload_files(folder: Path, files: list[str], repository: str) -> str:
+    """Upload `files`, by their paths in `folder`, as a commit to `repository`, which is created if it does not exist.
+
+    Returns:
+        The address of the repository.
+
+    Raises:
+        WeightsError: the upload fails; what is in the repository stays as it was.
+    """
+    from zimage_train.models.hub import huggingface
+
+    try:
+        return huggingface.upload(folder, files, repository)
+    except Exception as error:  # noqa: BLE001  as in list_files above
+        # The reason is often not on the first line, and a link to an explanation of HTTP stands before it.
+        reason = re.sub(r"For more information check: \S+", "", " ".join(str(error).split()))[:300].strip()
+        what = f"cannot be uploaded to ({reason or type(error).__name__})"
+        hint = f"check the name, the token's permission to write and the connection; {folder} is complete"
+        raise WeightsError(Problem(f"--to {repository}", what, hint, "upload-failed")) from None
 
 
 def require_intact(remote: RemoteFile, path: Path) -> None:

@@ -5,7 +5,8 @@ huggingface_hub resumes downloads, and honours HF_HOME, HF_ENDPOINT, HF_HUB_OFFL
 
 from pathlib import Path
 
-from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download, try_to_load_from_cache
+from huggingface_hub import HfApi, constants, get_token, hf_hub_download, snapshot_download, try_to_load_from_cache
+from huggingface_hub.utils import disable_progress_bars
 
 from zimage_train.models.hub.base import RemoteFile
 
@@ -41,3 +42,19 @@ def find_cached(remote: RemoteFile) -> Path | None:
 def fetch(remote: RemoteFile) -> Path:
     """Download a file into the cache, resuming an earlier attempt."""
     return Path(hf_hub_download(remote.repository, remote.path, revision=remote.commit))
+
+
+def has_token() -> bool:
+    """Return whether this machine has a token of the hub, from HF_TOKEN or a login."""
+    return get_token() is not None
+
+
+def upload(folder: Path, files: list[str], repository: str) -> str:
+    """Commit `files` of `folder` to a repository, which is created if needed; return its address."""
+    disable_progress_bars()
+    api = HfApi()
+    url = api.create_repo(repository, exist_ok=True)
+    api.upload_folder(
+        repo_id=repository, folder_path=folder, allow_patterns=files, commit_message="Upload LoRA with zimage-train"
+    )
+    return str(url)
