@@ -7,6 +7,7 @@ from pathlib import Path
 from zimage_train.commands import compare
 from zimage_train.config.load import read_config
 from zimage_train.config.schema import Config
+from zimage_train.config.triggers import has_any_trigger
 from zimage_train.diffusion import comfyui_canvas
 from zimage_train.diffusion.request import SamplingRequest
 from zimage_train.errors import ConfigError, DiskError, Problem, WeightsError
@@ -15,7 +16,6 @@ from zimage_train.io.safetensors_format import read_header
 from zimage_train.io.units import format_bytes
 from zimage_train.models.hub import client
 from zimage_train.report import model_card, preview_images
-from zimage_train.report.preview_shift import has_trigger
 from zimage_train.training import run_dir
 from zimage_train.training.run_dir import RunDir
 
@@ -97,7 +97,7 @@ def _find_lora(run: Path) -> PublishedLora:
     for image, request in zip(table.rows.get(step, []), table.requests, strict=False):
         if image is not None:
             images.append((image, request))
-    images.sort(key=lambda image: not has_trigger(image[1].prompt, config.triggers))
+    images.sort(key=lambda image: not has_any_trigger(image[1].prompt, config.triggers))
     return PublishedLora(config, folder, path, step, images)
 
 

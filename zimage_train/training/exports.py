@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+from zimage_train.config.triggers import has_any_trigger
 from zimage_train.config.variants import NAMED_LORAS
 from zimage_train.diffusion import comfyui, comfyui_canvas
 from zimage_train.errors import DiskError, WeightsError, ZImageTrainError
@@ -10,7 +11,6 @@ from zimage_train.io import atomic
 from zimage_train.lora import lora_file, metadata, verify
 from zimage_train.lora.lora_file import Lora
 from zimage_train.report import preview_images
-from zimage_train.report.preview_shift import has_trigger
 from zimage_train.training.state import TrainState
 
 
@@ -62,7 +62,7 @@ def _path(state: TrainState, step: int, is_ema: bool = False) -> Path:
 def _shown_preview(state: TrainState) -> int:
     """Return the index of the preview that stands for the LoRA."""
     for index, request in enumerate(state.preview_sets[0].requests):
-        if has_trigger(request.prompt, state.config.triggers):
+        if has_any_trigger(request.prompt, state.config.triggers):
             return index
     return 0
 
