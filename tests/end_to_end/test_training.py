@@ -42,6 +42,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory, shared_cache: Path) -> Co
     return config
 
 
+KINDS = ("safetensors", "png", "comfyui.json", "workflow.json")
+
+
 @pytest.mark.slow
 def test_run_folder_is_as_documented(finished: Config):
     """The run folder has the documented files."""
@@ -59,7 +62,7 @@ def test_run_folder_is_as_documented(finished: Config):
         "report.html",
         "checkpoints/step-000004.safetensors",
         "checkpoints/step-000005.safetensors",
-        *(f"lora/tiny{step}.{kind}" for step in ("-000002", "-000004", "") for kind in ("safetensors", "comfyui.json")),
+        *(f"lora/tiny{step}.{kind}" for step in ("-000002", "-000004", "") for kind in KINDS),
         "samples/grid.png",
     }
 
