@@ -25,6 +25,7 @@ from workloads import workload
 CARD = GPU_SPECS["4090"]
 
 
+@torch.no_grad()
 def test_vae_operations_are_counted():
     """Operations per pixel are those of the published VAE's classes."""
     with torch.device("meta"):
