@@ -21,7 +21,7 @@ from zimage_train.lora.lora_file import Factors
 from zimage_train.lora.readers import LoraTraits, readers_of
 from zimage_train.planning import preflight
 
-from helpers import PREVIEWED
+from helpers import PREVIEWED, ROOT
 from lora_commands import converted, lora_command
 from lora_files import TINY, Q, dense, random_lora, relative, write
 
@@ -301,14 +301,45 @@ def test_readers_are_those_that_read(tmp_path: Path, layout: str, modules: str, 
 
 
 def test_mixed_ranks_without_alpha(tmp_path: Path):
-    """Mixed ranks without alpha are read by the diffusers that is installed, and by none before 0.40."""
+    """Mixed ranks, with alpha or without, are read by the diffusers that is installed, and by none before 0.40."""
     lora = lora_of(mixed=True)
-    path = write(tmp_path / "x.safetensors", lora, alpha=False)
-    found = verify.as_diffusers(path, TINY)
-    assert all(relative(dense(found, name), dense(lora, name)) < 1e-5 for name in lora)
-    assert "diffusers 0.40 and newer" in inspect.summarize_lora(path).readers
-    uniform = write(tmp_path / "y.safetensors", lora_of(), alpha=False)
-    assert "diffusers 0.36 and newer" in inspect.summarize_lora(uniform).readers
+    for alpha in (True, False):
+        path = write(tmp_path / "x.safetensors", lora, alpha=alpha)
+        found = verify.as_diffusers(path, TINY)
+        assert all(relative(dense(found, name), dense(lora, name)) < 1e-5 for name in lora)
+        assert "diffusers 0.40 and newer" in inspect.summarize_lora(path).readers
+    code, _ = lora_command("resize", path, "--rank", "auto", "-o", tmp_path / "y.safetensors")
+    assert code == 0 and "diffusers 0.40 and newer" in inspect.summarize_lora(tmp_path / "y.safetensors").readers
+
+
+MEASURED = json.loads((ROOT / "docs" / "bench" / "lora_readers.json").read_text())["diffusers"]
+
+
+@pytest.mark.parametrize("case", ["plain", "scaled", "outside", "mixed", "mixedscaled"])
+def test_versions_are_those_measured(case: str):
+    """Every version from the promised one on has read the file whole, and the one before it has not."""
+    numbers = {version: tuple(map(int, version.split("."))) for version in MEASURED}
+    modules = PLAIN.modules | {"all_x_embedder.2-1"} if case == "outside" else PLAIN.modules
+    for name in MEASURED["0.42.1"][case]:
+        layout = name.removesuffix("_noalpha")
+        has_alpha = layout == name and layout not in ("diffusers", "diffsynth")
+        is_scaled = "scaled" in case
+        traits = LoraTraits(
+            kinds=PLAIN.kinds,
+            alpha_is_rank=not is_scaled,
+            has_alpha_tensors=has_alpha or (layout == "diffsynth" and is_scaled),
+            is_uniform="mixed" not in case,
+            modules=modules,
+        )
+        promised = [reader.split()[1] for reader in readers_of(layout, traits) if reader.startswith("diffusers")]
+        since = tuple(map(int, promised[0].split("."))) if promised else (9,)
+        for version, number in numbers.items():
+            if number >= since:
+                assert MEASURED[version][case][name] == "ok", (name, version)
+        older = [version for version, number in numbers.items() if number < since]
+        # diffsynth with alphas is right from 0.37 on: it is promised from 0.38 on, as without them.
+        if older and (name, case) != ("diffsynth", "scaled"):
+            assert MEASURED[older[-1]][case][name] != "ok", (name, older[-1])
 
 
 PLAIN = LoraTraits(frozenset({"LoRA"}), True, True, True, frozenset({Q}))
@@ -323,12 +354,12 @@ def test_readers_as_measured():
     assert readers_of("comfyui", PLAIN) == ["ComfyUI", old, "AI Toolkit", synth]
     assert readers_of("comfyui", scaled) == ["ComfyUI", "diffusers 0.37 and newer", synth]
     assert readers_of("diffusers", PLAIN) == ["ComfyUI", old, "AI Toolkit"]
-    assert readers_of("diffusers", scaled) == ["diffusers 0.37 and newer"]
+    assert readers_of("diffusers", replace(scaled, has_alpha_tensors=False)) == [old]
     assert readers_of("kohya", PLAIN) == ["ComfyUI", "diffusers 0.41 and newer"]
     assert readers_of("kohya", everywhere) == ["ComfyUI"]
     assert readers_of("musubi", PLAIN) == ["diffusers 0.39 and newer", "musubi-tuner"]
     assert readers_of("musubi", everywhere) == ["diffusers 0.39 and newer"]
-    assert readers_of("diffsynth", PLAIN) == ["ComfyUI", "diffusers 0.39 and newer", synth]
+    assert readers_of("diffsynth", PLAIN) == ["ComfyUI", "diffusers 0.38 and newer", synth]
     assert readers_of("comfyui", lokr) == ["ComfyUI", "diffusers 0.42 and newer"]
     assert readers_of("comfyui", dora) == readers_of("comfyui", loha) == ["ComfyUI"]
     assert readers_of("diffusers", dora) == ["diffusers 0.42 and newer"]

@@ -1,7 +1,7 @@
 """Which programs load a LoRA file as it is, by what was measured with the programs themselves (torch-free).
 
-The measurements: ComfyUI 0.29, diffusers 0.36 to 0.42, peft 0.21, AI Toolkit, musubi-tuner and DiffSynth-Studio of
-summer 2026, each with LoRAs of 276 and 69 modules whose ranks and alphas were equal or differed.
+The measurements: each diffusers from 0.36 to 0.42.1 (docs/bench/lora_readers.json), ComfyUI 0.29, peft 0.21, and AI
+Toolkit, musubi-tuner and DiffSynth-Studio of summer 2026, with LoRAs whose ranks and alphas were equal or differed.
 """
 
 from dataclasses import dataclass
@@ -63,8 +63,12 @@ def _diffusers_since(layout: str, traits: LoraTraits) -> str | None:
         return None
     if layout == "kohya":
         return None if any(module.startswith(PATCH_LAYERS) for module in traits.modules) else "0.41"
-    if layout in ("musubi", "diffsynth"):
+    if layout == "diffusers" and not traits.has_alpha_tensors and not traits.alpha_is_rank:
+        return "0.36"  # ranks and alphas of all modules stand in the header
+    if not traits.is_uniform:
+        return "0.40"  # older ones take the rank of one module for all of them
+    if layout == "musubi":
         return "0.39"
-    if not traits.has_alpha_tensors and not traits.is_uniform:
-        return "0.40"  # 0.39 takes the rank of one module for all of them
+    if layout == "diffsynth" or (layout == "comfyui" and not traits.has_alpha_tensors):
+        return "0.38"  # 0.37 raises where there is no alpha
     return "0.36" if traits.alpha_is_rank else "0.37"
