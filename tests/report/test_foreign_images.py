@@ -200,6 +200,7 @@ def test_values_from_other_nodes():
         ({"6": node("VAEEncode", pixels=["30", 0], vae=["10", 0])}, "size"),
         ({"6": node("EmptyLatentImage", width=64.5, height=64)}, "size"),
         ({"6": node("EmptyLatentImage", width="64", height=64)}, "size"),
+        ({"6": node("EmptyLatentImage", width=10**400, height=64)}, "size"),
     ],
 )
 def test_comfyui_in_part(changes: dict[str, Any], unread: str):

@@ -13,6 +13,8 @@ from typing import Any
 MAX_NODES = 5_000
 MAX_LINKS = 100
 """Links that are followed from one input."""
+LARGEST_NUMBER = 2**64
+"""No seed or other number of a graph is as large."""
 TEXT_INPUTS = ("text", "prompt", "string", "value")
 """Inputs that hold the text of a node, the first that a node has."""
 
@@ -182,8 +184,10 @@ class _Graph:
             if linked is None:
                 raise UnreadableError(f"{self._name(node)} has no number as its {name}")
             inputs = linked["inputs"]
+            keys = [key for key in (name, "value", "seed") if key in inputs]
             numbers = [key for key, other in inputs.items() if _is_number(other)]
-            keys = [key for key in (name, "value", "seed") if key in inputs] or (numbers if len(numbers) == 1 else [])
+            if not keys and len(numbers) == 1:
+                keys = numbers
             if not keys:
                 raise UnreadableError(f"{self._name(linked)} makes it, which cannot be followed")
             node, name = linked, keys[0]
@@ -217,4 +221,6 @@ class _Graph:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if isinstance(value, int):  # a whole number may be too large for a float, and for `isfinite`
+        return not isinstance(value, bool) and abs(value) < LARGEST_NUMBER
+    return isinstance(value, float) and math.isfinite(value)
