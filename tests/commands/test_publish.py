@@ -130,6 +130,17 @@ def test_without_license_it_says_so(run: Path, tmp_path: Path):
     assert "license" not in header_of((tmp_path / "README.md").read_text())
 
 
+def test_card_of_somebody_is_kept(run: Path, tmp_path: Path):
+    """A README.md that is there already, such as an edited card, is kept beside the new one; the same card is not."""
+    (tmp_path / "README.md").write_text("mine")
+    code, said = publish(run, "-o", tmp_path)
+    assert code == 0 and "the README.md that was there differed, and is now README.md.old" in said
+    assert (tmp_path / "README.md.old").read_text() == "mine"
+    code, said = publish(run, "-o", tmp_path)
+    assert code == 0 and "README.md that was there" not in said
+    assert sorted(path.name for path in tmp_path.glob("README*")) == ["README.md", "README.md.old"]
+
+
 def test_images_of_an_earlier_call_go(run: Path, tmp_path: Path):
     """Images that are no longer in the gallery are removed, other files are left alone."""
     (tmp_path / "images").mkdir()
@@ -150,7 +161,7 @@ def test_upload_has_what_the_folder_has(run: Path, tmp_path: Path, hub: Hub):
     assert done.returncode == 0, done.stderr
     assert f"{hub.url}/org/my-zorb" in done.stdout and "Traceback" not in done.stderr
     files = files_in(tmp_path / "out")
-    del files["secret.txt"]
+    del files["secret.txt"], files["README.md.old"]  # the card before --to, which was for a file and not for the hub
     assert hub.committed == {"org/my-zorb": files}
     assert 'pipe.load_lora_weights("org/my-zorb", weight_name="tiny.safetensors")' in files["README.md"].decode()
     again = publish_to(hub.url, tmp_path, run, "-o", tmp_path / "out", "--license", "mit", "--to", "org/my-zorb")

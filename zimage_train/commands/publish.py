@@ -48,11 +48,14 @@ def publish_run(run: Path, license_name: str | None, repository: str | None, out
     published = _find_lora(run)
     target = output if output is not None else run / FOLDER
     atomic.require_writable_folder(target, "--output")
+    earlier = set(target.glob("README.md.old*"))
     files = _write_folder(published, license_name, repository, target)
     size = format_bytes(sum((target / name).stat().st_size for name in files))
     lines = [f"{target}: {published.path.name} of step {published.step}, README.md, {len(published.images)} images"]
     if license_name is None:
         lines.append("note: the card names no license; give --license, which --to requires")
+    for kept in set(target.glob("README.md.old*")) - earlier:
+        lines.append(f"note: the README.md that was there differed, and is now {kept.name}")
     if not published.images:
         lines.append(f"note: there are no previews of step {published.step}, so the card has no gallery")
     if repository is None:
@@ -140,6 +143,12 @@ def _write_folder(
         workflow=workflow.name if workflow.exists() else None,
         num_pictures=dataset.get("pictures"),
     )
-    card = model_card.model_card(content, license_name, repository)
-    atomic.write_text(target / "README.md", card)
+    _write_card(target / "README.md", model_card.model_card(content, license_name, repository))
     return files
+
+
+def _write_card(path: Path, card: str) -> None:
+    """Write the card; another text that is there, which somebody may have edited, is kept beside it."""
+    if path.exists() and path.read_bytes() != card.encode():
+        atomic.rename_as_backup(path, ".old")
+    atomic.write_text(path, card)
