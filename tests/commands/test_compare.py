@@ -397,6 +397,8 @@ def test_run_stands_for_its_lora(loras: list[Path], tmp_path: Path):
         ("a --width 64", 2, "--prompt: is missing, and --width is only for drawing"),
         ("a --width 60", 2, "--width: is 60; give a multiple of 16"),
         ("a --dtype fp32", 2, "--prompt: is missing, and --dtype is only for drawing"),
+        ("a --variant turbo", 2, "--prompt: is missing, and --variant is only for drawing"),
+        ("a --text-encoder x", 2, "--prompt: is missing, and --text-encoder is only for drawing"),
         ("LORA", 2, "--prompt: is missing, and LoRA files contain no images to compare"),
         ("LORA LORA --prompt x", 2, "one.safetensors: is given twice"),
         ("LORA --prompt x --strength a", 2, "--strength a: is not a list of numbers from -100 to 100"),

@@ -136,8 +136,21 @@ def sample(
     sample_images(settings, loras, requests, BatchLimit(batch, budget_gb), output)
 
 
+DRAWING_OPTIONS = (
+    *("strength", "sampling", "model", "negative", "seed", "width", "height"),
+    *("extras", "text_encoder", "tokenizer", "vae", "variant", "dtype"),
+)
+"""Options of `compare` that have no effect on previews, which are drawn already."""
+
+
+def _is_given(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
 @draw_commands.command()
 def compare(
+    context: typer.Context,
     inputs: Annotated[
         list[Path],
         typer.Argument(
@@ -189,22 +202,7 @@ def compare(
     Run folders alone are compared by their previews. With --prompt, or with a LoRA file, images are drawn, and a run
     stands for its LoRA.
     """
-    drawing_options = {
-        "--strength": strength is not None,
-        "--sampling": sampling is not None,
-        "--model": model is not None,
-        "--negative": negative is not None,
-        "--seed": seed is not None,
-        "--width": width is not None,
-        "--height": height is not None,
-        "--extras": extras is not None,
-        "--text-encoder": text_encoder is not None,
-        "--tokenizer": tokenizer is not None,
-        "--vae": vae is not None,
-        "--variant": variant != "turbo",
-        "--dtype": dtype != "bf16",
-    }
-    given = [name for name, is_given in drawing_options.items() if is_given]
+    given = [f"--{name.replace('_', '-')}" for name in DRAWING_OPTIONS if _is_given(context, name)]
     has_files = any(path.is_file() for path in inputs)
     if not prompt and not given and not has_files:
         from zimage_train.commands.compare import compare_runs
