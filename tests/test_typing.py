@@ -8,7 +8,7 @@ import torch
 from jaxtyping import TypeCheckError
 
 from zimage_train.diffusion import flow
-from zimage_train.lora.lora_file import Factors
+from zimage_train.lora.deltas import Factors
 from zimage_train.training.batches import Batch
 
 from typecheck import MODULES

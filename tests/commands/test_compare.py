@@ -22,7 +22,7 @@ from zimage_train.diffusion.frozen import load_frozen
 from zimage_train.diffusion.request import SamplingRequest
 from zimage_train.errors import ZImageTrainError
 from zimage_train.lora import lora_file, swap
-from zimage_train.lora.lora_file import Factors, Lora
+from zimage_train.lora.deltas import Factors, Lora
 from zimage_train.models.locate import transformer_tensors
 from zimage_train.report import comparison, grid, preview_images
 

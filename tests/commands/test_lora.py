@@ -13,8 +13,8 @@ from zimage_train import mini
 from zimage_train.cli.app import app
 from zimage_train.errors import WeightsError
 from zimage_train.lora import headers, inspect, lora_file, targets
+from zimage_train.lora.deltas import Factors
 from zimage_train.lora.keys import PREFIXES, layout_name, layout_of
-from zimage_train.lora.lora_file import Factors
 from zimage_train.report import heatmap
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from zimage_train import mini
 from zimage_train.lora import arithmetic, blending, lora_file, scale_rules
-from zimage_train.lora.lora_file import Factors, Lora
+from zimage_train.lora.deltas import Factors, Lora
 from zimage_train.models import locate, transformer
 from zimage_train.models.arch import TransformerShape
 

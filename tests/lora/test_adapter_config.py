@@ -17,7 +17,7 @@ from zimage_train import mini
 from zimage_train.commands.train import run_training
 from zimage_train.errors import WeightsError
 from zimage_train.lora import inspect, lora_file, verify
-from zimage_train.lora.lora_file import Factors
+from zimage_train.lora.deltas import Factors
 from zimage_train.lora.readers import LoraTraits, readers_of
 from zimage_train.planning import preflight
 

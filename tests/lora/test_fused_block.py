@@ -11,7 +11,7 @@ from torch import Tensor
 
 from zimage_train.config.types import RECOMPUTE_MODES
 from zimage_train.lora import fused_block, layers, swap
-from zimage_train.lora.lora_file import Factors
+from zimage_train.lora.deltas import Factors
 from zimage_train.models.transformer import velocity
 
 from steps import gradients, trained, unfused

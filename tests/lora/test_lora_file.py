@@ -12,7 +12,7 @@ from zimage_train import mini
 from zimage_train.diffusion.frozen import FrozenTransformer, load_frozen
 from zimage_train.errors import ConfigError, WeightsError
 from zimage_train.lora import arithmetic, keys, layers, lora_file, verify
-from zimage_train.lora.lora_file import Factors, Lora
+from zimage_train.lora.deltas import Factors, Lora
 from zimage_train.lora.targets import group_of, select_modules
 from zimage_train.models.arch import TransformerShape
 from zimage_train.models.transformer import velocity

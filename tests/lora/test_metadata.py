@@ -14,7 +14,7 @@ from zimage_train.config.load import validate_config
 from zimage_train.config.schema import Config
 from zimage_train.io import tensorfile
 from zimage_train.lora import file_hashes, lora_file, metadata
-from zimage_train.lora.lora_file import Factors
+from zimage_train.lora.deltas import Factors
 
 from helpers import folder
 from lora_commands import converted, lora_command, metadata_of

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from zimage_train.lora.lora_file import Factors, Lora
+from zimage_train.lora.deltas import Factors, Lora
 from zimage_train.lora.targets import group_of
 from zimage_train.models.arch import TransformerShape
 

@@ -20,7 +20,7 @@ from zimage_train.errors import ConfigError, Problem, WeightsError, ZImageTrainE
 from zimage_train.io import atomic
 from zimage_train.io.safetensors_format import read_header
 from zimage_train.lora import arithmetic, swap
-from zimage_train.lora.lora_file import Lora
+from zimage_train.lora.deltas import Lora
 from zimage_train.models.arch import TransformerShape
 from zimage_train.models.locate import ModelPaths
 from zimage_train.planning import devices

@@ -11,8 +11,8 @@ from zimage_train import mini
 from zimage_train.errors import Argument, ConfigError, Location, Problem, WeightsError
 from zimage_train.io.dtypes import COMPUTE_DTYPES
 from zimage_train.lora import arithmetic, inspect, lora_file, scale_rules, targets, verify
+from zimage_train.lora.deltas import Lora
 from zimage_train.lora.inspect import LoraSummary
-from zimage_train.lora.lora_file import Lora
 from zimage_train.models import locate
 from zimage_train.models.arch import TransformerShape
 from zimage_train.report import heatmap

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from zimage_train.errors import Argument, ConfigError, Location, Problem
 from zimage_train.lora import lora_file
-from zimage_train.lora.lora_file import Lora
+from zimage_train.lora.deltas import Lora
 from zimage_train.models import locate
 from zimage_train.models.arch import TransformerShape
 

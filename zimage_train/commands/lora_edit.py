@@ -27,7 +27,7 @@ from zimage_train.lora import (
     targets,
     verify,
 )
-from zimage_train.lora.lora_file import Factors, Lora
+from zimage_train.lora.deltas import Factors, Lora
 from zimage_train.lora.scale_rules import ScaleRule
 from zimage_train.models import locate
 from zimage_train.report.console import Console

@@ -11,7 +11,7 @@ from zimage_train.commands.lora_args import WeightedLora
 from zimage_train.commands.lora_edit import OutputFile
 from zimage_train.errors import ConfigError, Problem, ZImageTrainError, collect_errors, raise_all
 from zimage_train.lora import arithmetic, blending, metadata, scale_rules
-from zimage_train.lora.lora_file import Factors, Lora
+from zimage_train.lora.deltas import Factors, Lora
 from zimage_train.lora.scale_rules import ScaleRule
 from zimage_train.typing import Weight
 

@@ -40,7 +40,7 @@ from zimage_train.io.operating_system import main_memory_bytes
 from zimage_train.io.progress import StepProgress
 from zimage_train.io.units import format_bytes
 from zimage_train.lora import arithmetic, swap
-from zimage_train.lora.lora_file import Lora
+from zimage_train.lora.deltas import Lora
 from zimage_train.models import components, locate
 from zimage_train.models.arch import TransformerShape
 from zimage_train.models.locate import ModelPaths

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from zimage_train.errors import Problem, WeightsError
-from zimage_train.lora.lora_file import Factors, Lora
+from zimage_train.lora.deltas import Factors, Lora
 from zimage_train.rng import keyed_generator
 from zimage_train.typing import Weight
 

@@ -14,7 +14,7 @@ from zimage_train.io import atomic, safetensors_format, tensorfile
 from zimage_train.io.dtypes import COMPUTE_DTYPES, PRECISIONS
 from zimage_train.io.progress import StepProgress
 from zimage_train.lora import arithmetic
-from zimage_train.lora.lora_file import Lora
+from zimage_train.lora.deltas import Lora
 from zimage_train.models import transformer
 from zimage_train.models.arch import TransformerShape
 from zimage_train.models.native_keys import to_native

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from zimage_train.io.safetensors_format import read_header
 from zimage_train.lora import keys, lora_file, qkv, readers, targets, verify
-from zimage_train.lora.lora_file import Changes, Factors
+from zimage_train.lora.deltas import Factors
+from zimage_train.lora.lora_file import Changes
 from zimage_train.lora.readers import LoraTraits
 
 

@@ -17,7 +17,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from zimage_train.errors import Problem, WeightsError
-from zimage_train.lora.lora_file import Factors, Lora
+from zimage_train.lora.deltas import Factors, Lora
 from zimage_train.models.arch import BLOCK_PRODUCTS
 from zimage_train.models.linear import FrozenLinear
 from zimage_train.optim.flat import FlatParameters

@@ -15,31 +15,10 @@ from torch import Tensor
 from zimage_train.errors import Problem, WeightsError
 from zimage_train.io import safetensors_format, tensorfile
 from zimage_train.lora import adapter_config, file_hashes, format_metadata, headers, keys, qkv
+from zimage_train.lora.deltas import Factors, Lora
 from zimage_train.lora.keys import MAGNITUDE
 from zimage_train.lora.qkv import Change
-from zimage_train.typing import LoraA, LoraB, Weight
 
-
-@dataclass(frozen=True)
-class Factors:
-    """The LoRA factors of a module: delta = scale * B @ A, with A (rank, in) and B (out, rank)."""
-
-    a: LoraA
-    b: LoraB
-    scale: float
-
-    @property
-    def rank(self) -> int:
-        """The number of rows of A."""
-        return self.a.shape[0]
-
-    def delta(self) -> Weight:
-        """Return the dense delta (out, in) in fp32."""
-        return self.scale * (self.b.float() @ self.a.float())
-
-
-Lora = dict[str, Factors]
-"""Module -> its factors."""
 Changes = dict[str, Change]
 """Module -> its tensors, of a LoRA, DoRA, LoKr or LoHa; q, k and v are split, and alpha is an fp32 scalar."""
 

@@ -8,7 +8,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from zimage_train.lora import layers
-from zimage_train.lora.lora_file import Lora
+from zimage_train.lora.deltas import Lora
 
 
 @contextlib.contextmanager

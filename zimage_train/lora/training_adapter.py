@@ -12,7 +12,7 @@ import torch
 
 from zimage_train.errors import Problem, WeightsError
 from zimage_train.lora import lora_file
-from zimage_train.lora.lora_file import Lora
+from zimage_train.lora.deltas import Lora
 from zimage_train.models.arch import TransformerShape
 from zimage_train.models.loading import NamedTensors
 

@@ -15,9 +15,9 @@ from torch import nn
 from zimage_train.errors import Problem, WeightsError, ZImageTrainError, collect_errors
 from zimage_train.io import tensorfile
 from zimage_train.lora import keys, qkv
+from zimage_train.lora.deltas import Factors, Lora
 from zimage_train.lora.headers import Sizes
 from zimage_train.lora.layers import ADAPTER_NAME
-from zimage_train.lora.lora_file import Factors, Lora
 from zimage_train.lora.qkv import Change
 from zimage_train.models.arch import TransformerShape
 from zimage_train.models.loading import set_parameter

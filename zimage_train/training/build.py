@@ -21,8 +21,8 @@ from zimage_train.diffusion import request
 from zimage_train.diffusion.drift import DriftMeter
 from zimage_train.diffusion.frozen import FrozenTransformer, load_frozen
 from zimage_train.lora import layers, lora_file, targets, training_adapter
+from zimage_train.lora.deltas import Lora
 from zimage_train.lora.layers import LoraLayers
-from zimage_train.lora.lora_file import Lora
 from zimage_train.lora.metadata import training_metadata
 from zimage_train.optim import ema, optimizers
 from zimage_train.optim.ema import Ema

@@ -9,7 +9,7 @@ from zimage_train.diffusion import comfyui, comfyui_canvas
 from zimage_train.errors import DiskError, WeightsError, ZImageTrainError
 from zimage_train.io import atomic
 from zimage_train.lora import lora_file, metadata, verify
-from zimage_train.lora.lora_file import Lora
+from zimage_train.lora.deltas import Lora
 from zimage_train.report import preview_images
 from zimage_train.training.state import TrainState
 

@@ -16,8 +16,8 @@ from zimage_train.dataset.tensor_cache import CachedDataset
 from zimage_train.diffusion.drift import DriftMeter
 from zimage_train.diffusion.frozen import FrozenTransformer
 from zimage_train.lora import arithmetic, swap
+from zimage_train.lora.deltas import Lora
 from zimage_train.lora.layers import LoraLayers
-from zimage_train.lora.lora_file import Lora
 from zimage_train.optim.ema import Ema
 from zimage_train.planning.planner import MemoryPlan
 from zimage_train.report.console import Console

@@ -1,0 +1,214 @@
+"""The changes that adapters make to weights: a LoRA's B @ A, a LoKr's Kronecker product, and sums of these."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from zimage_train.typing import LoraA, LoraB, Weight
+
+
+class Delta(ABC):
+    """What an adapter adds to the weight (out, in) of a module, whatever that weight is."""
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, int]:
+        """The shape (out, in) of the weight that it changes."""
+
+    @property
+    @abstractmethod
+    def numel(self) -> int:
+        """The number of values of all its factors."""
+
+    @property
+    @abstractmethod
+    def is_finite(self) -> bool:
+        """Whether all values of the factors are finite."""
+
+    @abstractmethod
+    def delta(self) -> Weight:
+        """Return the dense delta (out, in) in fp32."""
+
+    @abstractmethod
+    def times(self, weight: float) -> "Delta":
+        """Return `weight` times the delta; its factors share memory with this one's where they can."""
+
+    @abstractmethod
+    def stored(self, dtype: torch.dtype | None) -> "Delta":
+        """Return it as a file of `dtype` stores it: the scale folded in, the factors rounded; None: not rounded."""
+
+    def inner(self, other: "Delta") -> float:
+        """Return the Frobenius inner product with another delta of the same shape, in fp64."""
+        return float((self.delta().double() * other.delta().double().to(self.delta().device)).sum())
+
+    def norm(self) -> float:
+        """Return the Frobenius norm, computed in fp64."""
+        return max(self.inner(self), 0.0) ** 0.5
+
+    def distance(self, other: "Delta") -> float:
+        """Return the Frobenius norm of the difference, computed in fp64."""
+        # The three terms cancel for equal deltas, and may then come out slightly negative.
+        return max(self.inner(self) - 2.0 * self.inner(other) + other.inner(other), 0.0) ** 0.5
+
+
+@dataclass(frozen=True)
+class Factors(Delta):
+    """The LoRA factors of a module: delta = scale * B @ A, with A (rank, in) and B (out, rank)."""
+
+    a: LoraA
+    b: LoraB
+    scale: float
+
+    @property
+    def rank(self) -> int:
+        """The number of rows of A."""
+        return self.a.shape[0]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.b.shape[0], self.a.shape[1]
+
+    @property
+    def numel(self) -> int:
+        return self.a.numel() + self.b.numel()
+
+    @property
+    def is_finite(self) -> bool:
+        return bool(self.a.isfinite().all() and self.b.isfinite().all())
+
+    def delta(self) -> Weight:
+        return self.scale * (self.b.float() @ self.a.float())
+
+    def times(self, weight: float) -> "Factors":
+        return Factors(self.a, self.b, self.scale * weight)
+
+    def stored(self, dtype: torch.dtype | None) -> "Factors":
+        # Folded in fp32, so that B is rounded only once. Alpha then equals the rank, and readers that ignore alpha load
+        # the same delta as those that apply it.
+        b = self.b.detach().float() * self.scale
+        return Factors(self.a.detach().to(dtype), b.to(dtype), 1.0) if dtype else Factors(self.a.detach(), b, 1.0)
+
+    def inner(self, other: Delta) -> float:
+        if not isinstance(other, Factors):
+            return super().inner(other)
+        # <B A, D C> = trace(A' B' D C) = sum((B' D) * (A C')), without the dense matrices.
+        b = self.b.double().T @ other.b.double().to(self.b.device)
+        a = self.a.double() @ other.a.double().to(self.a.device).T
+        return self.scale * other.scale * float((b * a).sum())
+
+    def distance(self, other: Delta) -> float:
+        if not isinstance(other, Factors):
+            return super().distance(other)
+        # The difference is again low-rank: [B, -B'] @ [A; A']. Its squared norm is sum((B' B) * (A A')).
+        device = self.b.device
+        b = torch.cat([self.b.double() * self.scale, -other.b.double().to(device) * other.scale], dim=1)
+        a = torch.cat([self.a.double(), other.a.double().to(device)], dim=0)
+        return float(((b.T @ b) * (a @ a.T)).sum().clamp(min=0.0).sqrt())
+
+
+@dataclass(frozen=True)
+class Kronecker(Delta):
+    """The LoKr of a module: delta = scale * kron(W1, W2), with W1 (l, m) and W2 (k, n) for a weight (l k, m n).
+
+    Each is stored whole, as a tuple of one matrix, or as two whose product it is.
+
+    Reference: LyCORIS, https://github.com/KohakuBlueleaf/LyCORIS, lycoris/modules/lokr.py
+    """
+
+    w1: tuple[Tensor, ...]
+    w2: tuple[Tensor, ...]
+    scale: float = 1.0
+
+    @cached_property
+    def whole(self) -> tuple[Tensor, Tensor]:
+        """W1 and W2 in fp32."""
+        first, second = ([matrix.float() for matrix in factor] for factor in (self.w1, self.w2))
+        return _product(first), _product(second)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        outputs = self.w1[0].shape[0] * self.w2[0].shape[0]
+        return outputs, self.w1[-1].shape[1] * self.w2[-1].shape[1]
+
+    @property
+    def numel(self) -> int:
+        return sum(matrix.numel() for matrix in (*self.w1, *self.w2))
+
+    @property
+    def is_finite(self) -> bool:
+        return all(bool(matrix.isfinite().all()) for matrix in (*self.w1, *self.w2))
+
+    @property
+    def rank(self) -> int:
+        """The rank of W2, or else of W1, if it is a product; 0 if both are whole, and alpha has no effect."""
+        if len(self.w2) == 2:
+            return self.w2[1].shape[0]
+        return self.w1[1].shape[0] if len(self.w1) == 2 else 0
+
+    def delta(self) -> Weight:
+        return self.scale * torch.kron(*self.whole)
+
+    def times(self, weight: float) -> "Kronecker":
+        return Kronecker(self.w1, self.w2, self.scale * weight)
+
+    def stored(self, dtype: torch.dtype | None) -> "Kronecker":
+        # Into the first matrix, as diffusers does, and in fp32, so that it is rounded only once.
+        first = self.w1[0].detach().float() * self.scale
+        w1, w2 = (first, *self.w1[1:]), self.w2
+        if dtype:
+            w1, w2 = (tuple(matrix.detach().to(dtype) for matrix in factor) for factor in (w1, w2))
+        return Kronecker(w1, w2)
+
+    def inner(self, other: Delta) -> float:
+        if not isinstance(other, Kronecker):
+            return super().inner(other)
+        pairs = list(zip(self.whole, other.whole, strict=True))
+        if any(ours.shape != theirs.shape for ours, theirs in pairs):
+            return super().inner(other)
+        # <A x B, C x D> = <A, C> <B, D>
+        result = self.scale * other.scale
+        for ours, theirs in pairs:
+            result *= float((ours.double() * theirs.double().to(ours.device)).sum())
+        return result
+
+
+@dataclass(frozen=True)
+class DeltaSum(Delta):
+    """The sum of several deltas of a module that have no common form."""
+
+    parts: tuple[Delta, ...]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.parts[0].shape
+
+    @property
+    def numel(self) -> int:
+        return sum(part.numel for part in self.parts)
+
+    @property
+    def is_finite(self) -> bool:
+        return all(part.is_finite for part in self.parts)
+
+    def delta(self) -> Weight:
+        return torch.stack([part.delta() for part in self.parts]).sum(0)
+
+    def times(self, weight: float) -> "DeltaSum":
+        return DeltaSum(tuple(part.times(weight) for part in self.parts))
+
+    def stored(self, dtype: torch.dtype | None) -> "DeltaSum":
+        return DeltaSum(tuple(part.stored(dtype) for part in self.parts))
+
+
+def _product(matrices: Sequence[Tensor]) -> Tensor:
+    return matrices[0] if len(matrices) == 1 else matrices[0] @ matrices[1]
+
+
+Lora = dict[str, Factors]
+"""Module -> its factors, of a plain LoRA."""
+Deltas = dict[str, Delta]
+"""Module -> its delta, of any adapter that adds to weights."""
