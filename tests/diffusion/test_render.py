@@ -1,7 +1,6 @@
 """Previews and samples equal what diffusers' own pipeline draws with the exported file, in another process."""
 
 import json
-import os
 import shlex
 import subprocess
 import sys
@@ -11,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from pictures import pixels, stock
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from typer.testing import CliRunner
@@ -25,30 +25,6 @@ from zimage_train.diffusion.request import SamplingRequest, preview_requests, pr
 from zimage_train.errors import DataError, ZImageTrainError
 from zimage_train.report import preview_images
 from zimage_train.report.grid import CELL_PX
-
-STOCK = Path(__file__).parents[1] / "support" / "stock_pipeline.py"
-
-
-def stock(lora: Path, output: Path, prompt: str, negative: str, *numbers: float) -> np.ndarray:
-    command = [
-        sys.executable,
-        str(STOCK),
-        str(mini.TURBO),
-        str(lora),
-        prompt,
-        negative,
-        *map(str, numbers),
-        str(output),
-    ]
-    environment = {**os.environ, "PYTHONPATH": "", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=output.parent)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return pixels(output)
-
-
-def pixels(path: Path) -> np.ndarray:
-    with Image.open(path) as image:
-        return np.asarray(image.convert("RGB")).astype(int)
 
 
 @pytest.fixture(scope="module")

@@ -130,7 +130,7 @@ def test_lora_replaced():
     """Within `replaced_lora` a step has the loss of the other LoRA, and of the first after it."""
     frozen, attached = trained("none")
     wanted = gradients(frozen, attached)[0]
-    other = {name: Factors(factors.a, 2 * factors.b, 1.0) for name, factors in attached.factors().items()}
+    other = {name: Factors(factors.a, 2 * factors.b, 1.0) for name, factors in attached.deltas().items()}
     with swap.replaced_lora(frozen.model, other):
         replaced = gradients(frozen, attached)[0]
     assert torch.equal(gradients(frozen, attached)[0], wanted)

@@ -313,7 +313,7 @@ def test_attached_equals_merged(frozen: FrozenTransformer, alpha: float | None):
             b.copy_(torch.randn(b.shape, generator=torch.Generator().manual_seed(len(module))) * 0.05)
     merged = load_frozen(mini.TURBO / "transformer", None, "fp32", CPU)
     with torch.no_grad():
-        for module, factors in attached.factors().items():
+        for module, factors in attached.deltas().items():
             merged.model.get_submodule(module).weight += (alpha or 4) / 4 * (factors.b @ factors.a)
     got, expected = (velocity(model, *inputs(frozen.shape)) for model in (frozen.model, merged.model))
     assert torch.allclose(got, expected, atol=1e-4)
@@ -335,7 +335,7 @@ def test_stacked_loras_are_summed(frozen: FrozenTransformer):
     assert stacked["layers.0.attention.to_k"].rank == 6
     attached = layers.attach_fixed_lora(frozen.model, stacked)
     assert {m: a.shape[0] for m, a in attached.a.items()} == {m: f.rank for m, f in stacked.items()}
-    for module, factors in attached.factors().items():
+    for module, factors in attached.deltas().items():
         assert torch.allclose(factors.delta(), stacked[module].delta(), atol=1e-5)
 
 

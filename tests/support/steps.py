@@ -6,9 +6,10 @@ from types import ModuleType
 import torch
 
 from zimage_train import mini
+from zimage_train.config.lora import LoraSettings
 from zimage_train.diffusion.frozen import load_frozen
 from zimage_train.lora import fused_block, targets
-from zimage_train.lora.layers import attach_lora
+from zimage_train.lora.adapters import attach_adapter
 from zimage_train.measure.counting import CountedStep, count_step, our_model
 from zimage_train.models import checkpointing, region_ops
 from zimage_train.models.arch import TransformerShape
@@ -25,9 +26,10 @@ def trained(
     streamed: int = 0,
     dtype: str = "fp32",
     groups: tuple[str, ...] = ("attention", "feed_forward"),
+    lora: LoraSettings | None = None,
 ):
     """A step of the miniature whose blocks are fused where that is possible, and a LoRA that is not zero."""
-    frozen, attached = unfused("none", kind, dropout, streamed, dtype, groups)
+    frozen, attached = unfused("none", kind, dropout, streamed, dtype, groups, lora)
     by_tokens = checkpointing.checkpoint_by_tokens(lambda tokens: mode, dropout > 0)
     fused_block.fuse_blocks(frozen.model, attached, frozen.offloader, lambda tokens: mode, by_tokens)
     return frozen, attached
@@ -40,6 +42,7 @@ def unfused(
     streamed: int = 0,
     dtype: str = "fp32",
     groups: tuple[str, ...] = ("attention", "feed_forward"),
+    lora: LoraSettings | None = None,
 ):
     """The same step, in which each block is diffusers' module."""
     frozen = load_frozen(mini.TURBO / "transformer", None, dtype, CPU, kind, streamed)
@@ -47,9 +50,10 @@ def unfused(
     modules = targets.select_modules(kinds, frozen.shape.linears) if kinds else []
     endings = tuple(group for group in groups if "." in group) or ("none",)
     modules += [name for name in frozen.shape.linears if name.startswith("layers.") and name.endswith(endings)]
-    attached = attach_lora(frozen.model, modules, 4, None, dropout, 1)
-    for index, b in enumerate(attached.b.values()):
-        b.data.normal_(generator=torch.Generator().manual_seed(index)).mul_(0.05)
+    attached = attach_adapter(frozen.model, lora or LoraSettings(rank=4, dropout=dropout), modules, 1)
+    last = [view for name, view in attached.flat.views.items() if name.endswith((".B", ".w2", ".w2_b"))]
+    for index, view in enumerate(last):
+        view.data.normal_(generator=torch.Generator().manual_seed(index)).mul_(0.05)
     if mode != "none":
         frozen.model.enable_gradient_checkpointing(checkpointing.checkpoint_by_tokens(lambda tokens: mode, dropout > 0))
     return frozen, attached

@@ -20,7 +20,7 @@ from zimage_train.errors import ConfigError, Problem, WeightsError, ZImageTrainE
 from zimage_train.io import atomic
 from zimage_train.io.safetensors_format import read_header
 from zimage_train.lora import arithmetic, swap
-from zimage_train.lora.deltas import Lora
+from zimage_train.lora.deltas import Deltas
 from zimage_train.models.arch import TransformerShape
 from zimage_train.models.locate import ModelPaths
 from zimage_train.planning import devices
@@ -187,7 +187,7 @@ def _draw_all(spec: GridSpec, output: Path, console: Console) -> list[DrawnImage
         loaded = sample.load_model(model, paths, shape, largest, requests, console)
         for lora in spec.applied_loras:
             label = f"{lora.path.stem}-{lora.weight:g}" if lora else NO_LORA
-            stacked = arithmetic.stack_loras([(loras[lora.path], lora.weight)]) if lora else {}
+            stacked = arithmetic.sum_deltas([(loras[lora.path], lora.weight)]) if lora else {}
             source = sample.drawn_by(model, [lora] if lora else [])
             for request, image in _draw(loaded, requests, stacked, f"drawing on {name}, {label}", console):
                 path = output / IMAGES / f"{len(drawn):03d}-{comparison.slug(label)}.png"
@@ -214,14 +214,14 @@ def _locate_models(models: Sequence[ModelSettings]) -> list[tuple[ModelSettings,
     return located
 
 
-def _read_loras(paths: Sequence[Path], shapes: Sequence[TransformerShape], console: Console) -> dict[Path, Lora]:
+def _read_loras(paths: Sequence[Path], shapes: Sequence[TransformerShape], console: Console) -> dict[Path, Deltas]:
     """Read LoRAs that must fit models of all `shapes`.
 
     Raises:
         WeightsError: lists every LoRA that cannot be read or does not fit.
     """
     errors: list[ZImageTrainError] = []
-    loras: dict[Path, Lora] = {}
+    loras: dict[Path, Deltas] = {}
     for path in paths:
         with collect_errors(errors):
             loras[path] = lora_args.read_weighted_lora(path, *shapes)
@@ -231,7 +231,7 @@ def _read_loras(paths: Sequence[Path], shapes: Sequence[TransformerShape], conso
 
 
 def _draw(
-    loaded: LoadedModel, requests: list[SamplingRequest], lora: Lora, task: str, console: Console
+    loaded: LoadedModel, requests: list[SamplingRequest], lora: Deltas, task: str, console: Console
 ) -> list[tuple[SamplingRequest, Image]]:
     with swap.with_lora(loaded.frozen.model, lora):
         images = loaded.draw(requests, partial(console.progress, task))

@@ -10,8 +10,8 @@ import diffusers
 from zimage_train import mini
 from zimage_train.errors import Argument, ConfigError, Location, Problem, WeightsError
 from zimage_train.io.dtypes import COMPUTE_DTYPES
-from zimage_train.lora import arithmetic, inspect, lora_file, scale_rules, targets, verify
-from zimage_train.lora.deltas import Lora
+from zimage_train.lora import inspect, lora_file, scale_rules, targets, verify
+from zimage_train.lora.deltas import Deltas
 from zimage_train.lora.inspect import LoraSummary
 from zimage_train.models import locate
 from zimage_train.models.arch import TransformerShape
@@ -28,7 +28,7 @@ def verify_file(path: Path, model: str | None) -> list[str]:
         WeightsError: it does not fit, or a loader would leave out a module or load another delta.
     """
     summary = inspect.summarize_lora(path)
-    lora = lora_file.read_lora(path)
+    lora = lora_file.read_deltas(path)
     shape, name = _reference_model(lora, model)
     try:
         lora_file.require_modules(path, lora, shape.linears)
@@ -56,15 +56,13 @@ def verify_file(path: Path, model: str | None) -> list[str]:
     return lines
 
 
-def _reference_model(lora: Lora, model: str | None) -> tuple[TransformerShape, str]:
-    """Return the shape and the name of the model that `lora` must fit."""
+def _reference_model(deltas: Deltas, model: str | None) -> tuple[TransformerShape, str]:
+    """Return the shape and the name of the model that `deltas` must fit."""
     if model is not None:
         located = locate.transformer_at(model, Location(argument=Argument("--model")), locate.cached_only)
         return locate.transformer_tensors(located)[0], model
     miniature = locate.transformer_tensors(mini.TURBO / "transformer")[0]
-    fits_miniature = all(
-        miniature.linears.get(module) == arithmetic.delta_shape(factors) for module, factors in lora.items()
-    )
+    fits_miniature = all(miniature.linears.get(module) == delta.shape for module, delta in deltas.items())
     return (miniature, "the miniature") if fits_miniature else (TransformerShape(), "Z-Image (6 B)")
 
 
@@ -112,14 +110,14 @@ def diff_files(path: Path, other_path: Path, image: Path | None) -> list[str]:
         DiskError: the image cannot be written.
     """
     require_image(image)
-    first, second = lora_file.read_lora(path), lora_file.read_lora(other_path)
-    first_norms = {module: inspect.delta_norm(factors) for module, factors in first.items()}
-    second_norms = {module: inspect.delta_norm(factors) for module, factors in second.items()}
+    first, second = lora_file.read_deltas(path), lora_file.read_deltas(other_path)
+    first_norms = {module: delta.norm() for module, delta in first.items()}
+    second_norms = {module: delta.norm() for module, delta in second.items()}
     in_both = [module for module in first if module in second]
     shared: list[str] = []
     different_shape: list[str] = []
     for module in in_both:
-        has_same_shape = arithmetic.delta_shape(first[module]) == arithmetic.delta_shape(second[module])
+        has_same_shape = first[module].shape == second[module].shape
         (shared if has_same_shape else different_shape).append(module)
     lines = [
         f"{path}: {len(first)} modules, norm {_root_sum_of_squares(first_norms.values()):.4g}",
@@ -134,13 +132,13 @@ def diff_files(path: Path, other_path: Path, image: Path | None) -> list[str]:
     if not shared:
         return [*lines, "they have no module in common"]
 
-    inner_products = {module: inspect.delta_inner_product(first[module], second[module]) for module in shared}
+    inner_products = {module: first[module].inner(second[module]) for module in shared}
     cosines: dict[str, float] = {}
     for module, product in inner_products.items():
         if first_norms[module] > 0 and second_norms[module] > 0:
             cosines[module] = product / (first_norms[module] * second_norms[module])
     # In all shared modules together; those of a single file count in neither norm.
-    distance = _root_sum_of_squares(verify.delta_distance(first[module], second[module]) for module in shared)
+    distance = _root_sum_of_squares(first[module].distance(second[module]) for module in shared)
     first_norm = _root_sum_of_squares(first_norms[module] for module in shared)
     second_norm = _root_sum_of_squares(second_norms[module] for module in shared)
     norm_product = first_norm * second_norm

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from zimage_train.errors import Argument, ConfigError, Location, Problem
 from zimage_train.lora import lora_file
-from zimage_train.lora.deltas import Lora
+from zimage_train.lora.deltas import Deltas
 from zimage_train.models import locate
 from zimage_train.models.arch import TransformerShape
 
@@ -50,7 +50,7 @@ def parse_weighted_lora(text: str, where: str = "--lora", is_weight_needed: bool
     return WeightedLora(locate.lora_in(Path(name)), number)
 
 
-def read_weighted_lora(name: Path, *shapes: TransformerShape) -> Lora:
+def read_weighted_lora(name: Path, *shapes: TransformerShape) -> Deltas:
     """Return the LoRA `name`, a path or another source that `locate.lora_at` accepts.
 
     Raises:
@@ -59,13 +59,13 @@ def read_weighted_lora(name: Path, *shapes: TransformerShape) -> Lora:
     path = name
     if not name.is_file():
         path = locate.lora_at(name.as_posix(), Location(argument=Argument("--lora")))
-    lora = lora_file.read_lora(path)
+    lora = lora_file.read_deltas(path)
     for shape in shapes:
         lora_file.require_modules(path, lora, shape.linears)
     return lora
 
 
-def match_message(weighted: WeightedLora, lora: Lora) -> str:
+def match_message(weighted: WeightedLora, lora: Deltas) -> str:
     """Return the line that reports a LoRA as loaded; `read_weighted_lora` has checked that every module matches."""
     return f"{weighted.path}: matched {len(lora)}/{len(lora)} modules, weight {weighted.weight:g}"
 

@@ -65,9 +65,7 @@ def bake_command(
     )
     facts = [lora_edit.file_facts(weighted.path, weight=weighted.weight) for weighted in loras]
     # Several LoRAs are summed first, so that each weight of the model is rounded once and not once per LoRA.
-    stacked = arithmetic.stack_loras(
-        [(lora, weighted.weight) for lora, weighted in zip(read_loras, loras, strict=True)]
-    )
+    stacked = arithmetic.sum_deltas([(lora, weighted.weight) for lora, weighted in zip(read_loras, loras, strict=True)])
     with console.live_progress():
         baked = bake.bake_checkpoint(
             source,

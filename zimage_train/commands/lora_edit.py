@@ -10,8 +10,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from zimage_train.commands import compare
 from zimage_train.errors import ConfigError, Problem, WeightsError, ZImageTrainError, collect_errors, raise_all
 from zimage_train.io import atomic
@@ -20,7 +18,6 @@ from zimage_train.io.safetensors_format import read_header
 from zimage_train.io.units import format_bytes
 from zimage_train.lora import (
     arithmetic,
-    inspect,
     lora_file,
     metadata,
     scale_rules,
@@ -139,7 +136,7 @@ def write_lora(lora: Lora, output: OutputFile, header: Mapping[str, str]) -> lis
         rounding = "which is exact"
     else:
         rounding = f"rounded by up to {bf16_error:.1e} of a change"
-    norm = math.sqrt(math.fsum(inspect.delta_norm(factors) ** 2 for factors in lora.values()))
+    norm = math.sqrt(math.fsum(factors.norm() ** 2 for factors in lora.values()))
     if norm == 0:
         message = "would change nothing: all its changes are 0"
         raise ConfigError(Problem(str(output.path), message, "nothing was written", "no-change"))
@@ -184,29 +181,39 @@ def weight_command(path: Path, texts: Sequence[str], output: OutputFile | None) 
 def resize_command(path: Path, rank: int | None, energy: float, output: OutputFile) -> list[str]:
     """Reduce a LoRA to `rank`, or for None to the lowest ranks that keep `energy` of each module's squared delta.
 
+    A LoKr becomes a LoRA.
+
     Raises:
         ConfigError: the file has no higher rank than that.
-        WeightsError: the file is not a plain LoRA.
+        WeightsError: the file is not a LoRA or LoKr.
     """
     output.require_free(path)
-    source = read_sources(path)[0]
-    before = format_ranks(source.lora)
-    if rank is not None and rank >= max(ranks_of(source.lora)):
+    deltas = lora_file.read_deltas(path)
+    lora = {module: delta for module, delta in deltas.items() if isinstance(delta, Factors)}
+    before = f"rank {format_ranks(lora)}" if len(lora) == len(deltas) else "LoKr"
+    if len(lora) == len(deltas) and rank is not None and rank >= max(ranks_of(lora)):
         hint = "a higher rank would add nothing; lora convert copies the file"
-        raise ConfigError(Problem("--rank", f"is {rank}, but {path} already has rank {before}", hint, "bad-argument"))
-    small, kept = reduce_lora(source.lora, rank, energy)
-    facts = {"from": source.facts(), "rank": rank, "energy": energy}
-    header = metadata.edited_metadata("resize", [source.metadata], facts, ranks_of(small))
+        raise ConfigError(Problem("--rank", f"is {rank}, but {path} already has {before}", hint, "bad-argument"))
+
+    def reduce_module(name: str) -> tuple[Factors, float, float]:
+        if name in lora:
+            return arithmetic.reduce_rank(lora[name], rank, energy, name)
+        return arithmetic.factorize(deltas[name].delta(), rank, energy, name)
+
+    small, kept = factorize_modules(deltas, reduce_module)
+    header_before = read_header(path)
+    facts = {"from": file_facts(path), "rank": rank, "energy": energy}
+    header = metadata.edited_metadata("resize", [header_before.metadata], facts, ranks_of(small))
+    for key in ("ss_network_module", metadata.NETWORK_ARGS):  # a LoKr's
+        header.pop(key, None)
     # The factors of an SVD are never exact in bf16. So `auto` keeps the dtype of the source here, rather than double
     # the size of a file that was to become smaller.
-    dtype = source_dtype(source) if output.dtype == "auto" else output.dtype
+    stored = {info.dtype for key, info in header_before.tensors.items() if not key.endswith(".alpha")}
+    dtype = output.dtype
+    if dtype == "auto":
+        dtype = "fp32" if "F32" in stored else "bf16"
     lines = write_lora(small, replace(output, dtype=dtype), header)
-    return [f"rank {before} -> {format_ranks(small)}: {kept}", *lines]
-
-
-def source_dtype(source: LoraSource) -> str:
-    """Return `fp32` if any factor of the file has it, otherwise `bf16`."""
-    return "fp32" if any(factors.a.dtype == torch.float32 for factors in source.lora.values()) else "bf16"
+    return [f"{before} -> rank {format_ranks(small)}: {kept}", *lines]
 
 
 def find_saves(paths: Sequence[Path]) -> list[Path]:

@@ -40,7 +40,7 @@ from zimage_train.io.operating_system import main_memory_bytes
 from zimage_train.io.progress import StepProgress
 from zimage_train.io.units import format_bytes
 from zimage_train.lora import arithmetic, swap
-from zimage_train.lora.deltas import Lora
+from zimage_train.lora.deltas import Deltas
 from zimage_train.models import components, locate
 from zimage_train.models.arch import TransformerShape
 from zimage_train.models.locate import ModelPaths
@@ -130,23 +130,23 @@ def _sample(
                 console.info(f"{path}  {request.summary()}")
 
 
-def read_loras(loras: Sequence[WeightedLora], shape: TransformerShape, console: Console) -> Lora:
+def read_loras(loras: Sequence[WeightedLora], shape: TransformerShape, console: Console) -> Deltas:
     """Read LoRAs for a model of `shape`, report that each matches, and return their weighted sum.
 
     Raises:
         WeightsError: a LoRA cannot be obtained, is not a LoRA, or has a module that does not fit the model.
     """
-    weighted: list[tuple[Lora, float]] = []
+    weighted: list[tuple[Deltas, float]] = []
     for argument in loras:
         weighted.append((lora_args.read_weighted_lora(argument.path, shape), argument.weight))
     for argument, (lora, _) in zip(loras, weighted, strict=True):
         console.info(lora_args.match_message(argument, lora))
-    return arithmetic.stack_loras(weighted)
+    return arithmetic.sum_deltas(weighted)
 
 
-def num_parameters(lora: Lora) -> int:
-    """Return the number of values of all factors A and B."""
-    return sum(factors.a.numel() + factors.b.numel() for factors in lora.values())
+def num_parameters(deltas: Deltas) -> int:
+    """Return the number of values of all factors."""
+    return sum(delta.numel for delta in deltas.values())
 
 
 @dataclass(frozen=True)
@@ -207,7 +207,7 @@ def load_model(
     model: ModelSettings,
     paths: ModelPaths,
     shape: TransformerShape,
-    largest: Lora,
+    largest: Deltas,
     requests: list[SamplingRequest],
     console: Console,
     limit: BatchLimit = BatchLimit(),
@@ -322,7 +322,7 @@ def command_for(config: Config, lora: Path) -> str:
 def _place_weights(
     shape: TransformerShape,
     model: ModelSettings,
-    lora: Lora,
+    lora: Deltas,
     requests: list[SamplingRequest],
     device: torch.device,
     limit: BatchLimit,

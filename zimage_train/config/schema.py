@@ -10,8 +10,8 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from zimage_train.config import methods
 from zimage_train.config.dataset import DataEntry
+from zimage_train.config.lora import LoraSettings
 from zimage_train.config.methods import MethodName, TeacherSettings
-from zimage_train.config.module_groups import TARGET_GROUPS
 from zimage_train.config.optimizers import OPTIMIZERS, OptimizerName
 from zimage_train.config.outputs import LogSettings, SaveSettings
 from zimage_train.config.sample import SampleSettings, trigger_error
@@ -30,6 +30,7 @@ from zimage_train.config.types import (
     Section,
     SettingError,
     check_params,
+    without_default,
     without_folder,
 )
 from zimage_train.config.variants import ADAPTERS, VARIANTS, VariantName
@@ -41,11 +42,6 @@ MADE_FOR_TURBO = {*ADAPTERS, *(path.rpartition("/")[2] for path in ADAPTERS.valu
 """Names of the published training adapters, and of their files."""
 MAX_NAME_BYTES = 200
 """File systems allow 255 bytes, and files of a run add a step, an extension and a temporary suffix to its name."""
-
-
-def _without_default(schema: dict[str, Any]) -> None:
-    """Remove the default from the JSON schema of `model.adapter`, where it depends on the variant."""
-    schema.pop("default")
 
 
 class ModelSettings(Section):
@@ -61,7 +57,7 @@ class ModelSettings(Section):
     """Tokenizer in place of that of `extras`: hub id or folder."""
     vae: NonEmptyPath | None = None
     """VAE in place of that of `extras`: hub id, folder or .safetensors, such as ae.safetensors."""
-    adapter: NonEmptyPath | None = Field(default=None, json_schema_extra=_without_default)
+    adapter: NonEmptyPath | None = Field(default=None, json_schema_extra=without_default)
     """Training adapter, merged into the frozen weights during training: v1, v2 (both by ostris), a file, org/repo/file,
     or null for none. If left out: v2 for turbo, null for the others."""
     adapter_strength: float = Field(default=1.0, ge=0.0, le=2.0)
@@ -102,37 +98,6 @@ class ModelSettings(Section):
 class CacheSettings(Section):
     folder: NonEmptyPath | None = None
     """Folder of encoded images and captions; null: the user's cache folder."""
-
-
-class LoraSettings(Section):
-    rank: int = Field(default=16, ge=1, le=1024)
-    """Rank of the LoRA, which is its capacity; the size of its file is proportional to it."""
-    alpha: float | None = Field(default=None, gt=0.0)
-    """The change to each weight is scaled by alpha / rank; null: alpha = rank, so the scale is 1."""
-    targets: list[str] | str = ["attention", "feed_forward"]
-    """Modules that are trained: a list of the groups attention, feed_forward, adaln and refiners, or a regular
-    expression for full module names."""
-    dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
-    """Fraction of the LoRA's inputs that is set to zero during training."""
-    init_from: NonEmptyPath | None = None
-    """LoRA to start from, with the same rank and modules: a file, or org/repo/file."""
-
-    @field_validator("targets")
-    @classmethod
-    def _known_targets(cls, value: list[str] | str) -> list[str] | str:
-        if isinstance(value, str):
-            try:
-                re.compile(value)
-            except re.error as error:
-                raise SettingError(f"not a regular expression: {error}") from None
-            return value
-        hint = f"groups are {', '.join(TARGET_GROUPS)}; a regular expression is a single string"
-        if not value:
-            raise SettingError("names no group, so nothing would be trained", hint)
-        for name in value:
-            if name not in TARGET_GROUPS:
-                raise SettingError(f"unknown group {name!r}", hint)
-        return value
 
 
 class TrainSettings(Section):

@@ -161,3 +161,8 @@ def check_params(params: dict[str, Any], known: dict[str, Any], owner: str) -> d
                 message = f"{limits.get('min_length', limits.get('max_length'))} numbers"
             raise SettingError(f"{key} is {value!r}", f"expected {message.removeprefix('Input should be ')}") from None
     return checked
+
+
+def without_default(schema: dict[str, Any]) -> None:
+    """Remove the default from the JSON schema of a setting whose default depends on another."""
+    schema.pop("default")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from zimage_train.errors import Problem, WeightsError
-from zimage_train.lora.deltas import Factors, Lora
+from zimage_train.lora.deltas import Delta, Deltas, DeltaSum, Factors, Lora
 from zimage_train.rng import keyed_generator
 from zimage_train.typing import Weight
 
@@ -20,17 +20,32 @@ EXACT_BELOW = 512
 OVERSAMPLING, POWER_ITERATIONS = 16, 4
 
 
-def stack_loras(loras: Iterable[tuple[Lora, float]]) -> Lora:
-    """Return the exact sum of LoRAs, each times its weight; a weight of 0 leaves the LoRA out.
+def sum_deltas(adapters: Iterable[tuple[Deltas, float]]) -> Deltas:
+    """Return the exact sum of adapters, each times its weight; a weight of 0 leaves the adapter out.
+
+    The LoRAs of a module become one LoRA, as `sum_loras` forms it; LoKrs are kept beside it.
 
     Raises:
         WeightsError: two of them change a module with different shapes.
     """
-    return sum_loras([(lora, dict.fromkeys(lora, weight)) for lora, weight in loras])
+    parts: dict[str, list[Delta]] = {}
+    for deltas, weight in adapters:
+        for module, delta in deltas.items():
+            for part in delta.parts if isinstance(delta, DeltaSum) else (delta,):
+                if weight != 0:
+                    parts.setdefault(module, []).append(part.times(weight))
+    total: Deltas = {}
+    for module, found in parts.items():
+        _require_same_shape(module, found)
+        loras = [part for part in found if isinstance(part, Factors)]
+        others = [part for part in found if not isinstance(part, Factors)]
+        terms = [*([_concatenate(loras)] if loras else []), *others]
+        total[module] = terms[0] if len(terms) == 1 else DeltaSum(tuple(terms))
+    return total
 
 
 def sum_loras(loras: Sequence[tuple[Lora, Mapping[str, float]]]) -> Lora:
-    """Return the exact sum of LoRAs, as `stack_loras` does, with a weight per module of each LoRA.
+    """Return the exact sum of plain LoRAs, with a weight per module of each; a weight of 0 leaves the module out.
 
     Raises:
         WeightsError: two of them change a module with different shapes.
@@ -38,25 +53,29 @@ def sum_loras(loras: Sequence[tuple[Lora, Mapping[str, float]]]) -> Lora:
     modules = dict.fromkeys(module for lora, _ in loras for module in lora)
     stacked: Lora = {}
     for module in modules:
-        parts: list[tuple[Factors, float]] = []
+        parts: list[Factors] = []
         for lora, weights in loras:
             if module in lora and weights[module] != 0:
-                parts.append((lora[module], weights[module]))
-        shapes = {delta_shape(factors) for factors, _ in parts}
-        if len(shapes) > 1:
-            message = f"the files change weights of shape {' and '.join(str(list(shape)) for shape in sorted(shapes))}"
-            raise WeightsError(Problem(module, message, "LoRAs of different models cannot be combined", "other-shape"))
+                parts.append(lora[module].times(weights[module]))
         if parts:
-            # The weight goes into B alone: applied to A as well it would count squared, and its sign would be lost.
-            a = torch.cat([factors.a.float() for factors, _ in parts], dim=0)
-            b = torch.cat([factors.b.float() * (factors.scale * weight) for factors, weight in parts], dim=1)
-            stacked[module] = Factors(a, b, 1.0)
+            _require_same_shape(module, parts)
+            stacked[module] = _concatenate(parts)
     return stacked
 
 
-def delta_shape(factors: Factors) -> tuple[int, int]:
-    """Return the shape (out, in) of the weight that the factors change."""
-    return factors.b.shape[0], factors.a.shape[1]
+def _require_same_shape(module: str, parts: Iterable[Delta]) -> None:
+    shapes = {part.shape for part in parts}
+    if len(shapes) > 1:
+        message = f"the files change weights of shape {' and '.join(str(list(shape)) for shape in sorted(shapes))}"
+        raise WeightsError(Problem(module, message, "LoRAs of different models cannot be combined", "other-shape"))
+
+
+def _concatenate(parts: Sequence[Factors]) -> Factors:
+    """Return the sum of LoRAs of a module: A stacked, and B side by side."""
+    # The scale goes into B alone: applied to A as well it would count squared, and its sign would be lost.
+    a = torch.cat([factors.a.float() for factors in parts], dim=0)
+    b = torch.cat([factors.b.float() * factors.scale for factors in parts], dim=1)
+    return Factors(a, b, 1.0)
 
 
 def mean_of_factors(loras: Sequence[Lora], weights: Sequence[float]) -> Lora:

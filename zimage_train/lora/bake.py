@@ -14,7 +14,7 @@ from zimage_train.io import atomic, safetensors_format, tensorfile
 from zimage_train.io.dtypes import COMPUTE_DTYPES, PRECISIONS
 from zimage_train.io.progress import StepProgress
 from zimage_train.lora import arithmetic
-from zimage_train.lora.deltas import Lora
+from zimage_train.lora.deltas import Deltas, Lora
 from zimage_train.models import transformer
 from zimage_train.models.arch import TransformerShape
 from zimage_train.models.native_keys import to_native
@@ -92,7 +92,7 @@ class BakeResult:
 
 def bake_checkpoint(
     source: Path,
-    lora: Lora,
+    lora: Deltas,
     is_native: bool,
     dtype: str | None,
     output: Path,

@@ -16,11 +16,12 @@ import torch
 from diffusers import ZImageTransformer2DModel
 from diffusers.models.transformers.transformer_z_image import ZImageTransformerBlock
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn import Parameter
 
 from zimage_train.config.types import RecomputeMode
-from zimage_train.lora.layers import ADAPTER_NAME, LoraLayers
+from zimage_train.lora.layers import ADAPTER_NAME, AdapterLayers
 from zimage_train.lora.products import Product, find_product
 from zimage_train.lora.tape import IN_BUFFER, INPUTS, KEPT, Layout, Tape
 from zimage_train.models import region_ops
@@ -54,10 +55,7 @@ class FusedBlock:
         names = [factor for factor in flat.start if factor.startswith(name)]
         begin = min((flat.start[factor] for factor in names), default=0)
         self.products = [find_product(name, block, group, flat.start, begin) for group in BLOCK_PRODUCTS]
-        numel = sum(product.rank * product.layers[0].in_features for product in self.products)
-        for product in self.products:
-            for layer, rank in zip(product.layers, product.ranks, strict=True):
-                numel += layer.out_features * rank
+        numel = sum(product.numel for product in self.products)
         assert numel == sum(flat.views[factor].numel() for factor in names), f"{name} has factors that are not served"
         self.factors: Parameter | None = flat.leaf(begin, (numel,)) if numel else None
         """The LoRA of the block as a single parameter, whose memory is that of the factors."""
@@ -348,7 +346,7 @@ class _BlockFunction(torch.autograd.Function):
 
 def fuse_blocks(
     model: ZImageTransformer2DModel,
-    lora: LoraLayers,
+    lora: AdapterLayers,
     offloader: BlockOffloader | None,
     mode_of: Callable[[int], RecomputeMode],
     unfused: Callable[..., Tensor],
@@ -374,17 +372,17 @@ def fuse_blocks(
     model.enable_gradient_checkpointing(run)
 
 
-def _loras_of(block: nn.Module) -> list[LoraLayer]:
-    return [layer for layer in map(block.get_submodule, chain(*BLOCK_PRODUCTS)) if isinstance(layer, LoraLayer)]
+def _loras_of(block: nn.Module) -> list[BaseTunerLayer]:
+    return [layer for layer in map(block.get_submodule, chain(*BLOCK_PRODUCTS)) if isinstance(layer, BaseTunerLayer)]
 
 
 def is_served(block: nn.Module) -> bool:
-    """Return whether a block can be fused: its LoRA is on attention and feed forward alone, without dropout."""
+    """Return whether a block can be fused: its adapter is on attention and feed forward alone, without dropout."""
     products = set(chain.from_iterable(BLOCK_PRODUCTS))
     for name, module in block.named_modules():
-        if not isinstance(module, LoraLayer):
+        if not isinstance(module, BaseTunerLayer):
             continue
-        has_dropout = not isinstance(module.lora_dropout[ADAPTER_NAME], nn.Identity)
+        has_dropout = isinstance(module, LoraLayer) and not isinstance(module.lora_dropout[ADAPTER_NAME], nn.Identity)
         if name not in products or has_dropout:
             return False
     return True

@@ -1,7 +1,7 @@
 """The modules of a LoRA file, the model that it was made for, and whether it fits, from its header (torch-free)."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 from zimage_train.errors import Problem, WeightsError
@@ -39,6 +39,10 @@ KINDS = (
     ("GLoRA", re.compile(r"\.[ab][12]\.weight$"), "it is not read here; make it a LoRA with the tool that trained it"),
 )
 """(what, pattern of its keys, what to do) of keys that are no LoRA of the transformer."""
+
+
+PLAIN, ADDITIVE = ("LoRA",), ("LoRA", "LoKr")
+"""Kinds of changes: what only a LoRA can be, and what adds a delta to a weight."""
 
 
 def detect_family(keys: Iterable[str]) -> str | None:
@@ -105,13 +109,13 @@ def read_parts(path: Path) -> Parts:
 
 
 def read_sizes(path: Path) -> Sizes:
-    """Return module -> (out, in) of a plain LoRA; a fused module counts as q, k and v.
+    """Return module -> (out, in) of a LoRA or LoKr; a fused module counts as q, k and v.
 
     Raises:
-        WeightsError: as `read_parts`, or the file is a DoRA, LoKr or LoHa.
+        WeightsError: as `read_parts`, or the file is a DoRA or LoHa.
     """
     parts, tensors = read_parts(path), read_header(path).tensors
-    require_plain_lora(path, {module: _kind(found, tensors) for module, found in parts.items()})
+    require_kinds(path, {module: _kind(found, tensors) for module, found in parts.items()}, ADDITIVE)
     sizes: dict[str, tuple[int, int]] = {}
     for module, found in parts.items():
         outputs, inputs = keys.size_of({part: tensors[key].shape for part, key in found.items()})
@@ -127,23 +131,46 @@ def read_ranks(path: Path) -> dict[str, int]:
         WeightsError: as `read_sizes`.
     """
     parts, tensors = read_parts(path), read_header(path).tensors
-    require_plain_lora(path, {module: _kind(found, tensors) for module, found in parts.items()})
+    require_kinds(path, {module: _kind(found, tensors) for module, found in parts.items()}, PLAIN)
     ranks = {module: tensors[found["A"]].shape[0] for module, found in parts.items()}
     return {name: rank for module, rank in ranks.items() for name in keys.split_qkv_names(module) or (module,)}
 
 
-def require_plain_lora(path: Path, kinds: Mapping[str, str | None]) -> None:
-    """Require that every module's change is a plain LoRA.
+def read_part_shapes(path: Path) -> dict[str, dict[str, tuple[int, ...]]]:
+    """Return module -> part -> shape of a LoKr, as `keys.LOKR` names its parts.
+
+    Raises:
+        WeightsError: as `read_parts`, or the file is of another kind, or has q, k and v in one.
+    """
+    parts, tensors = read_parts(path), read_header(path).tensors
+    require_kinds(path, {module: _kind(found, tensors) for module, found in parts.items()}, ("LoKr",))
+    fused = [module for module in parts if keys.split_qkv_names(module) is not None]
+    if fused:
+        hint = "convert it first: zimage-train lora convert FILE --to comfyui"
+        raise WeightsError(Problem(f"{path}: {fused[0]}", "holds q, k and v in one", hint, "other-modules"))
+    shapes: dict[str, dict[str, tuple[int, ...]]] = {}
+    for module, found in parts.items():
+        shapes[module] = {part: tensors[key].shape for part, key in found.items() if part != "alpha"}
+    return shapes
+
+
+def require_kinds(path: Path, kinds: Mapping[str, str | None], allowed: Collection[str]) -> None:
+    """Require that every module's change is of a kind that is `allowed`.
 
     Raises:
         WeightsError: a module is of another kind, which the message names.
     """
-    others = {module: kind for module, kind in kinds.items() if kind != "LoRA"}
-    if others:
-        module, kind = min(others.items())
-        what = f"is a {kind} ({len(others)} modules, such as {module}), which only `lora convert` reads"
-        todo = "make it a LoRA with the tool that trained it"
-        raise WeightsError(Problem(str(path), what, todo, "not-a-plain-lora"))
+    others = {module: kind for module, kind in kinds.items() if kind not in allowed}
+    if not others:
+        return
+    module, kind = min(others.items())
+    what = f"is a {kind} ({len(others)} modules, such as {module}), which this command does not read"
+    todo = "make it a LoRA with the tool that trained it"
+    if "LoKr" in allowed and kind == "LoRA":
+        todo = "give a LoKr"
+    elif kind == "LoKr":
+        todo = "make it a LoRA with `zimage-train lora resize FILE --rank auto -o OUT`, which prints what is lost"
+    raise WeightsError(Problem(str(path), what, todo, "not-a-plain-lora"))
 
 
 def require_match(path: Path, found: Sizes, linears: Sizes) -> None:

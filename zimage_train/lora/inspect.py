@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from zimage_train.io.safetensors_format import read_header
-from zimage_train.lora import keys, lora_file, qkv, readers, targets, verify
-from zimage_train.lora.deltas import Factors
+from zimage_train.lora import keys, lora_file, qkv, readers, targets
+from zimage_train.lora.deltas import Delta, Factors, Kronecker
 from zimage_train.lora.lora_file import Changes
 from zimage_train.lora.readers import LoraTraits
 
@@ -23,7 +23,8 @@ class LoraSummary:
     scales_from: str
     """Where alpha / rank stands."""
     dtypes: Counter[str]
-    ranks: Counter[int]
+    ranks: Counter[str]
+    """Rank of a LoRA, or factor and rank of a LoKr -> number of modules."""
     scales: Counter[float]
     """alpha / rank -> number of modules."""
     groups: dict[str, int]
@@ -40,7 +41,7 @@ def summarize_lora(path: Path) -> LoraSummary:
         WeightsError: it is not a LoRA that this trainer reads; the message names what it is instead.
     """
     content = lora_file.read_changes(path)
-    lora = lora_file.read_lora(path)
+    deltas = lora_file.read_deltas(path)
     header = read_header(path)
     name = keys.layout_name(header.tensors)
     return LoraSummary(
@@ -48,10 +49,10 @@ def summarize_lora(path: Path) -> LoraSummary:
         readers=readers.readers_of(name, traits_of(content.changes, header.tensors)) if name else [],
         scales_from=content.scales_from,
         dtypes=Counter(info.dtype for key, info in header.tensors.items() if not key.endswith(".alpha")),
-        ranks=Counter(factors.rank for factors in lora.values()),
-        scales=Counter(round(factors.scale, 6) for factors in lora.values()),
-        groups=targets.count_by_group(lora),
-        norms={module: delta_norm(factors) for module, factors in lora.items()},
+        ranks=Counter(map(_size, deltas.values())),
+        scales=Counter(round(qkv.scale_of(change), 6) for change in content.changes.values()),
+        groups=targets.count_by_group(deltas),
+        norms={module: delta.norm() for module, delta in deltas.items()},
         metadata=header.metadata,
     )
 
@@ -67,15 +68,9 @@ def traits_of(changes: Changes, keys_of_file: Iterable[str]) -> LoraTraits:
     )
 
 
-def delta_norm(factors: Factors) -> float:
-    """Return the Frobenius norm of scale * B @ A, computed in fp64 from (rank, rank) products."""
-    rank_zero = Factors(factors.a[:0], factors.b[:, :0], 1.0)
-    return verify.delta_distance(factors, rank_zero)
-
-
-def delta_inner_product(factors: Factors, other: Factors) -> float:
-    """Return the Frobenius inner product of two deltas, computed in fp64 from (rank, rank) products."""
-    # <B A, D C> = trace(A' B' D C) = sum((B' D) * (A C')), without the dense matrices.
-    b = factors.b.double().T @ other.b.double()
-    a = factors.a.double() @ other.a.double().T
-    return factors.scale * other.scale * float((b * a).sum())
+def _size(delta: Delta) -> str:
+    if isinstance(delta, Kronecker):
+        rows, columns = delta.w1[0].shape[0], delta.w1[-1].shape[1]
+        return f"LoKr {rows}x{columns}" + (f" of rank {delta.rank}" if delta.rank else "")
+    assert isinstance(delta, Factors)
+    return str(delta.rank)

@@ -3,6 +3,7 @@
 import contextlib
 import math
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,10 +15,11 @@ import torch.nn.functional as F
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners import lora as peft_lora
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from zimage_train.errors import Problem, WeightsError
-from zimage_train.lora.deltas import Factors, Lora
+from zimage_train.lora.deltas import Deltas, Factors, Lora
 from zimage_train.models.arch import BLOCK_PRODUCTS
 from zimage_train.models.linear import FrozenLinear
 from zimage_train.optim.flat import FlatParameters
@@ -47,23 +49,28 @@ class TrainedLinear(peft_lora.Linear):
 
 
 @dataclass(frozen=True)
-class LoraLayers:
-    """The trainable LoRA factors of a model: `a[module]` (rank, in) and `b[module]` (out, rank), fp32."""
+class AdapterLayers(ABC):
+    """The trainable matrices of an adapter in a model, fp32."""
 
     flat: FlatParameters
-    """A and B of each module, as `module.A` and `module.B`."""
+    """The matrices by `module.part`."""
     scale: float
 
-    @cached_property
-    def a(self) -> dict[str, nn.Parameter]:
-        return {name.removesuffix(".A"): view for name, view in self.flat.views.items() if name.endswith(".A")}
+    @property
+    @abstractmethod
+    def modules(self) -> list[str]:
+        """The modules that it changes."""
 
-    @cached_property
-    def b(self) -> dict[str, nn.Parameter]:
-        return {name.removesuffix(".B"): view for name, view in self.flat.views.items() if name.endswith(".B")}
+    @abstractmethod
+    def deltas(self, state: Mapping[str, Tensor] | None = None) -> Deltas:
+        """Return the current deltas, whose matrices share memory with the model, or those of `state`."""
+
+    @abstractmethod
+    def initialize_from(self, deltas: Deltas) -> None:
+        """Start from `deltas`, which have the same modules and sizes."""
 
     def parameters(self) -> list[nn.Parameter]:
-        """Return every trainable parameter, in a fixed order: A and B of each module."""
+        """Return every trainable parameter, in a fixed order."""
         return list(self.flat.views.values())
 
     def state(self) -> dict[str, Tensor]:
@@ -71,10 +78,8 @@ class LoraLayers:
         return self.name_views(self.flat.whole.detach())
 
     def name_views(self, buffer: Tensor) -> dict[str, Tensor]:
-        """Return name -> view of `buffer`, which is laid out as the factors are: every A, then every B."""
-        tensors = self.flat.split(buffer)
-        a = {f"lora.{name}": tensor for name, tensor in tensors.items() if name.endswith(".A")}
-        return a | {f"lora.{name}": tensor for name, tensor in tensors.items() if name.endswith(".B")}
+        """Return name -> view of `buffer`, which is laid out as the matrices are."""
+        return {f"lora.{name}": tensor for name, tensor in self.flat.split(buffer).items()}
 
     def load_state(self, state: Mapping[str, Tensor], where: str) -> None:
         """Copy `state` into the model.
@@ -98,16 +103,38 @@ class LoraLayers:
             for name, tensor in current.items():
                 tensor.copy_(state[name])
 
+
+@dataclass(frozen=True)
+class LoraLayers(AdapterLayers):
+    """The trainable LoRA factors of a model: `a[module]` (rank, in) and `b[module]` (out, rank), fp32."""
+
+    @cached_property
+    def a(self) -> dict[str, nn.Parameter]:
+        return {name.removesuffix(".A"): view for name, view in self.flat.views.items() if name.endswith(".A")}
+
+    @cached_property
+    def b(self) -> dict[str, nn.Parameter]:
+        return {name.removesuffix(".B"): view for name, view in self.flat.views.items() if name.endswith(".B")}
+
+    @property
+    def modules(self) -> list[str]:
+        return list(self.a)
+
+    def name_views(self, buffer: Tensor) -> dict[str, Tensor]:
+        # Every A, then every B, as checkpoints have them.
+        tensors = super().name_views(buffer)
+        a = {name: tensor for name, tensor in tensors.items() if name.endswith(".A")}
+        return a | {name: tensor for name, tensor in tensors.items() if name.endswith(".B")}
+
     @torch.no_grad()
-    def initialize_from(self, lora: Lora) -> None:
-        """Start from the delta of `lora`, which has the same modules and ranks."""
-        for module, factors in lora.items():
+    def initialize_from(self, deltas: Deltas) -> None:
+        for module, factors in deltas.items():
+            assert isinstance(factors, Factors)
             self.a[module].copy_(factors.a)
             # This model multiplies by its own scale, so the quotient of the two keeps the delta as it is.
             self.b[module].copy_(factors.b.float() * (factors.scale / self.scale))
 
-    def factors(self, state: Mapping[str, Tensor] | None = None) -> Lora:
-        """Return the current LoRA, which shares memory with the model, or that of `state`."""
+    def deltas(self, state: Mapping[str, Tensor] | None = None) -> Deltas:
         tensors = state or self.state()
         return {
             module: Factors(tensors[f"lora.{module}.A"], tensors[f"lora.{module}.B"], self.scale) for module in self.a
@@ -151,7 +178,7 @@ def attach_fixed_lora(model: nn.Module, lora: Lora) -> LoraLayers:
 @contextlib.contextmanager
 def without_lora(model: nn.Module) -> Iterator[None]:
     """Disable the LoRA within the block; the model computes what its frozen weights alone do."""
-    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     # Not peft's `enable_adapters(False)`, which also sets requires_grad of the factors.
     for layer in layers:
         layer._disable_adapters = True
@@ -163,9 +190,9 @@ def without_lora(model: nn.Module) -> Iterator[None]:
 
 
 def base_layer(model: nn.Module, name: str) -> nn.Module:
-    """Return the frozen module `name`, without the LoRA layer that may wrap it."""
+    """Return the frozen module `name`, without the layer of an adapter that may wrap it."""
     module = model.get_submodule(name)
-    return module.get_base_layer() if isinstance(module, LoraLayer) else module
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
 def _inject(model: nn.Module, ranks: dict[str, int], scale: float, dropout: float) -> LoraLayers:
@@ -214,17 +241,22 @@ def memory_order(modules: list[str]) -> list[str]:
     The factors of a block are next to each other. So are the A of modules with the same input, which together are the A
     of a single product.
     """
+    order: list[str] = []
+    for group in product_groups(modules):
+        order += [f"{module}.A" for module in group] + [f"{module}.B" for module in group]
+    return order
+
+
+def product_groups(modules: list[str]) -> list[list[str]]:
+    """Return `modules` by product, as `BLOCK_PRODUCTS` has them; those of a block follow each other."""
     by_block: dict[str, list[str]] = {}
     for module in modules:
         prefix = BLOCK.match(module)
         by_block.setdefault(prefix[0] if prefix else "", []).append(module)
-    order: list[str] = []
+    groups: list[list[str]] = []
     for block, members in by_block.items():
-        groups: list[list[str]] = []
         for product in BLOCK_PRODUCTS:
             groups.append([block + name for name in product if block + name in members])
         in_products = set(chain.from_iterable(groups))
         groups += [[module] for module in members if module not in in_products]
-        for group in groups:
-            order += [f"{module}.A" for module in group] + [f"{module}.B" for module in group]
-    return order
+    return groups

@@ -1,7 +1,8 @@
 """Reading LoRA files of any known layout, and writing them in a fixed layout.
 
 The layout written is the only layout that ComfyUI and every diffusers since 0.36 read alike:
-`diffusion_model.<module>.lora_A/lora_B.weight`, and `.alpha` equal to the rank, with the scale folded into B.
+`diffusion_model.<module>.lora_A/lora_B.weight`, and `.alpha` equal to the rank, with the scale folded into B. A LoKr
+has the keys that AI Toolkit and LyCORIS give it, `.lokr_w1` and `.lokr_w2` or `.lokr_w2_a/_b`.
 """
 
 import math
@@ -15,7 +16,7 @@ from torch import Tensor
 from zimage_train.errors import Problem, WeightsError
 from zimage_train.io import safetensors_format, tensorfile
 from zimage_train.lora import adapter_config, file_hashes, format_metadata, headers, keys, qkv
-from zimage_train.lora.deltas import Factors, Lora
+from zimage_train.lora.deltas import Delta, Deltas, Factors, Kronecker, Lora
 from zimage_train.lora.keys import MAGNITUDE
 from zimage_train.lora.qkv import Change
 
@@ -118,8 +119,29 @@ def read_lora(path: Path) -> Lora:
         WeightsError: as `read_changes`, or the file is a DoRA, LoKr or LoHa.
     """
     changes = read_changes(path).changes
-    headers.require_plain_lora(path, {module: kind_of(change) for module, change in changes.items()})
+    headers.require_kinds(path, {module: kind_of(change) for module, change in changes.items()}, headers.PLAIN)
     return {module: Factors(change["A"], change["B"], qkv.scale_of(change)) for module, change in changes.items()}
+
+
+def read_deltas(path: Path) -> Deltas:
+    """Return the deltas of a LoRA or LoKr file of any known layout.
+
+    Raises:
+        WeightsError: as `read_changes`, or the file is a DoRA or LoHa.
+    """
+    changes = read_changes(path).changes
+    headers.require_kinds(path, {module: kind_of(change) for module, change in changes.items()}, headers.ADDITIVE)
+    return {module: _delta_of(change) for module, change in changes.items()}
+
+
+def _delta_of(change: Change) -> Delta:
+    scale = qkv.scale_of(change)
+    if "A" in change:
+        return Factors(change["A"], change["B"], scale)
+    factors: list[tuple[Tensor, ...]] = []
+    for name in ("lokr_w1", "lokr_w2"):
+        factors.append((change[name],) if name in change else (change[f"{name}_a"], change[f"{name}_b"]))
+    return Kronecker(factors[0], factors[1], scale)
 
 
 def kind_of(change: Change) -> str | None:
@@ -155,35 +177,27 @@ def _split_fused(path: Path, module: str, change: Change, ranks: list[int] | Non
     return {name: third for name, third in zip(names, thirds, strict=True) if third is not None}
 
 
-def require_modules(path: Path, lora: Mapping[str, Factors], linears: headers.Sizes) -> None:
-    """Require that every module of `lora`, read from `path`, fits the model.
+def require_modules(path: Path, deltas: Mapping[str, Delta], linears: headers.Sizes) -> None:
+    """Require that every module of `deltas`, read from `path`, fits the model.
 
     Raises:
         WeightsError: as `headers.require_match`.
     """
-    sizes = {module: (factors.b.shape[0], factors.a.shape[1]) for module, factors in lora.items()}
-    headers.require_match(path, sizes, linears)
+    headers.require_match(path, {module: delta.shape for module, delta in deltas.items()}, linears)
 
 
-def round_to_dtype(lora: Mapping[str, Factors], dtype: str) -> Lora:
-    """Return `lora` as a file of this precision stores it: the scale folded into B, both factors rounded."""
+def round_to_dtype(deltas: Mapping[str, Delta], dtype: str) -> Deltas:
+    """Return `deltas` as a file of this precision stores them: the scale folded in, the matrices rounded."""
     torch_dtype = tensorfile.TORCH_DTYPES[dtype]
-    rounded: Lora = {}
-    for module, factors in lora.items():
-        # Folded in fp32, so that B is rounded only once. Alpha then equals the rank, and readers that ignore alpha load
-        # the same delta as those that apply it.
-        b = factors.b.detach().float() * factors.scale
-        rounded[module] = Factors(factors.a.detach().to(torch_dtype), b.to(torch_dtype), 1.0)
-    return rounded
+    return {module: delta.stored(torch_dtype) for module, delta in deltas.items()}
 
 
 def narrowest_dtype(lora: Mapping[str, Factors]) -> str:
     """Return `bf16` if it represents every value of `lora` exactly, otherwise `fp32`."""
-    rounded = round_to_dtype(lora, "bf16")
-    for module, factors in lora.items():
-        is_a_exact = torch.equal(rounded[module].a.float(), factors.a.float())
-        is_b_exact = torch.equal(rounded[module].b.float(), factors.b.float() * factors.scale)
-        if not (is_a_exact and is_b_exact):
+    for factors in lora.values():
+        exact, rounded = factors.stored(torch.float32), factors.stored(torch.bfloat16)
+        is_exact = torch.equal(rounded.a.float(), exact.a) and torch.equal(rounded.b.float(), exact.b)
+        if not is_exact:
             return "fp32"
     return "bf16"
 
@@ -200,8 +214,8 @@ def renewed_hashes(
     return {key: hashes[key] for key in keys_there}
 
 
-def export_lora(path: Path, lora: Mapping[str, Factors], dtype: str, metadata: Mapping[str, str]) -> None:
-    """Write `lora` in the layout that the module's docstring describes.
+def export_lora(path: Path, deltas: Mapping[str, Delta], dtype: str, metadata: Mapping[str, str]) -> None:
+    """Write a LoRA or a LoKr in the layout that the module's docstring describes.
 
     The hashes of the file are added to `metadata`, unless that holds nothing but the format.
 
@@ -210,11 +224,8 @@ def export_lora(path: Path, lora: Mapping[str, Factors], dtype: str, metadata: M
         DiskError: the file cannot be written.
     """
     tensors: dict[str, Tensor] = {}
-    for module, factors in round_to_dtype(lora, dtype).items():
-        prefix = f"diffusion_model.{module}"
-        tensors[f"{prefix}.lora_A.weight"] = factors.a
-        tensors[f"{prefix}.lora_B.weight"] = factors.b
-        tensors[f"{prefix}.alpha"] = torch.tensor(float(factors.rank))
+    for module, delta in round_to_dtype(deltas, dtype).items():
+        tensors |= {f"diffusion_model.{module}.{name}": tensor for name, tensor in _file_parts(delta).items()}
     not_finite = [key for key, tensor in tensors.items() if not tensor.isfinite().all()]
     if not_finite:
         message = f"{len(not_finite)} tensors are not finite, such as {not_finite[0]}"
@@ -222,3 +233,16 @@ def export_lora(path: Path, lora: Mapping[str, Factors], dtype: str, metadata: M
     entries = {name: tensorfile.tensor_entry(tensor) for name, tensor in tensors.items()}
     hashes = file_hashes.file_hashes(entries, metadata) if metadata.keys() - {"format"} else {}
     safetensors_format.write_safetensors(path, entries, {**metadata, **hashes})
+
+
+def _file_parts(delta: Delta) -> dict[str, Tensor]:
+    """Return suffix of a key -> tensor of a delta whose scale is 1; alpha is its rank."""
+    if isinstance(delta, Factors):
+        return {"lora_A.weight": delta.a, "lora_B.weight": delta.b, "alpha": torch.tensor(float(delta.rank))}
+    assert isinstance(delta, Kronecker)
+    tensors: dict[str, Tensor] = {}
+    for name, factor in (("lokr_w1", delta.w1), ("lokr_w2", delta.w2)):
+        names = [name] if len(factor) == 1 else [f"{name}_a", f"{name}_b"]
+        tensors |= dict(zip(names, factor, strict=True))
+    # Without a rank alpha has no effect; AI Toolkit and LyCORIS write one all the same.
+    return tensors | {"alpha": torch.tensor(float(delta.rank or 1))}

@@ -21,6 +21,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from zimage_train.config.dataset import ALPHA, DataEntry
+from zimage_train.config.lora import LoraSettings
 from zimage_train.config.schema import Config
 from zimage_train.config.types import MetadataLevel, without_folder
 from zimage_train.config.variants import VARIANTS
@@ -31,6 +32,7 @@ STALE = (*HASH_KEYS, "lora_adapter_metadata")
 IDENTITY_KEYS = ("modelspec.title", "ss_output_name", "ss_steps")
 """Keys that name a single LoRA; they are kept only if every source has them, with the same value."""
 TRIGGERS, WORDS, TAGS = "modelspec.trigger_phrase", "trained_words", "ss_tag_frequency"
+NETWORK_ARGS = "ss_network_args"
 BASE_MODEL, ANY_BASE_MODEL = "ss_base_model_version", "zimage"
 VARIANT, SETTINGS = "zimage_train.variant", "zimage_train.settings"
 SETTINGS_SECTIONS = (
@@ -52,7 +54,7 @@ def training_metadata(config: Config, adapter_digest: str | None, prompts: Itera
     level = config.save.metadata
     if level == "none":
         return {"format": "pt"}
-    rank, variant = str(config.lora.rank), VARIANTS[config.model.variant]
+    variant = VARIANTS[config.model.variant]
     side = max(_resolution(entry) for entry in config.data if not entry.regularization)
     metadata = {
         "format": "pt",
@@ -64,8 +66,7 @@ def training_metadata(config: Config, adapter_digest: str | None, prompts: Itera
         "modelspec.resolution": f"{side}x{side}",
         BASE_MODEL: variant.base_model,
         "ss_output_name": config.name,
-        "ss_network_dim": rank,
-        "ss_network_alpha": rank,  # the scale is folded into B
+        **_network(config.lora),
         VARIANT: config.model.variant,
         "zimage_train.base_model": variant.transformer,
     }
@@ -78,6 +79,18 @@ def training_metadata(config: Config, adapter_digest: str | None, prompts: Itera
             metadata["zimage_train.adapter_sha256"] = adapter_digest
             metadata["zimage_train.adapter_strength"] = repr(config.model.adapter_strength)
     return metadata
+
+
+def _network(lora: LoraSettings) -> dict[str, str]:
+    """Return kind and size of the adapter, as kohya's tools and LyCORIS write them."""
+    size: dict[str, str] = {}
+    if lora.rank is not None:
+        size = {"ss_network_dim": str(lora.rank), "ss_network_alpha": str(lora.rank)}
+    if lora.type == "lora":
+        return size  # alpha is the rank: the scale is folded into B
+    # LyCORIS takes -1 for factors as equal as they can be.
+    arguments = {"algo": "lokr", "factor": str(lora.factor_number or -1)}
+    return {**size, "ss_network_module": "lycoris.kohya", NETWORK_ARGS: json.dumps(arguments)}
 
 
 def at_step(metadata: Mapping[str, str], step: int) -> dict[str, str]:

@@ -1,5 +1,6 @@
-"""The matrix products of a transformer block: frozen linear layers with the same input, together with their LoRA."""
+"""The matrix products of a transformer block: frozen linear layers with the same input, together with their adapter."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -8,16 +9,83 @@ from itertools import accumulate
 import torch
 from torch import Tensor, nn
 
+from zimage_train.lora.kronecker import KroneckerLinear, KroneckerTerm
 from zimage_train.lora.layers import ADAPTER_NAME, TrainedLinear
 from zimage_train.models import fp8
 from zimage_train.models.linear import FrozenLinear
 
 
 @dataclass(frozen=True)
-class Product:
-    """Frozen linear layers with the same input and, for those that have one, a LoRA."""
+class Product(ABC):
+    """Frozen linear layers with the same input, and what is trained beside them."""
 
     layers: list[FrozenLinear]
+
+    @cached_property
+    def is_fp8(self) -> bool:
+        """Return whether the frozen weights are multiplied in fp8."""
+        return self.layers[0].kind == "fp8_fast"
+
+    @property
+    @abstractmethod
+    def rank(self) -> int:
+        """The width of what the forward keeps for the backward, per token, beside x; 0: nothing."""
+
+    @property
+    @abstractmethod
+    def numel(self) -> int:
+        """The number of values that are trained."""
+
+    @abstractmethod
+    def forward(self, x: Tensor, factors: Tensor, outputs: list[Tensor], inner: Tensor | None) -> None:
+        """Compute the `outputs` of the layers (b, t, out), and `inner` (b * t, rank), which the backward needs.
+
+        Args:
+            factors: what is trained in the block, as a single tensor in the dtype of x.
+        """
+
+    @abstractmethod
+    def backward(
+        self, grads: list[Tensor], x: Tensor, inner: Tensor | None, factors: Tensor, out: Tensor, needs_x: bool = True
+    ) -> Tensor | None:
+        """Return the gradient of x, and write those of the factors into `out`, which is laid out as they are."""
+
+    def _multiply(self, rows: Tensor, outputs: list[Tensor]) -> None:
+        """Write the products of the frozen weights with the rows of x into `outputs` (b * t, out)."""
+        rows_fp8 = fp8.scaled_rows(rows) if self.is_fp8 else None
+        for layer, y in zip(self.layers, outputs, strict=True):
+            if rows_fp8 is not None:
+                assert layer.scales is not None
+                fp8.multiply(rows_fp8, layer.weight, layer.scales, y)
+            else:
+                torch.mm(rows, layer.dense(rows.dtype).T, out=y)
+
+    def _multiply_backward(self, grads: list[Tensor], rows: Tensor, added: Tensor | None) -> Tensor:
+        """Return what reaches the rows of x through the frozen weights, with `added`, which may be overwritten."""
+        if self.is_fp8:
+            through = self._through_fp8(grads, rows)
+            return through if added is None else through.add_(added)
+        for grad, layer in zip(grads, self.layers, strict=True):
+            weight = layer.dense(grad.dtype)
+            added = grad @ weight if added is None else added.addmm_(grad, weight)
+        assert added is not None
+        return added
+
+    def _through_fp8(self, grads: list[Tensor], rows: Tensor) -> Tensor:
+        through = None
+        for grad, layer in zip(grads, self.layers, strict=True):
+            assert layer.scales is not None
+            part = torch.empty_like(rows)  # a product in fp8 cannot be added to what is there
+            fp8.multiply_backward(fp8.scaled_rows(grad), layer.weight, layer.scales, part, layer.scratch)
+            through = part if through is None else through.add_(part)
+        assert through is not None
+        return through
+
+
+@dataclass(frozen=True)
+class LoraProduct(Product):
+    """Layers of which some have a LoRA, and maybe none."""
+
     ranks: list[int]
     """0: no LoRA."""
     scales: list[float]
@@ -25,14 +93,14 @@ class Product:
     """Index of the first element of the A of all layers, which follow each other, in the factors of the block."""
     b_starts: list[int]
 
-    @cached_property
-    def is_fp8(self) -> bool:
-        """Return whether the frozen weights are multiplied in fp8."""
-        return self.layers[0].kind == "fp8_fast"
-
-    @cached_property
+    @property
     def rank(self) -> int:
         return sum(self.ranks)
+
+    @property
+    def numel(self) -> int:
+        outputs = sum(layer.out_features * rank for layer, rank in zip(self.layers, self.ranks, strict=True))
+        return self.rank * self.layers[0].in_features + outputs
 
     @cached_property
     def columns(self) -> list[slice]:
@@ -51,19 +119,14 @@ class Product:
         return factors[start : start + height * rank].view(height, rank)
 
     def forward(self, x: Tensor, factors: Tensor, outputs: list[Tensor], inner: Tensor | None) -> None:
-        """Compute the `outputs` of the layers (b, t, out), and `inner` (b * t, sum of ranks), the input of every B."""
-        rows = x.flatten(0, -2)
-        rows_fp8 = fp8.scaled_rows(rows) if self.is_fp8 else None
-        if inner is not None:
+        rows, results = x.flatten(0, -2), [output.flatten(0, -2) for output in outputs]
+        if inner is not None:  # the input of every B
             torch.mm(rows, self.a(factors).T, out=inner)
-        for index, (layer, output) in enumerate(zip(self.layers, outputs, strict=True)):
-            y = output.flatten(0, -2)
-            if rows_fp8 is not None:
-                assert layer.scales is not None
-                fp8.multiply(rows_fp8, layer.weight, layer.scales, y)
-            else:
-                torch.mm(rows, layer.dense(x.dtype).T, out=y)
-            if inner is not None and self.ranks[index]:
+        self._multiply(rows, results)
+        if inner is None:
+            return
+        for index, y in enumerate(results):
+            if self.ranks[index]:
                 b = self.b(factors, index)
                 # In place, so that the LoRA's share of the output is never a tensor of its own.
                 y.addmm_(inner[:, self.columns[index]], b.T, alpha=self.scales[index])
@@ -71,7 +134,6 @@ class Product:
     def backward(
         self, grads: list[Tensor], x: Tensor, inner: Tensor | None, factors: Tensor, out: Tensor, needs_x: bool = True
     ) -> Tensor | None:
-        """Return the gradient of x, and write those of the factors into `out`, which is laid out as they are."""
         rows, grad_rows = x.flatten(0, -2), [grad.flatten(0, -2) for grad in grads]
         grad_x = grad_inner = None
         if inner is not None:
@@ -83,31 +145,61 @@ class Product:
                 _scaled_product(grad, b, scale, grad_inner[:, columns])
                 _scaled_product(grad.T, inner[:, columns], scale, self.b(out, index))
             torch.mm(grad_inner.T, rows, out=self.a(out))
-            if needs_x and not self.is_fp8:
-                grad_x = grad_inner @ self.a(factors)
         if not needs_x:
             return None
-        if self.is_fp8:
-            grad_x = self._through_fp8(grad_rows, rows)
-            if grad_inner is not None:
-                grad_x.addmm_(grad_inner, self.a(factors))
-            return grad_x.view(x.shape)
-        for grad, layer in zip(grad_rows, self.layers, strict=True):
-            weight = layer.dense(grad.dtype)
-            grad_x = grad @ weight if grad_x is None else grad_x.addmm_(grad, weight)
-        assert grad_x is not None
+        if grad_inner is not None and not self.is_fp8:
+            grad_x = grad_inner @ self.a(factors)
+        grad_x = self._multiply_backward(grad_rows, rows, grad_x)
+        if grad_inner is not None and self.is_fp8:
+            grad_x.addmm_(grad_inner, self.a(factors))
         return grad_x.view(x.shape)
 
-    def _through_fp8(self, grads: list[Tensor], rows: Tensor) -> Tensor:
-        """Return what reaches x, which is like `rows`, through the frozen weights alone."""
-        through = None
-        for grad, layer in zip(grads, self.layers, strict=True):
-            assert layer.scales is not None
-            part = torch.empty_like(rows)  # a product in fp8 cannot be added to what is there
-            fp8.multiply_backward(fp8.scaled_rows(grad), layer.weight, layer.scales, part, layer.scratch)
-            through = part if through is None else through.add_(part)
-        assert through is not None
-        return through
+
+@dataclass(frozen=True)
+class KroneckerProduct(Product):
+    """Layers of which some have a LoKr, and at least one."""
+
+    terms: list[KroneckerLinear | None]
+    starts: list[dict[str, int]]
+    """Part of the LoKr of each layer -> index of its first element in the factors of the block."""
+
+    @property
+    def rank(self) -> int:
+        return 0  # what its two products have between them is as large as the output, and is formed again
+
+    @property
+    def numel(self) -> int:
+        return sum(part.numel() for term in self.terms if term is not None for part in term.parts.values())
+
+    def forward(self, x: Tensor, factors: Tensor, outputs: list[Tensor], inner: Tensor | None) -> None:
+        rows, results = x.flatten(0, -2), [output.flatten(0, -2) for output in outputs]
+        self._multiply(rows, results)
+        for index, y in enumerate(results):
+            term = self._term(index, factors)
+            if term is not None:
+                term.add(rows, y)
+
+    def backward(
+        self, grads: list[Tensor], x: Tensor, inner: Tensor | None, factors: Tensor, out: Tensor, needs_x: bool = True
+    ) -> Tensor | None:
+        rows, grad_rows = x.flatten(0, -2), [grad.flatten(0, -2) for grad in grads]
+        grad_x = self._multiply_backward(grad_rows, rows, None) if needs_x else None
+        for index, grad in enumerate(grad_rows):
+            term, term_grads = self._term(index, factors), self._term(index, out)
+            if term is not None and term_grads is not None:
+                term.backward(rows, grad, term_grads, grad_x)
+        return None if grad_x is None else grad_x.view(x.shape)
+
+    def _term(self, index: int, factors: Tensor) -> KroneckerTerm | None:
+        """Return the LoKr of a layer, whose matrices are views of the block's factors or of their gradients."""
+        layer = self.terms[index]
+        if layer is None:
+            return None
+        parts: dict[str, Tensor] = {}
+        for name, start in self.starts[index].items():
+            part = layer.parts[name]
+            parts[name] = factors[start : start + part.numel()].view(part.shape)
+        return KroneckerTerm(parts, layer.scale)
 
 
 def _scaled_product(left: Tensor, right: Tensor, scale: float, out: Tensor) -> None:
@@ -122,9 +214,11 @@ def find_product(name: str, block: nn.Module, group: tuple[str, ...], starts: Ma
         starts: factor -> index of its first element among those of the model.
         begin: that of the first factor of the block.
     """
+    found = {leaf: block.get_submodule(leaf) for leaf in group}
+    if any(isinstance(layer, KroneckerLinear) for layer in found.values()):
+        return _kronecker_product(name, found, starts, begin)
     layers, ranks, scales, a_starts, b_starts = [], [], [], [], []
-    for leaf in group:
-        layer = block.get_submodule(leaf)
+    for leaf, layer in found.items():
         if isinstance(layer, TrainedLinear):
             layers.append(layer.get_base_layer())
             ranks.append(layer.r[ADAPTER_NAME])
@@ -136,4 +230,21 @@ def find_product(name: str, block: nn.Module, group: tuple[str, ...], starts: Ma
             ranks.append(0)
             scales.append(0.0)
             b_starts.append(0)
-    return Product(layers, ranks, scales, min(a_starts, default=0), b_starts)
+    return LoraProduct(layers, ranks, scales, min(a_starts, default=0), b_starts)
+
+
+def _kronecker_product(
+    name: str, found: Mapping[str, nn.Module], starts: Mapping[str, int], begin: int
+) -> KroneckerProduct:
+    layers: list[FrozenLinear] = []
+    terms: list[KroneckerLinear | None] = []
+    term_starts: list[dict[str, int]] = []
+    for leaf, layer in found.items():
+        term = layer if isinstance(layer, KroneckerLinear) else None
+        frozen = layer if term is None else term.get_base_layer()
+        assert isinstance(frozen, FrozenLinear)
+        layers.append(frozen)
+        terms.append(term)
+        parts = () if term is None else term.parts
+        term_starts.append({part: starts[f"{name}{leaf}.{part}"] - begin for part in parts})
+    return KroneckerProduct(layers, terms, term_starts)

@@ -9,13 +9,14 @@ import torch
 from accelerate import init_empty_weights
 from diffusers import ZImageTransformer2DModel
 from diffusers.loaders import ZImageLoraLoaderMixin
+from peft.tuners.lokr import LoKrLayer
 from peft.tuners.lora import LoraLayer
-from torch import nn
+from torch import Tensor, nn
 
 from zimage_train.errors import Problem, WeightsError, ZImageTrainError, collect_errors
 from zimage_train.io import tensorfile
 from zimage_train.lora import keys, qkv
-from zimage_train.lora.deltas import Factors, Lora
+from zimage_train.lora.deltas import Delta, Deltas, Factors, Kronecker, Lora
 from zimage_train.lora.headers import Sizes
 from zimage_train.lora.layers import ADAPTER_NAME
 from zimage_train.lora.qkv import Change
@@ -40,7 +41,7 @@ the folded scale is rounded.
 """
 
 
-def verify_export(path: Path, trained: Mapping[str, Factors], dtype: str, shape: TransformerShape) -> float:
+def verify_export(path: Path, trained: Mapping[str, Delta], dtype: str, shape: TransformerShape) -> float:
     """Return the largest relative error of a module's delta, after loading `path` as diffusers and as ComfyUI do.
 
     diffusers' own code adds its layers to a transformer of `shape`.
@@ -59,13 +60,13 @@ def verify_export(path: Path, trained: Mapping[str, Factors], dtype: str, shape:
     return worst
 
 
-def _compare(path: Path, loader: str, loaded: Lora, trained: Mapping[str, Factors], dtype: str) -> float:
+def _compare(path: Path, loader: str, loaded: Deltas, trained: Mapping[str, Delta], dtype: str) -> float:
     # A fused file gives q, k and v a delta even if only two were trained; the third is zero, and does no harm.
-    loaded = {module: factors for module, factors in loaded.items() if module in trained or factors.b.any()}
+    loaded = {module: delta for module, delta in loaded.items() if module in trained or delta.norm() > 0}
     if loaded.keys() != trained.keys():
         message = f"{loader} would load {len(loaded.keys() & trained.keys())} of {len(trained)} modules"
         raise WeightsError(Problem(str(path), message, REPORT_HINT, "not-verified"))
-    errors = {module: relative_error(factors, loaded[module]) for module, factors in trained.items()}
+    errors = {module: relative_error(delta, loaded[module]) for module, delta in trained.items()}
     worst = max(errors, key=errors.__getitem__)
     if errors[worst] > TOLERANCE[dtype]:
         message = f"{loader} would load {worst} with a relative error of {errors[worst]:.1e}"
@@ -73,24 +74,14 @@ def _compare(path: Path, loader: str, loaded: Lora, trained: Mapping[str, Factor
     return errors[worst]
 
 
-def relative_error(expected: Factors, actual: Factors) -> float:
+def relative_error(expected: Delta, actual: Delta) -> float:
     """Return ||delta - delta'|| / ||delta|| (Frobenius); ||delta'|| if the expected delta is zero."""
-    norm = delta_distance(expected, Factors(expected.a[:0], expected.b[:, :0], 1.0))
-    error = delta_distance(expected, actual)
+    norm, error = expected.norm(), expected.distance(actual)
     return error / norm if norm > 0 else error
 
 
-def delta_distance(factors: Factors, other: Factors) -> float:
-    """Return ||delta - delta'|| (Frobenius), computed in fp64 from (rank, rank) products."""
-    # The difference is again low-rank: [B, -B'] @ [A; A']. Its squared norm is sum((B' B) * (A A')), which can come out
-    # slightly negative for equal deltas, since the terms cancel.
-    b = torch.cat([factors.b.double() * factors.scale, -other.b.double().to(factors.b.device) * other.scale], dim=1)
-    a = torch.cat([factors.a.double(), other.a.double().to(factors.a.device)], dim=0)
-    return float(((b.T @ b) * (a @ a.T)).sum().clamp(min=0.0).sqrt())
-
-
-def as_diffusers(path: Path, shape: TransformerShape) -> Lora:
-    """Return the factors of the layers that the installed diffusers adds to a transformer of `shape` for this file.
+def as_diffusers(path: Path, shape: TransformerShape) -> Deltas:
+    """Return the deltas of the layers that the installed diffusers adds to a transformer of `shape` for this file.
 
     Raises:
         WeightsError: diffusers refuses the file.
@@ -105,11 +96,17 @@ def as_diffusers(path: Path, shape: TransformerShape) -> Lora:
     except Exception as error:  # noqa: BLE001  on an unknown layout its conversion raises KeyError, ValueError and others
         message = f"diffusers {diffusers.__version__} would not load it ({str(error)[:100]})"
         raise WeightsError(Problem(str(path), message, REPORT_HINT, "not-verified")) from None
-    loaded: Lora = {}
+    loaded: Deltas = {}
     for name, layer in model.named_modules():
         if isinstance(layer, LoraLayer):
             a, b = (getattr(layer, part)[ADAPTER_NAME].weight.detach() for part in ("lora_A", "lora_B"))
             loaded[name] = Factors(a, b, layer.scaling[ADAPTER_NAME])
+        elif isinstance(layer, LoKrLayer):
+            factors: list[tuple[Tensor, ...]] = []
+            for names in (("lokr_w1", "lokr_w1_a", "lokr_w1_b"), ("lokr_w2", "lokr_w2_a", "lokr_w2_b")):
+                found = [getattr(layer, part) for part in names]
+                factors.append(tuple(matrix[ADAPTER_NAME].detach() for matrix in found if ADAPTER_NAME in matrix))
+            loaded[name] = Kronecker(factors[0], factors[1], layer.scaling[ADAPTER_NAME])
     return loaded
 
 
@@ -133,17 +130,23 @@ def _quiet_diffusers() -> Iterator[None]:
         diffusers.utils.logging.set_verbosity(before)
 
 
-def as_comfyui(path: Path, linears: Sizes) -> Lora:
-    """Return the factors as ComfyUI reads them; it takes alpha from `.alpha` tensors only, not from the header.
+def as_comfyui(path: Path, linears: Sizes) -> Deltas:
+    """Return the deltas as ComfyUI reads them; it takes alpha from `.alpha` tensors only, not from the header.
 
-    Transcribed from ComfyUI's `load_lora` and `model_lora_keys_unet`; see `keys.comfyui_targets`.
+    Transcribed from ComfyUI's `load_lora`, `weight_adapter/lokr.py` and `model_lora_keys_unet`; see
+    `keys.comfyui_targets`.
 
     Raises:
         WeightsError: ComfyUI would leave out a tensor.
     """
     tensors = tensorfile.load(path)[0]
-    loaded: Lora = {}
+    loaded: Deltas = {}
     for name, module in keys.comfyui_targets(linears).items():
+        change = {part: tensors.pop(f"{name}.{part}") for part in keys.LOKR if f"{name}.{part}" in tensors}
+        if change:
+            if f"{name}.alpha" in tensors:
+                change["alpha"] = tensors.pop(f"{name}.alpha")
+            loaded[module] = _comfyui_lokr(change)
         for a_suffix, b_suffix in COMFYUI_PARTS:
             if name + a_suffix in tensors and name + b_suffix in tensors:
                 change = {"A": tensors.pop(name + a_suffix), "B": tensors.pop(name + b_suffix)}
@@ -155,6 +158,19 @@ def as_comfyui(path: Path, linears: Sizes) -> Lora:
         message = f"ComfyUI would report {len(tensors)} keys as not loaded, such as {sorted(tensors)[0]}"
         raise WeightsError(Problem(str(path), message, REPORT_HINT, "not-verified"))
     return loaded
+
+
+def _comfyui_lokr(change: Change) -> Kronecker:
+    factors: list[tuple[Tensor, ...]] = []
+    rank = None
+    for name in ("lokr_w1", "lokr_w2"):
+        if name in change:
+            factors.append((change[name],))
+        else:
+            factors.append((change[f"{name}_a"], change[f"{name}_b"]))
+            rank = change[f"{name}_b"].shape[0]  # the last one counts
+    scale = 1.0 if rank is None or "alpha" not in change else float(change["alpha"]) / rank
+    return Kronecker(factors[0], factors[1], scale)
 
 
 def _split_fused(module: str, change: Change) -> Lora:

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 
+from zimage_train.config.lora import LoraSettings
 from zimage_train.config.optimizers import OPTIMIZERS, OptimizerName
 from zimage_train.config.schema import Config
 from zimage_train.config.types import Quantization, RecomputeMode
@@ -20,6 +21,7 @@ from zimage_train.dataset.buckets import Bucket
 from zimage_train.dataset.sample_order import SampleOrder, TrainItem
 from zimage_train.diffusion.request import SamplingRequest
 from zimage_train.io.dtypes import bytes_per_number
+from zimage_train.lora.kronecker_shapes import KroneckerShape, shapes_of
 from zimage_train.models.arch import (
     IN_A_BLOCK,
     MAX_PROMPT_TOKENS,
@@ -80,7 +82,7 @@ class Workload:
     shape: TransformerShape
     dtype: str
     trained: int
-    """Number of parameters of the LoRA."""
+    """Number of parameters of the LoRA or LoKr."""
     optimizer: OptimizerName
     sizes: Counter[Bucket]
     """Number of items of each size in an epoch."""
@@ -100,7 +102,9 @@ class Workload:
     extra_forwards: float = 0.0
     """Additional passes without a backward on each batch, on average."""
     rank: int = 16
-    """Rank of the LoRA."""
+    """Rank of a LoRA; 0 for a LoKr, whose capacity is not a rank."""
+    lokr: tuple[KroneckerShape, ...] = ()
+    """Shapes of a LoKr's matrices, of each module in `layers`; a LoRA has none."""
     largest_batches: Mapping[Bucket, int] | None = None
     """Samples of the largest batch of each size, where data entries have batch sizes of their own."""
     batch_weights: Mapping[Bucket, float] | None = None
@@ -164,7 +168,7 @@ def make_workload(
     return Workload(
         shape=shape,
         dtype=config.model.dtype,
-        trained=lora_parameters(shape, modules, config.lora.rank),
+        trained=adapter_parameters(config.lora, shape, modules),
         optimizer=config.optimizer.name,
         sizes=Counter(item.size for item in items),
         batch_size=max(largest_batches.values(), default=config.train.batch_size),
@@ -173,7 +177,8 @@ def make_workload(
         gpu=gpu,
         is_fused=fuses_blocks(config, modules, gpu),
         ema=config.ema.decay is not None,
-        rank=config.lora.rank,
+        rank=0 if config.lora.type == "lokr" else config.lora.rank or 0,
+        lokr=tuple(_lokr_shapes(config.lora, shape, modules)),
         # Preservation has a batch of its own with a backward, and a forward of the frozen model as its target.
         extra_steps=int(preserves),
         extra_forwards=preserves + (config.guidance.contrastive is not None) + prior_share,
@@ -359,6 +364,20 @@ def _tensor_bytes(shape: TransformerShape, dtype: str, name: str, quantization: 
         return rows * columns + 4
     scales = rows * columns // scale_block_size(columns)
     return rows * columns * QUANTIZED_BITS[quantization] // 8 + scales * SCALE_BYTES
+
+
+def adapter_parameters(settings: LoraSettings, shape: TransformerShape, modules: list[str]) -> int:
+    """Return the number of parameters of the adapter that `settings` describe, on `modules`."""
+    if settings.type == "lokr":
+        return sum(kronecker.numel for kronecker in shapes_of(settings, shape.linears, modules).values())
+    assert settings.rank is not None
+    return lora_parameters(shape, modules, settings.rank)
+
+
+def _lokr_shapes(settings: LoraSettings, shape: TransformerShape, modules: list[str]) -> list[KroneckerShape]:
+    if settings.type != "lokr":
+        return []
+    return list(shapes_of(settings, shape.linears, [name for name in modules if name.startswith("layers.")]).values())
 
 
 def lora_parameters(shape: TransformerShape, modules: Iterable[str], rank: int) -> int:

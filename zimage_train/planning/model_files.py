@@ -1,7 +1,7 @@
 """Search for the model files of a run, and checks of their headers, without reading a weight (torch-free)."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from zimage_train.errors import (
     collect_errors,
 )
 from zimage_train.lora import headers, targets
+from zimage_train.lora.kronecker_shapes import shapes_of
 from zimage_train.models import components, locate
 from zimage_train.models.arch import TransformerShape
 from zimage_train.models.locate import DownloadFn, ModelPaths, NotDownloadedError
@@ -135,12 +136,12 @@ def _init_from(
     if shape is None:
         return path
     headers.require_match(path, headers.read_sizes(path), shape.linears)
-    ranks = headers.read_ranks(path)
     location = replace(location, source=name)
-    different_modules = sorted(ranks.keys() ^ set(modules))
-    if different_modules:
-        message = f"has {len(ranks)} modules and lora.targets {len(modules)}; {different_modules[0]} is in either alone"
-        raise ConfigError(Problem(location, message, "set lora.targets to what it was trained with", "other-modules"))
+    if config.lora.type == "lokr":
+        _require_same_lokr(config, headers.read_part_shapes(path), modules, shape, location)
+        return path
+    ranks = headers.read_ranks(path)
+    _require_same_modules(list(ranks), modules, location)
     distinct_ranks = sorted(set(ranks.values()))
     if distinct_ranks != [config.lora.rank]:
         listed = " and ".join(map(str, distinct_ranks))
@@ -150,6 +151,35 @@ def _init_from(
         message = f"has rank {listed}, and lora.rank is {config.lora.rank}"
         raise ConfigError(Problem(location, message, hint, "other-rank"))
     return path
+
+
+def _require_same_modules(found: list[str], modules: list[str], location: Location) -> None:
+    different_modules = sorted(set(found) ^ set(modules))
+    if different_modules:
+        message = f"has {len(found)} modules and lora.targets {len(modules)}; {different_modules[0]} is in either alone"
+        raise ConfigError(Problem(location, message, "set lora.targets to what it was trained with", "other-modules"))
+
+
+def _require_same_lokr(
+    config: Config,
+    found: Mapping[str, Mapping[str, tuple[int, ...]]],
+    modules: list[str],
+    shape: TransformerShape,
+    location: Location,
+) -> None:
+    """Require that a LoKr has the matrices that the one to be trained has."""
+    _require_same_modules(list(found), modules, location)
+    for module, wanted in shapes_of(config.lora, shape.linears, modules).items():
+        parts = {part.removeprefix("lokr_"): size for part, size in found[module].items()}
+        if parts != wanted.parts:
+            there, here = ", ".join(map(_described, parts.items())), ", ".join(map(_described, wanted.parts.items()))
+            hint = "set lora.factor and lora.rank to what it was trained with"
+            raise ConfigError(Problem(location, f"has {there} in {module}, and this run {here}", hint, "other-rank"))
+
+
+def _described(part: tuple[str, tuple[int, ...]]) -> str:
+    name, size = part
+    return f"{name} {'x'.join(map(str, size))}"
 
 
 def _extra_lora(config: Config, index: int, shape: TransformerShape | None, fetch: DownloadFn | None) -> Path:

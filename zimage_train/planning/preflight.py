@@ -193,7 +193,7 @@ def _disk_bytes(config: Config, model_files: ModelFiles | None) -> int:
     """Return the bytes of checkpoints and exports; 0 while the model is not known."""
     if model_files is None:
         return 0
-    parameters = memory.lora_parameters(model_files.shape, model_files.modules, config.lora.rank)
+    parameters = memory.adapter_parameters(config.lora, model_files.shape, model_files.modules)
     copies = 1 if config.ema.decay is None else 2
     checkpoint = parameters * (4 * copies + OPTIMIZERS[config.optimizer.name].state_bytes)
     export = parameters * bytes_per_number(config.save.dtype) * copies

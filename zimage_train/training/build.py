@@ -20,9 +20,9 @@ from zimage_train.dataset.tensor_cache import CachedDataset
 from zimage_train.diffusion import request
 from zimage_train.diffusion.drift import DriftMeter
 from zimage_train.diffusion.frozen import FrozenTransformer, load_frozen
-from zimage_train.lora import layers, lora_file, targets, training_adapter
-from zimage_train.lora.deltas import Lora
-from zimage_train.lora.layers import LoraLayers
+from zimage_train.lora import adapters, lora_file, targets, training_adapter
+from zimage_train.lora.deltas import Deltas
+from zimage_train.lora.layers import AdapterLayers
 from zimage_train.lora.metadata import training_metadata
 from zimage_train.optim import ema, optimizers
 from zimage_train.optim.ema import Ema
@@ -106,7 +106,7 @@ def build_state(
         console.info(f"continuing after step {start_step}")
     if world.is_main:
         run_dir.write_config(context.folder, config)
-        facts = _facts(context, frozen, targets.count_by_group(lora.a))
+        facts = _facts(context, frozen, targets.count_by_group(lora.modules))
         facts["plan"] = plan.facts() | {"words": plan_text}
         facts["starts"] = [*run_dir.earlier_starts(context.folder), start_step]
         run_dir.write_facts(context.folder, facts)
@@ -181,17 +181,15 @@ def _load_frozen(context: RunContext, plan: MemoryPlan) -> FrozenTransformer:
     return frozen
 
 
-def _attach_lora(context: RunContext, frozen: FrozenTransformer) -> LoraLayers:
+def _attach_lora(context: RunContext, frozen: FrozenTransformer) -> AdapterLayers:
     """Add the LoRA to the frozen model, starting from `lora.init_from` if it is set."""
     settings, modules, console = context.config.lora, context.model_files.modules, context.console
-    attached = layers.attach_lora(
-        frozen.model, modules, settings.rank, settings.alpha, settings.dropout, context.config.seed
-    )
-    groups = ", ".join(f"{name} {count}" for name, count in targets.count_by_group(attached.a).items())
-    console.info(f"LoRA rank {settings.rank}: matched {len(attached.a)}/{len(modules)} modules ({groups})")
+    attached = adapters.attach_adapter(frozen.model, settings, modules, context.config.seed)
+    groups = ", ".join(f"{name} {count}" for name, count in targets.count_by_group(attached.modules).items())
+    console.info(f"{settings.description}: matched {len(attached.modules)}/{len(modules)} modules ({groups})")
     init_from = context.model_files.paths.init_from
     if init_from is not None:
-        attached.initialize_from(lora_file.read_lora(init_from))
+        attached.initialize_from(lora_file.read_deltas(init_from))
         console.info(f"it begins as {settings.init_from}")
     return attached
 
@@ -223,7 +221,7 @@ def generated_data(context: RunContext) -> GeneratedData:
     return GeneratedData(context.config, made_by)
 
 
-def _load_checkpoint(checkpoint: Checkpoint, lora: LoraLayers, averages: Ema | None, optimizer: Optimizer) -> None:
+def _load_checkpoint(checkpoint: Checkpoint, lora: AdapterLayers, averages: Ema | None, optimizer: Optimizer) -> None:
     where = str(checkpoint.path)
     lora.load_state(checkpoint.part("lora."), where)
     if averages is not None:
@@ -250,12 +248,12 @@ def _drift_meter(config: Config, preview_sets: list[PreviewSet], dataset: Cached
     return DriftMeter(requests, {item.prompt: dataset.embeds(item.prompt) for item in requests})
 
 
-def _read_extra_loras(context: RunContext) -> list[tuple[Lora, float]]:
+def _read_extra_loras(context: RunContext) -> list[tuple[Deltas, float]]:
     """Return the LoRAs of `sample.extra_loras` with their weights."""
     loras = []
     settings = context.config.sample.extra_loras
     for setting, path in zip(settings, context.model_files.paths.extra_loras, strict=True):
-        lora = lora_file.read_lora(path)
+        lora = lora_file.read_deltas(path)
         count = f"{len(lora)}/{len(lora)}"
         context.console.info(f"previews have {setting.file} too: matched {count} modules, weight {setting.weight:g}")
         loras.append((lora, setting.weight))
@@ -279,6 +277,7 @@ def _facts(context: RunContext, frozen: FrozenTransformer, groups: dict[str, int
         "device": torch.cuda.get_device_name(world.device) if is_cuda else str(world.device),
         "processes": world.world_size,
         "lora": {
+            "type": config.lora.type,
             "rank": config.lora.rank,
             "matched": f"{sum(groups.values())}/{len(context.model_files.modules)}",
             "groups": groups,

@@ -15,7 +15,7 @@ from zimage_train.io.operating_system import main_memory_bytes
 from zimage_train.io.safetensors_format import read_header
 from zimage_train.io.units import format_bytes
 from zimage_train.lora import fused_block
-from zimage_train.lora.layers import LoraLayers
+from zimage_train.lora.layers import AdapterLayers
 from zimage_train.models import checkpointing, region_ops
 from zimage_train.planning import devices, forecast, memory, planner, preflight
 from zimage_train.planning.planner import MemoryPlan
@@ -121,7 +121,7 @@ def plan_warnings(spec: RunSpec, plan: MemoryPlan) -> list[str]:
     return warnings
 
 
-def apply_recompute_plan(frozen: FrozenTransformer, lora: LoraLayers, plan: MemoryPlan, dropout: float) -> None:
+def apply_recompute_plan(frozen: FrozenTransformer, lora: AdapterLayers, plan: MemoryPlan, dropout: float) -> None:
     """Set up the blocks for training: fused where that is faster, in the mode that `plan` has for a batch's tokens."""
     # With dropout, the recomputed forward has to draw the same masks as the first.
     unfused = checkpointing.checkpoint_by_tokens(plan.mode_of, preserve_rng=dropout > 0)

@@ -189,7 +189,7 @@ def _try_preview(state: TrainState) -> None:
         return
     requests = chain.from_iterable(previews.requests for previews in state.preview_sets)
     largest = max(requests, key=_preview_size)
-    with state.run_step.between_steps(), state.with_preview_loras(state.lora.factors()):
+    with state.run_step.between_steps(), state.with_preview_loras(state.lora.deltas()):
         render_images(
             state.frozen, state.vae_path, [replace(largest, steps=1)], state.preview_embeds, lambda done, total: None
         )
@@ -208,7 +208,7 @@ def _has_previews_to_try(state: TrainState) -> bool:
 
 def _try_save(state: TrainState) -> None:
     """Write a checkpoint and a LoRA, and read them back."""
-    path, trained, dtype = state.folder.rehearsal, state.lora.factors(), state.config.save.dtype
+    path, trained, dtype = state.folder.rehearsal, state.lora.deltas(), state.config.save.dtype
     try:
         tensorfile.save_with_digest(
             path, state.lora.state() | optimizers.optimizer_state(state.optimizer, state.lora.flat)[0], {}

@@ -9,7 +9,7 @@ from zimage_train.diffusion import comfyui, comfyui_canvas
 from zimage_train.errors import DiskError, WeightsError, ZImageTrainError
 from zimage_train.io import atomic
 from zimage_train.lora import lora_file, metadata, verify
-from zimage_train.lora.deltas import Lora
+from zimage_train.lora.deltas import Deltas
 from zimage_train.report import preview_images
 from zimage_train.training.state import TrainState
 
@@ -21,9 +21,9 @@ def export_step(state: TrainState, step: int) -> None:
         WeightsError: a file would be loaded as other weights; it is renamed to `.unverified`.
         DiskError: a file cannot be written.
     """
-    _export(state, step, _path(state, step), state.lora.factors())
+    _export(state, step, _path(state, step), state.lora.deltas())
     if state.ema is not None:
-        _export(state, step, _path(state, step, is_ema=True), state.lora.factors(state.ema.shadow))
+        _export(state, step, _path(state, step, is_ema=True), state.lora.deltas(state.ema.shadow))
 
 
 def save_picture(state: TrainState, step: int) -> None:
@@ -67,7 +67,7 @@ def _shown_preview(state: TrainState) -> int:
     return 0
 
 
-def _export(state: TrainState, step: int, path: Path, trained: Lora) -> None:
+def _export(state: TrainState, step: int, path: Path, trained: Deltas) -> None:
     config = state.config
     if picture_path(path).exists():  # from an earlier start; if this step's preview fails, it would show other weights
         atomic.remove(picture_path(path))

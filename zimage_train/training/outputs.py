@@ -77,7 +77,7 @@ def render_previews(state: TrainState, previews: PreviewSet, step: int) -> dict[
         return measured
     model, sample = state.frozen.model, state.config.sample
     is_averaged = sample.weights == "ema" and state.ema is not None
-    trained = state.lora.factors(state.ema.shadow if is_averaged and state.ema else None)
+    trained = state.lora.deltas(state.ema.shadow if is_averaged and state.ema else None)
     requests = [request for _, request in missing]
     preview_progress = partial(state.console.progress, f"preview at step {step}{previews.suffix}")
     drift_progress = partial(state.console.progress, f"drift at step {step}")

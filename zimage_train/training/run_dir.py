@@ -6,9 +6,11 @@ import re
 import secrets
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+from zimage_train.config.dataset import DataEntry
 from zimage_train.config.key_names import is_setting
 from zimage_train.config.load import dump_config, flatten_keys, resolve_paths
 from zimage_train.config.schema import Config
@@ -210,7 +212,23 @@ def _changed_settings(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[st
     # A checkpoint of an earlier start may hold settings that are compared by content since.
     compared = [key for key in sorted(old.keys() | new.keys()) if not _is_free(key)]
     keys = [key for key in compared if old.get(key) != new.get(key)]
+    # A setting that came with a later version, at its default, means what was done without it.
+    defaults = _default_settings()
+    keys = [key for key in keys if key in old or new[key] != defaults.get(_in_first_entry(key), _NO_DEFAULT)]
     return {key: f"- {_shown(old, key)}  + {_shown(new, key)}" for key in keys}
+
+
+_NO_DEFAULT = object()
+
+
+@cache
+def _default_settings() -> dict[str, Any]:
+    return flatten_keys(Config(name="defaults", data=[DataEntry(folder="defaults")]).model_dump(mode="json"))
+
+
+def _in_first_entry(key: str) -> str:
+    """Return the key of the same setting of the first entry of `data`."""
+    return re.sub(r"^data\.\d+\.", "data.0.", key)
 
 
 def _changed_inputs(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, str]:

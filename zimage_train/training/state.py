@@ -16,8 +16,8 @@ from zimage_train.dataset.tensor_cache import CachedDataset
 from zimage_train.diffusion.drift import DriftMeter
 from zimage_train.diffusion.frozen import FrozenTransformer
 from zimage_train.lora import arithmetic, swap
-from zimage_train.lora.deltas import Lora
-from zimage_train.lora.layers import LoraLayers
+from zimage_train.lora.deltas import Deltas
+from zimage_train.lora.layers import AdapterLayers
 from zimage_train.optim.ema import Ema
 from zimage_train.planning.planner import MemoryPlan
 from zimage_train.report.console import Console
@@ -45,7 +45,7 @@ class TrainState:
     memory_plan: MemoryPlan
     dataset: CachedDataset
     frozen: FrozenTransformer
-    lora: LoraLayers
+    lora: AdapterLayers
     run_step: StepRunner
     ema: Ema | None
     optimizer: Optimizer
@@ -54,7 +54,7 @@ class TrainState:
     vae_path: Path
     """The folder or the file of the VAE."""
     preview_sets: list[PreviewSet]
-    extra_loras: list[tuple[Lora, float]]
+    extra_loras: list[tuple[Deltas, float]]
     """LoRAs and their weights that previews use beside the trained LoRA."""
     preview_embeds: Mapping[str, Tensor]
     drift_meter: DriftMeter | None
@@ -78,9 +78,9 @@ class TrainState:
         """Return what computes the blocks of a step; a checkpoint is continued by the same."""
         return block_path(self.memory_plan, self.world.device, self.attention)
 
-    def with_preview_loras(self, trained: Lora) -> AbstractContextManager[None]:
+    def with_preview_loras(self, trained: Deltas) -> AbstractContextManager[None]:
         """Within the block, replace the LoRA of the model by `trained` and the extra LoRAs of previews together."""
-        return swap.replaced_lora(self.frozen.model, arithmetic.stack_loras([(trained, 1.0), *self.extra_loras]))
+        return swap.replaced_lora(self.frozen.model, arithmetic.sum_deltas([(trained, 1.0), *self.extra_loras]))
 
     def micro_batches(self, step: int) -> list[tuple[Sample, ...]]:
         """Return the samples of this process in `step`, a tuple for each micro-batch."""

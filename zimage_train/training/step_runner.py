@@ -19,7 +19,7 @@ from torch import Tensor
 
 from zimage_train.config.schema import Config
 from zimage_train.diffusion.frozen import FrozenTransformer
-from zimage_train.lora.layers import LoraLayers
+from zimage_train.lora.layers import AdapterLayers
 from zimage_train.models.offload import RingState
 from zimage_train.planning.planner import MemoryPlan
 from zimage_train.training.batches import Batch, map_tensors, named_tensors
@@ -108,7 +108,7 @@ class StepRunner:
         self,
         config: Config,
         frozen: FrozenTransformer,
-        lora: LoraLayers,
+        lora: AdapterLayers,
         plan: MemoryPlan,
         recorder: Recorder | None,
     ) -> None:

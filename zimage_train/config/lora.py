@@ -1,0 +1,84 @@
+"""Settings of what is trained."""
+
+import re
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from zimage_train.config.module_groups import TARGET_GROUPS
+from zimage_train.config.types import ConflictError, NonEmptyPath, Section, SettingError, without_default
+
+AdapterType = Literal["lora", "lokr"]
+
+
+class LoraSettings(Section):
+    type: AdapterType = "lora"
+    """What is trained beside each weight. lora: a product of two matrices of `rank`; lokr: a Kronecker product of a
+    small and a large matrix, which changes a weight in its full rank with few parameters."""
+    rank: int | None = Field(default=16, ge=1, le=1024, json_schema_extra=without_default)
+    """Rank of the LoRA, which is its capacity; the size of its file is proportional to it. Of a LoKr, the rank of its
+    large matrix; null: that is stored whole. If left out: 16 for lora, null for lokr."""
+    factor: Literal["auto"] | Annotated[int, Field(ge=2, le=1024)] = 16
+    """Of a LoKr: rows and columns of its small matrix. The smaller, the larger the other matrix, the capacity and the
+    file; where it does not divide a side of the weight, the next smaller divisor. auto: both matrices about as large,
+    which is the least capacity."""
+    alpha: float | None = Field(default=None, gt=0.0)
+    """The change to each weight is scaled by alpha / rank; null: alpha = rank, so the scale is 1."""
+    targets: list[str] | str = ["attention", "feed_forward"]
+    """Modules that are trained: a list of the groups attention, feed_forward, adaln and refiners, or a regular
+    expression for full module names."""
+    dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
+    """Fraction of the LoRA's inputs that is set to zero during training."""
+    init_from: NonEmptyPath | None = None
+    """LoRA to start from, with the same rank and modules: a file, or org/repo/file."""
+
+    @field_validator("targets")
+    @classmethod
+    def _known_targets(cls, value: list[str] | str) -> list[str] | str:
+        if isinstance(value, str):
+            try:
+                re.compile(value)
+            except re.error as error:
+                raise SettingError(f"not a regular expression: {error}") from None
+            return value
+        hint = f"groups are {', '.join(TARGET_GROUPS)}; a regular expression is a single string"
+        if not value:
+            raise SettingError("names no group, so nothing would be trained", hint)
+        for name in value:
+            if name not in TARGET_GROUPS:
+                raise SettingError(f"unknown group {name!r}", hint)
+        return value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_rank(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("type") == "lokr" and "rank" not in values:
+            return values | {"rank": None}
+        return values
+
+    @model_validator(mode="after")
+    def _has_effect(self) -> Self:
+        if self.type == "lora":
+            if self.rank is None:
+                raise ConflictError("a LoRA needs a rank", "give a number", ("rank",))
+            if "factor" in self.model_fields_set and self.factor != 16:
+                raise ConflictError("factor is for type: lokr, and a LoRA has none", "leave it out", ("factor",))
+            return self
+        if self.alpha is not None and self.rank is None:
+            hint = "leave it out, or give a rank"
+            raise ConflictError("alpha has no effect on a LoKr whose matrices are whole", hint, ("alpha",))
+        if self.dropout > 0:
+            raise ConflictError("dropout is for type: lora", "leave it out", ("dropout",))
+        return self
+
+    @property
+    def factor_number(self) -> int | None:
+        """The factor, or None for auto."""
+        return None if self.factor == "auto" else self.factor
+
+    @property
+    def description(self) -> str:
+        """The kind and its size, as log lines and `check` name it."""
+        if self.type == "lora":
+            return f"LoRA of rank {self.rank}"
+        return f"LoKr of factor {self.factor}" + ("" if self.rank is None else f" and rank {self.rank}")

@@ -1,0 +1,15 @@
+"""The kinds of adapters that can be trained."""
+
+from torch import nn
+
+from zimage_train.config.lora import LoraSettings
+from zimage_train.lora import kronecker, layers
+from zimage_train.lora.layers import AdapterLayers
+
+
+def attach_adapter(model: nn.Module, settings: LoraSettings, modules: list[str], seed: int) -> AdapterLayers:
+    """Attach a new adapter of the kind `settings.type` to `modules`, whose change is zero."""
+    if settings.type == "lokr":
+        return kronecker.attach_lokr(model, settings, modules, seed)
+    assert settings.rank is not None
+    return layers.attach_lora(model, modules, settings.rank, settings.alpha, settings.dropout, seed)

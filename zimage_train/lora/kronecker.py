@@ -1,0 +1,235 @@
+"""LoKr: the change of a weight (out, in) as scale * kron(W1, W2), which is never formed.
+
+With out = l k and in = m n, a row x of the input is a matrix X (m, n), and its output is W1 X W2', a matrix (l, k). So
+the change costs l m k + m n k multiplications a row instead of l k m n.
+
+Reference: LyCORIS, https://github.com/KohakuBlueleaf/LyCORIS, lycoris/modules/lokr.py
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any, Literal, cast
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from zimage_train.config.lora import LoraSettings
+from zimage_train.lora.deltas import Delta, Deltas, DeltaSum, Factors, Kronecker
+from zimage_train.lora.kronecker_shapes import KroneckerShape, shapes_of
+from zimage_train.lora.layers import AdapterLayers, product_groups
+from zimage_train.models.linear import FrozenLinear
+from zimage_train.optim.flat import FlatParameters
+from zimage_train.rng import keyed_generator
+
+
+@dataclass(frozen=True)
+class KroneckerTerm:
+    """The matrices of a LoKr by part (`KroneckerShape.parts`) in the dtype of the products, or their gradients."""
+
+    parts: dict[str, Tensor]
+    scale: float
+
+    def factor(self, name: Literal["w1", "w2"]) -> Tensor:
+        """Return W1 or W2 whole."""
+        if name in self.parts:
+            return self.parts[name]
+        return self.parts[f"{name}_a"] @ self.parts[f"{name}_b"]
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """Add the change for the rows x (t, in) to y (t, out), in place."""
+        w1, w2 = self.factor("w1"), self.factor("w2")
+        inner = _times_w2(x, w1, w2)
+        # W1 is seen once for each row, without a copy; the sum is formed within the product.
+        y.view(len(x), len(w1), len(w2)).baddbmm_(w1.expand(len(x), *w1.shape), inner, alpha=self.scale)
+
+    def backward(self, x: Tensor, grad: Tensor, grads: "KroneckerTerm", grad_x: Tensor | None) -> None:
+        """Write the gradients of the matrices into `grads`, and add that of the rows x to `grad_x`, in place.
+
+        What the forward formed between the two products is formed again, since it is as large as the output.
+        """
+        w1, w2 = self.factor("w1"), self.factor("w2")
+        rows = grad.view(len(x), len(w1), len(w2))
+        through = torch.empty(len(x), w1.shape[1], len(w2), dtype=x.dtype, device=x.device)
+        torch.baddbmm(through, w1.T.expand(len(x), *w1.T.shape), rows, beta=0.0, alpha=self.scale, out=through)
+        flat = through.flatten(0, 1)  # (t m, k)
+        grad_w2 = flat.T @ x.reshape(len(flat), -1)
+        if grad_x is not None:
+            grad_x.view(len(flat), -1).addmm_(flat, w2)
+        del through, flat
+        # A single product over all rows and columns, for which both are laid out by their own dimension first.
+        inner = _times_w2(x, w1, w2).transpose(0, 1).reshape(w1.shape[1], -1)
+        grad_w1 = rows.transpose(0, 1).reshape(len(w1), -1) @ inner.T
+        grads._write("w1", grad_w1.mul_(self.scale), self)
+        grads._write("w2", grad_w2, self)
+
+    def _write(self, name: str, grad: Tensor, term: "KroneckerTerm") -> None:
+        """Write `grad` of a whole factor of `term`, or what of it reaches the two whose product the factor is."""
+        if name in self.parts:
+            self.parts[name].copy_(grad)
+            return
+        torch.mm(grad, term.parts[f"{name}_b"].T, out=self.parts[f"{name}_a"])
+        torch.mm(term.parts[f"{name}_a"].T, grad, out=self.parts[f"{name}_b"])
+
+
+def _times_w2(x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
+    """Return X W2' of each row x, (t, m, k)."""
+    return (x.reshape(len(x) * w1.shape[1], -1) @ w2.T).view(len(x), w1.shape[1], len(w2))
+
+
+class _AddFunction(torch.autograd.Function):
+    """y + the change for x; only x and the matrices are saved."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, names: Sequence[str], scale: float, *matrices: Tensor) -> Tensor:
+        ctx.save_for_backward(x, *matrices)
+        ctx.names, ctx.scale = names, scale
+        ctx.mark_dirty(y)
+        term = KroneckerTerm(_cast(names, matrices, x.dtype), scale)
+        term.add(x.flatten(0, -2), y.view(-1, y.shape[-1]))
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor):
+        grad = grad_outputs[0].contiguous()
+        x, *matrices = ctx.saved_tensors
+        term = KroneckerTerm(_cast(ctx.names, matrices, x.dtype), ctx.scale)
+        grads = KroneckerTerm({name: torch.empty_like(part) for name, part in term.parts.items()}, ctx.scale)
+        grad_x = torch.zeros_like(x, memory_format=torch.contiguous_format) if ctx.needs_input_grad[0] else None
+        rows = None if grad_x is None else grad_x.flatten(0, -2)
+        term.backward(x.flatten(0, -2), grad.flatten(0, -2), grads, rows)
+        casts = [grads.parts[name].to(matrix.dtype) for name, matrix in zip(ctx.names, matrices, strict=True)]
+        return grad_x, grad, None, None, *casts
+
+
+def _cast(names: Sequence[str], matrices: Sequence[Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    return {name: matrix.to(dtype) for name, matrix in zip(names, matrices, strict=True)}
+
+
+class KroneckerLinear(nn.Module, BaseTunerLayer):
+    """A frozen linear layer and the LoKr that is trained beside it."""
+
+    def __init__(self, base: nn.Module, parts: Mapping[str, nn.Parameter], scale: float) -> None:
+        super().__init__()
+        self.base_layer = base
+        self.parts = nn.ParameterDict(parts)
+        self.scale = scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.get_base_layer()(x)
+        if self.disable_adapters:
+            return y
+        names = sorted(self.parts)
+        return _AddFunction.apply(x, y, names, self.scale, *(self.parts[name] for name in names))
+
+
+class FixedLinear(nn.Module, BaseTunerLayer):
+    """A frozen linear layer and finished deltas beside it, for sampling: of a LoRA, of LoKrs, or of both."""
+
+    def __init__(self, base: nn.Module, delta: Delta, device: torch.device) -> None:
+        super().__init__()
+        self.base_layer = base
+        self._lora: Factors | None = None
+        self._terms: list[KroneckerTerm] = []
+        for part in delta.parts if isinstance(delta, DeltaSum) else (delta,):
+            if isinstance(part, Factors):
+                self._lora = Factors(part.a.to(device), part.b.to(device).float() * part.scale, 1.0)
+            else:
+                assert isinstance(part, Kronecker)
+                w1, w2 = part.whole
+                self._terms.append(KroneckerTerm({"w1": w1.to(device), "w2": w2.to(device)}, part.scale))
+
+    def forward(self, x: Tensor) -> Tensor:
+        base, lora = self.get_base_layer(), self._lora
+        if self.disable_adapters or lora is None:
+            y = base(x)
+        elif isinstance(base, FrozenLinear):
+            y = base.with_lora(x, lora.a, lora.b, 1.0)
+        else:
+            y = base(x) + F.linear(F.linear(x, lora.a.to(x.dtype)), lora.b.to(x.dtype))
+        if self.disable_adapters:
+            return y
+        rows = x.reshape(-1, x.shape[-1])
+        for term in self._terms:
+            cast = KroneckerTerm({name: part.to(x.dtype) for name, part in term.parts.items()}, term.scale)
+            cast.add(rows, y.view(-1, y.shape[-1]))
+        return y
+
+
+@dataclass(frozen=True)
+class KroneckerLayers(AdapterLayers):
+    """The trainable LoKr of a model: W1 and W2 of each module, or the two matrices whose product W2 is."""
+
+    shapes: Mapping[str, KroneckerShape]
+
+    @property
+    def modules(self) -> list[str]:
+        return list(self.shapes)
+
+    def deltas(self, state: Mapping[str, Tensor] | None = None) -> Deltas:
+        tensors = state or self.state()
+        deltas: Deltas = {}
+        for module, shape in self.shapes.items():
+            parts = {part: tensors[f"lora.{module}.{part}"] for part in shape.parts}
+            second = (parts["w2"],) if shape.rank is None else (parts["w2_a"], parts["w2_b"])
+            deltas[module] = Kronecker((parts["w1"],), second, self.scale)
+        return deltas
+
+    @torch.no_grad()
+    def initialize_from(self, deltas: Deltas) -> None:
+        for module, delta in deltas.items():
+            assert isinstance(delta, Kronecker)
+            w1, w2 = delta.whole
+            views = {part: self.flat.views[f"{module}.{part}"] for part in self.shapes[module].parts}
+            # This model multiplies by its own scale, so the quotient of the two keeps the delta as it is.
+            views["w1"].copy_(w1 * (delta.scale / self.scale))
+            if self.shapes[module].rank is None:
+                views["w2"].copy_(w2)
+            else:
+                views["w2_a"].copy_(delta.w2[0])
+                views["w2_b"].copy_(delta.w2[1])
+
+
+def attach_lokr(model: nn.Module, settings: LoraSettings, modules: list[str], seed: int) -> KroneckerLayers:
+    """Attach a new LoKr to `modules`: every matrix uniform in +-1/sqrt(columns) but the last, which is zero, all fp32.
+
+    As LyCORIS initialises it. Each matrix is a function of the seed, the module and its own name alone.
+    """
+    sizes: dict[str, tuple[int, int]] = {}
+    for module in modules:
+        layer = model.get_submodule(module)
+        assert isinstance(layer, nn.Linear)
+        sizes[module] = (layer.out_features, layer.in_features)
+    shapes = shapes_of(settings, sizes, modules)
+    parts = {f"{module}.{part}": size for module, shape in shapes.items() for part, size in shape.parts.items()}
+    order: list[str] = []
+    for module in chain.from_iterable(product_groups(modules)):
+        order += [f"{module}.{part}" for part in shapes[module].parts]
+    device = cast(Tensor, model.get_submodule(modules[0]).weight).device
+    flat = FlatParameters(parts, order, device)
+    scale = 1.0 if settings.alpha is None or settings.rank is None else settings.alpha / settings.rank
+    for module, shape in shapes.items():
+        views = {part: flat.views[f"{module}.{part}"] for part in shape.parts}
+        replace_module(model, module, KroneckerLinear(model.get_submodule(module), views, scale))
+        with torch.no_grad():
+            for part, view in list(views.items())[:-1]:
+                draw = keyed_generator(seed, "lokr", f"{module}.{part}")
+                view.copy_((torch.rand(view.shape, generator=draw) * 2.0 - 1.0) / math.sqrt(view.shape[1]))
+    flat.allocate_grads()
+    return KroneckerLayers(flat, scale, shapes)
+
+
+def attach_fixed(model: nn.Module, deltas: Deltas) -> None:
+    """Attach finished deltas of any kind to the model, for sampling."""
+    device = next(model.parameters()).device
+    for module, delta in deltas.items():
+        replace_module(model, module, FixedLinear(model.get_submodule(module), delta, device))
+
+
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put `module` into the model in place of the module `name`."""
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)
