@@ -151,6 +151,15 @@ MAPPED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"data.0.trigger": "zchar", "data.0.dropout_keeps_trigger": True},
     ),
     "network.pretrained_lora_path": ({"network.pretrained_lora_path": "a.st"}, {"lora.init_from": "a.st"}),
+    "network.type": ({"network.type": "lokr"}, {"lora.type": "lokr", "lora.rank": None, "lora.factor": "auto"}),
+    "network.lokr_factor": (
+        {"network.type": "lokr", "network.lokr_factor": 8},
+        {"lora.type": "lokr", "lora.rank": None, "lora.factor": 8},
+    ),
+    "network.lokr_full_rank": (
+        {"network.type": "lokr", "network.lokr_full_rank": False, "network.linear": 8},
+        {"lora.type": "lokr", "lora.rank": 8, "lora.factor": "auto"},
+    ),
     "network.linear": ({"network.linear": 32}, {"lora.rank": 32}),
     "network.rank": ({"network.rank": 8, "network.linear": 8}, {"lora.rank": 8}),
     "network.dropout": ({"network.dropout": 0.1}, {"lora.dropout": 0.1}),

@@ -1,5 +1,6 @@
 """LoKr: the change is a Kronecker product, in training, in files, and as other programs read it."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,17 +10,24 @@ from hypothesis import strategies as st
 from peft.tuners.lokr.layer import factorization
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from zimage_train import mini
 from zimage_train.config.lora import LoraSettings
 from zimage_train.config.types import RECOMPUTE_MODES
+from zimage_train.dataset.buckets import Bucket
 from zimage_train.lora import fused_block, lora_file, verify
 from zimage_train.lora.deltas import Kronecker
 from zimage_train.lora.kronecker import KroneckerLinear, KroneckerTerm
-from zimage_train.lora.kronecker_shapes import divide, kronecker_shape
+from zimage_train.lora.kronecker_shapes import divide, kronecker_shape, shapes_of
 from zimage_train.models import locate
+from zimage_train.planning.flops import step_seconds
+from zimage_train.planning.gpus import get_gpu
+from zimage_train.planning.memory import WeightPlacement
+from zimage_train.planning.preflight import check_run, workload_of
 
-from steps import gradients, trained, unfused
+import workloads
+from steps import FULL, gradients, trained, unfused
 
 WHOLE = LoraSettings(type="lokr", factor=4)
 LOW_RANK = LoraSettings(type="lokr", factor=4, rank=3, alpha=1.5)
@@ -170,3 +178,27 @@ def test_export_reads_back_everywhere(tmp_path: Path, lora: LoraSettings, dtype:
             }
             assert relative(loaded[module].delta(), dense(parts, delta.scale)) < limit
     assert verify.verify_export(path, deltas, dtype, shape) < limit
+
+
+def test_products_are_counted():
+    """`KroneckerShape.products` are the multiplications of a forward, as torch counts them."""
+    shape = kronecker_shape((120, 96), 8, None)
+    term = KroneckerTerm({name: torch.randn(size) for name, size in shape.parts.items()}, 1.0)
+    with FlopCounterMode(display=False) as counter:
+        term.add(torch.randn(5, 96), torch.zeros(5, 120))
+    assert counter.get_total_flops() == 2 * 5 * shape.products
+    assert shape.between == 8 * 12
+
+
+@BOTH
+def test_plan_counts_the_parameters(make_config, lora: LoraSettings):
+    """The plan's number of parameters is that of the layers, and a step takes longer than one of a LoRA."""
+    chosen = lora.model_dump(exclude={"targets", "init_from", "dropout"})
+    workload = workload_of(check_run(make_config(lora=chosen)), gpu=True)
+    assert workload.trained == unfused("none", lora=lora)[1].flat.numel
+    full = workloads.workload((1024,), trained=0)
+    shapes = shapes_of(lora, FULL.linears, workloads.MODULES)
+    lokr = replace(full, lokr=tuple(shapes.values()))
+    card = get_gpu("h100")
+    seconds = [step_seconds(one, WeightPlacement(), "none", Bucket(1024, 1024), card) for one in (lokr, full)]
+    assert 1.02 < seconds[0] / seconds[1] < 1.5

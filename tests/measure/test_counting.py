@@ -3,9 +3,13 @@
 import pytest
 import torch
 
+from zimage_train.config.lora import LoraSettings
 from zimage_train.config.types import RECOMPUTE_MODES
+from zimage_train.lora.kronecker_shapes import shapes_of
 from zimage_train.measure import counting
+from zimage_train.planning.flops import LOKR_BYTES
 
+import workloads
 from steps import FULL, counted_step
 
 LIMITS = {"launches_ours": 3300, "bytes_ours": 60e9, "kept_ours": 20e9}
@@ -44,6 +48,26 @@ def test_fused_blocks_keep_what_they_name(mode: str):
     wanted = (2 * KEPT_PER_TOKEN[mode] + row_sums + SMALL.get(mode, 4)) * tokens
     modulation = 4 * 2 * 3840
     assert kept == pytest.approx(wanted + modulation, abs=2000)
+
+
+def products_and_bytes(lora: LoraSettings) -> tuple[float, float, int]:
+    """What a block with an adapter takes: bytes of its products, all other bytes, and those that are kept."""
+    steps = [counted_step("none", 1024, layers, lora=lora).select("forward", "backward") for layers in (2, 3)]
+    moved = [sum(launch.num_bytes for launch in step.launches if launch.is_arithmetic) for step in steps]
+    return moved[1] - moved[0], steps[1].moved_bytes - steps[0].moved_bytes, steps[1].kept_bytes - steps[0].kept_bytes
+
+
+@pytest.mark.slow
+def test_lokr_moves_and_keeps_like_a_lora():
+    """A LoKr keeps nothing that a LoRA does not, and moves as planned: more in its products, and little elsewhere."""
+    settings = LoraSettings(type="lokr")
+    lora, lokr = products_and_bytes(LoraSettings(rank=16)), products_and_bytes(settings)
+    tokens = 64**2 + 64
+    block = shapes_of(settings, FULL.linears, [name for name in workloads.MODULES if name.startswith("layers.0.")])
+    between = sum(shape.between for shape in block.values())
+    assert lokr[0] - lora[0] == pytest.approx(LOKR_BYTES * between * tokens, rel=0.1)
+    assert lokr[1] < 1.1 * lora[1]
+    assert lokr[2] <= lora[2]
 
 
 def test_a_launch_counts_what_it_moves():

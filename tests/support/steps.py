@@ -78,7 +78,12 @@ def gradients(
 
 
 def counted_step(
-    mode: str, side: int, layers: int, kind: str | None = None, ops: ModuleType | None = region_ops
+    mode: str,
+    side: int,
+    layers: int,
+    kind: str | None = None,
+    ops: ModuleType | None = region_ops,
+    lora: LoraSettings | None = None,
 ) -> CountedStep:
     """The work of a step at the full width; without `ops`, of diffusers' blocks."""
-    return count_step(our_model(replace(FULL, n_layers=layers), mode, kind, ops=ops), side)
+    return count_step(our_model(replace(FULL, n_layers=layers), mode, kind, ops=ops, lora=lora), side)

@@ -1,7 +1,7 @@
 """LoKr: the change of a weight (out, in) as scale * kron(W1, W2), which is never formed.
 
 With out = l k and in = m n, a row x of the input is a matrix X (m, n), and its output is W1 X W2', a matrix (l, k). So
-the change costs l m k + m n k multiplications a row instead of l k m n.
+the change costs l m n + l n k multiplications a row instead of l k m n.
 
 Reference: LyCORIS, https://github.com/KohakuBlueleaf/LyCORIS, lycoris/modules/lokr.py
 """
@@ -42,29 +42,24 @@ class KroneckerTerm:
     def add(self, x: Tensor, y: Tensor) -> None:
         """Add the change for the rows x (t, in) to y (t, out), in place."""
         w1, w2 = self.factor("w1"), self.factor("w2")
-        inner = _times_w2(x, w1, w2)
-        # W1 is seen once for each row, without a copy; the sum is formed within the product.
-        y.view(len(x), len(w1), len(w2)).baddbmm_(w1.expand(len(x), *w1.shape), inner, alpha=self.scale)
+        # The sum is formed within the larger of the two products.
+        y.view(-1, len(w2)).addmm_(_times_w1(w1, x).flatten(0, 1), w2.T, alpha=self.scale)
 
     def backward(self, x: Tensor, grad: Tensor, grads: "KroneckerTerm", grad_x: Tensor | None) -> None:
         """Write the gradients of the matrices into `grads`, and add that of the rows x to `grad_x`, in place.
 
-        What the forward formed between the two products is formed again, since it is as large as the output.
+        What the forward had between its two products is formed again: it may be as large as x or the output.
         """
         w1, w2 = self.factor("w1"), self.factor("w2")
-        rows = grad.view(len(x), len(w1), len(w2))
-        through = torch.empty(len(x), w1.shape[1], len(w2), dtype=x.dtype, device=x.device)
-        torch.baddbmm(through, w1.T.expand(len(x), *w1.T.shape), rows, beta=0.0, alpha=self.scale, out=through)
-        flat = through.flatten(0, 1)  # (t m, k)
-        grad_w2 = flat.T @ x.reshape(len(flat), -1)
+        rows = grad.view(-1, len(w2))
+        grads._write("w2", (rows.T @ _times_w1(w1, x).flatten(0, 1)).mul_(self.scale), self)
+        through = (rows @ w2).view(len(x), len(w1), -1)
+        matrices = x.view(len(x), w1.shape[1], -1)
+        # A small matrix for each row, and then their sum; as a single product, both sides would have to be laid out
+        # anew, which moves more.
+        grads._write("w1", torch.bmm(through, matrices.transpose(1, 2)).sum(0).mul_(self.scale), self)
         if grad_x is not None:
-            grad_x.view(len(flat), -1).addmm_(flat, w2)
-        del through, flat
-        # A single product over all rows and columns, for which both are laid out by their own dimension first.
-        inner = _times_w2(x, w1, w2).transpose(0, 1).reshape(w1.shape[1], -1)
-        grad_w1 = rows.transpose(0, 1).reshape(len(w1), -1) @ inner.T
-        grads._write("w1", grad_w1.mul_(self.scale), self)
-        grads._write("w2", grad_w2, self)
+            grad_x.view(matrices.shape).baddbmm_(w1.T.expand(len(x), *w1.T.shape), through, alpha=self.scale)
 
     def _write(self, name: str, grad: Tensor, term: "KroneckerTerm") -> None:
         """Write `grad` of a whole factor of `term`, or what of it reaches the two whose product the factor is."""
@@ -75,9 +70,9 @@ class KroneckerTerm:
         torch.mm(term.parts[f"{name}_a"].T, grad, out=self.parts[f"{name}_b"])
 
 
-def _times_w2(x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
-    """Return X W2' of each row x, (t, m, k)."""
-    return (x.reshape(len(x) * w1.shape[1], -1) @ w2.T).view(len(x), w1.shape[1], len(w2))
+def _times_w1(w1: Tensor, x: Tensor) -> Tensor:
+    """Return W1 X of each row x, (t, l, n). W1 is seen once for each row, without a copy."""
+    return torch.bmm(w1.expand(len(x), *w1.shape), x.view(len(x), w1.shape[1], -1))
 
 
 class _AddFunction(torch.autograd.Function):
@@ -89,7 +84,7 @@ class _AddFunction(torch.autograd.Function):
         ctx.names, ctx.scale = names, scale
         ctx.mark_dirty(y)
         term = KroneckerTerm(_cast(names, matrices, x.dtype), scale)
-        term.add(x.flatten(0, -2), y.view(-1, y.shape[-1]))
+        term.add(x.flatten(0, -2).contiguous(), y.view(-1, y.shape[-1]))
         return y
 
     @staticmethod
@@ -100,7 +95,7 @@ class _AddFunction(torch.autograd.Function):
         grads = KroneckerTerm({name: torch.empty_like(part) for name, part in term.parts.items()}, ctx.scale)
         grad_x = torch.zeros_like(x, memory_format=torch.contiguous_format) if ctx.needs_input_grad[0] else None
         rows = None if grad_x is None else grad_x.flatten(0, -2)
-        term.backward(x.flatten(0, -2), grad.flatten(0, -2), grads, rows)
+        term.backward(x.flatten(0, -2).contiguous(), grad.flatten(0, -2), grads, rows)
         casts = [grads.parts[name].to(matrix.dtype) for name, matrix in zip(ctx.names, matrices, strict=True)]
         return grad_x, grad, None, None, *casts
 
@@ -152,7 +147,7 @@ class FixedLinear(nn.Module, BaseTunerLayer):
             y = base(x) + F.linear(F.linear(x, lora.a.to(x.dtype)), lora.b.to(x.dtype))
         if self.disable_adapters:
             return y
-        rows = x.reshape(-1, x.shape[-1])
+        rows = x.reshape(-1, x.shape[-1]).contiguous()
         for term in self._terms:
             cast = KroneckerTerm({name: part.to(x.dtype) for name, part in term.parts.items()}, term.scale)
             cast.add(rows, y.view(-1, y.shape[-1]))

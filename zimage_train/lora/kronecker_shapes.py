@@ -51,12 +51,12 @@ class KroneckerShape:
     def products(self) -> int:
         """Return the multiplications that its forward takes for a row of the input."""
         (outer, inner), (rows, columns) = self.w1, self.w2
-        return inner * columns * rows + outer * inner * rows
+        return outer * inner * columns + outer * columns * rows
 
     @property
     def between(self) -> int:
         """Return the numbers that its two products have between them, for a row of the input."""
-        return self.w1[1] * self.w2[0]
+        return self.w1[0] * self.w2[1]
 
 
 def kronecker_shape(weight: tuple[int, int], factor: int | None, rank: int | None) -> KroneckerShape:

@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
+from zimage_train.config.lora import LoraSettings
 from zimage_train.config.types import Quantization, RecomputeMode
 from zimage_train.lora import fused_block, targets
-from zimage_train.lora.layers import attach_lora
+from zimage_train.lora.adapters import attach_adapter
 from zimage_train.models import checkpointing, linear, region_ops, transformer
 from zimage_train.models.arch import TransformerShape
 from zimage_train.training.batches import Batch
@@ -32,7 +33,7 @@ from zimage_train.training.loss import sft_loss
 
 RANK = 16
 CAPTION_TOKENS = 64
-PRODUCTS = {"mm", "addmm", "addmm_", "bmm", "baddbmm", "_scaled_mm"}
+PRODUCTS = {"mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_", "_scaled_mm"}
 ATTENTION = {"_scaled_dot_product_flash_attention", "_scaled_dot_product_flash_attention_backward"}
 NO_KERNEL = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "_unsafe_view"}
 """Operations that allocate or describe memory, beside those whose result is a view."""
@@ -201,15 +202,16 @@ def our_model(
     kind: Quantization | None = None,
     dtype: torch.dtype = torch.bfloat16,
     ops: ModuleType | None = region_ops,
+    lora: LoraSettings | None = None,
 ) -> CountedModel:
-    """Return the model of a run, with a LoRA on attention and feed forward.
+    """Return the model of a run, with an adapter on attention and feed forward: by default a LoRA of `RANK`.
 
     `ops` are the regions of its fused blocks, as one kernel each or as plain torch; None: its blocks are modules.
     """
     model = transformer.empty_transformer(shape, dtype, kind)
     transformer.allocate_transformer(model, torch.device("meta"))
     with torch.device("meta"):
-        attached = attach_lora(model, _modules(shape), RANK, None, 0.0, 0)
+        attached = attach_adapter(model, lora or LoraSettings(rank=RANK), _modules(shape), 0)
     unfused = checkpointing.checkpoint_by_tokens(lambda tokens: mode, False)
     model.enable_gradient_checkpointing(unfused)
     if ops is not None:

@@ -33,9 +33,9 @@ UNPACK_BYTES = 3
 FP8_RATE, FP8_BYTES = 1.6, 56
 """How many times as fast as in bf16 products are in fp8, and what rounding their inputs to fp8 moves, in bytes per
 token and unit of `dim`. An estimate: the data sheets say 2, and no card was measured."""
-LOKR_BYTES = 3 * 2
-"""Bytes moved for each number of a LoKr that lies between its two products, or in the output that it is added to, in a
-pass: read, written, and laid out anew. No card was measured."""
+LOKR_BYTES = 18
+"""Bytes that a LoKr's own products move in a step, per token and number between the two of a forward. Its small matrix
+makes them wait for memory. Counted at full size (tests/measure/test_counting.py); no card was measured."""
 FIXED_ORDER_SHARE, FREE_ORDER_SHARE = 0.25, 0.55
 """Fraction of a data sheet's arithmetic that attention's backward reaches with sums in a fixed order, and without.
 
@@ -98,10 +98,10 @@ def _forward_backward_seconds(
     recomputed = attention if cost.recomputes_attention else 0.0
     forward = attention + _refiner_attention(shape, size) + recomputed
     products = step_flops(shape, size, mode) - backward - forward
-    # A LoKr's backward has two products for each of the forward's, and forms again what lay between the forward's two.
-    passes = 4.0 + cost.recomputes_attention
+    # A LoKr's backward has two products for each of the forward's, and the smaller of the forward's once more.
+    passes = 3.5 + _recomputed_share(shape, mode)
     products += passes * 2.0 * sum(kronecker.products for kronecker in workload.lokr) * tokens / batch
-    moved += passes * 2.0 * sum(kronecker.between for kronecker in workload.lokr) * tokens * LOKR_BYTES
+    moved += passes / 3.5 * LOKR_BYTES * sum(kronecker.between for kronecker in workload.lokr) * tokens
     if placement.quantization == "fp8_fast":
         products /= FP8_RATE
     at_full_rate = products / PRODUCT_SHARE + forward / ATTENTION_SHARE + backward / FIXED_ORDER_SHARE

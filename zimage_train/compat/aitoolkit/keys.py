@@ -67,7 +67,7 @@ LOGGING: dict[str, Row] = {
 }
 
 NETWORK: dict[str, Row] = {
-    "network.type": Refused("only type: lora is trained so far", "set type: lora", ("lora",)),
+    "network.type": Mapped("lora.type", one_of({"lora": "lora", "lokr": "lokr"}), "lora"),
     "network.linear": Mapped("lora.rank", whole, 4, derived=True),
     "network.rank": Mapped("lora.rank", whole, remark="wins over linear", derived=True),
     **rows("network", WithoutEffect("alpha is the rank there, and here"), "linear_alpha alpha"),
@@ -82,9 +82,9 @@ NETWORK: dict[str, Row] = {
     "network.network_kwargs.rank_dropout": Refused("is not possible here", "use network.dropout"),
     "network.network_kwargs.module_dropout": Refused("stops AI Toolkit too", "use network.dropout"),
     "network.network_kwargs.target_lin_modules": WithoutEffect("the model sets it"),
-    "network.lokr_full_rank": WithoutEffect("is for lokr only", (True,)),
-    "network.lokr_factor": WithoutEffect("is for lokr only", (-1,)),
-    "network.old_lokr_format": WithoutEffect("is for lokr only"),
+    "network.lokr_full_rank": Mapped("lora.rank", flag, True, "of a LoKr; true: its matrices are whole", derived=True),
+    "network.lokr_factor": Mapped("lora.factor", whole, -1, "of a LoKr; -1 is auto", derived=True),
+    "network.old_lokr_format": HandledHere("a LoKr has the newer keys, which ComfyUI and diffusers read"),
     "network.split_multistage_loras": WithoutEffect("is for models of two stages", (True,)),
     "network.layer_offloading": WithoutEffect("is not finished there"),
     "network.pretrained_lora_path": Mapped("lora.init_from", text),

@@ -164,10 +164,18 @@ def lora_section(job: AIToolkitJob) -> Values:
         job.refuse("network", "is missing, so AI Toolkit would train the whole model", hint, "missing-key")
     if rank is not None and job.is_given("network.linear") and rank != linear:
         job.note("network.linear", "is left out: network.rank wins, as in AI Toolkit")
+    size: Values = {"rank": linear if rank is None else rank}
+    if network["type"] == "lokr":
+        if network["lokr_full_rank"]:
+            size["rank"] = None
+        size["factor"] = "auto" if network["lokr_factor"] == -1 else network["lokr_factor"]
+        if network["dropout"]:
+            job.note("network.dropout", "is left out: a LoKr has none, in AI Toolkit either")
+        return {**size, "targets": _targets(job, network)}
     if network["dropout"]:
         job.note("network.dropout", "falls on the inputs of the LoRA here, and on its rank in AI Toolkit")
     return {
-        "rank": linear if rank is None else rank,
+        **size,
         "dropout": network["dropout"] or 0.0,
         "targets": _targets(job, network),
     }
