@@ -45,7 +45,7 @@ def meter(loras: Mapping[str, Mapping[int, Path]], seeds: Sequence[int]) -> dict
         if use.trained is None or use.model != mini.TURBO:
             continue
         for seed in seeds:
-            stack = arithmetic.stack_loras(
+            stack = arithmetic.sum_deltas(
                 [(lora_file.read_lora(path), 1.0) for path in (loras[use.trained][seed], *use.also)]
             )
             with swap.with_lora(model, stack):

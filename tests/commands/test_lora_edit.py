@@ -163,7 +163,7 @@ def close(found: Lora, expected: list[tuple[Lora, float]], tolerance: float) -> 
 @given(st.lists(st.tuples(loras, WEIGHTS), min_size=1, max_size=4))
 def test_merge_is_the_weighted_sum(parts: list[tuple[Lora, float]]):
     """A merge is the weighted sum of all changes."""
-    merged = arithmetic.stack_loras(parts)
+    merged = arithmetic.sum_deltas(parts)
     assert close(merged, parts, 1e-6)
     assert merged.keys() == {module for lora, weight in parts if weight for module in lora}
     for module, one in merged.items():
@@ -173,9 +173,9 @@ def test_merge_is_the_weighted_sum(parts: list[tuple[Lora, float]]):
 @settings(max_examples=15, deadline=None)
 @given(loras, loras, WEIGHTS.filter(bool), WEIGHTS.filter(bool))
 def test_a_merge_is_linear_in_the_ratios(one: Lora, other: Lora, a: float, b: float):
-    twice = arithmetic.stack_loras([(one, 2 * a), (other, 2 * b)])
-    assert close(twice, [(arithmetic.stack_loras([(one, a), (other, b)]), 2.0)], 1e-6)
-    both = arithmetic.stack_loras([(one, a), (one, b)])
+    twice = arithmetic.sum_deltas([(one, 2 * a), (other, 2 * b)])
+    assert close(twice, [(arithmetic.sum_deltas([(one, a), (other, b)]), 2.0)], 1e-6)
+    both = arithmetic.sum_deltas([(one, a), (one, b)])
     for m in one:
         rounding = 1e-6 * (abs(a) + abs(b)) * float(dense(one, m).norm())
         assert float((dense(both, m) - (a + b) * dense(one, m)).norm()) <= rounding
@@ -184,7 +184,7 @@ def test_a_merge_is_linear_in_the_ratios(one: Lora, other: Lora, a: float, b: fl
 @settings(max_examples=15, deadline=None)
 @given(st.lists(st.tuples(loras, WEIGHTS.filter(bool)), min_size=1, max_size=3))
 def test_a_full_rank_svd_is_the_sum(parts: list[tuple[Lora, float]]):
-    merged = arithmetic.stack_loras(parts)
+    merged = arithmetic.sum_deltas(parts)
     full: Lora = {}
     for module, one in merged.items():
         full[module], kept, whole = arithmetic.reduce_rank(one, one.rank, 1.0)
@@ -387,7 +387,7 @@ def test_resize_says_what_is_kept(tmp_path: Path):
     path, out = write(tmp_path / "x.safetensors", random_lora(8, 0.5)), tmp_path / "y.safetensors"
     code, said = lora_command("resize", path, "--rank", "3", "-o", out)
     found, lora = lora_file.read_lora(out), lora_file.read_lora(path)
-    assert code == 0 and {f.rank for f in found.values()} == {3} and "rank 8 -> 3: keeps " in said
+    assert code == 0 and {f.rank for f in found.values()} == {3} and "rank 8 -> rank 3: keeps " in said
     values = {m: torch.linalg.svdvals(dense(lora, m)).square() for m in lora}
     share = sum(float(v[:3].sum()) for v in values.values()) / sum(float(v.sum()) for v in values.values())
     assert f"keeps {share:.2%} of the squared change, least in " in said

@@ -105,7 +105,7 @@ def test_card_says_what_the_hub_reads(run: Path, tmp_path: Path):
     for text in (
         "<Gallery />", "Write `zorb` in the prompt.", 'pipe.load_lora_weights("tiny.safetensors")',
         'ZImagePipeline.from_pretrained("Tongyi-MAI/Z-Image-Turbo"', '    "a red zorb: \\"hello\\" | [x]",',
-        "num_inference_steps=8", "guidance_scale=1,", "CFG 2", "`tiny.workflow.json`", "| rank, alpha | 4, 4 |",
+        "num_inference_steps=8", "guidance_scale=1,", "CFG 2", "`tiny.workflow.json`", "| adapter | LoRA of rank 4 |",
         "| images | 16 |", "| steps | 2 |", "adapter_v1.safetensors, strength 1",
         "| optimizer | adamw, learning rate 0.001",
     ):  # fmt: skip

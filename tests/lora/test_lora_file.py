@@ -328,7 +328,7 @@ def test_stacked_loras_are_summed(frozen: FrozenTransformer):
     """Stacked LoRAs are the weighted sum of their changes."""
     one, other = random_lora(frozen.shape, rank=4, scale=0.5, seed=1), random_lora(frozen.shape, rank=2, seed=2)
     other.pop("layers.0.attention.to_q")
-    stacked = arithmetic.stack_loras([(one, 0.8), (other, -0.6)])
+    stacked = arithmetic.sum_deltas([(one, 0.8), (other, -0.6)])
     for module in one:
         expected = 0.8 * one[module].delta() - (0.6 * other[module].delta() if module in other else 0)
         assert torch.allclose(stacked[module].delta(), expected, atol=1e-4)

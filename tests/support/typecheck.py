@@ -6,6 +6,7 @@ check = beartype(conf=BeartypeConf(is_pep484_tower=True))
 
 MODULES = [
     "zimage_train.diffusion.flow",
+    "zimage_train.lora.deltas",
     "zimage_train.lora.layers",
     "zimage_train.lora.lora_file",
     "zimage_train.models.text_encoder",
