@@ -36,14 +36,14 @@ def write_lora(path: Path, described: dict[str, Any]) -> None:
     """Write a LoRA on the attention of TINY's first block: `keys` with {m} and {p}, rank, alpha, header, config."""
     draw, tensors = torch.Generator().manual_seed(1), {}
     ranks = described.get("ranks", [4, 4])
+    spelling = described.get("keys", "diffusion_model.{m}.{p}.weight")
     for module, rank in zip(("layers.0.attention.to_q", "layers.0.attention.to_v"), ranks, strict=True):
         outputs, inputs = TINY.linears[module]
         a_part, b_part = described.get("parts", ["lora_A", "lora_B"])
         for part, size in ((a_part, (rank, inputs)), (b_part, (outputs, rank))):
-            key = described.get("keys", "diffusion_model.{m}.{p}.weight").format(m=module, p=part)
-            tensors[key] = torch.randn(size, generator=draw)
+            tensors[spelling.format(m=module, p=part)] = torch.randn(size, generator=draw)
         if "alpha" in described:
-            tensors[f"diffusion_model.{module}.alpha"] = torch.tensor(float(described["alpha"]))
+            tensors[spelling.split("{m}")[0] + f"{module}.alpha"] = torch.tensor(float(described["alpha"]))
     for key in described.get("more_keys", []):
         tensors[key] = torch.zeros(2, 2)
     header = {key: json.dumps(value) for key, value in described.get("header", {}).items()}

@@ -17,6 +17,7 @@ from zimage_train import mini
 from zimage_train.commands.train import run_training
 from zimage_train.errors import WeightsError
 from zimage_train.lora import inspect, lora_file, verify
+from zimage_train.lora.adapter_config import header_text, make_config
 from zimage_train.lora.deltas import Factors
 from zimage_train.lora.readers import LoraTraits, readers_of
 from zimage_train.planning import preflight
@@ -60,12 +61,18 @@ TARGETS = ["layers.0.attention.to_q", "layers.0.attention.to_k", "layers.1.feed_
         ({"r": 4, "lora_alpha": 16, "alpha_pattern": {"attention.to_q": 2, "layers.1.*": 1}}, {0.5, 4.0, 0.25}),
         ({"r": 4, "lora_alpha": 16, "rank_pattern": {"to_k": 8}}, {4.0, 2.0}),
         ({"r": 4, "lora_alpha": 3, "rank_pattern": {"to_k": 9}, "use_rslora": True}, {1.5, 1.0}),
+        ({"r": 4}, {2.0}),
     ],
     ids=str,
 )
 def test_a_folder_of_peft_is_read(tmp_path: Path, settings: dict[str, Any], scales: set[float]):
     """Every change in a folder that peft has written is the change that peft itself computes."""
     path, deltas = made_by_peft(tmp_path / "peft", LoraConfig(target_modules=TARGETS, **settings))
+    if "lora_alpha" not in settings:  # a config by hand: peft takes its own default for what is missing
+        config_path = path.with_name("adapter_config.json")
+        config = json.loads(config_path.read_text())
+        assert config.pop("lora_alpha") == 8
+        config_path.write_text(json.dumps(config))
     lora = lora_file.read_lora(path)
     assert lora.keys() == deltas.keys() == set(TARGETS)
     assert {round(factors.scale, 6) for factors in lora.values()} == scales
@@ -191,6 +198,9 @@ def described(tmp_path: Path, config: Any, **header: Any) -> Path:
         ({"r": 4, "lora_alpha": "8"}, {}, "its metadata says that alpha is 8"),
         ({"r": 4, "lora_alpha": -8}, {}, "its metadata says that alpha is -8"),
         ({"r": True, "lora_alpha": 8}, {}, "its metadata says that rank is True"),
+        ({"r": 4, "lora_alpha": None}, {}, "its metadata says that alpha is None"),
+        ({"r": 4, "lora_alpha": 8, "init_lora_weights": "pissa_niter_4"}, {}, "began with pissa_niter_4"),
+        ({"peft_type": "IA3"}, {"r": 4, "init_lora_weights": "olora"}, "began with olora, which changed the weights"),
         ({"r": 4, "lora_alpha": 8, "alpha_pattern": {"to_q": math.nan}}, {}, "its metadata says that alpha is nan"),
         ({"r": 4, "lora_alpha": 8, "alpha_pattern": [1]}, {}, "its metadata says that alpha is [1]"),
         ("{", {}, "is not JSON"),
@@ -210,8 +220,18 @@ def test_doubtful_scales_are_refused(tmp_path: Path, config: Any, header: dict[s
 def test_places_that_agree_are_fine(tmp_path: Path):
     path = described(tmp_path, {"r": 4, "lora_alpha": 8}, lora_alpha=8, r=4)
     assert lora_file.read_lora(path)[Q].scale == 2.0
-    no_alpha = described(tmp_path, {"peft_type": "LORA"}, lora_alpha=8)
-    assert lora_file.read_lora(no_alpha)[Q].scale == 2.0
+    no_alpha = described(tmp_path, {"peft_type": "IA3"}, lora_alpha=16)
+    assert lora_file.read_lora(no_alpha)[Q].scale == 4.0
+    described(tmp_path, {"r": 4, "lora_alpha": 8, "init_lora_weights": "gaussian", "use_rslora": 1})
+    assert lora_file.read_lora(path)[Q].scale == 4.0
+
+
+def test_patterns_have_the_names_in_the_file(tmp_path: Path):
+    """A pattern is of the module's name in the model that peft wrapped, which may be more than the transformer."""
+    path = described(tmp_path, {"r": 4, "lora_alpha": 8, "alpha_pattern": {f"^transformer.{Q}": 32}})
+    tensors = {key.replace("model.layers", "model.transformer.layers"): one for key, one in load_file(path).items()}
+    save_file(tensors, path)
+    assert lora_file.read_lora(path)[Q].scale == 8.0
 
 
 def test_alpha_tensors_against_the_header(tmp_path: Path):
@@ -277,6 +297,33 @@ def lora_of(modules: str = "blocks", scale: float = 1.0, mixed: bool = False) ->
     return lora
 
 
+SPELLINGS = {
+    "comfyui": "diffusion_model.{m}.lora_{p}.weight",
+    "diffusers": "transformer.{m}.lora_{p}.weight",
+    "diffsynth": "{m}.lora_{p}.default.weight",
+    "no weight": "diffusion_model.{m}.lora_{p}",
+    "peft": "base_model.model.{m}.lora_{p}.weight",
+}
+
+
+@pytest.mark.parametrize("place", ["tensors", "config", "header", "nowhere"])
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_none_is_promised_that_fails(tmp_path: Path, spelling: str, place: str):
+    """What `inspect` promises of a file of another tool is what the loaders do, wherever its scale stands."""
+    lora = random_lora(RANK, 1.0 if place == "nowhere" else 2.0)
+    path = write(tmp_path / "adapter_model.safetensors", lora, SPELLINGS[spelling], alpha=place == "tensors")
+    config = make_config({name: RANK for name in lora}, {name: 2.0 * RANK for name in lora}, is_dora=False)
+    if place == "config":
+        path.with_name("adapter_config.json").write_text(json.dumps(config))
+    if place == "header":
+        save_file(load_file(path), path, {"lora_adapter_metadata": header_text(config)})
+    readers = " ".join(inspect.summarize_lora(path).readers)
+    code, said = lora_command("verify", path, "--model", mini.TURBO)
+    assert ("ComfyUI" in readers) <= (code == 0 or "ComfyUI would" not in said), (readers, said)
+    assert ("diffusers" in readers) <= (code == 0 or "diffusers 0" not in said), (readers, said)
+    assert "peft" not in readers or (spelling, place) == ("peft", "config")
+
+
 @pytest.mark.parametrize("scale", [1.0, 0.5])
 @pytest.mark.parametrize("modules", ["blocks", "all"])
 @pytest.mark.parametrize("layout", ["comfyui", "diffusers", "kohya", "musubi", "diffsynth", "peft"])
@@ -328,6 +375,7 @@ def test_versions_are_those_measured(case: str):
             kinds=PLAIN.kinds,
             alpha_is_rank=not is_scaled,
             has_alpha_tensors=has_alpha or (layout == "diffsynth" and is_scaled),
+            scale_in=frozenset(["header" if layout == "diffusers" else "tensors"]),
             is_uniform="mixed" not in case,
             modules=modules,
         )
@@ -342,7 +390,7 @@ def test_versions_are_those_measured(case: str):
             assert MEASURED[older[-1]][case][name] != "ok", (name, older[-1])
 
 
-PLAIN = LoraTraits(frozenset({"LoRA"}), True, True, True, frozenset({Q}))
+PLAIN = LoraTraits(frozenset({"LoRA"}), True, True, frozenset({"tensors"}), True, frozenset({Q}))
 
 
 def test_readers_as_measured():
@@ -353,8 +401,12 @@ def test_readers_as_measured():
     old, synth = "diffusers 0.36 and newer", "DiffSynth-Studio"
     assert readers_of("comfyui", PLAIN) == ["ComfyUI", old, "AI Toolkit", synth]
     assert readers_of("comfyui", scaled) == ["ComfyUI", "diffusers 0.37 and newer", synth]
-    assert readers_of("diffusers", PLAIN) == ["ComfyUI", old, "AI Toolkit"]
-    assert readers_of("diffusers", replace(scaled, has_alpha_tensors=False)) == [old]
+    without = replace(PLAIN, has_alpha_tensors=False, scale_in=frozenset())
+    in_header = replace(without, alpha_is_rank=False, scale_in=frozenset({"header"}))
+    in_config = replace(in_header, scale_in=frozenset({"config"}))
+    assert readers_of("diffusers", without) == ["ComfyUI", old, "AI Toolkit"]
+    assert readers_of("diffusers", in_header) == [old]
+    assert readers_of("diffusers", PLAIN) == readers_of("diffusers", scaled) == ["ComfyUI"]
     assert readers_of("kohya", PLAIN) == ["ComfyUI", "diffusers 0.41 and newer"]
     assert readers_of("kohya", everywhere) == ["ComfyUI"]
     assert readers_of("musubi", PLAIN) == ["diffusers 0.39 and newer", "musubi-tuner"]
@@ -362,6 +414,10 @@ def test_readers_as_measured():
     assert readers_of("diffsynth", PLAIN) == ["ComfyUI", "diffusers 0.38 and newer", synth]
     assert readers_of("comfyui", lokr) == ["ComfyUI", "diffusers 0.42 and newer"]
     assert readers_of("comfyui", dora) == readers_of("comfyui", loha) == ["ComfyUI"]
-    assert readers_of("diffusers", dora) == ["diffusers 0.42 and newer"]
-    assert readers_of("peft", scaled) == ["peft, from its folder"]
+    assert readers_of("diffusers", replace(dora, has_alpha_tensors=False)) == ["diffusers 0.42 and newer"]
+    assert readers_of("peft", in_config) == ["peft, from its folder"]
+    assert readers_of("peft", scaled) == readers_of("peft", without) == readers_of("peft", in_header) == []
+    for layout in ("comfyui", "diffusers", "diffsynth", "kohya", "musubi"):
+        assert readers_of(layout, in_config) == [], "no program looks for a config beside such keys"
+    assert readers_of("comfyui", in_header) == []
     assert diffusers.__version__ >= "0.42"

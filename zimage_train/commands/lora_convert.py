@@ -46,7 +46,8 @@ def convert_command(path: Path, target: str, output: OutputFile) -> list[str]:
         tensorfile.save(file, tensors, header)
     kinds = ", ".join(sorted({str(lora_file.kind_of(change)) for change in changes.values()}))
     size = format_bytes(file.stat().st_size)
-    traits = inspect.traits_of(changes, tensors)
+    place = {"header": "header", "config": "config"}.get(formats.LAYOUTS[target].alpha, "tensors")
+    traits = inspect.traits_of(changes, tensors, frozenset([place]))
     return [
         f"{path}: {keys.layout_of(read_header(path).tensors)}, alpha / rank {content.scales_from}",
         f"{output.path}: {keys.layout_of(tensors)}, {kinds}, {len(changes)} modules, {size}",

@@ -20,6 +20,11 @@ FOLDER_FILE, CONFIG_FILE = LORA_FOLDER_FILES[0], "adapter_config.json"
 HEADER_KEY = "lora_adapter_metadata"
 HEADER_PREFIX = "transformer."
 LARGEST_ALPHA = 1e6
+DEFAULT_ALPHA = 8
+"""What peft takes for the alpha of a config without one."""
+TYPES_WITH_ALPHA = ("LORA", "LOHA", "LOKR")
+INITS_OF_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""How values of `init_lora_weights` begin with which peft changes the weights of the model, too."""
 TODO = "save it with the alpha that it was trained with"
 
 
@@ -36,43 +41,56 @@ def scale_sources(path: Path, metadata: Mapping[str, str]) -> list[ScaleSource]:
     """Return the descriptions of the LoRA at `path`: that beside it, if it is named as peft names it, and its header's.
 
     Raises:
-        WeightsError: a description cannot be read or has an alpha that is no positive number.
+        WeightsError: a description cannot be read, has an alpha that is no positive number, or is of a LoRA that began
+            by a change of the model.
     """
     sources: list[ScaleSource] = []
     config_path = path.with_name(CONFIG_FILE)
     if path.name == FOLDER_FILE and config_path.exists():
         described = read_json(config_path)
-        if _alpha(described) is not None:
+        if _has_scale(described):
             sources.append(_source(config_path, CONFIG_FILE, described))
     try:
         found = json.loads(metadata.get(HEADER_KEY, ""))
         config = {key.removeprefix(HEADER_PREFIX): value for key, value in found.items()}
     except (ValueError, AttributeError, RecursionError):
         config = {}  # other programs may write something else under that key
-    if _alpha(config) is not None:
+    if _has_scale(config):
         sources.append(_source(path, "the header", config))
     return sources
 
 
+def _has_scale(config: Mapping[str, Any]) -> bool:
+    """Return whether a config describes scales, if only by peft's default."""
+    return bool(config.keys() & {"lora_alpha", "alpha", "r"}) or config.get("peft_type") in TYPES_WITH_ALPHA
+
+
 def _alpha(config: Mapping[str, Any]) -> Any:
-    return config.get("lora_alpha", config.get("alpha"))  # LoKr and LoHa have `alpha`
+    return config.get("lora_alpha", config.get("alpha", DEFAULT_ALPHA))  # LoKr and LoHa have `alpha`
 
 
 def _source(path: Path, name: str, config: Mapping[str, Any]) -> ScaleSource:
     """Return the scales that a config describes.
 
     Raises:
-        WeightsError: an alpha or a rank is not a positive number.
+        WeightsError: an alpha or a rank is not a positive number, or the LoRA began by a change of the model.
     """
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start.startswith(INITS_OF_BASE):
+        what = f"began with {start[:20]}, which changed the weights of its model, so it is wrong on the original"
+        hint = "convert it with save_pretrained(..., path_initial_model_for_weight_conversion=...) of peft"
+        raise WeightsError(Problem(str(path), what, hint, "other-base"))
+    if _alpha(config) is None:
+        raise _no_number(path, "alpha", None)
     alphas = _Patterns(path, "alpha", _alpha(config), config.get("alpha_pattern"))
     ranks = _Patterns(path, "rank", config.get("r"), config.get("rank_pattern"))
-    is_rank_stabilised = config.get("use_rslora") is True
+    is_rank_stabilised = bool(config.get("use_rslora"))
 
     def scale_of(names: Iterable[str], rank: int) -> float:
         names = list(names)
         alpha, described = alphas.find(names), ranks.find(names)
         if rank and described and rank != described:
-            what = f"{name} says that {names[0]} has rank {described:g}, and its factors have {rank}"
+            what = f"{name} says that {names[-1]} has rank {described:g}, and its factors have {rank}"
             raise WeightsError(Problem(str(path), what, "it belongs to another file", "conflicting-alpha"))
         rank = rank or int(described or 0)
         if alpha is None or not rank:
@@ -92,14 +110,18 @@ class _Patterns:
         for value in (*([] if common is None else [common]), *self._patterns.values(), *wrong):
             is_number = isinstance(value, int | float) and not isinstance(value, bool)
             if not is_number or not 0 < value < LARGEST_ALPHA:
-                finding = f"its metadata says that {what} is {str(value)[:20]}"
-                raise WeightsError(Problem(str(path), finding, TODO, "conflicting-alpha"))
+                raise _no_number(path, what, value)
 
     def find(self, names: list[str]) -> float | None:
         for pattern, value in self._patterns.items():
             if any(_matches(pattern, name) for name in names):
                 return float(value)
         return None if self._common is None else float(self._common)
+
+
+def _no_number(path: Path, what: str, value: Any) -> WeightsError:
+    finding = f"its metadata says that {what} is {str(value)[:20]}"
+    return WeightsError(Problem(str(path), finding, TODO, "conflicting-alpha"))
 
 
 def _matches(pattern: str, module: str) -> bool:

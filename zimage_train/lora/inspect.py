@@ -46,7 +46,7 @@ def summarize_lora(path: Path) -> LoraSummary:
     name = keys.layout_name(header.tensors)
     return LoraSummary(
         layout=keys.layout_of(header.tensors),
-        readers=readers.readers_of(name, traits_of(content.changes, header.tensors)) if name else [],
+        readers=readers.readers_of(name, traits_of(content.changes, header.tensors, content.scale_in)) if name else [],
         scales_from=content.scales_from,
         dtypes=Counter(info.dtype for key, info in header.tensors.items() if not key.endswith(".alpha")),
         ranks=Counter(map(_size, deltas.values())),
@@ -57,12 +57,13 @@ def summarize_lora(path: Path) -> LoraSummary:
     )
 
 
-def traits_of(changes: Changes, keys_of_file: Iterable[str]) -> LoraTraits:
-    """Return what decides which program reads a file with these changes and keys."""
+def traits_of(changes: Changes, keys_of_file: Iterable[str], scale_in: frozenset[str]) -> LoraTraits:
+    """Return what decides which program reads a file with these changes and keys, and scales in these places."""
     return LoraTraits(
         kinds=frozenset(str(lora_file.kind_of(change)) for change in changes.values()),
         alpha_is_rank=all(math.isclose(qkv.scale_of(change), 1.0, rel_tol=1e-6) for change in changes.values()),
         has_alpha_tensors=any(key.endswith(".alpha") for key in keys_of_file),
+        scale_in=scale_in,
         is_uniform=len({qkv.rank_of(change) for change in changes.values()}) == 1,
         modules=frozenset(changes),
     )

@@ -74,14 +74,17 @@ def parse_key(key: str) -> tuple[str, str] | None:
     return None if module is None else (module, SUFFIXES[suffix])
 
 
-def module_in_file(key: str) -> str:
-    """Return the module of a LoRA file's key as the file spells it, without prefixes and suffix."""
+def modules_in_file(key: str) -> list[str]:
+    """Return the module of a LoRA file's key as the file spells it, without suffix, and with ever fewer prefixes.
+
+    peft knows it by the name within the model that it wrapped, which may be one that holds the transformer.
+    """
     key = _without_adapter_name(key)
     suffix = next((suffix for suffix in SUFFIXES if key.endswith(suffix)), "")
-    name = key.removesuffix(suffix)
-    for prefix in PREFIXES:
-        name = name.removeprefix(prefix)
-    return name
+    names = [key.removesuffix(suffix).removeprefix(PREFIXES[0])]
+    for prefix in PREFIXES[1:]:
+        names.append(names[-1].removeprefix(prefix))
+    return list(dict.fromkeys(names))
 
 
 def adapter_names(keys: Iterable[str]) -> list[str]:
@@ -157,6 +160,7 @@ def layout_name(keys: Iterable[str]) -> str | None:
     if adapter_names(keys) not in ([], ["default"]):
         return None  # no tool reads another name of an adapter but peft, which is told it
     is_other = any(part in key for key in keys for part in (".lora_down.", ".lora.down.", ".default."))
+    is_other = is_other or any(key.endswith((".lora_A", ".lora_B")) for key in keys)
     by_prefix = {"diffusion_model.": "comfyui", "transformer.": "diffusers", "base_model.model.": "peft"}
     for prefix, name in by_prefix.items():
         if first.startswith(prefix):

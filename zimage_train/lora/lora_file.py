@@ -20,6 +20,9 @@ from zimage_train.lora.deltas import Delta, Deltas, Factors, Kronecker, Lora
 from zimage_train.lora.keys import MAGNITUDE
 from zimage_train.lora.qkv import Change
 
+NOT_SAID = "taken as 1, which the file does not say"
+SCALE_PLACES = {"from .alpha": "tensors", f"from {adapter_config.CONFIG_FILE}": "config", "from the header": "header"}
+"""Where a scale stands, as the end of a sentence -> as in `readers.LoraTraits`."""
 Changes = dict[str, Change]
 """Module -> its tensors, of a LoRA, DoRA, LoKr or LoHa; q, k and v are split, and alpha is an fp32 scalar."""
 
@@ -32,6 +35,8 @@ class LoraContent:
     metadata: dict[str, str]
     scales_from: str
     """Where the scales stand, as the end of a sentence."""
+    scale_in: frozenset[str]
+    """Where the scales stand, as `readers.LoraTraits.scale_in`."""
 
 
 def read_changes(path: Path) -> LoraContent:
@@ -54,7 +59,7 @@ def read_changes(path: Path) -> LoraContent:
         change = {part: _require_finite_floats(path, key, tensors[key]) for part, key in keys_of_parts.items()}
         if "alpha" in change:
             change["alpha"] = change["alpha"].reshape(()).float()
-        names = dict.fromkeys([keys.module_in_file(min(keys_of_parts.values())), module])
+        names = dict.fromkeys([*keys.modules_in_file(min(keys_of_parts.values())), module])
         used.add(
             _set_scale(
                 path, module, change, [(source.name, source.scale_of(names, qkv.rank_of(change))) for source in sources]
@@ -65,7 +70,8 @@ def read_changes(path: Path) -> LoraContent:
             change[MAGNITUDE] = change[MAGNITUDE].reshape(-1)
         changes |= _split_fused(path, module, change, original.ranks.get(module))
     _restore_alphas(changes, original.alpha)
-    return LoraContent(changes, metadata, " and ".join(sorted(used)))
+    places = frozenset(SCALE_PLACES[source] for source in used - {NOT_SAID})
+    return LoraContent(changes, metadata, " and ".join(sorted(used)), places)
 
 
 def _set_scale(path: Path, module: str, change: Change, described: list[tuple[str, float]]) -> str:
@@ -79,7 +85,7 @@ def _set_scale(path: Path, module: str, change: Change, described: list[tuple[st
     places = [(".alpha", qkv.scale_of(change))] if "alpha" in change else []
     places += described
     if not places:
-        return "taken as 1, which the file does not say"
+        return NOT_SAID
     source, scale = places[0]
     origin = f"from {source}"
     for other, other_scale in places[1:]:

@@ -19,6 +19,8 @@ class LoraTraits:
     alpha_is_rank: bool
     """Whether every scale is 1."""
     has_alpha_tensors: bool
+    scale_in: frozenset[str]
+    """Where scales stand: in `tensors`, in the `header`, in the `config` beside the file; empty if nowhere."""
     is_uniform: bool
     """Whether all modules have the same rank."""
     modules: frozenset[str]
@@ -31,13 +33,17 @@ def readers_of(layout: str, traits: LoraTraits) -> list[str]:
     """
     readers: list[str] = []
     if layout == "peft":
-        return ["peft, from its folder"]
+        return ["peft, from its folder"] if traits.scale_in == {"config"} else []
+    place = "header" if layout == "diffusers" and not traits.has_alpha_tensors else "tensors"
+    if not traits.alpha_is_rank and traits.scale_in != {place}:
+        return []  # the scale stands where programs do not look for it in this layout
     if _comfyui_reads(layout, traits):
         readers.append("ComfyUI")
     if since := _diffusers_since(layout, traits):
         readers.append(f"diffusers {since} and newer")
     is_plain = traits.kinds == {"LoRA"}
-    if layout in ("comfyui", "diffusers") and traits.alpha_is_rank and is_plain:
+    is_aitoolkits = layout == "comfyui" or (layout == "diffusers" and not traits.has_alpha_tensors)
+    if is_aitoolkits and traits.alpha_is_rank and is_plain:
         readers.append("AI Toolkit")
     if layout == "musubi" and all(module.startswith(BLOCKS) for module in traits.modules):
         readers.append("musubi-tuner")
@@ -50,11 +56,14 @@ def _comfyui_reads(layout: str, traits: LoraTraits) -> bool:
     if layout == "musubi":
         return False
     # It takes alpha from tensors only, and peft's magnitudes not at all.
-    return layout != "diffusers" or (traits.alpha_is_rank and traits.kinds == {"LoRA"})
+    has_its_scale = traits.alpha_is_rank or traits.has_alpha_tensors
+    return layout != "diffusers" or (has_its_scale and traits.kinds == {"LoRA"})
 
 
 def _diffusers_since(layout: str, traits: LoraTraits) -> str | None:
     """Return the oldest version of diffusers that loads the whole file right, or None if none does."""
+    if layout == "diffusers" and traits.has_alpha_tensors:
+        return None  # it takes the file for another layout, and raises
     if traits.kinds == {"LoKr"}:
         return "0.42" if layout == "comfyui" else None
     if "DoRA" in traits.kinds and traits.kinds <= {"LoRA", "DoRA"}:
@@ -63,7 +72,7 @@ def _diffusers_since(layout: str, traits: LoraTraits) -> str | None:
         return None
     if layout == "kohya":
         return None if any(module.startswith(PATCH_LAYERS) for module in traits.modules) else "0.41"
-    if layout == "diffusers" and not traits.has_alpha_tensors and not traits.alpha_is_rank:
+    if layout == "diffusers" and not traits.alpha_is_rank:
         return "0.36"  # ranks and alphas of all modules stand in the header
     if not traits.is_uniform:
         return "0.40"  # older ones take the rank of one module for all of them

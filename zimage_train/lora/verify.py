@@ -1,6 +1,8 @@
 """Verification that diffusers and ComfyUI load the intended deltas from a LoRA file."""
 
 import contextlib
+import logging
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -121,11 +123,13 @@ def _hollow_transformer(shape: TransformerShape) -> ZImageTransformer2DModel:
 
 @contextlib.contextmanager
 def _quiet_diffusers() -> Iterator[None]:
-    """Within the block, diffusers prints no warnings: what it leaves out is reported here."""
+    """Within the block, diffusers and peft print nothing: what they leave out is reported here."""
     before = diffusers.utils.logging.get_verbosity()
-    diffusers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.set_verbosity(logging.CRITICAL)  # an error is logged before it is raised
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
         diffusers.utils.logging.set_verbosity(before)
 
