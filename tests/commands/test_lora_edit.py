@@ -619,6 +619,12 @@ def test_bake_refuses_harm(tmp_path: Path):
     huge, out = write(tmp_path / "huge.safetensors", lora), tmp_path / "x.safetensors"
     code, said = lora_command("bake", mini.TURBO, "--lora", huge, "--to", "comfyui", "-o", out)
     assert code == 4 and "would not be finite with this LoRA; nothing was written" in said and not out.exists()
+    tensors = {name: tensor.contiguous() for name, tensor in transformer.read_weights(mini.TURBO / "transformer")[1]}
+    untouched = next(name for name in tensors if name.endswith("norm1.weight"))
+    tensors[untouched] = torch.full_like(tensors[untouched], torch.nan)
+    source = folder_of(tmp_path / "model", tensors)
+    code, said = lora_command("bake", source, "--lora", mini.ADAPTER_V1, "--to", "comfyui", "-o", out)
+    assert code == 4 and f"{untouched}: holds values that are not finite" in said and not out.exists()
     code, said = lora_command("merge", f"{huge}=1", "--method", "ties", "-o", out)
     assert code == 4 and "beyond the range of fp32" in said and not out.exists()
     assert lora_command("bake", mini.TURBO, "--lora", mini.ADAPTER_V1, "--to", "comfyui", "-o", out)[0] == 0

@@ -166,6 +166,11 @@ def without(tensors: dict[str, Tensor], *names: str) -> dict[str, Tensor]:
             lambda t: t | {"model.layers.0.self_attn.q_norm.weight": torch.ones(0)},
             "has no layers.0.self_attn.q_norm.weight of 1 dimensions",
         ),
+        (
+            "text_encoder",
+            lambda t: t | {"model.layers.0.self_attn.q_proj.bias": torch.ones(4)},
+            "x.safetensors: 1 tensors are not of Qwen3: layers.0.self_attn.q_proj.bias",
+        ),
     ],
 )
 def test_wrong_single_files_are_named(tmp_path: Path, part: str, change: Any, said: str):
@@ -178,6 +183,41 @@ def test_wrong_single_files_are_named(tmp_path: Path, part: str, change: Any, sa
         else:
             components.read_text_encoder(path)
     assert said in str(refused.value) and refused.value.exit_code == 4
+
+
+def test_unused_tensors_may_be_anything(tmp_path: Path):
+    """A head in another precision, and what old exports hold beside the weights, change nothing."""
+    tensors, _, _ = scaled(folder_tensors(mini.TURBO / "text_encoder"), "old")
+    true = write(tmp_path / "true.safetensors", tensors)
+    head = {"lm_head.weight": torch.ones(8, 8).to(torch.float8_e4m3fn), "lm_head.zero_point": torch.ones(2).int()}
+    frequencies = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+    path = write(tmp_path / "q.safetensors", tensors | head | frequencies)
+    assert same(encode(path), encode(true))
+
+
+@pytest.mark.parametrize("part", ["transformer", "text_encoder"])
+def test_one_of_several_files_is_named(part: str):
+    """A file that by its name holds a part of the weights is not taken for all of them."""
+    path = next((mini.TURBO / part).glob("*-00001-of-00002.safetensors"))
+    with pytest.raises(WeightsError, match="is one of 2 files that hold the weights together; give the folder"):
+        locate.transformer_tensors(path) if part == "transformer" else components.read_text_encoder(path)
+
+
+def test_json_is_named():
+    """The index of a folder, or any other JSON, is not called a damaged file."""
+    for name in ("model_index.json", "transformer/diffusion_pytorch_model.safetensors.index.json"):
+        with pytest.raises(WeightsError, match=r"is JSON, not weights; give the \.safetensors itself, or the folder"):
+            locate.transformer_tensors(mini.TURBO / name)
+
+
+def test_configs_of_other_parts_are_named():
+    """The folder of one part, given for another, is named by what its config says."""
+    with pytest.raises(WeightsError, match="is AutoencoderKL, not a Qwen3"):
+        components.read_text_encoder(mini.TURBO / "vae")
+    with pytest.raises(WeightsError, match="is qwen3; Z-Image needs an AutoencoderKL"):
+        components.read_vae(mini.TURBO / "text_encoder")
+    with pytest.raises(WeightsError, match="is ZImageTransformer2DModel; Z-Image needs"):
+        components.read_vae(mini.TURBO / "transformer")
 
 
 def test_one_checkpoint_for_all_parts(tmp_path: Path):
@@ -258,6 +298,8 @@ def test_only_missing_parts_are_asked_for(encoder_file: Path, vae_file: Path, tm
         ({"vae": "EMPTY"}, "model.vae: EMPTY: holds neither vae/config.json nor config.json; give a folder"),
         ({"vae": "gone.safetensors"}, "model.vae: gone.safetensors: does not exist"),
         ({"text_encoder": "org/repo/qwen-Q8_0.gguf"}, "model.text_encoder: org/repo/qwen-Q8_0.gguf: is a GGUF"),
+        ({"tokenizer": "LLAMA"}, "model.tokenizer: LLAMA: is a GGUF"),
+        ({"extras": "LLAMA"}, "model.extras: LLAMA: is a GGUF"),
         ({"vae": "ae.pt"}, "model.vae: ae.pt: is a pickle, which can run code and is never opened"),
         (
             {"extras": "EMPTY"},
@@ -268,7 +310,8 @@ def test_only_missing_parts_are_asked_for(encoder_file: Path, vae_file: Path, tm
 def test_parts_that_are_not_there(tmp_path: Path, encoder_file: Path, settings: dict[str, str], said: str):
     """A part that cannot be found is named by its setting."""
     (tmp_path / "empty").mkdir()
-    places = {"FILE": str(encoder_file), "EMPTY": str(tmp_path / "empty")}
+    (tmp_path / "x.gguf").write_bytes(b"GGUF")
+    places = {"FILE": str(encoder_file), "EMPTY": str(tmp_path / "empty"), "LLAMA": str(tmp_path / "x.gguf")}
     with pytest.raises(WeightsError) as refused:
         located(path=str(mini.TURBO), **{key: places.get(value, value) for key, value in settings.items()})
     for word, place in places.items():

@@ -16,7 +16,7 @@ from zimage_train.errors import WeightsError
 from zimage_train.lora import lora_file
 from zimage_train.lora.training_adapter import load_adapter
 from zimage_train.models import loading, locate, transformer
-from zimage_train.models.stored_weights import read_part, scale_counts
+from zimage_train.models.stored_weights import Part, read_part, scale_counts
 
 from checkpoints import (
     E4M3,
@@ -43,6 +43,23 @@ def nearly_all_equal(ours: dict[str, Tensor], exact: dict[str, Tensor], share: f
     assert ours.keys() == exact.keys()
     differ = sum(int((ours[name] != exact[name].bfloat16()).sum()) for name in ours)
     return differ <= share * sum(tensor.numel() for tensor in ours.values())
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -0.5])
+@pytest.mark.parametrize("part", ["transformer", "text_encoder"])
+def test_scales_that_are_no_scales(tmp_path: Path, part: Part, value: float):
+    """A scale that is negative or not finite is refused with the name of its weight, by whatever reads it."""
+    tensors = folder_tensors(mini.TURBO / part)
+    stored, _, _ = scaled(comfyui(tensors) if part == "transformer" else tensors, "old")
+    name = min(name for name in stored if name.endswith(".scale_weight"))
+    stored[name] = torch.tensor(value)
+    path = write(tmp_path / "z.safetensors", stored)
+    with pytest.raises(WeightsError, match=r"z.safetensors: .* has scales that are negative or not finite, such as"):
+        dict(loading.stream_tensors(read_part(path, part)))
+    if part == "transformer":
+        out = tmp_path / "out.safetensors"
+        words = ("--lora", mini.ADAPTER_V1, "--to", "comfyui", "--dtype", "bf16", "-o", out)
+        assert lora_command("bake", path, *words)[0] == 4 and not out.exists()
 
 
 @pytest.mark.parametrize("style", STYLES)

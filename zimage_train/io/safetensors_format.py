@@ -195,6 +195,8 @@ def _describe_content(start: bytes, size: int) -> tuple[str, str]:
         return "is a Git LFS pointer, not the weights themselves", "get the file again, with Git LFS or from its page"
     if text.startswith((b"<!doct", b"<html")):
         return "is a web page, not weights", "get the file again"
+    if text.startswith((b"{", b"[")):
+        return "is JSON, not weights", "give the .safetensors itself, or the folder that it is in"
     return "is not a safetensors file, or cut off", "get the file again"
 
 

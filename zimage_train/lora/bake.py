@@ -126,16 +126,15 @@ def bake_checkpoint(
             tick(done, len(tensors.weights))
             weight, factors = tensors.get(name), lora.get(name.removesuffix(".weight"))
             torch_dtype = tensorfile.TORCH_DTYPES[dtype] if dtype else weight.dtype
-            if factors is None or not name.endswith(".weight"):
-                return weight.to(torch_dtype)
+            delta = factors.delta() if factors is not None and name.endswith(".weight") else None
             # Summed in fp32 and rounded once: a delta rounded to bf16 beforehand would add an error of its own.
-            delta = factors.delta()
-            baked = (weight.float() + delta).to(torch_dtype)
+            baked = (weight if delta is None else weight.float() + delta).to(torch_dtype)
             if not baked.isfinite().all():
-                raise WeightsError(
-                    Problem(name, "would not be finite with this LoRA", "nothing was written", "not-finite")
-                )
-            result.add(weight, baked, delta)
+                is_source = not weight.isfinite().all()
+                what = "holds values that are not finite" if is_source else "would not be finite with this LoRA"
+                raise WeightsError(Problem(f"{source}: {name}", what, "nothing was written", "not-finite"))
+            if delta is not None:
+                result.add(weight, baked, delta)
             return baked
 
         parts = _parts_by_output_name(tensors.weights, is_native)

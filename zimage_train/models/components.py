@@ -18,6 +18,7 @@ LATENT_CHANNELS = 16
 LATENT_STRIDE = 8
 """Pixels per latent, in each direction."""
 TEXT_ENCODER_HINT = "check model.extras and model.text_encoder"
+DERIVED = ".rotary_emb.inv_freq"
 MAX_SIZE = 10_000_000
 """No size in a config is larger; a damaged config must not make us allocate that much."""
 
@@ -66,18 +67,31 @@ def read_text_encoder(path: Path) -> tuple[dict[str, Any], dict[str, StoredWeigh
     """
     config = read_json(path / "config.json") if path.is_dir() else None
     if config is not None and config.get("model_type") != "qwen3":
-        message = f"is a {config.get('model_type')}, not a Qwen3"
+        message = f"is {_kind_of(config)}, not a Qwen3"
         raise WeightsError(Problem(str(path / "config.json"), message, TEXT_ENCODER_HINT, "other-model"))
     stored = stored_weights.read_part(path, "text_encoder")
-    weights = {name.removeprefix("model."): weight for name, weight in stored.items()}
+    # Old exports hold the frequencies of the positions, which follow from the config.
+    weights = {key.removeprefix("model."): one for key, one in stored.items() if not key.endswith(DERIVED)}
     shapes = {name: weight.shape for name, weight in weights.items()}
     if config is None:
         config = single_files.qwen3_config(path, shapes)
     expected = _qwen3_tensors(path / "config.json" if path.is_dir() else path, config)
     # The file also holds the last layer, the final norm and the head, which are not used and may be anything.
-    used = {name: shapes[name] for name in shapes.keys() & expected.keys()}
+    layers = {_layer_of(name) for name in expected}
+    used = {name: shape for name, shape in shapes.items() if _layer_of(name) in layers}
     arch.require_same_shapes(str(path), used, expected, "Qwen3")
     return config, weights
+
+
+def _kind_of(config: dict[str, Any]) -> str:
+    """Return what a config says that its model is, as a part of a sentence."""
+    kind = config.get("model_type") or config.get("_class_name")
+    return str(kind)[:40] if kind else "no model that is known"
+
+
+def _layer_of(name: str) -> tuple[str, ...]:
+    """Return the part of a Qwen3 that a tensor is of, such as (`layers`, `7`)."""
+    return tuple(name.split(".")[:2])
 
 
 def _qwen3_tensors(path: Path, config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -138,7 +152,9 @@ def read_vae(path: Path) -> tuple[dict[str, Any], dict[str, StoredWeight]]:
     blocks = config.get("block_out_channels")
     stride = 2 ** (len(blocks) - 1) if isinstance(blocks, list) and blocks else None
     if kind != "AutoencoderKL" or channels != LATENT_CHANNELS or stride != LATENT_STRIDE:
-        what = f"is a {kind} with {channels} channels and stride {stride}"
+        what = f"is {_kind_of(config)}"
+        if kind == "AutoencoderKL":
+            what += f" with {channels} channels and stride {stride}"
         raise WeightsError(
             Problem(str(path), what, "Z-Image needs an AutoencoderKL with 16 channels and stride 8", "other-model")
         )

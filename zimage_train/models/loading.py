@@ -10,6 +10,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from zimage_train.errors import Problem, WeightsError
 from zimage_train.models import arch
 from zimage_train.models.stored_weights import FLOAT8, StoredWeight, scale_counts
 
@@ -36,6 +37,9 @@ class WeightReader:
         """Return a weight as it is stored; if that is in 8 bits, in fp32, multiplied by its scale.
 
         The product is not rounded to the precision of the model, so that whatever is added comes before that.
+
+        Raises:
+            WeightsError: its scale is negative or not finite.
         """
         if weight.third is None:
             stored = self._file(weight.info.file).get_tensor(weight.info.name)
@@ -53,9 +57,16 @@ class WeightReader:
 
 
 def _scaled(stored: Tensor, scale: Tensor, weight: StoredWeight) -> Tensor:
-    """Return the fp32 product of numbers, which are some rows of a tensor, and the scales of all of it."""
+    """Return the fp32 product of numbers, which are some rows of a tensor, and the scales of all of it.
+
+    Raises:
+        WeightsError: a scale is negative or not finite.
+    """
     counts = scale_counts(weight.info.shape, tuple(scale.shape))
     assert counts is not None
+    if not scale.float().isfinite().all() or (scale.float() < 0).any():
+        what = f"{weight.info.name} has scales that are negative or not finite, such as {scale.float().min():g}"
+        raise WeightsError(Problem(str(weight.info.file), what, "get the file again", "not-finite"))
     # A row of scales for each row of numbers: a third of a fused tensor may begin within a block.
     scales = scale.float().reshape(counts[0], -1).repeat_interleave(weight.info.shape[0] // counts[0], dim=0)
     scales = scales[weight.rows].unsqueeze(-1)

@@ -221,6 +221,7 @@ def _single_part(part: str, name: str, fetch: DownloadFn) -> Path:
     if path.is_file():
         if has_single_file:
             return path
+        require_readable_name(name, _named(where, name))
         what, todo = "is a file", f"give the folder that {MARKERS[part]} is in, or a hub id"
         raise WeightsError(Problem(_named(where, name), what, todo, "not-a-folder"))
     if not path.is_dir():
@@ -244,8 +245,9 @@ def _shared_folder(model: ModelSettings, parts: list[str], fetch: DownloadFn) ->
     variant = VARIANTS[model.variant]
     if model.extras is not None:
         path = Path(model.extras)
-        if not path.exists():
+        if not path.is_dir():
             require_readable_name(model.extras, _named(where, model.extras))
+        if not path.exists():
             path = _fetched(model.extras, where, patterns, fetch)
         return _whole(path, model.extras, parts)
     if model.path is not None:
@@ -301,8 +303,7 @@ def _file(name: str, where: Location, fetch: DownloadFn) -> Path:
     repository, inside = "/".join(parts[:2]), "/".join(parts[2:])
     found = _fetched(repository, where, [inside], fetch) / inside
     if not found.is_file():
-        what = f"{repository} has no such file"
-        raise WeightsError(Problem(_named(where, name), what, "check the name", "missing-file"))
+        raise WeightsError(Problem(_named(where, name), f"{repository} has no such file", "check it", "missing-file"))
     return found
 
 

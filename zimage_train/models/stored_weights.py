@@ -13,6 +13,7 @@ The scales of activations are left aside, since here no product is computed in t
 
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -41,6 +42,10 @@ PREFIXES: dict[Part, tuple[str, ...]] = {
     "vae": ("vae.", "first_stage_model."),
 }
 """What the names of a part begin with in a file that may hold several."""
+UNUSED: dict[Part, tuple[str, ...]] = {"text_encoder": ("lm_head.",)}
+"""How the names of tensors begin that nothing reads, so that they may be stored in any way."""
+SHARD = re.compile(r"-\d{5}-of-(\d{5})\.safetensors$")
+"""How the name of a file ends that holds a part of the tensors."""
 SCALES = (".scale_weight", ".weight_scale", ".weight_scale_inv")
 FORMAT = ".comfy_quant"
 LEFT_ASIDE = (".input_scale", ".scale_input", ".scaled_fp8")
@@ -112,18 +117,33 @@ def read_part(path: Path, part: Part) -> dict[str, StoredWeight]:
     if path.is_dir():
         tensors, metadata = read_sharded(path, STEMS[part]), {}
     else:
+        _require_whole(path)
         header = read_header(path)
         tensors, metadata = header.tensors, header.metadata
     named: dict[str, TensorInfo] = {}
     for full_name, info in tensors.items():
         name = _name_in_part(full_name, part)
-        if name is None:
+        if name is None or name.startswith(UNUSED.get(part, ())):
             continue
         if name in named:
             message = f"holds {name} twice, as {named[name].name} and as {full_name}"
             raise WeightsError(Problem(str(path), message, "get the file again", "damaged-file"))
         named[name] = info
     return _with_scales(str(path), named, _formats(named, metadata, part))
+
+
+def _require_whole(path: Path) -> None:
+    """Refuse a file that by its name is one of several.
+
+    Raises:
+        WeightsError: it is.
+    """
+    shard = SHARD.search(path.name)
+    if shard is not None and int(shard[1]) > 1:
+        what = f"is one of {int(shard[1])} files that hold the weights together"
+        raise WeightsError(
+            Problem(str(path), what, "give the folder with config.json and all of them", "incomplete-model")
+        )
 
 
 def _name_in_part(name: str, part: Part) -> str | None:

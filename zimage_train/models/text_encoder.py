@@ -41,8 +41,11 @@ class TextEncoder:
         tokenizer: PreTrainedTokenizerBase,
         device: torch.device,
         dtype: torch.dtype,
+        where: str,
     ) -> None:
+        """Prepare an encoder of `weights`, which are read from `where`."""
         self.config = config
+        self._where = where
         self.tokenizer = tokenizer
         self._weights = weights
         self._device = device
@@ -118,7 +121,7 @@ class TextEncoder:
             layer = Qwen3DecoderLayer(self.config, index)
         weights = {name: weight for name, weight in self._weights.items() if name.startswith(prefix)}
         tensors = ((name.removeprefix(prefix), tensor) for name, tensor in loading.stream_tensors(weights))
-        loading.load_parameters(layer, tensors, "text_encoder", self._device, self._dtype)
+        loading.load_parameters(layer, tensors, self._where, self._device, self._dtype)
         return layer.eval()
 
     def _tensor(self, name: str) -> Tensor:
@@ -171,7 +174,7 @@ def load_text_encoder(extras: ExtrasPaths, device: torch.device, dtype: torch.dt
         where = str(path / "config.json" if path.is_dir() else path)
         raise WeightsError(Problem(where, what, "get the file again", "damaged-config")) from None
     components.require_tokenizer(extras.tokenizer)
-    encoder = TextEncoder(config, weights, _load_tokenizer(extras.tokenizer), device, dtype)
+    encoder = TextEncoder(config, weights, _load_tokenizer(extras.tokenizer), device, dtype, str(path))
     try:
         encoder.tokens("a prompt")
     except Exception as error:  # noqa: BLE001  a chat template is a Jinja program that may raise anything
