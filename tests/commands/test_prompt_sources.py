@@ -69,3 +69,43 @@ def test_cfg_scale_of_a_line(flag: str, scale: str, guidance: float, tmp_path: P
     """CFG scales 0 and 1 both mean no guidance, as in kohya's tools and musubi-tuner."""
     (tmp_path / "p.txt").write_text(f"a cat --{flag} {scale}\n")
     assert prompt_specs([], tmp_path / "p.txt", [])[0].overrides == {"guidance": guidance}
+
+
+@pytest.mark.parametrize("scale", ["0.5", "-2", "x"])
+def test_cfg_scales_that_are_none(scale: str, tmp_path: Path):
+    """A CFG scale below 1 is refused as it is written."""
+    (tmp_path / "p.txt").write_text(f"a cat --l {scale}\n")
+    with pytest.raises(ConfigError, match=f"txt:1: --l is '{scale}'; give 0, or a CFG scale of at least 1"):
+        prompt_specs([], tmp_path / "p.txt", [])
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("p.json", b'["a cat"]', "is a .json, whose lines are no prompts; write a prompt per line into a .txt"),
+        ("p.jsonl", b'{"prompt": "a cat"}', "is a .jsonl, whose lines are no prompts"),
+        ("p.toml", b'[[prompt]]\nprompt = "a cat"', "is a .toml, whose lines are no prompts"),
+        ("p.csv", b"prompt\na cat", "is a .csv, whose lines are no prompts"),
+        ("p.txt", "a cat".encode("utf-16-le"), "contains NUL bytes, so it is no UTF-8 text; save it as UTF-8"),
+    ],
+)
+def test_files_that_are_no_prompt_files(name: str, content: bytes, said: str, tmp_path: Path):
+    """A file of another form is not drawn as its text."""
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ConfigError) as caught:
+        prompt_specs([], tmp_path / name, [])
+    assert said in str(caught.value)
+
+
+def test_triggers_of_other_tools(tmp_path: Path):
+    """A placeholder becomes the trigger that the LoRA names in any of the places where tools name it."""
+    said = {
+        "trained_words": '["zorb, the"]',
+        "modelspec.trigger_phrase": "zorb",
+        "ss_tag_frequency": '{"1_zorb": {"zorb": 1}}',
+    }
+    for key, value in said.items():
+        path = tmp_path / f"{key}.safetensors"
+        save_file({"a": torch.zeros(1)}, path, {key: value})
+        found = "zorb, the" if key == "trained_words" else "zorb"
+        assert prompt_specs(["a [trigger]"], None, [path])[0].prompt == f"a {found}", key

@@ -5,7 +5,14 @@ from typing import Any
 import pytest
 
 from zimage_train.config.schema import Config
-from zimage_train.config.triggers import has_any_trigger, has_trigger, insert_trigger, placeholder_in, replace_trigger
+from zimage_train.config.triggers import (
+    has_any_trigger,
+    has_trigger,
+    insert_trigger,
+    other_spelling,
+    placeholder_in,
+    replace_trigger,
+)
 from zimage_train.dataset.captions import compose_prompt
 from zimage_train.diffusion.request import preview_requests
 
@@ -30,6 +37,10 @@ CASES = [
     ("조르브", "조르브가 걷는다", "조르브가 걷는다"),
     ("ゾルブ", "雪の中のゾルブです", "雪の中のゾルブです"),
     ("猫x", "猫xy", None),
+    ("zorb cat", "a Zorb  cat and a zorb\ncat", "a zorb cat and a zorb cat"),
+    ("zörb", "a zo\u0308rb here", "a zörb here"),
+    ("zo\u0308rb", "a zörb here", "a zo\u0308rb here"),
+    ("zorb", "a zo\u0308rb here", None),
 ]
 
 
@@ -50,6 +61,12 @@ def test_placeholders(placeholder: str):
     assert placeholder_in(text) == placeholder
     assert insert_trigger(text, r"z\1") == r"a z\1 and [names]"
     assert has_any_trigger(text, ["zorb"])
+
+
+def test_spelling_is_of_letters_alone():
+    """Only another case is another spelling of the trigger; spaces and the composition of accents are none."""
+    assert other_spelling("a zo\u0308rb  cat", "zörb cat") is None
+    assert other_spelling("a Zo\u0308rb  cat", "zörb cat") == "Zörb  cat"
 
 
 def test_previews_follow_the_rule():

@@ -24,7 +24,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("extension", [".caption", ".Caption", ".tags.txt", ".prompt", ".TAGS"])
+@pytest.mark.parametrize("extension", [".caption", ".Caption", ".tags.txt", ".prompt", ".TAGS", ".png.txt"])
 def test_captions_of_other_tools(folder: Path, extension: str):
     """Captions with another extension are counted, with the setting that reads them, which then does."""
     for name in "ab":
@@ -54,7 +54,7 @@ def test_tables_in_a_folder(folder: Path, name: str):
 
 def test_json(folder: Path):
     """JSON beside images, and JSON for all of them, are named."""
-    for name in ("a.json", "b.json", "meta_cap.json"):
+    for name in ("a.json", "b.png.json", "meta_cap.json"):
         (folder / name).write_text("{}")
     beside, alone = notes_of(folder)
     assert beside[1].startswith("F: 2 files, such as a.json: JSON beside images is not read; if captions are in there")
@@ -97,6 +97,15 @@ def test_table_without_prompts(folder: Path):
     assert (
         note.code == "no-caption" and "; 1 have a .txt beside them, which only an entry with folder reads" in note.text
     )
+
+
+@pytest.mark.parametrize("extension", [".json", ".JSONL", ".toml", ".csv"])
+def test_files_whose_lines_are_no_prompts(tmp_path: Path, extension: str):
+    """A file of another form is not read as a prompt per line."""
+    path = tmp_path / f"p{extension}"
+    path.write_text('{"prompt": "a cat"}\n')
+    (error,) = scan_entry(DataEntry(prompts=str(path)), "data.0").errors
+    assert f"{path}: is a {extension.lower()}, whose lines are no prompts" in str(error)
 
 
 def test_flags_in_a_file_of_prompts(tmp_path: Path):

@@ -238,6 +238,13 @@ def test_odd_words_are_no_crash(text: str):
     assert metadata.edited_metadata("weight", [said], {}, [4])["format"] == "pt"
 
 
+def test_words_are_texts():
+    """What a list of words holds beside texts is no trigger, and `true` is no count."""
+    said = {"trained_words": '[["a"], null, 3, {"x": 1}, "zorb"]', "ss_tag_frequency": '{"a": {"b": true}}'}
+    assert metadata.triggers_of(said) == ["zorb"]
+    assert metadata.triggers_of({"ss_tag_frequency": said["ss_tag_frequency"]}) == []
+
+
 @pytest.mark.slow
 def test_level_can_change_on_resume(make_config):
     """A finished run exports again at another level, with the same tensors, and says nothing at `none`."""

@@ -9,7 +9,8 @@ from zimage_train.config.prompt_flags import flag_in
 from zimage_train.diffusion.prompts import PromptSpec, read_prompt_file
 from zimage_train.errors import Argument, ConfigError, Location, Problem, ZImageTrainError, collect_errors, raise_all
 from zimage_train.io.safetensors_format import read_header
-from zimage_train.lora.metadata import TRIGGERS
+from zimage_train.lora.metadata import triggers_of
+from zimage_train.models import locate
 
 PROMPT = Location(argument=Argument("--prompt"))
 
@@ -55,7 +56,7 @@ def _insert_trigger(specs: Sequence[PromptSpec], loras: Sequence[Path]) -> list[
     for path in loras:
         # A LoRA that cannot be read, or is still to be downloaded, is an error or not where it is used.
         with collect_errors([]):
-            known += filter(None, read_header(path).metadata.get(TRIGGERS, "").split(", "))
+            known += triggers_of(read_header(locate.lora_in(path)).metadata)
     known = list(dict.fromkeys(known))
     if len(known) == 1:
         return [_with_trigger(spec, known[0]) for spec in specs]

@@ -2,11 +2,22 @@
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 _DASHES = "(?:^|(?<=\\s))[-\u2010-\u2015\u2212]{1,2}"
 """One dash or two, where a word begins; word processors make other dashes of them."""
 _NUMBER_FLAG = re.compile(rf"{_DASHES}(?P<name>[whdslg])\s*[=:]?\s*(?P<value>-?\d+(?:\.\d+)?)(?=\s|$)")
 _NEGATIVE_FLAG = re.compile(rf"{_DASHES}n(?==|\s)")
+
+
+OTHER_FORMS = (".json", ".jsonl", ".toml", ".csv", ".tsv")
+"""Extensions of prompt files of other tools, whose lines are no prompts."""
+
+
+def other_form_of(path: Path) -> str | None:
+    """Return the extension of a file whose lines are no prompts, without its dot, or None."""
+    suffix = path.suffix.lower()
+    return suffix[1:] if suffix in OTHER_FORMS else None
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,12 @@
 
 The rule, for captions, previews, preservation and imported jobs alike: the trigger is a whole word, in upper or lower
 case, and is written as `data.N.trigger` spells it. `zorb` is in `a Zorb's hat`, and not in `zorblike`. Chinese,
-Japanese, Korean and Thai letters do not make a word longer, since there is no space between words there.
+Japanese, Korean and Thai letters do not make a word longer, since there is no space between words there. Between the
+words of a trigger may be any white space, and an accent may be a character of its own, which the tokenizer composes.
 """
 
 import re
+import unicodedata
 from collections.abc import Iterable, Sequence
 
 _PLACEHOLDER = re.compile(r"\[(?:trigger|name)\]", re.IGNORECASE)
@@ -42,7 +44,7 @@ def insert_triggers(text: str, triggers: Sequence[str]) -> str:
 
 def has_trigger(text: str, trigger: str) -> bool:
     """Return whether the trigger stands in `text`, in any case."""
-    return _pattern(trigger).search(text) is not None
+    return _pattern(trigger).search(_composed(text)) is not None
 
 
 def has_any_trigger(text: str, triggers: Iterable[str]) -> bool:
@@ -52,17 +54,25 @@ def has_any_trigger(text: str, triggers: Iterable[str]) -> bool:
 
 def replace_trigger(text: str, trigger: str, words: str) -> str:
     """Return `text` with `words` wherever the trigger stands, in any case."""
-    return _pattern(trigger).sub(lambda _: words, text)
+    replaced, count = _pattern(trigger).subn(lambda _: words, _composed(text))
+    return replaced if count else text
 
 
 def other_spelling(text: str, trigger: str) -> str | None:
     """Return the first place where `text` has the trigger in another case, as it is written there, or None."""
-    found = (match[0] for match in _pattern(trigger).finditer(text))
-    return next((word for word in found if word != trigger), None)
+    found = (match[0] for match in _pattern(trigger).finditer(_composed(text)))
+    words = _composed(trigger).split()
+    return next((place for place in found if place.split() != words), None)
+
+
+def _composed(text: str) -> str:
+    return unicodedata.normalize("NFC", text)
 
 
 def _pattern(trigger: str) -> re.Pattern[str]:
+    trigger = _composed(trigger)
     # Not \b, which needs a letter at the end of the trigger: `zorb!` would not be found.
     start = rf"(?<!{_JOINS_WORDS})" if re.match(_JOINS_WORDS, trigger[0]) else ""
     end = rf"(?!{_JOINS_WORDS})" if re.match(_JOINS_WORDS, trigger[-1]) else ""
-    return re.compile(f"{start}{re.escape(trigger)}{end}", re.IGNORECASE)
+    words = r"\s+".join(map(re.escape, trigger.split()))
+    return re.compile(f"{start}{words}{end}", re.IGNORECASE)

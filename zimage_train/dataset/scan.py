@@ -7,7 +7,7 @@ from pathlib import Path
 
 from zimage_train.config import triggers
 from zimage_train.config.dataset import DataEntry
-from zimage_train.config.prompt_flags import flag_in
+from zimage_train.config.prompt_flags import flag_in, other_form_of
 from zimage_train.dataset import captions, images, masks
 from zimage_train.dataset.images import ImageIndex, ImageInfo, near_duplicates
 from zimage_train.dataset.masks import Mask
@@ -110,6 +110,10 @@ def _records_of_prompts(path: Path, entry: DataEntry, where: str, notes: list[No
     """Return a record for each line of `path`: an image that is yet to be generated, identified by its prompt."""
     lines: dict[str, int] = {}
     problems: list[Problem] = []
+    form = other_form_of(path)
+    if form is not None:
+        what = f"is a .{form}, whose lines are no prompts"
+        raise DataError(Problem(str(path), what, "write a prompt per line into a .txt", "no-prompts"))
     for number, text in enumerate(captions.read_lines(path), 1):
         if not text or text.startswith("#"):
             continue

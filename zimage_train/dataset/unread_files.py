@@ -67,8 +67,12 @@ def _note_other_captions(root: Path, paths: list[Path], stems: set[Path], captio
 
 
 def _caption_extension(path: Path, stems: set[Path], caption_ext: str) -> str | None:
-    """Return the extension with which `path` is the caption of an image in another tool, or None if it is none."""
-    for extension in CAPTION_EXTENSIONS:
+    """Return the extension with which `path` is the caption of an image in another tool, or None if it is none.
+
+    Some tools append theirs to the whole name of the image, as in `a.png.txt`.
+    """
+    of_images = ("", *sorted(images.EXTENSIONS))
+    for extension in (image + caption for caption in CAPTION_EXTENSIONS for image in of_images):
         if extension == caption_ext.lower():
             continue
         stem = path.name[: -len(extension)]
@@ -81,7 +85,7 @@ def _note_tables(root: Path, paths: list[Path], stems: set[Path], notes: list[No
     """Note tables and JSON files, which hold the captions of all images, or of the image of their name."""
     tables = [path for path in paths if path.suffix.lower() in TABLE_EXTENSIONS]
     json_files = [path for path in paths if path.suffix.lower() == ".json"]
-    beside_image = [path for path in json_files if path.with_suffix("") in stems]
+    beside_image = [path for path in json_files if {path.with_suffix(""), _without_image(path)} & stems]
     alone = [path for path in json_files if path not in beside_image]
     row = '{"image": "a.png", "prompt": "..."}'
     for found, what, hint in (
@@ -92,6 +96,12 @@ def _note_tables(root: Path, paths: list[Path], stems: set[Path], notes: list[No
         if found:
             text = f"{_count(root, found)}: {what}; if captions are in there, {hint}"
             notes.append(Note("unread-captions", text))
+
+
+def _without_image(path: Path) -> Path:
+    """Return `path` without its extension and that of an image before it, as in `a.png.json`."""
+    stem = path.with_suffix("")
+    return stem.with_suffix("") if stem.suffix.lower() in images.EXTENSIONS else stem
 
 
 def _count(root: Path, paths: list[Path]) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from zimage_train.config import load, validation_errors
-from zimage_train.config.prompt_flags import flag_in
+from zimage_train.config.prompt_flags import flag_in, other_form_of
 from zimage_train.config.sample import SampleSettings
 from zimage_train.config.strict_yaml import KeyPath
 from zimage_train.errors import ConfigError, Location, Problem
@@ -24,9 +24,11 @@ def guidance_of_cfg(text: str) -> float:
     """Return the guidance g of a CFG scale, which is g + 1; both 0 and 1 mean no guidance.
 
     Raises:
-        ValueError: it is no number.
+        ValueError: it is no number, or one that no g belongs to.
     """
     cfg_scale = float(text)
+    if cfg_scale != 0 and cfg_scale < 1:
+        raise ValueError(text)
     return 0.0 if cfg_scale == 0 else cfg_scale - 1.0
 
 
@@ -61,6 +63,10 @@ def read_prompt_file(path: Path) -> list[PromptSpec]:
     Raises:
         ConfigError: it cannot be read, contains no prompt, or has invalid options; lists all of them.
     """
+    form = other_form_of(path)
+    if form is not None:
+        hint = "write a prompt per line into a .txt, or a list as in sample.prompts into a .yaml"
+        raise ConfigError(Problem(str(path), f"is a .{form}, whose lines are no prompts", hint, "no-prompts"))
     text = load.read_text(path)
     specs = _from_yaml(path, text) if path.suffix in (".yaml", ".yml") else _from_lines(path, text)
     if not specs:
@@ -100,7 +106,8 @@ def _from_line(where: Location, line: str, problems: list[Problem]) -> PromptSpe
         try:
             overrides[key] = parse(text.strip())
         except ValueError:
-            problems.append(Problem(where, f"--{name} is {text.strip()!r}", "give a number", "bad-value"))
+            hint = "give a number" if key != "guidance" else "give 0, or a CFG scale of at least 1"
+            problems.append(Problem(where, f"--{name} is {text.strip()!r}", hint, "bad-value"))
     if not prompt.strip():
         problems.append(Problem(where, "has options but no prompt", "write the prompt before them", "no-prompts"))
     return PromptSpec(prompt.strip(), overrides, where)

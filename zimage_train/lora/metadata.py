@@ -196,7 +196,7 @@ def triggers_of(metadata: Mapping[str, str]) -> list[str]:
         words = [word.strip() for word in text.split(",")]
     if not isinstance(words, list):
         words = [words]
-    triggers = [str(word) for word in words if word]
+    triggers = [word for word in words if isinstance(word, str) and word]
     if not triggers:
         triggers = [trigger for trigger in metadata.get(TRIGGERS, "").split(", ") if trigger]
     if not triggers and len(tags := _tags_of(metadata)) == 1:
@@ -213,7 +213,7 @@ def _tags_of(metadata: Mapping[str, str]) -> Counter[str]:
     tags: Counter[str] = Counter()
     for counts in datasets.values() if isinstance(datasets, dict) else ():
         for tag, count in counts.items() if isinstance(counts, dict) else ():
-            if isinstance(count, int) and count > 0:
+            if type(count) is int and count > 0:  # not `true`
                 tags[tag] += count
     return tags
 
