@@ -516,6 +516,17 @@ def test_conflicts_name_the_key_of_the_job(settings, key: str, refused):
     assert re.match(rf"job\.yaml:\d+: {re.escape(key)}", refused(job(**settings))[0])
 
 
+def test_notes_name_the_keys_that_are_there(read):
+    """A note on a prompt names the list that it is in; CFG scales 0 and 1 are the same, so they are not noted."""
+    prompts = ["a --l 0", "b --l 1 --d -1", "c --l 4"]
+    _, notes = read(job(**{"sample.samples": None, "sample.prompts": prompts, "sample.guidance_scale": 1}))
+    said = [note for note in notes if note.startswith("sample.")]
+    assert [note.split(";")[0].split(",")[0] for note in said] == [
+        "sample.prompts.2 asks for guidance_scale 4",
+        "sample.prompts.1 asks for seed -1",
+    ]
+
+
 @pytest.mark.parametrize(("resolution", "is_noted"), [(512, False), ([512], False), ([512, 768], True)])
 def test_small_images_weigh_as_there(resolution, is_noted: bool, read):
     """Each resolution counts for small images too, as in AI Toolkit, which a note says where there are several."""
@@ -864,7 +875,7 @@ def test_seeds_walk_or_stay(read):
     three = [{"prompt": "a"}, {"prompt": "b", "seed": 5}, {"prompt": "c", "seed": -1}]
     stay, notes = read(job(**{"sample.seed": 9, "sample.samples": three}))
     assert [stay[f"sample.prompts.{n}.seed"] for n in range(3)] == [9, 5, 9]
-    assert len(notes) == 1 and notes[0].startswith("sample.samples.2 is -1")
+    assert len(notes) == 1 and notes[0].startswith("sample.samples.2 asks for seed -1")
     walk, _ = read(job(**{"sample.seed": 9, "sample.samples": three, "sample.walk_seed": True}))
     assert [walk[f"sample.prompts.{n}.seed"] for n in range(3)] == [None, 5, None] and walk["sample.seed"] == 9
 

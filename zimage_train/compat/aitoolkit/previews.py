@@ -20,7 +20,8 @@ TURBO_STEPS, MISCOUNTED_STEPS = 8, 9
 
 def sample_section(job: AIToolkitJob, variant: str) -> Values:
     sample, train = job.values["sample"], job.values["train"]
-    items = [_item(job, entry, f"sample.samples.{index}") for index, entry in enumerate(_entries(job))]
+    given = "prompts" if sample["samples"] is None else "samples"
+    items = [_item(job, entry, f"sample.{given}.{index}") for index, entry in enumerate(_entries(job))]
     steps = _shared_value(job, items, "sample_steps", sample["sample_steps"])
     if variant == "turbo" and steps == MISCOUNTED_STEPS:
         job.note("sample.sample_steps", "9 becomes 8: older libraries counted a step that did nothing")
@@ -99,8 +100,9 @@ def _shared_value(job: AIToolkitJob, items: list[Values], name: str, default: An
     values = [item.get(name, default) for item in items] or [default]
     if all(value == values[0] for value in values):
         return values[0]
+    same = (0, 1) if name == "guidance_scale" and default in (0, 1) else (default,)  # both mean no guidance
     for item in items:
-        if item.get(name, default) != default:
+        if item.get(name, default) not in same:
             job.note(item["key"], f"asks for {name} {item[name]:g}; all previews are drawn with {default:g}")
     return default
 
@@ -108,7 +110,8 @@ def _shared_value(job: AIToolkitJob, items: list[Values], name: str, default: An
 def _seed(job: AIToolkitJob, seed: int | None, key: str) -> int | None:
     """Return a seed, or None for -1, with which AI Toolkit draws a new seed each time."""
     if seed is not None and seed < 0:
-        job.note(key, f"is {seed}, a new seed each time there; previews keep theirs here, to be compared")
+        what = "is" if key == "sample.seed" else "asks for seed"
+        job.note(key, f"{what} {seed}, a new seed each time there; previews keep theirs here, to be compared")
         return None
     return seed
 
