@@ -86,7 +86,7 @@ def test_cfg_scales_that_are_none(scale: str, tmp_path: Path):
         ("p.jsonl", b'{"prompt": "a cat"}', "is a .jsonl, whose lines are no prompts"),
         ("p.toml", b'[[prompt]]\nprompt = "a cat"', "is a .toml, whose lines are no prompts"),
         ("p.csv", b"prompt\na cat", "is a .csv, whose lines are no prompts"),
-        ("p.txt", "a cat".encode("utf-16-le"), "contains NUL bytes, so it is no UTF-8 text; save it as UTF-8"),
+        ("p.txt", "a cat".encode("utf-16-le"), "contains NUL bytes, so it is not a text file; save it as UTF-8"),
     ],
 )
 def test_files_that_are_no_prompt_files(name: str, content: bytes, said: str, tmp_path: Path):

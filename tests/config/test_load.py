@@ -162,7 +162,8 @@ def test_number_ranges_are_all_tested():
         ("output_dir", "2024-01-02", "2024-01-02"),
         ("output_dir", "0x10", "0x10"),
         ("output_dir", "1.2.3", "1.2.3"),
-        ("output_dir", "~/runs", "~/runs"),
+        ("output_dir", "~runs", "~runs"),
+        ("output_dir", "a/$b", "a/$b"),
         ("output_dir", '"1e-4"', "1e-4"),
         ("output_dir", "'010'", "010"),
         ("output_dir", "a#b", "a#b"),
@@ -414,8 +415,10 @@ entries = st.fixed_dictionaries(
     },
 )
 filled = texts.filter(bool)
-paths = filled.filter(lambda text: not any(unicodedata.category(char) == "Cc" for char in text))
-"""Without control characters, which no path is meant to have."""
+paths = filled.filter(
+    lambda text: not any(unicodedata.category(char) == "Cc" for char in text) and text[0] not in "~$%"
+)
+"""Without control characters, which no path is meant to have, and without what a shell would expand."""
 sources = st.tuples(st.sampled_from(["folder", "metadata"]), paths)
 params = st.fixed_dictionaries(
     {}, optional={"eps": numbers, "betas": st.lists(st.floats(0, 0.999) | st.just(0), min_size=2, max_size=2)}
@@ -861,6 +864,31 @@ def test_windows_paths_in_double_quotes(text: str, said: str, tmp_path: Path):
         read_config(path)
     assert str(caught.value).replace(f"{tmp_path}/", "").startswith(said)
     assert "use single quotes" in str(caught.value) and len(caught.value.problems) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (
+            "output_dir: ~/runs",
+            "output_dir: is '~/runs', and ~ is not expanded in a config; write the whole path",
+        ),
+        (r"output_dir: ~\runs", r"output_dir: is '~\runs', and ~ is not expanded in a config"),
+        ("data: [{folder: $HOME/x}]", "data.0.folder: is '$HOME/x', and $HOME is not expanded in a config; write the "),
+        ("model: {path: '${MODELS}/z.safetensors'}", "model.path: is '${MODELS}/z.safetensors', and ${MODELS} is not"),
+        (r"cache: {folder: '%TEMP%\c'}", r"cache.folder: is '%TEMP%\c', and %TEMP% is not expanded in a config; write"),
+        ("lora: {init_from: '~'}", "lora.init_from: is '~', and ~ is not expanded in a config"),
+        ("sample: {extra_loras: [~/a.safetensors=0.5]}", "sample.extra_loras.0"),
+    ],
+)
+def test_paths_that_a_shell_expands(text: str, said: str, tmp_path: Path):
+    """A path with ~ or a variable, which would be a folder of that name here, is named with what to write."""
+    data = "" if text.startswith("data") else "data: [{folder: x}]\n"
+    (tmp_path / "c.yaml").write_text(f"name: x\n{data}{text}\n")
+    with pytest.raises(ConfigError) as caught:
+        read_config(tmp_path / "c.yaml")
+    (problem,) = caught.value.problems
+    assert str(problem).partition(": ")[2].startswith(said), problem
 
 
 @pytest.mark.parametrize(

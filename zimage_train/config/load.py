@@ -174,12 +174,7 @@ def read_text(path: Path) -> str:
         if len(content) > strict_yaml.MAX_BYTES:
             message = "is larger than 1 MB, so it is not a config"
             raise ConfigError(Problem(str(path), message, "check the path", "not-a-config"))
-        text = content.decode("utf-8-sig")
-        if "\0" in text:
-            raise ConfigError(
-                Problem(str(path), "contains NUL bytes, so it is no UTF-8 text", "save it as UTF-8", "not-text")
-            )
-        return text
+        return content.decode("utf-8-sig")
     except FileNotFoundError:
         problem = Problem(str(path), "does not exist", "check the path", "missing-file")
         raise ConfigError(problem) from None

@@ -25,6 +25,10 @@ STRICT = ConfigDict(strict=True, allow_inf_nan=False)
 """Validation without conversions: `"8"` is no number, and 8.0 no whole number."""
 
 
+_VARIABLE = re.compile(r"(~|\$\w+|\$\{\w+\}|%\w+%)(?:[/\\]|$)")
+"""The start of a path that a shell would expand."""
+
+
 class SettingError(ValueError):
     """An invalid value: what was found, and what to do about it, empty if that is obvious.
 
@@ -92,6 +96,14 @@ def _without_control_characters(value: str) -> str:
     return value
 
 
+def _without_variables(value: str) -> str:
+    """Refuse what a shell would expand: taken as it is, it names a folder `~` where the command runs."""
+    match = _VARIABLE.match(value)
+    if match is None:
+        return value
+    raise SettingError(f"is '{value}', and {match[1]} is not expanded in a config", "write the whole path")
+
+
 def _multiple_of_16(value: int) -> int:
     if value % 16:
         raise SettingError(f"{value} is no multiple of 16", f"{value // 16 * 16} or {-(-value // 16) * 16} would do")
@@ -99,7 +111,7 @@ def _multiple_of_16(value: int) -> int:
 
 
 Pixels = Annotated[int, Field(ge=32, le=4096, json_schema_extra={"multipleOf": 16}), AfterValidator(_multiple_of_16)]
-PathText = Annotated[str, AfterValidator(_without_control_characters)]
+PathText = Annotated[str, AfterValidator(_without_control_characters), AfterValidator(_without_variables)]
 """A path, or something else that names files, such as a hub id."""
 NonEmptyPath = Annotated[PathText, Field(min_length=1)]
 EverySteps = Annotated[int, Field(ge=1)] | None

@@ -75,6 +75,9 @@ def read_prompt_file(path: Path) -> list[PromptSpec]:
 
 
 def _from_lines(path: Path, text: str) -> list[PromptSpec]:
+    if "\0" in text:
+        message = "contains NUL bytes, so it is not a text file"
+        raise ConfigError(Problem(str(path), message, "save it as UTF-8", "not-text"))
     problems: list[Problem] = []
     specs: list[PromptSpec] = []
     # Not splitlines, which also cuts at characters such as U+2028 inside a prompt.
