@@ -1,7 +1,8 @@
 """The case book: what people reported, as small inputs with the right answer; see CONTRIBUTING.md.
 
 Each YAML file beside this one is a case: `source` (where it was reported or measured), `want` (what its reporter would
-want), the input (`files` by name, and `loras` by name, each described), a `command`, and what is `right`.
+want), the input (`files`, `pictures` with their `texts`, and `loras` by name, each described), a `command`, and what is
+`right`.
 """
 
 import json
@@ -13,6 +14,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
@@ -23,7 +25,7 @@ from zimage_train.lora import lora_file
 from lora_files import TINY
 
 CASES = sorted(Path(__file__).parent.glob("*.yaml"))
-KEYS = {"source", "want", "files", "pictures", "loras", "command", "right"}
+KEYS = {"source", "want", "files", "pictures", "texts", "loras", "command", "right"}
 RIGHT = {"exit_code", "says", "says_not", "values", "scales"}
 
 
@@ -69,7 +71,10 @@ def test_case(path: Path):
         Path(name).write_text(text.replace("{mini}", str(mini.TURBO.parent)), encoding="utf-8")
     for name, size in case.get("pictures", {}).items():
         Path(name).parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", tuple(size), (90, 120, 30)).save(name)
+        info = PngInfo()
+        for key, text in case.get("texts", {}).get(name, {}).items():
+            info.add_itxt(key, text)
+        Image.new("RGB", tuple(size), (90, 120, 30)).save(name, pnginfo=info)
     for name, described in case.get("loras", {}).items():
         write_lora(Path(name), described)
     words = shlex.split(case["command"].replace("{mini}", str(mini.TURBO.parent)))

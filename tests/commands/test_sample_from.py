@@ -49,6 +49,29 @@ def test_requests_of_other_programs(tmp_path: Path):
     assert lines == []
 
 
+def test_images_that_cannot_be_read(tmp_path: Path):
+    """A file that is cut off, no image or no PNG is called that, and not an image without settings."""
+    whole = png(tmp_path / "a.png", parameters=TEXT).read_bytes()
+    spoiled = bytearray(whole)
+    spoiled[whole.index(b"Steps")] ^= 0xFF
+    Image.new("RGB", (64, 64)).save(tmp_path / "b.jpg")
+    contents = {
+        "cut.png": (whole[:60], "cannot be read"),
+        "cut_more.png": (whole[:5], "is no image, or damaged"),
+        "empty.png": (b"", "is no image, or damaged"),
+        "text.png": (b"a fox", "is no image, or damaged"),
+        "spoiled.png": (bytes(spoiled), "is no image, or damaged"),
+        "jpeg.png": ((tmp_path / "b.jpg").read_bytes(), "is a JPEG, whose metadata is not read"),
+        "gone.png": (None, "does not exist"),
+    }
+    for name, (content, said) in contents.items():
+        if content is not None:
+            (tmp_path / name).write_bytes(content)
+        with pytest.raises(ZImageTrainError) as caught:
+            requests_from_images(NONE, ModelSettings(), [tmp_path / name])
+        assert f"{tmp_path / name}: {said}" in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -83,7 +106,7 @@ def test_a_hostile_png_is_refused(tmp_path: Path):
     rows = chunk(b"IDAT", zlib.compress(b"\0\0\0\0")) + chunk(b"IEND", b"")
     (tmp_path / "b.png").write_bytes(start + chunk(b"IHDR", size) + chunk(b"zTXt", b"parameters\0\0" + text) + rows)
     for name in ("a.png", "b.png"):
-        with pytest.raises(ZImageTrainError, match="has no sampling settings"):
+        with pytest.raises(ZImageTrainError, match=r"cannot be read \("):
             requests_from_images(NONE, ModelSettings(), [tmp_path / name])
 
 

@@ -96,6 +96,33 @@ def test_a1111_in_part(settings: str, unread: dict[str, str]):
     assert recipe_of(f"a fox\n{settings}", "parameters").unread == unread
 
 
+def test_the_first_settings_count():
+    """Words behind the settings of the image, such as the names of resources, are not its settings."""
+    more = ', Civitai resources: [{"modelName":"Seed: 5, Steps: 99, Size: 8x8, CFG scale: 9"}], Schedule type: Karras'
+    recipe = recipe_of(f"a fox\nSteps: 8, Sampler: Euler, CFG scale: 1, Seed: 1, Size: 64x64{more}", "parameters")
+    assert recipe.fields["seed"] == 1 and recipe.fields["steps"] == 8 and recipe.fields["width"] == 64
+    assert recipe.notes == [
+        "it was drawn with the noise levels Karras, and is drawn with those of the pipeline here (simple)"
+    ]
+
+
+def test_parameters_in_json():
+    """The JSON that SwarmUI and Fooocus write is not drawn as a prompt."""
+    for value in ({"sui_image_params": {"prompt": "a fox"}}, {"prompt": "a fox", "steps": 30}):
+        with pytest.raises(DataError, match="its prompt cannot be read: its parameters are JSON, as SwarmUI"):
+            recipe_of(json.dumps(value), "parameters")
+    assert recipe_of("{a|b} fox", "parameters").fields["prompt"] == "{a|b} fox"
+
+
+@pytest.mark.parametrize(("scheduler", "count"), [("simple", 1), ("beta", 2), (["1", 0], 1)])
+def test_schedule_of_a_graph(scheduler: Any, count: int):
+    """Noise levels that are not drawn here are pointed out, beside the sampler."""
+    nodes = graph()
+    nodes["7"]["inputs"]["scheduler"] = scheduler
+    notes = recipe_of(nodes).notes
+    assert len(notes) == count and (count == 1 or "the noise levels beta" in notes[1])
+
+
 def test_a1111_without_settings():
     """A text without a line of settings is a prompt alone."""
     recipe = recipe_of("a fox: the animal\nNegative prompt: x", "parameters")

@@ -35,6 +35,7 @@ class Sampling:
     """Field that cannot be read -> why."""
     notes: list[str] = field(default_factory=list)
     sampler: str | None = None
+    scheduler: str | None = None
     model: str | None = None
     loras: list[tuple[str, str]] = field(default_factory=list)
     """Name and strength of each."""
@@ -73,6 +74,8 @@ def read_sampling(text: str) -> Sampling:
     chosen = graph.linked(sampler, "sampler") or sampler
     name = chosen["inputs"].get("sampler_name")
     sampling.sampler = name if isinstance(name, str) else None
+    scheduler = schedule["inputs"].get("scheduler")
+    sampling.scheduler = scheduler if isinstance(scheduler, str) else None
     denoise = schedule["inputs"].get("denoise", 1)
     if denoise != 1:
         made = f"it has denoise {str(denoise)[:20]}, so it was made from another image"

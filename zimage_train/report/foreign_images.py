@@ -3,6 +3,7 @@
 The metadata of an image may hold anything, so every value is checked, and one that cannot be read is named.
 """
 
+import json
 import math
 import re
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ from typing import Any
 
 from zimage_train.dataset.sources import is_text
 from zimage_train.errors import DataError, Problem
-from zimage_train.report import comfyui_graph
+from zimage_train.report import comfyui_graph, preview_images
 from zimage_train.report.comfyui_graph import UnreadableError
 
 MAX_CHARACTERS = 2_000_000
@@ -71,8 +72,8 @@ _HINT = "give a PNG of train or sample, or one of A1111, Forge or ComfyUI with i
 
 
 def _absence(path: Path, texts: dict[str, str], too_long: list[str]) -> str:
-    if not path.exists():
-        return "does not exist"
+    if not texts and not too_long and (wrong := preview_images.what_is_wrong_with(path)):
+        return wrong
     if too_long:
         return f"has over {MAX_CHARACTERS} characters in {too_long[0][:40]!r}"
     if "workflow" in texts:
@@ -89,9 +90,15 @@ def guidance_of_cfg(cfg_scale: float) -> float:
 def _from_parameters(text: str) -> ForeignRecipe:
     """Return the recipe in the text that A1111 and Forge write: prompt, negative prompt, a line of settings."""
     recipe = ForeignRecipe()
+    if _is_json(text):
+        recipe.unread["prompt"] = "its parameters are JSON, as SwarmUI and Fooocus write them"
+        return recipe
     lines = text.strip().split("\n")
     number = next((index for index in range(len(lines) - 1, -1, -1) if lines[index].startswith("Steps:")), len(lines))
-    settings = {match[1].strip(): match[2].strip() for match in _SETTING.finditer(" ".join(lines[number:]))}
+    settings: dict[str, str] = {}
+    for match in _SETTING.finditer(" ".join(lines[number:])):
+        # The first counts: what follows may be of other images and models, such as a list of resources.
+        settings.setdefault(match[1].strip(), match[2].strip())
     words = "\n".join(lines[:number])
     start = 0 if words.startswith(_NEGATIVE) else words.find("\n" + _NEGATIVE)
     prompt, negative = (words, "") if start < 0 else (words[:start], words[start:].strip().removeprefix(_NEGATIVE))
@@ -110,7 +117,7 @@ def _from_parameters(text: str) -> ForeignRecipe:
         _read_setting(recipe, "shift", settings, "Shift", _finite)
     _read_setting(recipe, "size", settings, "Size", _sides)
     recipe.fields |= dict(zip(("width", "height"), recipe.fields.pop("size", ()), strict=False))
-    _note_sampler(recipe, settings.get("Sampler"))
+    _note_sampler(recipe, settings.get("Sampler"), settings.get("Schedule type"))
     for key in ("Denoising strength", "Hires upscale"):
         if key in settings:
             made = f"it has {key} {plain(settings[key])}, so it was made from another image"
@@ -154,15 +161,25 @@ def _from_graph(text: str) -> ForeignRecipe:
         recipe.fields["guidance"] = guidance_of_cfg(recipe.fields.pop("cfg"))
     elif "cfg" in recipe.unread:
         recipe.unread["guidance"] = recipe.unread.pop("cfg")
-    _note_sampler(recipe, sampling.sampler)
+    _note_sampler(recipe, sampling.sampler, sampling.scheduler)
     loras = [f"{plain(name)}={strength}" for name, strength in sampling.loras]
     recipe.drawn_by = _drawn_by(sampling.model, loras)
     return recipe
 
 
-def _note_sampler(recipe: ForeignRecipe, sampler: str | None) -> None:
+def _note_sampler(recipe: ForeignRecipe, sampler: str | None, schedule: str | None) -> None:
     if sampler is not None and sampler.lower() != "euler":
         recipe.notes.append(f"it was drawn with the sampler {plain(sampler)}, and is drawn with Euler here")
+    if schedule is not None and schedule.lower() not in ("simple", "automatic"):
+        what = f"it was drawn with the noise levels {plain(schedule)}"
+        recipe.notes.append(f"{what}, and is drawn with those of the pipeline here (simple)")
+
+
+def _is_json(text: str) -> bool:
+    try:
+        return isinstance(json.loads(text), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _drawn_by(model: str | None, loras: list[str]) -> str:

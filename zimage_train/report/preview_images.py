@@ -5,7 +5,7 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
 from zimage_train.diffusion.request import SamplingRequest
@@ -77,7 +77,7 @@ def request_of(path: Path) -> SamplingRequest:
     """
     request = parse_request(read_texts(path))
     if request is None:
-        what = "has no sampling settings of zimage-train" if path.exists() else "does not exist"
+        what = what_is_wrong_with(path) or "has no sampling settings of zimage-train"
         raise DataError(Problem(str(path), what, "give a PNG that train or sample has written", "not-a-preview"))
     return request
 
@@ -161,6 +161,23 @@ def parse_request(texts: dict[str, str]) -> SamplingRequest | None:
         return SamplingRequest.from_json(texts[REQUEST_KEY])
     except (KeyError, ValueError):
         return None
+
+
+def what_is_wrong_with(path: Path) -> str | None:
+    """Return why no text chunks can be read from `path`, as a part of a sentence, or None if it is a whole PNG."""
+    if not path.exists():
+        return "does not exist"
+    try:
+        with warnings.catch_warnings(), Image.open(path) as image:
+            warnings.simplefilter("ignore")
+            if image.format != "PNG":
+                return f"is a {image.format}, whose metadata is not read"
+            image.load()
+    except UnidentifiedImageError:
+        return "is no image, or damaged"
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        return f"cannot be read ({str(error)[:80]})"
+    return None
 
 
 def read_texts(path: Path) -> dict[str, str]:
