@@ -58,14 +58,20 @@ def test_another_family_is_named(tmp_path: Path, keys: list[str], said: str):
             "has a LoRA of convolutions: 1 keys, such as {}; Z-Image has no convolutions",
         ),
         ("layers.0.attention.to_q.oft_blocks", "has OFT: 1 keys, such as {}; it is not read here"),
+        ("base_model.model.layers.0.attention.to_q.oft_R.weight", "has OFT: 1 keys, such as {}; it is not read here"),
         ("something.else", "has 1 keys that are not of a Z-Image LoRA, such as {}; is it a LoRA of Z-Image?"),
         *(
-            (key, "has whole weights or biases beside the LoRA (.diff): 1 keys, such as {}; a LoRA without them")
+            (key, "has whole weights or biases beside the LoRA: 1 keys, such as {}; a LoRA without them")
             for key in (
                 "diffusion_model.layers.0.attention.norm_q.diff",
                 "diffusion_model.layers.0.attention.to_q.diff_b",
                 "lora_unet_layers_0_attention_qkv.diff",
                 "diffusion_model.layers.0.attention_norm1.w_norm",
+                "diffusion_model.layers.0.attention_norm1.weight",
+                "base_model.model.all_x_embedder.2-1.weight",
+                "transformer.layers.1.feed_forward.w1.bias",
+                "transformer.cap_pad_token",
+                "base_model.model.layers.0.attention.to_q.lora_B.bias",
             )
         ),
         *(
@@ -73,6 +79,9 @@ def test_another_family_is_named(tmp_path: Path, keys: list[str], said: str):
             for key in (
                 "lora_te_model_layers_0_self_attn_q_proj.lora_down.weight",
                 "lora_te1_model_layers_0_self_attn_q_proj.alpha",
+                "model.layers.0.self_attn.q_proj.lora_A.weight",
+                "base_model.model.layers.0.mlp.gate_proj.lora_B.weight",
+                "lora_qwen3_layers_0_mlp_up_proj.lora_down.weight",
                 "text_encoder.model.layers.0.self_attn.q_proj.lora_A.weight",
                 "text_encoders.qwen3_4b.transformer.model.layers.0.mlp.up_proj.lora_A.weight",
                 "te1.model.layers.0.self_attn.q_proj.lora_A.weight",

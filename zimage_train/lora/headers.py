@@ -20,22 +20,31 @@ FAMILIES = (
 )
 """(family, pattern of its keys); the first pattern that matches any key counts, so specific patterns come first."""
 
+_BESIDE_LORA = "whole weights or biases beside the LoRA"
+_ALONE_HINT = "a LoRA without them draws something else; ask for a file of LoRA keys alone, or use this one in ComfyUI"
+_PARAMETER = re.compile(
+    r"^(?:base_model\.model\.|model\.|diffusion_model\.|transformer\.)*"
+    r"(?:(?:(?:layers|noise_refiner|context_refiner)\.\d+|(?:all_)?x_embedder|(?:all_)?final_layer|cap_embedder|t_embedder)"
+    r"(?:\..*)?\.(?:weight|bias)|(?:x|cap)_pad_token)$"
+)
+"""Names of parameters of Z-Image."""
 KINDS = (
     (
-        "whole weights or biases beside the LoRA (.diff)",
-        re.compile(r"\.(?:diff|diff_b|set_weight|w_norm|b_norm)$"),
-        "a LoRA without them draws something else; ask for a file of LoRA keys alone, or use this one in ComfyUI",
+        _BESIDE_LORA,
+        re.compile(r"\.(?:diff|diff_b|set_weight|w_norm|b_norm)$|lora_(?:B|up)(?:\.[^.]+)?\.bias$"),
+        _ALONE_HINT,
     ),
     (
         "a LoRA of the text encoder",
         re.compile(
             r"^(?:base_model\.model\.)?(?:lora_)?(?:text_encoders?|te|cond_stage_model|conditioner)[0-9]*[._]"
             r"|^base_model\.model\.model\.layers"
+            r"|(?:self_attn[._][qkvo]|mlp[._](?:gate|up|down))_proj[._](?:lora|lokr|hada|dora|alpha)"
         ),
         "the text encoder is not changed here; train or save the LoRA of the transformer alone, or use it in ComfyUI",
     ),
     ("a LoRA of convolutions", re.compile(r"lora_mid|lokr_t2|hada_t[12]"), "Z-Image has no convolutions"),
-    ("OFT", re.compile(r"oft_(?:r|blocks)"), "it is not read here; make it a LoRA with the tool that trained it"),
+    ("OFT", re.compile(r"oft_", re.IGNORECASE), "it is not read here; make it a LoRA with the tool that trained it"),
     ("GLoRA", re.compile(r"\.[ab][12]\.weight$"), "it is not read here; make it a LoRA with the tool that trained it"),
 )
 """(what, pattern of its keys, what to do) of keys that are no LoRA of the transformer."""
@@ -51,9 +60,10 @@ def detect_family(keys: Iterable[str]) -> str | None:
     return next((name for name, pattern in FAMILIES if any(pattern.search(key) for key in found)), None)
 
 
-def _unknown_keys_problem(path: Path, unknown: list[str], broken: list[str]) -> Problem:
+def _unknown_keys_problem(path: Path, unknown: list[str], broken: list[str], has_lora: bool) -> Problem:
     """Return the problem of a file with keys that this trainer cannot read, or with modules whose parts do not fit."""
-    for what, pattern, hint in KINDS:
+    beside = ((_BESIDE_LORA, _PARAMETER, _ALONE_HINT),) if has_lora else ()
+    for what, pattern, hint in (*KINDS, *beside):
         found = sorted(key for key in unknown if pattern.search(key))
         if found:
             message = f"has {what}: {len(found)} keys, such as {found[0]}"
@@ -104,7 +114,7 @@ def read_parts(path: Path) -> Parts:
         what = f"holds {len(twice)} tensors twice, under two names each, such as {min(twice)}"
         raise WeightsError(Problem(str(path), what, "remove one of each", "duplicate-module"))
     if unknown or broken or not parts:
-        raise WeightsError(_unknown_keys_problem(path, unknown, broken))
+        raise WeightsError(_unknown_keys_problem(path, unknown, broken, bool(parts)))
     return parts
 
 
