@@ -194,8 +194,12 @@ def test_errors_are_one_line(run, tmp_path: Path, hub: Hub, words: list[str], mo
 
 def test_what_is_no_run_is_refused(run: Path, tmp_path: Path):
     """A folder that is no run, and a run without a LoRA, are errors."""
-    code, said = publish(run / "lora")
-    assert code == 2 and "is not a run folder" in said
+    code, said = publish(tmp_path / "x.safetensors")
+    assert code == 2 and "is not a run folder: it has no config.yaml; give output/NAME of a run" in said
+    assert "LoRA files" not in said
+    for inside in (run / "lora", run / "lora" / "tiny.safetensors"):
+        code, said = publish(inside)
+        assert code == 2 and f"is not a run folder: it has no config.yaml; did you mean {run}?" in said
     (tmp_path / "config.yaml").write_bytes((run / "config.yaml").read_bytes())
     code, said = publish(tmp_path)
     assert code == 4 and "has exported no LoRA yet; train until the first save" in said

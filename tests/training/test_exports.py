@@ -13,6 +13,7 @@ from zimage_train.report import preview_images
 from zimage_train.training import outputs
 
 from helpers import PREVIEWED, final, folder
+from lora_commands import converted
 
 PROMPTS = ["a red circle", "a red zorb on a blue background"]
 SAMPLE = PREVIEWED | {"prompts": PROMPTS, "first": False, "steps": 1}
@@ -114,7 +115,8 @@ def test_images_name_no_folder(make_config, tmp_path: Path):
     """Previews and pictures name models and LoRAs, but no folder of this machine."""
     run_training(make_config(name="other", sample={"every": None}), fresh=False)
     lora = folder(make_config(name="other")) / "lora" / "other.safetensors"
-    sample = SAMPLE | {"extra_loras": [f"{lora}=0.5"], "compare_on": str(mini.TURBO)}
+    style = converted(mini.ADAPTER_V1, "peft", tmp_path / "style").parent
+    sample = SAMPLE | {"extra_loras": [f"{lora}=0.5", str(style)], "compare_on": str(mini.TURBO)}
     config = make_config(train={"steps": 2}, sample=sample)
     run_training(config, fresh=False)
     for path in [*(folder(config) / "samples").rglob("*.png"), *(folder(config) / "lora").rglob("*.*")]:
@@ -123,10 +125,10 @@ def test_images_name_no_folder(make_config, tmp_path: Path):
             assert str(private).encode() not in content, path
     with Image.open(folder(config) / "samples" / "000002-00.png") as image:
         assert image.info["zimage_train.drawn_by"].endswith(
-            "turbo in fp32 with the LoRA of tiny at step 2 and other.safetensors=0.5"
+            "turbo in fp32 with the LoRA of tiny at step 2 and other.safetensors=0.5 and style=1"
         )
     nodes = json.loads((folder(config) / "lora" / "tiny.comfyui.json").read_text())
     loaded = [node["inputs"] for node in nodes.values() if node["class_type"] == "LoraLoaderModelOnly"]
     assert [(one["lora_name"], one["strength_model"]) for one in loaded] == [
-        ("tiny.safetensors", 1.0), ("other.safetensors", 0.5)
+        ("tiny.safetensors", 1.0), ("other.safetensors", 0.5), ("style.safetensors", 1.0)
     ]  # fmt: skip

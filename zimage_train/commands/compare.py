@@ -113,16 +113,16 @@ def open_runs(paths: Sequence[Path]) -> list[FinishedRun]:
     return runs
 
 
-def require_run(folder: Path) -> None:
-    """Require that `folder` is that of a run.
+def require_run(folder: Path, otherwise: str = "give output/NAME of a run, or LoRA files") -> None:
+    """Require that `folder` is that of a run; `otherwise` is what to do if none is near it.
 
     Raises:
         ConfigError: it has no config.yaml; the hint names a folder near it that has.
     """
     if not (folder / "config.yaml").exists():
-        candidates = (folder.parent, *sorted(folder.glob("*")))
+        candidates = (*folder.parents[:2], *sorted(folder.glob("*")))  # a LoRA is two below its run
         near = [candidate for candidate in candidates if (candidate / "config.yaml").exists()]
-        hint = f"did you mean {near[0]}?" if near else "give output/NAME of a run, or LoRA files"
+        hint = f"did you mean {near[0]}?" if near else otherwise
         raise ConfigError(Problem(str(folder), "is not a run folder: it has no config.yaml", hint, "not-a-run"))
 
 

@@ -82,7 +82,7 @@ def _require_arguments(license_name: str | None, repository: str | None) -> None
 
 def _find_lora(run: Path) -> PublishedLora:
     """Return the last LoRA of a run: the averaged LoRA if that drew the previews."""
-    compare.require_run(run)
+    compare.require_run(run, "give output/NAME of a run")
     config = read_config(run / "config.yaml")
     folder = RunDir(run, config.name)
     is_ema = config.sample.weights == "ema"

@@ -154,6 +154,9 @@ def _settings_section(config: Config, step: int, num_pictures: int | None) -> st
     }
     if config.preserve.kind is not None:
         rows["preservation"] = f"{config.preserve.kind}, weight {config.preserve.weight:g}"
+    if config.sample.extra_loras:
+        names = [f"{without_folder(lora.file)} at {lora.weight:g}" for lora in config.sample.extra_loras]
+        rows["previews drawn with"] = f"this LoRA and {', '.join(names)}"
     if config.ema.decay is not None:
         rows["averaged weights"] = f"decay {config.ema.decay:g}"
     rows |= {"seed": config.seed, "trained with": f"zimage-train {__version__}"}

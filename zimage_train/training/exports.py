@@ -88,7 +88,9 @@ def _save_workflows(state: TrainState, path: Path) -> None:
     request = state.preview_sets[0].requests[_shown_preview(state)]
     extra_loras = []
     for lora in state.config.sample.extra_loras:
-        extra_loras.append((Path(NAMED_LORAS.get(lora.file, lora.file)).name, lora.weight))
+        file = Path(NAMED_LORAS.get(lora.file, lora.file))
+        # ComfyUI lists files alone: that which `lora convert` makes of a folder of peft.
+        extra_loras.append((f"{file.name}.safetensors" if file.is_dir() else file.name, lora.weight))
     nodes = comfyui.comfyui_workflow(request, state.config.model, path.name, extra_loras)
     try:
         atomic.write_json(comfyui.workflow_path(path), nodes)

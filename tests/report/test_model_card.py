@@ -1,0 +1,16 @@
+"""What a model card says beside what `publish` shows of a whole run."""
+
+from pathlib import Path
+
+from zimage_train.report.model_card import CardContent, model_card
+
+
+def test_card_names_the_loras_of_its_previews(make_config, tmp_path: Path):
+    """Images that further LoRAs drew, too, are not shown as those of this LoRA alone, and no folder is named."""
+    extra = [f"{tmp_path / 'alice' / 'style one.safetensors'}=0.5", "distillpatch"]
+    with_extra, alone = make_config(sample={"extra_loras": extra}), make_config()
+    cards = []
+    for config in (with_extra, alone):
+        cards.append(model_card(CardContent(config, "tiny.safetensors", 4, [], None, 16), "mit", None))
+    assert "| previews drawn with | this LoRA and style one.safetensors at 0.5, distillpatch at 1 |" in cards[0]
+    assert "alice" not in cards[0] and "previews drawn with" not in cards[1]
