@@ -67,7 +67,8 @@ def test_preview_equals_the_stock_pipeline(make_lokr, tmp_path: Path, lora: dict
 
 @pytest.mark.slow
 @BOTH
-def test_run_resumes_to_the_bit(make_lokr, monkeypatch, lora: dict[str, Any]):
+def test_run_resumes_to_the_bit(make_lokr, monkeypatch, capsys, lora: dict[str, Any]):
+    """A run that is stopped ends with the same bits, its average too, and is known to be complete after it."""
     more: dict[str, Any] = {"train": {"steps": 4}, "ema": {"decay": 0.9}}
     whole, stopped = make_lokr(lora, name="whole", **more), make_lokr(lora, **more)
     run_training(whole, fresh=False)
@@ -81,6 +82,9 @@ def test_run_resumes_to_the_bit(make_lokr, monkeypatch, lora: dict[str, Any]):
     averages = [lora_file.read_deltas(path) for path in paths]
     assert all(averages[0][module].distance(averages[1][module]) == 0.0 for module in averages[0])
     assert len(final(whole)) == len(final(stopped))
+    capsys.readouterr()
+    run_training(stopped, fresh=False)
+    assert "tiny is complete" in capsys.readouterr().out
 
 
 @pytest.mark.slow
