@@ -160,8 +160,8 @@ PARTS: dict[str, Part] = {
     "speed": Part(
         shows="whole steps beside those of diffusers with peft: milliseconds, their ratio, memory",
         work="gpu_parts.speed:measure",
-        cases=(*crossed(SIDES, ["batch 1"]), "mixed: batch 1", "512 px: batch 4"),
-        dry_cases=crossed([DRY_SIDE], ["batch 1"]),
+        cases=(*crossed(SIDES, ["batch 1"]), "mixed: batch 1", "512 px: batch 4", "512 px: lokr", "1024 px: lokr"),
+        dry_cases=crossed([DRY_SIDE], ["batch 1", "lokr"]),
         limit_s=300,
         case_limit_s=100,
     ),

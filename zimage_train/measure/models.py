@@ -7,11 +7,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from zimage_train.config.lora import LoraSettings
 from zimage_train.dataset.buckets import Bucket
 from zimage_train.diffusion.frozen import FrozenTransformer
 from zimage_train.diffusion.request import SamplingRequest
-from zimage_train.lora import layers, targets
-from zimage_train.lora.layers import LoraLayers
+from zimage_train.lora import targets
+from zimage_train.lora.adapters import attach_adapter
+from zimage_train.lora.layers import AdapterLayers
 from zimage_train.models import transformer
 from zimage_train.models.arch import TransformerShape
 from zimage_train.models.offload import BlockOffloader, streamed_blocks
@@ -70,13 +72,13 @@ def random_tensors(shape: TransformerShape, device: torch.device) -> Iterator[tu
 
 
 def random_pair(
-    shape: TransformerShape, plan: MemoryPlan, device: torch.device
-) -> tuple[FrozenTransformer, LoraLayers]:
-    """Return a random model as `plan` has it, and the LoRA that is attached to it."""
+    shape: TransformerShape, plan: MemoryPlan, device: torch.device, lora: LoraSettings | None = None
+) -> tuple[FrozenTransformer, AdapterLayers]:
+    """Return a random model as `plan` has it, and the adapter that is attached to it, by default a LoRA of `RANK`."""
     dtype = torch.bfloat16 if plan.workload.dtype == "bf16" else torch.float32
     frozen = random_model(shape, plan.placement, dtype, device)
     modules = targets.select_modules(["attention", "feed_forward"], shape.linears)
-    attached = layers.attach_lora(frozen.model, modules, RANK, None, 0.0, 1)
+    attached = attach_adapter(frozen.model, lora or LoraSettings(rank=RANK), modules, 1)
     apply_recompute_plan(frozen, attached, plan, 0.0)
     return frozen, attached
 

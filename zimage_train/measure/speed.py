@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zimage_train.config.lora import LoraSettings
 from zimage_train.config.schema import Config, OptimizerSettings
 from zimage_train.dataset.buckets import Bucket
 from zimage_train.measure.models import random_batch, random_pair, workload_of
@@ -48,6 +49,8 @@ class SpeedCase:
     sizes: tuple[tuple[int, int], ...]
     """Width and height, px."""
     batch_size: int = 1
+    lora: LoraSettings | None = None
+    """What our step trains; None: a LoRA, as the other does."""
 
 
 MIXED_SIZES = ((1024, 1024), (832, 1216), (768, 768), (640, 896), (512, 512), (448, 576))
@@ -64,9 +67,9 @@ def plan_without_limits(shape: TransformerShape, side: int, dtype: str, gpu: boo
     return MemoryPlan(workload, WeightPlacement(), {"none": NO_LIMIT}, PLENTY, True, "to be timed")
 
 
-def our_step(shape: TransformerShape, plan: MemoryPlan, device: torch.device) -> Step:
+def our_step(shape: TransformerShape, plan: MemoryPlan, device: torch.device, lora: LoraSettings | None = None) -> Step:
     """Return a step as `train` makes it by `plan`, on a model of random weights."""
-    frozen, attached = random_pair(shape, plan, device)
+    frozen, attached = random_pair(shape, plan, device, lora)
     config = Config.model_validate({"name": "timed", "data": [{"folder": "nowhere"}]})
     run_step = StepRunner(config, frozen, attached, plan, make_recorder(config, frozen, device))
     flat = attached.flat
@@ -148,7 +151,7 @@ def _compare(
             random_batch(shape, tensor_type, width, height, CAPTION_TOKENS, 2 + number, size=case.batch_size)
         )
     largest = max(width for width, _ in case.sizes)
-    ours = our_step(shape, plan_without_limits(shape, largest, dtype, device.type == "cuda"), device)
+    ours = our_step(shape, plan_without_limits(shape, largest, dtype, device.type == "cuda"), device, case.lora)
     with devices.reproducible(device):
         losses = [ours(batches[0])]
         run_epochs(ours, batches, WARM_UP)
