@@ -213,6 +213,11 @@ MAPPED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "train.noise_scheduler": ({"train.noise_scheduler": "flowmatch"}, {}),
     "train.timestep_type": ({"train.timestep_type": "weighted"}, {"timesteps.type": "weighted"}),
     "train.content_or_style": ({"train.content_or_style": "content"}, {"timesteps.bias": "high_noise"}),
+    "train.linear_timesteps": (
+        {"train.linear_timesteps": True},
+        {"timesteps.type": "linear", "timesteps.weight": "bell"},
+    ),
+    "train.noise_offset": ({"train.noise_offset": 0.05}, {"timesteps.offset_noise": 0.05}),
     "train.min_denoising_steps": (
         {"train.min_denoising_steps": 200, "train.timestep_type": "linear"},
         {"timesteps.type": "linear", "timesteps.max": 0.8},
@@ -632,7 +637,6 @@ def test_wrong_values_are_refused(settings, message, refused):
         ({"train.lr_scheduler_params": {"factor": 0.5}}, "train.lr_scheduler_params.factor: scales the whole run"),
         ({"train.lr_scheduler": "linear", "train.lr_scheduler_params": {"start_factor": 0.1}}, "start_factor: is 0.1"),
         ({"train.timestep_type": "lognorm_blend"}, "train.timestep_type: is 'lognorm_blend'"),
-        ({"train.timestep_type": "shift", "model.name_or_path": BASE}, "shifts by 3 in AI Toolkit and by 6 here"),
         ({"train.noise_scheduler": "ddpm"}, "train.noise_scheduler: is 'ddpm'"),
         ({"train.max_denoising_steps": 0}, "train.max_denoising_steps: is 0, after 0"),
         ({"train.unload_text_encoder": True}, "train.unload_text_encoder: makes AI Toolkit train on the trigger alone"),
@@ -740,6 +744,21 @@ def test_schedules(name, params, schedule, is_noted, tmp_path: Path):
     found = config.schedule
     assert (found.name, found.warmup_steps, {k: round(v, 9) for k, v in found.params.items()}) == schedule
     assert bool(notes) == is_noted
+
+
+def test_shift_of_every_variant(read):
+    """AI Toolkit shifts by 3 whatever the model, so Base, which is sampled with 6, needs that number."""
+    shifted = {"train.timestep_type": "shift"}
+    base, _ = read(job(**shifted, **{"model.name_or_path": BASE}))
+    assert (base["timesteps.type"], base["timesteps.shift"]) == ("uniform_shift", 3.0)
+    turbo, _ = read(job(**shifted))
+    assert (turbo["timesteps.type"], turbo.get("timesteps.shift")) == ("uniform_shift", None)
+
+
+def test_bell_beside_weighted(read):
+    """AI Toolkit reads the table of weighted where linear_timesteps is on beside it."""
+    values, _ = read(job(**{"train.linear_timesteps": True, "train.timestep_type": "weighted"}))
+    assert (values["timesteps.type"], values.get("timesteps.weight")) == ("weighted", None)
 
 
 @pytest.mark.parametrize(

@@ -111,6 +111,16 @@ ACCEPTED_AND_REFUSED = {
     "train.max_grad_norm": ([0.1, None], [0.0, -1.0]),
     "timesteps.min": ([0.0, 0.99], [-0.01, 1.0]),
     "timesteps.max": ([0.01, 1.0], [0.0, 1.01]),
+    "timesteps.shift": ([None, 0.1, 3, 100.0, "flux", "qwen", "variant"], [0.0, -1.0, 100.1, "flux2"]),
+    "timesteps.mean": ([-20.0, 0, 20.0], [-20.1, 20.1]),
+    "timesteps.scale": ([0.01, 1, 20.0], [0.0, 20.1]),
+    "timesteps.sigmas": ([[1.0], [0.5, 0.001]], [[], [0.0], [1.1], 0.5, [0.5, 0.5]]),
+    "timesteps.jitter": ([0.0, 0.5], [-0.1, 0.6]),
+    "timesteps.weight": (
+        ["bell", "aitoolkit", [[0, 1000.0], [1, 0]]],
+        ["none", [[0.0, 1.0]], [[0.0, 1e4], [1.0, 1.0]]],
+    ),
+    "timesteps.offset_noise": ([0.0, 0.02, 1], [-0.01, 1.1]),
     "guidance.differential": ([0.5, 100.0, None], [0.0, -1.0, 101.0]),
     "optimizer.lr": ([1e-9, 1, 10.0], [0.0, -1e-4, 10.1]),
     "optimizer.weight_decay": ([0.0, 1.0], [-0.1, 1.1]),
@@ -134,15 +144,28 @@ ACCEPTED_AND_REFUSED = {
     "save.every": ([1, 10**6, None], [0]),
     "save.keep": ([1, 100], [0, -1]),
 }
+TYPES_WITH_EFFECT = {
+    "timesteps.shift": "sigmoid", "timesteps.mean": "sigmoid", "timesteps.scale": "logsnr", "timesteps.sigmas": "fixed",
+    "timesteps.jitter": "turbo_grid", "timesteps.weight": "linear",
+}  # fmt: skip
+"""Option that is refused beside the default of `type` -> a type with which it has an effect."""
+
+
+def valued(option: str, value: object) -> dict[str, Any]:
+    """A config that is valid but for what `option` is."""
+    values = nested(option, value)
+    if option in TYPES_WITH_EFFECT:
+        values["timesteps"]["type"] = TYPES_WITH_EFFECT[option]
+    return values
 
 
 @pytest.mark.parametrize("option", ACCEPTED_AND_REFUSED)
 def test_ranges_are_exact(option: str):
     accepted, outside = ACCEPTED_AND_REFUSED[option]
     for value in accepted:
-        assert load.validate_config(nested(option, value), load.dotted_key)[1] == [], value
+        assert load.validate_config(valued(option, value), load.dotted_key)[1] == [], value
     for value in outside:
-        config, problems = load.validate_config(nested(option, value), load.dotted_key)
+        config, problems = load.validate_config(valued(option, value), load.dotted_key)
         section = option.replace("[]", ".0").rsplit(".", 1)[0]
         assert config is None and all(one.location.startswith(section) for one in problems), value
 
@@ -203,6 +226,58 @@ def test_relations_between_settings(refused):
     assert "needs exactly one of folder, metadata and prompts" in refused(both, least="name: a\n")[0]
     assert "at least 1 entry" in refused("data: []", least="name: a\n")[0]
     assert refused("", least="{}") == ["c.yaml:1: name: is missing; add it", "c.yaml:1: data: is missing; add it"]
+
+
+NOISE_LEVELS = {
+    "type: linear, mean: 0.5": "mean: has no effect with timesteps.type: linear",
+    "type: cosine_bell, scale: 2.0": "scale: has no effect",
+    "type: sigmoid, sigmas: [0.5]": "sigmas: has no effect",
+    "type: uniform_shift, jitter: 0.1": "jitter: has no effect",
+    "type: turbo_grid, shift: 3.0": "shift: has no effect",
+    "type: fixed, sigmas: [0.5, 0.6], shift: flux": "shift: has no effect",
+    "weight: bell": "weight: has no effect with timesteps.type: weighted; use linear",
+    "type: fixed": "fixed needs sigmas",
+    "type: fixed, sigmas: [0.5, 0.5]": "0.5 stands twice",
+    "type: fixed, sigmas: [0.0]": "expected more than 0.0",
+    "type: fixed, sigmas: []": "at least 1 entry",
+    "type: fixed, sigmas: [0.5], bias: high_noise": "bias: has no effect where a single sigma is drawn",
+    "type: fixed, sigmas: [0.5], stratified: true": "stratified: has no effect where a single sigma is drawn",
+    "type: turbo_grid, min: 0.2": "min 0.2 and max 1 leave every sigma as it is",
+    "type: turbo_grid, min: 0.96, max: 0.99": "min 0.96 and max 0.99 leave none of the sigmas",
+    "type: sigmoid, mean: 10.0, max: 0.2": "leave less than a millionth of sigmoid",
+    "type: logsnr, max: 0.02": "leave less than a millionth of logsnr",
+    "type: sigmoid, shift: 0": "expected more than 0.0 or flux, qwen or variant",
+    "type: sigmoid, shift: fluxx": "expected a number or flux, qwen or variant",
+    "type: linear, weight: [[0.0, 1.0]]": "is no list of pairs",
+    "type: linear, weight: [[0.0, 1.0], [0.5]]": "is no list of pairs",
+    "type: linear, weight: [[0.5, 1.0], [0.2, 1.0]]": "its sigmas do not increase",
+    "type: linear, weight: [[0.0, 1.0], [1.2, 1.0]]": "its sigmas do not increase",
+    "type: linear, weight: [[0.0, 0.0], [1.0, 0.0]]": "its weights are from 0 to 0",
+    "type: linear, weight: [[0.0, -1.0], [1.0, 1.0]]": "its weights are from -1 to 1",
+    "type: shift": "write type: sigmoid and shift: 3.0 for that of musubi-tuner",
+    "type: flux_shift": "write type: sigmoid and shift: flux",
+    "sigmoid_scale: 1.0": "did you mean 'timesteps.scale'?",
+    "discrete_flow_shift: 2.0": "did you mean 'timesteps.shift'?",
+}
+
+
+@pytest.mark.parametrize("text", NOISE_LEVELS)
+def test_noise_levels_that_do_nothing(text: str, refused):
+    """Settings of the noise levels that contradict each other, or would do nothing, are refused."""
+    (line,) = refused(f"timesteps: {{{text}}}")
+    assert NOISE_LEVELS[text] in line
+
+
+def test_noise_levels_in_use(read):
+    """Settings of the noise levels are accepted where they have an effect."""
+    for text in (
+        "type: sigmoid, mean: -0.5, scale: 1.2, shift: 2.0, min: 0.1, weight: aitoolkit, stratified: true",
+        "type: logsnr, scale: 2.0, shift: variant",
+        "type: turbo_grid, jitter: 0.02, min: 0.29",
+        "type: turbo_grid, max: 0.9, weight: bell",
+        "type: fixed, sigmas: [0.5], jitter: 0.1, bias: high_noise",
+    ):
+        assert read(f"timesteps: {{{text}}}").timesteps.summary
 
 
 # The model's variants
@@ -467,7 +542,10 @@ configs = st.fixed_dictionaries(
         "timesteps": st.fixed_dictionaries(
             {},
             optional={
-                "type": st.sampled_from(["weighted", "linear", "sigmoid", "uniform_shift"]),
+                "type": st.sampled_from(["linear", "sigmoid", "uniform_shift", "cosine_bell"]),
+                "shift": st.none() | st.sampled_from(["flux", "qwen", "variant"]) | st.floats(0.5, 9.0),
+                "stratified": st.booleans(),
+                "weight": st.none() | st.sampled_from(["bell", "aitoolkit"]) | st.just([[0.0, 1.0], [0.5, 2.0]]),
                 "min": st.floats(0, 0.4),
                 "max": st.floats(0.5, 1),
             },
@@ -614,7 +692,7 @@ WEIRD = st.sampled_from(
 @given(st.sampled_from(list(OPTIONS)), WEIRD)
 def test_one_changed_value(option: str, value: Any):
     """Any value of any option is accepted, or refused naming its section."""
-    config, problems = load.validate_config(nested(option, value), load.dotted_key)
+    config, problems = load.validate_config(valued(option, value), load.dotted_key)
     section = option.replace("[]", ".0").split(".")[0]
     assert (config is None) == bool(problems)
     assert all(one.location.split(".")[0] == section for one in problems)
@@ -755,10 +833,10 @@ def test_json_schema_refuses(schema):
         (option, str(value))
         for option, (_, outside) in ACCEPTED_AND_REFUSED.items()
         for value in outside
-        if not complaints(schema, nested(option, value), schema)
+        if not complaints(schema, valued(option, value), schema)
     }
     by_validators = {"data[].trigger", "memory.budget_gb", "sample.steps", "sample.guidance", "data[].resolution"}
-    by_validators |= {"data[].mask_floor", "data[].mask_prior"}
+    by_validators |= {"data[].mask_floor", "data[].mask_prior", "timesteps.sigmas", "timesteps.weight"}
     assert {option for option, _ in unmarked} <= by_validators
 
 

@@ -534,3 +534,33 @@ def test_rounding_adds_no_step(share: float):
     made = made.model_copy(update={"train": train})
     found = resolve_epochs(made, make_sample_order(made, make_items(made, [images(12), images(2, tag="b")])))
     assert found.train.steps == -(-12 * 100 // (100 - round(share * 100)))
+
+
+def test_parts_of_a_stratified_epoch():
+    """With stratified sigmas, each item of an epoch has a part of its own, however the work is divided."""
+    entries = [{"flip": True}, {"regularization": True}]
+    found = [images(7, tag="p"), images(5, tag="r")]
+    plain = plan_of(found=found, entries=entries)
+    plan = replace(plain, stratified=True)
+    for stream, count in ((plan.concept, 14), (plan.regularization, 5)):
+        assert stream is not None
+        for epoch in (0, 1, 2):
+            parts = [plan.sample(item, epoch).part for item in stream.items]
+            assert sorted(part for part in parts if part is not None) == [(index, count) for index in range(count)]
+    assert {sample.part for sample in samples_of(first_batches(plain, 19))} == {None}
+    wide = replace(plan_of(found=found, entries=entries, batch_size=3, processes=2), stratified=True)
+    keyed = {sample.key(): sample.part for sample in samples_of(first_batches(plan, 19))}
+    again = {sample.key(): sample.part for sample in samples_of(first_batches(wide, 12))}
+    common = keyed.keys() & again.keys()
+    assert len(common) > 8 and all(keyed[key] == again[key] for key in common)
+
+
+def test_parts_differ_by_seed():
+    """Which part an item has follows from the seed and its content, not from its place in the folder."""
+    found = images(9)
+    plans = [
+        replace(plan_of(found=[one], seed=seed), stratified=True)
+        for one, seed in ((found, 0), (found[::-1], 0), (found, 1))
+    ]
+    parts = [{item.image.digest: plan.sample(item, 0).part for item in plan.items} for plan in plans]
+    assert parts[0] == parts[1] != parts[2]

@@ -70,7 +70,9 @@ KEYS = {
     "order": "order",
     "batches": "order",
     "sigma": "sigma",
+    "part": "sigma",
     "noise": "noise",
+    "offset": "noise",
     "caption dropout": "captions",
     "caption": "captions",
     "tag dropout": "captions",
@@ -227,13 +229,23 @@ def sigma(scratch: Path) -> Table:
     samples = first_samples(4)
     for kind in get_args(settings["type"].annotation):
         for bias in get_args(settings["bias"].annotation):
-            made = config([FLIPPED, SINGLE, CLASS], timesteps={"type": kind, "bias": bias})
+            listed = {"sigmas": [0.9, 0.3, 0.6], "jitter": 0.1} if kind == "fixed" else {}
+            made = config([FLIPPED, SINGLE, CLASS], timesteps={"type": kind, "bias": bias, **listed})
             table[f"{kind}, {bias}"] = [places(batches.sample_sigma(made, sample)) for sample in samples]
     cut = config([FLIPPED, SINGLE, CLASS], timesteps={"type": "uniform_shift", "min": 0.2, "max": 0.7})
     table["shift, cut to 0.2 .. 0.7"] = [places(batches.sample_sigma(cut, sample)) for sample in samples]
     linear = config([FLIPPED, SINGLE, CLASS], timesteps={"type": "linear"})
     for sample in first_samples(12):
         table[f"linear, epoch {sample.epoch}: {named(sample.item)}"] = places(batches.sample_sigma(linear, sample))
+    for shift in (2.0, "flux", "qwen"):
+        shifted = config([FLIPPED, SINGLE, CLASS], timesteps={"type": "sigmoid", "scale": 1.5, "shift": shift})
+        table[f"sigmoid, shift {shift}"] = [places(batches.sample_sigma(shifted, sample)) for sample in samples]
+    plan = dataclasses.replace(several(), stratified=True)
+    for epoch in range(3):
+        drawn = [plan.sample(item, epoch) for item in plan.items]
+        parts = [one.part for one in drawn]
+        table[f"stratified, epoch {epoch}, parts"] = [list(part) for part in parts if part is not None]
+        table[f"stratified, epoch {epoch}"] = [places(batches.sample_sigma(linear, one)) for one in drawn[::4]]
     return table
 
 
@@ -246,6 +258,8 @@ def noise(scratch: Path) -> Table:
     latents, embeds = [torch.zeros(shape)] * 2, [torch.zeros(3, 4)] * 2
     batch = batches.make_batch(made, samples, latents, embeds, batches.BatchExtras())
     table["a batch"] = {"noise": normal(batch.noise), "sigma": [places(one) for one in batch.sigma]}
+    offset = config([FLIPPED, SINGLE, CLASS], timesteps={"offset_noise": 0.1})
+    table["with an offset"] = normal(batches.sample_noise(offset, samples[0], shape))
     whole = several().longest_sample(samples[0].item)
     table["the sample of a rehearsal"] = {
         "key": list(whole.key()),

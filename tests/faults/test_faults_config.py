@@ -312,6 +312,8 @@ BAD = {
     ),
     "another variant's adapter": (LEAST + "model: {variant: base, adapter: v2}\n", []),
     "a choice misspelt": (LEAST + "model: {variant: turob}\ntimesteps: {type: sigmod}\nsave: {dtype: fp16}\n", []),
+    "noise levels": (LEAST + "timesteps:\n  type: linear\n  mean: 0.5\n", []),
+    "a density of another trainer": (LEAST + "timesteps: {type: shift}\n", []),
     "names": ("name: ../x\ndata: [{folder: photos}]\n", []),
     "a name that ends like a step": ("name: x-000250\ndata: [{folder: photos}]\n", []),
     "nothing to train on": ("name: a\n", []),

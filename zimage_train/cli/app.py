@@ -172,17 +172,32 @@ def timesteps(
     config: ConfigPath,
     set_: Overrides = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object instead of a chart.")] = False,
+    others: Annotated[
+        list[Path] | None,
+        typer.Option("--with", metavar="CONFIG", help="Draw the density of this config over it too. Repeatable."),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Draw the density as a picture (PNG). Default with --with: timesteps.png."),
+    ] = None,
 ) -> None:
     """Show the distribution of sigma and the loss weights that a config trains with."""
-    settings = _read(config, set_)
+    draws = bool(others) or output is not None
+    if as_json and draws:
+        raise typer.BadParameter("--json prints numbers and draws nothing; leave it out, or --with and --output")
+    named = [(config.name, _read(config, set_))]
+    for other in others or []:
+        named.append((other.name, _read(other, None)))
     import json
 
-    from zimage_train.commands.timesteps import density_chart, describe_timesteps
+    from zimage_train.commands.timesteps import density_chart, describe_timesteps, plot_densities
 
     if as_json:
-        print_raw(json.dumps(describe_timesteps(settings)))
-    else:
-        print_lines(density_chart(settings))
+        print_raw(json.dumps(describe_timesteps(named[0][1])))
+    for name, settings in [] if as_json else named:
+        print_lines([*([f"{name}:"] if others else []), *density_chart(settings)])
+    if draws:
+        print_lines(plot_densities(named, output or Path("timesteps.png")))
 
 
 @app.callback(invoke_without_command=True)

@@ -37,6 +37,14 @@ COMMON_NAMES = {
     "do_differential_guidance": "guidance.differential",
     "differential_guidance_scale": "guidance.differential",
     "timestep_type": "timesteps.type",
+    "timestep_sampling": "timesteps.type",
+    "discrete_flow_shift": "timesteps.shift",
+    "flow_schedule_shift": "timesteps.shift",
+    "timestep_shift": "timesteps.shift",
+    "sigmoid_scale": "timesteps.scale",
+    "logit_mean": "timesteps.mean",
+    "logit_std": "timesteps.scale",
+    "noise_offset": "timesteps.offset_noise",
     "content_or_style": "timesteps.bias",
     "output": "output_dir",
     "accumulate": "train.grad_accumulation",
@@ -46,8 +54,16 @@ COMMON_NAMES = {
     "regularisation_share": "train.regularization_share",
 }
 """Name of a setting in other trainers, or formerly in this trainer -> the setting, for the hints of unknown keys."""
-COMMON_VALUES = {"shift": "uniform_shift"}
-"""Value in other trainers -> the value here. There `shift` shifts a logit-normal density, here a uniform density."""
+_SIZES = "write type: sigmoid and shift: {}, which depends on the size of an image (uniform_shift in AI Toolkit)"
+DENSITIES_ELSEWHERE = {
+    "shift": "write type: sigmoid and shift: 3.0 for that of musubi-tuner, SimpleTuner or diffusion-pipe with 3, and "
+    "type: uniform_shift for that of AI Toolkit, which is another density",
+    "flux_shift": _SIZES.format("flux"),
+    "qwen_shift": _SIZES.format("qwen"),
+    "uniform": "write type: linear",
+    "logit_normal": "write type: sigmoid, with mean and scale",
+}
+"""Value of `timesteps.type` in other trainers -> the hint. `shift` means two densities there, so neither is guessed."""
 MISSING_SETTINGS = {
     "lora.type": "only plain LoRA is trained, so the key does not exist; leave it out",
     "memory.compile": "torch.compile is not used; leave it out",

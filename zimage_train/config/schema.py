@@ -15,6 +15,7 @@ from zimage_train.config.methods import MethodName, TeacherSettings
 from zimage_train.config.optimizers import OPTIMIZERS, OptimizerName
 from zimage_train.config.outputs import LogSettings, SaveSettings
 from zimage_train.config.sample import SampleSettings, trigger_error
+from zimage_train.config.timesteps import TimestepSettings
 from zimage_train.config.types import (
     RECOMPUTE_MODES,
     SCHEDULE_PARAMS,
@@ -120,24 +121,6 @@ class TrainSettings(Section):
     reproducible: bool = True
     """Whether a GPU adds up in a fixed order, so that a run that is stopped and continued ends with the same bytes. It
     costs time in attention's backward pass, which `check` shows."""
-
-
-class TimestepSettings(Section):
-    type: Literal["weighted", "linear", "sigmoid", "uniform_shift"] = "weighted"
-    """Density of sigma. weighted: uniform, with AI Toolkit's loss weights; linear: uniform; sigmoid: logit-normal;
-    uniform_shift: uniform, then shifted as in the sampler."""
-    bias: Literal["balanced", "high_noise", "low_noise"] = "balanced"
-    """Noise levels that are drawn more often: high_noise favours composition and style, low_noise favours detail."""
-    min: float = Field(default=0.0, ge=0.0, lt=1.0)
-    """Smallest sigma that is trained; 0 is the image."""
-    max: float = Field(default=1.0, gt=0.0, le=1.0)
-    """Largest sigma that is trained; 1 is pure noise."""
-
-    @model_validator(mode="after")
-    def _ordered(self) -> Self:
-        if self.min >= self.max:
-            raise ConflictError(f"min {self.min} must be below max {self.max}", key=("min",))
-        return self
 
 
 class GuidanceSettings(Section):
@@ -277,7 +260,7 @@ class Config(Section):
     teacher: TeacherSettings = TeacherSettings()
     """The trajectories that trajectory_imitation imitates."""
     timesteps: TimestepSettings = TimestepSettings()
-    """Noise levels of the training, and their loss weights."""
+    """Noise of the training: its levels, their loss weights, and an offset."""
     guidance: GuidanceSettings = GuidanceSettings()
     """Changes to the target of the loss."""
     preserve: PreserveSettings = PreserveSettings()

@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from zimage_train.config.key_names import COMMON_VALUES, suggest_key
+from zimage_train.config.key_names import DENSITIES_ELSEWHERE, suggest_key
 from zimage_train.config.strict_yaml import KeyPath
 from zimage_train.config.types import SettingError
 from zimage_train.errors import Location, Problem
@@ -114,6 +114,8 @@ def _problem(key_path: KeyPath, errors: list[ErrorDetails], location: Location |
     expected = " or ".join(dict.fromkeys(_expected(details) for details in errors))
     if key_path[-1] == "every" and kind == "greater_than_equal":
         expected += ", or null, which is never"
+    if key_path == ("timesteps", "type") and isinstance(value, str) and value in DENSITIES_ELSEWHERE:
+        return Problem(location, f"is {value!r}", DENSITIES_ELSEWHERE[value], "bad-value")
     is_choice = kind == "literal_error" and isinstance(value, str)
     value_text = _shorten(repr(value)) if is_choice else format_value(value)
     return Problem(location, f"is {value_text}", f"expected {expected}{_suggest_choice(first)}", "bad-value")
@@ -145,8 +147,6 @@ def _suggest_choice(details: ErrorDetails) -> str:
         return ""
     expected = details.get("ctx", {})["expected"]  # 'turbo', 'deturbo' or 'base'
     choices = [choice.strip(" '") for choice in expected.replace(" or ", ",").split(",")]
-    if COMMON_VALUES.get(value) in choices:
-        return f"; did you mean '{COMMON_VALUES[value]}'?"
     similar = difflib.get_close_matches(value, choices, n=1)
     return f"; did you mean '{similar[0]}'?" if similar else ""
 

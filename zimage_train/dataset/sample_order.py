@@ -53,6 +53,8 @@ class Sample:
     prompt: str
     preserve_prompt: str | None = None
     """The prompt of the preservation loss, or None if that is off."""
+    part: tuple[int, int] | None = None
+    """With `timesteps.stratified`: which part of the density sigma is drawn from in epoch 0, and of how many."""
 
     def key(self) -> tuple[KeyPart, ...]:
         """Return the key of this sample's noise and sigma."""
@@ -118,6 +120,14 @@ class EpochStream:
         counts = Counter((item.size, self.order.batch_size_of(item)) for item in self.items)
         return sum(math.ceil(count / batch_size) for (_, batch_size), count in counts.items())
 
+    @cached_property
+    def parts(self) -> dict[tuple[KeyPart, ...], int]:
+        """The place of each item, by entry and identity, in an order of their own, which all epochs have in common."""
+        seed = self.order.seed
+        keys = [(item.entry, *item.identity()) for item in self.items]
+        keys.sort(key=lambda key: (keyed_int(seed, "part", *key[1:]), key[0]))
+        return {key: index for index, key in enumerate(keys)}
+
     def micro_batch(self, index: int) -> tuple[Sample, ...]:
         """Return the micro-batch number `index`."""
         epoch, position = divmod(index, self.micro_batches_per_epoch)
@@ -173,6 +183,8 @@ class SampleOrder:
     """Number of processes."""
     regularization_share: float
     """Fraction of the micro-batches that hold regularization items, if there are any."""
+    stratified: bool = False
+    """Whether the sigmas of an epoch are drawn from equal parts of their density."""
 
     # Regularization images have epochs of their own. In a common epoch the share of each kind would follow from the
     # number of its images: 10 photos beside 1000 class images would be 1% of the samples.
@@ -230,7 +242,18 @@ class SampleOrder:
         entry = self.entries[item.entry]
         draw = keyed_int(self.seed, "caption dropout", epoch, *item.identity()) / UINT63
         prompt = captions.dropout_prompt(entry) if draw < entry.caption_dropout else self.prompt(item, epoch)
-        return Sample(item, epoch, prompt, captions.preserve_prompt(prompt, entry, self.preserve))
+        return Sample(item, epoch, prompt, captions.preserve_prompt(prompt, entry, self.preserve), self._part(item))
+
+    def _part(self, item: TrainItem) -> tuple[int, int] | None:
+        if not self.stratified:
+            return None
+        parts = self._stream_of(item).parts
+        return parts[(item.entry, *item.identity())], len(parts)
+
+    def _stream_of(self, item: TrainItem) -> EpochStream:
+        stream = self.regularization if self.entries[item.entry].regularization else self.concept
+        assert stream is not None
+        return stream
 
     def prompt(self, item: TrainItem, epoch: int) -> str:
         """Return the prompt of `item` in `epoch` unless its caption is dropped."""
@@ -269,11 +292,9 @@ class SampleOrder:
 
     def _num_epochs(self, item: TrainItem, steps: int) -> int:
         """Return an upper bound of the epochs of the stream of `item` that a run of `steps` steps begins."""
-        if self.entries[item.entry].regularization:
-            stream, share = self.regularization, self.effective_regularization_share
-        else:
-            stream, share = self.concept, 1.0 - self.effective_regularization_share
-        assert stream is not None
+        stream, share = self._stream_of(item), self.effective_regularization_share
+        if stream is self.concept:
+            share = 1.0 - share
         # One micro-batch more than the share, since the rounding in `_micro_batch` can give it to either stream.
         num_micro_batches = steps * self.grad_accumulation * self.world_size * share
         return math.ceil(num_micro_batches + 1) // stream.micro_batches_per_epoch + 1
@@ -290,6 +311,7 @@ def make_sample_order(config: Config, items: list[TrainItem], processes: int = 1
         grad_accumulation=config.train.grad_accumulation,
         world_size=processes,
         regularization_share=config.train.regularization_share,
+        stratified=config.timesteps.stratified,
     )
 
 

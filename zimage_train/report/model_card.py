@@ -149,7 +149,7 @@ def _settings_section(config: Config, step: int, num_pictures: int | None) -> st
         "modules": lora.targets if isinstance(lora.targets, str) else ", ".join(lora.targets),
         "optimizer": f"{optimizer.name}, learning rate {optimizer.lr:g}, weight decay {optimizer.weight_decay:g}",
         "schedule": f"{config.schedule.name}, {config.schedule.warmup_steps} steps of warm-up",
-        "noise levels": f"{config.timesteps.type}, {config.timesteps.bias}",
+        "noise levels": config.timesteps.summary,
         "precision": config.model.dtype if config.model.quantize is None else config.model.quantize,
     }
     if config.preserve.kind is not None:

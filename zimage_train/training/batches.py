@@ -11,7 +11,8 @@ from zimage_train.config.schema import Config
 from zimage_train.config.variants import VARIANTS
 from zimage_train.dataset.sample_order import Sample
 from zimage_train.dataset.tensor_cache import CachedDataset
-from zimage_train.diffusion import flow
+from zimage_train.diffusion import densities, flow
+from zimage_train.diffusion.loss_weights import loss_weight
 from zimage_train.models.transformer import Prompt, pad_prompt
 from zimage_train.rng import keyed_generator, keyed_int
 from zimage_train.typing import Latent, LatentBatch, PerSample, Scalar, WeightMap, WeightMaps
@@ -114,8 +115,10 @@ def sample_sigma(config: Config, sample: Sample) -> Scalar:
     # A uniform number for each sample, through the quantile function of the distribution: the same key gives the
     # same place in every distribution, and rejection at `min` and `max` is not needed.
     u = torch.rand((), generator=keyed_generator(config.seed, "sigma", *sample.key()), dtype=torch.float64)
-    steps = config.timesteps
-    return flow.quantile_sigma(u, steps.type, steps.bias, VARIANTS[config.model.variant].shift, steps.min, steps.max)
+    if sample.part is not None:
+        u = densities.stratified(u, *sample.part, sample.epoch)
+    width, height = sample.item.size
+    return densities.density_of(config, width * height).quantile(u)
 
 
 def sample_noise(config: Config, sample: Sample, shape: torch.Size) -> Latent:
@@ -123,7 +126,12 @@ def sample_noise(config: Config, sample: Sample, shape: torch.Size) -> Latent:
 
     It is drawn on the CPU, because CUDA's generator gives other numbers than the CPU's for the same seed.
     """
-    return torch.randn(shape, generator=keyed_generator(config.seed, "noise", *sample.key()), dtype=torch.float32)
+    noise = torch.randn(shape, generator=keyed_generator(config.seed, "noise", *sample.key()), dtype=torch.float32)
+    offset = config.timesteps.offset_noise
+    if offset:
+        generator = keyed_generator(config.seed, "offset", *sample.key())
+        noise += offset * torch.randn((shape[0], 1, 1), generator=generator, dtype=torch.float32)
+    return noise
 
 
 def make_batch(
@@ -142,7 +150,7 @@ def make_batch(
             [sample_noise(config, sample, image.shape) for sample, image in zip(samples, latents, strict=True)]
         ),
         sigma=sigma.float(),
-        weight=flow.loss_weight(sigma, config.timesteps.type) * _entry_weights(config, samples),
+        weight=loss_weight(sigma, config.timesteps) * _entry_weights(config, samples),
         prompts=prompts,
         extras=extras,
         samples=samples,

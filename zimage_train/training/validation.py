@@ -9,7 +9,7 @@ import torch
 from zimage_train.config.schema import Config
 from zimage_train.config.variants import VARIANTS
 from zimage_train.dataset.sample_order import TrainItem
-from zimage_train.diffusion import flow
+from zimage_train.diffusion import densities, flow
 from zimage_train.models.transformer import velocity
 from zimage_train.report import metrics
 from zimage_train.report.metrics import RecordWriter
@@ -24,17 +24,18 @@ class ValidationSigmas:
     """The noise levels at which the loss is measured."""
 
     trained: list[float]
-    """The nine deciles of the sigmas that training draws."""
+    """The nine deciles of the sigmas that training draws at the resolution of the validation, each sigma once."""
     turbo: list[float]
     """The eight sigmas of Turbo's sampler."""
 
 
 def validation_sigmas(config: Config) -> ValidationSigmas:
     """Return the noise levels at which the loss of `config` is measured."""
-    u, steps, turbo = torch.tensor(DECILES, dtype=torch.float64), config.timesteps, VARIANTS["turbo"]
-    shift = VARIANTS[config.model.variant].shift
-    trained = flow.quantile_sigma(u, steps.type, steps.bias, shift, steps.min, steps.max)
-    return ValidationSigmas(trained.tolist(), flow.sampling_sigmas(turbo.steps, turbo.shift)[:-1])
+    turbo = VARIANTS["turbo"]
+    density = densities.density_of(config, config.validation.resolution**2)
+    trained = density.quantile(torch.tensor(DECILES, dtype=torch.float64)).tolist()
+    # turbo_grid and fixed have few sigmas, so that several deciles may be the same.
+    return ValidationSigmas(list(dict.fromkeys(trained)), flow.sampling_sigmas(turbo.steps, turbo.shift)[:-1])
 
 
 def validate(state: TrainState, step: int, events: RecordWriter) -> None:

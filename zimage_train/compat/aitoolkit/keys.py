@@ -159,9 +159,11 @@ TRAIN: dict[str, Row] = {
     "train.max_denoising_steps": Mapped("timesteps.min", whole, 999, "from thousandths to sigma", derived=True),
     "train.num_train_timesteps": Refused("is not possible here", neutral=(1000,)),
     "train.next_sample_timesteps": WithoutEffect("is for timestep_type: next_sample", (8,)),
-    **rows("train", Refused("weighs noise levels by a bell", "use weighted"), "linear_timesteps linear_timesteps2"),
+    "train.linear_timesteps": Mapped("timesteps.weight", flag, False, "linear, with the weight bell", derived=True),
+    "train.linear_timesteps2": Refused("weighs noise levels by half a bell", "use linear_timesteps or weighted"),
     # Noise and loss
-    **rows("train", _NOISE, "noise_offset random_noise_multiplier random_noise_shift dynamic_noise_offset"),
+    "train.noise_offset": Mapped("timesteps.offset_noise", number, 0.0),
+    **rows("train", _NOISE, "random_noise_multiplier random_noise_shift dynamic_noise_offset"),
     **rows("train", _NOISE, "do_signal_correction_noise do_batch_noise_correction force_consistent_noise"),
     **rows("train", _NOISE, "blended_blur_noise"),
     **rows("train", _SCALE, "noise_multiplier target_noise_multiplier img_multiplier latent_multiplier"),

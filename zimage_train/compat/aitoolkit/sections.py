@@ -245,6 +245,8 @@ def train_section(job: AIToolkitJob) -> Values:
     return {"grad_accumulation": accumulation, "max_grad_norm": None if is_unclipped else train["max_grad_norm"]}
 
 
+AI_TOOLKIT_SHIFT = 3.0
+"""Factor of AI Toolkit's `shift` for every variant."""
 TIMESTEPS: dict[str, tuple[str, Callable[[float], float]]] = {
     "weighted": ("weighted", lambda share: share),
     "linear": ("linear", lambda share: share),
@@ -269,21 +271,25 @@ def timesteps_section(job: AIToolkitJob, variant: str) -> Values:
         message = f"is {timestep_type!r} (is not possible here)"
         job.refuse("train.timestep_type", message, hint, "unsupported-setting")
         return {}
+    if train["linear_timesteps"] and timestep_type != "weighted":  # whose table takes precedence there
+        timestep_type, weight = "linear", "bell"
+    else:
+        weight = None
     name, quantile = TIMESTEPS[timestep_type]
-    if name == "uniform_shift" and VARIANTS[variant].shift != 3.0:
-        message = f"shifts by 3 in AI Toolkit and by {VARIANTS[variant].shift:g} here, as {variant} is sampled"
-        job.refuse("train.timestep_type", message, "use weighted, linear or sigmoid", "unsupported-setting")
+    # AI Toolkit shifts by 3 whatever the model, and uniform_shift by the model's own factor if none is given.
+    is_shifted = name == "uniform_shift" and VARIANTS[variant].shift != AI_TOOLKIT_SHIFT
+    density = {"type": name, "weight": weight, "shift": AI_TOOLKIT_SHIFT if is_shifted else None}
     # AI Toolkit limits the index of the timestep, of which there are 1000, from noise to image. So a limit is a share
     # of the draws, and becomes the sigma of that quantile.
     first, last = train["min_denoising_steps"], train["max_denoising_steps"]
     if not 0 <= first < last <= 1000:
         job.refuse("train.max_denoising_steps", f"is {last}, after {first}", "count from 0 (noise) to 999 (image)")
-        return {"type": name}
+        return density
     low, high = max(0.0, 1 - (last + 1) / 1000), 1 - first / 1000
     # The quantile function of the sigmoid has no value at 0 and 1.
     min_sigma = round(quantile(low), 6) if low > 0 else 0.0
     max_sigma = round(quantile(high), 6) if first > 0 else 1.0
-    return {"type": name, "min": min_sigma, "max": max_sigma}
+    return {**density, "min": min_sigma, "max": max_sigma}
 
 
 def guidance_section(job: AIToolkitJob) -> Values:
