@@ -10,9 +10,11 @@ from zimage_train.commands.train import run_training
 from zimage_train.config.schema import Config
 from zimage_train.errors import ConfigError, WeightsError
 from zimage_train.lora import lora_file, verify
+from zimage_train.lora.lora_file import Factors
 from zimage_train.planning.preflight import check_run
 
 from helpers import folder, losses
+from lora_commands import lora_command
 
 
 @pytest.fixture
@@ -60,6 +62,23 @@ def test_init_from_that_does_not_fit(make_config, first: Path, tmp_path: Path) -
     save_file(odd, tmp_path / "odd.safetensors")
     with pytest.raises(WeightsError, match=r"odd.safetensors: matched 35/42"):
         check_run(begun(make_config, tmp_path / "odd.safetensors"))
+
+
+def test_hint_for_mixed_ranks_helps(make_config, first: Path, tmp_path: Path) -> None:
+    """What the refusal of a LoRA of several ranks says to do makes it one that a run can begin with."""
+    lora = lora_file.read_lora(first)
+    mixed = {name: Factors(one.a[:2], one.b[:, :2], 1.0) if "to_v" in name else one for name, one in lora.items()}
+    lora_file.export_lora(tmp_path / "mixed.safetensors", mixed, "fp32", {})
+    with pytest.raises(ConfigError) as refused:
+        check_run(begun(make_config, tmp_path / "mixed.safetensors"))
+    said = str(refused.value)
+    assert "has rank 2 and 4, and lora.rank is 4; make its ranks equal with `zimage-train lora resize --rank 2`" in said
+    assert said.endswith(", and set lora.rank: 2")
+    code, _ = lora_command(
+        "resize", tmp_path / "mixed.safetensors", "--rank", "2", "-o", tmp_path / "equal.safetensors"
+    )
+    assert code == 0
+    check_run(begun(make_config, tmp_path / "equal.safetensors", rank=2))
 
 
 @pytest.mark.slow

@@ -145,9 +145,11 @@ def _init_from(
     distinct_ranks = sorted(set(ranks.values()))
     if distinct_ranks != [config.lora.rank]:
         listed = " and ".join(map(str, distinct_ranks))
-        hint = "make its ranks equal with `zimage-train lora resize`"
-        if len(distinct_ranks) == 1:
-            hint = f"set lora.rank: {listed}"
+        least = distinct_ranks[0]
+        hint = f"set lora.rank: {least}"
+        if len(distinct_ranks) > 1:
+            # No command makes a rank higher.
+            hint = f"make its ranks equal with `zimage-train lora resize --rank {least}`, and {hint}"
         message = f"has rank {listed}, and lora.rank is {config.lora.rank}"
         raise ConfigError(Problem(location, message, hint, "other-rank"))
     return path
