@@ -236,6 +236,17 @@ MAPPED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"train.do_guidance_loss": True, "train.guidance_loss_target": 4},
         {"guidance.contrastive": 4.0},
     ),
+    "train.do_guidance_loss_cfg_zero": (
+        {"train.do_guidance_loss": True, "train.do_guidance_loss_cfg_zero": True},
+        {"guidance.contrastive": 3.0, "guidance.cfg_zero": True},
+    ),
+    "train.guidance_loss_schedule": (
+        {"train.do_guidance_loss": True, "train.guidance_loss_schedule": "sigma"},
+        {"guidance.contrastive": 3.0, "guidance.contrastive_schedule": "sigma"},
+    ),
+    "train.loss_type": (
+        {"train.loss_type": "pseudo_huber"}, {"loss.type": "pseudo_huber", "loss.delta": 0.01},
+    ),
     "train.diff_output_preservation": (
         {"train.diff_output_preservation": True, "train.diff_output_preservation_class": "dog",
          "datasets[].trigger_word": "zdog"},
@@ -563,7 +574,7 @@ def test_problems_are_reported_at_once(refused):
     for old, new in (
         ("steps: 3000", "steps: many"),
         ("lr: 0.0001", "learning_rate: 0.0001"),
-        ("loss_type: mse", "loss_type: wavelet\n        min_snr_gamma: 5.0"),
+        ("loss_type: mse", "loss_type: stepped\n        min_snr_gamma: 5.0"),
         ("arch: zimage:turbo", "is_flux: true"),
         ("keep: 4", "keep: 0"),
         ("name: my_first_lora_v1", "name: mine-12"),
@@ -582,6 +593,25 @@ def test_problems_are_reported_at_once(refused):
     assert lines[3].endswith("unknown key; did you mean lr?")
     assert lines[2].endswith("is 'many' (text); expected a whole number")
     assert lines[0].endswith("is 'mine-12'; it may not end in -digits, which marks the LoRA of a step")
+
+
+@pytest.mark.parametrize(
+    ("loss_type", "guided", "expected", "noted"),
+    [
+        ("mae", False, {"loss.type": "mae"}, None),
+        ("mae", True, {"loss.type": "mae"}, "gradient of mae"),
+        ("wavelet", True, {"guidance.differential": 3.0}, "acts here"),
+        ("pseudo_huber", True, {"loss.type": "pseudo_huber", "guidance.differential": 3.0}, "acts here"),
+    ],
+)
+def test_loss_types(loss_type: str, guided: bool, expected: dict, noted: str | None, read):
+    """AI Toolkit's losses keep their meaning; its Haar wavelet is the mean square."""
+    values, notes = read(job(**{"train.loss_type": loss_type, "train.do_differential_guidance": guided}))
+    defaults = {"loss.type": "mse", "guidance.differential": None}
+    for key, default in defaults.items():
+        assert values.get(key, default) == expected.get(key, default)
+    notes = [note for note in notes if "guidance" in str(note)]
+    assert (noted is None and not notes) or noted in str(notes)
 
 
 @pytest.mark.parametrize(

@@ -122,6 +122,10 @@ ACCEPTED_AND_REFUSED = {
     ),
     "timesteps.offset_noise": ([0.0, 0.02, 1], [-0.01, 1.1]),
     "guidance.differential": ([0.5, 100.0, None], [0.0, -1.0, 101.0]),
+    "loss.delta": ([None], [0.0, -1.0, 1000.1]),
+    "loss.detail": ([0.0, 1, 100.0], [-0.1, 100.1]),
+    "loss.min_snr": ([None], [0.0, 1000.1]),
+    "loss.min_snr_floor": ([None], [-0.1, 1.1]),
     "optimizer.lr": ([1e-9, 1, 10.0], [0.0, -1e-4, 10.1]),
     "optimizer.weight_decay": ([0.0, 1.0], [-0.1, 1.1]),
     "schedule.warmup_steps": ([0, 100], [-1, 10_000_001]),
@@ -985,6 +989,20 @@ def test_other_escapes_are_read():
     assert strict_yaml.parse(r'a: "one\ntwo\t\"x\""').value == {"a": 'one\ntwo\t"x"'}
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "loss: {type: huber, delta: 100.0, detail: 2.0}",
+        "loss: {min_snr: 5, min_snr_floor: 0.2}\ntimesteps: {type: linear}",
+        "loss: {type: pseudo_huber}\nguidance: {differential: 2, contrastive: 3, cfg_zero: true}",
+    ],
+)
+def test_losses_that_are_read(text: str, read):
+    """A config written out with every setting is read again as it was."""
+    config = read(text)
+    assert Config.model_validate(config.model_dump()) == config
+
+
 def test_settings_that_conflict(read, refused):
     """Settings that do not go together are refused."""
     for text, said in (
@@ -998,6 +1016,24 @@ def test_settings_that_conflict(read, refused):
         ("model: {variant: deturbo, adapter: v2}", "c.yaml:3: model.adapter: adapter v2 was made for Turbo"),
         ("sample: {weights: ema}", "sample.weights: ema needs ema.decay"),
         ("optimizer: {name: automagic, params: {min_lr: 0.1, max_lr: 0.01}}", "min_lr is above max_lr"),
+        ("loss: {delta: 0.1}", "loss.delta: loss.type mse has no delta; use huber or pseudo_huber, or leave"),
+        ("loss: {type: mae, delta: 0.1}", "loss.delta: loss.type mae has no delta"),
+        ("loss: {min_snr_floor: 0.1}", "loss.min_snr_floor: needs loss.min_snr; set it, or leave"),
+        (
+            "loss: {min_snr: 5}",
+            "loss.min_snr: timesteps.type: weighted has weights of noise levels already; set timesteps.type",
+        ),
+        (
+            "loss: {type: mae}\nguidance: {differential: 2}",
+            "guidance.differential: has no effect with loss.type: mae",
+        ),
+        ("guidance: {cfg_zero: true}", "guidance.cfg_zero: needs guidance.contrastive; set it"),
+        ("guidance: {contrastive: 1, cfg_zero: true}", "guidance.cfg_zero: needs guidance.contrastive"),
+        ("guidance: {contrastive_schedule: sigma}", "guidance.contrastive_schedule: needs guidance.contrastive"),
+        (
+            "train: {method: trajectory_imitation}\nlora: {init_from: x}\nloss: {min_snr: 5}",
+            "loss.min_snr: weights noise levels, and trajectory_imitation trains at Turbo's eight; leave",
+        ),
         ("schedule: {name: constant_with_warmup}", "constant_with_warmup needs warmup_steps"),
         ("schedule: {name: one_cycle, warmup_steps: 5}", "one_cycle rises by itself"),
         ("schedule: {name: step}", "step needs params: {every: steps}"),

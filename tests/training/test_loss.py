@@ -1,24 +1,21 @@
 """The step: its loss and gradient against independent float64 arithmetic, batching, checkpointing, dropout."""
 
 import weakref
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from loss_inputs import batch, raw_velocity, trainable, with_extras, without_b
 from torch.utils.checkpoint import checkpoint
 
-from zimage_train import mini
+from zimage_train.config.loss import GuidanceSettings
 from zimage_train.config.schema import Config
-from zimage_train.diffusion.frozen import FrozenTransformer, load_frozen
-from zimage_train.lora import layers, targets
+from zimage_train.diffusion.frozen import FrozenTransformer
 from zimage_train.lora.layers import LoraLayers
-from zimage_train.training.batches import Batch, BatchExtras, mask_weights, outside_weights
+from zimage_train.training.batches import Batch, mask_weights, outside_weights
 from zimage_train.training.loss import losses, preservation_loss, prior_velocity, sft_loss
-
-CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
@@ -26,68 +23,16 @@ def same_numbers_every_time() -> None:
     torch.manual_seed(0)
 
 
-def trainable(dropout: float = 0.0) -> tuple[FrozenTransformer, LoraLayers]:
-    """The miniature with a LoRA whose B is not zero, so that gradients reach A too."""
-    frozen = load_frozen(mini.TURBO / "transformer", None, "fp32", CPU)
-    modules = targets.select_modules(["attention", "feed_forward"], frozen.shape.linears)
-    attached = layers.attach_lora(frozen.model, modules, 4, None, dropout, 1)
-    draw = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for b in attached.b.values():
-            b.copy_(torch.randn(b.shape, generator=draw) * 0.02)
-    frozen.model.train()
-    return frozen, attached
-
-
-def batch(size: int, lengths: tuple[int, ...] = (9, 40, 70, 3)) -> Batch:
-    """Samples with captions of different padded lengths."""
-    draw = torch.Generator().manual_seed(4)
-    return Batch(
-        x0=torch.randn(size, 16, 8, 12, generator=draw),
-        noise=torch.randn(size, 16, 8, 12, generator=draw),
-        sigma=torch.rand(size, generator=draw),
-        weight=torch.rand(size, generator=draw) + 0.5,
-        prompts=[torch.randn(length, 64, generator=draw) for length in lengths[:size]],
-    )
-
-
 def single(whole: Batch, index: int) -> Batch:
     cut = slice(index, index + 1)
     return Batch(whole.x0[cut], whole.noise[cut], whole.sigma[cut], whole.weight[cut], whole.prompts[cut])
 
 
-def with_extras(data: Batch, **extras: Any) -> Batch:
-    return replace(data, extras=BatchExtras(**extras))
-
-
-def raw_velocity(frozen: FrozenTransformer, data: Batch, embeds: list[torch.Tensor]) -> torch.Tensor:
-    """The velocity (b, 16, h, w) in float64, by the model's own conventions."""
-    found = []
-    for index, one in enumerate(embeds):
-        sigma = float(data.sigma[index])
-        x = (1 - sigma) * data.x0[index].double() + sigma * data.noise[index].double()
-        with torch.no_grad():
-            raw = frozen.model([x.float().unsqueeze(1)], torch.tensor([1 - sigma]), [one], return_dict=False)[0][0]
-        found.append(-raw.squeeze(1).double())
-    return torch.stack(found)
-
-
-def without_b(attached: LoraLayers, run: Callable[[], torch.Tensor]) -> torch.Tensor:
-    """What `run` gives with B set to zero: the model without its LoRA, found another way than by switching it off."""
-    state = {name: tensor.clone() for name, tensor in attached.state().items()}
-    for name in state:
-        if name.endswith(".B"):
-            attached.state()[name].zero_()
-    result = run()
-    for name, tensor in attached.state().items():
-        tensor.copy_(state[name])
-    return result
-
-
 def gradient(
     frozen: FrozenTransformer, attached: LoraLayers, data: Batch, differential: float | None = None
 ) -> torch.Tensor:
-    grads = torch.autograd.grad(sft_loss(frozen.model, data, differential).objective, attached.parameters())
+    guidance = GuidanceSettings(differential=differential)
+    grads = torch.autograd.grad(sft_loss(frozen.model, data, guidance).objective, attached.parameters())
     return torch.cat([grad.flatten() for grad in grads])
 
 
@@ -106,7 +51,7 @@ def test_loss_equals_float64():
         # The model predicts x0 - noise.
         error = raw.squeeze(1).double() - (data.x0[index].double() - data.noise[index].double())
         total += float(data.weight[index]) * float((error**2).mean())
-    assert float(sft_loss(frozen.model, data, None).objective.detach()) == pytest.approx(total / 3, rel=1e-5)
+    assert float(sft_loss(frozen.model, data).objective.detach()) == pytest.approx(total / 3, rel=1e-5)
 
 
 def test_batch_gradient_is_the_mean():
@@ -125,9 +70,9 @@ def test_differential_guidance_gradient(scale: float):
     data = batch(2)
     plain, guided = gradient(frozen, attached, data), gradient(frozen, attached, data, scale)
     assert torch.allclose(guided, scale * plain, rtol=1e-4, atol=1e-7)
-    loss = sft_loss(frozen.model, data, scale)
+    loss = sft_loss(frozen.model, data, GuidanceSettings(differential=scale))
     assert float(loss.objective.detach()) == pytest.approx(scale**2 * float(loss.plain), rel=1e-5)
-    assert float(loss.plain) == pytest.approx(float(sft_loss(frozen.model, data, None).objective.detach()), rel=1e-6)
+    assert float(loss.plain) == pytest.approx(float(sft_loss(frozen.model, data).objective.detach()), rel=1e-6)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
@@ -157,7 +102,7 @@ def test_recomputation_saves_memory():
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            sft_loss(frozen.model, batch(1), None)
+            sft_loss(frozen.model, batch(1))
         return total
 
     assert saved_bytes(True) < saved_bytes(False) / 5
@@ -172,7 +117,7 @@ def test_lora_dropout_in_training_only():
     torch.manual_seed(2)
     assert not torch.equal(gradient(frozen, attached, data), one)
     frozen.model.eval()
-    first, second = (sft_loss(frozen.model, data, None).objective.detach() for _ in range(2))
+    first, second = (sft_loss(frozen.model, data).objective.detach() for _ in range(2))
     assert torch.equal(first, second)
 
 
@@ -184,13 +129,13 @@ def test_prior_is_the_model_without_lora():
     frozen, attached = trainable()
     data = batch(2)
     x = (1 - data.sigma.view(-1, 1, 1, 1)) * data.x0 + data.sigma.view(-1, 1, 1, 1) * data.noise
-    before = float(sft_loss(frozen.model, data, None).plain)
+    before = float(sft_loss(frozen.model, data).plain)
     prior = prior_velocity(frozen.model, x, data.sigma, data.prompts)
     assert not prior.requires_grad
     expected = without_b(attached, lambda: raw_velocity(frozen, data, data.prompts))
     assert torch.allclose(prior.double(), expected, atol=1e-4)
     assert not torch.allclose(raw_velocity(frozen, data, data.prompts), expected, atol=1e-3)
-    assert float(sft_loss(frozen.model, data, None).plain) == before
+    assert float(sft_loss(frozen.model, data).plain) == before
 
 
 def test_preservation_loss():
@@ -231,7 +176,7 @@ def test_losses_share_no_memory():
                 loss.objective.backward()
         return most[0]
 
-    one = peak(sft_loss(frozen.model, batch(1), None) for _ in range(1))
+    one = peak(sft_loss(frozen.model, batch(1)) for _ in range(1))
     both = peak(losses(frozen.model, data, config))
     assert one > 10_000 and both <= one * 1.1
     names = [loss.name for loss in losses(frozen.model, data, config)]
@@ -276,7 +221,7 @@ def test_mask_weights():
         else:
             mean = square.mean()
         total += float(data.weight[index]) * float(mean)
-    found = sft_loss(frozen.model, with_extras(data, mask=weights), None)
+    found = sft_loss(frozen.model, with_extras(data, mask=weights))
     assert float(found.objective.detach()) == pytest.approx(total / 2, rel=1e-4)
 
 
@@ -292,8 +237,8 @@ def test_mask_outside_is_held_to_the_prior():
     own = raw_velocity(frozen, data, data.prompts)
     prior = without_b(attached, lambda: raw_velocity(frozen, data, data.prompts))
     held = 0.5 * float((own[0] - prior[0])[:, :, 3:].square().mean())
-    found = sft_loss(frozen.model, with_extras(data, outside=outside), None)
-    plain = float(sft_loss(frozen.model, data, None).plain)
+    found = sft_loss(frozen.model, with_extras(data, outside=outside))
+    plain = float(sft_loss(frozen.model, data).plain)
     assert float(found.plain) == pytest.approx(plain, rel=1e-6)
     assert float(found.objective.detach()) == pytest.approx(plain + float(data.weight[0]) * held / 2, rel=1e-4)
     assert held > 1e-5
@@ -324,7 +269,7 @@ def test_prior_regularization_target():
     target = (data.noise - data.x0).double()
     target[to_prior] = prior[to_prior]
     expected = float((data.weight.double() * (own - target).square().mean(dim=(1, 2, 3))).mean())
-    found = sft_loss(frozen.model, with_extras(data, to_prior=to_prior), None)
+    found = sft_loss(frozen.model, with_extras(data, to_prior=to_prior))
     assert float(found.objective.detach()) == pytest.approx(expected, rel=1e-4)
 
 
@@ -340,9 +285,10 @@ def test_contrastive_guidance_target(differential: float | None):
     moved = unconditional + 1.7 * (target - unconditional)
     scale = differential or 1.0
     expected = scale**2 * float((data.weight.double() * (own - moved).square().mean(dim=(1, 2, 3))).mean())
-    found = sft_loss(frozen.model, with_extras(data, empty_prompt=empty), differential, 1.7)
+    guidance = GuidanceSettings(differential=differential, contrastive=1.7)
+    found = sft_loss(frozen.model, with_extras(data, empty_prompt=empty), guidance)
     assert float(found.objective.detach()) == pytest.approx(expected, rel=1e-4)
-    assert float(found.plain) == pytest.approx(float(sft_loss(frozen.model, data, None).plain), rel=1e-6)
+    assert float(found.plain) == pytest.approx(float(sft_loss(frozen.model, data).plain), rel=1e-6)
 
 
 def test_prior_regularization_unguided():
@@ -350,6 +296,7 @@ def test_prior_regularization_unguided():
     frozen, _ = trainable()
     data = batch(2)
     everyone = torch.tensor([True, True])
-    held = sft_loss(frozen.model, with_extras(data, to_prior=everyone), None)
-    guided = sft_loss(frozen.model, with_extras(data, to_prior=everyone, empty_prompt=torch.randn(8, 64)), None, 3.0)
+    held = sft_loss(frozen.model, with_extras(data, to_prior=everyone))
+    extras = with_extras(data, to_prior=everyone, empty_prompt=torch.randn(8, 64))
+    guided = sft_loss(frozen.model, extras, GuidanceSettings(contrastive=3.0))
     assert float(guided.objective.detach()) == pytest.approx(float(held.objective.detach()), rel=1e-6)

@@ -56,6 +56,11 @@ KINDS = {
     "preservation": {"preserve": {"kind": "blank"}},
     "preservation, streamed": {"preserve": {"kind": "blank"}, "memory": {"offload": 0.5}},
     "guidance": {"guidance": {"differential": 2.0, "contrastive": 2.0}},
+    "loss": {
+        "loss": {"type": "huber", "detail": 2.0, "min_snr": 5.0},
+        "timesteps": {"type": "linear"},
+        "guidance": {"contrastive": 2.0, "contrastive_schedule": "sigma", "cfg_zero": True},
+    },
     "modules": {"lora": {"targets": ["attention", "adaln"]}},
     "averaged": {"ema": {"decay": 0.9}},
 }

@@ -114,6 +114,16 @@ def test_missing_folder_is_refused(make_config, tmp_path):
 
 
 @pytest.mark.slow
+def test_validation_is_mse_with_any_loss(make_config, held_out):
+    """Validation and the logged loss of the first step are those of a run with the plain loss."""
+    plain = make_config(name="plain", validation=settings(held_out), train={"steps": 1})
+    other = make_config(validation=settings(held_out), train={"steps": 1}, loss={"type": "mae", "detail": 3.0})
+    for config in (plain, other):
+        run_training(config, fresh=False)
+    assert found(other)[0] == found(plain)[0] and losses(other) == losses(plain)
+
+
+@pytest.mark.slow
 def test_resumed_run_measures_once(make_config, held_out, monkeypatch):
     """A run that continues measures nothing twice, with the same results."""
     whole = make_config(name="whole", validation=settings(held_out), train={"steps": 4})

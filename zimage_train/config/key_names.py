@@ -36,6 +36,16 @@ COMMON_NAMES = {
     "guidance_scale": "sample.guidance",
     "do_differential_guidance": "guidance.differential",
     "differential_guidance_scale": "guidance.differential",
+    "do_guidance_loss": "guidance.contrastive",
+    "guidance_loss_target": "guidance.contrastive",
+    "guidance_loss_schedule": "guidance.contrastive_schedule",
+    "do_guidance_loss_cfg_zero": "guidance.cfg_zero",
+    "loss_type": "loss.type",
+    "loss_fn": "loss.type",
+    "huber_c": "loss.delta",
+    "huber_delta": "loss.delta",
+    "snr_gamma": "loss.min_snr",
+    "min_snr_gamma": "loss.min_snr",
     "timestep_type": "timesteps.type",
     "timestep_sampling": "timesteps.type",
     "discrete_flow_shift": "timesteps.shift",
@@ -64,10 +74,11 @@ DENSITIES_ELSEWHERE = {
     "logit_normal": "write type: sigmoid, with mean and scale",
 }
 """Value of `timesteps.type` in other trainers -> the hint. `shift` means two densities there, so neither is guessed."""
+COMMON_VALUES = {"l2": "mse", "l1": "mae", "smooth_l1": "pseudo_huber", "wavelet": "mse"}
+"""Value in other trainers -> the value here."""
 MISSING_SETTINGS = {
-    "lora.type": "only plain LoRA is trained, so the key does not exist; leave it out",
     "memory.compile": "torch.compile is not used; leave it out",
-    "train.loss": "the loss is always the mean squared error of the velocity; leave it out",
+    "train.loss": "the section is called loss, and its kind loss.type",
     "network": "the section is called lora",
 }
 """Key that other trainers have and this trainer lacks, as it would be called here -> the hint."""

@@ -11,6 +11,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from zimage_train.config import methods
 from zimage_train.config.dataset import DataEntry
 from zimage_train.config.lora import LoraSettings
+from zimage_train.config.loss import GuidanceSettings, LossSettings, loss_error
 from zimage_train.config.methods import MethodName, TeacherSettings
 from zimage_train.config.optimizers import OPTIMIZERS, OptimizerName
 from zimage_train.config.outputs import LogSettings, SaveSettings
@@ -121,13 +122,6 @@ class TrainSettings(Section):
     reproducible: bool = True
     """Whether a GPU adds up in a fixed order, so that a run that is stopped and continued ends with the same bytes. It
     costs time in attention's backward pass, which `check` shows."""
-
-
-class GuidanceSettings(Section):
-    differential: float | None = Field(default=None, gt=0.0, le=100.0)
-    """Scale s: the target becomes pred + s (target - pred), which multiplies the gradient by s; null: off."""
-    contrastive: float | None = Field(default=None, gt=0.0, le=100.0)
-    """Scale g: the target becomes u + g (target - u), away from the prediction u for the empty prompt; null: off."""
 
 
 class PreserveSettings(Section):
@@ -261,6 +255,8 @@ class Config(Section):
     """The trajectories that trajectory_imitation imitates."""
     timesteps: TimestepSettings = TimestepSettings()
     """Noise of the training: its levels, their loss weights, and an offset."""
+    loss: LossSettings = LossSettings()
+    """What is made of the error of the prediction."""
     guidance: GuidanceSettings = GuidanceSettings()
     """Changes to the target of the loss."""
     preserve: PreserveSettings = PreserveSettings()
@@ -291,6 +287,7 @@ class Config(Section):
     def _method_fits(self) -> Self:
         model = self.model
         error = methods.method_error(self.train.method, model.variant, model.adapter, self.lora.init_from, self.data)
+        error = error or loss_error(self.loss, self.guidance, self.timesteps.type, self.method.imitates_teacher)
         if error is not None:
             raise error
         return self

@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from zimage_train.config.key_names import DENSITIES_ELSEWHERE, suggest_key
+from zimage_train.config.key_names import COMMON_VALUES, DENSITIES_ELSEWHERE, suggest_key
 from zimage_train.config.strict_yaml import KeyPath
 from zimage_train.config.types import SettingError
 from zimage_train.errors import Location, Problem
@@ -147,6 +147,8 @@ def _suggest_choice(details: ErrorDetails) -> str:
         return ""
     expected = details.get("ctx", {})["expected"]  # 'turbo', 'deturbo' or 'base'
     choices = [choice.strip(" '") for choice in expected.replace(" or ", ",").split(",")]
+    if COMMON_VALUES.get(value) in choices:
+        return f"; did you mean '{COMMON_VALUES[value]}'?"
     similar = difflib.get_close_matches(value, choices, n=1)
     return f"; did you mean '{similar[0]}'?" if similar else ""
 

@@ -272,7 +272,7 @@ def count_step(counted: CountedModel, side: int) -> CountedStep:
                 counter.watch(parameter.grad)
         weight_bytes = counter.now
         counter.launches.clear()
-        loss = sft_loss(counted.model, batch, None)
+        loss = sft_loss(counted.model, batch)
         kept_bytes = counter.now - weight_bytes
         counter.phase = "backward"
         loss.objective.backward()

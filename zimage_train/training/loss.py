@@ -1,4 +1,4 @@
-"""The loss of a micro-batch: the weighted MSE of the velocity, and the preservation loss."""
+"""The loss of a micro-batch: the weighted loss of the velocity, and the preservation loss, which is always an MSE."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -6,12 +6,15 @@ from dataclasses import dataclass
 import torch
 from diffusers import ZImageTransformer2DModel
 
+from zimage_train.config.loss import GuidanceSettings, LossSettings
 from zimage_train.config.schema import Config
-from zimage_train.diffusion import flow
+from zimage_train.diffusion import criteria, flow
 from zimage_train.lora.layers import without_lora
 from zimage_train.models.transformer import Prompt, velocity
 from zimage_train.training.batches import Batch
 from zimage_train.typing import LatentBatch, PerSample, Scalar, WeightMaps
+
+NO_GUIDANCE, PLAIN_LOSS = GuidanceSettings(), LossSettings()
 
 
 @dataclass(frozen=True)
@@ -20,13 +23,13 @@ class Loss:
 
     objective: Scalar
     plain: Scalar
-    """The same without guidance and detached, so that runs with and without guidance can be compared."""
+    """The weighted MSE without guidance and detached, so that runs with any loss and guidance can be compared."""
     name: str = "loss"
 
 
 def losses(model: ZImageTransformer2DModel, batch: Batch, config: Config) -> Iterator[Loss]:
     """Yield each part of the loss; call its backward before asking for the next, so that one graph lives at a time."""
-    yield sft_loss(model, batch, config.guidance.differential, config.guidance.contrastive)
+    yield sft_loss(model, batch, config.guidance, config.loss)
     if batch.extras.preserve_prompts is not None:
         yield preservation_loss(model, batch, batch.extras.preserve_prompts, config.preserve.weight)
 
@@ -44,29 +47,36 @@ class Target:
 
 
 def sft_loss(
-    model: ZImageTransformer2DModel, batch: Batch, differential: float | None, contrastive: float | None = None
+    model: ZImageTransformer2DModel,
+    batch: Batch,
+    guidance: GuidanceSettings = NO_GUIDANCE,
+    loss: LossSettings = PLAIN_LOSS,
 ) -> Loss:
-    """Return the weighted MSE between the predicted and the target velocity, averaged over the samples."""
+    """Return the weighted loss between the predicted and the target velocity, averaged over the samples."""
     extras = batch.extras
     x = flow.interpolate(batch.x0, batch.noise, batch.sigma)
-    target = build_target(model, batch, x, contrastive)  # before the prediction, so that its passes keep no graph
+    target = build_target(model, batch, x, guidance)  # before the prediction, so that its passes keep no graph
     prediction = velocity(model, x, batch.sigma, batch.prompts)
-    # Guidance changes the value of the objective, so the loss without it is logged.
-    plain = _weighted_mse(prediction, target.plain, batch.weight, extras.mask)
-    objective = plain
-    if differential is not None or contrastive is not None:
-        guided = target.guided
-        if differential is not None:
-            guided = flow.differential_target(prediction, guided, differential)
-        objective = _weighted_mse(prediction, guided, batch.weight, extras.mask)
+    guided = target.guided
+    if guidance.differential is not None:
+        guided = flow.differential_target(prediction, guided, guidance.differential)
+    weight = batch.weight
+    if loss.min_snr is not None:
+        weight = weight * criteria.min_snr_weight(batch.sigma, loss.min_snr, loss.used_min_snr_floor)
+    objective = _weighted_loss(prediction, guided, weight, extras.mask, loss)
+    plain = objective.detach()
+    if loss != PLAIN_LOSS or guidance != NO_GUIDANCE:
+        # These change the value of the objective, so the loss without them is logged.
+        with torch.no_grad():
+            plain = _weighted_loss(prediction, target.plain, batch.weight, extras.mask)
     if extras.outside is not None and target.prior is not None:
         # Added to the objective alone: the masked-out part is neither guided nor counted in the logged loss.
-        objective = objective + _weighted_mse(prediction, target.prior, batch.weight, extras.outside)
-    return Loss(objective, plain.detach())
+        objective = objective + _weighted_loss(prediction, target.prior, weight, extras.outside, loss)
+    return Loss(objective, plain)
 
 
 def build_target(
-    model: ZImageTransformer2DModel, batch: Batch, x: LatentBatch, contrastive: float | None = None
+    model: ZImageTransformer2DModel, batch: Batch, x: LatentBatch, guidance: GuidanceSettings = NO_GUIDANCE
 ) -> Target:
     """Return the target of `batch`, whose noisy latents are `x`; no gradient flows through it."""
     extras = batch.extras
@@ -74,15 +84,27 @@ def build_target(
     if extras.to_prior is not None or extras.outside is not None:
         prior = prior_velocity(model, x, batch.sigma, batch.prompts)
     plain = guided = flow.target_velocity(batch.x0, batch.noise)
-    if contrastive is not None and extras.empty_prompt is not None:
+    if guidance.contrastive is not None and extras.empty_prompt is not None:
         with torch.no_grad():
             empty = velocity(model, x, batch.sigma, [extras.empty_prompt] * len(x))
-        guided = flow.contrastive_target(empty, plain, contrastive)
+        guided = _contrastive_target(empty, plain, batch.sigma, guidance, guidance.contrastive)
     if extras.to_prior is not None and prior is not None:
         # After contrastive guidance, which would move the target of these samples away from the prior.
         to_prior = extras.to_prior.view(-1, 1, 1, 1)
         plain, guided = torch.where(to_prior, prior, plain), torch.where(to_prior, prior, guided)
     return Target(plain, guided, prior)
+
+
+def _contrastive_target(
+    empty: LatentBatch, target: LatentBatch, sigma: PerSample, guidance: GuidanceSettings, scale: float
+) -> LatentBatch:
+    """Return `target` pushed away from the prediction `empty` for the empty prompt."""
+    if guidance.cfg_zero:
+        empty = criteria.along_target(empty, target)
+    if guidance.contrastive_schedule == "constant":
+        return flow.contrastive_target(empty, target, scale)
+    scales = criteria.contrastive_scale(sigma, scale)
+    return empty + scales * (target - empty)
 
 
 def preservation_loss(model: ZImageTransformer2DModel, batch: Batch, prompts: list[Prompt], weight: float) -> Loss:
@@ -103,9 +125,16 @@ def prior_velocity(
         return velocity(model, x, sigma, prompts)
 
 
-def _weighted_mse(prediction: LatentBatch, target: LatentBatch, weight: PerSample, mask: WeightMaps | None) -> Scalar:
-    squares = (prediction - target).square()
+def _weighted_loss(
+    prediction: LatentBatch,
+    target: LatentBatch,
+    weight: PerSample,
+    mask: WeightMaps | None,
+    loss: LossSettings = PLAIN_LOSS,
+) -> Scalar:
+    error = criteria.weight_details(prediction - target, loss.detail)
+    values = criteria.loss_of_error(error, loss.type, loss.used_delta)
     if mask is not None:
-        squares = squares * mask
+        values = values * mask
     # Mean over each sample before the weights: a sample counts the same at every resolution.
-    return (weight * squares.mean(dim=(1, 2, 3))).mean()
+    return (weight * values.mean(dim=(1, 2, 3))).mean()

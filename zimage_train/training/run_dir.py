@@ -31,7 +31,7 @@ CHANGEABLE_ON_RESUME = (
     "log.",
 )
 """Settings that a resumed run may change, since none of them alters the trained weights; see also `run_identity`."""
-ALLOWABLE = ("optimizer.lr", "schedule", "train.max_grad_norm", "timesteps", "guidance", "data", "path")
+ALLOWABLE = ("optimizer.lr", "schedule", "train.max_grad_norm", "timesteps", "loss", "guidance", "data", "path")
 """Settings and sections that may change on resume if `--allow` names them: each step reads them anew. `path` is no
 setting: it is what computes the blocks, see `device_plan.BlockPath`."""
 BY_DIGEST = (

@@ -12,6 +12,8 @@ from zimage_train.compat.aitoolkit.rules import (
     WithoutEffect,
     anything,
     flag,
+    guidance_schedule,
+    loss_type,
     number,
     one_of,
     rows,
@@ -33,6 +35,7 @@ CONTROL = "Z-Image has no control images"
 _OTHER_MODELS = WithoutEffect("is for other models")
 _NOISE = Refused("changes the noise, which is not possible here")
 _LOSS = Refused("changes the loss, which is not possible here")
+_SNR = Refused("stops AI Toolkit too: it needs the noise schedule of DDPM", "set loss.min_snr in the imported config")
 _SCALE = Refused("scales what the model sees, which is not possible here", neutral=(1, 1.0))
 
 FILE: dict[str, Row] = {
@@ -173,7 +176,7 @@ TRAIN: dict[str, Row] = {
     "train.signal_correction_noise_scale": WithoutEffect("is used with do_signal_correction_noise only", (1,)),
     "train.batch_noise_correction_scale": WithoutEffect("is used with do_batch_noise_correction only", (0.1,)),
     "train.signal_amplification_strength": WithoutEffect("is used with do_signal_amplification only", (0.5,)),
-    "train.loss_type": Refused("only mse is possible here", "set loss_type: mse", ("mse",)),
+    "train.loss_type": Mapped("loss.type, loss.delta", loss_type, "mse", "wavelet is mse there", derived=True),
     "train.loss_target": Refused("only noise is possible here", "set loss_target: noise", ("noise",)),
     **rows("train", _LOSS, "do_signal_amplification match_noise_norm correct_pred_norm t0_loss_target do_fft_loss"),
     **rows("train", _LOSS, "target_norm_std max_loss do_prior_divergence do_blank_stabilization do_cfg do_random_cfg"),
@@ -187,11 +190,7 @@ TRAIN: dict[str, Row] = {
     **rows("train", WithoutEffect("is used with do_cfg only", (*OFF, 1)), "negative_prompt max_negative_prompts"),
     **rows("train", WithoutEffect("is used with an extractor only", (1,)), "latent_feature_loss_weight"),
     **rows("train", WithoutEffect("is used with an extractor only", (1,)), "diffusion_feature_extractor_weight"),
-    **rows(
-        "train",
-        Refused("stops AI Toolkit too: it needs a noise schedule that flow matching does not have", "use weighted"),
-        "min_snr_gamma snr_gamma learnable_snr_gos",
-    ),
+    **rows("train", _SNR, "min_snr_gamma snr_gamma learnable_snr_gos"),
     "train.standardize_latents": Refused("stops AI Toolkit too: it knows latents of 4 channels only"),
     "train.standardize_images": Refused("changes images, which is not possible here"),
     # Guidance and preservation
@@ -201,8 +200,10 @@ TRAIN: dict[str, Row] = {
     "train.differential_guidance_scale": Mapped("guidance.differential", number, 3.0, derived=True),
     "train.do_guidance_loss": Mapped("guidance.contrastive", flag, False, derived=True),
     "train.guidance_loss_target": Mapped("guidance.contrastive", anything, 3.0, "one number", derived=True),
-    "train.do_guidance_loss_cfg_zero": Refused("is not possible here"),
-    "train.guidance_loss_schedule": Refused("is not possible here", "set it to constant", ("constant",)),
+    "train.do_guidance_loss_cfg_zero": Mapped("guidance.cfg_zero", flag, False, derived=True),
+    "train.guidance_loss_schedule": Mapped(
+        "guidance.contrastive_schedule", guidance_schedule, "constant", derived=True
+    ),
     "train.unconditional_prompt": Refused("guidance goes away from the empty prompt"),
     "train.diff_output_preservation": Mapped("preserve.kind", flag, False, "trigger", derived=True),
     "train.diff_output_preservation_multiplier": Mapped("preserve.weight", number, 1.0, derived=True),

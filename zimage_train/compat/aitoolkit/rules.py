@@ -116,3 +116,9 @@ def one_of(choices: Mapping[str, Any]) -> Callable[[object], Any]:
         return choices[value]
 
     return read
+
+
+loss_type = one_of({"mse": "mse", "mae": "mae", "pseudo_huber": "pseudo_huber", "wavelet": "mse"})
+"""Reads a loss. `wavelet` is the mean square of one level of the Haar transform, which is that of the error itself
+where the sides are even, as they are for Z-Image."""
+guidance_schedule = one_of({"constant": "constant", "sigma": "sigma"})

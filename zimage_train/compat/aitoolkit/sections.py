@@ -292,9 +292,24 @@ def timesteps_section(job: AIToolkitJob, variant: str) -> Values:
     return {**density, "min": min_sigma, "max": max_sigma}
 
 
+AITOOLKIT_PSEUDO_HUBER_DELTA = 0.01
+
+
+def loss_section(job: AIToolkitJob) -> Values:
+    name = job.values["train"]["loss_type"]
+    if name != "pseudo_huber":
+        return {"type": name}
+    if job.values["train"]["inverted_mask_prior"]:
+        job.note("train.inverted_mask_prior", "is a pseudo_huber too; AI Toolkit takes the mean square there")
+    return {"type": name, "delta": AITOOLKIT_PSEUDO_HUBER_DELTA}
+
+
 def guidance_section(job: AIToolkitJob) -> Values:
     train = job.values["train"]
     differential = train["differential_guidance_scale"] if train["do_differential_guidance"] else None
+    if differential is not None and train["loss_type"] == "mae":
+        job.note("train.do_differential_guidance", "is left out: the gradient of mae is the same with it, there too")
+        differential = None
     if differential is not None and not train["do_guidance_loss"]:
         job.note("train.do_differential_guidance", "acts here; AI Toolkit ignores it unless do_guidance_loss is on")
     target = train["guidance_loss_target"] if train["do_guidance_loss"] else None
@@ -302,7 +317,14 @@ def guidance_section(job: AIToolkitJob) -> Values:
         message = "is a range (is not possible here)"
         job.refuse("train.guidance_loss_target", message, "give a single number, such as 3.0", "unsupported-setting")
         target = None
-    return {"differential": differential, "contrastive": target}
+    if target is None or target == 1:  # the other two keys have no effect then
+        return {"differential": differential, "contrastive": target}
+    return {
+        "differential": differential,
+        "contrastive": target,
+        "contrastive_schedule": train["guidance_loss_schedule"],
+        "cfg_zero": train["do_guidance_loss_cfg_zero"],
+    }
 
 
 def preserve_section(job: AIToolkitJob) -> Values:
