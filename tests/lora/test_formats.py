@@ -1,6 +1,7 @@
 """`lora convert`: every layout in, five out, there and back to the bit, and what those make of it who read them."""
 
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -207,6 +208,37 @@ def test_alpha_is_left_out_again(tmp_path: Path):
     )
     factors = {key: tensor for key, tensor in back.items() if not key.endswith(".alpha")}
     assert factors.keys() == spelled.keys() and all(torch.equal(factors[key], spelled[key]) for key in spelled)
+
+
+def test_layouts_of_a_hint_can_be_had(tmp_path: Path):
+    """Each layout that a refusal names can hold the file, whatever is in it."""
+    dora = next(change for kind, change, _ in kinds() if kind == "DoRA")
+    lokr = next(change for kind, change, _ in kinds() if kind == "LoKr")
+    per_input = {**dora, "magnitude": torch.ones(1, 96)}
+    for number, (changes, target) in enumerate(
+        [
+            ({Q: dora}, "kohya"),
+            ({Q: dora}, "musubi"),
+            ({Q: per_input}, "diffusers"),
+            ({Q: per_input}, "peft"),
+            ({Q: lokr}, "kohya"),
+            ({Q: lokr, "layers.1.attention.to_q": dora}, "diffusers"),
+        ]
+    ):
+        tensors = {}
+        for name, change in changes.items():
+            for part, tensor in change.items():
+                spelt = {"A": "lora_A.weight", "B": "lora_B.weight", "magnitude": "dora_scale"}.get(part, part)
+                tensors[f"diffusion_model.{name}.{spelt}"] = tensor
+        path = tmp_path / f"{number}.safetensors"
+        save_file(tensors, path)
+        output = tmp_path / (f"{number} folder" if target == "peft" else f"{number} out.safetensors")
+        code, said = lora_command("convert", path, "--to", target, "-o", output)
+        assert code == 4, said
+        named = re.findall(r"--to (\w+)", said)
+        assert named and target not in named
+        for name in named:
+            converted(path, name, tmp_path / f"{number} {name}.safetensors")
 
 
 def test_dora_fused_keeps_magnitudes(tmp_path: Path):

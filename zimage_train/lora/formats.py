@@ -114,18 +114,31 @@ def to_layout(
 
 
 def _require_kinds(path: Path, changes: Changes, target: str) -> None:
-    kinds = {module: str(kind_of(change)) for module, change in changes.items()}
-    unsupported = {module: kind for module, kind in kinds.items() if kind not in LAYOUTS[target].kinds}
-    if not unsupported and target in ("diffusers", "peft"):
-        # peft normalises over inputs, and so has a magnitude per output only.
-        for module, change in changes.items():
-            if MAGNITUDE in change and change[MAGNITUDE].dim() > 1:
-                unsupported[module] = "DoRA with a magnitude for each input"
+    unsupported = {module: what for module, change in changes.items() if (what := _not_held(change, target))}
     if unsupported:
-        module, kind = min(unsupported.items())
-        able = [name for name, layout in LAYOUTS.items() if kinds[module] in layout.kinds and name != target]
-        message = f"{module} is a {kind}, which the layout {target} cannot hold"
-        raise WeightsError(Problem(str(path), message, f"--to {' or --to '.join(able)}", "unsupported-layout"))
+        module, what = min(unsupported.items())
+        message = f"{module} is a {what}, which the layout {target} cannot hold"
+        raise WeightsError(Problem(str(path), message, _other_layouts(changes, target), "unsupported-layout"))
+
+
+def _not_held(change: Change, layout: str) -> str | None:
+    """Return what `change` is if the layout cannot hold it, or None if it can."""
+    kind = str(kind_of(change))
+    if kind not in LAYOUTS[layout].kinds:
+        return kind
+    # peft normalises over inputs, and so has a magnitude per output only.
+    if layout in ("diffusers", "peft") and MAGNITUDE in change and change[MAGNITUDE].dim() > 1:
+        return "DoRA with a magnitude for each input"
+    return None
+
+
+def _other_layouts(changes: Changes, target: str) -> str:
+    """Return the hint that names the layouts that can hold all `changes`, with q, k and v apart."""
+    able: list[str] = []
+    for name, layout in LAYOUTS.items():
+        if name != target and not layout.is_native and not any(_not_held(one, name) for one in changes.values()):
+            able.append(name)
+    return f"--to {' or --to '.join(able)}"
 
 
 def _fuse_all(path: Path, changes: Changes, target: str) -> tuple[Changes, dict[str, list[int]]]:
@@ -146,9 +159,8 @@ def _fuse_all(path: Path, changes: Changes, target: str) -> tuple[Changes, dict[
                 restored = qkv.split_qkv(fused[fused_name])
             except CannotFuseError as error:
                 message = f"{error}; the layout {target} has q, k and v as a single module"
-                raise WeightsError(
-                    Problem(f"{path}: {module}", message, "--to comfyui, or --to musubi", "unsupported-layout")
-                ) from None
+                hint = _other_layouts(changes, target)
+                raise WeightsError(Problem(f"{path}: {module}", message, hint, "unsupported-layout")) from None
             widths = _ranks_or_zero(thirds)
             if widths != _ranks_or_zero(restored):
                 ranks[fused_name] = widths
