@@ -226,7 +226,7 @@ def test_places_that_agree_are_fine(tmp_path: Path):
     assert lora_file.read_lora(path)[Q].scale == 4.0
 
 
-def test_patterns_have_the_names_in_the_file(tmp_path: Path):
+def test_patterns_have_names_of_the_file(tmp_path: Path):
     """A pattern is of the module's name in the model that peft wrapped, which may be more than the transformer."""
     path = described(tmp_path, {"r": 4, "lora_alpha": 8, "alpha_pattern": {f"^transformer.{Q}": 32}})
     tensors = {key.replace("model.layers", "model.transformer.layers"): one for key, one in load_file(path).items()}

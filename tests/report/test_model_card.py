@@ -5,7 +5,7 @@ from pathlib import Path
 from zimage_train.report.model_card import CardContent, model_card
 
 
-def test_card_names_the_loras_of_its_previews(make_config, tmp_path: Path):
+def test_card_names_loras_of_previews(make_config, tmp_path: Path):
     """Images that further LoRAs drew, too, are not shown as those of this LoRA alone, and no folder is named."""
     extra = [f"{tmp_path / 'alice' / 'style one.safetensors'}=0.5", "distillpatch"]
     with_extra, alone = make_config(sample={"extra_loras": extra}), make_config()
