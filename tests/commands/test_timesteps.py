@@ -8,14 +8,21 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+import yaml
 from PIL import Image
 from typer.testing import CliRunner
 
+from zimage_train import mini
 from zimage_train.cli import app
-from zimage_train.commands import timesteps
+from zimage_train.commands import timesteps, timesteps_measure
 from zimage_train.config.schema import Config
+from zimage_train.config.timesteps import TimestepSettings
+from zimage_train.errors import ConfigError
 from zimage_train.report import density_plot
 from zimage_train.report.density_plot import Curves
+from zimage_train.training import batches, weight_table
+from zimage_train.training.weight_table import MeasuredLosses
 
 SHIFTED = "name: a\ndata: [{folder: p, resolution: [512, 1024]}]\ntimesteps: {type: sigmoid, shift: flux}\n"
 PLAIN = "name: b\ndata: [{folder: p}]\n"
@@ -114,3 +121,61 @@ def test_heights_in_the_picture(tmp_path: Path):
 
     low, high, other = height(0, 0.25), height(0, 0.75), height(1, 0.5)
     assert [high / low, other / low] == pytest.approx([2.0, 4.0], rel=0.03)
+
+
+def test_weights_are_inverse_losses():
+    """Weights times losses are the same everywhere, and their mean over sigma is 1."""
+    sigmas, losses = [0.0, 0.25, 0.5, 1.0], [4.0, 2.0, 1.0, 0.5]
+    table = MeasuredLosses(sigmas, losses, 0.0, 1).weights()
+    products = [weight * loss for (_, weight), loss in zip(table, losses, strict=True)]
+    assert products == pytest.approx([products[0]] * 4, rel=1e-3)
+    area = 0.25 * (table[0][1] + table[1][1]) / 2 + 0.25 * (table[1][1] + table[2][1]) / 2
+    assert area + 0.5 * (table[2][1] + table[3][1]) / 2 == pytest.approx(1.0, abs=1e-3)
+
+
+@pytest.mark.slow
+def test_measured_weights_by_hand(make_config, monkeypatch, tmp_path: Path):
+    """The losses are those of the model with its adapter, calculated here by diffusers; a config takes the table."""
+    monkeypatch.setattr(weight_table, "MAX_SAMPLES", 3)
+    seen: list[Any] = []
+    original = weight_table.measure_losses
+
+    def spy(context: Any, frozen: Any, dataset: Any) -> MeasuredLosses:
+        measured = original(context, frozen, dataset)
+        seen.append((context, frozen, dataset, measured))
+        return measured
+
+    monkeypatch.setattr(timesteps_measure, "measure_losses", spy)
+    config = make_config(lora={"dropout": 0.5}, sample={"prompts": ["a zorb"], "every": 5})
+    lines = timesteps_measure.measure_weights(config)
+    ((context, frozen, dataset, measured),) = seen
+    assert measured.num_samples == 3 and frozen.adapter is not None
+    total, index = 0.0, 18
+    sigma = measured.sigmas[index]
+    for sample in context.spec.order.concept.micro_batch(0) + context.spec.order.concept.micro_batch(1)[:1]:
+        x0 = dataset.latents(sample.item).double()
+        noise = batches.sample_noise(config, sample, x0.shape).double()
+        x = (1 - sigma) * x0 + sigma * noise
+        with torch.no_grad():
+            given = ([x.float().unsqueeze(1)], torch.tensor([1 - sigma]), [dataset.embeds(sample.prompt)])
+            raw = frozen.model(*given, return_dict=False)[0][0]
+        total += float((raw.squeeze(1).double() + (noise - x0)).square().mean())
+    assert measured.losses[index] == pytest.approx(total / 3, rel=1e-4)
+    assert measured.losses[0] > measured.losses[index] > 0
+    section = yaml.safe_load("\n".join(lines))["timesteps"]
+    assert TimestepSettings.model_validate(section).weight == measured.weights()
+    assert not Path(config.output_dir, config.name).exists()
+    assert timesteps_measure.measure_weights(config) == lines
+
+
+def test_measure_needs_images(make_config):
+    """A method whose images the model draws is refused before anything is loaded."""
+    config = make_config(
+        model={"adapter": None}, train={"method": "de_distill"}, data=[{"folder": str(mini.IMAGES), "resolution": [64]}]
+    )
+    with pytest.raises(ConfigError, match=r"train\.method: is de_distill"):
+        timesteps_measure.measure_weights(config)
+
+
+def test_measure_draws_nothing(shown):
+    assert shown("--measure", "--with", "b.yaml").exit_code == 2

@@ -172,6 +172,10 @@ def timesteps(
     config: ConfigPath,
     set_: Overrides = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object instead of a chart.")] = False,
+    measure: Annotated[
+        bool,
+        typer.Option("--measure", help="Fit loss weights to model and images, and print them for a config."),
+    ] = False,
     others: Annotated[
         list[Path] | None,
         typer.Option("--with", metavar="CONFIG", help="Draw the density of this config over it too. Repeatable."),
@@ -183,8 +187,14 @@ def timesteps(
 ) -> None:
     """Show the distribution of sigma and the loss weights that a config trains with."""
     draws = bool(others) or output is not None
-    if as_json and draws:
-        raise typer.BadParameter("--json prints numbers and draws nothing; leave it out, or --with and --output")
+    if as_json + draws + measure > 1:
+        raise typer.BadParameter("give one of --json, --measure and a picture (--with, --output)")
+    if measure:
+        settings = _read(config, set_)
+        from zimage_train.commands.timesteps_measure import measure_weights
+
+        print_lines(measure_weights(settings))
+        return
     named = [(config.name, _read(config, set_))]
     for other in others or []:
         named.append((other.name, _read(other, None)))

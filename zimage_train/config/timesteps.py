@@ -79,8 +79,8 @@ class TimestepSettings(Section):
     other parts in every epoch; false: each draw is independent."""
     weight: WeightName | list[list[float]] | None = None
     """Loss weight by sigma. aitoolkit: AI Toolkit's table; bell: DiffSynth's, 0 at both ends and 1.58 at 0.5; or pairs
-    [sigma, weight], interpolated linearly; null: aitoolkit for weighted,
-    else 1."""
+    [sigma, weight], interpolated linearly, which `zimage-train timesteps CONFIG --measure` prints; null: aitoolkit for
+    weighted, else 1."""
     offset_noise: float = Field(default=0.0, ge=0.0, le=1.0)
     """Factor w of an offset of the noise, w N(0, 1) for each image and channel of the latents; 0: none."""
 

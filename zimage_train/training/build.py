@@ -92,9 +92,7 @@ def build_state(
     config, world, console = context.config, context.world, context.console
     plan_text = forecast.describe_plan(plan)
     console.info(f"memory plan: {plan_text}")
-    frozen = _load_frozen(context, plan)
-    lora = _attach_lora(context, frozen)
-    dataset = _open_dataset(context, frozen)
+    frozen, lora, dataset = load_model(context, plan)
     optimizer = optimizers.build_optimizer(
         config.optimizer, optimizers.parameters_for(config.optimizer.name, lora.flat)
     )
@@ -143,6 +141,17 @@ def build_state(
         slow_steps=SlowStepDetector(),
         clock=context.clock,
     )
+
+
+def load_model(context: RunContext, plan: MemoryPlan) -> tuple[FrozenTransformer, LoraLayers, CachedDataset]:
+    """Return the model with its training adapter, the LoRA at its start, and the cached data of the run.
+
+    Raises:
+        ZImageTrainError: the model or a LoRA cannot be loaded.
+    """
+    frozen = _load_frozen(context, plan)
+    lora = _attach_lora(context, frozen)
+    return frozen, lora, _open_dataset(context, frozen)
 
 
 def _concept_prompts(context: RunContext) -> list[str]:

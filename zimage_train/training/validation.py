@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from diffusers import ZImageTransformer2DModel
+from torch import Tensor
 
 from zimage_train.config.schema import Config
 from zimage_train.config.variants import VARIANTS
@@ -15,6 +17,7 @@ from zimage_train.report import metrics
 from zimage_train.report.metrics import RecordWriter
 from zimage_train.rng import keyed_generator
 from zimage_train.training.state import TrainState
+from zimage_train.typing import LatentBatch, PromptEmbeds
 
 DECILES = [index / 10 for index in range(1, 10)]
 
@@ -83,14 +86,23 @@ def measure(state: TrainState, sigmas: list[float], step: int) -> list[float]:
             x0 = state.dataset.image_latents(item).float().unsqueeze(0).to(device)
             noise = _noise(state.config, item, x0.shape[1:]).unsqueeze(0).to(device)
             embeds = state.dataset.embeds(item.image.prompts[0]).to(device, model.dtype)
-            for index, sigma in enumerate(sigmas):
-                level = torch.tensor([sigma], dtype=torch.float32, device=device)
-                predicted = velocity(model, flow.interpolate(x0, noise, level), level, [embeds])
-                sums[index] += (predicted - flow.target_velocity(x0, noise)).square().mean()
+            sums += errors_by_sigma(model, x0, noise, embeds, sigmas)
             state.console.progress(f"validating step {step}", number + 1, len(state.held_out))
         return (sums / len(state.held_out)).tolist()
     finally:
         model.train(was_training)
+
+
+def errors_by_sigma(
+    model: ZImageTransformer2DModel, x0: LatentBatch, noise: LatentBatch, embeds: PromptEmbeds, sigmas: list[float]
+) -> Tensor:
+    """Return the mean squared error of the velocity at each sigma, fp64 (n,), for x0 and noise (1, c, h, w)."""
+    errors = torch.zeros(len(sigmas), dtype=torch.float64, device=x0.device)
+    for index, sigma in enumerate(sigmas):
+        level = torch.tensor([sigma], dtype=torch.float32, device=x0.device)
+        predicted = velocity(model, flow.interpolate(x0, noise, level), level, [embeds])
+        errors[index] = (predicted - flow.target_velocity(x0, noise)).square().mean()
+    return errors
 
 
 def _noise(config: Config, item: TrainItem, shape: torch.Size) -> torch.Tensor:
