@@ -143,7 +143,7 @@ def build_state(
     )
 
 
-def load_model(context: RunContext, plan: MemoryPlan) -> tuple[FrozenTransformer, LoraLayers, CachedDataset]:
+def load_model(context: RunContext, plan: MemoryPlan) -> tuple[FrozenTransformer, AdapterLayers, CachedDataset]:
     """Return the model with its training adapter, the LoRA at its start, and the cached data of the run.
 
     Raises:

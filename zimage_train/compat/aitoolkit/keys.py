@@ -91,8 +91,7 @@ NETWORK: dict[str, Row] = {
     "network.split_multistage_loras": WithoutEffect("is for models of two stages", (True,)),
     "network.layer_offloading": WithoutEffect("is not finished there"),
     "network.pretrained_lora_path": Mapped("lora.init_from", text),
-    "network.all_layers": Refused("trains more than LoRAs, which is not possible here"),
-    "network.lorm": Refused("is for type: lorm, which is not trained here"),
+    **rows("network", Refused("trains something else than a LoRA or LoKr"), "all_layers lorm"),
 }
 
 SAVE: dict[str, Row] = {
