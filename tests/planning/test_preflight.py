@@ -409,13 +409,13 @@ def damaged(part: str, content: bytes | None) -> Callable[[Path], None]:
 @pytest.mark.parametrize(
     ("part", "content", "what"),
     [
-        ("text_encoder/config.json", b'{"model_type": "t5"}', "is a t5, not a Qwen3"),
+        ("text_encoder/config.json", b'{"model_type": "t5"}', "is t5, not a Qwen3"),
         ("text_encoder/config.json", b'{"model_type": "qwen3", "hidden_size": 7}', "vocab_size is None"),
         ("text_encoder/model-00001-of-00002.safetensors", None, "does not exist"),
         ("text_encoder/model-00001-of-00002.safetensors", b"version https://git-lfs", "is a Git LFS pointer"),
         ("tokenizer/tokenizer.json", None, "has no tokenizer.json"),
         ("tokenizer/tokenizer.json", b"{", "is not JSON"),
-        ("vae/config.json", b'{"_class_name": "AutoencoderKLWan"}', "is a AutoencoderKLWan"),
+        ("vae/config.json", b'{"_class_name": "AutoencoderKLWan"}', "is AutoencoderKLWan"),
         ("vae/diffusion_pytorch_model.safetensors", b"", "is empty"),
     ],
 )
