@@ -103,6 +103,7 @@ ACCEPTED_AND_REFUSED = {
     "data[].caption_ext": ([".txt", ".caption"], ["txt", "", ".a/b"]),
     "data[].trigger": (["zorb", "a zorb"], ["", " ", " zorb", "zorb\n", "[trigger]"]),
     "lora.rank": ([1, 1024], [0, -1, 1025]),
+    "lora.factor": (["auto", 2, 1024], [1, 0, 1025, "whole"]),
     "lora.alpha": ([0.5, 8, None], [0, 0.0, -1.0]),
     "lora.dropout": ([0.0, 0.99], [-0.1, 1.0]),
     "train.steps": ([1, 10_000_000], [0, -5, 10_000_001]),
@@ -150,7 +151,7 @@ ACCEPTED_AND_REFUSED = {
 }
 TYPES_WITH_EFFECT = {
     "timesteps.shift": "sigmoid", "timesteps.mean": "sigmoid", "timesteps.scale": "logsnr", "timesteps.sigmas": "fixed",
-    "timesteps.jitter": "turbo_grid", "timesteps.weight": "linear",
+    "timesteps.jitter": "turbo_grid", "timesteps.weight": "linear", "lora.factor": "lokr",
 }  # fmt: skip
 """Option that is refused beside the default of `type` -> a type with which it has an effect."""
 
@@ -159,7 +160,7 @@ def valued(option: str, value: object) -> dict[str, Any]:
     """A config that is valid but for what `option` is."""
     values = nested(option, value)
     if option in TYPES_WITH_EFFECT:
-        values["timesteps"]["type"] = TYPES_WITH_EFFECT[option]
+        values[option.partition(".")[0]]["type"] = TYPES_WITH_EFFECT[option]
     return values
 
 
