@@ -17,6 +17,8 @@ COLOURS = ((31, 92, 179), (214, 91, 16), (46, 139, 87), (128, 62, 148))
 """Of each config; blue and orange stay apart for every kind of colour vision."""
 GRID, INK = (225, 225, 225), (40, 40, 40)
 TICKS = 5
+ROUND_STEPS = (1.0, 1.2, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0)
+"""Steps of a scale that are easily read, times a power of ten."""
 
 
 @dataclass(frozen=True)
@@ -72,9 +74,9 @@ def _panel(draw: ImageDraw.ImageDraw, top: int, title: str, lines: Sequence[Sequ
 
 
 def _round_step(least: float) -> float:
-    """Return the smallest of 1, 2, 2.5 and 5 times a power of ten that is at least so large."""
+    """Return the smallest round number that is at least so large."""
     power = 10.0 ** math.floor(math.log10(least))
-    return next(step * power for step in (1.0, 2.0, 2.5, 5.0, 10.0) if step * power >= least)
+    return next(step * power for step in ROUND_STEPS if step * power >= least)
 
 
 def _scaled(points: Sequence[float]) -> list[float]:
