@@ -211,7 +211,7 @@ def attach_lokr(model: nn.Module, settings: LoraSettings, modules: list[str], se
         replace_module(model, module, KroneckerLinear(model.get_submodule(module), views, scale))
         with torch.no_grad():
             for part, view in list(views.items())[:-1]:
-                draw = keyed_generator(seed, "lokr", f"{module}.{part}")
+                draw = keyed_generator(seed, "lora", f"{module}.{part}")
                 view.copy_((torch.rand(view.shape, generator=draw) * 2.0 - 1.0) / math.sqrt(view.shape[1]))
     flat.allocate_grads()
     return KroneckerLayers(flat, scale, shapes)
