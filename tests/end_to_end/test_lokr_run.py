@@ -5,7 +5,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from pictures import pixels, stock
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from zimage_train import mini
@@ -17,7 +19,7 @@ from zimage_train.errors import ConfigError, Stopped, WeightsError
 from zimage_train.lora import lora_file, verify
 from zimage_train.planning.preflight import check_run
 
-from helpers import final, folder, losses, stop_after
+from helpers import folder, losses, stop_after
 from lora_commands import lora_command
 
 WHOLE: dict[str, Any] = {"type": "lokr", "factor": 4, "rank": None}
@@ -35,13 +37,13 @@ def make_lokr(make_config):
     return make
 
 
-def draw(output: Path, *loras: str) -> np.ndarray:
+def draw(output: Path, *loras: str, seed: int = 5) -> np.ndarray:
     """What `sample` draws with `loras`."""
     arguments = [word for lora in loras for word in ("--lora", lora)]
-    sizes = ["--prompt", PROMPT, "--seed", "5", "--width", "64", "--height", "64", "--dtype", "fp32"]
+    sizes = ["--prompt", PROMPT, "--seed", str(seed), "--width", "64", "--height", "64", "--dtype", "fp32"]
     done = CliRunner().invoke(app, ["sample", str(mini.TURBO), *arguments, *sizes, "--output", str(output)])
     assert done.exit_code == 0, done.output
-    return pixels(output / "sample-5.png")
+    return pixels(output / f"sample-{seed}.png")
 
 
 def command(*words: object) -> str:
@@ -79,9 +81,11 @@ def test_run_resumes_to_the_bit(make_lokr, monkeypatch, capsys, lora: dict[str, 
     run_training(stopped, fresh=False)
     assert losses(stopped) == losses(whole)
     paths = [folder(config) / "lora" / "ema" / f"{config.name}.safetensors" for config in (whole, stopped)]
-    averages = [lora_file.read_deltas(path) for path in paths]
-    assert all(averages[0][module].distance(averages[1][module]) == 0.0 for module in averages[0])
-    assert len(final(whole)) == len(final(stopped))
+    paths += [folder(config) / "lora" / f"{config.name}.safetensors" for config in (whole, stopped)]
+    averages, other_averages, ends, other_ends = map(load_file, paths)
+    for tensors, others in ((averages, other_averages), (ends, other_ends)):
+        assert tensors.keys() == others.keys() and all(torch.equal(tensors[key], others[key]) for key in tensors)
+    assert any(not torch.equal(averages[key], ends[key]) for key in ends)
     capsys.readouterr()
     run_training(stopped, fresh=False)
     assert "tiny is complete" in capsys.readouterr().out
@@ -97,16 +101,51 @@ def test_tools_take_the_file(make_lokr, tmp_path: Path, lora: dict[str, Any]):
     assert "loads 42/42" in command("lora", "verify", path, "--model", mini.TURBO)
     alone, without = draw(tmp_path / "alone", str(path)), draw(tmp_path / "without")
     assert np.abs(alone - without).max() > 8
-    command(
-        "lora", "bake", mini.TURBO, "--lora", path, "-o", tmp_path / "baked", "--dtype", "fp32", "--to", "diffusers"
-    )
+    weights = ["--dtype", "fp32", "--to", "diffusers", "-o", tmp_path / "baked"]
+    code, said = lora_command("bake", mini.TURBO, "--lora", f"{path}=0.5", *weights)
+    assert code == 0, said
+    deltas, before = lora_file.read_deltas(path), tensors_of(mini.TURBO / "transformer")
+    for name, tensor in tensors_of(tmp_path / "baked").items():
+        module, change = name.removesuffix(".weight"), tensor.double() - before[name].double()
+        wanted = 0.5 * deltas[module].delta().double() if module in deltas else torch.zeros_like(change)
+        assert torch.allclose(change, wanted, atol=1e-6), name
     said = command("lora", "resize", path, "--rank", "96", "-o", tmp_path / "lora.safetensors", "--dtype", "fp32")
     assert "LoKr -> rank 96: keeps 100.00%" in said
     assert np.abs(draw(tmp_path / "lora", str(tmp_path / "lora.safetensors")) - alone).max() <= 1
     halves = draw(tmp_path / "halves", f"{path}=0.5", f"{tmp_path / 'lora.safetensors'}=0.5")
     assert np.abs(halves - alone).max() <= 1
+    code, said = lora_command("diff", path, tmp_path / "lora.safetensors")
+    assert code == 0 and "|B| / |A| = 1, cosine 1.000" in said
     code, said = lora_command("merge", f"{path}=1", f"{path}=1", "-o", tmp_path / "m.safetensors")
     assert code == 4 and "is a LoKr (42 modules" in said and "zimage-train lora resize FILE" in said
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    tensors: dict[str, torch.Tensor] = {}
+    for path in folder.glob("*.safetensors"):
+        tensors |= load_file(path)
+    return tensors
+
+
+@pytest.mark.slow
+def test_lokr_beside_a_lora_in_previews(make_lokr, make_config, tmp_path: Path):
+    """A LoKr of `sample.extra_loras` is in the previews, `compare` draws with it, and `publish` names the kind."""
+    lokr = make_lokr(WHOLE, name="lokr", train={"steps": 30})
+    run_training(lokr, fresh=False)
+    path = folder(lokr) / "lora" / "lokr.safetensors"
+    sample = {"every": 2, "first": False, "width": 64, "height": 64, "prompts": [PROMPT]}
+    config = make_config(train={"steps": 2}, sample=sample | {"extra_loras": [str(path)]})
+    run_training(config, fresh=False)
+    preview = folder(config) / "samples" / "000002-00.png"
+    own, seed = folder(config) / "lora" / "tiny.safetensors", preview_requests(config)[0].seed
+    assert np.abs(draw(tmp_path / "both", str(own), str(path), seed=seed) - pixels(preview)).max() == 0
+    assert np.abs(draw(tmp_path / "own", str(own), seed=seed) - pixels(preview)).max() > 8
+    sizes = ["--prompt", PROMPT, "--seed", str(seed), "--width", "64", "--height", "64", "--dtype", "fp32"]
+    command("compare", path, "--model", mini.TURBO, *sizes, "--output", tmp_path / "grid")
+    drawn = pixels(tmp_path / "grid" / "pictures" / "001-lokr-1.png")
+    assert np.array_equal(drawn, draw(tmp_path / "alone", str(path), seed=seed))
+    command("publish", folder(lokr), "-o", tmp_path / "published")
+    assert "| adapter | LoKr of factor 4 |" in (tmp_path / "published" / "README.md").read_text()
 
 
 @pytest.mark.slow
