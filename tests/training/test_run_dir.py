@@ -66,3 +66,12 @@ def test_paths_are_compared_by_content():
     old = {"settings": {"data.0.prompts": "a.txt", "lora.rank": 4}, "inputs": {}}
     now = {"settings": {"lora.rank": 4}, "inputs": {}}
     assert run_dir.require_same(FOLDER, old, now) == []
+
+
+def test_settings_of_a_later_version():
+    """A checkpoint from before a setting goes on while that is at its default, and not if it has another value."""
+    old = {"lora.rank": 4, "data.0.flip": False, "data.1.flip": False}
+    now = old | {"lora.type": "lora", "timesteps.shift": None, "loss.type": "mse", "data.1.weight": 1.0}
+    assert run_dir.require_same(FOLDER, {"settings": old, "inputs": {}}, {"settings": now, "inputs": {}}) == []
+    assert refused(old, now | {"lora.type": "lokr", "data.1.weight": 2.0}) == ["data.1.weight", "lora.type"]
+    assert refused(now, old) == ["data.1.weight", "lora.type", "loss.type"]
