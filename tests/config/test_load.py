@@ -1035,6 +1035,14 @@ def test_settings_that_conflict(read, refused):
             "train: {method: trajectory_imitation}\nlora: {init_from: x}\nloss: {min_snr: 5}",
             "loss.min_snr: weights noise levels, and trajectory_imitation trains at Turbo's eight; leave",
         ),
+        (
+            "loss: {min_snr: 5}\ntimesteps: {type: linear, weight: bell}",
+            "loss.min_snr: timesteps.weight has weights of noise levels already; leave loss.min_snr out",
+        ),
+        (
+            "train: {method: trajectory_imitation}\nlora: {init_from: x}\ntimesteps: {type: sigmoid, stratified: true}",
+            "timesteps.stratified: has no effect with train.method: trajectory_imitation, which trains at",
+        ),
         ("schedule: {name: constant_with_warmup}", "constant_with_warmup needs warmup_steps"),
         ("schedule: {name: one_cycle, warmup_steps: 5}", "one_cycle rises by itself"),
         ("schedule: {name: step}", "step needs params: {every: steps}"),

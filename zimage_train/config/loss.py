@@ -4,6 +4,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 
+from zimage_train.config.timesteps import TimestepSettings
 from zimage_train.config.types import ConflictError, Section
 
 LossType = Literal["mse", "mae", "huber", "pseudo_huber"]
@@ -62,7 +63,7 @@ class GuidanceSettings(Section):
 
 
 def loss_error(
-    loss: LossSettings, guidance: GuidanceSettings, timesteps_type: str, imitates_teacher: bool
+    loss: LossSettings, guidance: GuidanceSettings, timesteps: TimestepSettings, imitates_teacher: bool
 ) -> ConflictError | None:
     """Return the first setting of the loss that conflicts with another or has no effect, or None if there is none."""
     if loss.delta is not None and loss.type not in DEFAULT_DELTAS:
@@ -72,7 +73,9 @@ def loss_error(
     if loss.min_snr is not None and imitates_teacher:
         message = "weights noise levels, and trajectory_imitation trains at Turbo's eight"
         return _unused("loss", "min_snr", message)
-    if loss.min_snr is not None and timesteps_type == "weighted":
+    if loss.min_snr is not None and timesteps.weight is not None:
+        return _unused("loss", "min_snr", "timesteps.weight has weights of noise levels already")
+    if loss.min_snr is not None and timesteps.type == "weighted":
         message = "timesteps.type: weighted has weights of noise levels already"
         return _unused("loss", "min_snr", message, "set timesteps.type: linear")
     if guidance.differential is not None and loss.type == "mae":

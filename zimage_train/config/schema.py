@@ -287,9 +287,13 @@ class Config(Section):
     def _method_fits(self) -> Self:
         model = self.model
         error = methods.method_error(self.train.method, model.variant, model.adapter, self.lora.init_from, self.data)
-        error = error or loss_error(self.loss, self.guidance, self.timesteps.type, self.method.imitates_teacher)
+        error = error or loss_error(self.loss, self.guidance, self.timesteps, self.method.imitates_teacher)
         if error is not None:
             raise error
+        unused = sorted(self.timesteps.changed) if self.method.imitates_teacher else []
+        if unused:
+            message = f"has no effect with train.method: {self.train.method}, which trains at Turbo's eight sigmas"
+            raise ConflictError(message, "leave it out", ("timesteps", unused[0]))
         return self
 
     @model_validator(mode="after")

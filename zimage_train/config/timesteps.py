@@ -99,7 +99,8 @@ class TimestepSettings(Section):
             return value
         if len(value) < 2 or any(len(point) != 2 for point in value):
             raise SettingError("is no list of pairs", "write [[sigma, weight], [sigma, weight], ...]")
-        sigmas, weights = [point[0] for point in value], [point[1] for point in value]
+        sigmas = [point[0] for point in value]
+        weights = [point[1] for point in value]
         if sigmas != sorted(set(sigmas)) or sigmas[0] < 0 or sigmas[-1] > 1:
             raise SettingError("its sigmas do not increase within 0 to 1", "write [sigma, weight] with rising sigmas")
         if min(weights) < 0 or not 0 < max(weights) <= MAX_WEIGHT:
@@ -112,7 +113,7 @@ class TimestepSettings(Section):
         if self.min >= self.max:
             raise ConflictError(f"min {self.min} must be below max {self.max}", key=("min",))
         for name, users in USED_BY.items():
-            if getattr(self, name) != type(self).model_fields[name].default and self.type not in users:
+            if name in self.changed and self.type not in users:
                 hint = INSTEAD.get(name, "leave it out")
                 raise ConflictError(f"has no effect with timesteps.type: {self.type}", hint, (name,))
         if self.type == "fixed" and self.sigmas is None:
@@ -134,6 +135,11 @@ class TimestepSettings(Section):
         elif self.type in (*NORMAL, "cosine_bell") and self._mass(self.min, self.max) < LEAST_MASS:
             raise ConflictError(f"{limits} leave less than a millionth of {self.type}", "widen them", ("min",))
         return self
+
+    @property
+    def changed(self) -> set[str]:
+        """The names of the settings that are not at their defaults."""
+        return {name for name, field in type(self).model_fields.items() if getattr(self, name) != field.default}
 
     @property
     def _draws_one_sigma(self) -> bool:
