@@ -28,7 +28,8 @@ def measure(case: str, dry: bool) -> dict[str, Any]:
     if device.type == "cuda":
         torch.cuda.set_stream(torch.cuda.Stream())  # as a run does
     lora = LoraSettings(type="lokr") if batch == "lokr" else None
-    side, batch_size = 0 if size == "mixed" else pixels(size), 1 if lora else int(batch.removeprefix("batch "))
+    side = 0 if size == "mixed" else pixels(size)
+    batch_size = 1 if lora else int(batch.removeprefix("batch "))
     tested = SpeedCase("mixed epoch", speed.MIXED_SIZES) if size == "mixed" else speed.square(side, batch_size)
     if lora is not None:
         tested = replace(tested, name=f"{tested.name}, LoKr", lora=lora)

@@ -77,6 +77,11 @@ class LoraSettings(Section):
         return None if self.factor == "auto" else self.factor
 
     @property
+    def label(self) -> str:
+        """The name of the kind."""
+        return "LoRA" if self.type == "lora" else "LoKr"
+
+    @property
     def description(self) -> str:
         """The kind and its size, as log lines and `check` name it."""
         if self.type == "lora":

@@ -1,5 +1,6 @@
 """Notes on files of a folder that are probably captions or images, and are not read."""
 
+import itertools
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -72,7 +73,8 @@ def _caption_extension(path: Path, stems: set[Path], caption_ext: str) -> str | 
     Some tools append theirs to the whole name of the image, as in `a.png.txt`.
     """
     of_images = ("", *sorted(images.EXTENSIONS))
-    for extension in (image + caption for caption in CAPTION_EXTENSIONS for image in of_images):
+    for caption, image in itertools.product(CAPTION_EXTENSIONS, of_images):
+        extension = image + caption
         if extension == caption_ext.lower():
             continue
         stem = path.name[: -len(extension)]

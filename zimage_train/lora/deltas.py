@@ -24,11 +24,6 @@ class Delta(ABC):
     def numel(self) -> int:
         """The number of values of all its factors."""
 
-    @property
-    @abstractmethod
-    def is_finite(self) -> bool:
-        """Whether all values of the factors are finite."""
-
     @abstractmethod
     def delta(self) -> Weight:
         """Return the dense delta (out, in) in fp32."""
@@ -38,8 +33,8 @@ class Delta(ABC):
         """Return `weight` times the delta; its factors share memory with this one's where they can."""
 
     @abstractmethod
-    def stored(self, dtype: torch.dtype | None) -> "Delta":
-        """Return it as a file of `dtype` stores it: the scale folded in, the factors rounded; None: not rounded."""
+    def stored(self, dtype: torch.dtype) -> "Delta":
+        """Return it as a file of `dtype` stores it: the scale folded in, the factors rounded."""
 
     def inner(self, other: "Delta") -> float:
         """Return the Frobenius inner product with another delta of the same shape, in fp64."""
@@ -76,21 +71,17 @@ class Factors(Delta):
     def numel(self) -> int:
         return self.a.numel() + self.b.numel()
 
-    @property
-    def is_finite(self) -> bool:
-        return bool(self.a.isfinite().all() and self.b.isfinite().all())
-
     def delta(self) -> Weight:
         return self.scale * (self.b.float() @ self.a.float())
 
     def times(self, weight: float) -> "Factors":
         return Factors(self.a, self.b, self.scale * weight)
 
-    def stored(self, dtype: torch.dtype | None) -> "Factors":
+    def stored(self, dtype: torch.dtype) -> "Factors":
         # Folded in fp32, so that B is rounded only once. Alpha then equals the rank, and readers that ignore alpha load
         # the same delta as those that apply it.
         b = self.b.detach().float() * self.scale
-        return Factors(self.a.detach().to(dtype), b.to(dtype), 1.0) if dtype else Factors(self.a.detach(), b, 1.0)
+        return Factors(self.a.detach().to(dtype), b.to(dtype), 1.0)
 
     def inner(self, other: Delta) -> float:
         if not isinstance(other, Factors):
@@ -126,8 +117,7 @@ class Kronecker(Delta):
     @cached_property
     def whole(self) -> tuple[Tensor, Tensor]:
         """W1 and W2 in fp32."""
-        first, second = ([matrix.float() for matrix in factor] for factor in (self.w1, self.w2))
-        return _product(first), _product(second)
+        return _product(self.w1), _product(self.w2)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -137,10 +127,6 @@ class Kronecker(Delta):
     @property
     def numel(self) -> int:
         return sum(matrix.numel() for matrix in (*self.w1, *self.w2))
-
-    @property
-    def is_finite(self) -> bool:
-        return all(bool(matrix.isfinite().all()) for matrix in (*self.w1, *self.w2))
 
     @property
     def rank(self) -> int:
@@ -155,13 +141,12 @@ class Kronecker(Delta):
     def times(self, weight: float) -> "Kronecker":
         return Kronecker(self.w1, self.w2, self.scale * weight)
 
-    def stored(self, dtype: torch.dtype | None) -> "Kronecker":
+    def stored(self, dtype: torch.dtype) -> "Kronecker":
         # Into the first matrix, as diffusers does, and in fp32, so that it is rounded only once.
         first = self.w1[0].detach().float() * self.scale
-        w1, w2 = (first, *self.w1[1:]), self.w2
-        if dtype:
-            w1, w2 = (tuple(matrix.detach().to(dtype) for matrix in factor) for factor in (w1, w2))
-        return Kronecker(w1, w2)
+        w1 = [matrix.detach().to(dtype) for matrix in (first, *self.w1[1:])]
+        w2 = [matrix.detach().to(dtype) for matrix in self.w2]
+        return Kronecker(tuple(w1), tuple(w2))
 
     def inner(self, other: Delta) -> float:
         if not isinstance(other, Kronecker):
@@ -190,22 +175,19 @@ class DeltaSum(Delta):
     def numel(self) -> int:
         return sum(part.numel for part in self.parts)
 
-    @property
-    def is_finite(self) -> bool:
-        return all(part.is_finite for part in self.parts)
-
     def delta(self) -> Weight:
         return torch.stack([part.delta() for part in self.parts]).sum(0)
 
     def times(self, weight: float) -> "DeltaSum":
         return DeltaSum(tuple(part.times(weight) for part in self.parts))
 
-    def stored(self, dtype: torch.dtype | None) -> "DeltaSum":
+    def stored(self, dtype: torch.dtype) -> "DeltaSum":
         return DeltaSum(tuple(part.stored(dtype) for part in self.parts))
 
 
 def _product(matrices: Sequence[Tensor]) -> Tensor:
-    return matrices[0] if len(matrices) == 1 else matrices[0] @ matrices[1]
+    """Return the matrix, or the product of two, in fp32."""
+    return matrices[0].float() if len(matrices) == 1 else matrices[0].float() @ matrices[1].float()
 
 
 Lora = dict[str, Factors]

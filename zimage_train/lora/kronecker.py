@@ -199,7 +199,9 @@ def attach_lokr(model: nn.Module, settings: LoraSettings, modules: list[str], se
         assert isinstance(layer, nn.Linear)
         sizes[module] = (layer.out_features, layer.in_features)
     shapes = shapes_of(settings, sizes, modules)
-    parts = {f"{module}.{part}": size for module, shape in shapes.items() for part, size in shape.parts.items()}
+    parts: dict[str, tuple[int, int]] = {}
+    for module, shape in shapes.items():
+        parts |= {f"{module}.{part}": size for part, size in shape.parts.items()}
     order: list[str] = []
     for module in chain.from_iterable(product_groups(modules)):
         order += [f"{module}.{part}" for part in shapes[module].parts]

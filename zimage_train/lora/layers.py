@@ -243,7 +243,8 @@ def memory_order(modules: list[str]) -> list[str]:
     """
     order: list[str] = []
     for group in product_groups(modules):
-        order += [f"{module}.A" for module in group] + [f"{module}.B" for module in group]
+        order += [f"{module}.A" for module in group]
+        order += [f"{module}.B" for module in group]
     return order
 
 

@@ -169,7 +169,11 @@ class KroneckerProduct(Product):
 
     @property
     def numel(self) -> int:
-        return sum(part.numel() for term in self.terms if term is not None for part in term.parts.values())
+        count = 0
+        for term in self.terms:
+            if term is not None:
+                count += sum(part.numel() for part in term.parts.values())
+        return count
 
     def forward(self, x: Tensor, factors: Tensor, outputs: list[Tensor], inner: Tensor | None) -> None:
         rows, results = x.flatten(0, -2), [output.flatten(0, -2) for output in outputs]

@@ -123,7 +123,7 @@ def _forecast_on_device(spec: RunSpec, device: DeviceLimits, price: float | None
     lines = [
         Note("memory", f"memory on {device.name} ({format_bytes(device.limit_bytes)}), predicted:"),
         Note("memory-weights", f"  frozen transformer        {format_bytes(peak.weights):>9}  {weights}"),
-        Note("memory-lora", f"  LoRA, gradient, optimizer {format_bytes(peak.lora):>9}"),
+        Note("memory-lora", f"  {spec.config.lora.label}, gradient, optimizer {format_bytes(peak.lora):>9}"),
         Note("memory-activations", f"  activations               {format_bytes(peak.activations):>9}  {at_peak}"),
         Note("memory-context", f"  CUDA and fragmentation    {format_bytes(peak.context):>9}"),
         Note("memory-peak", f"  at the most               {format_bytes(peak.total):>9}{measured}"),

@@ -171,7 +171,9 @@ def is_complete(context: RunContext, step: int) -> bool:
         headers = [read_header(path) for path in paths]
     except WeightsError:
         return False
-    dtypes = {info.dtype for header in headers for key, info in header.tensors.items() if not key.endswith(".alpha")}
+    dtypes: set[str] = set()
+    for header in headers:
+        dtypes |= {info.dtype for key, info in header.tensors.items() if not key.endswith(".alpha")}
     levels = {metadata.level_of(header.metadata) for header in headers}
     return (dtypes, levels) == ({PRECISIONS[config.save.dtype]}, {config.save.metadata}) and not any(
         previews.missing(last) for previews in context.preview_sets
