@@ -16,6 +16,8 @@ python scripts/bench.py --count [-o docs/bench/count.json]
     Count on the meta device the work of a step of the full model, and of diffusers with peft: launches, bytes, memory.
 python scripts/bench.py --guidance [-o docs/bench/guidance.json]
     Train the miniature with differential guidance, with clipping and with other learning rates, and compare the LoRAs.
+python scripts/bench.py --optimizers [-o docs/bench/optimizers.json]
+    Train the miniature with each optimizer at three learning rates and with three seeds, and compare the held-out loss.
 """
 
 import argparse
@@ -52,6 +54,8 @@ from zimage_train.models.transformer import velocity
 from zimage_train.planning import planner
 from zimage_train.planning.planner import AUTO_QUANTIZATIONS, PlanConstraints
 from zimage_train.report import metrics
+
+from laboratory.optimizing import compare_optimizers
 
 BUDGETS_GB = (24.0, 16.0, 12.0, 8.0)
 SIDES = {"full": (512, 768, 1024), "mini": (64, 96)}
@@ -269,6 +273,7 @@ def main(arguments: list[str]) -> int:
     what.add_argument("--repeat", action="store_true")
     what.add_argument("--quantize", action="store_true")
     what.add_argument("--guidance", action="store_true")
+    what.add_argument("--optimizers", action="store_true")
     what.add_argument("--count", action="store_true")
     parser.add_argument("--size", choices=("full", "medium", "mini"), default="mini")
     parser.add_argument("--against", type=Path, help="source of musubi-tuner, SimpleTuner or AI Toolkit, for --speed")
@@ -303,6 +308,9 @@ def result_of(asked: argparse.Namespace) -> dict[str, Any]:
         return memory(asked.size, asked.steps, asked.budgets)
     if asked.repeat:
         return repeat(asked.size, asked.steps)
+    if asked.optimizers:
+        with tempfile.TemporaryDirectory() as place:
+            return compare_optimizers(Path(place))
     if asked.count:
         return counting.comparison(SIDES["full"])
     return quantize() | {"loras": quantized_loras()} if asked.quantize else guidance()

@@ -170,7 +170,7 @@ def test_number_that_is_not_finite(refused, value: str):
         assert load.validate_config(nested(name, number), load.dotted_key)[0] is None, name
     for optimizer, spec in OPTIMIZERS.items():
         for key in spec.params:
-            held = [number, 0.9] if key == "betas" else number
+            held = [number, 0.9, 0.9][: 2 + (optimizer == "came")] if key == "betas" else number
             values = nested("optimizer.params", {key: held})
             values["optimizer"]["name"] = optimizer
             assert load.validate_config(values, load.dotted_key)[0] is None, key

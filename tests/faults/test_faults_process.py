@@ -34,7 +34,17 @@ from helpers import PREVIEWED, environment, facts, final, folder, losses, run_py
 
 PACKAGE = "zimage_train"
 ROOT = Path(__file__).parents[2]
-HEAVY = {"torch", "diffusers", "transformers", "accelerate", "peft", "bitsandbytes", "torchao", "prodigyopt"}
+HEAVY = {
+    "torch",
+    "diffusers",
+    "transformers",
+    "accelerate",
+    "peft",
+    "bitsandbytes",
+    "torchao",
+    "prodigyopt",
+    "pytorch_optimizer",
+}
 
 
 @pytest.fixture(scope="module")

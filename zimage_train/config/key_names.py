@@ -74,7 +74,15 @@ DENSITIES_ELSEWHERE = {
     "logit_normal": "write type: sigmoid, with mean and scale",
 }
 """Value of `timesteps.type` in other trainers -> the hint. `shift` means two densities there, so neither is guessed."""
-COMMON_VALUES = {"l2": "mse", "l1": "mae", "smooth_l1": "pseudo_huber", "wavelet": "mse"}
+COMMON_VALUES = {
+    "l2": "mse",
+    "l1": "mae",
+    "smooth_l1": "pseudo_huber",
+    "wavelet": "mse",
+    "schedulefree": "adamw_schedulefree",
+    "adamwschedulefree": "adamw_schedulefree",
+    "stableadamw": "stable_adamw",
+}
 """Value in other trainers -> the value here."""
 MISSING_SETTINGS = {
     "memory.compile": "torch.compile is not used; leave it out",

@@ -8,11 +8,12 @@ from typing import Annotated, Any, Literal, Optional
 
 from pydantic import Field
 
-from zimage_train.config.types import Count, PositiveFloat, Share, UpToOne
+from zimage_train.config.types import ConflictError, Count, PositiveFloat, Share, UpToOne
 
 OptimizerName = Literal[
     "adam", "adamw", "adam8bit", "adamw8bit", "paged_adamw8bit", "ademamix", "ademamix8bit", "lion", "lion8bit",
-    "prodigy", "prodigy8bit", "adafactor", "adagrad", "automagic",
+    "prodigy", "prodigy8bit", "adafactor", "adagrad", "automagic", "adamw_schedulefree", "stable_adamw", "adopt",
+    "came", "muon",
 ]  # fmt: skip
 
 
@@ -31,6 +32,8 @@ class OptimizerSpec:
     whole tensor. An optimizer with a number treats all factors of a LoRA as a single tensor."""
     finds_lr: bool = False
     """Whether it estimates the learning rate, so that `optimizer.lr` is a factor on its estimate."""
+    averages_weights: bool = False
+    """Whether it trains at one point and averages another, which is the result (`optimizers.averaged_weights`)."""
 
 
 _TWO_BETAS: dict[str, Any] = {"betas": Annotated[list[Share], Field(min_length=2, max_length=2)]}
@@ -55,6 +58,20 @@ _PRODIGY = _ADAM | {
 _ADAFACTOR = {"beta1": Share, "decay_rate": Annotated[float, Field(lt=0.0)], "clip_threshold": PositiveFloat}
 _ADAGRAD = {"eps": PositiveFloat, "lr_decay": UpToOne, "initial_accumulator_value": UpToOne}
 _AUTOMAGIC = _ADAM | {"bump": UpToOne, "min_lr": PositiveFloat, "max_lr": PositiveFloat}
+_CAME = {
+    "betas": Annotated[list[Share], Field(min_length=3, max_length=3)],
+    "eps1": PositiveFloat,
+    "eps2": PositiveFloat,
+    "clip_threshold": PositiveFloat,
+}
+_MUON = {"momentum": Share, "nesterov": bool, "ns_steps": Annotated[int, Field(ge=1, le=20)]}
+_INNER = Annotated[float, Field(gt=0.0, lt=1.0)]
+_SCHEDULEFREE = {
+    "betas": Annotated[list[_INNER], Field(min_length=2, max_length=2)],  # it divides by the first
+    "eps": PositiveFloat,
+    "r": UpToOne,
+    "weight_lr_power": Annotated[float, Field(ge=0.0, le=10.0)],
+}
 _BNB = "bitsandbytes"
 
 OPTIMIZERS: dict[OptimizerName, OptimizerSpec] = {
@@ -73,4 +90,23 @@ OPTIMIZERS: dict[OptimizerName, OptimizerSpec] = {
     "adafactor": OptimizerSpec(4, _ADAFACTOR, state_block=None),
     "adagrad": OptimizerSpec(4, _ADAGRAD),
     "automagic": OptimizerSpec(8, _AUTOMAGIC, state_block=None),
+    "adamw_schedulefree": OptimizerSpec(8, _SCHEDULEFREE, averages_weights=True),
+    "stable_adamw": OptimizerSpec(8, _ADAM, state_block=None),
+    "adopt": OptimizerSpec(8, _ADAM),
+    # A momentum and, for each matrix, two rows and two columns: 0.5 bytes at rank 16.
+    "came": OptimizerSpec(4.6, _CAME, state_block=None),
+    "muon": OptimizerSpec(4, _MUON, state_block=None),
 }
+
+
+def optimizer_error(name: OptimizerName, schedule: str, ema_decay: float | None) -> ConflictError | None:
+    """Return the first setting that has no use beside the averages of the optimizer, or None if there is none."""
+    if not OPTIMIZERS[name].averages_weights:
+        return None
+    if schedule not in ("constant", "constant_with_warmup"):
+        hint = "use constant or constant_with_warmup"
+        return ConflictError(f"{name} needs no schedule, since it averages the weights", hint, ("schedule", "name"))
+    if ema_decay is not None:
+        message = f"{name} exports an average already"
+        return ConflictError(message, "leave ema.decay out", ("ema", "decay"))
+    return None

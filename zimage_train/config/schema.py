@@ -13,7 +13,7 @@ from zimage_train.config.dataset import DataEntry
 from zimage_train.config.lora import LoraSettings
 from zimage_train.config.loss import GuidanceSettings, LossSettings, loss_error
 from zimage_train.config.methods import MethodName, TeacherSettings
-from zimage_train.config.optimizers import OPTIMIZERS, OptimizerName
+from zimage_train.config.optimizers import OPTIMIZERS, OptimizerName, optimizer_error
 from zimage_train.config.outputs import LogSettings, SaveSettings
 from zimage_train.config.sample import SampleSettings, trigger_error
 from zimage_train.config.timesteps import TimestepSettings
@@ -138,7 +138,7 @@ class PreserveSettings(Section):
 class OptimizerSettings(Section):
     name: OptimizerName = "adamw8bit"
     """adamw8bit: AdamW with 8-bit state; adamw: with fp32 state; prodigy: estimates the learning rate; automagic: a
-    learning rate per tensor, raised while its updates agree. docs/optimizers.md lists all of them."""
+    learning rate per tensor, raised while its updates agree; muon: for matrices; docs/optimizers.md lists all."""
     lr: float = Field(default=1.0e-4, gt=0.0, le=10.0)
     """Learning rate; for prodigy a factor on its estimate, usually 1 (less than 0.1 is raised to 1, with a note)."""
     weight_decay: float = Field(default=1.0e-4, ge=0.0, le=1.0)
@@ -307,6 +307,7 @@ class Config(Section):
         if all(entry.regularization for entry in self.data):
             raise ConflictError("data: every entry is for regularization", "one must show the concept", ("data",))
         error = trigger_error(self.sample, self.triggers)
+        error = error or optimizer_error(self.optimizer.name, self.schedule.name, self.ema.decay)
         if error is not None:
             raise error
         if self.sample.weights == "ema" and self.ema.decay is None:

@@ -2,7 +2,7 @@
 
 import contextlib
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -23,9 +23,14 @@ LEAST_8BIT_ELEMENTS = 4096
 def build_optimizer(settings: schema.OptimizerSettings, parameters: list[Parameter]) -> torch.optim.Optimizer:
     """Return the optimizer that `settings` names, for `parameters`."""
     # YAML has lists only, while the optimizers compare or unpack tuples, such as betas.
-    params = {key: tuple(value) if isinstance(value, list) else value for key, value in settings.params.items()}
+    params = {key: _with_tuples(value) for key, value in settings.params.items()}
     factory = OPTIMIZER_FACTORIES[settings.name]
     return factory(parameters, lr=base_lr(settings), weight_decay=settings.weight_decay, **params)
+
+
+def _with_tuples(value: Any) -> Any:
+    """Return `value` with tuples for its lists, and for the lists in these."""
+    return tuple(map(_with_tuples, value)) if isinstance(value, list) else value
 
 
 def parameters_for(name: OptimizerName, flat: FlatParameters) -> list[Parameter]:
@@ -76,6 +81,39 @@ def _adafactor(parameters: list[Parameter], **settings: Any) -> torch.optim.Opti
     return Adafactor(parameters, scale_parameter=False, relative_step=False, warmup_init=False, **settings)
 
 
+def _adamw_schedulefree(parameters: list[Parameter], **settings: Any) -> torch.optim.Optimizer:
+    from pytorch_optimizer import ScheduleFreeAdamW
+
+    return ScheduleFreeAdamW(parameters, **settings)
+
+
+def _stable_adamw(parameters: list[Parameter], **settings: Any) -> torch.optim.Optimizer:
+    from pytorch_optimizer import StableAdamW
+
+    return StableAdamW(parameters, kahan_sum=False, **settings)  # which is for parameters in 16 bits
+
+
+def _adopt(parameters: list[Parameter], **settings: Any) -> torch.optim.Optimizer:
+    """Create an ADOPT with the weight decay of AdamW."""
+    from pytorch_optimizer import ADOPT
+
+    return ADOPT(parameters, weight_decouple=True, **settings)
+
+
+def _came(parameters: list[Parameter], **settings: Any) -> torch.optim.Optimizer:
+    from pytorch_optimizer import CAME
+
+    return CAME(parameters, **settings)
+
+
+def _muon(parameters: list[Parameter], **settings: Any) -> torch.optim.Optimizer:
+    """Create a Muon for matrices, with updates as large as those of AdamW, so that it takes AdamW's learning rates."""
+    from pytorch_optimizer import Muon
+
+    # Without the adjustment, updates of a LoRA's B would be sqrt(outputs / rank) times as large as those of its A.
+    return Muon([{"params": parameters, "use_muon": True, "use_adjusted_lr": True, **settings}])
+
+
 OPTIMIZER_FACTORIES: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adam": torch.optim.Adam,
     "adamw": torch.optim.AdamW,
@@ -91,7 +129,34 @@ OPTIMIZER_FACTORIES: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adafactor": _adafactor,
     "adagrad": torch.optim.Adagrad,
     "automagic": Automagic,
+    "adamw_schedulefree": _adamw_schedulefree,
+    "stable_adamw": _stable_adamw,
+    "adopt": _adopt,
+    "came": _came,
+    "muon": _muon,
 }
+
+
+@contextlib.contextmanager
+def averaged_weights(name: OptimizerName, optimizer: torch.optim.Optimizer, flat: FlatParameters) -> Iterator[None]:
+    """Within the block, `flat` holds the weights that are the result of a training; without averages, its own.
+
+    The weights that are trained are put back from a copy: moving them back would round differently, and a run would
+    depend on when it was looked at.
+    """
+    if not OPTIMIZERS[name].averages_weights:
+        yield
+        return
+    trained = flat.whole.detach().to("cpu", copy=True)  # where there is room for it beside previews
+    modes = [group["train_mode"] for group in optimizer.param_groups]
+    optimizer.eval()  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            flat.whole.copy_(trained)
+        for group, mode in zip(optimizer.param_groups, modes, strict=True):
+            group["train_mode"] = mode
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
@@ -173,7 +238,7 @@ def load_optimizer_state(
         )
     for group, saved in zip(optimizer.param_groups, saved_groups, strict=True):
         for key, value in saved.items():
-            group[key] = tuple(value) if isinstance(value, list) else value
+            group[key] = _with_tuples(value)
     by_key: dict[str, dict[int, Any]] = {}
     for index, values in numbers["state"].items():
         for key, value in values.items():

@@ -38,7 +38,17 @@ from zimage_train.training.state import TrainState
 from zimage_train.training.step_runner import StepRunner, make_recorder
 from zimage_train.training.step_timer import SlowStepDetector
 
-PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "bitsandbytes", "prodigyopt")
+PACKAGES = (
+    "torch",
+    "diffusers",
+    "transformers",
+    "peft",
+    "accelerate",
+    "safetensors",
+    "bitsandbytes",
+    "prodigyopt",
+    "pytorch-optimizer",
+)
 MAX_DRIFT_REQUESTS = 2
 """Number of previews for which drift is measured; measuring a preview takes about twice as long as drawing it."""
 

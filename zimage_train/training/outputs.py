@@ -137,21 +137,33 @@ def after_step(state: TrainState, step: int, events: RecordWriter, metrics: Reco
     last = state.config.train.steps
     saves = step == last or is_due(state.config.save.every, step, last)
     draws = is_due(state.config.sample.every, step, last)
+    validates = is_due(state.config.validation.every, step, last)
     if saves:
         with state.clock.stage("saves"):
             metrics.sync()
             if step > state.start_step:  # else the run has just been loaded from this checkpoint
                 save_checkpoint(state, step)
             events.append({"step": step, "event": "save"})
-            exports.export_step(state, step)
-    if is_due(state.config.validation.every, step, last):
-        validate(state, step, events)
-    if draws:
-        preview(state, step, events)
+    if saves or validates or draws:
+        with state.with_result():
+            _look_at_result(state, step, events, saves=saves, validates=validates, draws=draws)
     if saves and draws:
         exports.save_picture(state, step)
     if saves or draws:
         write_report(state)
+
+
+def _look_at_result(
+    state: TrainState, step: int, events: RecordWriter, saves: bool, validates: bool, draws: bool
+) -> None:
+    """Export, validate and preview the weights that the model holds."""
+    if saves:
+        with state.clock.stage("saves"):
+            exports.export_step(state, step)
+    if validates:
+        validate(state, step, events)
+    if draws:
+        preview(state, step, events)
 
 
 def is_complete(context: RunContext, step: int) -> bool:

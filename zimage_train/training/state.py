@@ -19,6 +19,7 @@ from zimage_train.lora import arithmetic, swap
 from zimage_train.lora.deltas import Deltas
 from zimage_train.lora.layers import AdapterLayers
 from zimage_train.optim.ema import Ema
+from zimage_train.optim.optimizers import averaged_weights
 from zimage_train.planning.planner import MemoryPlan
 from zimage_train.report.console import Console
 from zimage_train.report.trackers import Trackers
@@ -81,6 +82,13 @@ class TrainState:
     def with_preview_loras(self, trained: Deltas) -> AbstractContextManager[None]:
         """Within the block, replace the LoRA of the model by `trained` and the extra LoRAs of previews together."""
         return swap.replaced_lora(self.frozen.model, arithmetic.sum_deltas([(trained, 1.0), *self.extra_loras]))
+
+    def with_result(self) -> AbstractContextManager[None]:
+        """Within the block, the LoRA holds the weights that are exported: the average that the optimizer keeps, if any.
+
+        The optimizer must not be saved or used there.
+        """
+        return averaged_weights(self.config.optimizer.name, self.optimizer, self.lora.flat)
 
     def micro_batches(self, step: int) -> list[tuple[Sample, ...]]:
         """Return the samples of this process in `step`, a tuple for each micro-batch."""
