@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch.nn import Parameter
 
-from zimage_train.config.optimizers import OptimizerName
+from zimage_train.config.optimizers import OPTIMIZERS, OptimizerName
 from zimage_train.config.schema import OptimizerSettings
+from zimage_train.measure.counting import LiveBytes
 from zimage_train.optim import optimizers
 from zimage_train.optim.flat import FlatParameters
 
@@ -149,6 +150,31 @@ def test_looking_changes_no_bit():
     (one, tensors, numbers), (other, other_tensors, other_numbers) = ends
     assert torch.equal(one, other) and numbers == other_numbers
     assert all(torch.equal(tensors[key], other_tensors[key]) for key in tensors)
+
+
+@pytest.mark.parametrize("name", [name for name, spec in OPTIMIZERS.items() if spec.update_bytes])
+def test_update_size_equals_the_plan(name: OptimizerName):
+    """The temporaries of an update are as large as planned, at rank 16."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for index in range(20):
+        shapes |= {f"{index}.A": (16, 512), f"{index}.B": (512, 16)}
+    flat = FlatParameters(shapes, list(shapes), torch.device("cpu"))
+    flat.allocate_grads()
+    settings = OptimizerSettings(name=name)
+    optimizer = optimizers.build_optimizer(settings, optimizers.parameters_for(name, flat))
+    live = LiveBytes()
+    for step in range(3):
+        flat.grads.fill_(1.0)
+        states = [value for state in optimizer.state.values() for value in state.values()]
+        for tensor in (flat.whole, flat.grads, *states):
+            if isinstance(tensor, torch.Tensor):
+                live.watch(tensor)
+        before = live.peak = live.now
+        with live:
+            optimizer.step()
+        if step == 2:
+            planned = OPTIMIZERS[name].update_bytes
+            assert 0.95 * planned <= (live.peak - before) / flat.numel <= planned
 
 
 def test_other_optimizers_average_nothing():

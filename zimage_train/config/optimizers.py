@@ -32,6 +32,8 @@ class OptimizerSpec:
     whole tensor. An optimizer with a number treats all factors of a LoRA as a single tensor."""
     finds_lr: bool = False
     """Whether it estimates the learning rate, so that `optimizer.lr` is a factor on its estimate."""
+    update_bytes: float = 0.0
+    """Temporaries of an update that handles all tensors together, per trained parameter, bytes."""
     averages_weights: bool = False
     """Whether it trains at one point and averages another, which is the result (`optimizers.averaged_weights`)."""
 
@@ -90,12 +92,12 @@ OPTIMIZERS: dict[OptimizerName, OptimizerSpec] = {
     "adafactor": OptimizerSpec(4, _ADAFACTOR, state_block=None),
     "adagrad": OptimizerSpec(4, _ADAGRAD),
     "automagic": OptimizerSpec(8, _AUTOMAGIC, state_block=None),
-    "adamw_schedulefree": OptimizerSpec(8, _SCHEDULEFREE, averages_weights=True),
-    "stable_adamw": OptimizerSpec(8, _ADAM, state_block=None),
-    "adopt": OptimizerSpec(8, _ADAM),
+    "adamw_schedulefree": OptimizerSpec(8, _SCHEDULEFREE, update_bytes=8, averages_weights=True),
+    "stable_adamw": OptimizerSpec(8, _ADAM, state_block=None, update_bytes=4.1),
+    "adopt": OptimizerSpec(8, _ADAM, update_bytes=8),
     # A momentum and, for each matrix, two rows and two columns: 0.5 bytes at rank 16.
-    "came": OptimizerSpec(4.6, _CAME, state_block=None),
-    "muon": OptimizerSpec(4, _MUON, state_block=None),
+    "came": OptimizerSpec(4.6, _CAME, state_block=None, update_bytes=8.4),
+    "muon": OptimizerSpec(4, _MUON, state_block=None, update_bytes=8.3),
 }
 
 

@@ -306,8 +306,10 @@ def preview_memory(workload: Workload, placement: WeightPlacement) -> MemoryEsti
 def _with_weights(workload: Workload, placement: WeightPlacement, activations: int, gaps: int) -> MemoryEstimate:
     """Return the estimate for `activations` bytes and `gaps`, with the frozen weights, the LoRA and the context."""
     weights = device_bytes(workload, placement)
-    # Per LoRA parameter: the fp32 weight, its fp32 gradient, the optimizer's state, and the fp32 copy of the EMA.
-    bytes_per_parameter = 4 + 4 + OPTIMIZERS[workload.optimizer].state_bytes + 4 * workload.ema
+    optimizer = OPTIMIZERS[workload.optimizer]
+    # Per LoRA parameter: the fp32 weight, its fp32 gradient, the optimizer's state, and the fp32 copy of the EMA. The
+    # temporaries of an update cannot have the memory of the activations, which captured steps keep.
+    bytes_per_parameter = 4 + 4 + optimizer.state_bytes + optimizer.update_bytes + 4 * workload.ema
     lora = int(workload.trained * bytes_per_parameter)
     context = 0
     if workload.gpu:

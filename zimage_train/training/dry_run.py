@@ -70,9 +70,10 @@ def dry_run(state: TrainState) -> TrainState:
 
 @contextlib.contextmanager
 def _reserved_for_optimizer(state: TrainState) -> Iterator[None]:
-    """Within the block, occupy the memory that the optimizer allocates in its first step, unless it has it already."""
-    state_bytes = state.memory_plan.workload.trained * OPTIMIZERS[state.config.optimizer.name].state_bytes
-    missing_bytes = 0 if state.optimizer.state else int(state_bytes)
+    """Within the block, occupy the memory that the optimizer needs in a step, less what it has already."""
+    spec = OPTIMIZERS[state.config.optimizer.name]
+    missing_bytes = spec.update_bytes if state.optimizer.state else spec.state_bytes + spec.update_bytes
+    missing_bytes = int(state.memory_plan.workload.trained * missing_bytes)
     placeholder = torch.empty(missing_bytes, dtype=torch.uint8, device=state.world.device)
     yield
     del placeholder
