@@ -20,7 +20,7 @@ from zimage_train.optim import optimizers
 from zimage_train.optim.flat import FlatParameters
 from zimage_train.report import metrics
 
-STEPS, EVERY = 100, 20
+STEPS, EVERY = 100, 50
 SEEDS = (1, 2, 3)
 NUM_HELD_OUT = 4
 RANK = 8
@@ -33,9 +33,6 @@ RATES: dict[str, tuple[float, ...]] = {
     "adopt": AS_ADAMW,
     "came": AS_ADAMW,
     "muon": AS_ADAMW,
-    "adafactor": AS_ADAMW,
-    "automagic": (3e-4, 1e-3, 3e-3),
-    "lion": (1e-4, 3e-4, 1e-3),
     "prodigy": (0.5, 1.0, 2.0),
 }
 
@@ -84,7 +81,7 @@ def _curve(place: Path, name: str, lr: float, seed: int) -> dict[int, float]:
             "cache": {"folder": str(place / "cache")},
             "lora": {"rank": RANK},
             "train": {"steps": STEPS, "batch_size": 2},
-            "optimizer": {"name": name, "lr": lr, "params": {"max_lr": 1.0} if name == "automagic" else {}},
+            "optimizer": {"name": name, "lr": lr},
             "sample": {"every": None},
             "validation": {"folder": str(place / "held_out"), "every": EVERY, "resolution": 64},
             "save": {"every": None, "dtype": "fp32"},
@@ -98,7 +95,7 @@ def _curve(place: Path, name: str, lr: float, seed: int) -> dict[int, float]:
 
 
 def _update_seconds(name: str, lr: float) -> float:
-    """Return the least time of an update of a LoRA of rank 16 on four layers 768 wide, on one core."""
+    """Return the least time of an update of a LoRA of rank 16 on 28 modules 768 wide, on one core."""
     shapes: dict[str, tuple[int, ...]] = {}
     for index in range(28):
         shapes |= {f"{index}.A": (16, 768), f"{index}.B": (768, 16)}
