@@ -114,3 +114,16 @@ def test_full_size_trials_are_valid(tmp_path: Path):
     assert sorted(trial.name for trial in trials) == sorted(TRIALS)
     assert {config.train.method for config in configs} == {"sft", "trajectory_imitation", "de_distill"}
     assert any(config.model.quantize for config in configs) and all(config.model.path for config in configs)
+
+
+def test_optimizers_are_as_measured():
+    """The table of the optimizers has the numbers of the measurement, and no best rate was the last that was tried."""
+    found = json.loads((ROOT / "docs" / "bench" / "optimizers.json").read_text())["optimizers"]
+    text = (ROOT / "docs" / "optimizers.md").read_text()
+    for name, row in found.items():
+        assert not row["is_at_the_edge"], name
+        numbers = []
+        for mean, spread in (row["behind_first"], row["behind_first_in_equal_time"]):
+            numbers.append("0" if spread == 0 else f"{mean:.3f} +- {spread:.3f}")
+        rate = f"{row['lr']:.0e}".replace("e-0", "e-") if row["lr"] < 0.1 else f"{row['lr']:g}"
+        assert f"| {name} | {rate} | {numbers[0]} | {numbers[1]} |" in text, (name, rate, numbers)
