@@ -34,6 +34,8 @@ from zimage_train.planning.planner import MemoryPlan, PlanConstraints, choose_pl
 from zimage_train.planning.recompute_costs import describe_mode
 from zimage_train.report import printing
 
+from proofs.page import proof_md
+
 ROOT = Path(__file__).parent.parent
 
 EXAMPLE = Config.model_validate({"name": "my_lora", "data": [{"folder": "photos"}]})
@@ -303,6 +305,7 @@ GENERATED: dict[str, Callable[[], str]] = {
     "docs/config.md": config_md,
     "docs/commands.md": cli_md,
     "docs/aitoolkit.md": aitoolkit_md,
+    "docs/proof.md": partial(proof_md, NOTICE),
 }
 
 
