@@ -152,7 +152,7 @@ def test_looking_changes_no_bit():
     assert all(torch.equal(tensors[key], other_tensors[key]) for key in tensors)
 
 
-@pytest.mark.parametrize("name", [name for name, spec in OPTIMIZERS.items() if spec.update_bytes])
+@pytest.mark.parametrize("name", list(OPTIMIZERS))
 def test_update_size_equals_the_plan(name: OptimizerName):
     """The temporaries of an update are as large as planned, at rank 16."""
     shapes: dict[str, tuple[int, ...]] = {}
@@ -162,6 +162,9 @@ def test_update_size_equals_the_plan(name: OptimizerName):
     flat.allocate_grads()
     settings = OptimizerSettings(name=name)
     optimizer = optimizers.build_optimizer(settings, optimizers.parameters_for(name, flat))
+    for group in optimizer.param_groups:
+        if "foreach" in group:
+            group["foreach"] = True  # as torch's own take all tensors together on a GPU
     live = LiveBytes()
     for step in range(3):
         flat.grads.fill_(1.0)
@@ -174,7 +177,8 @@ def test_update_size_equals_the_plan(name: OptimizerName):
             optimizer.step()
         if step == 2:
             planned = OPTIMIZERS[name].update_bytes
-            assert 0.95 * planned <= (live.peak - before) / flat.numel <= planned
+            found = (live.peak - before) / flat.numel
+            assert 0.95 * planned <= found <= planned + 1e-3
 
 
 def test_other_optimizers_average_nothing():

@@ -22,7 +22,7 @@ class OptimizerSpec:
     """The properties of an optimizer that are needed without its library."""
 
     state_bytes: float
-    """Optimizer state per trained parameter, bytes, including temporaries of the update."""
+    """Optimizer state per trained parameter, bytes."""
     params: dict[str, Any] = field(default_factory=dict)
     """Keys that `optimizer.params` may have, with their types."""
     needs: str | None = None
@@ -77,8 +77,8 @@ _SCHEDULEFREE = {
 _BNB = "bitsandbytes"
 
 OPTIMIZERS: dict[OptimizerName, OptimizerSpec] = {
-    "adam": OptimizerSpec(8, _ADAM),
-    "adamw": OptimizerSpec(8, _ADAM),
+    "adam": OptimizerSpec(8, _ADAM, update_bytes=4),
+    "adamw": OptimizerSpec(8, _ADAM, update_bytes=4),
     "adam8bit": OptimizerSpec(2.1, _ADAM, needs=_BNB, state_block=256),
     "adamw8bit": OptimizerSpec(2.1, _ADAM, needs=_BNB, state_block=256),
     "paged_adamw8bit": OptimizerSpec(2.1, _ADAM, needs=_BNB, state_block=256),
@@ -86,12 +86,12 @@ OPTIMIZERS: dict[OptimizerName, OptimizerSpec] = {
     "ademamix8bit": OptimizerSpec(3.1, _ADEMAMIX, needs=_BNB, state_block=256),
     "lion": OptimizerSpec(4, _TWO_BETAS, needs=_BNB),
     "lion8bit": OptimizerSpec(1.1, _TWO_BETAS, needs=_BNB, state_block=256),
-    "prodigy": OptimizerSpec(16, _PRODIGY, state_block=None, finds_lr=True),
-    "prodigy8bit": OptimizerSpec(7.1, _PRODIGY, needs=_BNB, state_block=None, finds_lr=True),
-    # The state itself is small, but the update is a temporary of the size of the parameters.
-    "adafactor": OptimizerSpec(4, _ADAFACTOR, state_block=None),
-    "adagrad": OptimizerSpec(4, _ADAGRAD),
-    "automagic": OptimizerSpec(8, _AUTOMAGIC, state_block=None),
+    "prodigy": OptimizerSpec(16, _PRODIGY, state_block=None, finds_lr=True, update_bytes=0.21),
+    "prodigy8bit": OptimizerSpec(7.1, _PRODIGY, needs=_BNB, state_block=None, finds_lr=True, update_bytes=12.2),
+    # Rows and columns of each matrix, which is 0.25 bytes at rank 16 and 4 at rank 1.
+    "adafactor": OptimizerSpec(4, _ADAFACTOR, state_block=None, update_bytes=0.31),
+    "adagrad": OptimizerSpec(4, _ADAGRAD, update_bytes=8),
+    "automagic": OptimizerSpec(8, _AUTOMAGIC, state_block=None, update_bytes=8),
     "adamw_schedulefree": OptimizerSpec(8, _SCHEDULEFREE, update_bytes=8, averages_weights=True),
     "stable_adamw": OptimizerSpec(8, _ADAM, state_block=None, update_bytes=4.1),
     "adopt": OptimizerSpec(8, _ADAM, update_bytes=8),
