@@ -106,6 +106,15 @@ ACCEPTED_AND_REFUSED = {
     "lora.factor": (["auto", 2, 1024], [1, 0, 1025, "whole"]),
     "lora.alpha": ([0.5, 8, None], [0, 0.0, -1.0]),
     "lora.dropout": ([0.0, 0.99], [-0.1, 1.0]),
+    "lora.ranks": (
+        [{}, {"attention": 1}, {"layers.0[.].+": 1024, "refiners": 4}],
+        [{"attention": 0}, {"attention": 1025}, {"attention": 8.0}, {"(": 8}, 8, [8]],
+    ),
+    "optimizer.lr_factors": (
+        [{}, {"attention": 0.001, ".+w1": 1000}],
+        [{"attention": 0.0}, {"attention": 1000.1}, {"attention": "auto"}, {"(": 1.0}, 1.0],
+    ),
+    "optimizer.lora_plus": ([0.1, 1, 16, 1000.0], [0.0, -1.0, 1000.1, None]),
     "train.steps": ([1, 10_000_000], [0, -5, 10_000_001]),
     "train.batch_size": ([1, 1024], [0, 1025]),
     "train.grad_accumulation": ([1, 4096], [0, 4097]),
@@ -841,6 +850,7 @@ def test_json_schema_refuses(schema):
         if not complaints(schema, valued(option, value), schema)
     }
     by_validators = {"data[].trigger", "memory.budget_gb", "sample.steps", "sample.guidance", "data[].resolution"}
+    by_validators |= {"lora.ranks", "optimizer.lr_factors"}  # their keys are regular expressions
     by_validators |= {"data[].mask_floor", "data[].mask_prior", "timesteps.sigmas", "timesteps.weight"}
     assert {option for option, _ in unmarked} <= by_validators
 

@@ -39,6 +39,7 @@ from zimage_train.commands import timesteps
 from zimage_train.commands.train import run_training
 from zimage_train.config import schema
 from zimage_train.config.load import validate_config
+from zimage_train.config.lora import LoraSettings
 from zimage_train.config.schema import Config
 from zimage_train.dataset import tensor_cache
 from zimage_train.dataset.buckets import Bucket
@@ -345,7 +346,7 @@ MODULES = ["layers.0.attention.to_q", "layers.0.attention.to_k", "layers.0.feed_
 def start_of_a_lora(scratch: Path) -> Table:
     table: Table = {}
     for seed in (11, 12):
-        attached = layers.attach_lora(linears(), MODULES, rank=4, alpha=None, dropout=0.0, seed=seed)
+        attached = layers.attach_lora(linears(), LoraSettings(rank=4), MODULES, seed)
         table |= {f"seed {seed}, {module}": uniform(a.detach()) for module, a in attached.a.items()}
     return table
 
@@ -455,7 +456,7 @@ def loras(scratch: Path) -> Table:
 
 def trained_state(scratch: Path) -> Table:
     """Names of what a checkpoint holds of the LoRA, its average and each kind of optimizer."""
-    attached = layers.attach_lora(linears(), MODULES[:1], rank=4, alpha=None, dropout=0.0, seed=11)
+    attached = layers.attach_lora(linears(), LoraSettings(rank=4), MODULES[:1], 11)
     table: Table = {
         "lora": list(attached.state()),
         "ema": list(ema.init_ema(0.9, attached.flat.whole, attached.name_views).state()),

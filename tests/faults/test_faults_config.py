@@ -310,6 +310,13 @@ BAD = {
         LEAST + "model: {attention: flash}\nlora: {type: lokr}\ntrain: {loss: huber}\n",
         ["memory.compile=true", "lora.type=oft"],
     ),
+    "patterns of modules": (
+        LEAST + 'lora:\n  ranks: {"(": 8}\noptimizer:\n  lr_factors: {"*": 2.0, attention: 0.0}\n',
+        [],
+    ),
+    "ranks of a LoKr": (LEAST + "lora: {type: lokr, ranks: {attention: 8}}\n", []),
+    "B of a LoKr": (LEAST + "lora: {type: lokr}\noptimizer: {lora_plus: 16}\n", []),
+    "learning rates of Prodigy": (LEAST + "optimizer: {name: prodigy, lr: 1.0, lora_plus: 16}\n", []),
     "another variant's adapter": (LEAST + "model: {variant: base, adapter: v2}\n", []),
     "a choice misspelt": (LEAST + "model: {variant: turob}\ntimesteps: {type: sigmod}\nsave: {dtype: fp16}\n", []),
     "noise levels": (LEAST + "timesteps:\n  type: linear\n  mean: 0.5\n", []),

@@ -9,6 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from zimage_train import mini
+from zimage_train.config.lora import LoraSettings
 from zimage_train.diffusion.frozen import FrozenTransformer, load_frozen
 from zimage_train.errors import ConfigError, WeightsError
 from zimage_train.lora import arithmetic, keys, layers, lora_file, verify
@@ -274,28 +275,32 @@ def inputs(shape: TransformerShape) -> tuple[torch.Tensor, torch.Tensor, list[to
 
 def test_a_fresh_lora_changes_nothing(frozen: FrozenTransformer):
     before = velocity(frozen.model, *inputs(frozen.shape))
-    layers.attach_lora(frozen.model, select_modules(["attention"], frozen.shape.linears), 4, None, 0.0, 1)
+    layers.attach_lora(frozen.model, LoraSettings(rank=4), select_modules(["attention"], frozen.shape.linears), 1)
     assert torch.equal(velocity(frozen.model, *inputs(frozen.shape)), before)
 
 
 def test_init_depends_on_seed_and_name(frozen: FrozenTransformer):
     """The initial LoRA depends on the seed and the module's name alone."""
-    first = layers.attach_lora(frozen.model, select_modules(["attention"], frozen.shape.linears), 4, None, 0.0, 1)
+    first = layers.attach_lora(
+        frozen.model, LoraSettings(rank=4), select_modules(["attention"], frozen.shape.linears), 1
+    )
     torch.randn(100)
     other_model = load_frozen(mini.TURBO / "transformer", None, "fp32", CPU).model
     second = layers.attach_lora(
-        other_model, select_modules(["attention", "adaln"], frozen.shape.linears), 4, None, 0.0, 1
+        other_model, LoraSettings(rank=4), select_modules(["attention", "adaln"], frozen.shape.linears), 1
     )
     assert all(torch.equal(first.a[module], second.a[module]) for module in first.a)
     third_model = load_frozen(mini.TURBO / "transformer", None, "fp32", CPU).model
-    third = layers.attach_lora(third_model, list(first.a), 4, None, 0.0, 2)
+    third = layers.attach_lora(third_model, LoraSettings(rank=4), list(first.a), 2)
     assert not any(torch.equal(first.a[module], third.a[module]) for module in first.a)
 
 
 def test_masters_are_fp32():
     """Master weights are fp32 on a bf16 model, and only they are trained."""
     model = load_frozen(mini.TURBO / "transformer", None, "bf16", CPU)
-    attached = layers.attach_lora(model.model, select_modules(["attention"], model.shape.linears), 4, None, 0.0, 1)
+    attached = layers.attach_lora(
+        model.model, LoraSettings(rank=4), select_modules(["attention"], model.shape.linears), 1
+    )
     assert {parameter.dtype for parameter in attached.parameters()} == {torch.float32}
     trainable = [parameter for parameter in model.model.parameters() if parameter.requires_grad]
     assert {id(p) for p in trainable} == {id(p) for p in attached.parameters()}
@@ -307,7 +312,7 @@ def test_masters_are_fp32():
 @pytest.mark.parametrize("alpha", [None, 2.0, 8.0])
 def test_attached_equals_merged(frozen: FrozenTransformer, alpha: float | None):
     modules = select_modules(["attention", "feed_forward"], frozen.shape.linears)
-    attached = layers.attach_lora(frozen.model, modules, 4, alpha, 0.0, 1)
+    attached = layers.attach_lora(frozen.model, LoraSettings(rank=4, alpha=alpha), modules, 1)
     with torch.no_grad():
         for module, b in attached.b.items():
             b.copy_(torch.randn(b.shape, generator=torch.Generator().manual_seed(len(module))) * 0.05)
@@ -340,7 +345,9 @@ def test_stacked_loras_are_summed(frozen: FrozenTransformer):
 
 
 def test_a_state_of_another_rank_is_refused(frozen: FrozenTransformer):
-    attached = layers.attach_lora(frozen.model, select_modules(["attention"], frozen.shape.linears), 4, None, 0.0, 1)
+    attached = layers.attach_lora(
+        frozen.model, LoraSettings(rank=4), select_modules(["attention"], frozen.shape.linears), 1
+    )
     state = {name: torch.zeros(3, *tensor.shape[1:]) for name, tensor in attached.state().items()}
     with pytest.raises(WeightsError, match="rank"):
         attached.load_state(state, "here")

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from zimage_train import mini
+from zimage_train.config.lora import LoraSettings
 from zimage_train.diffusion.frozen import FrozenTransformer, load_frozen, original_weights
 from zimage_train.errors import Problem, WeightsError
 from zimage_train.lora import headers, layers, targets, training_adapter
@@ -68,7 +69,7 @@ def test_original_weights_and_back(dtype: str, spare: float):
     """Within the block the weights are the originals, and after it the same bits as before."""
     frozen = merged(dtype, spare=spare)
     layers.attach_lora(
-        frozen.model, targets.select_modules(["attention", "adaln"], frozen.shape.linears), 4, None, 0.0, 1
+        frozen.model, LoraSettings(rank=4), targets.select_modules(["attention", "adaln"], frozen.shape.linears), 1
     )
     before = {name: frozen_tensor(frozen, name).clone() for name in frozen.shape.parameters}
     for _ in range(2):

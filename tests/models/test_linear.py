@@ -8,6 +8,7 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
+from zimage_train.config.lora import LoraSettings
 from zimage_train.lora.layers import TrainedLinear, attach_lora, base_layer
 from zimage_train.models import quantize
 from zimage_train.models.linear import FrozenLinear
@@ -148,7 +149,7 @@ def test_it_equals_peft_on_a_plain_layer():
     theirs = Model(plain)
     inject_adapter_in_model(LoraConfig(r=4, lora_alpha=2, target_modules=["inner"], init_lora_weights=False), theirs)
     ours = Model(made)
-    attached = attach_lora(ours, ["inner"], 4, 2.0, 0.0, 1)
+    attached = attach_lora(ours, LoraSettings(rank=4, alpha=2.0), ["inner"], 1)
     attached.a["inner"].data.copy_(theirs.inner.lora_A["default"].weight)
     attached.b["inner"].data.copy_(theirs.inner.lora_B["default"].weight)
     x = inputs()
@@ -161,7 +162,7 @@ def test_it_equals_peft_on_a_plain_layer():
 def test_dropout_only_in_training():
     """Dropout is applied to the LoRA alone, and only in training."""
     model = nn.ModuleDict({"inner": layer(None)})
-    attached = attach_lora(model, ["inner"], 4, None, 0.999999, 1)
+    attached = attach_lora(model, LoraSettings(rank=4, dropout=0.999999), ["inner"], 1)
     attached.b["inner"].data.fill_(1.0)
     x, base = inputs(), base_layer(model, "inner")
     assert torch.allclose(model["inner"](x), base(x), atol=1e-6)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from zimage_train import mini
+from zimage_train.config.lora import LoraSettings
 from zimage_train.diffusion.frozen import FrozenTransformer, load_frozen
 from zimage_train.lora import layers, targets
 from zimage_train.lora.layers import LoraLayers
@@ -19,7 +20,7 @@ def trainable(dropout: float = 0.0) -> tuple[FrozenTransformer, LoraLayers]:
     """The miniature with a LoRA whose B is not zero, so that gradients reach A too."""
     frozen = load_frozen(mini.TURBO / "transformer", None, "fp32", CPU)
     modules = targets.select_modules(["attention", "feed_forward"], frozen.shape.linears)
-    attached = layers.attach_lora(frozen.model, modules, 4, None, dropout, 1)
+    attached = layers.attach_lora(frozen.model, LoraSettings(rank=4, dropout=dropout), modules, 1)
     draw = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for b in attached.b.values():

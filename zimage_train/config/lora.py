@@ -1,11 +1,10 @@
 """Settings of what is trained."""
 
-import re
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from zimage_train.config.module_groups import TARGET_GROUPS
+from zimage_train.config.module_groups import TARGET_GROUPS, module_pattern, require_patterns
 from zimage_train.config.types import ConflictError, NonEmptyPath, Section, SettingError, without_default
 
 AdapterType = Literal["lora", "lokr"]
@@ -23,7 +22,11 @@ class LoraSettings(Section):
     file; where it does not divide a side of the weight, the next smaller divisor. auto: both matrices about as large,
     which is the least capacity."""
     alpha: float | None = Field(default=None, gt=0.0)
-    """The change to each weight is scaled by alpha / rank; null: alpha = rank, so the scale is 1."""
+    """The change to each weight is scaled by alpha / rank, with the rank of its module; null: alpha = rank, so the
+    scale is 1."""
+    ranks: dict[str, Annotated[int, Field(ge=1, le=1024)]] = {}
+    """Ranks of modules that differ from `rank`, by group or by a regular expression for full module names: {attention:
+    32, "layers.[0-4][.]feed.+": 8}. Each must match a module, and no module may match two."""
     targets: list[str] | str = ["attention", "feed_forward"]
     """Modules that are trained: a list of the groups attention, feed_forward, adaln and refiners, or a regular
     expression for full module names."""
@@ -36,10 +39,7 @@ class LoraSettings(Section):
     @classmethod
     def _known_targets(cls, value: list[str] | str) -> list[str] | str:
         if isinstance(value, str):
-            try:
-                re.compile(value)
-            except re.error as error:
-                raise SettingError(f"not a regular expression: {error}") from None
+            module_pattern(value)
             return value
         hint = f"groups are {', '.join(TARGET_GROUPS)}; a regular expression is a single string"
         if not value:
@@ -47,6 +47,12 @@ class LoraSettings(Section):
         for name in value:
             if name not in TARGET_GROUPS:
                 raise SettingError(f"unknown group {name!r}", hint)
+        return value
+
+    @field_validator("ranks")
+    @classmethod
+    def _known_patterns(cls, value: dict[str, int]) -> dict[str, int]:
+        require_patterns(value)
         return value
 
     @model_validator(mode="before")
@@ -69,12 +75,18 @@ class LoraSettings(Section):
             raise ConflictError("alpha has no effect on a LoKr whose matrices are whole", hint, ("alpha",))
         if self.dropout > 0:
             raise ConflictError("dropout is for type: lora", "leave it out", ("dropout",))
+        if self.ranks:
+            raise ConflictError("ranks is for type: lora", "leave it out", ("ranks",))
         return self
 
     @property
     def factor_number(self) -> int | None:
         """The factor, or None for auto."""
         return None if self.factor == "auto" else self.factor
+
+    def scale_at(self, rank: int) -> float:
+        """Return the factor on the change of a module whose LoRA has `rank`."""
+        return 1.0 if self.alpha is None else self.alpha / rank
 
     @property
     def label(self) -> str:
@@ -85,5 +97,6 @@ class LoraSettings(Section):
     def description(self) -> str:
         """The kind and its size, as log lines and `check` name it."""
         if self.type == "lora":
-            return f"LoRA of rank {self.rank}"
+            others = ", ".join(f"{rank} on {name}" for name, rank in self.ranks.items())
+            return f"LoRA of rank {self.rank}" + (f" ({others})" if others else "")
         return f"LoKr of factor {self.factor}" + ("" if self.rank is None else f" and rank {self.rank}")

@@ -1,8 +1,11 @@
 """The linear modules of a transformer block, and the groups of them that `lora.targets` can name (torch-free)."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import chain
+from typing import Any
+
+from zimage_train.config.types import SettingError
 
 BLOCK_GROUPS: dict[str, dict[str, str]] = {
     "attention": {
@@ -32,3 +35,31 @@ TARGET_GROUPS = {group: _pattern("layers", [group]) for group in BLOCK_GROUPS} |
     "refiners": _pattern("noise_refiner|context_refiner", ["attention", "feed_forward"])
 }
 """Group -> pattern of the full names of its modules; `refiners` are those of both refiners, without adaLN."""
+
+
+def module_pattern(name: str) -> re.Pattern[str]:
+    """Return the pattern of the group `name`, or of a regular expression for full module names.
+
+    Raises:
+        SettingError: it is neither.
+    """
+    if name in TARGET_GROUPS:
+        return TARGET_GROUPS[name]
+    try:
+        return re.compile(name)
+    except re.error as error:
+        raise SettingError(f"not a regular expression: {error}") from None
+
+
+def require_patterns(values: Mapping[str, Any]) -> None:
+    """Require that every key of `values` is a group or a regular expression.
+
+    Raises:
+        SettingError: names the first that is not.
+    """
+    for name in values:
+        try:
+            module_pattern(name)
+        except SettingError as error:
+            hint = f"give a group ({', '.join(TARGET_GROUPS)}) or a regular expression for full module names"
+            raise SettingError(f"{name!r} is {error.finding}", hint) from None

@@ -13,6 +13,7 @@ from zimage_train.config.dataset import DataEntry
 from zimage_train.config.lora import LoraSettings
 from zimage_train.config.loss import GuidanceSettings, LossSettings, loss_error
 from zimage_train.config.methods import MethodName, TeacherSettings
+from zimage_train.config.module_groups import require_patterns
 from zimage_train.config.optimizers import OPTIMIZERS, OptimizerName, optimizer_error
 from zimage_train.config.outputs import LogSettings, SaveSettings
 from zimage_train.config.sample import SampleSettings, trigger_error
@@ -23,6 +24,7 @@ from zimage_train.config.types import (
     AttentionName,
     ConflictError,
     EverySteps,
+    LrFactor,
     NonEmptyPath,
     PathText,
     Pixels,
@@ -145,6 +147,27 @@ class OptimizerSettings(Section):
     """Weight decay of the optimizer."""
     params: dict[str, Any] = {}
     """Further parameters of the optimizer, by the names in its library."""
+    lr_factors: dict[str, LrFactor] = {}
+    """Factors on the learning rate of modules, by group or by a regular expression for full module names: {attention:
+    0.5, "layers.[0-4][.].+": 2}. Each must match a module, and no module may match two; others have 1."""
+    lora_plus: LrFactor = 1.0
+    """Factor on the learning rate of each B of a LoRA, which LoRA+ (arXiv 2402.12354) sets to about 16 with a lower
+    `lr`; 1: B and A learn at the same rate."""
+
+    @field_validator("lr_factors")
+    @classmethod
+    def _known_patterns(cls, value: dict[str, float]) -> dict[str, float]:
+        require_patterns(value)
+        return value
+
+    @model_validator(mode="after")
+    def _has_one_rate(self) -> Self:
+        if OPTIMIZERS[self.name].finds_lr:
+            for key, factors in (("lr_factors", list(self.lr_factors.values())), ("lora_plus", [self.lora_plus])):
+                if any(factor != 1.0 for factor in factors):
+                    hint = "leave it out, or use another optimizer"
+                    raise ConflictError(f"{self.name} estimates a single learning rate for all", hint, (key,))
+        return self
 
     @field_validator("params")
     @classmethod
@@ -306,6 +329,9 @@ class Config(Section):
                     raise ConflictError(message, hint, ("preserve", "kind"))
         if all(entry.regularization for entry in self.data):
             raise ConflictError("data: every entry is for regularization", "one must show the concept", ("data",))
+        if self.lora.type == "lokr" and self.optimizer.lora_plus != 1.0:
+            message = "optimizer.lora_plus is for the B of a LoRA, and a LoKr has none"
+            raise ConflictError(message, "leave it out", ("optimizer", "lora_plus"))
         error = trigger_error(self.sample, self.triggers)
         error = error or optimizer_error(self.optimizer.name, self.schedule.name, self.ema.decay)
         if error is not None:

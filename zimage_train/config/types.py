@@ -121,6 +121,7 @@ Resolutions = Annotated[
 
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
+LrFactor = Annotated[float, Field(gt=0.0, le=1000.0)]
 UpToOne = Annotated[float, Field(ge=0.0, le=1.0)]
 Count = Annotated[int, Field(ge=1, le=10_000_000)]
 _END = {"end_factor": UpToOne}

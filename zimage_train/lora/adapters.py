@@ -11,5 +11,4 @@ def attach_adapter(model: nn.Module, settings: LoraSettings, modules: list[str],
     """Attach a new adapter of the kind `settings.type` to `modules`, whose change is zero."""
     if settings.type == "lokr":
         return kronecker.attach_lokr(model, settings, modules, seed)
-    assert settings.rank is not None
-    return layers.attach_lora(model, modules, settings.rank, settings.alpha, settings.dropout, seed)
+    return layers.attach_lora(model, settings, modules, seed)

@@ -158,6 +158,7 @@ class FixedLinear(nn.Module, BaseTunerLayer):
 class KroneckerLayers(AdapterLayers):
     """The trainable LoKr of a model: W1 and W2 of each module, or the two matrices whose product W2 is."""
 
+    scale: float
     shapes: Mapping[str, KroneckerShape]
 
     @property

@@ -18,8 +18,10 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from zimage_train.config.lora import LoraSettings
 from zimage_train.errors import Problem, WeightsError
 from zimage_train.lora.deltas import Deltas, Factors, Lora
+from zimage_train.lora.targets import ranks_of
 from zimage_train.models.arch import BLOCK_PRODUCTS
 from zimage_train.models.linear import FrozenLinear
 from zimage_train.optim.flat import FlatParameters
@@ -54,7 +56,6 @@ class AdapterLayers(ABC):
 
     flat: FlatParameters
     """The matrices by `module.part`."""
-    scale: float
 
     @property
     @abstractmethod
@@ -108,6 +109,9 @@ class AdapterLayers(ABC):
 class LoraLayers(AdapterLayers):
     """The trainable LoRA factors of a model: `a[module]` (rank, in) and `b[module]` (out, rank), fp32."""
 
+    scales: Mapping[str, float]
+    """Module -> the factor on its change; ranks may differ, and so may these."""
+
     @cached_property
     def a(self) -> dict[str, nn.Parameter]:
         return {name.removesuffix(".A"): view for name, view in self.flat.views.items() if name.endswith(".A")}
@@ -132,29 +136,29 @@ class LoraLayers(AdapterLayers):
             assert isinstance(factors, Factors)
             self.a[module].copy_(factors.a)
             # This model multiplies by its own scale, so the quotient of the two keeps the delta as it is.
-            self.b[module].copy_(factors.b.float() * (factors.scale / self.scale))
+            self.b[module].copy_(factors.b.float() * (factors.scale / self.scales[module]))
 
     def deltas(self, state: Mapping[str, Tensor] | None = None) -> Deltas:
         tensors = state or self.state()
-        return {
-            module: Factors(tensors[f"lora.{module}.A"], tensors[f"lora.{module}.B"], self.scale) for module in self.a
-        }
+        deltas: Deltas = {}
+        for module in self.a:
+            a, b = tensors[f"lora.{module}.A"], tensors[f"lora.{module}.B"]
+            deltas[module] = Factors(a, b, self.scales[module])
+        return deltas
 
 
-def attach_lora(
-    model: nn.Module, modules: list[str], rank: int, alpha: float | None, dropout: float, seed: int
-) -> LoraLayers:
+def attach_lora(model: nn.Module, settings: LoraSettings, modules: list[str], seed: int) -> LoraLayers:
     """Attach a new LoRA to `modules`: A uniform in +-1/sqrt(in), as peft initialises it, and B zero, both fp32.
 
     Args:
-        alpha: None means the rank, a scale of 1.
         seed: A is a function of the seed and the module's name alone, so other targets do not change it.
 
     Raises:
         WeightsError: peft attached it to other modules than requested.
     """
-    scale = 1.0 if alpha is None else alpha / rank
-    attached = _inject(model, dict.fromkeys(modules, rank), scale, dropout)
+    ranks = ranks_of(settings, modules)
+    scales = {module: settings.scale_at(rank) for module, rank in ranks.items()}
+    attached = _inject(model, ranks, scales, settings.dropout)
     attached.flat.allocate_grads()
     with torch.no_grad():
         for module, a in attached.a.items():
@@ -167,7 +171,7 @@ def attach_lora(
 
 def attach_fixed_lora(model: nn.Module, lora: Lora) -> LoraLayers:
     """Attach finished LoRA factors to the model, for sampling; ranks and scales may differ between modules."""
-    attached = _inject(model, {module: factors.rank for module, factors in lora.items()}, 1.0, 0.0)
+    attached = _inject(model, {module: factors.rank for module, factors in lora.items()}, dict.fromkeys(lora, 1.0))
     with torch.no_grad():
         for module, factors in lora.items():
             attached.a[module].copy_(factors.a)
@@ -195,7 +199,7 @@ def base_layer(model: nn.Module, name: str) -> nn.Module:
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
-def _inject(model: nn.Module, ranks: dict[str, int], scale: float, dropout: float) -> LoraLayers:
+def _inject(model: nn.Module, ranks: dict[str, int], scales: Mapping[str, float], dropout: float = 0.0) -> LoraLayers:
     """Wrap the modules of `ranks` in LoRA layers, and return their factors, which are not initialised."""
     # peft takes a global rank, and a pattern for each module that has another.
     default = max(set(ranks.values()), key=list(ranks.values()).count)
@@ -226,8 +230,8 @@ def _inject(model: nn.Module, ranks: dict[str, int], scale: float, dropout: floa
     for name in ranks:
         for part in ("A", "B"):
             _linear(layers[name], part).weight = flat.views[f"{name}.{part}"]
-        layers[name].scaling[ADAPTER_NAME] = scale
-    return LoraLayers(flat, scale)
+        layers[name].scaling[ADAPTER_NAME] = scales[name]
+    return LoraLayers(flat, scales)
 
 
 def _linear(layer: LoraLayer, part: str) -> nn.Linear:

@@ -40,6 +40,8 @@ SETTINGS_SECTIONS = (
     *("guidance", "preserve", "optimizer", "schedule", "ema"),
 )
 """Sections of the config that shape the weights and name no file but `lora.init_from`."""
+SEVERAL_RANKS = "Dynamic"
+"""kohya's word for the rank of a LoRA whose modules differ in it."""
 SOURCES_OF_DATA = ("folder", "metadata", "prompts", "mask")
 
 
@@ -85,7 +87,8 @@ def _network(lora: LoraSettings) -> dict[str, str]:
     """Return kind and size of the adapter, as kohya's tools and LyCORIS write them."""
     size: dict[str, str] = {}
     if lora.rank is not None:
-        size = {"ss_network_dim": str(lora.rank), "ss_network_alpha": str(lora.rank)}
+        rank = SEVERAL_RANKS if lora.ranks else str(lora.rank)
+        size = {"ss_network_dim": rank, "ss_network_alpha": rank}
     if lora.type == "lora":
         return size  # alpha is the rank: the scale is folded into B
     # LyCORIS takes -1 for factors as equal as they can be.
@@ -182,7 +185,7 @@ def edited_metadata(
     if len(base_models) == 1:
         metadata[BASE_MODEL] = str(base_models.pop())
     distinct_ranks = set(ranks)
-    rank = str(distinct_ranks.pop()) if len(distinct_ranks) == 1 else "Dynamic"  # kohya's word for ranks that differ
+    rank = str(distinct_ranks.pop()) if len(distinct_ranks) == 1 else SEVERAL_RANKS
     metadata |= {"ss_network_dim": rank, "ss_network_alpha": rank}
     return metadata | {f"zimage_train.{command}": json.dumps(facts, sort_keys=True)}
 

@@ -1,10 +1,16 @@
 """Groups, blocks and components of the transformer's linear modules, by name (torch-free)."""
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
+from typing import TypeVar
 
-from zimage_train.config.module_groups import COMPONENTS, TARGET_GROUPS
-from zimage_train.errors import ConfigError, Problem
+from zimage_train.config.lora import LoraSettings
+from zimage_train.config.module_groups import COMPONENTS, TARGET_GROUPS, module_pattern
+from zimage_train.config.schema import OptimizerSettings
+from zimage_train.errors import ConfigError, Location, Problem
+
+Number = TypeVar("Number", int, float)
 
 
 def group_of(module: str) -> str:
@@ -40,6 +46,63 @@ def select_modules(targets: list[str] | str, linears: Iterable[str]) -> list[str
             hint = f"a string is a regular expression; give the group as a list: [{targets}]"
         raise ConfigError(Problem("lora.targets", message, hint, "bad-value"))
     return chosen
+
+
+def values_by_module(
+    values: Mapping[str, Number], modules: Iterable[str], key: str, default: Number
+) -> dict[str, Number]:
+    """Return module -> value of the pattern in `values` that matches it, or `default` if none does.
+
+    Args:
+        values: by group, or by regular expression for full names.
+        key: the setting, for messages.
+
+    Raises:
+        ConfigError: lists the patterns that match no module, and the modules that match two.
+    """
+    found = dict.fromkeys(modules, default)
+    pattern_of: dict[str, str] = {}
+    problems: list[Problem] = []
+    for name, value in values.items():
+        matched = [module for module in found if module_pattern(name).fullmatch(module)]
+        if not matched:
+            message = f"{name!r} matches none of the {len(found)} modules of lora.targets"
+            hint = f"a group is one of {', '.join(TARGET_GROUPS)}; names look like layers.0.attention.to_q, whole"
+            problems.append(Problem(Location(key=key), message, hint, "bad-value"))
+        twice = [module for module in matched if module in pattern_of]
+        if twice:
+            message = f"{pattern_of[twice[0]]!r} and {name!r} both match {twice[0]}, and {len(twice) - 1} more"
+            hint = "give each module to one of them, by narrower regular expressions"
+            problems.append(Problem(Location(key=key), message, hint, "bad-value"))
+        for module in matched:
+            found[module], pattern_of[module] = value, name
+    if problems:
+        raise ConfigError(*problems)
+    return found
+
+
+def ranks_of(settings: LoraSettings, modules: Iterable[str]) -> dict[str, int]:
+    """Return module -> rank of its LoRA.
+
+    Raises:
+        ConfigError: as `values_by_module`.
+    """
+    assert settings.rank is not None
+    return values_by_module(settings.ranks, modules, "lora.ranks", settings.rank)
+
+
+def count_ranks(settings: LoraSettings, modules: Iterable[str]) -> dict[int, int]:
+    """Return rank -> number of the `modules` that have it, in rising order."""
+    return dict(sorted(Counter(ranks_of(settings, modules).values()).items()))
+
+
+def lr_factors_of(settings: OptimizerSettings, modules: Iterable[str]) -> dict[str, float]:
+    """Return module -> factor on the learning rate of its matrices, without that of `lora_plus`.
+
+    Raises:
+        ConfigError: as `values_by_module`.
+    """
+    return values_by_module(settings.lr_factors, modules, "optimizer.lr_factors", 1.0)
 
 
 def block_and_component(module: str) -> tuple[str, str]:

@@ -22,7 +22,7 @@ class Automagic(torch.optim.Optimizer):
 
     def __init__(
         self,
-        params: list[Parameter],
+        params: list[Parameter] | list[dict[str, Any]],
         lr: float,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
@@ -37,7 +37,6 @@ class Automagic(torch.optim.Optimizer):
             params,
             {
                 "lr": lr,
-                "base_lr": lr,
                 "betas": betas,
                 "eps": eps,
                 "weight_decay": weight_decay,
@@ -46,6 +45,8 @@ class Automagic(torch.optim.Optimizer):
                 "max_lr": max_lr,
             },
         )
+        for group in self.param_groups:
+            group["base_lr"] = group["lr"]
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -107,6 +108,10 @@ class Automagic(torch.optim.Optimizer):
 
     def mean_lr(self) -> float:
         """Return the learning rate of the next step, averaged over the tensors."""
-        scales = [state["scale"] for state in self.state.values()]
-        scale = float(torch.stack(scales).mean()) if scales else 1.0
-        return self.param_groups[0]["lr"] * scale
+        num_tensors = sum(len(group["params"]) for group in self.param_groups)
+        mean = 0.0
+        for group in self.param_groups:
+            scales = [self.state[parameter]["scale"] for parameter in group["params"] if self.state.get(parameter)]
+            scale = float(torch.stack(scales).mean()) if scales else 1.0
+            mean += group["lr"] * scale * (len(group["params"]) / num_tensors)
+        return mean

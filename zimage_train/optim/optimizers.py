@@ -2,7 +2,7 @@
 
 import contextlib
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,21 +16,53 @@ from zimage_train.optim.automagic import Automagic
 from zimage_train.optim.flat import FlatParameters
 from zimage_train.optim.schedules import base_lr
 
+Groups = list[dict[str, Any]]
+"""Parameter groups, as optimizers of torch take them."""
+LR_FACTOR = "lr_factor"
+"""Key of a parameter group: factor of its learning rate on that of the step."""
 LEAST_8BIT_ELEMENTS = 4096
 """bitsandbytes keeps the state of smaller tensors in fp32."""
 
 
-def build_optimizer(settings: schema.OptimizerSettings, parameters: list[Parameter]) -> torch.optim.Optimizer:
-    """Return the optimizer that `settings` names, for `parameters`."""
+def build_optimizer(
+    settings: schema.OptimizerSettings, parameters: list[Parameter], factors: Sequence[float] = ()
+) -> torch.optim.Optimizer:
+    """Return the optimizer that `settings` names, for `parameters`.
+
+    Args:
+        factors: of the learning rate of each parameter; those of one factor are a group. Empty: all have 1.
+    """
     # YAML has lists only, while the optimizers compare or unpack tuples, such as betas.
     params = {key: _with_tuples(value) for key, value in settings.params.items()}
-    factory = OPTIMIZER_FACTORIES[settings.name]
-    return factory(parameters, lr=base_lr(settings), weight_decay=settings.weight_decay, **params)
+    factory, lr = OPTIMIZER_FACTORIES[settings.name], base_lr(settings)
+    groups: list[dict[str, Any]] = [{"params": parameters}]
+    if factors:
+        by_factor: dict[float, list[Parameter]] = {}
+        for parameter, factor in zip(parameters, factors, strict=True):
+            by_factor.setdefault(factor, []).append(parameter)
+        groups = []
+        for factor, members in sorted(by_factor.items()):
+            groups.append({"params": members, "lr": lr * factor, LR_FACTOR: factor})
+    return factory(groups, lr=lr, weight_decay=settings.weight_decay, **params)
 
 
 def _with_tuples(value: Any) -> Any:
     """Return `value` with tuples for its lists, and for the lists in these."""
     return tuple(map(_with_tuples, value)) if isinstance(value, list) else value
+
+
+def lr_factors(flat: FlatParameters, by_module: Mapping[str, float], lora_plus: float) -> list[float]:
+    """Return the factor of the learning rate of each parameter of `flat`, or an empty list if all are 1.
+
+    Args:
+        by_module: factor of the parameters `module.part` of each module.
+        lora_plus: factor of every B besides.
+    """
+    factors: list[float] = []
+    for name in flat.views:
+        module, _, part = name.rpartition(".")
+        factors.append(by_module[module] * (lora_plus if part == "B" else 1.0))
+    return factors if set(factors) != {1.0} else []
 
 
 def parameters_for(name: OptimizerName, flat: FlatParameters) -> list[Parameter]:
@@ -46,72 +78,72 @@ def parameters_for(name: OptimizerName, flat: FlatParameters) -> list[Parameter]
 def _bitsandbytes(name: str) -> Callable[..., torch.optim.Optimizer]:
     """Return a factory of bitsandbytes' optimizer `name`, which imports the library only when it is called."""
 
-    def create(parameters: list[Parameter], **settings: Any) -> torch.optim.Optimizer:
+    def create(groups: Groups, **settings: Any) -> torch.optim.Optimizer:
         from bitsandbytes import optim
 
-        return getattr(optim, name)(parameters, **settings)
+        return getattr(optim, name)(groups, **settings)
 
     return create
 
 
-def _paged_adamw8bit(parameters: list[Parameter], **settings: Any) -> torch.optim.Optimizer:
+def _paged_adamw8bit(groups: Groups, **settings: Any) -> torch.optim.Optimizer:
     """Create an 8-bit AdamW whose state CUDA may move to CPU memory when the GPU is full; not paged on a CPU."""
-    return _bitsandbytes("AdamW8bit")(parameters, is_paged=parameters[0].is_cuda, **settings)
+    return _bitsandbytes("AdamW8bit")(groups, is_paged=groups[0]["params"][0].is_cuda, **settings)
 
 
-def _prodigy(parameters: list[Parameter], **settings: Any) -> torch.optim.Optimizer:
+def _prodigy(groups: Groups, **settings: Any) -> torch.optim.Optimizer:
     from prodigyopt import Prodigy
 
     with contextlib.redirect_stdout(io.StringIO()):  # prodigyopt prints which kind of weight decay it uses
-        return Prodigy(parameters, **settings)
+        return Prodigy(groups, **settings)
 
 
-def _prodigy8bit(parameters: list[Parameter], **settings: Any) -> torch.optim.Optimizer:
+def _prodigy8bit(groups: Groups, **settings: Any) -> torch.optim.Optimizer:
     from zimage_train.optim.prodigy8bit import Prodigy8bit
 
     with contextlib.redirect_stdout(io.StringIO()):
-        return Prodigy8bit(parameters, **settings)
+        return Prodigy8bit(groups, **settings)
 
 
-def _adafactor(parameters: list[Parameter], **settings: Any) -> torch.optim.Optimizer:
+def _adafactor(groups: Groups, **settings: Any) -> torch.optim.Optimizer:
     """Create an Adafactor that uses the given learning rate as it is."""
     from transformers.optimization import Adafactor
 
     # Adafactor's relative step sizes are proportional to the RMS of a weight, which is 0 for a LoRA's B at first.
-    return Adafactor(parameters, scale_parameter=False, relative_step=False, warmup_init=False, **settings)
+    return Adafactor(groups, scale_parameter=False, relative_step=False, warmup_init=False, **settings)
 
 
-def _adamw_schedulefree(parameters: list[Parameter], **settings: Any) -> torch.optim.Optimizer:
+def _adamw_schedulefree(groups: Groups, **settings: Any) -> torch.optim.Optimizer:
     from pytorch_optimizer import ScheduleFreeAdamW
 
-    return ScheduleFreeAdamW(parameters, **settings)
+    return ScheduleFreeAdamW(groups, **settings)
 
 
-def _stable_adamw(parameters: list[Parameter], **settings: Any) -> torch.optim.Optimizer:
+def _stable_adamw(groups: Groups, **settings: Any) -> torch.optim.Optimizer:
     from pytorch_optimizer import StableAdamW
 
-    return StableAdamW(parameters, kahan_sum=False, **settings)  # which is for parameters in 16 bits
+    return StableAdamW(groups, kahan_sum=False, **settings)  # which is for parameters in 16 bits
 
 
-def _adopt(parameters: list[Parameter], **settings: Any) -> torch.optim.Optimizer:
+def _adopt(groups: Groups, **settings: Any) -> torch.optim.Optimizer:
     """Create an ADOPT with the weight decay of AdamW."""
     from pytorch_optimizer import ADOPT
 
-    return ADOPT(parameters, weight_decouple=True, **settings)
+    return ADOPT(groups, weight_decouple=True, **settings)
 
 
-def _came(parameters: list[Parameter], **settings: Any) -> torch.optim.Optimizer:
+def _came(groups: Groups, **settings: Any) -> torch.optim.Optimizer:
     from pytorch_optimizer import CAME
 
-    return CAME(parameters, **settings)
+    return CAME(groups, **settings)
 
 
-def _muon(parameters: list[Parameter], **settings: Any) -> torch.optim.Optimizer:
+def _muon(groups: Groups, **settings: Any) -> torch.optim.Optimizer:
     """Create a Muon for matrices, with updates as large as those of AdamW, so that it takes AdamW's learning rates."""
     from pytorch_optimizer import Muon
 
     # Without the adjustment, updates of a LoRA's B would be sqrt(outputs / rank) times as large as those of its A.
-    return Muon([{"params": parameters, "use_muon": True, "use_adjusted_lr": True, **settings}])
+    return Muon([{**settings, **group, "use_muon": True, "use_adjusted_lr": True} for group in groups])
 
 
 OPTIMIZER_FACTORIES: dict[str, Callable[..., torch.optim.Optimizer]] = {
@@ -159,21 +191,27 @@ def averaged_weights(name: OptimizerName, optimizer: torch.optim.Optimizer, flat
             group["train_mode"] = mode
 
 
+def count_lr_factors(optimizer: torch.optim.Optimizer) -> dict[float, int]:
+    """Return factor of the learning rate -> number of the parameters that have it, or nothing if it has no factors."""
+    groups = [group for group in optimizer.param_groups if LR_FACTOR in group]
+    return {group[LR_FACTOR]: len(group["params"]) for group in groups}
+
+
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Use `lr` in the next step."""
+    """Use `lr` in the next step, times the factor of each group."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get(LR_FACTOR, 1.0)
 
 
 def current_lr(optimizer: torch.optim.Optimizer) -> float:
-    """Return the learning rate of the next step.
+    """Return the learning rate of the next step, without the factors of groups.
 
-    For Prodigy this is its estimate d times the group's rate, for Automagic the mean over the tensors.
+    For Prodigy this is its estimate d times the group's rate, for Automagic the mean over the tensors, with factors.
     """
     if isinstance(optimizer, Automagic):
         return optimizer.mean_lr()
     group = optimizer.param_groups[0]
-    return float(group["lr"]) * float(group.get("d", 1.0))
+    return float(group["lr"]) / group.get(LR_FACTOR, 1.0) * float(group.get("d", 1.0))
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, flat: FlatParameters) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -199,7 +237,7 @@ def optimizer_state(optimizer: torch.optim.Optimizer, flat: FlatParameters) -> t
 def _state_by_key(optimizer: torch.optim.Optimizer, flat: FlatParameters) -> dict[str, dict[int, Any]]:
     """Return key -> index of the parameter -> state, for the parameters of `flat`."""
     state: dict[str, dict[int, Any]] = {}
-    for index, parameter in enumerate(_parameters(optimizer)):
+    for index, parameter in enumerate(_parameters(optimizer, flat)):
         for key, value in optimizer.state.get(parameter, {}).items():
             if parameter is not flat.whole:
                 state.setdefault(key, {})[index] = value
@@ -229,7 +267,7 @@ def load_optimizer_state(
     Raises:
         WeightsError: it is the state of another optimizer.
     """
-    parameters = _parameters(optimizer)
+    parameters = _parameters(optimizer, flat)
     saved_groups = numbers["groups"]
     if numbers["kind"] != type(optimizer).__name__ or len(saved_groups) != len(optimizer.param_groups):
         message = f"holds the state of {numbers['kind']}, but this run uses {type(optimizer).__name__}"
@@ -273,5 +311,7 @@ def _set_state(optimizer: torch.optim.Optimizer, parameter: Parameter, key: str,
     optimizer.state[parameter][key] = value
 
 
-def _parameters(optimizer: torch.optim.Optimizer) -> list[Parameter]:
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+def _parameters(optimizer: torch.optim.Optimizer, flat: FlatParameters) -> list[Parameter]:
+    """Return what the optimizer updates, in the order of `flat` whatever its groups are."""
+    is_whole = optimizer.param_groups[0]["params"][0] is flat.whole
+    return [flat.whole] if is_whole else list(flat.views.values())

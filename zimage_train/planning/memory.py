@@ -22,6 +22,7 @@ from zimage_train.dataset.sample_order import SampleOrder, TrainItem
 from zimage_train.diffusion.request import SamplingRequest
 from zimage_train.io.dtypes import bytes_per_number
 from zimage_train.lora.kronecker_shapes import KroneckerShape, shapes_of
+from zimage_train.lora.targets import ranks_of
 from zimage_train.models.arch import (
     IN_A_BLOCK,
     MAX_PROMPT_TOKENS,
@@ -102,7 +103,7 @@ class Workload:
     extra_forwards: float = 0.0
     """Additional passes without a backward on each batch, on average."""
     rank: int = 16
-    """Rank of a LoRA; 0 for a LoKr, whose capacity is not a rank."""
+    """Rank of a LoRA; 0 for one of several ranks, and for a LoKr, whose capacity is not a rank."""
     lokr: tuple[KroneckerShape, ...] = ()
     """Shapes of a LoKr's matrices, of each module in `layers`; a LoRA has none."""
     largest_batches: Mapping[Bucket, int] | None = None
@@ -177,7 +178,7 @@ def make_workload(
         gpu=gpu,
         is_fused=fuses_blocks(config, modules, gpu),
         ema=config.ema.decay is not None,
-        rank=0 if config.lora.type == "lokr" else config.lora.rank or 0,
+        rank=0 if config.lora.type == "lokr" or config.lora.ranks else config.lora.rank or 0,
         lokr=tuple(_lokr_shapes(config.lora, shape, modules)),
         # Preservation has a batch of its own with a backward, and a forward of the frozen model as its target.
         extra_steps=int(preserves),
@@ -372,8 +373,8 @@ def adapter_parameters(settings: LoraSettings, shape: TransformerShape, modules:
     """Return the number of parameters of the adapter that `settings` describe, on `modules`."""
     if settings.type == "lokr":
         return sum(kronecker.numel for kronecker in shapes_of(settings, shape.linears, modules).values())
-    assert settings.rank is not None
-    return lora_parameters(shape, modules, settings.rank)
+    ranks = ranks_of(settings, modules)
+    return sum(lora_parameters(shape, [module], rank) for module, rank in ranks.items())
 
 
 def _lokr_shapes(settings: LoraSettings, shape: TransformerShape, modules: list[str]) -> list[KroneckerShape]:

@@ -14,6 +14,7 @@ from zimage_train.errors import (
     WeightsError,
     ZImageTrainError,
     collect_errors,
+    raise_all,
 )
 from zimage_train.lora import headers, targets
 from zimage_train.lora.kronecker_shapes import shapes_of
@@ -70,6 +71,7 @@ def find_model_files(
     init_from: Path | None = None
     with _collect_problems(errors, notes):
         modules = targets.select_modules(config.lora.targets, shape.linears)
+        _require_patterns_match(config, modules)
         init_from = _init_from(config, modules, known_shape, fetch)
     if extras is not None:
         with collect_errors(errors):
@@ -143,7 +145,9 @@ def _init_from(
     ranks = headers.read_ranks(path)
     _require_same_modules(list(ranks), modules, location)
     distinct_ranks = sorted(set(ranks.values()))
-    if distinct_ranks != [config.lora.rank]:
+    if config.lora.ranks:
+        _require_same_ranks(ranks, targets.ranks_of(config.lora, modules), location)
+    elif distinct_ranks != [config.lora.rank]:
         listed = " and ".join(map(str, distinct_ranks))
         least = distinct_ranks[0]
         hint = f"set lora.rank: {least}"
@@ -153,6 +157,29 @@ def _init_from(
         message = f"has rank {listed}, and lora.rank is {config.lora.rank}"
         raise ConfigError(Problem(location, message, hint, "other-rank"))
     return path
+
+
+def _require_patterns_match(config: Config, modules: list[str]) -> None:
+    """Require that each pattern of `lora.ranks` and `optimizer.lr_factors` matches modules that are trained.
+
+    Raises:
+        ConfigError: lists those that do not.
+    """
+    errors: list[ZImageTrainError] = []
+    if config.lora.ranks:
+        with collect_errors(errors):
+            targets.ranks_of(config.lora, modules)
+    with collect_errors(errors):
+        targets.lr_factors_of(config.optimizer, modules)
+    raise_all(errors)
+
+
+def _require_same_ranks(found: Mapping[str, int], wanted: Mapping[str, int], location: Location) -> None:
+    for module, rank in wanted.items():
+        if found[module] != rank:
+            message = f"has rank {found[module]} in {module}, and this run {rank}"
+            hint = "set lora.rank and lora.ranks to what it was trained with"
+            raise ConfigError(Problem(location, message, hint, "other-rank"))
 
 
 def _require_same_modules(found: list[str], modules: list[str], location: Location) -> None:

@@ -103,9 +103,7 @@ def build_state(
     plan_text = forecast.describe_plan(plan)
     console.info(f"memory plan: {plan_text}")
     frozen, lora, dataset = load_model(context, plan)
-    optimizer = optimizers.build_optimizer(
-        config.optimizer, optimizers.parameters_for(config.optimizer.name, lora.flat)
-    )
+    optimizer = _build_optimizer(context, lora)
     averages = None if config.ema.decay is None else ema.init_ema(config.ema.decay, lora.flat.whole, lora.name_views)
     start_step = 0
     if checkpoint is not None:
@@ -115,6 +113,7 @@ def build_state(
     if world.is_main:
         run_dir.write_config(context.folder, config)
         facts = _facts(context, frozen, targets.count_by_group(lora.modules))
+        facts["lora"]["lr_factors"] = optimizers.count_lr_factors(optimizer)
         facts["plan"] = plan.facts() | {"words": plan_text}
         facts["starts"] = [*run_dir.earlier_starts(context.folder), start_step]
         run_dir.write_facts(context.folder, facts)
@@ -164,6 +163,21 @@ def load_model(context: RunContext, plan: MemoryPlan) -> tuple[FrozenTransformer
     return frozen, lora, _open_dataset(context, frozen)
 
 
+def _build_optimizer(context: RunContext, lora: AdapterLayers) -> Optimizer:
+    """Return the optimizer of the run; if learning rates differ, it updates each matrix for itself."""
+    settings = context.config.optimizer
+    factors = optimizers.lr_factors(
+        lora.flat, targets.lr_factors_of(settings, context.model_files.modules), settings.lora_plus
+    )
+    if not factors:
+        return optimizers.build_optimizer(settings, optimizers.parameters_for(settings.name, lora.flat))
+    optimizer = optimizers.build_optimizer(settings, list(lora.flat.views.values()), factors)
+    counts = optimizers.count_lr_factors(optimizer).items()
+    listed = ", ".join(f"{factor:g} on {count} matrices" for factor, count in counts)
+    context.console.info(f"factors of the learning rate: {listed}")
+    return optimizer
+
+
 def _concept_prompts(context: RunContext) -> list[str]:
     """Return the prompts of each image that shows the concept, once for each image."""
     images = {}
@@ -206,6 +220,9 @@ def _attach_lora(context: RunContext, frozen: FrozenTransformer) -> AdapterLayer
     attached = adapters.attach_adapter(frozen.model, settings, modules, context.config.seed)
     groups = ", ".join(f"{name} {count}" for name, count in targets.count_by_group(attached.modules).items())
     console.info(f"{settings.description}: matched {len(attached.modules)}/{len(modules)} modules ({groups})")
+    if settings.ranks:
+        counts = targets.count_ranks(settings, modules).items()
+        console.info(f"ranks: {', '.join(f'{rank} on {count} modules' for rank, count in counts)}")
     init_from = context.model_files.paths.init_from
     if init_from is not None:
         attached.initialize_from(lora_file.read_deltas(init_from))
@@ -298,6 +315,7 @@ def _facts(context: RunContext, frozen: FrozenTransformer, groups: dict[str, int
         "lora": {
             "type": config.lora.type,
             "rank": config.lora.rank,
+            "ranks": None if not config.lora.ranks else targets.count_ranks(config.lora, context.model_files.modules),
             "matched": f"{sum(groups.values())}/{len(context.model_files.modules)}",
             "groups": groups,
         },
