@@ -20,7 +20,7 @@ from mini_config import merge
 
 PROMPT = "a red zorb on a blue background"
 SHAPED: dict[str, Any] = {
-    "lora": {"rank": 4, "alpha": 3.0, "ranks": {"attention": 8, "layers.[01][.]feed.+": 2}},
+    "lora": {"rank": 4, "alpha": 3.0, "rslora": True, "ranks": {"attention": 8, "layers.[01][.]feed.+": 2}},
     "optimizer": {"name": "adamw", "lr": 2e-3, "lora_plus": 4.0, "lr_factors": {"attention": 0.5, ".+w2": 2.0}},
 }
 """What the fused path has."""

@@ -315,6 +315,7 @@ BAD = {
         [],
     ),
     "ranks of a LoKr": (LEAST + "lora: {type: lokr, ranks: {attention: 8}}\n", []),
+    "rslora of a LoKr": (LEAST + "lora: {type: lokr, rslora: true}\n", []),
     "B of a LoKr": (LEAST + "lora: {type: lokr}\noptimizer: {lora_plus: 16}\n", []),
     "learning rates of Prodigy": (LEAST + "optimizer: {name: prodigy, lr: 1.0, lora_plus: 16}\n", []),
     "another variant's adapter": (LEAST + "model: {variant: base, adapter: v2}\n", []),

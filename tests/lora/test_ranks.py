@@ -4,12 +4,13 @@ import pytest
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file
 
 from zimage_train import mini
 from zimage_train.config.lora import LoraSettings
 from zimage_train.diffusion.frozen import load_frozen
 from zimage_train.errors import ConfigError
-from zimage_train.lora import targets
+from zimage_train.lora import lora_file, targets
 from zimage_train.lora.layers import ADAPTER_NAME, LoraLayers, attach_lora
 from zimage_train.models.transformer import velocity
 from zimage_train.planning import memory
@@ -52,15 +53,17 @@ def test_each_module_has_its_rank():
     assert attached.flat.numel == memory.adapter_parameters(SETTINGS, frozen.shape, attached.modules)
 
 
-def test_peft_computes_the_same():
-    """peft with its rank_pattern predicts the same with the same factors."""
+@pytest.mark.parametrize("rslora", [False, True])
+def test_peft_computes_the_same(rslora: bool):
+    """peft with its rank_pattern and use_rslora predicts the same with the same factors."""
+    settings = SETTINGS.model_copy(update={"rslora": rslora})
     ours = load_frozen(mini.TURBO / "transformer", None, "fp32", CPU)
     modules = targets.select_modules(GROUPS, ours.shape.linears)
-    attached = attach_lora(ours.model, SETTINGS, modules, 1)
+    attached = attach_lora(ours.model, settings, modules, 1)
     randomized(attached)
     theirs = load_frozen(mini.TURBO / "transformer", None, "fp32", CPU)
     pattern = {r".*attention\.to_.*": 8, r".*layers\.[01]\.feed_forward.*": 2}
-    config = LoraConfig(r=4, lora_alpha=3, rank_pattern=pattern, target_modules=modules)
+    config = LoraConfig(r=4, lora_alpha=3, rank_pattern=pattern, target_modules=modules, use_rslora=rslora)
     inject_adapter_in_model(config, theirs.model, ADAPTER_NAME)
     for name, module in theirs.model.named_modules():
         if isinstance(module, LoraLayer):
@@ -73,6 +76,32 @@ def test_peft_computes_the_same():
     assert (found - wanted).norm() <= 1e-5 * wanted.norm()
     attached.flat.whole.data.zero_()
     assert (found - velocity(ours.model, x, sigma, prompt)).norm() > 1e-3 * wanted.norm()
+
+
+@pytest.mark.parametrize(
+    ("alpha", "rslora", "scales"),
+    [
+        (None, False, {2: 1.0, 4: 1.0, 8: 1.0}),
+        (3.0, False, {2: 1.5, 4: 0.75, 8: 0.375}),
+        (None, True, {2: 2**0.5, 4: 2.0, 8: 8**0.5}),
+        (3.0, True, {2: 3 / 2**0.5, 4: 1.5, 8: 3 / 8**0.5}),
+    ],
+)
+def test_scales(alpha: float | None, rslora: bool, scales: dict[int, float], tmp_path):
+    """The scale of each rank, in float64 from the file as every program reads it: alpha there is the rank."""
+    settings = LoraSettings(rank=4, ranks=RANKS, alpha=alpha, rslora=rslora)
+    _, attached = unfused("none", lora=settings)
+    path = tmp_path / "lora.safetensors"
+    lora_file.export_lora(path, attached.deltas(), "fp32", {"format": "pt"})
+    tensors = load_file(path)
+    for name in attached.a:
+        a, b = attached.a[name].detach().double(), attached.b[name].detach().double()
+        in_file = [f"diffusion_model.{name}.{part}.weight" for part in ("lora_A", "lora_B")]
+        stored_a, stored_b = (tensors[key].double() for key in in_file)
+        alpha_in_file = tensors.get(f"diffusion_model.{name}.alpha")
+        assert alpha_in_file is None or float(alpha_in_file) == len(stored_a)
+        wanted = scales[len(a)] * (b @ a)
+        assert (stored_b @ stored_a - wanted).norm() <= 1e-6 * wanted.norm() > 0
 
 
 @pytest.mark.parametrize("mode", ["none", "w1w3", "full"])

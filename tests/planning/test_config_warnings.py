@@ -56,6 +56,15 @@ def test_defaults_have_no_warning(variant: str):
             ["optimizer.lr is 0.0002", "from 0.0002 on", "use 1e-4"],
         ),
         (
+            {"lora": {"rslora": True}},
+            [
+                {"lora": {"rslora": True, "alpha": 4.0}},
+                {"lora": {"rslora": False}},
+                {"lora": {"rslora": True, "rank": 1}},
+            ],
+            ["lora.rslora without lora.alpha scales the change of each weight by 4", "set lora.alpha: 4", "rank 16"],
+        ),
+        (
             {"train": {"steps": 10_001}},
             [
                 {"train": {"steps": 10_000}},

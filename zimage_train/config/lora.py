@@ -1,5 +1,6 @@
 """Settings of what is trained."""
 
+import math
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -24,6 +25,9 @@ class LoraSettings(Section):
     alpha: float | None = Field(default=None, gt=0.0)
     """The change to each weight is scaled by alpha / rank, with the rank of its module; null: alpha = rank, so the
     scale is 1."""
+    rslora: bool = False
+    """Whether the scale is alpha / sqrt(rank) (rsLoRA, arXiv 2312.03732), so that a higher rank does not learn less;
+    with alpha: null it is sqrt(rank), as in peft. The exported file has the scale in its weights."""
     ranks: dict[str, Annotated[int, Field(ge=1, le=1024)]] = {}
     """Ranks of modules that differ from `rank`, by group or by a regular expression for full module names: {attention:
     32, "layers.[0-4][.]feed.+": 8}. Each must match a module, and no module may match two."""
@@ -73,10 +77,9 @@ class LoraSettings(Section):
         if self.alpha is not None and self.rank is None:
             hint = "leave it out, or give a rank"
             raise ConflictError("alpha has no effect on a LoKr whose matrices are whole", hint, ("alpha",))
-        if self.dropout > 0:
-            raise ConflictError("dropout is for type: lora", "leave it out", ("dropout",))
-        if self.ranks:
-            raise ConflictError("ranks is for type: lora", "leave it out", ("ranks",))
+        for name in ("dropout", "ranks", "rslora"):
+            if getattr(self, name):
+                raise ConflictError(f"{name} is for type: lora", "leave it out", (name,))
         return self
 
     @property
@@ -86,7 +89,8 @@ class LoraSettings(Section):
 
     def scale_at(self, rank: int) -> float:
         """Return the factor on the change of a module whose LoRA has `rank`."""
-        return 1.0 if self.alpha is None else self.alpha / rank
+        alpha = rank if self.alpha is None else self.alpha
+        return alpha / (math.sqrt(rank) if self.rslora else rank)
 
     @property
     def label(self) -> str:

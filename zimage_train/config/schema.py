@@ -330,7 +330,7 @@ class Config(Section):
         if all(entry.regularization for entry in self.data):
             raise ConflictError("data: every entry is for regularization", "one must show the concept", ("data",))
         if self.lora.type == "lokr" and self.optimizer.lora_plus != 1.0:
-            message = "optimizer.lora_plus is for the B of a LoRA, and a LoKr has none"
+            message = "is for the B of a LoRA, and a LoKr has none"
             raise ConflictError(message, "leave it out", ("optimizer", "lora_plus"))
         error = trigger_error(self.sample, self.triggers)
         error = error or optimizer_error(self.optimizer.name, self.schedule.name, self.ema.decay)

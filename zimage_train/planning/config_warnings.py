@@ -25,6 +25,7 @@ def config_warnings(config: Config, num_images: int, is_small: bool = False) -> 
     return [
         *_turbo_warnings(config),
         *([] if is_small else _lr_warnings(config)),
+        *_scale_warnings(config),
         *_optimizer_warnings(config),
         *_length_warnings(config, num_images),
         *_preview_warnings(config),
@@ -62,6 +63,17 @@ def _lr_warnings(config: Config) -> list[str]:
     return [
         f"optimizer.lr is {optimizer.lr:g}: from {HIGH_LR:g} on, Turbo usually becomes noisy or breaks; "
         "use 1e-4, or 5e-5 to 8e-5 if images get noisy"
+    ]
+
+
+def _scale_warnings(config: Config) -> list[str]:
+    lora = config.lora
+    if not lora.rslora or lora.alpha is not None or lora.rank is None or lora.rank == 1:
+        return []
+    scale = lora.scale_at(lora.rank)
+    return [
+        f"lora.rslora without lora.alpha scales the change of each weight by {scale:.3g}, like a higher optimizer.lr; "
+        f"set lora.alpha: {scale:.3g} for a scale of 1 at rank {lora.rank}, or lower the rate"
     ]
 
 

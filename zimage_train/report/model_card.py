@@ -145,7 +145,7 @@ def _settings_section(config: Config, step: int, num_pictures: int | None) -> st
         "resolution": ", ".join(map(str, sorted(sides))),
         "batch size": f"{train.batch_size} x {train.grad_accumulation} accumulated",
         "adapter": lora.description,
-        "alpha": lora.alpha or lora.rank or "none",
+        "alpha": f"{lora.alpha or lora.rank or 'none'}{', over the root of the rank' if lora.rslora else ''}",
         "modules": lora.targets if isinstance(lora.targets, str) else ", ".join(lora.targets),
         "optimizer": f"{optimizer.name}, learning rate {optimizer.lr:g}, weight decay {optimizer.weight_decay:g}",
         "schedule": f"{config.schedule.name}, {config.schedule.warmup_steps} steps of warm-up",
