@@ -164,6 +164,10 @@ MAPPED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "network.rank": ({"network.rank": 8, "network.linear": 8}, {"lora.rank": 8}),
     "network.dropout": ({"network.dropout": 0.1}, {"lora.dropout": 0.1}),
     "network.transformer_only": ({"network.transformer_only": False}, {"lora.targets": ".*"}),
+    "network.network_kwargs.rank_dropout": (
+        {"network.network_kwargs.rank_dropout": 0.25},
+        {"lora.rank_dropout": 0.25},
+    ),
     "network.network_kwargs.ignore_if_contains": (
         {"network.network_kwargs.ignore_if_contains": ["adaLN", "feed_forward", "to_k", "to_q", "to_v"]},
         {"lora.targets": r"layers\.\d+\.attention\.to_out\.0"},
@@ -678,6 +682,8 @@ def test_wrong_values_are_refused(settings, message, refused):
         ({"network": None}, "network: is missing, so AI Toolkit would train the whole model"),
         ({"network.transformer_only": False, "network.network_kwargs": {"only_if_contains": ["x"]}},
          "network.transformer_only: is false beside network_kwargs"),
+        ({"network.type": "lokr", "network.network_kwargs": {"rank_dropout": 0.1}},
+         "network.network_kwargs.rank_dropout: is not possible here with a LoKr"),
         ({"network.network_kwargs": {"only_if_contains": ["double"]}}, "network.network_kwargs: leaves no module"),
         ({"model.qtype": "uint3|a/b/c.safetensors"}, "model.qtype: names an accuracy recovery adapter"),
         ({"model.name_or_path": None}, "model.name_or_path: is missing"),

@@ -106,6 +106,8 @@ ACCEPTED_AND_REFUSED = {
     "lora.factor": (["auto", 2, 1024], [1, 0, 1025, "whole"]),
     "lora.alpha": ([0.5, 8, None], [0, 0.0, -1.0]),
     "lora.dropout": ([0.0, 0.99], [-0.1, 1.0]),
+    "lora.rank_dropout": ([0.0, 0.99], [-0.1, 1.0]),
+    "lora.module_dropout": ([0.0, 0.99], [-0.1, 1.0]),
     "lora.ranks": (
         [{}, {"attention": 1}, {"layers.0[.].+": 1024, "refiners": 4}],
         [{"attention": 0}, {"attention": 1025}, {"attention": 8.0}, {"(": 8}, 8, [8]],

@@ -24,7 +24,9 @@ SHAPED: dict[str, Any] = {
     "optimizer": {"name": "adamw", "lr": 2e-3, "lora_plus": 4.0, "lr_factors": {"attention": 0.5, ".+w2": 2.0}},
 }
 """What the fused path has."""
-REFINED = pytest.mark.parametrize("settings", [SHAPED], ids=["shaped"])
+RANDOM = merge(SHAPED, {"lora": {"dropout": 0.1, "rank_dropout": 0.3, "module_dropout": 0.2}})
+"""What is random, and runs as modules."""
+REFINED = pytest.mark.parametrize("settings", [SHAPED, RANDOM], ids=["shaped", "random"])
 
 
 def numbers(config: Config) -> bytes:

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from zimage_train.config.lora import LoraSettings
 from zimage_train.config.types import RECOMPUTE_MODES
 from zimage_train.lora import fused_block, layers, swap
 from zimage_train.lora.deltas import Factors
@@ -109,15 +110,19 @@ class Calls:
 @pytest.mark.parametrize(
     ("groups", "dropout", "captions", "unserved"),
     [
-        (("attention",), 0.0, (40, 40), 0),
-        (("attention",), 0.5, (40, 40), 6),  # the refiners have no LoRA, and so no dropout
-        (("attention", "adaln"), 0.0, (40, 40), 6),
+        (("attention",), {}, (40, 40), 0),
+        (("attention",), {"dropout": 0.5}, (40, 40), 6),  # the refiners have no LoRA, and so no dropout
+        (("attention",), {"rank_dropout": 0.5}, (40, 40), 6),
+        (("attention",), {"module_dropout": 0.5}, (40, 40), 6),
+        (("attention", "adaln"), {}, (40, 40), 6),
     ],
-    ids=["all", "dropout", "modulation"],
+    ids=["all", "dropout", "rank dropout", "module dropout", "modulation"],
 )
-def test_what_is_not_served(groups: tuple[str, ...], dropout: float, captions: tuple[int, ...], unserved: int):
+def test_what_is_not_served(
+    groups: tuple[str, ...], dropout: dict[str, float], captions: tuple[int, ...], unserved: int
+):
     """What fused blocks do not serve runs as modules, with the same loss."""
-    frozen, attached = unfused("none", dropout=dropout, groups=groups)
+    frozen, attached = unfused("none", groups=groups, lora=LoraSettings(rank=4, **dropout))
     modules = gradients(frozen, attached, captions)
     calls = Calls()
     fused_block.fuse_blocks(frozen.model, attached, None, lambda tokens: "none", calls)

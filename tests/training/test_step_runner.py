@@ -246,9 +246,10 @@ def test_failed_recording_turns_no_ring(make_config, monkeypatch):
     assert metrics(config) == metrics(eager) and lora(config) == lora(eager)
 
 
-def test_dropout_is_never_captured(make_config):
+@pytest.mark.parametrize("kind", ["dropout", "rank_dropout", "module_dropout"])
+def test_dropout_is_never_captured(make_config, kind: str):
     """Each step draws other masks, which a replay would not."""
-    config = make_config(lora={"dropout": 0.1})
+    config = make_config(lora={kind: 0.1})
     assert step_runner.make_recorder(config, None, torch.device("cuda")) is None
     assert step_runner.make_recorder(config, None, torch.device("cpu")) is None
 

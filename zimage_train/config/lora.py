@@ -36,6 +36,11 @@ class LoraSettings(Section):
     expression for full module names."""
     dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
     """Fraction of the LoRA's inputs that is set to zero during training."""
+    rank_dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
+    """Fraction p of the ranks of each module that is left out of a sample during training; the others are scaled by
+    1 / (1 - p)."""
+    module_dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
+    """Fraction of the modules that have no LoRA in a forward pass of the training; the others are as they are."""
     init_from: NonEmptyPath | None = None
     """LoRA to start from, with the same rank and modules: a file, or org/repo/file."""
 
@@ -77,7 +82,7 @@ class LoraSettings(Section):
         if self.alpha is not None and self.rank is None:
             hint = "leave it out, or give a rank"
             raise ConflictError("alpha has no effect on a LoKr whose matrices are whole", hint, ("alpha",))
-        for name in ("dropout", "ranks", "rslora"):
+        for name in ("dropout", "rank_dropout", "module_dropout", "ranks", "rslora"):
             if getattr(self, name):
                 raise ConflictError(f"{name} is for type: lora", "leave it out", (name,))
         return self
@@ -86,6 +91,11 @@ class LoraSettings(Section):
     def factor_number(self) -> int | None:
         """The factor, or None for auto."""
         return None if self.factor == "auto" else self.factor
+
+    @property
+    def draws_masks(self) -> bool:
+        """Whether a forward pass of the training is random."""
+        return self.dropout > 0 or self.rank_dropout > 0 or self.module_dropout > 0
 
     def scale_at(self, rank: int) -> float:
         """Return the factor on the change of a module whose LoRA has `rank`."""

@@ -15,13 +15,12 @@ from typing import Any, cast
 import torch
 from diffusers import ZImageTransformer2DModel
 from diffusers.models.transformers.transformer_z_image import ZImageTransformerBlock
-from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn import Parameter
 
 from zimage_train.config.types import RecomputeMode
-from zimage_train.lora.layers import ADAPTER_NAME, AdapterLayers
+from zimage_train.lora.layers import AdapterLayers, TrainedLinear
 from zimage_train.lora.products import Product, find_product
 from zimage_train.lora.tape import IN_BUFFER, INPUTS, KEPT, Layout, Tape
 from zimage_train.models import region_ops
@@ -382,7 +381,7 @@ def is_served(block: nn.Module) -> bool:
     for name, module in block.named_modules():
         if not isinstance(module, BaseTunerLayer):
             continue
-        has_dropout = isinstance(module, LoraLayer) and not isinstance(module.lora_dropout[ADAPTER_NAME], nn.Identity)
-        if name not in products or has_dropout:
+        draws_masks = isinstance(module, TrainedLinear) and module.draws_masks
+        if name not in products or draws_masks:
             return False
     return True

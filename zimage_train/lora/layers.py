@@ -35,6 +35,15 @@ BLOCK = re.compile(r"\w+\.\d+\.")
 class TrainedLinear(peft_lora.Linear):
     """peft's LoRA layer on a `FrozenLinear`, computed as a single operation; see `models.linear`."""
 
+    rank_dropout = 0.0
+    module_dropout = 0.0
+
+    @property
+    def draws_masks(self) -> bool:
+        """Whether its forward in training is random."""
+        has_dropout = not isinstance(self.lora_dropout[ADAPTER_NAME], nn.Identity)
+        return has_dropout or self.rank_dropout > 0 or self.module_dropout > 0
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         base = self.get_base_layer()
         assert isinstance(base, FrozenLinear)
@@ -43,11 +52,20 @@ class TrainedLinear(peft_lora.Linear):
         a = cast(nn.Linear, self.lora_A[ADAPTER_NAME]).weight
         b = cast(nn.Linear, self.lora_B[ADAPTER_NAME]).weight
         scale = self.scaling[ADAPTER_NAME]
-        dropout = self.lora_dropout[ADAPTER_NAME]
         # Dropout changes the input of the LoRA but not of the base, and the single operation takes the same x for both.
-        if isinstance(dropout, nn.Identity) or not self.training:
+        if not self.training or not self.draws_masks:
             return base.with_lora(x, a, b, scale)
-        return base(x) + F.linear(F.linear(dropout(x), a.to(x.dtype)), b.to(x.dtype)) * scale
+        inner = F.linear(self.lora_dropout[ADAPTER_NAME](x), a.to(x.dtype))
+        if self.rank_dropout > 0:
+            # The ranks of a sample, for all its tokens; those that are kept stand for all.
+            shape = (len(x), *(1,) * (x.ndim - 2), inner.shape[-1])
+            inner = inner * (torch.rand(shape, device=x.device) >= self.rank_dropout)
+            scale /= 1.0 - self.rank_dropout
+        change = F.linear(inner, b.to(x.dtype)) * scale
+        if self.module_dropout > 0:
+            # A factor and not a branch, for which the CPU would wait for the GPU.
+            change = change * (torch.rand((), device=x.device) >= self.module_dropout)
+        return base(x) + change
 
 
 @dataclass(frozen=True)
@@ -160,6 +178,9 @@ def attach_lora(model: nn.Module, settings: LoraSettings, modules: list[str], se
     scales = {module: settings.scale_at(rank) for module, rank in ranks.items()}
     attached = _inject(model, ranks, scales, settings.dropout)
     attached.flat.allocate_grads()
+    for module in modules:
+        layer = cast(TrainedLinear, model.get_submodule(module))
+        layer.rank_dropout, layer.module_dropout = settings.rank_dropout, settings.module_dropout
     with torch.no_grad():
         for module, a in attached.a.items():
             bound = 1.0 / math.sqrt(a.shape[1])

@@ -195,7 +195,7 @@ def fuses_blocks(config: Config, modules: list[str], gpu: bool) -> bool:
     Not with dropout or a LoRA on the modulations; and on a GPU with Triton only, which torch brings along on Linux.
     """
     has_kernels = not gpu or sys.platform == "linux"
-    return has_kernels and config.lora.dropout == 0 and not any("adaLN" in module for module in modules)
+    return has_kernels and not config.lora.draws_masks and not any("adaLN" in module for module in modules)
 
 
 def _batch_statistics(order: SampleOrder) -> tuple[dict[Bucket, int], dict[Bucket, float], float]:

@@ -121,10 +121,10 @@ def plan_warnings(spec: RunSpec, plan: MemoryPlan) -> list[str]:
     return warnings
 
 
-def apply_recompute_plan(frozen: FrozenTransformer, lora: AdapterLayers, plan: MemoryPlan, dropout: float) -> None:
+def apply_recompute_plan(frozen: FrozenTransformer, lora: AdapterLayers, plan: MemoryPlan, draws_masks: bool) -> None:
     """Set up the blocks for training: fused where that is faster, in the mode that `plan` has for a batch's tokens."""
     # With dropout, the recomputed forward has to draw the same masks as the first.
-    unfused = checkpointing.checkpoint_by_tokens(plan.mode_of, preserve_rng=dropout > 0)
+    unfused = checkpointing.checkpoint_by_tokens(plan.mode_of, preserve_rng=draws_masks)
     if not plan.workload.is_fused:
         frozen.model.enable_gradient_checkpointing(unfused)
         return

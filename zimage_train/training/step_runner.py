@@ -78,7 +78,7 @@ class CudaRecorder:
 
 def make_recorder(config: Config, frozen: FrozenTransformer, device: torch.device) -> Recorder | None:
     """Return a recorder for a run on `device`, or None where its steps cannot be recorded."""
-    if device.type != "cuda" or config.lora.dropout > 0:  # each step draws other masks
+    if device.type != "cuda" or config.lora.draws_masks:  # each step draws other masks
         return None
     if frozen.offloader is not None and not frozen.offloader.is_pinned:
         return None
@@ -124,7 +124,7 @@ class StepRunner:
 
     def use_plan(self, plan: MemoryPlan) -> None:
         """Run the blocks from now on as `plan` says."""
-        apply_recompute_plan(self._frozen, self._lora, plan, self._config.lora.dropout)
+        apply_recompute_plan(self._frozen, self._lora, plan, self._config.lora.draws_masks)
         self._plan = plan
         self._seen.clear()
         self.forget()

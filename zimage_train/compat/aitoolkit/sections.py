@@ -171,12 +171,16 @@ def lora_section(job: AIToolkitJob) -> Values:
         size["factor"] = "auto" if network["lokr_factor"] == -1 else network["lokr_factor"]
         if network["dropout"]:
             job.note("network.dropout", "is left out: a LoKr has none, in AI Toolkit either")
+        if network["network_kwargs"]["rank_dropout"]:
+            key = "network.network_kwargs.rank_dropout"
+            job.refuse(key, "is not possible here with a LoKr", "leave it out", "unsupported-setting")
         return {**size, "targets": _targets(job, network)}
     if network["dropout"]:
         job.note("network.dropout", "falls on the inputs of the LoRA here, and on its rank in AI Toolkit")
     return {
         **size,
         "dropout": network["dropout"] or 0.0,
+        "rank_dropout": network["network_kwargs"]["rank_dropout"] or 0.0,
         "targets": _targets(job, network),
     }
 
