@@ -63,6 +63,11 @@ def _change(trial: Trial) -> float:
     return math.sqrt(squares)
 
 
+def _change_of_b(trial: Trial) -> float:
+    tensors = load_file(trial.lora)
+    return math.sqrt(sum(float(tensor.double().square().sum()) for name, tensor in tensors.items() if "lora_B" in name))
+
+
 def _folder(trial: Trial) -> str:
     return trial.folder.parent.name
 
@@ -131,6 +136,8 @@ FIRST_CAPTION = Number("caption of the image without one, or the first of it", l
 EPOCH_PROMPTS = Number("prompts of the first epoch", _epoch_prompts)
 PARAMETERS = Number("numbers in the LoRA", _parameters)
 MODULES = Number("modules", _modules)
+CHANGE_OF_B = Number("size of B, which begins at zero", _change_of_b)
+RANKS = Number("ranks", lambda trial: sorted({shape[0] for name, shape in trial.shapes.items() if "lora_A" in name}))
 CHANGE = Number("size of the change, |B A|", _change)
 KEYS = Number(
     "tensors of a module",

@@ -28,7 +28,27 @@ ADAPTER = [
     Row("lora.targets", ["attention"], numbers.MODULES, becomes(24, 42), neutral=["attention", "feed_forward"]),
     Row("lora.targets", ["attention", "feed_forward", "adaln", "refiners"], numbers.MODULES, MORE),
     Row("lora.targets", r"layers\.\d+\.attention\.to_q", numbers.MODULES, becomes(6, 42)),
+    Row("lora.rslora", True, numbers.GRADIENT, times(2.0)),
+    Row(
+        "lora.rslora",
+        True,
+        numbers.GRADIENT,
+        EQUAL,
+        given={"lora.alpha": 4.0},
+        beside={"lora.alpha": 2.0},
+        neutral=False,
+        lora="same",
+    ),
+    Row(
+        "lora.ranks",
+        {"attention": 8},
+        numbers.RANKS,
+        becomes([4, 8], [4]),
+        neutral={"lora.ranks": {"attention": 4}},
+    ),
     Row("lora.dropout", 0.5, numbers.GRADIENT, ANOTHER),
+    Row("lora.rank_dropout", 0.5, numbers.GRADIENT, ANOTHER),
+    Row("lora.module_dropout", 0.5, numbers.GRADIENT, LESS),
     Row("lora.init_from", "{trained}", numbers.LOSS, ANOTHER),
 ]
 
@@ -219,6 +239,7 @@ PRESERVE = [
     Row("preserve.weight", 3.0, numbers.SECOND_GRADIENT, ANOTHER, given=PRESERVED),
 ]
 
+ONE_STEP = {"train.steps": 1}
 OPTIMIZER_NAMES = (
     "adam",
     "adam8bit",
@@ -250,6 +271,15 @@ OPTIMIZER = [
         gpu="paged_adamw8bit",
     ),
     Row("optimizer.lr", 2e-3, numbers.RATES, times(2.0)),
+    Row(
+        "optimizer.lr_factors",
+        {"attention": 2.0, "feed_forward": 2.0},
+        numbers.CHANGE_OF_B,
+        times(2.0, 1e-4),
+        given=ONE_STEP,
+        neutral={"optimizer.lr_factors": {"attention": 1.0}},
+    ),
+    Row("optimizer.lora_plus", 4.0, numbers.CHANGE_OF_B, times(4.0, 1e-4), given=ONE_STEP),
     Row("optimizer.weight_decay", 0.5, numbers.CHANGE, LESS),
     Row(
         "optimizer.params",
