@@ -290,7 +290,7 @@ def command_for(config: Config, lora: Path) -> str:
     program = ["zimage-train"] if shutil.which("zimage-train") else [sys.executable, "-m", "zimage_train"]
     model = config.model
     words = [*program, "sample", model.path or model.variant, "--lora", str(lora)]
-    for extra in config.sample.extra_loras:
+    for extra in config.preview_loras:
         words += ["--lora", extra.file if extra.weight == 1 else f"{extra.file}={extra.weight!r}"]
     if model.path is not None and model.variant != "turbo":
         words += ["--variant", model.variant]

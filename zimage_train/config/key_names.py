@@ -10,7 +10,7 @@ from pydantic import BaseModel
 from zimage_train.config.schema import Config
 from zimage_train.config.strict_yaml import KeyPath
 
-LISTS_OF_SECTIONS = ("data", "prompts", "extra_loras")
+LISTS_OF_SECTIONS = ("data", "prompts", "extra_loras", "beside")
 COMMON_NAMES = {
     "learning_rate": "optimizer.lr",
     "network_dim": "lora.rank",

@@ -11,6 +11,7 @@ from zimage_train.config import strict_yaml, validation_errors
 from zimage_train.config.dataset import ALPHA
 from zimage_train.config.foreign import FOREIGN_FORMATS, ConfigWithNotes
 from zimage_train.config.key_names import dotted_key
+from zimage_train.config.sample import ExtraLora
 from zimage_train.config.schema import Config
 from zimage_train.config.strict_yaml import KeyPath, YamlDocument, YamlError
 from zimage_train.config.validation_errors import LocateKey
@@ -116,9 +117,10 @@ def resolve_paths(config: Config) -> Config:
     for entry in config.data:
         sources = {name: absolute(getattr(entry, name)) for name in ("folder", "metadata", "prompts")}
         data.append(entry.model_copy(update=sources | {"mask": absolute(entry.mask, (ALPHA,))}))
-    extra_loras = []
-    for lora in sample.extra_loras:
-        extra_loras.append(lora.model_copy(update={"file": absolute(lora.file, NAMED_LORAS)}))
+
+    def all_absolute(loras: Sequence[ExtraLora]) -> list[ExtraLora]:
+        return [lora.model_copy(update={"file": absolute(lora.file, NAMED_LORAS)}) for lora in loras]
+
     validation = config.validation.model_copy(update={"folder": absolute(config.validation.folder)})
     # These two are made absolute even if they do not exist yet, since they are never hub ids.
     cache_folder = None if cache.folder is None else str(Path(cache.folder).absolute())
@@ -129,10 +131,14 @@ def resolve_paths(config: Config) -> Config:
             "model": model.model_copy(update=paths),
             "data": data,
             "lora": config.lora.model_copy(update={"init_from": absolute(config.lora.init_from, NAMED_LORAS)}),
+            "train": config.train.model_copy(update={"beside": all_absolute(config.train.beside)}),
             "cache": cache.model_copy(update={"folder": cache_folder}),
             "validation": validation,
             "sample": sample.model_copy(
-                update={"compare_on": absolute(sample.compare_on, VARIANTS), "extra_loras": extra_loras}
+                update={
+                    "compare_on": absolute(sample.compare_on, VARIANTS),
+                    "extra_loras": all_absolute(sample.extra_loras),
+                }
             ),
         }
     )

@@ -49,6 +49,21 @@ class ExtraLora(Section):
     """Factor on its change to the weights."""
 
 
+ExtraLoraEntry = Annotated[ExtraLora, BeforeValidator(as_lora, json_schema_input_type=str | ExtraLora)]
+"""A LoRA as {file, weight}, or as FILE or FILE=WEIGHT."""
+
+
+def _as_list(value: object) -> object:
+    return [value] if isinstance(value, str | dict) else value
+
+
+BesideLoras = Annotated[
+    list[ExtraLoraEntry],
+    BeforeValidator(_as_list, json_schema_input_type=str | ExtraLora | list[str | ExtraLora]),
+]
+"""Several LoRAs, or a single one without the list around it."""
+
+
 class SampleSettings(Section):
     every: EverySteps = 250
     """Steps between previews; null: none."""
@@ -70,7 +85,7 @@ class SampleSettings(Section):
     """Seed of the first prompt; prompt i is drawn with seed + i."""
     weights: Literal["raw", "ema"] = "raw"
     """Weights that draw the previews: raw, or ema, which needs ema.decay."""
-    extra_loras: list[Annotated[ExtraLora, BeforeValidator(as_lora, json_schema_input_type=str | ExtraLora)]] = []
+    extra_loras: list[ExtraLoraEntry] = []
     """LoRAs of the previews in addition to the run's own: FILE, FILE=WEIGHT or {file, weight}."""
     compare_on: NonEmptyPath | None = None
     """Second model on which each preview is drawn, with the steps and the guidance of that model: turbo, deturbo, base,

@@ -16,7 +16,7 @@ from zimage_train.config.methods import MethodName, TeacherSettings
 from zimage_train.config.module_groups import require_patterns
 from zimage_train.config.optimizers import OPTIMIZERS, OptimizerName, optimizer_error
 from zimage_train.config.outputs import LogSettings, SaveSettings
-from zimage_train.config.sample import SampleSettings, trigger_error
+from zimage_train.config.sample import BesideLoras, ExtraLora, SampleSettings, trigger_error
 from zimage_train.config.timesteps import TimestepSettings
 from zimage_train.config.types import (
     RECOMPUTE_MODES,
@@ -121,6 +121,9 @@ class TrainSettings(Section):
     """Norm to which larger gradients are clipped; null: no clipping."""
     regularization_share: float = Field(default=0.5, gt=0.0, lt=1.0)
     """Fraction of the forward passes on regularization images, if `data` has some, independent of their number."""
+    beside: BesideLoras = []
+    """LoRAs that the new one is to be used with: FILE, FILE=WEIGHT or {file, weight}, or a list of them. They are added
+    to the frozen weights for the training, and to the previews; the exported file does not contain them."""
     reproducible: bool = True
     """Whether a GPU adds up in a fixed order, so that a run that is stopped and continued ends with the same bytes. It
     costs time in attention's backward pass, which `check` shows."""
@@ -339,6 +342,9 @@ class Config(Section):
         if self.sample.weights == "ema" and self.ema.decay is None:
             hint = "set ema.decay, or use raw"
             raise ConflictError("sample.weights: ema needs ema.decay", hint, ("sample", "weights"))
+        if self.train.beside and self.train.method != "sft":
+            message = f"train.method: {self.train.method} learns from the model alone"
+            raise ConflictError(message, "leave train.beside out, or train with sft", ("train", "beside"))
         if self.model.attention == "cudnn" and self.train.reproducible:
             hint = "set train.reproducible: false, or take auto"
             raise ConflictError("model.attention: cudnn has no fixed order of sums", hint, ("model", "attention"))
@@ -365,6 +371,11 @@ class Config(Section):
     def method(self) -> methods.TrainingMethod:
         """The properties of `train.method`."""
         return methods.METHODS[self.train.method]
+
+    @property
+    def preview_loras(self) -> list[ExtraLora]:
+        """The LoRAs that previews have besides the run's own: those of the training, then those of `sample`."""
+        return [*self.train.beside, *self.sample.extra_loras]
 
     @property
     def triggers(self) -> list[str]:

@@ -1,4 +1,4 @@
-"""The frozen transformer, built from a stream of tensors: place(quantise(merge(read(path), adapter))).
+"""The frozen transformer, built from a stream of tensors: place(quantise(merge(read(path), adapters))).
 
 The same stream without the training adapter restores the original weights for previews. The training weights wait in
 main memory meanwhile, and the original weights between previews; where main memory is too small for that, both are
@@ -7,7 +7,7 @@ subtracted, since in floating point (W + A) - A is not W.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from zimage_train.config.types import Quantization
 from zimage_train.errors import Problem, WeightsError
 from zimage_train.io.tensorfile import TORCH_DTYPES
 from zimage_train.lora.layers import base_layer
-from zimage_train.lora.training_adapter import MergeCount, TrainingAdapter, merge_adapter
+from zimage_train.lora.training_adapter import MergeCount, TrainingAdapter, merge_adapter, merge_all
 from zimage_train.models import loading, transformer
 from zimage_train.models.arch import IN_A_BLOCK, TransformerShape
 from zimage_train.models.host_copy import HostCopy
@@ -45,11 +45,18 @@ class FrozenTransformer:
     """Errors of quantisation; all zero if nothing was quantised."""
     offloader: BlockOffloader | None
     """Streams some of the blocks from CPU memory; None if all of them are on the device."""
+    beside: tuple[TrainingAdapter, ...] = ()
+    """The LoRAs of `train.beside`, which are merged too."""
     spare_bytes: float = 0.0
     """Main memory that may hold other weights for previews."""
     waiting: dict[Path | None, HostCopy] = field(default_factory=dict)
     """The weights that wait in main memory: the original ones, or by path those of a second model. While they are in
     use, the training weights wait in their place."""
+
+    @property
+    def merged(self) -> tuple[TrainingAdapter, ...]:
+        """All that is merged into the weights for the training, in the order of the sums."""
+        return (*((self.adapter,) if self.adapter is not None else ()), *self.beside)
 
     def load_tensors(self, tensors: loading.NamedTensors) -> None:
         """Overwrite the parameters with `tensors` of the same names, quantised where the parameters are."""
@@ -81,8 +88,9 @@ def load_frozen(
     kind: Quantization | None = None,
     num_streamed: int = 0,
     spare_bytes: float = 0.0,
+    beside: Sequence[TrainingAdapter] = (),
 ) -> FrozenTransformer:
-    """Build the transformer of `path` on `device` with `adapter` merged, all of it frozen.
+    """Build the transformer of `path` on `device` with `adapter` and the LoRAs `beside` merged, all of it frozen.
 
     `num_streamed` blocks stay in CPU memory, and `spare_bytes` of it may hold weights for previews. Tensors are read,
     merged and stored one at a time, so no second copy of the model is ever in memory.
@@ -97,7 +105,7 @@ def load_frozen(
     offloader = BlockOffloader(blocks, device) if blocks else None
     transformer.allocate_transformer(model, device)
     count, stats = MergeCount(), QuantizationStats()
-    merged = merge_adapter(tensors, adapter, device, count) if adapter else tensors
+    merged = merge_all(merge_adapter(tensors, adapter, device, count) if adapter else tensors, beside, device)
 
     def store(name: str, tensor: Tensor) -> None:
         # Rounding to `dtype` or quantising to `kind` happens here, once, after the merge in higher precision.
@@ -106,12 +114,14 @@ def load_frozen(
             stats.add(tensor.to(device), adapter.delta_of(name, device) if adapter else None, kind)
 
     loading.store_tensors(shape.parameters, merged, store, str(path), type(model).__name__)
-    return FrozenTransformer(model, shape, path, adapter, len(count.matched), stats, offloader, spare_bytes)
+    return FrozenTransformer(
+        model, shape, path, adapter, len(count.matched), stats, offloader, tuple(beside), spare_bytes
+    )
 
 
 @contextlib.contextmanager
 def original_weights(frozen: FrozenTransformer, second_model: Path | None = None) -> Iterator[None]:
-    """Within the block, the weights are those of the file without the adapter, or those of `second_model`.
+    """Within the block, the weights are those of the file without anything merged, or those of `second_model`.
 
     After the block the training weights are restored bit for bit. Only tensors that differ are read: those that the
     adapter changes, or all of them for another model. With main memory to spare they are read for the first block only.
@@ -122,10 +132,8 @@ def original_weights(frozen: FrozenTransformer, second_model: Path | None = None
     """
     if second_model is not None:
         names = set(frozen.shape.parameters)
-    elif frozen.adapter is not None:
-        names = frozen.adapter.parameter_names()
     else:
-        names = set[str]()
+        names = set[str]().union(*(adapter.parameter_names() for adapter in frozen.merged))
     if not names:
         yield
         return
@@ -163,7 +171,7 @@ def _restore(frozen: FrozenTransformer, second_model: Path | None, names: set[st
         device = next(frozen.model.parameters()).device
         tensors = transformer.read_selected_weights(frozen.path, names)
         # As in `load_frozen`: the same merge on the same device, in the same order, and so the same bits.
-        frozen.load_tensors(merge_adapter(tensors, frozen.adapter, device, MergeCount()) if frozen.adapter else tensors)
+        frozen.load_tensors(merge_all(tensors, frozen.merged, device))
     except Exception as error:
         what = f"the training weights cannot be restored after a preview ({error})"
         hint = "the same command continues from the last checkpoint"

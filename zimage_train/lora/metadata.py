@@ -39,17 +39,20 @@ SETTINGS_SECTIONS = (
     *("seed", "lora", "train", "teacher", "timesteps"),
     *("guidance", "preserve", "optimizer", "schedule", "ema"),
 )
-"""Sections of the config that shape the weights and name no file but `lora.init_from`."""
+"""Sections of the config that shape the weights and name no file but `lora.init_from` and `train.beside`."""
 SEVERAL_RANKS = "Dynamic"
 """kohya's word for the rank of a LoRA whose modules differ in it."""
 SOURCES_OF_DATA = ("folder", "metadata", "prompts", "mask")
 
 
-def training_metadata(config: Config, adapter_digest: str | None, prompts: Iterable[str] = ()) -> dict[str, str]:
+def training_metadata(
+    config: Config, adapter_digest: str | None, prompts: Iterable[str] = (), beside_digests: Iterable[str] = ()
+) -> dict[str, str]:
     """Return the metadata of a trained LoRA, as much as `save.metadata` says; the file adds its hashes.
 
     Args:
         prompts: the prompts that show the concept, of which `full` counts the tags.
+        beside_digests: those of the files of `train.beside`, in that order.
 
     Reference: https://github.com/Stability-AI/ModelSpec
     """
@@ -80,6 +83,11 @@ def training_metadata(config: Config, adapter_digest: str | None, prompts: Itera
         if adapter_digest is not None:
             metadata["zimage_train.adapter_sha256"] = adapter_digest
             metadata["zimage_train.adapter_strength"] = repr(config.model.adapter_strength)
+        beside: list[dict[str, Any]] = []
+        for lora, digest in zip(config.train.beside, beside_digests, strict=False):
+            beside.append({"name": without_folder(lora.file), "weight": lora.weight, "sha256": digest})
+        if beside:
+            metadata["zimage_train.beside"] = json.dumps(beside, ensure_ascii=False)
     return metadata
 
 
@@ -114,6 +122,7 @@ def shared_settings(config: Config) -> dict[str, Any]:
     shared: dict[str, Any] = {section: values[section] for section in SETTINGS_SECTIONS}
     if config.lora.init_from is not None:
         shared["lora"]["init_from"] = without_folder(config.lora.init_from)
+    shared["train"]["beside"] = [{**lora, "file": without_folder(lora["file"])} for lora in values["train"]["beside"]]
     shared["model"] = {**values["model"], "path": config.model.label, "extras": None}
     if config.model.adapter is not None:
         shared["model"]["adapter"] = without_folder(config.model.adapter)

@@ -1,10 +1,13 @@
-"""The training adapter: a LoRA merged into the frozen weights during training, and left out of previews and results.
+"""LoRAs that are merged into the frozen weights during training, and are no part of the result.
 
-Turbo is distilled to 8 steps, and training on it directly undoes the distillation. The adapter undoes it beforehand, so
-that the trained LoRA does not learn to, and Turbo without the adapter still takes 8 steps.
+Turbo is distilled to 8 steps, and training on it directly undoes the distillation. The training adapter undoes it
+beforehand, so that the trained LoRA does not learn to, and Turbo without the adapter still takes 8 steps.
+
+The LoRAs of `train.beside` are merged in the same way, so that the trained LoRA learns only what these lack. Previews
+have them, attached as layers, since the trained LoRA is going to be used with them.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,17 +15,17 @@ import torch
 
 from zimage_train.errors import Problem, WeightsError
 from zimage_train.lora import lora_file
-from zimage_train.lora.deltas import Lora
+from zimage_train.lora.deltas import Deltas, Factors
 from zimage_train.models.arch import TransformerShape
 from zimage_train.models.loading import NamedTensors
 
 
 @dataclass(frozen=True)
 class TrainingAdapter:
-    """A training adapter, and the strength with which it is merged."""
+    """A training adapter or a LoRA of `train.beside`, and the strength with which it is merged."""
 
     path: Path
-    lora: Lora
+    lora: Deltas
     strength: float
 
     def parameter_names(self) -> set[str]:
@@ -30,12 +33,14 @@ class TrainingAdapter:
         return {f"{module}.weight" for module in self.lora}
 
     def delta_of(self, name: str, device: torch.device) -> torch.Tensor | None:
-        """Return `strength * scale * B @ A` in fp32 for the parameter `name`, or None if the adapter has none."""
+        """Return `strength` times the change of the parameter `name`, in fp32, or None if there is none."""
         if not name.endswith(".weight"):
             return None
         factors = self.lora.get(name.removesuffix(".weight"))
         if factors is None:
             return None
+        if not isinstance(factors, Factors):
+            return self.strength * factors.delta().to(device)
         return self.strength * (factors.scale * (factors.b.to(device).float() @ factors.a.to(device).float()))
 
 
@@ -54,13 +59,31 @@ def load_adapter(path: Path, strength: float, shape: TransformerShape) -> Traini
     """
     lora = lora_file.read_lora(path)
     lora_file.require_modules(path, lora, shape.linears)
-    return TrainingAdapter(path, lora, strength)
+    return TrainingAdapter(path, {**lora}, strength)
+
+
+def load_beside(path: Path, weight: float, shape: TransformerShape) -> TrainingAdapter:
+    """Read a LoRA or LoKr of `train.beside`, and require that every module of it fits the model.
+
+    Raises:
+        WeightsError: the file is unreadable, or a module has no counterpart in the model.
+    """
+    deltas = lora_file.read_deltas(path)
+    lora_file.require_modules(path, deltas, shape.linears)
+    return TrainingAdapter(path, deltas, weight)
+
+
+def merge_all(tensors: NamedTensors, adapters: Iterable[TrainingAdapter], device: torch.device) -> NamedTensors:
+    """Return `tensors` with the change of each of `adapters` added, in their order and in fp32, as `merge_adapter`."""
+    for adapter in adapters:
+        tensors = merge_adapter(tensors, adapter, device, MergeCount())
+    return tensors
 
 
 def merge_adapter(
     tensors: NamedTensors, adapter: TrainingAdapter, device: torch.device, count: MergeCount
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield `tensors` with `strength * scale * B @ A` added, in fp32.
+    """Yield `tensors` with `strength` times the change of `adapter` added, in fp32.
 
     Raises:
         WeightsError: `tensors` ended before every module of the adapter was merged.

@@ -56,6 +56,8 @@ class ModelPaths:
     """The LoRA that the training begins with."""
     extra_loras: tuple[Path, ...] = ()
     """LoRAs that previews have besides the run's own."""
+    beside: tuple[Path, ...] = ()
+    """LoRAs that are in place while the run's own is trained."""
 
 
 @dataclass(frozen=True)

@@ -116,7 +116,7 @@ class Workload:
     generated: tuple[SamplingRequest, ...] = ()
     """Images that the model draws before training, to be trained on."""
     preview_lora_bytes: int = 0
-    """Bytes of the LoRAs of `sample.extra_loras`, which previews load besides the run's own."""
+    """Bytes of the LoRAs of `sample.extra_loras` and `train.beside`, which previews load besides the run's own."""
 
     def batch(self, size: Bucket) -> int:
         """Return the number of samples in the largest batch of `size`, which never exceeds the samples of that size."""

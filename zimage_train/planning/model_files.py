@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from zimage_train.config.sample import ExtraLora
 from zimage_train.config.schema import Config
 from zimage_train.errors import (
     ConfigError,
@@ -64,9 +65,16 @@ def find_model_files(
     with _collect_problems(errors, notes):
         second_model = _second_model(config, known_shape, fetch)
     extra_loras: list[Path] = []
-    for index in range(len(config.sample.extra_loras)):
-        with _collect_problems(errors, notes):
-            extra_loras.append(_extra_lora(config, index, known_shape, fetch))
+    beside: list[Path] = []
+    for key, settings, found in (
+        ("train.beside", config.train.beside, beside),
+        ("sample.extra_loras", config.sample.extra_loras, extra_loras),
+    ):
+        for index, lora in enumerate(settings):
+            with _collect_problems(errors, notes):
+                found.append(_extra_lora(Location(key=f"{key}.{index}"), lora, known_shape, fetch))
+    with _collect_problems(errors, notes):
+        _require_once(config, extra_loras, beside)
     modules: list[str] = []
     init_from: Path | None = None
     with _collect_problems(errors, notes):
@@ -86,7 +94,7 @@ def find_model_files(
     notes = list(dict.fromkeys(notes))  # two settings may name the same model
     if errors or notes or transformer is None or extras is None:
         return None, errors, notes
-    paths = ModelPaths(transformer, extras, adapter, second_model, init_from, tuple(extra_loras))
+    paths = ModelPaths(transformer, extras, adapter, second_model, init_from, tuple(extra_loras), tuple(beside))
     return ModelFiles(paths, shape, modules, len(adapter_sizes)), [], []
 
 
@@ -211,14 +219,23 @@ def _described(part: tuple[str, tuple[int, ...]]) -> str:
     return f"{name} {'x'.join(map(str, size))}"
 
 
-def _extra_lora(config: Config, index: int, shape: TransformerShape | None, fetch: DownloadFn | None) -> Path:
-    """Return the file of an entry of `sample.extra_loras`.
+def _require_once(config: Config, extra_loras: list[Path], beside: list[Path]) -> None:
+    """Require that no LoRA is named by both `train.beside` and `sample.extra_loras`: previews would have it twice."""
+    in_training = [path.resolve() for path in beside]
+    for index, path in enumerate(extra_loras):
+        if path.resolve() in in_training:
+            location = Location(key=f"sample.extra_loras.{index}", source=config.sample.extra_loras[index].file)
+            message = "is in train.beside, and previews have those LoRAs already"
+            raise ConfigError(Problem(location, message, "name it only in train.beside", "conflicting-settings"))
+
+
+def _extra_lora(location: Location, lora: ExtraLora, shape: TransformerShape | None, fetch: DownloadFn | None) -> Path:
+    """Return the file of an entry of `sample.extra_loras` or `train.beside`.
 
     Raises:
         WeightsError: it cannot be found, is no LoRA, or does not fit a model of `shape`.
     """
-    location = Location(key=f"sample.extra_loras.{index}")
-    path = locate.lora_at(config.sample.extra_loras[index].file, location, fetch)
+    path = locate.lora_at(lora.file, location, fetch)
     if shape is not None:
         headers.require_match(path, headers.read_sizes(path), shape.linears)
     return path

@@ -236,7 +236,8 @@ def workload_of(spec: RunSpec, gpu: bool | None = None) -> Workload:
         return workload
     vae_config = components.read_vae(model_files.paths.extras.vae)[0]
     # Files in bf16, as LoRAs usually are, are loaded in fp32.
-    lora_bytes = 2 * sum(path.stat().st_size for path in model_files.paths.extra_loras)
+    paths = model_files.paths
+    lora_bytes = 2 * sum(path.stat().st_size for path in (*paths.extra_loras, *paths.beside))
     return replace(workload, vae_channels=vae_config["block_out_channels"][0], preview_lora_bytes=lora_bytes)
 
 

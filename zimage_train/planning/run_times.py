@@ -134,10 +134,10 @@ def _previews_seconds(spec: RunSpec, plan: MemoryPlan, card: GpuSpec, factor: fl
     if not times or not requests:
         return 0.0
     drawing = factor * math.fsum(_drawing_seconds(plan, request, card) for request in requests)
-    # Previews are drawn without the training adapter, on weights that take the place of those in training; a second
-    # model takes their place again.
-    has_adapter = spec.config.model.adapter is not None
-    changes = int(has_adapter) + int(spec.config.sample.compare_on is not None)
+    # Previews are drawn without what is merged for the training, on weights that take the place of those in training; a
+    # second model takes their place again.
+    is_merged = spec.config.model.adapter is not None or bool(spec.config.train.beside)
+    changes = int(is_merged) + int(spec.config.sample.compare_on is not None)
     reading = _full_bytes(plan.workload) / READ_BYTES_PER_SECOND
     if not plan.keeps_original_weights:
         return times * (drawing + changes * 2 * reading)

@@ -13,6 +13,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from zimage_train import __version__
+from zimage_train.config.sample import ExtraLora
 from zimage_train.config.schema import Config
 from zimage_train.config.types import without_folder
 from zimage_train.config.variants import VARIANTS, Variant
@@ -138,6 +139,8 @@ def _settings_section(config: Config, step: int, num_pictures: int | None) -> st
     rows: dict[str, object] = {"base model": f"`{base_model(config)}`"}
     if config.model.adapter is not None:
         rows["training adapter"] = f"{without_folder(config.model.adapter)}, strength {config.model.adapter_strength:g}"
+    if config.train.beside:
+        rows["trained beside"] = _names_of(config.train.beside)
     rows |= {"method": train.method, "steps": step}
     if num_pictures is not None:
         rows["images"] = num_pictures
@@ -155,8 +158,7 @@ def _settings_section(config: Config, step: int, num_pictures: int | None) -> st
     if config.preserve.kind is not None:
         rows["preservation"] = f"{config.preserve.kind}, weight {config.preserve.weight:g}"
     if config.sample.extra_loras:
-        names = [f"{without_folder(lora.file)} at {lora.weight:g}" for lora in config.sample.extra_loras]
-        rows["previews drawn with"] = f"this LoRA and {', '.join(names)}"
+        rows["previews drawn with"] = f"this LoRA and {_names_of(config.preview_loras)}"
     if config.ema.decay is not None:
         rows["averaged weights"] = f"decay {config.ema.decay:g}"
     rows |= {"seed": config.seed, "trained with": f"zimage-train {__version__}"}
@@ -165,6 +167,10 @@ def _settings_section(config: Config, step: int, num_pictures: int | None) -> st
         cell = str(value).replace("|", "\\|")
         lines.append(f"| {name} | {cell} |")
     return "\n".join(lines)
+
+
+def _names_of(loras: Sequence[ExtraLora]) -> str:
+    return ", ".join(f"{without_folder(lora.file)} at {lora.weight:g}" for lora in loras)
 
 
 def gallery_path(preview: Path) -> str:

@@ -136,10 +136,12 @@ def build_state(
         held_out=context.spec.held_out,
         vae_path=context.model_files.paths.extras.vae,
         preview_sets=context.preview_sets,
-        extra_loras=_read_extra_loras(context),
+        extra_loras=[*((lora.lora, lora.strength) for lora in frozen.beside), *_read_extra_loras(context)],
         preview_embeds={prompt: dataset.embeds(prompt) for prompt in preview_prompts},
         drift_meter=_drift_meter(config, context.preview_sets, dataset),
-        export_metadata=training_metadata(config, context.digests.adapter, _concept_prompts(context)),
+        export_metadata=training_metadata(
+            config, context.digests.adapter, _concept_prompts(context), context.digests.beside
+        ),
         warnings=context.spec.warnings,
         start_step=start_step,
         attention=attention,
@@ -198,12 +200,19 @@ def _load_frozen(context: RunContext, plan: MemoryPlan) -> FrozenTransformer:
     kind, streamed = plan.placement.quantization, plan.placement.streamed
     # Only the main process draws previews.
     spare_bytes = plan.spare_host_bytes if context.world.is_main else 0.0
+    beside = [
+        training_adapter.load_beside(path, lora.weight, shape)
+        for path, lora in zip(paths.beside, config.train.beside, strict=True)
+    ]
     frozen = load_frozen(
-        paths.transformer, adapter, config.model.dtype, context.world.device, kind, streamed, spare_bytes
+        paths.transformer, adapter, config.model.dtype, context.world.device, kind, streamed, spare_bytes, beside
     )
     if adapter is not None:
         count = f"{frozen.adapter_matched}/{len(adapter.lora)}"
         console.info(f"training adapter {adapter.path.name}: matched {count} modules, strength {adapter.strength:g}")
+    for lora in beside:
+        count = f"{len(lora.lora)}/{len(lora.lora)}"
+        console.info(f"trained beside {lora.path.name}: matched {count} modules, weight {lora.strength:g}")
     if frozen.offloader is not None and not frozen.offloader.is_pinned:
         console.warning("main memory could not be pinned, so streaming is slower than planned; lower memory.offload")
     if errors := frozen.quantization.facts():
@@ -307,6 +316,10 @@ def _facts(context: RunContext, frozen: FrozenTransformer, groups: dict[str, int
             "strength": frozen.adapter.strength,
             "sha256": context.digests.adapter,
         }
+    beside: list[dict[str, Any]] = []
+    for lora, digest in zip(frozen.beside, context.digests.beside, strict=True):
+        count = f"{len(lora.lora)}/{len(lora.lora)}"
+        beside.append({"name": lora.path.name, "matched": count, "weight": lora.strength, "sha256": digest})
     is_cuda = world.device.type == "cuda"
     return {
         "versions": {"zimage-train": __version__} | {name: _version(name) for name in PACKAGES},
@@ -320,6 +333,7 @@ def _facts(context: RunContext, frozen: FrozenTransformer, groups: dict[str, int
             "groups": groups,
         },
         "adapter": adapter,
+        "beside": beside,
         "quantized": frozen.quantization.facts() or None,
         "dataset": {
             "pictures": sum(map(len, context.spec.images)),

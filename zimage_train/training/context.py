@@ -34,6 +34,8 @@ class ModelDigests:
     vae: str
     init_from: str | None = None
     """The LoRA that the training starts from."""
+    beside: tuple[str, ...] = ()
+    """The LoRAs of `train.beside`."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,7 @@ def digest_model(paths: ModelPaths, digester: DigestCache) -> ModelDigests:
         text_encoder=digest_of(extras.text_encoder) + digest_of(extras.tokenizer),
         vae=digest_of(extras.vae),
         init_from=digester.of_content(paths.init_from) if paths.init_from else None,
+        beside=tuple(digester.of_content(path) for path in paths.beside),
     )
 
 
@@ -115,6 +118,8 @@ def run_fingerprint(spec: RunSpec, digests: ModelDigests) -> dict[str, Any]:
     }
     if digests.init_from is not None:
         fingerprint["init_from"] = digests.init_from
+    for index, digest in enumerate(digests.beside):
+        fingerprint[f"train.beside.{index}"] = digest
     return fingerprint | {"data": dataset_fingerprint(spec.images)}
 
 

@@ -87,7 +87,7 @@ def _export(state: TrainState, step: int, path: Path, trained: Deltas) -> None:
 def _save_workflows(state: TrainState, path: Path) -> None:
     request = state.preview_sets[0].requests[_shown_preview(state)]
     extra_loras = []
-    for lora in state.config.sample.extra_loras:
+    for lora in state.config.preview_loras:
         file = Path(NAMED_LORAS.get(lora.file, lora.file))
         # ComfyUI lists files alone: that which `lora convert` makes of a folder of peft.
         extra_loras.append((f"{file.name}.safetensors" if file.is_dir() else file.name, lora.weight))

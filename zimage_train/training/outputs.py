@@ -92,7 +92,7 @@ def render_previews(state: TrainState, previews: PreviewSet, step: int) -> dict[
         images = decode_all(model, state.vae_path, latents)
     model_name = without_folder(sample.compare_on or "") if previews.second_model else state.config.model.label
     lora_name = "averaged LoRA" if is_averaged else "LoRA"
-    extra = "".join(f" and {without_folder(lora.file)}={lora.weight:g}" for lora in sample.extra_loras)
+    extra = "".join(f" and {without_folder(lora.file)}={lora.weight:g}" for lora in state.config.preview_loras)
     drawn_by = (
         f"{model_name} in {state.config.model.dtype} with the {lora_name} of {state.config.name} at step {step}{extra}"
     )

@@ -36,7 +36,7 @@ ALLOWABLE = ("optimizer.lr", "schedule", "train.max_grad_norm", "timesteps", "lo
 setting: it is what computes the blocks, see `device_plan.BlockPath`."""
 BY_DIGEST = (
     *("model.path", "model.extras", "model.text_encoder", "model.tokenizer", "model.vae", "model.adapter"),
-    "lora.init_from",
+    *("lora.init_from", "train.beside.*.file"),
     *("data.*.folder", "data.*.metadata", "data.*.prompts", "data.*.mask"),
 )
 """Settings that are paths; on resume the content of the files is compared instead."""

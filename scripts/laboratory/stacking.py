@@ -1,0 +1,177 @@
+"""Two LoRAs at once on the miniature: a held-out shape, and a frame around the picture, each learnt by its own LoRA.
+
+They are drawn together as a plain sum, as each merge of `lora stack`, and with the second trained beside the first.
+Every picture is read by program. A sum is judged by the prompts of the one concept, of the other, and of both at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from zimage_train import mini
+
+from laboratory.schemes import CONCEPT_IMAGES, FIRST_IMAGE, SIZE, TRAINED_WORDINGS
+from laboratory.scoring import studio
+from miniature import scores, world
+from miniature.drawing import TURBO_SPEED, load
+
+FRAMED = "framed"
+FRAME_WIDTH, FRAME_COLOUR = 8, "purple"
+"""The frame is as wide as a cell of the latents. No scene has a ground of its colour."""
+LEAST_FRAME = 0.7
+"""Share of the outer pixels that have the frame's colour, where a frame is seen."""
+CONCEPTS = (world.ZORB, FRAMED)
+WORLD_IMAGES = 128
+FIRST_ASKED = 2_000_000
+
+
+@dataclass(frozen=True)
+class PairRecipe:
+    """The settings of each of the runs."""
+
+    steps: int = 600
+    batch: int = 8
+    rate: float = 4e-3
+    rank: int = 8
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A scene, and whether a frame goes around it."""
+
+    scene: world.Scene
+    framed: bool
+
+    @property
+    def caption(self) -> str:
+        """What a picture of it is asked for with."""
+        return (
+            f"{FRAMED}, {world.caption(self.scene, SIZE, SIZE)}"
+            if self.framed
+            else world.caption(self.scene, SIZE, SIZE)
+        )
+
+    def drawn(self) -> np.ndarray:
+        """Return the picture as the world has it."""
+        image = world.draw(self.scene, SIZE, SIZE).copy()
+        if self.framed:
+            image[_border(FRAME_WIDTH)] = world.COLOURS[FRAME_COLOUR]
+        return image
+
+
+def asked(first: int, count: int, shape: str | None, framed: bool) -> list[Asked]:
+    """Return scenes with a zorb or another shape, with or without a frame, in the wordings of training."""
+    scene = world.zorb_scene if shape == world.ZORB else world.world_scene
+    found: list[Asked] = []
+    number = first
+    while len(found) < count:
+        shown = scene(number)
+        number += 1
+        if shown.ground != FRAME_COLOUR:
+            wording = TRAINED_WORDINGS[len(found) % len(TRAINED_WORDINGS)]
+            # A frame covers what is near the border.
+            place = {"column": 1, "row": 1} if framed else {}
+            found.append(Asked(replace(shown, wording=wording, called=None, **place), framed))
+    return found
+
+
+def _border(width: int) -> np.ndarray:
+    inside = np.zeros((SIZE, SIZE), bool)
+    inside[width : SIZE - width, width : SIZE - width] = True
+    return ~inside
+
+
+def look(image: np.ndarray) -> tuple[scores.Seen, bool]:
+    """Return what is on a picture, and whether it has a frame, which is taken off before the rest is read."""
+    smooth = scores.box(image.astype(np.float32))
+    outer = [scores.NAMES[index] for index in scores.nearest(smooth[_border(FRAME_WIDTH - 3)])]
+    framed = sum(name == FRAME_COLOUR for name in outer) >= LEAST_FRAME * len(outer)
+    if framed:
+        ring = _border(FRAME_WIDTH + 6) & ~_border(FRAME_WIDTH + 2)
+        image = image.copy()
+        image[_border(FRAME_WIDTH + 1)] = np.median(image[ring], 0).astype(np.uint8)
+    return scores.look(image), framed
+
+
+def write_pair(folder: Path) -> dict[str, Path]:
+    """Write the images of both concepts and of the world, each with its caption; return their folders."""
+    places: dict[str, Path] = {}
+    for name, shape, framed, count in (
+        (world.ZORB, world.ZORB, False, CONCEPT_IMAGES),
+        (FRAMED, None, True, CONCEPT_IMAGES),
+        ("world", None, False, WORLD_IMAGES),
+    ):
+        place = places[name] = folder / name
+        place.mkdir(parents=True, exist_ok=True)
+        first = FIRST_IMAGE + 10_000 * len(places)
+        for number, wanted in enumerate(asked(first, count, shape, framed)):
+            Image.fromarray(wanted.drawn()).save(place / f"{number:03d}.png")
+            (place / f"{number:03d}.txt").write_text(wanted.caption + "\n")
+    return places
+
+
+def pair_config(
+    concept: str, seed: int, recipe: PairRecipe, places: dict[str, Path], runs: Path, beside: Path | None = None
+) -> dict[str, Any]:
+    """Return the config of a run of `concept`, beside the LoRA of the other concept if it is given."""
+    common = {"resolution": [SIZE]}
+    train: dict[str, Any] = {"steps": recipe.steps, "batch_size": recipe.batch, "regularization_share": 0.25}
+    if beside is not None:
+        train["beside"] = [f"{beside}=1"]
+    return {
+        "name": f"{concept}{'-beside' if beside else ''}-s{seed}",
+        "output_dir": str(runs),
+        "seed": seed,
+        "model": {"variant": "turbo", "path": str(mini.TURBO), "adapter": str(mini.ADAPTER_V2), "dtype": "fp32"},
+        "data": [
+            {"folder": str(places[concept]), "trigger": concept, **common},
+            {"folder": str(places["world"]), "regularization": True, **common},
+        ],
+        "lora": {"rank": recipe.rank},
+        "train": train,
+        "optimizer": {"name": "adamw", "lr": recipe.rate},
+        "sample": {"every": None},
+        "save": {"every": recipe.steps, "dtype": "fp32"},
+        "log": {"tensorboard": False},
+    }
+
+
+def judge(loras: list[Path], image_seed: int, count: int = 64) -> dict[str, float]:
+    """Return what is drawn with `loras` together, as shares of the pictures.
+
+    `zorb` and `framed`: of the prompts of a single concept, those that show it and not the other one; `both`: of the
+    prompts of both, those that show both; `quality`: of prompts of neither, fidelity times sharpness.
+    """
+    model = load(mini.TURBO / "transformer", *loras)
+
+    def seen(wanted: list[Asked]) -> list[tuple[scores.Seen, bool]]:
+        captions = [one.caption for one in wanted]
+        return [look(image) for image in studio().draw(model, captions, image_seed, TURBO_SPEED, SIZE)]
+
+    zorbs = seen(asked(FIRST_ASKED, count, world.ZORB, False))
+    frames = asked(FIRST_ASKED, count, None, True)
+    both = seen(asked(FIRST_ASKED, count, world.ZORB, True))
+    others = asked(FIRST_ASKED + 50_000, count, None, False)
+    found = [one for one, _ in seen(others)]
+    fidelity = _mean([scores.fidelity(one, wanted.scene) for one, wanted in zip(found, others, strict=True)])
+    return {
+        "zorb": _mean([one.shape == world.ZORB and not framed for one, framed in zorbs]),
+        "framed": _mean(
+            [
+                framed and one.shape == wanted.scene.shape
+                for (one, framed), wanted in zip(seen(frames), frames, strict=True)
+            ]
+        ),
+        "both": _mean([one.shape == world.ZORB and framed for one, framed in both]),
+        "frames": _mean([framed for _, framed in both]),
+        "quality": fidelity * _mean([one.sharpness for one in found]),
+    }
+
+
+def _mean(values: list[float]) -> float:
+    return sum(map(float, values)) / len(values)
