@@ -19,6 +19,8 @@ from zimage_train.lora.deltas import Factors
 from helpers import folder
 from lora_commands import converted, lora_command, metadata_of
 from lora_files import data_digest
+from proofs.table import settings
+from proofs.trials import LEFT_OUT, nested
 
 IMAGES = "/home/alice/photos of bob"
 
@@ -138,28 +140,36 @@ def test_levels_say_what_they_promise():
     assert json.loads(full["zimage_train.settings"])["optimizer"]["name"] == "adamw8bit"
 
 
+PATHS = [key.replace(".N", ".0") for key, field in settings() if "_without_variables" in f"{field} {field.annotation}"]
+NEEDED = {
+    "data.0.metadata": {"data.0.folder": LEFT_OUT},
+    "data.0.prompts": {"data.0.folder": LEFT_OUT, "train.method": "de_distill"},
+}
+"""What comes with a path, beside the rest."""
+
+
+def test_paths_are_found():
+    assert {"output_dir", "cache.folder", "data.0.folder", "model.vae", "train.beside.0.file"} <= set(PATHS)
+    assert len(PATHS) > 15
+
+
 @pytest.mark.parametrize("level", ["minimal", "full", "none"])
-def test_no_path_and_no_user_name(level: str):
+@pytest.mark.parametrize("key", PATHS)
+def test_no_path_and_no_user_name(key: str, level: str):
     """No setting that is a path brings a folder into the header."""
-    private = "/home/alice/secret"
-    changes = {
-        "output_dir": f"{private}/runs",
-        "cache": {"folder": f"{private}/cache"},
-        "model": {"path": f"{private}/m.safetensors", "extras": private, "adapter": f"{private}/ad.safetensors"},
-        "lora": {"rank": 4, "init_from": r"C:\Users\alice\start.safetensors"},
-        "sample": {"prompts": ["zorb"], "extra_loras": [f"{private}/x.safetensors"], "compare_on": private},
-        "validation": {"folder": f"{private}/held out"},
-        "log": {"wandb": "alice"},
-    }
-    made = config(level, **changes)
-    mask = made.data[0].model_copy(update={"mask": f"{private}/masks"})
-    text = json.dumps(metadata.training_metadata(made.model_copy(update={"data": [mask]}), "d", ["zorb"]))
-    for word in ("alice", "secret", "bob", "masks", "/home", "Users"):
-        assert word not in text, word
-    if level == "full":
-        settings = json.loads(json.loads(text)["zimage_train.settings"])
-        assert settings["model"]["path"] == "m.safetensors" and settings["model"]["adapter"] == "ad.safetensors"
-        assert settings["lora"]["init_from"] == "start.safetensors" and settings["data"][0]["mask"] is True
+    for private in ("/home/alice/secret/file.safetensors", r"C:\Users\alice\secret\file.safetensors"):
+        values = {"name": "a", "data.0.folder": "photos", "save.metadata": level, "log.wandb": "alice", key: private}
+        made, problems = validate_config(nested(values | NEEDED.get(key, {})), str)
+        assert made is not None, problems
+        text = json.dumps(metadata.training_metadata(made, "d", ["zorb"], ["e"]))
+        for word in ("alice", "secret", "/home", "Users"):
+            assert word not in text, (word, private)
+
+
+def test_settings_in_the_header_are_complete():
+    """With `full`, the header has every section that shapes the weights."""
+    without = {"name", "output_dir", "cache", "memory", "sample", "validation", "save", "log"}
+    assert set(metadata.shared_settings(config("full"))) == set(Config.model_fields) - without
 
 
 def test_merge_keeps_the_words_of_all(tmp_path: Path):

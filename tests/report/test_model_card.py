@@ -14,3 +14,12 @@ def test_card_names_loras_of_previews(make_config, tmp_path: Path):
         cards.append(model_card(CardContent(config, "tiny.safetensors", 4, [], None, 16), "mit", None))
     assert "| previews drawn with | this LoRA and style one.safetensors at 0.5, distillpatch at 1 |" in cards[0]
     assert "alice" not in cards[0] and "previews drawn with" not in cards[1]
+
+
+def test_card_names_loss_and_guidance(make_config):
+    """What changes the loss is on the card, and nothing is where nothing was changed."""
+    config = make_config(loss={"type": "huber", "delta": 0.5}, guidance={"differential": 3.0})
+    card = model_card(CardContent(config, "tiny.safetensors", 4, [], None, 16), "mit", None)
+    assert "| loss | type huber, delta 0.5 |" in card and "| guidance | differential 3.0 |" in card
+    plain = model_card(CardContent(make_config(), "tiny.safetensors", 4, [], None, 16), "mit", None)
+    assert "| loss |" not in plain and "| guidance |" not in plain

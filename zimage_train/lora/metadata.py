@@ -36,7 +36,7 @@ NETWORK_ARGS = "ss_network_args"
 BASE_MODEL, ANY_BASE_MODEL = "ss_base_model_version", "zimage"
 VARIANT, SETTINGS = "zimage_train.variant", "zimage_train.settings"
 SETTINGS_SECTIONS = (
-    *("seed", "lora", "train", "teacher", "timesteps"),
+    *("seed", "lora", "train", "teacher", "timesteps", "loss"),
     *("guidance", "preserve", "optimizer", "schedule", "ema"),
 )
 """Sections of the config that shape the weights and name no file but `lora.init_from` and `train.beside`."""
@@ -124,8 +124,9 @@ def shared_settings(config: Config) -> dict[str, Any]:
         shared["lora"]["init_from"] = without_folder(config.lora.init_from)
     shared["train"]["beside"] = [{**lora, "file": without_folder(lora["file"])} for lora in values["train"]["beside"]]
     shared["model"] = {**values["model"], "path": config.model.label, "extras": None}
-    if config.model.adapter is not None:
-        shared["model"]["adapter"] = without_folder(config.model.adapter)
+    for part in ("adapter", "text_encoder", "tokenizer", "vae"):
+        if values["model"][part] is not None:
+            shared["model"][part] = without_folder(values["model"][part])
     shared["data"] = []
     for entry in values["data"]:
         kept = {key: value for key, value in entry.items() if key not in SOURCES_OF_DATA}

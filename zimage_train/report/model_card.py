@@ -155,6 +155,10 @@ def _settings_section(config: Config, step: int, num_pictures: int | None) -> st
         "noise levels": config.timesteps.summary,
         "precision": config.model.dtype if config.model.quantize is None else config.model.quantize,
     }
+    for name, section in (("loss", config.loss), ("guidance", config.guidance)):
+        changed = section.model_dump(exclude_defaults=True)
+        if changed:
+            rows[name] = ", ".join(f"{key} {value}" for key, value in changed.items())
     if config.preserve.kind is not None:
         rows["preservation"] = f"{config.preserve.kind}, weight {config.preserve.weight:g}"
     if config.sample.extra_loras:
