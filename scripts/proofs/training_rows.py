@@ -88,6 +88,26 @@ STEPS = [
     ),
 ]
 
+BESIDE = {"train.beside.0.file": "{distillpatch}"}
+BESIDES = [
+    Row("train.beside", ["{distillpatch}"], numbers.LOSS, ANOTHER),
+    Row(
+        "train.beside.0.file",
+        "{adapter_v1}",
+        numbers.LOSS,
+        same_as({"train.beside.0.file": LEFT_OUT, "model.adapter": "{adapter_v1}"}, "that of it as training adapter"),
+        given=BESIDE | {"model.adapter": None},
+        neutral="{distillpatch}",
+    ),
+    Row(
+        "train.beside.0.weight",
+        0.0,
+        numbers.LOSS,
+        same_as({"train.beside.0.file": LEFT_OUT}, "that without it"),
+        given=BESIDE,
+    ),
+]
+
 TURBO_GRID = [3.0 * sigma / (1.0 + 2.0 * sigma) for sigma in (index / 8 for index in range(1, 9))]
 
 
@@ -335,4 +355,4 @@ SCHEDULE = [
     ),
 ]
 
-TABLE = [*ADAPTER, *STEPS, *NOISE, *LOSS, *PRESERVE, *OPTIMIZER, *SCHEDULE]
+TABLE = [*ADAPTER, *STEPS, *BESIDES, *NOISE, *LOSS, *PRESERVE, *OPTIMIZER, *SCHEDULE]
