@@ -116,22 +116,38 @@ def write_pair(folder: Path) -> dict[str, Path]:
 
 
 def pair_config(
-    concept: str, seed: int, recipe: PairRecipe, places: dict[str, Path], runs: Path, beside: Path | None = None
+    concept: str,
+    seed: int,
+    recipe: PairRecipe,
+    places: dict[str, Path],
+    runs: Path,
+    beside: Path | None = None,
+    keeps: str | None = None,
 ) -> dict[str, Any]:
-    """Return the config of a run of `concept`, beside the LoRA of the other concept if it is given."""
+    """Return the config of a run of `concept`, beside the LoRA of the other concept if it is given.
+
+    Args:
+        keeps: a concept whose images are regularization towards the prediction without the new LoRA.
+    """
     common = {"resolution": [SIZE]}
-    train: dict[str, Any] = {"steps": recipe.steps, "batch_size": recipe.batch, "regularization_share": 0.25}
+    train: dict[str, Any] = {"steps": recipe.steps, "batch_size": recipe.batch}
+    data: list[dict[str, Any]] = [
+        {"folder": str(places[concept]), "trigger": concept, **common},
+        {"folder": str(places["world"]), "regularization": True, **common},
+    ]
+    name = concept
     if beside is not None:
         train["beside"] = [f"{beside}=1"]
+        name += "-beside"
+    if keeps is not None:
+        data.append({"folder": str(places[keeps]), "regularization": "prior", "repeats": 3, **common})
+        name += "-keeping"
     return {
-        "name": f"{concept}{'-beside' if beside else ''}-s{seed}",
+        "name": f"{name}-s{seed}",
         "output_dir": str(runs),
         "seed": seed,
         "model": {"variant": "turbo", "path": str(mini.TURBO), "adapter": str(mini.ADAPTER_V2), "dtype": "fp32"},
-        "data": [
-            {"folder": str(places[concept]), "trigger": concept, **common},
-            {"folder": str(places["world"]), "regularization": True, **common},
-        ],
+        "data": data,
         "lora": {"rank": recipe.rank},
         "train": train,
         "optimizer": {"name": "adamw", "lr": recipe.rate},
@@ -144,8 +160,9 @@ def pair_config(
 def judge(loras: list[Path], image_seed: int, count: int = 64) -> dict[str, float]:
     """Return what is drawn with `loras` together, as shares of the pictures.
 
-    `zorb` and `framed`: of the prompts of a single concept, those that show it and not the other one; `both`: of the
-    prompts of both, those that show both; `quality`: of prompts of neither, fidelity times sharpness.
+    `zorb` and `framed`: of the prompts of a single concept, those that show it and not the other one, where `framed`
+    asks for a frame around any shape; `both`: of the prompts of both, those that show both; `quality`: of prompts of
+    neither, fidelity times sharpness.
     """
     model = load(mini.TURBO / "transformer", *loras)
 
@@ -154,21 +171,15 @@ def judge(loras: list[Path], image_seed: int, count: int = 64) -> dict[str, floa
         return [look(image) for image in studio().draw(model, captions, image_seed, TURBO_SPEED, SIZE)]
 
     zorbs = seen(asked(FIRST_ASKED, count, world.ZORB, False))
-    frames = asked(FIRST_ASKED, count, None, True)
+    frames = seen(asked(FIRST_ASKED, count, None, True))
     both = seen(asked(FIRST_ASKED, count, world.ZORB, True))
     others = asked(FIRST_ASKED + 50_000, count, None, False)
     found = [one for one, _ in seen(others)]
     fidelity = _mean([scores.fidelity(one, wanted.scene) for one, wanted in zip(found, others, strict=True)])
     return {
         "zorb": _mean([one.shape == world.ZORB and not framed for one, framed in zorbs]),
-        "framed": _mean(
-            [
-                framed and one.shape == wanted.scene.shape
-                for (one, framed), wanted in zip(seen(frames), frames, strict=True)
-            ]
-        ),
+        "framed": _mean([framed and one.shape != world.ZORB for one, framed in frames]),
         "both": _mean([one.shape == world.ZORB and framed for one, framed in both]),
-        "frames": _mean([framed for _, framed in both]),
         "quality": fidelity * _mean([one.sharpness for one in found]),
     }
 

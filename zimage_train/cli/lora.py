@@ -177,6 +177,26 @@ def merge(
 
 
 @lora_commands.command()
+def stack(
+    files: Annotated[
+        list[str],
+        typer.Argument(metavar="FILE[=WEIGHT]", help="LoRAs that are used at once, each with its weight."),
+    ],
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object, with each module.")] = False,
+) -> None:
+    """Measure how LoRAs that are used at once overlap, what their sum leaves of each, and what to do about it.
+
+    survives: the coefficient of a LoRA in the sum, 100% if the others leave it as it is. shared writes and reads: the
+    part of its change that lies where the others write and read too; by chance: as much as unrelated LoRAs would share.
+    """
+    from zimage_train.commands import lora_args, lora_stack
+
+    inputs = [lora_args.parse_weighted_lora(text, "stack") for text in files]
+    report = lora_stack.measure_stack(inputs)
+    print_lines(lora_stack.format_json(report) if as_json else lora_stack.format_report(report))
+
+
+@lora_commands.command()
 def resize(
     file: LoraPath,
     rank: RankText,
