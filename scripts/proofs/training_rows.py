@@ -46,6 +46,7 @@ ADAPTER = [
         becomes([4, 8], [4]),
         neutral={"lora.ranks": {"attention": 4}},
     ),
+    Row("lora.start", "orthogonal", numbers.GRADIENT, ANOTHER),
     Row("lora.dropout", 0.5, numbers.GRADIENT, ANOTHER),
     Row("lora.rank_dropout", 0.5, numbers.GRADIENT, ANOTHER),
     Row("lora.module_dropout", 0.5, numbers.GRADIENT, LESS),

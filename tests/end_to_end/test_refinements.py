@@ -20,7 +20,13 @@ from mini_config import merge
 
 PROMPT = "a red zorb on a blue background"
 SHAPED: dict[str, Any] = {
-    "lora": {"rank": 4, "alpha": 3.0, "rslora": True, "ranks": {"attention": 8, "layers.[01][.]feed.+": 2}},
+    "lora": {
+        "rank": 4,
+        "alpha": 3.0,
+        "rslora": True,
+        "start": "orthogonal",
+        "ranks": {"attention": 8, "layers.[01][.]feed.+": 2},
+    },
     "optimizer": {"name": "adamw", "lr": 2e-3, "lora_plus": 4.0, "lr_factors": {"attention": 0.5, ".+w2": 2.0}},
 }
 """What the fused path has."""
@@ -102,7 +108,7 @@ def test_a_run_begins_with_its_ranks(make_config):
     run_training(first, fresh=False)
     path = folder(first) / "lora" / "first.safetensors"
     settings = copy.deepcopy(SHAPED) | {"optimizer": {"lr": 1e-9, "weight_decay": 0.0}, "save": {"dtype": "fp32"}}
-    settings["lora"] |= {"init_from": str(path), "alpha": None}
+    settings["lora"] |= {"init_from": str(path), "alpha": None, "start": "zero"}
     second = make_config(**merge(settings, {"name": "second", "train": {"steps": 1}}))
     run_training(second, fresh=False)
     before, after = lora_file.read_lora(path), lora_file.read_lora(folder(second) / "lora" / "second.safetensors")

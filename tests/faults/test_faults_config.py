@@ -317,6 +317,8 @@ BAD = {
     "ranks of a LoKr": (LEAST + "lora: {type: lokr, ranks: {attention: 8}}\n", []),
     "dropouts of a LoKr": (LEAST + "lora: {type: lokr, rank_dropout: 0.1}\n", []),
     "a dropout of all": (LEAST + "lora: {rank_dropout: 1.0, module_dropout: -0.1}\n", []),
+    "a start of odd ranks": (LEAST + "lora: {start: orthogonal, ranks: {attention: 3}}\n", []),
+    "a start beside another": (LEAST + "lora: {start: orthogonal, init_from: a.safetensors}\n", []),
     "rslora of a LoKr": (LEAST + "lora: {type: lokr, rslora: true}\n", []),
     "B of a LoKr": (LEAST + "lora: {type: lokr}\noptimizer: {lora_plus: 16}\n", []),
     "learning rates of Prodigy": (LEAST + "optimizer: {name: prodigy, lr: 1.0, lora_plus: 16}\n", []),

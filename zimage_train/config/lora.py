@@ -41,6 +41,9 @@ class LoraSettings(Section):
     1 / (1 - p)."""
     module_dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
     """Fraction of the modules that have no LoRA in a forward pass of the training; the others are as they are."""
+    start: Literal["zero", "orthogonal"] = "zero"
+    """The LoRA at step 0. zero: A random and B zero; orthogonal: both random, with a product of zero, for an even rank
+    (init_lora_weights="orthogonal" of peft)."""
     init_from: NonEmptyPath | None = None
     """LoRA to start from, with the same rank and modules: a file, or org/repo/file."""
 
@@ -76,16 +79,27 @@ class LoraSettings(Section):
         if self.type == "lora":
             if self.rank is None:
                 raise ConflictError("a LoRA needs a rank", "give a number", ("rank",))
+            self._require_start_fits()
             if "factor" in self.model_fields_set and self.factor != 16:
                 raise ConflictError("factor is for type: lokr, and a LoRA has none", "leave it out", ("factor",))
             return self
         if self.alpha is not None and self.rank is None:
             hint = "leave it out, or give a rank"
             raise ConflictError("alpha has no effect on a LoKr whose matrices are whole", hint, ("alpha",))
-        for name in ("dropout", "rank_dropout", "module_dropout", "ranks", "rslora"):
-            if getattr(self, name):
+        for name in ("dropout", "rank_dropout", "module_dropout", "ranks", "rslora", "start"):
+            if getattr(self, name) != type(self).model_fields[name].default:
                 raise ConflictError(f"{name} is for type: lora", "leave it out", (name,))
         return self
+
+    def _require_start_fits(self) -> None:
+        if self.start == "zero":
+            return
+        if self.init_from is not None:
+            raise ConflictError(f"start: {self.start} has no effect beside init_from", "leave it out", ("start",))
+        odd = [rank for rank in (self.rank, *self.ranks.values()) if rank is not None and rank % 2]
+        if odd:
+            hint = f"take {odd[0] + 1}, or leave start out"
+            raise ConflictError(f"start: orthogonal needs an even rank, and one is {odd[0]}", hint, ("start",))
 
     @property
     def factor_number(self) -> int | None:

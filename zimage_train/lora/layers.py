@@ -1,11 +1,10 @@
 """LoRA layers in the frozen transformer, through peft: fp32 master weights, keyed initialisation, exact modules."""
 
 import contextlib
-import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
 from typing import Any, cast
@@ -20,7 +19,9 @@ from torch import Tensor, nn
 
 from zimage_train.config.lora import LoraSettings
 from zimage_train.errors import Problem, WeightsError
+from zimage_train.lora import arithmetic
 from zimage_train.lora.deltas import Deltas, Factors, Lora
+from zimage_train.lora.starts import orthogonal_start, zero_start
 from zimage_train.lora.targets import ranks_of
 from zimage_train.models.arch import BLOCK_PRODUCTS
 from zimage_train.models.linear import FrozenLinear
@@ -82,7 +83,7 @@ class AdapterLayers(ABC):
 
     @abstractmethod
     def deltas(self, state: Mapping[str, Tensor] | None = None) -> Deltas:
-        """Return the current deltas, whose matrices share memory with the model, or those of `state`."""
+        """Return the current deltas, whose matrices may share memory with the model, or those of `state`."""
 
     @abstractmethod
     def initialize_from(self, deltas: Deltas) -> None:
@@ -129,6 +130,8 @@ class LoraLayers(AdapterLayers):
 
     scales: Mapping[str, float]
     """Module -> the factor on its change; ranks may differ, and so may these."""
+    cancels: bool = False
+    """Whether B A begins as a sum of products that cancel, of which little would be left if A and B were rounded."""
 
     @cached_property
     def a(self) -> dict[str, nn.Parameter]:
@@ -161,32 +164,32 @@ class LoraLayers(AdapterLayers):
         deltas: Deltas = {}
         for module in self.a:
             a, b = tensors[f"lora.{module}.A"], tensors[f"lora.{module}.B"]
-            deltas[module] = Factors(a, b, self.scales[module])
+            deltas[module] = factors = Factors(a, b, self.scales[module])
+            if self.cancels:  # other factors of the same change, which are as small as it is
+                deltas[module], *_ = arithmetic.reduce_rank(factors, factors.rank, 1.0, module)
         return deltas
 
 
 def attach_lora(model: nn.Module, settings: LoraSettings, modules: list[str], seed: int) -> LoraLayers:
-    """Attach a new LoRA to `modules`: A uniform in +-1/sqrt(in), as peft initialises it, and B zero, both fp32.
+    """Attach a new LoRA to `modules`, whose change is zero: A and B as `settings.start` says, both fp32.
 
     Args:
-        seed: A is a function of the seed and the module's name alone, so other targets do not change it.
+        seed: they are a function of the seed and the module's name alone, so other targets do not change it.
 
     Raises:
         WeightsError: peft attached it to other modules than requested.
     """
     ranks = ranks_of(settings, modules)
     scales = {module: settings.scale_at(rank) for module, rank in ranks.items()}
-    attached = _inject(model, ranks, scales, settings.dropout)
+    attached = replace(_inject(model, ranks, scales, settings.dropout), cancels=settings.start != "zero")
     attached.flat.allocate_grads()
     for module in modules:
         layer = cast(TrainedLinear, model.get_submodule(module))
         layer.rank_dropout, layer.module_dropout = settings.rank_dropout, settings.module_dropout
+    start = orthogonal_start if settings.start == "orthogonal" else zero_start
     with torch.no_grad():
         for module, a in attached.a.items():
-            bound = 1.0 / math.sqrt(a.shape[1])
-            uniform = torch.rand(a.shape, generator=keyed_generator(seed, "lora", module))
-            a.copy_((uniform * 2.0 - 1.0) * bound)
-            attached.b[module].zero_()
+            start(a, attached.b[module], keyed_generator(seed, "lora", module))
     return attached
 
 
