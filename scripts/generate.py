@@ -69,7 +69,7 @@ def _tidy(node: Any) -> Any:
     return {key: _tidy(value) for key, value in node.items() if key not in drop}
 
 
-EMPTY_LISTS: dict[str, type[BaseModel]] = {"prompts": PreviewPrompt, "extra_loras": ExtraLora}
+EMPTY_LISTS: dict[str, type[BaseModel]] = {"prompts": PreviewPrompt, "extra_loras": ExtraLora, "beside": ExtraLora}
 """Lists that are empty by default, so that the reference describes the fields of their entries separately."""
 
 

@@ -157,6 +157,7 @@ ACCEPTED_AND_REFUSED = {
     "sample.prompts[].width": ([None, 64], [16, 1000]),
     "sample.prompts[].height": ([None, 64], [16, 1000]),
     "sample.extra_loras[].weight": ([-100.0, 0, 1.5, 100], [-100.1, 100.1]),
+    "train.beside[].weight": ([-100.0, 0, 1.5, 100], [-100.1, 100.1]),
     "save.every": ([1, 10**6, None], [0]),
     "save.keep": ([1, 100], [0, -1]),
 }
@@ -689,7 +690,7 @@ def test_yaml_small_numbers(value: float, text: str):
 
 def test_effective_config_is_complete(read):
     """Every option is in the effective config."""
-    config = read("sample: {prompts: [x], extra_loras: [y]}")
+    config = read("sample: {prompts: [x], extra_loras: [y]}\ntrain: {beside: z}")
     written = {re.sub(r"\.\d+\.", "[].", name) for name in flatten_keys(yaml.safe_load(dump_config(config)))}
     assert written == set(OPTIONS)
 
@@ -751,7 +752,11 @@ def test_reference_config(read):
     assert read_config(path) == read(least="name: my_lora\ndata: [{folder: photos}]\n")
     lines = path.read_text().splitlines()
     values = flatten_keys(yaml.safe_load(path.read_text()))
-    empty = {"prompts[]": "sample.prompts", "extra_loras[]": "sample.extra_loras"}
+    empty = {
+        "prompts[]": "sample.prompts",
+        "extra_loras[]": "sample.extra_loras",
+        "beside[]": "train.beside",
+    }
     inside = {name for name in OPTIONS for part in empty if part in name}
     assert {re.sub(r"\.\d+\.", "[].", name) for name in values} | inside == set(OPTIONS) | set(empty.values())
     uncommented = [

@@ -44,7 +44,7 @@ def option_names(section: type[BaseModel] = Config, prefix: str = "") -> Iterato
 
 
 OPTIONS = dict(option_names())
-IN_LISTS = {"prompts": {"prompt": "p"}, "extra_loras": {"file": "x.safetensors"}}
+IN_LISTS = {"prompts": {"prompt": "p"}, "extra_loras": {"file": "x.safetensors"}, "beside": {"file": "y.safetensors"}}
 """What an entry of a list that is empty by default needs at least."""
 
 
