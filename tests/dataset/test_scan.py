@@ -132,7 +132,7 @@ def metadata(root: Path, name: str, rows: list[dict[str, Any]] | str | bytes) ->
 
 
 @pytest.mark.parametrize("name", ["m.jsonl", "m.csv", "M.JSONL", "M.CSV"])
-@pytest.mark.parametrize(("image", "prompt"), [("image", "prompt"), ("file_name", "text"), ("image", "text")])
+@pytest.mark.parametrize(("image", "prompt"), [("image", "prompt"), ("file_name", "text"), ("image_path", "caption")])
 def test_metadata_dialects(photos: Path, name: str, image: str, prompt: str):
     """Metadata names images and prompts in either dialect."""
     rows = [{image: "sub/c.webp", prompt: "a zorb\r\nhere"}, {image: "a.jpg", prompt: "[trigger], \u2028 x"}]
@@ -191,7 +191,7 @@ def test_metadata_bad_rows(photos: Path):
     }
     assert "is not JSON (Expecting value" in by_line[f"{path}:2"]
     assert by_line[f"{path}:4"].endswith(
-        "has no text in image or file_name; its columns are picture, prompt; give image as text"
+        "has no text in image or file_name or image_path; its columns are picture, prompt; give image as text"
     )
     assert by_line[f"{path}:6"].endswith(
         "has no text in prompt or text or caption; its columns are image, prompt; give prompt as text"
@@ -282,7 +282,7 @@ def test_nothing_is_written_while_scanning(photos: Path):
     before = state()
     scanned(photos)
     assert state() == before
-    assert IMAGE_COLUMNS == ("image", "file_name")
+    assert IMAGE_COLUMNS == ("image", "file_name", "image_path")
 
 
 # Folders of kohya's layout, several captions

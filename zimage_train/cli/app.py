@@ -15,7 +15,7 @@ from zimage_train.cli.interruptible import Interruptible
 from zimage_train.cli.lora import lora_commands
 from zimage_train.cli.prepare import start_commands
 from zimage_train.cli.sampling import draw_commands
-from zimage_train.compat.formats import AI_TOOLKIT
+from zimage_train.compat.formats import AI_TOOLKIT, DATASET_TOML
 from zimage_train.config import load
 from zimage_train.config.foreign import register_format
 from zimage_train.config.schema import Config
@@ -23,6 +23,7 @@ from zimage_train.errors import ConfigError, DiskError, Problem, ZImageTrainErro
 from zimage_train.report.printing import JSON_OUTPUT, discard_stdout, error_event, print_lines, print_notes, print_raw
 
 register_format(AI_TOOLKIT)
+register_format(DATASET_TOML)
 
 app = typer.Typer(
     cls=Interruptible,

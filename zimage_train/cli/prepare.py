@@ -242,7 +242,7 @@ def import_(
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
 ) -> None:
-    """Convert a job of AI Toolkit to a config with every setting.
+    """Convert a job of AI Toolkit, or a dataset file of sd-scripts or musubi-tuner, to a config with every setting.
 
     Keys that cannot be honoured are refused, all at once. Other differences are reported as notes.
     """

@@ -15,8 +15,8 @@ class DataEntry(Section):
     folder: NonEmptyPath | None = None
     """Folder of images, including its subfolders."""
     metadata: NonEmptyPath | None = None
-    """Instead of a folder, a .jsonl or .csv with the columns image (or file_name) and prompt (or text); paths are
-    relative to the file."""
+    """Instead of a folder, a .jsonl or .csv with the columns image (or file_name, image_path) and prompt (or text,
+    caption); paths are relative to the file."""
     prompts: NonEmptyPath | None = None
     """Instead of images, a text file with a prompt per line, for a train.method that draws its own images; they are
     square."""

@@ -46,7 +46,8 @@ def convert_job(path: Path, text: str, overrides: Sequence[str] = ()) -> ConfigW
 
 def write_config(config: Config, notes: list[str], source: Path) -> str:
     """Return the text of an imported config: its source and the notes as comments, then all settings."""
-    comments = [f"# Imported from {source.name}, a job of AI Toolkit.", *(f"# {note}" for note in notes)]
+    kind = "a dataset file" if source.suffix.lower() == ".toml" else "a job of AI Toolkit"
+    comments = [f"# Imported from {source.name}, {kind}.", *(f"# {note}" for note in notes)]
     one_line_each = [" ".join(comment.split()) for comment in comments]
     return "\n".join([*one_line_each, "", load.dump_config(config)])
 
