@@ -47,6 +47,7 @@ ADAPTER = [
         neutral={"lora.ranks": {"attention": 4}},
     ),
     Row("lora.start", "orthogonal", numbers.GRADIENT, ANOTHER),
+    Row("lora.start", "pissa", numbers.RANKS, becomes([8], [4])),
     Row("lora.dropout", 0.5, numbers.GRADIENT, ANOTHER),
     Row("lora.rank_dropout", 0.5, numbers.GRADIENT, ANOTHER),
     Row("lora.module_dropout", 0.5, numbers.GRADIENT, LESS),

@@ -32,7 +32,8 @@ SHAPED: dict[str, Any] = {
 """What the fused path has."""
 RANDOM = merge(SHAPED, {"lora": {"dropout": 0.1, "rank_dropout": 0.3, "module_dropout": 0.2}})
 """What is random, and runs as modules."""
-REFINED = pytest.mark.parametrize("settings", [SHAPED, RANDOM], ids=["shaped", "random"])
+PISSA = merge(SHAPED, {"lora": {"start": "pissa"}})
+REFINED = pytest.mark.parametrize("settings", [SHAPED, RANDOM, PISSA], ids=["shaped", "random", "pissa"])
 
 
 def numbers(config: Config) -> bytes:

@@ -318,6 +318,7 @@ BAD = {
     "dropouts of a LoKr": (LEAST + "lora: {type: lokr, rank_dropout: 0.1}\n", []),
     "a dropout of all": (LEAST + "lora: {rank_dropout: 1.0, module_dropout: -0.1}\n", []),
     "a start of odd ranks": (LEAST + "lora: {start: orthogonal, ranks: {attention: 3}}\n", []),
+    "dropout of principal parts": (LEAST + "lora: {start: pissa, rank_dropout: 0.1}\n", []),
     "a start beside another": (LEAST + "lora: {start: orthogonal, init_from: a.safetensors}\n", []),
     "rslora of a LoKr": (LEAST + "lora: {type: lokr, rslora: true}\n", []),
     "B of a LoKr": (LEAST + "lora: {type: lokr}\noptimizer: {lora_plus: 16}\n", []),

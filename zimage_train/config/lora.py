@@ -41,9 +41,10 @@ class LoraSettings(Section):
     1 / (1 - p)."""
     module_dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
     """Fraction of the modules that have no LoRA in a forward pass of the training; the others are as they are."""
-    start: Literal["zero", "orthogonal"] = "zero"
-    """The LoRA at step 0. zero: A random and B zero; orthogonal: both random, with a product of zero, for an even rank
-    (init_lora_weights="orthogonal" of peft)."""
+    start: Literal["zero", "orthogonal", "pissa"] = "zero"
+    """The LoRA at step 0. zero: A random and B zero; orthogonal: both random, with a product of zero, for an even rank;
+    pissa: the principal part of each weight (with the training adapter), which is subtracted again, so that the
+    exported file has twice the rank. docs/settings.md says what the last two are good for."""
     init_from: NonEmptyPath | None = None
     """LoRA to start from, with the same rank and modules: a file, or org/repo/file."""
 
@@ -96,6 +97,12 @@ class LoraSettings(Section):
             return
         if self.init_from is not None:
             raise ConflictError(f"start: {self.start} has no effect beside init_from", "leave it out", ("start",))
+        if self.start == "pissa":
+            for name in ("dropout", "rank_dropout", "module_dropout"):
+                if getattr(self, name) > 0:
+                    hint = "leave either of them out"
+                    raise ConflictError(f"{name} with start: pissa would drop parts of the weights", hint, (name,))
+            return
         odd = [rank for rank in (self.rank, *self.ranks.values()) if rank is not None and rank % 2]
         if odd:
             hint = f"take {odd[0] + 1}, or leave start out"
@@ -105,6 +112,11 @@ class LoraSettings(Section):
     def factor_number(self) -> int | None:
         """The factor, or None for auto."""
         return None if self.factor == "auto" else self.factor
+
+    @property
+    def exported_rank(self) -> int | None:
+        """The rank in the exported file: what PiSSA subtracts is a part of it."""
+        return 2 * self.rank if self.start == "pissa" and self.rank is not None else self.rank
 
     @property
     def draws_masks(self) -> bool:

@@ -20,7 +20,7 @@ from zimage_train.errors import Problem, WeightsError
 from zimage_train.io.tensorfile import TORCH_DTYPES
 from zimage_train.lora.layers import base_layer
 from zimage_train.lora.training_adapter import MergeCount, TrainingAdapter, merge_adapter, merge_all
-from zimage_train.models import loading, transformer
+from zimage_train.models import loading, quantize, transformer
 from zimage_train.models.arch import IN_A_BLOCK, TransformerShape
 from zimage_train.models.host_copy import HostCopy
 from zimage_train.models.linear import FrozenLinear
@@ -72,6 +72,12 @@ class FrozenTransformer:
             cpu_buffer = self.offloader.cpu_buffer(parameter) if self.offloader is not None else None
             stored.append(parameter.data if cpu_buffer is None else cpu_buffer)
         return stored
+
+    def dense_weight(self, module: str) -> Tensor:
+        """Return the weight (out, in) of a linear layer in a block, on the device, unpacked if it is quantised."""
+        device = next(self.model.parameters()).device
+        weight, *scales = [tensor.to(device) for tensor in self.stored_tensors(f"{module}.weight")]
+        return quantize.unpack(weight, scales[0], self.model.dtype) if scales else weight
 
     def exchange(self, second_model: Path | None) -> None:
         """Exchange the weights in use with those that wait for `second_model`."""

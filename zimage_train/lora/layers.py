@@ -3,8 +3,8 @@
 import contextlib
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain
 from typing import Any, cast
@@ -38,6 +38,8 @@ class TrainedLinear(peft_lora.Linear):
 
     rank_dropout = 0.0
     module_dropout = 0.0
+    offset: tuple[Tensor, Tensor] | None = None
+    """Fixed A and B whose product is subtracted, in the dtype of the model; None: there is nothing to subtract."""
 
     @property
     def draws_masks(self) -> bool:
@@ -53,6 +55,10 @@ class TrainedLinear(peft_lora.Linear):
         a = cast(nn.Linear, self.lora_A[ADAPTER_NAME]).weight
         b = cast(nn.Linear, self.lora_B[ADAPTER_NAME]).weight
         scale = self.scaling[ADAPTER_NAME]
+        if self.offset is not None:
+            # In one product, whose sum in fp32 is what is left of the two; rounded apart, little of it would be.
+            a = torch.cat([a, self.offset[0].to(a.dtype)], dim=0)
+            b = torch.cat([b, -self.offset[1].to(b.dtype)], dim=1)
         # Dropout changes the input of the LoRA but not of the base, and the single operation takes the same x for both.
         if not self.training or not self.draws_masks:
             return base.with_lora(x, a, b, scale)
@@ -101,6 +107,15 @@ class AdapterLayers(ABC):
         """Return name -> view of `buffer`, which is laid out as the matrices are."""
         return {f"lora.{name}": tensor for name, tensor in self.flat.split(buffer).items()}
 
+    def fixed_state(self) -> dict[str, Tensor]:
+        """Return name -> tensor of what is not trained, but cannot be made again to the bit on another machine."""
+        return {}
+
+    def load_fixed_state(self, state: Mapping[str, Tensor]) -> None:
+        """Copy what `fixed_state` returned into the model."""
+        for name, tensor in self.fixed_state().items():
+            tensor.copy_(state[name])
+
     def load_state(self, state: Mapping[str, Tensor], where: str) -> None:
         """Copy `state` into the model.
 
@@ -132,6 +147,8 @@ class LoraLayers(AdapterLayers):
     """Module -> the factor on its change; ranks may differ, and so may these."""
     cancels: bool = False
     """Whether B A begins as a sum of products that cancel, of which little would be left if A and B were rounded."""
+    offsets: Mapping[str, Factors] = field(default_factory=dict)
+    """Module -> fixed factors whose change is subtracted from its own, if any."""
 
     @cached_property
     def a(self) -> dict[str, nn.Parameter]:
@@ -159,11 +176,43 @@ class LoraLayers(AdapterLayers):
             # This model multiplies by its own scale, so the quotient of the two keeps the delta as it is.
             self.b[module].copy_(factors.b.float() * (factors.scale / self.scales[module]))
 
+    @torch.no_grad()
+    def subtract_weights(self, model: nn.Module, weight_of: Callable[[str], Tensor]) -> "LoraLayers":
+        """Return these layers with the principal part of each weight as their start, and as what is subtracted.
+
+        This is PiSSA (arXiv 2404.02948) with W left as it is: instead of W less its principal part, the change is the
+        LoRA less its start.
+
+        Args:
+            weight_of: module -> the weight (out, in) that it is used with.
+        """
+        offsets: dict[str, Factors] = {}
+        for module, a in self.a.items():
+            weight, b, scale = weight_of(module), self.b[module], self.scales[module]
+            principal, *_ = arithmetic.factorize(weight.float(), len(a), 1.0, module)
+            # In the dtype of the products, so that the start cancels to the last bit.
+            fixed_a, fixed_b = ((part / scale**0.5).to(weight.dtype) for part in (principal.a, principal.b))
+            a.copy_(fixed_a)
+            b.copy_(fixed_b)
+            layer = cast(TrainedLinear, model.get_submodule(module))
+            layer.offset = (fixed_a.to(a.device), fixed_b.to(a.device))
+            offsets[module] = Factors(*layer.offset, scale)
+        return replace(self, offsets=offsets, cancels=True)
+
+    def fixed_state(self) -> dict[str, Tensor]:
+        tensors: dict[str, Tensor] = {}
+        for module, factors in self.offsets.items():
+            tensors |= {f"fixed.{module}.A": factors.a, f"fixed.{module}.B": factors.b}
+        return tensors
+
     def deltas(self, state: Mapping[str, Tensor] | None = None) -> Deltas:
         tensors = state or self.state()
         deltas: Deltas = {}
         for module in self.a:
             a, b = tensors[f"lora.{module}.A"], tensors[f"lora.{module}.B"]
+            if module in self.offsets:
+                a = torch.cat([a, self.offsets[module].a.to(a)], dim=0)
+                b = torch.cat([b, -self.offsets[module].b.to(b)], dim=1)
             deltas[module] = factors = Factors(a, b, self.scales[module])
             if self.cancels:  # other factors of the same change, which are as small as it is
                 deltas[module], *_ = arithmetic.reduce_rank(factors, factors.rank, 1.0, module)

@@ -95,7 +95,7 @@ def _network(lora: LoraSettings) -> dict[str, str]:
     """Return kind and size of the adapter, as kohya's tools and LyCORIS write them."""
     size: dict[str, str] = {}
     if lora.rank is not None:
-        rank = SEVERAL_RANKS if lora.ranks else str(lora.rank)
+        rank = SEVERAL_RANKS if lora.ranks else str(lora.exported_rank)
         size = {"ss_network_dim": rank, "ss_network_alpha": rank}
     if lora.type == "lora":
         return size  # alpha is the rank: the scale is folded into B

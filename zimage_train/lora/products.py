@@ -92,6 +92,8 @@ class LoraProduct(Product):
     a_start: int
     """Index of the first element of the A of all layers, which follow each other, in the factors of the block."""
     b_starts: list[int]
+    offset: tuple[Tensor, list[Tensor]] | None = None
+    """Fixed A of all layers (rank, in) and B of each, whose products are subtracted, in the dtype of x."""
 
     @property
     def rank(self) -> int:
@@ -125,9 +127,16 @@ class LoraProduct(Product):
         self._multiply(rows, results)
         if inner is None:
             return
+        fixed_inner = None if self.offset is None else rows @ self.offset[0].T
         for index, y in enumerate(results):
             if self.ranks[index]:
                 b = self.b(factors, index)
+                if self.offset is not None and fixed_inner is not None:
+                    # One product, whose sum in fp32 is what is left of the two.
+                    columns = self.columns[index]
+                    both = torch.cat([inner[:, columns], fixed_inner[:, columns]], dim=1)
+                    y.addmm_(both, torch.cat([b, -self.offset[1][index]], dim=1).T, alpha=self.scales[index])
+                    continue
                 # In place, so that the LoRA's share of the output is never a tensor of its own.
                 y.addmm_(inner[:, self.columns[index]], b.T, alpha=self.scales[index])
 
@@ -147,12 +156,24 @@ class LoraProduct(Product):
             torch.mm(grad_inner.T, rows, out=self.a(out))
         if not needs_x:
             return None
+        a = self.a(factors)
+        if self.offset is not None and grad_inner is not None:
+            a = torch.cat([a, self.offset[0]], dim=0)
+            grad_inner = torch.cat([grad_inner, self._grad_of_fixed_inner(grad_rows)], dim=1)
         if grad_inner is not None and not self.is_fp8:
-            grad_x = grad_inner @ self.a(factors)
+            grad_x = grad_inner @ a
         grad_x = self._multiply_backward(grad_rows, rows, grad_x)
         if grad_inner is not None and self.is_fp8:
-            grad_x.addmm_(grad_inner, self.a(factors))
+            grad_x.addmm_(grad_inner, a)
         return grad_x.view(x.shape)
+
+    def _grad_of_fixed_inner(self, grads: list[Tensor]) -> Tensor:
+        assert self.offset is not None
+        out = grads[0].new_empty(len(grads[0]), self.rank)
+        for index, grad in enumerate(grads):
+            if self.ranks[index]:
+                _scaled_product(grad, self.offset[1][index], -self.scales[index], out[:, self.columns[index]])
+        return out
 
 
 @dataclass(frozen=True)
@@ -222,6 +243,8 @@ def find_product(name: str, block: nn.Module, group: tuple[str, ...], starts: Ma
     if any(isinstance(layer, KroneckerLinear) for layer in found.values()):
         return _kronecker_product(name, found, starts, begin)
     layers, ranks, scales, a_starts, b_starts = [], [], [], [], []
+    fixed_a: list[Tensor] = []
+    fixed_b: list[Tensor] = []
     for leaf, layer in found.items():
         if isinstance(layer, TrainedLinear):
             layers.append(layer.get_base_layer())
@@ -229,12 +252,17 @@ def find_product(name: str, block: nn.Module, group: tuple[str, ...], starts: Ma
             scales.append(layer.scaling[ADAPTER_NAME])
             a_starts.append(starts[f"{name}{leaf}.A"] - begin)
             b_starts.append(starts[f"{name}{leaf}.B"] - begin)
+            if layer.offset is not None:
+                fixed_a.append(layer.offset[0])
+                fixed_b.append(layer.offset[1])
         else:
             layers.append(layer)
             ranks.append(0)
             scales.append(0.0)
             b_starts.append(0)
-    return LoraProduct(layers, ranks, scales, min(a_starts, default=0), b_starts)
+            fixed_b.append(torch.empty(0))
+    offset = (torch.cat(fixed_a), fixed_b) if fixed_a else None
+    return LoraProduct(layers, ranks, scales, min(a_starts, default=0), b_starts, offset)
 
 
 def _kronecker_product(

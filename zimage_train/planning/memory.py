@@ -98,6 +98,8 @@ class Workload:
     """Whether the blocks of a step are fused; see `fuses_blocks`."""
     vae_channels: int = VAE_CHANNELS
     ema: bool = False
+    pissa: bool = False
+    """Whether the LoRA has as many fixed values as parameters, in `dtype`, and is exported with both."""
     extra_steps: int = 0
     """Additional forward and backward passes on each batch, in sequence, as for preservation."""
     extra_forwards: float = 0.0
@@ -178,6 +180,7 @@ def make_workload(
         gpu=gpu,
         is_fused=fuses_blocks(config, modules, gpu),
         ema=config.ema.decay is not None,
+        pissa=config.lora.start == "pissa",
         rank=0 if config.lora.type == "lokr" or config.lora.ranks else config.lora.rank or 0,
         lokr=tuple(_lokr_shapes(config.lora, shape, modules)),
         # Preservation has a batch of its own with a backward, and a forward of the frozen model as its target.
@@ -311,7 +314,7 @@ def _with_weights(workload: Workload, placement: WeightPlacement, activations: i
     # Per LoRA parameter: the fp32 weight, its fp32 gradient, the optimizer's state, and the fp32 copy of the EMA. The
     # temporaries of an update cannot have the memory of the activations, which captured steps keep.
     bytes_per_parameter = 4 + 4 + optimizer.state_bytes + optimizer.update_bytes + 4 * workload.ema
-    lora = int(workload.trained * bytes_per_parameter)
+    lora = int(workload.trained * (bytes_per_parameter + bytes_per_number(workload.dtype) * workload.pissa))
     context = 0
     if workload.gpu:
         context = int(CONTEXT_BYTES + WORKSPACE_BYTES + gaps + UNCONFIRMED * (weights + lora + activations))
@@ -373,8 +376,7 @@ def adapter_parameters(settings: LoraSettings, shape: TransformerShape, modules:
     """Return the number of parameters of the adapter that `settings` describe, on `modules`."""
     if settings.type == "lokr":
         return sum(kronecker.numel for kronecker in shapes_of(settings, shape.linears, modules).values())
-    ranks = ranks_of(settings, modules)
-    return sum(lora_parameters(shape, [module], rank) for module, rank in ranks.items())
+    return sum(lora_parameters(shape, [module], rank) for module, rank in ranks_of(settings, modules).items())
 
 
 def _lokr_shapes(settings: LoraSettings, shape: TransformerShape, modules: list[str]) -> list[KroneckerShape]:

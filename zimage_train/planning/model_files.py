@@ -80,6 +80,7 @@ def find_model_files(
     with _collect_problems(errors, notes):
         modules = targets.select_modules(config.lora.targets, shape.linears)
         _require_patterns_match(config, modules)
+        _require_principal_parts(config, modules, shape)
         init_from = _init_from(config, modules, known_shape, fetch)
     if extras is not None:
         with collect_errors(errors):
@@ -180,6 +181,22 @@ def _require_patterns_match(config: Config, modules: list[str]) -> None:
     with collect_errors(errors):
         targets.lr_factors_of(config.optimizer, modules)
     raise_all(errors)
+
+
+def _require_principal_parts(config: Config, modules: list[str], shape: TransformerShape) -> None:
+    """Require that each weight has as many singular values as `lora.start: pissa` takes of it.
+
+    Raises:
+        ConfigError: names the first that has not.
+    """
+    if config.lora.start != "pissa":
+        return
+    for module, rank in targets.ranks_of(config.lora, modules).items():
+        most = min(shape.linears[module])
+        if rank > most:
+            message = f"{module} has rank {rank}, and its weight no more than {most} singular values"
+            hint = f"set its rank to {most} at the most, by lora.rank or lora.ranks"
+            raise ConfigError(Problem(Location(key="lora.start"), message, hint, "bad-value"))
 
 
 def _require_same_ranks(found: Mapping[str, int], wanted: Mapping[str, int], location: Location) -> None:

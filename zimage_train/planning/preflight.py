@@ -195,8 +195,10 @@ def _disk_bytes(config: Config, model_files: ModelFiles | None) -> int:
         return 0
     parameters = memory.adapter_parameters(config.lora, model_files.shape, model_files.modules)
     copies = 1 if config.ema.decay is None else 2
+    fixed = parameters if config.lora.start == "pissa" else 0
     checkpoint = parameters * (4 * copies + OPTIMIZERS[config.optimizer.name].state_bytes)
-    export = parameters * bytes_per_number(config.save.dtype) * copies
+    checkpoint += fixed * bytes_per_number(config.model.dtype)
+    export = (parameters + fixed) * bytes_per_number(config.save.dtype) * copies
     # An old file is removed once the new file is complete. So there are at most two checkpoints and a new one; and of
     # exports `save.keep`, a new export, and the final export.
     return int(checkpoint * 3 + export * (config.save.keep + 2))

@@ -170,7 +170,8 @@ def _saves_seconds(config: Config, workload: Workload) -> float:
     """Return the seconds in which checkpoints and LoRAs are written while training waits."""
     times = 1 if config.save.every is None else -(-config.train.steps // config.save.every)
     checkpoint = workload.trained * (4 + OPTIMIZERS[workload.optimizer].state_bytes + 4 * workload.ema)
-    exported = workload.trained * bytes_per_number(config.save.dtype) * (1 + workload.ema)
+    checkpoint += workload.trained * workload.pissa * bytes_per_number(workload.dtype)
+    exported = workload.trained * (1 + workload.pissa) * bytes_per_number(config.save.dtype) * (1 + workload.ema)
     return times * (checkpoint + exported) / WRITE_BYTES_PER_SECOND
 
 

@@ -22,7 +22,7 @@ from zimage_train.diffusion.drift import DriftMeter
 from zimage_train.diffusion.frozen import FrozenTransformer, load_frozen
 from zimage_train.lora import adapters, lora_file, targets, training_adapter
 from zimage_train.lora.deltas import Deltas
-from zimage_train.lora.layers import AdapterLayers
+from zimage_train.lora.layers import AdapterLayers, LoraLayers
 from zimage_train.lora.metadata import training_metadata
 from zimage_train.optim import ema, optimizers
 from zimage_train.optim.ema import Ema
@@ -232,6 +232,10 @@ def _attach_lora(context: RunContext, frozen: FrozenTransformer) -> AdapterLayer
     if settings.ranks:
         counts = targets.count_ranks(settings, modules).items()
         console.info(f"ranks: {', '.join(f'{rank} on {count} modules' for rank, count in counts)}")
+    if settings.start == "pissa":
+        assert isinstance(attached, LoraLayers)
+        attached = attached.subtract_weights(frozen.model, frozen.dense_weight)
+        console.info("it begins as the principal part of each weight, which is subtracted (PiSSA)")
     init_from = context.model_files.paths.init_from
     if init_from is not None:
         attached.initialize_from(lora_file.read_deltas(init_from))
@@ -269,6 +273,7 @@ def generated_data(context: RunContext) -> GeneratedData:
 def _load_checkpoint(checkpoint: Checkpoint, lora: AdapterLayers, averages: Ema | None, optimizer: Optimizer) -> None:
     where = str(checkpoint.path)
     lora.load_state(checkpoint.part("lora."), where)
+    lora.load_fixed_state(checkpoint.part("fixed."))
     if averages is not None:
         averages.load_state(checkpoint.part("ema."), where)
     tensors, numbers = checkpoint.part("optim."), checkpoint.metadata["optimizer"]

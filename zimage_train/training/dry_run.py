@@ -211,9 +211,8 @@ def _try_save(state: TrainState) -> None:
     """Write a checkpoint and a LoRA, and read them back."""
     path, trained, dtype = state.folder.rehearsal, state.lora.deltas(), state.config.save.dtype
     try:
-        tensorfile.save_with_digest(
-            path, state.lora.state() | optimizers.optimizer_state(state.optimizer, state.lora.flat)[0], {}
-        )
+        tensors = state.lora.state() | state.lora.fixed_state()
+        tensorfile.save_with_digest(path, tensors | optimizers.optimizer_state(state.optimizer, state.lora.flat)[0], {})
         tensorfile.load_with_digest(path)
         lora_file.export_lora(path, trained, dtype, state.export_metadata)
         verify.verify_export(path, trained, dtype, state.frozen.shape)

@@ -30,8 +30,8 @@ def save_checkpoint(state: TrainState, step: int) -> None:
     """
     tensors, optimizer = optimizers.optimizer_state(state.optimizer, state.lora.flat)
     numbers = {"optimizer": optimizer, "identity": dict(state.identity), "path": state.path}
-    averages = state.ema.state() if state.ema else {}
-    for path in checkpoint.save(state.folder.checkpoints, step, state.lora.state() | averages | tensors, numbers):
+    tensors |= state.lora.state() | state.lora.fixed_state() | (state.ema.state() if state.ema else {})
+    for path in checkpoint.save(state.folder.checkpoints, step, tensors, numbers):
         state.console.warning(f"{path}: cannot be removed; going on")
 
 
