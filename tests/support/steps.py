@@ -62,7 +62,16 @@ def unfused(
 def gradients(
     frozen, attached, captions: tuple[int, ...] = (5, 40), size: tuple[int, int] = (8, 8), seed: int = 5
 ) -> list[torch.Tensor]:
-    """The loss and the gradient of every factor; captions of different lengths are padded, and need a mask."""
+    """The loss and the gradient of every factor."""
+    loss = loss_of(frozen, captions, size, seed)
+    loss.backward()
+    found = [loss.detach(), *(tensor.clone() for tensor in attached.flat.split(attached.flat.grads).values())]
+    attached.flat.zero_grad()
+    return found
+
+
+def loss_of(frozen, captions: tuple[int, ...] = (5, 40), size: tuple[int, int] = (8, 8), seed: int = 5) -> torch.Tensor:
+    """The loss; captions of different lengths are padded, and need a mask."""
     draw = torch.Generator().manual_seed(seed)
     frozen.model.train()
     torch.manual_seed(6)
@@ -70,11 +79,7 @@ def gradients(
     dtype = frozen.model.dtype
     prompts = [torch.randn(length, frozen.shape.cap_feat_dim, generator=draw).to(dtype) for length in captions]
     prediction = velocity(frozen.model, x, torch.rand(len(captions), generator=draw), prompts)
-    loss = prediction.square().mean()
-    loss.backward()
-    found = [loss.detach(), *(tensor.clone() for tensor in attached.flat.split(attached.flat.grads).values())]
-    attached.flat.zero_grad()
-    return found
+    return prediction.square().mean()
 
 
 def counted_step(

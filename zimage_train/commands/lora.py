@@ -45,10 +45,12 @@ def verify_file(path: Path, model: str | None) -> list[str]:
     precision = "fp32" if set(summary.dtypes) == {"F32"} else "bf16"
     error = verify.verify_export(path, lora, precision, shape)
     count = f"{len(lora)}/{len(lora)}"
+    program, loads = f"diffusers {diffusers.__version__}", f"ComfyUI loads {count}"
+    loads = f"{program} loads {count}, {loads}" if verify.diffusers_reads(lora) else f"{loads}, {program} not this kind"
     lines = [
         *describe_lora(path, summary),
         f"fits {name}: {count} modules",
-        f"diffusers {diffusers.__version__} loads {count}, ComfyUI loads {count}: the same change to {error:.1e}",
+        f"{loads}: the same change to {error:.1e}",
     ]
     unchanged = [module for module, norm in summary.norms.items() if norm == 0.0]
     if unchanged:

@@ -181,16 +181,20 @@ def weight_command(path: Path, texts: Sequence[str], output: OutputFile | None) 
 def resize_command(path: Path, rank: int | None, energy: float, output: OutputFile) -> list[str]:
     """Reduce a LoRA to `rank`, or for None to the lowest ranks that keep `energy` of each module's squared delta.
 
-    A LoKr becomes a LoRA.
+    A LoKr or LoHa becomes a LoRA.
 
     Raises:
         ConfigError: the file has no higher rank than that.
-        WeightsError: the file is not a LoRA or LoKr.
+        WeightsError: the file is not a LoRA, LoKr or LoHa.
     """
     output.require_free(path)
     deltas = lora_file.read_deltas(path)
     lora = {module: delta for module, delta in deltas.items() if isinstance(delta, Factors)}
-    before = f"rank {format_ranks(lora)}" if len(lora) == len(deltas) else "LoKr"
+    before = (
+        f"rank {format_ranks(lora)}"
+        if len(lora) == len(deltas)
+        else " and ".join(sorted({delta.kind for delta in deltas.values()}))
+    )
     if len(lora) == len(deltas) and rank is not None and rank >= max(ranks_of(lora)):
         hint = "a higher rank would add nothing; lora convert copies the file"
         raise ConfigError(Problem("--rank", f"is {rank}, but {path} already has {before}", hint, "bad-argument"))

@@ -8,16 +8,20 @@ from pydantic import Field, field_validator, model_validator
 from zimage_train.config.module_groups import TARGET_GROUPS, module_pattern, require_patterns
 from zimage_train.config.types import ConflictError, NonEmptyPath, Section, SettingError, without_default
 
-AdapterType = Literal["lora", "lokr"]
+AdapterType = Literal["lora", "lokr", "loha"]
+LORA_ONLY = ("dropout", "rank_dropout", "module_dropout", "ranks", "rslora", "start")
+"""Settings of a plain LoRA that the other kinds do not have."""
+LABELS: dict[AdapterType, str] = {"lora": "LoRA", "lokr": "LoKr", "loha": "LoHa"}
 
 
 class LoraSettings(Section):
     type: AdapterType = "lora"
     """What is trained beside each weight. lora: a product of two matrices of `rank`; lokr: a Kronecker product of a
-    small and a large matrix, which changes a weight in its full rank with few parameters."""
+    small and a large matrix, which changes a weight in its full rank with few parameters; loha: two products of `rank`,
+    multiplied element by element, which reaches the square of the rank with two LoRAs' parameters."""
     rank: int | None = Field(default=16, ge=1, le=1024, json_schema_extra=without_default)
     """Rank of the LoRA, which is its capacity; the size of its file is proportional to it. Of a LoKr, the rank of its
-    large matrix; null: that is stored whole. If left out: 16 for lora, null for lokr."""
+    large matrix; null: that is stored whole. If left out: null for lokr, 16 for others."""
     factor: Literal["auto"] | Annotated[int, Field(ge=2, le=1024)] = 16
     """Of a LoKr: rows and columns of its small matrix. The smaller, the larger the other matrix, the capacity and the
     file; where it does not divide a side of the weight, the next smaller divisor. auto: both matrices about as large,
@@ -77,19 +81,19 @@ class LoraSettings(Section):
 
     @model_validator(mode="after")
     def _has_effect(self) -> Self:
-        if self.type == "lora":
+        if self.type != "lokr":
             if self.rank is None:
-                raise ConflictError("a LoRA needs a rank", "give a number", ("rank",))
-            self._require_start_fits()
+                raise ConflictError(f"a {self.label} needs a rank", "give a number", ("rank",))
             if "factor" in self.model_fields_set and self.factor != 16:
-                raise ConflictError("factor is for type: lokr, and a LoRA has none", "leave it out", ("factor",))
-            return self
+                what = f"factor is for type: lokr, and a {self.label} has none"
+                raise ConflictError(what, "leave it out", ("factor",))
         if self.alpha is not None and self.rank is None:
             hint = "leave it out, or give a rank"
             raise ConflictError("alpha has no effect on a LoKr whose matrices are whole", hint, ("alpha",))
-        for name in ("dropout", "rank_dropout", "module_dropout", "ranks", "rslora", "start"):
-            if getattr(self, name) != type(self).model_fields[name].default:
+        for name in LORA_ONLY:
+            if self.type != "lora" and getattr(self, name) != type(self).model_fields[name].default:
                 raise ConflictError(f"{name} is for type: lora", "leave it out", (name,))
+        self._require_start_fits()
         return self
 
     def _require_start_fits(self) -> None:
@@ -131,12 +135,22 @@ class LoraSettings(Section):
     @property
     def label(self) -> str:
         """The name of the kind."""
-        return "LoRA" if self.type == "lora" else "LoKr"
+        return LABELS[self.type]
+
+    @property
+    def scale(self) -> float:
+        """The number that the change is multiplied by."""
+        return 1.0 if self.alpha is None or self.rank is None else self.alpha / self.rank
+
+    @property
+    def is_fusible(self) -> bool:
+        """Whether fused blocks compute it; the layers of other kinds run as modules."""
+        return self.type in ("lora", "lokr")
 
     @property
     def description(self) -> str:
         """The kind and its size, as log lines and `check` name it."""
-        if self.type == "lora":
-            others = ", ".join(f"{rank} on {name}" for name, rank in self.ranks.items())
-            return f"LoRA of rank {self.rank}" + (f" ({others})" if others else "")
+        others = ", ".join(f"{rank} on {name}" for name, rank in self.ranks.items())
+        if self.type != "lokr":
+            return f"{self.label} of rank {self.rank}" + (f" ({others})" if others else "")
         return f"LoKr of factor {self.factor}" + ("" if self.rank is None else f" and rank {self.rank}")

@@ -3,7 +3,7 @@
 from torch import nn
 
 from zimage_train.config.lora import LoraSettings
-from zimage_train.lora import kronecker, layers
+from zimage_train.lora import kronecker, layers, module_kinds
 from zimage_train.lora.layers import AdapterLayers
 
 
@@ -11,4 +11,6 @@ def attach_adapter(model: nn.Module, settings: LoraSettings, modules: list[str],
     """Attach a new adapter of the kind `settings.type` to `modules`, whose change is zero."""
     if settings.type == "lokr":
         return kronecker.attach_lokr(model, settings, modules, seed)
+    if settings.type != "lora":
+        return module_kinds.attach_modules(model, settings, modules, seed)
     return layers.attach_lora(model, settings, modules, seed)

@@ -1,9 +1,10 @@
-"""The changes that adapters make to weights: a LoRA's B @ A, a LoKr's Kronecker product, and sums of these."""
+"""The changes that adapters make to weights: products of a LoRA, a LoKr and a LoHa, and sums of these."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -13,6 +14,9 @@ from zimage_train.typing import LoraA, LoraB, Weight
 
 class Delta(ABC):
     """What an adapter adds to the weight (out, in) of a module, whatever that weight is."""
+
+    kind: ClassVar[str]
+    """The name of the kind of adapter."""
 
     @property
     @abstractmethod
@@ -27,6 +31,10 @@ class Delta(ABC):
     @abstractmethod
     def delta(self) -> Weight:
         """Return the dense delta (out, in) in fp32."""
+
+    def applied(self, weight: Weight) -> Weight:
+        """Return the weight as the adapter makes it."""
+        return weight + self.delta()
 
     @abstractmethod
     def times(self, weight: float) -> "Delta":
@@ -54,6 +62,7 @@ class Delta(ABC):
 class Factors(Delta):
     """The LoRA factors of a module: delta = scale * B @ A, with A (rank, in) and B (out, rank)."""
 
+    kind = "LoRA"
     a: LoraA
     b: LoraB
     scale: float
@@ -110,6 +119,7 @@ class Kronecker(Delta):
     Reference: LyCORIS, https://github.com/KohakuBlueleaf/LyCORIS, lycoris/modules/lokr.py
     """
 
+    kind = "LoKr"
     w1: tuple[Tensor, ...]
     w2: tuple[Tensor, ...]
     scale: float = 1.0
@@ -162,9 +172,49 @@ class Kronecker(Delta):
 
 
 @dataclass(frozen=True)
+class Hadamard(Delta):
+    """The LoHa of a module: delta = scale * (B1 @ A1) * (B2 @ A2), the products multiplied element by element.
+
+    Reference: LyCORIS, https://github.com/KohakuBlueleaf/LyCORIS, lycoris/modules/loha.py
+    """
+
+    kind = "LoHa"
+    w1: tuple[Tensor, Tensor]
+    """B1 (out, rank) and A1 (rank, in)."""
+    w2: tuple[Tensor, Tensor]
+    scale: float = 1.0
+
+    @property
+    def rank(self) -> int:
+        """The number of columns of B1 and of B2; the rank of the delta is up to its square."""
+        return self.w1[0].shape[1]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.w1[0].shape[0], self.w1[1].shape[1]
+
+    @property
+    def numel(self) -> int:
+        return sum(matrix.numel() for matrix in (*self.w1, *self.w2))
+
+    def delta(self) -> Weight:
+        return self.scale * (_product(self.w1) * _product(self.w2))
+
+    def times(self, weight: float) -> "Hadamard":
+        return Hadamard(self.w1, self.w2, self.scale * weight)
+
+    def stored(self, dtype: torch.dtype) -> "Hadamard":
+        # In fp32 into one of the four, so that it is rounded only once.
+        b1 = self.w1[0].detach().float() * self.scale
+        a1, b2, a2 = (matrix.detach().to(dtype) for matrix in (self.w1[1], *self.w2))
+        return Hadamard((b1.to(dtype), a1), (b2, a2))
+
+
+@dataclass(frozen=True)
 class DeltaSum(Delta):
     """The sum of several deltas of a module that have no common form."""
 
+    kind = "sum"
     parts: tuple[Delta, ...]
 
     @property

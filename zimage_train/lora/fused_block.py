@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from zimage_train.config.types import RecomputeMode
+from zimage_train.lora.kronecker import KroneckerLinear
 from zimage_train.lora.layers import AdapterLayers, TrainedLinear
 from zimage_train.lora.products import Product, find_product
 from zimage_train.lora.tape import IN_BUFFER, INPUTS, KEPT, Layout, Tape
@@ -376,11 +377,13 @@ def _loras_of(block: nn.Module) -> list[BaseTunerLayer]:
 
 
 def is_served(block: nn.Module) -> bool:
-    """Return whether a block can be fused: its adapter is on attention and feed forward alone, without dropout."""
+    """Return whether a block can be fused: a LoRA or LoKr on attention and feed forward alone, without dropout."""
     products = set(chain.from_iterable(BLOCK_PRODUCTS))
     for name, module in block.named_modules():
         if not isinstance(module, BaseTunerLayer):
             continue
+        if not isinstance(module, TrainedLinear | KroneckerLinear):
+            return False
         draws_masks = isinstance(module, TrainedLinear) and module.draws_masks
         if name not in products or draws_masks:
             return False

@@ -50,7 +50,7 @@ KINDS = (
 """(what, pattern of its keys, what to do) of keys that are no LoRA of the transformer."""
 
 
-PLAIN, ADDITIVE = ("LoRA",), ("LoRA", "LoKr")
+PLAIN, ADDITIVE = ("LoRA",), ("LoRA", "LoKr", "LoHa")
 """Kinds of changes: what only a LoRA can be, and what adds a delta to a weight."""
 
 
@@ -119,10 +119,10 @@ def read_parts(path: Path) -> Parts:
 
 
 def read_sizes(path: Path) -> Sizes:
-    """Return module -> (out, in) of a LoRA or LoKr; a fused module counts as q, k and v.
+    """Return module -> (out, in) of a LoRA, LoKr or LoHa; a fused module counts as q, k and v.
 
     Raises:
-        WeightsError: as `read_parts`, or the file is a DoRA or LoHa.
+        WeightsError: as `read_parts`, or the file is a DoRA.
     """
     parts, tensors = read_parts(path), read_header(path).tensors
     require_kinds(path, {module: _kind(found, tensors) for module, found in parts.items()}, ADDITIVE)
@@ -146,14 +146,14 @@ def read_ranks(path: Path) -> dict[str, int]:
     return {name: rank for module, rank in ranks.items() for name in keys.split_qkv_names(module) or (module,)}
 
 
-def read_part_shapes(path: Path) -> dict[str, dict[str, tuple[int, ...]]]:
-    """Return module -> part -> shape of a LoKr, as `keys.LOKR` names its parts.
+def read_part_shapes(path: Path, kind: str) -> dict[str, dict[str, tuple[int, ...]]]:
+    """Return module -> part -> shape of a `kind`, such as LoKr, as `keys` names its parts.
 
     Raises:
         WeightsError: as `read_parts`, or the file is of another kind, or has q, k and v in one.
     """
     parts, tensors = read_parts(path), read_header(path).tensors
-    require_kinds(path, {module: _kind(found, tensors) for module, found in parts.items()}, ("LoKr",))
+    require_kinds(path, {module: _kind(found, tensors) for module, found in parts.items()}, (kind,))
     fused = [module for module in parts if keys.split_qkv_names(module) is not None]
     if fused:
         hint = "convert it first: zimage-train lora convert FILE --to comfyui"
@@ -176,9 +176,9 @@ def require_kinds(path: Path, kinds: Mapping[str, str | None], allowed: Collecti
     module, kind = min(others.items())
     what = f"is a {kind} ({len(others)} modules, such as {module}), which this command does not read"
     todo = "make it a LoRA with the tool that trained it"
-    if "LoKr" in allowed and kind == "LoRA":
-        todo = "give a LoKr"
-    elif kind == "LoKr":
+    if len(allowed) == 1 and kind == "LoRA":
+        todo = f"give a {next(iter(allowed))}"
+    elif kind in ADDITIVE:
         todo = "make it a LoRA with `zimage-train lora resize FILE --rank auto -o OUT`, which prints what is lost"
     raise WeightsError(Problem(str(path), what, todo, "not-a-plain-lora"))
 

@@ -13,15 +13,13 @@ from itertools import chain
 from typing import Any, Literal, cast
 
 import torch
-import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from zimage_train.config.lora import LoraSettings
-from zimage_train.lora.deltas import Delta, Deltas, DeltaSum, Factors, Kronecker
+from zimage_train.lora.deltas import Deltas, Kronecker
 from zimage_train.lora.kronecker_shapes import KroneckerShape, shapes_of
 from zimage_train.lora.layers import AdapterLayers, product_groups
-from zimage_train.models.linear import FrozenLinear
 from zimage_train.optim.flat import FlatParameters
 from zimage_train.rng import keyed_generator
 
@@ -121,39 +119,6 @@ class KroneckerLinear(nn.Module, BaseTunerLayer):
         return _AddFunction.apply(x, y, names, self.scale, *(self.parts[name] for name in names))
 
 
-class FixedLinear(nn.Module, BaseTunerLayer):
-    """A frozen linear layer and finished deltas beside it, for sampling: of a LoRA, of LoKrs, or of both."""
-
-    def __init__(self, base: nn.Module, delta: Delta, device: torch.device) -> None:
-        super().__init__()
-        self.base_layer = base
-        self._lora: Factors | None = None
-        self._terms: list[KroneckerTerm] = []
-        for part in delta.parts if isinstance(delta, DeltaSum) else (delta,):
-            if isinstance(part, Factors):
-                self._lora = Factors(part.a.to(device), part.b.to(device).float() * part.scale, 1.0)
-            else:
-                assert isinstance(part, Kronecker)
-                w1, w2 = part.whole
-                self._terms.append(KroneckerTerm({"w1": w1.to(device), "w2": w2.to(device)}, part.scale))
-
-    def forward(self, x: Tensor) -> Tensor:
-        base, lora = self.get_base_layer(), self._lora
-        if self.disable_adapters or lora is None:
-            y = base(x)
-        elif isinstance(base, FrozenLinear):
-            y = base.with_lora(x, lora.a, lora.b, 1.0)
-        else:
-            y = base(x) + F.linear(F.linear(x, lora.a.to(x.dtype)), lora.b.to(x.dtype))
-        if self.disable_adapters:
-            return y
-        rows = x.reshape(-1, x.shape[-1]).contiguous()
-        for term in self._terms:
-            cast = KroneckerTerm({name: part.to(x.dtype) for name, part in term.parts.items()}, term.scale)
-            cast.add(rows, y.view(-1, y.shape[-1]))
-        return y
-
-
 @dataclass(frozen=True)
 class KroneckerLayers(AdapterLayers):
     """The trainable LoKr of a model: W1 and W2 of each module, or the two matrices whose product W2 is."""
@@ -208,23 +173,15 @@ def attach_lokr(model: nn.Module, settings: LoraSettings, modules: list[str], se
         order += [f"{module}.{part}" for part in shapes[module].parts]
     device = cast(Tensor, model.get_submodule(modules[0]).weight).device
     flat = FlatParameters(parts, order, device)
-    scale = 1.0 if settings.alpha is None or settings.rank is None else settings.alpha / settings.rank
     for module, shape in shapes.items():
         views = {part: flat.views[f"{module}.{part}"] for part in shape.parts}
-        replace_module(model, module, KroneckerLinear(model.get_submodule(module), views, scale))
+        replace_module(model, module, KroneckerLinear(model.get_submodule(module), views, settings.scale))
         with torch.no_grad():
             for part, view in list(views.items())[:-1]:
                 draw = keyed_generator(seed, "lora", f"{module}.{part}")
                 view.copy_((torch.rand(view.shape, generator=draw) * 2.0 - 1.0) / math.sqrt(view.shape[1]))
     flat.allocate_grads()
-    return KroneckerLayers(flat, scale, shapes)
-
-
-def attach_fixed(model: nn.Module, deltas: Deltas) -> None:
-    """Attach finished deltas of any kind to the model, for sampling."""
-    device = next(model.parameters()).device
-    for module, delta in deltas.items():
-        replace_module(model, module, FixedLinear(model.get_submodule(module), delta, device))
+    return KroneckerLayers(flat, settings.scale, shapes)
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:

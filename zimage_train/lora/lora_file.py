@@ -2,7 +2,8 @@
 
 The layout written is the only layout that ComfyUI and every diffusers since 0.36 read alike:
 `diffusion_model.<module>.lora_A/lora_B.weight`, and `.alpha` equal to the rank, with the scale folded into B. A LoKr
-has the keys that AI Toolkit and LyCORIS give it, `.lokr_w1` and `.lokr_w2` or `.lokr_w2_a/_b`.
+has the keys that AI Toolkit and LyCORIS give it, `.lokr_w1` and `.lokr_w2` or `.lokr_w2_a/_b`, and a LoHa those of
+LyCORIS, `.hada_w1_a/_b` and `.hada_w2_a/_b`.
 """
 
 import math
@@ -16,7 +17,7 @@ from torch import Tensor
 from zimage_train.errors import Problem, WeightsError
 from zimage_train.io import safetensors_format, tensorfile
 from zimage_train.lora import adapter_config, file_hashes, format_metadata, headers, keys, qkv
-from zimage_train.lora.deltas import Delta, Deltas, Factors, Kronecker, Lora
+from zimage_train.lora.deltas import Delta, Deltas, Factors, Hadamard, Kronecker, Lora
 from zimage_train.lora.keys import MAGNITUDE
 from zimage_train.lora.qkv import Change
 
@@ -130,10 +131,10 @@ def read_lora(path: Path) -> Lora:
 
 
 def read_deltas(path: Path) -> Deltas:
-    """Return the deltas of a LoRA or LoKr file of any known layout.
+    """Return the deltas of a LoRA, LoKr or LoHa file of any known layout.
 
     Raises:
-        WeightsError: as `read_changes`, or the file is a DoRA or LoHa.
+        WeightsError: as `read_changes`, or the file is a DoRA.
     """
     changes = read_changes(path).changes
     headers.require_kinds(path, {module: kind_of(change) for module, change in changes.items()}, headers.ADDITIVE)
@@ -144,6 +145,9 @@ def _delta_of(change: Change) -> Delta:
     scale = qkv.scale_of(change)
     if "A" in change:
         return Factors(change["A"], change["B"], scale)
+    if "hada_w1_a" in change:
+        b1, a1, b2, a2 = (change[part] for part in keys.LOHA)
+        return Hadamard((b1, a1), (b2, a2), scale)
     factors: list[tuple[Tensor, ...]] = []
     for name in ("lokr_w1", "lokr_w2"):
         factors.append((change[name],) if name in change else (change[f"{name}_a"], change[f"{name}_b"]))
@@ -221,7 +225,7 @@ def renewed_hashes(
 
 
 def export_lora(path: Path, deltas: Mapping[str, Delta], dtype: str, metadata: Mapping[str, str]) -> None:
-    """Write a LoRA or a LoKr in the layout that the module's docstring describes.
+    """Write an adapter in the layout that the module's docstring describes.
 
     The hashes of the file are added to `metadata`, unless that holds nothing but the format.
 
@@ -245,6 +249,9 @@ def _file_parts(delta: Delta) -> dict[str, Tensor]:
     """Return suffix of a key -> tensor of a delta whose scale is 1; alpha is its rank."""
     if isinstance(delta, Factors):
         return {"lora_A.weight": delta.a, "lora_B.weight": delta.b, "alpha": torch.tensor(float(delta.rank))}
+    if isinstance(delta, Hadamard):
+        matrices = dict(zip(keys.LOHA, (*delta.w1, *delta.w2), strict=True))
+        return matrices | {"alpha": torch.tensor(float(delta.rank))}
     assert isinstance(delta, Kronecker)
     tensors: dict[str, Tensor] = {}
     for name, factor in (("lokr_w1", delta.w1), ("lokr_w2", delta.w2)):

@@ -99,8 +99,10 @@ def _network(lora: LoraSettings) -> dict[str, str]:
         size = {"ss_network_dim": rank, "ss_network_alpha": rank}
     if lora.type == "lora":
         return size  # alpha is the rank: the scale is folded into B
-    # LyCORIS takes -1 for factors as equal as they can be.
-    arguments = {"algo": "lokr", "factor": str(lora.factor_number or -1)}
+    arguments = {"algo": lora.type}
+    if lora.type == "lokr":
+        # LyCORIS takes -1 for factors as equal as they can be.
+        arguments["factor"] = str(lora.factor_number or -1)
     return {**size, "ss_network_module": "lycoris.kohya", NETWORK_ARGS: json.dumps(arguments)}
 
 

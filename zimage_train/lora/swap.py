@@ -7,7 +7,7 @@ from typing import cast
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from zimage_train.lora import kronecker, layers
+from zimage_train.lora import layers, module_kinds
 from zimage_train.lora.deltas import Deltas, Factors
 from zimage_train.lora.kronecker import replace_module
 
@@ -20,7 +20,7 @@ def with_lora(model: nn.Module, deltas: Deltas) -> Iterator[None]:
     try:
         if lora:
             layers.attach_fixed_lora(model, lora)
-        kronecker.attach_fixed(model, {module: delta for module, delta in deltas.items() if module not in lora})
+        module_kinds.attach_fixed(model, {module: delta for module, delta in deltas.items() if module not in lora})
         yield
     finally:
         _detach(model)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from zimage_train.errors import Problem, WeightsError, ZImageTrainError, collect_errors
 from zimage_train.io import tensorfile
 from zimage_train.lora import keys, qkv
-from zimage_train.lora.deltas import Delta, Deltas, Factors, Kronecker, Lora
+from zimage_train.lora.deltas import Delta, Deltas, Factors, Hadamard, Kronecker, Lora
 from zimage_train.lora.headers import Sizes
 from zimage_train.lora.layers import ADAPTER_NAME
 from zimage_train.lora.qkv import Change
@@ -46,20 +46,26 @@ the folded scale is rounded.
 def verify_export(path: Path, trained: Mapping[str, Delta], dtype: str, shape: TransformerShape) -> float:
     """Return the largest relative error of a module's delta, after loading `path` as diffusers and as ComfyUI do.
 
-    diffusers' own code adds its layers to a transformer of `shape`.
+    diffusers' own code adds its layers to a transformer of `shape`. It is left out for kinds that it does not read.
 
     Raises:
         WeightsError: a loader would leave out a module, or load another delta than the trained delta.
     """
     worst = 0.0
     errors: list[ZImageTrainError] = []
-    with collect_errors(errors):
-        worst = _compare(path, f"diffusers {diffusers.__version__}", as_diffusers(path, shape), trained, dtype)
+    if diffusers_reads(trained):
+        with collect_errors(errors):
+            worst = _compare(path, f"diffusers {diffusers.__version__}", as_diffusers(path, shape), trained, dtype)
     with collect_errors(errors):
         worst = max(worst, _compare(path, "ComfyUI", as_comfyui(path, shape.linears), trained, dtype))
     if errors:
         raise WeightsError(*(problem for error in errors for problem in error.problems))
     return worst
+
+
+def diffusers_reads(deltas: Mapping[str, Delta]) -> bool:
+    """Return whether the installed diffusers has layers for all `deltas`."""
+    return all(isinstance(delta, Factors | Kronecker) for delta in deltas.values())
 
 
 def _compare(path: Path, loader: str, loaded: Deltas, trained: Mapping[str, Delta], dtype: str) -> float:
@@ -137,8 +143,7 @@ def _quiet_diffusers() -> Iterator[None]:
 def as_comfyui(path: Path, linears: Sizes) -> Deltas:
     """Return the deltas as ComfyUI reads them; it takes alpha from `.alpha` tensors only, not from the header.
 
-    Transcribed from ComfyUI's `load_lora`, `weight_adapter/lokr.py` and `model_lora_keys_unet`; see
-    `keys.comfyui_targets`.
+    Transcribed from ComfyUI's `load_lora`, `weight_adapter` and `model_lora_keys_unet`; see `keys.comfyui_targets`.
 
     Raises:
         WeightsError: ComfyUI would leave out a tensor.
@@ -151,6 +156,11 @@ def as_comfyui(path: Path, linears: Sizes) -> Deltas:
             if f"{name}.alpha" in tensors:
                 change["alpha"] = tensors.pop(f"{name}.alpha")
             loaded[module] = _comfyui_lokr(change)
+        change = {part: tensors.pop(f"{name}.{part}") for part in keys.LOHA if f"{name}.{part}" in tensors}
+        if change:
+            if f"{name}.alpha" in tensors:
+                change["alpha"] = tensors.pop(f"{name}.alpha")
+            loaded |= _comfyui_loha(module, change)
         for a_suffix, b_suffix in COMFYUI_PARTS:
             if name + a_suffix in tensors and name + b_suffix in tensors:
                 change = {"A": tensors.pop(name + a_suffix), "B": tensors.pop(name + b_suffix)}
@@ -175,6 +185,18 @@ def _comfyui_lokr(change: Change) -> Kronecker:
             rank = change[f"{name}_b"].shape[0]  # the last one counts
     scale = 1.0 if rank is None or "alpha" not in change else float(change["alpha"]) / rank
     return Kronecker(factors[0], factors[1], scale)
+
+
+def _comfyui_loha(module: str, change: Change) -> Deltas:
+    """Return module -> delta; the rows of a fused q, k, v module are divided into three."""
+    rank = change["hada_w1_b"].shape[0]
+    scale = float(change["alpha"]) / rank if "alpha" in change else 1.0
+    b1, a1, b2, a2 = (change[part] for part in keys.LOHA)
+    split = keys.split_qkv_names(module)
+    if split is None:
+        return {module: Hadamard((b1, a1), (b2, a2), scale)}
+    thirds = zip(split, b1.chunk(3), b2.chunk(3), strict=True)
+    return {name: Hadamard((first, a1), (second, a2), scale) for name, first, second in thirds}
 
 
 def _split_fused(module: str, change: Change) -> Lora:

@@ -102,6 +102,9 @@ def _forward_backward_seconds(
     passes = 3.5 + _recomputed_share(shape, mode)
     products += passes * 2.0 * sum(kronecker.products for kronecker in workload.lokr) * tokens / batch
     moved += passes / 3.5 * LOKR_BYTES * sum(kronecker.between for kronecker in workload.lokr) * tokens
+    own = workload.module_costs
+    products += 2.0 * (own.products + _recomputed_share(shape, mode) * own.forward_products) * tokens / batch
+    moved += own.moved
     if placement.quantization == "fp8_fast":
         products /= FP8_RATE
     at_full_rate = products / PRODUCT_SHARE + forward / ATTENTION_SHARE + backward / FIXED_ORDER_SHARE

@@ -22,6 +22,7 @@ from zimage_train.dataset.sample_order import SampleOrder, TrainItem
 from zimage_train.diffusion.request import SamplingRequest
 from zimage_train.io.dtypes import bytes_per_number
 from zimage_train.lora.kronecker_shapes import KroneckerShape, shapes_of
+from zimage_train.lora.module_shapes import NO_COSTS, ModuleCosts, module_costs, module_parameters
 from zimage_train.lora.targets import ranks_of
 from zimage_train.models.arch import (
     IN_A_BLOCK,
@@ -108,6 +109,8 @@ class Workload:
     """Rank of a LoRA; 0 for one of several ranks, and for a LoKr, whose capacity is not a rank."""
     lokr: tuple[KroneckerShape, ...] = ()
     """Shapes of a LoKr's matrices, of each module in `layers`; a LoRA has none."""
+    module_costs: ModuleCosts = NO_COSTS
+    """What an adapter costs whose layers run as modules."""
     largest_batches: Mapping[Bucket, int] | None = None
     """Samples of the largest batch of each size, where data entries have batch sizes of their own."""
     batch_weights: Mapping[Bucket, float] | None = None
@@ -183,6 +186,7 @@ def make_workload(
         pissa=config.lora.start == "pissa",
         rank=0 if config.lora.type == "lokr" or config.lora.ranks else config.lora.rank or 0,
         lokr=tuple(_lokr_shapes(config.lora, shape, modules)),
+        module_costs=module_costs(config.lora, shape.linears, modules),
         # Preservation has a batch of its own with a backward, and a forward of the frozen model as its target.
         extra_steps=int(preserves),
         extra_forwards=preserves + (config.guidance.contrastive is not None) + prior_share,
@@ -195,10 +199,12 @@ def make_workload(
 def fuses_blocks(config: Config, modules: list[str], gpu: bool) -> bool:
     """Return whether the blocks of a training step are fused (`lora.fused_block`) and do not run as modules.
 
-    Not with dropout or a LoRA on the modulations; and on a GPU with Triton only, which torch brings along on Linux.
+    Not with dropout, a LoRA on the modulations, or a kind of adapter that has no fused form; and on a GPU with Triton
+    only, which torch brings along on Linux.
     """
     has_kernels = not gpu or sys.platform == "linux"
-    return has_kernels and not config.lora.draws_masks and not any("adaLN" in module for module in modules)
+    is_fusible = config.lora.is_fusible and not config.lora.draws_masks
+    return has_kernels and is_fusible and not any("adaLN" in module for module in modules)
 
 
 def _batch_statistics(order: SampleOrder) -> tuple[dict[Bucket, int], dict[Bucket, float], float]:
@@ -265,6 +271,7 @@ def step_memory(workload: Workload, placement: WeightPlacement, mode: RecomputeM
     # block has been recomputed, so it holds what `none` keeps, and the gradients of the backward on top.
     per_token = workload.shape.n_layers * kept + kept_by_none - kept + costs[mode].backward_bytes[workload.dtype]
     activations = int(per_token * workload.shape.dim * tokens)
+    activations += workload.module_costs.dense * bytes_per_number(workload.dtype)
     return _with_weights(workload, placement, activations, gap_bytes(workload, tokens))
 
 
@@ -376,6 +383,8 @@ def adapter_parameters(settings: LoraSettings, shape: TransformerShape, modules:
     """Return the number of parameters of the adapter that `settings` describe, on `modules`."""
     if settings.type == "lokr":
         return sum(kronecker.numel for kronecker in shapes_of(settings, shape.linears, modules).values())
+    if settings.type != "lora":
+        return module_parameters(settings, shape.linears, modules)
     return sum(lora_parameters(shape, [module], rank) for module, rank in ranks_of(settings, modules).items())
 
 

@@ -19,6 +19,7 @@ from zimage_train.errors import (
 )
 from zimage_train.lora import headers, targets
 from zimage_train.lora.kronecker_shapes import shapes_of
+from zimage_train.lora.module_shapes import part_shapes
 from zimage_train.models import components, locate
 from zimage_train.models.arch import TransformerShape
 from zimage_train.models.locate import DownloadFn, ModelPaths, NotDownloadedError
@@ -148,8 +149,9 @@ def _init_from(
         return path
     headers.require_match(path, headers.read_sizes(path), shape.linears)
     location = replace(location, source=name)
-    if config.lora.type == "lokr":
-        _require_same_lokr(config, headers.read_part_shapes(path), modules, shape, location)
+    if config.lora.type != "lora":
+        found = headers.read_part_shapes(path, config.lora.label)
+        _require_same_parts(config, found, modules, shape, location)
         return path
     ranks = headers.read_ranks(path)
     _require_same_modules(list(ranks), modules, location)
@@ -214,20 +216,26 @@ def _require_same_modules(found: list[str], modules: list[str], location: Locati
         raise ConfigError(Problem(location, message, "set lora.targets to what it was trained with", "other-modules"))
 
 
-def _require_same_lokr(
+def _require_same_parts(
     config: Config,
     found: Mapping[str, Mapping[str, tuple[int, ...]]],
     modules: list[str],
     shape: TransformerShape,
     location: Location,
 ) -> None:
-    """Require that a LoKr has the matrices that the one to be trained has."""
+    """Require that an adapter has the matrices that the one to be trained has."""
     _require_same_modules(list(found), modules, location)
-    for module, wanted in shapes_of(config.lora, shape.linears, modules).items():
-        parts = {part.removeprefix("lokr_"): size for part, size in found[module].items()}
-        if parts != wanted.parts:
-            there, here = ", ".join(map(_described, parts.items())), ", ".join(map(_described, wanted.parts.items()))
-            hint = "set lora.factor and lora.rank to what it was trained with"
+    settings = config.lora
+    for module in modules:
+        if settings.type == "lokr":
+            wanted = dict(shapes_of(settings, shape.linears, [module])[module].parts)
+        else:
+            wanted = part_shapes(settings, *shape.linears[module])
+        parts = {part.partition("_")[2]: size for part, size in found[module].items()}
+        if parts != wanted:
+            there, here = ", ".join(map(_described, parts.items())), ", ".join(map(_described, wanted.items()))
+            size = "lora.factor and lora.rank" if settings.type == "lokr" else "lora.rank"
+            hint = f"set {size} to what it was trained with"
             raise ConfigError(Problem(location, f"has {there} in {module}, and this run {here}", hint, "other-rank"))
 
 

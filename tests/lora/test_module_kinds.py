@@ -1,0 +1,166 @@
+"""Kinds of adapters whose layers run as modules: their formulas, files, and what the plan counts of them."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import LoHaConfig
+from peft.tuners.loha import Linear as PeftLoHa
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from zimage_train import mini
+from zimage_train.config.lora import LoraSettings
+from zimage_train.lora import fused_block, lora_file, swap, verify
+from zimage_train.lora.module_kinds import HadamardLinear, TrainedModule
+from zimage_train.models import locate
+from zimage_train.planning.memory import fuses_blocks
+from zimage_train.planning.preflight import check_run, workload_of
+
+from steps import gradients, loss_of, unfused
+
+LOHA = LoraSettings(type="loha", rank=3, alpha=1.5)
+KINDS = pytest.mark.parametrize("lora", [LOHA], ids=lambda lora: lora.type)
+SIZE = st.integers(1, 6)
+
+
+def relative(found: Tensor, wanted: Tensor) -> float:
+    found, wanted = found.detach().double(), wanted.detach().double()
+    return float((found - wanted).norm() / wanted.norm())
+
+
+def loha_weight(weight: Tensor, parts: dict[str, Tensor], scale: float) -> Tensor:
+    """W'[i, j] = W[i, j] + scale * sum_r B1[i, r] A1[r, j] * sum_s B2[i, s] A2[s, j]."""
+    return weight + scale * torch.einsum("ir,rj,is,sj->ij", parts["w1_a"], parts["w1_b"], parts["w2_a"], parts["w2_b"])
+
+
+def layer_of(kind: type[TrainedModule], weight: Tensor, parts: dict[str, Tensor], scale: float) -> TrainedModule:
+    base = nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=weight.dtype)
+    base.weight = nn.Parameter(weight.clone(), requires_grad=False)
+    return kind(base, {name: nn.Parameter(part.clone()) for name, part in parts.items()}, scale)
+
+
+def compare_in_float64(kind: type[TrainedModule], formula, parts: dict[str, Tensor], size: tuple[int, int]) -> None:
+    """The output and every gradient of a layer are those of a linear layer with the weight that `formula` gives."""
+    draw = torch.Generator().manual_seed(size[0])
+    weight = torch.randn(*size, generator=draw, dtype=torch.float64)
+    x = torch.randn(2, 3, size[1], generator=draw, dtype=torch.float64)
+    leaves = {name: part.clone().requires_grad_() for name, part in parts.items()}
+    x_leaf, x_own = x.clone().requires_grad_(), x.clone().requires_grad_()
+    wanted = x_leaf @ formula(weight, leaves, 0.7).T
+    grad = torch.randn(wanted.shape, generator=draw, dtype=torch.float64)
+    wanted.backward(grad)
+    layer = layer_of(kind, weight, parts, 0.7)
+    found = layer(x_own)
+    found.backward(grad)
+    assert torch.allclose(found, wanted, atol=1e-12) and torch.allclose(x_own.grad, x_leaf.grad, atol=1e-12)
+    for name, leaf in leaves.items():
+        assert torch.allclose(layer.parts[name].grad, leaf.grad, atol=1e-12), name
+
+
+def random_parts(shapes: dict[str, tuple[int, ...]], seed: int) -> dict[str, Tensor]:
+    draw = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(*shape, generator=draw, dtype=torch.float64) for name, shape in shapes.items()}
+
+
+@settings(max_examples=30, deadline=None)
+@given(size=st.tuples(SIZE, SIZE), rank=SIZE)
+def test_loha_and_gradients(size: tuple[int, int], rank: int):
+    shapes = {"w1_a": (size[0], rank), "w1_b": (rank, size[1]), "w2_a": (size[0], rank), "w2_b": (rank, size[1])}
+    compare_in_float64(HadamardLinear, loha_weight, random_parts(shapes, rank), size)
+
+
+def test_loha_is_that_of_peft():
+    """peft's own layer on an nn.Linear computes the same, forward and backward."""
+    size, rank = (12, 10), 4
+    shapes = {"w1_a": (12, rank), "w1_b": (rank, 10), "w2_a": (12, rank), "w2_b": (rank, 10)}
+    parts = {name: part.float() for name, part in random_parts(shapes, 1).items()}
+    weight = torch.randn(size)
+    ours, base = layer_of(HadamardLinear, weight, parts, 0.5), nn.Linear(10, 12, bias=False)
+    base.weight = nn.Parameter(weight.clone(), requires_grad=False)
+    peft = PeftLoHa(base, "default", LoHaConfig(r=rank, alpha=2), r=rank, alpha=2)
+    for name, part in parts.items():
+        getattr(peft, f"hada_{name}")["default"].data.copy_(part)
+    x = torch.randn(7, 10)
+    one, other = ours(x), peft(x)
+    assert relative(one, other) < 1e-6
+    one.square().sum().backward()
+    other.square().sum().backward()
+    for name in parts:
+        assert relative(ours.parts[name].grad, getattr(peft, f"hada_{name}")["default"].grad) < 1e-5
+
+
+@KINDS
+def test_a_new_adapter_changes_nothing(lora: LoraSettings):
+    """The first step has the loss of the model alone, and a gradient for what starts at zero."""
+    frozen, attached = unfused("none", lora=lora)
+    for name, view in attached.flat.views.items():
+        if name.endswith(".w2_b"):
+            view.data.zero_()
+    loss, *grads = gradients(frozen, attached)
+    with swap.replaced_lora(frozen.model, {}):
+        assert torch.equal(loss, loss_of(frozen))
+    assert sum(bool(grad.any()) for grad in grads) == len(attached.modules)
+
+
+@KINDS
+@pytest.mark.parametrize(("kind", "streamed"), [("int8", 0), (None, 2), ("int8", 2)])
+def test_quantised_and_streamed(lora: LoraSettings, kind: str | None, streamed: int):
+    """Streaming keeps the bits, in which a mode recomputes; each part has a gradient on a quantised model."""
+    wanted = gradients(*unfused("none", kind, lora=lora))
+    found = gradients(*unfused("full", kind, streamed=streamed, lora=lora))
+    assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
+    assert all(grad.abs().max() > 0 for grad in found[1:])
+
+
+@KINDS
+def test_finished_deltas_compute_the_same(lora: LoraSettings):
+    """What sampling attaches computes what the training computes, and so does a model with the change in its weights.
+
+    On a quantised model as well, where nothing is added to weights.
+    """
+    for kind in (None, "int8"):
+        frozen, attached = unfused("none", kind, lora=lora)
+        loss, deltas = gradients(frozen, attached)[0], attached.deltas()
+        with swap.replaced_lora(frozen.model, deltas):
+            fixed = loss_of(frozen)
+        with swap.replaced_lora(frozen.model, {}):
+            without = loss_of(frozen)
+            if kind is None:
+                for module, delta in deltas.items():
+                    weight = frozen.model.get_submodule(module).weight
+                    weight.data.copy_(delta.applied(weight.double()))
+                assert relative(loss_of(frozen), loss) < 1e-5
+        assert relative(fixed, loss) < 1e-6 < 1e-5 < relative(without, loss)
+
+
+@KINDS
+@pytest.mark.parametrize(("dtype", "limit"), [("fp32", 1e-6), ("bf16", 2**-7)])
+def test_export_reads_back(tmp_path: Path, lora: LoraSettings, dtype: str, limit: float):
+    """ComfyUI and this package read the trained weights, under keys that ComfyUI knows."""
+    deltas, shape = unfused("none", lora=lora)[1].deltas(), locate.transformer_tensors(mini.TURBO / "transformer")[0]
+    path = tmp_path / "x.safetensors"
+    lora_file.export_lora(path, deltas, dtype, {"format": "pt"})
+    prefix = "diffusion_model.layers.0.attention.to_q."
+    found = {key.removeprefix(prefix) for key in load_file(path) if key.startswith(prefix)}
+    assert found == {"loha": {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "alpha"}}[lora.type]
+    for loaded in (verify.as_comfyui(path, shape.linears), lora_file.read_deltas(path)):
+        assert loaded.keys() == deltas.keys()
+        for module, delta in deltas.items():
+            weight = torch.randn(delta.shape, generator=torch.Generator().manual_seed(2)) / 10
+            change, wanted = loaded[module].applied(weight) - weight, delta.applied(weight) - weight
+            assert relative(change, wanted) < limit
+    assert verify.verify_export(path, deltas, dtype, shape) < limit
+
+
+@KINDS
+def test_plan_runs_it_as_modules(make_config, lora: LoraSettings):
+    """The plan counts the parameters of the layers, and blocks that are not fused."""
+    config = make_config(lora=lora.model_dump(exclude={"targets", "init_from", "dropout", "factor"}))
+    workload = workload_of(check_run(config), gpu=True)
+    frozen, attached = unfused("none", lora=lora)
+    assert workload.trained == attached.flat.numel and not workload.is_fused
+    assert not fuses_blocks(config, attached.modules, gpu=False)
+    assert not any(fused_block.is_served(block) for block in frozen.model.layers)

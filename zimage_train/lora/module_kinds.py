@@ -1,0 +1,203 @@
+"""Kinds of adapters whose layers run as modules of their own, and finished deltas of any kind, for sampling.
+
+Blocks with such layers are not fused. Each kind is a `TrainedModule`, which says what it trains and what it computes.
+"""
+
+import math
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from zimage_train.config.lora import LoraSettings
+from zimage_train.lora.deltas import Delta, Deltas, DeltaSum, Factors, Hadamard, Kronecker
+from zimage_train.lora.kronecker import KroneckerTerm, replace_module
+from zimage_train.lora.layers import AdapterLayers, product_groups
+from zimage_train.lora.module_shapes import part_shapes
+from zimage_train.models.linear import FrozenLinear
+from zimage_train.optim.flat import FlatParameters
+from zimage_train.rng import keyed_generator
+
+Parts = Mapping[str, Tensor]
+"""Part -> tensor, as `module_shapes.part_shapes` names them."""
+
+
+class TrainedModule(nn.Module, BaseTunerLayer):
+    """A frozen linear layer and what is trained beside it."""
+
+    def __init__(self, base: nn.Module, parts: Mapping[str, nn.Parameter], scale: float) -> None:
+        super().__init__()
+        self.base_layer = base
+        self.parts = nn.ParameterDict(parts)
+        self.scale = scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.get_base_layer()(x) if self.disable_adapters else self.changed(x)
+
+    @abstractmethod
+    def changed(self, x: Tensor) -> Tensor:
+        """Return the output for x with the change."""
+
+    @staticmethod
+    @abstractmethod
+    def delta(parts: Parts, scale: float) -> Delta:
+        """Return the delta of the trained `parts`, which shares memory with them."""
+
+    @staticmethod
+    @abstractmethod
+    def parts_of(delta: Delta, scale: float) -> Parts:
+        """Return the parts whose delta is `delta` at `scale`."""
+
+
+class _HadamardFunction(torch.autograd.Function):
+    """The change of a LoHa for x. The dense delta is formed again in the backward: kept, it would be a second model."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: float, *matrices: Tensor) -> Tensor:
+        ctx.save_for_backward(x, *matrices)
+        ctx.scale = scale
+        b1, a1, b2, a2 = (matrix.to(x.dtype) for matrix in matrices)
+        return F.linear(x, (b1 @ a1).mul_(b2 @ a2).mul_(scale))
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor):
+        (grad,) = grad_outputs
+        x, *matrices = ctx.saved_tensors
+        b1, a1, b2, a2 = (matrix.to(x.dtype) for matrix in matrices)
+        first, second = b1 @ a1, b2 @ a2
+        grad_x = grad @ (first * second).mul_(ctx.scale) if ctx.needs_input_grad[0] else None
+        dense = (grad.flatten(0, -2).T @ x.flatten(0, -2)).mul_(ctx.scale)
+        through = second.mul_(dense)
+        grads = [through @ a1.T, b1.T @ through]
+        through = first.mul_(dense)
+        grads += [through @ a2.T, b2.T @ through]
+        casts = [one.to(matrix.dtype) for one, matrix in zip(grads, matrices, strict=True)]
+        return grad_x, None, *casts
+
+
+class HadamardLinear(TrainedModule):
+    """A frozen linear layer and the LoHa that is trained beside it."""
+
+    def changed(self, x: Tensor) -> Tensor:
+        matrices = [self.parts[name] for name in ("w1_a", "w1_b", "w2_a", "w2_b")]
+        return self.get_base_layer()(x) + _HadamardFunction.apply(x, self.scale, *matrices)
+
+    @staticmethod
+    def delta(parts: Parts, scale: float) -> Hadamard:
+        return Hadamard((parts["w1_a"], parts["w1_b"]), (parts["w2_a"], parts["w2_b"]), scale)
+
+    @staticmethod
+    def parts_of(delta: Delta, scale: float) -> Parts:
+        assert isinstance(delta, Hadamard)
+        first = delta.w1[0].float() * (delta.scale / scale)
+        return {"w1_a": first, "w1_b": delta.w1[1], "w2_a": delta.w2[0], "w2_b": delta.w2[1]}
+
+
+KINDS: dict[str, type[TrainedModule]] = {"loha": HadamardLinear}
+"""By `lora.type`."""
+
+
+@dataclass(frozen=True)
+class ModuleLayers(AdapterLayers):
+    """The trainable parts of a model whose layers are `kind`."""
+
+    kind: type[TrainedModule]
+    shapes: Mapping[str, Mapping[str, tuple[int, ...]]]
+    """Module -> part -> shape."""
+
+    @property
+    def modules(self) -> list[str]:
+        return list(self.shapes)
+
+    def deltas(self, state: Mapping[str, Tensor] | None = None) -> Deltas:
+        tensors = state or self.state()
+        deltas: Deltas = {}
+        for module, parts in self.shapes.items():
+            deltas[module] = self.kind.delta({part: tensors[f"lora.{module}.{part}"] for part in parts}, self.scale)
+        return deltas
+
+    @torch.no_grad()
+    def initialize_from(self, deltas: Deltas) -> None:
+        for module, delta in deltas.items():
+            # This model multiplies by its own scale, so the quotient of the two keeps the delta as it is.
+            for part, tensor in self.kind.parts_of(delta, self.scale).items():
+                self.flat.views[f"{module}.{part}"].copy_(tensor)
+
+
+def attach_modules(model: nn.Module, settings: LoraSettings, modules: list[str], seed: int) -> ModuleLayers:
+    """Attach a new adapter of `settings.type`: matrices uniform in +-1/sqrt(columns) but the last, which is zero, fp32.
+
+    As peft initialises a LoHa. Each matrix is a function of the seed, the module and its own name alone.
+    """
+    shapes: dict[str, dict[str, tuple[int, ...]]] = {}
+    parts: dict[str, tuple[int, ...]] = {}
+    for module in chain.from_iterable(product_groups(modules)):
+        layer = model.get_submodule(module)
+        assert isinstance(layer, nn.Linear)
+        shapes[module] = part_shapes(settings, layer.out_features, layer.in_features)
+        parts |= {f"{module}.{part}": size for part, size in shapes[module].items()}
+    device = cast(Tensor, model.get_submodule(modules[0]).weight).device
+    flat, kind = FlatParameters(parts, list(parts), device), KINDS[settings.type]
+    for module in modules:
+        views = {part: flat.views[f"{module}.{part}"] for part in shapes[module]}
+        replace_module(model, module, kind(model.get_submodule(module), views, settings.scale))
+        with torch.no_grad():
+            for part, view in list(views.items())[:-1]:
+                draw = keyed_generator(seed, "lora", f"{module}.{part}")
+                view.copy_((torch.rand(view.shape, generator=draw) * 2.0 - 1.0) / math.sqrt(view.shape[1]))
+    flat.allocate_grads()
+    return ModuleLayers(flat, settings.scale, kind, {module: shapes[module] for module in modules})
+
+
+class FixedLinear(nn.Module, BaseTunerLayer):
+    """A frozen linear layer and finished deltas beside it, for sampling: of any kinds, at most one of them a LoRA."""
+
+    def __init__(self, base: nn.Module, delta: Delta, device: torch.device) -> None:
+        super().__init__()
+        self.base_layer = base
+        self._lora: Factors | None = None
+        self._kronecker: list[KroneckerTerm] = []
+        self._hadamard: list[Hadamard] = []
+        for part in delta.parts if isinstance(delta, DeltaSum) else (delta,):
+            if isinstance(part, Factors):
+                self._lora = Factors(part.a.to(device), part.b.to(device).float() * part.scale, 1.0)
+            elif isinstance(part, Kronecker):
+                w1, w2 = part.whole
+                self._kronecker.append(KroneckerTerm({"w1": w1.to(device), "w2": w2.to(device)}, part.scale))
+            else:
+                assert isinstance(part, Hadamard)
+                (b1, a1), (b2, a2) = part.w1, part.w2
+                moved = Hadamard((b1.to(device), a1.to(device)), (b2.to(device), a2.to(device)), part.scale)
+                self._hadamard.append(moved)
+
+    def forward(self, x: Tensor) -> Tensor:
+        base, lora = self.get_base_layer(), self._lora
+        if self.disable_adapters or lora is None:
+            y = base(x)
+        elif isinstance(base, FrozenLinear):
+            y = base.with_lora(x, lora.a, lora.b, 1.0)
+        else:
+            y = base(x) + F.linear(F.linear(x, lora.a.to(x.dtype)), lora.b.to(x.dtype))
+        if self.disable_adapters:
+            return y
+        rows = x.reshape(-1, x.shape[-1]).contiguous()
+        for term in self._kronecker:
+            cast = KroneckerTerm({name: part.to(x.dtype) for name, part in term.parts.items()}, term.scale)
+            cast.add(rows, y.view(-1, y.shape[-1]))
+        for hadamard in self._hadamard:
+            (b1, a1), (b2, a2) = hadamard.w1, hadamard.w2
+            y = y + _HadamardFunction.apply(x, hadamard.scale, b1, a1, b2, a2)
+        return y
+
+
+def attach_fixed(model: nn.Module, deltas: Deltas) -> None:
+    """Attach finished deltas of any kind to the model, for sampling."""
+    device = next(model.parameters()).device
+    for module, delta in deltas.items():
+        replace_module(model, module, FixedLinear(model.get_submodule(module), delta, device))

@@ -1,0 +1,56 @@
+"""What the kinds of adapters train that run as modules, and what it costs (torch-free)."""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from zimage_train.config.lora import LoraSettings
+
+Sizes = Mapping[str, tuple[int, int]]
+"""Module -> (out, in)."""
+
+
+@dataclass(frozen=True)
+class ModuleCosts:
+    """What the layers of a kind cost in a step, beside the frozen products."""
+
+    products: int = 0
+    """Multiplications for each token, forward and backward, in `layers`."""
+    forward_products: int = 0
+    """Those of the forward alone, which a recomputed block does once more."""
+    moved: int = 0
+    """Bytes that are moved in a step whatever its tokens, as by forming a dense matrix."""
+    dense: int = 0
+    """Numbers in dense matrices that the largest layer needs while its backward runs."""
+
+
+NO_COSTS = ModuleCosts()
+LOHA_MATRICES, LOHA_BYTES = 4, 40
+"""Dense matrices that a LoHa's backward holds at once, and the bytes that forming all of a step's moves for each
+number."""
+
+
+def part_shapes(settings: LoraSettings, outputs: int, inputs: int) -> dict[str, tuple[int, ...]]:
+    """Return part -> shape of what is trained beside a weight (outputs, inputs); the last part starts at zero."""
+    rank = settings.rank
+    assert settings.type == "loha" and rank is not None
+    return {"w1_a": (outputs, rank), "w1_b": (rank, inputs), "w2_a": (outputs, rank), "w2_b": (rank, inputs)}
+
+
+def module_parameters(settings: LoraSettings, linears: Sizes, modules: Iterable[str]) -> int:
+    """Return the number of parameters of the adapter on `modules`."""
+    total = 0
+    for module in modules:
+        total += sum(map(math.prod, part_shapes(settings, *linears[module]).values()))
+    return total
+
+
+def module_costs(settings: LoraSettings, linears: Sizes, modules: Iterable[str]) -> ModuleCosts:
+    """Return what the adapter costs on `modules`; one with a fused form has costs of its own, which are not these."""
+    if settings.is_fusible:
+        return NO_COSTS
+    sizes = [outputs * inputs for outputs, inputs in (linears[module] for module in modules)]
+    in_layers = sum(math.prod(linears[module]) for module in modules if module.startswith("layers."))
+    # The dense change multiplies each token once more, its gradient is as large as that of a weight that is trained
+    # whole, and so is what goes back to the input.
+    return ModuleCosts(3 * in_layers, in_layers, LOHA_BYTES * in_layers, LOHA_MATRICES * max(sizes, default=0))
