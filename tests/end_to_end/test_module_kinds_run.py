@@ -25,7 +25,8 @@ from lora_commands import lora_command
 pytestmark = pytest.mark.slow
 
 LOHA: dict[str, Any] = {"type": "loha", "rank": 4, "alpha": 2.0}
-KINDS = pytest.mark.parametrize("lora", [LOHA], ids=lambda lora: lora["type"])
+DORA: dict[str, Any] = {"type": "dora", "rank": 4, "alpha": 2.0}
+KINDS = pytest.mark.parametrize("lora", [LOHA, DORA], ids=lambda lora: lora["type"])
 PROMPT = "a red zorb on a blue background"
 
 

@@ -405,14 +405,14 @@ def test_other_kinds_round_trip(tmp_path: Path, kind: str, change: Change):
             assert back.read_bytes() == start.read_bytes(), to
     for command in (["verify"], ["inspect"], ["weight", "--scale", "attention=0.5", "-o", tmp_path / "w.safetensors"]):
         code, said = lora_command(command[0], start, *command[1:])
-        if kind != "DoRA" and command[0] != "weight":
-            size = {"LoKr": "LoKr 6x6 of rank 4", "LoHa": "LoHa 4"}[kind]
+        if command[0] != "weight":
+            size = {"LoKr": "LoKr 6x6 of rank 4", "LoHa": "LoHa 4", "DoRA": "DoRA 4"}[kind]
             assert code == 0 and f"{size} (4 modules)" in said
             continue
         assert (
             code == 4 and f"is a {kind} (4 modules, such as {min(changes)}), which this command does not read" in said
         )
-        assert (kind != "DoRA") == ("lora resize FILE --rank auto -o OUT" in said)
+        assert f"zimage-train lora {'bake' if kind == 'DoRA' else 'resize FILE --rank auto -o OUT'}" in said
 
 
 def test_a_fused_loha_is_its_three(tmp_path: Path):

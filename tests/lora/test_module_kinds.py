@@ -6,15 +6,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import LoHaConfig
+from peft import LoHaConfig, LoraConfig
 from peft.tuners.loha import Linear as PeftLoHa
+from peft.tuners.lora import Linear as PeftLora
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from zimage_train import mini
 from zimage_train.config.lora import LoraSettings
 from zimage_train.lora import fused_block, lora_file, swap, verify
-from zimage_train.lora.module_kinds import HadamardLinear, TrainedModule
+from zimage_train.lora.deltas import Dora
+from zimage_train.lora.module_kinds import DoraLinear, HadamardLinear, TrainedModule
 from zimage_train.models import locate
 from zimage_train.planning.memory import fuses_blocks
 from zimage_train.planning.preflight import check_run, workload_of
@@ -22,7 +24,8 @@ from zimage_train.planning.preflight import check_run, workload_of
 from steps import gradients, loss_of, unfused
 
 LOHA = LoraSettings(type="loha", rank=3, alpha=1.5)
-KINDS = pytest.mark.parametrize("lora", [LOHA], ids=lambda lora: lora.type)
+DORA = LoraSettings(type="dora", rank=3, alpha=1.5)
+KINDS = pytest.mark.parametrize("lora", [LOHA, DORA], ids=lambda lora: lora.type)
 SIZE = st.integers(1, 6)
 
 
@@ -72,6 +75,49 @@ def test_loha_and_gradients(size: tuple[int, int], rank: int):
     compare_in_float64(HadamardLinear, loha_weight, random_parts(shapes, rank), size)
 
 
+def dora_weight(weight: Tensor, parts: dict[str, Tensor], scale: float) -> Tensor:
+    """W'[i, j] = (1 + gain[i]) (W[i, j] + scale * sum_r B[i, r] A[r, j])."""
+    return (1.0 + parts["gain"])[:, None] * (weight + scale * torch.einsum("ir,rj->ij", parts["B"], parts["A"]))
+
+
+@settings(max_examples=30, deadline=None)
+@given(size=st.tuples(SIZE, SIZE), rank=SIZE)
+def test_dora_and_gradients(size: tuple[int, int], rank: int):
+    shapes = {"A": (rank, size[1]), "B": (size[0], rank), "gain": (size[0],)}
+    compare_in_float64(DoraLinear, dora_weight, random_parts(shapes, rank), size)
+
+
+def comfyui_dora(weight: Tensor, lora_diff: Tensor, dora_scale: Tensor, strength: float) -> Tensor:
+    """What ComfyUI 0.29 makes of a weight by a dora_scale (out, 1)."""
+    moved = (weight + lora_diff) * (dora_scale / weight.norm(dim=1, keepdim=True))
+    return weight + strength * (moved - weight)
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.4])
+def test_dora_is_that_of_comfyui_and_peft(strength: float):
+    """The weights are ComfyUI's, and those of peft's own layer whose magnitude is scaled by ||W + B A|| / ||W||."""
+    parts = {name: part.float() for name, part in random_parts({"A": (4, 10), "B": (12, 4), "gain": (12,)}, 1).items()}
+    weight = torch.randn(12, 10)
+    delta = DoraLinear.delta(parts, 0.5, weight.norm(dim=1)).times(strength)
+    assert isinstance(delta, Dora)
+    product = 0.5 * parts["B"] @ parts["A"]
+    found = weight + delta.change(weight)
+    assert relative(found, comfyui_dora(weight, product, delta.magnitude[:, None], strength)) < 1e-6
+    x = torch.randn(7, 10)
+    trained = layer_of(DoraLinear, weight, parts, 0.5)(x)
+    assert relative(x @ found.T, x @ weight.T + strength * (trained - x @ weight.T)) < 1e-5
+    if strength == 1.0:
+        base = nn.Linear(10, 12, bias=False)
+        base.weight = nn.Parameter(weight.clone(), requires_grad=False)
+        config = LoraConfig(r=4, lora_alpha=2, use_dora=True)
+        peft = PeftLora(base, "default", config=config, r=4, lora_alpha=2)
+        peft.lora_A["default"].weight.data.copy_(parts["A"])
+        peft.lora_B["default"].weight.data.copy_(parts["B"])
+        magnitude = delta.magnitude * (weight + product).norm(dim=1) / weight.norm(dim=1)
+        peft.lora_magnitude_vector["default"].weight.data.copy_(magnitude)
+        assert relative(x @ found.T, peft(x)) < 1e-5
+
+
 def test_loha_is_that_of_peft():
     """peft's own layer on an nn.Linear computes the same, forward and backward."""
     size, rank = (12, 10), 4
@@ -97,12 +143,12 @@ def test_a_new_adapter_changes_nothing(lora: LoraSettings):
     """The first step has the loss of the model alone, and a gradient for what starts at zero."""
     frozen, attached = unfused("none", lora=lora)
     for name, view in attached.flat.views.items():
-        if name.endswith(".w2_b"):
+        if name.endswith((".w2_b", ".B", ".gain")):
             view.data.zero_()
     loss, *grads = gradients(frozen, attached)
     with swap.replaced_lora(frozen.model, {}):
         assert torch.equal(loss, loss_of(frozen))
-    assert sum(bool(grad.any()) for grad in grads) == len(attached.modules)
+    assert sum(bool(grad.any()) for grad in grads) == len(attached.modules) * len(attached.kind.zeros)
 
 
 @KINDS
@@ -131,7 +177,7 @@ def test_finished_deltas_compute_the_same(lora: LoraSettings):
             if kind is None:
                 for module, delta in deltas.items():
                     weight = frozen.model.get_submodule(module).weight
-                    weight.data.copy_(delta.applied(weight.double()))
+                    weight.data.copy_(weight + delta.change(weight))
                 assert relative(loss_of(frozen), loss) < 1e-5
         assert relative(fixed, loss) < 1e-6 < 1e-5 < relative(without, loss)
 
@@ -145,13 +191,16 @@ def test_export_reads_back(tmp_path: Path, lora: LoraSettings, dtype: str, limit
     lora_file.export_lora(path, deltas, dtype, {"format": "pt"})
     prefix = "diffusion_model.layers.0.attention.to_q."
     found = {key.removeprefix(prefix) for key in load_file(path) if key.startswith(prefix)}
-    assert found == {"loha": {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "alpha"}}[lora.type]
+    keys = {
+        "loha": {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "alpha"},
+        "dora": {"lora_A.weight", "lora_B.weight", "dora_scale", "alpha"},
+    }
+    assert found == keys[lora.type]
     for loaded in (verify.as_comfyui(path, shape.linears), lora_file.read_deltas(path)):
         assert loaded.keys() == deltas.keys()
         for module, delta in deltas.items():
             weight = torch.randn(delta.shape, generator=torch.Generator().manual_seed(2)) / 10
-            change, wanted = loaded[module].applied(weight) - weight, delta.applied(weight) - weight
-            assert relative(change, wanted) < limit
+            assert relative(loaded[module].change(weight), delta.change(weight)) < limit
     assert verify.verify_export(path, deltas, dtype, shape) < limit
 
 

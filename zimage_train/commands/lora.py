@@ -10,7 +10,7 @@ import diffusers
 from zimage_train import mini
 from zimage_train.errors import Argument, ConfigError, Location, Problem, WeightsError
 from zimage_train.io.dtypes import COMPUTE_DTYPES
-from zimage_train.lora import inspect, lora_file, scale_rules, targets, verify
+from zimage_train.lora import headers, inspect, lora_file, scale_rules, targets, verify
 from zimage_train.lora.deltas import Deltas
 from zimage_train.lora.inspect import LoraSummary
 from zimage_train.models import locate
@@ -112,7 +112,7 @@ def diff_files(path: Path, other_path: Path, image: Path | None) -> list[str]:
         DiskError: the image cannot be written.
     """
     require_image(image)
-    first, second = lora_file.read_deltas(path), lora_file.read_deltas(other_path)
+    first, second = (lora_file.read_deltas(file, headers.ADDITIVE) for file in (path, other_path))
     first_norms = {module: delta.norm() for module, delta in first.items()}
     second_norms = {module: delta.norm() for module, delta in second.items()}
     in_both = [module for module in first if module in second]

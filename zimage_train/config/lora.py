@@ -8,17 +8,18 @@ from pydantic import Field, field_validator, model_validator
 from zimage_train.config.module_groups import TARGET_GROUPS, module_pattern, require_patterns
 from zimage_train.config.types import ConflictError, NonEmptyPath, Section, SettingError, without_default
 
-AdapterType = Literal["lora", "lokr", "loha"]
+AdapterType = Literal["lora", "lokr", "loha", "dora"]
 LORA_ONLY = ("dropout", "rank_dropout", "module_dropout", "ranks", "rslora", "start")
 """Settings of a plain LoRA that the other kinds do not have."""
-LABELS: dict[AdapterType, str] = {"lora": "LoRA", "lokr": "LoKr", "loha": "LoHa"}
+LABELS: dict[AdapterType, str] = {"lora": "LoRA", "lokr": "LoKr", "loha": "LoHa", "dora": "DoRA"}
 
 
 class LoraSettings(Section):
     type: AdapterType = "lora"
     """What is trained beside each weight. lora: a product of two matrices of `rank`; lokr: a Kronecker product of a
     small and a large matrix, which changes a weight in its full rank with few parameters; loha: two products of `rank`,
-    multiplied element by element, which reaches the square of the rank with two LoRAs' parameters."""
+    multiplied element by element, which reaches the square of the rank with two LoRAs' parameters; dora: a LoRA and
+    a factor for each row of the weight with it. The change of a dora depends on the weight, that of others does not."""
     rank: int | None = Field(default=16, ge=1, le=1024, json_schema_extra=without_default)
     """Rank of the LoRA, which is its capacity; the size of its file is proportional to it. Of a LoKr, the rank of its
     large matrix; null: that is stored whole. If left out: null for lokr, 16 for others."""
@@ -146,6 +147,11 @@ class LoraSettings(Section):
     def is_fusible(self) -> bool:
         """Whether fused blocks compute it; the layers of other kinds run as modules."""
         return self.type in ("lora", "lokr")
+
+    @property
+    def is_additive(self) -> bool:
+        """Whether its change to a weight does not depend on that weight, so that it moves to another model as it is."""
+        return self.type != "dora"
 
     @property
     def description(self) -> str:

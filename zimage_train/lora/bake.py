@@ -126,7 +126,7 @@ def bake_checkpoint(
             tick(done, len(tensors.weights))
             weight, factors = tensors.get(name), lora.get(name.removesuffix(".weight"))
             torch_dtype = tensorfile.TORCH_DTYPES[dtype] if dtype else weight.dtype
-            delta = factors.delta() if factors is not None and name.endswith(".weight") else None
+            delta = factors.change(weight) if factors is not None and name.endswith(".weight") else None
             # Summed in fp32 and rounded once: a delta rounded to bf16 beforehand would add an error of its own.
             baked = (weight if delta is None else weight.float() + delta).to(torch_dtype)
             if not baked.isfinite().all():

@@ -13,7 +13,7 @@ from zimage_train.typing import LoraA, LoraB, Weight
 
 
 class Delta(ABC):
-    """What an adapter adds to the weight (out, in) of a module, whatever that weight is."""
+    """What an adapter adds to the weight (out, in) of a module, for most kinds whatever that weight is."""
 
     kind: ClassVar[str]
     """The name of the kind of adapter."""
@@ -32,9 +32,9 @@ class Delta(ABC):
     def delta(self) -> Weight:
         """Return the dense delta (out, in) in fp32."""
 
-    def applied(self, weight: Weight) -> Weight:
-        """Return the weight as the adapter makes it."""
-        return weight + self.delta()
+    def change(self, weight: Weight) -> Weight:
+        """Return what the adapter adds to `weight`; other than `delta`, this exists for every kind."""
+        return self.delta()
 
     @abstractmethod
     def times(self, weight: float) -> "Delta":
@@ -211,6 +211,61 @@ class Hadamard(Delta):
 
 
 @dataclass(frozen=True)
+class Dora(Delta):
+    """The DoRA of a module: W becomes magnitude / ||W|| (W + B A), row by row, and no delta exists without W.
+
+    ||W|| are the norms of the rows of W, as ComfyUI computes it, where peft and the paper have those of W + B A. The
+    same weights can be reached with either.
+    """
+
+    kind = "DoRA"
+    factors: Factors
+    magnitude: Tensor
+    """(out,)."""
+    strength: float = 1.0
+    """What the change is multiplied by, as ComfyUI multiplies it."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.factors.shape
+
+    @property
+    def numel(self) -> int:
+        return self.factors.numel + self.magnitude.numel()
+
+    def delta(self) -> Weight:
+        raise NotImplementedError("a DoRA's change depends on the weight")
+
+    def gain(self, weight: Weight) -> Tensor:
+        """Return what the rows of `weight` are multiplied by, (out, 1)."""
+        return (self.magnitude.float() / row_norms(weight)).unsqueeze(1)
+
+    def change(self, weight: Weight) -> Weight:
+        gain = self.gain(weight)
+        return self.strength * ((gain - 1.0) * weight.float() + gain * self.factors.delta())
+
+    def times(self, weight: float) -> "Dora":
+        return Dora(self.factors, self.magnitude, self.strength * weight)
+
+    def stored(self, dtype: torch.dtype) -> "Dora":
+        # In bf16 the magnitude would be off by more than it changes.
+        return Dora(self.factors.stored(dtype), self.magnitude.detach().float(), self.strength)
+
+    def norm(self) -> float:
+        return self.factors.norm()
+
+    def distance(self, other: Delta) -> float:
+        assert isinstance(other, Dora)
+        apart = self.magnitude.double() - other.magnitude.double().to(self.magnitude.device)
+        return float(torch.hypot(torch.tensor(self.factors.distance(other.factors)).double(), apart.norm().cpu()))
+
+
+def row_norms(weight: Weight) -> Tensor:
+    """Return the norms of the rows of a weight, (out,) in fp32."""
+    return torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32)
+
+
+@dataclass(frozen=True)
 class DeltaSum(Delta):
     """The sum of several deltas of a module that have no common form."""
 
@@ -227,6 +282,9 @@ class DeltaSum(Delta):
 
     def delta(self) -> Weight:
         return torch.stack([part.delta() for part in self.parts]).sum(0)
+
+    def change(self, weight: Weight) -> Weight:
+        return torch.stack([part.change(weight) for part in self.parts]).sum(0)
 
     def times(self, weight: float) -> "DeltaSum":
         return DeltaSum(tuple(part.times(weight) for part in self.parts))

@@ -50,8 +50,8 @@ KINDS = (
 """(what, pattern of its keys, what to do) of keys that are no LoRA of the transformer."""
 
 
-PLAIN, ADDITIVE = ("LoRA",), ("LoRA", "LoKr", "LoHa")
-"""Kinds of changes: what only a LoRA can be, and what adds a delta to a weight."""
+PLAIN, ADDITIVE, READ = ("LoRA",), ("LoRA", "LoKr", "LoHa"), ("LoRA", "LoKr", "LoHa", "DoRA")
+"""Kinds of changes: what only a LoRA can be, what adds a delta to any weight, and what can be sampled and baked."""
 
 
 def detect_family(keys: Iterable[str]) -> str | None:
@@ -119,13 +119,13 @@ def read_parts(path: Path) -> Parts:
 
 
 def read_sizes(path: Path) -> Sizes:
-    """Return module -> (out, in) of a LoRA, LoKr or LoHa; a fused module counts as q, k and v.
+    """Return module -> (out, in) of a LoRA, LoKr, LoHa or DoRA; a fused module counts as q, k and v.
 
     Raises:
-        WeightsError: as `read_parts`, or the file is a DoRA.
+        WeightsError: as `read_parts`.
     """
     parts, tensors = read_parts(path), read_header(path).tensors
-    require_kinds(path, {module: _kind(found, tensors) for module, found in parts.items()}, ADDITIVE)
+    require_kinds(path, {module: _kind(found, tensors) for module, found in parts.items()}, READ)
     sizes: dict[str, tuple[int, int]] = {}
     for module, found in parts.items():
         outputs, inputs = keys.size_of({part: tensors[key].shape for part, key in found.items()})
@@ -175,7 +175,7 @@ def require_kinds(path: Path, kinds: Mapping[str, str | None], allowed: Collecti
         return
     module, kind = min(others.items())
     what = f"is a {kind} ({len(others)} modules, such as {module}), which this command does not read"
-    todo = "make it a LoRA with the tool that trained it"
+    todo = "bake it into the model with `zimage-train lora bake`, since its change depends on the weights"
     if len(allowed) == 1 and kind == "LoRA":
         todo = f"give a {next(iter(allowed))}"
     elif kind in ADDITIVE:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from zimage_train.io.safetensors_format import read_header
 from zimage_train.lora import keys, lora_file, qkv, readers, targets
-from zimage_train.lora.deltas import Delta, Factors, Hadamard, Kronecker
+from zimage_train.lora.deltas import Delta, Dora, Factors, Hadamard, Kronecker
 from zimage_train.lora.lora_file import Changes
 from zimage_train.lora.readers import LoraTraits
 
@@ -73,6 +73,8 @@ def _size(delta: Delta) -> str:
     if isinstance(delta, Kronecker):
         rows, columns = delta.w1[0].shape[0], delta.w1[-1].shape[1]
         return f"LoKr {rows}x{columns}" + (f" of rank {delta.rank}" if delta.rank else "")
+    if isinstance(delta, Dora):
+        return f"DoRA {delta.factors.rank}"
     if isinstance(delta, Hadamard):
         return f"LoHa {delta.rank}"
     assert isinstance(delta, Factors)

@@ -3,11 +3,11 @@
 The layout written is the only layout that ComfyUI and every diffusers since 0.36 read alike:
 `diffusion_model.<module>.lora_A/lora_B.weight`, and `.alpha` equal to the rank, with the scale folded into B. A LoKr
 has the keys that AI Toolkit and LyCORIS give it, `.lokr_w1` and `.lokr_w2` or `.lokr_w2_a/_b`, and a LoHa those of
-LyCORIS, `.hada_w1_a/_b` and `.hada_w2_a/_b`.
+LyCORIS, `.hada_w1_a/_b` and `.hada_w2_a/_b`. A DoRA has `.dora_scale` beside a LoRA's keys, in fp32.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from zimage_train.errors import Problem, WeightsError
 from zimage_train.io import safetensors_format, tensorfile
 from zimage_train.lora import adapter_config, file_hashes, format_metadata, headers, keys, qkv
-from zimage_train.lora.deltas import Delta, Deltas, Factors, Hadamard, Kronecker, Lora
+from zimage_train.lora.deltas import Delta, Deltas, Dora, Factors, Hadamard, Kronecker, Lora
 from zimage_train.lora.keys import MAGNITUDE
 from zimage_train.lora.qkv import Change
 
@@ -130,28 +130,35 @@ def read_lora(path: Path) -> Lora:
     return {module: Factors(change["A"], change["B"], qkv.scale_of(change)) for module, change in changes.items()}
 
 
-def read_deltas(path: Path) -> Deltas:
-    """Return the deltas of a LoRA, LoKr or LoHa file of any known layout.
+def read_deltas(path: Path, kinds: Collection[str] = headers.READ) -> Deltas:
+    """Return the deltas of an adapter's file of any known layout.
 
     Raises:
-        WeightsError: as `read_changes`, or the file is a DoRA.
+        WeightsError: as `read_changes`; a module is not of `kinds`, or a DoRA with other magnitudes than ComfyUI's.
     """
     changes = read_changes(path).changes
-    headers.require_kinds(path, {module: kind_of(change) for module, change in changes.items()}, headers.ADDITIVE)
+    headers.require_kinds(path, {module: kind_of(change) for module, change in changes.items()}, kinds)
+    for module, parts in headers.read_parts(path).items():
+        is_of_peft = MAGNITUDE in parts and not parts[MAGNITUDE].endswith(".dora_scale")
+        if is_of_peft or any(MAGNITUDE in change and change[MAGNITUDE].dim() > 1 for change in changes.values()):
+            formula = "that of peft, which divides by ||W + B A||" if is_of_peft else "a magnitude for each input"
+            hint = "use it in diffusers" if is_of_peft else "use it in ComfyUI"
+            raise WeightsError(Problem(str(path), f"is a DoRA: {module} has {formula}", hint, "not-a-plain-lora"))
     return {module: _delta_of(change) for module, change in changes.items()}
 
 
 def _delta_of(change: Change) -> Delta:
     scale = qkv.scale_of(change)
     if "A" in change:
-        return Factors(change["A"], change["B"], scale)
+        factors = Factors(change["A"], change["B"], scale)
+        return Dora(factors, change[MAGNITUDE].float()) if MAGNITUDE in change else factors
     if "hada_w1_a" in change:
         b1, a1, b2, a2 = (change[part] for part in keys.LOHA)
         return Hadamard((b1, a1), (b2, a2), scale)
-    factors: list[tuple[Tensor, ...]] = []
+    whole: list[tuple[Tensor, ...]] = []
     for name in ("lokr_w1", "lokr_w2"):
-        factors.append((change[name],) if name in change else (change[f"{name}_a"], change[f"{name}_b"]))
-    return Kronecker(factors[0], factors[1], scale)
+        whole.append((change[name],) if name in change else (change[f"{name}_a"], change[f"{name}_b"]))
+    return Kronecker(whole[0], whole[1], scale)
 
 
 def kind_of(change: Change) -> str | None:
@@ -249,6 +256,8 @@ def _file_parts(delta: Delta) -> dict[str, Tensor]:
     """Return suffix of a key -> tensor of a delta whose scale is 1; alpha is its rank."""
     if isinstance(delta, Factors):
         return {"lora_A.weight": delta.a, "lora_B.weight": delta.b, "alpha": torch.tensor(float(delta.rank))}
+    if isinstance(delta, Dora):
+        return {**_file_parts(delta.factors), "dora_scale": delta.magnitude.reshape(-1, 1)}
     if isinstance(delta, Hadamard):
         matrices = dict(zip(keys.LOHA, (*delta.w1, *delta.w2), strict=True))
         return matrices | {"alpha": torch.tensor(float(delta.rank))}

@@ -8,7 +8,7 @@ from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from zimage_train.config.lora import LoraSettings
-from zimage_train.lora.deltas import Delta, Deltas, DeltaSum, Factors, Hadamard, Kronecker
+from zimage_train.lora.deltas import Delta, Deltas, DeltaSum, Dora, Factors, Hadamard, Kronecker, row_norms
 from zimage_train.lora.kronecker import KroneckerTerm, replace_module
 from zimage_train.lora.layers import AdapterLayers, product_groups
 from zimage_train.lora.module_shapes import part_shapes
@@ -40,18 +40,24 @@ class TrainedModule(nn.Module, BaseTunerLayer):
     def forward(self, x: Tensor) -> Tensor:
         return self.get_base_layer()(x) if self.disable_adapters else self.changed(x)
 
+    zeros: ClassVar[tuple[str, ...]]
+    """The parts that begin at zero, so that a new adapter changes nothing."""
+
     @abstractmethod
     def changed(self, x: Tensor) -> Tensor:
         """Return the output for x with the change."""
 
     @staticmethod
     @abstractmethod
-    def delta(parts: Parts, scale: float) -> Delta:
-        """Return the delta of the trained `parts`, which shares memory with them."""
+    def delta(parts: Parts, scale: float, norms: Tensor | None) -> Delta:
+        """Return the delta of the trained `parts`, which shares memory with them.
+
+        `norms` are those of the rows of the weight that it is used on, for kinds that need them.
+        """
 
     @staticmethod
     @abstractmethod
-    def parts_of(delta: Delta, scale: float) -> Parts:
+    def parts_of(delta: Delta, scale: float, norms: Tensor | None) -> Parts:
         """Return the parts whose delta is `delta` at `scale`."""
 
 
@@ -84,22 +90,55 @@ class _HadamardFunction(torch.autograd.Function):
 class HadamardLinear(TrainedModule):
     """A frozen linear layer and the LoHa that is trained beside it."""
 
+    zeros = ("w2_b",)
+
     def changed(self, x: Tensor) -> Tensor:
         matrices = [self.parts[name] for name in ("w1_a", "w1_b", "w2_a", "w2_b")]
         return self.get_base_layer()(x) + _HadamardFunction.apply(x, self.scale, *matrices)
 
     @staticmethod
-    def delta(parts: Parts, scale: float) -> Hadamard:
+    def delta(parts: Parts, scale: float, norms: Tensor | None) -> Hadamard:
         return Hadamard((parts["w1_a"], parts["w1_b"]), (parts["w2_a"], parts["w2_b"]), scale)
 
     @staticmethod
-    def parts_of(delta: Delta, scale: float) -> Parts:
+    def parts_of(delta: Delta, scale: float, norms: Tensor | None) -> Parts:
         assert isinstance(delta, Hadamard)
         first = delta.w1[0].float() * (delta.scale / scale)
         return {"w1_a": first, "w1_b": delta.w1[1], "w2_a": delta.w2[0], "w2_b": delta.w2[1]}
 
 
-KINDS: dict[str, type[TrainedModule]] = {"loha": HadamardLinear}
+class DoraLinear(TrainedModule):
+    """A frozen linear layer and the DoRA that is trained beside it: (1 + gain) (W + B A), row by row.
+
+    The gain is trained in place of the magnitude ||W|| (1 + gain), so that weight decay pulls towards no change, and
+    W is not needed. A file has the magnitude for the weight that the adapter is used on, without the training adapter.
+    """
+
+    zeros = ("B", "gain")
+
+    def changed(self, x: Tensor) -> Tensor:
+        base = self.get_base_layer()
+        a, b = self.parts["A"], self.parts["B"]
+        if isinstance(base, FrozenLinear):
+            y = base.with_lora(x, a, b, self.scale)
+        else:
+            y = base(x) + self.scale * F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype))
+        return y * (1.0 + self.parts["gain"]).to(x.dtype)
+
+    @staticmethod
+    def delta(parts: Parts, scale: float, norms: Tensor | None) -> Dora:
+        assert norms is not None
+        return Dora(Factors(parts["A"], parts["B"], scale), norms * (1.0 + parts["gain"].detach()))
+
+    @staticmethod
+    def parts_of(delta: Delta, scale: float, norms: Tensor | None) -> Parts:
+        assert isinstance(delta, Dora) and norms is not None
+        factors = delta.factors
+        gain = delta.magnitude.to(norms.device) / norms - 1.0
+        return {"A": factors.a, "B": factors.b.float() * (factors.scale / scale), "gain": gain}
+
+
+KINDS: dict[str, type[TrainedModule]] = {"loha": HadamardLinear, "dora": DoraLinear}
 """By `lora.type`."""
 
 
@@ -110,6 +149,8 @@ class ModuleLayers(AdapterLayers):
     kind: type[TrainedModule]
     shapes: Mapping[str, Mapping[str, tuple[int, ...]]]
     """Module -> part -> shape."""
+    norms: Mapping[str, Tensor]
+    """Module -> norms of the rows of the weight that the adapter is used on; empty for kinds that need none."""
 
     @property
     def modules(self) -> list[str]:
@@ -119,21 +160,27 @@ class ModuleLayers(AdapterLayers):
         tensors = state or self.state()
         deltas: Deltas = {}
         for module, parts in self.shapes.items():
-            deltas[module] = self.kind.delta({part: tensors[f"lora.{module}.{part}"] for part in parts}, self.scale)
+            trained = {part: tensors[f"lora.{module}.{part}"] for part in parts}
+            deltas[module] = self.kind.delta(trained, self.scale, self.norms.get(module))
         return deltas
 
     @torch.no_grad()
     def initialize_from(self, deltas: Deltas) -> None:
         for module, delta in deltas.items():
             # This model multiplies by its own scale, so the quotient of the two keeps the delta as it is.
-            for part, tensor in self.kind.parts_of(delta, self.scale).items():
+            for part, tensor in self.kind.parts_of(delta, self.scale, self.norms.get(module)).items():
                 self.flat.views[f"{module}.{part}"].copy_(tensor)
 
 
-def attach_modules(model: nn.Module, settings: LoraSettings, modules: list[str], seed: int) -> ModuleLayers:
-    """Attach a new adapter of `settings.type`: matrices uniform in +-1/sqrt(columns) but the last, which is zero, fp32.
+def attach_modules(
+    model: nn.Module, settings: LoraSettings, modules: list[str], seed: int, norms: Mapping[str, Tensor] | None
+) -> ModuleLayers:
+    """Attach a new adapter of `settings.type`: matrices uniform in +-1/sqrt(columns), or zero (`zeros`), in fp32.
 
-    As peft initialises a LoHa. Each matrix is a function of the seed, the module and its own name alone.
+    As peft initialises them. Each matrix is a function of the seed, the module and its own name alone.
+
+    Args:
+        norms: as `ModuleLayers.norms`; None takes those of the weights in the model.
     """
     shapes: dict[str, dict[str, tuple[int, ...]]] = {}
     parts: dict[str, tuple[int, ...]] = {}
@@ -144,15 +191,24 @@ def attach_modules(model: nn.Module, settings: LoraSettings, modules: list[str],
         parts |= {f"{module}.{part}": size for part, size in shapes[module].items()}
     device = cast(Tensor, model.get_submodule(modules[0]).weight).device
     flat, kind = FlatParameters(parts, list(parts), device), KINDS[settings.type]
+    if norms is None and not settings.is_additive:
+        norms = {module: row_norms(_dense(model.get_submodule(module))) for module in modules}
     for module in modules:
         views = {part: flat.views[f"{module}.{part}"] for part in shapes[module]}
         replace_module(model, module, kind(model.get_submodule(module), views, settings.scale))
         with torch.no_grad():
-            for part, view in list(views.items())[:-1]:
+            for part in views.keys() - set(kind.zeros):
+                view = views[part]
                 draw = keyed_generator(seed, "lora", f"{module}.{part}")
                 view.copy_((torch.rand(view.shape, generator=draw) * 2.0 - 1.0) / math.sqrt(view.shape[1]))
     flat.allocate_grads()
-    return ModuleLayers(flat, settings.scale, kind, {module: shapes[module] for module in modules})
+    moved = {module: tensor.to(device) for module, tensor in (norms or {}).items()}
+    return ModuleLayers(flat, settings.scale, kind, {module: shapes[module] for module in modules}, moved)
+
+
+def _dense(layer: nn.Module) -> Tensor:
+    """Return the weight of a frozen layer, unpacked if it is quantised."""
+    return layer.dense(torch.float32) if isinstance(layer, FrozenLinear) else cast(Tensor, layer.weight)
 
 
 class FixedLinear(nn.Module, BaseTunerLayer):
@@ -164,12 +220,16 @@ class FixedLinear(nn.Module, BaseTunerLayer):
         self._lora: Factors | None = None
         self._kronecker: list[KroneckerTerm] = []
         self._hadamard: list[Hadamard] = []
+        self._dora: list[Dora] = []
         for part in delta.parts if isinstance(delta, DeltaSum) else (delta,):
             if isinstance(part, Factors):
                 self._lora = Factors(part.a.to(device), part.b.to(device).float() * part.scale, 1.0)
             elif isinstance(part, Kronecker):
                 w1, w2 = part.whole
                 self._kronecker.append(KroneckerTerm({"w1": w1.to(device), "w2": w2.to(device)}, part.scale))
+            elif isinstance(part, Dora):
+                factors = Factors(part.factors.a.to(device), part.factors.b.to(device), part.factors.scale)
+                self._dora.append(Dora(factors, part.magnitude.to(device), part.strength))
             else:
                 assert isinstance(part, Hadamard)
                 (b1, a1), (b2, a2) = part.w1, part.w2
@@ -186,6 +246,9 @@ class FixedLinear(nn.Module, BaseTunerLayer):
             y = base(x) + F.linear(F.linear(x, lora.a.to(x.dtype)), lora.b.to(x.dtype))
         if self.disable_adapters:
             return y
+        for dora in self._dora:
+            # The frozen output once more: `y` may have a LoRA in it, and what follows adds to it in place.
+            y = y + self._change_by(dora, x, y if lora is None and len(self._dora) == 1 else base(x))
         rows = x.reshape(-1, x.shape[-1]).contiguous()
         for term in self._kronecker:
             cast = KroneckerTerm({name: part.to(x.dtype) for name, part in term.parts.items()}, term.scale)
@@ -194,6 +257,13 @@ class FixedLinear(nn.Module, BaseTunerLayer):
             (b1, a1), (b2, a2) = hadamard.w1, hadamard.w2
             y = y + _HadamardFunction.apply(x, hadamard.scale, b1, a1, b2, a2)
         return y
+
+    def _change_by(self, dora: Dora, x: Tensor, y: Tensor) -> Tensor:
+        """Return what a DoRA adds to the frozen output y of x."""
+        gain = dora.gain(_dense(self.get_base_layer())).squeeze(1).to(x.dtype)
+        a, b = dora.factors.a.to(x.dtype), dora.factors.b.to(x.dtype)
+        lora = dora.factors.scale * F.linear(F.linear(x, a), b)
+        return dora.strength * ((gain - 1.0) * y + gain * lora)
 
 
 def attach_fixed(model: nn.Module, deltas: Deltas) -> None:

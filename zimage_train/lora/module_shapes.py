@@ -20,20 +20,29 @@ class ModuleCosts:
     """Those of the forward alone, which a recomputed block does once more."""
     moved: int = 0
     """Bytes that are moved in a step whatever its tokens, as by forming a dense matrix."""
+    kept: int = 0
+    """Numbers for each token that the layers of a block keep for their backward."""
+    moved_for_token: int = 0
+    """Bytes that are moved for each token in a step, in all layers."""
     dense: int = 0
     """Numbers in dense matrices that the largest layer needs while its backward runs."""
 
 
 NO_COSTS = ModuleCosts()
+DORA_BYTES = 12
+"""Bytes that are moved for each number of the output."""
 LOHA_MATRICES, LOHA_BYTES = 4, 40
 """Dense matrices that a LoHa's backward holds at once, and the bytes that forming all of a step's moves for each
 number."""
 
 
 def part_shapes(settings: LoraSettings, outputs: int, inputs: int) -> dict[str, tuple[int, ...]]:
-    """Return part -> shape of what is trained beside a weight (outputs, inputs); the last part starts at zero."""
+    """Return part -> shape of what is trained beside a weight (outputs, inputs)."""
     rank = settings.rank
-    assert settings.type == "loha" and rank is not None
+    assert rank is not None
+    if settings.type == "dora":
+        return {"A": (rank, inputs), "B": (outputs, rank), "gain": (outputs,)}
+    assert settings.type == "loha"
     return {"w1_a": (outputs, rank), "w1_b": (rank, inputs), "w2_a": (outputs, rank), "w2_b": (rank, inputs)}
 
 
@@ -51,6 +60,11 @@ def module_costs(settings: LoraSettings, linears: Sizes, modules: Iterable[str])
         return NO_COSTS
     sizes = [outputs * inputs for outputs, inputs in (linears[module] for module in modules)]
     in_layers = sum(math.prod(linears[module]) for module in modules if module.startswith("layers."))
+    outputs = sum(linears[module][0] for module in modules if module.startswith("layers."))
+    if settings.type == "dora":
+        # The output is kept to know the gradient of its factor, and is read or written six times more.
+        kept = sum(linears[module][0] for module in modules if module.startswith("layers.0."))
+        return ModuleCosts(kept=kept, moved_for_token=DORA_BYTES * outputs)
     # The dense change multiplies each token once more, its gradient is as large as that of a weight that is trained
     # whole, and so is what goes back to the input.
     return ModuleCosts(3 * in_layers, in_layers, LOHA_BYTES * in_layers, LOHA_MATRICES * max(sizes, default=0))

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from zimage_train.errors import Problem, WeightsError, ZImageTrainError, collect_errors
 from zimage_train.io import tensorfile
 from zimage_train.lora import keys, qkv
-from zimage_train.lora.deltas import Delta, Deltas, Factors, Hadamard, Kronecker, Lora
+from zimage_train.lora.deltas import Delta, Deltas, Dora, Factors, Hadamard, Kronecker, Lora
 from zimage_train.lora.headers import Sizes
 from zimage_train.lora.layers import ADAPTER_NAME
 from zimage_train.lora.qkv import Change
@@ -166,7 +166,9 @@ def as_comfyui(path: Path, linears: Sizes) -> Deltas:
                 change = {"A": tensors.pop(name + a_suffix), "B": tensors.pop(name + b_suffix)}
                 if f"{name}.alpha" in tensors:
                     change["alpha"] = tensors.pop(f"{name}.alpha")
-                loaded |= _split_fused(module, change)
+                plain = _split_fused(module, change)
+                magnitude = tensors.pop(f"{name}.dora_scale", None)
+                loaded |= plain if magnitude is None else _comfyui_dora(plain, magnitude)
     # Each tensor that was used has been popped, so the rest is what ComfyUI logs as "lora key not loaded".
     if tensors:
         message = f"ComfyUI would report {len(tensors)} keys as not loaded, such as {sorted(tensors)[0]}"
@@ -197,6 +199,11 @@ def _comfyui_loha(module: str, change: Change) -> Deltas:
         return {module: Hadamard((b1, a1), (b2, a2), scale)}
     thirds = zip(split, b1.chunk(3), b2.chunk(3), strict=True)
     return {name: Hadamard((first, a1), (second, a2), scale) for name, first, second in thirds}
+
+
+def _comfyui_dora(lora: Lora, magnitude: Tensor) -> Deltas:
+    parts = zip(lora.items(), magnitude.reshape(-1).chunk(len(lora)), strict=True)
+    return {name: Dora(factors, part.float()) for (name, factors), part in parts}
 
 
 def _split_fused(module: str, change: Change) -> Lora:

@@ -104,7 +104,7 @@ def _forward_backward_seconds(
     moved += passes / 3.5 * LOKR_BYTES * sum(kronecker.between for kronecker in workload.lokr) * tokens
     own = workload.module_costs
     products += 2.0 * (own.products + _recomputed_share(shape, mode) * own.forward_products) * tokens / batch
-    moved += own.moved
+    moved += own.moved + own.moved_for_token * tokens
     if placement.quantization == "fp8_fast":
         products /= FP8_RATE
     at_full_rate = products / PRODUCT_SHARE + forward / ATTENTION_SHARE + backward / FIXED_ORDER_SHARE

@@ -271,7 +271,9 @@ def step_memory(workload: Workload, placement: WeightPlacement, mode: RecomputeM
     # block has been recomputed, so it holds what `none` keeps, and the gradients of the backward on top.
     per_token = workload.shape.n_layers * kept + kept_by_none - kept + costs[mode].backward_bytes[workload.dtype]
     activations = int(per_token * workload.shape.dim * tokens)
-    activations += workload.module_costs.dense * bytes_per_number(workload.dtype)
+    costs_of_kind, blocks = workload.module_costs, workload.shape.n_layers if mode == "none" else 1
+    numbers = costs_of_kind.dense + blocks * costs_of_kind.kept * tokens
+    activations += numbers * bytes_per_number(workload.dtype)
     return _with_weights(workload, placement, activations, gap_bytes(workload, tokens))
 
 

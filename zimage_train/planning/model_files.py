@@ -17,7 +17,7 @@ from zimage_train.errors import (
     collect_errors,
     raise_all,
 )
-from zimage_train.lora import headers, targets
+from zimage_train.lora import headers, keys, targets
 from zimage_train.lora.kronecker_shapes import shapes_of
 from zimage_train.lora.module_shapes import part_shapes
 from zimage_train.models import components, locate
@@ -231,12 +231,19 @@ def _require_same_parts(
             wanted = dict(shapes_of(settings, shape.linears, [module])[module].parts)
         else:
             wanted = part_shapes(settings, *shape.linears[module])
-        parts = {part.partition("_")[2]: size for part, size in found[module].items()}
+        parts = {_trained_name(part): size for part, size in found[module].items()}
+        if "gain" in parts:  # which a file has as a magnitude, a column
+            parts["gain"] = parts["gain"][:1]
         if parts != wanted:
             there, here = ", ".join(map(_described, parts.items())), ", ".join(map(_described, wanted.items()))
             size = "lora.factor and lora.rank" if settings.type == "lokr" else "lora.rank"
             hint = f"set {size} to what it was trained with"
             raise ConfigError(Problem(location, f"has {there} in {module}, and this run {here}", hint, "other-rank"))
+
+
+def _trained_name(part: str) -> str:
+    """Return the name that a run gives to the part of a file."""
+    return part.removeprefix("lokr_").removeprefix("hada_").replace(keys.MAGNITUDE, "gain")
 
 
 def _described(part: tuple[str, tuple[int, ...]]) -> str:

@@ -21,9 +21,10 @@ from zimage_train.diffusion import request
 from zimage_train.diffusion.drift import DriftMeter
 from zimage_train.diffusion.frozen import FrozenTransformer, load_frozen
 from zimage_train.lora import adapters, lora_file, targets, training_adapter
-from zimage_train.lora.deltas import Deltas
+from zimage_train.lora.deltas import Deltas, row_norms
 from zimage_train.lora.layers import AdapterLayers, LoraLayers
 from zimage_train.lora.metadata import training_metadata
+from zimage_train.models import transformer
 from zimage_train.optim import ema, optimizers
 from zimage_train.optim.ema import Ema
 from zimage_train.planning import forecast
@@ -226,7 +227,8 @@ def _load_frozen(context: RunContext, plan: MemoryPlan) -> FrozenTransformer:
 def _attach_lora(context: RunContext, frozen: FrozenTransformer) -> AdapterLayers:
     """Add the LoRA to the frozen model, starting from `lora.init_from` if it is set."""
     settings, modules, console = context.config.lora, context.model_files.modules, context.console
-    attached = adapters.attach_adapter(frozen.model, settings, modules, context.config.seed)
+    norms = None if settings.is_additive else _norms(frozen, modules)
+    attached = adapters.attach_adapter(frozen.model, settings, modules, context.config.seed, norms)
     groups = ", ".join(f"{name} {count}" for name, count in targets.count_by_group(attached.modules).items())
     console.info(f"{settings.description}: matched {len(attached.modules)}/{len(modules)} modules ({groups})")
     if settings.ranks:
@@ -241,6 +243,12 @@ def _attach_lora(context: RunContext, frozen: FrozenTransformer) -> AdapterLayer
         attached.initialize_from(lora_file.read_deltas(init_from))
         console.info(f"it begins as {settings.init_from}")
     return attached
+
+
+def _norms(frozen: FrozenTransformer, modules: list[str]) -> dict[str, Tensor]:
+    """Return the norms of the rows of the weights in the file, without the training adapter, and not quantised."""
+    weights = transformer.read_selected_weights(frozen.path, {f"{module}.weight" for module in modules})
+    return {name.removesuffix(".weight"): row_norms(weight) for name, weight in weights}
 
 
 def _open_dataset(context: RunContext, frozen: FrozenTransformer) -> CachedDataset:

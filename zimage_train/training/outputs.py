@@ -185,7 +185,7 @@ def is_complete(context: RunContext, step: int) -> bool:
         return False
     dtypes: set[str] = set()
     for header in headers:
-        dtypes |= {info.dtype for key, info in header.tensors.items() if not key.endswith(".alpha")}
+        dtypes |= {info.dtype for key, info in header.tensors.items() if not key.endswith((".alpha", ".dora_scale"))}
     levels = {metadata.level_of(header.metadata) for header in headers}
     return (dtypes, levels) == ({PRECISIONS[config.save.dtype]}, {config.save.metadata}) and not any(
         previews.missing(last) for previews in context.preview_sets
