@@ -140,8 +140,8 @@ class LoraSettings(Section):
 
     @property
     def scale(self) -> float:
-        """The number that the change is multiplied by."""
-        return 1.0 if self.alpha is None or self.rank is None else self.alpha / self.rank
+        """The factor on the change of every module, of kinds with a single rank."""
+        return 1.0 if self.rank is None else self.scale_at(self.rank)
 
     @property
     def is_fusible(self) -> bool:

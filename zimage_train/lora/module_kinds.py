@@ -146,6 +146,8 @@ KINDS: dict[str, type[TrainedModule]] = {"loha": HadamardLinear, "dora": DoraLin
 class ModuleLayers(AdapterLayers):
     """The trainable parts of a model whose layers are `kind`."""
 
+    scale: float
+    """Factor on the change of every module."""
     kind: type[TrainedModule]
     shapes: Mapping[str, Mapping[str, tuple[int, ...]]]
     """Module -> part -> shape."""

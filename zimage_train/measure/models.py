@@ -79,7 +79,7 @@ def random_pair(
     frozen = random_model(shape, plan.placement, dtype, device)
     modules = targets.select_modules(["attention", "feed_forward"], shape.linears)
     attached = attach_adapter(frozen.model, lora or LoraSettings(rank=RANK), modules, 1)
-    apply_recompute_plan(frozen, attached, plan, 0.0)
+    apply_recompute_plan(frozen, attached, plan, draws_masks=False)
     return frozen, attached
 
 
