@@ -56,6 +56,14 @@ def test_defaults_have_no_warning(variant: str):
             ["optimizer.lr is 0.0002", "from 0.0002 on", "use 1e-4"],
         ),
         (
+            {"lora": {"start": "pissa"}},
+            [
+                {"lora": {"start": "orthogonal"}},
+                {"lora": {"start": "pissa"}, "model": {"variant": "base"}},
+            ],
+            ["lora.start: pissa changes Turbo more", "use a third of the optimizer.lr, or start: zero"],
+        ),
+        (
             {"lora": {"rslora": True}},
             [
                 {"lora": {"rslora": True, "alpha": 4.0}},
