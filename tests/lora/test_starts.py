@@ -8,7 +8,7 @@ from torch import nn
 from zimage_train import mini
 from zimage_train.config.lora import LoraSettings
 from zimage_train.diffusion.frozen import load_frozen
-from zimage_train.lora import fused_block, lora_file, targets
+from zimage_train.lora import arithmetic, fused_block, lora_file, targets
 from zimage_train.lora.layers import LoraLayers, attach_lora, without_lora
 from zimage_train.lora.starts import orthogonal_start
 from zimage_train.models import checkpointing
@@ -177,3 +177,23 @@ def test_pissa_exports_the_difference(tmp_path):
         found = factors.scale * factors.b.double() @ factors.a.double()
         assert factors.rank == 2 * rank
         assert (found - wanted).norm() < 1e-2 * wanted.norm()
+
+
+def test_pissa_keeps_its_fixed_factors(monkeypatch: pytest.MonkeyPatch):
+    """A run that is continued has the fixed factors of its checkpoint, whatever another machine would decompose."""
+    _, first = begun("none", fused=False)
+    perturb(first)
+    saved = {name: tensor.clone() for name, tensor in (first.state() | first.fixed_state()).items()}
+    original = arithmetic.factorize
+    monkeypatch.setattr(arithmetic, "factorize", lambda weight, *rest: original(weight.flip(0) * 0.5, *rest))
+    frozen, second = begun("full", fused=True)
+    second.load_state({name: tensor for name, tensor in saved.items() if name.startswith("lora.")}, "here")
+    assert any(first.deltas()[module].distance(delta) > 0.1 for module, delta in second.deltas().items())
+    second.load_fixed_state({name: tensor for name, tensor in saved.items() if name.startswith("fixed.")})
+    for module, delta in second.deltas().items():
+        assert first.deltas()[module].distance(delta) < 1e-6
+    monkeypatch.undo()
+    wanted_frozen, wanted = begun("full", fused=True)
+    perturb(wanted)
+    found, expected = gradients(frozen, second), gradients(wanted_frozen, wanted)
+    assert all(torch.equal(one, two) for one, two in zip(found, expected, strict=True)), "the fused blocks use them"

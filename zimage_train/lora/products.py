@@ -92,8 +92,9 @@ class LoraProduct(Product):
     a_start: int
     """Index of the first element of the A of all layers, which follow each other, in the factors of the block."""
     b_starts: list[int]
-    offset: tuple[Tensor, list[Tensor]] | None = None
-    """Fixed A of all layers (rank, in) and B of each, whose products are subtracted, in the dtype of x."""
+    offset: tuple[list[Tensor], list[Tensor]] | None = None
+    """Fixed A and B of each layer, whose products are subtracted, in the dtype of x; they lie where the layers have
+    them. None: there is nothing to subtract."""
 
     @property
     def rank(self) -> int:
@@ -127,7 +128,7 @@ class LoraProduct(Product):
         self._multiply(rows, results)
         if inner is None:
             return
-        fixed_inner = None if self.offset is None else rows @ self.offset[0].T
+        fixed_inner = None if self.offset is None else rows @ torch.cat(self.offset[0]).T
         for index, y in enumerate(results):
             if self.ranks[index]:
                 b = self.b(factors, index)
@@ -158,7 +159,7 @@ class LoraProduct(Product):
             return None
         a = self.a(factors)
         if self.offset is not None and grad_inner is not None:
-            a = torch.cat([a, self.offset[0]], dim=0)
+            a = torch.cat([a, *self.offset[0]])
             grad_inner = torch.cat([grad_inner, self._grad_of_fixed_inner(grad_rows)], dim=1)
         if grad_inner is not None and not self.is_fp8:
             grad_x = grad_inner @ a
@@ -261,7 +262,7 @@ def find_product(name: str, block: nn.Module, group: tuple[str, ...], starts: Ma
             scales.append(0.0)
             b_starts.append(0)
             fixed_b.append(torch.empty(0))
-    offset = (torch.cat(fixed_a), fixed_b) if fixed_a else None
+    offset = (fixed_a, fixed_b) if fixed_a else None
     return LoraProduct(layers, ranks, scales, min(a_starts, default=0), b_starts, offset)
 
 
