@@ -34,7 +34,6 @@ KINDS: dict[str, dict[str, Any]] = {
     "lokr": {"type": "lokr", "factor": 4},
     "loha": {"type": "loha", "rank": 8},
     "dora": {"type": "dora", "rank": 8},
-    "oft": {"type": "oft", "rank": 8},
 }
 STEPS, RATE, SEEDS = 300, 3e-3, (1, 2, 3)
 IMAGES, HELD_OUT, SIZE = 96, 24, 64
@@ -106,7 +105,7 @@ def compare_kinds(place: Path, kinds: list[str]) -> dict[str, Any]:
 
 def _trained(place: Path, images: Path, name: str, seed: int) -> Path:
     config = {
-        "name": f"{name}-{seed}",
+        "name": f"{name}-seed{seed}",
         "seed": seed,
         "output_dir": str(place / "runs"),
         "cache": {"folder": str(place / "cache")},

@@ -363,6 +363,12 @@ def test_mapped_keys_change_their_setting(key: str, changed):
     assert changed(settings)[0] == expected
 
 
+def test_a_dora_is_imported(changed):
+    """A DoRA keeps its rank, and loses the dropout that it has there."""
+    settings = {"network.type": "dora", "network.linear": 8, "network.dropout": 0.1}
+    assert changed(settings)[0] == {"lora.type": "dora", "lora.rank": 8}
+
+
 def test_mapped_keys_are_all_tested():
     """Every mapped key is in the table above, or in a test of its own."""
     mapped = {key for key, row in KEYS.items() if isinstance(row, Mapped)}

@@ -28,7 +28,9 @@ def check_report(spec: RunSpec, gpu: str | None = None, price: float | None = No
     if spec.model_files is not None:
         files = spec.model_files
         groups = ", ".join(f"{name} {count}" for name, count in targets.count_by_group(files.modules).items())
-        lines.append(f"{config.lora.description} on {len(files.modules)} modules ({groups})")
+        independent = "does not depend" if config.lora.is_additive else "depends"
+        change = "" if config.lora.type == "lora" else f"; its change {independent} on the weights"
+        lines.append(f"{config.lora.description} on {len(files.modules)} modules ({groups}){change}")
         if files.paths.adapter is not None:
             # An adapter that does not fit in every module has been refused.
             lines.append(f"adapter fits {files.adapter_modules}/{files.adapter_modules} modules")

@@ -32,7 +32,7 @@ def convert_command(path: Path, target: str, output: OutputFile) -> list[str]:
     if output.dtype != "auto":
         torch_dtype = tensorfile.TORCH_DTYPES[output.dtype]
         for key, tensor in tensors.items():
-            if not key.endswith(".alpha"):
+            if not key.endswith((".alpha", ".dora_scale")):  # bf16 would round a magnitude by more than it changes
                 tensors[key] = tensor.to(torch_dtype)
     header |= lora_file.renewed_hashes(tensors, header, content.metadata)
     file = output.path
@@ -48,8 +48,14 @@ def convert_command(path: Path, target: str, output: OutputFile) -> list[str]:
     size = format_bytes(file.stat().st_size)
     place = {"header": "header", "config": "config"}.get(formats.LAYOUTS[target].alpha, "tensors")
     traits = inspect.traits_of(changes, tensors, frozenset([place]))
+    names_before = {key.rpartition(".")[2] for key in read_header(path).tensors}
+    names = {key.rpartition(".")[2] for key in tensors}
+    notes: list[str] = []
+    if "DoRA" in kinds and ("dora_scale" in names_before) != ("dora_scale" in names):
+        notes = ["note: magnitudes are carried over as they are; ComfyUI divides by ||W||, and peft by ||W + B A||"]
     return [
         f"{path}: {keys.layout_of(read_header(path).tensors)}, alpha / rank {content.scales_from}",
         f"{output.path}: {keys.layout_of(tensors)}, {kinds}, {len(changes)} modules, {size}",
         f"read by {', '.join(readers.readers_of(target, traits)) or 'no program that was tried'}",
+        *notes,
     ]

@@ -70,7 +70,7 @@ LOGGING: dict[str, Row] = {
 }
 
 NETWORK: dict[str, Row] = {
-    "network.type": Mapped("lora.type", one_of({"lora": "lora", "lokr": "lokr"}), "lora"),
+    "network.type": Mapped("lora.type", one_of({"lora": "lora", "lokr": "lokr", "dora": "dora"}), "lora"),
     "network.linear": Mapped("lora.rank", whole, 4, derived=True),
     "network.rank": Mapped("lora.rank", whole, remark="wins over linear", derived=True),
     **rows("network", WithoutEffect("alpha is the rank there, and here"), "linear_alpha alpha"),

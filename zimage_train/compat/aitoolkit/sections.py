@@ -175,6 +175,11 @@ def lora_section(job: AIToolkitJob) -> Values:
             key = "network.network_kwargs.rank_dropout"
             job.refuse(key, "is not possible here with a LoKr", "leave it out", "unsupported-setting")
         return {**size, "targets": _targets(job, network)}
+    if network["type"] == "dora":
+        job.note("network.type", "divides by the norms of W + B A there, and by those of W here, as in ComfyUI")
+        if network["dropout"]:
+            job.note("network.dropout", "is left out: a DoRA has none here")
+        return {**size, "targets": _targets(job, network)}
     if network["dropout"]:
         job.note("network.dropout", "falls on the inputs of the LoRA here, and on its rank in AI Toolkit")
     return {
