@@ -327,6 +327,11 @@ BAD = {
     "a choice misspelt": (LEAST + "model: {variant: turob}\ntimesteps: {type: sigmod}\nsave: {dtype: fp16}\n", []),
     "noise levels": (LEAST + "timesteps:\n  type: linear\n  mean: 0.5\n", []),
     "a density of another trainer": (LEAST + "timesteps: {type: shift}\n", []),
+    "a slider without prompts": (LEAST + "train: {method: slider}\n", []),
+    "a slider with an anchor elsewhere": (
+        LEAST + "train: {method: slider}\nslider: {positive: old}\npreserve: {kind: blank}\n", []
+    ),
+    "prompts of a slider without a slider": (LEAST + "slider: {positive: old, negative: young}\n", []),
     "names": ("name: ../x\ndata: [{folder: photos}]\n", []),
     "a name that ends like a step": ("name: x-000250\ndata: [{folder: photos}]\n", []),
     "nothing to train on": ("name: a\n", []),

@@ -55,6 +55,12 @@ KINDS = {
     "streamed int8": {"memory": {"offload": 1.0}, "model": {"quantize": "int8"}},
     "preservation": {"preserve": {"kind": "blank"}},
     "preservation, streamed": {"preserve": {"kind": "blank"}, "memory": {"offload": 0.5}},
+    "slider, streamed": {
+        "train": {"steps": 8, "method": "slider"},
+        "model": {"adapter": None},
+        "slider": {"positive": "[prompt], large", "anchor": "a star"},
+        "memory": {"offload": 0.5},
+    },
     "guidance": {"guidance": {"differential": 2.0, "contrastive": 2.0}},
     "loss": {
         "loss": {"type": "huber", "detail": 2.0, "min_snr": 5.0},

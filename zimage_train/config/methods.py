@@ -12,7 +12,7 @@ from pydantic import Field
 from zimage_train.config.dataset import DataEntry
 from zimage_train.config.types import ConflictError, Section
 
-MethodName = Literal["sft", "trajectory_imitation", "de_distill"]
+MethodName = Literal["sft", "trajectory_imitation", "de_distill", "slider"]
 
 
 @dataclass(frozen=True)
@@ -23,12 +23,20 @@ class TrainingMethod:
     """Whether the model draws the images that it is trained on; those of `data` then only give captions and sizes."""
     imitates_teacher: bool = False
     """Whether Turbo's 8 steps are trained to reach what a teacher reaches in many."""
+    has_prompts: bool = False
+    """Whether the LoRA learns from the model's predictions for the prompts of `slider`, at the weights +1 and -1."""
+
+    @property
+    def is_two_sided(self) -> bool:
+        """Whether each step trains the LoRA at the weights +1 and -1."""
+        return self.has_prompts
 
 
 METHODS: dict[MethodName, TrainingMethod] = {
     "sft": TrainingMethod(generates_data=False),
     "trajectory_imitation": TrainingMethod(generates_data=True, imitates_teacher=True),
     "de_distill": TrainingMethod(generates_data=True),
+    "slider": TrainingMethod(generates_data=True, has_prompts=True),
 }
 
 

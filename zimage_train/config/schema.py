@@ -17,6 +17,7 @@ from zimage_train.config.module_groups import require_patterns
 from zimage_train.config.optimizers import OPTIMIZERS, OptimizerName, optimizer_error
 from zimage_train.config.outputs import LogSettings, SaveSettings
 from zimage_train.config.sample import BesideLoras, ExtraLora, SampleSettings, trigger_error
+from zimage_train.config.slider import SliderSettings, slider_error
 from zimage_train.config.timesteps import TimestepSettings
 from zimage_train.config.types import (
     RECOMPUTE_MODES,
@@ -108,7 +109,9 @@ class TrainSettings(Section):
     method: MethodName = "sft"
     """sft: train on the images. trajectory_imitation: restore the 8 steps of Turbo for the LoRA of `lora.init_from`, by
     imitation of its own trajectories of many steps (`teacher`). de_distill: train on images that the model draws for
-    the captions, as training adapters are made. The last two use only captions and sizes of the images in `data`."""
+    the captions, as training adapters are made. slider: learn from two prompts (`slider`) a LoRA that moves images
+    towards one of them at the weight +1 and towards the other at -1. The last three use only captions and sizes of the
+    images in `data`."""
     steps: int = Field(default=3000, ge=1, le=10_000_000)
     """Number of optimizer steps."""
     epochs: float | None = Field(default=None, gt=0.0, le=1_000_000.0)
@@ -279,6 +282,8 @@ class Config(Section):
     """Training method, length and batch size."""
     teacher: TeacherSettings = TeacherSettings()
     """The trajectories that trajectory_imitation imitates."""
+    slider: SliderSettings = SliderSettings()
+    """The prompts of train.method: slider."""
     timesteps: TimestepSettings = TimestepSettings()
     """Noise of the training: its levels, their loss weights, and an offset."""
     loss: LossSettings = LossSettings()
@@ -314,6 +319,7 @@ class Config(Section):
         model = self.model
         error = methods.method_error(self.train.method, model.variant, model.adapter, self.lora.init_from, self.data)
         error = error or loss_error(self.loss, self.guidance, self.timesteps, self.method.imitates_teacher)
+        error = error or slider_error(self.slider, self.method.has_prompts) or self._two_sided_error()
         if error is not None:
             raise error
         unused = sorted(self.timesteps.changed) if self.method.imitates_teacher else []
@@ -321,6 +327,25 @@ class Config(Section):
             message = f"has no effect with train.method: {self.train.method}, which trains at Turbo's eight sigmas"
             raise ConflictError(message, "leave it out", ("timesteps", unused[0]))
         return self
+
+    def _two_sided_error(self) -> ConflictError | None:
+        """Return the first setting that a method of two weights cannot honour, or None if there is none."""
+        if not self.method.has_prompts:
+            return None
+        refused = (
+            (("guidance",), self.guidance != GuidanceSettings(), "slider.guidance is the strength of a slider"),
+            (("preserve", "kind"), self.preserve.kind is not None, "set slider.anchor to what shall stay"),
+            (("validation", "folder"), self.validation.folder is not None, "leave it out"),
+        )
+        for key, is_set, hint in refused:
+            if is_set:
+                return ConflictError(f"has no effect with train.method: {self.train.method}", hint, key)
+        for index, entry in enumerate(self.data):
+            if entry.regularization:
+                hint = "set slider.anchor to what shall stay"
+                message = f"train.method: {self.train.method} has no regularization"
+                return ConflictError(message, hint, ("data", index, "regularization"))
+        return None
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:
@@ -371,6 +396,10 @@ class Config(Section):
     def method(self) -> methods.TrainingMethod:
         """The properties of `train.method`."""
         return methods.METHODS[self.train.method]
+
+    def slider_prompts(self, prompt: str) -> list[str]:
+        """Return the prompts of the slider for an image of `prompt`; none if no slider is trained."""
+        return self.slider.prompts_for(prompt) if self.method.has_prompts else []
 
     @property
     def preview_loras(self) -> list[ExtraLora]:

@@ -83,6 +83,11 @@ def differential_target(prediction: AnyShape, target: AnyShape, scale: float) ->
     return fixed + scale * (target - fixed)
 
 
+def slider_shift(positive: AnyShape, negative: AnyShape, guidance: float) -> AnyShape:
+    """Return g (positive - negative): by how much the velocity of a slider moves at the weight +1, and at -1 back."""
+    return guidance * (positive - negative)
+
+
 def contrastive_target(unconditional: AnyShape, target: AnyShape, scale: float) -> AnyShape:
     """Return target' = u + scale (target - u), pushed away from the prediction `u` for the empty prompt.
 

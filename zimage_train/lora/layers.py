@@ -266,6 +266,37 @@ def without_lora(model: nn.Module) -> Iterator[None]:
             layer._disable_adapters = False
 
 
+@contextlib.contextmanager
+def lora_weight(model: nn.Module, weight: float) -> Iterator[None]:
+    """Multiply the change that the LoRA makes by `weight` within the block.
+
+    A backward within the block gives the gradients of what was computed there, in every path: all of them read the
+    scale of a layer when they run, and no factor changes.
+    """
+    scales: list[tuple[BaseTunerLayer, float]] = []
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            scales.append((module, _scale_of(module)))
+    try:
+        for layer, scale in scales:
+            _set_scale(layer, weight * scale)
+        yield
+    finally:
+        for layer, scale in scales:
+            _set_scale(layer, scale)
+
+
+def _scale_of(layer: BaseTunerLayer) -> float:
+    return layer.scaling[ADAPTER_NAME] if isinstance(layer, LoraLayer) else cast(Any, layer).scale
+
+
+def _set_scale(layer: BaseTunerLayer, scale: float) -> None:
+    if isinstance(layer, LoraLayer):
+        layer.scaling[ADAPTER_NAME] = scale
+    else:
+        cast(Any, layer).scale = scale
+
+
 def base_layer(model: nn.Module, name: str) -> nn.Module:
     """Return the frozen module `name`, without the layer of an adapter that may wrap it."""
     module = model.get_submodule(name)

@@ -36,7 +36,7 @@ NETWORK_ARGS = "ss_network_args"
 BASE_MODEL, ANY_BASE_MODEL = "ss_base_model_version", "zimage"
 VARIANT, SETTINGS = "zimage_train.variant", "zimage_train.settings"
 SETTINGS_SECTIONS = (
-    *("seed", "lora", "train", "teacher", "timesteps", "loss"),
+    *("seed", "lora", "train", "teacher", "slider", "timesteps", "loss"),
     *("guidance", "preserve", "optimizer", "schedule", "ema"),
 )
 """Sections of the config that shape the weights and name no file but `lora.init_from` and `train.beside`."""

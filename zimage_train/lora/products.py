@@ -88,7 +88,7 @@ class LoraProduct(Product):
 
     ranks: list[int]
     """0: no LoRA."""
-    scales: list[float]
+    loras: list[TrainedLinear | None]
     a_start: int
     """Index of the first element of the A of all layers, which follow each other, in the factors of the block."""
     b_starts: list[int]
@@ -99,6 +99,11 @@ class LoraProduct(Product):
     @property
     def rank(self) -> int:
         return sum(self.ranks)
+
+    @property
+    def scales(self) -> list[float]:
+        """The scales of the layers' LoRAs at this moment, which `layers.lora_weight` changes."""
+        return [0.0 if lora is None else lora.scaling[ADAPTER_NAME] for lora in self.loras]
 
     @property
     def numel(self) -> int:
@@ -129,6 +134,7 @@ class LoraProduct(Product):
         if inner is None:
             return
         fixed_inner = None if self.offset is None else rows @ torch.cat(self.offset[0]).T
+        scales = self.scales
         for index, y in enumerate(results):
             if self.ranks[index]:
                 b = self.b(factors, index)
@@ -136,10 +142,10 @@ class LoraProduct(Product):
                     # One product, whose sum in fp32 is what is left of the two.
                     columns = self.columns[index]
                     both = torch.cat([inner[:, columns], fixed_inner[:, columns]], dim=1)
-                    y.addmm_(both, torch.cat([b, -self.offset[1][index]], dim=1).T, alpha=self.scales[index])
+                    y.addmm_(both, torch.cat([b, -self.offset[1][index]], dim=1).T, alpha=scales[index])
                     continue
                 # In place, so that the LoRA's share of the output is never a tensor of its own.
-                y.addmm_(inner[:, self.columns[index]], b.T, alpha=self.scales[index])
+                y.addmm_(inner[:, self.columns[index]], b.T, alpha=scales[index])
 
     def backward(
         self, grads: list[Tensor], x: Tensor, inner: Tensor | None, factors: Tensor, out: Tensor, needs_x: bool = True
@@ -147,11 +153,11 @@ class LoraProduct(Product):
         rows, grad_rows = x.flatten(0, -2), [grad.flatten(0, -2) for grad in grads]
         grad_x = grad_inner = None
         if inner is not None:
-            grad_inner = torch.empty_like(inner)
+            grad_inner, scales = torch.empty_like(inner), self.scales
             for index, grad in enumerate(grad_rows):
                 if not self.ranks[index]:
                     continue
-                columns, scale, b = self.columns[index], self.scales[index], self.b(factors, index)
+                columns, scale, b = self.columns[index], scales[index], self.b(factors, index)
                 _scaled_product(grad, b, scale, grad_inner[:, columns])
                 _scaled_product(grad.T, inner[:, columns], scale, self.b(out, index))
             torch.mm(grad_inner.T, rows, out=self.a(out))
@@ -243,14 +249,14 @@ def find_product(name: str, block: nn.Module, group: tuple[str, ...], starts: Ma
     found = {leaf: block.get_submodule(leaf) for leaf in group}
     if any(isinstance(layer, KroneckerLinear) for layer in found.values()):
         return _kronecker_product(name, found, starts, begin)
-    layers, ranks, scales, a_starts, b_starts = [], [], [], [], []
+    layers, ranks, loras, a_starts, b_starts = [], [], [], [], []
     fixed_a: list[Tensor] = []
     fixed_b: list[Tensor] = []
     for leaf, layer in found.items():
         if isinstance(layer, TrainedLinear):
             layers.append(layer.get_base_layer())
             ranks.append(layer.r[ADAPTER_NAME])
-            scales.append(layer.scaling[ADAPTER_NAME])
+            loras.append(layer)
             a_starts.append(starts[f"{name}{leaf}.A"] - begin)
             b_starts.append(starts[f"{name}{leaf}.B"] - begin)
             if layer.offset is not None:
@@ -259,11 +265,11 @@ def find_product(name: str, block: nn.Module, group: tuple[str, ...], starts: Ma
         else:
             layers.append(layer)
             ranks.append(0)
-            scales.append(0.0)
+            loras.append(None)
             b_starts.append(0)
             fixed_b.append(torch.empty(0))
     offset = (fixed_a, fixed_b) if fixed_a else None
-    return LoraProduct(layers, ranks, scales, min(a_starts, default=0), b_starts, offset)
+    return LoraProduct(layers, ranks, loras, min(a_starts, default=0), b_starts, offset)
 
 
 def _kronecker_product(

@@ -16,6 +16,7 @@ from functools import cache
 from zimage_train.config.lora import LoraSettings
 from zimage_train.config.optimizers import OPTIMIZERS, OptimizerName
 from zimage_train.config.schema import Config
+from zimage_train.config.slider import slider_passes
 from zimage_train.config.types import Quantization, RecomputeMode
 from zimage_train.dataset.buckets import Bucket
 from zimage_train.dataset.sample_order import SampleOrder, TrainItem
@@ -160,13 +161,14 @@ def make_workload(
     items = order.items
     largest_batches, batch_weights, prior_share = _batch_statistics(order)
     preserves = config.preserve.kind is not None
+    slider_steps, slider_forwards = slider_passes(len(config.slider_prompts("")))
 
     # Captions of a batch are padded to the longest, so the longest of all decides. The same text belongs to an item of
     # each resolution, hence the set.
     texts: set[str] = set()
     for item in items:
         sample = order.longest_sample(item)
-        texts.update(text for text in (sample.prompt, sample.preserve_prompt) if text)
+        texts.update(filter(None, (sample.prompt, sample.preserve_prompt, *config.slider_prompts(sample.prompt))))
     longest_caption = TEMPLATE_TOKENS if items else MAX_PROMPT_TOKENS
     if texts:
         longest_caption = max(map(caption_tokens, texts))
@@ -188,8 +190,8 @@ def make_workload(
         lokr=tuple(_lokr_shapes(config.lora, shape, modules)),
         module_costs=module_costs(config.lora, shape.linears, modules),
         # Preservation has a batch of its own with a backward, and a forward of the frozen model as its target.
-        extra_steps=int(preserves),
-        extra_forwards=preserves + (config.guidance.contrastive is not None) + prior_share,
+        extra_steps=preserves + slider_steps,
+        extra_forwards=preserves + (config.guidance.contrastive is not None) + prior_share + slider_forwards,
         largest_batches=largest_batches,
         batch_weights=batch_weights,
         held_out=max((item.size for item in held_out), key=lambda size: size.width * size.height, default=None),

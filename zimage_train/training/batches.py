@@ -32,6 +32,8 @@ class BatchExtras:
     """Prompts of the preservation loss."""
     empty_prompt: Prompt | None = None
     """For contrastive guidance."""
+    slider_prompts: list[list[Prompt]] | None = None
+    """The positive and the negative prompts of the samples, and those of the anchor if there is one."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,13 @@ def _load_extras(config: Config, dataset: CachedDataset, samples: tuple[Sample, 
         to_prior=torch.tensor(to_prior) if any(to_prior) else None,
         preserve_prompts=[pad_prompt(dataset.embeds(prompt)) for prompt in preserve_prompts] or None,
         empty_prompt=pad_prompt(dataset.embeds("")) if config.guidance.contrastive is not None else None,
+        slider_prompts=_slider_prompts(config, dataset, samples) if config.method.has_prompts else None,
     )
+
+
+def _slider_prompts(config: Config, dataset: CachedDataset, samples: tuple[Sample, ...]) -> list[list[Prompt]]:
+    by_sample = [config.slider_prompts(sample.prompt) for sample in samples]
+    return [[pad_prompt(dataset.embeds(prompt)) for prompt in prompts] for prompts in zip(*by_sample, strict=True)]
 
 
 def sample_sigma(config: Config, sample: Sample) -> Scalar:

@@ -73,6 +73,8 @@ def fill_caches(context: RunContext) -> None:
     }
     if config.method.generates_data or config.guidance.contrastive is not None:
         prompts.add("")  # the unconditional prediction, of the teacher or of contrastive guidance
+    for prompt in order.prompts(config.train.steps):
+        prompts.update(config.slider_prompts(prompt))
     # Generated latents need the transformer, so `_open_dataset` makes them once it is loaded.
     items = list(held_out) if config.method.generates_data else [*order.items, *held_out]
     images, texts = encoding.encode_missing(

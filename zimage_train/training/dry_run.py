@@ -158,6 +158,8 @@ def _sequence_tokens(state: TrainState, samples: tuple[Sample, ...]) -> int:
     size = samples[0].item.size
     prompts = {sample.prompt for sample in samples}
     prompts.update(sample.preserve_prompt for sample in samples if sample.preserve_prompt is not None)
+    for sample in samples:
+        prompts.update(state.config.slider_prompts(sample.prompt))
     caption = max(padded_tokens(state.dataset.embeds(prompt).shape[0]) for prompt in prompts)
     return len(samples) * (image_tokens(size.width, size.height) + caption)
 

@@ -1,6 +1,6 @@
 """The loss of a micro-batch: the weighted loss of the velocity, and the preservation loss, which is always an MSE."""
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +9,7 @@ from diffusers import ZImageTransformer2DModel
 from zimage_train.config.loss import GuidanceSettings, LossSettings
 from zimage_train.config.schema import Config
 from zimage_train.diffusion import criteria, flow
-from zimage_train.lora.layers import without_lora
+from zimage_train.lora.layers import lora_weight, without_lora
 from zimage_train.models.transformer import Prompt, velocity
 from zimage_train.training.batches import Batch
 from zimage_train.typing import LatentBatch, PerSample, Scalar, WeightMaps
@@ -27,11 +27,60 @@ class Loss:
     name: str = "loss"
 
 
-def losses(model: ZImageTransformer2DModel, batch: Batch, config: Config) -> Iterator[Loss]:
-    """Yield each part of the loss; call its backward before asking for the next, so that one graph lives at a time."""
+def losses(model: ZImageTransformer2DModel, batch: Batch, config: Config) -> Generator[Loss]:
+    """Yield each part of the loss; those of the same name add up.
+
+    Call the backward of each before asking for the next: then one graph lives at a time, and the weight of the LoRA is
+    that of the part.
+    """
+    if config.method.has_prompts:
+        yield from slider_losses(model, batch, config)
+        return
     yield sft_loss(model, batch, config.guidance, config.loss)
     if batch.extras.preserve_prompts is not None:
         yield preservation_loss(model, batch, batch.extras.preserve_prompts, config.preserve.weight)
+
+
+def slider_losses(model: ZImageTransformer2DModel, batch: Batch, config: Config) -> Generator[Loss]:
+    """Yield the loss of a slider at the weights w = +1 and -1 of the LoRA, and at each the anchor's, half of each.
+
+    With v the velocity without the LoRA, of noisy latents x and for a prompt, the target is
+
+        v(x, prompt) + w g (v(x, positive) - v(x, negative)).
+
+    As x - sigma v is the image that a velocity leads to, this moves the image of the prompt towards the positive one
+    and away from the negative one. All of it is the model's own: no image tells it anything but where x is.
+
+    Reference: Gandikota et al. 2023 (Concept Sliders), https://arxiv.org/abs/2311.12092, where a LoRA learns
+    log p(x | prompt) + g (log p(positive | x) - log p(negative | x)), and the same for a velocity.
+    """
+    extras, slider = batch.extras, config.slider
+    assert extras.slider_prompts is not None
+    x = flow.interpolate(batch.x0, batch.noise, batch.sigma)
+    weight = _sample_weights(batch, config.loss)
+    base, positive, negative, *anchors = (
+        prior_velocity(model, x, batch.sigma, prompts) for prompts in (batch.prompts, *extras.slider_prompts)
+    )
+    shift = flow.slider_shift(positive, negative, slider.guidance)
+    for sign in (1.0, -1.0):
+        with lora_weight(model, sign):
+            prediction = velocity(model, x, batch.sigma, batch.prompts)
+            yield _half(prediction, base + sign * shift, weight, config.loss, batch.weight)
+            if anchors:
+                prediction = velocity(model, x, batch.sigma, extras.slider_prompts[2])
+                plain = 0.5 * (prediction - anchors[0]).square().mean()
+                yield Loss(slider.anchor_weight * plain, plain.detach(), "preservation")
+
+
+def _half(
+    prediction: LatentBatch, target: LatentBatch, weight: PerSample, loss: LossSettings, plain_weight: PerSample
+) -> Loss:
+    """Return the part of one of the two weights of the LoRA, so that both together are the mean."""
+    objective = 0.5 * _weighted_loss(prediction, target, weight, None, loss)
+    plain = objective.detach()
+    if loss != PLAIN_LOSS:
+        plain = 0.5 * _weighted_loss(prediction.detach(), target, plain_weight, None)
+    return Loss(objective, plain)
 
 
 @dataclass(frozen=True)
@@ -60,9 +109,7 @@ def sft_loss(
     guided = target.guided
     if guidance.differential is not None:
         guided = flow.differential_target(prediction, guided, guidance.differential)
-    weight = batch.weight
-    if loss.min_snr is not None:
-        weight = weight * criteria.min_snr_weight(batch.sigma, loss.min_snr, loss.used_min_snr_floor)
+    weight = _sample_weights(batch, loss)
     objective = _weighted_loss(prediction, guided, weight, extras.mask, loss)
     plain = objective.detach()
     if loss != PLAIN_LOSS or guidance != NO_GUIDANCE:
@@ -123,6 +170,12 @@ def prior_velocity(
     """Return the velocity without the LoRA, with the training adapter still merged."""
     with without_lora(model):
         return velocity(model, x, sigma, prompts)
+
+
+def _sample_weights(batch: Batch, loss: LossSettings) -> PerSample:
+    if loss.min_snr is None:
+        return batch.weight
+    return batch.weight * criteria.min_snr_weight(batch.sigma, loss.min_snr, loss.used_min_snr_floor)
 
 
 def _weighted_loss(

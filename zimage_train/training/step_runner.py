@@ -112,7 +112,8 @@ class StepRunner:
         plan: MemoryPlan,
         recorder: Recorder | None,
     ) -> None:
-        self.loss_names = ("loss",) if config.preserve.kind is None else ("loss", "preservation")
+        preserves = config.preserve.kind is not None or config.slider.anchor is not None
+        self.loss_names = ("loss", "preservation") if preserves else ("loss",)
         self._config, self._frozen, self._lora, self._recorder = config, frozen, lora, recorder
         self._device, self._grads = lora.flat.whole.device, lora.flat.grads
         self._values = torch.zeros(len(self.loss_names), device=self._device)
@@ -236,10 +237,13 @@ class StepRunner:
     def _run(self, inputs: _Inputs) -> None:
         """Launch the forward and the backward."""
         # In this thread, since a pool of memory serves one, and a second would have a workspace of cuBLAS of its own.
-        with torch.autograd.set_multithreading_enabled(False):
-            for index, loss in enumerate(losses(self._frozen.model, inputs.batch, self._config)):
+        # Closed at once if a backward fails: a part may have changed the weight of the LoRA.
+        parts = contextlib.closing(losses(self._frozen.model, inputs.batch, self._config))
+        self._values.zero_()
+        with torch.autograd.set_multithreading_enabled(False), parts as losses_of_batch:
+            for loss in losses_of_batch:
                 (loss.objective * inputs.share).backward()
-                self._values[index].copy_(loss.plain * inputs.share)
+                self._values[self.loss_names.index(loss.name)].add_(loss.plain * inputs.share)
         if self._frozen.offloader is not None:
             self._frozen.offloader.join()
 
