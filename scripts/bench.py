@@ -18,6 +18,8 @@ python scripts/bench.py --guidance [-o docs/bench/guidance.json]
     Train the miniature with differential guidance, with clipping and with other learning rates, and compare the LoRAs.
 python scripts/bench.py --optimizers [-o docs/bench/optimizers.json]
     Train the miniature with each optimizer at three learning rates and with three seeds, and compare the held-out loss.
+python scripts/bench.py --sliders [-o docs/bench/sliders.json]
+    Train sliders of size on the miniature, and measure what each weight does; draws docs/images/slider.png too.
 """
 
 import argparse
@@ -56,7 +58,9 @@ from zimage_train.planning.planner import AUTO_QUANTIZATIONS, PlanConstraints
 from zimage_train.report import metrics
 
 from laboratory.optimizing import compare_optimizers
+from laboratory.sliding import compare_sliders
 
+SLIDER_IMAGE = Path(__file__).parent.parent / "docs" / "images" / "slider.png"
 BUDGETS_GB = (24.0, 16.0, 12.0, 8.0)
 SIDES = {"full": (512, 768, 1024), "mini": (64, 96)}
 
@@ -275,6 +279,7 @@ def main(arguments: list[str]) -> int:
     what.add_argument("--guidance", action="store_true")
     what.add_argument("--optimizers", action="store_true")
     what.add_argument("--count", action="store_true")
+    what.add_argument("--sliders", action="store_true")
     parser.add_argument("--size", choices=("full", "medium", "mini"), default="mini")
     parser.add_argument("--against", type=Path, help="source of musubi-tuner, SimpleTuner or AI Toolkit, for --speed")
     parser.add_argument("--steps", type=int, default=4)
@@ -311,6 +316,9 @@ def result_of(asked: argparse.Namespace) -> dict[str, Any]:
     if asked.optimizers:
         with tempfile.TemporaryDirectory() as place:
             return compare_optimizers(Path(place))
+    if asked.sliders:
+        with tempfile.TemporaryDirectory() as place:
+            return compare_sliders(Path(place), SLIDER_IMAGE)
     if asked.count:
         return counting.comparison(SIDES["full"])
     return quantize() | {"loras": quantized_loras()} if asked.quantize else guidance()

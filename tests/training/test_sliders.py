@@ -4,9 +4,11 @@ import contextlib
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from loss_inputs import batch, raw_velocity, with_extras
+from PIL import Image
 from pydantic import ValidationError
 from torch import Tensor
 
@@ -16,11 +18,16 @@ from zimage_train.config.schema import Config
 from zimage_train.errors import Stopped
 from zimage_train.lora.layers import AdapterLayers, lora_weight
 from zimage_train.models.transformer import velocity
+from zimage_train.report import preview_images
+from zimage_train.training import preview_sets
 from zimage_train.training.batches import Batch
 from zimage_train.training.loss import losses
+from zimage_train.training.run_dir import run_dir_of
 
-from helpers import final, stop_after
+from helpers import PREVIEWED, final, folder, stop_after
 from helpers import losses as logged
+from laboratory import sliding
+from miniature.measuring import scenes
 from steps import trained, unfused
 
 SLIDER = {"positive": "[prompt], large", "negative": "[prompt], small", "guidance": 2.5}
@@ -125,7 +132,11 @@ def make_slider(make_config, tmp_path: Path):
     path.write_text("a red circle on a blue background\na green star on a white background\n")
 
     def make(**changes: Any) -> Config:
-        base = {"model": {"adapter": None}, "train": {"method": "slider", "steps": 4}, "slider": SLIDER | {"anchor": ""}}
+        base = {
+            "model": {"adapter": None},
+            "train": {"method": "slider", "steps": 4},
+            "slider": SLIDER | {"anchor": ""},
+        }
         return make_config(**(base | {"data": [{"prompts": str(path), "resolution": [64]}]} | changes))
 
     return make
@@ -152,6 +163,46 @@ def test_slider_memory_changes_no_bit(make_slider):
         run_training(config, fresh=False)
         found.append(logged(config))
     assert found[0] == found[1] == found[2]
+
+
+@pytest.mark.slow
+def test_previews_at_each_weight(make_slider):
+    """A slider is drawn at -1, 0 and 1, side by side; weight 0 is the model without it, and each weight is its own."""
+    sample = PREVIEWED | {"every": 6}
+    config = make_slider(train={"method": "slider", "steps": 6}, optimizer={"lr": 1e-2}, sample=sample)
+    run_training(config, fresh=False)
+    samples = folder(config) / "samples"
+    drawn = {}
+    for weight, place in {-1: "weight_-1", 0: "weight_0", 1: "."}.items():
+        drawn[weight] = [np.asarray(Image.open(samples / place / f"00000{step}-00.png")) for step in (0, 6)]
+    assert all(np.array_equal(images[0], drawn[0][1]) for images in drawn.values())  # before training, and at 0
+    assert not np.array_equal(drawn[1][1], drawn[0][1]) and not np.array_equal(drawn[-1][1], drawn[0][1])
+    assert not np.array_equal(drawn[1][1], drawn[-1][1])
+    own = preview_sets.make_preview_sets(config, run_dir_of(config), {}, None)
+    labels = preview_sets.all_previews_table(own).labels
+    prompt = PREVIEWED["prompts"][0]
+    assert labels[:3] == [f"{prompt} (weight {weight})" for weight in (-1, 0, 1)]
+    assert "weight -1" in preview_images.drawn_by(samples / "weight_-1" / "000006-00.png")
+
+
+def test_preview_weights_have_the_whole():
+    values = {"name": "a", "data": [{"folder": "x"}]}
+    for weights in ([-1.0], [1.0, 1.0], []):
+        with pytest.raises(ValidationError, match="lora_weights"):
+            Config.model_validate(values | {"sample": {"lora_weights": weights}})
+    assert Config.model_validate(values).preview_weights == [1.0]
+    assert Config.model_validate(values | {"sample": {"lora_weights": [2.0, 1.0]}}).preview_weights == [1.0, 2.0]
+
+
+@pytest.mark.slow
+def test_slider_moves_the_size(tmp_path: Path):
+    """At -1, 0, 1 and 2, shapes on the miniature's images grow, and colours stay as the captions say."""
+    run = sliding.train_slider(sliding.prompts_config(tmp_path, "turbo", 1))
+    asked = scenes(24)
+    rows = [sliding.measure(sliding.images_at(run, weight, "turbo", asked), asked) for weight in sliding.WEIGHTS]
+    areas = [row["area"] for row in rows]
+    assert areas == sorted(areas) and areas[0] < 0.8 * areas[1] and areas[2] > 1.05 * areas[1]
+    assert all(row["ground"] > 0.95 for row in rows)
 
 
 @pytest.mark.parametrize(

@@ -85,6 +85,9 @@ class SampleSettings(Section):
     """Seed of the first prompt; prompt i is drawn with seed + i."""
     weights: Literal["raw", "ema"] = "raw"
     """Weights that draw the previews: raw, or ema, which needs ema.decay."""
+    lora_weights: list[Annotated[float, Field(ge=-100.0, le=100.0)]] | None = Field(default=None, min_length=1)
+    """Weights of the run's LoRA at which each preview is drawn, 1 among them; null: 1, or -1, 0 and 1 for
+    a LoRA that is trained at both signs."""
     extra_loras: list[ExtraLoraEntry] = []
     """LoRAs of the previews in addition to the run's own: FILE, FILE=WEIGHT or {file, weight}."""
     compare_on: NonEmptyPath | None = None
@@ -97,6 +100,14 @@ class SampleSettings(Section):
         low, high = {"steps": (1, 1000), "guidance": (0, 50)}[str(info.field_name)]
         if not isinstance(value, str) and not low <= value <= high:
             raise SettingError(f"is {value}", f"give auto, or {low} to {high}")
+        return value
+
+    @field_validator("lora_weights")
+    @classmethod
+    def _has_the_whole_lora(cls, value: list[float] | None) -> list[float] | None:
+        if value is not None and (1.0 not in value or len(set(value)) < len(value)):
+            found = "has no 1" if 1.0 not in value else "has a weight twice"
+            raise SettingError(found, "give each weight once, and 1, by which the run is judged, among them")
         return value
 
 

@@ -407,6 +407,12 @@ class Config(Section):
         return [*self.train.beside, *self.sample.extra_loras]
 
     @property
+    def preview_weights(self) -> list[float]:
+        """The weights of the LoRA at which previews are drawn, from the least on."""
+        default = [-1.0, 0.0, 1.0] if self.method.is_two_sided else [1.0]
+        return sorted(self.sample.lora_weights or default)
+
+    @property
     def triggers(self) -> list[str]:
         """The triggers of all concepts, each once, in the order of `data`."""
         return list(dict.fromkeys(entry.trigger for entry in self.data if entry.trigger))

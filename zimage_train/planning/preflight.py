@@ -226,7 +226,7 @@ def workload_of(spec: RunSpec, gpu: bool | None = None) -> Workload:
         shape, modules = model_files.shape, model_files.modules
     if gpu is None:
         gpu = memory.parameters_of(shape) > memory.MAX_CPU_PARAMETERS
-    previews = [*preview_requests(config), *comparison_requests(config)]
+    previews = [*preview_requests(config) * len(config.preview_weights), *comparison_requests(config)]
     workload = memory.make_workload(config, shape, modules, spec.order, previews, gpu, spec.held_out)
     if config.method.generates_data:
         generated = []

@@ -2,7 +2,9 @@
 
 import re
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
@@ -122,13 +124,13 @@ def preview_table(folder: Path, suffix: str = "") -> PreviewTable:
     )
 
 
-def side_by_side(left: PreviewTable, right: PreviewTable) -> PreviewTable:
-    """Merge two tables into a single table, in which each column of `left` is followed by that of `right`."""
+def side_by_side(tables: Sequence[PreviewTable]) -> PreviewTable:
+    """Merge tables into a single table, in which each column of the first is followed by those of the others."""
     columns: list[tuple[PreviewTable, int]] = []
-    for index in range(max(len(left.requests), len(right.requests))):
-        columns.extend((table, index) for table in (left, right) if index < len(table.requests))
+    for index in range(max(len(table.requests) for table in tables)):
+        columns.extend((table, index) for table in tables if index < len(table.requests))
     rows: dict[int, list[Path | None]] = {}
-    for step in sorted({*left.rows, *right.rows}):
+    for step in sorted(set(chain.from_iterable(table.rows for table in tables))):
         rows[step] = [table.rows[step][index] if step in table.rows else None for table, index in columns]
     return PreviewTable(
         labels=[table.labels[index] for table, index in columns],

@@ -81,7 +81,8 @@ def render_previews(state: TrainState, previews: PreviewSet, step: int) -> dict[
     requests = [request for _, request in missing]
     preview_progress = partial(state.console.progress, f"preview at step {step}{previews.suffix}")
     drift_progress = partial(state.console.progress, f"drift at step {step}")
-    with state.with_preview_loras(lora_file.round_to_dtype(trained, state.config.save.dtype)):
+    rounded = lora_file.round_to_dtype(trained, state.config.save.dtype)
+    with state.with_preview_loras(rounded, previews.lora_weight):
         # Putting the original weights in place reads files, so sampling and drift share it. Decoding needs no
         # transformer, so it comes after.
         with eval_mode(model), original_weights(state.frozen, previews.second_model):
@@ -93,8 +94,10 @@ def render_previews(state: TrainState, previews: PreviewSet, step: int) -> dict[
     model_name = without_folder(sample.compare_on or "") if previews.second_model else state.config.model.label
     lora_name = "averaged LoRA" if is_averaged else "LoRA"
     extra = "".join(f" and {without_folder(lora.file)}={lora.weight:g}" for lora in state.config.preview_loras)
+    weight = "" if previews.lora_weight == 1.0 else f" and weight {previews.lora_weight:g}"
     drawn_by = (
-        f"{model_name} in {state.config.model.dtype} with the {lora_name} of {state.config.name} at step {step}{extra}"
+        f"{model_name} in {state.config.model.dtype} with the {lora_name} of {state.config.name} at step {step}"
+        f"{weight}{extra}"
     )
     for (path, request), image in zip(missing, images, strict=True):
         preview_images.save_preview(path, image, request, drawn_by, previews.run)
@@ -105,7 +108,7 @@ def render_previews(state: TrainState, previews: PreviewSet, step: int) -> dict[
 
 def preview_metrics(state: TrainState, step: int) -> dict[str, Any]:
     """Return the measures of the previews of `step` for events.jsonl, and warn if they show a problem."""
-    own_table, *second_tables = [previews.table() for previews in state.preview_sets]
+    own_table, *second_tables = [previews.table() for previews in state.preview_sets if previews.lora_weight == 1.0]
     triggers = state.config.triggers
     record: dict[str, Any] = {"pictures": [path.name for path in own_table.rows[step] if path]}
     for shift in preview_shift.preview_shifts(own_table, triggers):

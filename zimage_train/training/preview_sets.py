@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,8 @@ class PreviewSet:
     """Appended to the prompt wherever the images are shown."""
     measures_drift: bool
     """Whether the drift from Turbo's own steps is measured on this set; of two sets on Turbo, only on the first."""
+    lora_weight: float = 1.0
+    """The weight of the run's LoRA."""
 
     def expected(self, step: int) -> list[tuple[Path, SamplingRequest]]:
         """Return the path and request of every preview of `step`."""
@@ -51,7 +53,10 @@ class PreviewSet:
 def make_preview_sets(
     config: Config, folder: RunDir, identity: Mapping[str, Any], second_model: Path | None
 ) -> list[PreviewSet]:
-    """Return the previews on the run's own model, then those on `sample.compare_on`; none if previews are off."""
+    """Return the previews on the run's own model, those on `sample.compare_on`, and those at other weights of the LoRA.
+
+    None if previews are off.
+    """
     if config.sample.every is None or not config.sample.prompts:
         return []
     digest, name = run_dir.identity_digest(identity), config.sample.compare_on
@@ -61,16 +66,29 @@ def make_preview_sets(
         # As a digest, since it stands in every image, and a path would say whose machine it was.
         extra = "".join(f" and {lora.file}={lora.weight:g}" for lora in config.sample.extra_loras)
         digest += f" and {_digest(extra)}"
+    weights = config.preview_weights
     own = PreviewSet(
         second_model=None,
         requests=request.preview_requests(config),
         folder=folder.samples,
         run=digest,
-        suffix="",
+        suffix=_weight_suffix(1.0) if len(weights) > 1 else "",
         measures_drift=config.model.variant == "turbo",
     )
+    others: list[PreviewSet] = []
+    for weight in weights:
+        if weight != 1.0:
+            others.append(
+                replace(
+                    own,
+                    folder=folder.samples / f"weight_{weight:g}",
+                    suffix=_weight_suffix(weight),
+                    measures_drift=False,
+                    lora_weight=weight,
+                )
+            )
     if name is None:
-        return [own]
+        return [own, *others]
     # A path names no variant; such a model is sampled as Turbo, see `request.comparison_requests`.
     is_turbo = name not in VARIANTS or name == "turbo"
     second = PreviewSet(
@@ -81,7 +99,11 @@ def make_preview_sets(
         suffix=f" (on {name})",
         measures_drift=is_turbo and not own.measures_drift,
     )
-    return [own, second]
+    return [own, second, *others]
+
+
+def _weight_suffix(weight: float) -> str:
+    return f" (weight {weight:g})"
 
 
 def _digest(text: str) -> str:
@@ -89,9 +111,9 @@ def _digest(text: str) -> str:
 
 
 def all_previews_table(preview_sets: list[PreviewSet]) -> PreviewTable:
-    """Return all previews of a run as a table, with those of a second model beside its own."""
-    own_table, *second_tables = [previews.table() for previews in preview_sets]
-    return preview_images.side_by_side(own_table, second_tables[0]) if second_tables else own_table
+    """Return all previews of a run as a table: each prompt by weight of the LoRA, and then on a second model."""
+    by_weight = sorted(preview_sets, key=lambda previews: (previews.suffix.startswith(" (on"), previews.lora_weight))
+    return preview_images.side_by_side([previews.table() for previews in by_weight])
 
 
 def remove_later_previews(preview_sets: list[PreviewSet], step: int) -> None:

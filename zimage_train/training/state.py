@@ -79,9 +79,9 @@ class TrainState:
         """Return what computes the blocks of a step; a checkpoint is continued by the same."""
         return block_path(self.memory_plan, self.world.device, self.attention)
 
-    def with_preview_loras(self, trained: Deltas) -> AbstractContextManager[None]:
+    def with_preview_loras(self, trained: Deltas, weight: float = 1.0) -> AbstractContextManager[None]:
         """Within the block, replace the LoRA of the model by `trained` and the extra LoRAs of previews together."""
-        return swap.replaced_lora(self.frozen.model, arithmetic.sum_deltas([(trained, 1.0), *self.extra_loras]))
+        return swap.replaced_lora(self.frozen.model, arithmetic.sum_deltas([(trained, weight), *self.extra_loras]))
 
     def with_result(self) -> AbstractContextManager[None]:
         """Within the block, the LoRA holds the weights that are exported: the average that the optimizer keeps, if any.
