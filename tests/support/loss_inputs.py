@@ -1,5 +1,6 @@
 """A LoRA, batches and velocities in float64, with which the tests calculate a loss by themselves."""
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -10,10 +11,12 @@ from zimage_train import mini
 from zimage_train.config.lora import LoraSettings
 from zimage_train.diffusion.frozen import FrozenTransformer, load_frozen
 from zimage_train.lora import layers, targets
-from zimage_train.lora.layers import LoraLayers
+from zimage_train.lora.layers import AdapterLayers, LoraLayers
 from zimage_train.training.batches import Batch, BatchExtras
 
 CPU = torch.device("cpu")
+LAST = (".B", ".w2", ".w2_b")
+"""The last matrix of each change, which is negative where the change is."""
 
 
 def trainable(dropout: float = 0.0) -> tuple[FrozenTransformer, LoraLayers]:
@@ -67,3 +70,17 @@ def without_b(attached: LoraLayers, run: Callable[[], torch.Tensor]) -> torch.Te
     for name, tensor in attached.state().items():
         tensor.copy_(state[name])
     return result
+
+
+@contextlib.contextmanager
+def scaled_last(attached: AdapterLayers, factor: float):
+    """The adapter with another last matrix: a change of another size without `lora_weight`."""
+    before = attached.flat.whole.detach().clone()
+    with torch.no_grad():
+        for name, view in attached.flat.views.items():
+            if name.endswith(LAST):
+                view.mul_(factor)
+    try:
+        yield
+    finally:
+        attached.flat.whole.detach().copy_(before)

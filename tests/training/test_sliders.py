@@ -1,13 +1,12 @@
 """`train.method: slider`: the LoRA learns at the weights +1 and -1, in every path of a step."""
 
-import contextlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from loss_inputs import batch, raw_velocity, with_extras
+from loss_inputs import LAST, batch, raw_velocity, scaled_last, with_extras
 from PIL import Image
 from pydantic import ValidationError
 from torch import Tensor
@@ -32,8 +31,6 @@ from steps import trained, unfused
 
 SLIDER = {"positive": "[prompt], large", "negative": "[prompt], small", "guidance": 2.5}
 LORAS = {"lora": LoraSettings(rank=4), "lokr": LoraSettings(type="lokr", factor=4)}
-LAST = (".B", ".w2", ".w2_b")
-"""The last matrix of each change, which is negative where the change is."""
 
 
 def slider_config(**slider: Any) -> Config:
@@ -47,20 +44,6 @@ def slider_batch(num_prompts: int) -> Batch:
     for length in (12, 30, 50)[:num_prompts]:
         prompts.append([torch.randn(length, 64, generator=draw) for _ in range(2)])
     return with_extras(batch(2), slider_prompts=prompts)
-
-
-@contextlib.contextmanager
-def scaled_last(attached: AdapterLayers, factor: float):
-    """The adapter with another last matrix: a change of another size without `lora_weight`."""
-    before = attached.flat.whole.detach().clone()
-    with torch.no_grad():
-        for name, view in attached.flat.views.items():
-            if name.endswith(LAST):
-                view.mul_(factor)
-    try:
-        yield
-    finally:
-        attached.flat.whole.detach().copy_(before)
 
 
 def expected(frozen, attached: AdapterLayers, data: Batch, guidance: float, anchor: float) -> tuple[float, Tensor]:

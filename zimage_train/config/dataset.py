@@ -20,6 +20,8 @@ class DataEntry(Section):
     prompts: NonEmptyPath | None = None
     """Instead of images, a text file with a prompt per line, for a train.method that draws its own images; they are
     square."""
+    negative: NonEmptyPath | None = None
+    """Folder of the negative images of train.method: pairs, each with the name and size of its image in `folder`."""
     resolution: Resolutions = [512, 768, 1024]
     """Each image is trained once at each of these resolutions (side of the square of equal area, px); images are never
     upscaled."""
@@ -87,6 +89,8 @@ class DataEntry(Section):
         fields = type(self).model_fields
         if self.repeats == "by_folder" and self.folder is None:
             raise ConflictError("repeats: by_folder needs folder: a file has no subfolders", key=("repeats",))
+        if self.negative is not None and self.folder is None:
+            raise ConflictError("negative needs folder, whose names its images have", key=("negative",))
         if self.regularization and self.trigger is not None:
             raise ConflictError(
                 "is for regularization, so its images show no concept", "leave trigger out", ("trigger",)

@@ -115,7 +115,7 @@ def resolve_paths(config: Config) -> Config:
     }
     data = []
     for entry in config.data:
-        sources = {name: absolute(getattr(entry, name)) for name in ("folder", "metadata", "prompts")}
+        sources = {name: absolute(getattr(entry, name)) for name in ("folder", "metadata", "prompts", "negative")}
         data.append(entry.model_copy(update=sources | {"mask": absolute(entry.mask, (ALPHA,))}))
 
     def all_absolute(loras: Sequence[ExtraLora]) -> list[ExtraLora]:

@@ -12,7 +12,7 @@ from pydantic import Field
 from zimage_train.config.dataset import DataEntry
 from zimage_train.config.types import ConflictError, Section
 
-MethodName = Literal["sft", "trajectory_imitation", "de_distill", "slider"]
+MethodName = Literal["sft", "trajectory_imitation", "de_distill", "slider", "pairs"]
 
 
 @dataclass(frozen=True)
@@ -25,11 +25,13 @@ class TrainingMethod:
     """Whether Turbo's 8 steps are trained to reach what a teacher reaches in many."""
     has_prompts: bool = False
     """Whether the LoRA learns from the model's predictions for the prompts of `slider`, at the weights +1 and -1."""
+    has_pairs: bool = False
+    """Whether the LoRA learns images at the weight +1, and their partners in `data.N.negative` at -1."""
 
     @property
     def is_two_sided(self) -> bool:
         """Whether each step trains the LoRA at the weights +1 and -1."""
-        return self.has_prompts
+        return self.has_prompts or self.has_pairs
 
 
 METHODS: dict[MethodName, TrainingMethod] = {
@@ -37,6 +39,7 @@ METHODS: dict[MethodName, TrainingMethod] = {
     "trajectory_imitation": TrainingMethod(generates_data=True, imitates_teacher=True),
     "de_distill": TrainingMethod(generates_data=True),
     "slider": TrainingMethod(generates_data=True, has_prompts=True),
+    "pairs": TrainingMethod(generates_data=False, has_pairs=True),
 }
 
 
@@ -78,6 +81,13 @@ def method_error(
 ) -> ConflictError | None:
     """Return the first conflict of a setting with the method, or None if there is none."""
     method = METHODS[name]
+    for index, entry in enumerate(data):
+        if method.has_pairs and entry.negative is None:
+            hint = f"set data.{index}.negative to the folder of the images at -1"
+            return ConflictError(f"train.method: {name} learns from pairs of images", hint, ("data", index))
+        if entry.negative is not None and not method.has_pairs:
+            message = "has no effect without train.method: pairs"
+            return ConflictError(message, "set it, or leave it out", ("data", index, "negative"))
     if not method.generates_data:
         for index, entry in enumerate(data):
             if entry.prompts is not None:

@@ -110,8 +110,8 @@ class TrainSettings(Section):
     """sft: train on the images. trajectory_imitation: restore the 8 steps of Turbo for the LoRA of `lora.init_from`, by
     imitation of its own trajectories of many steps (`teacher`). de_distill: train on images that the model draws for
     the captions, as training adapters are made. slider: learn from two prompts (`slider`) a LoRA that moves images
-    towards one of them at the weight +1 and towards the other at -1. The last three use only captions and sizes of the
-    images in `data`."""
+    towards one of them at the weight +1 and towards the other at -1. pairs: learn such a LoRA from
+    pairs of images (`data.N.negative`). All but sft and pairs use only captions and sizes of the images in `data`."""
     steps: int = Field(default=3000, ge=1, le=10_000_000)
     """Number of optimizer steps."""
     epochs: float | None = Field(default=None, gt=0.0, le=1_000_000.0)
@@ -330,11 +330,14 @@ class Config(Section):
 
     def _two_sided_error(self) -> ConflictError | None:
         """Return the first setting that a method of two weights cannot honour, or None if there is none."""
-        if not self.method.has_prompts:
+        if not self.method.is_two_sided:
             return None
+        hints = ["slider.guidance is the strength of a slider", "set slider.anchor to what shall stay"]
+        if not self.method.has_prompts:
+            hints = ["leave it out", "leave it out"]
         refused = (
-            (("guidance",), self.guidance != GuidanceSettings(), "slider.guidance is the strength of a slider"),
-            (("preserve", "kind"), self.preserve.kind is not None, "set slider.anchor to what shall stay"),
+            (("guidance",), self.guidance != GuidanceSettings(), hints[0]),
+            (("preserve", "kind"), self.preserve.kind is not None, hints[1]),
             (("validation", "folder"), self.validation.folder is not None, "leave it out"),
         )
         for key, is_set, hint in refused:
@@ -342,7 +345,7 @@ class Config(Section):
                 return ConflictError(f"has no effect with train.method: {self.train.method}", hint, key)
         for index, entry in enumerate(self.data):
             if entry.regularization:
-                hint = "set slider.anchor to what shall stay"
+                hint = hints[1]
                 message = f"train.method: {self.train.method} has no regularization"
                 return ConflictError(message, hint, ("data", index, "regularization"))
         return None

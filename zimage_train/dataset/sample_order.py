@@ -7,7 +7,7 @@ for each process. Regularization images have epochs of their own.
 import itertools
 import math
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from zimage_train.config.dataset import DataEntry
@@ -42,6 +42,11 @@ class TrainItem:
         # Only the content of the image and its use. If the key had a path or an index, moving a folder, renaming a file
         # or adding an image would change the random numbers of images that are still the same.
         return (self.image.digest, self.resolution, self.repeat, self.flip)
+
+    @property
+    def negative(self) -> "TrainItem | None":
+        """The other image of a pair, in the same size and mirrored alike; None without pairs."""
+        return None if self.image.negative is None else replace(self, image=self.image.negative)
 
 
 @dataclass(frozen=True)
@@ -203,6 +208,11 @@ class SampleOrder:
     def batch_size_of(self, item: TrainItem) -> int:
         """Return the number of samples in a full micro-batch of items such as `item`."""
         return self.entries[item.entry].batch_size or self.batch_size
+
+    @property
+    def negatives(self) -> list[TrainItem]:
+        """The other images of pairs."""
+        return [item.negative for item in self.items if item.negative is not None]
 
     @property
     def effective_regularization_share(self) -> float:

@@ -8,7 +8,7 @@ from pathlib import Path
 from zimage_train.config import triggers
 from zimage_train.config.dataset import DataEntry
 from zimage_train.config.prompt_flags import flag_in, other_form_of
-from zimage_train.dataset import captions, images, masks
+from zimage_train.dataset import captions, images, masks, pairs
 from zimage_train.dataset.images import ImageIndex, ImageInfo, near_duplicates
 from zimage_train.dataset.masks import Mask
 from zimage_train.dataset.sources import Source, first_names, is_text, list_folder, read_metadata
@@ -43,6 +43,8 @@ class ImageRecord:
     mask: Mask | None = None
     raw_captions: tuple[str, ...] = ()
     """Its captions as they are written, without trigger and default; empty if it has none."""
+    negative: "ImageRecord | None" = None
+    """The other image of a pair, of the same size."""
 
     @property
     def longest_prompt(self) -> str:
@@ -190,6 +192,10 @@ def _read_images(
     masks_by_image: dict[Path, Mask] = {}
     if entry.mask is not None:
         masks_by_image = masks.find_masks(paths, entry, entry.mask, where, result.errors, image_index, progress)
+    partners: dict[Path, pairs.Partner] = {}
+    if entry.negative is not None and entry.folder is not None:
+        folders = (Path(entry.folder), Path(entry.negative))
+        partners = pairs.find_partners(paths, *folders, where, result.errors, image_index, progress)
     for source, info in zip(sources, infos, strict=True):
         if not isinstance(info, ImageInfo):
             result.errors.append(info)
@@ -210,6 +216,11 @@ def _read_images(
                 mask=mask,
                 raw_captions=tuple(text for text in source.captions if text),
             )
+            partner = partners.get(source.path)
+            if partner is not None:
+                pairs.require_equal_size(partner, source.path, info)
+                other = replace(record, path=partner.path, digest=partner.info.digest, mask=None)
+                record = replace(record, negative=other)
             result.images.append(record)
 
 
@@ -286,6 +297,8 @@ def dataset_fingerprint(scans: list[list[ImageRecord]]) -> dict[str, str]:
             parts = list(image.prompts)
             if image.mask is not None:
                 parts.append(image.mask.digest)
+            if image.negative is not None:
+                parts.append(image.negative.digest)
             if image.repeats > 1:
                 parts.append(str(image.repeats))
             fingerprint[key] = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]

@@ -83,10 +83,10 @@ def list_folder(entry: DataEntry, errors: list[ZImageTrainError], notes: list[No
 def _walk(root: Path, entry: DataEntry, errors: list[ZImageTrainError], notes: list[Note]) -> Iterator[Path]:
     """Yield every file below `root`, except in folders that are not to be searched.
 
-    Hidden files and folders, linked folders (which may lead in circles), folders that begin with `_`, and the folder of
-    the masks are left out.
+    Hidden files and folders, linked folders (which may lead in circles), folders that begin with `_`, and the folders
+    of the masks and of the negative images are left out.
     """
-    mask_folder = None if entry.mask in (None, ALPHA) else Path(entry.mask).absolute()
+    others = [Path(place).absolute() for place in (entry.mask, entry.negative) if place not in (None, ALPHA)]
 
     def report(error: OSError) -> None:
         message = f"cannot be read ({error.strerror})"
@@ -99,7 +99,7 @@ def _walk(root: Path, entry: DataEntry, errors: list[ZImageTrainError], notes: l
             path = Path(folder, name)
             if name.startswith("_") or path.is_symlink():
                 notes.append(Note("not-searched", f"{path}: not searched (linked, or begins with _)"))
-            elif not name.startswith(".") and path.absolute() != mask_folder:
+            elif not name.startswith(".") and path.absolute() not in others:
                 searched.append(name)
         subfolders[:] = searched  # os.walk goes on with what is left in its list
         for name in files:

@@ -42,7 +42,7 @@ SETTINGS_SECTIONS = (
 """Sections of the config that shape the weights and name no file but `lora.init_from` and `train.beside`."""
 SEVERAL_RANKS = "Dynamic"
 """kohya's word for the rank of a LoRA whose modules differ in it."""
-SOURCES_OF_DATA = ("folder", "metadata", "prompts", "mask")
+SOURCES_OF_DATA = ("folder", "metadata", "prompts", "negative", "mask")
 
 
 def training_metadata(

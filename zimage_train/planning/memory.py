@@ -190,7 +190,7 @@ def make_workload(
         lokr=tuple(_lokr_shapes(config.lora, shape, modules)),
         module_costs=module_costs(config.lora, shape.linears, modules),
         # Preservation has a batch of its own with a backward, and a forward of the frozen model as its target.
-        extra_steps=preserves + slider_steps,
+        extra_steps=preserves + slider_steps + config.method.has_pairs,
         extra_forwards=preserves + (config.guidance.contrastive is not None) + prior_share + slider_forwards,
         largest_batches=largest_batches,
         batch_weights=batch_weights,

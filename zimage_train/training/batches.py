@@ -32,6 +32,8 @@ class BatchExtras:
     """Prompts of the preservation loss."""
     empty_prompt: Prompt | None = None
     """For contrastive guidance."""
+    negative_x0: LatentBatch | None = None
+    """The latents of the other images of pairs."""
     slider_prompts: list[list[Prompt]] | None = None
     """The positive and the negative prompts of the samples, and those of the anchor if there is one."""
 
@@ -109,8 +111,14 @@ def _load_extras(config: Config, dataset: CachedDataset, samples: tuple[Sample, 
         to_prior=torch.tensor(to_prior) if any(to_prior) else None,
         preserve_prompts=[pad_prompt(dataset.embeds(prompt)) for prompt in preserve_prompts] or None,
         empty_prompt=pad_prompt(dataset.embeds("")) if config.guidance.contrastive is not None else None,
+        negative_x0=_negative_latents(dataset, samples) if config.method.has_pairs else None,
         slider_prompts=_slider_prompts(config, dataset, samples) if config.method.has_prompts else None,
     )
+
+
+def _negative_latents(dataset: CachedDataset, samples: tuple[Sample, ...]) -> LatentBatch:
+    negatives = [sample.item.negative for sample in samples]
+    return torch.stack([dataset.latents(item).float() for item in negatives if item is not None])
 
 
 def _slider_prompts(config: Config, dataset: CachedDataset, samples: tuple[Sample, ...]) -> list[list[Prompt]]:

@@ -76,7 +76,7 @@ def fill_caches(context: RunContext) -> None:
     for prompt in order.prompts(config.train.steps):
         prompts.update(config.slider_prompts(prompt))
     # Generated latents need the transformer, so `_open_dataset` makes them once it is loaded.
-    items = list(held_out) if config.method.generates_data else [*order.items, *held_out]
+    items = list(held_out) if config.method.generates_data else [*order.items, *order.negatives, *held_out]
     images, texts = encoding.encode_missing(
         context.cache, encoders, items, sorted(prompts), context.report_progress, _shard(context)
     )

@@ -1,7 +1,7 @@
 """The loss of a micro-batch: the weighted loss of the velocity, and the preservation loss, which is always an MSE."""
 
 from collections.abc import Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from diffusers import ZImageTransformer2DModel
@@ -35,6 +35,9 @@ def losses(model: ZImageTransformer2DModel, batch: Batch, config: Config) -> Gen
     """
     if config.method.has_prompts:
         yield from slider_losses(model, batch, config)
+        return
+    if config.method.has_pairs:
+        yield from pair_losses(model, batch, config)
         return
     yield sft_loss(model, batch, config.guidance, config.loss)
     if batch.extras.preserve_prompts is not None:
@@ -70,6 +73,19 @@ def slider_losses(model: ZImageTransformer2DModel, batch: Batch, config: Config)
                 prediction = velocity(model, x, batch.sigma, extras.slider_prompts[2])
                 plain = 0.5 * (prediction - anchors[0]).square().mean()
                 yield Loss(slider.anchor_weight * plain, plain.detach(), "preservation")
+
+
+def pair_losses(model: ZImageTransformer2DModel, batch: Batch, config: Config) -> Generator[Loss]:
+    """Yield half of the loss on the images at the weight +1 of the LoRA, and on their partners at -1.
+
+    Both have the same noise, sigma and prompt, so what they share pulls the LoRA in both directions and cancels to
+    first order; what tells them apart remains.
+    """
+    assert batch.extras.negative_x0 is not None
+    for sign, x0 in ((1.0, batch.x0), (-1.0, batch.extras.negative_x0)):
+        with lora_weight(model, sign):
+            loss = sft_loss(model, replace(batch, x0=x0), loss=config.loss)
+            yield Loss(0.5 * loss.objective, 0.5 * loss.plain)
 
 
 def _half(
