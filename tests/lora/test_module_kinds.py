@@ -207,7 +207,8 @@ def test_export_reads_back(tmp_path: Path, lora: LoraSettings, dtype: str, limit
 @KINDS
 def test_plan_runs_it_as_modules(make_config, lora: LoraSettings):
     """The plan counts the parameters of the layers, and blocks that are not fused."""
-    config = make_config(lora=lora.model_dump(exclude={"targets", "init_from", "dropout", "factor"}))
+    chosen = lora.model_dump(exclude={"targets", "init_from", "dropout", "factor"})
+    config = make_config(lora=chosen, model={"adapter": None})
     workload = workload_of(check_run(config), gpu=True)
     frozen, attached = unfused("none", lora=lora)
     assert workload.trained == attached.flat.numel and not workload.is_fused

@@ -10,7 +10,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from zimage_train.config import methods
 from zimage_train.config.dataset import DataEntry
-from zimage_train.config.lora import LoraSettings
+from zimage_train.config.lora import LoraSettings, adapter_error
 from zimage_train.config.loss import GuidanceSettings, LossSettings, loss_error
 from zimage_train.config.methods import MethodName, TeacherSettings
 from zimage_train.config.module_groups import require_patterns
@@ -320,6 +320,7 @@ class Config(Section):
         error = methods.method_error(self.train.method, model.variant, model.adapter, self.lora.init_from, self.data)
         error = error or loss_error(self.loss, self.guidance, self.timesteps, self.method.imitates_teacher)
         error = error or slider_error(self.slider, self.method.has_prompts) or self._two_sided_error()
+        error = error or adapter_error(self.lora, model.adapter, self.method.is_two_sided)
         if error is not None:
             raise error
         unused = sorted(self.timesteps.changed) if self.method.imitates_teacher else []
