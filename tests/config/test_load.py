@@ -153,6 +153,9 @@ ACCEPTED_AND_REFUSED = {
     "sample.seed": ([0, 2**63 - 1], [-1, 2**63]),
     "teacher.steps": ([9, 1000], [8, 1001, 9.0]),
     "teacher.guidance": ([0.0, 50], [-0.1, 50.1]),
+    "slider.guidance": ([0.1, 100], [0.0, 100.1]),
+    "slider.anchor_weight": ([0.1, 100], [0.0, 100.1]),
+    "sample.lora_weights": ([[1.0], [-100.0, 1.0, 100.0], None], [[], [1.0, 101.0], [1.0, -100.1]]),
     "sample.prompts[].seed": ([None, 0, 2**63 - 1], [-1, 2**63]),
     "sample.prompts[].width": ([None, 64], [16, 1000]),
     "sample.prompts[].height": ([None, 64], [16, 1000]),
@@ -173,6 +176,9 @@ def valued(option: str, value: object) -> dict[str, Any]:
     values = nested(option, value)
     if option in TYPES_WITH_EFFECT:
         values[option.partition(".")[0]]["type"] = TYPES_WITH_EFFECT[option]
+    if option.startswith("slider."):
+        values["slider"] |= {"positive": "old", "anchor": "a house"}
+        values["train"] = {"method": "slider"}
     return values
 
 
