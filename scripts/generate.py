@@ -29,9 +29,10 @@ from zimage_train.diffusion.request import SamplingRequest
 from zimage_train.lora import targets
 from zimage_train.models.arch import TransformerShape
 from zimage_train.planning.gpus import GPU_SPECS
-from zimage_train.planning.memory import Workload, caption_tokens, host_bytes
+from zimage_train.planning.memory import host_bytes
 from zimage_train.planning.planner import MemoryPlan, PlanConstraints, choose_plan
 from zimage_train.planning.recompute_costs import describe_mode
+from zimage_train.planning.workload import Workload, caption_tokens
 from zimage_train.report import printing
 
 from proofs.page import proof_md

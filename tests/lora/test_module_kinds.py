@@ -18,8 +18,8 @@ from zimage_train.lora import fused_block, lora_file, swap, verify
 from zimage_train.lora.deltas import Dora
 from zimage_train.lora.module_kinds import DoraLinear, HadamardLinear, TrainedModule
 from zimage_train.models import locate
-from zimage_train.planning.memory import fuses_blocks
 from zimage_train.planning.preflight import check_run, workload_of
+from zimage_train.planning.workload import fuses_blocks
 
 from steps import gradients, loss_of, unfused
 

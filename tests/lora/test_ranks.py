@@ -13,7 +13,7 @@ from zimage_train.errors import ConfigError
 from zimage_train.lora import lora_file, targets
 from zimage_train.lora.layers import ADAPTER_NAME, LoraLayers, attach_lora
 from zimage_train.models.transformer import velocity
-from zimage_train.planning import memory
+from zimage_train.planning.workload import adapter_parameters
 
 from steps import CPU, gradients, trained, unfused
 
@@ -50,7 +50,7 @@ def test_each_module_has_its_rank():
     assert targets.count_ranks(SETTINGS, attached.modules) == {
         rank: [expected_rank(name) for name in attached.a].count(rank) for rank in (2, 4, 8)
     }
-    assert attached.flat.numel == memory.adapter_parameters(SETTINGS, frozen.shape, attached.modules)
+    assert attached.flat.numel == adapter_parameters(SETTINGS, frozen.shape, attached.modules)
 
 
 @pytest.mark.parametrize("rslora", [False, True])

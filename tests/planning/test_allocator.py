@@ -24,6 +24,7 @@ from zimage_train.models.pinned_memory import DEVICE_SLOTS
 from zimage_train.planning import memory, planner
 from zimage_train.planning.memory import CONTEXT_BYTES, WORKSPACE_BYTES, WeightPlacement
 from zimage_train.planning.planner import NO_LIMIT, MemoryPlan, PlanConstraints
+from zimage_train.planning.workload import lora_parameters
 
 from workloads import MODULES, workload
 
@@ -151,7 +152,7 @@ LAYERS = 10
 
 def plan_of(mode: str, sides: tuple[int, ...], kind: str | None, layers: int, is_fused: bool = True) -> MemoryPlan:
     shape = replace(TransformerShape(), n_layers=layers)
-    trained = memory.lora_parameters(shape, [name for name in MODULES if name in shape.linears], 16)
+    trained = lora_parameters(shape, [name for name in MODULES if name in shape.linears], 16)
     changes = {"shape": shape, "is_fused": is_fused, "trained": trained, "optimizer": "adamw"}
     made = workload(sides, caption_tokens=CAPTION_TOKENS, **changes)
     return MemoryPlan(made, WeightPlacement(kind), {mode: NO_LIMIT}, 1e12, True, "")

@@ -18,6 +18,7 @@ from zimage_train.models.transformer import velocity
 from zimage_train.planning import memory
 from zimage_train.planning.memory import WeightPlacement
 from zimage_train.planning.recompute_costs import recompute_costs
+from zimage_train.planning.workload import caption_tokens
 
 from steps import FULL, counted_step
 from workloads import CAPTION, MODULES, recipe, workload
@@ -223,4 +224,4 @@ def test_batch_is_at_most_the_data():
 @pytest.mark.parametrize(("text", "least", "most"), [("", 8, 32), ("a red circle", 12, 32), ("word " * 900, 512, 512)])
 def test_caption_tokens_from_length(text: str, least: int, most: int):
     """The tokens of a caption are estimated from its length."""
-    assert least <= memory.caption_tokens(text) <= most
+    assert least <= caption_tokens(text) <= most

@@ -6,7 +6,7 @@ from dataclasses import replace
 from zimage_train.dataset.buckets import Bucket
 from zimage_train.diffusion.request import SamplingRequest
 from zimage_train.lora import targets
-from zimage_train.planning.memory import Workload
+from zimage_train.planning.workload import Workload
 
 from steps import FULL
 

@@ -45,8 +45,9 @@ from zimage_train.models import components, locate
 from zimage_train.models.arch import TransformerShape
 from zimage_train.models.locate import ModelPaths
 from zimage_train.planning import devices, planner
-from zimage_train.planning.memory import WeightPlacement, Workload
+from zimage_train.planning.memory import WeightPlacement
 from zimage_train.planning.planner import PlanConstraints
+from zimage_train.planning.workload import Workload
 from zimage_train.report import preview_images
 from zimage_train.report.console import Console
 from zimage_train.training import distributed

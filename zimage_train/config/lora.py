@@ -173,7 +173,9 @@ def adapter_error(lora: LoraSettings, adapter: str | None, is_two_sided: bool) -
     if lora.is_additive:
         return None
     if adapter is not None:
-        what = f"the change of a {lora.label} depends on the weights, and it would be used on others than it is trained on"
+        what = (
+            f"the change of a {lora.label} depends on the weights, and it would be used on others than it is trained on"
+        )
         hint = "train without the adapter on model.variant: deturbo, or set lora.type: lora"
         return ConflictError(f"{what}: without the training adapter", hint, ("lora", "type"))
     if is_two_sided:

@@ -19,8 +19,9 @@ from zimage_train.models.arch import TransformerShape
 from zimage_train.models.offload import BlockOffloader, streamed_blocks
 from zimage_train.models.quantize import QuantizationStats
 from zimage_train.models.transformer import pad_prompt
-from zimage_train.planning.memory import WeightPlacement, Workload, caption_tokens
+from zimage_train.planning.memory import WeightPlacement
 from zimage_train.planning.planner import MemoryPlan
+from zimage_train.planning.workload import Workload, caption_tokens
 from zimage_train.training.batches import Batch
 from zimage_train.training.device_plan import apply_recompute_plan
 

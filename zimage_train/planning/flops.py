@@ -17,8 +17,9 @@ from zimage_train.diffusion.request import SamplingRequest
 from zimage_train.models.arch import TransformerShape, image_tokens, padded_tokens
 from zimage_train.models.pinned_memory import DEVICE_SLOTS
 from zimage_train.planning.gpus import GpuSpec
-from zimage_train.planning.memory import WeightPlacement, Workload, block_bytes, parameter_count
+from zimage_train.planning.memory import WeightPlacement, block_bytes, parameter_count
 from zimage_train.planning.recompute_costs import MODULE_COSTS, recompute_costs
+from zimage_train.planning.workload import Workload
 
 CAPTION_TOKENS = 64
 """Length of a typical caption. Time depends on the average caption, memory on the longest."""

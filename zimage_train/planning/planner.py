@@ -17,7 +17,8 @@ from zimage_train.dataset.buckets import Bucket
 from zimage_train.io.units import format_bytes
 from zimage_train.planning import flops, memory
 from zimage_train.planning.gpus import TYPICAL_GPU, GpuSpec
-from zimage_train.planning.memory import MemoryEstimate, WeightPlacement, Workload
+from zimage_train.planning.memory import MemoryEstimate, WeightPlacement
+from zimage_train.planning.workload import Workload
 
 NO_LIMIT = 2**31
 """Number of tokens that no batch reaches."""

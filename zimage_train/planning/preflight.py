@@ -24,10 +24,10 @@ from zimage_train.models.arch import TransformerShape
 from zimage_train.models.locate import DownloadFn
 from zimage_train.planning import memory, path_lengths, planner
 from zimage_train.planning.config_warnings import config_warnings
-from zimage_train.planning.memory import Workload
 from zimage_train.planning.model_files import ModelFiles, find_model_files
 from zimage_train.planning.notes import notes_on_settings, notes_on_sizes
 from zimage_train.planning.suggestions import SettingChange, Suggestion, suggest_settings
+from zimage_train.planning.workload import Workload, adapter_parameters, make_workload
 
 
 @dataclass(frozen=True)
@@ -193,7 +193,7 @@ def _disk_bytes(config: Config, model_files: ModelFiles | None) -> int:
     """Return the bytes of checkpoints and exports; 0 while the model is not known."""
     if model_files is None:
         return 0
-    parameters = memory.adapter_parameters(config.lora, model_files.shape, model_files.modules)
+    parameters = adapter_parameters(config.lora, model_files.shape, model_files.modules)
     copies = 1 if config.ema.decay is None else 2
     fixed = parameters if config.lora.start == "pissa" else 0
     checkpoint = parameters * (4 * copies + OPTIMIZERS[config.optimizer.name].state_bytes)
@@ -227,7 +227,7 @@ def workload_of(spec: RunSpec, gpu: bool | None = None) -> Workload:
     if gpu is None:
         gpu = memory.parameters_of(shape) > memory.MAX_CPU_PARAMETERS
     previews = [*preview_requests(config) * len(config.preview_weights), *comparison_requests(config)]
-    workload = memory.make_workload(config, shape, modules, spec.order, previews, gpu, spec.held_out)
+    workload = make_workload(config, shape, modules, spec.order, previews, gpu, spec.held_out)
     if config.method.generates_data:
         generated = []
         for item in spec.items:

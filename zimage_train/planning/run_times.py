@@ -16,9 +16,9 @@ from zimage_train.diffusion.request import SamplingRequest
 from zimage_train.io.dtypes import bytes_per_number
 from zimage_train.planning import flops, memory, preflight
 from zimage_train.planning.gpus import GpuSpec
-from zimage_train.planning.memory import Workload
 from zimage_train.planning.planner import MemoryPlan
 from zimage_train.planning.preflight import RunSpec
+from zimage_train.planning.workload import Workload
 
 VALIDATION_PASSES = 17
 """Forward passes for each validation image: at nine deciles of the trained noise levels and at Turbo's 8 steps."""

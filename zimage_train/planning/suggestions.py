@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 
 from zimage_train.dataset.buckets import Bucket
 from zimage_train.io.units import format_bytes
-from zimage_train.planning.memory import Workload
 from zimage_train.planning.planner import AUTO_QUANTIZATIONS, PlanConstraints, choose_plan
+from zimage_train.planning.workload import Workload
 
 
 @dataclass(frozen=True)
