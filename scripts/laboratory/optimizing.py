@@ -18,7 +18,8 @@ import torch
 
 from zimage_train import mini
 from zimage_train.commands.train import run_training
-from zimage_train.config.schema import Config, OptimizerSettings
+from zimage_train.config.optimizers import OptimizerSettings
+from zimage_train.config.schema import Config
 from zimage_train.optim import optimizers
 from zimage_train.optim.flat import FlatParameters
 from zimage_train.report import metrics

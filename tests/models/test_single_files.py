@@ -16,8 +16,7 @@ from zimage_train.config.schema import ModelSettings
 from zimage_train.errors import WeightsError
 from zimage_train.io.digests import DigestCache
 from zimage_train.models import components, locate, single_files, text_encoder, vae
-from zimage_train.models.components import ExtrasPaths
-from zimage_train.models.locate import ModelPaths
+from zimage_train.models.components import ExtrasPaths, ModelPaths
 from zimage_train.training.context import digest_model
 
 from checkpoints import STYLES, TRANSFORMER, comfyui, folder_tensors, ldm_vae, scaled, write

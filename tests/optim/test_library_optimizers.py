@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch.nn import Parameter
 
-from zimage_train.config.optimizers import OPTIMIZERS, OptimizerName
-from zimage_train.config.schema import OptimizerSettings
+from zimage_train.config.optimizers import OPTIMIZERS, OptimizerName, OptimizerSettings
 from zimage_train.measure.counting import LiveBytes
 from zimage_train.optim import optimizers
 from zimage_train.optim.flat import FlatParameters

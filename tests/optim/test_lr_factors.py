@@ -9,8 +9,7 @@ from peft import LoraConfig, get_peft_model
 from peft.optimizers import create_loraplus_optimizer
 from torch import nn
 
-from zimage_train.config.optimizers import OPTIMIZERS, OptimizerName
-from zimage_train.config.schema import OptimizerSettings
+from zimage_train.config.optimizers import OPTIMIZERS, OptimizerName, OptimizerSettings
 from zimage_train.optim import optimizers
 from zimage_train.optim.flat import FlatParameters
 

@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch.nn import Parameter
 
-from zimage_train.config.optimizers import OPTIMIZERS, OptimizerName
-from zimage_train.config.schema import OptimizerSettings, ScheduleSettings
+from zimage_train.config.optimizers import OPTIMIZERS, OptimizerName, OptimizerSettings, ScheduleSettings
 from zimage_train.config.types import ScheduleName
 from zimage_train.errors import WeightsError
 from zimage_train.optim import optimizers

@@ -22,7 +22,7 @@ from zimage_train.io.safetensors_format import read_header
 from zimage_train.lora import arithmetic, swap
 from zimage_train.lora.deltas import Deltas
 from zimage_train.models.arch import TransformerShape
-from zimage_train.models.locate import ModelPaths
+from zimage_train.models.components import ModelPaths
 from zimage_train.planning import devices
 from zimage_train.report import comparison, preview_images
 from zimage_train.report.comparison import IMAGES, MODEL, PROMPT, SAMPLING, Comparison, ComparisonImage, Subject

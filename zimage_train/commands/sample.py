@@ -43,7 +43,7 @@ from zimage_train.lora import arithmetic, swap
 from zimage_train.lora.deltas import Deltas
 from zimage_train.models import components, locate
 from zimage_train.models.arch import TransformerShape
-from zimage_train.models.locate import ModelPaths
+from zimage_train.models.components import ModelPaths
 from zimage_train.planning import devices, planner
 from zimage_train.planning.memory import WeightPlacement
 from zimage_train.planning.planner import PlanConstraints

@@ -1,14 +1,29 @@
-"""The optimizers: their parameters, memory and dependencies (torch-free). Factories are in optim/optimizers.py.
+"""The optimizers and schedules: their settings, parameters, memory and dependencies (torch-free).
+
+Factories are in optim/optimizers.py, the schedules in optim/schedules.py.
 
 To add an optimizer: its name and `OptimizerSpec` here, its factory there.
 """
 
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, Optional
+from typing import Annotated, Any, Literal, Optional, Self
 
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from zimage_train.config.types import ConflictError, Count, PositiveFloat, Share, UpToOne
+from zimage_train.config.module_groups import require_patterns
+from zimage_train.config.types import (
+    SCHEDULE_PARAMS,
+    ConflictError,
+    Count,
+    LrFactor,
+    PositiveFloat,
+    ScheduleName,
+    Section,
+    SettingError,
+    Share,
+    UpToOne,
+    check_params,
+)
 
 OptimizerName = Literal[
     "adam", "adamw", "adam8bit", "adamw8bit", "paged_adamw8bit", "ademamix", "ademamix8bit", "lion", "lion8bit",
@@ -112,3 +127,75 @@ def optimizer_error(name: OptimizerName, schedule: str, ema_decay: float | None)
         message = f"{name} exports an average already"
         return ConflictError(message, "leave ema.decay out", ("ema", "decay"))
     return None
+
+
+class OptimizerSettings(Section):
+    name: OptimizerName = "adamw8bit"
+    """adamw8bit: AdamW with 8-bit state; adamw: with fp32 state; prodigy: estimates the learning rate; automagic: a
+    learning rate per tensor, raised while its updates agree; muon: for matrices; docs/optimizers.md lists all."""
+    lr: float = Field(default=1.0e-4, gt=0.0, le=10.0)
+    """Learning rate; for prodigy a factor on its estimate, usually 1 (less than 0.1 is raised to 1, with a note)."""
+    weight_decay: float = Field(default=1.0e-4, ge=0.0, le=1.0)
+    """Weight decay of the optimizer."""
+    params: dict[str, Any] = {}
+    """Further parameters of the optimizer, by the names in its library."""
+    lr_factors: dict[str, LrFactor] = {}
+    """Factors on the learning rate of modules, by group or by a regular expression for full module names: {attention:
+    0.5, "layers.[0-4][.].+": 2}. Each must match a module, and no module may match two; others have 1."""
+    lora_plus: LrFactor = 1.0
+    """Factor on the learning rate of each B of a LoRA, which LoRA+ (arXiv 2402.12354) sets to about 16 with a lower
+    `lr`; 1: B and A learn at the same rate."""
+
+    @field_validator("lr_factors")
+    @classmethod
+    def _known_patterns(cls, value: dict[str, float]) -> dict[str, float]:
+        require_patterns(value)
+        return value
+
+    @model_validator(mode="after")
+    def _has_one_rate(self) -> Self:
+        if OPTIMIZERS[self.name].finds_lr:
+            for key, factors in (("lr_factors", list(self.lr_factors.values())), ("lora_plus", [self.lora_plus])):
+                if any(factor != 1.0 for factor in factors):
+                    hint = "leave it out, or use another optimizer"
+                    raise ConflictError(f"{self.name} estimates a single learning rate for all", hint, (key,))
+        return self
+
+    @field_validator("params")
+    @classmethod
+    def _known_params(cls, value: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        name = info.data.get("name")
+        if name is None:  # unknown, which is an error of its own
+            return value
+        checked = check_params(value, OPTIMIZERS[name].params, name)
+        if checked.get("min_lr", 0.0) > checked.get("max_lr", 1.0):
+            raise SettingError("min_lr is above max_lr", "swap them")
+        return checked
+
+
+class ScheduleSettings(Section):
+    name: ScheduleName = "constant"
+    """Shape of the learning rate after the warm-up: linear, polynomial, cosine and rex decrease, step decreases in
+    jumps, one_cycle increases and decreases. docs/optimizers.md has the formulas."""
+    warmup_steps: int = Field(default=0, ge=0, le=10_000_000)
+    """Steps over which the learning rate increases linearly from zero."""
+    params: dict[str, Any] = {}
+    """Parameters of the schedule, with their defaults. cosine, linear, polynomial, rex: end_factor, the factor on the
+    learning rate after the last step (0). polynomial: power (1). cosine_with_restarts: cycles (1), end_factor. step:
+    every (steps), factor (0.1). one_cycle: peak_at (fraction of the run, 0.3), start_factor (0.04), end_factor (0)."""
+
+    @field_validator("params")
+    @classmethod
+    def _known_params(cls, value: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        name = info.data.get("name")
+        return check_params(value, SCHEDULE_PARAMS[name], name) if name else value
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        if self.name == "constant_with_warmup" and self.warmup_steps == 0:
+            raise ConflictError("constant_with_warmup needs warmup_steps", "set it, or use constant")
+        if self.name == "one_cycle" and self.warmup_steps:
+            raise ConflictError("one_cycle rises by itself", "leave warmup_steps out, or set params.peak_at instead")
+        if self.name == "step" and "every" not in self.params:
+            raise ConflictError("step needs params: {every: steps}")
+        return self

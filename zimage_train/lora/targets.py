@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from zimage_train.config.lora import LoraSettings
 from zimage_train.config.module_groups import COMPONENTS, TARGET_GROUPS, module_pattern
-from zimage_train.config.schema import OptimizerSettings
+from zimage_train.config.optimizers import OptimizerSettings
 from zimage_train.errors import ConfigError, Location, Problem
 
 Number = TypeVar("Number", int, float)

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from zimage_train.config.lora import LoraSettings
-from zimage_train.config.schema import Config, OptimizerSettings
+from zimage_train.config.optimizers import OptimizerSettings
+from zimage_train.config.schema import Config
 from zimage_train.dataset.buckets import Bucket
 from zimage_train.measure.models import random_batch, random_pair, workload_of
 from zimage_train.measure.peers import Peer

@@ -40,6 +40,24 @@ class ExtrasPaths:
         return cls(folder / "text_encoder", folder / "tokenizer", folder / "vae")
 
 
+@dataclass(frozen=True)
+class ModelPaths:
+    """Paths of everything a run reads."""
+
+    transformer: Path
+    """A folder with config.json and weights, or a single .safetensors."""
+    extras: ExtrasPaths
+    adapter: Path | None
+    second_model: Path | None = None
+    """The transformer that previews are drawn on beside."""
+    init_from: Path | None = None
+    """The LoRA that the training begins with."""
+    extra_loras: tuple[Path, ...] = ()
+    """LoRAs that previews have besides the run's own."""
+    beside: tuple[Path, ...] = ()
+    """LoRAs that are in place while the run's own is trained."""
+
+
 def require_components(extras: ExtrasPaths, features: int) -> None:
     """Require that all components can be loaded, and that embeddings have the `features` that the transformer takes.
 

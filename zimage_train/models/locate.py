@@ -14,7 +14,7 @@ from zimage_train.errors import Location, Problem, WeightsError, ZImageTrainErro
 from zimage_train.io.safetensors_format import hint_for_folder, read_json, require_readable_name
 from zimage_train.models import arch, native_keys, stored_weights
 from zimage_train.models.arch import TransformerShape
-from zimage_train.models.components import ExtrasPaths
+from zimage_train.models.components import ExtrasPaths, ModelPaths
 from zimage_train.models.hub import client
 from zimage_train.models.stored_weights import StoredWeight
 
@@ -40,24 +40,6 @@ class NotDownloadedError(WeightsError):
 
 
 DownloadFn = Callable[[str, str | None, list[str]], Path]
-
-
-@dataclass(frozen=True)
-class ModelPaths:
-    """Paths of everything a run reads."""
-
-    transformer: Path
-    """A folder with config.json and weights, or a single .safetensors."""
-    extras: ExtrasPaths
-    adapter: Path | None
-    second_model: Path | None = None
-    """The transformer that previews are drawn on beside."""
-    init_from: Path | None = None
-    """The LoRA that the training begins with."""
-    extra_loras: tuple[Path, ...] = ()
-    """LoRAs that previews have besides the run's own."""
-    beside: tuple[Path, ...] = ()
-    """LoRAs that are in place while the run's own is trained."""
 
 
 @dataclass(frozen=True)

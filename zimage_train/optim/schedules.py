@@ -8,8 +8,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from zimage_train.config.optimizers import OPTIMIZERS
-from zimage_train.config.schema import OptimizerSettings, ScheduleSettings
+from zimage_train.config.optimizers import OPTIMIZERS, OptimizerSettings, ScheduleSettings
 
 Params = Mapping[str, Any]
 MIN_PRODIGY_LR = 0.1

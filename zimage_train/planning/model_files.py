@@ -22,7 +22,8 @@ from zimage_train.lora.kronecker_shapes import shapes_of
 from zimage_train.lora.module_shapes import part_shapes
 from zimage_train.models import components, locate
 from zimage_train.models.arch import TransformerShape
-from zimage_train.models.locate import DownloadFn, ModelPaths, NotDownloadedError
+from zimage_train.models.components import ModelPaths
+from zimage_train.models.locate import DownloadFn, NotDownloadedError
 from zimage_train.planning.notes import not_downloaded
 
 

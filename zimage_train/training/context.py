@@ -11,7 +11,7 @@ from zimage_train.dataset.scan import dataset_fingerprint
 from zimage_train.dataset.tensor_cache import TensorCache
 from zimage_train.errors import ConfigError, Location, Problem
 from zimage_train.io.digests import DigestCache
-from zimage_train.models.locate import ModelPaths
+from zimage_train.models.components import ModelPaths
 from zimage_train.planning.model_files import ModelFiles
 from zimage_train.planning.preflight import RunSpec
 from zimage_train.report.console import Console
