@@ -155,6 +155,7 @@ PREVIEWS = Number("previews of a step", _preview_count)
 PREVIEW_STEPS = Number("steps with previews", _preview_steps)
 PREVIEW_PIXELS = Number("pixels of the last previews", lambda trial: [path.read_bytes() for path in trial.previews])
 SECOND_PREVIEWS = of_files("previews on the second model", "samples/also/*.png")
+WEIGHT_FOLDERS = of_files("folders of previews at other weights", "samples/weight_*")
 VALIDATIONS = Number("steps with a validation", _validation)
 VALIDATION_SIZES = Number("sizes of held-out images, px", _validation_sizes)
 ADAPTER = Number(

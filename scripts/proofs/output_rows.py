@@ -47,6 +47,15 @@ PREVIEWS = [
     Row("sample.guidance", 2.0, drawn("guidance"), becomes("2.0", "0.0"), given=PREVIEWED, lora="same"),
     Row("sample.seed", 5, drawn("seed"), becomes("5", "42"), given=PREVIEWED, lora="same"),
     Row("sample.weights", "ema", numbers.PREVIEW_PIXELS, ANOTHER, given=PREVIEWED | {"ema.decay": 0.9}, lora="same"),
+    Row(
+        "sample.lora_weights",
+        [-1.0, 1.0, 2.0],
+        numbers.WEIGHT_FOLDERS,
+        becomes(["weight_-1", "weight_2"], []),
+        given=PREVIEWED,
+        lora="same",
+        neutral=[1.0],
+    ),
     Row("sample.extra_loras", ["{distillpatch}"], numbers.PREVIEW_PIXELS, ANOTHER, given=PREVIEWED, lora="same"),
     Row(
         "sample.extra_loras.0.file",

@@ -9,6 +9,7 @@ from proofs.rows import ANOTHER, EQUAL, LESS, MORE, Expected, Row, becomes, is_c
 from proofs.trials import LEFT_OUT
 
 LR = 1e-3
+ABOVE_ZERO = such_that("above 0", lambda without, with_it: without == 0.0 < with_it)
 CLASS = {"data.1.folder": "{class}", "data.1.resolution": [64], "data.1.regularization": True}
 LOKR = {"lora.type": "lokr", "lora.rank": LEFT_OUT}
 IMITATION = {
@@ -21,6 +22,14 @@ IMITATION = {
 
 ADAPTER = [
     Row("lora.type", "lokr", numbers.KEYS, becomes(["alpha", "lokr_w1", "lokr_w2"]), beside={"lora.rank": LEFT_OUT}),
+    Row("lora.type", "loha", numbers.PARAMETERS, times(2)),
+    Row(
+        "lora.type",
+        "dora",
+        numbers.KEYS,
+        becomes(["alpha", "dora_scale", "lora_A.weight", "lora_B.weight"]),
+        given={"model.adapter": None},
+    ),
     Row("lora.rank", 8, numbers.PARAMETERS, times(2)),
     Row("lora.factor", 4, numbers.PARAMETERS, MORE, given=LOKR),
     Row("lora.factor", "auto", numbers.PARAMETERS, LESS, given=LOKR),
@@ -107,6 +116,34 @@ BESIDES = [
         numbers.LOSS,
         same_as({"train.beside.0.file": LEFT_OUT}, "that without it"),
         given=BESIDE,
+    ),
+]
+
+SLIDER = {"train.method": "slider", "model.adapter": None, "slider.positive": "[prompt], large"}
+ANCHORED = SLIDER | {"slider.anchor": "a red circle"}
+PAIRS = {"train.method": "pairs", "data.0.negative": "{class}"}
+SLIDERS = [
+    Row(
+        "train.method",
+        "slider",
+        numbers.LOSS,
+        ANOTHER,
+        given={"model.adapter": None},
+        beside={"slider.positive": "[prompt], large"},
+    ),
+    Row("slider.positive", "[prompt], small", numbers.LOSS, ANOTHER, given=SLIDER, neutral="[prompt], large"),
+    Row("slider.negative", "[prompt], small", numbers.LOSS, ANOTHER, given=SLIDER),
+    Row("slider.guidance", 6.0, numbers.LOSS, times(4.0), given=SLIDER),
+    Row("slider.anchor", "a red circle", numbers.PRESERVATION, ABOVE_ZERO, given=SLIDER),
+    Row("slider.anchor_weight", 3.0, numbers.SECOND_GRADIENT, ANOTHER, given=ANCHORED),
+    Row("train.method", "pairs", numbers.LOSS, ANOTHER, beside={"data.0.negative": "{transparent}"}),
+    Row(
+        "data.0.negative",
+        "{transparent}",
+        numbers.GRADIENT,
+        such_that("above 0, which it is for two equal images", lambda a, b: a < 1e-6 < b),
+        given=PAIRS,
+        neutral="{class}",
     ),
 ]
 
@@ -252,11 +289,11 @@ PRESERVE = [
         "preserve.kind",
         "trigger",
         numbers.PRESERVATION,
-        such_that("above 0", lambda a, b: a == 0.0 < b),
+        ABOVE_ZERO,
         beside={"preserve.class_word": "circle"},
         neutral={"preserve.kind": None, "preserve.weight": 3.0, "preserve.class_word": "dog"},
     ),
-    Row("preserve.kind", "blank", numbers.PRESERVATION, such_that("above 0", lambda a, b: a == 0.0 < b)),
+    Row("preserve.kind", "blank", numbers.PRESERVATION, ABOVE_ZERO),
     Row("preserve.class_word", "square", numbers.PRESERVATION, ANOTHER, given=PRESERVED),
     Row("preserve.weight", 3.0, numbers.SECOND_GRADIENT, ANOTHER, given=PRESERVED),
 ]
@@ -357,4 +394,4 @@ SCHEDULE = [
     ),
 ]
 
-TABLE = [*ADAPTER, *STEPS, *BESIDES, *NOISE, *LOSS, *PRESERVE, *OPTIMIZER, *SCHEDULE]
+TABLE = [*ADAPTER, *STEPS, *BESIDES, *SLIDERS, *NOISE, *LOSS, *PRESERVE, *OPTIMIZER, *SCHEDULE]

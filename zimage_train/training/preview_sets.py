@@ -112,7 +112,7 @@ def _digest(text: str) -> str:
 
 def all_previews_table(preview_sets: list[PreviewSet]) -> PreviewTable:
     """Return all previews of a run as a table: each prompt by weight of the LoRA, and then on a second model."""
-    by_weight = sorted(preview_sets, key=lambda previews: (previews.suffix.startswith(" (on"), previews.lora_weight))
+    by_weight = sorted(preview_sets, key=lambda previews: (previews.second_model is not None, previews.lora_weight))
     return preview_images.side_by_side([previews.table() for previews in by_weight])
 
 
