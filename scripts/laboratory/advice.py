@@ -48,14 +48,14 @@ ADVICE: dict[str, Advice] = {
     "rank 4": Advice("`lora.rank: 4`", {"lora": {"rank": 4}}),
     "rank 64": Advice("`lora.rank: 64`", {"lora": {"rank": 64}}),
     "LoKr 16": Advice("`lora.type: lokr`, factor 16", {"lora": {"type": "lokr", "rank": None}}),
-    "LoKr 16, slow": Advice(
-        "the same at a quarter of the rate",
-        {"lora": {"type": "lokr", "rank": None}, "optimizer": {"name": "adamw", "lr": 1e-3}},
+    "LoKr 16, fast": Advice(
+        "the same at four times the rate",
+        {"lora": {"type": "lokr", "rank": None}, "optimizer": {"name": "adamw", "lr": 1.6e-2}},
     ),
     "LoKr 4": Advice("`lora.type: lokr`, factor 4", {"lora": {"type": "lokr", "rank": None, "factor": 4}}),
-    "LoKr 4, slow": Advice(
-        "the same at a quarter of the rate",
-        {"lora": {"type": "lokr", "rank": None, "factor": 4}, "optimizer": {"name": "adamw", "lr": 1e-3}},
+    "LoKr 4, fast": Advice(
+        "the same at four times the rate",
+        {"lora": {"type": "lokr", "rank": None, "factor": 4}, "optimizer": {"name": "adamw", "lr": 1.6e-2}},
     ),
     "sigmoid": Advice("`timesteps.type: sigmoid`", {"timesteps": {"type": "sigmoid"}}),
     "sigmoid, shift 3": Advice("the same with `shift: 3`", {"timesteps": {"type": "sigmoid", "shift": 3.0}}),
