@@ -18,6 +18,9 @@ python scripts/bench.py --guidance [-o docs/bench/guidance.json]
     Train the miniature with differential guidance, with clipping and with other learning rates, and compare the LoRAs.
 python scripts/bench.py --optimizers [-o docs/bench/optimizers.json]
     Train the miniature with each optimizer at three learning rates and with three seeds, and compare the held-out loss.
+python scripts/bench.py --adapters [-o docs/bench/adapter_kinds.json]
+    Train the miniature with each kind and start of an adapter at three learning rates and with three seeds, and compare
+    the held-out loss and the drift without the training adapter.
 python scripts/bench.py --sliders [-o docs/bench/sliders.json]
     Train sliders of size on the miniature, and measure what each weight does; draws docs/images/slider.png too.
 """
@@ -57,6 +60,7 @@ from zimage_train.planning import planner
 from zimage_train.planning.planner import AUTO_QUANTIZATIONS, PlanConstraints
 from zimage_train.report import metrics
 
+from laboratory.adapter_kinds import compare_adapters
 from laboratory.optimizing import compare_optimizers
 from laboratory.sliding import compare_sliders
 
@@ -280,6 +284,7 @@ def main(arguments: list[str]) -> int:
     what.add_argument("--optimizers", action="store_true")
     what.add_argument("--count", action="store_true")
     what.add_argument("--sliders", action="store_true")
+    what.add_argument("--adapters", action="store_true")
     parser.add_argument("--size", choices=("full", "medium", "mini"), default="mini")
     parser.add_argument("--against", type=Path, help="source of musubi-tuner, SimpleTuner or AI Toolkit, for --speed")
     parser.add_argument("--steps", type=int, default=4)
@@ -316,6 +321,9 @@ def result_of(asked: argparse.Namespace) -> dict[str, Any]:
     if asked.optimizers:
         with tempfile.TemporaryDirectory() as place:
             return compare_optimizers(Path(place))
+    if asked.adapters:
+        with tempfile.TemporaryDirectory() as place:
+            return compare_adapters(Path(place))
     if asked.sliders:
         with tempfile.TemporaryDirectory() as place:
             return compare_sliders(Path(place), SLIDER_IMAGE)

@@ -1,22 +1,27 @@
-"""What each kind of adapter costs in drift: trained on Turbo with the training adapter, and used on Turbo without it.
+"""What kinds and starts of adapters cost in drift: trained on Turbo with the training adapter, used on it without.
 
-The same images, steps and rate for each kind and seed. The concept is the loss on images that no run has seen, at fixed
-noise; the drift is what the run's own meter says on prompts without the concept. A DoRA was measured before the trainer
-refused it with a training adapter, and takes a trainer without that check (`Config._method_fits`).
+Each at three learning rates, with the same images, steps and seeds. The concept is the loss on images that no run has
+seen, at fixed noise; the drift is what the run's own meter says on prompts without the concept. Whoever learns more
+drifts more, so each is also compared with a LoRA at the rate at which that has the same loss.
 """
 
 from __future__ import annotations
 
-import json
-import sys
+import contextlib
+import io
+from itertools import pairwise
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
+from unittest import mock
 
 import torch
 from PIL import Image
 
 from zimage_train import mini
+from zimage_train.commands.train import run_training
+from zimage_train.config import schema
+from zimage_train.config.schema import Config
 from zimage_train.diffusion import drift, flow
 from zimage_train.diffusion.frozen import load_frozen
 from zimage_train.diffusion.request import SamplingRequest
@@ -26,20 +31,26 @@ from zimage_train.models.components import ExtrasPaths
 from zimage_train.models.transformer import velocity
 
 from laboratory.metering import NOISE, PROMPTS, silent
-from laboratory.running import lora_of, train
+from laboratory.running import lora_of
 from miniature import world
 from miniature.measuring import scenes
 
-KINDS: dict[str, dict[str, Any]] = {
-    "lora": {"type": "lora", "rank": 8},
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "lora": {"rank": 8},
     "lokr": {"type": "lokr", "factor": 4},
     "loha": {"type": "loha", "rank": 8},
-    "dora": {"type": "dora", "rank": 8},  # refused now; see above
+    "dora": {"type": "dora", "rank": 8},
+    "orthogonal": {"rank": 8, "start": "orthogonal"},
+    "pissa": {"rank": 8, "start": "pissa"},
 }
-STEPS, RATE, SEEDS = 300, 3e-3, (1, 2, 3)
+RATES, SEEDS, STEPS = (3e-4, 1e-3, 3e-3), (1, 2, 3), 130
+HIGHER = {"lokr": (3e-3, 1e-2, 3e-2), "loha": (3e-3, 1e-2, 3e-2)}
+"""Rates of those that hardly learn at the rates of a LoRA."""
 IMAGES, HELD_OUT, SIZE = 96, 24, 64
 SIGMAS = [0.3, 0.5, 0.6429, 0.75, 0.9, 0.9545]
 CPU = torch.device("cpu")
+Points = list[tuple[float, float]]
+"""Loss and drift of the same seed at each rate."""
 
 
 class Meter:
@@ -83,46 +94,73 @@ class Meter:
         return fmean(losses)
 
 
-def compare_kinds(place: Path, kinds: list[str]) -> dict[str, Any]:
-    """Return concept loss and drift of each kind and seed, and how far its drift is from a LoRA's of the same seed."""
+def compare_adapters(place: Path) -> dict[str, Any]:
+    """Return loss and drift of each adapter at each rate, as mean and spread over the seeds.
+
+    `over_lora` is how much more it drifts than a LoRA of the same seed that has the same loss, where there is one.
+    """
     images = place / "zorbs"
     images.mkdir(parents=True, exist_ok=True)
     for index in range(IMAGES):
         image, caption = world.draw_zorb(index, SIZE, SIZE)
         Image.fromarray(image).save(images / f"{index:03d}.png")
         (images / f"{index:03d}.txt").write_text(caption)
+    torch.set_num_threads(1)
     meter = Meter()
-    loss, _ = meter.measure(None)
+    points: dict[str, dict[int, Points]] = {}
     found: dict[str, Any] = {}
-    for name in kinds:
-        measured = [meter.measure(_trained(place, images, name, seed)) for seed in SEEDS]
-        concept, drifts = [round(loss, 4) for loss, _ in measured], [round(one, 4) for _, one in measured]
-        first = found.get("lora", {"drift": drifts})["drift"]
-        apart = [one - other for one, other in zip(drifts, first, strict=True)]
-        found[name] = {"concept_loss": concept, "drift": drifts, "drift_over_lora": [fmean(apart), stdev(apart)]}
-        print(name, found[name], flush=True)
-    return {"steps": STEPS, "lr": RATE, "loss_without": round(loss, 4), "settings": KINDS, "kinds": found}
+    for name in ADAPTERS:
+        rates = HIGHER.get(name, RATES)
+        by_seed = points.setdefault(name, {})
+        for seed in SEEDS:
+            by_seed[seed] = [meter.measure(_trained(place, images, name, seed, rate)) for rate in rates]
+        found[name] = {}
+        for number, rate in enumerate(rates):
+            measured = [by_seed[seed][number] for seed in SEEDS]
+            over = [_over(point, points["lora"][seed]) for seed, point in zip(SEEDS, measured, strict=True)]
+            found[name][f"{rate:g}"] = {
+                "loss": _mean_and_spread([loss for loss, _ in measured]),
+                "drift": _mean_and_spread([one for _, one in measured]),
+                "over_lora": None if None in over else _mean_and_spread([one for one in over if one is not None]),
+            }
+            print(name, rate, found[name][f"{rate:g}"], flush=True)
+    loss, _ = meter.measure(None)
+    return {"steps": STEPS, "loss_without": round(loss, 4), "settings": ADAPTERS, "adapters": found}
 
 
-def _trained(place: Path, images: Path, name: str, seed: int) -> Path:
-    config = {
-        "name": f"{name}-seed{seed}",
+def _over(point: tuple[float, float], plain: Points) -> float | None:
+    """Return the drift beyond that of a LoRA of the same loss, on lines between its rates; None beyond all of them."""
+    loss, found = point
+    for (loss0, drift0), (loss1, drift1) in pairwise(sorted(plain)):
+        if loss0 <= loss <= loss1:
+            share = 0.0 if loss1 == loss0 else (loss - loss0) / (loss1 - loss0)
+            return found - (drift0 + share * (drift1 - drift0))
+    return None
+
+
+def _mean_and_spread(values: list[float]) -> list[float]:
+    return [round(fmean(values), 4), round(stdev(values), 4)]
+
+
+def _trained(place: Path, images: Path, name: str, seed: int, rate: float) -> Path:
+    values = {
+        "name": f"{name}_{rate:g}_seed{seed}x",
         "seed": seed,
         "output_dir": str(place / "runs"),
         "cache": {"folder": str(place / "cache")},
         "model": {"path": str(mini.TURBO), "adapter": str(mini.ADAPTER_V1), "dtype": "fp32"},
         "data": [{"folder": str(images), "resolution": [SIZE], "trigger": "zorb"}],
-        "lora": KINDS[name],
+        "lora": ADAPTERS[name],
         "train": {"steps": STEPS, "batch_size": 4},
-        "optimizer": {"lr": RATE},
+        "optimizer": {"name": "adamw", "lr": rate},
         "sample": {"every": None},
         "save": {"every": None, "dtype": "fp32"},
         "log": {"tensorboard": False},
     }
-    train(config)
-    return lora_of(config)
-
-
-if __name__ == "__main__":
-    folder, output, *wanted = sys.argv[1:]
-    Path(output).write_text(json.dumps(compare_kinds(Path(folder), wanted or list(KINDS)), indent=1) + "\n")
+    # A DoRA is refused with a training adapter, because of what is measured here.
+    with mock.patch.object(schema, "adapter_error", lambda *given: None):
+        config = Config.model_validate(values)
+    if not lora_of(values).exists():
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            run_training(config, fresh=True)
+    return lora_of(values)
