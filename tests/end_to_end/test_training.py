@@ -82,7 +82,8 @@ def test_metrics_have_a_record_per_step(finished: Config):
 def test_run_json_proves_the_settings(finished: Config):
     found = facts(finished)
     groups = {"attention": 24, "feed_forward": 18}
-    assert found["lora"] == {"type": "lora", "rank": 4, "matched": "42/42", "groups": groups}
+    lora = {"type": "lora", "rank": 4, "ranks": None, "lr_factors": {}, "matched": "42/42", "groups": groups}
+    assert found["lora"] == lora
     assert found["adapter"]["matched"] == "48/48"
     assert found["starts"] == [0]
     assert found["dataset"]["pictures"] == 16

@@ -143,6 +143,7 @@ def test_levels_say_what_they_promise():
 PATHS = [key.replace(".N", ".0") for key, field in settings() if "_without_variables" in f"{field} {field.annotation}"]
 NEEDED = {
     "data.0.metadata": {"data.0.folder": LEFT_OUT},
+    "data.0.negative": {"train.method": "pairs"},
     "data.0.prompts": {"data.0.folder": LEFT_OUT, "train.method": "de_distill"},
 }
 """What comes with a path, beside the rest."""
@@ -166,7 +167,7 @@ def test_no_path_and_no_user_name(key: str, level: str):
             assert word not in text, (word, private)
 
 
-def test_settings_in_the_header_are_complete():
+def test_header_has_all_settings():
     """With `full`, the header has every section that shapes the weights."""
     without = {"name", "output_dir", "cache", "memory", "sample", "validation", "save", "log"}
     assert set(metadata.shared_settings(config("full"))) == set(Config.model_fields) - without

@@ -156,17 +156,17 @@ def test_dry_run_is_not_repeated(make_config, monkeypatch):
 
 
 def test_dry_run_holds_optimizer_memory(make_config, monkeypatch):
-    """The memory that the optimizer's state will take is held until it exists."""
+    """The memory that the optimizer's state will take is held until it exists, and that of its update always."""
     held: list[int] = []
     original = dry_run.torch.empty
     monkeypatch.setattr(dry_run.torch, "empty", lambda *a, **k: (held.append(a[0]), original(*a, **k))[1])
     config = make_config(optimizer={"name": "adamw"}, train={"steps": 2})
     run_training(config, fresh=False)
     trained = sum(tensor.numel() for name, tensor in load_file(final_path(config)).items() if "lora_" in name)
-    assert held.count(8 * trained) == 1
+    assert held.count((8 + 4) * trained) == 1
     held.clear()
     run_training(make_config(optimizer={"name": "adamw"}, train={"steps": 3}), fresh=False)
-    assert held.count(8 * trained) == 0 and held.count(0) == 1
+    assert held.count((8 + 4) * trained) == 0 and held.count(4 * trained) == 1
 
 
 def final_path(config: Config) -> Path:
