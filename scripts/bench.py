@@ -21,6 +21,8 @@ python scripts/bench.py --optimizers [-o docs/bench/optimizers.json]
 python scripts/bench.py --adapters [-o docs/bench/adapter_kinds.json]
     Train the miniature with each kind and start of an adapter at three learning rates and with three seeds, and compare
     the held-out loss and the drift without the training adapter.
+python scripts/bench.py --stacks [-o docs/bench/stacks.json]
+    Train two concepts on the miniature, and measure what is drawn of both for each way to put the LoRAs together.
 python scripts/bench.py --sliders [-o docs/bench/sliders.json]
     Train sliders of size on the miniature, and measure what each weight does; draws docs/images/slider.png too.
 """
@@ -63,6 +65,7 @@ from zimage_train.report import metrics
 from laboratory.adapter_kinds import compare_adapters
 from laboratory.optimizing import compare_optimizers
 from laboratory.sliding import compare_sliders
+from laboratory.stacking import compare_pairs
 
 SLIDER_IMAGE = Path(__file__).parent.parent / "docs" / "images" / "slider.png"
 BUDGETS_GB = (24.0, 16.0, 12.0, 8.0)
@@ -285,6 +288,7 @@ def main(arguments: list[str]) -> int:
     what.add_argument("--count", action="store_true")
     what.add_argument("--sliders", action="store_true")
     what.add_argument("--adapters", action="store_true")
+    what.add_argument("--stacks", action="store_true")
     parser.add_argument("--size", choices=("full", "medium", "mini"), default="mini")
     parser.add_argument("--against", type=Path, help="source of musubi-tuner, SimpleTuner or AI Toolkit, for --speed")
     parser.add_argument("--steps", type=int, default=4)
@@ -324,6 +328,9 @@ def result_of(asked: argparse.Namespace) -> dict[str, Any]:
     if asked.adapters:
         with tempfile.TemporaryDirectory() as place:
             return compare_adapters(Path(place))
+    if asked.stacks:
+        with tempfile.TemporaryDirectory() as place:
+            return compare_pairs(Path(place))
     if asked.sliders:
         with tempfile.TemporaryDirectory() as place:
             return compare_sliders(Path(place), SLIDER_IMAGE)

@@ -1,20 +1,26 @@
 """Two LoRAs at once on the miniature: a held-out shape, and a frame around the picture, each learnt by its own LoRA.
 
-They are drawn together as a plain sum, as each merge of `lora stack`, and with the second trained beside the first.
+They are drawn together as a plain sum, as several merges of the two, and with the second trained beside the first.
 Every picture is read by program. A sum is judged by the prompts of the one concept, of the other, and of both at once.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
+from torch import Tensor
 
 from zimage_train import mini
+from zimage_train.lora import arithmetic, blending, lora_file
+from zimage_train.lora.deltas import Factors
 
+from laboratory.running import lora_of, train
 from laboratory.schemes import CONCEPT_IMAGES, FIRST_IMAGE, SIZE, TRAINED_WORDINGS
 from laboratory.scoring import studio
 from miniature import scores, world
@@ -182,6 +188,94 @@ def judge(loras: list[Path], image_seed: int, count: int = 64) -> dict[str, floa
         "both": _mean([one.shape == world.ZORB and framed for one, framed in both]),
         "quality": fidelity * _mean([one.sharpness for one in found]),
     }
+
+
+MERGES = (
+    "sum",
+    "0.8 each",
+    "0.6 each",
+    "TIES",
+    "DARE",
+    "regression",
+    "without shared outputs",
+    "without shared inputs",
+)
+"""Ways to make one change of two. In the last three, with A and B the factors of both: the change that is nearest to
+each on what it reads; the sum less what each writes, or reads, within the other's space."""
+TRAININGS = ("beside", "beside, with images of the first", "with images of the first")
+"""Ways to train the second: with the first in place, or with its images as regularization towards the prediction."""
+SEEDS, IMAGE_SEED = (1, 2, 3), 11
+
+
+def compare_pairs(place: Path) -> dict[str, Any]:
+    """Return what is drawn with both LoRAs at once, for each way to put them together, as mean and spread of seeds."""
+    recipe, places, runs = PairRecipe(), write_pair(place / "pictures"), place / "runs"
+    torch.set_num_threads(1)
+    scores_by_way: dict[str, list[dict[str, float]]] = {}
+
+    def score(way: str, loras: list[Path]) -> None:
+        scores_by_way.setdefault(way, []).append(judge(loras, IMAGE_SEED))
+        print(way, {name: round(value, 3) for name, value in scores_by_way[way][-1].items()}, flush=True)
+
+    def trained(concept: str, seed: int, **changes: Any) -> Path:
+        config = pair_config(concept, seed, recipe, places, runs, **changes)
+        train(config)
+        return lora_of(config)
+
+    for seed in SEEDS:
+        zorb, framed = trained(world.ZORB, seed), trained(FRAMED, seed)
+        score("the first alone", [zorb])
+        score("the second alone", [framed])
+        for way in MERGES:
+            merged = place / "merged.safetensors"
+            lora_file.export_lora(merged, merged_by(way, zorb, framed), "fp32", {"format": "pt"})
+            score(way, [merged])
+        for way, changes in zip(
+            TRAININGS, ({"beside": zorb}, {"beside": zorb, "keeps": world.ZORB}, {"keeps": world.ZORB}), strict=True
+        ):
+            score(way, [zorb, trained(FRAMED, seed, **changes)])
+    table: dict[str, Any] = {}
+    for way, measured in scores_by_way.items():
+        table[way] = {}
+        for name in measured[0]:
+            values = [row[name] for row in measured]
+            table[way][name] = [round(fmean(values), 3), round(stdev(values), 3)]
+    return {"recipe": asdict(recipe), "seeds": len(SEEDS), "ways": table}
+
+
+@torch.no_grad()
+def merged_by(way: str, first: Path, second: Path) -> dict[str, Factors]:
+    """Return both LoRAs as one, which has the dense change of `way` for each module."""
+    ours, theirs = lora_file.read_lora(first), lora_file.read_lora(second)
+    found: dict[str, Factors] = {}
+    for module, factors in ours.items():
+        dense = _merged(way, factors, theirs[module], module)
+        found[module] = arithmetic.factorize(dense.float(), min(dense.shape), 1.0, module)[0]
+    return found
+
+
+def _merged(way: str, ours: Factors, theirs: Factors, module: str) -> Tensor:
+    a, b = ours.delta().double(), theirs.delta().double()
+    if way in ("TIES", "DARE"):
+        method = "ties" if way == "TIES" else "dare_linear"
+        return blending.blend_deltas(method, [a.float(), b.float()], [1.0, 1.0], 0.5, 42, module)
+    if way.endswith(" each"):
+        return float(way.removesuffix(" each")) * (a + b)
+    if way == "sum":
+        return a + b
+    out_a, in_a = _projections(a, ours.rank)
+    out_b, in_b = _projections(b, theirs.rank)
+    if way == "without shared outputs":
+        return a + b - out_a @ b - out_b @ a
+    if way == "without shared inputs":
+        return a + b - b @ in_a - a @ in_b
+    return (a @ in_a + b @ in_b) @ torch.linalg.pinv(in_a + in_b, rtol=1e-6)
+
+
+def _projections(delta: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Return the projections on the space that a change writes to, and on that which it reads."""
+    u, _, v = torch.linalg.svd(delta, full_matrices=False)
+    return u[:, :rank] @ u[:, :rank].T, v[:rank].T @ v[:rank]
 
 
 def _mean(values: list[float]) -> float:
