@@ -1082,6 +1082,16 @@ def test_settings_that_conflict(read, refused):
             "optimizer: {name: adamw_schedulefree}\nema: {decay: 0.9}",
             "adamw_schedulefree exports an average",
         ),
+        ("lora: {type: dora}", "lora.type: the change of a DoRA depends on the weights, and it would be used on others"),
+        (
+            "lora: {type: dora}\nmodel: {adapter: null}\ntrain: {beside: x.safetensors}",
+            "than it is trained on: before other LoRAs are added; leave train.beside out",
+        ),
+        (
+            "lora: {type: dora}\nmodel: {adapter: null}\ntrain: {method: slider}\nslider: {positive: a}",
+            "at the weight -1 is not the reverse of that at +1; set lora.type: lora, lokr or loha",
+        ),
+        ("lora: {type: loha, rslora: true}", "lora.rslora: rslora is for type: lora; leave it out"),
         ("schedule: {name: constant_with_warmup}", "constant_with_warmup needs warmup_steps"),
         ("schedule: {name: one_cycle, warmup_steps: 5}", "one_cycle rises by itself"),
         ("schedule: {name: step}", "step needs params: {every: steps}"),

@@ -163,21 +163,24 @@ class LoraSettings(Section):
         return f"LoKr of factor {self.factor}" + ("" if self.rank is None else f" and rank {self.rank}")
 
 
-def adapter_error(lora: LoraSettings, adapter: str | None, is_two_sided: bool) -> ConflictError | None:
+def adapter_error(lora: LoraSettings, adapter: str | None, is_beside: bool, is_two_sided: bool) -> ConflictError | None:
     """Return the conflict of a kind whose change depends on the weights, or None if there is none.
 
     Args:
         adapter: `model.adapter`.
+        is_beside: whether other LoRAs are merged for the training (`train.beside`).
         is_two_sided: whether the method trains at the weights +1 and -1.
     """
     if lora.is_additive:
         return None
+    depends = (
+        f"the change of a {lora.label} depends on the weights, and it would be used on others than it is trained on"
+    )
     if adapter is not None:
-        what = (
-            f"the change of a {lora.label} depends on the weights, and it would be used on others than it is trained on"
-        )
         hint = "train without the adapter on model.variant: deturbo, or set lora.type: lora"
-        return ConflictError(f"{what}: without the training adapter", hint, ("lora", "type"))
+        return ConflictError(f"{depends}: without the training adapter", hint, ("lora", "type"))
+    if is_beside:
+        return ConflictError(f"{depends}: before other LoRAs are added", "leave train.beside out", ("lora", "type"))
     if is_two_sided:
         message = f"the change of a {lora.label} at the weight -1 is not the reverse of that at +1"
         return ConflictError(message, "set lora.type: lora, lokr or loha", ("lora", "type"))
