@@ -1082,7 +1082,10 @@ def test_settings_that_conflict(read, refused):
             "optimizer: {name: adamw_schedulefree}\nema: {decay: 0.9}",
             "adamw_schedulefree exports an average",
         ),
-        ("lora: {type: dora}", "lora.type: the change of a DoRA depends on the weights, and it would be used on others"),
+        (
+            "lora: {type: dora}",
+            "lora.type: the change of a DoRA depends on the weights, and it would be used on others",
+        ),
         (
             "lora: {type: dora}\nmodel: {adapter: null}\ntrain: {beside: x.safetensors}",
             "than it is trained on: before other LoRAs are added; leave train.beside out",

@@ -94,7 +94,8 @@ class StackReport:
                 if shares[key] >= max(SHARED, OVER_CHANCE * shares["by_chance"]):
                     text = (
                         f"{shares[key]:.0%} of {name} lies where the others {verb} too ({shares['by_chance']:.0%} by "
-                        "chance), so each changes what the other has learnt; train one beside the other (train.beside)"
+                        "chance), so each may change what the other has learnt; train one with images of the other in "
+                        "data, as regularization"
                     )
                     notes.append(Note("shared-space", text))
         return notes
