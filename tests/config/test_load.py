@@ -1083,12 +1083,8 @@ def test_settings_that_conflict(read, refused):
             "adamw_schedulefree exports an average",
         ),
         (
-            "lora: {type: dora}",
-            "lora.type: the change of a DoRA depends on the weights, and it would be used on others",
-        ),
-        (
             "lora: {type: dora}\nmodel: {adapter: null}\ntrain: {beside: x.safetensors}",
-            "than it is trained on: before other LoRAs are added; leave train.beside out",
+            "lora.type: the change of a DoRA depends on the weights, to which train.beside adds others; leave",
         ),
         (
             "lora: {type: dora}\nmodel: {adapter: null}\ntrain: {method: slider}\nslider: {positive: a}",

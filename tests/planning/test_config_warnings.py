@@ -64,6 +64,11 @@ def test_defaults_have_no_warning(variant: str):
             ["lora.start: pissa changes Turbo more", "use a third of the optimizer.lr, or start: zero"],
         ),
         (
+            {"lora": {"type": "dora"}},
+            [{"lora": {"type": "loha"}}, {"lora": {"type": "dora"}, "model": {"variant": "base"}}],
+            ["lora.type: dora depends on the weights", "lower optimizer.lr"],
+        ),
+        (
             {"lora": {"rslora": True}},
             [
                 {"lora": {"rslora": True, "alpha": 4.0}},

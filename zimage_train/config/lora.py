@@ -19,8 +19,7 @@ class LoraSettings(Section):
     """What is trained beside each weight. lora: a product of two matrices of `rank`; lokr: a Kronecker product of a
     small and a large matrix, which changes a weight in its full rank with few parameters; loha: two products of `rank`,
     multiplied element by element, which reaches the square of the rank with two LoRAs' parameters; dora: a LoRA and
-    a factor for each row of the weight with it. The change of a dora depends on the weight, so it is refused with
-    a training adapter; that of others does not."""
+    a factor for each row of the weight with it. The change of a dora depends on the weight; that of others does not."""
     rank: int | None = Field(default=16, ge=1, le=1024, json_schema_extra=without_default)
     """Rank of the LoRA, which is its capacity; the size of its file is proportional to it. Of a LoKr, the rank of its
     large matrix; null: that is stored whole. If left out: null for lokr, 16 for others."""
@@ -163,24 +162,18 @@ class LoraSettings(Section):
         return f"LoKr of factor {self.factor}" + ("" if self.rank is None else f" and rank {self.rank}")
 
 
-def adapter_error(lora: LoraSettings, adapter: str | None, is_beside: bool, is_two_sided: bool) -> ConflictError | None:
+def adapter_error(lora: LoraSettings, is_beside: bool, is_two_sided: bool) -> ConflictError | None:
     """Return the conflict of a kind whose change depends on the weights, or None if there is none.
 
     Args:
-        adapter: `model.adapter`.
         is_beside: whether other LoRAs are merged for the training (`train.beside`).
         is_two_sided: whether the method trains at the weights +1 and -1.
     """
     if lora.is_additive:
         return None
-    depends = (
-        f"the change of a {lora.label} depends on the weights, and it would be used on others than it is trained on"
-    )
-    if adapter is not None:
-        hint = "train without the adapter on model.variant: deturbo, or set lora.type: lora"
-        return ConflictError(f"{depends}: without the training adapter", hint, ("lora", "type"))
     if is_beside:
-        return ConflictError(f"{depends}: before other LoRAs are added", "leave train.beside out", ("lora", "type"))
+        message = f"the change of a {lora.label} depends on the weights, to which train.beside adds others"
+        return ConflictError(message, "leave train.beside out, or set lora.type: lora", ("lora", "type"))
     if is_two_sided:
         message = f"the change of a {lora.label} at the weight -1 is not the reverse of that at +1"
         return ConflictError(message, "set lora.type: lora, lokr or loha", ("lora", "type"))
