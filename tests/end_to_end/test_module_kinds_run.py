@@ -27,15 +27,12 @@ pytestmark = pytest.mark.slow
 LOHA: dict[str, Any] = {"type": "loha", "rank": 4, "alpha": 2.0}
 DORA: dict[str, Any] = {"type": "dora", "rank": 4, "alpha": 2.0}
 KINDS = pytest.mark.parametrize("lora", [LOHA, DORA], ids=lambda lora: lora["type"])
-WITHOUT_ADAPTER: dict[str, Any] = {"adapter": None}
 PROMPT = "a red zorb on a blue background"
 
 
 @pytest.fixture
 def make_kind(make_config):
     def make(lora: dict[str, Any], **changes: Any) -> Config:
-        if lora["type"] == "dora":
-            changes["model"] = WITHOUT_ADAPTER | changes.get("model", {})
         return make_config(lora=lora, optimizer={"lr": 4e-3}, **changes)
 
     return make
@@ -120,7 +117,6 @@ def test_run_begins_with_the_file(make_config, make_kind, lora: dict[str, Any]):
     path = folder(first) / "lora" / "first.safetensors"
     still = {"train": {"steps": 1}, "optimizer": {"lr": 1e-12, "weight_decay": 0.0}}
     again = {key: value for key, value in lora.items() if key != "alpha"} | {"init_from": str(path)}
-    still["model"] = WITHOUT_ADAPTER
     second = make_config(name="second", lora=again, **still)
     run_training(second, fresh=False)
     before = lora_file.read_deltas(path)
@@ -129,9 +125,3 @@ def test_run_begins_with_the_file(make_config, make_kind, lora: dict[str, Any]):
     assert max(verify.relative_error(before[module], after[module]) for module in before) < 1e-5
     with pytest.raises(ConfigError, match=r"has .*x4.*, and this run .*x8.*; set lora.rank to what it was trained"):
         check_run(make_config(lora=again | {"rank": 8}, **still))
-
-
-def test_a_dora_has_no_training_adapter(make_config):
-    """It would be used on other weights than it is trained on."""
-    with pytest.raises(AssertionError, match=r"depends on the weights.*model.variant: deturbo, or set lora.type: lora"):
-        make_config(lora=DORA)
