@@ -9,10 +9,9 @@ from safetensors.torch import load_file
 from zimage_train import mini
 from zimage_train.commands.train import run_training
 from zimage_train.config.schema import Config
-from zimage_train.errors import Stopped
 from zimage_train.report.metrics import read_records
 
-from helpers import PREVIEWED, final, folder, losses, stop_after
+from helpers import PREVIEWED, final, folder, losses, run_in_two_starts
 
 RUN = {"optimizer": {"name": "adamw_schedulefree", "lr": 3e-3}, "train": {"steps": 4}, "save": {"every": 2}}
 LOOKING = {"validation": {"folder": str(mini.IMAGES), "every": 1, "resolution": 64}, "sample": PREVIEWED}
@@ -50,11 +49,7 @@ def test_looking_and_stopping_are_free(make_config, monkeypatch):
     """Previews, validations and a stop in between change neither the LoRA nor the losses."""
     plain, looked_at = make_config(name="plain", **RUN), make_config(**(RUN | LOOKING))
     run_training(plain, fresh=False)
-    with monkeypatch.context() as patch:
-        stop_after(patch, 3)
-        with pytest.raises(Stopped):
-            run_training(looked_at, fresh=False)
-    run_training(looked_at, fresh=False)
+    run_in_two_starts(looked_at, monkeypatch, step=3)
     assert losses(looked_at) == losses(plain)
     one, other = exported(plain), exported(looked_at)
     assert all(torch.equal(one[key], other[key]) for key in one)

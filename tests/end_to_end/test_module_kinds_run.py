@@ -15,11 +15,11 @@ from zimage_train.cli.app import app
 from zimage_train.commands.train import run_training
 from zimage_train.config.schema import Config
 from zimage_train.diffusion.request import preview_requests
-from zimage_train.errors import ConfigError, Stopped
+from zimage_train.errors import ConfigError
 from zimage_train.lora import lora_file, verify
 from zimage_train.planning.preflight import check_run
 
-from helpers import folder, losses, stop_after
+from helpers import folder, losses, run_in_two_starts
 from lora_commands import lora_command
 
 pytestmark = pytest.mark.slow
@@ -59,11 +59,7 @@ def test_run_resumes_to_the_bit(make_kind, monkeypatch, capsys, lora: dict[str, 
     more = more | {"train": {"steps": 4}, "ema": {"decay": 0.9}}
     whole, stopped = make_kind(lora, name="whole", **more), make_kind(lora, **more)
     run_training(whole, fresh=False)
-    with monkeypatch.context() as patch:
-        stop_after(patch, 2)
-        with pytest.raises(Stopped):
-            run_training(stopped, fresh=False)
-    run_training(stopped, fresh=False)
+    run_in_two_starts(stopped, monkeypatch)
     assert losses(stopped) == losses(whole)
     paths = [folder(config) / "lora" / "ema" / f"{config.name}.safetensors" for config in (whole, stopped)]
     paths += [folder(config) / "lora" / f"{config.name}.safetensors" for config in (whole, stopped)]

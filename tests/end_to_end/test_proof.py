@@ -9,10 +9,7 @@ from typing import Any
 
 import pytest
 
-from zimage_train.commands.train import run_training
-from zimage_train.errors import Stopped
-
-from helpers import ROOT, losses, stop_after
+from helpers import ROOT, losses, run_in_two_starts
 from proofs.page import FILE
 from proofs.proving import prove
 from proofs.rows import ANOTHER, Number, Row, becomes
@@ -121,11 +118,7 @@ def test_run_with_everything_resumes(trials: Trials, monkeypatch):
     values = EVERYTHING | own | {"optimizer.name": "prodigy8bit", "optimizer.lr": 1.0}
     whole = trials.run(values)
     stopped = trials.config(values | {"name": "stopped"})
-    with monkeypatch.context() as patch:
-        stop_after(patch, 2)
-        with pytest.raises(Stopped):
-            run_training(stopped, fresh=False)
-    run_training(stopped, fresh=False)
+    run_in_two_starts(stopped, monkeypatch)
     assert Trial(stopped).numbers == whole.numbers
     assert losses(stopped) == losses(whole.config)
     preserved = [record["preservation"] for record in whole.records]

@@ -9,13 +9,12 @@ import pytest
 from pictures import pixels, stock
 
 from zimage_train.commands.train import run_training
-from zimage_train.config.schema import Config
 from zimage_train.diffusion.request import preview_requests
-from zimage_train.errors import ConfigError, Stopped, ZImageTrainError
+from zimage_train.errors import ConfigError, ZImageTrainError
 from zimage_train.lora import lora_file, verify
 from zimage_train.planning.preflight import check_run
 
-from helpers import facts, final, folder, losses, stop_after
+from helpers import facts, folder, losses, numbers, run_in_two_starts
 from mini_config import merge
 
 PROMPT = "a red zorb on a blue background"
@@ -34,12 +33,6 @@ RANDOM = merge(SHAPED, {"lora": {"dropout": 0.1, "rank_dropout": 0.3, "module_dr
 """What is random, and runs as modules."""
 PISSA = merge(SHAPED, {"lora": {"start": "pissa"}})
 REFINED = pytest.mark.parametrize("settings", [SHAPED, RANDOM, PISSA], ids=["shaped", "random", "pissa"])
-
-
-def numbers(config: Config) -> bytes:
-    """The numbers of a LoRA file, without its header, which names the run."""
-    content = final(config)
-    return content[8 + int.from_bytes(content[:8], "little") :]
 
 
 @pytest.mark.slow
@@ -64,11 +57,7 @@ def test_run_resumes_to_the_bit(make_config, monkeypatch, settings: dict[str, An
     settings = merge(settings, {"train": {"steps": 4, "batch_size": 2}, "optimizer": {"name": name}})
     whole, stopped = make_config(**merge(settings, {"name": "whole"})), make_config(**settings)
     run_training(whole, fresh=False)
-    with monkeypatch.context() as patch:
-        stop_after(patch, 2)
-        with pytest.raises(Stopped):
-            run_training(stopped, fresh=False)
-    run_training(stopped, fresh=False)
+    run_in_two_starts(stopped, monkeypatch)
     assert numbers(stopped) == numbers(whole)
     assert losses(stopped) == losses(whole)
 

@@ -12,8 +12,10 @@ from types import ModuleType
 import pytest
 import torch
 
+from zimage_train.commands.train import run_training
 from zimage_train.config.schema import Config
 from zimage_train.diffusion.frozen import FrozenTransformer
+from zimage_train.errors import Stopped
 from zimage_train.lora.layers import base_layer
 from zimage_train.report.metrics import read_records
 from zimage_train.training import loop, step_runner
@@ -47,6 +49,12 @@ def losses(config: Config) -> list[float]:
 
 def final(config: Config) -> bytes:
     return (folder(config) / "lora" / f"{config.name}.safetensors").read_bytes()
+
+
+def numbers(config: Config) -> bytes:
+    """The bytes of the final LoRA without its header, which names the run."""
+    content = final(config)
+    return content[8 + int.from_bytes(content[:8], "little") :]
 
 
 def facts(config: Config) -> dict:
@@ -99,6 +107,15 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
             yield at, loaded
 
     monkeypatch.setattr(loop, "prefetch", prefetch)
+
+
+def run_in_two_starts(config: Config, monkeypatch: pytest.MonkeyPatch, step: int = 2) -> None:
+    """Train to `step`, where SIGTERM would come, and continue to the end."""
+    with monkeypatch.context() as patch:
+        stop_after(patch, step)
+        with pytest.raises(Stopped):
+            run_training(config, fresh=False)
+    run_training(config, fresh=False)
 
 
 def run_python(code: str, folder: Path) -> subprocess.CompletedProcess[str]:

@@ -14,7 +14,6 @@ from torch import Tensor
 from zimage_train.commands.train import run_training
 from zimage_train.config.lora import LoraSettings
 from zimage_train.config.schema import Config
-from zimage_train.errors import Stopped
 from zimage_train.lora.layers import AdapterLayers, lora_weight
 from zimage_train.models.transformer import velocity
 from zimage_train.report import preview_images
@@ -23,7 +22,7 @@ from zimage_train.training.batches import Batch
 from zimage_train.training.loss import losses
 from zimage_train.training.run_dir import run_dir_of
 
-from helpers import PREVIEWED, final, folder, stop_after
+from helpers import PREVIEWED, folder, numbers, run_in_two_starts
 from helpers import losses as logged
 from laboratory import sliding
 from miniature.measuring import scenes
@@ -128,13 +127,9 @@ def make_slider(make_config, tmp_path: Path):
 def test_slider_resumes_to_the_bit(make_slider, monkeypatch):
     whole, stopped = make_slider(name="whole"), make_slider(name="stopped")
     run_training(whole, fresh=False)
-    with monkeypatch.context() as patch:
-        stop_after(patch, 2)
-        with pytest.raises(Stopped):
-            run_training(stopped, fresh=False)
-    run_training(stopped, fresh=False)
+    run_in_two_starts(stopped, monkeypatch)
     assert logged(stopped) == logged(whole) and len(logged(whole)) == 4
-    assert final(stopped)[-4096:] == final(whole)[-4096:]
+    assert numbers(stopped) == numbers(whole)
 
 
 @pytest.mark.slow
