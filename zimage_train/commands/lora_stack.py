@@ -1,5 +1,6 @@
 """The command `lora stack`: how LoRAs that are used at once get in each other's way, and a merge with less of it."""
 
+import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -57,8 +58,7 @@ class StackReport:
 
     def pairs(self) -> list[tuple[int, int]]:
         """Return the pairs of indices of the files."""
-        indices = range(len(self.inputs))
-        return [(i, j) for i in indices for j in indices if i < j]
+        return list(itertools.combinations(range(len(self.inputs)), 2))
 
     def _parts(self, parts: Mapping[str, Overlaps]) -> dict[str, Any]:
         facts: dict[str, Any] = {}

@@ -58,7 +58,7 @@ def module_costs(settings: LoraSettings, linears: Sizes, modules: Iterable[str])
     """Return what the adapter costs on `modules`; one with a fused form has costs of its own, which are not these."""
     if settings.is_fusible:
         return NO_COSTS
-    sizes = [outputs * inputs for outputs, inputs in (linears[module] for module in modules)]
+    sizes = [math.prod(linears[module]) for module in modules]
     in_layers = sum(math.prod(linears[module]) for module in modules if module.startswith("layers."))
     outputs = sum(linears[module][0] for module in modules if module.startswith("layers."))
     if settings.type == "dora":

@@ -15,6 +15,7 @@ deltas D_j of the module:
 Over several modules, numerators and denominators are summed before the division.
 """
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -176,7 +177,7 @@ def module_overlap(deltas: Mapping[int, Delta], module: str) -> ModuleOverlap:
 def overlaps(loras: Sequence[Deltas]) -> dict[str, ModuleOverlap]:
     """Return the measures of every module that any of `loras`, which have their weights, changes."""
     found: dict[str, ModuleOverlap] = {}
-    for module in dict.fromkeys(module for lora in loras for module in lora):
+    for module in dict.fromkeys(itertools.chain.from_iterable(loras)):
         deltas = {index: lora[module] for index, lora in enumerate(loras) if module in lora}
         found[module] = module_overlap(deltas, module)
     return found

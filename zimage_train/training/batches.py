@@ -122,8 +122,10 @@ def _negative_latents(dataset: CachedDataset, samples: tuple[Sample, ...]) -> La
 
 
 def _slider_prompts(config: Config, dataset: CachedDataset, samples: tuple[Sample, ...]) -> list[list[Prompt]]:
-    by_sample = [config.slider_prompts(sample.prompt) for sample in samples]
-    return [[pad_prompt(dataset.embeds(prompt)) for prompt in prompts] for prompts in zip(*by_sample, strict=True)]
+    by_sample: list[list[Prompt]] = []
+    for sample in samples:
+        by_sample.append([pad_prompt(dataset.embeds(prompt)) for prompt in config.slider_prompts(sample.prompt)])
+    return [list(prompts) for prompts in zip(*by_sample, strict=True)]
 
 
 def sample_sigma(config: Config, sample: Sample) -> Scalar:
