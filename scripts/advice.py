@@ -8,6 +8,7 @@ the table of docs/recipes.md once all is there.
 """
 
 import argparse
+import itertools
 import json
 import re
 from concurrent.futures import ThreadPoolExecutor
@@ -33,7 +34,7 @@ def main() -> None:
     images, runs = write_images(options.work / "pictures"), options.work / "runs"
     file = options.work / "scores.json"
     scores: dict[str, dict[str, float]] = json.loads(file.read_text()) if file.exists() else {"turbo": evaluate(None)}
-    asked = [(name, seed) for seed in SEEDS for name in ADVICE]
+    asked = [(name, seed) for seed, name in itertools.product(SEEDS, ADVICE)]
     wanted = [(name, seed) for name, seed in asked if f"{name}, {seed}" not in scores]
 
     def trained(job: tuple[str, int]) -> tuple[tuple[str, int], dict[str, Any]]:

@@ -134,7 +134,9 @@ def table_of(scores: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, I
         rows = [scores[f"{name}, {seed}"] for seed in SEEDS if f"{name}, {seed}" in scores]
         if rows:
             rows = [{**row, "drift": 1.0 - row["quality"] / turbo} for row in rows]
-            found[name] = {key: interval([row[key] for row in rows]) for key in SCORES}
+            found[name] = {}
+            for key in SCORES:
+                found[name][key] = interval([row[key] for row in rows])
     return found
 
 

@@ -31,7 +31,6 @@ FRAME_WIDTH, FRAME_COLOUR = 8, "purple"
 """The frame is as wide as a cell of the latents. No scene has a ground of its colour."""
 LEAST_FRAME = 0.7
 """Share of the outer pixels that have the frame's colour, where a frame is seen."""
-CONCEPTS = (world.ZORB, FRAMED)
 WORLD_IMAGES = 128
 FIRST_ASKED = 2_000_000
 

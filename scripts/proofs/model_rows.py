@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from zimage_train.config.types import RECOMPUTE_MODES
+
 from proofs import numbers
 from proofs.rows import ANOTHER, EQUAL, LESS, Row, becomes, same_as, such_that, times
 
@@ -76,7 +78,7 @@ ATTENTION = [
             ANOTHER,
             given={"train.reproducible": False},
             refused="needs an NVIDIA GPU",
-            gpu="FlashAttention 3 and 4",
+            gpu="FlashAttention 3 and 4, and cuDNN's attention",
         )
         for name in ("flash3", "flash4", "cudnn")
     ),
@@ -95,21 +97,13 @@ MEMORY = [
     *(
         Row(
             "memory.checkpointing",
-            mode,
+            value,
             numbers.MODE,
-            becomes(f"recomputed: {words}"),
+            becomes([mode]),
+            given={"memory.checkpointing": "full" if mode == "none" else "none"},
             lora="same",
-            given={"memory.checkpointing": "none" if mode not in ("none", False) else "full"},
         )
-        for mode, words in (
-            ("none", "nothing"),
-            (False, "nothing"),
-            ("elementwise", "norms, gates and activations"),
-            ("w1w3", "norms, gates, activations and wide products"),
-            ("attention", "all but attention"),
-            ("full", "everything"),
-            (True, "everything"),
-        )
+        for value, mode in (*((mode, mode) for mode in RECOMPUTE_MODES), (False, "none"), (True, "full"))
     ),
     Row("memory.offload", 0.5, numbers.STREAMED, becomes(3, 0), lora="same", neutral=0.0),
 ]

@@ -25,16 +25,19 @@ def _samples(trial: Trial) -> list[str]:
     return trial.records[0]["samples"]
 
 
+def _sigmas(trial: Trial) -> list[float]:
+    sigmas: list[float] = []
+    for record in trial.records:
+        sigmas += record["sigma"]
+    return sigmas
+
+
 def _odds(trial: Trial) -> list[float]:
-    return [sigma / (1.0 - sigma) for record in trial.records for sigma in record["sigma"]]
+    return [sigma / (1.0 - sigma) for sigma in _sigmas(trial)]
 
 
 def _logits(trial: Trial) -> list[float]:
     return [math.log(odds) for odds in _odds(trial)]
-
-
-def _prompts(trial: Trial) -> list[str]:
-    return trial.spec.order.prompts(trial.config.train.steps)
 
 
 def _epoch_prompts(trial: Trial) -> list[str]:
@@ -84,10 +87,6 @@ def _preview_steps(trial: Trial) -> list[int]:
     return sorted({int(name.split("-")[0]) for name in trial.files("samples/*-*.png")})
 
 
-def _checkpoint_size(trial: Trial) -> int:
-    return max(path.stat().st_size for path in (trial.folder / "checkpoints").iterdir())
-
-
 def _validation(trial: Trial) -> list[int]:
     return [event["step"] for event in trial.events if event.get("event") == "validation"]
 
@@ -113,7 +112,6 @@ CACHE_FOLDER = Number(
     "folder of the cache", lambda trial: Path(trial.config.cache.folder or "").name if _cached(trial) else ""
 )
 LOSS = Number("loss of step 1", lambda trial: trial.records[0]["loss"])
-SECOND_LOSS = Number("loss of step 2", lambda trial: trial.records[1]["loss"])
 LOSSES = Number("losses", lambda trial: [record["loss"] for record in trial.records])
 PRESERVATION = Number("preservation loss of step 2", lambda trial: trial.records[1].get("preservation") or 0.0)
 GRADIENT = Number("gradient norm of step 1", lambda trial: trial.records[0]["grad_norm"])
@@ -121,16 +119,14 @@ GRADIENTS = Number("gradient norms", lambda trial: [record["grad_norm"] for reco
 SECOND_GRADIENT = Number("gradient norm of step 2", lambda trial: trial.records[1]["grad_norm"])
 RATES = Number("learning rates", lambda trial: [record["lr"] for record in trial.records])
 STEPS = Number("steps", lambda trial: len(trial.records))
-SIGMAS = Number("noise levels", lambda trial: [sigma for record in trial.records for sigma in record["sigma"]])
+SIGMAS = Number("noise levels", _sigmas)
 ODDS = Number("odds of the noise levels, sigma / (1 - sigma)", _odds)
 LOGITS = Number("logits of the noise levels", _logits)
 BATCH = Number("samples of step 1", lambda trial: len(_samples(trial)))
-SAMPLES = Number("names of the samples of step 1", _samples)
 EPOCH = Number("samples of an epoch", lambda trial: len(trial.spec.order.concept.items))
 SIZES = Number("sizes of the images, px", lambda trial: sorted({math.prod(item.size) for item in trial.spec.items}))
 REGULARIZED = Number("regularization images", lambda trial: trial.facts["dataset"]["regularisation"])
 SHARE = Number("share of passes on them", lambda trial: trial.spec.order.effective_regularization_share)
-PROMPTS = Number("prompts that are trained", _prompts)
 CAPTIONS = Number("captions", _captions)
 FIRST_CAPTION = Number("caption of the image without one, or the first of it", lambda trial: _captions(trial)[0])
 EPOCH_PROMPTS = Number("prompts of the first epoch", _epoch_prompts)
@@ -144,11 +140,9 @@ KEYS = Number(
     lambda trial: sorted({name.rpartition("to_q.")[2] for name in trial.shapes if "to_q." in name}),
 )
 TENSOR_BYTES = Number("bytes of the LoRA without its header", lambda trial: len(trial.numbers))
-CHECKPOINT_BYTES = Number("bytes of a checkpoint", _checkpoint_size)
 METADATA = Number("keys of the LoRA's header", _metadata)
 EXPORTS = of_files("exported LoRAs", "lora/*.safetensors")
 AVERAGES = of_files("exported averages", "lora/ema/*.safetensors")
-CHECKPOINTS = of_files("checkpoints", "checkpoints/*.safetensors")
 BOARD = Number("event files of TensorBoard", lambda trial: len([*trial.folder.rglob("events.out.tfevents*")]))
 WANDB = Number("runs of Weights & Biases", lambda trial: len([*trial.folder.rglob("*.wandb")]))
 PREVIEWS = Number("previews of a step", _preview_count)
@@ -163,11 +157,10 @@ ADAPTER = Number(
 )
 WEIGHTS_GB = Number("frozen weights on the GPU, GB (plan)", lambda trial: round(trial.plan.peak.weights / 1e9, 3))
 PEAK_GB = Number("peak on the GPU, GB (plan)", lambda trial: round(trial.plan.peak.total / 1e9, 3))
-TRAINED_GB = Number("LoRA and optimizer, GB (plan)", lambda trial: round(trial.plan.peak.lora / 1e9, 6))
 STEP_SECONDS = Number(
     "seconds of a step at 1024 px on an H100 (plan)", lambda trial: round(trial.plan.step_seconds(LARGE, H100), 4)
 )
 ORDER_SECONDS = Number("seconds that the order of sums costs in a step on an H100 (plan)", _order_seconds)
-MODE = Number("what is recomputed", lambda trial: trial.facts["plan"]["words"].split("; ")[1])
+MODE = Number("recomputation", lambda trial: list(trial.facts["plan"]["recomputes"]))
 STREAMED = Number("streamed blocks", lambda trial: trial.facts["plan"]["streamed"])
 QUANTIZATION = Number("format of the weights (plan)", lambda trial: trial.plan.placement.quantization)

@@ -147,7 +147,8 @@ SLIDERS = [
     ),
 ]
 
-TURBO_GRID = [3.0 * sigma / (1.0 + 2.0 * sigma) for sigma in (index / 8 for index in range(1, 9))]
+TURBO_GRID = [3.0 * index / (8.0 + 2.0 * index) for index in range(1, 9)]
+"""Turbo's sigmas: index / 8, shifted by 3."""
 
 
 def _through(text: str, function: Any) -> Expected:
@@ -161,20 +162,20 @@ def _is_bell_of(without: list[float], with_it: list[float]) -> bool:
 
 
 def _is_on_grid(_: list[float], with_it: list[float]) -> bool:
-    return all(min(abs(sigma - level) for level in TURBO_GRID) < 1e-6 for sigma in with_it)
+    return max(map(_distance_from_grid, with_it)) < 1e-6
 
 
 def _is_near_grid(without: list[float], with_it: list[float]) -> bool:
     moves = [abs(one - other) for one, other in zip(without, with_it, strict=True)]
-    return max(moves) > 0.0 and all(min(abs(sigma - level) for level in TURBO_GRID) <= 0.05 for sigma in with_it)
+    return max(moves) > 0.0 and max(map(_distance_from_grid, with_it)) <= 0.05
+
+
+def _distance_from_grid(sigma: float) -> float:
+    return min(abs(sigma - level) for level in TURBO_GRID)
 
 
 def _is_one_in_each_eighth(_: list[float], with_it: list[float]) -> bool:
     return sorted(int(8 * sigma) for sigma in with_it) == list(range(8))
-
-
-def _logit(sigma: float) -> float:
-    return math.log(sigma / (1.0 - sigma))
 
 
 SIGMOID = {"timesteps.type": "sigmoid"}
@@ -252,7 +253,6 @@ NOISE = [
     Row("timesteps.offset_noise", 0.1, numbers.LOSS, ANOTHER),
 ]
 
-LINEAR = {"timesteps.type": "linear"}
 SNR_TOP = (1.0 - 1.0 / (1.0 + math.sqrt(5.0))) ** 2
 SNR_AT_HALF = 0.25 / SNR_TOP
 
