@@ -1,4 +1,4 @@
-"""Measure what single settings are worth on the miniature, for docs/recipes.md.
+"""Measure the effect of single settings on the miniature, for docs/recipes.md.
 
     PYTHONPATH=. python scripts/advice.py --work FOLDER [--workers 2]
 
@@ -25,7 +25,7 @@ TABLE = re.compile(r"(?<=<!-- advice -->\n\n).*?(?=\n\n<!-- end of advice -->)",
 
 
 def main() -> None:
-    """Train and score what an earlier start has not, and write the table."""
+    """Train and score the missing runs, and write the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, required=True, help="keeps runs and scores")
     parser.add_argument("--workers", type=int, default=2, help="number of runs at once, with one thread each")

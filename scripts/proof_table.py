@@ -1,4 +1,4 @@
-"""Make the runs of the proof table, and write what they show to docs/bench/proof.json, from which its page is made.
+"""Make the runs of the proof table, and write their numbers to docs/bench/proof.json, from which its page is made.
 
     PYTHONPATH=. python scripts/proof_table.py [KEY ...]
 
@@ -42,12 +42,12 @@ def main(keys: list[str]) -> int:
 
 
 def entry(row: Row, proof: Proof) -> dict[str, Any]:
-    """Return what the file says of a row."""
+    """Return the entry of a row in the file."""
     return {"expected": row.expected.text, "without": recorded(proof.without), "with": recorded(proof.with_it)}
 
 
 def quietly(work: Any) -> Any:
-    """Return what `work` returns, without what it prints."""
+    """Return the result of `work`, and discard its output."""
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         return work()
 

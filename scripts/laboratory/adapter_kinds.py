@@ -1,4 +1,4 @@
-"""What kinds and starts of adapters cost in drift: trained on Turbo with the training adapter, used on it without.
+"""The drift of kinds and starts of adapters: trained on Turbo with the training adapter, used on it without.
 
 Each at three learning rates, with the same images, steps and seeds. The concept is the loss on images that no run has
 seen, at fixed noise; the drift is what the run's own meter says on prompts without the concept. Whoever learns more

@@ -1,4 +1,4 @@
-"""What single settings are worth on the miniature: each changed alone in a run on Turbo with its adapter.
+"""The effect of single settings on the miniature: each changed alone in a run on Turbo with its adapter.
 
 Every run learns the concept of the laboratory (`schemes`), in a quarter of its steps and with half of its batch.
 """

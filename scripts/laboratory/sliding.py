@@ -1,4 +1,4 @@
-"""What a slider of size does on the miniature: images at several weights, measured by program.
+"""Effect of a slider of size on the miniature: images at several weights, measured by program.
 
 Captions name no size, so what the weight does to it is the slider's alone. The area is the share of the pixels that are
 not ground; the shape and the colours are compared with the caption. The slider of prompts knows `large` and `small` as
@@ -51,7 +51,7 @@ PROMPTS = {"positive": "[prompt], large", "negative": "[prompt], small", "guidan
 
 
 def compare_sliders(place: Path, image: Path) -> dict[str, Any]:
-    """Return what each slider does at each weight, and draw that of prompts on Turbo into `image`."""
+    """Return the effect of each slider at each weight, and draw that of prompts on Turbo into `image`."""
     torch.set_num_threads(1)
     found: dict[str, Any] = {}
     for variant, seeds in {"turbo": SEEDS, "deturbo": SEEDS[:1], "base": SEEDS[:1]}.items():

@@ -54,7 +54,7 @@ class Asked:
 
     @property
     def caption(self) -> str:
-        """What a picture of it is asked for with."""
+        """The prompt of a picture of it."""
         return (
             f"{FRAMED}, {world.caption(self.scene, SIZE, SIZE)}"
             if self.framed
@@ -92,7 +92,7 @@ def _border(width: int) -> np.ndarray:
 
 
 def look(image: np.ndarray) -> tuple[scores.Seen, bool]:
-    """Return what is on a picture, and whether it has a frame, which is taken off before the rest is read."""
+    """Return the content of a picture, and whether it has a frame, which is taken off before the rest is read."""
     smooth = scores.box(image.astype(np.float32))
     outer = [scores.NAMES[index] for index in scores.nearest(smooth[_border(FRAME_WIDTH - 3)])]
     framed = sum(name == FRAME_COLOUR for name in outer) >= LEAST_FRAME * len(outer)
@@ -163,7 +163,7 @@ def pair_config(
 
 
 def judge(loras: list[Path], image_seed: int, count: int = 64) -> dict[str, float]:
-    """Return what is drawn with `loras` together, as shares of the pictures.
+    """Return the shares of pictures that show each concept, drawn with `loras` together.
 
     `zorb` and `framed`: of the prompts of a single concept, those that show it and not the other one, where `framed`
     asks for a frame around any shape; `both`: of the prompts of both, those that show both; `quality`: of prompts of
@@ -207,7 +207,7 @@ SEEDS, IMAGE_SEED = (1, 2, 3), 11
 
 
 def compare_pairs(place: Path) -> dict[str, Any]:
-    """Return what is drawn with both LoRAs at once, for each way to put them together, as mean and spread of seeds."""
+    """Return the scores of both LoRAs at once, for each way to put them together, as mean and spread of seeds."""
     recipe, places, runs = PairRecipe(), write_pair(place / "pictures"), place / "runs"
     torch.set_num_threads(1)
     scores_by_way: dict[str, list[dict[str, float]]] = {}

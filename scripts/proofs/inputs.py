@@ -1,4 +1,4 @@
-"""What the runs of the proof table read: images, captions, masks, and changed parts of the miniature."""
+"""Inputs of the runs of the proof table: images, captions, masks, and changed parts of the miniature."""
 
 import json
 import shutil

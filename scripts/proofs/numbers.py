@@ -17,7 +17,7 @@ def of_files(name: str, pattern: str) -> Number:
 
 
 def of_preview(name: str, key: str) -> Number:
-    """Return what the first preview has been drawn with."""
+    """Return a sampling setting of the first preview."""
     return Number(name, lambda trial: trial.texts()[key])
 
 

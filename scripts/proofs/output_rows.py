@@ -19,7 +19,7 @@ HELD_OUT = {"validation.folder": "{few}", "validation.resolution": 64}
 
 
 def drawn(key: str):
-    """Return what the first preview says of its `key`."""
+    """Return the number of the sampling setting `key` of the first preview."""
     return numbers.of_preview(f"{key} of a preview", key)
 
 

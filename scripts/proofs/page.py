@@ -1,4 +1,4 @@
-"""The page of the proof table, docs/proof.md, made of the rows and of what their runs have shown."""
+"""The page of the proof table, docs/proof.md, made of the rows and the results of their runs."""
 
 import hashlib
 import json
@@ -19,20 +19,20 @@ HEAD = """\
 {notice}
 
 This page shows for every setting that it does what it says: two runs of the miniature that differ in this setting
-alone, the number that it must change, and what it became. For readers who have met settings that are accepted and
+alone, and the number that it must change, before and after. For readers who have met settings that are accepted and
 ignored. CI makes all runs again with every change, and a setting without a row here fails it.
 
-* **number**: what is looked at, in the run without the setting and in the run with it. *(plan)* marks what the planner
-  predicts for the full model and images of 1024 px.
-* **expected**: what the number must become, known beforehand. *another* and *less* are all that is known of some; the
+* **number**: read from the run without the setting and the run with it. *(plan)* marks predictions of
+  the planner for the full model and images of 1024 px.
+* **expected**: the change of the number, known beforehand. *another* and *less* are all that is known of some; the
   formulas behind them have tests of their own against calculations in float64.
 * **LoRA**: a setting of training must change the LoRA; one of memory, previews, files and logs must leave it as it is,
   byte for byte. Both are checked.
 * **neutral**: the value with which the LoRA has the same bytes as without the setting. Where it is the default, that
   value written out must give the same config as leaving it out.
 
-The runs have 2 steps in fp32 on 8 images, with AdamW and a LoRA of rank 4; a row names what else both runs have. Names
-in braces are files and folders that scripts/proofs/inputs.py makes, such as models with changed parts.
+The runs have 2 steps in fp32 on 8 images, with AdamW and a LoRA of rank 4; a row names further settings of both runs.
+Names in braces are files and folders that scripts/proofs/inputs.py makes, such as models with changed parts.
 `PYTHONPATH=. python scripts/proof_table.py` makes them and writes [the numbers](bench/proof.json).
 """
 

@@ -11,16 +11,16 @@ from proofs.trials import LEFT_OUT, Trials
 
 @dataclass
 class Proof:
-    """What the runs of a row have shown."""
+    """The result of the runs of a row."""
 
     without: Any = None
     with_it: Any = None
     failures: list[str] = field(default_factory=list)
-    """What is not as the row says, in words."""
+    """Differences from the row, in words."""
 
 
 def prove(row: Row, trials: Trials) -> Proof:
-    """Make the runs of a row, and return what they have shown."""
+    """Make the runs of a row, and return their result."""
     proof = Proof()
     without = trials.run(row.without)
     if row.refused:
@@ -43,7 +43,7 @@ def prove(row: Row, trials: Trials) -> Proof:
 
 
 def _neutral_failures(row: Row, trials: Trials) -> list[str]:
-    """Return what is wrong with the neutral value."""
+    """Return the errors of the neutral value."""
     if row.neutral is not None:
         same = trials.run(row.with_neutral).numbers == trials.run(row.without).numbers
         return [] if same else ["the LoRA with the neutral value is another"]

@@ -24,7 +24,7 @@ class Number:
 
 @dataclass(frozen=True)
 class Expected:
-    """What a number becomes."""
+    """The expected change of a number."""
 
     text: str
     holds: Callable[[Any, Any], bool]
@@ -49,9 +49,9 @@ class Row:
     beside: Settings = field(default_factory=dict)
     """Settings that come with this one in one of the runs, since it is refused without them."""
     lora: Literal["other", "same"] = "other"
-    """What becomes of the LoRA: settings of memory, previews, logs and files leave it as it is, byte for byte."""
+    """The effect on the LoRA: settings of memory, previews, logs and files leave it as it is, byte for byte."""
     gpu: str = ""
-    """What only a GPU can show, as docs/untested.md has it: the number of this row is then a plan."""
+    """The part that only a GPU can show, as docs/untested.md has it: the number of this row is then a plan."""
 
     refused: str = ""
     """Words of the refusal where there is no GPU; there is then no run with the setting."""

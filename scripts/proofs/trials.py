@@ -1,4 +1,4 @@
-"""Runs of two steps on the miniature, each made once, and what they leave behind."""
+"""Runs of two steps on the miniature, each made once, and their outputs."""
 
 import copy
 import json
@@ -107,14 +107,14 @@ class Trial:
         return sorted((self.folder / "samples").glob(f"{self.config.train.steps:06d}-*.png"))
 
     def texts(self) -> dict[str, str]:
-        """Return what the first preview says of itself, by name."""
+        """Return the sampling settings in the first preview."""
         with Image.open(self.previews[0]) as image:
             recipe = json.loads(image.info["zimage_train.recipe"])
         return {name: str(value) for name, value in recipe.items()}
 
     @cached_property
     def spec(self) -> RunSpec:
-        """What `check` knows of the run."""
+        """The checked specification of the run."""
         return preflight.check_run(self.config)
 
     @cached_property

@@ -17,7 +17,7 @@ OPPOSED, ALIKE = -0.05, 0.3
 LARGER = 3.0
 """Ratio of norms from which one LoRA is said to drown the other."""
 SHARED, OVER_CHANCE = 0.2, 3.0
-"""Share of what a LoRA writes or reads that others use too, and its ratio to chance, from which it is a conflict."""
+"""Shared part of a change, and its ratio to chance, from which it is a conflict."""
 NUM_WORST = 3
 DEPTHS = ("first third", "middle third", "last third")
 Overlaps = Mapping[str, ModuleOverlap]
@@ -84,7 +84,7 @@ class StackReport:
         return {"pairs": pairs, "files": files}
 
     def conflicts(self) -> list[Note]:
-        """Return what is wrong with using the LoRAs together, in words, and what to do."""
+        """Return the conflicts of using the LoRAs together, with their remedies."""
         notes: list[Note] = []
         for i, j in self.pairs():
             notes += self._pair_conflicts(i, j)
@@ -94,7 +94,7 @@ class StackReport:
                 if shares[key] >= max(SHARED, OVER_CHANCE * shares["by_chance"]):
                     text = (
                         f"{shares[key]:.0%} of {name} lies where the others {verb} too ({shares['by_chance']:.0%} by "
-                        "chance), so each may change what the other has learnt; train one with images of the other in "
+                        "chance), so each may overwrite the other; train one with images of the other in "
                         "data, as regularization"
                     )
                     notes.append(Note("shared-space", text))

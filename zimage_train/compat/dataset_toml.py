@@ -30,7 +30,7 @@ def _same(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class Rule:
-    """What becomes of a key.
+    """The treatment of a key.
 
     With `setting`, its value becomes that of a setting of the entry. Otherwise a value other than the `neutral` ones is
     left out with a note of `why`, or refused if there is a `hint`.

@@ -49,7 +49,7 @@ class LoraSettings(Section):
     start: Literal["zero", "orthogonal", "pissa"] = "zero"
     """The LoRA at step 0. zero: A random and B zero; orthogonal: both random, with a product of zero, for an even rank;
     pissa: the principal part of each weight (with the training adapter), which is subtracted again, so that the
-    exported file has twice the rank. docs/settings.md says what the last two are good for."""
+    exported file has twice the rank. docs/settings.md compares them."""
     init_from: NonEmptyPath | None = None
     """LoRA to start from, with the same rank and modules: a file, or org/repo/file."""
 
@@ -120,7 +120,7 @@ class LoraSettings(Section):
 
     @property
     def exported_rank(self) -> int | None:
-        """The rank in the exported file: what PiSSA subtracts is a part of it."""
+        """The rank in the exported file, where PiSSA's subtracted part counts too."""
         return 2 * self.rank if self.start == "pissa" and self.rank is not None else self.rank
 
     @property

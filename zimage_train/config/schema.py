@@ -256,7 +256,7 @@ class Config(Section):
         """Return the first setting that a method of two weights cannot honour, or None if there is none."""
         if not self.method.is_two_sided:
             return None
-        hints = ["slider.guidance is the strength of a slider", "set slider.anchor to what shall stay"]
+        hints = ["slider.guidance is the strength of a slider", "set slider.anchor to a prompt whose images shall stay"]
         if not self.method.has_prompts:
             hints = ["leave it out", "leave it out"]
         refused = (

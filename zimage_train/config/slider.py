@@ -1,4 +1,4 @@
-"""Settings of the slider: the prompts between which it moves images, and what it leaves as it is."""
+"""Settings of the slider: the prompts between which it moves images, and its anchor."""
 
 from pydantic import Field
 
@@ -44,7 +44,7 @@ def slider_error(slider: SliderSettings, is_used: bool) -> ConflictError | None:
         return ConflictError("needs train.method: slider", hint, ("slider",))
     if slider.positive.strip() == slider.negative.strip():
         found = "is empty, as slider.negative" if not slider.positive.strip() else "is the same as slider.negative"
-        hint = "write what a weight of +1 shall show, such as '[prompt], very large'"
+        hint = "describe the images at the weight +1, such as '[prompt], very large'"
         return ConflictError(found, hint, ("slider", "positive"))
     if slider.anchor is None and slider.anchor_weight != SliderSettings.model_fields["anchor_weight"].default:
         return ConflictError("needs slider.anchor", "set it, or leave it out", ("slider", "anchor_weight"))

@@ -13,7 +13,7 @@ from zimage_train.typing import LoraA, LoraB, Weight
 
 
 class Delta(ABC):
-    """What an adapter adds to the weight (out, in) of a module, for most kinds whatever that weight is."""
+    """The change of an adapter to the weight (out, in) of a module, which for most kinds does not depend on it."""
 
     kind: ClassVar[str]
     """The name of the kind of adapter."""
@@ -33,7 +33,7 @@ class Delta(ABC):
         """Return the dense delta (out, in) in fp32."""
 
     def change(self, weight: Weight) -> Weight:
-        """Return what the adapter adds to `weight`; other than `delta`, this exists for every kind."""
+        """Return the change to `weight`; other than `delta`, it exists for every kind."""
         return self.delta()
 
     @abstractmethod
@@ -223,7 +223,7 @@ class Dora(Delta):
     magnitude: Tensor
     """(out,)."""
     strength: float = 1.0
-    """What the change is multiplied by, as ComfyUI multiplies it."""
+    """Factor on the change, as ComfyUI multiplies it."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -237,7 +237,7 @@ class Dora(Delta):
         raise NotImplementedError("a DoRA's change depends on the weight")
 
     def gain(self, weight: Weight) -> Tensor:
-        """Return what the rows of `weight` are multiplied by, (out, 1)."""
+        """Return the factors (out, 1) on the rows of `weight`."""
         return (self.magnitude.float() / row_norms(weight)).unsqueeze(1)
 
     def change(self, weight: Weight) -> Weight:

@@ -51,7 +51,7 @@ KINDS = (
 
 
 PLAIN, ADDITIVE, READ = ("LoRA",), ("LoRA", "LoKr", "LoHa"), ("LoRA", "LoKr", "LoHa", "DoRA")
-"""Kinds of changes: what only a LoRA can be, what adds a delta to any weight, and what can be sampled and baked."""
+"""Kinds of changes: LoRAs alone, those that add a delta to any weight, and those that can be sampled and baked."""
 
 
 def detect_family(keys: Iterable[str]) -> str | None:

@@ -56,7 +56,7 @@ class TrainedLinear(peft_lora.Linear):
         b = cast(nn.Linear, self.lora_B[ADAPTER_NAME]).weight
         scale = self.scaling[ADAPTER_NAME]
         if self.offset is not None:
-            # In one product, whose sum in fp32 is what is left of the two; rounded apart, little of it would be.
+            # In one product, which sums in fp32: the two nearly cancel, and rounding each would lose the difference.
             a = torch.cat([a, self.offset[0].to(a.dtype)], dim=0)
             b = torch.cat([b, -self.offset[1].to(b.dtype)], dim=1)
         # Dropout changes the input of the LoRA but not of the base, and the single operation takes the same x for both.
@@ -108,11 +108,11 @@ class AdapterLayers(ABC):
         return {f"lora.{name}": tensor for name, tensor in self.flat.split(buffer).items()}
 
     def fixed_state(self) -> dict[str, Tensor]:
-        """Return name -> tensor of what is not trained, but cannot be made again to the bit on another machine."""
+        """Return name -> fixed tensor that another machine could not make again to the bit."""
         return {}
 
     def load_fixed_state(self, state: Mapping[str, Tensor]) -> None:
-        """Copy what `fixed_state` returned into the model."""
+        """Copy the tensors of `fixed_state` into the model."""
         for name, tensor in self.fixed_state().items():
             tensor.copy_(state[name])
 
@@ -178,7 +178,7 @@ class LoraLayers(AdapterLayers):
 
     @torch.no_grad()
     def subtract_weights(self, model: nn.Module, weight_of: Callable[[str], Tensor]) -> "LoraLayers":
-        """Return these layers with the principal part of each weight as their start, and as what is subtracted.
+        """Return these layers with the principal part of each weight as their start, which is also subtracted.
 
         This is PiSSA (arXiv 2404.02948) with W left as it is: instead of W less its principal part, the change is the
         LoRA less its start.
@@ -270,7 +270,7 @@ def without_lora(model: nn.Module) -> Iterator[None]:
 def lora_weight(model: nn.Module, weight: float) -> Iterator[None]:
     """Multiply the change that the LoRA makes by `weight` within the block.
 
-    A backward within the block gives the gradients of what was computed there, in every path: all of them read the
+    A backward within the block gives the gradients at this weight, in every path: all of them read the
     scale of a layer when they run, and no factor changes.
     """
     scales: list[tuple[BaseTunerLayer, float]] = []

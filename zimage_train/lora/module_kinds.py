@@ -1,6 +1,6 @@
 """Kinds of adapters whose layers run as modules of their own, and finished deltas of any kind, for sampling.
 
-Blocks with such layers are not fused. Each kind is a `TrainedModule`, which says what it trains and what it computes.
+Blocks with such layers are not fused. Each kind is a `TrainedModule` with its parameters and its forward.
 """
 
 import math
@@ -29,7 +29,7 @@ Parts = Mapping[str, Tensor]
 
 
 class TrainedModule(nn.Module, BaseTunerLayer):
-    """A frozen linear layer and what is trained beside it."""
+    """A frozen linear layer and its trained parts."""
 
     def __init__(self, base: nn.Module, parts: Mapping[str, nn.Parameter], scale: float) -> None:
         super().__init__()
@@ -249,7 +249,7 @@ class FixedLinear(nn.Module, BaseTunerLayer):
         if self.disable_adapters:
             return y
         for dora in self._dora:
-            # The frozen output once more: `y` may have a LoRA in it, and what follows adds to it in place.
+            # The frozen output once more: `y` may have a LoRA in it, and later kinds add to it in place.
             y = y + self._change_by(dora, x, y if lora is None and len(self._dora) == 1 else base(x))
         rows = x.reshape(-1, x.shape[-1]).contiguous()
         for term in self._kronecker:
@@ -261,7 +261,7 @@ class FixedLinear(nn.Module, BaseTunerLayer):
         return y
 
     def _change_by(self, dora: Dora, x: Tensor, y: Tensor) -> Tensor:
-        """Return what a DoRA adds to the frozen output y of x."""
+        """Return the change of a DoRA to the frozen output y of x."""
         gain = dora.gain(_dense(self.get_base_layer())).squeeze(1).to(x.dtype)
         a, b = dora.factors.a.to(x.dtype), dora.factors.b.to(x.dtype)
         lora = dora.factors.scale * F.linear(F.linear(x, a), b)

@@ -1,4 +1,4 @@
-"""What the kinds of adapters train that run as modules, and what it costs (torch-free)."""
+"""Shapes and costs of the kinds of adapters that run as modules (torch-free)."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -12,7 +12,7 @@ Sizes = Mapping[str, tuple[int, int]]
 
 @dataclass(frozen=True)
 class ModuleCosts:
-    """What the layers of a kind cost in a step, beside the frozen products."""
+    """Costs of the layers of a kind in a step, beside the frozen products."""
 
     products: int = 0
     """Multiplications for each token, forward and backward, in `layers`."""
@@ -37,7 +37,7 @@ number."""
 
 
 def part_shapes(settings: LoraSettings, outputs: int, inputs: int) -> dict[str, tuple[int, ...]]:
-    """Return part -> shape of what is trained beside a weight (outputs, inputs)."""
+    """Return part -> shape of the parameters beside a weight (outputs, inputs)."""
     rank = settings.rank
     assert rank is not None
     if settings.type == "dora":
@@ -55,7 +55,7 @@ def module_parameters(settings: LoraSettings, linears: Sizes, modules: Iterable[
 
 
 def module_costs(settings: LoraSettings, linears: Sizes, modules: Iterable[str]) -> ModuleCosts:
-    """Return what the adapter costs on `modules`; one with a fused form has costs of its own, which are not these."""
+    """Return the costs of the adapter on `modules`; those of kinds with a fused form are counted elsewhere."""
     if settings.is_fusible:
         return NO_COSTS
     sizes = [math.prod(linears[module]) for module in modules]
@@ -66,5 +66,5 @@ def module_costs(settings: LoraSettings, linears: Sizes, modules: Iterable[str])
         kept = sum(linears[module][0] for module in modules if module.startswith("layers.0."))
         return ModuleCosts(kept=kept, moved_for_token=DORA_BYTES * outputs)
     # The dense change multiplies each token once more, its gradient is as large as that of a weight that is trained
-    # whole, and so is what goes back to the input.
+    # whole, and so is the gradient of the input.
     return ModuleCosts(3 * in_layers, in_layers, LOHA_BYTES * in_layers, LOHA_MATRICES * max(sizes, default=0))

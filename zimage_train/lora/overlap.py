@@ -1,4 +1,4 @@
-"""How much LoRAs that are used at once overlap: in their directions, and in what the sum leaves of each.
+"""How much LoRAs that are used at once overlap: their directions, and the part of each that survives in the sum.
 
 Everything is of the deltas with their weights, D_i, in fp64, module by module. A delta writes to its column space, a
 subspace of the outputs of the module, and reads its row space, a subspace of the inputs. For a delta D_i and the other
@@ -89,9 +89,9 @@ class PairOverlap:
 
     inner: float
     output_angle: float
-    """The smallest principal angle between what they write, in degrees."""
+    """The smallest principal angle between their column spaces, in degrees."""
     input_angle: float
-    """The smallest principal angle between what they read, in degrees."""
+    """The smallest principal angle between their row spaces, in degrees."""
 
 
 @dataclass(frozen=True)

@@ -139,7 +139,7 @@ class LoraProduct(Product):
             if self.ranks[index]:
                 b = self.b(factors, index)
                 if self.offset is not None and fixed_inner is not None:
-                    # One product, whose sum in fp32 is what is left of the two.
+                    # One product, which sums in fp32: the two nearly cancel.
                     columns = self.columns[index]
                     both = torch.cat([inner[:, columns], fixed_inner[:, columns]], dim=1)
                     y.addmm_(both, torch.cat([b, -self.offset[1][index]], dim=1).T, alpha=scales[index])

@@ -3,7 +3,7 @@
 Turbo is distilled to 8 steps, and training on it directly undoes the distillation. The training adapter undoes it
 beforehand, so that the trained LoRA does not learn to, and Turbo without the adapter still takes 8 steps.
 
-The LoRAs of `train.beside` are merged in the same way, so that the trained LoRA learns only what these lack. Previews
+The LoRAs of `train.beside` are merged in the same way, so that the trained LoRA learns beside them. Previews
 have them, attached as layers, since the trained LoRA is going to be used with them.
 """
 

@@ -312,6 +312,6 @@ def _set_state(optimizer: torch.optim.Optimizer, parameter: Parameter, key: str,
 
 
 def _parameters(optimizer: torch.optim.Optimizer, flat: FlatParameters) -> list[Parameter]:
-    """Return what the optimizer updates, in the order of `flat` whatever its groups are."""
+    """Return the parameters of the optimizer in the order of `flat`, whatever its groups are."""
     is_whole = optimizer.param_groups[0]["params"][0] is flat.whole
     return [flat.whole] if is_whole else list(flat.views.values())

@@ -134,8 +134,8 @@ def _previews_seconds(spec: RunSpec, plan: MemoryPlan, card: GpuSpec, factor: fl
     if not times or not requests:
         return 0.0
     drawing = factor * math.fsum(_drawing_seconds(plan, request, card) for request in requests)
-    # Previews are drawn without what is merged for the training, on weights that take the place of those in training; a
-    # second model takes their place again.
+    # Previews are drawn without the LoRAs that are merged for the training, on weights that take the place of those in
+    # training; a second model takes their place again.
     is_merged = spec.config.model.adapter is not None or bool(spec.config.train.beside)
     changes = int(is_merged) + int(spec.config.sample.compare_on is not None)
     reading = _full_bytes(plan.workload) / READ_BYTES_PER_SECOND

@@ -1,4 +1,4 @@
-"""What a run asks of a device: sizes, batches and passes, from which memory and time are predicted (torch-free)."""
+"""The workload of a run: sizes, batches and passes, from which memory and time are predicted (torch-free)."""
 
 import math
 import sys
@@ -59,7 +59,7 @@ class Workload:
     lokr: tuple[KroneckerShape, ...] = ()
     """Shapes of a LoKr's matrices, of each module in `layers`; a LoRA has none."""
     module_costs: ModuleCosts = NO_COSTS
-    """What an adapter costs whose layers run as modules."""
+    """Costs of an adapter whose layers run as modules."""
     largest_batches: Mapping[Bucket, int] | None = None
     """Samples of the largest batch of each size, where data entries have batch sizes of their own."""
     batch_weights: Mapping[Bucket, float] | None = None

@@ -70,7 +70,7 @@ def dry_run(state: TrainState) -> TrainState:
 
 @contextlib.contextmanager
 def _reserved_for_optimizer(state: TrainState) -> Iterator[None]:
-    """Within the block, occupy the memory that the optimizer needs in a step, less what it has already."""
+    """Within the block, occupy the memory that the optimizer needs in a step and does not hold yet."""
     spec = OPTIMIZERS[state.config.optimizer.name]
     missing_bytes = spec.update_bytes if state.optimizer.state else spec.state_bytes + spec.update_bytes
     missing_bytes = int(state.memory_plan.workload.trained * missing_bytes)

@@ -78,8 +78,8 @@ def slider_losses(model: ZImageTransformer2DModel, batch: Batch, config: Config)
 def pair_losses(model: ZImageTransformer2DModel, batch: Batch, config: Config) -> Generator[Loss]:
     """Yield half of the loss on the images at the weight +1 of the LoRA, and on their partners at -1.
 
-    Both have the same noise, sigma and prompt, so what they share pulls the LoRA in both directions and cancels to
-    first order; what tells them apart remains.
+    Both have the same noise, sigma and prompt, so common content pulls the LoRA in both directions and cancels to
+    first order; their difference remains.
     """
     assert batch.extras.negative_x0 is not None
     for sign, x0 in ((1.0, batch.x0), (-1.0, batch.extras.negative_x0)):
