@@ -59,6 +59,7 @@ def compare_sliders(place: Path, image: Path) -> dict[str, Any]:
         found[f"prompts on {variant}"] = _rows(variant, runs)
         if variant == "turbo":
             _show(place, image, runs[0])
+    found["pairs on turbo"] = _rows("turbo", [train_slider(pairs_config(place, seed)) for seed in SEEDS])
     return {"steps": 150, "scored": SCORED, "weights": list(WEIGHTS), "sliders": found}
 
 
@@ -86,6 +87,27 @@ def prompts_config(place: Path, variant: str, seed: int) -> dict[str, Any]:
         "data": [{"prompts": str(prompts), "resolution": [SIZE], "caption_dropout": 0.0}],
         "train": {"method": "slider", "steps": 150, "batch_size": 4},
         "slider": PROMPTS,
+    }
+
+
+def pairs_config(place: Path, seed: int) -> dict[str, Any]:
+    """Return the config of a run on pairs of each scene with a large and with a small shape."""
+    asked = trained_scenes()
+    for size in ("large", "small"):
+        folder = place / size
+        folder.mkdir(parents=True, exist_ok=True)
+        for number, (scene, said) in enumerate(zip(asked, captions(asked), strict=True)):
+            Image.fromarray(world.draw(replace(scene, size=size), SIZE, SIZE)).save(folder / f"{number:02d}.png")
+            (folder / f"{number:02d}.txt").write_text(said)
+    data = {"folder": str(place / "large"), "negative": str(place / "small"), "resolution": [SIZE]}
+    return SETTINGS | {
+        "name": f"pairs_s{seed}x",
+        "output_dir": str(place / "runs"),
+        "seed": seed,
+        "model": {"path": str(mini.TURBO), "adapter": str(mini.ADAPTER_V2), "dtype": "fp32"},
+        "cache": {"folder": str(place / "cache")},
+        "data": [data | {"caption_dropout": 0.0}],
+        "train": {"method": "pairs", "steps": 150, "batch_size": 4},
     }
 
 
