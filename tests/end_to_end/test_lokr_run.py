@@ -160,5 +160,5 @@ def test_run_begins_with_the_lokr(make_config, make_lokr, lora: dict[str, Any]):
     assert max(verify.relative_error(before[module], after[module]) for module in before) < 1e-5
     with pytest.raises(ConfigError, match=r"has w1 4x4, .*, and this run w1 8x8, .*; set lora.factor and lora.rank"):
         check_run(make_config(lora=again | {"factor": 8}, **still))
-    with pytest.raises(WeightsError, match=r"is a LoKr .* which this command does not read"):
+    with pytest.raises(WeightsError, match=r"is a LoKr .* and this takes a LoRA"):
         check_run(make_config(lora={"init_from": str(path)}, **still))

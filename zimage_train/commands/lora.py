@@ -28,7 +28,7 @@ def verify_file(path: Path, model: str | None) -> list[str]:
         WeightsError: it does not fit, or a loader would leave out a module or load another delta.
     """
     summary = inspect.summarize_lora(path)
-    lora = lora_file.read_deltas(path)
+    lora = lora_file.read_deltas(path, headers.READ)
     shape, name = _reference_model(lora, model)
     try:
         lora_file.require_modules(path, lora, shape.linears)
@@ -112,7 +112,7 @@ def diff_files(path: Path, other_path: Path, image: Path | None) -> list[str]:
         DiskError: the image cannot be written.
     """
     require_image(image)
-    first, second = (lora_file.read_deltas(file, headers.ADDITIVE) for file in (path, other_path))
+    first, second = (lora_file.read_deltas(file) for file in (path, other_path))
     first_norms = {module: delta.norm() for module, delta in first.items()}
     second_norms = {module: delta.norm() for module, delta in second.items()}
     in_both = [module for module in first if module in second]

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from zimage_train.errors import Argument, ConfigError, Location, Problem
-from zimage_train.lora import lora_file
+from zimage_train.lora import headers, lora_file
 from zimage_train.lora.deltas import Deltas
 from zimage_train.models import locate
 from zimage_train.models.arch import TransformerShape
@@ -59,7 +59,7 @@ def read_weighted_lora(name: Path, *shapes: TransformerShape) -> Deltas:
     path = name
     if not name.is_file():
         path = locate.lora_at(name.as_posix(), Location(argument=Argument("--lora")))
-    lora = lora_file.read_deltas(path)
+    lora = lora_file.read_deltas(path, headers.READ)
     for shape in shapes:
         lora_file.require_modules(path, lora, shape.linears)
     return lora

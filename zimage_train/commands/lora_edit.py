@@ -18,7 +18,6 @@ from zimage_train.io.safetensors_format import read_header
 from zimage_train.io.units import format_bytes
 from zimage_train.lora import (
     arithmetic,
-    headers,
     lora_file,
     metadata,
     scale_rules,
@@ -189,7 +188,7 @@ def resize_command(path: Path, rank: int | None, energy: float, output: OutputFi
         WeightsError: the file is not a LoRA, LoKr or LoHa.
     """
     output.require_free(path)
-    deltas = lora_file.read_deltas(path, headers.ADDITIVE)
+    deltas = lora_file.read_deltas(path)
     lora = {module: delta for module, delta in deltas.items() if isinstance(delta, Factors)}
     before = (
         f"rank {format_ranks(lora)}"

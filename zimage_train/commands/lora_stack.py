@@ -1,4 +1,4 @@
-"""The command `lora stack`: how LoRAs that are used at once get in each other's way, and a merge with less of it."""
+"""The command `lora stack`: how LoRAs that are used at once get in each other's way."""
 
 import itertools
 import json
@@ -129,7 +129,7 @@ def measure_stack(inputs: Sequence[WeightedLora]) -> StackReport:
 
     Raises:
         ConfigError: there are fewer than two, or a weight is 0.
-        WeightsError: a file is not a LoRA or LoKr, or they change weights of different shapes.
+        WeightsError: the change of a file depends on the weights, or they change weights of different shapes.
     """
     if len(inputs) < 2:
         raise ConfigError(Problem("lora stack", "has a single LoRA", "give two or more", "too-few-files"))

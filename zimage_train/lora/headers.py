@@ -118,14 +118,14 @@ def read_parts(path: Path) -> Parts:
     return parts
 
 
-def read_sizes(path: Path) -> Sizes:
-    """Return module -> (out, in) of a LoRA, LoKr, LoHa or DoRA; a fused module counts as q, k and v.
+def read_sizes(path: Path, kinds: Collection[str] = READ) -> Sizes:
+    """Return module -> (out, in) of an adapter; a fused module counts as q, k and v.
 
     Raises:
-        WeightsError: as `read_parts`.
+        WeightsError: as `read_parts`, or a module is not of `kinds`.
     """
     parts, tensors = read_parts(path), read_header(path).tensors
-    require_kinds(path, {module: _kind(found, tensors) for module, found in parts.items()}, READ)
+    require_kinds(path, {module: _kind(found, tensors) for module, found in parts.items()}, kinds)
     sizes: dict[str, tuple[int, int]] = {}
     for module, found in parts.items():
         outputs, inputs = keys.size_of({part: tensors[key].shape for part, key in found.items()})
@@ -174,7 +174,7 @@ def require_kinds(path: Path, kinds: Mapping[str, str | None], allowed: Collecti
     if not others:
         return
     module, kind = min(others.items())
-    what = f"is a {kind} ({len(others)} modules, such as {module}), which this command does not read"
+    what = f"is a {kind} ({len(others)} modules, such as {module}), and this takes a {' or '.join(allowed)}"
     todo = "bake it into the model with `zimage-train lora bake`, since its change depends on the weights"
     if len(allowed) == 1 and kind == "LoRA":
         todo = f"give a {next(iter(allowed))}"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from zimage_train.io.safetensors_format import read_header
-from zimage_train.lora import keys, lora_file, qkv, readers, targets
+from zimage_train.lora import headers, keys, lora_file, qkv, readers, targets
 from zimage_train.lora.deltas import Delta, Dora, Factors, Hadamard, Kronecker
 from zimage_train.lora.lora_file import Changes
 from zimage_train.lora.readers import LoraTraits
@@ -41,7 +41,7 @@ def summarize_lora(path: Path) -> LoraSummary:
         WeightsError: it is not a LoRA that this trainer reads; the message names what it is instead.
     """
     content = lora_file.read_changes(path)
-    deltas = lora_file.read_deltas(path)
+    deltas = lora_file.read_deltas(path, headers.READ)
     header = read_header(path)
     name = keys.layout_name(header.tensors)
     return LoraSummary(

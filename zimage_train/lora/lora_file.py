@@ -130,7 +130,7 @@ def read_lora(path: Path) -> Lora:
     return {module: Factors(change["A"], change["B"], qkv.scale_of(change)) for module, change in changes.items()}
 
 
-def read_deltas(path: Path, kinds: Collection[str] = headers.READ) -> Deltas:
+def read_deltas(path: Path, kinds: Collection[str] = headers.ADDITIVE) -> Deltas:
     """Return the deltas of an adapter's file of any known layout.
 
     Raises:

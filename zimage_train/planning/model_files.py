@@ -1,7 +1,7 @@
 """Search for the model files of a run, and checks of their headers, without reading a weight (torch-free)."""
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -68,13 +68,14 @@ def find_model_files(
         second_model = _second_model(config, known_shape, fetch)
     extra_loras: list[Path] = []
     beside: list[Path] = []
-    for key, settings, found in (
-        ("train.beside", config.train.beside, beside),
-        ("sample.extra_loras", config.sample.extra_loras, extra_loras),
+    for key, settings, found, kinds in (
+        # Merged before others are added, so their change may not depend on the weights.
+        ("train.beside", config.train.beside, beside, headers.ADDITIVE),
+        ("sample.extra_loras", config.sample.extra_loras, extra_loras, headers.READ),
     ):
         for index, lora in enumerate(settings):
             with _collect_problems(errors, notes):
-                found.append(_extra_lora(Location(key=f"{key}.{index}"), lora, known_shape, fetch))
+                found.append(_extra_lora(Location(key=f"{key}.{index}"), lora, kinds, known_shape, fetch))
     with _collect_problems(errors, notes):
         _require_once(config, extra_loras, beside)
     modules: list[str] = []
@@ -262,7 +263,13 @@ def _require_once(config: Config, extra_loras: list[Path], beside: list[Path]) -
             raise ConfigError(Problem(location, message, "name it only in train.beside", "conflicting-settings"))
 
 
-def _extra_lora(location: Location, lora: ExtraLora, shape: TransformerShape | None, fetch: DownloadFn | None) -> Path:
+def _extra_lora(
+    location: Location,
+    lora: ExtraLora,
+    kinds: Collection[str],
+    shape: TransformerShape | None,
+    fetch: DownloadFn | None,
+) -> Path:
     """Return the file of an entry of `sample.extra_loras` or `train.beside`.
 
     Raises:
@@ -270,5 +277,5 @@ def _extra_lora(location: Location, lora: ExtraLora, shape: TransformerShape | N
     """
     path = locate.lora_at(lora.file, location, fetch)
     if shape is not None:
-        headers.require_match(path, headers.read_sizes(path), shape.linears)
+        headers.require_match(path, headers.read_sizes(path, kinds), shape.linears)
     return path

@@ -20,7 +20,7 @@ from zimage_train.dataset.tensor_cache import CachedDataset
 from zimage_train.diffusion import request
 from zimage_train.diffusion.drift import DriftMeter
 from zimage_train.diffusion.frozen import FrozenTransformer, load_frozen
-from zimage_train.lora import adapters, lora_file, targets, training_adapter
+from zimage_train.lora import adapters, headers, lora_file, targets, training_adapter
 from zimage_train.lora.deltas import Deltas, row_norms
 from zimage_train.lora.layers import AdapterLayers, LoraLayers
 from zimage_train.lora.metadata import training_metadata
@@ -242,7 +242,7 @@ def _attach_lora(context: RunContext, frozen: FrozenTransformer) -> AdapterLayer
         console.info("it begins as the principal part of each weight, which is subtracted (PiSSA)")
     init_from = context.model_files.paths.init_from
     if init_from is not None:
-        attached.initialize_from(lora_file.read_deltas(init_from))
+        attached.initialize_from(lora_file.read_deltas(init_from, headers.READ))
         console.info(f"it begins as {settings.init_from}")
     return attached
 
@@ -313,7 +313,7 @@ def _read_extra_loras(context: RunContext) -> list[tuple[Deltas, float]]:
     loras = []
     settings = context.config.sample.extra_loras
     for setting, path in zip(settings, context.model_files.paths.extra_loras, strict=True):
-        lora = lora_file.read_deltas(path)
+        lora = lora_file.read_deltas(path, headers.READ)
         count = f"{len(lora)}/{len(lora)}"
         context.console.info(f"previews have {setting.file} too: matched {count} modules, weight {setting.weight:g}")
         loras.append((lora, setting.weight))
