@@ -23,7 +23,7 @@ from zimage_train.config.schema import Config
 from zimage_train.diffusion import drift, flow
 from zimage_train.diffusion.frozen import load_frozen
 from zimage_train.diffusion.request import SamplingRequest
-from zimage_train.lora import lora_file, swap
+from zimage_train.lora import headers, lora_file, swap
 from zimage_train.models import text_encoder, vae
 from zimage_train.models.components import ExtrasPaths
 from zimage_train.models.transformer import velocity
@@ -75,7 +75,7 @@ class Meter:
 
     def measure(self, path: Path | None) -> tuple[float, float]:
         """Return concept loss and drift with the file, or without any."""
-        deltas = {} if path is None else lora_file.read_deltas(path)
+        deltas = {} if path is None else lora_file.read_deltas(path, headers.READ)
         with swap.with_lora(self._model, deltas):
             found = drift.overall_deviation(drift.deviations(self._model, self._walked, self._embeds, silent))
             return self._loss(), found

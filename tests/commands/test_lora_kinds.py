@@ -73,7 +73,7 @@ def test_every_command_on_every_kind(written, tmp_path: Path, command: str, kind
 
 
 @pytest.mark.parametrize("kind", DELTAS)
-def test_beside_takes_what_adds_to_any_weight(make_config, written, kind: str):
+def test_beside_takes_what_adds(make_config, written, kind: str):
     """A LoRA of `train.beside` whose change depends on the weights is refused before the run."""
     config = make_config(train={"beside": str(written(kind))})
     if kind == "DoRA":

@@ -16,7 +16,7 @@ from zimage_train.commands.train import run_training
 from zimage_train.config.schema import Config
 from zimage_train.diffusion.request import preview_requests
 from zimage_train.errors import ConfigError
-from zimage_train.lora import lora_file, verify
+from zimage_train.lora import headers, lora_file, verify
 from zimage_train.planning.preflight import check_run
 
 from helpers import folder, losses, run_in_two_starts
@@ -115,8 +115,8 @@ def test_run_begins_with_the_file(make_config, make_kind, lora: dict[str, Any]):
     again = {key: value for key, value in lora.items() if key != "alpha"} | {"init_from": str(path)}
     second = make_config(name="second", lora=again, **still)
     run_training(second, fresh=False)
-    before = lora_file.read_deltas(path)
-    after = lora_file.read_deltas(folder(second) / "lora" / "second.safetensors")
+    before = lora_file.read_deltas(path, headers.READ)
+    after = lora_file.read_deltas(folder(second) / "lora" / "second.safetensors", headers.READ)
     assert before.keys() == after.keys() and len(before) == 42
     assert max(verify.relative_error(before[module], after[module]) for module in before) < 1e-5
     with pytest.raises(ConfigError, match=r"has .*x4.*, and this run .*x8.*; set lora.rank to what it was trained"):

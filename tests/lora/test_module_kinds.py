@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from zimage_train import mini
 from zimage_train.config.lora import LoraSettings
-from zimage_train.lora import fused_block, lora_file, swap, verify
+from zimage_train.lora import fused_block, headers, lora_file, swap, verify
 from zimage_train.lora.deltas import Dora
 from zimage_train.lora.module_kinds import DoraLinear, HadamardLinear, TrainedModule
 from zimage_train.models import locate
@@ -196,7 +196,7 @@ def test_export_reads_back(tmp_path: Path, lora: LoraSettings, dtype: str, limit
         "dora": {"lora_A.weight", "lora_B.weight", "dora_scale", "alpha"},
     }
     assert found == keys[lora.type]
-    for loaded in (verify.as_comfyui(path, shape.linears), lora_file.read_deltas(path)):
+    for loaded in (verify.as_comfyui(path, shape.linears), lora_file.read_deltas(path, headers.READ)):
         assert loaded.keys() == deltas.keys()
         for module, delta in deltas.items():
             weight = torch.randn(delta.shape, generator=torch.Generator().manual_seed(2)) / 10
