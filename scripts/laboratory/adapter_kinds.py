@@ -23,7 +23,7 @@ from zimage_train.config.schema import Config
 from zimage_train.diffusion import drift, flow
 from zimage_train.diffusion.frozen import load_frozen
 from zimage_train.diffusion.request import SamplingRequest
-from zimage_train.lora import headers, lora_file, swap
+from zimage_train.lora import bake, headers, lora_file, swap
 from zimage_train.models import text_encoder, vae
 from zimage_train.models.components import ExtrasPaths
 from zimage_train.models.transformer import velocity
@@ -38,12 +38,13 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "lokr": {"type": "lokr", "factor": 4},
     "loha": {"type": "loha", "rank": 8},
     "dora": {"type": "dora", "rank": 8},
+    "oft": {"type": "oft", "rank": 8},
     "orthogonal": {"rank": 8, "start": "orthogonal"},
     "pissa": {"rank": 8, "start": "pissa"},
 }
 RATES, SEEDS, STEPS = (3e-4, 1e-3, 3e-3), (1, 2, 3), 130
-HIGHER = {"lokr": (3e-3, 1e-2, 3e-2), "loha": (3e-3, 1e-2, 3e-2)}
-"""Rates of those that hardly learn at the rates of a LoRA."""
+OTHER_RATES = {"lokr": (3e-3, 1e-2, 3e-2), "loha": (3e-3, 1e-2, 3e-2), "oft": (3e-4, 1e-3, 2e-3)}
+"""Rates of those that hardly learn at the rates of a LoRA, or no longer learn at the highest."""
 IMAGES, HELD_OUT, SIZE = 96, 24, 64
 SIGMAS = [0.3, 0.5, 0.6429, 0.75, 0.9, 0.9545]
 CPU = torch.device("cpu")
@@ -108,7 +109,7 @@ def compare_adapters(place: Path) -> dict[str, Any]:
     points: dict[str, dict[int, Points]] = {}
     found: dict[str, Any] = {}
     for name in ADAPTERS:
-        rates = HIGHER.get(name, RATES)
+        rates = OTHER_RATES.get(name, RATES)
         by_seed = points.setdefault(name, {})
         for seed in SEEDS:
             by_seed[seed] = [meter.measure(_trained(place, images, name, seed, rate)) for rate in rates]
@@ -140,13 +141,27 @@ def _mean_and_spread(values: list[float]) -> list[float]:
     return [round(fmean(values), 4), round(stdev(values), 4)]
 
 
+def _with_adapter(place: Path) -> Path:
+    """Return Turbo with the training adapter in its weights."""
+    folder = place / "turbo_with_adapter"
+    if not folder.exists():
+        deltas = lora_file.read_deltas(mini.ADAPTER_V1)
+        bake.bake_checkpoint(mini.TURBO / "transformer", deltas, False, "fp32", folder, {"format": "pt"}, silent)
+    return folder
+
+
 def _trained(place: Path, images: Path, name: str, seed: int, rate: float) -> Path:
+    model: dict[str, Any] = {"path": str(mini.TURBO), "adapter": str(mini.ADAPTER_V1)}
+    if ADAPTERS[name].get("type") == "oft":
+        # Refused beside an adapter because of what is measured here; on a model with the adapter in it the same is
+        # trained.
+        model = {"path": str(_with_adapter(place)), "extras": str(mini.TURBO), "adapter": None}
     values = {
         "name": f"{name}_{rate:g}_seed{seed}x",
         "seed": seed,
         "output_dir": str(place / "runs"),
         "cache": {"folder": str(place / "cache")},
-        "model": {"path": str(mini.TURBO), "adapter": str(mini.ADAPTER_V1), "dtype": "fp32"},
+        "model": model | {"dtype": "fp32"},
         "data": [{"folder": str(images), "resolution": [SIZE], "trigger": "zorb"}],
         "lora": ADAPTERS[name],
         "train": {"steps": STEPS, "batch_size": 4},

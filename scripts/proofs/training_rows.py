@@ -30,6 +30,13 @@ ADAPTER = [
         becomes(["alpha", "dora_scale", "lora_A.weight", "lora_B.weight"]),
         given={"model.adapter": None},
     ),
+    Row(
+        "lora.type",
+        "oft",
+        numbers.KEYS,
+        becomes(["alpha", "oft_blocks"], ["alpha", "lora_A.weight", "lora_B.weight"]),
+        given={"model.adapter": None},
+    ),
     Row("lora.rank", 8, numbers.PARAMETERS, times(2)),
     Row("lora.factor", 4, numbers.PARAMETERS, MORE, given=LOKR),
     Row("lora.factor", "auto", numbers.PARAMETERS, LESS, given=LOKR),

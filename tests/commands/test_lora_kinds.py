@@ -8,7 +8,7 @@ import torch
 from zimage_train import mini
 from zimage_train.errors import WeightsError
 from zimage_train.lora import lora_file
-from zimage_train.lora.deltas import Delta, Dora, Factors, Hadamard, Kronecker
+from zimage_train.lora.deltas import Delta, Dora, Factors, Hadamard, Kronecker, Rotation
 from zimage_train.models import locate
 from zimage_train.planning.preflight import check_run
 
@@ -27,19 +27,20 @@ DELTAS: dict[str, Delta] = {
     "LoKr": Kronecker((drawn(4, 4),), (drawn(24, 24),)),
     "LoHa": Hadamard((drawn(SIZE, 2), drawn(2, SIZE)), (drawn(SIZE, 2), drawn(2, SIZE))),
     "DoRA": Dora(PLAIN, 1.0 + drawn(SIZE)),
+    "OFT": Rotation(drawn(SIZE // 8, 8, 8)),
 }
 COMMANDS: dict[str, tuple[list[str], set[str]]] = {
-    "verify": (["verify", "{file}", "--model", "{model}"], {"LoRA", "LoKr", "LoHa", "DoRA"}),
-    "inspect": (["inspect", "{file}"], {"LoRA", "LoKr", "LoHa", "DoRA"}),
+    "verify": (["verify", "{file}", "--model", "{model}"], {"LoRA", "LoKr", "LoHa", "DoRA", "OFT"}),
+    "inspect": (["inspect", "{file}"], {"LoRA", "LoKr", "LoHa", "DoRA", "OFT"}),
     "diff": (["diff", "{file}", "{plain}"], {"LoRA", "LoKr", "LoHa"}),
     "weight": (["weight", "{file}", "--scale", "layers.0=0.5", "-o", "{out}"], {"LoRA"}),
     "merge": (["merge", "{file}=1", "{plain}=1", "-o", "{out}"], {"LoRA"}),
     "stack": (["stack", "{file}", "{plain}"], {"LoRA", "LoKr", "LoHa"}),
     "resize": (["resize", "{file}", "--rank", "1", "-o", "{out}"], {"LoRA", "LoKr", "LoHa"}),
-    "convert": (["convert", "{file}", "--to", "comfyui", "-o", "{out}"], {"LoRA", "LoKr", "LoHa", "DoRA"}),
+    "convert": (["convert", "{file}", "--to", "comfyui", "-o", "{out}"], {"LoRA", "LoKr", "LoHa", "DoRA", "OFT"}),
     "bake": (
         ["bake", "{model}", "--lora", "{file}", "--to", "diffusers", "-o", "{folder}"],
-        {"LoRA", "LoKr", "LoHa", "DoRA"},
+        {"LoRA", "LoKr", "LoHa", "DoRA", "OFT"},
     ),
 }
 """Command -> its arguments, and the kinds that it takes."""
@@ -76,8 +77,8 @@ def test_every_command_on_every_kind(written, tmp_path: Path, command: str, kind
 def test_beside_takes_what_adds(make_config, written, kind: str):
     """A LoRA of `train.beside` whose change depends on the weights is refused before the run."""
     config = make_config(train={"beside": str(written(kind))})
-    if kind == "DoRA":
-        with pytest.raises(WeightsError, match=r"is a DoRA .* and this takes a LoRA or LoKr or LoHa"):
+    if kind in ("DoRA", "OFT"):
+        with pytest.raises(WeightsError, match=rf"is a {kind} .* and this takes a LoRA or LoKr or LoHa"):
             check_run(config, locate.cached_only)
     else:
         check_run(config, locate.cached_only)

@@ -572,7 +572,7 @@ configs = st.fixed_dictionaries(
                 "min": st.floats(0, 0.4),
                 "max": st.floats(0.5, 1),
             },
-        ),
+        ).filter(lambda values: "type" in values or values.get("weight") is None),  # weighted has a weight of its own
         "guidance": st.fixed_dictionaries({"differential": st.none() | numbers}),
         "optimizer": st.fixed_dictionaries(
             {}, optional={"name": st.sampled_from(["adamw", "adamw8bit", "prodigy"]), "lr": numbers, "params": params}
@@ -1090,6 +1090,14 @@ def test_settings_that_conflict(read, refused):
             "lora: {type: dora}\nmodel: {adapter: null}\ntrain: {method: slider}\nslider: {positive: a}",
             "at the weight -1 is not the reverse of that at +1; set lora.type: lora, lokr or loha",
         ),
+        (
+            "lora: {type: oft}",
+            "lora.type: an OFT that learns beside a training adapter changes Turbo more, once that is removed",
+        ),
+        ("lora: {type: oft, alpha: 8}", "lora.alpha: alpha is a scale, and a rotation has none; leave it out"),
+        ("lora: {type: oft, rank: 1}", "lora.rank: one row cannot be rotated; give a rank of 2 or more"),
+        ("lora: {type: dora, rank: null}", "lora.rank: type: dora needs a rank; give a number"),
+        ("lora: {type: oft, factor: 8}", "lora.factor: factor is for type: lokr, and type: oft has none; leave it out"),
         ("lora: {type: loha, rslora: true}", "lora.rslora: rslora is for type: lora; leave it out"),
         ("schedule: {name: constant_with_warmup}", "constant_with_warmup needs warmup_steps"),
         ("schedule: {name: one_cycle, warmup_steps: 5}", "one_cycle rises by itself"),

@@ -26,14 +26,17 @@ pytestmark = pytest.mark.slow
 
 LOHA: dict[str, Any] = {"type": "loha", "rank": 4, "alpha": 2.0}
 DORA: dict[str, Any] = {"type": "dora", "rank": 4, "alpha": 2.0}
-KINDS = pytest.mark.parametrize("lora", [LOHA, DORA], ids=lambda lora: lora["type"])
+OFT: dict[str, Any] = {"type": "oft", "rank": 8}
+KINDS = pytest.mark.parametrize("lora", [LOHA, DORA, OFT], ids=lambda lora: lora["type"])
 PROMPT = "a red zorb on a blue background"
 
 
 @pytest.fixture
 def make_kind(make_config):
     def make(lora: dict[str, Any], **changes: Any) -> Config:
-        return make_config(lora=lora, optimizer={"lr": 4e-3}, **changes)
+        # An OFT is refused beside the training adapter.
+        alone = {"adapter": None} if lora["type"] == "oft" else {}
+        return make_config(lora=lora, optimizer={"lr": 4e-3}, **changes | {"model": alone | changes.get("model", {})})
 
     return make
 
@@ -111,7 +114,7 @@ def test_run_begins_with_the_file(make_config, make_kind, lora: dict[str, Any]):
     first = make_kind(lora, name="first", train={"steps": 4})
     run_training(first, fresh=False)
     path = folder(first) / "lora" / "first.safetensors"
-    still = {"train": {"steps": 1}, "optimizer": {"lr": 1e-12, "weight_decay": 0.0}}
+    still = {"train": {"steps": 1}, "optimizer": {"lr": 1e-12, "weight_decay": 0.0}, "model": {"adapter": None}}
     again = {key: value for key, value in lora.items() if key != "alpha"} | {"init_from": str(path)}
     second = make_config(name="second", lora=again, **still)
     run_training(second, fresh=False)
@@ -119,5 +122,7 @@ def test_run_begins_with_the_file(make_config, make_kind, lora: dict[str, Any]):
     after = lora_file.read_deltas(folder(second) / "lora" / "second.safetensors", headers.READ)
     assert before.keys() == after.keys() and len(before) == 42
     assert max(verify.relative_error(before[module], after[module]) for module in before) < 1e-5
-    with pytest.raises(ConfigError, match=r"has .*x4.*, and this run .*x8.*; set lora.rank to what it was trained"):
-        check_run(make_config(lora=again | {"rank": 8}, **still))
+    other = {4: 8, 8: 4}[lora["rank"]]
+    todo = "lora.rank: 8" if lora["type"] == "oft" else "lora.rank to what it was trained"
+    with pytest.raises(ConfigError, match=rf"has .*{lora['rank']}.*, and this run .*{other}.*; set {todo}"):
+        check_run(make_config(lora=again | {"rank": other}, **still))

@@ -379,6 +379,8 @@ def kinds() -> Iterator[tuple[str, Change, Tensor]]:
     yield "LoKr", lokr | {"alpha": torch.tensor(1.0)}, product.double() * 0.25
     dora = {"A": r(4, 96), "B": r(96, 4), "alpha": torch.tensor(4.0), "magnitude": r(96).abs()}
     yield "DoRA", dora, (dora["B"] @ dora["A"]).double()
+    oft = {"oft_blocks": r(12, 8, 8)}
+    yield "OFT", oft, torch.zeros(96, 96).double()
 
 
 def write_changes(path: Path, changes: dict[str, Change], to: str = "comfyui") -> Path:
@@ -406,11 +408,11 @@ def test_other_kinds_round_trip(tmp_path: Path, kind: str, change: Change):
     for command in (["verify"], ["inspect"], ["weight", "--scale", "attention=0.5", "-o", tmp_path / "w.safetensors"]):
         code, said = lora_command(command[0], start, *command[1:])
         if command[0] != "weight":
-            size = {"LoKr": "LoKr 6x6 of rank 4", "LoHa": "LoHa 4", "DoRA": "DoRA 4"}[kind]
+            size = {"LoKr": "LoKr 6x6 of rank 4", "LoHa": "LoHa 4", "DoRA": "DoRA 4", "OFT": "OFT 8"}[kind]
             assert code == 0 and f"{size} (4 modules)" in said
             continue
         assert code == 4 and f"is a {kind} (4 modules, such as {min(changes)}), and this takes a LoRA" in said
-        assert f"zimage-train lora {'bake' if kind == 'DoRA' else 'resize FILE --rank auto -o OUT'}" in said
+        assert f"zimage-train lora {'bake' if kind in ('DoRA', 'OFT') else 'resize FILE --rank auto -o OUT'}" in said
 
 
 def test_a_fused_loha_is_its_three(tmp_path: Path):
@@ -429,6 +431,21 @@ def test_a_fused_loha_is_its_three(tmp_path: Path):
     assert all(
         torch.equal(one[p], other[p]) for one, other in zip(qkv.split_qkv(whole), three, strict=True) for p in one
     )
+
+
+def test_a_fused_oft_is_its_three():
+    """Without one of the three its groups do not turn; what cannot be fused says why."""
+    q, k = ({"oft_blocks": torch.randn(12, 8, 8), "alpha": torch.tensor(0.0)} for _ in "qk")
+    whole = qkv.fuse_qkv([q, k, None])
+    assert torch.equal(whole["oft_blocks"], torch.cat([q["oft_blocks"], k["oft_blocks"], torch.zeros(12, 8, 8)]))
+    for third, change in zip(qkv.split_qkv(whole), (q, k), strict=False):
+        assert third is not None and torch.equal(third["oft_blocks"], change["oft_blocks"])
+    larger = {"oft_blocks": torch.randn(6, 16, 16)}
+    for others, why in (([q, larger, q], "groups of different sizes"), ([q | {"alpha": torch.ones(())}] * 3, "")):
+        with pytest.raises(qkv.CannotFuseError, match=f"is an OFT with {why}"):
+            qkv.fuse_qkv(others)
+    with pytest.raises(qkv.CannotFuseError, match="a constraint on q, k and v together"):
+        qkv.split_qkv(whole | {"alpha": torch.tensor(0.5)})
 
 
 def test_lokr_is_split_into_thirds(tmp_path: Path):
@@ -502,6 +519,19 @@ def spoiled() -> Iterator[tuple[str, dict[str, Tensor] | bytes, str]]:
     )
     sizes = {"hada_w1_a": (96, 2), "hada_w1_b": (2, 96), "hada_w2_a": (96, 4), "hada_w2_b": (4, 96)}
     yield "loha ranks", {f"diffusion_model.{Q}.{name}": torch.ones(size) for name, size in sizes.items()}, misfit
+    blocks = f"diffusion_model.{Q}.oft_blocks"
+    yield "oft not square", {blocks: torch.ones(12, 8, 4)}, misfit
+    yield "fused oft", {blocks.replace("to_q", "qkv"): torch.ones(4, 72, 72)}, misfit
+    yield (
+        "oft of others",
+        {blocks.replace("blocks", "diag"): torch.ones(12, 8)},
+        "an OFT that is not LyCORIS's diag-oft",
+    )
+    yield (
+        "oft rescaled",
+        {blocks: torch.ones(12, 8, 8), f"diffusion_model.{Q}.rescale": torch.ones(96, 1)},
+        "an OFT that",
+    )
     header = b'{"a":' + b"[" * 5000 + b"]" * 5000 + b"}"
     yield "nested", len(header).to_bytes(8, "little") + header, "is not a safetensors file, or damaged"
     yield "pickle", b"PK\x03\x04" + b"0" * 100, "is a pickle, which can run code and is never opened"

@@ -9,14 +9,22 @@ from hypothesis import strategies as st
 from peft import LoHaConfig, LoraConfig
 from peft.tuners.loha import Linear as PeftLoHa
 from peft.tuners.lora import Linear as PeftLora
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from zimage_train import mini
 from zimage_train.config.lora import LoraSettings
+from zimage_train.errors import ConfigError, WeightsError
 from zimage_train.lora import fused_block, headers, lora_file, swap, verify
-from zimage_train.lora.deltas import Dora
-from zimage_train.lora.module_kinds import DoraLinear, HadamardLinear, TrainedModule
+from zimage_train.lora.deltas import Dora, Rotation, cayley
+from zimage_train.lora.module_kinds import (
+    DoraLinear,
+    HadamardLinear,
+    RotatedLinear,
+    TrainedModule,
+    _from_above,
+    _turn,
+)
 from zimage_train.models import locate
 from zimage_train.planning.preflight import check_run, workload_of
 from zimage_train.planning.workload import fuses_blocks
@@ -25,7 +33,8 @@ from steps import gradients, loss_of, unfused
 
 LOHA = LoraSettings(type="loha", rank=3, alpha=1.5)
 DORA = LoraSettings(type="dora", rank=3, alpha=1.5)
-KINDS = pytest.mark.parametrize("lora", [LOHA, DORA], ids=lambda lora: lora.type)
+OFT = LoraSettings(type="oft", rank=8)
+KINDS = pytest.mark.parametrize("lora", [LOHA, DORA, OFT], ids=lambda lora: lora.type)
 SIZE = st.integers(1, 6)
 
 
@@ -118,6 +127,57 @@ def test_dora_is_that_of_comfyui_and_peft(strength: float):
         assert relative(x @ found.T, peft(x)) < 1e-5
 
 
+def oft_weight(weight: Tensor, parts: dict[str, Tensor], scale: float) -> Tensor:
+    """W' = R' W in each group of three rows, with R = (I + Q) (I - Q)^-1 by the inverse."""
+    groups: list[Tensor] = []
+    for rows, (a, b, c) in zip(weight.split(3), parts["above"], strict=True):
+        zero = torch.zeros_like(a)
+        q = torch.stack([torch.stack(row) for row in ((zero, a, b), (-a, zero, c), (-b, -c, zero))])
+        identity = torch.eye(3, dtype=weight.dtype)
+        groups.append(((identity + q) @ torch.linalg.inv(identity - q)).T @ rows)
+    return torch.cat(groups)
+
+
+@settings(max_examples=30, deadline=None)
+@given(groups=st.integers(1, 4), inputs=SIZE)
+def test_oft_and_gradients(groups: int, inputs: int):
+    compare_in_float64(RotatedLinear, oft_weight, random_parts({"above": (groups, 3)}, groups), (3 * groups, inputs))
+
+
+def comfyui_oft(weight: Tensor, blocks: Tensor, strength: float) -> Tensor:
+    """What ComfyUI 0.29 makes of a weight by oft_blocks without a constraint."""
+    q, identity = blocks - blocks.transpose(1, 2), torch.eye(blocks.shape[1])
+    r = (identity + q) @ torch.linalg.inv(identity - q)
+    rows = weight.view(*blocks.shape[:2], -1)
+    change = torch.einsum("knm,kni->kmi", r * strength - strength * identity, rows)
+    return weight + strength * change.reshape(weight.shape)
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.4])
+def test_oft_is_that_of_comfyui(strength: float):
+    """The blocks of a file, of which LyCORIS trains both sides of the diagonal, give ComfyUI's weights."""
+    blocks, weight = torch.randn(3, 4, 4) / 4, torch.randn(12, 10)
+    delta = Rotation(blocks).times(strength)
+    found = weight + delta.change(weight)
+    assert relative(found, comfyui_oft(weight, blocks, strength)) < 1e-6
+    if strength == 1.0:
+        assert relative(found.norm(dim=0), weight.norm(dim=0)) < 1e-6  # of all groups together
+        parts = {name: part.float() for name, part in RotatedLinear.parts_of(delta, 1.0, None).items()}
+        assert relative(layer_of(RotatedLinear, weight, parts, 1.0)(torch.eye(10)), found.T) < 1e-6
+
+
+def test_small_rotations_are_kept():
+    """In bf16 the output moves by a rotation whose matrix rounds to the identity."""
+    weight = torch.randn(64, 32).bfloat16()
+    parts = {"above": torch.full((8, 28), 1e-4)}
+    layer, x = layer_of(RotatedLinear, weight, parts, 1.0), torch.randn(9, 32).bfloat16()
+    exact = layer_of(RotatedLinear, weight.float(), parts, 1.0)(x.float()) - x.float() @ weight.float().T
+    with torch.no_grad():
+        turned = _turn(x @ weight.T, cayley(_from_above(parts["above"]) - _from_above(parts["above"]).mT))
+    assert (torch.eye(8) + 2e-4).bfloat16().diagonal().eq(1.0).all()
+    assert relative(turned, exact) < 0.02 and layer(x).dtype == torch.bfloat16
+
+
 def test_loha_is_that_of_peft():
     """peft's own layer on an nn.Linear computes the same, forward and backward."""
     size, rank = (12, 10), 4
@@ -143,7 +203,7 @@ def test_a_new_adapter_changes_nothing(lora: LoraSettings):
     """The first step has the loss of the model alone, and a gradient for what starts at zero."""
     frozen, attached = unfused("none", lora=lora)
     for name, view in attached.flat.views.items():
-        if name.endswith((".w2_b", ".B", ".gain")):
+        if name.endswith((".w2_b", ".B", ".gain", ".above")):
             view.data.zero_()
     loss, *grads = gradients(frozen, attached)
     with swap.replaced_lora(frozen.model, {}):
@@ -194,20 +254,36 @@ def test_export_reads_back(tmp_path: Path, lora: LoraSettings, dtype: str, limit
     keys = {
         "loha": {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "alpha"},
         "dora": {"lora_A.weight", "lora_B.weight", "dora_scale", "alpha"},
+        "oft": {"oft_blocks", "alpha"},
     }
     assert found == keys[lora.type]
     for loaded in (verify.as_comfyui(path, shape.linears), lora_file.read_deltas(path, headers.READ)):
         assert loaded.keys() == deltas.keys()
         for module, delta in deltas.items():
-            weight = torch.randn(delta.shape, generator=torch.Generator().manual_seed(2)) / 10
+            weight = torch.randn(shape.linears[module], generator=torch.Generator().manual_seed(2)) / 10
             assert relative(loaded[module].change(weight), delta.change(weight)) < limit
     assert verify.verify_export(path, deltas, dtype, shape) < limit
+
+
+def test_an_oft_with_a_constraint(tmp_path: Path):
+    """What its alpha limits in ComfyUI is not read, and the line says what to do."""
+    path = tmp_path / "x.safetensors"
+    name = "diffusion_model.layers.0.attention.to_q"
+    save_file({f"{name}.oft_blocks": torch.randn(12, 8, 8), f"{name}.alpha": torch.tensor(0.001)}, path)
+    with pytest.raises(WeightsError, match=r"to_q has a constraint \(alpha 0.001\); use it in ComfyUI"):
+        lora_file.read_deltas(path, headers.READ)
+
+
+def test_oft_groups_must_divide_rows(make_config):
+    config = make_config(lora={"type": "oft", "rank": 40}, model={"adapter": None})
+    with pytest.raises(ConfigError, match=r"layers.0.* has 96 rows, which are no groups of 40; set lora.rank: 32"):
+        check_run(config)
 
 
 @KINDS
 def test_plan_runs_it_as_modules(make_config, lora: LoraSettings):
     """The plan counts the parameters of the layers, and blocks that are not fused."""
-    chosen = lora.model_dump(exclude={"targets", "init_from", "dropout", "factor"})
+    chosen = lora.model_dump(include={"type", "rank", "alpha"})
     config = make_config(lora=chosen, model={"adapter": None})
     workload = workload_of(check_run(config), gpu=True)
     frozen, attached = unfused("none", lora=lora)

@@ -92,6 +92,17 @@ def with_foreign_key(shapes: dict[str, tuple[int, ...]]) -> None:
     shapes["text_encoder.layers.0.weight"] = (2, 2)
 
 
+def a_dora(shapes: dict[str, tuple[int, ...]]) -> None:
+    name = of_part(shapes, "lora_B")
+    shapes[name.replace("lora_B.weight", "dora_scale")] = (shapes[name][0], 1)
+
+
+def an_oft(shapes: dict[str, tuple[int, ...]]) -> None:
+    rows = shapes.pop(of_part(shapes, "lora_B"))[0]
+    shapes[of_part(shapes, "lora_A").replace("lora_A.weight", "oft_blocks")] = (rows // 8, 8, 8)
+    del shapes[of_part(shapes, "lora_A")]
+
+
 FITTING = {"unchanged": lambda shapes: None, "another prefix": renamed("diffusion_model.", "transformer.")}
 FOREIGN = {
     "another model's modules": renamed("layers.", "double_blocks."),
@@ -102,6 +113,8 @@ FOREIGN = {
     "no matrix": flat,
     "a foreign key": with_foreign_key,
     "nothing": dict.clear,
+    "a DoRA": a_dora,
+    "an OFT": an_oft,
 }
 COMPLAINTS = {
     "another model's modules": "FLUX LoRA: cannot work on Z-Image; retrain from the dataset",
@@ -112,6 +125,8 @@ COMPLAINTS = {
     "no matrix": "has 1 modules whose A, B or alpha are missing or do not fit, such as ",
     "a foreign key": "has a LoRA of the text encoder: 1 keys, such as text_encoder.layers.0.weight",
     "nothing": "holds no LoRA",
+    "a DoRA": "is a DoRA (1 modules, such as ",
+    "an OFT": "is a OFT (1 modules, such as ",
 }
 
 

@@ -51,7 +51,8 @@ def unfused(
     endings = tuple(group for group in groups if "." in group) or ("none",)
     modules += [name for name in frozen.shape.linears if name.startswith("layers.") and name.endswith(endings)]
     attached = attach_adapter(frozen.model, lora or LoraSettings(rank=4, dropout=dropout), modules, 1)
-    last = [view for name, view in attached.flat.views.items() if name.endswith((".B", ".w2", ".w2_b", ".gain"))]
+    zeros = (".B", ".w2", ".w2_b", ".gain", ".above")
+    last = [view for name, view in attached.flat.views.items() if name.endswith(zeros)]
     for index, view in enumerate(last):
         view.data.normal_(generator=torch.Generator().manual_seed(index)).mul_(0.05)
     if mode != "none":

@@ -262,7 +262,7 @@ def convert(
     --to peft writes a folder, with adapter_config.json beside the LoRA.
 
     Reads any prefix (diffusion_model, transformer, base_model.model, lora_unet, lycoris, none), lora_A/B, down/up,
-    .default and fused q, k, v. DoRA, LoKr and LoHa can be written to layouts that support them.
+    .default and fused q, k, v. DoRA, LoKr, LoHa and OFT can be written to layouts that support them.
     """
     from zimage_train.commands.lora_convert import convert_command
     from zimage_train.commands.lora_edit import OutputFile

@@ -64,7 +64,7 @@ def _reference_model(deltas: Deltas, model: str | None) -> tuple[TransformerShap
         located = locate.transformer_at(model, Location(argument=Argument("--model")), locate.cached_only)
         return locate.transformer_tensors(located)[0], model
     miniature = locate.transformer_tensors(mini.TURBO / "transformer")[0]
-    fits_miniature = all(miniature.linears.get(module) == delta.shape for module, delta in deltas.items())
+    fits_miniature = all(headers.fits(delta.shape, miniature.linears.get(module)) for module, delta in deltas.items())
     return (miniature, "the miniature") if fits_miniature else (TransformerShape(), "Z-Image (6 B)")
 
 

@@ -11,7 +11,7 @@ from zimage_train.lora import adapter_config, formats, inspect, keys, lora_file,
 
 
 def convert_command(path: Path, target: str, output: OutputFile) -> list[str]:
-    """Write a LoRA, DoRA, LoKr or LoHa in another layout; converting back restores the same file.
+    """Write an adapter's file in another layout; converting back restores the same file.
 
     Raises:
         ConfigError: the layout does not exist.

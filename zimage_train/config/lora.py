@@ -8,10 +8,12 @@ from pydantic import Field, field_validator, model_validator
 from zimage_train.config.module_groups import TARGET_GROUPS, module_pattern, require_patterns
 from zimage_train.config.types import ConflictError, NonEmptyPath, Section, SettingError, without_default
 
-AdapterType = Literal["lora", "lokr", "loha", "dora"]
+AdapterType = Literal["lora", "lokr", "loha", "dora", "oft"]
 LORA_ONLY = ("dropout", "rank_dropout", "module_dropout", "ranks", "rslora", "start")
 """Settings of a plain LoRA that the other kinds do not have."""
-LABELS: dict[AdapterType, str] = {"lora": "LoRA", "lokr": "LoKr", "loha": "LoHa", "dora": "DoRA"}
+LABELS: dict[AdapterType, str] = {"lora": "LoRA", "lokr": "LoKr", "loha": "LoHa", "dora": "DoRA", "oft": "OFT"}
+RANKS: dict[AdapterType, int | None] = {"lora": 16, "lokr": None, "loha": 16, "dora": 16, "oft": 32}
+"""`rank` where it is left out."""
 
 
 class LoraSettings(Section):
@@ -19,10 +21,12 @@ class LoraSettings(Section):
     """What is trained beside each weight. lora: a product of two matrices of `rank`; lokr: a Kronecker product of a
     small and a large matrix, which changes a weight in its full rank with few parameters; loha: two products of `rank`,
     multiplied element by element, which reaches the square of the rank with two LoRAs' parameters; dora: a LoRA and
-    a factor for each row of the weight with it. The change of a dora depends on the weight; that of others does not."""
+    a factor for each row of the weight with it; oft: a rotation of each group of `rank` rows, which keeps their lengths
+    and angles. The change of a dora or an oft depends on the weight; that of others does not."""
     rank: int | None = Field(default=16, ge=1, le=1024, json_schema_extra=without_default)
     """Rank of the LoRA, which is its capacity; the size of its file is proportional to it. Of a LoKr, the rank of its
-    large matrix; null: that is stored whole. If left out: null for lokr, 16 for others."""
+    large matrix; null: that is stored whole. Of an OFT, the rows of a group, which divide those of each weight. If left
+    out: null for lokr, 32 for oft, 16 for others."""
     factor: Literal["auto"] | Annotated[int, Field(ge=2, le=1024)] = 16
     """Of a LoKr: rows and columns of its small matrix. The smaller, the larger the other matrix, the capacity and the
     file; where it does not divide a side of the weight, the next smaller divisor. auto: both matrices about as large,
@@ -76,26 +80,35 @@ class LoraSettings(Section):
     @model_validator(mode="before")
     @classmethod
     def _default_rank(cls, values: Any) -> Any:
-        if isinstance(values, dict) and values.get("type") == "lokr" and "rank" not in values:
-            return values | {"rank": None}
+        kind = values.get("type") if isinstance(values, dict) else None
+        if isinstance(kind, str) and kind in RANKS and "rank" not in values:
+            return values | {"rank": RANKS[kind]}
         return values
 
     @model_validator(mode="after")
     def _has_effect(self) -> Self:
         if self.type != "lokr":
             if self.rank is None:
-                raise ConflictError(f"a {self.label} needs a rank", "give a number", ("rank",))
+                raise ConflictError(f"type: {self.type} needs a rank", "give a number", ("rank",))
             if "factor" in self.model_fields_set and self.factor != 16:
-                what = f"factor is for type: lokr, and a {self.label} has none"
+                what = f"factor is for type: lokr, and type: {self.type} has none"
                 raise ConflictError(what, "leave it out", ("factor",))
         if self.alpha is not None and self.rank is None:
             hint = "leave it out, or give a rank"
             raise ConflictError("alpha has no effect on a LoKr whose matrices are whole", hint, ("alpha",))
+        if self.type == "oft":
+            self._require_rotation()
         for name in LORA_ONLY:
             if self.type != "lora" and getattr(self, name) != type(self).model_fields[name].default:
                 raise ConflictError(f"{name} is for type: lora", "leave it out", (name,))
         self._require_start_fits()
         return self
+
+    def _require_rotation(self) -> None:
+        if self.alpha is not None:
+            raise ConflictError("alpha is a scale, and a rotation has none", "leave it out", ("alpha",))
+        if self.rank == 1:
+            raise ConflictError("one row cannot be rotated", "give a rank of 2 or more", ("rank",))
 
     def _require_start_fits(self) -> None:
         if self.start == "zero":
@@ -151,26 +164,40 @@ class LoraSettings(Section):
     @property
     def is_additive(self) -> bool:
         """Whether its change to a weight does not depend on that weight, so that it moves to another model as it is."""
-        return self.type != "dora"
+        return self.type not in ("dora", "oft")
+
+    @property
+    def needs_norms(self) -> bool:
+        """Whether its file has the norms of the rows of the weights that it is used on."""
+        return self.type == "dora"
 
     @property
     def description(self) -> str:
         """The kind and its size, as log lines and `check` name it."""
+        if self.type == "oft":
+            return f"OFT of {self.rank} rows a group"
         others = ", ".join(f"{rank} on {name}" for name, rank in self.ranks.items())
         if self.type != "lokr":
             return f"{self.label} of rank {self.rank}" + (f" ({others})" if others else "")
         return f"LoKr of factor {self.factor}" + ("" if self.rank is None else f" and rank {self.rank}")
 
 
-def adapter_error(lora: LoraSettings, is_beside: bool, is_two_sided: bool) -> ConflictError | None:
+def adapter_error(lora: LoraSettings, has_adapter: bool, is_beside: bool, is_two_sided: bool) -> ConflictError | None:
     """Return the conflict of a kind whose change depends on the weights, or None if there is none.
 
     Args:
+        has_adapter: whether a training adapter is merged for the training.
         is_beside: whether other LoRAs are merged for the training (`train.beside`).
         is_two_sided: whether the method trains at the weights +1 and -1.
     """
     if lora.is_additive:
         return None
+    if has_adapter and lora.type == "oft":
+        message = (
+            "an OFT that learns beside a training adapter changes Turbo more, once that is removed, than a LoRA that "
+            "learns as much (docs/methods.md)"
+        )
+        return ConflictError(message, "set lora.type: lora, or model.variant: deturbo or base", ("lora", "type"))
     if is_beside:
         message = f"the change of a {lora.label} depends on the weights, to which train.beside adds others"
         return ConflictError(message, "leave train.beside out, or set lora.type: lora", ("lora", "type"))

@@ -243,7 +243,9 @@ class Config(Section):
         error = methods.method_error(self.train.method, model.variant, model.adapter, self.lora.init_from, self.data)
         error = error or loss_error(self.loss, self.guidance, self.timesteps, self.method.imitates_teacher)
         error = error or slider_error(self.slider, self.method.has_prompts) or self._two_sided_error()
-        error = error or adapter_error(self.lora, bool(self.train.beside), self.method.is_two_sided)
+        error = error or adapter_error(
+            self.lora, model.adapter is not None, bool(self.train.beside), self.method.is_two_sided
+        )
         if error is not None:
             raise error
         unused = sorted(self.timesteps.changed) if self.method.imitates_teacher else []

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from zimage_train.errors import Problem, WeightsError
+from zimage_train.lora import headers
 from zimage_train.lora.deltas import Delta, Deltas, DeltaSum, Factors, Lora
 from zimage_train.rng import keyed_generator
 from zimage_train.typing import Weight
@@ -65,7 +66,7 @@ def sum_loras(loras: Sequence[tuple[Lora, Mapping[str, float]]]) -> Lora:
 
 def _require_same_shape(module: str, parts: Iterable[Delta]) -> None:
     shapes = {part.shape for part in parts}
-    if len(shapes) > 1:
+    if any(not headers.fits(shape, max(shapes)) for shape in shapes):
         message = f"the files change weights of shape {' and '.join(str(list(shape)) for shape in sorted(shapes))}"
         raise WeightsError(Problem(module, message, "LoRAs of different models cannot be combined", "other-shape"))
 

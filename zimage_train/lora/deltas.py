@@ -1,4 +1,4 @@
-"""The changes that adapters make to weights: products of a LoRA, a LoKr and a LoHa, and sums of these."""
+"""The changes that adapters make to weights, one class for each kind of adapter, and sums of these."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from zimage_train.lora.keys import ANY_INPUTS
 from zimage_train.typing import LoraA, LoraB, Weight
 
 
@@ -21,7 +22,7 @@ class Delta(ABC):
     @property
     @abstractmethod
     def shape(self) -> tuple[int, int]:
-        """The shape (out, in) of the weight that it changes."""
+        """The shape (out, in) of the weight that it changes; in is `ANY_INPUTS` for kinds that do not know it."""
 
     @property
     @abstractmethod
@@ -260,6 +261,68 @@ class Dora(Delta):
         return float(torch.hypot(torch.tensor(self.factors.distance(other.factors)).double(), apart.norm().cpu()))
 
 
+@dataclass(frozen=True)
+class Rotation(Delta):
+    """The OFT of a module: each group of rows of W is multiplied by R', and no delta exists without W.
+
+    R = (I + Q)(I - Q)^-1 is orthogonal, with Q = blocks - blocks' (Cayley).
+
+    Reference: LyCORIS, https://github.com/KohakuBlueleaf/LyCORIS, lycoris/modules/diag_oft.py
+    """
+
+    kind = "OFT"
+    blocks: Tensor
+    """(groups, rows, rows): any matrices, of which what is skew-symmetric counts."""
+    strength: float = 1.0
+    """As ComfyUI has it, which multiplies the change by its square."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.blocks.shape[0] * self.blocks.shape[1], ANY_INPUTS
+
+    @property
+    def numel(self) -> int:
+        return self.blocks.numel()
+
+    def delta(self) -> Weight:
+        raise NotImplementedError("an OFT's change depends on the weight")
+
+    @property
+    def turns(self) -> Tensor:
+        """The orthogonal matrices R minus the identity, times the factor on the change."""
+        return self.strength**2 * cayley(self.blocks - self.blocks.mT).float()
+
+    def change(self, weight: Weight) -> Weight:
+        turns = self.turns
+        rows = weight.float().unflatten(0, turns.shape[:2])
+        return (turns.to(rows.device).mT @ rows).flatten(0, 1)
+
+    def times(self, weight: float) -> "Rotation":
+        return Rotation(self.blocks, self.strength * weight)
+
+    def stored(self, dtype: torch.dtype) -> "Rotation":
+        return Rotation(self.blocks.detach().to(dtype), self.strength)
+
+    def norm(self) -> float:
+        return float(self.turns.double().norm())
+
+    def distance(self, other: Delta) -> float:
+        assert isinstance(other, Rotation)
+        turns = self.turns.double()
+        return float((turns - other.turns.double().to(turns.device)).norm())
+
+
+def cayley(skew: Tensor) -> Tensor:
+    """Return R - I of the orthogonal R = (I + Q)(I - Q)^-1 for skew-symmetric Q (..., rows, rows), at least in fp32.
+
+    As 2 Q (I - Q)^-1, which loses no digits where Q is small.
+    """
+    skew = skew.to(torch.promote_types(skew.dtype, torch.float32))
+    identity = torch.eye(skew.shape[-1], dtype=skew.dtype, device=skew.device)
+    # I - Q is always invertible, so its check, for which a GPU would have to be waited for, is left out.
+    return torch.linalg.solve_ex(identity - skew, 2.0 * skew, left=False)[0]
+
+
 def row_norms(weight: Weight) -> Tensor:
     """Return the norms of the rows of a weight, (out,) in fp32."""
     return torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32)
@@ -274,7 +337,7 @@ class DeltaSum(Delta):
 
     @property
     def shape(self) -> tuple[int, int]:
-        return self.parts[0].shape
+        return max(part.shape for part in self.parts)
 
     @property
     def numel(self) -> int:

@@ -42,7 +42,7 @@ LAYOUTS: dict[str, Layout] = {
     "comfyui": Layout(
         "diffusion_model.",
         ("lora_A.weight", "lora_B.weight"),
-        ("LoRA", "DoRA", "LoKr", "LoHa"),
+        ("LoRA", "DoRA", "LoKr", "LoHa", "OFT"),
     ),
     "diffusers": Layout(
         "transformer.",
@@ -54,14 +54,14 @@ LAYOUTS: dict[str, Layout] = {
     "kohya": Layout(
         "lora_unet_",
         ("lora_down.weight", "lora_up.weight"),
-        ("LoRA", "DoRA", "LoKr", "LoHa"),
+        ("LoRA", "DoRA", "LoKr", "LoHa", "OFT"),
         is_underscored=True,
         is_native=True,
     ),
     "musubi": Layout(
         "lora_unet_",
         ("lora_down.weight", "lora_up.weight"),
-        ("LoRA", "LoKr", "LoHa"),
+        ("LoRA", "LoKr", "LoHa", "OFT"),
         is_underscored=True,
     ),
     "peft": Layout(
@@ -187,8 +187,8 @@ def _alpha_tensor(name: str, change: Change, layout: Layout) -> dict[str, Tensor
     if layout.alpha in ("header", "config") or (layout.alpha == "unless 1" and qkv.scale_of(change) == 1.0):
         return {}
     # Where alpha is missing, every tool takes the rank, so writing that changes nothing. A LoKr without alpha has a
-    # scale of 1 instead, whatever its rank.
-    if kind_of(change) == "LoKr":
+    # scale of 1 instead, whatever its rank, and that of an OFT is no scale.
+    if kind_of(change) in ("LoKr", "OFT"):
         return {f"{name}.alpha": change["alpha"]} if "alpha" in change else {}
     return {f"{name}.alpha": change.get("alpha", torch.tensor(float(qkv.rank_of(change))))}
 

@@ -44,13 +44,17 @@ KINDS = (
         "the text encoder is not changed here; train or save the LoRA of the transformer alone, or use it in ComfyUI",
     ),
     ("a LoRA of convolutions", re.compile(r"lora_mid|lokr_t2|hada_t[12]"), "Z-Image has no convolutions"),
-    ("OFT", re.compile(r"oft_", re.IGNORECASE), "it is not read here; make it a LoRA with the tool that trained it"),
+    (
+        "an OFT that is not LyCORIS's diag-oft",
+        re.compile(r"oft_|\.rescale$", re.IGNORECASE),
+        "it is not read here; bake it into the model with the tool that trained it, and lora extract what that changes",
+    ),
     ("GLoRA", re.compile(r"\.[ab][12]\.weight$"), "it is not read here; make it a LoRA with the tool that trained it"),
 )
 """(what, pattern of its keys, what to do) of keys that are no LoRA of the transformer."""
 
 
-PLAIN, ADDITIVE, READ = ("LoRA",), ("LoRA", "LoKr", "LoHa"), ("LoRA", "LoKr", "LoHa", "DoRA")
+PLAIN, ADDITIVE, READ = ("LoRA",), ("LoRA", "LoKr", "LoHa"), ("LoRA", "LoKr", "LoHa", "DoRA", "OFT")
 """Kinds of changes: LoRAs alone, those that add a delta to any weight, and those that can be sampled and baked."""
 
 
@@ -78,13 +82,13 @@ def _unknown_keys_problem(path: Path, unknown: list[str], broken: list[str], has
 
 
 Sizes = Mapping[str, tuple[int, int]]
-"""Module -> (out, in)."""
+"""Module -> (out, in); of a file, in may be `keys.ANY_INPUTS`."""
 Parts = dict[str, dict[str, str]]
 """Module, which may be fused -> part -> key in the file."""
 
 
 def read_parts(path: Path) -> Parts:
-    """Return the keys of a LoRA, DoRA, LoKr or LoHa file by module and part.
+    """Return the keys of an adapter's file by module and part.
 
     Raises:
         WeightsError: the file is unreadable, has an unknown key or a tensor twice, or a module whose parts do not fit.
@@ -128,7 +132,7 @@ def read_sizes(path: Path, kinds: Collection[str] = READ) -> Sizes:
     require_kinds(path, {module: _kind(found, tensors) for module, found in parts.items()}, kinds)
     sizes: dict[str, tuple[int, int]] = {}
     for module, found in parts.items():
-        outputs, inputs = keys.size_of({part: tensors[key].shape for part, key in found.items()})
+        outputs, inputs = keys.size_of(_shapes(found, tensors))
         split = keys.split_qkv_names(module)
         sizes |= dict.fromkeys(split, (outputs // 3, inputs)) if split else {module: (outputs, inputs)}
     return sizes
@@ -183,6 +187,11 @@ def require_kinds(path: Path, kinds: Mapping[str, str | None], allowed: Collecti
     raise WeightsError(Problem(str(path), what, todo, "not-a-plain-lora"))
 
 
+def fits(size: tuple[int, int], linear: tuple[int, int] | None) -> bool:
+    """Return whether a change of `size` (out, in) belongs to a linear of the model, which is None if it has none."""
+    return linear is not None and size[0] == linear[0] and size[1] in (linear[1], keys.ANY_INPUTS)
+
+
 def require_match(path: Path, found: Sizes, linears: Sizes) -> None:
     """Require that every module of a LoRA is a linear of the model with the right shape.
 
@@ -190,7 +199,7 @@ def require_match(path: Path, found: Sizes, linears: Sizes) -> None:
         WeightsError: a module has no counterpart in the model, or another shape.
     """
     # A LoRA applied in part is worse than none: nothing would show it, and the result would look like a bad LoRA.
-    lost = sorted(module for module, size in found.items() if linears.get(module) != size)
+    lost = sorted(module for module, size in found.items() if not fits(size, linears.get(module)))
     if lost:
         first, there = lost[0], linears.get(lost[0])
         why = "the model has no such module" if there is None else f"{found[first]} there, {there} in the model"
@@ -201,14 +210,17 @@ def require_match(path: Path, found: Sizes, linears: Sizes) -> None:
 
 
 def _kind(found: Mapping[str, str], tensors: Mapping[str, TensorInfo]) -> str | None:
-    return keys.kind_of({part: tensors[key].shape for part, key in found.items()})
+    return keys.kind_of(_shapes(found, tensors))
+
+
+def _shapes(found: Mapping[str, str], tensors: Mapping[str, TensorInfo]) -> dict[str, tuple[int, ...]]:
+    return {part: tensors[key].shape for part, key in found.items()}
 
 
 def _is_whole(module: str, found: Mapping[str, str], tensors: Mapping[str, TensorInfo]) -> bool:
     if _kind(found, tensors) is None:
         return False
-    outputs, _ = keys.size_of({part: tensors[key].shape for part, key in found.items()})
-    return keys.split_qkv_names(module) is None or outputs % 3 == 0
+    return keys.split_qkv_names(module) is None or keys.has_thirds(_shapes(found, tensors))
 
 
 def _unknown_keys_message(unknown: list[str], broken: list[str]) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from zimage_train.io.safetensors_format import read_header
 from zimage_train.lora import headers, keys, lora_file, qkv, readers, targets
-from zimage_train.lora.deltas import Delta, Dora, Factors, Hadamard, Kronecker
+from zimage_train.lora.deltas import Delta, Dora, Factors, Hadamard, Kronecker, Rotation
 from zimage_train.lora.lora_file import Changes
 from zimage_train.lora.readers import LoraTraits
 
@@ -30,7 +30,7 @@ class LoraSummary:
     groups: dict[str, int]
     """Target group -> number of modules."""
     norms: dict[str, float]
-    """Module -> Frobenius norm of its delta."""
+    """Module -> Frobenius norm of its delta; of an OFT, of how far it turns."""
     metadata: dict[str, str]
 
 
@@ -77,5 +77,7 @@ def _size(delta: Delta) -> str:
         return f"DoRA {delta.factors.rank}"
     if isinstance(delta, Hadamard):
         return f"LoHa {delta.rank}"
+    if isinstance(delta, Rotation):
+        return f"OFT {delta.blocks.shape[1]}"
     assert isinstance(delta, Factors)
     return str(delta.rank)

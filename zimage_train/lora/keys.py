@@ -16,12 +16,16 @@ FactorShape = tuple[int, ...]
 PartShapes = Mapping[str, FactorShape]
 """Part -> shape, of a module."""
 
+ANY_INPUTS = 0
+"""Number of inputs of a module that a file does not show, as that of an OFT, which changes rows of any length."""
+
 PREFIXES = ("base_model.model.", "diffusion_model.", "transformer.")
 UNDERSCORED = ("lora_unet_", "lora_transformer_", "lycoris_")
 """Prefixes after which the dots of a module are written as underscores."""
 
 LOKR = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b")
 LOHA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
+OFT = "oft_blocks"
 MAGNITUDE = "magnitude"
 SUFFIXES = {
     ".lora_A.weight": "A",
@@ -36,7 +40,7 @@ SUFFIXES = {
     ".dora_scale": MAGNITUDE,
     ".lora_magnitude_vector": MAGNITUDE,
     ".lora_magnitude_vector.weight": MAGNITUDE,
-    **{f".{part}": part for part in (*LOKR, *LOHA)},
+    **{f".{part}": part for part in (*LOKR, *LOHA, OFT)},
 }
 
 _ADAPTER_NAME = re.compile(r"\.(lora_A|lora_B|lora_magnitude_vector)\.([^.]+)(\.weight)$")
@@ -121,7 +125,7 @@ def fused_name(module: str) -> str | None:
 
 
 def kind_of(shapes: PartShapes) -> str | None:
-    """Return `LoRA`, `DoRA`, `LoKr` or `LoHa` for the parts of a module, or None if parts are missing or do not fit."""
+    """Return `LoRA`, `DoRA`, `LoKr`, `LoHa` or `OFT` for the parts of a module, or None if they do not fit together."""
     alpha, names = shapes.get("alpha", ()), shapes.keys() - {"alpha"}
     if alpha not in ((), (1,)):
         return None
@@ -136,11 +140,16 @@ def kind_of(shapes: PartShapes) -> str | None:
         return "LoHa" if have_same_size and all(_are_factors(a, b) for a, b in pairs) else None
     if names and names <= set(LOKR) and all(_lokr_factor_shape(shapes, name) for name in ("lokr_w1", "lokr_w2")):
         return "LoKr"
+    if names == {OFT}:
+        blocks = shapes[OFT]
+        return "OFT" if len(blocks) == 3 and blocks[1] == blocks[2] > 0 else None
     return None
 
 
 def size_of(shapes: PartShapes) -> tuple[int, int]:
-    """Return (out, in) of the weight that a complete change belongs to."""
+    """Return (out, in) of the weight that a complete change belongs to; in may be `ANY_INPUTS`."""
+    if OFT in shapes:
+        return shapes[OFT][0] * shapes[OFT][1], ANY_INPUTS
     if "B" in shapes:
         return shapes["B"][0], shapes["A"][1]
     if "hada_w1_a" in shapes:
@@ -148,6 +157,11 @@ def size_of(shapes: PartShapes) -> tuple[int, int]:
     first, second = _lokr_factor_shape(shapes, "lokr_w1"), _lokr_factor_shape(shapes, "lokr_w2")
     assert first is not None and second is not None
     return first[0] * second[0], first[1] * second[1]
+
+
+def has_thirds(shapes: PartShapes) -> bool:
+    """Return whether a complete change of a fused q, k, v weight can be divided into three of equal size."""
+    return (shapes[OFT][0] if OFT in shapes else size_of(shapes)[0]) % 3 == 0
 
 
 def layout_name(keys: Iterable[str]) -> str | None:
@@ -188,6 +202,7 @@ def layout_of(keys: Iterable[str]) -> str:
         ("lora_down", "lora_down/lora_up"),
         ("lokr_", "lokr_w1/lokr_w2"),
         ("hada_", "hada_w1/hada_w2"),
+        (OFT, OFT),
     ):
         if any(f".{start}" in key for key in keys):
             parts = description

@@ -3,7 +3,8 @@
 The layout written is the only layout that ComfyUI and every diffusers since 0.36 read alike:
 `diffusion_model.<module>.lora_A/lora_B.weight`, and `.alpha` equal to the rank, with the scale folded into B. A LoKr
 has the keys that AI Toolkit and LyCORIS give it, `.lokr_w1` and `.lokr_w2` or `.lokr_w2_a/_b`, and a LoHa those of
-LyCORIS, `.hada_w1_a/_b` and `.hada_w2_a/_b`. A DoRA has `.dora_scale` beside a LoRA's keys, in fp32.
+LyCORIS, `.hada_w1_a/_b` and `.hada_w2_a/_b`. A DoRA has `.dora_scale` beside a LoRA's keys, in fp32. An OFT has
+LyCORIS's `.oft_blocks`, and an `.alpha` of 0.
 """
 
 import math
@@ -17,7 +18,7 @@ from torch import Tensor
 from zimage_train.errors import Problem, WeightsError
 from zimage_train.io import safetensors_format, tensorfile
 from zimage_train.lora import adapter_config, file_hashes, format_metadata, headers, keys, qkv
-from zimage_train.lora.deltas import Delta, Deltas, Dora, Factors, Hadamard, Kronecker, Lora
+from zimage_train.lora.deltas import Delta, Deltas, Dora, Factors, Hadamard, Kronecker, Lora, Rotation
 from zimage_train.lora.keys import MAGNITUDE
 from zimage_train.lora.qkv import Change
 
@@ -25,7 +26,7 @@ NOT_SAID = "taken as 1, which the file does not say"
 SCALE_PLACES = {"from .alpha": "tensors", f"from {adapter_config.CONFIG_FILE}": "config", "from the header": "header"}
 """Where a scale stands, as the end of a sentence -> as in `readers.LoraTraits`."""
 Changes = dict[str, Change]
-"""Module -> its tensors, of a LoRA, DoRA, LoKr or LoHa; q, k and v are split, and alpha is an fp32 scalar."""
+"""Module -> its tensors, as `keys` names them; q, k and v are split, and alpha is an fp32 scalar."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class LoraContent:
 
 
 def read_changes(path: Path) -> LoraContent:
-    """Return the changes of a LoRA, DoRA, LoKr or LoHa file of any known layout.
+    """Return the changes of an adapter's file of any known layout.
 
     A module's scale is that of its alpha tensor, or else of peft's description of the file (`adapter_config`), or else
     1.
@@ -98,7 +99,7 @@ def _set_scale(path: Path, module: str, change: Change, described: list[tuple[st
         return origin
     if rank:
         change["alpha"] = torch.tensor(scale * rank)
-    elif scale != 1.0:
+    elif keys.OFT not in change and scale != 1.0:
         # A LoKr, whose alpha counts only together with the rank of a factor, which it may not have.
         first = "lokr_w1" if "lokr_w1" in change else "lokr_w1_a"
         change[first] = change[first].float() * scale
@@ -123,7 +124,7 @@ def read_lora(path: Path) -> Lora:
     """Return the factors of a plain LoRA file of any known layout.
 
     Raises:
-        WeightsError: as `read_changes`, or the file is a DoRA, LoKr or LoHa.
+        WeightsError: as `read_changes`, or the file is of another kind.
     """
     changes = read_changes(path).changes
     headers.require_kinds(path, {module: kind_of(change) for module, change in changes.items()}, headers.PLAIN)
@@ -134,7 +135,8 @@ def read_deltas(path: Path, kinds: Collection[str] = headers.ADDITIVE) -> Deltas
     """Return the deltas of an adapter's file of any known layout.
 
     Raises:
-        WeightsError: as `read_changes`; a module is not of `kinds`, or a DoRA with other magnitudes than ComfyUI's.
+        WeightsError: as `read_changes`; a module is not of `kinds`, a DoRA with other magnitudes than ComfyUI's, or an
+            OFT with a constraint.
     """
     changes = read_changes(path).changes
     headers.require_kinds(path, {module: kind_of(change) for module, change in changes.items()}, kinds)
@@ -144,6 +146,11 @@ def read_deltas(path: Path, kinds: Collection[str] = headers.ADDITIVE) -> Deltas
             formula = "that of peft, which divides by ||W + B A||" if is_of_peft else "a magnitude for each input"
             hint = "use it in diffusers" if is_of_peft else "use it in ComfyUI"
             raise WeightsError(Problem(str(path), f"is a DoRA: {module} has {formula}", hint, "not-a-plain-lora"))
+    for module, change in changes.items():
+        if keys.OFT in change and change.get("alpha", torch.zeros(())) != 0:
+            what = f"is an OFT: {module} has a constraint (alpha {float(change['alpha']):g})"
+            hint = "use it in ComfyUI; LyCORIS and ComfyUI apply constraints differently, so none is read here"
+            raise WeightsError(Problem(str(path), what, hint, "not-a-plain-lora"))
     return {module: _delta_of(change) for module, change in changes.items()}
 
 
@@ -155,6 +162,8 @@ def _delta_of(change: Change) -> Delta:
     if "hada_w1_a" in change:
         b1, a1, b2, a2 = (change[part] for part in keys.LOHA)
         return Hadamard((b1, a1), (b2, a2), scale)
+    if keys.OFT in change:
+        return Rotation(change[keys.OFT])
     whole: list[tuple[Tensor, ...]] = []
     for name in ("lokr_w1", "lokr_w2"):
         whole.append((change[name],) if name in change else (change[f"{name}_a"], change[f"{name}_b"]))
@@ -162,7 +171,7 @@ def _delta_of(change: Change) -> Delta:
 
 
 def kind_of(change: Change) -> str | None:
-    """Return `LoRA`, `DoRA`, `LoKr` or `LoHa`, or None if the parts do not fit together."""
+    """Return the kind, as `keys.kind_of` names it, or None if the parts do not fit together."""
     return keys.kind_of({part: tuple(tensor.shape) for part, tensor in change.items()})
 
 
@@ -261,6 +270,8 @@ def _file_parts(delta: Delta) -> dict[str, Tensor]:
     if isinstance(delta, Hadamard):
         matrices = dict(zip(keys.LOHA, (*delta.w1, *delta.w2), strict=True))
         return matrices | {"alpha": torch.tensor(float(delta.rank))}
+    if isinstance(delta, Rotation):
+        return {keys.OFT: delta.blocks, "alpha": torch.tensor(0.0)}  # no constraint
     assert isinstance(delta, Kronecker)
     tensors: dict[str, Tensor] = {}
     for name, factor in (("lokr_w1", delta.w1), ("lokr_w2", delta.w2)):

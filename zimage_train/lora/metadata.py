@@ -94,12 +94,12 @@ def training_metadata(
 def _network(lora: LoraSettings) -> dict[str, str]:
     """Return kind and size of the adapter, as kohya's tools and LyCORIS write them."""
     size: dict[str, str] = {}
-    if lora.rank is not None:
+    if lora.rank is not None and lora.type != "oft":  # whose rank is no dimension of LyCORIS's files
         rank = SEVERAL_RANKS if lora.ranks else str(lora.exported_rank)
         size = {"ss_network_dim": rank, "ss_network_alpha": rank}
     if lora.type == "lora":
         return size  # alpha is the rank: the scale is folded into B
-    arguments = {"algo": lora.type}
+    arguments = {"algo": "diag-oft" if lora.type == "oft" else lora.type}
     if lora.type == "lokr":
         # LyCORIS takes -1 for factors as equal as they can be.
         arguments["factor"] = str(lora.factor_number or -1)

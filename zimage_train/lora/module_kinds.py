@@ -16,7 +16,18 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from zimage_train.config.lora import LoraSettings
-from zimage_train.lora.deltas import Delta, Deltas, DeltaSum, Dora, Factors, Hadamard, Kronecker, row_norms
+from zimage_train.lora.deltas import (
+    Delta,
+    Deltas,
+    DeltaSum,
+    Dora,
+    Factors,
+    Hadamard,
+    Kronecker,
+    Rotation,
+    cayley,
+    row_norms,
+)
 from zimage_train.lora.kronecker import KroneckerTerm, replace_module
 from zimage_train.lora.layers import AdapterLayers, product_groups
 from zimage_train.lora.module_shapes import part_shapes
@@ -138,7 +149,49 @@ class DoraLinear(TrainedModule):
         return {"A": factors.a, "B": factors.b.float() * (factors.scale / scale), "gain": gain}
 
 
-KINDS: dict[str, type[TrainedModule]] = {"loha": HadamardLinear, "dora": DoraLinear}
+class RotatedLinear(TrainedModule):
+    """A frozen linear layer and the OFT that is trained behind it: each group of outputs is multiplied by a rotation.
+
+    What is above the diagonal of the skew-symmetric matrices is trained, (groups, rows (rows - 1) / 2).
+    """
+
+    zeros = ("above",)
+
+    def changed(self, x: Tensor) -> Tensor:
+        y, blocks = self.get_base_layer()(x), _from_above(self.parts["above"])
+        return y + _turn(y, cayley(blocks - blocks.mT))
+
+    @staticmethod
+    def delta(parts: Parts, scale: float, norms: Tensor | None) -> Rotation:
+        return Rotation(_from_above(parts["above"]))
+
+    @staticmethod
+    def parts_of(delta: Delta, scale: float, norms: Tensor | None) -> Parts:
+        assert isinstance(delta, Rotation)
+        blocks = delta.blocks.float()
+        rows, columns = torch.triu_indices(blocks.shape[1], blocks.shape[1], 1, device=blocks.device)
+        return {"above": (blocks - blocks.mT)[:, rows, columns]}
+
+
+def _from_above(above: Tensor) -> Tensor:
+    """Return matrices (groups, rows, rows) that are zero but for what is above the diagonal, which is `above`."""
+    size = (1 + math.isqrt(1 + 8 * above.shape[1])) // 2
+    rows, columns = torch.triu_indices(size, size, 1, device=above.device)
+    blocks = above.new_zeros(above.shape[0], size, size)
+    blocks[:, rows, columns] = above
+    return blocks
+
+
+def _turn(y: Tensor, turns: Tensor) -> Tensor:
+    """Return the change to outputs y (..., out) whose groups are each multiplied by I + `turns` (groups, rows, rows).
+
+    The change alone, since in bf16 I + `turns` would be rounded to I where a rotation is small.
+    """
+    groups = y.unflatten(-1, turns.shape[:2])
+    return torch.einsum("...gr,grs->...gs", groups, turns.to(y.dtype)).flatten(-2)
+
+
+KINDS: dict[str, type[TrainedModule]] = {"loha": HadamardLinear, "dora": DoraLinear, "oft": RotatedLinear}
 """By `lora.type`."""
 
 
@@ -193,7 +246,7 @@ def attach_modules(
         parts |= {f"{module}.{part}": size for part, size in shapes[module].items()}
     device = cast(Tensor, model.get_submodule(modules[0]).weight).device
     flat, kind = FlatParameters(parts, list(parts), device), KINDS[settings.type]
-    if norms is None and not settings.is_additive:
+    if norms is None and settings.needs_norms:
         norms = {module: row_norms(_dense(model.get_submodule(module))) for module in modules}
     for module in modules:
         views = {part: flat.views[f"{module}.{part}"] for part in shapes[module]}
@@ -222,7 +275,7 @@ class FixedLinear(nn.Module, BaseTunerLayer):
         self._lora: Factors | None = None
         self._kronecker: list[KroneckerTerm] = []
         self._hadamard: list[Hadamard] = []
-        self._dora: list[Dora] = []
+        self._of_output: list[Dora | Rotation] = []
         for part in delta.parts if isinstance(delta, DeltaSum) else (delta,):
             if isinstance(part, Factors):
                 self._lora = Factors(part.a.to(device), part.b.to(device).float() * part.scale, 1.0)
@@ -231,7 +284,9 @@ class FixedLinear(nn.Module, BaseTunerLayer):
                 self._kronecker.append(KroneckerTerm({"w1": w1.to(device), "w2": w2.to(device)}, part.scale))
             elif isinstance(part, Dora):
                 factors = Factors(part.factors.a.to(device), part.factors.b.to(device), part.factors.scale)
-                self._dora.append(Dora(factors, part.magnitude.to(device), part.strength))
+                self._of_output.append(Dora(factors, part.magnitude.to(device), part.strength))
+            elif isinstance(part, Rotation):
+                self._of_output.append(Rotation(part.blocks.to(device), part.strength))
             else:
                 assert isinstance(part, Hadamard)
                 (b1, a1), (b2, a2) = part.w1, part.w2
@@ -248,9 +303,10 @@ class FixedLinear(nn.Module, BaseTunerLayer):
             y = base(x) + F.linear(F.linear(x, lora.a.to(x.dtype)), lora.b.to(x.dtype))
         if self.disable_adapters:
             return y
-        for dora in self._dora:
+        for change in self._of_output:
             # The frozen output once more: `y` may have a LoRA in it, and later kinds add to it in place.
-            y = y + self._change_by(dora, x, y if lora is None and len(self._dora) == 1 else base(x))
+            frozen = y if lora is None and len(self._of_output) == 1 else base(x)
+            y = y + (self._change_by(change, x, frozen) if isinstance(change, Dora) else _turn(frozen, change.turns))
         rows = x.reshape(-1, x.shape[-1]).contiguous()
         for term in self._kronecker:
             cast = KroneckerTerm({name: part.to(x.dtype) for name, part in term.parts.items()}, term.scale)

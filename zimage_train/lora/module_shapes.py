@@ -29,7 +29,7 @@ class ModuleCosts:
 
 
 NO_COSTS = ModuleCosts()
-DORA_BYTES = 12
+DORA_BYTES, OFT_BYTES = 12, 24
 """Bytes that are moved for each number of the output."""
 LOHA_MATRICES, LOHA_BYTES = 4, 40
 """Dense matrices that a LoHa's backward holds at once, and the bytes that forming all of a step's moves for each
@@ -42,6 +42,9 @@ def part_shapes(settings: LoraSettings, outputs: int, inputs: int) -> dict[str, 
     assert rank is not None
     if settings.type == "dora":
         return {"A": (rank, inputs), "B": (outputs, rank), "gain": (outputs,)}
+    if settings.type == "oft":
+        # Of a skew-symmetric matrix, what is above its diagonal.
+        return {"above": (outputs // rank, rank * (rank - 1) // 2)}
     assert settings.type == "loha"
     return {"w1_a": (outputs, rank), "w1_b": (rank, inputs), "w2_a": (outputs, rank), "w2_b": (rank, inputs)}
 
@@ -61,10 +64,14 @@ def module_costs(settings: LoraSettings, linears: Sizes, modules: Iterable[str])
     sizes = [math.prod(linears[module]) for module in modules]
     in_layers = sum(math.prod(linears[module]) for module in modules if module.startswith("layers."))
     outputs = sum(linears[module][0] for module in modules if module.startswith("layers."))
-    if settings.type == "dora":
-        # The output is kept to know the gradient of its factor, and is read or written six times more.
+    if settings.type in ("dora", "oft"):
+        # The output is kept to know the gradient of its factors, and is read or written several times more.
         kept = sum(linears[module][0] for module in modules if module.startswith("layers.0."))
-        return ModuleCosts(kept=kept, moved_for_token=DORA_BYTES * outputs)
+        if settings.type == "dora":
+            return ModuleCosts(kept=kept, moved_for_token=DORA_BYTES * outputs)
+        assert settings.rank is not None
+        turned = settings.rank * outputs
+        return ModuleCosts(3 * turned, turned, kept=kept, moved_for_token=OFT_BYTES * outputs)
     # The dense change multiplies each token once more, its gradient is as large as that of a weight that is trained
     # whole, and so is the gradient of the input.
     return ModuleCosts(3 * in_layers, in_layers, LOHA_BYTES * in_layers, LOHA_MATRICES * max(sizes, default=0))

@@ -32,11 +32,15 @@ def split_qkv(change: Change, ranks: Sequence[int] | None = None) -> list[Change
         ranks: the ranks of q, k and v before they were fused, where the factors do not show them.
 
     Raises:
-        CannotFuseError: a LoKr whose first factor cannot be divided into three groups of rows, or a DoRA with a
-            magnitude per input.
+        CannotFuseError: a LoKr whose first factor cannot be divided into three groups of rows, a DoRA with a
+            magnitude per input, or an OFT with a constraint.
     """
     if any(part in change for part in keys.LOKR):
         return _split_lokr(change)
+    if keys.OFT in change:
+        if change.get("alpha", torch.zeros(())) != 0:
+            raise CannotFuseError("is an OFT with a constraint on q, k and v together")
+        return [change | {keys.OFT: third.contiguous()} for third in change[keys.OFT].chunk(3)]
     if MAGNITUDE in change and change[MAGNITUDE].dim() == 2 and change[MAGNITUDE].shape[0] == 1:
         raise CannotFuseError("has a magnitude for each input of q, k and v together")
     pairs = [(up, down) for up, down in PAIRS if up in change]
@@ -64,8 +68,8 @@ def fuse_qkv(changes: Sequence[Change | None]) -> Change:
     If their scales differ, each is multiplied into its block of B, in fp32.
 
     Raises:
-        CannotFuseError: a LoKr, a DoRA that lacks any of the three or has a magnitude per input, or changes that differ
-            in kind or in the shape of the weight.
+        CannotFuseError: a LoKr, a DoRA that lacks any of the three or has a magnitude per input, an OFT with a
+            constraint, or changes that differ in kind or in the shape of the weight.
     """
     present = [change for change in changes if change is not None]
     kinds = {frozenset(change.keys() - {"alpha"}) for change in present}
@@ -77,6 +81,8 @@ def fuse_qkv(changes: Sequence[Change | None]) -> Change:
     first = present[0]
     if any(part in first for part in keys.LOKR):
         raise CannotFuseError("is a Kronecker product, and three of those have no fused form")
+    if keys.OFT in first:
+        return _fuse_oft(changes)
     if MAGNITUDE in first and (len(present) < 3 or any(change[MAGNITUDE].dim() > 1 for change in present)):
         raise CannotFuseError("has magnitudes that the fused weight cannot have")
     pairs = [(up, down) for up, down in PAIRS if up in first]
@@ -97,7 +103,7 @@ def fuse_qkv(changes: Sequence[Change | None]) -> Change:
 def scale_of(change: Change) -> float:
     """Return alpha / rank, or 1 if there is no alpha; for a LoKr, the rank of its last factor that is a product.
 
-    A LoKr whose factors are whole matrices has no rank, and its alpha no effect.
+    A LoKr whose factors are whole matrices has no rank, and its alpha no effect. An OFT's alpha is no scale.
     """
     if "alpha" not in change:
         return 1.0
@@ -109,7 +115,7 @@ def scale_of(change: Change) -> float:
 
 
 def rank_of(change: Change) -> int:
-    """Return the rank of the (first) product; 0 for a LoKr."""
+    """Return the rank of the (first) product; 0 for a LoKr and an OFT, which has none."""
     for _, down in PAIRS:
         if down in change:
             return change[down].shape[0]
@@ -200,6 +206,19 @@ def _fuse_block_diagonal(changes: Sequence[Change | None], pairs: list[tuple[str
     scale = scales.pop() if len(scales) == 1 else 1.0
     fused["alpha"] = torch.tensor(scale * rank, dtype=torch.float64).float()
     return fused
+
+
+def _fuse_oft(changes: Sequence[Change | None]) -> Change:
+    """Return the groups of rows of all three; what is not changed has groups that are not turned."""
+    present = [change for change in changes if change is not None]
+    sizes, alphas = set(), set()
+    for change in present:
+        sizes.add(change[keys.OFT].shape)
+        alphas.add(float(change.get("alpha", torch.zeros(()))))
+    if len(sizes) > 1 or alphas != {0.0}:
+        raise CannotFuseError("is an OFT with groups of different sizes for q, k and v, or with a constraint")
+    still = torch.zeros_like(present[0][keys.OFT])
+    return present[0] | {keys.OFT: torch.cat([still if one is None else one[keys.OFT] for one in changes])}
 
 
 def _split_lokr(change: Change) -> list[Change | None]:

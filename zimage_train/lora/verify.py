@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from zimage_train.errors import Problem, WeightsError, ZImageTrainError, collect_errors
 from zimage_train.io import tensorfile
 from zimage_train.lora import keys, qkv
-from zimage_train.lora.deltas import Delta, Deltas, Dora, Factors, Hadamard, Kronecker, Lora
+from zimage_train.lora.deltas import Delta, Deltas, Dora, Factors, Hadamard, Kronecker, Lora, Rotation
 from zimage_train.lora.headers import Sizes
 from zimage_train.lora.layers import ADAPTER_NAME
 from zimage_train.lora.qkv import Change
@@ -161,6 +161,9 @@ def as_comfyui(path: Path, linears: Sizes) -> Deltas:
             if f"{name}.alpha" in tensors:
                 change["alpha"] = tensors.pop(f"{name}.alpha")
             loaded |= _comfyui_loha(module, change)
+        if f"{name}.{keys.OFT}" in tensors:
+            tensors.pop(f"{name}.alpha", None)  # a constraint, which files that are read here do not have
+            loaded |= _comfyui_oft(module, tensors.pop(f"{name}.{keys.OFT}"))
         for a_suffix, b_suffix in COMFYUI_PARTS:
             if name + a_suffix in tensors and name + b_suffix in tensors:
                 change = {"A": tensors.pop(name + a_suffix), "B": tensors.pop(name + b_suffix)}
@@ -199,6 +202,12 @@ def _comfyui_loha(module: str, change: Change) -> Deltas:
         return {module: Hadamard((b1, a1), (b2, a2), scale)}
     thirds = zip(split, b1.chunk(3), b2.chunk(3), strict=True)
     return {name: Hadamard((first, a1), (second, a2), scale) for name, first, second in thirds}
+
+
+def _comfyui_oft(module: str, blocks: Tensor) -> Deltas:
+    """Return module -> delta; the rows of a fused q, k, v module are divided into three."""
+    split = keys.split_qkv_names(module) or (module,)
+    return {name: Rotation(part) for name, part in zip(split, blocks.chunk(len(split)), strict=True)}
 
 
 def _comfyui_dora(lora: Lora, magnitude: Tensor) -> Deltas:

@@ -1,6 +1,7 @@
 """Search for the model files of a run, and checks of their headers, without reading a weight (torch-free)."""
 
 import contextlib
+import math
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -84,6 +85,7 @@ def find_model_files(
         modules = targets.select_modules(config.lora.targets, shape.linears)
         _require_patterns_match(config, modules)
         _require_principal_parts(config, modules, shape)
+        _require_groups(config, modules, shape)
         init_from = _init_from(config, modules, known_shape, fetch)
     if extras is not None:
         with collect_errors(errors):
@@ -92,7 +94,7 @@ def find_model_files(
     # If `model.path` was not found its shape is unknown, so the adapter cannot be compared with it.
     if adapter is not None and (transformer is not None or config.model.path is None):
         with collect_errors(errors):
-            adapter_sizes = headers.read_sizes(adapter)
+            adapter_sizes = headers.read_sizes(adapter, headers.ADDITIVE)
             headers.require_match(adapter, adapter_sizes, shape.linears)
 
     notes = list(dict.fromkeys(notes))  # two settings may name the same model
@@ -203,6 +205,24 @@ def _require_principal_parts(config: Config, modules: list[str], shape: Transfor
             raise ConfigError(Problem(Location(key="lora.start"), message, hint, "bad-value"))
 
 
+def _require_groups(config: Config, modules: list[str], shape: TransformerShape) -> None:
+    """Require that the rows of each weight can be divided into groups of `lora.rank` rows, of an OFT.
+
+    Raises:
+        ConfigError: names the first that cannot, and a rank with which all can.
+    """
+    rank = config.lora.rank
+    if config.lora.type != "oft" or rank is None:
+        return
+    for module in modules:
+        rows = shape.linears[module][0]
+        if rows % rank:
+            common = math.gcd(*(shape.linears[name][0] for name in modules))
+            most = max(number for number in range(1, min(rank, common) + 1) if common % number == 0)
+            message = f"{module} has {rows} rows, which are no groups of {rank}"
+            raise ConfigError(Problem(Location(key="lora.rank"), message, f"set lora.rank: {most}", "bad-value"))
+
+
 def _require_same_ranks(found: Mapping[str, int], wanted: Mapping[str, int], location: Location) -> None:
     for module, rank in wanted.items():
         if found[module] != rank:
@@ -233,19 +253,24 @@ def _require_same_parts(
             wanted = dict(shapes_of(settings, shape.linears, [module])[module].parts)
         else:
             wanted = part_shapes(settings, *shape.linears[module])
-        parts = {_trained_name(part): size for part, size in found[module].items()}
-        if "gain" in parts:  # which a file has as a magnitude, a column
-            parts["gain"] = parts["gain"][:1]
+        parts = dict(_trained_part(part, size) for part, size in found[module].items())
         if parts != wanted:
             there, here = ", ".join(map(_described, parts.items())), ", ".join(map(_described, wanted.items()))
             size = "lora.factor and lora.rank" if settings.type == "lokr" else "lora.rank"
             hint = f"set {size} to what it was trained with"
+            if keys.OFT in found[module]:
+                hint = f"set lora.rank: {found[module][keys.OFT][1]}"
             raise ConfigError(Problem(location, f"has {there} in {module}, and this run {here}", hint, "other-rank"))
 
 
-def _trained_name(part: str) -> str:
-    """Return the name that a run gives to the part of a file."""
-    return part.removeprefix("lokr_").removeprefix("hada_").replace(keys.MAGNITUDE, "gain")
+def _trained_part(part: str, size: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
+    """Return name and shape of what a run trains for the part of a file."""
+    if part == keys.MAGNITUDE:  # a column
+        return "gain", size[:1]
+    if part == keys.OFT:  # of which a run has what is above the diagonals
+        groups, rows, _ = size
+        return "above", (groups, rows * (rows - 1) // 2)
+    return part.removeprefix("lokr_").removeprefix("hada_"), size
 
 
 def _described(part: tuple[str, tuple[int, ...]]) -> str:

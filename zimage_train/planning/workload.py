@@ -134,7 +134,7 @@ def make_workload(
         is_fused=fuses_blocks(config, modules, gpu),
         ema=config.ema.decay is not None,
         pissa=config.lora.start == "pissa",
-        rank=0 if config.lora.type == "lokr" or config.lora.ranks else config.lora.rank or 0,
+        rank=0 if config.lora.type in ("lokr", "oft") or config.lora.ranks else config.lora.rank or 0,
         lokr=tuple(_lokr_shapes(config.lora, shape, modules)),
         module_costs=module_costs(config.lora, shape.linears, modules),
         # Preservation has a batch of its own with a backward, and a forward of the frozen model as its target.

@@ -229,7 +229,7 @@ def _load_frozen(context: RunContext, plan: MemoryPlan) -> FrozenTransformer:
 def _attach_lora(context: RunContext, frozen: FrozenTransformer) -> AdapterLayers:
     """Add the LoRA to the frozen model, starting from `lora.init_from` if it is set."""
     settings, modules, console = context.config.lora, context.model_files.modules, context.console
-    norms = None if settings.is_additive else _norms(frozen, modules)
+    norms = _norms(frozen, modules) if settings.needs_norms else None
     attached = adapters.attach_adapter(frozen.model, settings, modules, context.config.seed, norms)
     groups = ", ".join(f"{name} {count}" for name, count in targets.count_by_group(attached.modules).items())
     console.info(f"{settings.description}: matched {len(attached.modules)}/{len(modules)} modules ({groups})")
