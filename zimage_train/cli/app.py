@@ -145,6 +145,38 @@ def cache(config: ConfigPath, set_: Overrides = None) -> None:
 
 
 @app.command()
+def ui(
+    runs: Annotated[Path, typer.Option("--runs", metavar="FOLDER", help="Folder of the runs.")] = Path("runs"),
+    folders: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--folder",
+            metavar="FOLDER",
+            help="A folder whose images and LoRAs the page may open. Repeatable. Default: the working directory and "
+            "the home directory.",
+            show_default=False,
+        ),
+    ] = None,
+    host: Annotated[
+        str, typer.Option("--host", help="Address to listen at. Any but this machine's own asks for a token.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", min=1, max=65535, help="Port to listen at.")] = 7860,
+    browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Open the page in a browser.")] = True,
+) -> None:
+    """Open a page in the browser for the whole job: images, config, queue, live runs, LoRA files."""
+    try:
+        from zimage_train.ui.server import serve
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("zimage_train"):
+            raise
+        hint = "install it with `pip install 'zimage-train[ui]'`, or in a checkout `pip install -e '.[ui]'`"
+        raise ConfigError(
+            Problem("ui", f"needs {error.name}, which is not installed", hint, "missing-package")
+        ) from None
+    serve(runs, folders or [Path.cwd(), Path.home()], host, port, browser)
+
+
+@app.command()
 def publish(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run, output/NAME.", show_default=False)],
     to: Annotated[

@@ -106,6 +106,17 @@ def remove(path: Path) -> bool:
     return True
 
 
+def remove_folder(path: Path) -> None:
+    """Remove a folder with all that is in it. What cannot be removed stays.
+
+    A link to a folder is removed, and not what it leads to.
+    """
+    if path.is_symlink():
+        remove(path)
+        return
+    shutil.rmtree(path, ignore_errors=True)
+
+
 def move(path: Path, target: Path) -> Path:
     """Move a file within its volume to `target`, or to a free name beside that, and return its new path.
 

@@ -23,7 +23,7 @@ from filelock import FileLock, Timeout
 
 from zimage_train.errors import FolderInUseError, Problem
 from zimage_train.io import atomic
-from zimage_train.io.operating_system import is_process_alive
+from zimage_train.io.operating_system import is_process_alive, process_start
 
 LEASE_SECONDS = 120
 """Validity of a lease after it was last touched."""
@@ -54,6 +54,31 @@ def lock_folder(folder: Path) -> Iterator[None]:
         finally:
             _held_here.discard(lease.absolute())
             atomic.remove(lease)
+
+
+def is_held(folder: Path) -> bool:
+    """Return whether a process holds `folder`, by what it has written there; the lock itself is not touched.
+
+    Trying the lock would refuse a run that begins at that moment. A holder on another host counts for `LEASE_SECONDS`
+    after it has last written.
+    """
+    holder = folder / "run.holder"
+    words, written_at = _read_lease(holder)
+    if words is None:
+        return False
+    process_id, host = words
+    if host == socket.gethostname():
+        started_at = process_start(process_id)
+        # An older file is of an earlier process with the same id. File systems round their times.
+        return started_at is not None and started_at <= written_at + 2
+    times = [path.stat().st_mtime for path in (holder, folder / "metrics.jsonl", folder / "log.txt") if path.exists()]
+    return time.time() - max(times, default=0.0) <= LEASE_SECONDS
+
+
+def holder_process(folder: Path) -> int | None:
+    """Return the process of this machine that holds `folder`, or None."""
+    holder, _ = _read_lease(folder / "run.holder")
+    return holder[0] if holder and holder[1] == socket.gethostname() and is_held(folder) else None
 
 
 def has_system_locks(folder: Path) -> bool:
@@ -103,19 +128,27 @@ def _in_use(folder: Path) -> FolderInUseError:
 
 def _is_held(lease: Path) -> bool:
     """Return whether a lease, `process PID on HOST`, is valid."""
-    try:
-        words = lease.read_text(encoding="utf-8", errors="replace").split()
-        age = time.time() - lease.stat().st_mtime
-    except OSError:
+    holder, written_at = _read_lease(lease)
+    if holder is None:
         return False
-    if len(words) != 4 or not words[1].isdecimal():
-        return False
-    if words[3] == socket.gethostname():
-        if int(words[1]) == os.getpid():
+    process_id, host = holder
+    if host == socket.gethostname():
+        if process_id == os.getpid():
             # Otherwise an earlier process had this id: in a container that starts again, ids repeat.
             return lease.absolute() in _held_here
-        return is_process_alive(int(words[1]))
-    return age <= LEASE_SECONDS
+        return is_process_alive(process_id)
+    return time.time() - written_at <= LEASE_SECONDS
+
+
+def _read_lease(lease: Path) -> tuple[tuple[int, str] | None, float]:
+    """Return process and host of a lease, or None if there is no valid one, and when it was written or touched."""
+    try:
+        words = lease.read_text(encoding="utf-8", errors="replace").split()
+        written_at = lease.stat().st_mtime
+    except OSError:
+        return None, 0.0
+    is_valid = len(words) == 4 and words[1].isdecimal()
+    return ((int(words[1]), words[3]) if is_valid else None), written_at
 
 
 @contextlib.contextmanager

@@ -40,6 +40,16 @@ def is_process_alive(process_id: int) -> bool:
     return psutil.pid_exists(process_id)
 
 
+def process_start(process_id: int) -> float | None:
+    """Return when a process of this machine began, in seconds since the epoch, or None if it has ended."""
+    try:
+        process = psutil.Process(process_id)
+        # One that has ended is a zombie until its parent asks for its exit code.
+        return None if process.status() == psutil.STATUS_ZOMBIE else process.create_time()
+    except psutil.Error:
+        return None
+
+
 def stop_signals() -> list[signal.Signals]:
     """Return the signals that ask a run to stop: Ctrl-C, and on Unix those of a scheduler and of a closed terminal."""
     names = ["SIGINT"] if is_windows() else ["SIGINT", "SIGTERM", "SIGHUP"]

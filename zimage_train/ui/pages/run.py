@@ -1,0 +1,270 @@
+"""A run: its curves, previews, log and files, live."""
+
+from typing import Any
+
+from nicegui import events, ui
+
+from zimage_train.ui import run_state
+from zimage_train.ui.charts import Points, chart_options, curve, histogram_options
+from zimage_train.ui.layout import page_frame
+from zimage_train.ui.media import download_url, small_url, whole_url
+from zimage_train.ui.pages.runs import confirmed, note_of
+from zimage_train.ui.run_state import RunState
+from zimage_train.ui.site import Site, told
+from zimage_train.ui.texts import Translate
+
+REFRESH_SECONDS = 2.0
+CURVES = (
+    ("loss", "records"),
+    ("lr", "records"),
+    ("grad_norm", "records"),
+    ("drift", "events"),
+    ("validation", "validations"),
+    ("gb", "records"),
+)
+"""(name of a curve, where its values are)."""
+LAST_SIGMAS = 5000
+SMOOTHING = {0.0: "0", 0.6: "0.6", 0.9: "0.9", 0.98: "0.98"}
+
+
+def register(site: Site) -> None:
+    """Add the page."""
+
+    @ui.page("/run/{name}")
+    def run_page(name: str) -> None:
+        folder = site.workspace.run(name)
+        with page_frame("runs") as t:
+            if not folder.is_dir() or not run_state.is_run(folder):
+                ui.label(t("run.missing", name=name)).classes("zt-title")
+                return
+            RunPage(site, name, t).build()
+
+
+class RunPage:
+    """The page of a run for one browser."""
+
+    def __init__(self, site: Site, name: str, t: Translate) -> None:
+        self._site, self._name, self._t = site, name, t
+        self._folder = site.workspace.run(name)
+        self._smoothing, self._is_log = 0.9, False
+        self._others: list[str] = []
+        self._step: int | None = None
+        """The step whose previews are shown; None for the newest."""
+        self._shown: Any = None
+        """What the page shows of the folder; nothing is sent while it stays the same."""
+
+    def build(self) -> None:
+        t = self._t
+        with ui.row().classes("w-full items-center justify-between"):
+            with ui.row().classes("items-center gap-3"):
+                ui.label(self._name).classes("zt-title").props("role=heading aria-level=1")
+                self._status = ui.label()
+            self._actions = ui.row().classes("gap-1")
+        self._bar = ui.linear_progress(show_value=False, size="8px").props(f'rounded aria-label="{t("runs.step")}"')
+        self._note = ui.label().classes("zt-quiet").style("white-space: pre-wrap")
+        self._verdicts = ui.column().classes("w-full gap-1")
+        self._build_previews()
+        self._build_charts()
+        with ui.element("section").classes("zt-card"):
+            ui.label(t("run.log")).classes("zt-head")
+            self._log = ui.label().classes("zt-log").props("role=log tabindex=0")
+        with ui.element("section").classes("zt-card"):
+            ui.label(t("run.files")).classes("zt-head")
+            self._files = ui.column().classes("gap-1")
+        self.refresh()
+        ui.timer(REFRESH_SECONDS, self.refresh)
+        ui.keyboard(on_key=self._key)
+
+    def _build_previews(self) -> None:
+        t = self._t
+        with ui.element("section").classes("zt-card"):
+            with ui.row().classes("w-full items-center justify-between"):
+                ui.label(t("run.previews")).classes("zt-head")
+                self._step_label = ui.label().classes("zt-quiet")
+            self._slider = ui.slider(min=0, max=1, step=1, value=0).props(f'markers snap aria-label="{t("run.step")}"')
+            self._slider.on_value_change(self._slide)
+            self._pictures = ui.element("div").classes("zt-pictures")
+
+    def _build_charts(self) -> None:
+        t = self._t
+        with ui.element("section").classes("zt-card"):
+            with ui.row().classes("w-full items-center gap-4"):
+                ui.label(t("run.curves")).classes("zt-head")
+                smoothing = ui.select(SMOOTHING, value=self._smoothing, label=t("run.smoothing")).props(
+                    "dense outlined"
+                )
+                smoothing.classes("w-28").on_value_change(lambda event: self._set(smoothing=event.value))
+                ui.checkbox(t("run.log_axis")).on_value_change(lambda event: self._set(is_log=event.value))
+                names = [
+                    state.name for state in run_state.list_runs(self._site.workspace.runs) if state.name != self._name
+                ]
+                others = ui.select(names, value=[], multiple=True, label=t("run.over")).props(
+                    "dense outlined use-chips"
+                )
+                others.classes("min-w-40").on_value_change(lambda event: self._set(others=event.value))
+            with (
+                ui.element("div")
+                .classes("grid w-full gap-2")
+                .style("grid-template-columns: repeat(auto-fit, minmax(min(100%, 400px), 1fr))")
+            ):
+                self._charts = {name: ui.echart({}).classes("h-56 w-full") for name, _ in CURVES}
+                self._sigmas = ui.echart({}).classes("h-56 w-full")
+
+    def _set(self, **changes: Any) -> None:
+        for name, value in changes.items():
+            setattr(self, f"_{name}", value)
+        self._draw_charts()
+
+    def refresh(self) -> None:
+        """Show what the folder says now."""
+        state = run_state.read_run(self._folder)
+        previews = run_state.previews_of(self._folder)
+        waits = any(job.name == self._name for job in self._site.queue.waiting())
+        shown = (state, sum(map(len, previews.values())), waits)
+        if shown == self._shown:
+            return
+        before, self._shown = self._shown, shown
+        self._show_state(state, waits)
+        if before is None or before[1] != shown[1]:
+            self._show_steps(previews)
+            self._show_files()
+        if before is None or before[0].changed_at != state.changed_at:
+            self._draw_charts()
+            self._show_verdicts()
+
+    def _show_state(self, state: RunState, waits: bool) -> None:
+        t = self._t
+        status = "waiting" if waits else state.status
+        self._status.text = t(f"status.{status.replace(' ', '_')}")
+        self._status.classes(replace=f"zt-status zt-status-{status.split(' ')[0]}")
+        self._bar.value = state.fraction
+        progress = f"{state.step} / {state.steps}" if state.steps else ""
+        self._note.text = " · ".join(part for part in (progress, _pace(self._folder, state, t), note_of(state)) if part)
+        self._log.text = "\n".join(run_state.log_tail(self._folder, state.output))
+        self._actions.clear()
+        with self._actions:
+            if status in ("running", "starting", "waiting"):
+                self._button("stop", "stop_circle", told(self._site.queue.stop, self._name))
+            elif status != "done":
+                self._button("continue", "play_arrow", told(self._site.queue.resume, self._name))
+            self._button("clone", "content_copy", lambda: ui.navigate.to(f"/new?clone={self._name}"))
+            if status not in ("running", "starting"):
+                self._button("delete", "delete_outline", self._delete)
+
+    def _button(self, key: str, icon: str, action: Any) -> None:
+        ui.button(self._t(f"runs.{key}"), icon=icon, on_click=action).props("flat no-caps dense")
+
+    async def _delete(self) -> None:
+        question = self._t("runs.delete_question", name=self._name)
+        if await confirmed(question, self._t("runs.delete"), self._t) and told(self._site.queue.delete, self._name)():
+            ui.navigate.to("/")
+
+    def _show_steps(self, previews: dict[int, list[str]]) -> None:
+        steps = sorted(previews)
+        self._steps = steps
+        self._slider.set_visibility(len(steps) > 1)
+        self._slider.props["max"] = max(len(steps) - 1, 1)
+        self._slider.value = steps.index(self._step) if self._step in steps else max(len(steps) - 1, 0)
+        self._slider.update()
+        self._show_pictures()
+
+    def _slide(self, event: events.ValueChangeEventArguments) -> None:
+        if self._steps:
+            self._step = self._steps[int(event.value)] if event.value < len(self._steps) - 1 else None
+            self._show_pictures()
+
+    def _key(self, event: events.KeyEventArguments) -> None:
+        move = {"ArrowLeft": -1, "ArrowRight": 1}.get(str(event.key), 0)
+        if event.action.keydown and move and self._steps:
+            self._slider.value = min(max((self._slider.value or 0) + move, 0), len(self._steps) - 1)
+
+    def _show_pictures(self) -> None:
+        t, samples = self._t, self._folder / "samples"
+        self._pictures.clear()
+        if not self._steps:
+            self._step_label.text = t("run.no_previews")
+            return
+        step = self._steps[-1] if self._step is None else self._step
+        self._step_label.text = t("run.at_step", step=step)
+        with self._pictures:
+            for name in run_state.previews_of(self._folder).get(step, []):
+                path, first = samples / name, samples / f"{self._steps[0]:06d}{name[len(f'{step:06d}') :]}"
+                with ui.element("img").props(
+                    f'src="{small_url(path, 384)}" loading=lazy alt="{name}" tabindex=0 role=button'
+                ) as picture:
+                    picture.on("click", lambda path=path, first=first: self._zoom(path, first))
+                    picture.on("keydown.enter", lambda path=path, first=first: self._zoom(path, first))
+
+    def _zoom(self, path: Any, first: Any) -> None:
+        """Show a preview beside that of the first step, both as large as fits."""
+        with ui.dialog().props("maximized") as dialog, ui.card().classes("items-center"):
+            ui.button(icon="close", on_click=dialog.close).props(f'flat round aria-label="{self._t("common.close")}"')
+            with ui.row().classes("w-full justify-center no-wrap max-sm:flex-wrap"):
+                for label, file in ((self._t("run.first"), first), (path.name, path)):
+                    if file.exists():
+                        with ui.column().classes("items-center flex-1"):
+                            ui.element("img").props(f'src="{whole_url(file)}" alt="{label}"').style(
+                                "width: 100%; max-height: 82vh; object-fit: contain; image-rendering: auto"
+                            )
+                            ui.label(label).classes("zt-quiet")
+        dialog.on("hide", dialog.delete)
+        dialog.open()
+
+    def _draw_charts(self) -> None:
+        folders = {self._name: self._folder}
+        folders |= {name: self._site.workspace.run(name) for name in self._others}
+        for name, source in CURVES:
+            curves: dict[str, Points] = {}
+            for run, folder in folders.items():
+                points = _points(folder, name, source)
+                if len(points) > 1:
+                    curves[run] = points
+            chart = self._charts[name]
+            chart.set_visibility(bool(curves))
+            if curves:
+                smoothing = self._smoothing if name in ("loss", "grad_norm") else 0.0
+                title = self._t(f"curve.{name}")
+                options = chart_options(curves, smoothing, self._is_log and name != "lr", title, len(folders) > 1)
+                chart.options.clear()
+                chart.options.update(options)
+        sigmas: list[float] = []
+        for record in run_state.records_of(self._folder):
+            value = record.get("sigma", [])
+            sigmas += value if isinstance(value, list) else [value]
+        self._sigmas.set_visibility(bool(sigmas))
+        self._sigmas.options.clear()
+        self._sigmas.options.update(histogram_options(sigmas[-LAST_SIGMAS:], self._t("curve.sigma")))
+
+    def _show_verdicts(self) -> None:
+        warnings = [line for line in run_state.log_tail(self._folder, run_state.read_run(self._folder).output, 200)]
+        self._verdicts.clear()
+        with self._verdicts:
+            for line in dict.fromkeys(line for line in warnings if line.startswith("warning: ")):
+                ui.label(line.removeprefix("warning: ")).classes("zt-card").style("border-color: #b7791f")
+
+    def _show_files(self) -> None:
+        self._files.clear()
+        paths = sorted((self._folder / "lora").rglob("*.safetensors"), reverse=True)
+        paths += sorted((self._folder / "lora").glob(f"{self._name}.*json"))
+        paths += [path for path in (self._folder / "report.html", self._folder / "config.yaml") if path.exists()]
+        with self._files:
+            for path in paths[:40]:
+                ui.link(str(path.relative_to(self._folder)), download_url(path)).classes("zt-link")
+
+
+def _points(folder: Any, name: str, source: str) -> Points:
+    if source == "records":
+        return curve(run_state.records_of(folder), name)
+    events_there = run_state.events_of(folder)
+    if source == "validations":
+        return curve([event for event in events_there if event.get("event") == "validation"], "loss")
+    return curve(events_there, name)
+
+
+def _pace(folder: Any, state: RunState, t: Translate) -> str:
+    """Return the time of a step and what is left, from the last steps."""
+    seconds = [record["seconds"] for record in run_state.records_of(folder)[-20:] if "seconds" in record]
+    if not seconds or state.status != "running":
+        return ""
+    mean = sum(seconds) / len(seconds)
+    return t("run.pace", seconds=f"{mean:.2f}", minutes=round(mean * (state.steps - state.step) / 60))

@@ -1,0 +1,66 @@
+"""What all pages share: the workspace, the queue, the machine, and the language of who looks at a page."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+
+from nicegui import ui
+
+from zimage_train.errors import ZImageTrainError
+from zimage_train.ui.jobs import JobQueue
+from zimage_train.ui.machine import MachineState, read_machine
+from zimage_train.ui.texts import LANGUAGES, Translate, translator
+from zimage_train.ui.workspace import Workspace
+
+LANGUAGE_COOKIE, DARK_COOKIE = "zimage_train_language", "zimage_train_dark"
+MACHINE_SECONDS = 5.0
+
+
+@dataclass
+class Site:
+    """The parts that pages are made of."""
+
+    workspace: Workspace
+    queue: JobQueue
+    _machine: MachineState | None = None
+    _machine_read_at: float = field(default=0.0)
+
+    def machine(self) -> MachineState:
+        """Return the state of the machine, at most `MACHINE_SECONDS` old."""
+        if self._machine is None or time.monotonic() - self._machine_read_at > MACHINE_SECONDS:
+            self._machine, self._machine_read_at = read_machine(self.workspace.runs), time.monotonic()
+        return self._machine
+
+
+def page_language() -> str:
+    """Return the language of the page that is built: the one chosen, or else the first that the browser asks for."""
+    request = ui.context.client.request
+    chosen = request.cookies.get(LANGUAGE_COOKIE, "")
+    if chosen in LANGUAGES:
+        return chosen
+    for entry in request.headers.get("accept-language", "").split(","):
+        name = entry.split(";")[0].strip().split("-")[0].lower()
+        if name in LANGUAGES:
+            return name
+    return "en"
+
+
+def page_texts() -> Translate:
+    """Return the texts of the page that is built."""
+    return translator(page_language())
+
+
+def told(action: Callable[..., object], *arguments: object) -> Callable[[], bool]:
+    """Return `action` as a handler that shows the problems of a user's mistake; it returns whether there were none."""
+
+    def act() -> bool:
+        try:
+            action(*arguments)
+        except ZImageTrainError as error:
+            for problem in error.problems:
+                ui.notify(str(problem), type="negative", multi_line=True, close_button="OK", timeout=0)
+            return False
+        return True
+
+    return partial(act)
