@@ -230,3 +230,12 @@ _Dumper.add_representer(str, _represent_text)
 def dump(value: Any) -> str:
     """Return plain values as YAML in block style, which this reader and PyYAML read back with the same types."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1000)
+
+
+def dump_inline(value: Any) -> str:
+    """Return a plain value as YAML on one line, as it stands behind `key:`."""
+    # In a list, so that a scalar gets neither a line of its own nor an end of document.
+    text = yaml.dump(
+        [value], Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1_000_000, default_flow_style=True
+    )
+    return text.strip()[1:-1]

@@ -104,7 +104,7 @@ class JobQueue:
         self.add(name, self.config_text(name), gpu)
 
     def config_text(self, name: str) -> str:
-        """Return the config of a job or run: as it was written, or else with all defaults as a run has it.
+        """Return the config of a job or run: as it was written, or else with every setting, as a run has it.
 
         Raises:
             DataError: there is none.
@@ -114,6 +114,10 @@ class JobQueue:
             if path.exists():
                 return path.read_text(encoding="utf-8")
         raise DataError(Problem(str(folder), "has no config", "choose another run", "missing-file"))
+
+    def has_job(self, name: str) -> bool:
+        """Return whether the config of a run is there as it was written, with comments."""
+        return (self._workspace.run(name) / "job.yaml").exists() or (self._folder / f"{name}.yaml").exists()
 
     def stop(self, name: str) -> None:
         """Ask a run to save and stop; one that waits is taken out of the queue.

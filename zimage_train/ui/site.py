@@ -51,6 +51,12 @@ def page_texts() -> Translate:
     return translator(page_language())
 
 
+def show_problems(error: ZImageTrainError) -> None:
+    """Show every problem of an error until it is closed."""
+    for problem in error.problems:
+        ui.notify(str(problem), type="negative", multi_line=True, close_button="OK", timeout=0)
+
+
 def told(action: Callable[..., object], *arguments: object) -> Callable[[], bool]:
     """Return `action` as a handler that shows the problems of a user's mistake; it returns whether there were none."""
 
@@ -58,8 +64,7 @@ def told(action: Callable[..., object], *arguments: object) -> Callable[[], bool
         try:
             action(*arguments)
         except ZImageTrainError as error:
-            for problem in error.problems:
-                ui.notify(str(problem), type="negative", multi_line=True, close_button="OK", timeout=0)
+            show_problems(error)
             return False
         return True
 

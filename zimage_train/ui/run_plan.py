@@ -1,0 +1,84 @@
+"""The plan of a run before it starts: memory by part and card, time, what does not fit and what would."""
+
+from dataclasses import dataclass, field
+
+from zimage_train.config.schema import Config
+from zimage_train.errors import Problem, ZImageTrainError
+from zimage_train.io.operating_system import main_memory_bytes
+from zimage_train.io.progress import Progress
+from zimage_train.models.locate import cached_only
+from zimage_train.planning import forecast, gpus, memory, preflight
+from zimage_train.planning.gpus import GPU_SPECS, DeviceLimits
+from zimage_train.planning.preflight import RunSpec
+from zimage_train.planning.suggestions import SettingChange
+
+PARTS = ("weights", "lora", "activations", "context")
+"""The parts of a `MemoryEstimate`, in the order of the bar."""
+MEMORY_CODES = ("memory", "example")
+"""Beginnings of the codes of forecast lines that the bar shows."""
+
+
+@dataclass(frozen=True)
+class CardPlan:
+    """The predicted memory of a run on a card."""
+
+    card: str
+    limit_bytes: float
+    parts: dict[str, int]
+    """Part -> bytes, of `PARTS`."""
+    fits: bool
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(self.parts.values())
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """What is known of a run before it starts."""
+
+    cards: list[CardPlan] = field(default_factory=list)
+    lines: list[str] = field(default_factory=list)
+    """On time, cost and shares."""
+    changes: list[SettingChange] = field(default_factory=list)
+    """Settings by which a run that does not fit is predicted to fit."""
+    notes: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+    """What refuses the run."""
+
+
+def plan_run(config: Config, gpu: str | None, price: float | None, progress: Progress) -> RunPlan:
+    """Check `config` with its images and files, and plan it for the card `gpu`, or else for this machine's.
+
+    Without either it is planned for the cards of `forecast.EXAMPLES`. Nothing is downloaded.
+    """
+    try:
+        spec = preflight.check_run(config, cached_only, progress)
+        cards, changes = _cards(spec, gpu)
+        lines = [note for note in forecast.forecast_lines(spec, gpu, price) if not note.code.startswith(MEMORY_CODES)]
+    except ZImageTrainError as error:
+        return RunPlan(problems=list(error.problems))
+    notes = [str(note) for note in spec.notes]
+    return RunPlan(cards, [line.text.strip() for line in lines], changes, notes, list(spec.warnings))
+
+
+def _cards(spec: RunSpec, gpu: str | None) -> tuple[list[CardPlan], list[SettingChange]]:
+    device = forecast.device_for(spec.config, gpu)
+    if device is None and memory.parameters_of(preflight.workload_of(spec).shape) <= memory.MAX_CPU_PARAMETERS:
+        device = DeviceLimits("cpu", main_memory_bytes(), None)
+    if device is not None:
+        plan = _plan_on(spec, device)
+        suggestion = None if plan.fits else preflight.how_to_fit(spec, device.limit_bytes)
+        return [plan], suggestion.changes if suggestion else []
+    plans: list[CardPlan] = []
+    for name in forecast.EXAMPLES:
+        card = GPU_SPECS[name]
+        plans.append(_plan_on(spec, DeviceLimits(name, gpus.usable_bytes(card.memory_gb * 1e9), card)))
+    return plans, []
+
+
+def _plan_on(spec: RunSpec, device: DeviceLimits) -> CardPlan:
+    plan = forecast.plan_for(spec, device)
+    parts = {name: getattr(plan.peak, name) for name in PARTS}
+    return CardPlan(device.name, device.limit_bytes, parts, plan.fits)
