@@ -42,6 +42,9 @@ body, .q-header { background: #fff; }
 .zt-pictures img { width: 100%; border-radius: 8px; background: var(--soft); cursor: zoom-in; display: block; }
 a.zt-link { color: var(--accent); }
 .cm-editor .zt-bad-line { background: color-mix(in srgb, var(--bad) 22%, transparent); }
+.q-notification .q-btn { color: inherit !important; font-weight: 700; }
+.zt-drop .q-uploader__list { min-height: 0; padding: 0; }
+.zt-drop .q-uploader__subtitle { display: none; }
 @media (max-width: 700px) { .zt-nav > div { display: none; } .zt-page { padding: .6rem; } }
 """
 

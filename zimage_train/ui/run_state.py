@@ -158,12 +158,12 @@ def _status_of(folder: Path, step: int, steps: int, output: WorkerOutput) -> Sta
 
 
 def _changed_at(folder: Path) -> float:
-    times = [folder.stat().st_ctime]
-    for name in ("metrics.jsonl", "events.jsonl", WORKER_LOG, "job.yaml"):
+    times: list[float] = []
+    for name in ("metrics.jsonl", "events.jsonl", WORKER_LOG, "job.yaml", "config.yaml"):
         path = folder / name
         if path.exists():
             times.append(path.stat().st_mtime)
-    return max(times[1:], default=times[0])
+    return max(times, default=0.0)
 
 
 def _tail(path: Path) -> list[bytes]:

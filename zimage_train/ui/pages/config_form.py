@@ -148,7 +148,7 @@ def _fill_widget(field: FormField, widget: Any, checked: CheckedText) -> None:
     if problem is None:
         widget.props(remove="error error-message")
     else:
-        widget.props(f'error error-message="{_attribute(problem.message)}"')
+        widget.props(f'error error-message="{_attribute(f"{problem.message}; {problem.hint}".rstrip("; "))}"')
 
 
 def _plain_prompt(prompt: Any) -> str | None:

@@ -75,7 +75,7 @@ class NewRunPage:
                 ui.button(t("new.write"), icon="edit_note", on_click=self._write).props("no-caps outline")
             ui.upload(
                 label=t("new.drop"), auto_upload=True, max_file_size=MAX_UPLOAD_BYTES, on_upload=self._uploaded
-            ).props('flat bordered accept=".yaml,.yml,.json,.toml"').classes("w-full mt-3")
+            ).props('flat bordered accept=".yaml,.yml,.json,.toml"').classes("zt-drop w-full mt-3")
 
     def _build_text(self) -> None:
         t = self._t

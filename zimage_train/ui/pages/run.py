@@ -34,7 +34,8 @@ def register(site: Site) -> None:
     def run_page(name: str) -> None:
         folder = site.workspace.run(name)
         with page_frame("runs") as t:
-            if not folder.is_dir() or not run_state.is_run(folder):
+            waits = any(job.name == name for job in site.queue.waiting())
+            if not waits and not run_state.is_run(folder):
                 ui.label(t("run.missing", name=name)).classes("zt-title")
                 return
             RunPage(site, name, t).build()
@@ -124,7 +125,8 @@ class RunPage:
         if shown == self._shown:
             return
         before, self._shown = self._shown, shown
-        self._show_state(state, waits)
+        if state.folder.exists() or waits:
+            self._show_state(state, waits)
         if before is None or before[1] != shown[1]:
             self._show_steps(previews)
             self._show_files()
