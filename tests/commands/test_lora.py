@@ -57,8 +57,14 @@ def test_another_family_is_named(tmp_path: Path, keys: list[str], said: str):
             "layers.0.attention.to_q.lokr_t2",
             "has a LoRA of convolutions: 1 keys, such as {}; Z-Image has no convolutions",
         ),
-        ("layers.0.attention.to_q.oft_blocks", "has OFT: 1 keys, such as {}; it is not read here"),
-        ("base_model.model.layers.0.attention.to_q.oft_R.weight", "has OFT: 1 keys, such as {}; it is not read here"),
+        (
+            "layers.0.attention.to_q.oft_diag",
+            "has an OFT that is not LyCORIS's diag-oft: 1 keys, such as {}; it is not",
+        ),
+        (
+            "base_model.model.layers.0.attention.to_q.oft_R.weight",
+            "has an OFT that is not LyCORIS's diag-oft: 1 keys, such as {}; it is not read here",
+        ),
         ("something.else", "has 1 keys that are not of a Z-Image LoRA, such as {}; is it a LoRA of Z-Image?"),
         *(
             (key, "has whole weights or biases beside the LoRA: 1 keys, such as {}; a LoRA without them")

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from zimage_train import mini
 
 TINY = {
@@ -54,3 +56,9 @@ def tiny(output: Path, cache: Path) -> list[str]:
     """Options that bring any config to the miniature and to seconds."""
     places = {"output_dir": str(output), "cache.folder": str(cache)}
     return [word for key, value in (TINY | places).items() for word in ("--set", f"{key}={value}")]
+
+
+def mini_text(folder: Path, name: str, steps: int = 4, **changes: Any) -> str:
+    """The YAML of a tiny run in `folder`/runs."""
+    values = mini_values(folder / "runs", folder / "cache", name=name, **changes)
+    return yaml.safe_dump(merge(values, {"train": {"steps": steps}}), sort_keys=False)

@@ -112,7 +112,8 @@ def _forward_backward_seconds(
     computing = at_full_rate * batch / (card.tflops * 1e12)
     moving = moved / (BANDWIDTH_SHARE * card.gb_per_second * 1e9)
     # Python launches the kernels one by one, unless a CUDA graph does, as it can for fused blocks.
-    launching = 0.0 if workload.is_fused else cost.kernels * shape.n_layers * LAUNCH_SECONDS
+    is_launched = workload.gpu and not workload.is_fused
+    launching = cost.kernels * shape.n_layers * LAUNCH_SECONDS * is_launched
     # Copies overlap with computing, in the forward and again in the backward.
     return max(computing + moving, launching, 2 * _streaming_seconds(workload, placement, card))
 
@@ -141,7 +142,7 @@ def forward_seconds(workload: Workload, placement: WeightPlacement, size: Bucket
     # Previews run as modules. About a third of the traffic of their forward and backward belongs to the forward.
     traffic_bytes = MODULE_COSTS["none"].traffic_bytes / 3
     moving = traffic_bytes * shape.n_layers * shape.dim * tokens / (BANDWIDTH_SHARE * card.gb_per_second * 1e9)
-    launching = FORWARD_KERNELS * shape.n_layers * LAUNCH_SECONDS
+    launching = FORWARD_KERNELS * shape.n_layers * LAUNCH_SECONDS * workload.gpu
     return max(computing + moving, launching, _streaming_seconds(workload, placement, card))
 
 
