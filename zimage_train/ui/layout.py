@@ -42,6 +42,8 @@ body, .q-header { background: #fff; }
 .zt-pictures img { width: 100%; border-radius: 8px; background: var(--soft); cursor: zoom-in; display: block; }
 a.zt-link { color: var(--accent); }
 .cm-editor .zt-bad-line { background: color-mix(in srgb, var(--bad) 22%, transparent); }
+.body--dark .cm-editor { filter: invert(.9) hue-rotate(180deg); }
+.body--dark .q-btn--flat.text-primary, .body--dark .q-btn--outline.text-primary { color: var(--accent) !important; }
 .q-notification .q-btn { color: inherit !important; font-weight: 700; }
 .zt-drop .q-uploader__list { min-height: 0; padding: 0; }
 .zt-drop .q-uploader__subtitle { display: none; }

@@ -1,0 +1,235 @@
+"""The whole job in Chromium, on the miniature, through the page alone."""
+
+import json
+import os
+import re
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from page_server import PageServer, console_errors, open_browser, page_server
+from playwright.sync_api import Browser, Page, expect
+
+from zimage_train import mini
+from zimage_train.ui import run_state
+
+from mini_config import mini_text
+
+pytestmark = pytest.mark.slow
+
+LONG, RUN_SECONDS = 30_000, 120_000
+"""Milliseconds."""
+SHOTS = Path(os.environ.get("PAGE_SHOTS", "")) if os.environ.get("PAGE_SHOTS") else None
+"""A folder for screenshots, if they are asked for."""
+SIZES = {"wide": (1280, 900), "tablet": (820, 1100), "phone": (390, 800)}
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with open_browser() as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PageServer]:
+    with page_server(tmp_path_factory.mktemp("page"), "--folder", str(mini.TURBO.parent)) as started:
+        yield started
+
+
+@pytest.fixture
+def page(browser: Browser) -> Iterator[Page]:
+    """A page whose console must stay free of errors."""
+    context = browser.new_context(viewport={"width": 1280, "height": 900}, locale="en-US")
+    opened = context.new_page()
+    errors = console_errors(opened)
+    opened.set_default_timeout(LONG)
+    yield opened
+    context.close()
+    assert not errors
+
+
+def fill(page: Page, label: str, text: str) -> None:
+    field = page.get_by_label(label, exact=True).first
+    field.fill(text)
+    field.press("Tab")
+
+
+def editor_text(page: Page) -> str:
+    return page.locator(".cm-content").inner_text()
+
+
+def write_text(page: Page, text: str) -> None:
+    """Replace the text of the editor."""
+    page.locator(".cm-content").click()
+    page.keyboard.press("Control+a")
+    page.keyboard.insert_text(text)
+
+
+def status_of(address: str, method: str = "GET", headers: dict[str, str] | None = None) -> int:
+    return httpx.request(method, address, headers=headers).status_code
+
+
+def shoot(page: Page, name: str) -> None:
+    """Save screenshots at three sizes in light and dark, if they are asked for."""
+    if SHOTS is None:
+        return
+    for size, (width, height) in SIZES.items():
+        page.set_viewport_size({"width": width, "height": height})
+        for scheme in ("light", "dark"):
+            page.emulate_media(color_scheme=scheme)
+            page.evaluate("scrollTo(0, 0)")
+            page.wait_for_timeout(400)
+            page.screenshot(path=SHOTS / f"{name}-{size}-{scheme}.png", full_page=True)
+    page.set_viewport_size({"width": 1280, "height": 900})
+    page.emulate_media(color_scheme="light")
+
+
+def test_from_a_folder_to_a_lora(page: Page, server: PageServer):
+    """A folder becomes a config, the form changes it, it is planned, trained and shown, and the LoRA comes down."""
+    page.goto(f"{server.address}/new")
+    fill(page, "Folder", str(mini.IMAGES))
+    page.get_by_label("Model", exact=True).click()
+    page.get_by_role("option", name="miniature").click()
+    page.get_by_role("button", name="Write a config").click()
+    expect(page.get_by_label("name", exact=True).first).to_have_value("pictures_lora")
+    fill(page, "train.steps", "12")
+    fill(page, "lora.rank", "4")
+    fill(page, "sample.every", "6")
+    fill(page, "sample.prompts", "a red zorb on a blue background")
+    assert re.search(r"steps: 12 +# a minute on a CPU", editor_text(page)), "comments stay"
+    expect(page.get_by_text("fits").first).to_be_visible()
+    shoot(page, "new")
+    page.get_by_role("button", name="Start", exact=True).click()
+    page.wait_for_url("**/run/pictures_lora")
+    expect(page.get_by_text("done", exact=True)).to_be_visible(timeout=RUN_SECONDS)
+    expect(page.get_by_text("12 / 12")).to_be_visible()
+    expect(page.locator("canvas").first).to_be_visible()
+    expect(page.get_by_text("step 12", exact=True)).to_be_visible()
+    page.keyboard.press("ArrowLeft")
+    expect(page.get_by_text("step 6", exact=True)).to_be_visible()
+    page.locator(".zt-pictures img").first.click()
+    expect(page.get_by_text("before training")).to_be_visible()
+    assert page.locator("[role=dialog] img").count() == 2
+    page.get_by_role("button", name="Close").click()
+    shoot(page, "run")
+    with page.expect_download() as started:
+        page.get_by_role("link", name="lora/pictures_lora.safetensors").click()
+    file = Path(started.value.path())
+    assert file.read_bytes() == (server.runs / "pictures_lora" / "lora" / "pictures_lora.safetensors").read_bytes()
+    page.goto(server.address)
+    expect(page.get_by_role("link", name="pictures_lora")).to_be_visible()
+    shoot(page, "runs")
+
+
+def test_a_job_of_ai_toolkit(page: Page, server: PageServer, tmp_path: Path):
+    job = {
+        "job": "extension",
+        "config": {
+            "name": "from_there",
+            "process": [
+                {
+                    "type": "sd_trainer",
+                    "training_folder": "output",
+                    "model": {"name_or_path": "Tongyi-MAI/Z-Image-Turbo", "arch": "zimage:turbo"},
+                    "network": {"type": "lora", "linear": 8},
+                    "datasets": [{"folder_path": str(mini.IMAGES), "resolution": [512]}],
+                    "train": {"steps": 10, "lr": 1e-4, "batch_size": 1, "optimizer": "adamw8bit"},
+                }
+            ],
+        },
+    }
+    path = tmp_path / "job.json"
+    path.write_text(json.dumps(job))
+    page.goto(f"{server.address}/new")
+    page.locator("input[type=file]").set_input_files(path)
+    expect(page.get_by_label("name", exact=True).first).to_have_value("from_there")
+    expect(page.get_by_label("lora.rank", exact=True).first).to_have_value("8")
+    assert "Imported from job.json" in editor_text(page)
+
+
+def test_a_bad_yaml_marks_its_line(page: Page, server: PageServer):
+    """The line is marked, the form keeps what it has and comes back."""
+    page.goto(f"{server.address}/new")
+    name = page.get_by_label("name", exact=True).first
+    expect(name).to_have_value("my_character")
+    good = "name: mine\ndata:\n  - folder: photos\nlora:\n  rank: 4\n"
+    write_text(page, good)
+    expect(name).to_have_value("mine")
+    write_text(page, good.replace("rank: 4", "rank: [4"))
+    expect(page.get_by_text("The YAML has an error")).to_be_visible()
+    expect(page.locator(".zt-bad-line")).to_be_visible()
+    expect(name).to_have_value("mine")
+    expect(name).to_be_disabled()
+    expect(page.get_by_role("button", name="Start", exact=True)).to_be_disabled()
+    write_text(page, good.replace("rank: 4", "runk: 4"))
+    expect(page.get_by_text("config.yaml:5").first).to_be_visible()
+    expect(name).to_be_enabled()
+    write_text(page, good)
+    expect(page.get_by_role("button", name="Start", exact=True)).to_be_enabled()
+    expect(page.locator(".zt-bad-line")).to_have_count(0)
+
+
+def test_stop_continue_and_a_kill(page: Page, server: PageServer):
+    """A run is stopped and continued, survives a restart of the page, and a killed one is shown as failed."""
+    page.goto(f"{server.address}/new")
+    write_text(page, mini_text(server.folder, "long", steps=3000))
+    expect(page.get_by_label("name", exact=True).first).to_have_value("long")
+    page.get_by_role("button", name="Start", exact=True).click()
+    page.wait_for_url("**/run/long")
+    expect(page.get_by_text("running", exact=True)).to_be_visible(timeout=RUN_SECONDS)
+    page.get_by_role("button", name="Stop and save").click()
+    expect(page.get_by_text("stopped", exact=True)).to_be_visible(timeout=RUN_SECONDS)
+    page.get_by_role("button", name="Continue").click()
+    expect(page.get_by_text("running", exact=True)).to_be_visible(timeout=RUN_SECONDS)
+    page.goto("about:blank")
+    server.restart()
+    page.goto(f"{server.address}/run/long")
+    expect(page.get_by_text("running", exact=True)).to_be_visible()
+    worker = json.loads((server.runs / "long" / run_state.WORKER).read_text())["pid"]
+    os.kill(worker, signal.SIGKILL)
+    expect(page.get_by_text("failed", exact=True)).to_be_visible(timeout=10_000)
+    assert "matched 42/42" in page.get_by_role("log").inner_text()
+
+
+def test_two_tabs_show_the_same(browser: Browser, server: PageServer):
+    """What one tab does, the other shows without being touched."""
+    tabs = [browser.new_context(locale="en-US").new_page() for _ in range(2)]
+    (server.runs / "old").mkdir(parents=True, exist_ok=True)
+    (server.runs / "old" / "config.yaml").write_text("name: old\n")
+    for tab in tabs:
+        tab.goto(server.address)
+        expect(tab.get_by_role("link", name="old", exact=True)).to_be_visible(timeout=LONG)
+    tabs[0].get_by_role("button", name="Move to trash old").click()
+    tabs[0].get_by_role("button", name="Move to trash", exact=True).click()
+    for tab in tabs:
+        expect(tab.get_by_role("link", name="old", exact=True)).to_have_count(0, timeout=LONG)
+    expect(tabs[0].get_by_role("button", name="Empty the trash")).to_be_visible()
+    assert not (server.runs / "old").exists() and (server.runs / ".trash" / "old").exists()
+    for tab in tabs:
+        tab.context.close()
+
+
+def test_other_sites_and_folders(page: Page, server: PageServer, tmp_path: Path):
+    """A form that another site posts is refused, and so is a file outside the folders."""
+    assert status_of(f"{server.address}/", "POST", {"Origin": "http://evil.example"}) == 403
+    outside = tmp_path / "secret.png"
+    outside.write_bytes(next(mini.IMAGES.glob("*.png")).read_bytes())
+    (server.folder / "link.png").unlink(missing_ok=True)
+    (server.folder / "link.png").symlink_to(outside)
+    hidden = server.runs / ".secret" / "x.png"
+    hidden.parent.mkdir(parents=True, exist_ok=True)
+    hidden.write_bytes(outside.read_bytes())
+    for path, code in ((outside, 403), (f"{server.folder}/../{tmp_path.name}/secret.png", 403), (hidden, 404)):
+        assert status_of(f"{server.address}/media/whole?path={path}") == code
+    assert status_of(f"{server.address}/media/whole?path={server.folder / 'link.png'}") == 403
+
+
+def test_languages(page: Page, server: PageServer):
+    page.goto(server.address)
+    page.get_by_label("Language").click()
+    page.get_by_role("option", name="简体中文").click()
+    expect(page.get_by_role("heading", name="训练列表")).to_be_visible()
+    page.goto(f"{server.address}/new")
+    expect(page.get_by_role("heading", name="新建训练")).to_be_visible()
