@@ -271,7 +271,7 @@ def install_package(checkout: Checkout, extra: str) -> None:
     tools = f" and the {extra} tools" if extra else ""
     print(f"installing zimage-train{tools} into {checkout.venv}; the first time takes minutes")
     checkout.write_stamp("unfinished")  # cut off from here on, .venv is made anew by the next run
-    package = f".[{extra}]" if extra else "."
+    package = f".[{extra or 'ui'}]"
     if pip(checkout, "install", "-qq", "--constraint", str(constraints), "-e", package, *torch, index=index) != 0:
         checkout.write_stamp("")  # a clean failure (no network) spoils nothing: the next run goes on from here
         sys.exit("error: pip could not install zimage-train; its own words are above")
