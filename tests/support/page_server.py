@@ -90,8 +90,10 @@ def page_server(folder: Path, *options: str) -> Iterator[PageServer]:
 def _start(folder: Path, port: int, options: list[str]) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "zimage_train", "ui", "--no-browser", "--port", str(port), *options]
     said = folder / "page.log"
+    # NiceGUI behaves differently where it finds pytest.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
     with said.open("w") as log:
-        process = subprocess.Popen(command, cwd=folder, stdout=log, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT)
     until = time.monotonic() + STARTING_SECONDS
     while time.monotonic() < until:
         try:

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import httpx
 import pytest
-from page_server import PageServer, console_errors, open_browser, page_server
 from playwright.sync_api import Browser, Page, expect
 
 from zimage_train import mini
 from zimage_train.ui import run_state
 
 from mini_config import mini_text
+from page_server import PageServer, console_errors, open_browser, page_server
 
 pytestmark = pytest.mark.slow
 

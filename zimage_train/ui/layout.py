@@ -50,6 +50,15 @@ a.zt-link { color: var(--accent); }
 @media (max-width: 700px) { .zt-nav > div { display: none; } .zt-page { padding: .6rem; } }
 """
 
+SEARCH_KEY = """<script>
+document.addEventListener("keydown", event => {
+  const writes = /^(INPUT|TEXTAREA|SELECT)$/.test(event.target.tagName) || event.target.isContentEditable;
+  const search = document.querySelector(".zt-search input");
+  if (event.key === "/" && search && !writes) { search.focus(); event.preventDefault(); }
+});
+</script>"""
+"""In the browser, so that what is typed right after `/` is not lost."""
+
 
 @contextmanager
 def page_frame(here: str) -> Iterator[Translate]:
@@ -59,6 +68,7 @@ def page_frame(here: str) -> Iterator[Translate]:
     ui.colors(primary="#2f6fb8", positive="#1a7037", negative="#b42318")
     dark = ui.context.client.request.cookies.get(DARK_COOKIE, "auto")
     ui.dark_mode(DARK.get(dark))
+    ui.add_body_html(SEARCH_KEY)
     ui.page_title(f"{t('nav.' + here)} · zimage-train")
     with ui.header().classes("items-center justify-between text-inherit").style("border-bottom: 1px solid var(--line)"):
         with ui.element("nav").classes("flex items-center gap-1").props(f'aria-label="{t("nav.label")}"'):

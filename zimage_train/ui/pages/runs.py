@@ -120,12 +120,6 @@ def _build(site: Site, t: Translate) -> None:
     refresh()
     build_trash()
     ui.timer(REFRESH_SECONDS, refresh)
-    ui.keyboard(on_key=lambda event: _search_key(event, search))
-
-
-def _search_key(event: events.KeyEventArguments, search: ui.input) -> None:
-    if event.action.keydown and event.key == "/":
-        search.run_method("focus")
 
 
 async def confirmed(question: str, yes: str, t: Translate) -> bool:
