@@ -43,7 +43,7 @@ body, .q-header { background: #fff; }
 a.zt-link { color: var(--accent); }
 .cm-editor .zt-bad-line { background: color-mix(in srgb, var(--bad) 22%, transparent); }
 .body--dark .cm-editor { filter: invert(.9) hue-rotate(180deg); }
-.body--dark .q-btn--flat.text-primary, .body--dark .q-btn--outline.text-primary { color: var(--accent) !important; }
+.text-link { color: var(--accent); }
 .q-notification .q-btn { color: inherit !important; font-weight: 700; }
 .zt-drop .q-uploader__list { min-height: 0; padding: 0; }
 .zt-drop .q-uploader__subtitle { display: none; }

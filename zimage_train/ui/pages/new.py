@@ -72,7 +72,7 @@ class NewRunPage:
                 self._card.on_value_change(lambda: self._plan_later())
                 self._price = ui.number(t("new.price"), min=0, step=0.01).props("dense outlined").classes("w-28")
                 self._price.on_value_change(lambda: self._plan_later())
-                ui.button(t("new.write"), icon="edit_note", on_click=self._write).props("no-caps outline")
+                ui.button(t("new.write"), icon="edit_note", on_click=self._write).props("no-caps outline color=link")
             ui.upload(
                 label=t("new.drop"), auto_upload=True, max_file_size=MAX_UPLOAD_BYTES, on_upload=self._uploaded
             ).props('flat bordered accept=".yaml,.yml,.json,.toml"').classes("zt-drop w-full mt-3")

@@ -32,7 +32,9 @@ def show_plan(plan: RunPlan, t: Translate, apply: Callable[[str, Any], None]) ->
         with ui.row().classes("items-center gap-2"):
             ui.label(t("plan.would_fit"))
             for change in plan.changes:
-                ui.button(str(change), on_click=partial(apply, change.key, change.value)).props("no-caps outline dense")
+                ui.button(str(change), on_click=partial(apply, change.key, change.value)).props(
+                    "no-caps outline dense color=link"
+                )
     for line in plan.lines:
         ui.label(line).classes("text-sm").style("overflow-wrap: anywhere")
     for text in plan.warnings:

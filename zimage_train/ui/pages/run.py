@@ -154,7 +154,7 @@ class RunPage:
                 self._button("delete", "delete_outline", self._delete)
 
     def _button(self, key: str, icon: str, action: Any) -> None:
-        ui.button(self._t(f"runs.{key}"), icon=icon, on_click=action).props("flat no-caps dense")
+        ui.button(self._t(f"runs.{key}"), icon=icon, on_click=action).props("flat no-caps dense color=link")
 
     async def _delete(self) -> None:
         question = self._t("runs.delete_question", name=self._name)

@@ -113,7 +113,7 @@ def _build(site: Site, t: Translate) -> None:
         if size:
             with trash:
                 ui.button(t("runs.empty_trash", size=format_bytes(size)), icon="delete_forever", on_click=empty).props(
-                    "flat no-caps"
+                    "flat no-caps color=link"
                 )
 
     table.on("act", act)
@@ -127,7 +127,7 @@ async def confirmed(question: str, yes: str, t: Translate) -> bool:
     with ui.dialog() as dialog, ui.card():
         ui.label(question)
         with ui.row().classes("w-full justify-end"):
-            ui.button(t("common.cancel"), on_click=lambda: dialog.submit(False)).props("flat no-caps")
+            ui.button(t("common.cancel"), on_click=lambda: dialog.submit(False)).props("flat no-caps color=link")
             ui.button(yes, on_click=lambda: dialog.submit(True)).props("no-caps color=negative")
     answer = await dialog
     dialog.delete()

@@ -1,0 +1,106 @@
+"""Contrast of all text by WCAG 2 AA, names of all controls, and the width of small screens."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from playwright.sync_api import Browser, Page
+
+from page_server import PageServer, open_browser, page_server
+
+pytestmark = pytest.mark.slow
+
+PAGES = ("/", "/run/done", "/new", "/images", "/try", "/loras")
+CONTRASTS = """() => {
+  const channel = value => { value /= 255; return value <= .04045 ? value / 12.92 : ((value + .055) / 1.055) ** 2.4; };
+  const luminance = ([r, g, b]) => .2126 * channel(r) + .7152 * channel(g) + .0722 * channel(b);
+  const parse = text => (text.match(/[\\d.]+/g) || [0, 0, 0, 0]).map(Number);
+  const blend = (over, under) => {
+    const alpha = over.length > 3 ? over[3] : 1;
+    return [0, 1, 2].map(i => alpha * over[i] + (1 - alpha) * under[i]);
+  };
+  const background = element => {
+    const layers = [];
+    for (let at = element; at; at = at.parentElement) {
+      const color = parse(getComputedStyle(at).backgroundColor);
+      if (color.length < 4 || color[3] > 0) layers.push(color);
+      if (color.length < 4 || color[3] === 1) break;
+    }
+    return layers.reverse().reduce((under, over) => blend(over, under), [255, 255, 255]);
+  };
+  const bad = [];
+  const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  while (walker.nextNode()) {
+    const element = walker.currentNode.parentElement, style = getComputedStyle(element);
+    const box = element.getBoundingClientRect();
+    const isHidden = style.visibility === "hidden" || !box.width || !box.height || !element.checkVisibility();
+    const isOut = element.closest(".cm-editor, canvas, [aria-hidden=true], .disabled, [disabled], style, script, i");
+    if (!walker.currentNode.textContent.trim() || isHidden || isOut) continue;
+    let opacity = 1;
+    for (let at = element; at; at = at.parentElement) opacity *= Number(getComputedStyle(at).opacity);
+    const under = background(element), color = parse(style.color);
+    const over = blend([color[0], color[1], color[2], (color[3] ?? 1) * opacity], under);
+    const [light, dark] = [luminance(over), luminance(under)].sort((a, b) => b - a);
+    const ratio = (light + .05) / (dark + .05), size = parseFloat(style.fontSize);
+    const isLarge = size >= 24 || (size >= 18.66 && Number(style.fontWeight) >= 700);
+    const text = walker.currentNode.textContent.trim().slice(0, 40);
+    if (ratio < (isLarge ? 3 : 4.5)) bad.push(`${ratio.toFixed(2)} ${text}`);
+  }
+  return [...new Set(bad)];
+}"""
+UNNAMED = """() => [...document.querySelectorAll("button, a[href], input:not([type=hidden]), textarea, select, img")]
+  .filter(one => one.checkVisibility() && one.tabIndex >= 0 && !one.closest("[aria-hidden=true]"))
+  .filter(one => !(one.getAttribute("aria-label") || one.getAttribute("alt") !== null || one.textContent.trim()
+    || one.getAttribute("aria-labelledby") || one.closest("label")?.textContent.trim() || one.title))
+  .map(one => one.outerHTML.slice(0, 120))"""
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PageServer]:
+    folder = tmp_path_factory.mktemp("seen")
+    run = folder / "runs" / "done"
+    run.mkdir(parents=True)
+    (run / "config.yaml").write_text("name: done\ntrain: {steps: 2}\n")
+    (run / "log.txt").write_text("2026-01-01 warning: something is odd\n")
+    records = [f'{{"step": {step}, "loss": 1.0, "lr": 1e-4, "sigma": [0.5]}}\n' for step in (1, 2)]
+    (run / "metrics.jsonl").write_text("".join(records))
+    with page_server(folder) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with open_browser() as opened:
+        yield opened
+
+
+def opened(browser: Browser, address: str, **options: Any) -> Page:
+    page = browser.new_context(locale="en-US", **options).new_page()
+    page.goto(address)
+    page.wait_for_timeout(1500)
+    return page
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("path", PAGES)
+def test_text_can_be_read(browser: Browser, server: PageServer, path: str, scheme: Any):
+    page = opened(browser, server.address + path, color_scheme=scheme)
+    assert page.evaluate(CONTRASTS) == []
+    assert page.evaluate(UNNAMED) == []
+    page.context.close()
+
+
+def test_contrast_is_measured(browser: Browser, server: PageServer):
+    """A pale text and a button without a name are found."""
+    page = opened(browser, server.address)
+    page.evaluate("document.body.insertAdjacentHTML('beforeend', '<p style=\"color:#bbb;background:#fff\">pale</p>')")
+    page.evaluate("document.body.insertAdjacentHTML('beforeend', '<button></button>')")
+    assert [line.split()[1] for line in page.evaluate(CONTRASTS)] == ["pale"] and len(page.evaluate(UNNAMED)) == 1
+    page.context.close()
+
+
+@pytest.mark.parametrize("path", PAGES)
+def test_small_screens_fit(browser: Browser, server: PageServer, path: str):
+    page = opened(browser, server.address + path, viewport={"width": 390, "height": 800})
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    page.context.close()
