@@ -8,7 +8,7 @@ from zimage_train.config.schema import Config
 from zimage_train.dataset.buckets import nearest_bucket
 from zimage_train.dataset.images import INDEX_NAME, ImageIndex
 from zimage_train.dataset.sample_order import target_sides
-from zimage_train.dataset.scan import scan_entry
+from zimage_train.dataset.scan import FolderScan, scan_entry
 from zimage_train.errors import Problem
 from zimage_train.io import atomic
 
@@ -25,19 +25,18 @@ def move_rejected(config: Config) -> list[str]:
     image_index = ImageIndex(cache_dir(config) / INDEX_NAME)
     lines: list[str] = []
     for index, entry in enumerate(config.data):
-        for path, problem in _bad_images(entry, f"data.{index}", image_index):
+        for path, problem in unusable_images(entry, scan_entry(entry, f"data.{index}", image_index)):
             if entry.folder is None:  # images of a list may belong to something else
                 lines.append(f"{path}: {problem.message}; not moved: take its line out of {entry.metadata}")
                 continue
-            target = _move(path, Path(entry.folder), entry.caption_ext, problem)
+            target = move_away(path, Path(entry.folder), entry.caption_ext, problem)
             lines.append(f"{path}: {problem.message}; moved to {target}")
     image_index.save()
     return [*lines, f"{len(lines)} bad images", ""]
 
 
-def _bad_images(entry: DataEntry, where: str, image_index: ImageIndex) -> list[tuple[Path, Problem]]:
+def unusable_images(entry: DataEntry, scan: FolderScan) -> list[tuple[Path, Problem]]:
     """Return the images that cannot be read, or are too narrow for a resolution of `entry`, and why."""
-    scan = scan_entry(entry, where, image_index)
     bad = list(scan.rejected)
     for image in scan.images:
         try:
@@ -48,8 +47,12 @@ def _bad_images(entry: DataEntry, where: str, image_index: ImageIndex) -> list[t
     return bad
 
 
-def _move(path: Path, root: Path, caption_ext: str, problem: Problem) -> Path:
-    """Move the image `path`, its caption and the reason into `_rejected`, and return where the image is now."""
+def move_away(path: Path, root: Path, caption_ext: str, problem: Problem) -> Path:
+    """Move the image `path`, its caption and the reason into `_rejected`, and return where the image is now.
+
+    Raises:
+        DiskError: a file cannot be moved.
+    """
     caption = path.with_suffix(caption_ext)
     # If the name is taken in `_rejected`, the image gets another name there; caption and reason are named after that.
     target = atomic.move(path, root / FOLDER / path.relative_to(root))

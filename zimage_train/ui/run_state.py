@@ -191,7 +191,7 @@ def _read_output(path: Path) -> WorkerOutput:
     errors: list[dict[str, Any]] = []
     lines: list[str] = []
     for line in _tail(path):
-        event = _event_of(line)
+        event = event_of(line)
         if event is None:
             continue
         kind = event.get("event")
@@ -202,7 +202,7 @@ def _read_output(path: Path) -> WorkerOutput:
     return WorkerOutput(progress, errors, lines[-200:])
 
 
-def _event_of(line: bytes) -> dict[str, Any] | None:
+def event_of(line: bytes) -> dict[str, Any] | None:
     """Return the event of a line; a traceback or a library's own line becomes an event too."""
     text = line.decode("utf-8", "replace").rstrip()
     if not text:
