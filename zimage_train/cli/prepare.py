@@ -10,7 +10,7 @@ import typer
 
 from zimage_train.compat.formats import read_job_as_config
 from zimage_train.config.templates import MODEL_TEMPLATES, SUBJECT_KINDS
-from zimage_train.dataset.caption_prompts import CAPTION_STYLES
+from zimage_train.dataset.caption_prompts import CAPTION_STYLES, DEFAULT_MODEL
 from zimage_train.errors import ConfigError, Problem
 from zimage_train.io import atomic
 from zimage_train.planning.gpus import GPU_SPECS
@@ -20,8 +20,6 @@ if TYPE_CHECKING:  # the command line loads the commands only when they run
     from zimage_train.commands.init import Answers, FolderSummary
 
 start_commands = typer.Typer(rich_markup_mode=None)
-
-CAPTIONER = "Qwen/Qwen3-VL-4B-Instruct"
 
 JobPath = Annotated[Path, typer.Argument(metavar="JOB", help="The job (YAML or JSON).", show_default=False)]
 FolderPath = Annotated[Path, typer.Argument(metavar="FOLDER", help="The folder of images.", show_default=False)]
@@ -142,7 +140,9 @@ def _complete_answers(
 @start_commands.command()
 def caption(
     folder: FolderPath,
-    model: Annotated[str, typer.Option("--model", help="The vision-language model: a folder or a hub id.")] = CAPTIONER,
+    model: Annotated[
+        str, typer.Option("--model", help="The vision-language model: a folder or a hub id.")
+    ] = DEFAULT_MODEL,
     style: Annotated[str, typer.Option("--style", help=f"Style of the captions: {', '.join(CAPTION_STYLES)}.")] = (
         "sentences"
     ),

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 from zimage_train.dataset import captions
 
+DEFAULT_MODEL = "Qwen/Qwen3-VL-4B-Instruct"
+"""Hub id of the model that writes captions."""
 SEEN_ONLY = "State only what can be seen."
 
 

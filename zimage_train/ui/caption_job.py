@@ -10,12 +10,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from zimage_train.dataset.caption_prompts import DEFAULT_MODEL
 from zimage_train.errors import DataError, Problem, ZImageTrainError
 from zimage_train.ui.image_folder import CAPTION_EXT, current_caption
 from zimage_train.ui.run_state import event_of, text_of
 
 PROGRAM = [sys.executable, "-m", "zimage_train", "--json", "caption"]
-DEFAULT_MODEL = "Qwen/Qwen3-VL-4B-Instruct"
 LAST_LINES = 50
 STOP_SECONDS = 10.0
 """After that, a process that was asked to stop is killed; every caption that it has written is whole."""
@@ -107,9 +107,7 @@ class CaptionJob:
     def _follow(self, folder: Path) -> None:
         """Run the command on a folder, and take note of its events until it ends."""
         command = [*PROGRAM, str(folder), *self.wish.arguments()]
-        process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        )
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         self._process = process
         atexit.register(process.terminate)
         if self.is_stopped:  # before there was a process to stop

@@ -8,7 +8,6 @@ from fastapi import APIRouter, HTTPException
 from fastapi.responses import Response
 from PIL import Image
 
-from zimage_train.config.dataset import ALPHA
 from zimage_train.dataset import images, masks
 from zimage_train.dataset.images import ImageIndex
 from zimage_train.dataset.masks import Mask
@@ -72,5 +71,3 @@ def _darkness(path: Path, is_alpha: bool) -> bytes:
     buffer = io.BytesIO()
     black.save(buffer, "PNG")
     return buffer.getvalue()
-
-

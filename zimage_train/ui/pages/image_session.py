@@ -1,0 +1,123 @@
+"""What the parts of the page of images share: the folder, what of it is shown, and the changes made to it."""
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Literal
+
+from nicegui import run, ui
+
+from zimage_train.dataset.images import ImageIndex
+from zimage_train.errors import Problem, ZImageTrainError
+from zimage_train.ui.caption_edits import CaptionEditor, Change, EditResult
+from zimage_train.ui.folder_check import MOVED_BY_HAND, move_away, move_back
+from zimage_train.ui.image_folder import ImageFolder
+from zimage_train.ui.image_frames import ImageSizes
+from zimage_train.ui.site import Site
+from zimage_train.ui.texts import Translate
+
+MAX_MESSAGES = 5
+"""Problems that are shown one by one; of more, only the number."""
+
+News = Literal["images", "captions", "filter"]
+"""The list of images is another, captions are others, or other images are shown."""
+
+
+class ImageSession:
+    """A folder as one browser looks at it."""
+
+    def __init__(self, site: Site, t: Translate, path: Path, mask: str | None) -> None:
+        self.site, self.t, self.path = site, t, path
+        self.folder = ImageFolder(path, mask)
+        self.editor = CaptionEditor(self.folder)
+        self.sizes, self.mask_index = ImageSizes(), ImageIndex()
+        self.query, self.is_uncaptioned = "", False
+        self.tag: str | None = None
+        self.names: list[str] = []
+        """The images that the search leaves, in their order."""
+        self._listeners: list[Callable[[News], None]] = []
+
+    def listen(self, listener: Callable[[News], None]) -> None:
+        """Call `listener` whenever something has changed."""
+        self._listeners.append(listener)
+
+    def tell(self, news: News) -> None:
+        """Let every part of the page show what has changed."""
+        for listener in self._listeners:
+            listener(news)
+
+    async def read(self) -> None:
+        """Read the folder again, in a thread."""
+        try:
+            await run.io_bound(self.folder.read)
+        except ZImageTrainError as error:
+            show_problems(error, self.t)
+            return
+        self._search()
+        self.tell("images")
+
+    def filter(self, **changes: object) -> None:
+        """Show other images: `query`, `tag` or `is_uncaptioned`."""
+        for name, value in changes.items():
+            setattr(self, name, value)
+        self._search()
+        self.tell("filter")
+
+    def _search(self) -> None:
+        self.names = self.folder.search(self.query, self.tag, self.is_uncaptioned)
+
+    @property
+    def captions(self) -> list[str]:
+        """The captions of all images."""
+        return [image.caption for image in self.folder.images.values()]
+
+    @property
+    def num_uncaptioned(self) -> int:
+        return sum(not caption for caption in self.captions)
+
+    async def edit(self, change: Change, names: Iterable[str] | None = None) -> None:
+        """Change the captions of some images, or of all, and say what became of it."""
+        previewed = self.editor.preview(change, self.folder.images if names is None else names)
+        await self.apply(previewed)
+
+    async def apply(self, previewed: dict[str, tuple[str, str]]) -> None:
+        """Write the captions of a preview in a thread, and say what became of it."""
+        self._say(await run.io_bound(self.editor.apply, previewed))
+
+    async def undo(self) -> None:
+        """Undo the last edit, and say what became of it."""
+        self._say(await run.io_bound(self.editor.undo))
+
+    def _say(self, result: EditResult | None) -> None:
+        if result is None:  # the server is ending
+            return
+        ui.notify(self.t("images.changed", count=len(result.changed)), type="positive")
+        problems = [problem for error in result.errors for problem in error.problems]
+        if problems:
+            show_problems(ZImageTrainError(*problems), self.t)
+        self.tell("captions")
+
+    async def move_away(self, paths: Iterable[Path], problem: Problem = MOVED_BY_HAND) -> None:
+        """Move images into `_rejected`, and show the folder without them."""
+        for path in paths:
+            try:
+                await run.io_bound(move_away, self.path, path, problem)
+            except ZImageTrainError as error:
+                show_problems(error, self.t)
+        await self.read()
+
+    async def move_back(self, path: Path) -> None:
+        """Move an image back from `_rejected`."""
+        try:
+            await run.io_bound(move_back, self.path, path)
+        except ZImageTrainError as error:
+            show_problems(error, self.t)
+        await self.read()
+
+
+def show_problems(error: ZImageTrainError, t: Translate) -> None:
+    """Show the problems of an error until they are closed; of many, the first."""
+    for problem in error.problems[:MAX_MESSAGES]:
+        ui.notify(str(problem), type="negative", multi_line=True, close_button="OK", timeout=0)
+    more = len(error.problems) - MAX_MESSAGES
+    if more > 0:
+        ui.notify(t("images.more_problems", count=more), type="negative", close_button="OK", timeout=0)
