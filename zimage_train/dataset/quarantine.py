@@ -1,12 +1,13 @@
 """Moving images that cannot be used into a folder that is not searched, each with the reason beside it."""
 
+import glob
 from pathlib import Path
 
 from zimage_train.config.dataset import DataEntry
 from zimage_train.config.load import cache_dir
 from zimage_train.config.schema import Config
 from zimage_train.dataset.buckets import nearest_bucket
-from zimage_train.dataset.images import INDEX_NAME, ImageIndex
+from zimage_train.dataset.images import EXTENSIONS, INDEX_NAME, ImageIndex
 from zimage_train.dataset.sample_order import target_sides
 from zimage_train.dataset.scan import FolderScan, scan_entry
 from zimage_train.errors import Problem
@@ -54,9 +55,14 @@ def move_away(path: Path, root: Path, caption_ext: str, problem: Problem) -> Pat
         DiskError: a file cannot be moved.
     """
     caption = path.with_suffix(caption_ext)
+    images_of_caption = [other for other in path.parent.glob(f"{glob.escape(path.stem)}.*") if _is_image(other)]
     # If the name is taken in `_rejected`, the image gets another name there; caption and reason are named after that.
     target = atomic.move(path, root / FOLDER / path.relative_to(root))
-    if caption.exists():
+    if caption.exists() and len(images_of_caption) < 2:  # else it stays with the other image
         atomic.move(caption, target.with_suffix(caption_ext))
     atomic.write_text(target.with_name(target.name + ".why.txt"), f"{problem.message}; {problem.hint}\n")
     return target
+
+
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in EXTENSIONS

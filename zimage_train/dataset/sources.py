@@ -49,7 +49,7 @@ def list_folder(entry: DataEntry, errors: list[ZImageTrainError], notes: list[No
         message = "is a file, not a folder" if root.exists() else "does not exist"
         hint = "check the path, which is relative to where the command runs"
         raise DataError(Problem(str(root), message, hint, "missing-folder"))
-    files = sorted(_walk(root, entry, errors, notes), key=lambda path: path.relative_to(root).as_posix())
+    files = sorted(walk_folder(root, entry, errors, notes), key=lambda path: path.relative_to(root).as_posix())
     image_paths = [path for path in files if path.suffix.lower() in images.EXTENSIONS]
     paths_by_stem: dict[Path, list[Path]] = {}
     for path in image_paths:
@@ -80,7 +80,7 @@ def list_folder(entry: DataEntry, errors: list[ZImageTrainError], notes: list[No
     return sources
 
 
-def _walk(root: Path, entry: DataEntry, errors: list[ZImageTrainError], notes: list[Note]) -> Iterator[Path]:
+def walk_folder(root: Path, entry: DataEntry, errors: list[ZImageTrainError], notes: list[Note]) -> Iterator[Path]:
     """Yield every file below `root`, except in folders that are not to be searched.
 
     Hidden files and folders, linked folders (which may lead in circles), folders that begin with `_`, and the folders

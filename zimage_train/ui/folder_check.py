@@ -76,7 +76,7 @@ class FolderCheck:
 
 
 def _problems_of_images(unusable: list[tuple[Path, Problem]]) -> list[FolderProblem]:
-    return [FolderProblem(str(problem), True, "move", (path,), problem) for path, problem in unusable]
+    return [FolderProblem(_without_key(str(problem)), True, "move", (path,), problem) for path, problem in unusable]
 
 
 def _other_errors(scan: FolderScan, root: Path) -> list[FolderProblem]:
@@ -90,11 +90,13 @@ def _other_errors(scan: FolderScan, root: Path) -> list[FolderProblem]:
             if problem.code == "ambiguous-caption":
                 stem = Path(str(problem.location)).with_suffix("")
                 images = tuple(sorted(path for path in stem.parent.glob("*") if _is_image_of(path, stem)))
-                found.append(FolderProblem(str(problem), True, "move", images, problem))
+                found.append(FolderProblem(_without_key(str(problem)), True, "move", images, problem))
             elif problem.code == "placeholder-without-trigger":
-                found.append(FolderProblem(str(problem), True, "trigger", (Path(str(problem.location)),), problem))
+                found.append(
+                    FolderProblem(_without_key(str(problem)), True, "trigger", (Path(str(problem.location)),), problem)
+                )
             else:
-                found.append(FolderProblem(str(problem), True, problem=problem))
+                found.append(FolderProblem(_without_key(str(problem)), True, problem=problem))
     return found
 
 
@@ -107,10 +109,13 @@ def _notes(scan: FolderScan) -> list[FolderProblem]:
     for note in scan.notes:
         is_of_quarantine = note.code == "not-searched" and quarantine.FOLDER in note.text
         if note.code not in DUPLICATE_NOTES and not is_of_quarantine:
-            # The key of the entry means nothing where there is no config.
-            text = re.sub(r"^data\.0: ", "", note.text)
-            found.append(FolderProblem(text, False, NOTE_FIXES.get(note.code)))
+            found.append(FolderProblem(_without_key(note.text), False, NOTE_FIXES.get(note.code)))
     return found
+
+
+def _without_key(text: str) -> str:
+    """Return a message without the key of the entry, which means nothing where there is no config."""
+    return re.sub(r"\bdata\.0(\.|: )", "", text)
 
 
 def duplicate_pairs(records: list[ImageRecord]) -> list[DuplicatePair]:

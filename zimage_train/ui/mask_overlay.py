@@ -67,7 +67,7 @@ def _darkness(path: Path, is_alpha: bool) -> bytes:
     grey = images.load_alpha(path, content) if is_alpha else images.load(path, content).convert("L")
     grey.thumbnail((OVERLAY_PX, OVERLAY_PX), Image.Resampling.BILINEAR)
     black = Image.new("LA", grey.size, 0)
-    black.putalpha(grey.point(lambda value: round((255 - value) * OPACITY)))
+    black.putalpha(grey.point([round((255 - value) * OPACITY) for value in range(256)]))
     buffer = io.BytesIO()
     black.save(buffer, "PNG")
     return buffer.getvalue()

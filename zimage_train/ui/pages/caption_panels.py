@@ -1,6 +1,7 @@
 """The panels that change many captions at once: tags, and search and replace."""
 
 import difflib
+from functools import partial
 from typing import Any
 
 from nicegui import ui
@@ -65,7 +66,7 @@ class TagPanel:
             for tag, count in found[:MAX_TAGS]:
                 with ui.element("button").props(f"aria-pressed={'true' if tag == session.tag else 'false'}") as button:
                     ui.label(f"{tag} {count}").classes("inline")
-                button.on("click", lambda tag=tag: self._choose(tag))
+                button.on("click", partial(self._choose, tag))
         more = len(found) - MAX_TAGS
         self._more.text = t("images.more_tags", count=more) if more > 0 else ""
 
@@ -125,7 +126,7 @@ class ReplacePanel:
         session = self._session
         if not self._search.value:
             return {}
-        change = replacing(self._search.value, self._words.value or "", self._case.value)
+        change = replacing(self._search.value, self._words.value or "", bool(self._case.value))
         return session.editor.preview(change, (name for name in session.names if name in session.folder.images))
 
     def _draw(self, *_: Any) -> None:

@@ -55,7 +55,7 @@ class CaptioningPanel:
 
     async def start(self) -> None:
         """Caption the images of the folder."""
-        self._begin(CaptionJob(self._session.path, self._wish(self._replaces.value)))
+        self._begin(CaptionJob(self._session.path, self._wish(bool(self._replaces.value))))
 
     async def start_one(self, name: str) -> None:
         """Caption one image; its caption is replaced."""

@@ -1,5 +1,6 @@
 """The panel of a folder's problems, each with a button for its fix, and of images that are nearly equal."""
 
+from functools import partial
 from pathlib import Path
 
 from nicegui import run, ui
@@ -91,7 +92,7 @@ class CheckPanel:
                 ui.label(t("images.no_problems", count=check.num_images)).classes("zt-quiet")
             unusable = [one for one in check.problems if one.fix == "move" and len(one.files) == 1]
             if len(unusable) > 1:
-                ui.button(t("images.move_all", count=len(unusable)), on_click=lambda: self._move_all(unusable)).props(
+                ui.button(t("images.move_all", count=len(unusable)), on_click=partial(self._move_all, unusable)).props(
                     "flat dense no-caps"
                 )
             for problem in check.problems[:MAX_PROBLEMS]:
@@ -106,7 +107,7 @@ class CheckPanel:
             if problem.fix == "move":
                 for path in problem.files:
                     text = t("images.move") if len(problem.files) == 1 else t("images.move_name", name=path.name)
-                    ui.button(text, on_click=lambda path=path: self._move(path, problem)).props("flat dense no-caps")
+                    ui.button(text, on_click=partial(self._move, path, problem)).props("flat dense no-caps")
             elif problem.fix == "write":
                 ui.button(t("images.write_trigger"), on_click=self._write_trigger).props("flat dense no-caps")
                 ui.button(t("images.show_uncaptioned"), on_click=self._show_uncaptioned).props("flat dense no-caps")
@@ -146,7 +147,7 @@ class CheckPanel:
             ui.label(name).classes("zt-head")
             ui.label(f"{size[0]} × {size[1]}" if size else t("images.unreadable")).classes("zt-quiet")
             ui.label(image.caption if image else "").classes("zt-quiet")
-            ui.button(t("images.move"), on_click=lambda: self._move(path)).props("flat dense no-caps").props(
+            ui.button(t("images.move"), on_click=partial(self._move, path)).props("flat dense no-caps").props(
                 f'aria-label="{t("images.move")} {name}"'
             )
 
@@ -165,9 +166,9 @@ class CheckPanel:
                     with ui.element("div"):
                         ui.label(image.name).classes("zt-head")
                         ui.label(image.caption).classes("zt-quiet")
-                        ui.button(
-                            t("images.move_back"), on_click=lambda path=image.path: session.move_back(path)
-                        ).props("flat dense no-caps")
+                        ui.button(t("images.move_back"), on_click=partial(session.move_back, image.path)).props(
+                            "flat dense no-caps"
+                        )
             self._draw_more(len(moved) - MAX_MOVED)
 
     async def _move(self, path: Path, problem: FolderProblem | None = None) -> None:

@@ -1,6 +1,7 @@
 """Choosing a folder of images: a browser of the workspace's folders, and an upload into a new one."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -109,7 +110,7 @@ class FolderChooser:
         with self._list:
             for folder in found[:MAX_SHOWN]:
                 text = str(folder) if listing is None else folder.name
-                ui.button(text, icon="folder", on_click=lambda folder=folder: self.go(folder)).props(
+                ui.button(text, icon="folder", on_click=partial(self.go, folder)).props(
                     "flat dense no-caps align=left"
                 ).classes("w-full")
             if len(found) > MAX_SHOWN:

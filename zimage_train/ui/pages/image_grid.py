@@ -42,7 +42,7 @@ ITEM = """
   <div class="zt-image-box" role="button" tabindex="0" :aria-label="'{zoom} ' + props.row.name"
        @click="$parent.$emit('zoom', props.row.name)" @keydown.enter="$parent.$emit('zoom', props.row.name)">
     <div class="zt-image-frame" :style="props.row.frame">
-      <img :src="props.row.src" loading="lazy" decoding="async" :alt="props.row.name">
+      <img v-if="props.row.src" :src="props.row.src" loading="lazy" decoding="async" :alt="props.row.name">
       <img v-if="props.row.mask" :src="props.row.mask" loading="lazy" alt="">
       <div v-if="props.row.crop" class="zt-image-crop" :style="props.row.crop"></div>
     </div>
@@ -145,23 +145,28 @@ class ImageGrid:
     async def draw(self) -> None:
         """Show the page; the sizes of its images, and of no others, are looked at in a thread."""
         session = self._session
-        names = [name for name in self.shown if name in session.folder.images]
+        known = session.folder.images
+        images = [known[name] for name in self.shown if name in known]
         self._drawing += 1
         drawing = self._drawing
-        rows = await run.io_bound(self._rows, names) or []
+        rows = await run.io_bound(self._rows, images) or []
         if drawing != self._drawing:  # another page was turned to meanwhile
             return
         self._pages.max = self.num_pages
         self._pages.value = self._page
         self._pages.set_visibility(self.num_pages > 1)
         total, count = len(session.folder.images), len(session.names)
-        self._count.text = session.t("images.count", shown=count, total=total, empty=session.num_uncaptioned)
+        if session.folder.has_captions:
+            self._count.text = session.t("images.count", shown=count, total=total, empty=session.num_uncaptioned)
+        else:
+            self._count.text = session.t("images.reading", total=total)
         if rows != self._table.rows:
             self._table.rows = rows
 
-    def _rows(self, names: list[str]) -> list[dict[str, Any]]:
+    def _rows(self, images: list[FolderImage]) -> list[dict[str, Any]]:
         session = self._session
-        images = [session.folder.images[name] for name in names]
+        if not session.folder.has_captions:
+            session.folder.read_captions(image.name for image in images)
         masks = masks_of(session.folder, [image.path for image in images], session.mask_index)
         rows: list[dict[str, Any]] = []
         for image in images:
@@ -227,7 +232,7 @@ def frame_of(session: ImageSession, image: FolderImage, resolution: int | None) 
     """Return how an image is laid out in its square, its crop at a resolution, and its sizes as text."""
     size = session.sizes.get(image.path)
     if size is None:
-        return {"frame": "width: 100%; height: 100%", "crop": "", "facts": session.t("images.unreadable")}
+        return {"frame": "display: none", "src": "", "crop": "", "facts": session.t("images.unreadable")}
     width, height = size
     frame = f"width: {100 * min(width / height, 1):.2f}%; aspect-ratio: {width} / {height}"
     facts, crop = f"{width} × {height}", ""

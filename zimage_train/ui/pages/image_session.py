@@ -46,8 +46,12 @@ class ImageSession:
             listener(news)
 
     async def read(self) -> None:
-        """Read the folder again, in a thread."""
+        """Read the folder again, in a thread; at first, show it before the captions of all images are read."""
         try:
+            if not self.folder.images:
+                await run.io_bound(self.folder.read_names)
+                self._search()
+                self.tell("images")
             await run.io_bound(self.folder.read)
         except ZImageTrainError as error:
             show_problems(error, self.t)

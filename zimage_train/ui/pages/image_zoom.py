@@ -1,5 +1,7 @@
 """An image as large as fits, with its caption; the arrow keys go on to the next."""
 
+from functools import partial
+
 from nicegui import events, ui
 
 from zimage_train.ui.media import whole_url
@@ -24,7 +26,7 @@ class ImageZoom:
                 self._title = ui.label().classes("zt-head").style("overflow-wrap: anywhere")
                 with ui.row().classes("no-wrap gap-1"):
                     for icon, move, text in (("chevron_left", -1, "previous"), ("chevron_right", 1, "next")):
-                        button = ui.button(icon=icon, on_click=lambda move=move: self.move(move)).props("flat round")
+                        button = ui.button(icon=icon, on_click=partial(self.move, move)).props("flat round")
                         button.props(f'aria-label="{t("images." + text)}"')
                     ui.button(icon="close", on_click=self._dialog.close).props(
                         f'flat round aria-label="{t("common.close")}"'

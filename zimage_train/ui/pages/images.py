@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from nicegui import app, events, ui
+from nicegui import Client, app, background_tasks, events, ui
 
 from zimage_train.config.dataset import ALPHA
 from zimage_train.errors import ZImageTrainError
@@ -33,6 +33,15 @@ CSS = """
 .zt-upload .q-uploader__list { min-height: 9rem; }
 @media (max-width: 900px) { .zt-work { grid-template-columns: minmax(0, 1fr); } .zt-side { order: -1; } }
 """
+
+SEARCH_KEY = """
+document.addEventListener("keydown", (event) => {
+  if (event.key !== "/" || event.target.matches("input, textarea, select")) return;
+  event.preventDefault();
+  document.querySelector(".zt-search input").focus();
+});
+"""
+"""In the browser, since what is typed next must already be in the field."""
 
 
 def register(site: Site) -> None:
@@ -114,7 +123,13 @@ class ImagesPage:
         self._zoom.build()
         self._session.listen(self._hear)
         ui.keyboard(on_key=self._key)
-        ui.timer(0, self._session.read, once=True)
+        ui.add_body_html(f"<script>{SEARCH_KEY}</script>")
+        # At once, while the browser loads the page: a large folder takes as long.
+        background_tasks.create(self._read(ui.context.client))
+
+    async def _read(self, client: Client) -> None:
+        with client:
+            await self._session.read()
 
     def _build_head(self) -> None:
         t, path = self._t, self._path
@@ -137,9 +152,9 @@ class ImagesPage:
     def _build_filters(self) -> None:
         t, session = self._t, self._session
         with ui.row().classes("w-full items-center gap-3"):
-            self._search = ui.input(placeholder=t("images.search")).classes("zt-search flex-1 min-w-48")
-            self._search.props(f'dense outlined clearable debounce=250 aria-label="{t("images.search")}"')
-            self._search.on_value_change(lambda event: session.filter(query=event.value or ""))
+            search = ui.input(placeholder=t("images.search")).classes("zt-search flex-1 min-w-48")
+            search.props(f'dense outlined clearable debounce=250 aria-label="{t("images.search")}"')
+            search.on_value_change(lambda event: session.filter(query=event.value or ""))
             self._empty = ui.checkbox(t("images.uncaptioned"))
             self._empty.on_value_change(lambda event: session.filter(is_uncaptioned=event.value))
             sides = {0: t("images.no_crop")} | {side: f"{side} px" for side in RESOLUTIONS}
@@ -168,8 +183,6 @@ class ImagesPage:
             return
         if self._zoom.is_open:
             await self._zoom.key(event)
-        elif event.key == "/":
-            self._search.run_method("focus")
         elif event.key == "ArrowLeft":
             self._grid.turn(-1)
         elif event.key == "ArrowRight":
