@@ -1,6 +1,5 @@
 """The grid of images: a page of them at a time, each with its crop, mask and caption."""
 
-import html
 import zlib
 from typing import Any
 from urllib.parse import quote
@@ -18,8 +17,9 @@ from zimage_train.ui.texts import Translate
 IMAGES_A_PAGE = 48
 THUMBNAIL_PX = 192
 CSS = """
-.q-table__grid-content.zt-images { display: grid; gap: .75rem; align-items: start;
+.zt-images { display: grid; gap: .75rem; align-items: start;
   grid-template-columns: repeat(auto-fill, minmax(min(100%, 180px), 1fr)); }
+@media (max-width: 500px) { .zt-images { grid-template-columns: 1fr 1fr; gap: .4rem; } }
 .zt-image { border: 1px solid var(--line); border-radius: 10px; padding: .5rem; min-width: 0; }
 .zt-image-box { aspect-ratio: 1; display: flex; align-items: center; justify-content: center; cursor: zoom-in;
   background: var(--soft); border-radius: 6px; overflow: hidden; position: relative; }
@@ -29,7 +29,7 @@ CSS = """
   box-shadow: 0 0 0 9999px rgba(0, 0, 0, .55); }
 .zt-image-line { display: flex; align-items: center; gap: .15rem; font-size: .75rem; }
 .zt-image-name { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; flex: 1; min-width: 0; }
-.zt-caption { width: 100%; box-sizing: border-box; font: 13px/1.4 inherit; font-size: 13px; color: inherit;
+.zt-caption { width: 100%; box-sizing: border-box; font-family: inherit; font-size: 13px; color: inherit;
   background: transparent; border: 1px solid var(--line); border-radius: 6px; padding: .3rem .4rem; display: block;
   min-height: 4.4em; max-height: 13em; resize: vertical; field-sizing: content; }
 .zt-caption:focus { outline: 2px solid var(--accent); outline-offset: -1px; }
@@ -37,45 +37,23 @@ CSS = """
 .zt-conflict button { color: var(--accent); text-decoration: underline; background: none; border: 0; padding: .2rem 0;
   margin-right: .6rem; cursor: pointer; font: inherit; }
 """
-ITEM = """
-<div class="zt-image" :data-name="props.row.name">
-  <div class="zt-image-box" role="button" tabindex="0" :aria-label="'{zoom} ' + props.row.name"
-       @click="$parent.$emit('zoom', props.row.name)" @keydown.enter="$parent.$emit('zoom', props.row.name)">
-    <div class="zt-image-frame" :style="props.row.frame">
-      <img v-if="props.row.src" :src="props.row.src" loading="lazy" decoding="async" :alt="props.row.name">
-      <img v-if="props.row.mask" :src="props.row.mask" loading="lazy" alt="">
-      <div v-if="props.row.crop" class="zt-image-crop" :style="props.row.crop"></div>
-    </div>
-  </div>
-  <div class="zt-image-line">
-    <span class="zt-image-name" :title="props.row.name">{{{{ props.row.name }}}}</span>
-    <q-btn flat round dense size="sm" icon="auto_awesome" :aria-label="'{describe} ' + props.row.name"
-           @click="$parent.$emit('describe', props.row.name)"><q-tooltip>{describe}</q-tooltip></q-btn>
-    <q-btn flat round dense size="sm" icon="drive_file_move" :aria-label="'{move} ' + props.row.name"
-           @click="$parent.$emit('move', props.row.name)"><q-tooltip>{move}</q-tooltip></q-btn>
-  </div>
-  <div class="zt-image-line zt-quiet">{{{{ props.row.facts }}}}</div>
-  <textarea class="zt-caption" rows="3" :key="props.row.key" :aria-label="'{caption} ' + props.row.name"
-    placeholder="{no_caption}" maxlength="20000"
-    @keydown.esc="$event.target.value = props.row.caption; $event.target.blur()"
-    @keydown.ctrl.enter="$event.target.blur()"
-    @change="$parent.$emit('save', {{ name: props.row.name, text: $event.target.value, expected: props.row.caption }})"
-    >{{{{ props.row.caption }}}}</textarea>
-  <div v-if="props.row.has_conflict" class="zt-conflict" role="alert">
-    {conflict} <q>{{{{ props.row.conflict }}}}</q><br>
-    <button @click="$parent.$emit('theirs', props.row.name)">{theirs}</button>
-    <button @click="$parent.$emit('mine', props.row.name)">{mine}</button>
-  </div>
-</div>
-"""
-TEXTS = ("zoom", "describe", "move", "caption", "no_caption", "conflict", "theirs", "mine")
+TEXTS = ("zoom", "describe", "move", "caption", "no_caption", "conflict", "theirs", "mine", "none")
 
 
-def item_template(t: Translate) -> str:
-    """Return the template of an image, in the language of the page."""
-    # An apostrophe would end a string in the template, and a brace begin an expression.
-    texts = {name: html.escape(t(f"images.{name}").replace("'", "’"), quote=True) for name in TEXTS}
-    return ITEM.format(**texts)
+class ImageCards(ui.element, component="image_cards.js"):
+    """The cards of some images, which `image_cards.js` draws."""
+
+    def __init__(self, t: Translate) -> None:
+        super().__init__()
+        self._props["rows"] = []
+        self._props["texts"] = {name: t(f"images.{name}") for name in TEXTS}
+        self._props["is_read"] = False
+
+    def show(self, rows: list[dict[str, Any]]) -> None:
+        """Show these images."""
+        if rows != self._props["rows"] or not self._props["is_read"]:
+            self._props["rows"], self._props["is_read"] = rows, True
+            self.update()
 
 
 class ImageGrid:
@@ -95,17 +73,13 @@ class ImageGrid:
         """Build the grid; the handlers get the name of an image."""
         t, session = self._session.t, self._session
         self._count = ui.label().classes("zt-quiet").props("role=status")
-        columns = [{"name": "name", "label": "", "field": "name"}]
-        self._table = ui.table(columns=columns, rows=[], row_key="name", pagination=0).classes("w-full")
-        self._table.props("grid flat hide-header hide-pagination card-container-class=zt-images")
-        self._table.add_slot("item", item_template(t))
-        self._table.add_slot("no-data", f'<div class="zt-quiet" style="padding: 1rem">{t("images.none")}</div>')
-        self._table.on("zoom", lambda event: on_zoom(event.args))
-        self._table.on("describe", lambda event: on_describe(event.args))
-        self._table.on("move", self._move)
-        self._table.on("save", self._save)
-        self._table.on("theirs", self._take_theirs)
-        self._table.on("mine", self._keep_mine)
+        self._cards = ImageCards(t)
+        self._cards.on("zoom", lambda event: on_zoom(event.args))
+        self._cards.on("describe", lambda event: on_describe(event.args))
+        self._cards.on("move", self._move)
+        self._cards.on("save", self._save)
+        self._cards.on("theirs", self._take_theirs)
+        self._cards.on("mine", self._keep_mine)
         with ui.row().classes("w-full justify-center"):
             self._pages = ui.pagination(1, 1, direction_links=True).props('max-pages=7 boundary-numbers gutter="4px"')
             self._pages.on_value_change(self._turn)
@@ -160,8 +134,7 @@ class ImageGrid:
             self._count.text = session.t("images.count", shown=count, total=total, empty=session.num_uncaptioned)
         else:
             self._count.text = session.t("images.reading", total=total)
-        if rows != self._table.rows:
-            self._table.rows = rows
+        self._cards.show(rows)
 
     def _rows(self, images: list[FolderImage]) -> list[dict[str, Any]]:
         session = self._session

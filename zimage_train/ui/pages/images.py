@@ -31,6 +31,8 @@ CSS = """
 .zt-choose { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 380px), 1fr)); gap: 1rem;
   width: 100%; align-items: start; }
 .zt-upload .q-uploader__list { min-height: 9rem; }
+.body--dark .q-btn.text-primary { color: var(--accent) !important; }
+.body--dark .q-btn.text-negative { color: var(--bad) !important; }
 @media (max-width: 900px) { .zt-work { grid-template-columns: minmax(0, 1fr); } .zt-side { order: -1; } }
 """
 
@@ -122,7 +124,7 @@ class ImagesPage:
                 self._captioning.build()
         self._zoom.build()
         self._session.listen(self._hear)
-        ui.keyboard(on_key=self._key)
+        ui.keyboard(on_key=self._key, ignore=["input", "select", "textarea"])
         ui.add_body_html(f"<script>{SEARCH_KEY}</script>")
         # At once, while the browser loads the page: a large folder takes as long.
         background_tasks.create(self._read(ui.context.client))
