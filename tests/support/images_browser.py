@@ -97,8 +97,14 @@ def saved(file: Path, text: str, seconds: float = 10) -> bool:
     return False
 
 
+def open_page(page: Page, address: str) -> None:
+    """Open a page, and wait until it can be acted on."""
+    page.goto(address)
+    page.wait_for_function("window.did_handshake")
+
+
 def open_images(page: Page, address: str, folder: Path) -> None:
     """Open the page of a folder, and wait for its images."""
-    page.goto(f"{address}/images?folder={folder}")
+    open_page(page, f"{address}/images?folder={folder}")
     page.wait_for_selector(".zt-image img")
     page.wait_for_function("document.querySelector('[role=status]').textContent.includes('without a caption')")

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from images_browser import LESSON, chromium, copy_lesson, open_images, saved, served
+from images_browser import LESSON, chromium, copy_lesson, open_images, open_page, saved, served
 from PIL import Image
 from playwright.sync_api import Browser, Page, expect
 
@@ -23,6 +23,7 @@ MAX_RESPONSE_BYTES = 200_000
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
+    expect.set_options(timeout=20_000)
     with chromium() as started:
         yield started
 
@@ -64,12 +65,15 @@ def panel(page: Page, name: str):
     """Open a panel of the side, and return it."""
     found = page.locator(".q-expansion-item").filter(has=page.get_by_text(re.compile(f"^{name}")).first).first
     found.locator(".q-item").first.click()
+    # While it opens, its buttons move away from where a click is aimed at.
+    content = found.locator(".q-expansion-item__content").first.element_handle()
+    page.wait_for_function("(content) => content.offsetHeight > 0 && !content.style.height", arg=content)
     return found
 
 
 def test_folder_is_chosen_in_the_browser(page, address, folder):
     """From the start page a folder is reached by clicks, and no click leaves the workspace."""
-    page.goto(f"{address}/images")
+    open_page(page, f"{address}/images")
     page.get_by_label("Up one folder").click()
     expect(page.get_by_label("Up one folder")).to_be_disabled()
     page.get_by_role("button", name=str(folder.parent)).click()
@@ -231,10 +235,8 @@ def test_captioning_runs_and_stops(page, address, folder):
 
 def test_images_are_uploaded(page, address, workspace):
     """Dropped images and captions come into a folder of their own, which the page then opens."""
-    page.goto(f"{address}/images")
+    open_page(page, f"{address}/images")
     page.get_by_label("Name of the new folder").fill("my zorbs")
-    page.get_by_label("Name of the new folder").blur()
-    page.wait_for_timeout(500)
     files = [LESSON / name for name in ("zorb_00.png", "zorb_00.txt", "zorb_01.png")]
     page.locator("input[type=file]").set_input_files(files)
     expect(page.get_by_role("heading", name="my zorbs")).to_be_visible()

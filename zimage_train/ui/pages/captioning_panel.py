@@ -81,9 +81,14 @@ class CaptioningPanel:
             ui.notify(self._session.t("images.already_captioning"))
             return
         self._jobs[self._session.path] = job
+        self._follow(job)
         job.start()
         self._panel.open()
         self._show()
+
+    def _follow(self, job: CaptionJob) -> None:
+        self._followed, self._shown_done = job, 0
+        self._before = {image.name: image.caption for image in self._session.folder.images.values()}
 
     @property
     def _job(self) -> CaptionJob | None:
@@ -100,8 +105,7 @@ class CaptioningPanel:
         """Show how far the captioning is, and the captions that it has written."""
         job = self._job
         if job is not None and job.is_running and self._followed is not job:
-            self._followed, self._shown_done = job, 0
-            self._before = {image.name: image.caption for image in self._session.folder.images.values()}
+            self._follow(job)
         followed = self._followed
         if followed is None:
             return

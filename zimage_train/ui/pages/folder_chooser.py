@@ -124,7 +124,9 @@ class ImageUpload:
 
     def __init__(self, site: Site, t: Translate) -> None:
         self._site, self._t = site, t
-        self._count = 0
+        self._count = self._num_pending = 0
+        """Files that were written, and those that are being written: the browser does not wait for that."""
+        self._is_finished = False
         self._folder: Path | None = None
 
     def build(self) -> None:
@@ -164,16 +166,24 @@ class ImageUpload:
             self._name.value = str(event.args)
 
     async def _take(self, event: events.UploadEventArguments) -> None:
+        self._num_pending += 1
         try:
             self._folder = upload_folder(self._site.workspace, self._name.value or "")
             content = await event.file.read()
             await run.io_bound(save_upload, self._folder, event.file.name, content)
+            self._count += 1
+            self._state.text = self._t("images.uploaded", count=self._count)
         except ZImageTrainError as error:
             show_problems(error, self._t)
-            return
-        self._count += 1
-        self._state.text = self._t("images.uploaded", count=self._count)
+        finally:
+            self._num_pending -= 1
+        self._open_if_done()
 
     def _finish(self) -> None:
-        if self._folder is not None and self._count:
+        self._is_finished = True
+        self._open_if_done()
+
+    def _open_if_done(self) -> None:
+        """Open the folder once the browser has sent all files, and all are written."""
+        if self._is_finished and self._num_pending == 0 and self._folder is not None and self._count:
             open_folder(self._folder)
