@@ -83,6 +83,9 @@ class CaptioningPanel:
         self._jobs[self._session.path] = job
         self._follow(job)
         job.start()
+        if job.image is not None:
+            self._session.busy_name = job.image.relative_to(self._session.path).as_posix()
+            self._session.tell("captions")
         self._panel.open()
         self._show()
 
@@ -111,21 +114,21 @@ class CaptioningPanel:
             return
         self._show()
         has_ended = not followed.is_running
-        if has_ended or followed.done != self._shown_done:
-            self._shown_done = followed.done
-            await self._read_captions()
+        if not has_ended and followed.done == self._shown_done:
+            return
+        self._shown_done = followed.done
+        await run.io_bound(self._session.folder.read_captions, list(self._session.folder.images))
         if has_ended:
-            self._followed = None
-            if followed.image is None:
-                after = {image.name: image.caption for image in self._session.folder.images.values()}
-                changes = {name: (text, after.get(name, text)) for name, text in self._before.items()}
-                self._session.editor.record(changes)
-                self._session.tell("captions")
-
-    async def _read_captions(self) -> None:
-        folder = self._session.folder
-        await run.io_bound(folder.read_captions, list(folder.images))
+            self._end(followed)
         self._session.tell("captions")
+
+    def _end(self, job: CaptionJob) -> None:
+        """Let the captions of a whole folder be undone; that of a single image can be already."""
+        self._followed, self._session.busy_name = None, ""
+        if job.image is None:
+            after = {image.name: image.caption for image in self._session.folder.images.values()}
+            changes = {name: (text, after.get(name, text)) for name, text in self._before.items()}
+            self._session.editor.record(changes)
 
     def _show(self) -> None:
         t, job = self._session.t, self._job

@@ -34,15 +34,17 @@ DROP_SCRIPT = """
       for (const one of part) await read(one, files);
     }
   };
-  zone.addEventListener("dragover", (event) => event.preventDefault());
   zone.addEventListener("drop", async (event) => {
+    const entries = [...event.dataTransfer.items].map((item) => item.webkitGetAsEntry()).filter(Boolean);
+    const folder = entries.find((entry) => entry.isDirectory);
+    if (!folder) return;
     event.preventDefault();
     event.stopPropagation();
-    const entries = [...event.dataTransfer.items].map((item) => item.webkitGetAsEntry()).filter(Boolean);
+    event.target.dispatchEvent(new DragEvent("dragleave", { bubbles: true }));
     const files = [];
     for (const entry of entries) await read(entry, files);
-    const folder = entries.find((entry) => entry.isDirectory);
-    emitEvent("zt-dropped", folder ? folder.name : "");
+    emitEvent("zt-dropped", folder.name);
+    // The name of the folder must be there before the first file is.
     setTimeout(() => uploader().addFiles(files), 300);
   }, true);
 })();

@@ -21,6 +21,7 @@ export default {
                  @click="$emit('move', row.name)"><q-tooltip>{{ texts.move }}</q-tooltip></q-btn>
         </div>
         <div class="zt-image-line zt-quiet">{{ row.facts }}</div>
+        <q-linear-progress v-if="row.is_busy" indeterminate :aria-label="texts.describe" />
         <textarea class="zt-caption" rows="3" maxlength="20000" :key="row.key" :placeholder="texts.no_caption"
                   :aria-label="texts.caption + ' ' + row.name" @keydown.esc="reset($event, row)"
                   @keydown.ctrl.enter="$event.target.blur()" @change="save($event, row)">{{ row.caption }}</textarea>

@@ -32,6 +32,7 @@ CSS = """
 .zt-caption { width: 100%; box-sizing: border-box; font-family: inherit; font-size: 13px; color: inherit;
   background: transparent; border: 1px solid var(--line); border-radius: 6px; padding: .3rem .4rem; display: block;
   min-height: 4.4em; max-height: 13em; resize: vertical; field-sizing: content; }
+.zt-caption::placeholder { color: var(--quiet); opacity: 1; }
 .zt-caption:focus { outline: 2px solid var(--accent); outline-offset: -1px; }
 .zt-conflict { border-left: 3px solid var(--bad); padding-left: .4rem; margin-top: .3rem; font-size: .8rem; }
 .zt-conflict button { color: var(--accent); text-decoration: underline; background: none; border: 0; padding: .2rem 0;
@@ -153,6 +154,7 @@ class ImageGrid:
         return rows
 
     def _row(self, image: FolderImage) -> dict[str, Any]:
+        session = self._session
         try:
             source = small_url(image.path, THUMBNAIL_PX)
         except OSError:  # it was removed since
@@ -164,10 +166,11 @@ class ImageGrid:
             "caption": image.caption,
             # A caption that has changed is a new element, so that it shows; text that is being typed stays.
             "key": f"{image.name}:{zlib.crc32(image.caption.encode())}",
+            "is_busy": image.name == session.busy_name,
             "has_conflict": conflict is not None,
             "conflict": conflict[0] if conflict else "",
         }
-        return row | frame_of(self._session, image, self.resolution)
+        return row | frame_of(session, image, self.resolution)
 
     async def _save(self, event: events.GenericEventArguments) -> None:
         await self.save(*(str(event.args[key]) for key in ("name", "text", "expected")))

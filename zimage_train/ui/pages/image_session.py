@@ -32,6 +32,8 @@ class ImageSession:
         self.sizes, self.mask_index = ImageSizes(), ImageIndex()
         self.query, self.is_uncaptioned = "", False
         self.tag: str | None = None
+        self.busy_name = ""
+        """The image that a model is captioning by itself."""
         self.names: list[str] = []
         """The images that the search leaves, in their order."""
         self._listeners: list[Callable[[News], None]] = []

@@ -169,8 +169,9 @@ class ImagesPage:
             self._undo = ui.button(t("images.undo", count=0), icon="undo", on_click=session.undo).props("flat no-caps")
             self._undo.set_enabled(False)
 
-    def _choose_mask(self, event: events.ValueChangeEventArguments) -> None:
-        ui.navigate.to(f"/images?folder={quote(str(self._path))}&mask={quote(str(event.value))}")
+    async def _choose_mask(self, event: events.ValueChangeEventArguments) -> None:
+        self._session.folder.mask = self._chosen_mask(str(event.value))
+        await self._session.read()
 
     def _hear(self, news: News) -> None:
         session = self._session
