@@ -1,4 +1,4 @@
-"""A Chromium and a server for the tests of the page of images."""
+"""A server for the tests of the page of images."""
 
 import os
 import shutil
@@ -12,36 +12,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import pytest
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Page
 
 from zimage_train import mini
 
 SUPPORT = Path(__file__).parent
 ROOT = SUPPORT.parent.parent
 LESSON = mini.LESSON / "zorb"
-FLAGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
 START_SECONDS = 60
-
-
-@contextmanager
-def chromium() -> Iterator[Browser]:
-    """Start the Chromium of this system; a test is skipped where there is none."""
-    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if program is None:
-        pytest.skip("there is no Chromium")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=program, args=FLAGS)
-        yield browser
-        browser.close()
 
 
 @contextmanager

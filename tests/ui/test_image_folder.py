@@ -1,10 +1,14 @@
 """The images page without a browser: captions, edits with undo, tags, uploads, folders, frames, checks, captioning."""
 
+import io
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
+from httpx import Response
 from PIL import Image
 
 from zimage_train.dataset import images as decoding
@@ -19,7 +23,7 @@ from zimage_train.ui.folder_check import FolderCheck, list_moved, move_away, mov
 from zimage_train.ui.image_folder import CaptionConflict, ImageFolder
 from zimage_train.ui.image_frames import ImageSizes, bucket_of, crop_rectangle
 from zimage_train.ui.image_upload import safe_name, save_upload, upload_folder
-from zimage_train.ui.mask_overlay import mask_folders
+from zimage_train.ui.mask_overlay import mask_folders, mask_router
 from zimage_train.ui.workspace import Workspace
 
 CAPTIONS = {"a": "zorb, red, large", "b": "Zorb, blue", "c": ""}
@@ -108,14 +112,14 @@ def test_changed_caption_is_not_overwritten(folder):
     assert folder.save_caption("a.png", "mine", "theirs") == "mine"
 
 
-def test_new_caption_file_is_not_overwritten(folder):
+def test_new_caption_file_is_kept(folder):
     """A caption that appeared for an image without one is a conflict too."""
     (folder.path / "c.txt").write_text("theirs", encoding="utf-8")
     with pytest.raises(CaptionConflict):
         folder.save_caption("c.png", "mine", "")
 
 
-def test_unreadable_caption_is_not_overwritten(folder):
+def test_unreadable_caption_is_kept(folder):
     (folder.path / "a.txt").write_bytes(b"\xff\xfe\x00z")
     with pytest.raises(DataError, match="UTF-16"):
         folder.save_caption("a.png", "mine", "")
@@ -314,7 +318,7 @@ def test_crop_is_that_of_the_training(size):
     assert edges == pytest.approx(expected, abs=0.015)
 
 
-def test_sizes_are_upright_and_follow_the_file(tmp_path):
+def test_sizes_are_upright_and_current(tmp_path):
     """A photo that the camera has turned is as wide as it is shown; a file that is no image has no size."""
     path, sizes = tmp_path / "a.jpg", ImageSizes()
     exif = Image.Exif()
@@ -339,6 +343,42 @@ def test_masks_are_found_beside_the_images(tmp_path):
     assert mask_folders(workspace, tmp_path / "cat") == [tmp_path / "cat" / "masks", tmp_path / "cat_masks"]
 
 
+@pytest.fixture
+def masks(tmp_path: Path) -> TestClient:
+    """The route of the masks of a workspace."""
+    app = FastAPI()
+    app.include_router(mask_router(Workspace(tmp_path / "in" / "runs", (tmp_path / "in",))))
+    return TestClient(app)
+
+
+def darkness(answer: Response) -> list[int]:
+    """Return how dark the left and the right of an image become, of 255."""
+    with Image.open(io.BytesIO(answer.content)) as image:
+        alpha = image.convert("RGBA").getchannel("A")
+        return [int(alpha.getpixel((x, 20))) for x in (2, alpha.width - 3)]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("is_alpha", [False, True])
+def test_mask_darkens_what_is_not_trained(masks, tmp_path, is_alpha):
+    """The left half is masked out: dark there, and clear in the right half."""
+    path = tmp_path / "in" / "mask.png"
+    path.parent.mkdir()
+    half = Image.new("L", (80, 80), 0)
+    half.paste(255, (40, 0, 80, 80))
+    picture = Image.merge("LA", (Image.new("L", (80, 80), 90), half)) if is_alpha else half
+    picture.save(path)
+    left, right = darkness(masks.get("/media/mask", params={"path": str(path), "alpha": is_alpha}))
+    assert left > 150 and right == 0
+
+
+def test_mask_outside_is_refused(masks, tmp_path):
+    draw(tmp_path / "out.png")
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "text.png").write_text("no image")
+    for place in ("out.png", "in/../out.png", "in/text.png", "in/none.png"):
+        assert masks.get("/media/mask", params={"path": str(tmp_path / place), "alpha": False}).status_code == 404
+
+
 # Checks
 
 
@@ -355,7 +395,7 @@ def test_check_finds_problems_and_their_fix(folder, tmp_path):
     assert check.total > 0 and check.done == check.total
 
 
-def test_check_names_the_trigger_in_other_case(folder, tmp_path):
+def test_check_finds_another_spelling(folder, tmp_path):
     check = FolderCheck(folder, trigger="zorb", index_file=tmp_path / "index" / "looks.json")
     check.run()
     assert {problem.fix for problem in check.problems} == {"write", "spell"}
@@ -389,7 +429,7 @@ def test_moved_image_can_be_moved_back(folder):
     assert (folder.path / "a.png").read_bytes() == content and list_moved(folder.path) == []
 
 
-def test_shared_caption_stays_with_the_other(folder):
+def test_shared_caption_stays_behind(folder):
     """Moving one of two images of a name leaves the caption to the other."""
     draw(folder.path / "a.jpg")
     move_away(folder.path, folder.path / "a.jpg")

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from images_browser import LESSON, chromium, copy_lesson, open_images, open_page, saved, served
+from images_browser import LESSON, copy_lesson, open_images, open_page, saved, served
+from page_server import open_browser
 from PIL import Image
 from playwright.sync_api import Browser, Page, expect
 
@@ -24,7 +25,7 @@ MAX_RESPONSE_BYTES = 200_000
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     expect.set_options(timeout=20_000)
-    with chromium() as started:
+    with open_browser() as started:
         yield started
 
 

@@ -68,7 +68,7 @@ class ImageFolder:
         return DataEntry(folder=str(self.path), mask=self.mask)
 
     def read_names(self) -> None:
-        """List the images, whose captions are not read yet: a tenth of the time of `read`."""
+        """List the images, and read no caption yet: on a slow disk most of the time of `read` goes into those."""
         found: dict[str, FolderImage] = {}
         paths = [path for path in sources.walk_folder(self.path, self.entry, [], []) if _is_image(path)]
         for path in sorted(paths, key=lambda path: path.relative_to(self.path).as_posix()):

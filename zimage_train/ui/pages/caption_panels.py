@@ -8,8 +8,9 @@ from nicegui import ui
 
 from zimage_train.errors import ZImageTrainError
 from zimage_train.ui.caption_edits import count_tags, renaming_tag, replacing
-from zimage_train.ui.pages.image_session import ImageSession, News, show_problems
+from zimage_train.ui.pages.image_session import ImageSession, News
 from zimage_train.ui.pages.runs import confirmed
+from zimage_train.ui.site import show_problems
 
 MAX_TAGS = 60
 """Tags that are shown, the most frequent."""
@@ -82,7 +83,7 @@ class TagPanel:
         try:
             change = renaming_tag(tag, new)
         except ZImageTrainError as error:
-            show_problems(error, self._session.t)
+            show_problems(error)
             return
         await self._session.edit(change)
         self._session.filter(tag=new)

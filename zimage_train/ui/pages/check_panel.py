@@ -9,7 +9,8 @@ from zimage_train.errors import ZImageTrainError
 from zimage_train.ui.caption_edits import spelling_trigger, writing_where_empty
 from zimage_train.ui.folder_check import DuplicatePair, FolderCheck, FolderProblem, list_moved
 from zimage_train.ui.media import small_url
-from zimage_train.ui.pages.image_session import ImageSession, News, show_problems
+from zimage_train.ui.pages.image_session import ImageSession, News
+from zimage_train.ui.site import show_problems
 
 MAX_PROBLEMS, MAX_PAIRS, MAX_MOVED = 40, 24, 24
 POLL_SECONDS = 0.5
@@ -71,7 +72,7 @@ class CheckPanel:
         try:
             await run.io_bound(check.run)
         except ZImageTrainError as error:
-            show_problems(error, session.t)
+            show_problems(error)
         finally:
             self._is_running = False
             self._timer.deactivate()

@@ -11,8 +11,7 @@ from nicegui import events, run, ui
 from zimage_train.errors import ZImageTrainError
 from zimage_train.ui.folder_browser import FolderListing, list_roots, list_subfolders
 from zimage_train.ui.image_upload import EXTENSIONS, MAX_FILE_BYTES, UPLOADS, save_upload, upload_folder
-from zimage_train.ui.pages.image_session import show_problems
-from zimage_train.ui.site import Site
+from zimage_train.ui.site import Site, show_problems
 from zimage_train.ui.texts import Translate
 
 MAX_SHOWN = 80
@@ -90,7 +89,7 @@ class FolderChooser:
                 None if folder is None else list_subfolders(self._site.workspace, folder)
             )
         except ZImageTrainError as error:
-            show_problems(error, self._t)
+            show_problems(error)
             return
         self._here = self._listing.path if self._listing else None
         self._find.value = ""
@@ -176,7 +175,7 @@ class ImageUpload:
             self._count += 1
             self._state.text = self._t("images.uploaded", count=self._count)
         except ZImageTrainError as error:
-            show_problems(error, self._t)
+            show_problems(error)
         finally:
             self._num_pending -= 1
         self._open_if_done()

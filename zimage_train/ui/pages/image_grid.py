@@ -11,7 +11,8 @@ from zimage_train.ui.image_folder import CaptionConflict, FolderImage
 from zimage_train.ui.image_frames import bucket_of, crop_rectangle
 from zimage_train.ui.mask_overlay import masks_of
 from zimage_train.ui.media import small_url
-from zimage_train.ui.pages.image_session import ImageSession, News, show_problems
+from zimage_train.ui.pages.image_session import ImageSession, News
+from zimage_train.ui.site import show_problems
 from zimage_train.ui.texts import Translate
 
 IMAGES_A_PAGE = 48
@@ -183,7 +184,7 @@ class ImageGrid:
         except CaptionConflict as conflict:
             self._conflicts[name] = (conflict.current, text)
         except ZImageTrainError as error:
-            show_problems(error, self._session.t)
+            show_problems(error)
             return
         self._session.tell("captions")
 

@@ -1,6 +1,7 @@
 """What the parts of the page of images share: the folder, what of it is shown, and the changes made to it."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -12,11 +13,13 @@ from zimage_train.ui.caption_edits import CaptionEditor, Change, EditResult
 from zimage_train.ui.folder_check import MOVED_BY_HAND, move_away, move_back
 from zimage_train.ui.image_folder import ImageFolder
 from zimage_train.ui.image_frames import ImageSizes
-from zimage_train.ui.site import Site
+from zimage_train.ui.site import Site, show_problems
 from zimage_train.ui.texts import Translate
 
 MAX_MESSAGES = 5
 """Problems that are shown one by one; of more, only the number."""
+MANY_CAPTIONS = 200
+"""Captions whose writing takes a second."""
 
 News = Literal["images", "captions", "filter"]
 """The list of images is another, captions are others, or other images are shown."""
@@ -56,7 +59,7 @@ class ImageSession:
                 self.tell("images")
             await run.io_bound(self.folder.read)
         except ZImageTrainError as error:
-            show_problems(error, self.t)
+            show_problems(error)
             return
         self._search()
         self.tell("images")
@@ -87,11 +90,27 @@ class ImageSession:
 
     async def apply(self, previewed: dict[str, tuple[str, str]]) -> None:
         """Write the captions of a preview in a thread, and say what became of it."""
-        self._say(await run.io_bound(self.editor.apply, previewed))
+        with self._waiting(len(previewed)):
+            result = await run.io_bound(self.editor.apply, previewed)
+        self._say(result)
 
     async def undo(self) -> None:
         """Undo the last edit, and say what became of it."""
-        self._say(await run.io_bound(self.editor.undo))
+        with self._waiting(self.editor.undo_count):
+            result = await run.io_bound(self.editor.undo)
+        self._say(result)
+
+    @contextmanager
+    def _waiting(self, count: int) -> Iterator[None]:
+        """Say that captions are being written, where that takes a while."""
+        if count < MANY_CAPTIONS:
+            yield
+            return
+        message = ui.notification(self.t("images.writing", count=count), spinner=True, timeout=None)
+        try:
+            yield
+        finally:
+            message.dismiss()
 
     def _say(self, result: EditResult | None) -> None:
         if result is None:  # the server is ending
@@ -99,7 +118,10 @@ class ImageSession:
         ui.notify(self.t("images.changed", count=len(result.changed)), type="positive")
         problems = [problem for error in result.errors for problem in error.problems]
         if problems:
-            show_problems(ZImageTrainError(*problems), self.t)
+            # Of many files that changed meanwhile, the first tell enough.
+            show_problems(ZImageTrainError(*problems[:MAX_MESSAGES]))
+            if len(problems) > MAX_MESSAGES:
+                ui.notify(self.t("images.and_more", count=len(problems) - MAX_MESSAGES), type="negative")
         self.tell("captions")
 
     async def move_away(self, paths: Iterable[Path], problem: Problem = MOVED_BY_HAND) -> None:
@@ -108,7 +130,7 @@ class ImageSession:
             try:
                 await run.io_bound(move_away, self.path, path, problem)
             except ZImageTrainError as error:
-                show_problems(error, self.t)
+                show_problems(error)
         await self.read()
 
     async def move_back(self, path: Path) -> None:
@@ -116,14 +138,5 @@ class ImageSession:
         try:
             await run.io_bound(move_back, self.path, path)
         except ZImageTrainError as error:
-            show_problems(error, self.t)
+            show_problems(error)
         await self.read()
-
-
-def show_problems(error: ZImageTrainError, t: Translate) -> None:
-    """Show the problems of an error until they are closed; of many, the first."""
-    for problem in error.problems[:MAX_MESSAGES]:
-        ui.notify(str(problem), type="negative", multi_line=True, close_button="OK", timeout=0)
-    more = len(error.problems) - MAX_MESSAGES
-    if more > 0:
-        ui.notify(t("images.more_problems", count=more), type="negative", close_button="OK", timeout=0)

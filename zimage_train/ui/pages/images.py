@@ -31,8 +31,7 @@ CSS = """
 .zt-choose { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 380px), 1fr)); gap: 1rem;
   width: 100%; align-items: start; }
 .zt-upload .q-uploader__list { min-height: 9rem; }
-.body--dark .q-btn.text-primary { color: var(--accent) !important; }
-.body--dark .q-btn.text-negative { color: var(--bad) !important; }
+.body--dark .q-btn--flat, .body--dark .q-btn--outline { --q-primary: var(--accent); --q-negative: var(--bad); }
 @media (max-width: 900px) { .zt-work { grid-template-columns: minmax(0, 1fr); } .zt-side { order: -1; } }
 """
 
