@@ -7,12 +7,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from images_browser import LESSON, copy_lesson, open_images, open_page, saved, served
-from page_server import open_browser
 from PIL import Image
 from playwright.sync_api import Browser, Page, expect
 
 from zimage_train.dataset.buckets import nearest_bucket
+
+from images_browser import LESSON, copy_lesson, open_images, open_page, saved, served
+from page_server import open_browser
 
 pytestmark = pytest.mark.slow
 
