@@ -19,6 +19,7 @@ from torch import Tensor
 from zimage_train.commands import lora_args
 from zimage_train.commands.lora_args import WeightedLora
 from zimage_train.config.schema import Config, ModelSettings
+from zimage_train.config.types import Quantization
 from zimage_train.config.variants import VARIANTS
 from zimage_train.dataset.encoding import prompt_encoder
 from zimage_train.diffusion.frozen import FrozenTransformer, load_frozen
@@ -219,14 +220,14 @@ def load_model(
         ConfigError: the images need more memory than `limit` allows.
     """
     device = distributed.init().device
-    placement = _place_weights(shape, model, largest, requests, device, limit)
+    placement = place_weights(shape, model, largest, requests, device, limit)
     # The text encoder is freed before the transformer is loaded: both together would not fit.
     encode = prompt_encoder(paths.extras, device, model.dtype)
     embeds = dict(encode(prompts_to_encode(requests), lambda done, total: None))
     del encode
     if placement.streamed:
         console.info(f"{placement.streamed} of {shape.n_layers} blocks are streamed, to fit this GPU")
-    frozen = load_frozen(paths.transformer, None, model.dtype, device, None, placement.streamed)
+    frozen = load_frozen(paths.transformer, None, model.dtype, device, placement.quantization, placement.streamed)
     return LoadedModel(frozen, paths.extras.vae, embeds)
 
 
@@ -320,7 +321,12 @@ def command_for(config: Config, lora: Path) -> str:
     return shlex.join(words)
 
 
-def _place_weights(
+def quantization_of(model: ModelSettings) -> Quantization | None:
+    """Return the format that the weights are drawn in; `auto` is a choice of trainings, and stands for none here."""
+    return None if model.quantize == "auto" else model.quantize
+
+
+def place_weights(
     shape: TransformerShape,
     model: ModelSettings,
     lora: Deltas,
@@ -329,6 +335,8 @@ def _place_weights(
     limit: BatchLimit,
 ) -> WeightPlacement:
     """Choose how many blocks are streamed, so that the model fits the device while it draws `requests`.
+
+    The weights are quantised as `model.quantize` says, where that names a format.
 
     Raises:
         ConfigError: `limit` has a budget, and no number of streamed blocks keeps within it.
@@ -350,7 +358,8 @@ def _place_weights(
     limit_bytes = device_limits.limit_bytes
     if limit.budget_gb is not None:
         limit_bytes = min(limit_bytes, limit.budget_gb * 1e9)
-    constraints = PlanConstraints(quantizations=(None,), mode=None, streamed=None)
+    quantization = quantization_of(model)
+    constraints = PlanConstraints(quantizations=(quantization,), mode=None, streamed=None)
     plan = planner.choose_plan(workload, constraints, limit_bytes, main_memory_bytes(), device_limits.card)
     if limit.budget_gb is not None and not plan.fits:
         what = f"is {limit.budget_gb:g}, and these images take {format_bytes(plan.peak.total)} (predicted)"

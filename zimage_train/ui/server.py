@@ -14,6 +14,7 @@ from starlette.types import ASGIApp
 
 from zimage_train import __version__
 from zimage_train.errors import ConfigError, Problem, ZImageTrainError
+from zimage_train.ui import api
 from zimage_train.ui.guard import LOOPBACK, RequestGuard, new_token
 from zimage_train.ui.jobs import JobQueue
 from zimage_train.ui.machine import list_gpus
@@ -44,6 +45,7 @@ def make_app(workspace: Workspace, token: str | None) -> ASGIApp:
         return JSONResponse({"problems": problems}, status_code=422)
 
     app.include_router(media_router(workspace))
+    app.include_router(api.api_router(site))
     for page in (runs, run, new, images, try_it, loras):
         page.register(site)
     ui.run_with(app, title="zimage-train", dark=None, show_welcome_message=False, tailwind=True)

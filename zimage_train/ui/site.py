@@ -10,6 +10,7 @@ from nicegui import ui
 from zimage_train.errors import ZImageTrainError
 from zimage_train.ui.jobs import JobQueue
 from zimage_train.ui.machine import MachineState, read_machine
+from zimage_train.ui.sampling import Sampler
 from zimage_train.ui.texts import LANGUAGES, Translate, translator
 from zimage_train.ui.workspace import Workspace
 
@@ -23,8 +24,12 @@ class Site:
 
     workspace: Workspace
     queue: JobQueue
+    sampler: Sampler = field(init=False)
     _machine: MachineState | None = None
     _machine_read_at: float = field(default=0.0)
+
+    def __post_init__(self) -> None:
+        self.sampler = Sampler(self.workspace, self.queue)
 
     def machine(self) -> MachineState:
         """Return the state of the machine, at most `MACHINE_SECONDS` old."""
