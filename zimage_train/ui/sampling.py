@@ -8,7 +8,6 @@ import contextlib
 import json
 import os
 import re
-import secrets
 import subprocess
 import sys
 import threading
@@ -26,7 +25,7 @@ from zimage_train.ui.sampling_worker import DrawJob, problem_values
 from zimage_train.ui.workspace import Workspace
 
 SAMPLES, LOG = ".samples", "worker.log"
-SAMPLE_ID = re.compile(r"\d{8}-\d{6}-[0-9a-f]{6}")
+SAMPLE_ID = re.compile(r"\d{8}-\d{6}-\d{6}")
 SampleStatus = Literal["waiting", "drawing", "done", "failed", "cancelled"]
 FINISHED = ("done", "failed", "cancelled")
 LOG_LINES = 20
@@ -49,10 +48,6 @@ class Sample:
     total: int = 0
     problems: list[dict[str, str]] = field(default_factory=list)
     attempts: int = 0
-
-    @property
-    def created_at(self) -> float:
-        return time.mktime(time.strptime(self.id[:15], "%Y%m%d-%H%M%S"))
 
 
 class Sampler:
@@ -91,8 +86,8 @@ class Sampler:
         """
         drawing = resolve(asked, self._workspace)
         atomic.require_writable_folder(self.folder)
-        sample = Sample(f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}", asked, drawing)
         with self._lock:
+            sample = Sample(self._new_id(), asked, drawing)
             self._samples[sample.id] = sample
             self._waiting.append(sample)
             self._forget()
@@ -190,6 +185,14 @@ class Sampler:
             reader, self._reader = self._reader, None
         if reader is not None:
             reader.join(CLOSE_SECONDS)
+
+    def _new_id(self) -> str:
+        """Return the time as an id, by which samples are in their order."""
+        while True:
+            now = time.time_ns() // 1000
+            sample_id = f"{time.strftime('%Y%m%d-%H%M%S', time.localtime(now // 1_000_000))}-{now % 1_000_000:06d}"
+            if sample_id not in self._samples:
+                return sample_id
 
     def _advance(self) -> None:
         """Let the worker draw the next image if it draws none."""

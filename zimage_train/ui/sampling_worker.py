@@ -2,8 +2,8 @@
 
 It reads a JSON object per line from stdin: a job (see `DrawJob`), or `{"cancel": ID}`. It writes JSON objects to
 stdout, each with the `id` of the job and an `event`: `progress` (phase: text, loading, drawing; done, total), and at
-the end `done`, `cancelled` or `failed` (problems). What libraries print goes to stderr. The model stays loaded until a job
-needs another one. The process ends when stdin is closed, or after `IDLE_SECONDS` without a job.
+the end `done`, `cancelled` or `failed` (problems). What libraries print goes to stderr. The model stays loaded until a
+job needs another one. The process ends when stdin is closed, or after `IDLE_SECONDS` without a job.
 """
 
 import json
