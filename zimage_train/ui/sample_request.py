@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -79,7 +79,7 @@ class SampleRequest(BaseModel):
         default="turbo", description="Variant of a model given as path or hub id, for steps, guidance and shift."
     )
     dtype: Precision = Field(default="bf16", description="Precision of `model`: bf16 or fp32.")
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = DEFAULT_SEED
+    seed: int = Field(default=DEFAULT_SEED, ge=0, lt=2**63, description="Seed of the noise.")
     width: Pixels | None = Field(default=None, description="Default: 1024, or as the previews of `run`.")
     height: Pixels | None = Field(default=None, description="Default: 1024, or as the previews of `run`.")
     steps: int | None = Field(default=None, ge=1, le=1000, description="Default: as the variant needs, or `run` has.")
