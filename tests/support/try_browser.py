@@ -39,7 +39,7 @@ PATIENCE_SECONDS = 90.0
 
 @cache
 def trained_runs(cache_folder: Path, quantize: str | None = None) -> Path:
-    """A folder of runs with one, `tiny`, that has trained on the miniature; once for the session, so only to be read."""
+    """A folder of runs with one, `tiny`, trained on the miniature; once for the session, so only to be read."""
     runs = cache_folder.parent / f"runs-{quantize}"
     values = mini_values(
         runs,

@@ -75,7 +75,9 @@ def test_wrong_requests_name_their_problems(api, body, found):
 
 
 def test_body_that_is_no_json_is_a_problem(api):
-    assert "JSON" in problems(api.post("/api/sample", content=b"{", headers={"content-type": "application/json"}))
+    assert "body: is no JSON" in problems(
+        api.post("/api/sample", content=b"{", headers={"content-type": "application/json"})
+    )
 
 
 def test_runs_are_described(api):

@@ -217,5 +217,7 @@ def invalid_request(errors: Sequence[Any]) -> ConfigError:
         where = ".".join(str(part) for part in error["loc"] if part != "body") or "body"
         hint = str(error["msg"]).removeprefix("Value error, ")
         found = f"is {error['input']!r:.80}" if isinstance(error["input"], str | int | float) else "is not valid"
+        if error["type"] == "json_invalid":
+            where, found, hint = "body", "is no JSON", f"character {where}: {error['ctx']['error']}"
         problems.append(Problem(where, found, hint[:1].lower() + hint[1:], "bad-value"))
     return ConfigError(*problems)
