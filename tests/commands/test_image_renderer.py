@@ -47,7 +47,7 @@ def test_model_stays_until_another_is_asked(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_progress_counts_both_images_and_may_end_it(tmp_path):
+def test_progress_counts_and_may_end_it(tmp_path):
     renderer = ImageRenderer(threading.Lock())
     told: list[tuple[str, int, int]] = []
 
@@ -70,7 +70,7 @@ def test_progress_counts_both_images_and_may_end_it(tmp_path):
 
 
 @pytest.mark.slow
-def test_little_memory_beside_a_run_is_refused(tmp_path, monkeypatch):
+def test_little_memory_is_refused(tmp_path, monkeypatch):
     """Beside a run only what is free may be used, and the problem says how much is needed."""
     renderer = ImageRenderer(threading.Lock())
     monkeypatch.setattr(renderer, "_free_gb", lambda: 0.001)

@@ -38,16 +38,18 @@ PATIENCE_SECONDS = 90.0
 
 
 @cache
-def trained_runs(cache_folder: Path, quantize: str | None = None) -> Path:
+def trained_runs(cache_folder: Path, kind: str = "plain") -> Path:
     """A folder of runs with one, `tiny`, trained on the miniature; once for the session, so only to be read."""
-    runs = cache_folder.parent / f"runs-{quantize}"
+    runs = cache_folder.parent / f"runs-{kind}"
     values = mini_values(
         runs,
         cache_folder,
-        model={"quantize": quantize},
+        model={"quantize": "int8" if kind == "int8" else None},
+        ema={"decay": 0.5 if kind == "ema" else None},
         lora={"rank": 16},
         optimizer={"lr": 2e-2},
-        sample={"every": 2, "first": True, "width": 64, "height": 64, "prompts": PROMPTS},
+        sample={"every": 2, "first": True, "width": 64, "height": 64, "prompts": PROMPTS}
+        | {"weights": "ema" if kind == "ema" else "raw"},
         save={"every": 2, "dtype": "bf16"},
     )
     config, problems = validate_config(values, str)

@@ -103,7 +103,7 @@ def config_text(name: str, runs: Path) -> str:
     return "\n".join(lines).replace("name: tiny", f"name: {name}").replace("steps: 4", "steps: 3000", 1)
 
 
-def test_run_is_queued_stopped_continued_deleted(api, runs):
+def test_life_of_a_run(api, runs):
     """The whole life of a run, by programs alone."""
     answer = api.post("/api/runs", content=config_text("made", runs))
     assert (answer.status_code, answer.json()["state"]) == (202, "waiting"), answer.text
@@ -111,8 +111,8 @@ def test_run_is_queued_stopped_continued_deleted(api, runs):
     assert "is training" in problems(api.delete("/api/runs/made"))
     assert api.get("/api/machine").json()["free_disk_gb"] > 0
     wait_for(lambda: api.get("/api/runs/made").json()["step"] > 2, "it made no steps")
-    beside = api.post("/api/sample", json={"run": "tiny", "prompt": PROMPT}).json()
-    assert beside["memory"]["training"] == ["made"]
+    beside = api.post("/api/sample/memory", json={"run": "tiny", "prompt": PROMPT}).json()
+    assert beside["training"] == ["made"] and 0 < beside["needed_gb"] < beside["free_gb"]
     assert api.post("/api/runs/made/stop").status_code == 200
     wait_for(lambda: api.get("/api/runs/made").json()["state"] == "stopped", "it did not stop")
     assert api.post("/api/runs/made/continue").json()["state"] == "waiting"

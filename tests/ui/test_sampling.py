@@ -39,10 +39,10 @@ def asked_as_preview(runs: Path, number: int, **changes) -> SampleRequest:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("quantize", [None, "int8"])
-def test_image_equals_last_preview(quantize, shared_cache, tmp_path):
+@pytest.mark.parametrize("kind", ["plain", "int8", "ema"])
+def test_image_equals_last_preview(kind, shared_cache, tmp_path):
     """What was seen in training is what comes out: with the LoRA the last preview, without it the first."""
-    runs = copy_of_runs(trained_runs(shared_cache, quantize), tmp_path / "runs")
+    runs = copy_of_runs(trained_runs(shared_cache, kind), tmp_path / "runs")
     samples = runs / "tiny" / "samples"
     with sampler_for(runs) as sampler:
         images = [sampler.submit(asked_as_preview(runs, number, base=True)) for number in (0, 1)]
@@ -208,7 +208,7 @@ def test_run_gives_what_its_previews_have(runs):
     assert (base.sampling.steps, base.sampling.shift, base.model["dtype"]) == (30, 6.0, "bf16")
 
 
-def test_automatic_quantization_is_that_of_the_run(tmp_path, make_config):
+def test_auto_quantization_is_of_the_run(tmp_path, make_config):
     config = make_config(model={"quantize": "auto"}, sample={"every": None})
     folder = tmp_path / "runs" / "tiny"
     folder.mkdir(parents=True)

@@ -36,7 +36,7 @@ def choose(page: Page, label: str, option: str | re.Pattern[str]) -> None:
     page.get_by_role("option", name=option).first.click()
 
 
-def test_image_is_drawn_with_the_lora_of_a_run(page, address, runs):
+def test_image_with_the_lora_of_a_run(page, address, runs):
     """A run is chosen with one of its previews, drawn beside the model without LoRA, and equals the preview."""
     page.goto(f"{address}/try")
     expect(page.get_by_text("Needs about")).to_be_visible()

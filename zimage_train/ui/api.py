@@ -22,7 +22,7 @@ from zimage_train.ui import run_state, submitted_config
 from zimage_train.ui.lora_files import loras_of_run
 from zimage_train.ui.media import FOREVER, whole_url
 from zimage_train.ui.run_state import RunState
-from zimage_train.ui.sample_request import SampleRequest, invalid_request
+from zimage_train.ui.sample_request import Drawing, SampleRequest, invalid_request, resolve
 from zimage_train.ui.sampling import Sample, SampleStatus
 from zimage_train.ui.sampling_memory import memory_needs
 from zimage_train.ui.site import Site
@@ -182,7 +182,12 @@ def _add_samples(router: APIRouter, site: Site) -> None:
     def draw(asked: SampleRequest) -> SampleState:
         """Draw an image with a model and any number of LoRAs. It waits for those before it."""
         sample = sampler.submit(asked)
-        return state_of(site, sample, memory=_memory_of(site, sample))
+        return state_of(site, sample, memory=_memory_of(site, sample.drawing))
+
+    @router.post("/sample/memory", tags=["images"])
+    def ask_memory(asked: SampleRequest) -> MemoryState:
+        """Return what an image would need of memory and what trains beside it, without drawing it."""
+        return _memory_of(site, resolve(asked, site.workspace))
 
     @router.get("/sample", tags=["images"])
     def list_samples(count: Annotated[int, Query(ge=1, le=50)] = 20) -> list[SampleState]:
@@ -227,8 +232,8 @@ def _image(site: Site, sample_id: str, is_base: bool, side: int | None) -> Respo
     )
 
 
-def _memory_of(site: Site, sample: Sample) -> MemoryState:
-    needs = memory_needs(sample.drawing, site.queue, site.machine(), site.sampler.slot)
+def _memory_of(site: Site, drawing: Drawing) -> MemoryState:
+    needs = memory_needs(drawing, site.queue, site.machine(), site.sampler.slot)
     return MemoryState(
         needed_gb=_gb(needs.needed_bytes),
         free_gb=_gb(needs.free_bytes),

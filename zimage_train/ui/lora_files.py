@@ -55,9 +55,17 @@ def loras_of_run(folder: Path) -> list[Path]:
     return [*([finished] if finished.exists() else []), *steps, *averages]
 
 
-def newest_lora(folder: Path) -> Path | None:
-    """Return the finished LoRA of a run, or that of its last step; None before the first save."""
+def newest_lora(folder: Path, is_average: bool = False) -> Path | None:
+    """Return the finished LoRA of a run, or that of its last step; None before the first save.
+
+    Args:
+        is_average: whether to return the average over steps in its place, where the run has one.
+    """
     paths = loras_of_run(folder)
+    averages = [path for path in paths if path.parent.name == "ema"]
+    if is_average and averages:
+        finished = [path for path in averages if path.stem == folder.name]
+        return (finished or averages)[0]
     return paths[0] if paths else None
 
 

@@ -159,7 +159,7 @@ def config_of(workspace: Workspace, name: str) -> Config:
 
 def run_loras(workspace: Workspace, name: str, config: Config) -> list[SampleLora]:
     """Return the LoRAs of a run's previews: its newest own, if it has saved one, and those beside it."""
-    newest = newest_lora(workspace.run(name))
+    newest = newest_lora(workspace.run(name), is_average=config.sample.weights == "ema")
     loras = [] if newest is None else [SampleLora(file=str(newest))]
     for extra in config.preview_loras:
         path = locate.lora_at(extra.file, Location(key="sample.extra_loras"))

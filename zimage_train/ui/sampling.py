@@ -62,6 +62,8 @@ class Sampler:
         self._lock = threading.RLock()
         self._samples: dict[str, Sample] = {}
         """Those of this page by id, the oldest first; a sample that is done is also on disk."""
+        self._earlier: dict[str, Sample] = {}
+        """Those of earlier pages that were read."""
         self._waiting: list[Sample] = []
         self._current: Sample | None = None
         self._process: subprocess.Popen[str] | None = None
@@ -103,7 +105,7 @@ class Sampler:
         with self._lock:
             sample = self._samples.get(sample_id)
         if sample is None and SAMPLE_ID.fullmatch(sample_id):
-            sample = _read_sample(self.folder / f"{sample_id}.json")
+            sample = self._read_earlier(sample_id)
         if sample is None:
             raise DataError(Problem(f"sample {sample_id}", "does not exist", "ask for it again", "missing-file"))
         return sample
@@ -128,10 +130,16 @@ class Sampler:
         names = {path.stem for path in self.folder.glob("*.json") if SAMPLE_ID.fullmatch(path.stem)}
         last: list[Sample] = []
         for sample_id in sorted(names | set(recent), reverse=True)[:count]:
-            sample = recent.get(sample_id) or _read_sample(self.folder / f"{sample_id}.json")
+            sample = recent.get(sample_id) or self._read_earlier(sample_id)
             if sample is not None:
                 last.append(sample)
         return last
+
+    def _read_earlier(self, sample_id: str) -> Sample | None:
+        sample = self._earlier.get(sample_id) or _read_sample(self.folder / f"{sample_id}.json")
+        if sample is not None:
+            self._earlier[sample_id] = sample
+        return sample
 
     def image_path(self, sample: Sample, is_base: bool = False) -> Path:
         """Return where the image of a sample is, or will be; `is_base`: the one without LoRAs."""
@@ -165,7 +173,8 @@ class Sampler:
             self.cancel(sample_id)
             return
         with self._lock:
-            self._samples.pop(sample_id, None)
+            for known in (self._samples, self._earlier):
+                known.pop(sample_id, None)
         for path in (self.folder / f"{sample.id}.json", self.image_path(sample), self.image_path(sample, True)):
             atomic.remove(path)
 

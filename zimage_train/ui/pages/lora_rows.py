@@ -4,6 +4,7 @@ from pathlib import Path
 
 from nicegui import ui
 
+from zimage_train.ui.pages.buttons import flat_button, icon_button
 from zimage_train.ui.sample_request import SampleLora
 from zimage_train.ui.texts import Translate
 
@@ -23,8 +24,7 @@ class LoraRows:
 
     def build(self) -> None:
         self._rows = ui.column().classes("w-full gap-2")
-        add = ui.button(self._t("try.add_lora"), icon="add", on_click=self.add)
-        add.props("flat dense no-caps")
+        flat_button("add", self._t("try.add_lora"), self.add)
         self.show()
 
     def set(self, loras: list[SampleLora]) -> None:
@@ -53,8 +53,7 @@ class LoraRows:
             with ui.row().classes("w-full no-wrap items-center gap-1"):
                 file = lora_choice(labels, lora.file, t("try.lora"))
                 file.on_value_change(lambda event: setattr(lora, "file", event.value or ""))
-                remove = ui.button(icon="close", on_click=lambda: self._remove(lora))
-                remove.props(f'flat round dense aria-label="{t("try.remove_lora")}"').tooltip(t("try.remove_lora"))
+                icon_button("close", t("try.remove_lora"), lambda: self._remove(lora))
             with ui.row().classes("w-full no-wrap items-center gap-3 pl-1"):
                 slider = (
                     ui.slider(min=-1, max=2, step=0.05).props(f'aria-label="{t("try.strength")}"').classes("flex-1")

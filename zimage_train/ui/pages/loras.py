@@ -11,6 +11,7 @@ from zimage_train.ui.layout import page_frame
 from zimage_train.ui.lora_files import list_loras
 from zimage_train.ui.lora_tools import LAYOUTS, MERGE_METHODS, Command, LoraTools, Outcome, ToolRun
 from zimage_train.ui.media import download_url, whole_url
+from zimage_train.ui.pages.buttons import flat_button
 from zimage_train.ui.pages.lora_rows import LoraRows, lora_choice
 from zimage_train.ui.pages.try_it import show_problems
 from zimage_train.ui.sample_request import SampleLora
@@ -46,6 +47,8 @@ class LorasPage:
         self._tools = LoraTools(site.workspace)
         self._rows = LoraRows(t, t("loras.merge_none"))
         self._running: ToolRun | None = None
+        self._results: dict[str, ui.column] = {}
+        """Tab -> the place of what its command says."""
         self._names: list[tuple[ui.input, Callable[[str], str]]] = []
         """The fields for names of new files, and what each suggests for the stem of the chosen file."""
 
@@ -58,7 +61,8 @@ class LorasPage:
             upload = ui.upload(
                 label=t("loras.upload"), auto_upload=True, max_file_size=MAX_UPLOAD_BYTES, on_upload=self._take_upload
             )
-            upload.props('accept=".safetensors" flat bordered').classes("w-80 max-w-full")
+            upload.props('accept=".safetensors" flat bordered').classes("zt-upload w-80 max-w-full")
+            ui.add_css(".zt-upload .q-uploader__list { display: none; }")
         with ui.element("section").classes("zt-card"):
             with (
                 ui.tabs().props("no-caps align=left dense outside-arrows mobile-arrows").classes("w-full") as self._tabs
@@ -74,13 +78,13 @@ class LorasPage:
                     ("resize", self._build_resize),
                     ("diff", self._build_diff),
                 ):
-                    with ui.tab_panel(name).classes("px-0"), ui.column().classes("w-full gap-3 max-w-2xl"):
-                        ui.label(t(f"loras.{name}_help")).classes("zt-quiet")
-                        build()
-        self._working = ui.row().classes("w-full items-center gap-3")
-        self._results = ui.column().classes("w-full gap-3").props('aria-live="polite"')
+                    with ui.tab_panel(name).classes("px-0"):
+                        with ui.column().classes("w-full gap-3 max-w-2xl"):
+                            ui.label(t(f"loras.{name}_help")).classes("zt-quiet")
+                            build()
+                        self._results[name] = ui.column().classes("w-full gap-3 pt-4").props('aria-live="polite"')
         ui.timer(0.05, lambda: self._list_files(file), once=True)
-        ui.context.client.on_delete(self._stop)
+        ui.context.client.on_delete(self._leave)
 
     def _build_inspect(self) -> None:
         self._button("inspect", lambda: self._tools.inspect(self._chosen))
@@ -156,7 +160,7 @@ class LorasPage:
 
     def _button(self, name: str, command: Callable[[], Command]) -> None:
         """Build the button that runs a command."""
-        button = ui.button(self._t(f"loras.{name}"), icon=TABS[name], on_click=lambda: self._run(command))
+        button = ui.button(self._t(f"loras.{name}"), icon=TABS[name], on_click=lambda: self._run(name, command))
         button.props("no-caps")
 
     async def _list_files(self, file: str = "") -> None:
@@ -174,7 +178,7 @@ class LorasPage:
         if not self._rows.loras and self._chosen:
             self._rows.set([SampleLora(file=self._chosen)])
         if self._chosen and self._tabs.value == "inspect":
-            await self._run(lambda: self._tools.inspect(self._chosen))
+            await self._run("inspect", lambda: self._tools.inspect(self._chosen))
 
     async def _take_upload(self, event: events.UploadEventArguments) -> None:
         try:
@@ -190,8 +194,8 @@ class LorasPage:
         await self._list_files()
         self._file.value = str(path)
 
-    async def _run(self, make: Callable[[], Command]) -> None:
-        """Run a command, and show what it says."""
+    async def _run(self, tab: str, make: Callable[[], Command]) -> None:
+        """Run the command of a tab, and show what it says there."""
         self._stop()
         try:
             command = make()
@@ -199,12 +203,12 @@ class LorasPage:
             show_problems(error)
             return
         tool = self._running = ToolRun(command)
-        self._results.clear()
-        with self._working:
-            self._working.clear()
+        results = self._results[tab]
+        results.clear()
+        with results, ui.row().classes("w-full items-center gap-3 no-wrap") as self._working:
             bar = ui.linear_progress(0, show_value=False, size="6px").props("rounded indeterminate").classes("flex-1")
             bar.props(f'aria-label="{self._t("loras.working")}"')
-            ui.button(self._t("loras.stop"), icon="stop", on_click=self._stop).props("flat dense no-caps")
+            flat_button("stop", self._t("loras.stop"), self._stop)
 
         def progress(done: int, total: int) -> None:
             bar.props(remove="indeterminate").set_value(done / total if total else 0.0)
@@ -212,9 +216,9 @@ class LorasPage:
         outcome = await tool.run(progress)
         if self._running is not tool:
             return  # another command has begun, or the page is gone
-        self._running = None
-        self._working.clear()
-        self._show(command, outcome)
+        self._stop()
+        with results:
+            self._show(command, outcome)
         if command.files():
             await self._list_files()
 
@@ -222,25 +226,30 @@ class LorasPage:
         tool, self._running = self._running, None
         if tool is not None:
             tool.stop()
-            self._working.clear()
+            self._working.delete()
+
+    def _leave(self) -> None:
+        """End what runs when the browser is gone, and with it the elements of the page."""
+        tool, self._running = self._running, None
+        if tool is not None:
+            tool.stop()
 
     def _show(self, command: Command, outcome: Outcome) -> None:
         t = self._t
-        with self._results:
-            for line in outcome.errors:
-                with ui.element("section").classes("zt-card").style("border-color: var(--bad)"):
-                    ui.label(t("loras.failed")).classes("zt-status zt-status-failed").style("width: fit-content")
-                    ui.label(line).style("white-space: pre-wrap; overflow-wrap: anywhere")
-            if command.files():
-                with ui.element("section").classes("zt-card"):
-                    ui.label(t("loras.made")).classes("zt-head")
-                    for path in command.files():
-                        ui.link(path.name, download_url(path)).classes("zt-link block")
-            if command.plot is not None and command.plot.exists() and not outcome.errors:
-                with ui.element("section").classes("zt-card"):
-                    ui.label(t("loras.heatmap")).classes("zt-head")
-                    picture = ui.element("img").style("max-width: 100%; border-radius: 8px; margin-top: .5rem")
-                    picture.props["src"], picture.props["alt"] = whole_url(command.plot), t("loras.heatmap")
-            if outcome.lines:
-                log = ui.label("\n".join(outcome.lines)).classes("zt-log").props("tabindex=0")
-                log.style("max-height: none; white-space: pre; overflow-wrap: normal")
+        for line in outcome.errors:
+            with ui.element("section").classes("zt-card").style("border-color: var(--bad)"):
+                ui.label(t("loras.failed")).classes("zt-status zt-status-failed").style("width: fit-content")
+                ui.label(line).style("white-space: pre-wrap; overflow-wrap: anywhere")
+        if command.files():
+            with ui.element("section").classes("zt-card"):
+                ui.label(t("loras.made")).classes("zt-head")
+                for path in command.files():
+                    ui.link(path.name, download_url(path)).classes("zt-link block")
+        if command.plot is not None and command.plot.exists() and not outcome.errors:
+            ui.label(t("loras.heatmap")).classes("zt-head")
+            picture = ui.element("img").style("max-width: 100%; border-radius: 8px; border: 1px solid var(--line)")
+            picture.props["src"], picture.props["alt"] = whole_url(command.plot), t("loras.heatmap")
+        lines = [line for line in outcome.lines if not line.startswith("heat map: ")]
+        if lines:
+            log = ui.label("\n".join(lines)).classes("zt-log").props("tabindex=0")
+            log.style("max-height: none; white-space: pre; overflow-wrap: normal")

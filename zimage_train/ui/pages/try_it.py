@@ -14,6 +14,7 @@ from zimage_train.report.preview_images import NAME, request_of
 from zimage_train.ui import run_state
 from zimage_train.ui.layout import page_frame
 from zimage_train.ui.lora_files import list_loras, loras_of_run
+from zimage_train.ui.pages.buttons import icon_button
 from zimage_train.ui.pages.lora_rows import LoraRows
 from zimage_train.ui.pages.try_results import SampleResults
 from zimage_train.ui.sample_request import (
@@ -99,8 +100,7 @@ class TryPage:
         self._negative.classes("w-full")
         with ui.row().classes("w-full gap-2 no-wrap items-center"):
             self._seed = self._number("try.seed", 42, 1, 0)
-            dice = ui.button(icon="casino", on_click=self._draw_seed).props(f'flat round aria-label="{t("try.dice")}"')
-            dice.tooltip(t("try.dice"))
+            icon_button("casino", t("try.dice"), self._draw_seed)
         with ui.element("div").classes("grid grid-cols-2 gap-2 w-full"):
             self._width = self._number("try.width", 1024, 16, 32)
             self._height = self._number("try.height", 1024, 16, 32)
@@ -174,8 +174,11 @@ class TryPage:
         self._steps.value, self._guidance.value = request.steps, request.guidance
         step = file.partition("-")[0]
         of_step = [path for path in loras_of_run(folder) if path.stem == f"{name}-{step}"]
+        is_last = int(step) == run_state.read_run(folder).steps
         if of_step and self._rows.loras:
             self._rows.set([SampleLora(file=str(of_step[0])), *self._rows.loras[1:]])
+        elif not is_last:
+            ui.notify(self._t("try.no_lora_of_step", step=int(step)), type="warning")
 
     def _fill(self, prompt: str, negative: str, seed: int, width: int, height: int) -> None:
         self._prompt.value, self._negative.value, self._seed.value = prompt, negative, seed

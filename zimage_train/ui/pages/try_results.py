@@ -5,6 +5,7 @@ from typing import Any
 
 from nicegui import events, ui
 
+from zimage_train.ui.pages.buttons import icon_button
 from zimage_train.ui.sampling import Sample
 from zimage_train.ui.site import Site
 from zimage_train.ui.texts import Translate
@@ -51,7 +52,7 @@ class SampleResults:
             " .zt-zoom { cursor: zoom-in; border: 0; padding: 0; background: none; width: 100%; display: block; }"
         )
         with ui.dialog().props("maximized") as self._dialog, ui.card().classes("items-center"):
-            ui.button(icon="close", on_click=self._dialog.close).props(f'flat round aria-label="{t("common.close")}"')
+            icon_button("close", t("common.close"), self._dialog.close)
             self._large = ui.column().classes("w-full items-center")
         self._dialog.on("hide", self._unzoom)
         self.refresh()
@@ -95,8 +96,7 @@ class SampleResults:
                         fraction = sample.done / sample.total if sample.total else 0.0
                         bar = ui.linear_progress(fraction, show_value=False, size="6px").props("rounded")
                         bar.props(f'aria-label="{text}"' + ("" if sample.phase == "drawing" else " indeterminate"))
-            cancel = ui.button(icon="close", on_click=lambda: self._site.sampler.cancel(sample.id))
-            cancel.props(f'flat round dense aria-label="{t("try.cancel")}"').tooltip(t("try.cancel"))
+            icon_button("close", t("try.cancel"), lambda: self._site.sampler.cancel(sample.id))
 
     def _show_images(self) -> None:
         self._images.clear()
@@ -154,14 +154,11 @@ class SampleResults:
         )
         ui.label(facts_of(sample)).classes("zt-quiet").style("font-size: .8rem; overflow-wrap: anywhere")
         with ui.row().classes("gap-0"):
-            again = ui.button(icon="replay", on_click=lambda: self._use(sample))
-            again.props(f'flat round dense aria-label="{t("try.again")}"').tooltip(t("try.again"))
+            icon_button("replay", t("try.again"), lambda: self._use(sample))
             if sample.status == "done":
                 address = f"/api/sample/{sample.id}/image"
-                download = ui.button(icon="download", on_click=lambda: ui.download(address, f"{sample.id}.png"))
-                download.props(f'flat round dense aria-label="{t("try.download")}"').tooltip(t("try.download"))
-            remove = ui.button(icon="delete_outline", on_click=lambda: sampler.remove(sample.id))
-            remove.props(f'flat round dense aria-label="{t("try.remove")}"').tooltip(t("try.remove"))
+                icon_button("download", t("try.download"), lambda: ui.download(address, f"{sample.id}.png"))
+            icon_button("delete_outline", t("try.remove"), lambda: sampler.remove(sample.id))
 
     def _zoom(self, index: int) -> None:
         """Show an image as large as fits, beside the one without LoRAs; arrows lead to others."""
