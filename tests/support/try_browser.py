@@ -133,4 +133,4 @@ def chromium_page(width: int = 1280, height: int = 900) -> Iterator[Page]:
             yield page
         finally:
             browser.close()
-    assert errors == []
+    assert errors == [], errors

@@ -9,8 +9,9 @@ from nicegui import ui
 def icon_button(icon: str, label: str, on_click: Callable[[], Any]) -> ui.button:
     """Build a round button whose label is read out, and shown when the mouse is over it."""
     button = ui.button(icon=icon, on_click=on_click, color=None).style("color: var(--accent)")
-    button.props["aria-label"] = label
-    return button.props("flat round dense").tooltip(label)
+    # No tooltip of Quasar, which complains when rows that are built anew take its button away.
+    button.props["aria-label"] = button.props["title"] = label
+    return button.props("flat round dense")
 
 
 def flat_button(icon: str, label: str, on_click: Callable[[], Any]) -> ui.button:

@@ -113,8 +113,8 @@ class TryPage:
         self._base = ui.checkbox(t("try.with_base"), value=True)
         self._note = ui.label().classes("zt-quiet text-sm")
         self._warning = ui.label().classes("text-sm").style("color: var(--bad)")
-        draw = ui.button(t("try.draw"), icon="brush", on_click=self._draw).props("no-caps").classes("w-full")
-        draw.tooltip("Ctrl+Enter")
+        draw = ui.button(t("try.draw"), icon="brush", on_click=self._draw).classes("w-full")
+        draw.props('no-caps title="Ctrl+Enter"')
 
     def _number(self, key: str, value: float | None, step: float, least: float) -> ui.number:
         field = ui.number(self._t(key), value=value, step=step, min=least).props("dense outlined")

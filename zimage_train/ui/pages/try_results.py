@@ -26,7 +26,7 @@ class SampleResults:
 
     def __init__(self, site: Site, t: Translate, use: Callable[[Sample], None]) -> None:
         self._site, self._t, self._use = site, t, use
-        self._shown_queue: Any = None
+        self._rows: list[_WaitingRow] = []
         self._shown_images: Any = None
         self._samples: list[Sample] = []
         self._zoomed = -1
@@ -35,6 +35,7 @@ class SampleResults:
     def build(self) -> None:
         """Build both, and keep them up to date."""
         t = self._t
+        # Hidden until something waits, so that nothing moves when the page opens.
         self._queue_card = ui.element("section").classes("zt-card").props('aria-live="polite"')
         with self._queue_card:
             ui.label(t("try.queue")).classes("zt-head")
@@ -62,10 +63,11 @@ class SampleResults:
     def refresh(self) -> None:
         """Show what has changed."""
         active = self._site.sampler.active()
-        queue = [(one.id, one.status, one.phase, one.done, one.total, self._site.sampler.place(one)) for one in active]
-        if queue != self._shown_queue:
-            self._shown_queue = queue
+        ids = [sample.id for sample in active]
+        if ids != [row.sample.id for row in self._rows]:
             self._show_queue(active)
+        for row in self._rows:
+            row.update(self._site.sampler.place(row.sample), self._t)
         finished = self._site.sampler.finished(SHOWN)
         images = [(one.id, one.status) for one in finished]
         if images != self._shown_images:
@@ -76,27 +78,15 @@ class SampleResults:
         self._queue_card.set_visibility(bool(active))
         self._queue.clear()
         with self._queue:
-            for sample in active:
-                self._build_waiting(sample)
+            self._rows = [_WaitingRow(sample, self._t, self._cancel) for sample in active]
 
-    def _build_waiting(self, sample: Sample) -> None:
-        t, place = self._t, self._site.sampler.place(sample)
-        if place is not None:
-            text = t("try.before", count=place)
-        elif sample.phase == "drawing":
-            text = t("try.phase_drawing", done=sample.done, total=sample.total)
-        else:
-            text = t(f"try.phase_{sample.phase or 'start'}")
-        with ui.row().classes("w-full no-wrap items-center gap-3"):
-            with ui.column().classes("flex-1 min-w-0 gap-1"):
-                ui.label(sample.drawing.request["prompt"]).classes("w-full truncate")
-                with ui.row().classes("w-full no-wrap items-center gap-3"):
-                    ui.label(text).classes("zt-quiet text-sm whitespace-nowrap")
-                    if place is None:
-                        fraction = sample.done / sample.total if sample.total else 0.0
-                        bar = ui.linear_progress(fraction, show_value=False, size="6px").props("rounded")
-                        bar.props(f'aria-label="{text}"' + ("" if sample.phase == "drawing" else " indeterminate"))
-            icon_button("close", t("try.cancel"), lambda: self._site.sampler.cancel(sample.id))
+    def _cancel(self, sample: Sample) -> None:
+        self._site.sampler.cancel(sample.id)
+        self.refresh()
+
+    def _remove(self, sample: Sample) -> None:
+        self._site.sampler.remove(sample.id)
+        self.refresh()
 
     def _show_images(self) -> None:
         self._images.clear()
@@ -148,7 +138,7 @@ class SampleResults:
             ui.label(text).classes("zt-log")
 
     def _build_facts(self, sample: Sample) -> None:
-        t, sampler = self._t, self._site.sampler
+        t = self._t
         ui.label(sample.drawing.request["prompt"]).classes("text-sm").style(
             "display: -webkit-box; -webkit-line-clamp: 3; -webkit-box-orient: vertical; overflow: hidden"
         )
@@ -158,7 +148,7 @@ class SampleResults:
             if sample.status == "done":
                 address = f"/api/sample/{sample.id}/image"
                 icon_button("download", t("try.download"), lambda: ui.download(address, f"{sample.id}.png"))
-            icon_button("delete_outline", t("try.remove"), lambda: sampler.remove(sample.id))
+            icon_button("delete_outline", t("try.remove"), lambda: self._remove(sample))
 
     def _zoom(self, index: int) -> None:
         """Show an image as large as fits, beside the one without LoRAs; arrows lead to others."""
@@ -182,6 +172,42 @@ class SampleResults:
             index += move
         if 0 <= index < len(self._samples):
             self._zoom(index)
+
+
+class _WaitingRow:
+    """An image in the queue; its button stays in place while its progress changes."""
+
+    def __init__(self, sample: Sample, t: Translate, cancel: Callable[[Sample], None]) -> None:
+        self.sample = sample
+        self._bar_shown: Any = None
+        with ui.row().classes("w-full no-wrap items-center gap-3"):
+            with ui.column().classes("flex-1 min-w-0 gap-1"):
+                ui.label(sample.drawing.request["prompt"]).classes("w-full truncate")
+                with ui.row().classes("w-full no-wrap items-center gap-3"):
+                    self._text = ui.label().classes("zt-quiet text-sm whitespace-nowrap")
+                    self._bar = ui.linear_progress(0.0, show_value=False, size="6px").props("rounded indeterminate")
+            icon_button("close", t("try.cancel"), lambda: cancel(sample))
+
+    def update(self, place: int | None, t: Translate) -> None:
+        """Show the place in the queue, or how far the image is."""
+        sample, is_drawn = self.sample, place is None and self.sample.phase == "drawing"
+        if place is not None:
+            text = t("try.before", count=place)
+        elif is_drawn:
+            text = t("try.phase_drawing", done=sample.done, total=sample.total)
+        else:
+            text = t(f"try.phase_{sample.phase or 'start'}")
+        shown = (text, place is None, is_drawn)
+        if shown == self._bar_shown:
+            return
+        self._bar_shown = shown
+        self._text.text = text
+        self._bar.set_visibility(place is None)
+        self._bar.props["aria-label"] = text
+        if is_drawn:
+            self._bar.props(remove="indeterminate")
+            self._bar.value = sample.done / max(sample.total, 1)
+        self._bar.update()
 
 
 def facts_of(sample: Sample) -> str:
