@@ -13,9 +13,8 @@ from zimage_train.ui.lora_tools import LAYOUTS, MERGE_METHODS, Command, LoraTool
 from zimage_train.ui.media import download_url, whole_url
 from zimage_train.ui.pages.buttons import flat_button
 from zimage_train.ui.pages.lora_rows import LoraRows, lora_choice
-from zimage_train.ui.pages.try_it import show_problems
 from zimage_train.ui.sample_request import SampleLora
-from zimage_train.ui.site import Site
+from zimage_train.ui.site import Site, show_problems
 from zimage_train.ui.texts import Translate
 
 TABS = {

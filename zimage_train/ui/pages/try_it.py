@@ -28,7 +28,7 @@ from zimage_train.ui.sample_request import (
 )
 from zimage_train.ui.sampling import Sample
 from zimage_train.ui.sampling_memory import MemoryNeeds, memory_needs
-from zimage_train.ui.site import Site
+from zimage_train.ui.site import Site, show_problems
 from zimage_train.ui.texts import Translate
 
 NOTE_SECONDS = 1.0
@@ -270,12 +270,6 @@ class TryPage:
             if needs.is_tight:
                 warnings.append(t("try.tight"))
         self._note.text, self._warning.text = " ".join(notes), " ".join(warnings)
-
-
-def show_problems(error: ZImageTrainError) -> None:
-    """Show the problems of a user's mistake until they are closed."""
-    for problem in error.problems:
-        ui.notify(str(problem), type="negative", multi_line=True, close_button="OK", timeout=0)
 
 
 def _has_config(folder: Path) -> bool:
