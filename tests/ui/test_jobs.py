@@ -4,7 +4,7 @@ import json
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -21,8 +21,23 @@ FAILED_SECONDS = 10
 
 
 @pytest.fixture
-def queue(tmp_path: Path) -> JobQueue:
-    return JobQueue(Workspace(tmp_path / "runs", (tmp_path,)), [])
+def make_queue(tmp_path: Path) -> Iterator[Callable[[], JobQueue]]:
+    """`make_queue()`: a queue of the same folder, whose processes have ended when the test has."""
+    queues: list[JobQueue] = []
+
+    def make() -> JobQueue:
+        queues.append(JobQueue(Workspace(tmp_path / "runs", (tmp_path,)), []))
+        return queues[-1]
+
+    yield make
+    for queue in queues:
+        for process in queue._processes.values():
+            process.wait(timeout=60)
+
+
+@pytest.fixture
+def queue(make_queue: Callable[[], JobQueue]) -> JobQueue:
+    return make_queue()
 
 
 def until(met: Callable[[], bool], seconds: float = 90) -> None:
@@ -62,7 +77,7 @@ def test_names_stay_inside(queue: JobQueue, name: str):
 
 
 @pytest.mark.slow
-def test_a_run_from_start_to_trash(queue: JobQueue, tmp_path: Path):
+def test_a_run_from_start_to_trash(queue: JobQueue, make_queue: Callable[[], JobQueue], tmp_path: Path):
     """A job is trained, stopped, continued by another queue, finished and thrown away."""
     queue.add("one", mini_text(tmp_path, "one", steps=400))
     queue.add("two", mini_text(tmp_path, "two", steps=2))
@@ -76,7 +91,7 @@ def test_a_run_from_start_to_trash(queue: JobQueue, tmp_path: Path):
     until(lambda: status(queue, "two") == "done")
     at = steps(queue, "one")
     assert 3 < at < 400
-    other = JobQueue(queue._workspace, [])
+    other = make_queue()
     text = other.config_text("one").replace("steps: 400", f"steps: {at + 3}")
     other.add("one", text)
     until(lambda: status(other, "one") == "done")

@@ -44,7 +44,6 @@ a.zt-link { color: var(--accent); }
 .cm-editor .zt-bad-line { background: color-mix(in srgb, var(--bad) 22%, transparent); }
 .body--dark .cm-editor { filter: invert(.9) hue-rotate(180deg); }
 .text-link { color: var(--accent); }
-.q-notification .q-btn { color: inherit !important; font-weight: 700; }
 .zt-drop .q-uploader__list { min-height: 0; padding: 0; }
 .zt-drop .q-uploader__subtitle { display: none; }
 @media (max-width: 700px) { .zt-nav > div { display: none; } .zt-page { padding: .6rem; } }

@@ -16,6 +16,8 @@ from zimage_train.ui.workspace import Workspace
 
 LANGUAGE_COOKIE, DARK_COOKIE = "zimage_train_language", "zimage_train_dark"
 MACHINE_SECONDS = 5.0
+CLOSE = [{"label": "OK", "color": "white"}]
+"""The button of a message that stays until it is closed."""
 
 
 @dataclass
@@ -59,7 +61,7 @@ def page_texts() -> Translate:
 def show_problems(error: ZImageTrainError) -> None:
     """Show every problem of an error until it is closed."""
     for problem in error.problems:
-        ui.notify(str(problem), type="negative", multi_line=True, close_button="OK", timeout=0)
+        ui.notify(str(problem), type="negative", multi_line=True, actions=CLOSE, timeout=0)
 
 
 def told(action: Callable[..., object], *arguments: object) -> Callable[[], bool]:

@@ -16,7 +16,7 @@ from zimage_train.ui.jobs import name_in
 from zimage_train.ui.layout import page_frame
 from zimage_train.ui.pages.config_form import ConfigForm
 from zimage_train.ui.pages.plan_view import show_plan
-from zimage_train.ui.site import Site, show_problems
+from zimage_train.ui.site import CLOSE, Site, show_problems
 from zimage_train.ui.texts import Translate
 
 MAX_UPLOAD_BYTES = 1_000_000
@@ -129,7 +129,7 @@ class NewRunPage:
             return
         self._show_text(text)
         for note in notes:
-            ui.notify(note, type="info", multi_line=True, close_button="OK", timeout=0)
+            ui.notify(note, type="info", multi_line=True, actions=CLOSE, timeout=0)
 
     def _set(self, path: Any, value: Any) -> None:
         """Take over a change of the form; `ConfigForm.REMOVED` removes the setting."""
