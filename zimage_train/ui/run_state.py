@@ -35,6 +35,7 @@ class WorkerOutput:
     """The `error` events at its end."""
     lines: list[str] = field(default_factory=list)
     """The last lines, as text."""
+    warnings: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -190,6 +191,7 @@ def _read_output(path: Path) -> WorkerOutput:
     progress: dict[str, Any] | None = None
     errors: list[dict[str, Any]] = []
     lines: list[str] = []
+    warnings: list[str] = []
     for line in _tail(path):
         event = event_of(line)
         if event is None:
@@ -197,9 +199,11 @@ def _read_output(path: Path) -> WorkerOutput:
         kind = event.get("event")
         progress = event if kind == "progress" else None
         errors = [*errors, event] if kind == "error" else []
+        if kind == "warning":
+            warnings.append(str(event.get("text", "")))
         if kind != "progress":
             lines.append(text_of(event))
-    return WorkerOutput(progress, errors, lines[-200:])
+    return WorkerOutput(progress, errors, lines[-200:], list(dict.fromkeys(warnings)))
 
 
 def event_of(line: bytes) -> dict[str, Any] | None:

@@ -49,6 +49,7 @@ class RunPage:
         self._folder = site.workspace.run(name)
         self._smoothing, self._is_log = 0.9, False
         self._others: list[str] = []
+        self._steps: list[int] = []
         self._step: int | None = None
         """The step whose previews are shown; None for the newest."""
         self._shown: Any = None
@@ -125,10 +126,11 @@ class RunPage:
         if shown == self._shown:
             return
         before, self._shown = self._shown, shown
+        self._steps = sorted(previews)
         if state.folder.exists() or waits:
             self._show_state(state, waits)
         if before is None or before[1] != shown[1]:
-            self._show_steps(previews)
+            self._show_steps()
             self._show_files()
         if before is None or before[0].changed_at != state.changed_at:
             self._draw_charts()
@@ -149,6 +151,8 @@ class RunPage:
                 self._button("stop", "stop_circle", told(self._site.queue.stop, self._name))
             elif status != "done":
                 self._button("continue", "play_arrow", told(self._site.queue.resume, self._name))
+            if self._steps or status == "done":
+                self._button("try", "auto_awesome", lambda: ui.navigate.to(f"/try?run={self._name}"))
             self._button("clone", "content_copy", lambda: ui.navigate.to(f"/new?clone={self._name}"))
             if status not in ("running", "starting"):
                 self._button("delete", "delete_outline", self._delete)
@@ -161,9 +165,8 @@ class RunPage:
         if await confirmed(question, self._t("runs.delete"), self._t) and told(self._site.queue.delete, self._name)():
             ui.navigate.to("/")
 
-    def _show_steps(self, previews: dict[int, list[str]]) -> None:
-        steps = sorted(previews)
-        self._steps = steps
+    def _show_steps(self) -> None:
+        steps = self._steps
         self._slider.set_visibility(len(steps) > 1)
         self._slider.props["max"] = max(len(steps) - 1, 1)
         self._slider.value = steps.index(self._step) if self._step in steps else max(len(steps) - 1, 0)
@@ -238,11 +241,10 @@ class RunPage:
         self._sigmas.options.update(histogram_options(sigmas[-LAST_SIGMAS:], self._t("curve.sigma")))
 
     def _show_verdicts(self) -> None:
-        warnings = [line for line in run_state.log_tail(self._folder, run_state.read_run(self._folder).output, 200)]
         self._verdicts.clear()
         with self._verdicts:
-            for line in dict.fromkeys(line for line in warnings if line.startswith("warning: ")):
-                ui.label(line.removeprefix("warning: ")).classes("zt-card").style("border-color: #b7791f")
+            for text in run_state.read_run(self._folder).output.warnings:
+                ui.label(text).classes("zt-card").style("border-color: #b7791f")
 
     def _show_files(self) -> None:
         self._files.clear()
