@@ -18,9 +18,14 @@ IMAGES = 20
 
 def warnings(num_images: int = IMAGES, **changes: dict[str, Any]) -> list[str]:
     """The warnings of a config without any, with some settings changed."""
+    config = Config.model_validate(changed(**changes))
+    return [warning.text for warning in config_warnings(config, num_images)]  # of the published models
+
+
+def changed(**changes: dict[str, Any]) -> dict[str, Any]:
     values = {key: (value | changes.get(key, {})) if isinstance(value, dict) else value for key, value in FINE.items()}
     values |= {key: value for key, value in changes.items() if key not in values or not isinstance(value, dict)}
-    return config_warnings(Config.model_validate(values), num_images)  # of the published models
+    return values
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -152,6 +157,31 @@ def test_trigger_of_any_entry_counts():
     assert warnings(data=data, sample={"prompts": ["a zorb", "a blip", "a tree"]}) == []
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model": {"adapter": None}},
+        {"model": {"adapter_strength": 0.5}},
+        {"lora": {"start": "pissa"}},
+        {"train": {"steps": 12_000}},
+        {"optimizer": {"lr": 1e-3}},
+        {"optimizer": {"name": "prodigy", "lr": 1e-4}},
+        {"lora": {"rslora": True}},
+        {"schedule": {"warmup_steps": 4000}},
+        {"sample": {"steps": 20, "guidance": 3}},
+    ],
+    ids=str,
+)
+def test_a_remedy_is_one(changes: dict[str, Any]):
+    """After the changes that a warning proposes it is gone, and no other has come."""
+    (warning,) = config_warnings(Config.model_validate(changed(**changes)), IMAGES)
+    assert warning.changes
+    for change in warning.changes:
+        section, name = change.key.split(".")
+        changes = changes | {section: changes.get(section, {}) | {name: change.value}}
+    assert warnings(**changes) == []
+
+
 def test_several_dangers_are_all_named():
     found = warnings(
         5,
@@ -186,6 +216,6 @@ def test_warnings_of_the_miniature():
     """The miniature may have a higher rate, and has all other warnings."""
     values = {"variant": "turbo", "adapter": None}
     config = Config.model_validate({"name": "x", "data": [{"folder": "p"}], "model": values, "optimizer": {"lr": 2e-3}})
-    found, small = config_warnings(config, 20), config_warnings(config, 20, is_small=True)
+    found, small = (list(map(str, config_warnings(config, 20, is_small))) for is_small in (False, True))
     assert [line for line in found if line not in small] == [line for line in found if "optimizer.lr" in line] != []
     assert any("adapter is null" in line for line in small)

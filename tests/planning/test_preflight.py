@@ -764,7 +764,7 @@ def test_class_images_do_not_count(make_config: Make, tmp_path: Path):
     for path in mini.IMAGES.glob("zorb_0[1-3].*"):
         shutil.copy(path, few)
     data = [*folders(folder=str(few)), *folders(regularization=True, trigger=None)]
-    warnings = preflight.check_run(make_config(data=data, train={"steps": 5000})).warnings
+    warnings = list(map(str, preflight.check_run(make_config(data=data, train={"steps": 5000})).warnings))
     assert any("for 3 images" in warning for warning in warnings)
 
 
@@ -795,5 +795,5 @@ def test_check_counts_what_an_epoch_holds(make_config: Make):
 
 def test_warmup_longer_than_the_run(make_config: Make):
     """A warm-up longer than the run is pointed out."""
-    warnings = preflight.check_run(make_config(schedule={"warmup_steps": 4})).warnings
+    warnings = list(map(str, preflight.check_run(make_config(schedule={"warmup_steps": 4})).warnings))
     assert "schedule.warmup_steps is 4 of 4 steps: the rate is never reached" in warnings

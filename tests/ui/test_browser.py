@@ -171,6 +171,22 @@ def test_a_bad_yaml_marks_its_line(page: Page, server: PageServer):
     expect(page.locator(".zt-bad-line")).to_have_count(0)
 
 
+def test_remedies_are_buttons(page: Page, server: PageServer):
+    """A warning's button sets what it says; a plan is made for the card that is chosen."""
+    page.goto(f"{server.address}/new")
+    folder = f"name: mine\ndata:\n  - folder: {mini.IMAGES}\n    resolution: 1024\n    trigger: zorb\n"
+    prompts = "sample:\n  prompts: [a zorb, a tree]\n"
+    write_text(page, f"{folder}{prompts}optimizer:\n  lr: 1e-3  # too high\n")
+    warning = page.get_by_text("Turbo usually becomes noisy")
+    expect(warning).to_be_visible(timeout=LONG)
+    page.get_by_role("button", name="optimizer.lr: 0.0001").click()
+    expect(warning).to_have_count(0, timeout=LONG)
+    assert re.search(r"lr: 0.0001 +# too high", editor_text(page))
+    page.get_by_label("Plan for", exact=True).fill("4060")
+    page.get_by_role("option", name="4060", exact=True).click()
+    expect(page.get_by_text(re.compile("one 4060: .*fits"))).to_be_visible(timeout=LONG)
+
+
 def test_stop_continue_and_a_kill(page: Page, server: PageServer):
     """A run is stopped and continued, survives a restart of the page, and a killed one is shown as failed."""
     page.goto(f"{server.address}/new")

@@ -116,7 +116,7 @@ def _print_remarks(spec: RunSpec, console: Console) -> None:
     for note in spec.notes:
         console.info(f"note: {note}")
     for warning in spec.warnings:
-        console.warning(warning)
+        console.warning(str(warning))
 
 
 def _explained_out_of_memory(context: RunContext, plan: MemoryPlan) -> AbstractContextManager[None]:

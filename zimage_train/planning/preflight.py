@@ -23,7 +23,7 @@ from zimage_train.models import components
 from zimage_train.models.arch import TransformerShape
 from zimage_train.models.locate import DownloadFn
 from zimage_train.planning import memory, path_lengths, planner
-from zimage_train.planning.config_warnings import config_warnings
+from zimage_train.planning.config_warnings import ConfigWarning, config_warnings
 from zimage_train.planning.model_files import ModelFiles, find_model_files
 from zimage_train.planning.notes import notes_on_settings, notes_on_sizes
 from zimage_train.planning.suggestions import SettingChange, Suggestion, suggest_settings
@@ -44,7 +44,7 @@ class RunSpec:
     model_files: ModelFiles | None
     """None if a part of the model is not downloaded yet."""
     notes: list[Note]
-    warnings: list[str]
+    warnings: list[ConfigWarning]
 
     @property
     def items(self) -> tuple[TrainItem, ...]:
@@ -204,7 +204,7 @@ def _disk_bytes(config: Config, model_files: ModelFiles | None) -> int:
     return int(checkpoint * 3 + export * (config.save.keep + 2))
 
 
-def _warnings(config: Config, images: list[list[ImageRecord]], model_files: ModelFiles | None) -> list[str]:
+def _warnings(config: Config, images: list[list[ImageRecord]], model_files: ModelFiles | None) -> list[ConfigWarning]:
     concept_images = 0
     for entry, records in zip(config.data, images, strict=True):
         if not entry.regularization:

@@ -145,7 +145,7 @@ def build_state(
         export_metadata=training_metadata(
             config, context.digests.adapter, _concept_prompts(context), context.digests.beside
         ),
-        warnings=context.spec.warnings,
+        warnings=[str(warning) for warning in context.spec.warnings],
         start_step=start_step,
         attention=attention,
         keeps_path=checkpoint is not None and "path" not in allow,

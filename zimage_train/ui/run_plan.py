@@ -8,6 +8,7 @@ from zimage_train.io.operating_system import main_memory_bytes
 from zimage_train.io.progress import Progress
 from zimage_train.models.locate import cached_only
 from zimage_train.planning import forecast, gpus, memory, preflight
+from zimage_train.planning.config_warnings import ConfigWarning
 from zimage_train.planning.gpus import GPU_SPECS, DeviceLimits
 from zimage_train.planning.preflight import RunSpec
 from zimage_train.planning.suggestions import SettingChange
@@ -43,7 +44,7 @@ class RunPlan:
     changes: list[SettingChange] = field(default_factory=list)
     """Settings by which a run that does not fit is predicted to fit."""
     notes: list[str] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
+    warnings: list[ConfigWarning] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
     """What refuses the run."""
 

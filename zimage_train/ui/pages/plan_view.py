@@ -1,12 +1,13 @@
 """The plan of a run on the page: a bar of memory for each card, time, and buttons for what is proposed."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 from nicegui import ui
 
 from zimage_train.io.units import format_bytes
+from zimage_train.planning.suggestions import SettingChange
 from zimage_train.ui.run_plan import PARTS, CardPlan, RunPlan
 from zimage_train.ui.texts import Translate
 
@@ -31,16 +32,23 @@ def show_plan(plan: RunPlan, t: Translate, apply: Callable[[str, Any], None]) ->
     if plan.changes:
         with ui.row().classes("items-center gap-2"):
             ui.label(t("plan.would_fit"))
-            for change in plan.changes:
-                ui.button(str(change), on_click=partial(apply, change.key, change.value)).props(
-                    "no-caps outline dense color=link"
-                )
+            _change_buttons(plan.changes, apply)
     for line in plan.lines:
         ui.label(line).classes("text-sm").style("overflow-wrap: anywhere")
-    for text in plan.warnings:
-        ui.label(text).classes("text-sm").style("border-left: 3px solid #b7791f; padding-left: .6rem")
+    for warning in plan.warnings:
+        with ui.column().classes("gap-1").style("border-left: 3px solid #b7791f; padding-left: .6rem"):
+            ui.label(warning.text).classes("text-sm")
+            _change_buttons(warning.changes, apply)
     for text in plan.notes:
         ui.label(text).classes("zt-quiet text-sm").style("overflow-wrap: anywhere")
+
+
+def _change_buttons(changes: Sequence[SettingChange], apply: Callable[[str, Any], None]) -> None:
+    with ui.row().classes("gap-2"):
+        for change in changes:
+            ui.button(str(change), on_click=partial(apply, change.key, change.value)).props(
+                "no-caps outline dense color=link"
+            )
 
 
 def _card_bar(card: CardPlan, t: Translate) -> None:
