@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import socket
 import webbrowser
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -73,12 +74,13 @@ def serve(runs_folder: Path, folders: list[Path], host: str, port: int, opens_br
     # A page that restarts must not wait for browsers that keep their websocket open.
     config = uvicorn.Config(app, host, port, log_level="warning", timeout_graceful_shutdown=2)
     try:
-        socket = config.bind_socket()
-    except SystemExit:
-        hint = "give another --port, or stop what uses it"
-        raise ConfigError(Problem("--port", f"{host}:{port} cannot be opened", hint, "port-in-use")) from None
+        listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        what = f"{host}:{port} cannot be opened ({error.strerror})"
+        hint = "give another --port or --host, or stop what uses it"
+        raise ConfigError(Problem("--port", what, hint, "port-in-use")) from None
     print(f"zimage-train {__version__}: {address}", flush=True)
     if opens_browser:
         webbrowser.open(address)
     with contextlib.suppress(KeyboardInterrupt):
-        uvicorn.Server(config).run([socket])
+        uvicorn.Server(config).run([listener])
