@@ -21,6 +21,7 @@ NOT_RUN = {
     "bash scripts/quickstart.sh": "makes a .venv; tests/scripts runs its parts, and people the whole",
     'pip install "zimage-train[modelscope]"': "downloads",
     "export ZIMAGE_TRAIN_HUB=modelscope": "changes the shell of whoever types it; tests/models sets it",
+    "zimage-train ui": "serves until it is stopped; tests/ui runs it",
     "zimage-train publish runs/my_run --license apache-2.0 --to ORG/REPO": "uploads; test_publish.py does",
     "zimage-train download turbo": "downloads 21 GB; tests/commands/test_download.py downloads from a hub of its own",
 }
