@@ -271,7 +271,7 @@ def test_install_only_after_a_change(checkout, capfd):
         path = checkout.root / name
         path.write_text(path.read_text(encoding="utf-8") + "\n# changed\n", encoding="utf-8")
 
-    assert "-e . " in asked()
+    assert "-e .[ui] " in asked()
     assert asked() == "nothing"
     assert "-e .[dev] " in asked("dev")
     assert asked("dev") == "nothing"
@@ -294,7 +294,7 @@ def test_pip_uses_project_constraints(checkout, monkeypatch):
     setup_venv.set_up(checkout)
     assert asked_of_pip(checkout) == {
         "asked": f"--disable-pip-version-check --no-input install -qq --constraint {checkout.root / 'constraints.txt'} "
-        f"-e . torch=={pins()['torch']}",
+        f"-e .[ui] torch=={pins()['torch']}",
         "PIP_CONSTRAINT": None,
         "PIP_USER": "0",
         "PIP_EXTRA_INDEX_URL": None,
@@ -408,7 +408,7 @@ def test_torch_by_the_driver(checkout, stubs, capfd, driver, asked):
     executable(stubs / "nvidia-smi", driver)
     setup_venv.set_up(checkout)
     command = asked_of_pip(checkout)
-    assert command["asked"].endswith(f" -e . {asked}")
+    assert command["asked"].endswith(f" -e .[ui] {asked}")
     has_index = driver == "exit 0" and checkout.platform == "win32"
     assert command["PIP_EXTRA_INDEX_URL"] == (setup_venv.WINDOWS_CUDA_INDEX if has_index else None)
     out = capfd.readouterr().out
