@@ -2,6 +2,7 @@
 #
 #   docker build -t zimage-train .
 #   docker run --gpus all -v "$PWD:/workspace" zimage-train zimage-train train my.yaml
+#   docker run --gpus all -v "$PWD:/workspace" -p 7860:7860 zimage-train zimage-train ui --host 0.0.0.0 --no-browser
 #   docker run --gpus all -v "$PWD:/workspace" --user "$(id -u):$(id -g)" zimage-train zimage-train train my.yaml
 #
 # torch is installed once, with the CUDA libraries that its wheels bring, so the base image has none of its own. For a
@@ -19,7 +20,7 @@ COPY pyproject.toml constraints.txt README.md LICENSE ./
 COPY zimage_train zimage_train
 ARG TORCH_INDEX=
 RUN python3 -m venv venv \
- && venv/bin/pip install --no-cache-dir -c constraints.txt ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} .
+ && venv/bin/pip install --no-cache-dir -c constraints.txt ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} ".[ui]"
 COPY configs configs
 COPY scripts/runpod scripts/runpod
 

@@ -15,7 +15,7 @@ from zimage_train import mini
 from zimage_train.ui import run_state
 
 from mini_config import mini_text
-from page_server import PageServer, console_errors, open_browser, page_server
+from page_server import PageServer, console_errors, page_server
 
 pytestmark = pytest.mark.slow
 
@@ -24,12 +24,6 @@ LONG, RUN_SECONDS = 30_000, 120_000
 SHOTS = Path(os.environ.get("PAGE_SHOTS", "")) if os.environ.get("PAGE_SHOTS") else None
 """A folder for screenshots, if they are asked for."""
 SIZES = {"wide": (1280, 900), "tablet": (820, 1100), "phone": (390, 800)}
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with open_browser() as opened:
-        yield opened
 
 
 @pytest.fixture(scope="module")

@@ -3,10 +3,11 @@
 from collections.abc import Iterator
 from typing import Any
 
+import httpx
 import pytest
 from playwright.sync_api import Browser, Page
 
-from page_server import PageServer, open_browser, page_server
+from page_server import PageServer, page_server
 
 pytestmark = pytest.mark.slow
 
@@ -68,12 +69,6 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PageServer]:
         yield started
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with open_browser() as opened:
-        yield opened
-
-
 def opened(browser: Browser, address: str, **options: Any) -> Page:
     page = browser.new_context(locale="en-US", **options).new_page()
     page.goto(address)
@@ -97,6 +92,13 @@ def test_contrast_is_measured(browser: Browser, server: PageServer):
     page.evaluate("document.body.insertAdjacentHTML('beforeend', '<button></button>')")
     assert [line.split()[1] for line in page.evaluate(CONTRASTS)] == ["pale"] and len(page.evaluate(UNNAMED)) == 1
     page.context.close()
+
+
+@pytest.mark.parametrize(("name", "status"), [("..%2Fx", 404), (".queue", 200), ("none", 200), ("_done%20%2B", 200)])
+def test_odd_names_of_runs(server: PageServer, name: str, status: int):
+    """An address of no run is a page that says so, and never an error of ours."""
+    answer = httpx.get(f"{server.address}/run/{name}")
+    assert answer.status_code == status and "Internal Server Error" not in answer.text
 
 
 @pytest.mark.parametrize("path", PAGES)

@@ -13,6 +13,7 @@ from zimage_train.errors import ConfigError, DataError, FolderInUseError
 from zimage_train.io import locks
 from zimage_train.ui import run_state
 from zimage_train.ui.jobs import TRASH, JobQueue
+from zimage_train.ui.site import run_address
 from zimage_train.ui.workspace import Workspace
 
 from mini_config import mini_text
@@ -67,6 +68,20 @@ def test_waiting_jobs_are_on_disk(queue: JobQueue, tmp_path: Path):
     assert [job.name for job in again.waiting()] == ["c", "b"] and again.config_text("b") == "name: b2\n"
     with pytest.raises(DataError, match="has no config"):
         again.config_text("a")
+
+
+def test_one_of_two_pages_starts_a_job(queue: JobQueue, make_queue: Callable[[], JobQueue], tmp_path: Path):
+    """While another page has the queue, nothing is started; a damaged order loses no config."""
+    queue.add("one", mini_text(tmp_path, "one"))
+    with locks.lock_folder(tmp_path / "runs" / ".queue"):
+        make_queue().tick()
+        assert not (tmp_path / "runs" / "one").exists() and len(queue.waiting()) == 1
+    (tmp_path / "runs" / ".queue" / "order.json").write_text("[1, {")
+    assert queue.waiting() == [] and queue.config_text("one").startswith("name: one")
+
+
+def test_names_fit_into_addresses():
+    assert run_address("a b+1") == "/run/a%20b%2B1"
 
 
 @pytest.mark.parametrize("name", ["..", "a/b", ".queue", "", "/etc", "a\\b", "a" * 200])

@@ -13,7 +13,7 @@ from playwright.sync_api import Browser, Response, expect
 
 from zimage_train import mini
 
-from page_server import PageServer, open_browser, page_server
+from page_server import PageServer, page_server
 
 pytestmark = pytest.mark.slow
 
@@ -39,12 +39,6 @@ def make_runs(runs: Path) -> None:
         for step in range(STEPS):
             for prompt in range(PROMPTS):
                 shutil.copyfile(image, folder / "samples" / f"{step * 300:06d}-{prompt:02d}.png")
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with open_browser() as opened:
-        yield opened
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from zimage_train.commands.train import run_training
 from zimage_train.config.schema import Config
 
 from mini_config import mini_values
-from page_server import console_errors, open_browser
+from page_server import console_errors
 
 pytestmark = pytest.mark.slow
 
@@ -30,12 +30,6 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
         run_training(Config.model_validate(values), fresh=False)
         found.append(folder / name)
     return found
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with open_browser() as opened:
-        yield opened
 
 
 @pytest.fixture

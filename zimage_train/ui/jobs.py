@@ -6,7 +6,7 @@ All of it is on disk, in the folder of the runs, so that a page that starts agai
 names the process and `worker.jsonl` has what it printed.
 """
 
-import json
+import contextlib
 import os
 import signal
 import subprocess
@@ -21,7 +21,7 @@ from zimage_train.errors import ConfigError, DataError, FolderInUseError, Proble
 from zimage_train.io import atomic, locks
 from zimage_train.io.operating_system import process_start
 from zimage_train.ui import run_state
-from zimage_train.ui.workspace import Workspace
+from zimage_train.ui.workspace import RUN_NAME, Workspace
 
 QUEUE, TRASH = ".queue", ".trash"
 
@@ -54,14 +54,10 @@ class JobQueue:
 
     def waiting(self) -> list[WaitingJob]:
         """Return the waiting jobs in their order."""
-        try:
-            entries = json.loads((self._folder / "order.json").read_bytes())
-        except (OSError, ValueError):
-            entries = []
         jobs: list[WaitingJob] = []
-        for entry in entries:
-            if (self._folder / f"{entry['name']}.yaml").exists():
-                jobs.append(WaitingJob(entry["name"], entry.get("gpu")))
+        for name, gpu in run_state.read_json(self._folder / "order.json").items():
+            if RUN_NAME.fullmatch(name) and (self._folder / f"{name}.yaml").exists():
+                jobs.append(WaitingJob(name, gpu))
         return jobs
 
     def add(self, name: str, text: str, gpu: str | None = None) -> None:
@@ -132,7 +128,8 @@ class JobQueue:
         process_id = locks.holder_process(folder) or self._worker_process(folder)
         if process_id is None:
             raise DataError(Problem(name, "is not training on this machine", "look at its log", "not-running"))
-        os.kill(process_id, signal.SIGTERM)
+        with contextlib.suppress(ProcessLookupError):  # it has ended by itself
+            os.kill(process_id, signal.SIGTERM)
 
     def delete(self, name: str) -> Path:
         """Move a run to the trash; return where it is now.
@@ -163,12 +160,18 @@ class JobQueue:
             for name, process in list(self._processes.items()):
                 if process.poll() is not None:
                     del self._processes[name]
-            busy = self.busy()
-            for job in self.waiting():
-                free = [slot for slot in self.slots if slot not in busy and job.gpu in (None, slot)]
-                if free:
-                    self._start(job.name, free[0])
-                    busy[free[0]] = job.name
+            if self.waiting():
+                # Another page may serve the same runs: one of them starts a job.
+                with contextlib.suppress(FolderInUseError), locks.lock_folder(self._folder):
+                    self._start_on_free()
+
+    def _start_on_free(self) -> None:
+        busy = self.busy()
+        for job in self.waiting():
+            free = [slot for slot in self.slots if slot not in busy and job.gpu in (None, slot)]
+            if free:
+                self._start(job.name, free[0])
+                busy[free[0]] = job.name
 
     def busy(self) -> dict[str, str]:
         """Return GPU -> the run that trains on it; a run from elsewhere counts on the first."""
@@ -205,7 +208,7 @@ class JobQueue:
         return worker["pid"] if run_state.is_alive(worker) else None
 
     def _write_order(self, jobs: list[WaitingJob]) -> None:
-        atomic.write_json(self._folder / "order.json", [{"name": job.name, "gpu": job.gpu} for job in jobs])
+        atomic.write_json(self._folder / "order.json", {job.name: job.gpu for job in jobs})
 
 
 def _require_free(folder: Path) -> None:

@@ -1,5 +1,6 @@
 """What the folders of runs say: which runs there are, how far each is, and how it ended."""
 
+import contextlib
 import json
 from collections import OrderedDict
 from collections.abc import Callable
@@ -73,7 +74,10 @@ class _FileCache:
         version, key = (status.st_mtime_ns, status.st_size), (what, path)
         found = self._entries.get(key)
         if found is None or found[0] != version:
-            found = (version, read(path))
+            try:
+                found = (version, read(path))
+            except FileNotFoundError:  # the run has been moved in this moment
+                return missing
         self._entries[key] = found
         self._entries.move_to_end(key)
         while len(self._entries) > self._size:
@@ -161,9 +165,8 @@ def _status_of(folder: Path, step: int, steps: int, output: WorkerOutput) -> Sta
 def _changed_at(folder: Path) -> float:
     times: list[float] = []
     for name in ("metrics.jsonl", "events.jsonl", WORKER_LOG, "job.yaml", "config.yaml"):
-        path = folder / name
-        if path.exists():
-            times.append(path.stat().st_mtime)
+        with contextlib.suppress(OSError):  # not there, or moved in this moment
+            times.append((folder / name).stat().st_mtime)
     return max(times, default=0.0)
 
 

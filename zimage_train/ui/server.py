@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import logging
 import socket
 import webbrowser
 from collections.abc import AsyncIterator
@@ -56,8 +57,10 @@ def make_app(workspace: Workspace, token: str | None) -> ASGIApp:
 async def _work_on(queue: JobQueue) -> None:
     """Let the queue start what can start, as long as the page is served."""
     while True:
-        with contextlib.suppress(ZImageTrainError):  # a full disk: the next time may succeed
+        try:
             await asyncio.to_thread(queue.tick)
+        except Exception:
+            logging.getLogger(__name__).exception("the queue could not go on; it tries again")
         await asyncio.sleep(TICK_SECONDS)
 
 

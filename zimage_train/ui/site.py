@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
+from urllib.parse import quote
 
 from nicegui import ui
 
@@ -64,6 +64,11 @@ def show_problems(error: ZImageTrainError) -> None:
         ui.notify(str(problem), type="negative", multi_line=True, actions=CLOSE, timeout=0)
 
 
+def run_address(name: str) -> str:
+    """Return the address of a run's page; a name may have spaces and plus signs."""
+    return f"/run/{quote(name)}"
+
+
 def told(action: Callable[..., object], *arguments: object) -> Callable[[], bool]:
     """Return `action` as a handler that shows the problems of a user's mistake; it returns whether there were none."""
 
@@ -75,4 +80,4 @@ def told(action: Callable[..., object], *arguments: object) -> Callable[[], bool
             return False
         return True
 
-    return partial(act)
+    return act

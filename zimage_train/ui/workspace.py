@@ -6,7 +6,7 @@ from pathlib import Path
 
 from zimage_train.errors import ConfigError, Problem
 
-RUN_NAME = re.compile(r"[^\W_][\w .+-]{0,99}")
+RUN_NAME = re.compile(r"\w[\w .+-]{0,99}")
 """Names that a run may have on the page; those of hidden folders and of other places are none."""
 
 

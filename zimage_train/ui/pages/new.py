@@ -16,7 +16,7 @@ from zimage_train.ui.jobs import name_in
 from zimage_train.ui.layout import page_frame
 from zimage_train.ui.pages.config_form import ConfigForm
 from zimage_train.ui.pages.plan_view import show_plan
-from zimage_train.ui.site import CLOSE, Site, show_problems
+from zimage_train.ui.site import CLOSE, Site, run_address, show_problems
 from zimage_train.ui.texts import Translate
 
 MAX_UPLOAD_BYTES = 1_000_000
@@ -208,7 +208,7 @@ class NewRunPage:
         except ZImageTrainError as error:
             show_problems(error)
             return
-        ui.navigate.to(f"/run/{name}")
+        ui.navigate.to(run_address(name))
 
 
 def _config_for(folder: Path, kind: str, model: str) -> str:

@@ -1,6 +1,7 @@
 """A run: its curves, previews, log and files, live."""
 
 from typing import Any
+from urllib.parse import quote
 
 from nicegui import events, ui
 
@@ -12,6 +13,7 @@ from zimage_train.ui.pages.runs import confirmed, note_of
 from zimage_train.ui.run_state import RunState
 from zimage_train.ui.site import Site, told
 from zimage_train.ui.texts import Translate
+from zimage_train.ui.workspace import RUN_NAME
 
 REFRESH_SECONDS = 2.0
 CURVES = (
@@ -32,10 +34,9 @@ def register(site: Site) -> None:
 
     @ui.page("/run/{name}")
     def run_page(name: str) -> None:
-        folder = site.workspace.run(name)
         with page_frame("runs") as t:
             waits = any(job.name == name for job in site.queue.waiting())
-            if not waits and not run_state.is_run(folder):
+            if not RUN_NAME.fullmatch(name) or not (waits or run_state.is_run(site.workspace.run(name))):
                 ui.label(t("run.missing", name=name)).classes("zt-title")
                 return
             RunPage(site, name, t).build()
@@ -152,8 +153,8 @@ class RunPage:
             elif status != "done":
                 self._button("continue", "play_arrow", told(self._site.queue.resume, self._name))
             if self._steps or status == "done":
-                self._button("try", "auto_awesome", lambda: ui.navigate.to(f"/try?run={self._name}"))
-            self._button("clone", "content_copy", lambda: ui.navigate.to(f"/new?clone={self._name}"))
+                self._button("try", "auto_awesome", lambda: ui.navigate.to(f"/try?run={quote(self._name, safe='')}"))
+            self._button("clone", "content_copy", lambda: ui.navigate.to(f"/new?clone={quote(self._name, safe='')}"))
             if status not in ("running", "starting"):
                 self._button("delete", "delete_outline", self._delete)
 

@@ -2,6 +2,7 @@
 
 import time
 from typing import Any
+from urllib.parse import quote
 
 from nicegui import events, ui
 
@@ -10,7 +11,7 @@ from zimage_train.ui import run_state
 from zimage_train.ui.layout import page_frame
 from zimage_train.ui.media import small_url
 from zimage_train.ui.run_state import RunState
-from zimage_train.ui.site import Site, told
+from zimage_train.ui.site import Site, run_address, told
 from zimage_train.ui.texts import Translate
 
 REFRESH_SECONDS = 1.5
@@ -78,7 +79,7 @@ def _build(site: Site, t: Translate) -> None:
     table.add_slot("body-cell-actions", "")  # NiceGUI asks for one where a row has a list, which `BODY` shows
     table.add_slot("no-data", f'<div class="zt-quiet" style="padding: 1rem">{t("runs.empty")}</div>')
     table.bind_filter_from(search, "value", lambda text: text or "")
-    table.on("open", lambda event: ui.navigate.to(f"/run/{event.args}"))
+    table.on("open", lambda event: ui.navigate.to(run_address(event.args)))
     trash = ui.row().classes("items-center gap-2")
 
     def refresh() -> None:
@@ -92,7 +93,7 @@ def _build(site: Site, t: Translate) -> None:
     async def act(event: events.GenericEventArguments) -> None:
         name, action = event.args["name"], event.args["action"]
         if action == "clone":
-            ui.navigate.to(f"/new?clone={name}")
+            ui.navigate.to(f"/new?clone={quote(name, safe='')}")
             return
         if action == "delete" and not await confirmed(t("runs.delete_question", name=name), t("runs.delete"), t):
             return
