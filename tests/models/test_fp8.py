@@ -80,7 +80,8 @@ def test_step_of_the_miniature(dtype: str):
     exact = gradients(*unfused("none"))
     step = gradients(*trained("none", "fp8_fast", dtype=dtype))
     # Without tensor cores a product in fp8 takes a second on some processors, so bf16 is left to the strictest mode.
-    for mode in ("elementwise", "w1w3", "attention", "full") if dtype == "fp32" else ("full",):
+    modes = ("elementwise", "w1w3", "attention", "full") if dtype == "fp32" else ("full",)
+    for mode in modes:
         again = gradients(*trained(mode, "fp8_fast", dtype=dtype))
         assert all(map(torch.equal, step, again))
     streamed = gradients(*trained("w1w3", "fp8_fast", dtype=dtype, streamed=3))

@@ -1,4 +1,4 @@
-"""Image files: decoding them to a common form of RGB, and an index that remembers what was decoded.
+"""Image files: decoding them to a common form of RGB, and an index that remembers the decoded images.
 
 The form is upright, sRGB, 8 bits per channel, alpha composited over white. A file that could be read in several ways is
 refused.

@@ -107,9 +107,9 @@ def remove(path: Path) -> bool:
 
 
 def remove_folder(path: Path) -> None:
-    """Remove a folder with all that is in it. What cannot be removed stays.
+    """Remove a folder with all its content; errors are ignored.
 
-    A link to a folder is removed, and not what it leads to.
+    A link to a folder is removed, and its target stays.
     """
     if path.is_symlink():
         remove(path)

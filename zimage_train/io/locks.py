@@ -57,7 +57,7 @@ def lock_folder(folder: Path) -> Iterator[None]:
 
 
 def is_held(folder: Path) -> bool:
-    """Return whether a process holds `folder`, by what it has written there; the lock itself is not touched.
+    """Return whether a process holds `folder`, by its entry in `run.holder`; the lock itself is not touched.
 
     Trying the lock would refuse a run that begins at that moment. A holder on another host counts for `LEASE_SECONDS`
     after it has last written.

@@ -272,7 +272,7 @@ class Rotation(Delta):
 
     kind = "OFT"
     blocks: Tensor
-    """(groups, rows, rows): any matrices, of which what is skew-symmetric counts."""
+    """(groups, rows, rows): any matrices, whose skew-symmetric part counts."""
     strength: float = 1.0
     """As ComfyUI has it, which multiplies the change by its square."""
 

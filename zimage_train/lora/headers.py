@@ -47,7 +47,7 @@ KINDS = (
     (
         "an OFT that is not LyCORIS's diag-oft",
         re.compile(r"oft_|\.rescale$", re.IGNORECASE),
-        "it is not read here; bake it into the model with the tool that trained it, and lora extract what that changes",
+        "it is not read here; bake it into the model with the tool that trained it, and extract a LoRA from the result",
     ),
     ("GLoRA", re.compile(r"\.[ab][12]\.weight$"), "it is not read here; make it a LoRA with the tool that trained it"),
 )

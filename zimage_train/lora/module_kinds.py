@@ -152,7 +152,7 @@ class DoraLinear(TrainedModule):
 class RotatedLinear(TrainedModule):
     """A frozen linear layer and the OFT that is trained behind it: each group of outputs is multiplied by a rotation.
 
-    What is above the diagonal of the skew-symmetric matrices is trained, (groups, rows (rows - 1) / 2).
+    The parts above the diagonals of the skew-symmetric matrices are trained, (groups, rows (rows - 1) / 2).
     """
 
     zeros = ("above",)
@@ -174,7 +174,7 @@ class RotatedLinear(TrainedModule):
 
 
 def _from_above(above: Tensor) -> Tensor:
-    """Return matrices (groups, rows, rows) that are zero but for what is above the diagonal, which is `above`."""
+    """Return matrices (groups, rows, rows) that are zero except above the diagonal, where they hold `above`."""
     size = (1 + math.isqrt(1 + 8 * above.shape[1])) // 2
     rows, columns = torch.triu_indices(size, size, 1, device=above.device)
     blocks = above.new_zeros(above.shape[0], size, size)

@@ -43,7 +43,7 @@ def part_shapes(settings: LoraSettings, outputs: int, inputs: int) -> dict[str, 
     if settings.type == "dora":
         return {"A": (rank, inputs), "B": (outputs, rank), "gain": (outputs,)}
     if settings.type == "oft":
-        # Of a skew-symmetric matrix, what is above its diagonal.
+        # The part of a skew-symmetric matrix above its diagonal.
         return {"above": (outputs // rank, rank * (rank - 1) // 2)}
     assert settings.type == "loha"
     return {"w1_a": (outputs, rank), "w1_b": (rank, inputs), "w2_a": (outputs, rank), "w2_b": (rank, inputs)}

@@ -209,7 +209,7 @@ def _fuse_block_diagonal(changes: Sequence[Change | None], pairs: list[tuple[str
 
 
 def _fuse_oft(changes: Sequence[Change | None]) -> Change:
-    """Return the groups of rows of all three; what is not changed has groups that are not turned."""
+    """Return the groups of rows of all three; a missing module has groups that are not turned."""
     present = [change for change in changes if change is not None]
     sizes, alphas = set(), set()
     for change in present:

@@ -264,10 +264,10 @@ def _require_same_parts(
 
 
 def _trained_part(part: str, size: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
-    """Return name and shape of what a run trains for the part of a file."""
+    """Return name and shape of the parameter that a run trains for the part of a file."""
     if part == keys.MAGNITUDE:  # a column
         return "gain", size[:1]
-    if part == keys.OFT:  # of which a run has what is above the diagonals
+    if part == keys.OFT:  # of which a run has the part above the diagonals
         groups, rows, _ = size
         return "above", (groups, rows * (rows - 1) // 2)
     return part.removeprefix("lokr_").removeprefix("hada_"), size

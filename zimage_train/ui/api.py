@@ -1,6 +1,6 @@
 """The documented API of the page, for programs; `/openapi.json` describes it.
 
-With a token, programs send `Authorization: Bearer TOKEN`. What is refused is answered with 422 and `problems`, each
+With a token, programs send `Authorization: Bearer TOKEN`. Mistakes are answered with 422 and `problems`, each
 with `where`, `found` and `todo`.
 """
 
@@ -105,7 +105,7 @@ def _add_samples(router: APIRouter, site: Site) -> None:
 
     @router.post("/sample/memory", tags=["images"])
     def ask_memory(asked: SampleRequest) -> MemoryState:
-        """Return what an image would need of memory and what trains beside it, without drawing it."""
+        """Return the memory that an image would need and the runs that train beside it, without drawing it."""
         return _memory_of(site, resolve(asked, site.workspace))
 
     @router.get("/sample", tags=["images"])
@@ -228,7 +228,7 @@ def _add_runs(router: APIRouter, site: Site) -> None:
 
     @router.get("/machine", tags=["machine"])
     def machine() -> Machine:
-        """Return the GPUs with what trains on them, and the free disk space and main memory."""
+        """Return the GPUs with the runs on them, and the free disk space and main memory."""
         state, busy = site.machine(), site.queue.busy()
         gpus: list[Gpu] = []
         for gpu in state.gpus:

@@ -1,4 +1,4 @@
-"""What the API answers, as pydantic models; `/openapi.json` is made of them."""
+"""The answers of the API as pydantic models, from which `/openapi.json` is made."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from zimage_train.ui.sampling import SampleStatus
 
 
 class ProblemValues(BaseModel):
-    """Something that is wrong, and what to do about it."""
+    """A problem and its remedy."""
 
     where: str
     found: str
@@ -24,7 +24,7 @@ class Problems(BaseModel):
 
 
 class MemoryState(BaseModel):
-    """What an image needs of memory, predicted, with the whole model on the device."""
+    """The predicted memory of an image, with the whole model on the device."""
 
     needed_gb: float | None = Field(description="null: the model is not on this machine yet.")
     free_gb: float | None = Field(description="Free on the GPU, or in main memory without one.")

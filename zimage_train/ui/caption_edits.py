@@ -71,7 +71,7 @@ def spelling_trigger(trigger: str) -> Change:
 
 @dataclass(frozen=True)
 class EditResult:
-    """What became of an edit."""
+    """The result of an edit."""
 
     changed: list[str]
     """Names of the images whose caption was changed."""

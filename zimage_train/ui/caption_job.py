@@ -23,7 +23,7 @@ STOP_SECONDS = 10.0
 
 @dataclass(frozen=True)
 class CaptionWish:
-    """What is to be captioned, and how."""
+    """A request for captions."""
 
     model: str = DEFAULT_MODEL
     style: str = "sentences"
@@ -61,7 +61,7 @@ class CaptionJob:
     done: int = 0
     total: int = 0
     lines: list[str] = field(default_factory=list)
-    """What the command has said, the last lines."""
+    """The last lines of the command's output."""
     errors: list[str] = field(default_factory=list)
     is_running: bool = False
     is_stopped: bool = False

@@ -1,4 +1,4 @@
-"""A config as the text of an editor: what is wrong with it, line by line, and changes that keep its comments."""
+"""A config as the text of an editor: its problems with their lines, and changes that keep its comments."""
 
 import io
 from dataclasses import dataclass, field
@@ -23,7 +23,7 @@ NAME = Path("config.yaml")
 
 @dataclass(frozen=True)
 class CheckedText:
-    """A text, and what became of it."""
+    """A text and its config."""
 
     config: Config | None
     values: dict[str, Any]
@@ -49,7 +49,7 @@ def convert_foreign(name: str, text: str) -> tuple[str, list[str]]:
     """Return the config that a file of another trainer becomes, and notes; a config of this trainer stays as it is.
 
     Raises:
-        ConfigError: lists what cannot be honoured.
+        ConfigError: lists the keys that cannot be honoured.
     """
     for foreign in FOREIGN_FORMATS.values():
         if foreign.recognizes(text):
@@ -161,7 +161,7 @@ def _represent_null(representer: Any, _: None) -> Any:
 
 
 def _load(text: str) -> CommentedMap:
-    # This trainer's own reader first, which knows what a config may be; the other one keeps comments.
+    # This trainer's own strict reader first; the other one keeps comments.
     load.parse(NAME, text)
     try:
         document = _yaml().load(text)

@@ -13,7 +13,7 @@ MAX_SUBFOLDERS = 500
 
 @dataclass(frozen=True)
 class FolderListing:
-    """What the folder browser shows of a folder."""
+    """The entry of a folder in the folder browser."""
 
     path: Path
     parent: Path | None

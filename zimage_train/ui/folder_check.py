@@ -1,4 +1,4 @@
-"""Problems of a folder of images, what can be done about each, and images that are nearly equal."""
+"""Problems of a folder of images with their fixes, and images that are nearly equal."""
 
 import re
 from dataclasses import dataclass, field
@@ -47,7 +47,7 @@ class FolderCheck:
     """A check of every image of a folder; `run` takes a while and belongs into a thread.
 
     Args:
-        index_file: remembers what was decoded; None for the one that trainings use too.
+        index_file: remembers the decoded images; None for the one that trainings use too.
     """
 
     folder: ImageFolder
@@ -61,7 +61,7 @@ class FolderCheck:
     pairs: list[DuplicatePair] = field(default_factory=list)
 
     def run(self) -> None:
-        """Decode every image that is not known yet, and collect what is wrong."""
+        """Decode every image that is not known yet, and collect the problems."""
         index = ImageIndex(self.index_file or user_cache_folder() / "zimage-train" / INDEX_NAME)
         entry = self.folder.entry.model_copy(update={"trigger": self.trigger})
         scan = scan_entry(entry, "data.0", index, self._progress)

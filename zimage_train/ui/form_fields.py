@@ -27,7 +27,7 @@ ESSENTIALS: tuple[KeyPath, ...] = (
     ("sample", "every"),
     ("sample", "prompts"),
 )
-"""What most runs set, in the order of the form."""
+"""The most common settings, in the order of the form."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The guard before the whole page: who may ask, and what other sites can make a browser ask.
+"""The guard before the whole page: it refuses requests of other machines and of other sites.
 
 A server on one's own machine is reached by every site that its user has open, in two ways: by requests that a site
 makes the browser send, which come with its `Origin` or are marked `cross-site`, and by a name of the site that leads to
@@ -33,10 +33,10 @@ def new_token() -> str:
 
 
 class RequestGuard:
-    """Answers what may not pass, and gives everything else to `app`.
+    """Refuses requests that may not pass, and gives all others to `app`.
 
     Args:
-        token: what the first link and programs must give; None for a page of this machine alone.
+        token: the token of the first link and of programs; None for a page of this machine alone.
     """
 
     def __init__(self, app: ASGIApp, token: str | None) -> None:

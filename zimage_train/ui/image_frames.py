@@ -1,4 +1,4 @@
-"""What is drawn over an image: the bucket and the part of it that is trained at a resolution."""
+"""The frame over an image: the bucket and the part of the image that is trained at a resolution."""
 
 from collections import OrderedDict
 from dataclasses import dataclass

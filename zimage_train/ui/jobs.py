@@ -3,7 +3,7 @@
 All of it is on disk, in the folder of the runs, so that a page that starts again finds it as it was. A waiting job is
 `.queue/NAME.yaml`, and `.queue/order.json` says which comes first. A started job is `NAME/job.yaml`; its process is
 `zimage-train --json train NAME/job.yaml`, in a session of its own, so that it goes on when the page ends. `worker.json`
-names the process and `worker.jsonl` has what it printed.
+names the process and `worker.jsonl` has its output.
 """
 
 import contextlib
@@ -151,7 +151,7 @@ class JobQueue:
         return sum(path.stat().st_size for path in (self._workspace.runs / TRASH).rglob("*") if path.is_file())
 
     def empty_trash(self) -> None:
-        """Delete what is in the trash, for good."""
+        """Delete the content of the trash for good."""
         atomic.remove_folder(self._workspace.runs / TRASH)
 
     def tick(self) -> None:

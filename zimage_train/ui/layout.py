@@ -15,7 +15,7 @@ PAGES = (
     ("try", "/try", "auto_awesome"),
     ("loras", "/loras", "tune"),
 )
-"""(key, address, icon) of what the navigation leads to."""
+"""(key, address, icon) of each page."""
 DARK = {"auto": None, "light": False, "dark": True}
 CSS = """
 :root { --line: #d9dde3; --soft: #f4f6f8; --quiet: #57606a; --accent: #1f5fa8; --good: #1a7037; --bad: #b42318; }
@@ -56,7 +56,7 @@ document.addEventListener("keydown", event => {
   if (event.key === "/" && search && !writes) { search.focus(); event.preventDefault(); }
 });
 </script>"""
-"""In the browser, so that what is typed right after `/` is not lost."""
+"""In the browser, so that no key typed right after `/` is lost."""
 
 
 @contextmanager

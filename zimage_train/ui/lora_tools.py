@@ -41,7 +41,7 @@ class Command:
 
 @dataclass
 class Outcome:
-    """What a command has said."""
+    """The output of a command."""
 
     lines: list[str] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
@@ -80,7 +80,7 @@ class ToolRun:
 
 
 async def _read(stream: asyncio.StreamReader, outcome: Outcome, progress: Callable[[int, int], None]) -> None:
-    """Take the events of a stream until it ends; what is none, such as a traceback, is a line."""
+    """Take the events of a stream until it ends; other output, such as a traceback, is a line."""
     async for line in stream:
         text = line.decode("utf-8", "replace").rstrip()
         event = _event(text)
@@ -104,7 +104,7 @@ def _event(text: str) -> dict[str, Any] | None:
 
 
 class LoraTools:
-    """The commands on the files of a workspace; what they write goes to one folder of it."""
+    """The commands on the files of a workspace; they write into one folder of it."""
 
     def __init__(self, workspace: Workspace) -> None:
         self._workspace = workspace

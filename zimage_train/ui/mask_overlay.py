@@ -1,4 +1,4 @@
-"""Masks over the images: where they are, and pictures that darken what is not trained."""
+"""Masks over the images: where they are, and overlays that darken the untrained part."""
 
 import io
 from collections.abc import Iterable
@@ -20,7 +20,7 @@ from zimage_train.ui.workspace import Workspace
 
 OVERLAY_PX = 384
 OPACITY = 0.75
-"""Of the darkness over what is not trained."""
+"""Opacity of the darkness over the untrained part."""
 
 
 def mask_folders(workspace: Workspace, folder: Path) -> list[Path]:
@@ -46,7 +46,7 @@ def masks_of(folder: ImageFolder, paths: Iterable[Path], index: ImageIndex) -> d
 
 
 def mask_router(workspace: Workspace) -> APIRouter:
-    """Return the route of the pictures that darken what a mask leaves out."""
+    """Return the route of the overlays that darken the part outside a mask."""
     router = APIRouter()
 
     # Not async: it runs in a thread, as the other media.

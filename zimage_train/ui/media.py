@@ -48,7 +48,7 @@ def _small(path: Path, side: int) -> bytes:
         image.draft("RGB", (side, side))  # JPEGs are decoded at a fraction of their size
         small = ImageOps.exif_transpose(image).convert("RGB")
     if max(small.size) <= side // 2:
-        # As large as whole pixels allow: what is drawn at 64 px is looked at pixel by pixel.
+        # As large as whole pixels allow: images of 64 px are looked at pixel by pixel.
         factor = side // max(small.size)
         small = small.resize((small.width * factor, small.height * factor), Image.Resampling.NEAREST)
     small.thumbnail((side, side), Image.Resampling.LANCZOS)

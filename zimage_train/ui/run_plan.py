@@ -1,4 +1,4 @@
-"""The plan of a run before it starts: memory by part and card, time, what does not fit and what would."""
+"""The plan of a run before it starts: memory by part and card, time, and settings with which it would fit."""
 
 from dataclasses import dataclass, field
 
@@ -36,7 +36,7 @@ class CardPlan:
 
 @dataclass(frozen=True)
 class RunPlan:
-    """What is known of a run before it starts."""
+    """The plan and the problems of a run before it starts."""
 
     cards: list[CardPlan] = field(default_factory=list)
     lines: list[str] = field(default_factory=list)
@@ -46,7 +46,7 @@ class RunPlan:
     notes: list[str] = field(default_factory=list)
     warnings: list[ConfigWarning] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
-    """What refuses the run."""
+    """The problems for which the run is refused."""
 
 
 def plan_run(config: Config, gpu: str | None, price: float | None, progress: Progress) -> RunPlan:

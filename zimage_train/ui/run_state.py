@@ -1,4 +1,4 @@
-"""What the folders of runs say: which runs there are, how far each is, and how it ended."""
+"""The state of runs, from their folders: which there are, how far each is, and how it ended."""
 
 import contextlib
 import json
@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class WorkerOutput:
-    """What the process of a run has printed last."""
+    """The last output of a run's process."""
 
     progress: dict[str, Any] | None = None
     """The last `progress` event, if nothing came after it but others."""
@@ -59,7 +59,7 @@ class RunState:
 
 
 class _FileCache:
-    """What was read from files, for as long as they do not change."""
+    """Values read from files, for as long as the files do not change."""
 
     def __init__(self, size: int) -> None:
         self._size = size

@@ -1,4 +1,4 @@
-"""What the page and programs ask to be drawn, and what that is: model, LoRAs, and sampling request (torch-free)."""
+"""Requests of the page and of programs for images, resolved to model, LoRAs and sampling request (torch-free)."""
 
 import json
 from collections.abc import Sequence
@@ -93,7 +93,7 @@ class SampleRequest(BaseModel):
 
 
 class Drawing(BaseModel):
-    """What a request stands for."""
+    """A resolved request."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -185,8 +185,9 @@ def _named_model(asked: SampleRequest) -> ModelSettings:
     if not asked.model:
         hint = "give turbo, deturbo, base, a hub id or a path"
         raise ConfigError(Problem("model", "is empty", hint, "bad-argument"))
-    is_variant = asked.model in VARIANTS
-    values = {"variant": asked.model if is_variant else asked.variant, "path": None if is_variant else asked.model}
+    values: dict[str, str | None] = {"variant": asked.variant, "path": asked.model}
+    if asked.model in VARIANTS:
+        values = {"variant": asked.model, "path": None}
     return ModelSettings.model_validate({**values, "adapter": None, "dtype": asked.dtype, "attention": "sdpa"})
 
 

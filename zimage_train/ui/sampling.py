@@ -43,7 +43,7 @@ class Sample:
     drawing: Drawing
     status: SampleStatus = "waiting"
     phase: str = ""
-    """What the worker does: text, loading, drawing."""
+    """The task of the worker: text, loading, drawing."""
     done: int = 0
     total: int = 0
     problems: list[dict[str, str]] = field(default_factory=list)
@@ -118,7 +118,7 @@ class Sampler:
             return self._waiting.index(sample) + (self._current is not None)
 
     def active(self) -> list[Sample]:
-        """Return what is drawn now and what waits, in this order."""
+        """Return the image that is drawn now and those that wait, in this order."""
         with self._lock:
             current = [self._current] if self._current is not None and self._current.status == "drawing" else []
             return [*current, *self._waiting]

@@ -1,4 +1,4 @@
-"""What an image needs of memory, and what trains beside it (torch-free)."""
+"""The memory that an image needs, and the runs that train beside it (torch-free)."""
 
 import math
 from collections import Counter
@@ -24,7 +24,7 @@ class MemoryNeeds:
     needed_bytes: int | None
     """Predicted peak with the whole model on the device; None while its files are not known."""
     free_bytes: int | None
-    """What is free there now."""
+    """Bytes that are free there now."""
     training: tuple[str, ...]
     """The runs that train on the same device."""
     is_downloaded: bool
@@ -44,7 +44,7 @@ def sampling_slot(queue: JobQueue) -> str:
 
 
 def memory_needs(drawing: Drawing, queue: JobQueue, machine: MachineState, slot: str) -> MemoryNeeds:
-    """Return what `drawing` needs, and what is free on the GPU `slot` or, without one, in main memory."""
+    """Return the memory that `drawing` needs and the free memory of the GPU `slot` or, without one, of the machine."""
     busy = queue.busy()
     training = (busy[slot],) if slot in busy else ()
     free: float | None = machine.free_memory_bytes

@@ -2,7 +2,7 @@
 
 It reads a JSON object per line from stdin: a job (see `DrawJob`), or `{"cancel": ID}`. It writes JSON objects to
 stdout, each with the `id` of the job and an `event`: `progress` (phase: text, loading, drawing; done, total), and at
-the end `done`, `cancelled` or `failed` (problems). What libraries print goes to stderr. The model stays loaded until a
+the end `done`, `cancelled` or `failed` (problems). Output of libraries goes to stderr. The model stays loaded until a
 job needs another one. The process ends when stdin is closed, or after `IDLE_SECONDS` without a job.
 """
 
@@ -68,7 +68,7 @@ class Cancelled(Exception):
 
 
 def problems_of(error: BaseException) -> list[dict[str, str]]:
-    """Return an error as problems for JSON; anything but a user's mistake is named as what it is, with its place."""
+    """Return an error as problems for JSON; any other exception is named with its type and place."""
     if isinstance(error, ZImageTrainError):
         return [problem_values(problem) for problem in error.problems]
     frame = traceback.extract_tb(error.__traceback__)[-1]
@@ -142,7 +142,7 @@ class Worker:
 
 
 def main() -> None:
-    """Work on jobs from stdin; stdout is kept for events, and what libraries print there goes to stderr."""
+    """Work on jobs from stdin; stdout is kept for events, and output of libraries goes to stderr."""
     sink = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     Worker(os.fdopen(os.dup(0), encoding="utf-8"), sink).run()

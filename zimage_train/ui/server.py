@@ -55,7 +55,7 @@ def make_app(workspace: Workspace, token: str | None) -> ASGIApp:
 
 
 async def _work_on(queue: JobQueue) -> None:
-    """Let the queue start what can start, as long as the page is served."""
+    """Let the queue start jobs, as long as the page is served."""
     while True:
         try:
             await asyncio.to_thread(queue.tick)

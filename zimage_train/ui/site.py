@@ -1,4 +1,4 @@
-"""What all pages share: the workspace, the queue, the machine, and the language of who looks at a page."""
+"""The parts that all pages share: workspace, queue, machine, and the language of a visitor."""
 
 import time
 from collections.abc import Callable

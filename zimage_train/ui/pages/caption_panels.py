@@ -16,7 +16,7 @@ MAX_TAGS = 60
 """Tags that are shown, the most frequent."""
 MAX_EXAMPLES = 4
 CONTEXT = 40
-"""Characters that an example shows on each side of what changes."""
+"""Characters that an example shows on each side of the change."""
 CSS = """
 .zt-tags { display: flex; flex-wrap: wrap; gap: .3rem; }
 .zt-tags button { border: 1px solid var(--line); border-radius: 999px; padding: .1rem .55rem; font-size: .8rem;

@@ -98,7 +98,7 @@ class CaptioningPanel:
         return self._jobs.get(self._session.path)
 
     async def stop(self) -> None:
-        """Stop the captioning; what it has written stays."""
+        """Stop the captioning; finished captions stay."""
         job = self._job
         if job is not None:
             await run.io_bound(job.stop)

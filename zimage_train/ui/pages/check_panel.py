@@ -26,7 +26,7 @@ CSS = """
 
 
 class CheckPanel:
-    """Checks the folder on request, and lists what was found."""
+    """Checks the folder on request, and lists its problems."""
 
     def __init__(self, session: ImageSession) -> None:
         self._session = session

@@ -1,4 +1,4 @@
-"""The form of a config: what most runs set, and every other setting by its section."""
+"""The form of a config: the most common settings, and every other by its section."""
 
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -17,7 +17,7 @@ from zimage_train.ui.texts import Translate
 class ConfigForm:
     """A form that shows a checked text; each change goes to `on_set(path, value)`.
 
-    While the text is no YAML, the form keeps what it showed last and cannot be used.
+    While the text is no YAML, the form keeps its last values and cannot be used.
     """
 
     REMOVED: ClassVar[object] = object()
@@ -38,7 +38,7 @@ class ConfigForm:
         self._sections = ui.column().classes("w-full gap-0")
 
     def show(self, checked: CheckedText) -> None:
-        """Show the settings of a text, and what is wrong with each."""
+        """Show the settings of a text with their problems."""
         is_broken = not checked.values
         self._notice.text = self._t("new.broken") if is_broken else ""
         for _, widget in self._widgets.values():
@@ -100,7 +100,7 @@ class ConfigForm:
         if not essential:
             self._widgets[field.path] = (field, widget)
             return
-        # The same setting stands among what most runs set, too; both show it.
+        # The same setting stands among the common ones too; both show it.
         self._widgets[(*field.path, "again")] = (field, widget)
 
     def _changed(self, field: FormField, shown: Any) -> None:

@@ -69,7 +69,7 @@ class ImageGrid:
         self._drawing = 0
         """Number of the last drawing."""
         self._conflicts: dict[str, tuple[str, str]] = {}
-        """Name -> caption of the file, and what was to be written."""
+        """Name -> caption of the file, and the caption that was to be written."""
 
     def build(self, on_zoom: Any, on_describe: Any) -> None:
         """Build the grid; the handlers get the name of an image."""

@@ -1,4 +1,4 @@
-"""What the parts of the page of images share: the folder, what of it is shown, and the changes made to it."""
+"""The state that the parts of the page of images share: folder, filter, and the changes made."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -46,7 +46,7 @@ class ImageSession:
         self._listeners.append(listener)
 
     def tell(self, news: News) -> None:
-        """Let every part of the page show what has changed."""
+        """Let every part of the page show the changes."""
         for listener in self._listeners:
             listener(news)
 
@@ -84,18 +84,18 @@ class ImageSession:
         return sum(not caption for caption in self.captions)
 
     async def edit(self, change: Change, names: Iterable[str] | None = None) -> None:
-        """Change the captions of some images, or of all, and say what became of it."""
+        """Change the captions of some images, or of all, and report the result."""
         previewed = self.editor.preview(change, self.folder.images if names is None else names)
         await self.apply(previewed)
 
     async def apply(self, previewed: dict[str, tuple[str, str]]) -> None:
-        """Write the captions of a preview in a thread, and say what became of it."""
+        """Write the captions of a preview in a thread, and report the result."""
         with self._waiting(len(previewed)):
             result = await run.io_bound(self.editor.apply, previewed)
         self._say(result)
 
     async def undo(self) -> None:
-        """Undo the last edit, and say what became of it."""
+        """Undo the last edit, and report the result."""
         with self._waiting(self.editor.undo_count):
             result = await run.io_bound(self.editor.undo)
         self._say(result)

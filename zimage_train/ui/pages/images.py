@@ -42,7 +42,7 @@ document.addEventListener("keydown", (event) => {
   document.querySelector(".zt-search input").focus();
 });
 """
-"""In the browser, since what is typed next must already be in the field."""
+"""In the browser, since the next keys must already reach the field."""
 
 
 def register(site: Site) -> None:

@@ -13,7 +13,7 @@ class LoraRows:
     """A list of LoRAs that grows and shrinks.
 
     Args:
-        empty_text: what stands there while it is empty.
+        empty_text: the text while there is none.
     """
 
     def __init__(self, t: Translate, empty_text: str) -> None:

@@ -47,9 +47,9 @@ class LorasPage:
         self._rows = LoraRows(t, t("loras.merge_none"))
         self._running: ToolRun | None = None
         self._results: dict[str, ui.column] = {}
-        """Tab -> the place of what its command says."""
+        """Tab -> the place of its command's output."""
         self._names: list[tuple[ui.input, Callable[[str], str]]] = []
-        """The fields for names of new files, and what each suggests for the stem of the chosen file."""
+        """The fields for names of new files, and the suggestion of each for the stem of the chosen file."""
 
     def build(self, file: str) -> None:
         """Build the choice of a file, the tabs, and the place of results."""
@@ -194,7 +194,7 @@ class LorasPage:
         self._file.value = str(path)
 
     async def _run(self, tab: str, make: Callable[[], Command]) -> None:
-        """Run the command of a tab, and show what it says there."""
+        """Run the command of a tab, and show its output there."""
         self._stop()
         try:
             command = make()

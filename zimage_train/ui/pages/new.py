@@ -172,7 +172,7 @@ class NewRunPage:
         self._plan_later()
 
     def _plan_later(self) -> None:
-        """Plan the run when the text has rested; what is planned at the moment is left."""
+        """Plan the run when the text has rested, in place of a planning under way."""
         if self._planning is not None:
             self._planning.cancel()
         self._planning = asyncio.create_task(self._make_plan())

@@ -1,4 +1,4 @@
-"""The plan of a run on the page: a bar of memory for each card, time, and buttons for what is proposed."""
+"""The plan of a run on the page: a bar of memory for each card, time, and buttons for proposed changes."""
 
 from collections.abc import Callable, Sequence
 from functools import partial

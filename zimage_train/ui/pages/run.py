@@ -54,7 +54,7 @@ class RunPage:
         self._step: int | None = None
         """The step whose previews are shown; None for the newest."""
         self._shown: Any = None
-        """What the page shows of the folder; nothing is sent while it stays the same."""
+        """The state that the page shows; nothing is sent while it stays the same."""
 
     def build(self) -> None:
         t = self._t
@@ -119,7 +119,7 @@ class RunPage:
         self._draw_charts()
 
     def refresh(self) -> None:
-        """Show what the folder says now."""
+        """Show the present state of the folder."""
         state = run_state.read_run(self._folder)
         previews = run_state.previews_of(self._folder)
         waits = any(job.name == self._name for job in self._site.queue.waiting())
@@ -267,7 +267,7 @@ def _points(folder: Any, name: str, source: str) -> Points:
 
 
 def _pace(folder: Any, state: RunState, t: Translate) -> str:
-    """Return the time of a step and what is left, from the last steps."""
+    """Return the time of a step and the remaining time, from the last steps."""
     seconds = [record["seconds"] for record in run_state.records_of(folder)[-20:] if "seconds" in record]
     if not seconds or state.status != "running":
         return ""

@@ -1,4 +1,4 @@
-"""The list of runs: state, progress, and what can be done with each."""
+"""The list of runs: state, progress, actions."""
 
 import time
 from typing import Any
@@ -173,7 +173,7 @@ def _row(name: str, status: str, t: Translate, note: str, actions: tuple[str, ..
 
 
 def note_of(state: RunState) -> str:
-    """Return what a run does at the moment, or why it has ended."""
+    """Return the present task of a run, or why it has ended."""
     if state.output.errors and state.status in ("failed", "stopped"):
         return run_state.text_of(state.output.errors[-1])
     progress = state.output.progress

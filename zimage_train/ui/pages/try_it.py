@@ -1,4 +1,4 @@
-"""Sampling with a LoRA: the form. `try_results` shows what it draws."""
+"""Sampling with a LoRA: the form. `try_results` shows the images."""
 
 import secrets
 from pathlib import Path
@@ -134,7 +134,7 @@ class TryPage:
         return chosen.removeprefix(RUN) if chosen.startswith(RUN) else None
 
     def _choose_model(self) -> None:
-        """Take what the chosen run draws its previews with."""
+        """Take over the settings of the chosen run's previews."""
         name = self._run
         self._preview.set_visibility(name is not None)
         if name is None:
@@ -241,7 +241,7 @@ class TryPage:
             show_problems(error)
 
     async def _note_memory(self) -> None:
-        """Say what the image in the form needs of memory, and what trains beside it."""
+        """Show the memory that the image in the form needs, and the runs that train beside it."""
         try:
             asked = self._asked()
             key = (asked, tuple(self._site.queue.busy().values()))
