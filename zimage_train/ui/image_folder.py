@@ -153,7 +153,7 @@ class ImageFolder:
 
 def tags_of(caption: str) -> list[str]:
     """Return the comma-separated tags of a caption."""
-    parts = (part.strip() for line in caption.split("\n") for part in line.split(","))
+    parts = (part.strip() for part in caption.replace("\n", ",").split(","))
     return [part for part in parts if part]
 
 
