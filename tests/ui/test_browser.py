@@ -9,7 +9,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from playwright.sync_api import Browser, Page, expect
+from playwright.sync_api import Browser, Locator, Page, expect
 
 from zimage_train import mini
 from zimage_train.ui import run_state
@@ -44,8 +44,13 @@ def page(browser: Browser) -> Iterator[Page]:
     assert not errors
 
 
+def field_of(page: Page, key: str) -> Locator:
+    """The form's field of a setting, whose label ends with its key."""
+    return page.get_by_label(re.compile(rf"(^| · ){re.escape(key)}$")).first
+
+
 def fill(page: Page, label: str, text: str) -> None:
-    field = page.get_by_label(label, exact=True).first
+    field = field_of(page, label)
     field.fill(text)
     field.press("Tab")
 
@@ -87,7 +92,7 @@ def test_from_a_folder_to_a_lora(page: Page, server: PageServer):
     page.get_by_label("Model", exact=True).click()
     page.get_by_role("option", name="miniature").click()
     page.get_by_role("button", name="Write a config").click()
-    expect(page.get_by_label("name", exact=True).first).to_have_value("pictures_lora")
+    expect(field_of(page, "name")).to_have_value("pictures_lora")
     fill(page, "train.steps", "12")
     fill(page, "lora.rank", "4")
     fill(page, "sample.every", "6")
@@ -117,6 +122,86 @@ def test_from_a_folder_to_a_lora(page: Page, server: PageServer):
     shoot(page, "runs")
 
 
+def test_the_zoom_moves_both(page: Page, server: PageServer):
+    """The wheel enlarges a preview and that before training alike; the arrow keys change the step meanwhile."""
+    page.goto(f"{server.address}/run/pictures_lora")
+    page.locator(".zt-pictures img").first.click()
+    images = page.locator(".zt-zoom-pane img")
+    expect(images).to_have_count(2)
+    expect(page.locator("figcaption", has_text="before training")).to_be_visible()
+    page.wait_for_timeout(600)  # until the dialog has opened to its full size
+    box = images.last.bounding_box()
+    assert box is not None
+    page.mouse.move(box["x"] + box["width"] / 4, box["y"] + box["height"] / 2)
+    page.mouse.wheel(0, -400)
+    expect(images.first).to_have_attribute("style", re.compile(r"scale\(2\.718"))
+    styles = [images.nth(index).get_attribute("style") for index in range(2)]
+    moved = re.search(r"translate\((-[\d.]+)%, (-[\d.]+)%\)", str(styles[0]))
+    # What is under the pointer stays there: at a quarter of the width, a quarter of the growth is to its left.
+    assert styles[0] == styles[1] and moved and float(moved[1]) == pytest.approx(-25 * 1.71828, abs=0.5)
+    page.keyboard.press("-")
+    expect(images.last).to_have_attribute("style", re.compile(r"scale\(2\.17"))
+    before = images.last.get_attribute("src")
+    page.keyboard.press("ArrowLeft")
+    expect(images.last).not_to_have_attribute("src", str(before))
+    expect(page.locator("figcaption", has_text="step 6")).to_be_visible()
+    shoot(page, "zoom")
+    page.get_by_role("button", name="One over the other").click()
+    expect(page.locator(".zt-zoom-line")).to_be_visible()
+
+
+def test_the_report_opens_in_a_sandbox(browser: Browser, server: PageServer):
+    """The report of a run is shown, and can reach nothing of this page, whatever stands in it."""
+    page = browser.new_context(locale="en-US").new_page()  # what is refused is an error on its console
+    page.goto(f"{server.address}/run/pictures_lora")
+    report = server.runs / "pictures_lora" / "report.html"
+    report.write_text(report.read_text() + "<script>document.title = 'ran ' + self.origin</script>")
+    page.get_by_role("link", name="report.html").click()
+    expect(page.get_by_role("heading", name="pictures_lora")).to_be_visible()
+    expect(page).to_have_title("ran null")
+    found = page.evaluate("fetch('/api/runs').then(() => 'reached', () => 'refused')")
+    assert found == "refused"
+    page.context.close()
+
+
+def test_verdicts_have_remedies(browser: Browser, server: PageServer):
+    """A run that learns nothing says so, and leads to its captions and to a new run with another setting."""
+    page = browser.new_context(locale="en-US").new_page()
+    page.goto(f"{server.address}/new")
+    prompts = {"prompts": ["a red zorb", "a dog"], "width": 64, "height": 64, "every": 2}
+    changes = {"optimizer": {"lr": 1e-12}, "sample": prompts, "model": {"adapter_strength": 0.5}}
+    write_text(page, mini_text(server.folder, "still", steps=4, **changes))
+    expect(field_of(page, "name")).to_have_value("still", timeout=LONG)
+    page.get_by_role("button", name="Start", exact=True).click()
+    page.wait_for_url("**/run/still")
+    expect(page.get_by_text("done", exact=True)).to_be_visible(timeout=RUN_SECONDS)
+    expect(page.get_by_text("Not learning", exact=True)).to_have_count(1)
+    expect(page.locator(".zt-finding", has_text="not learning: at step 4")).to_have_count(1)
+    # A warning of the config comes with its remedy, and is not said twice.
+    expect(page.locator(".zt-finding", has_text="model.adapter_strength is 0.5")).to_have_count(1)
+    shoot(page, "verdict")
+    page.get_by_role("link", name="Edit the captions").click()
+    expect(page.locator(".zt-image").first).to_be_visible(timeout=LONG)
+    page.go_back()
+    page.get_by_role("link", name="New run with model.adapter_strength: 1").click()
+    expect(field_of(page, "name")).to_have_value("still_2", timeout=LONG)
+    assert "adapter_strength: 1" in editor_text(page) and "adapter_strength: 0.5" not in editor_text(page)
+    page.context.close()
+
+
+def test_a_card_is_chosen(page: Page, server: PageServer, tmp_path_factory: pytest.TempPathFactory):
+    """The plan is made for the card, and offers resolutions at which the run is shorter there."""
+    page.goto(f"{server.address}/new")
+    folder = f"name: mine\ndata:\n  - folder: {mini.IMAGES}\n    resolution: [512, 1024]\n    trigger: zorb\n"
+    write_text(page, f"{folder}sample:\n  prompts: [a zorb, a tree]\n")
+    page.get_by_label("Card", exact=True).fill("4060")
+    page.get_by_role("option", name="4060", exact=True).click()
+    expect(page.get_by_text(re.compile("one 4060: .*, fits"))).to_be_visible(timeout=LONG)
+    page.get_by_role("button", name=re.compile(r"^data\.\*\.resolution: 512, \d+ h \d\d min$")).click()
+    expect(page.locator(".cm-content")).to_contain_text("resolution: 512")
+    expect(page.get_by_text("Shorter on this card")).to_have_count(0, timeout=LONG)
+
+
 def test_a_job_of_ai_toolkit(page: Page, server: PageServer, tmp_path: Path):
     job = {
         "job": "extension",
@@ -138,15 +223,15 @@ def test_a_job_of_ai_toolkit(page: Page, server: PageServer, tmp_path: Path):
     path.write_text(json.dumps(job))
     page.goto(f"{server.address}/new")
     page.locator("input[type=file]").set_input_files(path)
-    expect(page.get_by_label("name", exact=True).first).to_have_value("from_there")
-    expect(page.get_by_label("lora.rank", exact=True).first).to_have_value("8")
+    expect(field_of(page, "name")).to_have_value("from_there")
+    expect(field_of(page, "lora.rank")).to_have_value("8")
     assert "Imported from job.json" in editor_text(page)
 
 
 def test_a_bad_yaml_marks_its_line(page: Page, server: PageServer):
     """The line is marked, the form keeps what it has and comes back."""
     page.goto(f"{server.address}/new")
-    name = page.get_by_label("name", exact=True).first
+    name = field_of(page, "name")
     expect(name).to_have_value("my_character")
     good = "name: mine\ndata:\n  - folder: photos\nlora:\n  rank: 4\n"
     write_text(page, good)
@@ -176,7 +261,7 @@ def test_remedies_are_buttons(page: Page, server: PageServer):
     page.get_by_role("button", name="optimizer.lr: 0.0001").click()
     expect(warning).to_have_count(0, timeout=LONG)
     assert re.search(r"lr: 0.0001 +# too high", editor_text(page))
-    page.get_by_label("Plan for", exact=True).fill("4060")
+    page.get_by_label("Card", exact=True).fill("4060")
     page.get_by_role("option", name="4060", exact=True).click()
     expect(page.get_by_text(re.compile("one 4060: .*fits"))).to_be_visible(timeout=LONG)
 
@@ -185,7 +270,7 @@ def test_stop_continue_and_a_kill(page: Page, server: PageServer):
     """A run is stopped and continued, survives a restart of the page, and a killed one is shown as failed."""
     page.goto(f"{server.address}/new")
     write_text(page, mini_text(server.folder, "long", steps=3000))
-    expect(page.get_by_label("name", exact=True).first).to_have_value("long")
+    expect(field_of(page, "name")).to_have_value("long")
     page.get_by_role("button", name="Start", exact=True).click()
     page.wait_for_url("**/run/long")
     expect(page.get_by_text("running", exact=True)).to_be_visible(timeout=RUN_SECONDS)

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 from zimage_train.ui import texts
+from zimage_train.ui.form_fields import ESSENTIALS, field_at
 
 UI = Path(texts.__file__).parent
 USED = re.compile(r"""\b_?t\(\s*"([a-z_]+\.[a-z_]+)\"""")
@@ -24,6 +25,12 @@ def test_no_text_is_missing():
     groups = {group.split(".")[0] for group in FILLED.findall(source)}
     unused = {key for key in catalogue if key not in used and key.split(".")[0] not in groups}
     assert not unused
+
+
+def test_common_settings_have_words():
+    keys = {field_at(path).name.replace("data.0.", "data.") for path in ESSENTIALS}
+    written = {key.removeprefix("field.") for key in texts.catalogue() if key.startswith("field.")}
+    assert written == keys
 
 
 def test_chinese_is_chinese():

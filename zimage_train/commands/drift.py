@@ -17,15 +17,13 @@ from zimage_train.diffusion.request import SamplingRequest
 from zimage_train.io import atomic
 from zimage_train.lora import swap
 from zimage_train.planning import devices
+from zimage_train.planning.verdicts import KEPT_BELOW, LOST_FROM
 from zimage_train.report import comparison, preview_images, preview_shift
 from zimage_train.report.comparison import IMAGES, MODEL, PROMPT, SAMPLING, Comparison, ComparisonImage, Subject
 from zimage_train.report.console import Console
 
 SLOW_STEPS, SLOW_GUIDANCE = 30, 1.0
 """Sampling with many steps and guidance, with which Turbo's own eight steps without guidance are compared."""
-
-KEPT_BELOW, LOST_FROM = 0.38, 0.45
-"""Deviations below which the eight steps count as kept, and from which on as lost; from the miniature (docs/lab.md)."""
 
 TURBO, WITH_LORA = "Turbo", "with the LoRA"
 FACTS = "drift.json"

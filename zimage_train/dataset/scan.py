@@ -13,7 +13,7 @@ from zimage_train.dataset.images import ImageIndex, ImageInfo, near_duplicates
 from zimage_train.dataset.masks import Mask
 from zimage_train.dataset.sources import Source, first_names, is_text, list_folder, read_metadata
 from zimage_train.errors import DataError, Location, Note, Problem, ZImageTrainError, collect_errors
-from zimage_train.io.progress import Progress
+from zimage_train.io.progress import Progress, no_progress
 
 MAX_WORDS = 480
 """Words and punctuation marks. A longer prompt certainly has more than the 512 tokens that the model reads, which
@@ -67,7 +67,7 @@ def scan_entry(
     entry: DataEntry,
     where: str,
     image_index: ImageIndex | None = None,
-    progress: Progress = lambda task, done, total: None,
+    progress: Progress = no_progress,
 ) -> FolderScan:
     """Read every image and caption of `entry`, and report all that is wrong or odd; nothing is left out silently.
 

@@ -3,7 +3,9 @@
 The thresholds are what people report for this family of models (docs/recipes.md), not measurements of this project.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from zimage_train.config.optimizers import OPTIMIZERS
 from zimage_train.config.schema import Config
@@ -29,6 +31,15 @@ class ConfigWarning:
 
     def __str__(self) -> str:
         return self.text
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the warning as run.json has it."""
+        return {"text": self.text, "changes": {change.key: change.value for change in self.changes}}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "ConfigWarning":
+        """Return the warning that `as_json` has written."""
+        return cls(values["text"], tuple(SettingChange(key, value) for key, value in values["changes"].items()))
 
     @classmethod
     def of(cls, text: str, **changes: float | str) -> "ConfigWarning":

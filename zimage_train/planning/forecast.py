@@ -108,7 +108,7 @@ def _one_line_forecast(spec: RunSpec, plan: MemoryPlan, card: GpuSpec, price: fl
     seconds = run_times.predict_times(spec, plan, card, _time_factor(_calibration(spec, card.name))).total
     return (
         f"{plan.peak.total / 1e9:.1f} GB, {_describe_weights(plan)}, recomputing {recomputed} at "
-        f"{largest.width}x{largest.height}, {_hours_and_cost(seconds, price)}"
+        f"{largest.width}x{largest.height}, {hours_and_cost(seconds, price)}"
     )
 
 
@@ -217,7 +217,7 @@ def _time_lines(spec: RunSpec, plan: MemoryPlan, device: DeviceLimits, price: fl
     times = run_times.predict_times(spec, plan, device.card or gpus.TYPICAL_GPU, _time_factor(factor))
     source = f"predicted; {factor.in_words()}" if factor else "predicted"
     steps = spec.config.train.steps
-    text = f"time on {device.name}, for {steps} steps: {_hours_and_cost(times.total, price)} ({source})"
+    text = f"time on {device.name}, for {steps} steps: {hours_and_cost(times.total, price)} ({source})"
     lines = [Note("time", text), *_stage_lines(spec, times)]
     if factor is None and device.card is not None:
         least, most = flops.TIME_INTERVAL
@@ -275,7 +275,16 @@ def calibration_file(config: Config) -> Path:
     return cache_dir(config) / "measured.json"
 
 
-def _hours_and_cost(seconds: float, price: float | None) -> str:
+def run_seconds(spec: RunSpec, device: DeviceLimits) -> float | None:
+    """Return the predicted seconds of the run on `device`, or None if it does not fit or its speed is not known."""
+    plan = plan_for(spec, device)
+    if device.card is None or not plan.fits:
+        return None
+    return run_times.predict_times(spec, plan, device.card, _time_factor(_calibration(spec, device.key))).total
+
+
+def hours_and_cost(seconds: float, price: float | None) -> str:
+    """Return a duration, and its cost at a price an hour, in words."""
     minutes = round(seconds / 60)
     time = f"{minutes // 60} h {minutes % 60:02d} min" if minutes else f"{seconds:.0f} s"
     return time if price is None else f"{time}, at {price:g} an hour {seconds / 3600 * price:.2f}"

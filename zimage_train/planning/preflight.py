@@ -16,7 +16,7 @@ from zimage_train.errors import ConfigError, Location, Note, Problem, ZImageTrai
 from zimage_train.io import atomic
 from zimage_train.io.dtypes import bytes_per_number
 from zimage_train.io.operating_system import main_memory_bytes
-from zimage_train.io.progress import Progress
+from zimage_train.io.progress import Progress, no_progress
 from zimage_train.io.units import format_bytes
 from zimage_train.lora import targets
 from zimage_train.models import components
@@ -54,7 +54,7 @@ class RunSpec:
 def check_run(
     config: Config,
     fetch: DownloadFn | None = None,
-    progress: Progress = lambda task, done, total: None,
+    progress: Progress = no_progress,
     processes: int = 1,
 ) -> RunSpec:
     """Check images, settings, model files and disk, and return the specification of a run of `processes`.

@@ -93,9 +93,10 @@ class Console:
         self._rich.print(as_event("line", text=text) if self._as_json else text)
         self._record(text)
 
-    def warning(self, text: str) -> None:
+    def warning(self, text: str, **facts: str) -> None:
+        """Print a warning; `facts` tell programs what it is about."""
         if self._as_json:
-            self._rich.print(as_event("warning", text=text))
+            self._rich.print(as_event("warning", text=text, **facts))
         else:
             self._rich.print(f"warning: {text}", style="yellow")
         self._record(f"warning: {text}")

@@ -2,7 +2,7 @@
 
 import base64
 import io
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,25 +23,16 @@ def write_report_page(
     facts: Mapping[str, Any],
     metrics_path: Path,
     events_path: Path,
-    own_previews: PreviewTable | None,
     all_previews: PreviewTable,
     config_text: str,
     warnings: list[str],
-    triggers: Collection[str],
-    steps: int,
 ) -> None:
-    """Write the page at `path` from the files of the run folder.
-
-    `own_previews` are those on the run's own model, from which the shift since step 0 is judged; `all_previews`, which
-    are shown, also include those on a second model.
-    """
+    """Write the page at `path` from the files of the run folder; `all_previews` include those on a second model."""
     records = metrics.read_records(metrics_path)
     events = metrics.read_records(events_path)
     validations = [event for event in events if event.get("event") == "validation"]
     # Losses on other images cannot be compared: if the validation set has changed, only the last one counts.
     validations = [event for event in validations if event["of"] == validations[-1]["of"]]
-    shifts = preview_shift.preview_shifts(own_previews, triggers) if own_previews else []
-    remark = preview_shift.shift_remark(shifts[-1], steps) if shifts else None
     page = template.render_html(
         "page.html",
         name=name,
@@ -57,7 +48,7 @@ def write_report_page(
         rows=_preview_rows(all_previews),
         prompts=all_previews.labels,
         config=config_text,
-        warnings=[*warnings, remark] if remark else warnings,
+        warnings=warnings,
     )
     atomic.write_text(path, page)
 

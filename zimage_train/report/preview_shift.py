@@ -1,4 +1,4 @@
-"""How far previews have moved from those before training, and what follows: not learning, or leaking."""
+"""How far previews have moved from those before training, and how sharp they are."""
 
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -9,15 +9,6 @@ from PIL import Image
 
 from zimage_train.config.triggers import has_any_trigger
 from zimage_train.report.preview_images import PreviewTable
-
-NOT_LEARNING_BELOW = 0.02
-"""Shift with the trigger below which images look as before training."""
-LEAK_RATIO = 0.75
-"""Shift without the trigger, relative to that with it, from which the concept leaks into other images."""
-NOTICEABLE_SHIFT = 0.05
-"""Shift without the trigger below which nothing counts as a leak."""
-LATE_SHARE = 0.25
-"""Fraction of the run before which there are no remarks."""
 
 
 @dataclass(frozen=True)
@@ -90,22 +81,3 @@ def sharpness_kept(table: PreviewTable, triggers: Collection[str], step: int) ->
         if before > 0:
             ratios.append(sharpness(current) / before)
     return sum(ratios) / len(ratios) if ratios else None
-
-
-def shift_remark(shift: PreviewShift, last: int) -> str | None:
-    """Return a warning about the shift at this step of `last`, or None if all is well or it is too early to tell."""
-    if shift.with_trigger is None or shift.step < LATE_SHARE * last:
-        return None
-    if shift.with_trigger < NOT_LEARNING_BELOW:
-        return (
-            f"not learning: at step {shift.step} previews with the trigger differ by {shift.with_trigger:.3f} from "
-            "those before training; check captions and trigger, or raise optimizer.lr"
-        )
-    without = shift.without_trigger
-    if without is not None and without >= max(NOTICEABLE_SHIFT, LEAK_RATIO * shift.with_trigger):
-        return (
-            f"leaking: at step {shift.step} previews without the trigger changed by {without:.3f}, with it by "
-            f"{shift.with_trigger:.3f}; describe in captions what is not the concept (`zimage-train caption`), use "
-            "fewer steps, or a lower rank"
-        )
-    return None

@@ -321,7 +321,7 @@ def _read_extra_loras(context: RunContext) -> list[tuple[Deltas, float]]:
 
 
 def _facts(context: RunContext, frozen: FrozenTransformer, groups: dict[str, int]) -> dict[str, Any]:
-    """Return the entries of run.json on versions, device, LoRA, adapter, data and inputs; `groups` counts modules."""
+    """Return entries of run.json: versions, device, LoRA, adapter, data, warnings, inputs; `groups` counts modules."""
     config, world, order = context.config, context.world, context.spec.order
     adapter = None
     if frozen.adapter is not None:
@@ -356,6 +356,7 @@ def _facts(context: RunContext, frozen: FrozenTransformer, groups: dict[str, int
             "regularisation": len(order.items) - len(order.concept.items),
             "steps_per_epoch": round(order.steps_per_epoch, 2),
         },
+        "warnings": [warning.as_json() for warning in context.spec.warnings],
         "fingerprint": run_fingerprint(context.spec, context.digests),
     }
 

@@ -12,6 +12,7 @@ from zimage_train.io.dtypes import PRECISIONS
 from zimage_train.io.safetensors_format import read_header
 from zimage_train.lora import lora_file, metadata
 from zimage_train.optim import optimizers
+from zimage_train.planning.verdicts import run_verdicts
 from zimage_train.report import page, preview_images, preview_shift
 from zimage_train.report.metrics import RecordWriter, read_records
 from zimage_train.training import checkpoint, exports, preview_sets, run_dir
@@ -58,6 +59,8 @@ def preview(state: TrainState, step: int, events: RecordWriter) -> None:
         events.append({"step": step, "event": "preview_failed", "error": str(error)})
         return
     events.append({"step": step, "event": "preview", **preview_metrics(state, step), **measured})
+    for verdict in run_verdicts(state.config, read_records(state.folder.events)):
+        state.console.warning(verdict.text, verdict=verdict.kind)
     if "drift" in measured:
         state.trackers.drift(step, measured["drift"])
     for previews in state.preview_sets:
@@ -107,16 +110,13 @@ def render_previews(state: TrainState, previews: PreviewSet, step: int) -> dict[
 
 
 def preview_metrics(state: TrainState, step: int) -> dict[str, Any]:
-    """Return the measures of the previews of `step` for events.jsonl, and warn if they show a problem."""
+    """Return the measures of the previews of `step` for events.jsonl."""
     own_table, *second_tables = [previews.table() for previews in state.preview_sets if previews.lora_weight == 1.0]
     triggers = state.config.triggers
     record: dict[str, Any] = {"pictures": [path.name for path in own_table.rows[step] if path]}
     for shift in preview_shift.preview_shifts(own_table, triggers):
         if shift.step == step:
             record |= {"change_with_trigger": shift.with_trigger, "change_without_trigger": shift.without_trigger}
-            remark = preview_shift.shift_remark(shift, state.config.train.steps)
-            if remark and not state.config.method.generates_data:  # these methods should leave images as they are
-                state.console.warning(remark)
     if step > 0:
         record["sharpness_kept"] = preview_shift.sharpness_kept(own_table, triggers, step)
     for table in second_tables:
@@ -204,12 +204,9 @@ def write_report(state: TrainState) -> None:
         facts=facts,
         metrics_path=state.folder.metrics,
         events_path=state.folder.events,
-        own_previews=state.preview_sets[0].table() if state.preview_sets else None,
         all_previews=preview_sets.all_previews_table(state.preview_sets)
         if state.preview_sets
         else preview_images.preview_table(state.folder.samples),
         config_text=dump_config(state.config),
-        warnings=state.warnings,
-        triggers=state.config.triggers,
-        steps=state.config.train.steps,
+        warnings=[*state.warnings, *map(str, run_verdicts(state.config, read_records(state.folder.events)))],
     )

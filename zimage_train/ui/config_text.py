@@ -87,6 +87,21 @@ def set_value(text: str, path: KeyPath, value: Any) -> str:
     return _dump(document)
 
 
+def set_setting(text: str, key: str, value: Any) -> str:
+    """Return `text` with the setting `key` set, such as `lora.rank`; `data.*.x` is that of every entry.
+
+    Raises:
+        ConfigError: the text is no YAML.
+    """
+    entries = range(1)
+    if key.startswith("data.*."):
+        entries = range(len(check_text(text).values.get("data") or []))
+    for index in entries:
+        path = tuple(index if part == "*" else part for part in key.split("."))
+        text = set_value(text, path, value)
+    return text
+
+
 def remove_value(text: str, path: KeyPath) -> str:
     """Return `text` without the setting at `path`, which then has its default; sections that become empty go too.
 

@@ -13,6 +13,7 @@ from zimage_train.dataset.images import ImageIndex
 from zimage_train.dataset.masks import Mask
 from zimage_train.dataset.sources import MASK_FOLDER, MASK_NAME
 from zimage_train.errors import ZImageTrainError
+from zimage_train.io.progress import no_progress
 from zimage_train.ui.folder_browser import list_subfolders
 from zimage_train.ui.image_folder import ImageFolder
 from zimage_train.ui.media import FOREVER
@@ -42,7 +43,7 @@ def masks_of(folder: ImageFolder, paths: Iterable[Path], index: ImageIndex) -> d
     """Return image -> its mask, for those of `paths` that have one."""
     if folder.mask is None:
         return {}
-    return masks.find_masks(list(paths), folder.entry, folder.mask, "data.0", [], index, lambda task, done, total: None)
+    return masks.find_masks(list(paths), folder.entry, folder.mask, "data.0", [], index, no_progress)
 
 
 def mask_router(workspace: Workspace) -> APIRouter:

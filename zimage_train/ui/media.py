@@ -17,6 +17,11 @@ IMAGES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".a
 DOWNLOADS = {*IMAGES, ".safetensors", ".json", ".html", ".yaml", ".txt", ".jsonl"}
 SMALL_SIZES = (96, 192, 384, 768)
 """Longer sides of small versions, px."""
+SANDBOX = (
+    "sandbox allow-scripts; default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
+    "frame-ancestors 'none'"
+)
+"""Policy for pages that commands have written: they contain all that they need."""
 FOREVER = {"Cache-Control": "private, max-age=31536000, immutable"}
 MAX_CACHED_BYTES = 128 * 1024**2
 MAX_PIXELS = 200_000_000
@@ -95,6 +100,12 @@ def media_router(workspace: Workspace) -> APIRouter:
         kind = mimetypes.guess_type(file.name)[0] or "application/octet-stream"
         return FileResponse(file, media_type=kind, filename=file.name)
 
+    @router.get("/media/page", include_in_schema=False)
+    def page(path: str) -> FileResponse:
+        # In a sandbox, as if it came from no site at all: a page from a run's folder can do nothing here.
+        headers = {"Content-Security-Policy": SANDBOX}
+        return FileResponse(known_file(path, {".html"}), media_type="text/html", headers=headers)
+
     return router
 
 
@@ -115,3 +126,8 @@ def whole_url(path: Path) -> str:
 
 def download_url(path: Path) -> str:
     return f"/media/download?path={quote(str(path))}"
+
+
+def page_url(path: Path) -> str:
+    """Return the address of a page that a run has written, such as its report."""
+    return f"/media/page?path={quote(str(path))}"

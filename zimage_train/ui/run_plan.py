@@ -15,6 +15,7 @@ from zimage_train.planning.suggestions import SettingChange
 
 PARTS = ("weights", "lora", "activations", "context")
 """The parts of a `MemoryEstimate`, in the order of the bar."""
+RESOLUTIONS = (768, 512)
 MEMORY_CODES = ("memory", "example")
 """Beginnings of the codes of forecast lines that the bar shows."""
 
@@ -35,6 +36,14 @@ class CardPlan:
 
 
 @dataclass(frozen=True)
+class ShorterRun:
+    """A lower resolution, and the time and cost of the run at it on the same card."""
+
+    change: SettingChange
+    time: str
+
+
+@dataclass(frozen=True)
 class RunPlan:
     """The plan and the problems of a run before it starts."""
 
@@ -45,6 +54,7 @@ class RunPlan:
     """Settings by which a run that does not fit is predicted to fit."""
     notes: list[str] = field(default_factory=list)
     warnings: list[ConfigWarning] = field(default_factory=list)
+    shorter: list[ShorterRun] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
     """The problems for which the run is refused."""
 
@@ -57,11 +67,29 @@ def plan_run(config: Config, gpu: str | None, price: float | None, progress: Pro
     try:
         spec = preflight.check_run(config, cached_only, progress)
         cards, changes = _cards(spec, gpu)
+        shorter = _shorter_runs(config, gpu, price, progress)
         lines = [note for note in forecast.forecast_lines(spec, gpu, price) if not note.code.startswith(MEMORY_CODES)]
     except ZImageTrainError as error:
         return RunPlan(problems=list(error.problems))
     notes = [str(note) for note in spec.notes]
-    return RunPlan(cards, [line.text.strip() for line in lines], changes, notes, list(spec.warnings))
+    return RunPlan(cards, [line.text.rstrip() for line in lines], changes, notes, list(spec.warnings), shorter)
+
+
+def _shorter_runs(config: Config, gpu: str | None, price: float | None, progress: Progress) -> list[ShorterRun]:
+    """Return the run at each lower resolution; none where the speed of the card is not known."""
+    device = forecast.device_for(config, gpu)
+    highest = max(max(entry.resolution) for entry in config.data)
+    found: list[ShorterRun] = []
+    if device is None or device.card is None:
+        return found
+    for resolution in (value for value in RESOLUTIONS if value < highest):
+        entries = [entry.model_copy(update={"resolution": [resolution]}) for entry in config.data]
+        spec = preflight.check_run(config.model_copy(update={"data": entries}), cached_only, progress)
+        seconds = forecast.run_seconds(spec, device)
+        if seconds is not None:
+            change = SettingChange("data.*.resolution", resolution)
+            found.append(ShorterRun(change, forecast.hours_and_cost(seconds, price)))
+    return found
 
 
 def _cards(spec: RunSpec, gpu: str | None) -> tuple[list[CardPlan], list[SettingChange]]:

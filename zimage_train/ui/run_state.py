@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
+from PIL import Image
 
 from zimage_train.io import locks
 from zimage_train.io.operating_system import process_start
 from zimage_train.report import metrics
-from zimage_train.report.preview_images import NAME
+from zimage_train.report.preview_images import NAME, parse_request
 
 Status = Literal["waiting", "starting", "running", "done", "stopped", "failed", "never started"]
 STOP_CODES = (128 + 1, 128 + 2, 128 + 15)
@@ -37,6 +38,7 @@ class WorkerOutput:
     lines: list[str] = field(default_factory=list)
     """The last lines, as text."""
     warnings: list[str] = field(default_factory=list)
+    """Its warnings, without the verdicts, which the records of previews give."""
 
 
 @dataclass(frozen=True)
@@ -131,12 +133,22 @@ def events_of(folder: Path) -> list[dict[str, Any]]:
 
 
 def previews_of(folder: Path) -> dict[int, list[str]]:
-    """Return step -> names of its preview images, from the names alone."""
+    """Return step -> names of its preview images in `samples`: those of its own model first, then those in subfolders.
+
+    They are read from the names alone.
+    """
     found: dict[int, list[str]] = {}
-    for path in sorted((folder / "samples").glob("*.png")):
+    samples = folder / "samples"
+    for path in [*sorted(samples.glob("*.png")), *sorted(samples.glob("*/*.png"))]:
         if match := NAME.fullmatch(path.name):
-            found.setdefault(int(match[1]), []).append(path.name)
+            found.setdefault(int(match[1]), []).append(str(path.relative_to(samples)))
     return found
+
+
+def prompt_of(preview: Path) -> str:
+    """Return the prompt of a preview image, or its name if it does not say."""
+    prompt = _files.get("prompt", preview, _read_prompt, "")
+    return prompt or preview.name
 
 
 def log_tail(folder: Path, output: WorkerOutput, count: int = LOG_LINES) -> list[str]:
@@ -202,7 +214,7 @@ def _read_output(path: Path) -> WorkerOutput:
         kind = event.get("event")
         progress = event if kind == "progress" else None
         errors = [*errors, event] if kind == "error" else []
-        if kind == "warning":
+        if kind == "warning" and "verdict" not in event:
             warnings.append(str(event.get("text", "")))
         if kind != "progress":
             lines.append(text_of(event))
@@ -228,6 +240,16 @@ def text_of(event: dict[str, Any]) -> str:
         return f"{where}: {found}" + (f"; {todo}" if todo else "")
     prefix = {"warning": "warning: ", "note": "note: "}.get(event["event"], "")
     return prefix + str(event.get("text", ""))
+
+
+def _read_prompt(path: Path) -> str:
+    try:
+        with Image.open(path) as image:
+            texts = {str(key): str(value) for key, value in image.info.items()}  # read without decoding the image
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return ""
+    request = parse_request(texts)
+    return "" if request is None else request.prompt
 
 
 def _steps_of(path: Path) -> int:

@@ -13,6 +13,8 @@ from zimage_train.ui.form_fields import ESSENTIALS, FormField, field_at, fields_
 from zimage_train.ui.site import show_problems
 from zimage_train.ui.texts import Translate
 
+COLUMNS = "grid-template-columns: repeat(auto-fit, minmax(min(100%, 240px), 1fr))"
+
 
 class ConfigForm:
     """A form that shows a checked text; each change goes to `on_set(path, value)`.
@@ -31,9 +33,9 @@ class ConfigForm:
         self._titles: list[str] = []
         self._notice = ui.label().style("color: var(--bad)")
         ui.label(t("new.form")).classes("zt-head")
-        with ui.column().classes("w-full gap-2"):
+        with ui.element("div").classes("grid w-full gap-2").style(COLUMNS):
             for path in ESSENTIALS:
-                self._build_field(field_at(path))
+                self._build_field(field_at(path), _words_for(field_at(path), t))
         ui.separator()
         self._sections = ui.column().classes("w-full gap-0")
 
@@ -81,8 +83,8 @@ class ConfigForm:
                 self._build_field(field)
         self._fill()
 
-    def _build_field(self, field: FormField) -> None:
-        label = field.name
+    def _build_field(self, field: FormField, label: str | None = None) -> None:
+        label = label or field.name
         if field.kind == "switch":
             widget: Any = ui.switch(label)
         elif field.kind == "choice":
@@ -91,7 +93,7 @@ class ConfigForm:
             widget = ui.textarea(label).props("dense outlined autogrow")
         else:
             widget = ui.input(label).props("dense outlined")
-        widget.classes("w-full").tooltip(field.help)
+        widget.classes("w-full" + (" col-span-full" if field.kind == "lines" else "")).tooltip(field.help)
         if field.kind in ("switch", "choice"):
             widget.on_value_change(lambda event: self._changed(field, event.value))
         else:
@@ -113,6 +115,12 @@ class ConfigForm:
             return
         if value != value_at(self._checked.values, field.path):
             self._on_set(field.path, value)
+
+
+def _words_for(field: FormField, t: Translate) -> str:
+    """Return the label of a common setting: in words, and as the YAML has it."""
+    key = field.name.replace("data.0.", "data.")
+    return t(f"field.{key}") + f" · {field.name}"
 
 
 def _value_of(field: FormField, shown: Any) -> Any:

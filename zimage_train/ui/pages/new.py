@@ -9,6 +9,7 @@ from nicegui import events, run, ui
 from zimage_train.commands import init
 from zimage_train.config.templates import MODEL_TEMPLATES, SUBJECT_KINDS, render_template
 from zimage_train.errors import Problem, ZImageTrainError
+from zimage_train.io.progress import no_progress
 from zimage_train.planning.gpus import GPU_SPECS
 from zimage_train.ui import config_text, run_plan
 from zimage_train.ui.config_text import CheckedText
@@ -28,9 +29,9 @@ def register(site: Site) -> None:
     """Add the page."""
 
     @ui.page("/new")
-    def new_page(clone: str = "", folder: str = "") -> None:
+    def new_page(clone: str = "", change: str = "", folder: str = "") -> None:
         with page_frame("new") as t:
-            NewRunPage(site, t).build(clone, folder)
+            NewRunPage(site, t).build(clone, change, folder)
 
 
 class NewRunPage:
@@ -42,7 +43,8 @@ class NewRunPage:
         self._checked = CheckedText(None, {})
         self._planning: asyncio.Task[None] | None = None
 
-    def build(self, clone: str, folder: str) -> None:
+    def build(self, clone: str, change: str, folder: str) -> None:
+        """Build the page with the config of the run `clone`, in which `change`, a `key=value`, is made."""
         t = self._t
         ui.label(t("new.title")).classes("zt-title").props("role=heading aria-level=1")
         self._build_start(folder)
@@ -55,7 +57,7 @@ class NewRunPage:
                 self._form = ConfigForm(t, self._set)
             with ui.column().classes("w-full gap-4 md:sticky").style("top: 5.5rem"):
                 self._build_text()
-        self._show_text(self._first_text(clone))
+        self._show_text(self._first_text(clone, change))
 
     def _build_start(self, folder: str) -> None:
         t = self._t
@@ -91,14 +93,16 @@ class NewRunPage:
             self._gpu.set_visibility(len(slots) > 2)
             self._start = ui.button(t("new.start"), icon="play_arrow", on_click=self._queue).props("no-caps")
 
-    def _first_text(self, clone: str) -> str:
+    def _first_text(self, clone: str, change: str) -> str:
         if not clone:
             return render_template("turbo", "character")
         try:
             text = self._site.queue.config_text(clone)
             if not self._site.queue.has_job(clone):
                 text = config_text.without_defaults(text)
-            return config_text.set_value(text, ("name",), self._free_name(clone))
+            text = config_text.set_value(text, ("name",), self._free_name(clone))
+            key, equals, value = change.partition("=")
+            return config_text.set_setting(text, key, config_text.parse_value(value)) if equals else text
         except ZImageTrainError as error:
             show_problems(error)
             return render_template("turbo", "character")
@@ -183,20 +187,15 @@ class NewRunPage:
         if config is None:
             return
         gpu, price = self._card.value or None, self._price.value
-        plan = await asyncio.to_thread(run_plan.plan_run, config, gpu, price, lambda task, done, total: None)
+        plan = await asyncio.to_thread(run_plan.plan_run, config, gpu, price, no_progress)
         if config is self._checked.config:
             self._plan.clear()
             with self._plan:
                 show_plan(plan, self._t, self._apply)
 
     def _apply(self, key: str, value: Any) -> None:
-        """Set a setting that the plan proposes; `data.*.x` is that of every entry."""
-        entries = range(len(self._checked.values.get("data") or [])) if key.startswith("data.*.") else [0]
-        text = self._text
-        for index in entries:
-            path = tuple(index if part == "*" else part for part in key.split("."))
-            text = config_text.set_value(text, path, value)
-        self._show_text(text)
+        """Set a setting that the plan proposes."""
+        self._show_text(config_text.set_setting(self._text, key, value))
 
     def _queue(self) -> None:
         try:
@@ -213,12 +212,13 @@ class NewRunPage:
 
 def _config_for(folder: Path, kind: str, model: str) -> str:
     """Return the config that `zimage-train init` writes for a folder."""
-    summary = init.summarize_folder(folder, lambda task, done, total: None)
+    summary = init.summarize_folder(folder, no_progress)
     is_miniature = model == "miniature"
     variant = "turbo" if is_miniature else model
     trigger = init.likely_trigger(summary.captions, summary.kohya) or SUBJECT_KINDS[kind].trigger
-    answers = init.Answers(kind, variant, trigger, None)
-    values = init.template_values_for(summary, answers, init.name_of(folder, None), is_miniature)
+    values = init.template_values_for(
+        summary, init.Answers(kind, variant, trigger, None), init.name_of(folder, None), is_miniature
+    )
     return render_template(variant, kind, values)
 
 

@@ -34,7 +34,12 @@ def show_plan(plan: RunPlan, t: Translate, apply: Callable[[str, Any], None]) ->
             ui.label(t("plan.would_fit"))
             _change_buttons(plan.changes, apply)
     for line in plan.lines:
-        ui.label(line).classes("text-sm").style("overflow-wrap: anywhere")
+        ui.label(line).classes("text-sm").style("overflow-wrap: anywhere; white-space: pre-wrap")
+    if plan.shorter:
+        with ui.row().classes("items-center gap-2"):
+            ui.label(t("plan.shorter")).classes("text-sm")
+            for run in plan.shorter:
+                _change_button(run.change, f"{run.change}, {run.time}", apply)
     for warning in plan.warnings:
         with ui.column().classes("gap-1").style("border-left: 3px solid #b7791f; padding-left: .6rem"):
             ui.label(warning.text).classes("text-sm")
@@ -46,9 +51,12 @@ def show_plan(plan: RunPlan, t: Translate, apply: Callable[[str, Any], None]) ->
 def _change_buttons(changes: Sequence[SettingChange], apply: Callable[[str, Any], None]) -> None:
     with ui.row().classes("gap-2"):
         for change in changes:
-            ui.button(str(change), on_click=partial(apply, change.key, change.value)).props(
-                "no-caps outline dense color=link"
-            )
+            _change_button(change, str(change), apply)
+
+
+def _change_button(change: SettingChange, label: str, apply: Callable[[str, Any], None]) -> None:
+    button = ui.button(label, on_click=partial(apply, change.key, change.value))
+    button.props("no-caps outline dense color=link")
 
 
 def _card_bar(card: CardPlan, t: Translate) -> None:

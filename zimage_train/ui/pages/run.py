@@ -3,12 +3,15 @@
 from typing import Any
 from urllib.parse import quote
 
-from nicegui import events, ui
+from nicegui import ui
 
 from zimage_train.ui import run_state
 from zimage_train.ui.charts import Points, chart_options, curve, histogram_options
+from zimage_train.ui.findings import findings_of
 from zimage_train.ui.layout import page_frame
-from zimage_train.ui.media import download_url, small_url, whole_url
+from zimage_train.ui.media import download_url, page_url
+from zimage_train.ui.pages.findings_view import show_findings
+from zimage_train.ui.pages.preview_panel import PreviewPanel
 from zimage_train.ui.pages.runs import confirmed, note_of
 from zimage_train.ui.run_state import RunState
 from zimage_train.ui.site import Site, told
@@ -50,9 +53,7 @@ class RunPage:
         self._folder = site.workspace.run(name)
         self._smoothing, self._is_log = 0.9, False
         self._others: list[str] = []
-        self._steps: list[int] = []
-        self._step: int | None = None
-        """The step whose previews are shown; None for the newest."""
+        self._previews = PreviewPanel(self._folder, t)
         self._shown: Any = None
         """The state that the page shows; nothing is sent while it stays the same."""
 
@@ -65,8 +66,8 @@ class RunPage:
             self._actions = ui.row().classes("gap-1")
         self._bar = ui.linear_progress(show_value=False, size="8px").props(f'rounded aria-label="{t("runs.step")}"')
         self._note = ui.label().classes("zt-quiet").style("white-space: pre-wrap")
-        self._verdicts = ui.column().classes("w-full gap-1")
-        self._build_previews()
+        self._findings = ui.column().classes("w-full gap-1")
+        self._previews.build()
         self._build_charts()
         with ui.element("section").classes("zt-card"):
             ui.label(t("run.log")).classes("zt-head")
@@ -76,17 +77,6 @@ class RunPage:
             self._files = ui.column().classes("gap-1")
         self.refresh()
         ui.timer(REFRESH_SECONDS, self.refresh)
-        ui.keyboard(on_key=self._key)
-
-    def _build_previews(self) -> None:
-        t = self._t
-        with ui.element("section").classes("zt-card"):
-            with ui.row().classes("w-full items-center justify-between"):
-                ui.label(t("run.previews")).classes("zt-head")
-                self._step_label = ui.label().classes("zt-quiet")
-            self._slider = ui.slider(min=0, max=1, step=1, value=0).props(f'markers snap aria-label="{t("run.step")}"')
-            self._slider.on_value_change(self._slide)
-            self._pictures = ui.element("div").classes("zt-pictures")
 
     def _build_charts(self) -> None:
         t = self._t
@@ -123,21 +113,20 @@ class RunPage:
         state = run_state.read_run(self._folder)
         previews = run_state.previews_of(self._folder)
         waits = any(job.name == self._name for job in self._site.queue.waiting())
-        shown = (state, sum(map(len, previews.values())), waits)
+        shown = (state, previews, waits)
         if shown == self._shown:
             return
         before, self._shown = self._shown, shown
-        self._steps = sorted(previews)
         if state.folder.exists() or waits:
-            self._show_state(state, waits)
+            self._show_state(state, waits, bool(previews))
         if before is None or before[1] != shown[1]:
-            self._show_steps()
+            self._previews.show(previews)
             self._show_files()
         if before is None or before[0].changed_at != state.changed_at:
             self._draw_charts()
-            self._show_verdicts()
+            self._show_findings(state)
 
-    def _show_state(self, state: RunState, waits: bool) -> None:
+    def _show_state(self, state: RunState, waits: bool, has_previews: bool) -> None:
         t = self._t
         status = "waiting" if waits else state.status
         self._status.text = t(f"status.{status.replace(' ', '_')}")
@@ -152,7 +141,7 @@ class RunPage:
                 self._button("stop", "stop_circle", told(self._site.queue.stop, self._name))
             elif status != "done":
                 self._button("continue", "play_arrow", told(self._site.queue.resume, self._name))
-            if self._steps or status == "done":
+            if has_previews or status == "done":
                 self._button("try", "auto_awesome", lambda: ui.navigate.to(f"/try?run={quote(self._name, safe='')}"))
             self._button("clone", "content_copy", lambda: ui.navigate.to(f"/new?clone={quote(self._name, safe='')}"))
             if status not in ("running", "starting"):
@@ -165,56 +154,6 @@ class RunPage:
         question = self._t("runs.delete_question", name=self._name)
         if await confirmed(question, self._t("runs.delete"), self._t) and told(self._site.queue.delete, self._name)():
             ui.navigate.to("/")
-
-    def _show_steps(self) -> None:
-        steps = self._steps
-        self._slider.set_visibility(len(steps) > 1)
-        self._slider.props["max"] = max(len(steps) - 1, 1)
-        self._slider.value = steps.index(self._step) if self._step in steps else max(len(steps) - 1, 0)
-        self._slider.update()
-        self._show_pictures()
-
-    def _slide(self, event: events.ValueChangeEventArguments) -> None:
-        if self._steps:
-            self._step = self._steps[int(event.value)] if event.value < len(self._steps) - 1 else None
-            self._show_pictures()
-
-    def _key(self, event: events.KeyEventArguments) -> None:
-        move = {"ArrowLeft": -1, "ArrowRight": 1}.get(str(event.key), 0)
-        if event.action.keydown and move and self._steps:
-            self._slider.value = min(max((self._slider.value or 0) + move, 0), len(self._steps) - 1)
-
-    def _show_pictures(self) -> None:
-        t, samples = self._t, self._folder / "samples"
-        self._pictures.clear()
-        if not self._steps:
-            self._step_label.text = t("run.no_previews")
-            return
-        step = self._steps[-1] if self._step is None else self._step
-        self._step_label.text = t("run.at_step", step=step)
-        with self._pictures:
-            for name in run_state.previews_of(self._folder).get(step, []):
-                path, first = samples / name, samples / f"{self._steps[0]:06d}{name[len(f'{step:06d}') :]}"
-                with ui.element("img").props(
-                    f'src="{small_url(path, 384)}" loading=lazy alt="{name}" tabindex=0 role=button'
-                ) as picture:
-                    picture.on("click", lambda path=path, first=first: self._zoom(path, first))
-                    picture.on("keydown.enter", lambda path=path, first=first: self._zoom(path, first))
-
-    def _zoom(self, path: Any, first: Any) -> None:
-        """Show a preview beside that of the first step, both as large as fits."""
-        with ui.dialog().props("maximized") as dialog, ui.card().classes("items-center"):
-            ui.button(icon="close", on_click=dialog.close).props(f'flat round aria-label="{self._t("common.close")}"')
-            with ui.row().classes("w-full justify-center no-wrap max-sm:flex-wrap"):
-                for label, file in ((self._t("run.first"), first), (path.name, path)):
-                    if file.exists():
-                        with ui.column().classes("items-center flex-1"):
-                            ui.element("img").props(f'src="{whole_url(file)}" alt="{label}"').style(
-                                "width: 100%; max-height: 82vh; object-fit: contain; image-rendering: auto"
-                            )
-                            ui.label(label).classes("zt-quiet")
-        dialog.on("hide", dialog.delete)
-        dialog.open()
 
     def _draw_charts(self) -> None:
         folders = {self._name: self._folder}
@@ -241,11 +180,10 @@ class RunPage:
         self._sigmas.options.clear()
         self._sigmas.options.update(histogram_options(sigmas[-LAST_SIGMAS:], self._t("curve.sigma")))
 
-    def _show_verdicts(self) -> None:
-        self._verdicts.clear()
-        with self._verdicts:
-            for text in run_state.read_run(self._folder).output.warnings:
-                ui.label(text).classes("zt-card").style("border-color: #b7791f")
+    def _show_findings(self, state: RunState) -> None:
+        self._findings.clear()
+        with self._findings:
+            show_findings(state, findings_of(state), self._t)
 
     def _show_files(self) -> None:
         self._files.clear()
@@ -254,7 +192,8 @@ class RunPage:
         paths += [path for path in (self._folder / "report.html", self._folder / "config.yaml") if path.exists()]
         with self._files:
             for path in paths[:40]:
-                ui.link(str(path.relative_to(self._folder)), download_url(path)).classes("zt-link")
+                address = page_url(path) if path.name == "report.html" else download_url(path)
+                ui.link(str(path.relative_to(self._folder)), address).classes("zt-link")
 
 
 def _points(folder: Any, name: str, source: str) -> Points:

@@ -18,7 +18,7 @@ REFRESH_SECONDS = 1.5
 ROWS_A_PAGE = 25
 BODY = """
 <q-tr :props="props" @click="$parent.$emit('open', props.row.name)" style="cursor: pointer">
-  <q-td key="picture" :props="props" style="width: 72px">
+  <q-td key="picture" :props="props" style="width: 60px">
     <img v-if="props.row.picture" :src="props.row.picture" width="56" height="56" loading="lazy" alt=""
          style="border-radius: 6px; object-fit: cover; display: block">
   </q-td>
@@ -29,14 +29,14 @@ BODY = """
   <q-td key="status" :props="props">
     <span :class="'zt-status zt-status-' + props.row.status.split(' ')[0]">{{ props.row.label }}</span>
   </q-td>
-  <q-td key="step" :props="props" style="min-width: 140px">
+  <q-td key="step" :props="props" style="min-width: 90px">
     <q-linear-progress :value="props.row.fraction" rounded size="6px" :aria-label="props.row.progress" />
     <span class="zt-quiet" style="font-size: .8rem">{{ props.row.progress }}</span>
   </q-td>
   <q-td key="loss" :props="props">{{ props.row.loss }}</q-td>
   <q-td key="changed" :props="props">{{ props.row.changed }}</q-td>
   <q-td key="actions" :props="props" @click.stop>
-    <q-btn v-for="action in props.row.actions" :key="action.name" flat round dense :icon="action.icon"
+    <q-btn v-for="action in props.row.actions" :key="action.name" flat round dense size="sm" :icon="action.icon"
            :aria-label="action.label + ' ' + props.row.name"
            @click="$parent.$emit('act', { action: action.name, name: props.row.name })">
       <q-tooltip>{{ action.label }}</q-tooltip>
@@ -44,6 +44,14 @@ BODY = """
   </q-td>
 </q-tr>
 """
+CSS = """
+@media (max-width: 700px) {
+  .zt-runs :is(th, td):is(:nth-child(5), :nth-child(6)) { display: none; }
+  .zt-runs th, .zt-runs td { padding: 4px 6px; }
+  .zt-runs { padding: .3rem; }
+}
+"""
+"""A small screen shows neither loss nor time."""
 ICONS = {
     "stop": "stop_circle",
     "continue": "play_arrow",
@@ -74,7 +82,9 @@ def _build(site: Site, t: Translate) -> None:
     for name, align in (("name", "left"), ("status", "left"), ("step", "left"), ("loss", "right"), ("changed", "left")):
         columns.append({"name": name, "label": t(f"runs.{name}"), "field": name, "align": align})
     columns.append({"name": "actions", "label": "", "field": "actions", "align": "right"})
-    table = ui.table(columns=columns, rows=[], row_key="name", pagination=ROWS_A_PAGE).classes("w-full zt-card")
+    table = ui.table(columns=columns, rows=[], row_key="name", pagination=ROWS_A_PAGE)
+    table.classes("w-full zt-card zt-runs")
+    ui.add_css(CSS)
     table.props("flat").add_slot("body", BODY)
     table.add_slot("body-cell-actions", "")  # NiceGUI asks for one where a row has a list, which `BODY` shows
     table.add_slot("no-data", f'<div class="zt-quiet" style="padding: 1rem">{t("runs.empty")}</div>')

@@ -1,0 +1,58 @@
+"""What there is to say of a run, with remedies: verdicts on its previews, and warnings of its config and process."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from zimage_train.config.load import read_config
+from zimage_train.config.schema import Config
+from zimage_train.errors import ZImageTrainError
+from zimage_train.planning.config_warnings import ConfigWarning
+from zimage_train.planning.suggestions import SettingChange
+from zimage_train.planning.verdicts import VerdictKind, run_verdicts
+from zimage_train.training.run_dir import RunDir, read_facts
+from zimage_train.ui import run_state
+from zimage_train.ui.run_state import RunState
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A problem of a run, and its remedies."""
+
+    text: str
+    kind: VerdictKind | None = None
+    """Of a verdict; None for a warning."""
+    changes: tuple[SettingChange, ...] = ()
+    """Settings of a new run, each of which alone is a remedy."""
+    good_step: int | None = None
+    """The newest earlier step without the problem whose LoRA the run has kept."""
+
+
+def findings_of(state: RunState) -> list[Finding]:
+    """Return the verdicts on a run, then its warnings."""
+    config = config_of(state.folder)
+    found: list[Finding] = []
+    for verdict in run_verdicts(config, run_state.events_of(state.folder)) if config else []:
+        step = verdict.good_step
+        is_kept = step is not None and RunDir(state.folder, state.name).lora(step).exists()
+        found.append(Finding(verdict.text, verdict.kind, verdict.changes, step if is_kept else None))
+    warnings = _config_warnings(state)
+    found += [Finding(warning.text, changes=warning.changes) for warning in warnings]
+    # The process repeats those of its config.
+    said = {warning.text for warning in warnings}
+    return [*found, *(Finding(text) for text in state.output.warnings if text not in said)]
+
+
+def config_of(folder: Path) -> Config | None:
+    """Return the config of a run, or None if it has none that can be read."""
+    try:
+        return read_config(folder / "config.yaml")
+    except (ZImageTrainError, OSError):
+        return None
+
+
+def _config_warnings(state: RunState) -> list[ConfigWarning]:
+    warnings = read_facts(RunDir(state.folder, state.name)).get("warnings", [])
+    try:
+        return [ConfigWarning.from_json(values) for values in warnings]
+    except (TypeError, KeyError, AttributeError):  # of another version
+        return []
