@@ -113,6 +113,8 @@ def test_life_of_a_run(api, runs):
     wait_for(lambda: api.get("/api/runs/made").json()["step"] > 2, "it made no steps")
     beside = api.post("/api/sample/memory", json={"run": "tiny", "prompt": PROMPT}).json()
     assert beside["training"] == ["made"] and 0 < beside["needed_gb"] < beside["free_gb"]
+    assert api.post("/api/runs/made/save").status_code == 202
+    wait_for(lambda: any("made-0" in path for path in api.get("/api/runs/made").json()["loras"]), "it did not save")
     assert api.post("/api/runs/made/stop").status_code == 200
     wait_for(lambda: api.get("/api/runs/made").json()["state"] == "stopped", "it did not stop")
     assert api.post("/api/runs/made/continue").json()["state"] == "waiting"
@@ -120,6 +122,7 @@ def test_life_of_a_run(api, runs):
     wait_for(lambda: api.get("/api/runs/made").json()["state"] == "running", "it did not continue")
     api.post("/api/runs/made/stop")
     wait_for(lambda: api.get("/api/runs/made").json()["state"] == "stopped", "it did not stop again")
+    assert "is not training" in problems(api.post("/api/runs/made/preview"))
     trash = Path(api.delete("/api/runs/made").json()["trash"])
     assert trash.parent == runs / ".trash" and (trash / "config.yaml").exists()
     assert "made" not in [run["name"] for run in api.get("/api/runs").json()]

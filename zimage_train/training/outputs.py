@@ -15,7 +15,7 @@ from zimage_train.optim import optimizers
 from zimage_train.planning.verdicts import run_verdicts
 from zimage_train.report import page, preview_images, preview_shift
 from zimage_train.report.metrics import RecordWriter, read_records
-from zimage_train.training import checkpoint, exports, preview_sets, run_dir
+from zimage_train.training import checkpoint, exports, preview_sets, requests, run_dir
 from zimage_train.training.context import RunContext
 from zimage_train.training.preview_sets import PreviewSet
 from zimage_train.training.state import TrainState, is_due
@@ -130,7 +130,7 @@ def preview_metrics(state: TrainState, step: int) -> dict[str, Any]:
 
 
 def after_step(state: TrainState, step: int, events: RecordWriter, metrics: RecordWriter) -> None:
-    """Do all that is due after `step`: save, export, validate, preview, write the report.
+    """Do all that is due or was asked for after `step`: save, export, validate, preview, write the report.
 
     The checkpoint comes first, so that a crash in the rest costs no training. A run that continues after `step` calls
     this again: exports are written anew with the same content, and validations and images that exist are kept.
@@ -138,8 +138,11 @@ def after_step(state: TrainState, step: int, events: RecordWriter, metrics: Reco
     if not state.world.is_main:
         return
     last = state.config.train.steps
-    saves = step == last or is_due(state.config.save.every, step, last)
-    draws = is_due(state.config.sample.every, step, last)
+    asked = requests.take(state.folder)
+    if "preview" in asked and not state.preview_sets:
+        state.console.warning("previews were asked for, but sample.prompts is empty or sample.every is null")
+    saves = step == last or is_due(state.config.save.every, step, last) or "save" in asked
+    draws = is_due(state.config.sample.every, step, last) or "preview" in asked
     validates = is_due(state.config.validation.every, step, last)
     if saves:
         with state.clock.stage("saves"):

@@ -94,6 +94,10 @@ class RunDir:
     def samples(self) -> Path:
         return self.root / "samples"
 
+    def request(self, name: str) -> Path:
+        """Return the file that asks the run to do what `name` says; see `requests`."""
+        return self.root / f"{name}.now"
+
     def lora(self, step: int | None = None, is_ema: bool = False) -> Path:
         """Return the path of the LoRA exported after `step`, or of the final export for None."""
         folder = self.root / "lora"

@@ -277,6 +277,18 @@ def _add_changes_of_runs(router: APIRouter, site: Site) -> None:
         folder = site.workspace.run(name)
         return info_of(run_state.read_run(folder)) if folder.exists() else waiting_info(name, "never started")
 
+    @router.post("/runs/{name}/save", tags=["runs"], status_code=202)
+    def save(name: str) -> RunInfo:
+        """Ask a run to save its LoRA and a checkpoint after the step under way."""
+        site.queue.ask(name, "save")
+        return info_of(run_state.read_run(site.workspace.run(name)))
+
+    @router.post("/runs/{name}/preview", tags=["runs"], status_code=202)
+    def preview(name: str) -> RunInfo:
+        """Ask a run to draw its previews after the step under way."""
+        site.queue.ask(name, "preview")
+        return info_of(run_state.read_run(site.workspace.run(name)))
+
     @router.post("/runs/{name}/continue", tags=["runs"], status_code=202)
     def resume(name: str) -> RunInfo:
         """Queue a run again; it continues from its last checkpoint."""

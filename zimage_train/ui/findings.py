@@ -1,11 +1,7 @@
 """What there is to say of a run, with remedies: verdicts on its previews, and warnings of its config and process."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
-from zimage_train.config.load import read_config
-from zimage_train.config.schema import Config
-from zimage_train.errors import ZImageTrainError
 from zimage_train.planning.config_warnings import ConfigWarning
 from zimage_train.planning.suggestions import SettingChange
 from zimage_train.planning.verdicts import VerdictKind, run_verdicts
@@ -29,7 +25,7 @@ class Finding:
 
 def findings_of(state: RunState) -> list[Finding]:
     """Return the verdicts on a run, then its warnings."""
-    config = config_of(state.folder)
+    config = run_state.config_of(state.folder)
     found: list[Finding] = []
     for verdict in run_verdicts(config, run_state.events_of(state.folder)) if config else []:
         step = verdict.good_step
@@ -40,14 +36,6 @@ def findings_of(state: RunState) -> list[Finding]:
     # The process repeats those of its config.
     said = {warning.text for warning in warnings}
     return [*found, *(Finding(text) for text in state.output.warnings if text not in said)]
-
-
-def config_of(folder: Path) -> Config | None:
-    """Return the config of a run, or None if it has none that can be read."""
-    try:
-        return read_config(folder / "config.yaml")
-    except (ZImageTrainError, OSError):
-        return None
 
 
 def _config_warnings(state: RunState) -> list[ConfigWarning]:

@@ -20,6 +20,9 @@ import yaml
 from zimage_train.errors import ConfigError, DataError, FolderInUseError, Problem
 from zimage_train.io import atomic, locks
 from zimage_train.io.operating_system import process_start
+from zimage_train.training import requests
+from zimage_train.training.requests import RequestName
+from zimage_train.training.run_dir import RunDir
 from zimage_train.ui import run_state
 from zimage_train.ui.workspace import RUN_NAME, Workspace
 
@@ -130,6 +133,17 @@ class JobQueue:
             raise DataError(Problem(name, "is not training on this machine", "look at its log", "not-running"))
         with contextlib.suppress(ProcessLookupError):  # it has ended by itself
             os.kill(process_id, signal.SIGTERM)
+
+    def ask(self, name: str, request: RequestName) -> None:
+        """Ask a run to save, or to draw its previews, after the step under way.
+
+        Raises:
+            DataError: the run is not training.
+        """
+        folder = self._workspace.run(name)
+        if not locks.is_held(folder):
+            raise DataError(Problem(name, "is not training", "look at its log", "not-running"))
+        requests.ask(RunDir(folder, name), request)
 
     def delete(self, name: str) -> Path:
         """Move a run to the trash; return where it is now.

@@ -38,7 +38,7 @@ body, .q-header { background: #fff; }
   display: flex; gap: .35rem; align-items: center; }
 .zt-nav:hover, .zt-nav:focus-visible { background: var(--soft); }
 .zt-nav-here { color: var(--accent); background: var(--soft); }
-.zt-pictures { display: grid; grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); gap: .6rem; width: 100%; }
+.zt-pictures { display: grid; grid-template-columns: repeat(auto-fill, minmax(140px, 1fr)); gap: .6rem; width: 100%; }
 .zt-pictures figure { margin: 0; min-width: 0; }
 .zt-pictures figcaption { font-size: .78rem; line-height: 1.3; margin-top: .2rem; overflow-wrap: anywhere; }
 .zt-finding { border-color: #b7791f; display: flex; flex-direction: column; gap: .35rem; }

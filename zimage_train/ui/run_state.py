@@ -11,6 +11,9 @@ from typing import Any, Literal, TypeVar
 import yaml
 from PIL import Image
 
+from zimage_train.config.load import read_config
+from zimage_train.config.schema import Config
+from zimage_train.errors import ZImageTrainError
 from zimage_train.io import locks
 from zimage_train.io.operating_system import process_start
 from zimage_train.report import metrics
@@ -132,6 +135,11 @@ def events_of(folder: Path) -> list[dict[str, Any]]:
     return _files.get("events", folder / "events.jsonl", metrics.read_records, [])
 
 
+def config_of(folder: Path) -> Config | None:
+    """Return the config of a run, or None if it has none that can be read."""
+    return _files.get("config", folder / "config.yaml", _read_config, None)
+
+
 def previews_of(folder: Path) -> dict[int, list[str]]:
     """Return step -> names of its preview images in `samples`: those of its own model first, then those in subfolders.
 
@@ -240,6 +248,13 @@ def text_of(event: dict[str, Any]) -> str:
         return f"{where}: {found}" + (f"; {todo}" if todo else "")
     prefix = {"warning": "warning: ", "note": "note: "}.get(event["event"], "")
     return prefix + str(event.get("text", ""))
+
+
+def _read_config(path: Path) -> Config | None:
+    try:
+        return read_config(path)
+    except ZImageTrainError:
+        return None
 
 
 def _read_prompt(path: Path) -> str:

@@ -92,7 +92,7 @@ class ConfigForm:
         elif field.kind == "lines":
             widget = ui.textarea(label).props("dense outlined autogrow")
         else:
-            widget = ui.input(label).props("dense outlined")
+            widget = ui.input(label).props("dense outlined stack-label")  # so that a default is seen
         widget.classes("w-full" + (" col-span-full" if field.kind == "lines" else "")).tooltip(field.help)
         if field.kind in ("switch", "choice"):
             widget.on_value_change(lambda event: self._changed(field, event.value))

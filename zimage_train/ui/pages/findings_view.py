@@ -9,7 +9,7 @@ from nicegui import ui
 from zimage_train.planning.suggestions import SettingChange
 from zimage_train.training.run_dir import RunDir
 from zimage_train.ui import run_state
-from zimage_train.ui.findings import Finding, config_of
+from zimage_train.ui.findings import Finding
 from zimage_train.ui.media import download_url
 from zimage_train.ui.run_state import RunState
 from zimage_train.ui.texts import Translate
@@ -37,7 +37,7 @@ def _build_remedies(state: RunState, finding: Finding, t: Translate) -> None:
         if previews:
             query = urlencode({"run": state.name, "preview": Path(previews[0]).name})
             ui.link(t("verdict.try_step", step=step), f"/try?{query}").classes("zt-link")
-    config = config_of(state.folder) if finding.kind in ABOUT_CAPTIONS else None
+    config = run_state.config_of(state.folder) if finding.kind in ABOUT_CAPTIONS else None
     folder = config.data[0].folder if config is not None and config.data else None
     if folder is not None:
         ui.link(t("verdict.captions"), f"/images?folder={quote(folder)}").classes("zt-link")

@@ -1,13 +1,16 @@
 """A run: its curves, previews, log and files, live."""
 
+from functools import partial
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 from nicegui import ui
 
+from zimage_train.training.requests import RequestName
 from zimage_train.ui import run_state
 from zimage_train.ui.charts import Points, chart_options, curve, histogram_options
-from zimage_train.ui.findings import findings_of
+from zimage_train.ui.findings import Finding, findings_of
 from zimage_train.ui.layout import page_frame
 from zimage_train.ui.media import download_url, page_url
 from zimage_train.ui.pages.findings_view import show_findings
@@ -29,6 +32,7 @@ CURVES = (
 )
 """(name of a curve, where its values are)."""
 LAST_SIGMAS = 5000
+MAX_FILES = 40
 SMOOTHING = {0.0: "0", 0.6: "0.6", 0.9: "0.9", 0.98: "0.98"}
 
 
@@ -54,6 +58,9 @@ class RunPage:
         self._smoothing, self._is_log = 0.9, False
         self._others: list[str] = []
         self._previews = PreviewPanel(self._folder, t)
+        self._found: list[Finding] = []
+        self._listed: list[Path] = []
+        """The files that the page lists."""
         self._shown: Any = None
         """The state that the page shows; nothing is sent while it stays the same."""
 
@@ -71,7 +78,8 @@ class RunPage:
         self._build_charts()
         with ui.element("section").classes("zt-card"):
             ui.label(t("run.log")).classes("zt-head")
-            self._log = ui.label().classes("zt-log").props("role=log tabindex=0")
+            with ui.element("div").classes("zt-log flex flex-col-reverse flex-nowrap").props("role=log tabindex=0"):
+                self._log = ui.label()  # in a reversed column, so that its end is in sight as it grows
         with ui.element("section").classes("zt-card"):
             ui.label(t("run.files")).classes("zt-head")
             self._files = ui.column().classes("gap-1")
@@ -121,10 +129,10 @@ class RunPage:
             self._show_state(state, waits, bool(previews))
         if before is None or before[1] != shown[1]:
             self._previews.show(previews)
-            self._show_files()
         if before is None or before[0].changed_at != state.changed_at:
             self._draw_charts()
             self._show_findings(state)
+            self._show_files()
 
     def _show_state(self, state: RunState, waits: bool, has_previews: bool) -> None:
         t = self._t
@@ -137,6 +145,10 @@ class RunPage:
         self._log.text = "\n".join(run_state.log_tail(self._folder, state.output))
         self._actions.clear()
         with self._actions:
+            if status == "running":
+                self._button("save_now", "save", partial(self._ask, "save"))
+                if has_previews:
+                    self._button("preview_now", "add_photo_alternate", partial(self._ask, "preview"))
             if status in ("running", "starting", "waiting"):
                 self._button("stop", "stop_circle", told(self._site.queue.stop, self._name))
             elif status != "done":
@@ -149,6 +161,10 @@ class RunPage:
 
     def _button(self, key: str, icon: str, action: Any) -> None:
         ui.button(self._t(f"runs.{key}"), icon=icon, on_click=action).props("flat no-caps dense color=link")
+
+    def _ask(self, request: RequestName) -> None:
+        if told(self._site.queue.ask, self._name, request)():
+            ui.notify(self._t("run.asked"))
 
     async def _delete(self) -> None:
         question = self._t("runs.delete_question", name=self._name)
@@ -181,17 +197,23 @@ class RunPage:
         self._sigmas.options.update(histogram_options(sigmas[-LAST_SIGMAS:], self._t("curve.sigma")))
 
     def _show_findings(self, state: RunState) -> None:
-        self._findings.clear()
-        with self._findings:
-            show_findings(state, findings_of(state), self._t)
+        found = findings_of(state)
+        if found != self._found:
+            self._found = found
+            self._findings.clear()
+            with self._findings:
+                show_findings(state, found, self._t)
 
     def _show_files(self) -> None:
-        self._files.clear()
         paths = sorted((self._folder / "lora").rglob("*.safetensors"), reverse=True)
         paths += sorted((self._folder / "lora").glob(f"{self._name}.*json"))
         paths += [path for path in (self._folder / "report.html", self._folder / "config.yaml") if path.exists()]
+        if paths == self._listed:
+            return
+        self._listed = paths
+        self._files.clear()
         with self._files:
-            for path in paths[:40]:
+            for path in paths[:MAX_FILES]:
                 address = page_url(path) if path.name == "report.html" else download_url(path)
                 ui.link(str(path.relative_to(self._folder)), address).classes("zt-link")
 
