@@ -1,6 +1,8 @@
 """The API for programs, asked over HTTP."""
 
+import io
 import json
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -95,6 +97,22 @@ def test_runs_are_described(api):
     assert events[-1]["event"] == "done"
     for address in ("/api/runs/nobody", "/api/runs/nobody/metrics", "/api/runs/.queue"):
         assert "nobody" in problems(api.get(address)) or "no name of a run" in problems(api.get(address))
+
+
+def test_a_run_is_downloaded_whole(api, runs):
+    """Its files as they are, without checkpoints and links; of no other folder."""
+    (runs / "tiny" / "link.txt").symlink_to("/etc/hostname")
+    answer = api.get("/media/archive", params={"run": "tiny"})
+    (runs / "tiny" / "link.txt").unlink()
+    with zipfile.ZipFile(io.BytesIO(answer.content)) as archive:
+        assert archive.testzip() is None
+        names = set(archive.namelist())
+        lora = archive.read("tiny/lora/tiny.safetensors")
+    assert lora == (runs / "tiny" / "lora" / "tiny.safetensors").read_bytes()
+    assert {"tiny/report.html", "tiny/config.yaml", "tiny/samples/000004-00.png"} <= names
+    assert not [name for name in names if "checkpoints" in name or "link" in name]
+    for name in ("..", ".queue", "nobody", "tiny/lora"):
+        assert api.get("/media/archive", params={"run": name}).status_code == 404
 
 
 def config_text(name: str, runs: Path) -> str:

@@ -5,10 +5,12 @@ import os
 import re
 import signal
 from collections.abc import Iterator
+from io import BytesIO
 from pathlib import Path
 
 import httpx
 import pytest
+from PIL import Image
 from playwright.sync_api import Browser, Locator, Page, expect
 
 from zimage_train import mini
@@ -23,6 +25,16 @@ LONG, RUN_SECONDS = 30_000, 120_000
 """Milliseconds."""
 SHOTS = Path(os.environ.get("PAGE_SHOTS", "")) if os.environ.get("PAGE_SHOTS") else None
 """A folder for screenshots, if they are asked for."""
+STEPS, PREVIEW_EVERY = (300, 50) if SHOTS else (12, 6)
+PROMPTS = ["a red zorb on a blue background"]
+if SHOTS:
+    PROMPTS += [
+        "a green zorb on a white background",
+        "a yellow zorb on a purple background",
+        "a blue circle on a red background",
+    ]
+IN_DOCS = ("run", "new", "zoom", "images")
+"""Screenshots that docs/ui.md shows."""
 SIZES = {"wide": (1280, 900), "tablet": (820, 1100), "phone": (390, 800)}
 
 
@@ -83,6 +95,10 @@ def shoot(page: Page, name: str) -> None:
             page.screenshot(path=SHOTS / f"{name}-{size}-{scheme}.png", full_page=True)
     page.set_viewport_size({"width": 1280, "height": 900})
     page.emulate_media(color_scheme="light")
+    if name in IN_DOCS:
+        page.wait_for_timeout(800)
+        picture = Image.open(BytesIO(page.screenshot()))
+        picture.convert("RGB").quantize(256).save(SHOTS / f"page-{name}.png", optimize=True)
 
 
 def test_from_a_folder_to_a_lora(page: Page, server: PageServer):
@@ -93,26 +109,25 @@ def test_from_a_folder_to_a_lora(page: Page, server: PageServer):
     page.get_by_role("option", name="miniature").click()
     page.get_by_role("button", name="Write a config").click()
     expect(field_of(page, "name")).to_have_value("pictures_lora")
-    fill(page, "train.steps", "12")
+    fill(page, "train.steps", str(STEPS))
     fill(page, "lora.rank", "4")
-    fill(page, "sample.every", "6")
-    fill(page, "sample.prompts", "a red zorb on a blue background")
-    assert re.search(r"steps: 12 +# a minute on a CPU", editor_text(page)), "comments stay"
+    fill(page, "sample.every", str(PREVIEW_EVERY))
+    fill(page, "sample.prompts", "\n".join(PROMPTS))
+    assert re.search(rf"steps: {STEPS} +# a minute on a CPU", editor_text(page)), "comments stay"
     expect(page.get_by_text("fits").first).to_be_visible()
-    shoot(page, "new")
     page.get_by_role("button", name="Start", exact=True).click()
     page.wait_for_url("**/run/pictures_lora")
     expect(page.get_by_text("done", exact=True)).to_be_visible(timeout=RUN_SECONDS)
-    expect(page.get_by_text("12 / 12")).to_be_visible()
+    expect(page.get_by_text(f"{STEPS} / {STEPS}")).to_be_visible()
     expect(page.locator("canvas").first).to_be_visible()
-    expect(page.get_by_text("step 12", exact=True)).to_be_visible()
+    expect(page.get_by_text(f"step {STEPS}", exact=True)).to_be_visible()
+    shoot(page, "run")
     page.keyboard.press("ArrowLeft")
-    expect(page.get_by_text("step 6", exact=True)).to_be_visible()
+    expect(page.get_by_text(f"step {STEPS - PREVIEW_EVERY}", exact=True)).to_be_visible()
     page.locator(".zt-pictures img").first.click()
     expect(page.get_by_text("before training")).to_be_visible()
     assert page.locator("[role=dialog] img").count() == 2
     page.get_by_role("button", name="Close").click()
-    shoot(page, "run")
     with page.expect_download() as started:
         page.get_by_role("link", name="lora/pictures_lora.safetensors").click()
     file = Path(started.value.path())
@@ -144,7 +159,7 @@ def test_the_zoom_moves_both(page: Page, server: PageServer):
     before = images.last.get_attribute("src")
     page.keyboard.press("ArrowLeft")
     expect(images.last).not_to_have_attribute("src", str(before))
-    expect(page.locator("figcaption", has_text="step 6")).to_be_visible()
+    expect(page.locator("figcaption", has_text=f"step {STEPS - PREVIEW_EVERY}")).to_be_visible()
     shoot(page, "zoom")
     page.get_by_role("button", name="One over the other").click()
     expect(page.locator(".zt-zoom-line")).to_be_visible()
@@ -189,14 +204,31 @@ def test_verdicts_have_remedies(browser: Browser, server: PageServer):
     page.context.close()
 
 
-def test_a_card_is_chosen(page: Page, server: PageServer, tmp_path_factory: pytest.TempPathFactory):
+def make_photos(folder: Path) -> None:
+    """The pictures of the miniature with their captions, as large as photographs."""
+    folder.mkdir()
+    for path in [*mini.IMAGES.glob("*.png"), *mini.IMAGES.glob("*.jpg")]:
+        with Image.open(path) as image:
+            size = (image.width * 10, image.height * 10)
+            image.resize(size, Image.Resampling.NEAREST).save(folder / f"{path.stem}.png", compress_level=1)
+        (folder / f"{path.stem}.txt").write_text(path.with_suffix(".txt").read_text())
+
+
+def test_a_card_is_chosen(page: Page, server: PageServer):
     """The plan is made for the card, and offers resolutions at which the run is shorter there."""
+    make_photos(server.folder / "photos")
+    page.goto(f"{server.address}/images?folder=photos")
+    expect(page.locator(".zt-image")).to_have_count(len(list((server.folder / "photos").glob("*.png"))))
+    shoot(page, "images")
     page.goto(f"{server.address}/new")
-    folder = f"name: mine\ndata:\n  - folder: {mini.IMAGES}\n    resolution: [512, 1024]\n    trigger: zorb\n"
-    write_text(page, f"{folder}sample:\n  prompts: [a zorb, a tree]\n")
+    fill(page, "Folder", "photos")
+    page.get_by_role("button", name="Write a config").click()
+    expect(field_of(page, "name")).to_have_value("photos_lora")
+    expect(field_of(page, "data.0.folder")).to_have_value("photos")  # as it was written, not as a path of this machine
     page.get_by_label("Card", exact=True).fill("4060")
     page.get_by_role("option", name="4060", exact=True).click()
     expect(page.get_by_text(re.compile("one 4060: .*, fits"))).to_be_visible(timeout=LONG)
+    shoot(page, "new")
     page.get_by_role("button", name=re.compile(r"^data\.\*\.resolution: 512, \d+ h \d\d min$")).click()
     expect(page.locator(".cm-content")).to_contain_text("resolution: 512")
     expect(page.get_by_text("Shorter on this card")).to_have_count(0, timeout=LONG)

@@ -7,10 +7,12 @@ from pathlib import Path
 from urllib.parse import quote
 
 from fastapi import APIRouter, HTTPException
-from fastapi.responses import FileResponse, Response
+from fastapi.responses import FileResponse, Response, StreamingResponse
 from PIL import Image, ImageOps
 
 from zimage_train.errors import ZImageTrainError
+from zimage_train.ui import run_state
+from zimage_train.ui.run_archive import stream_archive
 from zimage_train.ui.workspace import Workspace
 
 IMAGES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jxl"}
@@ -106,6 +108,17 @@ def media_router(workspace: Workspace) -> APIRouter:
         headers = {"Content-Security-Policy": SANDBOX}
         return FileResponse(known_file(path, {".html"}), media_type="text/html", headers=headers)
 
+    @router.get("/media/archive", include_in_schema=False)
+    def archive(run: str) -> StreamingResponse:
+        try:
+            folder = workspace.run(run)
+        except ZImageTrainError:
+            raise HTTPException(404, "no such run") from None
+        if not run_state.is_run(folder):
+            raise HTTPException(404, "no such run")
+        headers = {"Content-Disposition": f"attachment; filename*=UTF-8''{quote(run)}.zip"}
+        return StreamingResponse(stream_archive(folder), media_type="application/zip", headers=headers)
+
     return router
 
 
@@ -126,6 +139,11 @@ def whole_url(path: Path) -> str:
 
 def download_url(path: Path) -> str:
     return f"/media/download?path={quote(str(path))}"
+
+
+def archive_url(run: str) -> str:
+    """Return the address of a run as a zip archive."""
+    return f"/media/archive?run={quote(run, safe='')}"
 
 
 def page_url(path: Path) -> str:

@@ -62,6 +62,14 @@ def register(site: Site) -> None:
                 ImagesPage(site, t, path, mask, jobs).build()
 
 
+def shown_path(path: Path) -> str:
+    """Return a path as short as it can be: from the working directory, or from the home directory."""
+    working = Path.cwd()
+    if path.is_relative_to(working) and path != working:
+        return str(path.relative_to(working))
+    return f"~/{path.relative_to(Path.home())}" if path.is_relative_to(Path.home()) else str(path)
+
+
 def _known_folder(site: Site, folder: str, t: Translate) -> Path | None:
     """Return the folder of the address, or None if it cannot be opened, with a message on the page."""
     try:
@@ -139,7 +147,7 @@ class ImagesPage:
         with ui.row().classes("w-full items-center justify-between gap-2"):
             with ui.column().classes("gap-0").style("min-width: 0"):
                 ui.label(path.name or str(path)).classes("zt-title").props("role=heading aria-level=1")
-                ui.label(str(path)).classes("zt-quiet text-xs").style("overflow-wrap: anywhere")
+                ui.label(shown_path(path)).classes("zt-quiet text-xs").style("overflow-wrap: anywhere")
             with ui.row().classes("gap-2 items-center"):
                 ui.button(t("images.other_folder"), icon="folder_open", on_click=chooser.open).props("outline no-caps")
                 ui.button(t("images.upload"), icon="upload", on_click=lambda: ui.navigate.to("/images")).props(

@@ -117,7 +117,8 @@ class NewRunPage:
     async def _write(self) -> None:
         """Write the config that `zimage-train init` would write for the folder."""
         try:
-            folder = self._site.workspace.contain(Path(self._folder.value or ""))
+            folder = Path(self._folder.value or "").expanduser()
+            self._site.workspace.contain(folder)
             text = await run.io_bound(_config_for, folder, self._kind.value, self._model.value)
         except ZImageTrainError as error:
             show_problems(error)

@@ -11,7 +11,8 @@ from zimage_train.ui.pages.preview_zoom import PreviewZoom
 from zimage_train.ui.texts import Translate
 
 SMALL_PX = 384
-MOVES = {"ArrowLeft": -1, "ArrowRight": 1}
+STEP_MOVES = {"ArrowLeft": -1, "ArrowRight": 1}
+PROMPT_MOVES = {"ArrowUp": -1, "ArrowDown": 1}
 
 
 class PreviewPanel:
@@ -56,16 +57,29 @@ class PreviewPanel:
             self._show_pictures()
 
     def _key(self, event: events.KeyEventArguments) -> None:
-        move = MOVES.get(str(event.key), 0)
-        if event.action.keydown and move and self._previews:
-            self._slider.value = min(max((self._slider.value or 0) + move, 0), len(self._previews) - 1)
+        """Go to another step by left and right, and from an enlarged preview to another prompt by up and down."""
+        key = str(event.key)
+        if not event.action.keydown or not self._previews:
+            return
+        if key in STEP_MOVES:
+            self._slider.value = min(max((self._slider.value or 0) + STEP_MOVES[key], 0), len(self._previews) - 1)
+        elif key in PROMPT_MOVES and self._zoom.is_open:
+            names = self._previews[self._shown_step]
+            places = [_place_of(name) for name in names]
+            if self._zoom.place in places:
+                index = (places.index(self._zoom.place) + PROMPT_MOVES[key]) % len(names)
+                self._enlarge(self._shown_step, names[index])
+
+    @property
+    def _shown_step(self) -> int:
+        return self._steps[-1] if self._step is None else self._step
 
     def _show_pictures(self) -> None:
         self._pictures.clear()
         if not self._previews:
             self._step_label.text = self._t("run.no_previews")
             return
-        step = self._steps[-1] if self._step is None else self._step
+        step = self._shown_step
         self._step_label.text = self._t("run.at_step", step=step)
         with self._pictures:
             for name in self._previews[step]:

@@ -12,7 +12,7 @@ from zimage_train.ui import run_state
 from zimage_train.ui.charts import Points, chart_options, curve, histogram_options
 from zimage_train.ui.findings import Finding, findings_of
 from zimage_train.ui.layout import page_frame
-from zimage_train.ui.media import download_url, page_url
+from zimage_train.ui.media import archive_url, download_url, page_url
 from zimage_train.ui.pages.findings_view import show_findings
 from zimage_train.ui.pages.preview_panel import PreviewPanel
 from zimage_train.ui.pages.runs import confirmed, note_of
@@ -216,6 +216,7 @@ class RunPage:
             for path in paths[:MAX_FILES]:
                 address = page_url(path) if path.name == "report.html" else download_url(path)
                 ui.link(str(path.relative_to(self._folder)), address).classes("zt-link")
+            ui.link(self._t("run.archive"), archive_url(self._name)).classes("zt-link")
 
 
 def _points(folder: Any, name: str, source: str) -> Points:
