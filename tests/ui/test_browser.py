@@ -33,8 +33,8 @@ if SHOTS:
         "a yellow zorb on a purple background",
         "a blue circle on a red background",
     ]
-IN_DOCS = ("run", "new", "zoom", "images")
-"""Screenshots that docs/ui.md shows."""
+IN_DOCS = ("run", "run-zh", "new", "zoom", "images")
+"""Screenshots that docs/ui.md and the READMEs show; `run-zh` needs a Chinese font."""
 SIZES = {"wide": (1280, 900), "tablet": (820, 1100), "phone": (390, 800)}
 
 
@@ -363,3 +363,6 @@ def test_languages(page: Page, server: PageServer):
     expect(page.get_by_role("heading", name="训练列表")).to_be_visible()
     page.goto(f"{server.address}/new")
     expect(page.get_by_role("heading", name="新建训练")).to_be_visible()
+    page.goto(f"{server.address}/run/pictures_lora")
+    expect(page.get_by_text("已完成")).to_be_visible()
+    shoot(page, "run-zh")
