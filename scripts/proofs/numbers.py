@@ -142,6 +142,7 @@ KEYS = Number(
 TENSOR_BYTES = Number("bytes of the LoRA without its header", lambda trial: len(trial.numbers))
 METADATA = Number("keys of the LoRA's header", _metadata)
 EXPORTS = of_files("exported LoRAs", "lora/*.safetensors")
+CHECKPOINTS = of_files("checkpoints", "checkpoints/step-*.safetensors")
 AVERAGES = of_files("exported averages", "lora/ema/*.safetensors")
 BOARD = Number("event files of TensorBoard", lambda trial: len([*trial.folder.rglob("events.out.tfevents*")]))
 WANDB = Number("runs of Weights & Biases", lambda trial: len([*trial.folder.rglob("*.wandb")]))

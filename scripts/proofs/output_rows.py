@@ -111,6 +111,13 @@ OUTPUTS = [
         given={"save.every": 1, "train.steps": 3},
         lora="same",
     ),
+    Row(
+        "save.checkpoint_minutes",
+        1e-6,
+        numbers.CHECKPOINTS,
+        becomes(["step-000001.safetensors", "step-000002.safetensors"], ["step-000002.safetensors"]),
+        lora="same",
+    ),
     Row("save.dtype", "bf16", numbers.TENSOR_BYTES, times(0.5, 2e-3)),
     Row(
         "save.metadata", "none", numbers.METADATA, such_that("format alone", lambda a, b: set(b) < set(a)), lora="same"

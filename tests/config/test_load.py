@@ -163,6 +163,7 @@ ACCEPTED_AND_REFUSED = {
     "train.beside[].weight": ([-100.0, 0, 1.5, 100], [-100.1, 100.1]),
     "save.every": ([1, 10**6, None], [0]),
     "save.keep": ([1, 100], [0, -1]),
+    "save.checkpoint_minutes": ([0.5, 10, None], [0, -1.0, 10_001]),
 }
 TYPES_WITH_EFFECT = {
     "timesteps.shift": "sigmoid", "timesteps.mean": "sigmoid", "timesteps.scale": "logsnr", "timesteps.sigmas": "fixed",

@@ -18,7 +18,6 @@ from PIL import Image, ImageFile
 from zimage_train import mini
 from zimage_train.commands.train import fill_run_caches, run_training
 from zimage_train.dataset import captions, encoding
-from zimage_train.dataset.tensor_cache import TensorCache
 from zimage_train.errors import DataError, Note
 from zimage_train.planning import preflight
 from zimage_train.report.metrics import read_records
@@ -39,7 +38,7 @@ from image_files import (
     refusal,
     with_hole,
 )
-from injection import Crash, fail_at
+from injection import fail_at
 
 ROOT = Path(__file__).parents[2]
 
@@ -580,40 +579,3 @@ def test_all_faults_are_reported_at_once(photos: Path):
     assert sum("page.png: a web page" in one for one in found) == 1
     assert all(error.exit_code == 3 for error in result.errors)
     assert result.notes[0] == Note("unused-caption", f"{photos / 'alone.txt'}: a caption without an image")
-
-
-def test_killed_while_caching(make_config, tmp_path, monkeypatch):
-    """29. Killed while it fills the cache, the program encodes at its next start what is missing, and nothing else."""
-    config = make_config(cache={"folder": str(tmp_path / "cache")})
-    original, encoded_images = encoding.image_encoder, []
-
-    def encoder(*args):
-        encode = original(*args)
-
-        def encode_and_count(images: list[Image.Image]):
-            encoded_images.extend(images)
-            return encode(images)
-
-        return encode_and_count
-
-    monkeypatch.setattr(encoding, "image_encoder", encoder)
-    write, faults = TensorCache.write, []
-
-    def write_at_most_four(self, *entry) -> None:
-        if len(encoded_images) < 5:
-            return write(self, *entry)
-        with fail_at("replace", 1, Crash()) as fault:
-            faults.append(fault)
-            return write(self, *entry)
-
-    with monkeypatch.context() as patch, pytest.raises(Crash):
-        patch.setattr(TensorCache, "write", write_at_most_four)
-        fill_run_caches(config)
-    assert [fault.fired for fault in faults] == [1]
-    entries = list((tmp_path / "cache" / "latents").rglob("*.safetensors"))
-    assert len(entries) == 4
-    before = {path: path.read_bytes() for path in entries}
-    fill_run_caches(config)
-    assert len(encoded_images) == 16 + 1, "the one that was not written yet is encoded twice"
-    assert {path: path.read_bytes() for path in entries} == before
-    assert not list((tmp_path / "cache").rglob("*.tmp"))

@@ -1,7 +1,6 @@
 """Loading: the same model from every layout, and every way in which a file can be wrong, by name."""
 
 import json
-import pickle
 import shutil
 import weakref
 from dataclasses import replace
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, ZImageTransformer2DModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from zimage_train import mini
@@ -245,94 +244,11 @@ def broken(tmp_path: Path) -> Path:
     return folder
 
 
-def edit(folder: Path, change) -> Path:
-    """Rewrite the shard that holds the first layer's query weight."""
-    key = "layers.0.attention.to_q.weight"
-    shard = next(p for p in sorted((folder / "transformer").glob("*.safetensors")) if key in load_file(p))
-    tensors = load_file(shard)
-    change(tensors, key)
-    save_file(tensors, shard)
-    return folder
-
-
 def locate_and_load(folder: Path) -> None:
     found = locate.locate(ModelSettings(path=str(folder), adapter=None))
     load_frozen(found.transformer, None, "fp32", CPU)
     text_encoder.load_text_encoder(found.extras, CPU, torch.float32)
     vae.load_vae(found.extras.vae, CPU, torch.float32)
-
-
-def test_the_unbroken_copy_loads(broken: Path):
-    locate_and_load(broken)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda t, k: t.pop(k), "layers.0.attention.to_q.weight"),
-        (lambda t, k: t.update({"layers.99.weight": torch.zeros(2)}), "layers.99.weight"),
-        (
-            lambda t, k: t.update({k: torch.zeros(3, 3)}),
-            r"layers.0.attention.to_q.weight is \[3, 3\], expected \[96, 96\]",
-        ),
-    ],
-    ids=["missing", "extra", "misshapen"],
-)
-def test_wrong_tensors_are_named(broken: Path, change, message: str):
-    with pytest.raises(WeightsError, match=message) as error:
-        locate_and_load(edit(broken, change))
-    assert error.value.exit_code == 4
-
-
-def test_a_missing_shard_is_named(broken: Path):
-    next((broken / "transformer").glob("*-00002-*")).unlink()
-    with pytest.raises(WeightsError, match=r"00002-of-00002\.safetensors: does not exist"):
-        locate_and_load(broken)
-
-
-@pytest.mark.parametrize(
-    "part",
-    ["transformer/diffusion_pytorch_model-00001-of-00002.safetensors", "vae/diffusion_pytorch_model.safetensors"],
-)
-def test_a_cut_file_is_refused(broken: Path, part: str):
-    path = broken / part
-    path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(WeightsError, match="cut off"):
-        locate_and_load(broken)
-
-
-class Payload:
-    """Touches a file if it is ever unpickled."""
-
-    def __init__(self, sentinel: Path) -> None:
-        self.sentinel = sentinel
-
-    def __reduce__(self):
-        return (Path.touch, (self.sentinel,))
-
-
-def test_pickle_is_refused(broken: Path, tmp_path: Path):
-    """A pickle is recognized by its content and refused, and never run."""
-    sentinel = tmp_path / "executed"
-    path = broken / "vae" / f"{STEM}.safetensors"
-    path.write_bytes(pickle.dumps(Payload(sentinel)))
-    with pytest.raises(WeightsError, match="pickle"):
-        locate_and_load(broken)
-    assert not sentinel.exists()
-
-
-def test_code_in_a_model_is_not_imported(broken: Path, tmp_path: Path):
-    """Code in a model's folder is never imported."""
-    sentinel = tmp_path / "executed"
-    for part in ("text_encoder", "transformer", "vae", "tokenizer"):
-        (broken / part / "modeling_evil.py").write_text(f"open({str(sentinel)!r}, 'w')")
-        for name in ("config.json", "tokenizer_config.json"):
-            path = broken / part / name
-            if path.exists():
-                content = json.loads(path.read_text())
-                path.write_text(json.dumps(content | {"auto_map": {"AutoModel": "modeling_evil.Evil"}}))
-    locate_and_load(broken)
-    assert not sentinel.exists()
 
 
 @pytest.mark.parametrize(

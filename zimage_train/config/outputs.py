@@ -9,6 +9,9 @@ from zimage_train.io.dtypes import Precision
 class SaveSettings(Section):
     every: EverySteps = 250
     """Steps between saves; null: only at the end."""
+    checkpoint_minutes: float | None = Field(default=None, gt=0.0, le=10_000.0)
+    """Write a checkpoint, and nothing else, when so many minutes have passed since the last one. A rented machine that
+    vanishes takes no more than these along. null: only when a save is due."""
     keep: int = Field(default=8, ge=1, le=100_000)
     """Number of exported LoRA files that are kept, namely the latest; of the checkpoints, the two latest are kept."""
     dtype: Precision = "bf16"

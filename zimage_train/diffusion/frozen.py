@@ -16,7 +16,7 @@ from diffusers import ZImageTransformer2DModel
 from torch import Tensor, nn
 
 from zimage_train.config.types import Quantization
-from zimage_train.errors import Problem, WeightsError
+from zimage_train.errors import Problem, Stopped, WeightsError
 from zimage_train.io.tensorfile import TORCH_DTYPES
 from zimage_train.lora.layers import base_layer
 from zimage_train.lora.training_adapter import MergeCount, TrainingAdapter, merge_adapter, merge_all
@@ -129,8 +129,9 @@ def load_frozen(
 def original_weights(frozen: FrozenTransformer, second_model: Path | None = None) -> Iterator[None]:
     """Within the block, the weights are those of the file without anything merged, or those of `second_model`.
 
-    After the block the training weights are restored bit for bit. Only tensors that differ are read: those that the
-    adapter changes, or all of them for another model. With main memory to spare they are read for the first block only.
+    After the block the training weights are restored bit for bit, unless a signal stopped the run in it. Only tensors
+    that differ are read: those that the adapter changes, or all of them for another model. With main memory to spare
+    they are read for the first block only.
 
     Raises:
         WeightsError: a file cannot be read.
@@ -155,8 +156,12 @@ def original_weights(frozen: FrozenTransformer, second_model: Path | None = None
             raise
     try:
         yield
-    finally:
+    except Stopped:
+        raise  # nothing is trained any more, and a rented machine may be gone before the weights are back
+    except BaseException:
         _restore(frozen, second_model, names)
+        raise
+    _restore(frozen, second_model, names)
 
 
 def _keep_training_weights(frozen: FrozenTransformer, second_model: Path | None, names: set[str]) -> None:

@@ -1,6 +1,7 @@
 """Preparation of a checked run: fill the caches, load the model, attach the LoRA, load the checkpoint."""
 
 import importlib.metadata
+import time
 from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
@@ -35,7 +36,7 @@ from zimage_train.training.checkpoint import Checkpoint
 from zimage_train.training.context import RunContext, run_fingerprint
 from zimage_train.training.preview_sets import PreviewSet
 from zimage_train.training.self_distill import GeneratedData
-from zimage_train.training.state import TrainState
+from zimage_train.training.state import LastSave, TrainState
 from zimage_train.training.step_runner import StepRunner, make_recorder
 from zimage_train.training.step_timer import SlowStepDetector
 
@@ -147,6 +148,7 @@ def build_state(
         ),
         warnings=[str(warning) for warning in context.spec.warnings],
         start_step=start_step,
+        last_save=LastSave(start_step, time.monotonic()),
         attention=attention,
         keeps_path=checkpoint is not None and "path" not in allow,
         console=console,

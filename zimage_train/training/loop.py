@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from zimage_train.errors import DivergedError, Problem
+from zimage_train.errors import DivergedError, Problem, Stopped
 from zimage_train.io import operating_system
 from zimage_train.optim import optimizers
 from zimage_train.optim.schedules import base_lr, lr_factor
@@ -20,6 +20,7 @@ from zimage_train.training import requests
 from zimage_train.training.batches import Batch, load_batch
 from zimage_train.training.distributed import all_reduce_gradients
 from zimage_train.training.outputs import after_step, preview, save_checkpoint
+from zimage_train.training.signals import BEFORE_TRAINING
 from zimage_train.training.state import TrainState
 from zimage_train.training.step_timer import reserved_bytes
 from zimage_train.training.validation import validate
@@ -47,6 +48,9 @@ def train(state: TrainState, metrics: RecordWriter, events: RecordWriter) -> Non
         num_samples = sum(len(samples) for samples in state.order.step_batches(step))  # of all processes
         sums = torch.zeros(len(run_step.loss_names), device=world.device)
         for index, batch in enumerate(batches):
+            if index > 0 and world.world_size == 1 and state.stop.signal_number is not None:
+                # Of this step only gradients exist. A rented machine may be gone before the other batches are done.
+                stop(state, step - 1, metrics, events)
             # Dropout draws from torch's global generator; seeded by the step, a resumed run draws the same masks.
             torch.manual_seed(keyed_int(config.seed, "dropout", step, index, world.rank))
             # Smaller batches at the end of an epoch count by their samples.
@@ -72,8 +76,13 @@ def train(state: TrainState, metrics: RecordWriter, events: RecordWriter) -> Non
         # A run of fewer steps fails if it skips all of them.
         if num_skipped == min(MAX_CONSECUTIVE_SKIPS, last_step):
             raise diverged(record, num_skipped)
-        after_step(state, step, events, metrics)
-        if stop_votes and step < last_step:
+        try:
+            after_step(state, step, events, metrics)
+        except Stopped:  # while it drew or validated, which the next start does
+            stop(state, step, metrics, events)
+        # What came within `after_step` is seen by a process alone; others vote on it in the next step.
+        wants_stop_now = stop_votes or (world.world_size == 1 and state.stop.signal_number is not None)
+        if wants_stop_now and step < last_step:
             stop(state, step, metrics, events)
         began = time.monotonic()
 
@@ -153,16 +162,17 @@ def log_step(state: TrainState, record: dict[str, Any], batches: list[Batch], me
 
 
 def stop(state: TrainState, step: int, metrics: RecordWriter, events: RecordWriter) -> None:
-    """Save `step` and raise, as a signal asked.
+    """Save `step`, the last one that was trained, unless it is saved already; and raise, as a signal asked.
 
     Raises:
         Stopped: always.
     """
     if state.world.is_main:
         metrics.sync()
-        save_checkpoint(state, step)
+        if step > state.last_save.step:
+            save_checkpoint(state, step)
         events.append({"step": step, "event": "stopped"})
-    raise state.stop.error(f"after step {step}, which is saved")
+    raise state.stop.error(f"after step {step}, which is saved" if step > 0 else BEFORE_TRAINING)
 
 
 def trailing_skips(state: TrainState) -> int:

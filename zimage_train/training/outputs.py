@@ -1,5 +1,6 @@
 """The files that a run writes beside its metrics: checkpoints, previews, the report; `exports` writes the LoRAs."""
 
+import time
 from functools import partial
 from typing import Any
 
@@ -7,7 +8,7 @@ from zimage_train.config.load import dump_config
 from zimage_train.config.types import without_folder
 from zimage_train.diffusion.frozen import NotRestoredError, original_weights
 from zimage_train.diffusion.render import decode_all, eval_mode, sample_all
-from zimage_train.errors import WeightsError
+from zimage_train.errors import Stopped, WeightsError
 from zimage_train.io.dtypes import PRECISIONS
 from zimage_train.io.safetensors_format import read_header
 from zimage_train.lora import lora_file, metadata
@@ -34,6 +35,13 @@ def save_checkpoint(state: TrainState, step: int) -> None:
     tensors |= state.lora.state() | state.lora.fixed_state() | (state.ema.state() if state.ema else {})
     for path in checkpoint.save(state.folder.checkpoints, step, tensors, numbers):
         state.console.warning(f"{path}: cannot be removed; going on")
+    state.last_save.step, state.last_save.at = step, time.monotonic()
+
+
+def is_checkpoint_due(state: TrainState) -> bool:
+    """Return whether `save.checkpoint_minutes` have passed since the last checkpoint."""
+    minutes = state.config.save.checkpoint_minutes
+    return minutes is not None and time.monotonic() - state.last_save.at >= 60.0 * minutes
 
 
 def preview(state: TrainState, step: int, events: RecordWriter) -> None:
@@ -43,6 +51,7 @@ def preview(state: TrainState, step: int, events: RecordWriter) -> None:
 
     Raises:
         NotRestoredError: the training weights could not be put back, so that no further step can be trained.
+        Stopped: a signal came; the training weights are not put back.
     """
     if not state.preview_sets:
         return
@@ -52,7 +61,7 @@ def preview(state: TrainState, step: int, events: RecordWriter) -> None:
             with state.clock.stage("previews"), state.run_step.between_steps():
                 measured |= render_previews(state, previews, step)
         preview_images.save_grid(state.folder.samples / "grid.png", preview_sets.all_previews_table(state.preview_sets))
-    except NotRestoredError:
+    except (NotRestoredError, Stopped):
         raise
     except Exception as error:  # noqa: BLE001  a preview that fails must not end a run
         state.console.warning(f"preview at step {step} failed ({type(error).__name__}: {error}); training goes on")
@@ -82,8 +91,8 @@ def render_previews(state: TrainState, previews: PreviewSet, step: int) -> dict[
     is_averaged = sample.weights == "ema" and state.ema is not None
     trained = state.lora.deltas(state.ema.shadow if is_averaged and state.ema else None)
     requests = [request for _, request in missing]
-    preview_progress = partial(state.console.progress, f"preview at step {step}{previews.suffix}")
-    drift_progress = partial(state.console.progress, f"drift at step {step}")
+    preview_progress = partial(state.report_progress, f"preview at step {step}{previews.suffix}")
+    drift_progress = partial(state.report_progress, f"drift at step {step}")
     rounded = lora_file.round_to_dtype(trained, state.config.save.dtype)
     with state.with_preview_loras(rounded, previews.lora_weight):
         # Putting the original weights in place reads files, so sampling and drift share it. Decoding needs no
@@ -147,9 +156,13 @@ def after_step(state: TrainState, step: int, events: RecordWriter, metrics: Reco
     if saves:
         with state.clock.stage("saves"):
             metrics.sync()
-            if step > state.start_step:  # else the run has just been loaded from this checkpoint
+            if step > state.last_save.step:  # else the run has just been loaded from this checkpoint
                 save_checkpoint(state, step)
             events.append({"step": step, "event": "save"})
+    elif is_checkpoint_due(state):
+        with state.clock.stage("saves"):
+            metrics.sync()
+            save_checkpoint(state, step)
     if saves or validates or draws:
         with state.with_result():
             _look_at_result(state, step, events, saves=saves, validates=validates, draws=draws)

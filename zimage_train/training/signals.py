@@ -19,6 +19,7 @@ from zimage_train.io import operating_system
 SIGNALS = operating_system.stop_signals()
 ECHO_SECONDS = 0.5
 """The same signal within this time is an echo of the first, not a second request."""
+BEFORE_TRAINING = "before training began"
 LAUNCHERS = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")
 """Environment variables that accelerate and torchrun set for the processes that they start."""
 
@@ -45,7 +46,7 @@ class StopRequest:
             Stopped: a stop was requested.
         """
         if self.signal_number is not None:
-            raise self.error("before training began")
+            raise self.error(BEFORE_TRAINING)
 
     def error(self, when: str) -> Stopped:
         """Return the error for the signal that was received; `when` completes its message."""

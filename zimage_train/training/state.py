@@ -33,6 +33,15 @@ from zimage_train.training.step_runner import StepRunner
 from zimage_train.training.step_timer import SlowStepDetector
 
 
+@dataclass
+class LastSave:
+    """The newest checkpoint of a run."""
+
+    step: int
+    at: float
+    """When it was written or loaded, by `time.monotonic`."""
+
+
 @dataclass(frozen=True)
 class TrainState:
     """A run in a process."""
@@ -64,6 +73,7 @@ class TrainState:
     warnings: list[str]
     start_step: int
     """The step of the checkpoint that this start continues from; 0 without a checkpoint."""
+    last_save: LastSave
     attention: AttentionName
     """What `model.attention` stands for on this machine."""
     keeps_path: bool
@@ -78,6 +88,18 @@ class TrainState:
     def path(self) -> str:
         """Return what computes the blocks of a step; a checkpoint is continued by the same."""
         return block_path(self.memory_plan, self.world.device, self.attention)
+
+    def report_progress(self, what: str, done: int, total: int) -> None:
+        """Show the progress of work that the next start can do as well, unless a signal asked to stop.
+
+        Among several processes the work goes on, since others wait for it, and all of them stop after the next step.
+
+        Raises:
+            Stopped: a signal came.
+        """
+        if self.world.world_size == 1:
+            self.stop.check()
+        self.console.progress(what, done, total)
 
     def with_preview_loras(self, trained: Deltas, weight: float = 1.0) -> AbstractContextManager[None]:
         """Within the block, replace the LoRA of the model by `trained` and the extra LoRAs of previews together."""

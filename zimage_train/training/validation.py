@@ -45,6 +45,9 @@ def validate(state: TrainState, step: int, events: RecordWriter) -> None:
     """Measure the loss after `step` and write it to events.jsonl, unless it has been measured already.
 
     If memory runs out, warn and go on: training itself needs no validation.
+
+    Raises:
+        Stopped: a signal came.
     """
     if not state.held_out or any(event["step"] == step for event in validation_history(state)):
         return
@@ -87,7 +90,7 @@ def measure(state: TrainState, sigmas: list[float], step: int) -> list[float]:
             noise = _noise(state.config, item, x0.shape[1:]).unsqueeze(0).to(device)
             embeds = state.dataset.embeds(item.image.prompts[0]).to(device, model.dtype)
             sums += errors_by_sigma(model, x0, noise, embeds, sigmas)
-            state.console.progress(f"validating step {step}", number + 1, len(state.held_out))
+            state.report_progress(f"validating step {step}", number + 1, len(state.held_out))
         return (sums / len(state.held_out)).tolist()
     finally:
         model.train(was_training)
