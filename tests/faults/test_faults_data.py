@@ -117,7 +117,7 @@ def test_transparency_becomes_white(mode: str, kind: str):
 
 
 def test_transparency_hides_a_colour():
-    """13. A plain conversion would show the hidden colour: it is really in these files."""
+    """13. Check: a plain conversion would show the hidden colour: it is really in these files."""
     image = Image.open(io.BytesIO(encoded(with_hole("RGBA"), "PNG"))).convert("RGB")
     assert image.getpixel((0, 0)) == HIDDEN
 

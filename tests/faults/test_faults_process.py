@@ -429,7 +429,7 @@ assert check.check_report(preflight.check_run(config, nothing_here))
 
 
 def test_check_for_torch_can_fail(tmp_path: Path):
-    """63. Loading torch would be noticed."""
+    """63. Check: loading torch would be noticed."""
     (tmp_path / "torch.py").write_text("")
     (tmp_path / "asks_for_torch.py").write_text("def now():\n    import torch\n")
     assert "torch" not in loaded_by(["asks_for_torch"], path=[str(tmp_path)])

@@ -133,7 +133,7 @@ def test_signal_in_the_last_export(tmp_path: Path, monkeypatch, whole: Config, c
 
 
 def test_a_signal_must_have_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """55. A signal that is asked for at a call that never comes is not counted as one that came."""
+    """55. Check: a signal that is asked for at a call that never comes is not counted as one that came."""
     with monkeypatch.context() as patch:
         fault = SignalAt(patch, exports, "picture_path", 2, signal.SIGTERM)
         exports.picture_path(tmp_path)

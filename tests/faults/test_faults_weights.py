@@ -262,7 +262,7 @@ def edit(model: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
 
 
 def test_the_unbroken_copy_loads(broken: Path):
-    """30. Whole weights load: what the tests of this fault break is the only thing wrong with them."""
+    """30. Check: whole weights load: what the tests of this fault break is the only thing wrong with them."""
     load_all(broken)
 
 
@@ -359,7 +359,7 @@ class Payload:
 
 
 def test_the_payload_works(tmp_path: Path):
-    """32. What the tests of this fault offer as weights would run, if anything opened it as a pickle."""
+    """32. Check: what the tests of this fault offer as weights would run, if anything opened it as a pickle."""
     pickle.loads(pickle.dumps(Payload(tmp_path / "ran")))
     assert (tmp_path / "ran").exists()
     torch.save(Payload(tmp_path / "ran_too"), tmp_path / "x.pt")
