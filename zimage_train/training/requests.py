@@ -3,8 +3,8 @@
 The page writes them, and so does `touch` in a terminal. Neither changes the training.
 """
 
+import os
 from collections.abc import Set
-from contextlib import suppress
 from typing import Literal
 
 from zimage_train.io import atomic
@@ -27,8 +27,8 @@ def take(folder: RunDir) -> Set[RequestName]:
     """Return what was asked since the last call, and take note of it by removing the files."""
     asked: set[RequestName] = set()
     for name in NAMES:
-        # Without a look whether it is there, which would be another call to the file system in every step.
-        with suppress(OSError):
-            folder.request(name).unlink()
+        path = folder.request(name)
+        # Not `Path.exists`, which raises where a network drive does not answer.
+        if os.path.exists(path) and atomic.remove(path):  # noqa: PTH110
             asked.add(name)
     return asked
