@@ -428,7 +428,7 @@ def fingerprints(scratch: Path) -> Table:
     image = images("p", [SQUARE], repeats=3)[0]
     masked = dataclasses.replace(image, mask=Mask(Path("m.png"), "the mask", is_alpha=False))
     made = config([SINGLE], schedule={"name": "cosine"})
-    identity = run_dir.run_identity(made, {"model": "m", "data": dataset_fingerprint([[image]])})
+    identity = run_dir.run_identity(made, {"model": "m", "data": dataset_fingerprint([[image]])}, 1)
     return {
         "pictures": dataset_fingerprint([[image, image], [masked]]),
         "inputs": identity["inputs"],

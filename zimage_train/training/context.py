@@ -75,7 +75,7 @@ def open_context(spec: RunSpec, world: World, console: Console, stop: StopReques
     assert model_files is not None  # without weights, `train` and `cache` have ended with an error
     folder, cache = run_dir.run_dir_of(spec.config), TensorCache(cache_dir(spec.config))
     digests = digest_model(model_files.paths, DigestCache(cache.folder / "digests.json"))
-    identity = run_dir.run_identity(spec.config, run_fingerprint(spec, digests))
+    identity = run_dir.run_identity(spec.config, run_fingerprint(spec, digests), world.world_size)
     return RunContext(
         spec=spec,
         model_files=model_files,

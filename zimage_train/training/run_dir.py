@@ -34,6 +34,8 @@ CHANGEABLE_ON_RESUME = (
 ALLOWABLE = ("optimizer.lr", "schedule", "train.max_grad_norm", "timesteps", "loss", "guidance", "data", "path")
 """Settings and sections that may change on resume if `--allow` names them: each step reads them anew. `path` is no
 setting: it is what computes the blocks, see `device_plan.BlockPath`."""
+MICRO_BATCHES = "micro-batches of a step (train.grad_accumulation times processes)"
+"""Key of an identity that stands for `train.grad_accumulation`, so that one process may take over from two."""
 BY_DIGEST = (
     *("model.path", "model.extras", "model.text_encoder", "model.tokenizer", "model.vae", "model.adapter"),
     *("lora.init_from", "train.beside.*.file"),
@@ -153,12 +155,13 @@ def write_config(folder: RunDir, config: Config) -> None:
     atomic.write_text(folder.config, dump_config(resolve_paths(config)))
 
 
-def run_identity(config: Config, fingerprint: Mapping[str, Any]) -> dict[str, Any]:
+def run_identity(config: Config, fingerprint: Mapping[str, Any], processes: int) -> dict[str, Any]:
     """Return the settings that shape the trained weights, and the digests of the inputs.
 
     Every checkpoint holds it, so the comparison on resume depends on no other file.
     """
     settings = flatten_keys(config.model_dump(mode="json"))
+    settings[MICRO_BATCHES] = settings.pop("train.grad_accumulation") * processes
     if schedules.depends_on_total_steps(config.schedule):
         # `train.steps` may change on resume, but not if the learning rate of earlier steps would have been another.
         settings["schedule.steps (train.steps, over which it decays)"] = config.train.steps
@@ -195,7 +198,9 @@ def require_same(
     Raises:
         ConfigError: shows every other difference as `- was`, `+ is`.
     """
-    changed = _changed_settings(before["settings"], now["settings"]) | _changed_inputs(before["inputs"], now["inputs"])
+    changed = _changed_settings(_with_micro_batches(before["settings"]), now["settings"]) | _changed_inputs(
+        before["inputs"], now["inputs"]
+    )
     problems = {key: Problem(Location(key=key), what, code="changed-on-resume") for key, what in changed.items()}
     allowed = tuple(allow)
     refused = []
@@ -210,6 +215,13 @@ def require_same(
         other = Problem(str(folder.root), "belongs to another run", todo, "another-run")
         raise ConfigError(*(problems[key] for key in refused), other)
     return [str(problem) for problem in problems.values()]
+
+
+def _with_micro_batches(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a checkpoint that may be older than `MICRO_BATCHES`, and is of one process then."""
+    found = dict(settings)
+    found.setdefault(MICRO_BATCHES, found.pop("train.grad_accumulation", 1))
+    return found
 
 
 def _changed_settings(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, str]:
