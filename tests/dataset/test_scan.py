@@ -144,6 +144,18 @@ def test_metadata_dialects(photos: Path, name: str, image: str, prompt: str):
     assert (problems(result), result.notes) == ([], [])
 
 
+def test_images_elsewhere_are_noted(photos: Path):
+    """A metadata file that names images outside of its folder is read, and check says how many there are."""
+    (photos / "lists").mkdir()
+    rows = [{"image": "../b.png"}, {"image": str(photos / "a.jpg")}, {"image": "../lists/../b.png"}]
+    (photos / "lists" / "m.jsonl").write_text("".join(json.dumps(row | {"prompt": "x"}) + "\n" for row in rows))
+    entry = DataEntry.model_validate({"metadata": str(photos / "lists" / "m.jsonl"), "trigger": "zorb"})
+    notes = [note.text for note in scan_entry(entry, "data.0").notes if note.code == "images-elsewhere"]
+    assert len(notes) == 1 and "names 3 images outside of its folder" in notes[0]
+    inside = metadata(photos, "m.jsonl", [{"image": "b.png", "prompt": "x"}, {"image": "./a.jpg"}])
+    assert "images-elsewhere" not in [note.code for note in inside.notes]
+
+
 def test_metadata_keeps_row_order(photos: Path):
     """The order is that of the rows, and caption files are not read."""
     result = metadata(photos, "m.jsonl", [{"image": "b.png"}, {"image": "a.jpg", "prompt": ""}])

@@ -122,3 +122,14 @@ def test_budget_configs_on_the_miniature(budget_gb: int, tmp_path: Path, shared_
     assert done.exit_code == 0, (done.output[-500:], done.exception)
     made = json.loads((tmp_path / f"my_character_{budget_gb}gb" / "run.json").read_text())["plan"]
     assert made["streamed"] == round(share * 6) and list(made["recomputes"]) == [mode]
+
+
+def test_threats_have_tests():
+    """Each line of the table in docs/security.md names a test that is there."""
+    text = (ROOT / "docs" / "security.md").read_text(encoding="utf-8")
+    lines = [line for line in text.splitlines() if line.startswith("| ")][1:]
+    assert len(lines) > 12
+    for line in lines:
+        named = re.search(r"\| `(\S+\.py)::(test_\w+)` \|$", line)
+        assert named, line
+        assert f"def {named[2]}(" in (ROOT / "tests" / named[1]).read_text(encoding="utf-8"), line

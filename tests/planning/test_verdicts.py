@@ -70,7 +70,8 @@ def test_the_last_good_step_is_named():
     (verdict,) = run_verdicts(config_with(lora={"rank": 16}), events)
     assert verdict.good_step == 50
     assert verdict.changes == (SettingChange("train.steps", 50), SettingChange("lora.rank", 8))
-    (verdict,) = run_verdicts(config_with(), [preview(10, 0.0), preview(75, 0.2, 0.2)])
+    # What was too early to be judged is not called good.
+    (verdict,) = run_verdicts(config_with(), [preview(20, 0.3, 0.3), preview(75, 0.2, 0.2)])
     assert verdict.good_step is None and verdict.changes == (SettingChange("lora.rank", 8),)
 
 

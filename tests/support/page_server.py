@@ -14,7 +14,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page, Request, sync_playwright
 
 BROWSER_ARGUMENTS = [
     "--no-sandbox",
@@ -122,6 +122,11 @@ def console_errors(page: Page) -> list[str]:
     errors: list[str] = []
     page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
     page.on("pageerror", lambda error: errors.append(str(error)))
-    # A download counts as a request that was broken off.
-    page.on("requestfailed", lambda one: None if "/download?" in one.url else errors.append(f"failed: {one.url}"))
+
+    def failed(request: Request) -> None:
+        # What is loaded when a page is left is broken off, and so is a request that becomes a download.
+        if request.failure != "net::ERR_ABORTED":
+            errors.append(f"failed: {request.url} ({request.failure})")
+
+    page.on("requestfailed", failed)
     return errors

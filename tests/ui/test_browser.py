@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 from collections.abc import Iterator
 from io import BytesIO
@@ -204,6 +205,33 @@ def test_verdicts_have_remedies(browser: Browser, server: PageServer):
     page.context.close()
 
 
+CHANGES = (("lora.rank=[1", "value"), ("data.7.folder=x", "has no place"), ("nonsense", "is no setting"))
+
+
+def test_a_clone_and_a_changed_setting(page: Page, server: PageServer):
+    """A change that cannot be made is said, and the clone is shown as it is; a name that is taken is refused."""
+    for change, words in CHANGES:
+        page.goto(f"{server.address}/new?clone=pictures_lora&change={change}")
+        expect(field_of(page, "name")).to_have_value("pictures_lora_2")
+        expect(page.locator(".q-notification").first).to_contain_text(words)
+    page.goto(f"{server.address}/new?clone=pictures_lora&change=lora.rank=2")
+    expect(field_of(page, "lora.rank")).to_have_value("2")
+    fill(page, "name", "pictures_lora")
+    page.get_by_role("button", name="Start", exact=True).click()
+    expect(page.get_by_text("There is a run pictures_lora already")).to_be_visible()
+
+
+def test_a_run_that_is_gone(page: Page, server: PageServer):
+    """A run whose folder is removed under its page is said to be gone."""
+    (server.runs / "gone").mkdir(parents=True)
+    (server.runs / "gone" / "config.yaml").write_text("name: gone\n")
+    page.goto(f"{server.address}/run/gone")
+    expect(page.get_by_role("button", name="Clone")).to_be_visible()
+    shutil.rmtree(server.runs / "gone")
+    expect(page.get_by_text("There is no run gone.")).to_be_visible()
+    expect(page.get_by_role("button", name="Clone")).to_have_count(0)
+
+
 def make_photos(folder: Path) -> None:
     """The pictures of the miniature with their captions, as large as photographs."""
     folder.mkdir()
@@ -225,8 +253,8 @@ def test_a_card_is_chosen(page: Page, server: PageServer):
     page.get_by_role("button", name="Write a config").click()
     expect(field_of(page, "name")).to_have_value("photos_lora")
     expect(field_of(page, "data.0.folder")).to_have_value("photos")  # as it was written, not as a path of this machine
-    page.get_by_label("Card", exact=True).fill("4060")
-    page.get_by_role("option", name="4060", exact=True).click()
+    page.get_by_label("Card", exact=True).fill("RTX 4060")
+    page.get_by_role("option", name="RTX 4060, 8 GB", exact=True).click()
     expect(page.get_by_text(re.compile("one 4060: .*, fits"))).to_be_visible(timeout=LONG)
     shoot(page, "new")
     page.get_by_role("button", name=re.compile(r"^data\.\*\.resolution: 512, \d+ h \d\d min$")).click()
@@ -293,8 +321,8 @@ def test_remedies_are_buttons(page: Page, server: PageServer):
     page.get_by_role("button", name="optimizer.lr: 0.0001").click()
     expect(warning).to_have_count(0, timeout=LONG)
     assert re.search(r"lr: 0.0001 +# too high", editor_text(page))
-    page.get_by_label("Card", exact=True).fill("4060")
-    page.get_by_role("option", name="4060", exact=True).click()
+    page.get_by_label("Card", exact=True).fill("RTX 4060")
+    page.get_by_role("option", name="RTX 4060, 8 GB", exact=True).click()
     expect(page.get_by_text(re.compile("one 4060: .*fits"))).to_be_visible(timeout=LONG)
 
 

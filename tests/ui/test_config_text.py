@@ -135,3 +135,31 @@ def test_a_run_is_cloned_shortly():
     config = Config.model_validate({"name": "a", "data": [{"folder": "x"}], "lora": {"rank": 8}})
     short = config_text.without_defaults(load.dump_config(config))
     assert config_text.check_text(short).config == config and len(short.splitlines()) < 12
+
+
+@pytest.mark.parametrize(
+    ("key", "what"),
+    [
+        ("data.7.folder", "has no place"),
+        ("data.x.folder", "is no setting"),
+        ("name.x", "is no setting"),
+        ("train.steps.foo", "is no setting"),
+        ("data.0", "is no setting"),
+        ("nonsense", "is no setting"),
+        ("", "is no setting"),
+    ],
+)
+def test_a_setting_without_a_place(key: str, what: str):
+    """A key that is none, or that the text has no place for, is a problem and no crash."""
+    with pytest.raises(ConfigError, match=what):
+        config_text.set_setting(TEXT, key, "x")
+
+
+@pytest.mark.parametrize("text", ["name: a\ndata: x\n", "name: a\ntrain: [1]\n", "name: a\ndata: 5\n"])
+def test_a_text_of_another_shape(text: str):
+    """A text whose sections are something else has no place for their settings."""
+    for key in ("train.steps", "data.0.folder", "data.*.resolution"):
+        try:
+            config_text.set_setting(text, key, 1)
+        except ConfigError as error:
+            assert error.problems[0].code == "no-place"

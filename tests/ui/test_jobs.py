@@ -64,8 +64,11 @@ def test_waiting_jobs_are_on_disk(queue: JobQueue, tmp_path: Path):
     queue.remove("a")
     again = JobQueue(queue._workspace, [])
     assert [job.name for job in again.waiting()] == ["c", "b"]
-    again.add("b", "name: b2\n")
-    assert [job.name for job in again.waiting()] == ["c", "b"] and again.config_text("b") == "name: b2\n"
+    again.add("b", mini_text(tmp_path, "b"))  # the same once more
+    with pytest.raises(ConfigError, match="waits already with another config"):
+        again.add("b", "name: b2\n")
+    assert [job.name for job in again.waiting()] == ["c", "b"] and again.config_text("b") == mini_text(tmp_path, "b")
+    assert again.is_taken("b") and not again.is_taken("a")
     with pytest.raises(DataError, match="has no config"):
         again.config_text("a")
 

@@ -93,6 +93,8 @@ def scan_entry(
         result.errors.append(error)
         return result
     sources = _with_valid_names(sources, result)
+    if entry.metadata is not None:
+        _note_images_elsewhere(sources, Path(entry.metadata), result)
     _read_images(sources, entry, where, image_index or ImageIndex(), progress, result)
     if not result.images and not result.errors:
         location = Location(key=where, source=entry.folder or entry.metadata)
@@ -106,6 +108,15 @@ def scan_entry(
     # A file name that is not UTF-8 reaches Python with surrogates, which a terminal cannot print.
     result.notes = [replace(note, text=note.text.encode(errors="backslashreplace").decode()) for note in result.notes]
     return result
+
+
+def _note_images_elsewhere(sources: list[Source], metadata: Path, result: FolderScan) -> None:
+    """Note images that a metadata file names outside of its folder, which one from the internet has no reason to."""
+    folder = metadata.parent.resolve()
+    elsewhere = [source.path for source in sources if not source.path.resolve().is_relative_to(folder)]
+    if elsewhere:
+        text = f"{metadata}: names {len(elsewhere)} images outside of its folder ({elsewhere[0]})"
+        result.notes.append(Note("images-elsewhere", text))
 
 
 def _records_of_prompts(path: Path, entry: DataEntry, where: str, notes: list[Note]) -> list[ImageRecord]:

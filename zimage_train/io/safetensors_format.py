@@ -65,19 +65,21 @@ def read_header(path: Path) -> Header:
             entries = json.loads(file.read(header_size))
         metadata = entries.pop("__metadata__", None) or {}
         tensors: dict[str, TensorInfo] = {}
-        data_size = 0
+        spans: list[tuple[int, int]] = []
         for name, entry in entries.items():
             dtype, shape = entry["dtype"], entry["shape"]
             begin, end = entry["data_offsets"]
             if isinstance(dtype, str) and dtype not in ITEM_BYTES:
                 message = f"is of dtype {dtype}, which is not read here"
                 raise WeightsError(Problem(f"{path}: {name}", message, PLAIN_WEIGHTS_HINT, "unsupported-dtype"))
+            if not all(type(size) is int and size >= 0 for size in (*shape, begin, end)):
+                raise WeightsError(Problem(f"{path}: {name}", "has a shape of no whole numbers", hint, "damaged-file"))
             if end - begin != math.prod(shape) * ITEM_BYTES[dtype]:
                 message = f"{dtype} {shape} does not fit its bytes"
                 raise WeightsError(Problem(f"{path}: {name}", message, hint, "damaged-file"))
             tensors[name] = TensorInfo(path, name, dtype, tuple(shape), 8 + header_size + begin)
-            data_size = max(data_size, end)
-        expected_size = 8 + header_size + data_size
+            spans.append((begin, end))
+        expected_size = 8 + header_size + _end_of(spans)
     except FileNotFoundError:
         raise WeightsError(Problem(str(path), "does not exist", "check the path", "missing-file")) from None
     except OSError as error:
@@ -90,6 +92,20 @@ def read_header(path: Path) -> Header:
         message = f"{file_size:,} bytes instead of {expected_size:,}: cut off or overwritten"
         raise WeightsError(Problem(str(path), message, hint, "damaged-file"))
     return Header(tensors, metadata)
+
+
+def _end_of(spans: list[tuple[int, int]]) -> int:
+    """Return where the data ends.
+
+    Raises:
+        ValueError: tensors overlap or leave gaps, which the format forbids: a small file could claim to be endless.
+    """
+    reached = 0
+    for begin, end in sorted(spans):
+        if begin != reached:
+            raise ValueError("tensors overlap or leave gaps")
+        reached = end
+    return reached
 
 
 def read_bytes(info: TensorInfo) -> bytes:

@@ -26,6 +26,13 @@ class GpuSpec:
     pcie_gb_per_second: float
     """Bandwidth of copies from pinned main memory, in a single direction."""
 
+    @property
+    def label(self) -> str:
+        """Return its name as a shop has it, and its memory: `RTX 4070 Ti Super, 16 GB`."""
+        match = re.fullmatch(r"(a?\d{4})(ti)?(super)?(ada)?", self.name)
+        words = ["RTX", *(word.title() for word in match.groups() if word)] if match else [self.name.upper()]
+        return f"{' '.join(words)}, {self.memory_gb / 1.073741824:.0f} GB"
+
 
 def _gib(gib: float) -> float:
     """Return `gib` (2^30 bytes) in GB."""

@@ -47,7 +47,8 @@ def run_verdicts(config: Config, events: Sequence[Mapping[str, Any]]) -> list[Ve
     if not previews or config.method.generates_data:  # methods that should leave images as they are
         return []
     newest = previews[-1]
-    good_steps = [event["step"] for event in previews[:-1] if not _found(config, event) and _has_learned(event)]
+    earlier = [event for event in previews[:-1] if event["step"] >= LATE_SHARE * config.train.steps]
+    good_steps = [event["step"] for event in earlier if not _found(config, event) and _has_learned(event)]
     good_step = max(good_steps, default=None)
     return [
         Verdict(kind, newest["step"], text, _changes(config, kind, good_step), good_step)

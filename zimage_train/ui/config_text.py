@@ -13,6 +13,7 @@ from ruamel.yaml.error import YAMLError
 from zimage_train.compat.aitoolkit.convert import write_config
 from zimage_train.config import load, strict_yaml
 from zimage_train.config.foreign import FOREIGN_FORMATS
+from zimage_train.config.key_names import is_setting
 from zimage_train.config.schema import Config
 from zimage_train.config.strict_yaml import KeyPath
 from zimage_train.errors import ConfigError, Problem, ZImageTrainError
@@ -72,18 +73,22 @@ def set_value(text: str, path: KeyPath, value: Any) -> str:
     """Return `text` with the setting at `path` set, and everything else as it is written.
 
     Raises:
-        ConfigError: the text is no YAML, so that nothing can be set in it.
+        ConfigError: the text is no YAML, so that nothing can be set in it, or it has no place for the setting.
     """
     document = _load(text)
     target: Any = document
-    for index, part in enumerate(path[:-1]):
-        if isinstance(target, list):
-            target = target[int(part)]
-            continue
-        if target.get(part) is None:
-            target[part] = [] if isinstance(path[index + 1], int) else CommentedMap()
-        target = target[part]
-    target[path[-1]] = _on_one_line(value)
+    try:
+        for index, part in enumerate(path[:-1]):
+            if isinstance(target, list):
+                target = target[int(part)]
+                continue
+            if target.get(part) is None:
+                target[part] = [] if isinstance(path[index + 1], int) else CommentedMap()
+            target = target[part]
+        target[path[-1]] = _on_one_line(value)
+    except (TypeError, ValueError, IndexError, AttributeError):
+        what = "has no place in this config"
+        raise ConfigError(Problem(".".join(map(str, path)), what, "set it in the text", "no-place")) from None
     return _dump(document)
 
 
@@ -91,11 +96,14 @@ def set_setting(text: str, key: str, value: Any) -> str:
     """Return `text` with the setting `key` set, such as `lora.rank`; `data.*.x` is that of every entry.
 
     Raises:
-        ConfigError: the text is no YAML.
+        ConfigError: the text is no YAML, or there is no such setting.
     """
+    if not is_setting(key.replace("data.*.", "data.0.")):
+        raise ConfigError(Problem(key, "is no setting", "see docs/config.md", "unknown-key"))
     entries = range(1)
     if key.startswith("data.*."):
-        entries = range(len(check_text(text).values.get("data") or []))
+        listed = check_text(text).values.get("data")
+        entries = range(len(listed) if isinstance(listed, list) else 1)
     for index in entries:
         path = tuple(index if part == "*" else part for part in key.split("."))
         text = set_value(text, path, value)

@@ -1,5 +1,6 @@
 """What there is to say of a run, with remedies: verdicts on its previews, and warnings of its config and process."""
 
+import re
 from dataclasses import dataclass
 
 from zimage_train.planning.config_warnings import ConfigWarning
@@ -20,7 +21,7 @@ class Finding:
     changes: tuple[SettingChange, ...] = ()
     """Settings of a new run, each of which alone is a remedy."""
     good_step: int | None = None
-    """The newest earlier step without the problem whose LoRA the run has kept."""
+    """The newest step of a kept LoRA, up to the last one without the problem."""
 
 
 def findings_of(state: RunState) -> list[Finding]:
@@ -28,14 +29,27 @@ def findings_of(state: RunState) -> list[Finding]:
     config = run_state.config_of(state.folder)
     found: list[Finding] = []
     for verdict in run_verdicts(config, run_state.events_of(state.folder)) if config else []:
-        step = verdict.good_step
-        is_kept = step is not None and RunDir(state.folder, state.name).lora(step).exists()
-        found.append(Finding(verdict.text, verdict.kind, verdict.changes, step if is_kept else None))
+        offered = {change for finding in found for change in finding.changes}
+        changes = tuple(change for change in verdict.changes if change not in offered)
+        found.append(Finding(verdict.text, verdict.kind, changes, _kept_step(state, verdict.good_step)))
     warnings = _config_warnings(state)
     found += [Finding(warning.text, changes=warning.changes) for warning in warnings]
     # The process repeats those of its config.
     said = {warning.text for warning in warnings}
     return [*found, *(Finding(text) for text in state.output.warnings if text not in said)]
+
+
+def _kept_step(state: RunState, good_step: int | None) -> int | None:
+    """Return the newest step up to `good_step` whose LoRA the run has kept."""
+    if good_step is None:
+        return None
+    pattern = re.compile(rf"{re.escape(state.name)}-(\d{{6,}})\.safetensors")
+    steps: list[int] = []
+    for path in (state.folder / "lora").glob("*.safetensors"):
+        match = pattern.fullmatch(path.name)
+        if match and int(match[1]) <= good_step:
+            steps.append(int(match[1]))
+    return max(steps, default=None)
 
 
 def _config_warnings(state: RunState) -> list[ConfigWarning]:

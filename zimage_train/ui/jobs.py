@@ -64,16 +64,20 @@ class JobQueue:
         return jobs
 
     def add(self, name: str, text: str, gpu: str | None = None) -> None:
-        """Put a job with the config `text` at the end of the queue; a job of this name that waits is replaced.
+        """Put a job with the config `text` at the end of the queue.
 
         Raises:
-            ConfigError: `name` is no name of a run.
+            ConfigError: `name` is no name of a run, or another job of this name waits.
             FolderInUseError: the run is training.
             DiskError: it cannot be written.
         """
         folder = self._workspace.run(name)
         with self._lock:
             _require_free(folder)
+            waiting = [job.name for job in self.waiting()]
+            if name in waiting and (self._folder / f"{name}.yaml").read_text(encoding="utf-8") != text:
+                hint = "choose another name, or take the other job out of the queue"
+                raise ConfigError(Problem(f"run {name}", "waits already with another config", hint, "job-waits"))
             atomic.write_text(self._folder / f"{name}.yaml", text)
             others = [job for job in self.waiting() if job.name != name]
             self._write_order([*others, WaitingJob(name, gpu)])
@@ -113,6 +117,10 @@ class JobQueue:
             if path.exists():
                 return path.read_text(encoding="utf-8")
         raise DataError(Problem(str(folder), "has no config", "choose another run", "missing-file"))
+
+    def is_taken(self, name: str) -> bool:
+        """Return whether there is a run or a waiting job of this name."""
+        return (self._workspace.runs / name).exists() or any(job.name == name for job in self.waiting())
 
     def has_job(self, name: str) -> bool:
         """Return whether the config of a run is there as it was written, with comments."""

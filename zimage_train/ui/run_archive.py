@@ -4,7 +4,9 @@ import io
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+from zimage_train.dataset.sources import is_text
 
 LEFT_OUT = ("checkpoints", "tensorboard")
 CHUNK_BYTES = 1 << 20
@@ -36,7 +38,8 @@ def archived_files(folder: Path) -> list[Path]:
     for path in sorted(folder.rglob("*")):
         parts = path.relative_to(folder).parts
         is_hidden = any(part.startswith(".") for part in parts)
-        if path.is_file() and not path.is_symlink() and not is_hidden and parts[0] not in LEFT_OUT:
+        is_left_out = is_hidden or parts[0] in LEFT_OUT or not is_text(str(path))
+        if not is_left_out and path.is_file() and not path.is_symlink():
             found.append(path)
     return found
 
@@ -52,7 +55,15 @@ def stream_archive(folder: Path) -> Iterator[bytes]:
             except OSError:  # a run that trains replaces its files
                 continue
             with source, archive.open(name, "w", force_zip64=True) as target:
-                while chunk := source.read(CHUNK_BYTES):
+                while chunk := _read(source):
                     target.write(chunk)
                     yield stream.drain()
     yield stream.drain()
+
+
+def _read(source: IO[bytes]) -> bytes:
+    """Return the next bytes of a file, or none where the disk gives no more."""
+    try:
+        return source.read(CHUNK_BYTES)
+    except OSError:
+        return b""

@@ -33,7 +33,10 @@ class Workspace:
         Raises:
             ConfigError: it is not.
         """
-        resolved = path.expanduser().resolve()
+        try:
+            resolved = path.expanduser().resolve()
+        except RuntimeError:  # the home of nobody
+            resolved = path
         if any(resolved.is_relative_to(folder.resolve()) for folder in (self.runs, *self.folders)):
             return resolved
         hint = "start with `zimage-train ui --folder FOLDER` to open it"

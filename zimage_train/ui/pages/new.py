@@ -11,7 +11,7 @@ from zimage_train.config.templates import MODEL_TEMPLATES, SUBJECT_KINDS, render
 from zimage_train.errors import Problem, ZImageTrainError
 from zimage_train.io.progress import no_progress
 from zimage_train.planning.gpus import GPU_SPECS
-from zimage_train.ui import config_text, run_plan
+from zimage_train.ui import config_text, run_plan, run_state
 from zimage_train.ui.config_text import CheckedText
 from zimage_train.ui.jobs import name_in
 from zimage_train.ui.layout import page_frame
@@ -69,11 +69,6 @@ class NewRunPage:
                 self._kind = ui.select(kinds, value=next(iter(kinds)), label=t("new.kind")).props("dense outlined")
                 models = {name: name for name in MODEL_TEMPLATES} | {"miniature": t("new.miniature")}
                 self._model = ui.select(models, value="turbo", label=t("new.model")).props("dense outlined")
-                cards = {"": t("new.this_gpu")} | {name: name for name in GPU_SPECS}
-                self._card = ui.select(cards, value="", label=t("new.card"), with_input=True).props("dense outlined")
-                self._card.on_value_change(lambda: self._plan_later())
-                self._price = ui.number(t("new.price"), min=0, step=0.01).props("dense outlined").classes("w-28")
-                self._price.on_value_change(lambda: self._plan_later())
                 ui.button(t("new.write"), icon="edit_note", on_click=self._write).props("no-caps outline color=link")
             ui.upload(
                 label=t("new.drop"), auto_upload=True, max_file_size=MAX_UPLOAD_BYTES, on_upload=self._uploaded
@@ -86,7 +81,15 @@ class NewRunPage:
             self._editor = ui.codemirror(language="YAML", line_wrapping=True, indent="  ").classes("w-full")
             self._editor.style("height: 26rem").on_value_change(lambda event: self._typed(event.value))
             self._problems = ui.column().classes("w-full gap-1")
-        self._plan = ui.element("section").classes("zt-card")
+        with ui.element("section").classes("zt-card"):
+            ui.label(t("plan.title")).classes("zt-head")
+            with ui.row().classes("w-full items-center gap-3"):
+                cards = {"": t("new.this_gpu")} | {name: card.label for name, card in GPU_SPECS.items()}
+                self._card = ui.select(cards, value="", label=t("new.card"), with_input=True).props("dense outlined")
+                self._card.classes("grow").on_value_change(lambda: self._plan_later())
+                self._price = ui.number(t("new.price"), min=0, step=0.01).props("dense outlined").classes("w-28")
+                self._price.on_value_change(lambda: self._plan_later())
+            self._plan = ui.column().classes("w-full gap-1 mt-2")
         with ui.row().classes("items-center gap-3"):
             slots = {None: t("new.any_gpu")} | {slot: f"GPU {slot}" for slot in self._site.queue.slots if slot != "cpu"}
             self._gpu = ui.select(slots, value=None).props(f'dense outlined aria-label="{t("new.which_gpu")}"')
@@ -101,24 +104,32 @@ class NewRunPage:
             if not self._site.queue.has_job(clone):
                 text = config_text.without_defaults(text)
             text = config_text.set_value(text, ("name",), self._free_name(clone))
-            key, equals, value = change.partition("=")
-            return config_text.set_setting(text, key, config_text.parse_value(value)) if equals else text
         except ZImageTrainError as error:
             show_problems(error)
             return render_template("turbo", "character")
+        if not change:
+            return text
+        try:
+            key, _, value = change.partition("=")
+            return config_text.set_setting(text, key, config_text.parse_value(value))
+        except ZImageTrainError as error:
+            show_problems(error)
+            return text
 
     def _free_name(self, name: str) -> str:
         """Return a name like `name` that no run has."""
         number = 2
-        while (self._site.workspace.runs / f"{name}_{number}").exists():
+        while self._site.queue.is_taken(f"{name}_{number}"):
             number += 1
         return f"{name}_{number}"
 
     async def _write(self) -> None:
         """Write the config that `zimage-train init` would write for the folder."""
         try:
-            folder = Path(self._folder.value or "").expanduser()
-            self._site.workspace.contain(folder)
+            folder = Path(self._folder.value or "")
+            resolved = self._site.workspace.contain(folder)
+            if not folder.exists():  # `~`, which a config has no name for
+                folder = resolved
             text = await run.io_bound(_config_for, folder, self._kind.value, self._model.value)
         except ZImageTrainError as error:
             show_problems(error)
@@ -166,6 +177,8 @@ class NewRunPage:
         problems = self._checked.problems
         self._form.show(self._checked)
         self._start.set_enabled(self._checked.config is not None)
+        # The plan of a text that had no error stays, and is marked as such.
+        self._plan.style("opacity: 1" if self._checked.config is not None else "opacity: 0.5")
         lines = sorted({problem.place.line for problem in problems if problem.place.line})
         total = self._text.count("\n") + 1
         marks = [{"kind": "line", "line": line, "class": "zt-bad-line"} for line in lines if line <= total]
@@ -196,11 +209,17 @@ class NewRunPage:
 
     def _apply(self, key: str, value: Any) -> None:
         """Set a setting that the plan proposes."""
-        self._show_text(config_text.set_setting(self._text, key, value))
+        try:
+            self._show_text(config_text.set_setting(self._text, key, value))
+        except ZImageTrainError as error:
+            show_problems(error)
 
     def _queue(self) -> None:
         try:
             name, text = name_in(self._text), self._text
+            if run_state.is_run(self._site.workspace.run(name)):
+                ui.notify(self._t("new.exists", name=name), type="negative", multi_line=True, actions=CLOSE, timeout=0)
+                return
             assert self._checked.config is not None
             if Path(self._checked.config.output_dir).absolute() != self._site.workspace.runs:
                 text = config_text.set_value(text, ("output_dir",), str(self._site.workspace.runs))

@@ -16,7 +16,6 @@ COLOURS = {"weights": "#2f6fb8", "lora": "#2e8b57", "activations": "#e08a00", "c
 
 def show_plan(plan: RunPlan, t: Translate, apply: Callable[[str, Any], None]) -> None:
     """Build the plan; `apply(key, value)` sets a setting that is proposed."""
-    ui.label(t("plan.title")).classes("zt-head")
     for problem in plan.problems:
         ui.label(str(problem)).style("color: var(--bad); overflow-wrap: anywhere")
     for card in plan.cards:

@@ -33,7 +33,7 @@ class PreviewPanel:
             self._slider = ui.slider(min=0, max=1, step=1, value=0).props(f'markers snap aria-label="{t("run.step")}"')
             self._slider.on_value_change(self._slide)
             self._pictures = ui.element("div").classes("zt-pictures")
-        self._zoom = PreviewZoom(t)
+        self._zoom = PreviewZoom(t, self._move)
         ui.keyboard(on_key=self._key)
 
     def show(self, previews: dict[int, list[str]]) -> None:
@@ -62,13 +62,17 @@ class PreviewPanel:
         if not event.action.keydown or not self._previews:
             return
         if key in STEP_MOVES:
-            self._slider.value = min(max((self._slider.value or 0) + STEP_MOVES[key], 0), len(self._previews) - 1)
+            self._move(STEP_MOVES[key])
         elif key in PROMPT_MOVES and self._zoom.is_open:
             names = self._previews[self._shown_step]
             places = [_place_of(name) for name in names]
             if self._zoom.place in places:
                 index = (places.index(self._zoom.place) + PROMPT_MOVES[key]) % len(names)
                 self._enlarge(self._shown_step, names[index])
+
+    def _move(self, steps: int) -> None:
+        """Go to a later or an earlier step."""
+        self._slider.value = min(max((self._slider.value or 0) + steps, 0), len(self._previews) - 1)
 
     @property
     def _shown_step(self) -> int:
@@ -113,9 +117,12 @@ class PreviewPanel:
     def _enlarge(self, step: int, name: str) -> None:
         samples, first_step = self._folder / "samples", self._steps[0]
         place = _place_of(name)
+        images = [(self._t("run.at_step", step=step), samples / name)]
         firsts = [other for other in self._previews[first_step] if _place_of(other) == place]
-        first = samples / firsts[0] if firsts else samples / name
-        self._zoom.show(place, self._label_of(name), samples / name, first, step)
+        if firsts:
+            label = self._t("run.first") if first_step == 0 else self._t("run.at_step", step=first_step)
+            images.insert(0, (label, samples / firsts[0]))
+        self._zoom.show(place, self._label_of(name), images)
 
 
 def _place_of(name: str) -> str:

@@ -1,5 +1,6 @@
 """A preview beside that before training, both as large as fits and zoomed together."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from nicegui import ui
@@ -28,13 +29,16 @@ CSS = """
 """
 
 
+TEXTS = ("hint", "split", "sides", "in", "out", "earlier", "later")
+
+
 class ZoomStage(ui.element, component="preview_zoom.js"):
     """One or two images that `preview_zoom.js` zooms."""
 
     def __init__(self, t: Translate) -> None:
         super().__init__()
         self._props["panes"] = []
-        self._props["texts"] = {name: t(f"zoom.{name}") for name in ("hint", "split", "sides")}
+        self._props["texts"] = {name: t(f"zoom.{name}") for name in TEXTS}
 
     def show(self, images: list[tuple[str, Path]]) -> None:
         """Show (label, image); the zoom stays as it is."""
@@ -45,8 +49,8 @@ class ZoomStage(ui.element, component="preview_zoom.js"):
 class PreviewZoom:
     """The dialog of a preview."""
 
-    def __init__(self, t: Translate) -> None:
-        self._t = t
+    def __init__(self, t: Translate, move: Callable[[int], None]) -> None:
+        """Build the dialog, closed; `move(1)` is called for the next step, and `move(-1)` for the one before."""
         ui.add_css(CSS)
         with ui.dialog().props("maximized") as self._dialog, ui.card().classes("w-full items-center no-wrap"):
             with ui.row().classes("w-full items-center justify-between no-wrap"):
@@ -54,6 +58,7 @@ class PreviewZoom:
                 close = ui.button(icon="close", on_click=self._dialog.close).props("flat round")
                 close.props(f'aria-label="{t("common.close")}"')
             self._stage = ZoomStage(t)
+            self._stage.on("step", lambda event: move(int(event.args)))
         self.place = ""
         """Which preview is shown, at whatever step."""
 
@@ -61,12 +66,9 @@ class PreviewZoom:
     def is_open(self) -> bool:
         return self._dialog.value
 
-    def show(self, place: str, prompt: str, path: Path, first: Path, step: int) -> None:
-        """Show the preview of a step, beside that before training if there is another."""
+    def show(self, place: str, prompt: str, images: list[tuple[str, Path]]) -> None:
+        """Show (label, image) of a preview: before training, if there is that, and at a step."""
         self.place = place
         self._title.text = prompt
-        images = [(self._t("run.at_step", step=step), path)]
-        if first != path and first.exists():
-            images.insert(0, (self._t("run.first"), first))
         self._stage.show(images)
         self._dialog.open()

@@ -58,6 +58,8 @@ class RunPage:
         self._smoothing, self._is_log = 0.9, False
         self._others: list[str] = []
         self._previews = PreviewPanel(self._folder, t)
+        self._acting_on: tuple[str, bool] | None = None
+        """What the buttons are for: the state, and whether there are previews."""
         self._found: list[Finding] = []
         self._listed: list[Path] = []
         """The files that the page lists."""
@@ -125,8 +127,10 @@ class RunPage:
         if shown == self._shown:
             return
         before, self._shown = self._shown, shown
-        if state.folder.exists() or waits:
-            self._show_state(state, waits, bool(previews))
+        if not (waits or run_state.is_run(self._folder)):
+            self._show_gone()
+            return
+        self._show_state(state, waits, bool(previews))
         if before is None or before[1] != shown[1]:
             self._previews.show(previews)
         if before is None or before[0].changed_at != state.changed_at:
@@ -143,6 +147,14 @@ class RunPage:
         progress = f"{state.step} / {state.steps}" if state.steps else ""
         self._note.text = " · ".join(part for part in (progress, _pace(self._folder, state, t), note_of(state)) if part)
         self._log.text = "\n".join(run_state.log_tail(self._folder, state.output))
+        self._show_actions(status, has_previews)
+
+    def _show_actions(self, status: str, has_previews: bool) -> None:
+        """Show the buttons for a state; as long as they stay the same, so does the keyboard's focus on them."""
+        if (status, has_previews) == self._acting_on:
+            return
+        self._acting_on = (status, has_previews)
+        name = quote(self._name, safe="")
         self._actions.clear()
         with self._actions:
             if status == "running":
@@ -154,17 +166,24 @@ class RunPage:
             elif status != "done":
                 self._button("continue", "play_arrow", told(self._site.queue.resume, self._name))
             if has_previews or status == "done":
-                self._button("try", "auto_awesome", lambda: ui.navigate.to(f"/try?run={quote(self._name, safe='')}"))
-            self._button("clone", "content_copy", lambda: ui.navigate.to(f"/new?clone={quote(self._name, safe='')}"))
+                self._button("try", "auto_awesome", lambda: ui.navigate.to(f"/try?run={name}"))
+            self._button("clone", "content_copy", lambda: ui.navigate.to(f"/new?clone={name}"))
             if status not in ("running", "starting"):
                 self._button("delete", "delete_outline", self._delete)
+
+    def _show_gone(self) -> None:
+        """Say that the folder of the run is gone."""
+        self._status.text, self._acting_on = "", None
+        self._status.classes(replace="")
+        self._note.text = self._t("run.missing", name=self._name)
+        self._actions.clear()
 
     def _button(self, key: str, icon: str, action: Any) -> None:
         ui.button(self._t(f"runs.{key}"), icon=icon, on_click=action).props("flat no-caps dense color=link")
 
     def _ask(self, request: RequestName) -> None:
         if told(self._site.queue.ask, self._name, request)():
-            ui.notify(self._t("run.asked"))
+            ui.notify(self._t(f"asked.{request}"))
 
     async def _delete(self) -> None:
         question = self._t("runs.delete_question", name=self._name)
@@ -205,18 +224,20 @@ class RunPage:
                 show_findings(state, found, self._t)
 
     def _show_files(self) -> None:
-        paths = sorted((self._folder / "lora").rglob("*.safetensors"), reverse=True)
-        paths += sorted((self._folder / "lora").glob(f"{self._name}.*json"))
-        paths += [path for path in (self._folder / "report.html", self._folder / "config.yaml") if path.exists()]
+        lora = self._folder / "lora"
+        paths = [path for path in (self._folder / "report.html", self._folder / "config.yaml") if path.exists()]
+        paths += [*sorted(lora.glob(f"{self._name}.*json")), *sorted(lora.rglob("*.safetensors"), reverse=True)]
         if paths == self._listed:
             return
         self._listed = paths
         self._files.clear()
         with self._files:
+            ui.link(self._t("run.archive"), archive_url(self._name)).classes("zt-link")
             for path in paths[:MAX_FILES]:
                 address = page_url(path) if path.name == "report.html" else download_url(path)
                 ui.link(str(path.relative_to(self._folder)), address).classes("zt-link")
-            ui.link(self._t("run.archive"), archive_url(self._name)).classes("zt-link")
+            if len(paths) > MAX_FILES:
+                ui.label(self._t("run.more_files", count=len(paths) - MAX_FILES)).classes("zt-quiet")
 
 
 def _points(folder: Any, name: str, source: str) -> Points:
@@ -234,4 +255,7 @@ def _pace(folder: Any, state: RunState, t: Translate) -> str:
     if not seconds or state.status != "running":
         return ""
     mean = sum(seconds) / len(seconds)
-    return t("run.pace", seconds=f"{mean:.2f}", minutes=round(mean * (state.steps - state.step) / 60))
+    minutes = round(mean * (state.steps - state.step) / 60)
+    if minutes == 0:
+        return t("run.pace_soon", seconds=f"{mean:.2f}")
+    return t("run.pace", seconds=f"{mean:.2f}", minutes=minutes)
