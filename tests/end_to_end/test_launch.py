@@ -93,15 +93,13 @@ def test_signal_to_the_launcher_alone(launch, tmp_path: Path, launcher, number: 
 @pytest.mark.slow
 def test_ctrl_c_to_launcher_and_run(launch, tmp_path: Path):
     """Ctrl-C, which a terminal sends to the launcher and to the run, counts once."""
-    root = tmp_path / "runs" / "tiny"
-    for launcher in (ACCELERATE, TORCHRUN):
-        process = launch(launcher, 5000)
-        before = len(steps_of(root))
-        until(lambda before=before: len(steps_of(root)) >= before + 3)
+    for name, launcher in (("one", ACCELERATE), ("two", TORCHRUN)):
+        root = tmp_path / "runs" / name
+        process = launch(launcher, 5000, name)
+        until(lambda root=root: len(steps_of(root)) >= 3)
         os.killpg(process.pid, signal.SIGINT)
         process.wait(300)
-        until(lambda: is_stopped(root), 20)
-        (root / "events.jsonl").unlink()
+        until(lambda root=root: is_stopped(root), 20)
 
 
 @pytest.mark.slow

@@ -142,6 +142,9 @@ def test_a_signal_must_have_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 SCANNED = """
 import signal, sys
+# Not ignored, as under nohup and in the background of a shell.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 from zimage_train import __main__
 from zimage_train.planning import preflight
 scan = preflight.scan_entry

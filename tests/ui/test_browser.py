@@ -216,7 +216,9 @@ def test_a_clone_and_a_changed_setting(page: Page, server: PageServer):
         expect(page.locator(".q-notification").first).to_contain_text(words)
     page.goto(f"{server.address}/new?clone=pictures_lora&change=lora.rank=2")
     expect(field_of(page, "lora.rank")).to_have_value("2")
+    expect(page.get_by_text("fits").first).to_be_visible()  # what is typed before the page is connected is lost
     fill(page, "name", "pictures_lora")
+    expect(page.locator(".cm-content")).to_contain_text(re.compile(r"name: pictures_lora(?!_)"))
     page.get_by_role("button", name="Start", exact=True).click()
     expect(page.get_by_text("There is a run pictures_lora already")).to_be_visible()
 

@@ -220,7 +220,8 @@ def require_same(
 def _with_micro_batches(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings of a checkpoint that may be older than `MICRO_BATCHES`, and is of one process then."""
     found = dict(settings)
-    found.setdefault(MICRO_BATCHES, found.pop("train.grad_accumulation", 1))
+    if "train.grad_accumulation" in found:
+        found[MICRO_BATCHES] = found.pop("train.grad_accumulation")
     return found
 
 
