@@ -580,3 +580,22 @@ def test_previews_change_no_bit_of_training(make_config, tmp_path: Path, dtype: 
     assert (folder(with_previews) / "samples" / "000001-00.png").exists()
     assert losses(without) == losses(with_previews)
     assert final(without) == final(with_previews)
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "events.jsonl"])
+def test_disk_full_for_the_records(make_config, monkeypatch: pytest.MonkeyPatch, name: str):
+    """37. A disk that is full when a run opens its records ends it with exit code 7; then the same command goes on."""
+    config, open_path, fired = make_config(train={"steps": 2}), Path.open, []
+
+    def opened(path: Path, mode: str = "r", *args, **options):
+        if path.name == name and mode == "a" and not fired:
+            fired.append(path)
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        return open_path(path, mode, *args, **options)
+
+    monkeypatch.setattr(Path, "open", opened)
+    with pytest.raises(DiskError, match=rf"{name}: cannot be written \(the disk is full\)") as error:
+        run_training(config, fresh=False)
+    assert error.value.exit_code == 7 and len(fired) == 1
+    run_training(config, fresh=False)
+    assert len(losses(config)) == 2

@@ -44,6 +44,9 @@ class RecordWriter:
     """Appends to a JSON-lines file that a run continues after step `start`; later and torn records are dropped first.
 
     Without a path, as in all processes but the main process, records are discarded.
+
+    Raises:
+        DiskError: the file cannot be opened.
     """
 
     def __init__(self, path: Path | None, start: int) -> None:
@@ -55,7 +58,10 @@ class RecordWriter:
             # records of that step are not written twice.
             self._of_start = [record for record in kept if record["step"] == start]
             atomic.write_text(path, "".join(_line(record) + "\n" for record in kept))
-            self._file = path.open("a", encoding="utf-8")
+            try:
+                self._file = path.open("a", encoding="utf-8")
+            except OSError as error:
+                raise atomic.disk_error(path, error) from error
 
     def append(self, record: dict[str, Any]) -> None:
         if self._file is not None and record not in self._of_start:
