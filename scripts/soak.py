@@ -198,9 +198,10 @@ class Soak:
         return process.exitcode
 
     def _flip_a_bit(self) -> None:
-        paths = [path for root in (self._run.root, self._cache) for path in root.rglob("*") if path.is_file()]
         # What a finished export holds is not read again, so its damage is for `lora verify` to find.
-        paths = [path for path in paths if path.stat().st_size and path.parent.name not in ("lora", "ema")]
+        found = [*self._run.root.rglob("*"), *self._cache.rglob("*")]
+        files = [path for path in found if path.is_file() and path.parent.name not in ("lora", "ema")]
+        paths = [path for path in files if path.stat().st_size]
         if not paths:
             return
         path = self._draw.choice(sorted(paths))

@@ -28,9 +28,10 @@ def findings_of(state: RunState) -> list[Finding]:
     """Return the verdicts on a run, then its warnings."""
     config = run_state.config_of(state.folder)
     found: list[Finding] = []
+    offered: set[SettingChange] = set()
     for verdict in run_verdicts(config, run_state.events_of(state.folder)) if config else []:
-        offered = {change for finding in found for change in finding.changes}
         changes = tuple(change for change in verdict.changes if change not in offered)
+        offered |= set(changes)
         found.append(Finding(verdict.text, verdict.kind, changes, _kept_step(state, verdict.good_step)))
     warnings = _config_warnings(state)
     found += [Finding(warning.text, changes=warning.changes) for warning in warnings]

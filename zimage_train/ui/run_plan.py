@@ -82,7 +82,9 @@ def _shorter_runs(config: Config, gpu: str | None, price: float | None, progress
     found: list[ShorterRun] = []
     if device is None or device.card is None:
         return found
-    for resolution in (value for value in RESOLUTIONS if value < highest):
+    for resolution in RESOLUTIONS:
+        if resolution >= highest:
+            continue
         entries = [entry.model_copy(update={"resolution": [resolution]}) for entry in config.data]
         spec = preflight.check_run(config.model_copy(update={"data": entries}), cached_only, progress)
         seconds = forecast.run_seconds(spec, device)
