@@ -2,6 +2,7 @@
 
 import gc
 import os
+import shutil
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 install_import_hook(MODULES, "typecheck.check")  # before anything of zimage_train is imported
 
+from zimage_train import mini
 from zimage_train.config.load import validate_config
 from zimage_train.config.schema import Config
 
@@ -81,6 +83,12 @@ def make_config(tmp_path: Path, shared_cache: Path):
         return config
 
     return make
+
+
+@pytest.fixture
+def broken(tmp_path: Path) -> Path:
+    """A copy of the miniature to break."""
+    return Path(shutil.copytree(mini.TURBO, tmp_path / "model"))
 
 
 @pytest.fixture

@@ -13,16 +13,14 @@ from torch import Tensor
 
 from zimage_train import mini
 from zimage_train.commands.train import fill_run_caches, run_training
-from zimage_train.config.schema import Config, ModelSettings
+from zimage_train.config.schema import Config
 from zimage_train.dataset import encoding
 from zimage_train.dataset.tensor_cache import TensorCache
-from zimage_train.diffusion.frozen import load_frozen
 from zimage_train.errors import ConfigError, DataError, Stopped, WeightsError
 from zimage_train.lora import headers, lora_file
-from zimage_train.models import locate, text_encoder, vae
 from zimage_train.training import checkpoint
 
-from helpers import facts, final, folder, stop_after
+from helpers import facts, final, folder, load_all, stop_after
 from injection import Crash, fail_at
 
 CPU = torch.device("cpu")
@@ -231,22 +229,6 @@ def test_killed_while_caching(few, monkeypatch: pytest.MonkeyPatch, encoded):
 
 
 # The model
-
-
-@pytest.fixture
-def broken(tmp_path: Path) -> Path:
-    """A copy of the miniature to break."""
-    copy = tmp_path / "model"
-    shutil.copytree(mini.TURBO, copy)
-    return copy
-
-
-def load_all(model: Path) -> None:
-    """Load every part of a model, as a run does."""
-    found = locate.locate(ModelSettings(path=str(model), adapter=None))
-    load_frozen(found.transformer, None, "fp32", CPU)
-    text_encoder.load_text_encoder(found.extras, CPU, torch.float32)
-    vae.load_vae(found.extras.vae, CPU, torch.float32)
 
 
 QUERY = "layers.0.attention.to_q.weight"

@@ -22,6 +22,7 @@ from zimage_train.models.arch import TransformerShape
 from zimage_train.models.components import ExtrasPaths
 
 from checkpoints import comfyui, folder_tensors
+from helpers import load_all
 
 CPU = torch.device("cpu")
 STEM = "diffusion_pytorch_model"
@@ -236,21 +237,6 @@ def test_latents_are_the_posterior_mean():
 # What can be wrong with weights
 
 
-@pytest.fixture
-def broken(tmp_path: Path) -> Path:
-    """A copy of the miniature to break."""
-    folder = tmp_path / "model"
-    shutil.copytree(mini.TURBO, folder)
-    return folder
-
-
-def locate_and_load(folder: Path) -> None:
-    found = locate.locate(ModelSettings(path=str(folder), adapter=None))
-    load_frozen(found.transformer, None, "fp32", CPU)
-    text_encoder.load_text_encoder(found.extras, CPU, torch.float32)
-    vae.load_vae(found.extras.vae, CPU, torch.float32)
-
-
 @pytest.mark.parametrize(
     ("path", "content", "message"),
     [
@@ -264,7 +250,7 @@ def test_another_family_is_named(broken: Path, path: str, content: dict, message
     file = broken / path
     file.write_text(json.dumps(json.loads(file.read_text()) | content))
     with pytest.raises(WeightsError, match=message):
-        locate_and_load(broken)
+        load_all(broken)
 
 
 # Where parts come from
@@ -339,7 +325,7 @@ def test_path_without_a_model(path: str):
 
 def test_local_paths_need_no_connection(no_network: list):
     """Loading from local paths makes no connection."""
-    locate_and_load(mini.TURBO)
+    load_all(mini.TURBO)
     assert no_network == []
 
 

@@ -13,10 +13,11 @@ import pytest
 import torch
 
 from zimage_train.commands.train import run_training
-from zimage_train.config.schema import Config
-from zimage_train.diffusion.frozen import FrozenTransformer
+from zimage_train.config.schema import Config, ModelSettings
+from zimage_train.diffusion.frozen import FrozenTransformer, load_frozen
 from zimage_train.errors import Stopped
 from zimage_train.lora.layers import base_layer
+from zimage_train.models import locate, text_encoder, vae
 from zimage_train.report.metrics import read_records
 from zimage_train.training import loop, step_runner
 from zimage_train.training.loss import Loss
@@ -126,3 +127,12 @@ def run_python(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
 
 def environment() -> dict[str, str]:
     return os.environ | {"PYTHONPATH": str(ROOT)}
+
+
+def load_all(model: Path) -> None:
+    """Load every part of a model's folder, as a run does."""
+    found = locate.locate(ModelSettings(path=str(model), adapter=None))
+    device = torch.device("cpu")
+    load_frozen(found.transformer, None, "fp32", device)
+    text_encoder.load_text_encoder(found.extras, device, torch.float32)
+    vae.load_vae(found.extras.vae, device, torch.float32)
