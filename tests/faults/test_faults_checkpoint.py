@@ -145,9 +145,9 @@ def test_half_written_files_are_removed(make_config):
 
 
 @pytest.mark.parametrize("earlier", [[20], []], ids=["one before", "the first"])
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EACCES])
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EACCES, errno.ESTALE])
 def test_failed_save_keeps_the_last_one(tmp_path: Path, number: int, earlier: list[int]):
-    """37. A full, failing or forbidden disk: the save ends with code 7 and why; the previous checkpoint is whole."""
+    """37. A full, failing, forbidden or vanished disk: the save ends with code 7; the previous checkpoint is whole."""
     for n in itertools.count(1):
         place = tmp_path / str(n)
         save(place, *earlier)

@@ -121,15 +121,23 @@ def test_signal_in_any_phase(tmp_path: Path, monkeypatch, whole: Config, cache: 
 
 @pytest.mark.slow
 def test_signal_in_the_last_export(tmp_path: Path, monkeypatch, whole: Config, cache: Path):
-    """55. A signal while the last step is exported leaves a whole LoRA; the next start draws what is missing."""
+    """55. A signal while the last step is exported leaves a whole LoRA; the next start draws what is missing.
+
+    A signal before the export leaves it to the next start, since the checkpoint is on disk.
+    """
     config = config_in(tmp_path, cache)
     with monkeypatch.context() as patch:
-        fault = SignalAt(patch, exports, "export_step", 2, signal.SIGTERM)
+        before = SignalAt(patch, exports, "export_step", 2, signal.SIGTERM)
+        with pytest.raises(Stopped, match=f"after step {STEPS}, which is saved"):
+            run_training(config, fresh=False)
+    assert before.fired == 1 and not folder(config).joinpath("lora", f"{config.name}.safetensors").exists()
+    with monkeypatch.context() as patch:
+        fault = SignalAt(patch, exports.lora_file, "export_lora", 1, signal.SIGTERM)
         with pytest.raises(Stopped, match=f"after step {STEPS}, which is saved"):
             run_training(config, fresh=False)
     assert fault.fired == 1 and final(config) == final(whole) and drawn(config) != drawn(whole)
     run_training(config, fresh=False)
-    assert facts(config)["starts"] == [0, STEPS] and drawn(config) == drawn(whole)
+    assert facts(config)["starts"] == [0, STEPS, STEPS] and drawn(config) == drawn(whole)
 
 
 def test_a_signal_must_have_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -1,6 +1,7 @@
 """The `train` and `cache` commands: check, lock, plan, build, train, finish."""
 
 import contextlib
+import itertools
 import os
 import shlex
 from collections.abc import Iterator, Mapping
@@ -23,10 +24,12 @@ from zimage_train.report.metrics import RecordWriter, read_records
 from zimage_train.report.trackers import TensorBoard, Tracker, Trackers, WeightsAndBiases
 from zimage_train.training import distributed, loop, run_dir
 from zimage_train.training.build import build_state, fill_caches
-from zimage_train.training.context import RunContext, find_checkpoint, open_context
+from zimage_train.training.context import RunContext, find_checkpoint, open_context, shared_facts
 from zimage_train.training.device_plan import block_path, plan_for_devices, plan_warnings
 from zimage_train.training.distributed import World
 from zimage_train.training.dry_run import compare_with_forecast, dry_run
+from zimage_train.training.heartbeat import watch_processes
+from zimage_train.training.launch import launch_warnings
 from zimage_train.training.outputs import is_complete, write_report
 from zimage_train.training.preview_sets import remove_later_previews
 from zimage_train.training.run_dir import RunDir
@@ -34,6 +37,9 @@ from zimage_train.training.signals import StopRequest, stop_on_signals
 from zimage_train.training.stage_clock import StageClock
 from zimage_train.training.state import TrainState
 from zimage_train.training.validation import log_best_step
+
+_RUNS = itertools.count()
+"""Numbers the runs of this process; all processes of a sweep train them in the same order."""
 
 
 def run_training(config: Config, fresh: bool, allow: tuple[str, ...] = (), stop: StopRequest | None = None) -> None:
@@ -54,7 +60,10 @@ def run_training(config: Config, fresh: bool, allow: tuple[str, ...] = (), stop:
     with contextlib.ExitStack() as stack:
         stop = stop or stack.enter_context(stop_on_signals())
         console = stack.enter_context(_locked_run_dir(folder, world, fresh))
+        stack.enter_context(watch_processes(world, str(next(_RUNS))))
         _print_remarks(spec, console)
+        for line in launch_warnings(os.environ, config.model.dtype):
+            console.warning(line)
         spec, plan = plan_for_devices(spec, world, folder, allow)
         context = open_context(spec, world, console, stop, clock)
         checkpoint = find_checkpoint(context, block_path(plan, world.device, attention), allow)
@@ -62,6 +71,7 @@ def run_training(config: Config, fresh: bool, allow: tuple[str, ...] = (), stop:
             console.info(f"{config.name} is complete: {folder.lora()}")
             return
         start_step = checkpoint.step if checkpoint else 0
+        distributed.require_equal(world, shared_facts(context, start_step))
         if world.is_main:
             remove_later_previews(context.preview_sets, start_step)
         stack.enter_context(console.live_progress())

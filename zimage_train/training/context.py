@@ -5,6 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from zimage_train import __version__
 from zimage_train.config.load import cache_dir
 from zimage_train.config.schema import Config
 from zimage_train.dataset.scan import dataset_fingerprint
@@ -121,6 +124,17 @@ def run_fingerprint(spec: RunSpec, digests: ModelDigests) -> dict[str, Any]:
     for index, digest in enumerate(digests.beside):
         fingerprint[f"train.beside.{index}"] = digest
     return fingerprint | {"data": dataset_fingerprint(spec.images)}
+
+
+def shared_facts(context: RunContext, start_step: int) -> dict[str, str]:
+    """Return what must be the same in all processes of a run, by name: what they train, and after which step."""
+    return {
+        "the version of zimage-train": __version__,
+        "the version of torch": torch.__version__,
+        "the digest of settings and inputs": run_dir.identity_digest(context.identity),
+        "train.steps": str(context.config.train.steps),
+        "the step to continue from": str(start_step),
+    }
 
 
 def find_checkpoint(context: RunContext, path: str, allow: tuple[str, ...] = ()) -> Checkpoint | None:

@@ -1,4 +1,4 @@
-"""The memory plan of a run on its devices: the same for all its processes, and for the same devices on resume."""
+"""The memory plan of a process on its device: the same for the same devices on resume."""
 
 import json
 import os
@@ -32,19 +32,22 @@ rounds in its own places, so a run is continued with that which it began with.""
 def plan_for_devices(
     spec: RunSpec, world: World, folder: RunDir, allow: Collection[str] = ()
 ) -> tuple[RunSpec, MemoryPlan]:
-    """Return `spec` with the quantization of the plan, and the plan for the smallest card of all processes.
+    """Return `spec` with the quantization of the plan, and the plan for the card of this process.
 
-    A budget lowers the limit further. What an earlier start of the run chose for `model.quantize: auto` stays, since
-    other frozen weights would make it another run; and so does what computed its blocks, unless `path` is in `allow`.
+    What rounds must be the same in all processes, so quantization, and whether blocks are fused, follow from the
+    smallest card. Streaming and recomputation change no bit, so each process has its own. A budget lowers the limits.
+    What an earlier start of the run chose for `model.quantize: auto` stays, since other frozen weights would make it
+    another run; and so does what computed its blocks, unless `path` is in `allow`.
 
     Raises:
         ConfigError: every plan takes more than `memory.budget_gb`.
     """
     limits = devices.device_limits(world.device)
     budget = spec.config.memory.budget_gb
-    limit_bytes = distributed.all_reduce_min(world, limits.limit_bytes)
+    own_bytes = float(limits.limit_bytes)
     if not isinstance(budget, str):
-        limit_bytes = min(limit_bytes, budget * 1e9)
+        own_bytes = min(own_bytes, budget * 1e9)
+    limit_bytes = distributed.all_reduce_min(world, own_bytes)
     earlier = _newest_checkpoint(folder)
     if spec.config.model.quantize == "auto":
         spec = _with_quantization(spec, _planned_quantization(earlier))
@@ -60,7 +63,11 @@ def plan_for_devices(
         what = f"is {budget:g}, and the run takes {format_bytes(plan.peak.total)} (predicted)"
         todo = str(preflight.how_to_fit(spec, limit_bytes, is_gpu))
         raise ConfigError(Problem(Location(key="memory.budget_gb"), what, todo, "does-not-fit"))
-    return _with_quantization(spec, plan.placement.quantization), plan
+    spec = _with_quantization(spec, plan.placement.quantization)
+    if own_bytes > limit_bytes:
+        own_limits = replace(limits, limit_bytes=own_bytes)
+        plan = forecast.plan_for(spec, own_limits, is_gpu, processes_here, plan.workload.is_fused)
+    return spec, plan
 
 
 def _with_quantization(spec: RunSpec, quantization: Quantization | Literal["auto"] | None) -> RunSpec:

@@ -2,15 +2,18 @@
 
 import contextlib
 import os
-from collections.abc import Iterator
+import socket
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 from accelerate import PartialState
 from torch import Tensor
 
 from zimage_train.errors import ConfigError, Problem, WorkerLostError
+from zimage_train.training.launch import launch_problems
 
 TIMEOUT = timedelta(hours=12)
 """Longest time that processes wait, as while the main process draws; torch's default of 10 minutes is too short."""
@@ -33,8 +36,11 @@ def init() -> World:
     """Join the processes that `accelerate launch` or torchrun started, if any.
 
     Raises:
-        ConfigError: several processes were started and did not find each other.
+        ConfigError: several processes were started and did not find each other, or the launcher was asked to split
+            the model.
     """
+    if problems := launch_problems(os.environ):
+        raise ConfigError(*problems)
     has_gpu = torch.accelerator.is_available()
     # Without `cpu`, accelerate does not connect processes that have no GPU.
     state = PartialState(cpu=not has_gpu, timeout=TIMEOUT)
@@ -61,6 +67,29 @@ def barrier() -> None:
     """
     with _reporting_lost_workers():
         PartialState().wait_for_everyone()
+
+
+def require_equal(world: World, facts: Mapping[str, str]) -> None:
+    """Require that `facts` have the same values in every process; processes may be on machines with other files.
+
+    Raises:
+        ConfigError: a process has other values than the main process; all processes raise it.
+        WorkerLostError: a process has ended.
+    """
+    if world.world_size == 1:
+        return
+    gathered: list[Any] = [None] * world.world_size
+    with _reporting_lost_workers():
+        torch.distributed.all_gather_object(gathered, {"host": socket.gethostname(), **facts})
+    problems = []
+    for rank, values in enumerate(gathered[1:], 1):
+        for name in facts:
+            if values[name] != gathered[0][name]:
+                what = f"is {values[name]} in process {rank} on {values['host']}, and {gathered[0][name]} in the first"
+                todo = "give every machine the same config, images, model and run folder, as on a shared volume"
+                problems.append(Problem(f"launch: {name}", what, todo, "processes-differ"))
+    if problems:
+        raise ConfigError(*problems)
 
 
 def all_reduce_gradients(world: World, grads: Tensor, numbers: Tensor) -> Tensor:

@@ -20,10 +20,12 @@ def export_step(state: TrainState, step: int) -> None:
     Raises:
         WeightsError: a file would be loaded as other weights; it is renamed to `.unverified`.
         DiskError: a file cannot be written.
+        Stopped: a signal came; the next start exports from the checkpoint, which is written before.
     """
-    _export(state, step, _path(state, step), state.lora.deltas())
-    if state.ema is not None:
-        _export(state, step, _path(state, step, is_ema=True), state.lora.deltas(state.ema.shadow))
+    averages = [None] if state.ema is None else [None, state.ema.shadow]
+    for average in averages:
+        state.heed_stop()
+        _export(state, step, _path(state, step, is_ema=average is not None), state.lora.deltas(average))
 
 
 def save_picture(state: TrainState, step: int) -> None:

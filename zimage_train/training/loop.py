@@ -39,7 +39,10 @@ def train(state: TrainState, metrics: RecordWriter, events: RecordWriter) -> Non
     config, world, run_step = state.config, state.world, state.run_step
     flat, last_step = state.lora.flat, config.train.steps
     num_skipped = trailing_skips(state)
-    before_first_step(state, metrics, events)
+    try:
+        before_first_step(state, metrics, events)
+    except Stopped:
+        stop(state, state.start_step, metrics, events)
     state.frozen.model.train()
     began = time.monotonic()
     for step, batches in prefetch(state):

@@ -22,6 +22,9 @@ from zimage_train.training.preview_sets import PreviewSet
 from zimage_train.training.state import TrainState, is_due
 from zimage_train.training.validation import validate
 
+SLOW_SAVE_SECONDS = 60.0
+"""Time to write a checkpoint, mostly below 1 GB, from which it is worth a warning."""
+
 
 def save_checkpoint(state: TrainState, step: int) -> None:
     """Write the checkpoint of `step`.
@@ -30,12 +33,18 @@ def save_checkpoint(state: TrainState, step: int) -> None:
         DivergedError: the LoRA or the optimizer is not finite.
         DiskError: it cannot be written.
     """
+    began = time.monotonic()
     tensors, optimizer = optimizers.optimizer_state(state.optimizer, state.lora.flat)
     numbers = {"optimizer": optimizer, "identity": dict(state.identity), "path": state.path}
     tensors |= state.lora.state() | state.lora.fixed_state() | (state.ema.state() if state.ema else {})
     for path in checkpoint.save(state.folder.checkpoints, step, tensors, numbers):
         state.console.warning(f"{path}: cannot be removed; going on")
     state.last_save.step, state.last_save.at = step, time.monotonic()
+    if (seconds := state.last_save.at - began) > SLOW_SAVE_SECONDS:
+        state.console.warning(
+            f"step {step}: the checkpoint took {seconds:.0f} s to write; the volume of output_dir is slow or did not "
+            "answer, and a run waits for it at each save"
+        )
 
 
 def is_checkpoint_due(state: TrainState) -> bool:

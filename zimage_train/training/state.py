@@ -89,8 +89,8 @@ class TrainState:
         """Return what computes the blocks of a step; a checkpoint is continued by the same."""
         return block_path(self.memory_plan, self.world.device, self.attention)
 
-    def report_progress(self, what: str, done: int, total: int) -> None:
-        """Show the progress of work that the next start can do as well, unless a signal asked to stop.
+    def heed_stop(self) -> None:
+        """Give up work that the next start can do as well, if a signal asked to stop.
 
         Among several processes the work goes on, since others wait for it, and all of them stop after the next step.
 
@@ -99,6 +99,14 @@ class TrainState:
         """
         if self.world.world_size == 1:
             self.stop.check()
+
+    def report_progress(self, what: str, done: int, total: int) -> None:
+        """Show the progress of work that the next start can do as well.
+
+        Raises:
+            Stopped: as `heed_stop`.
+        """
+        self.heed_stop()
         self.console.progress(what, done, total)
 
     def with_preview_loras(self, trained: Deltas, weight: float = 1.0) -> AbstractContextManager[None]:
