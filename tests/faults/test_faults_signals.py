@@ -38,6 +38,7 @@ PHASES: dict[str, tuple[Any, str, int, int]] = {
     "rehearsing": (train, "dry_run", 1, 0),
     "validating the start": (validation, "errors_by_sigma", 1, 0),
     "drawing the start": (outputs, "sample_all", 1, 0),
+    "the first batch of all": (loop, "keyed_int", 1, 0),
     "the first batch of a step": (loop, "keyed_int", 2 * 4 + 1, 4),
     "the last batch of a step": (loop, "keyed_int", 2 * 4 + 2, 5),
     "validating": (validation, "errors_by_sigma", HELD_OUT + 1, 2),

@@ -170,7 +170,7 @@ def stop(state: TrainState, step: int, metrics: RecordWriter, events: RecordWrit
     Raises:
         Stopped: always.
     """
-    if state.world.is_main:
+    if state.world.is_main and step > 0:  # before the first step there is nothing to save, nor to continue from
         metrics.sync()
         if step > state.last_save.step:
             save_checkpoint(state, step)
