@@ -21,7 +21,7 @@ BEAT_SECONDS = 5.0
 LOST_SECONDS = 120.0
 """Silence after which a process counts as lost."""
 STORE_SECONDS = 30.0
-"""Longest time to wait for an answer of the store."""
+"""Longest time to wait for a store to connect, or to take the last beat."""
 DONE = "done"
 
 
@@ -36,20 +36,29 @@ def watch_processes(world: World, run: str) -> Iterator[None]:
         return
     beats, leaving = Beats(_store, run, world.rank, world.world_size), threading.Event()
 
-    def watch() -> None:
+    def talk() -> None:
         while not leaving.wait(BEAT_SECONDS):
             beats.exchange(str(time.monotonic_ns()))
+        beats.exchange(DONE)
+
+    def listen() -> None:
+        # In a thread of its own: an answer of a machine that has vanished may be waited for without end.
+        before = time.monotonic()
+        while not leaving.wait(BEAT_SECONDS):
+            before, passed = time.monotonic(), time.monotonic() - before
+            beats.wait(passed)
             if silent := beats.silent():
                 _end(silent)
 
-    thread = threading.Thread(target=watch, name="heartbeat", daemon=True)
-    thread.start()
+    threads = [threading.Thread(target=work, name="heartbeat", daemon=True) for work in (talk, listen)]
+    for thread in threads:
+        thread.start()
     try:
         yield
     finally:
         leaving.set()
-        thread.join()
-        beats.exchange(DONE)
+        for thread in threads:
+            thread.join(STORE_SECONDS)
 
 
 class Beats:
@@ -60,16 +69,18 @@ class Beats:
         self._own_key = f"zimage-train/{run}/{rank}"
         self._keys = {other: f"zimage-train/{run}/{other}" for other in range(world_size) if other != rank}
         self._last_beats: dict[int, str] = {}
-        self._silence: dict[int, float] = {}
-        self._last_round = time.monotonic()
+        self._silence = dict.fromkeys(self._keys, 0.0)
+
+    def wait(self, seconds: float) -> None:
+        """Let time pass in which nothing was heard.
+
+        A process that was suspended itself, as by Ctrl-Z, has not listened, so little of that time counts.
+        """
+        for rank in self._silence:
+            self._silence[rank] += min(seconds, 2 * BEAT_SECONDS)
 
     def exchange(self, beat: str) -> None:
         """Write the beat of this process and read those of the others; a store that does not answer is silence."""
-        now = time.monotonic()
-        # A process that was suspended itself, as by Ctrl-Z, has not listened for longer than a round can take.
-        passed, self._last_round = min(now - self._last_round, BEAT_SECONDS + STORE_SECONDS), now
-        for rank in self._silence:
-            self._silence[rank] += passed
         try:
             if self._store is None:
                 self._store = self._connect()
@@ -83,7 +94,7 @@ class Beats:
     def silent(self) -> list[int]:
         """Return the processes that have begun, have not said that they are done, and are silent for too long."""
         return [
-            rank for rank, seconds in self._silence.items() if seconds > LOST_SECONDS and self._last_beats[rank] != DONE
+            rank for rank, beat in list(self._last_beats.items()) if beat != DONE and self._silence[rank] > LOST_SECONDS
         ]
 
     def _hear(self, rank: int, beat: str) -> None:
