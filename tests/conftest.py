@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from jaxtyping import install_import_hook
 
 from typecheck import MODULES
@@ -22,6 +23,7 @@ from zimage_train import mini
 from zimage_train.config.load import validate_config
 from zimage_train.config.schema import Config
 
+import fp8_product
 from dataset_folder import image
 from mini_config import mini_values
 
@@ -63,6 +65,12 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
     monkeypatch.setattr(socket.socket, "connect", guarded)
     return attempts
+
+
+@pytest.fixture
+def quick_fp8(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products of fp8 in fp32: test_fp8.py holds torch's own to them, in products and in a step."""
+    monkeypatch.setattr(torch, "_scaled_mm", fp8_product.scaled_mm)
 
 
 @pytest.fixture(scope="session")

@@ -25,7 +25,7 @@ def trials(tmp_path_factory: pytest.TempPathFactory) -> Trials:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.label)
-def test_setting_does_what_it_says(trials: Trials, row: Row):
+def test_setting_does_what_it_says(quick_fp8: None, trials: Trials, row: Row):
     """The number is as expected, the LoRA another or the same, and the neutral value changes no bit."""
     assert prove(row, trials).failures == []
 

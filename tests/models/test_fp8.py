@@ -9,7 +9,10 @@ from torch import Tensor
 from zimage_train.models import fp8
 from zimage_train.models.linear import FrozenLinear
 
+import fp8_product
 from steps import gradients, trained, unfused
+
+PRODUCTS = {"torch's own": torch._scaled_mm, "in fp32": fp8_product.scaled_mm}
 
 
 def drawn(seed: int, *shape: int) -> Tensor:
@@ -27,11 +30,18 @@ def off(found: Tensor, wanted: Tensor) -> float:
     return float((found - wanted).norm() / wanted.norm())
 
 
+@pytest.mark.parametrize("product", PRODUCTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @settings(max_examples=20, deadline=None)
 @given(rows=st.integers(1, 40), seed=st.integers(0, 100), loud=st.floats(1e-6, 1e6))
-def test_products_equal_float64(dtype: torch.dtype, rows: int, seed: int, loud: float):
+def test_products_equal_float64(product: str, dtype: torch.dtype, rows: int, seed: int, loud: float):
     """Both products are those of the numbers that fp8 holds, rounded once to the dtype of the result."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "_scaled_mm", PRODUCTS[product])
+        compare_products(dtype, rows, seed, loud)
+
+
+def compare_products(dtype: torch.dtype, rows: int, seed: int, loud: float) -> None:
     x, weight, grad = loud * drawn(seed, rows, 64), drawn(seed + 1, 96, 64) / 8, drawn(seed + 2, rows, 96)
     x, grad = x.to(dtype), grad.to(dtype)
     packed = fp8.scaled_rows(weight)
@@ -74,14 +84,22 @@ def test_layer_takes_fp8_both_ways():
 
 
 @pytest.mark.slow
+def test_step_with_torchs_own_product(monkeypatch: pytest.MonkeyPatch):
+    """A step is the same whether torch multiplies in fp8 or the stand-in for it in fp32."""
+    found = []
+    for product in PRODUCTS.values():
+        monkeypatch.setattr(torch, "_scaled_mm", product)
+        found.append(gradients(*trained("none", "fp8_fast"), captions=(5,), size=(4, 4)))
+    assert max(map(off, *found)) < 2e-3  # 3e-4: a last bit may round to another number of fp8
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_step_of_the_miniature(dtype: str):
+def test_step_of_the_miniature(quick_fp8: None, dtype: str):
     """A step in fp8: the same bits in every mode and streamed, near to modules, and off fp32 by what fp8 costs."""
     exact = gradients(*unfused("none"))
     step = gradients(*trained("none", "fp8_fast", dtype=dtype))
-    # Without tensor cores a product in fp8 takes a second on some processors, so bf16 is left to the strictest mode.
-    modes = ("elementwise", "w1w3", "attention", "full") if dtype == "fp32" else ("full",)
-    for mode in modes:
+    for mode in ("elementwise", "w1w3", "attention", "full"):
         again = gradients(*trained(mode, "fp8_fast", dtype=dtype))
         assert all(map(torch.equal, step, again))
     streamed = gradients(*trained("w1w3", "fp8_fast", dtype=dtype, streamed=3))

@@ -69,7 +69,7 @@ def test_medium_size_is_for_speed_alone(bench, capsys):
     assert "--size medium goes with --speed" in capsys.readouterr().err
 
 
-def test_quantize_bench_equals_the_docs(bench):
+def test_quantize_bench_equals_the_docs(bench, quick_fp8: None):
     """The cost of quantising is the cost in the docs."""
     stored = json.loads((ROOT / "docs" / "bench" / "quantize.json").read_text())
     for kind, found in bench.quantize()["kinds"].items():
