@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from jaxtyping import install_import_hook
 
 from typecheck import MODULES
@@ -23,7 +22,6 @@ from zimage_train import mini
 from zimage_train.config.load import validate_config
 from zimage_train.config.schema import Config
 
-import fp8_product
 from dataset_folder import image
 from mini_config import mini_values
 
@@ -70,7 +68,9 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 @pytest.fixture
 def quick_fp8(monkeypatch: pytest.MonkeyPatch) -> None:
     """Products of fp8 in fp32: test_fp8.py holds torch's own to them, in products and in a step."""
-    monkeypatch.setattr(torch, "_scaled_mm", fp8_product.scaled_mm)
+    from fp8_product import scaled_mm  # imports torch, which tests of other rooms do without
+
+    monkeypatch.setattr("torch._scaled_mm", scaled_mm)
 
 
 @pytest.fixture(scope="session")
