@@ -6,7 +6,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from zimage_train import mini
 from zimage_train.commands.train import run_training
 from zimage_train.config.schema import Config
 from zimage_train.report.metrics import read_records
@@ -14,7 +13,6 @@ from zimage_train.report.metrics import read_records
 from helpers import PREVIEWED, final, folder, losses, run_in_two_starts
 
 RUN = {"optimizer": {"name": "adamw_schedulefree", "lr": 3e-3}, "train": {"steps": 4}, "save": {"every": 2}}
-LOOKING = {"validation": {"folder": str(mini.IMAGES), "every": 1, "resolution": 64}, "sample": PREVIEWED}
 
 
 def exported(config: Config) -> dict[str, torch.Tensor]:
@@ -45,9 +43,10 @@ def test_averages_are_exported(make_config):
 
 
 @pytest.mark.slow
-def test_looking_and_stopping_are_free(make_config, monkeypatch):
+def test_looking_and_stopping_are_free(make_config, photos: Path, monkeypatch):
     """Previews, validations and a stop in between change neither the LoRA nor the losses."""
-    plain, looked_at = make_config(name="plain", **RUN), make_config(**(RUN | LOOKING))
+    looking = {"validation": {"folder": str(photos), "every": 1, "resolution": 64}, "sample": PREVIEWED}
+    plain, looked_at = make_config(name="plain", **RUN), make_config(**RUN, **looking)
     run_training(plain, fresh=False)
     run_in_two_starts(looked_at, monkeypatch, step=3)
     assert losses(looked_at) == losses(plain)
