@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from zimage_train.commands import train
 from zimage_train.commands.train import run_training
 from zimage_train.training import loop, requests
 from zimage_train.training.run_dir import run_dir_of
@@ -46,6 +47,19 @@ def test_asked_of_an_earlier_start(make_config):
     requests.ask(run_dir_of(config), "save")
     run_training(config, fresh=False)
     assert not list((folder(config) / "lora").glob("*-0*.safetensors"))
+
+
+def test_asked_while_it_loads(make_config, monkeypatch: pytest.MonkeyPatch):
+    """What is asked before the first step is done after it."""
+    config, build_state = make_config(), train.build_state
+
+    def asked_meanwhile(*args):
+        requests.ask(run_dir_of(config), "save")
+        return build_state(*args)
+
+    monkeypatch.setattr(train, "build_state", asked_meanwhile)
+    run_training(config, fresh=False)
+    assert [path.name for path in (folder(config) / "lora").glob("*-0*.safetensors")] == ["tiny-000001.safetensors"]
 
 
 def test_previews_of_a_run_without(make_config, monkeypatch: pytest.MonkeyPatch):

@@ -22,7 +22,7 @@ from zimage_train.planning.run_times import Stage, describe_times
 from zimage_train.report.console import Console
 from zimage_train.report.metrics import RecordWriter, read_records
 from zimage_train.report.trackers import TensorBoard, Tracker, Trackers, WeightsAndBiases
-from zimage_train.training import distributed, loop, run_dir
+from zimage_train.training import distributed, loop, requests, run_dir
 from zimage_train.training.build import build_state, fill_caches
 from zimage_train.training.context import RunContext, find_checkpoint, open_context, shared_facts
 from zimage_train.training.device_plan import block_path, plan_for_devices, plan_warnings
@@ -117,6 +117,7 @@ def _locked_run_dir(folder: RunDir, world: World, fresh: bool) -> Iterator[Conso
         console.info(f"--fresh: the old run is now {atomic.rename_as_backup(folder.root, '.old')}")
     with locks.lock_folder(folder.root), contextlib.closing(console):
         atomic.remove_stale_temp_files(folder.root)
+        requests.take(folder)  # of a run that ended before it saw them; what comes from now on is of this run
         console.log_to(folder.log)
         distributed.barrier()
         yield console

@@ -16,7 +16,6 @@ from zimage_train.optim.schedules import base_lr, lr_factor
 from zimage_train.planning import devices
 from zimage_train.report.metrics import RecordWriter, read_records
 from zimage_train.rng import keyed_int
-from zimage_train.training import requests
 from zimage_train.training.batches import Batch, load_batch
 from zimage_train.training.distributed import all_reduce_gradients
 from zimage_train.training.outputs import after_step, preview, save_checkpoint
@@ -92,8 +91,6 @@ def train(state: TrainState, metrics: RecordWriter, events: RecordWriter) -> Non
 
 def before_first_step(state: TrainState, metrics: RecordWriter, events: RecordWriter) -> None:
     """Validate and preview the untrained LoRA, or finish what is due after the step that the run continues from."""
-    if state.world.is_main:
-        requests.take(state.folder)  # of a run that ended before it saw them
     if state.start_step > 0:
         # A crash between the checkpoint and the previews leaves them missing; those that exist are not drawn again.
         after_step(state, state.start_step, events, metrics)
