@@ -5,12 +5,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import diffusers
-
 from zimage_train import mini
 from zimage_train.errors import Argument, ConfigError, Location, Problem, WeightsError
 from zimage_train.io.dtypes import COMPUTE_DTYPES
-from zimage_train.lora import headers, inspect, lora_file, scale_rules, targets, verify
+from zimage_train.lora import headers, inspect, lora_file, scale_rules, targets
 from zimage_train.lora.deltas import Deltas
 from zimage_train.lora.inspect import LoraSummary
 from zimage_train.models import locate
@@ -27,6 +25,10 @@ def verify_file(path: Path, model: str | None) -> list[str]:
     Raises:
         WeightsError: it does not fit, or a loader would leave out a module or load another delta.
     """
+    import diffusers  # here, since diffusers takes seconds to import, and the other commands do without
+
+    from zimage_train.lora import verify
+
     summary = inspect.summarize_lora(path)
     lora = lora_file.read_deltas(path, headers.READ)
     shape, name = _reference_model(lora, model)

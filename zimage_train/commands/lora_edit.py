@@ -22,9 +22,8 @@ from zimage_train.lora import (
     metadata,
     scale_rules,
     targets,
-    verify,
 )
-from zimage_train.lora.deltas import Factors, Lora
+from zimage_train.lora.deltas import Factors, Lora, relative_error
 from zimage_train.lora.scale_rules import ScaleRule
 from zimage_train.models import locate
 from zimage_train.report.console import Console
@@ -127,7 +126,7 @@ def write_lora(lora: Lora, output: OutputFile, header: Mapping[str, str]) -> lis
     bf16_error = 0.0
     if narrowest != "bf16":
         in_bf16 = lora_file.round_to_dtype(lora, "bf16")
-        bf16_error = max(verify.relative_error(lora[name], in_bf16[name]) for name in lora)
+        bf16_error = max(relative_error(lora[name], in_bf16[name]) for name in lora)
     if dtype == "fp32" and bf16_error > 0:
         rounding = f"since bf16 would round by up to {bf16_error:.1e} of a change"
     elif dtype == "fp32":

@@ -59,6 +59,12 @@ class Delta(ABC):
         return max(self.inner(self) - 2.0 * self.inner(other) + other.inner(other), 0.0) ** 0.5
 
 
+def relative_error(expected: Delta, actual: Delta) -> float:
+    """Return ||delta - delta'|| / ||delta|| (Frobenius); ||delta'|| if the expected delta is zero."""
+    norm, error = expected.norm(), expected.distance(actual)
+    return error / norm if norm > 0 else error
+
+
 @dataclass(frozen=True)
 class Factors(Delta):
     """The LoRA factors of a module: delta = scale * B @ A, with A (rank, in) and B (out, rank)."""

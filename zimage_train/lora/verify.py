@@ -18,7 +18,17 @@ from torch import Tensor, nn
 from zimage_train.errors import Problem, WeightsError, ZImageTrainError, collect_errors
 from zimage_train.io import tensorfile
 from zimage_train.lora import keys, qkv
-from zimage_train.lora.deltas import Delta, Deltas, Dora, Factors, Hadamard, Kronecker, Lora, Rotation
+from zimage_train.lora.deltas import (
+    Delta,
+    Deltas,
+    Dora,
+    Factors,
+    Hadamard,
+    Kronecker,
+    Lora,
+    Rotation,
+    relative_error,
+)
 from zimage_train.lora.headers import Sizes
 from zimage_train.lora.layers import ADAPTER_NAME
 from zimage_train.lora.qkv import Change
@@ -80,12 +90,6 @@ def _compare(path: Path, loader: str, loaded: Deltas, trained: Mapping[str, Delt
         message = f"{loader} would load {worst} with a relative error of {errors[worst]:.1e}"
         raise WeightsError(Problem(str(path), message, REPORT_HINT, "not-verified"))
     return errors[worst]
-
-
-def relative_error(expected: Delta, actual: Delta) -> float:
-    """Return ||delta - delta'|| / ||delta|| (Frobenius); ||delta'|| if the expected delta is zero."""
-    norm, error = expected.norm(), expected.distance(actual)
-    return error / norm if norm > 0 else error
 
 
 def as_diffusers(path: Path, shape: TransformerShape) -> Deltas:
