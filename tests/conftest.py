@@ -4,6 +4,7 @@ import gc
 import os
 import shutil
 import socket
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from zimage_train.config.schema import Config
 
 from dataset_folder import image
 from mini_config import mini_values
+from warm_python import warm_python
 
 ROOT = Path(__file__).parent.parent
 
@@ -71,6 +73,21 @@ def quick_fp8(monkeypatch: pytest.MonkeyPatch) -> None:
     from fp8_product import scaled_mm  # imports torch, which tests of other rooms do without
 
     monkeypatch.setattr("torch._scaled_mm", scaled_mm)
+
+
+@pytest.fixture(scope="session")
+def forking_python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A program to start instead of `sys.executable`, whose imports are done."""
+    with warm_python(tmp_path_factory.mktemp("warm")) as program:
+        yield program
+
+
+@pytest.fixture(scope="module")
+def warm_processes(forking_python: str) -> Iterator[None]:
+    """Within a module whose tests are not about starting up, processes start with their imports done."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "executable", forking_python)
+        yield
 
 
 @pytest.fixture(scope="session")

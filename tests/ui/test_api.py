@@ -14,7 +14,7 @@ from zimage_train.ui.submitted_config import check_submitted
 
 from try_browser import copy_of_runs, pixels, serving, trained_runs, wait_for
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("warm_processes")]
 PROMPT = "a red zorb on a blue background"
 
 

@@ -20,7 +20,7 @@ from zimage_train.ui import run_state
 from mini_config import mini_text
 from page_server import PageServer, console_errors, page_server
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("warm_processes")]
 
 LONG, RUN_SECONDS = 30_000, 120_000
 """Milliseconds."""

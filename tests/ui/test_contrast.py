@@ -9,7 +9,7 @@ from playwright.sync_api import Browser, Page
 
 from page_server import PageServer, page_server
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("warm_processes")]
 
 PAGES = ("/", "/run/done", "/new", "/images", "/try", "/loras")
 CONTRASTS = """() => {

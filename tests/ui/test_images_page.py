@@ -15,7 +15,7 @@ from zimage_train.dataset.buckets import nearest_bucket
 from images_browser import LESSON, copy_lesson, open_images, open_page, saved, served
 from page_server import open_browser
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("warm_processes")]
 
 MANY = 10_000
 FIRST_ROW_SECONDS = 8.0

@@ -20,6 +20,8 @@ from mini_config import mini_text
 
 FAILED_SECONDS = 10
 
+pytestmark = pytest.mark.usefixtures("warm_processes")
+
 
 @pytest.fixture
 def make_queue(tmp_path: Path) -> Iterator[Callable[[], JobQueue]]:

@@ -15,6 +15,8 @@ from zimage_train.ui.workspace import Workspace
 
 from try_browser import copy_of_runs, trained_runs
 
+pytestmark = pytest.mark.usefixtures("warm_processes")
+
 
 @pytest.fixture
 def workspace(shared_cache: Path, tmp_path: Path) -> Workspace:

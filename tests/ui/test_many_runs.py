@@ -15,7 +15,7 @@ from zimage_train import mini
 
 from page_server import PageServer, page_server
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("warm_processes")]
 
 RUNS, STEPS, PROMPTS, RECORDS = 50, 10, 4, 3000
 LARGEST_BYTES = 200_000

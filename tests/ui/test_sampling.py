@@ -25,6 +25,10 @@ from zimage_train.ui.workspace import Workspace
 from helpers import environment
 from try_browser import copy_of_runs, drawn, pixels, sampler_for, trained_runs, wait_for
 
+PYTHON = sys.executable
+"""It imports anew what it needs."""
+pytestmark = pytest.mark.usefixtures("warm_processes")
+
 
 @pytest.fixture
 def runs(shared_cache: Path, tmp_path: Path) -> Path:
@@ -169,9 +173,7 @@ def test_worker_ends_when_idle_or_left(tmp_path):
     assert idle.wait(60) == 0
     assert idle.stdin is not None
     idle.stdin.close()
-    left = subprocess.run(
-        [sys.executable, "-m", "zimage_train.ui.sampling_worker"], input=b"", env=environment(), timeout=60
-    )
+    left = subprocess.run([PYTHON, "-m", "zimage_train.ui.sampling_worker"], input=b"", env=environment(), timeout=60)
     assert left.returncode == 0
 
 

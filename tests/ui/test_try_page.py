@@ -9,7 +9,7 @@ from playwright.sync_api import Page, expect
 
 from try_browser import chromium_page, copy_of_runs, pixels, serving, trained_runs
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("warm_processes")]
 
 
 @pytest.fixture(scope="module")
