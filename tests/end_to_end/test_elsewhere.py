@@ -23,7 +23,7 @@ from zimage_train.training import checkpoint
 from helpers import facts, final, folder, losses, numbers, stop_after
 from mini_config import mini_values
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("warm_processes")]
 
 TWO = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "zimage_train", "train"]
 FORMATS = Path(__file__).parents[1] / "golden" / "checkpoints"

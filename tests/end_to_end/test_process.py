@@ -194,10 +194,18 @@ def accumulated(tmp_path_factory: pytest.TempPathFactory, shared_cache: Path) ->
 
 
 @pytest.mark.parametrize("launcher", [TORCHRUN, ACCELERATE], ids=["torchrun", "accelerate"])
-def test_two_processes_equal_accumulation(tmp_path: Path, shared_cache: Path, accumulated: Path, launcher):
+def test_two_processes_equal_accumulation(
+    tmp_path: Path,
+    shared_cache: Path,
+    accumulated: Path,
+    forking_python: str,
+    monkeypatch: pytest.MonkeyPatch,
+    launcher,
+):
     """Two processes train like a single process that accumulates two micro-batches."""
     path = tmp_path / "two.yaml"
     path.write_text(strict_yaml.dump(mini_values(tmp_path / "two", shared_cache, name="tiny", **SHORT)))
+    monkeypatch.setattr(sys, "executable", forking_python)  # test_launch.py starts launchers that import anew
     done = subprocess.run(
         [sys.executable, "-m", *launcher, "-m", "zimage_train", "train", str(path)],
         capture_output=True,
