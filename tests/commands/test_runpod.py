@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shlex
 import signal
 import subprocess
 import sys
@@ -28,6 +27,9 @@ train: {steps: STEPS, batch_size: 2}
 save: {every: 1}
 log: {tensorboard: false}
 """
+PYTHON = sys.executable
+"""It reads anew where the hub is."""
+pytestmark = pytest.mark.usefixtures("warm_processes")
 
 
 @pytest.fixture
@@ -41,7 +43,7 @@ def volume(tmp_path: Path) -> Path:
     (tmp_path / "volume" / "my config.yaml").write_text(text)
     (tmp_path / "bin").mkdir()
     program = tmp_path / "bin" / "zimage-train"
-    program.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m zimage_train "$@"\n')
+    program.write_text(f'#!/bin/sh\nexec "${{TEST_PYTHON:-{sys.executable}}}" -m zimage_train "$@"\n')
     program.chmod(0o755)
     return tmp_path / "volume"
 
@@ -130,6 +132,7 @@ def test_pod_waits_for_downloads(volume: Path):
     config.write_text(hubbed.replace(str(mini.ADAPTER_V1), "org/adapter/adapter.safetensors"))
     with serving({"org/mini": model, "org/adapter": {"adapter.safetensors": mini.ADAPTER_V1}}) as hub:
         online = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "CONFIG": config.name}
+        online["TEST_PYTHON"] = PYTHON
         online |= {f"{name}_proxy": "" for name in ("http", "https", "all")}
         late = start(volume, WAIT="0.01", WHEN_DONE="true", **online)
         assert late.returncode == 4 and re.search(r"--wait: .*: after 0.01 min \d+ of \d+ files", late.stderr)

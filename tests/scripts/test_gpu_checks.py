@@ -67,8 +67,9 @@ def read(folder: Path, part: str) -> dict[str, dict[str, Any]]:
 
 
 @pytest.mark.slow
-def test_parts_run_dry_and_once(tmp_path: Path):
+def test_parts_run_dry_and_once(tmp_path: Path, forking_python: str, monkeypatch: pytest.MonkeyPatch):
     """Every part runs dry, and a second call skips it."""
+    monkeypatch.setattr(sys, "executable", forking_python)  # each of its cases has a process of its own
     script = ROOT / "scripts" / "gpu_checks.py"
     first = run(script, "--dry", "--out", str(tmp_path))
     assert first.returncode == 0, first.stdout + first.stderr

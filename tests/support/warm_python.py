@@ -97,6 +97,8 @@ def serve(address: str) -> dict[str, Any] | None:
                     os.kill(process, signal.SIGKILL)
                 return None
             elif isinstance(key.fileobj, socket.socket):
+                if key.fileobj.fileno() < 0:
+                    continue  # its fork has ended in this same round
                 number = key.fileobj.recv(1)
                 os.kill(forks[key.fd], number[0] if number else signal.SIGKILL)
                 if not number:
