@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from zimage_train.diffusion import flow
@@ -83,3 +83,46 @@ def test_guidance_convention():
     """Guidance follows the convention of diffusers."""
     assert float(flow.apply_guidance(torch.tensor(2.0), torch.tensor(1.0), 3.0)) == 5.0
     assert math.isclose(float(flow.apply_guidance(torch.tensor(2.0), torch.tensor(1.0), 0.0)), 2.0)
+
+
+def test_student_sigmas_in_teacher_grid():
+    """The student's sigmas are inserted into the teacher's grid."""
+    through = flow.sampling_sigmas(8, 3.0)
+    grid = flow.sampling_sigmas_through(50, 3.0, through)
+    assert grid[0] == 1.0 and grid[-1] == 0.0 and all(a > b for a, b in itertools.pairwise(grid))
+    assert set(through) <= set(grid)
+    own = [3 * (1 - i / 50) / (1 + 2 * (1 - i / 50)) for i in range(50)]
+    assert all(min(abs(sigma - one) for one in grid) < 1e-9 for sigma in own)
+    assert len(grid) == 51 + 9 - 3  # 1, 0.75 and 0 are in both
+    assert flow.sampling_sigmas_through(8, 3.0, through) == through
+
+
+@settings(deadline=None)
+@given(st.floats(0.0, 1.0), st.integers(0, 2**32))
+def test_pair_has_its_mixture_and_velocity(sigma: float, seed: int):
+    """A pair has the mixture and the velocity that it was made from."""
+    draw = torch.Generator().manual_seed(seed)
+    x, v = (torch.randn(2, 3, 4, 4, generator=draw, dtype=torch.float64) for _ in range(2))
+    x0, noise = flow.pair_from_velocity(x, v, sigma)
+    assert torch.allclose((1 - sigma) * x0 + sigma * noise, x, atol=1e-12)
+    assert torch.allclose(noise - x0, v, atol=1e-12)
+
+
+def test_inserted_sigmas_appear_once():
+    """A grid keeps its own sigmas beside the inserted, and none of them twice."""
+    grid = flow.sampling_sigmas_through(4, 1.0, [0.6, 0.5 + 5e-10])
+    assert grid == [1.0, 0.75, 0.6, 0.5 + 5e-10, 0.25, 0.0]
+    assert flow.sampling_sigmas_through(4, 1.0, [0.51])[2:4] == [0.51, 0.5]
+
+
+GUIDED = [(1.5, 0.25, 4.0, 6.5, 5.0, 5.25), (-2.0, 1.0, 0.5, -3.5, -1.5, -0.5)]
+"""positive, negative, scale, and by hand: pos + g (pos - neg), g (pos - neg), neg + g (pos - neg)."""
+
+
+@pytest.mark.parametrize("positive, negative, scale, guided, moved, pushed", GUIDED)
+def test_guidance_by_hand(positive, negative, scale, guided, moved, pushed):
+    """Guidance, the move of a slider and the contrastive target equal what a hand calculation gives."""
+    pair = torch.tensor(positive), torch.tensor(negative)
+    assert float(flow.apply_guidance(*pair, scale)) == guided
+    assert float(flow.slider_shift(*pair, scale)) == moved
+    assert float(flow.contrastive_target(pair[1], pair[0], scale)) == pushed

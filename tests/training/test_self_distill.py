@@ -6,8 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from zimage_train import mini
 from zimage_train.commands.train import run_training
@@ -34,36 +32,6 @@ from helpers import folder, losses, stop_after
 
 CPU = torch.device("cpu")
 TURBO_SIGMAS = [1, 21 / 22, 0.9, 5 / 6, 0.75, 9 / 14, 0.5, 0.3, 0]
-
-
-# The equations
-
-
-def test_student_sigmas_in_teacher_grid() -> None:
-    """The student's sigmas are inserted into the teacher's grid."""
-    through = flow.sampling_sigmas(8, 3.0)
-    assert np.allclose(through, TURBO_SIGMAS)
-    grid = flow.sampling_sigmas_through(50, 3.0, through)
-    assert grid[0] == 1.0 and grid[-1] == 0.0 and all(a > b for a, b in itertools.pairwise(grid))
-    assert set(through) <= set(grid)
-    own = [3 * (1 - i / 50) / (1 + 2 * (1 - i / 50)) for i in range(50)]
-    assert all(min(abs(sigma - one) for one in grid) < 1e-9 for sigma in own)
-    assert len(grid) == 51 + 9 - 3  # 1, 0.75 and 0 are in both
-    assert flow.sampling_sigmas_through(8, 3.0, through) == through
-
-
-@settings(deadline=None)
-@given(st.floats(0.0, 1.0), st.integers(0, 2**32))
-def test_pair_has_its_mixture_and_velocity(sigma: float, seed: int) -> None:
-    """A pair has the mixture and the velocity that it was made from."""
-    draw = torch.Generator().manual_seed(seed)
-    x, v = (torch.randn(2, 3, 4, 4, generator=draw, dtype=torch.float64) for _ in range(2))
-    x0, noise = flow.pair_from_velocity(x, v, sigma)
-    assert torch.allclose((1 - sigma) * x0 + sigma * noise, x, atol=1e-12)
-    assert torch.allclose(noise - x0, v, atol=1e-12)
-
-
-# Runs
 
 
 @pytest.fixture
