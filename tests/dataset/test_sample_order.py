@@ -473,7 +473,7 @@ def test_regularization_share_unused():
 
 @pytest.mark.parametrize(
     ("epochs", "grad_accumulation", "processes", "steps"),
-    [(1, 1, 1, 12), (2.5, 1, 1, 30), (1, 5, 1, 3), (1, 1, 4, 3), (0.01, 1, 1, 1)],
+    [(1, 1, 1, 12), (2.5, 1, 1, 30), (1, 5, 1, 3), (1, 1, 4, 3), (0.01, 1, 1, 1), (1e-12, 1, 1, 1)],
 )
 def test_epochs_become_steps(epochs: float, grad_accumulation: int, processes: int, steps: int):
     made = config(grad_accumulation=grad_accumulation)
@@ -564,3 +564,93 @@ def test_parts_differ_by_seed():
     ]
     parts = [{item.image.digest: plan.sample(item, 0).part for item in plan.items} for plan in plans]
     assert parts[0] == parts[1] != parts[2]
+
+
+def test_parts_of_an_image_in_two_entries():
+    """The uses of an image in two entries have parts next to each other, in the order of the entries."""
+    found = images(9)
+    plan = replace(plan_of(found=[found, found], entries=[{}, {}]), stratified=True)
+    for order in (plan, replace(plan, items=plan.items[::-1])):
+        parts = {(item.image.digest, item.entry): order.sample(item, 0).part for item in order.items}
+        for image in found:
+            first, second = parts[image.digest, 0], parts[image.digest, 1]
+            assert first is not None and second == (first[0] + 1, 18)
+
+
+# What other parts ask of the order
+
+
+def test_negatives_have_size_and_flip():
+    """The other image of a pair is used in the size of the first and mirrored as it is; other images have none."""
+    other = replace(images(1, tag="n")[0], width=500)
+    first, second = images(2, sizes=[(128, 64)])
+    plan = plan_of(found=[[replace(first, negative=other), second]], entries=[{"flip": True}])
+    paired = [item for item in plan.items if item.image.digest == first.digest]
+    assert plan.negatives == [replace(item, image=other) for item in paired]
+    assert [item.flip for item in plan.negatives] == [False, True]
+    assert {item.negative for item in plan.items if item not in paired} == {None}
+
+
+def test_longest_sample():
+    """The longest sample has the longest prompt as it is, and that of epoch 0."""
+    image = replace(images(1)[0], prompts=("a", "zorb, b, c", "zorb"))
+    made = config(entries=[{"trigger": "zorb", "caption_dropout": 1.0, "shuffle_tags": True}])
+    made = made.model_copy(update={"preserve": PreserveSettings(kind="trigger", class_word="shape")})
+    plan = make_sample_order(made, make_items(made, [[image]]))
+    assert plan.longest_sample(plan.items[0]) == Sample(plan.items[0], 0, "zorb, b, c", "shape, b, c")
+
+
+def test_three_epochs_are_kept(monkeypatch):
+    """The three epochs that were asked for last are sorted once each; older epochs are not kept."""
+    made, stream = [], plan_of(4).concept
+    make_epoch = type(stream)._make_epoch
+
+    def counted(self, epoch: int):
+        made.append(epoch)
+        return make_epoch(self, epoch)
+
+    monkeypatch.setattr(type(stream), "_make_epoch", counted)
+    for epoch in (0, 1, 2, 0, 1, 2, 3, 1, 2, 3, 0):
+        stream.micro_batch(4 * epoch)
+    assert made == [0, 1, 2, 3, 0]
+
+
+def test_added_image_fills_a_batch():
+    """A micro-batch that an additional image makes fuller keeps its place."""
+
+    def firsts(plan: SampleOrder) -> list[str]:
+        batches = first_batches(plan, plan.concept.micro_batches_per_epoch)
+        return [batch[0].item.image.digest for batch in batches]
+
+    square, filled = [(64, 64)], 0
+    before = firsts(plan_of(found=[images(5, sizes=square)], batch_size=4))
+    for number in range(30):
+        added = images(1, sizes=square, tag=f"new{number}-")
+        after = firsts(plan_of(found=[images(5, sizes=square) + added], batch_size=4))
+        if set(after) == set(before):
+            filled += 1
+            assert after == before
+    assert filled > 2
+
+
+@quick
+@given(st.integers(1, 9), st.integers(1, 5), st.integers(0, 9), st.integers(1, 12), few, few)
+def test_prompts_are_those_of_the_epochs(
+    count: int, others: int, tenths: int, steps: int, grad_accumulation: int, processes: int
+):
+    """With shuffled tags, the prompts of the epochs that a run begins are known, and no others."""
+    tags = ", ".join("abcdefghijklmnop")
+    entries = [{"shuffle_tags": True}, CLASS | {"shuffle_tags": True}]
+    found = [
+        [replace(image, prompts=(f"{image.digest}, {tags}",)) for image in images(number, tag=tag)]
+        for number, tag in ((count, "a"), (others, "b"))
+    ]
+    made = config(entries=entries, grad_accumulation=grad_accumulation)
+    made = made.model_copy(update={"train": made.train.model_copy(update={"regularization_share": tenths / 10})})
+    plan = make_sample_order(made, make_items(made, found), processes)
+    samples = samples_of([batch for step in range(1, steps + 1) for batch in plan.step_batches(step)])
+    prompts = plan.prompts(steps)
+    for item in plan.items:
+        begun = len({sample.epoch for sample in samples if sample.item.entry == item.entry})
+        known = sum(item.image.digest in prompt for prompt in prompts) - 1  # the longest is there for the dry run
+        assert known == begun

@@ -7,7 +7,7 @@ for each process. Regularization images have epochs of their own.
 import itertools
 import math
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from zimage_train.config.dataset import DataEntry
@@ -34,7 +34,7 @@ class TrainItem:
     size: Bucket
     repeat: int
     """Which of the repeats of the image, from 0."""
-    flip: bool = False
+    flip: bool
     """Whether the image is mirrored."""
 
     def identity(self) -> tuple[KeyPart, ...]:
@@ -111,13 +111,13 @@ def target_sides(entry: DataEntry) -> list[float]:
     return [float(resolution) for resolution in entry.resolution]
 
 
-@dataclass(frozen=True)
 class EpochStream:
     """The micro-batches of some items, epoch after epoch, numbered from 0 without end."""
 
-    items: tuple[TrainItem, ...]
-    order: "SampleOrder" = field(repr=False, compare=False)
-    _epochs: dict[int, list[tuple[Sample, ...]]] = field(default_factory=dict, repr=False, compare=False)
+    def __init__(self, items: tuple[TrainItem, ...], order: "SampleOrder") -> None:
+        self.items = items
+        self.order = order
+        self._epochs: dict[int, list[tuple[Sample, ...]]] = {}
 
     @cached_property
     def micro_batches_per_epoch(self) -> int:
@@ -188,7 +188,7 @@ class SampleOrder:
     """Number of processes."""
     regularization_share: float
     """Fraction of the micro-batches that hold regularization items, if there are any."""
-    stratified: bool = False
+    stratified: bool
     """Whether the sigmas of an epoch are drawn from equal parts of their density."""
 
     # Regularization images have epochs of their own. In a common epoch the share of each kind would follow from the
@@ -301,13 +301,13 @@ class SampleOrder:
         return sorted(prompts)
 
     def _num_epochs(self, item: TrainItem, steps: int) -> int:
-        """Return an upper bound of the epochs of the stream of `item` that a run of `steps` steps begins."""
-        stream, share = self._stream_of(item), self.effective_regularization_share
+        """Return the number of epochs of the stream of `item` that a run of `steps` steps begins."""
+        count = steps * self.grad_accumulation * self.world_size
+        of_stream = math.floor(count * self.effective_regularization_share)  # as `_micro_batch` counts them
+        stream = self._stream_of(item)
         if stream is self.concept:
-            share = 1.0 - share
-        # One micro-batch more than the share, since the rounding in `_micro_batch` can give it to either stream.
-        num_micro_batches = steps * self.grad_accumulation * self.world_size * share
-        return math.ceil(num_micro_batches + 1) // stream.micro_batches_per_epoch + 1
+            of_stream = count - of_stream
+        return math.ceil(of_stream / stream.micro_batches_per_epoch)
 
 
 def make_sample_order(config: Config, items: list[TrainItem], processes: int = 1) -> SampleOrder:
