@@ -322,6 +322,14 @@ def test_narrow_images_are_all_listed():
         make_items(config(), [strips])
     assert [problem.location for problem in caught.value.problems] == ["000.png", "002.png"]
     assert "too narrow for resolution 64; crop it or remove it" in str(caught.value)
+    with pytest.raises(DataError) as caught:
+        make_items(config(entries=[{"resolution": [64, 128]}]), [strips])
+    assert len(caught.value.problems) == 4, "each at both resolutions"
+
+
+def test_entries_need_their_images():
+    with pytest.raises(ValueError, match="shorter"):
+        make_items(config(entries=[{}, {}]), [images(1)])
 
 
 # Caption dropout
