@@ -11,6 +11,7 @@ from zimage_train.config.lora import LoraSettings
 from zimage_train.diffusion.frozen import FrozenTransformer, load_frozen, original_weights
 from zimage_train.errors import Problem, WeightsError
 from zimage_train.lora import headers, layers, targets, training_adapter
+from zimage_train.lora.deltas import Factors, Kronecker
 from zimage_train.models import host_copy, transformer
 from zimage_train.models.host_copy import HostCopy
 
@@ -209,5 +210,21 @@ def test_merge_counts_the_matches():
     shape = load_frozen(TRANSFORMER, None, "fp32", CPU).shape
     loaded = training_adapter.load_adapter(mini.ADAPTER_V1, 1.0, shape)
     short = [(name, tensor) for name, tensor in originals().items() if not name.startswith("layers.4.")]
-    with pytest.raises(WeightsError, match="matched 40/48"):
+    first = r"not matched: layers\.4\.adaLN_modulation\.0;"
+    with pytest.raises(WeightsError, match=f"matched 40/48 modules; {first}"):
         list(training_adapter.merge_adapter(short, loaded, CPU, training_adapter.MergeCount()))
+
+
+def test_other_kinds_are_merged_alike():
+    """A LoKr and a LoRA of `train.beside` add their strength times their change, and other weights stay."""
+    draw = torch.Generator().manual_seed(0)
+    w1, w2, a, b = (torch.randn(size, generator=draw) for size in ((2, 3), (4, 5), (2, 15), (8, 2)))
+    deltas = {"x": Kronecker((w1,), (w2,), 0.5), "y": Factors(a, b, 3.0)}
+    adapter = training_adapter.TrainingAdapter(Path("beside"), deltas, 0.25)
+    weights = {name: torch.randn(8, 15, generator=draw).bfloat16() for name in ("x.weight", "y.weight", "z.weight")}
+    found = dict(training_adapter.merge_all(weights.items(), [adapter, adapter], CPU))
+    changes = {"x.weight": 0.5 * torch.kron(w1.double(), w2.double()), "y.weight": 3.0 * b.double() @ a.double()}
+    for name, change in changes.items():
+        assert torch.allclose(found[name].double(), weights[name].double() + 2 * 0.25 * change, atol=1e-5), name
+    assert found["z.weight"] is weights["z.weight"]
+    assert adapter.delta_of("x.bias", CPU) is None
