@@ -11,6 +11,7 @@ forked from this one, which has imported torch already. Only that process sees t
 
 import argparse
 import difflib
+import gc
 import hashlib
 import importlib.machinery
 import json
@@ -198,6 +199,7 @@ def import_libraries() -> None:
     phases = [hypothesis.Phase.explicit, hypothesis.Phase.generate]
     hypothesis.settings.register_profile("mutation", phases=phases, database=None)
     hypothesis.settings.load_profile("mutation")
+    gc.freeze()  # or each process would go through all these objects
 
 
 def main() -> None:
