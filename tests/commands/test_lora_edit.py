@@ -320,49 +320,6 @@ def test_what_cannot_be_merged_is_said(tmp_path: Path, monkeypatch, arguments: l
 # Methods
 
 
-def test_ties_by_plain_loops():
-    """TIES keeps the largest values, elects signs and averages the values that agree.
-
-    Compared with the paper's three steps, written as plain loops.
-    """
-    draw = torch.Generator().manual_seed(2)
-    deltas, weights = [torch.randn(6, 5, generator=draw).double() for _ in range(3)], [1.0, 0.5, 2.0]
-    trimmed = []
-    for delta in deltas:
-        limit = delta.abs().flatten().sort(descending=True).values[int(0.4 * 30) - 1]
-        trimmed.append(torch.where(delta.abs() >= limit, delta, torch.zeros(())))
-    expected = torch.zeros(6, 5).double()
-    for i in range(6):
-        for j in range(5):
-            column = [float(one[i, j]) for one in trimmed]
-            sign = 1.0 if sum(column) >= 0 else -1.0
-            agreeing = [w * v for w, v in zip(weights, column, strict=True) if v * sign > 0]
-            expected[i, j] = sum(agreeing) / max(len(agreeing), 1)
-    assert torch.allclose(blending.blend_deltas("ties", deltas, weights, 0.4, 0, "x"), expected)
-
-
-@pytest.mark.parametrize("density", [0.01, 0.3, 0.999])
-def test_ties_is_that_of_peft(density: float):
-    from peft.utils.merge_utils import ties
-
-    draw = torch.Generator().manual_seed(3)
-    deltas, weights = [torch.randn(40, 30, generator=draw) for _ in range(3)], [0.8, 0.5, 1.0]
-    ours = blending.blend_deltas("ties", deltas, weights, density, 0, "x")
-    assert torch.allclose(ours, ties(deltas, torch.tensor(weights), density))
-
-
-def test_dare_seeds_and_mean():
-    """DARE draws by seed and module, and keeps the mean."""
-    delta = torch.ones(300, 300)
-    one = blending.blend_deltas("dare_linear", [delta], [0.5], 0.25, 1, "x")
-    assert set(one.unique().tolist()) == {0.0, 2.0} and float(one.mean()) == pytest.approx(0.5, rel=0.03)
-    state = torch.get_rng_state()
-    assert torch.equal(blending.blend_deltas("dare_linear", [delta], [0.5], 0.25, 1, "x"), one)
-    assert torch.equal(torch.get_rng_state(), state)
-    for seed, name in ((2, "x"), (1, "y")):
-        assert not torch.equal(blending.blend_deltas("dare_linear", [delta], [0.5], 0.25, seed, name), one)
-
-
 @pytest.mark.parametrize("method", ["ties", "dare_ties", "dare_linear"])
 def test_merge_methods_at_full_rank(tmp_path: Path, method: str):
     """Each merge method, written at full rank, is the change that it computes."""

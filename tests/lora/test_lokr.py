@@ -41,7 +41,8 @@ def relative(found: Tensor, wanted: Tensor) -> float:
 
 @given(size=st.integers(1, 20_000), factor=st.none() | st.integers(1, 256))
 def test_sizes_are_divided_as_in_peft(size: int, factor: int | None):
-    assert divide(size, factor) == factorization(size, -1 if factor is None else factor)
+    divided = divide(size, factor)
+    assert divided == factorization(size, -1 if factor is None else factor) and type(divided[1]) is int
 
 
 @pytest.mark.parametrize(
@@ -187,6 +188,7 @@ def test_products_are_counted():
         for x in torch.randn(5, 8, 12):
             torch.randn(shape.w1) @ x @ torch.randn(shape.w2).T
     assert counter.get_total_flops() == 2 * 5 * shape.products
+    assert shape.between == (torch.randn(shape.w1) @ x).numel()
 
 
 @BOTH

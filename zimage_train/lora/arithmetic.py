@@ -4,9 +4,9 @@ A sum is exact by concatenation: A = cat(A_i) and B = cat(w_i scale_i B_i), so t
 """
 
 import itertools
-import math
 from collections.abc import Iterable, Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -132,15 +132,8 @@ def ema_weights(steps: Sequence[int], decay: float | None, sigma_rel: float | No
 
 
 def _power_of(sigma_rel: float) -> float:
-    """Return the p for which (p+1)^(1/2) (p+2)^-1 (p+3)^(-1/2) equals `sigma_rel`, by bisection."""
-    low, high = 0.0, 1e6
-    for _ in range(200):
-        middle = (low + high) / 2
-        if math.sqrt((middle + 1) / ((middle + 2) ** 2 * (middle + 3))) > sigma_rel:
-            low = middle  # the width falls as p rises
-        else:
-            high = middle
-    return low
+    """Return the p for which (p+1)^(1/2) (p+2)^-1 (p+3)^(-1/2) equals `sigma_rel` (EDM2, appendix C.1)."""
+    return float(np.roots([1.0, 7.0, 16.0 - sigma_rel**-2, 12.0 - sigma_rel**-2]).real.max())
 
 
 def reduce_rank(factors: Factors, rank: int | None, energy: float, name: str = "") -> tuple[Factors, float, float]:

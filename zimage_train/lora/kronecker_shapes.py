@@ -4,6 +4,7 @@ Reference: LyCORIS, lycoris/functional/general.py (factorization) and lycoris/mo
 have it too.
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -18,12 +19,8 @@ def divide(size: int, factor: int | None) -> tuple[int, int]:
     """
     if factor is not None and size % factor == 0:
         return factor, size // factor
-    first = 1
-    for divisor in range(1, (size if factor is None else factor) + 1):
-        if divisor * divisor > size:
-            break
-        if size % divisor == 0:
-            first = divisor
+    limit = math.isqrt(size) if factor is None else min(factor, math.isqrt(size))
+    first = max(divisor for divisor in range(1, limit + 1) if size % divisor == 0)
     return first, size // first
 
 
