@@ -20,7 +20,7 @@ import signal
 import sys
 import time
 import tomllib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,8 @@ ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "scripts" / "mutation.toml"
 RESULTS = ROOT / "build" / "mutation"
 PAGE = ROOT / "docs" / "bench" / "mutation.md"
-LIMIT = 120.0
+BEGIN = "<!-- what follows is written by scripts/mutation.py -->"
+LIMIT = 60.0
 """Seconds for the tests of a mutant; a loop without end counts as noticed."""
 PYTEST = ["-x", "-q", "-p", "no:cacheprovider", "-m", "not slow", "-W", "ignore::pytest.PytestAssertRewriteWarning"]
 
@@ -182,6 +183,52 @@ def difference(before: str, after: str) -> str:
     return "\n".join(line for line in lines if not line.startswith(("---", "+++", "@@")))
 
 
+def changed_lines(diff: str) -> tuple[str, str]:
+    """Return what a difference takes away and what it puts there, without spaces."""
+    lines = diff.splitlines()
+    return tuple("".join("".join(line[1:].split()) for line in lines if line[0] == sign) for sign in "-+")
+
+
+def argument_for(module: str, diff: str, argued: list[dict[str, str]]) -> dict[str, str] | None:
+    """Return the entry of `argued` that says why a mutant of `module` is no fault, or None."""
+    for entry in argued:
+        lines = tuple("".join(entry[key].split()) for key in ("before", "after"))
+        if entry.get("module", module) == module and lines == changed_lines(diff):
+            return entry
+    return None
+
+
+def write_page(config: dict[str, Any]) -> list[str]:
+    """Write the page of all results, and return the differences of survivors that nobody has argued away."""
+    rows, reasons, open_ = [], [], []
+    for module, tests in config["modules"].items():
+        counts = Counter()
+        found: dict[str, str] = {}
+        with use_db(session(module), WorkDB.Mode.open) as db:
+            if list(db.pending_work_items):
+                sys.exit(f"{module} has mutants that were not tested; run them first")
+            for _, result in db.completed_work_items:
+                if result.worker_outcome is WorkerOutcome.SKIPPED:
+                    continue
+                counts["all"] += 1
+                counts["noticed"] += result.is_killed
+                if not result.is_killed:
+                    entry = argument_for(module, result.diff, config["argued"])
+                    if entry is None:
+                        open_.append(f"{module}\n{result.diff}")
+                    else:
+                        found[f"`{entry['before']}` as `{entry['after']}`"] = entry["because"]
+                        counts["argued"] += 1
+        names = ", ".join(f"`{test}`" for test in tests)
+        rows.append(f"| `{module}` | {names} | {counts['all']} | {counts['noticed']} | {counts['argued']} |")
+        reasons += [f"\n`{module}`\n", *(f"- {change}: {why}" for change, why in found.items())] if found else []
+    text = PAGE.read_text(encoding="utf-8").split(BEGIN)[0] + BEGIN
+    head = "\n\n| Module | Tests | Mutants | Noticed | Argued |\n|---|---|--:|--:|--:|\n"
+    reasons_head = "\n\n## Why the others are no faults\n"
+    PAGE.write_text(text + head + "\n".join(rows) + reasons_head + "\n".join(reasons) + "\n", encoding="utf-8")
+    return open_
+
+
 def import_libraries() -> None:
     """Import what most tests need and no mutant changes."""
     import beartype  # noqa: F401
@@ -210,6 +257,8 @@ def main() -> None:
     given = parser.parse_args()
     os.chdir(ROOT)
     config = tomllib.loads(CONFIG.read_text(encoding="utf-8"))
+    if given.page:
+        sys.exit("\n".join(write_page(config)))
     import_libraries()
     for module in given.modules or config["modules"]:
         test_module(module, config["modules"][module], given.survivors)

@@ -46,6 +46,8 @@ class KroneckerTerm:
     def backward(self, x: Tensor, grad: Tensor, grads: "KroneckerTerm", grad_x: Tensor | None) -> None:
         """Write the gradients of the matrices into `grads`, and add that of the rows x to `grad_x`, in place.
 
+        `grad_x` has as many elements as x, of any shape.
+
         What the forward had between its two products is formed again: it may be as large as x or the output.
         """
         w1, w2 = self.factor("w1"), self.factor("w2")
@@ -92,8 +94,7 @@ class _AddFunction(torch.autograd.Function):
         term = KroneckerTerm(_cast(ctx.names, matrices, x.dtype), ctx.scale)
         grads = KroneckerTerm({name: torch.empty_like(part) for name, part in term.parts.items()}, ctx.scale)
         grad_x = torch.zeros_like(x, memory_format=torch.contiguous_format) if ctx.needs_input_grad[0] else None
-        rows = None if grad_x is None else grad_x.flatten(0, -2)
-        term.backward(x.flatten(0, -2).contiguous(), grad.flatten(0, -2), grads, rows)
+        term.backward(x.flatten(0, -2).contiguous(), grad.flatten(0, -2), grads, grad_x)
         casts = [grads.parts[name].to(matrix.dtype) for name, matrix in zip(ctx.names, matrices, strict=True)]
         return grad_x, grad, None, None, *casts
 
