@@ -141,7 +141,7 @@ def record(module: str, tests: list[str], to: Path) -> int:
     return status
 
 
-def test_module(module: str, tests: list[str], survivors: bool) -> None:
+def run_module(module: str, tests: list[str], survivors: bool) -> None:
     """Test the mutants of `module` that have no result yet, or those that survived, and store the results."""
     path = session(module)
     with use_db(path, WorkDB.Mode.open) as db:
@@ -156,14 +156,14 @@ def test_module(module: str, tests: list[str], survivors: bool) -> None:
         tests_of = json.loads(lines.read_text())
         source = (ROOT / module).read_text(encoding="utf-8")
         for number, item in enumerate(items, 1):
-            result = test_mutant(item, module, source, tests_of)
+            result = run_mutant(item, module, source, tests_of)
             db.set_result(item.job_id, result)
             (spec,) = item.mutations
             print(f"{module} {number}/{len(items)} line {spec.start_pos[0]} {spec.operator_name}: ", end="")
             print(result.test_outcome.value if result.is_killed else f"survived\n{result.diff}", flush=True)
 
 
-def test_mutant(item: WorkItem, module: str, source: str, tests_of: dict[str, list[str]]) -> WorkResult:
+def run_mutant(item: WorkItem, module: str, source: str, tests_of: dict[str, list[str]]) -> WorkResult:
     """Return the result of the tests that reach the line of a mutant."""
     (spec,) = item.mutations
     changed, tests = mutant(spec, source), tests_of[str(spec.start_pos[0])]
@@ -261,7 +261,7 @@ def main() -> None:
         sys.exit("\n".join(write_page(config)))
     import_libraries()
     for module in given.modules or config["modules"]:
-        test_module(module, config["modules"][module], given.survivors)
+        run_module(module, config["modules"][module], given.survivors)
 
 
 if __name__ == "__main__":

@@ -173,16 +173,15 @@ def factorize(delta: Weight, rank: int | None, energy: float, name: str) -> tupl
     _require_finite(delta, name)
     total = float(delta.double().square().sum())
     full_width = min(delta.shape)
-    width = full_width if full_width < EXACT_BELOW else min(full_width, (rank or 64) + OVERSAMPLING)
+    width = full_width if full_width < EXACT_BELOW else (rank or 64) + OVERSAMPLING
     # The rank that keeps `energy` is not known in advance: the projection is widened until it holds that much.
-    while True:
-        if width >= full_width:
-            u, s, vh = torch.linalg.svd(delta.float(), full_matrices=False)
-        else:
-            u, s, vh = _randomized_svd(delta.float(), width, name)
-        if rank is not None or width >= full_width or float(s.double().square().sum()) >= energy * total:
+    while width < full_width:
+        u, s, vh = _randomized_svd(delta.float(), width, name)
+        if rank is not None or float(s.double().square().sum()) >= energy * total:
             break
-        width = min(full_width, 2 * width)
+        width *= 2
+    else:
+        u, s, vh = torch.linalg.svd(delta.float(), full_matrices=False)
     kept = _rank_to_keep(s, rank, energy, total)
     root = s[:kept].sqrt()
     factors = Factors(root[:, None] * vh[:kept], u[:, :kept] * root, 1.0)

@@ -38,7 +38,7 @@ class KroneckerTerm:
         return self.parts[f"{name}_a"] @ self.parts[f"{name}_b"]
 
     def add(self, x: Tensor, y: Tensor) -> None:
-        """Add the change for the rows x (t, in) to y (t, out), in place."""
+        """Add the change for the rows x (t, in) to y (..., out), in place."""
         w1, w2 = self.factor("w1"), self.factor("w2")
         # The sum is formed within the larger of the two products.
         y.view(-1, len(w2)).addmm_(_times_w1(w1, x).flatten(0, 1), w2.T, alpha=self.scale)
@@ -46,7 +46,7 @@ class KroneckerTerm:
     def backward(self, x: Tensor, grad: Tensor, grads: "KroneckerTerm", grad_x: Tensor | None) -> None:
         """Write the gradients of the matrices into `grads`, and add that of the rows x to `grad_x`, in place.
 
-        `grad_x` has as many elements as x, of any shape.
+        `grad` (..., out) and `grad_x` (..., in) may have more dimensions than x (t, in).
 
         What the forward had between its two products is formed again: it may be as large as x or the output.
         """
@@ -84,17 +84,18 @@ class _AddFunction(torch.autograd.Function):
         ctx.names, ctx.scale = names, scale
         ctx.mark_dirty(y)
         term = KroneckerTerm(_cast(names, matrices, x.dtype), scale)
-        term.add(x.flatten(0, -2).contiguous(), y.view(-1, y.shape[-1]))
+        term.add(x.flatten(0, -2).contiguous(), y)
         return y
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor):
-        grad = grad_outputs[0].contiguous()
+        (grad,) = grad_outputs
+        grad = grad.contiguous()
         x, *matrices = ctx.saved_tensors
         term = KroneckerTerm(_cast(ctx.names, matrices, x.dtype), ctx.scale)
         grads = KroneckerTerm({name: torch.empty_like(part) for name, part in term.parts.items()}, ctx.scale)
         grad_x = torch.zeros_like(x, memory_format=torch.contiguous_format) if ctx.needs_input_grad[0] else None
-        term.backward(x.flatten(0, -2).contiguous(), grad.flatten(0, -2), grads, grad_x)
+        term.backward(x.flatten(0, -2).contiguous(), grad, grads, grad_x)
         casts = [grads.parts[name].to(matrix.dtype) for name, matrix in zip(ctx.names, matrices, strict=True)]
         return grad_x, grad, None, None, *casts
 
