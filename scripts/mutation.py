@@ -200,7 +200,7 @@ def argument_for(module: str, diff: str, argued: list[dict[str, str]]) -> dict[s
 
 def write_page(config: dict[str, Any]) -> list[str]:
     """Write the page of all results, and return the differences of survivors that nobody has argued away."""
-    rows, reasons, open_ = [], [], []
+    rows, reasons, open_, used = [], [], [], Counter()
     for module, tests in config["modules"].items():
         counts = Counter()
         found: dict[str, str] = {}
@@ -218,10 +218,15 @@ def write_page(config: dict[str, Any]) -> list[str]:
                         open_.append(f"{module}\n{result.diff}")
                     else:
                         found[f"`{entry['before']}` as `{entry['after']}`"] = entry["because"]
+                        used[str(entry)] += 1
                         counts["argued"] += 1
         names = ", ".join(f"`{test}`" for test in tests)
         rows.append(f"| `{module}` | {names} | {counts['all']} | {counts['noticed']} | {counts['argued']} |")
         reasons += [f"\n`{module}`\n", *(f"- {change}: {why}" for change, why in found.items())] if found else []
+    for entry in config["argued"]:
+        # An entry that says of how many mutants it speaks, or one of a module, does not cover others of the same text.
+        if "module" in entry and used[str(entry)] != entry.get("times", 1):
+            open_.append(f"argued {used[str(entry)]} times: {entry}")
     text = PAGE.read_text(encoding="utf-8").split(BEGIN)[0] + BEGIN
     head = "\n\n| Module | Tests | Mutants | Noticed | Argued |\n|---|---|--:|--:|--:|\n"
     reasons_head = "\n\n## Why the others are no faults\n"

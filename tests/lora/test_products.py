@@ -178,3 +178,17 @@ def test_scales_of_the_moment():
         weight = case.weights[leaf].double()
         expected = x.double() @ (weight - 2.0 * (case.dense(leaf, leaves).detach() - weight)).T
         assert relative(output, expected) < 2e-6
+
+
+@pytest.mark.parametrize("lora", [LORA, LOKR], ids=["lora", "lokr"])
+def test_product_of_one_layer(lora: LoraSettings):
+    """A layer that shares its input with no other has a product of its own."""
+    case, x, grad = Case(lora, QKV[:1]), random(2, 5, IN), random(2, 5, 24)
+    start = case.attached.flat.start
+    alone = find_product(NAME, case.model.get_submodule("layers.3"), QKV[:1], start, case.begin)
+    leaves, output = case.leaves(), torch.empty(2, 5, 24)
+    inner = torch.empty(10, alone.rank) if alone.rank else None
+    alone.forward(x, case.factors, [output], inner)
+    assert relative(output, x.double() @ case.dense(QKV[0], leaves).T) < 2e-6
+    grad_x = alone.backward([grad], x, inner, case.factors, torch.empty_like(case.factors))
+    assert grad_x is not None and relative(grad_x, grad.double() @ case.dense(QKV[0], leaves)) < 2e-6

@@ -133,16 +133,16 @@ class LoraProduct(Product):
         self._multiply(rows, results)
         if inner is None:
             return
-        fixed_inner = None if self.offset is None else rows @ torch.cat(self.offset[0]).T
+        fixed = None if self.offset is None else (rows @ torch.cat(self.offset[0]).T, self.offset[1])
         scales = self.scales
         for index, y in enumerate(results):
             if self.ranks[index]:
                 b = self.b(factors, index)
-                if self.offset is not None and fixed_inner is not None:
+                if fixed is not None:
                     # One product, which sums in fp32: the two nearly cancel.
-                    columns = self.columns[index]
+                    columns, (fixed_inner, fixed_b) = self.columns[index], fixed
                     both = torch.cat([inner[:, columns], fixed_inner[:, columns]], dim=1)
-                    y.addmm_(both, torch.cat([b, -self.offset[1][index]], dim=1).T, alpha=scales[index])
+                    y.addmm_(both, torch.cat([b, -fixed_b[index]], dim=1).T, alpha=scales[index])
                     continue
                 # In place, so that the LoRA's share of the output is never a tensor of its own.
                 y.addmm_(inner[:, self.columns[index]], b.T, alpha=scales[index])
@@ -166,7 +166,8 @@ class LoraProduct(Product):
         a = self.a(factors)
         if self.offset is not None and grad_inner is not None:
             a = torch.cat([a, *self.offset[0]])
-            grad_inner = torch.cat([grad_inner, self._grad_of_fixed_inner(grad_rows)], dim=1)
+            fixed_grad = self._grad_of_fixed_inner(grad_rows, torch.empty_like(grad_inner))
+            grad_inner = torch.cat([grad_inner, fixed_grad], dim=1)
         if grad_inner is not None and not self.is_fp8:
             grad_x = grad_inner @ a
         grad_x = self._multiply_backward(grad_rows, rows, grad_x)
@@ -174,9 +175,8 @@ class LoraProduct(Product):
             grad_x.addmm_(grad_inner, a)
         return grad_x.view(x.shape)
 
-    def _grad_of_fixed_inner(self, grads: list[Tensor]) -> Tensor:
+    def _grad_of_fixed_inner(self, grads: list[Tensor], out: Tensor) -> Tensor:
         assert self.offset is not None
-        out = grads[0].new_empty(len(grads[0]), self.rank)
         for index, grad in enumerate(grads):
             if self.ranks[index]:
                 _scaled_product(grad, self.offset[1][index], -self.scales[index], out[:, self.columns[index]])
