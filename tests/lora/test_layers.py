@@ -105,12 +105,15 @@ def test_start_by_name_and_pattern():
         assert layer.scaling["default"] == lora.scales[name] and layer.lora_dropout["default"].p == 0.25
         assert (layer.rank_dropout, layer.module_dropout) == (0.5, 0.125)
     assert attached(start="orthogonal", rank=4)[1].cancels
+    for less in ({K: 2}, {K: 5}):
+        assert {name: len(a) for name, a in attached((Q, K, V), ranks=less)[1].a.items()} == {Q: 3, V: 3} | less
 
 
 def test_name_that_ends_alike():
     """A module whose name another ends with is refused, since peft would give both a LoRA."""
     model = frozen_model()
     model.add_module("to_q", FrozenLinear(12, 8, torch.float32, None).to_empty(device="cpu"))
+    model.add_module("other", nn.ModuleDict({"to_q": FrozenLinear(12, 8, torch.float32, None).to_empty(device="cpu")}))
     with pytest.raises(WeightsError, match=r"layers\.0\.attention\.to_q: peft attached a LoRA where none"):
         layers.attach_lora(model, LoraSettings(rank=2), ["to_q", K], 1)
 
@@ -124,7 +127,9 @@ def test_fixed_loras():
     for name, factors in lora.items():
         expected = x.double() @ (layers.base_layer(model, name).weight.double() + dense(factors)).T
         assert torch.allclose(model.get_submodule(name)(x).double(), expected, atol=1e-4)
-        assert torch.allclose(fixed.deltas()[name].delta().double(), dense(factors), atol=1e-5)
+        delta = fixed.deltas()[name]
+        assert isinstance(delta, Factors) and torch.equal(delta.a, factors.a), "the factors as they were"
+        assert torch.allclose(delta.delta().double(), dense(factors), atol=1e-5)
 
 
 def dense(factors: Factors) -> Tensor:
@@ -240,9 +245,11 @@ def test_state_of_others_is_refused():
     missing = {name: tensor for name, tensor in state.items() if not name.endswith(".B")}
     added = state | {"lora.x.A": torch.zeros(2, 5), "lora.w.A": torch.zeros(3, 4)}
     reshaped = state | {f"lora.{Q}.B": torch.zeros(8, 4), f"lora.{K}.B": torch.zeros(10, 5)}
+    smaller = state | {f"lora.{K}.A": torch.zeros(2, 12)}
     for wrong, said in (
         (missing, rf"here: lora.{K}.B is missing in the checkpoint and \[10, 3\] in this run"),
         (added, r"here: lora.w.A is \[3, 4\] in the checkpoint and missing in this run"),
+        (smaller, rf"here: lora.{K}.A is \[2, 12\] in the checkpoint and \[3, 12\] in this run"),
         (reshaped, rf"here: lora.{Q}.B is \[8, 4\] in the checkpoint and \[8, 3\] in this run"),
     ):
         with pytest.raises(WeightsError, match=said):
