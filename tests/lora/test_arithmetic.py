@@ -141,8 +141,9 @@ def test_power_law(sigma_rel: float, power: float | None):
     assert found == pytest.approx(expected.tolist(), rel=1e-6, abs=1e-300)
 
 
-def test_narrow_power_law_of_a_long_run():
-    """The last save has all the weight, and no number overflows on the way."""
+def test_last_save_alone():
+    """Without memory, or with the narrowest of a long run, the last save has all the weight; nothing overflows."""
+    assert arithmetic.ema_weights([1, 3, 8], 0.0, None) == [0.0, 0.0, 1.0]
     assert arithmetic.ema_weights([50_000, 100_000], None, 0.001) == pytest.approx([0.0, 1.0], abs=1e-100)
 
 

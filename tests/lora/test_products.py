@@ -186,6 +186,7 @@ def test_product_of_one_layer(lora: LoraSettings):
     case, x, grad = Case(lora, QKV[:1]), random(2, 5, IN), random(2, 5, 24)
     start = case.attached.flat.start
     alone = find_product(NAME, case.model.get_submodule("layers.3"), QKV[:1], start, case.begin)
+    assert alone.numel == case.product.numel == sum(leaf.numel() for leaf in case.leaves().values())
     leaves, output = case.leaves(), torch.empty(2, 5, 24)
     inner = torch.empty(10, alone.rank) if alone.rank else None
     alone.forward(x, case.factors, [output], inner)
