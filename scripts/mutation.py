@@ -217,12 +217,15 @@ def write_page(config: dict[str, Any]) -> list[str]:
                     if entry is None:
                         open_.append(f"{module}\n{result.diff}")
                     else:
-                        found[f"`{entry['before']}` as `{entry['after']}`"] = entry["because"]
+                        after = f"`{entry['after']}`" if entry["after"] else "nothing"
+                        found[f"`{entry['before']}` → {after}"] = entry["because"]
                         used[str(entry)] += 1
                         counts["argued"] += 1
         names = ", ".join(f"`{test}`" for test in tests)
         rows.append(f"| `{module}` | {names} | {counts['all']} | {counts['noticed']} | {counts['argued']} |")
-        reasons += [f"\n`{module}`\n", *(f"- {change}: {why}" for change, why in found.items())] if found else []
+        reasons += (
+            [f"\n`{module}`\n", *(f"- {change}: {why}" for change, why in sorted(found.items()))] if found else []
+        )
     for entry in config["argued"]:
         # An entry that says of how many mutants it speaks, or one of a module, does not cover others of the same text.
         if "module" in entry and used[str(entry)] != entry.get("times", 1):
