@@ -39,7 +39,7 @@ def test_two_are_kept_and_order_is_by_step(tmp_path: Path):
     assert [step for step, _ in checkpoint.steps_in(tmp_path)] == [1_000_000, 30]
 
 
-def test_constants_are_those_of_the_golden_file():
+def test_constants_of_the_golden_file():
     """The kept checkpoint has this version's format and arithmetic, which a change of either must raise."""
     (path,) = GOLDEN.glob(f"format{checkpoint.FORMAT}-arithmetic{checkpoint.ARITHMETIC}/step-*.safetensors")
     assert checkpoint.load(path).step == 2
