@@ -223,11 +223,10 @@ def write_page(config: dict[str, Any]) -> list[str]:
                         counts["argued"] += 1
         names = ", ".join(f"`{test}`" for test in tests)
         rows.append(f"| `{module}` | {names} | {counts['all']} | {counts['noticed']} | {counts['argued']} |")
-        reasons += (
-            [f"\n`{module}`\n", *(f"- {change}: {why}" for change, why in sorted(found.items()))] if found else []
-        )
+        if found:
+            reasons += [f"\n`{module}`\n", *(f"- {change}: {why}" for change, why in sorted(found.items()))]
     for entry in config["argued"]:
-        # An entry that says of how many mutants it speaks, or one of a module, does not cover others of the same text.
+        # It speaks of one mutant, or of as many as it says, so that it hides no other with the same text.
         if "module" in entry and used[str(entry)] != entry.get("times", 1):
             open_.append(f"argued {used[str(entry)]} times: {entry}")
     text = PAGE.read_text(encoding="utf-8").split(BEGIN)[0] + BEGIN
@@ -266,7 +265,7 @@ def main() -> None:
     os.chdir(ROOT)
     config = tomllib.loads(CONFIG.read_text(encoding="utf-8"))
     if given.page:
-        sys.exit("\n".join(write_page(config)))
+        sys.exit("\n".join(write_page(config)) or 0)
     import_libraries()
     for module in given.modules or config["modules"]:
         run_module(module, config["modules"][module], given.survivors)
