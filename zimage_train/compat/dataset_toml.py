@@ -160,7 +160,10 @@ def convert_dataset(path: Path, text: str, overrides: Sequence[str] = ()) -> Con
     """
     try:
         content = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except RecursionError:
+        problem = Problem(str(path), "is nested too deeply", "write lists of at most two levels", "not-toml")
+        raise ConfigError(problem) from None
+    except ValueError as error:  # a TOMLDecodeError, or a number of thousands of digits
         raise ConfigError(_syntax_problem(path, text, str(error))) from None
     reader = _Reader(path, _key_lines(text))
     datasets = content.get("datasets")

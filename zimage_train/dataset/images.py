@@ -10,8 +10,9 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 from zimage_train.dataset.buckets import Bucket
 from zimage_train.errors import DataError, DiskError, Problem, ZImageTrainError
 from zimage_train.io import atomic
+from zimage_train.io.json_text import parse_json
 from zimage_train.io.progress import Progress
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
@@ -44,6 +46,14 @@ _HEX = re.compile("[0-9a-f]+")
 _SRGB = ImageCms.createProfile("sRGB")
 
 
+@contextmanager
+def without_warnings() -> Iterator[None]:
+    """Within the block, ignore what Pillow warns of in odd files: what cannot be read is an error all the same."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
 def load(path: Path, content: bytes) -> Image.Image:
     """Decode `content`, the bytes of `path`, to an upright sRGB image of mode RGB.
 
@@ -51,8 +61,7 @@ def load(path: Path, content: bytes) -> Image.Image:
         DataError: not an image, damaged, animated, too large, too small, or in a mode with no agreed meaning.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with without_warnings():
             image = Image.open(io.BytesIO(content), formats=FORMATS)
             _check_header(path, image)
             image.load()
@@ -74,7 +83,7 @@ def load(path: Path, content: bytes) -> Image.Image:
 def has_alpha(path: Path) -> bool:
     """Return whether the image at `path` has transparency; False if it cannot be read."""
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        with without_warnings(), Image.open(path, formats=FORMATS) as image:
             return "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
         return False
@@ -87,7 +96,7 @@ def load_alpha(path: Path, content: bytes) -> Image.Image:
         DataError: as in `load`.
     """
     load(path, content)  # only to raise for an image that is not accepted
-    with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+    with without_warnings(), Image.open(io.BytesIO(content), formats=FORMATS) as image:
         return ImageOps.exif_transpose(image).convert("RGBA").getchannel("A")
 
 
@@ -278,7 +287,7 @@ def near_duplicates(thumbnails: list[str]) -> list[tuple[int, int]]:
 def _read_index(file: Path) -> dict[str, ImageInfo]:
     """Return the valid entries of `file`; an image whose entry is damaged is decoded again."""
     try:
-        content = json.loads(file.read_bytes())
+        content = parse_json(file.read_bytes())
     except (OSError, ValueError):
         return {}
     if not isinstance(content, dict) or content.get("format") != INDEX_FORMAT:

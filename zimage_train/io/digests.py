@@ -2,12 +2,12 @@
 
 import contextlib
 import hashlib
-import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
 
 from zimage_train.io import atomic
+from zimage_train.io.json_text import parse_json
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -22,7 +22,7 @@ class DigestCache:
         if path is not None:
             # A missing or damaged file costs no more than reading the weights again.
             with contextlib.suppress(OSError, ValueError):
-                loaded = json.loads(path.read_bytes())
+                loaded = parse_json(path.read_bytes())
                 if isinstance(loaded, dict):
                     self._digests = loaded
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from zimage_train.errors import Location, Problem, WeightsError
 from zimage_train.io import atomic
 from zimage_train.io.dtypes import ITEM_BYTES
+from zimage_train.io.json_text import parse_json
 
 MAX_HEADER_BYTES = 100_000_000
 PLAIN_WEIGHTS_HINT = "take the .safetensors of the same weights in bf16, or in fp8"
@@ -62,8 +63,10 @@ def read_header(path: Path) -> Header:
             if len(start) < 8 or not 2 <= header_size <= min(MAX_HEADER_BYTES, file_size - 8):
                 message, hint = _describe_content(start + file.read(64), file_size)
                 raise WeightsError(Problem(str(path), message, hint, "not-safetensors"))
-            entries = json.loads(file.read(header_size))
+            entries = parse_json(file.read(header_size))
         metadata = entries.pop("__metadata__", None) or {}
+        if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+            raise WeightsError(Problem(str(path), "has metadata that is no text", hint, "damaged-file"))
         tensors: dict[str, TensorInfo] = {}
         spans: list[tuple[int, int]] = []
         for name, entry in entries.items():
@@ -85,7 +88,7 @@ def read_header(path: Path) -> Header:
     except OSError as error:
         message = f"cannot be read ({error.strerror})"
         raise WeightsError(Problem(str(path), message, "check the path", "unreadable-file")) from None
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
         message = "is not a safetensors file, or damaged"
         raise WeightsError(Problem(str(path), message, hint, "damaged-file")) from None
     if file_size != expected_size:
@@ -164,10 +167,10 @@ def read_json(path: Path) -> dict[str, Any]:
         WeightsError: missing, or not a JSON object.
     """
     try:
-        value = json.loads(path.read_bytes())
+        value = parse_json(path.read_bytes())
     except FileNotFoundError:
         raise WeightsError(Problem(str(path), "does not exist", "is the folder complete?", "missing-file")) from None
-    except (OSError, ValueError, RecursionError):
+    except (OSError, ValueError):
         raise WeightsError(Problem(str(path), "is not JSON", "get the file again", "damaged-file")) from None
     if not isinstance(value, dict):
         raise WeightsError(Problem(str(path), "is not a JSON object", "get the file again", "damaged-file"))

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from zimage_train.errors import Problem, WeightsError
+from zimage_train.io.json_text import parse_json
 from zimage_train.io.safetensors_format import read_json
 from zimage_train.models.locate import LORA_FOLDER_FILES
 
@@ -51,9 +52,9 @@ def scale_sources(path: Path, metadata: Mapping[str, str]) -> list[ScaleSource]:
         if _has_scale(described):
             sources.append(_source(config_path, CONFIG_FILE, described))
     try:
-        found = json.loads(metadata.get(HEADER_KEY, ""))
+        found = parse_json(metadata.get(HEADER_KEY, ""))
         config = {key.removeprefix(HEADER_PREFIX): value for key, value in found.items()}
-    except (ValueError, AttributeError, RecursionError):
+    except (ValueError, AttributeError):
         config = {}  # other programs may write something else under that key
     if _has_scale(config):
         sources.append(_source(path, "the header", config))

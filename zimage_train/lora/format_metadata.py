@@ -8,6 +8,8 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from zimage_train.io.json_text import parse_json
+
 CONVERTED_KEY = "zimage_train.converted"
 
 
@@ -24,12 +26,12 @@ class FormatMetadata:
 def read_format_metadata(text: str | None) -> FormatMetadata:
     """Return what `write_format_metadata` wrote, or an empty `FormatMetadata` for any other text."""
     try:
-        found = json.loads(text or "{}")
+        found = parse_json(text or "{}")
         ranks = {str(name): [int(rank) for rank in three] for name, three in found.get("ranks", {}).items()}
         alpha = found.get("alpha")
         threes = {name: three for name, three in ranks.items() if len(three) == 3}
         return FormatMetadata(alpha if isinstance(alpha, bool) else None, threes)
-    except (ValueError, TypeError, AttributeError, RecursionError):
+    except (ValueError, TypeError, AttributeError):
         return FormatMetadata()
 
 

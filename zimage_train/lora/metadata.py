@@ -25,6 +25,7 @@ from zimage_train.config.lora import LoraSettings
 from zimage_train.config.schema import Config
 from zimage_train.config.types import MetadataLevel, without_folder
 from zimage_train.config.variants import VARIANTS
+from zimage_train.io.json_text import parse_json
 from zimage_train.lora.file_hashes import HASH_KEYS
 
 STALE = (*HASH_KEYS, "lora_adapter_metadata")
@@ -206,8 +207,8 @@ def triggers_of(metadata: Mapping[str, str]) -> list[str]:
     """Return the triggers that the metadata of a LoRA of any trainer names."""
     text = metadata.get(WORDS, "")
     try:
-        words = json.loads(text)
-    except (ValueError, RecursionError):
+        words = parse_json(text)
+    except ValueError:
         words = [word.strip() for word in text.split(",")]
     if not isinstance(words, list):
         words = [words]
@@ -222,8 +223,8 @@ def triggers_of(metadata: Mapping[str, str]) -> list[str]:
 def _tags_of(metadata: Mapping[str, str]) -> Counter[str]:
     """Return the counts of all tags in `ss_tag_frequency`, without what is not a count."""
     try:
-        datasets = json.loads(metadata.get(TAGS, "{}"))
-    except (ValueError, RecursionError):
+        datasets = parse_json(metadata.get(TAGS, "{}"))
+    except ValueError:
         return Counter()
     tags: Counter[str] = Counter()
     for counts in datasets.values() if isinstance(datasets, dict) else ():

@@ -11,7 +11,6 @@ scale of `NAME.weight`, and scales a whole tensor, each row, or each block:
 The scales of activations are left aside, since here no product is computed in the precision of the file.
 """
 
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -21,6 +20,7 @@ from typing import Any, Literal
 
 from zimage_train.errors import Problem, WeightsError
 from zimage_train.io.dtypes import COMPUTE_DTYPES
+from zimage_train.io.json_text import parse_json
 from zimage_train.io.safetensors_format import (
     PLAIN_WEIGHTS_HINT,
     TensorInfo,
@@ -165,8 +165,8 @@ def _formats(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str], par
     for name, info in tensors.items():
         if name.endswith(FORMAT):
             try:
-                value = json.loads(read_bytes(info))
-            except (ValueError, RecursionError):
+                value = parse_json(read_bytes(info))
+            except ValueError:
                 value = None
             formats[name.removesuffix(FORMAT)] = value if isinstance(value, dict) else {}
     return formats
@@ -174,9 +174,9 @@ def _formats(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str], par
 
 def _header_formats(metadata: Mapping[str, str]) -> Iterator[tuple[str, Any]]:
     try:
-        layers = json.loads(metadata.get("_quantization_metadata", "{}")).get("layers", {})
+        layers = parse_json(metadata.get("_quantization_metadata", "{}")).get("layers", {})
         yield from layers.items()
-    except (ValueError, AttributeError, RecursionError):  # no statement that could be read: the tensors decide
+    except (ValueError, AttributeError):  # no statement that could be read: the tensors decide
         return
 
 

@@ -1,12 +1,12 @@
 """Measured time and memory of runs on this machine, by which later predictions are corrected (torch-free)."""
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from zimage_train.io import atomic
+from zimage_train.io.json_text import parse_json
 
 MIN_STEPS = 10
 """A shorter run is not recorded."""
@@ -105,9 +105,9 @@ def calibration_factor(path: Path, device: str) -> CalibrationFactor | None:
 def _read(path: Path) -> list[Measurement]:
     """Return the sound measurements in the file. If it is missing or damaged there are none: nothing is corrected."""
     try:
-        content: Any = json.loads(path.read_bytes())
+        content: Any = parse_json(path.read_bytes())
         runs = [Measurement(**values) for values in content]
-    except (OSError, ValueError, TypeError, RecursionError):
+    except (OSError, ValueError, TypeError):
         return []
     return [run for run in runs if _is_sound(run)]
 

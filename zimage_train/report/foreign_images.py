@@ -3,7 +3,6 @@
 The metadata of an image may hold anything, so every value is checked, and one that cannot be read is named.
 """
 
-import json
 import math
 import re
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from typing import Any
 
 from zimage_train.dataset.sources import is_text
 from zimage_train.errors import DataError, Problem
+from zimage_train.io.json_text import parse_json
 from zimage_train.report import comfyui_graph, preview_images
 from zimage_train.report.comfyui_graph import UnreadableError
 
@@ -177,8 +177,8 @@ def _note_sampler(recipe: ForeignRecipe, sampler: str | None, schedule: str | No
 
 def _is_json(text: str) -> bool:
     try:
-        return isinstance(json.loads(text), dict)
-    except (ValueError, RecursionError):
+        return isinstance(parse_json(text), dict)
+    except ValueError:
         return False
 
 

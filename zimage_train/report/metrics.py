@@ -1,11 +1,21 @@
 """Reading and writing of metrics.jsonl and events.jsonl, which hold a record per line."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 from zimage_train.errors import DiskError, Problem
 from zimage_train.io import atomic
+from zimage_train.io.json_text import parse_json
+
+LAST_STEP = 10_000_000
+"""No run has a later step."""
+NUMBERS = (
+    *("loss", "lr", "grad_norm", "preservation", "seconds", "gb", "loss_turbo", "drift"),
+    *("change_with_trigger", "change_without_trigger", "sharpness_kept", "sharpness_kept_also"),
+)
+"""What is a finite number in a record, or null."""
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
@@ -25,19 +35,35 @@ def read_records(path: Path) -> list[dict[str, Any]]:
         ) from error
     records = []
     for line in content.split(b"\n"):
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if _is_record(record):
+        record = parse_record(line)
+        if record is not None:
             records.append(record)
     return records
 
 
-def _is_record(record: object) -> bool:
-    if not isinstance(record, dict) or type(record.get("step")) is not int:
+def parse_record(line: bytes) -> dict[str, Any] | None:
+    """Return the record in a line, or None if it is none: torn by a crash, or with values that no run writes."""
+    try:
+        record = parse_json(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and _is_sound(record) else None
+
+
+def _is_sound(record: dict[str, Any]) -> bool:
+    step, event, sigmas = record.get("step"), record.get("event", ""), record.get("sigma", [])
+    if type(step) is not int or not 0 <= step <= LAST_STEP or not isinstance(event, str):
         return False
-    return all(isinstance(record.get(name), int | float | None) for name in ("loss", "lr"))
+    if event == "validation" and not all(record.get(name) is not None for name in ("of", "loss", "loss_turbo")):
+        return False
+    values = [record[name] for name in NUMBERS if record.get(name) is not None]
+    if not isinstance(sigmas, list) or not all(_is_finite(value) for value in (*values, *sigmas)):
+        return False
+    return all(0 <= sigma <= 1 for sigma in sigmas)
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 class RecordWriter:

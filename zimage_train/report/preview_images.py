@@ -1,7 +1,6 @@
 """Preview images on disk: a PNG for each, with its sampling request as metadata, and a grid of steps by prompts."""
 
 import re
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -10,6 +9,7 @@ from pathlib import Path
 from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
+from zimage_train.dataset.images import without_warnings
 from zimage_train.diffusion.request import SamplingRequest
 from zimage_train.errors import DataError, Problem
 from zimage_train.io import atomic
@@ -170,8 +170,7 @@ def what_is_wrong_with(path: Path) -> str | None:
     if not path.exists():
         return "does not exist"
     try:
-        with warnings.catch_warnings(), Image.open(path) as image:
-            warnings.simplefilter("ignore")
+        with without_warnings(), Image.open(path) as image:
             if image.format != "PNG":
                 return f"is a {image.format}, whose metadata is not read"
             image.load()
@@ -185,8 +184,7 @@ def what_is_wrong_with(path: Path) -> str | None:
 def read_texts(path: Path) -> dict[str, str]:
     """Return the text chunks of a PNG, or nothing if the file cannot be read to its end."""
     try:
-        with warnings.catch_warnings(), Image.open(path) as image:
-            warnings.simplefilter("ignore")
+        with without_warnings(), Image.open(path) as image:
             image.load()  # decodes all of it, so that a truncated image counts as missing
             return {key: str(text) for key, text in getattr(image, "text", {}).items()}
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):

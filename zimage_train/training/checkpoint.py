@@ -17,6 +17,7 @@ from torch import Tensor
 from zimage_train import __version__
 from zimage_train.errors import DivergedError, Problem, WeightsError
 from zimage_train.io import atomic, tensorfile
+from zimage_train.io.json_text import parse_json
 
 FORMAT = 3
 """Version of the names and layout of the tensors. 1 and 2 were used before the first release."""
@@ -119,7 +120,7 @@ def load(path: Path) -> Checkpoint:
     """
     tensors, header = tensorfile.load_with_digest(path)
     try:
-        metadata = json.loads(header["state"])
+        metadata = parse_json(header["state"])
         step, versions = metadata["step"], (metadata["format"], metadata.get("arithmetic"))
     except (KeyError, ValueError, TypeError):
         what = "is not a checkpoint of zimage-train"

@@ -1,6 +1,5 @@
 """The memory plan of a process on its device: the same for the same devices on resume."""
 
-import json
 import os
 from collections.abc import Collection
 from dataclasses import replace
@@ -11,6 +10,7 @@ import torch
 from zimage_train.config.types import AttentionName, Quantization
 from zimage_train.diffusion.frozen import FrozenTransformer
 from zimage_train.errors import ConfigError, Location, Problem, WeightsError
+from zimage_train.io.json_text import parse_json
 from zimage_train.io.operating_system import main_memory_bytes
 from zimage_train.io.safetensors_format import read_header
 from zimage_train.io.units import format_bytes
@@ -81,7 +81,7 @@ def _newest_checkpoint(folder: RunDir) -> dict[str, Any]:
     for _, path in checkpoint.steps_in(folder.checkpoints):
         try:
             # The header alone: reading and checking the tensors is left to `checkpoint.load_newest`.
-            state = json.loads(read_header(path).metadata["state"])
+            state = parse_json(read_header(path).metadata["state"])
         except (WeightsError, KeyError, ValueError, TypeError):
             continue
         if isinstance(state, dict):

@@ -10,12 +10,15 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, FiniteFloat, TypeAdapter, ValidationError
+
 from zimage_train.config.dataset import DataEntry
 from zimage_train.config.key_names import is_setting
 from zimage_train.config.load import dump_config, flatten_keys, resolve_paths
 from zimage_train.config.schema import Config
 from zimage_train.errors import ConfigError, Location, Problem, WeightsError
 from zimage_train.io import atomic
+from zimage_train.io.json_text import parse_json
 from zimage_train.optim import schedules
 from zimage_train.report import metrics
 
@@ -115,18 +118,62 @@ def run_dir_of(config: Config) -> RunDir:
 
 
 def read_facts(folder: RunDir) -> dict[str, Any]:
-    """Return the content of run.json, or an empty dict if it is missing or damaged."""
+    """Return the content of run.json without entries that are damaged, or an empty dict if it is missing."""
     try:
-        facts = json.loads(folder.facts.read_bytes())
-    except (OSError, ValueError, RecursionError):
+        facts = parse_json(folder.facts.read_bytes())
+    except (OSError, ValueError):
         return {}
-    return facts if isinstance(facts, dict) else {}
+    return {key: value for key, value in facts.items() if _is_sound(key, value)} if isinstance(facts, dict) else {}
+
+
+class _LoraFacts(BaseModel):
+    matched: str
+    groups: dict[str, int]
+    ranks: dict[str, int] | None = None
+    lr_factors: dict[str, int] | None = None
+
+
+class _Warning(BaseModel):
+    text: str
+    changes: dict[str, int | float | str]
+
+
+class _QuantizedFacts(BaseModel):
+    weight_error: FiniteFloat
+    adapter_arrived: FiniteFloat | None = None
+
+
+_FACT_TYPES: dict[str, TypeAdapter[Any]] = {
+    "versions": TypeAdapter(dict[str, str]),
+    "device": TypeAdapter(str),
+    "processes": TypeAdapter(int),
+    "lora": TypeAdapter(_LoraFacts),
+    "adapter": TypeAdapter(dict[str, Any] | None),
+    "beside": TypeAdapter(list[dict[str, Any]]),
+    "quantized": TypeAdapter(_QuantizedFacts | None),
+    "dataset": TypeAdapter(dict[str, FiniteFloat]),
+    "plan": TypeAdapter(dict[str, Any]),
+    "rehearsal": TypeAdapter(dict[str, FiniteFloat | None]),
+    "starts": TypeAdapter(list[int]),
+    "seconds": TypeAdapter(dict[str, FiniteFloat]),
+    "warnings": TypeAdapter(list[_Warning]),
+}
+"""Entries of run.json that are read again, with the form that they have."""
+
+
+def _is_sound(key: str, value: object) -> bool:
+    """Return whether an entry of run.json has the form that this version gives it, or is none that is read."""
+    if key in _FACT_TYPES:
+        try:
+            _FACT_TYPES[key].validate_python(value)
+        except ValidationError:
+            return False
+    return True
 
 
 def earlier_starts(folder: RunDir) -> list[int]:
     """Return the step that each earlier start of the run continued from, 0 for the first start, from run.json."""
-    starts = read_facts(folder).get("starts")
-    return [step for step in starts if isinstance(step, int)] if isinstance(starts, list) else []
+    return read_facts(folder).get("starts", [])
 
 
 def wandb_id(folder: RunDir) -> str:

@@ -55,7 +55,4 @@ def _kept_step(state: RunState, good_step: int | None) -> int | None:
 
 def _config_warnings(state: RunState) -> list[ConfigWarning]:
     warnings = read_facts(RunDir(state.folder, state.name)).get("warnings", [])
-    try:
-        return [ConfigWarning.from_json(values) for values in warnings]
-    except (TypeError, KeyError, AttributeError):  # of another version
-        return []
+    return [ConfigWarning.from_json(values) for values in warnings]

@@ -7,7 +7,7 @@ from pathlib import Path
 from PIL import ExifTags, Image
 
 from zimage_train.dataset.buckets import Bucket, nearest_bucket
-from zimage_train.dataset.images import FORMATS
+from zimage_train.dataset.images import FORMATS, without_warnings
 
 RESOLUTIONS = (512, 768, 1024)
 TURNED = (5, 6, 7, 8)
@@ -45,7 +45,7 @@ class ImageSizes:
 
 
 def _upright_size(path: Path) -> tuple[int, int]:
-    with Image.open(path, formats=FORMATS) as image:
+    with without_warnings(), Image.open(path, formats=FORMATS) as image:
         is_turned = image.getexif().get(ExifTags.Base.Orientation) in TURNED
         return (image.height, image.width) if is_turned else image.size
 

@@ -15,8 +15,8 @@ import threading
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-
+from zimage_train.config import strict_yaml
+from zimage_train.config.strict_yaml import YamlError
 from zimage_train.errors import ConfigError, DataError, FolderInUseError, Problem
 from zimage_train.io import atomic, locks
 from zimage_train.io.operating_system import process_start
@@ -241,9 +241,9 @@ def _require_free(folder: Path) -> None:
 def name_in(text: str) -> str:
     """Return the `name` of a config; ConfigError if it has none."""
     try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(Problem("the config", "is no YAML", str(error).splitlines()[0], "bad-yaml")) from None
+        values = strict_yaml.parse(text).value
+    except YamlError as error:
+        raise ConfigError(Problem("the config", "is no YAML", error.message, "bad-yaml")) from None
     name = values.get("name") if isinstance(values, dict) else None
     if not isinstance(name, str):
         raise ConfigError(Problem("name", "is missing", "give the run a name", "missing-setting"))

@@ -1,7 +1,6 @@
 """The commands `zimage-train lora ...` as the page runs them: in a process of its own, with their results as events."""
 
 import asyncio
-import json
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -10,6 +9,7 @@ from pathlib import Path, PurePath
 from typing import Any, Literal, get_args
 
 from zimage_train.errors import ConfigError, Problem
+from zimage_train.io.json_text import parse_json
 from zimage_train.ui.lora_files import MADE
 from zimage_train.ui.workspace import Workspace
 
@@ -97,7 +97,7 @@ async def _read(stream: asyncio.StreamReader, outcome: Outcome, progress: Callab
 
 def _event(text: str) -> dict[str, Any] | None:
     try:
-        event = json.loads(text)
+        event = parse_json(text)
     except ValueError:
         return None
     return event if isinstance(event, dict) and "event" in event else None

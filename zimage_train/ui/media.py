@@ -10,6 +10,7 @@ from fastapi import APIRouter, HTTPException
 from fastapi.responses import FileResponse, Response, StreamingResponse
 from PIL import Image, ImageOps
 
+from zimage_train.dataset.images import without_warnings
 from zimage_train.errors import ZImageTrainError
 from zimage_train.ui import run_state
 from zimage_train.ui.run_archive import stream_archive
@@ -49,7 +50,7 @@ class _SmallImages:
 
 
 def _small(path: Path, side: int) -> bytes:
-    with Image.open(path) as image:
+    with without_warnings(), Image.open(path) as image:
         if image.width * image.height > MAX_PIXELS:
             raise ValueError(f"{path} has more than {MAX_PIXELS:,} pixels")
         image.draft("RGB", (side, side))  # JPEGs are decoded at a fraction of their size

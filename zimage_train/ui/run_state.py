@@ -1,20 +1,22 @@
 """The state of runs, from their folders: which there are, how far each is, and how it ended."""
 
 import contextlib
-import json
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-import yaml
 from PIL import Image
 
+from zimage_train.config import strict_yaml
 from zimage_train.config.load import read_config
 from zimage_train.config.schema import Config
+from zimage_train.config.strict_yaml import YamlError
+from zimage_train.dataset.images import without_warnings
 from zimage_train.errors import ZImageTrainError
 from zimage_train.io import locks
+from zimage_train.io.json_text import parse_json
 from zimage_train.io.operating_system import process_start
 from zimage_train.report import metrics
 from zimage_train.report.preview_images import NAME, parse_request
@@ -173,7 +175,7 @@ def _status_of(folder: Path, step: int, steps: int, output: WorkerOutput) -> Sta
     if is_alive(worker):
         return "starting"
     events = events_of(folder)
-    if steps and step >= steps and any(event["event"] == "done" for event in events[-3:]):
+    if steps and step >= steps and any(event.get("event") == "done" for event in events[-3:]):
         return "done"
     if output.errors:
         return "stopped" if output.errors[-1].get("exit_code") in STOP_CODES else "failed"
@@ -200,14 +202,8 @@ def _tail(path: Path) -> list[bytes]:
 
 
 def _last_record(path: Path) -> dict[str, Any]:
-    for line in reversed(_tail(path)):
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict) and isinstance(record.get("step"), int):
-            return record
-    return {}
+    records = (metrics.parse_record(line) for line in reversed(_tail(path)))
+    return next((record for record in records if record is not None), {})
 
 
 def _read_output(path: Path) -> WorkerOutput:
@@ -235,7 +231,7 @@ def event_of(line: bytes) -> dict[str, Any] | None:
     if not text:
         return None
     try:
-        event = json.loads(text)
+        event = parse_json(text)
     except ValueError:
         event = None
     return event if isinstance(event, dict) and "event" in event else {"event": "line", "text": text}
@@ -259,7 +255,7 @@ def _read_config(path: Path) -> Config | None:
 
 def _read_prompt(path: Path) -> str:
     try:
-        with Image.open(path) as image:
+        with without_warnings(), Image.open(path) as image:
             texts = {str(key): str(value) for key, value in image.info.items()}  # read without decoding the image
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
         return ""
@@ -269,10 +265,10 @@ def _read_prompt(path: Path) -> str:
 
 def _steps_of(path: Path) -> int:
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        return int(values["train"]["steps"])
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+        steps = strict_yaml.parse(path.read_text(encoding="utf-8")).value["train"]["steps"]
+    except (OSError, ValueError, KeyError, TypeError, YamlError):
         return 0
+    return steps if isinstance(steps, int) else 0
 
 
 def is_alive(worker: dict[str, Any]) -> bool:
@@ -285,7 +281,7 @@ def is_alive(worker: dict[str, Any]) -> bool:
 
 def read_json(path: Path) -> dict[str, Any]:
     try:
-        values = json.loads(path.read_bytes())
+        values = parse_json(path.read_bytes())
     except (OSError, ValueError):
         return {}
     return values if isinstance(values, dict) else {}

@@ -18,6 +18,7 @@ from typing import IO, Any, Literal
 
 from zimage_train.errors import DataError, Problem, ZImageTrainError
 from zimage_train.io import atomic
+from zimage_train.io.json_text import parse_json
 from zimage_train.ui.jobs import JobQueue
 from zimage_train.ui.sample_request import Drawing, SampleRequest, resolve
 from zimage_train.ui.sampling_memory import sampling_slot
@@ -261,7 +262,7 @@ class Sampler:
         with output:
             for line in output:
                 with self._lock:
-                    self._take(json.loads(line))
+                    self._take(parse_json(line))
         code = process.wait()
         if process.stdin is not None:
             process.stdin.close()
@@ -336,7 +337,7 @@ class Sampler:
 def _read_sample(path: Path) -> Sample | None:
     """Return a sample that is on disk, or None if its file cannot be read."""
     try:
-        values = json.loads(path.read_bytes())
+        values = parse_json(path.read_bytes())
         asked = SampleRequest.model_validate(values["asked"])
         return Sample(path.stem, asked, Drawing.model_validate(values["drawing"]), status="done")
     except (OSError, ValueError, KeyError, TypeError):
