@@ -368,14 +368,14 @@ IMAGES = [
     FileReader("image_index", "looks.json", _image_index, _json(LOOKS)),
 ]
 TENSOR_FILES = [
-    FileReader("lora", "lora.safetensors", _lora, _loras),
+    FileReader("lora", "lora.safetensors", _lora, _loras, "safetensors"),
     FileReader("lora_header", "header.json", _under_header(_lora), _headers(_loras)),
     FileReader("adapter_config", "adapter_config.json", _adapter_config, _json(PEFT)),
-    FileReader("checkpoint", "step-000003.safetensors", _checkpoint, _checkpoints),
+    FileReader("checkpoint", "step-000003.safetensors", _checkpoint, _checkpoints, "safetensors"),
     FileReader("state", "state.json", _state, _json(STATE)),
-    FileReader("cache_entry", "entry.safetensors", _cached, _entries),
+    FileReader("cache_entry", "entry.safetensors", _cached, _entries, "safetensors"),
     FileReader("digests", "digests.json", _digests, _json({"a|1|2|3": "0" * 64})),
-    FileReader("weights", "part.safetensors", _part, _parts),
+    FileReader("weights", "part.safetensors", _part, _parts, "safetensors"),
     FileReader("weights_header", "header.json", _under_header(_part), _headers(_plain_parts)),
     FileReader("model_config", "config.json", _encoder_config, _json(QWEN3)),
 ]

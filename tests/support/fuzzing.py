@@ -47,9 +47,12 @@ class FileReader:
     """Read all that the program ever reads from the file at this path."""
     seeds: Callable[[Path], list[bytes]] = field(repr=False)
     """Return valid files, which the reader must accept; they are made in the given folder."""
+    container: str = ""
+    """The folder of the corpus with files of the format that its own format is made of."""
 
     def corpus(self) -> list[Path]:
-        return sorted((CORPUS / self.name).glob("*"))
+        folders = [CORPUS / self.name, *([CORPUS / self.container] if self.container else [])]
+        return sorted(file for folder in folders for file in folder.glob("*"))
 
 
 class Seeds(tuple[bytes, ...]):

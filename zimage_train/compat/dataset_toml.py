@@ -49,6 +49,8 @@ def _extension(text: str) -> str:
 
 
 NUMBER = (int, float)
+LARGEST = 10**9
+"""No whole number of a setting is larger."""
 _EDITING = ("is for editing models", "leave it out: Z-Image LoRAs are trained without control images")
 _VIDEO = ("is for videos", "give a dataset of images; this trainer has no videos")
 _FRAMES = Rule((int, list, bool), why="is for FramePack", hint="leave it out", neutral=())
@@ -236,6 +238,10 @@ def _read_keys(reader: _Reader, section: dict[str, Any], here: KeyPath, rules: d
             kinds = rule.kind if isinstance(rule.kind, tuple) else (rule.kind,)
             wanted = " or ".join(dict.fromkeys(_TYPES[one] for one in kinds))
             reader.refuse(path, f"is {value!r}", f"give {wanted}")
+        elif any(
+            isinstance(one, int) and abs(one) > LARGEST for one in (value if isinstance(value, list) else [value])
+        ):
+            reader.refuse(path, "is a number that no setting can have", "write a smaller one")
         elif rule.setting or (not rule.why):
             values[key], origins[key] = value, path
         elif value in rule.neutral:
@@ -245,6 +251,10 @@ def _read_keys(reader: _Reader, section: dict[str, Any], here: KeyPath, rules: d
         else:
             reader.notes[f"{key} {rule.why}"] = None
     return values, origins
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 _TYPES = {

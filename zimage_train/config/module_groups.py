@@ -1,6 +1,7 @@
 """The linear modules of a transformer block, and the groups of them that `lora.targets` can name (torch-free)."""
 
 import re
+import warnings
 from collections.abc import Iterable, Mapping
 from itertools import chain
 from typing import Any
@@ -19,6 +20,8 @@ BLOCK_GROUPS: dict[str, dict[str, str]] = {
 }
 """Group -> component -> the name of its module in a block."""
 _MODULES_BY_COMPONENT = dict(chain.from_iterable(modules.items() for modules in BLOCK_GROUPS.values()))
+MAX_REPETITIONS = 4
+"""Repetitions in a regular expression; the time of a search grows with a power of their number."""
 COMPONENTS = tuple(_MODULES_BY_COMPONENT)
 BLOCK_MODULES = tuple(_MODULES_BY_COMPONENT.values())
 
@@ -37,6 +40,10 @@ TARGET_GROUPS = {group: _pattern("layers", [group]) for group in BLOCK_GROUPS} |
 """Group -> pattern of the full names of its modules; `refiners` are those of both refiners, without adaLN."""
 
 
+class UnboundedPatternError(ValueError):
+    """A regular expression that may take for ever."""
+
+
 def module_pattern(name: str) -> re.Pattern[str]:
     """Return the pattern of the group `name`, or of a regular expression for full module names.
 
@@ -46,9 +53,32 @@ def module_pattern(name: str) -> re.Pattern[str]:
     if name in TARGET_GROUPS:
         return TARGET_GROUPS[name]
     try:
-        return re.compile(name)
-    except re.error as error:
+        return compile_bounded(name)
+    except ValueError as error:
         raise SettingError(f"not a regular expression: {error}") from None
+
+
+def compile_bounded(pattern: str) -> re.Pattern[str]:
+    """Return a compiled regular expression that decides on a name at once.
+
+    Python's `re` goes back and tries again, which takes for ever where a group with repetitions is itself repeated.
+
+    Raises:
+        UnboundedPatternError: it may take for ever.
+        ValueError: it is no regular expression.
+    """
+    if re.search(r"\)[*+{]", pattern):
+        raise UnboundedPatternError("it repeats a group, which may take for ever")
+    if len(re.findall(r"[*+{]", pattern)) > MAX_REPETITIONS or pattern.count("?") > 2 * MAX_REPETITIONS:
+        raise UnboundedPatternError(f"it has more than {MAX_REPETITIONS} repetitions, which may take for ever")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what later versions of `re` may read otherwise
+            return re.compile(pattern)
+    except (re.error, OverflowError) as error:
+        raise ValueError(str(error)) from None
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 def require_patterns(values: Mapping[str, Any]) -> None:

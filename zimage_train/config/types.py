@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
 from zimage_train.config.strict_yaml import KeyPath
+from zimage_train.io.operating_system import is_too_long
 
 Quantization = Literal["fp8", "fp8_fast", "int8", "nf4"]
 """Formats of quantised frozen weights."""
@@ -77,7 +78,7 @@ def as_lora(value: object) -> object:
     if not isinstance(value, str):
         return value
     file, equals, weight = value.rpartition("=")
-    if not equals or Path(value).exists():
+    if not equals or (not is_too_long(value) and Path(value).exists()):
         return {"file": value}
     try:
         return {"file": file, "weight": float(weight)}
@@ -110,8 +111,19 @@ def _multiple_of_16(value: int) -> int:
     return value
 
 
+def _of_a_possible_length(value: str) -> str:
+    if is_too_long(value):
+        raise SettingError(f"is {value[:40]!r}... ({len(value)} characters)", "give a path that a file can have")
+    return value
+
+
 Pixels = Annotated[int, Field(ge=32, le=4096, json_schema_extra={"multipleOf": 16}), AfterValidator(_multiple_of_16)]
-PathText = Annotated[str, AfterValidator(_without_control_characters), AfterValidator(_without_variables)]
+PathText = Annotated[
+    str,
+    AfterValidator(_without_control_characters),
+    AfterValidator(_without_variables),
+    AfterValidator(_of_a_possible_length),
+]
 """A path, or something else that names files, such as a hub id."""
 NonEmptyPath = Annotated[PathText, Field(min_length=1)]
 EverySteps = Annotated[int, Field(ge=1)] | None

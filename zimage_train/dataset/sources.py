@@ -14,6 +14,7 @@ from zimage_train.config.dataset import ALPHA, DataEntry
 from zimage_train.dataset import captions, images
 from zimage_train.dataset.unread_files import note_unread_files
 from zimage_train.errors import DataError, Location, Note, Problem, ZImageTrainError, collect_errors
+from zimage_train.io.operating_system import is_too_long
 
 KOHYA_FOLDER = re.compile(r"(\d{1,6})_(.+)")
 """Repeats and name of a folder in the layout of kohya's scripts."""
@@ -263,6 +264,9 @@ def _source_of(row: dict[str, Any], path: Path, line: int, repeats: int) -> Sour
     if not is_text(image + "".join(prompts)):
         message = "holds a character that no text has (NUL or half a surrogate pair)"
         raise DataError(Problem(location, message, "correct the line", "not-text"))
+    if is_too_long(image):
+        what = f"names the image {image[:40]!r}..., which is too long for a file"
+        raise DataError(Problem(location, what, "give the path of the file", "bad-row"))
     if any(char in image for char in "\n\r\t\b\f"):
         message = f"names the image {image!r}, with the control characters that backslashes in JSON stand for"
         raise DataError(Problem(location, message, BACKSLASH_HINT, "bad-row"))

@@ -8,6 +8,7 @@ removes a file that a program has open.
 
 import ctypes
 import os
+import re
 import signal
 import sys
 import time
@@ -23,6 +24,8 @@ CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limi
 RETRY_SECONDS = (0.05, 0.1, 0.2, 0.4, 0.8)
 """Waits between attempts, while a virus scanner or an indexer has a file open."""
 WINDOWS_PATH_LENGTH = 259
+MAX_NAME_BYTES, MAX_PATH_BYTES = 240, 4000
+"""What file systems take, 255 and 4095, less what an extension adds."""
 PORTS = {f"{port}{digit}" for port in ("COM", "LPT") for digit in "123456789¹²³"}
 WINDOWS_DEVICES = {"CON", "PRN", "AUX", "NUL", "CONIN$", "CONOUT$", *PORTS}
 
@@ -111,6 +114,12 @@ def retry_while_open(action: Callable[[], T]) -> T:
 def is_open_elsewhere(error: OSError) -> bool:
     """Return whether a file may be open in another program; Windows has the same error for a lack of permission."""
     return is_windows() and isinstance(error, PermissionError)
+
+
+def is_too_long(path: str) -> bool:
+    """Return whether no file can have this path, or one with a longer extension: asking for it raises an OSError."""
+    longest = max(len(part.encode("utf-8", "surrogateescape")) for part in re.split(r"[\\/]", path))
+    return longest > MAX_NAME_BYTES or len(path.encode("utf-8", "surrogateescape")) > MAX_PATH_BYTES
 
 
 def is_device_name(name: str) -> bool:

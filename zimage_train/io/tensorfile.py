@@ -63,8 +63,9 @@ def load_with_digest(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """
     tensors, metadata = load(path)
     stored_digest = metadata.pop(DIGEST, None)
-    entries = {name: tensor_entry(tensor) for name, tensor in tensors.items()}
-    if stored_digest is None or _digest(entries, metadata) != stored_digest:
+    is_ours = stored_digest is not None and all(tensor.dtype in DTYPE_NAMES for tensor in tensors.values())
+    entries = {name: tensor_entry(tensor) for name, tensor in tensors.items()} if is_ours else {}
+    if not is_ours or _digest(entries, metadata) != stored_digest:
         message = "is damaged: its content does not match its digest"
         raise WeightsError(Problem(str(path), message, "remove it", "damaged-file"))
     return tensors, metadata
@@ -79,6 +80,11 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     metadata = read_header(path).metadata
     try:
         return load_bytes(path.read_bytes()), metadata
+    except KeyError as error:
+        message = f"holds a tensor of dtype {error}, which is not read here"
+        raise WeightsError(
+            Problem(str(path), message, safetensors_format.PLAIN_WEIGHTS_HINT, "unsupported-dtype")
+        ) from None
     except (SafetensorError, OSError) as error:
         message = f"cannot be read ({error})"
         raise WeightsError(Problem(str(path), message, "get the file again", "unreadable-file")) from None

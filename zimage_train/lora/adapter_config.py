@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from zimage_train.config.module_groups import UnboundedPatternError, compile_bounded
 from zimage_train.errors import Problem, WeightsError
 from zimage_train.io.json_text import parse_json
 from zimage_train.io.safetensors_format import read_json
@@ -21,6 +22,8 @@ FOLDER_FILE, CONFIG_FILE = LORA_FOLDER_FILES[0], "adapter_config.json"
 HEADER_KEY = "lora_adapter_metadata"
 HEADER_PREFIX = "transformer."
 LARGEST_ALPHA = 1e6
+MAX_PATTERNS = 1000
+"""Patterns of modules; Z-Image has fewer modules."""
 DEFAULT_ALPHA = 8
 """What peft takes for the alpha of a config without one."""
 TYPES_WITH_ALPHA = ("LORA", "LOHA", "LOKR")
@@ -113,10 +116,15 @@ class _Patterns:
             if not is_number or not 0 < value < LARGEST_ALPHA:
                 raise _no_number(path, what, value)
 
+        if len(self._patterns) > MAX_PATTERNS:
+            finding = f"its metadata has {len(self._patterns)} patterns of modules"
+            raise WeightsError(Problem(str(path), finding, TODO, "conflicting-alpha"))
+        self._compiled = [(_compiled(path, pattern), float(value)) for pattern, value in self._patterns.items()]
+
     def find(self, names: list[str]) -> float | None:
-        for pattern, value in self._patterns.items():
-            if any(_matches(pattern, name) for name in names):
-                return float(value)
+        for pattern, value in self._compiled:
+            if any(pattern.match(name) for name in names):
+                return value
         return None if self._common is None else float(self._common)
 
 
@@ -125,12 +133,20 @@ def _no_number(path: Path, what: str, value: Any) -> WeightsError:
     return WeightsError(Problem(str(path), finding, TODO, "conflicting-alpha"))
 
 
-def _matches(pattern: str, module: str) -> bool:
-    """Return whether a pattern matches a module, as peft's `get_pattern_key` does."""
+def _compiled(path: Path, pattern: str) -> re.Pattern[str]:
+    """Return what matches a module as peft's `get_pattern_key` does; a pattern that is none is a name.
+
+    Raises:
+        WeightsError: matching may take for ever.
+    """
     try:
-        return re.match(rf"(.*\.)?({pattern})$", module) is not None
-    except re.error:
-        return pattern == module
+        compile_bounded(pattern)
+        return re.compile(rf"(.*\.)?({pattern})$")
+    except UnboundedPatternError as error:
+        finding = f"its metadata has the pattern {pattern[:40]!r}: {error}"
+        raise WeightsError(Problem(str(path), finding, TODO, "conflicting-alpha")) from None
+    except (ValueError, re.error):
+        return re.compile(rf"{re.escape(pattern)}\Z")
 
 
 def make_config(ranks: Mapping[str, int], alphas: Mapping[str, float], is_dora: bool) -> dict[str, Any]:

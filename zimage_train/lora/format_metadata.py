@@ -27,12 +27,15 @@ def read_format_metadata(text: str | None) -> FormatMetadata:
     """Return what `write_format_metadata` wrote, or an empty `FormatMetadata` for any other text."""
     try:
         found = parse_json(text or "{}")
-        ranks = {str(name): [int(rank) for rank in three] for name, three in found.get("ranks", {}).items()}
+        ranks = {name: three for name, three in found.get("ranks", {}).items() if _are_ranks(three)}
         alpha = found.get("alpha")
-        threes = {name: three for name, three in ranks.items() if len(three) == 3}
-        return FormatMetadata(alpha if isinstance(alpha, bool) else None, threes)
-    except (ValueError, TypeError, AttributeError):
+        return FormatMetadata(alpha if isinstance(alpha, bool) else None, ranks)
+    except (ValueError, AttributeError):
         return FormatMetadata()
+
+
+def _are_ranks(three: object) -> bool:
+    return isinstance(three, list) and len(three) == 3 and all(type(rank) is int and rank >= 0 for rank in three)
 
 
 def write_format_metadata(memo: FormatMetadata) -> Mapping[str, str]:

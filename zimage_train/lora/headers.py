@@ -54,6 +54,8 @@ KINDS = (
 """(what, pattern of its keys, what to do) of keys that are no LoRA of the transformer."""
 
 
+LARGEST_MODULE = 2**26
+"""No weight of Z-Image has more elements, so that no small file unfolds to gigabytes."""
 PLAIN, ADDITIVE, READ = ("LoRA",), ("LoRA", "LoKr", "LoHa"), ("LoRA", "LoKr", "LoHa", "DoRA", "OFT")
 """Kinds of changes: LoRAs alone, those that add a delta to any weight, and those that can be sampled and baked."""
 
@@ -219,6 +221,9 @@ def _shapes(found: Mapping[str, str], tensors: Mapping[str, TensorInfo]) -> dict
 
 def _is_whole(module: str, found: Mapping[str, str], tensors: Mapping[str, TensorInfo]) -> bool:
     if _kind(found, tensors) is None:
+        return False
+    outputs, inputs = keys.size_of(_shapes(found, tensors))
+    if outputs * max(inputs, 1) > LARGEST_MODULE:
         return False
     return keys.split_qkv_names(module) is None or keys.has_thirds(_shapes(found, tensors))
 

@@ -142,7 +142,7 @@ def kind_of(shapes: PartShapes) -> str | None:
         return "LoKr"
     if names == {OFT}:
         blocks = shapes[OFT]
-        return "OFT" if len(blocks) == 3 and blocks[1] == blocks[2] > 0 else None
+        return "OFT" if len(blocks) == 3 and blocks[1] == blocks[2] and min(blocks) > 0 else None
     return None
 
 
@@ -235,13 +235,13 @@ def comfyui_targets(linears: Iterable[str]) -> dict[str, str]:
 
 
 def _are_factors(up: FactorShape, down: FactorShape) -> bool:
-    return len(up) == len(down) == 2 and up[1] == down[0] > 0
+    return len(up) == len(down) == 2 and up[1] == down[0] and min(*up, *down) > 0
 
 
 def _lokr_factor_shape(shapes: PartShapes, name: str) -> FactorShape | None:
     """Return the shape of a factor of a Kronecker product, stored as a matrix or as a product of two, or None."""
     whole, a, b = shapes.get(name), shapes.get(f"{name}_a"), shapes.get(f"{name}_b")
-    if whole is not None and a is None and b is None and len(whole) == 2:
+    if whole is not None and a is None and b is None and len(whole) == 2 and min(whole) > 0:
         return whole
     if whole is None and a is not None and b is not None and _are_factors(a, b):
         return a[0], b[1]

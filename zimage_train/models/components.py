@@ -168,7 +168,7 @@ def read_vae(path: Path) -> tuple[dict[str, Any], dict[str, StoredWeight]]:
     config = read_json(path / "config.json")
     kind, channels = config.get("_class_name"), config.get("latent_channels")
     blocks = config.get("block_out_channels")
-    stride = 2 ** (len(blocks) - 1) if isinstance(blocks, list) and blocks else None
+    stride = 2 ** (len(blocks) - 1) if isinstance(blocks, list) and 0 < len(blocks) < 10 else None
     if kind != "AutoencoderKL" or channels != LATENT_CHANNELS or stride != LATENT_STRIDE:
         what = f"is {_kind_of(config)}"
         if kind == "AutoencoderKL":

@@ -1,7 +1,6 @@
 """Reading and writing of metrics.jsonl and events.jsonl, which hold a record per line."""
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,8 @@ from zimage_train.io.json_text import parse_json
 
 LAST_STEP = 10_000_000
 """No run has a later step."""
+LARGEST = 1e100
+"""No number of a record is larger, so that sums and differences are finite, too."""
 NUMBERS = (
     *("loss", "lr", "grad_norm", "preservation", "seconds", "gb", "loss_turbo", "drift"),
     *("change_with_trigger", "change_without_trigger", "sharpness_kept", "sharpness_kept_also"),
@@ -63,7 +64,7 @@ def _is_sound(record: dict[str, Any]) -> bool:
 
 
 def _is_finite(value: object) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+    return isinstance(value, int | float) and abs(value) < LARGEST  # false for what is no number
 
 
 class RecordWriter:

@@ -80,15 +80,14 @@ def chart(points: list[tuple[int, float]], is_noisy: bool, from_zero: bool = Tru
     first, last = reduced[0][0], reduced[-1][0]
     low = min(value for _, value in reduced) if is_noisy or not from_zero else 0.0
     high = max(value for _, value in reduced)
-    if high <= low:
-        high = low + 1.0
+    span = high - low or 1.0
 
     def line(values: list[tuple[int, float]]) -> str:
         width = max(last - first, 1)
         coordinates = []
         for step, value in values:
             x = (step - first) / width * CHART_WIDTH
-            y = (high - value) / (high - low) * CHART_HEIGHT  # SVG counts y from the top
+            y = (high - value) / span * CHART_HEIGHT  # SVG counts y from the top
             coordinates.append(f"{x:.1f},{y:.1f}")
         return " ".join(coordinates)
 

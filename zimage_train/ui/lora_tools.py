@@ -100,7 +100,7 @@ def _event(text: str) -> dict[str, Any] | None:
         event = parse_json(text)
     except ValueError:
         return None
-    return event if isinstance(event, dict) and "event" in event else None
+    return event if isinstance(event, dict) and isinstance(event.get("event"), str) else None
 
 
 class LoraTools:

@@ -234,7 +234,7 @@ def event_of(line: bytes) -> dict[str, Any] | None:
         event = parse_json(text)
     except ValueError:
         event = None
-    return event if isinstance(event, dict) and "event" in event else {"event": "line", "text": text}
+    return event if isinstance(event, dict) and isinstance(event.get("event"), str) else {"event": "line", "text": text}
 
 
 def text_of(event: dict[str, Any]) -> str:
@@ -274,7 +274,7 @@ def _steps_of(path: Path) -> int:
 def is_alive(worker: dict[str, Any]) -> bool:
     """Return whether the process that `worker.json` names is still the same and has not ended."""
     process_id, began = worker.get("pid"), worker.get("began")
-    if not isinstance(process_id, int) or not isinstance(began, int | float):
+    if not isinstance(process_id, int) or not isinstance(began, int | float) or not 0 < process_id < 2**31:
         return False
     return process_start(process_id) == began
 
